@@ -1,22 +1,14 @@
 #!/usr/bin/env python3
-"""How far one Pi goes with many backends: a simulated fleet, and how many streams it relays.
+"""How far one Pi goes with many backends: how long it chooses, and how many streams it relays.
 
-    python tests/bench/fleet.py [--clients 1000] [--rounds 3] [--python /usr/bin/python3]
+    python tests/bench/fleet.py [--rounds 3] [--python /usr/bin/python3]
 
-The fleet is that of tests/fleet.py: 20 scripted backends, most of which fail now and then, some 60 places for 100
-clients at a time, all in this process. Everything else is measured with a real cm4d.py, whose backends are one scripted
-process; it streams Python code, the body of one function, so the natural end has to look at all of it. Prints one line
-of JSON:
+The backends of a real cm4d.py are one scripted process; it streams Python code, the body of one function, so the
+natural end has to look at all of it. Prints one line of JSON:
 
-    first_token_ms       p50, p95 and p99 by kind of request, from its connection on; the last attempt counts
-    answers_s            whole answers per second
-    retries, told_429    requests that another backend got, and those that were told to come again
-    backends             of each: requests, whole answers, places, and how many were in use at most
-    relayed              by the backends' API: how many streams of 20 tokens/s, a GPU's pace for one stream, are relayed
-                         at the same time until the CPU is full (`cpu`), the added delay's p95 is above 50 ms (`delay`)
-                         or the Pi takes no more connections (`connections`); with the CPU's share and that delay there
-    routing_us           of `Gateway._choose`, by the number of backends; `assign_us` is with taking a place and giving
-                         it back
+    relayed              by the backends' API: the CPU's share and the added delay's p95 with 240 streams at a time of
+                         20 tokens/s, a GPU's pace for one stream; the Pi takes 256 connections, 128 of one address
+    routing_us           of `decide`, by the number of backends
     *_cpu_us_per_token   of cm4d.py's process, for 2 streams of 200 tokens/s; `foreign` is of an `openai` backend
     peak_rss_mb          VmHWM with 5 backends (2 cerebrum, 2 openai, 1 llama.cpp) after streams from each
 """
@@ -27,7 +19,6 @@ import argparse
 import asyncio
 import contextlib
 import json
-import logging
 import re
 import socket
 import statistics
@@ -36,19 +27,18 @@ import tempfile
 import time
 import timeit
 import urllib.request
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this folder, which has a fleet.py too
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from harness import ROOT, Daemon, daemon, program, wait_until
 from relay import HEAD, STREAM_HEAD, Target, chunk, percentile, receive
 
 PACE, TOKENS = 20, 64  # tokens/s of one stream, and how many it has
-STEPS = (60, 120, 180, 240)  # streams at a time; the Pi takes 256 connections, 128 of one address
-MAX_DELAY_MS, FULL_CPU = 50.0, 0.95
+STREAMS = 240
 LOADED = 2, 200, 512  # streams, tokens/s of each, tokens: for the CPU time of a token
 PATHS = {"cerebrum": "/v1/inference/stream", "openai": "/v1/completions", "llama.cpp": "/completion"}
 STAMP = re.compile(rb" (\d{10,})")
@@ -150,18 +140,11 @@ def run_paced(target: Target, path: str, streams: int, pace: int, count: int) ->
     return delays, used / (streams * count) / 1000, used / passed
 
 
-def relayed(direct: Target, target: Target) -> dict[str, Any]:
-    """The largest of STEPS that the target relays, and why not more."""
-    told: dict[str, Any] = {"streams": 0}
-    for streams in STEPS:
-        plain, _, _ = run_paced(direct, PATHS["cerebrum"], streams, PACE, TOKENS)
-        delays, us, share = run_paced(target, "/v1/complete/stream", streams, PACE, TOKENS)
-        added = (percentile(delays, 0.95) - percentile(plain, 0.95)) / 1000
-        if share > FULL_CPU or added > MAX_DELAY_MS:
-            return told | {"stopped_by": "cpu" if share > FULL_CPU else "delay"}
-        told = {"streams": streams, "cpu_share": round(share, 2), "added_ms_p95": round(added, 2)}
-        told["cpu_us_per_token"] = round(us, 1)
-    return told | {"stopped_by": "connections"}
+def relayed(direct: Target, target: Target) -> dict[str, float]:
+    plain, _, _ = run_paced(direct, PATHS["cerebrum"], STREAMS, PACE, TOKENS)
+    delays, us, share = run_paced(target, "/v1/complete/stream", STREAMS, PACE, TOKENS)
+    added = (percentile(delays, 0.95) - percentile(plain, 0.95)) / 1000
+    return {"cpu_share": round(share, 2), "added_ms_p95": round(added, 2), "cpu_us_per_token": round(us, 1)}
 
 
 def measure_daemons(folder: Path, python: str, rounds: int) -> dict[str, Any]:
@@ -193,87 +176,33 @@ def measure_daemons(folder: Path, python: str, rounds: int) -> dict[str, Any]:
 # ----------------------------------------------------------------------------------------- in this process
 
 
-def routing(count: int) -> tuple[float, float]:
-    """Microseconds to choose one of `count` backends, and to take a place there and give it back."""
+def routing(count: int) -> float:
+    """Microseconds to choose one of `count` backends."""
     from scripted import backend_at
 
     from cerebrum.pi.completion import Completion
     from cerebrum.pi.dialects import CompletionRequest
-    from cerebrum.pi.dispatcher import Assign, decide
+    from cerebrum.pi.dispatcher import decide
     from cerebrum.settings import load_catalog
-    from cm4d import Config, Gateway, read_completion, session_of
+    from cm4d import Config, Gateway, read_completion
 
     models = load_catalog(ROOT / "models.toml").models
     gateway = Gateway(Config(tuple(backend_at(1, f"b{n}") for n in range(count)), models))
     for one in gateway.fleet.backends:
         one.models, one.breaker.trouble = {"qwen_0_5b": {"n_ctx": 4096}}, ""
-    fields = read_completion({"prompt": "def f():\n" * 50, "language": "python", "session": "s"}, models)
-    request = CompletionRequest("", fields, session=session_of("127.0.0.1", "s"))
-    dispatcher, completion = gateway.dispatcher, Completion(request)
-
-    def take() -> None:
-        decision = decide(dispatcher.state, completion := Completion(request), time.monotonic())
-        assert isinstance(decision, Assign)
-        dispatcher._leave(dispatcher._assign(completion, decision.model, decision.backend))
-
-    take()
-    times = [
-        min(timeit.repeat(what, number=10_000, repeat=5)) * 100
-        for what in (lambda: decide(dispatcher.state, completion, time.monotonic()), take)
-    ]
-    return round(times[0], 2), round(times[1], 2)
-
-
-def simulate_fleet(clients: int) -> dict[str, Any]:
-    from fleet import simulate
-
-    logging.disable(logging.WARNING)  # thousands of lines
-    result = asyncio.run(simulate(clients))
-    logging.disable(logging.NOTSET)
-    whole = [outcome for outcome in result.outcomes if outcome.ended]
-    first = defaultdict(list)
-    for outcome in whole:
-        if outcome.to_first is not None:
-            first[outcome.way.name].append(int(outcome.to_first * 1e6))
-    asked, finished = (
-        Counter(engine for what, engine, _ in result.journal.entries if what == wanted)
-        for wanted in ("asked", "finished")
-    )
-    marks = Counter(mark for what, _, mark in result.journal.entries if what == "asked")
-    return {
-        "clients": clients,
-        "seconds": round(result.seconds, 2),
-        "answers_s": round(len(whole) / result.seconds, 1),
-        "first_token_ms": {
-            name: {f"p{share}": round(percentile(times, share / 100), 1) for share in (50, 95, 99)}
-            for name, times in sorted(first.items())
-        },
-        "retries": sum(count - 1 for count in marks.values()),
-        "told_429": sum(outcome.code == "RATE_LIMIT" for outcome in result.outcomes),
-        "failed": sum(outcome.code not in ("", "RATE_LIMIT") for outcome in result.outcomes),
-        "wrong": len(result.journal.faults),
-        "backends": {
-            id: {
-                "asked": asked[id],
-                "finished": finished[id],
-                "places": engine.plan.places,
-                "most": engine.most_running,
-            }
-            for id, engine in result.engines.items()
-        },
-    }
+    fields = read_completion({"prompt": "def f():\n" * 50, "language": "python"}, models)
+    state, completion = gateway.dispatcher.state, Completion(CompletionRequest("", fields, session="s"))
+    state.served[completion.request.file] = gateway.fleet.first
+    times = timeit.repeat(lambda: decide(state, completion, time.monotonic()), number=10_000, repeat=5)
+    return round(min(times) * 100, 2)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clients", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=3, help="of the CPU time of a token")
     parser.add_argument("--python", default=sys.executable, help="the Python that runs cm4d.py")
     options = parser.parse_args()
-    told = {"benchmark": "fleet", **simulate_fleet(options.clients)}
-    figures = {count: routing(count) for count in (1, 5, 20)}
-    told["routing_us"] = {count: choose for count, (choose, _) in figures.items()}
-    told["assign_us"] = {count: assign for count, (_, assign) in figures.items()}
+    told: dict[str, Any] = {"benchmark": "fleet", "routing_us": {count: routing(count) for count in (1, 5, 20)}}
     with tempfile.TemporaryDirectory() as folder:
         told |= measure_daemons(Path(folder), options.python, options.rounds)
     print(json.dumps(told))
