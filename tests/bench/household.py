@@ -1,9 +1,9 @@
 """What a guest's flood costs a family: someone types while others chat, with the daemons and real weights.
 
-    python tests/bench/household.py [--model qwen_0_5b] [--infills 16] [--rounds 2]
+    python tests/bench/household.py [--infills 16]
 
 A typist of the family asks for an infill every PAUSE_SECONDS, each in another file of the standard library. Beside it,
-in turns:
+in two turns each:
 
     quiet   one chat of the family at a time, with short questions and long answers
     flood   GUESTS chats of a guest at a time, of some 2,000 tokens each, nothing alike
@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import argparse
 import http.client
+import itertools
 import json
 import statistics
 import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from harness import KEY, MODELS, Daemon, daemon
 from servers import MODULES, inherited, words
 
-PAUSE_SECONDS, GUESTS = 1.5, 20
+PAUSE_SECONDS, GUESTS, TURNS = 1.5, 20, 2
+HOUSES = {"quiet": ("familys-key", 1, 50, 500), "flood": ("guests-key", GUESTS, 2000, 60)}  # key, chats, their tokens
 LIBRARY = Path(http.client.__file__).parents[1]
+NUMBER = itertools.count()
 
 
 def first_token(pi: Daemon, key: str, path: str, body: dict[str, Any]) -> tuple[int, float]:
@@ -47,40 +51,23 @@ def first_token(pi: Daemon, key: str, path: str, body: dict[str, Any]) -> tuple[
     return answer.status, first
 
 
-class Crowd:
-    """Chats of `asked` tokens with one key, `count` at a time, until the end of the context."""
-
-    def __init__(self, pi: Daemon, key: str, count: int, asked: int, answered: int) -> None:
-        self.pi, self.key, self.answers, self.number, self.ended = pi, key, 0, 0, threading.Event()
-        self.asked, self.answered = asked, answered
-        self.threads = [threading.Thread(target=self._chat) for _ in range(count)]
-
-    def _chat(self) -> None:
-        while not self.ended.is_set():
-            self.number += 1
-            text = f"{words(self.number, self.asked)}\nWrite a long story about these numbers."
-            body = {"messages": [{"role": "user", "content": text}], "max_tokens": self.answered}
-            status, _ = first_token(self.pi, self.key, "/v1/chat/completions", body)
-            self.answers += status == 200
-            if status != 200:
-                self.ended.wait(1.0)
-
-    def __enter__(self) -> Crowd:
-        for thread in self.threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.ended.set()
-        for thread in self.threads:
-            thread.join()
+def chat(pi: Daemon, ended: threading.Event, key: str, asked: int, answered: int) -> int:
+    """Chat again and again. Returns the number of answers."""
+    answers = 0
+    while not ended.is_set():
+        text = f"{words(next(NUMBER), asked)}\nWrite a long story about these numbers."
+        body = {"messages": [{"role": "user", "content": text}], "max_tokens": answered}
+        status, _ = first_token(pi, key, "/v1/chat/completions", body)
+        answers += status == 200
+        if status != 200:
+            ended.wait(1.0)
+    return answers
 
 
-def typed(pi: Daemon, start: int, count: int) -> list[float]:
+def typed(pi: Daemon, count: int) -> list[float]:
     times = []
-    for number in range(start, start + count):
-        source = (LIBRARY / f"{MODULES[number % len(MODULES)]}.py").read_text()
-        at = 1500 + 37 * number
+    for number in itertools.islice(NUMBER, count):
+        source, at = (LIBRARY / f"{MODULES[number % len(MODULES)]}.py").read_text(), 1500 + 37 * (number % 100)
         body = {"input_prefix": source[at - 1500 : at], "input_suffix": source[at : at + 500], "n_predict": 32}
         status, seconds = first_token(pi, "familys-key", "/infill", body)
         assert status == 200, status
@@ -91,12 +78,10 @@ def typed(pi: Daemon, start: int, count: int) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="qwen_0_5b")
     parser.add_argument("--infills", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=2)
     options = parser.parse_args()
     times: dict[str, list[float]] = {"quiet": [], "flood": []}
-    guest_answers, number = 0, 0
+    answers = 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "client-keys").write_text("family familys-key\nguest guests-key 1\n")
@@ -105,19 +90,18 @@ def main() -> None:
             url = f"http://127.0.0.1:{backend.port}"
             keys = {"CEREBRUM_CM4_KEYS_FILE": str(folder / "client-keys"), "CEREBRUM_API_KEY": KEY}
             with daemon("cm4d", folder / "pi", CEREBRUM_VPS_URL=url, **keys) as pi:
-                typed(pi, 1000, 2)  # loads the model
-                for _ in range(options.rounds):
-                    quiet, flood = ("familys-key", 1, 50, 500), ("guests-key", GUESTS, 2000, 60)
-                    for house, crowd_of in (("quiet", quiet), ("flood", flood)):
-                        with Crowd(pi, *crowd_of) as crowd:
-                            times[house] += typed(pi, number, options.infills // options.rounds)
-                            number += options.infills // options.rounds
-                        guest_answers += crowd.answers * (house == "flood")
+                typed(pi, 2)  # loads the model
+                for house, (key, count, *tokens) in [*HOUSES.items()] * TURNS:
+                    ended = threading.Event()
+                    with ThreadPoolExecutor(count) as pool:
+                        chats = [pool.submit(chat, pi, ended, key, *tokens) for _ in range(count)]
+                        times[house] += typed(pi, options.infills // TURNS)
+                        ended.set()
+                    answers += sum(one.result() for one in chats) * (house == "flood")
     told: dict[str, Any] = {}
     for house, seconds in times.items():
         told[house] = [round(statistics.median(seconds), 3), round(statistics.quantiles(seconds, n=10)[8], 3)]
-    told |= {"ratio": round(told["flood"][0] / told["quiet"][0], 2), "guest_answers": guest_answers}
-    print(json.dumps(told))
+    print(json.dumps(told | {"ratio": round(told["flood"][0] / told["quiet"][0], 2), "guest_answers": answers}))
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def decided(
     now: float = NOW,
     ahead: bool = False,
     guest: int = 0,
-    regular: float = math.inf,  # seconds since somebody else got a place
+    regular: float = 0,  # seconds since somebody else got a place; 0: nobody did
 ) -> str:
     """`model@backend`, `wait SECONDS`, or the code of a refusal."""
     fleet = Fleet()
@@ -78,7 +78,9 @@ def decided(
     for id, models in backends.items():
         known[id].models = {model: {} for model in models.split()}
         known[id].breaker = breaker(health.get(id, CLOSED))
-    state = State(fleet, editors={client: NOW - ago for client, ago in editors.items()}, regular=NOW - regular)
+    state = State(fleet, editors={client: NOW - ago for client, ago in editors.items()})
+    if regular:
+        state.regular = NOW - regular
     for place in (*running, *superseded):
         id, other_kind, client = (*place.split(), "")[:3]
         other = Completion(
@@ -201,6 +203,7 @@ GUEST = {"kind": "infill", "guest": 3}
         (GUEST | {"guest": 1, "running": ["a - me"]}, "wait 3.0"),
         (GUEST | {"guest": 1, "running": ["a - tom"]}, "big@b"),
         ({"guest": 1, "running": ["a - me"]}, "RATE_LIMIT"),
+        (GUEST | {"running": ["a - me", "a - tom", "b - me"]}, "big@b"),
         (GUEST | {"running": ["a - me", "a - tom", "b - me"], "regular": EDITOR_SECONDS}, "big@b"),
         (GUEST | {"running": ["a - me", "a - tom", "b - me"], "regular": 5}, "wait 3.0"),
         (GUEST | {"running": ["a - me", "a - tom", "b - you"], "regular": 5}, "big@b"),
