@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""How far one Pi goes with many backends: how long it chooses, and how many streams it relays.
+"""How far one Pi goes with many backends: how many streams it relays, and what they cost.
 
     python tests/bench/fleet.py [--rounds 3] [--python /usr/bin/python3]
 
@@ -8,7 +8,6 @@ natural end has to look at all of it. Prints one line of JSON:
 
     relayed              by the backends' API: the CPU's share and the added delay's p95 with 240 streams at a time of
                          20 tokens/s, a GPU's pace for one stream; the Pi takes 256 connections, 128 of one address
-    routing_us           of `decide`, by the number of backends
     *_cpu_us_per_token   of cm4d.py's process, for 2 streams of 200 tokens/s; `foreign` is of an `openai` backend
     peak_rss_mb          VmHWM with 5 backends (2 cerebrum, 2 openai, 1 llama.cpp) after streams from each
 """
@@ -25,7 +24,6 @@ import statistics
 import sys
 import tempfile
 import time
-import timeit
 import urllib.request
 from collections import defaultdict
 from collections.abc import Iterator
@@ -52,11 +50,6 @@ LISTED = {
 }
 
 
-def python_code(n: int) -> str:
-    """The n-th token of the body of a function. Each third of a line tells when it was sent."""
-    return ("    total", " +=", f" {time.monotonic_ns()}", "\n")[n % 4]
-
-
 def encode(path: str, text: str, n: int, reason: str | None = None) -> bytes:
     """An event with a token, or with the `reason` for the end."""
     if path == PATHS["openai"]:
@@ -79,7 +72,9 @@ async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
         start = now() + 0.2 + number / (pace * streams)  # the streams take turns
         for n in range(count):
             await asyncio.sleep(start + n / pace - now())
-            writer.write(encode(path, python_code(n), n + 1))
+            # The body of a function. Each third token of a line tells when it was sent.
+            code = ("    total", " +=", f" {time.monotonic_ns()}", "\n")[n % 4]
+            writer.write(encode(path, code, n + 1))
         writer.write(encode(path, "", count, "stop") + b"0\r\n\r\n")
     else:
         told = json.dumps(LISTED).encode()
@@ -87,13 +82,10 @@ async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
     writer.close()
 
 
-def backend() -> None:
-    async def main() -> None:
-        server = await asyncio.start_server(answer, "127.0.0.1", 0, backlog=512)
-        print(f"listening on http://127.0.0.1:{server.sockets[0].getsockname()[1]}", flush=True)
-        await server.serve_forever()
-
-    asyncio.run(main())
+async def backend() -> None:
+    server = await asyncio.start_server(answer, "127.0.0.1", 0, backlog=512)
+    print(f"listening on http://127.0.0.1:{server.sockets[0].getsockname()[1]}", flush=True)
+    await server.serve_forever()
 
 
 # ------------------------------------------------------------------------------------- the real daemon
@@ -147,7 +139,7 @@ def relayed(direct: Target, target: Target) -> dict[str, float]:
     return {"cpu_share": round(share, 2), "added_ms_p95": round(added, 2), "cpu_us_per_token": round(us, 1)}
 
 
-def measure_daemons(folder: Path, python: str, rounds: int) -> dict[str, Any]:
+def measure(folder: Path, python: str, rounds: int) -> dict[str, Any]:
     result: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:
         command = [sys.executable, __file__, "backend"]
@@ -173,43 +165,14 @@ def measure_daemons(folder: Path, python: str, rounds: int) -> dict[str, Any]:
     return result
 
 
-# ----------------------------------------------------------------------------------------- in this process
-
-
-def routing(count: int) -> float:
-    """Microseconds to choose one of `count` backends."""
-    from scripted import backend_at
-
-    from cerebrum.pi.completion import Completion
-    from cerebrum.pi.dialects import CompletionRequest
-    from cerebrum.pi.dispatcher import decide
-    from cerebrum.settings import load_catalog
-    from cm4d import Config, Gateway, read_completion
-
-    models = load_catalog(ROOT / "models.toml").models
-    gateway = Gateway(Config(tuple(backend_at(1, f"b{n}") for n in range(count)), models))
-    for one in gateway.fleet.backends:
-        one.models, one.breaker.trouble = {"qwen_0_5b": {"n_ctx": 4096}}, ""
-    fields = read_completion({"prompt": "def f():\n" * 50, "language": "python"}, models)
-    state, completion = gateway.dispatcher.state, Completion(CompletionRequest("", fields, session="s"))
-    state.served[completion.request.file] = gateway.fleet.first
-    times = timeit.repeat(lambda: decide(state, completion, time.monotonic()), number=10_000, repeat=5)
-    return round(min(times) * 100, 2)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="of the CPU time of a token")
     parser.add_argument("--python", default=sys.executable, help="the Python that runs cm4d.py")
     options = parser.parse_args()
-    told: dict[str, Any] = {"benchmark": "fleet", "routing_us": {count: routing(count) for count in (1, 5, 20)}}
     with tempfile.TemporaryDirectory() as folder:
-        told |= measure_daemons(Path(folder), options.python, options.rounds)
-    print(json.dumps(told))
+        print(json.dumps({"benchmark": "fleet", **measure(Path(folder), options.python, options.rounds)}))
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["backend"]:
-        backend()
-    else:
-        main()
+    asyncio.run(backend()) if sys.argv[1:2] == ["backend"] else main()
