@@ -26,7 +26,7 @@ from cerebrum.pi import engines, upstream
 from cerebrum.pi import fleet as pi_fleet
 from cerebrum.pi.backend import find_models
 from cerebrum.pi.dialects import APIS, OPENAI_TEXT, Wanted, read_overflow, read_props
-from cerebrum.pi.engines import Characters, Translator
+from cerebrum.pi.engines import Translator
 from cerebrum.pi.upstream import BackendFailure, Endpoint, Events, engine_refusal, read_backends
 from cerebrum.settings import ConfigError, Environment, load_catalog
 from cerebrum.vps.fetch import choose
@@ -66,7 +66,6 @@ def test_a_table() -> None:
     ("tables", "says"),
     [
         ([7], "backend 1: expected a table, got 7"),
-        ([{}], "backend 1: id: expected a string of the form "),
         ([{"id": "a b"}], "backend 1: id: expected a string of the form "),
         ([{"id": "a"}], "backend 1: url: expected a string, got nothing"),
         (
@@ -144,11 +143,9 @@ def test_what_an_engine_is_asked(api: str, kind: str, asked: dict[str, Any], fim
     assert getattr(APIS[api], kind).write(Wanted(asked, "org/M", fim)) == body
 
 
-def test_an_answer_must_fit_into_the_context_and_a_suffix_may_come_first() -> None:
+def test_an_answer_must_fit_into_the_context() -> None:
     assert OPENAI_TEXT.write(Wanted(ASKED, "m", room=50))["max_tokens"] == 50
     assert OPENAI_TEXT.write(Wanted(ASKED, "m", room=-50))["max_tokens"] == 1
-    wanted = Wanted(ASKED | {"suffix": "after"}, "m", ("[PREFIX]", "[SUFFIX]", ""), layout="spm")
-    assert OPENAI_TEXT.write(wanted)["prompt"] == f"[SUFFIX]after[PREFIX]{ASKED['prompt']}"
 
 
 LONG_MESSAGE = "This model's maximum context length is 512 tokens. However, you requested 900 tokens (800 in …)."
@@ -254,32 +251,25 @@ ONE = text_chunk("1", "stop")
 IN_FILE = {"prompt": "def add(a, b):\n", "language": "python"}
 SAYING = {"messages": SAID[:1], "stop_at": "none"}
 COUNTED = {"prompt_tokens": 9, "cached_tokens": 4, "ttft": 0.25, "tokens_per_second": 20.0}
+LENGTH: dict[str, Any] = {"finish_reason": "length", "total_tokens": 2}
+NINE = {"prompt_tokens": 9, "total_tokens": 3}
 STREAMS = {
     "vLLM's text with its usage": stream(
-        text_chunk("1"), text_chunk(" + 2", "stop"), USAGE, END, text="1 + 2", prompt_tokens=9, total_tokens=3
+        text_chunk("1"), text_chunk(" + 2", "stop"), USAGE, END, text="1 + 2", **NINE
     ),
-    "a text that its limit cuts": stream(
-        text_chunk("1"), text_chunk(" + 2", "length"), END, text="1 + 2", finish_reason="length", total_tokens=2
-    ),
+    "a text that its limit cuts": stream(text_chunk("1"), text_chunk("2", "length"), END, text="12", **LENGTH),
     "no [DONE]": stream(text_chunk("1", "eos_token")),
     "no blank line at its end": stream((ONE + END)[:-2]),
-    "odd counts": stream(
-        text_chunk("1", "stop", usage={"prompt_tokens": -1, "completion_tokens": "3", "prompt_tokens_details": None})
-    ),
+    "odd counts": stream(text_chunk("1", "stop", usage={"prompt_tokens": -1, "completion_tokens": "3"})),
     "nulls and members of other types": stream(
         data({"choices": None, "error": None}), data({"choices": [7]}), data({"choices": [{}]}), text_chunk("1"),
         data({"choices": [{"text": None, "finish_reason": "stop"}], "usage": None}),
     ),
     "comments and events that nobody knows": stream(b": ping\n\nevent: x\nid: 1\n\n", data({"news": 1}), ONE),
-    "more than was asked for": stream(
-        *map(text_chunk, "1234"), text="12", asked={"max_tokens": 2}, finish_reason="length", total_tokens=2
-    ),
-    "an empty count behind the real one": stream(
-        ONE, USAGE, data({"choices": [], "usage": None}), END, prompt_tokens=9, total_tokens=3
-    ),
-    "numbers that nobody can count": stream(
-        llama_chunk("1", 1, timings=TIMINGS | {"prompt_ms": 10**400}), data(LAST),
-        prompt_tokens=9, total_tokens=2,
+    "more than was asked for": stream(*map(text_chunk, "1234"), text="12", asked={"max_tokens": 2}, **LENGTH),
+    "an empty count behind the real one": stream(ONE, USAGE, data({"choices": [], "usage": None}), END, **NINE),
+    "huge numbers": stream(
+        llama_chunk("1", 1, timings=TIMINGS | {"prompt_ms": 10**400}), data(LAST), prompt_tokens=9, total_tokens=2
     ),
     "no text at all": stream(text_chunk("", "stop"), END, text="", total_tokens=0),
     "the natural end": stream(
@@ -289,30 +279,30 @@ STREAMS = {
         text_chunk("2, 3"), text_chunk("]\ny = 2"), text_chunk("\n"), text="2, 3", total_tokens=3,
         asked={"prompt": "x = [1, ", "suffix": "]\ny = 2\n", "mode": "infill", "language": "python"},
     ),
-    "a stop string over two events": stream(
-        text_chunk("1E"), text_chunk("ND2"), asked={"stop": ["END"]}, total_tokens=2
-    ),
+    "a stop over two events": stream(text_chunk("1E"), text_chunk("ND2"), asked={"stop": ["END"]}, total_tokens=2),
     "a mark that leaks": stream(text_chunk("1<|end"), text_chunk("oftext|>Human:"), total_tokens=2),
     "a mark that the prompt has, too": stream(
-        text_chunk(" '<|endoftext|>'", "stop"),
-        text=" '<|endoftext|>'", asked={"prompt": "end = '<|endoftext|>'\nx ="},
+        text_chunk(" '<|im_end|>'", "stop"), text=" '<|im_end|>'", asked={"prompt": "end = '<|im_end|>'\nx ="}
     ),
     "a character in two events": stream(
         text_chunk("a"), b'data: {"choices": [{"text": "\xe2\x82"}]}\n\n',
         b'data: {"choices": [{"text": "\xac"}]}\n\n', text_chunk("b", "stop"), text="a\u20acb", total_tokens=4,
     ),
-    "half of a surrogate pair in each of two events": stream(
+    "half of a character": stream(
+        b'data: {"choices": [{"text": "\xe2"}]}\n\n', text_chunk("x", "stop"), text="\ufffdx", total_tokens=2
+    ),
+    "a surrogate pair": stream(text_chunk("\ud83d\udc80"), text_chunk("", "stop"), text="\U0001f480"),
+    "half of one in each of two events": stream(
         text_chunk("\ud83d"), text_chunk("\ude00", "stop"), text="\U0001f600", total_tokens=2
     ),
+    "half of one": stream(text_chunk("\ude00x", "stop"), text="\ufffdx"),
     "a chat": stream(
         chat_chunk(role="assistant", content=""), chat_chunk(content="Hi"), chat_chunk(content="!"),
-        chat_chunk("stop"), USAGE, END,
-        text="Hi!", asked=SAYING, prompt_tokens=9, total_tokens=3,
+        chat_chunk("stop"), USAGE, END, text="Hi!", asked=SAYING, **NINE,
     ),
     "the code of an instruction alone": stream(
         chat_chunk(content="Here you are:\n\n```py"), chat_chunk(content="thon\nx = 1\n``"),
-        chat_chunk(content="`\nBye"), chat_chunk(content="."),
-        text="x = 1\n", total_tokens=3,
+        chat_chunk(content="`\nBye"), chat_chunk(content="."), text="x = 1\n", total_tokens=3,
         asked={"messages": SAID, "mode": "instruct", "language": "python"},
     ),
     "a chat in one piece": stream(
@@ -320,12 +310,11 @@ STREAMS = {
         text="Hi", asked=SAYING, prompt_tokens=3,
     ),
     "llama-server": stream(
-        llama_chunk("1", 1), llama_chunk("2", 2), data({**LAST, "timings": TIMINGS}),
-        text="12", total_tokens=2, **COUNTED,
+        llama_chunk("1", 1), llama_chunk("2", 2), data({**LAST, "timings": TIMINGS}), text="12", total_tokens=2,
+        **COUNTED,
     ),
     "llama-server at its limit": stream(
-        llama_chunk("1", 1), data(LAST | {"stop_type": "limit"}),
-        finish_reason="length", prompt_tokens=9, total_tokens=2,
+        llama_chunk("1", 1), data(LAST | {"stop_type": "limit"}), **LENGTH, prompt_tokens=9
     ),
     "llama-server before its end": stream(
         *(llama_chunk(piece, n, timings=TIMINGS | {"predicted_n": n}) for n, piece in enumerate(PIECES, 1)),
@@ -402,24 +391,6 @@ def test_progress_is_passed_on_if_asked_for() -> None:
     assert list(Translator(BASE, []).feed(event, 0.0)) == []
 
 
-@pytest.mark.parametrize(
-    ("pieces", "text"),
-    [
-        (["a", "b"], "ab"),
-        (["\udce2\udc82", "\udcac"], "\u20ac"),
-        (["\udce2", "\udc82\udcac."], "\u20ac."),
-        (["\udce2", "x"], "\ufffdx"),
-        (["\ud83d", "\ude00"], "\U0001f600"),
-        (["\ud83d\ude00", ""], "\U0001f600"),
-        (["\ud83d\udc80"], "\U0001f480"),  # its second half looks like a byte
-        (["\ude00x"], "\ufffdx"),
-    ],
-)
-def test_characters_that_an_engine_has_cut(pieces: list[str], text: str) -> None:
-    characters = Characters()
-    assert "".join(map(characters.feed, pieces)) == text
-
-
 # ------------------------------------------------------------------------------- engines behind a real gateway
 
 LISTED = answer(200, {"object": "list", "data": [{"id": "qwen_0_5b", "max_model_len": 2048}]})
@@ -480,24 +451,6 @@ async def test_a_fault_before_the_first_token(script: Any, part: str, counted: b
         assert "boom" not in reply.json["message"]
         assert len(backend.completions) == 1
         assert pi.gateway.fleet.first.breaker.failures == int(counted)
-
-
-@pytest.mark.parametrize(
-    ("rest", "part"),
-    [
-        ([chunk(data({"error": "boom"})), b"0\r\n\r\n"], "it reported an error"),
-        ([b"0\r\n\r\n"], "without saying that it is done"),
-        ([RESET], "the connection broke"),
-    ],
-)
-async def test_a_fault_after_the_first_token(rest: Any, part: str) -> None:
-    script = [CHUNKED, chunk(text_chunk("1")), *rest]
-    async with Backend([script], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
-        reply = await pi.stream()
-        token, error = reply.events
-        assert (token, error["code"], reply.clean) == ({"token": "1", "total_tokens": 1}, "VPS_UNAVAILABLE", False)
-        assert part in error["message"]
-        assert len(backend.completions) == 1
 
 
 async def test_an_engine_at_work_is_probed_only_if_its_breaker_is_open(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,6 +62,7 @@ def decided(
     prefer: Mapping[str, Sequence[str]] = {},
     session: str = "",
     language: str = "python",
+    mode: str = "complete",
     model: str | None = None,
     asked: float = NOW,
     in_line: bool = False,
@@ -90,7 +91,7 @@ def decided(
         attempt = Attempt(other, id, "big", known[id].breaker.admit(NOW))
         attempt.reason = SUPERSEDED if place in superseded else ""
         state.places[attempt] = known[id]
-    fields = {"language": language, "mode": "complete", "model": model, "filename": "f.py"}
+    fields = {"language": language, "mode": mode, "model": model, "filename": "f.py"}
     completion = Completion(CompletionRequest(kind, fields, client="me", session=session, ahead=ahead, guest=guest))
     completion.requested = asked
     for id, name, error in attempts:
@@ -108,6 +109,7 @@ def decided(
 TOO_MANY, MISSING = HttpError("RATE_LIMIT", "busy"), HttpError("MODEL_LOAD_FAILED", "no file")
 TWO = ["a -", "a -"]
 FULL = [*TWO, "b -", "b -"]
+APART = {"a": "big", "b": "small"}
 ALONE = {"kind": "infill", "backends": {"a": "big"}}
 PATIENCE = WAIT_SECONDS["infill"]
 GUESTS = ("me", "tom")  # where `guest` is given
@@ -124,8 +126,13 @@ GUEST = {"kind": "infill", "guest": 3}
         ({"kind": "infill", "language": "cobol"}, "big@a"),
         ({"model": "small"}, "small@a"),
         ({"prefer": {"complete": ["small"]}}, "small@a"),
+        ({"mode": "infill", "prefer": {"infill": ["small"]}}, "small@a"),
+        ({"mode": "chat", "language": "", "prefer": {"instruct": ["small"]}}, "small@a"),
+        ({"prefer": {"infill": ["small"], "instruct": ["small"]}}, "big@a"),
+        ({"language": "rust", "prefer": {"complete": ["big"]}}, "small@a"),
         ({"backends": {"a": "small", "b": "big"}}, "big@b"),
         ({"backends": {"a": "small", "b": "big"}, "running": ["b -", "b -"]}, "small@a"),
+        ({"kind": "infill", "language": "rust", "backends": {"a": "big"}}, "big@a"),
         ({"backends": {"a": "small", "b": "small"}, "api": {"a": "openai"}, "model": "big"}, "big@b"),
         ({"backends": {"a": "small"}, "api": {"a": "openai"}, "model": "big"}, "MODEL_NOT_FOUND"),
         # The least busy backend, or the one that has read the file.
@@ -149,6 +156,7 @@ GUEST = {"kind": "infill", "guest": 3}
         ({"kind": "chat", "running": ["a chat", "a completion", "b chat"], "editors": {"me": 5}}, "wait 30.0"),
         ({"kind": "chat", "running": ["a chat", "a infill", "b -"], "editors": {"you": 5}}, "big@b"),
         ({"kind": "chat", "running": ["a chat", "a chat", "b chat"], "editors": {"you": EDITOR_SECONDS}}, "big@b"),
+        ({"kind": "chat", "running": TWO, "editors": {"you": 5}, "backends": APART, "model": "small"}, "small@b"),
         ({"running": ["a chat", "a chat", "b chat"], "editors": {"you": 5}}, "big@b"),
         ({"kind": "infill", "running": ["a chat", "a chat", "b chat"], "editors": {"you": 5}}, "big@b"),
         ({"kind": "infill", "running": ["a infill me"] * 2 + ["b infill me"], "editors": {"you": 5}}, "wait 3.0"),
@@ -196,6 +204,7 @@ GUEST = {"kind": "infill", "guest": 3}
         ({"kind": "infill", "ahead": True, "served": "a", "running": ["a -"], "health": {"b": TROUBLE}}, "wait inf"),
         ({"kind": "infill", "ahead": True, "health": {"a": HALF_OPEN, "b": OPEN}}, "wait inf"),
         ({"kind": "infill", "ahead": True, "api": {"a": "openai"}}, "big@b"),
+        ({"kind": "infill", "ahead": True, "api": {"a": "llama.cpp"}}, "big@a"),
         ({"kind": "infill", "ahead": True, "api": {"a": "openai", "b": "openai"}}, "VPS_UNAVAILABLE"),
         # A guest has so many places, and only what the others leave: nobody else waits, and one place stays free.
         (GUEST, "big@a"),
