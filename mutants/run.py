@@ -32,7 +32,7 @@ PI = "tests/pi/test_routing.py tests/pi/test_editors.py tests/pi/test_household.
 # The tests that know each file. The first that fails ends the run, so the quickest come first.
 ROOMS = {
     "cerebrum/http.py": "tests/test_http.py tests/test_wire.py",
-    "cerebrum/pi/dispatcher.py": f"tests/pi/test_dispatcher.py {PI} tests/pi/test_cm4d.py tests/pi/test_fleet.py",
+    "cerebrum/pi/dispatcher.py": f"tests/pi/test_dispatcher.py {PI} tests/pi/test_cm4d.py tests/pi/test_backends.py",
     "cerebrum/pi/broadcast.py": PI,
     "cerebrum/pi/upstream.py": "tests/pi/test_upstream.py tests/pi/test_engines.py tests/pi/test_cm4d.py",
     "cerebrum/pi/dialects.py": "tests/pi/test_dialects.py tests/pi/test_engines.py tests/pi/test_routing.py",

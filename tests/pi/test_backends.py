@@ -565,6 +565,7 @@ async def test_a_list_that_is_not_strict_and_an_engine_that_asks_for_patience() 
     whole = head(200, f"Content-Length: {len(listed)}", "Content-Encoding: identity", kind="application/json") + listed
     async with Backend([VLLM], models=whole) as backend, pi_for(engine(backend.port)) as pi:
         assert (await pi.complete()).status == 200
+        assert "that a backend has (qwen_0_5b), got" in (await pi.complete(model="qwen_7b")).json["message"]
         backend.models = answer(429, {})
         await pi.gateway.fleet.first.probe()
         assert pi.gateway.fleet.available
@@ -582,10 +583,7 @@ async def test_a_list_that_is_not_strict_and_an_engine_that_asks_for_patience() 
 )
 async def test_the_length_of_the_context(api: str, told: dict[str, Any], table: dict[str, Any], n_ctx: int) -> None:
     props = answer(200, {"default_generation_settings": {"n_ctx": 512}})
-    async with (
-        Backend(models=listing(**told), props=props) as backend,
-        pi_for(engine(backend.port, api, **table)) as pi,
-    ):
+    async with Backend(models=listing(**told), props=props) as vps, pi_for(engine(vps.port, api, **table)) as pi:
         assert pi.gateway.fleet.n_ctx("qwen_0_5b") == n_ctx
 
 

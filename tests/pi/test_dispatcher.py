@@ -183,6 +183,7 @@ GUEST = {"kind": "infill", "guest": 3}
         ({"attempts": [("a", "big", MISSING)], "backends": {"a": "big small"}, "model": "big"}, "MODEL_LOAD_FAILED"),
         ({"attempts": [("a", "big", MISSING), ("b", "big", FAILED)], "model": "big"}, "MODEL_LOAD_FAILED"),
         ({"attempts": [("a", "big", FAILED)], "running": ["b -", "b -"]}, "VPS_UNAVAILABLE"),
+        ({"attempts": [("a", "big", FAILED)], "running": ["b -", "b -"], "kind": "infill"}, f"wait {PATIENCE}"),
         # A 429 is final for our own API, and a pause for a dialect.
         ({"attempts": [("a", "big", TOO_MANY)], "backends": {"a": "big"}}, "RATE_LIMIT"),
         ({"attempts": [("a", "big", TOO_MANY)], "kind": "infill"}, "big@b"),
