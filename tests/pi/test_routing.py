@@ -32,6 +32,8 @@ from scripted import (
 
 from cerebrum.pi import breaker, completion
 from cerebrum.pi import fleet as pi_fleet
+from cerebrum.pi.completion import Completion
+from cerebrum.pi.dialects import CompletionRequest
 from cerebrum.pi.upstream import BackendConfig, parse_url
 from cerebrum.settings import ConfigError
 
@@ -137,6 +139,19 @@ async def test_a_full_backend_is_passed_over_and_full_ones_refuse_or_let_wait() 
                 waiting = asyncio.create_task(pi.ask("POST", "/infill", INFILL))
                 await until(lambda: len(pi.gateway.dispatcher.state.line) == 1)
             assert (await waiting).json["content"] == "b"
+
+
+async def test_a_client_that_leaves_as_it_gets_its_place_gives_it_back() -> None:
+    one = Backend([HANGING])
+    async with fleet(one, places=(1,)) as pi:
+        state, asked = pi.gateway.dispatcher.state, {"model": "qwen_0_5b", "filename": ""}
+        async with running(pi, one):
+            entering = asyncio.create_task(pi.gateway.dispatcher.enter(Completion(CompletionRequest("chat", asked))))
+            await until(lambda: state.line)
+            (called,) = state.line.values()
+            called.add_done_callback(lambda _: entering.cancel())
+        await asyncio.wait([entering])
+        assert (entering.cancelled(), state.places) == (True, {})
 
 
 async def test_each_gets_its_own_key_alone_and_none_with_health() -> None:
