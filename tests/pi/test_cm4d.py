@@ -11,21 +11,7 @@ from typing import Any
 
 import pytest
 from harness import KEY, PATIENCE, ROOT, Client, Reply, daemon, run_to_the_end, until
-from scripted import (
-    CHUNKED,
-    GOOD,
-    HANG,
-    MODELS,
-    Backend,
-    Flood,
-    answer,
-    chunk,
-    error,
-    head,
-    open_breaker,
-    pi_for,
-    token,
-)
+from scripted import CHUNKED, GOOD, HANG, Backend, Flood, answer, chunk, error, head, open_breaker, pi_for, token
 
 from cerebrum.pi import fleet as pi_fleet
 from cerebrum.pi.upstream import BackendConfig, Endpoint
@@ -209,7 +195,7 @@ async def test_keys_that_do_not_match_are_not_healthy(monkeypatch: pytest.Monkey
             assert (reply.status, reply.json["code"], reply.json["message"]) == (503, "VPS_UNAVAILABLE", words)
         assert health.json["status"] == "unhealthy"
         assert pi.gateway.fleet.first.breaker.failures == 0
-        backend.models = answer(200, MODELS)
+        backend.models = present("qwen_0_5b")
         await until(lambda: pi.gateway.fleet.available)
         assert (await pi.complete()).status == 200
 

@@ -14,16 +14,7 @@ from scripted import backend_at
 from cerebrum.pi.breaker import Breaker
 from cerebrum.pi.completion import SUPERSEDED, WAIT_SECONDS, Attempt, Completion
 from cerebrum.pi.dialects import CompletionRequest
-from cerebrum.pi.dispatcher import (
-    BUSY_SECONDS,
-    EDITOR_SECONDS,
-    MAX_BUSY_SECONDS,
-    Assign,
-    State,
-    Wait,
-    decide,
-    whose_turn,
-)
+from cerebrum.pi.dispatcher import BUSY_SECONDS, EDITOR_SECONDS, Assign, State, Wait, decide, whose_turn
 from cerebrum.pi.fleet import Fleet
 from cerebrum.pi.upstream import BackendFailure
 from cerebrum_common import HttpError, Model
@@ -188,7 +179,7 @@ GUEST = {"kind": "infill", "guest": 3}
         ({"attempts": [("a", "big", TOO_MANY)], "backends": {"a": "big"}}, "RATE_LIMIT"),
         ({"attempts": [("a", "big", TOO_MANY)], "kind": "infill"}, "big@b"),
         ({"attempts": [("a", "big", TOO_MANY), ("b", "big", TOO_MANY)], "kind": "infill"}, f"wait {2 * BUSY_SECONDS}"),
-        (ALONE | {"attempts": [("a", "big", TOO_MANY)] * 9}, f"wait {MAX_BUSY_SECONDS}"),
+        (ALONE | {"attempts": [("a", "big", TOO_MANY)] * 9}, "wait 1.0"),
         (ALONE | {"attempts": [("a", "big", TOO_MANY)], "now": NOW + 0.11}, "big@a"),
         ({"attempts": [("a", "big", TOO_MANY)], "kind": "infill", "running": ["b -", "b -"]}, f"wait {BUSY_SECONDS}"),
         (ALONE | {"attempts": [("a", "big", TOO_MANY)] * 9, "asked": NOW - 2.5}, "RATE_LIMIT"),

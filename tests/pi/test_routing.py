@@ -15,7 +15,6 @@ from harness import KEY, until
 from scripted import (
     CHUNKED,
     DONE,
-    GOOD,
     HANG,
     RESET,
     Backend,
@@ -63,7 +62,7 @@ async def fleet(*backends: Backend, places: Sequence[int] = (), **config: Any) -
         configs = []
         for number, backend in enumerate(backends):
             name = "abcdef"[number]
-            if tuple(backend.scripts) == (GOOD,):
+            if backend.scripts == Backend.scripts:
                 backend.scripts = [script(name)]
             await stack.enter_async_context(backend)
             limit = places[number] if places else 2
