@@ -86,6 +86,8 @@ def test_a_good_health_means_nothing_to_other_states(breaker: Breaker):
 
 def test_a_token_of_the_only_trial_closes_it_and_forgets_the_pause():
     breaker = half_open()
+    breaker.admit(5.0).left()
+    assert (breaker.state, breaker.admits) == ("half-open", True)
     trial = breaker.admit(5.0)
     assert not breaker.admits
     trial.succeeded(5.5)
@@ -108,12 +110,6 @@ def test_failed_trials_double_the_pause_up_to_a_minute():
         assert breaker.state == "open"
     assert pauses == [5, 10, 20, 40, MAX_OPEN_SECONDS, MAX_OPEN_SECONDS]
     assert breaker.opens == 7
-
-
-def test_a_trial_whose_client_leaves_makes_room_for_the_next():
-    breaker = half_open()
-    breaker.admit(5.0).left()
-    assert (breaker.state, breaker.admits) == ("half-open", True)
 
 
 def test_an_overdue_trial_has_failed_at_the_next_probe_and_looking_changes_nothing():

@@ -358,15 +358,6 @@ async def test_which_model_answers(models: bytes, asked: dict[str, Any], model: 
         assert (await pi.complete(**asked)).json["model"] == backend.completions[0]["model"] == model
 
 
-async def test_preferences_of_the_dialects():
-    async with Backend(models=ALL) as backend, pi_for(backend.port, prefer=PREFER) as pi:
-        infill = {"input_prefix": "def f(:", "input_suffix": "x", "n_predict": 5}
-        assert (await pi.ask("POST", "/infill", infill)).json["model"] == "qwen_0_5b"
-        chat = {"messages": [{"role": "user", "content": "a"}]}
-        assert (await pi.ask("POST", "/v1/chat/completions", chat)).json["model"] == "codellama_7b"
-        assert (await pi.ask("POST", "/v1/completions", {"prompt": "a"})).json["model"] == "qwen_7b"
-
-
 @pytest.mark.parametrize(("filename", "language"), [("a.rs", "rust"), ("A.java", "java"), ("a.unheard-of", None)])
 async def test_a_dialect_never_fails_for_its_language(filename: str, language: str | None):
     """The VPS has one model, which does not list Rust."""

@@ -182,15 +182,6 @@ async def test_the_best_model_that_some_backend_has() -> None:
             assert (await pi.complete(model="qwen_1_5b")).status == 429, "a model that is asked for is not replaced"
 
 
-async def test_a_model_that_nobody_has_is_explained_by_a_backend_of_ours() -> None:
-    missing = error(404, "MODEL_NOT_FOUND", "model qwen_7b: the file is missing")
-    one, two = Backend([[missing]]), Backend([[missing]])
-    async with fleet(one, two) as pi:
-        reply = await pi.complete(model="qwen_7b")
-        assert (reply.status, reply.json["message"]) == (404, "model qwen_7b: the file is missing")
-        assert len(one.completions) == len(two.completions) == 1
-
-
 # ------------------------------------------------------------------------------------------------ failures
 
 FAILURES: dict[str, list[Any]] = {
