@@ -402,7 +402,7 @@ async def test_a_request_stops_what_its_own_backend_reads_ahead_and_no_other() -
         one.left.clear()
         config = pi.gateway.config
         pi.gateway.reconfigure(dataclasses.replace(config, backends=config.backends[1:]))
-        await one.left.wait()
+        await until(one.left.is_set, seconds=20)  # less than IDLE_SECONDS
 
 
 # ------------------------------------------------------------------------------------------- new settings
