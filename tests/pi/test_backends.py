@@ -509,7 +509,6 @@ async def test_an_engine_that_makes_no_progress_for_too_long_has_failed(
 async def test_an_engine_that_thinks_or_is_silent_is_not_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Meanwhile its client gets comments, which keep the connection alive: before the head, which comes once the prompt
     has been read, between thoughts, and before the text."""
-    monkeypatch.setattr(engines, "READING_SECONDS", 0.2)
     monkeypatch.setattr(engines, "ALIVE_SECONDS", 0.02)
     thought, gates = chunk(chat_chunk(reasoning_content="hm")), [asyncio.Event() for _ in range(12)]
     steps = [step for gate in gates[1:] for step in (gate.wait, thought)]
@@ -520,6 +519,7 @@ async def test_an_engine_that_thinks_or_is_silent_is_not_given_up(monkeypatch: p
         reader, writer = await pi.open("POST", "/v1/complete/stream", body)
         for gate in gates:
             await reader.readuntil(b"\n\n\r\n")  # a comment
+            monkeypatch.setattr(engines, "READING_SECONDS", 0.2)  # less than the thoughts take together
             gate.set()
         assert b'"token": "x = 1' in await reader.read()
         writer.close()

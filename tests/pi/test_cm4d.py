@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from harness import KEY, PATIENCE, ROOT, Client, Reply, daemon, run_to_the_end, until
-from scripted import CHUNKED, GOOD, HANG, Backend, Flood, answer, chunk, error, head, open_breaker, pi_for, token
+from scripted import CHUNKED, DONE, GOOD, HANG, Backend, Flood, answer, chunk, error, head, open_breaker, pi_for, token
 
 from cerebrum.pi import fleet as pi_fleet
 from cerebrum.pi.upstream import BackendConfig, Endpoint
@@ -132,13 +132,14 @@ def test_an_empty_prompt_is_allowed_beside_a_suffix_or_an_instruction(more: dict
 
 async def test_complete_has_the_fields_of_the_text_and_the_vps():
     silent = [CHUNKED, chunk(token("h\u00e9\U0001f600", 1)), chunk(b'data: {"done": true}\n\n'), b"0\r\n\r\n"]
-    async with Backend([GOOD, silent]) as backend, pi_for(backend.port) as pi:
+    told = [*GOOD[:3], chunk(DONE.replace(b"0.25", b"1.23456")), GOOD[4]]
+    async with Backend([told, silent]) as backend, pi_for(backend.port) as pi:
         reply = await pi.complete()
         assert (reply.status, reply.one("Content-Type")) == (200, "application/json")
         assert TIMESTAMP.fullmatch(reply.json["timestamp"])
-        told = {"completion": "ab", "language": "python", "model": "qwen_0_5b", "total_tokens": 2, "mode": "complete"}
-        told |= {"inference_time": 0.25, "finish_reason": "stop", "prompt_tokens": 5}
-        assert {name: reply.json[name] for name in told} == told
+        result = {"completion": "ab", "language": "python", "model": "qwen_0_5b", "total_tokens": 2, "mode": "complete"}
+        result |= {"inference_time": 1.235, "finish_reason": "stop", "prompt_tokens": 5}
+        assert {name: reply.json[name] for name in result} == result
         second = (await pi.complete(prompt="# \u00fc\n")).json  # measured where the VPS says nothing
         assert (second["completion"], second["total_tokens"]) == ("h\u00e9\U0001f600", 1)
         assert 0 <= second["inference_time"] == round(second["inference_time"], 3) < 60
@@ -290,6 +291,7 @@ async def test_a_newer_completion_of_a_session_ends_the_older(hang: str, path: s
         check_superseded(await older, path, begun=hang != "before its head")
         first = pi.gateway.fleet.first
         assert (first.requests_failed, first.breaker.failures) == (0, 0)
+        assert pi.gateway.counting.failed == (1 if by == "the Pi" else 0), "the 429 alone has failed"
 
 
 async def test_a_client_that_reads_nothing_cannot_keep_the_place_of_its_session():

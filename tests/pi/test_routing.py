@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import gc
 import time
+import weakref
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -360,9 +362,10 @@ async def test_another_model_of_the_backend_takes_over(status: int, code: str) -
     refusal, ids = error(status, code), ("qwen_1_5b", "qwen_0_5b")
     one = Backend([[refusal], script("b"), script("c"), [refusal], [refusal]], models=listing(*ids))
     async with one, pi_for(one.port) as pi:
-        one.models = listing("qwen_0_5b")  # what it will say when it is asked again
+        one.models = listing("qwen_0_5b", "codellama_7b")  # what it will say when it is asked again
         reply = await pi.complete()
         assert (reply.status, reply.json["model"], reply.json["completion"]) == (200, "qwen_0_5b", "b")
+        await until(lambda: pi.gateway.fleet.first.has("codellama_7b"), seconds=20)
         assert [fields["model"] for fields in one.completions] == ["qwen_1_5b", "qwen_0_5b"]
         assert (await pi.complete()).json["model"] == "qwen_0_5b"  # and is not asked for again
         asked = await pi.complete(model="qwen_1_5b")  # a model that the request names is not replaced
@@ -475,6 +478,15 @@ async def test_new_settings_that_cannot_be_used_change_nothing(tmp_path: Path) -
             gateway.reconfigure(dataclasses.replace(gateway.config, backends=(wanted, bad)))
         assert gateway.fleet.backends == before
         assert [backend.limit for backend in before] == [2, 2]
+
+
+async def test_a_backend_that_has_gone_is_forgotten() -> None:
+    async with fleet(Backend(), Backend()) as pi:
+        third = dataclasses.replace(pi.gateway.config.backends[1], id="c")
+        gone = [weakref.ref(backend) for backend in pi.gateway.fleet.backends]
+        pi.gateway.reconfigure(dataclasses.replace(pi.gateway.config, backends=(third,)))
+        await until(lambda: pi.probes > 0)
+        await until(lambda: gc.collect() >= 0 and [ref() for ref in gone] == [None, None], seconds=5)
 
 
 async def test_a_cloud_is_probed_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
