@@ -4,7 +4,7 @@
 PYTHON = .venv/bin/python
 BOTH_CORES = -n 2 --dist loadfile # a file's tests stay together, since they share daemons
 SCRIPTS = cerebrum_repl.sh generate_api_key.sh run.sh systemd/setup.sh .ci/run
-BENCHMARKS = $(wildcard $(patsubst %,tests/bench/%.py,relay generate engine quality ending editor household lsp drafts prepare parse page fleet))
+BENCHMARKS = $(wildcard $(patsubst %,tests/bench/%.py,relay generate engine quality ending editor lsp drafts prepare parse page))
 
 .PHONY: help run test test-clients test-engines test-scale test-slow test-packages test-nightly lint bench fuzz mutants deb clean
 
@@ -26,7 +26,7 @@ test-engines: ## build llama-server (about four minutes, once) and run it and ot
 	@./run.sh setup engines
 	$(PYTHON) -m pytest -m "engines and not nightly"
 
-test-scale: ## install vLLM and Ray (4 GB, once) and run them behind the Pi (20 minutes)
+test-scale: ## install vLLM (gigabytes, once) and run it behind the Pi
 	@./run.sh setup scale
 	$(PYTHON) -m pytest -m scale
 

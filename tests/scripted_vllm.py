@@ -13,7 +13,6 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -26,14 +25,6 @@ CHAT = (
 FIM = re.compile(r"<\|fim_prefix\|>.*<\|fim_suffix\|>.*<\|fim_middle\|>", re.DOTALL)
 PAUSE_SECONDS, TOKEN_SECONDS = 0.2, 0.005
 DEFAULT_TOKENS = 16  # of vLLM's /v1/completions
-
-
-class Refusal(Exception):
-    """An error that is answered before the head of a stream."""
-
-    def __init__(self, status: int, message: str, param: str, value: object = None) -> None:
-        self.status, self.param = status, param
-        self.message = message if value is None else f"{message} (parameter={param}, value={value})"
 
 
 def text_for(prompt: str) -> str:
@@ -59,7 +50,7 @@ class Handler(BaseHTTPRequestHandler):
     key = model = ""
     context = 0
 
-    def log_message(self, format: str, *_: Any) -> None:
+    def log_message(self, *_: Any) -> None:
         pass
 
     def send_json(self, status: int, members: Any) -> None:
@@ -70,106 +61,61 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(payload)
 
-    def allowed(self) -> bool:
-        if not self.key or self.headers.get("Authorization") == f"Bearer {self.key}":
-            return True
-        self.send_json(401, {"error": "Unauthorized"})
-        return False
+    def is_allowed(self) -> bool:
+        return not self.key or self.headers.get("Authorization") == f"Bearer {self.key}"
 
     def do_GET(self) -> None:
+        card = {"id": self.model, "object": "model", "owned_by": "vllm", "root": self.model, "parent": None}
         if self.path == "/health":  # needs no key
             self.send_response(200)
             self.send_header("content-length", "0")
             self.end_headers()
+        elif not self.is_allowed():
+            self.send_json(401, {"error": "Unauthorized"})
         elif self.path == "/v1/models":
-            if self.allowed():
-                self.send_json(200, {"object": "list", "data": [self.card()]})
+            self.send_json(200, {"object": "list", "data": [card | {"max_model_len": self.context, "permission": []}]})
         else:
             self.send_json(404, {"detail": "Not Found"})
 
-    def card(self) -> dict[str, Any]:
-        about = {"id": self.model, "object": "model", "created": int(time.time()), "owned_by": "vllm"}
-        return about | {"root": self.model, "parent": None, "max_model_len": self.context, "permission": []}
-
     def do_POST(self) -> None:
-        raw = self.rfile.read(int(self.headers["Content-Length"]))
-        if not self.allowed():
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if not self.is_allowed():
+            self.send_json(401, {"error": "Unauthorized"})
             return
-        asked = json.loads(raw)
         say(f"asked {json.dumps(asked)}")
-        try:
-            if self.path == "/v1/completions":
-                self.complete(asked)
-            elif self.path == "/v1/chat/completions":
-                self.chat(asked)
-            else:
-                self.send_json(404, {"detail": "Not Found"})
-        except Refusal as refusal:
-            kind = "NotFoundError" if refusal.status == 404 else "BadRequestError"
-            error = {"message": refusal.message, "type": kind, "param": refusal.param, "code": refusal.status}
-            say(f"refused {refusal.status}")
-            self.send_json(refusal.status, {"error": error})
-
-    def check(self, asked: dict[str, Any], prompt: str, limit: int) -> tuple[int, int]:
-        """(the prompt's tokens, the most tokens to write); Refusal if the request cannot be served."""
-        if asked["model"] != self.model:
-            sentence = f"The model `{asked['model']}` does not exist. Valid aliases: {self.model}."
-            raise Refusal(404, sentence, "model")
-        if asked.get("suffix") is not None:
-            raise Refusal(400, "suffix is only supported for models with FIM completion rendering", "suffix")
-        if limit < 1:
-            raise Refusal(400, f"max_tokens must be at least 1, got {limit}.", "max_tokens", limit)
-        if limit > self.context:
-            sentence = f"max_tokens={limit} cannot be greater than max_model_len={self.context}. Please request fewer"
-            raise Refusal(400, f"{sentence} output tokens.", "max_tokens", limit)
+        is_chat = self.path == "/v1/chat/completions"
+        prompt = "".join(message["content"] for message in asked["messages"]) if is_chat else asked["prompt"]
         counted = count(prompt)
+        limit = asked.get("max_tokens") or (self.context - counted if is_chat else DEFAULT_TOKENS)
+        if refusal := self.refusal(asked, counted, limit):
+            status, message = refusal
+            say(f"refused {status}")
+            self.send_json(status, {"error": {"message": message, "type": "BadRequestError", "code": status}})
+            return
+        text = CHAT if is_chat else text_for(prompt)
+        self.stream(asked, is_chat, tokens_of(text, min(limit, self.context - counted)), counted)
+
+    def refusal(self, asked: dict[str, Any], counted: int, limit: int) -> tuple[int, str] | None:
+        """Why a request cannot be served."""
+        if asked["model"] != self.model:
+            return 404, f"The model `{asked['model']}` does not exist. Valid aliases: {self.model}."
+        if asked.get("suffix") is not None:
+            return 400, "suffix is only supported for models with FIM completion rendering (parameter=suffix)"
+        if limit > self.context:
+            message = f"max_tokens={limit} cannot be greater than max_model_len={self.context}. Please request fewer"
+            return 400, f"{message} output tokens. (parameter=max_tokens, value={limit})"
         if counted >= self.context:  # it stops counting there
-            sentence = f"This model's maximum context length is {self.context} tokens. However, your prompt contains at"
-            sentence += f" least {self.context + 1} input tokens, which exceeds this limit even without any output"
-            sentence += " tokens. Please reduce the length of the input prompt."
-            raise Refusal(400, sentence, "input_tokens", self.context + 1)
-        return counted, min(limit, self.context - counted)
-
-    def complete(self, asked: dict[str, Any]) -> None:
-        limit = asked.get("max_tokens", DEFAULT_TOKENS)
-        counted, limit = self.check(asked, asked["prompt"], limit)
-        chunk = {"id": "cmpl-1", "object": "text_completion", "created": int(time.time()), "model": self.model}
-
-        def choice(text: str, reason: str | None) -> dict[str, Any]:
-            return {"index": 0, "text": text, "logprobs": None, "finish_reason": reason, "stop_reason": None}
-
-        def events() -> Iterator[dict[str, Any]]:
-            for token, reason in self.tokens(text_for(asked["prompt"]), limit):
-                yield {**chunk, "choices": [choice(token, reason)]}
-
-        self.stream(asked, chunk, events(), counted)
-
-    def chat(self, asked: dict[str, Any]) -> None:
-        prompt = "".join(message["content"] for message in asked["messages"])
-        limit = asked.get("max_tokens") or self.context - count(prompt)
-        counted, limit = self.check(asked, prompt, limit)
-        chunk = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": int(time.time())}
-        chunk["model"] = self.model
-
-        def choice(delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
-            return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
-
-        def events() -> Iterator[dict[str, Any]]:
-            yield {**chunk, "choices": [choice({"role": "assistant", "content": ""})]}
-            for token, reason in self.tokens(CHAT, limit):
-                yield {**chunk, "choices": [choice({"content": token}, reason)]}
-
-        self.stream(asked, chunk, events(), counted)
-
-    def tokens(self, text: str, limit: int) -> list[tuple[str, str | None]]:
-        """Each token with the reason for the end behind it. The mark of a natural end is a token without text."""
-        *tokens, last = [*re.findall(r"\w+|\W", text), ""][:limit]
-        return [*((token, None) for token in tokens), (last, "length" if last else "stop")]
+            message = f"This model's maximum context length is {self.context} tokens. However, your prompt contains at"
+            message += f" least {self.context + 1} input tokens, which exceeds this limit even without any output"
+            return 400, f"{message} tokens. Please reduce the length of the input prompt."
+        return None
 
     def stream(
-        self, asked: dict[str, Any], chunk: dict[str, Any], events: Iterator[dict[str, Any]], prompt_tokens: int
+        self, asked: dict[str, Any], is_chat: bool, tokens: list[tuple[str, str | None]], prompt_tokens: int
     ) -> None:
         assert asked["stream"], "the Pi always asks for a stream"
+        kind = "chat.completion.chunk" if is_chat else "text_completion"
+        chunk = {"id": "cmpl-1", "object": kind, "created": int(time.time()), "model": self.model}
         time.sleep(PAUSE_SECONDS)
         self.send_response(200)
         self.send_header("content-type", "text/event-stream; charset=utf-8")
@@ -177,14 +123,18 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         written = 0
         try:
-            for event in events:
-                self.send_event(json.dumps(event, separators=(",", ":")))
-                written += event["choices"][0].get("delta", {}).get("role") is None
+            if is_chat:
+                first = {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
+                self.send_event(chunk | {"choices": [first]})
+            for token, reason in tokens:
+                told = {"delta": {"content": token}} if is_chat else {"text": token}
+                choice = {"index": 0, "logprobs": None, "finish_reason": reason, **told}
+                self.send_event(chunk | {"choices": [choice]})
+                written += 1
                 time.sleep(TOKEN_SECONDS)
             if (asked.get("stream_options") or {}).get("include_usage"):
-                total = prompt_tokens + written
-                usage = {"prompt_tokens": prompt_tokens, "total_tokens": total, "completion_tokens": written}
-                self.send_event(json.dumps({**chunk, "choices": [], "usage": usage}, separators=(",", ":")))
+                counts = {"prompt_tokens": prompt_tokens, "completion_tokens": written}
+                self.send_event(chunk | {"choices": [], "usage": counts | {"total_tokens": prompt_tokens + written}})
             self.send_event("[DONE]")
             self.wfile.write(b"0\r\n\r\n")
             say(f"ended {written}")
@@ -192,9 +142,16 @@ class Handler(BaseHTTPRequestHandler):
             say(f"left {written}")
             self.close_connection = True
 
-    def send_event(self, data: str) -> None:
-        event = f"data: {data}\n\n".encode()
+    def send_event(self, data: Any) -> None:
+        text = data if isinstance(data, str) else json.dumps(data, separators=(",", ":"))
+        event = f"data: {text}\n\n".encode()
         self.wfile.write(b"%x\r\n%b\r\n" % (len(event), event))
+
+
+def tokens_of(text: str, limit: int) -> list[tuple[str, str | None]]:
+    """Each token with the reason for the end behind it. The mark of a natural end is a token without text."""
+    *tokens, last = [*re.findall(r"\w+|\W", text), ""][:limit]
+    return [*((token, None) for token in tokens), (last, "length" if last else "stop")]
 
 
 def main(port: str, key: str, model: str, context: str) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from harness import ROOT, until
-from scripted import CHUNKED, HANG, RESET, Backend, Flood, answer, backend_at, chunk, head, open_breaker, pi_for
+from scripted import CHUNKED, HANG, RESET, Backend, answer, backend_at, chunk, head, open_breaker, pi_for
 
 from cerebrum import pi as pi_package
 from cerebrum.pi import backend as pi_backend
@@ -26,7 +26,7 @@ from cerebrum.pi import engines, upstream
 from cerebrum.pi import fleet as pi_fleet
 from cerebrum.pi.backend import find_models
 from cerebrum.pi.dialects import APIS, OPENAI_TEXT, Wanted, read_overflow, read_props
-from cerebrum.pi.engines import Characters, Translator
+from cerebrum.pi.engines import Translator
 from cerebrum.pi.upstream import BackendFailure, Endpoint, Events, engine_refusal, read_backends
 from cerebrum.settings import ConfigError, Environment, load_catalog
 from cerebrum.vps.fetch import choose
@@ -43,7 +43,6 @@ def test_the_examples_of_a_module_are_true(name: str) -> None:
 
 # ------------------------------------------------------------------------------------------------ the table
 
-FORM = r"[A-Za-z0-9._\-]{1,40}"
 ATTIC = {"id": "attic", "url": "http://100.64.0.1:9000"}
 
 
@@ -58,71 +57,34 @@ def test_a_table() -> None:
     assert (attic.id, attic.api, attic.key, attic.key_env, attic.max_concurrent) == ("attic", "cerebrum", "", "", 2)
     assert other.endpoint == Endpoint("gpu.lan", 443, "gpu.lan", "/llm", True)
     assert (other.key, other.max_concurrent, other.n_ctx, other.infill) == ("secret", 16, 8192, "suffix")
-
-
-def test_without_a_table_there_is_the_vps_of_the_environment() -> None:
-    (vps,) = read(CEREBRUM_VPS_URL="http://vps:1", CEREBRUM_API_KEY="k")
+    (vps,) = read(CEREBRUM_VPS_URL="http://vps:1", CEREBRUM_API_KEY="k")  # without a table
     assert (vps.id, vps.api, vps.key, vps.max_concurrent) == ("vps", "cerebrum", "k", 3)
     assert vps.endpoint == Endpoint("vps", 1, "vps:1", "", False)
 
 
 @pytest.mark.parametrize(
-    ("table", "message"),
+    ("tables", "says"),
     [
-        (7, "backend 1: expected a table, got 7"),
-        ({}, f"backend 1: id: expected a string of the form {FORM}, got nothing"),
-        ({"id": "a b"}, f"backend 1: id: expected a string of the form {FORM}, got a string of 3 characters"),
-        ({"id": "a"}, "backend 1: url: expected a string, got nothing"),
-        (ATTIC | {"url": "ftp://x"}, "backend 1: url: expected http://HOST[:PORT] or https://HOST[:PORT], got 'ftp://x'"),
-        (ATTIC | {"api": "vllm"}, 'backend 1: api: expected one of cerebrum, llama.cpp, openai, got the string "vllm"'),
-        (ATTIC | {"n_ctx": True}, "backend 1: n_ctx: expected an integer from 0 to 1e+07, got the boolean true"),
-        (ATTIC | {"max_concurent": 2}, "backend 1: expected one of id, url, api, key_env, ca_file, infill, "
-                                       "max_concurrent, n_ctx, got 'max_concurent'"),
-        (ATTIC | {"ca_file": "/a.pem"}, "backend 1: ca_file: expected a url with https for '/a.pem'"),
+        ([7], "backend 1: expected a table, got 7"),
+        ([{"id": "a b"}], "backend 1: id: expected a string of the form "),
+        ([{"id": "a"}], "backend 1: url: expected a string, got nothing"),
+        (
+            [ATTIC, ATTIC | {"url": "ftp://x"}],
+            "backend 2: url: expected http://HOST[:PORT] or https://HOST[:PORT], got",
+        ),
+        ([ATTIC | {"api": "vllm"}], "backend 1: api: expected one of cerebrum, llama.cpp, openai, got the string "),
+        ([ATTIC | {"n_ctx": True}], "backend 1: n_ctx: expected an integer from 0 to 1e+07, got the boolean true"),
+        ([ATTIC | {"max_concurent": 2}], "backend 1: expected one of id, url, api, key_env, ca_file, infill, "),
+        ([ATTIC | {"ca_file": "/a.pem"}], "backend 1: ca_file: expected a url with https for '/a.pem'"),
+        ([ATTIC, ATTIC], "backends: expected every id once"),
+        ([ATTIC | {"key_env": "BAD"}], "BAD: expected printable ASCII without spaces"),
     ],
-)  # fmt: skip
-def test_a_bad_table(table: Any, message: str) -> None:
+)
+def test_a_bad_table(tables: list[Any], says: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        read(table)
-    assert str(caught.value) == message
-
-
-def test_two_backends_with_one_id() -> None:
-    with pytest.raises(ConfigError, match=r"^backends: expected every id once$"):
-        read(ATTIC, ATTIC)
-
-
-def test_a_bad_key_is_named_and_not_told() -> None:
-    with pytest.raises(ConfigError) as caught:
-        read(ATTIC | {"key_env": "ATTIC_KEY"}, ATTIC_KEY="two words")
-    assert str(caught.value) == "ATTIC_KEY: expected printable ASCII without spaces"
-
-
-def test_the_file_of_certificates_is_checked_at_the_start(tmp_path: Path) -> None:
-    (tmp_path / "ca.pem").write_text("nothing")
-    for name in ("ca.pem", "missing.pem"):
-        (config,) = read(ATTIC | {"url": "https://attic", "ca_file": str(tmp_path / name)})
-        with pytest.raises(ConfigError, match=rf"^ca_file: expected certificates in PEM form in .*{name}, got "):
-            upstream.Upstream(config)
-
-
-CATALOG = """
-[[models]]
-id = "big"
-name = "Big"
-languages = ["python"]
-parameters = "7B"
-quantization = "none"
-aliases = ["org/Big"]
-fim = ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"]
-"""
-
-
-def test_a_model_that_other_engines_have_needs_no_file(tmp_path: Path) -> None:
-    path = tmp_path / "models.toml"
-    path.write_text(CATALOG)
-    (model,) = load_catalog(path).models
-    assert (model.file, model.aliases, model.fim) == ("", ("org/Big",), FIM)
+        read(*tables, BAD="two words")
+    assert str(caught.value).startswith(says)
+    assert "two words" not in str(caught.value)
 
 
 MODEL = Model("m", "M", ("python",), "7B", "Q4", "m-q4.gguf", aliases=("org/M", "m:7b"))
@@ -139,7 +101,6 @@ MODEL = Model("m", "M", ("python",), "7B", "Q4", "m-q4.gguf", aliases=("org/M", 
         (["m-q4"], "m-q4"),
         (["m-q4.gguf", "m"], "m"),
         (["M", "org/m", "m-q8.gguf"], None),
-        ([], None),
     ],
 )
 def test_which_model_a_backend_has(listed: list[str], name: str | None) -> None:
@@ -153,32 +114,31 @@ GAP = ASKED | {"mode": "infill", "suffix": "\ny", "extra": [{"filename": "b.py",
 SAID = [{"role": "user", "content": "add"}, {"role": "assistant", "content": "```python\n"}]
 CHAT = {name: value for name, value in ASKED.items() if name != "prompt"} | {"messages": SAID, "seed": 7, "top_p": 0.9}
 INSTRUCT = CHAT | {"mode": "instruct"}
-PLAIN = {name: value for name, value in ASKED.items() if name != "stop"} | {"stop": [], "top_p": 1.0}
+PLAIN = ASKED | {"stop": [], "top_p": 1.0}
 COMMON = {"model": "org/M", "stream": True, "temperature": 0}
-OPENAI = COMMON | {"max_tokens": 64, "stop": ["a", "b", "c", "d"], "stream_options": {"include_usage": True}}
-UNSTOPPED = {name: value for name, value in OPENAI.items() if name != "stop"}
-LLAMA = COMMON | {"n_predict": 64, "stop": ["a", "b", "c", "d", "e"], "timings_per_token": True}
-LLAMA |= {"return_progress": True, "cache_prompt": True}
-LLAMA["response_fields"] = ["content", "stop", "stop_type", "tokens_evaluated", "tokens_predicted", "timings"]
+UNSTOPPED = COMMON | {"max_tokens": 64, "stream_options": {"include_usage": True}}
+OPENAI = UNSTOPPED | {"stop": ["a", "b", "c", "d"]}
+SAMPLED = {"seed": 7, "top_p": 0.9}
 LIVE = {"timings_per_token": True, "return_progress": True}
-FILES_OF_GAP = [{"filename": "b.py", "text": "import os"}]
+LLAMA = COMMON | LIVE | {"n_predict": 64, "stop": ["a", "b", "c", "d", "e"], "cache_prompt": True}
+LLAMA["response_fields"] = ["content", "stop", "stop_type", "tokens_evaluated", "tokens_predicted", "timings"]
+LLAMA_GAP = {"input_prefix": "x =", "input_suffix": "\ny", "prompt": "", "input_extra": GAP["extra"]}
 
 
 @pytest.mark.parametrize(
     ("api", "kind", "asked", "fim", "body"),
     [
         ("openai", "complete", ASKED, FIM, OPENAI | {"prompt": "x ="}),
+        ("openai", "complete", PLAIN, FIM, UNSTOPPED | {"prompt": "x ="}),
         ("openai", "infill", GAP, FIM, OPENAI | {"prompt": f"import os\n{FIM[0]}x ={FIM[1]}\ny{FIM[2]}"}),
         ("openai", "infill", GAP, (), OPENAI | {"prompt": "import os\nx =", "suffix": "\ny"}),
-        ("openai", "chat", INSTRUCT, FIM, OPENAI | {"messages": SAID[:1], "seed": 7, "top_p": 0.9}),
-        ("openai", "chat", CHAT, FIM, OPENAI | {"messages": SAID, "seed": 7, "top_p": 0.9}),
-        ("openai", "complete", PLAIN, FIM, UNSTOPPED | {"prompt": "x ="}),
+        ("openai", "chat", INSTRUCT, FIM, OPENAI | SAMPLED | {"messages": SAID[:1]}),
+        ("openai", "chat", CHAT, FIM, OPENAI | SAMPLED | {"messages": SAID}),
         ("llama.cpp", "complete", ASKED, FIM, LLAMA | {"prompt": "x ="}),
-        ("llama.cpp", "infill", GAP, FIM, LLAMA | {"input_prefix": "x =", "input_suffix": "\ny", "prompt": "",
-                                                  "input_extra": FILES_OF_GAP}),
-        ("llama.cpp", "chat", INSTRUCT, FIM, OPENAI | LIVE | {"messages": SAID[:1], "seed": 7, "top_p": 0.9}),
+        ("llama.cpp", "infill", GAP, FIM, LLAMA | LLAMA_GAP),
+        ("llama.cpp", "chat", INSTRUCT, FIM, OPENAI | LIVE | SAMPLED | {"messages": SAID[:1]}),
     ],
-)  # fmt: skip
+)
 def test_what_an_engine_is_asked(api: str, kind: str, asked: dict[str, Any], fim: Sequence[str], body: Any) -> None:
     assert getattr(APIS[api], kind).write(Wanted(asked, "org/M", fim)) == body
 
@@ -188,97 +148,69 @@ def test_an_answer_must_fit_into_the_context() -> None:
     assert OPENAI_TEXT.write(Wanted(ASKED, "m", room=-50))["max_tokens"] == 1
 
 
+LONG_MESSAGE = "This model's maximum context length is 512 tokens. However, you requested 900 tokens (800 in …)."
+LONG = {"error": {"message": LONG_MESSAGE}}
+MAXIMUM = "This model's maximum context length is 4096 tokens"
+
+
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("message", "more", "told"),
     [
-        ({"message": "request (1180 tokens) exceeds the available context size (512 tokens), try increasing it",
-          "type": "exceed_context_size_error", "n_prompt_tokens": 1180, "n_ctx": 512}, (512, 1180)),
-        ({"message": "This model's maximum context length is 4096 tokens. However, you requested 5000 tokens (4488 in "
-                     "the messages, 512 in the completion). Please reduce the length."}, (4096, 0)),
-        ({"message": "This model's maximum context length is 2048 tokens. Your request has 2100 input tokens."},
-         (2048, 0)),
-        ({"message": "'max_tokens' or 'max_completion_tokens' is too large: 512. This model's maximum context length "
-                     "is 2048 tokens and your request has 1900 input tokens (512 > 2048 - 1900)."}, (2048, 0)),
-        ({"message": "This model's maximum context length is 4097 tokens, however you requested 5097 tokens (1000 in "
-                     "your prompt; 4097 for the completion)."}, (4097, 0)),
-        ({"message": "maximum context length is 4096 tokens"}, (4096, 0)),
-        ({"message": "This model's maximum context length is 4096 tokens. However, you requested 512 output tokens and "
-                     "your prompt contains at least 3585 input tokens, for a total of at least 4097 tokens."},
-         (4096, 0)),
-        ({"message": "You passed 3585 input tokens and requested 512 output tokens. However, the model's context "
-                     "length is only 4096 tokens, resulting in a maximum input length of 3584 tokens."}, (4096, 0)),
-        ({"message": "This model's maximum context length is 4096 tokens. However, your prompt contains at least 4097 "
-                     "input tokens, which exceeds this limit even without any output tokens. Please reduce the length "
-                     "of the input prompt. (parameter=input_tokens, value=4097)"}, (4096, 0)),
-        ({"message": "Message: max_tokens=5000 cannot be greater than max_model_len=4096. Please request fewer output "
-                     "tokens. (parameter=max_tokens, value=5000) (Request ID: 2a33e322-afff-4fbd-b42d-8e5db3196ebc), "
-                     "Internal exception: ray.llm"}, (4096, 0)),
-        ("The input (5000 tokens) is longer than the model's context length (4096 tokens).", None),
-        ({"message": "It exceeds the context window of this model.", "code": "context_length_exceeded"}, (0, 0)),
-        ({"message": "suffix is not currently supported"}, None),
-        ({"message": "temperature must be <= 2"}, None),
-        ({"message": "the context length is 16 tokens"}, None),
-        ({"message": "the context length is 4096 characters"}, None),
-        ({"message": 5}, None),
-        ({"message": "x", "n_ctx": True, "n_prompt_tokens": 800}, None),
-        ({"message": "x", "n_ctx": 10**9, "n_prompt_tokens": 800}, None),
-        ({"message": "x", "n_ctx": 512, "n_prompt_tokens": "800"}, (512, 0)),
-        (None, None),
+        ("request (1180 tokens) exceeds …", {"n_prompt_tokens": 1180, "n_ctx": 512}, (512, 1180)),  # llama-server
+        (f"{MAXIMUM}. However, you requested 5000 tokens (4488 in the messages, 512 in the …", {}, (4096, 0)),
+        (
+            f"{MAXIMUM}, however you requested 5097 tokens (1000 in your prompt; 4097 for the completion).",
+            {},
+            (4096, 0),
+        ),
+        (f"{MAXIMUM}. However, your prompt contains at least 4097 input tokens, which exceeds …", {}, (4096, 0)),
+        (f"'max_tokens' is too large: 512. {MAXIMUM} and your request has 4000 input tokens (512 > …", {}, (4096, 0)),
+        ("You passed 3585 input tokens, but the model's context length is only 4096 tokens, …", {}, (4096, 0)),
+        ("maximum context length is 4096 tokens", {}, (4096, 0)),
+        ("max_tokens=5000 cannot be greater than max_model_len=4096. Please request fewer …", {}, (4096, 0)),
+        ("It exceeds the context window.", {"code": "context_length_exceeded"}, (0, 0)),
+        ("The input (5000 tokens) is longer than the model's context length (4096 tokens).", {}, None),
+        ("temperature must be <= 2", {}, None),
+        ("the context length is 16 tokens", {}, None),
+        ("the context length is 4096 characters", {}, None),
+        (5, {}, None),
+        ("x", {"n_ctx": True, "n_prompt_tokens": 800}, None),
+        ("x", {"n_ctx": 10**9, "n_prompt_tokens": 800}, None),
+        ("x", {"n_ctx": 512, "n_prompt_tokens": "800"}, (512, 0)),
     ],
-)  # fmt: skip
-def test_how_engines_say_that_a_prompt_is_too_long(error: Any, told: tuple[int, int] | None) -> None:
+)
+def test_how_engines_say_that_a_prompt_is_too_long(message: Any, more: Any, told: tuple[int, int] | None) -> None:
     lengths = {"n_ctx": told[0], "prompt_tokens": told[1]} if told else {}
     expected = {name: length for name, length in lengths.items() if length}
-    assert read_overflow(error) == (None if told is None else expected)
+    assert read_overflow({"message": message, **more}) == (None if told is None else expected)
+
+
+@pytest.mark.parametrize(("told", "n_ctx"), [({"n_ctx": 512}, 512), (1, 0), ({"n_ctx": True}, 0), ({"n_ctx": 7}, 0)])
+def test_the_length_of_the_context_in_props(told: Any, n_ctx: int) -> None:
+    assert read_props({"default_generation_settings": told, "n_ctx": 700}) == ({"n_ctx": n_ctx} if n_ctx else {})
 
 
 @pytest.mark.parametrize(
-    ("props", "told"),
+    ("status", "body", "code", "says", "counted"),
     [
-        ({"default_generation_settings": {"n_ctx": 512}, "n_ctx": 700}, {"n_ctx": 512}),
-        ({"default_generation_settings": 1, "n_ctx": 700}, {}),
-        ({"default_generation_settings": {"n_ctx": True}}, {}),
-        ({"default_generation_settings": {"n_ctx": 7}}, {}),
-        ({}, {}),
+        (401, {"error": "x"}, "VPS_UNAVAILABLE", "refuses our key: expected the right one in GPU_KEY", False),
+        (403, {}, "VPS_UNAVAILABLE", "refuses our key: expected the right one in GPU_KEY", False),
+        (404, {}, "MODEL_NOT_FOUND", "does not have this model", False),
+        (429, {}, "RATE_LIMIT", "has too many requests", False),
+        (400, LONG, "INVALID_REQUEST", "expected a shorter prompt", False),
+        (400, {"error": {"message": "/srv/key"}}, "VPS_UNAVAILABLE", "refuses the request (400)", False),
+        (422, {"detail": []}, "VPS_UNAVAILABLE", "refuses the request (422)", False),
+        (501, {}, "VPS_UNAVAILABLE", "refuses the request (501)", False),
+        (503, {"error": {"message": "Loading model"}}, "VPS_UNAVAILABLE", "is loading its model", False),
+        (500, {"error": "Traceback"}, "VPS_UNAVAILABLE", "is unavailable (it answered 500)", True),
+        (503, {}, "VPS_UNAVAILABLE", "is unavailable (it answered 503)", True),
+        (307, {}, "VPS_UNAVAILABLE", "is unavailable (it answered 307)", True),
     ],
 )
-def test_the_length_of_the_context_in_props(props: dict[str, Any], told: dict[str, Any]) -> None:
-    assert read_props(props) == told
-
-
-LONG_MESSAGE = (
-    "This model's maximum context length is 512 tokens. However, you requested 900 tokens (800 in the messages)."
-)
-LONG = {"error": {"message": LONG_MESSAGE}}
-
-
-@pytest.mark.parametrize(
-    ("status", "body", "code", "message", "counted"),
-    [
-        (
-            401,
-            {"error": "x"},
-            "VPS_UNAVAILABLE",
-            "VPS backend refuses our key: expected the right one in GPU_KEY",
-            False,
-        ),
-        (403, {}, "VPS_UNAVAILABLE", "VPS backend refuses our key: expected the right one in GPU_KEY", False),
-        (404, {}, "MODEL_NOT_FOUND", "VPS backend does not have this model, or does not know this call", False),
-        (429, {}, "RATE_LIMIT", "VPS backend has too many requests; try again later", False),
-        (400, LONG, "INVALID_REQUEST", "expected a shorter prompt, got one that exceeds the context", False),
-        (400, {"error": {"message": "/srv/key"}}, "VPS_UNAVAILABLE", "VPS backend refuses the request (400)", False),
-        (422, {"detail": []}, "VPS_UNAVAILABLE", "VPS backend refuses the request (422)", False),
-        (501, {}, "VPS_UNAVAILABLE", "VPS backend refuses the request (501)", False),
-        (503, {"error": {"message": "Loading model"}}, "VPS_UNAVAILABLE", "VPS backend is loading its model", False),
-        (500, {"error": "Traceback"}, "VPS_UNAVAILABLE", "VPS backend is unavailable (it answered 500)", True),
-        (503, {}, "VPS_UNAVAILABLE", "VPS backend is unavailable (it answered 503)", True),
-        (307, {}, "VPS_UNAVAILABLE", "VPS backend is unavailable (it answered 307)", True),
-        (204, {}, "VPS_UNAVAILABLE", "VPS backend is unavailable (it answered 204)", True),
-    ],
-)
-def test_a_refusal_of_an_engine(status: int, body: Any, code: str, message: str, counted: bool) -> None:
+def test_a_refusal_of_an_engine(status: int, body: Any, code: str, says: str, counted: bool) -> None:
     error = engine_refusal(status, body.get("error"), "GPU_KEY")
-    assert (error.code, error.message, isinstance(error, BackendFailure)) == (code, message, counted)
+    assert (error.code, says in error.message, isinstance(error, BackendFailure)) == (code, True, counted)
+    assert not any(secret in error.message for secret in ("/srv", "Traceback"))
 
 
 # ---------------------------------------------------------------------------------------- streams of engines
@@ -319,35 +251,25 @@ ONE = text_chunk("1", "stop")
 IN_FILE = {"prompt": "def add(a, b):\n", "language": "python"}
 SAYING = {"messages": SAID[:1], "stop_at": "none"}
 COUNTED = {"prompt_tokens": 9, "cached_tokens": 4, "ttft": 0.25, "tokens_per_second": 20.0}
+LENGTH: dict[str, Any] = {"finish_reason": "length", "total_tokens": 2}
+NINE = {"prompt_tokens": 9, "total_tokens": 3}
 STREAMS = {
     "vLLM's text with its usage": stream(
-        text_chunk("1"), text_chunk(" + 2", "stop"), USAGE, END, text="1 + 2", prompt_tokens=9, total_tokens=3
+        text_chunk("1"), text_chunk(" + 2", "stop"), USAGE, END, text="1 + 2", **NINE
     ),
-    "a text that its limit cuts": stream(
-        text_chunk("1"), text_chunk(" + 2", "length"), END, text="1 + 2", finish_reason="length", total_tokens=2
-    ),
+    "a text that its limit cuts": stream(text_chunk("1"), text_chunk("2", "length"), END, text="12", **LENGTH),
     "no [DONE]": stream(text_chunk("1", "eos_token")),
     "no blank line at its end": stream((ONE + END)[:-2]),
-    "odd counts": stream(
-        text_chunk("1", "stop", usage={"prompt_tokens": -1, "completion_tokens": "3", "prompt_tokens_details": None})
-    ),
-    "a count of nothing": stream(
-        text_chunk("1", "stop", usage={"prompt_tokens": 0, "completion_tokens": 0}), prompt_tokens=0
-    ),
+    "odd counts": stream(text_chunk("1", "stop", usage={"prompt_tokens": -1, "completion_tokens": "3"})),
     "nulls and members of other types": stream(
         data({"choices": None, "error": None}), data({"choices": [7]}), data({"choices": [{}]}), text_chunk("1"),
         data({"choices": [{"text": None, "finish_reason": "stop"}], "usage": None}),
     ),
     "comments and events that nobody knows": stream(b": ping\n\nevent: x\nid: 1\n\n", data({"news": 1}), ONE),
-    "more than was asked for": stream(
-        *map(text_chunk, "1234"), text="12", asked={"max_tokens": 2}, finish_reason="length", total_tokens=2
-    ),
-    "an empty count behind the real one": stream(
-        ONE, USAGE, data({"choices": [], "usage": None}), END, prompt_tokens=9, total_tokens=3
-    ),
-    "numbers that nobody can count": stream(
-        llama_chunk("1", 1, timings=TIMINGS | {"prompt_ms": 10**400}), data(LAST),
-        prompt_tokens=9, total_tokens=2,
+    "more than was asked for": stream(*map(text_chunk, "1234"), text="12", asked={"max_tokens": 2}, **LENGTH),
+    "an empty count behind the real one": stream(ONE, USAGE, data({"choices": [], "usage": None}), END, **NINE),
+    "huge numbers": stream(
+        llama_chunk("1", 1, timings=TIMINGS | {"prompt_ms": 10**400}), data(LAST), prompt_tokens=9, total_tokens=2
     ),
     "no text at all": stream(text_chunk("", "stop"), END, text="", total_tokens=0),
     "the natural end": stream(
@@ -357,34 +279,30 @@ STREAMS = {
         text_chunk("2, 3"), text_chunk("]\ny = 2"), text_chunk("\n"), text="2, 3", total_tokens=3,
         asked={"prompt": "x = [1, ", "suffix": "]\ny = 2\n", "mode": "infill", "language": "python"},
     ),
-    "a stop string over two events": stream(
-        text_chunk("1E"), text_chunk("ND2"), asked={"stop": ["END"]}, total_tokens=2
-    ),
+    "a stop over two events": stream(text_chunk("1E"), text_chunk("ND2"), asked={"stop": ["END"]}, total_tokens=2),
     "a mark that leaks": stream(text_chunk("1<|end"), text_chunk("oftext|>Human:"), total_tokens=2),
     "a mark that the prompt has, too": stream(
-        text_chunk(" '<|endoftext|>'", "stop"),
-        text=" '<|endoftext|>'", asked={"prompt": "end = '<|endoftext|>'\nx ="},
+        text_chunk(" '<|im_end|>'", "stop"), text=" '<|im_end|>'", asked={"prompt": "end = '<|im_end|>'\nx ="}
     ),
     "a character in two events": stream(
         text_chunk("a"), b'data: {"choices": [{"text": "\xe2\x82"}]}\n\n',
         b'data: {"choices": [{"text": "\xac"}]}\n\n', text_chunk("b", "stop"), text="a\u20acb", total_tokens=4,
     ),
-    "half of a surrogate pair in each of two events": stream(
+    "half of a character": stream(
+        b'data: {"choices": [{"text": "\xe2"}]}\n\n', text_chunk("x", "stop"), text="\ufffdx", total_tokens=2
+    ),
+    "a surrogate pair": stream(text_chunk("\ud83d\udc80"), text_chunk("", "stop"), text="\U0001f480"),
+    "half of one in each of two events": stream(
         text_chunk("\ud83d"), text_chunk("\ude00", "stop"), text="\U0001f600", total_tokens=2
     ),
+    "half of one": stream(text_chunk("\ude00x", "stop"), text="\ufffdx"),
     "a chat": stream(
         chat_chunk(role="assistant", content=""), chat_chunk(content="Hi"), chat_chunk(content="!"),
-        chat_chunk("stop"), USAGE, END,
-        text="Hi!", asked=SAYING, prompt_tokens=9, total_tokens=3,
-    ),
-    "thoughts are no answer": stream(
-        chat_chunk(reasoning_content="hm"), chat_chunk(content=None), chat_chunk("stop", content="Hi"),
-        text="Hi", asked=SAYING,
+        chat_chunk("stop"), USAGE, END, text="Hi!", asked=SAYING, **NINE,
     ),
     "the code of an instruction alone": stream(
         chat_chunk(content="Here you are:\n\n```py"), chat_chunk(content="thon\nx = 1\n``"),
-        chat_chunk(content="`\nBye"), chat_chunk(content="."),
-        text="x = 1\n", total_tokens=3,
+        chat_chunk(content="`\nBye"), chat_chunk(content="."), text="x = 1\n", total_tokens=3,
         asked={"messages": SAID, "mode": "instruct", "language": "python"},
     ),
     "a chat in one piece": stream(
@@ -392,12 +310,11 @@ STREAMS = {
         text="Hi", asked=SAYING, prompt_tokens=3,
     ),
     "llama-server": stream(
-        llama_chunk("1", 1), llama_chunk("2", 2), data({**LAST, "timings": TIMINGS}),
-        text="12", total_tokens=2, **COUNTED,
+        llama_chunk("1", 1), llama_chunk("2", 2), data({**LAST, "timings": TIMINGS}), text="12", total_tokens=2,
+        **COUNTED,
     ),
     "llama-server at its limit": stream(
-        llama_chunk("1", 1), data(LAST | {"stop_type": "limit"}),
-        finish_reason="length", prompt_tokens=9, total_tokens=2,
+        llama_chunk("1", 1), data(LAST | {"stop_type": "limit"}), **LENGTH, prompt_tokens=9
     ),
     "llama-server before its end": stream(
         *(llama_chunk(piece, n, timings=TIMINGS | {"predicted_n": n}) for n, piece in enumerate(PIECES, 1)),
@@ -440,7 +357,6 @@ def test_a_stream_of_an_engine(name: str, cut: int) -> None:
         (data({"error": {"message": "boom at /srv/x.py", "code": 500}}), "it reported an error"),
         (data({"error": "boom", "error_type": "overloaded"}), "it reported an error"),
         (text_chunk("1", "abort"), "it gave up"),
-        (text_chunk("", "error"), "it gave up"),
         (b"data: {oops\n\n", "it sent an event that is not JSON"),
         (b"data: 1\n\n", "it sent an event that is not JSON"),
         (b"data: " + b"[" * 100_000 + b"\n\n", "it sent an event that is not JSON"),
@@ -463,10 +379,8 @@ def test_a_limit_of_time_counts_once_a_line_has_ended() -> None:
     translator = Translator(BASE | {"predict_ms": 500}, [])
     assert list(translator.feed(text_chunk("1"), 10.0))[-1][0] == "text"
     assert list(translator.feed(text_chunk("2"), 10.9))[-1][0] == "text"
-    assert list(translator.feed(text_chunk("3\n"), 11.0))[-1] == (
-        "done",
-        {"finish_reason": "length", "total_tokens": 3},
-    )
+    done = {"finish_reason": "length", "total_tokens": 3}
+    assert list(translator.feed(text_chunk("3\n"), 11.0))[-1] == ("done", done)
 
 
 def test_progress_is_passed_on_if_asked_for() -> None:
@@ -477,233 +391,144 @@ def test_progress_is_passed_on_if_asked_for() -> None:
     assert list(Translator(BASE, []).feed(event, 0.0)) == []
 
 
-@pytest.mark.parametrize(
-    ("pieces", "text"),
-    [
-        (["a", "b"], "ab"),
-        (["\udce2\udc82", "\udcac"], "\u20ac"),
-        (["\udce2", "\udc82\udcac."], "\u20ac."),
-        (["\udce2", "x"], "\ufffdx"),
-        (["\ud83d", "\ude00"], "\U0001f600"),
-        (["\ud83d\ude00", ""], "\U0001f600"),
-        (["\ud83d\udc80"], "\U0001f480"),  # its second half looks like a byte
-        (["\ude00x"], "\ufffdx"),
-    ],
-)
-def test_characters_that_an_engine_has_cut(pieces: list[str], text: str) -> None:
-    characters = Characters()
-    assert "".join(map(characters.feed, pieces)) == text
-
-
 # ------------------------------------------------------------------------------- engines behind a real gateway
 
 LISTED = answer(200, {"object": "list", "data": [{"id": "qwen_0_5b", "max_model_len": 2048}]})
 VLLM = (CHUNKED, chunk(text_chunk("1")), chunk(text_chunk(" + 2", "stop")), chunk(USAGE), chunk(END), b"0\r\n\r\n")
-LLAMA_SERVER = (
-    CHUNKED,
-    *(chunk(llama_chunk(text, n)) for n, text in enumerate("ab", 1)),
-    chunk(data(LAST)),
-    b"0\r\n\r\n",
-)
+LLAMA_SERVER = (CHUNKED, chunk(llama_chunk("a", 1)), chunk(llama_chunk("b", 2)), chunk(data(LAST)), b"0\r\n\r\n")
+ALIVE = [lambda: asyncio.sleep(0.01), chunk(b": PROCESSING\n\n")] * 500  # it keeps the connection alive, no more
 
 
 def engine(port: int, api: str = "openai", **more: Any) -> Any:
     return backend_at(port, "gpu", api=api, key="gpu-key", key_env="GPU_KEY", **more)
 
 
-def result_of(reply: Any) -> dict[str, Any]:
-    """The done event, without what the clock decides."""
-    (done,) = [event for event in reply.events if isinstance(event, dict) and event.get("done")]
-    return {name: value for name, value in done.items() if name not in ("timestamp", "inference_time")}
+def listing(**about: Any) -> bytes:
+    return answer(200, {"data": [{"id": "qwen_0_5b", **about}]})
 
 
 @pytest.mark.parametrize("split", [False, True], ids=["whole", "bytes"])
 @pytest.mark.parametrize(
-    ("api", "script", "text", "more", "path"),
-    [
-        ("openai", VLLM, "1 + 2", {"prompt_tokens": 9, "total_tokens": 3}, "/v1/completions"),
-        ("llama.cpp", LLAMA_SERVER, "ab", {"prompt_tokens": 9, "total_tokens": 2}, "/completion"),
-    ],
+    ("api", "script", "text", "tokens", "path"),
+    [("openai", VLLM, "1 + 2", 3, "/v1/completions"), ("llama.cpp", LLAMA_SERVER, "ab", 2, "/completion")],
 )
-async def test_a_completion(api: str, script: Any, text: str, more: dict[str, Any], path: str, split: bool) -> None:
+async def test_a_completion(api: str, script: Any, text: str, tokens: int, path: str, split: bool) -> None:
     async with Backend([script], models=LISTED, split=split) as backend, pi_for(engine(backend.port, api)) as pi:
         reply = await pi.stream()
-        assert (reply.status, reply.clean) == (200, True)
-        assert "".join(event["token"] for event in reply.events if "token" in event) == text
-        assert result_of(reply) == {
+        *events, done = reply.events
+        assert (reply.status, reply.clean, "".join(event["token"] for event in events)) == (200, True, text)
+        assert {name: value for name, value in done.items() if name not in ("timestamp", "inference_time")} == {
             "done": True, "language": "python", "model": "qwen_0_5b", "mode": "complete", "finish_reason": "stop",
-            "kept": {"characters": 3, "of": 3, "parts": ["all"]}, **more,
+            "kept": {"characters": 3, "of": 3, "parts": ["all"]}, "prompt_tokens": 9, "total_tokens": tokens,
         }  # fmt: skip
-        whole = await pi.complete()
-        assert (whole.status, whole.json["completion"]) == (200, text)
+        assert (await pi.complete()).json["completion"] == text
         line, headers, body = backend.asked[-1]
         assert (line, json.loads(body)["model"]) == (f"POST {path} HTTP/1.1", "qwen_0_5b")
-        assert headers["authorization"] == "Bearer gpu-key"
-        assert "x-api-key" not in headers
-        listed = (await pi.get("/v1/models")).json["models"][3]
-        assert (listed["available"], listed["n_ctx"], listed["backends"]) == (True, 2048, ["gpu"])
+        assert (headers["authorization"], "x-api-key" in headers) == ("Bearer gpu-key", False)
+        models = (await pi.get("/v1/models")).json["models"]
+        assert [model.get("loaded") for model in models] == [None, None, None, True]
+        assert (models[3]["available"], models[3]["n_ctx"], models[3]["backends"]) == (True, 2048, ["gpu"])
+        assert (await pi.get("/v1/activity")).json["models_loaded"] == ["qwen_0_5b"]
+        asked = len(backend.asked)
+        await pi.gateway.fleet.first.probe()
+        assert len(backend.asked) == asked + 1, "the list was asked for again"
 
 
 @pytest.mark.parametrize(
-    ("script", "status", "part", "counted"),
+    ("script", "part", "counted"),
     [
-        (
-            [answer(200, {"error": {"message": "boom"}})],
-            503,
-            "(its answer is not of the type that was asked for)",
-            True,
-        ),
-        ([CHUNKED, chunk(data({"error": {"message": "boom"}})), b"0\r\n\r\n"], 503, "(it reported an error)", True),
-        ([CHUNKED, chunk(END), b"0\r\n\r\n"], 503, "VPS backend answered nothing; a lower n_ctx of it may help", False),
-        ([CHUNKED, RESET], 503, "(the connection broke in the middle of its answer)", True),
-        ([], 503, "(it closed the connection without an answer)", True),
+        ([answer(200, {"error": {"message": "boom"}})], "(its answer is not of the type that was asked for)", True),
+        ([CHUNKED, chunk(data({"error": {"message": "boom"}})), b"0\r\n\r\n"], "(it reported an error)", True),
+        ([CHUNKED, chunk(END), b"0\r\n\r\n"], "VPS backend answered nothing; a lower n_ctx of it may help", False),
+        ([head(401, "Content-Encoding: gzip", "Content-Length: 2", kind="text/html") + b"\x1f\x8b"], "our key", False),
+        ([head(404, "Content-Length: 200000", kind="text/html") + b"x" * 200_000], "not have this model", False),
     ],
 )
-async def test_a_fault_before_the_first_token(script: Any, status: int, part: str, counted: bool) -> None:
+async def test_a_fault_before_the_first_token(script: Any, part: str, counted: bool) -> None:
     async with Backend([script], models=LISTED) as backend, pi_for(engine(backend.port), probing=False) as pi:
         reply = await pi.complete()
-        assert reply.status == status
         assert part in reply.json["message"]
         assert "boom" not in reply.json["message"]
         assert len(backend.completions) == 1
-        assert pi.gateway.fleet.first.breaker.describe(0)["failures"] == int(counted)
+        assert pi.gateway.fleet.first.breaker.failures == int(counted)
 
 
-@pytest.mark.parametrize(
-    ("rest", "part"),
-    [
-        ([chunk(data({"error": "boom"})), b"0\r\n\r\n"], "it reported an error"),
-        ([b"0\r\n\r\n"], "without saying that it is done"),
-        ([RESET], "the connection broke"),
-    ],
-)
-async def test_a_fault_after_the_first_token(rest: Any, part: str) -> None:
-    script = [CHUNKED, chunk(text_chunk("1")), *rest]
-    async with Backend([script], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
-        reply = await pi.stream()
-        assert (reply.status, reply.clean) == (200, False)
-        token, error = reply.events
-        assert (token, error["code"]) == ({"token": "1", "total_tokens": 1}, "VPS_UNAVAILABLE")
-        assert part in error["message"]
-        assert len(backend.completions) == 1
-
-
-async def test_an_engine_at_work_whose_breaker_is_open_is_probed() -> None:
+async def test_an_engine_at_work_is_probed_only_if_its_breaker_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise it would get no request until its running answers have ended."""
-    async with Backend([[CHUNKED, HANG]], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
-        first = pi.gateway.fleet.first
-        _, writer = await pi.open("POST", "/v1/complete/stream", {"prompt": "x =", "language": "python"})
-        await backend.begun.wait()
+    monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 0.01)
+    go = asyncio.Event()
+    async with Backend([[CHUNKED, go.wait, *VLLM[1:]]], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
+        running, first = asyncio.create_task(pi.complete()), pi.gateway.fleet.first
+        await until(lambda: backend.begun.is_set() and first.answering)
+        asked, probes = len(backend.asked), pi.probes
+        first.wake.set()
+        await first.probe()
+        await first.learn_models()
+        assert (len(backend.asked), pi.probes) == (asked, probes)
         open_breaker(first.breaker)
         await first.probe()
         assert first.breaker.state == "half-open"
-        writer.transport.abort()
+        go.set()
+        assert (await running).status == 200
 
 
 async def test_what_follows_a_whole_text_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "COUNTS_SECONDS", 0.05)
     whole = [CHUNKED, chunk(text_chunk("1", "stop"))]
     faults = [data({"error": "boom"}) + text_chunk("2"), b"data: {oops\n\n"]
-    scripts = [[*whole, HANG], [*whole, RESET], whole, [*whole, Flood(chunk(b": PROCESSING\n\n"))]]
+    scripts = [[*whole, HANG], [*whole, RESET], whole, [*whole, *ALIVE]]
     scripts += [[CHUNKED, chunk(text_chunk("1", "stop") + fault), HANG] for fault in faults]
+    scripts += [[CHUNKED, *(chunk(text_chunk(piece)) for piece in PIECES[:5]), HANG]]
     async with Backend(scripts, models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
-        for _ in scripts:
+        for _ in scripts[:-1]:
             reply = await pi.complete()
             assert (reply.status, reply.json["completion"], reply.json["finish_reason"]) == (200, "1", "stop")
-        assert pi.gateway.fleet.first.breaker.describe(0)["failures"] == 0
+        reply = await pi.complete(prompt="def add(a, b):\n")  # the natural end
+        assert (reply.json["completion"], reply.json["finish_reason"]) == (BODY, "block")
+        await until(lambda: not backend.running)
+        assert (pi.gateway.fleet.first.breaker.failures, pi.gateway.dispatcher.active) == (0, 0)
 
 
-async def test_an_engine_that_only_keeps_alive_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "READING_SECONDS", 0.1)
-    script = [CHUNKED, Flood(chunk(b": PROCESSING\n\n"))]
-    async with Backend([script], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
-        reply = await pi.complete()
-        assert (reply.status, reply.json["message"]) == (503, "VPS backend is unavailable (it did not answer in time)")
-
-
-async def test_an_engine_that_thinks_is_not_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Meanwhile its client gets comments, which keep the connection alive."""
-    monkeypatch.setattr(engines, "READING_SECONDS", 0.2)
+@pytest.mark.parametrize(
+    ("module", "script", "part"),
+    [
+        (pi_backend, [HANG], "did not answer in time"),
+        (pi_backend, [CHUNKED, HANG], "stopped in the middle of its answer"),
+        (engines, [CHUNKED, *ALIVE], "did not answer in time"),
+    ],
+)
+async def test_an_engine_that_makes_no_progress_for_too_long_has_failed(
+    module: Any, script: list[Any], part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(engines, "ALIVE_SECONDS", 0.02)
-    thought = chunk(chat_chunk(reasoning_content="hm"))
+    monkeypatch.setattr(module, "READING_SECONDS", 0.1)
+    async with Backend([script], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
+        assert part in (await pi.complete()).json["message"]
+
+
+async def test_an_engine_that_thinks_or_is_silent_is_not_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Meanwhile its client gets comments, which keep the connection alive: before the head, which comes once the prompt
+    has been read, between thoughts, and before the text."""
+    monkeypatch.setattr(engines, "ALIVE_SECONDS", 0.02)
+    thought, gates = chunk(chat_chunk(reasoning_content="hm")), [asyncio.Event() for _ in range(12)]
+    steps = [step for gate in gates[1:] for step in (gate.wait, thought)]
     end = [chunk(chat_chunk("stop", content="```\nx = 1\n```")), b"0\r\n\r\n"]
-    gates = [asyncio.Event() for _ in range(12)]
-    steps = [step for gate in gates for step in (gate.wait, thought)]
-    async with Backend([[CHUNKED, *steps, *end]], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
+    script = [gates[0].wait, CHUNKED, *steps, *end]
+    async with Backend([script], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
         body = {"prompt": "x", "instruction": "y", "language": "python"}
         reader, writer = await pi.open("POST", "/v1/complete/stream", body)
         for gate in gates:
             await reader.readuntil(b"\n\n\r\n")  # a comment
+            monkeypatch.setattr(engines, "READING_SECONDS", 0.2)  # less than the thoughts take together
             gate.set()
         assert b'"token": "x = 1' in await reader.read()
         writer.close()
 
 
-async def test_what_follows_the_natural_end_is_not_waited_for() -> None:
-    script = [CHUNKED, *(chunk(text_chunk(piece)) for piece in PIECES[:5]), HANG]
-    async with Backend([script], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
-        reply = await pi.stream(prompt="def add(a, b):\n")
-        assert "".join(event["token"] for event in reply.events if "token" in event) == BODY
-        assert result_of(reply)["finish_reason"] == "block"
-        await asyncio.wait_for(backend.left.wait(), 30)
-        assert pi.gateway.dispatcher.active == 0
-
-
-async def test_a_client_that_leaves_ends_the_engines_work() -> None:
-    script = [CHUNKED, chunk(text_chunk("1")), HANG]
-    async with Backend([script], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
-        reader, writer = await pi.open("POST", "/v1/complete/stream", {"prompt": "x", "language": "python"})
-        await reader.readuntil(b"1}\n\n")
-        writer.transport.abort()
-        await asyncio.wait_for(backend.left.wait(), 30)
-        await until(lambda: pi.gateway.dispatcher.active == 0)
-
-
-async def test_an_engine_that_is_silent_does_not_silence_the_pi(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The engine sends its head only after it has read the prompt, and then pauses again."""
-    monkeypatch.setattr(engines, "ALIVE_SECONDS", 0.02)
-    heads, rest = asyncio.Event(), asyncio.Event()
-    script = [heads.wait, CHUNKED, rest.wait, *VLLM[1:]]
-    async with Backend([script], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
-        reader, writer = await pi.open("POST", "/v1/complete/stream", {"prompt": "x =", "language": "python"})
-        for gate in (heads, rest):
-            await reader.readuntil(b"\n\n\r\n")  # a comment
-            gate.set()
-        body = await reader.read()
-        assert body.count(b'"token"') == 2
-        assert b'"done": true' in body
-        writer.close()
-
-
-async def test_an_engine_that_is_silent_for_too_long_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "ALIVE_SECONDS", 0.02)
-    monkeypatch.setattr(pi_backend, "READING_SECONDS", 0.5)
-    async with Backend([[HANG], [CHUNKED, HANG]], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
-        assert "did not answer in time" in (await pi.complete()).json["message"]
-        assert "it stopped in the middle of its answer" in (await pi.complete()).json["message"]
-
-
-async def test_a_prompt_that_an_engine_finds_too_long_is_fitted_again() -> None:
-    message = (
-        "This model's maximum context length is 256 tokens. However, you requested 900 tokens (800 in the messages)"
-    )
-    refused = answer(400, {"error": {"message": message}})
-    listed = answer(200, {"data": [{"id": "qwen_0_5b"}]})
-    async with Backend([[refused], VLLM], models=listed) as backend, pi_for(engine(backend.port)) as pi:
-        prompt = "x = 1\n" * 400
-        assert (await pi.complete(prompt=prompt)).status == 200
-        first, second = backend.completions
-        assert first["prompt"] == prompt
-        assert len(second["prompt"]) < len(prompt) / 2
-        assert second["max_tokens"] < 256
-        assert (await pi.complete(prompt=prompt)).status == 200
-        assert len(backend.completions) == 3, "the context's length was forgotten"
-        assert pi.gateway.fleet.n_ctx("qwen_0_5b") == 256
-
-
 @pytest.mark.parametrize(
     ("told", "message", "n_ctx"),
     [
+        ({}, LONG_MESSAGE, 512),
         ({}, "invalid stop: the context window 16 chars", 4096),
         ({}, "the context length is 9000 tokens", 4096),
         ({}, "maximum context length is 1000 tokens, and you requested 900000 input tokens", 1000),
@@ -711,30 +536,21 @@ async def test_a_prompt_that_an_engine_finds_too_long_is_fitted_again() -> None:
         ({"max_model_len": 2048}, "Your input exceeds the context window of this model.", 2048),
     ],
 )
-async def test_what_a_refusal_says_of_the_context_may_be_misread(
-    told: dict[str, Any], message: str, n_ctx: int
-) -> None:
-    """The prompt is shortened and sent once more. A length in a known sentence counts until the next list."""
-    refused = answer(400, {"error": {"message": message, "code": "context_length_exceeded"}})
-    listed = answer(200, {"data": [{"id": "qwen_0_5b", **told}]})
-    async with Backend([[refused], VLLM], models=listed) as backend, pi_for(engine(backend.port)) as pi:
-        assert (await pi.complete(prompt="x = 1\n" * 300)).status == 200
-        first, second = (len(asked["prompt"]) for asked in backend.completions)
-        assert 0.1 * first < second < 0.9 * first
-        assert pi.gateway.fleet.n_ctx("qwen_0_5b") == n_ctx
-
-
-async def test_a_prompt_that_stays_too_long_goes_to_a_backend_with_a_longer_context() -> None:
-    refused = answer(400, {"error": {"message": LONG_MESSAGE}})
-    listed = answer(200, {"data": [{"id": "qwen_0_5b"}]})
+async def test_a_prompt_that_an_engine_finds_too_long_is_fitted_again(told: Any, message: str, n_ctx: int) -> None:
+    """Once, although what a refusal says may be misread. A length in a known sentence counts until the next list."""
+    refused, prompt = answer(400, {"error": {"message": message, "code": "context_length_exceeded"}}), "x = 1\n" * 300
     async with (
-        Backend([[refused]], models=listed) as short,
+        Backend([[refused], VLLM, [refused]], models=listing(**told)) as backend,
         Backend() as own,
-        pi_for(engine(short.port), backend_at(own.port, "own")) as pi,
+        pi_for(engine(backend.port), backend_at(own.port, "own")) as pi,
     ):
-        reply = await pi.complete(prompt="x = 1\n" * 300)
-        assert (reply.status, reply.json["backend"]) == (200, "own")
-        assert (len(short.completions), len(own.completions)) == (2, 1)
+        first = pi.gateway.fleet.first
+        assert (await pi.complete(prompt=prompt)).json["backend"] == "gpu"
+        lengths = [len(asked["prompt"]) for asked in backend.completions]
+        assert 0.05 * lengths[0] < lengths[1] < 0.9 * lengths[0]
+        assert first.n_ctx("qwen_0_5b") == n_ctx
+        assert (await pi.complete(prompt=prompt)).json["backend"] == "own"  # with a longer context
+        assert len(backend.completions) == 4
 
 
 async def test_an_impossible_count_teaches_nothing() -> None:
@@ -744,28 +560,12 @@ async def test_an_impossible_count_teaches_nothing() -> None:
         assert pi.gateway.fleet.first.prompts.ratio.get("qwen_0_5b") == 3.0
 
 
-async def test_a_list_that_is_not_strict() -> None:
+async def test_a_list_that_is_not_strict_and_an_engine_that_asks_for_patience() -> None:
     listed = b'{"object": "list", "object": "list", "score": NaN, "data": [{"id": "qwen_0_5b"}]}'
     whole = head(200, f"Content-Length: {len(listed)}", "Content-Encoding: identity", kind="application/json") + listed
     async with Backend([VLLM], models=whole) as backend, pi_for(engine(backend.port)) as pi:
         assert (await pi.complete()).status == 200
-
-
-@pytest.mark.parametrize(
-    ("refused", "part"),
-    [
-        (head(401, "Content-Encoding: gzip", "Content-Length: 2", kind="text/html") + b"\x1f\x8b", "refuses our key"),
-        (head(404, "Content-Length: 200000", kind="text/html") + b"x" * 200_000, "does not have this model"),
-    ],
-)
-async def test_a_refusal_whose_body_says_nothing(refused: bytes, part: str) -> None:
-    async with Backend([[refused]], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
-        assert part in (await pi.complete()).json["message"]
-        assert pi.gateway.fleet.first.breaker.describe(0)["failures"] == 0
-
-
-async def test_an_engine_that_asks_for_patience_is_there() -> None:
-    async with Backend(models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
+        assert "that a backend has (qwen_0_5b), got" in (await pi.complete(model="qwen_7b")).json["message"]
         backend.models = answer(429, {})
         await pi.gateway.fleet.first.probe()
         assert pi.gateway.fleet.available
@@ -782,21 +582,9 @@ async def test_an_engine_that_asks_for_patience_is_there() -> None:
     ],
 )
 async def test_the_length_of_the_context(api: str, told: dict[str, Any], table: dict[str, Any], n_ctx: int) -> None:
-    listed = answer(200, {"data": [{"id": "qwen_0_5b", **told}]})
     props = answer(200, {"default_generation_settings": {"n_ctx": 512}})
-    async with Backend(models=listed, props=props) as backend, pi_for(engine(backend.port, api, **table)) as pi:
+    async with Backend(models=listing(**told), props=props) as vps, pi_for(engine(vps.port, api, **table)) as pi:
         assert pi.gateway.fleet.n_ctx("qwen_0_5b") == n_ctx
-
-
-@pytest.mark.parametrize("api", ["openai", "llama.cpp"])
-async def test_the_model_of_another_engine_is_always_loaded(api: str) -> None:
-    async with Backend(models=LISTED) as backend, pi_for(engine(backend.port, api)) as pi:
-        told = {model["id"]: model.get("loaded") for model in (await pi.get("/v1/models")).json["models"]}
-        assert told == {"qwen_7b": None, "codellama_7b": None, "qwen_1_5b": None, "qwen_0_5b": True}
-        assert (await pi.get("/v1/activity")).json["models_loaded"] == ["qwen_0_5b"]
-        asked = len(backend.asked)
-        await pi.gateway.fleet.first.probe()
-        assert len(backend.asked) == asked + 1, "the list was asked for again"
 
 
 async def test_an_engine_that_does_not_list_its_models_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -804,28 +592,11 @@ async def test_an_engine_that_does_not_list_its_models_is_away(monkeypatch: pyte
     monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 0.02)
     broken = answer(500, {"error": "Traceback"})
     async with Backend([VLLM], models=broken) as backend, pi_for(engine(backend.port)) as pi:
-        assert (await pi.get("/health")).json["message"] == "VPS backend is unavailable (it answered 500)"
-        assert (await pi.complete()).json["message"] == "VPS backend is unavailable (it answered 500)"
+        for reply in (await pi.get("/health"), await pi.complete()):
+            assert reply.json["message"] == "VPS backend is unavailable (it answered 500)"
         backend.models = LISTED
         await until(lambda: pi.gateway.fleet.available)
         assert (await pi.complete()).status == 200
-
-
-async def test_an_engine_at_work_is_not_probed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 0.01)
-    go = asyncio.Event()
-    async with Backend([[CHUNKED, go.wait, *VLLM[1:]]], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
-        answer = asyncio.create_task(pi.complete())
-        await backend.begun.wait()
-        await until(lambda: len(pi.at(0)) == 1)
-        asked, probes = len(backend.asked), pi.probes
-        pi.gateway.fleet.first.wake.set()
-        await pi.gateway.fleet.first.probe()
-        await pi.gateway.fleet.first.learn_models()
-        assert (len(backend.asked), pi.probes) == (asked, probes)
-        go.set()
-        assert (await answer).status == 200
-        await until(lambda: pi.probes > probes)
 
 
 async def test_an_engine_with_none_of_our_models_is_logged(caplog: pytest.LogCaptureFixture) -> None:
@@ -833,7 +604,7 @@ async def test_an_engine_with_none_of_our_models_is_logged(caplog: pytest.LogCap
     async with Backend(models=listed) as backend, pi_for(engine(backend.port)) as pi:
         reply = await pi.complete()
         assert (reply.status, reply.json["code"]) == (404, "MODEL_NOT_FOUND")
-        assert reply.json["message"] == ('expected a model that a backend has (none), got the string "qwen_7b"')
+        assert reply.json["message"] == 'expected a model that a backend has (none), got the string "qwen_7b"'
         assert backend.completions == []
     assert "gpu: expected a model of models.toml, got one, org/Other" in caplog.text
 
@@ -851,34 +622,25 @@ async def test_the_tokens_of_a_text_come_from_llama_server() -> None:
         assert (reply.status, reply.json["error"]["code"]) == (503, "VPS_UNAVAILABLE")
 
 
-def test_the_catalog_that_ships_names_the_marks_of_its_models() -> None:
+def test_the_catalog_that_ships(tmp_path: Path) -> None:
+    """It names the marks of its models; the larger models that are commented out can be used."""
     marks = {model.id: (model.fim, model.fim_layout) for model in load_catalog(ROOT / "models.toml").models}
     assert marks["qwen_0_5b"] == marks["qwen_1_5b"] == marks["qwen_7b"] == (FIM, "spmv2")
     assert marks["codellama_7b"] == (("<PRE> ", " <SUF>", " <MID>"), "psm")
-
-
-def test_the_larger_models_that_are_commented_out_can_be_used(tmp_path: Path) -> None:
     lines = (ROOT / "models.toml").read_text().splitlines()
     start = next(place for place, line in enumerate(lines) if line.startswith("# [[models]]"))
     end = next(place for place, line in enumerate(lines) if line == "[[models]]")
     lines[start:end] = [line.removeprefix("# ") for line in lines[start:end] if not line.startswith("# With")]
     (tmp_path / "models.toml").write_text("\n".join(line for line in lines if line != "#"))
-    models = {model.id: model for model in load_catalog(tmp_path / "models.toml").models}
-    assert [models[id].memory_mb for id in ("qwen_3b", "qwen_14b", "qwen3_30b")] == [2900, 10_000, 19_300]
+    models = load_catalog(tmp_path / "models.toml").models
     for room_mb, id in ((23_000, "qwen3_30b"), (15_000, "qwen_14b"), (3_000, "qwen_3b"), (2_000, "qwen_1_5b")):
-        assert choose(list(models.values()), tmp_path, room_mb)[1] == models[id]
-
-
-def test_a_gap_for_a_model_that_reads_the_suffix_first() -> None:
-    wanted = Wanted(ASKED | {"suffix": "after"}, "m", ("[PREFIX]", "[SUFFIX]", ""), layout="spm")
-    assert OPENAI_TEXT.write(wanted)["prompt"] == f"[SUFFIX]after[PREFIX]{ASKED['prompt']}"
+        assert choose(list(models), tmp_path, room_mb)[1].id == id
 
 
 @pytest.mark.parametrize(("layout", "written"), [("spmv2", "<pre>a<suf>b<mid>"), ("spm", "<suf>b<pre>a<mid>")])
 async def test_no_other_engine_gets_a_prompt_that_it_would_have_to_heal(layout: str, written: str) -> None:
     async with Backend([VLLM], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
-        fleet = pi.gateway.fleet
-        model = replace(fleet.first.fim["qwen_0_5b"], fim=("<pre>", "<suf>", "<mid>"), fim_layout=layout)
-        fleet.first.fim["qwen_0_5b"] = model
+        fim = pi.gateway.fleet.first.fim
+        fim["qwen_0_5b"] = replace(fim["qwen_0_5b"], fim=("<pre>", "<suf>", "<mid>"), fim_layout=layout)
         await pi.complete(prompt="a", suffix="b", language="python")
         assert backend.completions[0]["prompt"] == written

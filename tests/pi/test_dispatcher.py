@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,16 +14,7 @@ from scripted import backend_at
 from cerebrum.pi.breaker import Breaker
 from cerebrum.pi.completion import SUPERSEDED, WAIT_SECONDS, Attempt, Completion
 from cerebrum.pi.dialects import CompletionRequest
-from cerebrum.pi.dispatcher import (
-    BUSY_SECONDS,
-    EDITOR_SECONDS,
-    MAX_BUSY_SECONDS,
-    Assign,
-    State,
-    Wait,
-    decide,
-    whose_turn,
-)
+from cerebrum.pi.dispatcher import BUSY_SECONDS, EDITOR_SECONDS, Assign, State, Wait, decide, whose_turn
 from cerebrum.pi.fleet import Fleet
 from cerebrum.pi.upstream import BackendFailure
 from cerebrum_common import HttpError, Model
@@ -63,13 +53,14 @@ def decided(
     prefer: Mapping[str, Sequence[str]] = {},
     session: str = "",
     language: str = "python",
+    mode: str = "complete",
     model: str | None = None,
     asked: float = NOW,
     in_line: bool = False,
     now: float = NOW,
     ahead: bool = False,
     guest: int = 0,
-    regular: float = math.inf,  # seconds since somebody else got a place
+    regular: float = 0,  # seconds since somebody else got a place; 0: nobody did
 ) -> str:
     """`model@backend`, `wait SECONDS`, or the code of a refusal."""
     fleet = Fleet()
@@ -78,7 +69,9 @@ def decided(
     for id, models in backends.items():
         known[id].models = {model: {} for model in models.split()}
         known[id].breaker = breaker(health.get(id, CLOSED))
-    state = State(fleet, editors={client: NOW - ago for client, ago in editors.items()}, regular=NOW - regular)
+    state = State(fleet, editors={client: NOW - ago for client, ago in editors.items()})
+    if regular:
+        state.regular = NOW - regular
     for place in (*running, *superseded):
         id, other_kind, client = (*place.split(), "")[:3]
         other = Completion(
@@ -89,7 +82,7 @@ def decided(
         attempt = Attempt(other, id, "big", known[id].breaker.admit(NOW))
         attempt.reason = SUPERSEDED if place in superseded else ""
         state.places[attempt] = known[id]
-    fields = {"language": language, "mode": "complete", "model": model, "filename": "f.py"}
+    fields = {"language": language, "mode": mode, "model": model, "filename": "f.py"}
     completion = Completion(CompletionRequest(kind, fields, client="me", session=session, ahead=ahead, guest=guest))
     completion.requested = asked
     for id, name, error in attempts:
@@ -107,6 +100,7 @@ def decided(
 TOO_MANY, MISSING = HttpError("RATE_LIMIT", "busy"), HttpError("MODEL_LOAD_FAILED", "no file")
 TWO = ["a -", "a -"]
 FULL = [*TWO, "b -", "b -"]
+APART = {"a": "big", "b": "small"}
 ALONE = {"kind": "infill", "backends": {"a": "big"}}
 PATIENCE = WAIT_SECONDS["infill"]
 GUESTS = ("me", "tom")  # where `guest` is given
@@ -123,8 +117,13 @@ GUEST = {"kind": "infill", "guest": 3}
         ({"kind": "infill", "language": "cobol"}, "big@a"),
         ({"model": "small"}, "small@a"),
         ({"prefer": {"complete": ["small"]}}, "small@a"),
+        ({"mode": "infill", "prefer": {"infill": ["small"]}}, "small@a"),
+        ({"mode": "chat", "language": "", "prefer": {"instruct": ["small"]}}, "small@a"),
+        ({"prefer": {"infill": ["small"], "instruct": ["small"]}}, "big@a"),
+        ({"language": "rust", "prefer": {"complete": ["big"]}}, "small@a"),
         ({"backends": {"a": "small", "b": "big"}}, "big@b"),
         ({"backends": {"a": "small", "b": "big"}, "running": ["b -", "b -"]}, "small@a"),
+        ({"kind": "infill", "language": "rust", "backends": {"a": "big"}}, "big@a"),
         ({"backends": {"a": "small", "b": "small"}, "api": {"a": "openai"}, "model": "big"}, "big@b"),
         ({"backends": {"a": "small"}, "api": {"a": "openai"}, "model": "big"}, "MODEL_NOT_FOUND"),
         # The least busy backend, or the one that has read the file.
@@ -148,6 +147,7 @@ GUEST = {"kind": "infill", "guest": 3}
         ({"kind": "chat", "running": ["a chat", "a completion", "b chat"], "editors": {"me": 5}}, "wait 30.0"),
         ({"kind": "chat", "running": ["a chat", "a infill", "b -"], "editors": {"you": 5}}, "big@b"),
         ({"kind": "chat", "running": ["a chat", "a chat", "b chat"], "editors": {"you": EDITOR_SECONDS}}, "big@b"),
+        ({"kind": "chat", "running": TWO, "editors": {"you": 5}, "backends": APART, "model": "small"}, "small@b"),
         ({"running": ["a chat", "a chat", "b chat"], "editors": {"you": 5}}, "big@b"),
         ({"kind": "infill", "running": ["a chat", "a chat", "b chat"], "editors": {"you": 5}}, "big@b"),
         ({"kind": "infill", "running": ["a infill me"] * 2 + ["b infill me"], "editors": {"you": 5}}, "wait 3.0"),
@@ -174,11 +174,12 @@ GUEST = {"kind": "infill", "guest": 3}
         ({"attempts": [("a", "big", MISSING)], "backends": {"a": "big small"}, "model": "big"}, "MODEL_LOAD_FAILED"),
         ({"attempts": [("a", "big", MISSING), ("b", "big", FAILED)], "model": "big"}, "MODEL_LOAD_FAILED"),
         ({"attempts": [("a", "big", FAILED)], "running": ["b -", "b -"]}, "VPS_UNAVAILABLE"),
+        ({"attempts": [("a", "big", FAILED)], "running": ["b -", "b -"], "kind": "infill"}, f"wait {PATIENCE}"),
         # A 429 is final for our own API, and a pause for a dialect.
         ({"attempts": [("a", "big", TOO_MANY)], "backends": {"a": "big"}}, "RATE_LIMIT"),
         ({"attempts": [("a", "big", TOO_MANY)], "kind": "infill"}, "big@b"),
         ({"attempts": [("a", "big", TOO_MANY), ("b", "big", TOO_MANY)], "kind": "infill"}, f"wait {2 * BUSY_SECONDS}"),
-        (ALONE | {"attempts": [("a", "big", TOO_MANY)] * 9}, f"wait {MAX_BUSY_SECONDS}"),
+        (ALONE | {"attempts": [("a", "big", TOO_MANY)] * 9}, "wait 1.0"),
         (ALONE | {"attempts": [("a", "big", TOO_MANY)], "now": NOW + 0.11}, "big@a"),
         ({"attempts": [("a", "big", TOO_MANY)], "kind": "infill", "running": ["b -", "b -"]}, f"wait {BUSY_SECONDS}"),
         (ALONE | {"attempts": [("a", "big", TOO_MANY)] * 9, "asked": NOW - 2.5}, "RATE_LIMIT"),
@@ -195,12 +196,14 @@ GUEST = {"kind": "infill", "guest": 3}
         ({"kind": "infill", "ahead": True, "served": "a", "running": ["a -"], "health": {"b": TROUBLE}}, "wait inf"),
         ({"kind": "infill", "ahead": True, "health": {"a": HALF_OPEN, "b": OPEN}}, "wait inf"),
         ({"kind": "infill", "ahead": True, "api": {"a": "openai"}}, "big@b"),
+        ({"kind": "infill", "ahead": True, "api": {"a": "llama.cpp"}}, "big@a"),
         ({"kind": "infill", "ahead": True, "api": {"a": "openai", "b": "openai"}}, "VPS_UNAVAILABLE"),
         # A guest has so many places, and only what the others leave: nobody else waits, and one place stays free.
         (GUEST, "big@a"),
         (GUEST | {"guest": 1, "running": ["a - me"]}, "wait 3.0"),
         (GUEST | {"guest": 1, "running": ["a - tom"]}, "big@b"),
         ({"guest": 1, "running": ["a - me"]}, "RATE_LIMIT"),
+        (GUEST | {"running": ["a - me", "a - tom", "b - me"]}, "big@b"),
         (GUEST | {"running": ["a - me", "a - tom", "b - me"], "regular": EDITOR_SECONDS}, "big@b"),
         (GUEST | {"running": ["a - me", "a - tom", "b - me"], "regular": 5}, "wait 3.0"),
         (GUEST | {"running": ["a - me", "a - tom", "b - you"], "regular": 5}, "big@b"),
