@@ -10,20 +10,18 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import subprocess
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from harness import PATIENCE, ROOT, daemon, wait_until
+from harness import PATIENCE, daemon, wait_until
 from scripted import CHUNKED, Backend, answer, chunk, error, event, in_a_thread, token
-from test_peers import needs
 
 PREFIX, LINE, SUFFIX = "def add(a, b):\n", "    return ", "\n\n\nprint(add(1, 2))\n"
 PIECES = ("a + b", "  # ä", '\n"c"')
@@ -43,14 +41,11 @@ def completion(*pieces: Any, reason: str = "stop") -> list[Any]:
     return [*steps, chunk(done), b"0\r\n\r\n"]
 
 
-@dataclass
-class Gate:
+class Gate(threading.Event):
     """A step that keeps the VPS waiting until the test opens it."""
 
-    opened: threading.Event = field(default_factory=threading.Event)
-
     def __call__(self) -> Any:
-        return asyncio.to_thread(self.opened.wait, PATIENCE)
+        return asyncio.to_thread(self.wait, PATIENCE)
 
 
 @dataclass
@@ -74,24 +69,13 @@ class Pi:
         return response.json()
 
     def events(self, path: str, body: Any) -> list[Any]:
-        """The members of each event of a stream, and "[DONE]"."""
+        """The members of each event of a stream, and "[DONE]", as plugins read them that look for "data: "."""
         response = self.post(path, body)
-        assert response.status_code == 200, response.text
-        assert response.headers["content-type"].split(";")[0] == "text/event-stream"
-        return read_events(response.text)
-
-    @property
-    def counts(self) -> dict[str, int]:
-        stats = self.get("/v1/stats").json()
-        return {name: stats[name] for name in ("type_through", "shared", "replaced")}
-
-
-def read_events(stream: str) -> list[Any]:
-    """As plugins do that look for the lines that begin with "data: "."""
-    lines = [line for line in stream.split("\n") if line]
-    assert not [line for line in lines if line.startswith(": ping")], "Continue takes it for the end"
-    data = [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
-    return [text if text == "[DONE]" else json.loads(text) for text in data]
+        kind = response.headers["content-type"].split(";")[0]
+        assert (response.status_code, kind) == (200, "text/event-stream"), response.text
+        assert "\n: ping" not in response.text, "Continue takes it for the end"
+        data = [line.removeprefix("data: ") for line in response.text.split("\n") if line.startswith("data: ")]
+        return [text if text == "[DONE]" else json.loads(text) for text in data]
 
 
 @contextmanager
@@ -269,8 +253,8 @@ def test_llama_vim_is_replaced_by_its_next_keystroke(tmp_path: Path) -> None:
         assert "content" not in older.result(
             PATIENCE
         )  # it would keep an empty one, and show nothing at this place again
-        assert pi.counts == {"type_through": 0, "shared": 0, "replaced": 1}
-        gate.opened.set()
+        assert pi.get("/v1/stats").json()["replaced"] == 1
+        gate.set()
 
 
 def test_llama_vim_warms_and_instructs(tmp_path: Path) -> None:
@@ -286,73 +270,3 @@ def test_llama_vim_warms_and_instructs(tmp_path: Path) -> None:
         *chunks, end = pi.events("/v1/chat/completions", chat | {"id_slot": 8, "messages": TURNS, "stream": True})
         assert ("".join(map(text_of, chunks)), end) == (TEXT, "[DONE]")
         assert TURNS in [sent.get("messages") for sent in pi.backend.completions]
-
-
-# -------------------------------------------------------------------------------------------- an editor
-
-
-class Neovim:
-    """A headless Neovim that a test types into. `tests/editor.lua` makes it ask the Pi as llama.vim does."""
-
-    def __init__(self, program: str, folder: Path, url: str, text: str) -> None:
-        folder.mkdir()
-        (folder / "sum.py").write_text(text)
-        self.socket, self.program = str(folder / "socket"), program
-        self.environment = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": str(folder), "CEREBRUM_URL": url}
-        self.environment["NVIM_LOG_FILE"] = str(folder / "log")
-        command = [program, "--headless", "--clean", "--listen", self.socket, "-S", str(ROOT / "tests/editor.lua")]
-        command.append(str(folder / "sum.py"))
-        self.process = subprocess.Popen(command, env=self.environment, cwd=folder, stdin=subprocess.DEVNULL)
-        wait_until(lambda: self._starts(), "Neovim listens")
-
-    def _starts(self) -> bool:
-        with suppress(subprocess.CalledProcessError):
-            return self.evaluate("exists('g:cerebrum_hint')") == "1"
-        return False
-
-    def evaluate(self, expression: str) -> str:
-        return self._remote("--remote-expr", expression)
-
-    def type(self, keys: str) -> None:
-        self._remote("--remote-send", keys)
-
-    def _remote(self, *options: str) -> str:
-        command = [self.program, "--clean", "--server", self.socket, *options]
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=True)
-        return done.stdout + done.stderr  # it prints a value to either, depending on its version
-
-    @property
-    def hint(self) -> str:
-        return self.evaluate("g:cerebrum_hint")
-
-    @property
-    def lines(self) -> list[str]:
-        return self.evaluate("join(getline(1, '$'), nr2char(10))").split("\n")
-
-
-@contextmanager
-def editing(folder: Path, url: str, text: str) -> Iterator[Neovim]:
-    editor = Neovim(needs("nvim"), folder, url, text)
-    try:
-        yield editor
-    finally:
-        editor.process.kill()
-        editor.process.wait()
-
-
-def test_an_editor_shows_and_inserts_a_completion(tmp_path: Path) -> None:
-    nothing = completion()  # Tab changes the text, so the editor asks again
-    with (
-        start_pi(tmp_path / "pi", [completion("a", " + b"), nothing]) as pi,
-        editing(tmp_path / "editor", pi.url, PREFIX + SUFFIX[1:]) as editor,
-    ):
-        editor.type("2Gi    return ")
-        wait_until(lambda: editor.hint == "a + b", "the hint")
-        assert editor.evaluate("g:cerebrum_shown") == "a + b"
-        editor.type("a")
-        wait_until(lambda: editor.hint == " + b", "the rest of the hint")
-        assert [sent["prompt"] for sent in pi.backend.completions] == [PREFIX + LINE]  # the Pi knew the rest
-        assert pi.counts["type_through"] == 1
-        editor.type("<Tab>")
-        wait_until(lambda: editor.hint == "", "the hint is taken")
-        assert editor.lines == ["def add(a, b):", "    return a + b", "", "print(add(1, 2))"]

@@ -9,12 +9,15 @@ import asyncio
 import contextlib
 import dataclasses
 import gc
+import re
 import socket
+import ssl
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import KEY, PATIENCE, Reply, until
+from harness import KEY, PATIENCE, Reply, certificate, until
 from scripted import (
     CHUNKED,
     DONE,
@@ -299,6 +302,25 @@ async def test_an_address_that_drops_packets_does_not_hide_the_next_one(monkeypa
             endpoint = dataclasses.replace(config.endpoint, host="vps")
             async with pi_for(dataclasses.replace(config, endpoint=endpoint)) as pi:
                 assert (await pi.complete()).status == 200
+
+
+async def test_https_with_a_private_authority(tmp_path: Path):
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    tls.load_cert_chain(*certificate(tmp_path, "vps").values())
+    async with Backend([GOOD, GOOD, [CHUNKED, A, HANG]], tls=tls) as backend:
+        config = backend_at(backend.port)
+        config = dataclasses.replace(config, endpoint=dataclasses.replace(config.endpoint, tls=True))
+        async with pi_for(dataclasses.replace(config, ca_file=str(tmp_path / "vps.crt"))) as pi:
+            assert [(await pi.complete()).json["completion"] for _ in range(2)] == ["ab", "ab"]
+            backend.left.clear()
+            reader, writer = await pi.open("POST", "/v1/complete/stream", {"prompt": "x", "language": "python"})
+            await reader.readuntil(b"total_tokens")
+            writer.transport.abort()
+            await backend.left.wait()
+        async with pi_for(config) as pi:
+            check_error(reply := await pi.complete(), 503, UNAVAILABLE, "it cannot be reached")
+            told = (reply.body + (await pi.get("/health")).body).lower()
+            assert not re.search(rb"certificate|ssl|_verify|traceback|errno", told)
 
 
 def test_a_name_is_looked_up_once_and_nobody_waits_for_the_resolver(monkeypatch: pytest.MonkeyPatch):
