@@ -9,10 +9,12 @@ import asyncio
 import contextlib
 import dataclasses
 import gc
+import itertools
 import re
 import socket
 import ssl
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ from scripted import (
 from cerebrum.pi import breaker, upstream
 from cerebrum.pi import fleet as pi_fleet
 from cerebrum.pi.backend import read_models
-from cerebrum.pi.upstream import MAX_EVENT_BYTES, MAX_MESSAGE_CHARACTERS, BackendFailure, Events, take_apart
+from cerebrum.pi.upstream import MAX_EVENT_BYTES, MAX_MESSAGE_CHARACTERS, BackendFailure, Events
 
 A, B, END = chunk(token("a", 1)), chunk(token("b", 2)), b"0\r\n\r\n"
 CLOSING = head(200, "Connection: close")
@@ -59,14 +61,12 @@ FAILED: dict[str, tuple[list[Any], str]] = {
     "closed before any byte": ([], "without an answer"),
     "closed inside the head": ([CHUNKED[:30]], "without an answer"),
     "not HTTP": ([b"SSH-2.0-OpenSSH_9.6\r\n\r\n"], "not HTTP/1.1"),
-    "HTTP/2": ([b"HTTP/2 200\r\n\r\n"], "not HTTP/1.1"),
     "status of four digits": ([b"HTTP/1.1 2000 OK\r\n\r\n"], "not HTTP/1.1"),
     "bare LF": ([b"HTTP/1.1 200 OK\n\n"], "not HTTP/1.1"),
     "two lengths": ([head(200, "Content-Length: 1", "Content-Length: 1")], "not HTTP/1.1"),
     "gzip framing": ([head(200, "Transfer-Encoding: gzip, chunked")], "not HTTP/1.1"),
     "gzip content": ([head(200, "Content-Encoding: gzip")], "Content-Encoding"),
     "a head without end": ([b"HTTP/1.1 200 OK\r\n", Flood(b"A: b\r\n" * 200)], "not HTTP/1.1"),
-    "a line without end": ([b"HTTP/1.1 200 OK\r\nA: ", Flood(b"a" * 1000)], "not HTTP/1.1"),
     "an HTML page": ([head(200, "Content-Length: 6", kind="text/html"), b"<html>"], "type"),
     "HTML with 502": ([head(502, "Content-Length: 6", kind="text/html"), b"<html>"], "502"),
     "a redirect": ([head(307, "Location: http://127.0.0.1:1/", "Content-Length: 0")], "307"),
@@ -77,8 +77,6 @@ FAILED: dict[str, tuple[list[Any], str]] = {
     "an error past its length": ([head(503, "Content-Length: 2") + b"{} "], "503"),
     "an error without end": ([head(503, "Connection: close"), Flood(b" " * 4096)], "503"),
     "half an error": ([error(503, "RESOURCE_EXHAUSTED")[:-9]], "503"),
-    "an error that is a list": ([answer(503, [1])], "503"),
-    "a number as an error's code": ([answer(503, {"error": True, "message": "m", "code": 1})], "503"),
     "a header as an error's code": ([error(503, "A\r\nB: c")], "503"),
 }
 # An error of a backend that is up: (script, status, code, part of the message).
@@ -104,20 +102,16 @@ BROKEN: dict[str, tuple[list[Any], list[Any], str]] = {
     "dies inside a chunk": ([CHUNKED, A, B[:-7]], [TOKEN_A], "in the middle of its answer"),
     "dies inside the last chunk": ([CHUNKED, A, chunk(DONE), b"0\r\n"], [TOKEN_A], "in the middle of its answer"),
     "half an event, then the last chunk": ([CHUNKED, A, chunk(token("b", 2)[:-1]), END], [TOKEN_A], "of an event"),
-    "half an event, then the end": ([CLOSING, token("a", 1), token("b", 2)[:9]], [TOKEN_A], "of an event"),
     "a clean end without done": ([CHUNKED, A, END], [TOKEN_A], "without saying that it is done"),
     "a length of 0": ([head(200, "Content-Length: 0")], [], "without saying that it is done"),
     "a broken chunk size": ([CHUNKED, A, b"xyz\r\n"], [TOKEN_A], "malformed chunk"),
     "a chunk longer than it says": ([CHUNKED, A, b"3\r\nabcdef\r\n"], [TOKEN_A], "malformed chunk"),
     "a broken last chunk": ([CHUNKED, A, B + b"0\r\nx y\r\n\r\n"], [TOKEN_A, TOKEN_B], "malformed chunk"),
-    "shorter than its length": ([length_of(token("a", 1), 500)], [TOKEN_A], "in the middle of its answer"),
-    "longer than its length": ([length_of(token("a", 1) + DONE, len(token("a", 1)))], [TOKEN_A], "without saying"),
     "done past the last chunk": ([CHUNKED, A, END + chunk(DONE)], [TOKEN_A], "without saying"),
     "a token after done": ([CHUNKED, A, chunk(DONE), B, END], [TOKEN_A], "after the last one"),
     "not JSON": ([CHUNKED, A, chunk(b"data: {oops\n\n")], [TOKEN_A], "not JSON"),
     "an odd number": ([CHUNKED, A, chunk(b'data: {"token": "b", "total_tokens": 007}\n\n')], [TOKEN_A], "not JSON"),
     "not UTF-8": ([CHUNKED, A, chunk(b'data: {"token": "\xff", "total_tokens": 2}\n\n')], [TOKEN_A], "not JSON"),
-    "deep nesting": ([CHUNKED, A, chunk(b"data: " + b"[" * 9000 + b"\n\n")], [TOKEN_A], "not JSON"),
     "NaN": ([CHUNKED, A, chunk(b'data: {"done": true, "total_tokens": NaN}\n\n'), END], [TOKEN_A], "not JSON"),
     "a token without its number": ([CHUNKED, A, chunk(event(token="b"))], [TOKEN_A], "without its number"),
     "a token with a wrong number": ([CHUNKED, A, chunk(event(token="b", total_tokens=True))], [TOKEN_A], "its number"),
@@ -132,15 +126,12 @@ WHOLE: dict[str, list[Any]] = {
     "chunks with extensions and trailers": [CHUNKED, b"29;a=b\r\n" + A[4:], B, chunk(DONE), b"0\r\nA: b\r\n\r\n"],
     "a length": [length_of(token("a", 1) + token("b", 2) + DONE)],
     "surplus behind a length": [length_of(token("a", 1) + token("b", 2) + DONE) + b"HTTP/1.1 200 OK\r\n"],
-    "surplus behind the last chunk": [CHUNKED, A, B, chunk(DONE), END + A],
     "a connection that stays open": [*GOOD, HANG],
     "until the close": [CLOSING, token("a", 1), token("b", 2), DONE],
     "HTTP/1.0": [b"HTTP/1.0 200 OK\r\n\r\n", token("a", 1), token("b", 2), DONE],
-    "without a media type": [b"HTTP/1.1 200 OK\r\n\r\n", token("a", 1), token("b", 2), DONE],
     "after 100 and 103": [head(100), head(103), *GOOD],
     "CRLF in events": [CLOSING, (token("a", 1) + token("b", 2) + DONE).replace(b"\n", b"\r\n")],
     "events that nobody knows": [CHUNKED, chunk(event(news=1)), A, chunk(b"event: x\nid: 7\n\n"), B, chunk(DONE), END],
-    "other spacing": [CHUNKED, chunk(b'data:{"total_tokens":1,"token":"\\u0061"}\n\n'), B, chunk(DONE), END],
     "data over two lines": [CHUNKED, chunk(b'data: {"token": "a",\ndata: "total_tokens": 1}\n\n'), B, chunk(DONE), END],
 }
 
@@ -164,14 +155,8 @@ async def test_before_the_first_event(name: str, split: bool):
 
 
 def joined(script: list[Any]) -> list[Any]:
-    """The script with adjacent writes joined, so a fault arrives in the same read as the good events before it."""
-    steps: list[Any] = []
-    for step in script:
-        if isinstance(step, bytes) and steps and isinstance(steps[-1], bytes):
-            steps[-1] += step
-        else:
-            steps.append(step)
-    return steps
+    """The script with its writes joined, so a fault arrives in the same read as the good events before it."""
+    return [b"".join(step for step in script if step is not RESET), *[RESET] * (RESET in script)]
 
 
 @pytest.mark.parametrize("how", ["writes", "one write", "bytes"])
@@ -202,15 +187,6 @@ async def test_whole(name: str, split: bool):
         told = {"done": True, "total_tokens": 2, "inference_time": 0.25, "finish_reason": "stop", "prompt_tokens": 5}
         assert done == done | told | {"language": "python", "model": "qwen_0_5b", "mode": "complete"}
         assert (await pi.complete()).json["completion"] == "ab"
-
-
-async def test_a_flood_of_comments_reaches_the_client_as_a_few():
-    script = [CHUNKED, A, Flood(chunk(b": k\n\n" * 1000), 100), B, chunk(DONE), END]
-    async with Backend([script]) as backend, pi_for(backend.port) as pi:
-        reply = await pi.stream()
-        assert reply.clean
-        assert [event for event in reply.events if event != ": keep-alive"][:2] == [TOKEN_A, TOKEN_B]
-        assert len(reply.events) < 200, "comments that come together are one"
 
 
 # ---------------------------------------------------------------------------------------- connections
@@ -255,20 +231,20 @@ async def test_a_spare_connection_that_the_backend_has_ended_or_written_to_is_no
         assert (await pi.complete()).status == 200
 
 
-@pytest.mark.parametrize(
-    ("fault", "then", "status", "asked", "failures"),
-    [
-        ([], GOOD, 200, 3, 0),
-        ([RESET], GOOD, 200, 3, 0),
-        ([], [RESET], 503, 3, 1),
-        ([CHUNKED[:30]], GOOD, 503, 2, 1),
-        ([head(100)], GOOD, 503, 2, 1),
-        ([HANG], GOOD, 503, 2, 1),
-    ],
-    ids=["closed", "reset", "twice", "half a head", "an interim head", "silent"],
-)
+# What a used spare gets, what the next connection gets, the client's status, the requests, and the breaker's failures.
+SENT_AGAIN: list[tuple[list[Any], Any, int, int, int]] = [
+    ([], GOOD, 200, 3, 0),
+    ([RESET], GOOD, 200, 3, 0),
+    ([], [RESET], 503, 3, 1),
+    ([CHUNKED[:30]], GOOD, 503, 2, 1),
+    ([head(100)], GOOD, 503, 2, 1),
+    ([HANG], GOOD, 503, 2, 1),
+]
+
+
+@pytest.mark.parametrize(("fault", "then", "status", "asked", "failures"), SENT_AGAIN)
 async def test_a_spare_connection_that_closes_as_the_request_goes_out(
-    fault: list[Any], then: list[Any], status: int, asked: int, failures: int, monkeypatch: pytest.MonkeyPatch
+    fault: list[Any], then: Any, status: int, asked: int, failures: int, monkeypatch: pytest.MonkeyPatch
 ):
     """The request is sent again, once, and only if nobody can have had an answer."""
     monkeypatch.setattr(upstream, "HEAD_SECONDS", 0.5)
@@ -277,13 +253,6 @@ async def test_a_spare_connection_that_closes_as_the_request_goes_out(
         await until(lambda: backend.waiting)
         assert ((await pi.complete()).status, len(backend.completions)) == (status, asked)
         assert pi.gateway.fleet.first.breaker.failures == failures
-
-
-async def test_a_failure_leaves_no_connection(monkeypatch: pytest.MonkeyPatch):
-    async with Backend([[RESET]]) as backend, pi_for(backend.port) as pi:
-        assert (await pi.complete()).status == 503
-        await until(lambda probes=pi.probes: pi.probes > probes)
-        assert not backend.waiting
 
 
 async def test_an_address_that_drops_packets_does_not_hide_the_next_one(monkeypatch: pytest.MonkeyPatch):
@@ -386,32 +355,25 @@ async def test_a_done_event_that_lies_cannot_override_what_is_ours(wrong: Any):
         assert (foreign.status, foreign.json["content"]) == (200, "ab")
 
 
-async def test_an_error_event_is_passed_on_with_its_code():
-    told = event(error=True, message="no memory", code="RESOURCE_EXHAUSTED")
-    async with Backend([[CHUNKED, A, chunk(told)]]) as backend, pi_for(backend.port) as pi:
-        reply = await pi.stream()
-        assert (reply.status, reply.clean) == (200, False)
-        assert reply.events == [TOKEN_A, {"error": True, "message": "no memory", "code": "RESOURCE_EXHAUSTED"}]
-        check_error(await pi.complete(), 503, "RESOURCE_EXHAUSTED", "no memory")
-        assert pi.gateway.fleet.first.breaker.describe(0)["failures"] == 0
+MESSAGES = [
+    ("one\r\ntwo\x1b[2J\0\x7f\x9b3", "one two [2J 3"),
+    (f"the key {KEY}", "the key ***"),
+    ("x" * (MAX_MESSAGE_CHARACTERS - 9) + KEY, "x" * (MAX_MESSAGE_CHARACTERS - 9) + "***"),
+    ("größer 😀", "größer 😀"),
+]
 
 
-@pytest.mark.parametrize(
-    ("message", "told"),
-    [
-        ("one\r\ntwo\x1b[2J\0\x7f\x9b3", "one two [2J 3"),
-        (f"the key {KEY}", "the key ***"),
-        ("x" * (MAX_MESSAGE_CHARACTERS - 9) + KEY, "x" * (MAX_MESSAGE_CHARACTERS - 9) + "***"),
-        ("größer 😀", "größer 😀"),
-    ],
-)
+@pytest.mark.parametrize(("message", "told"), MESSAGES)
 async def test_a_message_of_the_vps_has_no_controls_and_no_key(message: str, told: str):
     refused = error(503, "RESOURCE_EXHAUSTED", message)
-    broken = [CHUNKED, chunk(event(error=True, message=message, code="RESOURCE_EXHAUSTED"))]
+    broken = [CHUNKED, A, chunk(event(error=True, message=message, code="RESOURCE_EXHAUSTED"))]
     async with Backend([[refused], broken, broken]) as backend, pi_for(backend.port) as pi:
-        check_error(await pi.complete(), 503, "RESOURCE_EXHAUSTED", told)
-        for message in ((await pi.complete()).json["message"], (await pi.stream()).events[-1]["message"]):
-            assert message == told
+        for _ in range(2):
+            check_error(await pi.complete(), 503, "RESOURCE_EXHAUSTED", told)
+        reply = await pi.stream()
+        assert (reply.status, reply.clean) == (200, False)
+        assert reply.events == [TOKEN_A, {"error": True, "message": told, "code": "RESOURCE_EXHAUSTED"}]
+        assert pi.gateway.fleet.first.breaker.describe(0)["failures"] == 0
 
 
 async def test_progress_and_comments_are_passed_on():
@@ -429,16 +391,15 @@ async def slowly() -> None:
     await asyncio.sleep(0.02)  # the VPS's pace is what is tested
 
 
-@pytest.mark.parametrize(
-    ("script", "part"),
-    [
-        ([HANG], "did not answer in time"),
-        ([b"HTTP/1.1 200 OK\r\n", HANG], "did not answer in time"),
-        ([head(503, "Content-Length: 9"), b"{", HANG], "it answered 503"),
-        ([step for c in CHUNKED for step in (bytes([c]), slowly)], "did not answer in time"),
-    ],
-    ids=["silent", "half a head", "half an error", "a byte at a time"],
-)
+LATE: list[tuple[list[Any], str]] = [
+    ([HANG], "did not answer in time"),
+    ([b"HTTP/1.1 200 OK\r\n", HANG], "did not answer in time"),
+    ([head(503, "Content-Length: 9"), b"{", HANG], "it answered 503"),
+    ([step for c in CHUNKED for step in (bytes([c]), slowly)], "did not answer in time"),
+]
+
+
+@pytest.mark.parametrize(("script", "part"), LATE, ids=["silent", "half a head", "half an error", "a byte at a time"])
 async def test_a_head_must_come_before_the_deadline(script: list[Any], part: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(upstream, "HEAD_SECONDS", 0.15)
     async with Backend([script]) as backend, pi_for(backend.port) as pi:
@@ -446,56 +407,17 @@ async def test_a_head_must_come_before_the_deadline(script: list[Any], part: str
         await backend.left.wait()  # the connection is gone: a late answer has nowhere to go
 
 
-async def test_a_stall_ends_at_the_idle_deadline(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("rest", [[B[:9], HANG], [Flood(chunk(b": k\n\n"))]], ids=["a stall", "a stream for ever"])
+async def test_a_deadline_ends(rest: list[Any], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(upstream, "IDLE_SECONDS", 0.15)
-    async with Backend([[CHUNKED, A, B[:9], HANG]]) as backend, pi_for(backend.port) as pi:
+    monkeypatch.setattr(upstream, "STREAM_SECONDS", 0.4)
+    async with Backend([[CHUNKED, A, *rest]]) as backend, pi_for(backend.port) as pi:
+        began = time.monotonic()
         reply = await pi.stream()
-        assert reply.events[0] == TOKEN_A
-        assert "it stopped in the middle" in reply.events[1]["message"]
-        assert not reply.clean
+        assert time.monotonic() - began >= (0.15 if HANG in rest else 0.4)
+        assert (reply.events[0], reply.clean) == (TOKEN_A, False)
+        assert "it stopped in the middle" in reply.events[-1]["message"]
         await backend.left.wait()
-
-
-class Clock:
-    """The loop and the transport of a Reader, with a clock that is a number."""
-
-    def __init__(self) -> None:
-        self.now, self.cut, self.due = 0.0, False, 0.0
-
-    def time(self) -> float:
-        return self.now
-
-    def call_later(self, delay: float, callback: Any, *args: Any) -> Any:
-        self.due, self.callback = self.now + delay, lambda: callback(*args)
-
-    def abort(self) -> None:
-        self.cut = True
-
-    def go_to(self, now: float) -> None:
-        while not self.cut and self.due <= now:
-            self.now = self.due
-            self.callback()
-        self.now = now
-
-
-@pytest.mark.parametrize("silent", [True, False])
-def test_a_vps_is_cut_if_it_is_silent_or_never_ends_but_our_own_pauses_do_not_count(
-    silent: bool, monkeypatch: pytest.MonkeyPatch
-):
-    clock = Clock()
-    monkeypatch.setattr(asyncio, "get_running_loop", lambda: clock)
-    reader = upstream.Reader()
-    reader.transport = clock  # type: ignore[assignment]
-    reader.watch(upstream.IDLE_SECONDS)
-    clock.go_to(10 * upstream.IDLE_SECONDS)
-    assert not clock.cut, "nobody was reading"
-    while clock.now < upstream.STREAM_SECONDS - upstream.IDLE_SECONDS:
-        reader._since = clock.now  # a comment now and then keeps a slow stream alive
-        clock.go_to(clock.now + 0.9 * upstream.IDLE_SECONDS)
-    assert not clock.cut
-    reader._since = clock.now if silent else upstream.STREAM_SECONDS
-    clock.go_to(clock.now + 1.1 * upstream.IDLE_SECONDS)
-    assert (clock.cut, reader.end) == (True, upstream.EXPIRED)
 
 
 async def test_a_collected_answer_without_end_is_cut():
@@ -505,7 +427,8 @@ async def test_a_collected_answer_without_end_is_cut():
         assert pi.gateway.fleet.first.breaker.describe(0)["failures"] == 1
 
 
-async def test_a_client_that_reads_nothing_pauses_reading_from_the_vps():
+async def test_a_client_that_reads_nothing_pauses_reading_from_the_vps(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(upstream, "IDLE_SECONDS", 0.15)  # pauses of our own do not count
     async with Backend([[CHUNKED, Flood(A * 1000)]]) as backend, pi_for(backend.port) as pi:
         reader, writer = await pi.open("POST", "/v1/complete/stream", {"prompt": "x", "language": "python"})
         with contextlib.suppress(TimeoutError):  # in a second it could send a hundred times as much
@@ -537,30 +460,6 @@ async def test_a_vps_that_restarts_is_found_again(monkeypatch: pytest.MonkeyPatc
 
 # ---------------------------------------------------------------------------------------------- pure
 
-STREAM = (
-    token("a", 1) + b": hi\n\n" + event(progress={"done": 1}) + token('"\\\n}\u00e9\U0001f600', 2) + token("", 3) + DONE
-)
-
-
-def classified(pieces: list[bytes]) -> list[tuple[str, Any]]:
-    events, seen = Events(), []
-    for piece in pieces:
-        for kind, value in take_apart(events.feed(piece), "k"):
-            whole = [part + b"\n\n" for part in value.split(b"\n\n")[:-1]] if isinstance(value, bytes) else [value]
-            seen += [(kind, part) for part in whole]
-    assert not events.inside
-    return seen
-
-
-@pytest.mark.parametrize("line_end", [b"\n", b"\r\n"], ids=["LF", "CRLF"])
-def test_events_are_the_same_for_every_split(line_end: bytes):
-    text = STREAM.replace(b"\n\n", line_end * 2)
-    expected = classified([STREAM])
-    assert [kind for kind, _ in expected] == ["text", "idle", "progress", "text", "text", "done"]
-    assert classified([text[i : i + 1] for i in range(len(text))]) == expected
-    for at in range(len(text)):
-        assert classified([text[:at], text[at:]]) == expected
-
 
 @pytest.mark.parametrize("size", [1 << 20, 1000])
 async def test_what_comes_before_an_event_that_is_too_long_is_relayed(size: int):
@@ -574,19 +473,13 @@ async def test_what_comes_before_an_event_that_is_too_long_is_relayed(size: int)
 
 def test_an_event_is_too_long_or_not_however_it_is_split():
     longest = b"data: " + b"x" * (MAX_EVENT_BYTES - 6)
-    for event_, good in ((longest, True), (longest + b"x", False)):
-        for line_ends in (b"\n\n", b"\r\n\r\n"):
-            data = event_ + line_ends + b": next\n\n"
-            for step in (65_536, 65_537, 65_535, 60_001):
-                begun = len(event_) - 10
-                pieces = [data[at : min(at + step, begun)] for at in range(0, begun, step)]
-                pieces += [bytes([byte]) for byte in data[begun:]]
-                events = Events()
-                if good:
-                    assert b"".join(map(events.feed, pieces)) == event_ + b"\n\n: next\n\n"
-                else:
-                    with pytest.raises(BackendFailure, match="an event of more than 262144 bytes"):
-                        list(map(events.feed, pieces))
+    for line_ends, step in itertools.product((b"\n\n", b"\r\n\r\n"), (65_536, 65_537, 60_001)):
+        for event_ in (longest, longest + b"x"):
+            data, begun, events = event_ + line_ends + b": next\n\n", len(event_) - 10, Events()
+            pieces = [data[at : min(at + step, begun)] for at in range(0, begun, step)]
+            pieces += [bytes([byte]) for byte in data[begun:]]
+            with contextlib.nullcontext() if event_ == longest else pytest.raises(BackendFailure, match="262144 bytes"):
+                assert b"".join(map(events.feed, pieces)) == event_ + b"\n\n: next\n\n"
 
 
 def test_json_of_a_list_of_models_that_lies():
