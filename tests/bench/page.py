@@ -5,12 +5,13 @@
 
 The browser is Debian's Chromium, driven by playwright, with its CPU slowed down as often as `--slower` says: a core of
 a Pi is 4 to 8 times slower than one of a server. A round opens the page in a new context, so nothing is cached. Prints
-one line of JSON; without a browser its figures are null.
+one line of JSON; without a browser it has no times.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import shutil
 import statistics
@@ -43,22 +44,19 @@ def peak_kb(folder: Path, with_page: bool) -> int:
 
 def memory(rounds: int) -> dict[str, Any]:
     peaks: dict[bool, list[int]] = {True: [], False: []}
-    for number in range(2 * rounds):
+    for with_page in [True, False] * rounds:
         with tempfile.TemporaryDirectory() as folder:
-            peaks[number % 2 == 0].append(peak_kb(Path(folder), number % 2 == 0))
-    with_page, without = (statistics.median(peaks[way]) for way in (True, False))
-    return {"peak_kb": with_page, "peak_kb_without": without, "page_kb": with_page - without}
+            peaks[with_page].append(peak_kb(Path(folder), with_page))
+    return {"peak_kb": statistics.median(peaks[True]), "peak_kb_without": statistics.median(peaks[False])}
 
 
 def paint(rounds: int, slower: float) -> list[float] | None:
     """Milliseconds from the navigation to the first paint with content; None without a browser."""
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        return None
     chromium = shutil.which("chromium")
-    if not chromium:
+    if not (chromium and importlib.util.find_spec("playwright")):
         return None
+    from playwright.sync_api import sync_playwright
+
     times = []
     with tempfile.TemporaryDirectory() as name, sync_playwright() as driver:
         folder = Path(name)
@@ -84,15 +82,9 @@ def main() -> None:
     parser.add_argument("--slower", type=float, default=6)
     options = parser.parse_args()
     times = paint(options.rounds, options.slower)
-    told = {
-        "benchmark": "page",
-        "bytes": (ROOT / PAGE).stat().st_size,
-        **memory(options.rounds),
-        "slower": options.slower,
-        "first_paint_ms": times and round(statistics.median(times), 1),
-        "slowest_paint_ms": times and round(max(times), 1),
-    }
-    print(json.dumps(told))
+    painted = {"first_paint_ms": statistics.median(times), "slowest_paint_ms": max(times)} if times else {}
+    told = {"benchmark": "page", "bytes": (ROOT / PAGE).stat().st_size, "slower": options.slower}
+    print(json.dumps(told | memory(options.rounds) | painted))
 
 
 if __name__ == "__main__":

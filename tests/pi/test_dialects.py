@@ -23,8 +23,6 @@ from cerebrum.pi.dialects import (
     split_fim,
     timings,
     write_error,
-    write_model,
-    write_props,
 )
 from cerebrum_common import HttpError
 
@@ -101,17 +99,13 @@ MARKED = "<PRE> a <SUF>b <MID>"
 # Other members: (dialect, members, kind, and the fields that differ from the defaults).
 READ: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
     ("text", {"max_tokens": 5, "max_completion_tokens": 6, "n_predict": 7}, "completion", {"max_tokens": 6}),
-    ("text", {"max_tokens": 5, "n_predict": 7}, "completion", {"max_tokens": 5}),
     ("text", {"max_tokens": None, "n_predict": 7}, "completion", {"max_tokens": 7}),
-    ("chat", {"max_completion_tokens": 6}, "chat", {"max_tokens": 6}),
     ("infill", {"n_predict": 0}, "infill", {"max_tokens": 0}),
     ("text", {"prompt": ["a"]}, "completion", {"prompt": "a"}),
     ("text", {"prompt": ""}, "completion", {"prompt": "", "suffix": ""} | FILLS),
     ("text", {"prompt": "a", "suffix": ""}, "infill", {"prompt": "a"}),
-    ("text", {"prompt": "a", "suffix": None}, "completion", {"prompt": "a"}),
     ("text", {"prompt": "<fim_prefix>a<fim_suffix>b<fim_middle>", "suffix": ""}, "infill",
      {"prompt": "a", "suffix": "b", "extra": []} | FILLS),
-    ("text", {"prompt": "a", "suffix": " \n"}, "infill", {"prompt": "a"}),
     ("text", {"prompt": "a", "suffix": "b"}, "infill", {"prompt": "a", "suffix": "b"} | FILLS),
     ("text", {"prompt": "a", "filename": "x.py"}, "completion", {"prompt": "a", "filename": "x.py"}),
     ("text", {"prompt": MARKED}, "infill", {"prompt": "a", "suffix": "b", "extra": []} | FILLS),
@@ -120,18 +114,15 @@ READ: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
      {"prompt": "a", "filename": "x.py", "extra": []}),
     ("completion", {"prompt": ["a"], "n_indent": 8}, "completion", {"prompt": "a", "indent": 8}),
     ("completion", {"prompt": "[SUFFIX]b[PREFIX]a"}, "infill", {"prompt": "a", "suffix": "b", "extra": []} | FILLS),
-    ("completion", {"t_max_prompt_ms": 500}, "completion", {"prompt_ms": 500}),
     ("completion", {"t_max_prompt_ms": -1, "t_max_predict_ms": 0}, "completion", {}),
     ("completion", {"t_max_prompt_ms": 600_001, "t_max_predict_ms": 10**19}, "completion", LATE),
     ("infill", {"input_prefix": "a\n", "prompt": "  b"}, "infill", {"prompt": "a\n  b"}),
     ("infill", {"input_prefix": "a", "prompt": None}, "infill", {"prompt": "a"}),
     ("infill", {"input_suffix": "c"}, "infill", {"suffix": "c"} | FILLS),
     ("infill", {"prompt": MARKED}, "infill", {"prompt": MARKED}),
-    ("infill", {"filename": "a.rs"}, "infill", {"filename": "a.rs"}),
     ("infill", {"input_extra": [{"text": "a", "filename": "f", "x": 1}, {"text": "", "filename": "g"}, {"text": "b"}]},
      "infill", {"extra": [{"filename": "f", "text": "a"}, {"filename": "", "text": "b"}]}),
     ("chat", {"tools": [{"type": "function"}], "tool_choice": "none"}, "chat", {}),
-    ("chat", {"tools": [], "tool_choice": "auto"}, "chat", {}),
 ]  # fmt: skip
 
 
@@ -158,19 +149,16 @@ def test_messages(given: dict[str, Any], role: str, content: str) -> None:
     assert asked.fields["messages"] == [{"role": role, "content": content}, *SAID]
 
 
-@pytest.mark.parametrize(
-    ("name", "members", "expected"),
-    [
-        *((name, members, (False, False, False, None)) for name in ALL for members in EMPTY),
-        ("text", {"stream_options": {"include_usage": True}}, (False, True, False, None)),
-        ("chat", {"stream": True, "stream_options": {"include_usage": True}}, (True, True, False, None)),
-        ("chat", {"stream_options": {}, "cache_prompt": True}, (False, False, False, None)),
-        ("completion", {"cache_prompt": True}, (False, False, True, None)),
-        ("completion", {"stream": True, "response_fields": []}, (True, False, False, ())),
-        ("infill", {"response_fields": [""]}, (False, False, False, ("",))),
-        ("infill", {"cache_prompt": True, "response_fields": ["a", "b/c"]}, (False, False, True, ("a", "b/c"))),
-    ],
-)
+FORMS: list[tuple[str, dict[str, Any], tuple[Any, ...]]] = [  # stream, usage, caching, only
+    *((name, members, (False, False, False, None)) for name in ALL for members in EMPTY),
+    ("text", {"stream_options": {"include_usage": True}}, (False, True, False, None)),
+    ("chat", {"stream": True, "stream_options": {}, "cache_prompt": True}, (True, False, False, None)),
+    ("completion", {"stream": True, "response_fields": []}, (True, False, False, ())),
+    ("infill", {"cache_prompt": True, "response_fields": ["a", "b/c"]}, (False, False, True, ("a", "b/c"))),
+]
+
+
+@pytest.mark.parametrize(("name", "members", "expected"), FORMS)
 def test_the_form_of_the_answer(name: str, members: dict[str, Any], expected: tuple[Any, ...]) -> None:
     asked = DIALECTS[name].read(BASES[name] | members)
     assert (asked.stream, asked.usage, asked.caching, asked.only) == expected
@@ -191,33 +179,23 @@ IMAGE = {"type": "image_url", "image_url": {"url": "data:"}}
 # What cannot be served: (dialect, members, the place that the message names).
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("text", {"prompt": ["a", "b"]}, "prompt"),
-    ("text", {"prompt": [[1, 2]]}, "prompt"),
     ("completion", {"prompt": {"prompt_string": "a"}}, "prompt"),
-    ("infill", {"input_prefix": 1}, "input_prefix"),
-    ("text", {"suffix": ["b"]}, "suffix"),
-    ("text", {"max_tokens": 1.5}, "max_tokens"),
     ("text", {"temperature": -1}, "temperature"),
     ("text", {"temperature": 100.5}, "temperature"),
-    ("text", {"temperature": "0"}, "temperature"),
     ("text", {"top_p": 1.1}, "top_p"),
     ("text", {"seed": -(2**63) - 1}, "seed"),
-    ("text", {"stream": 1}, "stream"),
     ("text", {"stop": 5}, "stop"),
     ("text", {"stop": ["a", 5]}, "stop"),
     ("text", {"stop": [str(n) for n in range(17)]}, "stop"),
     ("text", {"stream_options": True}, "stream_options"),
-    ("chat", {"stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
     ("chat", {"messages": []}, "messages"),
     ("chat", {"messages": SAID * 1001}, "messages"),
-    ("chat", {"messages": ["hi"]}, "messages[0]"),
     ("chat", {"messages": [{"content": "a"}]}, "messages[0].role"),
     ("chat", {"messages": [*SAID, {"role": "tool", "content": "a"}]}, "messages[1].role"),
     ("chat", {"messages": [{"role": "user", "content": [IMAGE]}]}, "messages[0].content[0].type"),
     ("chat", {"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
     ("chat", {"messages": [{"role": "assistant", "tool_calls": [{"id": "x"}]}]}, "messages[0].tool_calls"),
     ("chat", {"tools": [{}]}, "tools"),
-    ("chat", {"tools": {}, "tool_choice": {}}, "tools"),
-    ("infill", {"input_extra": {}}, "input_extra"),
     ("infill", {"input_extra": [{}] * 257}, "input_extra"),
     ("infill", {"input_extra": [{}, {"text": 1}]}, "input_extra[1].text"),
     ("infill", {"n_indent": 1001}, "n_indent"),
@@ -385,18 +363,16 @@ def test_llama(dialect: Dialect) -> None:
     assert json.loads(reply.whole("", {}))["tokens_cached"] == 0
 
 
-@pytest.mark.parametrize(
-    ("only", "expected"),
-    [
-        (["content"], b'{"content":"x"}'),
-        (["content", "timings/prompt_n", "tokens_cached"], b'{"content":"x","timings/prompt_n":4,"tokens_cached":14}'),
-        (["timings/cache_n", "generation_settings/n_ctx"], b'{"timings/cache_n":6,"generation_settings/n_ctx":4096}'),
-        (["none", "content/x", "timings/none", "timings/prompt_n/x", "/content", "content/"], b"{}"),
-        ([""], b"{}"),
-        ([], b"{}"),
-        (["stop", "truncated"], b'{"stop":true,"truncated":false}'),
-    ],
-)  # fmt: skip
+ONLY: list[tuple[list[str], bytes]] = [
+    (["content", "timings/prompt_n", "tokens_cached"], b'{"content":"x","timings/prompt_n":4,"tokens_cached":14}'),
+    (["timings/cache_n", "generation_settings/n_ctx"], b'{"timings/cache_n":6,"generation_settings/n_ctx":4096}'),
+    (["none", "content/x", "timings/none", "timings/prompt_n/x", "/content", "content/"], b"{}"),
+    ([""], b"{}"),
+    ([], b"{}"),
+]
+
+
+@pytest.mark.parametrize(("only", "expected"), ONLY)
 def test_response_fields(only: list[str], expected: bytes) -> None:
     reply = reply_to(INFILL, response_fields=only)
     assert reply.whole("x", RESULT) == expected
@@ -452,19 +428,18 @@ def test_any_escapes_of_a_token_event_stay_as_they_are(escaped: str) -> None:
 # -------------------------------------------------------------------------------- timings, errors, models, props
 
 
-@pytest.mark.parametrize(
-    ("read", "written", "result", "expected"),
-    [
-        (5, 0, {"ttft": None, "inference_time": None, "load_time": None}, [5, 0.0, 0.0, 0.0, 0, 0.0, 0.0, 0.0]),
-        (0, 4, {"inference_time": 2.0}, [0, 0.0, 0.0, 0.0, 4, 2000.0, 500.0, 2.0]),
-        (3, 7, {"ttft": 0.1, "inference_time": 1.1, "load_time": 0.3}, [3, 100.0, 33.333, 30.0, 7, 700.0, 100.0, 10.0]),
-        (1, 1, {"ttft": 2.0, "inference_time": 1.0}, [1, 2000.0, 2000.0, 0.5, 1, 0.0, 0.0, 0.0]),
-    ],
-)
+FIGURES: list[tuple[int, int, dict[str, Any], list[float]]] = [
+    (5, 0, {"ttft": None, "inference_time": None, "load_time": None}, [5, 0.0, 0.0, 0.0, 0, 0.0, 0.0, 0.0]),
+    (0, 4, {"inference_time": 2.0}, [0, 0.0, 0.0, 0.0, 4, 2000.0, 500.0, 2.0]),
+    (3, 7, {"ttft": 0.1, "inference_time": 1.1, "load_time": 0.3}, [3, 100.0, 33.333, 30.0, 7, 700.0, 100.0, 10.0]),
+    (1, 1, {"ttft": 2.0, "inference_time": 1.0}, [1, 2000.0, 2000.0, 0.5, 1, 0.0, 0.0, 0.0]),
+]
+
+
+@pytest.mark.parametrize(("read", "written", "result", "expected"), FIGURES)
 def test_timings(read: int, written: int, result: dict[str, Any], expected: list[float]) -> None:
-    names = [f"{part}_{what}" for part in ("prompt", "predicted") for what in ("n", "ms", "per_token_ms", "per_second")]
     counts = {"prompt_tokens": read + 9, "total_tokens": written, "cached_tokens": 9}
-    assert timings(counts | result) == {"cache_n": 9, **dict(zip(names, expected, strict=True))}
+    assert list(timings(counts | result).values()) == [9, *expected]
 
 
 TYPES = {
@@ -478,13 +453,6 @@ TYPES = {
 def test_errors(code: str) -> None:
     error = HttpError(code, 'why "so"', extra={"prompt_tokens": 1})
     assert write_error(error) == {"error": {"message": 'why "so"', "type": TYPES[code], "param": None, "code": code}}
-
-
-def test_models_and_props() -> None:
-    assert write_model("m", 7) == {"id": "m", "object": "model", "created": 7, "owned_by": "llamacpp"}
-    props = write_props("m", 4096, 2)
-    assert (props["default_generation_settings"], props["total_slots"]) == ({"n_ctx": 4096}, 2)
-    assert (props["model_alias"], props["modalities"]) == ("m", {"vision": False, "audio": False})
 
 
 SWEEP = (

@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,9 +21,7 @@ from scripted import CHUNKED, GOOD, HANG, Backend, Pi, answer, chunk, error, eve
 from cerebrum.pi import breaker, broadcast, completion, dispatcher, upstream
 from cerebrum.pi import fleet as pi_fleet
 from cerebrum.pi.completion import Completion
-from cerebrum.pi.dialects import INFILL, OPENAI_TEXT, CompletionRequest
-from cerebrum.pi.dispatcher import Dispatcher
-from cerebrum.pi.fleet import Fleet
+from cerebrum.pi.dialects import INFILL, CompletionRequest
 from cm4d import native_fields
 
 FILE = {"input_prefix": "def add(a, b):\n", "prompt": "    ret", "input_suffix": "\n\nprint(add(1, 2))\n"}
@@ -62,8 +59,12 @@ def infill(pi: Pi, **more: Any) -> asyncio.Task[Reply]:
 
 
 async def stats(pi: Pi) -> dict[str, Any]:
-    answer: dict[str, Any] = (await pi.get("/v1/stats")).json
-    return answer
+    return dict((await pi.get("/v1/stats")).json)
+
+
+async def in_line(pi: Pi) -> None:
+    """Wait until a request waits for a place."""
+    await until(lambda: len(pi.gateway.dispatcher.state.line) == 1)
 
 
 # ------------------------------------------------------------------------------------------- replaced
@@ -169,26 +170,24 @@ async def test_identical_requests_share_one_completion():
         assert (counts["shared"], counts["requests_total"], counts["replaced"]) == (3, 4, 0)
 
 
-@pytest.mark.parametrize(("sampling", "computed"), [({}, 3), ({"seed": 7}, 1)])
-async def test_samples_without_a_seed_are_computed_each(sampling: dict[str, Any], computed: int):
-    go = asyncio.Event()
-    async with Backend([[CHUNKED, go.wait, *GOOD[1:]]]) as backend, pi_for(backend.port, max_concurrent=4) as pi:
-        body = {"prompt": "x", "temperature": 0.9, **sampling}
-        asked = [start(pi, "/v1/completions", body) for _ in range(3)]
-        await until(lambda: len(pi.gateway.broadcasts.subscribers) == 3 and backend.running == computed)
-        go.set()
-        assert [reply.status for reply in await asyncio.gather(*asked)] == [200] * 3
-        assert (len(backend.completions), (await stats(pi))["shared"]) == (computed, 3 - computed)
+SHARED: list[tuple[dict[str, Any], int]] = [  # what differs between two requests at a time, and how many are computed
+    ({}, 1),
+    ({"temperature": 0.9}, 2),  # samples
+    ({"temperature": 0.9, "seed": 7}, 1),
+    ({"n_predict": 9}, 2),
+]
 
 
-async def test_whole_answers_are_shared_too_and_other_settings_are_not():
+@pytest.mark.parametrize(("more", "computed"), SHARED, ids=str)
+async def test_which_requests_share_a_completion(more: dict[str, Any], computed: int):
     go = asyncio.Event()
-    async with Backend([[CHUNKED, go.wait, *GOOD[1:]]]) as backend, pi_for(backend.port, max_concurrent=4) as pi:
-        asked = [infill(pi), infill(pi), infill(pi, filename="x.py", temperature=0.5)]
-        await until(lambda: backend.running == 2)
+    async with Backend([[CHUNKED, go.wait, *GOOD[1:]]]) as backend, pi_for(backend.port) as pi:
+        body = {"prompt": "x", **more}
+        asked = [start(pi, "/completion", body), start(pi, "/completion", {**body, "n_predict": 512})]
+        await until(lambda: len(pi.gateway.broadcasts.subscribers) == 2 and backend.running == computed)
         go.set()
-        assert [reply.json["content"] for reply in await asyncio.gather(*asked)] == ["ab"] * 3
-        assert len(backend.completions) == 2
+        assert [reply.json["content"] for reply in await asyncio.gather(*asked)] == ["ab"] * 2
+        assert (len(backend.completions), (await stats(pi))["shared"]) == (computed, 2 - computed)
 
 
 async def test_a_shared_completion_ends_with_its_last_reader():
@@ -237,24 +236,6 @@ async def test_a_reader_that_does_not_read_delays_nobody():
         deaf.transport.abort()
 
 
-@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
-async def test_signs_of_life_are_not_kept(stream: bool):
-    async def compute(_: Completion) -> AsyncIterator[upstream.Pair]:
-        yield "started", {"model": "m"}
-        for number in range(100):
-            yield "idle" if number % 2 else "progress", None
-        yield "text", token("a", 1)
-        yield "done", {"finish_reason": "stop"}
-
-    broadcasts = broadcast.Broadcasts(Dispatcher(Fleet(), print), compute, dict)  # type: ignore[arg-type]
-    asked = OPENAI_TEXT.read({"prompt": "x", "stream": stream})
-    request = replace(asked, fields=native_fields(asked, ()))
-    subscriber = broadcast.Subscriber(broadcasts, Completion(request), "editor")
-    assert {kind async for kind, _ in subscriber.pairs()} - {"idle"} == {"started", "text", "done"}
-    assert subscriber.broadcast
-    assert [kind for kind, _ in subscriber.broadcast.pairs] == ["started", "text", "done"]
-
-
 async def test_a_reader_of_a_shared_completion_hears_that_the_vps_is_alive():
     begun, heard = asyncio.Event(), asyncio.Event()
     script = [CHUNKED, GOOD[1], begun.wait, chunk(b": keep-alive\n\n"), heard.wait, *GOOD[2:]]
@@ -288,7 +269,7 @@ async def test_chats_leave_a_place_for_an_editor_that_was_seen_lately(monkeypatc
         await infill(pi)
         async with busy(pi, backend, CHATS, CHAT):
             waiting = start(pi, CHATS, {**CHAT, "seed": 5})
-            await until(lambda: len(pi.gateway.dispatcher.state.line) == 1)
+            await in_line(pi)
             assert (await infill(pi, prompt="    x")).json["content"] == "ab"
             assert not waiting.done()
             monkeypatch.setattr(dispatcher, "EDITOR_SECONDS", 0.0)
@@ -326,11 +307,8 @@ async def test_a_dialects_request_waits_while_the_vps_is_busy(monkeypatch: pytes
 
 async def test_a_late_reader_of_a_job_in_line_has_a_patience_of_its_own(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(completion.WAIT_SECONDS, "completion", 0.5)
-    async with (
-        Backend([[HANG]]) as backend,
-        pi_for(backend.port, max_concurrent=1) as pi,
-        busy(pi, backend, CHATS, CHAT),
-    ):
+    one = {"max_concurrent": 1}
+    async with Backend([[HANG]]) as backend, pi_for(backend.port, **one) as pi, busy(pi, backend, CHATS, CHAT):
         first = start(pi, "/v1/completions", {"prompt": "x"})
         await until(lambda: any(one.deadline - time.monotonic() < 0.4 for one in pi.gateway.dispatcher.state.line))
         began = time.monotonic()
@@ -343,7 +321,7 @@ async def test_a_client_that_leaves_the_line_takes_no_place():
     async with Backend([[HANG], GOOD]) as backend, pi_for(backend.port, max_concurrent=1) as pi:
         async with busy(pi, backend, CHATS, CHAT):
             waiting = infill(pi)
-            await until(lambda: len(pi.gateway.dispatcher.state.line) == 1)
+            await in_line(pi)
             waiting.cancel()
             await until(lambda: not pi.gateway.dispatcher.state.line)
         assert pi.gateway.dispatcher.active == 0
@@ -361,7 +339,7 @@ async def test_a_place_that_passes_to_another_client_lets_the_first_one_go_on(mo
         other = infill(pi.from_address("127.0.0.2"), filename="a.py")
         await until(lambda: pi.gateway.broadcasts.shared == 1)
         waiting = infill(pi, filename="b.py")
-        await until(lambda: len(pi.gateway.dispatcher.state.line) == 1)
+        await in_line(pi)
         owner.cancel()
         assert (await waiting).status == 200
         assert not other.done()
@@ -385,7 +363,7 @@ async def test_after_an_outage_a_user_who_types_starves_nobody():
         typed.append(infill(pi, prompt="    retx"))
         await until(lambda: len(backend.completions) == 2)
         chat = start(pi.from_address("127.0.0.2"), CHATS, CHAT)
-        await until(lambda: len(pi.gateway.dispatcher.state.line) == 1)
+        await in_line(pi)
         for n in range(2, keys):
             typed.append(infill(pi, prompt="    ret" + "x" * n))
             await until(lambda n=n: pi.gateway.broadcasts.replaced == n)
@@ -404,7 +382,7 @@ async def test_the_token_of_a_trial_admits_the_jobs_that_wait_for_its_end(monkey
         half_open(pi)
         async with busy(pi, backend, CHATS, CHAT):
             waiting = start(pi, "/v1/completions", {"prompt": "x"})
-            await until(lambda: len(pi.gateway.dispatcher.state.line) == 1)
+            await in_line(pi)
             native = await pi.complete()
             assert (native.status, native.json["message"]) == (503, breaker.BREAKER_OPEN)
             begun.set()
@@ -461,22 +439,6 @@ async def test_a_warm_up_ends_when_a_request_comes_and_goes_on_behind_it():
         assert backend.most_running == 1
 
 
-WARMS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
-    ("/completion", {"prompt": "x", "n_predict": 0}, {"content": "", "stop": True, "tokens_predicted": 0}),
-    ("/v1/completions", {"prompt": "x", "max_tokens": 0}, {"object": "text_completion"}),
-    (CHATS, {**CHAT, "n_predict": 0}, {"object": "chat.completion"}),
-]
-
-
-@pytest.mark.parametrize(("path", "body", "answer"), WARMS)
-async def test_a_limit_of_no_tokens_only_warms(path: str, body: dict[str, Any], answer: dict[str, Any]):
-    async with Backend([script()]) as backend, pi_for(backend.port) as pi:
-        reply = await start(pi, path, body)
-        assert (reply.status, reply.json) == (200, reply.json | answer)
-        await until(lambda: backend.completions)
-        assert backend.completions[0]["max_tokens"] == 0
-
-
 # ----------------------------------------------------------------------------------------- type-through
 
 
@@ -496,16 +458,6 @@ async def test_what_the_user_types_as_predicted_is_served_without_the_vps():
         for _ in range(broadcast.MAX_FINISHED):  # equal ones are remembered once
             await infill(pi, prompt="other", filename="b.py")
         assert "type_through" in (await infill(pi, prompt="    retu")).json
-
-
-async def test_it_works_in_streams_and_in_openais_dialect():
-    async with Backend([script("urn", ' "a\\n"')]) as backend, pi_for(backend.port) as pi:
-        await start(pi, "/v1/completions", STREAM)
-        reply = await start(pi, "/v1/completions", {**STREAM, "prompt": "def f():\n    retur"})
-        first, last, done = data(reply)
-        assert (first["choices"][0]["text"], done) == ('n "a\\n"', "[DONE]")
-        assert (last["choices"][0]["finish_reason"], last["type_through"]) == ("stop", True)
-        assert len(backend.completions) == 1
 
 
 # The text of a first request, and how many of both the VPS computes.
@@ -752,20 +704,6 @@ async def test_a_key_counts_in_either_header_and_errors_have_the_clients_shape()
         reply = await start(pi, "/v1/completions", {"prompt": "x"}, Authorization="Bearer wrong")
         error = {"message": "expected the API key in the header X-API-Key", "type": "authentication_error"}
         assert (reply.status, reply.json) == (401, {"error": {**error, "param": None, "code": "UNAUTHORIZED"}})
-
-
-async def test_counting_tokens_ends_the_wait_for_a_trial(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 2 * PATIENCE)
-    monkeypatch.setitem(completion.WAIT_SECONDS, "completion", PATIENCE)
-    go = asyncio.Event()
-    async with Backend([[go.wait, answer(200, {"tokens": [1]})], GOOD]) as backend, pi_for(backend.port) as pi:
-        half_open(pi)
-        trial = start(pi, "/tokenize", {"content": "a b"})
-        await backend.begun.wait()
-        waiting = start(pi, "/v1/completions", {"prompt": "x"})
-        await until(lambda: len(pi.gateway.dispatcher.state.line) == 1)
-        go.set()
-        assert [(await trial).status, (await waiting).status] == [200, 200]
 
 
 async def test_counting_tokens_opens_the_breaker_of_a_dead_vps_and_waits_for_no_other(monkeypatch: pytest.MonkeyPatch):

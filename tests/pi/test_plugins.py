@@ -221,6 +221,7 @@ def test_llama_vscode_looks_around(pi: Pi) -> None:
     assert pi.get("/v1/models/qwen_0_5b").json() == listed
     props = pi.get("/props?model=qwen_0_5b&autoload=false").json()
     assert (props["default_generation_settings"]["n_ctx"], props["total_slots"]) == (4096, 2)
+    assert (props["model_alias"], props["modalities"]) == ("qwen_0_5b", {"vision": False, "audio": False})
     text = {"content": "def add", "add_special": False, "parse_special": True}
     assert pi.asked("/tokenize", text) == {"tokens": [1, 2, 3]}
     assert pi.backend.completions == [{"text": "def add", "first": False, "special": True, "model": "qwen_0_5b"}]
