@@ -4,7 +4,7 @@
 PYTHON = .venv/bin/python
 BOTH_CORES = -n 2 --dist loadfile # a file's tests stay together, since they share daemons
 SCRIPTS = cerebrum_repl.sh generate_api_key.sh run.sh systemd/setup.sh .ci/run
-BENCHMARKS = $(wildcard $(patsubst %,tests/bench/%.py,relay generate engine quality ending editor household lsp drafts prepare parse page fleet))
+BENCHMARKS = $(wildcard $(patsubst %,tests/bench/%.py,relay generate engine quality ending editor household lsp drafts prepare parse fleet))
 
 .PHONY: help run test test-clients test-engines test-scale test-slow test-packages test-nightly lint bench fuzz mutants deb clean
 

@@ -124,8 +124,8 @@ class Engine:
         """What the server has printed since its last start."""
         return self.daemon.stdout()
 
-    def start(self, *, wait: bool = True) -> None:
-        """Start it, and wait until it answers. Without `wait` it may still be loading; its port must be known then."""
+    def start(self) -> None:
+        """Start it, and wait until it answers."""
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "stderr").touch()  # of Daemon; both servers log to either stream, so here they are one
         environment = {"PATH": os.environ["PATH"], "HOME": str(self.folder), "PYTHONUNBUFFERED": "1"}
@@ -134,18 +134,8 @@ class Engine:
             env=environment, cwd=self.folder, encoding="utf-8", errors="replace",
         )  # fmt: skip
         self.daemon = Daemon(self.name, process, self.folder)
-        if wait:
-            try:
-                self.wait()
-            except BaseException:
-                self.kill()
-                raise
-
-    def wait(self) -> None:
-        """Block until it answers."""
         pattern = r"(?:listening|Uvicorn running|Starting vLLM server) on http://127\.0\.0\.1:(\d+)\b"
-        line = self.daemon.wait_for_line(pattern, self.patience)
-        self.port = self.daemon.port = int(line[1])
+        self.port = self.daemon.port = int(self.daemon.wait_for_line(pattern, self.patience)[1])
         wait_until(self._lists_models, f"{self.name} lists its models")
 
     def _lists_models(self) -> bool:
@@ -191,8 +181,8 @@ def llama_cpp_server(folder: Path, model: Path, key: str, alias: str, context: i
 @contextlib.contextmanager
 def started(engine: Engine) -> Iterator[Engine]:
     """Start it, and kill it at the end."""
-    engine.start()
     try:
+        engine.start()
         yield engine
     finally:
         engine.kill()

@@ -40,14 +40,11 @@ CLIPBOARD = {"permissions": ["clipboard-read", "clipboard-write"]}
 A = chunk(token("a", 1))
 
 
-def done(**more: Any) -> bytes:
-    told = {"model": "qwen_0_5b", "total_tokens": 2, "inference_time": 0.25, "finish_reason": "stop"}
-    return chunk(event(done=True, **told | more)) + b"0\r\n\r\n"
-
-
 def completion(*pieces: Any, **more: Any) -> list[Any]:
     """A script of the VPS. A piece that is no string is a step of its own, such as an event's `wait`."""
-    return [CHUNKED, *(chunk(token(one, 1)) if isinstance(one, str) else one for one in pieces), done(**more)]
+    told = {"model": "qwen_0_5b", "total_tokens": 2, "inference_time": 0.25, "finish_reason": "stop", **more}
+    steps = [chunk(token(one, 1)) if isinstance(one, str) else one for one in pieces]
+    return [CHUNKED, *steps, chunk(event(done=True, **told)) + b"0\r\n\r\n"]
 
 
 # ---------------------------------------------------------------------------------------------- the browser
@@ -160,10 +157,8 @@ class Visit:
         return str(await self.page.evaluate("document.activeElement.id"))
 
     def watch(self) -> None:
-        def on_console(message: Any) -> None:
-            if message.type == "error" and not message.text.startswith(
-                "Failed to load resource"
-            ):  # a status, or offline
+        def on_console(message: Any) -> None:  # a resource fails to load by its status, or offline
+            if message.type == "error" and not message.text.startswith("Failed to load resource"):
                 self.complaints.append(message.text)
 
         def on_request(request: Any) -> None:
@@ -290,19 +285,16 @@ async def test_esc_undoes_a_completion_and_a_newer_one_accepts_it(chrome: Any) -
         assert (third["prompt"], third["session"]) == (CODE + "a + b", second["session"])
 
 
-async def test_typing_accepts_what_is_there_and_stops_the_rest(chrome: Any) -> None:
+async def test_typing_accepts_and_esc_keeps_what_is_there_and_both_stop_the_rest(chrome: Any) -> None:
     async with visiting(chrome, [CHUNKED, A, HANG]) as visit:
         await visit.ask(CODE, mark="a")
+        assert not visit.backend.left.is_set()
         await visit.press("x", holds=CODE + "ax")
         await visit.backend.left.wait()
         await visit.press("Control+z", holds=CODE + "a")
         await visit.press("Control+z", holds=CODE)
-
-
-async def test_esc_stops_and_the_vps_is_left(chrome: Any) -> None:
-    async with visiting(chrome, [CHUNKED, A, HANG]) as visit:
+        visit.backend.left.clear()
         await visit.ask(CODE, mark="a")
-        assert not visit.backend.left.is_set()
         await visit.press("Escape")
         await visit.backend.left.wait()
         await visit.see("#outcome", "Stopped. The text received so far is still marked.")
@@ -388,21 +380,17 @@ async def test_an_instruction_shows_its_diff_before_it_is_taken(chrome: Any) -> 
         assert sent["messages"][0]["content"] == f"say nine\n\n```python\n{BEFORE}```"
 
 
-async def test_an_instruction_changes_the_selection_only(chrome: Any) -> None:
-    async with visiting(chrome, completion("TWO")) as visit:
+async def test_an_instruction_for_a_selection_without_code_and_for_a_text_that_has_changed(chrome: Any) -> None:
+    async with visiting(chrome, completion("TWO"), completion("print(1)\n")) as visit:
         await visit.write("one\ntwo\nthree\n")
         await visit.select(4, 8)
         await visit.see("#scope", "(in the selection)")
         await visit.find("#instruction").fill("in capitals")
         await visit.press("Enter")
-        await visit.see("#proposal-summary", "1 line added, 1 removed.")
+        await visit.offers()
         assert await visit.diff() == ["- two", "+ TWO"]
         await visit.press("Enter", holds="one\nTWO\nthree\n")
         assert "```python\ntwo\n```" in visit.backend.completions[0]["messages"][0]["content"]
-
-
-async def test_an_instruction_without_code_and_one_for_a_text_that_has_changed(chrome: Any) -> None:
-    async with visiting(chrome, completion("print(1)\n")) as visit:
         await visit.instruct("", "print one")
         await visit.offers()
         assert await visit.diff() == ["+ print(1)"]
@@ -410,9 +398,8 @@ async def test_an_instruction_without_code_and_one_for_a_text_that_has_changed(c
         await visit.instruct("x = 1\n", "print one")
         await visit.offers()
         await visit.write("z = 3\n")
-        await visit.click("take")
+        await visit.click("take", holds="z = 3\n")
         await visit.see_part("#error", "The text has changed since")
-        await visit.holds("z = 3\n")
 
 
 async def test_an_answer_that_may_lack_a_part_is_not_taken_unwarned(chrome: Any) -> None:
@@ -582,21 +569,9 @@ async def test_a_key_is_asked_for_and_kept_in_this_tab(chrome: Any) -> None:
 # -------------------------------------------------------------------------------------------- hostile texts
 
 
-async def test_hostile_code_is_text(chrome: Any) -> None:
-    async with visiting(chrome, completion(HOSTILE + BIDI)) as visit:
-        await visit.complete("x = ", HOSTILE + BIDI)
-        await visit.holds("x = " + HOSTILE + BIDI, mark=HOSTILE + BIDI)
-        await visit.see_part("#outcome", "The marked text contains invisible characters.")
-        await visit.see_part("#live", HOSTILE + BIDI_SPELLED)
-        await visit.instruct("x = " + HOSTILE + BIDI, HOSTILE)
-        await visit.offers()
-        assert await visit.diff() == [f"- x = {HOSTILE}{BIDI_SPELLED}", f"+ {HOSTILE}{BIDI_SPELLED}"]
-        assert await visit.find("img, script:not(:last-child)").count() == 0
-
-
-async def test_hostile_names_and_messages_are_text(chrome: Any) -> None:
+async def test_hostile_texts_are_text(chrome: Any) -> None:
     models = load_catalog(ROOT / "models.toml").models
-    hostile, spelled = HOSTILE + BIDI, HOSTILE + BIDI_SPELLED
+    hostile, spelled, name = HOSTILE + BIDI, HOSTILE + BIDI_SPELLED, HOSTILE.replace("/", "")
     activity = {"vps_available": False, "vps_message": hostile, "requests_active": hostile, "breaker": hostile}
     activity |= {"models_loaded": [hostile], "notes": [hostile], "load_avg": [hostile]}
 
@@ -604,17 +579,25 @@ async def test_hostile_names_and_messages_are_text(chrome: Any) -> None:
         """What the Pi itself would not pass on."""
         await visit.page.route("**/v1/activity", lambda route: route.fulfill(json=activity))
 
+    scripts = completion(hostile), completion(hostile), [error(500, "MODEL_LOAD_FAILED", hostile)]
     named = tuple(dataclasses.replace(model, name=hostile) for model in models)
-    async with visiting(chrome, [error(500, "MODEL_LOAD_FAILED", hostile)], before=lie, models=named) as visit:
+    async with visiting(chrome, *scripts, before=lie, models=named) as visit:
         await visit.see("#health", f"{spelled}.")
         await visit.see("#notes", spelled)
         await expect(visit.find("#models td:first-child").first).to_have_text(spelled)
         await expect(visit.find("#model option").nth(1)).to_contain_text(spelled)
-        await visit.drop(HOSTILE.replace("/", "") + BIDI + ".rs", b"fn main() {}")
-        await visit.see("#file-name", f"File: {HOSTILE.replace('/', '')}{BIDI_SPELLED}.rs")
+        await visit.complete("x = ", hostile)
+        await visit.holds("x = " + hostile, mark=hostile)
+        await visit.see_part("#outcome", "The marked text contains invisible characters.")
+        await visit.see_part("#live", spelled)
+        await visit.instruct("x = " + hostile, HOSTILE)
+        await visit.offers()
+        assert await visit.diff() == [f"- x = {spelled}", f"+ {spelled}"]
+        await visit.drop(f"{name}{BIDI}.rs", b"fn main() {}")
+        await visit.see("#file-name", f"File: {name}{BIDI_SPELLED}.rs")
         await visit.press("Control+Enter")
         await visit.see_part("#error", HOSTILE)
-        assert await visit.find("img").count() == 0
+        assert await visit.find("img, script:not(:last-child)").count() == 0
 
 
 # ----------------------------------------------------------------------------------------- files, settings
@@ -634,11 +617,10 @@ async def test_files_are_opened_by_dropping_and_by_button(chrome: Any, tmp_path:
         assert await visit.saved() == ("main.RS", b"\xef\xbb\xbffn main() {\r\n    a + b")
         await visit.click("undo", "undo", holds="unsaved = 1\n")
         await expect(visit.find("#file-name")).to_be_hidden()
-        source = tmp_path / "sum.py"
-        source.write_text("x = 1\n")
+        (tmp_path / "sum.py").write_text("x = 1\n")
         async with visit.page.expect_file_chooser() as chosen:
             await visit.find("#open").press("Enter")
-        await (await chosen.value).set_files(source)
+        await (await chosen.value).set_files(tmp_path / "sum.py")
         await visit.holds("x = 1\n")
         await expect(visit.find("#language")).to_have_value("python")
 
@@ -872,23 +854,21 @@ async def test_the_settings_for_an_editor_have_the_address_and_the_key(chrome: A
 
         await visit.find("#recipes summary").click()
         await visit.see_part("#recipe", "none")
-        for key, filled_in in (("odd'key", "KEY"), (KEY, KEY)):
+        for key, filled_in, note in (("odd'key", "KEY", "Put your key in place of KEY."), (KEY, KEY, "")):
             await visit.page.evaluate("sessionStorage.clear()")
             await visit.page.reload()
             await visit.enter_key(key)
             await visit.is_up()
             await visit.find("#recipes summary").click()
             assert sorted(await shown(filled_in)) == sorted(settings_for_editors())
-            note = expect(visit.find("#recipe-note"))
-            await (note.to_be_hidden() if key == KEY else note.to_have_text("Put your key in place of KEY."))
+            await visit.see("#recipe-note", note)
         await visit.find("#recipe-editor").select_option("Helix, language server")
         await visit.see("#recipe-note", f"First fetch the language server: curl -O {visit.url}cerebrum_lsp.py")
         await visit.click("recipe-copy")
         await visit.see("#recipe-copied", "Copied.")
         copied = await visit.page.evaluate("navigator.clipboard.readText()")
         assert copied == str(await visit.find("#recipe").text_content()).rstrip()
-        assert KEY in copied
-        assert KEY not in visit.page.url + str(visit.asked) + caplog.text
+        assert (KEY in copied, KEY in visit.page.url + str(visit.asked) + caplog.text) == (True, False)
 
 
 async def test_the_state_is_asked_for_every_five_seconds(chrome: Any) -> None:

@@ -205,17 +205,6 @@ def test_openai_raises_api_error_in_a_stream(openai: Any, client: Any, pi: Pi) -
     assert caught.value.message == "VPS backend is unavailable (it ended in the middle of its answer)"
 
 
-def test_openai_with_weights(openai: Any, weights: Pi) -> None:
-    client = client_of(openai, weights.url + "/v1")
-    cut = client.completions.create(model="", prompt="// Numbers\n1, 2, 3,", max_tokens=3)
-    assert (cut.choices[0].finish_reason, cut.usage.completion_tokens) == ("length", 3)
-    turns = [{"role": "user", "content": "Say the word tangerine."}]
-    answer = client.chat.completions.create(model="", messages=turns, max_tokens=20, temperature=0)
-    turns += [answer.choices[0].message.to_dict(), {"role": "user", "content": "Which word did I ask for?"}]
-    stream = client.chat.completions.create(model="", messages=turns, max_tokens=40, temperature=0, stream=True)
-    assert "tangerine" in "".join(chunk.choices[0].delta.content or "" for chunk in stream).lower()
-
-
 # ---------------------------------------------------------------------------------------------------- llm
 
 

@@ -356,7 +356,7 @@ def test_limit(pi: Pi) -> None:
 
 def test_stop(pi: Pi) -> None:
     """A client's own end, which is not in the text."""
-    for text, _ in pi.both(**endless() | {"max_tokens": 60, "stop": ["\n8"]}):
+    for text, _ in pi.both(prompt="1\n2\n3\n4\n", stop_at="none", max_tokens=60, stop=["\n8"]):
         assert text.strip() == "5\n6\n7"
 
 
