@@ -1,16 +1,14 @@
-"""Real engines behind a real Pi: a second vpsd, llama-server, llama_cpp.server, and what stands for vLLM, which
-`make test-scale` runs itself.
+"""Real engines behind a real Pi: llama-server and llama_cpp.server. `make test-scale` runs the same tests with vLLM.
 
-`make test-engines` installs and builds them. All are processes, and all but the last run the 0.5B at temperature 0.
-What a model says cannot be asserted to the letter, since kernels differ between machines. But it completes a function
-to one that computes the right numbers, and what follows the function must not be there.
+`make test-engines` installs and builds them. Both are processes, and run the 0.5B at temperature 0. What a model says
+cannot be asserted to the letter, since kernels differ between machines. But it completes a function to one that
+computes the right numbers, and what follows the function must not be there.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
@@ -22,9 +20,9 @@ import engines
 import httpx
 import psutil
 import pytest
-import scripted_vllm
 from engines import Engine, Unavailable
-from harness import FILES, PATIENCE, ROOT, Daemon, command_of, daemon, settings, wait_until
+from harness import FILES, PATIENCE, Daemon, daemon, wait_until
+from scripted import Backend, in_a_thread
 
 pytestmark = pytest.mark.engines
 NIGHTLY = pytest.mark.nightly
@@ -65,27 +63,6 @@ class Kind:
         return self.name
 
 
-def start_vpsd(folder: Path, **more: str) -> AbstractContextManager[Engine]:
-    """vpsd with a folder for models of its own."""
-    models = folder / "models"
-    models.mkdir(parents=True)
-    (models / FILE.name).symlink_to(FILE)
-    more |= {"CEREBRUM_MAX_CPU_PERCENT": "100", "CEREBRUM_MIN_FREE_MB": "0", "CEREBRUM_MAX_CONCURRENT": "5"}
-
-    def command(port: int) -> list[str]:
-        given = settings(folder, None, CEREBRUM_API_KEY=KEY, CEREBRUM_VPS_PORT=str(port), **more)
-        return ["env", *(f"{name}={value}" for name, value in given.items()), *command_of("vpsd")]
-
-    return engines.started(Engine("vpsd", folder, command, 0, KEY))
-
-
-def start_vllm(folder: Path, context: int = 4096) -> AbstractContextManager[Engine]:
-    def command(port: int) -> list[str]:
-        return [sys.executable, str(ROOT / "tests/scripted_vllm.py"), str(port), KEY, ALIAS, str(context)]
-
-    return engines.started(Engine("scripted vLLM", folder, command, 0, KEY))
-
-
 def start_llama_server(folder: Path, context: int = 4096) -> AbstractContextManager[Engine]:
     return engines.llama_server(folder, FILE, KEY, context)
 
@@ -107,23 +84,15 @@ def rests(pid: int) -> bool:
     return sum(process.cpu_times()[:2]) - sum(before[:2]) <= 0.03
 
 
-def has_ended_all(engine: Engine) -> bool:
-    """Whether what stands for vLLM runs no completion."""
-    words = [line.split(" ")[0] for line in engine.output().splitlines()]
-    return words.count("asked") == sum(map(words.count, ("ended", "left", "refused")))
-
-
 def slots_are_free(engine: Engine) -> bool:
     return not any(slot["is_processing"] for slot in ask_engine(engine, "/slots"))
 
 
-VPSD = Kind("vpsd", "cerebrum", start_vpsd, lambda engine: ask_engine(engine, "/v1/stats")["requests_active"] == 0)
 LLAMA_SERVER = Kind("llama-server", "llama.cpp", start_llama_server, slots_are_free)
 # A second request would end the first one.
 LLAMA_CPP = Kind(
     "llama_cpp.server", "openai", start_llama_cpp, lambda engine: rests(engine.process.pid), places=1, counts=False
 )
-VLLM = Kind("scripted vLLM", "openai", start_vllm, has_ended_all, counts=False)
 
 
 def had(context: AbstractContextManager[Engine], stack: ExitStack) -> Engine:
@@ -265,6 +234,11 @@ def table_of(kind: Kind, engine: Engine) -> dict[str, Any]:
     return backend(engine, kind.api, max_concurrent=kind.places)
 
 
+def table_of_spare(spare: Backend) -> dict[str, Any]:
+    """That of a scripted VPS, which takes over when an engine is away."""
+    return {"url": f"http://127.0.0.1:{spare.port}"}
+
+
 def endless() -> dict[str, Any]:
     """The fields of a completion that goes on for half a minute or longer."""
     return {"prompt": f"# list {next(NUMBER)}\n1\n2\n3\n4\n", "stop_at": "none", "max_tokens": 2000}
@@ -278,7 +252,7 @@ def brief() -> dict[str, Any]:
 # ------------------------------------------------------------------------------- one engine, and all it does
 
 
-@pytest.fixture(scope="module", params=[VPSD, LLAMA_SERVER, pytest.param(LLAMA_CPP, marks=NIGHTLY), VLLM], ids=str)
+@pytest.fixture(scope="module", params=[LLAMA_SERVER, pytest.param(LLAMA_CPP, marks=NIGHTLY)], ids=str)
 def kind(request: pytest.FixtureRequest) -> Kind:
     assert isinstance(request.param, Kind)
     return request.param
@@ -325,7 +299,6 @@ def test_complete(kind: Kind, pi: Pi) -> None:
         assert text.endswith("\n")
         assert run_code(FIBONACCI + text)["fibonacci"](10) == 55, text
         check_result(result, kind)
-        assert kind is not VLLM or text == scripted_vllm.BODY
 
 
 def test_infill(kind: Kind, pi: Pi) -> None:
@@ -334,7 +307,6 @@ def test_infill(kind: Kind, pi: Pi) -> None:
         assert run_code(PREFIX + LINE + text + SUFFIX)["add"](20, 3) == 23, text
         assert SUFFIX.strip() not in text, "the text behind the gap is not repeated"
         check_result(result, kind)
-        assert kind is not VLLM or text == scripted_vllm.GAP
 
 
 def test_instruct(kind: Kind, pi: Pi) -> None:
@@ -345,7 +317,6 @@ def test_instruct(kind: Kind, pi: Pi) -> None:
         assert text.lstrip().startswith(("def ", "#", '"""')), text
         assert run_code(text)["add"](20, 3) == 23
         check_result(result, kind)
-        assert kind is not VLLM or text.strip() == "def add(a, b):\n    return a + b"
 
 
 def test_limit(pi: Pi) -> None:
@@ -360,7 +331,7 @@ def test_stop(pi: Pi) -> None:
         assert text.strip() == "5\n6\n7"
 
 
-def test_chat_as_openai_does(kind: Kind, pi: Pi) -> None:
+def test_chat_as_openai_does(pi: Pi) -> None:
     body = {"model": "", "messages": CHAT, "max_tokens": 80, "temperature": 0}
     whole = pi.answer("/v1/chat/completions", body)
     (choice,) = whole["choices"]
@@ -375,10 +346,6 @@ def test_chat_as_openai_does(kind: Kind, pi: Pi) -> None:
     assert (stream.clean, chunks[-1]["choices"][0]["finish_reason"] in ("stop", "length")) == (True, True)
     assert usage["choices"] == []
     assert usage["usage"]["completion_tokens"] > 0
-    if kind is VLLM:
-        counted = scripted_vllm.count(CHAT[0]["content"])
-        assert streamed == choice["message"]["content"] == scripted_vllm.CHAT
-        assert usage["usage"]["prompt_tokens"] == whole["usage"]["prompt_tokens"] == counted
 
 
 def test_infill_as_llama_cpp_does(pi: Pi) -> None:
@@ -432,9 +399,8 @@ def test_a_wrong_key(kind: Kind, engine: Engine, tmp_path: Path) -> None:
         told = json.dumps([error, *map(pi.get, ("/health", "/v1/stats", "/v1/activity"))]) + pi.daemon.stdout()
         assert "another-key" not in told
         assert KEY not in told
-    with ExitStack() as stack:
-        spare = stack.enter_context(start_vllm(tmp_path / "spare"))
-        tables["two"] = backend(spare, "openai")
+    with in_a_thread(Backend()) as spare, ExitStack() as stack:
+        tables["two"] = table_of_spare(spare)
         pi = stack.enter_context(start_pi(tmp_path / "both", tables, ready=False, one="another-key"))
         pi.wait_for("two")
         assert [pi.complete(**brief())["backend"] for _ in range(3)] == ["two"] * 3
@@ -446,9 +412,9 @@ def test_a_wrong_key(kind: Kind, engine: Engine, tmp_path: Path) -> None:
 def test_death_and_return(kind: Kind, engine: Engine, tmp_path: Path) -> None:
     """Killed while it streams: an error event and a cut, and the other backend serves the next request. Without that
     one there is a 503. Started again, it is used again."""
-    with ExitStack() as stack:
-        spare = stack.enter_context(start_vllm(tmp_path / "spare"))
-        tables = {"one": table_of(kind, engine), "two": backend(spare, "openai")}
+    with ExitStack() as stack, ExitStack() as life_of_spare:
+        spare = life_of_spare.enter_context(in_a_thread(Backend()))
+        tables = {"one": table_of(kind, engine), "two": table_of_spare(spare)}
         pi = stack.enter_context(start_pi(tmp_path / "pi", tables))
         assert pi.complete(**brief())["backend"] == "one"
         stream = Stream(pi, **endless())
@@ -457,12 +423,12 @@ def test_death_and_return(kind: Kind, engine: Engine, tmp_path: Path) -> None:
         stream.end()
         assert (stream.clean, stream.last.get("error"), stream.last.get("code")) == (False, True, "VPS_UNAVAILABLE")
         assert all("token" in event for event in stream.events[:-1])
-        assert "\nasked " not in "\n" + spare.output(), "a stream that has begun is not sent again"
+        assert spare.completions == [], "a stream that has begun is not sent again"
         result = pi.complete(**brief())
-        assert (result["backend"], result["total_tokens"]) == ("two", 3)
+        assert (result["backend"], result["completion"]) == ("two", "ab")
         pi.wait_without("one")
         assert pi.get("/health")["status"] == "healthy"
-        spare.kill()
+        life_of_spare.close()
         assert pi.refused(**brief())["code"] == "VPS_UNAVAILABLE"
         engine.start()
         pi.wait_for("one")
