@@ -1,4 +1,4 @@
-"""Other people's clients against the Pi: openai (Python and node), llm, LiteLLM, curl.
+"""Other people's clients against the Pi: openai (Python and node), llm, curl.
 
 `make test-clients` installs them. Where a test asserts an exact text, a script stands for the VPS; the tests with
 `weights` in their name ask both daemons and the 0.5B.
@@ -224,28 +224,6 @@ def test_llm(pi: Pi, tmp_path: Path) -> None:
     assert first["messages"] == [{"role": "system", "content": "You help."}, said]
     assert second["messages"][-3:] == [said, {"role": "assistant", "content": TEXT}, more]
     assert (third["mode"], third["prompt"]) == ("complete", PREFIX)
-
-
-# ------------------------------------------------------------------------------------------------ LiteLLM
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning:pydantic")  # its own
-def test_litellm(pi: Pi, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else it fetches a list of prices
-    litellm = pytest.importorskip("litellm", reason=INSTALL)
-    litellm.telemetry = False
-    where = {"api_base": pi.url + "/v1", "api_key": "none", "max_retries": 0}
-    body = {"model": "text-completion-openai/qwen_0_5b", "prompt": PREFIX, "suffix": SUFFIX, **where}
-    assert litellm.text_completion(**body).choices[0].text == TEXT
-    chat = {"model": "openai/qwen_0_5b", "messages": CHAT, **where}
-    assert litellm.completion(**chat).choices[0].message.content == TEXT
-    for stream in (litellm.completion(stream=True, **chat), litellm.text_completion(stream=True, **body)):
-        deltas = [chunk.choices[0] for chunk in stream]
-        assert (
-            "".join((delta.text if hasattr(delta, "text") else delta.delta.content) or "" for delta in deltas) == TEXT
-        )
-    with pytest.raises(litellm.BadRequestError, match="image_url"):
-        litellm.completion(**chat | {"messages": [{"role": "user", "content": [IMAGE]}]})
 
 
 # --------------------------------------------------------------------------------------------------- node
