@@ -156,7 +156,8 @@ def test_is_typed_on(one: tuple[str, ...], other: tuple[str, ...], same: bool):
 
 async def test_identical_requests_share_one_completion():
     go = asyncio.Event()
-    async with Backend([[CHUNKED, chunk(token("a", 1)), go.wait, *GOOD[2:]]]) as backend, pi_for(backend.port) as pi:
+    slow = [*GOOD[:2], chunk(b": k\n\n"), go.wait, *GOOD[2:]]  # signs of life are not kept
+    async with Backend([slow]) as backend, pi_for(backend.port) as pi:
         asked = [start(pi, "/v1/completions", STREAM) for _ in range(3)]
         readers = pi.gateway.broadcasts.subscribers
         await until(lambda: len(readers) == 3 and all(reading.at == 2 for reading in readers))
@@ -704,6 +705,20 @@ async def test_a_key_counts_in_either_header_and_errors_have_the_clients_shape()
         reply = await start(pi, "/v1/completions", {"prompt": "x"}, Authorization="Bearer wrong")
         error = {"message": "expected the API key in the header X-API-Key", "type": "authentication_error"}
         assert (reply.status, reply.json) == (401, {"error": {**error, "param": None, "code": "UNAUTHORIZED"}})
+
+
+async def test_counting_tokens_ends_the_wait_for_a_trial(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 2 * PATIENCE)
+    monkeypatch.setitem(completion.WAIT_SECONDS, "completion", PATIENCE)
+    go = asyncio.Event()
+    async with Backend([[go.wait, answer(200, {"tokens": [1]})], GOOD]) as backend, pi_for(backend.port) as pi:
+        half_open(pi)
+        trial = start(pi, "/tokenize", {"content": "a b"})
+        await backend.begun.wait()
+        waiting = start(pi, "/v1/completions", {"prompt": "x"})
+        await in_line(pi)
+        go.set()
+        assert [(await trial).status, (await waiting).status] == [200, 200]
 
 
 async def test_counting_tokens_opens_the_breaker_of_a_dead_vps_and_waits_for_no_other(monkeypatch: pytest.MonkeyPatch):
