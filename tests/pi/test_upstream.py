@@ -409,12 +409,12 @@ async def test_a_head_must_come_before_the_deadline(script: list[Any], part: str
 
 @pytest.mark.parametrize("rest", [[B[:9], HANG], [Flood(chunk(b": k\n\n"))]], ids=["a stall", "a stream for ever"])
 async def test_a_deadline_ends(rest: list[Any], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(upstream, "IDLE_SECONDS", 0.15)
-    monkeypatch.setattr(upstream, "STREAM_SECONDS", 0.4)
+    monkeypatch.setattr(upstream, "IDLE_SECONDS", 0.4)
+    monkeypatch.setattr(upstream, "STREAM_SECONDS", 1.0)
     async with Backend([[CHUNKED, A, *rest]]) as backend, pi_for(backend.port) as pi:
         began = time.monotonic()
         reply = await pi.stream()
-        assert time.monotonic() - began >= (0.15 if HANG in rest else 0.4)
+        assert time.monotonic() - began >= (0.4 if HANG in rest else 1.0)
         assert (reply.events[0], reply.clean) == (TOKEN_A, False)
         assert "it stopped in the middle" in reply.events[-1]["message"]
         await backend.left.wait()
@@ -428,7 +428,7 @@ async def test_a_collected_answer_without_end_is_cut():
 
 
 async def test_a_client_that_reads_nothing_pauses_reading_from_the_vps(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(upstream, "IDLE_SECONDS", 0.15)  # pauses of our own do not count
+    monkeypatch.setattr(upstream, "IDLE_SECONDS", 0.4)  # pauses of our own do not count
     async with Backend([[CHUNKED, Flood(A * 1000)]]) as backend, pi_for(backend.port) as pi:
         reader, writer = await pi.open("POST", "/v1/complete/stream", {"prompt": "x", "language": "python"})
         with contextlib.suppress(TimeoutError):  # in a second it could send a hundred times as much
