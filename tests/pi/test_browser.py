@@ -83,8 +83,8 @@ class Visit:
         """Wait until the page says that the Pi reaches its VPS."""
         await expect(self.find("#light")).to_have_class("up")
 
-    async def offers(self, id: str = "take") -> None:
-        """Wait until a change is proposed and this button has the focus."""
+    async def offers(self, id: str) -> None:
+        """Wait until this button or field has the focus."""
         await expect(self.find(f"#{id}")).to_be_focused()
 
     async def ended(self) -> None:
@@ -101,27 +101,28 @@ class Visit:
     async def select(self, start: int, end: int) -> None:
         await self.find("#editor").evaluate("(box, [start, end]) => box.setSelectionRange(start, end)", [start, end])
 
-    async def press(self, *keys: str, holds: str | None = None) -> None:
+    async def press(self, *keys: str, holds: str | None = None, mark: str = "") -> None:
         for key in keys:
             await self.page.keyboard.press(key)
         if holds is not None:
-            await self.holds(holds)
+            await self.holds(holds, mark)
 
-    async def click(self, *ids: str, holds: str | None = None) -> None:
+    async def click(self, *ids: str, holds: str | None = None, mark: str = "") -> None:
         for id in ids:
             await self.find(f"#{id}").click()
-        if holds is not None:
-            await self.holds(holds)
+        await self.press(holds=holds, mark=mark)
 
     async def enter_key(self, key: str) -> None:
         await self.find("#key").fill(key)
         await self.press("Enter")
 
-    async def instruct(self, text: str, instruction: str) -> None:
-        """Ask for a change of `text`."""
+    async def instruct(self, text: str, instruction: str, offers: str = "") -> None:
+        """Ask for a change of `text`, and wait until it is proposed and this button has the focus, if any."""
         await self.write(text)
         await self.find("#instruction").fill(instruction)
         await self.press("Enter")
+        if offers:
+            await self.offers(offers)
 
     async def ask(self, text: str, at: int | None = None, mark: str = "") -> None:
         """Complete `text` at its end or where asked, and wait until `mark` is marked, if there is one."""
@@ -258,14 +259,9 @@ async def test_a_completion_streams_in_is_marked_and_accepted(chrome: Any) -> No
         await visit.holds(CODE + "a + b\n", mark="a + b\n")
         await visit.ended()
         await visit.press("Tab", holds=CODE + "a + b\n")
-        for key, text in (
-            ("Control+z", CODE),
-            ("Control+Shift+z", CODE + "a + b\n"),
-            ("Control+z", CODE),
-            ("Control+z", ""),
-        ):
-            await visit.press(key)
-            await visit.holds(text)
+        await visit.press("Control+z", holds=CODE)
+        await visit.press("Control+Shift+z", holds=CODE + "a + b\n")
+        await visit.press("Control+z", "Control+z", holds="")
         (sent,) = visit.backend.completions
         assert sent == sent | {"mode": "complete", "prompt": CODE, "language": "python", "progress": True, **DEFAULTS}
         assert "suffix" not in sent
@@ -279,8 +275,7 @@ async def test_esc_undoes_a_completion_and_a_newer_one_accepts_it(chrome: Any) -
         await visit.holds(CODE + "a + b")  # a user who pressed Esc too late to stop loses nothing
         await visit.press("Control+z", "Control+z", holds="")  # undoing has added no step
         await visit.complete(CODE, "a + b")
-        await visit.press("Control+Enter")
-        await visit.holds(CODE + "a + ba + b", mark="a + b")
+        await visit.press("Control+Enter", holds=CODE + "a + ba + b", mark="a + b")
         _, second, third = visit.backend.completions
         assert (third["prompt"], third["session"]) == (CODE + "a + b", second["session"])
 
@@ -308,8 +303,7 @@ async def test_an_infill_sends_what_is_around_the_cursor(chrome: Any) -> None:
     async with visiting(chrome) as visit:
         await visit.write(CODE + suffix)
         await visit.select(3, len(CODE))
-        await visit.click("complete")
-        await visit.holds(CODE + "a + b" + suffix, mark="a + b")
+        await visit.click("complete", holds=CODE + "a + b" + suffix, mark="a + b")
         (sent,) = visit.backend.completions
         assert (sent["mode"], sent["prompt"], sent["suffix"]) == ("infill", CODE, suffix)
         await visit.click("undo", holds=CODE + suffix)
@@ -317,10 +311,9 @@ async def test_an_infill_sends_what_is_around_the_cursor(chrome: Any) -> None:
         await visit.ended()
         await visit.click("accept", holds=CODE + "a + b" + suffix)
         await visit.click("undo", holds=CODE + suffix)
-        await visit.ask(
-            CODE + "\n \n", at=len(CODE), mark="a + b"
-        )  # blank text behind the cursor is no suffix, and stays
-        await visit.holds(CODE + "a + b\n \n", mark="a + b")
+        blank = "\n \n"  # is no suffix, and stays
+        await visit.ask(CODE + blank, at=len(CODE), mark="a + b")
+        await visit.holds(f"{CODE}a + b{blank}", mark="a + b")
         sent = visit.backend.completions[-1]
         assert (sent["mode"], sent["prompt"], sent.get("suffix")) == ("complete", CODE, None)
 
@@ -370,8 +363,7 @@ async def test_an_instruction_shows_its_diff_before_it_is_taken(chrome: Any) -> 
         await expect(visit.find("#proposal")).to_be_hidden()
         await visit.holds(BEFORE)
         assert await visit.focused() == "editor"
-        await visit.instruct(BEFORE, "say nine")
-        await visit.offers()
+        await visit.instruct(BEFORE, "say nine", offers="take")
         await visit.press("Enter", holds=AFTER)
         assert await visit.focused() == "editor"
         await visit.press("Control+z", holds=BEFORE)
@@ -387,16 +379,14 @@ async def test_an_instruction_for_a_selection_without_code_and_for_a_text_that_h
         await visit.see("#scope", "(in the selection)")
         await visit.find("#instruction").fill("in capitals")
         await visit.press("Enter")
-        await visit.offers()
+        await visit.offers("take")
         assert await visit.diff() == ["- two", "+ TWO"]
         await visit.press("Enter", holds="one\nTWO\nthree\n")
         assert "```python\ntwo\n```" in visit.backend.completions[0]["messages"][0]["content"]
-        await visit.instruct("", "print one")
-        await visit.offers()
+        await visit.instruct("", "print one", offers="take")
         assert await visit.diff() == ["+ print(1)"]
         await visit.press("Enter", holds="print(1)\n")
-        await visit.instruct("x = 1\n", "print one")
-        await visit.offers()
+        await visit.instruct("x = 1\n", "print one", offers="take")
         await visit.write("z = 3\n")
         await visit.click("take", holds="z = 3\n")
         await visit.see_part("#error", "The text has changed since")
@@ -411,9 +401,8 @@ async def test_an_answer_that_may_lack_a_part_is_not_taken_unwarned(chrome: Any)
             await visit.see("#proposal-warning", f"The answer {words}: the end of the text may be missing.")
             await visit.offers("leave")
         await visit.instruct("".join(f"value_{n} = {n}\n" for n in range(500)), "use y")
-        await visit.see_part(
-            "#proposal-warning", re.compile(r"The model saw only \d+ of 7785 characters\. The answer may")
-        )
+        words = re.compile(r"The model saw only \d+ of 7785 characters\. The answer may lack")
+        await visit.see_part("#proposal-warning", words)
         await visit.offers("leave")
         assert visit.backend.completions[2]["max_tokens"] == 2048  # a third of the characters and 64 would be more
         await visit.instruct("x = 1\n", "use y")
@@ -494,9 +483,7 @@ async def test_a_tab_before_anything_has_come_indents_and_one_more_request_is_to
         _, writer = await visit.pi.open("POST", "/v1/complete/stream", {"prompt": "x", "language": "python"})
         await visit.backend.begun.wait()
         await visit.ask(CODE)
-        await visit.see_part(
-            "#error", "Busy: other completions are running already; try again in a moment. Request id: "
-        )
+        await visit.see_part("#error", "Busy: other completions are running already; try again in a moment. Request")
         await visit.holds(CODE)
         writer.transport.abort()
 
@@ -512,14 +499,14 @@ async def test_stages_and_the_time(chrome: Any) -> None:
     told = {"total_tokens": 128, "inference_time": 18.2, "load_time": 9.1, "ttft": 4.0, "tokens_per_second": 12.1}
     told |= {"prompt_tokens": 900, "cached_tokens": 200}
     async with visiting(chrome, completion(*pieces, **told), completion("b")) as visit:
-        bar = visit.find("progress")
         await visit.ask(CODE)
-        await visit.see("#stage", "Loading the model, 40 %")
-        assert await bar.evaluate("bar => [bar.value, bar.max]") == [40, 100]
-        loading.set()
-        await visit.see("#stage", "Reading the prompt, 300 of 900 tokens")
-        assert await bar.evaluate("bar => [bar.value, bar.max]") == [300, 900]
-        reading.set()
+        for words, place, gate in (
+            ("Loading the model, 40 %", [40, 100], loading),
+            ("Reading the prompt, 300 of 900 tokens", [300, 900], reading),
+        ):
+            await visit.see("#stage", words)
+            assert await visit.find("progress").evaluate("bar => [bar.value, bar.max]") == place
+            gate.set()
         await visit.see_part("#stage", "Writing, 12 tokens")
         writing.set()
         time = "128 tokens in 18.2 s: 9.1 s loading qwen_0_5b, 4.0 s waiting and reading 700 of 900 tokens,"
@@ -590,8 +577,7 @@ async def test_hostile_texts_are_text(chrome: Any) -> None:
         await visit.holds("x = " + hostile, mark=hostile)
         await visit.see_part("#outcome", "The marked text contains invisible characters.")
         await visit.see_part("#live", spelled)
-        await visit.instruct("x = " + hostile, HOSTILE)
-        await visit.offers()
+        await visit.instruct("x = " + hostile, HOSTILE, offers="take")
         assert await visit.diff() == [f"- x = {spelled}", f"+ {spelled}"]
         await visit.drop(f"{name}{BIDI}.rs", b"fn main() {}")
         await visit.see("#file-name", f"File: {name}{BIDI_SPELLED}.rs")
@@ -751,8 +737,7 @@ async def test_every_control_is_reached_by_tab(chrome: Any) -> None:
     """No trap: Esc, then Tab leaves the editor, and Shift-Tab too."""
     code = ["editor", "complete", "accept", "undo", "instruction", "send", "diff", "take", "leave"]
     async with visiting(chrome, completion("y = 1")) as visit:
-        await visit.instruct("x = 1\n", "use y")
-        await visit.offers()
+        await visit.instruct("x = 1\n", "use y", offers="take")
         await visit.complete("x = 1\n", "y = 1")
         await visit.find("#editor").focus()
         await visit.page.evaluate("tabLeaves = true")  # Esc would undo the completion
@@ -803,8 +788,7 @@ async def test_what_it_looks_like(chrome: Any, axe: str, scheme: str, size: tupl
         await check_looks(visit, size)
         await visit.complete("x = " + "1 + " * 100, "y = 1\n")
         await check_looks(visit, size)
-        await visit.instruct("x = 1\ny = 1\n", "use y")
-        await visit.offers("leave")
+        await visit.instruct("x = 1\ny = 1\n", "use y", offers="leave")
         await expect(visit.find("#plot svg")).to_be_visible()
         await check_looks(visit, size)
         await visit.press("Escape")

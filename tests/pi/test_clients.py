@@ -72,9 +72,6 @@ def completes_the_sum(text: str) -> bool:
     return bool(names["add"](20, 3) == 23)
 
 
-# ------------------------------------------------------------------------------------------------- openai
-
-
 @pytest.fixture(scope="session")
 def openai() -> Any:
     return pytest.importorskip("openai", reason=INSTALL)
@@ -205,9 +202,6 @@ def test_openai_raises_api_error_in_a_stream(openai: Any, client: Any, pi: Pi) -
     assert caught.value.message == "VPS backend is unavailable (it ended in the middle of its answer)"
 
 
-# ---------------------------------------------------------------------------------------------------- llm
-
-
 def test_llm(pi: Pi, tmp_path: Path) -> None:
     """The models `pi` (chats) and `code` (completions)."""
     pytest.importorskip("llm", reason=INSTALL)
@@ -225,8 +219,6 @@ def test_llm(pi: Pi, tmp_path: Path) -> None:
     assert second["messages"][-3:] == [said, {"role": "assistant", "content": TEXT}, more]
     assert (third["mode"], third["prompt"]) == ("complete", PREFIX)
 
-
-# --------------------------------------------------------------------------------------------------- node
 
 NODE = """
 import OpenAI from "openai"
@@ -266,9 +258,6 @@ def test_node_openai(pi: Pi) -> None:
     }
 
 
-# --------------------------------------------------------------------------------------------------- curl
-
-
 def curl(*options: str) -> str:
     done = subprocess.run([needs("curl"), "-sS", "--noproxy", "*", *options], capture_output=True, timeout=PATIENCE)
     assert (done.returncode, done.stderr) == (0, b"")
@@ -288,9 +277,6 @@ def test_curl(pi: Pi, options: list[str]) -> None:
     *events, done, nothing = streamed.split("\n\n")
     assert (done, nothing) == ("data: [DONE]", "")
     assert [json.loads(event.removeprefix("data: "))["choices"][0]["text"] for event in events] == [*PIECES, ""]
-
-
-# ---------------------------------------------------------------------------------- plugins, with weights
 
 
 @pytest.mark.parametrize("name", REQUESTS)

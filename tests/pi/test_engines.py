@@ -11,7 +11,7 @@ import itertools
 import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,26 +162,22 @@ class Stream(threading.Thread):
         super().__init__(daemon=True)
         self.url = pi.url + path
         self.fields = fields if "messages" in fields else {"language": "python", "temperature": 0, **fields}
-        self.status = 0
-        self.events: list[dict[str, Any]] = []
+        self.status, self.events, self.leaving = 0, list[dict[str, Any]](), False
         self.clean: bool | None = None
-        self.leaving = False
         self.start()
 
     def run(self) -> None:
-        clean = True
-        with suppress(httpx.StreamError):
-            try:
-                with httpx.stream("POST", self.url, json=self.fields, timeout=PATIENCE, trust_env=False) as response:
-                    self.status = response.status_code
-                    for line in response.iter_lines():
-                        if line.startswith("data: {"):
-                            self.events.append(json.loads(line.removeprefix("data: ")))
-                        if self.leaving:
-                            break
-            except httpx.TransportError:
-                clean = False
-        self.clean = clean
+        try:
+            with httpx.stream("POST", self.url, json=self.fields, timeout=PATIENCE, trust_env=False) as response:
+                self.status = response.status_code
+                for line in response.iter_lines():
+                    if line.startswith("data: {"):
+                        self.events.append(json.loads(line.removeprefix("data: ")))
+                    if self.leaving:
+                        break
+            self.clean = True
+        except httpx.TransportError:
+            self.clean = False
 
     @property
     def text(self) -> str:

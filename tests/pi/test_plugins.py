@@ -227,24 +227,6 @@ def test_llama_vscode_looks_around(pi: Pi) -> None:
     assert pi.backend.completions == [{"text": "def add", "first": False, "special": True, "model": "qwen_0_5b"}]
 
 
-FAMILIES = {
-    "star_coder": f"<fim_prefix>{PREFIX}{LINE}<fim_suffix>{SUFFIX}<fim_middle>",
-    "deepseek_coder": f"<｜fim▁begin｜>{PREFIX}{LINE}<｜fim▁hole｜>{SUFFIX}<｜fim▁end｜>",  # noqa: RUF001
-    "code_llama": f"<PRE> {PREFIX}{LINE} <SUF>{SUFFIX} <MID>",
-    "codestral": f"[SUFFIX]{SUFFIX}[PREFIX]{PREFIX}{LINE}",
-}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_zed_with_another_familys_marks(pi: Pi, family: str) -> None:
-    read = pi.asked("/v1/completions", ZED | {"prompt": FAMILIES[family]})
-    assert (read["object"], type(read["created"]), read["id"][:5]) == ("text_completion", int, "cmpl-")
-    assert read["choices"] == [{"index": 0, "text": TEXT, "logprobs": None, "finish_reason": "stop"}]
-    assert read["usage"] == read["usage"] | {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
-    (sent,) = pi.backend.completions
-    assert (sent["prompt"], sent["suffix"], sent["stop"]) == (PREFIX + LINE, SUFFIX, [])
-
-
 def test_llama_vim_is_replaced_by_its_next_keystroke(tmp_path: Path) -> None:
     gate = Gate()
     with start_pi(tmp_path, [completion("a", gate, "b"), completion("c")]) as pi, ThreadPoolExecutor() as threads:
