@@ -519,8 +519,6 @@ async def test_stages_and_the_time(chrome: Any) -> None:
         await visit.see("#outcome", "2 tokens in 0.3 s.")
 
 
-# --------------------------------------------------------------------------------------------------- a key
-
 STORES = "[{...sessionStorage}, Object.entries(localStorage).filter(([, value]) => /wrong|key/.test(value))]"
 
 
@@ -551,9 +549,6 @@ async def test_a_key_is_asked_for_and_kept_in_this_tab(chrome: Any) -> None:
         other = await visit.page.context.new_page()
         await other.goto(visit.url)
         await expect(other.locator("#key-form")).to_be_visible()
-
-
-# -------------------------------------------------------------------------------------------- hostile texts
 
 
 async def test_hostile_texts_are_text(chrome: Any) -> None:
@@ -754,9 +749,6 @@ async def test_every_control_is_reached_by_tab(chrome: Any) -> None:
         assert await visit.focused() == "editor"
 
 
-# ---------------------------------------------------------------------------------------- what it looks like
-
-
 async def check_looks(visit: Visit, size: tuple[int, int]) -> None:
     """Axe-core has no complaint, nothing is wider than the screen, and a phone's controls are large enough to touch."""
     found = await visit.page.evaluate("axe.run()")
@@ -795,9 +787,6 @@ async def test_what_it_looks_like(chrome: Any, axe: str, scheme: str, size: tupl
         await visit.find("#editor").press("Control+Enter")
         await visit.see_part("#error", "Request id: ")
         await check_looks(visit, size)
-
-
-# --------------------------------------------------------------------------------------------- the state
 
 
 async def test_the_state_of_the_pi_of_its_models_and_of_its_people(chrome: Any) -> None:

@@ -66,13 +66,10 @@ SPECIALS = [
 OTHERS = ["x</s>", "<|x|> ", "<div>", "<|>", "<a|b>", "<|a b|>", "<>", "[a]", "<fim>", "</div>", "<S>", "|>"]
 # What each of these members becomes, in every dialect.
 SAMPLING: list[tuple[dict[str, Any], dict[str, Any]]] = [
-    ({"model": "qwen"}, {"model": "qwen"}),
-    ({"temperature": 0}, {"temperature": 0.0}),
     ({"temperature": 1.3}, {"temperature": 1.0}),
     ({"n_predict": 16.0, "seed": 3.0, "temperature": 0.0}, {"max_tokens": 16, "seed": 3, "temperature": 0.0}),
     ({"n": 3, "best_of": 2, "n_cmpl": 3, "logprobs": 5, "samplers": ["x"], "id_slot": 10**12, "user": {}}, {}),
     ({"top_p": 0.001}, {"top_p": 0.01}),
-    ({"top_p": 1}, {"top_p": 1.0}),
     ({"seed": -1}, {"seed": None}),
     ({"seed": 2**32 - 2}, {"seed": 2**32 - 2}),
     ({"seed": 2**32 - 1}, {"seed": None}),
@@ -135,9 +132,7 @@ def test_what_is_asked(name: str, members: dict[str, Any], kind: str, fields: di
 MESSAGES: list[tuple[dict[str, Any], str, str]] = [
     ({"role": "developer", "content": "a"}, "system", "a"),
     ({"role": "user"}, "user", ""),
-    ({"role": "user", "content": None, "name": "x"}, "user", ""),
     ({"role": "assistant", "content": "", "tool_calls": []}, "assistant", ""),
-    ({"role": "user", "content": []}, "user", ""),
     ({"role": "user", "content": [{"type": "input_text", "text": "a"}, {"text": "b "}]}, "user", "a\nb "),
     ({"role": "assistant", "content": [{"type": "output_text", "text": "a"}, {"text": None}]}, "assistant", "a\n"),
 ]
@@ -423,9 +418,6 @@ def test_any_escapes_of_a_token_event_stay_as_they_are(escaped: str) -> None:
         written = reply_to(DIALECTS[name]).text(event)
         assert f'"{escaped}"'.encode() in written
         json.loads(written[6:])
-
-
-# -------------------------------------------------------------------------------- timings, errors, models, props
 
 
 FIGURES: list[tuple[int, int, dict[str, Any], list[float]]] = [

@@ -431,9 +431,6 @@ def test_death_and_return(kind: Kind, engine: Engine, tmp_path: Path) -> None:
         assert pi.complete(**brief())["backend"] == "one"
 
 
-# ----------------------------------------------------------------------------------------- contexts' lengths
-
-
 def long_prompt(functions: int) -> str:
     """About 20 tokens for each function, and FIBONACCI at the end."""
     lines = (f"def f{number}(a, b):\n    return a * {number} + b\n\n\n" for number in range(functions))

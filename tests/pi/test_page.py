@@ -162,9 +162,6 @@ async def test_a_request_that_was_superseded_has_not_failed() -> None:
         assert (sum(told["requests"]), sum(told["failed"])) == (2, 0)
 
 
-# ------------------------------------------------------------------------------------------ what there is
-
-
 async def test_models_have_what_the_vps_reports(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 0.02)
     loaded = {"id": "qwen_0_5b", "loaded": True, "encoding": "Q8_0", "memory_mb": 612.5, "n_ctx": 2048, "path": "/x"}
@@ -188,9 +185,6 @@ async def test_models_have_what_the_vps_reports(monkeypatch: pytest.MonkeyPatch)
         backend.models = answer(200, MODELS)
         backend.health = answer(200, {"models_loaded": ["qwen_0_5b"]})  # what is loaded has changed: ask again
         await until(lambda: pi.gateway.fleet.models and list(pi.gateway.fleet.models) == ["qwen_0_5b"])
-
-
-# ------------------------------------------------------------------------------------ the language server
 
 
 async def test_the_language_server_is_handed_out_without_a_key() -> None:
