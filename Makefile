@@ -64,7 +64,7 @@ fuzz: ## send random bytes to both daemons
 	$(PYTHON) tests/fuzz_sockets.py
 
 mutants: ## run the tests against changed lines of the product, to see what they catch (an hour)
-	@./run.sh setup test
+	@./run.sh setup clients
 	$(PYTHON) mutants/run.py
 
 # In a copy: debhelper cleans whatever folder it builds in, .venv too.
