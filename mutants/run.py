@@ -36,7 +36,8 @@ ROOMS = {
     "cerebrum/pi/dispatcher.py": f"{PI} tests/pi/test_backends.py tests/pi/test_fleet.py",
     "cerebrum/pi/broadcast.py": PI,
     "cerebrum/pi/upstream.py": "tests/pi/test_upstream.py tests/pi/test_cm4d.py tests/pi/test_backends.py",
-    "cerebrum/pi/dialects.py": "tests/pi/test_dialects.py tests/pi/test_routing.py tests/pi/test_backends.py tests/pi/test_plugins.py",
+    "cerebrum/pi/dialects.py": "tests/pi/test_dialects.py tests/pi/test_plugins.py "
+    "tests/pi/test_routing.py tests/pi/test_backends.py",
     "cerebrum/text/ending.py": "tests/text",
     "cerebrum/text/scanner.py": "tests/text",
     "cerebrum/vps/drafts.py": "tests/vps/test_engine.py",

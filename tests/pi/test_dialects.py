@@ -321,6 +321,7 @@ def test_openai_text() -> None:
     choice = b'{"index":0,"text":"%b","logprobs":null,"finish_reason":%b}'
     whole = reply_to(OPENAI_TEXT).whole('x"\n', RESULT)
     assert whole == TEXT_HEAD + choice % (b'x\\"\\n', b'"stop"') + b"]," + COUNTS + b"}"
+    assert json.loads(reply_to(OPENAI_TEXT).whole("", {}))["usage"]["total_tokens"] == 0
     reply = reply_to(OPENAI_TEXT, stream=True)
     assert reply.begin() == b""
     piece = b"data: " + TEXT_HEAD + choice % (rb"\ud83d\ude00\/", b"null") + b"]}\n\n"
@@ -355,7 +356,8 @@ def test_llama(dialect: Dialect) -> None:
     assert reply.begin() == b""
     assert reply.text(SURROGATES) == b'data: {"content":"\\ud83d\\ude00\\/","stop":false}\n\n'
     assert reply.end(RESULT) == b"data: " + answer % (b"", TIMINGS) + b"\n\n"
-    assert json.loads(reply.whole("", {}))["tokens_cached"] == 0
+    empty = json.loads(reply.whole("", {}))
+    assert (empty["tokens_cached"], empty["timings"]["cache_n"]) == (0, 0)
 
 
 ONLY: list[tuple[list[str], bytes]] = [
