@@ -129,6 +129,7 @@ WHOLE: dict[str, list[Any]] = {
     "after 100 and 103": [head(100), head(103), *GOOD],
     "CRLF in events": [CLOSING, (token("a", 1) + token("b", 2) + DONE).replace(b"\n", b"\r\n")],
     "events that nobody knows": [CHUNKED, chunk(event(news=1)), A, chunk(b"event: x\nid: 7\n\n"), B, chunk(DONE), END],
+    "other spacing": [CHUNKED, chunk(b'data:{"total_tokens":1,"token":"\\u0061"}\n\n'), B, chunk(DONE), END],
     "data over two lines": [CHUNKED, chunk(b'data: {"token": "a",\ndata: "total_tokens": 1}\n\n'), B, chunk(DONE), END],
 }
 
