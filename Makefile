@@ -4,7 +4,7 @@
 PYTHON = .venv/bin/python
 BOTH_CORES = -n 2 --dist loadfile # a file's tests stay together, since they share daemons
 SCRIPTS = cerebrum_repl.sh generate_api_key.sh run.sh systemd/setup.sh .ci/run
-BENCHMARKS = $(wildcard $(patsubst %,tests/bench/%.py,relay generate engine quality ending editor lsp drafts prepare parse page))
+BENCHMARKS = $(wildcard $(patsubst %,tests/bench/%.py,relay generate engine quality ending editor lsp drafts prepare parse))
 
 .PHONY: help run test test-clients test-engines test-scale test-slow test-packages test-nightly lint bench fuzz mutants deb clean
 
@@ -64,7 +64,7 @@ fuzz: ## send random bytes to both daemons
 	$(PYTHON) tests/fuzz_sockets.py
 
 mutants: ## run the tests against changed lines of the product, to see what they catch (an hour)
-	@./run.sh setup test
+	@./run.sh setup clients
 	$(PYTHON) mutants/run.py
 
 # In a copy: debhelper cleans whatever folder it builds in, .venv too.

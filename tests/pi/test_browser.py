@@ -1,6 +1,6 @@
 """The Pi's page in a real browser: Debian's Chromium, driven by playwright, and axe-core for accessibility.
 
-A script stands for the VPS, so every text is exact. The last test asks both daemons and the 0.5B, by keyboard alone.
+A script stands for the VPS, so every text is exact.
 Each visit also asserts that the page logs no error, opens no dialog, and sends no request to another origin.
 """
 
@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import FILES, KEY, PATIENCE, ROOT, daemon, until
+from harness import KEY, ROOT, until
 from scripted import CHUNKED, HANG, Backend, Pi, chunk, error, event, pi_for, token
+from test_clients import CACHE
 from test_page import settings_for_editors
 from test_peers import needs
 
@@ -27,26 +28,23 @@ from cerebrum.settings import Client, load_catalog
 
 pytestmark = pytest.mark.clients
 
-CACHE = Path("~/.cache/cerebrum/clients").expanduser()  # node's packages
-PAGE = ROOT / "cerebrum/pi/page.html"
 EXPECT_MS = 20_000
-LOAD_MS = 90_000  # vpsd also tunes the model when it loads it for the first time
-END = b"0\r\n\r\n"
+SETTINGS = ["language", "model", "tokens", "temperature"]
+DEFAULTS = {"max_tokens": 512, "temperature": 0.4}
 CODE = "def add(a, b):\n    return "
 HOSTILE = '</textarea><script>window.pwned=1</script><img src=x onerror="window.pwned=1">\'"&amp;'
 BIDI = "a\u202eb\u2066c\x07d\x1b[2J\U000e0041"
 BIDI_SPELLED = "a⟨U+202E⟩b⟨U+2066⟩c⟨U+0007⟩d⟨U+001B⟩[2J⟨U+E0041⟩"
-WIDE, PHONES = (1440, 900), ((320, 640), (390, 844))
-
-
-def done(**more: Any) -> bytes:
-    told = {"model": "qwen_0_5b", "total_tokens": 2, "inference_time": 0.25, "finish_reason": "stop"}
-    return chunk(event(done=True, **told | more)) + END
+WIDE, PHONE = (1440, 900), (320, 640)
+CLIPBOARD = {"permissions": ["clipboard-read", "clipboard-write"]}
+A = chunk(token("a", 1))
 
 
 def completion(*pieces: Any, **more: Any) -> list[Any]:
     """A script of the VPS. A piece that is no string is a step of its own, such as an event's `wait`."""
-    return [CHUNKED, *(chunk(token(one, 1)) if isinstance(one, str) else one for one in pieces), done(**more)]
+    told = {"model": "qwen_0_5b", "total_tokens": 2, "inference_time": 0.25, "finish_reason": "stop", **more}
+    steps = [chunk(token(one, 1)) if isinstance(one, str) else one for one in pieces]
+    return [CHUNKED, *steps, chunk(event(done=True, **told)) + b"0\r\n\r\n"]
 
 
 # ---------------------------------------------------------------------------------------------- the browser
@@ -69,16 +67,28 @@ class Visit:
     def find(self, selector: str) -> Any:
         return self.page.locator(selector)
 
-    async def value(self) -> str:
-        return str(await self.find("#editor").input_value())
-
     async def see(self, selector: str, text: str | re.Pattern[str]) -> None:
         """Wait until the element has this text."""
         await expect(self.find(selector)).to_have_text(text)
 
-    async def see_text(self, text: str) -> None:
-        """Wait until the editor holds this text."""
+    async def see_part(self, selector: str, text: str | re.Pattern[str]) -> None:
+        await expect(self.find(selector)).to_contain_text(text)
+
+    async def holds(self, text: str, mark: str = "") -> None:
+        """Wait until the editor holds this text, and `mark` of it is marked."""
         await expect(self.find("#editor")).to_have_value(text)
+        await self.see("#mark", mark)
+
+    async def is_up(self) -> None:
+        """Wait until the page says that the Pi reaches its VPS."""
+        await expect(self.find("#light")).to_have_class("up")
+
+    async def offers(self, id: str) -> None:
+        """Wait until this button or field has the focus."""
+        await expect(self.find(f"#{id}")).to_be_focused()
+
+    async def ended(self) -> None:
+        await expect(self.find("#stop")).to_be_disabled()
 
     async def write(self, text: str, at: int | None = None) -> None:
         """Put a text into the editor as a paste does, and the cursor at its end or where asked."""
@@ -86,15 +96,33 @@ class Visit:
         await self.press("Control+a")
         await (self.page.keyboard.insert_text(text) if text else self.press("Delete"))
         at = len(text) if at is None else at
-        await self.find("#editor").evaluate("(box, at) => box.setSelectionRange(at, at)", at)
+        await self.select(at, at)
 
-    async def press(self, *keys: str) -> None:
+    async def select(self, start: int, end: int) -> None:
+        await self.find("#editor").evaluate("(box, [start, end]) => box.setSelectionRange(start, end)", [start, end])
+
+    async def press(self, *keys: str, holds: str | None = None, mark: str = "") -> None:
         for key in keys:
             await self.page.keyboard.press(key)
+        if holds is not None:
+            await self.holds(holds, mark)
 
-    async def instruct(self, instruction: str) -> None:
+    async def click(self, *ids: str, holds: str | None = None, mark: str = "") -> None:
+        for id in ids:
+            await self.find(f"#{id}").click()
+        await self.press(holds=holds, mark=mark)
+
+    async def enter_key(self, key: str) -> None:
+        await self.find("#key").fill(key)
+        await self.press("Enter")
+
+    async def instruct(self, text: str, instruction: str, offers: str = "") -> None:
+        """Ask for a change of `text`, and wait until it is proposed and this button has the focus, if any."""
+        await self.write(text)
         await self.find("#instruction").fill(instruction)
         await self.press("Enter")
+        if offers:
+            await self.offers(offers)
 
     async def ask(self, text: str, at: int | None = None, mark: str = "") -> None:
         """Complete `text` at its end or where asked, and wait until `mark` is marked, if there is one."""
@@ -103,13 +131,17 @@ class Visit:
         if mark:
             await self.see("#mark", mark)
 
-    async def ended(self) -> None:
-        await expect(self.find("#stop")).to_be_disabled()
-
     async def complete(self, text: str, pending: str) -> None:
         """Complete `text` at its end, and wait until `pending` is marked and the stream has ended."""
         await self.ask(text, mark=pending)
         await self.ended()
+
+    async def saved(self) -> tuple[str, bytes]:
+        """The name and the content of the file that the page saves."""
+        async with self.page.expect_download() as downloaded:
+            await self.click("save")
+        file = await downloaded.value
+        return str(file.suggested_filename), await asyncio.to_thread(Path(await file.path()).read_bytes)
 
     async def drop(self, name: str, content: bytes) -> None:
         carried = await self.page.evaluate_handle(
@@ -125,10 +157,26 @@ class Visit:
     async def focused(self) -> str:
         return str(await self.page.evaluate("document.activeElement.id"))
 
-    async def check_accessibility(self) -> None:
-        found = await self.page.evaluate("axe.run()")
-        broken = [(rule["id"], [node["html"] for node in rule["nodes"]]) for rule in found["violations"]]
-        assert broken == []
+    def watch(self) -> None:
+        def on_console(message: Any) -> None:  # a resource fails to load by its status, or offline
+            if message.type == "error" and not message.text.startswith("Failed to load resource"):
+                self.complaints.append(message.text)
+
+        def on_request(request: Any) -> None:
+            if request.url.startswith(self.url):
+                self.asked.append(request.url.removeprefix(self.url[:-1]))
+            elif not request.url.startswith(("data:", "blob:")):
+                self.complaints.append(request.url)
+
+        async def on_dialog(dialog: Any) -> None:
+            if dialog.type != "beforeunload":
+                self.complaints.append(dialog.message)
+            await dialog.accept()
+
+        self.page.on("console", on_console)
+        self.page.on("pageerror", lambda fault: self.complaints.append(str(fault)))
+        self.page.on("request", on_request)
+        self.page.on("dialog", on_dialog)
 
 
 @contextlib.asynccontextmanager
@@ -137,53 +185,30 @@ async def visiting(
     *scripts: Sequence[Any],
     size: tuple[int, int] = WIDE,
     wait: bool = True,
-    down: bool = False,
-    touch: bool = False,
     before: Callable[[Visit], Awaitable[None]] | None = None,
     context: dict[str, Any] | None = None,
     **config: Any,
 ) -> AsyncIterator[Visit]:
-    """Open the page, by default of a Pi that reaches its VPS (not `down`), and `wait` until the page says so."""
+    """Open the page, and `wait` until it knows the state of the VPS, which completes "a + b" by default."""
     async with contextlib.AsyncExitStack() as stack:
         backend = await stack.enter_async_context(Backend(scripts or [completion("a + b")]))
-        port = 1 if down else backend.port  # nobody listens on port 1
-        pi = await stack.enter_async_context(pi_for(port, **config))
-        options = {"viewport": {"width": size[0], "height": size[1]}, "has_touch": touch, "is_mobile": touch}
-        opened = await browser.new_context(**options | (context or {}))
+        pi = await stack.enter_async_context(pi_for(backend.port, **config))
+        opened = await browser.new_context(viewport={"width": size[0], "height": size[1]}, **context or {})
         stack.push_async_callback(opened.close)
-        page = await opened.new_page()
-        visit = Visit(page, backend, pi)
-        watch(visit)
+        visit = Visit(await opened.new_page(), backend, pi)
+        visit.watch()
         if before:
             await before(visit)
-        await page.goto(visit.url)
+        await visit.page.goto(visit.url)
         if wait:
             await expect(visit.find("#light.up, #light.down")).to_be_visible()
         yield visit
-        assert await page.evaluate("typeof window.pwned") == "undefined"
+        assert await visit.page.evaluate("typeof window.pwned") == "undefined"
         assert visit.complaints == []
 
 
-def watch(visit: Visit) -> None:
-    def on_console(message: Any) -> None:
-        if message.type == "error" and not message.text.startswith("Failed to load resource"):  # a status, or offline
-            visit.complaints.append(message.text)
-
-    def on_request(request: Any) -> None:
-        if request.url.startswith(visit.url):
-            visit.asked.append(request.url.removeprefix(visit.url[:-1]))
-        elif not request.url.startswith(("data:", "blob:")):
-            visit.complaints.append(request.url)
-
-    async def on_dialog(dialog: Any) -> None:
-        if dialog.type != "beforeunload":
-            visit.complaints.append(dialog.message)
-        await dialog.accept()
-
-    visit.page.on("console", on_console)
-    visit.page.on("pageerror", lambda fault: visit.complaints.append(str(fault)))
-    visit.page.on("request", on_request)
-    visit.page.on("dialog", on_dialog)
+async def install_clock(visit: Visit) -> None:
+    await visit.page.clock.install()
 
 
 def expect(what: Any) -> Any:
@@ -228,61 +253,48 @@ async def test_a_completion_streams_in_is_marked_and_accepted(chrome: Any) -> No
     gate = asyncio.Event()
     async with visiting(chrome, completion("a", gate.wait, " + b\r", "\n")) as visit:
         await visit.ask(CODE)
-        await visit.see_text(CODE + "a")  # before the rest was written
-        await visit.see("#mark", "a")
-        await expect(visit.find("#stage")).to_contain_text("Writing, 1 token")
+        await visit.holds(CODE + "a", mark="a")  # before the rest was written
+        await visit.see_part("#stage", "Writing, 1 token")
         gate.set()
-        await visit.see_text(CODE + "a + b\n")
-        await visit.see("#mark", "a + b\n")
+        await visit.holds(CODE + "a + b\n", mark="a + b\n")
         await visit.ended()
-        await visit.press("Tab")
-        await visit.see("#mark", "")
-        assert await visit.value() == CODE + "a + b\n"
-        await visit.press("Control+z")
-        assert await visit.value() == CODE
-        await visit.press("Control+Shift+z")
-        assert await visit.value() == CODE + "a + b\n"
-        await visit.press("Control+z", "Control+z")
-        assert await visit.value() == ""
+        await visit.press("Tab", holds=CODE + "a + b\n")
+        await visit.press("Control+z", holds=CODE)
+        await visit.press("Control+Shift+z", holds=CODE + "a + b\n")
+        await visit.press("Control+z", "Control+z", holds="")
         (sent,) = visit.backend.completions
-        assert (sent["mode"], sent["prompt"], sent["language"]) == ("complete", CODE, "python")
-        assert (sent["max_tokens"], sent["temperature"], sent["progress"]) == (512, 0.4, True)
+        assert sent == sent | {"mode": "complete", "prompt": CODE, "language": "python", "progress": True, **DEFAULTS}
         assert "suffix" not in sent
 
 
-async def test_esc_undoes_a_completion(chrome: Any) -> None:
+async def test_esc_undoes_a_completion_and_a_newer_one_accepts_it(chrome: Any) -> None:
     async with visiting(chrome) as visit:
         await visit.complete(CODE, "a + b")
-        await visit.press("Escape")
-        assert (await visit.value(), await visit.find("#mark").text_content()) == (CODE, "")
+        await visit.press("Escape", holds=CODE)
         await visit.press("Control+y")
-        assert await visit.value() == CODE + "a + b"  # a user who pressed Esc too late to stop loses nothing
-        await visit.press("Control+z", "Control+z")
-        assert await visit.value() == ""  # undoing has added no step
+        await visit.holds(CODE + "a + b")  # a user who pressed Esc too late to stop loses nothing
+        await visit.press("Control+z", "Control+z", holds="")  # undoing has added no step
+        await visit.complete(CODE, "a + b")
+        await visit.press("Control+Enter", holds=CODE + "a + ba + b", mark="a + b")
+        _, second, third = visit.backend.completions
+        assert (third["prompt"], third["session"]) == (CODE + "a + b", second["session"])
 
 
-async def test_typing_accepts_what_is_there_and_stops_the_rest(chrome: Any) -> None:
-    async with visiting(chrome, [CHUNKED, chunk(token("a", 1)), HANG]) as visit:
-        await visit.ask(CODE, mark="a")
-        await visit.press("x")
-        assert (await visit.value(), await visit.find("#mark").text_content()) == (CODE + "ax", "")
-        await asyncio.wait_for(visit.backend.left.wait(), PATIENCE)
-        await visit.press("Control+z")
-        assert await visit.value() == CODE + "a"
-        await visit.press("Control+z")
-        assert await visit.value() == CODE
-
-
-async def test_esc_stops_and_the_vps_is_left(chrome: Any) -> None:
-    async with visiting(chrome, [CHUNKED, chunk(token("a", 1)), HANG]) as visit:
+async def test_typing_accepts_and_esc_keeps_what_is_there_and_both_stop_the_rest(chrome: Any) -> None:
+    async with visiting(chrome, [CHUNKED, A, HANG]) as visit:
         await visit.ask(CODE, mark="a")
         assert not visit.backend.left.is_set()
+        await visit.press("x", holds=CODE + "ax")
+        await visit.backend.left.wait()
+        await visit.press("Control+z", holds=CODE + "a")
+        await visit.press("Control+z", holds=CODE)
+        visit.backend.left.clear()
+        await visit.ask(CODE, mark="a")
         await visit.press("Escape")
-        await asyncio.wait_for(visit.backend.left.wait(), PATIENCE)
+        await visit.backend.left.wait()
         await visit.see("#outcome", "Stopped. The text received so far is still marked.")
-        assert await visit.find("#mark").text_content() == "a"
-        await visit.press("Escape")
-        assert await visit.value() == CODE
+        await visit.holds(CODE + "a", mark="a")
+        await visit.press("Escape", holds=CODE)
 
 
 async def test_an_infill_sends_what_is_around_the_cursor(chrome: Any) -> None:
@@ -290,197 +302,123 @@ async def test_an_infill_sends_what_is_around_the_cursor(chrome: Any) -> None:
     suffix = "\n\n\nprint(add(1, 2))\n"
     async with visiting(chrome) as visit:
         await visit.write(CODE + suffix)
-        await visit.find("#editor").evaluate("(box, end) => box.setSelectionRange(3, end)", len(CODE))
-        await visit.find("#complete").click()
-        await visit.see_text(CODE + "a + b" + suffix)
-        await visit.see("#mark", "a + b")
+        await visit.select(3, len(CODE))
+        await visit.click("complete", holds=CODE + "a + b" + suffix, mark="a + b")
         (sent,) = visit.backend.completions
         assert (sent["mode"], sent["prompt"], sent["suffix"]) == ("infill", CODE, suffix)
-        await visit.find("#undo").click()
-        assert await visit.value() == CODE + suffix
-        await visit.find("#complete").click()
+        await visit.click("undo", holds=CODE + suffix)
+        await visit.click("complete")
         await visit.ended()
-        await visit.find("#accept").click()
-        assert await visit.value() == CODE + "a + b" + suffix
-        await visit.find("#undo").click()
-        assert await visit.value() == CODE + suffix
-
-
-async def test_blank_text_after_the_cursor_stays(chrome: Any) -> None:
-    async with visiting(chrome) as visit:
-        await visit.ask(CODE + "\n \n", at=len(CODE))
-        await visit.see_text(CODE + "a + b\n \n")
-        (sent,) = visit.backend.completions
+        await visit.click("accept", holds=CODE + "a + b" + suffix)
+        await visit.click("undo", holds=CODE + suffix)
+        blank = "\n \n"  # is no suffix, and stays
+        await visit.ask(CODE + blank, at=len(CODE), mark="a + b")
+        await visit.holds(f"{CODE}a + b{blank}", mark="a + b")
+        sent = visit.backend.completions[-1]
         assert (sent["mode"], sent["prompt"], sent.get("suffix")) == ("complete", CODE, None)
 
 
-async def test_an_empty_editor_asks_for_code(chrome: Any) -> None:
-    async with visiting(chrome) as visit:
-        await visit.find("#editor").focus()
-        await visit.press("Control+Enter")
-        await expect(visit.find("#outcome")).to_contain_text("There is no code yet: ")
-        assert visit.backend.completions == []
-        await visit.find("#example").click()
-        await visit.see("#mark", "a + b")
-        assert visit.backend.completions[0]["prompt"] == "def is_prime(n):\n    "
-
-
-async def test_a_newer_completion_is_of_the_same_session(chrome: Any) -> None:
-    async with visiting(chrome) as visit:
-        await visit.complete(CODE, "a + b")
-        await visit.press("Control+Enter")  # accepts and goes on
-        await visit.see_text(CODE + "a + ba + b")
-        first, second = visit.backend.completions
-        assert second["prompt"] == CODE + "a + b"
-        assert first["session"] == second["session"]
-
-
 async def test_a_user_who_scrolls_keeps_the_position(chrome: Any) -> None:
-    """Until then, the end of the text that comes stays in view."""
+    """Until then, the end of the text that comes stays in view. The mark lies behind its text."""
     more, rest = asyncio.Event(), asyncio.Event()
     script = completion("a\n" * 40, more.wait, "b\n" * 40, rest.wait, "c\n" * 40)
     async with visiting(chrome, script) as visit:
         editor = visit.find("#editor")
         await visit.ask("x = 1\n" * 100, mark="a\n" * 40)
-        followed = await editor.evaluate("box => box.scrollHeight - box.clientHeight - box.scrollTop")
-        assert followed < 48
+        assert await editor.evaluate("box => box.scrollHeight - box.clientHeight - box.scrollTop") < 48
         await editor.evaluate("box => { box.scrollTop = 100 }")
         more.set()
         await visit.see("#mark", "a\n" * 40 + "b\n" * 40)
         assert await editor.evaluate("box => box.scrollTop") == 100
-        await editor.evaluate("box => box.setSelectionRange(7, 7)")
+        await visit.select(7, 7)
         rest.set()
         await visit.ended()
         assert await editor.evaluate("box => [box.scrollTop, box.selectionStart, box.selectionEnd]") == [100, 7, 7]
         transform = await visit.find("#mirror").evaluate("mirror => mirror.style.transform")
         assert transform == "translate(0px, -100px)"
-
-
-async def test_the_mark_lies_behind_its_text(chrome: Any) -> None:
-    """Both layers have the same metrics, so their contents are equally large."""
-    async with visiting(chrome) as visit:
-        await visit.complete("if x:\n\ty = 'ä' * 3  # 日本\n\treturn ", "a + b")
         metrics = ["font", "padding", "borderWidth", "tabSize", "whiteSpace", "letterSpacing", "lineHeight"]
-        read = "(it, names) => names.map(name => getComputedStyle(it)[name])"
-        boxes = [await visit.find(one).evaluate(read, metrics) for one in ("#editor", ".mirror")]
-        assert boxes[0] == boxes[1]
-        places = [await visit.find(one).bounding_box() for one in ("#editor", ".mirror")]
-        assert (places[0]["x"], places[0]["y"]) == (places[1]["x"], places[1]["y"])
+        read = "(it, names) => [...names.map(name => getComputedStyle(it)[name]), it.getBoundingClientRect().toJSON()]"
+        assert await editor.evaluate(read, metrics) == await visit.find(".mirror").evaluate(read, metrics)
 
 
 # ---------------------------------------------------------------------------------------------- instructing
 
 BEFORE = "".join(f"line {n}\n" for n in range(20))
 AFTER = BEFORE.replace("line 9\n", "line nine\nmore\n")
-DIFF = [
-    "… 6 unchanged lines",
-    *(f"  line {n}" for n in (6, 7, 8)),
-    "- line 9",
-    "+ line nine",
-    "+ more",
-    *(f"  line {n}" for n in (10, 11, 12)),
-    "… 7 unchanged lines",
-]
+DIFF = ["… 6 unchanged lines", "  line 6", "  line 7", "  line 8", "- line 9", "+ line nine", "+ more"]
+DIFF += ["  line 10", "  line 11", "  line 12", "… 7 unchanged lines"]
 
 
 async def test_an_instruction_shows_its_diff_before_it_is_taken(chrome: Any) -> None:
-    async with visiting(chrome, completion(AFTER.removesuffix("\n"))) as visit:
-        await visit.write(BEFORE)
-        await visit.instruct("say nine")
+    gate = asyncio.Event()
+    async with visiting(chrome, completion(AFTER.removesuffix("\n"), gate.wait)) as visit:
+        await visit.instruct(BEFORE, "say nine")
+        await visit.see_part("#diff", "line nine")  # while it comes
+        await expect(visit.find("#take")).to_be_hidden()
+        gate.set()
         await visit.see("#proposal-summary", "2 lines added, 1 removed.")
-        assert await visit.diff() == DIFF
-        assert (await visit.value(), await visit.focused()) == (BEFORE, "take")
+        assert (await visit.diff(), await visit.focused()) == (DIFF, "take")
+        await visit.holds(BEFORE)
         await visit.press("Escape")
         await expect(visit.find("#proposal")).to_be_hidden()
-        assert (await visit.value(), await visit.focused()) == (BEFORE, "editor")
-        await visit.instruct("say nine")
-        await expect(visit.find("#take")).to_be_focused()
-        await visit.press("Enter")
-        assert (await visit.value(), await visit.focused()) == (AFTER, "editor")
-        await visit.press("Control+z")
-        assert await visit.value() == BEFORE
+        await visit.holds(BEFORE)
+        assert await visit.focused() == "editor"
+        await visit.instruct(BEFORE, "say nine", offers="take")
+        await visit.press("Enter", holds=AFTER)
+        assert await visit.focused() == "editor"
+        await visit.press("Control+z", holds=BEFORE)
         sent = visit.backend.completions[0]
         assert (sent["mode"], sent["max_tokens"]) == ("instruct", 512)
         assert sent["messages"][0]["content"] == f"say nine\n\n```python\n{BEFORE}```"
 
 
-async def test_an_instruction_is_shown_while_it_comes(chrome: Any) -> None:
-    gate = asyncio.Event()
-    async with visiting(chrome, completion("y = 1", gate.wait)) as visit:
-        await visit.write("x = 1\n" * 600)
-        await visit.instruct("use y")
-        await visit.see("#diff", "y = 1")
-        assert await visit.find("#take").is_visible() is False
-        gate.set()
-        await visit.see("#proposal-summary", "1 line added, 600 removed.")
-        assert visit.backend.completions[0]["max_tokens"] == 1264  # a third of the characters, and 64
-
-
-async def test_an_instruction_changes_the_selection_only(chrome: Any) -> None:
-    async with visiting(chrome, completion("TWO")) as visit:
+async def test_an_instruction_for_a_selection_without_code_and_for_a_text_that_has_changed(chrome: Any) -> None:
+    async with visiting(chrome, completion("TWO"), completion("print(1)\n")) as visit:
         await visit.write("one\ntwo\nthree\n")
-        await visit.find("#editor").evaluate("box => box.setSelectionRange(4, 8)")
+        await visit.select(4, 8)
         await visit.see("#scope", "(in the selection)")
-        await visit.instruct("in capitals")
-        await visit.see("#proposal-summary", "1 line added, 1 removed.")
+        await visit.find("#instruction").fill("in capitals")
+        await visit.press("Enter")
+        await visit.offers("take")
         assert await visit.diff() == ["- two", "+ TWO"]
-        await visit.press("Enter")
-        assert await visit.value() == "one\nTWO\nthree\n"
+        await visit.press("Enter", holds="one\nTWO\nthree\n")
         assert "```python\ntwo\n```" in visit.backend.completions[0]["messages"][0]["content"]
-
-
-async def test_an_instruction_without_code_is_answered_with_new_code(chrome: Any) -> None:
-    async with visiting(chrome, completion("print(1)\n")) as visit:
-        await visit.instruct("print one")
-        await expect(visit.find("#take")).to_be_focused()
+        await visit.instruct("", "print one", offers="take")
         assert await visit.diff() == ["+ print(1)"]
-        await visit.press("Enter")
-        assert await visit.value() == "print(1)\n"
-
-
-async def test_an_instruction_for_a_text_that_has_changed_is_not_taken(chrome: Any) -> None:
-    async with visiting(chrome, completion("y = 1")) as visit:
-        await visit.write("x = 1\n")
-        await visit.instruct("use y")
-        await expect(visit.find("#take")).to_be_focused()
+        await visit.press("Enter", holds="print(1)\n")
+        await visit.instruct("x = 1\n", "print one", offers="take")
         await visit.write("z = 3\n")
-        await visit.find("#take").click()
-        await expect(visit.find("#error")).to_contain_text("The text has changed since")
-        assert await visit.value() == "z = 3\n"
+        await visit.click("take", holds="z = 3\n")
+        await visit.see_part("#error", "The text has changed since")
 
 
 async def test_an_answer_that_may_lack_a_part_is_not_taken_unwarned(chrome: Any) -> None:
-    half = [CHUNKED, chunk(token("y", 1)), HANG]
     wrong = {"length": "was cut off at 512 tokens", "repeat": "repeats itself"}
     answers = [completion("y = 1", finish_reason=reason) for reason in wrong]
-    async with visiting(chrome, *answers, completion("y = 1"), half) as visit:
+    async with visiting(chrome, *answers, completion("y = 1"), [CHUNKED, A, HANG]) as visit:
         for words in wrong.values():
-            await visit.write("x = 1\n")
-            await visit.instruct("use y")
+            await visit.instruct("x = 1\n", "use y")
             await visit.see("#proposal-warning", f"The answer {words}: the end of the text may be missing.")
-            assert await visit.focused() == "leave"
-        await visit.write("".join(f"value_{n} = {n}\n" for n in range(500)))
-        await visit.instruct("use y")
-        await visit.see(
-            "#proposal-warning",
-            re.compile(r"The model saw only \d+ of 7785 characters\. The answer may lack the rest\."),
-        )
-        assert await visit.focused() == "leave"
-        await visit.write("x = 1\n")
-        await visit.instruct("use y")
-        await visit.see("#diff", "y")
+            await visit.offers("leave")
+        await visit.instruct("".join(f"value_{n} = {n}\n" for n in range(500)), "use y")
+        words = re.compile(r"The model saw only \d+ of 7785 characters\. The answer may lack")
+        await visit.see_part("#proposal-warning", words)
+        await visit.offers("leave")
+        assert visit.backend.completions[2]["max_tokens"] == 2048  # a third of the characters and 64 would be more
+        await visit.instruct("x = 1\n", "use y")
+        await visit.see("#diff", "a")
         await visit.press("Escape")
         await visit.see("#outcome", "Stopped.")
         await expect(visit.find("#take")).to_be_hidden()  # half an answer is shown, not offered
 
 
 async def test_lines_are_compared(chrome: Any) -> None:
-    """Both texts can be made from the rows, and no shorter difference exists in the small cases."""
+    """Both texts can be made from the rows."""
     chance = random.Random(7)
     texts = ["", "a", "a\n", "\n", "a\nb\nc", "b\nc\nd\n"]
-    texts += ["".join(chance.choice("ab\n") for _ in range(chance.randrange(30))) for _ in range(60)]
+    texts += ["".join(chance.choice("ab\n") for _ in range(chance.randrange(30))) for _ in range(20)]
     async with visiting(chrome) as visit:
-        pairs = [(one, other) for one in texts[:20] for other in texts]
+        pairs = [(one, other) for one in texts for other in texts]
         answers = await visit.page.evaluate("pairs => pairs.map(([one, other]) => diffLines(one, other))", pairs)
         for (one, other), rows in zip(pairs, answers, strict=True):
             before, after = ([line for sign, line in rows if sign in signs] for signs in (" -", " +"))
@@ -495,57 +433,33 @@ async def test_lines_are_compared(chrome: Any) -> None:
 # --------------------------------------------------------------------------------------------------- errors
 
 
-async def test_the_vps_dies_in_mid_stream(chrome: Any) -> None:
-    """The error comes before the cut, so that the page can read it."""
+async def test_the_vps_dies_in_mid_stream_and_then_the_pi(chrome: Any) -> None:
+    """The error comes before the cut, so that the page can read it. The Pi's own end has no event."""
     gate = asyncio.Event()
-    async with visiting(chrome, [CHUNKED, chunk(token("a", 1)), gate.wait]) as visit:
+    async with visiting(chrome, [CHUNKED, A, gate.wait], [CHUNKED, A, HANG]) as visit:
         async with visit.page.expect_response("**/v1/complete/stream") as answered:
             await visit.ask(CODE, mark="a")
         gate.set()
         id = (await answered.value).headers["x-request-id"]
         told = r"VPS backend is unavailable \(it ended in the middle of its answer\)\."
         await visit.see("#error", re.compile(f"{told} Request id: {id}"))
-        assert await visit.find("#mark").text_content() == "a"
-        await visit.press("Tab")
-        assert await visit.value() == CODE + "a"
-
-
-async def test_the_pi_dies_in_mid_stream(chrome: Any) -> None:
-    """The connection ends without an event."""
-    gate = asyncio.Event()
-    async with visiting(chrome, [CHUNKED, chunk(token("a", 1)), gate.wait]) as visit:
+        await visit.holds(CODE + "a", mark="a")
+        await visit.press("Tab", holds=CODE + "a")
         await visit.ask(CODE, mark="a")
-        for listener in visit.pi.server._listeners:
-            listener.close()
-        for connection in visit.pi.server.connections.values():
-            connection.transport.abort()
+        for one in (*visit.pi.server._listeners, *(each.transport for each in visit.pi.server.connections.values())):
+            one.close()
         words = "The connection broke before the end; what had come is still marked."
-        await expect(visit.find("#error")).to_contain_text(re.compile(words + " Request id: [0-9a-f-]{36}"))
-        assert await visit.find("#mark").text_content() == "a"
+        await visit.see_part("#error", re.compile(words + " Request id: [0-9a-f-]{36}"))
+        await visit.holds(CODE + "a", mark="a")
         await visit.press("Control+Enter")
-        await visit.see("#error", f"Cerebrum at 127.0.0.1:{visit.pi.port} does not answer.")
-        assert await visit.value() == CODE + "a"
-        await visit.see("#health", f"Cerebrum at 127.0.0.1:{visit.pi.port} does not answer.")
-
-
-async def test_the_pi_is_stopped_in_mid_stream(chrome: Any) -> None:
-    gate = asyncio.Event()
-    async with visiting(chrome, [CHUNKED, chunk(token("a", 1)), gate.wait]) as visit:
-        await visit.ask(CODE, mark="a")
-        await visit.pi.server.stop(0)
-        await visit.see(
-            "#error", re.compile(r"the daemon is being stopped; try again later\. Request id: [0-9a-f-]{36}")
-        )
-        assert await visit.find("#mark").text_content() == "a"
+        for place in ("#error", "#health"):
+            await visit.see(place, f"Cerebrum at 127.0.0.1:{visit.pi.port} does not answer.")
+        await visit.holds(CODE + "a")
 
 
 async def test_a_stream_that_falls_silent(chrome: Any) -> None:
     """The Pi sends a comment from time to time. Without any, its connection is lost, whatever the network says."""
-
-    async def install(visit: Visit) -> None:
-        await visit.page.clock.install()
-
-    async with visiting(chrome, [CHUNKED, chunk(token("a", 1)), HANG], before=install) as visit:
+    async with visiting(chrome, [CHUNKED, A, HANG], before=install_clock) as visit:
         await visit.ask(CODE)
         await until(lambda: len(visit.backend.completions) == 1)
         await visit.page.clock.run_for(1000)
@@ -553,40 +467,25 @@ async def test_a_stream_that_falls_silent(chrome: Any) -> None:
         await visit.page.clock.run_for(30_000)
         await expect(visit.find("#work")).to_be_visible()
         await visit.page.clock.run_for(15_000)
-        await expect(visit.find("#error")).to_contain_text("The connection broke before the end")
-        await asyncio.wait_for(visit.backend.left.wait(), PATIENCE)
-        assert await visit.find("#mark").text_content() == "a"
+        await visit.see_part("#error", "The connection broke before the end")
+        await visit.backend.left.wait()
+        await visit.holds(CODE + "a", mark="a")
 
 
-async def test_a_tab_before_anything_has_come_indents(chrome: Any) -> None:
-    async with visiting(chrome, [CHUNKED, HANG]) as visit:
+async def test_a_tab_before_anything_has_come_indents_and_one_more_request_is_too_many(chrome: Any) -> None:
+    async with visiting(chrome, [CHUNKED, HANG], max_concurrent=1) as visit:
         await visit.ask("if x:\n")
         await expect(visit.find("#stop")).to_be_enabled()
-        await visit.press("Tab")
-        assert await visit.value() == "if x:\n    "
+        await visit.press("Tab", holds="if x:\n    ")
         await visit.ended()
-
-
-async def test_too_many_requests(chrome: Any) -> None:
-    async with visiting(chrome, [CHUNKED, HANG], max_concurrent=1) as visit:
+        await visit.backend.left.wait()
+        visit.backend.begun.clear()
         _, writer = await visit.pi.open("POST", "/v1/complete/stream", {"prompt": "x", "language": "python"})
-        await asyncio.wait_for(visit.backend.begun.wait(), PATIENCE)
+        await visit.backend.begun.wait()
         await visit.ask(CODE)
-        words = "Busy: other completions are running already; try again in a moment. Request id: "
-        await expect(visit.find("#error")).to_contain_text(words)
-        assert await visit.value() == CODE
+        await visit.see_part("#error", "Busy: other completions are running already; try again in a moment. Request")
+        await visit.holds(CODE)
         writer.transport.abort()
-
-
-async def test_the_vps_is_down_from_the_start(chrome: Any) -> None:
-    async with visiting(chrome, down=True) as visit:
-        await expect(visit.find("#light")).to_have_class("down")
-        await visit.see("#health", "VPS backend is unavailable (connection refused).")
-        await visit.see("#plot-words", "No request in the last half hour.")
-        await visit.ask(CODE)
-        await expect(visit.find("#error")).to_contain_text("VPS backend is unavailable")
-        await expect(visit.find("#plot-words")).to_contain_text("1 request, 1 failed")
-        assert await visit.find("#plot path.failed").count() == 2  # a bar and its cross
 
 
 async def test_stages_and_the_time(chrome: Any) -> None:
@@ -595,139 +494,91 @@ async def test_stages_and_the_time(chrome: Any) -> None:
     def stage(name: str, done: int, total: int) -> bytes:
         return chunk(event(progress={"stage": name, "done": done, "total": total}))
 
-    pieces = [
-        stage("queued", 0, 1) + stage("loading", 40, 100),
-        loading.wait,
-        stage("prefill", 300, 900),
-        reading.wait,
-        stage("decode", 0, 512) + chunk(token("a", 12)),
-        writing.wait,
-    ]
-    told = {
-        "total_tokens": 128,
-        "inference_time": 18.2,
-        "load_time": 9.1,
-        "ttft": 4.0,
-        "prompt_tokens": 900,
-        "cached_tokens": 200,
-        "tokens_per_second": 12.1,
-    }
+    pieces = [stage("queued", 0, 1) + stage("loading", 40, 100), loading.wait, stage("prefill", 300, 900), reading.wait]
+    pieces += [stage("decode", 0, 512) + chunk(token("a", 12)), writing.wait]
+    told = {"total_tokens": 128, "inference_time": 18.2, "load_time": 9.1, "ttft": 4.0, "tokens_per_second": 12.1}
+    told |= {"prompt_tokens": 900, "cached_tokens": 200}
     async with visiting(chrome, completion(*pieces, **told), completion("b")) as visit:
-        bar = visit.find("progress")
         await visit.ask(CODE)
-        await visit.see("#stage", "Loading the model, 40 %")
-        assert await bar.evaluate("bar => [bar.value, bar.max]") == [40, 100]
-        loading.set()
-        await visit.see("#stage", "Reading the prompt, 300 of 900 tokens")
-        assert await bar.evaluate("bar => [bar.value, bar.max]") == [300, 900]
-        reading.set()
-        await expect(visit.find("#stage")).to_contain_text("Writing, 12 tokens")
+        for words, place, gate in (
+            ("Loading the model, 40 %", [40, 100], loading),
+            ("Reading the prompt, 300 of 900 tokens", [300, 900], reading),
+        ):
+            await visit.see("#stage", words)
+            assert await visit.find("progress").evaluate("bar => [bar.value, bar.max]") == place
+            gate.set()
+        await visit.see_part("#stage", "Writing, 12 tokens")
         writing.set()
         time = "128 tokens in 18.2 s: 9.1 s loading qwen_0_5b, 4.0 s waiting and reading 700 of 900 tokens,"
         time += " then 12.1 tokens/s."
         await visit.see("#outcome", time)
         await expect(visit.find("#work")).to_be_hidden()
-        await expect(visit.find("#slow")).to_contain_text(f"Your last request: {time}")
+        await visit.see_part("#slow", f"Your last request: {time}")
         await visit.press("Escape")
         await visit.press("Control+Enter")  # this answer has hardly any figures
         await visit.see("#outcome", "2 tokens in 0.3 s.")
 
 
-# --------------------------------------------------------------------------------------------------- a key
+STORES = "[{...sessionStorage}, Object.entries(localStorage).filter(([, value]) => /wrong|key/.test(value))]"
 
 
 async def test_a_key_is_asked_for_and_kept_in_this_tab(chrome: Any) -> None:
     async with visiting(chrome, wait=False, client_keys=(KEY,)) as visit:
         form = visit.find("#key-form")
-        await expect(form).to_be_visible()
-        assert await visit.focused() == "key"
+        await visit.offers("key")
         await visit.ask(CODE)
-        await expect(visit.find("#key")).to_be_focused()
-        await visit.page.keyboard.type("wrong")
-        await visit.press("Enter")
-        await visit.see("#key-error", "That key is wrong. Please try again.")
-        stores = "[{...sessionStorage}, Object.entries(localStorage).filter(([, value]) => /wrong|key/.test(value))]"
-        assert await visit.page.evaluate(stores) == [{}, []]
-        assert visit.backend.completions == []
-        await visit.find("#key").fill(KEY)
-        await visit.press("Enter")
+        await visit.offers("key")
+        await visit.press("Escape")
+        await visit.see("#outcome", "Stopped.")  # this request is not sent again
+        await visit.ask(CODE)
+        await visit.offers("key")
+        for wrong in ("two words", "wrong"):
+            await visit.enter_key(wrong)
+            await visit.see("#key-error", "That key is wrong. Please try again.")
+        assert (await visit.page.evaluate(STORES), visit.backend.completions) == ([{}, []], [])
+        await visit.enter_key(KEY)
         await visit.see("#mark", "a + b")  # the request was sent again
         await expect(form).to_be_hidden()
         assert len(visit.backend.completions) == 1
-        await expect(visit.find("#light")).to_have_class("up")
-        assert await visit.page.evaluate(stores) == [{"cerebrum": f'"{KEY}"'}, []]
+        await visit.is_up()
+        assert await visit.page.evaluate(STORES) == [{"cerebrum": f'"{KEY}"'}, []]
         assert await visit.page.context.cookies() == []
         await visit.page.reload()
-        await expect(visit.find("#light")).to_have_class("up")
+        await visit.is_up()
         await expect(form).to_be_hidden()
         other = await visit.page.context.new_page()
         await other.goto(visit.url)
         await expect(other.locator("#key-form")).to_be_visible()
 
 
-async def test_a_request_that_waits_for_the_key_can_be_stopped(chrome: Any) -> None:
-    async with visiting(chrome, wait=False, client_keys=(KEY,)) as visit:
-        await visit.ask(CODE)
-        await expect(visit.find("#key")).to_be_focused()
-        await visit.press("Escape")
-        await visit.see("#outcome", "Stopped.")
-        await visit.find("#key").fill("two words")
-        await visit.press("Enter")
-        await expect(visit.find("#key-error")).to_have_text("That key is wrong. Please try again.")
-        await visit.find("#key").fill(KEY)
-        await visit.press("Enter")
-        await expect(visit.find("#light")).to_have_class("up")
-        assert (await visit.value(), visit.backend.completions) == (CODE, [])
-
-
-# -------------------------------------------------------------------------------------------- hostile texts
-
-
-async def test_hostile_code_is_text(chrome: Any) -> None:
-    async with visiting(chrome, completion(HOSTILE + BIDI)) as visit:
-        await visit.complete("x = ", HOSTILE + BIDI)
-        assert await visit.value() == "x = " + HOSTILE + BIDI
-        await expect(visit.find("#outcome")).to_contain_text("The marked text contains invisible characters.")
-        await expect(visit.find("#live")).to_contain_text(HOSTILE + BIDI_SPELLED)
-        await visit.press("Tab")
-        await visit.instruct(HOSTILE)
-        await expect(visit.find("#take")).to_be_focused()
-        assert await visit.diff() == [f"- x = {HOSTILE}{BIDI_SPELLED}", f"+ {HOSTILE}{BIDI_SPELLED}"]
-        assert await visit.find("img, script:not(:last-child)").count() == 0
-
-
-async def test_hostile_names_and_messages_are_text(chrome: Any) -> None:
+async def test_hostile_texts_are_text(chrome: Any) -> None:
     models = load_catalog(ROOT / "models.toml").models
-    hostile = tuple(dataclasses.replace(model, name=HOSTILE + BIDI) for model in models)
+    hostile, spelled, name = HOSTILE + BIDI, HOSTILE + BIDI_SPELLED, HOSTILE.replace("/", "")
+    activity = {"vps_available": False, "vps_message": hostile, "requests_active": hostile, "breaker": hostile}
+    activity |= {"models_loaded": [hostile], "notes": [hostile], "load_avg": [hostile]}
 
     async def lie(visit: Visit) -> None:
         """What the Pi itself would not pass on."""
-        activity = {
-            "vps_available": False,
-            "vps_message": HOSTILE + BIDI,
-            "models_loaded": [HOSTILE],
-            "notes": [HOSTILE + BIDI],
-            "requests_active": HOSTILE,
-            "breaker": HOSTILE,
-            "load_avg": [HOSTILE],
-            "uptime": None,
-        }
+        await visit.page.route("**/v1/activity", lambda route: route.fulfill(json=activity))
 
-        async def answer(route: Any) -> None:
-            await route.fulfill(json=activity)
-
-        await visit.page.route("**/v1/activity", answer)
-
-    async with visiting(chrome, [error(500, "MODEL_LOAD_FAILED", HOSTILE + BIDI)], before=lie, models=hostile) as visit:
-        await visit.see("#health", f"{HOSTILE}{BIDI_SPELLED}.")
-        await visit.see("#notes", HOSTILE + BIDI_SPELLED)
-        await expect(visit.find("#models td:first-child").first).to_have_text(HOSTILE + BIDI_SPELLED)
-        await expect(visit.find("#model option").nth(1)).to_contain_text(HOSTILE + BIDI_SPELLED)
-        await visit.drop(HOSTILE.replace("/", "") + BIDI + ".rs", b"fn main() {}")
-        await visit.see("#file-name", f"File: {HOSTILE.replace('/', '')}{BIDI_SPELLED}.rs")
+    scripts = completion(hostile), completion(hostile), [error(500, "MODEL_LOAD_FAILED", hostile)]
+    named = tuple(dataclasses.replace(model, name=hostile) for model in models)
+    async with visiting(chrome, *scripts, before=lie, models=named) as visit:
+        await visit.see("#health", f"{spelled}.")
+        await visit.see("#notes", spelled)
+        await expect(visit.find("#models td:first-child").first).to_have_text(spelled)
+        await expect(visit.find("#model option").nth(1)).to_contain_text(spelled)
+        await visit.complete("x = ", hostile)
+        await visit.holds("x = " + hostile, mark=hostile)
+        await visit.see_part("#outcome", "The marked text contains invisible characters.")
+        await visit.see_part("#live", spelled)
+        await visit.instruct("x = " + hostile, HOSTILE, offers="take")
+        assert await visit.diff() == [f"- x = {spelled}", f"+ {spelled}"]
+        await visit.drop(f"{name}{BIDI}.rs", b"fn main() {}")
+        await visit.see("#file-name", f"File: {name}{BIDI_SPELLED}.rs")
         await visit.press("Control+Enter")
-        await expect(visit.find("#error")).to_contain_text(HOSTILE)
-        assert await visit.find("img").count() == 0
+        await visit.see_part("#error", HOSTILE)
+        assert await visit.find("img, script:not(:last-child)").count() == 0
 
 
 # ----------------------------------------------------------------------------------------- files, settings
@@ -737,30 +588,22 @@ async def test_files_are_opened_by_dropping_and_by_button(chrome: Any, tmp_path:
     async with visiting(chrome) as visit:
         await visit.write("unsaved = 1\n")
         await visit.drop("main.RS", b"\xef\xbb\xbffn main() {\r\n    ")
-        await visit.see_text("fn main() {\n    ")
-        assert await visit.find("#language").input_value() == "rust"
+        await visit.holds("fn main() {\n    ")
         await visit.see("#outcome", "main.RS is open. Your text before it was not saved: Undo brings it back.")
         await visit.press("Control+Enter")
         await visit.see("#mark", "a + b")
         (sent,) = visit.backend.completions
         assert (sent["filename"], sent["language"]) == ("main.RS", "rust")
         await visit.press("Tab")
-        async with visit.page.expect_download() as downloaded:
-            await visit.find("#save").click()
-        saved = await downloaded.value
-        assert saved.suggested_filename == "main.RS"
-        assert (await asyncio.to_thread(Path(await saved.path()).read_bytes)) == b"\xef\xbb\xbffn main() {\r\n    a + b"
-        await visit.find("#undo").click()
-        await visit.find("#undo").click()
-        assert await visit.value() == "unsaved = 1\n"
+        assert await visit.saved() == ("main.RS", b"\xef\xbb\xbffn main() {\r\n    a + b")
+        await visit.click("undo", "undo", holds="unsaved = 1\n")
         await expect(visit.find("#file-name")).to_be_hidden()
-        source = tmp_path / "sum.py"
-        source.write_text("x = 1\n")
+        (tmp_path / "sum.py").write_text("x = 1\n")
         async with visit.page.expect_file_chooser() as chosen:
             await visit.find("#open").press("Enter")
-        await (await chosen.value).set_files(source)
-        await visit.see_text("x = 1\n")
-        assert await visit.find("#language").input_value() == "python"
+        await (await chosen.value).set_files(tmp_path / "sum.py")
+        await visit.holds("x = 1\n")
+        await expect(visit.find("#language")).to_have_value("python")
 
 
 SAVED = [  # a file, the text as it is changed in the page (None: not at all), the file as it is saved
@@ -776,169 +619,129 @@ async def test_a_saved_file_has_every_byte_that_was_not_changed(chrome: Any) -> 
     async with visiting(chrome) as visit:
         for content, text, saved in SAVED:
             await visit.drop("a.py", content)
-            await expect(visit.find("#outcome")).to_contain_text("a.py is open.")
+            await visit.see_part("#outcome", "a.py is open.")
             if text is not None:
                 await visit.write(text)
             for _ in range(2):
-                async with visit.page.expect_download() as downloaded:
-                    await visit.find("#save").click()
-                path = Path(await (await downloaded.value).path())
-                assert await asyncio.to_thread(path.read_bytes) == saved
-            await visit.find("#new").click()
+                assert await visit.saved() == ("a.py", saved)
+            await visit.click("new")
 
 
 async def test_files_that_cannot_be_opened(chrome: Any) -> None:
+    python = {"id": "python", "endings": [".py"], "filenames": [], "served": True}
+    java = {"id": "java", "endings": [".java"], "filenames": [], "served": False}
+
     async def languages(visit: Visit) -> None:
-        served = {"id": "python", "endings": [".py"], "filenames": [], "served": True}
-        known = {"id": "java", "endings": [".java"], "filenames": [], "served": False}
-
-        async def answer(route: Any) -> None:
-            await route.fulfill(json={"models": [], "languages": [served, known]})
-
-        await visit.page.route("**/v1/models", answer)
+        told = {"models": [], "languages": [python, java]}
+        await visit.page.route("**/v1/models", lambda route: route.fulfill(json=told))
 
     async with visiting(chrome, before=languages) as visit:
         await visit.write("x = 1\n")
         for name, content, words in (
-            ("large.py", b"#" * (2 << 20), "large.py is larger than 700 KB; it was not opened."),
-            ("latin.py", b"# \xe4", "latin.py is not a file of UTF-8 text; it was not opened."),
-            ("zero.py", b"a\0b", "zero.py is not a file of UTF-8 text; it was not opened."),
+            ("large.py", b"#" * (2 << 20), "is larger than 700 KB; it was not opened."),
+            ("latin.py", b"# \xe4", "is not a file of UTF-8 text; it was not opened."),
+            ("zero.py", b"a\0b", "is not a file of UTF-8 text; it was not opened."),
         ):
             await visit.drop(name, content)
-            await visit.see("#error", words)
-            assert await visit.value() == "x = 1\n"
+            await visit.see("#error", f"{name} {words}")
+            await visit.holds("x = 1\n")
         await visit.drop("a.java", b"class A {}")
-        await expect(visit.find("#outcome")).to_contain_text(
-            "a.java is java, which no model in models.toml serves; using python."
-        )
+        await visit.see_part("#outcome", "a.java is java, which no model in models.toml serves; using python.")
         await visit.drop("notes.txt", b"text")
-        await expect(visit.find("#outcome")).to_contain_text("The file name shows no language; using python.")
-
-
-async def test_the_text_can_be_copied(chrome: Any) -> None:
-    """With the command that also works without https."""
-    async with visiting(chrome, context={"permissions": ["clipboard-read", "clipboard-write"]}) as visit:
-        await visit.write("x = 1\n")
-        await visit.find("#copy").click()
-        await visit.see("#outcome", "Copied.")
-        await visit.find("#editor").focus()
-        await visit.press("Control+a", "Delete", "Control+v")
-        assert await visit.value() == "x = 1\n"
+        await visit.see_part("#outcome", "The file name shows no language; using python.")
 
 
 async def test_settings_are_sent_and_remembered(chrome: Any) -> None:
     async with visiting(chrome) as visit:
+
+        async def shown() -> list[str]:
+            await visit.page.reload()
+            await visit.is_up()
+            return [await visit.find(f"#{name}").input_value() for name in SETTINGS]
+
         await visit.find("#language").select_option("go")
         await visit.find("#model").select_option("qwen_1_5b")
         await visit.find("#tokens").fill("99999")
         await visit.find("#temperature").fill("0")
         await visit.complete("func f() {\n", "a + b")
         (sent,) = visit.backend.completions
-        assert (sent["language"], sent["model"], sent["max_tokens"], sent["temperature"]) == (
-            "go",
-            "qwen_1_5b",
-            2048,
-            0,
-        )
-        await visit.press("Tab", "Enter", "Tab")
-        assert (await visit.value()).endswith("a + b\n\t")  # Go is indented by tabs
-        stored = await visit.page.evaluate("Object.values(localStorage).join()")
-        assert "func" not in stored
-        await visit.page.reload()
-        await expect(visit.find("#light")).to_have_class("up")
-        shown = [await visit.find(f"#{name}").input_value() for name in ("language", "model", "tokens", "temperature")]
-        assert shown == ["go", "qwen_1_5b", "2048", "0"]
+        assert sent == sent | {"language": "go", "model": "qwen_1_5b", "max_tokens": 2048, "temperature": 0}
+        await visit.press("Tab", "Enter", "Tab", holds="func f() {\na + b\n\t")  # Go is indented by tabs
+        assert "func" not in await visit.page.evaluate("Object.values(localStorage).join()")
+        assert await shown() == ["go", "qwen_1_5b", "2048", "0"]
         gone = '{"language": "cobol", "model": "gpt", "tokens": "x", "temperature": null}'
         await visit.page.evaluate("gone => localStorage.setItem('cerebrum', gone)", gone)
-        await visit.page.reload()
-        await expect(visit.find("#light")).to_have_class("up")
-        shown = [await visit.find(f"#{name}").input_value() for name in ("language", "model", "tokens", "temperature")]
-        assert shown == ["python", "", "512", "0.4"]
+        assert await shown() == ["python", "", "512", "0.4"]
 
 
-async def test_a_browser_without_storage(chrome: Any) -> None:
+async def test_a_browser_without_storage_and_a_number_that_is_being_typed(chrome: Any) -> None:
     async def forbid(visit: Visit) -> None:
         refuse = "{ get() { throw new DOMException('no', 'SecurityError') } }"
-        await visit.page.add_init_script(
-            f"for (const area of ['localStorage', 'sessionStorage']) Object.defineProperty(window, area, {refuse})"
-        )
+        script = f"for (const area of ['localStorage', 'sessionStorage']) Object.defineProperty(window, area, {refuse})"
+        await visit.page.add_init_script(script)
 
     async with visiting(chrome, before=forbid) as visit:
-        await visit.find("#tokens").fill("7")
-        await visit.complete(CODE, "a + b")
-        assert visit.backend.completions[0]["max_tokens"] == 7
+        await visit.write(CODE)
+        await visit.find("#tokens").focus()
+        await visit.press("Control+a", "6", "4", "Control+Enter")
+        await visit.see("#mark", "a + b")
+        assert visit.backend.completions[0]["max_tokens"] == 64
 
 
 # --------------------------------------------------------------------------------------------- the keyboard
 
 
+TABS: list[tuple[str, int | None, list[str], str]] = [  # a text, where the cursor is, the keys, and the text then
+    ("ab", None, ["Tab"], "ab  "),
+    ("if x:\n    a\n\nb\n", None, ["Control+a", "Tab"], "    if x:\n        a\n\n    b\n"),
+    ("    a\n\n  b\n", None, ["Control+a", "Shift+Tab"], "a\n\nb\n"),
+    ("    a\n\n  b\n", None, ["Control+a", "Shift+Tab", "Control+z"], "    a\n\n  b\n"),
+    ("\nabc", 0, ["Tab", "Shift+Tab", "Shift+Tab"], "\nabc"),
+    ("if x:\n\ta", None, ["Tab"], "if x:\n\ta\t"),
+]
+
+
 async def test_tab_indents(chrome: Any) -> None:
     async with visiting(chrome) as visit:
-        await visit.write("ab")
-        await visit.press("Tab")
-        assert await visit.value() == "ab  "
-        await visit.write("if x:\n    a\n\nb\n")
-        await visit.press("Control+a", "Tab")
-        assert await visit.value() == "    if x:\n        a\n\n    b\n"
-        await visit.press("Shift+Tab", "Shift+Tab")
-        assert await visit.value() == "if x:\na\n\nb\n"
-        await visit.press("Control+z")
-        assert await visit.value() == "if x:\n    a\n\nb\n"
-        await visit.write("\nabc", at=0)
-        await visit.press("Tab", "Shift+Tab", "Shift+Tab")
-        assert await visit.value() == "\nabc"
-        await visit.write("if x:\n\ta")
-        await visit.press("Tab")
-        assert await visit.value() == "if x:\n\ta\t"
+        for text, at, keys, expected in TABS:
+            await visit.write(text, at)
+            await visit.press(*keys, holds=expected)
         assert await visit.focused() == "editor"
 
 
-async def test_what_was_typed_and_then_deleted_at_once_comes_back(chrome: Any) -> None:
-    async with visiting(chrome) as visit:
-        await visit.find("#editor").press_sequentially("x = 1")
-        await visit.press("Control+a", "Delete", "Control+z")
-        assert await visit.value() == "x = 1"
-
-
-async def test_a_number_that_is_being_typed_counts(chrome: Any) -> None:
-    async with visiting(chrome) as visit:
-        await visit.write(CODE)
-        await visit.find("#tokens").focus()
-        await visit.press("Control+a")
-        await visit.page.keyboard.type("64")
-        await visit.press("Control+Enter")
+async def test_a_text_that_was_deleted_or_emptied_comes_back_and_can_be_copied(chrome: Any) -> None:
+    async with visiting(chrome, context=CLIPBOARD) as visit:
+        await visit.ask("")
+        await visit.see_part("#outcome", "There is no code yet: ")
+        await visit.click("example")
         await visit.see("#mark", "a + b")
-        assert visit.backend.completions[0]["max_tokens"] == 64
-
-
-async def test_a_text_that_is_emptied_comes_back(chrome: Any) -> None:
-    async with visiting(chrome) as visit:
-        await visit.write(CODE)
-        await visit.find("#new").click()
-        assert await visit.value() == ""
+        assert [sent["prompt"] for sent in visit.backend.completions] == ["def is_prime(n):\n    "]
+        await visit.write("")
+        await visit.find("#editor").press_sequentially("x = 1")
+        await visit.press("Control+a", "Delete", "Control+z", holds="x = 1")
+        await visit.click("new")
         await visit.see("#outcome", "Emptied. Undo brings the old text back.")
-        await visit.find("#undo").click()
-        assert await visit.value() == CODE
+        await visit.holds("")
+        await visit.click("undo", holds="x = 1")
+        await visit.click("copy")
+        await visit.see("#outcome", "Copied.")
+        assert await visit.page.evaluate("navigator.clipboard.readText()") == "x = 1"
 
 
 async def test_every_control_is_reached_by_tab(chrome: Any) -> None:
     """No trap: Esc, then Tab leaves the editor, and Shift-Tab too."""
-    code, settings = "editor complete accept undo instruction send diff take leave", "language model tokens temperature"
+    code = ["editor", "complete", "accept", "undo", "instruction", "send", "diff", "take", "leave"]
     async with visiting(chrome, completion("y = 1")) as visit:
-        await visit.write("x = 1\n")
-        await visit.instruct("use y")
-        await expect(visit.find("#take")).to_be_focused()
+        await visit.instruct("x = 1\n", "use y", offers="take")
         await visit.complete("x = 1\n", "y = 1")
-        await visit.page.evaluate("document.activeElement.blur(), getSelection().removeAllRanges(), scrollTo(0, 0)")
         await visit.find("#editor").focus()
         await visit.page.evaluate("tabLeaves = true")  # Esc would undo the completion
         reached = [await visit.focused()]
         while reached[-1] != "new" and len(reached) < 40:
             await visit.press("Tab")
             reached.append(await visit.focused())
-        assert reached == f"{code} {settings} open save copy new".split()
-        await visit.press("Escape")  # undoes
-        await visit.press("Escape")  # leaves the change
+        assert reached == [*code, *SETTINGS, "open", "save", "copy", "new"]
+        await visit.press("Escape", "Escape")  # undoes, and leaves the change
         assert await visit.focused() == "editor"
         await visit.press("Escape", "Shift+Tab")
         assert await visit.focused() == ""  # nothing stands before it
@@ -946,153 +749,104 @@ async def test_every_control_is_reached_by_tab(chrome: Any) -> None:
         assert await visit.focused() == "editor"
 
 
-# ---------------------------------------------------------------------------------------- what it looks like
+async def check_looks(visit: Visit, size: tuple[int, int]) -> None:
+    """Axe-core has no complaint, nothing is wider than the screen, and a phone's controls are large enough to touch."""
+    found = await visit.page.evaluate("axe.run()")
+    assert [(rule["id"], [node["html"] for node in rule["nodes"]]) for rule in found["violations"]] == []
+    assert await visit.page.evaluate("document.documentElement.scrollWidth") == size[0]
+    if size == PHONE:
+        boxes = [
+            await one.bounding_box() for one in await visit.find("button, select, input:not(#key), textarea").all()
+        ]
+        sizes = [(box["width"], box["height"]) for box in boxes if box]
+        assert (len(sizes) >= 10, [small for small in sizes if min(small) < 44]) == (True, [])
 
 
-@pytest.mark.parametrize("size", PHONES)
-async def test_a_phone(chrome: Any, size: tuple[int, int]) -> None:
-    """The text comes first, nothing is wider than the screen, and all controls are large enough to touch."""
-    async with visiting(chrome, completion("1\n"), size=size, touch=True) as visit:
-
-        async def check() -> None:
-            assert await visit.page.evaluate("document.documentElement.scrollWidth") == size[0]
-            boxes = [await one.bounding_box() for one in await visit.find("button, select, input, textarea").all()]
-            sizes = [(box["width"], box["height"]) for box in boxes if box]
-            assert min(box["y"] for box in boxes if box) == (await visit.find("#editor").bounding_box())["y"]
-            assert len(sizes) >= 10
-            assert [small for small in sizes if min(small) < 44] == []
-
-        await check()
-        shown = await visit.find("#editor").evaluate("box => [box.scrollWidth, box.clientWidth]")
-        assert shown[0] == shown[1]  # the placeholder is not cut off
-        await visit.find("#editor").tap()
-        await visit.page.keyboard.insert_text("x = " + "1 + " * 100)
-        await visit.find("#complete").tap()
-        await visit.see("#mark", "1\n")
-        await check()
-        await visit.find("#accept").tap()
-        await visit.find("#instruction").fill("shorter")
-        await visit.find("#send").tap()
-        await expect(visit.find("#take")).to_be_visible()
-        await check()
-        await visit.find("#take").tap()
-        assert await visit.value() == "1\n"
-        await visit.find("#undo").tap()
-        assert await visit.value() == "x = " + "1 + " * 100 + "1\n"
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("size", [WIDE, PHONES[0]])
-async def test_an_accessibility_checker_finds_nothing(
-    chrome: Any, axe: str, scheme: str, size: tuple[int, int]
-) -> None:
-    scripts = completion("y = 1\n"), completion("x = 1", finish_reason="length"), [CHUNKED, chunk(token("a", 1))]
-    context = {"color_scheme": scheme, "bypass_csp": False}
+@pytest.mark.parametrize(("scheme", "size"), [("light", WIDE), ("dark", PHONE)])
+async def test_what_it_looks_like(chrome: Any, axe: str, scheme: str, size: tuple[int, int]) -> None:
+    scripts = completion("y = 1\n"), completion("x = 1", finish_reason="length"), [CHUNKED, A]
+    context = {"color_scheme": scheme, "bypass_csp": False, "has_touch": size == PHONE, "is_mobile": size == PHONE}
     async with visiting(chrome, *scripts, wait=False, client_keys=(KEY,), size=size, context=context) as visit:
         await visit.page.evaluate(axe)
         dark = await visit.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(18, 22, 27)"
         assert dark == (scheme == "dark")
         await expect(visit.find("#key-form")).to_be_visible()
-        await visit.check_accessibility()
-        await visit.find("#key").fill(KEY)
-        await visit.press("Enter")
-        await expect(visit.find("#light")).to_have_class("up")
+        await check_looks(visit, size)
+        await visit.enter_key(KEY)
+        await visit.is_up()
+        shown = await visit.find("#editor").evaluate("box => [box.scrollWidth, box.clientWidth]")
+        assert shown[0] == shown[1]  # the placeholder is not cut off
         await visit.find("#recipes summary").click()
-        await visit.check_accessibility()
-        await visit.complete("x = 1\n", "y = 1\n")
-        await visit.check_accessibility()
-        await visit.press("Tab")
-        await visit.instruct("use y")
-        await expect(visit.find("#leave")).to_be_focused()
+        await check_looks(visit, size)
+        await visit.complete("x = " + "1 + " * 100, "y = 1\n")
+        await check_looks(visit, size)
+        await visit.instruct("x = 1\ny = 1\n", "use y", offers="leave")
         await expect(visit.find("#plot svg")).to_be_visible()
-        await visit.check_accessibility()
+        await check_looks(visit, size)
         await visit.press("Escape")
         await visit.find("#editor").press("Control+Enter")
-        await expect(visit.find("#error")).to_contain_text("Request id: ")
-        await visit.check_accessibility()
+        await visit.see_part("#error", "Request id: ")
+        await check_looks(visit, size)
 
 
-# --------------------------------------------------------------------------------------------- the state
-
-
-async def test_the_state_of_the_pi_and_of_its_models(chrome: Any) -> None:
-    async with visiting(chrome) as visit:
-        await visit.see("#health", re.compile("^Ready"))
-        await visit.see("#plot-words", "No request in the last half hour.")
-        rows = visit.find("#models tr:has(td)")
-        await expect(rows).to_have_count(4)
-        await expect(rows.nth(3)).to_contain_text("Qwen 0.5B")
-        await expect(rows.nth(3)).to_contain_text("loaded")
-        await expect(rows.nth(0)).to_contain_text("not there")
-        await visit.complete(CODE, "a + b")
-        await expect(visit.find("#plot-words")).to_contain_text("1 request, none failed; ")
-        assert await visit.find("#plot svg").get_attribute("role") == "img"
-        assert await visit.find("#plot path.bar").count() == 1
-        await expect(visit.find("#facts")).to_contain_text("Running: 0 · up for 0 min · the VPS answers in ")
-
-
-async def test_who_uses_it(chrome: Any) -> None:
+async def test_the_state_of_the_pi_of_its_models_and_of_its_people(chrome: Any) -> None:
     clients = {KEY: Client("anna"), "toms-key": Client("tom", 1)}
     async with visiting(chrome, wait=False, clients=clients) as visit:
-        await visit.find("#key").fill(KEY)
-        await visit.press("Enter")
-        await expect(visit.find("#light")).to_have_class("up")
+        await visit.enter_key(KEY)
+        await visit.see("#health", re.compile("^Ready"))
+        await visit.see("#plot-words", "No request in the last half hour.")
+        await visit.see_part("#models tr:nth-child(5)", re.compile("Qwen 0.5B.*loaded"))
+        await visit.see_part("#models tr:nth-child(2)", "not there")
         await visit.complete(CODE, "a + b")
-        rows = visit.find("#clients tr:has(td)")
+        await visit.see_part("#plot-words", "1 request, none failed; ")
+        assert await visit.find("#plot path.bar").count() == 1
+        await visit.see_part("#facts", "Running: 0 · up for 0 min · the VPS answers in ")
         figures = r"1 completion, 0 accepted, 2 tokens, \d+\.\d s"
-        await expect(rows.nth(0)).to_have_text(re.compile(f"^anna{figures}{figures}$"))
+        await visit.see("#clients tr:nth-child(2)", re.compile(f"^anna{figures}{figures}$"))
         unused = "0 completions, 0 accepted, 0 tokens, 0.0 s"
-        await expect(rows.nth(1)).to_have_text(f"tom{unused}{unused}")
-    async with visiting(chrome) as visit:
-        await expect(visit.find("#facts")).to_be_visible()
-        await expect(visit.find("#people")).to_be_hidden()
+        await visit.see("#clients tr:nth-child(3)", f"tom{unused}{unused}")
+        await visit.backend.__aexit__()
+        await visit.ask(CODE)
+        await visit.see_part("#error", "VPS backend is unavailable (connection refused).")
+        await visit.see_part("#plot-words", "2 requests, 1 failed")
+        assert await visit.find("#plot path.failed").count() == 2  # a bar and its cross
 
 
-async def test_the_settings_for_an_editor_have_the_address_and_the_key(
-    chrome: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    permissions = {"permissions": ["clipboard-read", "clipboard-write"]}
-    async with visiting(chrome, wait=False, client_keys=(KEY, "odd'key"), context=permissions) as visit:
+async def test_the_settings_for_an_editor_have_the_address_and_the_key(chrome: Any, caplog: Any) -> None:
+    async with visiting(chrome, wait=False, client_keys=(KEY, "odd'key"), context=CLIPBOARD) as visit:
 
         async def shown(key: str) -> list[str]:
             """The settings for each editor, as if the Pi were pi.local and the key KEY."""
             texts = []
             for option in await visit.find("#recipe-editor option").all_text_contents():
                 await visit.find("#recipe-editor").select_option(option)
-                text = await visit.find("#recipe").text_content()
-                assert text.replace(visit.url[:-1], "").count(key)
-                texts.append(text.replace(visit.url[:-1], "http://pi.local:7000").replace(key, "KEY"))
+                text = (await visit.find("#recipe").text_content()).replace(visit.url[:-1], "http://pi.local:7000")
+                assert key in text
+                texts.append(text.replace(key, "KEY"))
             return texts
 
         await visit.find("#recipes summary").click()
-        await expect(visit.find("#recipe")).to_contain_text("none")
-        for key, filled_in in (("odd'key", "KEY"), (KEY, KEY)):
+        await visit.see_part("#recipe", "none")
+        for key, filled_in, note in (("odd'key", "KEY", "Put your key in place of KEY."), (KEY, KEY, "")):
             await visit.page.evaluate("sessionStorage.clear()")
             await visit.page.reload()
-            await visit.find("#key").fill(key)
-            await visit.press("Enter")
-            await expect(visit.find("#light")).to_have_class("up")
+            await visit.enter_key(key)
+            await visit.is_up()
             await visit.find("#recipes summary").click()
             assert sorted(await shown(filled_in)) == sorted(settings_for_editors())
-            there = expect(visit.find("#recipe-note"))
-            await (there.to_be_hidden() if key == KEY else there.to_have_text("Put your key in place of KEY."))
+            await visit.see("#recipe-note", note)
         await visit.find("#recipe-editor").select_option("Helix, language server")
         await visit.see("#recipe-note", f"First fetch the language server: curl -O {visit.url}cerebrum_lsp.py")
-        await visit.find("#recipe-copy").click()
+        await visit.click("recipe-copy")
         await visit.see("#recipe-copied", "Copied.")
         copied = await visit.page.evaluate("navigator.clipboard.readText()")
         assert copied == str(await visit.find("#recipe").text_content()).rstrip()
-        assert KEY in copied
-        assert KEY not in visit.page.url + str(visit.asked) + caplog.text
+        assert (KEY in copied, KEY in visit.page.url + str(visit.asked) + caplog.text) == (True, False)
 
 
 async def test_the_state_is_asked_for_every_five_seconds(chrome: Any) -> None:
     """Less often while the Pi does not answer. The list of models is fetched only after a change."""
-
-    async def install(visit: Visit) -> None:
-        await visit.page.clock.install()
-
-    async with visiting(chrome, before=install) as visit:
+    async with visiting(chrome, before=install_clock) as visit:
 
         def times() -> int:
             return visit.asked.count("/v1/activity")
@@ -1111,73 +865,5 @@ async def test_the_state_is_asked_for_every_five_seconds(chrome: Any) -> None:
         assert times() == failed
         await visit.page.context.set_offline(False)
         await visit.page.clock.run_for(4000)
-        await expect(visit.find("#light")).to_have_class("up")
+        await visit.is_up()
         assert visit.asked.count("/v1/models") == 2
-
-
-# ------------------------------------------------------------------------------------------------- weights
-
-
-async def test_by_keyboard_with_weights(chrome: Any, tmp_path: Path) -> None:
-    """Complete, fill in and change a function with both daemons and the 0.5B."""
-    file = FILES["qwen_0_5b"]
-    if not file.exists():
-        pytest.skip(f"{file} is missing: python3 vpsd.py fetch")
-    (tmp_path / "models").mkdir()
-    (tmp_path / "models" / file.name).symlink_to(file)
-    easy = {"CEREBRUM_MAX_CPU_PERCENT": "100", "CEREBRUM_MIN_FREE_MB": "0", "CEREBRUM_THREADS": "1"}
-    with (
-        daemon("vpsd", tmp_path / "vpsd", CEREBRUM_MODELS_DIR=str(tmp_path / "models"), **easy) as vps,
-        daemon(
-            "cm4d", tmp_path / "cm4d", CEREBRUM_CM4_API_KEY="", CEREBRUM_VPS_URL=f"http://127.0.0.1:{vps.port}"
-        ) as pi,
-    ):
-        page = await chrome.new_page()
-        try:
-            await page.goto(f"http://127.0.0.1:{pi.port}/")
-            await expect(page.locator("#light")).to_have_class("up")
-            keyboard, editor = page.keyboard, page.locator("#editor")
-            while await page.evaluate("document.activeElement.id") != "temperature":
-                await keyboard.press("Escape")
-                await keyboard.press("Tab")
-            await keyboard.press("Control+a")
-            await keyboard.type("0")  # always the likeliest token
-            while await page.evaluate("document.activeElement.id") != "editor":
-                await keyboard.press("Shift+Tab")
-            await keyboard.insert_text(CODE)
-            await keyboard.press("Control+Enter")
-            await expect(page.locator("#mark")).to_contain_text("a + b", timeout=LOAD_MS)
-            await expect(page.locator("#stop")).to_be_disabled()
-            await expect(page.locator("#outcome")).to_contain_text("tokens/s")
-            await keyboard.press("Tab")
-            assert adds(await editor.input_value())
-            await keyboard.press("Control+a")
-            await keyboard.insert_text(CODE + "\n\n\nprint(add(1, 2))\n")
-            for key in ("ArrowUp", "ArrowUp", "ArrowUp", "ArrowUp", "End"):
-                await keyboard.press(key)
-            await keyboard.press("Control+Enter")
-            await expect(page.locator("#mark")).to_contain_text("a + b")
-            await expect(page.locator("#stop")).to_be_disabled()
-            await keyboard.press("Tab")
-            filled = await editor.input_value()
-            assert adds(filled)
-            assert filled.endswith("\n\n\nprint(add(1, 2))\n")
-            await keyboard.press("Escape")
-            while await page.evaluate("document.activeElement.id") != "instruction":
-                await keyboard.press("Tab")
-            await keyboard.insert_text("rename the function add to plus")
-            await keyboard.press("Enter")
-            await expect(page.locator("#take")).to_be_focused()
-            assert "def plus(" in "".join(await page.locator("#diff ins").all_text_contents())
-            await keyboard.press("Enter")
-            assert "def plus(" in await editor.input_value()
-        finally:
-            await page.close()
-        assert pi.complaints() == ""
-
-
-def adds(code: str) -> bool:
-    """Whether the code defines a function that adds."""
-    names: dict[str, Any] = {}
-    exec(code, names)
-    return bool(names["add"](20, 3) == 23)

@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,12 +21,11 @@ from scripted import CHUNKED, GOOD, HANG, Backend, Pi, answer, chunk, error, eve
 from cerebrum.pi import breaker, broadcast, completion, dispatcher, upstream
 from cerebrum.pi import fleet as pi_fleet
 from cerebrum.pi.completion import Completion
-from cerebrum.pi.dialects import INFILL, OPENAI_TEXT, CompletionRequest
-from cerebrum.pi.dispatcher import Dispatcher
-from cerebrum.pi.fleet import Fleet
+from cerebrum.pi.dialects import INFILL, CompletionRequest
 from cm4d import native_fields
 
 FILE = {"input_prefix": "def add(a, b):\n", "prompt": "    ret", "input_suffix": "\n\nprint(add(1, 2))\n"}
+STREAM = {"prompt": "def f():\n    ret", "suffix": "\n", "stream": True}
 CHATS = "/v1/chat/completions"
 CHAT = {"messages": [{"role": "user", "content": "hello"}]}
 
@@ -45,6 +43,13 @@ def data(reply: Reply) -> list[Any]:
     return [line if line == "[DONE]" else json.loads(line) for line in lines]
 
 
+def texts(reply: Reply) -> list[str]:
+    """The texts of a stream of OpenAI's, which ends with "[DONE]"."""
+    *parts, done = data(reply)
+    assert done == "[DONE]"
+    return [choice["text"] for part in parts for choice in part["choices"]]
+
+
 def start(pi: Pi, path: str, body: dict[str, Any], **headers: str) -> asyncio.Task[Reply]:
     return asyncio.create_task(pi.ask("POST", path, body, **{"User_Agent": "editor", **headers}))
 
@@ -54,8 +59,12 @@ def infill(pi: Pi, **more: Any) -> asyncio.Task[Reply]:
 
 
 async def stats(pi: Pi) -> dict[str, Any]:
-    answer: dict[str, Any] = (await pi.get("/v1/stats")).json
-    return answer
+    return dict((await pi.get("/v1/stats")).json)
+
+
+async def in_line(pi: Pi) -> None:
+    """Wait until a request waits for a place."""
+    await until(lambda: len(pi.gateway.dispatcher.state.line) == 1)
 
 
 # ------------------------------------------------------------------------------------------- replaced
@@ -79,25 +88,20 @@ async def test_a_newer_infill_of_the_file_ends_the_older_one_quietly(hang: list[
 
 async def test_a_replaced_stream_ends_like_one_that_a_limit_has_cut():
     async with Backend([[CHUNKED, chunk(token("urn", 1)), HANG], GOOD]) as backend, pi_for(backend.port) as pi:
-        body = {"prompt": "def f():\n    ret", "suffix": "\n", "stream": True}
-        older = start(pi, "/v1/completions", body)
+        older = start(pi, "/v1/completions", STREAM)
         await backend.begun.wait()
-        newer = await start(pi, "/v1/completions", {**body, "prompt": "def f():\n    rex"})
-        assert [choice["text"] for part in data(newer)[:-1] for choice in part["choices"]] == ["a", "b", ""]
+        newer = await start(pi, "/v1/completions", {**STREAM, "prompt": "def f():\n    rex"})
+        assert texts(newer) == ["a", "b", ""]
         reply = await older
-        assert (reply.status, reply.clean) == (200, True)
         *_, last, done = data(reply)
+        assert (reply.status, reply.clean) == (200, True)
         assert (last["choices"][0]["finish_reason"], done) == ("length", "[DONE]")
 
 
-@pytest.mark.parametrize(
-    ("older", "newer"),
-    [
-        ({"filename": "a.py"}, {"filename": "b.py"}),
-        ({}, {"input_prefix": "import os\n", "prompt": "x", "input_suffix": "os.abort()\n"}),
-    ],
-    ids=["name", "text"],
-)
+OTHER_TEXT = {"input_prefix": "import os\n", "prompt": "x", "input_suffix": "os.abort()\n"}
+
+
+@pytest.mark.parametrize(("older", "newer"), [({"filename": "a.py"}, {"filename": "b.py"}), ({}, OTHER_TEXT)])
 async def test_an_infill_of_another_file_client_or_editor_ends_nothing(older: dict[str, Any], newer: dict[str, Any]):
     async with Backend([[HANG], GOOD]) as backend, pi_for(backend.port, max_concurrent=3) as pi:
         running = infill(pi, **older)
@@ -122,26 +126,19 @@ async def test_a_completion_without_a_suffix_ends_nothing():
         assert [reply.json["choices"][0]["text"] for reply in await asyncio.gather(*asked)] == ["ab", "ab"]
 
 
+IMPORTS = "import os\n\n"
 TEXTS = [
     ("typed", ("a = 1\nb", "c\n", ""), ("a = 1\nb = 2", "c\n", ""), True),
-    ("typed at the end", ("a", "", ""), ("ab", "", ""), True),
     ("deleted", ("a = 1\nb = 2", "c\n", ""), ("a", "c\n", ""), True),
     ("the window moved", ("a" * 3000 + "\nb\n", "d\ne\n", ""), ("a" * 2000 + "\nb\nc\n", "d\ne\nf\n", ""), True),
     ("a word corrected", ("a = 1\nb = fo", "c\n", ""), ("a = 1\nb = bar", "c\n", ""), True),
     ("a bracket closed by the editor", ("f", "\nc\n", ""), ("f(", ")\nc\n", ""), True),
     ("nothing in common", ("import os\nx = 1\n", "y = 2\n", ""), ("#include <x>\n", "y = 2\n", ""), False),
-    (
-        "only the imports in common",
-        ("import os\n\ndef a():\n    ", "", ""),
-        ("import os\n\ndef b():\n    ", "", ""),
-        False,
-    ),
-    ("another name after the imports", ("import os\n\na = ", "", ""), ("import os\n\nb = ", "", ""), False),
+    ("another function", (f"{IMPORTS}def a():\n    ", "", ""), (f"{IMPORTS}def b():\n    ", "", ""), False),
+    ("another name", (f"{IMPORTS}a = ", "", ""), (f"{IMPORTS}b = ", "", ""), False),
     ("two gaps of one text", ("a\nb = ", "\nc = 2\n", ""), ("a\nb = 1\nc = ", "\n", ""), False),
     ("two gaps far apart", ("a\n", "", ""), ("a\n" + "b" * 2000, "", ""), False),
     ("one is empty", ("", "\n", ""), ("x = 1\n", "y\n", ""), False),
-    ("other places of one file", ("a\n", "", "x.py"), ("b\n", "", "x.py"), False),
-    ("other names", ("a\n", "", "x.py"), ("a\n", "", "y.py"), False),
     ("one has a name", ("a\n", "", "x.py"), ("a\n", "", ""), False),
 ]
 
@@ -157,42 +154,39 @@ def test_is_typed_on(one: tuple[str, ...], other: tuple[str, ...], same: bool):
 
 async def test_identical_requests_share_one_completion():
     go = asyncio.Event()
-    async with Backend([[CHUNKED, chunk(token("a", 1)), go.wait, *GOOD[2:]]]) as backend, pi_for(backend.port) as pi:
-        body = {"prompt": "def f():\n", "suffix": "\n", "stream": True}
-        asked = [start(pi, "/v1/completions", body) for _ in range(3)]
-        await until(lambda: len(pi.gateway.broadcasts.subscribers) == 3)
-        await until(lambda: all(reading.at == 2 for reading in pi.gateway.broadcasts.subscribers))
-        late = start(pi, "/v1/completions", body)
-        await until(lambda: len(pi.gateway.broadcasts.subscribers) == 4)
+    slow = [*GOOD[:2], chunk(b": k\n\n"), go.wait, *GOOD[2:]]  # signs of life are not kept
+    async with Backend([slow]) as backend, pi_for(backend.port) as pi:
+        asked = [start(pi, "/v1/completions", STREAM) for _ in range(3)]
+        readers = pi.gateway.broadcasts.subscribers
+        await until(lambda: len(readers) == 3 and all(reading.at == 2 for reading in readers))
+        asked.append(start(pi, "/v1/completions", STREAM))
+        await until(lambda: len(readers) == 4)
         go.set()
-        for reply in await asyncio.gather(*asked, late):
-            texts = [part["choices"][0]["text"] for part in data(reply)[:-1]]
-            assert ("".join(texts), reply.clean) == ("ab", True)
+        for reply in await asyncio.gather(*asked):
+            assert ("".join(texts(reply)), reply.clean) == ("ab", True)
         assert len(backend.completions) == 1
         counts = await stats(pi)
         assert (counts["shared"], counts["requests_total"], counts["replaced"]) == (3, 4, 0)
 
 
-@pytest.mark.parametrize(("sampling", "computed"), [({}, 3), ({"seed": 7}, 1)])
-async def test_samples_without_a_seed_are_computed_each(sampling: dict[str, Any], computed: int):
-    go = asyncio.Event()
-    async with Backend([[CHUNKED, go.wait, *GOOD[1:]]]) as backend, pi_for(backend.port, max_concurrent=4) as pi:
-        body = {"prompt": "x", "temperature": 0.9, **sampling}
-        asked = [start(pi, "/v1/completions", body) for _ in range(3)]
-        await until(lambda: len(pi.gateway.broadcasts.subscribers) == 3 and backend.running == computed)
-        go.set()
-        assert [reply.status for reply in await asyncio.gather(*asked)] == [200] * 3
-        assert (len(backend.completions), (await stats(pi))["shared"]) == (computed, 3 - computed)
+SHARED: list[tuple[dict[str, Any], int]] = [  # what differs between two requests at a time, and how many are computed
+    ({}, 1),
+    ({"temperature": 0.9}, 2),  # samples
+    ({"temperature": 0.9, "seed": 7}, 1),
+    ({"n_predict": 9}, 2),
+]
 
 
-async def test_whole_answers_are_shared_too_and_other_settings_are_not():
+@pytest.mark.parametrize(("more", "computed"), SHARED, ids=str)
+async def test_which_requests_share_a_completion(more: dict[str, Any], computed: int):
     go = asyncio.Event()
-    async with Backend([[CHUNKED, go.wait, *GOOD[1:]]]) as backend, pi_for(backend.port, max_concurrent=4) as pi:
-        asked = [infill(pi), infill(pi), infill(pi, filename="x.py", temperature=0.5)]
-        await until(lambda: backend.running == 2)
+    async with Backend([[CHUNKED, go.wait, *GOOD[1:]]]) as backend, pi_for(backend.port) as pi:
+        body = {"prompt": "x", **more}
+        asked = [start(pi, "/completion", body), start(pi, "/completion", {**body, "n_predict": 512})]
+        await until(lambda: len(pi.gateway.broadcasts.subscribers) == 2 and backend.running == computed)
         go.set()
-        assert [reply.json["content"] for reply in await asyncio.gather(*asked)] == ["ab"] * 3
-        assert len(backend.completions) == 2
+        assert [reply.json["content"] for reply in await asyncio.gather(*asked)] == ["ab"] * 2
+        assert (len(backend.completions), (await stats(pi))["shared"]) == (computed, 2 - computed)
 
 
 async def test_a_shared_completion_ends_with_its_last_reader():
@@ -226,12 +220,10 @@ async def test_the_error_of_a_shared_completion_reaches_every_reader():
 
 
 async def test_a_reader_that_does_not_read_delays_nobody():
-    piece = "x" * 4000
-    texts = [chunk(token(piece, number)) for number in range(1, 200)]
-    done = event(done=True, total_tokens=199, inference_time=0.25, finish_reason="length")
-    go = asyncio.Event()
-    script = [CHUNKED, go.wait, *texts, chunk(done), b"0\r\n\r\n"]
-    async with Backend([script]) as backend, pi_for(backend.port) as pi:
+    go, pieces = asyncio.Event(), ["x" * 4000] * 199
+    long: list[Any] = script(*pieces)
+    long.insert(1, go.wait)
+    async with Backend([long]) as backend, pi_for(backend.port) as pi:
         body = {"prompt": "x", "stream": True}
         _, deaf = await pi.open("POST", "/v1/completions", body)
         await backend.begun.wait()
@@ -239,35 +231,8 @@ async def test_a_reader_that_does_not_read_delays_nobody():
         await until(lambda: len(pi.gateway.broadcasts.subscribers) == 2)
         go.set()
         reply = await other
-        text = "".join(part["choices"][0]["text"] for part in data(reply)[:-1])
-        assert (text == piece * 199, reply.clean) == (True, True)
+        assert (texts(reply) == [*pieces, ""], reply.clean) == (True, True)
         deaf.transport.abort()
-
-
-@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
-async def test_signs_of_life_are_not_kept_and_cost_the_same_each(stream: bool):
-    async def cost(count: int) -> float:
-        """The CPU seconds of one completion with so many signs of life."""
-
-        async def compute(_: Completion) -> AsyncIterator[upstream.Pair]:
-            yield "started", {"model": "m"}
-            for number in range(count):
-                yield "idle" if number % 2 else "progress", None
-            yield "text", token("a", 1)
-            yield "done", {"finish_reason": "stop"}
-
-        broadcasts = broadcast.Broadcasts(Dispatcher(Fleet(), print), compute, dict)  # type: ignore[arg-type]
-        asked = OPENAI_TEXT.read({"prompt": "x", "stream": stream})
-        request = replace(asked, fields=native_fields(asked, ()))
-        subscriber = broadcast.Subscriber(broadcasts, Completion(request), "editor")
-        began = time.process_time()
-        assert {kind async for kind, _ in subscriber.pairs()} - {"idle"} == {"started", "text", "done"}
-        assert subscriber.broadcast
-        assert [kind for kind, _ in subscriber.broadcast.pairs] == ["started", "text", "done"]
-        return time.process_time() - began
-
-    few, many = [min([await cost(count) for _ in range(3)]) for count in (3000, 12_000)]
-    assert many < 8 * few, "the square of four would be 16"
 
 
 async def test_a_reader_of_a_shared_completion_hears_that_the_vps_is_alive():
@@ -297,19 +262,13 @@ async def busy(pi: Pi, backend: Backend, path: str, body: dict[str, Any]) -> Asy
     await backend.left.wait()
 
 
-@pytest.mark.parametrize(("path", "body"), [(CHATS, CHAT), ("/v1/completions", {"prompt": "x"})])
-async def test_without_an_editor_two_of_a_kind_run_together(path: str, body: dict[str, Any]):
-    async with Backend([[HANG], GOOD]) as backend, pi_for(backend.port) as pi, busy(pi, backend, path, body):
-        assert (await start(pi, path, {**body, "seed": 5})).status == 200
-
-
 async def test_chats_leave_a_place_for_an_editor_that_was_seen_lately(monkeypatch: pytest.MonkeyPatch):
     go = asyncio.Event()
     async with Backend([GOOD, [HANG], GOOD, [CHUNKED, go.wait, *GOOD[1:]]]) as backend, pi_for(backend.port) as pi:
         await infill(pi)
         async with busy(pi, backend, CHATS, CHAT):
             waiting = start(pi, CHATS, {**CHAT, "seed": 5})
-            await until(lambda: len(pi.gateway.dispatcher.state.line) == 1)
+            await in_line(pi)
             assert (await infill(pi, prompt="    x")).json["content"] == "ab"
             assert not waiting.done()
             monkeypatch.setattr(dispatcher, "EDITOR_SECONDS", 0.0)
@@ -336,11 +295,10 @@ async def test_whoever_waits_too_long_gets_a_clear_answer(monkeypatch: pytest.Mo
 async def test_a_dialects_request_waits_while_the_vps_is_busy(monkeypatch: pytest.MonkeyPatch):
     """Another Pi may have taken its places. Our own API's clients get its 429 at once, as they are promised."""
     busy = error(429, "RATE_LIMIT", "expected at most 2 requests at a time")
-    async with Backend([[busy], [busy], [busy], GOOD, [busy]]) as backend, pi_for(backend.port) as pi:
+    async with Backend([[busy], [busy], GOOD, [busy]]) as backend, pi_for(backend.port) as pi:
         assert (await infill(pi)).json["content"] == "ab"
-        assert len(backend.completions) == 4
         assert (await pi.complete()).status == 429
-        assert len(backend.completions) == 5
+        assert len(backend.completions) == 4
         monkeypatch.setitem(completion.WAIT_SECONDS, "infill", 0.1)
         reply = await infill(pi, prompt="    x")
         assert (reply.status, reply.json["error"]["code"]) == (429, "RATE_LIMIT")
@@ -348,11 +306,8 @@ async def test_a_dialects_request_waits_while_the_vps_is_busy(monkeypatch: pytes
 
 async def test_a_late_reader_of_a_job_in_line_has_a_patience_of_its_own(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(completion.WAIT_SECONDS, "completion", 0.5)
-    async with (
-        Backend([[HANG]]) as backend,
-        pi_for(backend.port, max_concurrent=1) as pi,
-        busy(pi, backend, CHATS, CHAT),
-    ):
+    one = {"max_concurrent": 1}
+    async with Backend([[HANG]]) as backend, pi_for(backend.port, **one) as pi, busy(pi, backend, CHATS, CHAT):
         first = start(pi, "/v1/completions", {"prompt": "x"})
         await until(lambda: any(one.deadline - time.monotonic() < 0.4 for one in pi.gateway.dispatcher.state.line))
         began = time.monotonic()
@@ -365,35 +320,11 @@ async def test_a_client_that_leaves_the_line_takes_no_place():
     async with Backend([[HANG], GOOD]) as backend, pi_for(backend.port, max_concurrent=1) as pi:
         async with busy(pi, backend, CHATS, CHAT):
             waiting = infill(pi)
-            await until(lambda: len(pi.gateway.dispatcher.state.line) == 1)
+            await in_line(pi)
             waiting.cancel()
             await until(lambda: not pi.gateway.dispatcher.state.line)
         assert pi.gateway.dispatcher.active == 0
         assert (await infill(pi)).status == 200
-
-
-async def test_an_editor_does_not_starve_another_persons():
-    """With one place, the request of the next keystroke does not overtake a waiting one of another person."""
-    async with Backend([[HANG], GOOD]) as backend, pi_for(backend.port, max_concurrent=1) as pi:
-        first = infill(pi)
-        await backend.begun.wait()
-        other = infill(pi.from_address("127.0.0.2"), prompt="    other")
-        await until(lambda: len(pi.gateway.dispatcher.state.line) == 1)
-        newer = infill(pi, prompt="    retu")
-        assert [reply.status for reply in await asyncio.gather(first, other, newer)] == [200] * 3
-        prompts = [asked["prompt"].rsplit(" ", 1)[1] for asked in backend.completions]
-        assert prompts == ["ret", "other", "retu"]
-
-
-async def test_one_editor_leaves_a_place_for_another():
-    async with Backend([GOOD, [HANG], GOOD]) as backend, pi_for(backend.port) as pi:
-        await infill(pi.from_address("127.0.0.2"))
-        async with busy(pi, backend, "/infill", {**FILE, "filename": "a.py"}):
-            own = infill(pi, filename="b.py")
-            await until(lambda: len(pi.gateway.dispatcher.state.line) == 1)
-            assert (await infill(pi.from_address("127.0.0.2"), prompt="    x")).status == 200
-            assert not own.done()
-        assert (await own).status == 200
 
 
 async def test_a_place_that_passes_to_another_client_lets_the_first_one_go_on(monkeypatch: pytest.MonkeyPatch):
@@ -407,7 +338,7 @@ async def test_a_place_that_passes_to_another_client_lets_the_first_one_go_on(mo
         other = infill(pi.from_address("127.0.0.2"), filename="a.py")
         await until(lambda: pi.gateway.broadcasts.shared == 1)
         waiting = infill(pi, filename="b.py")
-        await until(lambda: len(pi.gateway.dispatcher.state.line) == 1)
+        await in_line(pi)
         owner.cancel()
         assert (await waiting).status == 200
         assert not other.done()
@@ -431,7 +362,7 @@ async def test_after_an_outage_a_user_who_types_starves_nobody():
         typed.append(infill(pi, prompt="    retx"))
         await until(lambda: len(backend.completions) == 2)
         chat = start(pi.from_address("127.0.0.2"), CHATS, CHAT)
-        await until(lambda: len(pi.gateway.dispatcher.state.line) == 1)
+        await in_line(pi)
         for n in range(2, keys):
             typed.append(infill(pi, prompt="    ret" + "x" * n))
             await until(lambda n=n: pi.gateway.broadcasts.replaced == n)
@@ -450,20 +381,11 @@ async def test_the_token_of_a_trial_admits_the_jobs_that_wait_for_its_end(monkey
         half_open(pi)
         async with busy(pi, backend, CHATS, CHAT):
             waiting = start(pi, "/v1/completions", {"prompt": "x"})
-            await until(lambda: len(pi.gateway.dispatcher.state.line) == 1)
+            await in_line(pi)
             native = await pi.complete()
             assert (native.status, native.json["message"]) == (503, breaker.BREAKER_OPEN)
             begun.set()
             assert (await waiting).status == 200
-
-
-async def test_a_job_that_waits_for_a_trial_in_vain_is_told_of_the_breaker(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(completion.WAIT_SECONDS, "completion", 0.05)
-    async with Backend([[HANG]]) as backend, pi_for(backend.port) as pi:
-        half_open(pi)
-        async with busy(pi, backend, CHATS, CHAT):
-            reply = await start(pi, "/v1/completions", {"prompt": "x"})
-            assert (reply.status, reply.json["error"]["message"]) == (503, breaker.BREAKER_OPEN)
 
 
 # --------------------------------------------------------------------------------------------- warm-ups
@@ -516,23 +438,6 @@ async def test_a_warm_up_ends_when_a_request_comes_and_goes_on_behind_it():
         assert backend.most_running == 1
 
 
-@pytest.mark.parametrize(
-    ("path", "body", "answer"),
-    [
-        ("/completion", {"prompt": "x", "n_predict": 0}, {"content": "", "stop": True, "tokens_predicted": 0}),
-        ("/v1/completions", {"prompt": "x", "max_tokens": 0}, {"object": "text_completion"}),
-        (CHATS, {**CHAT, "n_predict": 0}, {"object": "chat.completion"}),
-    ],
-)
-async def test_a_limit_of_no_tokens_only_warms(path: str, body: dict[str, Any], answer: dict[str, Any]):
-    async with Backend([script()]) as backend, pi_for(backend.port) as pi:
-        reply = await start(pi, path, body)
-        assert reply.status == 200
-        assert reply.json.items() >= answer.items()
-        await until(lambda: backend.completions)
-        assert backend.completions[0]["max_tokens"] == 0
-
-
 # ----------------------------------------------------------------------------------------- type-through
 
 
@@ -554,48 +459,31 @@ async def test_what_the_user_types_as_predicted_is_served_without_the_vps():
         assert "type_through" in (await infill(pi, prompt="    retu")).json
 
 
-async def test_it_works_in_streams_and_in_openais_dialect():
-    async with Backend([script("urn", ' "a\\n"')]) as backend, pi_for(backend.port) as pi:
-        body = {"prompt": "def f():\n    ret", "suffix": "\n", "stream": True}
-        await start(pi, "/v1/completions", body)
-        reply = await start(pi, "/v1/completions", {**body, "prompt": "def f():\n    retur"})
-        first, last, done = data(reply)
-        assert (first["choices"][0]["text"], done) == ('n "a\\n"', "[DONE]")
-        assert (last["choices"][0]["finish_reason"], last["type_through"]) == ("stop", True)
-        assert len(backend.completions) == 1
+# The text of a first request, and how many of both the VPS computes.
+AGAIN: list[tuple[dict[str, Any], dict[str, Any], int]] = [
+    ({}, {"input_suffix": "x\n"}, 2),
+    ({}, {"filename": "b.py"}, 2),
+    ({}, {"stop": ["x"]}, 2),
+    ({"temperature": 0.5}, {"temperature": 0.5}, 2),
+    ({"temperature": 0.5, "cache_prompt": True}, {"temperature": 0.5, "cache_prompt": True}, 1),
+]
 
 
-CHANGES: dict[str, dict[str, Any]] = {
-    "another suffix": {"input_suffix": "x\n"},
-    "another file": {"filename": "b.py"},
-    "another stop string": {"stop": ["x"]},
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-async def test_another_request_is_not_served_from_it(change: str):
+@pytest.mark.parametrize(("first", "then", "computed"), AGAIN, ids=str)
+async def test_another_request_is_not_served_from_it(first: dict[str, Any], then: dict[str, Any], computed: int):
+    """Nor is text of chance, except where the client asks for caching; and nobody gets another client's."""
     async with Backend([script("urn", " a")]) as backend, pi_for(backend.port) as pi:
-        await infill(pi)
-        await infill(pi, prompt="    retu", **CHANGES[change])
-        await infill(pi.from_address("127.0.0.2"), prompt="    retu")
-        assert len(backend.completions) == 3
-
-
-@pytest.mark.parametrize(("caching", "asked"), [({}, 2), ({"cache_prompt": True}, 1)])
-async def test_text_of_chance_is_served_again_only_where_the_client_asks_for_caching(
-    caching: dict[str, Any], asked: int
-):
-    async with Backend([script("urn", " a")]) as backend, pi_for(backend.port) as pi:
-        await infill(pi, temperature=0.5, **caching)
-        await infill(pi, temperature=0.5, prompt="    retu", **caching)
-        assert len(backend.completions) == asked
+        await infill(pi, **first)
+        await infill(pi, **{"prompt": "    retu", **then})
+        assert len(backend.completions) == computed
+        await infill(pi.from_address("127.0.0.2"), **{"prompt": "    retu", **first})
+        assert len(backend.completions) == computed + 1
 
 
 async def test_what_the_user_types_while_it_is_computed_is_not_computed_again():
     go = asyncio.Event()
-    text = [token("urn", 1), token(" a", 2), token(" + b", 3)]
-    end = event(done=True, total_tokens=3, inference_time=0.25, finish_reason="stop")
-    slow = [CHUNKED, *map(chunk, text[:2]), go.wait, chunk(text[2]), chunk(end), b"0\r\n\r\n"]
+    slow: list[Any] = script("urn", " a", " + b")
+    slow.insert(3, go.wait)
     async with Backend([slow, script("x")]) as backend, pi_for(backend.port) as pi:
         older = infill(pi)
         await until(lambda: pi.gateway.dispatcher.active and pi.at(0)[0].tokens == 2)
@@ -627,14 +515,6 @@ async def test_what_is_asked_ahead_goes_on_while_the_hint_is_typed():
         await backend.left.wait()
 
 
-async def test_it_is_served_while_the_vps_is_gone():
-    async with Backend([script("urn", " a")]) as backend, pi_for(backend.port) as pi:
-        await infill(pi)
-        await backend.__aexit__()
-        reply = await infill(pi, prompt="    retu")
-        assert (reply.status, reply.json["content"]) == (200, "rn a")
-
-
 def finish(prompt: str, text: str, **more: Any) -> broadcast.Broadcast | None:
     """What is kept of an infill's text."""
     request = CompletionRequest("infill", {"prompt": prompt, "suffix": "", "temperature": 0.0, **more})
@@ -662,15 +542,10 @@ def test_predictions_follow_a_window_that_moves():
 
 TYPED = [
     ("typed", "a = ", "b\nc", "a = b", 1),
-    ("all of it", "a = ", "b", "a = b", 1),
     ("more than all", "a = ", "b", "a = bc", 0),
     ("nothing", "a = ", "b", "a = ", 0),
-    ("something else", "a = ", "bc", "a = x", 0),
-    ("deleted", "a = ", "bc", "a =", 0),
     ("something before", "a = ", "bc", "xa = b", 0),
-    ("other text of a file that repeats", "x\n" * 2000, "yz", "x\n" * 1990 + "y", 1),
     ("two periods", "0, " * 600, "0, " * 4, "0, " * 602, 6),
-    ("two lines of equal ones", "x\n" * 2000, "x\n" * 9, "x\n" * 2002, 4),
     ("nothing of a period", "0, " * 600, "0, " * 4, "0, " * 600, 0),
     ("a line of equal ones, and the window has moved by two", "x\n" * 2000, "x\n" * 9, "x\n" * 1999, 2),
     ("more of a period than was foretold", "0, " * 600, "0, " * 4, "0, " * 605, 3),
@@ -686,16 +561,14 @@ def test_typed_of(asked: str, text: str, prompt: str, typed: int):
 
 
 def test_what_is_kept_is_bounded():
-    assert [finish("x", text) is None for text in ("y", "y" * (broadcast.MAX_FINISHED_CHARS + 1), "yz")] == [
-        True, True, False,
-    ]  # fmt: skip
+    assert finish("x", "y") is None
+    assert finish("x", "y" * (broadcast.MAX_FINISHED_CHARS + 1)) is None
     large = "\N{SMILING FACE WITH SUNGLASSES}" * 100_000
     kept = finish(large, large[: broadcast.MAX_FINISHED_CHARS], filename=large, stop=[large])
     assert kept
     parts = (kept.prompt, kept.alike, *(value for kind, value in kept.pairs if kind == "text"))
     assert sum(map(sys.getsizeof, parts)) < 33_000
     assert kept.completion is None
-    assert broadcast.Broadcasts(Dispatcher(Fleet(), print), print, print).finished.maxlen == 32  # type: ignore[arg-type]
 
 
 # --------------------------------------------------------------------------------- the time for a prompt
@@ -787,16 +660,6 @@ async def test_the_speed_of_reading_is_learned_from_results():
         assert pi.gateway.fleet.first.prompts.speed == {"qwen_0_5b": 200.0}
 
 
-# ------------------------------------------------------------------------------------------------ chats
-
-
-async def test_a_long_turn_long_ago_costs_the_chat_nothing_else():
-    turns = [{"role": ("user", "assistant")[n % 2], "content": "word " * (9000 if n == 0 else 20)} for n in range(5)]
-    async with Backend() as backend, pi_for(backend.port) as pi:
-        await start(pi, CHATS, {"messages": turns, "max_tokens": 100})
-        assert backend.completions[0]["messages"] == turns[2:]
-
-
 async def test_a_chat_that_is_too_long_keeps_the_system_turn_and_the_latest_and_says_so():
     turns = [{"role": ("user", "assistant")[n % 2], "content": f"turn {n} " + "word " * 400} for n in range(21)]
     messages = [{"role": "system", "content": "Be brief."}, *turns]
@@ -813,11 +676,11 @@ async def test_a_chat_that_is_too_long_keeps_the_system_turn_and_the_latest_and_
         assert whole.all("X-Cerebrum-Kept") == []
 
 
-# ----------------------------------------------------------------------------------------- the rules of all
+MODELS = [None, "", "gpt-4o", "qwen_1_5b"]
+PATHS = ["/v1/completions", "/v1/completions/", "//v1/completions", "/completions"]
 
 
-@pytest.mark.parametrize("path", ["/v1/completions", "/v1/completions/", "//v1/completions", "/completions"])
-@pytest.mark.parametrize("model", [None, "", "gpt-4o", "qwen_1_5b"])
+@pytest.mark.parametrize(("path", "model"), list(zip(PATHS, MODELS, strict=True)))
 async def test_an_unknown_model_means_the_default_and_a_slash_is_tolerated(path: str, model: str | None):
     async with Backend() as backend, pi_for(backend.port) as pi:
         reply = await start(pi, path, {"prompt": "x", "model": model, "suffix": None, "stop": None})
@@ -833,13 +696,6 @@ async def test_a_key_counts_in_either_header_and_errors_have_the_clients_shape()
         reply = await start(pi, "/v1/completions", {"prompt": "x"}, Authorization="Bearer wrong")
         error = {"message": "expected the API key in the header X-API-Key", "type": "authentication_error"}
         assert (reply.status, reply.json) == (401, {"error": {**error, "param": None, "code": "UNAUTHORIZED"}})
-        native = await pi.complete(X_API_Key="wrong")
-        assert native.json["error"] is True
-
-
-async def test_without_a_key_any_authorization_is_accepted():
-    async with Backend() as backend, pi_for(backend.port) as pi:
-        assert (await start(pi, "/v1/completions", {"prompt": "x"}, Authorization="Bearer sk-no")).status == 200
 
 
 async def test_counting_tokens_ends_the_wait_for_a_trial(monkeypatch: pytest.MonkeyPatch):
@@ -851,7 +707,7 @@ async def test_counting_tokens_ends_the_wait_for_a_trial(monkeypatch: pytest.Mon
         trial = start(pi, "/tokenize", {"content": "a b"})
         await backend.begun.wait()
         waiting = start(pi, "/v1/completions", {"prompt": "x"})
-        await until(lambda: len(pi.gateway.dispatcher.state.line) == 1)
+        await in_line(pi)
         go.set()
         assert [(await trial).status, (await waiting).status] == [200, 200]
 

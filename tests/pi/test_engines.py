@@ -1,24 +1,17 @@
-"""Real engines behind a real Pi: a second vpsd, llama-server, llama_cpp.server, and what stands for vLLM, which
-`make test-scale` runs itself.
+"""Real engines behind a real Pi: llama-server and llama_cpp.server. `make test-scale` runs the same tests with vLLM.
 
-`make test-engines` installs and builds them. All are processes, and all but the last run the 0.5B at temperature 0.
-What a model says cannot be asserted to the letter, since kernels differ between machines. But it completes a function
-to one that computes the right numbers, and what follows the function must not be there.
+`make test-engines` installs and builds them. Both are processes, and run the 0.5B at temperature 0. What a model says
+cannot be asserted to the letter, since kernels differ between machines. But it completes a function to one that
+computes the right numbers, and what follows the function must not be there.
 """
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import json
-import ssl
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +20,9 @@ import engines
 import httpx
 import psutil
 import pytest
-import scripted_vllm
 from engines import Engine, Unavailable
-from harness import FILES, PATIENCE, ROOT, Daemon, command_of, daemon, settings, wait_until
-
-from cerebrum.pi import fleet as pi_fleet
+from harness import FILES, PATIENCE, Daemon, daemon, wait_until
+from scripted import Backend, in_a_thread
 
 pytestmark = pytest.mark.engines
 NIGHTLY = pytest.mark.nightly
@@ -41,15 +32,9 @@ ALIAS = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
 KEY = "the-key-of-an-engine"
 SOON = 15.0  # seconds; the completions that must end sooner would take longer
 CATALOG: dict[str, Any] = {
-    "id": MODEL,
-    "name": "Qwen 0.5B",
-    "parameters": "0.5B",
-    "quantization": "Q4",
-    "languages": ["python"],
-    "file": FILE.name,
-    "aliases": [ALIAS],
-    "fim": ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"],
-}
+    "id": MODEL, "name": "Qwen 0.5B", "parameters": "0.5B", "quantization": "Q4", "languages": ["python"],
+    "file": FILE.name, "aliases": [ALIAS], "fim": ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"],
+}  # fmt: skip
 
 FIBONACCI = "def fibonacci(n):\n    if n < 2:\n        return n\n"
 PREFIX, LINE, SUFFIX = "def add(a, b):\n", "    return ", "\n\n\nprint(add(1, 2))\n"
@@ -74,46 +59,16 @@ class Kind:
     n_ctx: int = 4096
     checks_keys: bool = True
 
-
-@contextmanager
-def start(name: str, folder: Path, command: Callable[[int], list[str]], key: str = KEY) -> Iterator[Engine]:
-    engine = Engine(name, folder, command, 0, key)
-    engine.start()
-    try:
-        yield engine
-    finally:
-        engine.kill()
+    def __str__(self) -> str:
+        return self.name
 
 
-def start_vpsd(folder: Path, **more: str) -> AbstractContextManager[Engine]:
-    """vpsd with a folder for models of its own."""
-    models = folder / "models"
-    models.mkdir(parents=True)
-    (models / FILE.name).symlink_to(FILE)
-    more |= {"CEREBRUM_MAX_CPU_PERCENT": "100", "CEREBRUM_MIN_FREE_MB": "0", "CEREBRUM_MAX_CONCURRENT": "5"}
-
-    def command(port: int) -> list[str]:
-        given = settings(folder, None, CEREBRUM_API_KEY=KEY, CEREBRUM_VPS_PORT=str(port), **more)
-        return ["env", *(f"{name}={value}" for name, value in given.items()), *command_of("vpsd")]
-
-    return start("vpsd", folder, command)
+def start_llama_server(folder: Path, context: int = 4096) -> AbstractContextManager[Engine]:
+    return engines.llama_server(folder, FILE, KEY, context)
 
 
-def start_vllm(folder: Path, context: int = 4096) -> AbstractContextManager[Engine]:
-    def command(port: int) -> list[str]:
-        return [sys.executable, str(ROOT / "tests/scripted_vllm.py"), str(port), KEY, ALIAS, str(context)]
-
-    return start("scripted vLLM", folder, command)
-
-
-def start_llama_server(folder: Path, **more: Any) -> AbstractContextManager[Engine]:
-    """Without an alias it lists the whole path of its model. With a thread for each core it is ten times slower as soon
-    as another program computes, since its threads wait for each other."""
-    return engines.llama_server(folder, FILE, **{"key": KEY, "slots": 2, "more": ("-t", "1"), **more})
-
-
-def start_llama_cpp(folder: Path, **more: Any) -> AbstractContextManager[Engine]:
-    return engines.llama_cpp_server(folder, FILE, **{"key": KEY, "alias": ALIAS, **more})
+def start_llama_cpp(folder: Path, context: int = 4096) -> AbstractContextManager[Engine]:
+    return engines.llama_cpp_server(folder, FILE, KEY, ALIAS, context)
 
 
 def ask_engine(engine: Engine, path: str) -> Any:
@@ -129,25 +84,14 @@ def rests(pid: int) -> bool:
     return sum(process.cpu_times()[:2]) - sum(before[:2]) <= 0.03
 
 
-def has_ended_all(engine: Engine) -> bool:
-    """Whether what stands for vLLM runs no completion."""
-    words = [line.split(" ")[0] for line in engine.output().splitlines()]
-    return words.count("asked") == sum(map(words.count, ("ended", "left", "refused")))
+def slots_are_free(engine: Engine) -> bool:
+    return not any(slot["is_processing"] for slot in ask_engine(engine, "/slots"))
 
 
-KINDS = (
-    Kind("vpsd", "cerebrum", start_vpsd, lambda engine: ask_engine(engine, "/v1/stats")["requests_active"] == 0),
-    Kind(
-        "llama-server",
-        "llama.cpp",
-        start_llama_server,
-        lambda engine: not any(slot["is_processing"] for slot in ask_engine(engine, "/slots")),
-    ),
-    # A second request would end the first one.
-    Kind(
-        "llama_cpp.server", "openai", start_llama_cpp, lambda engine: rests(engine.process.pid), places=1, counts=False
-    ),
-    Kind("scripted vLLM", "openai", start_vllm, has_ended_all, counts=False),
+LLAMA_SERVER = Kind("llama-server", "llama.cpp", start_llama_server, slots_are_free)
+# A second request would end the first one.
+LLAMA_CPP = Kind(
+    "llama_cpp.server", "openai", start_llama_cpp, lambda engine: rests(engine.process.pid), places=1, counts=False
 )
 
 
@@ -185,6 +129,14 @@ class Pi:
     def complete(self, **fields: Any) -> dict[str, Any]:
         return dict(self.answer("/v1/complete", {"language": "python", "temperature": 0, **fields}))
 
+    def both(self, **fields: Any) -> list[tuple[str, dict[str, Any]]]:
+        """The text and the result of a completion, whole and as a stream."""
+        whole, stream = self.complete(**fields), Stream(self, **fields).end()
+        assert (stream.status, stream.clean) == (200, True)
+        numbers = [event["total_tokens"] for event in stream.events[:-1]]
+        assert numbers == sorted(set(numbers))
+        return [(whole["completion"], whole), (stream.text, stream.last)]
+
     def refused(self, **fields: Any) -> dict[str, Any]:
         """The error of a completion that no backend serves."""
         response = self.post("/v1/complete", {"language": "python", "temperature": 0, **fields})
@@ -210,26 +162,22 @@ class Stream(threading.Thread):
         super().__init__(daemon=True)
         self.url = pi.url + path
         self.fields = fields if "messages" in fields else {"language": "python", "temperature": 0, **fields}
-        self.status = 0
-        self.events: list[dict[str, Any]] = []
+        self.status, self.events, self.leaving = 0, list[dict[str, Any]](), False
         self.clean: bool | None = None
-        self.leaving = False
         self.start()
 
     def run(self) -> None:
-        clean = True
-        with suppress(httpx.StreamError):
-            try:
-                with httpx.stream("POST", self.url, json=self.fields, timeout=PATIENCE, trust_env=False) as response:
-                    self.status = response.status_code
-                    for line in response.iter_lines():
-                        if line.startswith("data: {"):
-                            self.events.append(json.loads(line.removeprefix("data: ")))
-                        if self.leaving:
-                            break
-            except httpx.TransportError:
-                clean = False
-        self.clean = clean
+        try:
+            with httpx.stream("POST", self.url, json=self.fields, timeout=PATIENCE, trust_env=False) as response:
+                self.status = response.status_code
+                for line in response.iter_lines():
+                    if line.startswith("data: {"):
+                        self.events.append(json.loads(line.removeprefix("data: ")))
+                    if self.leaving:
+                        break
+            self.clean = True
+        except httpx.TransportError:
+            self.clean = False
 
     @property
     def text(self) -> str:
@@ -282,6 +230,11 @@ def table_of(kind: Kind, engine: Engine) -> dict[str, Any]:
     return backend(engine, kind.api, max_concurrent=kind.places)
 
 
+def table_of_spare(spare: Backend) -> dict[str, Any]:
+    """That of a scripted VPS, which takes over when an engine is away."""
+    return {"url": f"http://127.0.0.1:{spare.port}"}
+
+
 def endless() -> dict[str, Any]:
     """The fields of a completion that goes on for half a minute or longer."""
     return {"prompt": f"# list {next(NUMBER)}\n1\n2\n3\n4\n", "stop_at": "none", "max_tokens": 2000}
@@ -295,10 +248,7 @@ def brief() -> dict[str, Any]:
 # ------------------------------------------------------------------------------- one engine, and all it does
 
 
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(kind, id=kind.name, marks=NIGHTLY if kind.start is start_llama_cpp else ()) for kind in KINDS],
-)
+@pytest.fixture(scope="module", params=[LLAMA_SERVER, pytest.param(LLAMA_CPP, marks=NIGHTLY)], ids=str)
 def kind(request: pytest.FixtureRequest) -> Kind:
     assert isinstance(request.param, Kind)
     return request.param
@@ -331,79 +281,53 @@ def run_code(code: str) -> dict[str, Any]:
 
 def check_result(result: dict[str, Any], kind: Kind) -> None:
     """A result has the figures that its engine reports, and no others."""
-    assert (result["model"], result["language"]) == (MODEL, "python")
-    assert result["total_tokens"] > 0
-    assert 0 < result["inference_time"] < PATIENCE
-    assert "backend" not in result, "there is only one"
-    if kind.counts:
-        assert result["prompt_tokens"] > 0
-    elif kind.name == "llama_cpp.server":
-        assert "prompt_tokens" not in result, "it tells none"
+    assert (result["model"], result["language"], "backend" in result) == (MODEL, "python", False)
+    assert (result["total_tokens"] > 0, 0 < result["inference_time"] < PATIENCE) == (True, True)
+    assert not kind.counts or result["prompt_tokens"] > 0
+    assert kind is not LLAMA_CPP or "prompt_tokens" not in result, "it tells none"
 
 
 def test_complete(kind: Kind, pi: Pi) -> None:
     """The body of a function, and nothing behind it."""
-    whole = pi.complete(prompt=FIBONACCI, max_tokens=100)
-    stream = Stream(pi, prompt=FIBONACCI, max_tokens=100).end()
-    done = stream.last
-    assert (stream.status, stream.clean, done["done"]) == (200, True, True)
-    for text, result in ((whole["completion"], whole), (stream.text, done)):
+    for text, result in pi.both(prompt=FIBONACCI, max_tokens=100):
         assert (result["mode"], result["finish_reason"]) == ("complete", "block"), (text, result)
         assert [line for line in text.splitlines() if line and not line.startswith("    ")] == [], text
         assert text.endswith("\n")
         assert run_code(FIBONACCI + text)["fibonacci"](10) == 55, text
         check_result(result, kind)
-    numbers = [event["total_tokens"] for event in stream.events[:-1]]
-    assert numbers == sorted(set(numbers))
-    if kind.name == "scripted vLLM":
-        assert stream.text == whole["completion"] == scripted_vllm.BODY
 
 
 def test_infill(kind: Kind, pi: Pi) -> None:
-    fields = {"prompt": PREFIX + LINE, "suffix": SUFFIX, "max_tokens": 48}
-    whole, stream = pi.complete(**fields), Stream(pi, **fields).end()
-    assert (stream.status, stream.clean) == (200, True)
-    for text, result in ((whole["completion"], whole), (stream.text, stream.last)):
-        assert result["mode"] == "infill"
-        assert result["finish_reason"] != "length", text
+    for text, result in pi.both(prompt=PREFIX + LINE, suffix=SUFFIX, max_tokens=48):
+        assert (result["mode"], result["finish_reason"] != "length") == ("infill", True), text
         assert run_code(PREFIX + LINE + text + SUFFIX)["add"](20, 3) == 23, text
         assert SUFFIX.strip() not in text, "the text behind the gap is not repeated"
         check_result(result, kind)
-    if kind.name == "scripted vLLM":
-        assert stream.text == whole["completion"] == scripted_vllm.GAP
 
 
 def test_instruct(kind: Kind, pi: Pi) -> None:
     """Code alone: no fence, no chatter."""
-    fields = {"prompt": "", "instruction": INSTRUCTION, "max_tokens": 200}
-    whole, stream = pi.complete(**fields), Stream(pi, **fields).end()
-    assert (stream.status, stream.clean) == (200, True)
-    for text, result in ((whole["completion"], whole), (stream.text, stream.last)):
+    for text, result in pi.both(prompt="", instruction=INSTRUCTION, max_tokens=200):
         assert (result["mode"], result["finish_reason"] != "length") == ("instruct", True), (text, result)
         assert "`" not in text
         assert text.lstrip().startswith(("def ", "#", '"""')), text
         assert run_code(text)["add"](20, 3) == 23
         check_result(result, kind)
-    if kind.name == "scripted vLLM":
-        assert stream.text.strip() == whole["completion"].strip() == "def add(a, b):\n    return a + b"
 
 
-def test_limit(kind: Kind, pi: Pi) -> None:
+def test_limit(pi: Pi) -> None:
     """A text that the limit of tokens ends."""
-    result = pi.complete(**brief())
-    assert (result["finish_reason"], result["total_tokens"]) == ("length", 3)
-    stream = Stream(pi, **brief()).end()
-    assert (stream.last["finish_reason"], stream.last["total_tokens"]) == ("length", 3)
+    for _, result in pi.both(**brief()):
+        assert (result["finish_reason"], result["total_tokens"]) == ("length", 3)
 
 
 def test_stop(pi: Pi) -> None:
     """A client's own end, which is not in the text."""
-    fields = endless() | {"max_tokens": 60, "stop": ["\n8"]}
-    for text in (pi.complete(**fields)["completion"], Stream(pi, **fields).end().text):
+    for text, _ in pi.both(prompt="1\n2\n3\n4\n", stop_at="none", max_tokens=60, stop=["\n8"]):
         assert text.strip() == "5\n6\n7"
 
 
-def test_chat_as_openai_does(kind: Kind, pi: Pi) -> None:
+def test_chat_as_openai_does(pi: Pi) -> None:
     body = {"model": "", "messages": CHAT, "max_tokens": 80, "temperature": 0}
     whole = pi.answer("/v1/chat/completions", body)
     (choice,) = whole["choices"]
@@ -418,10 +342,6 @@ def test_chat_as_openai_does(kind: Kind, pi: Pi) -> None:
     assert (stream.clean, chunks[-1]["choices"][0]["finish_reason"] in ("stop", "length")) == (True, True)
     assert usage["choices"] == []
     assert usage["usage"]["completion_tokens"] > 0
-    if kind.name == "scripted vLLM":
-        counted = scripted_vllm.count(CHAT[0]["content"])
-        assert streamed == choice["message"]["content"] == scripted_vllm.CHAT
-        assert usage["usage"]["prompt_tokens"] == whole["usage"]["prompt_tokens"] == counted
 
 
 def test_infill_as_llama_cpp_does(pi: Pi) -> None:
@@ -429,12 +349,9 @@ def test_infill_as_llama_cpp_does(pi: Pi) -> None:
     answer = pi.answer("/infill", body)
     assert run_code(PREFIX + LINE + answer["content"] + SUFFIX)["add"](20, 3) == 23, answer
     assert (answer["stop"], answer["tokens_predicted"] > 0) == (True, True)
-    # What a small model takes from another file is unpredictable.
-    answer = pi.answer(
-        "/infill", body | {"input_extra": [{"filename": "other.py", "text": "def f():\n    return 2\n"}]}
-    )
-    assert answer["content"].strip()
-    assert (answer["stop"], answer["tokens_predicted"] > 0) == (True, True)
+    other = {"input_extra": [{"filename": "other.py", "text": "def f():\n    return 2\n"}]}
+    answer = pi.answer("/infill", body | other)  # what a small model takes from another file is unpredictable
+    assert (answer["stop"], answer["tokens_predicted"] > 0, answer["content"].strip() != "") == (True, True, True)
 
 
 def test_models_health_and_statistics(kind: Kind, pi: Pi) -> None:
@@ -448,11 +365,9 @@ def test_models_health_and_statistics(kind: Kind, pi: Pi) -> None:
     pi.complete(**brief())
     after = pi.stats("one")
     assert (after["api"], after["available"], after["models"]) == (kind.api, True, [MODEL])
-    assert after["requests_total"] - before["requests_total"] == 1
-    assert after["tokens_total"] - before["tokens_total"] == 3
-    assert (after["requests_active"], after["requests_failed"]) == (0, before["requests_failed"])
+    grown = [after[name] - before[name] for name in ("requests_total", "tokens_total", "requests_failed")]
+    assert (grown, after["requests_active"], after["breaker"]["state"]) == ([1, 3, 0], 0, "closed")
     assert after["response_time_ms"] > 0
-    assert after["breaker"]["state"] == "closed"
 
 
 def test_a_client_that_leaves_ends_the_work(kind: Kind, engine: Engine, pi: Pi) -> None:
@@ -480,9 +395,8 @@ def test_a_wrong_key(kind: Kind, engine: Engine, tmp_path: Path) -> None:
         told = json.dumps([error, *map(pi.get, ("/health", "/v1/stats", "/v1/activity"))]) + pi.daemon.stdout()
         assert "another-key" not in told
         assert KEY not in told
-    with ExitStack() as stack:
-        spare = stack.enter_context(start_vllm(tmp_path / "spare"))
-        tables["two"] = backend(spare, "openai")
+    with in_a_thread(Backend()) as spare, ExitStack() as stack:
+        tables["two"] = table_of_spare(spare)
         pi = stack.enter_context(start_pi(tmp_path / "both", tables, ready=False, one="another-key"))
         pi.wait_for("two")
         assert [pi.complete(**brief())["backend"] for _ in range(3)] == ["two"] * 3
@@ -494,9 +408,9 @@ def test_a_wrong_key(kind: Kind, engine: Engine, tmp_path: Path) -> None:
 def test_death_and_return(kind: Kind, engine: Engine, tmp_path: Path) -> None:
     """Killed while it streams: an error event and a cut, and the other backend serves the next request. Without that
     one there is a 503. Started again, it is used again."""
-    with ExitStack() as stack:
-        spare = stack.enter_context(start_vllm(tmp_path / "spare"))
-        tables = {"one": table_of(kind, engine), "two": backend(spare, "openai")}
+    with ExitStack() as stack, ExitStack() as life_of_spare:
+        spare = life_of_spare.enter_context(in_a_thread(Backend()))
+        tables = {"one": table_of(kind, engine), "two": table_of_spare(spare)}
         pi = stack.enter_context(start_pi(tmp_path / "pi", tables))
         assert pi.complete(**brief())["backend"] == "one"
         stream = Stream(pi, **endless())
@@ -505,73 +419,16 @@ def test_death_and_return(kind: Kind, engine: Engine, tmp_path: Path) -> None:
         stream.end()
         assert (stream.clean, stream.last.get("error"), stream.last.get("code")) == (False, True, "VPS_UNAVAILABLE")
         assert all("token" in event for event in stream.events[:-1])
-        assert "\nasked " not in "\n" + spare.output(), "a stream that has begun is not sent again"
+        assert spare.completions == [], "a stream that has begun is not sent again"
         result = pi.complete(**brief())
-        assert (result["backend"], result["total_tokens"]) == ("two", 3)
+        assert (result["backend"], result["completion"]) == ("two", "ab")
         pi.wait_without("one")
         assert pi.get("/health")["status"] == "healthy"
-        spare.kill()
+        life_of_spare.close()
         assert pi.refused(**brief())["code"] == "VPS_UNAVAILABLE"
         engine.start()
         pi.wait_for("one")
         assert pi.complete(**brief())["backend"] == "one"
-
-
-# ------------------------------------------------------------------------------------------------ two vpsd
-
-
-def test_one_of_two_is_killed_while_five_clients_stream(tmp_path: Path) -> None:
-    """A stream without a token is served by the other one; one that has begun is never sent again."""
-    with ExitStack() as stack:
-        # Two threads of each would wait for each other on two cores.
-        one = had(start_vpsd(tmp_path / "one", CEREBRUM_THREADS="1"), stack)
-        two = had(start_vpsd(tmp_path / "two", CEREBRUM_THREADS="1"), stack)
-        tables = {id: backend(vps, "cerebrum", max_concurrent=5) for id, vps in (("one", one), ("two", two))}
-        pi = stack.enter_context(start_pi(tmp_path / "pi", tables))
-        with ThreadPoolExecutor(2) as pool:  # both load the model
-            results = pool.map(lambda _: pi.complete(**brief()), range(2))
-        assert {result["backend"] for result in results} == {"one", "two"}
-        before = {id: pi.stats(id)["requests_total"] for id in tables}
-
-        # The first goes to the first backend, and the others to the least busy one: the second, and then by turns.
-        lines = "".join(f"def f{number}(a, b):\n    return a * {number} + b\n\n" for number in range(60))
-        reading = Stream(pi, **endless() | {"prompt": lines, "max_tokens": 40})
-        wait_until(lambda: pi.stats("one")["requests_active"] == 1, "the long prompt is being read")
-        streams = []
-        for number in range(4):
-            streams.append(Stream(pi, **endless() | {"max_tokens": 60}))
-            active = number + 2
-            wait_until(lambda: pi.get("/v1/stats")["requests_active"] == active, "it has a place")  # noqa: B023
-        for stream in streams:
-            stream.wait_for_tokens()
-        assert (reading.events, pi.stats("one")["requests_active"] >= 2) == ([], True)
-        one.kill()
-        for stream in (reading, *streams):
-            stream.end()
-
-        broken = [stream for stream in (reading, *streams) if not stream.clean]
-        assert broken, "none was streaming from the first one"
-        assert reading not in broken, "a stream without a token is served by the other one"
-        for stream in (reading, *streams):
-            assert stream.status == 200
-            assert all("token" in event for event in stream.events[:-1])
-            if stream in broken:
-                assert (stream.last.get("error"), stream.last.get("code")) == (True, "VPS_UNAVAILABLE")
-                assert len(stream.events) > 1
-            else:
-                assert (stream.last.get("done"), stream.last.get("backend")) == (True, "two")
-                numbers = [event["total_tokens"] for event in stream.events]
-                assert numbers == sorted(numbers)
-        asked = {id: pi.stats(id)["requests_total"] - count for id, count in before.items()}
-        assert asked == {"one": len(broken) + 1, "two": 5 - len(broken)}, "one was sent again after its first token"
-
-        assert [pi.complete(**brief())["backend"] for _ in range(3)] == ["two"] * 3
-        one.start()
-        pi.wait_for("one")
-        assert pi.complete(**brief())["backend"] == "one"
-
-
-# ----------------------------------------------------------------------------------------- contexts' lengths
 
 
 def long_prompt(functions: int) -> str:
@@ -596,207 +453,16 @@ def check_long_prompts(pi: Pi) -> None:
     assert pi.stats("one")["requests_failed"] == 0
 
 
-@pytest.mark.parametrize(
-    ("start_engine", "api", "more"),
-    [
-        pytest.param(start_llama_server, "llama.cpp", {}, id="llama-server"),
-        pytest.param(start_llama_cpp, "openai", {"n_ctx": 512}, id="llama_cpp.server", marks=NIGHTLY),
-    ],
-)
-def test_a_prompt_is_fitted_to_a_short_context(start_engine: Any, api: str, more: Any, tmp_path: Path) -> None:
+SHORT = [(LLAMA_SERVER, {}), pytest.param(LLAMA_CPP, {"n_ctx": 512}, marks=NIGHTLY)]
+
+
+@pytest.mark.parametrize(("short", "more"), SHORT, ids=str)
+def test_a_prompt_is_fitted_to_a_short_context(short: Kind, more: dict[str, int], tmp_path: Path) -> None:
     """The Pi knows the length from llama-server's /props. llama_cpp.server does not report it, so the table does."""
+    start: Any = short.start
     with ExitStack() as stack:
-        engine = had(start_engine(tmp_path / "engine", context=512), stack)
-        pi = stack.enter_context(start_pi(tmp_path / "pi", {"one": backend(engine, api, **more)}))
+        engine = had(start(tmp_path / "engine", context=512), stack)
+        pi = stack.enter_context(start_pi(tmp_path / "pi", {"one": backend(engine, short.api, **more)}))
         (model,) = pi.get("/v1/models")["models"]
         assert model["n_ctx"] == 512
         check_long_prompts(pi)
-
-
-@pytest.mark.parametrize("tokens", [64, 2000])
-def test_a_prompt_is_fitted_by_what_a_refusal_says(tokens: int, tmp_path: Path) -> None:
-    """The table is wrong. vLLM says so in a sentence, another one where the limit alone exceeds the context, and the
-    Pi believes it until the next list."""
-    with ExitStack() as stack:
-        engine = had(start_vllm(tmp_path / "engine", 1024), stack)
-        pi = stack.enter_context(start_pi(tmp_path / "pi", {"one": backend(engine, "openai", n_ctx=8192)}))
-        prompt = long_prompt(200)
-        check_fitted(pi.complete(prompt=prompt, max_tokens=tokens), prompt)
-        assert engine.output().count("asked ") == 2
-        (model,) = pi.get("/v1/models")["models"]
-        assert model["n_ctx"] == 1024
-        assert (pi.stats("one")["requests_failed"], pi.stats("one")["breaker"]["failures"]) == (0, 0)
-
-
-@pytest.mark.parametrize("context", [1024, 8192])
-def test_a_model_that_knows_its_length(context: int, tmp_path: Path) -> None:
-    """vLLM lists `max_model_len`."""
-    with ExitStack() as stack:
-        engine = had(start_vllm(tmp_path / "engine", context), stack)
-        pi = stack.enter_context(start_pi(tmp_path / "pi", {"one": backend(engine, "openai")}))
-        for number, functions in enumerate((500, 600, 700), 1):
-            prompt = long_prompt(functions)
-            check_fitted(pi.complete(prompt=prompt, max_tokens=64), prompt)
-            # A whole stream ends with the number of prompt tokens, from which the Pi learns.
-            result = pi.complete(prompt=prompt, max_tokens=30, stop_at="none")
-            assert (result["finish_reason"], result["total_tokens"]) == ("length", 30)
-            assert engine.output().count("asked ") == 2 * number, "it fits at once"
-
-
-@NIGHTLY
-def test_a_list_of_models_that_waits_for_completions(tmp_path: Path) -> None:
-    """llama_cpp.server ends a completion when it is asked for its models. So it is not asked meanwhile, and a text that
-    takes longer than the time between two probes comes whole."""
-    with ExitStack() as stack:
-        engine = had(start_llama_cpp(tmp_path / "engine"), stack)
-        pi = stack.enter_context(start_pi(tmp_path / "pi", {"one": backend(engine, "openai", max_concurrent=1)}))
-        began = time.monotonic()
-        tokens = 300
-        while time.monotonic() - began < 2 * pi_fleet.PROBE_SECONDS:
-            stream = Stream(pi, **endless() | {"max_tokens": tokens}).end()
-            assert (stream.clean, stream.last.get("finish_reason")) == (True, "length"), stream.last
-            assert stream.last["total_tokens"] == tokens
-            tokens *= 2
-        assert pi.stats("one")["available"]
-        assert pi.stats("one")["requests_failed"] == 0
-
-
-# ------------------------------------------------------------------------------------------- vLLM's refusals
-
-
-def test_a_suffix_that_is_not_supported(tmp_path: Path) -> None:
-    """vLLM takes a gap only by the model's marks. Where the table asks for `suffix`, another backend serves it."""
-    fields = {"prompt": PREFIX + LINE, "suffix": SUFFIX}
-    with ExitStack() as stack:
-        engine = had(start_vllm(tmp_path / "engine"), stack)
-        spare = had(start_vllm(tmp_path / "spare"), stack)
-        tables = {"one": backend(engine, "openai", infill="suffix")}
-        with start_pi(tmp_path / "alone", tables) as pi:
-            error = pi.refused(**fields)
-            assert (error["code"], "(400)" in error["message"]) == ("VPS_UNAVAILABLE", True)
-            assert "suffix is only supported" not in json.dumps(error)
-            assert pi.stats("one")["breaker"]["failures"] == 0, "it is there"
-        tables["two"] = backend(spare, "openai")
-        with start_pi(tmp_path / "both", tables) as pi:
-            result = pi.complete(**fields)
-            assert (result["completion"], result["backend"]) == (scripted_vllm.GAP, "two")
-
-
-def test_an_engine_that_starts_later(tmp_path: Path) -> None:
-    """An engine whose models are unknown counts as away; the request is not to blame."""
-    with ExitStack() as stack:
-        engine = had(start_vllm(tmp_path / "engine"), stack)
-        engine.kill()
-        pi = stack.enter_context(start_pi(tmp_path / "pi", {"one": backend(engine, "openai")}, ready=False))
-        for _ in range(2):
-            assert pi.refused(**brief())["code"] == "VPS_UNAVAILABLE"
-        engine.start()
-        pi.wait_for("one")
-        assert pi.complete(**brief())["total_tokens"] == 3
-
-
-def test_a_model_that_is_not_served_any_more(tmp_path: Path) -> None:
-    """Started again with another model, it answers 404 until the Pi has asked for the list again."""
-    name = [ALIAS]
-
-    def command(port: int) -> list[str]:
-        return [sys.executable, str(ROOT / "tests/scripted_vllm.py"), str(port), KEY, name[0], "4096"]
-
-    with ExitStack() as stack:
-        engine = stack.enter_context(start("scripted vLLM", tmp_path / "engine", command))
-        spare = had(start_vllm(tmp_path / "spare"), stack)
-        tables = {"one": backend(engine, "openai"), "two": backend(spare, "openai")}
-        pi = stack.enter_context(start_pi(tmp_path / "pi", tables))
-        assert pi.complete(**brief())["backend"] == "one"
-        engine.kill()
-        name[0] = "Qwen/Qwen3-Coder"
-        engine.start()
-        assert [pi.complete(**brief())["backend"] for _ in range(3)] == ["two"] * 3
-        wait_until(lambda: pi.stats("one")["models"] == [], "the new list is known")
-        assert pi.complete(**brief())["backend"] == "two"
-
-
-# ---------------------------------------------------------------------------------------------------- https
-
-
-def make_certificates(folder: Path) -> None:
-    """ca.pem of a private authority, and server.pem of a server at 127.0.0.1 with server.key."""
-
-    def openssl(*arguments: str) -> None:
-        key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
-        command = ["openssl", "req", "-x509", *key, *arguments]
-        result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-        if result.returncode:
-            pytest.skip(f"openssl cannot make a certificate: {result.stderr.strip()}")
-
-    usage = ["-addext", "keyUsage=critical,keyCertSign,cRLSign"]
-    openssl("-subj", "/CN=A private authority", "-keyout", "ca.key", "-out", "ca.pem", *usage)
-    names = ["-addext", "subjectAltName=IP:127.0.0.1", "-addext", "basicConstraints=critical,CA:FALSE"]
-    signed = ["-CA", "ca.pem", "-CAkey", "ca.key"]
-    openssl("-subj", "/CN=127.0.0.1", "-keyout", "server.key", "-out", "server.pem", *signed, *names)
-
-
-@contextmanager
-def tls_proxy(folder: Path, port: int) -> Iterator[int]:
-    """A proxy that ends TLS in front of a port; its own port."""
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.load_cert_chain(folder / "server.pem", folder / "server.key")
-    loop, tasks = asyncio.new_event_loop(), set[asyncio.Task[Any]]()
-
-    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(OSError):
-            while data := await reader.read(1 << 16):
-                writer.write(data)
-                await writer.drain()
-        writer.close()
-
-    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task
-        tasks.add(task)
-        try:
-            behind = await asyncio.open_connection("127.0.0.1", port)
-            await asyncio.gather(copy(reader, behind[1]), copy(behind[0], writer))
-        finally:
-            tasks.discard(task)
-
-    async def end(server: asyncio.Server) -> None:
-        server.close()
-        for task in [*tasks]:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-    try:
-        starting = asyncio.start_server(accept, "127.0.0.1", 0, ssl=context)
-        server = asyncio.run_coroutine_threadsafe(starting, loop).result(PATIENCE)
-        yield server.sockets[0].getsockname()[1]
-        asyncio.run_coroutine_threadsafe(end(server), loop).result(PATIENCE)
-    finally:
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(PATIENCE)
-        loop.close()
-
-
-def test_https_with_a_private_authority(tmp_path: Path) -> None:
-    make_certificates(tmp_path)
-    with ExitStack() as stack:
-        engine = had(start_llama_server(tmp_path / "engine"), stack)
-        port = stack.enter_context(tls_proxy(tmp_path, engine.port))
-        table = {"url": f"https://127.0.0.1:{port}", "api": "llama.cpp"}
-        with start_pi(tmp_path / "knows", {"one": {**table, "ca_file": str(tmp_path / "ca.pem")}}) as pi:
-            assert run_code(FIBONACCI + pi.complete(prompt=FIBONACCI)["completion"])["fibonacci"](10) == 55
-            assert Stream(pi, prompt=FIBONACCI).end().last["finish_reason"] == "block"
-            stream = Stream(pi, **endless())
-            stream.wait_for_tokens(5)
-            stream.leave()
-            wait_until(
-                lambda: not any(slot["is_processing"] for slot in ask_engine(engine, "/slots")), "idle", seconds=SOON
-            )
-        with start_pi(tmp_path / "does-not", {"one": table}, ready=False) as pi:
-            error = pi.refused(**brief())
-            assert error["code"] == "VPS_UNAVAILABLE"
-            told = json.dumps([error, pi.get("/health")]).lower()
-            assert [word for word in ("certificate", "ssl", "_verify", "traceback", "errno") if word in told] == []
-            assert engine.output().count("Traceback") == 0

@@ -8,6 +8,7 @@ import hashlib
 import html
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness import KEY, ROOT, Client, daemon, until
@@ -50,63 +51,49 @@ def test_the_settings_for_editors_are_those_of_the_documents() -> None:
     assert len(written) == 10
 
 
-def policy_of(header: str) -> dict[str, str]:
-    return dict(directive.partition(" ")[::2] for directive in header.split("; "))
-
-
 async def test_the_page_is_confined() -> None:
     async with Backend() as backend, pi_for(backend.port, client_keys=("k",)) as pi:
         reply = await pi.get("/")
         assert (reply.status, reply.one("content-type")) == (200, "text/html; charset=utf-8")
         assert reply.body == FILE.read_bytes()
-        policy = policy_of(reply.one("content-security-policy"))
-        hashes = {
-            tag: "'sha256-{}'".format(
-                base64.b64encode(
-                    hashlib.sha256(re.findall(rb"<%b>(.*?)</%b>" % (tag, tag), reply.body, re.S)[0]).digest()
-                ).decode()
-            )
+        hashes = [
+            base64.b64encode(hashlib.sha256(re.findall(rb"<%b>(.*?)</%b>" % (tag, tag), reply.body, re.S)[0]).digest())
             for tag in (b"script", b"style")
+        ]
+        script, style = (f"'sha256-{digest.decode()}'" for digest in hashes)
+        assert set(reply.one("content-security-policy").split("; ")) == {
+            *(
+                "default-src 'none'",
+                f"script-src {script}",
+                f"style-src {style}",
+                "connect-src 'self'",
+                "img-src data:",
+            ),
+            *("base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'", "require-trusted-types-for 'script'"),
         }
-        assert policy == {
-            "default-src": "'none'",
-            "script-src": hashes[b"script"],
-            "style-src": hashes[b"style"],
-            "connect-src": "'self'",
-            "img-src": "data:",
-            "base-uri": "'none'",
-            "form-action": "'none'",
-            "frame-ancestors": "'none'",
-            "require-trusted-types-for": "'script'",
-        }
-        assert reply.one("x-content-type-options") == "nosniff"
-        assert reply.one("x-frame-options") == "DENY"
+        for header, value in (("content-type-options", "nosniff"), ("frame-options", "DENY")):
+            assert reply.one(f"x-{header}") == value
         assert reply.one("referrer-policy") == "no-referrer"
         head = await pi.ask("HEAD", "/")
         assert (head.status, head.body, head.one("content-length")) == (200, b"", str(len(reply.body)))
         assert (await pi.ask("POST", "/", {})).status == 405
 
 
-async def test_without_the_page_the_daemon_lives(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_without_its_files_the_daemon_lives(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     monkeypatch.setattr(cm4d, "HERE", Path("/nonexistent"))
-    said = "expected the file cerebrum/pi/page.html, got none; the API works without it"
     async with Backend() as backend, pi_for(backend.port) as pi:
-        reply = await pi.get("/")
-        assert (reply.status, reply.json["code"], reply.json["message"]) == (404, "NOT_FOUND", said)
+        for path in ("/", "/cerebrum_lsp.py"):
+            reply = await pi.get(path)
+            assert (reply.status, reply.json["code"]) == (404, "NOT_FOUND")
+            assert reply.json["message"].startswith("expected the file cerebrum")
         assert (await pi.complete()).status == 200
     logged = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert logged == ["no page at /: cannot read page.html: No such file or directory"]
 
 
-def test_a_page_from_a_checkout_with_crlf() -> None:
+def test_a_page_from_a_checkout_with_crlf_and_one_with_no_script() -> None:
     assert page_of(b"<script>\r\nf()\r\n</script>") == page_of(b"<script>\nf()\n</script>")
-
-
-def test_a_page_with_no_script() -> None:
-    headers = dict(page_of(b"<p>a").headers)
-    assert policy_of(headers["Content-Security-Policy"])["script-src"] == "'none'"
+    assert "; script-src 'none';" in dict(page_of(b"<p>a").headers)["Content-Security-Policy"]
 
 
 async def test_its_requests_fill_no_log(tmp_path: Path) -> None:
@@ -124,26 +111,18 @@ async def test_its_requests_fill_no_log(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------ the last half hour
 
 
-def test_the_history_is_one_of_steps() -> None:
+def test_the_history_is_one_of_steps_and_forgets() -> None:
     history = History(now=1000.0)
     history.sample(1000.0, (1, 0, 10))
     history.sample(1000.0 + STEP_SECONDS, (1, 1, 40))
     history.sample(1000.0 + 3 * STEP_SECONDS, (4, 1, 40))
     told = history.describe()
-    assert (told["step_s"], STEPS) == (30, 60)
+    assert (told["step_s"], told["failed"], STEPS) == (30, [0] * 57 + [1, 0, 0], 60)
     assert told["requests"] == [0] * 56 + [1, 0, 0, 3]
-    assert told["failed"] == [0] * 56 + [0, 1, 0, 0]
     assert told["tokens"] == [0] * 56 + [10, 30, 0, 0]
-
-
-def test_the_history_forgets() -> None:
-    history = History(now=0.0)
-    history.sample(0.0, (5, 5, 5))
-    history.sample(59 * STEP_SECONDS, (5, 5, 5))
-    assert history.describe()["requests"] == [5] + [0] * 59
-    history.sample(60 * STEP_SECONDS, (6, 5, 5))
-    assert history.describe()["requests"] == [0] * 59 + [1]
-    history.sample(10**9, (6, 5, 5))
+    history.sample(1000.0 + 60 * STEP_SECONDS, (5, 1, 40))
+    assert history.describe()["requests"] == [0, 0, 3] + [0] * 56 + [1]
+    history.sample(10**9, (5, 1, 40))
     assert history.describe()["requests"] == [0] * 60
 
 
@@ -183,9 +162,6 @@ async def test_a_request_that_was_superseded_has_not_failed() -> None:
         assert (sum(told["requests"]), sum(told["failed"])) == (2, 0)
 
 
-# ------------------------------------------------------------------------------------------ what there is
-
-
 async def test_models_have_what_the_vps_reports(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 0.02)
     loaded = {"id": "qwen_0_5b", "loaded": True, "encoding": "Q8_0", "memory_mb": 612.5, "n_ctx": 2048, "path": "/x"}
@@ -193,18 +169,15 @@ async def test_models_have_what_the_vps_reports(monkeypatch: pytest.MonkeyPatch)
     backend = Backend(models=answer(200, {"models": [loaded, idle]}))
     async with backend, pi_for(backend.port, prefer={"infill": ("qwen_0_5b",)}) as pi:
         told = (await pi.get("/v1/models")).json
-        models = {model["id"]: model for model in told["models"]}
-        names = ("available", "loaded", "encoding", "memory_mb", "n_ctx")
-        assert {name: models["qwen_0_5b"].get(name) for name in names} == {
-            "available": True,
-            "loaded": True,
-            "encoding": "Q8_0",
-            "memory_mb": 612.5,
-            "n_ctx": 2048,
-        }
-        assert (models["qwen_1_5b"]["loaded"], models["qwen_1_5b"].get("memory_mb")) == (False, None)
-        assert models["qwen_7b"].keys() & {"loaded", "encoding", "path"} == set()
-        assert "path" not in models["qwen_0_5b"], "a path of the VPS leaks"
+        small, middle, large = ({"id": id} for id in ("qwen_0_5b", "qwen_1_5b", "qwen_7b"))
+        for model in (small, middle, large):
+            (found,) = [entry for entry in told["models"] if entry["id"] == model["id"]]
+            model |= found
+        reported = {"available": True, "loaded": True, "encoding": "Q8_0", "memory_mb": 612.5, "n_ctx": 2048}
+        assert small == small | reported
+        assert "path" not in small, "a path of the VPS leaks"
+        assert (middle["loaded"], middle.get("memory_mb")) == (False, None)
+        assert large.keys() & {"loaded", "encoding", "path"} == set()
         assert told["prefer"] == {"infill": ["qwen_0_5b"]}
         languages = {entry["id"]: entry for entry in told["languages"]}
         assert {id for id, entry in languages.items() if entry["served"]} == languages.keys() == LANGUAGES.keys()
@@ -214,35 +187,20 @@ async def test_models_have_what_the_vps_reports(monkeypatch: pytest.MonkeyPatch)
         await until(lambda: pi.gateway.fleet.models and list(pi.gateway.fleet.models) == ["qwen_0_5b"])
 
 
-# ------------------------------------------------------------------------------------ the language server
-
-
-async def test_the_language_server_is_handed_out_without_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_language_server_is_handed_out_without_a_key() -> None:
     async with pi_for(1, probing=False, client_keys=(KEY,)) as pi:
         reply = await pi.get("/cerebrum_lsp.py")
         assert (reply.status, reply.body) == (200, (ROOT / "cerebrum_lsp.py").read_bytes())
         assert reply.one("content-type") == "text/x-python; charset=utf-8"
-        monkeypatch.setattr(cm4d, "HERE", tmp_path)
-        reply = await pi.get("/cerebrum_lsp.py")
-        assert (reply.status, reply.json["message"]) == (
-            404,
-            "expected the file cerebrum_lsp.py beside cm4d.py, got none",
-        )
 
 
 async def test_what_users_accept_is_counted() -> None:
     async with pi_for(1, probing=False) as pi:
-        assert (await pi.ask("POST", "/v1/accepted", {"characters": 12})).json == {
-            "accepted": 1,
-            "accepted_characters": 12,
-        }
+        for characters, counts in (12, (1, 12)), (5, (2, 17)):
+            told = (await pi.ask("POST", "/v1/accepted", {"characters": characters})).json
+            assert (told["accepted"], told["accepted_characters"]) == counts
         assert (await pi.ask("POST", "/v1/accepted", {"characters": 0})).status == 400
-        assert (await pi.ask("POST", "/v1/accepted", {"characters": 5})).json == {
-            "accepted": 2,
-            "accepted_characters": 17,
-        }
-        stats = (await pi.get("/v1/stats")).json
-        assert (stats["accepted"], stats["accepted_characters"]) == (2, 17)
+        assert (await pi.get("/v1/stats")).json.items() >= told.items()
         metrics = (await pi.get("/metrics")).body
-        assert b"cerebrum_accepted_completions_total 2" in metrics
-        assert b"cerebrum_accepted_characters_total 17" in metrics
+        for counted in (b"completions_total 2", b"characters_total 17"):
+            assert b"cerebrum_accepted_" + counted in metrics

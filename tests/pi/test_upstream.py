@@ -9,12 +9,16 @@ import asyncio
 import contextlib
 import dataclasses
 import gc
+import itertools
+import re
 import socket
+import ssl
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import KEY, PATIENCE, Reply, until
+from harness import KEY, PATIENCE, Reply, certificate, until
 from scripted import (
     CHUNKED,
     DONE,
@@ -33,107 +37,83 @@ from scripted import (
     token,
 )
 
-from cerebrum.http import BodyDecoder
 from cerebrum.pi import breaker, upstream
 from cerebrum.pi import fleet as pi_fleet
 from cerebrum.pi.backend import read_models
-from cerebrum.pi.upstream import MAX_EVENT_BYTES, MAX_MESSAGE_CHARACTERS, Answer, BackendFailure, Events, take_apart
+from cerebrum.pi.upstream import MAX_EVENT_BYTES, MAX_MESSAGE_CHARACTERS, BackendFailure, Events
 
 A, B, END = chunk(token("a", 1)), chunk(token("b", 2)), b"0\r\n\r\n"
 CLOSING = head(200, "Connection: close")
 TOKEN_A = {"token": "a", "total_tokens": 1}
 TOKEN_B = {"token": "b", "total_tokens": 2}
 UNAVAILABLE = "VPS_UNAVAILABLE"
+TIMED_OUT = head(408, "Content-Length: 0")
 
 
 def length_of(payload: bytes, claimed: int | None = None) -> bytes:
     return head(200, f"Content-Length: {len(payload) if claimed is None else claimed}") + payload
 
 
-# A fault before the first event is a status: (script, status, code, part of the message, counted by the breaker).
-REFUSED: dict[str, tuple[list[Any], int, str, str, bool]] = {
-    "reset before any byte": ([RESET], 503, UNAVAILABLE, "without an answer", True),
-    "closed before any byte": ([], 503, UNAVAILABLE, "without an answer", True),
-    "closed inside the head": ([CHUNKED[:30]], 503, UNAVAILABLE, "without an answer", True),
-    "not HTTP": ([b"SSH-2.0-OpenSSH_9.6\r\n\r\n"], 503, UNAVAILABLE, "not HTTP/1.1", True),
-    "HTTP/2": ([b"HTTP/2 200\r\n\r\n"], 503, UNAVAILABLE, "not HTTP/1.1", True),
-    "status of four digits": ([b"HTTP/1.1 2000 OK\r\n\r\n"], 503, UNAVAILABLE, "not HTTP/1.1", True),
-    "bare LF": ([b"HTTP/1.1 200 OK\n\n"], 503, UNAVAILABLE, "not HTTP/1.1", True),
-    "NUL in a header": ([b"HTTP/1.1 200 OK\r\nA: \0\r\n\r\n"], 503, UNAVAILABLE, "not HTTP/1.1", True),
-    "space before the colon": ([b"HTTP/1.1 200 OK\r\nA : b\r\n\r\n"], 503, UNAVAILABLE, "not HTTP/1.1", True),
-    "two lengths": ([head(200, "Content-Length: 1", "Content-Length: 1")], 503, UNAVAILABLE, "not HTTP/1.1", True),
-    "length and chunks": ([head(200, "Content-Length: 1", "Transfer-Encoding: chunked")], 503, UNAVAILABLE, "", True),
-    "gzip framing": ([head(200, "Transfer-Encoding: gzip, chunked")], 503, UNAVAILABLE, "not HTTP/1.1", True),
-    "gzip content": ([head(200, "Content-Encoding: gzip")], 503, UNAVAILABLE, "Content-Encoding", True),
-    "a head without end": ([b"HTTP/1.1 200 OK\r\n", Flood(b"A: b\r\n" * 200)], 503, UNAVAILABLE, "not HTTP/1.1", True),
-    "a line without end": ([b"HTTP/1.1 200 OK\r\nA: ", Flood(b"a" * 1000)], 503, UNAVAILABLE, "not HTTP/1.1", True),
-    "an HTML page": ([head(200, "Content-Length: 6", kind="text/html"), b"<html>"], 503, UNAVAILABLE, "type", True),
-    "HTML with 502": ([head(502, "Content-Length: 6", kind="text/html"), b"<html>"], 503, UNAVAILABLE, "502", True),
-    "HTML with 404": ([head(404, "Content-Length: 6", kind="text/html"), b"<html>"], 503, UNAVAILABLE, "404", True),
-    "a redirect": ([head(307, "Location: http://127.0.0.1:1/", "Content-Length: 0")], 503, UNAVAILABLE, "307", True),
-    "a redirect as our error": ([error(302, "VPS_BUSY")], 503, UNAVAILABLE, "302", True),
-    "no content": ([head(204)], 503, UNAVAILABLE, "204", True),
-    "switching protocols": ([head(101)], 503, UNAVAILABLE, "101", True),
-    "informational for ever": ([Flood(head(103))], 503, UNAVAILABLE, "103", True),
-    "an error past its length": ([head(503, "Content-Length: 2") + b"{} "], 503, UNAVAILABLE, "", True),
-    "an error without end": ([head(503, "Connection: close"), Flood(b" " * 4096)], 503, UNAVAILABLE, "503", True),
-    "half an error": ([error(503, "RESOURCE_EXHAUSTED")[:-9]], 503, UNAVAILABLE, "503", True),
-    "an error that is a list": ([answer(503, [1])], 503, UNAVAILABLE, "503", True),
-    "an error with a number as its code": ([answer(503, {"error": True, "message": "m", "code": 1})], 503, UNAVAILABLE,
-                                           "503", True),
-    "an error with a header as its code": ([error(503, "A\r\nB: c")], 503, UNAVAILABLE, "503", True),
-    "its 400": ([error(400, "INVALID_REQUEST")], 400, "INVALID_REQUEST", "says the VPS", False),
-    "its 404": ([error(404, "MODEL_NOT_FOUND")], 404, "MODEL_NOT_FOUND", "says the VPS", False),
-    "its 409": ([error(409, "SUPERSEDED")], 409, "SUPERSEDED", "says the VPS", False),
-    "its 429": ([error(429, "RATE_LIMIT")], 429, "RATE_LIMIT", "says the VPS", False),
-    "its 503": ([error(503, "RESOURCE_EXHAUSTED")], 503, "RESOURCE_EXHAUSTED", "says the VPS", False),
-    "its 503 after a 100": ([head(100), error(503, "RESOURCE_EXHAUSTED")], 503, "RESOURCE_EXHAUSTED", "says", False),
-    "its 401": ([error(401, "UNAUTHORIZED")], 503, UNAVAILABLE, "do not match", False),
-    "its 421": ([error(421, "MISDIRECTED_REQUEST")], 503, UNAVAILABLE, "CEREBRUM_ALLOWED_HOSTS on the VPS", False),
-    "its 500": ([error(500, "INTERNAL_ERROR")], 503, UNAVAILABLE, "says the VPS", False),
-    "a model that cannot be loaded": ([error(500, "MODEL_LOAD_FAILED")], 500, "MODEL_LOAD_FAILED", "says", False),
-    "an error that tells our key": ([error(400, "INVALID_REQUEST", f"no {KEY}!")], 400, "INVALID_REQUEST", "no ***", 0),
-}  # fmt: skip
+# A fault before the first event is the client's 503, which the breaker counts: (script, part of the message).
+FAILED: dict[str, tuple[list[Any], str]] = {
+    "reset before any byte": ([RESET], "without an answer"),
+    "closed before any byte": ([], "without an answer"),
+    "closed inside the head": ([CHUNKED[:30]], "without an answer"),
+    "not HTTP": ([b"SSH-2.0-OpenSSH_9.6\r\n\r\n"], "not HTTP/1.1"),
+    "bare LF": ([b"HTTP/1.1 200 OK\n\n"], "not HTTP/1.1"),
+    "two lengths": ([head(200, "Content-Length: 1", "Content-Length: 1")], "not HTTP/1.1"),
+    "gzip framing": ([head(200, "Transfer-Encoding: gzip, chunked")], "not HTTP/1.1"),
+    "gzip content": ([head(200, "Content-Encoding: gzip")], "Content-Encoding"),
+    "a head without end": ([b"HTTP/1.1 200 OK\r\n", Flood(b"A: b\r\n" * 200)], "not HTTP/1.1"),
+    "an HTML page": ([head(200, "Content-Length: 6", kind="text/html"), b"<html>"], "type"),
+    "HTML with 502": ([head(502, "Content-Length: 6", kind="text/html"), b"<html>"], "502"),
+    "a redirect": ([head(307, "Location: http://127.0.0.1:1/", "Content-Length: 0")], "307"),
+    "a redirect as our error": ([error(302, "VPS_BUSY")], "302"),
+    "no content": ([head(204)], "204"),
+    "switching protocols": ([head(101)], "101"),
+    "informational for ever": ([Flood(head(103))], "103"),
+    "an error past its length": ([head(503, "Content-Length: 2") + b"{} "], "503"),
+    "an error without end": ([head(503, "Connection: close"), Flood(b" " * 4096)], "503"),
+    "a header as an error's code": ([error(503, "A\r\nB: c")], "503"),
+}
+# An error of a backend that is up: (script, status, code, part of the message).
+REFUSED: dict[str, tuple[list[Any], int, str, str]] = {
+    "its 400": ([error(400, "INVALID_REQUEST")], 400, "INVALID_REQUEST", "says the VPS"),
+    "its 404": ([error(404, "MODEL_NOT_FOUND")], 404, "MODEL_NOT_FOUND", "says the VPS"),
+    "its 409": ([error(409, "SUPERSEDED")], 409, "SUPERSEDED", "says the VPS"),
+    "its 429": ([error(429, "RATE_LIMIT")], 429, "RATE_LIMIT", "says the VPS"),
+    "its 503 after a 100": ([head(100), error(503, "RESOURCE_EXHAUSTED")], 503, "RESOURCE_EXHAUSTED", "says the VPS"),
+    "its 401": ([error(401, "UNAUTHORIZED")], 503, UNAVAILABLE, "do not match"),
+    "its 421": ([error(421, "MISDIRECTED_REQUEST")], 503, UNAVAILABLE, "CEREBRUM_ALLOWED_HOSTS on the VPS"),
+    "its 500": ([error(500, "INTERNAL_ERROR")], 503, UNAVAILABLE, "says the VPS"),
+    "a model that cannot be loaded": ([error(500, "MODEL_LOAD_FAILED")], 500, "MODEL_LOAD_FAILED", "says the VPS"),
+    "our key": ([error(400, "INVALID_REQUEST", f"no {KEY}!")], 400, "INVALID_REQUEST", "no ***!"),
+}
 
 # A later fault is an error event and a cut: (script, events before the error, part of its message).
 BROKEN: dict[str, tuple[list[Any], list[Any], str]] = {
     "resets after the head": ([CHUNKED, RESET], [], "the connection broke in the middle of its answer"),
     "resets between chunks": ([CHUNKED, A, RESET], [TOKEN_A], "the connection broke in the middle of its answer"),
-    "resets without a framing": ([CLOSING, token("a", 1) + DONE, RESET], [TOKEN_A], "the connection broke"),
     "dies after the head": ([CHUNKED], [], "in the middle of its answer"),
     "dies between chunks": ([CHUNKED, A], [TOKEN_A], "in the middle of its answer"),
     "dies inside a chunk": ([CHUNKED, A, B[:-7]], [TOKEN_A], "in the middle of its answer"),
-    "dies inside a chunk's CRLF": ([CHUNKED, A[:-1]], [TOKEN_A], "in the middle of its answer"),
     "dies inside the last chunk": ([CHUNKED, A, chunk(DONE), b"0\r\n"], [TOKEN_A], "in the middle of its answer"),
     "half an event, then the last chunk": ([CHUNKED, A, chunk(token("b", 2)[:-1]), END], [TOKEN_A], "of an event"),
-    "half an event, then the end": ([CLOSING, token("a", 1), token("b", 2)[:9]], [TOKEN_A], "of an event"),
-    "half a done event": ([CHUNKED, A, chunk(DONE[:-1]), END], [TOKEN_A], "of an event"),
     "a clean end without done": ([CHUNKED, A, END], [TOKEN_A], "without saying that it is done"),
-    "a clean end without anything": ([CHUNKED, END], [], "without saying that it is done"),
     "a length of 0": ([head(200, "Content-Length: 0")], [], "without saying that it is done"),
     "a broken chunk size": ([CHUNKED, A, b"xyz\r\n"], [TOKEN_A], "malformed chunk"),
-    "a negative chunk size": ([CHUNKED, A, b"-5\r\nabcde\r\n"], [TOKEN_A], "malformed chunk"),
     "a chunk longer than it says": ([CHUNKED, A, b"3\r\nabcdef\r\n"], [TOKEN_A], "malformed chunk"),
-    "a token in a chunk longer than it says": ([CHUNKED, A, B[:-2] + b"x"], [TOKEN_A, TOKEN_B], "malformed chunk"),
     "a broken last chunk": ([CHUNKED, A, B + b"0\r\nx y\r\n\r\n"], [TOKEN_A, TOKEN_B], "malformed chunk"),
-    "shorter than its length": ([length_of(token("a", 1), 500)], [TOKEN_A], "in the middle of its answer"),
-    "longer than its length": ([length_of(token("a", 1) + DONE, len(token("a", 1)))], [TOKEN_A], "without saying"),
     "done past the last chunk": ([CHUNKED, A, END + chunk(DONE)], [TOKEN_A], "without saying"),
     "a token after done": ([CHUNKED, A, chunk(DONE), B, END], [TOKEN_A], "after the last one"),
-    "two dones": ([CHUNKED, chunk(DONE), chunk(DONE), END], [], "after the last one"),
     "not JSON": ([CHUNKED, A, chunk(b"data: {oops\n\n")], [TOKEN_A], "not JSON"),
-    "a token that is no JSON": ([CHUNKED, A, chunk(b'data: {"token": "a", "total_tokens": 0x2}\n\n')], [TOKEN_A], ""),
-    "a number that JSON does not have": (
-        [CHUNKED, A, chunk(b'data: {"token": "b", "total_tokens": 007}\n\n'), END], [TOKEN_A], "not JSON"
-    ),
-    "an array": ([CHUNKED, A, chunk(b"data: [1]\n\n")], [TOKEN_A], "not JSON"),
+    "an odd number": ([CHUNKED, A, chunk(b'data: {"token": "b", "total_tokens": 007}\n\n')], [TOKEN_A], "not JSON"),
     "not UTF-8": ([CHUNKED, A, chunk(b'data: {"token": "\xff", "total_tokens": 2}\n\n')], [TOKEN_A], "not JSON"),
-    "deep nesting": ([CHUNKED, A, chunk(b"data: " + b"[" * 9000 + b"\n\n")], [TOKEN_A], "not JSON"),
     "NaN": ([CHUNKED, A, chunk(b'data: {"done": true, "total_tokens": NaN}\n\n'), END], [TOKEN_A], "not JSON"),
     "a token without its number": ([CHUNKED, A, chunk(event(token="b"))], [TOKEN_A], "without its number"),
     "a token with a wrong number": ([CHUNKED, A, chunk(event(token="b", total_tokens=True))], [TOKEN_A], "its number"),
     "an error without a code": ([CHUNKED, A, chunk(event(error=True, message="m"))], [TOKEN_A], "without message"),
-}  # fmt: skip
+}
 
 # The same two tokens in every framing and split.
 WHOLE: dict[str, list[Any]] = {
@@ -143,11 +123,9 @@ WHOLE: dict[str, list[Any]] = {
     "chunks with extensions and trailers": [CHUNKED, b"29;a=b\r\n" + A[4:], B, chunk(DONE), b"0\r\nA: b\r\n\r\n"],
     "a length": [length_of(token("a", 1) + token("b", 2) + DONE)],
     "surplus behind a length": [length_of(token("a", 1) + token("b", 2) + DONE) + b"HTTP/1.1 200 OK\r\n"],
-    "surplus behind the last chunk": [CHUNKED, A, B, chunk(DONE), END + A],
     "a connection that stays open": [*GOOD, HANG],
     "until the close": [CLOSING, token("a", 1), token("b", 2), DONE],
     "HTTP/1.0": [b"HTTP/1.0 200 OK\r\n\r\n", token("a", 1), token("b", 2), DONE],
-    "without a media type": [b"HTTP/1.1 200 OK\r\n\r\n", token("a", 1), token("b", 2), DONE],
     "after 100 and 103": [head(100), head(103), *GOOD],
     "CRLF in events": [CLOSING, (token("a", 1) + token("b", 2) + DONE).replace(b"\n", b"\r\n")],
     "events that nobody knows": [CHUNKED, chunk(event(news=1)), A, chunk(b"event: x\nid: 7\n\n"), B, chunk(DONE), END],
@@ -164,25 +142,19 @@ def check_error(reply: Reply, status: int, code: str, part: str) -> None:
 
 
 @pytest.mark.parametrize("split", [False, True], ids=["whole", "bytes"])
-@pytest.mark.parametrize("name", REFUSED)
-async def test_refused(name: str, split: bool):
-    script, status, code, part, counted = REFUSED[name]
+@pytest.mark.parametrize("name", [*FAILED, *REFUSED])
+async def test_before_the_first_event(name: str, split: bool):
+    script, status, code, part = REFUSED.get(name) or (FAILED[name][0], 503, UNAVAILABLE, FAILED[name][1])
     async with Backend([script], split=split) as backend, pi_for(backend.port, probing=False) as pi:
         check_error(await pi.stream(), status, code, part)
         check_error(await pi.complete(), status, code, part)
         assert len(backend.completions) == 2, "a POST was sent again"
-        assert pi.gateway.fleet.first.breaker.describe(0)["failures"] == (2 if counted else 0)
+        assert pi.gateway.fleet.first.breaker.describe(0)["failures"] == (2 if name in FAILED else 0)
 
 
 def joined(script: list[Any]) -> list[Any]:
-    """The script with adjacent writes joined, so a fault arrives in the same read as the good events before it."""
-    steps: list[Any] = []
-    for step in script:
-        if isinstance(step, bytes) and steps and isinstance(steps[-1], bytes):
-            steps[-1] += step
-        else:
-            steps.append(step)
-    return steps
+    """The script with its writes joined, so a fault arrives in the same read as the good events before it."""
+    return [b"".join(step for step in script if step is not RESET), *[RESET] * (RESET in script)]
 
 
 @pytest.mark.parametrize("how", ["writes", "one write", "bytes"])
@@ -210,27 +182,9 @@ async def test_whole(name: str, split: bool):
         reply = await pi.stream()
         *tokens, done = reply.events
         assert (reply.status, reply.clean, tokens) == (200, True, [TOKEN_A, TOKEN_B])
-        assert done.pop("timestamp")
-        assert done == {
-            "done": True,
-            "language": "python",
-            "model": "qwen_0_5b",
-            "total_tokens": 2,
-            "inference_time": 0.25,
-            "mode": "complete",
-            "finish_reason": "stop",
-            "prompt_tokens": 5,
-        } | ({"kept": done["kept"]} if "kept" in done else {})
+        told = {"done": True, "total_tokens": 2, "inference_time": 0.25, "finish_reason": "stop", "prompt_tokens": 5}
+        assert done == done | told | {"language": "python", "model": "qwen_0_5b", "mode": "complete"}
         assert (await pi.complete()).json["completion"] == "ab"
-
-
-async def test_a_flood_of_comments_reaches_the_client_as_a_few():
-    script = [CHUNKED, A, Flood(chunk(b": k\n\n" * 1000), 100), B, chunk(DONE), END]
-    async with Backend([script]) as backend, pi_for(backend.port) as pi:
-        reply = await pi.stream()
-        assert reply.clean
-        assert [event for event in reply.events if event != ": keep-alive"][:2] == [TOKEN_A, TOKEN_B]
-        assert len(reply.events) < 200, "comments that come together are one"
 
 
 # ---------------------------------------------------------------------------------------- connections
@@ -261,44 +215,34 @@ async def test_a_spare_connection_that_nobody_uses_is_closed(monkeypatch: pytest
         assert backend.connections - connections <= 2, "a probe asks twice, and nothing else connects"
 
 
-@pytest.mark.parametrize("last", [b"", b"HTTP/1.1 408 Request Timeout\r\n\r\n"], ids=["closed", "written to"])
-async def test_a_spare_connection_that_the_backend_has_ended_is_not_used(last: bytes):
-    async with Backend() as backend, pi_for(backend.port) as pi:
-        assert (await pi.complete()).status == 200
-        await until(lambda: backend.waiting)
-        for writer in list(backend.waiting):
-            writer.write(last)
-            await writer.drain()
-            writer.close()
-            await writer.wait_closed()
-        assert (await pi.complete()).status == 200
-
-
-async def test_a_spare_connection_with_an_answer_that_nobody_asked_for_is_not_used():
+@pytest.mark.parametrize(("last", "closes"), [(b"", True), (TIMED_OUT, True), (TIMED_OUT, False)])
+async def test_a_spare_connection_that_the_backend_has_ended_or_written_to_is_not_used(last: bytes, closes: bool):
     async with Backend() as backend, pi_for(backend.port) as pi:
         assert (await pi.complete()).status == 200
         await until(lambda: backend.waiting)
         (writer,) = backend.waiting
-        writer.write(b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\n\r\n")
-        client = pi.gateway.fleet.first.upstream
-        await until(lambda: client._spare and client._spare.unread)
+        writer.write(last)
+        spare = pi.gateway.fleet.first.upstream._spare
+        if closes:
+            writer.close()
+        await until(lambda: spare and (spare.end if closes else spare.unread))
         assert (await pi.complete()).status == 200
 
 
-@pytest.mark.parametrize(
-    ("fault", "then", "status", "asked", "failures"),
-    [
-        ([], GOOD, 200, 3, 0),
-        ([RESET], GOOD, 200, 3, 0),
-        ([], [RESET], 503, 3, 1),
-        ([CHUNKED[:30]], GOOD, 503, 2, 1),
-        ([head(100)], GOOD, 503, 2, 1),
-        ([HANG], GOOD, 503, 2, 1),
-    ],
-    ids=["closed", "reset", "twice", "half a head", "an interim head", "silent"],
-)
+# What a used spare gets, what the next connection gets, the client's status, the requests, and the breaker's failures.
+SENT_AGAIN: list[tuple[list[Any], Any, int, int, int]] = [
+    ([], GOOD, 200, 3, 0),
+    ([RESET], GOOD, 200, 3, 0),
+    ([], [RESET], 503, 3, 1),
+    ([CHUNKED[:30]], GOOD, 503, 2, 1),
+    ([head(100)], GOOD, 503, 2, 1),
+    ([HANG], GOOD, 503, 2, 1),
+]
+
+
+@pytest.mark.parametrize(("fault", "then", "status", "asked", "failures"), SENT_AGAIN)
 async def test_a_spare_connection_that_closes_as_the_request_goes_out(
-    fault: list[Any], then: list[Any], status: int, asked: int, failures: int, monkeypatch: pytest.MonkeyPatch
+    fault: list[Any], then: Any, status: int, asked: int, failures: int, monkeypatch: pytest.MonkeyPatch
 ):
     """The request is sent again, once, and only if nobody can have had an answer."""
     monkeypatch.setattr(upstream, "HEAD_SECONDS", 0.5)
@@ -307,13 +251,6 @@ async def test_a_spare_connection_that_closes_as_the_request_goes_out(
         await until(lambda: backend.waiting)
         assert ((await pi.complete()).status, len(backend.completions)) == (status, asked)
         assert pi.gateway.fleet.first.breaker.failures == failures
-
-
-async def test_a_failure_leaves_no_connection(monkeypatch: pytest.MonkeyPatch):
-    async with Backend([[RESET]]) as backend, pi_for(backend.port) as pi:
-        assert (await pi.complete()).status == 503
-        await until(lambda probes=pi.probes: pi.probes > probes)
-        assert not backend.waiting
 
 
 async def test_an_address_that_drops_packets_does_not_hide_the_next_one(monkeypatch: pytest.MonkeyPatch):
@@ -332,6 +269,25 @@ async def test_an_address_that_drops_packets_does_not_hide_the_next_one(monkeypa
             endpoint = dataclasses.replace(config.endpoint, host="vps")
             async with pi_for(dataclasses.replace(config, endpoint=endpoint)) as pi:
                 assert (await pi.complete()).status == 200
+
+
+async def test_https_with_a_private_authority(tmp_path: Path):
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    tls.load_cert_chain(*certificate(tmp_path, "vps").values())
+    async with Backend([GOOD, GOOD, [CHUNKED, A, HANG]], tls=tls) as backend:
+        config = backend_at(backend.port)
+        config = dataclasses.replace(config, endpoint=dataclasses.replace(config.endpoint, tls=True))
+        async with pi_for(dataclasses.replace(config, ca_file=str(tmp_path / "vps.crt"))) as pi:
+            assert [(await pi.complete()).json["completion"] for _ in range(2)] == ["ab", "ab"]
+            backend.left.clear()
+            reader, writer = await pi.open("POST", "/v1/complete/stream", {"prompt": "x", "language": "python"})
+            await reader.readuntil(b"total_tokens")
+            writer.transport.abort()
+            await backend.left.wait()
+        async with pi_for(config) as pi:
+            check_error(reply := await pi.complete(), 503, UNAVAILABLE, "it cannot be reached")
+            told = (reply.body + (await pi.get("/health")).body).lower()
+            assert not re.search(rb"certificate|ssl|_verify|traceback|errno", told)
 
 
 def test_a_name_is_looked_up_once_and_nobody_waits_for_the_resolver(monkeypatch: pytest.MonkeyPatch):
@@ -374,85 +330,48 @@ def test_a_name_is_looked_up_once_and_nobody_waits_for_the_resolver(monkeypatch:
     go.set()  # only now: the loop has ended before
 
 
-HONEST: dict[str, Any] = {"done": True, "total_tokens": 2, "inference_time": 0.25, "prompt_tokens": 5}
-LIES: list[dict[str, Any]] = [
-    {name: value}
-    for name in ("language", "model", "mode", "timestamp", "completion", "token", "message", "code", "kept")
-    for value in ("lies", 5, None, {"a": [1]}, True)
-] + [
-    {name: value}
-    for name in ("total_tokens", "inference_time", "prompt_tokens", "finish_reason")
-    for value in (True, None, "5", -1, 10**19, [], {})
-    if name != "finish_reason" or value != "5"
+LIES = dict.fromkeys(("language", "model", "mode", "timestamp", "completion", "token", "message", "code"), "lies")
+FIGURES = ("total_tokens", "prompt_tokens", "cached_tokens", "inference_time", "load_time", "ttft", "finish_reason")
+
+
+@pytest.mark.parametrize("wrong", [True, None, "", -1, 10**19, [], {}], ids=str)
+async def test_a_done_event_that_lies_cannot_override_what_is_ours(wrong: Any):
+    """Figures of the wrong type are left out, and members that nobody knows are passed on."""
+    done = event(**LIES, **dict.fromkeys(FIGURES, wrong), kept="lies", x=[1], done=True)
+    async with Backend([[CHUNKED, A, B, chunk(done), END]]) as backend, pi_for(backend.port) as pi:
+        whole, stream = await pi.complete(), await pi.stream()
+        assert (whole.status, whole.json.pop("completion"), stream.clean) == (200, "ab", True)
+        for result in (whole.json, stream.events[-1]):
+            told = {"language": "python", "model": "qwen_0_5b", "mode": "complete", "total_tokens": 2, "x": [1]}
+            assert result == result | told
+            assert type(result["inference_time"]) is float
+            assert 0 <= result["inference_time"] < PATIENCE
+            assert (len(result["timestamp"]), result["kept"]["parts"]) == (26, ["all"])
+            ours = {*told, "inference_time", "timestamp", "kept"}
+            assert set(result) - ours == ({"completion"} if result == whole.json else {"done"})
+        foreign = await pi.ask("POST", "/infill", {"prompt": "x = "})
+        assert (foreign.status, foreign.json["content"]) == (200, "ab")
+
+
+MESSAGES = [
+    ("one\r\ntwo\x1b[2J\0\x7f\x9b3", "one two [2J 3"),
+    (f"the key {KEY}", "the key ***"),
+    ("x" * (MAX_MESSAGE_CHARACTERS - 9) + KEY, "x" * (MAX_MESSAGE_CHARACTERS - 9) + "***"),
+    ("größer 😀", "größer 😀"),
 ]
-FIGURES = [
-    (name, value) for name in ("cached_tokens", "load_time", "ttft") for value in (True, None, "5", -1, 10**19, [], {})
-]
 
 
-def saying(**members: Any) -> list[Any]:
-    """A completion of "ab" whose done event has these members, too."""
-    return [CHUNKED, A, B, chunk(event(**HONEST | members)), END]
-
-
-async def test_a_done_event_that_lies_cannot_override_what_is_ours():
-    scripts = [saying(**{"x": [1]} | lie) for lie in LIES for _ in range(2)]
-    async with Backend(scripts) as backend, pi_for(backend.port) as pi:
-        for lie in LIES:
-            whole = await pi.complete()
-            stream = await pi.stream()
-            assert (whole.status, stream.clean) == (200, True), lie
-            for result in (whole.json, stream.events[-1]):
-                expected = {"language": "python", "model": "qwen_0_5b", "mode": "complete", "total_tokens": 2}
-                assert {name: result[name] for name in expected} == expected, lie
-                assert 0 <= result["inference_time"] < 20, lie
-                assert type(result["inference_time"]) is float, lie
-                assert len(result["timestamp"]) == 26, lie
-                assert result.get("prompt_tokens", 5) == 5, lie
-                assert result["kept"]["parts"] == ["all"], lie
-                assert result["x"] == [1], lie
-                assert not {"token", "message", "code", "error", "finish_reason"} & set(result), lie
-            assert whole.json["completion"] == "ab", lie
-            assert "done" not in whole.json, lie
-            assert "completion" not in stream.events[-1], lie
-
-
-async def test_a_wrong_figure_in_a_done_event_is_left_out() -> None:
-    scripts = [saying(**{name: value}) for name, value in FIGURES for _ in range(2)]
-    async with Backend(scripts) as backend, pi_for(backend.port) as pi:
-        for name, value in FIGURES:
-            native = await pi.complete()
-            assert (native.status, name in native.json) == (200, False), (name, value)
-            foreign = await pi.ask("POST", "/infill", {"prompt": "x = "})
-            assert (foreign.status, foreign.json["content"]) == (200, "ab"), (name, value)
-
-
-async def test_an_error_event_is_passed_on_with_its_code():
-    told = event(error=True, message="no memory", code="RESOURCE_EXHAUSTED")
-    async with Backend([[CHUNKED, A, chunk(told)]]) as backend, pi_for(backend.port) as pi:
-        reply = await pi.stream()
-        assert (reply.status, reply.clean) == (200, False)
-        assert reply.events == [TOKEN_A, {"error": True, "message": "no memory", "code": "RESOURCE_EXHAUSTED"}]
-        check_error(await pi.complete(), 503, "RESOURCE_EXHAUSTED", "no memory")
-        assert pi.gateway.fleet.first.breaker.describe(0)["failures"] == 0
-
-
-@pytest.mark.parametrize(
-    ("message", "told"),
-    [
-        ("one\r\ntwo\x1b[2J\0\x7f\x9b3", "one two [2J 3"),
-        (f"the key {KEY}", "the key ***"),
-        ("x" * (MAX_MESSAGE_CHARACTERS - 9) + KEY, "x" * (MAX_MESSAGE_CHARACTERS - 9) + "***"),
-        ("größer 😀", "größer 😀"),
-    ],
-)
+@pytest.mark.parametrize(("message", "told"), MESSAGES)
 async def test_a_message_of_the_vps_has_no_controls_and_no_key(message: str, told: str):
     refused = error(503, "RESOURCE_EXHAUSTED", message)
-    broken = [CHUNKED, chunk(event(error=True, message=message, code="RESOURCE_EXHAUSTED"))]
+    broken = [CHUNKED, A, chunk(event(error=True, message=message, code="RESOURCE_EXHAUSTED"))]
     async with Backend([[refused], broken, broken]) as backend, pi_for(backend.port) as pi:
-        check_error(await pi.complete(), 503, "RESOURCE_EXHAUSTED", told)
-        for message in ((await pi.complete()).json["message"], (await pi.stream()).events[-1]["message"]):
-            assert message == told
+        for _ in range(2):
+            check_error(await pi.complete(), 503, "RESOURCE_EXHAUSTED", told)
+        reply = await pi.stream()
+        assert (reply.status, reply.clean) == (200, False)
+        assert reply.events == [TOKEN_A, {"error": True, "message": told, "code": "RESOURCE_EXHAUSTED"}]
+        assert pi.gateway.fleet.first.breaker.describe(0)["failures"] == 0
 
 
 async def test_progress_and_comments_are_passed_on():
@@ -470,16 +389,15 @@ async def slowly() -> None:
     await asyncio.sleep(0.02)  # the VPS's pace is what is tested
 
 
-@pytest.mark.parametrize(
-    ("script", "part"),
-    [
-        ([HANG], "did not answer in time"),
-        ([b"HTTP/1.1 200 OK\r\n", HANG], "did not answer in time"),
-        ([head(503, "Content-Length: 9"), b"{", HANG], "it answered 503"),
-        ([step for c in CHUNKED for step in (bytes([c]), slowly)], "did not answer in time"),
-    ],
-    ids=["silent", "half a head", "half an error", "a byte at a time"],
-)
+LATE: list[tuple[list[Any], str]] = [
+    ([HANG], "did not answer in time"),
+    ([b"HTTP/1.1 200 OK\r\n", HANG], "did not answer in time"),
+    ([head(503, "Content-Length: 9"), b"{", HANG], "it answered 503"),
+    ([step for c in CHUNKED for step in (bytes([c]), slowly)], "did not answer in time"),
+]
+
+
+@pytest.mark.parametrize(("script", "part"), LATE, ids=["silent", "half a head", "half an error", "a byte at a time"])
 async def test_a_head_must_come_before_the_deadline(script: list[Any], part: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(upstream, "HEAD_SECONDS", 0.15)
     async with Backend([script]) as backend, pi_for(backend.port) as pi:
@@ -487,23 +405,18 @@ async def test_a_head_must_come_before_the_deadline(script: list[Any], part: str
         await backend.left.wait()  # the connection is gone: a late answer has nowhere to go
 
 
-@pytest.mark.parametrize("script", [[CHUNKED, A, HANG], [CHUNKED, A, B[:9], HANG]], ids=["between", "inside"])
-async def test_a_stall_ends_at_the_idle_deadline(script: list[Any], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(upstream, "IDLE_SECONDS", 0.15)
-    async with Backend([script]) as backend, pi_for(backend.port) as pi:
-        reply = await pi.stream()
-        assert reply.events[0] == TOKEN_A
-        assert "it stopped in the middle" in reply.events[1]["message"]
-        assert not reply.clean
+async def test_a_stall_ends_at_the_idle_deadline(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(upstream, "IDLE_SECONDS", 0.4)
+    async with Backend([[CHUNKED, A, B[:9], HANG]]) as backend, pi_for(backend.port) as pi:
+        first, last = (await pi.stream()).events
+        assert (first, "it stopped in the middle" in last["message"]) == (TOKEN_A, True)
         await backend.left.wait()
 
 
 class Clock:
     """The loop and the transport of a Reader, with a clock that is a number."""
 
-    def __init__(self) -> None:
-        self.now, self.cut = 0.0, False
-        self.due, self.callback = 0.0, lambda: None
+    now, due, cut = 0.0, 0.0, False
 
     def time(self) -> float:
         return self.now
@@ -514,53 +427,29 @@ class Clock:
     def abort(self) -> None:
         self.cut = True
 
-    def go_to(self, now: float) -> None:
-        while not self.cut and self.due <= now:
+    def go_on(self, seconds: float) -> None:
+        end = self.now + seconds
+        while not self.cut and self.due <= end:
             self.now = self.due
             self.callback()
-        self.now = now
+        self.now = end
 
 
-def watched(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> upstream.Reader:
+@pytest.mark.parametrize("silent", [True, False])
+def test_a_vps_is_cut_if_it_is_silent_or_never_ends_but_our_own_pauses_do_not_count(silent: bool, monkeypatch: Any):
+    clock, idle = Clock(), upstream.IDLE_SECONDS
     monkeypatch.setattr(asyncio, "get_running_loop", lambda: clock)
     reader = upstream.Reader()
     reader.transport = clock  # type: ignore[assignment]
-    reader.watch(upstream.IDLE_SECONDS)
-    return reader
-
-
-def test_a_silent_vps_is_cut_but_our_own_pauses_do_not_count(monkeypatch: pytest.MonkeyPatch):
-    clock = Clock()
-    reader = watched(clock, monkeypatch)
-    clock.go_to(10 * upstream.IDLE_SECONDS)
-    assert not clock.cut, "nobody was reading"
-    for _ in range(20):  # a comment now and then keeps a slow stream alive
-        reader._since = clock.now
-        clock.go_to(clock.now + 0.9 * upstream.IDLE_SECONDS)
+    reader.watch(idle)
+    clock.go_on(10 * idle)  # nobody is reading
+    while clock.now < upstream.STREAM_SECONDS - idle:
+        reader._since = clock.now  # a comment now and then keeps a slow stream alive
+        clock.go_on(0.9 * idle)
     assert not clock.cut
-    reader._since = clock.now
-    clock.go_to(clock.now + 1.1 * upstream.IDLE_SECONDS)
+    reader._since = clock.now if silent else upstream.STREAM_SECONDS
+    clock.go_on(1.1 * idle)
     assert (clock.cut, reader.end) == (True, upstream.EXPIRED)
-
-
-def test_a_stream_that_goes_on_for_ever_is_cut(monkeypatch: pytest.MonkeyPatch):
-    clock = Clock()
-    reader = watched(clock, monkeypatch)
-    while not clock.cut and clock.now < 2 * upstream.STREAM_SECONDS:
-        reader._since = clock.now
-        clock.go_to(clock.now + 1)
-    assert upstream.STREAM_SECONDS <= clock.now < upstream.STREAM_SECONDS + upstream.IDLE_SECONDS + 1
-
-
-@pytest.mark.parametrize("flood", [b"x" * 65536, b"data: " + b"x" * 65536], ids=["no line", "one line"])
-async def test_megabytes_without_an_event_are_cut(flood: bytes):
-    script = [CLOSING, token("a", 1), Flood(flood)]
-    async with Backend([script]) as backend, pi_for(backend.port) as pi:
-        reply = await pi.stream()
-        assert reply.events[0] == TOKEN_A
-        assert "an event of more than 262144 bytes" in reply.events[1]["message"]
-        await backend.left.wait()
-        assert backend.sent < 16 << 20  # the kernel's buffers; ours hold 256 KiB
 
 
 async def test_a_collected_answer_without_end_is_cut():
@@ -594,99 +483,16 @@ async def test_a_vps_that_restarts_is_found_again(monkeypatch: pytest.MonkeyPatc
         check_error(await pi.stream(), 503, UNAVAILABLE, "VPS backend is unavailable (circuit breaker open)")
         assert (await pi.get("/health")).status == 503
         async with Backend(port=port):
-            await until(lambda: pi.gateway.fleet.first.breaker.state == "half-open")
+            await until(lambda: pi.gateway.fleet.available)
             assert (await pi.get("/health")).status == 200
             assert (await pi.stream()).clean
             assert pi.gateway.fleet.first.breaker.state == "closed"
 
 
-async def test_a_trial_whose_client_leaves_gives_no_verdict(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(breaker, "OPEN_SECONDS", 0.01)
-    async with Backend([[], [], [], [CHUNKED, HANG], GOOD]) as backend, pi_for(backend.port) as pi:
-        for _ in range(3):
-            await pi.stream()
-        await until(lambda: pi.gateway.fleet.first.breaker.state == "half-open")
-        backend.begun.clear()
-        backend.left.clear()
-        _, writer = await pi.open("POST", "/v1/complete", {"prompt": "x", "language": "python"})
-        await backend.begun.wait()
-        writer.transport.abort()
-        await backend.left.wait()
-        assert pi.gateway.fleet.first.breaker.state == "half-open"
-        assert (await pi.stream()).clean
-        assert pi.gateway.fleet.first.breaker.state == "closed"
-
-
 # ---------------------------------------------------------------------------------------------- pure
 
-STREAM = (
-    token("a", 1) + b": hi\n\n" + event(progress={"done": 1}) + token('"\\\n}\u00e9\U0001f600', 2) + token("", 3) + DONE
-)
 
-
-def classified(pieces: list[bytes]) -> list[tuple[str, Any]]:
-    events, seen = Events(), []
-    for piece in pieces:
-        for kind, value in take_apart(events.feed(piece), "k"):
-            whole = [part + b"\n\n" for part in value.split(b"\n\n")[:-1]] if isinstance(value, bytes) else [value]
-            seen += [(kind, part) for part in whole]
-    assert not events.inside
-    return seen
-
-
-@pytest.mark.parametrize("line_end", [b"\n", b"\r\n"], ids=["LF", "CRLF"])
-def test_events_are_the_same_for_every_split(line_end: bytes):
-    text = STREAM.replace(b"\n\n", line_end * 2)
-    expected = classified([STREAM])
-    assert [kind for kind, _ in expected] == ["text", "idle", "progress", "text", "text", "done"]
-    assert classified([text[i : i + 1] for i in range(len(text))]) == expected
-    for at in range(len(text)):
-        assert classified([text[:at], text[at:]]) == expected
-
-
-class Pieces:
-    """A Reader that reads these pieces."""
-
-    end = upstream.ENDED
-
-    def __init__(self, pieces: list[bytes]) -> None:
-        self.pieces = list(pieces)
-
-    async def read(self) -> bytes:
-        return self.pieces.pop(0) if self.pieces else b""
-
-
-@pytest.mark.parametrize("split", [False, True], ids=["whole", "bytes"])
-@pytest.mark.parametrize(
-    ("framing", "data", "payload", "rest", "failure"),
-    [
-        ((3, False), b"abc", b"abc", b"", ""),
-        ((3, False), b"ab", b"ab", None, "it ended in the middle of its answer"),
-        ((3, False), b"abcd", b"abc", b"d", ""),
-        ((None, False), b"abc", b"abc", None, ""),
-        ((None, True), b"2\r\nab\r\n1\r\nc\r\n0\r\n\r\n", b"abc", b"", ""),
-        ((None, True), b"2\r\nab\r\n", b"ab", None, "it ended in the middle of its answer"),
-        ((None, True), b"1\r\na\r\n0\r\n\r\nx", b"a", b"x", ""),
-        ((None, True), b"2\r\nab\r\nzz\r\n", b"ab", None, "it sent a malformed chunk"),
-        ((None, True), b"2\r\nab0\r\n\r\n", b"ab", None, "it sent a malformed chunk"),
-    ],
-)
-async def test_body(framing: Any, data: bytes, payload: bytes, rest: bytes | None, failure: str, split: bool):
-    pieces = [data[i : i + 1] for i in range(len(data))] if split else [data]
-    decoder = BodyDecoder(*framing)
-    for piece in pieces:
-        decoder.feed(piece)
-    assert (decoder.rest if decoder.done else None) == rest
-    answer, got = Answer(Pieces(pieces), None), b""  # type: ignore[arg-type]
-    answer.body = BodyDecoder(*framing)
-    for _ in range(2):  # a fault is raised again
-        with pytest.raises(BackendFailure, match=failure) if failure else contextlib.nullcontext():
-            while piece := await answer.read():
-                got += piece
-    assert got == payload
-
-
-@pytest.mark.parametrize("size", [1 << 20, 10_000, 1000])
+@pytest.mark.parametrize("size", [1 << 20, 1000])
 async def test_what_comes_before_an_event_that_is_too_long_is_relayed(size: int):
     text = A + chunk(b"data: " + b"x" * 300_000 + b"\n\n")
     script = [CHUNKED, *(text[at : at + size] for at in range(0, len(text), size))]
@@ -698,19 +504,13 @@ async def test_what_comes_before_an_event_that_is_too_long_is_relayed(size: int)
 
 def test_an_event_is_too_long_or_not_however_it_is_split():
     longest = b"data: " + b"x" * (MAX_EVENT_BYTES - 6)
-    for event_, good in ((longest, True), (longest + b"x", False)):
-        for line_ends in (b"\n\n", b"\r\n\r\n"):
-            data = event_ + line_ends + b": next\n\n"
-            for step in (65_536, 65_537, 65_535, 60_001):
-                begun = len(event_) - 10
-                pieces = [data[at : min(at + step, begun)] for at in range(0, begun, step)]
-                pieces += [bytes([byte]) for byte in data[begun:]]
-                events = Events()
-                if good:
-                    assert b"".join(map(events.feed, pieces)) == event_ + b"\n\n: next\n\n"
-                else:
-                    with pytest.raises(BackendFailure, match="an event of more than 262144 bytes"):
-                        list(map(events.feed, pieces))
+    for line_ends, step in itertools.product((b"\n\n", b"\r\n\r\n"), (65_536, 65_537, 60_001)):
+        for event_ in (longest, longest + b"x"):
+            data, begun, events = event_ + line_ends + b": next\n\n", len(event_) - 10, Events()
+            pieces = [data[at : min(at + step, begun)] for at in range(0, begun, step)]
+            pieces += [bytes([byte]) for byte in data[begun:]]
+            with contextlib.nullcontext() if event_ == longest else pytest.raises(BackendFailure, match="262144 bytes"):
+                assert b"".join(map(events.feed, pieces)) == event_ + b"\n\n: next\n\n"
 
 
 def test_json_of_a_list_of_models_that_lies():
