@@ -1,8 +1,8 @@
 """Faults of the world around both daemons, which run as processes and with real weights: cables, power, disks, clocks.
 
 A machine that loses its network is a network namespace behind a veth pair whose far end goes down: from then on every
-packet is lost, and nobody hears of it. Power that fails is the same, followed by `kill -9`. Both need root, as does a
-full disk, which is a tmpfs of a megabyte. libfaketime makes the clock jump.
+packet is lost, and nobody hears of it. That needs root, as does a full disk: a tmpfs of a megabyte. libfaketime makes
+the clock jump.
 """
 
 from __future__ import annotations
@@ -271,20 +271,19 @@ def cable() -> Iterator[Cable]:
 
 
 async def test_a_cable_is_cut(cable: Cable, measured: Path, tmp_path: Path) -> None:
-    """With four things under way at once, since each side waits half a minute for the other one."""
-    scenarios = (the_vps_loses_its_power, a_client_falls_silent, a_client_that_is_sent_nothing, a_pi_falls_silent)
+    """With three things under way at once, since each side waits half a minute for the other one."""
+    scenarios = (the_vps_falls_silent, a_client_falls_silent, a_client_that_is_sent_nothing)
     cable.users = asyncio.Barrier(len(scenarios))
     async with asyncio.TaskGroup() as group:
         for scenario in scenarios:
             group.create_task(scenario(cable, with_state(measured, tmp_path / scenario.__name__)))
 
 
-async def the_vps_loses_its_power(cable: Cable, folder: Path) -> None:
-    """In mid-stream."""
+async def the_vps_falls_silent(cable: Cable, folder: Path) -> None:
+    """In mid-stream: the Pi answers its client, and the VPS, for which the Pi falls silent, computes no further."""
     with both(folder, cable) as (vps, pi, client):
         stream = await Stream.begin(client)
         await cable.set("down")
-        vps.process.kill()
         began = time.monotonic()
         noticed = await until_true(lambda: is_healthy(pi.port, 503), "the Pi misses the VPS")
         refused = await client.stream(**fields())
@@ -294,10 +293,11 @@ async def the_vps_loses_its_power(cable: Cable, folder: Path) -> None:
         assert noticed < PROBE_SECONDS * 1.2 + CONNECT_SECONDS + MARGIN_SECONDS
         assert took < IDLE_SECONDS + MARGIN_SECONDS
         assert (await told(pi.port))["requests_active"] == 0
+        await asyncio.to_thread(vps.wait_for_line, r"POST /v1/inference/stream 499 ")
+        assert time.monotonic() - began < WRITE_SECONDS + MARGIN_SECONDS
         await cable.set("up")
-        with vpsd(folder, *cable.inside, CEREBRUM_VPS_HOST=cable.far, CEREBRUM_VPS_PORT=str(vps.port)):
-            back = await until_true(lambda: is_healthy(pi.port), "the Pi finds the VPS again")
-            assert_done(await client.stream(**fields(max_tokens=8)), 8)
+        back = await until_true(lambda: is_healthy(pi.port), "the Pi finds the VPS again")
+        assert_done(await client.stream(**fields(max_tokens=8)), 8)
         print(f"away after {noticed:.1f} s, stream ended after {took:.1f} s, back after {back:.1f} s")
 
 
@@ -328,19 +328,6 @@ async def a_client_that_is_sent_nothing(cable: Cable, folder: Path) -> None:
             await until(backend.left.is_set, seconds=WRITE_SECONDS + MARGIN_SECONDS)
             await asyncio.to_thread(pi.wait_for_line, r"POST /v1/complete 499 ")
             await cable.set("up")
-
-
-async def a_pi_falls_silent(cable: Cable, folder: Path) -> None:
-    """The same between the Pi and the VPS: the Pi answers its client, and the VPS computes no further."""
-    with both(folder, cable) as (vps, _, client):
-        stream = await Stream.begin(client)
-        await cable.set("down")
-        began = time.monotonic()
-        assert_broken(await stream.rest())
-        assert time.monotonic() - began < IDLE_SECONDS + MARGIN_SECONDS
-        await asyncio.to_thread(vps.wait_for_line, r"POST /v1/inference/stream 499 ")
-        assert time.monotonic() - began < WRITE_SECONDS + MARGIN_SECONDS
-        await cable.set("up")
 
 
 # --------------------------------------------------------------------------------------------- a full disk
@@ -431,7 +418,7 @@ async def test_the_clock_jumps(folder: Path) -> None:
             moved.write_text(f"{days:+d}d")
             moved.replace(clock)  # at once: a daemon that finds the file empty ends
             shown = time.strftime("%Y-%m-%d", time.gmtime(real + days * 86_400))
-            assert (await told(vps.port, "/health"))["timestamp"][:4] == shown[:4]
+            assert (await told(vps.port, "/health"))["timestamp"][:10] == shown
             assert_done(await stream.rest(), 256)
             assert_done(await client.complete(**fields(max_tokens=4)), 4)
             await until(lambda seen=probes: vps.stdout().count("GET /health 200") >= seen + 3, "two probes")
@@ -472,29 +459,24 @@ async def test_a_model_file_is_damaged_while_it_is_served(folder: Path) -> None:
 
     with both(folder, CEREBRUM_MODELS_DIR=str(file.parent)) as (vps, _, client):
 
-        async def text() -> str:
-            reply = await client.complete(**fields(max_tokens=16))
-            assert reply.status == 200, reply.body
-            return str(reply.json["completion"])
+        async def outcome() -> str:
+            reply = (await client.complete(**fields(max_tokens=16))).json
+            return str(reply.get("completion") or reply["code"])
 
-        good = await text()
-        for spoil, status, code, says in (
-            (damage, 500, "MODEL_LOAD_FAILED", "expected sha256 "),
-            (lambda: os.truncate(file, middle), 500, "MODEL_LOAD_FAILED", "cut short"),
-            (file.unlink, 404, "MODEL_NOT_FOUND", "is missing"),
-            (damage_in_secret, 500, "MODEL_LOAD_FAILED", "expected sha256 "),
+        good = await outcome()
+        for spoil, code in (
+            (damage, "MODEL_LOAD_FAILED"),
+            (lambda: os.truncate(file, middle), "MODEL_LOAD_FAILED"),
+            (file.unlink, "MODEL_NOT_FOUND"),
+            (damage_in_secret, "MODEL_LOAD_FAILED"),
         ):
             spoil()
-            assert await text() == good  # the model is in memory as a whole
+            assert await outcome() == good  # the model is in memory as a whole
             await unload(vps.port)
-            for reply in (await ask_vps(vps.port, max_tokens=4), await client.complete(**fields(max_tokens=4))):
-                assert (reply.status, reply.json["code"]) == (status, code)
-                assert f"model {SMALL}" in reply.json["message"]
-                assert says in reply.json["message"]
-                assert str(folder) not in reply.body.decode()
+            assert await outcome() == code
             assert (await told(vps.port))["requests_active"] == 0
             shutil.copyfile(FILES[SMALL], file)
-            assert await text() == good
+            assert await outcome() == good
         assert "Traceback" not in vps.stdout()
 
 
@@ -562,29 +544,26 @@ CACHE_MB = 16  # of parked sequences, so that the warm-up fills it
 # first part. A leak of 1 KB in each of them would be 11 MB.
 GROWN_MB = {"cm4d": 3.0, "vpsd": 10.0}
 
-NATIVE = {"language": "python", "model": SMALL}
-CHAT = {"messages": [{"role": "user", "content": "1, 2, 3, "}], "max_tokens": 2}
 
-
-def a_request(draw: random.Random) -> tuple[str, str, Any, int]:
+def a_request(draw: random.Random, number: int) -> tuple[str, str, Any, int]:
     """One of many kinds: method, path, body, and the status of its answer. A tenth of them are completions."""
-    prompt = "".join(draw.choices("abcxyz", k=6)) + " = "
-    short = {"prompt": prompt, "max_tokens": draw.randint(1, 4), "temperature": draw.choice((0, 0.5))}
-    infill = {"input_prefix": f"def {prompt}", "input_suffix": "\n", "n_predict": 2}
-    stream = {"stream": draw.random() < 0.5}
-    kinds: list[tuple[int, str, str, Any, int]] = [
-        (4, "POST", draw.choice(("/v1/complete", "/v1/complete/stream")), NATIVE | short, 200),
-        (2, "POST", "/v1/completions", short | stream, 200),
-        (2, "POST", "/v1/chat/completions", CHAT | stream, 200),
-        (2, "POST", "/infill", infill | stream, 200),
-        (50, "GET", draw.choice(("/health", "/v1/stats", "/v1/models", "/metrics", "/", "/openapi.json")), None, 200),
-        (10, "POST", "/v1/complete", NATIVE, 400),
-        (8, "POST", "/v1/chat/completions", {"messages": []}, 400),
-        (8, "POST", "/v1/complete/stream", NATIVE | short | {"model": "codellama_7b"}, 404),
-        (8, "PUT", "/v1/complete", None, 405),
+    prompt = f"x{number} = "
+    short = {"prompt": prompt, "max_tokens": 2}
+    native = {"language": "python", "model": SMALL, **short}
+    chat = {"messages": [{"role": "user", "content": prompt}], "max_tokens": 2}
+    infill = {"input_prefix": prompt, "input_suffix": "\n", "n_predict": 2, "stream": draw.random() < 0.5}
+    if number % 10 == 0:
+        bodies = {"/v1/complete": native, "/v1/complete/stream": native, "/v1/completions": short, "/infill": infill}
+        path, body = draw.choice([*bodies.items(), ("/v1/chat/completions", chat)])
+        return "POST", path, body, 200
+    good = ("/health", "/v1/stats", "/v1/models", "/metrics", "/", "/openapi.json")
+    bad: list[tuple[str, str, Any, int]] = [
+        ("POST", "/v1/complete", {}, 400),
+        ("POST", "/v1/chat/completions", {"messages": []}, 400),
+        ("POST", "/v1/complete/stream", {**native, "model": "codellama_7b"}, 404),
+        ("PUT", "/v1/complete", None, 405),
     ]
-    _, *chosen = draw.choices(kinds, [kind[0] for kind in kinds])[0]
-    return tuple(chosen)  # type: ignore[return-value]
+    return draw.choice([*bad, *(("GET", path, None, 200) for path in good)])
 
 
 async def abort_a_request(client: Client, draw: random.Random, request_id: str) -> None:
@@ -625,7 +604,7 @@ async def test_thousands_of_requests_leave_nothing(folder: Path, requests: int) 
                     sent[request_id] = "aborted"
                     await abort_a_request(client, draw, request_id)
                     continue
-                method, path, body, status = a_request(draw)
+                method, path, body, status = a_request(draw, number)
                 reply = await client.ask(method, path, body, X_Request_ID=request_id)
                 assert (reply.status, reply.clean) == (status, True), (path, body, reply.body)
                 sent[request_id] = f"{method} {path} {status}"

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import http.client
 import json
 import shutil
 import socket
 import subprocess
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,11 +15,7 @@ from typing import Any
 import pytest
 from harness import KEY, PATIENCE, wait_until
 from scripted import in_a_thread
-from test_wire import ROUTES, State
-
-from cerebrum.fields import parse_json
-from cerebrum.http import Access, Server, own_names
-from cerebrum_common import Request, Response, Route, sse_event
+from test_wire import serving
 
 HEADERS = {"X-API-Key": KEY, "Content-Type": "application/json"}
 
@@ -34,47 +28,21 @@ def needs(tool: str) -> str:
 
 
 class Peer:
-    """The server in a thread, and what its handlers have seen."""
+    """The server of test_wire.py in a thread."""
 
-    def __init__(self) -> None:
-        self.left, self.complaints = threading.Event(), list[Any]()
+    async def __aenter__(self) -> None:
+        self._serving = serving()
+        server, self.port = await self._serving.__aenter__()
+        self.left = server.state.left  # a stream has ended
 
-    async def __aenter__(self) -> Peer:
-        asyncio.get_running_loop().set_exception_handler(lambda _, context: self.complaints.append(context))
-        more = Route("POST", "/v1/tokens", self.tokens, json=True), Route("POST", "/v1/echo", echo, json=True)
-        self.server = Server(State(), (*ROUTES, *more), Access((KEY,), own_names()))
-        self.port = await self.server.start("127.0.0.1", 0)
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.server.stop(1.0)
-
-    async def tokens(self, state: Any, request: Request) -> Response:
-        """`max_tokens` token events, or an endless stream of them for 0."""
-
-        async def events() -> Any:
-            count, number = parse_json(request.body)["max_tokens"], 0
-            try:
-                while not count or number < count:
-                    number += 1
-                    yield sse_event({"token": "ä", "total_tokens": number})
-                    await asyncio.sleep(0)
-                yield sse_event({"done": True, "total_tokens": number})
-            finally:
-                self.left.set()
-
-        return Response(events=events())
-
-
-async def echo(state: Any, request: Request) -> Response:
-    return Response({"bytes": len(request.body), "length": request.head.length})
+    async def __aexit__(self) -> None:
+        await self._serving.__aexit__(None, None, None)
 
 
 @pytest.fixture
 def peer() -> Iterator[Peer]:
     with in_a_thread(Peer()) as peer:
         yield peer
-    assert peer.complaints == []
 
 
 def use(port: int, peer: Peer) -> None:
@@ -94,14 +62,14 @@ def use(port: int, peer: Peer) -> None:
     assert answer("GET", "/nothing")["code"] == "NOT_FOUND"
     assert answer("GET", "/v1/models", **{"X-API-Key": "wrong"})["code"] == "UNAUTHORIZED"
     body = json.dumps({"a": "x" * 500_000}).encode()
-    assert answer("POST", "/v1/echo", body)["bytes"] == len(body)
-    assert answer("POST", "/v1/echo", iter([body[:9], body[9:]]))["bytes"] == len(body)
+    assert answer("POST", "/v1/complete", body) == json.loads(body)
+    assert answer("POST", "/v1/complete", iter([body[:9], body[9:]])) == json.loads(body)
     response = send("GET", "/health", **{"X-Request-ID": "mine"})
     assert response.read()
     assert response.headers.get_all("X-Request-ID") == ["mine"]
-    assert len(send("POST", "/v1/tokens", '{"max_tokens": 500}').read().split(b"\n\n")) == 502
+    assert len(send("POST", "/v1/complete/stream", '{"count": 500}').read().split(b"\n\n")) == 502
     peer.left.clear()
-    endless = send("POST", "/v1/tokens", '{"max_tokens": 0}')
+    endless = send("POST", "/v1/complete/stream", '{"count": 0}')
     assert endless.readline().startswith(b"data: ")
     endless.close()
     client.close()
@@ -129,18 +97,18 @@ def test_curl(peer: Peer) -> None:
     out = curl("/health", *what, *what[:2] * 2, f"{url}/health", f"{url}/v1/models")
     assert out == "200 1.1 1 200 1.1 0 200 1.1 0 ", "it keeps its connection"
     assert curl("/health", "-I").startswith("HTTP/1.1 200 OK\r\n")
-    out = curl("/v1/tokens", "-0", "-i", "-d", '{"max_tokens": 2}')
+    out = curl("/v1/complete/stream", "-0", "-i", "-d", '{"count": 2}')
     assert ("Transfer-Encoding" in out, "Connection: close" in out) == (False, True)
-    assert out.endswith('data: {"done": true, "total_tokens": 2}\n\n')
+    assert out.endswith('data: {"done": true}\n\n')
     assert json.loads(curl("/v1/unload/qwen_7b", "-X", "POST"))["parameter"] == "qwen_7b"
 
     waits, body = ("-H", "Expect: 100-continue", "--data-binary", "@-"), b'{"a": "%b"}' % (b"x" * 900_000)
-    chunked = curl("/v1/echo", "-H", "Transfer-Encoding: chunked", *waits, stdin=body)
-    assert json.loads(chunked) == {"bytes": len(body), "length": None}
-    assert curl("/v1/echo", "-w", "%{size_upload}", *waits, stdin=b"{}") == '{"bytes": 2, "length": 2}2'
+    chunked = curl("/v1/complete", "-H", "Transfer-Encoding: chunked", *waits, stdin=body)
+    assert json.loads(chunked) == json.loads(body)
+    assert curl("/v1/complete", "-w", "%{size_upload}", *waits, stdin=b"{}") == "{}2"
     for expect in ("Expect: 100-continue", "Expect:"):
         options = ("-o", "/dev/null", "-w", "%{http_code} %{size_upload}", "-H", expect, "--data-binary", "@-")
-        status, sent = curl("/v1/echo", *options, stdin=b"x" * 8_000_000).split()
+        status, sent = curl("/v1/complete", *options, stdin=b"x" * 8_000_000).split()
         assert status == "413"
         assert int(sent) < 8_000_000 or expect == "Expect:"
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -17,7 +18,8 @@ import random
 import re
 import socket
 import sys
-from collections.abc import AsyncIterator, Iterator
+import threading
+from collections.abc import AsyncIterator, Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,10 +29,10 @@ from harness import HEALTH, KEY, Daemon, Reply, ask, connect, daemon, read_reply
 from scripted import Backend, in_a_thread
 
 import cerebrum_common as common
+from cerebrum import http
 from cerebrum.fields import parse_json
-from cerebrum.http import Access, Server, own_names
 from cerebrum.service import LogFormatter
-from cerebrum_common import HttpError, Request, Response, Route
+from cerebrum_common import Head, HttpError, Request, Response, Route
 
 K, C = True, False
 BODY = b'{"prompt": "x", "language": "python", "model": "qwen_0_5b", "max_tokens": 4}'
@@ -84,7 +86,7 @@ SOCKET = "websocket\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSoc
 TE, CL5, EXPECT = "Transfer-Encoding: chunked", "Content-Length: 5", "Expect: 100-continue"
 # The values of a row stand where these have %b.
 FORMS: dict[str, bytes] = {
-    "at once": b"%b",
+    "raw": b"%b",
     "line": lines("%b", "Host: localhost"),
     "version": get(version="%b"),
     "method": get(method="%b"),
@@ -122,9 +124,8 @@ def members(status: int, *values: bytes) -> list[Row]:
 
 
 REQUEST_LINES: list[Row] = [
-    ("HTTP/1.0", get(version="HTTP/1.0"), 200, C),
-    ("HTTP/1.0 without Host", lines("GET /health HTTP/1.0"), 200, C),
-    ("HTTP/1.0 with keep-alive", get("/health", "Connection: keep-alive", version="HTTP/1.0"), 200, C),
+    *each("raw", 200, C, get(version="HTTP/1.0"), "GET /health HTTP/1.0\r\n\r\n"),
+    *each("raw", 200, C, get("/health", "Connection: keep-alive", version="HTTP/1.0")),
     *each("line", 400, C, "GET  /health HTTP/1.1", "GET\t/health HTTP/1.1", "GET / HTTP/1.1 ", " GET / HTTP/1.1"),
     *each("line", 400, C, "GET /health", "GET /health ", "GET HTTP/1.1", "GET /a b HTTP/1.1", "  ", "a GET / HTTP/1.1"),
     *each("line", 400, C, b"GET /\xc3\xa4 HTTP/1.1", b"GET /\xc0\xaf HTTP/1.1", b"GET /\0a HTTP/1.1"),
@@ -134,17 +135,14 @@ REQUEST_LINES: list[Row] = [
     *each("method", 400, C, "GE(T", "GÉT"),
     *each("method", 405, K, "DELETE", "TRACE", "POST", "PUT"),
     *each("line", 501, C, "CONNECT example.com:443 HTTP/1.1"),
-    ("HTTP/2 preface", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505, C),
-    *each("at once", 400, C, "GET /health\r\n", "EHLO localhost\r\n", HELLO, b"\0"),
-    ("one empty line", b"\r\n" + get(), 200, K),
-    ("two empty lines", b"\r\n\r\n" + get(), 400, C),
-    ("an empty line of LF", b"\n" + get(), 400, C),
-    ("a lone CR first", b"\r" + get(), 400, C),
+    *each("raw", 505, C, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"),
+    *each("raw", 400, C, "GET /health\r\n", "EHLO localhost\r\n", HELLO, b"\0"),  # at once
+    *each("raw", 200, K, b"\r\n" + get()),
+    *each("raw", 400, C, b"\r\n\r\n" + get(), b"\n" + get(), b"\r" + get(), get().replace(b"\r\n", b"\n")),
     ("8,000 bytes of path", get("/" + "a" * 7999), 404, K),
     ("8,192 bytes of target", get("/health?" + "a" * 8184), 200, K),
     ("8,193 bytes of target", get("/health?" + "a" * 8185), 414, C),
-    ("8,224 bytes without a line end", b"G" * 8224, 414, C),
-    ("100,000 bytes of method", b"A" * 100_000 + b" / HTTP/1.1\r\n", 414, C),
+    *each("raw", 414, C, "G" * 8224, "A" * 100_000 + " / HTTP/1.1\r\n"),
     *each("header", 200, C, "Connection: close", "Connection: foo , CLOSE", "Connection: foo\r\nConnection: close"),
 ]
 TARGETS: list[Row] = [
@@ -157,19 +155,18 @@ TARGETS: list[Row] = [
     *each("path", 404, K, "/health/..", "/./health", "/health/x", "/HEALTH", "/health%2F", "/health;a", "/he%2561lth"),
     *each("path", 421, K, "http://evil.example/health"),
     *each("path", 405, K, "@POST"),
-    ("absolute form without Host", lines("GET http://localhost/health HTTP/1.1"), 400, C),
+    *each("raw", 400, C, "GET http://localhost/health HTTP/1.1\r\n\r\n"),
     ("HEAD", get(method="HEAD"), 200, K),
     ("HEAD of nothing", get("/nothing", method="HEAD"), 404, K),
     ("HEAD where a POST belongs", get("@POST", method="HEAD"), 405, K),
-    ("OPTIONS *", get("*", method="OPTIONS"), 204, K),
-    ("OPTIONS of a path", get("/health", method="OPTIONS"), 204, K),
+    *each("raw", 204, K, get("*", method="OPTIONS"), get("/health", method="OPTIONS")),
 ]
 HEADERS: list[Row] = [
-    ("no Host", lines("GET /health HTTP/1.1"), 400, C),
+    *each("raw", 400, C, "GET /health HTTP/1.1\r\n\r\n", "GET /health HTTP/1.1\r\n \r\nHost: localhost\r\n\r\n"),
     *each("Host", 400, C, "a b", "a#b", "a@b", "a/b", "", "u:p@localhost", "localhost:x", "localhost:99999", "a, b"),
     *each("Host", 400, C, "localhost:-1", "[::1", b"\xe4", "localhost:1:2", "local%68ost", "a\\b", "[::1%25lo]", ":80"),
     *each("Host", 400, C, "::1", "[::1]x", "localhost:000080", "h:+1", "h\r\nHost: h", "localhost\r\nhost: b"),
-    *each("Host", 200, K, "LOCALHOST:80", "[::1]:9", "[::1]", "127.0.0.1:", "localhost:65535", "\tlocalhost"),
+    *each("Host", 200, K, "LOCALHOST:80", "[1:2:3:4:5:6:7:8]", "127.0.0.1:", "[::1]:65535", "\tlocalhost"),
     *each("Host", 200, K, socket.gethostname(), f"{socket.gethostname()}.LOCAL", "[fe80::1]:80", "10.1.2.3"),
     *each("Host", 421, K, "evil.example", "localhost.evil.example", "127.0.0.1.nip.io", "127.1", "h"),
     *each("header", 400, C, "A : b", ": b", "abc", "Transfer-Encoding : chunked", " A: b", " ", "\tA: b"),
@@ -179,12 +176,8 @@ HEADERS: list[Row] = [
     *each("header", 200, K, b"A: \xe4\xff", "A:\r\nB: \t ", "Transfer_Encoding: chunked\r\nContent_Length: 5"),
     *each("header", 400, C, *(f"{one}: a\r\n{one.lower()}: a" for one in ("Content-Type", "Origin", "Expect"))),
     *each("header", 400, C, "x-api-key: a"),
-    ("a line of spaces first", lines("GET /health HTTP/1.1", " ", "Host: localhost"), 400, C),
-    ("bare LF line ends", get().replace(b"\r\n", b"\n"), 400, C),
-    ("a bare LF behind the request line", get().replace(b"\r\n", b"\n", 1), 400, C),
-    ("a bare CR behind the request line", get().replace(b"\r\n", b"\r", 1), 400, C),
-    ("LF for the empty line", get()[:-2] + b"\n", 400, C),
-    ("CR for the empty line", get()[:-2] + b"\rx", 400, C),
+    *each("raw", 400, C, get().replace(b"\r\n", b"\n", 1), get().replace(b"\r\n", b"\r", 1)),
+    *each("raw", 400, C, get()[:-2] + b"\n", get()[:-2] + b"\rx"),
     ("32,768 bytes", get("/health", "A: " + "a" * (32_768 - len(get()) - 5)), 200, K),
     ("32,769 bytes", get("/health", "A: " + "a" * (32_769 - len(get()) - 5)), 431, C),
     ("a head that never ends", get()[:-2] + b"A: b\r\n" * 10_000, 431, C),
@@ -201,10 +194,10 @@ HEADERS: list[Row] = [
     *each("with", 200, K, "Range: bytes=0-1", UPGRADE + SOCKET),
     *each("with", 417, C, "Expect: 200-ok"),
     *each("header", 417, C, "Expect: 200-ok"),
-    ("Upgrade in HTTP/1.0", get("/health", UPGRADE + SOCKET, version="HTTP/1.0"), 200, C),
+    *each("raw", 200, C, get("/health", UPGRADE + SOCKET, version="HTTP/1.0")),
 ]
 BODIES: list[Row] = [
-    ("a length in HTTP/1.0", sized(BODY, version="HTTP/1.0"), 200, C),
+    *each("raw", 200, C, sized(BODY, version="HTTP/1.0")),
     *each("good", 200, K, f"{N}", f" 000{N}", f"  {N}", f"\t{N}", f" {N} \t"),
     *each("length", 400, C, "+5", "-0", "-5", "0x5", "0o5", "5_0", "5 5", "", b"\xb2", "\u0665", "5.0", "1e1", "abc"),
     *each("length", 400, C, "5, 5", "5,5", "5, 6", "5;", '"5"', "-" + "9" * 30, "9" * 21, "9" * 5000),
@@ -218,48 +211,30 @@ BODIES: list[Row] = [
     *each("coding", 501, C, "gzip, chunked", "chunked, chunked", ", chunked"),
     *each("coding", 400, C, "gzip", "chunked, gzip", "identity", "xchunked", "chunked;a=b", '"chunked"', ""),
     *each("coding", 400, C, "chunked,", b"\x0bchunked", b"\x0cchunked", b"chunked\0"),
-    ("chunks in HTTP/1.0", chunked(GOOD_CHUNKS, version="HTTP/1.0"), 400, C),
-    ("chunks of one byte", chunked(b"".join(b"1\r\n%c\r\n" % c for c in BODY) + b"0\r\n\r\n"), 200, K),
-    ("a last chunk of zeros", chunked(GOOD_CHUNKS.replace(b"\r\n0\r\n", b"\r\n000\r\n")), 200, K),
+    *each("raw", 400, C, chunked(GOOD_CHUNKS, version="HTTP/1.0")),
+    *each("chunks", 200, K, b"".join(b"1\r\n%c\r\n" % c for c in BODY) + b"0\r\n\r\n", GOOD_CHUNKS[:-2] + b"\r\n"),
+    *each("chunks", 200, K, GOOD_CHUNKS.replace(b"\r\n0\r\n", b"\r\n000\r\n"), half(BODY) + half(b"") + b"0\r\n\r\n"),
     *each("size", 200, K, SIZE.upper(), "0" * 10 + SIZE),
-    *each(
-        "size",
-        400,
-        C,
-        f"0x{SIZE}",
-        f"-{SIZE}",
-        f"+{SIZE}",
-        f"{SIZE[0]}_{SIZE[1:]}",
-        f" {SIZE}",
-        f"{SIZE} ",
-        f"{SIZE}\t",
-    ),
-    *each("size", 400, C, f"{SIZE},", "", "g", "0" * 15 + SIZE, "f" * 16 + "0"),
+    *each("size", 400, C, f"0x{SIZE}", f"-{SIZE}", f"+{SIZE}", f"{SIZE[0]}_{SIZE[1:]}", f" {SIZE}", f"{SIZE} "),
+    *each("size", 400, C, f"{SIZE}\t", f"{SIZE},", "", "g", "0" * 15 + SIZE, "f" * 16 + "0"),
     *each("extension", 200, K, 'a="b; c";d;e=f', "a" * 250),
     *each("extension", 400, C, "", "a[=b", 'a="b', "a=", "\0a", "a\rx", "\n", "a" * 254, "a" * 65_000),
-    ("chunk size with a bare LF", chunked(GOOD_CHUNKS.replace(b"\r\n", b"\n", 1)), 400, C),
-    ("chunk size with a bare CR", chunked(GOOD_CHUNKS.replace(b"\r\n", b"\r", 1)), 400, C),
-    ("chunk data too long", chunked(GOOD_CHUNKS.replace(b"}", b"}}")), 400, C),
-    ("chunk data without a line end", chunked(GOOD_CHUNKS.replace(b"}\r\n0", b"}0")), 400, C),
-    ("chunk data ended by LF", chunked(GOOD_CHUNKS.replace(b"\r\n0", b"\n0")), 400, C),
+    *each("chunks", 400, C, GOOD_CHUNKS.replace(b"\r\n", b"\n", 1), GOOD_CHUNKS.replace(b"\r\n", b"\r", 1)),
+    *each("chunks", 400, C, *(GOOD_CHUNKS.replace(b"}\r\n", wrong) for wrong in (b"}}\r\n", b"}", b"}\n", b"}\r"))),
     *each("chunks", 400, C, "x", "1\r\nab", "1\r\na\n", "\n", "1;\0", "1;a=;", "0\r\nA: b\n", "+0\r\n\r\nX"),
     *each("trailer", 200, K, "A: b\r\nTransfer-Encoding: gzip\r\nHost: a\r\nContent-Length: 50\r\n\r\n"),
     *each("trailer", 200, K, "Authorization: Bearer x\r\nContent-Type: text/plain\r\n\r\n"),
     *each("trailer", 400, C, "A b\r\n\r\n", "A: b\n\r\n", "\n", "A: \0", "A: b\r\n c\r\n\r\n"),
     *each("trailer", 431, C, "A: b\r\n" * 2000),
-    ("too much, in one chunk", chunked(b"100001\r\n" + b"x" * 1000), 413, C),
-    ("too much, by 64 bits of chunk", chunked(b"ffffffffffffffff\r\n" + b"x" * 1000), 413, C),
-    ("too much, summed", chunked(half(b"") + b"80001\r\n"), 413, C),
-    ("too much, of extensions", chunked((b"1;" + b"a" * 200 + b"\r\nx\r\n") * 5300), 413, C),
-    ("1 MiB", sized(BODY + b" " * ((1 << 20) - N)), 200, K),
-    ("1 MiB in chunks", chunked(half(BODY) + half(b"") + b"0\r\n\r\n"), 200, K),
+    *each("chunks", 413, C, b"100001\r\n" + b"x" * 1000, b"f" * 16 + b"\r\n" + b"x" * 1000, half(b"") + b"80001\r\n"),
+    *each("chunks", 413, C, (b"1;" + b"a" * 200 + b"\r\nx\r\n") * 5300),  # extensions count
+    *each("raw", 200, K, sized(BODY + b" " * ((1 << 20) - N))),
     ("neither length", send(), 411, K),
     *each("with", 415, K, "Content-Encoding: gzip"),
-    ("a body on a GET", get("/health", CL5) + b"12345", 200, K),
-    ("chunks on a GET", get("/health", TE) + GOOD_CHUNKS, 200, K),
-    ("no chunks on a GET", get("/health", TE) + b"0\r\n\r\n", 200, K),
-    ("a body on an OPTIONS", get("/health", CL5, method="OPTIONS") + b"12345", 204, K),
-    ("a body on a TRACE", get("/health", CL5, method="TRACE") + b"12345", 405, K),
+    *each("raw", 200, K, get("/health", CL5) + b"12345", get("/health", TE) + GOOD_CHUNKS),
+    *each("raw", 200, K, get("/health", TE) + b"0\r\n\r\n"),
+    *each("raw", 204, K, get("/health", CL5, method="OPTIONS") + b"12345"),
+    *each("raw", 405, K, get("/health", CL5, method="TRACE") + b"12345"),
     ("a request in a body on a GET", get("/health", f"Content-Length: {len(HEALTH)}") + HEALTH + get(), [200, 200], K),
     ("a body on a HEAD", get() + get("/health", CL5, method="HEAD") + b"12345", [200, 200], K),
     ("a byte behind length 0", sized(b"") + b"X" + get(), [400, 501], C),
@@ -300,12 +275,6 @@ KEYS: list[Row] = [
     *each("header", 200, K, "Origin: http://localhost"),
     *each("with", 403, K, "Origin: http://evil.example"),
     ("foreign preflight", get("@POST", "Origin: http://evil", PREFLIGHT, method="OPTIONS"), 403, K),
-    (
-        "own preflight",
-        lines("OPTIONS @POST HTTP/1.1", "Host: localhost", "Origin: http://localhost", PREFLIGHT),
-        204,
-        K,
-    ),
 ]
 ROWS = [*REQUEST_LINES, *TARGETS, *HEADERS, *BODIES, *JSON, *KEYS]
 
@@ -314,10 +283,10 @@ ROWS = [*REQUEST_LINES, *TARGETS, *HEADERS, *BODIES, *JSON, *KEYS]
 
 
 class State:
-    """Records the requests that reach the handlers of the server in this process."""
+    """Records the requests that reach the handlers of the server in this process, and that a stream has ended."""
 
     def __init__(self) -> None:
-        self.calls: list[Request] = []
+        self.calls, self.left = list[Request](), threading.Event()
 
 
 async def simple(state: State, request: Request) -> Response:
@@ -330,14 +299,21 @@ async def complete(state: State, request: Request) -> Response:
 
 
 async def stream(state: State, request: Request) -> Response:
+    """`count` token events (0: without an end), and the end or the failure that is asked for."""
+    asked = {"count": 1, "fail": "", **parse_json(request.body)}
+
     async def events() -> AsyncIterator[bytes]:
-        yield common.sse_event({"token": "ä", "total_tokens": 1})
-        match parse_json(request.body).get("fail"):
-            case "http":
+        try:
+            for number in range(1, asked["count"] + 1) if asked["count"] else itertools.count(1):
+                yield common.sse_event({"token": "ä", "total_tokens": number})
+                await asyncio.sleep(0)
+            if asked["fail"] == "http":
                 raise HttpError("VPS_UNAVAILABLE", "expected more")
-            case "bug":
+            if asked["fail"]:
                 raise KeyError("secret")
-        yield common.sse_event({"done": True})
+            yield common.sse_event({"done": True})
+        finally:
+            state.left.set()
 
     return Response(events=events())
 
@@ -358,12 +334,12 @@ ROUTES = (
 
 
 @contextlib.asynccontextmanager
-async def serving(**options: Any) -> AsyncIterator[tuple[Server, int]]:
+async def serving(**options: Any) -> AsyncIterator[tuple[http.Server, int]]:
     """A server in this process, which must end without complaints of asyncio."""
     loop, complaints = asyncio.get_running_loop(), []
     loop.set_exception_handler(lambda _, context: complaints.append(context))
-    access = Access(**{"keys": (KEY,), "hosts": own_names(), **options})
-    server = Server(State(), ROUTES, access)
+    access = http.Access(**{"keys": (KEY,), "hosts": http.own_names(), **options})
+    server = http.Server(State(), ROUTES, access)
     port = await server.start("127.0.0.1", 0)
     try:
         yield server, port
@@ -396,22 +372,20 @@ def _quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
-async def send_split(writer: asyncio.StreamWriter, raw: bytes, pieces: int) -> None:
-    """Send in at most `pieces` writes, giving the other side its turn after each: on loopback it sees each of them."""
-    step = max(1, -(-len(raw) // pieces))
-    with contextlib.suppress(ConnectionError):
-        for start in range(0, len(raw), step):
-            writer.write(raw[start : start + step])
-            await writer.drain()
-            for _ in range(3 if pieces > 1 else 0):
-                await asyncio.sleep(0)
-
-
-async def play(port: int, raw: bytes, count: int = 1, pieces: int = 1) -> tuple[list[Reply], bool]:
-    """Send `raw`; returns `count` answers, and whether the connection is kept after them."""
+async def play(port: int, raw: bytes, count: int = 1, step: int = 1 << 30) -> tuple[list[Reply], bool]:
+    """Send `raw` in pieces of `step` bytes; returns `count` answers, and whether the connection is kept after them."""
+    raw = raw.replace(b"@POST", b"/v1/complete")
     async with connect(port) as (reader, writer):
-        sending = asyncio.create_task(send_split(writer, raw.replace(b"@POST", b"/v1/complete"), pieces))
-        replies = []
+
+        async def send() -> None:
+            with contextlib.suppress(ConnectionError):
+                for start in range(0, len(raw), step):
+                    writer.write(raw[start : start + step])
+                    await writer.drain()
+                    for _ in range(3):  # the other side's turn: on loopback it sees each of the writes
+                        await asyncio.sleep(0)
+
+        sending, replies = asyncio.create_task(send()), []
         for number in range(1, count + 1):
             is_head = b"HEAD " in raw and number == count  # a HEAD is the last of its row
             replies.append(await read_reply(reader, "HEAD" if is_head else "GET"))
@@ -421,14 +395,14 @@ async def play(port: int, raw: bytes, count: int = 1, pieces: int = 1) -> tuple[
             after = await read_reply(reader)
         except (asyncio.IncompleteReadError, ConnectionError):
             return replies, C
-        assert b"timestamp" in after.body or after.status == 200, after
+        assert after.status == 200, after
         return replies, K
 
 
-async def check_row(port: int, row: Row, pieces: int = 1) -> None:
+async def check_row(port: int, row: Row, **more: int) -> None:
     name, raw, status, keep = row
     expected = status if isinstance(status, list) else [status]
-    replies, kept = await play(port, raw, len(expected), pieces)
+    replies, kept = await play(port, raw, len(expected), **more)
     assert ([reply.status for reply in replies], kept) == (expected, keep), name
     for number, reply in enumerate(replies, 1):
         last = number == len(replies)
@@ -467,7 +441,7 @@ def check_shape(reply: Reply, is_head: bool) -> None:
 async def test_row(row: Row) -> None:
     async with serving() as (_, port):
         await check_row(port, row)
-        await check_row(port, row, pieces=300)
+        await check_row(port, row, step=1 + len(row[1]) // 300)
 
 
 async def test_rows_through_the_daemons(daemons: tuple[Daemon, Daemon]) -> None:
@@ -480,12 +454,10 @@ async def test_rows_through_the_daemons(daemons: tuple[Daemon, Daemon]) -> None:
 
 FIELDS: list[tuple[str, Any, str]] = [
     ("prompt", "", 'prompt: expected a non-empty string, got the string ""'),
-    ("prompt", None, "string, got null"),
     ("prompt", "\ud800", "prompt: expected Unicode text, got a lone surrogate"),
-    ("max_tokens", True, "2048, got the boolean true"),
     ("max_tokens", 2049, "2048, got the number 2049"),
-    ("temperature", 1.1, "temperature: expected a number from 0 to 1, got the number 1.1"),
-    ("top_p", 0, "top_p: expected a number above 0 to 1, got the number 0"),
+    ("temperature", 1.1, "a number from 0 to 1, got the number 1.1"),
+    ("top_p", 0, "a number above 0 to 1, got the number 0"),
     ("stop", ["x"] * 17, "stop: expected a string, or an array of"),
     ("seed", "x", 'got the string "x"'),
 ]
@@ -583,12 +555,12 @@ async def test_log_lines(caplog: pytest.LogCaptureFixture) -> None:
 
     forged = "/%E2%80%A8x%C2%85%20200%201.00s"
     shown, quoted = r"/\u2028x\x85 200 0.00s", r'"/\u2028x\u0085 200 1.00s"'
-    refused = "expected CRLF line ends and no control characters, got byte 0x16"
+    refused = "expected CRLF line ends and no control characters, got byte 0x0d"
     assert await logged(sized(BODY)) == ["INFO - [-] POST /v1/complete 200 0.00s"]
     assert await logged(get(forged)) == [
         f"INFO - [-] GET {shown} 404 0.00s NOT_FOUND: expected a path of this API, got {quoted}"
     ]
-    assert await logged(HELLO) == [f"INFO - [-] - - 400 0.00s INVALID_REQUEST: {refused}"]
+    assert await logged(b"GET\rx") == [f"INFO - [-] - - 400 0.00s INVALID_REQUEST: {refused}"]
     assert await logged(b"", 0) == []
 
 
@@ -628,6 +600,8 @@ async def test_non_ascii_key() -> None:
 # ------------------------------------------------------------------------------------------- random bytes
 
 SEEDS = [raw.replace(b"@POST", b"/v1/complete") for _, raw, _, _ in ROWS if len(raw) < 1000]
+CHUNKS = [raw.partition(b"\r\n\r\n")[2] for _, raw, *_ in BODIES if b"chunked\r\n\r\n" in raw and b"gzip" not in raw]
+CHUNKS += [b"5\r\n12345\r\n", b"1;a=b\r\nx\r\n", b"0\r\nA: b\r\n\r\n", b"A\r\n1234567890\r\n0\r\n\r\n"] * 40
 INPUTS = int(os.environ.get("FUZZ_INPUTS", "400"))  # for each daemon
 GROWTH_KB = 12_000  # after a quarter of them
 STATUSES = {200, 204, 400, 401, 403, 404, 405, 408, 411, 413, 414, 415, 417, 421, 429, 431, 501, 503, 505}
@@ -658,6 +632,66 @@ def splits(draw: random.Random, data: bytes) -> Iterator[list[bytes]]:
     """The data cut at random places, and byte by byte."""
     for cuts in (draw.choices(range(len(data) + 1), k=draw.randint(1, 12)), range(min(len(data), 600))):
         yield [data[start:stop] for start, stop in pairwise([0, *sorted(cuts), len(data)])]
+
+
+def read_head(pieces: Iterable[bytes]) -> dict[str, Any] | int | None:
+    """The outcome of these pieces: the fields of a head, a status, or None if more is needed."""
+    buffer, scanned = bytearray(), 0
+    try:
+        for piece in pieces:
+            buffer += piece
+            if (end := http.scan_request(buffer, scanned)) is not None:
+                head = http.parse_request(bytes(buffer[:end]))
+                return {name: getattr(head, name) for name in Head.__slots__ if name != "request_id"}  # made up
+            scanned = len(buffer)
+    except HttpError as error:
+        return error.status
+    return None
+
+
+def decode(pieces: Iterable[bytes]) -> tuple[bytes, bytes, bool] | int:
+    """A chunked body: (payload, rest, done), or a status."""
+    decoder, payload = http.BodyDecoder(None, True, 100), b""
+    for piece in pieces:
+        payload += decoder.feed(piece)
+        if decoder.fault:
+            return decoder.fault.status
+    return payload, decoder.rest, decoder.done
+
+
+def test_any_split_of_any_bytes_has_the_same_outcome() -> None:
+    draw, taken = random.Random(1), 0
+    for _ in range(1500):
+        request, soup = mutate(draw, SEEDS), b"".join(draw.choices(CHUNKS, k=draw.randint(1, 6)))
+        for data, outcome in ((request, read_head), (draw.choice((soup, mutate(draw, [soup]))), decode)):
+            whole = outcome([data])
+            for pieces in splits(draw, data):
+                assert outcome(pieces) == whole, pieces
+            taken += not isinstance(whole, int | None)
+    assert taken > 500
+
+
+def test_targets() -> None:
+    for target, parsed in {
+        "/": ("/", ""),
+        "/a/b?c": ("/a/b", ""),
+        "/a%2Fb": ("/a/b", ""),
+        "/%61%2561": ("/a%61", ""),
+        "/%C3%A4": ("/ä", ""),
+        "/%3f%23": ("/?#", ""),
+        "//evil.example/a//b/": ("/evil.example/a//b", ""),
+        "/%2Fa%2F": ("//a/", ""),
+        "http://h//a": ("/a", "h"),
+        "http://H:80?x": ("/", "h"),
+        "HTTP://[::1]:1/a": ("/a", "[::1]"),
+    }.items():
+        assert http.parse_target(target) == parsed
+
+
+def test_a_response_header_cannot_become_two() -> None:
+    for value in ("a\r\nB: c", "a\nb", "a\r"):
+        with pytest.raises(ValueError, match="line end"):
+            http.encode_head(200, [("A", value)])
 
 
 async def fuzz(daemon: Daemon, count: int, seed: int) -> None:
