@@ -226,7 +226,7 @@ def parse_request(block: bytes) -> Head:
 
 # ------------------------------------------------------------------------------------------ pure: bodies
 
-TEXT = rb'[\t\x20\x21\x23-\x5b\x5d-\x7e\x80-\xff]*'  # of a quoted string, without escapes
+TEXT = rb"[\t\x20\x21\x23-\x5b\x5d-\x7e\x80-\xff]*"  # of a quoted string, without escapes
 EXTENSION = rb';%b(?:=(?:%b|"%b"))?' % (TOKEN, TOKEN, TEXT)
 EXTENSION_BEGUN = rb';(?:%b(?:=(?:%b|"%b"?)?)?)?' % (TOKEN, TOKEN, TEXT)
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})((?:%b)*)\r\n" % EXTENSION)
