@@ -136,17 +136,16 @@ class Engine:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "stderr").touch()  # of Daemon; both servers log to either stream, so here they are one
         environment = {"PATH": os.environ["PATH"], "HOME": str(self.folder), "PYTHONUNBUFFERED": "1"}
+        output = os.memfd_create(self.name)
         process = subprocess.Popen(
             self._command(self.port),
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
+            stdout=output,
             stderr=subprocess.STDOUT,
             env=environment,
             cwd=self.folder,
-            encoding="utf-8",
-            errors="replace",
         )
-        self.daemon = Daemon(self.name, process, self.folder)
+        self.daemon = Daemon(self.name, process, self.folder, output)
         if wait:
             try:
                 self.wait()

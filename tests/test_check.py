@@ -129,6 +129,7 @@ FAULTS = [
     ("cm4d", "CM4_API_KEY", "0123456789abcde",
      ["warn key CEREBRUM_CM4_API_KEY generate_api_key.sh", IN_CLEAR, OUR_KEY]),
     ("cm4d", "CM4_KEYS_FILE", "{house}", [CM4_KEY, "warn key 1 anna short", IN_CLEAR, OUR_KEY]),
+    ("cm4d", "CM4_KEYS_FILE", "{bad}", [f"FAIL settings CEREBRUM_CM4_KEYS_FILE 1 {ENV} models.toml"]),
     ("cm4d", "CM4_KEYS_FILE", "anna key", [f"FAIL settings CEREBRUM_CM4_KEYS_FILE {ENV} models.toml"]),
     ("cm4d", "CM4_KEYS_FILE", "/none", [f"FAIL settings CEREBRUM_CM4_KEYS_FILE /none {ENV} models.toml"]),
     ("cm4d", "CM4_PORT", "0", ["ok address 127.0.0.1 0"]),
@@ -153,7 +154,8 @@ def test_a_fault(
     vps: Daemon, tmp_path: Path, check: Check, daemon: str, name: str, value: str, found: list[str]
 ) -> None:
     (house := tmp_path / "house").write_text("anna annas-key\n")
-    value, *found = (text.format(port=vps.port, house=house) for text in (value, *found))
+    (bad := tmp_path / "bad").write_text(f"anna {KEY} many\n")
+    value, *found = (text.format(port=vps.port, house=house, bad=bad) for text in (value, *found))
     own = {"CEREBRUM_VPS_URL": f"http://127.0.0.1:{vps.port}", f"CEREBRUM_{name}": value}
     assert_found(check(daemon, given(tmp_path, **own), found[0].split()[1]), *found)
 
