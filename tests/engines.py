@@ -124,7 +124,7 @@ class Engine:
         return f"http://127.0.0.1:{self.port}"
 
     @property
-    def process(self) -> subprocess.Popen[str]:
+    def process(self) -> subprocess.Popen[bytes]:
         return self.daemon.process
 
     def output(self) -> str:

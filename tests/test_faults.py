@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -154,24 +154,19 @@ async def is_idle(port: int) -> bool:
     return bool((await told(port))["requests_active"] == 0)
 
 
-class Stream:
-    """A stream that has begun: the bytes up to its first token have been read."""
+async def begin(client: Client, **more: Any) -> Coroutine[Any, Any, Reply]:
+    """Begin a stream, and read up to its first token. Returns what waits for the whole answer."""
+    reader, writer = await client.open("POST", "/v1/complete/stream", fields(**more))
+    begun = await asyncio.wait_for(reader.readuntil(b'{"token"'), PATIENCE)
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, begun: bytes) -> None:
-        self.reader, self.writer, self._begun = reader, writer, begun
-
-    @classmethod
-    async def begin(cls, client: Client, **more: Any) -> Stream:
-        reader, writer = await client.open("POST", "/v1/complete/stream", fields(**more))
-        return cls(reader, writer, await asyncio.wait_for(reader.readuntil(b'{"token"'), PATIENCE))
-
-    async def rest(self) -> Reply:
-        """The whole answer, once the connection has ended."""
+    async def rest() -> Reply:
         whole = asyncio.StreamReader(limit=1 << 20)
-        whole.feed_data(self._begun + await self.reader.read())
+        whole.feed_data(begun + await reader.read())
         whole.feed_eof()
-        self.writer.transport.abort()
+        writer.transport.abort()
         return await read_reply(whole)
+
+    return rest()
 
 
 def assert_broken(reply: Reply) -> None:
@@ -269,14 +264,14 @@ async def test_a_cable_is_cut(cable: Cable, measured: Path, tmp_path: Path) -> N
 async def the_vps_falls_silent(cable: Cable, folder: Path) -> None:
     """In mid-stream: the Pi answers its client, and the VPS, for which the Pi falls silent, computes no further."""
     with both(folder, cable) as (vps, pi, client):
-        stream = await Stream.begin(client)
+        rest = await begin(client)
         await cable.set("down")
         began = time.monotonic()
         await until(lambda: is_healthy(pi.port, 503), "the Pi misses the VPS")
         noticed = time.monotonic() - began
         refused = await client.stream(**fields())
         assert (refused.status, refused.json["code"]) == (503, "VPS_UNAVAILABLE")
-        assert_broken(await stream.rest())
+        assert_broken(await rest)
         took = time.monotonic() - began
         assert noticed < PROBE_SECONDS * 1.2 + CONNECT_SECONDS + MARGIN_SECONDS
         assert took < IDLE_SECONDS + MARGIN_SECONDS
@@ -404,13 +399,13 @@ async def test_the_clock_jumps(folder: Path) -> None:
     with both(folder, pi=faked, **faked) as (vps, pi, client):
         for days in (365, -1):
             probes = vps.stdout().count("GET /health 200")
-            stream = await Stream.begin(client, max_tokens=256)
+            rest = await begin(client, max_tokens=256)
             moved = folder / "moved"
             moved.write_text(f"{days:+d}d")
             moved.replace(clock)  # at once: a daemon that finds the file empty ends
             shown = time.strftime("%Y-%m-%d", time.gmtime(real + days * 86_400))
             assert (await told(vps.port, "/health"))["timestamp"][:10] == shown
-            assert_done(await stream.rest(), 256)
+            assert_done(await rest, 256)
             assert_done(await client.complete(**fields(max_tokens=4)), 4)
             await until(lambda seen=probes: vps.stdout().count("GET /health 200") >= seen + 3, "two probes")
             assert await is_healthy(pi.port)
@@ -536,26 +531,23 @@ CACHE_MB = 16  # of parked sequences, so that the warm-up fills it
 # first part. A leak of 1 KB in each of them would be 11 MB.
 GROWN_MB = {"cm4d": 3.0, "vpsd": 10.0}
 
-
-def a_request(draw: random.Random, number: int) -> tuple[str, str, Any, int]:
-    """One of many kinds: method, path, body, and the status of its answer. A tenth of them are completions."""
-    prompt = f"x{number} = "
-    short = {"prompt": prompt, "max_tokens": 2}
-    native = {"language": "python", "model": SMALL, **short}
-    chat = {"messages": [{"role": "user", "content": prompt}], "max_tokens": 2}
-    infill = {"input_prefix": prompt, "input_suffix": "\n", "n_predict": 2, "stream": draw.random() < 0.5}
-    if number % 10 == 0:
-        bodies = {"/v1/complete": native, "/v1/complete/stream": native, "/v1/completions": short, "/infill": infill}
-        path, body = draw.choice([*bodies.items(), ("/v1/chat/completions", chat)])
-        return "POST", path, body, 200
-    good = ("/health", "/v1/stats", "/v1/models", "/metrics", "/", "/openapi.json")
-    bad: list[tuple[str, str, Any, int]] = [
-        ("POST", "/v1/complete", {}, 400),
-        ("POST", "/v1/chat/completions", {"messages": []}, 400),
-        ("POST", "/v1/complete/stream", {**native, "model": "codellama_7b"}, 404),
-        ("PUT", "/v1/complete", None, 405),
-    ]
-    return draw.choice([*bad, *(("GET", path, None, 200) for path in good)])
+SHORT = {"prompt": "1, 2, 3, ", "max_tokens": 2}
+NATIVE = {"language": "python", "model": SMALL, **SHORT}
+CHAT = {"messages": [{"role": "user", "content": "1, 2, 3, "}], "max_tokens": 2, "stream": True}
+INFILL = {"input_prefix": "x = ", "input_suffix": "\n", "n_predict": 2}
+COMPLETIONS: list[tuple[str, str, Any, int]] = [
+    ("POST", "/v1/complete", NATIVE, 200),
+    ("POST", "/v1/complete/stream", NATIVE, 200),
+    ("POST", "/v1/completions", SHORT, 200),
+    ("POST", "/v1/chat/completions", CHAT, 200),
+    ("POST", "/infill", INFILL, 200),
+]
+OTHERS: list[tuple[str, str, Any, int]] = [
+    *(("GET", path, None, 200) for path in ("/health", "/v1/stats", "/v1/models", "/metrics", "/", "/openapi.json")),
+    ("POST", "/v1/complete", {}, 400),
+    ("POST", "/v1/complete/stream", {**NATIVE, "model": "codellama_7b"}, 404),
+    ("PUT", "/v1/complete", None, 405),
+]
 
 
 async def abort_a_request(client: Client, draw: random.Random, request_id: str) -> None:
@@ -596,7 +588,7 @@ async def test_thousands_of_requests_leave_nothing(folder: Path, requests: int) 
                     sent[request_id] = "aborted"
                     await abort_a_request(client, draw, request_id)
                     continue
-                method, path, body, status = a_request(draw, number)
+                method, path, body, status = draw.choice(OTHERS if number % 10 else COMPLETIONS)
                 reply = await client.ask(method, path, body, X_Request_ID=request_id)
                 assert (reply.status, reply.clean) == (status, True), (path, body, reply.body)
                 sent[request_id] = f"{method} {path} {status}"

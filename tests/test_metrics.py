@@ -36,14 +36,10 @@ Daemons = tuple[Daemon, Daemon]
 
 def read(text: str) -> Samples:
     """The value of each sample, by its name and the values of its labels in the order of the labels' names."""
-    families = list(text_string_to_metric_families(text))
-    found = [
-        ((sample.name, *(value for _, value in sorted(sample.labels.items()))), sample.value)
-        for family in families
-        for sample in family.samples
-    ]
-    assert len(found) == len(dict(found)), "a sample is there twice"
-    return dict(found)
+    samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    found = {(one.name, *(value for _, value in sorted(one.labels.items()))): one.value for one in samples}
+    assert len(found) == len(samples), "a sample is there twice"
+    return found
 
 
 def of(samples: Samples, name: str) -> dict[tuple[str, ...], float]:
@@ -110,11 +106,8 @@ def test_a_row_is_a_metric_and_a_member_of_the_statistics() -> None:
         ("time_seconds_sum", "m"): sum((0.0, 0.1, 0.1000001, 1.0, 1e9)),
         ("time_seconds_count", "m"): 5,
     }
-
-
-def test_one_token_alone_has_no_time_per_token() -> None:
     tally = Tally()
-    tally.spoke(0.5, 0.5, tokens=1)
+    tally.spoke(0.5, 0.5, tokens=1)  # one token alone has no time per token
     tally.spoke(1.0, 3.0, tokens=5)
     assert (tally.first_token.sum, tally.first_token.cumulative()[-1]) == (1.5, (math.inf, 2))
     assert (tally.per_token.sum, tally.per_token.cumulative()[-1]) == (0.5, (math.inf, 1))

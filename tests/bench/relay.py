@@ -1,15 +1,14 @@
-"""What the Pi's daemon adds to a stream: delay, CPU time, a ceiling, memory, and how long it takes to start.
+"""What the Pi's daemon adds to a stream: delay, CPU time, memory, and how long it takes to start.
 
     python tests/bench/relay.py [--seconds 4] [--rounds 3]
 
-A scripted backend in a process of its own sends 2 streams of token events, paced at 200 tokens/s each, then flat
-out. This process reads them directly, through cm4d.py, and through a relay on asyncio streams that does nothing else,
-in turn, several rounds in one run, so that a busy machine slows all of them. A second cm4d.py serves the same streams
-in the dialects of OpenAI and llama.cpp, a third one with TLS. Prints one line of JSON:
+A scripted backend in a process of its own sends 2 streams of token events, paced at 200 tokens/s each. This process
+reads them directly, through cm4d.py, and through a relay on asyncio streams that does nothing else, in turn, several
+rounds in one run, so that a busy machine slows all of them. A second cm4d.py serves the same streams in the dialects of
+OpenAI and llama.cpp, a third one with TLS. Prints one line of JSON:
 
     added_us_p50, _p99   a token's time from the backend's send to here, less the same percentile without a relay
-    cpu_us_per_token     of the relay's process, from the scheduler's own clock, while paced
-    flat_out_tok_s       both streams together; many one-event chunks in each write of the backend
+    cpu_us_per_token     of the relay's process, from the scheduler's own clock
     peak_rss_mb          VmHWM at the end of everything
     start_s              from exec to `listening on …` (median of 5)
     tls, openai, llama   the same figures with TLS or in these dialects; `more_cpu_us` is per token, over plain native
@@ -20,7 +19,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import functools
 import json
 import os
 import re
@@ -41,9 +39,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from harness import Daemon, certificate, daemon, program
 
 STREAMS, PACE = 2, 200  # tokens/s each
-FLAT_OUT = 200_000  # tokens in each stream
-DIALECT_FLAT_OUT = 2048  # a completion in a dialect is kept as a whole, so its size is limited
-TOKENS_PER_WRITE = 400
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: %b\r\n"
 STREAM_HEAD = HEAD % b"text/event-stream" + b"Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
 NATIVE, VPS = "/v1/complete/stream", "/v1/inference/stream"
@@ -57,8 +52,8 @@ def chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
-def token(text: object, n: int) -> bytes:
-    return chunk(b"data: " + json.dumps({"token": str(text), "total_tokens": n}).encode() + b"\n\n")
+def sse(**members: object) -> bytes:
+    return b"data: " + json.dumps(members).encode() + b"\n\n"
 
 
 def read_request(peer: socket.socket) -> bytes:
@@ -74,34 +69,22 @@ def read_request(peer: socket.socket) -> bytes:
 def answer(peer: socket.socket) -> None:
     with contextlib.suppress(OSError, SystemExit), peer:
         peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if asked := re.search(rb"(paced|flat) (\d+) (\d+)", read_request(peer)):
-            count, number = int(asked[2]), int(asked[3])
+        if asked := re.search(rb"paced (\d+) (\d+)", read_request(peer)):
+            count, number = int(asked[1]), int(asked[2])
             peer.sendall(STREAM_HEAD)
-            if asked[1] == b"paced":
-                start = time.perf_counter() + 0.05 + number / (PACE * STREAMS)  # the streams take turns
-                for n in range(1, count + 1):
-                    time.sleep(max(0.0, start + n / PACE - time.perf_counter()))
-                    peer.sendall(token(time.monotonic_ns(), n))
-            else:
-                for block in made_ahead(count):
-                    peer.sendall(block)
-            done = {"done": True, "model": "qwen_0_5b", "total_tokens": count, "inference_time": 1.0}
-            peer.sendall(chunk(b"data: " + json.dumps(done).encode() + b"\n\n") + b"0\r\n\r\n")
+            start = time.perf_counter() + 0.05 + number / (PACE * STREAMS)  # the streams take turns
+            for n in range(1, count + 1):
+                time.sleep(max(0.0, start + n / PACE - time.perf_counter()))
+                peer.sendall(chunk(sse(token=str(time.monotonic_ns()), total_tokens=n)))
+            done = sse(done=True, model="qwen_0_5b", total_tokens=count, inference_time=1.0)
+            peer.sendall(chunk(done) + b"0\r\n\r\n")
             return
         models = {"status": "healthy", "models": [{"id": "qwen_0_5b", "loaded": True, "n_ctx": 4096}]}
         body = json.dumps(models).encode()
         peer.sendall(HEAD % b"application/json" + b"Content-Length: %d\r\nConnection: close\r\n\r\n" % len(body) + body)
 
 
-@functools.cache
-def made_ahead(count: int) -> list[bytes]:
-    tokens = [token(" tok", n) for n in range(1, count + 1)]
-    return [b"".join(tokens[first : first + TOKENS_PER_WRITE]) for first in range(0, count, TOKENS_PER_WRITE)]
-
-
 def backend() -> None:
-    for count in (FLAT_OUT, DIALECT_FLAT_OUT):
-        made_ahead(count)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         print(f"listening on http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
         while True:
@@ -140,7 +123,6 @@ class Target:
     port: int
     delays_ns: list[int] = field(default_factory=list)
     cpu_us: list[float] = field(default_factory=list)
-    flat_out: list[float] = field(default_factory=list)
 
     def cpu_ns(self) -> int:
         """CPU time of all threads, from the scheduler's clock: /proc/PID/stat has a grain of 10 ms."""
@@ -148,8 +130,8 @@ class Target:
         return sum(int(task.read_text().split()[0]) for task in tasks)
 
 
-def ask(target: Target, kind: str, count: int, number: int) -> socket.socket:
-    body = json.dumps({"prompt": f"# {kind} {count} {number}\nx =", "language": "python", "stream": True}).encode()
+def ask(target: Target, count: int, number: int) -> socket.socket:
+    body = json.dumps({"prompt": f"# paced {count} {number}\nx =", "language": "python", "stream": True}).encode()
     peer = socket.create_connection(("127.0.0.1", target.port))
     peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if target.name == "tls":
@@ -179,7 +161,7 @@ def receive(peers: list[socket.socket]) -> Iterator[tuple[int, bytes]]:
 
 def run_paced(target: Target, seconds: float) -> None:
     count = int(seconds * PACE)
-    peers = [ask(target, "paced", count, number) for number in range(STREAMS)]
+    peers = [ask(target, count, number) for number in range(STREAMS)]
     cpu, seen = target.cpu_ns(), 0
     for now, data in receive(peers):
         for stamp in re.findall(TEXT, data):
@@ -187,17 +169,6 @@ def run_paced(target: Target, seconds: float) -> None:
             target.delays_ns.append(now - int(stamp))
     assert seen == count * STREAMS, f"{target.name}: {seen} tokens of {count * STREAMS}"
     target.cpu_us.append((target.cpu_ns() - cpu) / seen / 1000)
-
-
-def run_flat_out(target: Target) -> None:
-    began = time.perf_counter()
-    count = DIALECT_FLAT_OUT if target.name in ("openai", "llama") else FLAT_OUT
-    peers = [ask(target, "flat", count, number) for number in range(STREAMS)]
-    data = b"".join(data for _, data in receive(peers))
-    seconds = time.perf_counter() - began
-    # A read may end inside an event, so count over all of it; two streams interleave, which costs a few.
-    assert len(re.findall(rb'"(?:token|text|content)": ?" tok"', data)) > count * STREAMS * 0.99, target.name
-    target.flat_out.append(count * STREAMS / seconds)
 
 
 def percentile(values: list[int], share: float) -> float:
@@ -210,7 +181,6 @@ def figures(target: Target, direct: Target) -> dict[str, float]:
         "added_us_p50": round(added[0], 1),
         "added_us_p99": round(added[1], 1),
         "cpu_us_per_token": round(statistics.median(target.cpu_us), 1),
-        "flat_out_tok_s": round(statistics.median(target.flat_out)),
     }
 
 
@@ -242,9 +212,6 @@ def main() -> None:
         for _ in range(options.rounds):
             for target in targets.values():
                 run_paced(target, options.seconds)
-        for _ in range(options.rounds):
-            for target in targets.values():
-                run_flat_out(target)
         starts = []
         for _ in range(5):
             with daemon("cm4d", folder / "start", **given) as one:
