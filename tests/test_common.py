@@ -52,7 +52,7 @@ def test_fields(rule: Field, good: list[Any], bad: list[Any], expected: str) -> 
         assert error.value.message == f"x: expected {expected}, got {describe(value)}"
 
 
-def test_other_fields() -> None:
+def test_other_fields_and_surrogates() -> None:
     assert read_fields({"y": 1}, {"x": Field(int, default=7)}) == {"x": 7}
     with pytest.raises(HttpError, match="x: expected an integer, got nothing"):
         read_fields({}, {"x": Field(int, required=True)})

@@ -453,12 +453,11 @@ async def test_rows_through_the_daemons(daemons: tuple[Daemon, Daemon]) -> None:
 
 
 FIELDS: list[tuple[str, Any, str]] = [
-    ("prompt", "", 'prompt: expected a non-empty string, got the string ""'),
-    ("prompt", "\ud800", "prompt: expected Unicode text, got a lone surrogate"),
+    ("prompt", "", 'got the string ""'),
     ("max_tokens", 2049, "2048, got the number 2049"),
     ("temperature", 1.1, "a number from 0 to 1, got the number 1.1"),
     ("top_p", 0, "a number above 0 to 1, got the number 0"),
-    ("stop", ["x"] * 17, "stop: expected a string, or an array of"),
+    ("stop", ["x"] * 17, "got an array of 17"),
     ("seed", "x", 'got the string "x"'),
 ]
 
@@ -469,8 +468,7 @@ async def test_fields_of_both_daemons(daemons: tuple[Daemon, Daemon]) -> None:
         for one, path in zip(daemons, (b"/v1/complete", b"/v1/inference"), strict=True):
             ((reply,), _) = await play(one.port, raw.replace(b"@POST", path))
             assert (reply.status, reply.json["code"]) == (400, "INVALID_REQUEST")
-            assert reply.json["message"].startswith(f"{name}: expected ")
-            assert says in reply.json["message"]
+            assert re.fullmatch(f"{name}: expected .*{re.escape(says)}.*", reply.json["message"])
 
 
 # --------------------------------------------------------------------------------- what the table cannot say
@@ -483,7 +481,7 @@ async def ask_server(raw: bytes, **access: Any) -> Reply:
         return reply
 
 
-async def test_allow_and_head() -> None:
+async def test_headers_of_answers() -> None:
     assert (await ask_server(get(method="OPTIONS"))).one("Allow") == "GET, HEAD, OPTIONS"
     assert (await ask_server(get("@POST"))).one("Allow") == "OPTIONS, POST"
     whole, head = await ask_server(get()), await ask_server(get(method="HEAD"))
