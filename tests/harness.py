@@ -231,7 +231,8 @@ class Daemon:
 
         def found() -> tuple[re.Match[str] | None] | None:
             ended = self.process.poll() is not None
-            match = re.search(pattern, self.stdout().rpartition("\n")[0], re.M)
+            lines = self.stdout().split("\n")[:-1]
+            match = next((match for line in lines if (match := re.search(pattern, line))), None)
             return (match,) if match or ended else None
 
         with contextlib.suppress(TimeoutError):

@@ -94,9 +94,7 @@ def test_curl(peer: Peer) -> None:
         return done.stdout.decode()
 
     what = ("-o", "/dev/null", "-w", "%{http_code} %{http_version} %{num_connects} ")
-    out = curl("/health", *what, *what[:2] * 2, f"{url}/health", f"{url}/v1/models")
-    assert out == "200 1.1 1 200 1.1 0 200 1.1 0 ", "it keeps its connection"
-    assert curl("/health", "-I").startswith("HTTP/1.1 200 OK\r\n")
+    assert curl("/health", *what, *what[:2], f"{url}/v1/models") == "200 1.1 1 200 1.1 0 ", "it keeps its connection"
     out = curl("/v1/complete/stream", "-0", "-i", "-d", '{"count": 2}')
     assert ("Transfer-Encoding" in out, "Connection: close" in out) == (False, True)
     assert out.endswith('data: {"done": true}\n\n')
