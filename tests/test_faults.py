@@ -475,39 +475,21 @@ async def test_one_request_is_found_on_both_sides_by_its_id(folder: Path) -> Non
 
 
 @pytest.mark.alone  # a busy machine makes no progress either
-async def test_a_wedged_worker_is_not_kept_alive(folder: Path) -> None:
-    """It is while it loads, measures, reads and writes for long."""
+async def test_a_wedged_worker_is_noticed(folder: Path) -> None:
+    """It may load, measure and read for long. test_service.py has what the watchdog makes of it."""
     shutil.rmtree(folder / "state")  # so it measures
-    limit = 8.0  # of the watchdog, in seconds: longer than a busy machine keeps the event loop waiting
-    fed = [time.monotonic()]
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
-        systemd.bind(str(folder / "notify"))
-
-        def listen() -> None:
-            while said := systemd.recv(1000):
-                if said == b"WATCHDOG=1":
-                    fed.append(time.monotonic())
-
-        (listener := threading.Thread(target=listen)).start()
-        watched = {"NOTIFY_SOCKET": str(folder / "notify"), "WATCHDOG_USEC": str(round(limit * 1e6))}
-        with both(folder, GOOD_DECODES="400", THEN="hang", CEREBRUM_DRAFT="0", **watched) as (vps, pi, client):
-            asked = asyncio.create_task(ask_vps(vps.port, path="/v1/inference/stream", prompt=LONG * 10))
-            await asyncio.to_thread(vps.wait_for_line, rf"ERROR - \[-\] model {SMALL}: the worker makes no progress")
-            assert "loaded (published)" in vps.stdout()
-            assert max(after - before for before, after in itertools.pairwise(fed)) < limit  # so far it was fed in time
-            assert "token" in (await asked).events[-1]  # it has ended without a done event
-            refused = await client.complete()
-            assert (refused.status, refused.json["code"]) == (503, "VPS_UNAVAILABLE")
-            assert (await told(pi.port))["breaker"]["failures"] == 1
-            assert (await told(vps.port, "/health"))["status"] == "healthy"  # only the worker hangs
-            await until(lambda: time.monotonic() - fed[-1] > limit, "it is not fed any more")
-            vps.process.send_signal(signal.SIGABRT)  # what systemd does now
-            assert await asyncio.to_thread(vps.process.wait, PATIENCE) == -signal.SIGABRT
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as last:
-            last.sendto(b"", str(folder / "notify"))
-        listener.join()
-    with vpsd(folder) as vps:
-        assert_done(await ask_vps(vps.port, max_tokens=4), 4)
+    given = {"GOOD_DECODES": "400", "THEN": "hang", "CEREBRUM_DRAFT": "0", "WATCHDOG_USEC": "8000000"}
+    with both(folder, **given) as (vps, pi, client):
+        asked = asyncio.create_task(ask_vps(vps.port, path="/v1/inference/stream", prompt=LONG * 10))
+        await asyncio.to_thread(vps.wait_for_line, rf"ERROR - \[-\] model {SMALL}: the worker makes no progress")
+        assert "loaded (published)" in vps.stdout()
+        assert "token" in (await asked).events[-1]  # it has ended without a done event
+        refused = await client.complete()
+        assert (refused.status, refused.json["code"]) == (503, "VPS_UNAVAILABLE")
+        assert (await told(pi.port))["breaker"]["failures"] == 1
+        assert (await told(vps.port, "/health"))["status"] == "healthy"  # only the worker hangs
+        vps.process.send_signal(signal.SIGABRT)  # what systemd does now
+        assert await asyncio.to_thread(vps.process.wait, PATIENCE) == -signal.SIGABRT
 
 
 # ------------------------------------------------------------------------------------ thousands of requests
