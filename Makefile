@@ -61,7 +61,7 @@ bench: ## run the benchmarks without llama-server, one line of JSON each
 
 fuzz: ## send random bytes to both daemons
 	@./run.sh setup test
-	$(PYTHON) tests/fuzz_sockets.py
+	FUZZ_INPUTS=100000 $(PYTHON) -m pytest tests/test_wire.py -k random_bytes
 
 mutants: ## run the tests against changed lines of the product, to see what they catch (an hour)
 	@./run.sh setup clients

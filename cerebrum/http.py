@@ -201,8 +201,10 @@ def parse_framing(version: str, headers: Mapping[str, str]) -> tuple[int | None,
         return (None if length is None else int(length)), False
     if length is not None or version == "HTTP/1.0":
         raise malformed("expected no Transfer-Encoding beside a Content-Length or in HTTP/1.0")
-    if coding.lower() != "chunked":
-        raise malformed(f"expected the Transfer-Encoding 'chunked' alone, got {describe(coding)}", "NOT_IMPLEMENTED")
+    if (codings := coding.lower()) != "chunked":
+        # RFC 9112 section 6.3: unless `chunked` comes last, the body has no known length, and the answer is 400.
+        code = "NOT_IMPLEMENTED" if codings.rpartition(",")[2].strip(" \t") == "chunked" else "INVALID_REQUEST"
+        raise malformed(f"expected the Transfer-Encoding 'chunked' alone, got {describe(coding)}", code)
     return None, True
 
 
@@ -224,8 +226,11 @@ def parse_request(block: bytes) -> Head:
 
 # ------------------------------------------------------------------------------------------ pure: bodies
 
-CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})((?:;[\t\x20-\x7e\x80-\xff]*)?)\r\n")
-CHUNK_SIZE_BEGUN = re.compile(rb"(?:[0-9A-Fa-f]{1,16}(?:;[\t\x20-\x7e\x80-\xff]*)?\r?)?")
+TEXT = rb"[\t\x20\x21\x23-\x5b\x5d-\x7e\x80-\xff]*"  # of a quoted string, without escapes
+EXTENSION = rb';%b(?:=(?:%b|"%b"))?' % (TOKEN, TOKEN, TEXT)
+EXTENSION_BEGUN = rb';(?:%b(?:=(?:%b|"%b"?)?)?)?' % (TOKEN, TOKEN, TEXT)
+CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})((?:%b)*)\r\n" % EXTENSION)
+CHUNK_SIZE_BEGUN = re.compile(rb"(?:[0-9A-Fa-f]{1,16}(?:%b)*(?:\r|%b)?)?" % (EXTENSION, EXTENSION_BEGUN))
 
 
 class BodyDecoder:

@@ -32,7 +32,7 @@ ROOT = LISTS.parent
 PI = "tests/pi/test_routing.py tests/pi/test_editors.py tests/pi/test_household.py"
 # The tests that know each file. The first that fails ends the run, so the quickest come first.
 ROOMS = {
-    "cerebrum/http.py": "tests/test_http.py tests/test_wire.py",
+    "cerebrum/http.py": "tests/test_wire.py",
     "cerebrum/pi/dispatcher.py": f"tests/pi/test_dispatcher.py {PI} tests/pi/test_cm4d.py tests/pi/test_backends.py",
     "cerebrum/pi/broadcast.py": PI,
     "cerebrum/pi/upstream.py": "tests/pi/test_upstream.py tests/pi/test_cm4d.py tests/pi/test_backends.py",

@@ -117,7 +117,7 @@ class Engine:
         return f"http://127.0.0.1:{self.port}"
 
     @property
-    def process(self) -> subprocess.Popen[str]:
+    def process(self) -> subprocess.Popen[bytes]:
         return self.daemon.process
 
     def output(self) -> str:
@@ -129,11 +129,12 @@ class Engine:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "stderr").touch()  # of Daemon; both servers log to either stream, so here they are one
         environment = {"PATH": os.environ["PATH"], "HOME": str(self.folder), "PYTHONUNBUFFERED": "1"}
+        output = os.memfd_create(self.name)
         process = subprocess.Popen(
-            self._command(self.port), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            env=environment, cwd=self.folder, encoding="utf-8", errors="replace",
+            self._command(self.port), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+            env=environment, cwd=self.folder,
         )  # fmt: skip
-        self.daemon = Daemon(self.name, process, self.folder)
+        self.daemon = Daemon(self.name, process, self.folder, output)
         pattern = r"(?:listening|Uvicorn running|Starting vLLM server) on http://127\.0\.0\.1:(\d+)\b"
         self.port = self.daemon.port = int(self.daemon.wait_for_line(pattern, self.patience)[1])
         wait_until(self._lists_models, f"{self.name} lists its models")

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import threading
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,10 +38,10 @@ FILES = {model.id: MODELS / model.file for model in load_catalog(ROOT / "models.
 # ---------------------------------------------------------------------------------------------- waiting
 
 
-async def until(condition: Callable[[], T], what: str = "the condition", *, seconds: float = PATIENCE) -> T:
-    """The first true value of `condition()`; TimeoutError after `seconds`."""
+async def until(condition: Callable[[], Any], what: str = "the condition", *, seconds: float = PATIENCE) -> Any:
+    """The first true value of `condition()`, which may be a coroutine; TimeoutError after `seconds`."""
     deadline = time.monotonic() + seconds
-    while not (value := condition()):
+    while not (value := await asked if inspect.iscoroutine(asked := condition()) else asked):
         _check_deadline(deadline, what)
         await asyncio.sleep(POLL_SECONDS)
     return value
@@ -108,16 +109,14 @@ async def read_reply(reader: asyncio.StreamReader, method: str = "GET") -> Reply
 
     asyncio.IncompleteReadError if there is none, or if its body is shorter than its Content-Length.
     """
-    interim = 0
-    while True:
-        first, *lines = (await reader.readuntil(b"\r\n\r\n"))[:-4].split(b"\r\n")
-        match = STATUS.fullmatch(first)
-        assert match, first
-        if match[1] != b"100":
-            break
+    first, *lines = (await reader.readuntil(b"\r\n\r\n"))[:-4].split(b"\r\n")
+    match = STATUS.fullmatch(first)
+    assert match, first
+    reply = Reply(int(match[1]), [_header(line) for line in lines], b"")
+    if reply.status == 100:
         assert not lines, lines
-        interim += 1
-    reply = Reply(int(match[1]), [_header(line) for line in lines], b"", interim)
+        reply = await read_reply(reader, method)
+        return replace(reply, interim=reply.interim + 1)
     if method == "HEAD" or reply.status == 204:
         return reply
     if reply.all("Transfer-Encoding"):
@@ -128,12 +127,11 @@ async def read_reply(reader: asyncio.StreamReader, method: str = "GET") -> Reply
         body, clean = await reader.readexactly(int(reply.one("Content-Length"))), True
     else:
         body, clean = await reader.read(), True
-    return Reply(reply.status, reply.headers, body, interim, clean)
+    return replace(reply, body=body, clean=clean)
 
 
 def _header(line: bytes) -> tuple[str, str]:
-    name, colon, value = line.decode("latin-1").partition(": ")
-    assert colon, line
+    name, _, value = line.decode("latin-1").partition(": ")
     assert value, line
     assert value == value.strip(), line
     return name, value
@@ -221,41 +219,30 @@ class Client:
 
 
 class Daemon:
-    """A running program that serves HTTP on `port`. A thread collects its stdout, so a full pipe never stops it."""
+    """A running program that serves HTTP on `port`. Its stdout goes to a file in memory, so no pipe can be full."""
 
-    def __init__(self, name: str, process: subprocess.Popen[str], folder: Path) -> None:
-        self.name, self.process, self.folder = name, process, folder
+    def __init__(self, name: str, process: subprocess.Popen[bytes], folder: Path, output: int) -> None:
+        self.name, self.process, self.folder, self._output = name, process, folder, output
         self.port, self.start_seconds = 0, 0.0
-        self._lines: list[str] = []
-        self._ended = False
-        self._news = threading.Condition()  # guards the two above
-        self._collector = threading.Thread(target=self._collect, daemon=True)
-        self._collector.start()
-
-    def _collect(self) -> None:
-        for line in self.process.stdout or ():
-            with self._news:
-                self._lines.append(line)
-                self._news.notify_all()
-        with self._news:
-            self._ended = True
-            self._news.notify_all()
+        weakref.finalize(self, os.close, output)
 
     def wait_for_line(self, pattern: str, seconds: float = PATIENCE) -> re.Match[str]:
         """Block until a line of stdout matches; AssertionError if the program ends before, or never prints one."""
 
-        def found() -> re.Match[str] | None:
-            return next((match for line in self._lines if (match := re.search(pattern, line))), None)
+        def found() -> tuple[re.Match[str] | None] | None:
+            ended = self.process.poll() is not None
+            lines = self.stdout().split("\n")[:-1]
+            match = next((match for line in lines if (match := re.search(pattern, line))), None)
+            return (match,) if match or ended else None
 
-        with self._news:
-            self._news.wait_for(lambda: found() or self._ended, seconds)
-            match = found()
-        assert match, f"{self.name} printed no line like {pattern!r}, but:\n{self.stdout()}{self.stderr()}"
-        return match
+        with contextlib.suppress(TimeoutError):
+            (match,) = wait_until(found, seconds=seconds)
+            if match:
+                return match
+        raise AssertionError(f"{self.name} printed no line like {pattern!r}, but:\n{self.stdout()}{self.stderr()}")
 
     def stdout(self) -> str:
-        with self._news:
-            return "".join(self._lines)
+        return os.pread(self._output, os.fstat(self._output).st_size, 0).decode(errors="replace")
 
     def stderr(self) -> str:
         return (self.folder / "stderr").read_text(errors="replace")
@@ -265,33 +252,27 @@ class Daemon:
         bad = [line for line in self.stdout().splitlines() if " - ERROR - " in line or "Traceback" in line]
         return "\n".join(bad) + self.stderr()
 
-    def rss_kb(self) -> int:
-        return self._memory("VmRSS:")
-
-    def peak_rss_kb(self) -> int:
-        return self._memory("VmHWM:")
-
-    def _memory(self, line: str) -> int:
+    def rss_kb(self, line: str = "VmRSS:") -> int:
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(status.split(line)[1].split()[0])
 
+    def peak_rss_kb(self) -> int:
+        return self.rss_kb("VmHWM:")
+
     def close(self) -> None:
-        """End the program at once, if it still runs, and collect the rest of its output."""
+        """End the program at once, if it still runs."""
         self.process.kill()
         self.process.wait()
-        self._collector.join(PATIENCE)
 
 
 @contextlib.contextmanager
 def program(name: str, command: list[str], folder: Path, environment: Mapping[str, str]) -> Iterator[Daemon]:
     """Start a program and wait for its line `listening on http://HOST:PORT`; end it by SIGTERM."""
     folder.mkdir(parents=True, exist_ok=True)
-    began = time.perf_counter()
+    began, output = time.perf_counter(), os.memfd_create(name)
     with (folder / "stderr").open("wb") as stderr:
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=stderr, env=environment, cwd=folder, encoding="utf-8"
-        )
-    started = Daemon(name, process, folder)
+        process = subprocess.Popen(command, stdout=output, stderr=stderr, env=environment, cwd=folder)
+    started = Daemon(name, process, folder, output)
     try:
         started.port = int(started.wait_for_line(r"listening on https?://[^ ]*:(\d+)$")[1])
         started.start_seconds = time.perf_counter() - began

@@ -41,7 +41,6 @@ from cerebrum_common import HttpError, error_body, error_event, sse_event, times
     ],
 )  # fmt: skip
 def test_fields(rule: Field, good: list[Any], bad: list[Any], expected: str) -> None:
-    assert rule.expected() == expected
     for value in good:
         (read,) = read_fields({"x": value}, {"x": rule}).values()
         assert read == ([value] if rule.kind is list and isinstance(value, str) else value)
@@ -53,37 +52,27 @@ def test_fields(rule: Field, good: list[Any], bad: list[Any], expected: str) -> 
         assert error.value.message == f"x: expected {expected}, got {describe(value)}"
 
 
-def test_absent_and_unknown_fields() -> None:
+def test_other_fields_and_surrogates() -> None:
     assert read_fields({"y": 1}, {"x": Field(int, default=7)}) == {"x": 7}
     with pytest.raises(HttpError, match="x: expected an integer, got nothing"):
         read_fields({}, {"x": Field(int, required=True)})
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (None, "null"),
-        (True, "the boolean true"),
-        (1.5, "the number 1.5"),
-        ("qwen_1.5b", 'the string "qwen_1.5b"'),
-        ("", 'the string ""'),
-        ("def f():", "a string of 8 characters"),  # it may be a prompt, and messages are logged
-        ("a" * 99, "a string of 99 characters"),
-        ([1, 2], "an array of 2"),
-        ({}, "an object of 0"),
-    ],
-)
-def test_describe(value: Any, text: str) -> None:
-    assert describe(value) == text
-
-
-def test_lone_surrogates_are_no_text() -> None:
     for value in ("\ud800", ["a", "\udfff"]):
         with pytest.raises(HttpError, match="x: expected Unicode text, got a lone surrogate"):
             read_fields({"x": value}, {"x": Field(type(value), 0, 9)})
 
 
-# ------------------------------------------------------------------------------------------------- shapes
+def test_describe() -> None:
+    for value, text in (
+        (None, "null"),
+        (True, "the boolean true"),
+        (1.5, "the number 1.5"),
+        ("qwen_1.5b", 'the string "qwen_1.5b"'),
+        ("def f():", "a string of 8 characters"),  # it may be a prompt, and messages are logged
+        ("a" * 99, "a string of 99 characters"),
+        ([1, 2], "an array of 2"),
+        ({}, "an object of 0"),
+    ):
+        assert describe(value) == text
 
 
 def test_shapes() -> None:
@@ -111,20 +100,16 @@ def test_dotenv(tmp_path: Path) -> None:
     assert read_environment({"X": "1"}, tmp_path / "absent").text("X") == "1"
 
 
-@pytest.mark.parametrize("line", ["A", "A = 1", "1A=1", "=1", "A B=1", "\x85A"])
-def test_bad_dotenv(tmp_path: Path, line: str) -> None:
-    (tmp_path / ".env").write_text("X=1\n" + line + "\n", "utf-8")
-    with pytest.raises(ConfigError, match=r"\.env: line 2: expected NAME=value"):
-        read_environment({}, tmp_path)
-
-
-def test_unreadable_dotenv(tmp_path: Path) -> None:
+def test_bad_dotenv(tmp_path: Path) -> None:
+    for line in ("A", "A = 1", "1A=1", "=1", "A B=1", "\x85A"):
+        (tmp_path / ".env").write_text("X=1\n" + line + "\n", "utf-8")
+        with pytest.raises(ConfigError, match=r"\.env: line 2: expected NAME=value"):
+            read_environment({}, tmp_path)
     (tmp_path / ".env").write_bytes(b"A=\xff\n")
-    with pytest.raises(ConfigError, match=r"\.env: "):
-        read_environment({}, tmp_path)
     (tmp_path / "folder" / ".env").mkdir(parents=True)
-    with pytest.raises(ConfigError, match=r"\.env: "):
-        read_environment({}, tmp_path / "folder")
+    for folder in (tmp_path, tmp_path / "folder"):
+        with pytest.raises(ConfigError, match=r"\.env: "):
+            read_environment({}, folder)
 
 
 def test_environment() -> None:
@@ -134,14 +119,39 @@ def test_environment() -> None:
     assert environment.integer("Z", 3, 0, 9) == 3
     assert environment.names("L") == {"a", "b"}
     assert environment.names("Z") == frozenset()
-
-
-@pytest.mark.parametrize("text", ["x", "-1", "1e3", " 1", "1_0", "٣", "11", "nan", "inf", "0x1", "1.", "+1"])
-def test_bad_numbers(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"^N: expected a number from 0 to 10, got "):
-        Environment({"N": text}).number("N", 0, 0, 10)
+    for text in ("x", "-1", "1e3", " 1", "1_0", "٣", "11", "nan", "inf", "0x1", "1.", "+1"):
+        with pytest.raises(ConfigError, match=r"^N: expected a number from 0 to 10, got "):
+            Environment({"N": text}).number("N", 0, 0, 10)
     with pytest.raises(ConfigError, match=r"^N: expected an integer, got 1\.5"):
-        Environment({"N": "1.5"}).integer("N", 0, 0, 10)
+        environment.integer("N", 0, 0, 10)
+
+
+def test_the_first_place_that_has_a_variable_wins(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("CEREBRUM_A=env-file\nCEREBRUM_B=env-file\nCEREBRUM_C=env-file\n")
+    credentials, runtime = tmp_path / "credentials", tmp_path / "runtime"
+    for place in (credentials, runtime):
+        place.mkdir()
+        (place / "CEREBRUM_C").write_text(f"{place.name}\n")
+        (place / "not.a.variable").write_text(place.name)
+    environ = {"CEREBRUM_B": "environment", "CEREBRUM_C": "environment"}
+    environ |= {"CREDENTIALS_DIRECTORY": str(credentials), "RUNTIME_DIRECTORY": str(runtime)}
+    read = read_environment(environ, tmp_path)
+    assert [read.text(f"CEREBRUM_{name}") for name in "ABC"] == ["env-file", "environment", "credentials"]
+    assert "not.a.variable" not in read.values
+    (credentials / "CEREBRUM_E").touch()  # as a full disk leaves it
+    with pytest.raises(ConfigError, match=r"^CEREBRUM_E: expected a value in .*, got an empty file$"):
+        read_environment(environ, tmp_path)
+    shutil.rmtree(credentials)
+    assert read_environment(environ, tmp_path).text("CEREBRUM_C") == "environment"
+
+
+def test_keys() -> None:
+    for text, keys in (("", ()), ("one", ("one",)), ("new,old", ("new", "old")), (" new , old ", ("new", "old"))):
+        assert Environment({"K": text}).keys("K") == keys
+    bad = dict.fromkeys(("two words", "zwölf", "a,b\x00", " , ", "a,"), "printable ASCII without spaces")
+    for text, says in {**bad, "a,b,c": "one key, or two while it is replaced, got 3"}.items():
+        with pytest.raises(ConfigError, match=rf"^K: expected {says}$"):
+            Environment({"K": text}).keys("K")
 
 
 # ------------------------------------------------------------------------------------------------- models
@@ -164,35 +174,33 @@ def test_the_table_of_models() -> None:
     assert models[-2].languages == models[-1].languages == tuple(LANGUAGES), "each of them serves every language"
 
 
+FORM = "expected a string of the form"
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
         ("", "at least one"),
-        ("models = []", "at least one"),
         ("models = ['x']", "model 1: expected a table"),
         ("[[models]", "line 1"),
         (GOOD + GOOD, "every id and alias once"),
-        (GOOD.replace('"m"', "5"), "model 1: id: expected a string of the form [A-Za-z0-9._\\-]+, got the number 5"),
-        (GOOD.replace('"m"', '"a b"'), "model 1: id: expected a string of the form"),
+        (GOOD.replace('"m"', "5"), f"model 1: id: {FORM} [A-Za-z0-9._\\-]+, got the number 5"),
+        (GOOD.replace('"m"', '"a b"'), f"model 1: id: {FORM}"),
         (GOOD.replace('name = "M"\n', ""), "model 1: name: expected a non-empty string, got nothing"),
         (GOOD.replace('file = "m.gguf"\n', ""), "model 1: file: expected a name, or aliases instead, got nothing"),
-        (GOOD.replace("m.gguf", "a/m.gguf"), "model 1: file: expected a string of the form"),
-        (GOOD.replace("m.gguf", ".."), "model 1: file: expected a string of the form"),
-        (GOOD + 'sha256 = "x"\n', "model 1: sha256: expected a string of the form"),
+        (GOOD.replace("m.gguf", "a/m.gguf"), f"model 1: file: {FORM}"),
+        (GOOD.replace("m.gguf", ".."), f"model 1: file: {FORM}"),
+        (GOOD + 'sha256 = "x"\n', f"model 1: sha256: {FORM}"),
         (GOOD + "size = 2025-12-25\n", "model 1: size: expected an integer, got a date"),
         (GOOD + "sources = [1]\n", "model 1: sources: expected [[models.sources]], got [1]"),
         (GOOD + 'aliases = ["a", 1]\n', "model 1: aliases: expected a string, or an array of "),
-        (
-            GOOD + 'fim = ["a", "b"]\n',
-            "model 1: fim: expected a string, or an array of 3 to 3 non-empty strings, got an",
-        ),
-        (GOOD + 'alias = "a"\n', "model 1: expected one of id, name, parameters, quantization, file, sha256, size, "),
+        (GOOD + 'fim = ["a", "b"]\n', "model 1: fim: expected a string, or an array of 3 to 3 non-empty strings"),
+        (GOOD + 'alias = "a"\n', "model 1: expected one of id, name, parameters, "),
         (GOOD.replace('["python"]', '["a b"]'), "model 1: languages: expected strings of the form"),
         (GOOD.replace('["python"]', "[[]]"), "model 1: languages: expected strings of the form"),
         ("prefer = 5\n" + GOOD, "prefer: expected a table, got 5"),
         (GOOD + '[prefer]\nchat = ["m"]\n', "prefer: expected one of complete, infill, instruct, got 'chat'"),
         (GOOD + '[prefer]\ninfill = ["m", "n"]\n', "prefer: infill: expected one of m, got an array of 2"),
-        (GOOD + "backends = 5\n", "model 1: expected one of"),
     ],
 )
 def test_bad_models(tmp_path: Path, text: str, says: str) -> None:
@@ -214,52 +222,10 @@ def test_preferences_and_any_language_may_be_named(tmp_path: Path) -> None:
 
 
 def test_no_models_file(tmp_path: Path) -> None:
-    for path in (tmp_path / "absent", tmp_path):
-        with pytest.raises(ValueError, match=r"No such file|Is a directory"):
-            load_catalog(path)
     (tmp_path / "m").write_bytes(b"\xff")
-    with pytest.raises(ValueError, match="m: "):
-        load_catalog(tmp_path / "m")
-
-
-def test_the_first_place_that_has_a_variable_wins(tmp_path: Path) -> None:
-    (tmp_path / ".env").write_text("CEREBRUM_A=env-file\nCEREBRUM_B=env-file\nCEREBRUM_C=env-file\n")
-    credentials, runtime = tmp_path / "credentials", tmp_path / "runtime"
-    for place in (credentials, runtime):
-        place.mkdir()
-        (place / "CEREBRUM_C").write_text(f"{place.name}\n")
-        (place / "not.a.variable").write_text(place.name)
-    environ = {"CEREBRUM_B": "environment", "CEREBRUM_C": "environment"}
-    environ |= {"CREDENTIALS_DIRECTORY": str(credentials), "RUNTIME_DIRECTORY": str(runtime)}
-    read = read_environment(environ, tmp_path)
-    assert [read.text(f"CEREBRUM_{name}") for name in "ABC"] == ["env-file", "environment", "credentials"]
-    assert "not.a.variable" not in read.values
-    (credentials / "CEREBRUM_E").touch()  # as a full disk leaves it
-    with pytest.raises(ConfigError, match=r"^CEREBRUM_E: expected a value in .*, got an empty file$"):
-        read_environment(environ, tmp_path)
-    shutil.rmtree(credentials)
-    assert read_environment(environ, tmp_path).text("CEREBRUM_C") == "environment"
-
-
-@pytest.mark.parametrize(
-    ("text", "keys"),
-    [("", ()), ("one", ("one",)), ("new,old", ("new", "old")), (" new , old ", ("new", "old"))],
-)
-def test_two_keys_may_be_valid(text: str, keys: tuple[str, ...]) -> None:
-    assert Environment({"K": text}).keys("K") == keys
-
-
-ONE_KEY = "expected one key, or two while it is replaced, got 3"
-ASCII = "expected printable ASCII without spaces"  # since a header carries the key
-
-
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [("a,b,c", ONE_KEY), *((text, ASCII) for text in ("two words", "zwölf", "a,b\x00", " , ", "a,"))],
-)
-def test_a_key_that_cannot_be_one(text: str, says: str) -> None:
-    with pytest.raises(ConfigError, match=rf"^K: {says}$"):
-        Environment({"K": text}).keys("K")
+    for path, says in ((tmp_path / "absent", "No such file"), (tmp_path, "Is a directory"), (tmp_path / "m", "m: ")):
+        with pytest.raises(ValueError, match=says):
+            load_catalog(path)
 
 
 # ---------------------------------------------------------------------------------------------- the house
@@ -268,8 +234,8 @@ def test_a_key_that_cannot_be_one(text: str, says: str) -> None:
 @pytest.mark.parametrize("name", ["cm4d.py", "vpsd.py"])
 def test_a_daemon_can_be_read_by_the_python_that_it_refuses(name: str) -> None:
     """Debian 11's Python 3.9 has to come as far as the line that says which one is expected."""
-    tree = ast.parse((ROOT / name).read_text(), feature_version=(3, 8))
-    check = next(node for node in tree.body if isinstance(node, ast.If))
-    assert ast.unparse(check.test) == "sys.version_info < (3, 11)"
-    before = [node for node in tree.body[: tree.body.index(check)] if isinstance(node, ast.Import | ast.ImportFrom)]
-    assert [ast.unparse(node) for node in before] == ["from __future__ import annotations", "import sys"]
+    source = (ROOT / name).read_text()
+    ast.parse(source, feature_version=(3, 8))
+    before, check, _ = source.partition("\nif sys.version_info < (3, 11):")
+    imports = ["from __future__ import annotations", "import sys"]
+    assert (re.findall("^(?:import|from) .*", before, re.M), bool(check)) == (imports, True)
