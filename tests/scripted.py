@@ -18,6 +18,7 @@ import inspect
 import itertools
 import json
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -96,6 +97,7 @@ class Backend:
     tokens: bytes = b""  # the answer to /v1/tokenize; without one, a script answers it
     split: bool = False  # send byte by byte
     port: int = 0
+    tls: ssl.SSLContext | None = None
     asked: list[tuple[str, dict[str, str], bytes]] = field(default_factory=list)
     sent: int = 0  # bytes of completions
     running: int = 0  # completions that are being answered
@@ -113,7 +115,7 @@ class Backend:
         self.waiting: set[asyncio.StreamWriter] = set()  # connections on which nothing was asked yet
         self.connections = 0
         self._sessions: dict[str, asyncio.Task[None]] = {}  # the newest completion of each
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port)
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port, ssl=self.tls)
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 
