@@ -160,7 +160,7 @@ class Repl:
     def converse(self, *lines: str) -> tuple[str, list[str]]:
         """What a conversation of these lines prints, and its complaints."""
         status, out, err = self.run(os.fsencode("".join(line + "\n" for line in lines)))
-        assert status == 0
+        assert (status, [*self.folder.glob("cerebrum.*")]) == (0, [])
         return out, complaints(err)
 
     def terminal(self, *args: str, **variables: str) -> Terminal:
@@ -1053,3 +1053,48 @@ def test_a_venv_of_another_python_or_cpu_is_made_anew(lacks: str, tmp_path: Path
     assert (venv / "installed-run.txt").exists()
     assert calls.count("new -m pip cache remove llama_cpp_python") == 1
     assert any(call.startswith("new -m pip install ") for call in calls)
+
+
+# ------------------------------------------------------------------------------------------- setup.sh
+
+# For other users and systemd; each writes down its arguments.
+STAND_INS = {"runuser": 'shift 3; exec "$@"', "systemctl": "", "chown": ""}
+CHECK = """import os, sys
+key = open(os.environ["CREDENTIALS_DIRECTORY"] + "/CEREBRUM_API_KEY").read()
+sys.exit((os.environ["CEREBRUM_VPS_URL"], key) != ("http://vps:9000", "the-key\\n"))
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may set up a daemon")
+def test_the_pi_is_set_up_by_one_line_that_the_backend_takes(tmp_path: Path) -> None:
+    """With all paths below a folder. Whatever the backend does not take changes nothing."""
+    for folder in ("bin", "run", "etc/credstore", "etc/cerebrum-cm4", "usr/lib/cerebrum-cm4"):
+        (tmp_path / folder).mkdir(parents=True)
+    log, library = tmp_path / "log", tmp_path / "usr/lib/cerebrum-cm4"
+    for tool, does in STAND_INS.items():
+        write(tmp_path / "bin" / tool, f'#!/bin/bash\necho "{tool} $*" >>{log}\n{does}\n').chmod(0o755)
+    text = re.sub("(?<=[ =])/(etc|run|usr/lib)/", rf"{tmp_path}/\1/", (ROOT / "systemd/setup.sh").read_text())
+    script = write(tmp_path / "bin/cerebrum-cm4", text.replace(" -o cerebrum -g cerebrum", ""))
+    script.chmod(0o755)
+    write(library / "cm4d.py", CHECK)
+    shutil.copy(KEYGEN, library)
+    settings, key = tmp_path / "etc/cerebrum-cm4/env", tmp_path / "etc/credstore/CEREBRUM_API_KEY"
+    write(settings, "A=1\nCEREBRUM_VPS_URL=http://old:9000\n")
+    env = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+
+    def setup(typed: str) -> tuple[int, bool]:
+        """The exit status, and whether the daemon was restarted."""
+        write(log, "")
+        command = [str(script), "setup"]
+        status = subprocess.run(command, env=env, input=typed, text=True, capture_output=True).returncode
+        assert "-key" not in log.read_text()
+        assert os.listdir(tmp_path / "run") == []
+        return status, "systemctl restart cerebrum-cm4.service" in log.read_text()
+
+    for refused in ("http://vps:9000 another-key\n", "http://other:9000 the-key\n", "ftp://vps the-key\n"):
+        assert setup(refused) == (1, False)
+        assert (settings.read_text(), key.exists()) == ("A=1\nCEREBRUM_VPS_URL=http://old:9000\n", False)
+    for typed in ("http://vps:9000 the-key\n", "\n\n"):  # an empty answer keeps what is set
+        assert setup(typed) == (0, True)
+        assert (settings.read_text(), key.read_text()) == ("A=1\nCEREBRUM_VPS_URL=http://vps:9000\n", "the-key\n")
+        assert (mode(settings), mode(key), mode(key.parent)) == (0o600, 0o600, 0o700)

@@ -7,15 +7,17 @@ import contextlib
 import logging
 import os
 import re
+import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from harness import HEALTH, PATIENCE, Client, command_of, daemon, program, settings, until
+from harness import HEALTH, PATIENCE, ROOT, Client, command_of, daemon, program, settings, until
 from scripted import CHUNKED, Backend, chunk, pi_for, token
 
 import cm4d
@@ -243,6 +245,20 @@ async def test_a_daemon_whose_probing_fails_ends_with_an_error(
     assert record.getMessage() == "a task of the daemon has ended"
     assert record.exc_info
     assert str(record.exc_info[1]) == "[Errno 5] of /proc"
+
+
+EXPOSED = {"cerebrum-backend": 4, "cerebrum-cm4": 11}  # points of systemd-analyze's 100
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd")
+def test_the_units_are_well_formed_and_locked_down() -> None:
+    units = [str(path) for path in sorted((ROOT / "systemd").iterdir()) if path.suffix in (".service", ".socket")]
+    verified = subprocess.run(["systemd-analyze", "verify", "--man=no", *units], capture_output=True, text=True)
+    assert [line for line in verified.stderr.splitlines() if "is not executable" not in line] == []
+    analyze = ["systemd-analyze", "security", "--offline=true"]
+    for unit, points in EXPOSED.items():
+        command = [*analyze, f"--threshold={points}", str(ROOT / f"systemd/{unit}.service")]
+        assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0, unit
 
 
 # ------------------------------------------------------------------------------------------- both daemons
