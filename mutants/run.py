@@ -5,7 +5,8 @@
 
 A list is a file of this folder, a mutant a line of it, with tabs between its fields: the number of the line among its
 copies (the first is 1), the line, and the line instead of it. `draw.py` made those named after a file of the product;
-`by_hand` is for places that it does not reach: there a line begins with the file and ends with pytest arguments.
+`by_hand` is for places that it does not reach: there a line begins with the file and ends with pytest arguments, and
+the tabs of the file are written ⇥.
 
 Prints each survivor, and a table of the lists. The outcomes go to a file, and those that are in it are not run again.
 A mutant is caught if a test fails, or if the tests take five times as long as without it; `gone` if the line is.
@@ -69,7 +70,7 @@ def lists() -> dict[str, list[Mutant]]:
         rows = [line.split("\t") for line in list_of(path).read_text().splitlines()]
         found[path] = [Mutant(path, int(copy), line, new, tests) for copy, line, new in rows]
     for file in sorted((LISTS / "by_hand").glob("*.tsv")):
-        rows = [line.split("\t") for line in file.read_text().splitlines()]
+        rows = [[one.replace("⇥", "\t") for one in line.split("\t")] for line in file.read_text().splitlines()]
         found[file.stem] = [Mutant(path, int(copy), line, new, tests) for path, copy, line, new, tests in rows]
     return found
 

@@ -148,6 +148,10 @@ class Repl:
     def asked(self) -> list[dict[str, Any]]:
         return self.backend.completions
 
+    def two_files(self) -> tuple[Path, Path]:
+        """Of two languages."""
+        return write(self.folder / "a.py", "a\n"), write(self.folder / "b.rs", "b\n")
+
     def prompts(self) -> list[str]:
         return [body["prompt"] for body in self.asked]
 
@@ -433,12 +437,6 @@ def test_last_and_save(repl: Repl) -> None:
 # --------------------------------------------------------------------------------------------- files
 
 
-@pytest.fixture
-def two(tmp_path: Path) -> tuple[Path, Path]:
-    """Two files, of two languages."""
-    return write(tmp_path / "a.py", "a\n"), write(tmp_path / "b.rs", "b\n")
-
-
 def test_a_file_is_completed_at_its_end_and_keeps_its_links_mode_and_owner(repl: Repl) -> None:
     folder, link = repl.folder / "folder", repl.folder / "a link.rs"
     folder.mkdir()
@@ -574,9 +572,9 @@ NOTHING_CAME = [  # a command that gets no answer, what the server says to it, w
 
 @pytest.mark.parametrize(("command", "script", "said"), NOTHING_CAME, ids=[row[0] for row in NOTHING_CAME])
 def test_a_command_without_an_answer_leaves_the_last_result_as_it_was(
-    repl: Repl, two: tuple[Path, Path], command: str, script: Script | None, said: str
+    repl: Repl, command: str, script: Script | None, said: str
 ) -> None:
-    a, b = two
+    a, b = repl.two_files()
     repl.answers(completion("A\n"), *([script] if script else []))
     out, err = repl.converse(f":file {a}", command.format(b=b), ":last", ":write", ":lang")
     assert err == [said.format(b=b)]
@@ -584,8 +582,8 @@ def test_a_command_without_an_answer_leaves_the_last_result_as_it_was(
     assert (a.read_text(), b.read_text()) == ("a\nA\n", "b\n")
 
 
-def test_half_an_answer_is_the_last_result_and_belongs_to_its_file(repl: Repl, two: tuple[Path, Path]) -> None:
-    a, b = two
+def test_half_an_answer_is_the_last_result_and_belongs_to_its_file(repl: Repl) -> None:
+    a, b = repl.two_files()
     repl.answers(completion("A\n"), BROKEN_OFF, instructed("whole\n"))
     out, err = repl.converse(f":file {a}", f":file {b}", ":write", ":last", ":do finish it", ":write")
     broken, unfit = "the stream broke off before its end", "made from a result that is not whole"
@@ -678,10 +676,8 @@ def test_a_changed_file_keeps_its_line_ends(repl: Repl, before: bytes, answer: s
 MAGENTA, GREEN, RED, PLAIN = "\x1b[35m", "\x1b[32m", "\x1b[31m", "\x1b[m"
 
 
-def test_ctrl_c_stops_the_generation_and_neither_the_repl_nor_the_last_result(
-    repl: Repl, two: tuple[Path, Path]
-) -> None:
-    (a, b), asked, left = two, threading.Event(), threading.Event()
+def test_ctrl_c_stops_the_generation_and_neither_the_repl_nor_the_last_result(repl: Repl) -> None:
+    (a, b), asked, left = repl.two_files(), threading.Event(), threading.Event()
     repl.answers(completion("A\n"), [head(), asked.set, HANG, left.set])
     screen = repl.terminal()
     screen.enter(f":file {a}")
@@ -796,45 +792,15 @@ def test_a_difference_is_coloured(repl: Repl) -> None:
     assert screen.expect(PROMPT) == "\r\n".join(lines)
 
 
-@pytest.mark.parametrize("without", [{"NO_COLOR": "0"}, {"TERM": "dumb"}, {"TERM": ""}, "file"], ids=str)
-def test_no_colours(repl: Repl, without: Any) -> None:
-    """Not even on a terminal, if the user wants none or it has none; nor in a file."""
-    path, out = write(repl.folder / "x.py", "a\n"), repl.folder / "out"
+@pytest.mark.parametrize("without", [{"NO_COLOR": "0"}, {"TERM": "dumb"}, {"TERM": ""}], ids=str)
+def test_a_terminal_without_colours(repl: Repl, without: dict[str, str]) -> None:
+    path = write(repl.folder / "x.py", "a\n")
     repl.answers(instructed("b\x1b[31m\n"))
-    command, env = [REPL], repl.env
-    if without == "file":
-        command = ["bash", "-c", 'exec "$0" >"$1"', REPL, str(out)]
-    else:
-        env = env | without
-    with contextlib.closing(Terminal(command, env)) as screen:
-        screen.expect(PROMPT)
-        screen.type(f":do @{path} it\r")
-        if without == "file":
-            screen.enter(":exit")
-            assert screen.status() == 0
-            shown = out.read_text().partition("commands.\n")[2]
-            assert "\x1b[31m" in shown  # the file has what the model wrote
-        else:
-            shown = screen.expect("+b[31m\r\n").rpartition(" it\r\n")[2].removeprefix("\x1b[?2004l\r") + "+b[31m\r\n"
-    lines = ["b[31m", "", SUMMARY, f"--- {path}", f"+++ {path} (new)", "@@ -1 +1 @@", "-a", "+b[31m"]
-    assert shown.replace("\x1b", "").splitlines() == lines
-
-
-ENDED = [  # how a completion ends early, what a person types meanwhile, what is said
-    (HANG, "\x03", "interrupted"),
-    (FAILED_MIDWAY[-1], "", "VPS_UNAVAILABLE: backend died"),
-    (b"data: {nonsense\n\n", "", NO_EVENT),
-]
-
-
-@pytest.mark.parametrize(("step", "keys", "said"), ENDED, ids=[row[2] for row in ENDED])
-def test_no_colour_outlasts_its_token(repl: Repl, step: Any, keys: str, said: str) -> None:
-    repl.answers([head(), *tokens("one", "two"), step])
-    screen = repl.terminal()
-    screen.enter("x")
-    assert screen.expect(f"two{PLAIN}") == f"{MAGENTA}one{PLAIN}{MAGENTA}"
-    screen.type(keys)
-    assert screen.expect(f"cerebrum_repl.sh: {said}\r\n") == ("^C\r\n" if keys else "\r\n")
+    screen = repl.terminal(**without)
+    screen.expect(PROMPT)
+    screen.type(f":do @{path} it\r")
+    shown = screen.expect("+b[31m\r\n").rpartition(" it\r\n")[2].removeprefix("\x1b[?2004l\r")
+    assert shown == f"b[31m\r\n\r\n{SUMMARY}\r\n--- {path}\r\n+++ {path} (new)\r\n@@ -1 +1 @@\r\n-a\r\n"
 
 
 # ----------------------------------------------------------------------------------------------- key
