@@ -612,18 +612,13 @@ async def test_new_settings_take_models_and_let_go_on_what_runs(house: House) ->
 
 
 async def test_a_model_that_is_listed_no_more_is_unloaded(house: House) -> None:
-    worker, fewer = await house.idle(), house.engine.config.models[:-1]
+    fewer, worker, waiting = house.engine.config.models[:-2], await house.idle(), house.ask(B)
+    loading = await house.begun(B)
     house.reconfigure(models=fewer, idle_minutes=60)
     assert (A in house.pool.models, worker.stopping) == (False, True)
     assert house.refuses().message.startswith("model: expected one of ")
-
-
-async def test_a_load_that_fails_after_new_settings_have_dropped_its_model_is_still_told(house: House) -> None:
-    completion = house.ask()
-    worker = await house.begun()
-    house.reconfigure(models=house.engine.config.models[:-1])
-    worker.fail()
-    assert (await house.error(completion)).message == "it is damaged"
+    loading.fail()  # a load that fails after that is still told
+    assert (await house.error(waiting)).message == "it is damaged"
 
 
 async def test_a_clock_that_jumps_unloads_nothing(house: House) -> None:

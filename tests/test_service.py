@@ -81,12 +81,10 @@ def test_outside_text_stays_on_its_line(tmp_path: Path, capsys: pytest.CaptureFi
     assert [line for line in rest if not line.startswith("    ") or not line.isprintable()] == []
 
 
-@pytest.mark.parametrize("abstract", [False, True])
-def test_notify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, abstract: bool) -> None:
-    name = f"\0cerebrum-{os.getpid()}" if abstract else str(tmp_path / "socket")
+def test_notify_in_an_abstract_socket_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
-        systemd.bind(name)
-        monkeypatch.setenv("NOTIFY_SOCKET", name.replace("\0", "@"))
+        systemd.bind(f"\0cerebrum-{os.getpid()}")
+        monkeypatch.setenv("NOTIFY_SOCKET", f"@cerebrum-{os.getpid()}")
         notify("READY=1")
         assert systemd.recv(100) == b"READY=1"
     notify("STOPPING=1")  # nobody listens any more: no error
@@ -232,19 +230,13 @@ def test_reloads_and_the_end(
     ]
 
 
-async def test_a_daemon_whose_probing_fails_ends_with_an_error(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_daemon_whose_probing_fails_ends_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     async def fail(*_: object) -> None:
         raise OSError(5, "of /proc")
 
     monkeypatch.setattr(pi_fleet.Fleet, "probe_forever", fail)
     environ = Environment({"CEREBRUM_CM4_HOST": "127.0.0.1", "CEREBRUM_CM4_PORT": "0"})
     assert await cm4d.serve(environ, cm4d.load_config(environ)) == 1
-    (record,) = [record for record in caplog.records if record.levelno >= logging.ERROR]
-    assert record.getMessage() == "a task of the daemon has ended"
-    assert record.exc_info
-    assert str(record.exc_info[1]) == "[Errno 5] of /proc"
 
 
 EXPOSED = {"cerebrum-backend": 4, "cerebrum-cm4": 11}  # points of systemd-analyze's 100
