@@ -26,7 +26,7 @@ import vpsd
 from cerebrum.settings import Environment
 from cerebrum.vps import encoding, memory, pool
 from cerebrum.vps.encoding import TunedFile
-from cerebrum.vps.llama import MB, Settings
+from cerebrum.vps.llama import MB, ModelError, Settings
 from cerebrum.vps.pool import Instance
 from cerebrum.vps.worker import Loader
 from cerebrum_common import SSE_COMMENT, HttpError
@@ -176,15 +176,26 @@ async def test_a_model_is_loaded_from_its_tuned_file_or_the_log_says_why_not(hou
     assert house.warnings() == [f"model {B}: {NOT_TUNED}{why}"]
 
 
-async def test_a_tuned_file_that_does_not_fit_is_not_used(house: House) -> None:
+UNFIT = {
+    "it needs 9 MB, and 2 MB can be freed beside the reserve": [{"weights": 9 * MB}],
+    "llama.cpp cannot load this file": ModelError("llama.cpp cannot load this file"),
+}
+
+
+@pytest.mark.parametrize("why", UNFIT)
+async def test_a_tuned_file_that_does_not_fit_or_is_damaged_is_not_used(house: House, why: str) -> None:
+    def needed(path: Path, _: Any) -> Any:
+        if path == tuned.path and isinstance(UNFIT[why], ModelError):
+            raise UNFIT[why]
+        return UNFIT[why] if path == tuned.path else [{"weights": MB}]
+
     tuned = tuned_file(house.folder)
     house.patch(encoding, "find_tuned", lambda *_: (tuned, ""))
-    house.patch(encoding, "needed", lambda path, _: [{"weights": (9 if path == tuned.path else 1) * MB}])
+    house.patch(encoding, "needed", needed)
     other = await house.idle(B)
     assert (await house.idle()).tuned is None
     assert not other.stopping  # nothing was unloaded in vain
-    why = f"{NOT_TUNED}it needs 9 MB, and 2 MB can be freed beside the reserve"
-    assert house.warnings() == [f"model {B}: {why}", f"model {A}: {why}"]
+    assert house.warnings() == [f"model {B}: {NOT_TUNED}{why}", f"model {A}: {NOT_TUNED}{why}"]
 
 
 async def test_a_model_that_does_not_fit_gets_a_shorter_context(house: House) -> None:
