@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from harness import PATIENCE, ROOT, certificate, wait_until
 from scripted import HANG, Backend, answer, in_a_thread
-from test_scripts import wait_for
+from test_scripts import announce, wait_for
 
 import cerebrum_lsp
 from cerebrum_lsp import BadSettings, Document, Gap, Settings, Suggestions, first_settings, read_settings
@@ -576,17 +576,6 @@ def test_a_key_goes_only_to_the_url_that_it_came_with() -> None:
         assert read_settings({"url": url, "key": key}, Settings("http://pi:7000", "secret")).key == sent
 
 
-def announce(folder: Path, *addresses: str) -> str:
-    """A PATH with an avahi-browse that finds these."""
-    (folder / "bin").mkdir(parents=True)
-    lines = ["+;eth0;IPv4;pi;_cerebrum._tcp;local", "=;eth0;IPv6;pi;_cerebrum._tcp;local;pi.local;fe80::1;7000;"]
-    lines += [f"=;eth0;IPv4;pi;_cerebrum._tcp;local;{one.replace(':', ';')};" for one in addresses]
-    tool = folder / "bin/avahi-browse"
-    tool.write_text("#!/bin/sh\ntest \"$*\" = '-prt _cerebrum._tcp' && cat <<'END'\n" + "\n".join([*lines, "END\n"]))
-    tool.chmod(0o755)
-    return f"{tool.parent}:/usr/bin:/bin"
-
-
 SEVERAL = "found http://192.0.2.7:7000 and http://192.0.2.8:7001; the setting url chooses one"
 
 
@@ -594,10 +583,10 @@ SEVERAL = "found http://192.0.2.7:7000 and http://192.0.2.8:7001; the setting ur
 def test_the_pi_that_avahi_finds_is_asked_if_it_is_the_only_one(pi: Pi, tmp_path: Path, found: str) -> None:
     """Without one this machine is asked. With a url of the settings nobody looks."""
     several, one = ["pi:192.0.2.7:7000", "desk:192.0.2.8:7001"], [f"pi:127.0.0.1:{pi.port}"] * 2
-    path = announce(tmp_path, *{"none": [], "one": one}.get(found, several))
+    announce(tmp_path, *{"none": [], "one": one}.get(found, several))
     key = {} if found == "one" else {"CEREBRUM_CM4_API_KEY": "k"}
     url, here = pi.url if found == "set" else "", f"cerebrum_lsp.LOCAL = {pi.url!r}"
-    with editing(tmp_path, url, "pass" if found == "one" else here, PATH=path, **key) as editor:
+    with editing(tmp_path, url, "pass" if found == "one" else here, PATH=f"{tmp_path}:/usr/bin:/bin", **key) as editor:
         editor.start(text="x = ")
         number = editor.at(0, 4)
         if found == "one":
@@ -611,10 +600,10 @@ def test_the_pi_that_avahi_finds_is_asked_if_it_is_the_only_one(pi: Pi, tmp_path
 
 def test_a_pi_that_avahi_finds_gets_the_key_only_if_the_user_agrees(pi: Pi, tmp_path: Path) -> None:
     """Unasked, refused and left without a choice, the Pi gets neither the key nor the text."""
-    path = announce(tmp_path, f"pi:127.0.0.1:{pi.port}")
+    announce(tmp_path, f"pi:127.0.0.1:{pi.port}")
     refusal = f"the key is not sent to {pi.url}, which Avahi found; if that is your Pi, set url to this address"
     for chosen in (None, {"title": "No"}, {"title": "Yes"}):
-        with editing(tmp_path, "", PATH=path, CEREBRUM_CM4_API_KEY="secret") as editor:
+        with editing(tmp_path, "", PATH=f"{tmp_path}:/usr/bin:/bin", CEREBRUM_CM4_API_KEY="secret") as editor:
             editor.start(text="x = ")
             number = editor.at(0, 4)
             question = editor.called("window/showMessageRequest")

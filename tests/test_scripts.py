@@ -148,6 +148,13 @@ class Repl:
     def asked(self) -> list[dict[str, Any]]:
         return self.backend.completions
 
+    def announced(self, *others: str) -> str:
+        """Let Avahi find this Pi on two networks, and others. Its address."""
+        address = f"127.0.0.1:{self.backend.port}"
+        announce(self.tools, *[f"pi.local:{address}"] * 2, *others)
+        del self.env["CEREBRUM_URL"]
+        return address
+
     def two_files(self) -> tuple[Path, Path]:
         """Of two languages."""
         return write(self.folder / "a.py", "a\n"), write(self.folder / "b.rs", "b\n")
@@ -209,22 +216,18 @@ def test_the_filter_prints_the_completion_byte_for_byte(repl: Repl, script: Scri
     assert "x-api-key" not in repl.backend.asked[0][1]
 
 
-def announce(repl: Repl, *others: str) -> str:
-    """Let avahi-browse tell of a Pi on each of its networks, before and after it has an address."""
-    name, port = "Cerebrum\\032on\\032pi;_cerebrum._tcp;local", repl.backend.port
-    lines = [f"+;eth0;IPv4;{name}", f"=;eth0;IPv6;{name};pi.local;fe80::1;{port};"]
-    lines += [f"=;{network};IPv4;{name};pi.local;127.0.0.1;{port};" for network in ("eth0", "wlan0")]
-    lines += [f'=;eth0;IPv4;{name};{other};"a=b"' for other in others]
-    found = write(repl.tools / "found", "\n".join(lines) + "\n")
-    tool = write(repl.tools / "avahi-browse", f"#!/bin/bash\n[[ $* == '-prt _cerebrum._tcp' ]] && cat {found}")
-    tool.chmod(0o755)
-    del repl.env["CEREBRUM_URL"]
-    return f"127.0.0.1:{port}"
+def announce(folder: Path, *addresses: str) -> None:
+    """Let avahi-browse of this folder find these, before and after it has their addresses."""
+    name = "Cerebrum\\032on\\032pi;_cerebrum._tcp;local"
+    lines = [f"+;eth0;IPv4;{name}", f"=;eth0;IPv6;{name};pi.local;fe80::1;7000;"]
+    lines += [f'=;eth0;IPv4;{name};{address.replace(":", ";")};"a=b"' for address in addresses]
+    show = "\n".join(["#!/bin/bash", "[[ $* == '-prt _cerebrum._tcp' ]] && cat <<'END'", *lines, "END\n"])
+    write(folder / "avahi-browse", show).chmod(0o755)
 
 
-@pytest.mark.parametrize("others", [[], ["desk.local;192.0.2.8;7001"]])
+@pytest.mark.parametrize("others", [[], ["desk.local:192.0.2.8:7001"]])
 def test_the_pi_is_found_if_it_is_the_only_one(repl: Repl, others: list[str]) -> None:
-    found = announce(repl, *others)
+    found = repl.announced(*others)
     repl.answers(*[completion("x")] * (not others))
     status, out, err = repl.run(b"x", "-")
     assert (status, out) == ((1, "") if others else (0, "x"))
@@ -232,7 +235,7 @@ def test_the_pi_is_found_if_it_is_the_only_one(repl: Repl, others: list[str]) ->
 
 
 def test_a_pi_that_was_found_gets_no_key_unasked(repl: Repl) -> None:
-    found = announce(repl)
+    found = repl.announced()
     repl.env["CEREBRUM_CM4_API_KEY"] = "se cret"
     refusal = f"the key is not sent to {found}, which Avahi found; if that is your Pi: --url http://{found}"
     assert repl.run(b"x", "-") == (1, "", f"cerebrum_repl.sh: {refusal}\n")
