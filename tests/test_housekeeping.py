@@ -494,29 +494,12 @@ def request_for(model: str = A) -> Any:
     return SimpleNamespace(body=json.dumps({"model": model, "prompt": "x"}).encode(), notes={})
 
 
-TOKEN = {"token": "x", "total_tokens": 1}
-
-
-async def test_a_stream_whose_client_leaves_gives_its_place_back(house: House) -> None:
-    async with contextlib.aclosing(events_of(house.engine, request_for())):
-        pass  # the client reset the connection before the head was written
-    assert house.engine.completions == {}
-    async with contextlib.aclosing(events_of(house.engine, request_for())) as stream:
-        answer = asyncio.ensure_future(anext(stream))
-        (await house.begun()).ready.set_result(None)
-        await until(lambda: house.worker().submitted)
-        (completion,) = house.engine.completions
-        completion.events.put_nowait([TOKEN])
-        await answer
-    assert (house.engine.completions, house.worker().cancelled) == ({}, [completion.job])
-
-
 async def test_a_stream_sends_the_events_before_an_error_first(house: House) -> None:
     error, stream = HttpError("INTERNAL_ERROR", "fault"), events_of(house.engine, request_for())
     answer = asyncio.ensure_future(anext(stream))
     await house.begun()
     (completion,) = house.engine.completions
-    completion.events.put_nowait([TOKEN, error])
+    completion.events.put_nowait([{"token": "x", "total_tokens": 1}, error])
     assert vpsd.write_events(await answer) == b'data: {"token": "x", "total_tokens": 1}\n\n'
     with pytest.raises(HttpError) as raised:
         await anext(stream)

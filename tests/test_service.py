@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from harness import HEALTH, PATIENCE, ROOT, Client, command_of, daemon, program, settings, until
+from harness import HEALTH, ROOT, Client, command_of, daemon, settings, until
 from scripted import CHUNKED, Backend, chunk, pi_for, token
 
 import cm4d
@@ -258,18 +258,6 @@ def test_the_units_are_well_formed_and_locked_down() -> None:
 
 def cm4d_at(backend: Backend, **more: str) -> dict[str, str]:
     return {"CEREBRUM_VPS_URL": f"http://127.0.0.1:{backend.port}", "CEREBRUM_CM4_API_KEY": "", **more}
-
-
-async def test_a_second_signal_ends_the_daemon_at_once(tmp_path: Path) -> None:
-    async with Backend([[CHUNKED, chunk(token("a", 1)), asyncio.Event().wait]]) as backend:
-        with program("cm4d", command_of("cm4d"), tmp_path, settings(tmp_path, **cm4d_at(backend))) as process:
-            running = asyncio.create_task(Client(port=process.port).stream())
-            await backend.begun.wait()
-            process.process.send_signal(signal.SIGTERM)
-            await asyncio.to_thread(process.wait_for_line, "stopping")
-            process.process.send_signal(signal.SIGTERM)
-            assert await asyncio.to_thread(process.process.wait, PATIENCE) == -signal.SIGTERM
-            assert not (await running).clean
 
 
 async def test_a_stream_that_takes_too_long_to_end_gets_an_error_event(tmp_path: Path) -> None:
