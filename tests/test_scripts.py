@@ -512,40 +512,34 @@ def test_a_file_and_a_completion_are_changed_by_instructions(repl: Repl) -> None
     assert path.read_text() == "ONE\nTWO\n"
 
 
+DO, TWO_LINES = ":do @{path} it", b"one\ntwo\n"
+NO_TEXT = "{path}: expected text in UTF-8, got the byte "
 CUT = instructed("on", finish_reason="length", kept={"parts": ["all"]})
 OF_A_PART = instructed("on", finish_reason="stop", kept={"parts": ["imports", "window"]})
+REPEATED = instructed("on", finish_reason="repeat")
 REFUSES = ", so :write will refuse it"
-HALVES = [
-    (CUT, "cut off at 512 tokens" + REFUSES),
-    (instructed("on", finish_reason="repeat"), "the model began to repeat itself" + REFUSES),
-    (OF_A_PART, "made from a part of the text, which is too long for the model" + REFUSES),
-    (instructed(" \n"), "the answer is empty" + REFUSES),
-    (instructed("on", finish_reason="replaced"), "the answer broke off" + REFUSES),
-    (FAILED_MIDWAY, "VPS_UNAVAILABLE: backend died"),
+# A command, the file, the answers, what is said to the command, and to :write.
+UNTOUCHED: list[tuple[str, bytes, list[Script], str, str]] = [
+    (DO, TWO_LINES, [CUT], "cut off at 512 tokens" + REFUSES, NOT_WHOLE),
+    (DO, TWO_LINES, [REPEATED], "the model began to repeat itself" + REFUSES, NOT_WHOLE),
+    (DO, TWO_LINES, [OF_A_PART], "made from a part of the text, which is too long for the model" + REFUSES, NOT_WHOLE),
+    (DO, TWO_LINES, [instructed(" \n")], "the answer is empty" + REFUSES, NOT_WHOLE),
+    (DO, TWO_LINES, [instructed("on", finish_reason="replaced")], "the answer broke off" + REFUSES, NOT_WHOLE),
+    (DO, TWO_LINES, [FAILED_MIDWAY], "VPS_UNAVAILABLE: backend died", NOT_WHOLE),
+    (DO, b"one\ncaf\xe9\n", [], NO_TEXT + "0xe9 in line 2", NO_FILE),
+    (":file {path}", b"\xed\xa0\x80\n", [], NO_TEXT + "0xed in line 1", NO_FILE),  # half of an emoji
+    (":infill {path}:1", b"\xff\xfea\0", [], NO_TEXT + "0xff in line 1", NO_FILE),  # UTF-16
+    (":file {path}", b"a\n\n\xc3\xa9\0", [], NO_TEXT + "0x00 in line 3", NO_FILE),
 ]
 
 
-@pytest.mark.parametrize(("script", "said"), HALVES, ids=[row[1] for row in HALVES])
-def test_half_an_answer_never_replaces_a_file(repl: Repl, script: Script, said: str) -> None:
-    path = write(repl.folder / "x.py", "one\ntwo\n")
-    repl.answers(script)
-    assert repl.converse(f":do @{path} it", ":write")[1] == [said, NOT_WHOLE]
-    assert path.read_text() == "one\ntwo\n"
-
-
-ODD_FILES = [  # a command, a file's bytes, what the REPL says
-    (":do @{path} shout", b"one\ncaf\xe9\n", "the byte 0xe9 in line 2"),
-    (":file {path}", b"\xed\xa0\x80\n", "the byte 0xed in line 1"),  # half of an emoji
-    (":infill {path}:1", b"\xff\xfea\0", "the byte 0xff in line 1"),  # UTF-16
-    (":file {path}", b"a\n\n\xc3\xa9\0", "the byte 0x00 in line 3"),
-]
-
-
-@pytest.mark.parametrize(("command", "text", "said"), ODD_FILES)
-def test_a_file_that_is_no_text_is_refused(repl: Repl, command: str, text: bytes, said: str) -> None:
+@pytest.mark.parametrize(("command", "text", "scripts", "said", "of_write"), UNTOUCHED)
+def test_neither_half_an_answer_nor_what_is_no_text_is_written(
+    repl: Repl, command: str, text: bytes, scripts: list[Script], said: str, of_write: str
+) -> None:
     path = write(repl.folder / "x.py", text)
-    _, err = repl.converse(command.format(path=path), ":write")
-    assert err == [f"{path}: expected text in UTF-8, got {said}", NO_FILE]
+    repl.answers(*scripts)
+    assert repl.converse(command.format(path=path), ":write")[1] == [said.format(path=path), of_write]
     assert path.read_bytes() == text
 
 
