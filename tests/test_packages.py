@@ -290,8 +290,12 @@ def everything_set(machine: Machine) -> str:
     return machine.run(f"sha256sum {files}; stat -c '%n %a %U' {files}")
 
 
-def test_setup_again_changes_nothing(cerebrum: Machine) -> None:
+def test_setup_is_roots_and_again_changes_nothing(cerebrum: Machine) -> None:
     """Also where no person answers."""
+    nobody = "setpriv --reuid=nobody --clear-groups"
+    said = cerebrum.fails(f"{nobody} cerebrum-cm4 setup")
+    assert said == "cerebrum-cm4: expected to run as root, got user nobody; please run:  sudo cerebrum-cm4 setup"
+    assert cerebrum.run(f"{nobody} cerebrum-backend --help").startswith("Usage: ")
     before = everything_set(cerebrum)
     said = cerebrum.run("cerebrum-backend setup </dev/null")
     assert said.splitlines()[-1].split()[0] == BACKEND
@@ -327,13 +331,6 @@ def test_root_runs_nothing_that_the_daemons_user_can_change(cerebrum: Machine) -
     assert everything_set(cerebrum) == before
 
 
-@pytest.mark.packages
-def test_setup_is_roots(cerebrum: Machine) -> None:
-    said = cerebrum.fails("setpriv --reuid=nobody --clear-groups cerebrum-cm4 setup")
-    assert said == "cerebrum-cm4: expected to run as root, got user nobody; please run:  sudo cerebrum-cm4 setup"
-    assert cerebrum.run("setpriv --reuid=nobody --clear-groups cerebrum-backend --help").startswith("Usage: ")
-
-
 # ---------------------------------------------------------------------------------------------- secrets
 
 
@@ -348,7 +345,6 @@ def test_the_key_is_for_the_daemons_alone(cerebrum: Machine) -> None:
     assert cerebrum.run(f"cat {KEY} {KEY}; true").count("\n") == 1  # it was found nowhere, but is not empty
 
 
-@pytest.mark.packages
 def test_the_log_is_for_adm(cerebrum: Machine) -> None:
     log, somebody = "/var/log/cerebrum/cerebrum.log", "setpriv --reuid=nobody --regid=nogroup"
     modes = cerebrum.run(f"stat -c '%a %U %G' /var/log/cerebrum {log}")
@@ -448,9 +444,13 @@ def seconds(text: str) -> float:
 
 
 @pytest.mark.packages
-def test_an_address_is_taken_at_once_and_before_it_is_up(cerebrum: Machine) -> None:
-    """The latter as at boot, before Tailscale is up."""
+def test_an_address_is_taken_before_it_is_up_and_a_persons_limit_of_memory_stays(cerebrum: Machine) -> None:
+    """The former as at boot, before Tailscale is up."""
+    drop_in = "/etc/systemd/system/cerebrum-backend.service.d/memory.conf"
+    cerebrum.run(f"cp {drop_in} /root; printf '[Service]\\nMemoryMax=5G\\n' >{drop_in}")
     cerebrum.run("cerebrum-backend setup --listen 100.64.0.3:9001 </dev/null")
+    assert cerebrum.show("cerebrum-backend", "MemoryMax") == str(5 << 30)
+    cerebrum.run(f"mv /root/memory.conf {drop_in}; systemctl daemon-reload")
     assert cerebrum.status("http://100.64.0.3:9001/health").startswith("000 ")
     assert cerebrum.status(f"{BACKEND}/health").startswith("000 ")
     cerebrum.run("ip address add 100.64.0.3/32 dev lo")
@@ -459,15 +459,6 @@ def test_an_address_is_taken_at_once_and_before_it_is_up(cerebrum: Machine) -> N
     assert cerebrum.status(f"{BACKEND}/health") == "200"
     said = cerebrum.fails("cerebrum-backend setup --listen vps")
     assert said == "cerebrum-backend: expected an IP address, got 'vps'"
-
-
-@pytest.mark.packages
-def test_a_limit_of_memory_that_a_person_has_set_stays(cerebrum: Machine) -> None:
-    drop_in = "/etc/systemd/system/cerebrum-backend.service.d/memory.conf"
-    cerebrum.run(f"cp {drop_in} /root; printf '[Service]\\nMemoryMax=5G\\n' >{drop_in}")
-    cerebrum.run("cerebrum-backend setup </dev/null")
-    assert cerebrum.show("cerebrum-backend", "MemoryMax") == str(5 << 30)
-    cerebrum.run(f"mv /root/memory.conf {drop_in}; systemctl daemon-reload")
 
 
 # --------------------------------------------------------------------------------- upgrade and removal
