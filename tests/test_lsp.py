@@ -226,6 +226,7 @@ def test_a_newer_request_ends_one_that_waits_and_none_that_the_user_made(editor:
     older, newer = editor.at(0, 3, AUTOMATIC), editor.at(0, 2, AUTOMATIC)
     assert editor.answer(older)["result"] == {"items": []}
     assert editor.answer(newer)["result"]["items"][0]["insertText"] == "a + b"
+    assert not cerebrum_lsp.Call(1).is_waiting  # one that the user made, even before its thread runs
     end = threading.Event()
     pi.scripts = [[wait_for(end), answer(200, {"content": "1"})]]
     numbers = {editor.at(0, 4), editor.at(0, 1)}
@@ -485,6 +486,8 @@ def test_bad_input_gets_the_protocols_error_and_the_server_lives(editor: Editor,
         editor.write(data)
         answered = editor.next()
         assert (data[:60], answered["id"], answered["error"]["code"]) == (data[:60], request_id, code)
+    fault = cerebrum_lsp.outcome(lambda: int("the user's code"))
+    assert fault == {"error": {"code": -32603, "message": "internal error (ValueError)"}}
     assert editor.answer(editor.request("workspace/symbol", {}))["error"]["code"] == -32601
     assert editor.answer(editor.request("initialize", {}))["error"] == {
         "code": -32600,
