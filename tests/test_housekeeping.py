@@ -330,18 +330,6 @@ async def test_a_load_that_nobody_waits_for_can_be_stopped(house: House, why: st
         house.engine.finish(result)
 
 
-async def test_a_worker_that_ends_by_itself_is_replaced(house: House) -> None:
-    failed = await house.idle()
-    failed.ending.set_result(None)
-    await until(lambda: failed.stopping)
-    waiting = house.ask()
-    failed.ended.set_result(None)
-    await until(lambda: house.worker() is not failed)
-    house.worker().ready.set_result(None)
-    await until(lambda: house.worker().submitted == [waiting.job])
-    house.engine.finish(waiting)
-
-
 async def test_a_file_that_could_not_be_loaded_is_not_read_again_for_each_request(house: House) -> None:
     async def fail() -> None:
         """For the client that waits, and for one that comes while the load fails."""
@@ -418,20 +406,6 @@ async def test_saved_prompts_are_dropped_before_a_request_is_refused(house: Hous
     message = "expected 1024 MB of memory available, got 930 MB"
     assert (await house.error(house.ask())).message == message  # all that was saved was too little
     assert house.refuses().message == message
-
-
-async def test_a_second_load_waits_for_a_model_that_is_being_unloaded(house: House) -> None:
-    house.room = 1
-    idle = await house.idle()
-    unloading = asyncio.ensure_future(house.pool.unload(A))
-    await until(lambda: idle.stopping)
-    completion = house.ask(B)
-    await until(lambda: house.pool.loading.locked())
-    assert B not in house.pool.instances
-    idle.ended.set_result(None)
-    assert await unloading == 0.0
-    house.engine.finish(await house.loaded(B))
-    house.engine.finish(completion)
 
 
 def held(id: str, size: int, state: str, used: float) -> Instance:
