@@ -239,6 +239,9 @@ EXPOSED = {"cerebrum-backend": 4, "cerebrum-cm4": 11}  # points of systemd-analy
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd")
 def test_the_units_are_well_formed_and_locked_down() -> None:
+    version = subprocess.run(["systemd-analyze", "--version"], stdout=subprocess.PIPE, text=True).stdout
+    if int(version.split()[1]) < 254:
+        pytest.skip("an older systemd lacks some settings and counts otherwise")
     units = [str(path) for path in sorted((ROOT / "systemd").iterdir()) if path.suffix in (".service", ".socket")]
     verified = subprocess.run(["systemd-analyze", "verify", "--man=no", *units], capture_output=True, text=True)
     assert [line for line in verified.stderr.splitlines() if "is not executable" not in line] == []
