@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import ast
-import json
+import asyncio
 import sys
-import urllib.error
-import urllib.request
 from graphlib import TopologicalSorter
 from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
-from harness import ROOT, copy_program, program, settings
+from harness import ROOT, Client, copy_program, program, settings
 
 BOTH = {f"cerebrum.{name}" for name in ("check", "fields", "http", "metrics", "service", "settings", "text")}
 MAY = {  # what a file, or else each file of a folder, may import beside its own folder and cerebrum_common
@@ -73,9 +71,5 @@ def test_a_daemon_starts_without_the_other_machines_folder(name: str, absent: st
     assert not (tmp_path / "cerebrum" / absent).exists()
     command = [sys.executable, "-u", str(tmp_path / f"{name}.py")]
     with program(name, command, tmp_path, settings(tmp_path)) as daemon:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{daemon.port}/health") as answer:
-                state = json.load(answer)
-        except urllib.error.HTTPError as error:  # the Pi has no VPS here
-            state = json.load(error)
+        state = asyncio.run(Client(port=daemon.port).get("/health")).json
         assert state["status"] == ("unhealthy" if name == "cm4d" else "healthy")
