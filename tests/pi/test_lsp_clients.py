@@ -92,12 +92,6 @@ class Terminal:
         nspawn += [f"--setenv={name}={value}" for name, value in settings.items()]
         self.run("new-session", "-d", "-x", "100", "-y", "30", *nspawn, *command, "sum.py")
         self.process = int(self.run("display-message", "-p", "#{pane_pid}"))
-        try:
-            wait_until(lambda: self.sent.exists() and "didOpen" in self.sent.read_text(), "the server has the file")
-            self.shows("Loaded 1 file" if command[0] == "hx" else "def add")  # before it, Helix drops what is typed
-        except BaseException:
-            self.close()
-            raise
 
     def run(self, *arguments: str) -> str:
         done = subprocess.run([*self.tmux, *arguments], capture_output=True, text=True, timeout=PATIENCE, check=True)
@@ -127,6 +121,8 @@ class Terminal:
 def editing(debian: Path, folder: Path, *command: str) -> Iterator[Terminal]:
     terminal = Terminal(debian, folder, *command)
     try:
+        wait_until(lambda: terminal.sent.exists() and "didOpen" in terminal.sent.read_text(), "the server has the file")
+        terminal.shows("Loaded 1 file" if command[0] == "hx" else "def add")  # before it, Helix drops what is typed
         yield terminal
     finally:
         terminal.close()
