@@ -10,30 +10,31 @@ import contextlib
 import dataclasses
 import json
 import logging
-import os
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from harness import FILES, PATIENCE, ROOT, until
+from harness import PATIENCE, ROOT, until
 
 import vpsd
 from cerebrum.settings import Environment
 from cerebrum.vps import encoding, memory, pool
 from cerebrum.vps.encoding import TunedFile
-from cerebrum.vps.llama import MB, Settings
+from cerebrum.vps.llama import MB, ModelError, Settings
 from cerebrum.vps.pool import Instance
 from cerebrum.vps.worker import Loader
 from cerebrum_common import SSE_COMMENT, HttpError
 from vpsd import Completion, Engine, events_of, load_config
 
 A, B, C = "qwen_0_5b", "qwen_1_5b", "qwen_7b"
+CATALOG = {"CEREBRUM_MODELS_FILE": str(ROOT / "models.toml")}
+DAMAGED = HttpError("MODEL_LOAD_FAILED", "it is damaged")
 
 
 class ScriptedWorker:
@@ -43,9 +44,7 @@ class ScriptedWorker:
 
     def __init__(self, loader: Loader, _baton: Any, tally: Any) -> None:
         self.loader, self.model_id, self.tuned, self.tally = loader, loader.model_id, loader.tuned, tally
-        self.ready: Future[None] = Future()
-        self.ending: Future[None] = Future()
-        self.ended: Future[None] = Future()
+        self.ready, self.ending, self.ended = Future[None](), Future[None](), Future[None]()
         self.due = float("inf")
         self.stopping = False
         self.model, self.stored_bytes, self.memory_bytes = SimpleNamespace(n_ctx=4096), 0, 0
@@ -57,14 +56,14 @@ class ScriptedWorker:
     def start(self) -> None:
         pass
 
-    join = start
+    join = give_way = start
 
     def stop(self) -> None:
         self.stopping = True
 
     def fail(self) -> None:
         self.ending.set_result(None)
-        self.ready.set_exception(HttpError("MODEL_LOAD_FAILED", "it is damaged"))
+        self.ready.set_exception(DAMAGED)
         self.ended.set_result(None)
 
     def prepare(self, job: Any) -> Any:
@@ -75,9 +74,6 @@ class ScriptedWorker:
     def submit(self, job: Any) -> None:
         self.submitted.append(job)
 
-    def give_way(self) -> None:
-        pass
-
     def cancel(self, job: Any) -> None:
         self.cancelled.append(job)
 
@@ -85,195 +81,174 @@ class ScriptedWorker:
 class House:
     """An engine with scripted workers, on a machine with memory for `room` models."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine, self.room = engine, 2
+    def __init__(self, engine: Engine, folder: Path, patch: Callable[..., None], caplog: Any) -> None:
+        self.engine, self.pool, self.folder, self.room = engine, engine.pool, folder, 2
+        self.patch, self.caplog = patch, caplog
 
-    def worker(self, model: str) -> ScriptedWorker:
+    def worker(self, model: str = A) -> ScriptedWorker:
         return [worker for worker in ScriptedWorker.made if worker.model_id == model][-1]
 
-    def ask(self, model: str, **more: Any) -> Completion:
+    def file(self, model: str = A) -> Path:
+        return self.folder / self.pool.models[model].file
+
+    def ask(self, model: str = A, **more: Any) -> Completion:
         return self.engine.admit(vpsd.parse_inference({"model": model, "prompt": "x", **more}), {})
 
-    async def loaded(self, model: str) -> Completion:
+    def refuses(self, model: str = A, **more: Any) -> HttpError:
+        with pytest.raises(HttpError) as refused:
+            self.ask(model, **more)
+        return refused.value
+
+    async def loaded(self, model: str = A) -> Completion:
         """A completion that has reached its worker."""
         completion = self.ask(model)
-        await until(lambda: model in self.engine.pool.instances)
+        await until(lambda: model in self.pool.instances)
         worker = self.worker(model)
         if not worker.ready.done():
             worker.ready.set_result(None)
         await until(lambda: completion.job in worker.submitted)
         return completion
 
-    async def begun(self, model: str) -> ScriptedWorker:
+    async def begun(self, model: str = A) -> ScriptedWorker:
         """The worker of a load that a completion waits for."""
-        await until(lambda: model in self.engine.pool.instances and self.engine.pool.instances[model].users)
+        await until(lambda: model in self.pool.instances and self.pool.instances[model].users)
         return self.worker(model)
 
-    async def idle(self, model: str) -> ScriptedWorker:
+    async def idle(self, model: str = A) -> ScriptedWorker:
         self.engine.finish(await self.loaded(model))
         return self.worker(model)
 
+    async def error(self, completion: Completion) -> HttpError:
+        """The error that ends this completion."""
+        events = await completion.next_events(PATIENCE)
+        assert isinstance(events[-1], HttpError)
+        self.engine.finish(completion)
+        return events[-1]
+
+    def reconfigure(self, **changes: Any) -> None:
+        self.engine.reconfigure(dataclasses.replace(self.engine.config, **changes))
+
+    def warnings(self) -> list[str]:
+        """The texts of the warnings and errors in the log."""
+        return [record.getMessage() for record in self.caplog.records if record.levelno >= logging.WARNING]
+
 
 @pytest.fixture
-def house(runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[House]:
+def patch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    return monkeypatch.setattr
+
+
+@pytest.fixture
+def house(runner: asyncio.Runner, patch: Callable[..., None], tmp_path: Path, caplog: Any) -> Iterator[House]:
     """A house in which the files of all models exist. After the test every place must be free again."""
-    given = {
-        "CEREBRUM_MODELS_FILE": str(ROOT / "models.toml"),
-        "CEREBRUM_MODELS_DIR": str(tmp_path),
-        "CEREBRUM_STATE_DIR": str(tmp_path / "state"),
-        "CEREBRUM_IDLE_MINUTES": "0",
-    }
-    config = load_config(Environment(given), Path("/nonexistent"))
+    folders = {"CEREBRUM_MODELS_DIR": str(tmp_path), "CEREBRUM_STATE_DIR": str(tmp_path / "state")}
+    config = load_config(Environment({**CATALOG, **folders, "CEREBRUM_IDLE_MINUTES": "0"}), Path("/nonexistent"))
     for model in config.models:
         (tmp_path / model.file).write_bytes(b"GGUF")
     ScriptedWorker.made = []
-    engine = Engine(config)
-    house = House(engine)
-    monkeypatch.setattr(pool, "Worker", ScriptedWorker)
-    monkeypatch.setattr(encoding, "needed", lambda _, forms: [{"weights": MB}] * len(forms))
-    monkeypatch.setattr(engine.pool, "_free_mb", lambda: house.room - len(engine.pool.instances))
+    house = House(Engine(config), tmp_path, patch, caplog)
+    patch(pool, "Worker", ScriptedWorker)
+    patch(encoding, "needed", lambda _, forms: [{"weights": MB}] * len(forms))
+    patch(house.pool, "_free_mb", lambda: house.room - len(house.pool.instances))
     for module in (vpsd, pool):
-        monkeypatch.setattr(module, "available_mb", lambda: 1 << 20)
+        patch(module, "available_mb", lambda: 1 << 20)
     yield house
     for worker in ScriptedWorker.made:
         if not worker.ended.done():
             worker.ended.set_result(None)
-    runner.run(asyncio.wait_for(engine.stop(), PATIENCE))
-    assert engine.pool.instances == {}
-    assert engine.completions == {}
+    runner.run(asyncio.wait_for(house.engine.stop(), PATIENCE))
+    assert (house.pool.instances, house.engine.completions) == ({}, {})
 
 
-async def error_of(completion: Completion) -> HttpError:
-    events = await completion.next_events(PATIENCE)
-    assert isinstance(events[-1], HttpError)
-    return events[-1]
-
-
-def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """The texts of the warnings and errors in the log."""
-    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-
+# ---------------------------------------------------------------------------------------- what is loaded
 
 NOT_TUNED = "the published file is used, not the tuned one: "
 
 
-def tuned_file(folder: Path, model: str) -> TunedFile:
+def tuned_file(folder: Path, model: str = A) -> TunedFile:
     return TunedFile(folder / f"tuned-{model}", Settings(micro_batch=128), "abc", "tuned: Q4_K to Q4_1")
 
 
-async def test_a_model_is_loaded_from_its_tuned_file_or_the_log_says_why_not(
-    house: House, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    found = {house.engine.pool.models[A].file: (tuned_file(tmp_path, A), "")}
-    why = "made for cpus 4, here it is 2"
-    monkeypatch.setattr(encoding, "find_tuned", lambda path, *_: found.get(path.name, (None, why)))
-    assert (await house.idle(A)).tuned == tuned_file(tmp_path, A)
-    assert (await house.idle(B)).tuned is None
-    assert warnings(caplog) == [f"model {B}: {NOT_TUNED}{why}"]
+async def test_a_model_is_loaded_from_its_tuned_file_or_the_log_says_why_not(house: House) -> None:
+    tuned, why = tuned_file(house.folder), "made for cpus 4, here it is 2"
+    house.patch(encoding, "find_tuned", lambda path, *_: (tuned, "") if path == house.file() else (None, why))
+    assert [(await house.idle(model)).tuned for model in (A, B)] == [tuned, None]
+    assert house.warnings() == [f"model {B}: {NOT_TUNED}{why}"]
 
 
-async def test_a_tuned_file_that_does_not_fit_is_not_used(
-    house: House, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    tuned = tuned_file(tmp_path, A)
-    monkeypatch.setattr(encoding, "find_tuned", lambda *_: (tuned, ""))
-    monkeypatch.setattr(encoding, "needed", lambda path, _: [{"weights": (9 if path == tuned.path else 1) * MB}])
+@pytest.mark.parametrize("damaged", [False, True])
+async def test_a_tuned_file_that_does_not_fit_or_is_damaged_is_not_used(house: House, damaged: bool) -> None:
+    def needed(path: Path, _: Any) -> Any:
+        if path == tuned.path and damaged:
+            raise ModelError("it is damaged")
+        return [{"weights": (9 if path == tuned.path else 1) * MB}]
+
+    tuned = tuned_file(house.folder)
+    house.patch(encoding, "find_tuned", lambda *_: (tuned, ""))
+    house.patch(encoding, "needed", needed)
     other = await house.idle(B)
-    assert (await house.idle(A)).tuned is None
+    assert (await house.idle()).tuned is None
     assert not other.stopping  # nothing was unloaded in vain
-    why = f"{NOT_TUNED}it needs 9 MB, and 2 MB can be freed beside the reserve"
-    assert warnings(caplog) == [f"model {B}: {why}", f"model {A}: {why}"]
+    why = "it is damaged" if damaged else "it needs 9 MB, and 2 MB can be freed beside the reserve"
+    assert house.warnings() == [f"model {B}: {NOT_TUNED}{why}", f"model {A}: {NOT_TUNED}{why}"]
 
 
-async def test_a_tuned_file_with_a_damaged_header_is_not_used(
-    house: House, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    tuned = tuned_file(tmp_path, A)
-    tuned.path.write_bytes(b"GGUF, cut short")
-    (tmp_path / house.engine.pool.models[A].file).unlink()
-    (tmp_path / house.engine.pool.models[A].file).symlink_to(FILES[A])
-    monkeypatch.setattr(encoding, "find_tuned", lambda *_: (tuned, ""))
-    monkeypatch.setattr(encoding, "needed", memory.needed)
-    monkeypatch.setattr(house.engine.pool, "_free_mb", lambda: 1e6)
-    assert (await house.idle(A)).tuned is None
-    assert warnings(caplog)[-1].startswith(f"model {A}: {NOT_TUNED}llama.cpp cannot load this file; it is damaged")
-
-
-async def test_a_model_that_does_not_fit_gets_a_shorter_context(
-    house: House, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_model_that_does_not_fit_gets_a_shorter_context(house: House) -> None:
     async def listed() -> dict[str, tuple[int, bool]]:
         entries: Any = (await vpsd.models(house.engine, SimpleNamespace())).body  # type: ignore[arg-type]
         return {entry["id"]: (entry["n_ctx"], entry["available"]) for entry in entries["models"]}
 
-    monkeypatch.setattr(encoding, "needed", lambda _, forms: [{"kv": one.sequences * one.n_ctx << 10} for one in forms])
-    monkeypatch.setattr(house.engine.pool, "_free_mb", lambda: 5.0)
-    monkeypatch.setattr(encoding, "find_tuned", lambda _, used, __: (TunedFile(tmp_path, used, "abc", "tuned"), ""))
+    house.patch(encoding, "needed", lambda _, forms: [{"kv": one.sequences * one.n_ctx << 10} for one in forms])
+    house.patch(house.pool, "_free_mb", lambda: 5.0)
+    house.patch(encoding, "find_tuned", lambda _, used, __: (TunedFile(house.folder, used, "abc", "tuned"), ""))
     assert (await listed())[A] == (2560, True)
-    settings = (await house.idle(A)).loader.tuned.settings
+    settings = (await house.idle()).loader.tuned.settings
     assert (settings.n_ctx, settings.sequences) == (2560, 2)
-    assert warnings(caplog) == [f"model {A}: memory allows only a context of 2,560 tokens and 2 at a time"]
-    monkeypatch.setattr(encoding, "needed", memory.needed)
+    assert house.warnings() == [f"model {A}: memory allows only a context of 2,560 tokens and 2 at a time"]
+    house.patch(encoding, "needed", memory.needed)
     assert (await listed())[C] == (4096, False)  # its file is damaged
 
 
-@pytest.mark.parametrize("by_hand", [False, True])
-async def test_a_request_during_a_clean_up_keeps_its_model(house: House, by_hand: bool) -> None:
-    first, second = await house.idle(A), await house.idle(B)
-    cleanup = vpsd.cleanup(house.engine, SimpleNamespace()) if by_hand else house.engine.pool.unload_unused()  # type: ignore[arg-type]
-    cleaning = asyncio.ensure_future(cleanup)
-    await until(lambda: first.stopping)
-    completion = await house.loaded(B)
-    first.ended.set_result(None)
-    result: Any = await cleaning
-    assert (result.body["models_unloaded"] if by_hand else list(result)) == [A]
-    assert (list(house.engine.pool.instances), second.stopping) == ([B], False)
-    house.engine.finish(completion)
+# ------------------------------------------------------------------------------------------ loads and faults
+
+FAULTS = [
+    ("prepare", ZeroDivisionError("of a header")),
+    ("_load", FileNotFoundError(2, "gone", "/secret")),
+    ("relieve", KeyError()),
+]
 
 
-@pytest.mark.parametrize(
-    "fault", [ZeroDivisionError("of a header"), FileNotFoundError(2, "gone", "/secret"), KeyError()]
-)
-@pytest.mark.parametrize("place", ["prepare", "_load", "relieve"])
+@pytest.mark.parametrize(("place", "fault"), FAULTS)
 async def test_any_fault_on_the_way_becomes_a_response(
-    house: House, monkeypatch: pytest.MonkeyPatch, fault: Exception, place: str
+    house: House, monkeypatch: pytest.MonkeyPatch, place: str, fault: Exception
 ) -> None:
     async def fail(*_: Any, **__: Any) -> None:
         raise fault
 
     if place == "prepare":
-        (await house.idle(A)).fails = fault
+        (await house.idle()).fails = fault
     else:
-        monkeypatch.setattr(house.engine.pool, place, fail)
-    completions = [house.ask(A), house.ask(A)]
-    for completion in completions:
-        error = await error_of(completion)
-        assert (error.status, error.code) == (500, "INTERNAL_ERROR")
-        assert "secret" not in error.message
-        house.engine.finish(completion)
+        monkeypatch.setattr(house.pool, place, fail)
+    for completion in [house.ask(), house.ask()]:
+        error = await house.error(completion)
+        assert (error.status, error.code, "secret" in error.message) == (500, "INTERNAL_ERROR", False)
     monkeypatch.undo()
-    assert len(house.engine.completions) == 0
 
 
-async def test_a_model_file_that_vanishes_is_a_load_that_failed(
-    house: House, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(encoding, "needed", memory.needed)
-    completion = house.ask(A)
-    (tmp_path / house.engine.pool.models[A].file).unlink()
-    error = await error_of(completion)
-    assert (error.status, error.code) == (500, "MODEL_LOAD_FAILED")
-    assert error.message.endswith(": the file cannot be read")
-    assert str(tmp_path) not in error.message
-    house.engine.finish(completion)
+async def test_a_model_file_that_vanishes_is_a_load_that_failed(house: House) -> None:
+    house.patch(encoding, "needed", memory.needed)
+    completion, file = house.ask(), house.file()
+    file.unlink()
+    error, reason = await house.error(completion), f"model {A} ({file.name}): the file cannot be read"
+    assert (error.status, error.code, error.message) == (500, "MODEL_LOAD_FAILED", reason)
 
 
 class Block:
     """Holds a load up before its worker starts."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, house: House) -> None:
         self.reached, self.end = 0, threading.Event()
-        monkeypatch.setattr(encoding, "find_tuned", self._wait)
+        house.patch(encoding, "find_tuned", self._wait)
 
     def _wait(self, *_: Any) -> tuple[None, str]:
         self.reached += 1
@@ -281,139 +256,128 @@ class Block:
         return None, ""
 
 
-async def abandoned(house: House) -> ScriptedWorker:
-    """The worker of a load whose only client has left."""
-    completion = house.ask(A)
-    worker = await house.begun(A)
-    house.engine.finish(completion)
-    return worker
-
-
 async def test_a_load_is_finished_though_its_client_has_left(house: House) -> None:
-    worker, engine = await abandoned(house), house.engine
-    assert await engine.pool.unload_unused() == {}  # with a limit of 0 minutes
-    before = time.monotonic()
+    completion, before = house.ask(), time.monotonic()
+    worker = await house.begun()
+    house.engine.finish(completion)
+    assert await house.pool.unload_unused() == {}  # with a limit of 0 minutes
     worker.ready.set_result(None)
-    await until(lambda: engine.pool.tallies[A].loads == 1)
-    assert not worker.stopping
-    assert engine.pool.instances[A].last_used >= before
-    assert await house.idle(A) is worker
+    await until(lambda: house.pool.tallies[A].loads == 1)
+    assert (worker.stopping, house.pool.instances[A].last_used >= before) == (False, True)
+    assert await house.idle() is worker
 
 
-async def test_requests_that_replace_each_other_start_one_load(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_requests_that_replace_each_other_start_one_load(house: House) -> None:
     """Even if each of them leaves before the worker starts."""
-    block = Block(monkeypatch)
+    block = Block(house)
     for _ in range(3):
-        last = house.ask(A, session="s")
+        last = house.ask(session="s")
         await until(lambda: block.reached)
         await asyncio.sleep(0)  # it gets as far as it can
     block.end.set()
-    (await house.begun(A)).ready.set_result(None)
-    await until(lambda: house.worker(A).submitted == [last.job])
+    (await house.begun()).ready.set_result(None)
+    await until(lambda: house.worker().submitted == [last.job])
     assert block.reached == 1
     house.engine.finish(last)
 
 
-async def test_a_load_that_has_not_begun_ends_with_the_daemon(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    block = Block(monkeypatch)
-    house.ask(A)
+@pytest.mark.parametrize("stopped", ["daemon", "load"])
+async def test_a_load_that_has_not_begun_can_be_stopped(house: House, stopped: str) -> None:
+    block, completion = Block(house), house.ask()
     await until(lambda: block.reached)
-    await house.engine.stop()
-    block.end.set()
-    await until(lambda: not house.engine.pool.starting)
-    assert ScriptedWorker.made == []
+    if stopped == "daemon":
+        await house.engine.stop()
+        block.end.set()
+        await until(lambda: not house.pool.starting)
+        assert ScriptedWorker.made == []
+    else:
+        house.engine.finish(completion)
+        unloading = asyncio.ensure_future(house.pool.unload(A))
+        block.end.set()
+        await until(lambda: A in house.pool.instances and house.worker().stopping)
+        house.worker().ended.set_result(None)
+        assert isinstance(await unloading, float)
 
 
 @pytest.mark.parametrize("why", ["unload", "memory"])
 async def test_a_load_that_nobody_waits_for_can_be_stopped(house: House, why: str) -> None:
     house.room = 1
-    engine, waiting = house.engine, house.ask(A)
-    worker = await house.begun(A)
+    waiting = house.ask()
+    worker = await house.begun()
     with pytest.raises(HttpError) as busy:
-        await engine.pool.unload(A)
+        await house.pool.unload(A)
     assert (busy.value.code, worker.stopping) == ("MODEL_BUSY", False)
-    other = house.ask(B)
-    assert (await error_of(other)).code == "RESOURCE_EXHAUSTED"
-    for completion in (other, waiting):
-        engine.finish(completion)
-    stopping = asyncio.ensure_future(engine.pool.unload(A) if why == "unload" else house.loaded(B))
+    assert (await house.error(house.ask(B))).code == "RESOURCE_EXHAUSTED"
+    house.engine.finish(waiting)
+    stopping = asyncio.ensure_future(house.pool.unload(A) if why == "unload" else house.loaded(B))
     await until(lambda: worker.stopping)
     worker.ready.set_exception(HttpError("SHUTTING_DOWN", "given up"))
     worker.ended.set_result(None)
     result = await stopping
-    assert A not in engine.pool.instances
+    assert A not in house.pool.instances
     if isinstance(result, Completion):
-        engine.finish(result)
+        house.engine.finish(result)
 
 
-async def test_a_load_is_unloaded_as_soon_as_it_has_begun(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    block, completion = Block(monkeypatch), house.ask(A)
-    await until(lambda: block.reached)
-    house.engine.finish(completion)
-    unloading = asyncio.ensure_future(house.engine.pool.unload(A))
-    block.end.set()
-    await until(lambda: A in house.engine.pool.instances and house.worker(A).stopping)
-    house.worker(A).ended.set_result(None)
-    assert isinstance(await unloading, float)
+async def test_a_file_that_could_not_be_loaded_is_not_read_again_for_each_request(house: House) -> None:
+    async def fail() -> None:
+        """For the client that waits, and for one that comes while the load fails."""
+        waiting, worker = house.ask(), await house.begun()
+        worker.ending.set_result(None)
+        await until(lambda: worker.stopping)
+        late = house.ask()
+        await asyncio.sleep(0)  # it gets as far as it can
+        worker.ready.set_exception(DAMAGED)
+        worker.ended.set_result(None)
+        for completion in (waiting, late):
+            assert (await house.error(completion)).message == "it is damaged"
+        await until(lambda: A not in house.pool.instances)
+
+    def refusal() -> Any:
+        return house.pool.refusal(house.pool.models[A])
+
+    await fail()
+    for _ in range(2):
+        refused = house.refuses()
+        assert (refused.code, refused.message) == ("MODEL_LOAD_FAILED", "it is damaged")
+    assert (bool(refusal()), len(ScriptedWorker.made), house.pool.tallies[A].failed_loads) == (True, 1, 1)
+    house.file().write_bytes(b"GGUF again")
+    assert not refusal()
+    await fail()
+    now = time.monotonic()
+    house.patch(time, "monotonic", lambda: now + pool.LOAD_AGAIN_SECONDS)
+    assert not refusal()
 
 
-async def test_a_load_that_fails_without_a_client_is_remembered(house: House) -> None:
-    (await abandoned(house)).fail()
-    await until(lambda: A not in house.engine.pool.instances)
-    with pytest.raises(HttpError, match=r"^it is damaged$"):
-        house.ask(A)
-    assert house.engine.pool.tallies[A].failed_loads == 1
-
-
-async def test_a_request_that_comes_while_a_load_fails_does_not_load_again(house: House) -> None:
-    waiting = house.ask(A)
-    worker = await house.begun(A)
+async def test_a_loaded_model_needs_no_file(house: House) -> None:
+    worker = await house.idle()
+    house.file().unlink()
+    await house.idle()
+    assert ScriptedWorker.made == [worker]
     worker.ending.set_result(None)
     await until(lambda: worker.stopping)
-    late = house.ask(A)
-    await asyncio.sleep(0)  # it gets as far as it can
-    worker.ready.set_exception(HttpError("MODEL_LOAD_FAILED", "it is damaged"))
-    worker.ended.set_result(None)
-    for completion in (waiting, late):
-        assert (await error_of(completion)).message == "it is damaged"
-        house.engine.finish(completion)
-    assert ScriptedWorker.made == [worker]
+    assert re.match(f"model {A}: the file .* is missing", house.refuses().message)
 
 
-async def test_a_worker_that_ends_by_itself_is_replaced(house: House) -> None:
-    house.engine.finish(await house.loaded(A))
-    failed = house.worker(A)
-    failed.ending.set_result(None)
-    await until(lambda: failed.stopping)
-    waiting = house.ask(A)
-    failed.ended.set_result(None)
-    await until(lambda: house.worker(A) is not failed)
-    house.worker(A).ready.set_result(None)
-    await until(lambda: house.worker(A).submitted == [waiting.job])
-    house.engine.finish(waiting)
+# ------------------------------------------------------------------------------------------------- memory
 
 
-async def test_two_requests_both_wait_for_the_idle_model_that_makes_room(
-    house: House, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    idle = await house.idle(A)
-    monkeypatch.setattr(pool, "available_mb", lambda: (1 << 20) * (A not in house.engine.pool.instances))
+async def test_two_requests_both_wait_for_the_idle_model_that_makes_room(house: House) -> None:
+    idle = await house.idle()
+    house.patch(pool, "available_mb", lambda: (1 << 20) * (A not in house.pool.instances))
     completions = [house.ask(B), house.ask(B)]
     await until(lambda: idle.stopping)
     assert [completion.events.qsize() for completion in completions] == [0, 0]
     idle.ended.set_result(None)
-    await until(lambda: B in house.engine.pool.instances)
-    worker = house.worker(B)
-    worker.ready.set_result(None)
-    await until(lambda: len(worker.submitted) == 2)
+    await until(lambda: B in house.pool.instances)
+    house.worker(B).ready.set_result(None)
+    await until(lambda: len(house.worker(B).submitted) == 2)
     for completion in completions:
         house.engine.finish(completion)
 
 
-async def test_saved_prompts_are_dropped_before_a_request_is_refused(
-    house: House, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    worker, dropped, available = await house.idle(A), list[int](), 900
+async def test_saved_prompts_are_dropped_before_a_request_is_refused(house: House) -> None:
+    worker, dropped, available = await house.idle(), list[int](), 900
 
     def shed(size: int) -> Future[None]:
         nonlocal available
@@ -423,236 +387,53 @@ async def test_saved_prompts_are_dropped_before_a_request_is_refused(
         return done
 
     for module in (vpsd, pool):
-        monkeypatch.setattr(module, "available_mb", lambda: available)
+        house.patch(module, "available_mb", lambda: available)
     worker.shed, worker.stored_bytes = shed, 200 * MB  # type: ignore[attr-defined]
-    house.engine.finish(await house.loaded(A))
+    await house.idle()
     assert dropped == [124 * MB]
     available, worker.stored_bytes = 800, 1
-    completion = house.ask(A)
     message = "expected 1024 MB of memory available, got 930 MB"
-    assert (await error_of(completion)).message == message  # all that was saved was too little
-    house.engine.finish(completion)
-    with pytest.raises(HttpError, match=f"^{message}$"):
-        house.ask(A)
+    assert (await house.error(house.ask())).message == message  # all that was saved was too little
+    assert house.refuses().message == message
 
 
-async def test_a_second_load_waits_for_a_model_that_is_being_unloaded(house: House) -> None:
-    house.room = 1
-    idle = await house.idle(A)
-    unloading = asyncio.ensure_future(house.engine.pool.unload(A))
-    await until(lambda: idle.stopping)
-    completion = house.ask(B)
-    await until(lambda: house.engine.pool.loading.locked())
-    assert B not in house.engine.pool.instances
-    idle.ended.set_result(None)
-    assert await unloading == 0.0
-    house.engine.finish(await house.loaded(B))
-    house.engine.finish(completion)
+def held(id: str, size: int, state: str, used: float) -> Instance:
+    """An instance of so many megabytes, in this state or "busy", which was last used then."""
+    one: Any = Instance(SimpleNamespace(id=id), None, size * MB, None, None, last_used=used)  # type: ignore[arg-type]
+    one.state = pool.State["READY" if state == "busy" else state]
+    one.users = {1} if state == "busy" else set()
+    return one
 
 
-async def test_a_model_that_does_not_fit_is_refused_with_figures(house: House) -> None:
-    house.room = 1
-    busy = await house.loaded(A)
-    completion = house.ask(B)
-    error = await error_of(completion)
-    assert (error.status, error.code) == (503, "RESOURCE_EXHAUSTED")
-    assert B in error.message
-    assert re.findall(r"\d+ MB", error.message) == ["1 MB", "1 MB", "0 MB", "1024 MB"]
-    for one in (busy, completion):
-        house.engine.finish(one)
+HELD = [held("a", 500, "READY", 3), held("b", 300, "LOADING", 2), held("c", 100, "LEAVING", 4), held("d", 9, "busy", 1)]
+ROOM: list[tuple[float, str]] = [  # megabytes that are free, which go for a model of 1000
+    (1000, ""),  # it fits
+    (901, "c"),  # one that is leaving anyway
+    (899, "cb"),  # then the least recently used
+    (600, "cb"),
+    (599, "cba"),
+    (100, "cba"),  # all that are idle
+]
 
 
-def instances(*given: tuple[str, int, str, float]) -> list[Instance]:
-    """Of these ids, megabytes, states or "busy", and times of the last use."""
-    made = []
-    for id, size, state, used in given:
-        one: Any = Instance(SimpleNamespace(id=id), None, size * MB, None, None, last_used=used)  # type: ignore[arg-type]
-        one.state = pool.State["READY" if state == "busy" else state]
-        one.users = {1} if state == "busy" else set()
-        made.append(one)
-    return made
-
-
-HELD = instances(("a", 500, "READY", 3), ("b", 300, "LOADING", 2), ("c", 100, "LEAVING", 4), ("d", 900, "busy", 1))
-
-
-@pytest.mark.parametrize(
-    ("need", "free", "going"),
-    [
-        (1000, 1000, ""),  # it fits
-        (1000, 901, "c"),  # one that is leaving anyway
-        (1000, 899, "cb"),  # then the least recently used
-        (1000, 600, "cb"),
-        (1000, 599, "cba"),
-        (1000, 100, "cba"),  # all that are idle
-        (1000, 99, None),  # nothing is unloaded in vain
-    ],
-)
-def test_room_for_a_model(need: int, free: float, going: str | None) -> None:
-    parts = {"weights": 600 * MB, "kv": (need - 600) * MB}
-    if going is not None:
+def test_room_for_a_model() -> None:
+    parts = {"weights": 600 * MB, "kv": 400 * MB}
+    for free, going in ROOM:
         assert [one.model.id for one in pool.room_for("x", parts, free, 50, HELD)] == [*going]
-        return
     message = "model x needs 1000 MB (weights 600 MB, kv 400 MB); 999 MB are free beside the reserve of 50 MB"
     with pytest.raises(HttpError, match=f"^{re.escape(message)}$") as refused:
-        pool.room_for("x", parts, free, 50, HELD)
+        pool.room_for("x", parts, 99, 50, HELD)  # nothing is unloaded in vain
     assert (refused.value.status, refused.value.code) == (503, "RESOURCE_EXHAUSTED")
-
-
-def test_a_wanted_model_makes_no_room_for_itself() -> None:
-    assert [one.model.id for one in pool.removable(HELD, "b")] == ["c", "a"]
+    assert [one.model.id for one in pool.removable(HELD, "b")] == ["c", "a"]  # it makes no room for itself
     assert [one.model.id for one in pool.removable(HELD, "c")] == ["c", "b", "a"]  # it is loaded anew
 
 
-def request_for(model: str) -> Any:
-    return SimpleNamespace(body=json.dumps({"model": model, "prompt": "x"}).encode(), notes={})
+LIMITED = {"memory.current": "3000\n", "memory.stat": "anon 2000\nfile 900\n"}
+LIMITS = [({**LIMITED, "memory.max": "4000\n"}, 1900), ({**LIMITED, "memory.max": "max\n"}, float("inf"))]
+LIMITS += [({"memory.max": "4000\n"}, float("inf")), ({}, float("inf"))]
 
 
-async def test_a_stream_that_never_started_takes_no_place(house: House) -> None:
-    async with contextlib.aclosing(events_of(house.engine, request_for(A))):
-        pass  # the client reset the connection before the head was written
-    assert house.engine.completions == {}
-
-
-async def test_a_stream_whose_client_leaves_gives_its_place_back(house: House) -> None:
-    async with contextlib.aclosing(events_of(house.engine, request_for(A))) as stream:
-        answer = asyncio.ensure_future(anext(stream))
-        (await house.begun(A)).ready.set_result(None)
-        await until(lambda: house.worker(A).submitted)
-        (completion,) = house.engine.completions
-        completion.events.put_nowait([{"token": "x", "total_tokens": 1}])
-        await answer
-    assert house.engine.completions == {}
-    assert house.worker(A).cancelled == [completion.job]
-
-
-async def test_a_stream_sends_the_events_before_an_error_first(house: House) -> None:
-    error = HttpError("INTERNAL_ERROR", "fault")
-    stream = events_of(house.engine, request_for(A))
-    answer = asyncio.ensure_future(anext(stream))
-    await house.begun(A)
-    (completion,) = house.engine.completions
-    completion.events.put_nowait([{"token": "x", "total_tokens": 1}, error])
-    assert vpsd.write_events(await answer) == b'data: {"token": "x", "total_tokens": 1}\n\n'
-    with pytest.raises(HttpError) as raised:
-        await anext(stream)
-    assert raised.value is error
-    assert house.engine.completions == {}
-
-
-async def test_a_newer_request_of_a_session_replaces_the_older(house: House) -> None:
-    older, other = house.ask(A, session="s"), house.ask(A, session="t")
-    newer = house.ask(A, session="s")
-    error = await error_of(older)
-    assert (error.status, error.code) == (409, "SUPERSEDED")
-    assert list(house.engine.completions) == [other, newer]
-    with pytest.raises(HttpError) as refused:
-        house.ask(A)
-    assert refused.value.code == "RATE_LIMIT"
-    for completion in (other, newer):
-        house.engine.finish(completion)
-
-
-async def test_a_newer_request_that_is_refused_ends_nothing(house: House) -> None:
-    older = house.ask(A, session="s")
-    house.engine.cpu.others_percent = 100.0
-    for model, code in ((A, "RESOURCE_EXHAUSTED"), ("unknown", "MODEL_NOT_FOUND")):
-        with pytest.raises(HttpError) as refused:
-            house.ask(model, session="s")
-        assert refused.value.code == code
-    assert list(house.engine.completions) == [older]
-    assert not older.job.cancelled
-    house.engine.finish(older)
-
-
-async def test_the_cpu_is_watched_while_a_model_is_unloaded(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vpsd, "SAMPLE_SECONDS", 0.0)
-    monkeypatch.setattr(vpsd, "CLEANUP_SECONDS", 0.0)
-
-    worker, samples = await house.idle(A), list[int]()
-    monkeypatch.setattr(house.engine.cpu, "sample", lambda: samples.append(1))
-    tasks = [asyncio.create_task(task) for task in (house.engine.watch_cpu(), house.engine.clean_up())]
-    await until(lambda: worker.stopping)
-    seen = len(samples)
-    await until(lambda: len(samples) > seen + 10)
-    worker.ended.set_result(None)
-    await until(lambda: A not in house.engine.pool.instances)
-    for task in tasks:
-        task.cancel()
-
-
-@pytest.mark.parametrize("task", ["watch_cpu", "clean_up"])
-def test_housekeeping_that_fails_ends_the_daemon(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, task: str) -> None:
-    """systemd starts it again. With a frozen CPU meter, every request could be refused."""
-    given = {
-        "CEREBRUM_MODELS_FILE": str(Path(vpsd.__file__).with_name("models.toml")),
-        "CEREBRUM_VPS_PORT": "0",
-        "CEREBRUM_API_KEY": "key",
-    }
-
-    async def fail(_: Any) -> None:
-        raise OSError(5, "of /proc")
-
-    monkeypatch.setattr(Engine, task, fail)
-    environ = Environment(given)
-    served = asyncio.wait_for(vpsd.serve(environ, load_config(environ, tmp_path)), PATIENCE)
-    assert asyncio.run(served) == 1
-
-
-async def test_new_settings_take_models_and_let_go_on_what_runs(house: House, tmp_path: Path) -> None:
-    house.room = 3
-    engine = house.engine
-    running, idle = await house.loaded(A), await house.idle(B)
-    first, second = (engine.pool.models[id] for id in (A, B))
-    models = dataclasses.replace(first, file="newer.gguf"), dataclasses.replace(second, name="renamed")
-    (tmp_path / "newer.gguf").write_bytes(b"GGUF")
-    settings = dataclasses.replace(engine.config.engine, n_ctx=256)
-    engine.reconfigure(dataclasses.replace(engine.config, models=models, idle_minutes=7, engine=settings))
-    assert (engine.config.idle_minutes, engine.config.engine.n_ctx) == (7, 4096)
-    assert not house.worker(A).stopping  # its client is still there
-    assert engine.pool.unused() == []  # a new name is no new model
-    assert not idle.stopping
-    busy = house.worker(A)
-    beside = house.ask(A)
-    await until(lambda: beside.job in busy.submitted)  # as long as somebody uses it, it serves
-    assert not busy.stopping
-    engine.finish(beside)
-    engine.finish(running)
-    again = house.ask(A)
-    await until(lambda: busy.stopping)
-    busy.ended.set_result(None)
-    await until(lambda: house.worker(A) is not busy)
-    engine.finish(again)
-
-
-async def test_a_model_that_is_listed_no_more_is_unloaded(house: House) -> None:
-    engine, worker = house.engine, await house.idle(A)
-    engine.reconfigure(dataclasses.replace(engine.config, models=engine.config.models[:-1], idle_minutes=60))
-    assert A not in engine.pool.models
-    assert worker.stopping
-    with pytest.raises(HttpError, match=r"^model: expected one of "):
-        house.ask(A)
-
-
-async def test_a_clock_that_jumps_unloads_nothing(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    await house.idle(A)
-    house.engine.reconfigure(dataclasses.replace(house.engine.config, idle_minutes=1))
-    now = time.time()
-    for jump in (86_400, -86_400):
-        monkeypatch.setattr(time, "time", lambda jump=jump: now + jump)
-        assert house.engine.pool.unused() == []
-
-
-@pytest.mark.parametrize(
-    ("files", "left"),
-    [
-        ({"memory.max": "4000\n", "memory.current": "3000\n", "memory.stat": "anon 2000\nfile 900\n"}, 1900),
-        ({"memory.max": "max\n", "memory.current": "3000\n", "memory.stat": "anon 2000\nfile 900\n"}, float("inf")),
-        ({"memory.max": "4000\n"}, float("inf")),
-        ({}, float("inf")),
-    ],
-    ids=["limit", "no limit", "half", "none"],
-)
+@pytest.mark.parametrize(("files", "left"), LIMITS)
 def test_the_limit_of_the_service_counts(tmp_path: Path, files: dict[str, str], left: float) -> None:
     """A model that does not fit into MemoryMax= is refused. The kernel would end the daemon."""
     (tmp_path / "table").write_text("1:name=systemd:/x\n0::/system.slice/cerebrum-backend.service\n")
@@ -663,83 +444,144 @@ def test_the_limit_of_the_service_counts(tmp_path: Path, files: dict[str, str], 
     assert memory.cgroup_left_bytes(tmp_path / "table", tmp_path) == left
 
 
-def test_a_model_beyond_the_limit_of_the_service_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(pool, "cgroup_left_bytes", lambda: 300 * MB)
-    engine = Engine(load_config(Environment({"CEREBRUM_MODELS_FILE": str(ROOT / "models.toml")}), tmp_path))
+def test_a_model_beyond_the_limit_of_the_service_is_refused(patch: Callable[..., None], tmp_path: Path) -> None:
+    patch(pool, "cgroup_left_bytes", lambda: 300 * MB)
+    engine = Engine(load_config(Environment(CATALOG), tmp_path))
     assert 0 < engine.pool._free_mb() <= 300
 
 
-async def test_a_worker_that_has_hung_is_noticed_and_left(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vpsd, "KEEPALIVE_SECONDS", 0.01)
-    monkeypatch.setattr(vpsd, "HEAD_SECONDS", 0.01)
+# ------------------------------------------------------------------------------------------- requests
 
-    house.engine.finish(await house.loaded(A))
-    answer = asyncio.ensure_future(vpsd.inference(house.engine, request_for(A)))
-    async with contextlib.aclosing(events_of(house.engine, request_for(A))) as stream:
+
+def request_for(model: str = A) -> Any:
+    return SimpleNamespace(body=json.dumps({"model": model, "prompt": "x"}).encode(), notes={})
+
+
+async def test_a_stream_sends_the_events_before_an_error_first(house: House) -> None:
+    error, stream = HttpError("INTERNAL_ERROR", "fault"), events_of(house.engine, request_for())
+    answer = asyncio.ensure_future(anext(stream))
+    await house.begun()
+    (completion,) = house.engine.completions
+    completion.events.put_nowait([{"token": "x", "total_tokens": 1}, error])
+    assert vpsd.write_events(await answer) == b'data: {"token": "x", "total_tokens": 1}\n\n'
+    with pytest.raises(HttpError) as raised:
+        await anext(stream)
+    assert raised.value is error
+
+
+async def test_a_newer_request_replaces_the_older_of_its_session_unless_it_is_refused(house: House) -> None:
+    older, other = house.ask(session="s"), house.ask(session="t")
+    house.engine.cpu.others_percent = 100.0
+    for model, code in ((A, "RESOURCE_EXHAUSTED"), ("unknown", "MODEL_NOT_FOUND")):
+        assert house.refuses(model, session="s").code == code
+    assert (list(house.engine.completions), older.job.cancelled) == ([older, other], False)
+    house.engine.cpu.others_percent = 0.0
+    newer = house.ask(session="s")
+    error = await house.error(older)
+    assert (error.status, error.code) == (409, "SUPERSEDED")
+    assert (list(house.engine.completions), house.refuses().code) == ([other, newer], "RATE_LIMIT")
+    for completion in (other, newer):
+        house.engine.finish(completion)
+
+
+async def test_a_worker_that_has_hung_is_noticed_and_left(house: House) -> None:
+    house.patch(vpsd, "KEEPALIVE_SECONDS", 0.01)
+    house.patch(vpsd, "HEAD_SECONDS", 0.01)
+    await house.idle()
+    answer = asyncio.ensure_future(vpsd.inference(house.engine, request_for()))
+    async with contextlib.aclosing(events_of(house.engine, request_for())) as stream:
         assert vpsd.write_events(await anext(stream)) == SSE_COMMENT
-        await until(lambda: len(house.worker(A).submitted) == 3)
+        await until(lambda: len(house.worker().submitted) == 3)
         assert house.engine.stuck(time.monotonic()) == ""
-        house.worker(A).due = time.monotonic()
+        house.worker().due = time.monotonic()
         assert house.engine.stuck(time.monotonic()) == f"model {A}: the worker makes no progress"
         assert [block async for block in stream] == []
     with pytest.raises(HttpError, match=f"^model {A}: the worker makes no progress$"):
         await answer
 
 
-async def test_a_loaded_model_needs_no_file(house: House, tmp_path: Path) -> None:
-    worker = await house.idle(A)
-    (tmp_path / house.engine.pool.models[A].file).unlink()
-    await house.idle(A)
-    assert ScriptedWorker.made == [worker]
-    worker.ending.set_result(None)
+# -------------------------------------------------------------------------------------- cleaning up, settings
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+async def test_a_request_during_a_clean_up_keeps_its_model(house: House, by_hand: bool) -> None:
+    first, second = await house.idle(A), await house.idle(B)
+    cleanup = vpsd.cleanup(house.engine, SimpleNamespace()) if by_hand else house.pool.unload_unused()  # type: ignore[arg-type]
+    cleaning = asyncio.ensure_future(cleanup)
+    await until(lambda: first.stopping)
+    completion = await house.loaded(B)
+    first.ended.set_result(None)
+    result: Any = await cleaning
+    assert (result.body["models_unloaded"] if by_hand else list(result)) == [A]
+    assert (list(house.pool.instances), second.stopping) == ([B], False)
+    house.engine.finish(completion)
+
+
+async def test_the_cpu_is_watched_while_a_model_is_unloaded(house: House) -> None:
+    house.patch(vpsd, "SAMPLE_SECONDS", 0.0)
+    house.patch(vpsd, "CLEANUP_SECONDS", 0.0)
+    worker, samples = await house.idle(), list[int]()
+    house.patch(house.engine.cpu, "sample", lambda: samples.append(1))
+    tasks = [asyncio.create_task(task) for task in (house.engine.watch_cpu(), house.engine.clean_up())]
     await until(lambda: worker.stopping)
-    with pytest.raises(HttpError, match=f"^model {A}: the file .* is missing"):
-        house.ask(A)
+    seen = len(samples)
+    await until(lambda: len(samples) > seen + 10)
+    worker.ended.set_result(None)
+    await until(lambda: A not in house.pool.instances)
+    for task in tasks:
+        task.cancel()
 
 
-async def test_a_file_that_could_not_be_loaded_is_not_read_again_for_each_request(
-    house: House, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    async def fail() -> None:
-        completion = house.ask(A)
-        (await house.begun(A)).fail()
-        assert (await error_of(completion)).message == "it is damaged"
-        house.engine.finish(completion)
-        await until(lambda: A not in house.engine.pool.instances)
+@pytest.mark.parametrize("task", ["watch_cpu", "clean_up"])
+def test_housekeeping_that_fails_ends_the_daemon(patch: Callable[..., None], tmp_path: Path, task: str) -> None:
+    """systemd starts it again. With a frozen CPU meter, every request could be refused."""
 
-    engine = house.engine
-    file = tmp_path / engine.pool.models[A].file
-    await fail()
-    for _ in range(2):
-        with pytest.raises(HttpError, match=r"^it is damaged$") as refused:
-            house.ask(A)
-        assert refused.value.code == "MODEL_LOAD_FAILED"
-    assert engine.pool.refusal(engine.pool.models[A])
-    assert len(ScriptedWorker.made) == 1
-    file.write_bytes(b"GGUF again")
-    assert not engine.pool.refusal(engine.pool.models[A])
-    await fail()
-    now = time.monotonic()
-    monkeypatch.setattr(time, "monotonic", lambda: now + pool.LOAD_AGAIN_SECONDS)
-    assert not engine.pool.refusal(engine.pool.models[A])
+    async def fail(_: Any) -> None:
+        raise OSError(5, "of /proc")
+
+    patch(Engine, task, fail)
+    environ = Environment({**CATALOG, "CEREBRUM_VPS_PORT": "0", "CEREBRUM_API_KEY": "key"})
+    served = asyncio.wait_for(vpsd.serve(environ, load_config(environ, tmp_path)), PATIENCE)
+    assert asyncio.run(served) == 1
 
 
-async def test_a_load_that_fails_after_new_settings_have_dropped_its_model_is_still_told(house: House) -> None:
-    engine, completion = house.engine, house.ask(A)
-    worker = await house.begun(A)
-    engine.reconfigure(dataclasses.replace(engine.config, models=engine.config.models[:-1]))
-    worker.fail()
-    assert (await error_of(completion)).message == "it is damaged"
-    engine.finish(completion)
+async def test_new_settings_take_models_and_let_go_on_what_runs(house: House) -> None:
+    house.room = 3
+    engine, running, idle = house.engine, await house.loaded(A), await house.idle(B)
+    first, second = (house.pool.models[id] for id in (A, B))
+    models = dataclasses.replace(first, file="newer.gguf"), dataclasses.replace(second, name="renamed")
+    (house.folder / "newer.gguf").write_bytes(b"GGUF")
+    settings = dataclasses.replace(engine.config.engine, n_ctx=256)
+    house.reconfigure(models=models, idle_minutes=7, engine=settings)
+    assert (engine.config.idle_minutes, engine.config.engine.n_ctx) == (7, 4096)
+    busy = house.worker()
+    assert (house.pool.unused(), idle.stopping) == ([], False)  # a new name is no new model
+    beside = house.ask()
+    await until(lambda: beside.job in busy.submitted)  # as long as somebody uses it, it serves
+    assert not busy.stopping
+    engine.finish(beside)
+    engine.finish(running)
+    again = house.ask()
+    await until(lambda: busy.stopping)
+    busy.ended.set_result(None)
+    await until(lambda: house.worker() is not busy)
+    engine.finish(again)
 
 
-async def test_a_folder_that_cannot_be_looked_into_has_no_models(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    def is_hidden(path: Path, **_: Any) -> Any:
-        raise PermissionError(13, "Permission denied", str(path))
+async def test_a_model_that_is_listed_no_more_is_unloaded(house: House) -> None:
+    fewer, worker, waiting = house.engine.config.models[:-2], await house.idle(), house.ask(B)
+    loading = await house.begun(B)
+    house.reconfigure(models=fewer, idle_minutes=60)
+    assert (A in house.pool.models, worker.stopping) == (False, True)
+    assert house.refuses().message.startswith("model: expected one of ")
+    loading.fail()  # a load that fails after that is still told
+    assert (await house.error(waiting)).message == "it is damaged"
 
-    monkeypatch.setattr(Path, "stat", is_hidden)
-    monkeypatch.setattr(os, "stat", is_hidden)
-    with pytest.raises(HttpError) as refused:
-        house.ask(A)
-    monkeypatch.undo()
-    assert (refused.value.status, refused.value.code) == (404, "MODEL_NOT_FOUND")
+
+async def test_a_clock_that_jumps_unloads_nothing(house: House) -> None:
+    await house.idle()
+    house.reconfigure(idle_minutes=1)
+    now = time.time()
+    for jump in (86_400, -86_400):
+        house.patch(time, "time", lambda jump=jump: now + jump)
+        assert house.pool.unused() == []

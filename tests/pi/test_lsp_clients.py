@@ -88,18 +88,10 @@ class Terminal:
         machine = f"--machine=editor-{os.getpid()}-{command[0]}"  # of a name that no earlier run has left behind
         nspawn = ["systemd-nspawn", "--quiet", "--register=no", "--keep-unit", "--console=interactive", machine]
         nspawn += [f"--directory={debian}", f"--bind={folder}/home:{HOME}", f"--chdir={HOME}/project"]
-        nspawn += [
-            f"--bind-ro={ROOT}/cerebrum_lsp.py:/cerebrum_lsp.py",
-            *(f"--setenv={k}={v}" for k, v in settings.items()),
-        ]
+        nspawn += [f"--bind-ro={ROOT}/cerebrum_lsp.py:/cerebrum_lsp.py"]
+        nspawn += [f"--setenv={name}={value}" for name, value in settings.items()]
         self.run("new-session", "-d", "-x", "100", "-y", "30", *nspawn, *command, "sum.py")
         self.process = int(self.run("display-message", "-p", "#{pane_pid}"))
-        try:
-            wait_until(lambda: self.sent.exists() and "didOpen" in self.sent.read_text(), "the server has the file")
-            self.shows("Loaded 1 file" if command[0] == "hx" else "def add")  # before it, Helix drops what is typed
-        except BaseException:
-            self.close()
-            raise
 
     def run(self, *arguments: str) -> str:
         done = subprocess.run([*self.tmux, *arguments], capture_output=True, text=True, timeout=PATIENCE, check=True)
@@ -129,6 +121,8 @@ class Terminal:
 def editing(debian: Path, folder: Path, *command: str) -> Iterator[Terminal]:
     terminal = Terminal(debian, folder, *command)
     try:
+        wait_until(lambda: terminal.sent.exists() and "didOpen" in terminal.sent.read_text(), "the server has the file")
+        terminal.shows("Loaded 1 file" if command[0] == "hx" else "def add")  # before it, Helix drops what is typed
         yield terminal
     finally:
         terminal.close()
@@ -217,15 +211,8 @@ def test_vscodes_client(warm: Pi, tmp_path: Path) -> None:
     before = accepted(warm)
     file = tmp_path / "sum.py"
     file.write_text(TEXT)
-    command = [
-        node,
-        str(ROOT / "tests/vscode.cjs"),
-        sys.executable,
-        str(ROOT / "cerebrum_lsp.py"),
-        str(file),
-        "1",
-        "11",
-    ]
+    server = [sys.executable, str(ROOT / "cerebrum_lsp.py")]
+    command = [node, str(ROOT / "tests/vscode.cjs"), *server, str(file), "1", "11"]
     environment = {**os.environ, "CEREBRUM_URL": warm.url}
     done = subprocess.run(command, cwd=CACHE, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert (done.returncode, done.stderr) == (0, "")
