@@ -613,12 +613,12 @@ def test_a_prompt_of_one_word_is_not_healed(vps: Vps, reference: Reference) -> N
 
 
 def test_a_seed_decides_the_random_numbers(vps: Vps) -> None:
-    def text(seed: int | None, **more: Any) -> str:
-        return str(vps.complete("import ", seed=seed, temperature=1, max_tokens=12, **more)["completion"])
+    def text(**more: Any) -> str:
+        return str(vps.complete("import ", temperature=1, max_tokens=12, **more)["completion"])
 
-    assert len({text(seed) for seed in (1, 2, 3)}) > 1
-    assert len({text(None) for _ in range(3)}) > 1
-    assert text(5, top_p=1e-9) == text(6, top_p=1e-9)  # only the likeliest token is left
+    assert len({text(seed=seed) for seed in (1, 2, 3)}) > 1
+    assert len({text() for _ in range(3)}) > 1
+    assert text(seed=5, top_p=1e-9) == text(seed=6, top_p=1e-9)  # only the likeliest token is left
 
 
 def test_stop_strings(vps: Vps) -> None:
@@ -886,8 +886,6 @@ def test_unload(real: Vps) -> None:
     assert body["memory_freed_mb"] > 0.7 * held
     assert (real.loaded(), real.model()["loaded"]) == ([], False)
     assert real.unload() == (200, {"model": SMALL, "unloaded": False, "memory_freed_mb": 0.0})
-    real.complete(new_prompt(), max_tokens=1)
-    assert real.loaded() == [SMALL]
 
 
 @pytest.mark.slow
