@@ -17,7 +17,7 @@ from harness import PATIENCE
 
 from cerebrum.vps import encoding, schedule
 from cerebrum.vps.gguf import Source
-from cerebrum.vps.llama import MB, Llama, ModelError, Settings, Slot, llama_log, start_library
+from cerebrum.vps.llama import ABORTED, MB, Llama, ModelError, Settings, Slot, llama_log, start_library
 from cerebrum.vps.memory import needed
 from cerebrum.vps.vocabulary import CompletionRequest, api
 from cerebrum.vps.worker import Job, Loader, Worker
@@ -189,6 +189,12 @@ def test_sequences_are_apart_where_their_sum_would_change_the_rope_factors(model
         model = Llama(models / f"{family}.gguf", settings, lambda _: True)
         assert model.unified is unified
         model.close()
+
+
+def test_an_abort_ends_a_decode(models: Path) -> None:
+    with opened(models / "dense.gguf") as model:
+        model.abort()
+        assert model.decode([(Slot(0), [1, 2, 3], 1)]) == ABORTED
 
 
 def test_a_copied_sequence_is_apart_from_its_source(models: Path) -> None:
