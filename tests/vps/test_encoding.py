@@ -28,25 +28,7 @@ from harness import settings as daemon_settings
 import vpsd as backend
 from cerebrum.settings import Environment
 from cerebrum.vps import encoding
-from cerebrum.vps.encoding import (
-    DECODES,
-    FAITHFUL,
-    MIN_GAIN,
-    TO_Q8_0,
-    Form,
-    Outcome,
-    Passport,
-    Timing,
-    TunedFile,
-    TuneError,
-    change_types,
-    find_tuned,
-    passport_path,
-    remove_tuned,
-    sample_layers,
-    tune,
-    tuned_path,
-)
+from cerebrum.vps.encoding import Passport, Timing, TuneError, find_tuned, passport_path, tune, tuned_path
 from cerebrum.vps.gguf import Source, Tensor
 from cerebrum.vps.llama import MB, Settings, start_library
 
@@ -65,44 +47,35 @@ def settings(tmp_path: Path) -> Settings:
 
 
 class Script:
-    """Stands for the measurements: the seconds of a model follow from its types of matrices and its settings."""
+    """Stands for the measurements: the seconds of a model follow from its types of matrices and its settings, those of
+    a whole file also from its name in `whole`."""
 
-    def __init__(
-        self, costs: Mapping[str, float], factor: Callable[[Settings], float] = lambda _: 1.0, whole: float = 0.0
-    ) -> None:
-        self.costs, self.factor, self.compared = costs, factor, list[dict[Any, dict[str, int]]]()
-        self.whole = whole  # the factor of whole files, if it is another
-        self.sizes: list[int] = []
-        self.used: list[set[tuple[int, bool]]] = []  # by each comparison: micro-batch, flash attention
+    def __init__(self, costs: Mapping[str, float], factor: Any = lambda _: 1.0, whole: Any = None) -> None:
+        self.costs, self.factor, self.whole = costs, factor, whole or {}
         self.agreement = 0.99  # of the tuned file
+        self.sizes: list[int] = []
+        # By each comparison: the weights by their types, and micro-batch and flash attention.
+        self.compared, self.used = list[dict[Any, dict[str, int]]](), list[set[tuple[int, bool]]]()
 
-    def __call__(
-        self,
-        variants: Mapping[Any, tuple[Path, Settings]],
-        read: int,
-        step: Callable[[], None],
-    ) -> dict[Any, Timing]:
-        found, types = {}, {}
+    def __call__(self, variants: Mapping[Any, tuple[Path, Settings]], _read: int, step: Any) -> dict[Any, Timing]:
+        found = {}
         self.used.append({(used.micro_batch, used.flash_attention) for _, used in variants.values()})
+        self.compared.append({})
         for name, (path, settings) in variants.items():
             self.sizes.append(path.stat().st_size)
-            weights: dict[str, int] = {}
+            weights = self.compared[-1][name] = dict[str, int]()
             tensors = Source(path).tensors
             blocks = {tensor.layer for tensor in tensors} - {None}
             assert Source(path).reader.fields["qwen2.block_count"].contents() == len(blocks)
-            names = {tensor.name for tensor in tensors}
-            unused = "token_embd.weight" if "output.weight" in names else ""
+            unused = "token_embd.weight" if any(tensor.name == "output.weight" for tensor in tensors) else ""
             for tensor in tensors:
                 if tensor.is_matrix and tensor.name != unused:
                     size, width = GGML_QUANT_SIZES[GGMLQuantizationType[tensor.type]]
-                    count = tensor.data.nbytes // width * size
-                    weights[tensor.type] = weights.get(tensor.type, 0) + count
+                    weights[tensor.type] = weights.get(tensor.type, 0) + tensor.data.nbytes // width * size
             seconds = sum(count * self.costs.get(type_, 1.0) for type_, count in weights.items()) / 1e9
-            seconds *= (isinstance(name, str) and self.whole) or self.factor(settings)
-            found[name] = Timing(seconds, dict.fromkeys(DECODES, seconds))
-            types[name] = weights
+            seconds *= self.whole.get(name) or self.factor(settings)
+            found[name] = Timing(seconds, dict.fromkeys(encoding.DECODES, seconds))
             step()
-        self.compared.append(types)
         return found
 
 
@@ -132,7 +105,7 @@ class Lab:
         self.monkeypatch.setattr(encoding, "agreement", lambda *_: made.agreement)
         return made
 
-    def tune(self, room: int = ROOM, told: Callable[[str, int, int], None] = quiet, **more: Any) -> Outcome:
+    def tune(self, room: int = ROOM, told: Callable[[str, int, int], None] = quiet, **more: Any) -> encoding.Outcome:
         return tune(self.published, "abc", self.settings, room, told, **{"output": io.StringIO(), **more})
 
     @property
@@ -140,7 +113,7 @@ class Lab:
         """Where the tuned file is written."""
         return tuned_path(self.settings.state_dir, self.published)
 
-    def found(self) -> tuple[TunedFile | None, str]:
+    def found(self) -> tuple[encoding.TunedFile | None, str]:
         return find_tuned(self.published, self.settings)
 
     def left(self) -> list[str]:
@@ -170,19 +143,19 @@ def test_only_matrices_that_are_multiplied_change() -> None:
     others = [tensor("blk.0.attn_norm.weight", "F32", 1), tensor("blk.0.x.bias", "Q4_K"), tensor("y.weight", "Q4_K")]
     others += [tensor("blk.0.attn_q.weight", "F16"), tensor("token_embd.weight", "Q6_K")]
     changed = {"blk.0.ffn_up.weight": "Q4_1", "blk.1.ffn_up.weight": "Q8_0", "output.weight": "Q8_0"}
-    assert change_types([*layer, *others, tensor("output.weight", "Q6_K")], FAITHFUL) == changed
+    assert encoding.change_types([*layer, *others, tensor("output.weight", "Q6_K")], encoding.FAITHFUL) == changed
     tied = {"blk.1.ffn_up.weight": "Q8_0", "token_embd.weight": "Q8_0"}
-    assert change_types([*layer, *others], TO_Q8_0) == tied
+    assert encoding.change_types([*layer, *others], encoding.TO_Q8_0) == tied
 
 
 def test_a_sample_has_the_kinds_of_layers_that_the_model_has() -> None:
     """Of 24 layers every third has the larger type: one in three of the sample then has it, or nearly."""
     tensors = [tensor(f"blk.{i}.ffn_down.weight", "Q4_K" if i % 3 else "Q6_K") for i in range(24)]
-    layers = sample_layers(tensors)
+    layers = encoding.sample_layers(tensors)
     assert len(layers) == 4
     assert [i % 3 == 0 for i in layers].count(True) == 1
-    assert sample_layers(tensors[:3]) == [0, 1, 2]
-    assert sample_layers(tensors[:1]) == [0]
+    assert encoding.sample_layers(tensors[:3]) == [0, 1, 2]
+    assert encoding.sample_layers(tensors[:1]) == [0]
 
 
 # -------------------------------------------------------------------------------------------- the choice
@@ -236,27 +209,40 @@ def test_a_tied_output_matrix_and_few_layers(lab: Lab, tmp_path: Path, layers: i
     assert {kind for name, kind in after.items() if "ffn_down" in name} <= {"Q4_1", "Q8_0"}
 
 
-def test_a_tuned_file_is_found(lab: Lab) -> None:
-    lab.script(FASTER, factor=lambda used: 0.9 if used.flash_attention else 1.0)
+FASTEST = "tuned: Q4_K to Q4_1, Q5_0 to Q8_0, Q6_K to Q8_0, Q6_K (output) to Q8_0"
+HARDLY = 1 - encoding.MIN_GAIN + 0.001
+
+
+@pytest.mark.parametrize(
+    ("costs", "quicker", "whole", "agreement", "chosen", "changed"),
+    [
+        (FASTER, {"flash_attention": True}, None, 0.99, FASTEST, {"flash_attention": True}),
+        (FASTER, {}, None, 0.9, FASTEST, {}),
+        (FASTER, {}, None, 0.89, "published", {}),  # says something else
+        (FASTER, {}, 9.0, 0.99, "published", {}),  # what a sample promises must hold for the whole
+        ({"Q8_0": HARDLY, "Q4_1": HARDLY}, {}, None, 0.99, "published", {}),  # not worth a file
+        ({}, {"micro_batch": 128}, 1.0, 0.99, "published", {"micro_batch": 128}),  # pays in a long context alone
+    ],
+)
+def test_what_is_chosen_is_found(
+    lab: Lab, costs: Any, quicker: Any, whole: float | None, agreement: float, chosen: str, changed: Any
+) -> None:
+    def factor(used: Settings) -> float:
+        return 0.9 if quicker and all(getattr(used, name) == value for name, value in quicker.items()) else 1.0
+
+    lab.script(costs, factor=factor, whole={"tuned": whole} if whole else None).agreement = agreement
     assert lab.found() == (None, "")
-    lab.tune()
+    outcome, tuned = lab.tune(), chosen == FASTEST
     found, reason = find_tuned(lab.published, lab.settings, "abc")
-    assert reason == ""
-    assert (found.path, found.source) == (lab.path, "abc")
-    assert found.settings == replace(lab.settings, flash_attention=True)
-    assert found.encoding == "tuned: Q4_K to Q4_1, Q5_0 to Q8_0, Q6_K to Q8_0, Q6_K (output) to Q8_0"
-    other = find_tuned(lab.published, lab.settings, "def")
-    assert other == (None, "made for source abc, here it is def")
-    assert remove_tuned(lab.published, lab.settings)
-    assert lab.found() == (None, "")
-    assert not remove_tuned(lab.published, lab.settings)
-    assert lab.left() == []
-
-
-@pytest.mark.parametrize("agreement", [0.89, 0.9])
-def test_what_says_something_else_is_not_used(lab: Lab, agreement: float) -> None:
-    lab.script(FASTER).agreement = agreement
-    assert bool(lab.tune().tuned) == (agreement == 0.9)
+    assert (found.source, found.encoding, reason) == ("abc", chosen, "")
+    assert (found.path, found.settings) == (lab.path if tuned else lab.published, replace(lab.settings, **changed))
+    assert lab.left() == [*(["m.gguf"] if tuned else []), "m.gguf.json"]
+    nothing = "nothing is 3% faster here than the published file, which is used as it is"
+    assert (outcome.tuned is None) == (nothing in outcome.table()) == (not tuned and not changed)
+    assert find_tuned(lab.published, lab.settings, "def") == (None, "made for source abc, here it is def")
+    assert encoding.remove_tuned(lab.published, lab.settings)
+    assert (lab.found(), lab.left()) == ((None, ""), [])
+    assert not encoding.remove_tuned(lab.published, lab.settings)
 
 
 @pytest.mark.parametrize("kind", ["F16", "Q8_0"])
@@ -265,44 +251,6 @@ def test_what_is_fine_already_is_left_alone(lab: Lab, tmp_path: Path, kind: str)
     path = families.write_quantized(tmp_path / "m.gguf", types=(kind,), output="Q8_0")
     tune(path, "abc", lab.settings, ROOM, quiet, io.StringIO())
     assert all(set(types) == {kind, "Q5_0", "Q8_0"} for types in made.compared[-1].values())
-
-
-@pytest.mark.parametrize("gain", [0.0, MIN_GAIN - 0.001])
-def test_what_hardly_pays_is_not_worth_a_file(lab: Lab, gain: float) -> None:
-    cost = 1 - gain
-    lab.script({"Q8_0": cost, "Q4_1": cost})
-    outcome = lab.tune()
-    assert outcome.tuned is None
-    assert outcome.passport.encoding == "published"
-    assert "nothing is 3% faster here than the published file, which is used as it is" in outcome.table()
-    assert lab.left() == ["m.gguf.json"]  # it only records that nothing better was found here
-    found, reason = lab.found()
-    assert (reason, found.path, found.settings, found.encoding) == ("", lab.published, lab.settings, "published")
-
-
-def test_settings_alone_may_pay(lab: Lab) -> None:
-    """They pay in the long context of the samples alone."""
-    lab.script({}, factor=lambda used: 0.9 if used.micro_batch == 128 else 1.0, whole=1.0)
-    outcome = lab.tune()
-    assert outcome.tuned
-    found, _ = lab.found()
-    assert (found.path, found.settings) == (lab.published, replace(lab.settings, micro_batch=128))
-    assert found.encoding == "published"
-
-
-def test_what_a_sample_promises_must_hold_for_the_whole(lab: Lab) -> None:
-    """The samples are faster in the new types, the whole file is not."""
-    made = lab.script(FASTER)
-    real = made.__call__
-
-    def compare(variants: Any, *rest: Any) -> dict[Any, Timing]:
-        found = real(variants, *rest)
-        return {**found, "tuned": found["published"]} if "tuned" in found else found
-
-    encoding.compare = compare  # type: ignore[assignment]  # the fixture restores it
-    assert lab.tune().tuned is None
-    found, _ = lab.found()
-    assert (found.path, found.settings) == (lab.published, lab.settings)
 
 
 def test_the_best_that_fits_into_memory_is_chosen(lab: Lab) -> None:
@@ -349,8 +297,8 @@ same likeliest token as the published file after 98.4% of 256 tokens of code"""
 def test_the_table() -> None:
     before, after = Timing(0.004, {1: 0.03, 4: 0.05, 16: 0.1}), Timing(0.001, {1: 0.02, 4: 0.025, 16: 0.05})
     old, new = Settings(threads=2), Settings(threads=2, micro_batch=128)
-    forms = Form(before, old, 469 * MB, 850 * MB), Form(after, new, 574 * MB, 956 * MB)
-    outcome = Outcome(*forms, Passport(**PASSPORT), 0.984)
+    forms = encoding.Form(before, old, 469 * MB, 850 * MB), encoding.Form(after, new, 574 * MB, 956 * MB)
+    outcome = encoding.Outcome(*forms, Passport(**PASSPORT), 0.984)
     assert outcome.table() == f"{encoding.cpu_name()}; tuned: Q5_0 to Q8_0\n\n{TABLE}"
 
 
@@ -420,15 +368,12 @@ def test_only_one_process_tunes(lab: Lab) -> None:
 
 # ----------------------------------------------------------------------------------------- what is used
 
+FLAGS, CPUS = encoding.cpu_flags(), len(os.sched_getaffinity(0))
 PASSPORT = {
-    "source": "abc", "library": llama_cpp.__version__, "cpu": encoding.cpu_flags(),
-    "cpus": len(os.sched_getaffinity(0)), "threads": 2, "micro_batch": 128, "flash_attention": False,
-    "types": {"Q5_0": "Q8_0"}, "format": 2,
+    "source": "abc", "library": llama_cpp.__version__, "cpu": FLAGS, "cpus": CPUS, "threads": 2, "micro_batch": 128,
+    "flash_attention": False, "types": {"Q5_0": "Q8_0"}, "format": 2,
 }  # fmt: skip
 NO_PASSPORT = "expected a passport of this version; tune the model again"
-
-
-FLAGS, CPUS = encoding.cpu_flags(), len(os.sched_getaffinity(0))
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import re
-import resource
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -57,12 +57,14 @@ async def ends(reader: asyncio.StreamReader) -> None:
 )
 async def test_a_slow_request(monkeypatch: pytest.MonkeyPatch, limit: str, begun: bytes) -> None:
     monkeypatch.setattr(cerebrum_http, limit, SOON)
+    monkeypatch.setattr(cerebrum_http, "LINGER_SECONDS", SOON)
     async with serving() as (server, port), connect(port) as (reader, writer):
         writer.write(begun.replace(b"@POST", b"/v1/complete"))
         reply = await read_reply(reader)
         assert (reply.status, reply.json["code"], reply.one("Connection")) == (408, "TIMEOUT", "close")
         assert await reader.read() == b""
         assert server.state.calls == []
+        await until(lambda: not server.connections)  # it does not linger for ever
 
 
 async def test_a_head_at_one_byte_a_time_ends_at_a_total_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,15 +105,6 @@ async def test_the_end_lingers_for_an_unread_body() -> None:
 
     async with serving(keys=()) as (_, port):
         assert b" 413 " in await asyncio.to_thread(client, port)
-
-
-async def test_the_end_does_not_linger_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cerebrum_http, "LINGER_SECONDS", SOON)
-    async with serving() as (server, port), connect(port) as (reader, writer):
-        writer.write(b"x\r\n")
-        assert (await read_reply(reader)).status == 400
-        assert await reader.read() == b""
-        await until(lambda: not server.connections)
 
 
 # ------------------------------------------------------------------------------------------ slow readers
@@ -200,29 +193,24 @@ async def test_the_end_waits_for_a_slow_reader(monkeypatch: pytest.MonkeyPatch) 
 
 async def test_a_client_that_resets_beside_the_first_event_leaves_nothing_taken() -> None:
     """What a handler takes and its events release is released even if not one byte can be sent."""
-    taken: list[str] = []
-    given = asyncio.Event()
+    released = asyncio.Event()
 
     async def events() -> AsyncIterator[bytes]:
         try:
             yield b": a\n\n"
         finally:
-            taken.pop()
-            given.set()
+            released.set()
+
+    async def handle(server: Any, _state: Any, _request: Request) -> Response:
+        for connection in server.connections.values():
+            connection.transport.abort()  # like a reset while the handler runs
+        return Response(events=events())
 
     async with serving() as (server, port), connect(port) as (reader, writer):
-
-        async def handle(state: Any, request: Request) -> Response:
-            taken.append("a place")
-            for connection in server.connections.values():
-                connection.transport.abort()  # like a reset while the handler runs
-            return Response(events=events())
-
-        writer.write(add_route(server, "/held", handle))
+        writer.write(add_route(server, "/held", functools.partial(handle, server)))
         await ends(reader)
         async with asyncio.timeout(PATIENCE):
-            await given.wait()
-        assert taken == []
+            await released.wait()
 
 
 async def test_a_pipelined_flood_is_answered_in_order_and_fairly() -> None:
@@ -513,71 +501,4 @@ def test_a_flood_of_bodies_costs_a_fraction_of_their_size(tmp_path: Path, framin
     with daemon("cm4d", tmp_path) as process:
         assert asyncio.run(attack(process.port)) <= statuses
         assert process.peak_rss_kb() < 110_000
-        assert process.complaints() == ""
-
-
-@contextlib.contextmanager
-def more_open_files() -> Iterator[None]:
-    """Allow this process and its children 1,500 sockets."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
-def test_health_during_a_slow_header_attack(tmp_path: Path) -> None:
-    """1,500 sockets from one address send a byte now and then, none of them a whole head."""
-
-    async def attack(port: int) -> float:
-        slowest, peers = 0.0, list[socket.socket]()
-        for number in range(1500):
-            peers.append(peer := socket.socket())
-            peer.setblocking(False)
-            with contextlib.suppress(BlockingIOError):
-                peer.connect(("127.0.0.1", port))
-            if number % 100 == 99:
-                for other in peers:
-                    with contextlib.suppress(OSError):
-                        other.send(b"GET / HTTP/1.1\r\nA: b" if number == 99 else b"c")
-                started = time.monotonic()
-                assert "status" in (await ask(port, HEALTH)).json  # an answer from the handler, not from the limit
-                slowest = max(slowest, time.monotonic() - started)
-        for peer in peers:
-            peer.close()
-        return slowest
-
-    with more_open_files(), daemon("cm4d", tmp_path) as process:
-        before = process.rss_kb()
-        # None of them waited for the attackers' deadline.
-        assert asyncio.run(attack(process.port)) < cerebrum_http.HEAD_SECONDS / 2
-        assert process.rss_kb() - before < 20_000
-        assert process.complaints() == ""
-
-
-FRAMING_CODES = {"INVALID_REQUEST", "PAYLOAD_TOO_LARGE", "URI_TOO_LONG", "HEADERS_TOO_LARGE"}
-
-
-def test_flat_memory_under_endless_heads_and_bodies(tmp_path: Path) -> None:
-    """Heads, chunk lines and trailers without end are cut, and no memory stays taken."""
-
-    async def attack(port: int) -> None:
-        async def one(raw: bytes) -> None:
-            with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
-                reply = await ask(port, raw)
-                assert reply.json["code"] in FRAMING_CODES
-
-        raws = [b"A" * (1 << 20), get()[:-2] + b"A: b\r\n" * 100_000]
-        endless = [b"1;" + b"a" * (1 << 20), b"0\r\n" + b"A: b\r\n" * 100_000, b"f" * (1 << 20)]
-        many = b"40\r\n%b\r\n" % (b"x" * 64) * 16_000 + b"0\r\n\r\n"
-        raws += [chunked(body).replace(b"@POST", b"/v1/complete") for body in (*endless, many)]
-        for _ in range(5):
-            await asyncio.gather(*(one(raw) for raw in raws * 3))
-
-    with daemon("cm4d", tmp_path) as process:
-        asyncio.run(ask(process.port, HEALTH))
-        before = process.rss_kb()
-        asyncio.run(attack(process.port))
-        assert process.rss_kb() - before < 20_000  # of 90 MB
         assert process.complaints() == ""

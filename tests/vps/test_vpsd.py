@@ -34,19 +34,7 @@ import families
 import llama_cpp
 import psutil
 import pytest
-from harness import (
-    FILES,
-    KEY,
-    MODELS,
-    PATIENCE,
-    ROOT,
-    Daemon,
-    command_of,
-    program,
-    run_to_the_end,
-    settings,
-    wait_until,
-)
+from harness import FILES, KEY, MODELS, PATIENCE, Daemon, command_of, program, run_to_the_end, settings, wait_until
 
 import vpsd
 from cerebrum.settings import load_catalog
@@ -197,8 +185,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vps_llama.start_library()
     folder = tmp_path_factory.mktemp("models")
     data = families.make(folder / FILES[SMALL].name, families.STAND_IN).read_bytes()
-    (entry,) = (model for model in load_catalog(ROOT / "models.toml").models if model.id == SMALL)
-    catalog = (ROOT / "models.toml").read_text()
+    (entry,) = (model for model in load_catalog(vpsd.HERE / "models.toml").models if model.id == SMALL)
+    catalog = (vpsd.HERE / "models.toml").read_text()
     for old, new in ((entry.sha256, hashlib.sha256(data).hexdigest()), (f"{entry.size:_}", str(len(data)))):
         assert catalog.count(old) == 1
         catalog = catalog.replace(old, new)
@@ -208,7 +196,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def changed(change: str) -> list[str]:
     """A command that runs vpsd after this change."""
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import vpsd; {change}; sys.exit(vpsd.main([]))"
+    code = f"import sys; sys.path.insert(0, {str(vpsd.HERE)!r}); import vpsd; {change}; sys.exit(vpsd.main([]))"
     return [sys.executable, "-u", "-c", code]
 
 
