@@ -601,8 +601,11 @@ class ScriptedLlama:
         self.n_ctx, self.fails, self.recurrent, self.max_draft, self.unified = 4096, "", False, MAX_DRAFT, True
         self.abort_flag = [b"\x00"]
         self.closed, self.saved = False, 0
-        self.hold: threading.Event | None = None  # each decode waits for it
-        self.decoding = threading.Event()
+        self.hold, self.decoding = (
+            threading.Event(),
+            threading.Event(),
+        )  # each decode sets the second, waits for the first
+        self.hold.set()
 
     def _fail(self, place: str) -> None:
         if self.fails == place:
@@ -616,8 +619,7 @@ class ScriptedLlama:
     def decode(self, parts: Any) -> int:
         self._fail("decode")
         self.decoding.set()
-        if self.hold:
-            assert self.hold.wait(PATIENCE)
+        assert self.hold.wait(PATIENCE)
         self.next = (max(tokens[-1] for _, tokens, _ in parts) - 96) % 26 + 97
         return 0
 
@@ -659,7 +661,7 @@ class Ask:
         self.events: queue.SimpleQueue[list[vps_worker.Event | HttpError]] = queue.SimpleQueue()
         self.job = Job(CompletionRequest(prompt, stop_at="none", temperature=0, **more), self.events.put)
 
-    def outcome(self) -> tuple[str, HttpError | vps_worker.Event]:
+    def outcome(self) -> tuple[str, Any]:
         """The whole text and the last event."""
         text = ""
         while True:
@@ -670,8 +672,7 @@ class Ask:
 
     def error(self) -> tuple[str, str]:
         """The code and the message of the error that the job ends with."""
-        _, error = self.outcome()
-        assert isinstance(error, HttpError)
+        error = self.outcome()[1]
         return error.code, error.message
 
 
@@ -782,16 +783,17 @@ def test_a_fault_while_a_request_is_set_up_ends_it_alone(
 
     monkeypatch.setattr(vps_worker, "Sampler", sampler)
     model: Any = worker.model
-    model.hold = threading.Event()
+    model.hold.clear()
     beside = ask(worker, "x", max_tokens=3)
     assert model.decoding.wait(PATIENCE)
     bad, waiting = ask(worker, "bad"), ask(worker, "c", max_tokens=2)
     model.hold.set()
     assert bad.error() == ("INTERNAL_ERROR", "internal error; see the log")
     text, last = beside.outcome()
-    assert isinstance(last, dict)
     assert (text, last["finish_reason"], last["total_tokens"], last["prompt_tokens"]) == ("yza", "length", 3, 1)
     assert waiting.outcome()[0] == "de"
+    model.fails = "piece"  # with one token
+    assert ask(worker, "x").error() == ("INTERNAL_ERROR", "internal error; see the log")
     assert [slot.run for slot in worker.slots] == [None, None]
 
 
@@ -806,7 +808,7 @@ def test_a_worker_is_due_only_while_it_works_and_saves_when_it_rests(
     for number, (prompt, step_seconds, slowest) in enumerate((("abc" * 9, 100.0, 1.0), ("xyz" * 9, 1.0, 1e6)), 1):
         monkeypatch.setattr(vps_worker, "STEP_SECONDS", step_seconds)
         monkeypatch.setattr(vps_worker, "SLOWEST", slowest)
-        model.hold = threading.Event()
+        model.hold.clear()
         model.decoding.clear()
         began = time.monotonic()
         asked = ask(worker, prompt, max_tokens=1)
@@ -831,44 +833,24 @@ def test_saved_prompts_are_dropped_on_request(worker: vps_worker.Worker) -> None
         assert [entry.tokens for entry in store.entries] == left
 
 
-def test_a_fault_with_one_token_ends_that_request_alone(worker: vps_worker.Worker) -> None:
+@pytest.mark.parametrize("fails", ["decode", "save", "close"])
+def test_a_worker_that_fails_or_cannot_close_answers_all_requests_and_ends(
+    worker: vps_worker.Worker, fails: str
+) -> None:
     model: Any = worker.model
-    model.fails = "piece"
-    assert ask(worker, "x").error() == ("INTERNAL_ERROR", "internal error; see the log")
-    model.fails = ""
-    assert ask(worker, "x", max_tokens=2).outcome()[0] == "yz"
-
-
-def test_a_worker_that_fails_answers_all_requests_and_ends(worker: vps_worker.Worker) -> None:
-    model: Any = worker.model
-    model.hold = threading.Event()
-    running = [ask(worker, "x"), ask(worker, "y")]
-    assert model.decoding.wait(PATIENCE)
-    waiting = ask(worker, "z")
-    model.fails = "decode"
-    model.hold.set()
-    worker.ended.result(PATIENCE)
-    late = ask(worker, "z")
-    for asked in running:
-        assert asked.error() == ("INTERNAL_ERROR", "model m failed and is loaded again; see the log")
-    for asked in (waiting, late):  # nothing of these has been lost
-        assert asked.error() == ("SHUTTING_DOWN", "model m is being unloaded; try again")
-    assert model.closed
-
-
-@pytest.mark.parametrize("fails", ["save", "close"])
-def test_a_close_that_fails_half_way_still_answers_and_frees(worker: vps_worker.Worker, fails: str) -> None:
-    model: Any = worker.model
-    model.hold = threading.Event()
+    model.hold.clear()
     running = [ask(worker, "x" * 20), ask(worker, "y" * 20)]
     assert model.decoding.wait(PATIENCE)
     waiting = ask(worker, "z" * 20)
     model.fails = fails
-    worker.stop()
+    if fails != "decode":
+        worker.stop()
     model.hold.set()
     worker.ended.result(PATIENCE)
-    for asked in (*running, waiting):
-        assert asked.error() == ("SHUTTING_DOWN", "model m is being unloaded; try again")
+    unloaded = "SHUTTING_DOWN", "model m is being unloaded; try again"
+    failed = "INTERNAL_ERROR", "model m failed and is loaded again; see the log"
+    assert [asked.error() for asked in running] == [failed if fails == "decode" else unloaded] * 2
+    assert [asked.error() for asked in (waiting, ask(worker, "z"))] == [unloaded] * 2  # nothing of these has been lost
     assert model.closed
 
 
@@ -885,22 +867,28 @@ def test_any_fault_of_a_load_is_reported(tmp_path: Path, scripted: Any) -> None:
     worker.ended.result(PATIENCE)
 
 
-def test_a_chunk_is_short_while_another_model_is_generating(worker: vps_worker.Worker) -> None:
-    other: Any = object()
-    job = Ask("x" * 4000).job
-    worker.prepare(job)
-    run, decoder = Run(job, llama.Slot(0), 0, []), worker.decoder
+def test_a_chunk_is_short_and_low_priority_waits_while_another_model_is_generating(worker: vps_worker.Worker) -> None:
+    other, decoder, slot = object(), worker.decoder, worker.slots[0]
     assert decoder
+    normal, low = (Ask("x" * 4000, priority=priority).job for priority in ("normal", "low"))
+    for job in (normal, low):
+        worker.prepare(job)
+    run, slot.run = Run(normal, llama.Slot(0), 0, []), Run(low, slot, 0, [])
     assert len(decoder.next_work(run, [run]).tokens) == MAX_CHUNK
     worker.baton.note(other, 0.01)
     assert len(decoder.next_work(run, [run]).tokens) == share_size(decoder.costs, 0.01) < MAX_CHUNK
+    assert not decoder.turn([slot.run])
     worker.baton.note(other, None)
     assert len(decoder.next_work(run, [run]).tokens) == MAX_CHUNK
+    assert decoder.turn([slot.run])
+    assert slot.tokens
+    decoder.fail(slot.run, HttpError("SHUTTING_DOWN", ""))
 
 
 def test_a_prompt_of_low_priority_is_read_while_nobody_else_needs_the_cpu(worker: vps_worker.Worker) -> None:
     model: Any = worker.model
-    model.hold, model.abort, sizes, aborted = threading.Event(), lambda: aborted.append(1), [], []
+    model.hold.clear()
+    model.abort, sizes, aborted = lambda: aborted.append(1), [], []
     real = model.decode
     model.decode = lambda parts: (sizes.append([len(tokens) for _, tokens, _ in parts]), real(parts))[1]
     low = ask(worker, "l" * 1100, max_tokens=1, priority="low")
@@ -921,18 +909,3 @@ def test_a_prompt_of_low_priority_is_read_while_nobody_else_needs_the_cpu(worker
     worker.give_way()  # no decode of normal priority is aborted
     assert len(aborted) == 1
     model.hold.set()
-
-
-def test_a_prompt_of_low_priority_waits_for_another_model(worker: vps_worker.Worker) -> None:
-    job = Ask("x" * 400, priority="low").job
-    worker.prepare(job)
-    decoder, slot = worker.decoder, worker.slots[0]
-    assert decoder
-    slot.run = run = Run(job, slot, 0, [])
-    other: Any = object()
-    worker.baton.note(other, 0.01)
-    assert not decoder.turn([run])
-    worker.baton.note(other, None)
-    assert decoder.turn([run])
-    assert slot.tokens
-    decoder.fail(run, HttpError("SHUTTING_DOWN", ""))
