@@ -533,7 +533,10 @@ class Measured:
         assert (slot.id, length) == (0, 0)
 
 
-@pytest.mark.parametrize("damage", [b"", b"[1]", b"\xff", b'{"1": 0.1}', b'{"a": 1}', b"0"])
+NO_TIME = json.dumps(dict.fromkeys(schedule.CALIBRATION_SIZES, 0)).encode()
+
+
+@pytest.mark.parametrize("damage", [b"", NO_TIME, b"[1]", b"\xff", b'{"1": 0.1}', b'{"a": 1}', b"0"])
 def test_calibration_is_measured_once_and_again_when_its_file_is_damaged(
     tmp_path: Path, damage: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -399,23 +399,18 @@ def test_the_answer_and_the_stream_of_a_completion(vps: Vps, reference: Referenc
     assert 0 < body["ttft"] <= body["inference_time"]
     assert body["tokens_per_second"] > 0
     assert body["accepted_tokens"] <= body["draft_tokens"]
-    with vps.stream("def hello():", max_tokens=8) as stream:
-        *tokens, done = stream.events()
+    with vps.stream("def hello():", max_tokens=8, progress=True) as stream:
+        *events, done = stream.events()
+    stages = [event["progress"] for event in events if "progress" in event]
+    assert [stage["stage"] for stage in stages if stage["done"] == 0] == ["queued", "decode"]  # it knows the prompt
+    assert [stage["total"] for stage in stages if stage["stage"] == "prefill"] == [body["prompt_tokens"]] * 2
+    tokens = [event for event in events if "progress" not in event]
     assert all(list(event) == ["token", "total_tokens"] and event["token"] for event in tokens)
     counts = [event["total_tokens"] for event in tokens]
     assert counts == sorted(set(counts))
     assert "".join(event["token"] for event in tokens) == body["completion"]
     assert list(done)[:6] == ["done", "language", "model", "total_tokens", "inference_time", "timestamp"]
     assert (done["done"], done["model"], done["total_tokens"], done["finish_reason"]) == (True, SMALL, 8, "length")
-
-
-def test_progress(vps: Vps) -> None:
-    with vps.stream(new_prompt(), max_tokens=2, progress=True) as stream:
-        stages = [event["progress"] for event in stream.events() if "progress" in event]
-    assert [stage["stage"] for stage in stages if stage["done"] == 0] == ["queued", "prefill", "decode"]
-    prefill = [(stage["done"], stage["total"]) for stage in stages if stage["stage"] == "prefill"]
-    assert prefill == sorted(prefill)
-    assert prefill[-1][0] == prefill[-1][1]
 
 
 NOTHING = "model: expected a string from 1 to 200 characters, got nothing"
@@ -727,15 +722,6 @@ def test_the_tokens_of_a_cancelled_completion_are_kept(vps: Vps, reference: Refe
     last = body["prompt_tokens"] - 1
     assert body["cached_tokens"] >= (min(done, last) if stage == "prefill" else last)
     reference.check(prompt, body["completion"], 8)
-
-
-def test_cancelled_without_a_stream(vps: Vps) -> None:
-    connection = http.client.HTTPConnection("127.0.0.1", vps.port, timeout=PATIENCE)
-    body = vps.fields(new_prompt(), {"max_tokens": 1000})
-    connection.request("POST", "/v1/inference", json.dumps(body), HEADERS)
-    wait_until(lambda: vps.active() == 1)
-    connection.close()
-    vps.wait_idle()
 
 
 @pytest.mark.parametrize("leaver", ["one", "two"])
