@@ -75,14 +75,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
     return Source(families.write_quantized(tmp_path_factory.mktemp("source") / "m.gguf"))
 
 
-def test_tensors(source: Source) -> None:
-    tensors = {tensor.name: tensor for tensor in source.tensors}
-    down, bias = tensors["blk.6.ffn_down.weight"], Tensor("blk.0.x.bias", "F32", np.zeros((2, 2), np.float32))
-    assert (down.type, down.shape("Q4_K"), down.shape("Q4_1")) == ("Q4_K", (256, 2 * 144), (256, 320))
-    assert (down.size("Q4_K"), down.size("Q4_1"), down.layer, down.is_matrix) == (256 * 288, 256 * 320, 6, True)
-    assert (bias.layer, bias.is_matrix, tensors["output.weight"].layer) == (0, False, None)
-
-
 def test_some_layers_in_other_types_and_fewer_rows(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

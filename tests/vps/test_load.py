@@ -110,8 +110,15 @@ async def test_the_end_lingers_for_an_unread_body() -> None:
 # ------------------------------------------------------------------------------------------ slow readers
 
 
-def add_route(server: Any, path: str, handle: Callable[[Any, Request], Awaitable[Response]]) -> bytes:
-    """Let the server answer a POST to this path by `handle`; returns such a request."""
+Handle = Callable[[Any, Request], Awaitable[Response]]
+
+
+def add_route(server: Any, path: str, answer: Response | Handle) -> bytes:
+    """Let the server answer a POST to this path; returns such a request."""
+
+    async def handle(state: Any, request: Request) -> Response:
+        return answer if isinstance(answer, Response) else await answer(state, request)
+
     server.routes[path] = {"POST": Route("POST", path, handle, json=True)}
     return sized(BODY).replace(b"@POST", path.encode())
 
@@ -142,11 +149,8 @@ async def test_a_client_that_does_not_read_is_cut(
         finally:
             ended.set()
 
-    async def handle(state: Any, request: Request) -> Response:
-        return Response(events=endless())
-
     async with serving() as (server, port):
-        with slow_reader(port, add_route(server, "/endless", handle)):
+        with slow_reader(port, add_route(server, "/endless", Response(events=endless()))):
             async with asyncio.timeout(PATIENCE):
                 await ended.wait()
             assert taken * 8192 < 8 << 20  # the kernel's buffers and 64 KiB
@@ -160,11 +164,8 @@ async def test_a_whole_answer_that_nobody_reads_is_cut(monkeypatch: pytest.Monke
     monkeypatch.setattr(cerebrum_http, "WRITE_SECONDS", SOON)
     monkeypatch.setattr(cerebrum_http, "IDLE_SECONDS", SOON)
 
-    async def big(state: Any, request: Request) -> Response:
-        return Response({"x": "y" * (5 << 20)})
-
     async with serving() as (server, port):
-        with slow_reader(port, add_route(server, "/big", big)):
+        with slow_reader(port, add_route(server, "/big", Response({"x": "y" * (5 << 20)}))):
             await until(lambda: server.connections)
             (transport,) = [connection.transport for connection in server.connections.values()]
             await until(lambda: not server.connections)
