@@ -16,7 +16,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from re import _parser  # there is no public one
 from typing import Any
 
 import pytest
@@ -189,58 +188,11 @@ AT_MOST = {"INITIALIZER": HEAD_CHARS // 4, "UNFINISHED": 64, "WORD": 100}
 LEFT_OUT = {"SCRIPT", "STYLE", "_read_env", "TOKENS_OR_EVENT"}
 
 
-def inside(node: Any) -> list[Any]:
-    """The parts of a node of a parsed regular expression, each a list of nodes."""
-    kind, value = str(node[0]), node[1]
-    if kind == "BRANCH":
-        return value[1]
-    if kind.endswith("_REPEAT"):
-        return [value[2]]
-    if kind in ("SUBPATTERN", "ASSERT", "ASSERT_NOT"):
-        return [value[-1]]
-    return [value] if kind == "ATOMIC_GROUP" else []
-
-
-def sample(nodes: Iterable[Any]) -> str:
-    """A text that parts of a parsed regular expression match, or nearly."""
-    text = ""
-    for node in nodes:
-        kind, value = str(node[0]), node[1]
-        if kind == "IN":
-            known = [
-                one if str(name) == "LITERAL" else one[0] for name, one in value if str(name) in ("LITERAL", "RANGE")
-            ]
-            blank = "CATEGORY_SPACE" in str(value)
-            text += " " if blank else chr(known[0]) if known and str(value[0][0]) != "NEGATE" else "a"
-        elif parts := inside(node):
-            text += sample(parts[0])
-        else:
-            text += chr(value) if kind == "LITERAL" else "a" * (kind in ("ANY", "NOT_LITERAL"))
-    return text
-
-
-def repetitions(nodes: Iterable[Any], before: str = "") -> Iterator[tuple[str, str]]:
-    """(text that leads to it, text repeated) of each repetition without a limit."""
-    for node in nodes:
-        if str(node[0]).endswith("_REPEAT") and node[1][1] == _parser.MAXREPEAT:
-            yield before, sample(node[1][2])
-        for part in inside(node):
-            yield from repetitions(part, before)
-        before += sample([node])
-
-
-def words(nodes: Iterable[Any]) -> Iterator[str]:
-    """The characters that a regular expression names, those in a row as one text."""
-    word = ""
-    for node in nodes:
-        if str(node[0]) == "LITERAL":
-            word += chr(node[1])
-            continue
-        yield from filter(None, [word])
-        word = ""
-        for part in inside(node):
-            yield from words(part)
-    yield from filter(None, [word])
+def literals(source: str) -> list[str]:
+    """The words and signs that a regular expression names, in their order."""
+    plain = re.sub(r"\(\?[:=!<>]+|\\[AbBdDsSwWZ]|\{[\d,]+\}", " ", source)
+    plain = re.sub(r"\\(.)", lambda escape: {"n": "\n", "t": "\t", "r": "\r"}.get(escape[1], escape[1]), plain)
+    return re.findall(r"[^\W\d_]+|<\w+>|[^\w ]", plain)
 
 
 def patterns_in(value: Any, name: str) -> Iterator[tuple[str, re.Pattern[Any]]]:
@@ -279,10 +231,9 @@ def patterns_of_the_product() -> dict[tuple[re.Pattern[Any], str], str]:
 def hostile(pattern: re.Pattern[Any], pads: Iterable[str]) -> Iterator[tuple[str, str]]:
     """(start, what is repeated) of texts that a pattern may read again and again."""
     source = pattern.pattern if isinstance(pattern.pattern, str) else pattern.pattern.decode("latin-1")
-    tree = _parser.parse(source, pattern.flags)
-    found, named = {*repetitions(tree)}, [*words(tree)]
-    units = {*pads, *named, "".join(named), *(unit for _, unit in found)} - {""}
-    return ((start, unit) for start in {"", *(one for one, _ in found)} for unit in units)
+    named = literals(source)
+    units = {*pads, *named, *(f"{name} " for name in named), "".join(named)} - {""}
+    return ((start, unit) for start in ("", *dict.fromkeys(named[:2])) for unit in units)
 
 
 def drive(pattern: re.Pattern[Any], method: str) -> Work:

@@ -495,21 +495,18 @@ def test_baton_is_passed_on_in_the_order_of_requests() -> None:
 # ------------------------------------------------------------------------------------------- files of ours
 
 
-def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_replaced_in_one_step_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OSError, match="No space left"):
-        llama.write_atomically(tmp_path / "file", b"data")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_what_a_killed_process_left_is_replaced(tmp_path: Path) -> None:
-    (tmp_path / ".file").write_bytes(b"half")
+    (tmp_path / ".file").write_bytes(b"what a killed process left")
     for data in (b"one", b"two"):
         llama.write_atomically(tmp_path / "file", data)
         assert [(found.name, found.read_bytes()) for found in tmp_path.iterdir()] == [("file", data)]
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        llama.write_atomically(tmp_path / "file", b"three")
+    assert [(found.name, found.read_bytes()) for found in tmp_path.iterdir()] == [("file", b"two")]
 
 
 class Measured:

@@ -24,7 +24,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -34,7 +34,7 @@ import families
 import llama_cpp
 import psutil
 import pytest
-from harness import FILES, KEY, MODELS, PATIENCE, Daemon, command_of, program, run_to_the_end, settings, wait_until
+from harness import FILES, KEY, MODELS, PATIENCE, Daemon, program, run_to_the_end, settings, wait_until
 
 import vpsd
 from cerebrum.settings import load_catalog
@@ -158,9 +158,21 @@ class Vps:
         wait_until(lambda: cpu.cpu_percent(IDLE_SECONDS) <= IDLE_PERCENT, "vpsd computes nothing")
 
 
+def changed(change: str = "", quicker: float = 40) -> list[str]:
+    """A command that runs vpsd after this change, with the costs of decoding of a quiet machine, not measured ones.
+
+    The schedule of two streams and the length of drafts then do not depend on the other load of this machine. The costs
+    are divided until they are below those of any machine, and corrected while decoding.
+    """
+    table = {size: milliseconds / 1000 / quicker for size, milliseconds in QUIET.items()}
+    costs = f"from cerebrum.vps import schedule, worker; worker.load_costs = lambda *_: schedule.Costs({table})"
+    code = f"import sys; sys.path.insert(0, {str(vpsd.HERE)!r}); import vpsd; {costs}; {change or 'pass'}"
+    return [sys.executable, "-u", "-c", f"{code}; sys.exit(vpsd.main([]))"]
+
+
 @contextlib.contextmanager
 def start(
-    output: Path, models: Path, command: list[str] | None = None, complaints: bool = False, **more: str
+    output: Path, models: Path, command: Sequence[str] = (), complaints: bool = False, **more: str
 ) -> Iterator[Vps]:
     """vpsd with the models of a folder, and with the folder's models.toml if there is one."""
     given = {
@@ -173,7 +185,7 @@ def start(
     if (catalog := models / "models.toml").exists():
         given["CEREBRUM_MODELS_FILE"] = str(catalog)
     environment = settings(output, **(given | more))
-    with program("vpsd", command or command_of("vpsd"), output, environment) as process:
+    with program("vpsd", [*(command or changed())], output, environment) as process:
         yield Vps(process)
     assert process.process.returncode == 0
     assert complaints or process.complaints() == ""
@@ -194,34 +206,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def changed(change: str) -> list[str]:
-    """A command that runs vpsd after this change."""
-    code = f"import sys; sys.path.insert(0, {str(vpsd.HERE)!r}); import vpsd; {change}; sys.exit(vpsd.main([]))"
-    return [sys.executable, "-u", "-c", code]
-
-
-@contextlib.contextmanager
-def loaded(output: Path, models: Path, quicker: float) -> Iterator[Vps]:
-    """A daemon of many tests, with the model loaded.
-
-    Its costs of decoding are those of a quiet machine instead of measured ones. The schedule of two streams and the
-    length of drafts then do not depend on the other load of this machine. The costs are divided until they are below
-    those of any machine, and corrected while decoding.
-    """
-    at_once = "import cerebrum.vps.schedule; cerebrum.vps.schedule.CALIBRATION_SECONDS = 0.0"
-    with start(output, models, changed(at_once)) as vps:
-        vps.complete("a", max_tokens=1)
-        vps.unload()
-        (path,) = (output / "state" / "calibration").iterdir()
-        assert set(json.loads(path.read_text())) == {str(size) for size in QUIET}
-        path.write_text(json.dumps({size: milliseconds / 1000 / quicker for size, milliseconds in QUIET.items()}))
-        vps.complete("a", max_tokens=1)
-        yield vps
-
-
 @pytest.fixture(scope="session")
 def shared(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vps]:
-    with loaded(tmp_path_factory.mktemp("vpsd"), models, quicker=40) as vps:
+    with start(tmp_path_factory.mktemp("vpsd"), models) as vps:
+        vps.complete("a", max_tokens=1)
         yield vps
 
 
@@ -236,7 +224,8 @@ def vps(shared: Vps) -> Iterator[Vps]:
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vps]:
     if not FILES[SMALL].exists():
         pytest.skip(f"{FILES[SMALL]} is missing: python3 vpsd.py fetch")
-    with loaded(tmp_path_factory.mktemp("weights"), MODELS, quicker=4) as vps:
+    with start(tmp_path_factory.mktemp("weights"), MODELS, changed(quicker=4)) as vps:
+        vps.complete("a", max_tokens=1)
         yield vps
 
 
@@ -248,9 +237,8 @@ def real(weights: Vps) -> Iterator[Vps]:
 
 
 def with_state(vps: Vps, folder: Path) -> Path:
-    """The folder, with the costs and digests that this daemon has found."""
-    for name in ("calibration", "verified"):
-        shutil.copytree(vps.process.folder / "state" / name, folder / "state" / name)
+    """The folder, with the digests that this daemon has found."""
+    shutil.copytree(vps.process.folder / "state/verified", folder / "state/verified")
     return folder
 
 
