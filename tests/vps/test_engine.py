@@ -794,6 +794,8 @@ def test_a_fault_while_a_request_is_set_up_ends_it_alone(
     assert waiting.outcome()[0] == "de"
     model.fails = "piece"  # with one token
     assert ask(worker, "x").error() == ("INTERNAL_ERROR", "internal error; see the log")
+    model.fails = ""
+    assert ask(worker, "x", max_tokens=2).outcome()[0] == "yz"
     assert [slot.run for slot in worker.slots] == [None, None]
 
 
