@@ -30,6 +30,7 @@ from typing import NamedTuple
 LISTS = Path(__file__).resolve().parent
 ROOT = LISTS.parent
 PI = "tests/pi/test_routing.py tests/pi/test_editors.py tests/pi/test_household.py"
+VPS = "tests/vps/test_engine.py tests/vps/test_families.py tests/vps/test_vpsd.py"
 # The tests that know each file. The first that fails ends the run, so the quickest come first.
 ROOMS = {
     "cerebrum/http.py": "tests/test_wire.py",
@@ -41,9 +42,9 @@ ROOMS = {
     "cerebrum/text/ending.py": "tests/text/test_ending.py tests/text/test_syntaxes.py",
     "cerebrum/text/scanner.py": "tests/text/test_ending.py tests/text/test_syntaxes.py",
     "cerebrum/vps/drafts.py": "tests/vps/test_engine.py",
-    "cerebrum/vps/schedule.py": "tests/vps/test_engine.py tests/vps/test_cost.py",
-    "cerebrum/vps/prefixes.py": "tests/vps/test_engine.py tests/vps/test_families.py",
-    "cerebrum/vps/worker.py": "tests/vps/test_engine.py tests/vps/test_load.py tests/vps/test_families.py",
+    "cerebrum/vps/schedule.py": "tests/vps/test_engine.py",
+    "cerebrum/vps/prefixes.py": VPS,
+    "cerebrum/vps/worker.py": VPS,
     "cerebrum_lsp.py": "tests/test_lsp.py",
 }
 SLOWER, WORKERS = 5, 2

@@ -1,7 +1,5 @@
 """Tiny models of other families: real shapes, random weights, and a vocabulary of bytes with the family's own marks.
 
-    python tests/families.py FOLDER     # writes all of them
-
 llama.cpp itself knows which tensors an architecture has: it makes the model from the header alone, asks for each
 tensor's values, and saves the file. A random model writes nonsense, but always the same nonsense, so what is cached,
 drafted or batched can be compared with a bare greedy loop.
@@ -12,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,9 +27,7 @@ from cerebrum.vps.vocabulary import api
 assert ROOT
 CONTROL, NORMAL, USER, BYTE = 3, 1, 4, 6  # llama.cpp's kinds of tokens
 EMBEDDING, HEADS, FEED_FORWARD = 64, 2, 96
-SSM = {"ssm.inner_size": 128, "ssm.conv_kernel": 4, "ssm.state_size": 16, "ssm.time_step_rank": 2, "ssm.group_count": 1}
-EXPERTS = {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 48, "expert_gating_func": 2}
-EXPERTS |= {"expert_shared_feed_forward_length": 48, "expert_shared_count": 1}
+SSM = {"ssm.inner_size": 128, "ssm.conv_kernel": 4, "ssm.state_size": 16, "ssm.time_step_rank": 4, "ssm.group_count": 1}
 MERGES = ["d e", "de f", "i n", "r e", "re t"]
 QWEN_MARKS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|file_sep|>", "<|repo_name|>")
 
@@ -53,33 +48,26 @@ class Family:
     printable: bool = False  # whether the model writes nothing but printable ASCII and line ends, and never its end
 
 
-FAMILIES = {
+ATTENTION_IN_EVERY_SECOND = (0, HEADS, 0, HEADS)
+FAMILIES = {  # of each kind of state that we treat in a way of its own
     "dense": Family("llama"),
-    "moe": Family("qwen2moe", EXPERTS),
     "longrope": Family("llama", {"rope.scaling.original_context_length": 512}),
     "window": Family("gemma3", {"attention.sliding_window": 192}, layers=6),
-    "recurrent": Family("mamba", SSM | {"ssm.time_step_rank": 4}, kv_heads=0),
-    "hybrid": Family("granitehybrid", SSM | {"ssm.time_step_rank": 4}, layers=4, kv_heads=(0, HEADS, 0, HEADS)),
-    "rollback": Family("lfm2", {"shortconv.l_cache": 3}, layers=4, kv_heads=(0, HEADS, 0, HEADS)),
-    "delta": Family(
-        "qwen35", SSM | {"ssm.state_size": 32, "ssm.inner_size": 64, "full_attention_interval": 2}, layers=4
-    ),
+    "recurrent": Family("mamba", SSM, kv_heads=0),
+    "hybrid": Family("granitehybrid", SSM, layers=4, kv_heads=ATTENTION_IN_EVERY_SECOND),
+    "rollback": Family("lfm2", {"shortconv.l_cache": 3}, layers=4, kv_heads=ATTENTION_IN_EVERY_SECOND),
 }
 
 STARCODER = ("<|endoftext|>", "<fim_prefix>", "<fim_suffix>", "<fim_middle>", "<file_sep>")
+CODEGEMMA = ("<eos>", *QWEN_MARKS[:3], "<|file_separator|>")
+GPT_OSS = ("<|return|>", "<|start|>", "<|channel|>", "<|message|>", "<|end|>")
 CODELLAMA = ("\u2581<PRE>", "\u2581<SUF>", "\u2581<MID>", "\u2581<EOT>")
 MARKED = {  # families whose marks differ
     "starcoder": Family("llama", marks=STARCODER),
-    "codegemma": Family(
-        "llama", marks=("<eos>", *QWEN_MARKS[:3], "<|file_separator|>"), tokenizer={"add_bos_token": False}
-    ),
+    "codegemma": Family("llama", marks=CODEGEMMA, tokenizer={"add_bos_token": False}),
     "codellama": Family("llama", marks=(), plain=CODELLAMA, sentencepiece=True),
     "codestral": Family("llama", marks=("[PREFIX]", "[SUFFIX]"), sentencepiece=True),
-    "gpt-oss": Family(
-        "llama",
-        marks=("<|return|>", "<|start|>", "<|channel|>", "<|message|>", "<|end|>"),
-        template="<|start|>{{ '<|channel|>' }}",
-    ),
+    "gpt-oss": Family("llama", marks=GPT_OSS, template="<|start|>{{ '<|channel|>' }}"),
     "thinking": Family("llama", template="<|im_start|>{{ '<think></think>' }}", plain=("<think>", "</think>")),
     "silent": Family("llama", template="{{ ' \u0410\u0441\u0441\u0438\u0441\u0442\u0435\u043d\u0442:' }}"),
     "base": Family("llama", marks=("<|endoftext|>",)),
@@ -88,22 +76,15 @@ MARKED = {  # families whose marks differ
 
 LETTERS_OF_BLANKS = "\u0120\u010a"  # how GPT-2 writes a space and a line end
 WIDTH, WIDE_HEADS = 256, 4
+WIDE = {
+    "context_length": 32_768,
+    "embedding_length": WIDTH,
+    "feed_forward_length": 4 * WIDTH,
+    "attention.head_count": WIDE_HEADS,
+    **dict.fromkeys(("attention.key_length", "attention.value_length", "rope.dimension_count"), WIDTH // WIDE_HEADS),
+}
 # A stand-in for the 0.5B: 24 MB, and about 2 ms a token on one core, so that a completion lasts long enough to be left.
-STAND_IN = Family(
-    "qwen2",
-    {
-        "context_length": 32_768,
-        "embedding_length": WIDTH,
-        "feed_forward_length": 4 * WIDTH,
-        "attention.head_count": WIDE_HEADS,
-        "attention.key_length": WIDTH // WIDE_HEADS,
-        "attention.value_length": WIDTH // WIDE_HEADS,
-        "rope.dimension_count": WIDTH // WIDE_HEADS,
-    },
-    layers=6,
-    kv_heads=WIDE_HEADS,
-    printable=True,
-)
+STAND_IN = Family("qwen2", WIDE, layers=6, kv_heads=WIDE_HEADS, printable=True)
 
 
 def vocabulary(family: Family) -> tuple[list[str], list[int], list[float]]:
@@ -180,7 +161,6 @@ def fill(tensor: int, name: str, seed: int, silent: Sequence[bool]) -> None:
     """Give a tensor its values: the same for the same name and seed. The logit of a silent token is always 0."""
     lib = ggml()
     lib.ggml_nelements.restype, lib.ggml_nelements.argtypes = ctypes.c_int64, (ctypes.c_void_p,)
-    lib.ggml_backend_tensor_set.restype = None
     lib.ggml_backend_tensor_set.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t)
     kind = gguf.GGMLQuantizationType(ctypes.c_int.from_address(tensor).value)
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
@@ -237,30 +217,25 @@ HALVES = {"Q5_0": slice(2), "Q4_K": slice(4), "Q6_K": slice(-2, None), "Q8_0": s
 def write_quantized(path: Path, layers: int = 8, output: str = "Q6_K", types: Sequence[str] = ("Q4_K", "Q6_K")) -> Path:
     """A GGUF with random weights: `attn_q` is Q5_0, and `ffn_down` in turn of these types. Without a type for the
     output matrix the embedding serves as one."""
-    writer = gguf.GGUFWriter(path, "qwen2")
-    numbers = {
-        "block_count": layers,
-        "embedding_length": QUANTIZED_WIDTH,
-        "attention.head_count": 4,
-        "feed_forward_length": QUANTIZED_FEED,
-    }
-    for name, value in numbers.items():
+    writer, width, vocabulary = gguf.GGUFWriter(path, "qwen2"), QUANTIZED_WIDTH, QUANTIZED_VOCABULARY
+    heads = {"embedding_length": width, "attention.head_count": 4, "feed_forward_length": QUANTIZED_FEED}
+    for name, value in {"block_count": layers, **heads}.items():
         writer.add_uint32(f"qwen2.{name}", value)
-    writer.add_token_list([f"t{i}" for i in range(QUANTIZED_VOCABULARY)])
-    matrices = [("token_embd.weight", "Q6_K", (QUANTIZED_VOCABULARY, QUANTIZED_WIDTH))]
-    matrices += [("output.weight", output, (QUANTIZED_VOCABULARY, QUANTIZED_WIDTH))] if output else []
+    writer.add_token_list([f"t{i}" for i in range(vocabulary)])
+    matrices: list[tuple[str, str, tuple[int, ...]]] = [("token_embd.weight", "Q6_K", (vocabulary, width))]
+    matrices += [("output.weight", output, (vocabulary, width))] if output else []
     for i in range(layers):
-        matrices.append((f"blk.{i}.attn_q.weight", "Q5_0", (QUANTIZED_WIDTH, QUANTIZED_WIDTH)))
-        matrices.append((f"blk.{i}.ffn_down.weight", types[i % len(types)], (QUANTIZED_WIDTH, QUANTIZED_FEED)))
-        matrices.append((f"blk.{i}.ffn_up_exps.weight", "Q5_0", (2, QUANTIZED_WIDTH, QUANTIZED_WIDTH)))
+        matrices.append((f"blk.{i}.attn_q.weight", "Q5_0", (width, width)))
+        matrices.append((f"blk.{i}.ffn_down.weight", types[i % len(types)], (width, QUANTIZED_FEED)))
+        matrices.append((f"blk.{i}.ffn_up_exps.weight", "Q5_0", (2, width, width)))
     rng = np.random.default_rng(1)
     for name, kind, shape in matrices:
         number = gguf.GGMLQuantizationType[kind]
         if kind == "F16":
             writer.add_tensor(name, rng.normal(0, 0.05, shape).astype(np.float16))
             continue
-        size, width = gguf.GGML_QUANT_SIZES[number]
-        blocks = rng.integers(0, 256, (math.prod(shape) // size, width), np.uint8)
+        size, block_bytes = gguf.GGML_QUANT_SIZES[number]
+        blocks = rng.integers(0, 256, (math.prod(shape) // size, block_bytes), np.uint8)
         halves = blocks[:, HALVES[kind]]
         halves[:] = np.full((len(blocks), halves.shape[1] // 2), 0.001, "<f2").view(np.uint8)
         writer.add_tensor(name, blocks.reshape(*shape[:-1], -1), raw_dtype=number)
@@ -271,7 +246,54 @@ def write_quantized(path: Path, layers: int = 8, output: str = "Q6_K", types: Se
     return path
 
 
-if __name__ == "__main__":
-    start_library()
-    for name, family in FAMILIES.items():
-        print(make(Path(sys.argv[1]) / f"{name}.gguf", family))
+# ----------------------------------------------------------------------------------------- the reference
+
+
+class Reference:
+    """A greedy loop over llama_decode, one token at a time: nothing is cached, drafted or batched."""
+
+    def __init__(self, path: Path, n_ctx: int = 2048) -> None:
+        start_library()
+        self.model = api.llama_model_load_from_file(str(path).encode(), api.llama_model_default_params())
+        self.vocab = api.llama_model_get_vocab(self.model)
+        self.n_vocab = api.llama_vocab_n_tokens(self.vocab)
+        params = api.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, 512, 512
+        params.n_threads = params.n_threads_batch = 1
+        params.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        self.context = api.llama_init_from_model(self.model, params)
+
+    def close(self) -> None:
+        api.llama_free(self.context)
+        api.llama_model_free(self.model)
+
+    def tokenize(self, text: str, special: bool = False) -> list[int]:
+        data = text.encode()
+        buffer = (api.llama_token * (len(data) + 8))()
+        return list(buffer[: api.llama_tokenize(self.vocab, data, len(data), buffer, len(buffer), True, special)])
+
+    def piece(self, token: int) -> bytes:
+        buffer = ctypes.create_string_buffer(256)
+        size = api.llama_token_to_piece(self.vocab, token, buffer, 256, 0, False)
+        return buffer.raw[:size]
+
+    def is_end(self, token: int) -> bool:
+        return bool(api.llama_vocab_is_eog(self.vocab, token))
+
+    def greedy(self, prompt: Sequence[int], most: int) -> tuple[list[bytes], list[float]]:
+        """The pieces of at most `most` tokens, and for each token its lead in logits over the second likeliest."""
+        api.llama_memory_clear(api.llama_get_memory(self.context), True)
+        pieces, gaps, todo = list[bytes](), list[float](), prompt
+        while True:
+            for start in range(0, len(todo), 512):
+                part = (api.llama_token * len(todo[start : start + 512]))(*todo[start : start + 512])
+                assert api.llama_decode(self.context, api.llama_batch_get_one(part, len(part))) == 0
+            logits = np.ctypeslib.as_array(api.llama_get_logits_ith(self.context, -1), (self.n_vocab,))
+            token = int(logits.argmax())
+            second, first = np.partition(logits, -2)[-2:]
+            gaps.append(float(first - second))
+            if not self.is_end(token):
+                pieces.append(self.piece(token))
+            if len(pieces) == most or len(pieces) < len(gaps):
+                return pieces, gaps
+            todo = [token]

@@ -98,7 +98,6 @@ class Backend:
     split: bool = False  # send byte by byte
     tls: ssl.SSLContext | None = None
     port: int = 0
-    tls: ssl.SSLContext | None = None
     asked: list[tuple[str, dict[str, str], bytes]] = field(default_factory=list)
     sent: int = 0  # bytes of completions
     running: int = 0  # completions that are being answered

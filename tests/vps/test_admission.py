@@ -25,99 +25,75 @@ from vpsd import CpuMeter, check_cpu, load_config, parse_inference
 BASE = {"model": "m", "prompt": "p"}
 SAID = {"role": "user", "content": "x"}
 # A value that each field refuses, and the field's rule. tests/test_common.py has the values that a rule refuses.
-RULES: list[tuple[str, Any, str]] = [
-    ("model", "", "a string from 1 to 200 characters"),
-    ("prompt", "", "a non-empty string"),
-    ("max_tokens", -1, "an integer from 0 to 2048"),
-    ("temperature", 1.1, "a number from 0 to 1"),
-    ("top_p", 0, "a number above 0 to 1"),
-    ("stop", [""], "a string, or an array of 0 to 16 non-empty strings"),
-    ("suffix", 1, "a string"),
-    ("filename", "x" * 1001, "a string from 0 to 1000 characters"),
-    ("language", "cobol", f"one of {', '.join(LANGUAGES)}"),
-    ("mode", "chat", "one of complete, infill, instruct"),
-    ("stop_at", "end", "one of auto, none"),
-    ("progress", 1, "true or false"),
-    ("session", "", "a string from 1 to 200 characters"),
-    ("extra", "x", "an array of 0 to 256 objects"),
-    ("predict_ms", -1, "an integer from 0 to 600000"),
-]
+RULES: dict[str, tuple[Any, str]] = {
+    "model": ("", "a string from 1 to 200 characters"),
+    "prompt": ("", "a non-empty string"),
+    "max_tokens": (-1, "an integer from 0 to 2048"),
+    "temperature": (1.1, "a number from 0 to 1"),
+    "top_p": (0, "a number above 0 to 1"),
+    "seed": (2**32 - 1, "an integer from 0 to 4.29497e+09"),  # llama.cpp takes it as random
+    "stop": ([""], "a string, or an array of 0 to 16 non-empty strings"),
+    "suffix": (1, "a string"),
+    "filename": ("x" * 1001, "a string from 0 to 1000 characters"),
+    "language": ("cobol", f"one of {', '.join(LANGUAGES)}"),
+    "mode": ("chat", "one of complete, infill, instruct"),
+    "stop_at": ("end", "one of auto, none"),
+    "progress": (1, "true or false"),
+    "session": ("", "a string from 1 to 200 characters"),
+    "extra": ("x", "an array of 0 to 256 objects"),
+    "predict_ms": (-1, "an integer from 0 to 600000"),
+}
 TALK = {"model": "m", "messages": [SAID]}
 BAD_REQUESTS: list[tuple[dict[str, Any], str]] = [
-    *((BASE | {name: value}, f"{name}: expected {rule}, got {describe(value)}") for name, value, rule in RULES),
+    *(
+        (BASE | {name: value}, f"{name}: expected {rule}, got {describe(value)}")
+        for name, (value, rule) in RULES.items()
+    ),
     ({}, "model: expected a string from 1 to 200 characters, got nothing"),
     ({"model": "m"}, "prompt: expected a non-empty string, or messages instead of it"),
     (BASE | TALK, "prompt: expected a non-empty string, or messages instead of it"),
     (TALK | {"suffix": "s"}, "suffix: expected only beside prompt, not beside messages"),
-    (TALK | {"messages": []}, "messages: expected an array of 1 to 100 objects, got an array of 0"),
     (TALK | {"messages": [SAID] * 101}, "messages: expected an array of 1 to 100 objects, got an array of 101"),
     (TALK | {"messages": None}, "messages: expected an array of 1 to 100 objects, got null"),
-    (TALK | {"messages": ["x"]}, 'messages[0]: expected an object, got the string "x"'),
-    (TALK | {"messages": [SAID, SAID | {"role": "tool"}]},
-     'messages[1].role: expected one of system, user, assistant, got the string "tool"'),
     (TALK | {"messages": [{"role": "user"}]}, "messages[0].content: expected a string, got nothing"),
     (BASE | {"extra": [{"text": "x"}, {}]}, "extra[1].text: expected a non-empty string, got nothing"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("body", "message"), BAD_REQUESTS, ids=[message for _, message in BAD_REQUESTS])
 def test_bad_request(body: dict[str, Any], message: str) -> None:
     with pytest.raises(HttpError) as caught:
         parse_inference(body)
-    assert (caught.value.status, caught.value.code, caught.value.message) == (400, "INVALID_REQUEST", message)
+    assert (caught.value.code, caught.value.message) == ("INVALID_REQUEST", message)
 
 
-def test_request_defaults() -> None:
-    assert parse_inference(BASE) == {
-        "model": "m",
-        "prompt": "p",
-        "messages": None,
-        "max_tokens": 512,
-        "temperature": 0.4,
-        "top_p": 0.95,
-        "seed": None,
-        "stop": [],
-        "suffix": None,
-        "filename": "",
-        "language": None,
-        "mode": "complete",
-        "stop_at": "auto",
-        "indent": 0,
-        "heal": False,
-        "special": False,
-        "progress": False,
-        "priority": "normal",
-        "session": None,
-        "extra": [],
-        "predict_ms": 0,
-    }
+DEFAULTS = {
+    "messages": None, "max_tokens": 512, "temperature": 0.4, "top_p": 0.95, "seed": None, "stop": [], "suffix": None,
+    "filename": "", "language": None, "mode": "complete", "stop_at": "auto", "indent": 0, "heal": False,
+    "special": False, "progress": False, "priority": "normal", "session": None, "extra": [], "predict_ms": 0,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("body", "name", "value"),
+    ("given", "read"),
     [
-        (BASE | {"stop": "x"}, "stop", ["x"]),
-        (BASE | {"temperature": 0}, "temperature", 0.0),
-        (BASE | {"temperature": 1}, "temperature", 1.0),
-        (BASE | {"max_tokens": 0}, "max_tokens", 0),
-        (BASE | {"seed": 2**32 - 2}, "seed", 2**32 - 2),
-        (BASE | {"suffix": ""}, "mode", "infill"),
-        (BASE | {"suffix": "", "mode": "complete"}, "mode", "complete"),
-        (TALK, "mode", "instruct"),
-        (TALK, "messages", [("user", "x")]),
-        (BASE | {"unknown": 1}, "mode", "complete"),
+        ({}, {}),
+        ({"stop": "x"}, {"stop": ["x"]}),
+        ({"temperature": 1, "max_tokens": 0, "seed": 2**32 - 2}, {"temperature": 1.0}),
+        ({"suffix": ""}, {"mode": "infill"}),
+        ({"suffix": "", "mode": "complete"}, {}),
+        ({"prompt": "", "extra": [{"text": "x"}]}, {"extra": [("", "x")]}),
     ],
 )
-def test_request_value(body: dict[str, Any], name: str, value: Any) -> None:
-    fields = parse_inference(body)
-    assert fields[name] == value
-    assert type(fields[name]) is type(value)
+def test_request(given: dict[str, Any], read: dict[str, Any]) -> None:
+    fields = parse_inference(BASE | given | {"unknown": 1})
+    assert fields == BASE | DEFAULTS | given | read
+    assert isinstance(fields["temperature"], float)
 
 
-@pytest.mark.parametrize("seed", [-1, 2**32 - 1])
-def test_a_seed_that_llama_cpp_takes_as_random_is_refused(seed: int) -> None:
-    with pytest.raises(HttpError, match=r"^seed: expected an integer from 0 to "):
-        parse_inference(BASE | {"seed": seed})
+def test_messages() -> None:
+    told = {"prompt": None, "messages": [("user", "x")], "mode": "instruct"}
+    assert parse_inference(TALK) == BASE | DEFAULTS | told
 
 
 # --------------------------------------------------------------------------------------------- admission
@@ -168,12 +144,6 @@ def test_cpu_meter_lets_niced_programs_work(monkeypatch: pytest.MonkeyPatch) -> 
     assert (meter.system_percent, meter.others_percent) == (85.0, 15.0)
 
 
-def test_cpu_meter_reads_this_machine() -> None:
-    total, idle, own = CpuMeter._read()
-    assert 0 < idle < total
-    assert own > 0
-
-
 # ------------------------------------------------------------------------------------------------ config
 
 
@@ -191,17 +161,13 @@ def test_cpu_meter_reads_this_machine() -> None:
         ("CEREBRUM_MAX_CPU_PERCENT", "101", "expected a number from 1 to 100, got '101'"),
         ("CEREBRUM_MIN_FREE_MB", "1e3", "expected a number from 0 to 1.04858e+06, got '1e3'"),
         ("CEREBRUM_IDLE_MINUTES", "-1", "expected a number from 0 to 1.04858e+06, got '-1'"),
+        ("CEREBRUM_MODELS_FILE", "/none.toml", "/none.toml: [Errno 2] No such file or directory: '/none.toml'"),
     ],
 )
 def test_config_names_the_wrong_variable(name: str, value: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         config(**{name: value})
     assert str(caught.value) == f"{name}: {message}"
-
-
-def test_config_names_a_bad_models_file(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^CEREBRUM_MODELS_FILE: .*No such file"):
-        config(CEREBRUM_MODELS_FILE=str(tmp_path / "none.toml"))
 
 
 def test_config_defaults() -> None:
@@ -217,11 +183,7 @@ def test_config_defaults() -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (
-            ["fetch", "nonsense"],
-            1,
-            "vpsd fetch: expected one of qwen_7b, codellama_7b, qwen_1_5b, qwen_0_5b, got 'nonsense'",
-        ),
+        (["fetch", "x"], 1, "vpsd fetch: expected one of qwen_7b, codellama_7b, qwen_1_5b, qwen_0_5b, got 'x'"),
         ([], 2, "vpsd: CEREBRUM_API_KEY: expected a key, got none; make one with ./generate_api_key.sh"),
     ],
 )
@@ -233,15 +195,3 @@ def test_command_line(tmp_path: Path, arguments: list[str], code: int, message: 
         [sys.executable, str(script), *arguments], env=environment, capture_output=True, text=True, timeout=PATIENCE
     )
     assert (done.returncode, done.stdout, done.stderr.strip()) == (code, "", message)
-
-
-def test_a_python_without_the_libraries_is_refused() -> None:
-    root = Path(vpsd.__file__).parent
-    done = subprocess.run(
-        [sys.executable, "-S", str(root / "vpsd.py"), "fetch"], capture_output=True, text=True, timeout=60, check=False
-    )
-    said = (
-        "vpsd.py: expected a Python with llama-cpp-python and psutil, such as venv/bin/python; "
-        f"{sys.executable} lacks llama_cpp, numpy, psutil\n"
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", said)

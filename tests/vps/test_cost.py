@@ -1,8 +1,9 @@
 """What a text costs grows with its length and not with its square, whatever a user sends or a model writes.
 
 Each entry point reads each hostile text twice, the second one four times as long, and the CPU time is compared. A
-quadratic step makes that 16 times as much; the tests allow 8, or 6 where only a part of a step is quadratic. So does
-each regular expression of the product, with texts made from its own parts.
+quadratic step makes that 16 times as much; the tests allow 8, or 6 where only a part of a step is quadratic. Of short
+texts, where less of the time is quadratic, they allow 5, and look again at longer ones. So does each regular expression
+of the product, with texts made from its own parts.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from re import _parser  # there is no public one
 from typing import Any
 
 import pytest
@@ -32,6 +32,7 @@ MODES = ("complete", "infill", "instruct")
 MAX_GROWTH = 8.0
 FLOOR_SECONDS = 0.003  # a shorter time tells nothing
 CHARACTERS = 1000  # of the shorter text; a step that is quadratic in Python or in a regular expression shows here
+FEW_CHARACTERS, MAX_FEW_GROWTH = CHARACTERS // 4, 5.0  # and begins to show here
 MANY_CHARACTERS, MAX_COPY_GROWTH = 50_000, 6.0  # copying the text so far at each character shows only here
 WIDE = "\U0001f600"  # a character that makes Python use four bytes for each character of a text
 
@@ -88,14 +89,28 @@ def begin(language: str, text: str) -> None:
     feed(Ending("complete", language, f"{text}\ndef f(x):\n", None, "auto"), "    return g(x)\n")  # is g in the prompt?
 
 
+def endings(language: str) -> list[Ending]:
+    """Below a header, in a statement, and in the block of an answer; every other one is of another mode."""
+    header, suffix = "def f(x):\n" if language == "python" else "function f(x) {\n", "zz = yy\n}\nzzz\n"
+    return [
+        Ending("complete", language, header, None, "auto"),
+        Ending("complete", language, "x = (", None, "auto"),
+        Ending("infill", language, "x = (", suffix, "auto"),
+        Ending("infill", language, header, suffix, "auto"),
+        Ending("instruct", language, "```\n", None, "auto"),
+        Ending("instruct", language, "", None, "none"),
+    ]
+
+
 def end(language: str, text: str) -> None:
-    """A model that writes the text, below a header, in a statement, and in the block of an answer."""
-    header = "def f(x):\n" if language == "python" else "function f(x) {\n"
-    for prompt in (header, "x = ("):
-        feed(Ending("complete", language, prompt, None, "auto"), text)
-        feed(Ending("infill", language, prompt, "zz = yy\n}\nzzz\n", "auto"), text)
-    feed(Ending("instruct", language, "```\n", None, "auto"), text)
-    feed(Ending("instruct", language, "", None, "none"), text)
+    """A model that writes the text."""
+    for ending in endings(language):
+        feed(ending, text)
+
+
+def end_in_each_mode(language: str, text: str) -> None:
+    for ending in endings(language)[::2]:
+        feed(ending, text)
 
 
 def stop(_language: str, text: str) -> None:
@@ -115,10 +130,8 @@ def seconds(work: Work, language: str, text: str) -> float:
 
 
 def growth(work: Work, language: str, text: Callable[[int], str], size: int, most: float = MAX_GROWTH) -> float:
-    """How many times the cost of a text, at least FLOOR_SECONDS, is that of a text four times as long.
-
-    The best of several tries, because a busy machine only adds time.
-    """
+    """How many times the cost of a text that of a text four times as long is: the best of several tries, because a busy
+    machine only adds time. Not exact below `most`."""
     short, long = text(size), text(4 * size)
     four, one = seconds(work, language, long), FLOOR_SECONDS
     for _ in range(4):
@@ -147,24 +160,19 @@ def test_no_text_is_expensive(work: Work, language: str) -> None:
     texts = {(unit, ""): repeated(unit) for unit in units} | {("many names", ""): many_names, ("deep", ""): deep}
     if work in (ask, fit):  # the others take text character by character
         texts |= {(unit, start): repeated(unit, start) for unit in units for start in STARTS}
-    grown = {name: growth(work, language, text, CHARACTERS) for name, text in texts.items()}
+    suspect = [
+        name
+        for name, text in texts.items()
+        if growth(work, language, text, FEW_CHARACTERS, MAX_FEW_GROWTH) > MAX_FEW_GROWTH
+    ]
+    grown = {name: growth(work, language, texts[name], CHARACTERS) for name in suspect}
     assert {name: times for name, times in grown.items() if times > MAX_GROWTH} == {}
 
 
-@pytest.mark.parametrize("work", [begin, end, stop], ids=lambda work: work.__name__)
+@pytest.mark.parametrize("work", [begin, end_in_each_mode, stop], ids=lambda work: work.__name__)
 def test_no_character_copies_what_is_there(work: Work) -> None:
     text = repeated("\n", WIDE)
     assert growth(work, "python", text, MANY_CHARACTERS, MAX_COPY_GROWTH) < MAX_COPY_GROWTH
-
-
-@pytest.mark.parametrize("unit", ["#", '"""', "    \n", "a.b(c)\n", "function ", "/* a\n*/\n"])
-def test_a_megabyte_is_read_in_seconds(unit: str) -> None:
-    text = repeated(unit)(1 << 20)
-    started = time.thread_time()
-    for language in ("python", "javascript"):
-        ask(language, text)
-        fit(language, text)
-    assert time.thread_time() - started < 20  # 10 times what it takes
 
 
 # ----------------------------------------------------------------------------------------------- regular expressions
@@ -180,58 +188,11 @@ AT_MOST = {"INITIALIZER": HEAD_CHARS // 4, "UNFINISHED": 64, "WORD": 100}
 LEFT_OUT = {"SCRIPT", "STYLE", "_read_env", "TOKENS_OR_EVENT"}
 
 
-def inside(node: Any) -> list[Any]:
-    """The parts of a node of a parsed regular expression, each a list of nodes."""
-    kind, value = str(node[0]), node[1]
-    if kind == "BRANCH":
-        return value[1]
-    if kind.endswith("_REPEAT"):
-        return [value[2]]
-    if kind in ("SUBPATTERN", "ASSERT", "ASSERT_NOT"):
-        return [value[-1]]
-    return [value] if kind == "ATOMIC_GROUP" else []
-
-
-def sample(nodes: Iterable[Any]) -> str:
-    """A text that parts of a parsed regular expression match, or nearly."""
-    text = ""
-    for node in nodes:
-        kind, value = str(node[0]), node[1]
-        if kind == "IN":
-            known = [
-                one if str(name) == "LITERAL" else one[0] for name, one in value if str(name) in ("LITERAL", "RANGE")
-            ]
-            blank = "CATEGORY_SPACE" in str(value)
-            text += " " if blank else chr(known[0]) if known and str(value[0][0]) != "NEGATE" else "a"
-        elif parts := inside(node):
-            text += sample(parts[0])
-        else:
-            text += chr(value) if kind == "LITERAL" else "a" * (kind in ("ANY", "NOT_LITERAL"))
-    return text
-
-
-def repetitions(nodes: Iterable[Any], before: str = "") -> Iterator[tuple[str, str]]:
-    """(text that leads to it, text repeated) of each repetition without a limit."""
-    for node in nodes:
-        if str(node[0]).endswith("_REPEAT") and node[1][1] == _parser.MAXREPEAT:
-            yield before, sample(node[1][2])
-        for part in inside(node):
-            yield from repetitions(part, before)
-        before += sample([node])
-
-
-def words(nodes: Iterable[Any]) -> Iterator[str]:
-    """The characters that a regular expression names, those in a row as one text."""
-    word = ""
-    for node in nodes:
-        if str(node[0]) == "LITERAL":
-            word += chr(node[1])
-            continue
-        yield from filter(None, [word])
-        word = ""
-        for part in inside(node):
-            yield from words(part)
-    yield from filter(None, [word])
+def literals(source: str) -> list[str]:
+    """The words and signs that a regular expression names, in their order."""
+    plain = re.sub(r"\(\?[:=!<>]+|\\[AbBdDsSwWZ]|\{[\d,]+\}", " ", source)
+    plain = re.sub(r"\\(.)", lambda escape: {"n": "\n", "t": "\t", "r": "\r"}.get(escape[1], escape[1]), plain)
+    return re.findall(r"[^\W\d_]+|<\w+>|[^\w ]", plain)
 
 
 def patterns_in(value: Any, name: str) -> Iterator[tuple[str, re.Pattern[Any]]]:
@@ -270,10 +231,9 @@ def patterns_of_the_product() -> dict[tuple[re.Pattern[Any], str], str]:
 def hostile(pattern: re.Pattern[Any], pads: Iterable[str]) -> Iterator[tuple[str, str]]:
     """(start, what is repeated) of texts that a pattern may read again and again."""
     source = pattern.pattern if isinstance(pattern.pattern, str) else pattern.pattern.decode("latin-1")
-    tree = _parser.parse(source, pattern.flags)
-    found, named = {*repetitions(tree)}, [*words(tree)]
-    units = {*pads, *named, "".join(named), *(unit for _, unit in found)} - {""}
-    return ((start, unit) for start in {"", *(one for one, _ in found)} for unit in units)
+    named = literals(source)
+    units = {*pads, *named, *(f"{name} " for name in named), "".join(named)} - {""}
+    return ((start, unit) for start in ("", *dict.fromkeys(named[:2])) for unit in units)
 
 
 def drive(pattern: re.Pattern[Any], method: str) -> Work:

