@@ -4,7 +4,7 @@
 PYTHON = .venv/bin/python
 BOTH_CORES = -n 2 --dist loadfile # a file's tests stay together, since they share daemons
 SCRIPTS = cerebrum_repl.sh generate_api_key.sh run.sh systemd/setup.sh .ci/run
-BENCHMARKS = $(wildcard $(patsubst %,tests/bench/%.py,relay generate engine quality ending editor lsp drafts prepare parse))
+BENCHMARKS = $(wildcard $(patsubst %,tests/bench/%.py,relay generate engine quality ending editor lsp drafts prepare))
 
 .PHONY: help run test test-clients test-engines test-scale test-slow test-packages test-nightly lint bench fuzz mutants deb clean
 
