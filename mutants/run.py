@@ -31,7 +31,7 @@ ROOT = LISTS.parent
 PI = "tests/pi/test_dispatcher.py tests/pi/test_routing.py tests/pi/test_cm4d.py tests/pi/test_household.py"
 # The tests that know each file. The first that fails ends the run, so the quickest come first.
 ROOMS = {
-    "cerebrum/http.py": "tests/test_wire.py",
+    "cerebrum/http.py": "tests/test_wire.py tests/vps/test_load.py",
     "cerebrum/pi/dispatcher.py": f"{PI} tests/pi/test_backends.py tests/pi/test_fleet.py",
     "cerebrum/pi/broadcast.py": PI,
     "cerebrum/pi/upstream.py": "tests/pi/test_upstream.py tests/pi/test_engines.py tests/pi/test_cm4d.py",
