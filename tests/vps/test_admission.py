@@ -170,6 +170,14 @@ def test_config_names_the_wrong_variable(name: str, value: str, message: str) ->
     assert str(caught.value) == f"{name}: {message}"
 
 
+def test_a_user_without_a_home_needs_a_folder_for_the_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", lambda _: {}[0])
+    with pytest.raises(ConfigError, match=r"^CEREBRUM_STATE_DIR: expected a folder, got '~/.*there is no such home$"):
+        config()
+    assert config(CEREBRUM_STATE_DIR="/state").engine.state_dir == Path("/state")
+
+
 def test_config_defaults() -> None:
     defaults = config()
     assert (defaults.host, defaults.port, defaults.access.keys) == ("127.0.0.1", 9000, ())
