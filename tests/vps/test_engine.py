@@ -214,17 +214,14 @@ def tokens_of(text: str) -> list[int]:
     """ "A:3 7 B" has the first three tokens of part A of FILE, the token 7 and all of part B."""
     tokens: list[int] = []
     for word in text.split():
-        if word.isdecimal():
-            tokens.append(int(word))
-        else:
-            start, _, stop = word[1:].rpartition(":")
-            tokens += PARTS[word[0]][int(start or 0) : int(stop or 40)]
+        start, _, stop = word[1:].rpartition(":")
+        tokens += [int(word)] if word.isdecimal() else PARTS[word[0]][int(start or 0) : int(stop or 40)]
     return tokens
 
 
 # What the prompt holds, what has been written since, what is proposed then, the changes learned, and the streak.
 ALIKE = "A 7 6 B 7 5 C 7 6 D 7 5 E 7 F"
-WITH_CHANGES = {
+WITH_CHANGES: dict[str, tuple[str, str, str, Any, int]] = {
     "one that may be repeated": ("A 7 B 7 C 7 D", "A 8 B:19", "B19: 8 C:1", {(7,): [8]}, 35),
     "one that is not repeated": ("A 7 B 7 C 7 D", "A 8 B 7", "C 7 D:22", {}, 57),
     "one that another replaces": ("A 7 B 7 C 7 D", "A 8 B 9 C:3", "C3: 9 D:20", {(7,): [9]}, 19),
@@ -243,10 +240,9 @@ WITH_CHANGES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("source", "written", "proposed", "changes", "streak"), WITH_CHANGES.values(), ids=WITH_CHANGES
-)
-def test_drafter_learns_changes(source: str, written: str, proposed: str, changes: Any, streak: int) -> None:
+@pytest.mark.parametrize("case", WITH_CHANGES)
+def test_drafter_learns_changes(case: str) -> None:
+    source, written, proposed, changes, streak = WITH_CHANGES[case]
     drafter, expected = drafter_of(tokens_of(source), tokens_of(written)), tokens_of(proposed)
     assert drafter.propose(len(expected) or 5) == expected
     assert (drafter.changes, drafter.streak) == (changes, streak)
@@ -454,8 +450,7 @@ def test_the_longest_context_that_fits(n_ctx: int, sequences: int, free_mb: int,
 
 
 def test_baton_is_passed_on_in_the_order_of_requests() -> None:
-    baton, order = Baton(), list[int]()
-    threads = []
+    baton, order, threads = Baton(), list[int](), list[threading.Thread]()
 
     def take(number: int) -> None:
         with baton:
@@ -470,10 +465,9 @@ def test_baton_is_passed_on_in_the_order_of_requests() -> None:
     for thread in threads:
         thread.join()
     assert order == list(range(8))
-    with pytest.raises(ZeroDivisionError), baton:
-        raise ZeroDivisionError
-    with baton:  # the holder's failure has passed it on
-        pass
+    for _ in range(2):  # the holder's failure passes it on
+        with pytest.raises(ZeroDivisionError), baton:
+            raise ZeroDivisionError
 
 
 # ------------------------------------------------------------------------------------------- files of ours
@@ -662,24 +656,32 @@ def running(worker: vps_worker.Worker) -> Iterator[vps_worker.Worker]:
     worker.ended.result(PATIENCE)
 
 
+class Loads:
+    """Loads a ScriptedLlama from any file but those in `broken`, which has the error of each."""
+
+    def __init__(self) -> None:
+        self.broken, self.loaded = dict[str, Exception](), list[tuple[str, int]]()
+
+    def __call__(self, path: Path, settings: llama.Settings, *_: Any) -> ScriptedLlama:
+        self.loaded.append((path.name, settings.micro_batch))
+        if path.name in self.broken:
+            raise self.broken[path.name]
+        return ScriptedLlama()
+
+
 @pytest.fixture
-def scripted(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Lets a worker load its model with a function, and measure nothing."""
-
-    def script(load: Any) -> Any:
-        monkeypatch.setattr(vps_worker, "Llama", load)
-        monkeypatch.setattr(vps_worker, "load_costs", lambda *_: costs(SMALL))
-        return load
-
-    return script
+def loads(monkeypatch: pytest.MonkeyPatch) -> Loads:
+    """How each worker loads its model; it measures nothing."""
+    monkeypatch.setattr(vps_worker, "Llama", loads := Loads())
+    monkeypatch.setattr(vps_worker, "load_costs", lambda *_: costs(SMALL))
+    return loads
 
 
 @pytest.fixture
-def worker(tmp_path: Path, scripted: Any) -> Iterator[vps_worker.Worker]:
+def worker(tmp_path: Path, loads: Loads) -> Iterator[vps_worker.Worker]:
     """A worker with a ScriptedLlama."""
     path = tmp_path / "m.gguf"
     path.write_bytes(b"weights")
-    scripted(ScriptedLlama)
     settings = llama.Settings(threads=1, draft=False, state_dir=tmp_path)
     with running(vps_worker.Worker(vps_worker.Loader("m", path, settings))) as worker:
         yield worker
@@ -692,36 +694,23 @@ def ask(worker: vps_worker.Worker, prompt: str, **more: Any) -> Ask:
     return asked
 
 
-class Loads:
-    """Loads a ScriptedLlama from any file but those named in `broken`."""
-
-    def __init__(self, *broken: str) -> None:
-        self.broken, self.loaded = broken, list[tuple[str, int]]()
-
-    def __call__(self, path: Path, settings: llama.Settings, *_: Any) -> ScriptedLlama:
-        self.loaded.append((path.name, settings.micro_batch))
-        if path.name in self.broken:
-            raise llama.ModelError("llama.cpp cannot load this file")
-        return ScriptedLlama()
-
-
 TUNED = "tuned: Q4_K to Q4_1"
 
 
 @pytest.mark.parametrize(
     ("broken", "source", "loaded", "warning"),
     [
-        ((), "", [("tuned", 128)], ""),
-        (("tuned",), "", [("tuned", 128), ("m.gguf", 256)], "llama.cpp cannot load this file"),
-        ((), "0" * 64, [("m.gguf", 256)], f"expected sha256 {'0' * 64}, got "),
+        ("", "", [("tuned", 128)], ""),
+        ("tuned", "", [("tuned", 128), ("m.gguf", 256)], "llama.cpp cannot load this file"),
+        ("", "0" * 64, [("m.gguf", 256)], f"expected sha256 {'0' * 64}, got "),
     ],
 )
 def test_a_tuned_file_is_loaded_if_it_can_be(
-    tmp_path: Path, scripted: Any, caplog: Any, broken: Any, source: str, loaded: list[tuple[str, int]], warning: str
+    tmp_path: Path, loads: Loads, caplog: Any, broken: str, source: str, loaded: Any, warning: str
 ) -> None:
     for name in ("m.gguf", "tuned"):
         (tmp_path / name).write_bytes(b"weights")
-    loads = scripted(Loads(*broken))
+    loads.broken[broken] = llama.ModelError("llama.cpp cannot load this file")
     settings = llama.Settings(state_dir=tmp_path / "state")
     tuned = TunedFile(tmp_path / "tuned", replace(settings, micro_batch=128), source, TUNED)
     with running(vps_worker.Worker(vps_worker.Loader("m", tmp_path / "m.gguf", settings, tuned=tuned))) as worker:
@@ -733,8 +722,8 @@ def test_a_tuned_file_is_loaded_if_it_can_be(
     assert told.startswith(f"model m: the published file is used, not the tuned one: {warning}") == bool(warning)
 
 
-def test_caches_are_kept_apart_by_file_and_settings(tmp_path: Path, scripted: Any) -> None:
-    scripted(Loads())
+@pytest.mark.usefixtures("loads")
+def test_caches_are_kept_apart_by_file_and_settings(tmp_path: Path) -> None:
     settings = llama.Settings(state_dir=tmp_path / "state")
     for name in ("m.gguf", "tuned"):
         (tmp_path / name).write_bytes(name.encode())
@@ -747,9 +736,7 @@ def test_caches_are_kept_apart_by_file_and_settings(tmp_path: Path, scripted: An
     assert len({key for key, _ in keys}) == len({path for _, path in keys}) == 4
 
 
-def test_a_fault_while_a_request_is_set_up_ends_it_alone(
-    worker: vps_worker.Worker, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_fault_while_a_request_is_set_up_ends_it_alone(worker: vps_worker.Worker, monkeypatch: Any) -> None:
     real = vps_worker.Sampler
 
     def sampler(request: CompletionRequest) -> vps_worker.Sampler:
@@ -776,7 +763,7 @@ def test_a_fault_while_a_request_is_set_up_ends_it_alone(
 
 
 def test_a_worker_is_due_only_while_it_works_and_saves_when_it_rests(
-    worker: vps_worker.Worker, monkeypatch: pytest.MonkeyPatch
+    worker: vps_worker.Worker, monkeypatch: Any
 ) -> None:
     """An idle worker may rest for ever, and one that decodes has a multiple of what the decode costs."""
     monkeypatch.setattr(vps_worker, "STORE_SECONDS", 0.01)
@@ -801,20 +788,17 @@ def test_a_worker_is_due_only_while_it_works_and_saves_when_it_rests(
 
 
 def test_saved_prompts_are_dropped_on_request(worker: vps_worker.Worker) -> None:
-    store = PrefixStore(1000)
+    decoder: Any = worker.decoder
+    decoder.sequences.store = store = PrefixStore(1000)
     for tokens in ([1], [2], [3]):
         store.add(parked(tokens, 100))
-    assert worker.decoder
-    worker.decoder.sequences.store = store
     for size, left in ((0, [[1], [2], [3]]), (150, [[3]]), (150, [])):
         worker.shed(size).result(PATIENCE)
-        assert [entry.tokens for entry in store.entries] == left
+        assert kept(store) == left
 
 
 @pytest.mark.parametrize("fails", ["decode", "save", "close"])
-def test_a_worker_that_fails_or_cannot_close_answers_all_requests_and_ends(
-    worker: vps_worker.Worker, fails: str
-) -> None:
+def test_a_worker_that_fails_answers_all_requests_and_ends(worker: vps_worker.Worker, fails: str) -> None:
     model: Any = worker.model
     model.hold.clear()
     running = [ask(worker, "x" * 20), ask(worker, "y" * 20)]
@@ -830,11 +814,8 @@ def test_a_worker_that_fails_or_cannot_close_answers_all_requests_and_ends(
     assert model.closed
 
 
-def test_any_fault_of_a_load_is_reported(tmp_path: Path, scripted: Any) -> None:
-    def vanished(*_: Any) -> None:
-        raise FileNotFoundError(2, "No such file", "/secret/path")
-
-    scripted(vanished)
+def test_any_fault_of_a_load_is_reported(tmp_path: Path, loads: Loads) -> None:
+    loads.broken["m.gguf"] = FileNotFoundError(2, "No such file", "/secret/path")
     worker = vps_worker.Worker(vps_worker.Loader("m", tmp_path / "m.gguf", llama.Settings(state_dir=tmp_path)))
     worker.start()
     error: Any = worker.ready.exception(PATIENCE)
@@ -843,8 +824,8 @@ def test_any_fault_of_a_load_is_reported(tmp_path: Path, scripted: Any) -> None:
 
 
 def test_a_chunk_is_short_and_low_priority_waits_while_another_model_is_generating(worker: vps_worker.Worker) -> None:
-    other, decoder, slot = object(), worker.decoder, worker.slots[0]
-    assert decoder
+    decoder: Any = worker.decoder
+    other, slot = object(), worker.slots[0]
     normal, low = (Ask("x" * 4000, priority=priority).job for priority in ("normal", "low"))
     for job in (normal, low):
         worker.prepare(job)
