@@ -271,13 +271,6 @@ def test_drafter_stays_before_the_end_of_its_source() -> None:
 # -------------------------------------------------------------------------------------------- prefixes
 
 
-@pytest.mark.parametrize("length", [0, 1, 63, 64, 65, 200])
-def test_common_prefix(length: int) -> None:
-    a = list(range(length))
-    pairs = ((a, a), ([*a, 1], [*a, 2]), ([*a, 1], a), (a, [*a, 1]))
-    assert [common_prefix(*pair) for pair in pairs] == [length] * 4
-
-
 def parked(tokens: list[int], size: int) -> Parked:
     return Parked(tokens, bytes(size - 4 * len(tokens)))
 
@@ -512,28 +505,25 @@ NO_TIME = json.dumps(dict.fromkeys(schedule.CALIBRATION_SIZES, 0)).encode()
 
 
 @pytest.mark.parametrize("damage", [b"", NO_TIME, b"[1]", b"\xff", b'{"1": 0.1}', b'{"a": 1}', b"0"])
-def test_calibration_is_measured_once_and_again_when_its_file_is_damaged(
-    tmp_path: Path, damage: bytes, monkeypatch: pytest.MonkeyPatch
+def test_calibration_is_measured_once_or_if_its_file_is_damaged(
+    tmp_path: Path, damage: bytes, monkeypatch: Any
 ) -> None:
     """Each size gets about the same time."""
     path, sizes = tmp_path / "calibration" / "key-2.json", schedule.CALIBRATION_SIZES
     load: Any = schedule.load_costs
     costs = load(first := Measured(monkeypatch), path, Baton(), lambda: False)
     assert first.sizes[: len(sizes) + 1] == [1, *sizes]  # one warms up
-    assert costs.seconds == pytest.approx([0.01 + 0.03 * size for size in sizes])
-    counts = [first.sizes[1:].count(size) for size in sizes]
-    assert counts == [max(2, math.ceil(0.4 / (0.01 + 0.03 * size))) for size in sizes]
-    load(second := Measured(monkeypatch), path, Baton(), lambda: False)
-    assert second.sizes == []
-    path.write_bytes(damage)
-    load(third := Measured(monkeypatch), path, Baton(), lambda: False)
-    assert third.sizes == first.sizes
+    seconds = [0.01 + 0.03 * size for size in sizes]
+    assert costs.seconds == pytest.approx(seconds)
+    assert [first.sizes[1:].count(size) for size in sizes] == [max(2, math.ceil(0.4 / each)) for each in seconds]
+    for content, measured in ((path.read_bytes(), []), (damage, first.sizes)):
+        path.write_bytes(content)
+        load(again := Measured(monkeypatch), path, Baton(), lambda: False)
+        assert again.sizes == measured
     assert len(json.loads(path.read_text())) == len(sizes)
 
 
-def test_a_cold_first_decode_is_no_measurement_and_half_a_calibration_is_not_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_half_a_calibration_is_not_kept_and_a_cold_decode_not_measured(tmp_path: Path, monkeypatch: Any) -> None:
     model: Any = Measured(monkeypatch)
     with pytest.raises(llama.ModelError, match="cancelled"):
         schedule.calibrate(model, tmp_path / "c.json", Baton(), lambda: len(model.sizes) == 3)

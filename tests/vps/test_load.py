@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import logging
 import socket
 import time
@@ -199,13 +198,14 @@ async def test_a_client_that_resets_beside_the_first_event_leaves_nothing_taken(
         finally:
             released.set()
 
-    async def handle(server: Any, _state: Any, _request: Request) -> Response:
-        for connection in server.connections.values():
-            connection.transport.abort()  # like a reset while the handler runs
-        return Response(events=events())
-
     async with serving() as (server, port), connect(port) as (reader, writer):
-        writer.write(add_route(server, "/held", functools.partial(handle, server)))
+
+        async def handle(_state: Any, _request: Request) -> Response:
+            for connection in server.connections.values():
+                connection.transport.abort()  # like a reset while the handler runs
+            return Response(events=events())
+
+        writer.write(add_route(server, "/held", handle))
         await ends(reader)
         async with asyncio.timeout(PATIENCE):
             await released.wait()
