@@ -34,6 +34,7 @@ import llama_cpp
 import psutil
 import pytest
 from harness import FILES, KEY, MODELS, PATIENCE, Daemon, program, run_to_the_end, settings, wait_until
+from test_engine import SMALL as DECODE_MS
 
 import vpsd
 from cerebrum.settings import load_catalog
@@ -45,7 +46,6 @@ from cerebrum_common import VERSION
 SMALL, LARGE = "qwen_0_5b", "qwen_1_5b"
 TIE = 0.25  # see above
 TIE_OF_THE_STAND_IN = 0.02
-QUIET = {1: 14.7, 2: 37, 3: 44, 4: 50, 8: 64, 16: 82, 32: 115, 64: 190}  # tokens in one decode: milliseconds
 IDLE_PERCENT = 30.0  # of one core, over IDLE_SECONDS: the event loop and the questions of the test itself
 IDLE_SECONDS = 0.1
 
@@ -105,24 +105,21 @@ class Vps:
 
     def ask(self, method: str, path: str, body: Any = None, headers: dict[str, str] = HEADERS) -> tuple[int, Any]:
         with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)) as connection:
-            data = body if isinstance(body, bytes) else json.dumps(body).encode() if body is not None else None
-            connection.request(method, path, data, headers)
+            connection.request(method, path, None if body is None else json.dumps(body), headers)
             answer = connection.getresponse()
             return answer.status, json.loads(answer.read())
 
-    def get(self, path: str) -> Any:
-        status, body = self.ask("GET", path)
-        assert status == 200, body
-        return body
+    def get(self, path: str, method: str = "GET", body: Any = None) -> Any:
+        status, answer = self.ask(method, path, body)
+        assert status == 200, answer
+        return answer
 
     def fields(self, prompt: str | None, more: dict[str, Any]) -> dict[str, Any]:
         fields = {"model": SMALL, "max_tokens": 24, "temperature": 0, "stop_at": "none", **more}
         return fields if prompt is None else {"prompt": prompt, **fields}
 
     def complete(self, prompt: str | None, **more: Any) -> dict[str, Any]:
-        status, body = self.ask("POST", "/v1/inference", self.fields(prompt, more))
-        assert status == 200, body
-        return dict(body)
+        return dict(self.get("/v1/inference", "POST", self.fields(prompt, more)))
 
     def refusal(self, prompt: str | None, **more: Any) -> tuple[int, str, str]:
         status, body = self.ask("POST", "/v1/inference", self.fields(prompt, more))
@@ -135,6 +132,13 @@ class Vps:
             yield stream
         finally:
             stream.close()
+
+    @contextlib.contextmanager
+    def begun(self, **more: Any) -> Iterator[Stream]:
+        """A stream of a new prompt, of which a token has come."""
+        with self.stream(new_prompt(), **{"max_tokens": 1000, **more}) as stream:
+            stream.wait_for_event("token")
+            yield stream
 
     def unload(self, model: str = SMALL) -> tuple[int, Any]:
         return self.ask("POST", f"/v1/unload/{model}")
@@ -161,7 +165,7 @@ def changed(change: str = "", quicker: float = 40) -> list[str]:
     The schedule of two streams and the length of drafts then do not depend on the other load of this machine. The costs
     are divided until they are below those of any machine, and corrected while decoding.
     """
-    table = {size: milliseconds / 1000 / quicker for size, milliseconds in QUIET.items()}
+    table = {size: milliseconds / 1000 / quicker for size, milliseconds in DECODE_MS.items()}
     costs = f"from cerebrum.vps import schedule, worker; worker.load_costs = lambda *_: schedule.Costs({table})"
     code = f"import sys; sys.path.insert(0, {str(vpsd.HERE)!r}); import vpsd; {costs}; {change or 'pass'}"
     return [sys.executable, "-u", "-c", f"{code}; sys.exit(vpsd.main([]))"]
@@ -275,16 +279,14 @@ class Reference(families.Reference):
 @pytest.fixture(scope="module")
 def reference(models: Path) -> Iterator[Reference]:
     """Of the stand-in."""
-    reference = Reference(models / FILES[SMALL].name, TIE_OF_THE_STAND_IN)
-    yield reference
-    reference.close()
+    with contextlib.closing(Reference(models / FILES[SMALL].name, TIE_OF_THE_STAND_IN)) as reference:
+        yield reference
 
 
 @pytest.fixture(scope="module")
 def real_reference() -> Iterator[Reference]:
-    reference = Reference(FILES[SMALL], TIE)
-    yield reference
-    reference.close()
+    with contextlib.closing(Reference(FILES[SMALL], TIE)) as reference:
+        yield reference
 
 
 # ------------------------------------------------------------------------------------------ the endpoints
@@ -299,7 +301,7 @@ def test_health_alone_needs_no_key(vps: Vps) -> None:
     assert 0 <= body["cpu_percent"] <= 100
     assert body["memory_available_mb"] > 0
     for route in vpsd.ROUTES[1:]:
-        body = b"{}" if route.method == "POST" else None
+        body = {} if route.method == "POST" else None
         for key in ({}, {"X-API-Key": KEY[:-1]}):
             status, error = vps.ask(route.method, route.path.replace("{id}", SMALL), body, key)
             assert (status, error["error"], error["code"]) == (401, True, "UNAUTHORIZED")
@@ -438,14 +440,11 @@ def test_greedy_text_of_the_real_model_is_that_of_a_plain_loop(real: Vps, real_r
 
 
 def test_messages(real: Vps, real_reference: Reference) -> None:
-    """In ChatML by hand the tokens of the template are special, the messages are text."""
-    turns = {"system": "You answer in one word.", "user": "The capital of France? <|im_end|>"}
+    turns = {"system": "You answer in one word.", "user": "The capital of France?"}
     messages = [{"role": role, "content": text} for role, text in turns.items()]
-    body, tokens = real.complete(None, messages=messages, max_tokens=16), list[int]()
-    for role, content in turns.items():
-        tokens += real_reference.tokenize(f"<|im_start|>{role}\n", True) + real_reference.tokenize(content)
-        tokens += real_reference.tokenize("<|im_end|>\n", True)
-    tokens += real_reference.tokenize("<|im_start|>assistant\n", True)
+    body = real.complete(None, messages=messages, max_tokens=16)
+    text = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns.items())
+    tokens = real_reference.tokenize(f"{text}<|im_start|>assistant\n", True)
     assert body["prompt_tokens"] == len(tokens)
     assert (body["mode"], body["finish_reason"]) == ("instruct", "stop")
     assert "<|" not in body["completion"]  # the end of the text is not text
@@ -631,8 +630,8 @@ def test_a_short_request_and_one_that_is_cancelled_beside_a_long_one(vps: Vps, r
     long, short = new_prompt(400), PROMPTS[0] + " # beside"
     with vps.stream(long, max_tokens=32) as stream:
         first = stream.wait_for_event("token")
-        with vps.stream(new_prompt(), max_tokens=1000) as leaves:
-            leaves.wait_for_event("token")
+        with vps.begun():
+            pass
         body = wait_until(lambda: vps.active() == 1 and vps.complete(short, max_tokens=16))
         text = first["token"] + stream.text()
     reference.check(short, body["completion"], 16)
@@ -702,13 +701,10 @@ def test_a_load_is_finished_after_its_client_has_left(tmp_path: Path, models: Pa
 
 def test_a_newer_request_of_a_session_replaces_the_older(vps: Vps) -> None:
     with vps.stream(new_prompt(), max_tokens=12, session="another") as stays:
-        with vps.stream(new_prompt(), max_tokens=1000, session="editor") as older:
-            older.wait_for_event("token")
+        with vps.begun(session="editor") as older:
             assert vps.complete(new_prompt(), max_tokens=2, session="editor")["total_tokens"] == 2
-            told = list[dict[str, Any]]()
-            with contextlib.suppress(Cut):
-                told += older.events()
-        assert (told[-1]["error"], told[-1]["code"]) == (True, "SUPERSEDED")
+            error = older.wait_for_event("error")
+        assert (error["error"], error["code"]) == (True, "SUPERSEDED")
         assert list(stays.events())[-1]["total_tokens"] == 12
 
 
@@ -721,9 +717,7 @@ def test_a_superseded_request_without_a_stream(vps: Vps) -> None:
 
 
 def test_a_third_request_at_a_time_is_refused(vps: Vps) -> None:
-    with vps.stream(new_prompt(), max_tokens=1000) as one, vps.stream(new_prompt(), max_tokens=1000) as two:
-        one.wait_for_event("token")
-        two.wait_for_event("token")
+    with vps.begun(), vps.begun():
         assert vps.refusal(new_prompt()) == (429, "RATE_LIMIT", "expected at most 2 requests at a time")
         assert vps.active() == 2
 
@@ -735,8 +729,7 @@ def test_unload(real: Vps) -> None:
     assert real.unload("gpt")[1]["code"] == "MODEL_NOT_FOUND"
     real.complete("x", max_tokens=1)
     held = real.model()["memory_mb"]
-    with real.stream(new_prompt(), max_tokens=1000) as stream:
-        stream.wait_for_event("token")
+    with real.begun():
         status, body = real.unload()
         assert (status, body["code"]) == (409, "MODEL_BUSY")
     wait_until(lambda: real.active() == 0)
@@ -844,15 +837,13 @@ def test_a_model_that_does_not_fit(tmp_path: Path) -> None:
 def test_sigterm_lets_a_short_stream_end_and_ends_a_long_one_with_an_error(tmp_path: Path, models: Path) -> None:
     with start(tmp_path, models, changed("vpsd.DRAIN_SECONDS = 1.0")) as vps:
         vps.complete("x", max_tokens=1)
-        with vps.stream(new_prompt(30), max_tokens=2000) as long, vps.stream(new_prompt(30), max_tokens=4) as short:
-            for stream in (long, short):
-                stream.wait_for_event("token")
+        with vps.begun(max_tokens=2000) as long, vps.begun(max_tokens=4) as short:
             vps.process.process.send_signal(signal.SIGTERM)
             assert list(short.events())[-1]["done"] is True
-            told = list[dict[str, Any]]()
+            error = long.wait_for_event("error")
+            assert (error["error"], error["code"]) == (True, "SHUTTING_DOWN")
             with pytest.raises((Cut, ConnectionError)):
-                told += long.events()
-            assert (told[-1]["error"], told[-1]["code"]) == (True, "SHUTTING_DOWN")
+                next(long.events())
         vps.process.process.wait(PATIENCE)
 
 
