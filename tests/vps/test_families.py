@@ -7,6 +7,7 @@ import contextlib
 import random
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +99,12 @@ def test_files_in_turns_stay_in_their_slots_where_they_are_too_large_to_be_saved
 # ------------------------------------------------------------------------------------------------ marks and ends
 
 
+ONE = Settings(threads=1, n_ctx=64, sequences=1, micro_batch=16)
+
+
 @contextlib.contextmanager
-def opened(path: Path, **fim: Any) -> Iterator[Llama]:
-    model = Llama(path, Settings(threads=1, n_ctx=64, sequences=1, micro_batch=16), lambda _: True, **fim)
+def opened(path: Path, settings: Settings = ONE, **fim: Any) -> Iterator[Llama]:
+    model = Llama(path, settings, lambda _: True, **fim)
     yield model
     model.close()
 
@@ -153,30 +157,26 @@ def test_a_gap_by_family(family: str, fim: tuple[str, ...], layout: str, text: s
 
 def test_sequences_are_apart_where_their_sum_would_change_the_rope_factors(models: Path) -> None:
     for family, sequences, unified in (("longrope", 2, False), ("longrope", 1, True), ("dense", 2, True)):
-        settings = Settings(threads=1, n_ctx=512, sequences=sequences, micro_batch=16)
-        model = Llama(models / f"{family}.gguf", settings, lambda _: True)
-        assert model.unified is unified
-        model.close()
+        with opened(models / f"{family}.gguf", replace(ONE, n_ctx=512, sequences=sequences)) as model:
+            assert model.unified is unified
 
 
 def test_a_copied_sequence_is_apart_from_its_source(models: Path) -> None:
     """Whatever its source holds before the next decode."""
-    settings = Settings(threads=1, n_ctx=512, sequences=3, micro_batch=16)
-    model = Llama(models / "longrope.gguf", settings, lambda _: True)
     slots, texts = [Slot(0), Slot(1), Slot(2)], ([*range(40, 80)], [*range(80, 120)])
-    for slot, tokens in zip(slots, texts, strict=False):
-        assert model.decode([(slot, tokens, 1)]) == 0
-        slot.tokens += tokens
-    assert model.decode([(slots[0], [9], 1)]) == 0
-    expected = model.logits(0).copy()
-    model.trim(slots[0], 40)
-    assert model.copy_prefix(slots[0], slots[2], 40)
-    slots[2].tokens = slots[0].tokens[:]
-    model.trim(slots[0], 0)
-    assert model.restore(slots[0], model.save(slots[1]))
-    assert model.decode([(slots[2], [9], 1)]) == 0
-    assert abs(model.logits(0) - expected).max() < TIE
-    model.close()
+    with opened(models / "longrope.gguf", replace(ONE, n_ctx=512, sequences=3)) as model:
+        for slot, tokens in zip(slots, texts, strict=False):
+            assert model.decode([(slot, tokens, 1)]) == 0
+            slot.tokens += tokens
+        assert model.decode([(slots[0], [9], 1)]) == 0
+        expected = model.logits(0).copy()
+        model.trim(slots[0], 40)
+        assert model.copy_prefix(slots[0], slots[2], 40)
+        slots[2].tokens = slots[0].tokens[:]
+        model.trim(slots[0], 0)
+        assert model.restore(slots[0], model.save(slots[1]))
+        assert model.decode([(slots[2], [9], 1)]) == 0
+        assert abs(model.logits(0) - expected).max() < TIE
 
 
 def test_a_model_whose_state_cannot_be_cut_is_not_tuned(models: Path) -> None:
@@ -249,12 +249,11 @@ def test_memory_by_family(family: str, models: Path) -> None:
     settings = Settings(threads=1, n_ctx=1024, micro_batch=64, kv_type="q8_0" if family == "dense" else "f16")
     (need,) = needed(models / f"{family}.gguf", [settings])
     llama_log.lines.clear()
-    model = Llama(models / f"{family}.gguf", settings, lambda _: True)
-    log = "\n".join(llama_log.lines)
+    with opened(models / f"{family}.gguf", settings) as model:
+        log = "\n".join(llama_log.lines)
     sizes = (re.findall(rf"CPU +(?:{name}) buffer size = +([\d.]+) MiB", log) for name in ("KV|RS", "compute"))
     kv, compute = (sum(map(float, found)) for found in sizes)
     outputs = 2 * 2 * 64 * 4 * model.n_vocab
-    model.close()
     assert (kv, compute) == pytest.approx((need["kv"] / MB, (need["compute"] - outputs) / MB), abs=0.02)
     assert compute > 0
 
