@@ -271,6 +271,12 @@ def test_drafter_stays_before_the_end_of_its_source() -> None:
 # -------------------------------------------------------------------------------------------- prefixes
 
 
+def test_common_prefix() -> None:
+    for same in ([*range(length)] for length in (0, 1, 63, 64, 65, 200)):
+        pairs = ((same, same), ([*same, 1], [*same, 2]), ([*same, 1], same), (same, [*same, 1]))
+        assert [common_prefix(*pair) for pair in pairs] == [len(same)] * 4
+
+
 def parked(tokens: list[int], size: int) -> Parked:
     return Parked(tokens, bytes(size - 4 * len(tokens)))
 
