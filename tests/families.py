@@ -27,6 +27,7 @@ from cerebrum.vps.vocabulary import api
 assert ROOT
 CONTROL, NORMAL, USER, BYTE = 3, 1, 4, 6  # llama.cpp's kinds of tokens
 EMBEDDING, HEADS, FEED_FORWARD = 64, 2, 96
+OF_A_HEAD = "attention.key_length", "attention.value_length", "rope.dimension_count"
 SSM = {"ssm.inner_size": 128, "ssm.conv_kernel": 4, "ssm.state_size": 16, "ssm.time_step_rank": 4, "ssm.group_count": 1}
 MERGES = ["d e", "de f", "i n", "r e", "re t"]
 QWEN_MARKS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|file_sep|>", "<|repo_name|>")
@@ -76,13 +77,8 @@ MARKED = {  # families whose marks differ
 
 LETTERS_OF_BLANKS = "\u0120\u010a"  # how GPT-2 writes a space and a line end
 WIDTH, WIDE_HEADS = 256, 4
-WIDE = {
-    "context_length": 32_768,
-    "embedding_length": WIDTH,
-    "feed_forward_length": 4 * WIDTH,
-    "attention.head_count": WIDE_HEADS,
-    **dict.fromkeys(("attention.key_length", "attention.value_length", "rope.dimension_count"), WIDTH // WIDE_HEADS),
-}
+WIDE = {"context_length": 32_768, "embedding_length": WIDTH, "feed_forward_length": 4 * WIDTH}
+WIDE |= {"attention.head_count": WIDE_HEADS, **dict.fromkeys(OF_A_HEAD, WIDTH // WIDE_HEADS)}
 # A stand-in for the 0.5B: 24 MB, and about 2 ms a token on one core, so that a completion lasts long enough to be left.
 STAND_IN = Family("qwen2", WIDE, layers=6, kv_heads=WIDE_HEADS, printable=True)
 
@@ -109,23 +105,20 @@ def vocabulary(family: Family) -> tuple[list[str], list[int], list[float]]:
 def write_header(path: Path, family: Family) -> None:
     tokens, kinds, scores = vocabulary(family)
     writer = gguf.GGUFWriter(path, family.architecture)
+    uniform = isinstance(family.kv_heads, int)
     numbers: dict[str, Any] = {
         "vocab_size": len(tokens),
         "context_length": 4096,
-        "embedding_length": EMBEDDING,
         "block_count": family.layers,
+        "embedding_length": EMBEDDING,
         "feed_forward_length": FEED_FORWARD,
-        "attention.head_count": HEADS if isinstance(family.kv_heads, int) else [HEADS] * family.layers,
-        "attention.head_count_kv": family.kv_heads if isinstance(family.kv_heads, int) else list(family.kv_heads),
-        "attention.layer_norm_rms_epsilon": 1e-5,
-        "attention.layer_norm_epsilon": 1e-5,
-        "attention.key_length": EMBEDDING // HEADS,
-        "attention.value_length": EMBEDDING // HEADS,
-        "rope.dimension_count": EMBEDDING // HEADS,
+        "attention.head_count": HEADS if uniform else [HEADS] * family.layers,
+        "attention.head_count_kv": family.kv_heads if uniform else list(family.kv_heads),
+        **dict.fromkeys(("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"), 1e-5),
+        **dict.fromkeys(OF_A_HEAD, EMBEDDING // HEADS),
         "rope.dimension_sections": [8, 8, 8, 8],
-        **family.values,
     }
-    for name, value in numbers.items():
+    for name, value in (numbers | family.values).items():
         key = f"{family.architecture}.{name}"
         if isinstance(value, list):
             writer.add_array(key, value)
@@ -143,8 +136,13 @@ def write_header(path: Path, family: Family) -> None:
     writer.add_eos_token_id(tokens.index(family.marks[0]) if family.marks else 2)
     for name, value in family.tokenizer.items():
         writer.add_bool(f"tokenizer.ggml.{name}", value)
+    finish(writer)
+
+
+def finish(writer: gguf.GGUFWriter) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
     writer.close()
 
 
@@ -239,10 +237,7 @@ def write_quantized(path: Path, layers: int = 8, output: str = "Q6_K", types: Se
         halves = blocks[:, HALVES[kind]]
         halves[:] = np.full((len(blocks), halves.shape[1] // 2), 0.001, "<f2").view(np.uint8)
         writer.add_tensor(name, blocks.reshape(*shape[:-1], -1), raw_dtype=number)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return path
 
 

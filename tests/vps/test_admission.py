@@ -44,11 +44,9 @@ RULES: dict[str, tuple[Any, str]] = {
     "predict_ms": (-1, "an integer from 0 to 600000"),
 }
 TALK = {"model": "m", "messages": [SAID]}
+BAD_FIELDS = {f"{name}: expected {rule}, got {describe(value)}": {name: value} for name, (value, rule) in RULES.items()}
 BAD_REQUESTS: list[tuple[dict[str, Any], str]] = [
-    *(
-        (BASE | {name: value}, f"{name}: expected {rule}, got {describe(value)}")
-        for name, (value, rule) in RULES.items()
-    ),
+    *((BASE | field, message) for message, field in BAD_FIELDS.items()),
     ({}, "model: expected a string from 1 to 200 characters, got nothing"),
     ({"model": "m"}, "prompt: expected a non-empty string, or messages instead of it"),
     (BASE | TALK, "prompt: expected a non-empty string, or messages instead of it"),
@@ -89,9 +87,6 @@ def test_request(given: dict[str, Any], read: dict[str, Any]) -> None:
     fields = parse_inference(BASE | given | {"unknown": 1})
     assert fields == BASE | DEFAULTS | given | read
     assert isinstance(fields["temperature"], float)
-
-
-def test_messages() -> None:
     told = {"prompt": None, "messages": [("user", "x")], "mode": "instruct"}
     assert parse_inference(TALK) == BASE | DEFAULTS | told
 
@@ -170,6 +165,14 @@ def test_config_names_the_wrong_variable(name: str, value: str, message: str) ->
     assert str(caught.value) == f"{name}: {message}"
 
 
+def test_a_user_without_a_home_needs_a_folder_for_the_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", lambda _: {}[0])
+    with pytest.raises(ConfigError, match=r"^CEREBRUM_STATE_DIR: expected a folder, got '~/.*there is no such home$"):
+        config()
+    assert config(CEREBRUM_STATE_DIR="/state").engine.state_dir == Path("/state")
+
+
 def test_config_defaults() -> None:
     defaults = config()
     assert (defaults.host, defaults.port, defaults.access.keys) == ("127.0.0.1", 9000, ())
@@ -191,7 +194,6 @@ def test_command_line(tmp_path: Path, arguments: list[str], code: int, message: 
     environment = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
     script = tmp_path / "vpsd.py"  # a copy, because a .env may lie beside the original
     copy_program("vpsd", tmp_path)
-    done = subprocess.run(
-        [sys.executable, str(script), *arguments], env=environment, capture_output=True, text=True, timeout=PATIENCE
-    )
+    command = [sys.executable, str(script), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert (done.returncode, done.stdout, done.stderr.strip()) == (code, "", message)

