@@ -514,17 +514,12 @@ def predicted(kept: broadcast.Broadcast | None, prompt: str) -> str | None:
     return None if typed is None else kept.text[typed:]
 
 
-def test_predictions_follow_a_window_that_moves():
-    """An editor sends a fixed number of lines before the cursor: after a typed line end, the first is missing."""
-    lines = [f"line {number}\n" for number in range(400)]
-    kept = finish("".join(lines[:300]), "a\nbc\n")
-    assert predicted(kept, "".join(lines[1:300]) + "a\nb") == "c\n"
-    assert predicted(kept, "".join(lines[:300]) + "a") == "\nbc\n"
-    assert predicted(kept, "".join(lines[1:299]) + "a") is None
-
-
+LINES = [f"line {number}\n" for number in range(400)]  # an editor sends a fixed number of them before the cursor
 TYPED = [
     ("typed", "a = ", "b\nc", "a = b", 1),
+    ("typed in a long text", "".join(LINES[:300]), "a\nbc\n", "".join([*LINES[:300], "a"]), 1),
+    ("a line, and the window moved", "".join(LINES[:300]), "a\nbc\n", "".join([*LINES[1:300], "a\nb"]), 3),
+    ("where a line is missing", "".join(LINES[:300]), "a\nbc\n", "".join([*LINES[1:299], "a"]), 0),
     ("more than all", "a = ", "b", "a = bc", 0),
     ("nothing", "a = ", "b", "a = ", 0),
     ("something before", "a = ", "bc", "xa = b", 0),
