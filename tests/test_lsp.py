@@ -661,10 +661,7 @@ def test_no_settings_and_bad_ones() -> None:
 def test_a_file_of_settings_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = configured(tmp_path, "lsp.toml", "tokens = ")
     environment, here = {"XDG_CONFIG_HOME": str(tmp_path)}, f"the settings in {folder}: expected "
-    assert first_settings(environment) == (
-        Settings(),
-        [here + "a file of TOML or JSON, got one that cannot be read"],
-    )
+    assert first_settings(environment) == (Settings(), [here + "a file of TOML or JSON, got one that cannot be read"])
     configured(tmp_path, "lsp.toml", "tokens = 7")
     assert first_settings(environment) == (Settings(tokens=7), [])
     monkeypatch.setitem(sys.modules, "tomllib", None)  # as in Python 3.9
