@@ -356,18 +356,28 @@ async def test_after_an_outage_a_user_who_types_starves_nobody():
         await until(lambda: not pi.gateway.dispatcher.active)
 
 
-async def test_the_token_of_a_trial_admits_the_jobs_that_wait_for_its_end(monkeypatch: pytest.MonkeyPatch):
+BEGUN_TRIAL = [
+    (CHATS, CHAT, [chunk(token("a", 1)), HANG]),  # its first token is enough
+    ("/tokenize", {"content": "a b"}, [answer(200, {"tokens": [1]})]),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "steps"), BEGUN_TRIAL, ids=["chat", "tokenize"])
+async def test_a_trial_that_succeeds_admits_the_jobs_that_wait_for_its_end(
+    monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any], steps: list[Any]
+):
     monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 2 * PATIENCE)
-    begun = asyncio.Event()
-    trial = [CHUNKED, begun.wait, chunk(token("a", 1)), HANG]
+    monkeypatch.setitem(completion.WAIT_SECONDS, "completion", PATIENCE)
+    go = asyncio.Event()
+    trial = [*[CHUNKED] * (path == CHATS), go.wait, *steps]
     async with Backend([trial, GOOD]) as backend, pi_for(backend.port) as pi:
         half_open(pi)
-        async with busy(pi, backend, CHATS, CHAT):
+        async with busy(pi, backend, path, body):
             waiting = start(pi, "/v1/completions", {"prompt": "x"})
             await in_line(pi)
             native = await pi.complete()
             assert (native.status, native.json["message"]) == (503, breaker.BREAKER_OPEN)
-            begun.set()
+            go.set()
             assert (await waiting).status == 200
 
 
@@ -544,9 +554,8 @@ def test_what_is_kept_is_bounded():
     large = "\N{SMILING FACE WITH SUNGLASSES}" * 100_000
     kept = finish(large, large[: broadcast.MAX_FINISHED_CHARS], filename=large, stop=[large])
     assert kept
-    parts = (kept.prompt, kept.alike, *(value for kind, value in kept.pairs if kind == "text"))
-    assert sum(map(sys.getsizeof, parts)) < 33_000
     assert kept.completion is None
+    assert sum(map(sys.getsizeof, (kept.prompt, kept.alike, kept.text))) < 33_000
 
 
 # --------------------------------------------------------------------------------- the time for a prompt
@@ -666,20 +675,6 @@ async def test_an_unknown_model_means_the_default_a_slash_is_tolerated_and_a_key
         reply = await start(pi, "/v1/completions", {"prompt": "x"}, Authorization="Bearer wrong")
         assert (reply.status, reply.json["error"]["type"]) == (401, "authentication_error")
         assert reply.json["error"]["code"] == "UNAUTHORIZED"
-
-
-async def test_counting_tokens_ends_the_wait_for_a_trial(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 2 * PATIENCE)
-    monkeypatch.setitem(completion.WAIT_SECONDS, "completion", PATIENCE)
-    go = asyncio.Event()
-    async with Backend([[go.wait, answer(200, {"tokens": [1]})], GOOD]) as backend, pi_for(backend.port) as pi:
-        half_open(pi)
-        trial = start(pi, "/tokenize", {"content": "a b"})
-        await backend.begun.wait()
-        waiting = start(pi, "/v1/completions", {"prompt": "x"})
-        await in_line(pi)
-        go.set()
-        assert [(await trial).status, (await waiting).status] == [200, 200]
 
 
 async def test_counting_tokens_opens_the_breaker_of_a_dead_vps_and_waits_for_no_other(monkeypatch: pytest.MonkeyPatch):
