@@ -256,6 +256,17 @@ class Block:
         return None, ""
 
 
+async def test_a_load_is_finished_though_its_client_has_left(house: House) -> None:
+    completion, before = house.ask(), time.monotonic()
+    worker = await house.begun()
+    house.engine.finish(completion)
+    assert await house.pool.unload_unused() == {}  # with a limit of 0 minutes
+    worker.ready.set_result(None)
+    await until(lambda: house.pool.tallies[A].loads == 1)
+    assert (worker.stopping, house.pool.instances[A].last_used >= before) == (False, True)
+    assert await house.idle() is worker
+
+
 async def test_requests_that_replace_each_other_start_one_load(house: House) -> None:
     """Even if each of them leaves before the worker starts."""
     block = Block(house)
