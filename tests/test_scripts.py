@@ -962,6 +962,14 @@ def test_an_old_python_is_refused_in_one_line(tmp_path: Path) -> None:
     assert called([RUN, "setup"], f"{tmp_path}:{os.environ['PATH']}") == (1, "", said)
 
 
+def test_make_deb_names_the_packages_that_it_lacks(tmp_path: Path) -> None:
+    for tool in ("make", "sh", "dh"):
+        (tmp_path / tool).symlink_to(shutil.which(tool) or "/bin/true")
+    status, _, err = called([str(tmp_path / "make"), "-C", str(ROOT), "deb"], str(tmp_path))
+    said = "missing system packages; please run:  sudo apt-get install build-essential dh-python help2man"
+    assert (status, err.splitlines()[0]) == (2, said)
+
+
 @pytest.mark.parametrize("lacks", ["python", "llama_cpp", "decode"])
 def test_a_venv_of_another_python_or_cpu_is_made_anew(lacks: str, tmp_path: Path) -> None:
     """Each Python is a script that records its arguments. The old one lacks something; the new one works."""
