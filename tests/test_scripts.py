@@ -291,47 +291,36 @@ BROKEN_OFF = [head(), *tokens("half")]
 CUT_IN_A_CHUNK = [head(200, "Transfer-Encoding: chunked"), b'1c\r\ndata: {"token": "half"}\n\n   \r\nff\r\n']
 FAILED_MIDWAY = [*BROKEN_OFF, event(error=True, message="backend died", code="VPS_UNAVAILABLE")]
 NO_EVENT = "expected an event of Cerebrum, got something else"
-FAILURES: dict[str, tuple[Script, str, str]] = {
-    "error event": (FAILED_MIDWAY, "half", "VPS_UNAVAILABLE: backend died"),
-    "no done": (BROKEN_OFF, "half", "the stream broke off before its end"),
-    "cut in a chunk": (CUT_IN_A_CHUNK, "half", "the stream broke off before its end"),
-    "our JSON error": ([answer(400, OURS)], "", SAID_BY_OURS),
-    "HTML": ([page(502, "text/html", b"<html>\n<h1>Bad</h1>\n")], "", "HTTP 502 from {url}"),
-    "other JSON": ([answer(404, {"detail": "x"})], "", "HTTP 404 from {url}"),
-    "not JSON": ([*BROKEN_OFF, b"data: {nonsense\n\n"], "half", NO_EVENT),
-    "not an object": ([*BROKEN_OFF, b"data: [1]\n\n"], "half", NO_EVENT),
-    "token of another type": ([*BROKEN_OFF, b'data: {"token": 7}\n\n'], "half", NO_EVENT),
-    "not whole": (instructed("on", finish_reason="length"), "on", "cut off at 512 tokens"),
-}
+TOKENS = "tokens: expected a whole number from 1 to 2048, got "
+TEMPERATURE = "temperature: expected a number from 0 to 1, got "
+FAILURES: list[tuple[str, Script, int, str, str]] = [  # arguments, what the server answers, the status, what is printed
+    ("-", FAILED_MIDWAY, 1, "half", "VPS_UNAVAILABLE: backend died"),
+    ("-", BROKEN_OFF, 1, "half", "the stream broke off before its end"),
+    ("-", CUT_IN_A_CHUNK, 1, "half", "the stream broke off before its end"),
+    ("-", [answer(400, OURS)], 1, "", SAID_BY_OURS),
+    ("-", [page(502, "text/html", b"<html>\n<h1>Bad</h1>\n")], 1, "", "HTTP 502 from {url}"),
+    ("-", [answer(404, {"detail": "x"})], 1, "", "HTTP 404 from {url}"),
+    ("-", [*BROKEN_OFF, b"data: {nonsense\n\n"], 1, "half", NO_EVENT),
+    ("-", [*BROKEN_OFF, b"data: [1]\n\n"], 1, "half", NO_EVENT),
+    ("-", [*BROKEN_OFF, b'data: {"token": 7}\n\n'], 1, "half", NO_EVENT),
+    ("-", instructed("on", finish_reason="length"), 1, "on", "cut off at 512 tokens"),
+    ("-", [b""], 1, "", "curl: (52) Empty reply from server"),
+    ("-n", [], 2, "", "-n needs a value; see --help"),
+    ("-n 0 -", [], 2, "", f"{TOKENS}0"),
+    ("-n 2049 -", [], 2, "", f"{TOKENS}2049"),
+    ("-n a[$(id)] -", [], 2, "", f"{TOKENS}a[$(id)]"),
+    ("-t 1.1 -", [], 2, "", f"{TEMPERATURE}1.1"),
+    ("-t 1e0 -", [], 2, "", f"{TEMPERATURE}1e0"),
+    ("file.py", [], 2, "", "unknown argument file.py; see --help"),
+]
 
 
-@pytest.mark.parametrize("fault", FAILURES)
-def test_what_goes_wrong_is_said_and_exits_with_1(repl: Repl, fault: str) -> None:
-    script, stdout, stderr = FAILURES[fault]
-    repl.answers(script)
-    assert repl.run(b"x", "-") == (1, stdout, f"cerebrum_repl.sh: {stderr.format(url=repl.url)}\n")
-
-
-def test_nobody_listens(repl: Repl) -> None:
-    status, out, err = repl.run(b"x", "--url", "http://127.0.0.1:1/", "-")
-    assert (status, out) == (1, "")
-    assert re.fullmatch(r"cerebrum_repl.sh: curl: \(7\) Failed to connect to 127.0.0.1 port 1 .*\n", err)
-
-
-USAGE = {
-    "-n": "-n needs a value; see --help",
-    "-n 0 -": "tokens: expected a whole number from 1 to 2048, got 0",
-    "-n 2049 -": "tokens: expected a whole number from 1 to 2048, got 2049",
-    "-n a[$(id)] -": "tokens: expected a whole number from 1 to 2048, got a[$(id)]",
-    "-t 1.1 -": "temperature: expected a number from 0 to 1, got 1.1",
-    "-t 1e0 -": "temperature: expected a number from 0 to 1, got 1e0",
-    "file.py": "unknown argument file.py; see --help",
-}
-
-
-@pytest.mark.parametrize("args", USAGE)
-def test_a_wrong_call_exits_with_2(repl: Repl, args: str) -> None:
-    assert repl.run(b"", *args.split()) == (2, "", f"cerebrum_repl.sh: {USAGE[args]}\n")
+@pytest.mark.parametrize(("args", "script", "status", "printed", "said"), FAILURES)
+def test_what_goes_wrong_is_said_and_exits_with_1_or_2(
+    repl: Repl, args: str, script: Script, status: int, printed: str, said: str
+) -> None:
+    repl.answers(*[script] if script else [])
+    assert repl.run(b"x", *args.split()) == (status, printed, f"cerebrum_repl.sh: {said.format(url=repl.url)}\n")
 
 
 # -------------------------------------------------------------------------------------- conversation

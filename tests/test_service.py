@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from harness import HEALTH, ROOT, Client, command_of, daemon, settings, until
-from scripted import CHUNKED, Backend, chunk, pi_for, token
+from scripted import Backend
 
 import cm4d
 from cerebrum.pi import fleet as pi_fleet
@@ -254,25 +254,6 @@ def test_the_units_are_well_formed_and_locked_down() -> None:
 # ------------------------------------------------------------------------------------------- both daemons
 
 
-def cm4d_at(backend: Backend, **more: str) -> dict[str, str]:
-    return {"CEREBRUM_VPS_URL": f"http://127.0.0.1:{backend.port}", "CEREBRUM_CM4_API_KEY": "", **more}
-
-
-async def test_a_stream_that_takes_too_long_to_end_gets_an_error_event(tmp_path: Path) -> None:
-    script = [CHUNKED, chunk(token("a", 1)), asyncio.Event().wait]
-    async with Backend([script]) as backend, pi_for(backend.port) as pi:
-        running = asyncio.create_task(pi.stream())
-        await backend.begun.wait()
-        await until(lambda: pi.at(0)[0].tokens)
-        await pi.server.stop(0.0)
-        reply = await running
-        assert not reply.clean
-        assert reply.events == [
-            {"token": "a", "total_tokens": 1},
-            {"error": True, "message": "the daemon is being stopped; try again later", "code": "SHUTTING_DOWN"},
-        ]
-
-
 @pytest.mark.parametrize("name", ["cm4d", "vpsd"])
 async def test_a_reload_takes_new_keys_and_level_and_keeps_the_old_ones_if_they_are_wrong(
     tmp_path: Path, name: str
@@ -336,7 +317,8 @@ async def test_a_daemon_takes_the_socket_of_its_supervisor(tmp_path: Path) -> No
 @pytest.mark.parametrize("wanted", ["0", "1"])
 async def test_prompts_are_logged_only_if_wanted(tmp_path: Path, wanted: str) -> None:
     async with Backend() as backend:
-        with daemon("cm4d", tmp_path, **cm4d_at(backend, CEREBRUM_LOG_PROMPTS=wanted)) as process:
+        settings = {"CEREBRUM_VPS_URL": f"http://127.0.0.1:{backend.port}", "CEREBRUM_CM4_API_KEY": ""}
+        with daemon("cm4d", tmp_path, **settings, CEREBRUM_LOG_PROMPTS=wanted) as process:
             asked = {"prompt": "def my_secret():\n", "suffix": "zwölf", "language": "python"}
             await Client(port=process.port).ask("POST", "/v1/complete/stream", asked, X_Request_ID="the-id")
             await asyncio.to_thread(process.wait_for_line, "the-id.* 200 ")

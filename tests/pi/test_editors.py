@@ -70,32 +70,25 @@ async def in_line(pi: Pi) -> None:
 # ------------------------------------------------------------------------------------------- replaced
 
 
-@pytest.mark.parametrize("hang", [[HANG], [CHUNKED, HANG], [CHUNKED, chunk(token("urn", 1)), HANG]])
-async def test_a_newer_infill_of_the_file_ends_the_older_one_quietly(hang: list[Any], caplog: pytest.LogCaptureFixture):
+BEGUN = [CHUNKED, chunk(token("urn", 1)), HANG]
+REPLACED = [([HANG], False), ([CHUNKED, HANG], False), (BEGUN, False), (BEGUN, True)]
+
+
+@pytest.mark.parametrize(("hang", "stream"), REPLACED)
+async def test_a_newer_infill_of_the_file_ends_the_older_one_quietly(hang: list[Any], stream: bool, caplog: Any):
     caplog.set_level("WARNING")
     async with Backend([hang, GOOD]) as backend, pi_for(backend.port) as pi:
-        older = infill(pi)
+        older = infill(pi, stream=stream)
         await backend.begun.wait()
         newer = await infill(pi, prompt="    rex")
         assert (newer.status, newer.json["content"]) == (200, "ab")
         reply = await older
-        assert (reply.status, reply.json["content"], reply.json["stop_type"]) == (200, "", "limit")
+        last = data(reply)[-1] if stream else reply.json
+        assert (reply.status, reply.clean, last["content"], last["stop_type"]) == (200, True, "", "limit")
         await backend.left.wait()
         assert backend.most_running == 1, "both were computed at the same time"
         assert (await stats(pi))["replaced"] == 1
     assert caplog.records == []
-
-
-async def test_a_replaced_stream_ends_like_one_that_a_limit_has_cut():
-    async with Backend([[CHUNKED, chunk(token("urn", 1)), HANG], GOOD]) as backend, pi_for(backend.port) as pi:
-        older = start(pi, "/v1/completions", STREAM)
-        await backend.begun.wait()
-        newer = await start(pi, "/v1/completions", {**STREAM, "prompt": "def f():\n    rex"})
-        assert texts(newer) == ["a", "b", ""]
-        reply = await older
-        *_, last, done = data(reply)
-        assert (reply.status, reply.clean) == (200, True)
-        assert (last["choices"][0]["finish_reason"], done) == ("length", "[DONE]")
 
 
 OTHER_TEXT = {"input_prefix": "import os\n", "prompt": "x", "input_suffix": "os.abort()\n"}
@@ -113,17 +106,6 @@ async def test_an_infill_of_another_file_client_or_editor_ends_nothing(older: di
         assert (running.done(), (await stats(pi))["replaced"]) == (False, 0)
         running.cancel()
         await backend.left.wait()
-
-
-async def test_a_completion_without_a_suffix_ends_nothing():
-    """Programs ask for several at a time, with prompts that begin alike."""
-    go = asyncio.Event()
-    waits = [CHUNKED, go.wait, *GOOD[1:]]
-    async with Backend([waits]) as backend, pi_for(backend.port, max_concurrent=3) as pi:
-        asked = [start(pi, "/v1/completions", {"prompt": f"a\nb\nc\n{n}"}) for n in range(2)]
-        await until(lambda: backend.running == 2)
-        go.set()
-        assert [reply.json["choices"][0]["text"] for reply in await asyncio.gather(*asked)] == ["ab", "ab"]
 
 
 IMPORTS = "import os\n\n"
@@ -169,20 +151,21 @@ async def test_identical_requests_share_one_completion():
         assert (counts["shared"], counts["requests_total"], counts["replaced"]) == (3, 4, 0)
 
 
-SHARED: list[tuple[dict[str, Any], int]] = [  # what differs between two requests at a time, and how many are computed
-    ({}, 1),
-    ({"temperature": 0.9}, 2),  # samples
-    ({"temperature": 0.9, "seed": 7}, 1),
-    ({"n_predict": 9}, 2),
+SAMPLED = {"prompt": "x", "temperature": 0.9}
+SHARED: list[tuple[dict[str, Any], dict[str, Any], int]] = [  # two requests at a time, and how many are computed
+    ({"prompt": "x"}, {"prompt": "x", "n_predict": 512}, 1),
+    ({"prompt": "x"}, {"prompt": "x", "n_predict": 9}, 2),
+    ({"prompt": "a\nb\nc\n1"}, {"prompt": "a\nb\nc\n2"}, 2),  # without a suffix neither replaces the other
+    (SAMPLED, SAMPLED, 2),
+    ({**SAMPLED, "seed": 7}, {**SAMPLED, "seed": 7}, 1),
 ]
 
 
-@pytest.mark.parametrize(("more", "computed"), SHARED, ids=str)
-async def test_which_requests_share_a_completion(more: dict[str, Any], computed: int):
+@pytest.mark.parametrize(("first", "second", "computed"), SHARED, ids=str)
+async def test_which_requests_share_a_completion(first: dict[str, Any], second: dict[str, Any], computed: int):
     go = asyncio.Event()
     async with Backend([[CHUNKED, go.wait, *GOOD[1:]]]) as backend, pi_for(backend.port) as pi:
-        body = {"prompt": "x", **more}
-        asked = [start(pi, "/completion", body), start(pi, "/completion", {**body, "n_predict": 512})]
+        asked = [start(pi, "/completion", body) for body in (first, second)]
         await until(lambda: len(pi.gateway.broadcasts.subscribers) == 2 and backend.running == computed)
         go.set()
         assert [reply.json["content"] for reply in await asyncio.gather(*asked)] == ["ab"] * 2
@@ -373,18 +356,28 @@ async def test_after_an_outage_a_user_who_types_starves_nobody():
         await until(lambda: not pi.gateway.dispatcher.active)
 
 
-async def test_the_token_of_a_trial_admits_the_jobs_that_wait_for_its_end(monkeypatch: pytest.MonkeyPatch):
+BEGUN_TRIAL = [
+    (CHATS, CHAT, [chunk(token("a", 1)), HANG]),  # its first token is enough
+    ("/tokenize", {"content": "a b"}, [answer(200, {"tokens": [1]})]),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "steps"), BEGUN_TRIAL, ids=["chat", "tokenize"])
+async def test_a_trial_that_succeeds_admits_the_jobs_that_wait_for_its_end(
+    monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any], steps: list[Any]
+):
     monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 2 * PATIENCE)
-    begun = asyncio.Event()
-    trial = [CHUNKED, begun.wait, chunk(token("a", 1)), HANG]
+    monkeypatch.setitem(completion.WAIT_SECONDS, "completion", PATIENCE)
+    go = asyncio.Event()
+    trial = [*[CHUNKED] * (path == CHATS), go.wait, *steps]
     async with Backend([trial, GOOD]) as backend, pi_for(backend.port) as pi:
         half_open(pi)
-        async with busy(pi, backend, CHATS, CHAT):
+        async with busy(pi, backend, path, body):
             waiting = start(pi, "/v1/completions", {"prompt": "x"})
             await in_line(pi)
             native = await pi.complete()
             assert (native.status, native.json["message"]) == (503, breaker.BREAKER_OPEN)
-            begun.set()
+            go.set()
             assert (await waiting).status == 200
 
 
@@ -531,17 +524,12 @@ def predicted(kept: broadcast.Broadcast | None, prompt: str) -> str | None:
     return None if typed is None else kept.text[typed:]
 
 
-def test_predictions_follow_a_window_that_moves():
-    """An editor sends a fixed number of lines before the cursor: after a typed line end, the first is missing."""
-    lines = [f"line {number}\n" for number in range(400)]
-    kept = finish("".join(lines[:300]), "a\nbc\n")
-    assert predicted(kept, "".join(lines[1:300]) + "a\nb") == "c\n"
-    assert predicted(kept, "".join(lines[:300]) + "a") == "\nbc\n"
-    assert predicted(kept, "".join(lines[1:299]) + "a") is None
-
-
+LINES = [f"line {number}\n" for number in range(400)]  # an editor sends a fixed number of them before the cursor
 TYPED = [
     ("typed", "a = ", "b\nc", "a = b", 1),
+    ("typed in a long text", "".join(LINES[:300]), "a\nbc\n", "".join([*LINES[:300], "a"]), 1),
+    ("a line, and the window moved", "".join(LINES[:300]), "a\nbc\n", "".join([*LINES[1:300], "a\nb"]), 3),
+    ("where a line is missing", "".join(LINES[:300]), "a\nbc\n", "".join([*LINES[1:299], "a"]), 0),
     ("more than all", "a = ", "b", "a = bc", 0),
     ("nothing", "a = ", "b", "a = ", 0),
     ("something before", "a = ", "bc", "xa = b", 0),
@@ -567,8 +555,7 @@ def test_what_is_kept_is_bounded():
     kept = finish(large, large[: broadcast.MAX_FINISHED_CHARS], filename=large, stop=[large])
     assert kept
     parts = (kept.prompt, kept.alike, *(value for kind, value in kept.pairs if kind == "text"))
-    assert sum(map(sys.getsizeof, parts)) < 33_000
-    assert kept.completion is None
+    assert (kept.completion, sum(map(sys.getsizeof, parts)) < 33_000) == (None, True)
 
 
 # --------------------------------------------------------------------------------- the time for a prompt
@@ -644,19 +631,12 @@ async def test_other_files_that_were_warmed_begin_the_next_prompt(chunks: int):
         assert 400 < len(asked["prompt"]) < 1500
 
 
-@pytest.mark.parametrize("limit", [0, 1])
-async def test_no_limit_of_time(limit: int):
-    lines = LONG[:4000]
-    async with Backend([script("a")]) as backend, pi_for(backend.port) as pi:
-        pi.gateway.fleet.first.prompts.speed["qwen_0_5b"] = 100.0
-        await infill(pi, input_prefix=lines, t_max_prompt_ms=limit)
-        assert backend.completions[0]["prompt"] == lines + FILE["prompt"]
-
-
-async def test_the_speed_of_reading_is_learned_from_results():
+async def test_without_a_limit_of_time_nothing_is_cut_and_the_speed_of_reading_is_learned():
     told = {"prompt_tokens": 500, "cached_tokens": 100, "ttft": 2.0}
     async with Backend([script("a", **told)]) as backend, pi_for(backend.port) as pi:
-        await infill(pi)
+        for limit in (0, 1):
+            await infill(pi, input_prefix=LONG[:4000], t_max_prompt_ms=limit)
+            assert backend.completions[limit]["prompt"] == LONG[:4000] + FILE["prompt"]
         assert pi.gateway.fleet.first.prompts.speed == {"qwen_0_5b": 200.0}
 
 
@@ -676,40 +656,25 @@ async def test_a_chat_that_is_too_long_keeps_the_system_turn_and_the_latest_and_
         assert whole.all("X-Cerebrum-Kept") == []
 
 
-MODELS = [None, "", "gpt-4o", "qwen_1_5b"]
-PATHS = ["/v1/completions", "/v1/completions/", "//v1/completions", "/completions"]
+# A path, a model as clients name it, and the model that answers.
+ASKED = [
+    ("/v1/completions", None, "qwen_0_5b"),
+    ("/v1/completions/", "", "qwen_0_5b"),
+    ("//v1/completions", "gpt-4o", "qwen_0_5b"),
+    ("/completions", "qwen_1_5b", "qwen_1_5b"),
+]
 
 
-@pytest.mark.parametrize(("path", "model"), list(zip(PATHS, MODELS, strict=True)))
-async def test_an_unknown_model_means_the_default_and_a_slash_is_tolerated(path: str, model: str | None):
-    async with Backend() as backend, pi_for(backend.port) as pi:
-        reply = await start(pi, path, {"prompt": "x", "model": model, "suffix": None, "stop": None})
-        assert (reply.status, reply.json["choices"][0]["text"]) == (200, "ab")
-        wanted = "qwen_1_5b" if model == "qwen_1_5b" else "qwen_0_5b"
-        assert (backend.completions[0]["model"], reply.json["model"]) == (wanted, wanted)
-
-
-async def test_a_key_counts_in_either_header_and_errors_have_the_clients_shape():
+async def test_an_unknown_model_means_the_default_a_slash_is_tolerated_and_a_key_is_needed():
     async with Backend() as backend, pi_for(backend.port, client_keys=("secret",)) as pi:
-        for header in ({"Authorization": "Bearer secret"}, {"X_API_Key": "secret"}):
-            assert (await start(pi, "/v1/completions", {"prompt": "x"}, **header)).status == 200
+        for path, model, serves in ASKED:
+            body = {"prompt": "x", "model": model, "suffix": None, "stop": None}
+            reply = await start(pi, path, body, Authorization="Bearer secret")
+            assert (reply.status, reply.json["choices"][0]["text"]) == (200, "ab")
+            assert (backend.completions[-1]["model"], reply.json["model"]) == (serves, serves)
         reply = await start(pi, "/v1/completions", {"prompt": "x"}, Authorization="Bearer wrong")
-        error = {"message": "expected the API key in the header X-API-Key", "type": "authentication_error"}
-        assert (reply.status, reply.json) == (401, {"error": {**error, "param": None, "code": "UNAUTHORIZED"}})
-
-
-async def test_counting_tokens_ends_the_wait_for_a_trial(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 2 * PATIENCE)
-    monkeypatch.setitem(completion.WAIT_SECONDS, "completion", PATIENCE)
-    go = asyncio.Event()
-    async with Backend([[go.wait, answer(200, {"tokens": [1]})], GOOD]) as backend, pi_for(backend.port) as pi:
-        half_open(pi)
-        trial = start(pi, "/tokenize", {"content": "a b"})
-        await backend.begun.wait()
-        waiting = start(pi, "/v1/completions", {"prompt": "x"})
-        await in_line(pi)
-        go.set()
-        assert [(await trial).status, (await waiting).status] == [200, 200]
+        assert (reply.status, reply.json["error"]["type"]) == (401, "authentication_error")
+        assert reply.json["error"]["code"] == "UNAUTHORIZED"
 
 
 async def test_counting_tokens_opens_the_breaker_of_a_dead_vps_and_waits_for_no_other(monkeypatch: pytest.MonkeyPatch):
