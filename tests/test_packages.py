@@ -222,6 +222,14 @@ def health(machine: Machine) -> tuple[int, dict[str, object]]:
     return int(status), json.loads(body)
 
 
+def kill_and_see_it_restart(machine: Machine, unit: str) -> None:
+    before = machine.show(unit, "MainPID"), int(machine.show(unit, "NRestarts"))
+    machine.run(f"systemctl kill --signal=KILL {unit}.service")
+    until(lambda: machine.show(unit, "MainPID") not in ("0", before[0]), f"{unit} restarts")
+    until(lambda: machine.show(unit, "ActiveState") == "active", f"{unit} is ready again")
+    assert int(machine.show(unit, "NRestarts")) == before[1] + 1, machine.journal(unit)[-3000:]
+
+
 def stop(machine: Machine, unit: str) -> None:
     sockets = f"{unit}.socket" if unit == "cerebrum-backend" else ""
     machine.run(f"systemctl stop {sockets} {unit}.service")
@@ -326,7 +334,7 @@ def test_root_runs_nothing_that_the_daemons_user_can_change(cerebrum: Machine) -
 # ---------------------------------------------------------------------------------------------- secrets
 
 
-def test_the_key_is_for_the_daemons_alone_and_the_log_for_adm(cerebrum: Machine) -> None:
+def test_the_key_is_for_the_daemons_alone(cerebrum: Machine) -> None:
     clients = "/etc/cerebrum-cm4/client-keys"
     cerebrum.run("/usr/lib/cerebrum-cm4/generate_api_key.sh --client anna")
     modes = cerebrum.run(f"stat -c '%a %U' {KEY} {' '.join(SETTINGS)} {clients}; rm {clients}")
@@ -335,6 +343,9 @@ def test_the_key_is_for_the_daemons_alone_and_the_log_for_adm(cerebrum: Machine)
     assert cerebrum.run(f"grep -raFlf {KEY} {everywhere} || (($? == 1))") == ""
     assert cerebrum.run(f"journalctl --no-pager | grep -cFf {KEY}", check=False) == "0"
     assert cerebrum.run(f"cat {KEY} {KEY}; true").count("\n") == 1  # it was found nowhere, but is not empty
+
+
+def test_the_log_is_for_adm(cerebrum: Machine) -> None:
     log, somebody = "/var/log/cerebrum/cerebrum.log", "setpriv --reuid=nobody --regid=nogroup"
     modes = cerebrum.run(f"stat -c '%a %U %G' /var/log/cerebrum {log}")
     assert modes == "2750 cerebrum adm\n640 cerebrum adm"
@@ -359,11 +370,7 @@ def test_both_survive_a_kill(cerebrum: Machine) -> None:
     said = cerebrum.run(code)
     assert "return" in said
     for unit in DAEMONS:
-        before, restarts = cerebrum.show(unit, "MainPID"), int(cerebrum.show(unit, "NRestarts")) + 1
-        cerebrum.run(f"systemctl kill --signal=KILL {unit}.service")
-        again = partial(cerebrum.is_in, unit, NRestarts=str(restarts), ActiveState="active")
-        until(again, f"{unit} restarts and is ready")
-        assert cerebrum.show(unit, "MainPID") != before
+        kill_and_see_it_restart(cerebrum, unit)
     until(lambda: health(cerebrum)[0] == 200, "the Pi sees the VPS again")
     assert cerebrum.run(code) == said
 
@@ -686,16 +693,34 @@ def test_an_older_debian(older: tuple[Machine, tuple[str, str, str]]) -> None:
     test_the_upgrade(older[0])
 
 
+VERSIONS = ("1.1.7", "1.1.8")
+
+
+@pytest.fixture(scope="module")
+def versions(older: tuple[Machine, object]) -> Machine:
+    """The machine with the packages of two versions, each in a folder of its name."""
+    machine = older[0]
+    for version in VERSIONS:
+        newer(machine, version)
+        machine.run(f"mkdir {version}; mv cerebrum-*.deb {version}")
+    return machine
+
+
+def install(version: str) -> str:
+    return f"apt install -y --allow-downgrades ./{version}/cerebrum-backend.deb ./{version}/cerebrum-cm4.deb"
+
+
 @pytest.mark.packages
-def test_a_killed_dpkg_is_healed(older: tuple[Machine, object]) -> None:
+def test_a_killed_dpkg_is_healed(versions: Machine) -> None:
     """At ten places of an upgrade, by the time that a whole one takes."""
-    machine, files = older[0], "./cerebrum-backend.deb ./cerebrum-cm4.deb"
-    upgrade, before = f"apt install -y --reinstall {files}", time.monotonic()
-    machine.run(upgrade)
+    before = time.monotonic()
+    versions.run(install(VERSIONS[0]))
     whole = time.monotonic() - before
     for number in range(10):
-        machine.run(f"timeout -s KILL {whole * (number + 0.5) / 10:.2f} dpkg -i {files}", check=False)
-        machine.run(f"dpkg --configure -a || true; {upgrade}")
-        got = machine.run("dpkg-query -W -f '${Status}\\n' cerebrum-backend cerebrum-cm4")
-        assert got.splitlines() == ["install ok installed"] * 2
-        until(lambda: health(machine)[0] == 200, "the Pi sees the VPS")
+        version = VERSIONS[(number + 1) % 2]
+        files = f"{version}/cerebrum-backend.deb {version}/cerebrum-cm4.deb"
+        versions.run(f"timeout -s KILL {whole * (number + 0.5) / 10:.2f} dpkg -i {files}", check=False)
+        versions.run(f"dpkg --configure -a || true; {install(version)}")
+        got = versions.run("dpkg-query -W -f '${Version} ${Status}\\n' cerebrum-backend cerebrum-cm4")
+        assert got.splitlines() == [f"{version} install ok installed"] * 2
+        until(lambda: health(versions)[0] == 200, "the Pi sees the VPS")
