@@ -461,7 +461,7 @@ async def test_a_model_file_is_damaged_while_it_is_served(folder: Path) -> None:
 
 async def test_one_request_is_found_on_both_sides_by_its_id(folder: Path) -> None:
     with both(folder, GOOD_DECODES="8", THEN="fail", CEREBRUM_DRAFT="0") as (vps, pi, client):
-        fault = f"model={SMALL} tokens=4 ttft=Ns [A-Z_]+: the model could not be evaluated"
+        fault = rf"model={SMALL} tokens=\d+ ttft=Ns [A-Z_]+: the model could not be evaluated"
         for request_id, more, status, theirs, says in (
             ("good", {"max_tokens": 2, "prompt": "# 1\n2\n"}, 200, 200, f"model={SMALL} tokens=2 ttft=Ns"),
             ("bad", {"max_tokens": 40, "prompt": "3\n4\n5\n"}, 503, 500, fault),
