@@ -1034,5 +1034,6 @@ def test_the_pi_is_set_up_by_one_line_that_the_backend_takes(tmp_path: Path) -> 
         assert (settings.read_text(), key.exists()) == ("A=1\nCEREBRUM_VPS_URL=http://old:9000\n", False)
     for typed in ("http://vps:9000 the-key\n", "\n\n"):  # an empty answer keeps what is set
         assert setup(typed) == (0, True)
+        assert "runuser -u cerebrum -- " in log.read_text()  # root runs none of its files
         assert (settings.read_text(), key.read_text()) == ("A=1\nCEREBRUM_VPS_URL=http://vps:9000\n", "the-key\n")
         assert (mode(settings), mode(key), mode(key.parent)) == (0o600, 0o600, 0o700)

@@ -247,7 +247,8 @@ def test_a_chat_by_family(family: str, messages: list[tuple[str, str]], text: st
 def test_memory_by_family(family: str, models: Path) -> None:
     """The sizes of what llama.cpp really allocates, from its log, are those that it reports without allocating."""
     settings = Settings(threads=1, n_ctx=1024, micro_batch=64, kv_type="q8_0" if family == "dense" else "f16")
-    (need,) = needed(models / f"{family}.gguf", [settings])
+    need, longer = needed(models / f"{family}.gguf", [settings, replace(settings, n_ctx=2048)])
+    assert family != "window" or longer["kv"] < 1.5 * need["kv"]  # most layers keep only the window
     llama_log.lines.clear()
     with opened(models / f"{family}.gguf", settings) as model:
         log = "\n".join(llama_log.lines)
