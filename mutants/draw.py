@@ -63,9 +63,7 @@ def draw(path: str, count: int, seed: int) -> list[tuple[int, str, str]]:
     lines, plain, nodes = source.split("\n"), meaning(source), walk(get_ast(source))
     chances = list[tuple[str, int]]()
     for name in chosen():
-        with contextlib.suppress(
-            AttributeError
-        ):  # some operators do not expect each syntax, and none of theirs is used
+        with contextlib.suppress(AttributeError):  # an operator that cannot read this file makes no mutants of it
             positions = sum(len([*get_operator(name)().mutation_positions(node)]) for node in nodes)
             chances += [(name, occurrence) for occurrence in range(positions)]
     random.Random(f"{seed} {path}").shuffle(chances)
