@@ -200,12 +200,16 @@ def allowed(methods: Iterable[str]) -> str:
 FIM_LAYOUTS = ("psm", "spm", "spmv2")  # see `arrange_gap`
 
 
+SUGGEST = ("always", "often", "normal", "seldom", "never")  # how readily an editor shows what was not asked for
+
+
 @dataclass(frozen=True, slots=True)
 class Model:
     """One entry of models.toml. An empty `sha256` is not checked; `fetch` downloads the file from `sources`.
     `aliases` are the model's names in other engines. `fim` holds its marks before the prefix, before the suffix and
     before the gap, or is empty; `fim_layout` is their order, see `arrange_gap`. A model that only other engines have
-    needs no `file`. `size` is in bytes. A `size` or `memory_mb` of 0 is unknown."""
+    needs no `file`. `size` is in bytes. A `size` or `memory_mb` of 0 is unknown. `min_confidence` says what the words
+    of SUGGEST mean."""
 
     id: str
     name: str
@@ -220,6 +224,11 @@ class Model:
     aliases: tuple[str, ...] = ()
     fim: tuple[str, ...] = ()
     fim_layout: str = "psm"
+    min_confidence: Mapping[str, float | None] = field(default_factory=dict)
+
+    def least(self, wanted: float | str | None) -> float | None:
+        """The confidence below which a line is not shown, for this number or word; None: every line is shown."""
+        return self.min_confidence.get(wanted) if isinstance(wanted, str) else wanted
 
 
 def served_languages(models: Iterable[Model]) -> list[str]:

@@ -35,7 +35,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from statistics import median
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 VERSION = "1.1.0"  # of Cerebrum
 
@@ -55,12 +55,17 @@ class Settings:
     tokens: int = 128  # a completion has at most so many
     read_ms: int = 500  # limits what is read for an automatic request; 0: no limit
     off: tuple[str, ...] = ()  # ids of languages that get no completions
+    suggest: str = "normal"  # how readily a completion is shown that nobody asked for: one of SUGGEST
+    suggest_in_comments: str = "normal"
+    suggest_in_strings: str = "normal"
     completion: bool = False  # serve textDocument/completion, for clients without inline completion
 
 
 KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", tuple: "a list of texts",
          list: "a list", dict: "an object", type(None): "null"}  # fmt: skip
 MAX_TOKENS = 2048
+SUGGEST = ("always", "often", "normal", "seldom", "never")
+SUGGESTS = ("suggest", "suggest_in_comments", "suggest_in_strings")  # members of /infill, too
 
 
 def read_settings(given: Any, settings: Settings) -> Settings:
@@ -94,6 +99,9 @@ def read_settings(given: Any, settings: Settings) -> Settings:
         raise BadSettings(f"expected tokens from 1 to {MAX_TOKENS}, got {settings.tokens}")
     if settings.read_ms < 0:
         raise BadSettings(f"expected read_ms of 0 or more, got {settings.read_ms}")
+    for name in SUGGESTS:
+        if getattr(settings, name) not in SUGGEST:
+            raise BadSettings(f"expected one of {', '.join(SUGGEST)} for {name}")
     if not re.fullmatch(r"[!-~]*", settings.key):
         raise BadSettings("expected a key of visible ASCII characters")
     return settings
@@ -169,6 +177,13 @@ class Gap:
     after: str
 
 
+class Suggestion(NamedTuple):
+    """A completion, and how sure the model is of its first line, if the Pi says so."""
+
+    text: str = ""
+    confidence: float | None = None
+
+
 class Document:
     """An open text, as lines with their ends. A position is LSP's: the line, and UTF-16 units of it."""
 
@@ -224,22 +239,22 @@ class Suggestions:
         self.lock = threading.Lock()
         # The uri, the hash of the text after the gap, the hash and length of the text before it, and the completion.
         # Copies of the texts would be tens of megabytes for a large file.
-        self.found: deque[tuple[str, int, int, int, str]] = deque(maxlen=self.MAX_FOUND)
+        self.found: deque[tuple[str, int, int, int, Suggestion]] = deque(maxlen=self.MAX_FOUND)
         self.seconds: deque[float] = deque([0.4], maxlen=8)  # a guess, until there are answers
 
-    def add(self, gap: Gap, text: str, seconds: float) -> None:
+    def add(self, gap: Gap, found: Suggestion, seconds: float) -> None:
         with self.lock:
-            self.found.append((gap.uri, hash(gap.after), hash(gap.before), len(gap.before), text))
+            self.found.append((gap.uri, hash(gap.after), hash(gap.before), len(gap.before), found))
             self.seconds.append(seconds)
 
-    def rest(self, gap: Gap) -> str | None:
+    def rest(self, gap: Gap) -> Suggestion | None:
         """What is left of a completion whose beginning has been typed or accepted; None if nothing fits."""
         with self.lock:
-            for uri, after, before, length, text in reversed(self.found):
+            for uri, after, before, length, (text, confidence) in reversed(self.found):
                 typed = gap.before[length:]
                 fits = uri == gap.uri and text.startswith(typed) and (text != typed or not typed)
                 if fits and (after, before) == (hash(gap.after), hash(gap.before[:length])):
-                    return text[len(typed) :]
+                    return Suggestion(text[len(typed) :], confidence)
         return None
 
     def pause(self) -> float:
@@ -519,9 +534,10 @@ def lacks(answer: Any) -> str:
     return "" if get(answer, "completion", str).strip() else "the answer is empty"
 
 
-def accepted(text: str) -> dict[str, Any]:
+def accepted(found: Suggestion) -> dict[str, Any]:
     """The command that the client runs when its user has accepted this completion."""
-    return {"title": "accepted", "command": ACCEPTED, "arguments": [{"characters": len(text)}]}
+    sure = {} if found.confidence is None else {"confidence": found.confidence}
+    return {"title": "accepted", "command": ACCEPTED, "arguments": [{"characters": len(found.text), **sure}]}
 
 
 def position(value: Any, path: str) -> tuple[int, int]:
@@ -625,9 +641,9 @@ class Completions:
         if chosen:  # what the editor's own menu would insert
             inserted, (start, end) = get(chosen, "text", str), positions(chosen)
 
-        def items(text: str) -> dict[str, Any]:
-            item = {"insertText": inserted + text, "range": span(start, end), "command": accepted(text)}
-            return {"items": [item] if text else []}
+        def items(found: Suggestion) -> dict[str, Any]:
+            item = {"insertText": inserted + found.text, "range": span(start, end), "command": accepted(found)}
+            return {"items": [item] if found.text else []}
 
         is_automatic = get(params, "context.triggerKind", int, 2) != 1
         call = Call(request_id, ("inline", document.uri), self.suggestions.pause() if is_automatic else 0.0)
@@ -641,7 +657,8 @@ class Completions:
         word = WORD.search(gap.before[-MAX_WORD:])[0]  # type: ignore[index]  # it always matches
         start = line, max(0, units - utf16_units(word))
 
-        def items(text: str) -> dict[str, Any]:
+        def items(found: Suggestion) -> dict[str, Any]:
+            text = found.text
             entry = {
                 "label": (word + text).strip().partition("\n")[0],
                 "detail": "Cerebrum",
@@ -650,21 +667,21 @@ class Completions:
                 "sortText": "\0",
                 "preselect": True,
                 "textEdit": {"range": span(start, end), "newText": word + text},
-                "command": accepted(text),
+                "command": accepted(found),
             }
             return {"isIncomplete": True, "items": [entry] if text.strip() else []}
 
         return self.complete(Call(request_id, ("menu", document.uri), self.suggestions.pause()), document, gap, items)
 
-    def complete(self, call: Call, document: Document, gap: Gap, items: Callable[[str], Any]) -> Any:
+    def complete(self, call: Call, document: Document, gap: Gap, items: Callable[[Suggestion], Any]) -> Any:
         # The Pi itself ends a computation that is of no use any more.
-        self.calls.end(lambda older: older.is_waiting and older.lane == call.lane, {"result": items("")})
+        self.calls.end(lambda older: older.is_waiting and older.lane == call.lane, {"result": items(Suggestion())})
         if document.language in self.pi.settings.off:
-            return items("")
+            return items(Suggestion())
         if (rest := self.rest(call, gap)) is not None:
             return items(rest)
         if call.pause and time.monotonic() < self.pi.away_until:
-            return items("")
+            return items(Suggestion())
 
         def work(call: Call) -> Any:
             call.wait()
@@ -673,13 +690,13 @@ class Completions:
 
         return self.calls.start(call, work)
 
-    def rest(self, call: Call, gap: Gap) -> str | None:
+    def rest(self, call: Call, gap: Gap) -> Suggestion | None:
         """What is left of a suggestion. Who asks, where nothing was suggested, asks the Pi again."""
         rest = self.suggestions.rest(gap)
-        return rest if rest or call.pause else None
+        return rest if call.pause or (rest and rest.text) else None
 
-    def infill(self, call: Call, gap: Gap) -> str:
-        """The Pi's text for the gap; "" if it has none now. Ended, if the call was ended."""
+    def infill(self, call: Call, gap: Gap) -> Suggestion:
+        """The Pi's text for the gap, without one if it has none now. Ended, if the call was ended."""
         before, after = sent(gap)
         body = {
             "input_prefix": before,
@@ -689,6 +706,7 @@ class Completions:
             "t_max_prompt_ms": self.pi.settings.read_ms if call.pause else 0,
             "t_max_predict_ms": PREDICT_MS,
             "cache_prompt": True,
+            **{name: getattr(self.pi.settings, name) if call.pause else "always" for name in SUGGESTS},
         }
         began = time.monotonic()
         try:
@@ -698,11 +716,12 @@ class Completions:
         except PiError as error:
             if error.status not in BUSY and (self.pi.note_failure() or not call.pause):
                 self.client.show(2, str(error))
-            return ""
+            return Suggestion()
         self.pi.note_success()
+        found = Suggestion(text, answer.get("confidence"))
         if not answer.get("replaced"):
-            self.suggestions.add(gap, text, time.monotonic() - began)
-        return text
+            self.suggestions.add(gap, found, time.monotonic() - began)
+        return found
 
 
 class Commands:
@@ -722,8 +741,10 @@ class Commands:
         raise ProtocolError(INVALID_PARAMS, f"expected {ACCEPTED} or {INSTRUCT}, got {command}")
 
     def report(self, argument: Any, request_id: Any) -> Any:
-        """Have the Pi count what the user accepted: {"characters"}."""
+        """Have the Pi count what the user accepted: {"characters"}, and "confidence" if that is known."""
         body = {"characters": get(argument, "characters", int)}
+        if isinstance(confidence := argument.get("confidence"), (int, float)):
+            body["confidence"] = confidence
 
         def work(call: Call) -> None:
             with contextlib.suppress(PiError):  # only a count

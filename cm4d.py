@@ -60,6 +60,7 @@ from cerebrum.pi.backend import Backend
 from cerebrum.pi.breaker import BREAKER_OPEN, BREAKER_STATES
 from cerebrum.pi.broadcast import Broadcasts, Subscriber
 from cerebrum.pi.completion import NOTHING_SENT, RETRIED, Attempt, Completion
+from cerebrum.pi.confidence import place_of, shown
 from cerebrum.pi.counting import ACCEPTED, Counting
 from cerebrum.pi.dialects import CompletionRequest
 from cerebrum.pi.dispatcher import Dispatcher
@@ -174,6 +175,7 @@ FIELDS = {
     "instruction": Field(str, 1),
     "stop_at": Field(str, default="auto", choices=("auto", "none")),
     "progress": Field(bool, default=False),
+    "min_confidence": Field(float, 0, 1),
     "session": Field(str, 1, 200),
     "model": Field(str, 1),
 }
@@ -208,6 +210,8 @@ def native_fields(wanted: CompletionRequest, models: Collection[Model]) -> dict[
     others = [entry["filename"] for entry in fields["extra"]]
     ids = {name: model.id for model in models for name in (*model.aliases, model.id)}
     language = "" if wanted.kind == "chat" else guess_language(fields["filename"], fields["prompt"], others)
+    if suggest := fields.pop("suggest", None):
+        fields["min_confidence"] = suggest[place_of(language, fields["prompt"])]
     return fields | {"language": language, "model": ids.get(fields["model"])}
 
 
@@ -261,11 +265,13 @@ class Gateway:
     async def complete(self, completion: Completion) -> AsyncGenerator[Pair, None]:
         """One completion as pairs of (kind, value), independent of the client's API and of the backend's:
 
-            ("started", dict)   first: a backend answers. {"model", "n_ctx", "kept"}. An error before this pair can
-                                still be an HTTP status. The pair comes again if another backend takes over.
+            ("started", dict)   first: a backend answers. {"model", "n_ctx", "kept", "judges"}. An error before this
+                                pair can still be an HTTP status. The pair comes again if another backend takes over.
             ("idle", None)      nothing new, but the backend is alive
             ("progress", dict)  {"stage": str, "done": int, "total": int}, if the request asks for progress
             ("text", bytes)     whole native token events, relayed without being parsed; `read_text` decodes them
+            ("judged", tuple)   (mean probability of the tokens of a line, characters of the text up to its end), behind
+                                its text, if the request asks for confidence and the backend "judges"
             ("done", dict)      last: the result, a native done event without its member `done`
 
         A completion that fails raises HttpError. All resources are acquired in this body, so they are released when the
@@ -304,7 +310,13 @@ class Gateway:
         """The value of the pair "started"."""
         model = completion.model or self.fleet.route(completion.request.fields)
         sent = completion.attempt.sent if completion.attempt else NOTHING_SENT
-        return {"model": model, "n_ctx": sent.n_ctx or self.fleet.n_ctx(model), "kept": sent.text.kept}
+        n_ctx, judges = sent.n_ctx or self.fleet.n_ctx(model), "min_confidence" in sent.fields
+        return {"model": model, "n_ctx": n_ctx, "kept": sent.text.kept, "judges": judges}
+
+    def least(self, wanted: CompletionRequest, begun: Mapping[str, Any]) -> float | None:
+        """The confidence of a line that this client needs, if the answer that has begun tells it."""
+        model = next((one for one in self.config.models if one.id == begun["model"]), None)
+        return model.least(wanted.fields.get("min_confidence")) if model and begun["judges"] else None
 
     def _result(self, attempt: Attempt, backend: Backend, done: dict[str, Any]) -> dict[str, Any]:
         """Count the work of a whole answer, and return its result: our own members, then the backend's."""
@@ -349,9 +361,13 @@ def read_native(gateway: Gateway, request: Request, is_whole: bool = False) -> C
     return Completion(wanted, request.end, request.notes)
 
 
+def shown_native(gateway: Gateway, completion: Completion) -> AsyncGenerator[Pair, None]:
+    return shown(gateway.complete(completion), functools.partial(gateway.least, completion.request))
+
+
 async def complete_stream(gateway: Gateway, request: Request) -> Response:
     """POST /v1/complete/stream: a completion as SSE, token by token."""
-    pairs = gateway.complete(read_native(gateway, request))
+    pairs = shown_native(gateway, read_native(gateway, request))
     return Response(events=pairs, render=lambda pair: NATIVE_EVENTS[pair[0]](pair[1]))
 
 
@@ -367,7 +383,7 @@ NATIVE_EVENTS: dict[str, Callable[[Any], bytes]] = {
 
 async def complete(gateway: Gateway, request: Request) -> Response:
     """POST /v1/complete: a completion in one piece."""
-    _, text, result = await collect(gateway.complete(read_native(gateway, request, is_whole=True)))
+    _, text, result = await collect(shown_native(gateway, read_native(gateway, request, is_whole=True)))
     return Response({"completion": text, **result})
 
 
@@ -403,8 +419,7 @@ async def language_server(gateway: Gateway, request: Request) -> Response:
 
 async def accepted(gateway: Gateway, request: Request) -> Response:
     """POST /v1/accepted: count a completion that the user of an editor has accepted."""
-    characters = read_fields(parse_json(request.body), ACCEPTED)["characters"]
-    return Response(gateway.counting.accept(request.client, characters))
+    return Response(gateway.counting.accept(request.client, **read_fields(parse_json(request.body), ACCEPTED)))
 
 
 async def models(gateway: Gateway, request: Request) -> Response:
@@ -473,7 +488,10 @@ def speaking(dialect: dialects.Dialect) -> Callable[[Gateway, Request], Awaitabl
         fields = native_fields(wanted, gateway.config.models)
         wanted = replace(wanted, fields=fields, limit=MAX_COLLECTED_BYTES, **gateway.who(request))
         editor = f"{request.client} {request.address} {request.head.headers.get('user-agent', '')}"
-        pairs = Subscriber(gateway.broadcasts, Completion(wanted, notes=request.notes), editor).pairs()
+        subscriber = Subscriber(gateway.broadcasts, Completion(wanted, notes=request.notes), editor)
+        pairs = shown(subscriber.pairs(), functools.partial(gateway.least, wanted), lambda: subscriber.typed)
+        if wanted.kind == "infill":
+            pairs = gateway.counting.suggestions(pairs)
         reply_to = functools.partial(dialect.reply, wanted, request.head.request_id, int(time.time()))
         if not wanted.stream:
             begun, text, result = await collect(pairs)
@@ -544,6 +562,7 @@ def statistics(gateway: Gateway) -> dict[str, Any]:
         "load_avg": [round(load, 2) for load in os.getloadavg()],
         "breaker": measured["backend"][first.id]["breaker"],
         "backends": [*measured["backend"].values()],
+        "by_confidence": gateway.counting.by_confidence,
         "clients": gateway.counting.people.describe(),
     }
 
@@ -586,6 +605,10 @@ METRICS = {
                "counting.accepted", "accepted"),
         Metric("cerebrum_accepted_characters_total", "Characters of these completions.",
                "counting.accepted_characters", "accepted_characters"),
+        Metric("cerebrum_infills_suggested_total", "Infills with a text, by the confidence of their first line.",
+               lambda pi: pi.counting.by_band("suggested"), labels=("from",)),
+        Metric("cerebrum_infills_accepted_total", "Those of them that users accepted, as editors report.",
+               lambda pi: pi.counting.by_band("accepted"), labels=("from",)),
         Metric("cerebrum_reloads_total", "How often the settings were read again.", "reconfigured"),
     ),
     "model": (

@@ -159,6 +159,7 @@ FIELDS = {
     "mode": Field(str, choices=("complete", "infill", "instruct")),
     "stop_at": Field(str, default="auto", choices=("auto", "none")),
     "predict_ms": Field(int, 0, 600_000, 0),  # ends a completion that takes longer and has a line end; 0: no limit
+    "min_confidence": Field(float, 0, 1),  # the completion ends behind a less sure line
     "indent": Field(int, 0, 1000, 0),  # characters; the completion ends before a line that is indented less
     "heal": Field(bool, default=False),  # the word at the end of `prompt` may be unfinished
     "special": Field(bool, default=False),  # the names of control tokens in `prompt` are these tokens

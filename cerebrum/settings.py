@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cerebrum.fields import Field, read_fields
-from cerebrum_common import FIM_LAYOUTS, HttpError, Model, log
+from cerebrum_common import FIM_LAYOUTS, SUGGEST, HttpError, Model, log
 
 
 def read_table(table: Any, where: str, fields: Mapping[str, Field], *others: str) -> dict[str, Any]:
@@ -203,6 +203,7 @@ MODEL = {
     "fim": Field(list, 3, 3, []),
     "fim_layout": Field(str, default="psm", choices=FIM_LAYOUTS),
 }
+LEAST = dict.fromkeys(SUGGEST[1:-1], Field(float, 0, 1))
 
 
 def load_catalog(path: Path) -> Catalog:
@@ -226,11 +227,12 @@ def load_catalog(path: Path) -> Catalog:
 
 
 def _read_model(entry: Any, where: str) -> Model:
-    given = read_table(entry, where, MODEL, "sources")
+    given = read_table(entry, where, MODEL, "sources", "min_confidence")
     if not given["file"] and not given["aliases"]:
         raise ConfigError(f"{where}: file: expected a name, or aliases instead, got nothing")
     given["sources"] = entry.get("sources", [])
     if not isinstance(given["sources"], list) or not all(isinstance(source, dict) for source in given["sources"]):
         raise ConfigError(f"{where}: sources: expected [[models.sources]], got {given['sources']!r}")
     values: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in given.items()}
+    values["min_confidence"] = read_table(entry.get("min_confidence", {}), f"{where}: min_confidence", LEAST)
     return Model(**values)

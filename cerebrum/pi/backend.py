@@ -97,8 +97,11 @@ class Prompts:
         self._is_engine = is_engine
         self._read: list[tuple[str, str, str]] = []  # client, model, and a text up to a cursor
 
-    def fit(self, attempt: Attempt, n_ctx: int, layout: str, refused: TooLong | None) -> Fitted:
-        """Fit the prompt of a request into `n_ctx` tokens, or fit it again after it was `refused`."""
+    def fit(
+        self, attempt: Attempt, n_ctx: int, layout: str, refused: TooLong | None, min_confidence: float | None = None
+    ) -> Fitted:
+        """Fit the prompt of a request into `n_ctx` tokens, or fit it again after it was `refused`. The lines of
+        the answer need a confidence of `min_confidence`."""
         request, model = attempt.request, attempt.model
         fields, ratio, most = request.fields, self.ratio.get(model), sys.maxsize
         if refused:
@@ -118,6 +121,8 @@ class Prompts:
             passed["session"] = request.session
         if request.guest:
             passed["priority"] = "low"
+        if min_confidence:
+            passed["min_confidence"] = min_confidence
         if language := BY_NAME.get(fields["language"].lower()):  # backends know the syntax of these languages
             passed["language"] = language
         return Fitted({**passed, **text.body}, text, n_ctx, n_ctx - int(SPARE * tokens) - MARGIN_TOKENS)
@@ -338,8 +343,9 @@ class Backend:
     @contextlib.asynccontextmanager
     async def _send(self, attempt: Attempt, refused: TooLong | None) -> AsyncIterator[AsyncGenerator[Pair, None]]:
         """Fit the prompt of an attempt, again if it was `refused`, send it, and yield the unread answer."""
-        layout = self.layout(attempt.model)
-        attempt.sent = sent = self.prompts.fit(attempt, self.n_ctx(attempt.model), layout, refused)
+        layout, wanted = self.layout(attempt.model), attempt.request.fields.get("min_confidence")
+        least = None if self.api else next(one.least(wanted) for one in self._catalog if one.id == attempt.model)
+        attempt.sent = sent = self.prompts.fit(attempt, self.n_ctx(attempt.model), layout, refused, least)
         model = self.names.get(attempt.model, attempt.model)
         if self.api is None:
             body = {"model": model, **sent.fields}

@@ -147,12 +147,13 @@ def finished(broadcast: Broadcast) -> Broadcast | None:
     assert broadcast.completion
     text, (_, result) = broadcast.text, broadcast.pairs[-1]
     begun = [value for kind, value in broadcast.pairs if kind == "started"][-1]
-    reason = result.get("finish_reason", "stop")
+    reason, judged = result.get("finish_reason", "stop"), [pair for pair in broadcast.pairs if pair[0] == "judged"]
     is_cut = broadcast.completion.request.kind == "completion" and reason == "length"
     if is_cut or not 1 < len(text) <= MAX_FINISHED_CHARS:
         return None
     done = {"model": begun["model"], "finish_reason": reason}  # of an answer without a backend there are no figures
-    pairs = [("started", begun), ("text", text_event(text)), ("done", done)]
+    done |= {name: result[name] for name in ("confidence", "text_confidence") if name in result}
+    pairs = [("started", begun), ("text", text_event(text)), *judged, ("done", done)]
     omitted = max(0, len(broadcast.prompt) - TAIL_CHARS)
     return Broadcast(broadcast.alike, broadcast.prompt[omitted:], omitted, pairs)
 
@@ -240,6 +241,9 @@ class Broadcasts:
             self._dispatcher.read_ahead(request)
             own.pairs += [("started", self.beginning(completion)), ("done", {"finish_reason": "length"})]
             return own
+        if request.fields.get("min_confidence") == "never":
+            own.pairs += [("started", self.beginning(completion)), ("done", {"finish_reason": "unsure"})]
+            return own
         subscriber.broadcast = broadcast = self._find(subscriber, own.alike) or own
         if broadcast is own:
             own.task = asyncio.create_task(self._run(own, completion))
@@ -274,7 +278,7 @@ class Broadcasts:
         try:
             async with contextlib.aclosing(self._compute(completion)) as pairs:
                 async for kind, value in pairs:
-                    if kind in ("started", "text", "done"):
+                    if kind in ("started", "text", "judged", "done"):
                         broadcast.pairs.append((kind, value))
                     self._wake(broadcast, at_end=kind == "done")
         except Exception as error:

@@ -18,7 +18,8 @@ from cerebrum_common import HttpError
 WAIT_SECONDS = {"infill": 3.0, "completion": 30.0, "chat": 30.0}  # for a place; minuet gives up after 3 s
 WITHOUT_MODEL = frozenset({"MODEL_NOT_FOUND", "MODEL_LOAD_FAILED"})  # another model may do better
 RETRIED = frozenset({404, 429, 500, 503})  # another backend may do better; every other error is about the request
-FINISHED = frozenset({"stop", "length", "block", "repeat"})  # finish reasons of a completion that ends by itself
+# Finish reasons of a completion that ends by itself.
+FINISHED = frozenset({"stop", "length", "block", "repeat", "unsure"})
 SUPERSEDED = "SUPERSEDED"
 
 

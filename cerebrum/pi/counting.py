@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
 from datetime import date
 from itertools import pairwise
@@ -15,10 +15,13 @@ from cerebrum.fields import Field
 from cerebrum.metrics import CANCELLED, Tally
 from cerebrum.pi.broadcast import Broadcasts
 from cerebrum.pi.completion import SUPERSEDED, Completion
+from cerebrum.pi.upstream import Pair
 from cerebrum_common import HttpError, Model
 
 STEP_SECONDS, STEPS = 30, 60  # half an hour
-ACCEPTED = {"characters": Field(int, 1, 10**6, required=True)}  # what an editor reports
+# What an editor reports: the length, and the confidence that came with the completion.
+ACCEPTED = {"characters": Field(int, 1, 10**6, required=True), "confidence": Field(float, 0, 1)}
+BANDS = (0.0, 0.2, 0.4, 0.6, 0.8)  # of confidence, each up to the next
 SERIES = ("requests", "failed", "tokens")  # completions that began, those that ended with an error, tokens
 
 
@@ -90,6 +93,7 @@ class Counting:
         self.accepted = self.accepted_characters = 0  # completions that editors' users accepted, and their length
         self.tallies: dict[str, Tally] = {}  # by model
         self.running: set[Completion] = set()
+        self.by_confidence = [{"from": least, "suggested": 0, "accepted": 0} for least in BANDS]
         self.history = History(time.monotonic())
         self.people = People()
 
@@ -109,8 +113,27 @@ class Counting:
         running = sum(one.attempts[-1].tokens for one in self.running if one.attempts)
         return running + sum(tally.tokens for tally in self.tallies.values())
 
-    def accept(self, client: str, characters: int) -> dict[str, int]:
+    def by_band(self, name: str) -> dict[tuple[str], float]:
+        """One of the counts by confidence, by the lower end of the band."""
+        return {(f"{band['from']:g}",): band[name] for band in self.by_confidence}
+
+    def band(self, confidence: float) -> dict[str, float]:
+        return next(band for band in reversed(self.by_confidence) if confidence >= band["from"])
+
+    async def suggestions(self, pairs: AsyncGenerator[Pair, None]) -> AsyncGenerator[Pair, None]:
+        """The pairs of an infill; one with a text that the model has just written is counted as suggested."""
+        has_text = False
+        async with contextlib.aclosing(pairs):
+            async for kind, value in pairs:
+                has_text = has_text or kind == "text"
+                if kind == "done" and has_text and "confidence" in value and "type_through" not in value:
+                    self.band(value["confidence"])["suggested"] += 1
+                yield kind, value
+
+    def accept(self, client: str, characters: int, confidence: float | None = None) -> dict[str, int]:
         """Count a completion that a client accepted, and return the totals."""
+        if confidence is not None:
+            self.band(confidence)["accepted"] += 1
         self.people.add(client, Usage(accepted=1))
         self.accepted += 1
         self.accepted_characters += characters

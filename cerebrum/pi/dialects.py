@@ -30,7 +30,7 @@ from typing import Any
 
 from cerebrum.fields import Field, members_of, read_fields, read_object, read_objects, wrong
 from cerebrum.text.prompt import arrange_gap
-from cerebrum_common import HttpError, compact, sse_block
+from cerebrum_common import SUGGEST, HttpError, compact, sse_block
 
 # -------------------------------------------------------------------------------------------- requests
 
@@ -53,6 +53,7 @@ CHAT_FIELDS = {
     "max_completion_tokens": INTEGER,
     "max_tokens": INTEGER,
     "n_predict": INTEGER,  # llama.vim sends it to /v1/chat/completions, too
+    "min_confidence": Field(float, 0, 1),
 }
 CODE_FIELDS = CHAT_FIELDS | {
     "cache_prompt": FLAG,
@@ -60,9 +61,12 @@ CODE_FIELDS = CHAT_FIELDS | {
     "t_max_prompt_ms": Field(int, -math.inf, default=0),
     "t_max_predict_ms": Field(int, -math.inf, default=0),
     "filename": FILE_NAME,
+    **dict.fromkeys(("suggest", "suggest_in_comments", "suggest_in_strings"), Field(str, choices=SUGGEST)),
 }
 TEXT_FIELDS = CODE_FIELDS | {"suffix": TEXT}
 INFILL_FIELDS = CODE_FIELDS | {"input_prefix": TEXT, "input_suffix": TEXT}
+# llama.vim's key for "complete now" sends the same as its automatic requests.
+SUGGEST_FOR_INFILL = {"code": "often", "comments": "often", "strings": "often"}
 TOKENIZE = {"content": TEXT, "add_special": FLAG, "parse_special": Field(bool, default=True)}
 PART = {"type": Field(str, default="text", choices=("text", "input_text", "output_text")), "text": TEXT}
 EXTRA = {"filename": FILE_NAME, "text": TEXT}
@@ -136,6 +140,7 @@ def read_sampling(
         "top_p": None if top_p is None else max(top_p, MIN_TOP_P),
         "seed": None if seed is None or seed < 0 or seed == ANY_SEED else seed % ANY_SEED,
         "stop": stops,
+        "min_confidence": read["min_confidence"],
     }
 
 
@@ -265,6 +270,9 @@ def read_code(members: Mapping[str, Any], read: Mapping[str, Any], prompt: str) 
     stops = read_stops(members, special=bool(NEXT_EDIT.search(prompt)))
     limits = {name: min(max(0, read[f"t_max_{name}"]), MAX_MS) for name in ("prompt_ms", "predict_ms")}
     fields = read_sampling(read, stops) | limits | {"indent": read["n_indent"], "filename": read["filename"]}
+    if read["suggest"] and read["min_confidence"] is None:  # in comments and strings as elsewhere, if nothing is said
+        others = {name: read[f"suggest_in_{name}"] or read["suggest"] for name in ("comments", "strings")}
+        fields["suggest"] = {"code": read["suggest"], **others}
     only = tuple(read_texts(members, "response_fields")) if "response_fields" in members else None
     return CompletionRequest("completion", fields, read["stream"], wants_usage(members), read["cache_prompt"], only)
 
@@ -304,6 +312,8 @@ def read_infill(members: Mapping[str, Any]) -> CompletionRequest:
     read, prompt = read_fields(members, INFILL_FIELDS), read_prompt(members)
     files = read_objects(members.get("input_extra", []), "input_extra", 0, MAX_EXTRAS, EXTRA)
     request, extra = read_code(members, read, prompt), [file for file in files if file["text"]]
+    if read["min_confidence"] is None:
+        request.fields.setdefault("suggest", SUGGEST_FOR_INFILL)
     return ask_text(request, read["input_prefix"] + prompt, read["input_suffix"], infill=True, extra=extra)
 
 
@@ -433,9 +443,12 @@ class LlamaReply(Reply):
 
 
 def marks(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Members of our own: `type_through` if an earlier completion answered, `replaced` if a newer request took over."""
-    given = {"type_through": result.get("type_through"), "replaced": result.get("finish_reason") == "replaced"}
-    return {name: True for name, holds in given.items() if holds}
+    """Members of our own: `type_through` if an earlier completion answered, `replaced` if a newer request took over,
+    `unsure` if lines are not shown; and how sure the model is."""
+    reason = result.get("finish_reason")
+    given = {"type_through": result.get("type_through"), "replaced": reason == "replaced", "unsure": reason == "unsure"}
+    sure = {name: result[name] for name in ("confidence", "text_confidence") if name in result}
+    return {name: True for name, holds in given.items() if holds} | sure
 
 
 def timings(result: Mapping[str, Any]) -> dict[str, Any]:

@@ -246,6 +246,7 @@ COUNT = Field(int, 0, 10**9)
 SECONDS = Field(float, 0, 10**9)
 RESULT = dict.fromkeys(("total_tokens", "prompt_tokens", "cached_tokens", "draft_tokens", "accepted_tokens"), COUNT)
 RESULT |= dict.fromkeys(("inference_time", "load_time", "ttft", "tokens_per_second"), SECONDS)
+RESULT |= dict.fromkeys(("confidence", "text_confidence"), Field(float, 0, 1))
 RESULT |= {"finish_reason": Field(str, 1, 40)}
 # Members that we write into results and errors ourselves: no backend may set them.
 OURS = frozenset({"completion", "language", "model", "timestamp", "mode", "kept", "backend"})
@@ -338,7 +339,9 @@ def read_event(event: bytes, key: str) -> Pair | None:
         if not COUNT.accepts(members.get("total_tokens")):
             raise BackendFailure("it sent a token without its number")
         return "text", text_event(members["token"], members["total_tokens"])
-    progress = members.get("progress")
+    mean, end, progress = members.get("confidence"), members.get("characters"), members.get("progress")
+    if RESULT["confidence"].accepts(mean) and COUNT.accepts(end):
+        return "judged", (mean, end)
     return ("progress", progress) if isinstance(progress, dict) else None
 
 

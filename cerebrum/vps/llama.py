@@ -184,6 +184,7 @@ class Llama:
         self.vocabulary = Vocabulary(self.model, fim, layout)
         self.n_vocab = int(api.llama_vocab_n_tokens(self.vocabulary.vocab))
         self.logits_row = ctypes.c_float * self.n_vocab
+        self._scratch = np.empty(self.n_vocab, np.float32)
         self.window = int(api.llama_model_n_swa(self.model))  # tokens of a sliding window; 0: there is none
         # A recurrent state can take back only its last few tokens, right after they were decoded.
         self.recurrent = is_recurrent(self.model)
@@ -245,6 +246,12 @@ class Llama:
         """The likeliest token at batch position `index`. Of equally likely tokens the first is taken, as in llama.cpp's
         greedy sampler."""
         return int(self.logits(index).argmax())
+
+    def probability(self, index: int, token: int) -> float:
+        """Of `token` at batch position `index`, at a temperature of 1, whatever the request samples with."""
+        row = self.logits(index)
+        np.subtract(row, row[token], out=self._scratch)
+        return 1 / float(np.exp(self._scratch, out=self._scratch).sum())
 
     def restrict(self, index: int, start: bytes) -> None:
         """Exclude every token at batch position `index` that contradicts the text `start`. A token may cover a part of

@@ -45,6 +45,7 @@ class CompletionRequest:
     stop: Sequence[str] = ()
     max_tokens: int = 512  # 0 only reads the prompt into the cache
     predict_ms: int = 0  # a completion with a line end stops this long after its first token; 0: no limit
+    min_confidence: float | None = None  # ends behind a less sure line; each line's event says how sure; None: neither
     temperature: float = 0.4
     top_p: float = 0.95
     seed: int | None = None  # of the random numbers, at a temperature above 0

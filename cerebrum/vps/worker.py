@@ -41,6 +41,7 @@ import llama_cpp
 
 from cerebrum.metrics import CANCELLED, Tally, resident_bytes
 from cerebrum.text.ending import Ending
+from cerebrum.vps.confidence import Confidence, Judged
 from cerebrum.vps.drafts import Acceptance, Drafter
 from cerebrum.vps.encoding import TunedFile
 from cerebrum.vps.llama import (
@@ -67,7 +68,8 @@ STEP_SECONDS, SLOWEST = 120.0, 20.0
 MAX_BACKLOG = 256  # a job pauses when its client has this many deliveries unread
 RESUME_BACKLOG = 64  # the reader of the deliveries calls `Worker.wake` when this few are left
 GIVE_WAY_SECONDS = 0.05  # until a run whose prompt stands still looks again whether another model still works
-Event = dict[str, Any]  # {"token", "total_tokens"}, {"progress": {"stage", "done", "total"}} or {"done": True, …}
+# {"token", "total_tokens"}, {"confidence", "characters"}, {"progress": {"stage", "done", "total"}} or {"done": True, …}
+Event = dict[str, Any]
 Deliver = Callable[[list[Event | HttpError]], object]
 
 
@@ -136,7 +138,8 @@ class Run:
         self.prompt = job.prompt  # and what has been generated, if its cells were lost
         self.marks: list[int] = []  # lengths of the prompt at which a recurrent state is worth keeping
         self.characters, self.ending = codecs.getincrementaldecoder("utf-8")("replace"), job.ending
-        self.sampler = Sampler(job.request)
+        self.sampler, self.confidence = Sampler(job.request), Confidence()
+        self.probability = 1.0  # of the latest token
         self.drafter: Drafter | None = None
         self.pending: int | None = None  # sampled, not yet decoded
         self.generated = self.drafted = self.accepted = 0
@@ -152,12 +155,29 @@ class Run:
         """The next token, by the logits at batch position `index`."""
         if self.heal:
             model.restrict(index, self.heal)
-        return self.sampler.sample(model, index)
+        token = self.sampler.sample(model, index)
+        self.probability = model.probability(index, token)
+        return token
 
-    def feed(self, piece: bytes) -> tuple[str, str | None]:
-        """The text to send now, and why the completion has ended (None: it goes on). Bytes wait until their character
-        is whole."""
-        return self.ending.feed(self.characters.decode(piece))
+    def feed(self, piece: bytes) -> str | None:
+        """Put the text that the client may have into the outbox. Returns why the completion has ended (None: it goes
+        on). Bytes wait until their character is whole."""
+        written, least, mean = self.characters.decode(piece), self.job.request.min_confidence, 1.0
+        if piece:  # not only healed
+            mean = self.confidence.add(written, self.probability)
+        text, reason = self.ending.feed(written)
+        self.send(text)
+        return reason or ("unsure" if least is not None and mean < least else None)
+
+    def send(self, text: str) -> None:
+        if text:
+            self.outbox.append({"token": text, "total_tokens": self.generated})
+            self.judge(self.confidence.send(text))
+
+    def judge(self, lines: list[Judged]) -> None:
+        """Say how sure these lines are, if the client asks."""
+        if self.job.request.min_confidence is not None:
+            self.outbox += [{"confidence": mean, "characters": end} for mean, end in lines]
 
     def flush(self) -> None:
         """Deliver the events in the outbox."""
@@ -181,6 +201,7 @@ class Run:
             "tokens_per_second": round((self.generated - 1) / span, 2) if span > 0 else None,
             "draft_tokens": self.drafted,
             "accepted_tokens": self.accepted,
+            **self.confidence.result(),
         }
 
 
@@ -382,6 +403,7 @@ class Decoder:
         if not run.generated:
             run.first_token = run.last_token
         if self.words.is_end(token):
+            run.confidence.add("", run.probability)
             self._finish(run, "stop")
             return True
         piece = self.words.piece(token)
@@ -392,21 +414,20 @@ class Decoder:
         self.tally.tokens += counts
         if run.drafter:
             run.drafter.advance(token)
-        text, reason = run.feed(piece)
-        if text:
-            run.outbox.append({"token": text, "total_tokens": run.generated})
+        reason = run.feed(piece)
         full = len(run.slot.tokens) + 1 >= self.model.n_ctx
         run.has_line = run.has_line or b"\n" in piece
         limit = run.job.request.predict_ms
         late = limit > 0 and run.has_line and 1000 * (run.last_token - run.first_token) > limit
         cut = not reason and (run.generated >= run.job.max_tokens or full or late)
         if reason := "length" if cut else reason:
-            self._finish(run, reason, flush=cut)
+            self._finish(run, reason, flush=cut or reason == "unsure")
         return reason is not None
 
     def _finish(self, run: Run, reason: str, flush: bool = True) -> None:
-        if flush and (text := run.ending.flush(reason == "stop")):
-            run.outbox.append({"token": text, "total_tokens": run.generated})
+        if flush:
+            run.send(run.ending.flush(reason == "stop"))
+        run.judge(run.confidence.last())
         run.outbox.append(run.result(reason))
         self.release(run, reason)
 

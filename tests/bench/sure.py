@@ -1,0 +1,225 @@
+"""How well does the model's confidence tell right lines from wrong ones, and which threshold is right?
+
+    python tests/bench/sure.py FILE.jsonl [REPOSITORY…] [--model qwen_1_5b] [--kinds line,dot] [--cases 300]
+    python tests/bench/sure.py FILE.jsonl --learn REPOSITORY,… [--model qwen_1_5b]       # the report
+
+REPOSITORY is a folder with a git repository, bare or not; its files are those that were added in or after 2025, so they
+are newer than the models. An answer goes into FILE.jsonl, and a later run asks only for what is missing. Kinds:
+
+    line      a line is cut where a word begins, with 40 lines above and 11 below; right if the first line of the answer
+              is the rest of the line. `place` is what the cursor is in: code, comments or strings
+    dot       the same, behind a dot
+    complete  the same as `line`, without the text below
+    gap       two to five whole lines are missing; each line of the answer, right if it and those above are the file's
+    solution  two to five lines, missing from HumanEval's solutions (no repository); right if the tests pass
+
+The report is one line of JSON. The repositories of --learn (by the names of their folders) give the thresholds: the
+highest that keep 99, 97 and 90 % of the right lines of kind `line`. All others are judged by them: for each kind and
+place the lines, the right ones, the area under the curve, and for each threshold the share of the right and of the
+wrong lines that it hides, with 95 % intervals (Wilson).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack
+from itertools import islice, zip_longest
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from quality import SPAN_TOKENS, Tiers, passes, problems, solution_gaps, start_both
+
+from cerebrum.pi.confidence import place_of
+
+SINCE = "2025-01-01"
+LANGUAGES = {".py": "python", ".ts": "typescript", ".tsx": "typescript", ".go": "go", ".rs": "rust"}
+UNUSUAL = re.compile(r"(?i)(^|[/_.-])(tests?|spec|docs?|gen|generated|migrations|vendor)([/_.-]|$)")
+ABOVE, BELOW, MAX_FILE_BYTES, MAX_PER_FILE, TOKENS = 40, 11, 200_000, 3, 40
+CUTS = {"dot": re.compile(r"\w\.(?=[A-Za-z_])"), "line": re.compile(r"(?<!\w)(?=\w)")}
+KEPT = {"often": 0.99, "normal": 0.97, "seldom": 0.9}  # of the right lines
+
+
+# ------------------------------------------------------------------------------------------- the cases
+
+
+def git(repository: str, *arguments: str) -> str:
+    done = subprocess.run(["git", "-C", repository, *arguments], capture_output=True, check=True)
+    return done.stdout.decode("utf-8", "replace")
+
+
+def name_of(repository: str) -> str:
+    return PurePosixPath(repository).name.removesuffix(".git") or repository
+
+
+def cases(repository: str, kind: str) -> Iterator[dict[str, Any]]:
+    """Requests, each with what is `expected` and a `key`, always in the same order."""
+    added = git(repository, "log", f"--since={SINCE}", "--diff-filter=A", "--format=", "--name-only", "-M100%")
+    rows = (row.split(maxsplit=4) for row in git(repository, "ls-tree", "-r", "-l", "HEAD").splitlines())
+    sizes = {row[4]: int(row[3]) for row in rows if row[3].isdigit()}
+    paths = sorted({path for path in added.splitlines() if 1000 < sizes.get(path, 0) < MAX_FILE_BYTES})
+    random.Random(1).shuffle(paths)
+    for path in paths:
+        language = LANGUAGES.get(PurePosixPath(path).suffix)
+        if language and not UNUSUAL.search(path):
+            lines = git(repository, "show", f"HEAD:{path}").replace("\r\n", "\n").splitlines(keepends=True)
+            generator = random.Random(f"{path} {kind}")
+            numbers = generator.sample(range(len(lines)), len(lines))
+            found = (case_of(lines, number, kind, language, generator) for number in numbers)
+            for number, place, prompt, suffix, expected in islice(filter(None, found), MAX_PER_FILE):
+                key = f"{name_of(repository)} {path} {number} {kind}"
+                more = {} if kind == "complete" else {"suffix": suffix}
+                yield {"key": key, "place": place, "expected": expected, "language": language, "prompt": prompt, **more}
+
+
+def case_of(
+    lines: list[str], number: int, kind: str, language: str, generator: random.Random
+) -> tuple[int, str, str, str, str] | None:
+    """(line, place, text above, text below, expected) of a case at this line; None if it is not fit for one."""
+    line, size = lines[number], generator.randint(2, 5) if kind == "gap" else 1
+    gap = lines[number : number + size]
+    if number < 5 or number + size + 3 > len(lines) or any(not 6 <= len(one.strip()) <= 100 for one in gap):
+        return None
+    cut = len(line) - len(line.lstrip())
+    if kind != "gap":
+        places = [match.end() for match in CUTS.get(kind, CUTS["line"]).finditer(line)]
+        places = [place for place in places if len(line[place:].strip()) >= 4]
+        if not places:
+            return None
+        cut = generator.choice(places)
+    prompt = "".join(lines[max(0, number - ABOVE) : number]) + line[:cut]
+    suffix = "\n" + "".join(lines[number + size : number + size + BELOW])
+    where = place_of(language, "".join(lines[:number]) + line[:cut])
+    return number, where, prompt, suffix, "".join(gap)[cut:].rstrip()
+
+
+# ------------------------------------------------------------------------------------------- the answers
+
+
+def stream(tiers: Tiers, **body: Any) -> tuple[str, list[tuple[float, int]], dict[str, Any]]:
+    """The text, the confidence of each line with its end, and the done event."""
+    body = {"model": tiers.model, "temperature": 0, "heal": True, "min_confidence": 1e-9, **body}
+    headers = {"Content-Type": "application/json", "X-API-Key": tiers.key}
+    request = urllib.request.Request(f"{tiers.vps}/v1/inference/stream", json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=600) as response:
+        events = [json.loads(line[6:]) for line in response.read().decode().splitlines() if line.startswith("data:")]
+    text = "".join(event.get("token", "") for event in events)
+    return text, [(event["confidence"], event["characters"]) for event in events if "characters" in event], events[-1]
+
+
+def answer(tiers: Tiers, case: dict[str, Any], kind: str) -> list[tuple[bool, float]]:
+    """Whether each line of the answer is right, and its confidence."""
+    body = {name: case[name] for name in ("prompt", "suffix", "language") if name in case}
+    more = {"max_tokens": SPAN_TOKENS} if kind == "gap" else {"max_tokens": TOKENS, "stop": ["\n"]}
+    text, judged, _ = stream(tiers, **body, **more)
+    expected = case["expected"]
+    if kind != "gap":
+        return [(text.partition("\n")[0].rstrip() == expected, judged[0][0] if judged else 0.0)] if text.strip() else []
+    return [
+        (text[:end].rstrip() == expected or (expected + "\n").startswith(text[:end].rstrip() + "\n"), mean)
+        for mean, end in judged
+    ]
+
+
+def solution_rows(tiers: Tiers, count: int) -> Iterator[dict[str, Any]]:
+    for task, before, after in islice(solution_gaps(problems(), "lines"), count):
+        text, _, done = stream(tiers, prompt=before, suffix=after, language="python", max_tokens=SPAN_TOKENS)
+        lines = [(passes(task, before + text + after), done["confidence"])]
+        yield {"key": f"HumanEval {task['task_id']} 0 solution", "place": "code", "lines": lines}
+
+
+def ask(options: argparse.Namespace, known: set[str]) -> Iterator[dict[str, Any]]:
+    with ExitStack() as stack:
+        tiers = start_both(stack, options.model, published=False)
+        print("encoding", tiers.encoding(), file=sys.stderr)
+        for kind in options.kinds.split(","):
+            if kind == "solution":
+                yield from (row | {"kind": kind, "language": "python"} for row in solution_rows(tiers, options.cases))
+                continue
+            turns = zip_longest(*(cases(repository, kind) for repository in options.repositories))
+            for case in islice((case for turn in turns for case in turn if case), options.cases):
+                if case["key"] not in known:
+                    row = {name: case[name] for name in ("key", "place", "language")}
+                    yield row | {"kind": kind, "lines": answer(tiers, case, kind)}
+
+
+# ------------------------------------------------------------------------------------------- the report
+
+Lines = list[tuple[bool, float]]
+
+
+def area(lines: Lines) -> float:
+    """Under the curve: how often a right line is surer than a wrong one."""
+    right, wrong = ([sure for is_right, sure in lines if is_right == wanted] for wanted in (True, False))
+    wins = sum((one > other) + (one == other) / 2 for one in right for other in wrong)
+    return round(wins / max(1, len(right) * len(wrong)), 3)
+
+
+def hidden(lines: Lines, wanted: bool, least: float) -> list[float]:
+    """The share of the right or the wrong lines that a threshold hides, and its interval."""
+    some = [sure for is_right, sure in lines if is_right == wanted]
+    n, z = max(1, len(some)), 1.96
+    share = sum(sure < least for sure in some) / n
+    middle, spread = (share + z * z / (2 * n)), z * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
+    return [
+        round(one / (1 + z * z / n) if number else one, 3)
+        for number, one in enumerate((share, middle - spread, middle + spread))
+    ]
+
+
+def thresholds(lines: Lines) -> dict[str, float]:
+    right = sorted(sure for is_right, sure in lines if is_right)
+    return {word: round(right[int((1 - kept) * len(right))], 3) for word, kept in KEPT.items()}
+
+
+def report(rows: list[dict[str, Any]], learn: list[str]) -> dict[str, Any]:
+    groups: dict[str, Lines] = defaultdict(list)
+    for row in rows:
+        if row["key"].split()[0] in learn:
+            groups["learn"] += row["lines"] if row["kind"] == "line" and row["place"] == "code" else []
+        else:
+            groups[f"{row['kind']} {row['place']}"] += row["lines"]
+            groups[f"{row['kind']} {row['place']} {row['language']}"] += row["lines"]
+    words = thresholds(groups["learn"])
+    table = {"thresholds": words}
+    for name, lines in sorted(groups.items()):
+        table[name] = {"lines": len(lines), "right": sum(one for one, _ in lines), "area": area(lines)}
+        table[name] |= {
+            word: {"right": hidden(lines, True, least), "wrong": hidden(lines, False, least)}
+            for word, least in words.items()
+        }
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("repositories", nargs="*")
+    parser.add_argument("--model", default="qwen_0_5b")
+    parser.add_argument("--kinds", default="line", help="with commas")
+    parser.add_argument("--cases", type=int, default=300, help="of each kind, of all repositories together")
+    parser.add_argument("--learn", help="repositories, with commas")
+    options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # let ExitStack end the daemons
+    rows = [json.loads(line) for line in options.file.read_text().splitlines()] if options.file.exists() else []
+    if options.learn:
+        rows = [row for row in rows if row["model"] == options.model]
+        print(json.dumps({"benchmark": "sure", "model": options.model, **report(rows, options.learn.split(","))}))
+        return
+    for row in ask(options, {row["key"] for row in rows if row["model"] == options.model}):
+        with options.file.open("a") as out:
+            out.write(json.dumps(row | {"model": options.model}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
