@@ -276,9 +276,10 @@ class Reference:
         return bool(api.llama_vocab_is_eog(self.vocab, token))
 
     def greedy(self, prompt: Sequence[int], most: int) -> tuple[list[bytes], list[float]]:
-        """The pieces of at most `most` tokens, and for each token its lead in logits over the second likeliest."""
+        """The pieces of at most `most` tokens, and for each token its lead in logits over the second likeliest. Leaves
+        their probabilities in `sure`."""
         api.llama_memory_clear(api.llama_get_memory(self.context), True)
-        pieces, gaps, todo = list[bytes](), list[float](), prompt
+        pieces, gaps, todo, self.sure = list[bytes](), list[float](), prompt, list[float]()
         while True:
             for start in range(0, len(todo), 512):
                 part = (api.llama_token * len(todo[start : start + 512]))(*todo[start : start + 512])
@@ -287,6 +288,7 @@ class Reference:
             token = int(logits.argmax())
             second, first = np.partition(logits, -2)[-2:]
             gaps.append(float(first - second))
+            self.sure.append(1 / float(np.exp(logits - logits[token]).sum()))
             if not self.is_end(token):
                 pieces.append(self.piece(token))
             if len(pieces) == most or len(pieces) < len(gaps):

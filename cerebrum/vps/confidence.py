@@ -18,6 +18,7 @@ class Confidence:
         self._written = ""  # by the model
         self._starts, self._probabilities = list[int](), list[float]()  # where each token begins, and its probability
         self._lines: list[tuple[int, float]] = []  # that the model has finished: where each ends, and its mean
+        self._line = 0  # where the unfinished one begins
         self._begin = -1  # where the client's text begins in the model's; -1: it has none
         self._end = 0  # of the client's text
         self._judged = 0  # lines that the client knows
@@ -27,17 +28,18 @@ class Confidence:
         self._starts.append(len(self._written))
         self._probabilities.append(probability)
         known, self._written = len(self._written), self._written + text
-        done, begin = len(self._lines), self._lines[-1][0] if self._lines else 0
+        done = len(self._lines)
         while (known := self._written.find("\n", known) + 1) > 0:
-            if self._written[begin:known].strip():
-                self._lines.append((known, self._mean(begin, known - 1)))
-                begin = known
+            if self._written[self._line : known].strip():
+                self._lines.append((known, self._mean(self._line, known - 1)))
+                self._line = known
         return min((mean for _, mean in self._lines[done:]), default=1.0)
 
     def send(self, text: str) -> list[Judged]:
         """The client gets this text next; the lines that are complete with it."""
         if self._begin < 0:
             self._begin = self._end = max(0, self._written.find(text))
+            self._lines = [one for one in self._lines if one[0] > self._begin]  # a fence is not the client's
         self._end += len(text)
         whole = [(mean, end - self._begin) for end, mean in self._lines[self._judged :] if end <= self._end]
         self._judged += len(whole)

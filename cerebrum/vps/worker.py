@@ -167,7 +167,10 @@ class Run:
             mean = self.confidence.add(written, self.probability)
         text, reason = self.ending.feed(written)
         self.send(text)
-        return reason or ("unsure" if least is not None and mean < least else None)
+        ends = (
+            least is not None and mean < least and self.job.request.mode != "instruct"
+        )  # whose first line may be a fence
+        return reason or ("unsure" if ends else None)
 
     def send(self, text: str) -> None:
         if text:

@@ -1,0 +1,173 @@
+"""Lines of which the model is not sure are not shown. The VPS is scripted."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+from harness import ROOT
+from scripted import CHUNKED, Backend, Pi, chunk, event, pi_for, token
+from test_editors import data, infill, stats
+
+from cerebrum.pi.confidence import place_of
+from cerebrum.settings import load_catalog
+
+LEAST = {"often": 0.3, "normal": 0.5, "seldom": 0.8}
+MODELS = tuple(dataclasses.replace(one, min_confidence=LEAST) for one in load_catalog(ROOT / "models.toml").models)
+CODE = {"prompt": "def f():\n    ", "language": "python", "suffix": "\n\nf()\n"}
+
+
+def script(*lines: tuple[str, float], reason: str = "block", **done: Any) -> list[bytes]:
+    """A completion of these lines, a token each, and how sure the VPS says it is of each."""
+    pieces, end = [CHUNKED], 0
+    for number, (text, confidence) in enumerate(lines, 1):
+        end += len(text)
+        judged = [event(confidence=confidence, characters=end)] if confidence >= 0 else []
+        pieces += map(chunk, [token(text, number), *judged])
+    figures = {"confidence": lines[0][1], "text_confidence": 0.7, **done}
+    last = event(done=True, total_tokens=len(lines), inference_time=0.25, finish_reason=reason, **figures)
+    return [*pieces, chunk(last), b"0\r\n\r\n"]
+
+
+THREE = ("a = 1\n", 0.9), ("    b = 2\n", 0.6), ("    c", 0.4)
+SHOWN = [
+    (None, "a = 1\n    b = 2\n    c", "block"),
+    (0, "a = 1\n    b = 2\n    c", "block"),
+    (0.4, "a = 1\n    b = 2\n    c", "block"),
+    (0.41, "a = 1\n    b = 2\n", "unsure"),
+    (0.61, "a = 1\n", "unsure"),
+    (0.91, "", "unsure"),
+    (1, "", "unsure"),
+]
+
+
+@pytest.mark.parametrize(("least", "text", "reason"), SHOWN)
+@pytest.mark.parametrize("split", [False, True])
+async def test_lines_below_the_threshold_are_not_shown(
+    least: float | None, text: str, reason: str, split: bool
+) -> None:
+    asked = {**CODE, **({} if least is None else {"min_confidence": least})}
+    async with Backend([script(*THREE)], split=split) as backend, pi_for(backend.port) as pi:
+        whole = (await pi.ask("POST", "/v1/complete", asked)).json
+        assert (whole["completion"], whole["finish_reason"], whole["confidence"]) == (text, reason, 0.9)
+        *tokens, done = data(await pi.ask("POST", "/v1/complete/stream", asked))
+        assert ("".join(one["token"] for one in tokens), done["finish_reason"]) == (text, reason)
+        assert [one["total_tokens"] for one in tokens] == [1, 2, 3][: len(tokens)]
+        assert [body.get("min_confidence") for body in backend.completions] == [least or None] * 2
+
+
+LIES = [
+    ("no judgement", [("a\nb", -1.0)], "a\nb"),
+    ("one that is too long", [("a\n", 0.9), ("b", -1.0)], "a\nb"),
+    ("half a line is judged", [("a", 0.9), ("b\nc", 0.1)], "a"),
+]
+
+
+@pytest.mark.parametrize(("lines", "text"), [one[1:] for one in LIES], ids=[one[0] for one in LIES])
+async def test_text_that_was_not_judged_is_shown(lines: list[tuple[str, float]], text: str) -> None:
+    odd = [event(confidence=2, characters=1), event(confidence="1", characters=1), event(confidence=0.5, characters=-1)]
+    lies = script(*lines, confidence="sure", text_confidence=3)
+    steps = [CHUNKED, *map(chunk, odd), *lies[1:]]
+    async with Backend([steps]) as backend, pi_for(backend.port) as pi:
+        reply = (await pi.ask("POST", "/v1/complete", {**CODE, "min_confidence": 0.5})).json
+        assert (reply["completion"], "confidence" in reply, "text_confidence" in reply) == (text, False, False)
+
+
+WORDS = [
+    ({}, 0.3),
+    ({"suggest": "always"}, None),
+    ({"suggest": "normal"}, 0.5),
+    ({"suggest": "normal", "min_confidence": 0.7}, 0.7),
+    ({"suggest": "normal", "prompt": "    # the "}, 0.5),
+    ({"suggest": "normal", "prompt": "    # the ", "suggest_in_comments": "seldom"}, 0.8),
+    ({"suggest": "normal", "prompt": "    x = 'the ", "suggest_in_comments": "seldom"}, 0.5),
+    ({"suggest": "normal", "prompt": "    x = 'the ", "suggest_in_strings": "seldom"}, 0.8),
+    ({"suggest": "normal", "prompt": "    x = 'the' + ", "suggest_in_strings": "never"}, 0.5),
+]
+
+
+@pytest.mark.parametrize(("more", "least"), WORDS)
+async def test_a_word_means_a_threshold_of_the_model(more: dict[str, str], least: float | None) -> None:
+    async with Backend([script(("x", 0.9))]) as backend, pi_for(backend.port, models=MODELS) as pi:
+        assert (await infill(pi, filename="a.py", **more)).json["content"] == "x"
+        assert backend.completions[0].get("min_confidence") == least
+
+
+async def test_never_asks_nobody_and_a_wrong_word_is_refused() -> None:
+    async with Backend([script(("x", 0.9))]) as backend, pi_for(backend.port, models=MODELS) as pi:
+        reply = await infill(pi, suggest="never")
+        assert (reply.status, reply.json["content"], reply.json["unsure"], backend.completions) == (200, "", True, [])
+        for wrong in (
+            {"suggest": "perhaps"},
+            {"suggest_in_strings": 1},
+            {"min_confidence": 1.01},
+            {"min_confidence": "a"},
+        ):
+            assert (await infill(pi, **wrong)).status == 400
+
+
+async def typed(pi: Pi, text: str, **more: Any) -> tuple[str, bool, bool]:
+    """The answer once the user has typed this: its text, and whether it is unsure or a prediction."""
+    answer = (await infill(pi, prompt="    ret" + text, cache_prompt=True, **more)).json
+    return answer["content"], "unsure" in answer, "type_through" in answer
+
+
+async def test_a_hidden_line_is_shown_once_its_first_characters_are_typed() -> None:
+    """One that follows a shown line, too; without another inference."""
+    lines = script(("urn a\n", 0.9), ("    b = 2", 0.2), reason="unsure")
+    async with Backend([lines]) as backend, pi_for(backend.port, models=MODELS) as pi:
+        assert await typed(pi, "") == ("urn a\n", True, False)
+        assert await typed(pi, "urn") == (" a\n", True, True)
+        assert await typed(pi, "urn a\n") == ("", True, True)
+        assert await typed(pi, "urn a\n    b") == (" = 2", False, True)
+        assert len(backend.completions) == 1
+    async with Backend([script(("urn a", 0.2), reason="unsure")]) as backend, pi_for(backend.port, models=MODELS) as pi:
+        assert await typed(pi, "") == ("", True, False)
+        assert await typed(pi, "u") == ("rn a", False, True)
+        assert len(backend.completions) == 1
+        assert await typed(pi, "", suggest="always") == ("urn a", False, False)
+
+
+async def test_suggested_and_accepted_are_counted_by_confidence() -> None:
+    scripts = [script((f"x{number}", sure)) for number, sure in enumerate((0.1, 0.35, 0.85, 1.0))]
+    async with Backend(scripts) as backend, pi_for(backend.port, models=MODELS) as pi:
+        for number in range(4):
+            await infill(pi, prompt=f"    y{number} = ")
+        for body in ({"characters": 3, "confidence": 0.85}, {"characters": 3}):
+            assert (await pi.ask("POST", "/v1/accepted", body)).status == 200
+        assert (await pi.ask("POST", "/v1/accepted", {"characters": 3, "confidence": 1.5})).status == 400
+        bands = (await stats(pi))["by_confidence"]
+        assert [one["from"] for one in bands] == [0.0, 0.2, 0.4, 0.6, 0.8]
+        assert [(one["suggested"], one["accepted"]) for one in bands] == [(0, 0), (1, 0), (0, 0), (0, 0), (2, 1)]
+        metrics = (await pi.get("/metrics")).body
+        assert b'cerebrum_infills_suggested_total{from="0.8"} 2\n' in metrics
+        assert b'cerebrum_infills_accepted_total{from="0.8"} 1\n' in metrics
+
+
+PLACES = [
+    ("python", 'def f():\n    """Return the ', "strings"),
+    ("python", "x = {  # the ", "comments"),
+    ("c", "/* one\n * two ", "comments"),
+    ("typescript", "const a = `b ", "strings"),
+    ("klingon", "# the ", "code"),
+    ("", "", "code"),
+]
+
+
+@pytest.mark.parametrize(("language", "text", "place"), PLACES)
+def test_where_a_cursor_is(language: str, text: str, place: str) -> None:
+    assert place_of(language, text) == place
+
+
+def test_a_models_thresholds_are_read_and_checked(tmp_path: Any) -> None:
+    entry = '[[models]]\nid = "a"\nname = "a"\nparameters = "1"\nquantization = "q"\nfile = "a.gguf"\n'
+    path = tmp_path / "models.toml"
+    path.write_text(entry + "min_confidence = {normal = 0.5}\n")
+    (model,) = load_catalog(path).models
+    words = "always", "often", "normal", "seldom", 0.2, None
+    assert [*map(model.least, words)] == [None, None, 0.5, None, 0.2, None]
+    for wrong in ("0.5", "{normal = 2}", "{sometimes = 0.1}", '{often = "a"}'):
+        path.write_text(f"{entry}min_confidence = {wrong}\n")
+        with pytest.raises(ValueError, match="model 1: min_confidence: .*expected"):
+            load_catalog(path)

@@ -1,0 +1,71 @@
+"""How sure the model is of each line: by hand, and by the probabilities of a plain loop over the real model."""
+
+from __future__ import annotations
+
+from statistics import mean
+from typing import Any
+
+import pytest
+from test_vpsd import Reference, Vps, real, real_reference  # noqa: F401 (fixtures)
+
+from cerebrum.vps.confidence import Confidence
+
+A, B, C = ("a", 0.9), (" =", 0.7), (" 1\n", 0.2)  # a token ends a line, or
+TWO = [A, B, (" 1", 0.8), ("\n    ", 0.4), ("b", 1.0), ("", 0.6)]  # begins the next one; the last ends the text
+
+CASES: list[tuple[str, list[tuple[str, float]], list[str], list[list[tuple[float, int]]], tuple[float, float]]] = [
+    ("nothing", [("", 0.3)], [], [[]], (0.3, 0.3)),
+    ("one line", [A, B, ("", 0.5)], ["a", " ="], [[], [], [(0.7, 3)]], (0.7, 0.7)),
+    ("a line end of a token", [A, B, C, ("b", 1.0)], ["a = 1\n", "b"], [[(0.6, 6)], [], [(1.0, 7)]], (0.6, 0.7)),
+    ("two lines", TWO, ["a = 1", "\n    b"], [[], [(0.7, 6)], [(0.8, 11)]], (0.7, 0.7333)),
+    ("blank lines", [("\n", 0.2), ("\n", 0.4), A, ("\n", 0.5)], ["\n\na"], [[], [(0.5, 3)]], (0.5, 0.5)),
+    ("a text cut in its first line", TWO, ["a ="], [[], [(0.8, 3)]], (0.8, 0.8)),
+    ("a text that begins later", [("```\n", 0.1), *TWO], ["a = 1\n"], [[(0.7, 6)], []], (0.7, 0.7)),
+    ("half a character", [("", 0.5), ("é", 0.7)], ["é"], [[], [(0.6, 1)]], (0.6, 0.6)),
+]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "sent", "judged", "result"), [case[1:] for case in CASES], ids=[one[0] for one in CASES]
+)
+def test_the_lines_of_a_text(
+    tokens: list[tuple[str, float]], sent: list[str], judged: list[Any], result: tuple[float, float]
+) -> None:
+    sure = Confidence()
+    for token in tokens:
+        sure.add(*token)
+    assert [*map(sure.send, sent), sure.last()] == judged
+    assert tuple(sure.result().values()) == result
+
+
+def test_the_least_sure_of_the_lines_that_a_token_ends() -> None:
+    sure = Confidence()
+    assert [sure.add(*token) for token in (A, C, ("\n", 0.1), ("b\nc\n", 0.5))] == [1.0, 0.55, 1.0, 0.3]
+
+
+PROMPT = "def fibonacci(n):\n    "
+
+
+def test_the_confidence_is_that_of_a_plain_loop(real: Vps, real_reference: Reference) -> None:  # noqa: F811
+    """With drafts, too: the second answer drafts the first, which the plain loop does not."""
+    pieces, _ = real_reference.greedy(real_reference.tokenize(PROMPT), 40)
+    ends = [number for number, piece in enumerate(pieces) if b"\n" in piece]
+    first, whole = mean(real_reference.sure[: ends[0] + 1]), mean(real_reference.sure)
+    for _ in range(2):
+        answer = real.complete(PROMPT, max_tokens=40, mode="complete")
+        assert answer["confidence"] == pytest.approx(first, abs=0.01)
+        assert answer["text_confidence"] == pytest.approx(whole, abs=0.01)
+    assert answer["draft_tokens"] > 0
+    with real.stream(PROMPT, max_tokens=40, mode="complete", min_confidence=0.001) as stream:
+        events = list(stream.events())
+    lines = [(event["confidence"], event["characters"]) for event in events if "characters" in event]
+    text = "".join(event.get("token", "") for event in events)
+    assert [end for _, end in lines] == [i + 1 for i, char in enumerate(text) if char == "\n"] + [len(text)]
+    assert (lines[0][0], events[-1]["finish_reason"]) == (answer["confidence"], "length")
+
+
+def test_a_completion_ends_behind_a_line_that_is_less_sure(real: Vps) -> None:  # noqa: F811
+    answer = real.complete(PROMPT, max_tokens=100, mode="complete", min_confidence=1)
+    assert (answer["finish_reason"], answer["completion"].count("\n")) == ("unsure", 1)
+    assert answer["confidence"] < 1
+    assert real.refusal(PROMPT, min_confidence=1.5)[:2] == (400, "INVALID_REQUEST")
