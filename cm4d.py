@@ -211,7 +211,8 @@ def native_fields(wanted: CompletionRequest, models: Collection[Model]) -> dict[
     ids = {name: model.id for model in models for name in (*model.aliases, model.id)}
     language = "" if wanted.kind == "chat" else guess_language(fields["filename"], fields["prompt"], others)
     if suggest := fields.pop("suggest", None):
-        fields["min_confidence"] = suggest[place_of(language, fields["prompt"])]
+        differ = len(set(suggest.values())) > 1
+        fields["min_confidence"] = suggest[place_of(language, fields["prompt"]) if differ else "code"]
     return fields | {"language": language, "model": ids.get(fields["model"])}
 
 

@@ -8,7 +8,6 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
 
 from cerebrum.pi.upstream import Pair, read_text, text_event
-from cerebrum.text.ending import scan
 from cerebrum.text.languages import BY_NAME, LANGUAGES
 
 MAX_SCANNED_CHARS = 20_000  # before the cursor, to find the comment or the string that it is in
@@ -20,6 +19,8 @@ def place_of(language: str, prompt: str) -> str:
     >>> place_of("python", "x = 1  # the "), place_of("python", "x = 'the "), place_of("python", "x = 'the' + ")
     ('comments', 'strings', 'code')
     """
+    from cerebrum.text.ending import scan  # loaded only if an answer may depend on the place
+
     syntax = LANGUAGES.get(BY_NAME.get(language.lower(), ""))
     if not syntax:
         return "code"
