@@ -207,10 +207,6 @@ async def visiting(
         assert visit.complaints == []
 
 
-async def install_clock(visit: Visit) -> None:
-    await visit.page.clock.install()
-
-
 def expect(what: Any) -> Any:
     from playwright.async_api import expect as playwright_expect
 
@@ -459,7 +455,7 @@ async def test_the_vps_dies_in_mid_stream_and_then_the_pi(chrome: Any) -> None:
 
 async def test_a_stream_that_falls_silent(chrome: Any) -> None:
     """The Pi sends a comment from time to time. Without any, its connection is lost, whatever the network says."""
-    async with visiting(chrome, [CHUNKED, A, HANG], before=install_clock) as visit:
+    async with visiting(chrome, [CHUNKED, A, HANG], before=lambda visit: visit.page.clock.install()) as visit:
         await visit.ask(CODE)
         await until(lambda: len(visit.backend.completions) == 1)
         await visit.page.clock.run_for(1000)
@@ -500,12 +496,10 @@ async def test_stages_and_the_time(chrome: Any) -> None:
     told |= {"prompt_tokens": 900, "cached_tokens": 200}
     async with visiting(chrome, completion(*pieces, **told), completion("b")) as visit:
         await visit.ask(CODE)
-        for words, place, gate in (
-            ("Loading the model, 40 %", [40, 100], loading),
-            ("Reading the prompt, 300 of 900 tokens", [300, 900], reading),
-        ):
-            await visit.see("#stage", words)
-            assert await visit.find("progress").evaluate("bar => [bar.value, bar.max]") == place
+        words = {"Loading the model, 40 %": [40, 100], "Reading the prompt, 300 of 900 tokens": [300, 900]}
+        for shown, gate in zip(words, (loading, reading), strict=True):
+            await visit.see("#stage", shown)
+            assert await visit.find("progress").evaluate("bar => [bar.value, bar.max]") == words[shown]
             gate.set()
         await visit.see_part("#stage", "Writing, 12 tokens")
         writing.set()
@@ -755,10 +749,8 @@ async def check_looks(visit: Visit, size: tuple[int, int]) -> None:
     assert [(rule["id"], [node["html"] for node in rule["nodes"]]) for rule in found["violations"]] == []
     assert await visit.page.evaluate("document.documentElement.scrollWidth") == size[0]
     if size == PHONE:
-        boxes = [
-            await one.bounding_box() for one in await visit.find("button, select, input:not(#key), textarea").all()
-        ]
-        sizes = [(box["width"], box["height"]) for box in boxes if box]
+        controls = await visit.find("button, select, input:not(#key), textarea").all()
+        sizes = [(box["width"], box["height"]) for one in controls if (box := await one.bounding_box())]
         assert (len(sizes) >= 10, [small for small in sizes if min(small) < 44]) == (True, [])
 
 
@@ -814,17 +806,8 @@ async def test_the_state_of_the_pi_of_its_models_and_of_its_people(chrome: Any) 
 
 async def test_the_settings_for_an_editor_have_the_address_and_the_key(chrome: Any, caplog: Any) -> None:
     async with visiting(chrome, wait=False, client_keys=(KEY, "odd'key"), context=CLIPBOARD) as visit:
-
-        async def shown(key: str) -> list[str]:
-            """The settings for each editor, as if the Pi were pi.local and the key KEY."""
-            texts = []
-            for option in await visit.find("#recipe-editor option").all_text_contents():
-                await visit.find("#recipe-editor").select_option(option)
-                text = (await visit.find("#recipe").text_content()).replace(visit.url[:-1], "http://pi.local:7000")
-                assert key in text
-                texts.append(text.replace(key, "KEY"))
-            return texts
-
+        settings = [text.replace("http://pi.local:7000", visit.url[:-1]) for text in settings_for_editors()]
+        editors = visit.find("#recipe-editor")
         await visit.find("#recipes summary").click()
         await visit.see_part("#recipe", "none")
         for key, filled_in, note in (("odd'key", "KEY", "Put your key in place of KEY."), (KEY, KEY, "")):
@@ -833,9 +816,13 @@ async def test_the_settings_for_an_editor_have_the_address_and_the_key(chrome: A
             await visit.enter_key(key)
             await visit.is_up()
             await visit.find("#recipes summary").click()
-            assert sorted(await shown(filled_in)) == sorted(settings_for_editors())
+            shown = []
+            for option in await editors.locator("option").all_text_contents():
+                await editors.select_option(option)
+                shown.append(await visit.find("#recipe").text_content())
+            assert sorted(shown) == sorted(re.sub(r"\bKEY\b", filled_in, text) for text in settings)
             await visit.see("#recipe-note", note)
-        await visit.find("#recipe-editor").select_option("Helix, language server")
+        await editors.select_option("Helix, language server")
         await visit.see("#recipe-note", f"First fetch the language server: curl -O {visit.url}cerebrum_lsp.py")
         await visit.click("recipe-copy")
         await visit.see("#recipe-copied", "Copied.")
@@ -847,7 +834,7 @@ async def test_the_settings_for_an_editor_have_the_address_and_the_key(chrome: A
 
 async def test_the_state_is_asked_for_every_five_seconds(chrome: Any) -> None:
     """Less often while the Pi does not answer. The list of models is fetched only after a change."""
-    async with visiting(chrome, before=install_clock) as visit:
+    async with visiting(chrome, before=lambda visit: visit.page.clock.install()) as visit:
 
         def times() -> int:
             return visit.asked.count("/v1/activity")
