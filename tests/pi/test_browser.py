@@ -151,6 +151,10 @@ class Visit:
         )
         await self.page.dispatch_event("#editor", "drop", {"dataTransfer": carried})
 
+    async def fake(self, name: str, body: Any) -> None:
+        """Let the browser answer a GET of the page."""
+        await self.page.route(f"**/v1/{name}", lambda route: route.fulfill(json=body))
+
     async def diff(self) -> list[str]:
         return list(await self.find("#diff > *").all_text_contents())
 
@@ -224,9 +228,8 @@ def runner() -> Iterator[asyncio.Runner]:
 @pytest.fixture(scope="module")
 def chrome(runner: asyncio.Runner) -> Iterator[Any]:
     api = pytest.importorskip("playwright.async_api", reason="please run: ./run.sh setup clients")
-    options = {"executable_path": needs("chromium"), "args": ["--no-sandbox"]}
-    driver = runner.run(api.async_playwright().start())
-    browser = runner.run(driver.chromium.launch(**options))
+    chromium, driver = needs("chromium"), runner.run(api.async_playwright().start())
+    browser = runner.run(driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"]))
     yield browser
     runner.run(browser.close())
     runner.run(driver.stop())
@@ -330,8 +333,7 @@ async def test_a_user_who_scrolls_keeps_the_position(chrome: Any) -> None:
         rest.set()
         await visit.ended()
         assert await editor.evaluate("box => [box.scrollTop, box.selectionStart, box.selectionEnd]") == [100, 7, 7]
-        transform = await visit.find("#mirror").evaluate("mirror => mirror.style.transform")
-        assert transform == "translate(0px, -100px)"
+        assert await visit.find("#mirror").get_attribute("style") == "transform: translate(0px, -100px);"
         metrics = ["font", "padding", "borderWidth", "tabSize", "whiteSpace", "letterSpacing", "lineHeight"]
         read = "(it, names) => [...names.map(name => getComputedStyle(it)[name]), it.getBoundingClientRect().toJSON()]"
         assert await editor.evaluate(read, metrics) == await visit.find(".mirror").evaluate(read, metrics)
@@ -548,16 +550,11 @@ async def test_a_key_is_asked_for_and_kept_in_this_tab(chrome: Any) -> None:
 async def test_hostile_texts_are_text(chrome: Any) -> None:
     models = load_catalog(ROOT / "models.toml").models
     hostile, spelled, name = HOSTILE + BIDI, HOSTILE + BIDI_SPELLED, HOSTILE.replace("/", "")
-    activity = {"vps_available": False, "vps_message": hostile, "requests_active": hostile, "breaker": hostile}
-    activity |= {"models_loaded": [hostile], "notes": [hostile], "load_avg": [hostile]}
-
-    async def lie(visit: Visit) -> None:
-        """What the Pi itself would not pass on."""
-        await visit.page.route("**/v1/activity", lambda route: route.fulfill(json=activity))
-
+    lies = {"vps_available": False, **dict.fromkeys(("vps_message", "requests_active", "breaker"), hostile)}
+    lies |= {"models_loaded": [hostile], "notes": [hostile], "load_avg": [hostile]}  # the Pi would not pass them on
     scripts = completion(hostile), completion(hostile), [error(500, "MODEL_LOAD_FAILED", hostile)]
     named = tuple(dataclasses.replace(model, name=hostile) for model in models)
-    async with visiting(chrome, *scripts, before=lie, models=named) as visit:
+    async with visiting(chrome, *scripts, before=lambda visit: visit.fake("activity", lies), models=named) as visit:
         await visit.see("#health", f"{spelled}.")
         await visit.see("#notes", spelled)
         await expect(visit.find("#models td:first-child").first).to_have_text(spelled)
@@ -624,20 +621,13 @@ async def test_a_saved_file_has_every_byte_that_was_not_changed(chrome: Any) -> 
 async def test_files_that_cannot_be_opened(chrome: Any) -> None:
     python = {"id": "python", "endings": [".py"], "filenames": [], "served": True}
     java = {"id": "java", "endings": [".java"], "filenames": [], "served": False}
-
-    async def languages(visit: Visit) -> None:
-        told = {"models": [], "languages": [python, java]}
-        await visit.page.route("**/v1/models", lambda route: route.fulfill(json=told))
-
-    async with visiting(chrome, before=languages) as visit:
+    told = {"models": [], "languages": [python, java]}
+    async with visiting(chrome, before=lambda visit: visit.fake("models", told)) as visit:
         await visit.write("x = 1\n")
-        for name, content, words in (
-            ("large.py", b"#" * (2 << 20), "is larger than 700 KB; it was not opened."),
-            ("latin.py", b"# \xe4", "is not a file of UTF-8 text; it was not opened."),
-            ("zero.py", b"a\0b", "is not a file of UTF-8 text; it was not opened."),
-        ):
+        large, other = "is larger than 700 KB", "is not a file of UTF-8 text"
+        for name, content, is_wrong in (("a", b"#" * (2 << 20), large), ("b", b"# \xe4", other), ("c", b"a\0b", other)):
             await visit.drop(name, content)
-            await visit.see("#error", f"{name} {words}")
+            await visit.see("#error", f"{name} {is_wrong}; it was not opened.")
             await visit.holds("x = 1\n")
         await visit.drop("a.java", b"class A {}")
         await visit.see_part("#outcome", "a.java is java, which no model in models.toml serves; using python.")
@@ -669,12 +659,9 @@ async def test_settings_are_sent_and_remembered(chrome: Any) -> None:
 
 
 async def test_a_browser_without_storage_and_a_number_that_is_being_typed(chrome: Any) -> None:
-    async def forbid(visit: Visit) -> None:
-        refuse = "{ get() { throw new DOMException('no', 'SecurityError') } }"
-        script = f"for (const area of ['localStorage', 'sessionStorage']) Object.defineProperty(window, area, {refuse})"
-        await visit.page.add_init_script(script)
-
-    async with visiting(chrome, before=forbid) as visit:
+    refuse = "{ get() { throw new DOMException('no', 'SecurityError') } }"
+    forbid = f"for (const area of ['localStorage', 'sessionStorage']) Object.defineProperty(window, area, {refuse})"
+    async with visiting(chrome, before=lambda visit: visit.page.add_init_script(forbid)) as visit:
         await visit.write(CODE)
         await visit.find("#tokens").focus()
         await visit.press("Control+a", "6", "4", "Control+Enter")
