@@ -146,10 +146,6 @@ class Repl:
         del self.env["CEREBRUM_URL"]
         return address
 
-    def two_files(self) -> tuple[Path, Path]:
-        """Of two languages."""
-        return write(self.folder / "a.py", "a\n"), write(self.folder / "b.rs", "b\n")
-
     def prompts(self) -> list[str]:
         return [body["prompt"] for body in self.asked]
 
@@ -278,8 +274,6 @@ def test_each_token_is_printed_before_the_next_one_is_made(repl: Repl) -> None:
         assert process.wait(PATIENCE) == 0
 
 
-OURS = {"error": True, "message": "No 100%\nsuch \x1b[1mlanguage", "code": "INVALID_REQUEST", "timestamp": "t"}
-SAID_BY_OURS = "INVALID_REQUEST: No 100%\nsuch [1mlanguage"
 BROKEN_OFF = [head(), *tokens("half")]
 CUT_IN_A_CHUNK = [head(200, "Transfer-Encoding: chunked"), b'1c\r\ndata: {"token": "half"}\n\n   \r\nff\r\n']
 FAILED_MIDWAY = [*BROKEN_OFF, event(error=True, message="backend died", code="VPS_UNAVAILABLE")]
@@ -290,7 +284,7 @@ FAILURES: list[tuple[str, Script, int, str, str]] = [  # arguments, what the ser
     ("-", FAILED_MIDWAY, 1, "half", "VPS_UNAVAILABLE: backend died"),
     ("-", BROKEN_OFF, 1, "half", "the stream broke off before its end"),
     ("-", CUT_IN_A_CHUNK, 1, "half", "the stream broke off before its end"),
-    ("-", [answer(400, OURS)], 1, "", SAID_BY_OURS),
+    ("-", [error(400, "X", "No 100%\nsuch \x1b[1mlanguage")], 1, "", "X: No 100%\nsuch [1mlanguage"),
     ("-", [head(502, kind="text/html"), b"<html>\n<h1>Bad</h1>\n"], 1, "", "HTTP 502 from {url}"),
     ("-", [answer(404, {"detail": "x"})], 1, "", "HTTP 404 from {url}"),
     ("-", [*BROKEN_OFF, b"data: {nonsense\n\n"], 1, "half", NO_EVENT),
@@ -485,12 +479,17 @@ DO, TWO_LINES = ":do @{path} it", b"one\ntwo\n"
 NO_TEXT = "{path}: expected text in UTF-8, got the byte "
 CUT = instructed("on", finish_reason="length", kept={"parts": ["all"]})
 OF_A_PART = instructed("on", finish_reason="stop", kept={"parts": ["imports", "window"]})
-REPEATED = instructed("on", finish_reason="repeat")
 REFUSES = ", so :write will refuse it"
 # A command, the file, the answers, what is said to the command, and to :write.
 UNTOUCHED: list[tuple[str, bytes, list[Script], str, str]] = [
     (DO, TWO_LINES, [CUT], "cut off at 512 tokens" + REFUSES, NOT_WHOLE),
-    (DO, TWO_LINES, [REPEATED], "the model began to repeat itself" + REFUSES, NOT_WHOLE),
+    (
+        DO,
+        TWO_LINES,
+        [instructed("on", finish_reason="repeat")],
+        "the model began to repeat itself" + REFUSES,
+        NOT_WHOLE,
+    ),
     (DO, TWO_LINES, [OF_A_PART], "made from a part of the text, which is too long for the model" + REFUSES, NOT_WHOLE),
     (DO, TWO_LINES, [instructed(" \n")], "the answer is empty" + REFUSES, NOT_WHOLE),
     (DO, TWO_LINES, [instructed("on", finish_reason="replaced")], "the answer broke off" + REFUSES, NOT_WHOLE),
@@ -543,7 +542,7 @@ NOTHING_CAME = [  # a command that gets no answer, what the server says to it, w
 
 @pytest.mark.parametrize(("command", "script", "said"), NOTHING_CAME, ids=[row[0] for row in NOTHING_CAME])
 def test_a_command_without_an_answer_leaves_the_last_result(repl: Repl, command: str, script: Any, said: str) -> None:
-    a, b = repl.two_files()
+    a, b = write(repl.folder / "a.py", "a\n"), write(repl.folder / "b.rs", "b\n")
     repl.answers(completion("A\n"), *([script] if script else []))
     out, err = repl.converse(f":file {a}", command.format(b=b), ":last", ":write", ":lang")
     assert err == [said.format(b=b)]
@@ -552,7 +551,7 @@ def test_a_command_without_an_answer_leaves_the_last_result(repl: Repl, command:
 
 
 def test_half_an_answer_is_the_last_result_and_belongs_to_its_file(repl: Repl) -> None:
-    a, b = repl.two_files()
+    a, b = write(repl.folder / "a.py", "a\n"), write(repl.folder / "b.rs", "b\n")
     repl.answers(completion("A\n"), BROKEN_OFF, instructed("whole\n"))
     out, err = repl.converse(f":file {a}", f":file {b}", ":write", ":last", ":do finish it", ":write")
     broken, unfit = "the stream broke off before its end", "made from a result that is not whole"
@@ -647,7 +646,8 @@ MAGENTA, GREEN, RED, PLAIN = "\x1b[35m", "\x1b[32m", "\x1b[31m", "\x1b[m"
 
 
 def test_ctrl_c_stops_the_generation_and_neither_the_repl_nor_the_last_result(repl: Repl) -> None:
-    (a, b), asked, left = repl.two_files(), threading.Event(), threading.Event()
+    a, b = write(repl.folder / "a.py", "a\n"), write(repl.folder / "b.rs", "b\n")
+    asked, left = threading.Event(), threading.Event()
     repl.answers(completion("A\n"), [head(), asked.set, HANG, left.set])
     screen = repl.terminal()
     screen.enter(f":file {a}")
@@ -891,9 +891,6 @@ def test_a_key_is_on_no_command_line_and_on_the_disk_before_it_replaces_a_file(t
     assert [moved for _, moved in steps[1:3]] == [f"{drafts[0]} {env}", f"{drafts[1]} {credential}"]
 
 
-APPLY = "apply it:  sudo systemctl reload cerebrum-cm4\n"
-
-
 def test_clients_get_keys_and_lose_them(tmp_path: Path) -> None:
     """The script with a daemon's settings beside it, and the file that they name behind a link."""
     script, file = tmp_path / Path(KEYGEN).name, tmp_path / "client-keys"
@@ -909,13 +906,14 @@ def test_clients_get_keys_and_lose_them(tmp_path: Path) -> None:
     assert address == f"address: https://{os.uname().nodename}.local:7001"
     assert re.fullmatch("key:     [A-Za-z0-9_-]{43}", key)
     assert setting.startswith("setting: CEREBRUM_URL and CEREBRUM_CM4_API_KEY ")
-    assert first.stderr == f"{file} is new: while it exists, all clients need a key\n{APPLY}"
-    assert second.stderr == APPLY
+    apply = "apply it:  sudo systemctl reload cerebrum-cm4\n"
+    assert first.stderr == f"{file} is new: while it exists, all clients need a key\n{apply}"
+    assert second.stderr == apply
     assert file.read_text() == f"anna {key.split()[1]}\ngast.2 {second.stdout.split()[3]} 1\n"
     assert (file.stat().st_uid, mode(file)) == (owners[0], 0o600)
     write(file, "# ours\n\n" + file.read_text().rstrip())
     os.chown(file, owners[1], -1)
-    assert run([script, "--revoke", "gast.2"]).stderr == APPLY
+    assert run([script, "--revoke", "gast.2"]).stderr == apply
     assert (file.read_text(), file.stat().st_uid) == (f"# ours\n\nanna {key.split()[1]}\n", owners[1])
     assert (file.is_symlink(), os.listdir(tmp_path / "etc")) == (True, ["keys"])
 
@@ -968,25 +966,20 @@ def test_a_venv_of_another_python_or_cpu_is_made_anew(lacks: str, tmp_path: Path
 
 # ------------------------------------------------------------------------------------------- setup.sh
 
-CHECK = """import os, sys
-key = open(os.environ["CREDENTIALS_DIRECTORY"] + "/CEREBRUM_API_KEY").read()
-sys.exit((os.environ["CEREBRUM_VPS_URL"], key) != ("http://vps:9000", "the-key\\n"))
-"""
-
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may set up a daemon")
 def test_the_pi_is_set_up_by_one_line_that_the_backend_takes(tmp_path: Path) -> None:
-    """With all paths below a folder, and programs that write down their arguments for those that only root may run.
-    Whatever the backend does not take changes nothing."""
+    """With all paths below a folder. Whatever the backend does not take changes nothing."""
     for folder in ("bin", "run", "etc/credstore", "etc/cerebrum-cm4", "usr/lib/cerebrum-cm4"):
         (tmp_path / folder).mkdir(parents=True)
     log, library = tmp_path / "log", tmp_path / "usr/lib/cerebrum-cm4"
-    for tool, does in (("runuser", 'shift 3; exec "$@"'), ("systemctl", ""), ("chown", "")):
+    for tool, does in (("runuser", 'shift 3; exec "$@"'), ("systemctl", ""), ("chown", "")):  # stand-ins
         write(tmp_path / "bin" / tool, f'#!/bin/bash\necho "{tool} $*" >>{log}\n{does}\n').chmod(0o755)
     text = re.sub("(?<=[ =])/(etc|run|usr/lib)/", rf"{tmp_path}/\1/", (ROOT / "systemd/setup.sh").read_text())
     script = write(tmp_path / "bin/cerebrum-cm4", text.replace(" -o cerebrum -g cerebrum", ""))
     script.chmod(0o755)
-    write(library / "cm4d.py", CHECK)
+    given = 'os.environ["CEREBRUM_VPS_URL"], open(os.environ["CREDENTIALS_DIRECTORY"] + "/CEREBRUM_API_KEY").read()'
+    write(library / "cm4d.py", f'import os\nassert ({given}) == ("http://vps:9000", "the-key\\n")\n')
     shutil.copy(KEYGEN, library)
     settings, key = tmp_path / "etc/cerebrum-cm4/env", tmp_path / "etc/credstore/CEREBRUM_API_KEY"
     write(settings, "A=1\nCEREBRUM_VPS_URL=http://old:9000\n")
