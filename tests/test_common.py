@@ -149,14 +149,8 @@ def test_keys() -> None:
 
 # ------------------------------------------------------------------------------------------------- models
 
-GOOD = """[[models]]
-id = "m"
-name = "M"
-parameters = "1B"
-quantization = "Q4"
-file = "m.gguf"
-languages = ["python"]
-"""
+GOOD = '[[models]]\nid = "m"\nname = "M"\nparameters = "1B"\nquantization = "Q4"\nfile = "m.gguf"\n'
+GOOD += 'languages = ["python"]\n'
 
 
 def test_the_table_of_models() -> None:

@@ -5,13 +5,13 @@ The peers are prometheus_client's parser and Debian's promtool, which also check
 
 from __future__ import annotations
 
+import asyncio
 import doctest
 import json
 import math
 import re
 import shutil
 import subprocess
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 import pytest
-from harness import FILES, KEY, ROOT, Daemon, daemon, until
+from harness import FILES, KEY, ROOT, Client, Daemon, daemon, until
 from prometheus_client.parser import text_string_to_metric_families
 from scripted import CHUNKED, GOOD, HANG, RESET, Backend, Pi, chunk, error, event, pi_for, token
 
@@ -169,10 +169,10 @@ async def test_the_breaker_that_opens_is_seen(monkeypatch: pytest.MonkeyPatch) -
 
 def ask(port: int, path: str, body: Any = None) -> str:
     """The text of a good answer."""
-    headers = {"Content-Type": "application/json", "X-API-Key": KEY}
-    data = None if body is None else json.dumps(body).encode()
-    with urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, headers)) as reply:
-        return str(reply.read().decode())
+    method = "GET" if body is None else "POST"
+    reply = asyncio.run(Client(port=port).ask(method, path, body, X_API_Key=KEY))
+    assert reply.status == 200, reply.body
+    return reply.body.decode()
 
 
 @pytest.fixture(scope="module")

@@ -157,9 +157,7 @@ def systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
         yield heard
 
 
-async def test_the_watchdog_is_fed_only_while_nothing_is_stuck(
-    systemd: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch, caplog: Any
-) -> None:
+async def test_the_watchdog_is_fed_only_while_nothing_is_stuck(systemd: Any, monkeypatch: Any, caplog: Any) -> None:
     monkeypatch.setenv("WATCHDOG_USEC", "20000")
     asked: list[float] = []
 
@@ -174,7 +172,7 @@ async def test_the_watchdog_is_fed_only_while_nothing_is_stuck(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_reloads_and_the_end(systemd: Callable[[], list[str]], caplog: Any, number: signal.Signals) -> None:
+def test_reloads_and_the_end(systemd: Any, caplog: Any, number: signal.Signals) -> None:
     caplog.set_level(logging.INFO)
     faults = [None, ConfigError("CEREBRUM_X: expected a number, got 'x'"), ValueError("a fault of ours"), None]
     reloads = list[int]()  # when each came, in microseconds
