@@ -20,10 +20,7 @@ from cerebrum.pi.upstream import BackendFailure
 from cerebrum_common import HttpError, Model
 
 NOW = 1000.0
-CATALOG = (
-    Model("big", "Big", ("python",), "7B", "Q4"),
-    Model("small", "Small", ("python", "rust"), "1B", "Q4"),
-)
+CATALOG = (Model("big", "Big", ("python",), "7B", "Q4"), Model("small", "Small", ("python", "rust"), "1B", "Q4"))
 CLOSED, TROUBLE, OPEN, HALF_OPEN, TRIAL = "closed", "trouble", "open", "half-open", "trial"
 FAILED = BackendFailure("connection refused")
 
