@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from harness import ROOT, until
-from scripted import CHUNKED, HANG, RESET, Backend, answer, backend_at, chunk, head, open_breaker, pi_for
+from scripted import CHUNKED, HANG, RESET, Backend, answer, backend_at, chunk, head, pi_for
 
 from cerebrum import pi as pi_package
 from cerebrum.pi import backend as pi_backend
@@ -465,7 +465,7 @@ async def test_an_engine_at_work_is_probed_only_if_its_breaker_is_open(monkeypat
         await first.probe()
         await first.learn_models()
         assert (len(backend.asked), pi.probes) == (asked, probes)
-        open_breaker(first.breaker)
+        first.breaker.open(0.0)
         await first.probe()
         assert first.breaker.state == "half-open"
         go.set()

@@ -75,6 +75,8 @@ async def test_names_stand_in_the_log_and_the_figures_and_keys_nowhere(caplog: p
     caplog.set_level(logging.INFO)
     async with Backend() as vps, pi_for(vps.port, clients=HOUSE, client_keys=("shared",)) as pi:
         assert (await pi.complete()).status == (await ask(pi, "wrong")).status == 401
+        told = [await pi.get(path) for path in ("/health", "/v1/models", "/v1/stats", "/nothing")]
+        assert [reply.json.get("code") for reply in told] == [None, *["UNAUTHORIZED"] * 3]
         for key in (ANNA, ANNA, TOM, "shared"):
             assert (await ask(pi, key)).status == 200
         chat = {"messages": [{"role": "user", "content": "hi"}]}
