@@ -272,9 +272,9 @@ class Pi(Client):
         return dataclasses.replace(self, address=address)
 
 
-def backend_at(port: int, id: str = "vps", **more: Any) -> BackendConfig:
-    """The configuration of a backend on this machine."""
-    return BackendConfig(id=id, endpoint=parse_url(f"http://127.0.0.1:{port}", "url"), **{"key": KEY, **more})
+def backend_at(port: int, id: str = "vps", host: str = "http://127.0.0.1", **more: Any) -> BackendConfig:
+    """The configuration of a backend, by default of one on this machine."""
+    return BackendConfig(id=id, endpoint=parse_url(f"{host}:{port}", "url"), **{"key": KEY, **more})
 
 
 @contextlib.asynccontextmanager

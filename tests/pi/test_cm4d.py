@@ -196,6 +196,12 @@ async def test_a_bad_health_is_no_health(health: bytes):
         assert (await pi.get("/health")).status == 503
 
 
+@pytest.mark.parametrize(("told", "loaded"), [(["a", 1, None, "b"], ["a", "b"]), ("no", []), (None, [])])
+async def test_a_health_that_lies_about_the_models_in_memory(told: Any, loaded: list[str]):
+    async with Backend(health=answer(200, {"models_loaded": told})) as backend, pi_for(backend.port) as pi:
+        assert pi.gateway.fleet.first.models_loaded == loaded
+
+
 async def test_every_answer_has_the_request_id_and_the_vps_gets_it():
     async with Backend() as backend, pi_for(backend.port) as pi:
         for given, form in (({"X_Request_ID": "abc-1"}, re.compile("abc-1")), ({}, REQUEST_ID)):
