@@ -76,6 +76,7 @@ SAMPLING: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"seed": 2**32}, {"seed": 1}),
     ({"n_predict": 0}, {"max_tokens": 0}),
     ({"n_predict": -1}, {"max_tokens": 2048}),
+    ({"n_predict": 99_999}, {"max_tokens": 2048}),
     ({"stop": "a"}, {"stop": ["a"]}),
     ({"stop": ["", "a", ""]}, {"stop": ["a"]}),
     ({"stop": [*SPECIALS, "\n\n"]}, {"stop": ["\n\n"]}),
