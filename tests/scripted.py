@@ -272,9 +272,9 @@ class Pi(Client):
         return dataclasses.replace(self, address=address)
 
 
-def backend_at(port: int, id: str = "vps", host: str = "http://127.0.0.1", **more: Any) -> BackendConfig:
+def backend_at(port: int, id: str = "vps", origin: str = "http://127.0.0.1", **more: Any) -> BackendConfig:
     """The configuration of a backend, by default of one on this machine."""
-    return BackendConfig(id=id, endpoint=parse_url(f"{host}:{port}", "url"), **{"key": KEY, **more})
+    return BackendConfig(id=id, endpoint=parse_url(f"{origin}:{port}", "url"), **{"key": KEY, **more})
 
 
 @contextlib.asynccontextmanager

@@ -70,25 +70,23 @@ def test_a_bad_variable_is_named(name: str, value: str):
 
 GOOD_FIELDS = {"prompt": "x =", "language": "python"}
 EDITOR = GOOD_FIELDS | {"session": "editor"}
+FIELDS = [
+    ("prompt", ["a"], ["", None, 7]),
+    ("language", ["c"], ["", None, "Python"]),
+    ("max_tokens", [1, 2048], [0, 2049, True]),
+    ("temperature", [0, 1], [-0.1, 1.1]),
+    ("top_p", [0.1, 1], [0, 1.1]),
+    ("seed", [0, 2**32 - 2], [-1, 1.5, 2**32 - 1]),
+    ("stop", [[], ["a"] * 16, "a"], [["a"] * 17, [""], [1]]),
+    ("mode", ["complete"], ["edit"]),
+    ("stop_at", ["none"], ["end"]),
+    ("progress", [True], [1]),
+    ("suffix", [""], [1]),
+    ("session", ["s" * 200], ["", "s" * 201]),
+]
 
 
-@pytest.mark.parametrize(
-    ("field", "good", "bad"),
-    [
-        ("prompt", ["a"], ["", None, 7]),
-        ("language", ["c"], ["", None, "Python"]),
-        ("max_tokens", [1, 2048], [0, 2049, True]),
-        ("temperature", [0, 1], [-0.1, 1.1]),
-        ("top_p", [0.1, 1], [0, 1.1]),
-        ("seed", [0, 2**32 - 2], [-1, 1.5, 2**32 - 1]),
-        ("stop", [[], ["a"] * 16, "a"], [["a"] * 17, [""], [1]]),
-        ("mode", ["complete"], ["edit"]),
-        ("stop_at", ["none"], ["end"]),
-        ("progress", [True], [1]),
-        ("suffix", [""], [1]),
-        ("session", ["s" * 200], ["", "s" * 201]),
-    ],
-)
+@pytest.mark.parametrize(("field", "good", "bad"), FIELDS)
 def test_a_bad_field_is_named(field: str, good: list[Any], bad: list[Any]):
     for value in good:
         assert read_completion(GOOD_FIELDS | {field: value}, CATALOG)[field] in (value, [value])
@@ -296,20 +294,18 @@ def present(*ids: str, **more: Any) -> bytes:
 
 ALL = present("qwen_7b", "codellama_7b", "qwen_1_5b", "qwen_0_5b")
 PREFER = {"infill": ("qwen_0_5b", "qwen_1_5b"), "instruct": ("codellama_7b", "qwen_1_5b")}
+CHOSEN = [
+    (ALL, {}, "qwen_7b"),  # no preference for it
+    (ALL, {"language": "cpp"}, "codellama_7b"),
+    (ALL, {"suffix": "\n)"}, "qwen_0_5b"),
+    (ALL, {"instruction": "Write it"}, "qwen_1_5b"),  # codellama_7b does not list Python
+    (present("qwen_7b", available=False), {}, "qwen_7b"),  # the VPS says what is missing
+    (answer(200, {"models": "lies"}), {"language": "c"}, "codellama_7b"),
+    (answer(500, {}), {"suffix": "\n)"}, "qwen_7b"),  # what the VPS has is unknown
+]
 
 
-@pytest.mark.parametrize(
-    ("models", "asked", "model"),
-    [
-        (ALL, {}, "qwen_7b"),  # no preference for it
-        (ALL, {"language": "cpp"}, "codellama_7b"),
-        (ALL, {"suffix": "\n)"}, "qwen_0_5b"),
-        (ALL, {"instruction": "Write it"}, "qwen_1_5b"),  # codellama_7b does not list Python
-        (present("qwen_7b", available=False), {}, "qwen_7b"),  # the VPS says what is missing
-        (answer(200, {"models": "lies"}), {"language": "c"}, "codellama_7b"),
-        (answer(500, {}), {"suffix": "\n)"}, "qwen_7b"),  # what the VPS has is unknown
-    ],
-)
+@pytest.mark.parametrize(("models", "asked", "model"), CHOSEN)
 async def test_which_model_answers(models: bytes, asked: dict[str, Any], model: str):
     async with Backend(models=models) as backend, pi_for(backend.port, prefer=PREFER) as pi:
         assert (await pi.complete(**asked)).json["model"] == backend.completions[0]["model"] == model

@@ -332,7 +332,8 @@ async def test_a_trial_that_succeeds_admits_the_jobs_that_wait_for_its_end(monke
     monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 2 * PATIENCE)
     monkeypatch.setitem(completion.WAIT_SECONDS, "completion", PATIENCE)
     go = asyncio.Event()
-    chats, counts = [CHUNKED, go.wait, GOOD[1], HANG], [go.wait, answer(200, {"tokens": [1]})]
+    chats = [CHUNKED, go.wait, GOOD[1], HANG]  # its first token is enough
+    counts = [go.wait, answer(200, {"tokens": [1]})]
     async with Backend([chats if path == CHATS else counts, GOOD]) as backend, pi_for(backend.port) as pi:
         half_open(pi)
         async with busy(pi, backend, path, {**CHAT, "content": "a b"}):

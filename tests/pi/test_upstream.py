@@ -250,7 +250,7 @@ async def test_an_address_that_drops_packets_does_not_hide_the_next_one(monkeypa
             ports = (deaf.getsockname()[1], backend.port)
             both = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port)) for port in ports]
             monkeypatch.setattr(socket, "getaddrinfo", lambda *asked, **how: both)
-            async with pi_for(backend_at(backend.port, host="http://vps")) as pi:
+            async with pi_for(backend_at(backend.port, origin="http://vps")) as pi:
                 assert (await pi.complete()).status == 200
 
 
@@ -258,14 +258,15 @@ async def test_https_with_a_private_authority(tmp_path: Path):
     tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     tls.load_cert_chain(*certificate(tmp_path, "vps").values())
     async with Backend([GOOD, GOOD, [CHUNKED, A, HANG]], tls=tls) as backend:
-        async with pi_for(backend_at(backend.port, host="https://127.0.0.1", ca_file=str(tmp_path / "vps.crt"))) as pi:
+        origin, authority = "https://127.0.0.1", str(tmp_path / "vps.crt")
+        async with pi_for(backend_at(backend.port, origin=origin, ca_file=authority)) as pi:
             assert [(await pi.complete()).json["completion"] for _ in range(2)] == ["ab", "ab"]
             backend.left.clear()
             reader, writer = await pi.open("POST", "/v1/complete/stream", {"prompt": "x", "language": "python"})
             await reader.readuntil(b"total_tokens")
             writer.transport.abort()
             await backend.left.wait()
-        async with pi_for(backend_at(backend.port, host="https://127.0.0.1")) as pi:
+        async with pi_for(backend_at(backend.port, origin=origin)) as pi:
             check_error(reply := await pi.complete(), 503, UNAVAILABLE, "it cannot be reached")
             told = (reply.body + (await pi.get("/health")).body).lower()
             assert not re.search(rb"certificate|ssl|_verify|traceback|errno", told)
