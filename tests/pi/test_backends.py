@@ -403,12 +403,13 @@ async def test_a_completion(api: str, script: Any, text: str, tokens: int, path:
     [
         ([answer(200, {"error": {"message": "boom"}})], "(its answer is not of the type that was asked for)", True),
         ([CHUNKED, chunk(data({"error": {"message": "boom"}})), b"0\r\n\r\n"], "(it reported an error)", True),
+        ([CHUNKED, chunk(text_chunk("1")), chunk(data({"error": "boom"})), HANG], "(it reported an error)", True),
         ([CHUNKED, chunk(END), b"0\r\n\r\n"], "VPS backend answered nothing; a lower n_ctx of it may help", False),
         ([head(401, "Content-Encoding: gzip", "Content-Length: 2", kind="text/html") + b"\x1f\x8b"], "our key", False),
         ([head(404, "Content-Length: 200000", kind="text/html") + b"x" * 200_000], "not have this model", False),
     ],
 )
-async def test_a_fault_before_the_first_token(script: Any, part: str, counted: bool) -> None:
+async def test_a_fault_before_the_first_token_or_behind_it(script: Any, part: str, counted: bool) -> None:
     async with Backend([script], models=LISTED) as backend, pi_for(engine(backend.port), probing=False) as pi:
         reply = await pi.complete()
         assert part in reply.json["message"]
