@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 from cerebrum.text.ending import Ending
-from cerebrum.text.languages import LANGUAGES
+from cerebrum.text.languages import LANGUAGES, guess_language
 from cerebrum.text.prompt import detect_mode, prepare, split_instruction
 from cerebrum.text.scanner import HEAD_CHARS
 from cerebrum.text.stages import StopStrings
@@ -74,6 +74,7 @@ def feed(ending: Ending, text: str, piece: int = 3) -> None:
 
 def ask(language: str, text: str) -> None:
     split_instruction(text, LANGUAGES[language])
+    guess_language(text, text, [text])
     for asked in ({"prompt": text}, {"prompt": "x = ", "suffix": text}, {"instruction": text}):
         assert detect_mode({"language": language, **asked}) in MODES
 
