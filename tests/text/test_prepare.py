@@ -112,24 +112,20 @@ def test_the_mode_of_a_prompt(prompts: dict[str, list[str]], mode: str) -> None:
     assert {text: other for text, other in found.items() if other != mode} == {}
 
 
-@pytest.mark.parametrize(
-    ("fields", "mode"),
-    [
-        ({"prompt": "def f(", "suffix": "):\n    return 1\n"}, "infill"),
-        ({"prompt": "Write a stack", "suffix": "\nx = 1\n"}, "infill"),
-        ({"prompt": "", "suffix": "x = 1\n"}, "infill"),
-        ({"prompt": "def f(", "suffix": ""}, "complete"),
-        ({"prompt": "def f(", "suffix": "\n"}, "complete"),
-        ({"prompt": "def f(", "suffix": "", "mode": "infill"}, "infill"),
-        ({"prompt": FUNCTION, "instruction": "Make this async"}, "instruct"),
-        ({"prompt": "", "instruction": "Write a stack"}, "instruct"),
-        ({"prompt": "def f(", "instruction": ""}, "complete"),
-        ({"prompt": "def f(", "mode": "auto"}, "complete"),
-        ({"prompt": "def f(", "mode": "instruct"}, "instruct"),
-        ({"prompt": "Write a stack", "mode": "complete"}, "complete"),
-        ({"prompt": "Write a stack", "mode": None, "suffix": None, "instruction": None}, "instruct"),
-    ],
-)
+DECIDED: list[Any] = [
+    ({"prompt": "def f(", "suffix": "):\n    return 1\n"}, "infill"),
+    ({"prompt": "Write a stack", "suffix": "\nx = 1\n"}, "infill"), ({"prompt": "", "suffix": "x = 1\n"}, "infill"),
+    ({"prompt": "def f(", "suffix": ""}, "complete"), ({"prompt": "def f(", "suffix": "\n"}, "complete"),
+    ({"prompt": "def f(", "suffix": "", "mode": "infill"}, "infill"),
+    ({"prompt": FUNCTION, "instruction": "Make this async"}, "instruct"),
+    ({"prompt": "", "instruction": "Write a stack"}, "instruct"), ({"prompt": "def f(", "instruction": ""}, "complete"),
+    ({"prompt": "def f(", "mode": "auto"}, "complete"), ({"prompt": "def f(", "mode": "instruct"}, "instruct"),
+    ({"prompt": "Write a stack", "mode": "complete"}, "complete"),
+    ({"prompt": "Write a stack", "mode": None, "suffix": None, "instruction": None}, "instruct"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "mode"), DECIDED)
 def test_fields_decide_before_the_prompt(fields: dict[str, Any], mode: str) -> None:
     assert detect_mode({"language": "python", **fields}) == mode
 
@@ -155,10 +151,8 @@ def test_fields_that_contradict_are_named(fields: dict[str, Any], message: str) 
 # --------------------------------------------------------------------------------------------- fitting
 
 
-def prepared(
-    prompt: str, language: str = "python", mode: str = "complete", budget: int = 3500, **fields: Any
-) -> Prepared:
-    return prepare({"language": language, "prompt": prompt, **fields}, mode, budget, 3.0)
+def prepared(text: str, language: str = "python", mode: str = "complete", budget: int = 3500, **more: Any) -> Prepared:
+    return prepare({"language": language, "prompt": text, **more}, mode, budget, 3.0)
 
 
 def shared(one: str, other: str) -> float:
