@@ -331,11 +331,10 @@ def test_only_one_process_tunes(lab: Lab) -> None:
 
 # ----------------------------------------------------------------------------------------- what is used
 
-FLAGS, CPUS = encoding.cpu_flags(), len(os.sched_getaffinity(0))
-PASSPORT = {
-    "source": "abc", "library": llama_cpp.__version__, "cpu": FLAGS, "cpus": CPUS, "threads": 2, "micro_batch": 128,
-    "flash_attention": False, "types": {"Q5_0": "Q8_0"}, "format": 2,
-}  # fmt: skip
+HERE = {"cpu": encoding.cpu_flags(), "cpus": len(os.sched_getaffinity(0)), "threads": 2}
+PASSPORT = {"source": "abc", "library": llama_cpp.__version__, **HERE, "micro_batch": 128, "flash_attention": False}
+PASSPORT |= {"types": {"Q5_0": "Q8_0"}, "format": 2}
+ELSEWHERE = {"library": "0.0.1", "cpu": "z80", "cpus": 99, "threads": 3, "format": 1}
 NO_PASSPORT = "expected a passport of this version; tune the model again"
 
 
@@ -343,16 +342,8 @@ NO_PASSPORT = "expected a passport of this version; tune the model again"
     ("change", "reason"),
     [
         ({}, ""),
-        ({"library": "0.0.1"}, f"made for library 0.0.1, here it is {llama_cpp.__version__}"),
-        ({"cpu": "z80"}, f"made for cpu z80, here it is {FLAGS}"),
-        ({"cpus": 99}, f"made for cpus 99, here it is {CPUS}"),
-        ({"threads": 3}, "made for threads 3, here it is 2"),
-        ({"format": 1}, "made for format 1, here it is 2"),
-        ({"new": 1}, NO_PASSPORT),
-        (b"", NO_PASSPORT),
-        (b"[]", NO_PASSPORT),
-        (b"\xff", NO_PASSPORT),
-        (None, NO_PASSPORT),
+        *(({name: one}, f"made for {name} {one}, here it is {PASSPORT[name]}") for name, one in ELSEWHERE.items()),
+        *((damaged, NO_PASSPORT) for damaged in ({"new": 1}, b"", b"[]", b"\xff", None)),
         ("a folder", "its passport cannot be read (Is a directory)"),
     ],
 )
