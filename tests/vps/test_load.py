@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -17,18 +16,12 @@ from typing import Any
 import pytest
 from harness import HEALTH, PATIENCE, ask, connect, daemon, read_reply, until
 from test_wire import BODY, chunked, get, serving, sized, without
+from test_wire import _quiet as _quiet  # a fixture of every test
 
 from cerebrum import http as cerebrum_http
 from cerebrum_common import Request, Response, Route
 
 SOON = 0.05
-
-
-@pytest.fixture(autouse=True)
-def _quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    caplog.set_level(logging.INFO)
-    yield
-    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
 def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
