@@ -29,10 +29,8 @@ URI = "file:///home/me/sum.py"
 INVOKED, AUTOMATIC = 1, 2
 
 # What real editors announce, as far as the server reads it: eglot of Emacs 29.1 (as VS Code 1.65) and Neovim 0.10.
-EGLOT = {
-    "workspace": {"configuration": True, "workspaceEdit": {"documentChanges": True}},
-    "general": {"positionEncodings": ["utf-32", "utf-8", "utf-16"]},
-}
+EGLOT: dict[str, Any] = {"workspace": {"configuration": True, "workspaceEdit": {"documentChanges": True}}}
+EGLOT |= {"general": {"positionEncodings": ["utf-32", "utf-8", "utf-16"]}}
 NEOVIM = {"workspace": {"configuration": True, "workspaceEdit": {}}, "general": {"positionEncodings": ["utf-16"]}}
 
 
@@ -625,9 +623,7 @@ URL_EXPECTED = "expected a url such as http://pi.local:7000"
 GIVEN: list[tuple[Any, str]] = [
     ([], "expected an object of settings, got a list"),
     ({"cerebrum": 5}, "expected an object of settings, got a whole number"),
-    ({"url": "http://pi local:7000"}, URL_EXPECTED),
-    ({"url": "ftp://pi"}, URL_EXPECTED),
-    ({"url": "http://pi:99999"}, URL_EXPECTED),
+    *(({"url": bad}, URL_EXPECTED) for bad in ("http://pi local:7000", "ftp://pi", "http://pi:99999")),
     ({"tokens": 0}, "expected tokens from 1 to 2048, got 0"),
     ({"tokens": True}, "expected a whole number for tokens, got true or false"),
     ({"read_ms": -1}, "expected read_ms of 0 or more, got -1"),

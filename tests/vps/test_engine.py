@@ -598,13 +598,10 @@ class ScriptedLlama:
         self.closed = True
         self._fail("close")
 
-    def abort(self) -> None:
-        pass
-
     def trim(self, *_: Any) -> bool:
         return True
 
-    copy_prefix = use_threads = trim
+    abort = copy_prefix = use_threads = trim
 
 
 class Ask:
