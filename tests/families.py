@@ -59,12 +59,11 @@ FAMILIES = {  # of each kind of state that we treat in a way of its own
     "rollback": Family("lfm2", {"shortconv.l_cache": 3}, layers=4, kv_heads=ATTENTION_IN_EVERY_SECOND),
 }
 
-STARCODER = ("<|endoftext|>", "<fim_prefix>", "<fim_suffix>", "<fim_middle>", "<file_sep>")
 CODEGEMMA = ("<eos>", *QWEN_MARKS[:3], "<|file_separator|>")
 GPT_OSS = ("<|return|>", "<|start|>", "<|channel|>", "<|message|>", "<|end|>")
 CODELLAMA = ("\u2581<PRE>", "\u2581<SUF>", "\u2581<MID>", "\u2581<EOT>")
 MARKED = {  # families whose marks differ
-    "starcoder": Family("llama", marks=STARCODER),
+    "starcoder": Family("llama", marks=("<|endoftext|>", "<fim_prefix>", "<fim_suffix>", "<fim_middle>", "<file_sep>")),
     "codegemma": Family("llama", marks=CODEGEMMA, tokenizer={"add_bos_token": False}),
     "codellama": Family("llama", marks=(), plain=CODELLAMA, sentencepiece=True),
     "codestral": Family("llama", marks=("[PREFIX]", "[SUFFIX]"), sentencepiece=True),
@@ -118,14 +117,9 @@ def write_header(path: Path, family: Family) -> None:
         **dict.fromkeys(OF_A_HEAD, EMBEDDING // HEADS),
         "rope.dimension_sections": [8, 8, 8, 8],
     }
+    add = {list: writer.add_array, float: writer.add_float32, int: writer.add_uint32}
     for name, value in (numbers | family.values).items():
-        key = f"{family.architecture}.{name}"
-        if isinstance(value, list):
-            writer.add_array(key, value)
-        elif isinstance(value, float):
-            writer.add_float32(key, value)
-        else:
-            writer.add_uint32(key, value)
+        add[type(value)](f"{family.architecture}.{name}", value)
     writer.add_tokenizer_model("llama" if family.sentencepiece else "gpt2")
     if not family.sentencepiece:
         writer.add_tokenizer_pre("qwen2")
@@ -149,10 +143,8 @@ def finish(writer: gguf.GGUFWriter) -> None:
 def silent_tokens(family: Family) -> list[bool]:
     """For each token, whether the family never writes it."""
     tokens, kinds, _ = vocabulary(family)
-    return [
-        family.printable and (kind != NORMAL or not (token.isascii() or token in LETTERS_OF_BLANKS))
-        for token, kind in zip(tokens, kinds, strict=True)
-    ]
+    printable = [token.isascii() or token in LETTERS_OF_BLANKS for token in tokens]
+    return [family.printable and not (kind == NORMAL and ok) for kind, ok in zip(kinds, printable, strict=True)]
 
 
 def fill(tensor: int, name: str, seed: int, silent: Sequence[bool]) -> None:

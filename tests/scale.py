@@ -33,13 +33,19 @@ CONTEXT = 2048
 START_SECONDS = 400.0  # it loads 2.5 GB, on cores that other tests may share
 # Computing in float32 is the faster way on a CPU without instructions for bfloat16; compiling takes minutes; and
 # `generation_config` ignores what the model's publisher recommends for chats, such as a penalty for repetition.
-SETTINGS = {"dtype": "float32", "enforce_eager": True, "generation_config": "vllm", "max_model_len": CONTEXT}
-VARIABLES = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}  # GB
+SETTINGS = ("--dtype=float32", "--enforce-eager", "--generation-config=vllm", f"--max-model-len={CONTEXT}")
+VARIABLES = ("HF_HUB_OFFLINE=1", "VLLM_NO_USAGE_STATS=1", "VLLM_CPU_KVCACHE_SPACE=1")  # GB
 QWEN2 = {  # names of tensors in a GGUF file, and in safetensors
     "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
     "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+}  # fmt: skip
+FIGURES = {  # their names in config.json, and in a GGUF file
+    "hidden_size": "embedding_length", "intermediate_size": "feed_forward_length", "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count", "num_key_value_heads": "attention.head_count_kv",
+    "max_position_embeddings": "context_length", "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "rope_theta": "rope.freq_base",
 }  # fmt: skip
 
 # ----------------------------------------------------------------------------------------------- having
@@ -88,21 +94,9 @@ def convert(file: Path, folder: Path) -> None:
     def read(name: str) -> Any:
         return reader.fields[name].contents()
 
-    config = {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        "dtype": "bfloat16",
-        "vocab_size": len(read("tokenizer.ggml.tokens")),
-        "hidden_size": read("qwen2.embedding_length"),
-        "intermediate_size": read("qwen2.feed_forward_length"),
-        "num_hidden_layers": read("qwen2.block_count"),
-        "num_attention_heads": read("qwen2.attention.head_count"),
-        "num_key_value_heads": read("qwen2.attention.head_count_kv"),
-        "max_position_embeddings": read("qwen2.context_length"),
-        "rms_norm_eps": read("qwen2.attention.layer_norm_rms_epsilon"),
-        "rope_theta": read("qwen2.rope.freq_base"),
-        "tie_word_embeddings": "lm_head.weight" not in tensors,
-    }
+    config = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "dtype": "bfloat16"}
+    config |= {"vocab_size": len(read("tokenizer.ggml.tokens")), "tie_word_embeddings": "lm_head.weight" not in tensors}
+    config |= {name: read(f"qwen2.{figure}") for name, figure in FIGURES.items()}
     ends = [read(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "padding")]  # <|im_end|>, <|endoftext|>
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
@@ -129,13 +123,10 @@ def vllm(folder: Path, key: str, *options: str) -> Iterator[Engine]:
     prepare()
 
     def command(port: int) -> list[str]:
-        given = ["--host", "127.0.0.1", "--port", str(port), "--model", str(WEIGHTS), "--served-model-name", NAME]
-        given += ["--api-key", key]
-        for name, value in SETTINGS.items():
-            given += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
         # `vllm serve` of vllm-cpu asks for the version of a package `vllm`, which is not there.
-        module = [str(PYTHON), "-W", "ignore", "-m", "vllm.entrypoints.openai.api_server"]
-        return ["env", *(f"{name}={value}" for name, value in VARIABLES.items()), *module, *given, *options]
+        module = [str(PYTHON), "-W", "ignore", "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1"]
+        given = ["--port", str(port), "--model", str(WEIGHTS), "--served-model-name", NAME, "--api-key", key]
+        return ["env", *VARIABLES, *module, *given, *SETTINGS, *options]
 
     with started(Tree("vLLM", folder, command, free_port(), key, START_SECONDS)) as engine:
         yield engine

@@ -21,7 +21,6 @@ import socket
 import ssl
 import struct
 import threading
-import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -29,7 +28,6 @@ from typing import Any, TypeVar
 from harness import KEY, PATIENCE, ROOT, Client, until
 
 from cerebrum.http import Server
-from cerebrum.pi.breaker import FAILURES_TO_OPEN, OPEN_SECONDS, Breaker
 from cerebrum.pi.completion import Attempt
 from cerebrum.pi.upstream import BackendConfig, parse_url
 from cerebrum.settings import load_catalog
@@ -65,6 +63,16 @@ def head(status: int = 200, *more: str, kind: str = "text/event-stream") -> byte
 CHUNKED = head(200, "Transfer-Encoding: chunked")
 DONE = event(done=True, model="qwen_0_5b", total_tokens=2, inference_time=0.25, finish_reason="stop", prompt_tokens=5)
 GOOD = (CHUNKED, chunk(token("a", 1)), chunk(token("b", 2)), chunk(DONE), b"0\r\n\r\n")
+
+
+def script(*pieces: Any, **done: Any) -> list[Any]:
+    """A script of these tokens. A piece that is no string is a step of its own, such as a gate."""
+    steps, count = [CHUNKED], 0
+    for piece in pieces:
+        count += isinstance(piece, str)
+        steps.append(chunk(token(piece, count)) if isinstance(piece, str) else piece)
+    end = {"done": True, "total_tokens": count, "inference_time": 0.25, "finish_reason": "stop", **done}
+    return [*steps, chunk(event(**end)), b"0\r\n\r\n"]
 
 
 def answer(status: int, members: Any) -> bytes:
@@ -207,17 +215,14 @@ class Backend:
                 pieces: Iterable[bytes] = itertools.repeat(step.piece, step.count)
             else:
                 pieces = [step[i : i + 1] for i in range(len(step))] if self.split else [step]
-            await self._write(pieces, writer)
-
-    async def _write(self, pieces: Iterable[bytes], writer: asyncio.StreamWriter) -> None:
-        for piece in pieces:
-            if writer.transport.is_closing():
-                raise ConnectionResetError
-            writer.write(piece)
-            await writer.drain()
-            self.sent += len(piece)
-            if self.split:
-                await asyncio.sleep(0)  # let the other side read
+            for piece in pieces:
+                if writer.transport.is_closing():
+                    raise ConnectionResetError
+                writer.write(piece)
+                await writer.drain()
+                self.sent += len(piece)
+                if self.split:
+                    await asyncio.sleep(0)  # let the other side read
 
 
 Threaded = TypeVar("Threaded", bound=contextlib.AbstractAsyncContextManager[Any])
@@ -267,16 +272,9 @@ class Pi(Client):
         return dataclasses.replace(self, address=address)
 
 
-def backend_at(port: int, id: str = "vps", **more: Any) -> BackendConfig:
-    """The configuration of a backend on this machine."""
-    return BackendConfig(id=id, endpoint=parse_url(f"http://127.0.0.1:{port}", "url"), **{"key": KEY, **more})
-
-
-def open_breaker(breaker: Breaker) -> None:
-    """Let it be open, with its pause just over."""
-    past = time.monotonic() - OPEN_SECONDS - 1
-    for failure in range(FAILURES_TO_OPEN):
-        breaker.admit(past + failure / 10).failed(past + failure / 10, "it is gone")
+def backend_at(port: int, id: str = "vps", origin: str = "http://127.0.0.1", **more: Any) -> BackendConfig:
+    """The configuration of a backend, by default of one on this machine."""
+    return BackendConfig(id=id, endpoint=parse_url(f"{origin}:{port}", "url"), **{"key": KEY, **more})
 
 
 @contextlib.asynccontextmanager
@@ -284,12 +282,8 @@ async def pi_for(
     *backends: int | BackendConfig, probing: bool = True, max_concurrent: int = 2, **config: Any
 ) -> AsyncIterator[Pi]:
     """A Pi with these backends; a port alone is that of a VPS. With `probing` each has been probed once."""
-    configs = [
-        backend_at(backend, max_concurrent=max_concurrent, key_env="CEREBRUM_API_KEY")
-        if isinstance(backend, int)
-        else backend
-        for backend in backends
-    ]
+    own = {"max_concurrent": max_concurrent, "key_env": "CEREBRUM_API_KEY"}
+    configs = [backend_at(one, **own) if isinstance(one, int) else one for one in backends]
     models = load_catalog(ROOT / "models.toml").models
     gateway = Gateway(Config(**{"backends": tuple(configs), "models": models, **config}))
     server = Server(gateway, ROUTES, gateway.config.access)

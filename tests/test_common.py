@@ -21,25 +21,25 @@ from cerebrum_common import HttpError, error_body, error_event, sse_event, times
 # ------------------------------------------------------------------------------------------------- fields
 
 
-@pytest.mark.parametrize(
-    ("rule", "good", "bad", "expected"),
-    [
-        (Field(str), ["", "a"], [None, 1, True, ["a"]], "a string"),
-        (Field(str, 1), ["a"], [""], "a non-empty string"),
-        (Field(str, 0, 3), ["", "abc"], ["abcd"], "a string from 0 to 3 characters"),
-        (Field(str, choices=("a", "b")), ["a"], ["c", "", 1], "one of a, b"),
-        (Field(int, 1, 9), [1, 9], [0, 10, 1.0, True, "1", None], "an integer from 1 to 9"),
-        (Field(int, 0, 2**63 - 1), [0, 2**63 - 1], [2**63, -1], "an integer from 0 to 9.22337e+18"),
-        (Field(float, 0, 1), [0, 1, 0.5], [-0.1, 1.1, True, "0", None], "a number from 0 to 1"),
-        (Field(float, 0, 1, above_low=True), [0.1, 1], [0], "a number above 0 to 1"),
-        (Field(str, pattern="[a-z]+"), ["a"], ["", "A", "a\n", 1], "a string of the form [a-z]+"),
-        (Field(list, pattern="[a-z]+"), ["a", []], [["a", "B"], 1], "strings of the form [a-z]+"),
-        (Field(list, choices=("a", "b")), [["b", "a"], []], [["a", "c"]], "one of a, b"),
-        (Field(bool), [True, False], [0, 1, "true", None], "true or false"),
-        (Field(list, 0, 2), ["a", ["a", "b"], []], [["a", "b", "c"], [""], "", [1], {}, 1, None],
-         "a string, or an array of 0 to 2 non-empty strings"),
-    ],
-)  # fmt: skip
+TEXTS = "a string, or an array of 0 to 2 non-empty strings"
+RULES: list[tuple[Field, list[Any], list[Any], str]] = [  # a rule, what it takes, what it refuses, what it expects
+    (Field(str), ["", "a"], [None, 1, True, ["a"]], "a string"),
+    (Field(str, 1), ["a"], [""], "a non-empty string"),
+    (Field(str, 0, 3), ["", "abc"], ["abcd"], "a string from 0 to 3 characters"),
+    (Field(str, choices=("a", "b")), ["a"], ["c", "", 1], "one of a, b"),
+    (Field(int, 1, 9), [1, 9], [0, 10, 1.0, True, "1", None], "an integer from 1 to 9"),
+    (Field(int, 0, 2**63 - 1), [0, 2**63 - 1], [2**63, -1], "an integer from 0 to 9.22337e+18"),
+    (Field(float, 0, 1), [0, 1, 0.5], [-0.1, 1.1, True, "0", None], "a number from 0 to 1"),
+    (Field(float, 0, 1, above_low=True), [0.1, 1], [0], "a number above 0 to 1"),
+    (Field(str, pattern="[a-z]+"), ["a"], ["", "A", "a\n", 1], "a string of the form [a-z]+"),
+    (Field(list, pattern="[a-z]+"), ["a", []], [["a", "B"], 1], "strings of the form [a-z]+"),
+    (Field(list, choices=("a", "b")), [["b", "a"], []], [["a", "c"]], "one of a, b"),
+    (Field(bool), [True, False], [0, 1, "true", None], "true or false"),
+    (Field(list, 0, 2), ["a", ["a", "b"], []], [["a", "b", "c"], [""], "", [1], {}, 1, None], TEXTS),
+]
+
+
+@pytest.mark.parametrize(("rule", "good", "bad", "expected"), RULES)
 def test_fields(rule: Field, good: list[Any], bad: list[Any], expected: str) -> None:
     for value in good:
         (read,) = read_fields({"x": value}, {"x": rule}).values()
@@ -62,16 +62,9 @@ def test_other_fields_and_surrogates() -> None:
 
 
 def test_describe() -> None:
-    for value, text in (
-        (None, "null"),
-        (True, "the boolean true"),
-        (1.5, "the number 1.5"),
-        ("qwen_1.5b", 'the string "qwen_1.5b"'),
-        ("def f():", "a string of 8 characters"),  # it may be a prompt, and messages are logged
-        ("a" * 99, "a string of 99 characters"),
-        ([1, 2], "an array of 2"),
-        ({}, "an object of 0"),
-    ):
+    prompts = [("def f():", "a string of 8 characters"), ("a" * 99, "a string of 99 characters")]  # messages are logged
+    values = [(None, "null"), (True, "the boolean true"), (1.5, "the number 1.5"), ("q_1.5b", 'the string "q_1.5b"')]
+    for value, text in (*prompts, *values, ([1, 2], "an array of 2"), ({}, "an object of 0")):
         assert describe(value) == text
 
 
@@ -156,14 +149,8 @@ def test_keys() -> None:
 
 # ------------------------------------------------------------------------------------------------- models
 
-GOOD = """[[models]]
-id = "m"
-name = "M"
-parameters = "1B"
-quantization = "Q4"
-file = "m.gguf"
-languages = ["python"]
-"""
+GOOD = '[[models]]\nid = "m"\nname = "M"\nparameters = "1B"\nquantization = "Q4"\nfile = "m.gguf"\n'
+GOOD += 'languages = ["python"]\n'
 
 
 def test_the_table_of_models() -> None:
@@ -175,37 +162,38 @@ def test_the_table_of_models() -> None:
 
 
 FORM = "expected a string of the form"
+BAD: list[tuple[str | bytes | None, str]] = [  # a models.toml, and what is said of it
+    (None, "No such file"),
+    (b"\xff", "'utf-8' codec can't decode"),
+    ("", "at least one"),
+    ("models = ['x']", "model 1: expected a table"),
+    ("[[models]", "line 1"),
+    (GOOD + GOOD, "every id and alias once"),
+    (GOOD.replace('"m"', "5"), f"model 1: id: {FORM} [A-Za-z0-9._\\-]+, got the number 5"),
+    (GOOD.replace('"m"', '"a b"'), f"model 1: id: {FORM}"),
+    (GOOD.replace('name = "M"\n', ""), "model 1: name: expected a non-empty string, got nothing"),
+    (GOOD.replace('file = "m.gguf"\n', ""), "model 1: file: expected a name, or aliases instead, got nothing"),
+    (GOOD.replace("m.gguf", "a/m.gguf"), f"model 1: file: {FORM}"),
+    (GOOD.replace("m.gguf", ".."), f"model 1: file: {FORM}"),
+    (GOOD + 'sha256 = "x"\n', f"model 1: sha256: {FORM}"),
+    (GOOD + "size = 2025-12-25\n", "model 1: size: expected an integer, got a date"),
+    (GOOD + "sources = [1]\n", "model 1: sources: expected [[models.sources]], got [1]"),
+    (GOOD + 'aliases = ["a", 1]\n', "model 1: aliases: expected a string, or an array of "),
+    (GOOD + 'fim = ["a", "b"]\n', "model 1: fim: expected a string, or an array of 3 to 3 non-empty strings"),
+    (GOOD + 'alias = "a"\n', "model 1: expected one of id, name, parameters, "),
+    (GOOD.replace('["python"]', '["a b"]'), "model 1: languages: expected strings of the form"),
+    (GOOD.replace('["python"]', "[[]]"), "model 1: languages: expected strings of the form"),
+    ("prefer = 5\n" + GOOD, "prefer: expected a table, got 5"),
+    (GOOD + '[prefer]\nchat = ["m"]\n', "prefer: expected one of complete, infill, instruct, got 'chat'"),
+    (GOOD + '[prefer]\ninfill = ["m", "n"]\n', "prefer: infill: expected one of m, got an array of 2"),
+]
 
 
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        ("", "at least one"),
-        ("models = ['x']", "model 1: expected a table"),
-        ("[[models]", "line 1"),
-        (GOOD + GOOD, "every id and alias once"),
-        (GOOD.replace('"m"', "5"), f"model 1: id: {FORM} [A-Za-z0-9._\\-]+, got the number 5"),
-        (GOOD.replace('"m"', '"a b"'), f"model 1: id: {FORM}"),
-        (GOOD.replace('name = "M"\n', ""), "model 1: name: expected a non-empty string, got nothing"),
-        (GOOD.replace('file = "m.gguf"\n', ""), "model 1: file: expected a name, or aliases instead, got nothing"),
-        (GOOD.replace("m.gguf", "a/m.gguf"), f"model 1: file: {FORM}"),
-        (GOOD.replace("m.gguf", ".."), f"model 1: file: {FORM}"),
-        (GOOD + 'sha256 = "x"\n', f"model 1: sha256: {FORM}"),
-        (GOOD + "size = 2025-12-25\n", "model 1: size: expected an integer, got a date"),
-        (GOOD + "sources = [1]\n", "model 1: sources: expected [[models.sources]], got [1]"),
-        (GOOD + 'aliases = ["a", 1]\n', "model 1: aliases: expected a string, or an array of "),
-        (GOOD + 'fim = ["a", "b"]\n', "model 1: fim: expected a string, or an array of 3 to 3 non-empty strings"),
-        (GOOD + 'alias = "a"\n', "model 1: expected one of id, name, parameters, "),
-        (GOOD.replace('["python"]', '["a b"]'), "model 1: languages: expected strings of the form"),
-        (GOOD.replace('["python"]', "[[]]"), "model 1: languages: expected strings of the form"),
-        ("prefer = 5\n" + GOOD, "prefer: expected a table, got 5"),
-        (GOOD + '[prefer]\nchat = ["m"]\n', "prefer: expected one of complete, infill, instruct, got 'chat'"),
-        (GOOD + '[prefer]\ninfill = ["m", "n"]\n', "prefer: infill: expected one of m, got an array of 2"),
-    ],
-)
-def test_bad_models(tmp_path: Path, text: str, says: str) -> None:
+@pytest.mark.parametrize(("text", "says"), BAD)
+def test_bad_models(tmp_path: Path, text: str | bytes | None, says: str) -> None:
     path = tmp_path / "models.toml"
-    path.write_text(text)
+    if text is not None:
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
     with pytest.raises(ValueError, match=re.escape(says)) as error:
         load_catalog(path)
     assert str(error.value).startswith(f"CEREBRUM_MODELS_FILE: {path}: ")
@@ -219,13 +207,6 @@ def test_preferences_and_any_language_may_be_named(tmp_path: Path) -> None:
     assert catalog.prefer == {"infill": ("n", "m")}
     assert catalog.models[1].languages == ("python", "haskell", "c#", "objective-c", "F90")
     assert load_catalog(ROOT / "models.toml").prefer == {}, "off in the shipped file"
-
-
-def test_no_models_file(tmp_path: Path) -> None:
-    (tmp_path / "m").write_bytes(b"\xff")
-    for path, says in ((tmp_path / "absent", "No such file"), (tmp_path, "Is a directory"), (tmp_path / "m", "m: ")):
-        with pytest.raises(ValueError, match=says):
-            load_catalog(path)
 
 
 # ---------------------------------------------------------------------------------------------- the house

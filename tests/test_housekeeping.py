@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import json
 import logging
 import re
@@ -15,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -48,22 +48,21 @@ class ScriptedWorker:
         self.due = float("inf")
         self.stopping = False
         self.model, self.stored_bytes, self.memory_bytes = SimpleNamespace(n_ctx=4096), 0, 0
-        self.submitted: list[Any] = []
-        self.cancelled: list[Any] = []
+        self.submitted = list[Any]()
         self.fails: Exception | None = None
         self.made.append(self)
 
-    def start(self) -> None:
+    def start(self, *_: Any) -> None:
         pass
 
-    join = give_way = start
+    join = give_way = cancel = start
 
     def stop(self) -> None:
         self.stopping = True
 
-    def fail(self) -> None:
-        self.ending.set_result(None)
-        self.ready.set_exception(DAMAGED)
+    def end(self, failure: HttpError) -> None:
+        """What it was loading has failed."""
+        self.ready.set_exception(failure)
         self.ended.set_result(None)
 
     def prepare(self, job: Any) -> Any:
@@ -73,9 +72,6 @@ class ScriptedWorker:
 
     def submit(self, job: Any) -> None:
         self.submitted.append(job)
-
-    def cancel(self, job: Any) -> None:
-        self.cancelled.append(job)
 
 
 class House:
@@ -126,7 +122,7 @@ class House:
         return events[-1]
 
     def reconfigure(self, **changes: Any) -> None:
-        self.engine.reconfigure(dataclasses.replace(self.engine.config, **changes))
+        self.engine.reconfigure(replace(self.engine.config, **changes))
 
     def warnings(self) -> list[str]:
         """The texts of the warnings and errors in the log."""
@@ -211,17 +207,11 @@ async def test_a_model_that_does_not_fit_gets_a_shorter_context(house: House) ->
 
 # ------------------------------------------------------------------------------------------ loads and faults
 
-FAULTS = [
-    ("prepare", ZeroDivisionError("of a header")),
-    ("_load", FileNotFoundError(2, "gone", "/secret")),
-    ("relieve", KeyError()),
-]
 
+@pytest.mark.parametrize("place", ["prepare", "_load", "relieve"])
+async def test_any_fault_on_the_way_becomes_a_response(house: House, monkeypatch: Any, place: str) -> None:
+    fault = FileNotFoundError(2, "gone", "/secret")
 
-@pytest.mark.parametrize(("place", "fault"), FAULTS)
-async def test_any_fault_on_the_way_becomes_a_response(
-    house: House, monkeypatch: pytest.MonkeyPatch, place: str, fault: Exception
-) -> None:
     async def fail(*_: Any, **__: Any) -> None:
         raise fault
 
@@ -311,8 +301,7 @@ async def test_a_load_that_nobody_waits_for_can_be_stopped(house: House, why: st
     house.engine.finish(waiting)
     stopping = asyncio.ensure_future(house.pool.unload(A) if why == "unload" else house.loaded(B))
     await until(lambda: worker.stopping)
-    worker.ready.set_exception(HttpError("SHUTTING_DOWN", "given up"))
-    worker.ended.set_result(None)
+    worker.end(HttpError("SHUTTING_DOWN", "given up"))
     result = await stopping
     assert A not in house.pool.instances
     if isinstance(result, Completion):
@@ -327,26 +316,21 @@ async def test_a_file_that_could_not_be_loaded_is_not_read_again_for_each_reques
         await until(lambda: worker.stopping)
         late = house.ask()
         await asyncio.sleep(0)  # it gets as far as it can
-        worker.ready.set_exception(DAMAGED)
-        worker.ended.set_result(None)
+        worker.end(DAMAGED)
         for completion in (waiting, late):
             assert (await house.error(completion)).message == "it is damaged"
         await until(lambda: A not in house.pool.instances)
-
-    def refusal() -> Any:
-        return house.pool.refusal(house.pool.models[A])
 
     await fail()
     for _ in range(2):
         refused = house.refuses()
         assert (refused.code, refused.message) == ("MODEL_LOAD_FAILED", "it is damaged")
-    assert (bool(refusal()), len(ScriptedWorker.made), house.pool.tallies[A].failed_loads) == (True, 1, 1)
+    assert (len(ScriptedWorker.made), house.pool.tallies[A].failed_loads) == (1, 1)
     house.file().write_bytes(b"GGUF again")
-    assert not refusal()
     await fail()
     now = time.monotonic()
     house.patch(time, "monotonic", lambda: now + pool.LOAD_AGAIN_SECONDS)
-    assert not refusal()
+    assert not house.pool.refusal(house.pool.models[A])
 
 
 async def test_a_loaded_model_needs_no_file(house: House) -> None:
@@ -397,15 +381,15 @@ async def test_saved_prompts_are_dropped_before_a_request_is_refused(house: Hous
     assert house.refuses().message == message
 
 
-def held(id: str, size: int, state: str, used: float) -> Instance:
-    """An instance of so many megabytes, in this state or "busy", which was last used then."""
-    one: Any = Instance(SimpleNamespace(id=id), None, size * MB, None, None, last_used=used)  # type: ignore[arg-type]
-    one.state = pool.State["READY" if state == "busy" else state]
-    one.users = {1} if state == "busy" else set()
+def held(id: str, size: int, state: str, used: float, *users: Any) -> Instance:
+    """An instance of so many megabytes, in this state, which was last used then."""
+    one = Instance(SimpleNamespace(id=id), None, size * MB, None, None, last_used=used)  # type: ignore[arg-type]
+    one.state, one.users = pool.State[state], {*users}
     return one
 
 
-HELD = [held("a", 500, "READY", 3), held("b", 300, "LOADING", 2), held("c", 100, "LEAVING", 4), held("d", 9, "busy", 1)]
+HELD = [held("a", 500, "READY", 3), held("b", 300, "LOADING", 2), held("c", 100, "LEAVING", 4)]
+HELD += [held("d", 9, "READY", 1, "a user")]
 ROOM: list[tuple[float, str]] = [  # megabytes that are free, which go for a model of 1000
     (1000, ""),  # it fits
     (901, "c"),  # one that is leaving anyway
@@ -429,25 +413,21 @@ def test_room_for_a_model() -> None:
 
 
 LIMITED = {"memory.current": "3000\n", "memory.stat": "anon 2000\nfile 900\n"}
-LIMITS = [({**LIMITED, "memory.max": "4000\n"}, 1900), ({**LIMITED, "memory.max": "max\n"}, float("inf"))]
-LIMITS += [({"memory.max": "4000\n"}, float("inf")), ({}, float("inf"))]
+LIMITS = [({}, float("inf")), ({"memory.max": "4000\n"}, float("inf"))]
+LIMITS += [({**LIMITED, "memory.max": "max\n"}, float("inf")), ({**LIMITED, "memory.max": "4000\n"}, 1900)]
 
 
-@pytest.mark.parametrize(("files", "left"), LIMITS)
-def test_the_limit_of_the_service_counts(tmp_path: Path, files: dict[str, str], left: float) -> None:
+def test_the_limit_of_the_service_counts(patch: Callable[..., None], tmp_path: Path) -> None:
     """A model that does not fit into MemoryMax= is refused. The kernel would end the daemon."""
     (tmp_path / "table").write_text("1:name=systemd:/x\n0::/system.slice/cerebrum-backend.service\n")
     group = tmp_path / "system.slice" / "cerebrum-backend.service"
     group.mkdir(parents=True)
-    for name, text in files.items():
-        (group / name).write_text(text)
-    assert memory.cgroup_left_bytes(tmp_path / "table", tmp_path) == left
-
-
-def test_a_model_beyond_the_limit_of_the_service_is_refused(patch: Callable[..., None], tmp_path: Path) -> None:
+    for files, left in LIMITS:
+        for name, text in files.items():
+            (group / name).write_text(text)
+        assert memory.cgroup_left_bytes(tmp_path / "table", tmp_path) == left
     patch(pool, "cgroup_left_bytes", lambda: 300 * MB)
-    engine = Engine(load_config(Environment(CATALOG), tmp_path))
-    assert 0 < engine.pool._free_mb() <= 300
+    assert 0 < Engine(load_config(Environment(CATALOG), tmp_path)).pool._free_mb() <= 300
 
 
 # ------------------------------------------------------------------------------------------- requests
@@ -546,11 +526,9 @@ def test_housekeeping_that_fails_ends_the_daemon(patch: Callable[..., None], tmp
 async def test_new_settings_take_models_and_let_go_on_what_runs(house: House) -> None:
     house.room = 3
     engine, running, idle = house.engine, await house.loaded(A), await house.idle(B)
-    first, second = (house.pool.models[id] for id in (A, B))
-    models = dataclasses.replace(first, file="newer.gguf"), dataclasses.replace(second, name="renamed")
+    models = replace(house.pool.models[A], file="newer.gguf"), replace(house.pool.models[B], name="renamed")
     (house.folder / "newer.gguf").write_bytes(b"GGUF")
-    settings = dataclasses.replace(engine.config.engine, n_ctx=256)
-    house.reconfigure(models=models, idle_minutes=7, engine=settings)
+    house.reconfigure(models=models, idle_minutes=7, engine=replace(engine.config.engine, n_ctx=256))
     assert (engine.config.idle_minutes, engine.config.engine.n_ctx) == (7, 4096)
     busy = house.worker()
     assert (house.pool.unused(), idle.stopping) == ([], False)  # a new name is no new model
@@ -572,7 +550,8 @@ async def test_a_model_that_is_listed_no_more_is_unloaded(house: House) -> None:
     house.reconfigure(models=fewer, idle_minutes=60)
     assert (A in house.pool.models, worker.stopping) == (False, True)
     assert house.refuses().message.startswith("model: expected one of ")
-    loading.fail()  # a load that fails after that is still told
+    loading.ending.set_result(None)
+    loading.end(DAMAGED)  # a load that fails after that is still told
     assert (await house.error(waiting)).message == "it is damaged"
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engines import free_port
 from harness import KEY, PATIENCE, wait_until
 from scripted import in_a_thread
 from test_wire import serving
@@ -28,7 +29,7 @@ def needs(tool: str) -> str:
 
 
 class Peer:
-    """The server of test_wire.py in a thread."""
+    """The server of test_wire.py, for a thread."""
 
     async def __aenter__(self) -> None:
         self._serving = serving()
@@ -53,17 +54,14 @@ def use(port: int, peer: Peer) -> None:
         client.request(method, path, body, {**HEADERS, "Host": "localhost", **more})
         return client.getresponse()
 
-    def answer(*request: Any, **more: str) -> Any:
-        return json.loads(send(*request, **more).read())
-
     for _ in range(10):
-        assert answer("GET", "/v1/models")["path"] == "/v1/models"
+        assert json.load(send("GET", "/v1/models"))["path"] == "/v1/models"
     assert send("HEAD", "/health").read() == b""
-    assert answer("GET", "/nothing")["code"] == "NOT_FOUND"
-    assert answer("GET", "/v1/models", **{"X-API-Key": "wrong"})["code"] == "UNAUTHORIZED"
+    assert json.load(send("GET", "/nothing"))["code"] == "NOT_FOUND"
+    assert json.load(send("GET", "/v1/models", **{"X-API-Key": "wrong"}))["code"] == "UNAUTHORIZED"
     body = json.dumps({"a": "x" * 500_000}).encode()
-    assert answer("POST", "/v1/complete", body) == json.loads(body)
-    assert answer("POST", "/v1/complete", iter([body[:9], body[9:]])) == json.loads(body)
+    for sent in (body, iter([body[:9], body[9:]])):
+        assert json.load(send("POST", "/v1/complete", sent)) == json.loads(body)
     response = send("GET", "/health", **{"X-Request-ID": "mine"})
     assert response.read()
     assert response.headers.get_all("X-Request-ID") == ["mine"]
@@ -132,9 +130,7 @@ http {{
 
 @pytest.mark.parametrize("version", ["1.1", "1.0"])
 def test_behind_nginx(peer: Peer, tmp_path: Path, version: str) -> None:
-    program, config = needs("nginx"), tmp_path / "nginx.conf"
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    program, config, port = needs("nginx"), tmp_path / "nginx.conf", free_port()
     config.write_text(NGINX.format(folder=tmp_path, backend=peer.port, port=port, version=version))
 
     def listening() -> bool:

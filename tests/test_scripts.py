@@ -59,11 +59,6 @@ instructed = partial(completion, mode="instruct")
 SUMMARY = "[3 tokens in 1.2 s, tiny, block]"
 
 
-def page(status: int, kind: str, body: bytes) -> bytes:
-    """A response that is no stream."""
-    return head(status, f"Content-Length: {len(body)}", kind=kind) + body
-
-
 def wait_for(event: threading.Event) -> Callable[[], Awaitable[None]]:
     """A step that ends when the test sets the event."""
 
@@ -83,12 +78,8 @@ class Terminal:
     def __init__(self, command: list[str], env: dict[str, str]) -> None:
         self.master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, b"\x18\x00\xa0\x00" + b"\0" * 4)  # 24 x 160
-
-        def own_the_terminal() -> None:
-            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
-        ends = {"stdin": slave, "stdout": slave, "stderr": slave}
-        self.process = subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=own_the_terminal, **ends)
+        own = {"start_new_session": True, "preexec_fn": partial(fcntl.ioctl, 0, termios.TIOCSCTTY, 0)}
+        self.process = subprocess.Popen(command, env=env, stdin=slave, stdout=slave, stderr=slave, **own)
         os.close(slave)
         self.unread = b""
 
@@ -120,7 +111,7 @@ class Terminal:
     def close(self) -> None:
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait(PATIENCE)
+        self.status()
         os.close(self.master)
 
 
@@ -148,16 +139,12 @@ class Repl:
     def asked(self) -> list[dict[str, Any]]:
         return self.backend.completions
 
-    def announced(self, *others: str) -> str:
-        """Let Avahi find this Pi on two networks, and others. Its address."""
+    def announced(self) -> str:
+        """Let Avahi find this Pi on two networks. Its address."""
         address = f"127.0.0.1:{self.backend.port}"
-        announce(self.tools, *[f"pi.local:{address}"] * 2, *others)
+        announce(self.tools, *[f"pi.local:{address}"] * 2)
         del self.env["CEREBRUM_URL"]
         return address
-
-    def two_files(self) -> tuple[Path, Path]:
-        """Of two languages."""
-        return write(self.folder / "a.py", "a\n"), write(self.folder / "b.rs", "b\n")
 
     def prompts(self) -> list[str]:
         return [body["prompt"] for body in self.asked]
@@ -199,20 +186,21 @@ def write(path: Path, text: str | bytes) -> Path:
     return path
 
 
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
 # -------------------------------------------------------------------------------------------- filter
 
 AWKWARD = ["%s%d", "\\n", "\\", "\n", "  two  ", "\t", "é€😀", "a\0b", "\x1b[31m", "-n", "", "'\"`$x", "\r", "\\0134"]
 CRLF = b': keep-alive\r\n\r\ndata: {"token": "\xc3\xa9", "total_tokens": 1}\r\n\r\n'
-SCRIPTS = [
-    (completion(*AWKWARD), "".join(AWKWARD)),
-    ([head(), CRLF, b'data:{"token": "x"}\n\nevent: other\nid: 1\n\n', done()], "éx"),
-]
+OTHERS = b'data:{"token": "x"}\n\nevent: other\nid: 1\n\n'
 
 
-@pytest.mark.parametrize(("script", "printed"), SCRIPTS)
-def test_the_filter_prints_the_completion_byte_for_byte(repl: Repl, script: Script, printed: str) -> None:
-    repl.answers(script)
-    assert repl.run(b"def f(\n", "-") == (0, printed, "")
+def test_the_filter_prints_the_completion_byte_for_byte(repl: Repl) -> None:
+    repl.answers(completion(*AWKWARD), [head(), CRLF, OTHERS, done()])
+    for printed in ("".join(AWKWARD), "éx"):
+        assert repl.run(b"def f(\n", "-") == (0, printed, "")
     assert "x-api-key" not in repl.backend.asked[0][1]
 
 
@@ -225,13 +213,14 @@ def announce(folder: Path, *addresses: str) -> None:
     write(folder / "avahi-browse", show).chmod(0o755)
 
 
-@pytest.mark.parametrize("others", [[], ["desk.local:192.0.2.8:7001"]])
-def test_the_pi_is_found_if_it_is_the_only_one(repl: Repl, others: list[str]) -> None:
-    found = repl.announced(*others)
-    repl.answers(*[completion("x")] * (not others))
+def test_the_pi_is_found_if_it_is_the_only_one(repl: Repl) -> None:
+    found = repl.announced()
+    repl.answers(completion("x"))
+    assert repl.run(b"x", "-") == (0, "x", "")
+    announce(repl.tools, f"pi.local:{found}", "desk.local:192.0.2.8:7001")
     status, out, err = repl.run(b"x", "-")
-    assert (status, out, bool(err)) == ((1, "", True) if others else (0, "x", False))
-    assert not others or {found, "192.0.2.8:7001;"} < set(err.splitlines()[0].split())
+    assert (status, out) == (1, "")
+    assert {found, "192.0.2.8:7001;"} < set(err.splitlines()[0].split())
 
 
 def test_a_pi_that_was_found_gets_no_key_unasked(repl: Repl) -> None:
@@ -285,8 +274,6 @@ def test_each_token_is_printed_before_the_next_one_is_made(repl: Repl) -> None:
         assert process.wait(PATIENCE) == 0
 
 
-OURS = {"error": True, "message": "No 100%\nsuch \x1b[1mlanguage", "code": "INVALID_REQUEST", "timestamp": "t"}
-SAID_BY_OURS = "INVALID_REQUEST: No 100%\nsuch [1mlanguage"
 BROKEN_OFF = [head(), *tokens("half")]
 CUT_IN_A_CHUNK = [head(200, "Transfer-Encoding: chunked"), b'1c\r\ndata: {"token": "half"}\n\n   \r\nff\r\n']
 FAILED_MIDWAY = [*BROKEN_OFF, event(error=True, message="backend died", code="VPS_UNAVAILABLE")]
@@ -297,8 +284,8 @@ FAILURES: list[tuple[str, Script, int, str, str]] = [  # arguments, what the ser
     ("-", FAILED_MIDWAY, 1, "half", "VPS_UNAVAILABLE: backend died"),
     ("-", BROKEN_OFF, 1, "half", "the stream broke off before its end"),
     ("-", CUT_IN_A_CHUNK, 1, "half", "the stream broke off before its end"),
-    ("-", [answer(400, OURS)], 1, "", SAID_BY_OURS),
-    ("-", [page(502, "text/html", b"<html>\n<h1>Bad</h1>\n")], 1, "", "HTTP 502 from {url}"),
+    ("-", [error(400, "X", "No 100%\nsuch \x1b[1mlanguage")], 1, "", "X: No 100%\nsuch [1mlanguage"),
+    ("-", [head(502, kind="text/html"), b"<html>\n<h1>Bad</h1>\n"], 1, "", "HTTP 502 from {url}"),
     ("-", [answer(404, {"detail": "x"})], 1, "", "HTTP 404 from {url}"),
     ("-", [*BROKEN_OFF, b"data: {nonsense\n\n"], 1, "half", NO_EVENT),
     ("-", [*BROKEN_OFF, b"data: [1]\n\n"], 1, "half", NO_EVENT),
@@ -316,9 +303,7 @@ FAILURES: list[tuple[str, Script, int, str, str]] = [  # arguments, what the ser
 
 
 @pytest.mark.parametrize(("args", "script", "status", "printed", "said"), FAILURES)
-def test_what_goes_wrong_is_said_and_exits_with_1_or_2(
-    repl: Repl, args: str, script: Script, status: int, printed: str, said: str
-) -> None:
+def test_a_failure_exits_with_1_or_2(repl: Repl, args: str, script: Any, status: int, printed: str, said: str) -> None:
     repl.answers(*[script] if script else [])
     assert repl.run(b"x", *args.split()) == (status, printed, f"cerebrum_repl.sh: {said.format(url=repl.url)}\n")
 
@@ -347,28 +332,24 @@ NOT_WHOLE = "the last result is not whole; :save PATH saves it nevertheless"
 
 def test_commands_that_ask_nothing(repl: Repl) -> None:
     unusable = [":last", ":write", ":save", ":do it", ":nonsense", "", "   "]
-    out, err = repl.converse(":lang go", ":tokens", ":temp", *unusable, ":exit", "never")
-    assert out == "language: go\ntokens: 512\ntemperature: 0.4\n"
-    assert err == [
-        "there is no result yet",
-        NO_FILE,
-        "expected :save PATH",
-        "expected :do INSTRUCTION after a completion, or :do @PATH INSTRUCTION",
-        "no such command: :nonsense; see :help",
-    ]
+    said = ["there is no result yet", NO_FILE, "expected :save PATH"]
+    said += ["expected :do INSTRUCTION after a completion, or :do @PATH INSTRUCTION"]
+    said += ["no such command: :nonsense; see :help"]
+    shown = "language: go\ntokens: 512\ntemperature: 0.4\n"
+    assert repl.converse(":lang go", ":tokens", ":temp", *unusable, ":exit", "never") == (shown, said)
     assert repl.backend.asked == []
 
 
+THERE: dict[str, Any] = {"languages": ["c"], "available": True}
 LISTED: dict[str, Any] = {
     "models": [
-        {"id": "small", "name": "S", "languages": ["c"], "parameters": "0.5B", "available": True, "loaded": True,
-         "memory_mb": 1288.6, "n_ctx": 4096},
-        {"id": "middle", "name": "M", "languages": ["c"], "parameters": "1.5B", "available": True, "loaded": False},
-        {"id": "large", "name": "L", "languages": ["go", "c"], "parameters": "7B", "available": False},
+        {**THERE, "id": "small", "parameters": "0.5B", "loaded": True, "memory_mb": 1288.6},
+        {**THERE, "id": "middle", "parameters": "1.5B", "loaded": False},
+        {"id": "large", "parameters": "7B", "languages": ["go", "c"], "available": False},
     ],
     "languages": [{"id": "lua", "endings": [".lua"], "filenames": [], "served": False}],
     "prefer": {"infill": ["middle"], "instruct": ["large", "middle"]},
-}  # fmt: skip
+}
 SHOWN = """\
   small   loaded, 1289 MB  0.5B
 * middle  on the VPS       1.5B
@@ -395,7 +376,7 @@ LISTS: list[tuple[str, bytes, str, str]] = [  # commands, what the server answer
     (":lang\n:lang go", answer(200, LISTED), "c go\nlanguage: python\nlanguage: go\n", ""),
     (":stats", answer(200, STATS), STATS_SHOWN, ""),
     (":lang", error(401, "UNAUTHORIZED", "no\x1b[1m key"), "language: python\n", "UNAUTHORIZED: no[1m key"),
-    (":model", page(200, "text/html", b"<html>"), "model: auto\n", "{url}" + NO_LIST),
+    (":model", head(kind="text/html") + b"<html>", "model: auto\n", "{url}" + NO_LIST),
     (":stats", b"", "", "curl: (52) Empty reply from server"),
 ]
 
@@ -416,12 +397,9 @@ def test_last_and_save(repl: Repl) -> None:
     out, err = repl.converse("def f():", ":last", f":save {saved}", f":save {taken}", f":save! {taken}", *bad)
     whole = "def f():\n    return '\\n'  \n\n"
     assert out.split("block]\n")[1] == f"{whole}saved {saved}\nsaved {taken}\n"
-    assert err == [
-        f"{taken} exists; :save! {taken} replaces it",
-        f"{here}/fifo: not a regular file; nothing was saved",
-        f"{here}: not a regular file; nothing was saved",
-        f"{here}/none/x: No such file or directory; nothing was saved",
-    ]
+    reasons = {"/fifo": "not a regular file", "": "not a regular file", "/none/x": "No such file or directory"}
+    refused = [f"{here}{place}: {reason}; nothing was saved" for place, reason in reasons.items()]
+    assert err == [f"{taken} exists; :save! {taken} replaces it", *refused]
     assert saved.read_text() == taken.read_text() == whole
     assert stat.S_ISFIFO((here / "fifo").stat().st_mode)
 
@@ -443,20 +421,16 @@ def test_a_file_is_completed_at_its_end_and_keeps_its_links_mode_and_owner(repl:
     (body,) = repl.asked
     assert (body["prompt"], body["mode"], body["language"]) == ("fn f() {\r\n\t// é\n", "complete", "rust")
     assert "suffix" not in body
-    status = real.stat()
-    assert (real.read_bytes(), stat.S_IMODE(status.st_mode)) == (b"fn f() {\r\n\t// \xc3\xa9\n}\n", 0o750)
-    assert (status.st_uid, status.st_gid) == owner
-    assert link.is_symlink()
+    assert (real.read_bytes(), mode(real)) == (b"fn f() {\r\n\t// \xc3\xa9\n}\n", 0o750)
+    assert ((real.stat().st_uid, real.stat().st_gid), link.is_symlink()) == (owner, True)
     assert os.listdir(folder) == ["real.rs"]
 
 
 def test_a_files_name_sets_the_language_and_its_length_the_tokens(repl: Repl) -> None:
-    names = ["x.RS", "a.b.go", "Gemfile", ".py", "go", "x.go~", "x.txt"]
-    sizes = [0, 10, 3000, 30_000, *[0] * 3]
-    for name, size in zip(names, sizes, strict=True):
-        write(repl.folder / name, "x" * size)
-    repl.answers(*[instructed("a")] * len(names))
-    repl.converse(":lang c", *(f":do @{repl.folder / name} it" for name in names))
+    sizes = {"x.RS": 0, "a.b.go": 10, "Gemfile": 3000, ".py": 30_000, "go": 0, "x.go~": 0, "x.txt": 0}
+    paths = [write(repl.folder / name, "x" * size) for name, size in sizes.items()]
+    repl.answers(*[instructed("a")] * len(paths))
+    repl.converse(":lang c", *(f":do @{path} it" for path in paths))
     assert [body["language"] for body in repl.asked] == ["rust", "go", "ruby", "python", *["python"] * 3]
     assert [body["max_tokens"] for body in repl.asked] == [512, 512, 1064, 2048, *[512] * 3]
 
@@ -505,12 +479,17 @@ DO, TWO_LINES = ":do @{path} it", b"one\ntwo\n"
 NO_TEXT = "{path}: expected text in UTF-8, got the byte "
 CUT = instructed("on", finish_reason="length", kept={"parts": ["all"]})
 OF_A_PART = instructed("on", finish_reason="stop", kept={"parts": ["imports", "window"]})
-REPEATED = instructed("on", finish_reason="repeat")
 REFUSES = ", so :write will refuse it"
 # A command, the file, the answers, what is said to the command, and to :write.
 UNTOUCHED: list[tuple[str, bytes, list[Script], str, str]] = [
     (DO, TWO_LINES, [CUT], "cut off at 512 tokens" + REFUSES, NOT_WHOLE),
-    (DO, TWO_LINES, [REPEATED], "the model began to repeat itself" + REFUSES, NOT_WHOLE),
+    (
+        DO,
+        TWO_LINES,
+        [instructed("on", finish_reason="repeat")],
+        "the model began to repeat itself" + REFUSES,
+        NOT_WHOLE,
+    ),
     (DO, TWO_LINES, [OF_A_PART], "made from a part of the text, which is too long for the model" + REFUSES, NOT_WHOLE),
     (DO, TWO_LINES, [instructed(" \n")], "the answer is empty" + REFUSES, NOT_WHOLE),
     (DO, TWO_LINES, [instructed("on", finish_reason="replaced")], "the answer broke off" + REFUSES, NOT_WHOLE),
@@ -532,11 +511,16 @@ def test_neither_half_an_answer_nor_what_is_no_text_is_written(
     assert path.read_bytes() == text
 
 
-def test_a_file_that_changed_meanwhile_is_not_written(repl: Repl) -> None:
-    path = write(repl.folder / "x.py", "one\n")
-    repl.answers([lambda: path.write_text("edited\n"), *completion("two\n")])
-    assert repl.converse(f":file {path}", ":write")[1] == [f"{path} has changed since it was read"]
-    assert path.read_text() == "edited\n"
+def test_a_file_that_changed_meanwhile_or_may_only_be_read_is_not_replaced(repl: Repl) -> None:
+    path, fixed = write(repl.folder / "x.py", "one\n"), write(repl.folder / "y.py", "x")
+    fixed.chmod(0o444)
+    repl.answers([lambda: path.write_text("edited\n"), *completion("two\n")], completion("y"))
+    without_override = (str(shutil.which("setpriv")), "--bounding-set=-dac_override") if os.geteuid() == 0 else ()
+    typed = f":file {path}\n:write\n:file {fixed}\n:write\n"
+    status, _, err = repl.run(typed.encode(), before=without_override)
+    said = [f"{path} has changed since it was read", f"{fixed}: not writable; the file is unchanged"]
+    assert (status, complaints(err)) == (0, said)
+    assert (path.read_text(), fixed.read_text()) == ("edited\n", "x")
 
 
 REFUSED = [error(503, "X", "no")]
@@ -557,10 +541,8 @@ NOTHING_CAME = [  # a command that gets no answer, what the server says to it, w
 
 
 @pytest.mark.parametrize(("command", "script", "said"), NOTHING_CAME, ids=[row[0] for row in NOTHING_CAME])
-def test_a_command_without_an_answer_leaves_the_last_result_as_it_was(
-    repl: Repl, command: str, script: Script | None, said: str
-) -> None:
-    a, b = repl.two_files()
+def test_a_command_without_an_answer_leaves_the_last_result(repl: Repl, command: str, script: Any, said: str) -> None:
+    a, b = write(repl.folder / "a.py", "a\n"), write(repl.folder / "b.rs", "b\n")
     repl.answers(completion("A\n"), *([script] if script else []))
     out, err = repl.converse(f":file {a}", command.format(b=b), ":last", ":write", ":lang")
     assert err == [said.format(b=b)]
@@ -569,7 +551,7 @@ def test_a_command_without_an_answer_leaves_the_last_result_as_it_was(
 
 
 def test_half_an_answer_is_the_last_result_and_belongs_to_its_file(repl: Repl) -> None:
-    a, b = repl.two_files()
+    a, b = write(repl.folder / "a.py", "a\n"), write(repl.folder / "b.rs", "b\n")
     repl.answers(completion("A\n"), BROKEN_OFF, instructed("whole\n"))
     out, err = repl.converse(f":file {a}", f":file {b}", ":write", ":last", ":do finish it", ":write")
     broken, unfit = "the stream broke off before its end", "made from a result that is not whole"
@@ -579,46 +561,47 @@ def test_half_an_answer_is_the_last_result_and_belongs_to_its_file(repl: Repl) -
     assert (a.read_text(), b.read_text()) == ("a\n", "b\n")
 
 
+@contextlib.contextmanager
+def disk_of(size: str, folder: Path) -> Iterator[Path]:
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]
+    mounted = subprocess.run(mount, capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"needs to mount: {mounted.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def fill(file: Path) -> None:
+    """Let the file take all of its disk."""
+    with contextlib.suppress(OSError), file.open("wb", buffering=0) as opened:
+        while opened.write(bytes(4096)):
+            pass
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 64 KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
-        pytest.skip("cannot mount a tmpfs")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with disk_of("64k", tmp_path / "disk") as folder:
+        yield folder
 
 
-def test_a_full_disk_loses_no_file(repl: Repl, small_disk: Path) -> None:
-    path = write(small_disk / "x.py", "x" * 40_000)
-    repl.answers(completion("y" * 40_000))
+def test_a_disk_loses_no_file_and_a_temporary_directory_no_result_that_it_cannot_hold(
+    repl: Repl, small_disk: Path
+) -> None:
+    path, other = write(small_disk / "x.py", "x" * 40_000), write(repl.folder / "y.py", "x" * 10_000)
+    repl.answers(completion("y" * 40_000), completion(*["y" * 10_000] * 2))
     _, err = repl.converse(f":file {path}", ":write", f":save! {path}")
     full = f"{path}: No space left on device"
     assert err == [f"{full}; the file is unchanged", f"{full}; nothing was saved"]
-    assert path.read_text() == "x" * 40_000
-    assert os.listdir(small_disk) == ["x.py"]
-
-
-def test_a_result_that_the_temporary_directory_cannot_hold_is_not_written(repl: Repl, small_disk: Path) -> None:
-    path = write(repl.folder / "x.py", "x" * 10_000)
-    repl.answers(completion(*["y" * 10_000] * 2))
+    assert (path.read_text(), os.listdir(small_disk)) == ("x" * 40_000, ["x.py"])
+    path.unlink()
     repl.env["TMPDIR"] = str(small_disk)
-    status, _, err = repl.run(f":file {path}\n:write\n".encode())
+    status, _, err = repl.run(f":file {other}\n:write\n".encode())
     said = [f"no room for the whole result in {small_disk}", NOT_WHOLE]
     assert (status, err.splitlines()[-2:]) == (0, [f"cerebrum_repl.sh: {one}" for one in said])
-    assert path.read_text() == "x" * 10_000
-
-
-def test_a_file_that_may_only_be_read_is_not_replaced(repl: Repl) -> None:
-    path = write(repl.folder / "x.py", "x")
-    path.chmod(0o444)
-    repl.answers(completion("y"))
-    without_override = (str(shutil.which("setpriv")), "--bounding-set=-dac_override") if os.geteuid() == 0 else ()
-    status, _, err = repl.run(f":file {path}\n:write\n".encode(), before=without_override)
-    assert (status, complaints(err)) == (0, [f"{path}: not writable; the file is unchanged"])
-    assert path.read_text() == "x"
+    assert other.read_text() == "x" * 10_000
 
 
 @pytest.mark.parametrize("name", ["-n.go", "a  b %s & \\n é.go", "~.go", "@x.go", "\udcff.go"])
@@ -663,7 +646,8 @@ MAGENTA, GREEN, RED, PLAIN = "\x1b[35m", "\x1b[32m", "\x1b[31m", "\x1b[m"
 
 
 def test_ctrl_c_stops_the_generation_and_neither_the_repl_nor_the_last_result(repl: Repl) -> None:
-    (a, b), asked, left = repl.two_files(), threading.Event(), threading.Event()
+    a, b = write(repl.folder / "a.py", "a\n"), write(repl.folder / "b.rs", "b\n")
+    asked, left = threading.Event(), threading.Event()
     repl.answers(completion("A\n"), [head(), asked.set, HANG, left.set])
     screen = repl.terminal()
     screen.enter(f":file {a}")
@@ -730,7 +714,7 @@ def test_the_line_can_be_edited_and_history_lasts(repl: Repl) -> None:
     assert repl.prompts() == ["def f():", pasted, pasted, "def f():"]
     history = repl.folder / "home/.local/state/cerebrum/repl_history"
     assert re.sub(r"(?m)^#\d+$", "#", history.read_text()).startswith(f"#\ndef f():\n#\n{pasted}\n#\n:exit\n")
-    assert stat.S_IMODE(history.stat().st_mode) == 0o600
+    assert mode(history) == 0o600
 
 
 def test_progress_is_shown_and_gone_before_the_first_token(repl: Repl) -> None:
@@ -768,29 +752,24 @@ def test_a_model_is_coloured_and_cannot_control_the_terminal(repl: Repl) -> None
     assert screen.expect(PROMPT) == "\r\n".join(lines)
 
 
-@pytest.mark.parametrize("without", [{"NO_COLOR": "0"}, {"TERM": "dumb"}, {"TERM": ""}], ids=str)
-def test_a_terminal_without_colours(repl: Repl, without: dict[str, str]) -> None:
+def test_a_terminal_without_colours(repl: Repl) -> None:
     path = write(repl.folder / "x.py", "a\n")
-    repl.answers(instructed("b\x1b[31m\n"))
-    screen = repl.terminal(**without)
-    screen.expect(PROMPT)
-    screen.type(f":do @{path} it\r")
-    shown = screen.expect("+b[31m\r\n").rpartition(" it\r\n")[2].removeprefix("\x1b[?2004l\r")
-    assert shown == f"b[31m\r\n\r\n{SUMMARY}\r\n--- {path}\r\n+++ {path} (new)\r\n@@ -1 +1 @@\r\n-a\r\n"
+    repl.answers(*[instructed("b\x1b[31m\n")] * 3)
+    for without in ({"NO_COLOR": "0"}, {"TERM": "dumb"}, {"TERM": ""}):
+        screen = repl.terminal(**without)
+        screen.expect(PROMPT)
+        screen.type(f":do @{path} it\r")
+        shown = screen.expect("+b[31m\r\n").rpartition(" it\r\n")[2].removeprefix("\x1b[?2004l\r")
+        assert shown == f"b[31m\r\n\r\n{SUMMARY}\r\n--- {path}\r\n+++ {path} (new)\r\n@@ -1 +1 @@\r\n-a\r\n", without
 
 
 # ----------------------------------------------------------------------------------------------- key
 
 
 def keygen(*args: str, stdin: str = "", **environ: str) -> tuple[int, str, str]:
-    env = {"PATH": os.environ["PATH"], **environ}
-    command = [KEYGEN, *args]
-    result = subprocess.run(command, env=env, input=stdin, capture_output=True, text=True, timeout=PATIENCE)
+    given = {"env": {"PATH": os.environ["PATH"], **environ}, "input": stdin, "timeout": PATIENCE}
+    result = subprocess.run([KEYGEN, *args], capture_output=True, text=True, **given)
     return result.returncode, result.stdout, result.stderr.removeprefix("generate_api_key.sh: ").removesuffix("\n")
-
-
-def mode(path: Path) -> int:
-    return stat.S_IMODE(path.stat().st_mode)
 
 
 def test_a_key_is_32_random_bytes() -> None:
@@ -799,6 +778,7 @@ def test_a_key_is_32_random_bytes() -> None:
     assert len(keys) == 2
 
 
+OTHERWISE = "# CEREBRUM_API_KEY=\n\nX=CEREBRUM_API_KEY=\\n%s\n"
 WRITTEN = [  # file, before, after (K is the new key)
     (".env", None, "CEREBRUM_API_KEY=K\n"),
     (".env", "", "CEREBRUM_API_KEY=K\n"),
@@ -806,13 +786,12 @@ WRITTEN = [  # file, before, after (K is the new key)
     (".env", "A=1", "A=1\nCEREBRUM_API_KEY=K\n"),
     (".env", "CEREBRUM_API_KEY=o/l+d==", "CEREBRUM_API_KEY=K,o/l+d==\n"),
     (".env", "export CEREBRUM_API_KEY = 'one'\nB=2\nCEREBRUM_API_KEY=\"two\"\r\n", "CEREBRUM_API_KEY=K,two\nB=2\n"),
-    (".env", "# CEREBRUM_API_KEY=\n\nX=CEREBRUM_API_KEY=\\n%s\n",
-     "# CEREBRUM_API_KEY=\n\nX=CEREBRUM_API_KEY=\\n%s\nCEREBRUM_API_KEY=K\n"),
+    (".env", OTHERWISE, f"{OTHERWISE}CEREBRUM_API_KEY=K\n"),
     (".env", "A=\xff\r\n", "A=\xff\r\nCEREBRUM_API_KEY=K\n"),
     ("CEREBRUM_API_KEY", None, "K\n"),
     ("CEREBRUM_API_KEY", "\n", "K\n"),
     ("CEREBRUM_CM4_API_KEY", "old==\n\n", "K,old==\n"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("name", "before", "after"), WRITTEN)
@@ -852,16 +831,14 @@ REFUSALS = [  # a command, its stdin, its status, what it says
 
 
 @pytest.mark.parametrize(("args", "stdin", "status", "said"), REFUSALS)
-def test_what_cannot_be_done_changes_no_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, args: str, stdin: str, status: int, said: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_what_cannot_be_done_changes_no_file(tmp_path: Path, args: str, stdin: str, status: int, said: str) -> None:
     clients = "# 32\n" + "".join(f"n{number} key\n" for number in range(32))
     before = {"good": "CEREBRUM_API_KEY=old\n", "TWO": "new, old\n", "keys": clients}
-    for name, text in before.items():
-        write(Path(name), text)
-    assert keygen(*args.split(), stdin=stdin, CEREBRUM_CM4_KEYS_FILE="keys") == (status, "", said)
-    assert {name: Path(name).read_text() for name in os.listdir()} == before
+    with contextlib.chdir(tmp_path):
+        for name, text in before.items():
+            write(Path(name), text)
+        assert keygen(*args.split(), stdin=stdin, CEREBRUM_CM4_KEYS_FILE="keys") == (status, "", said)
+        assert {name: Path(name).read_text() for name in os.listdir()} == before
 
 
 @pytest.mark.parametrize("stdin", ["k-_1=\n", "k-_1=", "CEREBRUM_CM4_API_KEY=k-_1=,old\r\n", "k-_1=\nnext line"])
@@ -870,9 +847,8 @@ def test_a_key_is_carried_over(tmp_path: Path, stdin: str) -> None:
     env.symlink_to("real")
     credential = write(tmp_path / "CEREBRUM_API_KEY", "old\n")
     assert keygen("--set", str(env), str(credential), stdin=stdin) == (0, f"key set in: {env} {credential}\n", "")
-    assert (env.is_symlink(), mode(real)) == (True, 0o600)
+    assert (env.is_symlink(), mode(real), mode(credential)) == (True, 0o600, 0o600)
     assert (env.read_text(), credential.read_text()) == ("CEREBRUM_API_KEY=k-_1=\nA=1\n", "k-_1=\n")
-    assert (mode(env), mode(credential)) == (0o600, 0o600)
 
 
 def test_a_typed_key_is_not_shown(tmp_path: Path) -> None:
@@ -885,9 +861,7 @@ def test_a_typed_key_is_not_shown(tmp_path: Path) -> None:
 
 def test_a_full_disk_loses_no_key(small_disk: Path) -> None:
     path = write(small_disk / ".env", "CEREBRUM_API_KEY=old\nanna key\n")
-    with (small_disk / "rest").open("wb", buffering=0) as rest, contextlib.suppress(OSError):
-        while rest.write(bytes(4096)):
-            pass
+    fill(small_disk / "rest")
     for args in (["--write", str(path)], ["--client", "ben"], ["--revoke", "anna"]):
         code, out, err = keygen(*args, CEREBRUM_CM4_KEYS_FILE=str(path))
         assert (code, out, "No space left on device" in err) == (1, "", True)
@@ -917,9 +891,6 @@ def test_a_key_is_on_no_command_line_and_on_the_disk_before_it_replaces_a_file(t
     assert [moved for _, moved in steps[1:3]] == [f"{drafts[0]} {env}", f"{drafts[1]} {credential}"]
 
 
-APPLY = "apply it:  sudo systemctl reload cerebrum-cm4\n"
-
-
 def test_clients_get_keys_and_lose_them(tmp_path: Path) -> None:
     """The script with a daemon's settings beside it, and the file that they name behind a link."""
     script, file = tmp_path / Path(KEYGEN).name, tmp_path / "client-keys"
@@ -935,13 +906,14 @@ def test_clients_get_keys_and_lose_them(tmp_path: Path) -> None:
     assert address == f"address: https://{os.uname().nodename}.local:7001"
     assert re.fullmatch("key:     [A-Za-z0-9_-]{43}", key)
     assert setting.startswith("setting: CEREBRUM_URL and CEREBRUM_CM4_API_KEY ")
-    assert first.stderr == f"{file} is new: while it exists, all clients need a key\n{APPLY}"
-    assert second.stderr == APPLY
+    apply = "apply it:  sudo systemctl reload cerebrum-cm4\n"
+    assert first.stderr == f"{file} is new: while it exists, all clients need a key\n{apply}"
+    assert second.stderr == apply
     assert file.read_text() == f"anna {key.split()[1]}\ngast.2 {second.stdout.split()[3]} 1\n"
     assert (file.stat().st_uid, mode(file)) == (owners[0], 0o600)
     write(file, "# ours\n\n" + file.read_text().rstrip())
     os.chown(file, owners[1], -1)
-    assert run([script, "--revoke", "gast.2"]).stderr == APPLY
+    assert run([script, "--revoke", "gast.2"]).stderr == apply
     assert (file.read_text(), file.stat().st_uid) == (f"# ours\n\nanna {key.split()[1]}\n", owners[1])
     assert (file.is_symlink(), os.listdir(tmp_path / "etc")) == (True, ["keys"])
 
@@ -986,21 +958,13 @@ def test_a_venv_of_another_python_or_cpu_is_made_anew(lacks: str, tmp_path: Path
         (venv / "bin/python").symlink_to(tmp_path / "gone")
     status, _, err = called(["bash", str(tmp_path / "run.sh"), "setup"], f"{bin}:{os.environ['PATH']}")
     assert (status, "Illegal" in err) == (0, False), err
-    calls = log.read_text().splitlines()
-    assert calls.count("new -m venv --clear .venv") == 1
     assert (venv / "installed-run.txt").exists()
-    assert calls.count("new -m pip cache remove llama_cpp_python") == 1
-    assert any(call.startswith("new -m pip install ") for call in calls)
+    calls = log.read_text()
+    once = ("new -m venv --clear .venv\n", "new -m pip cache remove llama_cpp_python\n")
+    assert ([calls.count(one) for one in once], "\nnew -m pip install " in calls) == ([1, 1], True)
 
 
 # ------------------------------------------------------------------------------------------- setup.sh
-
-# For other users and systemd; each writes down its arguments.
-STAND_INS = {"runuser": 'shift 3; exec "$@"', "systemctl": "", "chown": ""}
-CHECK = """import os, sys
-key = open(os.environ["CREDENTIALS_DIRECTORY"] + "/CEREBRUM_API_KEY").read()
-sys.exit((os.environ["CEREBRUM_VPS_URL"], key) != ("http://vps:9000", "the-key\\n"))
-"""
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may set up a daemon")
@@ -1009,12 +973,13 @@ def test_the_pi_is_set_up_by_one_line_that_the_backend_takes(tmp_path: Path) -> 
     for folder in ("bin", "run", "etc/credstore", "etc/cerebrum-cm4", "usr/lib/cerebrum-cm4"):
         (tmp_path / folder).mkdir(parents=True)
     log, library = tmp_path / "log", tmp_path / "usr/lib/cerebrum-cm4"
-    for tool, does in STAND_INS.items():
+    for tool, does in (("runuser", 'shift 3; exec "$@"'), ("systemctl", ""), ("chown", "")):  # stand-ins
         write(tmp_path / "bin" / tool, f'#!/bin/bash\necho "{tool} $*" >>{log}\n{does}\n').chmod(0o755)
     text = re.sub("(?<=[ =])/(etc|run|usr/lib)/", rf"{tmp_path}/\1/", (ROOT / "systemd/setup.sh").read_text())
     script = write(tmp_path / "bin/cerebrum-cm4", text.replace(" -o cerebrum -g cerebrum", ""))
     script.chmod(0o755)
-    write(library / "cm4d.py", CHECK)
+    given = 'os.environ["CEREBRUM_VPS_URL"], open(os.environ["CREDENTIALS_DIRECTORY"] + "/CEREBRUM_API_KEY").read()'
+    write(library / "cm4d.py", f'import os\nassert ({given}) == ("http://vps:9000", "the-key\\n")\n')
     shutil.copy(KEYGEN, library)
     settings, key = tmp_path / "etc/cerebrum-cm4/env", tmp_path / "etc/credstore/CEREBRUM_API_KEY"
     write(settings, "A=1\nCEREBRUM_VPS_URL=http://old:9000\n")
@@ -1023,10 +988,8 @@ def test_the_pi_is_set_up_by_one_line_that_the_backend_takes(tmp_path: Path) -> 
     def setup(typed: str) -> tuple[int, bool]:
         """The exit status, and whether the daemon was restarted."""
         write(log, "")
-        command = [str(script), "setup"]
-        status = subprocess.run(command, env=env, input=typed, text=True, capture_output=True).returncode
-        assert "-key" not in log.read_text()
-        assert os.listdir(tmp_path / "run") == []
+        status = subprocess.run([script, "setup"], env=env, input=typed, text=True, capture_output=True).returncode
+        assert ("-key" in log.read_text(), os.listdir(tmp_path / "run")) == (False, [])
         return status, "systemctl restart cerebrum-cm4.service" in log.read_text()
 
     for refused in ("http://vps:9000 another-key\n", "http://other:9000 the-key\n", "ftp://vps the-key\n"):

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness import HEALTH, ROOT, Client, command_of, daemon, settings, until
@@ -42,7 +43,7 @@ def _logger() -> Iterator[None]:
     request_id_var.set("-")
 
 
-def test_log_form(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_form(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "logs" / "cerebrum.log"
     monkeypatch.setattr(time, "time", lambda: 1_766_664_000.9)
     monkeypatch.setenv("TZ", "Pacific/Kiritimati")  # 14 hours ahead; the log is in UTC
@@ -68,7 +69,7 @@ OUTSIDE = {
 
 
 @pytest.mark.parametrize("text", OUTSIDE)
-def test_outside_text_stays_on_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
+def test_outside_text_stays_on_its_line(tmp_path: Path, capsys: Any, text: str) -> None:
     set_up_logging("INFO", str(tmp_path / "log"))
     log.info("%s", text)
     log.error("internal error", exc_info=ValueError(text))
@@ -93,9 +94,7 @@ def test_notify_in_an_abstract_socket_or_none(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("full", [True, False], ids=["full", "removed"])
-def test_a_log_file_is_made_again_after_it_is_removed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], full: bool
-) -> None:
+def test_a_log_file_is_made_again_after_it_is_removed(tmp_path: Path, capsys: Any, full: bool) -> None:
     file = tmp_path / "cerebrum.log"
     if full:
         file.symlink_to("/dev/full")
@@ -118,14 +117,11 @@ def test_the_log_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     set_up_logging("INFO", str(tmp_path / "log"))
     for number in range(200):
         log.info("line %d", number)
-    files = sorted(path.name for path in tmp_path.iterdir())
-    assert files == ["log", "log.1", "log.2", "log.3"]
-    assert max(path.stat().st_size for path in tmp_path.iterdir()) <= 1000
+    sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    assert (sorted(sizes), max(sizes.values()) <= 1000) == (["log", "log.1", "log.2", "log.3"], True)
 
 
-def test_requests_are_not_written_twice(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_requests_are_not_written_twice(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     output = os.fstat(1)
     monkeypatch.setenv("JOURNAL_STREAM", f"{output.st_dev}:{output.st_ino}")
     set_up_logging("INFO", str(tmp_path / "log"))
@@ -161,9 +157,7 @@ def systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
         yield heard
 
 
-def test_the_watchdog_is_fed_only_while_nothing_is_stuck(
-    systemd: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_the_watchdog_is_fed_only_while_nothing_is_stuck(systemd: Any, monkeypatch: Any, caplog: Any) -> None:
     monkeypatch.setenv("WATCHDOG_USEC", "20000")
     asked: list[float] = []
 
@@ -171,28 +165,14 @@ def test_the_watchdog_is_fed_only_while_nothing_is_stuck(
         asked.append(now)
         return "a worker hangs" if len(asked) > 3 else ""
 
-    async def scenario() -> None:
-        service = Service(lambda: None, stuck)
-        work = asyncio.create_task(until(lambda: len(asked) >= 10))
-        assert await service.run(work)
-
-    asyncio.run(scenario())
+    assert await Service(lambda: None, stuck).run(asyncio.create_task(until(lambda: len(asked) >= 10)))
     assert systemd() == ["READY=1", "WATCHDOG=1", "WATCHDOG=1", "WATCHDOG=1", "STOPPING=1"]
-    assert [record.message for record in caplog.records if record.levelno >= logging.ERROR] == [
-        "a worker hangs",
-        "a task of the daemon has ended",
-    ]
-
-
-def test_sockets_of_another_process_are_not_ours() -> None:
-    assert passed_sockets({}) == []
-    assert passed_sockets({"LISTEN_PID": "1", "LISTEN_FDS": "1"}) == []
+    errors = [record.message for record in caplog.records if record.levelno >= logging.ERROR]
+    assert errors == ["a worker hangs", "a task of the daemon has ended"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_reloads_and_the_end(
-    systemd: Callable[[], list[str]], caplog: pytest.LogCaptureFixture, number: signal.Signals
-) -> None:
+def test_reloads_and_the_end(systemd: Any, caplog: Any, number: signal.Signals) -> None:
     caplog.set_level(logging.INFO)
     faults = [None, ConfigError("CEREBRUM_X: expected a number, got 'x'"), ValueError("a fault of ours"), None]
     reloads = list[int]()  # when each came, in microseconds
@@ -234,9 +214,6 @@ async def test_a_daemon_whose_probing_fails_ends_with_an_error(monkeypatch: pyte
     assert await cm4d.serve(environ, cm4d.load_config(environ)) == 1
 
 
-EXPOSED = {"cerebrum-backend": 4, "cerebrum-cm4": 11}  # points of systemd-analyze's 100
-
-
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd")
 def test_the_units_are_well_formed_and_locked_down() -> None:
     version = subprocess.run(["systemd-analyze", "--version"], stdout=subprocess.PIPE, text=True).stdout
@@ -246,7 +223,7 @@ def test_the_units_are_well_formed_and_locked_down() -> None:
     verified = subprocess.run(["systemd-analyze", "verify", "--man=no", *units], capture_output=True, text=True)
     assert [line for line in verified.stderr.splitlines() if "is not executable" not in line] == []
     analyze = ["systemd-analyze", "security", "--offline=true"]
-    for unit, points in EXPOSED.items():
+    for unit, points in (("cerebrum-backend", 4), ("cerebrum-cm4", 11)):  # points of systemd-analyze's 100
         command = [*analyze, f"--threshold={points}", str(ROOT / f"systemd/{unit}.service")]
         assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0, unit
 
@@ -254,11 +231,9 @@ def test_the_units_are_well_formed_and_locked_down() -> None:
 # ------------------------------------------------------------------------------------------- both daemons
 
 
-@pytest.mark.parametrize("name", ["cm4d", "vpsd"])
-async def test_a_reload_takes_new_keys_and_level_and_keeps_the_old_ones_if_they_are_wrong(
-    tmp_path: Path, name: str
-) -> None:
-    variable = {"cm4d": "CEREBRUM_CM4_API_KEY", "vpsd": "CEREBRUM_API_KEY"}[name]
+@pytest.mark.parametrize(("name", "key", "later"), [("cm4d", "CM4_API_KEY", "CM4_PORT"), ("vpsd", "API_KEY", "N_CTX")])
+async def test_a_reload_takes_keys_and_level_if_they_are_right(tmp_path: Path, name: str, key: str, later: str) -> None:
+    variable = f"CEREBRUM_{key}"
     credentials = tmp_path / "credentials"
     credentials.mkdir()
     (credentials / variable).write_text("one\n")
@@ -285,11 +260,10 @@ async def test_a_reload_takes_new_keys_and_level_and_keeps_the_old_ones_if_they_
         assert await reload("two", "] reloaded\n") == [401, 200, 401]
         assert (await Client(port=process.port).get("/health")).status in (200, 503)
         await asyncio.to_thread(process.wait_for_line, "GET /health")
-        later = {"cm4d": "CEREBRUM_CM4_PORT", "vpsd": "CEREBRUM_N_CTX"}[name]
-        assert f"WARNING - [-] {later} changed: restart the daemon to use it\n" in process.stdout()
+        assert f"WARNING - [-] CEREBRUM_{later} changed: restart the daemon to use it\n" in process.stdout()
 
 
-async def test_a_daemon_takes_the_socket_of_its_supervisor(tmp_path: Path) -> None:
+def test_a_daemon_takes_the_socket_of_its_supervisor(tmp_path: Path) -> None:
     """As systemd passes it: open before the daemon runs, and on while it is restarted."""
     code = "import os, sys; os.dup2(int(sys.argv[1]), 3); os.environ['LISTEN_PID'] = str(os.getpid())"
     code += "; os.execv(sys.argv[2], sys.argv[2:])"
@@ -297,28 +271,25 @@ async def test_a_daemon_takes_the_socket_of_its_supervisor(tmp_path: Path) -> No
         port = listening.getsockname()[1]
         early = socket.create_connection(("127.0.0.1", port))  # nobody serves it yet
         early.sendall(HEALTH)
-        environ = settings(tmp_path, LISTEN_FDS="1", CEREBRUM_VPS_HOST="192.0.2.1")
+        given = {"env": settings(tmp_path, LISTEN_FDS="1", CEREBRUM_VPS_HOST="192.0.2.1"), "stdout": subprocess.PIPE}
         command = [sys.executable, "-c", code, str(listening.fileno()), *command_of("vpsd")]
         for _ in range(2):
-            process = await asyncio.create_subprocess_exec(
-                *command, env=environ, pass_fds=[listening.fileno()], stdout=asyncio.subprocess.PIPE
-            )
-            assert process.stdout
-            assert f"listening on http://127.0.0.1:{port}\n".encode() in await process.stdout.readline()
-            assert early.recv(15) == b"HTTP/1.1 200 OK"
-            early.close()
-            process.terminate()
-            await process.communicate()
+            with subprocess.Popen(command, pass_fds=[listening.fileno()], **given) as process:
+                assert f"listening on http://127.0.0.1:{port}\n".encode() in process.stdout.readline()
+                assert early.recv(15) == b"HTTP/1.1 200 OK"
+                early.close()
+                process.terminate()
             early = socket.create_connection(("127.0.0.1", port))  # refused if the socket were closed
             early.sendall(HEALTH)
         early.close()
+    assert passed_sockets({"LISTEN_PID": "1", "LISTEN_FDS": "1"}) == []  # of another process
 
 
 @pytest.mark.parametrize("wanted", ["0", "1"])
 async def test_prompts_are_logged_only_if_wanted(tmp_path: Path, wanted: str) -> None:
     async with Backend() as backend:
-        settings = {"CEREBRUM_VPS_URL": f"http://127.0.0.1:{backend.port}", "CEREBRUM_CM4_API_KEY": ""}
-        with daemon("cm4d", tmp_path, **settings, CEREBRUM_LOG_PROMPTS=wanted) as process:
+        given = {"CEREBRUM_VPS_URL": f"http://127.0.0.1:{backend.port}", "CEREBRUM_CM4_API_KEY": ""}
+        with daemon("cm4d", tmp_path, **given, CEREBRUM_LOG_PROMPTS=wanted) as process:
             asked = {"prompt": "def my_secret():\n", "suffix": "zwölf", "language": "python"}
             await Client(port=process.port).ask("POST", "/v1/complete/stream", asked, X_Request_ID="the-id")
             await asyncio.to_thread(process.wait_for_line, "the-id.* 200 ")

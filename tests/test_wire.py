@@ -452,25 +452,6 @@ async def test_rows_through_the_daemons(daemons: tuple[Daemon, Daemon]) -> None:
         await check_row(vps.port, row)
 
 
-FIELDS: list[tuple[str, Any, str]] = [
-    ("prompt", "", 'got the string ""'),
-    ("max_tokens", 2049, "2048, got the number 2049"),
-    ("temperature", 1.1, "a number from 0 to 1, got the number 1.1"),
-    ("top_p", 0, "a number above 0 to 1, got the number 0"),
-    ("stop", ["x"] * 17, "got an array of 17"),
-    ("seed", "x", 'got the string "x"'),
-]
-
-
-async def test_fields_of_both_daemons(daemons: tuple[Daemon, Daemon]) -> None:
-    for name, value, says in FIELDS:
-        raw = sized(json.dumps({**json.loads(BODY), name: value}).encode())
-        for one, path in zip(daemons, (b"/v1/complete", b"/v1/inference"), strict=True):
-            ((reply,), _) = await play(one.port, raw.replace(b"@POST", path))
-            assert (reply.status, reply.json["code"]) == (400, "INVALID_REQUEST")
-            assert re.fullmatch(f"{name}: expected .*{re.escape(says)}.*", reply.json["message"])
-
-
 # --------------------------------------------------------------------------------- what the table cannot say
 
 
@@ -545,19 +526,14 @@ async def test_log_lines(caplog: pytest.LogCaptureFixture) -> None:
         caplog.clear()
         async with serving() as (_, port):
             await play(port, raw, count)
-        return [
-            re.sub(r" [0-9]\.[0-9]{2}s( |$)", r" 0.00s\1", LogFormatter().format(record).split(" - ", 1)[1])
-            for record in caplog.records
-            if record.name == "cerebrum"
-        ]
+        texts = [LogFormatter().format(record) for record in caplog.records if record.name == "cerebrum"]
+        return [re.sub(r" [0-9]\.[0-9]{2}s( |$)", r" 0.00s\1", text.split(" - ", 1)[1]) for text in texts]
 
-    forged = "/%E2%80%A8x%C2%85%20200%201.00s"
-    shown, quoted = r"/\u2028x\x85 200 0.00s", r'"/\u2028x\u0085 200 1.00s"'
+    forged, shown = "/%E2%80%A8x%C2%85%20200%201.00s", r"/\u2028x\x85 200 0.00s"
+    unknown = r'NOT_FOUND: expected a path of this API, got "/\u2028x\u0085 200 1.00s"'
     refused = "expected CRLF line ends and no control characters, got byte 0x0d"
     assert await logged(sized(BODY)) == ["INFO - [-] POST /v1/complete 200 0.00s"]
-    assert await logged(get(forged)) == [
-        f"INFO - [-] GET {shown} 404 0.00s NOT_FOUND: expected a path of this API, got {quoted}"
-    ]
+    assert await logged(get(forged)) == [f"INFO - [-] GET {shown} 404 0.00s {unknown}"]
     assert await logged(b"GET\rx") == [f"INFO - [-] - - 400 0.00s INVALID_REQUEST: {refused}"]
     assert await logged(b"", 0) == []
 
@@ -611,37 +587,12 @@ def mutate(draw: random.Random, pool: list[bytes]) -> bytes:
         to = min(len(data), at + draw.choice((0, 1, 1, 2, 5, 20, 100)))
         before, piece, after, other = data[:at], data[at:to], data[to:], draw.choice(pool)
         start = draw.randrange(len(other) + 1)
-        data = draw.choice(
-            [
-                before + after,
-                before + other[start : start + draw.choice((1, 2, 20))] + after,
-                before + bytes(byte ^ 1 << draw.randrange(8) for byte in piece[:1]) + piece[1:] + after,
-                before + piece * draw.choice((2, 3, 50)) + after,
-                before + other[start:],
-                before + draw.randbytes(draw.randrange(1, 30)) + after,
-            ]
-        )
+        flipped = bytes(byte ^ 1 << draw.randrange(8) for byte in piece[:1]) + piece[1:]
+        longer, spliced = piece * draw.choice((2, 3, 50)), other[start : start + draw.choice((1, 2, 20))]
+        random_bytes = draw.randbytes(draw.randrange(1, 30))
+        middle = draw.choice((b"", spliced, flipped, longer, random_bytes, None))
+        data = before + other[start:] if middle is None else before + middle + after
     return data[:20_000]
-
-
-def splits(draw: random.Random, data: bytes) -> Iterator[list[bytes]]:
-    """The data cut at random places, and byte by byte."""
-    for cuts in (draw.choices(range(len(data) + 1), k=draw.randint(1, 12)), range(min(len(data), 600))):
-        yield [data[start:stop] for start, stop in pairwise([0, *sorted(cuts), len(data)])]
-
-
-def test_targets() -> None:
-    for target, parsed in {
-        "/a/b?c": ("/a/b", ""),
-        "/a%2Fb": ("/a/b", ""),
-        "/%61%2561": ("/a%61", ""),
-        "/%C3%A4": ("/ä", ""),
-        "//evil.example/a//b/": ("/evil.example/a//b", ""),
-        "/%2Fa%2F": ("//a/", ""),
-        "http://H:80?x": ("/", "h"),
-        "HTTP://[::1]:1/a": ("/a", "[::1]"),
-    }.items():
-        assert http.parse_target(target) == parsed
 
 
 def test_a_response_header_cannot_become_two() -> None:
@@ -659,10 +610,11 @@ async def fuzz(daemon: Daemon, count: int, seed: int) -> None:
     async def send() -> None:
         for _ in inputs:
             data = mutate(draw, pool)
+            cuts = sorted(draw.choices(range(len(data) + 1), k=draw.randint(1, 12)))
             try:
                 async with connect(daemon.port) as (reader, writer):
-                    for piece in next(splits(draw, data)):
-                        writer.write(piece)
+                    for start, stop in pairwise([0, *cuts, len(data)]):
+                        writer.write(data[start:stop])
                         await asyncio.sleep(0)
                     writer.write_eof()  # cancels what still runs
                     while b"HEAD" not in data:  # otherwise only the daemon knows which answers have a body

@@ -2,20 +2,19 @@
 
     python tests/bench/drafts.py [--model qwen_0_5b]
 
-Nothing is generated: the drafter gets the tokens of the changed file as if the model had chosen them. The time of each
-decode comes from a table measured with a 1.5B on two cores (Intel with AMX), so every machine gets the same result.
-Prints one line of JSON with, for each kind of change, the tokens/s without drafts, with a drafter that forgets every
-change, and with the real drafter. `ratio` is the last figure over the one before.
+Nothing is generated: the drafter gets the tokens of the changed file, by the tokenizer of --model, as if a model had
+chosen them. The time of each decode comes from a table measured with a 1.5B on two cores (Intel with AMX), so every
+machine gets the same result. Prints one line of JSON with, for each kind of change, the tokens/s without drafts, with a
+drafter that forgets every change, and with the real drafter. `ratio` is the last figure over the one before.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable
 from typing import Any
 
-from servers import FILES, copying
+from servers import copying, parser_of, weights_of
 
 from cerebrum.vps.drafts import Acceptance, Drafter
 from cerebrum.vps.llama import MAX_DRAFT, start_library
@@ -43,7 +42,7 @@ def tokenizer(model: str) -> Callable[[str], list[int]]:
     start_library()
     params = api.llama_model_default_params()
     params.vocab_only = True
-    vocabulary = Vocabulary(api.llama_model_load_from_file(str(FILES[model]).encode(), params))
+    vocabulary = Vocabulary(api.llama_model_load_from_file(str(weights_of(model)).encode(), params))
     return lambda text: vocabulary.tokenize(text, False)
 
 
@@ -67,9 +66,7 @@ def seconds_of(drafter: Drafter, target: list[int], costs: Costs) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default="qwen_0_5b", help="the model whose tokenizer is used")
-    tokenize, costs = tokenizer(parser.parse_args().model), Costs(SECONDS)
+    tokenize, costs = tokenizer(parser_of(__doc__, model="qwen_0_5b").parse_args().model), Costs(SECONDS)
     found = {}
     for name, change in CHANGES.items():
         tokens, seconds = 0, {Forgetful: 0.0, Drafter: 0.0}

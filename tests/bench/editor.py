@@ -15,14 +15,11 @@ Prints one line of JSON:
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import http.client
 import json
-import os
 import random
 import statistics
-import sys
 import sysconfig
 import tempfile
 import threading
@@ -31,9 +28,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from harness import MODELS, PATIENCE, Daemon, daemon
+import servers
+from harness import PATIENCE, Daemon
 
 LINES_BEFORE, LINES_AFTER = 64, 32
 PAUSES = 8  # characters typed on average between two pauses
@@ -61,13 +57,9 @@ class Infill:
         self.began = time.perf_counter()
         self.connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
         lines = self.before.splitlines(keepends=True)
-        body = {
-            "input_prefix": "".join(lines[-self.lines_before : -1]),
-            "prompt": lines[-1] if lines else "",
-            "n_predict": 64,
-        }
+        body = {"input_prefix": "".join(lines[-self.lines_before : -1]), "prompt": lines[-1] if lines else ""}
         body |= {"input_suffix": "".join(self.after.splitlines(keepends=True)[: self.lines_after]), "model": self.model}
-        body |= {"t_max_predict_ms": 1000, "cache_prompt": True, "temperature": 0, **self.more}
+        body |= {"n_predict": 64, "t_max_predict_ms": 1000, "cache_prompt": True, "temperature": 0, **self.more}
         self.connection.request("POST", "/infill", json.dumps(body), {"User-Agent": "llama.vim"})
         self.thread = threading.Thread(target=self._read)
         self.thread.start()
@@ -137,22 +129,11 @@ def keys(port: int, model: str, limit_ms: int) -> dict[str, Any]:
     return {"keys": len(times), **found, "computed": statistics.median(computed)}
 
 
-def start_both(stack: contextlib.ExitStack, folder: Path, models: Path = MODELS) -> tuple[Daemon, Daemon]:
-    """The VPS's daemon, with the models of a folder, and the Pi's, which asks for no key."""
-    easy = {"CEREBRUM_MAX_CPU_PERCENT": "100", "CEREBRUM_MIN_FREE_MB": "0", "CEREBRUM_MODELS_DIR": str(models)}
-    vps = stack.enter_context(daemon("vpsd", folder / "vpsd", inherited=os.environ, **easy))
-    where = {"CEREBRUM_VPS_URL": f"http://127.0.0.1:{vps.port}", "CEREBRUM_CM4_API_KEY": ""}
-    return vps, stack.enter_context(daemon("cm4d", folder / "cm4d", inherited=os.environ, **where))
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--keys", type=float, default=6.0, help="a second")
-    parser.add_argument("--model", default="qwen_0_5b")
-    options = parser.parse_args()
+    options = servers.parser_of(__doc__, seconds=60.0, keys=6.0, model="qwen_0_5b").parse_args()
+    servers.weights_of(options.model)
     with contextlib.ExitStack() as stack:
-        _, pi = start_both(stack, Path(stack.enter_context(tempfile.TemporaryDirectory())))
+        _, pi = servers.both(stack, Path(stack.enter_context(tempfile.TemporaryDirectory())))
         Infill(pi.port, options.model, "x", "").result()  # loads the model
         result = {"keys": {str(limit): keys(pi.port, options.model, limit) for limit in (500, 0)}}
         result["typing"] = typing(pi.port, options.model, pi, options.seconds, options.keys)

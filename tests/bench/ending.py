@@ -3,8 +3,10 @@
     python tests/bench/ending.py [--seed 1] [--cases 300] [--languages python,go] [--show 3] [FOLDER ...]
 
 Reads real files below the folders (default: the standard library, the installed packages and the sources that
-`make test-slow` fetches) and prints one line of JSON per language. Needs pygments, which says what is a string or a
-comment; the ends of definitions come from the indentation, not from the code under test. The kinds of cases:
+`make test-slow` fetches) and prints one line of JSON per language, from --cases of each kind. --show prints so many
+wrong cases of a language, --only those whose kind and model (as in member_on) match a pattern. Needs pygments, which
+says what is a string or a comment; the ends of definitions come from the indentation, not from the code under test. The
+kinds of cases:
 
     header  the prompt ends at the header of a definition; the rest of the definition is missing
     member  the prompt ends at a comment or decorator above a definition; the definition is missing
@@ -19,7 +21,6 @@ does not count, nor do comments and closing brackets that come along.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import re
@@ -30,9 +31,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import servers
 from pygments.token import Comment, String
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "text"))
 
 from sources import SOURCES, Peer, files_of
@@ -234,13 +235,8 @@ def measure(language: str, folders: list[str], seed: int, cases: int, show: int,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = servers.parser_of(__doc__, seed=1, cases=300, languages=",".join(LANGUAGES), show=0, only="")
     parser.add_argument("folders", nargs="*", default=FOLDERS)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--cases", type=int, default=300, help="of each kind in each language")
-    parser.add_argument("--languages", default=",".join(LANGUAGES))
-    parser.add_argument("--show", type=int, default=0, help="print this many wrong cases per language")
-    parser.add_argument("--only", default="", help="a pattern of the kind and model of these, as member_on")
     options = parser.parse_args()
     for language in options.languages.split(","):
         found = measure(language, options.folders, options.seed, options.cases, options.show, options.only)

@@ -4,7 +4,8 @@
 
 vpsd uses the model's tuned file, if this user has one (`vpsd.py tune`); `encoding` names it. llama-server uses the
 published file. What comes from the encoding alone is seen by `published`, vpsd with the published file, and by
-`llama_server_tuned`, llama-server with the tuned one. --published leaves the tuned file out.
+`llama_server_tuned`, llama-server with the tuned one. --published leaves the tuned file out. With --spin
+llama-server's threads spin as briefly as vpsd's. --quick has few and short rounds, to see whether everything works.
 
 Prints one line of JSON. Each part is a median over rounds with different prompts; `ratio` is vpsd's figure over
 llama-server's, `ratio_published` that of vpsd with the published file, and so on. Without --llama-server the parts that
@@ -27,7 +28,6 @@ need it are left out. The last column is the target, for the 0.5B and the 1.5B o
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import os
@@ -42,8 +42,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
-from servers import FILES, SPIN, Question, Result, Server, copying, llama_server, prose, ratio, together, vpsd, words
+import servers
+from families import Reference
+from servers import Question, Result, Server, copying, llama_server, prose, ratio, together, vpsd, words
 
 from cerebrum.vps import llama
 from cerebrum.vps.encoding import cpu_name, find_tuned, tuned_path
@@ -63,18 +64,19 @@ NGRAM_MODES = (
 class Bench:
     """The options, the running servers, and the folder for their files."""
 
-    def __init__(self, options: argparse.Namespace, folder: Path, stack: ExitStack) -> None:
+    def __init__(self, options: Any, folder: Path, stack: ExitStack) -> None:
         self.options, self.folder, self.stack = options, folder, stack
+        self.weights = servers.weights_of(options.model)
         # `share` divides the lengths of prompts.
         self.rounds, self.tokens, self.share = (2, 24, 8) if options.quick else (options.rounds, 128, 1)
         self.numbers = iter(range(10_000))
         settings = llama.Settings()
         if options.threads:
             settings = replace(settings, threads=options.threads, fixed_threads=True)
-        found, reason = find_tuned(FILES[options.model], settings) if not options.published else (None, "")
+        found, reason = find_tuned(self.weights, settings) if not options.published else (None, "")
         options.threads = found.settings.threads if found else settings.threads
         self.encoding = found.encoding if found else f"published {reason}".strip()
-        self.tuned = tuned_path(settings.state_dir, FILES[options.model]) if found else None
+        self.tuned = tuned_path(settings.state_dir, self.weights) if found else None
         self.has_weights = found is not None and found.path == self.tuned
         self._servers: dict[tuple[str, ...], Server] = {}
 
@@ -91,7 +93,7 @@ class Bench:
         binary, threads = self.options.llama_server, self.options.threads
         if not binary:
             return None
-        file, more = file or FILES[self.options.model], {SPIN: os.environ[SPIN]} if self.options.spin else {}
+        file, more = file or self.weights, {servers.SPIN: os.environ[servers.SPIN]} if self.options.spin else {}
         return self._start((str(file), *options), llama_server(self.folder, binary, file, threads, *options, **more))
 
     def sides(self, plain: bool = False, encodings: bool = False) -> dict[str, Server]:
@@ -167,8 +169,8 @@ def rewriting(bench: Bench, server: Server, number: int, tokens: int = 1024) -> 
 
 def rate_of_mode(bench: Bench, mode: tuple[str, ...]) -> float:
     """Of writing a file again that is not among those that are measured later."""
-    file, threads = FILES[bench.options.model], bench.options.threads
-    with llama_server(bench.folder, bench.options.llama_server, file, threads, *mode) as candidate:
+    binary, threads = bench.options.llama_server, bench.options.threads
+    with llama_server(bench.folder, binary, bench.weights, threads, *mode) as candidate:
         return rewriting(bench, candidate, 8, 400).rate
 
 
@@ -230,11 +232,11 @@ def cancel(bench: Bench) -> dict[str, Any]:
             next(event for event in events if event.get("progress", {}).get("stage") == "prefill")
             time.sleep(0.1)  # into the first chunk
             begin = time.perf_counter()
-        quiet, idle, busy = 0, begin, server.busy_seconds()
+        quiet, idle, busy = 0, begin, servers.cpu_ns(server.pid)
         while quiet < 5:
             time.sleep(0.002)
-            before, busy = busy, server.busy_seconds()
-            quiet = quiet + 1 if busy - before < 0.0005 else 0
+            before, busy = busy, servers.cpu_ns(server.pid)
+            quiet = quiet + 1 if busy - before < 500_000 else 0
             idle = idle if quiet else time.perf_counter()
         times.append(1000 * (idle - begin))
     return {"ms": round(median(times), 1), "worst_ms": round(max(times), 1)}
@@ -283,63 +285,28 @@ def loss(bench: Bench) -> dict[str, Any]:
     return {"ratio": ratio(rates["drafts"], rates["plain"]), "draft_tokens": drafted, "accepted_tokens": accepted}
 
 
-def gap_where_left(loop: llama.Llama, prompt: str, text: str, most: int) -> float | None:
-    """Decode greedily, a token at a time: the lead in logits of the first token that `text` does not have, or None."""
-    chat = isinstance(prompt, Question)
-    todo = loop.vocabulary.tokenize(prompt.chat_ml() if chat else prompt, True, special=chat)
-    slot, done = llama.Slot(0), b""
-    loop.trim(slot, 0)
-    for _ in range(most):
-        for start in range(0, len(todo), llama.MAX_CHUNK):
-            part = todo[start : start + llama.MAX_CHUNK]
-            loop.decode([(slot, part, 1)])
-            slot.tokens += part
-        second, first = np.partition(loop.logits(-1), -2)[-2:]
-        todo = [loop.greedy(-1)]
-        done += loop.vocabulary.piece(todo[0])
-        if not text.encode().startswith(done):
-            return round(float(first - second), 3)
-        if loop.vocabulary.is_end(todo[0]):
-            break
-    return None
-
-
 def ties(bench: Bench) -> dict[str, Any]:
     drafting, plain, differ, drafted = bench.ours(), bench.plain(), 0, 0
-    llama.start_library()
-    config = llama.Settings(threads=bench.options.threads, sequences=1, draft=False)
-    loop = llama.Llama(FILES[bench.options.model], config, lambda _: True)
-    gaps: dict[str, list[float]] = {"drafts": [], "plain": []}
+    loop, gaps = Reference(bench.weights), {"drafts": list[float](), "plain": list[float]()}
     numbers = range(4 if bench.options.quick else 16)
     for prompt in (*(prose(500 + number) for number in numbers), *(copying(number, 20) for number in numbers)):
         results = {"drafts": drafting.complete(prompt, bench.tokens), "plain": plain.complete(prompt, bench.tokens)}
         drafted += results["drafts"].done["draft_tokens"]
         differ += results["drafts"].text != results["plain"].text
+        chat = isinstance(prompt, Question)
+        pieces, leads = loop.greedy(loop.tokenize(prompt.chat_ml() if chat else prompt, chat), bench.tokens)
         for name, result in results.items():
-            gap = gap_where_left(loop, prompt, result.text, result.done["total_tokens"])
-            gaps[name] += [] if gap is None else [gap]
+            path = zip(itertools.accumulate(pieces), leads[: result.done["total_tokens"]], strict=False)
+            gaps[name] += [round(lead, 3) for text, lead in path if not result.text.encode().startswith(text)][:1]
     return {"texts": 2 * len(numbers), "differ": differ, "gaps": gaps, "draft_tokens": drafted}
 
 
-PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
-    part.__name__: part for part in (one, long, two, rewrite, new, ttft, cancel, pause, restart, loss, ties)
-}
+PARTS = {part.__name__: part for part in (one, long, two, rewrite, new, ttft, cancel, pause, restart, loss, ties)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--llama-server", default="", help="path of its binary; without it only vpsd is measured")
-    parser.add_argument("--model", default="qwen_0_5b")
-    parser.add_argument("--only", default=",".join(PARTS), help="parts, comma-separated")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--published", action="store_true", help="without the tuned file")
-    parser.add_argument("--spin", action="store_true", help="llama-server's threads spin as briefly as vpsd's")
-    parser.add_argument("--quick", action="store_true", help="few and short rounds, to see whether it works")
-    options = parser.parse_args()
-    if not FILES[options.model].exists():
-        print(f"engine: skipped, {FILES[options.model]} is missing")
-        return
+    what, how = {"llama_server": "", "model": "qwen_0_5b", "only": ",".join(PARTS)}, {"rounds": 5, "threads": 0}
+    options = servers.parser_of(__doc__, **what, **how, published=False, spin=False, quick=False).parse_args()
     found: dict[str, Any] = {"benchmark": "engine", "model": options.model, "cpu": cpu_name()}
     found |= {} if options.llama_server else {"llama_server": "skipped: --llama-server was not given"}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:

@@ -2,16 +2,15 @@
 
     python tests/bench/generate.py [--model qwen_0_5b] [--tokens 128] [--rounds 7] [--threads N]
 
-All use the same library, threads, prompts and greedy choice. Each runs in a process of its own, in turn, and each round
-has a new prompt. Prints one line of JSON: tokens/s counted from the first token, and their share of the bare loop's
-(medians). `ratio` should reach 0.97. It is of a vpsd without drafts, because drafts would hide the overhead measured
-here. `ratio_drafts` is of a vpsd with its defaults; `draft_tokens` counts the tokens that it drafted, few in text that
-hardly repeats.
+All use the same library, threads, prompts and greedy choice. Each runs in a process of its own (--bare is the loop's),
+in turn, and each round has a new prompt; --quick has two short ones, to see whether it works. Prints one line of JSON:
+tokens/s counted from the first token, and their share of the bare loop's (medians). `ratio` should reach 0.97. It is of
+a vpsd without drafts, because drafts would hide the overhead measured here. `ratio_drafts` is of a vpsd with its
+defaults; `draft_tokens` counts the tokens that it drafted, few in text that hardly repeats.
 """
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import json
 import subprocess
@@ -21,7 +20,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-from servers import FILES, prose, ratio, vpsd
+from servers import parser_of, prose, ratio, vpsd, weights_of
 
 from cerebrum.vps.llama import np, start_library, usable_cores  # sets how long llama.cpp's threads spin
 from cerebrum.vps.vocabulary import api
@@ -62,23 +61,15 @@ def bare_loop(path: str, threads: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default="qwen_0_5b")
-    parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=usable_cores())
-    parser.add_argument("--quick", action="store_true", help="few and short rounds, to see whether it works")
-    parser.add_argument("--bare", help=argparse.SUPPRESS)
+    parser = parser_of(__doc__, model="qwen_0_5b", tokens=128, rounds=7, threads=usable_cores(), quick=False, bare="")
     options = parser.parse_args()
     if options.bare:
         bare_loop(options.bare, options.threads)
         return
     if options.quick:
         options.tokens, options.rounds = 24, 2
-    if not FILES[options.model].exists():
-        print(f"generate: skipped, {FILES[options.model]} is missing")
-        return
-    command = [sys.executable, __file__, "--bare", str(FILES[options.model]), "--threads", str(options.threads)]
+    weights = str(weights_of(options.model))
+    command = [sys.executable, __file__, "--bare", weights, "--threads", str(options.threads)]
     rates: dict[str, list[float]] = {"plain": [], "drafts": [], "bare": []}
     same = drafted = 0
     with (

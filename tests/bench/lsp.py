@@ -12,53 +12,39 @@ Prints one line of JSON:
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
-import statistics
-import sys
 import tempfile
 import time
-import urllib.request
 from pathlib import Path
+from statistics import median, quantiles
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from editor import start_both
-from harness import FILES, PATIENCE, Daemon, wait_until
+import servers
+from harness import Daemon, wait_until
 from scripted import in_a_thread
 from test_lsp import INVOKED, Pi, editing
 
 ROUNDS, CANCELS = 300, 20
 
 
-def asked(url: str, **body: Any) -> Any:
-    data = json.dumps(body).encode() if body else None
-    with urllib.request.urlopen(urllib.request.Request(url, data), timeout=PATIENCE) as answer:
-        return json.load(answer)
-
-
 def added(folder: Path) -> dict[str, Any]:
     times = {"direct": list[float](), "through": list[float]()}
     text = "x = 1\n" * 10_000
     with in_a_thread(Pi()) as pi, editing(folder, pi.url) as editor:
-        editor.start()
-        editor.open(text)
+        editor.start(text=text)
         for number in range(ROUNDS):
             line = 5_000 + number
             editor.type(line, 0, "y")
             begin = time.perf_counter()
             assert editor.ghost(line, 1, INVOKED)
             middle = time.perf_counter()
-            asked(f"{pi.url}/infill", input_prefix=text[: 6 * line] + "y", input_suffix=text[6 * line :], n_predict=128)
+            around = {"input_prefix": text[: 6 * line] + "y", "input_suffix": text[6 * line :]}
+            servers.ask(f"{pi.url}/infill", n_predict=128, **around)
             times["through"].append(1000 * (middle - begin))
             times["direct"].append(1000 * (time.perf_counter() - middle))
-    told: dict[str, Any] = {
-        name: [round(statistics.median(one), 2), round(statistics.quantiles(one, n=10)[8], 2)]
-        for name, one in times.items()
-    }
-    return told | {"added": round(told["through"][0] - told["direct"][0], 2)}
+    told = {name: [round(median(one), 2), round(quantiles(one, n=10)[8], 2)] for name, one in times.items()}
+    return {**told, "added": round(told["through"][0] - told["direct"][0], 2)}
 
 
 def cancelled(folder: Path, pi: Daemon) -> dict[str, Any]:
@@ -68,29 +54,28 @@ def cancelled(folder: Path, pi: Daemon) -> dict[str, Any]:
         for number in range(CANCELS):
             editor.open("".join(f"value_{number}_{line} = {line}\n" for line in range(200)))
             request = editor.at(100, 0, INVOKED)
-            wait_until(lambda: asked(f"{url}/v1/stats")["requests_active"] == 1, "the Pi works on it")
+            wait_until(lambda: servers.ask(f"{url}/v1/stats")["requests_active"] == 1, "the Pi works on it")
             begin = time.perf_counter()
             editor.tell("$/cancelRequest", {"id": request})
-            wait_until(lambda: asked(f"{url}/v1/stats")["requests_active"] == 0, "the Pi has ended it")
+            wait_until(lambda: servers.ask(f"{url}/v1/stats")["requests_active"] == 0, "the Pi has ended it")
             times.append(1000 * (time.perf_counter() - begin))
             editor.answer(request)
-    return {"p50_ms": round(statistics.median(times), 1), "worst_ms": round(max(times), 1)}
+    return {"p50_ms": round(median(times), 1), "worst_ms": round(max(times), 1)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="qwen_0_5b")
-    options = parser.parse_args()
+    model = servers.parser_of(__doc__, model="qwen_0_5b").parse_args().model
+    weights = servers.weights_of(model)
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         result: dict[str, Any] = {"added": added(folder)}
         models = folder / "models"  # the one alone: the language server leaves the choice to the Pi
         models.mkdir()
-        (models / FILES[options.model].name).symlink_to(FILES[options.model])
-        _, pi = start_both(stack, folder, models)
-        asked(f"http://127.0.0.1:{pi.port}/infill", input_prefix="x", n_predict=1, model=options.model)  # loads it
+        (models / weights.name).symlink_to(weights)
+        _, pi = servers.both(stack, folder, models)
+        servers.ask(f"http://127.0.0.1:{pi.port}/infill", input_prefix="x", n_predict=1, model=model)  # loads it
         result["cancelled"] = cancelled(folder, pi)
-    print(json.dumps({"benchmark": "lsp", "model": options.model, **result}))
+    print(json.dumps({"benchmark": "lsp", "model": model, **result}))
 
 
 if __name__ == "__main__":

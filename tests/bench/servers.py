@@ -1,7 +1,11 @@
-"""For the engine's benchmarks: vpsd and llama-server as processes, one client for both, and prompts."""
+"""What benchmarks share: their options, the daemons and llama-server as processes, a client for each, and prompts.
+
+It sets the path to the harness of the tests, so a benchmark imports it before that.
+"""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import http.client
 import json
@@ -11,6 +15,7 @@ import socket
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -21,10 +26,43 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engines import Engine, free_port, started
-from harness import FILES as FILES
-from harness import KEY, MODELS, daemon, link_tuned
+from harness import FILES, KEY, MODELS, Daemon, daemon, link_tuned
 
 SPIN = "GOMP_SPINCOUNT"  # importing the engine sets it in this process, but a server must choose its own
+
+
+def parser_of(doc: str | None, **defaults: Any) -> argparse.ArgumentParser:
+    """A parser with an option for each of the defaults, of its type. The benchmark's docstring explains them."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, value in defaults.items():
+        kind = {"action": "store_true"} if value is False else {"type": type(value), "default": value}
+        parser.add_argument(f"--{name.replace('_', '-')}", **kind)
+    return parser
+
+
+def weights_of(model: str) -> Path:
+    """The published file of a model. Where it is missing, the benchmark ends."""
+    if not FILES[model].exists():
+        print(f"{Path(sys.argv[0]).stem}: skipped, {FILES[model]} is missing")
+        sys.exit()
+    return FILES[model]
+
+
+def ask(url: str, **body: Any) -> Any:
+    """The answer to a POST of these fields; without any, to a GET."""
+    headers = {"Content-Type": "application/json", "X-API-Key": KEY}
+    request = urllib.request.Request(url, json.dumps(body).encode() if body else None, headers)
+    with urllib.request.urlopen(request, timeout=600) as answer:
+        return json.load(answer)
+
+
+def cpu_ns(pid: int) -> int:
+    """CPU time of all threads, from the scheduler's clock: /proc/PID/stat has a grain of 10 ms."""
+    total = 0
+    for task in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError):
+            total += int(task.read_text().split()[0])
+    return total
 
 
 @dataclass
@@ -101,18 +139,18 @@ class Server:
                     result.marks.append((now, count))
         return result
 
-    def busy_seconds(self) -> float:
-        """CPU time of all threads of the server. Its resolution is a nanosecond."""
-        total = 0
-        for path in Path(f"/proc/{self.pid}/task").glob("*/schedstat"):
-            with contextlib.suppress(OSError):
-                total += int(path.read_text().split()[0])
-        return total / 1e9
-
 
 def inherited() -> dict[str, str]:
     """The environment of a server: this process's own, so that its settings reach the server."""
     return {name: value for name, value in os.environ.items() if name != SPIN}
+
+
+def both(stack: contextlib.ExitStack, folder: Path, models: Path = MODELS) -> tuple[Daemon, Daemon]:
+    """The VPS's daemon, with the models of a folder, and the Pi's, which asks for no key."""
+    easy = {"CEREBRUM_MAX_CPU_PERCENT": "100", "CEREBRUM_MIN_FREE_MB": "0", "CEREBRUM_MODELS_DIR": str(models)}
+    vps = stack.enter_context(daemon("vpsd", folder / "vpsd", inherited=inherited(), **easy))
+    where = {"CEREBRUM_VPS_URL": f"http://127.0.0.1:{vps.port}", "CEREBRUM_CM4_API_KEY": ""}
+    return vps, stack.enter_context(daemon("cm4d", folder / "cm4d", inherited=inherited(), **where))
 
 
 @contextlib.contextmanager

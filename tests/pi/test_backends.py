@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from harness import ROOT, until
-from scripted import CHUNKED, HANG, RESET, Backend, answer, backend_at, chunk, head, open_breaker, pi_for
+from scripted import CHUNKED, HANG, RESET, Backend, answer, backend_at, chunk, head, pi_for
 
 from cerebrum import pi as pi_package
 from cerebrum.pi import backend as pi_backend
@@ -68,10 +68,7 @@ def test_a_table() -> None:
         ([7], "backend 1: expected a table, got 7"),
         ([{"id": "a b"}], "backend 1: id: expected a string of the form "),
         ([{"id": "a"}], "backend 1: url: expected a string, got nothing"),
-        (
-            [ATTIC, ATTIC | {"url": "ftp://x"}],
-            "backend 2: url: expected http://HOST[:PORT] or https://HOST[:PORT], got",
-        ),
+        ([ATTIC, ATTIC | {"url": "ftp://x"}], "backend 2: url: expected http://HOST[:PORT] or https://HOST[:PORT], "),
         ([ATTIC | {"api": "vllm"}], "backend 1: api: expected one of cerebrum, llama.cpp, openai, got the string "),
         ([ATTIC | {"n_ctx": True}], "backend 1: n_ctx: expected an integer from 0 to 1e+07, got the boolean true"),
         ([ATTIC | {"max_concurent": 2}], "backend 1: expected one of id, url, api, key_env, ca_file, infill, "),
@@ -88,21 +85,19 @@ def test_a_bad_table(tables: list[Any], says: str) -> None:
 
 
 MODEL = Model("m", "M", ("python",), "7B", "Q4", "m-q4.gguf", aliases=("org/M", "m:7b"))
+LISTS: list[tuple[list[str], str | None]] = [
+    (["m"], "m"),
+    (["other", "org/M"], "org/M"),
+    (["m:7b", "org/M"], "org/M"),
+    (["/srv/models/m-q4.gguf"], "/srv/models/m-q4.gguf"),
+    ([r"C:\models\m-q4.gguf"], r"C:\models\m-q4.gguf"),
+    (["m-q4"], "m-q4"),
+    (["m-q4.gguf", "m"], "m"),
+    (["M", "org/m", "m-q8.gguf"], None),
+]
 
 
-@pytest.mark.parametrize(
-    ("listed", "name"),
-    [
-        (["m"], "m"),
-        (["other", "org/M"], "org/M"),
-        (["m:7b", "org/M"], "org/M"),
-        (["/srv/models/m-q4.gguf"], "/srv/models/m-q4.gguf"),
-        ([r"C:\models\m-q4.gguf"], r"C:\models\m-q4.gguf"),
-        (["m-q4"], "m-q4"),
-        (["m-q4.gguf", "m"], "m"),
-        (["M", "org/m", "m-q8.gguf"], None),
-    ],
-)
+@pytest.mark.parametrize(("listed", "name"), LISTS)
 def test_which_model_a_backend_has(listed: list[str], name: str | None) -> None:
     assert find_models([MODEL], listed) == ({} if name is None else {"m": name})
 
@@ -123,22 +118,20 @@ LIVE = {"timings_per_token": True, "return_progress": True}
 LLAMA = COMMON | LIVE | {"n_predict": 64, "stop": ["a", "b", "c", "d", "e"], "cache_prompt": True}
 LLAMA["response_fields"] = ["content", "stop", "stop_type", "tokens_evaluated", "tokens_predicted", "timings"]
 LLAMA_GAP = {"input_prefix": "x =", "input_suffix": "\ny", "prompt": "", "input_extra": GAP["extra"]}
+REQUESTS = [
+    ("openai", "complete", ASKED, FIM, OPENAI | {"prompt": "x ="}),
+    ("openai", "complete", PLAIN, FIM, UNSTOPPED | {"prompt": "x ="}),
+    ("openai", "infill", GAP, FIM, OPENAI | {"prompt": f"import os\n{FIM[0]}x ={FIM[1]}\ny{FIM[2]}"}),
+    ("openai", "infill", GAP, (), OPENAI | {"prompt": "import os\nx =", "suffix": "\ny"}),
+    ("openai", "chat", INSTRUCT, FIM, OPENAI | SAMPLED | {"messages": SAID[:1]}),
+    ("openai", "chat", CHAT, FIM, OPENAI | SAMPLED | {"messages": SAID}),
+    ("llama.cpp", "complete", ASKED, FIM, LLAMA | {"prompt": "x ="}),
+    ("llama.cpp", "infill", GAP, FIM, LLAMA | LLAMA_GAP),
+    ("llama.cpp", "chat", INSTRUCT, FIM, OPENAI | LIVE | SAMPLED | {"messages": SAID[:1]}),
+]
 
 
-@pytest.mark.parametrize(
-    ("api", "kind", "asked", "fim", "body"),
-    [
-        ("openai", "complete", ASKED, FIM, OPENAI | {"prompt": "x ="}),
-        ("openai", "complete", PLAIN, FIM, UNSTOPPED | {"prompt": "x ="}),
-        ("openai", "infill", GAP, FIM, OPENAI | {"prompt": f"import os\n{FIM[0]}x ={FIM[1]}\ny{FIM[2]}"}),
-        ("openai", "infill", GAP, (), OPENAI | {"prompt": "import os\nx =", "suffix": "\ny"}),
-        ("openai", "chat", INSTRUCT, FIM, OPENAI | SAMPLED | {"messages": SAID[:1]}),
-        ("openai", "chat", CHAT, FIM, OPENAI | SAMPLED | {"messages": SAID}),
-        ("llama.cpp", "complete", ASKED, FIM, LLAMA | {"prompt": "x ="}),
-        ("llama.cpp", "infill", GAP, FIM, LLAMA | LLAMA_GAP),
-        ("llama.cpp", "chat", INSTRUCT, FIM, OPENAI | LIVE | SAMPLED | {"messages": SAID[:1]}),
-    ],
-)
+@pytest.mark.parametrize(("api", "kind", "asked", "fim", "body"), REQUESTS)
 def test_what_an_engine_is_asked(api: str, kind: str, asked: dict[str, Any], fim: Sequence[str], body: Any) -> None:
     assert getattr(APIS[api], kind).write(Wanted(asked, "org/M", fim)) == body
 
@@ -151,34 +144,28 @@ def test_an_answer_must_fit_into_the_context() -> None:
 LONG_MESSAGE = "This model's maximum context length is 512 tokens. However, you requested 900 tokens (800 in …)."
 LONG = {"error": {"message": LONG_MESSAGE}}
 MAXIMUM = "This model's maximum context length is 4096 tokens"
+REFUSALS = [
+    ("request (1180 tokens) exceeds …", {"n_prompt_tokens": 1180, "n_ctx": 512}, (512, 1180)),  # llama-server
+    (f"{MAXIMUM}. However, you requested 5000 tokens (4488 in the messages, 512 in the …", {}, (4096, 0)),
+    (f"{MAXIMUM}, however you requested 5097 tokens (1000 in your prompt; 4097 for the …", {}, (4096, 0)),
+    (f"{MAXIMUM}. However, your prompt contains at least 4097 input tokens, which exceeds …", {}, (4096, 0)),
+    (f"'max_tokens' is too large: 512. {MAXIMUM} and your request has 4000 input tokens (512 > …", {}, (4096, 0)),
+    ("You passed 3585 input tokens, but the model's context length is only 4096 tokens, …", {}, (4096, 0)),
+    ("maximum context length is 4096 tokens", {}, (4096, 0)),
+    ("max_tokens=5000 cannot be greater than max_model_len=4096. Please request fewer …", {}, (4096, 0)),
+    ("It exceeds the context window.", {"code": "context_length_exceeded"}, (0, 0)),
+    ("The input (5000 tokens) is longer than the model's context length (4096 tokens).", {}, None),
+    ("temperature must be <= 2", {}, None),
+    ("the context length is 16 tokens", {}, None),
+    ("the context length is 4096 characters", {}, None),
+    (5, {}, None),
+    ("x", {"n_ctx": True, "n_prompt_tokens": 800}, None),
+    ("x", {"n_ctx": 10**9, "n_prompt_tokens": 800}, None),
+    ("x", {"n_ctx": 512, "n_prompt_tokens": "800"}, (512, 0)),
+]
 
 
-@pytest.mark.parametrize(
-    ("message", "more", "told"),
-    [
-        ("request (1180 tokens) exceeds …", {"n_prompt_tokens": 1180, "n_ctx": 512}, (512, 1180)),  # llama-server
-        (f"{MAXIMUM}. However, you requested 5000 tokens (4488 in the messages, 512 in the …", {}, (4096, 0)),
-        (
-            f"{MAXIMUM}, however you requested 5097 tokens (1000 in your prompt; 4097 for the completion).",
-            {},
-            (4096, 0),
-        ),
-        (f"{MAXIMUM}. However, your prompt contains at least 4097 input tokens, which exceeds …", {}, (4096, 0)),
-        (f"'max_tokens' is too large: 512. {MAXIMUM} and your request has 4000 input tokens (512 > …", {}, (4096, 0)),
-        ("You passed 3585 input tokens, but the model's context length is only 4096 tokens, …", {}, (4096, 0)),
-        ("maximum context length is 4096 tokens", {}, (4096, 0)),
-        ("max_tokens=5000 cannot be greater than max_model_len=4096. Please request fewer …", {}, (4096, 0)),
-        ("It exceeds the context window.", {"code": "context_length_exceeded"}, (0, 0)),
-        ("The input (5000 tokens) is longer than the model's context length (4096 tokens).", {}, None),
-        ("temperature must be <= 2", {}, None),
-        ("the context length is 16 tokens", {}, None),
-        ("the context length is 4096 characters", {}, None),
-        (5, {}, None),
-        ("x", {"n_ctx": True, "n_prompt_tokens": 800}, None),
-        ("x", {"n_ctx": 10**9, "n_prompt_tokens": 800}, None),
-        ("x", {"n_ctx": 512, "n_prompt_tokens": "800"}, (512, 0)),
-    ],
-)
+@pytest.mark.parametrize(("message", "more", "told"), REFUSALS)
 def test_how_engines_say_that_a_prompt_is_too_long(message: Any, more: Any, told: tuple[int, int] | None) -> None:
     lengths = {"n_ctx": told[0], "prompt_tokens": told[1]} if told else {}
     expected = {name: length for name, length in lengths.items() if length}
@@ -254,72 +241,51 @@ COUNTED = {"prompt_tokens": 9, "cached_tokens": 4, "ttft": 0.25, "tokens_per_sec
 LENGTH: dict[str, Any] = {"finish_reason": "length", "total_tokens": 2}
 NINE = {"prompt_tokens": 9, "total_tokens": 3}
 STREAMS = {
-    "vLLM's text with its usage": stream(
-        text_chunk("1"), text_chunk(" + 2", "stop"), USAGE, END, text="1 + 2", **NINE
-    ),
+    "vLLM's text with its usage": stream(text_chunk("1"), text_chunk(" + 2", "stop"), USAGE, END, text="1 + 2", **NINE),
     "a text that its limit cuts": stream(text_chunk("1"), text_chunk("2", "length"), END, text="12", **LENGTH),
     "no [DONE]": stream(text_chunk("1", "eos_token")),
     "no blank line at its end": stream((ONE + END)[:-2]),
     "odd counts": stream(text_chunk("1", "stop", usage={"prompt_tokens": -1, "completion_tokens": "3"})),
-    "nulls and members of other types": stream(
-        data({"choices": None, "error": None}), data({"choices": [7]}), data({"choices": [{}]}), text_chunk("1"),
-        data({"choices": [{"text": None, "finish_reason": "stop"}], "usage": None}),
-    ),
+    "nulls and members of other types": stream(data({"choices": None, "error": None}), data({"choices": [7]}),
+        data({"choices": [{}]}), text_chunk("1"),
+        data({"choices": [{"text": None, "finish_reason": "stop"}], "usage": None})),
     "comments and events that nobody knows": stream(b": ping\n\nevent: x\nid: 1\n\n", data({"news": 1}), ONE),
     "more than was asked for": stream(*map(text_chunk, "1234"), text="12", asked={"max_tokens": 2}, **LENGTH),
     "an empty count behind the real one": stream(ONE, USAGE, data({"choices": [], "usage": None}), END, **NINE),
-    "huge numbers": stream(
-        llama_chunk("1", 1, timings=TIMINGS | {"prompt_ms": 10**400}), data(LAST), prompt_tokens=9, total_tokens=2
-    ),
+    "huge numbers": stream(llama_chunk("1", 1, timings=TIMINGS | {"prompt_ms": 10**400}), data(LAST), prompt_tokens=9,
+        total_tokens=2),
     "no text at all": stream(text_chunk("", "stop"), END, text="", total_tokens=0),
-    "the natural end": stream(
-        *map(text_chunk, PIECES), text=BODY, asked=IN_FILE, finish_reason="block", total_tokens=5
-    ),
-    "a gap that meets its suffix": stream(
-        text_chunk("2, 3"), text_chunk("]\ny = 2"), text_chunk("\n"), text="2, 3", total_tokens=3,
-        asked={"prompt": "x = [1, ", "suffix": "]\ny = 2\n", "mode": "infill", "language": "python"},
-    ),
+    "the natural end": stream(*map(text_chunk, PIECES), text=BODY, asked=IN_FILE, finish_reason="block",
+        total_tokens=5),
+    "a gap that meets its suffix": stream(text_chunk("2, 3"), text_chunk("]\ny = 2"), text_chunk("\n"), text="2, 3",
+        total_tokens=3, asked={"prompt": "x = [1, ", "suffix": "]\ny = 2\n", "mode": "infill", "language": "python"}),
     "a stop over two events": stream(text_chunk("1E"), text_chunk("ND2"), asked={"stop": ["END"]}, total_tokens=2),
     "a mark that leaks": stream(text_chunk("1<|end"), text_chunk("oftext|>Human:"), total_tokens=2),
-    "a mark that the prompt has, too": stream(
-        text_chunk(" '<|im_end|>'", "stop"), text=" '<|im_end|>'", asked={"prompt": "end = '<|im_end|>'\nx ="}
-    ),
-    "a character in two events": stream(
-        text_chunk("a"), b'data: {"choices": [{"text": "\xe2\x82"}]}\n\n',
-        b'data: {"choices": [{"text": "\xac"}]}\n\n', text_chunk("b", "stop"), text="a\u20acb", total_tokens=4,
-    ),
-    "half of a character": stream(
-        b'data: {"choices": [{"text": "\xe2"}]}\n\n', text_chunk("x", "stop"), text="\ufffdx", total_tokens=2
-    ),
+    "a mark that the prompt has, too": stream(text_chunk(" '<|im_end|>'", "stop"), text=" '<|im_end|>'",
+        asked={"prompt": "end = '<|im_end|>'\nx ="}),
+    "a character in two events": stream(text_chunk("a"), b'data: {"choices": [{"text": "\xe2\x82"}]}\n\n',
+        b'data: {"choices": [{"text": "\xac"}]}\n\n', text_chunk("b", "stop"), text="a\u20acb", total_tokens=4),
+    "half of a character": stream(b'data: {"choices": [{"text": "\xe2"}]}\n\n', text_chunk("x", "stop"), text="\ufffdx",
+        total_tokens=2),
     "a surrogate pair": stream(text_chunk("\ud83d\udc80"), text_chunk("", "stop"), text="\U0001f480"),
-    "half of one in each of two events": stream(
-        text_chunk("\ud83d"), text_chunk("\ude00", "stop"), text="\U0001f600", total_tokens=2
-    ),
+    "half of one in each of two events": stream(text_chunk("\ud83d"), text_chunk("\ude00", "stop"), text="\U0001f600",
+        total_tokens=2),
     "half of one": stream(text_chunk("\ude00x", "stop"), text="\ufffdx"),
-    "a chat": stream(
-        chat_chunk(role="assistant", content=""), chat_chunk(content="Hi"), chat_chunk(content="!"),
-        chat_chunk("stop"), USAGE, END, text="Hi!", asked=SAYING, **NINE,
-    ),
-    "the code of an instruction alone": stream(
-        chat_chunk(content="Here you are:\n\n```py"), chat_chunk(content="thon\nx = 1\n``"),
-        chat_chunk(content="`\nBye"), chat_chunk(content="."), text="x = 1\n", total_tokens=3,
-        asked={"messages": SAID, "mode": "instruct", "language": "python"},
-    ),
+    "a chat": stream(chat_chunk(role="assistant", content=""), chat_chunk(content="Hi"), chat_chunk(content="!"),
+        chat_chunk("stop"), USAGE, END, text="Hi!", asked=SAYING, **NINE),
+    "the code of an instruction alone": stream(chat_chunk(content="Here you are:\n\n```py"),
+        chat_chunk(content="thon\nx = 1\n``"), chat_chunk(content="`\nBye"), chat_chunk(content="."), text="x = 1\n",
+        total_tokens=3, asked={"messages": SAID, "mode": "instruct", "language": "python"}),
     "a chat in one piece": stream(
         data({"choices": [{"message": {"content": "Hi"}, "finish_reason": "stop"}], "usage": {"prompt_tokens": 3}}),
-        text="Hi", asked=SAYING, prompt_tokens=3,
-    ),
-    "llama-server": stream(
-        llama_chunk("1", 1), llama_chunk("2", 2), data({**LAST, "timings": TIMINGS}), text="12", total_tokens=2,
-        **COUNTED,
-    ),
-    "llama-server at its limit": stream(
-        llama_chunk("1", 1), data(LAST | {"stop_type": "limit"}), **LENGTH, prompt_tokens=9
-    ),
+        text="Hi", asked=SAYING, prompt_tokens=3),
+    "llama-server": stream(llama_chunk("1", 1), llama_chunk("2", 2), data({**LAST, "timings": TIMINGS}), text="12",
+        total_tokens=2, **COUNTED),
+    "llama-server at its limit": stream(llama_chunk("1", 1), data(LAST | {"stop_type": "limit"}), **LENGTH,
+        prompt_tokens=9),
     "llama-server before its end": stream(
-        *(llama_chunk(piece, n, timings=TIMINGS | {"predicted_n": n}) for n, piece in enumerate(PIECES, 1)),
-        text=BODY, asked=IN_FILE, finish_reason="block", total_tokens=5, **COUNTED,
-    ),
+        *(llama_chunk(piece, n, timings=TIMINGS | {"predicted_n": n}) for n, piece in enumerate(PIECES, 1)), text=BODY,
+        asked=IN_FILE, finish_reason="block", total_tokens=5, **COUNTED),
 }  # fmt: skip
 
 BASE = {"prompt": "x =", "mode": "complete"}
@@ -396,6 +362,7 @@ def test_progress_is_passed_on_if_asked_for() -> None:
 LISTED = answer(200, {"object": "list", "data": [{"id": "qwen_0_5b", "max_model_len": 2048}]})
 VLLM = (CHUNKED, chunk(text_chunk("1")), chunk(text_chunk(" + 2", "stop")), chunk(USAGE), chunk(END), b"0\r\n\r\n")
 LLAMA_SERVER = (CHUNKED, chunk(llama_chunk("a", 1)), chunk(llama_chunk("b", 2)), chunk(data(LAST)), b"0\r\n\r\n")
+ANSWERED = [("openai", VLLM, "1 + 2", 3, "/v1/completions"), ("llama.cpp", LLAMA_SERVER, "ab", 2, "/completion")]
 ALIVE = [lambda: asyncio.sleep(0.01), chunk(b": PROCESSING\n\n")] * 500  # it keeps the connection alive, no more
 
 
@@ -408,10 +375,7 @@ def listing(**about: Any) -> bytes:
 
 
 @pytest.mark.parametrize("split", [False, True], ids=["whole", "bytes"])
-@pytest.mark.parametrize(
-    ("api", "script", "text", "tokens", "path"),
-    [("openai", VLLM, "1 + 2", 3, "/v1/completions"), ("llama.cpp", LLAMA_SERVER, "ab", 2, "/completion")],
-)
+@pytest.mark.parametrize(("api", "script", "text", "tokens", "path"), ANSWERED)
 async def test_a_completion(api: str, script: Any, text: str, tokens: int, path: str, split: bool) -> None:
     async with Backend([script], models=LISTED, split=split) as backend, pi_for(engine(backend.port, api)) as pi:
         reply = await pi.stream()
@@ -439,12 +403,13 @@ async def test_a_completion(api: str, script: Any, text: str, tokens: int, path:
     [
         ([answer(200, {"error": {"message": "boom"}})], "(its answer is not of the type that was asked for)", True),
         ([CHUNKED, chunk(data({"error": {"message": "boom"}})), b"0\r\n\r\n"], "(it reported an error)", True),
+        ([CHUNKED, chunk(text_chunk("1")), chunk(data({"error": "boom"})), HANG], "(it reported an error)", True),
         ([CHUNKED, chunk(END), b"0\r\n\r\n"], "VPS backend answered nothing; a lower n_ctx of it may help", False),
         ([head(401, "Content-Encoding: gzip", "Content-Length: 2", kind="text/html") + b"\x1f\x8b"], "our key", False),
         ([head(404, "Content-Length: 200000", kind="text/html") + b"x" * 200_000], "not have this model", False),
     ],
 )
-async def test_a_fault_before_the_first_token(script: Any, part: str, counted: bool) -> None:
+async def test_a_fault_before_the_first_token_or_behind_it(script: Any, part: str, counted: bool) -> None:
     async with Backend([script], models=LISTED) as backend, pi_for(engine(backend.port), probing=False) as pi:
         reply = await pi.complete()
         assert part in reply.json["message"]
@@ -465,7 +430,7 @@ async def test_an_engine_at_work_is_probed_only_if_its_breaker_is_open(monkeypat
         await first.probe()
         await first.learn_models()
         assert (len(backend.asked), pi.probes) == (asked, probes)
-        open_breaker(first.breaker)
+        first.breaker.open(0.0)
         await first.probe()
         assert first.breaker.state == "half-open"
         go.set()

@@ -7,6 +7,8 @@ import pytest
 from cerebrum.pi.breaker import FAILURES_TO_OPEN, MAX_OPEN_SECONDS, OPEN_SECONDS, TRIAL_SECONDS, Breaker
 
 GONE = "it is gone"
+TWICE = ("failed", "failed", "succeeded") * 2
+OUTCOMES = [(("failed",) * 3, [1, 2, 3]), (TWICE, [1, 2, 0, 1, 2, 0]), (("failed", "left"), [1, 1])]
 
 
 def opened() -> Breaker:
@@ -25,14 +27,7 @@ def half_open() -> Breaker:
     return breaker
 
 
-@pytest.mark.parametrize(
-    ("outcomes", "failures"),
-    [
-        (("failed", "failed", "failed"), [1, 2, 3]),
-        (("failed", "failed", "succeeded") * 2, [1, 2, 0, 1, 2, 0]),
-        (("failed", "left"), [1, 1]),
-    ],
-)
+@pytest.mark.parametrize(("outcomes", "failures"), OUTCOMES)
 def test_the_third_failure_in_a_row_opens(outcomes: tuple[str, ...], failures: list[int]):
     breaker, seen = Breaker(), []
     for now, outcome in enumerate(outcomes):
@@ -44,7 +39,7 @@ def test_the_third_failure_in_a_row_opens(outcomes: tuple[str, ...], failures: l
     assert breaker.message == (GONE if failures[-1] else "")
 
 
-def test_requests_that_fail_together_count_once():
+def test_requests_that_fail_together_count_once_unless_each_has_waited():
     """Such as the streams of one replica of several; a token of the others shows that the backend works."""
     breaker = Breaker()
     together, living = [breaker.admit(0.0) for _ in range(8)], breaker.admit(0.0)
@@ -56,11 +51,7 @@ def test_requests_that_fail_together_count_once():
     assert (breaker.state, breaker.failures) == ("closed", 0)
     living.failed(12.0, GONE)
     assert (breaker.state, breaker.failures) == ("closed", 1)
-
-
-def test_each_request_that_waited_in_vain_counts():
-    breaker = Breaker()
-    for now, request in enumerate([breaker.admit(0.0) for _ in range(3)], 10):
+    for now, request in enumerate([breaker.admit(12.0) for _ in range(2)], 22):
         request.failed(now, GONE, late=True)
     assert breaker.state == "open"
 

@@ -151,6 +151,10 @@ class Visit:
         )
         await self.page.dispatch_event("#editor", "drop", {"dataTransfer": carried})
 
+    async def fake(self, name: str, body: Any) -> None:
+        """Let the browser answer a GET of the page."""
+        await self.page.route(f"**/v1/{name}", lambda route: route.fulfill(json=body))
+
     async def diff(self) -> list[str]:
         return list(await self.find("#diff > *").all_text_contents())
 
@@ -207,10 +211,6 @@ async def visiting(
         assert visit.complaints == []
 
 
-async def install_clock(visit: Visit) -> None:
-    await visit.page.clock.install()
-
-
 def expect(what: Any) -> Any:
     from playwright.async_api import expect as playwright_expect
 
@@ -228,9 +228,8 @@ def runner() -> Iterator[asyncio.Runner]:
 @pytest.fixture(scope="module")
 def chrome(runner: asyncio.Runner) -> Iterator[Any]:
     api = pytest.importorskip("playwright.async_api", reason="please run: ./run.sh setup clients")
-    options = {"executable_path": needs("chromium"), "args": ["--no-sandbox"]}
-    driver = runner.run(api.async_playwright().start())
-    browser = runner.run(driver.chromium.launch(**options))
+    chromium, driver = needs("chromium"), runner.run(api.async_playwright().start())
+    browser = runner.run(driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"]))
     yield browser
     runner.run(browser.close())
     runner.run(driver.stop())
@@ -334,8 +333,7 @@ async def test_a_user_who_scrolls_keeps_the_position(chrome: Any) -> None:
         rest.set()
         await visit.ended()
         assert await editor.evaluate("box => [box.scrollTop, box.selectionStart, box.selectionEnd]") == [100, 7, 7]
-        transform = await visit.find("#mirror").evaluate("mirror => mirror.style.transform")
-        assert transform == "translate(0px, -100px)"
+        assert await visit.find("#mirror").get_attribute("style") == "transform: translate(0px, -100px);"
         metrics = ["font", "padding", "borderWidth", "tabSize", "whiteSpace", "letterSpacing", "lineHeight"]
         read = "(it, names) => [...names.map(name => getComputedStyle(it)[name]), it.getBoundingClientRect().toJSON()]"
         assert await editor.evaluate(read, metrics) == await visit.find(".mirror").evaluate(read, metrics)
@@ -459,7 +457,7 @@ async def test_the_vps_dies_in_mid_stream_and_then_the_pi(chrome: Any) -> None:
 
 async def test_a_stream_that_falls_silent(chrome: Any) -> None:
     """The Pi sends a comment from time to time. Without any, its connection is lost, whatever the network says."""
-    async with visiting(chrome, [CHUNKED, A, HANG], before=install_clock) as visit:
+    async with visiting(chrome, [CHUNKED, A, HANG], before=lambda visit: visit.page.clock.install()) as visit:
         await visit.ask(CODE)
         await until(lambda: len(visit.backend.completions) == 1)
         await visit.page.clock.run_for(1000)
@@ -500,12 +498,10 @@ async def test_stages_and_the_time(chrome: Any) -> None:
     told |= {"prompt_tokens": 900, "cached_tokens": 200}
     async with visiting(chrome, completion(*pieces, **told), completion("b")) as visit:
         await visit.ask(CODE)
-        for words, place, gate in (
-            ("Loading the model, 40 %", [40, 100], loading),
-            ("Reading the prompt, 300 of 900 tokens", [300, 900], reading),
-        ):
-            await visit.see("#stage", words)
-            assert await visit.find("progress").evaluate("bar => [bar.value, bar.max]") == place
+        words = {"Loading the model, 40 %": [40, 100], "Reading the prompt, 300 of 900 tokens": [300, 900]}
+        for shown, gate in zip(words, (loading, reading), strict=True):
+            await visit.see("#stage", shown)
+            assert await visit.find("progress").evaluate("bar => [bar.value, bar.max]") == words[shown]
             gate.set()
         await visit.see_part("#stage", "Writing, 12 tokens")
         writing.set()
@@ -554,16 +550,11 @@ async def test_a_key_is_asked_for_and_kept_in_this_tab(chrome: Any) -> None:
 async def test_hostile_texts_are_text(chrome: Any) -> None:
     models = load_catalog(ROOT / "models.toml").models
     hostile, spelled, name = HOSTILE + BIDI, HOSTILE + BIDI_SPELLED, HOSTILE.replace("/", "")
-    activity = {"vps_available": False, "vps_message": hostile, "requests_active": hostile, "breaker": hostile}
-    activity |= {"models_loaded": [hostile], "notes": [hostile], "load_avg": [hostile]}
-
-    async def lie(visit: Visit) -> None:
-        """What the Pi itself would not pass on."""
-        await visit.page.route("**/v1/activity", lambda route: route.fulfill(json=activity))
-
+    lies = {"vps_available": False, **dict.fromkeys(("vps_message", "requests_active", "breaker"), hostile)}
+    lies |= {"models_loaded": [hostile], "notes": [hostile], "load_avg": [hostile]}  # the Pi would not pass them on
     scripts = completion(hostile), completion(hostile), [error(500, "MODEL_LOAD_FAILED", hostile)]
     named = tuple(dataclasses.replace(model, name=hostile) for model in models)
-    async with visiting(chrome, *scripts, before=lie, models=named) as visit:
+    async with visiting(chrome, *scripts, before=lambda visit: visit.fake("activity", lies), models=named) as visit:
         await visit.see("#health", f"{spelled}.")
         await visit.see("#notes", spelled)
         await expect(visit.find("#models td:first-child").first).to_have_text(spelled)
@@ -630,20 +621,13 @@ async def test_a_saved_file_has_every_byte_that_was_not_changed(chrome: Any) -> 
 async def test_files_that_cannot_be_opened(chrome: Any) -> None:
     python = {"id": "python", "endings": [".py"], "filenames": [], "served": True}
     java = {"id": "java", "endings": [".java"], "filenames": [], "served": False}
-
-    async def languages(visit: Visit) -> None:
-        told = {"models": [], "languages": [python, java]}
-        await visit.page.route("**/v1/models", lambda route: route.fulfill(json=told))
-
-    async with visiting(chrome, before=languages) as visit:
+    told = {"models": [], "languages": [python, java]}
+    async with visiting(chrome, before=lambda visit: visit.fake("models", told)) as visit:
         await visit.write("x = 1\n")
-        for name, content, words in (
-            ("large.py", b"#" * (2 << 20), "is larger than 700 KB; it was not opened."),
-            ("latin.py", b"# \xe4", "is not a file of UTF-8 text; it was not opened."),
-            ("zero.py", b"a\0b", "is not a file of UTF-8 text; it was not opened."),
-        ):
+        large, other = "is larger than 700 KB", "is not a file of UTF-8 text"
+        for name, content, is_wrong in (("a", b"#" * (2 << 20), large), ("b", b"# \xe4", other), ("c", b"a\0b", other)):
             await visit.drop(name, content)
-            await visit.see("#error", f"{name} {words}")
+            await visit.see("#error", f"{name} {is_wrong}; it was not opened.")
             await visit.holds("x = 1\n")
         await visit.drop("a.java", b"class A {}")
         await visit.see_part("#outcome", "a.java is java, which no model in models.toml serves; using python.")
@@ -675,12 +659,9 @@ async def test_settings_are_sent_and_remembered(chrome: Any) -> None:
 
 
 async def test_a_browser_without_storage_and_a_number_that_is_being_typed(chrome: Any) -> None:
-    async def forbid(visit: Visit) -> None:
-        refuse = "{ get() { throw new DOMException('no', 'SecurityError') } }"
-        script = f"for (const area of ['localStorage', 'sessionStorage']) Object.defineProperty(window, area, {refuse})"
-        await visit.page.add_init_script(script)
-
-    async with visiting(chrome, before=forbid) as visit:
+    refuse = "{ get() { throw new DOMException('no', 'SecurityError') } }"
+    forbid = f"for (const area of ['localStorage', 'sessionStorage']) Object.defineProperty(window, area, {refuse})"
+    async with visiting(chrome, before=lambda visit: visit.page.add_init_script(forbid)) as visit:
         await visit.write(CODE)
         await visit.find("#tokens").focus()
         await visit.press("Control+a", "6", "4", "Control+Enter")
@@ -755,10 +736,8 @@ async def check_looks(visit: Visit, size: tuple[int, int]) -> None:
     assert [(rule["id"], [node["html"] for node in rule["nodes"]]) for rule in found["violations"]] == []
     assert await visit.page.evaluate("document.documentElement.scrollWidth") == size[0]
     if size == PHONE:
-        boxes = [
-            await one.bounding_box() for one in await visit.find("button, select, input:not(#key), textarea").all()
-        ]
-        sizes = [(box["width"], box["height"]) for box in boxes if box]
+        controls = await visit.find("button, select, input:not(#key), textarea").all()
+        sizes = [(box["width"], box["height"]) for one in controls if (box := await one.bounding_box())]
         assert (len(sizes) >= 10, [small for small in sizes if min(small) < 44]) == (True, [])
 
 
@@ -814,17 +793,8 @@ async def test_the_state_of_the_pi_of_its_models_and_of_its_people(chrome: Any) 
 
 async def test_the_settings_for_an_editor_have_the_address_and_the_key(chrome: Any, caplog: Any) -> None:
     async with visiting(chrome, wait=False, client_keys=(KEY, "odd'key"), context=CLIPBOARD) as visit:
-
-        async def shown(key: str) -> list[str]:
-            """The settings for each editor, as if the Pi were pi.local and the key KEY."""
-            texts = []
-            for option in await visit.find("#recipe-editor option").all_text_contents():
-                await visit.find("#recipe-editor").select_option(option)
-                text = (await visit.find("#recipe").text_content()).replace(visit.url[:-1], "http://pi.local:7000")
-                assert key in text
-                texts.append(text.replace(key, "KEY"))
-            return texts
-
+        settings = [text.replace("http://pi.local:7000", visit.url[:-1]) for text in settings_for_editors()]
+        editors = visit.find("#recipe-editor")
         await visit.find("#recipes summary").click()
         await visit.see_part("#recipe", "none")
         for key, filled_in, note in (("odd'key", "KEY", "Put your key in place of KEY."), (KEY, KEY, "")):
@@ -833,9 +803,13 @@ async def test_the_settings_for_an_editor_have_the_address_and_the_key(chrome: A
             await visit.enter_key(key)
             await visit.is_up()
             await visit.find("#recipes summary").click()
-            assert sorted(await shown(filled_in)) == sorted(settings_for_editors())
+            shown = []
+            for option in await editors.locator("option").all_text_contents():
+                await editors.select_option(option)
+                shown.append(await visit.find("#recipe").text_content())
+            assert sorted(shown) == sorted(re.sub(r"\bKEY\b", filled_in, text) for text in settings)
             await visit.see("#recipe-note", note)
-        await visit.find("#recipe-editor").select_option("Helix, language server")
+        await editors.select_option("Helix, language server")
         await visit.see("#recipe-note", f"First fetch the language server: curl -O {visit.url}cerebrum_lsp.py")
         await visit.click("recipe-copy")
         await visit.see("#recipe-copied", "Copied.")
@@ -847,7 +821,7 @@ async def test_the_settings_for_an_editor_have_the_address_and_the_key(chrome: A
 
 async def test_the_state_is_asked_for_every_five_seconds(chrome: Any) -> None:
     """Less often while the Pi does not answer. The list of models is fetched only after a change."""
-    async with visiting(chrome, before=install_clock) as visit:
+    async with visiting(chrome, before=lambda visit: visit.page.clock.install()) as visit:
 
         def times() -> int:
             return visit.asked.count("/v1/activity")

@@ -6,11 +6,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -19,9 +21,9 @@ from typing import Any
 
 import pytest
 from harness import FILES, KEY, PATIENCE, daemon
-from scripted import CHUNKED, Backend, chunk, token
+from scripted import CHUNKED, Backend, chunk, script, token
 from test_peers import needs
-from test_plugins import LINE, PIECES, PREFIX, REQUESTS, SUFFIX, TEXT, Gate, Pi, completed, completion, start_pi
+from test_plugins import COUNTED, LINE, PIECES, PREFIX, REQUESTS, SUFFIX, TEXT, WHOLE, Pi, completed, start_pi
 
 from cerebrum.pi import upstream
 
@@ -42,7 +44,7 @@ CHAT_SENT = [*CHAT[:3], {"role": "user", "content": "And\nsubtract."}]
 @pytest.fixture
 def pi(tmp_path: Path) -> Iterator[Pi]:
     """The VPS answers each request with TEXT."""
-    with start_pi(tmp_path / "pi", [completion(*PIECES)]) as pi:
+    with start_pi(tmp_path / "pi", [WHOLE]) as pi:
         yield pi
 
 
@@ -91,30 +93,17 @@ def test_openai_completes(client: Any, pi: Pi) -> None:
     assert raw.text == json.dumps(json.loads(raw.text), separators=(",", ":"))
     whole = raw.parse().to_dict()
     assert abs(whole.pop("created") - time.time()) < PATIENCE
-    assert whole == {
-        "id": "cmpl-" + raw.headers["X-Request-ID"],
-        "object": "text_completion",
-        "model": "qwen_0_5b",
-        "choices": [{"index": 0, "text": TEXT, "logprobs": None, "finish_reason": "stop"}],
-        "usage": COUNTS,
-    }
+    about = {"id": "cmpl-" + raw.headers["X-Request-ID"], "object": "text_completion", "model": "qwen_0_5b"}
+    choice = {"index": 0, "text": TEXT, "logprobs": None, "finish_reason": "stop"}
+    assert whole == about | {"choices": [choice], "usage": COUNTS}
     (sent,) = pi.backend.completions
     assert sent == sent | {"mode": "complete", "prompt": PREFIX, "max_tokens": 16, "stop": ["\n\n\n"]}
 
 
-def test_openai_fills_in(client: Any, pi: Pi) -> None:
-    """More than one completion is asked for, and more tokens than there can be."""
-    body = {"prompt": [PREFIX], "suffix": SUFFIX, "n": 3, "best_of": 3, "seed": 5}
-    (choice,) = client.completions.create(model="gpt-4", **body, max_tokens=99999, temperature=2).choices
-    assert (choice.text, choice.finish_reason) == (TEXT, "stop")
-    (sent,) = pi.backend.completions
-    limits = {"max_tokens": 2048, "temperature": 1.0, "seed": 5}
-    assert sent == sent | limits | {"model": "qwen_0_5b", "mode": "infill", "prompt": PREFIX, "suffix": SUFFIX}
-
-
 def test_openai_streams_a_completion(client: Any, pi: Pi) -> None:
-    gate = Gate()
-    pi.backend.scripts = [completion(PIECES[0], gate, *PIECES[1:], reason="length")]
+    gate = threading.Event()
+    steps = PIECES[0], lambda: asyncio.to_thread(gate.wait, PATIENCE), *PIECES[1:]
+    pi.backend.scripts = [script(*steps, **COUNTED, finish_reason="length")]
     body = {"prompt": PREFIX, "stream": True, "stream_options": {"include_usage": True}}
     with client.completions.create(model="", **body) as stream:
         chunks = [next(stream)]
@@ -131,19 +120,14 @@ def test_openai_streams_a_completion(client: Any, pi: Pi) -> None:
 def test_openai_chats(client: Any, pi: Pi) -> None:
     whole = client.chat.completions.create(model="", messages=CHAT, max_completion_tokens=50).to_dict()
     message = {"role": "assistant", "content": TEXT}
-    assert whole == whole | {
-        "object": "chat.completion",
-        "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}],
-        "usage": COUNTS,
-    }
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
+    assert whole == whole | {"object": "chat.completion", "choices": [choice], "usage": COUNTS}
     (sent,) = pi.backend.completions
     assert (sent["messages"], sent["max_tokens"], sent["stop_at"]) == (CHAT_SENT, 50, "none")
     stream = client.chat.completions.create(model="", messages=CHAT, stream=True)
-    assert [(chunk.object, chunk.choices[0].delta.to_dict(), chunk.choices[0].finish_reason) for chunk in stream] == [
-        ("chat.completion.chunk", {"role": "assistant", "content": ""}, None),
-        *(("chat.completion.chunk", {"content": piece}, None) for piece in PIECES),
-        ("chat.completion.chunk", {}, "stop"),
-    ]
+    deltas = [(chunk.choices[0].delta.to_dict(), chunk.choices[0].finish_reason) for chunk in stream]
+    texts = [({"content": piece}, None) for piece in PIECES]
+    assert deltas == [({"role": "assistant", "content": ""}, None), *texts, ({}, "stop")]
 
 
 @pytest.mark.parametrize("ending", ["", "/", "/v1", "/v1/"])
@@ -171,7 +155,7 @@ def test_openai_raises_the_errors_of_a_bad_request(openai: Any, client: Any, pi:
 
 
 def test_openai_raises_authentication_error(openai: Any, tmp_path: Path) -> None:
-    with start_pi(tmp_path, [completion(*PIECES)], CEREBRUM_CM4_API_KEY=KEY) as pi:
+    with start_pi(tmp_path, [WHOLE], CEREBRUM_CM4_API_KEY=KEY) as pi:
         stranger = client_of(openai, pi.url + "/v1", "another-key")
         with pytest.raises(openai.AuthenticationError) as caught:
             stranger.chat.completions.create(model="", messages=CHAT, stream=True)
@@ -249,13 +233,10 @@ def test_node_openai(pi: Pi) -> None:
     command = [node, "--input-type=module", "-", pi.url, PREFIX, SUFFIX]
     done = subprocess.run(command, cwd=CACHE, input=NODE, capture_output=True, text=True)  # CACHE has its packages
     assert (done.returncode, done.stderr) == (0, "")
-    assert json.loads(done.stdout) == {
-        "text": [TEXT, COUNTS],
-        "pieces": [*PIECES, ""],
-        "chat": {"role": "assistant", "content": TEXT},
-        "streamed": [TEXT, 10],
-        "error": ["NotFoundError", 404, "MODEL_NOT_FOUND", "not_found_error"],
-    }
+    said = json.loads(done.stdout)
+    assert (said["text"], said["pieces"], said["streamed"]) == ([TEXT, COUNTS], [*PIECES, ""], [TEXT, 10])
+    assert said["chat"] == {"role": "assistant", "content": TEXT}
+    assert said["error"] == ["NotFoundError", 404, "MODEL_NOT_FOUND", "not_found_error"]
 
 
 def curl(*options: str) -> str:

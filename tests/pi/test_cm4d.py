@@ -6,12 +6,13 @@ import asyncio
 import re
 import signal
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from harness import KEY, PATIENCE, ROOT, Client, Reply, daemon, run_to_the_end, until
-from scripted import CHUNKED, DONE, GOOD, HANG, Backend, Flood, answer, chunk, error, head, open_breaker, pi_for, token
+from scripted import CHUNKED, DONE, GOOD, HANG, Backend, Flood, answer, chunk, error, event, head, pi_for, token
 
 from cerebrum.pi import fleet as pi_fleet
 from cerebrum.pi.upstream import BackendConfig, Endpoint
@@ -69,25 +70,23 @@ def test_a_bad_variable_is_named(name: str, value: str):
 
 GOOD_FIELDS = {"prompt": "x =", "language": "python"}
 EDITOR = GOOD_FIELDS | {"session": "editor"}
+FIELDS = [
+    ("prompt", ["a"], ["", None, 7]),
+    ("language", ["c"], ["", None, "Python"]),
+    ("max_tokens", [1, 2048], [0, 2049, True]),
+    ("temperature", [0, 1], [-0.1, 1.1]),
+    ("top_p", [0.1, 1], [0, 1.1]),
+    ("seed", [0, 2**32 - 2], [-1, 1.5, 2**32 - 1]),
+    ("stop", [[], ["a"] * 16, "a"], [["a"] * 17, [""], [1]]),
+    ("mode", ["complete"], ["edit"]),
+    ("stop_at", ["none"], ["end"]),
+    ("progress", [True], [1]),
+    ("suffix", [""], [1]),
+    ("session", ["s" * 200], ["", "s" * 201]),
+]
 
 
-@pytest.mark.parametrize(
-    ("field", "good", "bad"),
-    [
-        ("prompt", ["a"], ["", None, 7]),
-        ("language", ["c"], ["", None, "Python"]),
-        ("max_tokens", [1, 2048], [0, 2049, True]),
-        ("temperature", [0, 1], [-0.1, 1.1]),
-        ("top_p", [0.1, 1], [0, 1.1]),
-        ("seed", [0, 2**32 - 2], [-1, 1.5, 2**32 - 1]),
-        ("stop", [[], ["a"] * 16, "a"], [["a"] * 17, [""], [1]]),
-        ("mode", ["complete"], ["edit"]),
-        ("stop_at", ["none"], ["end"]),
-        ("progress", [True], [1]),
-        ("suffix", [""], [1]),
-        ("session", ["s" * 200], ["", "s" * 201]),
-    ],
-)
+@pytest.mark.parametrize(("field", "good", "bad"), FIELDS)
 def test_a_bad_field_is_named(field: str, good: list[Any], bad: list[Any]):
     for value in good:
         assert read_completion(GOOD_FIELDS | {field: value}, CATALOG)[field] in (value, [value])
@@ -175,18 +174,6 @@ async def test_health_and_stats_and_models_while_the_vps_is_up():
         assert [model["available"] for model in models.json["models"]] == [False, False, False, True]
 
 
-async def test_health_and_stats_and_models_while_the_vps_is_down():
-    async with Backend() as backend:
-        port = backend.port
-    async with pi_for(port) as pi:
-        health, stats = await pi.get("/health"), await pi.get("/v1/stats")
-        assert (health.status, health.json["vps_available"], health.json["code"]) == (503, False, "VPS_UNAVAILABLE")
-        assert (stats.json["vps_available"], stats.json["vps_response_time_ms"]) == (False, None)
-        why = "VPS backend is unavailable (connection refused)"
-        assert health.json["message"] == (await pi.get("/v1/activity")).json["vps_message"] == why
-        assert [model["available"] for model in (await pi.get("/v1/models")).json["models"]] == [False] * 4
-
-
 async def test_keys_that_do_not_match_are_not_healthy(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 0.05)
     unauthorized = error(401, "UNAUTHORIZED", "expected the API key")
@@ -207,6 +194,12 @@ async def test_a_bad_health_is_no_health(health: bytes):
         assert (await pi.get("/health")).status == 503
 
 
+@pytest.mark.parametrize(("told", "loaded"), [(["a", 1, None, "b"], ["a", "b"]), ("no", []), (None, [])])
+async def test_a_health_that_lies_about_the_models_in_memory(told: Any, loaded: list[str]):
+    async with Backend(health=answer(200, {"models_loaded": told})) as backend, pi_for(backend.port) as pi:
+        assert pi.gateway.fleet.first.models_loaded == loaded
+
+
 async def test_every_answer_has_the_request_id_and_the_vps_gets_it():
     async with Backend() as backend, pi_for(backend.port) as pi:
         for given, form in (({"X_Request_ID": "abc-1"}, re.compile("abc-1")), ({}, REQUEST_ID)):
@@ -215,38 +208,11 @@ async def test_every_answer_has_the_request_id_and_the_vps_gets_it():
             assert backend.asked[-1][1]["x-request-id"] == reply.one("X-Request-ID")
 
 
-async def test_a_client_key_is_needed_everywhere_but_for_health():
-    async with Backend() as backend, pi_for(backend.port, client_keys=("secret",)) as pi:
-        for path in ("/v1/models", "/v1/stats", "/nothing"):
-            assert (await pi.get(path)).json["code"] == "UNAUTHORIZED"
-        assert (await pi.complete()).status == 401
-        assert (await pi.get("/health")).status == 200
-        assert (await pi.get("/v1/stats", X_API_Key="secret")).status == 200
-        assert (await pi.ask("POST", "/v1/complete", GOOD_FIELDS, X_API_Key="secret")).status == 200
-
-
 # ----------------------------------------------------------------------------------------------- places
 
 
-async def test_the_third_completion_gets_429_at_once():
-    go = asyncio.Event()
-    async with Backend([[CHUNKED, go.wait, *GOOD[1:]]]) as backend, pi_for(backend.port) as pi:
-        running = [asyncio.create_task(pi.stream()), asyncio.create_task(pi.complete())]
-        await until(lambda: len(backend.completions) == 2)
-        for reply in (await pi.stream(), await pi.complete()):
-            assert (reply.status, reply.json["code"], reply.all("Retry-After")) == (429, "RATE_LIMIT", [])
-        assert (await pi.get("/v1/stats")).json["requests_active"] == 2
-        go.set()
-        assert [reply.status for reply in await asyncio.gather(*running)] == [200, 200]
-        assert (await pi.complete()).status == 200
-
-
 TOKEN_A = chunk(token("a", 1))
-HANGS: dict[str, list[Any]] = {
-    "before its head": [HANG],
-    "after its head": [CHUNKED, HANG],
-    "after a token": [CHUNKED, TOKEN_A, HANG],
-}
+HANGS = {"before its head": [HANG], "after its head": [CHUNKED, HANG], "after a token": [CHUNKED, TOKEN_A, HANG]}
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -305,30 +271,18 @@ async def test_a_client_that_reads_nothing_cannot_keep_the_place_of_its_session(
         writer.transport.abort()
 
 
-async def test_a_session_belongs_to_its_client():
+@pytest.mark.parametrize(("more", "code"), [({"model": "gpt"}, "MODEL_NOT_FOUND"), ({}, "VPS_UNAVAILABLE")])
+async def test_a_newer_completion_that_is_refused_or_another_clients_ends_nothing(more: dict[str, Any], code: str):
     go = asyncio.Event()
     async with Backend([[CHUNKED, go.wait, *GOOD[1:]]]) as backend, pi_for(backend.port) as pi:
-        asked = [asyncio.create_task(one.stream(session="editor")) for one in (pi, pi.from_address("127.0.0.2"))]
+        older = [asyncio.create_task(one.stream(session="editor")) for one in (pi, pi.from_address("127.0.0.2"))]
         await until(lambda: len(backend.completions) == 2)
-        go.set()
-        assert [reply.clean for reply in await asyncio.gather(*asked)] == [True, True]
-        assert len({body["session"] for body in backend.completions}) == 2
-
-
-@pytest.mark.parametrize(
-    ("more", "status", "code"), [({"model": "gpt"}, 404, "MODEL_NOT_FOUND"), ({}, 503, "VPS_UNAVAILABLE")]
-)
-async def test_a_newer_completion_that_is_refused_ends_nothing(more: dict[str, Any], status: int, code: str):
-    go = asyncio.Event()
-    async with Backend([[CHUNKED, go.wait, *GOOD[1:]]]) as backend, pi_for(backend.port) as pi:
-        older = asyncio.create_task(pi.stream(session="editor"))
-        await backend.begun.wait()
         if not more:
-            open_breaker(pi.gateway.fleet.first.breaker)
-        newer = await pi.complete(session="editor", **more)
-        assert (newer.status, newer.json["code"]) == (status, code)
+            pi.gateway.fleet.first.breaker.open(time.monotonic())
+        assert (await pi.complete(session="editor", **more)).json["code"] == code
         go.set()
-        assert (await older).clean
+        assert [reply.clean for reply in await asyncio.gather(*older)] == [True, True]
+        assert len({body["session"] for body in backend.completions}) == 2
 
 
 # ----------------------------------------------------------------------------- routing and fitting
@@ -340,20 +294,18 @@ def present(*ids: str, **more: Any) -> bytes:
 
 ALL = present("qwen_7b", "codellama_7b", "qwen_1_5b", "qwen_0_5b")
 PREFER = {"infill": ("qwen_0_5b", "qwen_1_5b"), "instruct": ("codellama_7b", "qwen_1_5b")}
+CHOSEN = [
+    (ALL, {}, "qwen_7b"),  # no preference for it
+    (ALL, {"language": "cpp"}, "codellama_7b"),
+    (ALL, {"suffix": "\n)"}, "qwen_0_5b"),
+    (ALL, {"instruction": "Write it"}, "qwen_1_5b"),  # codellama_7b does not list Python
+    (present("qwen_7b", available=False), {}, "qwen_7b"),  # the VPS says what is missing
+    (answer(200, {"models": "lies"}), {"language": "c"}, "codellama_7b"),
+    (answer(500, {}), {"suffix": "\n)"}, "qwen_7b"),  # what the VPS has is unknown
+]
 
 
-@pytest.mark.parametrize(
-    ("models", "asked", "model"),
-    [
-        (ALL, {}, "qwen_7b"),  # no preference for it
-        (ALL, {"language": "cpp"}, "codellama_7b"),
-        (ALL, {"suffix": "\n)"}, "qwen_0_5b"),
-        (ALL, {"instruction": "Write it"}, "qwen_1_5b"),  # codellama_7b does not list Python
-        (present("qwen_7b", available=False), {}, "qwen_7b"),  # the VPS says what is missing
-        (answer(200, {"models": "lies"}), {"language": "c"}, "codellama_7b"),
-        (answer(500, {}), {"suffix": "\n)"}, "qwen_7b"),  # what the VPS has is unknown
-    ],
-)
+@pytest.mark.parametrize(("models", "asked", "model"), CHOSEN)
 async def test_which_model_answers(models: bytes, asked: dict[str, Any], model: str):
     async with Backend(models=models) as backend, pi_for(backend.port, prefer=PREFER) as pi:
         assert (await pi.complete(**asked)).json["model"] == backend.completions[0]["model"] == model
@@ -381,16 +333,21 @@ async def test_any_language_that_models_toml_names_may_be_asked_for(tmp_path: Pa
         assert refused == f'language: expected one of {listed}, got the string "abap"'
 
 
-async def test_a_long_prompt_is_fitted_and_refitted_once():
-    long = "".join(f"value_{n} = {n}\n" for n in range(4000))
-    too_long = [error(400, "INVALID_REQUEST", prompt_tokens=4000, n_ctx=1024)]
-    async with Backend([too_long, GOOD, too_long, too_long, GOOD]) as backend, pi_for(backend.port) as pi:
-        assert (await pi.complete(prompt=long, max_tokens=256)).status == 200
-        first, second = (len(body["prompt"]) for body in backend.completions)
-        assert second < first < len(long)
+async def test_a_long_prompt_is_fitted_and_refitted_once_before_the_first_token():
+    """An event may say that it is too long: vpsd begins its answer before it has loaded the model, which counts."""
+    long, told = "".join(f"value_{n} = {n}\n" for n in range(4000)), {"prompt_tokens": 4000, "n_ctx": 1024}
+    early, late = error(400, "INVALID_REQUEST", **told), event(error=True, message="m", code="INVALID_REQUEST", **told)
+    scripts = [[early], GOOD, [CHUNKED, chunk(late)], GOOD, [early], [early], [CHUNKED, TOKEN_A, chunk(late)]]
+    async with Backend(scripts) as backend, pi_for(backend.port) as pi:
+        for _ in range(2):
+            assert (await pi.complete(prompt=long, max_tokens=256)).status == 200
+            first, second = (len(body["prompt"]) for body in backend.completions[-2:])
+            assert second < 0.6 * first < first < len(long)
         reply = await pi.complete(prompt=long, max_tokens=256)
         assert (reply.status, reply.json["code"], reply.json["prompt_tokens"]) == (400, "INVALID_REQUEST", 4000)
-        assert len(backend.completions) == 4
+        events = (await pi.stream()).events
+        assert [one.get("token", one.get("code")) for one in events] == ["a", "INVALID_REQUEST"]
+        assert len(backend.completions) == 7
 
 
 # ------------------------------------------------------------------------------------- a real process

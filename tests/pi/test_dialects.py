@@ -11,19 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cerebrum.pi.dialects import (
-    COMPLETION,
-    FIM,
-    INFILL,
-    OPENAI_CHAT,
-    OPENAI_TEXT,
-    Dialect,
-    Reply,
-    read_completion,
-    split_fim,
-    timings,
-    write_error,
-)
+from cerebrum.pi.dialects import COMPLETION, FIM, INFILL, OPENAI_CHAT, OPENAI_TEXT, split_fim, timings, write_error
 from cerebrum_common import HttpError
 
 DIALECTS = {"text": OPENAI_TEXT, "chat": OPENAI_CHAT, "completion": COMPLETION, "infill": INFILL}
@@ -76,6 +64,7 @@ SAMPLING: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"seed": 2**32}, {"seed": 1}),
     ({"n_predict": 0}, {"max_tokens": 0}),
     ({"n_predict": -1}, {"max_tokens": 2048}),
+    ({"n_predict": 99_999}, {"max_tokens": 2048}),
     ({"stop": "a"}, {"stop": ["a"]}),
     ({"stop": ["", "a", ""]}, {"stop": ["a"]}),
     ({"stop": [*SPECIALS, "\n\n"]}, {"stop": ["\n\n"]}),
@@ -293,17 +282,14 @@ def test_what_precedes_the_marks(preamble: str, filename: str, extra: Sequence[t
 # ----------------------------------------------------------------------------------------------------- replies
 
 BEGUN = {"model": "m", "n_ctx": 4096, "kept": {"characters": 3, "of": 3, "parts": ["all"]}}
-RESULT = {
-    "finish_reason": "block", "total_tokens": 4, "prompt_tokens": 10, "cached_tokens": 6,
-    "ttft": 0.25, "inference_time": 1.75, "load_time": 0.5,
-}  # fmt: skip
-REPLACED = ("finish_reason", "replaced", "replaced")
+RESULT = {"finish_reason": "block", "total_tokens": 4, "prompt_tokens": 10, "cached_tokens": 6}
+RESULT |= {"ttft": 0.25, "inference_time": 1.75, "load_time": 0.5}
+REPLACED = {"finish_reason": "replaced"}
 SURROGATES = b'data: {"token": "\\ud83d\\ude00\\/", "total_tokens": 12}\n\n'
 
 
-def reply_to(dialect: Dialect, begun: dict[str, Any] = BEGUN, **members: Any) -> Reply:
-    base = BASES[next(name for name, one in DIALECTS.items() if one is dialect)]
-    return dialect.reply(dialect.read(base | members), "42", 7, begun)
+def reply_to(name: str, begun: dict[str, Any] = BEGUN, **members: Any) -> Any:
+    return DIALECTS[name].reply(DIALECTS[name].read(BASES[name] | members), "42", 7, begun)
 
 
 COUNTS = (
@@ -319,25 +305,25 @@ TIMINGS = (
 
 def test_openai_text() -> None:
     choice = b'{"index":0,"text":"%b","logprobs":null,"finish_reason":%b}'
-    whole = reply_to(OPENAI_TEXT).whole('x"\n', RESULT)
+    whole = reply_to("text").whole('x"\n', RESULT)
     assert whole == TEXT_HEAD + choice % (b'x\\"\\n', b'"stop"') + b"]," + COUNTS + b"}"
-    assert json.loads(reply_to(OPENAI_TEXT).whole("", {}))["usage"]["total_tokens"] == 0
-    reply = reply_to(OPENAI_TEXT, stream=True)
+    assert json.loads(reply_to("text").whole("", {}))["usage"]["total_tokens"] == 0
+    reply = reply_to("text", stream=True)
     assert reply.begin() == b""
     piece = b"data: " + TEXT_HEAD + choice % (rb"\ud83d\ude00\/", b"null") + b"]}\n\n"
     assert reply.text(SURROGATES * 2) == 2 * piece
     end = b"data: " + TEXT_HEAD + choice % (b"", b'"stop"') + b"]}\n\n"
     assert reply.end(RESULT) == end + b"data: [DONE]\n\n"
-    counting = reply_to(OPENAI_TEXT, stream=True, stream_options={"include_usage": True})
+    counting = reply_to("text", stream=True, stream_options={"include_usage": True})
     assert counting.end(RESULT) == end + b"data: " + TEXT_HEAD + b"]," + COUNTS + b"}\n\ndata: [DONE]\n\n"
 
 
 def test_openai_chat() -> None:
     choice = b'{"index":0,%b,"logprobs":null,"finish_reason":%b}'
     message = b'"message":{"role":"assistant","content":"x"}'
-    whole = reply_to(OPENAI_CHAT).whole("x", RESULT | {"finish_reason": "length"})
+    whole = reply_to("chat").whole("x", RESULT | {"finish_reason": "length"})
     assert whole == CHAT_HEAD + choice % (message, b'"length"') + b"]," + COUNTS + b"}"
-    reply, head = reply_to(OPENAI_CHAT, stream=True), b"data: " + CHAT_HEAD.replace(b'ion"', b'ion.chunk"', 1)
+    reply, head = reply_to("chat", stream=True), b"data: " + CHAT_HEAD.replace(b'ion"', b'ion.chunk"', 1)
     begin = head + choice % (b'"delta":{"role":"assistant","content":""}', b"null") + b"]}\n\n"
     piece = head + choice % (rb'"delta":{"content":"\ud83d\ude00\/"}', b"null") + b"]}\n\n"
     end = head + choice % (b'"delta":{}', b'"stop"') + b"]}\n\n"
@@ -345,9 +331,9 @@ def test_openai_chat() -> None:
     assert reply.end(RESULT) == end + b"data: [DONE]\n\n"
 
 
-@pytest.mark.parametrize("dialect", [COMPLETION, INFILL], ids=["completion", "infill"])
-def test_llama(dialect: Dialect) -> None:
-    reply = reply_to(dialect, stop="q")
+@pytest.mark.parametrize("name", ["completion", "infill"])
+def test_llama(name: str) -> None:
+    reply = reply_to(name, stop="q")
     answer = (
         b'{"content":"%b","stop":true,"model":"m","tokens_predicted":4,"tokens_evaluated":10,'
         b'"generation_settings":{"n_ctx":4096},"truncated":false,"stop_type":"eos","tokens_cached":14,"timings":%b}'
@@ -371,7 +357,7 @@ ONLY: list[tuple[list[str], bytes]] = [
 
 @pytest.mark.parametrize(("only", "expected"), ONLY)
 def test_response_fields(only: list[str], expected: bytes) -> None:
-    reply = reply_to(INFILL, response_fields=only)
+    reply = reply_to("infill", response_fields=only)
     assert reply.whole("x", RESULT) == expected
     assert reply.end(RESULT) == b"data: %b\n\n" % expected.replace(b'"content":"x"', b'"content":""')
 
@@ -379,29 +365,29 @@ def test_response_fields(only: list[str], expected: bytes) -> None:
 @pytest.mark.parametrize("reason", [None, "stop", "block", "time", "length", "replaced"])
 def test_why_a_text_ends(reason: str | None) -> None:
     result, cut = {"finish_reason": reason} if reason else {}, reason in ("length", "replaced")
-    for dialect in (OPENAI_TEXT, OPENAI_CHAT):
-        for answer in (reply_to(dialect).whole("", result), reply_to(dialect).end(result).split(b"\n\n")[0][6:]):
+    for name in ("text", "chat"):
+        for answer in (reply_to(name).whole("", result), reply_to(name).end(result).split(b"\n\n")[0][6:]):
             assert json.loads(answer)["choices"][0]["finish_reason"] == ("length" if cut else "stop")
-    assert json.loads(reply_to(INFILL).whole("", result))["stop_type"] == ("limit" if cut else "eos")
+    assert json.loads(reply_to("infill").whole("", result))["stop_type"] == ("limit" if cut else "eos")
 
 
 def test_a_prompt_that_was_cut_is_truncated() -> None:
     for parts, truncated in ({}, False), ({"parts": ["all"]}, False), ({"parts": ["suffix"]}, True):
-        reply = reply_to(INFILL, {"model": "m", "n_ctx": 4096, "kept": parts})
+        reply = reply_to("infill", {"model": "m", "n_ctx": 4096, "kept": parts})
         assert json.loads(reply.whole("", RESULT))["truncated"] is truncated
 
 
 @pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize(("member", "value", "mark"), [("type_through", True, "type_through"), REPLACED])
-def test_what_no_dialect_has_a_member_for(name: str, member: str, value: Any, mark: str) -> None:
-    reply, result = reply_to(DIALECTS[name]), RESULT | {member: value}
+@pytest.mark.parametrize(("more", "mark"), [({"type_through": True}, "type_through"), (REPLACED, "replaced")])
+def test_what_no_dialect_has_a_member_for(name: str, more: dict[str, Any], mark: str) -> None:
+    reply, result = reply_to(name), RESULT | more
     assert json.loads(reply.whole("x", result))[mark] is True
     assert json.loads(reply.end(result).split(b"\n\n")[0][6:])[mark] is True
     assert mark not in json.loads(reply.whole("x", RESULT))
 
 
 def test_llama_vim_gets_no_content_that_it_could_keep_of_a_replaced_request() -> None:
-    chosen = reply_to(INFILL, response_fields=["content", "stop_type"]).whole("", {"finish_reason": "replaced"})
+    chosen = reply_to("infill", response_fields=["content", "stop_type"]).whole("", REPLACED)
     assert chosen == b'{"replaced":true,"stop_type":"limit"}'
 
 
@@ -417,7 +403,7 @@ PIECE = st.one_of(
 def test_any_escapes_of_a_token_event_stay_as_they_are(escaped: str) -> None:
     event = f'data: {{"token": "{escaped}", "total_tokens": 1}}\n\n'.encode()
     for name in ALL:
-        written = reply_to(DIALECTS[name]).text(event)
+        written = reply_to(name).text(event)
         assert f'"{escaped}"'.encode() in written
         json.loads(written[6:])
 
@@ -449,20 +435,18 @@ def test_errors(code: str) -> None:
     assert write_error(error) == {"error": {"message": 'why "so"', "type": TYPES[code], "param": None, "code": code}}
 
 
-SWEEP = (
-    "<|file_sep|>a.py\nx = 1\n<|file_sep|>original/a.py\ny\n<|file_sep|>current/a.py\nyz\n<|file_sep|>updated/a.py\n"
-)
-ZETA = "<[fim-suffix]>\nrest\n<[fim-prefix]><filename>a.py\n<|marker_1|>x\n<|user_cursor|><|marker_2|><[fim-middle]>"
-ZETA_WITHOUT_MARKERS = "<[fim-suffix]>\nrest\n<[fim-prefix]><filename>a.py\n<<<<<<< CURRENT\nx\n=======\n<[fim-middle]>"
-FIRST_ZETA = (
-    "### Instruction:\nEdit\n### User Excerpt:\n<|editable_region_start|>\nx\n<|editable_region_end|>\n### Response:\n"
-)
+NEXT_EDITS = [
+    "<|file_sep|>a.py\nx = 1\n<|file_sep|>original/a.py\ny\n<|file_sep|>current/a.py\nyz\n<|file_sep|>updated/a.py\n",
+    "<[fim-suffix]>\nrest\n<[fim-prefix]><filename>a.py\n<|marker_1|>x\n<|user_cursor|><|marker_2|><[fim-middle]>",
+    "<[fim-suffix]>\nrest\n<[fim-prefix]><filename>a.py\n<<<<<<< CURRENT\nx\n=======\n<[fim-middle]>",
+    "### Instruction:\nEdit\n### User Excerpt:\n<|editable_region_start|>\nx\n<|editable_region_end|>\n### Response:\n",
+]
 
 
-@pytest.mark.parametrize("prompt", [SWEEP, ZETA, ZETA_WITHOUT_MARKERS, FIRST_ZETA])
+@pytest.mark.parametrize("prompt", NEXT_EDITS)
 def test_a_prompt_for_the_next_edit_passes_as_it_is(prompt: str) -> None:
     stops = ["<|file_sep|>", "<|endoftext|>", "\n\n\n"]
-    asked = read_completion({"prompt": [prompt], "stop": stops, "max_tokens": 512})
+    asked = OPENAI_TEXT.read({"prompt": [prompt], "stop": stops, "max_tokens": 512})
     fields = {name: asked.fields[name] for name in ("prompt", "mode", "stop_at", "special", "stop")}
     assert fields == {"prompt": prompt, "mode": "complete", "stop_at": "none", "special": True, "stop": stops}
     assert "suffix" not in asked.fields
@@ -478,6 +462,6 @@ ABOUT_MARKS = [
 
 @pytest.mark.parametrize("prompt", ABOUT_MARKS)
 def test_a_text_about_marks_is_no_prompt_for_the_next_edit(prompt: str) -> None:
-    asked = read_completion({"prompt": prompt, "stop": "<|file_sep|>"})
+    asked = OPENAI_TEXT.read({"prompt": prompt, "stop": "<|file_sep|>"})
     assert "special" not in asked.fields
     assert asked.fields["stop"] == []

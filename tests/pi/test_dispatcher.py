@@ -20,10 +20,7 @@ from cerebrum.pi.upstream import BackendFailure
 from cerebrum_common import HttpError, Model
 
 NOW = 1000.0
-CATALOG = (
-    Model("big", "Big", ("python",), "7B", "Q4"),
-    Model("small", "Small", ("python", "rust"), "1B", "Q4"),
-)
+CATALOG = (Model("big", "Big", ("python",), "7B", "Q4"), Model("small", "Small", ("python", "rust"), "1B", "Q4"))
 CLOSED, TROUBLE, OPEN, HALF_OPEN, TRIAL = "closed", "trouble", "open", "half-open", "trial"
 FAILED = BackendFailure("connection refused")
 
@@ -74,12 +71,8 @@ def decided(
         state.regular = NOW - regular
     for place in (*running, *superseded):
         id, other_kind, client = (*place.split(), "")[:3]
-        other = Completion(
-            CompletionRequest(
-                other_kind.strip("-"), {}, client=client, session=client, ahead=kind == "ahead", guest=client in GUESTS
-            )
-        )
-        attempt = Attempt(other, id, "big", known[id].breaker.admit(NOW))
+        other = CompletionRequest(other_kind.strip("-"), {}, client=client, session=client, guest=client in GUESTS)
+        attempt = Attempt(Completion(other), id, "big", known[id].breaker.admit(NOW))
         attempt.reason = SUPERSEDED if place in superseded else ""
         state.places[attempt] = known[id]
     fields = {"language": language, "mode": mode, "model": model, "filename": "f.py"}
@@ -222,6 +215,5 @@ def test_people_take_turns() -> None:
     line = [("tom", "infill"), ("dora", "infill"), ("anna", "chat"), ("anna", "infill"), ("ben", "chat"), ("cora", "")]
     waiting = [Completion(CompletionRequest(kind, {}, client=name, guest=name == "tom")) for name, kind in line]
     waiting.sort(key=lambda one: whose_turn(state, Counter(held), one))
-    assert [f"{one.client} {one.request.kind}".strip() for one in waiting] == [
-        "cora", "ben chat", "anna infill", "anna chat", "dora infill", "tom infill",
-    ]  # fmt: skip
+    turns = [f"{one.client} {one.request.kind}".strip() for one in waiting]
+    assert turns == ["cora", "ben chat", "anna infill", "anna chat", "dora infill", "tom infill"]

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from harness import PATIENCE, Reply, until
-from scripted import CHUNKED, GOOD, HANG, Backend, Pi, answer, chunk, error, event, open_breaker, pi_for, token
+from scripted import CHUNKED, GOOD, HANG, Backend, Pi, answer, chunk, error, pi_for, script, token
 
 from cerebrum.pi import breaker, broadcast, completion, dispatcher, upstream
 from cerebrum.pi import fleet as pi_fleet
@@ -28,13 +28,6 @@ FILE = {"input_prefix": "def add(a, b):\n", "prompt": "    ret", "input_suffix":
 STREAM = {"prompt": "def f():\n    ret", "suffix": "\n", "stream": True}
 CHATS = "/v1/chat/completions"
 CHAT = {"messages": [{"role": "user", "content": "hello"}]}
-
-
-def script(*texts: str, **done: Any) -> list[bytes]:
-    """A whole completion of these tokens."""
-    tokens = [chunk(token(text, number)) for number, text in enumerate(texts, 1)]
-    end = event(done=True, total_tokens=len(texts), inference_time=0.25, finish_reason="stop", **done)
-    return [CHUNKED, *tokens, chunk(end), b"0\r\n\r\n"]
 
 
 def data(reply: Reply) -> list[Any]:
@@ -71,10 +64,9 @@ async def in_line(pi: Pi) -> None:
 
 
 BEGUN = [CHUNKED, chunk(token("urn", 1)), HANG]
-REPLACED = [([HANG], False), ([CHUNKED, HANG], False), (BEGUN, False), (BEGUN, True)]
 
 
-@pytest.mark.parametrize(("hang", "stream"), REPLACED)
+@pytest.mark.parametrize(("hang", "stream"), [([HANG], False), ([CHUNKED, HANG], False), (BEGUN, False), (BEGUN, True)])
 async def test_a_newer_infill_of_the_file_ends_the_older_one_quietly(hang: list[Any], stream: bool, caplog: Any):
     caplog.set_level("WARNING")
     async with Backend([hang, GOOD]) as backend, pi_for(backend.port) as pi:
@@ -135,15 +127,20 @@ def test_is_typed_on(one: tuple[str, ...], other: tuple[str, ...], same: bool):
 
 
 async def test_identical_requests_share_one_completion():
-    go = asyncio.Event()
-    slow = [*GOOD[:2], chunk(b": k\n\n"), go.wait, *GOOD[2:]]  # signs of life are not kept
+    alive, go = asyncio.Event(), asyncio.Event()
+    slow = [*GOOD[:2], alive.wait, chunk(b": keep-alive\n\n"), go.wait, *GOOD[2:]]  # signs of life are not kept
     async with Backend([slow]) as backend, pi_for(backend.port) as pi:
-        asked = [start(pi, "/v1/completions", STREAM) for _ in range(3)]
+        reader, writer = await pi.open("POST", "/v1/completions", STREAM, User_Agent="editor")
+        asked = [start(pi, "/v1/completions", STREAM) for _ in range(2)]
         readers = pi.gateway.broadcasts.subscribers
-        await until(lambda: len(readers) == 3 and all(reading.at == 2 for reading in readers))
+        await until(lambda: [reading.at for reading in readers] == [2, 2, 2])
+        alive.set()
+        await reader.readuntil(b": keep-alive\n\n")
         asked.append(start(pi, "/v1/completions", STREAM))
-        await until(lambda: len(readers) == 4)
+        await until(lambda: [reading.at for reading in readers] == [2, 2, 2, 2])
         go.set()
+        await reader.readuntil(b"[DONE]")
+        writer.transport.abort()
         for reply in await asyncio.gather(*asked):
             assert ("".join(texts(reply)), reply.clean) == ("ab", True)
         assert len(backend.completions) == 1
@@ -204,9 +201,7 @@ async def test_the_error_of_a_shared_completion_reaches_every_reader():
 
 async def test_a_reader_that_does_not_read_delays_nobody():
     go, pieces = asyncio.Event(), ["x" * 4000] * 199
-    long: list[Any] = script(*pieces)
-    long.insert(1, go.wait)
-    async with Backend([long]) as backend, pi_for(backend.port) as pi:
+    async with Backend([script(go.wait, *pieces)]) as backend, pi_for(backend.port) as pi:
         body = {"prompt": "x", "stream": True}
         _, deaf = await pi.open("POST", "/v1/completions", body)
         await backend.begun.wait()
@@ -216,19 +211,6 @@ async def test_a_reader_that_does_not_read_delays_nobody():
         reply = await other
         assert (texts(reply) == [*pieces, ""], reply.clean) == (True, True)
         deaf.transport.abort()
-
-
-async def test_a_reader_of_a_shared_completion_hears_that_the_vps_is_alive():
-    begun, heard = asyncio.Event(), asyncio.Event()
-    script = [CHUNKED, GOOD[1], begun.wait, chunk(b": keep-alive\n\n"), heard.wait, *GOOD[2:]]
-    async with Backend([script]) as backend, pi_for(backend.port) as pi:
-        reader, writer = await pi.open("POST", "/v1/completions", {"prompt": "x", "stream": True})
-        await reader.readuntil(b"data: ")
-        begun.set()
-        await reader.readuntil(b": keep-alive\n\n")
-        heard.set()
-        await reader.readuntil(b"[DONE]")
-        writer.transport.abort()
 
 
 # --------------------------------------------------------------------------------------------- places
@@ -299,17 +281,6 @@ async def test_a_late_reader_of_a_job_in_line_has_a_patience_of_its_own(monkeypa
         assert time.monotonic() - began >= 0.5
 
 
-async def test_a_client_that_leaves_the_line_takes_no_place():
-    async with Backend([[HANG], GOOD]) as backend, pi_for(backend.port, max_concurrent=1) as pi:
-        async with busy(pi, backend, CHATS, CHAT):
-            waiting = infill(pi)
-            await in_line(pi)
-            waiting.cancel()
-            await until(lambda: not pi.gateway.dispatcher.state.line)
-        assert pi.gateway.dispatcher.active == 0
-        assert (await infill(pi)).status == 200
-
-
 async def test_a_place_that_passes_to_another_client_lets_the_first_one_go_on(monkeypatch: pytest.MonkeyPatch):
     # Otherwise the end of the wait or a probe would do it.
     monkeypatch.setitem(completion.WAIT_SECONDS, "infill", PATIENCE)
@@ -331,7 +302,7 @@ async def test_a_place_that_passes_to_another_client_lets_the_first_one_go_on(mo
 def half_open(pi: Pi) -> None:
     """As after an outage."""
     tried = pi.gateway.fleet.first.breaker
-    open_breaker(tried)
+    tried.open(0.0)
     tried.healthy(time.monotonic())
 
 
@@ -356,23 +327,16 @@ async def test_after_an_outage_a_user_who_types_starves_nobody():
         await until(lambda: not pi.gateway.dispatcher.active)
 
 
-BEGUN_TRIAL = [
-    (CHATS, CHAT, [chunk(token("a", 1)), HANG]),  # its first token is enough
-    ("/tokenize", {"content": "a b"}, [answer(200, {"tokens": [1]})]),
-]
-
-
-@pytest.mark.parametrize(("path", "body", "steps"), BEGUN_TRIAL, ids=["chat", "tokenize"])
-async def test_a_trial_that_succeeds_admits_the_jobs_that_wait_for_its_end(
-    monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any], steps: list[Any]
-):
+@pytest.mark.parametrize("path", [CHATS, "/tokenize"])
+async def test_a_trial_that_succeeds_admits_the_jobs_that_wait_for_its_end(monkeypatch: pytest.MonkeyPatch, path: str):
     monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 2 * PATIENCE)
     monkeypatch.setitem(completion.WAIT_SECONDS, "completion", PATIENCE)
     go = asyncio.Event()
-    trial = [*[CHUNKED] * (path == CHATS), go.wait, *steps]
-    async with Backend([trial, GOOD]) as backend, pi_for(backend.port) as pi:
+    chats = [CHUNKED, go.wait, GOOD[1], HANG]  # its first token is enough
+    counts = [go.wait, answer(200, {"tokens": [1]})]
+    async with Backend([chats if path == CHATS else counts, GOOD]) as backend, pi_for(backend.port) as pi:
         half_open(pi)
-        async with busy(pi, backend, path, body):
+        async with busy(pi, backend, path, {**CHAT, "content": "a b"}):
             waiting = start(pi, "/v1/completions", {"prompt": "x"})
             await in_line(pi)
             native = await pi.complete()
@@ -421,16 +385,6 @@ async def test_a_warm_up_that_ends_before_it_begins_leaves_room_for_the_next():
         await until(lambda: not pi.reads_ahead())
 
 
-async def test_a_warm_up_ends_when_a_request_comes_and_goes_on_behind_it():
-    async with Backend([[CHUNKED, HANG], GOOD, script()]) as backend, pi_for(backend.port, max_concurrent=1) as pi:
-        await start(pi, "/infill", WARM_UP)
-        await backend.begun.wait()
-        assert (await infill(pi)).json["content"] == "ab"
-        await until(lambda: len(backend.completions) == 3 and not pi.reads_ahead())
-        assert [asked["max_tokens"] for asked in backend.completions] == [0, 512, 0]
-        assert backend.most_running == 1
-
-
 # ----------------------------------------------------------------------------------------- type-through
 
 
@@ -475,9 +429,7 @@ async def test_another_request_is_not_served_from_it(first: dict[str, Any], then
 
 async def test_what_the_user_types_while_it_is_computed_is_not_computed_again():
     go = asyncio.Event()
-    slow: list[Any] = script("urn", " a", " + b")
-    slow.insert(3, go.wait)
-    async with Backend([slow, script("x")]) as backend, pi_for(backend.port) as pi:
+    async with Backend([script("urn", " a", go.wait, " + b"), script("x")]) as backend, pi_for(backend.port) as pi:
         older = infill(pi)
         await until(lambda: pi.gateway.dispatcher.active and pi.at(0)[0].tokens == 2)
         newer = infill(pi, prompt="    return")
@@ -516,14 +468,6 @@ def finish(prompt: str, text: str, **more: Any) -> broadcast.Broadcast | None:
     return broadcast.finished(running)
 
 
-def predicted(kept: broadcast.Broadcast | None, prompt: str) -> str | None:
-    """The rest of the text, for a client who got all of it and asks with this prompt."""
-    assert kept
-    request = CompletionRequest("infill", {"prompt": prompt, "suffix": "", "temperature": 0.0})
-    typed = broadcast.place_in(kept, request, broadcast.alike(request.fields), is_reader=True)
-    return None if typed is None else kept.text[typed:]
-
-
 LINES = [f"line {number}\n" for number in range(400)]  # an editor sends a fixed number of them before the cursor
 TYPED = [
     ("typed", "a = ", "b\nc", "a = b", 1),
@@ -545,7 +489,9 @@ TYPED = [
 def test_typed_of(asked: str, text: str, prompt: str, typed: int):
     assert broadcast.typed_of(asked, text, prompt) == typed
     kept = finish(asked, text + "!")  # with the end of a long prompt
-    assert predicted(kept, prompt) == ((text + "!")[typed:] if typed else None)
+    assert kept
+    request = CompletionRequest("infill", {"prompt": prompt, "suffix": "", "temperature": 0.0})
+    assert broadcast.place_in(kept, request, broadcast.alike(request.fields), is_reader=True) == (typed or None)
 
 
 def test_what_is_kept_is_bounded():
@@ -656,22 +602,15 @@ async def test_a_chat_that_is_too_long_keeps_the_system_turn_and_the_latest_and_
         assert whole.all("X-Cerebrum-Kept") == []
 
 
-# A path, a model as clients name it, and the model that answers.
-ASKED = [
-    ("/v1/completions", None, "qwen_0_5b"),
-    ("/v1/completions/", "", "qwen_0_5b"),
-    ("//v1/completions", "gpt-4o", "qwen_0_5b"),
-    ("/completions", "qwen_1_5b", "qwen_1_5b"),
-]
-
-
 async def test_an_unknown_model_means_the_default_a_slash_is_tolerated_and_a_key_is_needed():
+    asked = {"/v1/completions": None, "/v1/completions/": "", "//v1/completions": "gpt-4o", "/completions": "qwen_1_5b"}
     async with Backend() as backend, pi_for(backend.port, client_keys=("secret",)) as pi:
-        for path, model, serves in ASKED:
+        for path, model in asked.items():
             body = {"prompt": "x", "model": model, "suffix": None, "stop": None}
             reply = await start(pi, path, body, Authorization="Bearer secret")
             assert (reply.status, reply.json["choices"][0]["text"]) == (200, "ab")
-            assert (backend.completions[-1]["model"], reply.json["model"]) == (serves, serves)
+            serves = "qwen_1_5b" if model == "qwen_1_5b" else "qwen_0_5b"
+            assert backend.completions[-1]["model"] == reply.json["model"] == serves
         reply = await start(pi, "/v1/completions", {"prompt": "x"}, Authorization="Bearer wrong")
         assert (reply.status, reply.json["error"]["type"]) == (401, "authentication_error")
         assert reply.json["error"]["code"] == "UNAUTHORIZED"

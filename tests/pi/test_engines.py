@@ -38,7 +38,6 @@ CATALOG: dict[str, Any] = {
 
 FIBONACCI = "def fibonacci(n):\n    if n < 2:\n        return n\n"
 PREFIX, LINE, SUFFIX = "def add(a, b):\n", "    return ", "\n\n\nprint(add(1, 2))\n"
-INSTRUCTION = "Write a function add(a, b) that returns the sum of two numbers."
 CHAT = [{"role": "user", "content": "Write a Python function add(a, b) that returns the sum."}]
 NUMBER = itertools.count()  # makes a prompt one that no engine has in its cache
 
@@ -56,8 +55,6 @@ class Kind:
     is_idle: Callable[[Engine], bool]
     places: int = 2
     counts: bool = True  # its streams report the prompt's tokens, even if the Pi hangs up
-    n_ctx: int = 4096
-    checks_keys: bool = True
 
     def __str__(self) -> str:
         return self.name
@@ -71,28 +68,23 @@ def start_llama_cpp(folder: Path, context: int = 4096) -> AbstractContextManager
     return engines.llama_cpp_server(folder, FILE, KEY, ALIAS, context)
 
 
-def ask_engine(engine: Engine, path: str) -> Any:
-    headers = {"Authorization": f"Bearer {engine.key}"}
-    return httpx.get(engine.url + path, headers=headers, timeout=PATIENCE, trust_env=False).json()
-
-
-def rests(pid: int) -> bool:
-    """Whether a process uses hardly any CPU for 0.3 seconds."""
-    process, ended = psutil.Process(pid), threading.Event()
+def rests(engine: Engine) -> bool:
+    """Whether its process uses hardly any CPU for 0.3 seconds."""
+    process, ended = psutil.Process(engine.process.pid), threading.Event()
     before = process.cpu_times()
     ended.wait(0.3)
     return sum(process.cpu_times()[:2]) - sum(before[:2]) <= 0.03
 
 
 def slots_are_free(engine: Engine) -> bool:
-    return not any(slot["is_processing"] for slot in ask_engine(engine, "/slots"))
+    headers = {"Authorization": f"Bearer {engine.key}"}
+    slots = httpx.get(f"{engine.url}/slots", headers=headers, timeout=PATIENCE, trust_env=False).json()
+    return not any(slot["is_processing"] for slot in slots)
 
 
 LLAMA_SERVER = Kind("llama-server", "llama.cpp", start_llama_server, slots_are_free)
 # A second request would end the first one.
-LLAMA_CPP = Kind(
-    "llama_cpp.server", "openai", start_llama_cpp, lambda engine: rests(engine.process.pid), places=1, counts=False
-)
+LLAMA_CPP = Kind("llama_cpp.server", "openai", start_llama_cpp, rests, places=1, counts=False)
 
 
 def had(context: AbstractContextManager[Engine], stack: ExitStack) -> Engine:
@@ -150,9 +142,6 @@ class Pi:
     def wait_for(self, *ids: str) -> None:
         """Until these backends are there."""
         wait_until(lambda: all(self.stats(id)["available"] for id in ids), f"{ids} are there")
-
-    def wait_without(self, id: str) -> None:
-        wait_until(lambda: not self.stats(id)["available"], f"{id} is away")
 
 
 class Stream(threading.Thread):
@@ -242,7 +231,7 @@ def endless() -> dict[str, Any]:
 
 def brief() -> dict[str, Any]:
     """The fields of a completion that nobody has asked for yet."""
-    return {"prompt": f"# list {next(NUMBER)}\n1\n2\n3\n4\n", "max_tokens": 3, "stop_at": "none"}
+    return endless() | {"max_tokens": 3}
 
 
 # ------------------------------------------------------------------------------- one engine, and all it does
@@ -307,7 +296,8 @@ def test_infill(kind: Kind, pi: Pi) -> None:
 
 def test_instruct(kind: Kind, pi: Pi) -> None:
     """Code alone: no fence, no chatter."""
-    for text, result in pi.both(prompt="", instruction=INSTRUCTION, max_tokens=200):
+    instruction = "Write a function add(a, b) that returns the sum of two numbers."
+    for text, result in pi.both(prompt="", instruction=instruction, max_tokens=200):
         assert (result["mode"], result["finish_reason"] != "length") == ("instruct", True), (text, result)
         assert "`" not in text
         assert text.lstrip().startswith(("def ", "#", '"""')), text
@@ -357,7 +347,7 @@ def test_infill_as_llama_cpp_does(pi: Pi) -> None:
 def test_models_health_and_statistics(kind: Kind, pi: Pi) -> None:
     (model,) = pi.get("/v1/models")["models"]
     assert (model["id"], model["available"], model["backends"]) == (MODEL, True, ["one"])
-    assert model["n_ctx"] == kind.n_ctx
+    assert model["n_ctx"] == 4096
     health = pi.get("/health")
     assert (health["status"], health["vps_available"]) == ("healthy", True)
     assert health["backends"] == [{"id": "one", "available": True, "message": ""}]
@@ -386,8 +376,6 @@ def test_a_client_that_leaves_ends_the_work(kind: Kind, engine: Engine, pi: Pi) 
 
 def test_a_wrong_key(kind: Kind, engine: Engine, tmp_path: Path) -> None:
     """The variable is named, and no key: neither ours nor the right one."""
-    if not kind.checks_keys:
-        pytest.skip(f"{kind.name} checks no key")
     tables = {"one": table_of(kind, engine)}
     with start_pi(tmp_path / "alone", tables, ready=False, one="another-key") as pi:
         error = pi.refused(**brief())
@@ -422,7 +410,7 @@ def test_death_and_return(kind: Kind, engine: Engine, tmp_path: Path) -> None:
         assert spare.completions == [], "a stream that has begun is not sent again"
         result = pi.complete(**brief())
         assert (result["backend"], result["completion"]) == ("two", "ab")
-        pi.wait_without("one")
+        wait_until(lambda: not pi.stats("one")["available"], "it is away")
         assert pi.get("/health")["status"] == "healthy"
         life_of_spare.close()
         assert pi.refused(**brief())["code"] == "VPS_UNAVAILABLE"
@@ -431,38 +419,24 @@ def test_death_and_return(kind: Kind, engine: Engine, tmp_path: Path) -> None:
         assert pi.complete(**brief())["backend"] == "one"
 
 
-def long_prompt(functions: int) -> str:
-    """About 20 tokens for each function, and FIBONACCI at the end."""
-    lines = (f"def f{number}(a, b):\n    return a * {number} + b\n\n\n" for number in range(functions))
-    return "".join(lines) + FIBONACCI
-
-
-def check_fitted(result: dict[str, Any], prompt: str) -> None:
-    """The end of the prompt was sent, and left room for the answer."""
-    assert run_code(FIBONACCI + result["completion"])["fibonacci"](10) == 55
-    assert result["kept"]["characters"] < result["kept"]["of"] == len(prompt)
-
-
-def check_long_prompts(pi: Pi) -> None:
-    """The answer has its room, also once the Pi has learned how the engine counts tokens."""
-    prompt = long_prompt(100)
-    check_fitted(pi.complete(prompt=prompt, max_tokens=64), prompt)
-    assert Stream(pi, prompt=prompt, max_tokens=64).end().last["finish_reason"] == "block"
-    result = pi.complete(prompt=f"{prompt}    # {next(NUMBER)}\n", max_tokens=64, stop_at="none")
-    assert (result["finish_reason"], result["total_tokens"]) == ("length", 64)
-    assert pi.stats("one")["requests_failed"] == 0
-
-
 SHORT = [(LLAMA_SERVER, {}), pytest.param(LLAMA_CPP, {"n_ctx": 512}, marks=NIGHTLY)]
 
 
 @pytest.mark.parametrize(("short", "more"), SHORT, ids=str)
 def test_a_prompt_is_fitted_to_a_short_context(short: Kind, more: dict[str, int], tmp_path: Path) -> None:
-    """The Pi knows the length from llama-server's /props. llama_cpp.server does not report it, so the table does."""
+    """The Pi knows the length from llama-server's /props. llama_cpp.server does not report it, so the table does. The
+    answer has its room, also once the Pi has learned how the engine counts tokens."""
     start: Any = short.start
+    prompt = "".join(f"def f{n}(a, b):\n    return a * {n} + b\n\n\n" for n in range(100)) + FIBONACCI
     with ExitStack() as stack:
         engine = had(start(tmp_path / "engine", context=512), stack)
         pi = stack.enter_context(start_pi(tmp_path / "pi", {"one": backend(engine, short.api, **more)}))
         (model,) = pi.get("/v1/models")["models"]
         assert model["n_ctx"] == 512
-        check_long_prompts(pi)
+        result = pi.complete(prompt=prompt, max_tokens=64)
+        assert run_code(FIBONACCI + result["completion"])["fibonacci"](10) == 55, "the end of the prompt was not sent"
+        assert result["kept"]["characters"] < result["kept"]["of"] == len(prompt)
+        assert Stream(pi, prompt=prompt, max_tokens=64).end().last["finish_reason"] == "block"
+        result = pi.complete(prompt=f"{prompt}    # {next(NUMBER)}\n", max_tokens=64, stop_at="none")
+        assert (result["finish_reason"], result["total_tokens"]) == ("length", 64)
+        assert pi.stats("one")["requests_failed"] == 0

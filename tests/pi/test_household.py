@@ -27,21 +27,19 @@ ANNA, BEN, TOM = "annas-key", "bens-key", "toms-key"
 HOUSE = {ANNA: Client("anna"), BEN: Client("ben"), TOM: Client("tom", 1)}
 FORM = "expected NAME KEY [PLACES], got something else"
 FIGURES = ("completions", "tokens", "accepted")
+KEYS_FILES = [
+    ("", {}),
+    ("# family\n\nanna k1\r\n  ben\tk2 \n", {"k1": Client("anna"), "k2": Client("ben")}),
+    ("tom k3 2\n", {"k3": Client("tom", 2)}),
+    *((line, f"line 1: {FORM}") for line in ("anna\n", "anna k1 0\n", "anna k1 65\n", "anna k1 2 x\n")),
+    *((line, f"line 1: {FORM}") for line in ("an/na k1\n", "anna k,1\n")),
+    ("anna k1\n\nanna k2\n", "line 3: expected each name and each key once"),
+    ("anna k1\nben k1\n", "line 2: expected each name and each key once"),
+    ("".join(f"p{n} k{n}\n" for n in range(33)), "expected at most 32 names, got 33"),
+]
 
 
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [
-        ("", {}),
-        ("# family\n\nanna k1\r\n  ben\tk2 \n", {"k1": Client("anna"), "k2": Client("ben")}),
-        ("tom k3 2\n", {"k3": Client("tom", 2)}),
-        *((line, f"line 1: {FORM}") for line in ("anna\n", "anna k1 0\n", "anna k1 65\n", "anna k1 2 x\n")),
-        *((line, f"line 1: {FORM}") for line in ("an/na k1\n", "anna k,1\n")),
-        ("anna k1\n\nanna k2\n", "line 3: expected each name and each key once"),
-        ("anna k1\nben k1\n", "line 2: expected each name and each key once"),
-        ("".join(f"p{n} k{n}\n" for n in range(33)), "expected at most 32 names, got 33"),
-    ],
-)
+@pytest.mark.parametrize(("text", "found"), KEYS_FILES)
 def test_the_keys_file(text: str, found: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "client-keys"
     path.write_text(text)
@@ -75,6 +73,8 @@ async def test_names_stand_in_the_log_and_the_figures_and_keys_nowhere(caplog: p
     caplog.set_level(logging.INFO)
     async with Backend() as vps, pi_for(vps.port, clients=HOUSE, client_keys=("shared",)) as pi:
         assert (await pi.complete()).status == (await ask(pi, "wrong")).status == 401
+        told = [await pi.get(path) for path in ("/health", "/v1/models", "/v1/stats", "/nothing")]
+        assert [reply.json.get("code") for reply in told] == [None, *["UNAUTHORIZED"] * 3]
         for key in (ANNA, ANNA, TOM, "shared"):
             assert (await ask(pi, key)).status == 200
         chat = {"messages": [{"role": "user", "content": "hi"}]}

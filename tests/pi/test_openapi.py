@@ -28,11 +28,7 @@ from cm4d import FIELDS, FIELDS_WITHOUT_PROMPT, ROUTES
 
 MODELS = load_catalog(ROOT / "models.toml").models
 DOCUMENT: dict[str, Any] = json.loads(json.dumps(write_openapi(ROUTES, FIELDS_WITHOUT_PROMPT, MODELS, True)))
-OPERATIONS = {
-    (method.upper(), path): operation
-    for path, operations in DOCUMENT["paths"].items()
-    for method, operation in operations.items()
-}
+OPERATIONS = {(verb.upper(), path): one for path, verbs in DOCUMENT["paths"].items() for verb, one in verbs.items()}
 TOKENS = answer(200, {"tokens": [1, 2]})
 
 

@@ -7,12 +7,9 @@ tests/pi/test_clients.py sends the same requests to real weights.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
-import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,31 +18,15 @@ from typing import Any
 import httpx
 import pytest
 from harness import PATIENCE, daemon, wait_until
-from scripted import CHUNKED, Backend, answer, chunk, error, event, in_a_thread, token
+from scripted import Backend, answer, error, in_a_thread, script
 
 PREFIX, LINE, SUFFIX = "def add(a, b):\n", "    return ", "\n\n\nprint(add(1, 2))\n"
 PIECES = ("a + b", "  # ä", '\n"c"')
 TEXT = "".join(PIECES)
-FIM_PROMPT = f"<|fim_prefix|>{PREFIX}{LINE}<|fim_suffix|>{SUFFIX}<|fim_middle|>"
+FIM = f"<|fim_prefix|>{PREFIX}{LINE}<|fim_suffix|>{SUFFIX}<|fim_middle|>"
+COUNTED = {"ttft": 0.1, "prompt_tokens": 7, "cached_tokens": 5}
+WHOLE = script(*PIECES, **COUNTED)
 OTHER = {"filename": "other.py", "text": "def subtract(a, b):\n    return a - b\n"}
-
-
-def completion(*pieces: Any, reason: str = "stop") -> list[Any]:
-    """A script of the VPS. A piece that is no string is a step of its own, such as a gate."""
-    texts = [piece for piece in pieces if isinstance(piece, str)]
-    done = event(done=True, model="qwen_0_5b", total_tokens=len(texts), inference_time=0.25, ttft=0.1,
-                 finish_reason=reason, prompt_tokens=7, cached_tokens=5)  # fmt: skip
-    steps: list[Any] = [CHUNKED]
-    for number, piece in enumerate(pieces, 1):
-        steps.append(chunk(token(piece, number)) if isinstance(piece, str) else piece)
-    return [*steps, chunk(done), b"0\r\n\r\n"]
-
-
-class Gate(threading.Event):
-    """A step that keeps the VPS waiting until the test opens it."""
-
-    def __call__(self) -> Any:
-        return asyncio.to_thread(self.wait, PATIENCE)
 
 
 @dataclass
@@ -98,7 +79,7 @@ def shared_pi(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pi]:
 @pytest.fixture
 def pi(shared_pi: Pi) -> Pi:
     """The VPS answers each request with TEXT, and has not been asked for anything yet."""
-    shared_pi.backend.scripts = [completion(*PIECES)]
+    shared_pi.backend.scripts = [WHOLE]
     shared_pi.backend.asked.clear()
     return shared_pi
 
@@ -119,7 +100,7 @@ LLAMA_VIM_WARMS = LLAMA_VIM | {
     "input_prefix": "", "input_suffix": "", "prompt": "", "n_predict": 0, "temperature": 0.0, "samplers": [],
     "t_max_prompt_ms": 1, "t_max_predict_ms": 1, "response_fields": [""],
 }  # fmt: skip
-ZED = {"model": "qwen2.5-coder", "prompt": FIM_PROMPT, "max_tokens": 64, "stop": ["<|endoftext|>", "<|file_sep|>"]}
+ZED = {"model": "qwen2.5-coder", "prompt": FIM, "max_tokens": 64, "stop": ["<|endoftext|>", "<|file_sep|>"]}
 # Continue writes snippets of other files, and the file's own name, as comments above the text.
 CONTINUE_PREFIX = "# Path: other.py\n# def subtract(a, b):\n#     return a - b\n# sum.py\n" + PREFIX + LINE
 CONTINUE = {
@@ -135,14 +116,8 @@ TURNS = [{"role": "system", "content": "You help."}, {"role": "user", "content":
 CODECOMPANION = NULLS | {
     "model": "qwen_0_5b", "messages": TURNS, "temperature": 0, "stream": True, "stream_options": {"include_usage": True}
 }  # fmt: skip
-TABBY = {"seed": 7, "prompt": FIM_PROMPT, "n_predict": 64, "temperature": 0.1, "stream": True, "penalty_last_n": 0}
-TWINNY = {
-    "prompt": FIM_PROMPT,
-    "stream": True,
-    "temperature": 0.2,
-    "max_tokens": 512,
-    "stop": ["<|endoftext|>", "\n\n"],
-}
+TABBY = {"seed": 7, "prompt": FIM, "n_predict": 64, "temperature": 0.1, "stream": True, "penalty_last_n": 0}
+TWINNY = {"prompt": FIM, "stream": True, "temperature": 0.2, "max_tokens": 512, "stop": ["<|endoftext|>", "\n\n"]}
 
 GAP = {"mode": "infill", "prompt": PREFIX + LINE, "suffix": SUFFIX}
 LLAMA_GAP = GAP | {"extra": [OTHER], "max_tokens": 128, "temperature": 0.0, "language": "python", "indent": 4}
@@ -187,7 +162,7 @@ def test_a_plugin(pi: Pi, name: str) -> None:
     assert completed(pi, name) == TEXT
     (sent,) = pi.backend.completions
     assert sent == sent | wanted | {"model": "qwen_0_5b"}
-    pi.backend.scripts = [completion(*PIECES, reason="length")]
+    pi.backend.scripts = [script(*PIECES, **COUNTED, finish_reason="length")]
     assert completed(pi, name) == TEXT
     pi.backend.scripts = [[error(503, "RESOURCE_EXHAUSTED", "too little memory")]]
     response = pi.post(path, body)
@@ -227,24 +202,11 @@ def test_llama_vscode_looks_around(pi: Pi) -> None:
     assert pi.backend.completions == [{"text": "def add", "first": False, "special": True, "model": "qwen_0_5b"}]
 
 
-def test_llama_vim_is_replaced_by_its_next_keystroke(tmp_path: Path) -> None:
-    gate = Gate()
-    with start_pi(tmp_path, [completion("a", gate, "b"), completion("c")]) as pi, ThreadPoolExecutor() as threads:
-        older = threads.submit(pi.asked, "/infill", LLAMA_VIM)
-        wait_until(pi.backend.begun.is_set, "the first request runs")
-        assert pi.asked("/infill", LLAMA_VIM | {"prompt": LINE + "x"})["content"] == "c"
-        assert "content" not in older.result(
-            PATIENCE
-        )  # it would keep an empty one, and show nothing at this place again
-        assert pi.get("/v1/stats").json()["replaced"] == 1
-        gate.set()
-
-
 def test_llama_vim_warms_and_instructs(tmp_path: Path) -> None:
     """A warm-up may go on behind a later request, so this Pi serves no other test."""
     chat = {"samplers": [], "cache_prompt": True, "min_p": 0.1, "temperature": 0.1, "model": ""}
     warms = chat | {"id_slot": 7, "n_predict": 0, "stream": False, "response_fields": [""]}
-    with start_pi(tmp_path, [completion(*PIECES)]) as pi:
+    with start_pi(tmp_path, [WHOLE]) as pi:
         assert pi.asked("/infill", LLAMA_VIM_WARMS) == {}
         wait_until(lambda: pi.backend.completions, "the prompt is read")
         assert pi.backend.completions[0]["max_tokens"] == 0

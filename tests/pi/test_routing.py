@@ -14,22 +14,7 @@ from typing import Any
 
 import pytest
 from harness import KEY, until
-from scripted import (
-    CHUNKED,
-    DONE,
-    HANG,
-    RESET,
-    Backend,
-    Pi,
-    answer,
-    backend_at,
-    chunk,
-    error,
-    event,
-    open_breaker,
-    pi_for,
-    token,
-)
+from scripted import CHUNKED, HANG, RESET, Backend, Pi, answer, backend_at, chunk, error, event, pi_for, script
 
 from cerebrum.pi import breaker, completion
 from cerebrum.pi import fleet as pi_fleet
@@ -38,7 +23,6 @@ from cerebrum.pi.dialects import CompletionRequest
 from cerebrum.pi.upstream import BackendConfig, parse_url
 from cerebrum.settings import ConfigError
 
-FIRST = chunk(token("a", 1))
 HANGING = [CHUNKED, HANG]
 INFILL = {"input_prefix": "x =", "input_suffix": "", "filename": "a.py"}
 CHAT = {"messages": [{"role": "user", "content": "Hello"}]}
@@ -48,26 +32,15 @@ def listing(*ids: str) -> bytes:
     return answer(200, {"models": [{"id": id, "n_ctx": 4096} for id in ids]})
 
 
-def script(text: str) -> list[Any]:
-    return [CHUNKED, chunk(token(text, 1)), chunk(DONE), b"0\r\n\r\n"]
-
-
-def gated(go: asyncio.Event, text: str) -> list[Any]:
-    """The same, but all after the head waits for `go`."""
-    return [CHUNKED, go.wait, *script(text)[1:]]
-
-
 @contextlib.asynccontextmanager
 async def fleet(*backends: Backend, places: Sequence[int] = (), **config: Any) -> AsyncIterator[Pi]:
     """A Pi in front of these backends, which are named a, b, c, … Each writes its name, if no script is given."""
     async with contextlib.AsyncExitStack() as stack:
         configs = []
-        for number, backend in enumerate(backends):
-            name = "abcdef"[number]
+        for name, backend, limit in zip("abcdef", backends, places or [2] * len(backends), strict=False):
             if backend.scripts == Backend.scripts:
                 backend.scripts = [script(name)]
             await stack.enter_async_context(backend)
-            limit = places[number] if places else 2
             configs.append(backend_at(backend.port, name, max_concurrent=limit, key=f"{KEY}-{name}"))
         yield await stack.enter_async_context(pi_for(*configs, **config))
 
@@ -129,16 +102,21 @@ async def test_the_one_that_served_a_session_a_file_or_a_chat_last() -> None:
 async def test_a_full_backend_is_passed_over_and_full_ones_refuse_or_let_wait() -> None:
     one, two = Backend([script("a"), HANGING]), Backend([script("b"), HANGING, script("b")])
     async with fleet(one, two, places=(1, 1)) as pi:
+        line = pi.gateway.dispatcher.state.line
         assert await answered(pi, session="s") == "a"
         async with running(pi, one):
             assert await answered(pi, session="s") == "b"
             async with running(pi, two):
-                reply = await pi.complete()
-                assert (reply.status, reply.json["code"]) == (429, "RATE_LIMIT")
-                assert reply.json["message"] == "expected at most 2 completions at a time; try again later"
-                assert pi.gateway.dispatcher.active == 2
+                for reply in (await pi.complete(), await pi.stream()):
+                    assert (reply.status, reply.json["code"], reply.all("Retry-After")) == (429, "RATE_LIMIT", [])
+                    assert reply.json["message"] == "expected at most 2 completions at a time; try again later"
+                assert (await pi.get("/v1/stats")).json["requests_active"] == 2
+                leaving = asyncio.create_task(pi.ask("POST", "/infill", INFILL))
+                await until(lambda: len(line) == 1)
+                leaving.cancel()
+                await until(lambda: not line)
                 waiting = asyncio.create_task(pi.ask("POST", "/infill", INFILL))
-                await until(lambda: len(pi.gateway.dispatcher.state.line) == 1)
+                await until(lambda: len(line) == 1)
             assert (await waiting).json["content"] == "b"
 
 
@@ -216,7 +194,7 @@ async def test_before_the_first_token_the_next_one_is_asked(name: str) -> None:
 
 @pytest.mark.parametrize("rest", [[RESET], [b"0\r\n\r\n"], [chunk(event(error=True, message="m", code="X"))]])
 async def test_after_the_first_token_nobody_else_is_asked(rest: list[Any]) -> None:
-    one, two = Backend([[CHUNKED, FIRST, *rest]]), Backend()
+    one, two = Backend([[*script("a")[:2], *rest]]), Backend()
     async with fleet(one, two) as pi:
         reply = await pi.stream()
         token, failure = reply.events
@@ -257,16 +235,19 @@ async def test_all_are_away() -> None:
         refused = "VPS backend is unavailable (connection refused)"
         assert (reply.status, reply.json["message"]) == (503, refused)
         assert (health.status, health.json["message"]) == (503, f"a: {refused}; b: {refused}")
+        assert (health.json["vps_available"], health.json["code"]) == (False, "VPS_UNAVAILABLE")
+        stats = (await pi.get("/v1/stats")).json
+        assert (stats["vps_available"], stats["vps_response_time_ms"]) == (False, None)
+        assert (await pi.get("/v1/activity")).json["vps_message"] == health.json["message"]
+        assert [model["available"] for model in (await pi.get("/v1/models")).json["models"]] == [False] * 4
 
 
-async def test_a_probe_ends_an_overdue_trial_and_a_look_at_the_statistics_does_not(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_a_probe_ends_an_overdue_trial_and_a_look_at_figures_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 3600.0)
     monkeypatch.setattr(breaker, "TRIAL_SECONDS", 0.0)
     async with fleet(Backend()) as pi:
         first = pi.gateway.fleet.first
-        open_breaker(first.breaker)
+        first.breaker.open(0.0)
         first.breaker.healthy(time.monotonic())
         first.breaker.admit(time.monotonic())
         states = [(await pi.get("/v1/stats")).json["breaker"]["state"] for _ in range(2)]
@@ -277,7 +258,7 @@ async def test_a_probe_ends_an_overdue_trial_and_a_look_at_the_statistics_does_n
 async def test_a_request_that_fails_over_gives_its_first_place_back() -> None:
     """While its second backend works on it, another request gets that place."""
     go = asyncio.Event()
-    one, two = Backend([[RESET], script("a")]), Backend([gated(go, "b")])
+    one, two = Backend([[RESET], script("a")]), Backend([script(go.wait, "b")])
     async with fleet(one, two, places=(1, 1)) as pi:
         slow = asyncio.create_task(pi.complete())
         await two.begun.wait()
@@ -316,23 +297,6 @@ async def test_the_answer_names_the_model_of_the_backend_that_took_over() -> Non
         reply = await pi.ask("POST", "/v1/chat/completions", CHAT | {"stream": True})
         assert reply.body.count(b'"role"') == 1, "the answer began twice"
         assert b'"model":"qwen_0_5b"' in reply.body.split(b"\n\n")[1]
-
-
-LATE = {"error": True, "message": "m", "code": "INVALID_REQUEST"}
-
-
-async def test_a_prompt_that_is_too_long_by_an_event_is_fitted_again_before_the_first_token_alone() -> None:
-    """vpsd begins its answer before it has loaded the model, which counts the tokens."""
-    late = chunk(event(**LATE, prompt_tokens=2000, n_ctx=1024))
-    one = Backend([[CHUNKED, late], script("again"), [CHUNKED, FIRST, late]])
-    async with fleet(one) as pi:
-        reply = await pi.complete(prompt="x = 1\n" * 300, max_tokens=64)
-        assert (reply.status, reply.json["completion"]) == (200, "again")
-        first, second = (len(asked["prompt"]) for asked in one.completions)
-        assert second < 0.6 * first
-        events = (await pi.stream()).events
-        assert [one.get("token", one.get("code")) for one in events] == ["a", "INVALID_REQUEST"]
-        assert len(one.completions) == 3
 
 
 async def test_the_models_are_asked_for_once_if_nobody_lists_them() -> None:
@@ -393,15 +357,16 @@ WARM_UP = {"input_prefix": "x", "input_suffix": "", "prompt": "", "n_predict": 0
 
 async def test_a_request_stops_what_its_own_backend_reads_ahead_and_no_other() -> None:
     """So does the end of that backend's table."""
-    one, two = Backend([[CHUNKED, HANG]], models=listing("qwen_1_5b")), Backend(models=listing("qwen_0_5b"))
-    async with fleet(one, two) as pi:
+    one, two = Backend([HANGING], models=listing("qwen_1_5b")), Backend(models=listing("qwen_0_5b"))
+    async with fleet(one, two, places=(1, 1)) as pi:
         assert (await pi.ask("POST", "/infill", WARM_UP)).status == 200
         await one.begun.wait()
         assert await answered(pi, model="qwen_0_5b") == "b"
         assert pi.reads_ahead()
-        one.scripts = [*one.scripts, script("a"), [CHUNKED, HANG]]
+        one.scripts = [HANGING, script("a"), HANGING]
         assert await answered(pi, model="qwen_1_5b") == "a"
         await until(lambda: one.running and pi.reads_ahead())  # it goes on
+        assert (one.completions[-1]["max_tokens"], one.most_running) == (0, 1)
         one.left.clear()
         config = pi.gateway.config
         pi.gateway.reconfigure(dataclasses.replace(config, backends=config.backends[1:]))
@@ -413,7 +378,7 @@ async def test_a_request_stops_what_its_own_backend_reads_ahead_and_no_other() -
 
 async def test_new_settings_keep_what_runs_and_what_is_known() -> None:
     go = asyncio.Event()
-    one = Backend([[CHUNKED, FIRST, go.wait, chunk(DONE), b"0\r\n\r\n"], script("a")])
+    one = Backend([script("a", go.wait), script("a")])
     async with fleet(one, Backend(), Backend()) as pi, Backend([script("new")]) as fresh:
         gateway, old = pi.gateway, list(pi.gateway.fleet.backends)
         running = asyncio.create_task(pi.stream())
@@ -433,7 +398,7 @@ async def test_new_settings_keep_what_runs_and_what_is_known() -> None:
         assert reply.events[-1]["backend"] == "a"  # which is no longer in models.toml
         assert await answered(pi, prompt="y =") == "b"
         gateway.counting.sample()
-        assert sum(gateway.counting.history.describe()["tokens"]) == gateway.counting.tokens == 4
+        assert sum(gateway.counting.history.describe()["tokens"]) == gateway.counting.tokens == 2
         probes = [backend.probes for backend in (old[0], old[2])]
         for backend in (*old, new):
             backend.wake.set()
@@ -444,13 +409,12 @@ async def test_new_settings_keep_what_runs_and_what_is_known() -> None:
 async def test_a_backend_that_moves_keeps_its_counts_and_running_streams() -> None:
     """Their tokens say nothing of the new address."""
     go, end = asyncio.Event(), asyncio.Event()
-    slow = [CHUNKED, FIRST, go.wait, chunk(token("a", 2)), end.wait, chunk(DONE), b"0\r\n\r\n"]
-    one = Backend([script("a"), slow])
+    one = Backend([script("a"), script("a", go.wait, "a", end.wait)])
     async with fleet(one, Backend()) as pi, Backend([script("a")], models=listing("qwen_7b")) as moved:
         gateway, backend = pi.gateway, pi.gateway.fleet.backends[0]
         assert await answered(pi) == "a"
         running = asyncio.create_task(pi.stream(prompt="y ="))
-        await until(lambda: backend.tokens == 3)  # DONE counts two for each completion
+        await until(lambda: backend.tokens == 2)
         for port, seen in ((1, lambda: "refused" in backend.breaker.trouble), (moved.port, lambda: backend.available)):
             there = backend_at(port, "a", max_concurrent=2, key=f"{KEY}-a")
             gateway.reconfigure(dataclasses.replace(gateway.config, backends=(there, gateway.config.backends[1])))
@@ -458,14 +422,14 @@ async def test_a_backend_that_moves_keeps_its_counts_and_running_streams() -> No
             await until(seen)
             if port == 1:
                 go.set()
-                await until(lambda: backend.tokens == 4)
+                await until(lambda: backend.tokens == 3)
                 assert not backend.available
         assert list(backend.models or ()) == ["qwen_7b"]
         assert await answered(pi, model="qwen_7b") == "a"
         assert moved.most_running == 1
         end.set()
         assert (await running).clean
-        assert (backend.requests_total, backend.tokens, backend.breaker.state) == (3, 6, "closed")
+        assert (backend.requests_total, backend.tokens, backend.breaker.state) == (3, 4, "closed")
 
 
 async def test_new_settings_that_cannot_be_used_change_nothing(tmp_path: Path) -> None:

@@ -7,45 +7,30 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import gc
 import itertools
+import math
 import re
 import socket
 import ssl
 import threading
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from harness import KEY, PATIENCE, Reply, certificate, until
-from scripted import (
-    CHUNKED,
-    DONE,
-    GOOD,
-    HANG,
-    RESET,
-    Backend,
-    Flood,
-    answer,
-    backend_at,
-    chunk,
-    error,
-    event,
-    head,
-    pi_for,
-    token,
-)
+from scripted import CHUNKED, DONE, GOOD, HANG, RESET, Backend, Flood, backend_at, chunk, error, event, head, pi_for
 
 from cerebrum.pi import breaker, upstream
 from cerebrum.pi import fleet as pi_fleet
 from cerebrum.pi.backend import read_models
 from cerebrum.pi.upstream import MAX_EVENT_BYTES, MAX_MESSAGE_CHARACTERS, BackendFailure, Events
 
-A, B, END = chunk(token("a", 1)), chunk(token("b", 2)), b"0\r\n\r\n"
+TOKEN_A, TOKEN_B = {"token": "a", "total_tokens": 1}, {"token": "b", "total_tokens": 2}
+BOTH = event(**TOKEN_A) + event(**TOKEN_B)
+A, B, END = chunk(event(**TOKEN_A)), chunk(event(**TOKEN_B)), b"0\r\n\r\n"
 CLOSING = head(200, "Connection: close")
-TOKEN_A = {"token": "a", "total_tokens": 1}
-TOKEN_B = {"token": "b", "total_tokens": 2}
 UNAVAILABLE = "VPS_UNAVAILABLE"
 TIMED_OUT = head(408, "Content-Length: 0")
 
@@ -98,7 +83,7 @@ BROKEN: dict[str, tuple[list[Any], list[Any], str]] = {
     "dies between chunks": ([CHUNKED, A], [TOKEN_A], "in the middle of its answer"),
     "dies inside a chunk": ([CHUNKED, A, B[:-7]], [TOKEN_A], "in the middle of its answer"),
     "dies inside the last chunk": ([CHUNKED, A, chunk(DONE), b"0\r\n"], [TOKEN_A], "in the middle of its answer"),
-    "half an event, then the last chunk": ([CHUNKED, A, chunk(token("b", 2)[:-1]), END], [TOKEN_A], "of an event"),
+    "half an event, then the last chunk": ([CHUNKED, A, chunk(event(**TOKEN_B)[:-1]), END], [TOKEN_A], "of an event"),
     "a clean end without done": ([CHUNKED, A, END], [TOKEN_A], "without saying that it is done"),
     "a length of 0": ([head(200, "Content-Length: 0")], [], "without saying that it is done"),
     "a broken chunk size": ([CHUNKED, A, b"xyz\r\n"], [TOKEN_A], "malformed chunk"),
@@ -118,16 +103,16 @@ BROKEN: dict[str, tuple[list[Any], list[Any], str]] = {
 # The same two tokens in every framing and split.
 WHOLE: dict[str, list[Any]] = {
     "chunks": [*GOOD],
-    "one chunk": [CHUNKED, chunk(token("a", 1) + token("b", 2) + DONE), END],
-    "chunks that cut events": [CHUNKED, *(chunk(bytes([c])) for c in token("a", 1) + token("b", 2)), chunk(DONE), END],
+    "one chunk": [CHUNKED, chunk(BOTH + DONE), END],
+    "chunks that cut events": [CHUNKED, *(chunk(bytes([c])) for c in BOTH), chunk(DONE), END],
     "chunks with extensions and trailers": [CHUNKED, b"29;a=b\r\n" + A[4:], B, chunk(DONE), b"0\r\nA: b\r\n\r\n"],
-    "a length": [length_of(token("a", 1) + token("b", 2) + DONE)],
-    "surplus behind a length": [length_of(token("a", 1) + token("b", 2) + DONE) + b"HTTP/1.1 200 OK\r\n"],
+    "a length": [length_of(BOTH + DONE)],
+    "surplus behind a length": [length_of(BOTH + DONE) + b"HTTP/1.1 200 OK\r\n"],
     "a connection that stays open": [*GOOD, HANG],
-    "until the close": [CLOSING, token("a", 1), token("b", 2), DONE],
-    "HTTP/1.0": [b"HTTP/1.0 200 OK\r\n\r\n", token("a", 1), token("b", 2), DONE],
+    "until the close": [CLOSING, BOTH, DONE],
+    "HTTP/1.0": [b"HTTP/1.0 200 OK\r\n\r\n", BOTH, DONE],
     "after 100 and 103": [head(100), head(103), *GOOD],
-    "CRLF in events": [CLOSING, (token("a", 1) + token("b", 2) + DONE).replace(b"\n", b"\r\n")],
+    "CRLF in events": [CLOSING, (BOTH + DONE).replace(b"\n", b"\r\n")],
     "events that nobody knows": [CHUNKED, chunk(event(news=1)), A, chunk(b"event: x\nid: 7\n\n"), B, chunk(DONE), END],
     "other spacing": [CHUNKED, chunk(b'data:{"total_tokens":1,"token":"\\u0061"}\n\n'), B, chunk(DONE), END],
     "data over two lines": [CHUNKED, chunk(b'data: {"token": "a",\ndata: "total_tokens": 1}\n\n'), B, chunk(DONE), END],
@@ -265,9 +250,7 @@ async def test_an_address_that_drops_packets_does_not_hide_the_next_one(monkeypa
             ports = (deaf.getsockname()[1], backend.port)
             both = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port)) for port in ports]
             monkeypatch.setattr(socket, "getaddrinfo", lambda *asked, **how: both)
-            config = backend_at(backend.port, key_env="CEREBRUM_API_KEY")
-            endpoint = dataclasses.replace(config.endpoint, host="vps")
-            async with pi_for(dataclasses.replace(config, endpoint=endpoint)) as pi:
+            async with pi_for(backend_at(backend.port, origin="http://vps")) as pi:
                 assert (await pi.complete()).status == 200
 
 
@@ -275,31 +258,28 @@ async def test_https_with_a_private_authority(tmp_path: Path):
     tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     tls.load_cert_chain(*certificate(tmp_path, "vps").values())
     async with Backend([GOOD, GOOD, [CHUNKED, A, HANG]], tls=tls) as backend:
-        config = backend_at(backend.port)
-        config = dataclasses.replace(config, endpoint=dataclasses.replace(config.endpoint, tls=True))
-        async with pi_for(dataclasses.replace(config, ca_file=str(tmp_path / "vps.crt"))) as pi:
+        origin, authority = "https://127.0.0.1", str(tmp_path / "vps.crt")
+        async with pi_for(backend_at(backend.port, origin=origin, ca_file=authority)) as pi:
             assert [(await pi.complete()).json["completion"] for _ in range(2)] == ["ab", "ab"]
             backend.left.clear()
             reader, writer = await pi.open("POST", "/v1/complete/stream", {"prompt": "x", "language": "python"})
             await reader.readuntil(b"total_tokens")
             writer.transport.abort()
             await backend.left.wait()
-        async with pi_for(config) as pi:
+        async with pi_for(backend_at(backend.port, origin=origin)) as pi:
             check_error(reply := await pi.complete(), 503, UNAVAILABLE, "it cannot be reached")
             told = (reply.body + (await pi.get("/health")).body).lower()
             assert not re.search(rb"certificate|ssl|_verify|traceback|errno", told)
 
 
 def test_a_name_is_looked_up_once_and_nobody_waits_for_the_resolver(monkeypatch: pytest.MonkeyPatch):
-    asked, go, late = list[str](), threading.Event(), threading.Event()
+    asked, gates = list[str](), {"hangs": threading.Event(), "late": threading.Event()}
     found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 80))]
 
     def resolve(host: str, *_: Any, **__: Any) -> Any:
         asked.append(host)
-        if host == "hangs":
-            go.wait(PATIENCE)
-        if host == "late":
-            late.wait(PATIENCE)
+        if host in gates:
+            gates[host].wait(PATIENCE)
         if host in ("late", "unknown"):
             raise socket.gaierror(socket.EAI_NONAME, "unknown")
         return found
@@ -319,7 +299,7 @@ def test_a_name_is_looked_up_once_and_nobody_waits_for_the_resolver(monkeypatch:
             await asyncio.wait_for(loop.getaddrinfo("late", 80), 0.01)
         complaints = list[Any]()
         loop.set_exception_handler(lambda _, complaint: complaints.append(complaint))
-        late.set()
+        gates["late"].set()
         await until(lambda: all(host != "late" for host, *_ in loop._names))
         gc.collect()
         assert complaints == []
@@ -327,7 +307,7 @@ def test_a_name_is_looked_up_once_and_nobody_waits_for_the_resolver(monkeypatch:
 
     with asyncio.Runner(loop_factory=upstream.Loop) as runner:
         runner.run(scenario())
-    go.set()  # only now: the loop has ended before
+    gates["hangs"].set()  # only now: the loop has ended before
 
 
 LIES = dict.fromkeys(("language", "model", "mode", "timestamp", "completion", "token", "message", "code"), "lies")
@@ -385,15 +365,11 @@ async def test_progress_and_comments_are_passed_on():
         assert backend.completions[1]["progress"] is False
 
 
-async def slowly() -> None:
-    await asyncio.sleep(0.02)  # the VPS's pace is what is tested
-
-
 LATE: list[tuple[list[Any], str]] = [
     ([HANG], "did not answer in time"),
     ([b"HTTP/1.1 200 OK\r\n", HANG], "did not answer in time"),
     ([head(503, "Content-Length: 9"), b"{", HANG], "it answered 503"),
-    ([step for c in CHUNKED for step in (bytes([c]), slowly)], "did not answer in time"),
+    ([step for c in CHUNKED for step in (bytes([c]), lambda: asyncio.sleep(0.02))], "did not answer in time"),
 ]
 
 
@@ -413,43 +389,29 @@ async def test_a_stall_ends_at_the_idle_deadline(monkeypatch: pytest.MonkeyPatch
         await backend.left.wait()
 
 
-class Clock:
-    """The loop and the transport of a Reader, with a clock that is a number."""
-
-    now, due, cut = 0.0, 0.0, False
-
-    def time(self) -> float:
-        return self.now
-
-    def call_later(self, delay: float, callback: Any, *args: Any) -> Any:
-        self.due, self.callback = self.now + delay, lambda: callback(*args)
-
-    def abort(self) -> None:
-        self.cut = True
-
-    def go_on(self, seconds: float) -> None:
-        end = self.now + seconds
-        while not self.cut and self.due <= end:
-            self.now = self.due
-            self.callback()
-        self.now = end
+IDLE, MOST = upstream.IDLE_SECONDS, upstream.STREAM_SECONDS
+# When the current read began to wait, when that is looked at, and when it is looked at again; None: it is cut.
+WAITS = [
+    (math.inf, 10 * IDLE, IDLE),  # nobody is reading
+    (10 * IDLE, 10.9 * IDLE, 0.1 * IDLE),
+    (10 * IDLE, 11 * IDLE, None),
+    (MOST - 2, MOST - 1, 1.0),  # a comment now and then keeps a slow stream alive
+    (math.inf, MOST, None),
+]
 
 
-@pytest.mark.parametrize("silent", [True, False])
-def test_a_vps_is_cut_if_it_is_silent_or_never_ends_but_our_own_pauses_do_not_count(silent: bool, monkeypatch: Any):
-    clock, idle = Clock(), upstream.IDLE_SECONDS
-    monkeypatch.setattr(asyncio, "get_running_loop", lambda: clock)
+@pytest.mark.parametrize(("since", "now", "again"), WAITS)
+def test_a_vps_is_cut_if_it_is_silent_or_never_ends(since: float, now: float, again: float | None, monkeypatch: Any):
+    loop = Mock(time=lambda: 0.0)
+    monkeypatch.setattr(asyncio, "get_running_loop", lambda: loop)
     reader = upstream.Reader()
-    reader.transport = clock  # type: ignore[assignment]
-    reader.watch(idle)
-    clock.go_on(10 * idle)  # nobody is reading
-    while clock.now < upstream.STREAM_SECONDS - idle:
-        reader._since = clock.now  # a comment now and then keeps a slow stream alive
-        clock.go_on(0.9 * idle)
-    assert not clock.cut
-    reader._since = clock.now if silent else upstream.STREAM_SECONDS
-    clock.go_on(1.1 * idle)
-    assert (clock.cut, reader.end) == (True, upstream.EXPIRED)
+    reader.transport, reader._since = Mock(), since
+    reader.watch(IDLE)
+    _, check, *arguments = loop.call_later.call_args.args
+    loop.time = lambda: now
+    check(*arguments)
+    assert loop.call_later.call_args.args[0] == pytest.approx(again or IDLE)
+    assert (reader.end, reader.transport.abort.called) == (("", False) if again else (upstream.EXPIRED, True))
 
 
 async def test_a_collected_answer_without_end_is_cut():
@@ -517,16 +479,6 @@ def test_json_of_a_list_of_models_that_lies():
     entries = [1, None, {"id": []}, {"id": "a", "n_ctx": "x"}, {"id": "b", "n_ctx": 8}, {"id": "c", "available": False}]
     entries += [{"id": "d", "loaded": "yes", "encoding": "", "memory_mb": -1, "path": "/x", "last_used": 1}]
     entries += [{"id": "e", "loaded": True, "encoding": "Q8_0", "memory_mb": 980.5}]
-    assert read_models({"models": entries}) == {
-        "a": {},
-        "b": {"n_ctx": 8},
-        "d": {},
-        "e": {"loaded": True, "encoding": "Q8_0", "memory_mb": 980.5},
-    }
+    known = {"a": {}, "b": {"n_ctx": 8}, "d": {}, "e": {"loaded": True, "encoding": "Q8_0", "memory_mb": 980.5}}
+    assert read_models({"models": entries}) == known
     assert read_models({"models": "no"}) == {}
-
-
-@pytest.mark.parametrize(("told", "loaded"), [(["a", 1, None, "b"], ["a", "b"]), ("no", []), (None, [])])
-async def test_a_health_that_lies_about_the_models_in_memory(told: Any, loaded: list[str]):
-    async with Backend(health=answer(200, {"models_loaded": told})) as backend, pi_for(backend.port) as pi:
-        assert pi.gateway.fleet.first.models_loaded == loaded

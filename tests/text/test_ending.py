@@ -7,6 +7,7 @@ import itertools
 import random
 import textwrap
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -303,6 +304,7 @@ REPEAT = [  # (title, text, what is sent of it if the text is cut)
     ("eleven equal calls", "f.readline()\n" * 11 + "g()\n", ""),
     ("a long string", 's = "' + "=" * 200 + '"\n', ""),
 ]
+REPEATED = [(name, "", f"```\n{text}", (sent, "repeat") if sent else (text, None)) for name, text, sent in REPEAT]
 
 
 @pytest.mark.parametrize("module", [ending, languages, prompt])
@@ -345,8 +347,7 @@ def check_case(case: tuple[str, str]) -> None:
     kept, _, more = rest.partition("»")
     more, infill, suffix = more.partition("‖")
     expected = kept.lstrip(" ") if "again" in name else kept
-    known = None if language == "none" else language
-    why = None if reason == "end" else reason
+    known, why = None if language == "none" else language, None if reason == "end" else reason
     check("infill" if infill else "complete", known, prompt, suffix, kept + more, (expected, why))
 
 
@@ -364,16 +365,10 @@ def test_chat(case: tuple[str, str]) -> None:
     check("instruct", language, "", "", answer, (textwrap.dedent(code), why))
 
 
-@pytest.mark.parametrize("case", BEGUN, ids=title)
-def test_a_begun_answer(case: tuple[str, str, str, Outcome]) -> None:
+@pytest.mark.parametrize("case", BEGUN + REPEATED, ids=title)
+def test_an_answer(case: tuple[str, str, str, Outcome]) -> None:
     _, begun, text, expected = case
     check("instruct", "python", begun, "", text, expected)
-
-
-@pytest.mark.parametrize("case", REPEAT, ids=title)
-def test_repeat(case: tuple[str, str, str]) -> None:
-    _, text, sent = case
-    check("instruct", "python", "", "", "```\n" + text, (sent, "repeat") if sent else (text, None))
 
 
 def test_one_line_without_end() -> None:
@@ -467,22 +462,20 @@ SNIPPETS = r"""def f(): if x: else: return x class A { } { ( ) ' " / // /* */ # 
 PIECES = st.lists(st.sampled_from(["\n", "\n\n", "    ", "  ", " ", "\t", '"""', *SNIPPETS]), max_size=60)
 
 
-@given(
-    mode=st.sampled_from(["complete", "infill", "instruct"]),
-    language=st.sampled_from(["python", "javascript", "rust", "cpp", "go", "ruby", None]),
-    prompt=PIECES,
-    suffix=PIECES,
-    pieces=PIECES,
-    indent=st.sampled_from([0, 2, 4]),
+TEXTS = PIECES.map("".join)
+ASKED = st.tuples(
+    st.sampled_from(["complete", "infill", "instruct"]),
+    st.sampled_from(["python", "javascript", "rust", "cpp", "go", "ruby", None]),
+    *(TEXTS, TEXTS, st.just("auto"), st.sampled_from([0, 2, 4])),
 )
-def test_any_split(
-    mode: str, language: str | None, prompt: list[str], suffix: list[str], pieces: list[str], indent: int
-) -> None:
-    args = (mode, language, "".join(prompt), "".join(suffix), "auto", indent)
+
+
+@given(asked=ASKED, pieces=PIECES)
+def test_any_split(asked: Any, pieces: list[str]) -> None:
     text = "".join(pieces)
-    whole = run(Ending(*args), [text])
-    assert run(Ending(*args), pieces) == whole
-    assert run(Ending(*args), list(text)) == whole
+    whole = run(Ending(*asked), [text])
+    assert run(Ending(*asked), pieces) == whole
+    assert run(Ending(*asked), list(text)) == whole
 
 
 # -------------------------------------------------------------------------------------------- stop strings

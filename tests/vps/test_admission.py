@@ -100,18 +100,17 @@ def config(**more: str) -> vpsd.Config:
     return load_config(Environment(given), Path("/nonexistent"))
 
 
-@pytest.mark.parametrize(
-    ("check", "enough", "too_little", "message"),
-    [
-        (check_memory, 1024.0, 1023.0, "expected 1024 MB of memory available, got 1023 MB"),
-        (check_cpu, 70.0, 71.0, "expected other programs to use at most 70 % of the CPU, got 71 %"),
-    ],
-)
-def test_a_busy_machine(check: Any, enough: float, too_little: float, message: str) -> None:
-    check(enough, enough)
-    with pytest.raises(HttpError) as caught:
-        check(too_little, enough)
-    assert (caught.value.status, caught.value.code, caught.value.message) == (503, "RESOURCE_EXHAUSTED", message)
+LITTLE_MEMORY = "expected 1024 MB of memory available, got 1023 MB"
+BUSY = "expected other programs to use at most 70 % of the CPU, got 71 %"
+
+
+def test_a_busy_machine() -> None:
+    checks: list[Any] = [(check_memory, 1024.0, 1023.0, LITTLE_MEMORY), (check_cpu, 70.0, 71.0, BUSY)]
+    for check, enough, too_little, message in checks:
+        check(enough, enough)
+        with pytest.raises(HttpError) as caught:
+            check(too_little, enough)
+        assert (caught.value.status, caught.value.code, caught.value.message) == (503, "RESOURCE_EXHAUSTED", message)
 
 
 def test_cpu_meter_counts_others_without_ourselves(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,8 +127,7 @@ def test_cpu_meter_counts_others_without_ourselves(monkeypatch: pytest.MonkeyPat
 
 
 def test_cpu_meter_lets_niced_programs_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = "user nice system idle iowait irq softirq steal guest guest_nice"
-    times = namedtuple("times", names)  # type: ignore[misc]
+    times = namedtuple("times", "user nice system idle iowait irq softirq steal guest guest_nice")  # type: ignore[misc]
     readings = iter([times(*[0.0] * 10), times(10.0, 70.0, 5.0, 15.0, *[0.0] * 6)])
     monkeypatch.setattr(vpsd.psutil, "cpu_times", lambda: next(readings))
     own = SimpleNamespace(cpu_times=lambda: SimpleNamespace(user=0.0, system=0.0))
@@ -183,17 +181,14 @@ def test_config_defaults() -> None:
     assert [model.id for model in defaults.models] == ["qwen_7b", "codellama_7b", "qwen_1_5b", "qwen_0_5b"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code", "message"),
-    [
-        (["fetch", "x"], 1, "vpsd fetch: expected one of qwen_7b, codellama_7b, qwen_1_5b, qwen_0_5b, got 'x'"),
-        ([], 2, "vpsd: CEREBRUM_API_KEY: expected a key, got none; make one with ./generate_api_key.sh"),
-    ],
-)
-def test_command_line(tmp_path: Path, arguments: list[str], code: int, message: str) -> None:
-    environment = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
-    script = tmp_path / "vpsd.py"  # a copy, because a .env may lie beside the original
-    copy_program("vpsd", tmp_path)
-    command = [sys.executable, str(script), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
-    assert (done.returncode, done.stdout, done.stderr.strip()) == (code, "", message)
+UNKNOWN = "vpsd fetch: expected one of qwen_7b, codellama_7b, qwen_1_5b, qwen_0_5b, got 'x'"
+NO_KEY = "vpsd: CEREBRUM_API_KEY: expected a key, got none; make one with ./generate_api_key.sh"
+
+
+def test_command_line(tmp_path: Path) -> None:
+    copy_program("vpsd", tmp_path)  # because a .env may lie beside the original
+    environment, command = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}, [sys.executable, tmp_path / "vpsd.py"]
+    for arguments, code, message in ((["fetch", "x"], 1, UNKNOWN), ([], 2, NO_KEY)):
+        end = {"env": environment, "capture_output": True, "text": True, "timeout": PATIENCE}
+        done: Any = subprocess.run([*command, *arguments], **end)
+        assert (done.returncode, done.stdout, done.stderr.strip()) == (code, "", message)

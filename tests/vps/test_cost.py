@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 from cerebrum.text.ending import Ending
-from cerebrum.text.languages import LANGUAGES
+from cerebrum.text.languages import LANGUAGES, guess_language
 from cerebrum.text.prompt import detect_mode, prepare, split_instruction
 from cerebrum.text.scanner import HEAD_CHARS
 from cerebrum.text.stages import StopStrings
@@ -33,7 +33,7 @@ MODES = ("complete", "infill", "instruct")
 MAX_GROWTH = 8.0
 FLOOR_SECONDS = 0.003  # a shorter time tells nothing
 CHARACTERS = 1000  # of the shorter text; a step that is quadratic in Python or in a regular expression shows here
-FEW_CHARACTERS, MAX_FEW_GROWTH = CHARACTERS // 4, 5.0  # and begins to show here
+FEW, MAX_OF_FEW = CHARACTERS // 4, 5.0  # and begins to show here
 MANY_CHARACTERS, MAX_COPY_GROWTH = 50_000, 6.0  # copying the text so far at each character shows only here
 WIDE = "\U0001f600"  # a character that makes Python use four bytes for each character of a text
 
@@ -74,6 +74,7 @@ def feed(ending: Ending, text: str, piece: int = 3) -> None:
 
 def ask(language: str, text: str) -> None:
     split_instruction(text, LANGUAGES[language])
+    guess_language(text, text, [text])
     for asked in ({"prompt": text}, {"prompt": "x = ", "suffix": text}, {"instruction": text}):
         assert detect_mode({"language": language, **asked}) in MODES
 
@@ -161,11 +162,7 @@ def test_no_text_is_expensive(work: Work, language: str) -> None:
     texts = {(unit, ""): repeated(unit) for unit in units} | {("many names", ""): many_names, ("deep", ""): deep}
     if work in (ask, fit):  # the others take text character by character
         texts |= {(unit, start): repeated(unit, start) for unit in units for start in STARTS}
-    suspect = [
-        name
-        for name, text in texts.items()
-        if growth(work, language, text, FEW_CHARACTERS, MAX_FEW_GROWTH) > MAX_FEW_GROWTH
-    ]
+    suspect = [name for name, text in texts.items() if growth(work, language, text, FEW, MAX_OF_FEW) > MAX_OF_FEW]
     grown = {name: growth(work, language, texts[name], CHARACTERS) for name in suspect}
     assert {name: times for name, times in grown.items() if times > MAX_GROWTH} == {}
 
@@ -183,8 +180,8 @@ MORE_CHARACTERS = 3 * CHARACTERS  # a step that the regular expression itself ma
 PADS = (" ", "\t", "\n", "a", "(", '"', "a ", "a\n", "a(", "\n ")
 TAIL = "\0`"  # behind them, what seldom matches
 USE = re.compile(r"(\w+)\.(search|match|fullmatch|finditer|findall|sub|split)\(")
-# The longest text that the caller gives to a pattern that would be expensive for a longer one.
-AT_MOST = {"INITIALIZER": HEAD_CHARS // 4, "UNFINISHED": 64, "WORD": 100}
+# A quarter of the longest text that the caller gives to a pattern that would be expensive for a longer one.
+AT_MOST = {"INITIALIZER": HEAD_CHARS // 16, "UNFINISHED": 16, "WORD": 25}
 # These read our own page, the operator's own .env, and a block that ends with the end of an event.
 LEFT_OUT = {"SCRIPT", "STYLE", "_read_env", "TOKENS_OR_EVENT"}
 
@@ -207,9 +204,7 @@ def sample(nodes: Iterable[Any]) -> str:
     for node in nodes:
         kind, value = str(node[0]), node[1]
         if kind == "IN":
-            known = [
-                one if str(name) == "LITERAL" else one[0] for name, one in value if str(name) in ("LITERAL", "RANGE")
-            ]
+            known = [av if str(op) == "LITERAL" else av[0] for op, av in value if str(op) in ("LITERAL", "RANGE")]
             blank = "CATEGORY_SPACE" in str(value)
             text += " " if blank else chr(known[0]) if known and str(value[0][0]) != "NEGATE" else "a"
         elif parts := inside(node):
@@ -316,10 +311,7 @@ def worst(pattern: re.Pattern[Any], method: str, size: int, pads: Iterable[str])
 def test_no_pattern_is_expensive(pads: Iterable[str]) -> None:
     patterns = {one: where for one, where in patterns_of_the_product().items() if where not in LEFT_OUT}
     assert {"OPENED", "NEXT_EDIT", "HEADERS"} <= {*patterns.values()}
-    grown = {
-        (where, *one): worst(*one, min(MORE_CHARACTERS, AT_MOST.get(where, 4 * MORE_CHARACTERS) // 4), pads)
-        for one, where in patterns.items()
-    }
+    grown = {(where, *one): worst(*one, AT_MOST.get(where, MORE_CHARACTERS), pads) for one, where in patterns.items()}
     assert {where: found for where, found in grown.items() if found[0] > MAX_GROWTH} == {}
 
 

@@ -28,7 +28,7 @@ from harness import settings as daemon_settings
 import vpsd as backend
 from cerebrum.settings import Environment
 from cerebrum.vps import encoding
-from cerebrum.vps.encoding import Passport, Timing, TuneError, find_tuned, passport_path, tune, tuned_path
+from cerebrum.vps.encoding import Outcome, Passport, Timing, TuneError, find_tuned, passport_path, tune, tuned_path
 from cerebrum.vps.gguf import Source, Tensor
 from cerebrum.vps.llama import MB, Settings, start_library
 
@@ -39,11 +39,6 @@ WIDTH, FEED = families.QUANTIZED_WIDTH, families.QUANTIZED_FEED
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return families.write_quantized(tmp_path_factory.mktemp("models") / "m.gguf")
-
-
-@pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    return Settings(threads=2, state_dir=tmp_path / "state", fixed_threads=True)
 
 
 class Script:
@@ -83,7 +78,7 @@ ROOM = 4 << 30
 FASTER = {"Q5_0": 3.0, "Q8_0": 1.0, "Q4_K": 2.0, "Q4_1": 1.0, "Q6_K": 2.0}
 
 
-def quiet(_label: str, _done: int, _total: int) -> None:
+def quiet(*_: Any) -> None:
     pass
 
 
@@ -101,8 +96,8 @@ class Lab:
         self.monkeypatch.setattr(encoding, "agreement", lambda *_: made.agreement)
         return made
 
-    def tune(self, room: int = ROOM, told: Callable[[str, int, int], None] = quiet, **more: Any) -> encoding.Outcome:
-        return tune(self.published, "abc", self.settings, room, told, **{"output": io.StringIO(), **more})
+    def tune(self, room: int = ROOM, told: Callable[..., None] = quiet, path: Any = None, **more: Any) -> Outcome:
+        return tune(path or self.published, "abc", self.settings, room, told, **{"output": io.StringIO(), **more})
 
     @property
     def path(self) -> Path:
@@ -113,16 +108,16 @@ class Lab:
         return find_tuned(self.published, self.settings)
 
     def left(self) -> list[str]:
-        return sorted(path.name for path in (self.settings.state_dir / "tuned").glob("*") if path.name != ".lock")
+        return sorted(path.name for path in self.path.parent.glob("*") if path.name != ".lock")
 
 
 @pytest.fixture
-def lab(published: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Lab:
+def lab(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lab:
     def needed(path: Path, forms: Sequence[Settings]) -> list[dict[str, int]]:
         return [{"weights": path.stat().st_size, "compute": 10_000 * form.micro_batch} for form in forms]
 
     monkeypatch.setattr(encoding, "needed", needed)  # llama.cpp cannot load the file
-    lab = Lab(published, settings, monkeypatch)
+    lab = Lab(published, Settings(threads=2, state_dir=tmp_path / "state", fixed_threads=True), monkeypatch)
     lab.script(FASTER)
     return lab
 
@@ -149,11 +144,8 @@ def test_only_matrices_that_are_multiplied_change() -> None:
 def test_a_sample_has_the_kinds_of_layers_that_the_model_has() -> None:
     """Of 24 layers every third has the larger type: one in three of the sample then has it, or nearly."""
     tensors = [tensor(f"blk.{i}.ffn_down.weight", "Q4_K" if i % 3 else "Q6_K") for i in range(24)]
-    layers = encoding.sample_layers(tensors)
-    assert len(layers) == 4
-    assert [i % 3 == 0 for i in layers].count(True) == 1
-    assert encoding.sample_layers(tensors[:3]) == [0, 1, 2]
-    assert encoding.sample_layers(tensors[:1]) == [0]
+    assert sorted(i % 3 == 0 for i in encoding.sample_layers(tensors)) == [False, False, False, True]
+    assert [encoding.sample_layers(tensors[:few]) for few in (3, 1)] == [[0, 1, 2], [0]]
 
 
 # -------------------------------------------------------------------------------------------- the choice
@@ -173,7 +165,6 @@ def test_the_fastest_types_are_chosen_and_written(lab: Lab) -> None:
     }
     assert made.used[1] == set(encoding.KNOBS)
     assert (set(whole["published"]), set(whole["tuned"])) == ({"Q5_0", "Q4_K", "Q6_K"}, {"Q8_0", "Q4_1"})
-    assert outcome.tuned
     assert outcome.published.timing.work > 2 * outcome.tuned.timing.work
     types = {"Q5_0": "Q8_0", "Q4_K": "Q4_1", "Q6_K": "Q8_0", "Q6_K (output)": "Q8_0"}
     passport = json.loads(passport_path(lab.path).read_text())
@@ -187,18 +178,17 @@ def test_the_fastest_types_are_chosen_and_written(lab: Lab) -> None:
     assert (outcome.published.file, outcome.tuned.file) == (lab.published.stat().st_size, lab.path.stat().st_size)
     assert lab.left() == ["m.gguf", "m.gguf.json"]
     assert max(made.sizes) < 1.5 * lab.published.stat().st_size
-    measuring, writing = (
-        [(done, of) for step, done, of in told if step == label] for label in ("measuring", "writing")
-    )
+    measuring = [(done, of) for label, done, of in told if label == "measuring"]
     assert {of for _, of in measuring} == {measuring[-1][0]}
-    assert writing == [(done, len(pairs)) for done in range(1, len(pairs) + 1)]
+    writing = [("writing", done, len(pairs)) for done in range(1, len(pairs) + 1)]
+    assert [step for step in told if step[0] == "writing"] == writing
 
 
 @pytest.mark.parametrize(("layers", "types"), [(1, ("Q4_K",)), (3, ("Q4_K", "Q6_K"))])
 def test_a_tied_output_matrix_and_few_layers(lab: Lab, tmp_path: Path, layers: int, types: Sequence[str]) -> None:
     lab.script({**FASTER, "Q6_K": 3.0})
     path = families.write_quantized(tmp_path / "m.gguf", layers, output="", types=types)
-    assert tune(path, "abc", lab.settings, ROOM, quiet, io.StringIO()).tuned
+    assert lab.tune(path=path).tuned
     after = {tensor.name: tensor.type for tensor in Source(tuned_path(lab.settings.state_dir, path)).tensors}
     assert after["token_embd.weight"] == "Q8_0"
     assert {kind for name, kind in after.items() if "ffn_down" in name} <= {"Q4_1", "Q8_0"}
@@ -244,16 +234,14 @@ def test_what_is_chosen_is_found(
 def test_what_is_fine_already_is_left_alone(lab: Lab, tmp_path: Path, kind: str) -> None:
     made = lab.script({"F16": 4.0, "Q8_0": 2.0, "Q5_0": 1.0, "Q4_0": 0.5})
     path = families.write_quantized(tmp_path / "m.gguf", types=(kind,), output="Q8_0")
-    tune(path, "abc", lab.settings, ROOM, quiet, io.StringIO())
+    lab.tune(path=path)
     assert all(set(types) == {kind, "Q5_0", "Q8_0"} for types in made.compared[-1].values())
 
 
 def test_the_best_that_fits_into_memory_is_chosen(lab: Lab) -> None:
     changed = lambda outcome: set(outcome.passport.types.items())  # noqa: E731
     best = lab.tune(ROOM)
-    assert best.tuned
     smaller = lab.tune(best.tuned.memory - 10_000)
-    assert smaller.tuned
     assert smaller.tuned.memory < best.tuned.memory
     assert changed(best) - changed(smaller) == {("Q4_K", "Q4_1")}
     assert changed(lab.tune(smaller.published.memory)) == set()
@@ -266,9 +254,7 @@ def test_more_threads_are_tried_unless_the_user_chose(lab: Lab) -> None:
     lab.script(FASTER, factor=lambda used: 0.8 if used.threads == 4 else 1.0)
     assert lab.tune().passport.threads == 2
     free = replace(lab, settings=replace(lab.settings, fixed_threads=False))
-    assert free.tune().passport.threads == 4
-    found, _ = free.found()
-    assert found.settings.threads == 4
+    assert (free.tune().passport.threads, free.found()[0].settings.threads) == (4, 4)
     assert lab.found() == (None, "made for threads 4, here it is 2")
 
 
@@ -286,7 +272,7 @@ def test_the_table() -> None:
     before, after = Timing(0.004, {1: 0.03, 4: 0.05, 16: 0.1}), Timing(0.001, {1: 0.02, 4: 0.025, 16: 0.05})
     old, new = Settings(threads=2), Settings(threads=2, micro_batch=128)
     forms = encoding.Form(before, old, 469 * MB, 850 * MB), encoding.Form(after, new, 574 * MB, 956 * MB)
-    first, _, *lines = encoding.Outcome(*forms, Passport(**PASSPORT), 0.984).table().splitlines()
+    first, _, *lines = Outcome(*forms, Passport(**PASSPORT), 0.984).table().splitlines()
     assert first == f"{encoding.cpu_name()}; tuned: Q5_0 to Q8_0"
     assert [line for line in lines if line in TABLE] == [*TABLE.splitlines()[:-1], "", TABLE.splitlines()[-1]]
 
@@ -307,8 +293,7 @@ def test_too_little_disk_is_told_with_the_figures(lab: Lab) -> None:
     lab.monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(free=MB))
     with pytest.raises(TuneError, match=r"expected \d+ MB of free disk in .*tuned, got 1 MB"):
         lab.tune()
-    assert made.compared == []
-    assert lab.left() == []
+    assert (made.compared, lab.left()) == ([], [])
 
 
 def test_a_disk_that_fills_up_leaves_what_was_there(lab: Lab) -> None:
@@ -324,12 +309,11 @@ def test_a_disk_that_fills_up_leaves_what_was_there(lab: Lab) -> None:
     lab.monkeypatch.setattr(Tensor, "convert", convert)
     with pytest.raises(OSError, match="No space left on device"):
         lab.tune()
-    assert lab.left() == ["m.gguf", "m.gguf.json"]
-    assert lab.path.read_bytes() == before
+    assert (lab.left(), lab.path.read_bytes()) == (["m.gguf", "m.gguf.json"], before)
 
 
 def test_what_a_killed_run_left_is_removed(lab: Lab) -> None:
-    half = lab.settings.state_dir / "tuned/.work-abc/tuned"
+    half = lab.path.parent / ".work-abc/tuned"
     half.parent.mkdir(parents=True)
     half.write_bytes(b"half")
     assert lab.found() == (None, "")
@@ -338,8 +322,8 @@ def test_what_a_killed_run_left_is_removed(lab: Lab) -> None:
 
 
 def test_only_one_process_tunes(lab: Lab) -> None:
-    (lab.settings.state_dir / "tuned").mkdir(parents=True)
-    with (lab.settings.state_dir / "tuned/.lock").open("w") as lock:
+    lab.path.parent.mkdir(parents=True)
+    with lab.path.with_name(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(TuneError, match="another process is tuning a model; expected to be the only one"):
             lab.tune()
@@ -347,11 +331,10 @@ def test_only_one_process_tunes(lab: Lab) -> None:
 
 # ----------------------------------------------------------------------------------------- what is used
 
-FLAGS, CPUS = encoding.cpu_flags(), len(os.sched_getaffinity(0))
-PASSPORT = {
-    "source": "abc", "library": llama_cpp.__version__, "cpu": FLAGS, "cpus": CPUS, "threads": 2, "micro_batch": 128,
-    "flash_attention": False, "types": {"Q5_0": "Q8_0"}, "format": 2,
-}  # fmt: skip
+HERE = {"cpu": encoding.cpu_flags(), "cpus": len(os.sched_getaffinity(0)), "threads": 2}
+PASSPORT = {"source": "abc", "library": llama_cpp.__version__, **HERE, "micro_batch": 128, "flash_attention": False}
+PASSPORT |= {"types": {"Q5_0": "Q8_0"}, "format": 2}
+ELSEWHERE = {"library": "0.0.1", "cpu": "z80", "cpus": 99, "threads": 3, "format": 1}
 NO_PASSPORT = "expected a passport of this version; tune the model again"
 
 
@@ -359,16 +342,8 @@ NO_PASSPORT = "expected a passport of this version; tune the model again"
     ("change", "reason"),
     [
         ({}, ""),
-        ({"library": "0.0.1"}, f"made for library 0.0.1, here it is {llama_cpp.__version__}"),
-        ({"cpu": "z80"}, f"made for cpu z80, here it is {FLAGS}"),
-        ({"cpus": 99}, f"made for cpus 99, here it is {CPUS}"),
-        ({"threads": 3}, "made for threads 3, here it is 2"),
-        ({"format": 1}, "made for format 1, here it is 2"),
-        ({"new": 1}, NO_PASSPORT),
-        (b"", NO_PASSPORT),
-        (b"[]", NO_PASSPORT),
-        (b"\xff", NO_PASSPORT),
-        (None, NO_PASSPORT),
+        *(({name: one}, f"made for {name} {one}, here it is {PASSPORT[name]}") for name, one in ELSEWHERE.items()),
+        *((damaged, NO_PASSPORT) for damaged in ({"new": 1}, b"", b"[]", b"\xff", None)),
         ("a folder", "its passport cannot be read (Is a directory)"),
     ],
 )
@@ -424,14 +399,15 @@ def test_a_busy_machine_is_not_measured(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert list(loads) == []
 
 
-def test_llama_cpp_measures_samples(tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_llama_cpp_measures_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("READ_SECONDS", "DECODE_SECONDS"):
         monkeypatch.setattr(encoding, name, 1e-9)
     start_library()
     model = families.make(tmp_path / "dense.gguf", families.FAMILIES["dense"])
-    one = replace(settings, threads=1)  # two would mostly wait, where another test runs at the same time
-    tune(model, "abc", one, ROOM, quiet, io.StringIO())
-    assert find_tuned(model, one)[0]
+    # Two threads would mostly wait, where another test runs at the same time.
+    settings = Settings(threads=1, state_dir=tmp_path / "state", fixed_threads=True)
+    tune(model, "abc", settings, ROOM, quiet, io.StringIO())
+    assert find_tuned(model, settings)[0]
 
 
 @pytest.mark.alone

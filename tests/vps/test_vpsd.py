@@ -19,6 +19,7 @@ import hashlib
 import http.client
 import itertools
 import json
+import re
 import signal
 import socket
 import sys
@@ -172,9 +173,7 @@ def changed(change: str = "", quicker: float = 40) -> list[str]:
 
 
 @contextlib.contextmanager
-def start(
-    output: Path, models: Path, command: Sequence[str] = (), complaints: bool = False, **more: str
-) -> Iterator[Vps]:
+def start(folder: Path, models: Path, command: Sequence[str] = (), faults: bool = False, **more: str) -> Iterator[Vps]:
     """vpsd with the models of a folder, and with the folder's models.toml if there is one."""
     given = {
         "CEREBRUM_MODELS_DIR": str(models),
@@ -185,11 +184,11 @@ def start(
     }
     if (catalog := models / "models.toml").exists():
         given["CEREBRUM_MODELS_FILE"] = str(catalog)
-    environment = settings(output, **(given | more))
-    with program("vpsd", [*(command or changed())], output, environment) as process:
+    environment = settings(folder, **(given | more))
+    with program("vpsd", [*(command or changed())], folder, environment) as process:
         yield Vps(process)
     assert process.process.returncode == 0
-    assert complaints or process.complaints() == ""
+    assert faults or process.complaints() == ""
 
 
 @pytest.fixture(scope="module")
@@ -295,30 +294,27 @@ def real_reference() -> Iterator[Reference]:
 def test_health_alone_needs_no_key(vps: Vps) -> None:
     vps.complete("a", max_tokens=1)
     status, body = vps.ask("GET", "/health", headers={})
-    assert status == 200
     assert list(body) == ["status", "timestamp", "cpu_percent", "memory_available_mb", "models_loaded"]
-    assert (body["status"], body["models_loaded"]) == ("healthy", [SMALL])
+    assert (status, body["status"], body["models_loaded"]) == (200, "healthy", [SMALL])
     assert 0 <= body["cpu_percent"] <= 100
     assert body["memory_available_mb"] > 0
-    for route in vpsd.ROUTES[1:]:
-        body = {} if route.method == "POST" else None
-        for key in ({}, {"X-API-Key": KEY[:-1]}):
-            status, error = vps.ask(route.method, route.path.replace("{id}", SMALL), body, key)
-            assert (status, error["error"], error["code"]) == (401, True, "UNAUTHORIZED")
+    for route, key in itertools.product(vpsd.ROUTES[1:], ({}, {"X-API-Key": KEY[:-1]})):
+        status, error = vps.ask(route.method, route.path.replace("{id}", SMALL), {}, key)
+        assert (status, error["error"], error["code"]) == (401, True, "UNAUTHORIZED")
 
 
 def test_models(vps: Vps, models: Path) -> None:
     listed = {model["id"]: model for model in vps.get("/v1/models")["models"]}
     assert list(listed) == ["qwen_7b", "codellama_7b", LARGE, SMALL]
-    small, described = listed[SMALL], ["id", "loaded", "path", "available", "n_ctx", "encoding", "fim_layout"]
+    small, path = listed[SMALL], str(models / FILES[SMALL].name)
+    described = {"id": SMALL, "loaded": True, "path": path, "available": True, "n_ctx": 2048, "encoding": "published"}
+    described["fim_layout"] = "spmv2"
     assert list(small) == [*described, "memory_mb", "last_used"]
-    path = str(models / FILES[SMALL].name)
-    expected = {"loaded": True, "available": True, "path": path, "n_ctx": 2048, "encoding": "published"}
-    assert expected.items() <= small.items()
+    assert described.items() <= small.items()
     others_mb = vps.process.rss_kb() / 1024 - small["memory_mb"]
     assert 0 < others_mb < 200  # Python, numpy, llama.cpp itself
     assert len(small["last_used"]) == len("2025-12-25T11:55:00.000000")
-    assert list(listed["codellama_7b"]) == described
+    assert list(listed["codellama_7b"]) == list(described)
     assert [model["fim_layout"] for model in listed.values()] == ["spmv2", "psm", "spmv2", "spmv2"]
     assert listed["codellama_7b"]["loaded"] is listed["codellama_7b"]["available"] is False
 
@@ -423,16 +419,17 @@ PROMPTS = [
 ]
 
 
-def check_greedy(vps: Vps, reference: Reference, *prompts: str) -> None:
+def check_greedy(vps: Vps, reference: Reference, *prompts: str, **more: Any) -> None:
     for prompt in prompts:
-        body = vps.complete(prompt, max_tokens=24)
+        body = vps.complete(prompt, max_tokens=24, **more)
         assert body["prompt_tokens"] == len(reference.tokenize(prompt))
         reference.check(prompt, body["completion"], 24)
 
 
 def test_greedy_text_is_that_of_a_plain_loop(vps: Vps, reference: Reference) -> None:
-    """Special tokens in a prompt are text, too."""
+    """Special tokens in a prompt are text, too. A prompt of one word is not healed."""
     check_greedy(vps, reference, *PROMPTS, "<|im_end|><|endoftext|><|fim_prefix|>")
+    check_greedy(vps, reference, "def", heal=True)
 
 
 def test_greedy_text_of_the_real_model_is_that_of_a_plain_loop(real: Vps, real_reference: Reference) -> None:
@@ -482,13 +479,10 @@ RETURN = {"prompt": "def area(width, height):\n    retu", "heal": True}
         pytest.param(RETURN, "rn width * height", " retu", marks=pytest.mark.slow),
     ],
 )
-def test_how_the_real_model_goes_on(
-    real: Vps, real_reference: Reference, fields: dict[str, Any], start: str, left: str
-) -> None:
+def test_how_the_real_model_goes_on(real: Vps, real_reference: Reference, fields: Any, start: str, left: str) -> None:
     """The model writes the word at the cursor in its own tokens, and the part that is there already is not repeated."""
     body, raw = (real.complete(**{**fields, "heal": heal}, max_tokens=8) for heal in (bool(left), False))
-    assert body["completion"].startswith(start)
-    assert body["total_tokens"] == 8
+    assert (body["completion"][: len(start)], body["total_tokens"]) == (start, 8)
     assert raw["prompt_tokens"] - body["prompt_tokens"] == len(real_reference.tokenize(left))
 
 
@@ -502,17 +496,16 @@ def test_other_files_alone_warm_the_cache(vps: Vps) -> None:
 def test_tokenize(vps: Vps, reference: Reference) -> None:
     """Loads the model, and takes no place."""
 
-    def tokens(**more: Any) -> tuple[int, Any]:
-        return vps.ask("POST", "/v1/tokenize", {"model": SMALL, **more})
+    def answer(**more: Any) -> Any:
+        return vps.ask("POST", "/v1/tokenize", {"model": SMALL, **more})[1]
 
     vps.unload()
     text = "def f(): <|im_end|>é"
-    assert tokens(text=text) == (200, {"tokens": reference.tokenize(text)})
-    assert (vps.loaded(), vps.active()) == ([SMALL], 0)
-    assert tokens(text=text, special=True) == (200, {"tokens": reference.tokenize(text, True)})
-    assert tokens(text="") == (200, {"tokens": []})
-    assert tokens()[1]["code"] == "INVALID_REQUEST"
-    assert tokens(model="x", text="")[1]["code"] == "MODEL_NOT_FOUND"
+    for more in ({}, {"special": True}):
+        assert answer(text=text, **more) == {"tokens": reference.tokenize(text, **more)}
+        assert (vps.loaded(), vps.active()) == ([SMALL], 0)
+    assert answer(text="") == {"tokens": []}
+    assert [answer()["code"], answer(model="x", text="")["code"]] == ["INVALID_REQUEST", "MODEL_NOT_FOUND"]
 
 
 def test_a_limit_of_time_counts_from_the_first_line_end(vps: Vps) -> None:
@@ -534,12 +527,6 @@ def test_healed_tokens_add_text_even_if_they_are_sampled(real: Vps) -> None:
     for seed in range(8):
         body = real.complete(WIDTH["prompt"], heal=True, max_tokens=1, temperature=1, seed=seed)
         assert body["completion"][:2] == "th", body
-
-
-def test_a_prompt_of_one_word_is_not_healed(vps: Vps, reference: Reference) -> None:
-    body = vps.complete("def", heal=True, max_tokens=4)
-    assert body["prompt_tokens"] == 1
-    reference.check("def", body["completion"], 4)
 
 
 def test_a_seed_decides_the_random_numbers(vps: Vps) -> None:
@@ -622,8 +609,8 @@ def test_a_short_common_prefix_is_reused_in_its_slot(vps: Vps, reference: Refere
     body = vps.complete(two, max_tokens=8)
     assert body["cached_tokens"] == common
     reference.check(second, body["completion"], 8)
-    again = vps.complete(one, max_tokens=1)  # stored before the second request overwrote most of it
-    assert again["cached_tokens"] == len(first) - 1
+    # Stored before the second request overwrote most of it.
+    assert vps.complete(one, max_tokens=1)["cached_tokens"] == len(first) - 1
 
 
 def test_a_short_request_and_one_that_is_cancelled_beside_a_long_one(vps: Vps, reference: Reference) -> None:
@@ -687,15 +674,6 @@ def test_a_prefill_for_two_goes_on_for_the_one_that_stays(vps: Vps, reference: R
             reference.check(prompt + stayer, stays.text(), 4)
 
 
-def test_a_load_is_finished_after_its_client_has_left(tmp_path: Path, models: Path, reference: Reference) -> None:
-    with start(tmp_path, models) as cold:
-        with cold.stream("x", progress=True) as stream:
-            assert stream.wait_for_event("progress")["progress"]["stage"] == "loading"
-        wait_until(lambda: cold.loaded() == [SMALL])
-        reference.check(PROMPTS[0], cold.complete(PROMPTS[0], max_tokens=8)["completion"], 8)
-        assert cold.process.stdout().count(" loaded (") == 1
-
-
 # ---------------------------------------------------------------------------------- sessions and limits
 
 
@@ -706,10 +684,8 @@ def test_a_newer_request_of_a_session_replaces_the_older(vps: Vps) -> None:
             error = older.wait_for_event("error")
         assert (error["error"], error["code"]) == (True, "SUPERSEDED")
         assert list(stays.events())[-1]["total_tokens"] == 12
-
-
-def test_a_superseded_request_without_a_stream(vps: Vps) -> None:
-    with ThreadPoolExecutor() as pool:
+    wait_until(lambda: vps.active() == 0)
+    with ThreadPoolExecutor() as pool:  # without a stream
         older = pool.submit(vps.refusal, new_prompt(), max_tokens=1000, session="s")
         wait_until(lambda: vps.active() == 1)
         vps.complete(new_prompt(), max_tokens=1, session="s")
@@ -755,12 +731,12 @@ def test_repeated_unloading_leaks_nothing(real: Vps) -> None:
 
 def test_cleanup(vps: Vps, small: Vps) -> None:
     small.complete("x", max_tokens=1)
-    status, body = small.ask("POST", "/v1/cleanup")
-    assert (status, body["models_unloaded"], small.loaded()) == (200, [SMALL], [])
+    body = small.get("/v1/cleanup", "POST")
+    assert (body["models_unloaded"], small.loaded()) == ([SMALL], [])
     assert body["memory_freed_mb"] > 20
     vps.complete("x", max_tokens=1)
-    status, body = vps.ask("POST", "/v1/cleanup")
-    assert (status, repr(body)) == (200, "{'models_unloaded': [], 'memory_freed_mb': 0.0}")  # not the integer 0
+    body = vps.get("/v1/cleanup", "POST")
+    assert repr(body) == "{'models_unloaded': [], 'memory_freed_mb': 0.0}"  # not the integer 0
     assert vps.loaded() == [SMALL]
 
 
@@ -797,7 +773,7 @@ def test_files_that_cannot_be_loaded(tmp_path: Path, models: Path, reference: Re
     entry = '[[models]]\nid = "{0}"\nname = "x"\nparameters = "x"\nquantization = "x"\nfile = "{0}.gguf"\n'
     entries = [entry.format(name) for name in (*files, *missing, "good", "othersum")]
     (folder / "models.toml").write_text("".join(entries) + f'sha256 = "{"0" * 64}"\n')
-    with start(tmp_path, folder, complaints=True) as vps:
+    with start(tmp_path, folder, faults=True) as vps:
         for name in (*files, "othersum"):
             status, code, message = vps.refusal("x", model=name)
             assert (status, code) == (500, "MODEL_LOAD_FAILED"), (name, message)
@@ -814,8 +790,7 @@ def test_too_little_memory_to_start_work(tmp_path: Path, models: Path) -> None:
     with start(tmp_path, models, CEREBRUM_MIN_FREE_MB="1000000") as vps:
         status, code, message = vps.refusal("x")
         assert (status, code, vps.loaded()) == (503, "RESOURCE_EXHAUSTED", [])
-        available_mb = psutil.virtual_memory().available / vps_llama.MB
-        assert float(message.split()[-2]) == pytest.approx(available_mb, rel=0.5)
+        assert float(message.split()[-2]) == pytest.approx(psutil.virtual_memory().available / vps_llama.MB, rel=0.5)
 
 
 @pytest.mark.skipif(not FILES[SMALL].exists(), reason=f"{FILES[SMALL]} is missing: python3 vpsd.py fetch")
@@ -852,8 +827,7 @@ def test_a_taken_port_is_reported(tmp_path: Path) -> None:
         port = str(taken.getsockname()[1])
         done = run_to_the_end("vpsd", tmp_path, CEREBRUM_VPS_PORT=port)
     assert done.returncode == 1
-    assert f"cannot listen on 127.0.0.1 port {port}: " in done.stdout
-    assert "address already in use" in done.stdout
+    assert re.search(f"cannot listen on 127.0.0.1 port {port}: .*address already in use", done.stdout)
 
 
 def test_a_tuned_file_is_used(tmp_path: Path, models: Path, reference: Reference) -> None:
