@@ -270,8 +270,7 @@ async def test_esc_undoes_a_completion_and_a_newer_one_accepts_it(chrome: Any) -
     async with visiting(chrome) as visit:
         await visit.complete(CODE, "a + b")
         await visit.press("Escape", holds=CODE)
-        await visit.press("Control+y")
-        await visit.holds(CODE + "a + b")  # a user who pressed Esc too late to stop loses nothing
+        await visit.press("Control+y", holds=CODE + "a + b")  # a user who pressed Esc too late to stop loses nothing
         await visit.press("Control+z", "Control+z", holds="")  # undoing has added no step
         await visit.complete(CODE, "a + b")
         await visit.press("Control+Enter", holds=CODE + "a + ba + b", mark="a + b")
@@ -341,33 +340,31 @@ async def test_a_user_who_scrolls_keeps_the_position(chrome: Any) -> None:
 
 # ---------------------------------------------------------------------------------------------- instructing
 
-BEFORE = "".join(f"line {n}\n" for n in range(20))
-AFTER = BEFORE.replace("line 9\n", "line nine\nmore\n")
-DIFF = ["… 6 unchanged lines", "  line 6", "  line 7", "  line 8", "- line 9", "+ line nine", "+ more"]
-DIFF += ["  line 10", "  line 11", "  line 12", "… 7 unchanged lines"]
-
 
 async def test_an_instruction_shows_its_diff_before_it_is_taken(chrome: Any) -> None:
-    gate = asyncio.Event()
-    async with visiting(chrome, completion(AFTER.removesuffix("\n"), gate.wait)) as visit:
-        await visit.instruct(BEFORE, "say nine")
+    gate, before = asyncio.Event(), "".join(f"line {n}\n" for n in range(20))
+    after = before.replace("line 9\n", "line nine\nmore\n")
+    diff = ["… 6 unchanged lines", "  line 6", "  line 7", "  line 8", "- line 9", "+ line nine", "+ more"]
+    diff += ["  line 10", "  line 11", "  line 12", "… 7 unchanged lines"]
+    async with visiting(chrome, completion(after.removesuffix("\n"), gate.wait)) as visit:
+        await visit.instruct(before, "say nine")
         await visit.see_part("#diff", "line nine")  # while it comes
         await expect(visit.find("#take")).to_be_hidden()
         gate.set()
         await visit.see("#proposal-summary", "2 lines added, 1 removed.")
-        assert (await visit.diff(), await visit.focused()) == (DIFF, "take")
-        await visit.holds(BEFORE)
+        assert (await visit.diff(), await visit.focused()) == (diff, "take")
+        await visit.holds(before)
         await visit.press("Escape")
         await expect(visit.find("#proposal")).to_be_hidden()
-        await visit.holds(BEFORE)
+        await visit.holds(before)
         assert await visit.focused() == "editor"
-        await visit.instruct(BEFORE, "say nine", offers="take")
-        await visit.press("Enter", holds=AFTER)
+        await visit.instruct(before, "say nine", offers="take")
+        await visit.press("Enter", holds=after)
         assert await visit.focused() == "editor"
-        await visit.press("Control+z", holds=BEFORE)
+        await visit.press("Control+z", holds=before)
         sent = visit.backend.completions[0]
         assert (sent["mode"], sent["max_tokens"]) == ("instruct", 512)
-        assert sent["messages"][0]["content"] == f"say nine\n\n```python\n{BEFORE}```"
+        assert sent["messages"][0]["content"] == f"say nine\n\n```python\n{before}```"
 
 
 async def test_an_instruction_for_a_selection_without_code_and_for_a_text_that_has_changed(chrome: Any) -> None:
