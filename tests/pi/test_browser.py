@@ -270,8 +270,7 @@ async def test_esc_undoes_a_completion_and_a_newer_one_accepts_it(chrome: Any) -
     async with visiting(chrome) as visit:
         await visit.complete(CODE, "a + b")
         await visit.press("Escape", holds=CODE)
-        await visit.press("Control+y")
-        await visit.holds(CODE + "a + b")  # a user who pressed Esc too late to stop loses nothing
+        await visit.press("Control+y", holds=CODE + "a + b")  # a user who pressed Esc too late to stop loses nothing
         await visit.press("Control+z", "Control+z", holds="")  # undoing has added no step
         await visit.complete(CODE, "a + b")
         await visit.press("Control+Enter", holds=CODE + "a + ba + b", mark="a + b")
@@ -341,33 +340,31 @@ async def test_a_user_who_scrolls_keeps_the_position(chrome: Any) -> None:
 
 # ---------------------------------------------------------------------------------------------- instructing
 
-BEFORE = "".join(f"line {n}\n" for n in range(20))
-AFTER = BEFORE.replace("line 9\n", "line nine\nmore\n")
-DIFF = ["… 6 unchanged lines", "  line 6", "  line 7", "  line 8", "- line 9", "+ line nine", "+ more"]
-DIFF += ["  line 10", "  line 11", "  line 12", "… 7 unchanged lines"]
-
 
 async def test_an_instruction_shows_its_diff_before_it_is_taken(chrome: Any) -> None:
-    gate = asyncio.Event()
-    async with visiting(chrome, completion(AFTER.removesuffix("\n"), gate.wait)) as visit:
-        await visit.instruct(BEFORE, "say nine")
+    gate, before = asyncio.Event(), "".join(f"line {n}\n" for n in range(20))
+    after = before.replace("line 9\n", "line nine\nmore\n")
+    diff = ["… 6 unchanged lines", "  line 6", "  line 7", "  line 8", "- line 9", "+ line nine", "+ more"]
+    diff += ["  line 10", "  line 11", "  line 12", "… 7 unchanged lines"]
+    async with visiting(chrome, completion(after.removesuffix("\n"), gate.wait)) as visit:
+        await visit.instruct(before, "say nine")
         await visit.see_part("#diff", "line nine")  # while it comes
         await expect(visit.find("#take")).to_be_hidden()
         gate.set()
         await visit.see("#proposal-summary", "2 lines added, 1 removed.")
-        assert (await visit.diff(), await visit.focused()) == (DIFF, "take")
-        await visit.holds(BEFORE)
+        assert (await visit.diff(), await visit.focused()) == (diff, "take")
+        await visit.holds(before)
         await visit.press("Escape")
         await expect(visit.find("#proposal")).to_be_hidden()
-        await visit.holds(BEFORE)
+        await visit.holds(before)
         assert await visit.focused() == "editor"
-        await visit.instruct(BEFORE, "say nine", offers="take")
-        await visit.press("Enter", holds=AFTER)
+        await visit.instruct(before, "say nine", offers="take")
+        await visit.press("Enter", holds=after)
         assert await visit.focused() == "editor"
-        await visit.press("Control+z", holds=BEFORE)
+        await visit.press("Control+z", holds=before)
         sent = visit.backend.completions[0]
         assert (sent["mode"], sent["max_tokens"]) == ("instruct", 512)
-        assert sent["messages"][0]["content"] == f"say nine\n\n```python\n{BEFORE}```"
+        assert sent["messages"][0]["content"] == f"say nine\n\n```python\n{before}```"
 
 
 async def test_an_instruction_for_a_selection_without_code_and_for_a_text_that_has_changed(chrome: Any) -> None:
@@ -515,10 +512,8 @@ async def test_stages_and_the_time(chrome: Any) -> None:
         await visit.see("#outcome", "2 tokens in 0.3 s.")
 
 
-STORES = "[{...sessionStorage}, Object.entries(localStorage).filter(([, value]) => /wrong|key/.test(value))]"
-
-
 async def test_a_key_is_asked_for_and_kept_in_this_tab(chrome: Any) -> None:
+    stores = "[{...sessionStorage}, Object.entries(localStorage).filter(([, value]) => /wrong|key/.test(value))]"
     async with visiting(chrome, wait=False, client_keys=(KEY,)) as visit:
         form = visit.find("#key-form")
         await visit.offers("key")
@@ -531,13 +526,13 @@ async def test_a_key_is_asked_for_and_kept_in_this_tab(chrome: Any) -> None:
         for wrong in ("two words", "wrong"):
             await visit.enter_key(wrong)
             await visit.see("#key-error", "That key is wrong. Please try again.")
-        assert (await visit.page.evaluate(STORES), visit.backend.completions) == ([{}, []], [])
+        assert (await visit.page.evaluate(stores), visit.backend.completions) == ([{}, []], [])
         await visit.enter_key(KEY)
         await visit.see("#mark", "a + b")  # the request was sent again
         await expect(form).to_be_hidden()
         assert len(visit.backend.completions) == 1
         await visit.is_up()
-        assert await visit.page.evaluate(STORES) == [{"cerebrum": f'"{KEY}"'}, []]
+        assert await visit.page.evaluate(stores) == [{"cerebrum": f'"{KEY}"'}, []]
         assert await visit.page.context.cookies() == []
         await visit.page.reload()
         await visit.is_up()
@@ -597,18 +592,15 @@ async def test_files_are_opened_by_dropping_and_by_button(chrome: Any, tmp_path:
         await expect(visit.find("#language")).to_have_value("python")
 
 
-SAVED = [  # a file, the text as it is changed in the page (None: not at all), the file as it is saved
-    (b"\xef\xbb\xbfa\r\nb\nc\r\n", None, b"\xef\xbb\xbfa\r\nb\nc\r\n"),
-    (b"a\r\nb\nc\r\nd\re", "a\nB\nnew\nc\nd\ne\n", b"a\r\nB\nnew\nc\r\nd\re\r"),
-    (b"a\r\nb", "new\na\nb\nc\n", b"new\r\na\r\nb\r\nc\r\n"),
-    (b"a\nb\r\n", "", b""),
-    (b"", "a\n", b"a\n"),
-]
-
-
 async def test_a_saved_file_has_every_byte_that_was_not_changed(chrome: Any) -> None:
     async with visiting(chrome) as visit:
-        for content, text, saved in SAVED:
+        for content, text, saved in (  # a file, its text as it is changed (None: not at all), the file as it is saved
+            (b"\xef\xbb\xbfa\r\nb\nc\r\n", None, b"\xef\xbb\xbfa\r\nb\nc\r\n"),
+            (b"a\r\nb\nc\r\nd\re", "a\nB\nnew\nc\nd\ne\n", b"a\r\nB\nnew\nc\r\nd\re\r"),
+            (b"a\r\nb", "new\na\nb\nc\n", b"new\r\na\r\nb\r\nc\r\n"),
+            (b"a\nb\r\n", "", b""),
+            (b"", "a\n", b"a\n"),
+        ):
             await visit.drop("a.py", content)
             await visit.see_part("#outcome", "a.py is open.")
             if text is not None:
@@ -672,19 +664,16 @@ async def test_a_browser_without_storage_and_a_number_that_is_being_typed(chrome
 # --------------------------------------------------------------------------------------------- the keyboard
 
 
-TABS: list[tuple[str, int | None, list[str], str]] = [  # a text, where the cursor is, the keys, and the text then
-    ("ab", None, ["Tab"], "ab  "),
-    ("if x:\n    a\n\nb\n", None, ["Control+a", "Tab"], "    if x:\n        a\n\n    b\n"),
-    ("    a\n\n  b\n", None, ["Control+a", "Shift+Tab"], "a\n\nb\n"),
-    ("    a\n\n  b\n", None, ["Control+a", "Shift+Tab", "Control+z"], "    a\n\n  b\n"),
-    ("\nabc", 0, ["Tab", "Shift+Tab", "Shift+Tab"], "\nabc"),
-    ("if x:\n\ta", None, ["Tab"], "if x:\n\ta\t"),
-]
-
-
 async def test_tab_indents(chrome: Any) -> None:
     async with visiting(chrome) as visit:
-        for text, at, keys, expected in TABS:
+        for text, at, keys, expected in (  # a text, where the cursor is (None: at its end), the keys, the text then
+            ("ab", None, ["Tab"], "ab  "),
+            ("if x:\n    a\n\nb\n", None, ["Control+a", "Tab"], "    if x:\n        a\n\n    b\n"),
+            ("    a\n\n  b\n", None, ["Control+a", "Shift+Tab"], "a\n\nb\n"),
+            ("    a\n\n  b\n", None, ["Control+a", "Shift+Tab", "Control+z"], "    a\n\n  b\n"),
+            ("\nabc", 0, ["Tab", "Shift+Tab", "Shift+Tab"], "\nabc"),
+            ("if x:\n\ta", None, ["Tab"], "if x:\n\ta\t"),
+        ):
             await visit.write(text, at)
             await visit.press(*keys, holds=expected)
         assert await visit.focused() == "editor"

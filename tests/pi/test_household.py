@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from harness import KEY, Reply, certificate, connect, daemon, post, read_reply, run_to_the_end, until, wait_until
 from scripted import CHUNKED as HEAD
-from scripted import GOOD, Backend, Pi, chunk, in_a_thread, pi_for, token
+from scripted import GOOD, HANG, Backend, Pi, chunk, in_a_thread, pi_for, token
 
 from cerebrum.check import has_health
 from cerebrum.http import MAX_CONNECTIONS, WRITE_SECONDS
@@ -140,6 +140,23 @@ async def test_places_go_round_by_person() -> None:
             await until(lambda number=number: len(order) > number)  # type: ignore[misc]
         await asyncio.gather(*tasks)
         assert order == ["tom", "anna", "ben", "anna", "ben", "anna", "tom"]
+
+
+async def test_two_places_that_come_at_once_go_to_two_people() -> None:
+    async with Backend([[HANG]]) as vps, pi_for(vps.port, clients=HOUSE, max_concurrent=1) as pi:
+        waiting = pi.gateway.dispatcher.state.line
+        asked = []
+        for number, key in enumerate((BEN, ANNA, ANNA, BEN)):
+            chat = {"messages": [{"role": "user", "content": str(number)}]}
+            asked.append(asyncio.create_task(pi.ask("POST", "/v1/chat/completions", chat, X_API_Key=key)))
+            await until(lambda: len(waiting) + vps.running == len(asked))
+        (backend,) = pi.gateway.config.backends
+        more = replace(pi.gateway.config, backends=(replace(backend, max_concurrent=3),))
+        pi.gateway.reconfigure(more)
+        assert sorted(attempt.completion.client for attempt in pi.at(0)) == ["anna", "ben", "ben"]
+        for task in asked:
+            task.cancel()
+        await until(lambda: not vps.running)
 
 
 # ------------------------------------------------------------------------------------------------ https

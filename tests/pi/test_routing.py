@@ -339,6 +339,13 @@ async def test_another_model_of_the_backend_takes_over(status: int, code: str) -
         assert len(one.completions) == 5
 
 
+async def test_a_model_that_one_backend_lacks_is_still_the_others() -> None:
+    one, two = (Backend([made], models=listing("qwen_0_5b")) for made in ([error(404, "MODEL_NOT_FOUND")], script("b")))
+    async with fleet(one, two) as pi:
+        assert (await pi.complete()).json["completion"] == "b"
+        assert pi.gateway.fleet.backends[1].has("qwen_0_5b")
+
+
 async def test_the_tokens_of_a_text_come_from_the_next_backend_if_the_first_fails() -> None:
     tokens = answer(200, {"tokens": [1, 2]})
     one, two = Backend([[RESET], [error(400, "INVALID_REQUEST")]]), Backend(tokens=tokens)
