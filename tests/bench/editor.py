@@ -1,13 +1,14 @@
 """Someone types in an editor: what llama.vim asks for, through both daemons, with real weights.
 
-    python tests/bench/editor.py [--seconds 60] [--keys 6] [--model qwen_0_5b]
+    python tests/bench/editor.py [--seconds 60] [--keys 6] [--model qwen_0_5b] [--suggest often] [--file PATH]
 
 Prints one line of JSON:
 
-    typing        A file of the standard library is typed, --keys characters a second, with pauses as people make them.
-                  Each key asks for an infill and abandons the request before it. (llama.vim waits for its running
-                  request.) `seen`: answers with text that came before the next key; `after_pause_ms`: from the last
-                  key before a pause to its answer; `errors`: answers other than 200
+    typing        A file, by default of the standard library, is typed, --keys characters a second, with pauses as
+                  people make them. Each key asks for an infill and abandons the request before it. (llama.vim waits
+                  for its running request.) `seen`: answers with text that came before the next key, `right`: those
+                  whose first line is what is typed next; `after_pause_ms`: from the last key before a pause to its
+                  answer; `errors`: answers other than 200
     keys          milliseconds to one token after each key of a line that nobody could predict, typed between 120 lines
                   and 60 lines: with llama.vim's limit for the prompt (500 ms), and without a limit. `computed`: prompt
                   tokens read for a key, median
@@ -15,6 +16,7 @@ Prints one line of JSON:
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import http.client
 import json
@@ -84,26 +86,32 @@ class Infill:
         return str(self.answer.get("content", ""))
 
 
-def typing(port: int, model: str, pi: Daemon, seconds: float, keys: float) -> dict[str, Any]:
-    source = (Path(sysconfig.get_path("stdlib")) / FILE).read_text()
-    position, after = source.index("\n    def _split("), source[source.index("\n    def _wrap_chunks(") :]
-    generator, end, memory = random.Random(1), time.monotonic() + seconds, pi.rss_kb()
+def typing(port: int, pi: Daemon, options: argparse.Namespace) -> dict[str, Any]:
+    source = Path(options.file).read_text()
+    # Of our own file two methods are typed, of another one the middle third of its lines.
+    middle = [len("".join(source.splitlines(keepends=True)[: source.count("\n") * third // 3])) for third in (1, 2)]
+    places = [source.find(f"\n    def {name}(") for name in ("_split", "_wrap_chunks")]
+    position, end_of_gap = middle if -1 in places else places
+    after, model, more = source[end_of_gap:], options.model, {"suggest": options.suggest}
+    generator, end, memory = random.Random(1), time.monotonic() + options.seconds, pi.rss_kb()
     requests, pauses = list[Infill](), list[float]()
     while time.monotonic() < end and position < len(source) - 100:
         position += 1
-        last = Infill(port, model, source[:position], after)
+        last = Infill(port, model, source[:position], after, more)
         requests.append(last)
         if generator.random() < 1 / PAUSES:
             pauses.append(1000 * last.result().seconds)
             time.sleep(PAUSE_SECONDS)
         else:
-            time.sleep(generator.uniform(0.5, 1.5) / keys)
+            time.sleep(generator.uniform(0.5, 1.5) / options.keys)
         last.leave()
     answers = [request.result() for request in requests]
+    seen = [answer for answer in answers if answer.text.strip()]
     return {
         "keys": len(answers),
-        "seen": sum(bool(answer.text.strip()) for answer in answers),
-        "type_through": sum("type_through" in answer.answer for answer in answers if answer.text.strip()),
+        "seen": len(seen),
+        "right": sum(source.startswith(one.text.partition("\n")[0] + "\n", len(one.before)) for one in seen),
+        "type_through": sum("type_through" in answer.answer for answer in seen),
         "errors": sum(answer.status not in (0, 200) for answer in answers),
         "after_pause_ms": round(statistics.median(pauses), 1),
         "grown_kb": pi.rss_kb() - memory,
@@ -130,13 +138,15 @@ def keys(port: int, model: str, limit_ms: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    options = servers.parser_of(__doc__, seconds=60.0, keys=6.0, model="qwen_0_5b").parse_args()
+    file = str(Path(sysconfig.get_path("stdlib")) / FILE)
+    given: dict[str, Any] = {"seconds": 60.0, "keys": 6.0, "model": "qwen_0_5b", "suggest": "often", "file": file}
+    options = servers.parser_of(__doc__, **given).parse_args()
     servers.weights_of(options.model)
     with contextlib.ExitStack() as stack:
         _, pi = servers.both(stack, Path(stack.enter_context(tempfile.TemporaryDirectory())))
         Infill(pi.port, options.model, "x", "").result()  # loads the model
         result = {"keys": {str(limit): keys(pi.port, options.model, limit) for limit in (500, 0)}}
-        result["typing"] = typing(pi.port, options.model, pi, options.seconds, options.keys)
+        result["typing"] = typing(pi.port, pi, options)
     print(json.dumps({"benchmark": "editor", "model": options.model, **result}))
 
 

@@ -36,8 +36,8 @@ from itertools import islice, zip_longest
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
+import servers
+from harness import KEY
 from quality import SPAN_TOKENS, Tiers, passes, problems, solution_gaps, start_both
 
 from cerebrum.pi.confidence import place_of
@@ -88,7 +88,7 @@ def case_of(
     """(line, place, text above, text below, expected) of a case at this line; None if it is not fit for one."""
     line, size = lines[number], generator.randint(2, 5) if kind == "gap" else 1
     gap = lines[number : number + size]
-    if number < 5 or number + size + 3 > len(lines) or any(not 6 <= len(one.strip()) <= 100 for one in gap):
+    if number < 20 or number + size + 3 > len(lines) or any(not 6 <= len(one.strip()) <= 100 for one in gap):
         return None
     cut = len(line) - len(line.lstrip())
     if kind != "gap":
@@ -109,7 +109,7 @@ def case_of(
 def stream(tiers: Tiers, **body: Any) -> tuple[str, list[tuple[float, int]], dict[str, Any]]:
     """The text, the confidence of each line with its end, and the done event."""
     body = {"model": tiers.model, "temperature": 0, "heal": True, "min_confidence": 1e-9, **body}
-    headers = {"Content-Type": "application/json", "X-API-Key": tiers.key}
+    headers = {"Content-Type": "application/json", "X-API-Key": KEY}
     request = urllib.request.Request(f"{tiers.vps}/v1/inference/stream", json.dumps(body).encode(), headers)
     with urllib.request.urlopen(request, timeout=600) as response:
         events = [json.loads(line[6:]) for line in response.read().decode().splitlines() if line.startswith("data:")]
@@ -141,7 +141,6 @@ def solution_rows(tiers: Tiers, count: int) -> Iterator[dict[str, Any]]:
 def ask(options: argparse.Namespace, known: set[str]) -> Iterator[dict[str, Any]]:
     with ExitStack() as stack:
         tiers = start_both(stack, options.model, published=False)
-        print("encoding", tiers.encoding(), file=sys.stderr)
         for kind in options.kinds.split(","):
             if kind == "solution":
                 yield from (row | {"kind": kind, "language": "python"} for row in solution_rows(tiers, options.cases))
@@ -202,13 +201,9 @@ def report(rows: list[dict[str, Any]], learn: list[str]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = servers.parser_of(__doc__, model="qwen_0_5b", kinds="line", cases=300, learn="")
     parser.add_argument("file", type=Path)
     parser.add_argument("repositories", nargs="*")
-    parser.add_argument("--model", default="qwen_0_5b")
-    parser.add_argument("--kinds", default="line", help="with commas")
-    parser.add_argument("--cases", type=int, default=300, help="of each kind, of all repositories together")
-    parser.add_argument("--learn", help="repositories, with commas")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # let ExitStack end the daemons
     rows = [json.loads(line) for line in options.file.read_text().splitlines()] if options.file.exists() else []

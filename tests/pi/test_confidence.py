@@ -169,5 +169,5 @@ def test_a_models_thresholds_are_read_and_checked(tmp_path: Any) -> None:
     assert [*map(model.least, words)] == [None, None, 0.5, None, 0.2, None]
     for wrong in ("0.5", "{normal = 2}", "{sometimes = 0.1}", '{often = "a"}'):
         path.write_text(f"{entry}min_confidence = {wrong}\n")
-        with pytest.raises(ValueError, match="model 1: min_confidence: .*expected"):
+        with pytest.raises(ValueError, match=r"model 1: min_confidence: .*expected"):
             load_catalog(path)
