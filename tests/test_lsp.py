@@ -23,7 +23,17 @@ from scripted import HANG, Backend, answer, in_a_thread
 from test_scripts import announce, wait_for
 
 import cerebrum_lsp
-from cerebrum_lsp import BadSettings, Document, Gap, Settings, Suggestions, first_settings, read_settings, span
+from cerebrum_lsp import (
+    BadSettings,
+    Document,
+    Gap,
+    Settings,
+    Suggestion,
+    Suggestions,
+    first_settings,
+    read_settings,
+    span,
+)
 
 URI = "file:///home/me/sum.py"
 INVOKED, AUTOMATIC = 1, 2
@@ -189,14 +199,23 @@ def test_ghost_text(editor: Editor, pi: Pi) -> None:
     able |= {"executeCommandProvider": {"commands": ["cerebrum.accepted", "cerebrum.instruct"]}}
     assert editor.start()["capabilities"] == able | {"inlineCompletionProvider": {}}
     editor.open("def add(é, 😀):\r\n    return \r\n")
-    command = {"title": "accepted", "command": "cerebrum.accepted", "arguments": [{"characters": 5}]}
+    pi.says(content="a + b", confidence=0.75)
+    shown = {"characters": 5, "confidence": 0.75}
+    command = {"title": "accepted", "command": "cerebrum.accepted", "arguments": [shown]}
     item = {"insertText": "a + b", "range": span((1, 11), (1, 11)), "command": command}
     assert editor.answer(editor.at(1, 11))["result"] == {"items": [item]}
     path, body, headers = pi.hears()
     assert (path, headers.get("authorization")) == ("/infill", None)
     around = {"input_prefix": "def add(é, 😀):\n    return ", "input_suffix": "\n", "filename": "sum.py"}
     limits = {"n_predict": 128, "t_max_prompt_ms": 0, "t_max_predict_ms": 1500}
-    assert body == {**around, **limits, "cache_prompt": True}
+    assert body == {**around, **limits, "cache_prompt": True, **dict.fromkeys(cerebrum_lsp.SUGGESTS, "always")}
+
+
+def test_what_nobody_asked_for_is_shown_as_readily_as_is_set(editor: Editor, pi: Pi) -> None:
+    editor.start({"suggest": "seldom", "suggest_in_strings": "never"}, text="x = ")
+    assert editor.ghost(0, 1, AUTOMATIC) == "a + b"
+    body = pi.hears()[1]
+    assert [body[name] for name in cerebrum_lsp.SUGGESTS] == ["seldom", "normal", "never"]
 
 
 def test_what_is_typed_of_a_suggestion_asks_nothing(editor: Editor, pi: Pi) -> None:
@@ -246,9 +265,10 @@ def test_a_completion_for_a_client_without_ghost_text(editor: Editor, pi: Pi) ->
 
 def test_a_suggestion_is_kept_for_its_place_alone() -> None:
     kept = Suggestions()
-    kept.add(Gap(URI, "x = ", "\n"), "a + b", 2.0)
+    kept.add(Gap(URI, "x = ", "\n"), Suggestion("a + b", 0.5), 2.0)
     rests = [("x = ", "\n"), ("x = a ", "\n"), ("x = a + b", "\n"), ("x = b", "\n"), ("x = ", ""), ("x =", "\n")]
-    assert [kept.rest(Gap(URI, *around)) for around in rests] == ["a + b", "+ b", None, None, None, None]
+    found = [kept.rest(Gap(URI, *around)) for around in rests]
+    assert found == [Suggestion("a + b", 0.5), Suggestion("+ b", 0.5), None, None, None, None]
     assert kept.rest(Gap("file:///other", "x = ", "\n")) is None
 
 
@@ -256,7 +276,7 @@ def test_the_pause_follows_the_response_time() -> None:
     kept = Suggestions()
     for seconds, pause in ((0.02, 0.03), (0.5, 0.1), (30.0, 0.4)):
         for _ in range(8):
-            kept.add(Gap(URI, "", ""), "", seconds)
+            kept.add(Gap(URI, "", ""), Suggestion(), seconds)
         assert kept.pause() == pytest.approx(pause)
 
 
@@ -294,11 +314,11 @@ def test_a_cancelled_request_frees_the_pi(editor: Editor, pi: Pi) -> None:
 
 def test_an_accepted_text_is_counted_or_that_is_no_news(editor: Editor, pi: Pi) -> None:
     editor.start()
-    for status in (200, 404):
+    for status, sure in ((200, {}), (404, {"confidence": 1})):  # an editor may write 1.0 like this
         pi.says(status, accepted=1)
-        number = editor.command("cerebrum.accepted", {"characters": 12})
+        number = editor.command("cerebrum.accepted", {"characters": 12, **sure})
         assert editor.next() == {"jsonrpc": "2.0", "id": number, "result": None}
-        assert pi.hears()[:2] == ("/v1/accepted", {"characters": 12})
+        assert pi.hears()[:2] == ("/v1/accepted", {"characters": 12, **sure})
 
 
 SELECTED = {"uri": URI, "instruction": "rename a to total", "range": span((1, 0), (2, 0))}
@@ -629,6 +649,7 @@ GIVEN: list[tuple[Any, str]] = [
     ({"read_ms": -1}, "expected read_ms of 0 or more, got -1"),
     ({"off": ["a", 1]}, "expected a list of texts for off, got a list"),
     ({"key": "a\r\nb"}, "expected a key of visible ASCII characters"),
+    ({"suggest_in_strings": "x"}, "expected one of always, often, normal, seldom, never for suggest_in_strings"),
 ]
 
 
