@@ -63,7 +63,7 @@ fuzz: ## send random bytes to both daemons
 	@./run.sh setup test
 	FUZZ_INPUTS=100000 $(PYTHON) -m pytest tests/test_wire.py -k random_bytes
 
-mutants: ## run the tests against changed lines of the product, to see what they catch (an hour)
+mutants: ## run the tests against changed lines of the product, to see what they catch (hours)
 	@./run.sh setup clients
 	$(PYTHON) mutants/run.py
 

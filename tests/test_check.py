@@ -44,7 +44,6 @@ VALID = f"ok settings {ENV} models.toml"
 CM4_KEY, OUR_KEY = "ok key CEREBRUM_CM4_API_KEY", "ok key CEREBRUM_API_KEY"
 IN_CLEAR = "warn key LAN CEREBRUM_CM4_TLS_CERT"
 KEYGEN = "generate_api_key.sh"
-KEYGEN = "generate_api_key.sh"
 NEEDS = "memory tiny 274 CEREBRUM_MIN_FREE_MB"
 
 

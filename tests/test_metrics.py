@@ -212,6 +212,7 @@ def test_both_agree_with_their_statistics_and_with_each_other(daemons: tuple[Dae
     }.items():
         assert sum(of(theirs, metric).values()) == number, metric
     assert (theirs["cerebrum_model_loaded", SMALL], theirs["cerebrum_completions_active",]) == (1, 0)
+    assert theirs["llamacpp:n_busy_slots_per_decode", SMALL] == 1
     assert stats["memory_total_mb"] == round(psutil.virtual_memory().total / 2**20, 1)
     assert stats["draft_tokens"] >= stats["accepted_tokens"] > 0
     names = ("total_tokens", "cached_tokens", "prompt_tokens")

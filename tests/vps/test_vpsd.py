@@ -762,7 +762,8 @@ def test_files_that_cannot_be_loaded(tmp_path: Path, models: Path, reference: Re
     head = whole.read_bytes()[: 8 << 20]
     damaged = bytearray(head)
     damaged[64:4096:64] = bytes(byte ^ 0xFF for byte in head[64:4096:64])
-    files = {"truncated": head, "empty": b"", "magic": b"GGUF" + bytes(1 << 20), "damaged": damaged}
+    files = {"truncated": head, "header": head[:1000], "empty": b"", "damaged": damaged}
+    files["magic"] = b"GGUF" + bytes(1 << 20)
     folder = tmp_path / "models"
     (folder / "directory.gguf").mkdir(parents=True)
     for name, data in files.items():
@@ -865,14 +866,16 @@ def test_two_models_at_once(tmp_path: Path, real_reference: Reference) -> None:
 
 
 # Room for one of them, by what this process takes: what the machine has available changes by itself.
-ROOM_FOR_ONE = """from cerebrum.vps import pool; from cerebrum.metrics import resident_bytes
-vpsd.available_mb = pool.available_mb = lambda: 3000 - resident_bytes() / 2**20"""
+ROOM_FOR_ONE = (
+    "from cerebrum.vps import pool; from cerebrum.metrics import resident_bytes; "
+    "vpsd.available_mb = pool.available_mb = lambda: 3000 - resident_bytes() / 2**20"
+)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not FILES[LARGE].exists(), reason="the 1.5B is missing: python3 vpsd.py fetch qwen_1_5b")
 def test_the_least_recently_used_model_makes_room(tmp_path: Path) -> None:
-    with start(tmp_path, MODELS, changed(f"exec({ROOM_FOR_ONE!r})"), CEREBRUM_MIN_FREE_MB="1000") as vps:
+    with start(tmp_path, MODELS, changed(ROOM_FOR_ONE), CEREBRUM_MIN_FREE_MB="1000") as vps:
         vps.complete("x", max_tokens=1)
         vps.complete("x", model=LARGE, max_tokens=1)
         assert vps.loaded() == [LARGE]
