@@ -198,8 +198,6 @@ def allowed(methods: Iterable[str]) -> str:
 # ------------------------------------------------------------------------------------------------ models
 
 FIM_LAYOUTS = ("psm", "spm", "spmv2")  # see `arrange_gap`
-
-
 SUGGEST = ("always", "often", "normal", "seldom", "never")  # how readily an editor shows what was not asked for
 
 

@@ -167,10 +167,8 @@ class Run:
             mean = self.confidence.add(written, self.probability)
         text, reason = self.ending.feed(written)
         self.send(text)
-        ends = (
-            least is not None and mean < least and self.job.request.mode != "instruct"
-        )  # whose first line may be a fence
-        return reason or ("unsure" if ends else None)
+        can_end = self.job.request.mode != "instruct"  # the first line of such an answer may be a fence
+        return reason or ("unsure" if can_end and least is not None and mean < least else None)
 
     def send(self, text: str) -> None:
         if text:

@@ -6,8 +6,8 @@
 REPOSITORY is a folder with a git repository, bare or not; its files are those that were added in or after 2025, so they
 are newer than the models. An answer goes into FILE.jsonl, and a later run asks only for what is missing. Kinds:
 
-    line      a line is cut where a word begins, with 40 lines above and 11 below; right if the first line of the answer
-              is the rest of the line. `place` is what the cursor is in: code, comments or strings
+    line      a line is cut where a word begins, up to three times, with 40 lines above and 11 below; right if the first
+              line of the answer is the rest of the line. `place` is what the cursor is in: code, comments or strings
     dot       the same, behind a dot
     complete  the same as `line`, without the text below
     gap       two to five whole lines are missing; each line of the answer, right if it and those above are the file's
@@ -32,7 +32,7 @@ import urllib.request
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
-from itertools import islice, zip_longest
+from itertools import chain, islice, zip_longest
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -45,7 +45,7 @@ from cerebrum.pi.confidence import place_of
 SINCE = "2025-01-01"
 LANGUAGES = {".py": "python", ".ts": "typescript", ".tsx": "typescript", ".go": "go", ".rs": "rust"}
 UNUSUAL = re.compile(r"(?i)(^|[/_.-])(tests?|spec|docs?|gen|generated|migrations|vendor)([/_.-]|$)")
-ABOVE, BELOW, MAX_FILE_BYTES, MAX_PER_FILE, TOKENS = 40, 11, 200_000, 3, 40
+ABOVE, BELOW, MAX_FILE_BYTES, MAX_LINES, MAX_CUTS, TOKENS = 40, 11, 200_000, 3, 3, 40
 CUTS = {"dot": re.compile(r"\w\.(?=[A-Za-z_])"), "line": re.compile(r"(?<!\w)(?=\w)")}
 KEPT = {"often": 0.99, "normal": 0.97, "seldom": 0.9}  # of the right lines
 
@@ -62,8 +62,8 @@ def name_of(repository: str) -> str:
     return PurePosixPath(repository).name.removesuffix(".git") or repository
 
 
-def cases(repository: str, kind: str) -> Iterator[dict[str, Any]]:
-    """Requests, each with what is `expected` and a `key`, always in the same order."""
+def cases(repository: str, kind: str) -> Iterator[list[dict[str, Any]]]:
+    """For one line after the other requests, each with what is `expected` and a `key`; always the same ones."""
     added = git(repository, "log", f"--since={SINCE}", "--diff-filter=A", "--format=", "--name-only", "-M100%")
     rows = (row.split(maxsplit=4) for row in git(repository, "ls-tree", "-r", "-l", "HEAD").splitlines())
     sizes = {row[4]: int(row[3]) for row in rows if row[3].isdigit()}
@@ -75,32 +75,34 @@ def cases(repository: str, kind: str) -> Iterator[dict[str, Any]]:
             lines = git(repository, "show", f"HEAD:{path}").replace("\r\n", "\n").splitlines(keepends=True)
             generator = random.Random(f"{path} {kind}")
             numbers = generator.sample(range(len(lines)), len(lines))
-            found = (case_of(lines, number, kind, language, generator) for number in numbers)
-            for number, place, prompt, suffix, expected in islice(filter(None, found), MAX_PER_FILE):
-                key = f"{name_of(repository)} {path} {number} {kind}"
-                more = {} if kind == "complete" else {"suffix": suffix}
-                yield {"key": key, "place": place, "expected": expected, "language": language, "prompt": prompt, **more}
+            fit = ((number, found) for number in numbers if (found := cuts(lines, number, kind, generator)))
+            for number, (size, places) in islice(fit, MAX_LINES):
+                yield [
+                    {"key": f"{name_of(repository)} {path} {number} {place} {kind}", "language": language}
+                    | case_of(lines, number, size, place, language, kind)
+                    for place in places
+                ]
 
 
-def case_of(
-    lines: list[str], number: int, kind: str, language: str, generator: random.Random
-) -> tuple[int, str, str, str, str] | None:
-    """(line, place, text above, text below, expected) of a case at this line; None if it is not fit for one."""
+def cuts(lines: list[str], number: int, kind: str, generator: random.Random) -> tuple[int, list[int]] | None:
+    """How many lines are missing from this one on, and at which characters of it; None if it is not fit for a case."""
     line, size = lines[number], generator.randint(2, 5) if kind == "gap" else 1
     gap = lines[number : number + size]
     if number < 20 or number + size + 3 > len(lines) or any(not 6 <= len(one.strip()) <= 100 for one in gap):
         return None
-    cut = len(line) - len(line.lstrip())
-    if kind != "gap":
-        places = [match.end() for match in CUTS.get(kind, CUTS["line"]).finditer(line)]
-        places = [place for place in places if len(line[place:].strip()) >= 4]
-        if not places:
-            return None
-        cut = generator.choice(places)
-    prompt = "".join(lines[max(0, number - ABOVE) : number]) + line[:cut]
+    if kind == "gap":
+        return size, [len(line) - len(line.lstrip())]
+    places = [match.end() for match in CUTS.get(kind, CUTS["line"]).finditer(line)]
+    places = [place for place in places if len(line[place:].strip()) >= 4]
+    return (size, sorted(generator.sample(places, min(MAX_CUTS, len(places))))) if places else None
+
+
+def case_of(lines: list[str], number: int, size: int, cut: int, language: str, kind: str) -> dict[str, Any]:
+    prompt = "".join(lines[max(0, number - ABOVE) : number]) + lines[number][:cut]
+    place = place_of(language, "".join(lines[:number]) + lines[number][:cut])
     suffix = "\n" + "".join(lines[number + size : number + size + BELOW])
-    where = place_of(language, "".join(lines[:number]) + line[:cut])
-    return number, where, prompt, suffix, "".join(gap)[cut:].rstrip()
+    more = {} if kind == "complete" else {"suffix": suffix}
+    return {"place": place, "expected": "".join(lines[number : number + size])[cut:].rstrip(), "prompt": prompt, **more}
 
 
 # ------------------------------------------------------------------------------------------- the answers
@@ -146,7 +148,8 @@ def ask(options: argparse.Namespace, known: set[str]) -> Iterator[dict[str, Any]
                 yield from (row | {"kind": kind, "language": "python"} for row in solution_rows(tiers, options.cases))
                 continue
             turns = zip_longest(*(cases(repository, kind) for repository in options.repositories))
-            for case in islice((case for turn in turns for case in turn if case), options.cases):
+            of_lines = chain.from_iterable(line for turn in turns for line in turn if line)
+            for case in islice(of_lines, options.cases):
                 if case["key"] not in known:
                     row = {name: case[name] for name in ("key", "place", "language")}
                     yield row | {"kind": kind, "lines": answer(tiers, case, kind)}
@@ -190,7 +193,7 @@ def report(rows: list[dict[str, Any]], learn: list[str]) -> dict[str, Any]:
             groups[f"{row['kind']} {row['place']}"] += row["lines"]
             groups[f"{row['kind']} {row['place']} {row['language']}"] += row["lines"]
     words = thresholds(groups["learn"])
-    table = {"thresholds": words}
+    table: dict[str, Any] = {"thresholds": words}
     for name, lines in sorted(groups.items()):
         table[name] = {"lines": len(lines), "right": sum(one for one, _ in lines), "area": area(lines)}
         table[name] |= {
