@@ -224,11 +224,14 @@ class Model:
     fim_layout: str = "psm"
     min_confidence: Mapping[str, float | None] = field(default_factory=dict)
 
-    def least(self, wanted: float | str | None) -> float | None:
-        """The confidence below which a line is not shown, for this number or word; None: every line is shown."""
-        return self.min_confidence.get(wanted) if isinstance(wanted, str) else wanted
-
 
 def served_languages(models: Iterable[Model]) -> list[str]:
     """The languages that the models list, each once, in the order of models.toml."""
     return list(dict.fromkeys(language for model in models for language in model.languages))
+
+
+def threshold_of(models: Iterable[Model], id: str, wanted: float | str | None) -> float | None:
+    """The confidence below which a line of this model is not shown, by a number or a word of SUGGEST; None: all are."""
+    if isinstance(wanted, str):
+        wanted = next((model.min_confidence.get(wanted) for model in models if model.id == id), None)
+    return wanted or None

@@ -56,8 +56,8 @@ class Settings:
     read_ms: int = 500  # limits what is read for an automatic request; 0: no limit
     off: tuple[str, ...] = ()  # ids of languages that get no completions
     suggest: str = "normal"  # how readily a completion is shown that nobody asked for: one of SUGGEST
-    suggest_in_comments: str = "normal"
-    suggest_in_strings: str = "normal"
+    suggest_in_comments: str = ""  # as elsewhere
+    suggest_in_strings: str = ""
     completion: bool = False  # serve textDocument/completion, for clients without inline completion
 
 
@@ -100,7 +100,7 @@ def read_settings(given: Any, settings: Settings) -> Settings:
     if settings.read_ms < 0:
         raise BadSettings(f"expected read_ms of 0 or more, got {settings.read_ms}")
     for name in SUGGESTS:
-        if getattr(settings, name) not in SUGGEST:
+        if getattr(settings, name) not in (*SUGGEST, "")[: 6 if "_" in name else 5]:
             raise BadSettings(f"expected one of {', '.join(SUGGEST)} for {name}")
     if not re.fullmatch(r"[!-~]*", settings.key):
         raise BadSettings("expected a key of visible ASCII characters")
@@ -178,10 +178,11 @@ class Gap:
 
 
 class Suggestion(NamedTuple):
-    """A completion, and how sure the model is of its first line, if the Pi says so."""
+    """A completion, how sure the model is of its first line, if that is known, and whether unsure lines are missing."""
 
     text: str = ""
     confidence: float | None = None
+    unsure: bool = False
 
 
 class Document:
@@ -250,11 +251,11 @@ class Suggestions:
     def rest(self, gap: Gap) -> Suggestion | None:
         """What is left of a completion whose beginning has been typed or accepted; None if nothing fits."""
         with self.lock:
-            for uri, after, before, length, (text, confidence) in reversed(self.found):
-                typed = gap.before[length:]
+            for uri, after, before, length, found in reversed(self.found):
+                text, typed = found.text, gap.before[length:]
                 fits = uri == gap.uri and text.startswith(typed) and (text != typed or not typed)
                 if fits and (after, before) == (hash(gap.after), hash(gap.before[:length])):
-                    return Suggestion(text[len(typed) :], confidence)
+                    return found._replace(text=text[len(typed) :])
         return None
 
     def pause(self) -> float:
@@ -536,8 +537,8 @@ def lacks(answer: Any) -> str:
 
 def accepted(found: Suggestion) -> dict[str, Any]:
     """The command that the client runs when its user has accepted this completion."""
-    sure = {} if found.confidence is None else {"confidence": found.confidence}
-    return {"title": "accepted", "command": ACCEPTED, "arguments": [{"characters": len(found.text), **sure}]}
+    argument = {"characters": len(found.text), "confidence": found.confidence}
+    return {"title": "accepted", "command": ACCEPTED, "arguments": [argument]}
 
 
 def position(value: Any, path: str) -> tuple[int, int]:
@@ -691,9 +692,9 @@ class Completions:
         return self.calls.start(call, work)
 
     def rest(self, call: Call, gap: Gap) -> Suggestion | None:
-        """What is left of a suggestion. Who asks, where nothing was suggested, asks the Pi again."""
+        """What is left of a suggestion. Who asks, where nothing was suggested or lines are missing, asks the Pi."""
         rest = self.suggestions.rest(gap)
-        return rest if call.pause or (rest and rest.text) else None
+        return rest if call.pause or (rest and rest.text and not rest.unsure) else None
 
     def infill(self, call: Call, gap: Gap) -> Suggestion:
         """The Pi's text for the gap, without one if it has none now. Ended, if the call was ended."""
@@ -706,7 +707,7 @@ class Completions:
             "t_max_prompt_ms": self.pi.settings.read_ms if call.pause else 0,
             "t_max_predict_ms": PREDICT_MS,
             "cache_prompt": True,
-            **{name: getattr(self.pi.settings, name) if call.pause else "always" for name in SUGGESTS},
+            **{name: getattr(self.pi.settings, name) or None if call.pause else "always" for name in SUGGESTS},
         }
         began = time.monotonic()
         try:
@@ -718,7 +719,9 @@ class Completions:
                 self.client.show(2, str(error))
             return Suggestion()
         self.pi.note_success()
-        found = Suggestion(text, answer.get("confidence"))
+        # Of the rest of an earlier completion, the first line is another one.
+        confidence = None if answer.get("type_through") else answer.get("confidence")
+        found = Suggestion(text, confidence, bool(answer.get("unsure")))
         if not answer.get("replaced"):
             self.suggestions.add(gap, found, time.monotonic() - began)
         return found
@@ -741,10 +744,8 @@ class Commands:
         raise ProtocolError(INVALID_PARAMS, f"expected {ACCEPTED} or {INSTRUCT}, got {command}")
 
     def report(self, argument: Any, request_id: Any) -> Any:
-        """Have the Pi count what the user accepted: {"characters"}, and "confidence" if that is known."""
-        body = {"characters": get(argument, "characters", int)}
-        if isinstance(confidence := argument.get("confidence"), (int, float)):
-            body["confidence"] = confidence
+        """Have the Pi count what the user accepted: {"characters", "confidence"}."""
+        body = {"characters": get(argument, "characters", int), "confidence": argument.get("confidence")}
 
         def work(call: Call) -> None:
             with contextlib.suppress(PiError):  # only a count

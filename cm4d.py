@@ -266,13 +266,14 @@ class Gateway:
     async def complete(self, completion: Completion) -> AsyncGenerator[Pair, None]:
         """One completion as pairs of (kind, value), independent of the client's API and of the backend's:
 
-            ("started", dict)   first: a backend answers. {"model", "n_ctx", "kept", "judges"}. An error before this
-                                pair can still be an HTTP status. The pair comes again if another backend takes over.
+            ("started", dict)   first: a backend answers. {"model", "n_ctx", "kept", "threshold"}. An error before
+                                this pair can still be an HTTP status. The pair comes again if another backend takes
+                                over. `threshold`: lines of less confidence are not for the client; None: all are
             ("idle", None)      nothing new, but the backend is alive
             ("progress", dict)  {"stage": str, "done": int, "total": int}, if the request asks for progress
             ("text", bytes)     whole native token events, relayed without being parsed; `read_text` decodes them
-            ("judged", tuple)   (mean probability of the tokens of a line, characters of the text up to its end), behind
-                                its text, if the request asks for confidence and the backend "judges"
+            ("judged", tuple)   (confidence of a line, characters of the text up to its end), behind the line, if there
+                                is a threshold
             ("done", dict)      last: the result, a native done event without its member `done`
 
         A completion that fails raises HttpError. All resources are acquired in this body, so they are released when the
@@ -310,19 +311,17 @@ class Gateway:
     def beginning(self, completion: Completion) -> dict[str, Any]:
         """The value of the pair "started"."""
         model = completion.model or self.fleet.route(completion.request.fields)
-        sent = completion.attempt.sent if completion.attempt else NOTHING_SENT
-        n_ctx, judges = sent.n_ctx or self.fleet.n_ctx(model), "min_confidence" in sent.fields
-        return {"model": model, "n_ctx": n_ctx, "kept": sent.text.kept, "judges": judges}
-
-    def least(self, wanted: CompletionRequest, begun: Mapping[str, Any]) -> float | None:
-        """The confidence of a line that this client needs, if the answer that has begun tells it."""
-        model = next((one for one in self.config.models if one.id == begun["model"]), None)
-        return model.least(wanted.fields.get("min_confidence")) if model and begun["judges"] else None
+        attempt = completion.attempt
+        sent, threshold = (attempt.sent, attempt.threshold) if attempt else (NOTHING_SENT, None)
+        n_ctx = sent.n_ctx or self.fleet.n_ctx(model)
+        return {"model": model, "n_ctx": n_ctx, "kept": sent.text.kept, "threshold": threshold}
 
     def _result(self, attempt: Attempt, backend: Backend, done: dict[str, Any]) -> dict[str, Any]:
         """Count the work of a whole answer, and return its result: our own members, then the backend's."""
         request, kept, spent = attempt.request, attempt.sent.text.kept, time.monotonic() - attempt.completion.started
         self.counting.work(attempt.model, done)
+        if request.kind == "infill" and attempt.tokens and done.get("confidence", -1) >= (attempt.threshold or 0):
+            self.counting.band(done["confidence"])["suggested"] += 1
         if attempt.sent.text.cut and request.kind != "chat":  # read it all later, so that the next one need not be cut
             fields = request.fields | {"max_tokens": 0, "prompt_ms": 0}
             self.dispatcher.read_ahead(replace(request, fields=fields))
@@ -362,13 +361,10 @@ def read_native(gateway: Gateway, request: Request, is_whole: bool = False) -> C
     return Completion(wanted, request.end, request.notes)
 
 
-def shown_native(gateway: Gateway, completion: Completion) -> AsyncGenerator[Pair, None]:
-    return shown(gateway.complete(completion), functools.partial(gateway.least, completion.request))
-
-
 async def complete_stream(gateway: Gateway, request: Request) -> Response:
     """POST /v1/complete/stream: a completion as SSE, token by token."""
-    pairs = shown_native(gateway, read_native(gateway, request))
+    completion = read_native(gateway, request)
+    pairs = shown(gateway.complete(completion), completion.request.fields["suffix"])
     return Response(events=pairs, render=lambda pair: NATIVE_EVENTS[pair[0]](pair[1]))
 
 
@@ -384,7 +380,8 @@ NATIVE_EVENTS: dict[str, Callable[[Any], bytes]] = {
 
 async def complete(gateway: Gateway, request: Request) -> Response:
     """POST /v1/complete: a completion in one piece."""
-    _, text, result = await collect(shown_native(gateway, read_native(gateway, request, is_whole=True)))
+    completion = read_native(gateway, request, is_whole=True)
+    _, text, result = await collect(shown(gateway.complete(completion), completion.request.fields["suffix"]))
     return Response({"completion": text, **result})
 
 
@@ -420,7 +417,8 @@ async def language_server(gateway: Gateway, request: Request) -> Response:
 
 async def accepted(gateway: Gateway, request: Request) -> Response:
     """POST /v1/accepted: count a completion that the user of an editor has accepted."""
-    return Response(gateway.counting.accept(request.client, **read_fields(parse_json(request.body), ACCEPTED)))
+    read = read_fields(dialects.present(parse_json(request.body)), ACCEPTED)
+    return Response(gateway.counting.accept(request.client, **read))
 
 
 async def models(gateway: Gateway, request: Request) -> Response:
@@ -490,9 +488,7 @@ def speaking(dialect: dialects.Dialect) -> Callable[[Gateway, Request], Awaitabl
         wanted = replace(wanted, fields=fields, limit=MAX_COLLECTED_BYTES, **gateway.who(request))
         editor = f"{request.client} {request.address} {request.head.headers.get('user-agent', '')}"
         subscriber = Subscriber(gateway.broadcasts, Completion(wanted, notes=request.notes), editor)
-        pairs = shown(subscriber.pairs(), functools.partial(gateway.least, wanted), lambda: subscriber.typed)
-        if wanted.kind == "infill":
-            pairs = gateway.counting.suggestions(pairs)
+        pairs = shown(subscriber.pairs(), fields.get("suffix"), lambda: subscriber.typed_text)
         reply_to = functools.partial(dialect.reply, wanted, request.head.request_id, int(time.time()))
         if not wanted.stream:
             begun, text, result = await collect(pairs)

@@ -215,7 +215,7 @@ def test_what_nobody_asked_for_is_shown_as_readily_as_is_set(editor: Editor, pi:
     editor.start({"suggest": "seldom", "suggest_in_strings": "never"}, text="x = ")
     assert editor.ghost(0, 1, AUTOMATIC) == "a + b"
     body = pi.hears()[1]
-    assert [body[name] for name in cerebrum_lsp.SUGGESTS] == ["seldom", "normal", "never"]
+    assert [body[name] for name in cerebrum_lsp.SUGGESTS] == ["seldom", None, "never"]
 
 
 def test_what_is_typed_of_a_suggestion_asks_nothing(editor: Editor, pi: Pi) -> None:
@@ -314,11 +314,20 @@ def test_a_cancelled_request_frees_the_pi(editor: Editor, pi: Pi) -> None:
 
 def test_an_accepted_text_is_counted_or_that_is_no_news(editor: Editor, pi: Pi) -> None:
     editor.start()
-    for status, sure in ((200, {}), (404, {"confidence": 1})):  # an editor may write 1.0 like this
+    for status, sure in ((200, None), (404, 1)):  # an editor may write 1.0 like this
         pi.says(status, accepted=1)
-        number = editor.command("cerebrum.accepted", {"characters": 12, **sure})
+        number = editor.command("cerebrum.accepted", {"characters": 12, "confidence": sure})
         assert editor.next() == {"jsonrpc": "2.0", "id": number, "result": None}
-        assert pi.hears()[:2] == ("/v1/accepted", {"characters": 12, **sure})
+        assert pi.hears()[:2] == ("/v1/accepted", {"characters": 12, "confidence": sure})
+
+
+def test_who_asks_gets_the_lines_that_were_not_shown_unasked(editor: Editor, pi: Pi) -> None:
+    editor.start(text="x = ")
+    pi.says(content="1\n", unsure=True)
+    assert editor.ghost(0, 4, AUTOMATIC) == "1\n"
+    assert (editor.ghost(0, 4, AUTOMATIC), len(pi.asked)) == ("1\n", 1)
+    pi.says(content="1\ny = 2")
+    assert (editor.ghost(0, 4), len(pi.asked)) == ("1\ny = 2", 2)
 
 
 SELECTED = {"uri": URI, "instruction": "rename a to total", "range": span((1, 0), (2, 0))}

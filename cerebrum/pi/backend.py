@@ -20,7 +20,7 @@ from cerebrum.pi.engines import READING_SECONDS, Translator, translate
 from cerebrum.pi.upstream import BackendConfig, BackendFailure, Pair, TooLong, Unusable, Upstream, relay
 from cerebrum.text.languages import BY_NAME
 from cerebrum.text.prompt import MIN_RATIO, TEMPLATE_TOKENS, Ratio, prepare
-from cerebrum_common import FIM_LAYOUTS, HttpError, Model, log
+from cerebrum_common import FIM_LAYOUTS, HttpError, Model, log, threshold_of
 
 # --------------------------------------------------------------------------------------------- models
 
@@ -85,6 +85,7 @@ MIN_READ_TOKENS = 32  # for fewer tokens, the time is mostly the first token's
 MAX_CACHED = 16  # texts that a backend has read, some 10 KB each
 MAX_CACHED_EACH = 4  # of one client and model
 SAME_BEGINNING = 200  # characters
+JUDGED_BYTES = 50  # of an event that judges a line
 FIRST_SPEED = 100.0  # prompt tokens per second, until measured: a small model on two cores
 
 
@@ -97,11 +98,8 @@ class Prompts:
         self._is_engine = is_engine
         self._read: list[tuple[str, str, str]] = []  # client, model, and a text up to a cursor
 
-    def fit(
-        self, attempt: Attempt, n_ctx: int, layout: str, refused: TooLong | None, min_confidence: float | None = None
-    ) -> Fitted:
-        """Fit the prompt of a request into `n_ctx` tokens, or fit it again after it was `refused`. The lines of
-        the answer need a confidence of `min_confidence`."""
+    def fit(self, attempt: Attempt, n_ctx: int, layout: str, refused: TooLong | None) -> Fitted:
+        """Fit the prompt of a request into `n_ctx` tokens, or fit it again after it was `refused`."""
         request, model = attempt.request, attempt.model
         fields, ratio, most = request.fields, self.ratio.get(model), sys.maxsize
         if refused:
@@ -121,8 +119,8 @@ class Prompts:
             passed["session"] = request.session
         if request.guest:
             passed["priority"] = "low"
-        if min_confidence:
-            passed["min_confidence"] = min_confidence
+        if attempt.threshold:
+            passed["min_confidence"] = attempt.threshold
         if language := BY_NAME.get(fields["language"].lower()):  # backends know the syntax of these languages
             passed["language"] = language
         return Fitted({**passed, **text.body}, text, n_ctx, n_ctx - int(SPARE * tokens) - MARGIN_TOKENS)
@@ -321,10 +319,11 @@ class Backend:
                 try:
                     async with self._send(attempt, refused) as pairs:
                         async for kind, value in pairs:
-                            if kind == "text":
-                                attempt.size += len(value)
+                            if kind in ("text", "judged"):
+                                attempt.size += len(value) if kind == "text" else JUDGED_BYTES
                                 if attempt.size > attempt.request.limit:
                                     raise BackendFailure("its completion is too long")
+                            if kind == "text":
                                 self._count(attempt, value.count(b"\n\n"))
                             elif kind == "done":
                                 value = self._finish(attempt, value)
@@ -343,9 +342,10 @@ class Backend:
     @contextlib.asynccontextmanager
     async def _send(self, attempt: Attempt, refused: TooLong | None) -> AsyncIterator[AsyncGenerator[Pair, None]]:
         """Fit the prompt of an attempt, again if it was `refused`, send it, and yield the unread answer."""
-        layout, wanted = self.layout(attempt.model), attempt.request.fields.get("min_confidence")
-        least = None if self.api else next(one.least(wanted) for one in self._catalog if one.id == attempt.model)
-        attempt.sent = sent = self.prompts.fit(attempt, self.n_ctx(attempt.model), layout, refused, least)
+        layout = self.layout(attempt.model)
+        if not self.api:  # other engines do not say how sure they are
+            attempt.threshold = threshold_of(self._catalog, attempt.model, attempt.request.fields.get("min_confidence"))
+        attempt.sent = sent = self.prompts.fit(attempt, self.n_ctx(attempt.model), layout, refused)
         model = self.names.get(attempt.model, attempt.model)
         if self.api is None:
             body = {"model": model, **sent.fields}

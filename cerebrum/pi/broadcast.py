@@ -30,7 +30,7 @@ TAIL_CHARS = 1024  # of the text before the cursor: if these are equal, two curs
 MAX_FINISHED = 32  # completions remembered, of at most MAX_FINISHED_CHARS each
 MAX_FINISHED_CHARS = 2048
 # The answer to one request can begin the answer to another only if these fields are equal in both.
-ALIKE = ("mode", "suffix", "model", "language", "filename", *SAMPLED_BY)
+ALIKE = ("mode", "suffix", "model", "language", "filename", "min_confidence", *SAMPLED_BY)
 
 
 def is_typed_on(older: Mapping[str, Any], newer: Mapping[str, Any]) -> bool:
@@ -115,7 +115,7 @@ class Broadcast:
 
     def is_like(self, other: Broadcast) -> bool:
         """Whether another finished one has the same text for the same place."""
-        return (self.alike, self.prompt, self.pairs) == (other.alike, other.prompt, other.pairs)
+        return (self.alike, self.prompt, self.pairs[:2]) == (other.alike, other.prompt, other.pairs[:2])
 
 
 def predicts(request: CompletionRequest) -> bool:
@@ -172,6 +172,11 @@ class Subscriber:
         self.typed = self.skip = 0  # characters of the text that the client typed before; those not yet read
         self.woken = asyncio.Event()
         self.replaced = False  # the user has typed on, and the editor has asked again
+
+    @property
+    def typed_text(self) -> str:
+        """The beginning of the text that the client has typed before."""
+        return self.broadcast.text[: self.typed] if self.broadcast else ""
 
     async def pairs(self) -> AsyncGenerator[Pair, None]:
         """The pairs of `Gateway.complete` but "progress", which no dialect has. Several texts, or several "idle", may
@@ -237,12 +242,12 @@ class Broadcasts:
         if request.kind == "infill" and not request.guest:
             self._dispatcher.saw_editor(request.client)
         own = Broadcast(alike(request.fields), request.fields["prompt"], completion=completion)
-        if request.fields["max_tokens"] == 0:
-            self._dispatcher.read_ahead(request)
-            own.pairs += [("started", self.beginning(completion)), ("done", {"finish_reason": "length"})]
-            return own
-        if request.fields.get("min_confidence") == "never":
-            own.pairs += [("started", self.beginning(completion)), ("done", {"finish_reason": "unsure"})]
+        is_ahead = request.fields["max_tokens"] == 0
+        if is_ahead or request.fields.get("min_confidence") == "never":
+            if is_ahead:
+                self._dispatcher.read_ahead(request)
+            reason = "length" if is_ahead else "unsure"
+            own.pairs += [("started", self.beginning(completion)), ("done", {"finish_reason": reason})]
             return own
         subscriber.broadcast = broadcast = self._find(subscriber, own.alike) or own
         if broadcast is own:

@@ -18,8 +18,7 @@ from cerebrum_common import HttpError
 WAIT_SECONDS = {"infill": 3.0, "completion": 30.0, "chat": 30.0}  # for a place; minuet gives up after 3 s
 WITHOUT_MODEL = frozenset({"MODEL_NOT_FOUND", "MODEL_LOAD_FAILED"})  # another model may do better
 RETRIED = frozenset({404, 429, 500, 503})  # another backend may do better; every other error is about the request
-# Finish reasons of a completion that ends by itself.
-FINISHED = frozenset({"stop", "length", "block", "repeat", "unsure"})
+FINISHED = frozenset({"stop", "length", "block", "repeat", "unsure"})  # reasons of a completion that ends by itself
 SUPERSEDED = "SUPERSEDED"
 
 
@@ -45,6 +44,7 @@ class Attempt:
     model: str
     admission: Admission
     sent: Fitted = NOTHING_SENT
+    threshold: float | None = None  # lines of which the model is less sure are not shown
     tokens: int = 0
     size: int = 0  # bytes of text events
     first: float = 0.0  # when the first token came

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import AsyncGenerator, Callable, Mapping
-from typing import Any
+from collections.abc import AsyncGenerator, Callable
 
 from cerebrum.pi.upstream import Pair, read_text, text_event
 from cerebrum.text.languages import BY_NAME, LANGUAGES
@@ -25,41 +24,42 @@ def place_of(language: str, prompt: str) -> str:
     if not syntax:
         return "code"
     scanner = scan(syntax, prompt[-MAX_SCANNED_CHARS:])
-    return "code" if not scanner.closer else "comments" if scanner.in_comment else "strings"
+    if not scanner.closer or (scanner.opener == "#" and syntax.directives):  # of the preprocessor
+        return "code"
+    return "comments" if scanner.in_comment else "strings"
 
 
 async def shown(
-    pairs: AsyncGenerator[Pair, None],
-    least_of: Callable[[Mapping[str, Any]], float | None],
-    typed: Callable[[], int] = lambda: 0,
+    pairs: AsyncGenerator[Pair, None], suffix: str | None, typed: Callable[[], str] = str
 ) -> AsyncGenerator[Pair, None]:
     """The pairs of `Gateway.complete` without "judged", and without the text from the first line on that is less sure
-    than `least_of` says of the pair "started"; None shows everything. A line's text waits until the line is judged. A
-    line that the user has begun to type is shown; `typed`: characters of the completion before the first text here."""
-    least, held, number, begin, at, hides, has_text = None, "", 1, 0, 0, False, False
+    than the threshold, but for a line that the user has begun to type. A line waits until it is judged, and its end for
+    the next line, unless whole lines are missing above the `suffix`. `typed` returns what the user has typed of the
+    completion before the first text here."""
+    threshold, before, held, number, begin, at, line_end, hides = None, "", "", 1, 0, 0, "", False
     async with contextlib.aclosing(pairs):
         async for kind, value in pairs:
-            has_text = has_text or kind == "text"
-            if kind == "judged":
+            if kind == "started":
+                threshold, before = value["threshold"], typed()
+                begin, at, held, line_end, hides = 0, len(before), "", "", False
+            elif kind == "judged":
                 mean, end = value
-                if held and end > at and least is not None and not hides:
-                    hides = mean < least and begin >= at
+                if held and end > at and not hides:
+                    hides = mean < threshold and not before[begin:].strip()
                     if not hides:
-                        yield "text", text_event(held[: end - at], number)
-                        held, at = held[end - at :], end
+                        text, held, at = line_end + held[: end - at], held[end - at :], end
+                        line_end = text[len(text.removesuffix("\n").removesuffix("\r")) :]
+                        yield "text", text_event(text.removesuffix(line_end), number)
                 begin = end
-            elif kind == "text" and value and least is not None:
+                continue
+            elif kind == "text" and value and threshold:
                 held += read_text(value)
                 number = json.loads(value[:-2].rpartition(b"\n\n")[2][6:])["total_tokens"]
-            elif kind == "done":
-                if held and not hides:
-                    yield "text", text_event(held, number)
-                if hides:
-                    value = value | {"finish_reason": "unsure"}
-                elif has_text and value.get("finish_reason") == "unsure":  # the backend ended it for another reader
-                    value = value | {"finish_reason": "stop"}
-                yield kind, value
-            else:
-                if kind == "started":
-                    least, held, begin, at = least_of(value), "", 0, typed()
-                yield kind, value
+                kind, value = "idle", None
+            elif kind == "done" and hides:
+                value = value | {"finish_reason": "unsure"}
+                if line_end and suffix and suffix[0] not in "\r\n":
+                    yield "text", text_event(line_end, number)
+            elif kind == "done" and line_end + held and value.get("finish_reason") != "replaced":
+                yield "text", text_event(line_end + held, number)
+            yield kind, value

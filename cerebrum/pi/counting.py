@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
 from datetime import date
 from itertools import pairwise
@@ -15,7 +15,6 @@ from cerebrum.fields import Field
 from cerebrum.metrics import CANCELLED, Tally
 from cerebrum.pi.broadcast import Broadcasts
 from cerebrum.pi.completion import SUPERSEDED, Completion
-from cerebrum.pi.upstream import Pair
 from cerebrum_common import HttpError, Model
 
 STEP_SECONDS, STEPS = 30, 60  # half an hour
@@ -119,16 +118,6 @@ class Counting:
 
     def band(self, confidence: float) -> dict[str, float]:
         return next(band for band in reversed(self.by_confidence) if confidence >= band["from"])
-
-    async def suggestions(self, pairs: AsyncGenerator[Pair, None]) -> AsyncGenerator[Pair, None]:
-        """The pairs of an infill; one with a text that the model has just written is counted as suggested."""
-        has_text = False
-        async with contextlib.aclosing(pairs):
-            async for kind, value in pairs:
-                has_text = has_text or kind == "text"
-                if kind == "done" and has_text and "confidence" in value and "type_through" not in value:
-                    self.band(value["confidence"])["suggested"] += 1
-                yield kind, value
 
     def accept(self, client: str, characters: int, confidence: float | None = None) -> dict[str, int]:
         """Count a completion that a client accepted, and return the totals."""

@@ -44,6 +44,7 @@ MIN_TOP_P = 0.01  # OpenAI allows 0; either value leaves only the likeliest toke
 TEXT, INTEGER, FLAG = Field(str, default=""), Field(int, -math.inf), Field(bool, default=False)
 MAX_NAME = 1000
 FILE_NAME = Field(str, 0, MAX_NAME, "")  # of a file
+SUGGEST_IN = {"suggest_in_comments": "comments", "suggest_in_strings": "strings"}
 CHAT_FIELDS = {
     "model": TEXT,
     "temperature": Field(float, 0, 100),  # OpenAI allows 2; values above 1 are lowered
@@ -61,12 +62,10 @@ CODE_FIELDS = CHAT_FIELDS | {
     "t_max_prompt_ms": Field(int, -math.inf, default=0),
     "t_max_predict_ms": Field(int, -math.inf, default=0),
     "filename": FILE_NAME,
-    **dict.fromkeys(("suggest", "suggest_in_comments", "suggest_in_strings"), Field(str, choices=SUGGEST)),
+    **dict.fromkeys(("suggest", *SUGGEST_IN), Field(str, choices=SUGGEST)),
 }
 TEXT_FIELDS = CODE_FIELDS | {"suffix": TEXT}
 INFILL_FIELDS = CODE_FIELDS | {"input_prefix": TEXT, "input_suffix": TEXT}
-# llama.vim's key for "complete now" sends the same as its automatic requests.
-SUGGEST_FOR_INFILL = {"code": "often", "comments": "often", "strings": "often"}
 TOKENIZE = {"content": TEXT, "add_special": FLAG, "parse_special": Field(bool, default=True)}
 PART = {"type": Field(str, default="text", choices=("text", "input_text", "output_text")), "text": TEXT}
 EXTRA = {"filename": FILE_NAME, "text": TEXT}
@@ -265,14 +264,16 @@ def split_files(preamble: str) -> tuple[str, list[dict[str, str]]]:
 # ---------------------------------------------------------------------------------------- reading requests
 
 
-def read_code(members: Mapping[str, Any], read: Mapping[str, Any], prompt: str) -> CompletionRequest:
-    """A request for code, without its text."""
+def read_code(
+    members: Mapping[str, Any], read: Mapping[str, Any], prompt: str, suggest: str = "always"
+) -> CompletionRequest:
+    """A request for code, without its text. `suggest`: unless it says how readily it is shown."""
     stops = read_stops(members, special=bool(NEXT_EDIT.search(prompt)))
     limits = {name: min(max(0, read[f"t_max_{name}"]), MAX_MS) for name in ("prompt_ms", "predict_ms")}
     fields = read_sampling(read, stops) | limits | {"indent": read["n_indent"], "filename": read["filename"]}
-    if read["suggest"] and read["min_confidence"] is None:  # in comments and strings as elsewhere, if nothing is said
-        others = {name: read[f"suggest_in_{name}"] or read["suggest"] for name in ("comments", "strings")}
-        fields["suggest"] = {"code": read["suggest"], **others}
+    if read["min_confidence"] is None:
+        suggest = read["suggest"] or suggest
+        fields["suggest"] = {"code": suggest} | {place: read[name] or suggest for name, place in SUGGEST_IN.items()}
     only = tuple(read_texts(members, "response_fields")) if "response_fields" in members else None
     return CompletionRequest("completion", fields, read["stream"], wants_usage(members), read["cache_prompt"], only)
 
@@ -311,9 +312,8 @@ def read_infill(members: Mapping[str, Any]) -> CompletionRequest:
     members = present(members)
     read, prompt = read_fields(members, INFILL_FIELDS), read_prompt(members)
     files = read_objects(members.get("input_extra", []), "input_extra", 0, MAX_EXTRAS, EXTRA)
-    request, extra = read_code(members, read, prompt), [file for file in files if file["text"]]
-    if read["min_confidence"] is None:
-        request.fields.setdefault("suggest", SUGGEST_FOR_INFILL)
+    # llama.vim's key for "complete now" sends the same as its automatic requests.
+    request, extra = read_code(members, read, prompt, "often"), [file for file in files if file["text"]]
     return ask_text(request, read["input_prefix"] + prompt, read["input_suffix"], infill=True, extra=extra)
 
 
@@ -446,9 +446,8 @@ def marks(result: Mapping[str, Any]) -> dict[str, Any]:
     """Members of our own: `type_through` if an earlier completion answered, `replaced` if a newer request took over,
     `unsure` if lines are not shown; and how sure the model is."""
     reason = result.get("finish_reason")
-    given = {"type_through": result.get("type_through"), "replaced": reason == "replaced", "unsure": reason == "unsure"}
-    sure = {name: result[name] for name in ("confidence", "text_confidence") if name in result}
-    return {name: True for name, holds in given.items() if holds} | sure
+    given = {name: result[name] for name in ("type_through", "confidence", "text_confidence") if name in result}
+    return given | {name: True for name in ("replaced", "unsure") if name == reason}
 
 
 def timings(result: Mapping[str, Any]) -> dict[str, Any]:

@@ -78,6 +78,7 @@ REQUESTS = {
 
 RESULT = {"language": "python", "model": "qwen_7b", "total_tokens": 4, "inference_time": 0.25, "timestamp": "",
           "mode": "complete", "finish_reason?": "stop", "prompt_tokens?": 16, "ttft?": 0.1, "backend?": "vps",
+          "confidence?": 0.8, "text_confidence?": 0.8,
           "kept?": {"characters": 8120, "of": 102400, "parts": ["latest"]}}  # fmt: skip
 EVENTS = ({"token": "a", "total_tokens": 1}, {"progress": {"stage": "load", "done": 1, "total": 2}},
           {"done": True, **RESULT}, {"error": True, "message": "why", "code": "VPS_UNAVAILABLE"})  # fmt: skip
@@ -87,7 +88,7 @@ USED = {"completions": 1, "tokens": 64, "seconds": 1.5, "accepted": 1}
 CLIENT = {"name": "anna", **USED, "today": USED}
 STATS = {"uptime": 1.5, "requests_total": 1, "requests_active": 0, "vps_available": True,
          "vps_response_time_ms": None, "memory_mb": 25.5, "load_avg": [0.5], "backends": [STATE],
-         "clients": [CLIENT]}  # fmt: skip
+         "by_confidence": [{"from": 0.8, "suggested": 1, "accepted": 1}], "clients": [CLIENT]}  # fmt: skip
 LISTED = {"id": "qwen_7b", "name": "Qwen 7B", "languages": ["python"], "parameters": "7B", "quantization": "Q4",
           "available": True, "backends": ["vps"], "loaded?": True, "n_ctx?": 4096}  # fmt: skip
 MODEL = dialects.write_model("qwen_7b", 1)

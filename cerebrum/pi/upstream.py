@@ -249,7 +249,7 @@ RESULT |= dict.fromkeys(("inference_time", "load_time", "ttft", "tokens_per_seco
 RESULT |= dict.fromkeys(("confidence", "text_confidence"), Field(float, 0, 1))
 RESULT |= {"finish_reason": Field(str, 1, 40)}
 # Members that we write into results and errors ourselves: no backend may set them.
-OURS = frozenset({"completion", "language", "model", "timestamp", "mode", "kept", "backend"})
+OURS = frozenset({"completion", "language", "model", "timestamp", "mode", "kept", "backend", "type_through"})
 OURS |= {"done", "token", "error", "message", "code"}
 
 

@@ -248,10 +248,12 @@ class Llama:
         return int(self.logits(index).argmax())
 
     def probability(self, index: int, token: int) -> float:
-        """Of `token` at batch position `index`, at a temperature of 1, whatever the request samples with."""
+        """Of `token` at batch position `index`, at a temperature of 1, whatever the request samples with. 0.0 if the
+        logits are no numbers."""
         row = self.logits(index)
         np.subtract(row, row[token], out=self._scratch)
-        return 1 / float(np.exp(self._scratch, out=self._scratch).sum())
+        total = float(np.exp(self._scratch, out=self._scratch).sum())
+        return 1 / total if total >= 1 else 0.0
 
     def restrict(self, index: int, start: bytes) -> None:
         """Exclude every token at batch position `index` that contradicts the text `start`. A token may cover a part of

@@ -58,10 +58,6 @@ def git(repository: str, *arguments: str) -> str:
     return done.stdout.decode("utf-8", "replace")
 
 
-def name_of(repository: str) -> str:
-    return PurePosixPath(repository).name.removesuffix(".git") or repository
-
-
 def cases(repository: str, kind: str) -> Iterator[list[dict[str, Any]]]:
     """For one line after the other requests, each with what is `expected` and a `key`; always the same ones."""
     added = git(repository, "log", f"--since={SINCE}", "--diff-filter=A", "--format=", "--name-only", "-M100%")
@@ -78,7 +74,10 @@ def cases(repository: str, kind: str) -> Iterator[list[dict[str, Any]]]:
             fit = ((number, found) for number in numbers if (found := cuts(lines, number, kind, generator)))
             for number, (size, places) in islice(fit, MAX_LINES):
                 yield [
-                    {"key": f"{name_of(repository)} {path} {number} {place} {kind}", "language": language}
+                    {
+                        "key": f"{PurePosixPath(repository).name.removesuffix('.git')} {path} {number} {place} {kind}",
+                        "language": language,
+                    }
                     | case_of(lines, number, size, place, language, kind)
                     for place in places
                 ]
@@ -108,22 +107,22 @@ def case_of(lines: list[str], number: int, size: int, cut: int, language: str, k
 # ------------------------------------------------------------------------------------------- the answers
 
 
-def stream(tiers: Tiers, **body: Any) -> tuple[str, list[tuple[float, int]], dict[str, Any]]:
-    """The text, the confidence of each line with its end, and the done event."""
+def stream(tiers: Tiers, **body: Any) -> tuple[str, list[tuple[float, int]]]:
+    """The text, and the confidence of each line with its end."""
     body = {"model": tiers.model, "temperature": 0, "heal": True, "min_confidence": 1e-9, **body}
     headers = {"Content-Type": "application/json", "X-API-Key": KEY}
     request = urllib.request.Request(f"{tiers.vps}/v1/inference/stream", json.dumps(body).encode(), headers)
     with urllib.request.urlopen(request, timeout=600) as response:
         events = [json.loads(line[6:]) for line in response.read().decode().splitlines() if line.startswith("data:")]
     text = "".join(event.get("token", "") for event in events)
-    return text, [(event["confidence"], event["characters"]) for event in events if "characters" in event], events[-1]
+    return text, [(event["confidence"], event["characters"]) for event in events if "characters" in event]
 
 
 def answer(tiers: Tiers, case: dict[str, Any], kind: str) -> list[tuple[bool, float]]:
     """Whether each line of the answer is right, and its confidence."""
     body = {name: case[name] for name in ("prompt", "suffix", "language") if name in case}
     more = {"max_tokens": SPAN_TOKENS} if kind == "gap" else {"max_tokens": TOKENS, "stop": ["\n"]}
-    text, judged, _ = stream(tiers, **body, **more)
+    text, judged = stream(tiers, **body, **more)
     expected = case["expected"]
     if kind != "gap":
         return [(text.partition("\n")[0].rstrip() == expected, judged[0][0] if judged else 0.0)] if text.strip() else []
@@ -133,11 +132,12 @@ def answer(tiers: Tiers, case: dict[str, Any], kind: str) -> list[tuple[bool, fl
     ]
 
 
-def solution_rows(tiers: Tiers, count: int) -> Iterator[dict[str, Any]]:
+def solution_rows(tiers: Tiers, count: int, known: set[str]) -> Iterator[dict[str, Any]]:
     for task, before, after in islice(solution_gaps(problems(), "lines"), count):
-        text, _, done = stream(tiers, prompt=before, suffix=after, language="python", max_tokens=SPAN_TOKENS)
-        lines = [(passes(task, before + text + after), done["confidence"])]
-        yield {"key": f"HumanEval {task['task_id']} 0 solution", "place": "code", "lines": lines}
+        if (key := f"HumanEval {task['task_id']} solution") not in known:
+            text, judged = stream(tiers, prompt=before, suffix=after, language="python", max_tokens=SPAN_TOKENS)
+            lines = [(passes(task, before + text + after), mean) for mean, _ in judged[:1]]
+            yield {"key": key, "place": "code", "language": "python", "kind": "solution", "lines": lines}
 
 
 def ask(options: argparse.Namespace, known: set[str]) -> Iterator[dict[str, Any]]:
@@ -145,7 +145,7 @@ def ask(options: argparse.Namespace, known: set[str]) -> Iterator[dict[str, Any]
         tiers = start_both(stack, options.model, published=False)
         for kind in options.kinds.split(","):
             if kind == "solution":
-                yield from (row | {"kind": kind, "language": "python"} for row in solution_rows(tiers, options.cases))
+                yield from solution_rows(tiers, options.cases, known)
                 continue
             turns = zip_longest(*(cases(repository, kind) for repository in options.repositories))
             of_lines = chain.from_iterable(line for turn in turns for line in turn if line)
@@ -172,15 +172,13 @@ def hidden(lines: Lines, wanted: bool, least: float) -> list[float]:
     some = [sure for is_right, sure in lines if is_right == wanted]
     n, z = max(1, len(some)), 1.96
     share = sum(sure < least for sure in some) / n
-    middle, spread = (share + z * z / (2 * n)), z * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
-    return [
-        round(one / (1 + z * z / n) if number else one, 3)
-        for number, one in enumerate((share, middle - spread, middle + spread))
-    ]
+    middle, spread = share + z * z / (2 * n), z * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
+    scale = 1 + z * z / n
+    return [round(one, 3) for one in (share, (middle - spread) / scale, (middle + spread) / scale)]
 
 
 def thresholds(lines: Lines) -> dict[str, float]:
-    right = sorted(sure for is_right, sure in lines if is_right)
+    right = sorted(sure for is_right, sure in lines if is_right) or [0.0]
     return {word: round(right[int((1 - kept) * len(right))], 3) for word, kept in KEPT.items()}
 
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from statistics import mean
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+from test_engine import ScriptedLlama
 from test_vpsd import Reference, Vps, real, real_reference  # noqa: F401 (fixtures)
 
 from cerebrum.vps.confidence import Confidence
+from cerebrum.vps.llama import Llama, Slot
+from cerebrum.vps.vocabulary import CompletionRequest
+from cerebrum.vps.worker import Decoder, Job, Run
 
 A, B, C = ("a", 0.9), (" =", 0.7), (" 1\n", 0.2)  # a token ends a line, or
 TWO = [A, B, (" 1", 0.8), ("\n    ", 0.4), ("b", 1.0), ("", 0.6)]  # begins the next one; the last ends the text
@@ -21,8 +27,14 @@ CASES: list[tuple[str, list[tuple[str, float]], list[str], list[list[tuple[float
     ("blank lines", [("\n", 0.2), ("\n", 0.4), A, ("\n", 0.5)], ["\n\na"], [[], [(0.5, 3)]], (0.5, 0.5)),
     ("a text cut in its first line", TWO, ["a ="], [[], [(0.8, 3)]], (0.8, 0.8)),
     ("a text that begins later", [("```\n", 0.1), *TWO], ["a = 1\n"], [[(0.7, 6)], []], (0.7, 0.7)),
+    ("a fence that has its beginning", [("```ts\n", 0.1), ("t", 0.9), (" = 1\n", 0.7)], ["t", " = 1\n"],
+     [[], [(0.8, 6)], []], (0.8, 0.8)),
+    ("a block in a list", [("  a\n", 0.9), ("  b\n", 0.5), ("  c\n", 0.1)], ["a\n", "b\nc"],
+     [[(0.9, 2)], [(0.5, 4)], [(0.1, 5)]], (0.9, 0.5)),
+    ("typed indentation", [("  ", 0.2), ("a", 0.6), ("", 1.0)], ["a"], [[], [(0.6, 1)]], (0.6, 0.6)),
+    ("a line within a token", [("a", 0.9), ("\n b", 0.3)], ["a", "\n b"], [[], [(0.6, 2)], [(0.3, 4)]], (0.6, 0.6)),
     ("half a character", [("", 0.5), ("é", 0.7)], ["é"], [[], [(0.6, 1)]], (0.6, 0.6)),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -41,6 +53,28 @@ def test_the_lines_of_a_text(
 def test_the_least_sure_of_the_lines_that_a_token_ends() -> None:
     sure = Confidence()
     assert [sure.add(*token) for token in (A, C, ("\n", 0.1), ("b\nc\n", 0.5))] == [1.0, 0.55, 1.0, 0.3]
+
+
+def test_an_unsure_line_is_sent_before_the_completion_ends() -> None:
+    """Whether it is shown is not for the VPS to say, and it stays a prediction."""
+    asked = CompletionRequest("def f(a):\n    x = ", suffix="\n    return x\n", mode="infill", language="python",
+                              min_confidence=0.5)  # fmt: skip
+    job = Job(asked, lambda _: None)
+    job.prepare(ScriptedLlama())  # type: ignore[arg-type]
+    run, ends = Run(job, Slot(0), 0, []), list[str | None]()
+    for piece, probability in ((b"a + 1", 0.9), (b"\n", 0.9), (b"    y = 2", 0.2), (b"\n", 0.2)):
+        run.probability = probability
+        ends.append(run.feed(piece))
+    assert ends == [None, None, None, "unsure"]
+    Decoder._finish(SimpleNamespace(release=lambda *_: None), run, "unsure")  # type: ignore[arg-type]
+    events: list[Any] = run.outbox
+    assert "".join(event.get("token", "") for event in events) == "a + 1\n    y = 2\n"
+    assert [tuple(event.values()) for event in events if "characters" in event] == [(0.9, 6), (0.2, 16)]
+
+
+def test_logits_that_are_no_numbers() -> None:
+    model = SimpleNamespace(logits=lambda _: np.array([np.nan, 1.0], np.float32), _scratch=np.empty(2, np.float32))
+    assert Llama.probability(model, 0, 0) == 0.0  # type: ignore[arg-type]
 
 
 PROMPT = "def fibonacci(n):\n    "

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
 import pytest
 from harness import ROOT
 from scripted import CHUNKED, Backend, Pi, chunk, event, pi_for, token
+from test_backends import LISTED, VLLM, engine
 from test_editors import data, infill, stats
 
-from cerebrum.pi.confidence import place_of
+from cerebrum.pi.confidence import place_of, shown
+from cerebrum.pi.upstream import read_text, text_event
 from cerebrum.settings import load_catalog
+from cerebrum_common import threshold_of
 
 LEAST = {"often": 0.3, "normal": 0.5, "seldom": 0.8}
 MODELS = tuple(dataclasses.replace(one, min_confidence=LEAST) for one in load_catalog(ROOT / "models.toml").models)
@@ -35,8 +39,8 @@ SHOWN = [
     (None, "a = 1\n    b = 2\n    c", "block"),
     (0, "a = 1\n    b = 2\n    c", "block"),
     (0.4, "a = 1\n    b = 2\n    c", "block"),
-    (0.41, "a = 1\n    b = 2\n", "unsure"),
-    (0.61, "a = 1\n", "unsure"),
+    (0.41, "a = 1\n    b = 2", "unsure"),
+    (0.61, "a = 1", "unsure"),
     (0.91, "", "unsure"),
     (1, "", "unsure"),
 ]
@@ -77,6 +81,7 @@ async def test_text_that_was_not_judged_is_shown(lines: list[tuple[str, float]],
 WORDS = [
     ({}, 0.3),
     ({"suggest": "always"}, None),
+    ({"prompt": "    # the ", "suggest_in_comments": "seldom"}, 0.8),
     ({"suggest": "normal"}, 0.5),
     ({"suggest": "normal", "min_confidence": 0.7}, 0.7),
     ({"suggest": "normal", "prompt": "    # the "}, 0.5),
@@ -107,6 +112,44 @@ async def test_never_asks_nobody_and_a_wrong_word_is_refused() -> None:
             assert (await infill(pi, **wrong)).status == 400
 
 
+def said(text: str) -> tuple[str, Any]:
+    return "text", text_event(text)
+
+
+TWO = [said("a\n"), ("judged", (0.9, 2)), said("b"), ("judged", (0.1, 3))]
+DOS = [said("a\r\n"), ("judged", (0.9, 3)), said("b"), ("judged", (0.1, 4))]
+PAIRS: list[tuple[str, list[Any], str, str, str, str]] = [
+    ("a line end of its own", TWO, "", "", "a", "unsure"),
+    ("a gap of whole lines", TWO, "c\n", "", "a\n", "unsure"),
+    ("a gap that ends in its line", TWO, "\nc\n", "", "a", "unsure"),
+    ("both characters of a line end", DOS, "", "", "a", "unsure"),
+    ("typed into the second line", [said("c"), ("judged", (0.9, 2)), ("judged", (0.1, 4))], "", "a\nb", "c", "stop"),
+    ("a replaced one", [said("a")], "", "", "", "replaced"),
+    ("no threshold", [said("a\n"), said("b")], "", "", "a\nb", "stop"),
+]
+
+
+@pytest.mark.parametrize(("pairs", "suffix", "typed", "text", "reason"), [one[1:] for one in PAIRS])
+async def test_what_a_client_gets_of_the_pairs(pairs: Any, suffix: str, typed: str, text: str, reason: str) -> None:
+    async def given() -> Any:
+        yield "started", {"threshold": 0.5 if "judged" in dict(pairs) or reason == "replaced" else None}
+        for pair in pairs:
+            yield pair
+        yield "done", {"finish_reason": reason if reason == "replaced" else "stop"}
+
+    got = [pair async for pair in shown(given(), suffix, lambda: typed)]
+    assert {kind for kind, _ in got} <= {"started", "idle", "text", "done"}
+    assert "".join(read_text(value) for kind, value in got if kind == "text") == text
+    assert got[-1] == ("done", {"finish_reason": reason})
+
+
+async def test_another_engine_says_nothing_and_hides_nothing() -> None:
+    async with Backend([VLLM], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
+        reply = (await pi.ask("POST", "/v1/complete", {**CODE, "min_confidence": 1})).json
+        assert (reply["completion"], "confidence" in reply) == ("1 + 2", False)
+        assert "min_confidence" not in json.loads(backend.asked[-1][2])
+
+
 async def typed(pi: Pi, text: str, **more: Any) -> tuple[str, bool, bool]:
     """The answer once the user has typed this: its text, and whether it is unsure or a prediction."""
     answer = (await infill(pi, prompt="    ret" + text, cache_prompt=True, **more)).json
@@ -117,16 +160,18 @@ async def test_a_hidden_line_is_shown_once_its_first_characters_are_typed() -> N
     """One that follows a shown line, too; without another inference."""
     lines = script(("urn a\n", 0.9), ("    b = 2", 0.2), reason="unsure")
     async with Backend([lines]) as backend, pi_for(backend.port, models=MODELS) as pi:
-        assert await typed(pi, "") == ("urn a\n", True, False)
-        assert await typed(pi, "urn") == (" a\n", True, True)
-        assert await typed(pi, "urn a\n") == ("", True, True)
-        assert await typed(pi, "urn a\n    b") == (" = 2", False, True)
+        assert await typed(pi, "") == ("urn a", True, False)
+        assert await typed(pi, "urn") == (" a", True, True)
+        for indented in ("urn a", "urn a\n", "urn a\n    "):  # which an editor does by itself
+            assert await typed(pi, indented) == ("", True, True)
+        assert await typed(pi, "urn a\n    b") == (" = 2", True, True)
         assert len(backend.completions) == 1
     async with Backend([script(("urn a", 0.2), reason="unsure")]) as backend, pi_for(backend.port, models=MODELS) as pi:
         assert await typed(pi, "") == ("", True, False)
-        assert await typed(pi, "u") == ("rn a", False, True)
+        assert await typed(pi, "u") == ("rn a", True, True)
         assert len(backend.completions) == 1
-        assert await typed(pi, "", suggest="always") == ("urn a", False, False)
+        await typed(pi, "", suggest="always")  # it must not get what the model ended for another one's threshold
+        assert len(backend.completions) == 2
 
 
 async def test_suggested_and_accepted_are_counted_by_confidence() -> None:
@@ -150,6 +195,7 @@ PLACES = [
     ("python", "x = {  # the ", "comments"),
     ("c", "/* one\n * two ", "comments"),
     ("typescript", "const a = `b ", "strings"),
+    ("c", "#include <a", "code"),
     ("klingon", "# the ", "code"),
     ("", "", "code"),
 ]
@@ -165,8 +211,9 @@ def test_a_models_thresholds_are_read_and_checked(tmp_path: Any) -> None:
     path = tmp_path / "models.toml"
     path.write_text(entry + "min_confidence = {normal = 0.5}\n")
     (model,) = load_catalog(path).models
-    words = "always", "often", "normal", "seldom", 0.2, None
-    assert [*map(model.least, words)] == [None, None, 0.5, None, 0.2, None]
+    wanted = {"always": None, "often": None, "normal": 0.5, "seldom": None, 0.2: 0.2, 0.0: None, None: None}
+    assert {one: threshold_of([model], "a", one) for one in wanted} == wanted
+    assert threshold_of([model], "forgotten by now", "normal") is None
     for wrong in ("0.5", "{normal = 2}", "{sometimes = 0.1}", '{often = "a"}'):
         path.write_text(f"{entry}min_confidence = {wrong}\n")
         with pytest.raises(ValueError, match=r"model 1: min_confidence: .*expected"):
