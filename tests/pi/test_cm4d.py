@@ -157,7 +157,7 @@ async def test_health_and_stats_and_models_while_the_vps_is_up():
         assert stats.json.keys() == {
             "uptime", "requests_total", "requests_active", "vps_available", "vps_response_time_ms", "memory_mb",
             "load_avg", "breaker", "backends", "type_through", "shared", "replaced", "accepted", "accepted_characters",
-            "clients",
+            "clients", "by_confidence",
         }  # fmt: skip
         (told,) = stats.json["backends"]
         assert told.pop("breaker") == stats.json["breaker"]

@@ -42,6 +42,7 @@ RULES: dict[str, tuple[Any, str]] = {
     "session": ("", "a string from 1 to 200 characters"),
     "extra": ("x", "an array of 0 to 256 objects"),
     "predict_ms": (-1, "an integer from 0 to 600000"),
+    "min_confidence": (1.01, "a number from 0 to 1"),
 }
 TALK = {"model": "m", "messages": [SAID]}
 BAD_FIELDS = {f"{name}: expected {rule}, got {describe(value)}": {name: value} for name, (value, rule) in RULES.items()}
@@ -69,6 +70,7 @@ DEFAULTS = {
     "messages": None, "max_tokens": 512, "temperature": 0.4, "top_p": 0.95, "seed": None, "stop": [], "suffix": None,
     "filename": "", "language": None, "mode": "complete", "stop_at": "auto", "indent": 0, "heal": False,
     "special": False, "progress": False, "priority": "normal", "session": None, "extra": [], "predict_ms": 0,
+    "min_confidence": None,
 }  # fmt: skip
 
 
