@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Callable
 from cerebrum.pi.upstream import Pair, read_text, text_event
 from cerebrum.text.languages import BY_NAME, LANGUAGES
 
-MAX_SCANNED_CHARS = 20_000  # before the cursor, to find the comment or the string that it is in
+MAX_SCANNED_CHARS = 4_000  # before the cursor, to find the comment or the string that it is in
 
 
 def place_of(language: str, prompt: str) -> str:
