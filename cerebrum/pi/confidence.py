@@ -48,8 +48,10 @@ async def shown(
                     hides = mean < threshold and not before[begin:].strip()
                     if not hides:
                         text, held, at = line_end + held[: end - at], held[end - at :], end
-                        line_end = text[len(text.removesuffix("\n").removesuffix("\r")) :]
-                        yield "text", text_event(text.removesuffix(line_end), number)
+                        line = text.removesuffix("\n").removesuffix("\r")
+                        line_end = text[len(line) :]
+                        if line:
+                            yield "text", text_event(line, number)
                 begin = end
                 continue
             elif kind == "text" and value and threshold:
