@@ -255,7 +255,8 @@ class Suggestions:
                 text, typed = found.text, gap.before[length:]
                 fits = uri == gap.uri and text.startswith(typed) and (text != typed or not typed)
                 if fits and (after, before) == (hash(gap.after), hash(gap.before[:length])):
-                    return found._replace(text=text[len(typed) :])
+                    confidence = found.confidence if "\n" not in typed else None  # of its first line
+                    return found._replace(text=text[len(typed) :], confidence=confidence)
         return None
 
     def pause(self) -> float:
@@ -719,9 +720,7 @@ class Completions:
                 self.client.show(2, str(error))
             return Suggestion()
         self.pi.note_success()
-        # Of the rest of an earlier completion, the first line is another one.
-        confidence = None if answer.get("type_through") else answer.get("confidence")
-        found = Suggestion(text, confidence, bool(answer.get("unsure")))
+        found = Suggestion(text, answer.get("confidence"), bool(answer.get("unsure")))
         if not answer.get("replaced"):
             self.suggestions.add(gap, found, time.monotonic() - began)
         return found

@@ -320,7 +320,7 @@ class Gateway:
         """Count the work of a whole answer, and return its result: our own members, then the backend's."""
         request, kept, spent = attempt.request, attempt.sent.text.kept, time.monotonic() - attempt.completion.started
         self.counting.work(attempt.model, done)
-        if request.kind == "infill" and attempt.tokens and done.get("confidence", -1) >= (attempt.threshold or 0):
+        if request.kind == "infill" and attempt.size and done.get("confidence", -1) >= (attempt.threshold or 0):
             self.counting.band(done["confidence"])["suggested"] += 1
         if attempt.sent.text.cut and request.kind != "chat":  # read it all later, so that the next one need not be cut
             fields = request.fields | {"max_tokens": 0, "prompt_ms": 0}
@@ -364,7 +364,7 @@ def read_native(gateway: Gateway, request: Request, is_whole: bool = False) -> C
 async def complete_stream(gateway: Gateway, request: Request) -> Response:
     """POST /v1/complete/stream: a completion as SSE, token by token."""
     completion = read_native(gateway, request)
-    pairs = shown(gateway.complete(completion), completion.request.fields["suffix"])
+    pairs = shown(gateway.complete(completion), completion.request.fields)
     return Response(events=pairs, render=lambda pair: NATIVE_EVENTS[pair[0]](pair[1]))
 
 
@@ -381,7 +381,7 @@ NATIVE_EVENTS: dict[str, Callable[[Any], bytes]] = {
 async def complete(gateway: Gateway, request: Request) -> Response:
     """POST /v1/complete: a completion in one piece."""
     completion = read_native(gateway, request, is_whole=True)
-    _, text, result = await collect(shown(gateway.complete(completion), completion.request.fields["suffix"]))
+    _, text, result = await collect(shown(gateway.complete(completion), completion.request.fields))
     return Response({"completion": text, **result})
 
 
@@ -488,7 +488,7 @@ def speaking(dialect: dialects.Dialect) -> Callable[[Gateway, Request], Awaitabl
         wanted = replace(wanted, fields=fields, limit=MAX_COLLECTED_BYTES, **gateway.who(request))
         editor = f"{request.client} {request.address} {request.head.headers.get('user-agent', '')}"
         subscriber = Subscriber(gateway.broadcasts, Completion(wanted, notes=request.notes), editor)
-        pairs = shown(subscriber.pairs(), fields.get("suffix"), lambda: subscriber.typed_text)
+        pairs = shown(subscriber.pairs(), fields, lambda: subscriber.typed_text)
         reply_to = functools.partial(dialect.reply, wanted, request.head.request_id, int(time.time()))
         if not wanted.stream:
             begun, text, result = await collect(pairs)

@@ -215,6 +215,8 @@ class Subscriber:
             value = text_event(rest) if rest else b""
         elif kind == "done" and self.typed:
             value = value | {"type_through": True}
+            if "\n" in self.typed_text:
+                value.pop("confidence", None)  # of a line that is typed
         if kind == "done":
             self.broadcasts.keep(self)
         return kind, value
@@ -246,6 +248,8 @@ class Broadcasts:
         if is_ahead or request.fields.get("min_confidence") == "never":
             if is_ahead:
                 self._dispatcher.read_ahead(request)
+            else:
+                self._replace_older(subscriber, ahead=False)
             reason = "length" if is_ahead else "unsure"
             own.pairs += [("started", self.beginning(completion)), ("done", {"finish_reason": reason})]
             return own

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
+from typing import Any
 
 from cerebrum.pi.upstream import Pair, read_text, text_event
 from cerebrum.text.languages import BY_NAME, LANGUAGES
@@ -30,12 +31,11 @@ def place_of(language: str, prompt: str) -> str:
 
 
 async def shown(
-    pairs: AsyncGenerator[Pair, None], suffix: str | None, typed: Callable[[], str] = str
+    pairs: AsyncGenerator[Pair, None], fields: Mapping[str, Any], typed: Callable[[], str] = str
 ) -> AsyncGenerator[Pair, None]:
     """The pairs of `Gateway.complete` without "judged", and without the text from the first line on that is less sure
     than the threshold, but for a line that the user has begun to type. A line waits until it is judged, and its end for
-    the next line, unless whole lines are missing above the `suffix`. `typed` returns what the user has typed of the
-    completion before the first text here."""
+    the next line. `fields`: of the request. `typed` returns what of the completion precedes the request's cursor."""
     threshold, before, held, number, begin, at, line_end, hides = None, "", "", 1, 0, 0, "", False
     async with contextlib.aclosing(pairs):
         async for kind, value in pairs:
@@ -58,10 +58,20 @@ async def shown(
                 held += read_text(value)
                 number = json.loads(value[:-2].rpartition(b"\n\n")[2][6:])["total_tokens"]
                 kind, value = "idle", None
-            elif kind == "done" and hides:
-                value = value | {"finish_reason": "unsure"}
-                if line_end and suffix and suffix[0] not in "\r\n":
-                    yield "text", text_event(line_end, number)
-            elif kind == "done" and line_end + held and value.get("finish_reason") != "replaced":
-                yield "text", text_event(line_end + held, number)
+            elif kind == "done" and value.get("finish_reason") != "replaced":
+                rest = line_end + held
+                if hides:
+                    lacks_lines = is_gap_of_lines(fields["prompt"].removesuffix(before), fields.get("suffix") or "")
+                    rest, value = line_end * lacks_lines, value | {"finish_reason": "unsure"}
+                if rest:
+                    yield "text", text_event(rest, number)
             yield kind, value
+
+
+def is_gap_of_lines(prompt: str, suffix: str) -> bool:
+    """Whether whole lines are missing between the two, so that the text between them ends with its line.
+
+    >>> is_gap_of_lines("a\\n", "b\\n"), is_gap_of_lines("f(", ")\\n"), is_gap_of_lines("a\\n", "\\nb\\n")
+    (True, False, False)
+    """
+    return prompt[-1:] in ("", "\n") and bool(suffix.partition("\n")[0].strip())

@@ -427,7 +427,7 @@ class Decoder:
 
     def _finish(self, run: Run, reason: str, flush: bool = True) -> None:
         if flush:
-            run.send(run.ending.flush(reason in ("stop", "unsure")))
+            run.send(run.ending.flush(reason == "stop"))
         run.judge(run.confidence.last())
         run.outbox.append(run.result(reason))
         self.release(run, reason)

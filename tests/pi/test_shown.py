@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from harness import ROOT
-from scripted import CHUNKED, Backend, Pi, chunk, event, pi_for, token
+from scripted import CHUNKED, HANG, Backend, Pi, chunk, event, pi_for, token
 from test_backends import LISTED, VLLM, engine
 from test_editors import data, infill, stats
 
@@ -103,13 +103,13 @@ async def test_never_asks_nobody_and_a_wrong_word_is_refused() -> None:
     async with Backend([script(("x", 0.9))]) as backend, pi_for(backend.port, models=MODELS) as pi:
         reply = await infill(pi, suggest="never")
         assert (reply.status, reply.json["content"], reply.json["unsure"], backend.completions) == (200, "", True, [])
-        for wrong in (
-            {"suggest": "perhaps"},
-            {"suggest_in_strings": 1},
-            {"min_confidence": 1.01},
-            {"min_confidence": "a"},
-        ):
-            assert (await infill(pi, **wrong)).status == 400
+        wrong: list[dict[str, Any]] = [{"suggest": "perhaps"}, {"suggest_in_strings": 1}, {"min_confidence": 1.01}]
+        assert [(await infill(pi, **members)).status for members in wrong] == [400] * 3
+    async with Backend([[HANG]]) as backend, pi_for(backend.port, models=MODELS) as pi:
+        older = infill(pi)
+        await backend.begun.wait()
+        await infill(pi, prompt="    retu", suggest="never")
+        assert ((await older).json["content"], (await stats(pi))["replaced"]) == ("", 1)
 
 
 def said(text: str) -> tuple[str, Any]:
@@ -118,26 +118,32 @@ def said(text: str) -> tuple[str, Any]:
 
 TWO = [said("a\n"), ("judged", (0.9, 2)), said("b"), ("judged", (0.1, 3))]
 DOS = [said("a\r\n"), ("judged", (0.9, 3)), said("b"), ("judged", (0.1, 4))]
-PAIRS: list[tuple[str, list[Any], str, str, str, str]] = [
-    ("a line end of its own", TWO, "", "", "a", "unsure"),
-    ("a gap of whole lines", TWO, "c\n", "", "a\n", "unsure"),
-    ("a gap that ends in its line", TWO, "\nc\n", "", "a", "unsure"),
-    ("both characters of a line end", DOS, "", "", "a", "unsure"),
-    ("typed into the second line", [said("c"), ("judged", (0.9, 2)), ("judged", (0.1, 4))], "", "a\nb", "c", "stop"),
-    ("a replaced one", [said("a")], "", "", "", "replaced"),
-    ("no threshold", [said("a\n"), said("b")], "", "", "a\nb", "stop"),
+TYPED = [said("c"), ("judged", (0.9, 2)), ("judged", (0.1, 4))]
+PAIRS: list[tuple[str, list[Any], tuple[str, str, str], str, str]] = [
+    ("a line end of its own", TWO, ("x = ", "", ""), "a", "unsure"),
+    ("a gap of whole lines", TWO, ("x\n", "", "c\n"), "a\n", "unsure"),
+    ("of which one is typed", [said("b"), *TWO[1::2]], ("x\n", "a\n", "c\n"), "", "unsure"),
+    ("a gap that ends in its line", TWO, ("x\n", "", "\nc\n"), "a", "unsure"),
+    ("a gap within a line", TWO, ("x = f(", "", ")\n"), "a", "unsure"),
+    ("both characters of a line end", DOS, ("", "", ""), "a", "unsure"),
+    ("typed into the second line", TYPED, ("x", "a\nb", ""), "c", "stop"),
+    ("a replaced one", [said("a")], ("", "", ""), "", "replaced"),
+    ("a replaced one that was judged", TWO, ("", "", ""), "a", "replaced"),
+    ("no threshold", [said("a\n"), said("b")], ("", "", ""), "a\nb", "stop"),
 ]
 
 
-@pytest.mark.parametrize(("pairs", "suffix", "typed", "text", "reason"), [one[1:] for one in PAIRS])
-async def test_what_a_client_gets_of_the_pairs(pairs: Any, suffix: str, typed: str, text: str, reason: str) -> None:
+@pytest.mark.parametrize(("pairs", "gap", "text", "reason"), [one[1:] for one in PAIRS], ids=[one[0] for one in PAIRS])
+async def test_what_a_client_gets_of_the_pairs(pairs: Any, gap: tuple[str, str, str], text: str, reason: str) -> None:
+    above, typed, below = gap
+
     async def given() -> Any:
         yield "started", {"threshold": 0.5 if "judged" in dict(pairs) or reason == "replaced" else None}
         for pair in pairs:
             yield pair
         yield "done", {"finish_reason": reason if reason == "replaced" else "stop"}
 
-    got = [pair async for pair in shown(given(), suffix, lambda: typed)]
+    got = [pair async for pair in shown(given(), {"prompt": above + typed, "suffix": below}, lambda: typed)]
     assert {kind for kind, _ in got} <= {"started", "idle", "text", "done"}
     assert "".join(read_text(value) for kind, value in got if kind == "text") == text
     assert got[-1] == ("done", {"finish_reason": reason})

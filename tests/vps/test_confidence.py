@@ -55,21 +55,26 @@ def test_the_least_sure_of_the_lines_that_a_token_ends() -> None:
     assert [sure.add(*token) for token in (A, C, ("\n", 0.1), ("b\nc\n", 0.5))] == [1.0, 0.55, 1.0, 0.3]
 
 
-def test_an_unsure_line_is_sent_before_the_completion_ends() -> None:
-    """Whether it is shown is not for the VPS to say, and it stays a prediction."""
+@pytest.mark.parametrize(("first", "text", "judged"), [(0.9, "a + 1", [(0.9, 5)]), (0.3, "a + 1", [(0.3, 5)])])
+def test_a_completion_that_ends_unsure_has_no_more_text_than_one_that_goes_on(
+    first: float, text: str, judged: list[Any]
+) -> None:
+    """The unsure line itself comes, unless the suffix could follow before it: it stays a prediction."""
     asked = CompletionRequest("def f(a):\n    x = ", suffix="\n    return x\n", mode="infill", language="python",
                               min_confidence=0.5)  # fmt: skip
     job = Job(asked, lambda _: None)
     job.prepare(ScriptedLlama())  # type: ignore[arg-type]
     run, ends = Run(job, Slot(0), 0, []), list[str | None]()
-    for piece, probability in ((b"a + 1", 0.9), (b"\n", 0.9), (b"    y = 2", 0.2), (b"\n", 0.2)):
+    for piece, probability in ((b"a + 1", first), (b"\n", first), (b"    y = 2", 0.2), (b"\n", 0.2)):
         run.probability = probability
         ends.append(run.feed(piece))
-    assert ends == [None, None, None, "unsure"]
+        if ends[-1]:
+            break
+    assert (ends.pop(), {*ends}) == ("unsure", {None})
     Decoder._finish(SimpleNamespace(release=lambda *_: None), run, "unsure")  # type: ignore[arg-type]
     events: list[Any] = run.outbox
-    assert "".join(event.get("token", "") for event in events) == "a + 1\n    y = 2\n"
-    assert [tuple(event.values()) for event in events if "characters" in event] == [(0.9, 6), (0.2, 16)]
+    assert "".join(event.get("token", "") for event in events) == text
+    assert [tuple(event.values()) for event in events if "characters" in event] == judged
 
 
 def test_logits_that_are_no_numbers() -> None:
