@@ -321,6 +321,17 @@ def test_an_accepted_text_is_counted_or_that_is_no_news(editor: Editor, pi: Pi) 
         assert pi.hears()[:2] == ("/v1/accepted", {"characters": 12, "confidence": sure})
 
 
+def test_the_confidence_of_the_first_line_is_not_that_of_the_rest(editor: Editor, pi: Pi) -> None:
+    editor.start(text="x = ")
+    pi.says(content="1\ny = 2", confidence=0.75)
+    for character, typed, sure in ((4, "", 0.75), (4, "1", 0.75), (5, "\n", None)):
+        editor.type(0, character, typed)
+        line, at = (1, 0) if typed == "\n" else (0, character + len(typed))
+        (item,) = editor.answer(editor.at(line, at))["result"]["items"]
+        assert item["command"]["arguments"][0]["confidence"] == sure
+    assert len(pi.asked) == 1
+
+
 def test_who_asks_gets_the_lines_that_were_not_shown_unasked(editor: Editor, pi: Pi) -> None:
     editor.start(text="x = ")
     pi.says(content="1\n", unsure=True)
