@@ -14,9 +14,9 @@ are newer than the models. An answer goes into FILE.jsonl, and a later run asks 
     solution  two to five lines, missing from HumanEval's solutions (no repository); right if the tests pass
 
 The report is one line of JSON. The repositories of --learn (by the names of their folders) give the thresholds: the
-highest that keep 99, 97 and 90 % of the right lines of kind `line`. All others are judged by them: for each kind and
-place the lines, the right ones, the area under the curve, and for each threshold the share of the right and of the
-wrong lines that it hides, with 95 % intervals (Wilson).
+highest that keep 99, 97 and 90 % of the right lines of kind `line`. All others are judged by them: for each kind, and of
+it each place and language, the lines, the right ones, the area under the curve, and for each threshold the share of the
+right and of the wrong lines that it hides, with 95 % intervals (Wilson).
 """
 
 from __future__ import annotations
@@ -186,10 +186,10 @@ def report(rows: list[dict[str, Any]], learn: list[str]) -> dict[str, Any]:
     groups: dict[str, Lines] = defaultdict(list)
     for row in rows:
         if row["key"].split()[0] in learn:
-            groups["learn"] += row["lines"] if row["kind"] == "line" and row["place"] == "code" else []
+            groups["learn"] += row["lines"] if row["kind"] == "line" else []
         else:
-            groups[f"{row['kind']} {row['place']}"] += row["lines"]
-            groups[f"{row['kind']} {row['place']} {row['language']}"] += row["lines"]
+            for more in ("", f" in {row['place']}", f" of {row['language']}"):
+                groups[row["kind"] + more] += row["lines"]
     words = thresholds(groups["learn"])
     table: dict[str, Any] = {"thresholds": words}
     for name, lines in sorted(groups.items()):
