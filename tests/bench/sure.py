@@ -14,15 +14,16 @@ are newer than the models. An answer goes into FILE.jsonl, and a later run asks 
     solution  two to five lines, missing from HumanEval's solutions (no repository); right if the tests pass
 
 The report is one line of JSON. The repositories of --learn (by the names of their folders) give the thresholds: the
-highest that keep 99, 97 and 90 % of the right lines of kind `line`. All others are judged by them: for each kind, and of
-it each place and language, the lines, the right ones, the area under the curve, and for each threshold the share of the
-right and of the wrong lines that it hides, with 95 % intervals (Wilson).
+highest that keep 99, 97 and 90 % of the right lines of kind `line`. All others are judged by them: for each kind, place
+and language the lines, the right ones, the area under the curve, and for each threshold the share of the right and of
+the wrong lines that it hides, with 95 % intervals (Wilson).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import re
 import signal
@@ -179,7 +180,7 @@ def hidden(lines: Lines, wanted: bool, least: float) -> list[float]:
 
 def thresholds(lines: Lines) -> dict[str, float]:
     right = sorted(sure for is_right, sure in lines if is_right) or [0.0]
-    return {word: round(right[int((1 - kept) * len(right))], 3) for word, kept in KEPT.items()}
+    return {word: math.floor(100 * right[int((1 - kept) * len(right))]) / 100 for word, kept in KEPT.items()}
 
 
 def report(rows: list[dict[str, Any]], learn: list[str]) -> dict[str, Any]:
