@@ -100,7 +100,7 @@ def read_settings(given: Any, settings: Settings) -> Settings:
     if settings.read_ms < 0:
         raise BadSettings(f"expected read_ms of 0 or more, got {settings.read_ms}")
     for name in SUGGESTS:
-        if getattr(settings, name) not in (*SUGGEST, "")[: 6 if "_" in name else 5]:
+        if getattr(settings, name) not in (SUGGEST if name == "suggest" else (*SUGGEST, "")):
             raise BadSettings(f"expected one of {', '.join(SUGGEST)} for {name}")
     if not re.fullmatch(r"[!-~]*", settings.key):
         raise BadSettings("expected a key of visible ASCII characters")
