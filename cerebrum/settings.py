@@ -203,7 +203,7 @@ MODEL = {
     "fim": Field(list, 3, 3, []),
     "fim_layout": Field(str, default="psm", choices=FIM_LAYOUTS),
 }
-LEAST = dict.fromkeys(SUGGEST[1:-1], Field(float, 0, 1))
+THRESHOLDS = dict.fromkeys(SUGGEST[1:-1], Field(float, 0, 1))
 
 
 def load_catalog(path: Path) -> Catalog:
@@ -234,5 +234,5 @@ def _read_model(entry: Any, where: str) -> Model:
     if not isinstance(given["sources"], list) or not all(isinstance(source, dict) for source in given["sources"]):
         raise ConfigError(f"{where}: sources: expected [[models.sources]], got {given['sources']!r}")
     values: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in given.items()}
-    values["min_confidence"] = read_table(entry.get("min_confidence", {}), f"{where}: min_confidence", LEAST)
+    values["min_confidence"] = read_table(entry.get("min_confidence", {}), f"{where}: min_confidence", THRESHOLDS)
     return Model(**values)

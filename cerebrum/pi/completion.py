@@ -46,7 +46,7 @@ class Attempt:
     sent: Fitted = NOTHING_SENT
     threshold: float | None = None  # lines of which the model is less sure are not shown
     tokens: int = 0
-    size: int = 0  # bytes of text events
+    size: int = 0  # bytes of the events with text, and of those that judge it
     first: float = 0.0  # when the first token came
     last: float = 0.0  # when the backend reported the answer as complete
     reason: str = ""  # one of FINISHED or "other" for a whole answer; SUPERSEDED

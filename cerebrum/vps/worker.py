@@ -162,13 +162,13 @@ class Run:
     def feed(self, piece: bytes) -> str | None:
         """Put the text that the client may have into the outbox. Returns why the completion has ended (None: it goes
         on). Bytes wait until their character is whole."""
-        written, least, mean = self.characters.decode(piece), self.job.request.min_confidence, 1.0
+        written, threshold, mean = self.characters.decode(piece), self.job.request.min_confidence, 1.0
         if piece:  # not only healed
             mean = self.confidence.add(written, self.probability)
         text, reason = self.ending.feed(written)
         self.send(text)
         can_end = self.job.request.mode != "instruct"  # the first line of such an answer may be a fence
-        return reason or ("unsure" if can_end and least is not None and mean < least else None)
+        return reason or ("unsure" if can_end and threshold is not None and mean < threshold else None)
 
     def send(self, text: str) -> None:
         if text:
