@@ -207,7 +207,7 @@ class Model:
     `aliases` are the model's names in other engines. `fim` holds its marks before the prefix, before the suffix and
     before the gap, or is empty; `fim_layout` is their order, see `arrange_gap`. A model that only other engines have
     needs no `file`. `size` is in bytes. A `size` or `memory_mb` of 0 is unknown. `min_confidence` says what the words
-    of SUGGEST mean."""
+    of SUGGEST mean. `shape` has the sizes of its tensors, by the names of settings.SHAPE, or is empty."""
 
     id: str
     name: str
@@ -223,6 +223,7 @@ class Model:
     fim: tuple[str, ...] = ()
     fim_layout: str = "psm"
     min_confidence: Mapping[str, float | None] = field(default_factory=dict)
+    shape: Mapping[str, int] = field(default_factory=dict)
 
 
 def served_languages(models: Iterable[Model]) -> list[str]:

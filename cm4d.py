@@ -137,7 +137,8 @@ class Config:
 def load_config(environ: Environment) -> Config:
     """Read the settings from the environment and models.toml. ConfigError names the bad variable."""
     logs = HERE / "logs"
-    catalog = load_catalog(Path(environ.text("CEREBRUM_MODELS_FILE", str(HERE / "models.toml"))).expanduser())
+    path = Path(environ.text("CEREBRUM_MODELS_FILE", str(HERE / "models.toml"))).expanduser()
+    catalog = load_catalog(path, LANGUAGES)
     max_concurrent = environ.integer("CEREBRUM_MAX_CONCURRENT", 2, 1, upstream.MAX_PLACES)
     host = environ.text("CEREBRUM_CM4_HOST", "0.0.0.0")
     if not HOST.fullmatch(host):

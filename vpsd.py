@@ -101,7 +101,7 @@ def load_config(env: Environment, folder: Path = HERE) -> Config:
     no_home = os.path.expanduser("~") == "~" or bool(env.text("STATE_DIRECTORY"))  # a unit cannot see /home
     models_dir = str(beside) if no_home or beside.is_dir() else "~/.cache/cerebrum/models"
     state_dir = env.text("STATE_DIRECTORY", "~/.local/state/cerebrum")  # systemd's StateDirectory=
-    catalog = load_catalog(Path(env.text("CEREBRUM_MODELS_FILE", str(folder / "models.toml"))))
+    catalog = load_catalog(Path(env.text("CEREBRUM_MODELS_FILE", str(folder / "models.toml"))), LANGUAGES)
     hosts, origins = env.names("CEREBRUM_ALLOWED_HOSTS"), env.names("CEREBRUM_ALLOWED_ORIGINS")
     kv_type = env.text("CEREBRUM_KV_TYPE", "f16")
     if kv_type not in KV_TYPES:

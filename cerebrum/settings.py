@@ -204,16 +204,22 @@ MODEL = {
     "fim_layout": Field(str, default="psm", choices=FIM_LAYOUTS),
 }
 THRESHOLDS = dict.fromkeys(SUGGEST[1:-1], Field(float, 0, 1))
+SHAPE = {
+    **dict.fromkeys(("layers", "width", "heads", "kv_heads", "head"), Field(int, 1, 999_999, required=True)),
+    **dict.fromkeys(("feed_forward", "vocabulary"), Field(int, 1, 999_999, required=True)),
+    **dict.fromkeys(("experts", "used", "shared"), Field(int, 0, 999_999, 0)),
+}
 
 
-def load_catalog(path: Path) -> Catalog:
-    """Read and check models.toml. ConfigError names the variable of the path, and the wrong entry with its fault."""
+def load_catalog(path: Path, known: Collection[str]) -> Catalog:
+    """Read and check models.toml, in which the language "all" stands for the `known` ones. ConfigError names the
+    variable of the path, and the wrong entry with its fault."""
     try:
         table = tomllib.loads(path.read_text("utf-8"))
         entries, backends = table.get("models"), table.get("backends", [])
         if not isinstance(entries, list) or not entries:
             raise ConfigError("expected at least one [[models]]")
-        models = tuple(_read_model(entry, f"model {number}") for number, entry in enumerate(entries, 1))
+        models = tuple(_read_model(entry, f"model {number}", known) for number, entry in enumerate(entries, 1))
         wanted = Field(list, default=[], choices=tuple(model.id for model in models))
         prefer = read_table(table.get("prefer", {}), "prefer", dict.fromkeys(MODES, wanted))
         if not isinstance(backends, list):
@@ -226,8 +232,8 @@ def load_catalog(path: Path) -> Catalog:
     return Catalog(models, {mode: tuple(ids) for mode, ids in prefer.items() if ids}, tuple(backends))
 
 
-def _read_model(entry: Any, where: str) -> Model:
-    given = read_table(entry, where, MODEL, "sources", "min_confidence")
+def _read_model(entry: Any, where: str, known: Collection[str]) -> Model:
+    given = read_table(entry, where, MODEL, "sources", "min_confidence", "shape")
     if not given["file"] and not given["aliases"]:
         raise ConfigError(f"{where}: file: expected a name, or aliases instead, got nothing")
     given["sources"] = entry.get("sources", [])
@@ -235,4 +241,7 @@ def _read_model(entry: Any, where: str) -> Model:
         raise ConfigError(f"{where}: sources: expected [[models.sources]], got {given['sources']!r}")
     values: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in given.items()}
     values["min_confidence"] = read_table(entry.get("min_confidence", {}), f"{where}: min_confidence", THRESHOLDS)
+    values["shape"] = read_table(entry["shape"], f"{where}: shape", SHAPE) if "shape" in entry else {}
+    named = (one for name in given["languages"] for one in (known if name == "all" else [name]))
+    values["languages"] = tuple(dict.fromkeys(named))
     return Model(**values)

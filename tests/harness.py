@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # for the benchmarks and the fuzzer, which run without pytest
 
 from cerebrum.settings import load_catalog  # noqa: E402
+from cerebrum.text.languages import LANGUAGES  # noqa: E402
 
 T = TypeVar("T")
 
@@ -33,7 +34,8 @@ KEY = "the-key-of-the-tests"
 PATIENCE = 120.0  # seconds; a test that waits longer has found a hang, even on a crowded machine
 POLL_SECONDS = 0.002
 MODELS = Path(os.environ.get("CEREBRUM_MODELS_DIR") or "~/.cache/cerebrum/models").expanduser()
-FILES = {model.id: MODELS / model.file for model in load_catalog(ROOT / "models.toml").models}
+SHIPPED = load_catalog(ROOT / "models.toml", LANGUAGES).models
+FILES = {model.id: MODELS / model.file for model in SHIPPED}
 
 # ---------------------------------------------------------------------------------------------- waiting
 

@@ -25,12 +25,11 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterat
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from harness import KEY, PATIENCE, ROOT, Client, until
+from harness import KEY, PATIENCE, SHIPPED, Client, until
 
 from cerebrum.http import Server
 from cerebrum.pi.completion import Attempt
 from cerebrum.pi.upstream import BackendConfig, parse_url
-from cerebrum.settings import load_catalog
 from cm4d import ROUTES, Config, Gateway
 
 RESET, HANG = "reset", "hang"
@@ -284,8 +283,7 @@ async def pi_for(
     """A Pi with these backends; a port alone is that of a VPS. With `probing` each has been probed once."""
     own = {"max_concurrent": max_concurrent, "key_env": "CEREBRUM_API_KEY"}
     configs = [backend_at(one, **own) if isinstance(one, int) else one for one in backends]
-    models = load_catalog(ROOT / "models.toml").models
-    gateway = Gateway(Config(**{"backends": tuple(configs), "models": models, **config}))
+    gateway = Gateway(Config(**{"backends": tuple(configs), "models": SHIPPED, **config}))
     server = Server(gateway, ROUTES, gateway.config.access)
     task = asyncio.create_task(gateway.fleet.probe_forever(gateway.probed)) if probing else None
     pi = Pi(gateway=gateway, server=server, port=await server.start("127.0.0.1", 0))

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import ROOT
+from harness import ROOT, SHIPPED
 
 from cerebrum.fields import Field, describe, read_fields
 from cerebrum.http import own_names
 from cerebrum.settings import ConfigError, Environment, load_catalog, read_environment
 from cerebrum.text.languages import LANGUAGES
-from cerebrum_common import HttpError, error_body, error_event, sse_event, timestamp
+from cerebrum_common import HttpError, Model, error_body, error_event, sse_event, timestamp
 
 # ------------------------------------------------------------------------------------------------- fields
 
@@ -154,11 +154,22 @@ GOOD += 'languages = ["python"]\n'
 
 
 def test_the_table_of_models() -> None:
-    models = load_catalog(ROOT / "models.toml").models
-    assert [model.id for model in models] == ["qwen_7b", "codellama_7b", "qwen_1_5b", "qwen_0_5b"]
-    first = {language: next(model.id for model in models if language in model.languages) for language in LANGUAGES}
-    assert first == dict.fromkeys(LANGUAGES, "qwen_7b") | dict.fromkeys(["rust", "c", "cpp", "go"], "codellama_7b")
-    assert models[-2].languages == models[-1].languages == tuple(LANGUAGES), "each of them serves every language"
+    served = {model.id: model.languages for model in SHIPPED}
+    larger, codellama = served.pop("qwen_7b"), served.pop("codellama_7b")
+    assert codellama == ("rust", "c", "cpp", "go")
+    assert larger == tuple(language for language in LANGUAGES if language not in codellama)
+    assert set(served.values()) == {tuple(LANGUAGES)}, "each of the others serves every language"
+    assert SHIPPED[-1] == min(SHIPPED, key=lambda model: model.memory_mb), "the default model is the smallest"
+
+
+@pytest.mark.parametrize("model", SHIPPED, ids=lambda model: model.id)
+def test_a_shape_has_as_many_weights_as_the_publisher_counts(model: Model) -> None:
+    layers, width, heads, kv_heads, head, feed_forward, vocabulary, experts, used, shared = model.shape.values()
+    attention = 2 * width * head * (heads + kv_heads)
+    for published, count in zip(model.parameters.replace("B", "").split("-A"), (experts, used), strict=False):
+        weights = layers * (attention + 3 * width * (feed_forward * max(1, count) + shared)) + width * vocabulary
+        rounding = 0.5 / 10 ** len(published.partition(".")[2])  # the publishers round 3.4 to 3
+        assert weights / 1e9 == pytest.approx(float(published), rel=0.12, abs=rounding)
 
 
 FORM = "expected a string of the form"
@@ -183,6 +194,10 @@ BAD: list[tuple[str | bytes | None, str]] = [  # a models.toml, and what is said
     (GOOD + 'alias = "a"\n', "model 1: expected one of id, name, parameters, "),
     (GOOD.replace('["python"]', '["a b"]'), "model 1: languages: expected strings of the form"),
     (GOOD.replace('["python"]', "[[]]"), "model 1: languages: expected strings of the form"),
+    (GOOD + "shape = 5\n", "model 1: shape: expected a table, got 5"),
+    (GOOD + "shape = {layers = 0}\n", "model 1: shape: layers: expected an integer from 1 to 999999, got the number 0"),
+    (GOOD + "shape = {layers = 1}\n", "model 1: shape: width: expected an integer from 1 to "),
+    (GOOD + "shape = {kv = 1}\n", "model 1: shape: expected one of layers, width, heads, kv_heads, "),
     ("prefer = 5\n" + GOOD, "prefer: expected a table, got 5"),
     (GOOD + '[prefer]\nchat = ["m"]\n', "prefer: expected one of complete, infill, instruct, got 'chat'"),
     (GOOD + '[prefer]\ninfill = ["m", "n"]\n', "prefer: infill: expected one of m, got an array of 2"),
@@ -195,18 +210,20 @@ def test_bad_models(tmp_path: Path, text: str | bytes | None, says: str) -> None
     if text is not None:
         path.write_bytes(text.encode() if isinstance(text, str) else text)
     with pytest.raises(ValueError, match=re.escape(says)) as error:
-        load_catalog(path)
+        load_catalog(path, LANGUAGES)
     assert str(error.value).startswith(f"CEREBRUM_MODELS_FILE: {path}: ")
 
 
 def test_preferences_and_any_language_may_be_named(tmp_path: Path) -> None:
     path = tmp_path / "models.toml"
     other = GOOD.replace('"m"', '"n"').replace('["python"]', '["python", "haskell", "c#", "objective-c", "F90"]')
-    path.write_text(GOOD + other + '[prefer]\ninfill = ["n", "m"]\ncomplete = []\n')
-    catalog = load_catalog(path)
+    every = GOOD.replace('"m"', '"all"').replace('["python"]', '["cobol", "rust", "all"]')
+    path.write_text(GOOD + other + every + '[prefer]\ninfill = ["n", "m"]\ncomplete = []\n')
+    catalog = load_catalog(path, ["python", "rust"])
     assert catalog.prefer == {"infill": ("n", "m")}
     assert catalog.models[1].languages == ("python", "haskell", "c#", "objective-c", "F90")
-    assert load_catalog(ROOT / "models.toml").prefer == {}, "off in the shipped file"
+    assert catalog.models[2].languages == ("cobol", "rust", "python")
+    assert load_catalog(ROOT / "models.toml", LANGUAGES).prefer == {}, "off in the shipped file"
 
 
 # ---------------------------------------------------------------------------------------------- the house

@@ -545,7 +545,8 @@ async def test_new_settings_take_models_and_let_go_on_what_runs(house: House) ->
 
 
 async def test_a_model_that_is_listed_no_more_is_unloaded(house: House) -> None:
-    fewer, worker, waiting = house.engine.config.models[:-2], await house.idle(), house.ask(B)
+    fewer = tuple(model for model in house.engine.config.models if model.id not in (A, B))
+    worker, waiting = await house.idle(), house.ask(B)
     loading = await house.begun(B)
     house.reconfigure(models=fewer, idle_minutes=60)
     assert (A in house.pool.models, worker.stopping) == (False, True)

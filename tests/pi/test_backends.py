@@ -13,11 +13,10 @@ import json
 import pkgutil
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import ROOT, until
+from harness import SHIPPED, until
 from scripted import CHUNKED, HANG, RESET, Backend, answer, backend_at, chunk, head, pi_for
 
 from cerebrum import pi as pi_package
@@ -28,8 +27,7 @@ from cerebrum.pi.backend import find_models
 from cerebrum.pi.dialects import APIS, OPENAI_TEXT, Wanted, read_overflow, read_props
 from cerebrum.pi.engines import Translator
 from cerebrum.pi.upstream import BackendFailure, Endpoint, Events, engine_refusal, read_backends
-from cerebrum.settings import ConfigError, Environment, load_catalog
-from cerebrum.vps.fetch import choose
+from cerebrum.settings import ConfigError, Environment
 from cerebrum_common import HttpError, Model
 
 FIM = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
@@ -587,19 +585,12 @@ async def test_the_tokens_of_a_text_come_from_llama_server() -> None:
         assert (reply.status, reply.json["error"]["code"]) == (503, "VPS_UNAVAILABLE")
 
 
-def test_the_catalog_that_ships(tmp_path: Path) -> None:
-    """It names the marks of its models; the larger models that are commented out can be used."""
-    marks = {model.id: (model.fim, model.fim_layout) for model in load_catalog(ROOT / "models.toml").models}
+def test_the_marks_of_the_models_that_ship() -> None:
+    marks = {model.id: (model.fim, model.fim_layout) for model in SHIPPED}
     assert marks["qwen_0_5b"] == marks["qwen_1_5b"] == marks["qwen_7b"] == (FIM, "spmv2")
     assert marks["codellama_7b"] == (("<PRE> ", " <SUF>", " <MID>"), "psm")
-    lines = (ROOT / "models.toml").read_text().splitlines()
-    start = next(place for place, line in enumerate(lines) if line.startswith("# [[models]]"))
-    end = next(place for place, line in enumerate(lines) if line == "[[models]]")
-    lines[start:end] = [line.removeprefix("# ") for line in lines[start:end] if not line.startswith("# With")]
-    (tmp_path / "models.toml").write_text("\n".join(line for line in lines if line != "#"))
-    models = load_catalog(tmp_path / "models.toml").models
-    for room_mb, id in ((23_000, "qwen3_30b"), (15_000, "qwen_14b"), (3_000, "qwen_3b"), (2_000, "qwen_1_5b")):
-        assert choose(list(models), tmp_path, room_mb)[1].id == id
+    assert marks["mellum_4b"] == marks["mellum2_12b"] == (("<fim_prefix>", "<fim_suffix>", "<fim_middle>"), "spm")
+    assert marks["granite_3b"] == marks["granite_h_tiny"] == (FIM, "psm"), "with the text below first it fills no gaps"
 
 
 @pytest.mark.parametrize(("layout", "written"), [("spmv2", "<pre>a<suf>b<mid>"), ("spm", "<suf>b<pre>a<mid>")])

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import KEY, ROOT, until
+from harness import KEY, SHIPPED, until
 from scripted import CHUNKED, HANG, Backend, Pi, chunk, error, event, pi_for, token
 from test_clients import CACHE
 from test_page import settings_for_editors
 from test_peers import needs
 
-from cerebrum.settings import Client, load_catalog
+from cerebrum.settings import Client
 
 pytestmark = pytest.mark.clients
 
@@ -543,12 +543,11 @@ async def test_a_key_is_asked_for_and_kept_in_this_tab(chrome: Any) -> None:
 
 
 async def test_hostile_texts_are_text(chrome: Any) -> None:
-    models = load_catalog(ROOT / "models.toml").models
     hostile, spelled, name = HOSTILE + BIDI, HOSTILE + BIDI_SPELLED, HOSTILE.replace("/", "")
     lies = {"vps_available": False, **dict.fromkeys(("vps_message", "requests_active", "breaker"), hostile)}
     lies |= {"models_loaded": [hostile], "notes": [hostile], "load_avg": [hostile]}  # the Pi would not pass them on
     scripts = completion(hostile), completion(hostile), [error(500, "MODEL_LOAD_FAILED", hostile)]
-    named = tuple(dataclasses.replace(model, name=hostile) for model in models)
+    named = tuple(dataclasses.replace(model, name=hostile) for model in SHIPPED)
     async with visiting(chrome, *scripts, before=lambda visit: visit.fake("activity", lies), models=named) as visit:
         await visit.see("#health", f"{spelled}.")
         await visit.see("#notes", spelled)
@@ -763,7 +762,7 @@ async def test_the_state_of_the_pi_of_its_models_and_of_its_people(chrome: Any) 
         await visit.enter_key(KEY)
         await visit.see("#health", re.compile("^Ready"))
         await visit.see("#plot-words", "No request in the last half hour.")
-        await visit.see_part("#models tr:nth-child(5)", re.compile("Qwen 0.5B.*loaded"))
+        await visit.see_part("#models tr:last-child", re.compile("Qwen 0.5B.*loaded"))
         await visit.see_part("#models tr:nth-child(2)", "not there")
         await visit.complete(CODE, "a + b")
         await visit.see_part("#plot-words", "1 request, none failed; ")

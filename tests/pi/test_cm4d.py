@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import KEY, PATIENCE, ROOT, Client, Reply, daemon, run_to_the_end, until
+from harness import KEY, PATIENCE, ROOT, SHIPPED, Client, Reply, daemon, run_to_the_end, until
 from scripted import CHUNKED, DONE, GOOD, HANG, Backend, Flood, answer, chunk, error, event, head, pi_for, token
 
 from cerebrum.pi import fleet as pi_fleet
@@ -26,7 +26,6 @@ REQUEST_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[0-9a-f]{4}-[0-9a
 OF_CODELLAMA = ("rust", "c", "cpp", "go")
 OF_QWEN = [name for name in LANGUAGES if name not in OF_CODELLAMA]
 PATHS = ("/v1/complete", "/v1/complete/stream")
-CATALOG = load_catalog(ROOT / "models.toml").models
 
 
 # ---------------------------------------------------------------------------------------- configuration
@@ -38,7 +37,7 @@ def test_defaults():
     assert (config.client_keys, config.log_level, config.log_file, config.log_prompts) == ((), "INFO", "", False)
     endpoint = Endpoint("127.0.0.1", 9000, "127.0.0.1:9000", "", False)
     assert config.backends == (BackendConfig("vps", endpoint, "cerebrum", "", "CEREBRUM_API_KEY", max_concurrent=2),)
-    assert [model.id for model in config.models] == ["qwen_7b", "codellama_7b", "qwen_1_5b", "qwen_0_5b"]
+    assert config.models == SHIPPED
     (backend,) = load_config(Environment({"CEREBRUM_VPS_URL": "http://[fd7a::1]:9000"})).backends
     assert backend.endpoint == Endpoint("fd7a::1", 9000, "[fd7a::1]:9000", "", False)
 
@@ -89,11 +88,11 @@ FIELDS = [
 @pytest.mark.parametrize(("field", "good", "bad"), FIELDS)
 def test_a_bad_field_is_named(field: str, good: list[Any], bad: list[Any]):
     for value in good:
-        assert read_completion(GOOD_FIELDS | {field: value}, CATALOG)[field] in (value, [value])
+        assert read_completion(GOOD_FIELDS | {field: value}, SHIPPED)[field] in (value, [value])
     for value in bad:
         body = {name: one for name, one in (GOOD_FIELDS | {field: value}).items() if one is not None}
         with pytest.raises(HttpError, match=f"^{field}: expected ") as caught:
-            read_completion(body, CATALOG)
+            read_completion(body, SHIPPED)
         assert (caught.value.status, caught.value.code) == (400, "INVALID_REQUEST")
 
 
@@ -123,7 +122,7 @@ async def test_defaults_of_a_completion_and_what_reaches_the_vps():
 
 @pytest.mark.parametrize(("more", "mode"), [({"suffix": "}\n"}, "infill"), ({"instruction": "Write it"}, "instruct")])
 def test_an_empty_prompt_is_allowed_beside_a_suffix_or_an_instruction(more: dict[str, str], mode: str):
-    assert read_completion({"prompt": "", "language": "go", **more}, CATALOG)["mode"] == mode
+    assert read_completion({"prompt": "", "language": "go", **more}, SHIPPED)["mode"] == mode
 
 
 # ----------------------------------------------------------------------------------------- the endpoints
@@ -169,9 +168,9 @@ async def test_health_and_stats_and_models_while_the_vps_is_up():
         assert 5 < stats.json["memory_mb"] < 500
         assert len(stats.json["load_avg"]) == 3
         about = {"id": "qwen_7b", "name": "Qwen 7B", "languages": OF_QWEN, "parameters": "7B", "quantization": "Q4"}
-        assert models.json["models"][0] == {**about, "available": False, "backends": []}
-        assert models.json["models"][3]["backends"] == ["vps"]
-        assert [model["available"] for model in models.json["models"]] == [False, False, False, True]
+        assert {**about, "available": False, "backends": []} in models.json["models"]
+        available = {model["id"]: model["backends"] for model in models.json["models"] if model["available"]}
+        assert available == {"qwen_0_5b": ["vps"]}
 
 
 async def test_keys_that_do_not_match_are_not_healthy(monkeypatch: pytest.MonkeyPatch):
@@ -299,9 +298,9 @@ CHOSEN = [
     (ALL, {"language": "cpp"}, "codellama_7b"),
     (ALL, {"suffix": "\n)"}, "qwen_0_5b"),
     (ALL, {"instruction": "Write it"}, "qwen_1_5b"),  # codellama_7b does not list Python
-    (present("qwen_7b", available=False), {}, "qwen_7b"),  # the VPS says what is missing
-    (answer(200, {"models": "lies"}), {"language": "c"}, "codellama_7b"),
-    (answer(500, {}), {"suffix": "\n)"}, "qwen_7b"),  # what the VPS has is unknown
+    (present("qwen_7b", available=False), {}, SHIPPED[0].id),  # the VPS says what is missing
+    (answer(200, {"models": "lies"}), {"language": "c"}, SHIPPED[0].id),
+    (answer(500, {}), {"suffix": "\n)"}, SHIPPED[0].id),  # what the VPS has is unknown
 ]
 
 
@@ -324,12 +323,12 @@ async def test_any_language_that_models_toml_names_may_be_asked_for(tmp_path: Pa
     path = tmp_path / "models.toml"
     text = (ROOT / "models.toml").read_text()
     path.write_text(text.replace('languages = ["rust"', 'languages = ["cobol", "C#", "rust"'))
-    async with Backend(models=ALL) as backend, pi_for(backend.port, models=load_catalog(path).models) as pi:
+    async with Backend(models=ALL) as backend, pi_for(backend.port, models=load_catalog(path, LANGUAGES).models) as pi:
         for language, model in (("java", "qwen_7b"), ("cobol", "codellama_7b"), ("C#", "codellama_7b")):
             assert (await pi.complete(language=language)).json["model"] == model
         assert [sent.get("language") for sent in backend.completions] == ["java", None, "csharp"]
         refused = (await pi.complete(language="abap")).json["message"]
-        listed = ", ".join([*OF_QWEN, "cobol", "C#", *OF_CODELLAMA])
+        listed = ", ".join([*LANGUAGES, "cobol", "C#"])
         assert refused == f'language: expected one of {listed}, got the string "abap"'
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import KEY, ROOT, daemon
+from harness import KEY, ROOT, SHIPPED, daemon
 from jsonschema import Draft202012Validator
 from openapi_spec_validator import OpenAPIV31SpecValidator
 from scripted import Backend, answer, in_a_thread, pi_for
@@ -22,12 +22,10 @@ from cerebrum.fields import Field
 from cerebrum.http import METHODS
 from cerebrum.pi import dialects
 from cerebrum.pi.openapi import schema_of, write_openapi
-from cerebrum.settings import load_catalog
 from cerebrum_common import STATUSES, VERSION
 from cm4d import FIELDS, FIELDS_WITHOUT_PROMPT, ROUTES
 
-MODELS = load_catalog(ROOT / "models.toml").models
-DOCUMENT: dict[str, Any] = json.loads(json.dumps(write_openapi(ROUTES, FIELDS_WITHOUT_PROMPT, MODELS, True)))
+DOCUMENT: dict[str, Any] = json.loads(json.dumps(write_openapi(ROUTES, FIELDS_WITHOUT_PROMPT, SHIPPED, True)))
 OPERATIONS = {(verb.upper(), path): one for path, verbs in DOCUMENT["paths"].items() for verb, one in verbs.items()}
 TOKENS = answer(200, {"tokens": [1, 2]})
 
@@ -47,7 +45,7 @@ def test_the_document_is_valid_and_has_each_route() -> None:
     assert DOCUMENT["info"]["version"] == VERSION == project["version"]
     assert sorted(OPERATIONS) == sorted((route.method, route.path) for route in ROUTES)
     assert len({operation["operationId"] for operation in OPERATIONS.values()}) == len(ROUTES)
-    assert write_openapi(ROUTES, FIELDS, MODELS, False)["security"] == []
+    assert write_openapi(ROUTES, FIELDS, SHIPPED, False)["security"] == []
     assert DOCUMENT["security"] == [{"X-API-Key": []}, {"Bearer": []}]
     for route in ROUTES:
         assert OPERATIONS[route.method, route.path].get("security") == ([] if route.open else None)

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 import pytest
-from harness import ROOT
+from harness import SHIPPED
 from scripted import CHUNKED, HANG, Backend, Pi, chunk, event, pi_for, token
 from test_backends import LISTED, VLLM, engine
 from test_editors import data, infill, stats
@@ -18,7 +18,7 @@ from cerebrum.settings import load_catalog
 from cerebrum_common import threshold_of
 
 LEAST = {"often": 0.3, "normal": 0.5, "seldom": 0.8}
-MODELS = tuple(dataclasses.replace(one, min_confidence=LEAST) for one in load_catalog(ROOT / "models.toml").models)
+MODELS = tuple(dataclasses.replace(one, min_confidence=LEAST) for one in SHIPPED)
 CODE = {"prompt": "def f():\n    ", "language": "python", "suffix": "\n\nf()\n"}
 
 
@@ -216,11 +216,11 @@ def test_a_models_thresholds_are_read_and_checked(tmp_path: Any) -> None:
     entry = '[[models]]\nid = "a"\nname = "a"\nparameters = "1"\nquantization = "q"\nfile = "a.gguf"\n'
     path = tmp_path / "models.toml"
     path.write_text(entry + "min_confidence = {normal = 0.5}\n")
-    (model,) = load_catalog(path).models
+    (model,) = load_catalog(path, []).models
     wanted = {"always": None, "often": None, "normal": 0.5, "seldom": None, 0.2: 0.2, 0.0: None, None: None}
     assert {one: threshold_of([model], "a", one) for one in wanted} == wanted
     assert threshold_of([model], "forgotten by now", "normal") is None
     for wrong in ("0.5", "{normal = 2}", "{sometimes = 0.1}", '{often = "a"}'):
         path.write_text(f"{entry}min_confidence = {wrong}\n")
         with pytest.raises(ValueError, match=r"model 1: min_confidence: .*expected"):
-            load_catalog(path)
+            load_catalog(path, [])

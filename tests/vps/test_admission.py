@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from harness import PATIENCE, copy_program
+from harness import FILES, PATIENCE, copy_program
 
 import vpsd
 from cerebrum.fields import describe
@@ -180,10 +180,10 @@ def test_config_defaults() -> None:
     assert (engine.n_ctx, engine.sequences, engine.draft, engine.kv_type) == (4096, 2, True, "f16")
     assert (defaults.max_cpu_percent, defaults.min_free_mb, defaults.idle_minutes) == (70, 1024, 60)
     assert 1 <= engine.threads <= 256
-    assert [model.id for model in defaults.models] == ["qwen_7b", "codellama_7b", "qwen_1_5b", "qwen_0_5b"]
+    assert [model.id for model in defaults.models] == list(FILES)
 
 
-UNKNOWN = "vpsd fetch: expected one of qwen_7b, codellama_7b, qwen_1_5b, qwen_0_5b, got 'x'"
+UNKNOWN = f"vpsd fetch: expected one of {', '.join(FILES)}, got 'x'"
 NO_KEY = "vpsd: CEREBRUM_API_KEY: expected a key, got none; make one with ./generate_api_key.sh"
 
 

@@ -34,11 +34,10 @@ import families
 import llama_cpp
 import psutil
 import pytest
-from harness import FILES, KEY, MODELS, PATIENCE, Daemon, program, run_to_the_end, settings, wait_until
+from harness import FILES, KEY, MODELS, PATIENCE, SHIPPED, Daemon, program, run_to_the_end, settings, wait_until
 from test_engine import SMALL as DECODE_MS
 
 import vpsd
-from cerebrum.settings import load_catalog
 from cerebrum.vps import llama as vps_llama
 from cerebrum.vps import prefixes
 from cerebrum.vps.encoding import Passport, cpu_flags, cpus, passport_path, tuned_path
@@ -197,7 +196,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vps_llama.start_library()
     folder = tmp_path_factory.mktemp("models")
     data = families.make(folder / FILES[SMALL].name, families.STAND_IN).read_bytes()
-    (entry,) = (model for model in load_catalog(vpsd.HERE / "models.toml").models if model.id == SMALL)
+    (entry,) = (model for model in SHIPPED if model.id == SMALL)
     catalog = (vpsd.HERE / "models.toml").read_text()
     for old, new in ((entry.sha256, hashlib.sha256(data).hexdigest()), (f"{entry.size:_}", str(len(data)))):
         assert catalog.count(old) == 1
@@ -305,7 +304,7 @@ def test_health_alone_needs_no_key(vps: Vps) -> None:
 
 def test_models(vps: Vps, models: Path) -> None:
     listed = {model["id"]: model for model in vps.get("/v1/models")["models"]}
-    assert list(listed) == ["qwen_7b", "codellama_7b", LARGE, SMALL]
+    assert list(listed) == [model.id for model in SHIPPED]
     small, path = listed[SMALL], str(models / FILES[SMALL].name)
     described = {"id": SMALL, "loaded": True, "path": path, "available": True, "n_ctx": 2048, "encoding": "published"}
     described["fim_layout"] = "spmv2"
@@ -315,7 +314,7 @@ def test_models(vps: Vps, models: Path) -> None:
     assert 0 < others_mb < 200  # Python, numpy, llama.cpp itself
     assert len(small["last_used"]) == len("2025-12-25T11:55:00.000000")
     assert list(listed["codellama_7b"]) == list(described)
-    assert [model["fim_layout"] for model in listed.values()] == ["spmv2", "psm", "spmv2", "spmv2"]
+    assert [model["fim_layout"] for model in listed.values()] == [model.fim_layout for model in SHIPPED]
     assert listed["codellama_7b"]["loaded"] is listed["codellama_7b"]["available"] is False
 
 
@@ -375,7 +374,7 @@ def test_the_answer_and_the_stream_of_a_completion(vps: Vps, reference: Referenc
 
 
 NOTHING = "model: expected a string from 1 to 200 characters, got nothing"
-UNKNOWN = 'model: expected one of qwen_7b, codellama_7b, qwen_1_5b, qwen_0_5b, got the string "gpt"'
+UNKNOWN = f'model: expected one of {", ".join(FILES)}, got the string "gpt"'
 MISSING = "model codellama_7b: the file codellama-7b.Q4_K_M.gguf is missing; in the backend's folder on the VPS run: "
 ERRORS: list[tuple[Any, int, str, str]] = [
     ({}, 400, "INVALID_REQUEST", NOTHING),
