@@ -239,7 +239,7 @@ async def test_all_are_away() -> None:
         stats = (await pi.get("/v1/stats")).json
         assert (stats["vps_available"], stats["vps_response_time_ms"]) == (False, None)
         assert (await pi.get("/v1/activity")).json["vps_message"] == health.json["message"]
-        assert [model["available"] for model in (await pi.get("/v1/models")).json["models"]] == [False] * 4
+        assert not any(model["available"] for model in (await pi.get("/v1/models")).json["models"])
 
 
 async def test_a_probe_ends_an_overdue_trial_and_a_look_at_figures_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
