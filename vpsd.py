@@ -263,7 +263,7 @@ def fetch_command(options: argparse.Namespace, config: Config) -> None:
         contexts = dict[str, str]()
         for one in config.models:
             with contextlib.suppress(ModelError, OSError):  # it is not here, or damaged
-                if (fitted := needed_mb(one, config, total_mb)[0]) != config.engine:
+                if (fitted := needed_mb(one, config, total_mb)[0].settings) != config.engine:
                     contexts[one.id] = fitted.context
         print(*offers(config.models, config.models_dir, room_mb, contexts), sep="\n")
         return

@@ -246,9 +246,10 @@ def check_state(report: Report, folder: Path) -> None:
 
 
 def check_models(report: Report, config: Any) -> None:
-    """Check that the model files are whole and readable, and fit into memory."""
+    """Check that the model files are whole and readable, fit into memory, and are tuned."""
     import psutil
 
+    from cerebrum.vps.encoding import untuned
     from cerebrum.vps.fetch import digest_with_bar
     from cerebrum.vps.llama import ModelError
 
@@ -265,7 +266,7 @@ def check_models(report: Report, config: Any) -> None:
                 raise ModelError(f"expected {model.size} bytes, got {size}")
             if model.sha256 and (got := digest_with_bar(path)) != model.sha256:
                 raise ModelError(f"expected sha256 {model.sha256}, got {got}")
-            settings, need = needed_mb(model, config, total // MB)
+            choice, need = needed_mb(model, config, total // MB)
         except (ModelError, OSError) as error:
             report.add("FAIL", "models", f"{model.id}: {error}: `vpsd.py fetch {model.id}` gets it again")
             continue
@@ -276,29 +277,35 @@ def check_models(report: Report, config: Any) -> None:
         elif need > free:
             level, mend = "warn", ": end other programs, unless it is loaded already"
         beside = f"{free:,} of {most:,} MB are available beside CEREBRUM_MIN_FREE_MB"
-        with_context = "" if settings == config.engine else f" with {settings.context}"
+        with_context = "" if choice.settings == config.engine else f" with {choice.settings.context}"
         report.add(level, "memory", f"{model.id} needs {need:,} MB{with_context}, {beside}{mend}")
+        fastest = choice.tuned and f"{model.id} has the fastest encoding here: {choice.tuned.encoding}"
+        report.add("ok" if fastest else "warn", "tuned", fastest or untuned(model.id, choice.reason))
 
 
 def needed_mb(model: Model, config: Any, total_mb: int) -> tuple[Any, int]:
-    """The Settings with which a model fits on a machine with `total_mb` that does nothing else, and the model's memory
-    in MB. ModelError or OSError if the file cannot be used."""
+    """The Choice of what to load of a model on a machine with `total_mb` that does nothing else, and its memory in MB.
+    ModelError or OSError if the file cannot be used."""
     from cerebrum.vps.encoding import choose_file
 
     free = (total_mb - config.min_free_mb - BARE_MB - SYSTEM_MB) * MB
     choice = choose_file(config.models_dir / model.file, config.engine, model.sha256, free)
-    return choice.settings, -(-sum(choice.parts.values()) // MB)
+    return choice, -(-sum(choice.parts.values()) // MB)
 
 
 def memory_limit(config: Any, total_mb: int) -> list[str]:
-    """The output of `vpsd.py memory`: MemoryMax= in MB for a machine with `total_mb` of memory, then comments."""
+    """The output of `vpsd.py memory`: MemoryMax= in MB for `total_mb` of memory, then comments, read by setup.sh."""
+    from cerebrum.vps.encoding import find_tuned
     from cerebrum.vps.llama import ModelError
 
-    most, needs = max(BARE_MB + SPARE_MB, total_mb - round(config.min_free_mb)), dict[str, int]()
+    most = max(BARE_MB + SPARE_MB, total_mb - round(config.min_free_mb))
+    needs, comments = list[int](), list[str]()
     for model in config.models:
         with contextlib.suppress(ModelError, OSError):  # the file is missing or damaged
-            needs[model.id] = needed_mb(model, config, total_mb)[1]
-    limit = min(most, sum(needs.values()) + BARE_MB + SPARE_MB) if needs else most
-    comments = [f"# {id}: {need} MB with its prompts (CEREBRUM_CACHE_MB)" for id, need in needs.items()]
+            need = needed_mb(model, config, total_mb)[1]
+            needs.append(need)
+            mark = "" if find_tuned(config.models_dir / model.file, config.engine, model.sha256)[0] else ", untuned"
+            comments.append(f"# {model.id}: {need} MB with its prompts (CEREBRUM_CACHE_MB){mark}")
+    limit = min(most, sum(needs) + BARE_MB + SPARE_MB) if needs else most
     beside = f"# beside models: {BARE_MB + SPARE_MB} MB; at most {most} MB: {total_mb} without CEREBRUM_MIN_FREE_MB"
     return [str(limit), *comments, beside]

@@ -122,6 +122,7 @@ have_llama() { as_daemon "$VENV/bin/python" -c "import llama_cpp${1-, gguf}" 2>/
 # can_decode: whether the smallest model survives a decode. Built for a CPU with more features, llama.cpp can be imported,
 # but dies of SIGILL (status 128 + 4) when it computes. Any other failure is no reason to build it anew.
 can_decode() {
+	local folder; folder=$(setting CEREBRUM_MODELS_DIR)
 	as_daemon "$VENV/bin/python" -c '
 import glob, os, sys
 from llama_cpp import llama_cpp as llama
@@ -132,21 +133,30 @@ for file in sorted(glob.glob(sys.argv[1] + "/*.gguf"), key=os.path.getsize)[:1]:
     params = llama.llama_context_default_params()
     params.n_ctx = 256
     context = llama.llama_init_from_model(model, params)
-    llama.llama_decode(context, llama.llama_batch_get_one((llama.llama_token * 2)(1, 2), 2))' "$PLACE/models" \
+    llama.llama_decode(context, llama.llama_batch_get_one((llama.llama_token * 2)(1, 2), 2))' "${folder:-$PLACE/models}" \
 		&>/dev/null || (($? != 132))
 }
 
-# build: what cerebrum-llama.service runs. The folder with the version is complete when its packages can be imported.
+# build: what cerebrum-llama.service runs, also at each start of the daemon. The folder with the version is complete when its
+# packages can be imported. Then the models are tuned that run untuned here; what fails is tried again at the next start.
 build() {
+	local model tuned=''
 	can_decode || as_daemon rm -rf "$VENV" "$PLACE/cache/wheels" # the wheel that pip keeps is for the other CPU, too
-	! have_llama || return 0
-	install -d -o cerebrum -g cerebrum "$PLACE"
-	as_daemon mkdir -p "$PLACE/cache"
-	have_llama '' || as_daemon /usr/bin/python3 -m venv --clear --system-site-packages "$VENV"
-	as_daemon env HOME="$PLACE" TMPDIR="$PLACE/cache" "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check \
-		--cache-dir="$PLACE/cache" "llama-cpp-python==${VENV##*-}" "gguf>=0.17"
-	systemctl try-restart "$NAME.service" # until now, the daemon has used the old version
-	find "$PLACE" -maxdepth 1 -name 'llama-*' ! -path "$VENV" -exec rm -rf {} +
+	if ! have_llama; then
+		install -d -o cerebrum -g cerebrum "$PLACE"
+		as_daemon mkdir -p "$PLACE/cache"
+		have_llama '' || as_daemon /usr/bin/python3 -m venv --clear --system-site-packages "$VENV"
+		as_daemon env HOME="$PLACE" TMPDIR="$PLACE/cache" "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check \
+			--cache-dir="$PLACE/cache" "llama-cpp-python==${VENV##*-}" "gguf>=0.17"
+		systemctl try-restart "$NAME.service" # until now, the daemon has used the old version
+		find "$PLACE" -maxdepth 1 -name 'llama-*' ! -path "$VENV" -exec rm -rf {} +
+	fi
+	for model in $(models ', untuned'); do # the daemon has just started, and its models do not take the memory yet
+		! "${RUN[@]}" tune "$model" || tuned=yes
+	done
+	[[ -n $tuned ]] || return 0
+	[[ ! -e $MEMORY ]] || put_memory # a tuned file is larger
+	start try-restart
 }
 
 # put_listen ADDRESS[:PORT]: sets the socket's address. An empty one keeps what is set, else takes .env's or Tailscale's.
@@ -183,11 +193,11 @@ put_memory() {
 	END
 }
 
-# models MARK: the ids that "fetch --list" marks: + is here, * is recommended.
-models() { "${RUN[@]}" fetch --list | sed -n "s/^[$1] \([^ ]*\).*/\1/p"; }
+# models [MARK]: the ids of the models that are here; with a mark, of those that "vpsd.py memory" marks so.
+models() { "${RUN[@]}" memory | sed -n "s/^# \([^ ]*\): .*${1-}\$/\1/p"; }
 
 setup_backend() {
-	local listen='' wanted='' model key
+	local listen='' wanted='' model offers key
 	while (($# > 0)); do
 		case $1 in
 			--listen) listen=${2-} ;;
@@ -203,16 +213,17 @@ setup_backend() {
 	install -d -m 700 "${KEY%/*}"
 	[[ -s $KEY || -n $(setting CEREBRUM_API_KEY) ]] || "$LIB/generate_api_key.sh" --write "$KEY" >/dev/null
 	put_listen "$listen"
-	echo "building llama.cpp, unless it is here: four minutes on two cores" >&2
+	echo "building llama.cpp, four minutes on two cores, and tuning the models that are here, unless that is done" >&2
 	systemctl start cerebrum-llama || die "llama.cpp was not built; the next try is in 5 minutes:
 		$(journalctl -n 1 -o cat -u cerebrum-llama -t "$NAME")"
-	if [[ -z $wanted && -z $(models +) ]]; then
-		"${RUN[@]}" fetch --list
-		model=$(models '*')
+	if [[ -z $wanted && -z $(models) ]]; then
+		offers=$("${RUN[@]}" choose)
+		printf '%s\n' "$offers"
+		model=$(sed -n 's/^\* \([^ ]*\).*/\1/p' <<<"$offers")
 		wanted=$(ask "which model (Enter: $model)")
 		wanted=${wanted:-$model}
 	fi
-	for model in $wanted $(models +); do # those that are here are checked, and tuned if they were not
+	for model in $wanted $(models); do # those that are here are checked, and tuned if they were not
 		"${RUN[@]}" fetch "$model" </dev/null
 	done
 	[[ -e $SETTINGS ]] || echo "# $LIB/.env.example lists all settings" | put_settings
@@ -269,7 +280,7 @@ configure() {
 		systemctl is-active --quiet "$NAME" || echo "$NAME is stopped; to start it:  sudo systemctl start $NAME"
 	else
 		systemctl daemon-reload # the daemon is restarted with the new unit
-		systemctl start --no-block cerebrum-llama
+		systemctl restart --no-block cerebrum-llama # it may be tuning for the old version
 		echo "llama.cpp is built in the background; until it is ready, the daemon that runs serves"
 	fi
 }

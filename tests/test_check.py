@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
@@ -11,6 +12,7 @@ import tempfile
 import threading
 import tomllib
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,9 @@ import cerebrum_lsp
 import cm4d
 import vpsd
 from cerebrum import check as cerebrum_check
-from cerebrum.vps.llama import start_library
+from cerebrum.vps import encoding
+from cerebrum.vps.encoding import Passport, TunedFile, cpu_flags, passport_path, tuned_path
+from cerebrum.vps.llama import cpus, start_library
 from cerebrum_common import VERSION
 
 start_library()
@@ -45,6 +49,7 @@ CM4_KEY, OUR_KEY = "ok key CEREBRUM_CM4_API_KEY", "ok key CEREBRUM_API_KEY"
 IN_CLEAR = "warn key LAN CEREBRUM_CM4_TLS_CERT"
 KEYGEN = "generate_api_key.sh"
 NEEDS = "memory tiny 274 CEREBRUM_MIN_FREE_MB"
+UNTUNED = "warn tuned tiny there is no tuned file: `vpsd.py tune tiny`"
 
 
 def given(folder: Path, catalog: str = CATALOG, **more: str) -> dict[str, str]:
@@ -109,7 +114,7 @@ def test_all_is_well(vps: Daemon, tmp_path: Path) -> None:
         address, further = f"ok address 127.0.0.1 {pi.port}", ["ok memory MB", "ok backend vps ms", "ok models tiny"]
         assert_found(check("cm4d"), VALID, CM4_KEY, IN_CLEAR, OUR_KEY, address, *further)
         address, state = f"ok address 127.0.0.1 {vps.port}", f"ok state {tmp_path}/state"
-        assert_found(check("vpsd"), VALID, OUR_KEY, address, state, "ok models tiny MB", f"ok {NEEDS}")
+        assert_found(check("vpsd"), VALID, OUR_KEY, address, state, "ok models tiny MB", f"ok {NEEDS}", UNTUNED)
         assert sorted(tmp_path.rglob("*")) == before, "a check changes nothing"
 
 
@@ -159,6 +164,27 @@ def test_a_damaged_model(tmp_path: Path, check: Any) -> None:
         (tmp_path / f"models/{file}.gguf").write_bytes(weights)
         damaged = [line for line in check("vpsd", environment, "models") if not line.startswith("ok ")]
         assert_found(damaged, f"FAIL models {file} {named} fetch")
+
+
+def test_a_model_that_is_tuned_or_not(tmp_path: Path, check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = given(tmp_path)
+    path, state = tmp_path / "models/tiny.gguf", tmp_path / "state"
+    passport = Passport(SUM, llama_cpp.__version__, cpu_flags(), cpus(), 1, 256, False, {})
+    (tuned := tuned_path(state, path)).parent.mkdir(parents=True)
+
+    def found(**changes: Any) -> list[str]:
+        passport_path(tuned).write_text(json.dumps(asdict(replace(passport, **changes))))
+        return list(check("vpsd", environment, "tuned"))
+
+    assert found() == ["ok tuned tiny has the fastest encoding here: published"]
+    changed = {"Q4_K": "Q4_1"}
+    mend = "`vpsd.py tune tiny` finds its fastest encoding"
+    missing = f"[Errno 2] No such file or directory: '{tuned}'"
+    assert found(types=changed) == [f"warn tuned tiny runs untuned: its tuned file cannot be used: {missing}: {mend}"]
+    tuned.write_bytes(WEIGHTS)
+    assert found(types=changed) == ["ok tuned tiny has the fastest encoding here: tuned: Q4_K to Q4_1"]
+    why = f"it was tuned for library 0.3.35, here it is {llama_cpp.__version__}"
+    assert found(library="0.3.35") == [f"warn tuned tiny runs untuned: {why}: {mend}"]
 
 
 def test_one_of_two_backends_is_away(vps: Daemon, tmp_path: Path, check: Any) -> None:
@@ -223,7 +249,10 @@ def test_the_limit_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
         monkeypatch.setenv(name, value)
     (tmp_path / "models/other.gguf").write_bytes(b"GGUX")  # is not counted
     beside = "# beside models: 662 MB; at most 3000 MB: 4000 without CEREBRUM_MIN_FREE_MB"
-    assert memory("1000") == ["936", "# tiny: 274 MB with its prompts (CEREBRUM_CACHE_MB)", beside]
+    tiny = "# tiny: 274 MB with its prompts (CEREBRUM_CACHE_MB)"
+    assert memory("1000") == ["936", f"{tiny}, untuned", beside]
+    monkeypatch.setattr(encoding, "find_tuned", lambda path, used, _: (TunedFile(path, used, SUM, ""), ""))
+    assert memory("1000") == ["936", tiny, beside]
     assert memory("4000")[0] == "662"  # never less than the process needs
     (tmp_path / "models/tiny.gguf").unlink()
     assert memory("1000") == ["3000", beside]

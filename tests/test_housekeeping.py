@@ -25,7 +25,7 @@ from harness import PATIENCE, ROOT, until
 import vpsd
 from cerebrum.settings import Environment
 from cerebrum.vps import encoding, memory, pool
-from cerebrum.vps.encoding import TunedFile
+from cerebrum.vps.encoding import TunedFile, find_tuned
 from cerebrum.vps.llama import MB, ModelError, Settings
 from cerebrum.vps.pool import Instance
 from cerebrum.vps.worker import Loader
@@ -158,7 +158,9 @@ def house(runner: asyncio.Runner, patch: Callable[..., None], tmp_path: Path, ca
 
 # ---------------------------------------------------------------------------------------- what is loaded
 
-NOT_TUNED = "the published file is used, not the tuned one: "
+
+def untuned(model: str, why: str) -> str:
+    return f"model {model} runs untuned: {why}: `vpsd.py tune {model}` finds its fastest encoding"
 
 
 def tuned_file(folder: Path, model: str = A) -> TunedFile:
@@ -166,10 +168,13 @@ def tuned_file(folder: Path, model: str = A) -> TunedFile:
 
 
 async def test_a_model_is_loaded_from_its_tuned_file_or_the_log_says_why_not(house: House) -> None:
-    tuned, why = tuned_file(house.folder), "made for cpus 4, here it is 2"
-    house.patch(encoding, "find_tuned", lambda path, *_: (tuned, "") if path == house.file() else (None, why))
+    tuned, why = tuned_file(house.folder), "it was tuned for cpus 4, here it is 2"
+    found = {house.file(): (tuned, ""), house.file(B): (None, why)}
+    house.patch(encoding, "find_tuned", lambda path, *more: found.get(path) or find_tuned(path, *more))
     assert [(await house.idle(model)).tuned for model in (A, B)] == [tuned, None]
-    assert house.warnings() == [f"model {B}: {NOT_TUNED}{why}"]
+    house.room = 9
+    assert (await house.idle(C)).tuned is None
+    assert house.warnings() == [untuned(B, why), untuned(C, "there is no tuned file")]
 
 
 @pytest.mark.parametrize("damaged", [False, True])
@@ -185,8 +190,9 @@ async def test_a_tuned_file_that_does_not_fit_or_is_damaged_is_not_used(house: H
     other = await house.idle(B)
     assert (await house.idle()).tuned is None
     assert not other.stopping  # nothing was unloaded in vain
-    why = "it is damaged" if damaged else "it needs 9 MB, and 2 MB can be freed beside the reserve"
-    assert house.warnings() == [f"model {B}: {NOT_TUNED}{why}", f"model {A}: {NOT_TUNED}{why}"]
+    why = "its tuned file needs 9 MB, and 2 MB can be freed beside the reserve"
+    why = "its tuned file cannot be used: it is damaged" if damaged else why
+    assert house.warnings() == [untuned(B, why), untuned(A, why)]
 
 
 async def test_a_model_that_does_not_fit_gets_a_shorter_context(house: House) -> None:

@@ -100,16 +100,16 @@ def passport_path(tuned: Path) -> Path:
 
 
 def find_tuned(published: Path, settings: Settings, sha256: str = "") -> tuple[TunedFile | None, str]:
-    """The tuned file for a published one, or None and the reason ("" if there is no tuned file).
+    """The tuned file for a published one, or None and the reason.
 
     `sha256` is the digest that the published file should have, empty if unknown. `check_digest` verifies the file.
     """
     path = tuned_path(settings.state_dir, published)
-    foreign = "expected a passport of this version; tune the model again"
+    foreign = "its passport is not of this version"
     try:
         passport = Passport(**json.loads(passport_path(path).read_text()))
     except FileNotFoundError:
-        return None, foreign if path.exists() else ""
+        return None, foreign if path.exists() else "there is no tuned file"
     except OSError as error:
         return None, f"its passport cannot be read ({error.strerror})"
     except (ValueError, TypeError):
@@ -119,7 +119,7 @@ def find_tuned(published: Path, settings: Settings, sha256: str = "") -> tuple[T
     expected |= {"source": sha256} if sha256 else {}
     for name, here in expected.items():
         if (made_for := getattr(passport, name)) != here:
-            return None, f"made for {name} {made_for}, here it is {here}"
+            return None, f"it was tuned for {name} {made_for}, here it is {here}"
     used = replace(settings, **{name: getattr(passport, name) for name in CHOSEN})
     return TunedFile(path if passport.types else published, used, passport.source, passport.encoding), ""
 
@@ -130,7 +130,7 @@ class Choice(NamedTuple):
     settings: Settings  # the given ones, with a context that fits into memory
     tuned: TunedFile | None
     parts: Parts  # the memory that this takes
-    reason: str  # why the tuned file cannot be used, "" if it can or there is none
+    reason: str  # why it runs untuned, "" if it does not
 
 
 def choose_file(published: Path, settings: Settings, sha256: str, free: float) -> Choice:
@@ -143,10 +143,15 @@ def choose_file(published: Path, settings: Settings, sha256: str, free: float) -
             (larger,) = needed(tuned.path, [tuned.settings])
             if (need := sum(larger.values())) <= free:
                 return Choice(settings, tuned, larger, "")
-            reason = f"it needs {need / MB:.0f} MB, and {free / MB:.0f} MB can be freed beside the reserve"
+            reason = f"its tuned file needs {need / MB:.0f} MB, and {free / MB:.0f} MB can be freed beside the reserve"
         except (ModelError, OSError) as error:
-            reason = str(error)
+            reason = f"its tuned file cannot be used: {error}"
     return Choice(settings, None, parts, reason)
+
+
+def untuned(model_id: str, reason: str) -> str:
+    """The message of the log and of `--check`."""
+    return f"{model_id} runs untuned: {reason}: `vpsd.py tune {model_id}` finds its fastest encoding"
 
 
 # ------------------------------------------------------------------------------------- policy: the choice

@@ -20,7 +20,7 @@ from pathlib import Path
 import cerebrum_common as common
 from cerebrum.fields import describe
 from cerebrum.metrics import resident_bytes
-from cerebrum.vps.encoding import Choice, choose_file
+from cerebrum.vps.encoding import Choice, choose_file, untuned
 from cerebrum.vps.llama import MB, ModelError, Settings, file_stamp
 from cerebrum.vps.memory import Parts, available_mb, cgroup_left_bytes, check_memory
 from cerebrum.vps.schedule import Baton
@@ -227,7 +227,7 @@ class Pool:
         if settings != self.settings:
             log.warning("model %s: memory allows only %s", model.id, settings.context)
         if reason:
-            log.warning("model %s: the published file is used, not the tuned one: %s", model.id, reason)
+            log.warning("model %s", untuned(model.id, reason))
         while going := room_for(model.id, parts, self._free_mb(), self.min_free_mb, self.instances.values()):
             await self._unload(going[0])
         begun, tally = time.monotonic(), self.tallies[model.id]

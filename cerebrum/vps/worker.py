@@ -43,7 +43,7 @@ from cerebrum.metrics import CANCELLED, Tally, resident_bytes
 from cerebrum.text.ending import Ending
 from cerebrum.vps.confidence import Confidence, Judged
 from cerebrum.vps.drafts import Acceptance, Drafter
-from cerebrum.vps.encoding import TunedFile
+from cerebrum.vps.encoding import TunedFile, untuned
 from cerebrum.vps.llama import (
     ABORTED,
     MAX_DRAFT,
@@ -484,7 +484,7 @@ class Loader:
             except (ModelError, OSError) as error:
                 if beat():
                     raise
-                log.warning("model %s: the published file is used, not the tuned one: %s", self.model_id, error)
+                log.warning("model %s", untuned(self.model_id, f"its tuned file cannot be used: {error}"))
         check_digest(self.path, self.sha256, self.settings.state_dir, beat)
         return Llama(self.path, self.settings, progress, self.fim, self.layout)
 

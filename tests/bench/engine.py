@@ -73,9 +73,9 @@ class Bench:
         settings = llama.Settings()
         if options.threads:
             settings = replace(settings, threads=options.threads, fixed_threads=True)
-        found, reason = find_tuned(self.weights, settings) if not options.published else (None, "")
+        found, reason = find_tuned(self.weights, settings) if not options.published else (None, "as asked")
         options.threads = found.settings.threads if found else settings.threads
-        self.encoding = found.encoding if found else f"published {reason}".strip()
+        self.encoding = found.encoding if found else f"published: {reason}"
         self.tuned = tuned_path(settings.state_dir, self.weights) if found else None
         self.has_weights = found is not None and found.path == self.tuned
         self._servers: dict[tuple[str, ...], Server] = {}

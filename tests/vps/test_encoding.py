@@ -75,6 +75,7 @@ class Script:
 
 
 ROOM = 4 << 30
+NONE = None, "there is no tuned file"
 FASTER = {"Q5_0": 3.0, "Q8_0": 1.0, "Q4_K": 2.0, "Q4_1": 1.0, "Q6_K": 2.0}
 
 
@@ -216,7 +217,7 @@ def test_what_is_chosen_is_found(
         return 0.9 if quicker and all(getattr(used, name) == value for name, value in quicker.items()) else 1.0
 
     lab.script(costs, factor=factor, whole={"tuned": whole} if whole else None).agreement = agreement
-    assert lab.found() == (None, "")
+    assert lab.found() == NONE
     outcome, tuned = lab.tune(), chosen == FASTEST
     found, reason = find_tuned(lab.published, lab.settings, "abc")
     assert (found.source, found.encoding, reason) == ("abc", chosen, "")
@@ -224,9 +225,9 @@ def test_what_is_chosen_is_found(
     assert lab.left() == [*(["m.gguf"] if tuned else []), "m.gguf.json"]
     nothing = "nothing is 3% faster here than the published file, which is used as it is"
     assert (outcome.tuned is None) == (nothing in outcome.table()) == (not tuned and not changed)
-    assert find_tuned(lab.published, lab.settings, "def") == (None, "made for source abc, here it is def")
+    assert find_tuned(lab.published, lab.settings, "def") == (None, "it was tuned for source abc, here it is def")
     assert encoding.remove_tuned(lab.published, lab.settings)
-    assert (lab.found(), lab.left()) == ((None, ""), [])
+    assert (lab.found(), lab.left()) == (NONE, [])
     assert not encoding.remove_tuned(lab.published, lab.settings)
 
 
@@ -255,7 +256,7 @@ def test_more_threads_are_tried_unless_the_user_chose(lab: Lab) -> None:
     assert lab.tune().passport.threads == 2
     free = replace(lab, settings=replace(lab.settings, fixed_threads=False))
     assert (free.tune().passport.threads, free.found()[0].settings.threads) == (4, 4)
-    assert lab.found() == (None, "made for threads 4, here it is 2")
+    assert lab.found() == (None, "it was tuned for threads 4, here it is 2")
 
 
 TABLE = """\
@@ -316,7 +317,7 @@ def test_what_a_killed_run_left_is_removed(lab: Lab) -> None:
     half = lab.path.parent / ".work-abc/tuned"
     half.parent.mkdir(parents=True)
     half.write_bytes(b"half")
-    assert lab.found() == (None, "")
+    assert lab.found() == NONE
     lab.tune()
     assert lab.left() == ["m.gguf", "m.gguf.json"]
 
@@ -335,14 +336,17 @@ HERE = {"cpu": encoding.cpu_flags(), "cpus": len(os.sched_getaffinity(0)), "thre
 PASSPORT = {"source": "abc", "library": llama_cpp.__version__, **HERE, "micro_batch": 128, "flash_attention": False}
 PASSPORT |= {"types": {"Q5_0": "Q8_0"}, "format": 2}
 ELSEWHERE = {"library": "0.0.1", "cpu": "z80", "cpus": 99, "threads": 3, "format": 1}
-NO_PASSPORT = "expected a passport of this version; tune the model again"
+NO_PASSPORT = "its passport is not of this version"
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         ({}, ""),
-        *(({name: one}, f"made for {name} {one}, here it is {PASSPORT[name]}") for name, one in ELSEWHERE.items()),
+        *(
+            ({name: one}, f"it was tuned for {name} {one}, here it is {PASSPORT[name]}")
+            for name, one in ELSEWHERE.items()
+        ),
         *((damaged, NO_PASSPORT) for damaged in ({"new": 1}, b"", b"[]", b"\xff", None)),
         ("a folder", "its passport cannot be read (Is a directory)"),
     ],
@@ -417,7 +421,7 @@ def test_a_real_model_is_tuned_once_and_says_the_same(tmp_path: Path) -> None:
     too_large = vpsd(tmp_path, "fetch", "qwen_0_5b", CEREBRUM_MIN_FREE_MB="1000000")  # it is fetched all the same
     assert "vpsd fetch: qwen_0_5b was not tuned: expected " in too_large.stderr
     for plain in (too_large, vpsd(tmp_path, "fetch", "--no-tune", "qwen_0_5b")):
-        assert (plain.returncode, plain.stdout, find_tuned(MODEL, settings)) == (0, f"{MODEL}\n", (None, ""))
+        assert (plain.returncode, plain.stdout, find_tuned(MODEL, settings)) == (0, f"{MODEL}\n", NONE)
     tuned = vpsd(tmp_path, "fetch", "qwen_0_5b")
     assert (tuned.returncode, tuned.stdout) == (0, f"{MODEL}\n")
     assert "a token of a prompt, ms" in tuned.stderr

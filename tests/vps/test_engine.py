@@ -678,6 +678,7 @@ def ask(worker: Worker, prompt: str, **more: Any) -> Ask:
 
 
 TUNED = "tuned: Q4_K to Q4_1"
+WEIGHTS_SUM = hashlib.sha256(b"weights").hexdigest()
 
 
 @pytest.mark.parametrize(
@@ -685,7 +686,7 @@ TUNED = "tuned: Q4_K to Q4_1"
     [
         ("", "", [("tuned", 128)], ""),
         ("tuned", "", [("tuned", 128), ("m.gguf", 256)], "llama.cpp cannot load this file"),
-        ("", "0" * 64, [("m.gguf", 256)], f"expected sha256 {'0' * 64}, got "),
+        ("", "0" * 64, [("m.gguf", 256)], f"expected sha256 {'0' * 64}, got {WEIGHTS_SUM}; fetch it again"),
     ],
 )
 def test_a_tuned_file_is_loaded_if_it_can_be(
@@ -701,8 +702,9 @@ def test_a_tuned_file_is_loaded_if_it_can_be(
     assert loads.loaded == loaded
     assert (worker.loader.path.name, worker.loader.settings.micro_batch) == loaded[-1]
     assert worker.loader.encoding == ("published" if warning else TUNED)
-    told = "".join(record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING)
-    assert told.startswith(f"model m: the published file is used, not the tuned one: {warning}") == bool(warning)
+    told = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    mend = "`vpsd.py tune m` finds its fastest encoding"
+    assert told == [f"model m runs untuned: its tuned file cannot be used: {warning}: {mend}"] * bool(warning)
 
 
 @pytest.mark.usefixtures("loads")
