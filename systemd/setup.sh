@@ -138,9 +138,9 @@ for file in sorted(glob.glob(sys.argv[1] + "/*.gguf"), key=os.path.getsize)[:1]:
 }
 
 # build: what cerebrum-llama.service runs, also at each start of the daemon. The folder with the version is complete when its
-# packages can be imported. Then the models are tuned that run untuned here; what fails is tried again at the next start.
+# packages can be imported. Then what runs untuned here is tuned; if that fails, as on a busy machine, again in an hour.
 build() {
-	local model tuned=''
+	local model tuned='' failed=''
 	can_decode || as_daemon rm -rf "$VENV" "$PLACE/cache/wheels" # the wheel that pip keeps is for the other CPU, too
 	if ! have_llama; then
 		install -d -o cerebrum -g cerebrum "$PLACE"
@@ -152,8 +152,9 @@ build() {
 		find "$PLACE" -maxdepth 1 -name 'llama-*' ! -path "$VENV" -exec rm -rf {} +
 	fi
 	for model in $(models ', untuned'); do # the daemon has just started, and its models do not take the memory yet
-		! "${RUN[@]}" tune "$model" || tuned=yes
+		if "${RUN[@]}" tune "$model"; then tuned=yes; else failed=yes; fi
 	done
+	[[ -z $failed ]] || systemd-run -q -u cerebrum-llama-again --on-active=1h systemctl start --no-block cerebrum-llama || true
 	[[ -n $tuned ]] || return 0
 	[[ ! -e $MEMORY ]] || put_memory # a tuned file is larger
 	start try-restart
