@@ -207,7 +207,7 @@ THRESHOLDS = dict.fromkeys(SUGGEST[1:-1], Field(float, 0, 1))
 SHAPE = {
     **dict.fromkeys(("layers", "width", "heads", "kv_heads", "head"), Field(int, 1, 999_999, required=True)),
     **dict.fromkeys(("feed_forward", "vocabulary"), Field(int, 1, 999_999, required=True)),
-    **dict.fromkeys(("experts", "used", "shared"), Field(int, 0, 999_999, 0)),
+    **dict.fromkeys(("experts", "used"), Field(int, 0, 999_999, 0)),
 }
 
 
@@ -241,7 +241,13 @@ def _read_model(entry: Any, where: str, known: Collection[str]) -> Model:
         raise ConfigError(f"{where}: sources: expected [[models.sources]], got {given['sources']!r}")
     values: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in given.items()}
     values["min_confidence"] = read_table(entry.get("min_confidence", {}), f"{where}: min_confidence", THRESHOLDS)
-    values["shape"] = read_table(entry["shape"], f"{where}: shape", SHAPE) if "shape" in entry else {}
+    values["shape"] = shape = read_table(entry["shape"], f"{where}: shape", SHAPE) if "shape" in entry else {}
+    if shape and not (
+        shape["heads"] % shape["kv_heads"] == 0 and (shape["experts"] == 0) == (shape["used"] == 0)
+        and shape["used"] <= shape["experts"] and shape["heads"] * shape["head"] % 32 == shape["head"] % 2 == 0
+        and shape["width"] % 32 == shape["feed_forward"] % 32 == 0
+    ):  # fmt: skip
+        raise ConfigError(f"{where}: shape: expected one that llama.cpp can compute, got {shape}")
     named = (one for name in given["languages"] for one in (known if name == "all" else [name]))
     values["languages"] = tuple(dict.fromkeys(named))
     return Model(**values)

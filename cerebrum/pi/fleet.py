@@ -33,14 +33,14 @@ def rank_models(
     [prefer] lists for the mode come first, then the others in the table's order. A chat counts as an instruction.
 
     With `any_language`, a language that no present model serves goes to any of them. Without it, the only id may be a
-    missing model's: a backend's 404 says which file is missing and how to get it. No preferences count until the
-    backends' models are known (None)."""
+    missing model's, the smallest: a backend's 404 says which file is missing and how to get it. No preferences count
+    until the backends' models are known (None)."""
     here = [model for model in catalog if present is None or model.id in present]
     serving = [model.id for model in here if language in model.languages]
     if not language or (any_language and not serving):
         serving = [model.id for model in here]
     if not serving:
-        return [next((model for model in catalog if language in model.languages), catalog[0]).id]
+        return [next((model for model in reversed(catalog) if language in model.languages), catalog[-1]).id]
     preferred = () if present is None else prefer.get("instruct" if mode == "chat" else mode, ())
     return [*dict.fromkeys([*(id for id in preferred if id in serving), *serving])]
 

@@ -566,7 +566,7 @@ async def test_an_engine_with_none_of_our_models_is_logged(caplog: pytest.LogCap
     async with Backend(models=listed) as backend, pi_for(engine(backend.port)) as pi:
         reply = await pi.complete()
         assert (reply.status, reply.json["code"]) == (404, "MODEL_NOT_FOUND")
-        assert reply.json["message"] == f'expected a model that a backend has (none), got the string "{SHIPPED[0].id}"'
+        assert reply.json["message"] == f'expected a model that a backend has (none), got the string "{SHIPPED[-1].id}"'
         assert backend.completions == []
     assert "gpu: expected a model of models.toml, got one, org/Other" in caplog.text
 

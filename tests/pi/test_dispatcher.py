@@ -106,7 +106,7 @@ GUEST = {"kind": "infill", "guest": 3}
         # Which model, and where.
         ({}, "big@a"),
         ({"language": "rust"}, "small@a"),
-        ({"language": "cobol"}, "big@a"),  # vpsd says what is missing
+        ({"language": "cobol"}, "small@a"),  # vpsd says what is missing
         ({"kind": "infill", "language": "cobol"}, "big@a"),
         ({"model": "small"}, "small@a"),
         ({"prefer": {"complete": ["small"]}}, "small@a"),
