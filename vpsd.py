@@ -440,7 +440,7 @@ class Engine:
             completion.worker = worker
             worker.submit(job)
             for instance in self.pool.instances.values() if not job.low else ():
-                instance.worker.give_way()
+                instance.worker.give_way(job)
         except HttpError as error:
             completion.events.put_nowait([error])
         except Exception as exception:

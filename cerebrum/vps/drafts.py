@@ -5,66 +5,58 @@ Pure: no model, no clock.
 
 from __future__ import annotations
 
-import bisect
-from collections import Counter
+from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
 
 from cerebrum.vps.llama import common_prefix
-from cerebrum.vps.schedule import Costs
 
 # --------------------------------------------------------------------------------------- policy: drafts
 
 GRAM = 3  # this many tokens must repeat before the tokens that followed them are drafted
 MAX_CHANGE = 8  # most old or new tokens of a change in a copy; after a longer change the copy is searched for anew
 NEAR = 48  # after a change the copy usually continues within this many tokens
-STREAKS = (GRAM, 5, 8, 12, 16, 24, 32)  # lower bounds of the streak lengths by which acceptance is counted
-PRIORS = (0.55, 0.65, 0.78, 0.88, 0.92, 0.95, 0.97)  # assumed acceptance of each before any draft is checked
-PRIOR_WEIGHT = 12.0  # in tokens
+ALIKE = 32  # tokens that are compared before two places
+LENGTHS = (0, 3, 7, 15, 31, 63)  # of drafts: with the token before it, 28 to 31 tokens take as long as 32
+SEEN, TRIALS = 50, 8  # drafts by which a length is judged: at most, at least
+FRESH = 4  # of them behind a decode without drafts: later the machine may have another speed
+RETRY = 64
 
 
-class Acceptance:
-    """How often drafted tokens were right, by the draft's streak and by whether decoding is greedy. Owned by a worker
-    and kept across requests."""
+class Gain:
+    """Whether drafts save time, by their length and the number of streams. Owned by a worker and kept across requests.
+
+    A draft is judged by the decodes without drafts just before it, because a machine with neighbours changes its speed.
+    """
 
     def __init__(self) -> None:
-        self.right, self.wrong = Counter[tuple[bool, int]](), Counter[tuple[bool, int]]()
+        self.plain: dict[int, float] = {}  # seconds for a token lately, by the number of streams
+        self.age = Counter[int]()  # drafts since then
+        # Of the latest drafts by streams and length: the seconds, and those that the tokens would have taken plainly.
+        self.seen: dict[tuple[int, int], deque[tuple[float, float]]] = defaultdict(lambda: deque(maxlen=SEEN))
+        self.passed = Counter[tuple[int, int, bool]]()  # how often such a draft was made, or not made
 
-    @staticmethod
-    def bucket(streak: int) -> int:
-        return bisect.bisect_right(STREAKS, streak) - 1
+    def learn(self, streams: int, length: int, tokens: int, seconds: float) -> None:
+        """Count a decode with a draft of this length, 0 for none, that wrote `tokens`."""
+        if not length and tokens:
+            self.plain[streams] = (3 * self.plain.get(streams, seconds / tokens) + seconds / tokens) / 4
+            self.age[streams] = 0
+        elif tokens and self.age[streams] < FRESH:
+            self.seen[streams, length].append((seconds, tokens * self.plain[streams]))
+            self.age[streams] += 1
 
-    def probability(self, greedy: bool, streak: int) -> float:
-        """Probability that the next drafted token is right."""
-        key = greedy, self.bucket(streak)
-        prior = PRIORS[key[1]] * (1.0 if greedy else 0.9)
-        return (self.right[key] + prior * PRIOR_WEIGHT) / (self.right[key] + self.wrong[key] + PRIOR_WEIGHT)
-
-    def learn(self, greedy: bool, streak: int, drafted: int, accepted: int) -> None:
-        """Count a draft of `drafted` tokens, the first `accepted` of which were right."""
-        key = greedy, self.bucket(streak)
-        self.right[key] += accepted
-        self.wrong[key] += accepted < drafted
-
-    def choose(self, drafter: Drafter, room: int, greedy: bool, costs: Costs) -> list[int]:
-        """The draft to check now, of at most `room` tokens. Empty if drafting does not pay here."""
-        tokens = drafter.propose(room)
-        probability = self.probability(greedy, drafter.streak) if tokens else 0.0
-        return tokens[: draft_length(probability, len(tokens), costs)]
-
-
-def draft_length(probability: float, limit: int, costs: Costs) -> int:
-    """The draft length with the most expected tokens per second; 0 if drafting does not pay.
-
-    Only `limit` and lengths that fill a decode of a calibrated size are considered: 28 to 31 tokens take as long as 32.
-    """
-    best, rate = 0, 1.03 / costs(1)
-    for length in (*(size - 1 for size in costs.sizes), limit):
-        if not 0 < length <= limit:
-            continue
-        expected = (1 - probability ** (length + 1)) / (1 - probability)
-        if expected / costs(length + 1) > rate:
-            best, rate = length, expected / costs(length + 1)
-    return best
+    def pays(self, streams: int, length: int) -> bool:
+        """Whether to make a draft of this length: such drafts saved time, or had few trials. After RETRY of one answer
+        the other comes once."""
+        seen = self.seen[streams, length]
+        if streams not in self.plain:
+            return False
+        judged = len(seen) >= TRIALS
+        faster = sum(drafted - plain for drafted, plain in seen) <= 0 if judged else self.age[streams] < FRESH
+        self.passed[streams, length, faster] += 1
+        if self.passed[streams, length, faster] > RETRY:
+            self.passed[streams, length, faster] = 0
+            return not faster
+        return faster
 
 
 class Drafter:
@@ -88,7 +80,7 @@ class Drafter:
         self.changes: dict[tuple[int, ...], list[int]] = {}
         self.done = 0  # tokens already seen of the change expected at `at`
         if len(guide) > common == len(tokens):
-            self.at, self.streak = common, min(common, STREAKS[-1])
+            self.at, self.streak = common, min(common, ALIKE)
         elif len(tokens) >= GRAM:
             self._search()
 
@@ -166,7 +158,7 @@ class Drafter:
 
     def _matched(self, place: int) -> int:
         """How many of the latest tokens also precede `place`."""
-        limit = min(STREAKS[-1], len(self.tokens) - self.own, place - self._begin(place))
+        limit = min(ALIKE, len(self.tokens) - self.own, place - self._begin(place))
         pairs = zip(reversed(self.tokens[-limit:]), reversed(self.tokens[place - limit : place]), strict=True)
         return next((count for count, (one, other) in enumerate(pairs) if one != other), limit)
 
@@ -182,3 +174,8 @@ class Drafter:
                 break
             tokens.append(token)
         return tokens
+
+    def draft(self, room: int) -> list[int]:
+        """The tokens to check next, at most `room`, and about as many as were right before."""
+        tokens = self.propose(min(room, self.streak))
+        return tokens[: max(length for length in LENGTHS if length <= len(tokens))]

@@ -204,6 +204,7 @@ class Llama:
             self.close()
             raise ModelError("llama.cpp cannot make a context for this model; there is too little memory")
         self.memory = api.llama_get_memory(self.context)
+        self.micro_batch = settings.micro_batch
         self.max_draft = int(api.llama_n_rs_seq(self.context)) if self.recurrent else MAX_DRAFT
 
     def close(self) -> None:
@@ -213,9 +214,6 @@ class Llama:
         if self.context:
             api.llama_free(self.context)
         api.llama_model_free(self.model)
-
-    def use_threads(self, count: int) -> None:
-        api.llama_set_n_threads(self.context, count, count)
 
     def abort(self) -> None:
         """Make a running `decode` end soon. Called by any thread."""

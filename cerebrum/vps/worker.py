@@ -33,7 +33,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +42,11 @@ import llama_cpp
 from cerebrum.metrics import CANCELLED, Tally, resident_bytes
 from cerebrum.text.ending import Ending
 from cerebrum.vps.confidence import Confidence, Judged
-from cerebrum.vps.drafts import Acceptance, Drafter
+from cerebrum.vps.drafts import Drafter, Gain
 from cerebrum.vps.encoding import TunedFile, untuned
 from cerebrum.vps.llama import (
     ABORTED,
+    MAX_CHUNK,
     MAX_DRAFT,
     MB,
     Llama,
@@ -54,12 +55,12 @@ from cerebrum.vps.llama import (
     Settings,
     Slot,
     check_digest,
-    cpus,
+    common_prefix,
     file_stamp,
     llama_log,
 )
 from cerebrum.vps.prefixes import MIN_PREFIX, STORE_SECONDS, Sequences, load_parked, save_parked
-from cerebrum.vps.schedule import Baton, Costs, chunk_size, group_by_cost, load_costs, share_size
+from cerebrum.vps.schedule import PREFILL_SECONDS, Baton, Costs, chunk_size, measure_costs, share_size
 from cerebrum.vps.vocabulary import CompletionRequest, begun_answer
 from cerebrum_common import HttpError, log, request_id_var
 
@@ -145,6 +146,7 @@ class Run:
         self.generated = self.drafted = self.accepted = 0
         self.started, self.first_token, self.last_token = time.monotonic(), 0.0, 0.0
         self.has_line = False  # a line end has been generated
+        self.hurried = False  # its reading was aborted for another request, so it is read in short chunks
         self.outbox: list[Event | HttpError] = []
 
     @property
@@ -232,9 +234,10 @@ class Decoder:
         drafting: bool,
     ) -> None:
         self.model, self.sequences, self.costs, self.baton, self.tally = model, sequences, costs, baton, tally
-        self.stop, self.acceptance, self.words = stop, Acceptance(), model.vocabulary
+        self.stop, self.gain, self.words = stop, Gain(), model.vocabulary
         self.drafting = drafting and model.max_draft > 0
         self.running: list[Run] = []  # sequences in the current llama_decode; read by other threads
+        self.is_long = False  # the current llama_decode takes more than PREFILL_SECONDS; read by other threads
 
     def start(self, job: Job, free: list[Slot]) -> None:
         """Give the job a slot; what the slot lacks of its prompt is prefilled."""
@@ -248,16 +251,19 @@ class Decoder:
             slot.run.marks = [mark for mark in (job.before - 1, len(job.prompt) - 1) if mark >= MIN_PREFIX]
 
     def turn(self, runs: list[Run]) -> bool:
-        """Collect the next work of every run, and decode the works in the cheapest grouping. False if there is none:
-        prompts of low priority are read only while no other request needs the CPU."""
+        """Decode the next work of every run, together. False if there is none: prompts of low priority are read only
+        while no other request needs the CPU."""
         is_busy = not all(run.job.low for run in runs) or self.baton.fastest_other(self) < math.inf
         runs = [run for run in runs if not (is_busy and run.job.low and run.prefilling)]
         works: list[Work] = []
         for run in runs:
             with self._blamed_on(run):
                 works.append(self.next_work(run, runs))
-        for group in group_by_cost([len(work.tokens) for work in works], self.costs):
-            self._step([works[i] for i in group])
+        lengths, before = {len(work.tokens) - 1 for work in works}, self.tally.tokens
+        writing = not any(work.run.prefilling for work in works)
+        seconds = self._step(works)
+        for length in lengths - {0} or {0} if writing else ():
+            self.gain.learn(len(runs), length, self.tally.tokens - before, seconds)
         return bool(runs)
 
     def next_work(self, run: Run, runs: list[Run]) -> Work:
@@ -267,10 +273,16 @@ class Decoder:
             reading = [len(other.prompt) - len(other.slot.tokens) for other in runs if other.prefilling]
             # What is read of low priority must end soon when another request comes.
             pace = self._pace(own=run.job.low or len(reading) < len(runs))
-            end = len(slot.tokens) + chunk_size(stop - len(slot.tokens), reading, pace, self.costs)
+            # An infill is often given up for the next key, and a micro-batch that is not done is lost.
+            short = run.hurried or self.model.recurrent or run.job.request.mode == "infill"
+            piece = 1 if short else self.model.micro_batch
+            size = chunk_size(stop - len(slot.tokens), reading, pace, self.costs, piece)
+            end = len(slot.tokens) + min(size, MAX_CHUNK // len(runs))
             outputs = int(end == len(prompt) and run.job.max_tokens > 0)
             return Work(run, prompt[len(slot.tokens) : end], outputs)
         draft = self._draft(run, runs)
+        if draft and not self.gain.pays(len(runs), len(draft)):
+            draft = []
         return Work(run, [run.pending, *draft], 1 + len(draft))
 
     def _pace(self, own: bool) -> float:
@@ -287,22 +299,24 @@ class Decoder:
             self.model.max_draft,
             run.job.max_tokens - run.generated - 1,
             self.model.n_ctx - len(run.slot.tokens) - 2,
+            MAX_CHUNK // len(runs) - 1,
             share_size(self.costs, pace) - 1 if pace < math.inf else MAX_DRAFT,
         )
         assert run.drafter
-        return self.acceptance.choose(run.drafter, room, run.sampler.greedy, self.costs)
+        return run.drafter.draft(room)
 
-    def _step(self, works: list[Work]) -> None:
-        """Run one llama_decode and handle its result for each sequence."""
+    def _step(self, works: list[Work]) -> float:
+        """Run one llama_decode and handle its result for each sequence. Returns the seconds; 0.0 if it was not done."""
         self.model.abort_flag[0] = b"\x00"
         try:
             self.running = [work.run for work in works]
             if self.stop(0.0) or all(run.job.cancelled for run in self.running):
-                return
+                return 0.0
             size = sum(len(work.tokens) for work in works)
+            self.is_long = self.costs(size) * self.costs.slowdown > PREFILL_SECONDS
             with self.baton:
                 if self.stop(self.costs(size)):
-                    return
+                    return 0.0
                 begin = time.perf_counter()
                 code = self.model.decode([(work.run.slot, work.tokens, work.outputs) for work in works])
                 seconds = time.perf_counter() - begin
@@ -310,7 +324,7 @@ class Decoder:
             self.running = []
         if code:
             self._after_failure(works, code)
-            return
+            return 0.0
         self.costs.learn(size, seconds)
         self.tally.decodes += 1
         self.tally.decoded_sequences += len(works)
@@ -324,6 +338,7 @@ class Decoder:
             base += len(work.tokens)
         for work in works:
             work.run.flush()
+        return time.perf_counter() - begin
 
     def _after_failure(self, works: list[Work], code: int) -> None:
         """Handle a decode that was aborted or that llama.cpp could not do."""
@@ -337,6 +352,7 @@ class Decoder:
                 read = min(self.model.computed(slot) - len(slot.tokens), len(work.tokens) - 1)
                 slot.tokens += work.tokens[: max(0, read)]
                 self.tally.prompt_tokens += max(0, read)
+                run.hurried = True
             self._continue(run, tokens)
             if code != ABORTED:
                 log.error("llama_decode answered %d", code)
@@ -382,7 +398,7 @@ class Decoder:
     def _after_decode(self, work: Work, base: int) -> None:
         """Accept drafted tokens as long as each equals the model's own choice at its position."""
         run, slot, drafted = work.run, work.run.slot, len(work.tokens) - 1
-        accepted, streak = 0, run.drafter.streak if run.drafter else 0
+        accepted = 0
         for i, token in enumerate(work.tokens):
             slot.tokens.append(token)
             run.pending = run.sample(self.model, base + i)
@@ -391,7 +407,6 @@ class Decoder:
             accepted += 1
         if drafted:
             self._continue(run, slot.tokens[:])
-            self.acceptance.learn(run.sampler.greedy, streak, drafted, accepted)
             run.drafted += drafted
             run.accepted += accepted
             self.tally.drafts += 1
@@ -453,8 +468,7 @@ class Decoder:
 
 @dataclass(slots=True)
 class Loader:
-    """Loads a model: the tuned file or the published one, with the number of threads that is fastest here. `path`,
-    `settings` and `encoding` are then those in use."""
+    """Loads a model: the tuned file or the published one. `path`, `settings` and `encoding` are then those in use."""
 
     model_id: str
     path: Path
@@ -488,25 +502,12 @@ class Loader:
         check_digest(self.path, self.sha256, self.settings.state_dir, beat)
         return Llama(self.path, self.settings, progress, self.fim, self.layout)
 
-    def choose_threads(self, model: Llama, baton: Baton, beat: Callable[[], bool]) -> Costs:
-        """The costs with a thread for each core, or for each CPU if that is faster here. Sets `key`."""
-        settings, found = self.settings, dict[int, Costs]()
+    def set_key(self, n_ctx: int) -> None:
+        """`key`, for a model with this context."""
+        settings = self.settings
         params = f"{settings.sequences} {settings.kv_type} {settings.micro_batch} {settings.uses_flash_attention}"
-        key = f"{file_stamp(self.path)} {llama_cpp.__version__} {model.n_ctx} {params}"
+        key = f"{file_stamp(self.path)} {llama_cpp.__version__} {n_ctx} {params}"
         self.key = hashlib.sha256(key.encode()).hexdigest()
-        most = settings.threads if settings.fixed_threads or self.encoding != "published" else cpus()
-        for count in sorted({settings.threads, most}, reverse=True):
-            self.settings = replace(settings, threads=count)
-            model.use_threads(count)
-            found[count] = load_costs(model, self.calibration, baton, beat)
-        best = min(found, key=lambda count: 2 * found[count](64) + 32 * found[count](1))  # a short completion's work
-        self.settings = replace(settings, threads=best)
-        model.use_threads(best)
-        return found[best]
-
-    @property
-    def calibration(self) -> Path:
-        return self.settings.state_dir / "calibration" / f"{self.key[:32]}-{self.settings.threads}.json"
 
     @property
     def kv_dir(self) -> Path:
@@ -585,11 +586,17 @@ class Worker(threading.Thread):
         self.wake()
         self._abort_if(lambda run: run.job.cancelled)
 
-    def give_way(self) -> None:
-        """Abort a running decode that only reads prompts of low priority: another request has come. What has been read
-        stays, but for a recurrent model, which would have to begin again."""
-        if self.model and not self.model.recurrent:
-            self._abort_if(lambda run: run.job.low and run.prefilling)
+    def give_way(self, job: Job) -> None:
+        """Abort a running decode that only reads prompts, of low priority or in a long chunk: another request has come,
+        this job. The micro-batches that are done stay, but for a recurrent model, which would have to begin again."""
+        if (decoder := self.decoder) and not decoder.model.recurrent:
+            is_long, prompt = decoder.is_long, job.prompt
+
+            def is_in_the_way(run: Run) -> bool:
+                waited_for = run.job is job or common_prefix(run.prompt, prompt) >= MIN_PREFIX
+                return run.prefilling and (run.job.low or (is_long and not waited_for))
+
+            self._abort_if(is_in_the_way)
 
     def _abort_if(self, is_meant: Callable[[Run], bool]) -> None:
         """Abort a running decode that is for such runs alone."""
@@ -678,7 +685,8 @@ class Worker(threading.Thread):
     def _load(self) -> Decoder:
         loader, before = self.loader, resident_bytes()
         self.model = loader.open(self._beat)
-        costs = loader.choose_threads(self.model, self.baton, self._beat)
+        loader.set_key(self.model.n_ctx)
+        costs = measure_costs(self.model, self.baton, self._beat)
         settings = loader.settings
         sequences = Sequences(self.model, settings.sequences, settings.cache_mb * MB)
         for entry in load_parked(loader.kv_dir, loader.key, sequences.store.budget):
@@ -687,8 +695,8 @@ class Worker(threading.Thread):
         self.memory_bytes = max(0, resident_bytes() - before - sequences.store.size)
         self.decoder = Decoder(self.model, sequences, costs, self.baton, self.tally, self._beat, settings.draft)
         log.info(
-            "model %s loaded (%s): %d MB; decode of 1/2/16 tokens %.1f/%.1f/%.1f ms; %d sequences restored",
-            self.model_id, loader.encoding, self.memory_bytes // MB, *(costs(n) * 1e3 for n in (1, 2, 16)),
+            "model %s loaded (%s): %d MB; decode of 1/16 tokens %.1f/%.1f ms; %d sequences restored",
+            self.model_id, loader.encoding, self.memory_bytes // MB, *(costs(n) * 1e3 for n in (1, 16)),
             len(sequences.store.entries),
         )  # fmt: skip
         return self.decoder

@@ -16,12 +16,11 @@ from typing import Any
 
 from servers import copying, parser_of, weights_of
 
-from cerebrum.vps.drafts import Acceptance, Drafter
+from cerebrum.vps.drafts import Drafter, Gain
 from cerebrum.vps.llama import MAX_DRAFT, start_library
-from cerebrum.vps.schedule import Costs
 from cerebrum.vps.vocabulary import Vocabulary, api
 
-SECONDS = {1: 0.057, 2: 0.080, 4: 0.089, 8: 0.109, 16: 0.135, 32: 0.192, 64: 0.340}
+SECONDS = {1: 0.057, 4: 0.089, 8: 0.109, 16: 0.135, 32: 0.192, 64: 0.340}
 CHANGES: dict[str, Callable[[str], str]] = {
     "none": lambda source: source,
     "rename a variable": lambda source: source.replace("self", "this"),
@@ -46,27 +45,27 @@ def tokenizer(model: str) -> Callable[[str], list[int]]:
     return lambda text: vocabulary.tokenize(text, False)
 
 
-def seconds_of(drafter: Drafter, target: list[int], costs: Costs) -> float:
+def seconds_of(drafter: Drafter, target: list[int]) -> float:
     """The time of all decodes that write `target`, with the worker's way of drafting."""
-    acceptance, position, spent = Acceptance(), 1, 0.0
+    gain, position, spent = Gain(), 1, 0.0
     drafter.advance(target[0])
     while position < len(target):
-        draft, streak, accepted = acceptance.choose(drafter, MAX_DRAFT, True, costs), drafter.streak, 0
+        draft, begin = drafter.draft(MAX_DRAFT), position
+        if draft and not gain.pays(1, len(draft)):
+            draft = []
         for drafted in [*draft, None]:
             token = target[position]
             drafter.advance(token)
             position += 1
-            accepted += token == drafted
             if token != drafted or position == len(target):
                 break
-        spent += costs(len(draft) + 1)
-        if draft:
-            acceptance.learn(True, streak, len(draft), accepted)
+        spent += SECONDS[len(draft) + 1]
+        gain.learn(1, len(draft), position - begin, SECONDS[len(draft) + 1])
     return spent
 
 
 def main() -> None:
-    tokenize, costs = tokenizer(parser_of(__doc__, model="qwen_0_5b").parse_args().model), Costs(SECONDS)
+    tokenize = tokenizer(parser_of(__doc__, model="qwen_0_5b").parse_args().model)
     found = {}
     for name, change in CHANGES.items():
         tokens, seconds = 0, {Forgetful: 0.0, Drafter: 0.0}
@@ -76,8 +75,12 @@ def main() -> None:
             target = tokenize(change(source) + "\n```")
             tokens += len(target)
             for kind in seconds:
-                seconds[kind] += seconds_of(kind(tokenize(prompt)), target, costs)
-        rates = {"plain": 1 / costs(1), "forgetful": tokens / seconds[Forgetful], "drafter": tokens / seconds[Drafter]}
+                seconds[kind] += seconds_of(kind(tokenize(prompt)), target)
+        rates = {
+            "plain": 1 / SECONDS[1],
+            "forgetful": tokens / seconds[Forgetful],
+            "drafter": tokens / seconds[Drafter],
+        }
         found[name] = {kind: round(rate, 1) for kind, rate in rates.items()}
         found[name]["ratio"] = round(seconds[Forgetful] / seconds[Drafter], 3)
     print(json.dumps(found))

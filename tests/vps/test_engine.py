@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-import json
 import logging
 import math
 import os
@@ -26,37 +25,29 @@ from test_ending import splits
 import vpsd
 from cerebrum.vps import drafts, llama, prefixes, schedule
 from cerebrum.vps import worker as vps_worker
-from cerebrum.vps.drafts import Acceptance, Drafter, draft_length
+from cerebrum.vps.drafts import Drafter, Gain
 from cerebrum.vps.encoding import TunedFile
 from cerebrum.vps.llama import MAX_CHUNK, MAX_DRAFT, MB, common_prefix
 from cerebrum.vps.memory import Parts, fit
 from cerebrum.vps.prefixes import Parked, PrefixStore, Sequences, decode_parked, encode_parked, load_parked, save_parked
-from cerebrum.vps.schedule import Baton, Costs, chunk_size, group_by_cost, share_size
+from cerebrum.vps.schedule import Baton, Costs, chunk_size, share_size
 from cerebrum.vps.vocabulary import CompletionRequest, heal_from
 from cerebrum.vps.worker import Job, Loader, Run, Worker
 from cerebrum_common import HttpError
 
-# Milliseconds of one decode, measured on two cores. Two streams of the 0.5B are faster in turn, of the 1.5B in a batch.
-SMALL = {1: 14.7, 2: 37, 3: 44, 4: 50, 8: 64, 16: 82, 32: 115, 64: 190}
-LARGE = {1: 26.6, 2: 42, 3: 58, 4: 73, 8: 116, 16: 133, 32: 190, 64: 340}
-
-
-def costs(milliseconds: dict[int, float]) -> Costs:
-    return Costs({size: value / 1e3 for size, value in milliseconds.items()})
+ONE, MANY = 0.0147, 0.082  # seconds of one decode of one token and of MEASURED_TOKENS: a 0.5B on an AMD EPYC
 
 
 # ------------------------------------------------------------------------------------------ the schedule
 
 
 def test_costs() -> None:
-    """They are exact at the points, linear between and beyond, and never fall with the size."""
-    table = Costs({1: 10.0, 2: 30.0, 4: 40.0})
-    assert [table(n) for n in (1, 2, 3, 4, 6)] == [10.0, 30.0, 35.0, 40.0, 50.0]
-    disturbed = Costs({1: 0.01, 2: 0.5, 4: 0.02, 8: 0.03})  # the machine was busy while 2 tokens were decoded
-    assert [disturbed(n) for n in (1, 2, 4, 8)] == [0.01, 0.02, 0.02, 0.03]
-    assert Costs({16: 0.08, 32: 3.0, 64: 0.19})(512) == pytest.approx(0.19 + 448 * 0.19 / 64 / 2)
-    table = Costs({1: 1.0, 2: 2.0})
+    """They are exact at two points and linear between and beyond; a long chunk is never cheap."""
+    table = Costs(1.0, 16.0)
+    assert [table(n) for n in (1, 2, 16, 512)] == [1.0, 2.0, 16.0, 512.0]
     assert [table.longest(seconds) for seconds in (0.5, 1.0, 7.5, 1e6)] == [1, 1, 7, MAX_CHUNK]
+    for busy in (15.0, 16.0, 1000.0):  # while one token was measured
+        assert Costs(busy, 16.0)(16) == 2 * busy
 
 
 @pytest.mark.parametrize(
@@ -70,78 +61,78 @@ def test_costs() -> None:
     ],
 )
 def test_costs_learn_the_real_time_of_chunks(tokens: int, seconds: float, slowdown: float) -> None:
-    table = Costs({1: 0.01, 4: 0.02, 32: 0.1})
+    table = Costs(0.007, 0.052)
     table.learn(tokens, seconds)
     assert table.slowdown == pytest.approx(slowdown)
-    assert [table(n) for n in (1, 4, 32)] == [0.01, 0.02, 0.1]  # the costs that are compared keep their proportions
+    assert (table(1), table(32)) == (0.007, pytest.approx(0.1))
 
 
-@pytest.mark.parametrize(
-    ("table", "sizes", "groups"),
-    [
-        (SMALL, [], []),
-        (SMALL, [1], [[0]]),
-        (SMALL, [1, 1], [[0], [1]]),  # two in turn: 29 ms, together 37
-        (LARGE, [1, 1], [[0, 1]]),  # 53 ms against 42
-        (SMALL, [1, 64], [[1, 0]]),  # a token beside a chunk is nearly free
-        (SMALL, [16, 16], [[0, 1]]),
-        (SMALL, [MAX_CHUNK, 1], [[0], [1]]),  # no room left in the batch
-        (LARGE, [1, 1, 1, 1], [[0, 1, 2, 3]]),
-    ],
-)
-def test_group_by_cost(table: dict[int, float], sizes: list[int], groups: list[list[int]]) -> None:
-    assert group_by_cost(sizes, costs(table)) == groups
+@pytest.mark.parametrize(("tokens", "best"), [(4, True), (2, False)])
+def test_drafts_are_made_while_they_pay_and_tried_again(tokens: int, best: bool) -> None:
+    """A decode with a draft takes three times as long; also while a neighbour comes and goes."""
+    gain, made = Gain(), list[bool]()
+    for turn in range(4 * (drafts.RETRY + 1)):
+        made.append(gain.pays(2, 7))
+        pace = 0.03 if turn // 37 % 2 else 0.02
+        gain.learn(2, 7 * made[-1], 2 * tokens if made[-1] else 2, pace * (3 if made[-1] else 1) * 2)
+        if turn % 5 == 0:
+            gain.learn(2, 0, 2, 2 * pace)  # a turn in which nothing repeats
+    assert made[:10] == [False, *[True] * drafts.FRESH] * 2
+    assert made[20:].count(not best) in (3, 4)
+    assert not gain.pays(1, 7)  # with one stream there is nothing to compare with
+
+
+def test_a_draft_that_is_seldom_right_may_pay() -> None:
+    gain = Gain()
+    for tokens in (8, 1, 1) * 3:  # 10 tokens in three decodes, each of the time of three
+        gain.learn(1, 0, 1, 0.02)
+        assert gain.pays(1, 7)
+        gain.learn(1, 7, tokens, 0.06)
+    assert gain.pays(1, 7)
+    for _ in range(2):
+        gain.learn(1, 0, 1, 0.02)
+        gain.learn(1, 7, 1, 0.06)
+    assert not gain.pays(1, 7)
+    gain.learn(1, 7, 0, 0.0)  # an aborted one
+    assert not gain.pays(1, 7)
 
 
 def test_the_chunk_size_bounds_the_pause_of_a_running_stream() -> None:
-    table, delayed = costs(SMALL), costs(SMALL)
-    assert chunk_size(10, [10], math.inf, table) == 10
-    assert chunk_size(10_000, [10_000], math.inf, table) == MAX_CHUNK
-    beside = chunk_size(10_000, [10_000], table(1), table)
+    table, delayed, piece = Costs(ONE, MANY), Costs(ONE, MANY), 256
+    assert chunk_size(10, [10], math.inf, table, piece) == 10
+    assert chunk_size(10_000, [10_000], math.inf, table, piece) == MAX_CHUNK
+    beside = chunk_size(10_000, [10_000], table(1), table, piece)
     assert beside == share_size(table, table(1))
     assert table(beside) <= schedule.PAUSE_SECONDS < table(beside + 1)
-    slow = Costs({1: 0.5, 2: 0.6})  # a 7B: six of its own tokens take longer than the pause
+    slow = Costs(0.5, 2.0)  # a 7B: six of its own tokens take longer than the pause
     assert share_size(slow, slow(1)) == slow.longest(6 * 0.5)
     delayed.slowdown = 4.0
     assert share_size(delayed, delayed(1)) == table.longest(schedule.PAUSE_SECONDS / 4) < beside
-    assert chunk_size(10_000, [10_000], math.inf, delayed) == table.longest(schedule.PREFILL_SECONDS / 4) < MAX_CHUNK
+    # A prompt alone comes in whole pieces, at least in one, unless it could not be aborted between pieces.
+    most = table.longest(schedule.PREFILL_SECONDS / 4)
+    sizes = [chunk_size(10_000, [10_000], math.inf, one, size) for one in (delayed, slow) for size in (100, 256, 1)]
+    assert sizes == [200, 256, most, 100, 256, slow.longest(schedule.PREFILL_SECONDS)]
+    assert 200 < most < 256
     # Two prompts share a chunk unless the shorter would wait.
-    assert [chunk_size(missing, [70, 40], math.inf, table) for missing in (70, 40)] == [70, 40]
-    assert [chunk_size(missing, [900, 40], math.inf, table) for missing in (900, 40)] == [80, 40]
+    assert [chunk_size(missing, [70, 40], math.inf, table, piece) for missing in (70, 40)] == [70, 40]
+    assert [chunk_size(missing, [900, 40], math.inf, table, piece) for missing in (900, 40)] == [80, 40]
     half = table.longest(schedule.PREFILL_SECONDS / 2)
-    assert [chunk_size(missing, [900, 800], math.inf, table) for missing in (900, 800)] == [half, half]
+    assert [chunk_size(missing, [900, 800], math.inf, table, piece) for missing in (900, 800)] == [half, half]
     assert beside < half
 
 
 # ---------------------------------------------------------------------------------------------- drafts
 
 
-def test_acceptance_begins_with_the_prior_and_follows_the_results() -> None:
-    seen, priors = Acceptance(), pytest.approx([drafts.PRIORS[-1], 0.9 * drafts.PRIORS[0]])
-    assert seen.probability(True, 3) == pytest.approx(drafts.PRIORS[0])
-    assert [seen.probability(True, 40), seen.probability(False, 3)] == priors
-    for _ in range(100):
-        seen.learn(True, 3, 7, 0)
-    assert 0 < seen.probability(True, 3) < 0.1
-    assert [seen.probability(True, 40), seen.probability(False, 3)] == priors  # runs of other lengths learn nothing
-    for _ in range(100):
-        seen.learn(True, 3, 7, 7)
-    assert seen.probability(True, 3) > 0.8
-    assert [Acceptance.bucket(streak) for streak in (3, 4, 5, 7, 8, 31, 32, 500)] == [0, 0, 1, 1, 2, 5, 6, 6]
-
-
-@pytest.mark.parametrize(
-    ("table", "limit", "lengths"),
-    [
-        (SMALL, MAX_DRAFT, [0, 0, 7, 15, 31, 31, 63]),
-        (SMALL, 20, [0, 0, 7, 15, 20, 20, 20]),
-        (LARGE, MAX_DRAFT, [0, 1, 15, 15, 31, 31, 31]),
-        (LARGE, 0, [0, 0, 0, 0, 0, 0, 0]),
-    ],
-)
-def test_a_draft_pays_and_fills_a_decode(table: dict[int, float], limit: int, lengths: list[int]) -> None:
-    chances = 0.3, 0.7, 0.85, 0.9, 0.95, 0.97, 0.99
-    assert [draft_length(chance, limit, costs(table)) for chance in chances] == lengths
+def test_a_draft_is_as_long_as_the_streak_and_fills_a_decode() -> None:
+    drafter, lengths = Drafter([*FILE, 1, 2]), []
+    for token in FILE[:70]:
+        drafter.advance(token)
+        lengths.append(len(drafter.draft(MAX_DRAFT)))
+    assert lengths == [0, 0, *[3] * 4, *[7] * 8, *[15] * 16, *[31] * 32, *[63] * 8]
+    rooms = {0: 0, 2: 0, 3: 3, 6: 3, 7: 7, 14: 7, 15: 15}
+    assert {room: len(drafter.draft(room)) for room in rooms} == rooms
+    assert drafter.draft(15) == FILE[70:85]
 
 
 def decode_with(drafter: Drafter, target: list[int], limit: int = 15) -> tuple[int, int, int]:
@@ -172,7 +163,7 @@ def test_drafter_follows_an_earlier_sequence() -> None:
     """From the end of its prompt, or of another prompt."""
     answer = FILE[200:]
     drafter = Drafter(FILE[:200], FILE[:200] + answer)
-    assert (drafter.propose(10), drafter.streak) == (answer[:10], drafts.STREAKS[-1])
+    assert (drafter.propose(10), drafter.streak) == (answer[:10], drafts.ALIKE)
     assert decode_with(drafter, answer) == (13, 187, 187)  # 200 tokens, 16 at a time
     drafter = Drafter([*FILE[:100], 3, 4, 5], [*FILE[:100], 1, 2, *FILE[100:]])
     assert drafter.propose(10) == []
@@ -496,34 +487,13 @@ class Measured:
         assert (slot.id, length) == (0, 0)
 
 
-NO_TIME = json.dumps(dict.fromkeys(schedule.CALIBRATION_SIZES, 0)).encode()
-
-
-DAMAGED = b"", NO_TIME, b"[1]", b"\xff", b'{"1": 0.1}', b'{"a": 1}', b"0"
-
-
-def test_calibration_is_measured_once_or_if_its_file_is_damaged(tmp_path: Path, monkeypatch: Any) -> None:
-    """Each size gets about the same time."""
-    path, sizes = tmp_path / "calibration" / "key-2.json", schedule.CALIBRATION_SIZES
-    load: Any = schedule.load_costs
-    costs = load(first := Measured(monkeypatch), path, Baton(), lambda: False)
-    assert first.sizes[: len(sizes) + 1] == [1, *sizes]  # one warms up
-    seconds = [0.01 + 0.03 * size for size in sizes]
-    assert costs.seconds == pytest.approx(seconds)
-    assert [first.sizes[1:].count(size) for size in sizes] == [max(2, math.ceil(0.4 / each)) for each in seconds]
-    for content, measured in ((path.read_bytes(), []), *((damaged, first.sizes) for damaged in DAMAGED)):
-        path.write_bytes(content)
-        load(again := Measured(monkeypatch), path, Baton(), lambda: False)
-        assert (again.sizes, len(json.loads(path.read_text()))) == (measured, len(sizes)), content
-
-
-def test_half_a_calibration_is_not_kept_and_a_cold_decode_not_measured(tmp_path: Path, monkeypatch: Any) -> None:
+def test_the_costs_of_a_model_are_measured_when_it_is_warm(monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = Measured(monkeypatch)
+    model.cold_seconds = 5.0
+    costs = schedule.measure_costs(model, Baton(), lambda: False)
+    assert (model.sizes, costs(1), costs(16)) == ([1, 1, 1, 16, 16], pytest.approx(0.04), pytest.approx(0.49))
     with pytest.raises(llama.ModelError, match="cancelled"):
-        schedule.calibrate(model, tmp_path / "c.json", Baton(), lambda: len(model.sizes) == 3)
-    assert (model.sizes, list(tmp_path.iterdir())) == ([1, 1, 2], [])
-    model, model.cold_seconds = Measured(monkeypatch), 5.0
-    assert schedule.calibrate(model, tmp_path / "c.json", Baton(), lambda: False)(1) == pytest.approx(0.04)
+        schedule.measure_costs(model, Baton(), lambda: len(model.sizes) == 8)
 
 
 def test_digest_is_checked_once_for_an_unchanged_file(tmp_path: Path) -> None:
@@ -556,7 +526,7 @@ class ScriptedLlama:
     def __init__(self, *_: Any) -> None:
         self.vocabulary = self
         self.n_ctx, self.fails, self.recurrent, self.max_draft, self.unified = 4096, "", False, MAX_DRAFT, True
-        self.abort_flag = [b"\x00"]
+        self.abort_flag, self.micro_batch = [b"\x00"], 256
         self.closed, self.saved = False, 0
         self.hold, self.decoding = threading.Event(), threading.Event()  # a decode waits for one, sets the other
         self.hold.set()
@@ -574,11 +544,11 @@ class ScriptedLlama:
         self._fail("decode")
         self.decoding.set()
         assert self.hold.wait(PATIENCE)
-        self.next = (max(tokens[-1] for _, tokens, _ in parts) - 96) % 26 + 97
+        self.next = [(token - 96) % 26 + 97 for _, tokens, _ in parts for token in tokens]
         return 0
 
-    def greedy(self, _index: int) -> int:
-        return self.next
+    def greedy(self, index: int) -> int:
+        return self.next[index]
 
     def probability(self, *_: Any) -> float:
         return 0.5
@@ -605,7 +575,7 @@ class ScriptedLlama:
     def trim(self, *_: Any) -> bool:
         return True
 
-    abort = copy_prefix = use_threads = trim
+    abort = copy_prefix = trim
 
 
 class Ask:
@@ -656,7 +626,7 @@ class Loads:
 def loads(monkeypatch: pytest.MonkeyPatch) -> Loads:
     """How each worker loads its model; it measures nothing."""
     monkeypatch.setattr(vps_worker, "Llama", loads := Loads())
-    monkeypatch.setattr(vps_worker, "load_costs", lambda *_: costs(SMALL))
+    monkeypatch.setattr(vps_worker, "measure_costs", lambda *_: Costs(ONE, MANY))
     return loads
 
 
@@ -675,6 +645,55 @@ def ask(worker: Worker, prompt: str, **more: Any) -> Ask:
     worker.prepare(asked.job)
     worker.submit(asked.job)
     return asked
+
+
+def test_a_long_chunk_gives_way_to_another_request_once(worker: Worker) -> None:
+    """What was read of it stays, and from then on its chunks are short."""
+    model, decoder, sizes = worker.model, worker.decoder, list[list[int]]()
+    real = model.decode
+    model.computed = lambda slot: len(slot.tokens) + 100
+
+    def decode(parts: Any) -> int:
+        sizes.append([len(tokens) for _, tokens, _ in parts])
+        return real(parts) or (llama.ABORTED if model.abort_flag[0] == b"\x01" else 0)
+
+    model.decode, model.abort = decode, lambda: model.abort_flag.__setitem__(0, b"\x01")
+    decoder.costs = Costs(0.05, 0.8)
+    model.hold.clear()
+    long = ask(worker, "l" * 1000, max_tokens=1)
+    assert model.decoding.wait(PATIENCE)
+    same = Job(CompletionRequest("l" * 1000), lambda _: None)
+    worker.prepare(same)
+    for job in (long.job, same):  # neither to itself nor to one that waits for what it reads
+        worker.give_way(job)
+        assert model.abort_flag[0] == b"\x00"
+    short = ask(worker, "x", max_tokens=1)
+    worker.give_way(short.job)
+    model.hold.set()
+    assert [short.outcome()[0], long.outcome()[0]] == ["y", "m"]
+    assert sizes[:2] == [[256], [2, 1]]
+    assert max(map(sum, sizes[2:])) < 256
+    assert long.job.prompt == [ord("l")] * 1000
+    assert decoder.tally.prompt_tokens == 1001
+
+
+def test_drafts_follow_the_seconds_that_they_took(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is drafted here is never right, and a decode takes a second for each token."""
+    model, decoder, now, sizes = worker.model, worker.decoder, [0.0], list[int]()
+    decoder.drafting, real = True, model.decode
+    monkeypatch.setattr(vps_worker.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(Drafter, "draft", lambda *_: [0] * 3)
+
+    def decode(parts: Any) -> int:
+        sizes.append(sum(len(tokens) for _, tokens, _ in parts))
+        now[0] += sizes[-1]
+        return real(parts)
+
+    model.decode = decode
+    assert ask(worker, "a", max_tokens=60).outcome()[1]["total_tokens"] == 60
+    assert sizes[:12] == [1, *[1, 4, 4, 4, 4] * 2, 1]
+    assert sizes.count(4) == drafts.TRIALS
+    assert decoder.gain.plain == {1: 1.0}
 
 
 TUNED = "tuned: Q4_K to Q4_1"
@@ -709,14 +728,13 @@ def test_a_tuned_file_is_loaded_if_it_can_be(
 
 @pytest.mark.usefixtures("loads")
 def test_caches_are_kept_apart_by_file_and_settings(tmp_path: Path) -> None:
-    settings, keys, paths = llama.Settings(state_dir=tmp_path / "state"), set(), set()
+    settings, keys = llama.Settings(state_dir=tmp_path / "state"), set()
     cases = [("m.gguf", {}), ("tuned", {}), ("tuned", {"micro_batch": 128}), ("tuned", {"flash_attention": True})]
     for name, other in cases:
         (tmp_path / name).write_bytes(name.encode())
         with running(Worker(Loader("m", tmp_path / name, replace(settings, **other)))) as worker:
             keys.add(worker.loader.key)
-            paths.add(worker.loader.calibration)
-    assert len(keys) == len(paths) == 4
+    assert len(keys) == 4
 
 
 def test_a_fault_while_a_request_is_set_up_ends_it_alone(worker: Worker, monkeypatch: Any) -> None:
@@ -831,7 +849,7 @@ def test_a_prompt_of_low_priority_is_read_while_nobody_else_needs_the_cpu(worker
     low = ask(worker, "l" * 1100, max_tokens=1, priority="low")
     assert model.decoding.wait(PATIENCE)
     normal = ask(worker, "x", max_tokens=3)
-    worker.give_way()
+    worker.give_way(normal.job)
     assert aborted
     model.hold.set()
     assert [normal.outcome()[0], low.outcome()[0]] == ["yza", "m"]
@@ -843,6 +861,6 @@ def test_a_prompt_of_low_priority_is_read_while_nobody_else_needs_the_cpu(worker
     model.decoding.clear()
     ask(worker, "x", max_tokens=1)
     assert model.decoding.wait(PATIENCE)
-    worker.give_way()  # no decode of normal priority is aborted
+    worker.give_way(normal.job)  # no short chunk of normal priority is aborted
     assert len(aborted) == 1
     model.hold.set()

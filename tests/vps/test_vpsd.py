@@ -35,7 +35,7 @@ import llama_cpp
 import psutil
 import pytest
 from harness import FILES, KEY, MODELS, PATIENCE, SHIPPED, Daemon, program, run_to_the_end, settings, wait_until
-from test_engine import SMALL as DECODE_MS
+from test_engine import MANY, ONE
 
 import vpsd
 from cerebrum.vps import llama as vps_llama
@@ -165,8 +165,8 @@ def changed(change: str = "", quicker: float = 40) -> list[str]:
     The schedule of two streams and the length of drafts then do not depend on the other load of this machine. The costs
     are divided until they are below those of any machine, and corrected while decoding.
     """
-    table = {size: milliseconds / 1000 / quicker for size, milliseconds in DECODE_MS.items()}
-    costs = f"from cerebrum.vps import schedule, worker; worker.load_costs = lambda *_: schedule.Costs({table})"
+    table = f"{ONE / quicker}, {MANY / quicker}"
+    costs = f"from cerebrum.vps import schedule, worker; worker.measure_costs = lambda *_: schedule.Costs({table})"
     code = f"import sys; sys.path.insert(0, {str(vpsd.HERE)!r}); import vpsd; {costs}; {change or 'pass'}"
     return [sys.executable, "-u", "-c", f"{code}; sys.exit(vpsd.main([]))"]
 
