@@ -239,7 +239,7 @@ def write_quantized(path: Path, layers: int = 8, output: str = "Q6_K", types: Se
 class Reference:
     """A greedy loop over llama_decode, one token at a time: nothing is cached, drafted or batched."""
 
-    def __init__(self, path: Path, n_ctx: int = 2048) -> None:
+    def __init__(self, path: Path, n_ctx: int = 2048, flash: bool = True) -> None:
         start_library()
         self.model = api.llama_model_load_from_file(str(path).encode(), api.llama_model_default_params())
         self.vocab = api.llama_model_get_vocab(self.model)
@@ -247,7 +247,7 @@ class Reference:
         params = api.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, 512, 512
         params.n_threads = params.n_threads_batch = 1
-        params.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.flash_attn_type = int(flash)
         self.context = api.llama_init_from_model(self.model, params)
 
     def close(self) -> None:

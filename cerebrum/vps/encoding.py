@@ -162,7 +162,9 @@ MIN_GAIN = 0.03  # share of the time that other types or settings must save, on 
 MIN_AGREEMENT = 0.9  # share of tokens; less means a faulty kernel
 SAMPLE_LAYERS = 4
 SAMPLE_VOCABULARY = 1024  # so that a sample's output matrix costs nothing
-KNOBS = ((256, False), (512, False), (256, True), (128, False))  # micro-batch, flash attention; first the usual ones
+# Micro-batch and flash attention. First the usual ones, which read prompts fastest; on some CPUs flash attention makes
+# tokens of a long context slow.
+KNOBS = ((256, True), (512, True), (256, False), (512, False))
 # A recipe has the new type of each type that it changes. Q4_1 stores the same weights as Q4_K, with scales rounded to
 # fp16. The steps of Q8_0 are 1/127 of a block's largest weight, which changes less than the rounding in kernels.
 TO_Q8_0 = {"Q5_0": "Q8_0", "Q6_K": "Q8_0"}
@@ -290,9 +292,9 @@ def decode(model: Llama, slot: Slot, tokens: Sequence[int], outputs: int) -> flo
 
 
 def back_to(model: Llama, slot: Slot, length: int) -> None:
-    if not model.trim(slot, length):
-        raise ModelError("expected a model whose state can be cut, got a recurrent one")
-    del slot.tokens[length:]
+    """Cut the sequence. A recurrent state cannot be cut, and goes on."""
+    if model.trim(slot, length):
+        del slot.tokens[length:]
 
 
 def measure(model: Llama, read: int) -> Timing:
@@ -303,7 +305,7 @@ def measure(model: Llama, read: int) -> Timing:
     def fastest(chunks: Sequence[Sequence[int]], outputs: int, seconds: float, least: int) -> float:
         """Decode the chunks for `seconds`, at least `least` times; return the shortest time."""
         length, spent = len(slot.tokens), list[float]()
-        while len(spent) < least or sum(spent) < seconds:
+        while len(spent) < least or (sum(spent) < seconds and len(slot.tokens) < model.n_ctx - OUTPUTS):
             back_to(model, slot, length)
             spent.append(sum(decode(model, slot, chunk, outputs) for chunk in chunks))
         return min(spent)
@@ -419,11 +421,17 @@ class Tuner:
     def choose(self) -> tuple[Types, Settings]:
         """The fastest types; and micro-batch, attention and thread count for these types, in a long context."""
         fitting = [types for types in self.options if self.memory(types, self.settings) <= self.room]
-        samples = [(self.sample(types, self.layers), self.settings) for types in fitting]
-        types = fitting[self.fastest(samples, SAMPLE_READ_TOKENS)]
+        try:
+            samples = [(self.sample(types, self.layers), self.settings) for types in fitting]
+            types = fitting[self.fastest(samples, SAMPLE_READ_TOKENS)]
+            # Half the layers: attention takes the same share of each.
+            return types, self.choose_settings(types, self.sample(types, self.layers[::2]))
+        except ModelError:  # the kind of a layer depends on its place
+            return {}, self.choose_settings({}, self.path)
+
+    def choose_settings(self, types: Types, sample: Path) -> Settings:
         knobs = [knob for knob in self.knobs if knob == self.settings or self.memory(types, knob) <= self.room]
-        sample = self.sample(types, self.layers[::2])  # half the layers: attention takes the same share of each layer
-        return types, knobs[self.fastest([(sample, knob) for knob in knobs], CONTEXT_TOKENS)]
+        return knobs[self.fastest([(sample, knob) for knob in knobs], CONTEXT_TOKENS)]
 
     def passport(self, types: Types, settings: Settings) -> Passport:
         matrices, output = multiplied(self.tensors)
@@ -441,10 +449,7 @@ class Tuner:
     def run(self, path: Path) -> Outcome:
         """Write a tuned file, or none if no types are faster."""
         self.check_room()
-        try:
-            types, settings = self.choose()
-        except ModelError as error:
-            raise TuneError(f"expected a model whose layers can be measured separately: {error}") from None
+        types, settings = self.choose()
         variants = {"published": (self.path, self.settings)}
         if types:
             self.source.write(path, types, report=functools.partial(self.report, "writing"))
@@ -458,8 +463,8 @@ class Tuner:
             name: Form(found[name], used, file.stat().st_size, self.memory(types if file == path else {}, used))
             for name, (file, used) in variants.items()
         }
-        # The settings were chosen in a long context, where they save time. In this short one they must not cost any.
-        limit = found["published"].work * (1 - MIN_GAIN if types else 1)
+        # The settings were chosen in a long context, where they save time. In this short one they may hardly cost any.
+        limit = found["published"].work * (1 - MIN_GAIN if types else 1 + MIN_GAIN)
         tuned, same = forms.get("tuned"), None
         if tuned and tuned.timing.work > limit:
             tuned = None
@@ -502,14 +507,20 @@ def _remove(tuned: Path) -> None:
 
 
 def remove_tuned(published: Path, settings: Settings) -> bool:
-    """Go back to the published file; False if it is in use already. TuneError if a model is being tuned."""
+    """Go back to the published file, with the settings that were found; False if it is in use already. TuneError if a
+    model is being tuned."""
     target = tuned_path(settings.state_dir, published)
     if not target.parent.exists():
         return False
     with alone_in(target.parent):
-        found = passport_path(target).exists()
-        _remove(target)
-    return found
+        try:
+            passport = json.loads(passport_path(target).read_text())
+            # Kept without types, so that the model does not count as untuned.
+            write_atomically(passport_path(target), json.dumps(passport | {"types": {}}).encode())
+        except (FileNotFoundError, ValueError, TypeError):
+            passport = {}
+        target.unlink(missing_ok=True)
+    return bool(passport.get("types"))
 
 
 @contextlib.contextmanager

@@ -53,7 +53,7 @@ class Settings:
     sequences: int = 2  # at a time
     kv_type: str = "f16"  # of the KV cache; q8_0 takes half the memory
     micro_batch: int = 256  # tokens of a chunk that are computed together; their attention takes memory
-    flash_attention: bool = False
+    flash_attention: bool = True
     fixed_threads: bool = False  # the user chose the number of threads
     cache_mb: int = 256  # of parked sequences, in memory and on disk
     draft: bool = True

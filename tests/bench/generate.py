@@ -34,7 +34,7 @@ def bare_loop(path: str, threads: int) -> None:
     n_vocab = api.llama_vocab_n_tokens(vocab)
     params.n_ctx, params.n_batch, params.n_ubatch = 8192, 512, 512
     params.n_threads = params.n_threads_batch = threads
-    params.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_ENABLED
     params.no_perf = True
     context, buffer = api.llama_init_from_model(model, params), ctypes.create_string_buffer(256)
     print("[]", flush=True)

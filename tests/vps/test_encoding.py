@@ -169,7 +169,7 @@ def test_the_fastest_types_are_chosen_and_written(lab: Lab) -> None:
     assert outcome.published.timing.work > 2 * outcome.tuned.timing.work
     types = {"Q5_0": "Q8_0", "Q4_K": "Q4_1", "Q6_K": "Q8_0", "Q6_K (output)": "Q8_0"}
     passport = json.loads(passport_path(lab.path).read_text())
-    assert passport == PASSPORT | {"micro_batch": 512, "types": types}
+    assert passport == PASSPORT | {"micro_batch": 512, "flash_attention": True, "types": types}
     both = zip(Source(lab.published).tensors, Source(lab.path).tensors, strict=True)
     pairs = {new.name: (before.type, new.type) for before, new in both}
     assert pairs["blk.0.ffn_up_exps.weight"] == ("Q5_0", "Q8_0")
@@ -202,12 +202,12 @@ HARDLY = 1 - encoding.MIN_GAIN + 0.001
 @pytest.mark.parametrize(
     ("costs", "quicker", "whole", "agreement", "chosen", "changed"),
     [
-        (FASTER, {"flash_attention": True}, None, 0.99, FASTEST, {"flash_attention": True}),
+        (FASTER, {"flash_attention": False}, None, 0.99, FASTEST, {"flash_attention": False}),
         (FASTER, {}, None, 0.9, FASTEST, {}),
         (FASTER, {}, None, 0.89, "published", {}),  # says something else
         (FASTER, {}, 9.0, 0.99, "published", {}),  # what a sample promises must hold for the whole
         ({"Q8_0": HARDLY, "Q4_1": HARDLY}, {}, None, 0.99, "published", {}),  # not worth a file
-        ({}, {"micro_batch": 128}, 1.0, 0.99, "published", {"micro_batch": 128}),  # pays in a long context alone
+        ({}, {"micro_batch": 512}, 1.0, 0.99, "published", {"micro_batch": 512}),  # pays in a long context alone
     ],
 )
 def test_what_is_chosen_is_found(
@@ -226,8 +226,9 @@ def test_what_is_chosen_is_found(
     nothing = "nothing is 3% faster here than the published file, which is used as it is"
     assert (outcome.tuned is None) == (nothing in outcome.table()) == (not tuned and not changed)
     assert find_tuned(lab.published, lab.settings, "def") == (None, "it was tuned for source abc, here it is def")
-    assert encoding.remove_tuned(lab.published, lab.settings)
-    assert (lab.found(), lab.left()) == (NONE, [])
+    assert encoding.remove_tuned(lab.published, lab.settings) == tuned
+    found, reason = lab.found()  # so that nothing tunes it again
+    assert (found.path, found.encoding, reason, lab.left()) == (lab.published, "published", "", ["m.gguf.json"])
     assert not encoding.remove_tuned(lab.published, lab.settings)
 
 
@@ -403,11 +404,13 @@ def test_a_busy_machine_is_not_measured(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert list(loads) == []
 
 
-def test_llama_cpp_measures_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_llama_cpp_measures_each_family(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one whose layers depend on their place, so that there is no sample, and one that cannot be cut."""
     for name in ("READ_SECONDS", "DECODE_SECONDS"):
         monkeypatch.setattr(encoding, name, 1e-9)
     start_library()
-    model = families.make(tmp_path / "dense.gguf", families.FAMILIES["dense"])
+    model = families.make(tmp_path / "m.gguf", families.FAMILIES[family])
     # Two threads would mostly wait, where another test runs at the same time.
     settings = Settings(threads=1, state_dir=tmp_path / "state", fixed_threads=True)
     tune(model, "abc", settings, ROOM, quiet, io.StringIO())

@@ -15,9 +15,8 @@ import families
 import pytest
 from test_engine import ask, running
 
-from cerebrum.vps import encoding, schedule
 from cerebrum.vps.gguf import Source
-from cerebrum.vps.llama import ABORTED, MB, Llama, ModelError, Settings, Slot, llama_log, start_library
+from cerebrum.vps.llama import ABORTED, MB, Llama, Settings, Slot, llama_log, start_library
 from cerebrum.vps.memory import needed
 from cerebrum.vps.vocabulary import CompletionRequest, api
 from cerebrum.vps.worker import Loader, Worker
@@ -44,18 +43,14 @@ def edit(draw: random.Random, text: str) -> str:
     return text[: max(0, place - draw.choice((0, 0, 1, 9)))] + typed + kept
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(schedule, "CALIBRATION_SECONDS", 0.02)
-
-
 @pytest.mark.parametrize(("seed", "rounds"), [(0, 20), pytest.param(1, 100, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_the_text_is_that_of_a_greedy_loop(family: str, seed: int, rounds: int, models: Path, tmp_path: Path) -> None:
     """Ask for completions as an editor might, with edits, cancels and restarts, and compare each text."""
     path, draw, compared = models / f"{family}.gguf", random.Random(f"{family} {seed}"), 0
-    settings = Settings(threads=1, n_ctx=512, sequences=3, micro_batch=64, state_dir=tmp_path)
-    reference, texts = families.Reference(path, n_ctx=512), ["def f(x):\n    return x\n" * 3]
+    # Flash attention rounds more, and differently for different batches.
+    plain = Settings(threads=1, n_ctx=512, sequences=3, micro_batch=64, flash_attention=False, state_dir=tmp_path)
+    reference, texts = families.Reference(path, n_ctx=512, flash=False), ["def f(x):\n    return x\n" * 3]
 
     def ask_some(worker: Worker) -> Iterator[bool]:
         """Whether each answer was certain: no two logits were nearly equal."""
@@ -79,7 +74,7 @@ def test_the_text_is_that_of_a_greedy_loop(family: str, seed: int, rounds: int, 
 
     while rounds > 0:
         turns = min(rounds, draw.randint(1, 20))
-        with running(Worker(Loader("tiny", path, settings))) as worker:
+        with running(Worker(Loader("tiny", path, plain))) as worker:
             compared += sum(sum(ask_some(worker)) for _ in range(turns))
         rounds -= turns
     reference.close()
@@ -177,13 +172,6 @@ def test_a_copied_sequence_is_apart_from_its_source(models: Path) -> None:
         assert model.restore(slots[0], model.save(slots[1]))
         assert model.decode([(slots[2], [9], 1)]) == 0
         assert abs(model.logits(0) - expected).max() < TIE
-
-
-def test_a_model_whose_state_cannot_be_cut_is_not_tuned(models: Path) -> None:
-    with opened(models / "hybrid.gguf") as model:
-        encoding.decode(model, slot := Slot(0), [1, 2, 3], 1)
-        with pytest.raises(ModelError, match="expected a model whose state can be cut"):
-            encoding.back_to(model, slot, 2)
 
 
 def test_an_abort_ends_a_decode(models: Path) -> None:
