@@ -2,6 +2,7 @@
 """vpsd: the Cerebrum backend. Runs GGUF code models through llama.cpp for one Pi, on a VPS without a GPU.
 
     CEREBRUM_API_KEY=secret python3 vpsd.py              # serve on 127.0.0.1:9000
+    python3 vpsd.py choose                               # find the best model that is fast enough on this machine
     python3 vpsd.py fetch [model id]                     # download a model of models.toml, check its sha256, tune it
     python3 vpsd.py tune [model id]                      # find the encoding that this machine computes fastest
     curl -N localhost:9000/v1/inference/stream -H 'X-API-Key: secret' -H 'Content-Type: application/json' \\
@@ -26,7 +27,6 @@ if sys.version_info < (3, 11):  # noqa: UP036 (Debian 11 has 3.9, which fails le
 
 import argparse
 import asyncio
-import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -60,9 +60,9 @@ from cerebrum.service import Service, make_parser, passed_sockets, prompt_of, se
 from cerebrum.settings import ConfigError, Environment, load_catalog, read_environment
 from cerebrum.text.languages import LANGUAGES
 from cerebrum.vps.encoding import Outcome, TuneError, find_tuned, remove_tuned, tune
-from cerebrum.vps.fetch import Bar, FetchError, choose, digest_with_bar, fetch, offers
+from cerebrum.vps.fetch import Bar, FetchError, digest_with_bar, fetch, is_whole
 from cerebrum.vps.llama import KV_TYPES, MAX_SEED, MB, ModelError, Settings, check_digest, start_library, usable_cores
-from cerebrum.vps.memory import available_mb, check_memory
+from cerebrum.vps.memory import available_mb, check_memory, fit, needed
 from cerebrum.vps.pool import Pool
 from cerebrum.vps.vocabulary import CompletionRequest
 from cerebrum.vps.worker import RESUME_BACKLOG, Event, Job, Worker
@@ -90,6 +90,7 @@ class Config:
     max_cpu_percent: float
     min_free_mb: float
     idle_minutes: float
+    least_rate: float  # tokens a second of the model that `choose` takes
     log_level: str
     log_file: str
     log_prompts: bool
@@ -126,6 +127,7 @@ def load_config(env: Environment, folder: Path = HERE) -> Config:
         max_cpu_percent=env.number("CEREBRUM_MAX_CPU_PERCENT", 70, 1, 100),
         min_free_mb=env.number("CEREBRUM_MIN_FREE_MB", 1024, 0, 1 << 20),
         idle_minutes=env.number("CEREBRUM_IDLE_MINUTES", 60, 0, 1 << 20),
+        least_rate=env.number("CEREBRUM_MIN_TOKENS_PER_SECOND", 4, 0, 1000),
         log_level=env.log_level(),
         log_file=env.text("CEREBRUM_LOG_FILE"),
         log_prompts=env.integer("CEREBRUM_LOG_PROMPTS", 0, 0, 1) == 1,
@@ -253,34 +255,50 @@ def listed_model(model_id: str | None, config: Config) -> Model:
 
 
 def fetch_command(options: argparse.Namespace, config: Config) -> None:
-    """List the models that fit; or download one, print its path, and tune it unless this machine already has a usable
-    tuned file. A failed tuning is no failure of the command, since the model also works untuned."""
-    from cerebrum.check import BARE_MB, SYSTEM_MB, needed_mb
+    fetch_model(listed_model(options.model, config), config, options.again, options.tune)
 
-    total_mb = psutil.virtual_memory().total // MB
-    room_mb = total_mb - config.min_free_mb - BARE_MB - SYSTEM_MB
-    if options.list:
-        contexts = dict[str, str]()
-        for one in config.models:
-            with contextlib.suppress(ModelError, OSError):  # it is not here, or damaged
-                if (fitted := needed_mb(one, config, total_mb)[0].settings) != config.engine:
-                    contexts[one.id] = fitted.context
-        print(*offers(config.models, config.models_dir, room_mb, contexts), sep="\n")
-        return
+
+def fetch_model(model: Model, config: Config, again: bool = False, tune: bool = True) -> None:
+    """Download a model, print its path, and tune it unless this machine already has a usable tuned file. A failed
+    tuning is no failure, since the model also works untuned."""
     for name in config.key_names:
         os.environ.pop(name, None)  # pip, which downloads packages, needs no key
-    _, best = choose(config.models, config.models_dir, room_mb)
-    model = best if options.for_this_machine else listed_model(options.model, config)
-    if not model:
-        raise FetchError(f"expected a model for {room_mb:.0f} MB of memory in models.toml, got none")
-    path = fetch(model, config.models_dir, options.again)
+    path = fetch(model, config.models_dir, again)
     print(path, flush=True)
-    if options.tune and not find_tuned(path, config.engine, model.sha256)[0]:
+    if tune and not find_tuned(path, config.engine, model.sha256)[0]:
         try:
             tune_model(model, config, sys.stderr)
         except (TuneError, ModelError, OSError) as error:
-            again = f"it works as published; {PYTHON} vpsd.py tune {model.id} tries again"
-            print(f"vpsd fetch: {model.id} was not tuned: {reason_of(error)}; {again}", file=sys.stderr)
+            how = f"it works as published; {PYTHON} vpsd.py tune {model.id} tries again"
+            print(f"vpsd fetch: {model.id} was not tuned: {reason_of(error)}; {how}", file=sys.stderr)
+
+
+def choose_command(options: argparse.Namespace, config: Config) -> None:
+    """Print which models fit and how fast they would be, and mark the best; with --fetch, fetch it."""
+    from cerebrum.check import BARE_MB, SYSTEM_MB
+    from cerebrum.vps.choose import Speed, best_of, predict, table
+
+    wait_for_quiet()
+    start_library()
+    room_mb = psutil.virtual_memory().total // MB - config.min_free_mb - BARE_MB - SYSTEM_MB
+    fitting = [model for model in config.models if model.memory_mb <= room_mb]
+    fitting = [model for model in fitting if model.sources or is_whole(config.models_dir / model.file)]
+    bar, speeds = Bar("measuring", len(fitting), steps=True), list[tuple[Model, Speed]]()
+    for model in fitting:
+        bar.show(len(speeds))
+        speed = Speed()
+        try:
+            speed = predict(model.shape, config.engine) if model.shape else speed
+        except (ModelError, OSError) as error:
+            print(f"vpsd choose: {model.id}: {reason_of(error)}", file=sys.stderr)
+        speeds.append((model, speed))
+    bar.show(len(fitting), last=True)
+    best = best_of(speeds, config.least_rate)
+    print(*table(speeds, best), sep="\n", flush=True)
+    if not best:
+        raise FetchError(f"expected a model for {room_mb:.0f} MB of memory in models.toml, got none")
+    if options.fetch:
+        fetch_model(best, config)
 
 
 MAX_BUSY_PERCENT = 25  # of all CPUs, used by other programs; above this limit measurements would mislead
@@ -304,10 +322,29 @@ def memory_command(_options: argparse.Namespace, config: Config) -> None:
     print("\n".join(memory_limit(config, psutil.virtual_memory().total // MB)))
 
 
+COMMANDS: dict[str, Callable[[argparse.Namespace, Config], None]] = {
+    "choose": choose_command,
+    "fetch": fetch_command,
+    "tune": tune_command,
+    "memory": memory_command,
+}
+
+
 def reason_of(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     return str(error)
+
+
+def wait_for_quiet() -> None:
+    """TuneError if the machine stays too busy to measure anything."""
+    for second in range(QUIET_SECONDS):
+        if second == 1:
+            print("waiting for other programs to leave the CPU", file=sys.stderr)
+        if (busy := psutil.cpu_percent(1.0)) <= MAX_BUSY_PERCENT:
+            break
+    else:
+        raise TuneError(f"expected other programs to use at most {MAX_BUSY_PERCENT} % of the CPU, got {busy:.0f} %")
 
 
 def tune_model(model: Model, config: Config, output: TextIO, *, dry_run: bool = False) -> Outcome:
@@ -316,13 +353,7 @@ def tune_model(model: Model, config: Config, output: TextIO, *, dry_run: bool = 
     path = config.models_dir / model.file
     if not os.path.isfile(path):
         raise TuneError(f"expected the file {path}; {PYTHON} vpsd.py fetch {model.id} downloads it")
-    for second in range(QUIET_SECONDS):
-        if second == 1:
-            print("waiting for other programs to leave the CPU", file=sys.stderr)
-        if (busy := psutil.cpu_percent(1.0)) <= MAX_BUSY_PERCENT:
-            break
-    else:
-        raise TuneError(f"expected other programs to use at most {MAX_BUSY_PERCENT} % of the CPU, got {busy:.0f} %")
+    wait_for_quiet()
     check_digest(path, model.sha256, config.engine.state_dir, lambda: False)
     bars = dict[str, Bar]()  # by label
 
@@ -331,7 +362,8 @@ def tune_model(model: Model, config: Config, output: TextIO, *, dry_run: bool = 
 
     start_library()
     source, room = model.sha256 or digest_with_bar(path), round((available_mb() - config.min_free_mb) * MB)
-    return tune(path, source, config.engine, room, report, output, dry_run)
+    settings, _ = fit(config.engine, room, functools.partial(needed, path))
+    return tune(path, source, settings, room, report, output, dry_run)
 
 
 # -------------------------------------------------------------------------------------------- the engine
@@ -737,8 +769,8 @@ def main(arguments: Sequence[str]) -> int:
     fetching = commands.add_parser("fetch", help="download a model of models.toml, and tune it")
     fetching.add_argument("--no-tune", dest="tune", action="store_false", help="do not tune the model")
     fetching.add_argument("--again", action="store_true", help="download it although it is here")
-    fetching.add_argument("--list", action="store_true", help="only list the models that fit this machine; + is here")
-    fetching.add_argument("--for-this-machine", action="store_true", help="the one that --list marks with *")
+    choosing = commands.add_parser("choose", help="predict how fast each model would be here, in some minutes")
+    choosing.add_argument("--fetch", action="store_true", help="fetch and tune the best, which is marked with *")
     tuning = commands.add_parser("tune", help="find the encoding of a model that this machine computes fastest")
     tuning.add_argument("--dry-run", action="store_true", help="only measure")
     tuning.add_argument("--remove", action="store_true", help="go back to the published file")
@@ -755,7 +787,7 @@ def main(arguments: Sequence[str]) -> int:
         environ = read_environment(os.environ, HERE)
         config = load_config(environ)
         if options.command:
-            {"fetch": fetch_command, "tune": tune_command, "memory": memory_command}[options.command](options, config)
+            COMMANDS[options.command](options, config)
             return 0
         check_keys(config)
     except ConfigError as error:

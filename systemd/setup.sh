@@ -35,7 +35,7 @@ usage() {
 		cat <<-END
 		Usage: cerebrum-backend setup [--listen ADDRESS[:PORT]] [--model ID]
 		                                    make a key, build llama.cpp, fetch and tune a model, and start
-		       cerebrum-backend COMMAND     fetch, tune, memory or --check: vpsd's own commands; each has --help
+		       cerebrum-backend COMMAND     choose, fetch, tune, memory or --check: vpsd's own commands; each has --help
 
 		setup listens on Tailscale's address if none is given, asks for a model if none is here, and prints the line for
 		the Pi. Repeat it to change an answer, and after a change of models.
@@ -218,7 +218,7 @@ setup_backend() {
 	systemctl start cerebrum-llama || die "llama.cpp was not built; the next try is in 5 minutes:
 		$(journalctl -n 1 -o cat -u cerebrum-llama -t "$NAME")"
 	if [[ -z $wanted && -z $(models) ]]; then
-		offers=$("${RUN[@]}" choose)
+		offers=$("${RUN[@]}" choose) || true
 		printf '%s\n' "$offers"
 		model=$(sed -n 's/^\* \([^ ]*\).*/\1/p' <<<"$offers")
 		wanted=$(ask "which model (Enter: $model)")

@@ -13,7 +13,7 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from email.message import Message
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,6 @@ from typing import Any
 from cerebrum.vps.llama import MB, ModelError, file_digest, load_model
 from cerebrum.vps.vocabulary import api
 from cerebrum_common import Model
-
-MAX_NAMED = 7  # languages of a model that its line names; more are counted
 
 
 class FetchError(Exception):
@@ -95,29 +93,6 @@ def fetch(model: Model, folder: Path, again: bool = False) -> Path:
         os.replace(part, target)
         shutil.rmtree(part.with_suffix(".packages"), ignore_errors=True)  # left by an earlier try with another source
     return target
-
-
-def choose(models: Sequence[Model], folder: Path, room_mb: float) -> tuple[list[Model], Model | None]:
-    """The models that fit into `room_mb` of memory and can be fetched or are here, and the one for a new machine: the
-    first of those that serve most languages."""
-    fitting = [one for one in models if one.memory_mb <= room_mb and (one.sources or is_whole(folder / one.file))]
-    return fitting, max(fitting, key=lambda one: len(one.languages), default=None)
-
-
-def offers(models: Sequence[Model], folder: Path, room_mb: float, contexts: Mapping[str, str]) -> list[str]:
-    """What can be chosen, one model a line. `+` marks those that are here, `*` the one for a new machine.
-    `contexts` has the contexts that memory shortens, in words, by model."""
-    fitting, best = choose(models, folder, room_mb)
-    lines = []
-    for one in fitting:
-        mark = "+" if is_whole(folder / one.file) else "*" if one is best else " "
-        size = f"{one.size / 1e9:.1f} GB to fetch, " if one.size else ""
-        memory = f"{one.memory_mb / 1e3:.1f} GB of memory or more, " if one.memory_mb else ""
-        context = f"with {contexts[one.id]}, " if one.id in contexts else ""
-        count = len(one.languages)
-        languages = " ".join(one.languages) if count <= MAX_NAMED else f"{count} languages"
-        lines.append(f"{mark} {one.id:<14} {one.parameters:<5} {size}{memory}{context}for {languages}")
-    return lines
 
 
 def digest_with_bar(path: Path) -> str:

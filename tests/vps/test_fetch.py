@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import sys
 import tempfile
 import threading
 import zipfile
 from collections.abc import Iterator
-from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ import pytest
 
 import vpsd
 from cerebrum.vps import fetch as vps_fetch
-from cerebrum.vps.fetch import FetchError, fetch, offers
+from cerebrum.vps.fetch import FetchError, fetch
 from cerebrum_common import Model
 
 # ------------------------------------------------------------------------------------------------- fetch
@@ -263,44 +261,3 @@ def test_fetch_gives_no_key_to_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert vpsd.main(["fetch", "m"]) == 1
     seen = {line.partition("=")[0] for line in (tmp_path / "seen").read_text().splitlines()}
     assert seen & {*keys, *places, "MONKEY"} == {*places, "MONKEY"}
-
-
-# ------------------------------------------------------------------------------------------------ offers
-
-
-def test_the_models_that_fit(tmp_path: Path) -> None:
-    """The mark is on the first that serves most languages; a model without a source cannot be fetched."""
-    source = ({"kind": "url", "url": "http://x"},)
-
-    def entry(name: str, memory_mb: int, *languages: str, size: int = 0) -> Model:
-        return Model(name, name, languages, "7B", "Q4", f"{name}.gguf", "", size, memory_mb, source)
-
-    models = [entry("large", 5000, "go", size=4_700_000_000), entry("both", 1800, "go", "c", size=1_100_000_000)]
-    models += [entry("other", 0, "go", "c"), replace(entry("away", 1, "go"), sources=())]
-    assert offers(models, tmp_path, 1800.0, {}) == [
-        "* both           7B    1.1 GB to fetch, 1.8 GB of memory or more, for go c",
-        "  other          7B    for go c",
-    ]
-    for name, data in (("other", DATA), ("away", DATA), ("both", DATA[:-100])):
-        (tmp_path / f"{name}.gguf").write_bytes(data)
-    marked = [line[:8].split() for line in offers(models, tmp_path, 9000.0, {})]
-    assert marked == [["large"], ["*", "both"], ["+", "other"], ["+", "away"]]
-    assert offers(models, tmp_path, -1.0, {}) == []
-    told = offers(models[1:2], tmp_path, 9000.0, {"both": "a context of 2,048 tokens"})
-    assert told[0].endswith("1.8 GB of memory or more, with a context of 2,048 tokens, for go c")
-
-
-def test_fetch_for_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    catalog = tmp_path / "models.toml"
-    monkeypatch.setenv("CEREBRUM_MODELS_FILE", str(catalog))
-    monkeypatch.setenv("CEREBRUM_MODELS_DIR", str(tmp_path))
-    for name in ("huge", "small", "last"):
-        (tmp_path / f"{name}.gguf").write_bytes(DATA)
-    huge = ENTRY.format("huge") + f"memory_mb = {10**9}\n"
-    catalog.write_text(huge + ENTRY.format("small") + ENTRY.format("last"))
-    assert vpsd.main(["fetch", "--no-tune", "--for-this-machine"]) == 0
-    assert capsys.readouterr().out == f"{tmp_path / 'small.gguf'}\n"
-    catalog.write_text(huge)
-    assert vpsd.main(["fetch", "--no-tune", "--for-this-machine"]) == 1
-    error = r"vpsd fetch: expected a model for \d+ MB of memory in models.toml, got none\n"
-    assert re.fullmatch(error, capsys.readouterr().err)
