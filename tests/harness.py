@@ -304,12 +304,15 @@ def copy_program(name: str, folder: Path) -> None:
     shutil.copytree(ROOT / "cerebrum", folder / "cerebrum", ignore=unused)
 
 
-def link_tuned(folder: Path, tuned: Path) -> None:
-    """Let the vpsd of this folder use a tuned file of another state."""
-    place = folder / "state/tuned"
+def link_tuned(folder: Path, tuned: Path, published: bool = False) -> None:
+    """Let the vpsd of this folder use a tuned file of another state, or only its settings with the `published` file."""
+    place, passport = folder / "state/tuned", tuned.with_name(f"{tuned.name}.json")
     place.mkdir(parents=True, exist_ok=True)
-    for file in (tuned, tuned.with_name(f"{tuned.name}.json")):  # and its passport
-        if not (place / file.name).exists():
+    if published:
+        (place / passport.name).write_text(json.dumps(json.loads(passport.read_text()) | {"types": {}}))
+        return
+    for file in (tuned, passport):
+        if file.exists() and not (place / file.name).exists():
             (place / file.name).symlink_to(file)
 
 

@@ -3,17 +3,20 @@
     python tests/bench/engine.py --llama-server PATH [--model qwen_0_5b] [--only one,two,rewrite,…] [--quick]
 
 vpsd uses the model's tuned file, if this user has one (`vpsd.py tune`); `encoding` names it. llama-server uses the
-published file. What comes from the encoding alone is seen by `published`, vpsd with the published file, and by
-`llama_server_tuned`, llama-server with the tuned one. --published leaves the tuned file out. With --spin
-llama-server's threads spin as briefly as vpsd's. --quick has few and short rounds, to see whether everything works.
+published file. What comes from the encoding alone is seen by `published`, vpsd with the published file and the settings
+found beside it, and by `llama_server_tuned`, llama-server with the tuned one. --published leaves the tuned file out.
+With --spin llama-server's threads spin as briefly as vpsd's. --quick has few and short rounds, to see whether
+everything works. A text that ends by itself counts for nobody.
 
 Prints one line of JSON. Each part is a median over rounds with different prompts; `ratio` is vpsd's figure over
 llama-server's, `ratio_published` that of vpsd with the published file, and so on. Without --llama-server the parts that
 need it are left out. The last column is the target, for the 0.5B and the 1.5B on a CPU with VNNI or AMX.
 
-    one       tokens/s of one stream; `plain` is vpsd without drafts            >= 1.4, >= 1.3
+    one       tokens/s of one stream that goes on with code; `plain` is vpsd without drafts    >= 1.4, >= 1.3
+    prose     the same with prose, the answer to a question
     long      the same after a prompt of 1,500 tokens
-    two       tokens/s of two streams at once, added up                         >= 1.6, >= 1.3
+    two       tokens/s of two streams of code at once, added up                 >= 1.6, >= 1.3
+    two_prose    the same with prose
     new       ms to the first token of a prompt of 1,000 tokens that was never seen    <= 0.4, <= 0.9
     rewrite   tokens/s of writing a file of 70 lines again, the first time and the second, against llama-server's
               default (>= 2.2), the fastest of its n-gram modes (>= 1.0), and vpsd with the published file (>= 1.25)
@@ -34,7 +37,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from functools import partial
@@ -44,7 +47,7 @@ from typing import Any
 
 import servers
 from families import Reference
-from servers import Question, Result, Server, copying, llama_server, prose, ratio, together, vpsd, words
+from servers import Question, Result, Server, code, copying, llama_server, prose, ratio, together, vpsd, words
 
 from cerebrum.vps import llama
 from cerebrum.vps.encoding import cpu_name, find_tuned, tuned_path
@@ -77,12 +80,12 @@ class Bench:
         options.threads = found.settings.threads if found else settings.threads
         self.encoding = found.encoding if found else f"published: {reason}"
         self.tuned = tuned_path(settings.state_dir, self.weights) if found else None
-        self.has_weights = found is not None and found.path == self.tuned
+        self.has_weights = found is not None and found.path == self.tuned and not options.published
         self._servers: dict[tuple[str, ...], Server] = {}
 
-    def ours(self, name: str = "vpsd", tuned: bool = True, **more: str) -> Server:
-        model, threads, file = self.options.model, self.options.threads, self.tuned if tuned else None
-        return self._start(("vpsd", name), vpsd(self.folder, name, model, threads, file, **more))
+    def ours(self, name: str = "vpsd", published: bool = False, **more: str) -> Server:
+        model, threads, published = self.options.model, self.options.threads, published or self.options.published
+        return self._start(("vpsd", name), vpsd(self.folder, name, model, threads, self.tuned, published, **more))
 
     def _start(self, key: tuple[str, ...], server: AbstractContextManager[Server]) -> Server:
         if key not in self._servers:
@@ -102,9 +105,9 @@ class Bench:
         theirs, sides = self.theirs(), {"vpsd": self.ours()}
         sides |= {"plain": self.plain()} if plain else {}
         sides |= {"llama_server": theirs} if theirs else {}
-        if encodings and self.tuned:
+        if encodings and self.has_weights:
             sides["published"] = self.published()
-            if self.has_weights and (same := self.theirs(file=self.tuned)):
+            if same := self.theirs(file=self.tuned):
                 sides["llama_server_tuned"] = same
         return sides
 
@@ -112,55 +115,59 @@ class Bench:
         return self.ours("plain", CEREBRUM_DRAFT="0")
 
     def published(self) -> Server:
-        return self.ours("published", tuned=False)
+        return self.ours("published", published=True)
 
-    def turns(self, sides: dict[str, Server], rounds: int) -> Iterator[tuple[bool, str, int]]:
-        """(whether it counts, side, number) for each measurement: a round warms up, and every other one is reversed."""
-        for count in range(-1, rounds):
+    def rounds_of(
+        self, sides: dict[str, Server], measure: Callable[[Server, int], float], rounds: int
+    ) -> dict[str, list[float]]:
+        """The values of `measure(server, number)` by side, in turns, every other time in reverse, after a round to warm
+        up. A number for which a side has 0.0, because a text ended by itself, counts for no side."""
+        values: dict[str, list[float]] = {name: [] for name in sides}
+        for count in range(-1, 4 * rounds):
             number = next(self.numbers)
-            for name in list(sides)[:: 1 if count % 2 else -1]:
-                yield count >= 0, name, number
+            found = {name: measure(sides[name], number) for name in list(sides)[:: 1 if count % 2 else -1]}
+            if count >= 0 and all(found.values()):
+                for name, value in found.items():
+                    values[name].append(value)
+            if len(next(iter(values.values()))) == rounds:
+                break
+        return values
 
     def compare(
         self, measure: Callable[[Server, int], float], scale: float = 1.0, plain: bool = False, encodings: bool = False
     ) -> dict[str, Any]:
         """The medians of `measure(server, number) * scale` for all sides."""
         sides = self.sides(plain, encodings)
-        values: dict[str, list[float]] = {name: [] for name in sides}
-        for counts, name, number in self.turns(sides, self.rounds):
-            value = measure(sides[name], number)
-            values[name] += [value * scale] * counts
-        found: dict[str, Any] = {name: round(median(list_), 2) for name, list_ in values.items()}
+        values = self.rounds_of(sides, measure, self.rounds)
+        found: dict[str, Any] = {name: round(scale * median(list_), 2) for name, list_ in values.items()}
         for name in set(values) - {"llama_server"} if "llama_server" in values else ():
             found["ratio" if name == "vpsd" else f"ratio_{name}"] = ratio(values[name], values["llama_server"])
         return found
 
 
-def one(bench: Bench, before: int = 0) -> dict[str, Any]:
+def rate(results: Sequence[Result], tokens: int) -> float:
+    """Tokens/s of completions that ran together; 0.0 if one of them ended by itself."""
+    if any(result.tokens < tokens - 2 for result in results):  # the last ones may have no text of their own
+        return 0.0
+    begin, end = min(result.marks[0][0] for result in results), max(result.marks[-1][0] for result in results)
+    return sum(result.tokens - result.marks[0][1] for result in results) / (end - begin)
+
+
+def streams(bench: Bench, ask: Callable[[int], str], count: int = 1) -> dict[str, Any]:
     drafted = 0
 
     def measure(server: Server, number: int) -> float:
         nonlocal drafted
-        prompt = Question(f"{words(number, before)}\n{prose(number)}" if before else prose(number))
-        result = server.complete(prompt, bench.tokens)
-        drafted += result.done.get("draft_tokens", 0)
-        return result.rate
+        prompts = [ask(count * number + place) for place in range(count)]
+        results = together(*(partial(server.complete, prompt, bench.tokens) for prompt in prompts))
+        drafted += sum(result.done.get("draft_tokens", 0) for result in results)
+        return rate(results, bench.tokens)
 
     return bench.compare(measure, plain=True, encodings=True) | {"draft_tokens": drafted}
 
 
 def long(bench: Bench) -> dict[str, Any]:
-    return one(bench, 1500 // bench.share)
-
-
-def two(bench: Bench) -> dict[str, Any]:
-    def measure(server: Server, number: int) -> float:
-        prompts = [prose(2 * number), prose(2 * number + 1)]
-        results = together(*(lambda prompt=prompt: server.complete(prompt, bench.tokens) for prompt in prompts))
-        begin, end = min(result.marks[0][0] for result in results), max(result.marks[-1][0] for result in results)
-        return sum(result.tokens for result in results) / (end - begin)
-
-    return bench.compare(measure, plain=True, encodings=True)
+    return streams(bench, lambda number: Question(f"{words(number, 1500 // bench.share)}\n{prose(number)}"))
 
 
 def rewriting(bench: Bench, server: Server, number: int, tokens: int = 1024) -> Result:
@@ -176,7 +183,7 @@ def rate_of_mode(bench: Bench, mode: tuple[str, ...]) -> float:
 
 def rewrite(bench: Bench) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    sides = bench.sides() | ({"published": bench.published()} if bench.tuned else {})
+    sides = bench.sides() | ({"published": bench.published()} if bench.has_weights else {})
     if bench.options.llama_server:
         modes = {mode: rate_of_mode(bench, mode) for mode in NGRAM_MODES}
         found["ngram_modes"] = {" ".join(mode[1::2]): round(rate, 1) for mode, rate in modes.items()}
@@ -275,13 +282,15 @@ def restart(bench: Bench) -> dict[str, Any]:
 
 def loss(bench: Bench) -> dict[str, Any]:
     sides, drafted, accepted = {"drafts": bench.ours(), "plain": bench.plain()}, 0, 0
-    rates: dict[str, list[float]] = {name: [] for name in sides}
-    for counts, name, number in bench.turns(sides, 2 * bench.rounds):
-        result = sides[name].complete(prose(number), bench.tokens)
-        if counts:
-            rates[name].append(result.rate)
-            drafted += result.done["draft_tokens"]
-            accepted += result.done["accepted_tokens"]
+
+    def measure(server: Server, number: int) -> float:
+        nonlocal drafted, accepted
+        result = server.complete(prose(number), bench.tokens)
+        drafted += result.done["draft_tokens"]
+        accepted += result.done["accepted_tokens"]
+        return result.rate
+
+    rates = bench.rounds_of(sides, measure, 2 * bench.rounds)
     return {"ratio": ratio(rates["drafts"], rates["plain"]), "draft_tokens": drafted, "accepted_tokens": accepted}
 
 
@@ -301,7 +310,13 @@ def ties(bench: Bench) -> dict[str, Any]:
     return {"texts": 2 * len(numbers), "differ": differ, "gaps": gaps, "draft_tokens": drafted}
 
 
-PARTS = {part.__name__: part for part in (one, long, two, rewrite, new, ttft, cancel, pause, restart, loss, ties)}
+PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
+    "one": partial(streams, ask=code),
+    "prose": partial(streams, ask=prose),
+    "two": partial(streams, ask=code, count=2),
+    "two_prose": partial(streams, ask=prose, count=2),
+    **{part.__name__: part for part in (long, rewrite, new, ttft, cancel, pause, restart, loss, ties)},
+}
 
 
 def main() -> None:

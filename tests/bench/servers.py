@@ -154,11 +154,13 @@ def both(stack: contextlib.ExitStack, folder: Path, models: Path = MODELS) -> tu
 
 
 @contextlib.contextmanager
-def vpsd(folder: Path, name: str, model: str, threads: int, tuned: Path | None = None, **more: str) -> Iterator[Server]:
-    """vpsd with the model loaded, from its tuned file if that is given. Its state is below `folder / name`: two of one
-    name share it."""
+def vpsd(
+    folder: Path, name: str, model: str, threads: int, tuned: Path | None = None, published: bool = False, **more: str
+) -> Iterator[Server]:
+    """vpsd with the model loaded, from its tuned file if that is given, or as `published` with the settings that were
+    found for that. Its state is below `folder / name`: two of one name share it."""
     if tuned:
-        link_tuned(folder / name, tuned)
+        link_tuned(folder / name, tuned, published)
     settings = {"MODELS_DIR": str(MODELS), "THREADS": str(threads), "MAX_CPU_PERCENT": "100"}
     more = {f"CEREBRUM_{key}": value for key, value in settings.items()} | more
     with daemon("vpsd", folder / name, inherited=inherited(), **more) as started:
@@ -228,9 +230,20 @@ def words(number: int, count: int) -> str:
 MODULES = ("queue", "sched", "copy", "heapq", "shlex", "fnmatch", "string", "pprint", "textwrap", "cmd")
 
 
+def source(number: int) -> list[str]:
+    """The lines of a module of the standard library, from the first class or function on."""
+    lines = Path(os.__file__).with_name(MODULES[number % len(MODULES)] + ".py").read_text().splitlines()
+    return lines[next(i for i, line in enumerate(lines) if re.match(r"(class|def) ", line)) :]
+
+
+def code(number: int) -> str:
+    """A prompt that is the beginning of code: some lines of the standard library, a different place for each number."""
+    lines = source(number)
+    end = 30 + 7 * number % max(1, len(lines) - 40)
+    return "\n".join(lines[max(0, end - 40) : end]) + "\n"
+
+
 def copying(number: int, lines: int) -> str:
     """A prompt that asks for a file of the standard library with one change. `lines` is the length of the file."""
-    source = Path(os.__file__).with_name(MODULES[number % len(MODULES)] + ".py").read_text().splitlines()
-    start = next(i for i, line in enumerate(source) if re.match(r"(class|def) ", line))
-    file = "\n".join(source[start : start + lines])
+    file = "\n".join(source(number)[:lines])
     return f"A file:\n```python\n{file}\n```\nThe same file, whole, with `self` renamed to `this`:\n```python\n"
