@@ -19,9 +19,7 @@ from cerebrum.vps.gguf import pypi
 from cerebrum.vps.llama import Settings
 from cerebrum_common import Model
 
-SAMPLE_WEIGHTS = (
-    350_000_000  # at least, 200 MB: less would stay in the CPU's cache, and be read faster than a whole model
-)
+SAMPLE_WEIGHTS = 350_000_000  # at least, 200 MB: less would stay in the caches of most CPUs
 SAMPLE_TOKENS = 512  # read by each
 SMALL_BLOCKS = {"Q4_K": "Q5_0", "Q6_K": "Q8_0"}  # the types of rows that are no multiple of 256
 Matrix = tuple[str, str, tuple[int, ...]]  # name, type, and the number of experts (if any), rows and columns
