@@ -146,11 +146,13 @@ class Bench:
 
 
 def rate(results: Sequence[Result], tokens: int) -> float:
-    """Tokens/s of completions that ran together; 0.0 if one of them ended by itself."""
+    """Tokens/s of completions that run together, added up; 0.0 if one of them ended by itself."""
     if any(result.tokens < tokens - 2 for result in results):  # the last ones may have no text of their own
         return 0.0
-    begin, end = min(result.marks[0][0] for result in results), max(result.marks[-1][0] for result in results)
-    return sum(result.tokens - result.marks[0][1] for result in results) / (end - begin)
+    # While all of them write: a server may let one begin before it has read the other's prompt.
+    begin, end = max(result.marks[0][0] for result in results), min(result.marks[-1][0] for result in results)
+    counts = [[count for moment, count in result.marks if begin <= moment <= end] for result in results]
+    return sum(count[-1] - count[0] for count in counts if count) / (end - begin) if begin < end else 0.0
 
 
 def streams(bench: Bench, ask: Callable[[int], str], count: int = 1) -> dict[str, Any]:
