@@ -4,9 +4,9 @@
 
 vpsd uses the model's tuned file, if this user has one (`vpsd.py tune`); `encoding` names it. llama-server uses the
 published file. What comes from the encoding alone is seen by `published`, vpsd with the published file and the settings
-found beside it, and by `llama_server_tuned`, llama-server with the tuned one. --published leaves the tuned file out.
-With --spin llama-server's threads spin as briefly as vpsd's. --quick has few and short rounds, to see whether
-everything works. A text that ends by itself counts for nobody.
+found beside it, and by `llama_server_tuned`, llama-server with the tuned one. --published leaves out the tuned file
+and its settings. With --spin llama-server's threads spin as briefly as vpsd's. --quick has few and short rounds, to see
+whether everything works. A text that ends by itself counts for nobody.
 
 Prints one line of JSON. Each part is a median over rounds with different prompts; `ratio` is vpsd's figure over
 llama-server's, `ratio_published` that of vpsd with the published file, and so on. Without --llama-server the parts that
@@ -80,11 +80,11 @@ class Bench:
         options.threads = found.settings.threads if found else settings.threads
         self.encoding = found.encoding if found else f"published: {reason}"
         self.tuned = tuned_path(settings.state_dir, self.weights) if found else None
-        self.has_weights = found is not None and found.path == self.tuned and not options.published
+        self.has_weights = found is not None and found.path == self.tuned
         self._servers: dict[tuple[str, ...], Server] = {}
 
     def ours(self, name: str = "vpsd", published: bool = False, **more: str) -> Server:
-        model, threads, published = self.options.model, self.options.threads, published or self.options.published
+        model, threads = self.options.model, self.options.threads
         return self._start(("vpsd", name), vpsd(self.folder, name, model, threads, self.tuned, published, **more))
 
     def _start(self, key: tuple[str, ...], server: AbstractContextManager[Server]) -> Server:
