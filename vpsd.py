@@ -286,11 +286,11 @@ def choose_command(options: argparse.Namespace, config: Config) -> None:
     bar, speeds = Bar("measuring", len(fitting), steps=True), list[tuple[Model, Speed]]()
     for model in fitting:
         bar.show(len(speeds))
-        speed = Speed()
         try:
-            speed = predict(model.shape, config.engine) if model.shape else speed
+            speed = predict(model.shape, config.engine) if model.shape else Speed()
         except (ModelError, OSError) as error:
             print(f"vpsd choose: {model.id}: {reason_of(error)}", file=sys.stderr)
+            speed = Speed()
         speeds.append((model, speed))
     bar.show(len(fitting), last=True)
     best = best_of(speeds, config.least_rate)

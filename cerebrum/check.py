@@ -304,6 +304,7 @@ def memory_limit(config: Any, total_mb: int) -> list[str]:
         with contextlib.suppress(ModelError, OSError):  # the file is missing or damaged
             need = needed_mb(model, config, total_mb)[1]
             needs.append(need)
+            # Not by `needed_mb`: a tuned file that does not fit would not fit after another tuning either.
             mark = "" if find_tuned(config.models_dir / model.file, config.engine, model.sha256)[0] else ", untuned"
             comments.append(f"# {model.id}: {need} MB with its prompts (CEREBRUM_CACHE_MB){mark}")
     limit = min(most, sum(needs) + BARE_MB + SPARE_MB) if needs else most

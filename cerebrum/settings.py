@@ -232,6 +232,14 @@ def load_catalog(path: Path, known: Collection[str]) -> Catalog:
     return Catalog(models, {mode: tuple(ids) for mode, ids in prefer.items() if ids}, tuple(backends))
 
 
+def _is_sound(shape: Mapping[str, int]) -> bool:
+    """Whether llama.cpp can compute a model of this shape; otherwise it would end the process."""
+    heads, experts, used = shape["heads"], shape["experts"], shape["used"]
+    rows = shape["width"], shape["feed_forward"], heads * shape["head"]  # each of whole blocks of 32 weights
+    fits = heads % shape["kv_heads"] == 0 and shape["head"] % 2 == 0 and all(row % 32 == 0 for row in rows)
+    return fits and (0 < used <= experts or used == experts == 0)
+
+
 def _read_model(entry: Any, where: str, known: Collection[str]) -> Model:
     given = read_table(entry, where, MODEL, "sources", "min_confidence", "shape")
     if not given["file"] and not given["aliases"]:
@@ -242,11 +250,7 @@ def _read_model(entry: Any, where: str, known: Collection[str]) -> Model:
     values: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in given.items()}
     values["min_confidence"] = read_table(entry.get("min_confidence", {}), f"{where}: min_confidence", THRESHOLDS)
     values["shape"] = shape = read_table(entry["shape"], f"{where}: shape", SHAPE) if "shape" in entry else {}
-    if shape and not (
-        shape["heads"] % shape["kv_heads"] == 0 and (shape["experts"] == 0) == (shape["used"] == 0)
-        and shape["used"] <= shape["experts"] and shape["heads"] * shape["head"] % 32 == shape["head"] % 2 == 0
-        and shape["width"] % 32 == shape["feed_forward"] % 32 == 0
-    ):  # fmt: skip
+    if shape and not _is_sound(shape):
         raise ConfigError(f"{where}: shape: expected one that llama.cpp can compute, got {shape}")
     named = (one for name in given["languages"] for one in (known if name == "all" else [name]))
     values["languages"] = tuple(dict.fromkeys(named))

@@ -94,13 +94,13 @@ class Speed(NamedTuple):
 
 def predict(shape: Mapping[str, int], settings: Settings) -> Speed:
     """The speed of a model of this shape here, with the types and the attention that are faster, as `tune` will find
-    them. ModelError if llama.cpp fails."""
+    them. ModelError if llama.cpp fails, TuneError while a model is being tuned."""
     whole = matrices(shape, shape["layers"], shape["vocabulary"])
     samples = shape["layers"] * SAMPLE_WEIGHTS / sum(math.prod(size) for _, _, size in whole)
     layers = min(shape["layers"], 2 * math.ceil(samples / 2))
     part, times = layers / shape["layers"], []
+    published = matrices(shape, layers, round(shape["vocabulary"] * part))
     for types in ({}, FAITHFUL):
-        published = matrices(shape, layers, round(shape["vocabulary"] * part))
         weights = [(name, types.get(kind, kind), size) for name, kind, size in published]
         with alone_in(settings.state_dir / "tuned") as folder:
             write_sample(path := folder / "sample.gguf", shape, weights, layers)

@@ -5,7 +5,8 @@ It makes only changes that preserve the weights (`FAITHFUL`), and only those tha
 
 - A *sample* is the model with a few layers and a small vocabulary. Each recipe that fits into memory is timed on one.
 - Micro-batch, flash attention and the number of threads are compared on a sample in these types, in a long context.
-- The whole tuned file and the published one are timed in turns. The tuned file is dropped unless it is faster.
+- The whole tuned file and the published one are timed in turns. The tuned file is dropped unless it is faster;
+  other settings alone, unless they cost hardly anything there.
 
 The *passport* is JSON beside the tuned file: the source, machine and settings of the file. `find_tuned` refuses a file
 whose passport is out of date. If no change of types is faster here, there is only a passport.
@@ -158,7 +159,7 @@ def untuned(model_id: str, reason: str) -> str:
 
 READ_TOKENS = 1000  # encodings are compared by the time to read this many tokens and write the 128 of DECODES
 DECODES = {1: 64, 4: 8, 16: 2}  # number of decodes by size in tokens; half of the tokens are written as drafts
-MIN_GAIN = 0.03  # share of the time that other types or settings must save, on a sample and for the whole file
+MIN_GAIN = 0.03  # share of the time that other types must save, and settings in a long context
 MIN_AGREEMENT = 0.9  # share of tokens; less means a faulty kernel
 SAMPLE_LAYERS = 4
 SAMPLE_VOCABULARY = 1024  # so that a sample's output matrix costs nothing

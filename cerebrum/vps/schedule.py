@@ -65,7 +65,7 @@ def chunk_size(missing: int, reading: Sequence[int], token_seconds: float, costs
     one token of that stream, infinity without a stream. Otherwise the chunk is at most twice as long as the shortest
     prompt being read (`reading` lists the missing tokens of each prompt, including this one). A short prompt then does
     not wait for a long one, and two prompts of similar length are read in one decode. A prompt that is read alone comes
-    in whole pieces of so many tokens, since the weights are read once for each piece, whatever its length.
+    in whole pieces of `piece` tokens, since the weights are read once for each piece, whatever its length.
     """
     if token_seconds < math.inf:
         return min(missing, share_size(costs, token_seconds))
