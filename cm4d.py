@@ -126,7 +126,9 @@ class Config:
     @property
     def access(self) -> Access:
         named = None if self.clients is None else {key: client.name for key, client in self.clients.items()}
-        return Access(self.client_keys, own_names(self.hosts), self.origins, named, "https" if self.tls else "http")
+        guests = frozenset(client.name for client in self.names.values() if client.places)
+        scheme = "https" if self.tls else "http"
+        return Access(self.client_keys, own_names(self.hosts), self.origins, named, scheme, guests)
 
     @property
     def names(self) -> dict[str, Client]:

@@ -338,6 +338,7 @@ class Access:
     origins: frozenset[str] = frozenset()
     named: Mapping[str, str] | None = None  # the clients' names by their keys; without any, nobody has such a key
     scheme: str = "http"  # of our own origin
+    guests: frozenset[str] = frozenset()  # clients who get what the others leave
 
     @property
     def needs_key(self) -> bool:
@@ -615,7 +616,7 @@ class Server:
         # Requests by path of the route and status. Each path has a 200 count from the start: the first is an increase.
         self.answered = Counter({(path, 200): 0 for path in self.routes})
         self.connections: dict[asyncio.Task[None], Connection] = {}  # oldest first
-        self.body_bytes = 0  # of requests being read or answered
+        self.bodies = Counter[str]()  # bytes of the requests being read or answered, by client
         self.stopping = False
         self.url = ""  # where the server listens
         self._listeners: list[asyncio.Server] = []
@@ -753,20 +754,21 @@ class Server:
         if head.expects:
             await connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = io.BytesIO()  # shares its memory with the bytes that it returns
+        client = exchange.client or connection.address
 
         def hold(piece: bytes) -> None:
-            if self.body_bytes + len(piece) > MAX_BODIES_BYTES:
+            if not has_room(self.bodies, client, client in self.access.guests, len(piece)):
                 raise malformed("too many requests are being sent; try again later", "OVERLOADED")
-            self.body_bytes += body.write(piece)
+            self.bodies[client] += body.write(piece)
 
         try:
             await (connection.read_body(head, hold) if route.json else connection.read_body(head))
             whole, notes, answered = body.getvalue(), exchange.notes, self.answered
-            client = exchange.client or connection.address
             request = Request(head, whole, parameter, connection.address, client, exchange.end, notes, answered)
             await (self._watch if route.json else self._call)(exchange, route, request)
         finally:
-            self.body_bytes -= body.tell()
+            self.bodies[client] -= body.tell()
+            self.bodies += Counter()  # forget those who hold nothing
 
     def _route(self, head: Head, exchange: Exchange) -> tuple[Route, str]:
         """The route and its path parameter. The key is checked first, on the same path: a stranger learns nothing."""
@@ -823,6 +825,13 @@ class Server:
             await exchange.fail(exchange.verdict)
         except Exception as exception:
             await exchange.fail(exception if isinstance(exception, HttpError) else internal_error(exception))
+
+
+def has_room(bodies: Counter[str], client: str, is_guest: bool, size: int) -> bool:
+    """Whether a client's request may grow by `size` bytes. A client may hold as many bytes as then stay free, a guest
+    a quarter of them, so that there is always room for somebody who comes later."""
+    free = MAX_BODIES_BYTES - bodies.total() - size
+    return bodies[client] + size <= (free // 4 if is_guest else free)
 
 
 def check_body(head: Head, route: Route) -> None:

@@ -265,10 +265,10 @@ async def test_pipelining_behind_a_running_handler_is_answered_and_bounded() -> 
         writer.write(SLOW + get("/nothing") + b"\r\n")
         await slow.begun.wait()
         writer.write(HEALTH)
-        assert server.body_bytes == len(BODY)  # which counts until it is answered
+        assert server.bodies.total() == len(BODY)  # which counts until it is answered
         slow.release.set()
         assert [(await read_reply(reader)).status for _ in range(3)] == [200, 404, 200]
-        assert server.body_bytes == 0
+        assert not server.bodies
         slow.release.clear()
         slow.begun.clear()
         writer.write(SLOW)  # nothing was swallowed while the client was watched
@@ -372,7 +372,7 @@ async def test_a_body_that_nobody_looks_at_is_not_kept(framing: str, path: str, 
             assert (await read_reply(reader)).status == status
         # Once the server waits for more, it has read all that was sent.
         await until(lambda: connection.reader._waiter is not None and not writer.transport.get_write_buffer_size())
-        assert (len(connection.buffer) <= cerebrum_http.READ_BYTES, server.body_bytes) == (True, 0)
+        assert (len(connection.buffer) <= cerebrum_http.READ_BYTES, server.bodies.total()) == (True, 0)
         writer.write(raw[-100:] + HEALTH)
         for _ in range(2 if status == 200 else 1):
             assert (await read_reply(reader)).status == 200
@@ -380,11 +380,11 @@ async def test_a_body_that_nobody_looks_at_is_not_kept(framing: str, path: str, 
 
 @pytest.mark.parametrize("framing", ["length", "chunks"])
 async def test_the_bodies_of_all_connections_are_bounded(monkeypatch: pytest.MonkeyPatch, framing: str) -> None:
-    monkeypatch.setattr(cerebrum_http, "MAX_BODIES_BYTES", 150_000)
+    monkeypatch.setattr(cerebrum_http, "MAX_BODIES_BYTES", 250_000)
     raw = upload(100_000, framing)
     async with serving() as (server, port), connect(port) as (reader, writer), connect(port) as (reader2, writer2):
         writer.write(raw[:-10])
-        await until(lambda: server.body_bytes > 95_000)
+        await until(lambda: server.bodies.total() > 95_000)
         writer2.write(raw)
         reply = await read_reply(reader2)
         assert (reply.status, reply.json["code"], reply.one("Connection")) == (503, "OVERLOADED", "close")
@@ -392,7 +392,7 @@ async def test_the_bodies_of_all_connections_are_bounded(monkeypatch: pytest.Mon
         assert (await ask(port, HEALTH)).status == 200
         writer.write(raw[-10:])
         assert (await read_reply(reader)).status == 200
-        await until(lambda: server.body_bytes == 0)
+        await until(lambda: not server.bodies)
         assert (await ask(port, raw)).status == 200
 
 
