@@ -46,8 +46,9 @@ import math
 import re
 import ssl
 import time
+import weakref
 from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -239,6 +240,7 @@ class Gateway:
         self.counting = Counting(self.broadcasts)
         self.counting.configure(config.models, config.names)
         self.tokenizing = asyncio.Semaphore(MAX_TOKENIZING)
+        self.tokenizers = weakref.WeakValueDictionary[str, asyncio.Lock]()  # who tokenizes; guests also share ""
         self.page: Response | None = None  # everything else works without it
         try:
             self.page = page_of((HERE / "cerebrum/pi/page.html").read_bytes())
@@ -260,6 +262,17 @@ class Gateway:
         """The fields of a CompletionRequest that say who asks."""
         named = self.config.names.get(request.client)
         return {"client": request.client, "guest": named.places if named else 0}
+
+    @contextlib.asynccontextmanager
+    async def turn_to_tokenize(self, request: Request) -> AsyncIterator[None]:
+        """A person tokenizes one text at a time, and so do all guests together."""
+        own = self.tokenizers.setdefault(request.client, asyncio.Lock())
+        rank = self.tokenizers.setdefault("", asyncio.Lock()) if self.who(request)["guest"] else own
+        async with own, contextlib.nullcontext() if rank is own else rank, self.tokenizing:
+            yield
+
+    def count_typed(self, client: str) -> None:
+        self.counting.typed(client)
 
     def probed(self) -> None:
         """A backend was probed. It may be back, so those that wait may get a place."""
@@ -468,7 +481,7 @@ async def tokenize(gateway: Gateway, request: Request) -> Response:
     model = gateway.fleet.route({})
     having = [one for one in gateway.fleet.backends if one.has(model) and (not one.api or one.api.tokenize)]
     fault = HttpError("VPS_UNAVAILABLE", BREAKER_OPEN if having else "expected a backend that counts tokens, got none")
-    async with gateway.tokenizing:
+    async with gateway.turn_to_tokenize(request):
         for backend in sorted(having, key=lambda one: not one.available):
             if backend.breaker.admits:
                 try:

@@ -625,6 +625,7 @@ async def test_counting_tokens_opens_the_breaker_of_a_dead_vps_and_waits_for_no_
     monkeypatch.setattr(upstream, "LOAD_SECONDS", 0.3)
     monkeypatch.setattr(breaker, "FAILURES_TO_OPEN", 1)
     async with Backend([[HANG]]) as backend, pi_for(backend.port) as pi:
-        replies = await asyncio.gather(*(start(pi, "/tokenize", {"content": "a b"}) for _ in range(6)))
+        people = [pi.from_address(f"127.0.0.{number}") for number in range(2, 8)]
+        replies = await asyncio.gather(*(start(one, "/tokenize", {"content": "a b"}) for one in people))
         refused = [reply.json["error"]["message"] == breaker.BREAKER_OPEN for reply in replies]
         assert (sum(refused), len(backend.completions)) == (2, 4)
