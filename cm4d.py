@@ -236,7 +236,7 @@ class Gateway:
         self.fleet = Fleet()
         self.fleet.replace(config.backends, config.models, config.prefer)
         self.dispatcher = Dispatcher(self.fleet, lambda model, result: self.counting.work(model, result))
-        self.broadcasts = Broadcasts(self.dispatcher, self.complete, self.beginning)
+        self.broadcasts = Broadcasts(self.dispatcher, self.complete, self.beginning, self.count_typed)
         self.counting = Counting(self.broadcasts)
         self.counting.configure(config.models, config.names)
         self.tokenizing = asyncio.Semaphore(MAX_TOKENIZING)

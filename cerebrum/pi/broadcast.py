@@ -224,15 +224,17 @@ class Subscriber:
 
 class Broadcasts:
     """Owns all broadcasts, running and finished, and their subscribers. `compute` begins a completion, `beginning`
-    returns the value of its pair "started"."""
+    returns the value of its pair "started", `count_typed` counts an answer without a backend for a client."""
 
     def __init__(
         self,
         dispatcher: Dispatcher,
         compute: Callable[[Completion], AsyncGenerator[Pair, None]],
         beginning: Callable[[Completion], dict[str, Any]],
+        count_typed: Callable[[str], object],
     ) -> None:
         self._dispatcher, self._compute, self.beginning = dispatcher, compute, beginning
+        self._count_typed = count_typed
         self.type_through = self.shared = self.replaced = 0  # requests that ended this way
         self.subscribers: list[Subscriber] = []
         self.finished: deque[Broadcast] = deque(maxlen=MAX_FINISHED)
@@ -262,7 +264,10 @@ class Broadcasts:
             self.shared += 1
         if broadcast.completion:
             broadcast.completion.requested = completion.started  # it may wait for a place as long as the first one
+            if broadcast is not own:
+                broadcast.completion.clients.append(request.client)
         else:
+            self._count_typed(request.client)
             completion.notes |= {"model": broadcast.pairs[0][1]["model"], "tokens": 0}
         self._replace_older(subscriber, ahead=not broadcast.completion)
         return broadcast

@@ -84,12 +84,14 @@ class Completion:
     attempts: list[Attempt] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
     requested: float = 0.0  # when the last client that shares it asked
+    clients: list[str] = field(default_factory=list)  # of all requests that it answers
 
     def __post_init__(self) -> None:
         self.client, self.requested = self.request.client, self.started
 
     @property
     def deadline(self) -> float:
+        self.clients.append(self.client)
         """Until when a dialect's request waits for a place. A request of our own API never waits."""
         if self.request.ahead:
             return math.inf

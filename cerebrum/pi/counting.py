@@ -149,7 +149,7 @@ class Counting:
             completion.notes |= completion.figures()
             tokens = sum(attempt.tokens for attempt in completion.attempts)
             seconds = sum(attempt.left - attempt.begun for attempt in completion.attempts)
-            self.people.add(completion.client, Usage(1, tokens, round(seconds, 3)))
+            self._share(completion.clients, tokens, seconds)
             tally, last = self.tallies.setdefault(completion.model or "none", Tally()), completion.attempt
             tally.end((last and last.reason) or reason)
             if last and last.first:
@@ -157,6 +157,17 @@ class Counting:
                 # The time of the last token is known only for a whole answer.
                 until, tokens = (last.last, last.tokens) if last.last else (last.first, 1)
                 tally.spoke(last.first - completion.started, until - completion.started, tokens)
+
+    def typed(self, client: str) -> None:
+        """Count a completion that the rest of an earlier one has answered."""
+        self.people.add(client, Usage(completions=1))
+
+    def _share(self, clients: Sequence[str], tokens: int, seconds: float) -> None:
+        """Count a completion for each of its clients, who divide the tokens and the seconds evenly."""
+        among = len(clients)
+        for number, client in enumerate(clients):
+            part = tokens * (number + 1) // among - tokens * number // among  # whole tokens, with the right sum
+            self.people.add(client, Usage(1, part, round(seconds / among, 3)))
 
     def work(self, model: str, result: Mapping[str, Any]) -> None:
         """Count the work that a backend reports."""
