@@ -63,7 +63,7 @@ from cerebrum.pi.broadcast import Broadcasts, Subscriber
 from cerebrum.pi.completion import NOTHING_SENT, RETRIED, Attempt, Completion
 from cerebrum.pi.confidence import place_of, shown
 from cerebrum.pi.counting import ACCEPTED, Counting
-from cerebrum.pi.dialects import CompletionRequest
+from cerebrum.pi.dialects import PREEMPTED, CompletionRequest
 from cerebrum.pi.dispatcher import Dispatcher
 from cerebrum.pi.fleet import Fleet
 from cerebrum.pi.page import page_of
@@ -320,8 +320,14 @@ class Gateway:
                                 yield kind, value
                     return
                 except HttpError as error:
-                    if not attempt.may_be_repeated(error):
-                        raise
+                    if attempt.reason != PREEMPTED:
+                        if not attempt.may_be_repeated(error):
+                            raise
+                    elif attempt.tokens or not attempt.again:
+                        if not begun:
+                            yield "started", self.beginning(completion)
+                        yield "done", self._result(attempt, backend, {"finish_reason": PREEMPTED})
+                        return
                     attempt.sent, error.__traceback__ = NOTHING_SENT, None  # both hold the prompt as it was sent
 
     def beginning(self, completion: Completion) -> dict[str, Any]:

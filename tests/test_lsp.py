@@ -373,7 +373,7 @@ def test_an_instruction_changes_the_selection(editor: Editor, pi: Pi, able: dict
 LACKING = [
     (instructed("tot", "length"), "the answer is longer than 2048 tokens"),
     (instructed("tot", "repeat"), "the model began to repeat itself"),
-    (instructed("tot", "replaced"), "the answer broke off"),
+    (instructed("tot", "preempted"), "the answer broke off"),
     (instructed("total\n", kept=["imports", "window"]), "the text is too long for the model"),
     (instructed("total\n", kept=None), "the text is too long for the model"),
     (instructed(" \n\n", "block"), "the answer is empty"),

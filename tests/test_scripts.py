@@ -492,7 +492,7 @@ UNTOUCHED: list[tuple[str, bytes, list[Script], str, str]] = [
     ),
     (DO, TWO_LINES, [OF_A_PART], "made from a part of the text, which is too long for the model" + REFUSES, NOT_WHOLE),
     (DO, TWO_LINES, [instructed(" \n")], "the answer is empty" + REFUSES, NOT_WHOLE),
-    (DO, TWO_LINES, [instructed("on", finish_reason="replaced")], "the answer broke off" + REFUSES, NOT_WHOLE),
+    (DO, TWO_LINES, [instructed("on", finish_reason="preempted")], "the answer broke off" + REFUSES, NOT_WHOLE),
     (DO, TWO_LINES, [FAILED_MIDWAY], "VPS_UNAVAILABLE: backend died", NOT_WHOLE),
     (DO, b"one\ncaf\xe9\n", [], NO_TEXT + "0xe9 in line 2", NO_FILE),
     (":file {path}", b"\xed\xa0\x80\n", [], NO_TEXT + "0xed in line 1", NO_FILE),  # half of an emoji

@@ -330,6 +330,8 @@ class Backend:
                             yield kind, value
                     return
                 except HttpError as error:
+                    if attempt.makes_room:
+                        raise  # it was ended on purpose: that says nothing about the backend
                     self._refused(attempt, error)
                     if attempt.tokens or refused or not isinstance(error, TooLong):
                         self.requests_failed += error.code != SUPERSEDED and not attempt.request.ahead
@@ -353,6 +355,7 @@ class Backend:
                 self.upstream.send("/v1/inference/stream", body, upstream.IDLE_SECONDS) as answer,
                 contextlib.aclosing(relay(self.upstream, answer, self.config.key)) as pairs,
             ):
+                self._may_cut(attempt, answer)
                 yield pairs
             return
         api, marked = self.api, self.fim.get(attempt.model)
@@ -364,7 +367,14 @@ class Backend:
             self.upstream.send(dialect.paths[0], body, READING_SECONDS) as answer,
             contextlib.aclosing(translate(self.upstream, answer, translator)) as pairs,
         ):
+            self._may_cut(attempt, answer)
             yield pairs
+
+    def _may_cut(self, attempt: Attempt, answer: upstream.Answer) -> None:
+        """From now on the dispatcher can cut this answer; perhaps it wanted to while the connection was opened."""
+        attempt.cut = answer.cut
+        if attempt.makes_room:
+            answer.cut()
 
     def _count(self, attempt: Attempt, tokens: int) -> None:
         """Count tokens that came; 0 for a whole answer without any. Both show that the backend works."""

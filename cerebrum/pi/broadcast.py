@@ -17,7 +17,7 @@ from typing import Any
 
 from cerebrum.pi.backend import SAMPLED_BY
 from cerebrum.pi.completion import Completion
-from cerebrum.pi.dialects import CompletionRequest
+from cerebrum.pi.dialects import CUT, CompletionRequest
 from cerebrum.pi.dispatcher import Dispatcher
 from cerebrum.pi.upstream import Pair, read_text, text_event
 from cerebrum_common import HttpError, internal_error
@@ -148,7 +148,7 @@ def finished(broadcast: Broadcast) -> Broadcast | None:
     text, (_, result) = broadcast.text, broadcast.pairs[-1]
     begun = [value for kind, value in broadcast.pairs if kind == "started"][-1]
     reason, judged = result.get("finish_reason", "stop"), [pair for pair in broadcast.pairs if pair[0] == "judged"]
-    is_cut = broadcast.completion.request.kind == "completion" and reason == "length"
+    is_cut = reason in CUT or (broadcast.completion.request.kind == "completion" and reason == "length")
     if is_cut or not 1 < len(text) <= MAX_FINISHED_CHARS:
         return None
     done = {"model": begun["model"], "finish_reason": reason}  # of an answer without a backend there are no figures

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cerebrum.pi.breaker import Admission
-from cerebrum.pi.dialects import CompletionRequest
+from cerebrum.pi.dialects import PREEMPTED, CompletionRequest
 from cerebrum.pi.upstream import BackendFailure, TooLong
 from cerebrum.text.prompt import Prepared
 from cerebrum_common import HttpError
@@ -37,7 +37,8 @@ NOTHING_SENT = Fitted({}, Prepared({}, {}, 0), 0, 0)
 
 @dataclass(slots=True, eq=False)
 class Attempt:
-    """One try at one backend. Its `Backend` writes what was sent and what came, `Dispatcher` how its place ended."""
+    """One try at one backend. Its `Backend` writes what was sent, what came and how to `cut` it, `Dispatcher` how its
+    place ended."""
 
     completion: Completion
     backend: str  # its id
@@ -49,10 +50,12 @@ class Attempt:
     size: int = 0  # bytes of the events with text, and of those that judge it
     first: float = 0.0  # when the first token came
     last: float = 0.0  # when the backend reported the answer as complete
-    reason: str = ""  # one of FINISHED or "other" for a whole answer; SUPERSEDED
+    reason: str = ""  # one of FINISHED or "other" for a whole answer; SUPERSEDED; PREEMPTED
     error: HttpError | None = None
     begun: float = field(default_factory=time.monotonic)
     left: float = 0.0  # when it gave its place back
+    cut: Callable[[], object] = lambda: None  # closes its connection to the backend, once there is one
+    again: bool = False  # preempted too early: unless it has text, the completion starts again
     ended: asyncio.Event = field(default_factory=asyncio.Event)  # set at that time
 
     @property
@@ -60,38 +63,38 @@ class Attempt:
         return self.completion.request
 
     @property
-    def superseded(self) -> bool:
-        """Whether it is being ended for a newer request, which gets its place."""
-        return self.reason == SUPERSEDED
+    def makes_room(self) -> bool:
+        """Whether it is being ended for another request, which gets its place."""
+        return self.reason in (SUPERSEDED, PREEMPTED)
 
     def may_be_repeated(self, error: HttpError) -> bool:
         """Whether another attempt may follow this error. After the first token nothing is sent again; a prompt that is
         too long may fit into another backend's context."""
-        if self.tokens or self.superseded:
+        if self.tokens or self.makes_room:
             return False
         return isinstance(error, TooLong) or error.status in RETRIED
 
 
 @dataclass(slots=True, eq=False)
 class Completion:
-    """A request on its way. `Dispatcher` writes the client and the attempts, `Broadcasts` when it was last requested;
-    both `Counting` and `Broadcasts` add notes. Times are monotonic seconds."""
+    """A request on its way. `Dispatcher` writes the client and the attempts, `Broadcasts` who else asks for it; both
+    write when it was last requested. `Counting` and `Broadcasts` add notes. Times are monotonic seconds."""
 
     request: CompletionRequest
     end: Callable[[HttpError], object] = lambda _: None  # ends the client's request with this error, whatever it awaits
     notes: dict[str, Any] = field(default_factory=dict)  # for the request's line in the log
     client: str = ""  # whose share of the places it takes: one who still reads it
+    clients: list[str] = field(default_factory=list)  # of all requests that it answers
     attempts: list[Attempt] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
-    requested: float = 0.0  # when the last client that shares it asked
-    clients: list[str] = field(default_factory=list)  # of all requests that it answers
+    requested: float = 0.0  # when the last client that shares it asked, or when it had to start again
 
     def __post_init__(self) -> None:
         self.client, self.requested = self.request.client, self.started
+        self.clients.append(self.client)
 
     @property
     def deadline(self) -> float:
-        self.clients.append(self.client)
         """Until when a dialect's request waits for a place. A request of our own API never waits."""
         if self.request.ahead:
             return math.inf

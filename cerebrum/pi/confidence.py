@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
 
+from cerebrum.pi.dialects import CUT
 from cerebrum.pi.upstream import Pair, read_text, text_event
 from cerebrum.text.languages import BY_NAME, LANGUAGES
 
@@ -58,7 +59,7 @@ async def shown(
                 held += read_text(value)
                 number = json.loads(value[:-2].rpartition(b"\n\n")[2][6:])["total_tokens"]
                 kind, value = "idle", None
-            elif kind == "done" and value.get("finish_reason") != "replaced":
+            elif kind == "done" and value.get("finish_reason") not in CUT:
                 rest = line_end + held
                 if hides:
                     lacks_lines = is_gap_of_lines(fields["prompt"].removesuffix(before), fields.get("suffix") or "")

@@ -332,6 +332,8 @@ def read_chat(members: Mapping[str, Any]) -> CompletionRequest:
 
 # A native token event, as cm4d relays it. Its JSON string goes into other events unchanged.
 TOKEN_TEXT = re.compile(rb'data: \{"token": ("(?:[^"\\]|\\.)*+"), "total_tokens": [0-9]+\}\n\n')
+PREEMPTED = "preempted"  # a guest's completion has made room for somebody else's
+CUT = frozenset({"replaced", PREEMPTED})  # finish reasons of a text that ends wherever it was
 SLOT = "\x00"  # placeholder for this string; no id or name has this character
 
 
@@ -341,7 +343,7 @@ def sse(data: Mapping[str, Any]) -> bytes:
 
 def finish_reason(result: Mapping[str, Any]) -> str:
     """OpenAI's finish reason: "length" if a limit cut the text, else "stop"."""
-    return "length" if result.get("finish_reason") in ("length", "replaced") else "stop"
+    return "length" if result.get("finish_reason") in ("length", *CUT) else "stop"
 
 
 def usage(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -435,19 +437,19 @@ class LlamaReply(Reply):
         }
         if self.request.only is None:
             return compact(answer)
-        if "replaced" in answer:
+        if "replaced" in answer or ("preempted" in answer and not text):
             del answer["content"]  # llama.vim would keep empty content, and show nothing at this place again
         for outer in ("generation_settings", "timings"):
             answer |= {f"{outer}/{name}": value for name, value in answer[outer].items()}
-        return compact({name: answer[name] for name in ("replaced", *self.request.only) if name in answer})
+        return compact({name: answer[name] for name in (*sorted(CUT), *self.request.only) if name in answer})
 
 
 def marks(result: Mapping[str, Any]) -> dict[str, Any]:
     """Members of our own: `type_through` if an earlier completion answered, `replaced` if a newer request took over,
-    `unsure` if lines are not shown; and how sure the model is."""
+    `preempted` if a guest made room, `unsure` if lines are not shown; and how sure the model is."""
     reason = result.get("finish_reason")
     given = {name: result[name] for name in ("type_through", "confidence", "text_confidence") if name in result}
-    return given | {name: True for name in ("replaced", "unsure") if name == reason}
+    return given | {name: True for name in (*CUT, "unsure") if name == reason}
 
 
 def timings(result: Mapping[str, Any]) -> dict[str, Any]:

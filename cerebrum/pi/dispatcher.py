@@ -20,7 +20,7 @@ from cerebrum.fields import describe
 from cerebrum.pi.backend import Backend
 from cerebrum.pi.breaker import BREAKER_OPEN, NEVER_ASKED
 from cerebrum.pi.completion import SUPERSEDED, WITHOUT_MODEL, Attempt, Completion
-from cerebrum.pi.dialects import CompletionRequest
+from cerebrum.pi.dialects import PREEMPTED, CompletionRequest
 from cerebrum.pi.fleet import Fleet, Options
 from cerebrum_common import HttpError, internal_error, log
 
@@ -28,6 +28,7 @@ from cerebrum_common import HttpError, internal_error, log
 
 BUSY_SECONDS, MAX_BUSY_SECONDS = 0.1, 1.0  # pause before a dialect's request asks a busy backend again; it doubles
 EDITOR_SECONDS = 60.0  # for this long after an infill, a place is kept for the next one
+SHARE_SECONDS, SHARE_OF_SECONDS = 10.0, 60.0  # a guest's share of each minute, which other guests respect
 
 
 @dataclass(slots=True)
@@ -41,11 +42,18 @@ class State:
     turns: dict[str, float] = field(default_factory=dict)  # when each client last got a place
     regular: float = -math.inf  # when a client that is no guest last got a place
     served: dict[str, Backend] = field(default_factory=dict)  # the last backend of each `CompletionRequest.file`
+    visits: list[tuple[str, float, float]] = field(default_factory=list)  # a guest, and when it got and left a place
 
     def running(self, backends: Sequence[Backend]) -> list[Attempt]:
         """The attempts that take a place at these backends: not those that are being ended or that read ahead."""
         holders = (attempt for attempt, backend in self.places.items() if backend in backends)
-        return [attempt for attempt in holders if not (attempt.superseded or attempt.request.ahead)]
+        return [attempt for attempt in holders if not (attempt.makes_room or attempt.request.ahead)]
+
+    def guest_seconds(self, client: str, now: float) -> float:
+        """How long a guest has held places in the last minute; two places at a time count twice."""
+        visits = [visit for visit in self.visits if visit[0] == client]
+        visits += [(client, one.begun, now) for one in self.places if one.completion.client == client]
+        return sum(max(0.0, left - max(begun, now - SHARE_OF_SECONDS)) for _, begun, left in visits)
 
     def load(self, backend: Backend) -> float:
         """How busy a backend is, as a share of its limit. Requests that are being ended still count."""
@@ -68,7 +76,14 @@ class Wait:
     until: float
 
 
-Decision = Assign | Wait | HttpError  # an error ends the completion
+@dataclass(frozen=True, slots=True)
+class Preempt:
+    """End this completion of a guest, and decide again."""
+
+    guest: Attempt
+
+
+Decision = Assign | Preempt | Wait | HttpError  # an error ends the completion
 
 
 def decide(state: State, completion: Completion, now: float) -> Decision:
@@ -96,15 +111,46 @@ def decide(state: State, completion: Completion, now: float) -> Decision:
             return Wait(until)
         return completion.failure or nobody(state.fleet, options)
     # 5. Is a place free, and may this client take it? It ends the older requests of its session.
-    #    Reading ahead takes no place.
-    free = [one for one in usable if request.ahead or places_taken(state, one, request.session) < one.limit]
-    may_take = request.ahead or (is_fair(state, completion, usable, now) and is_left(state, completion, usable, now))
-    chosen = choose(state, request, options, free) if may_take else None
-    # 6. A prompt is read where its next request will go, once that backend has nothing else to do.
+    #    A prompt is read where its next request will go, once that backend has nothing else to do.
+    chosen = place_for(state, completion, options, usable, now)
     if chosen and (not request.ahead or is_idle(state, chosen.backend)):
         return chosen
+    # 6. Guests make room for everybody else.
+    if not (request.guest or request.ahead) and (guest := who_makes_room(state, completion, options, usable, now)):
+        return Preempt(guest)
     # 7. A dialect's request waits; one of our own API gets 429 at once, as docs/api.md promises.
     return Wait(until) if may_wait else completion.failure or all_taken(state, request.guest)
+
+
+def place_for(
+    state: State, completion: Completion, options: Options, usable: Sequence[Backend], now: float
+) -> Assign | None:
+    """A free place that this client may take. Reading ahead takes no place."""
+    request = completion.request
+    if request.ahead:
+        return choose(state, request, options, usable)
+    if not (is_fair(state, completion, usable, now) and is_left(state, completion, usable, now)):
+        return None
+    free = [one for one in usable if places_taken(state, one, request.session) < one.limit]
+    return choose(state, request, options, free)
+
+
+def who_makes_room(
+    state: State, completion: Completion, options: Options, usable: Sequence[Backend], now: float
+) -> Attempt | None:
+    """The guest's attempt to end for this completion, None if it would get no place without guests either: one of the
+    guest who has held places for longest in the last minute, rather no infill, and the newest, which loses least."""
+    others = {attempt: backend for attempt, backend in state.places.items() if not attempt.request.guest}
+    place = place_for(replace(state, places=others), completion, options, usable, now)
+    if not place:
+        return None
+    guests = [one for one in state.running(usable) if one.request.guest]
+    there = [one for one in guests if state.places[one] is place.backend] or guests
+
+    def order(one: Attempt) -> tuple[float, bool, float]:
+        return state.guest_seconds(one.completion.client, now), one.request.kind != "infill", one.begun
+
+    return max(there, key=order, default=None)
 
 
 def choose(state: State, request: CompletionRequest, options: Options, free: Sequence[Backend]) -> Assign | None:
@@ -179,7 +225,7 @@ def whose_turn(state: State, running: Mapping[str, int], completion: Completion)
     """The lower, the sooner a completion that waits gets a place: guests come last; then people take turns, those with
     the fewest places first, then those whose last turn is the longest ago; of one person's, infills come first."""
     request, client = completion.request, completion.client
-    return request.guest > 0, running[client], state.turns.get(client, -math.inf), request.kind != "infill"
+    return request.guest > 0, running[client], state.turns.get(client, 0.0), request.kind != "infill"
 
 
 def all_taken(state: State, guest: int) -> HttpError:
@@ -203,6 +249,7 @@ def nobody(fleet: Fleet, options: Options) -> HttpError:
 
 # -------------------------------------------------------------------------------------------- the dispatcher
 
+ENDING_SECONDS = 1.0  # for a completion that makes room to leave its place
 MAX_SERVED = 512  # sessions and files with the backend that served them last, and clients with their last turn
 MAX_AHEAD = 4  # prompts to be read ahead, one of each client
 
@@ -258,6 +305,8 @@ class Dispatcher:
                     return self._assign(completion, model, backend)
                 case HttpError() as error:
                     raise error
+                case Preempt(guest):
+                    self._preempt(guest)
                 case Wait(until):
                     if attempt := await self._wait_in_line(completion, until):
                         return attempt
@@ -268,11 +317,13 @@ class Dispatcher:
         older request, which this one replaces, leaves first."""
         places, backend = self.state.places, self.state.places[attempt]
         try:
-            for other in [one for one, where in places.items() if where is backend and one.superseded]:
-                await other.ended.wait()
+            for other in [one for one, where in places.items() if where is backend and one.makes_room]:
+                with contextlib.suppress(TimeoutError):  # it is cut, but its client may be slow to take the last text
+                    async with asyncio.timeout(ENDING_SECONDS):
+                        await other.ended.wait()
             yield backend
         except HttpError as error:
-            attempt.error = error
+            attempt.error = None if attempt.makes_room else error
             raise
         finally:
             self._leave(attempt)
@@ -302,6 +353,9 @@ class Dispatcher:
                 case Assign(model, backend):
                     running[completion.client] += 1
                     state.line.pop(completion).set_result(self._assign(completion, model, backend))
+                case Preempt(guest):
+                    self._preempt(guest)
+                    waiting.append(completion)
                 case HttpError() as error:
                     state.line.pop(completion).set_exception(error)
         for completion in [*self.ahead.values()]:
@@ -333,15 +387,29 @@ class Dispatcher:
         return attempt
 
     def _supersede(self, attempt: Attempt) -> None:
-        if not attempt.superseded:
+        if not attempt.makes_room:
             attempt.reason = SUPERSEDED
             attempt.completion.end(HttpError(SUPERSEDED, "a newer request of this session took its place"))
 
+    def _preempt(self, attempt: Attempt) -> None:
+        """End a guest's attempt. One that ends within its guest's share of the minute comes first among guests."""
+        state, completion, now = self.state, attempt.completion, time.monotonic()
+        if state.guest_seconds(completion.client, now) < SHARE_SECONDS:
+            state.turns[completion.client] = -math.inf
+            attempt.again = bool(attempt.request.kind)  # our own API never waits
+            completion.requested = now
+        attempt.reason = PREEMPTED
+        attempt.cut()
+
     def _leave(self, attempt: Attempt) -> None:
         """Give the place of an attempt back."""
-        del self.state.places[attempt]
+        state = self.state
+        del state.places[attempt]
         attempt.admission.left()
-        attempt.left = time.monotonic()
+        attempt.left = now = time.monotonic()
+        if attempt.request.guest and not attempt.request.ahead:
+            state.visits = [visit for visit in state.visits if now - visit[2] < SHARE_OF_SECONDS]
+            state.visits.append((attempt.completion.client, attempt.begun, now))
         attempt.ended.set()
         self.advance()
 
@@ -377,8 +445,8 @@ class Dispatcher:
             internal_error(exception)
 
     def _has_read(self, attempt: Attempt, task: asyncio.Task[None]) -> None:
-        if task.cancelled() and not attempt.superseded:
+        if task.cancelled() and not attempt.makes_room:
             self.ahead.clear()  # the daemon stops
-        if attempt.superseded and attempt.completion.client not in self.ahead:
+        if attempt.makes_room and attempt.completion.client not in self.ahead:
             self._queue(Completion(attempt.request))
         self._leave(attempt)

@@ -432,10 +432,14 @@ class Reader(asyncio.Protocol):
     def _check(self, idle: float, end: float) -> None:
         left = min(self._since + idle, end) - self._loop.time()
         if left <= 0:
-            self.end = EXPIRED
-            self.transport.abort()
+            self.cut()
         else:
             self._timer = self._loop.call_later(min(left, idle), self._check, idle, end)
+
+    def cut(self) -> None:
+        """Close the connection. A read returns what has come, then b""."""
+        self.end = self.end or EXPIRED
+        self.transport.abort()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -484,6 +488,10 @@ class Answer:
         self._ahead = b""  # read, but not yet used: part of the head, later the body bytes that came with it
         self._scanned = self._skipped = 0  # scanned bytes of the head; skipped heads
         self.body = BodyDecoder(0, False)  # once it is done, the connection is not reused, whatever bytes follow
+
+    def cut(self) -> None:
+        """End the answer here: reading returns what has come, and then fails."""
+        self.reader.cut()
 
     async def read_head(self, kind: str) -> None:
         """Read the head, skipping heads with status 1xx. HttpError or BackendFailure as in `parse_answer`. After a

@@ -389,17 +389,19 @@ async def test_an_instruction_for_a_selection_without_code_and_for_a_text_that_h
 
 async def test_an_answer_that_may_lack_a_part_is_not_taken_unwarned(chrome: Any) -> None:
     wrong = {"length": "was cut off at 512 tokens", "repeat": "repeats itself"}
+    wrong |= {"preempted": "made room for another request"}
     answers = [completion("y = 1", finish_reason=reason) for reason in wrong]
     async with visiting(chrome, *answers, completion("y = 1"), [CHUNKED, A, HANG]) as visit:
         for words in wrong.values():
             await visit.instruct("x = 1\n", "use y")
             await visit.see("#proposal-warning", f"The answer {words}: the end of the text may be missing.")
             await visit.offers("leave")
+        await expect(visit.find("#take")).to_be_hidden()  # of the preempted one
         await visit.instruct("".join(f"value_{n} = {n}\n" for n in range(500)), "use y")
         words = re.compile(r"The model saw only \d+ of 7785 characters\. The answer may lack")
         await visit.see_part("#proposal-warning", words)
         await visit.offers("leave")
-        assert visit.backend.completions[2]["max_tokens"] == 2048  # a third of the characters and 64 would be more
+        assert visit.backend.completions[3]["max_tokens"] == 2048  # a third of the characters and 64 would be more
         await visit.instruct("x = 1\n", "use y")
         await visit.see("#diff", "a")
         await visit.press("Escape")

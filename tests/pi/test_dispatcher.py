@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from scripted import backend_at
@@ -14,7 +15,7 @@ from scripted import backend_at
 from cerebrum.pi.breaker import Breaker
 from cerebrum.pi.completion import SUPERSEDED, WAIT_SECONDS, Attempt, Completion
 from cerebrum.pi.dialects import CompletionRequest
-from cerebrum.pi.dispatcher import BUSY_SECONDS, EDITOR_SECONDS, Assign, State, Wait, decide, whose_turn
+from cerebrum.pi.dispatcher import BUSY_SECONDS, EDITOR_SECONDS, Assign, Preempt, State, Wait, decide, whose_turn
 from cerebrum.pi.fleet import Fleet
 from cerebrum.pi.upstream import BackendFailure
 from cerebrum_common import HttpError, Model
@@ -58,6 +59,7 @@ def decided(
     ahead: bool = False,
     guest: int = 0,
     regular: float = 0,  # seconds since somebody else got a place; 0: nobody did
+    visits: Mapping[str, float] = {},  # seconds that a guest has held places in the last minute
 ) -> str:
     """`model@backend`, `wait SECONDS`, or the code of a refusal."""
     fleet = Fleet()
@@ -71,8 +73,10 @@ def decided(
         state.regular = NOW - regular
     for place in (*running, *superseded):
         id, other_kind, client = (*place.split(), "")[:3]
-        other = CompletionRequest(other_kind.strip("-"), {}, client=client, session=client, guest=client in GUESTS)
-        attempt = Attempt(Completion(other), id, "big", known[id].breaker.admit(NOW))
+        is_guest = client in ("tom", "tim") or (client == "me" and guest > 0)
+        other = CompletionRequest(other_kind.strip("-"), {}, client=client, session=client, guest=is_guest)
+        began = NOW - len(running) + len(state.places)
+        attempt = Attempt(Completion(other), id, "big", known[id].breaker.admit(NOW), begun=began)
         attempt.reason = SUPERSEDED if place in superseded else ""
         state.places[attempt] = known[id]
     fields = {"language": language, "mode": mode, "model": model, "filename": "f.py"}
@@ -80,6 +84,7 @@ def decided(
     completion.requested = asked
     for id, name, error in attempts:
         completion.attempts.append(Attempt(completion, id, name, Breaker().admit(NOW), error=error, left=NOW))
+    state.visits = [(client, NOW - 59.0, NOW - 59.0 + seconds) for client, seconds in visits.items()]
     if served:
         state.served[completion.request.file] = known[served]
     if in_line:
@@ -87,6 +92,9 @@ def decided(
     decision = decide(state, completion, now)
     if isinstance(decision, Assign):
         return f"{decision.model}@{decision.backend.id}"
+    if isinstance(decision, Preempt):
+        place = [*state.places].index(decision.guest)
+        return f"end {(*running, *superseded)[place]}"
     return f"wait {decision.until - now:.1f}" if isinstance(decision, Wait) else decision.code
 
 
@@ -96,7 +104,6 @@ FULL = [*TWO, "b -", "b -"]
 APART = {"a": "big", "b": "small"}
 ALONE = {"kind": "infill", "backends": {"a": "big"}}
 PATIENCE = WAIT_SECONDS["infill"]
-GUESTS = ("me", "tom")  # where `guest` is given
 GUEST = {"kind": "infill", "guest": 3}
 
 
@@ -203,17 +210,55 @@ GUEST = {"kind": "infill", "guest": 3}
         (GUEST | {"in_line": True}, "wait 3.0"),
         ({"guest": 1, "session": "me", "running": ["a - me"]}, "big@b"),  # which ends the older one
         ({"kind": "infill", "running": ["a - me", "a - tom", "b - me"], "in_line": True}, "big@b"),
+        # Guests make room for everybody else: first those who have had most of the last minute, and the newest.
+        ({"running": ["a - tom", "a chat tom", "b -", "b -"]}, "end a chat tom"),
+        ({"running": ["a chat tom", "a infill tom", "b -", "b -"]}, "end a chat tom"),
+        ({"running": ["a - tom", "a - tim", "b -", "b -"]}, "end a - tom"),
+        ({"running": ["a - tom", "a - tim", "b -", "b -"], "visits": {"tim": 9}}, "end a - tim"),
+        ({"running": ["a - tom", "a - tim", "b -", "b -"], "visits": {"tom": 20, "tim": 11}}, "end a - tom"),
+        ({"kind": "infill", "running": ["a - tom", "a -", "b -", "b -"]}, "end a - tom"),
+        ({"running": ["a -", "a -", "b - tom", "b -"], "backends": APART}, "end b - tom"),
+        ({"running": ["a -", "a -", "b - tom", "b -"], "backends": APART, "model": "big"}, "RATE_LIMIT"),
+        ({"running": ["a - tom", "a -", "b -", "b -"], "health": {"a": OPEN}}, "RATE_LIMIT"),
+        ({"running": ["a - tom", "a -", "b -"]}, "big@b"),
+        ({"running": ["a - tom", "a - tim", "b -"], "superseded": ["b - tom"]}, "big@b"),
+        (GUEST | {"running": ["a - tom", "a - tim", "b - tom", "b - tim"]}, "wait 3.0"),
+        ({"kind": "infill", "ahead": True, "running": ["a - tom", "b - tom"]}, "wait inf"),
+        # Not if it would get no place without them either.
+        ({"kind": "chat", "running": ["a chat tom", "a chat", "b -"], "editors": {"you": 5}}, "big@b"),
+        ({"kind": "chat", "running": ["a chat tom", "a chat", "b chat"], "editors": {"you": 5}}, "end a chat tom"),
+        ({"kind": "chat", "running": ["a - tom", "a chat", "b chat", "b chat"], "editors": {"you": 5}}, "wait 30.0"),
+        ({"kind": "infill", "running": ["a infill me"] * 3 + ["b - tom"], "editors": {"you": 5}}, "wait 3.0"),
     ],
 )  # fmt: skip
 def test_decide(case: dict[str, Any], expected: str) -> None:
     assert decided(**case) == expected
 
 
+def test_a_guests_seconds() -> None:
+    state = State(Fleet(), visits=[("tom", 930.0, 935.0), ("tom", 935.0, 945.0), ("tim", 941.0, 946.0)])
+    for client, begun in (("tom", 990.0), ("tom", 999.0), ("tim", 900.0)):
+        request = CompletionRequest("chat", {}, client=client, guest=2)
+        attempt = Attempt(Completion(request), "a", "big", Breaker().admit(NOW), begun=begun)
+        state.places[attempt] = cast(Any, None)
+    assert [state.guest_seconds(client, NOW) for client in ("tom", "tim", "anna")] == [5 + 10 + 1, 5 + 60, 0]
+
+
 def test_people_take_turns() -> None:
     """Those who wait, in the order in which they would get places: name, kind, places held, seconds since a turn."""
-    state, held = State(Fleet(), turns={"anna": NOW - 5, "ben": NOW - 9}), {"dora": 1}
-    line = [("tom", "infill"), ("dora", "infill"), ("anna", "chat"), ("anna", "infill"), ("ben", "chat"), ("cora", "")]
-    waiting = [Completion(CompletionRequest(kind, {}, client=name, guest=name == "tom")) for name, kind in line]
+    state, held = State(Fleet(), turns={"anna": NOW - 5, "ben": NOW - 9, "tim": -math.inf}), {"dora": 1}
+    line = [
+        ("tom", "infill"),
+        ("tim", "chat"),
+        ("dora", "infill"),
+        ("anna", "chat"),
+        ("anna", "infill"),
+        ("ben", "chat"),
+        ("cora", ""),
+    ]
+    waiting = [
+        Completion(CompletionRequest(kind, {}, client=name, guest=name in ("tom", "tim"))) for name, kind in line
+    ]
     waiting.sort(key=lambda one: whose_turn(state, Counter(held), one))
     turns = [f"{one.client} {one.request.kind}".strip() for one in waiting]
-    assert turns == ["cora", "ben chat", "anna infill", "anna chat", "dora infill", "tom infill"]
+    assert turns == ["cora", "ben chat", "anna infill", "anna chat", "dora infill", "tim chat", "tom infill"]

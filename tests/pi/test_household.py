@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import signal
@@ -17,13 +18,19 @@ from typing import Any
 import pytest
 from harness import KEY, Reply, certificate, connect, daemon, post, read_reply, run_to_the_end, until, wait_until
 from scripted import CHUNKED as HEAD
-from scripted import GOOD, HANG, Backend, Pi, chunk, in_a_thread, pi_for, token
+from scripted import GOOD, HANG, Backend, Flood, Pi, answer, chunk, in_a_thread, pi_for, script, token
 
+from cerebrum import http as cerebrum_http
 from cerebrum.check import has_health
 from cerebrum.http import MAX_CONNECTIONS, WRITE_SECONDS
+from cerebrum.pi import dispatcher
+from cerebrum.pi.breaker import Breaker
+from cerebrum.pi.completion import Attempt, Completion
+from cerebrum.pi.dialects import CompletionRequest
+from cerebrum.pi.upstream import Upstream
 from cerebrum.settings import Client, ConfigError, Environment
 
-ANNA, BEN, TOM = "annas-key", "bens-key", "toms-key"
+ANNA, BEN, TOM, TIM = "annas-key", "bens-key", "toms-key", "tims-key"
 HOUSE = {ANNA: Client("anna"), BEN: Client("ben"), TOM: Client("tom", 1)}
 FORM = "expected NAME KEY [PLACES], got something else"
 FIGURES = ("completions", "tokens", "accepted")
@@ -131,7 +138,7 @@ async def test_places_go_round_by_person() -> None:
             order.append(HOUSE[key].name)
 
         tasks = []
-        for key, count in ((TOM, 2), (ANNA, 3), (BEN, 2)):
+        for key, count in ((ANNA, 1), (TOM, 2), (ANNA, 2), (BEN, 2)):
             for n in range(count):
                 tasks.append(asyncio.create_task(chats(key, n)))
                 await until(lambda: len(pi.gateway.dispatcher.state.line) + vps.running == len(tasks))
@@ -139,7 +146,7 @@ async def test_places_go_round_by_person() -> None:
             gate.set()
             await until(lambda number=number: len(order) > number)  # type: ignore[misc]
         await asyncio.gather(*tasks)
-        assert order == ["tom", "anna", "ben", "anna", "ben", "anna", "tom"]
+        assert order == ["anna", "ben", "anna", "ben", "anna", "tom", "tom"]
 
 
 async def test_two_places_that_come_at_once_go_to_two_people() -> None:
@@ -157,6 +164,168 @@ async def test_two_places_that_come_at_once_go_to_two_people() -> None:
         for task in asked:
             task.cancel()
         await until(lambda: not vps.running)
+
+
+# ------------------------------------------------------------------------------------------------ guests
+
+CHATS, TOKENIZE = "/v1/chat/completions", "/tokenize"
+GUESTS = HOUSE | {TOM: Client("tom", 2), TIM: Client("tim", 1)}
+
+
+def begin(pi: Pi, key: str, path: str, text: str, **more: Any) -> asyncio.Task[Reply]:
+    """Ask for a chat, for a completion of our own API, or for tokens."""
+    chat = {"messages": [{"role": "user", "content": text}]}
+    bodies = {CHATS: chat, TOKENIZE: {"content": text}}
+    body = bodies.get(path, {"prompt": text, "language": "python"})
+    return asyncio.create_task(pi.ask("POST", path, {**body, **more}, X_API_Key=key))
+
+
+def tire(pi: Pi) -> None:
+    """Let all guests have had their share of this minute."""
+    now = time.monotonic()
+    pi.gateway.dispatcher.state.visits = [(name, now - 30, now - 10) for name in ("tom", "tim")]
+
+
+async def test_a_guest_makes_room_with_the_text_so_far() -> None:
+    slow = [HEAD, chunk(token("a", 1)), HANG]
+    gate = asyncio.Event()
+    async with Backend([slow, slow, [HEAD, gate.wait, *GOOD[1:]]]) as vps, pi_for(vps.port, clients=GUESTS) as pi:
+        whole = begin(pi, TOM, CHATS, "one")
+        await until(lambda: [one.tokens for one in pi.at(0)] == [1])
+        stream = begin(pi, TOM, "/v1/complete/stream", "x =")
+        await until(lambda: [one.tokens for one in pi.at(0)] == [1, 1])
+        tire(pi)
+        family = [begin(pi, ANNA, "/v1/complete", "x ="), begin(pi, BEN, CHATS, "two")]
+        *tokens, done = (await stream).events
+        assert ([one["token"] for one in tokens], done["done"], done["finish_reason"]) == (["a"], True, "preempted")
+        assert (done["total_tokens"], (await stream).clean, stream.done()) == (1, True, True)
+        (choice,) = (await whole).json["choices"]
+        assert (choice["message"]["content"], choice["finish_reason"]) == ("a", "length")
+        assert (await whole).json["preempted"] is True
+        await until(lambda: len(vps.completions) == 4)
+        assert (vps.running, vps.most_running) == (2, 2)
+        gate.set()
+        assert [reply.status for reply in await asyncio.gather(*family)] == [200, 200]
+        told = (await pi.get("/v1/stats", X_API_Key=ANNA)).json
+        assert told["backends"][0]["requests_failed"] == 0
+        assert 'ended_total{model="qwen_0_5b",reason="preempted"} 2' in (
+            (await pi.get("/metrics", X_API_Key=ANNA)).body.decode()
+        )
+
+
+async def test_a_guest_makes_room_even_if_it_does_not_take_its_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatcher, "ENDING_SECONDS", 0.05)
+    flood = [HEAD, Flood(chunk(token("x" * 1000, 1))), HANG]
+    async with Backend([flood, GOOD]) as vps, pi_for(vps.port, clients=GUESTS, max_concurrent=1) as pi:
+        body = {"prompt": "x =", "language": "python"}
+        _, writer = await pi.open("POST", "/v1/complete/stream", body, X_API_Key=TOM)
+        (connection,) = pi.server.connections.values()
+        await until(lambda: connection.transport.get_write_buffer_size() > 0)
+        assert (await ask(pi, ANNA)).status == 200
+        writer.transport.abort()
+
+
+async def test_a_guest_without_its_share_starts_again_before_other_guests() -> None:
+    reading, gate = [HEAD, HANG], asyncio.Event()
+    async with (
+        Backend([reading, [HEAD, gate.wait, *GOOD[1:]], GOOD]) as vps,
+        pi_for(vps.port, clients=GUESTS, max_concurrent=1) as pi,
+    ):
+        tom = begin(pi, TOM, CHATS, "of tom", stream=True)
+        await until(lambda: vps.running)
+        tim = begin(pi, TIM, CHATS, "of tim")
+        await until(lambda: pi.gateway.dispatcher.state.line)
+        pi.at(0)[0].completion.requested -= 100  # it has waited, and waits anew
+        anna = begin(pi, ANNA, CHATS, "of anna")
+        await until(lambda: len(vps.completions) == 2 and len(pi.gateway.dispatcher.state.line) == 2)
+        gate.set()
+        assert [reply.status for reply in await asyncio.gather(tom, tim, anna)] == [200] * 3
+        order = [one["messages"][0]["content"] for one in vps.completions]
+        assert order == ["of tom", "of anna", "of tom", "of tim"]
+        assert '"finish_reason":"stop"' in (await tom).body.decode()
+        assert (await begin(pi, TOM, "/v1/complete", "x =")).json["finish_reason"] == "stop"
+
+
+async def test_our_own_api_does_not_start_again() -> None:
+    async with Backend([[HEAD, HANG], GOOD]) as vps, pi_for(vps.port, clients=GUESTS, max_concurrent=1) as pi:
+        tom = begin(pi, TOM, "/v1/complete", "x =")
+        await until(lambda: vps.running)
+        assert (await ask(pi, ANNA)).status == 200
+        assert [(await tom).json[name] for name in ("completion", "finish_reason")] == ["", "preempted"]
+
+
+async def test_a_guest_makes_room_while_its_connection_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatcher, "ENDING_SECONDS", 0.05)
+    asked, gate, connect_now = asyncio.Event(), asyncio.Event(), Upstream._connect
+
+    async def connect_late(self: Upstream) -> Any:
+        monkeypatch.setattr(Upstream, "_connect", connect_now)
+        asked.set()
+        await gate.wait()
+        return await connect_now(self)
+
+    async with Backend() as vps, pi_for(vps.port, clients=GUESTS, max_concurrent=1) as pi:
+        monkeypatch.setattr(Upstream, "_connect", connect_late)
+        tom = begin(pi, TOM, "/v1/complete", "x =")
+        await asked.wait()
+        assert (await ask(pi, ANNA)).json["completion"] == "ab"
+        gate.set()
+        assert [(await tom).json[name] for name in ("completion", "finish_reason")] == ["", "preempted"]
+
+
+async def test_a_guest_reads_no_completion_of_the_family() -> None:
+    gate = asyncio.Event()
+    async with Backend([[HEAD, gate.wait, *GOOD[1:]]]) as vps, pi_for(vps.port, clients=GUESTS) as pi:
+        asked = [begin(pi, key, CHATS, "the same", temperature=0) for key in (ANNA, TOM)]
+        await until(lambda: vps.running == 2)
+        gate.set()
+        assert [reply.status for reply in await asyncio.gather(*asked)] == [200, 200]
+        assert [one.get("priority") for one in vps.completions] == [None, "low"]
+
+
+async def test_a_shared_or_typed_answer_counts_for_each_who_asked() -> None:
+    gate = asyncio.Event()
+    infill = {"input_prefix": "def f():\n", "prompt": "    re", "input_suffix": "\n", "temperature": 0}
+    scripts = [[HEAD, gate.wait, *GOOD[1:]], script("turn 1", "2")]
+    async with Backend(scripts) as vps, pi_for(vps.port, clients=HOUSE) as pi:
+        asked = [begin(pi, key, CHATS, "the same", temperature=0) for key in (ANNA, BEN, BEN)]
+        await until(lambda: len(pi.gateway.broadcasts.subscribers) == 3)
+        gate.set()
+        await asyncio.gather(*asked)
+        assert await figures(pi) == {"anna": [1, 0, 0], "ben": [2, 2, 0], "tom": [0, 0, 0]}
+        for typed in ("", "tu", "turn"):
+            reply = await pi.ask("POST", "/infill", infill | {"prompt": f"    re{typed}"}, X_API_Key=ANNA)
+            assert reply.json.get("type_through", False) == bool(typed)
+        assert len(vps.completions) == 2
+        assert await figures(pi) == {"anna": [4, 2, 0], "ben": [2, 2, 0], "tom": [0, 0, 0]}
+        shared = Completion(CompletionRequest("chat", {}, client="anna"))
+        shared.clients += ["ben", "tom"]
+        attempt = Attempt(shared, "vps", "qwen_0_5b", Breaker().admit(0.0), tokens=10, begun=1.0, left=10.0)
+        shared.attempts.append(attempt)
+        before = {name: used.seconds for name, used in pi.gateway.counting.people.total.items()}
+        async with pi.gateway.counting.completion(shared):
+            pass
+        people = pi.gateway.counting.people.total
+        assert [round(people[name].seconds - before[name], 3) for name in before] == [3.0, 3.0, 3.0]
+        assert [people[name].tokens for name in before] == [2 + 3, 2 + 3, 4]
+
+
+async def test_bodies_and_tokens_of_a_guest_leave_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cerebrum_http, "MAX_BODIES_BYTES", 100_000)
+    gate = asyncio.Event()
+    counted = [gate.wait, answer(200, {"tokens": [1]})]
+    async with Backend([counted]) as vps, pi_for(vps.port, clients=GUESTS) as pi:
+        guests = [begin(pi, TOM, TOKENIZE, "x" * 4900) for _ in range(9)]
+        await until(lambda: sum(one.done() for one in guests) == 5)  # a quarter of what is free: 20,000
+        assert {reply.json["error"]["code"] for reply in [await one for one in guests if one.done()]} == {"OVERLOADED"}
+        guests.append(begin(pi, TIM, TOKENIZE, "y"))
+        await until(lambda: len(pi.server.bodies) == 2)
+        family = [begin(pi, key, TOKENIZE, "z" * 25_000) for key in (ANNA, BEN)]
+        await until(lambda: vps.running == 3)  # one of anna, one of ben, and one of the guests
+        assert sorted(json.loads(body)["text"][:1] for _, _, body in vps.asked if body) == ["x", "z", "z"]
+        gate.set()
+        assert [reply.status for reply in await asyncio.gather(*family)] == [200, 200]
+        assert sorted(reply.status for reply in await asyncio.gather(*guests)) == [200] * 5 + [503] * 5
 
 
 # ------------------------------------------------------------------------------------------------ https
