@@ -351,13 +351,14 @@ class Fences(Stage):
         self.language = language
         self.scanner = Scanner(language) if language else None
         self.state = "before"  # the block, "inside" it, in a block "beside" it, or "thinking"
-        self.beside = ""  # the first block beside it
+        self.beside, self.beside_start = "", 0  # the first block beside it
         self.fence, self.margin, self.nested = "```", 0, 0
         self.mark = 0  # where the line starts
         self.line = ""  # the block's line so far, without its indentation
         self.left = 0  # spaces at the start of the line that still belong to the fence's own indentation
         self.in_code = True  # the line does not start inside a string or comment
         self.begun = False  # some line was not blank, before the block or now inside it
+        self.read = 0  # characters that went in
         self.feed(begun)
         if self.state == "beside":
             self.state = "inside"
@@ -365,19 +366,22 @@ class Fences(Stage):
             self.state, self.reason, self.mark, self.text, self.line, self.begun = "before", None, 0, [], "", False
             self.beside = ""
         self.sent = self.safe = len(self.text)
+        self.read = self.start = 0
 
     def step(self, char: str) -> None:
+        self.read += 1
         if self.state == "inside":
             self._inside(char)
         elif char == ">" and self.cut(-len("</think>")) == "</think>":
             self.state, self.text, self.mark, self.begun = "before", [], 0, False
-            self.safe = self.sent = 0
+            self.safe, self.sent, self.start = 0, 0, self.read
         elif self.state == "thinking" or (char == ">" and len(self.text) < 80 and self.cut(0).strip() == "<think>"):
             self.state = "thinking"
         elif self.state == "beside":
             if char == "\n" and self.cut(self.mark).strip() == self.fence:
-                self.beside = self.beside or self.cut(0, self.mark)
-                self.state, self.text = "before", []
+                if not self.beside:
+                    self.beside, self.beside_start = self.cut(0, self.mark), self.start
+                self.state, self.text, self.start = "before", [], self.read
             self.mark = len(self.text) if char == "\n" else self.mark
         elif char == "\n" or len(self.text) >= CHATTER_CHARS:
             self._before(self.cut(self.mark))
@@ -386,6 +390,7 @@ class Fences(Stage):
         """Decide whether a line of chatter is the fence that opens the block, or code without a fence."""
         if match := FENCE.fullmatch(line.strip()):
             self.fence, self.text, self.mark, self.begun = match[1], [], 0, False
+            self.start = self.read
             self.left = self.margin = len(line) - len(line.lstrip())
             name = match[2].strip().lower()
             other = self.language and self.language is not LANGUAGES[BY_NAME.get(name, "shell")]
@@ -425,7 +430,7 @@ class Fences(Stage):
         if self.in_code and line.startswith(self.fence):
             if not self._closes(line) and not self.begun:  # the model repeats the opening that it was given
                 self.line, self.mark, self.safe, self.begun = "", len(self.text), len(self.text), True
-                self.sent = self.safe
+                self.sent, self.start = self.safe, self.read
                 return
             if not self.nested and self._closes(line):
                 self.end("stop", self.mark)
@@ -444,6 +449,7 @@ class Fences(Stage):
         closes = self._closes(last) or (last == "```" and even)
         closed = self.state == "inside" and self.in_code and not self.nested and closes
         if self.state == "beside" or (self.state == "before" and self.beside):
+            self.start = self.beside_start if self.beside else self.start
             return self.beside or self.cut(0).removesuffix(self.fence)
         return "" if closed or self.state == "thinking" else super().flush(whole)
 
@@ -510,6 +516,11 @@ class Ending:
         if indent > 0:
             self.stages.append(Indent(indent, whole=not gap or prompt[-1:] in ("", "\n")))
         self.stages.append(Repeat())
+
+    @property
+    def start(self) -> int:
+        """Where the client's text begins in the model's, in characters: behind what precedes a chat's code."""
+        return sum(stage.start for stage in self.stages)
 
     def feed(self, text: str) -> tuple[str, str | None]:
         """(text that may be sent now, why the completion is over or None)."""

@@ -24,6 +24,8 @@ LIGHT = re.compile(r".*,$|\W*$|</[\w:-]+>$|\s*(?:end|fi|done)\W*$")
 class Stage:
     """Text goes in and comes out, until there is a `reason` to end. All positions count characters of `text`."""
 
+    start = 0  # where `text` begins in all that went in
+
     def __init__(self) -> None:
         self.text: list[str] = []  # a list of characters: += on a string attribute would copy the string each time
         self.safe = 0  # text before this position may be sent

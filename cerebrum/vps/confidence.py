@@ -6,6 +6,7 @@ import bisect
 import re
 
 Judged = tuple[float, int]  # a line's mean, and where it ends: characters of the text that the client has
+LINE_END = re.compile(r"[^\S\n]*\n")
 
 
 class Confidence:
@@ -16,55 +17,65 @@ class Confidence:
     """
 
     def __init__(self) -> None:
-        self._written = ""  # by the model
+        self._written = ""  # by the model; all places below are in this text
         self._starts, self._probabilities = list[int](), list[float]()  # where each token begins, and its probability
-        self._line = 0  # where the unfinished line begins
-        self._lines: list[tuple[int, float]] = []  # that the model has finished: where each ends, and its mean
-        self._known = -1  # the end of the lines that the client knows, or the beginning of its text; -1: it has none
-        self._begin = self._end = self._first = 0  # of the client's text in the model's, and of its first line's end
+        self._line = 0  # where the model's unfinished line begins
+        self._begin = self._end = 0  # of the client's text
+        self._known = 0  # where the client's lines that are not judged yet begin
         self._sent = 0  # characters of the client's text
+        self._judged = list[Judged]()  # the client's complete lines
 
     def add(self, text: str, probability: float) -> float:
         """A token, which adds this text. The least mean of the lines that it ends; 1.0 if there are none."""
         self._starts.append(len(self._written))
         self._probabilities.append(probability)
-        known, self._written = len(self._written), self._written + text
-        done = len(self._lines)
-        while (known := self._written.find("\n", known) + 1) > 0:
-            if self._written[self._line : known].strip():
-                self._lines.append((known, self._mean(self._line, known - 1)))
-                self._line = known
-        return min((mean for _, mean in self._lines[done:]), default=1.0)
+        end, self._written = len(self._written), self._written + text
+        least = 1.0
+        while (end := self._written.find("\n", end) + 1) > 0:
+            if self._written[self._line : end].strip():
+                least = min(least, self._mean(self._line, end - 1))
+                self._line = end
+        return least
 
-    def send(self, text: str) -> list[Judged]:
-        """The client gets this text next; the lines that are complete with it. What precedes a code block, its margin
-        and what the client has already are the model's alone."""
-        if self._known < 0:
-            found = re.search(rf"(?m)^[ \t]*{re.escape(text)}", self._written)
-            self._known = self._begin = found.start() if found else 0
-            self._end = found.end() - len(text) if found else 0
-        judged = []
-        for part in re.findall(r"[^\n]*\n|[^\n]+", text):
-            place = self._written.find(part, self._end)
-            self._end = len(part) + (place if place >= 0 else self._end)
+    def send(self, text: str, begin: int) -> list[Judged]:
+        """The client gets this text next. Returns the lines that it completes. The client's text is the model's from
+        `begin` on, line by line, without some of the indentation."""
+        self._begin = begin
+        self._known, self._end = max(self._known, begin), max(self._end, begin)
+        done = len(self._judged)
+        for part in re.findall(r"\n|[^\n]+", text):
             self._sent += len(part)
-            for end, mean in self._lines:
-                if self._known < end <= self._end:
-                    self._first, self._known = self._first or end - 1, end
-                    judged.append((mean, self._sent))
-        return judged
+            if part == "\n":
+                self._end_line()
+            elif self._is_begun():
+                self._end += len(part)
+            elif word := part.lstrip():  # indentation has no place before its line has a word
+                self._end = self._written.index(word, self._end) + len(word)
+        return self._judged[done:]
+
+    def _end_line(self) -> None:
+        lines = self.last()
+        found = LINE_END.match(self._written, self._end)
+        self._end = found.end() if found else self._end  # `Gap` adds a line end that the model has not written
+        if lines:
+            self._judged += lines
+            self._known = self._end
+
+    def _is_begun(self) -> bool:
+        """Whether the client's unfinished line has more than white space."""
+        return bool(self._written[self._known : self._end].strip())
 
     def last(self) -> list[Judged]:
-        """The line that ends with the client's text, unless it is known."""
-        is_known = not self._sent or self._known == self._end
-        return [] if is_known else [(self._mean(self._known, self._end), self._sent)]
+        """The unfinished line at the end of the client's text, unless it is blank."""
+        return [(self._mean(self._known, self._end), self._sent)] if self._is_begun() else []
 
     def result(self) -> dict[str, float]:
         """The means of the first line and of the whole text, as the client has them; nothing without a token."""
         if not self._starts:
             return {}
         whole = self._mean(self._begin, self._end)
-        return {"confidence": self._mean(self._begin, self._first or self._end), "text_confidence": whole}
+        first = self._judged[0][0] if self._judged else whole
+        return {"confidence": first, "text_confidence": whole}
 
     def _mean(self, begin: int, end: int) -> float:
         """Of the tokens that begin from `begin` to `end`, or else of the one that reaches beyond both."""

@@ -175,7 +175,7 @@ class Run:
     def send(self, text: str) -> None:
         if text:
             self.outbox.append({"token": text, "total_tokens": self.generated})
-            self.judge(self.confidence.send(text))
+            self.judge(self.confidence.send(text, self.ending.start))
 
     def judge(self, lines: list[Judged]) -> None:
         """Say how sure these lines are, if the client asks."""

@@ -322,13 +322,16 @@ def run(ending: Ending, pieces: list[str]) -> Outcome:
     return out + ending.flush(), None
 
 
-def check(mode: str, language: str | None, prompt: str, suffix: str, text: str, expected: Outcome) -> None:
+def check(
+    mode: str, language: str | None, prompt: str, suffix: str, text: str, expected: Outcome, start: int = 0
+) -> None:
     """Feed the text whole, by characters, and in random pieces."""
     chance = random.Random(len(text))
     places = sorted(chance.sample(range(len(text) + 1), len(text) // 4))
     pieces = [text[start:stop] for start, stop in itertools.pairwise([0, *places, len(text)])]
     for split in ([text], list(text), pieces):
-        assert run(Ending(mode, language, prompt, suffix, "auto"), split) == expected
+        ending = Ending(mode, language, prompt, suffix, "auto")
+        assert (run(ending, split), ending.start) == (expected, start)
 
 
 def cases(rows: list[tuple[str, str]], long: str) -> list[tuple[str, str]]:
@@ -362,13 +365,13 @@ def test_chat(case: tuple[str, str]) -> None:
     language, reason = head.partition(":")[0].split()
     code = text[text.index("«") + 1 : text.index("»")]
     answer, why = text.replace("«", "").replace("»", ""), None if reason == "end" else reason
-    check("instruct", language, "", "", answer, (textwrap.dedent(code), why))
+    check("instruct", language, "", "", answer, (textwrap.dedent(code), why), text.index("«"))
 
 
 @pytest.mark.parametrize("case", BEGUN + REPEATED, ids=title)
 def test_an_answer(case: tuple[str, str, str, Outcome]) -> None:
     _, begun, text, expected = case
-    check("instruct", "python", begun, "", text, expected)
+    check("instruct", "python", begun, "", text, expected, text.index(expected[0]))
 
 
 def test_one_line_without_end() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+import re
+from dataclasses import replace
 from statistics import mean
 from types import SimpleNamespace
 from typing import Any
@@ -17,17 +20,19 @@ from cerebrum.vps.vocabulary import CompletionRequest
 from cerebrum.vps.worker import Decoder, Job, Run
 
 A, B, C = ("a", 0.9), (" =", 0.7), (" 1\n", 0.2)  # a token ends a line, or
+LATER = ("```\n", 0.1)  # what precedes the client's text
 TWO = [A, B, (" 1", 0.8), ("\n    ", 0.4), ("b", 1.0), ("", 0.6)]  # begins the next one; the last ends the text
 
 CASES: list[tuple[str, list[tuple[str, float]], list[str], list[list[tuple[float, int]]], tuple[float, float]]] = [
+    # name, tokens, texts that are sent, the lines that each of them and the end complete, the result
     ("nothing", [("", 0.3)], [], [[]], (0.3, 0.3)),
     ("one line", [A, B, ("", 0.5)], ["a", " ="], [[], [], [(0.7, 3)]], (0.7, 0.7)),
     ("a line end of a token", [A, B, C, ("b", 1.0)], ["a = 1\n", "b"], [[(0.6, 6)], [], [(1.0, 7)]], (0.6, 0.7)),
     ("two lines", TWO, ["a = 1", "\n    b"], [[], [(0.7, 6)], [(0.8, 11)]], (0.7, 0.7333)),
     ("blank lines", [("\n", 0.2), ("\n", 0.4), A, ("\n", 0.5)], ["\n\na"], [[], [(0.5, 3)]], (0.5, 0.5)),
     ("a text cut in its first line", TWO, ["a ="], [[], [(0.8, 3)]], (0.8, 0.8)),
-    ("a text that begins later", [("```\n", 0.1), *TWO], ["a = 1\n"], [[(0.7, 6)], []], (0.7, 0.7)),
-    ("a fence that has its beginning", [("```ts\n", 0.1), ("t", 0.9), (" = 1\n", 0.7)], ["t", " = 1\n"],
+    ("a text that begins later", [LATER, *TWO], ["a = 1\n"], [[(0.7, 6)], []], (0.7, 0.7)),
+    ("a fence that has its beginning", [LATER, ("t", 0.9), (" = 1\n", 0.7)], ["t", " = 1\n"],
      [[], [(0.8, 6)], []], (0.8, 0.8)),
     ("a block in a list", [("  a\n", 0.9), ("  b\n", 0.5), ("  c\n", 0.1)], ["a\n", "b\nc"],
      [[(0.9, 2)], [(0.5, 4)], [(0.1, 5)]], (0.9, 0.5)),
@@ -46,13 +51,83 @@ def test_the_lines_of_a_text(
     sure = Confidence()
     for token in tokens:
         sure.add(*token)
-    assert [*map(sure.send, sent), sure.last()] == judged
+    begin = len(LATER[0]) * (tokens[0] == LATER)
+    assert [*(sure.send(text, begin) for text in sent), sure.last()] == judged
     assert tuple(sure.result().values()) == result
 
 
 def test_the_least_sure_of_the_lines_that_a_token_ends() -> None:
     sure = Confidence()
     assert [sure.add(*token) for token in (A, C, ("\n", 0.1), ("b\nc\n", 0.5))] == [1.0, 0.55, 1.0, 0.3]
+
+
+WORDS = ["x", "x = 1", "x  ", "", "  ", "    ", "\t", "    y = x", "\tx", "return x", "é", "`x`", "\r", "x\r"]
+TALK = ["x", "x = 1 is it", "  x", "", "  ", "return x", "Sure!"]  # begins like the code
+ASKED = [
+    CompletionRequest("def f():\n    ", language="python", stop=("é",)),
+    CompletionRequest("def f():\n\t", stop_at="none"),
+    CompletionRequest("def f():\n    ", suffix="    return z\n", mode="infill", language="python"),
+    *[CompletionRequest("x", messages=[("user", "x")], mode="instruct")] * 3,
+]
+
+
+def mixed_case(rng: random.Random) -> tuple[CompletionRequest, str, int]:
+    """A request, what a model writes, and where the client's text begins in it."""
+    asked, lines = rng.choice(ASKED), rng.choices(WORDS, k=rng.randint(0, 6))
+    if asked.mode != "instruct":
+        return asked, "".join(rng.choices("  \t", k=rng.choice([0, 0, 4, 8]))) + "\n".join(lines), 0
+    margin, talk = " " * rng.choice([0, 0, 2, 4]), rng.choices(TALK, k=rng.randint(0, 3))
+    before = "".join(f"{line}\n" for line in [*talk, f"{margin}```"])
+    after = rng.choice(["", "\n", f"\n{margin}```\nx\n"])
+    return asked, before + "\n".join(margin + line for line in lines) + after, len(before)
+
+
+def judge(
+    client: str, written: str, begin: int, tokens: list[tuple[int, float]]
+) -> tuple[list[tuple[float, int]], list[float]]:
+    """The lines and the result. Of the client's lines and the model's, only the indentation differs."""
+
+    def mean_from(first: int, last: int) -> float:
+        some = [sure for place, sure in tokens if first <= place <= last]
+        return round(mean(some or [[sure for place, sure in tokens if place <= last][-1]]), 4)
+
+    lines, first, at, end, sent = list[tuple[float, int]](), begin, begin, begin, 0
+    both = [re.findall(r"[^\n]*\n|[^\n]+", text) for text in (client, written[begin:])]
+    for own, line in zip(*both, strict=False):
+        sent += len(own)
+        last = at + len(line.removesuffix("\n")) if "\n" in own else at + line.index(own.strip()) + len(own.lstrip())
+        at += len(line)
+        end = at if "\n" in own else last if own.strip() else end
+        if own.strip():
+            lines.append((mean_from(first, last), sent))
+            first = at
+    whole = mean_from(begin, end) if client else mean_from(0, 0)
+    return lines, [lines[0][0] if lines else whole, whole]
+
+
+def test_each_line_has_the_mean_of_its_own_tokens() -> None:
+    """Wherever else the same text stands, however the model's text is split: by an oracle."""
+    rng = random.Random("lines")
+    for number in range(1000):
+        asked, text, begin = mixed_case(rng)
+        job = Job(replace(asked, min_confidence=0.0), lambda _: None)
+        job.prepare(ScriptedLlama())  # type: ignore[arg-type]
+        run, written, reason, tokens = Run(job, Slot(0), 0, []), "", None, list[tuple[int, float]]()
+        most = rng.choice([1, 4, 40])
+        while not reason:
+            piece = text[len(written) :][: rng.randint(1, most)]
+            run.probability = rng.random()
+            tokens.append((len(written), run.probability))
+            if not piece:
+                run.confidence.add("", run.probability)
+                break
+            reason, written = run.feed(piece.encode()), written + piece
+        Decoder._finish(SimpleNamespace(release=lambda *_: None), run, reason or "stop", not reason)  # type: ignore[arg-type]
+        events: list[Any] = run.outbox
+        client = "".join(event.get("token", "") for event in events)
+        judged = [(event["confidence"], event["characters"]) for event in events if "characters" in event]
+        result = [events[-1]["confidence"], events[-1]["text_confidence"]]
+        assert (judged, result) == judge(client, written, begin, tokens), (number, client, written)
 
 
 @pytest.mark.parametrize(("first", "text", "judged"), [(0.9, "a + 1", [(0.9, 5)]), (0.3, "a + 1", [(0.3, 5)])])
@@ -99,7 +174,8 @@ def test_the_confidence_is_that_of_a_plain_loop(real: Vps, real_reference: Refer
         events = list(stream.events())
     lines = [(event["confidence"], event["characters"]) for event in events if "characters" in event]
     text = "".join(event.get("token", "") for event in events)
-    assert [end for _, end in lines] == [i + 1 for i, char in enumerate(text) if char == "\n"] + [len(text)]
+    begun = bool(text.rpartition("\n")[2].strip())
+    assert [end for _, end in lines] == [i + 1 for i, char in enumerate(text) if char == "\n"] + [len(text)] * begun
     assert (lines[0][0], events[-1]["finish_reason"]) == (answer["confidence"], "length")
 
 
