@@ -16,6 +16,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 MODEL=qwen_0_5b
 PYTHON=.venv/bin/python
 STATE=.run # the logs of pip and of the daemons
+BUILD=''   # the folder of temporary files of a long command that runs
 START_SECONDS=60
 
 note() { printf '%s\n' "$*" >&2; }
@@ -33,6 +34,7 @@ stop_all() {
 		kill -- "-$pid" 2>/dev/null || true
 	done
 	wait
+	[[ -z $BUILD ]] || rm -rf "$BUILD"
 }
 trap stop_all EXIT
 trap 'exit 130' INT
@@ -42,7 +44,8 @@ trap 'exit 143' TERM HUP
 
 have_llama() { [[ -x $PYTHON ]] && "$PYTHON" -c 'import llama_cpp' 2>/dev/null; }
 
-# can_decode: an import is no proof. Built for a CPU with more features, llama.cpp dies of a signal when it computes.
+# can_decode: an import is no proof. Built for a CPU with more features, llama.cpp dies of SIGILL (status 128 + 4) when it
+# computes. Any other failure, such as too little memory, is no reason to build it anew.
 can_decode() {
 	{
 		"$PYTHON" -c '
@@ -53,7 +56,7 @@ config = vpsd.load_config(read_environment(os.environ, vpsd.HERE))
 file = config.models_dir / config.models[-1].file
 if file.exists():
     start_library()
-    Llama(file, Settings(n_ctx=256, sequences=1), lambda _: True).decode([(Slot(0), [1, 2], 1)])' || (($? < 128))
+    Llama(file, Settings(n_ctx=256, sequences=1), lambda _: True).decode([(Slot(0), [1, 2], 1)])' || (($? != 132))
 	} &>/dev/null
 }
 
@@ -102,16 +105,22 @@ requirements() {
 	EOF
 }
 
-# quietly LABEL COMMAND...: runs a long command, whose output goes to a log.
+# quietly LABEL COMMAND...: runs a long command, whose output goes to a log. Its temporary files go when it ends or is
+# stopped, and after a SIGKILL at the next run.
 quietly() {
 	local label=$1 log=$STATE/setup.log
 	shift
 	note "$label"
 	SECONDS=0
-	setsid "$@" >"$log" 2>&1 </dev/null &
+	BUILD=$PWD/$STATE/build
+	rm -rf "$BUILD"
+	mkdir "$BUILD"
+	TMPDIR=$BUILD setsid "$@" >"$log" 2>&1 </dev/null &
 	PIDS+=($!)
 	wait $! || { tail -n 30 "$log" >&2; die "failed: $label; the whole output is in $log"; }
 	PIDS=()
+	rm -rf "$BUILD"
+	BUILD=''
 	note "$label: done in $SECONDS s"
 }
 

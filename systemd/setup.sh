@@ -14,6 +14,7 @@ MEMORY=$DROP_INS/$NAME.service.d/memory.conf
 KEY=/etc/credstore/CEREBRUM_API_KEY
 STATE=/var/lib/cerebrum
 PLACE=/var/lib/cerebrum-backend # llama.cpp and the models
+TREE=$PLACE/cache/build         # pip's temporary files
 VENV=/opt/cerebrum-backend/venv # in the package: $PLACE/llama-VERSION
 if [[ $NAME == cerebrum-cm4 ]]; then
 	RUN=(as_daemon /usr/bin/python3 -s -S "$LIB/cm4d.py")
@@ -141,12 +142,15 @@ for file in sorted(glob.glob(sys.argv[1] + "/*.gguf"), key=os.path.getsize)[:1]:
 # packages can be imported. Then what runs untuned here is tuned; if that fails, as on a busy machine, again in an hour.
 build() {
 	local model tuned='' failed=''
+	trap 'as_daemon rm -rf "$TREE"' EXIT
+	trap 'exit 143' TERM # once pip has ended
 	can_decode || as_daemon rm -rf "$VENV" "$PLACE/cache/wheels" # the wheel that pip keeps is for the other CPU, too
 	if ! have_llama; then
 		install -d -o cerebrum -g cerebrum "$PLACE"
-		as_daemon mkdir -p "$PLACE/cache"
+		as_daemon rm -rf "$TREE" # of a build that got SIGKILL
+		as_daemon mkdir -p "$TREE"
 		have_llama '' || as_daemon /usr/bin/python3 -m venv --clear --system-site-packages "$VENV"
-		as_daemon env HOME="$PLACE" TMPDIR="$PLACE/cache" "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check \
+		as_daemon env HOME="$PLACE" TMPDIR="$TREE" "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check \
 			--cache-dir="$PLACE/cache" "llama-cpp-python==${VENV##*-}" "gguf>=0.17"
 		systemctl try-restart "$NAME.service" # until now, the daemon has used the old version
 		find "$PLACE" -maxdepth 1 -name 'llama-*' ! -path "$VENV" -exec rm -rf {} +

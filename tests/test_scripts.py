@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import PATIENCE, ROOT
+from harness import PATIENCE, ROOT, wait_until
 from scripted import HANG, Backend, answer, error, event, head, in_a_thread, token
 
 from cerebrum.text.languages import LANGUAGES
@@ -926,6 +926,13 @@ def called(command: list[str], path: str) -> tuple[int, str, str]:
     return result.returncode, result.stdout, result.stderr
 
 
+def program(path: Path, text: str) -> Path:
+    """A script of bash in place of a program."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, f"#!/bin/bash\n{text}\n").chmod(0o755)
+    return path
+
+
 def test_an_old_python_is_refused_in_one_line(tmp_path: Path) -> None:
     """Before anything is installed, with the Python of Debian 11."""
     old = "#!/bin/sh\ncase $1 in --version) echo Python 3.9.2 ;; *) exit 1 ;; esac\n"
@@ -942,12 +949,16 @@ def test_make_deb_names_the_packages_that_it_lacks(tmp_path: Path) -> None:
     assert (status, err.splitlines()[0]) == (2, said)
 
 
-@pytest.mark.parametrize("lacks", ["python", "llama_cpp", "decode"])
-def test_a_venv_of_another_python_or_cpu_is_made_anew(lacks: str, tmp_path: Path) -> None:
-    """Each Python is a script that records its arguments. The old one lacks something; the new one works."""
+@pytest.mark.parametrize(
+    ("lacks", "signal", "times"), [("python", "", 1), ("llama_cpp", "", 1), ("decode", "ILL", 1), ("decode", "KILL", 0)]
+)
+def test_a_venv_of_another_python_or_cpu_is_made_anew(lacks: str, signal: str, times: int, tmp_path: Path) -> None:
+    """Each Python is a script that records its arguments. The old one lacks something, perhaps only memory, so that
+    the kernel kills it. The new one works."""
     write(tmp_path / "run.sh", Path(RUN).read_bytes())
     venv, bin, log = tmp_path / ".venv", tmp_path / "bin", tmp_path / "log"
-    old = f"#!/bin/sh\necho old $* >>{log}\ncase $* in *decode*) kill -ILL $$ ;; *{lacks}*) exit 1 ;; esac\n"
+    dies = f"kill -{signal} $$" if signal else "exit 1"
+    old = f"#!/bin/sh\necho old $* >>{log}\ncase $* in *{lacks}*) {dies} ;; esac\n"
     clear = f"rm -r {venv}; mkdir -p {venv}/bin; cp $0 {venv}/bin/python"
     make = f"#!/bin/sh\necho new $* >>{log}\ncase $* in *--clear*) {clear} ;; esac\n"
     for path, text in ((venv / "bin/python", old), (bin / "python3", make), (venv / "installed-run.txt", "")):
@@ -961,23 +972,55 @@ def test_a_venv_of_another_python_or_cpu_is_made_anew(lacks: str, tmp_path: Path
     assert (venv / "installed-run.txt").exists()
     calls = log.read_text()
     once = ("new -m venv --clear .venv\n", "new -m pip cache remove llama_cpp_python\n")
-    assert ([calls.count(one) for one in once], "\nnew -m pip install " in calls) == ([1, 1], True)
+    assert [calls.count(one) for one in once] == [times, times]
+    assert ("\nnew -m pip install " in calls) == (times > 0)
+
+
+def killed_build(command: list[str], log: Path, env: dict[str, str]) -> Path:
+    """The folder that pip, a script of `builds`, had made when all of it got SIGTERM."""
+    with subprocess.Popen(command, env=env, start_new_session=True, stderr=subprocess.DEVNULL) as process:
+        tree = Path(wait_until(lambda: log.exists() and log.read_text().strip(), "pip builds"))
+        assert tree.is_dir()
+        os.killpg(process.pid, signal.SIGTERM)
+    return tree
+
+
+def builds(log: Path) -> str:
+    return f"mktemp -d >{log}.part; mv {log}.part {log}; exec sleep 600"
+
+
+def test_a_build_that_is_killed_leaves_nothing_in_the_temporary_folder(tmp_path: Path) -> None:
+    log, temporary = tmp_path / "log", tmp_path / "tmp"
+    temporary.mkdir()
+    write(tmp_path / "run.sh", Path(RUN).read_bytes())
+    program(tmp_path / ".venv/bin/python", f"case $* in *pip\\ install*) {builds(log)} ;; '- run') echo llama ;; esac")
+    command = ["bash", str(tmp_path / "run.sh"), "setup"]
+    tree = killed_build(command, log, os.environ | {"TMPDIR": str(temporary)})
+    assert (tree.parent.exists(), os.listdir(temporary)) == (False, [])
 
 
 # ------------------------------------------------------------------------------------------- setup.sh
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root may set up a daemon")
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may set up a daemon")
+
+
+def installed(name: str, folder: Path) -> Path:
+    """The package's command, with all paths below a folder."""
+    for part in ("run/systemd/system", "etc/credstore", f"etc/{name}", f"usr/lib/{name}"):
+        (folder / part).mkdir(parents=True)
+    for tool, does in (("runuser", 'shift 3; exec "$@"'), ("systemctl", ""), ("chown", "")):  # stand-ins
+        program(folder / "bin" / tool, f'echo "{tool} $*" >>{folder}/log\n{does}')
+    text = re.sub("(?<=[ =])/(etc|run|usr/lib|opt|var)/", rf"{folder}/\1/", (ROOT / "systemd/setup.sh").read_text())
+    script = write(folder / "bin" / name, text.replace(" -o cerebrum -g cerebrum", ""))
+    script.chmod(0o755)
+    return script
+
+
+@needs_root
 def test_the_pi_is_set_up_by_one_line_that_the_backend_takes(tmp_path: Path) -> None:
     """With all paths below a folder. Whatever the backend does not take changes nothing."""
-    for folder in ("bin", "run", "etc/credstore", "etc/cerebrum-cm4", "usr/lib/cerebrum-cm4"):
-        (tmp_path / folder).mkdir(parents=True)
-    log, library = tmp_path / "log", tmp_path / "usr/lib/cerebrum-cm4"
-    for tool, does in (("runuser", 'shift 3; exec "$@"'), ("systemctl", ""), ("chown", "")):  # stand-ins
-        write(tmp_path / "bin" / tool, f'#!/bin/bash\necho "{tool} $*" >>{log}\n{does}\n').chmod(0o755)
-    text = re.sub("(?<=[ =])/(etc|run|usr/lib)/", rf"{tmp_path}/\1/", (ROOT / "systemd/setup.sh").read_text())
-    script = write(tmp_path / "bin/cerebrum-cm4", text.replace(" -o cerebrum -g cerebrum", ""))
-    script.chmod(0o755)
+    script, log, library = installed("cerebrum-cm4", tmp_path), tmp_path / "log", tmp_path / "usr/lib/cerebrum-cm4"
     given = 'os.environ["CEREBRUM_VPS_URL"], open(os.environ["CREDENTIALS_DIRECTORY"] + "/CEREBRUM_API_KEY").read()'
     write(library / "cm4d.py", f'import os\nassert ({given}) == ("http://vps:9000", "the-key\\n")\n')
     shutil.copy(KEYGEN, library)
@@ -989,7 +1032,7 @@ def test_the_pi_is_set_up_by_one_line_that_the_backend_takes(tmp_path: Path) -> 
         """The exit status, and whether the daemon was restarted."""
         write(log, "")
         status = subprocess.run([script, "setup"], env=env, input=typed, text=True, capture_output=True).returncode
-        assert ("-key" in log.read_text(), os.listdir(tmp_path / "run")) == (False, [])
+        assert ("-key" in log.read_text(), os.listdir(tmp_path / "run")) == (False, ["systemd"])
         return status, "systemctl restart cerebrum-cm4.service" in log.read_text()
 
     for refused in ("http://vps:9000 another-key\n", "http://other:9000 the-key\n", "ftp://vps the-key\n"):
@@ -1000,3 +1043,13 @@ def test_the_pi_is_set_up_by_one_line_that_the_backend_takes(tmp_path: Path) -> 
         assert "runuser -u cerebrum -- " in log.read_text()  # root runs none of its files
         assert (settings.read_text(), key.read_text()) == ("A=1\nCEREBRUM_VPS_URL=http://vps:9000\n", "the-key\n")
         assert (mode(settings), mode(key), mode(key.parent)) == (0o600, 0o600, 0o700)
+
+
+@needs_root
+def test_a_build_of_the_package_that_is_killed_leaves_nothing(tmp_path: Path) -> None:
+    script, log = installed("cerebrum-backend", tmp_path), tmp_path / "tree"
+    python = tmp_path / "opt/cerebrum-backend/venv/bin/python"
+    program(python, f"case $* in *pip\\ install*) {builds(log)} ;; *gguf) exit 1 ;; esac")
+    tree = killed_build([str(script), "build"], log, {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"})
+    assert str(tree).startswith(f"{tmp_path}/var/")
+    assert os.listdir(tmp_path / "var/lib/cerebrum-backend/cache") == []
