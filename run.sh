@@ -157,6 +157,14 @@ setup() {
 
 # --------------------------------------------------------------------------------------------------- run
 
+# setting NAME: prints its value in the environment or in .env, as the daemons read them.
+setting() {
+	"$PYTHON" -c '
+import os, sys, pathlib
+from cerebrum.settings import read_environment
+print(read_environment(os.environ, pathlib.Path()).text(sys.argv[1]))' "$1"
+}
+
 # start NAME PORT_VARIABLE COMMAND...: starts a daemon on its usual port, or on a free one if that is taken, and
 # sets ADDRESS to its URL.
 start() {
@@ -167,13 +175,15 @@ start() {
 	pid=$!
 	PIDS+=("$pid")
 	wait_for "$name" "$pid" grep -qs 'listening on http://' "$log"
-	ADDRESS=$(sed -n 's|.*listening on http://[^ ]*:\([0-9]*\).*|http://127.0.0.1:\1|p' "$log" | head -n 1)
+	ADDRESS=$(sed -nE 's|.*listening on (http://[^ ]*).*|\1|p' "$log" | head -n 1)
+	ADDRESS=${ADDRESS/0.0.0.0/127.0.0.1}
+	ADDRESS=${ADDRESS/'[::]'/'[::1]'}
 }
 
 # free_port VARIABLE: prints the port that the variable or its default names, or 0 (any free port) if it is taken.
 free_port() {
-	local port=${!1:-}
-	[[ -n $port ]] || port=$(sed -n "s/^$1=//p" .env)
+	local port
+	port=$(setting "$1")
 	[[ -n $port ]] || case $1 in CEREBRUM_CM4_PORT) port=7000 ;; *) port=9000 ;; esac
 	if (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then
 		note "port $port is taken; using another one"
@@ -194,14 +204,16 @@ wait_for() {
 }
 
 run() {
+	local host
 	setup run
-	[[ -n ${CEREBRUM_API_KEY:-} ]] || grep -qs '^CEREBRUM_API_KEY=.' .env || ./generate_api_key.sh --write .env >&2
+	[[ -n $(setting CEREBRUM_API_KEY) ]] || ./generate_api_key.sh --write .env >&2
 
 	start vpsd CEREBRUM_VPS_PORT "$PYTHON" vpsd.py
-	# This machine only; a deployed Pi listens on the LAN.
-	export CEREBRUM_VPS_URL=$ADDRESS CEREBRUM_CM4_HOST=${CEREBRUM_CM4_HOST:-127.0.0.1}
+	host=$(setting CEREBRUM_CM4_HOST)
+	# By default for this machine only; a deployed Pi listens on the LAN.
+	export CEREBRUM_VPS_URL=$ADDRESS CEREBRUM_CM4_HOST=${host:-127.0.0.1}
 	start cm4d CEREBRUM_CM4_PORT "$PYTHON" -s -S cm4d.py
-	export CEREBRUM_URL=$ADDRESS no_proxy=127.0.0.1
+	export CEREBRUM_URL=$ADDRESS no_proxy='*'
 	wait_for cm4d "${PIDS[1]}" curl -qsf -o "$STATE/health.json" "$CEREBRUM_URL/health"
 	note "Cerebrum is up at $CEREBRUM_URL, which is also a page for a browser"
 

@@ -19,7 +19,7 @@ VENV=/opt/cerebrum-backend/venv # in the package: $PLACE/llama-VERSION
 if [[ $NAME == cerebrum-cm4 ]]; then
 	RUN=(as_daemon /usr/bin/python3 -s -S "$LIB/cm4d.py")
 else
-	RUN=(as_daemon env CEREBRUM_STATE_DIR="$STATE" "$VENV/bin/python" -s "$LIB/vpsd.py")
+	RUN=(as_daemon env STATE_DIRECTORY="$STATE" "$VENV/bin/python" -s "$LIB/vpsd.py")
 fi
 
 usage() {
@@ -263,7 +263,7 @@ take_over() {
 		(SETTINGS=$OLD/.env put_listen '') || true
 	fi
 	{
-		[[ ! -e $OLD/.env ]] || sed "s|$OLD/models\$|$PLACE/models|; s|$OLD/logs/|/var/log/cerebrum/|" "$OLD/.env"
+		[[ ! -e $OLD/.env ]] || sed -E "s|$OLD/models(/?[\"']?[[:space:]]*)\$|$PLACE/models\1|; s|$OLD/logs/|/var/log/cerebrum/|" "$OLD/.env"
 		file=$OLD/models.toml # its own, if a person has changed it
 		if [[ -e $file ]] && ! { cat "$OLD/.installed" 2>/dev/null || true; sha256sum "$LIB/models.toml"; } |
 			grep "^$(sha256sum <"$file" | cut -c -64)" >/dev/null; then

@@ -15,6 +15,7 @@ import re
 import select
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -976,6 +977,30 @@ def test_a_venv_of_another_python_or_cpu_is_made_anew(lacks: str, signal: str, t
     assert ("\nnew -m pip install " in calls) == (times > 0)
 
 
+def test_settings_are_those_that_the_daemons_read(tmp_path: Path) -> None:
+    """The daemons are scripts that log what they get."""
+    log, socket_ = tmp_path / "log", socket.socket()
+    socket_.bind(("127.0.0.1", 0))  # nobody listens there
+    port = socket_.getsockname()[1]
+    for name in ("run.sh", "cerebrum", "cerebrum_common.py"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    settings = f"CEREBRUM_VPS_PORT=\"{port}\"\n export  CEREBRUM_CM4_PORT='{port}' \nCEREBRUM_CM4_HOST='0.0.0.0'\n"
+    write(tmp_path / ".env", f'{settings}export CEREBRUM_API_KEY="k"\n')
+    logs = f'{{ echo "${{@: -1}} $CEREBRUM_VPS_PORT $CEREBRUM_CM4_PORT $CEREBRUM_CM4_HOST"; }} >>{log}'
+    serves = "echo listening on http://0.0.0.0:7; exec sleep 600"
+    real = f'exec {sys.executable} "$@"'
+    daemon = f"{logs}; {serves}"
+    program(tmp_path / ".venv/bin/python", f"case $* in *settings*) {real} ;; *vpsd.py | *cm4d.py) {daemon} ;; esac")
+    write(tmp_path / ".venv/installed-run.txt", "")
+    for tool, does in (("bin/curl", f"echo ${{@: -1}} >>{log}"), ("generate_api_key.sh", f"echo a new key >>{log}")):
+        program(tmp_path / tool, does)
+    program(tmp_path / "cerebrum_repl.sh", "echo pass")
+    status, out, err = called(["bash", str(tmp_path / "run.sh")], f"{tmp_path}/bin:{os.environ['PATH']}")
+    socket_.close()
+    assert (status, out) == (0, "pass\n\n"), err
+    assert log.read_text() == f"vpsd.py {port}  \ncm4d.py  {port} 0.0.0.0\nhttp://127.0.0.1:7/health\n"
+
+
 def killed_build(command: list[str], log: Path, env: dict[str, str]) -> Path:
     """The folder that pip, a script of `builds`, had made when all of it got SIGTERM."""
     with subprocess.Popen(command, env=env, start_new_session=True, stderr=subprocess.DEVNULL) as process:
@@ -1043,6 +1068,35 @@ def test_the_pi_is_set_up_by_one_line_that_the_backend_takes(tmp_path: Path) -> 
         assert "runuser -u cerebrum -- " in log.read_text()  # root runs none of its files
         assert (settings.read_text(), key.read_text()) == ("A=1\nCEREBRUM_VPS_URL=http://vps:9000\n", "the-key\n")
         assert (mode(settings), mode(key), mode(key.parent)) == (0o600, 0o600, 0o700)
+
+
+@needs_root
+def test_an_installation_by_hand_is_taken_over_however_its_paths_are_written(tmp_path: Path) -> None:
+    script, old = installed("cerebrum-backend", tmp_path), tmp_path / "opt/cerebrum-backend"
+    (old / "models").mkdir(parents=True)
+    for file in (old / "vpsd.py", old / "models/a.gguf", tmp_path / "usr/lib/cerebrum-backend/models.toml"):
+        write(file, "")
+    lines = 'A={0}\nB="{0}"\nC=\'{0}/\' \r\nD={0}-mine\nE="{0}/mine"\n'
+    write(old / ".env", lines.format(old / "models"))
+    status, _, err = called([str(script), "configure"], f"{tmp_path}/bin:{os.environ['PATH']}")
+    new = tmp_path / "var/lib/cerebrum-backend/models"
+    assert (status, os.listdir(new)) == (0, ["a.gguf"]), err
+    kept = lines.replace("{0}-", f"{old}/models-").replace("{0}/m", f"{old}/models/m").format(new)
+    assert (tmp_path / "etc/cerebrum-backend/env").read_bytes() == kept.encode()
+
+
+@needs_root
+@pytest.mark.parametrize("setting", ["", "CEREBRUM_STATE_DIR=/data"])
+def test_the_commands_use_the_daemons_state(setting: str, tmp_path: Path) -> None:
+    script, library = installed("cerebrum-backend", tmp_path), tmp_path / "usr/lib/cerebrum-backend"
+    program(tmp_path / "opt/cerebrum-backend/venv/bin/python", f'exec {sys.executable} "$@"')
+    write(library / ".env", setting)
+    reads = "vpsd.load_config(vpsd.read_environment(os.environ, Path(__file__).parent)).engine.state_dir"
+    imports = f"import os, sys\nfrom pathlib import Path\nsys.path[0] = {str(ROOT)!r}\nimport vpsd\n"
+    write(library / "vpsd.py", f"{imports}print({reads})\n")
+    env = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+    printed = subprocess.run([script, "memory"], env=env, text=True, stdout=subprocess.PIPE, check=True).stdout
+    assert printed.strip() == (setting.partition("=")[2] or f"{tmp_path}/var/lib/cerebrum")  # systemd's default
 
 
 @needs_root
