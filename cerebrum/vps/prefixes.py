@@ -127,7 +127,7 @@ class Sequences:
         self.cut(slot, self.model.reusable(slot.tokens, prompt))
         return slot, guide
 
-    def is_coming(self, prompt: list[int], low: bool = False) -> bool:
+    def is_coming(self, prompt: list[int], low: bool) -> bool:
         """Whether a running prefill will soon hold more of this prompt than any slot or stored sequence does now. One
         of low priority may take long, and only another of low priority waits for it."""
         if self.model.recurrent:

@@ -88,6 +88,7 @@ class Job:
         self.ending: Ending | None = None  # of the completion, once the job is prepared
         self.max_tokens = request.max_tokens
         self.before = 0  # tokens of the prompt up to the cursor
+        self.cached: int | None = None  # tokens of the prompt that the cache had when the job first got a slot
         self.heal = b""  # the completion's first bytes, which the client already has
         self.cancelled = False
         self.started = self.submitted = time.monotonic()
@@ -133,9 +134,9 @@ class ModelTally(Tally):
 class Run:
     """A job in its slot: its state between decodes, and the counters for the result."""
 
-    def __init__(self, job: Job, slot: Slot, cached: int, guide: list[int]) -> None:
+    def __init__(self, job: Job, slot: Slot, guide: list[int]) -> None:
         assert job.ending, "the job was prepared"
-        self.job, self.slot, self.cached, self.guide, self.heal = job, slot, cached, guide, job.heal
+        self.job, self.slot, self.guide, self.heal = job, slot, guide, job.heal
         self.prompt = job.prompt  # and what has been generated, if its cells were lost
         self.marks: list[int] = []  # lengths of the prompt at which a recurrent state is worth keeping
         self.characters, self.ending = codecs.getincrementaldecoder("utf-8")("replace"), job.ending
@@ -198,7 +199,7 @@ class Run:
             "mode": job.request.mode,
             "finish_reason": reason,
             "prompt_tokens": len(job.prompt),
-            "cached_tokens": self.cached,
+            "cached_tokens": job.cached,
             "load_time": round(job.submitted - job.started, 4),
             "ttft": round(self.first_token - job.submitted, 4) if self.first_token else None,
             "tokens_per_second": round((self.generated - 1) / span, 2) if span > 0 else None,
@@ -242,10 +243,11 @@ class Decoder:
     def start(self, job: Job, free: list[Slot]) -> None:
         """Give the job a slot; what the slot lacks of its prompt is prefilled."""
         slot, guide = self.sequences.place(job.prompt, free)
-        cached = len(slot.tokens)
-        job.progress("prefill", cached, len(job.prompt))
-        self.tally.cached_tokens += cached
-        slot.run = Run(job, slot, cached, guide)
+        job.progress("prefill", len(slot.tokens), len(job.prompt))
+        if job.cached is None:  # else the job itself has read these tokens, before it gave way
+            job.cached = len(slot.tokens)
+            self.tally.cached_tokens += job.cached
+        slot.run = Run(job, slot, guide)
         if self.model.recurrent and self.sequences.store.budget:
             # A later prompt has this one's beginning, or all of it; its last token may be another one.
             slot.run.marks = [mark for mark in (job.before - 1, len(job.prompt) - 1) if mark >= MIN_PREFIX]
@@ -452,15 +454,17 @@ class Decoder:
             run.outbox.append(error)
             self.release(run, error.code)
 
-    def release(self, run: Run, reason: str) -> None:
-        """Make the slot idle again. Its sequence stays as a prefix for later prompts."""
+    def release(self, run: Run, reason: str = "") -> None:
+        """Make the slot idle again. Its sequence stays as a prefix for later prompts. Without a reason, the job has not
+        ended: it gives way, and starts again."""
         run.slot.run = None
         tally = self.tally
         tally.prompt_seconds += (run.first_token or time.monotonic()) - run.started
         if run.first_token:
             tally.token_seconds += run.last_token - run.first_token
             tally.spoke(run.first_token - run.job.submitted, run.last_token - run.job.submitted, run.generated)
-        tally.end(reason)
+        if reason:
+            tally.end(reason)
         run.slot.used = time.monotonic()
         run.sampler.close()
         run.flush()
@@ -533,7 +537,7 @@ class Worker(threading.Thread):
         self.memory_bytes = 0  # resident memory that loading added
         self.model: Llama | None = None
         self.decoder: Decoder | None = None  # once the model is loaded
-        self.waiting: list[Job] = []  # a queue: other threads append, the thread removes
+        self.waiting: list[Job] = []  # other threads append, the thread removes, and appends those that give way
         self.tally = tally or ModelTally()
         self.sheds: list[tuple[int, Future[None]]] = []  # a queue: other threads append, the thread removes
         self.due = math.inf  # deadline of the current step; monotonic; written by the thread
@@ -593,7 +597,7 @@ class Worker(threading.Thread):
             is_long, prompt = decoder.is_long, job.prompt
 
             def is_in_the_way(run: Run) -> bool:
-                waited_for = run.job is job or common_prefix(run.prompt, prompt) >= MIN_PREFIX
+                waited_for = common_prefix(run.prompt, prompt) >= MIN_PREFIX
                 return run.prefilling and (run.job.low or (is_long and not waited_for))
 
             self._abort_if(is_in_the_way)
@@ -732,24 +736,39 @@ class Worker(threading.Thread):
             log.exception("model %s: %s failed", self.model_id, step)
 
     def _start_jobs(self, decoder: Decoder) -> None:
-        """Drop cancelled jobs, and start waiting ones while slots are free."""
+        """Drop cancelled jobs, and start waiting ones while there are slots: those of low priority last, the oldest
+        first."""
         for slot in self.slots:
             if slot.run and slot.run.job.cancelled:
                 decoder.release(slot.run, CANCELLED)
-        for job in list(self.waiting):
-            free = [slot for slot in self.slots if not slot.run]
-            if not job.cancelled and (not free or decoder.sequences.is_coming(job.prompt, job.low)):
+        for job in sorted(self.waiting, key=lambda job: (job.low, job.submitted)):
+            slots = self._slots_for(job)
+            if not job.cancelled and (not slots or decoder.sequences.is_coming(job.prompt, job.low)):
                 continue
             self.waiting.remove(job)
             if job.cancelled:
+                self.tally.end(CANCELLED)
                 continue
             try:
-                decoder.start(job, free)
+                if run := slots[0].run:
+                    decoder.release(run)
+                    run.job.progress("queued", 0, 1)
+                    self.waiting.append(run.job)
+                decoder.start(job, slots)
             except Exception:
                 log.exception("request %s could not be started", job.request_id)
-                for slot in free:  # any of them may be half prepared
+                for slot in slots:  # any of them may be half prepared
                     decoder.sequences.cut(slot, 0)
                 job.deliver([HttpError("INTERNAL_ERROR", "internal error; see the log")])
+
+    def _slots_for(self, job: Job) -> list[Slot]:
+        """The idle slots. If there are none, a job of normal priority gets one in which a prompt of low priority is
+        being read; a completion that has begun to write keeps its slot."""
+        idle = [slot for slot in self.slots if not slot.run]
+        if idle or job.low:
+            return idle
+        runs = [slot.run for slot in self.slots]
+        return [run.slot for run in runs if run.job.low and run.prefilling and not run.first_token][:1]
 
     def _rest(self, sequences: Sequences) -> None:
         """Wait for the alarm. Idle sequences are stored only after STORE_SECONDS of quiet, because storing 3,500 tokens

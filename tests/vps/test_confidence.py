@@ -139,7 +139,7 @@ def test_a_completion_that_ends_unsure_has_no_more_text_than_one_that_goes_on(
                               min_confidence=0.5)  # fmt: skip
     job = Job(asked, lambda _: None)
     job.prepare(ScriptedLlama())  # type: ignore[arg-type]
-    run, ends = Run(job, Slot(0), 0, []), list[str | None]()
+    run, ends = Run(job, Slot(0), []), list[str | None]()
     for piece, probability in ((b"a + 1", first), (b"\n", first), (b"    y = 2", 0.2), (b"\n", 0.2)):
         run.probability = probability
         ends.append(run.feed(piece))

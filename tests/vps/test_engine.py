@@ -361,7 +361,7 @@ def started(*stops: str) -> Run:
     """A completion of which no token has come."""
     job: Job = Ask("x", stop=stops).job
     job.prepare(ScriptedLlama())
-    return Run(job, llama.Slot(0), 0, [])
+    return Run(job, llama.Slot(0), [])
 
 
 def fed(run: Run, pieces: Sequence[bytes]) -> tuple[str, str | None]:
@@ -575,7 +575,7 @@ class ScriptedLlama:
     def trim(self, *_: Any) -> bool:
         return True
 
-    abort = copy_prefix = trim
+    abort = copy_prefix = restore = trim
 
 
 class Ask:
@@ -631,11 +631,12 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> Loads:
 
 
 @pytest.fixture
-def worker(tmp_path: Path, loads: Loads) -> Iterator[Worker]:
-    """A worker with a ScriptedLlama."""
+def worker(request: pytest.FixtureRequest, tmp_path: Path, loads: Loads) -> Iterator[Worker]:
+    """A worker with a ScriptedLlama, and with two sequences or the number in the parameter."""
     path = tmp_path / "m.gguf"
     path.write_bytes(b"weights")
-    settings = llama.Settings(threads=1, draft=False, state_dir=tmp_path)
+    sequences = getattr(request, "param", 2)
+    settings = llama.Settings(threads=1, sequences=sequences, draft=False, state_dir=tmp_path)
     with running(Worker(Loader("m", path, settings))) as worker:
         yield worker
 
@@ -828,7 +829,7 @@ def test_a_chunk_is_short_and_low_priority_waits_while_another_model_is_generati
     normal, low = (Ask("x" * 4000, priority=priority).job for priority in ("normal", "low"))
     for job in (normal, low):
         worker.prepare(job)
-    run, slot.run = Run(normal, llama.Slot(0), 0, []), Run(low, slot, 0, [])
+    run, slot.run = Run(normal, llama.Slot(0), []), Run(low, slot, [])
     assert len(decoder.next_work(run, [run]).tokens) == MAX_CHUNK
     worker.baton.note(other, 0.01)
     assert len(decoder.next_work(run, [run]).tokens) == share_size(decoder.costs, 0.01) < MAX_CHUNK
@@ -864,3 +865,122 @@ def test_a_prompt_of_low_priority_is_read_while_nobody_else_needs_the_cpu(worker
     worker.give_way(normal.job)  # no short chunk of normal priority is aborted
     assert len(aborted) == 1
     model.hold.set()
+
+
+def script(worker: Worker, arrivals: dict[str, Any]) -> list[str]:
+    """The first letter and the size of each part of all decodes to come.
+
+    `arrivals` has functions that are called during a decode: that of "l2" during the second one that begins with l. A
+    decode that is aborted has read 20 tokens of a prompt.
+    """
+    model: Any = worker.model
+    real, log = model.decode, list[str]()
+    worker.decoder.costs.learn = lambda *_: None  # the sizes must not depend on this machine's speed
+
+    def decode(parts: Any) -> int:
+        log.append(" ".join(f"{chr(tokens[0])}{len(tokens)}" for _, tokens, _ in parts))
+        letter = log[-1][0]
+        arrivals.get(f"{letter}{sum(entry[0] == letter for entry in log)}", bool)()
+        return real(parts) or (llama.ABORTED if model.abort_flag[0] == b"\x01" else 0)
+
+    model.computed = lambda slot: len(slot.tokens) + 20
+    model.abort = lambda: model.abort_flag.__setitem__(0, b"\x01")
+    model.decode = decode
+    return log
+
+
+SIZES = {False: "l53 x17 p17 l53 t17 l53 l53 l4 k30", True: "l53 x16 x1 p16 p1 l53 t16 t1 l43 l1 k29 k1"}
+
+
+@pytest.mark.parametrize("worker", [1], indirect=True)
+@pytest.mark.parametrize("recurrent", SIZES)
+def test_a_prompt_of_low_priority_gives_up_the_only_sequence(worker: Worker, recurrent: bool) -> None:
+    """Nothing is read twice. Jobs of low priority keep their order, behind all others."""
+    decoder: Any = worker.decoder
+    decoder.model.recurrent = decoder.sequences.store.whole = recurrent
+    asked = dict[str, Ask]()
+
+    def arrive(prompt: str, **more: Any) -> None:
+        asked[prompt[0]] = one = ask(worker, prompt, max_tokens=1, **more)
+        if not one.job.low:
+            worker.give_way(one.job)
+
+    def first() -> None:
+        for letter in "kc":
+            arrive(letter * 30, priority="low")
+        worker.cancel(asked["c"].job)
+        for letter in "xp":
+            arrive(letter * 17)
+
+    log = script(worker, {"l1": first, "l2": lambda: arrive("t" * 17)})
+    arrive("l" * 150, priority="low", progress=True)
+    stages = list[str]()
+    while "done" not in (event := asked["l"].events.get(timeout=PATIENCE)[-1]):
+        stages += [event["progress"]["stage"]] if "progress" in event else []
+    assert [asked[name].outcome()[0] for name in "xptk"] == ["y", "q", "u", "l"]
+    assert " ".join(log) == SIZES[recurrent]
+    assert (stages.count("queued"), stages[-1]) == (3, "decode")
+    tally = worker.tally
+    assert (event["cached_tokens"], tally.cached_tokens, tally.prompt_tokens) == (0, 0, 150 + 30 + 3 * 17)
+    assert tally.ended == {"length": 5, "CANCELLED": 1}
+
+
+@pytest.mark.parametrize("worker", [1], indirect=True)
+def test_a_prompt_that_gave_way_is_dropped_with_its_client_and_what_was_read_is_kept(worker: Worker) -> None:
+    low, asked = Ask("l" * 150, max_tokens=1, priority="low"), list[Ask]()
+
+    def arrive() -> None:
+        asked.append(ask(worker, "x" * 17, max_tokens=1))
+        worker.give_way(asked[0].job)
+
+    log = script(worker, {"l1": arrive, "x1": lambda: worker.cancel(low.job)})
+    worker.submit(worker.prepare(low.job))
+    wait_until(lambda: worker.tally.ended == {"length": 1, "CANCELLED": 1}, "both have ended")
+    assert log == ["l53", "x17"]
+    assert asked[0].outcome()[0] == "y"
+    assert ask(worker, "l" * 150, max_tokens=1).outcome()[1]["cached_tokens"] == 20
+
+
+@pytest.mark.parametrize("worker", [1], indirect=True)
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_completion_of_low_priority_that_has_begun_keeps_its_sequence(worker: Worker, lost: bool) -> None:
+    """Even while it is read again because its recurrent state was lost."""
+    model: Any = worker.model
+    model.recurrent = lost
+    asked = list[Ask]()
+
+    def arrive() -> None:
+        asked.append(ask(worker, "x", max_tokens=1))
+        if lost:
+            model.abort()
+
+    log = script(worker, {"m1": arrive})
+    assert ask(worker, "l", max_tokens=3, priority="low").outcome()[0] == "mno"
+    assert asked[0].outcome()[0] == "y"
+    assert log == ["l1", "m1", "l2" if lost else "n1", *["n1"] * lost, "x1"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_one_of_two_prompts_of_low_priority_gives_way(worker: Worker, fails: bool) -> None:
+    """The other one stands still. If the first cannot be saved, the normal job fails, and both go on."""
+    model: Any = worker.model
+    asked = dict[str, Ask]()
+
+    def two() -> None:
+        for letter in "ac":
+            asked[letter] = ask(worker, letter * 70, max_tokens=1, priority="low")
+
+    def save(_slot: Any) -> bytes:
+        del model.save  # the next one succeeds
+        raise MemoryError
+
+    def normal() -> None:
+        if fails:
+            model.save = save
+        asked["x"] = ask(worker, "x" * 17, max_tokens=1)
+
+    log = script(worker, {"s1": two, "a1": normal})
+    ask(worker, "s", max_tokens=1).outcome()
+    wait_until(lambda: "x" in asked)
+    assert [asked[letter].outcome()[0] for letter in "xac"] == ["" if fails else "y", "b", "d"]
+    assert log == (["s1", "a53 c53", "c17", "a53", "a17"] if fails else ["s1", "a53 c53", "x17", "a17 c17"])
