@@ -34,6 +34,7 @@ import math
 import os
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -422,6 +423,7 @@ class Engine:
         self.config = config
         self.pool = Pool(config.models_dir, config.engine, f"{PYTHON} vpsd.py fetch")
         self.completions: dict[Completion, None] = {}
+        self.tokenizer = ThreadPoolExecutor(1)  # for /v1/tokenize, so that no prompt waits for a thread
         self.cpu = CpuMeter()
         self.started = time.monotonic()
         self.requests_total = 0
@@ -494,7 +496,8 @@ class Engine:
         self.pool.check(model)
         try:
             worker = (await self.pool.acquire(user, model, lambda _percent: None)).worker
-            return await asyncio.to_thread(worker.tokenize, fields["text"], fields["first"], fields["special"])
+            given = fields["text"], fields["first"], fields["special"]
+            return await asyncio.get_running_loop().run_in_executor(self.tokenizer, worker.tokenize, *given)
         finally:
             self.pool.release(user, model)
 

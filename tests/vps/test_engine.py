@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import itertools
@@ -16,10 +17,12 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from harness import PATIENCE, wait_until
+from harness import PATIENCE, until, wait_until
+from test_admission import config
 from test_ending import splits
 
 import vpsd
@@ -984,3 +987,35 @@ def test_one_of_two_prompts_of_low_priority_gives_way(worker: Worker, fails: boo
     wait_until(lambda: "x" in asked)
     assert [asked[letter].outcome()[0] for letter in "xac"] == ["" if fails else "y", "b", "d"]
     assert log == (["s1", "a53 c53", "c17", "a53", "a17"] if fails else ["s1", "a53 c53", "x17", "a17 c17"])
+
+
+async def test_texts_to_tokenize_take_no_threads_from_prompts(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even if their clients leave, which ends no thread that tokenizes already."""
+    engine, gate, begun = vpsd.Engine(config(CEREBRUM_MIN_FREE_MB="0")), threading.Event(), list[str]()
+
+    def tokenize(text: str, *_: bool) -> list[int]:
+        begun.append(text)
+        gate.wait(PATIENCE)
+        return []
+
+    async def acquire(*_: Any) -> Any:
+        return SimpleNamespace(worker=worker)
+
+    monkeypatch.setattr(worker, "tokenize", tokenize)
+    for name, stub in (("check", lambda _model: None), ("acquire", acquire)):
+        monkeypatch.setattr(engine.pool, name, stub)
+    texts = [{"model": "m", "text": str(number), "first": False, "special": False} for number in range(40)]
+    tasks = [asyncio.create_task(engine.tokenize(text)) for text in texts]
+    try:
+        for task in tasks[:30]:
+            await until(lambda: begun)
+            task.cancel()
+        completion = engine.admit(
+            vpsd.parse_inference({"model": "m", "prompt": "a", "max_tokens": 1, "temperature": 0}), {}
+        )
+        assert (await completion.next_events(PATIENCE))[0] == {"token": "b", "total_tokens": 1}
+        assert begun == ["0"]
+    finally:
+        gate.set()
+    await asyncio.wait(tasks)
+    assert begun == ["0", *map(str, range(30, 40))]
