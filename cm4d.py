@@ -137,8 +137,12 @@ class Config:
         return {client.name: client for client in (self.clients or {}).values()}
 
 
+CLIENTS = "CEREBRUM_CM4_KEYS_FILE", HERE / "client-keys"
+
+
 def load_config(environ: Environment) -> Config:
-    """Read the settings from the environment and models.toml. ConfigError names the bad variable."""
+    """Read the settings from the environment and models.toml. ConfigError names the bad variable, a bad key's first."""
+    client_keys, clients = environ.keys("CEREBRUM_CM4_API_KEY"), environ.clients(*CLIENTS)
     logs = HERE / "logs"
     path = Path(environ.text("CEREBRUM_MODELS_FILE", str(HERE / "models.toml"))).expanduser()
     catalog = load_catalog(path, LANGUAGES)
@@ -152,8 +156,8 @@ def load_config(environ: Environment) -> Config:
         prefer=catalog.prefer,
         host=host,
         port=environ.integer("CEREBRUM_CM4_PORT", 7000, 0, 65535),
-        client_keys=environ.keys("CEREBRUM_CM4_API_KEY"),
-        clients=environ.clients("CEREBRUM_CM4_KEYS_FILE", HERE / "client-keys"),
+        client_keys=client_keys,
+        clients=clients,
         hosts=environ.names("CEREBRUM_ALLOWED_HOSTS"),
         origins=environ.names("CEREBRUM_ALLOWED_ORIGINS"),
         log_level=environ.log_level(),
@@ -246,6 +250,18 @@ class Gateway:
             self.page = page_of((HERE / "cerebrum/pi/page.html").read_bytes())
         except OSError as error:
             log.warning("no page at /: cannot read page.html: %s", error.strerror)
+
+    def use_keys(self, environ: Environment) -> None:
+        """Apply the keys that can be read: whatever else is wrong, a revoked one must stop working. `load_config` says
+        why others cannot be read."""
+        config = self.config
+        with contextlib.suppress(ConfigError):
+            config = replace(config, clients=environ.clients(*CLIENTS, strict=False))
+        with contextlib.suppress(ConfigError):
+            config = replace(config, client_keys=environ.keys("CEREBRUM_CM4_API_KEY"))
+        if config.access.needs_key:  # only whole settings may let in everybody
+            self.config = config
+            self.counting.people.configure(config.names)
 
     def reconfigure(self, config: Config) -> None:
         """Apply new settings; running requests continue. ConfigError if the settings cannot be used; then nothing has
@@ -717,10 +733,16 @@ async def serve(environ: Environment, config: Config) -> int:
     """Listen and answer until SIGTERM or SIGINT, then let running completions end. Returns the exit status."""
     gateway = Gateway(config)
     server = Server(gateway, ROUTES, config.access)
+    known = environ  # as last read
 
     def reload() -> None:
-        new_environ = read_environment(os.environ, HERE)
-        new = load_config(new_environ)
+        nonlocal known
+        with contextlib.suppress(ConfigError):  # raised below
+            known = read_environment(os.environ, HERE, known)
+        gateway.use_keys(known)
+        server.use(gateway.config.access)
+        known = read_environment(os.environ, HERE)
+        new = load_config(known)
         if config.tls and new.tls:
             config.tls.load(*new.tls.files)
         gateway.reconfigure(new)
@@ -728,7 +750,7 @@ async def serve(environ: Environment, config: Config) -> int:
         set_up_logging(new.log_level, new.log_file)
         warn_of(new)
         tls = ("CEREBRUM_CM4_TLS_CERT", "CEREBRUM_CM4_TLS_KEY") if bool(config.tls) != bool(new.tls) else ()
-        environ.warn_of_changes(new_environ, ("CEREBRUM_CM4_HOST", "CEREBRUM_CM4_PORT", *tls))
+        environ.warn_of_changes(known, ("CEREBRUM_CM4_HOST", "CEREBRUM_CM4_PORT", *tls))
 
     service = Service(reload, gateway.fleet.stuck)
     try:

@@ -27,6 +27,7 @@ if sys.version_info < (3, 11):  # noqa: UP036 (Debian 11 has 3.9, which fails le
 
 import argparse
 import asyncio
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -103,15 +104,16 @@ def load_config(env: Environment, folder: Path = HERE) -> Config:
     no_home = os.path.expanduser("~") == "~" or bool(env.text("STATE_DIRECTORY"))  # a unit cannot see /home
     models_dir = str(beside) if no_home or beside.is_dir() else "~/.cache/cerebrum/models"
     state_dir = env.text("STATE_DIRECTORY", "~/.local/state/cerebrum")  # systemd's StateDirectory=
-    catalog = load_catalog(Path(env.text("CEREBRUM_MODELS_FILE", str(folder / "models.toml"))), LANGUAGES)
     hosts, origins = env.names("CEREBRUM_ALLOWED_HOSTS"), env.names("CEREBRUM_ALLOWED_ORIGINS")
+    access = Access(env.keys("CEREBRUM_API_KEY"), own_names(hosts), origins)
+    catalog = load_catalog(Path(env.text("CEREBRUM_MODELS_FILE", str(folder / "models.toml"))), LANGUAGES)
     kv_type = env.text("CEREBRUM_KV_TYPE", "f16")
     if kv_type not in KV_TYPES:
         raise ConfigError(f"CEREBRUM_KV_TYPE: expected one of {', '.join(KV_TYPES)}, got {kv_type!r}")
     return Config(
         host=env.text("CEREBRUM_VPS_HOST", "127.0.0.1"),
         port=env.integer("CEREBRUM_VPS_PORT", 9000, 0, 65535),
-        access=Access(env.keys("CEREBRUM_API_KEY"), own_names(hosts), origins),
+        access=access,
         key_names=catalog.key_names,
         models=tuple(model for model in catalog.models if model.file),  # a model without a file runs on another engine
         models_dir=read_folder(env, "CEREBRUM_MODELS_DIR", models_dir),
@@ -734,15 +736,21 @@ async def serve(environ: Environment, config: Config) -> int:
     """Listen and answer until a signal comes; then drain, save, end. Returns the exit status."""
     engine = Engine(config)
     server = Server(engine, ROUTES, config.access)
+    known = environ  # as last read
 
     def reload() -> None:
-        new_environ = read_environment(os.environ, HERE)
-        new = load_config(new_environ)
+        nonlocal known
+        with contextlib.suppress(ConfigError):  # raised below; whatever is wrong, a revoked key must stop working
+            known = read_environment(os.environ, HERE, known)
+            if keys := known.keys("CEREBRUM_API_KEY"):
+                server.use(dataclasses.replace(server.access, keys=keys))
+        known = read_environment(os.environ, HERE)
+        new = load_config(known)
         check_keys(new)
         set_up_logging(new.log_level, new.log_file)
         engine.reconfigure(new)
-        server.access = new.access
-        environ.warn_of_changes(new_environ, NEEDS_RESTART)
+        server.use(new.access)
+        environ.warn_of_changes(known, NEEDS_RESTART)
 
     service = Service(reload, engine.stuck)
     try:

@@ -516,6 +516,7 @@ class Exchange:
         self.head: Head | None = None  # None: not read yet, or malformed
         self.keep = False
         self.client = ""  # the name of the client's key
+        self.public = True  # needs no key, or the need is not known yet
         self.route: Route | None = None  # some route of the requested path; None until matched
         self.frame: Callable[[bytes], bytes] | None = None  # encodes an event for sending; None until a stream begins
         self.task: asyncio.Task[None] | None = None  # calls the handler and sends its answer
@@ -650,13 +651,13 @@ class Server:
         return int(port)
 
     def use(self, access: Access) -> None:
-        """Apply new access. The running requests of a client whose key is no longer valid end."""
+        """Apply new access. The running requests that it does not allow end, such as those with a revoked key."""
         self.access = access
         for connection in self.connections.values():
             exchange = connection.exchange
-            if exchange and exchange.head and exchange.client:
+            if exchange and exchange.head:
                 try:
-                    access.check(exchange.head, public=False)
+                    access.check(exchange.head, exchange.public)
                 except HttpError as error:
                     exchange.end(error)
 
@@ -774,8 +775,8 @@ class Server:
         """The route and its path parameter. The key is checked first, on the same path: a stranger learns nothing."""
         methods, parameter = common.routes_of(self.routes, head.path)
         exchange.route = next(iter(methods.values()), None)
-        public = head.path == "*" or any(route.open for route in methods.values())
-        if client := self.access.check(head, public):
+        exchange.public = head.path == "*" or any(route.open for route in methods.values())
+        if client := self.access.check(head, exchange.public):
             exchange.client = exchange.notes["client"] = client
         if not methods and head.path != "*":
             raise HttpError("NOT_FOUND", f"expected a path of this API, got {json.dumps(head.path[:100])}")
@@ -811,8 +812,7 @@ class Server:
         """Call the handler and send what it returns. Any exception becomes an answer here."""
         exchange.task = asyncio.current_task()
         try:
-            if exchange.client:
-                self.access.check(request.head, public=False)  # it may have been revoked while the body came
+            self.access.check(request.head, exchange.public)  # the key may have been revoked while the body came
             response = await route.handler(self.state, request)
             exchange.keep = exchange.keep and not self.stopping
             # Nothing is awaited between the handler's return and the start of its events, so no cancel can intervene.

@@ -4,7 +4,8 @@
     await service.run(task)              # until SIGTERM or SIGINT comes, or the task ends by itself
 
 - SIGTERM and SIGINT end `run`. A second one ends the process at once, even if the event loop is blocked.
-- SIGHUP calls `reload`. If `reload` fails, the daemon keeps its current settings.
+- SIGHUP calls `reload`. If `reload` fails, the daemon keeps its current settings but for the keys. The outcome is in
+  systemd's RUNTIME_DIRECTORY, where `cerebrum/reload.py` waits for it.
 - The event loop feeds systemd's watchdog as long as `stuck` reports no part that has stalled.
 - While the log file cannot be written, its lines are dropped: a full disk must not end the service.
 
@@ -181,13 +182,14 @@ def make_parser(daemon: str, about: str) -> argparse.ArgumentParser:
 # ----------------------------------------------------------------------------------------------- service
 
 ENDING = (signal.SIGTERM, signal.SIGINT)
+STAYS = "not reloaded, the old settings stay but for the keys that can be read"
 
 
 class Service:
     """A daemon between its start and its end. Lives on the event loop.
 
-    `reload()` applies new settings, or raises and changes nothing. `stuck(now)` says which part has stopped making
-    progress, "" if none has; `now` is monotonic.
+    `reload()` applies new settings, or raises and changes nothing but the keys: whatever else is wrong, a revoked one
+    must stop working. `stuck(now)` says which part has stopped making progress, "" if none has; `now` is monotonic.
     """
 
     def __init__(self, reload: Callable[[], None], stuck: Callable[[float], str]) -> None:
@@ -227,18 +229,23 @@ class Service:
         return bool(ended)
 
     def _reload_settings(self) -> None:
-        notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
-        status = "reloaded"
+        begun_ns, status = time.monotonic_ns(), "reloaded"
         try:
             self._reload()
             log.info(status)
         except ConfigError as error:
-            status = f"not reloaded, the old settings stay: {error}"
+            status = f"{STAYS}: {error}"
             log.error("%s", status)
         except Exception:
-            status = "not reloaded, the old settings stay"
+            status = STAYS
             log.exception(status)
-        notify("READY=1", f"STATUS={timestamp()} {printable(status)}")  # `systemctl status` shows it
+        status = printable(status)
+        notify(f"STATUS={timestamp()} {status}")  # `systemctl status` shows it
+        if folder := os.environ.get("RUNTIME_DIRECTORY"):
+            draft = Path(folder, "reload.part")
+            with contextlib.suppress(OSError):  # reload.py then reports that no answer came
+                draft.write_text(f"{begun_ns} {status}", "utf-8")
+                draft.replace(Path(folder, "reload"))
 
     async def _feed(self) -> None:
         seconds = int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6 / FEEDS  # see sd_watchdog_enabled(3)

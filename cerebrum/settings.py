@@ -71,15 +71,15 @@ class Environment:
             raise ConfigError(f"{name}: expected one key, or two while it is replaced, got {len(keys)}")
         return keys
 
-    def clients(self, name: str, default: Path) -> dict[str, Client] | None:
+    def clients(self, name: str, default: Path, strict: bool = True) -> dict[str, Client] | None:
         """The named clients, by their keys, in the file that this variable names or in the default one; None if there
-        is no such file."""
+        is no such file. If not `strict`, wrong lines are skipped."""
         path = Path(self.text(name, str(default))).expanduser()
         if re.search(r"\s", self.text(name)):
             raise ConfigError(f"{name}: expected the path of a file, got a text with spaces")  # perhaps the keys
         try:
             lines = path.read_text("utf-8").split("\n")
-            if path.stat().st_mode & 0o077:
+            if strict and path.stat().st_mode & 0o077:
                 log.warning("%s: expected mode 600: others can read the keys", path)
         except FileNotFoundError:
             if self.text(name):
@@ -93,11 +93,15 @@ class Environment:
                 continue
             match = CLIENT.fullmatch(" ".join(words))
             if not match or not 1 <= int(match[3] or 1) <= MAX_CLIENT_PLACES:  # never show the line: it has a key
-                raise ConfigError(f"{name}: {path}: line {number}: expected NAME KEY [PLACES], got something else")
-            if match[2] in found or any(match[1] == one.name for one in found.values()):
-                raise ConfigError(f"{name}: {path}: line {number}: expected each name and each key once")
-            found[match[2]] = Client(match[1], int(match[3] or 0))
-        if len(found) > MAX_CLIENTS:
+                fault = "expected NAME KEY [PLACES], got something else"
+            elif match[2] in found or any(match[1] == one.name for one in found.values()):
+                fault = "expected each name and each key once"
+            else:
+                found[match[2]] = Client(match[1], int(match[3] or 0))
+                continue
+            if strict:
+                raise ConfigError(f"{name}: {path}: line {number}: {fault}")
+        if strict and len(found) > MAX_CLIENTS:
             raise ConfigError(f"{name}: {path}: expected at most {MAX_CLIENTS} names, got {len(found)}")
         return found
 
@@ -133,11 +137,11 @@ class Environment:
         return int(value)
 
 
-def read_environment(environ: Mapping[str, str], folder: Path) -> Environment:
+def read_environment(environ: Mapping[str, str], folder: Path, known: Environment | None = None) -> Environment:
     """Read systemd's credentials, then the process's environment, then `folder`/.env: the first source that has a
     variable wins. `.env` has `NAME=value` lines as systemd reads them: quotes are optional, and a `#` inside a value is
-    part of the value."""
-    return Environment({**_read_env(folder / ".env"), **environ, **_read_credentials(environ)})
+    part of the value. With `known`, a wrong line is skipped; what it may have set keeps its value there."""
+    return Environment({**_read_env(folder / ".env", known), **environ, **_read_credentials(environ)})
 
 
 def _read_credentials(environ: Mapping[str, str]) -> dict[str, str]:
@@ -156,8 +160,8 @@ def _read_credentials(environ: Mapping[str, str]) -> dict[str, str]:
     return values
 
 
-def _read_env(path: Path) -> dict[str, str]:
-    values = {}
+def _read_env(path: Path, known: Environment | None) -> dict[str, str]:
+    values = dict[str, str]()
     try:
         lines = path.read_text("utf-8-sig").split("\n")
     except FileNotFoundError:
@@ -168,9 +172,12 @@ def _read_env(path: Path) -> dict[str, str]:
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         match = re.fullmatch(r"""\s*(?:export\s+)?([A-Za-z_]\w*)=(["']?)(.*?)\2\s*""", line)
-        if not match:
+        if match:
+            values[match[1]] = match[3]
+        elif known:
+            values = {**known.values, **values}
+        else:
             raise ConfigError(f"{path}: line {number}: expected NAME=value")
-        values[match[1]] = match[3]
     return values
 
 

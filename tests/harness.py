@@ -304,6 +304,14 @@ def copy_program(name: str, folder: Path) -> None:
     shutil.copytree(ROOT / "cerebrum", folder / "cerebrum", ignore=unused)
 
 
+def reload(process: subprocess.Popen[bytes], folder: Path) -> tuple[int, str]:
+    """What `systemctl reload` runs: its exit status, and what it says. `folder` is the daemon's RUNTIME_DIRECTORY."""
+    environment = {"MAINPID": str(process.pid), "RUNTIME_DIRECTORY": str(folder)}
+    command = [sys.executable, "-I", "-S", str(ROOT / "cerebrum/reload.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    return done.returncode, done.stdout + done.stderr
+
+
 def link_tuned(folder: Path, tuned: Path, published: bool = False) -> None:
     """Let the vpsd of this folder use a tuned file of another state, or only its settings with the `published` file."""
     place, passport = folder / "state/tuned", tuned.with_name(f"{tuned.name}.json")

@@ -360,10 +360,15 @@ def test_a_daemon_that_hangs_is_restarted(cerebrum: Machine, unit: str) -> None:
 
 @pytest.mark.parametrize("unit", DAEMONS)
 def test_a_reload_keeps_the_process(cerebrum: Machine, unit: str) -> None:
-    before = pids(cerebrum), cerebrum.journal(unit).count(" - reloaded")
+    before = pids(cerebrum), cerebrum.journal(unit).count("] reloaded")
     cerebrum.run(f"systemctl reload {unit}.service")
     assert (pids(cerebrum), cerebrum.show(unit, "ActiveState")) == (before[0], "active")
-    assert cerebrum.journal(unit).count("reloaded") == before[1] + 1
+    assert cerebrum.journal(unit).count("] reloaded") == before[1] + 1
+    cerebrum.run(f"echo oops >>/etc/{unit}/env")
+    assert "failed" in cerebrum.fails(f"systemctl reload {unit}.service")
+    assert "expected NAME=value" in cerebrum.show(unit, "StatusText")
+    cerebrum.run(f"sed -i '$d' /etc/{unit}/env; systemctl reload {unit}.service")
+    assert pids(cerebrum) == before[0]
 
 
 @pytest.mark.packages

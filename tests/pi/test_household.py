@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,7 +17,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import KEY, Reply, certificate, connect, daemon, post, read_reply, run_to_the_end, until, wait_until
+from harness import (
+    KEY,
+    Reply,
+    certificate,
+    connect,
+    copy_program,
+    daemon,
+    post,
+    program,
+    read_reply,
+    reload,
+    run_to_the_end,
+    settings,
+    until,
+    wait_until,
+)
+from harness import Client as Asking
 from scripted import CHUNKED as HEAD
 from scripted import GOOD, HANG, Backend, Flood, Pi, answer, chunk, in_a_thread, pi_for, script, token
 
@@ -124,6 +141,72 @@ async def test_a_revoked_client_ends_and_the_others_go_on() -> None:
             assert (await read_reply(reader)).status == 401
         pi.server.use(replace(config, clients={}).access)  # the last name has gone: nobody has a key
         assert (await pi.complete()).status == 401
+
+
+async def test_what_runs_with_a_revoked_common_key_ends() -> None:
+    slow = (HEAD, chunk(token("a", 1)), HANG)
+    body = b'{"prompt": "x =", "language": "python"}'
+    async with Backend([slow]) as vps, pi_for(vps.port, client_keys=("new", KEY)) as pi:
+        asked = [asyncio.create_task(ask(pi, key, "/v1/complete/stream")) for key in (KEY, "new")]
+        await until(lambda: sum(one.tokens for one in pi.at(0)) == 2)
+        async with connect(pi.port) as (reader, writer):  # its body still comes
+            raw = post("/v1/complete", body)
+            writer.write(raw[:-5])
+            await until(lambda: sum(bool(one.exchange.head) for one in pi.server.connections.values()) == 3)
+            pi.server.use(replace(pi.gateway.config, client_keys=("new",)).access)
+            writer.write(raw[-5:])
+            assert (await read_reply(reader)).status == 401
+        assert [event.get("code", event.get("token")) for event in (await asked[0]).events] == ["a", "UNAUTHORIZED"]
+        assert (vps.running, asked[1].done()) == (1, False)
+        asked[1].cancel()
+
+
+WRONG = {  # what a reload says, and lines of .env and of client-keys
+    "CEREBRUM_CM4_TLS_CERT, CEREBRUM_CM4_TLS_KEY: expected both": ("CEREBRUM_CM4_TLS_CERT=/none", ""),
+    "CEREBRUM_MAX_CONCURRENT: expected a number": ("CEREBRUM_MAX_CONCURRENT=x", ""),
+    ".env: line 2: expected NAME=value": ("oops", ""),
+    "keys: line 2: expected NAME KEY [PLACES]": ("", "// tom x"),
+    "keys: line 2: expected each name": ("", f"ben2 {BEN}"),
+    "CEREBRUM_MODELS_FILE: ": ("CEREBRUM_MODELS_FILE=/none", ""),
+}
+
+
+async def test_a_revoked_key_stops_working_whatever_else_is_wrong(tmp_path: Path) -> None:
+    copy_program("cm4d", tmp_path)
+    env, file = tmp_path / ".env", tmp_path / "keys"
+    given = settings(tmp_path, RUNTIME_DIRECTORY=str(tmp_path))
+    del given["CEREBRUM_CM4_API_KEY"]  # .env has it
+
+    def write(number: int, more: str, line: str) -> None:
+        env.write_text(f"CEREBRUM_CM4_API_KEY=common{number}\n{more}\nCEREBRUM_CM4_KEYS_FILE={file}\n")
+        file.write_text(f"ben {BEN}\n{line}\nanna annas{number}\n")
+        file.chmod(0o600)
+
+    write(0, "", "")
+    with program("cm4d", [sys.executable, "-S", str(tmp_path / "cm4d.py")], tmp_path, given) as pi:
+
+        async def statuses(number: int) -> list[int]:
+            keys = BEN, f"annas{number - 1}", f"annas{number}", f"common{number - 1}", f"common{number}"
+            return [(await Asking(port=pi.port).get("/v1/stats", X_API_Key=key)).status for key in keys]
+
+        for number, (said, lines) in enumerate(WRONG.items(), 1):
+            write(number, *lines)
+            status, output = await asyncio.to_thread(reload, pi.process, tmp_path)
+            stays = "not reloaded, the old settings stay but for the keys that can be read: "
+            assert (status, output.startswith(stays), said in output) == (1, True, True), output
+            assert await statuses(number) == [200, 401, 200, 401, 200], said
+        last = len(WRONG)
+        file.write_text(f"ben {BEN}\n")
+        env.write_bytes(b"\xff")  # where client-keys is and the common key stay known
+        status, output = await asyncio.to_thread(reload, pi.process, tmp_path)
+        assert (status, ".env: " in output) == (1, True)
+        assert await statuses(last) == [200, 401, 401, 401, 200]
+        env.write_text("CEREBRUM_MAX_CONCURRENT=x\n")  # without keys: a reload that fails lets in nobody without one
+        assert (await asyncio.to_thread(reload, pi.process, tmp_path))[0] == 1
+        assert await statuses(last) == [200, 401, 401, 401, 200]
+        write(last, "", "")
+        assert await asyncio.to_thread(reload, pi.process, tmp_path) == (0, "")
+        assert await statuses(last) == [200, 401, 200, 401, 200]
 
 
 async def test_places_go_round_by_person() -> None:
@@ -376,11 +459,12 @@ def test_https_and_named_keys_of_the_daemon(tmp_path: Path) -> None:
             assert curl(mine, pi.port, "/v1/complete", *completion)[1].count("UNAUTHORIZED") == 1
             keys.unlink()
             pi.process.send_signal(signal.SIGHUP)
-            pi.wait_for_line("not reloaded, the old settings stay: CEREBRUM_CM4_KEYS_FILE: expected a file, got none")
+            stays = "not reloaded, the old settings stay but for the keys that can be read"
+            pi.wait_for_line(f"{stays}: CEREBRUM_CM4_KEYS_FILE: expected a file, got none")
             keys.write_text("")
             (tmp_path / "first.key").write_text("no key")
             pi.process.send_signal(signal.SIGHUP)
-            pi.wait_for_line("not reloaded, the old settings stay: CEREBRUM_CM4_TLS_CERT")
+            pi.wait_for_line(f"{stays}: CEREBRUM_CM4_TLS_CERT")
             assert curl(mine, pi.port, "/health")[0] == 0
             shown = subprocess.run(["ps", "-ef"], capture_output=True, text=True, check=True).stdout + pi.stdout()
             assert not [key for key in HOUSE if key in shown]
