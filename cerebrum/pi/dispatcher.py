@@ -421,6 +421,14 @@ class Dispatcher:
         self._queue(Completion(replace(request, session="", ahead=True)))
         self.advance()
 
+    def end_reading(self) -> None:
+        """Read nothing ahead any more of what was asked for until now."""
+        self.ahead.clear()
+        for attempt in self.state.places:
+            if attempt.request.ahead:
+                attempt.reason = ""  # it makes no room any more, so it is not queued again
+                attempt.completion.end(HttpError("UNAUTHORIZED", "the keys have changed"))
+
     def _queue(self, completion: Completion) -> None:
         self.ahead.pop(completion.client, None)
         self.ahead[completion.client] = completion
@@ -446,7 +454,7 @@ class Dispatcher:
 
     def _has_read(self, attempt: Attempt, task: asyncio.Task[None]) -> None:
         if task.cancelled() and not attempt.makes_room:
-            self.ahead.clear()  # the daemon stops
+            self.ahead.clear()  # the daemon stops, or the keys have changed
         if attempt.makes_room and attempt.completion.client not in self.ahead:
             self._queue(Completion(attempt.request))
         self._leave(attempt)

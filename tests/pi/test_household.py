@@ -161,6 +161,26 @@ async def test_what_runs_with_a_revoked_common_key_ends() -> None:
         asked[1].cancel()
 
 
+async def test_nothing_is_read_ahead_for_a_revoked_client(tmp_path: Path) -> None:
+    """Neither what a backend reads nor what waits for it. `superseded`: a completion has just taken its turn."""
+    keys = tmp_path / "client-keys"
+    keys.write_text(f"ben {BEN}\n")
+    for superseded in (False, True):
+        async with Backend([[HANG]]) as vps, pi_for(vps.port, clients=HOUSE) as pi:
+            own = pi.gateway.dispatcher
+            for client in ("tom", "anna"):
+                fields = {"language": "python", "mode": "infill", "prompt": client, "filename": "", "max_tokens": 0}
+                own.read_ahead(CompletionRequest("infill", fields, client=client, ahead=True))
+            assert ([one.completion.client for one in pi.at(0)], [*own.ahead]) == (["tom"], ["anna"])
+            await vps.begun.wait()
+            if superseded:
+                own._supersede(pi.at(0)[0])
+            pi.gateway.use_keys(Environment({"CEREBRUM_CM4_KEYS_FILE": str(keys)}))
+            await until(vps.left.is_set)
+            await until(lambda: not pi.reads_ahead() and not vps.running)
+            assert (own.ahead, len(vps.completions)) == ({}, 1)
+
+
 WRONG = {  # what a reload says, and lines of .env and of client-keys
     "CEREBRUM_CM4_TLS_CERT, CEREBRUM_CM4_TLS_KEY: expected both": ("CEREBRUM_CM4_TLS_CERT=/none", ""),
     "CEREBRUM_MAX_CONCURRENT: expected a number": ("CEREBRUM_MAX_CONCURRENT=x", ""),
