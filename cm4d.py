@@ -43,7 +43,6 @@ import contextlib
 import functools
 import hashlib
 import math
-import re
 import ssl
 import time
 import weakref
@@ -76,8 +75,6 @@ from cerebrum_common import HttpError, Model, Request, Response, Route, compact,
 
 HERE = Path(__file__).resolve().parent
 # --------------------------------------------------------------------------------------- configuration
-
-HOST = re.compile(r"[A-Za-z0-9.\-_]{1,255}|[0-9A-Fa-f:.]{2,45}(%[A-Za-z0-9.\-_]{1,32})?")  # a name or an address
 
 
 class Tls:
@@ -147,14 +144,11 @@ def load_config(environ: Environment) -> Config:
     path = Path(environ.text("CEREBRUM_MODELS_FILE", str(HERE / "models.toml"))).expanduser()
     catalog = load_catalog(path, LANGUAGES)
     max_concurrent = environ.integer("CEREBRUM_MAX_CONCURRENT", 2, 1, upstream.MAX_PLACES)
-    host = environ.text("CEREBRUM_CM4_HOST", "0.0.0.0")
-    if not HOST.fullmatch(host):
-        raise ConfigError(f"CEREBRUM_CM4_HOST: expected an address or a host name, got {host!r}")
     return Config(
         backends=upstream.read_backends(catalog.backends, environ, max_concurrent),
         models=catalog.models,
         prefer=catalog.prefer,
-        host=host,
+        host=environ.host("CEREBRUM_CM4_HOST", "0.0.0.0"),
         port=environ.integer("CEREBRUM_CM4_PORT", 7000, 0, 65535),
         client_keys=client_keys,
         clients=clients,
@@ -771,7 +765,7 @@ def warn_of(config: Config) -> None:
     """Log which backends will refuse us."""
     for backend in config.backends:
         if not backend.key and (backend.key_env or backend.api == "cerebrum"):
-            log.warning("%s: %s is not set: it will refuse every completion", backend.id, backend.key_env or "key_env")
+            log.warning("%s: %s is not set: it will refuse every completion", backend.id, backend.variable)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -111,7 +111,7 @@ def load_config(env: Environment, folder: Path = HERE) -> Config:
     if kv_type not in KV_TYPES:
         raise ConfigError(f"CEREBRUM_KV_TYPE: expected one of {', '.join(KV_TYPES)}, got {kv_type!r}")
     return Config(
-        host=env.text("CEREBRUM_VPS_HOST", "127.0.0.1"),
+        host=env.host("CEREBRUM_VPS_HOST", "127.0.0.1"),
         port=env.integer("CEREBRUM_VPS_PORT", 9000, 0, 65535),
         access=access,
         key_names=catalog.key_names,

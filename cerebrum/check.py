@@ -77,8 +77,8 @@ def begin(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
 # ------------------------------------------------------------------------------------------ both machines
 
 
-def read_settings(report: Report, folder: Path, load: Load) -> tuple[Environment, Any] | None:
-    """The environment and the daemon's Config; None if a setting is wrong."""
+def read_settings(report: Report, folder: Path, load: Load) -> Any:
+    """The daemon's Config; None if a setting is wrong."""
     given, place = dict(os.environ), (folder / ".env").resolve()  # a link in the packages
     if os.access(CREDENTIALS, os.R_OK | os.X_OK):
         given.setdefault("CREDENTIALS_DIRECTORY", str(CREDENTIALS))
@@ -97,13 +97,12 @@ def read_settings(report: Report, folder: Path, load: Load) -> tuple[Environment
         for name in sorted(environ.values.keys() - known - named):
             if name.startswith("CEREBRUM_"):
                 report.add("warn", "settings", f"nothing reads {name}: .env.example lists all variables")
-    return environ, config
+    return config
 
 
-def check_key(report: Report, environ: Environment, name: str, missing: str = "") -> None:
-    """Check one key. `missing` says how to set the key if there is none; "" if the key is optional."""
-    keys = environ.keys(name)
-    if not keys:
+def check_key(report: Report, name: str, keys: Sequence[str], missing: str = "") -> None:
+    """Check the key of a variable. `missing` says how to set the key if there is none; "" if the key is optional."""
+    if not any(keys):
         report.add("FAIL" if missing else "ok", "key", f"{name} is not set: {missing or 'clients need none'}")
     elif any(len(key) < MIN_KEY_CHARACTERS for key in keys):
         report.add("warn", "key", f"{name} is short enough to be guessed: generate_api_key.sh makes a better one")
@@ -149,14 +148,13 @@ def has_health(host: str, port: int, member: str) -> bool:
 def check_pi(folder: Path, load: Load, make: Make) -> int:
     """Print all findings, and return the exit status."""
     report = Report()
-    if found := read_settings(report, folder, load):
-        environ, config = found
+    if config := read_settings(report, folder, load):
         if config.client_keys or config.clients is None:
-            check_key(report, environ, "CEREBRUM_CM4_API_KEY")
+            check_key(report, "CEREBRUM_CM4_API_KEY", config.client_keys)
         check_clients(report, config)
-        needed = {one.key_env or "key_env" for one in config.backends if one.key_env or one.api == "cerebrum"}
+        needed = {one.variable: [one.key] for one in config.backends if one.key_env or one.api == "cerebrum"}
         for name in sorted(needed):
-            check_key(report, environ, name, SET_KEY)
+            check_key(report, name, needed[name], SET_KEY)
         check_address(report, config.host, config.port, "CEREBRUM_CM4", "vps_available")
         available = int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) // 1024
         wanted = "" if available >= PI_MB else f", expected {PI_MB}: end other programs"
@@ -224,11 +222,11 @@ def check_vps(folder: Path, load: Load) -> int:
     import llama_cpp
 
     report = Report()
-    if found := read_settings(report, folder, load):
-        environ, config = found
+    if config := read_settings(report, folder, load):
         if (got := llama_cpp.__version__) != LLAMA_CPP:
             report.add("warn", "packages", f"pip install llama-cpp-python=={LLAMA_CPP}: its C API differs from {got}")
-        check_key(report, environ, "CEREBRUM_API_KEY", "`generate_api_key.sh --write FILE` makes one")
+        mend = "`generate_api_key.sh --write FILE` makes one"
+        check_key(report, "CEREBRUM_API_KEY", config.access.keys, mend)
         if unit := next(filter(Path.exists, SOCKET_UNITS), None):  # a connection there could start the daemon
             report.add("ok", "address", f"that of systemd: `systemctl status {unit.name}` shows it")
         else:

@@ -1,7 +1,8 @@
 """Settings: the environment, `.env`, systemd's credentials, and models.toml.
 
 A daemon reads its settings at start and at SIGHUP, with `read_environment` and `load_catalog`, into a frozen Config of
-its own. A wrong value raises `ConfigError`, whose message begins with the variable's name. Standard library only.
+its own. A wrong value raises `ConfigError`, whose message begins with the variable's name. The message shows no text
+that may be a key, which people paste in wrong places. Standard library only.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from cerebrum_common import FIM_LAYOUTS, SUGGEST, HttpError, Model, log
 def read_table(table: Any, where: str, fields: Mapping[str, Field], *others: str) -> dict[str, Any]:
     """The checked members of a TOML table, limited to `fields` and `others`. ConfigError says what is wrong."""
     if not isinstance(table, dict):
-        raise ConfigError(f"{where}: expected a table, got {table!r}")
+        raise ConfigError(f"{where}: expected a table, got something else")
     for name in sorted(table.keys() - {*fields, *others}):
         raise ConfigError(f"{where}: expected one of {', '.join((*fields, *others))}, got {name!r}")
     try:
         return read_fields(table, fields)
     except HttpError as error:
-        raise ConfigError(f"{where}: {error.message}") from None
+        shown = error.message.partition(' "')[0]  # without the text of a string
+        raise ConfigError(f"{where}: {shown}") from None
 
 
 # ----------------------------------------------------------------------------------------- configuration
@@ -38,6 +40,7 @@ class ConfigError(ValueError):
 
 KEY = re.compile(r"[!-+\--~]+")  # printable ASCII but for space and comma; a header can carry the key as it is
 MAX_KEYS = 2  # a forgotten old key should not stay valid
+HOST = re.compile(r"[A-Za-z0-9.\-_]{1,255}|[0-9A-Fa-f:.]{2,45}(%[A-Za-z0-9.\-_]{1,32})?")  # a name or an address
 CLIENT = re.compile(rf"([A-Za-z0-9._-]{{1,32}}) ({KEY.pattern})(?: ([0-9]{{1,2}}))?")
 MAX_CLIENTS, MAX_CLIENT_PLACES = 32, 64
 
@@ -83,10 +86,11 @@ class Environment:
                 log.warning("%s: expected mode 600: others can read the keys", path)
         except FileNotFoundError:
             if self.text(name):
-                raise ConfigError(f"{name}: expected a file, got none at {path}") from None
+                raise ConfigError(f"{name}: expected a file, got none at this path") from None
             return None
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{name}: {path}: {getattr(error, 'strerror', 'expected UTF-8')}") from None
+            reason = getattr(error, "strerror", "expected UTF-8")
+            raise ConfigError(f"{name}: cannot read the file: {reason}") from None
         found = dict[str, Client]()
         for number, line in enumerate(lines, 1):
             if not (words := line.split()) or words[0].startswith("#"):
@@ -119,6 +123,12 @@ class Environment:
         if text.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
             raise ConfigError(f"CEREBRUM_LOG_LEVEL: expected DEBUG, INFO, WARNING or ERROR, got {text!r}")
         return text.upper()
+
+    def host(self, name: str, default: str) -> str:
+        text = self.text(name, default)
+        if not HOST.fullmatch(text):
+            raise ConfigError(f"{name}: expected an address or a host name, got something else")
+        return text
 
     def names(self, name: str) -> frozenset[str]:
         """A comma-separated list."""
@@ -230,7 +240,7 @@ def load_catalog(path: Path, known: Collection[str]) -> Catalog:
         wanted = Field(list, default=[], choices=tuple(model.id for model in models))
         prefer = read_table(table.get("prefer", {}), "prefer", dict.fromkeys(MODES, wanted))
         if not isinstance(backends, list):
-            raise ConfigError(f"backends: expected [[backends]], got {backends!r}")
+            raise ConfigError("backends: expected [[backends]], got something else")
         names = [name for model in models for name in (model.id, *model.aliases)]
         if len(set(names)) != len(names):
             raise ConfigError("expected every id and alias once")
@@ -253,7 +263,7 @@ def _read_model(entry: Any, where: str, known: Collection[str]) -> Model:
         raise ConfigError(f"{where}: file: expected a name, or aliases instead, got nothing")
     given["sources"] = entry.get("sources", [])
     if not isinstance(given["sources"], list) or not all(isinstance(source, dict) for source in given["sources"]):
-        raise ConfigError(f"{where}: sources: expected [[models.sources]], got {given['sources']!r}")
+        raise ConfigError(f"{where}: sources: expected [[models.sources]], got something else")
     values: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in given.items()}
     values["min_confidence"] = read_table(entry.get("min_confidence", {}), f"{where}: min_confidence", THRESHOLDS)
     values["shape"] = shape = read_table(entry["shape"], f"{where}: shape", SHAPE) if "shape" in entry else {}

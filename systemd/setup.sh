@@ -100,6 +100,7 @@ setup_cm4() {
 	copy_keys
 	if [[ -z $url ]]; then
 		old=$(setting CEREBRUM_VPS_URL)
+		old=${old%%[[:space:]]*} # the line may have been pasted there whole, with its key
 		read -r url key <<<"$(ask "the line from the backend, or its URL; not shown${old:+ (Enter: $old)}" -s)"
 		url=${url:-$old}
 	fi

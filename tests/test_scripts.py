@@ -1068,6 +1068,7 @@ def test_the_pi_is_set_up_by_one_line_that_the_backend_takes(tmp_path: Path) -> 
         assert "runuser -u cerebrum -- " in log.read_text()  # root runs none of its files
         assert (settings.read_text(), key.read_text()) == ("A=1\nCEREBRUM_VPS_URL=http://vps:9000\n", "the-key\n")
         assert (mode(settings), mode(key), mode(key.parent)) == (0o600, 0o600, 0o700)
+        write(settings, "A=1\nCEREBRUM_VPS_URL=http://vps:9000 the-key\n")  # the line, pasted whole
 
 
 @needs_root

@@ -59,6 +59,11 @@ class BackendConfig:
     infill: str = "fim"  # for an "openai" backend: use the model's FIM marks if it has any, or the "suffix" member
 
     @property
+    def variable(self) -> str:
+        """`key_env` for messages. What does not look like a variable may be the key itself."""
+        return self.key_env if self.key_env.isupper() else "the variable of key_env"
+
+    @property
     def is_paid(self) -> bool:
         """Whether the backend is probably a paid cloud service."""
         return self.api == "openai" and self.endpoint.tls
@@ -72,7 +77,7 @@ def parse_url(text: str, name: str) -> Endpoint:
     """Parse `http://host[:port][/prefix]` into an Endpoint; ConfigError names the setting."""
     match = URL.fullmatch(text)
     if not match or int(match[3] or 1) not in range(1, 65536):
-        raise ConfigError(f"{name}: expected http://HOST[:PORT] or https://HOST[:PORT], got {text!r}")
+        raise ConfigError(f"{name}: expected http://HOST[:PORT] or https://HOST[:PORT], got something else")
     scheme, host, port, prefix = match.groups()
     tls = scheme == "https"
     authority = f"{host}:{port}" if port else host
@@ -182,7 +187,7 @@ def our_error(members: Mapping[str, Any], key: str) -> HttpError | None:
 
 def refusal(status: int, body: bytes, config: BackendConfig) -> HttpError:
     """The client's error if a backend answers with this status. BackendFailure if no working backend would."""
-    members, key_env = dict[str, Any](), config.key_env or "the variable of key_env"
+    members, key_env = dict[str, Any](), config.variable
     with contextlib.suppress(HttpError):
         members = config.parse(body)
     if config.api != "cerebrum":

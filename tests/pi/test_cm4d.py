@@ -7,6 +7,7 @@ import re
 import signal
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ from harness import KEY, PATIENCE, ROOT, SHIPPED, Client, Reply, daemon, run_to_
 from scripted import CHUNKED, DONE, GOOD, HANG, Backend, Flood, answer, chunk, error, event, head, pi_for, token
 
 from cerebrum.pi import fleet as pi_fleet
-from cerebrum.pi.upstream import BackendConfig, Endpoint
+from cerebrum.pi.upstream import BackendConfig, Endpoint, refusal
 from cerebrum.settings import ConfigError, Environment, load_catalog
 from cerebrum.text.languages import LANGUAGES
 from cerebrum_common import HttpError
-from cm4d import load_config, read_completion
+from cm4d import load_config, read_completion, warn_of
 
 TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}")
 REQUEST_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}")
@@ -61,6 +62,39 @@ def test_a_bad_variable_is_named(name: str, value: str):
     with pytest.raises(ConfigError, match=f"^{name}: ") as caught:
         load_config(Environment({name: value}))
     assert "KEY" not in name or value not in str(caught.value)
+
+
+SECRET = "gsk_Ab12345678"  # of a form that a variable, a host or a path could have, too
+LINE = f"http://100.64.0.1:9000 {SECRET}"  # as `cerebrum-backend setup` prints it
+TABLE = '[[backends]]\nid = "a"\nurl = "http://a"\n'
+PASTED: list[tuple[dict[str, str], str]] = [  # variables, and the backends of models.toml
+    *(({f"CEREBRUM_{name}": LINE}, "") for name in ("VPS_URL", "CM4_HOST", "API_KEY", "CM4_KEYS_FILE")),
+    *(({"CEREBRUM_CM4_KEYS_FILE": text}, "") for text in (SECRET, SECRET * 99, f"/{SECRET}")),
+    ({"CEREBRUM_VPS_URL": f"http://user:{SECRET}@vps"}, ""),
+    ({"CEREBRUM_VPS_URL": SECRET}, ""),
+    *(({}, TABLE.replace(old, new)) for old in ("http://a", '"a"') for new in (LINE, f'"{SECRET} "', f'["{SECRET}"]')),
+    *(({}, TABLE + f'{name} = "{SECRET}"') for name in ("api", "n_ctx", "infill", "key")),
+    *(({}, TABLE + f'key_env = "{text}"') for text in (f"{SECRET}-", f"{SECRET} ")),
+    *(({}, f"backends = {text}") for text in (f'"{SECRET}"', f'["{SECRET}"]')),
+]
+
+
+@pytest.mark.parametrize(("variables", "backends"), PASTED)
+def test_no_text_is_shown_that_may_be_a_key(variables: dict[str, str], backends: str, tmp_path: Path):
+    (tmp_path / "models.toml").write_text(backends + "\n" + (ROOT / "models.toml").read_text())
+    with pytest.raises(ConfigError) as caught:
+        load_config(Environment({"CEREBRUM_MODELS_FILE": str(tmp_path / "models.toml"), **variables}))
+    assert SECRET not in str(caught.value)
+
+
+def test_a_key_in_key_env_is_not_shown(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """Nor in the answer to a client, if the backend refuses it."""
+    (tmp_path / "models.toml").write_text(f'{TABLE}key_env = "{SECRET}"\n' + (ROOT / "models.toml").read_text())
+    config = load_config(Environment({"CEREBRUM_MODELS_FILE": str(tmp_path / "models.toml")}))
+    warn_of(config)
+    refused = refusal(401, b"{}", replace(config.backends[0], api="openai")).message
+    assert caplog.messages == ["a: the variable of key_env is not set: it will refuse every completion"]
+    assert refused.endswith("the right one in the variable of key_env")
 
 
 # --------------------------------------------------------------------------------------------- requests

@@ -496,7 +496,7 @@ def test_https_and_named_keys_of_the_daemon(tmp_path: Path) -> None:
     [
         ({"TLS_CERT": "/x"}, "expected both or neither, got one"),
         ({"TLS_CERT": "/x", "TLS_KEY": "/y"}, "expected PEM files that fit each other"),
-        ({"KEYS_FILE": "/none"}, "cm4d.py: CEREBRUM_CM4_KEYS_FILE: expected a file, got none at /none"),
+        ({"KEYS_FILE": "/none"}, "cm4d.py: CEREBRUM_CM4_KEYS_FILE: expected a file, got none at this path"),
         ({"PORT": "x"}, "cm4d.py: CEREBRUM_CM4_PORT: expected "),
     ],
 )
