@@ -11,7 +11,7 @@ umask 077
 HERE=$(dirname -- "$(readlink -f -- "$0")")
 MAX_CLIENTS=32 # the daemon reads no more
 MAX_PLACES=64
-FIRST_WORD='^[[:space:]]*([^[:space:]]*)'
+FIRST_WORD=$'^(\xef\xbb\xbf)?[[:space:]]*([^[:space:]]*)' # behind the byte order mark of an editor on Windows
 
 usage() {
 	cat <<-EOF
@@ -92,7 +92,7 @@ with_key() {
 with_client() {
 	local line name count=0
 	while IFS= read -r line || [[ -n $line ]]; do
-		[[ $line =~ $FIRST_WORD ]] && name=${BASH_REMATCH[1]}
+		[[ $line =~ $FIRST_WORD ]] && name=${BASH_REMATCH[2]}
 		[[ $name != "$1" ]] || die "$4: $1 has a key already; first --revoke $1"
 		[[ -z $name || $name == '#'* ]] || ((++count))
 		printf '%s\n' "$line"
@@ -105,7 +105,7 @@ with_client() {
 without_client() {
 	local line name found=''
 	while IFS= read -r line || [[ -n $line ]]; do
-		[[ $line =~ $FIRST_WORD ]] && name=${BASH_REMATCH[1]}
+		[[ $line =~ $FIRST_WORD ]] && name=${BASH_REMATCH[2]}
 		if [[ $name == "$1" ]]; then found=yes; else printf '%s\n' "$line"; fi
 	done
 	[[ -n $found ]] || die "$2: there is no client $1"

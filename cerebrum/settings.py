@@ -81,7 +81,7 @@ class Environment:
         if re.search(r"\s", self.text(name)):
             raise ConfigError(f"{name}: expected the path of a file, got a text with spaces")  # perhaps the keys
         try:
-            lines = path.read_text("utf-8").split("\n")
+            lines = path.read_text("utf-8-sig").split("\n")
             if strict and path.stat().st_mode & 0o077:
                 log.warning("%s: expected mode 600: others can read the keys", path)
         except FileNotFoundError:

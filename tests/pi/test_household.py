@@ -53,7 +53,7 @@ FORM = "expected NAME KEY [PLACES], got something else"
 FIGURES = ("completions", "tokens", "accepted")
 KEYS_FILES = [
     ("", {}),
-    ("# family\n\nanna k1\r\n  ben\tk2 \n", {"k1": Client("anna"), "k2": Client("ben")}),
+    ("\ufeffanna k1\r\n# family\n\n  ben\tk2 \n", {"k1": Client("anna"), "k2": Client("ben")}),
     ("tom k3 2\n", {"k3": Client("tom", 2)}),
     *((line, f"line 1: {FORM}") for line in ("anna\n", "anna k1 0\n", "anna k1 65\n", "anna k1 2 x\n")),
     *((line, f"line 1: {FORM}") for line in ("an/na k1\n", "anna k,1\n")),
