@@ -163,9 +163,24 @@ setting() {
 	fi
 }
 
+# address: prints the URL of the Pi for its clients, with a name that its certificate vouches for.
+address() {
+	local host certificate names='' scheme=http
+	host=$(uname -n).local
+	certificate=$(setting CEREBRUM_CM4_TLS_CERT)
+	if [[ -n $certificate ]]; then
+		scheme=https
+		names=$(openssl x509 -in "$certificate" -noout -ext subjectAltName 2>/dev/null |
+			grep -oE '(DNS|IP Address):[^*,[:space:]]+' | sort -st: -k1,1 | cut -d: -f2-) || names=''
+	fi
+	grep -qixF -- "$host" <<<"$names" || host=$(head -n 1 <<<"${names:-$host}")
+	[[ $host != *:* ]] || host="[$host]"
+	printf '%s\n' "$scheme://$host:$(setting CEREBRUM_CM4_PORT | grep . || echo 7000)"
+}
+
 # put_client --client|--revoke NAME [PLACES]
 put_client() {
-	local command=$1 name=${2-} places=${3-} usage='nothing' key file url
+	local command=$1 name=${2-} places=${3-} usage='nothing' key file
 	[[ $command != --client ]] || usage="a number of places from 1 to $MAX_PLACES"
 	[[ $name =~ ^[A-Za-z0-9._-]{1,32}$ ]] ||
 		die "expected a name of 1 to 32 letters, digits and ._- after $command, got '$name'" 2
@@ -177,14 +192,15 @@ put_client() {
 		[[ -e $file ]] || echo "$file is new: while it exists, all clients need a key" >&2
 		key=$(new_key)
 		edit "$file" "$HERE/.env" with_client "$name" "$key" "$places" "$file"
+		if [[ $EUID == 0 && ! -e $file && ! -e $HERE/.env ]] && id cerebrum &>/dev/null; then
+			chown cerebrum: -- "${drafts[-1]}" # before setup there are no settings yet, whose owner it would get
+		fi
 	else
 		edit "$file" "$HERE/.env" without_client "$name" "$file"
 	fi
 	replace
 	if [[ $command == --client ]]; then
-		url=$(setting CEREBRUM_CM4_TLS_CERT)
-		url=http${url:+s}://$(uname -n).local:$(setting CEREBRUM_CM4_PORT | grep . || echo 7000)
-		printf '%s\n' "address: $url" "key:     $key" \
+		printf '%s\n' "address: $(address)" "key:     $key" \
 			"setting: CEREBRUM_URL and CEREBRUM_CM4_API_KEY for the language server and the REPL; the page shows the others"
 	fi
 	echo "apply it:  sudo systemctl reload cerebrum-cm4" >&2

@@ -360,10 +360,10 @@ def settings(folder: Path, inherited: Mapping[str, str] | None = None, **more: s
     }
 
 
-def certificate(folder: Path, name: str) -> Mapping[str, str]:
+def certificate(folder: Path, name: str, names: str = "DNS:localhost,IP:127.0.0.1") -> Mapping[str, str]:
     """The Pi's settings for a fresh certificate of this machine."""
     files = folder / f"{name}.crt", folder / f"{name}.key"
     command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
-    command += ["-days", "1", "-subj", f"/CN={name}", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
+    command += ["-days", "1", "-subj", f"/CN={name}", "-addext", f"subjectAltName={names}"]
     subprocess.run([*command, "-out", files[0], "-keyout", files[1]], check=True, capture_output=True)
     return {"CEREBRUM_CM4_TLS_CERT": str(files[0]), "CEREBRUM_CM4_TLS_KEY": str(files[1])}

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import PATIENCE, ROOT, wait_until
+from harness import PATIENCE, ROOT, certificate, wait_until
 from scripted import HANG, Backend, answer, error, event, head, in_a_thread, token
 
 from cerebrum.text.languages import LANGUAGES
@@ -917,6 +917,44 @@ def test_clients_get_keys_and_lose_them(tmp_path: Path) -> None:
     assert run([script, "--revoke", "gast.2"]).stderr == apply
     assert (file.read_text(), file.stat().st_uid) == (f"# ours\n\nanna {key.split()[1]}\n", owners[1])
     assert (file.is_symlink(), os.listdir(tmp_path / "etc")) == (True, ["keys"])
+    write(file, "\ufeffanna k1\r\nben k2\n")  # from an editor on Windows
+    twice = subprocess.run([script, "--client", "anna"], capture_output=True, text=True)
+    assert (twice.returncode, "anna has a key already" in twice.stderr) == (1, True)
+    run([script, "--revoke", "anna"])
+    assert file.read_text() == "ben k2\n"
+
+
+@pytest.mark.parametrize(
+    ("names", "host"),
+    [
+        ("DNS:*.lan,IP:10.0.0.7,DNS:pi.example.ts.net,DNS:other", "pi.example.ts.net"),
+        ("DNS:other,DNS:{own}", "{own}"),
+        ("IP:fd7a::1", "[FD7A:0:0:0:0:0:0:1]"),
+        ("DNS:*.lan", "{own}"),
+    ],
+)
+def test_the_address_for_a_client_is_one_of_the_certificate(names: str, host: str, tmp_path: Path) -> None:
+    own = f"{os.uname().nodename}.local"
+    shutil.copy(KEYGEN, tmp_path)
+    pem = certificate(tmp_path, "pi", names.format(own=own))["CEREBRUM_CM4_TLS_CERT"]
+    write(tmp_path / ".env", f"CEREBRUM_CM4_TLS_CERT={pem}\n")
+    command = [tmp_path / Path(KEYGEN).name, "--client", "anna"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert said.splitlines()[0] == f"address: https://{host.format(own=own)}:7000"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a file away")
+def test_a_client_before_setup_gets_a_file_of_the_daemons_user(tmp_path: Path) -> None:
+    """With stand-ins, as this machine need not have the user."""
+    shutil.copy(KEYGEN, tmp_path)
+    (tmp_path / ".env").symlink_to("gone/env")  # as in the package
+    (tmp_path / "bin").mkdir()
+    for tool in ("id", "chown"):
+        write(tmp_path / "bin" / tool, f'#!/bin/bash\necho "{tool} $*" >>{tmp_path}/log\n').chmod(0o755)
+    command = [str(tmp_path / Path(KEYGEN).name), "--client", "anna"]
+    assert called(command, f"{tmp_path}/bin:{os.environ['PATH']}")[0] == 0
+    calls = re.sub(r"client-keys\.\w+", "DRAFT", (tmp_path / "log").read_text())
+    assert calls == f"id cerebrum\nchown cerebrum: -- {tmp_path}/DRAFT\n"
 
 
 # --------------------------------------------------------------------------------------------- run.sh
