@@ -22,6 +22,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # for the benchmarks and the fuzzer, which run without pytest
 
@@ -367,3 +369,17 @@ def certificate(folder: Path, name: str, names: str = "DNS:localhost,IP:127.0.0.
     command += ["-days", "1", "-subj", f"/CN={name}", "-addext", f"subjectAltName={names}"]
     subprocess.run([*command, "-out", files[0], "-keyout", files[1]], check=True, capture_output=True)
     return {"CEREBRUM_CM4_TLS_CERT": str(files[0]), "CEREBRUM_CM4_TLS_KEY": str(files[1])}
+
+
+@contextlib.contextmanager
+def disk_of(size: str, folder: Path) -> Iterator[Path]:
+    """A disk of this size."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]
+    mounted = subprocess.run(mount, capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"needs to mount: {mounted.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)

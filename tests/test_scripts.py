@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import PATIENCE, ROOT, certificate, wait_until
+from harness import PATIENCE, ROOT, certificate, disk_of, wait_until
 from scripted import HANG, Backend, answer, error, event, head, in_a_thread, token
 
 from cerebrum.text.languages import LANGUAGES
@@ -560,19 +560,6 @@ def test_half_an_answer_is_the_last_result_and_belongs_to_its_file(repl: Repl) -
     assert "block]\nhalf\nb\nhalfwhole\n" in out
     assert repl.prompts() == ["a\n", "b\n", "b\nhalf"]
     assert (a.read_text(), b.read_text()) == ("a\n", "b\n")
-
-
-@contextlib.contextmanager
-def disk_of(size: str, folder: Path) -> Iterator[Path]:
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]
-    mounted = subprocess.run(mount, capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"needs to mount: {mounted.stderr.strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 def fill(file: Path) -> None:

@@ -33,7 +33,18 @@ from typing import Any, NamedTuple, TextIO
 import llama_cpp
 
 from cerebrum.vps.gguf import Source, Tensor
-from cerebrum.vps.llama import MAX_CHUNK, MAX_DRAFT, MB, Llama, ModelError, Settings, Slot, cpus, write_atomically
+from cerebrum.vps.llama import (
+    MAX_CHUNK,
+    MAX_DRAFT,
+    MB,
+    Llama,
+    ModelError,
+    Settings,
+    Slot,
+    check_disk,
+    cpus,
+    write_atomically,
+)
 from cerebrum.vps.memory import Parts, fit, needed
 
 # ------------------------------------------------------------------------------------------- the passport
@@ -393,12 +404,10 @@ class Tuner:
         return grown + sum(needed(self.path, [settings])[0].values())
 
     def check_room(self) -> None:
-        """TuneError with the figures if the memory or the disk is too small."""
+        """TuneError or OSError with the figures if the memory or the disk is too small."""
         if (need := self.memory({}, self.settings)) > self.room:
             raise TuneError(f"expected {need / MB:.0f} MB of memory beside the reserve, got {self.room / MB:.0f} MB")
-        need = 3 * self.path.stat().st_size // 2  # for a tuned file of the usual types; samples take less
-        if (free := shutil.disk_usage(self.folder).free) < need:
-            raise TuneError(f"expected {need / MB:.0f} MB of free disk in {self.folder.parent}, got {free / MB:.0f} MB")
+        check_disk(self.folder.parent, 3 * self.path.stat().st_size // 2)  # a tuned file; samples take less
 
     def sample(self, types: Types, layers: Sequence[int]) -> Path:
         """Write a file with these changes, these layers, a small vocabulary and no tokenizer."""
@@ -493,12 +502,14 @@ def tune(
         outcome = Tuner(published, sha256, settings, folder, room, report).run(path)
         print(outcome.table(), file=output, flush=True)
         if not dry_run:
+            passport = folder / "passport"
+            passport.write_text(json.dumps(asdict(outcome.passport)))  # before anything changes: the disk may be full
             _remove(target)
             if outcome.passport.types:
                 with path.open("rb") as written:
                     os.fsync(written.fileno())  # otherwise a crash could leave a passport without weights
                 os.replace(path, target)
-            write_atomically(passport_path(target), json.dumps(asdict(outcome.passport)).encode())
+            os.replace(passport, passport_path(target))
     return outcome
 
 

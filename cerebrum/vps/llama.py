@@ -11,6 +11,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import shutil
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -387,6 +388,16 @@ def check_digest(path: Path, sha256: str, state_dir: Path, stopping: Callable[[]
     with contextlib.suppress(OSError):
         stamp.parent.mkdir(parents=True, exist_ok=True)
         stamp.touch()
+
+
+SPARE_DISK = 100 * MB  # bytes that stay free, for what the daemon saves
+
+
+def check_disk(folder: Path, need: int) -> None:
+    """OSError with the figures unless a folder's disk has room for `need` bytes, and SPARE_DISK beside them."""
+    need += SPARE_DISK
+    if (free := shutil.disk_usage(folder).free) < need:
+        raise OSError(f"expected {need / MB:.0f} MB of free disk in {folder}, got {free / MB:.0f} MB")
 
 
 def write_atomically(path: Path, *parts: bytes | memoryview) -> None:

