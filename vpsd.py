@@ -92,7 +92,7 @@ class Config:
     max_cpu_percent: float
     min_free_mb: float
     idle_minutes: float
-    least_rate: float  # tokens a second of the model that `choose` takes
+    hint_seconds: float  # of the model that `choose` takes
     log_level: str
     log_file: str
     log_prompts: bool
@@ -130,7 +130,7 @@ def load_config(env: Environment, folder: Path = HERE) -> Config:
         max_cpu_percent=env.number("CEREBRUM_MAX_CPU_PERCENT", 70, 1, 100),
         min_free_mb=env.number("CEREBRUM_MIN_FREE_MB", 1024, 0, 1 << 20),
         idle_minutes=env.number("CEREBRUM_IDLE_MINUTES", 60, 0, 1 << 20),
-        least_rate=env.number("CEREBRUM_MIN_TOKENS_PER_SECOND", 4, 0, 1000),
+        hint_seconds=env.number("CEREBRUM_HINT_SECONDS", 5, 0, 1000),
         log_level=env.log_level(),
         log_file=env.text("CEREBRUM_LOG_FILE"),
         log_prompts=env.integer("CEREBRUM_LOG_PROMPTS", 0, 0, 1) == 1,
@@ -278,28 +278,24 @@ def fetch_model(model: Model, config: Config, again: bool = False, tune: bool = 
 
 def choose_command(options: argparse.Namespace, config: Config) -> None:
     """Print which models fit and how fast they would be, and mark the best; with --fetch, fetch it."""
-    from cerebrum.check import BARE_MB, SYSTEM_MB
-    from cerebrum.vps.choose import Speed, best_of, predict, table
+    from cerebrum.vps.choose import best_of, predict_all, table
+
+    def complain(model: Model, error: Exception) -> None:
+        print(f"vpsd choose: {model.id}: {reason_of(error)}", file=sys.stderr)
 
     wait_for_quiet()
     start_library()
-    room_mb = psutil.virtual_memory().total // MB - config.min_free_mb - BARE_MB - SYSTEM_MB
+    room_mb = available_mb() - config.min_free_mb
     fitting = [model for model in config.models if model.memory_mb <= room_mb]
     fitting = [model for model in fitting if model.sources or is_whole(config.models_dir / model.file)]
-    bar, speeds = Bar("measuring", len(fitting), steps=True), list[tuple[Model, Speed]]()
-    for model in fitting:
-        bar.show(len(speeds))
-        try:
-            speed = predict(model.shape, config.engine) if model.shape else Speed()
-        except (ModelError, OSError) as error:
-            print(f"vpsd choose: {model.id}: {reason_of(error)}", file=sys.stderr)
-            speed = Speed()
-        speeds.append((model, speed))
+    bar = Bar(f"measuring what runs in {room_mb:.0f} MB", len(fitting), steps=True)
+    speeds = predict_all(fitting, config.engine, bar.show, complain)
     bar.show(len(fitting), last=True)
-    best = best_of(speeds, config.least_rate)
+    best = best_of(speeds, config.hint_seconds)
     print(*table(speeds, best), sep="\n", flush=True)
     if not best:
-        raise FetchError(f"expected a model for {room_mb:.0f} MB of memory in models.toml, got none")
+        wanted = "a speed for at least one model" if fitting else f"a model for {room_mb:.0f} MB of memory"
+        raise FetchError(f"expected {wanted}, got none")
     if options.fetch:
         fetch_model(best, config)
 

@@ -49,6 +49,9 @@ SPARE_MB = 512  # for memory that a model's estimate leaves out, and for reading
 LLAMA_CPP = "0.3.36"  # the version of llama-cpp-python whose C structures cerebrum/vps/llama.py knows
 
 
+RENAMED = {"CEREBRUM_MIN_TOKENS_PER_SECOND": "CEREBRUM_HINT_SECONDS takes its place"}
+
+
 class Report:
     """Prints findings."""
 
@@ -96,7 +99,8 @@ def read_settings(report: Report, folder: Path, load: Load) -> Any:
         named = {one.key_env for one in getattr(config, "backends", ())}
         for name in sorted(environ.values.keys() - known - named):
             if name.startswith("CEREBRUM_"):
-                report.add("warn", "settings", f"nothing reads {name}: .env.example lists all variables")
+                mend = RENAMED.get(name, ".env.example lists all variables")
+                report.add("warn", "settings", f"nothing reads {name}: {mend}")
     return config
 
 

@@ -49,6 +49,7 @@ CM4_KEY, OUR_KEY = "ok key CEREBRUM_CM4_API_KEY", "ok key CEREBRUM_API_KEY"
 IN_CLEAR = "warn key LAN CEREBRUM_CM4_TLS_CERT"
 KEYGEN = "generate_api_key.sh"
 NEEDS = "memory tiny 264 CEREBRUM_MIN_FREE_MB"
+OLD_NAME = "CEREBRUM_MIN_TOKENS_PER_SECOND"
 UNTUNED = "warn tuned tiny there is no tuned file: `vpsd.py tune tiny`"
 
 
@@ -137,6 +138,7 @@ FAULTS = [
     ("cm4d", "VPS_URL", "http://a..b:1", ["FAIL backend vps a..b:1"]),
     ("cm4d", "CM4_PORT", "x", [f"FAIL settings CEREBRUM_CM4_PORT 0 65535 'x' {ENV} models.toml"]),
     ("cm4d", "VPS_ULR", "x", [VALID, "warn settings CEREBRUM_VPS_ULR .env.example"]),
+    ("vpsd", "MIN_TOKENS_PER_SECOND", "4", [VALID, f"warn settings {OLD_NAME} CEREBRUM_HINT_SECONDS"]),
     ("vpsd", "API_KEY", "", [f"FAIL key CEREBRUM_API_KEY {KEYGEN}"]),
     ("vpsd", "STATE_DIR", "/dev/null/x", ["FAIL state /dev/null CEREBRUM_STATE_DIR"]),
     ("vpsd", "MODELS_DIR", "/none", ["FAIL models /none models.toml fetch"]),
@@ -270,7 +272,7 @@ def test_one_version() -> None:
 
 def test_the_example_lists_every_variable() -> None:
     listed = set(re.findall(r"CEREBRUM_\w+", (ROOT / ".env.example").read_text()))
-    others = {"CEREBRUM_CM4", "CEREBRUM_VPS", "CEREBRUM_URL"}  # two prefixes in check.py, and the REPL's own
+    others = {"CEREBRUM_CM4", "CEREBRUM_VPS", "CEREBRUM_URL", OLD_NAME}  # two prefixes in check.py; the REPL's own
     files = [*ROOT.glob("*.py"), *(ROOT / "cerebrum").rglob("*.py")]
     read = {name for file in files for name in re.findall(r'"(CEREBRUM_\w+)"', file.read_text())}
     assert {"CEREBRUM_LOG_LEVEL"} <= read <= listed | others

@@ -1,4 +1,6 @@
-"""Predict how fast each model would be on this machine, without its file, and choose the best that is fast enough.
+"""Predict how fast each model would be on this machine, without its file, and choose the best with quick hints.
+
+A *hint* is what an editor shows while somebody types: a few new tokens are read, a line or two is written.
 
 A model is imitated by a *sample*: a part of its layers and the same part of its vocabulary, with its shapes and the
 types of a Q4_K_M file. A sample's times are that part of the model's.
@@ -7,7 +9,7 @@ types of a Q4_K_M file. A sample's times are that part of the model's.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -16,11 +18,12 @@ import numpy as np
 
 from cerebrum.vps.encoding import FAITHFUL, READ_TOKENS, alone_in, measure, opened
 from cerebrum.vps.gguf import pypi
-from cerebrum.vps.llama import Settings
+from cerebrum.vps.llama import ModelError, Settings, check_disk
 from cerebrum_common import Model
 
 SAMPLE_WEIGHTS = 350_000_000  # at least, 200 MB: less would stay in the caches of most CPUs
 SAMPLE_TOKENS = 512  # read by each
+HINT_READ, HINT_WRITTEN = 200, 24  # tokens
 SMALL_BLOCKS = {"Q4_K": "Q5_0", "Q6_K": "Q8_0"}  # the types of rows that are no multiple of 256
 Matrix = tuple[str, str, tuple[int, ...]]  # name, type, and the number of experts (if any), rows and columns
 
@@ -47,7 +50,8 @@ def matrices(shape: Mapping[str, int], layers: int, vocabulary: int) -> list[Mat
 
 
 def write_sample(path: Path, shape: Mapping[str, int], weights: Sequence[Matrix], layers: int) -> None:
-    """A model of these matrices, for llama.cpp's architecture of the plain transformer."""
+    """A model of these matrices, for llama.cpp's architecture of the plain transformer. OSError if the disk is too
+    small."""
     writer, random, width = pypi().GGUFWriter(path, "llama"), np.random.default_rng(1), shape["width"]
     vocabulary, ones = weights[0][2][0], np.ones(width, np.float32)
     numbers = {
@@ -79,6 +83,7 @@ def write_sample(path: Path, shape: Mapping[str, int], weights: Sequence[Matrix]
         raw = pypi().GGMLQuantizationType[kind]
         data = np.zeros(pypi().quants.quant_shape_to_byte_shape(size, raw), np.uint8)  # no kernel looks at them
         writer.add_tensor(f"{name}.weight", data, raw_dtype=raw)
+    check_disk(path.parent, sum(tensor.nbytes for tensor in writer.tensors[0].values()))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -86,49 +91,82 @@ def write_sample(path: Path, shape: Mapping[str, int], weights: Sequence[Matrix]
 
 
 class Speed(NamedTuple):
-    """What to expect of a model; of one without a known shape nothing."""
+    """What to expect of a model."""
 
-    rate: float = 0.0  # tokens a second
-    wait: float = math.inf  # seconds to the first token behind READ_TOKENS new ones
+    rate: float  # tokens a second
+    wait: float  # seconds to the first token behind READ_TOKENS new ones
+
+    @property
+    def hint(self) -> float:
+        """Seconds to read HINT_READ tokens and write HINT_WRITTEN."""
+        return HINT_READ / READ_TOKENS * self.wait + HINT_WRITTEN / self.rate
 
 
-def predict(shape: Mapping[str, int], settings: Settings) -> Speed:
+def predict(shape: Mapping[str, int], settings: Settings, folder: Path) -> Speed:
     """The speed of a model of this shape here, with the types and the attention that are faster, as `tune` will find
-    them. ModelError if llama.cpp fails, TuneError while a model is being tuned."""
+    them. Samples are written to `folder`. ModelError if llama.cpp fails, OSError if the disk is too small."""
     whole = matrices(shape, shape["layers"], shape["vocabulary"])
     samples = shape["layers"] * SAMPLE_WEIGHTS / sum(math.prod(size) for _, _, size in whole)
     layers = min(shape["layers"], 2 * math.ceil(samples / 2))
     part, times = layers / shape["layers"], []
     published = matrices(shape, layers, round(shape["vocabulary"] * part))
+    path = folder / "sample.gguf"
     for types in ({}, FAITHFUL):
+        path.unlink(missing_ok=True)  # the one before
         weights = [(name, types.get(kind, kind), size) for name, kind, size in published]
-        with alone_in(settings.state_dir / "tuned") as folder:
-            write_sample(path := folder / "sample.gguf", shape, weights, layers)
-            for used in (settings, replace(settings, flash_attention=False)):
-                with opened(path, used) as model:
-                    times.append(measure(model, SAMPLE_TOKENS))
+        write_sample(path, shape, weights, layers)
+        for used in (settings, replace(settings, flash_attention=False)):
+            with opened(path, used) as model:
+                times.append(measure(model, SAMPLE_TOKENS))
     best = min(times, key=lambda timing: timing.work)
     return Speed(part / best.decode[1], READ_TOKENS * best.read / part)
 
 
+Speeds = Sequence[tuple[Model, Speed | None]]  # None: unknown
+
+
+def predict_all(
+    models: Sequence[Model],
+    settings: Settings,
+    report: Callable[[int], None],
+    complain: Callable[[Model, Exception], None],
+) -> Speeds:
+    """The speed of each model that has a shape and can be measured. `report` gets the number of models that are done,
+    `complain` each failure. TuneError while a model is being tuned."""
+    speeds = list[tuple[Model, Speed | None]]()
+    with alone_in(settings.state_dir / "tuned") as folder:  # a tuning would spoil the measurements
+        for model in models:
+            report(len(speeds))
+            speed = None
+            try:
+                if model.shape:
+                    speed = predict(model.shape, settings, folder)
+            except (ModelError, OSError) as error:
+                complain(model, error)
+            speeds.append((model, speed))
+    return speeds
+
+
 # -------------------------------------------------------------------------------------------- the choice
 
-Speeds = Sequence[tuple[Model, Speed]]
 
-
-def best_of(speeds: Speeds, least_rate: float) -> Model | None:
-    """The first of those with most languages that writes `least_rate` tokens a second; if none does, the fastest."""
+def best_of(speeds: Speeds, most_seconds: float) -> Model | None:
+    """The first model whose hint takes `most_seconds` at most, else the one with the quickest hint; None if no speed is
+    known. Models with less than half of the languages that another one has do not count."""
     most = max((len(model.languages) for model, _ in speeds), default=0)
-    rates = [(speed.rate, model) for model, speed in speeds if len(model.languages) == most]
-    fastest = max(rates, key=lambda pair: pair[0], default=(0.0, None))[1]
-    return next((model for rate, model in rates if rate >= least_rate), fastest)
+    hints = [(speed.hint, model) for model, speed in speeds if speed and 2 * len(model.languages) >= most]
+    quickest = min(hints, key=lambda pair: pair[0], default=(0.0, None))[1]
+    return next((model for seconds, model in hints if seconds <= most_seconds), quickest)
 
 
 def table(speeds: Speeds, best: Model | None) -> list[str]:
     """One model a line; `*` marks the best."""
-    lines = [f"{'memory':>37} {'tokens/s':>9} {f'first of {READ_TOKENS:,}':>15} {'file':>9}"]
-    for model, (rate, wait) in speeds:
-        name = f"{'*' if model is best else ' '} {model.id:<14} {model.parameters:<10}"
-        speed = f"{rate:>9.1f} {wait:>13.1f} s" if rate else f"{'?':>9} {'?':>15}"
-        lines.append(f"{name}{model.memory_mb / 1e3:>7.1f} GB {speed} {model.size / 1e9:>6.1f} GB")
+    lines = [f"{'memory':>37} {'tokens/s':>9} {f'first of {READ_TOKENS:,}':>15} {'hint':>8} {'file':>9}"]
+    for model, speed in speeds:
+        name = f"{'*' if model is best else ' '} {model.id:<14} {model.parameters:<10}{model.memory_mb / 1e3:>7.1f} GB"
+        figures = f"{'?':>9} {'?':>15} {'?':>8}"
+        if speed:
+            figures = f"{speed.rate:>9.1f} {speed.wait:>13.1f} s {speed.hint:>6.1f} s"
+        size = f"{model.size / 1e9:.1f} GB" if model.size else "?"
+        lines.append(f"{name} {figures} {size:>9}")
     return lines

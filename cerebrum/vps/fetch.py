@@ -23,7 +23,6 @@ from cerebrum.vps.llama import MB, ModelError, check_disk, file_digest, load_mod
 from cerebrum.vps.vocabulary import api
 from cerebrum_common import Model
 
-
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import math
 import re
 from collections.abc import Iterator
@@ -12,13 +13,14 @@ from typing import Any
 import gguf
 import pytest
 from families import FAMILIES, make
-from harness import ROOT, SHIPPED
+from harness import ROOT, SHIPPED, disk_of
 
 import vpsd
-from cerebrum.vps import choose, encoding
+from cerebrum.vps import choose, encoding, llama
 from cerebrum.vps.choose import Speed
 from cerebrum.vps.encoding import DECODES, Timing
-from cerebrum.vps.llama import ModelError, Settings
+from cerebrum.vps.fetch import Bar
+from cerebrum.vps.llama import ModelError, Settings, start_library
 
 assert ROOT
 DENSE = {"layers": 8, "width": 128, "heads": 4, "kv_heads": 2, "head": 64, "feed_forward": 512, "vocabulary": 4096,
@@ -53,8 +55,9 @@ def test_a_sample_is_a_part_of_the_model(
     monkeypatch.setattr(choose, "opened", opened)
     monkeypatch.setattr(choose, "measure", lambda model, read: Timing(next(times), dict.fromkeys(DECODES, 0.01)))
     monkeypatch.setattr(choose, "SAMPLE_WEIGHTS", 1)  # the least: two layers of eight, and so a quarter of the tokens
-    assert choose.predict(shape, Settings(state_dir=tmp_path / "state")) == Speed(25.0, 12.0)
-    assert [path.name for path in (tmp_path / "state/tuned").iterdir()] == [".lock"]
+    monkeypatch.setattr(llama, "SPARE_DISK", 0)
+    assert choose.predict(shape, Settings(), tmp_path) == Speed(25.0, 12.0)
+    assert [path.name for path in tmp_path.iterdir()] == ["sample.gguf"]
     published, same, tuned, _ = seen
     assert published == same
     small = shape is DENSE  # its rows of 128 are no multiple of 256
@@ -85,7 +88,7 @@ def test_a_sample_has_enough_weights(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(choose, "opened", lambda *_: contextlib.nullcontext())
     monkeypatch.setattr(choose, "measure", lambda *_: Timing(1.0, dict.fromkeys(DECODES, 1.0)))
     for model in SHIPPED:
-        choose.predict(model.shape, Settings(state_dir=tmp_path))
+        choose.predict(model.shape, Settings(), tmp_path)
         weights, layers = made[-2]  # in the published types
         sizes[model.id] = sum(math.prod(size) for _, _, size in weights)
         assert layers % 2 == 0 or layers == model.shape["layers"]
@@ -105,48 +108,75 @@ def catalog(*entries: tuple[str, str, int, int, str]) -> str:
 
 
 MODELS = (
-    ("huge", '["c", "go"]', 30, 10**6, URL),  # does not fit
+    ("huge", '["c", "go"]', 30, 20_000, URL),  # other programs leave too little memory
     ("away", '["c", "go"]', 20, 0, ""),  # neither here nor at an address
-    ("few", '["go"]', 9, 100, URL),  # serves fewer languages
+    ("few", '["go"]', 3, 100, URL),  # serves fewer languages
     ("slow", '["c", "go"]', 7, 5400, "size = 4_700_000_000" + URL),
     ("here", '["c", "go"]', 2, 0, ""),
-    ("last", '["c", "go"]', 1, 900, URL),
+    ("last", '["c", "go", "cobol"]', 1, 900, URL),
 )
 TABLE = """\
-                               memory  tokens/s  first of 1,000      file
-  few            9B            0.1 GB       5.0           9.0 s    0.0 GB
-  slow           7B            5.4 GB       3.9           7.0 s    4.7 GB
-  here           2B            0.0 GB      20.0           2.0 s    0.0 GB
-  last           1B            0.9 GB      40.0           1.0 s    0.0 GB
+                               memory  tokens/s  first of 1,000     hint      file
+  few            3B            0.1 GB      30.0           3.0 s    1.4 s         ?
+  slow           7B            5.4 GB       8.0          21.0 s    7.2 s    4.7 GB
+  here           2B            0.0 GB      10.0          12.0 s    4.8 s         ?
+  last           1B            0.9 GB      24.0           5.0 s    2.0 s         ?
 """
+SPEEDS = {3: Speed(30.0, 3.0), 7: Speed(8.0, 21.0), 2: Speed(10.0, 12.0), 1: Speed(24.0, 5.0)}
+PREDICT = choose.predict
 
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Any:
     """`vpsd.py choose` with a models.toml, on a machine where a model's speed depends on its size."""
-    speeds = {9: 5.0, 7: 3.9, 2: 20.0, 1: 40.0}
-    monkeypatch.setattr(choose, "predict", lambda shape, _: Speed(speeds[shape["layers"]], float(shape["layers"])))
-    monkeypatch.setattr(vpsd.psutil, "virtual_memory", lambda: type("Memory", (), {"total": 16 << 30})())
+    memory = type("Memory", (), {"total": 64 << 30, "available": 16 << 30})
+    monkeypatch.setattr(choose, "predict", lambda shape, *_: SPEEDS[shape["layers"]])
+    monkeypatch.setattr(vpsd.psutil, "virtual_memory", memory)
     monkeypatch.setattr(vpsd, "wait_for_quiet", lambda: None)
+    monkeypatch.setenv("CEREBRUM_STATE_DIR", str(tmp_path / "state"))
     monkeypatch.setenv("CEREBRUM_MODELS_FILE", str(tmp_path / "models.toml"))
     monkeypatch.setenv("CEREBRUM_MODELS_DIR", str(tmp_path))
+    start_library()  # which keeps llama.cpp's log off stderr
     make(tmp_path / "here.gguf", FAMILIES["dense"])
 
     def run(text: str, *options: str) -> tuple[int, str, str]:
         (tmp_path / "models.toml").write_text(text)
         status = vpsd.main(["choose", *options])
         out, err = capsys.readouterr()
-        return status, out, "".join(line for line in err.splitlines(True) if not line.startswith("measuring ["))
+        return status, out, "".join(line for line in err.splitlines(True) if not line.startswith("measuring "))
 
     return run
 
 
-def test_the_first_that_is_fast_enough_is_chosen(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_whose_hints_are_quick_enough_is_chosen(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the one that has a language more, nor the one that has few."""
     assert run(catalog(*MODELS)) == (0, TABLE.replace("\n  here ", "\n* here "), "")
-    monkeypatch.setenv("CEREBRUM_MIN_TOKENS_PER_SECOND", "3.9")
-    assert "\n* slow " in run(catalog(*MODELS))[1]
-    monkeypatch.setenv("CEREBRUM_MIN_TOKENS_PER_SECOND", "99")  # then it is the fastest
-    assert "\n* last " in run(catalog(*MODELS))[1]
+    for seconds, chosen in (("7.2", "slow"), ("7.1", "here"), ("1.5", "last")):  # of none the quickest
+        monkeypatch.setenv("CEREBRUM_HINT_SECONDS", seconds)
+        assert re.findall(r"^\* (\w+)", run(catalog(*MODELS))[1], re.M) == [chosen]
+
+
+def test_a_tuning_begins_only_when_all_are_measured(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would spoil what was measured, and its samples take the disk."""
+    (lock := tmp_path / "state/tuned/.lock").parent.mkdir(parents=True)
+    begun, show = list[bool](), Bar.show
+
+    def tune(bar: Bar, done: int, last: bool = False) -> None:
+        show(bar, done, last)
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(tuning, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            begun.append(last)
+
+    monkeypatch.setattr(Bar, "show", tune)
+    monkeypatch.setattr(choose, "predict", PREDICT)
+    monkeypatch.setattr(choose, "write_sample", lambda *_: None)
+    monkeypatch.setattr(choose, "opened", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(choose, "measure", lambda *_: Timing(0.01, dict.fromkeys(DECODES, 0.04)))
+    with lock.open("w") as tuning:
+        status, out, err = run(catalog(*MODELS))
+    assert (status, re.findall(r"^(..\w+) .* 25\.0 .* 10\.0 s", out, re.M), err, begun) == (
+        0, ["  few", "* slow", "  here", "  last"], "", [True]
+    )  # fmt: skip
 
 
 def test_choose_can_fetch(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,17 +186,30 @@ def test_choose_can_fetch(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert fetched == ["here"]
     status, out, err = run(catalog(*MODELS[:2]), "--fetch")
     assert (status, fetched, out.count("\n*")) == (1, ["here"], 0)
-    assert re.fullmatch(r"vpsd choose: expected a model for 14960 MB of memory in models.toml, got none\n", err)
+    assert err == "vpsd choose: expected a model for 15360 MB of memory, got none\n"
+
+
+NOTHING = "vpsd choose: expected a speed for at least one model, got none\n"
 
 
 def test_without_a_shape_a_model_has_no_speed(run: Any) -> None:
     bare = re.sub("shape = .*", "", catalog(MODELS[-1]))
-    row = "* last           1B            0.9 GB         ?               ?    0.0 GB"
-    assert run(bare)[:2] == (0, f"{TABLE.splitlines()[0]}\n{row}\n")  # the only one, so it is chosen all the same
+    row = "  last           1B            0.9 GB         ?               ?        ?         ?"
+    assert run(bare, "--fetch") == (1, f"{TABLE.splitlines()[0]}\n{row}\n", NOTHING)
+
+
+def test_a_full_disk_measures_and_leaves_nothing(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose, "predict", PREDICT)
+    with disk_of("1m", tmp_path / "state") as state:
+        status, out, err = run(catalog(*MODELS[-3:]))
+        assert sorted(path.name for path in state.rglob("*")) == [".lock", "tuned"]
+    disk = rf"expected 10\d MB of free disk in {state}/tuned/\S+, got 1 MB\n"
+    assert re.fullmatch("".join(f"vpsd choose: {one[0]}: {disk}" for one in MODELS[-3:]) + NOTHING, err)
+    assert (status, out.count("?"), "*" in out) == (1, 11, False)
 
 
 def test_a_model_that_cannot_be_measured_is_named(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(shape: dict[str, int], _: Settings) -> Speed:
+    def fail(shape: dict[str, int], *_: Any) -> Speed:
         if shape["layers"] == 2:
             raise ModelError("llama.cpp cannot load this file")
         return Speed(9.0, 1.0)
