@@ -12,7 +12,7 @@ import tempfile
 import threading
 import tomllib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,8 @@ import cm4d
 import vpsd
 from cerebrum import check as cerebrum_check
 from cerebrum.vps import encoding
-from cerebrum.vps.encoding import Passport, TunedFile, cpu_flags, passport_path, tuned_path
-from cerebrum.vps.llama import cpus, start_library
+from cerebrum.vps.encoding import Passport, TunedFile, cpu_features, passport_path, tuned_path
+from cerebrum.vps.llama import cpus, file_stamp, start_library
 from cerebrum_common import VERSION
 
 start_library()
@@ -169,25 +169,40 @@ def test_a_damaged_model(tmp_path: Path, check: Any) -> None:
         assert_found(damaged, f"FAIL models {file} {named} fetch")
 
 
-def test_a_model_that_is_tuned_or_not(tmp_path: Path, check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_is_tuned_or_not(tmp_path: Path, check: Any, capsys: Any) -> None:
+    """By --check, and by the command that tells cerebrum-llama what to tune."""
     environment = given(tmp_path)
-    path, state = tmp_path / "models/tiny.gguf", tmp_path / "state"
-    passport = Passport(SUM, llama_cpp.__version__, cpu_flags(), cpus(), 1, 256, False, {})
-    (tuned := tuned_path(state, path)).parent.mkdir(parents=True)
+    state, other = tmp_path / "state", tmp_path / "models/other.gguf"
+    other.write_bytes(WEIGHTS)  # of which models.toml has no sha256
+    tuned = {name: tuned_path(state, tmp_path / f"models/{name}.gguf") for name in ("tiny", "other")}
+    tuned["tiny"].parent.mkdir(parents=True)
+    here = {"library": llama_cpp.__version__, "cpu": cpu_features(), "cpus": cpus(), "threads": 1, "micro_batch": 256}
+    here |= {"flash_attention": False, "size": SIZE}
 
-    def found(**changes: Any) -> list[str]:
-        passport_path(tuned).write_text(json.dumps(asdict(replace(passport, **changes))))
-        return list(check("vpsd", environment, "tuned"))
+    def write(name: str, **changes: Any) -> None:
+        fits = {"source": SUM, "file": file_stamp(tmp_path / f"models/{name}.gguf"), "types": {}} | here
+        passport_path(tuned[name]).write_text(json.dumps(asdict(Passport(**fits | changes))))
 
-    assert found() == ["ok tuned tiny has the fastest encoding here: published"]
-    changed = {"Q4_K": "Q4_1"}
-    mend = "`vpsd.py tune tiny` finds its fastest encoding"
-    missing = f"[Errno 2] No such file or directory: '{tuned}'"
-    assert found(types=changed) == [f"warn tuned tiny runs untuned: its tuned file cannot be used: {missing}: {mend}"]
-    tuned.write_bytes(WEIGHTS)
-    assert found(types=changed) == ["ok tuned tiny has the fastest encoding here: tuned: Q4_K to Q4_1"]
+    def found(name: str, **changes: Any) -> str:
+        write(name, **changes)
+        (said,) = (line for line in check("vpsd", environment, "tuned") if f"tuned {name} " in line)
+        assert vpsd.main(["memory"]) == 0
+        untuned = f"# {name}: 264 MB with its prompts (CEREBRUM_CACHE_MB), untuned\n" in capsys.readouterr().out
+        assert untuned == said.startswith("warn ")
+        return str(said)
+
+    write("other")
+    assert found("tiny") == "ok tuned tiny has the fastest encoding here: published"
+    mend = "`vpsd.py tune {}` finds its fastest encoding"
+    gone = f"runs untuned: its tuned file is missing or cut short: {mend}"
+    assert found("tiny", types={"Q4_K": "Q4_1"}) == f"warn tuned tiny {gone.format('tiny')}"
+    tuned["tiny"].write_bytes(WEIGHTS)
+    assert found("tiny", types={"Q4_K": "Q4_1"}) == "ok tuned tiny has the fastest encoding here: tuned: Q4_K to Q4_1"
     why = f"it was tuned for library 0.3.35, here it is {llama_cpp.__version__}"
-    assert found(library="0.3.35") == [f"warn tuned tiny runs untuned: {why}: {mend}"]
+    assert found("tiny", library="0.3.35") == f"warn tuned tiny runs untuned: {why}: {mend.format('tiny')}"
+    assert found("other") == "ok tuned other has the fastest encoding here: published"
+    why = f"it was tuned for file 1.2, here it is {file_stamp(other)}"
+    assert found("other", file="1.2") == f"warn tuned other runs untuned: {why}: {mend.format('other')}"
 
 
 def test_one_of_two_backends_is_away(vps: Daemon, tmp_path: Path, check: Any) -> None:

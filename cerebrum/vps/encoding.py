@@ -21,6 +21,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import tempfile
 import time
@@ -43,32 +44,29 @@ from cerebrum.vps.llama import (
     Slot,
     check_disk,
     cpus,
+    file_size,
+    file_stamp,
     write_atomically,
 )
 from cerebrum.vps.memory import Parts, fit, needed
+from cerebrum.vps.vocabulary import api
 
 # ------------------------------------------------------------------------------------------- the passport
 
-PASSPORT_FORMAT = 2
+PASSPORT_FORMAT = 3
 CHOSEN = ("threads", "micro_batch", "flash_attention")  # settings that `tune` chooses
 
 
-def cpu_info(*names: str) -> list[str]:
-    """The values of these lines in /proc/cpuinfo."""
-    pairs = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
-    return [value.strip() for name, _, value in pairs if name.strip() in names]
-
-
 @functools.cache
-def cpu_flags() -> str:
-    """A hash of the CPU's features as the kernel lists them."""
-    words = set(" ".join(cpu_info("flags", "Features")).split())  # x86, ARM
-    return hashlib.sha256(" ".join([platform.machine(), *sorted(words)]).encode()).hexdigest()[:16]
+def cpu_features() -> str:
+    """A hash of the CPU's features that llama.cpp uses. It counts only those that it was built for."""
+    return hashlib.sha256(api.llama_print_system_info()).hexdigest()[:16]
 
 
 @functools.cache
 def cpu_name() -> str:
-    return next(iter(cpu_info("model name")), platform.machine())
+    names = re.findall(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return names[0] if names else platform.machine()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +74,15 @@ class Passport:
     """The source, the machine and the settings that a tuned file was made for."""
 
     source: str  # sha256 of the published file
+    file: str  # its `file_stamp`
     library: str  # version of llama-cpp-python
-    cpu: str  # `cpu_flags`
+    cpu: str  # `cpu_features`
     cpus: int  # that the process may use
     threads: int
     micro_batch: int
     flash_attention: bool
     types: Mapping[str, str]  # changed types, old to new; if empty, the published file is used
+    size: int  # of the tuned file
     format: int = PASSPORT_FORMAT
 
     @property
@@ -112,9 +112,10 @@ def passport_path(tuned: Path) -> Path:
 
 
 def find_tuned(published: Path, settings: Settings, sha256: str = "") -> tuple[TunedFile | None, str]:
-    """The tuned file for a published one, or None and the reason.
+    """The tuned file for a published one, or None and the reason. OSError if there is no published file.
 
-    `sha256` is the digest that the published file should have, empty if unknown. `check_digest` verifies the file.
+    `sha256` is the digest that the published file should have; `check_digest` verifies it. If it is unknown (empty),
+    the published file must not have been touched since.
     """
     path = tuned_path(settings.state_dir, published)
     foreign = "its passport is not of this version"
@@ -126,12 +127,14 @@ def find_tuned(published: Path, settings: Settings, sha256: str = "") -> tuple[T
         return None, f"its passport cannot be read ({error.strerror})"
     except (ValueError, TypeError):
         return None, foreign
-    expected = {"format": PASSPORT_FORMAT, "library": llama_cpp.__version__, "cpu": cpu_flags(), "cpus": cpus()}
+    expected = {"format": PASSPORT_FORMAT, "library": llama_cpp.__version__, "cpu": cpu_features(), "cpus": cpus()}
     expected |= {"threads": settings.threads} if settings.fixed_threads else {}
-    expected |= {"source": sha256} if sha256 else {}
+    expected |= {"source": sha256} if sha256 else {"file": file_stamp(published)}
     for name, here in expected.items():
         if (made_for := getattr(passport, name)) != here:
             return None, f"it was tuned for {name} {made_for}, here it is {here}"
+    if passport.types and passport.size != file_size(path):
+        return None, "its tuned file is missing or cut short"
     used = replace(settings, **{name: getattr(passport, name) for name in CHOSEN})
     return TunedFile(path if passport.types else published, used, passport.source, passport.encoding), ""
 
@@ -380,6 +383,7 @@ class Tuner:
 
     def __init__(self, path: Path, sha256: str, settings: Settings, folder: Path, room: int, report: Progress) -> None:
         self.path, self.sha256, self.settings, self.folder = path, sha256, settings, folder
+        self.stamp = file_stamp(path)
         self.room, self.report = room, report
         self.source = Source(path)
         self.tensors = self.source.tensors
@@ -443,16 +447,18 @@ class Tuner:
         knobs = [knob for knob in self.knobs if knob == self.settings or self.memory(types, knob) <= self.room]
         return knobs[self.fastest([(sample, knob) for knob in knobs], CONTEXT_TOKENS)]
 
-    def passport(self, types: Types, settings: Settings) -> Passport:
+    def passport(self, types: Types, settings: Settings, size: int) -> Passport:
         matrices, output = multiplied(self.tensors)
         changed = [tensor for tensor in matrices if tensor.name in types]
         changes = {(tensor.type + " (output)" * (tensor is output), types[tensor.name]) for tensor in changed}
         return Passport(
             source=self.sha256,
+            file=self.stamp,
             library=llama_cpp.__version__,
-            cpu=cpu_flags(),
+            cpu=cpu_features(),
             cpus=cpus(),
             types=dict(sorted(changes)),
+            size=size,
             **{name: getattr(settings, name) for name in CHOSEN},
         )
 
@@ -485,7 +491,7 @@ class Tuner:
                 tuned = same = None
         if not tuned:
             types, settings = {}, self.settings
-        return Outcome(forms["published"], tuned, self.passport(types, settings), same)
+        return Outcome(forms["published"], tuned, self.passport(types, settings, file_size(path)), same)
 
 
 def tune(

@@ -19,7 +19,7 @@ from email.message import Message
 from pathlib import Path
 from typing import Any
 
-from cerebrum.vps.llama import MB, ModelError, check_disk, file_digest, load_model
+from cerebrum.vps.llama import MB, ModelError, check_disk, file_digest, file_size, load_model
 from cerebrum.vps.vocabulary import api
 from cerebrum_common import Model
 
@@ -141,11 +141,6 @@ def fetch_url(source: Mapping[str, Any], part: Path, size: int) -> None:
         done = append(answer, part, done, size or whole)
     if done != (size or whole or done):
         raise FetchError(f"expected {size or whole} bytes, got {done}; run fetch again to go on")
-
-
-def file_size(path: Path) -> int:
-    """In bytes; 0 if there is no file."""
-    return path.stat().st_size if path.exists() else 0
 
 
 def append(answer: http.client.HTTPResponse, part: Path, begin: int, total: int) -> int:

@@ -370,6 +370,11 @@ def file_stamp(path: Path) -> str:
     return f"{stat.st_size}.{stat.st_ctime_ns}"
 
 
+def file_size(path: Path) -> int:
+    """In bytes; 0 if there is no file."""
+    return path.stat().st_size if path.exists() else 0
+
+
 def check_digest(path: Path, sha256: str, state_dir: Path, stopping: Callable[[], bool]) -> None:
     """ModelError unless the file has this sha256 (empty: not checked). A match is remembered under the file's
     stamp."""

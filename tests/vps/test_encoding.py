@@ -30,7 +30,7 @@ from cerebrum.settings import Environment
 from cerebrum.vps import encoding
 from cerebrum.vps.encoding import Outcome, Passport, Timing, TuneError, find_tuned, passport_path, tune, tuned_path
 from cerebrum.vps.gguf import Source, Tensor
-from cerebrum.vps.llama import MB, Settings, start_library
+from cerebrum.vps.llama import MB, Settings, api, file_stamp, start_library
 
 MODEL = FILES["qwen_0_5b"]
 WIDTH, FEED = families.QUANTIZED_WIDTH, families.QUANTIZED_FEED
@@ -169,7 +169,8 @@ def test_the_fastest_types_are_chosen_and_written(lab: Lab) -> None:
     assert outcome.published.timing.work > 2 * outcome.tuned.timing.work
     types = {"Q5_0": "Q8_0", "Q4_K": "Q4_1", "Q6_K": "Q8_0", "Q6_K (output)": "Q8_0"}
     passport = json.loads(passport_path(lab.path).read_text())
-    assert passport == PASSPORT | {"micro_batch": 512, "flash_attention": True, "types": types}
+    files = {"file": file_stamp(lab.published), "size": lab.path.stat().st_size}
+    assert passport == PASSPORT | {"micro_batch": 512, "flash_attention": True, "types": types} | files
     both = zip(Source(lab.published).tensors, Source(lab.path).tensors, strict=True)
     pairs = {new.name: (before.type, new.type) for before, new in both}
     assert pairs["blk.0.ffn_up_exps.weight"] == ("Q5_0", "Q8_0")
@@ -349,10 +350,11 @@ def test_only_one_process_tunes(lab: Lab) -> None:
 
 # ----------------------------------------------------------------------------------------- what is used
 
-HERE = {"cpu": encoding.cpu_flags(), "cpus": len(os.sched_getaffinity(0)), "threads": 2}
+HERE = {"cpu": encoding.cpu_features(), "cpus": len(os.sched_getaffinity(0)), "threads": 2}
 PASSPORT = {"source": "abc", "library": llama_cpp.__version__, **HERE, "micro_batch": 128, "flash_attention": False}
-PASSPORT |= {"types": {"Q5_0": "Q8_0"}, "format": 2}
+PASSPORT |= {"types": {"Q5_0": "Q8_0"}, "format": 3, "file": "10.20", "size": 4}
 ELSEWHERE = {"library": "0.0.1", "cpu": "z80", "cpus": 99, "threads": 3, "format": 1}
+INCOMPLETE = "its tuned file is missing or cut short"
 NO_PASSPORT = "its passport is not of this version"
 
 
@@ -365,6 +367,8 @@ NO_PASSPORT = "its passport is not of this version"
             for name, one in ELSEWHERE.items()
         ),
         *((damaged, NO_PASSPORT) for damaged in ({"new": 1}, b"", b"[]", b"\xff", None)),
+        ({"size": 5}, INCOMPLETE),
+        ({"size": 5, "types": {}}, ""),
         ("a folder", "its passport cannot be read (Is a directory)"),
     ],
 )
@@ -376,21 +380,36 @@ def test_a_tuned_file_is_used_only_where_it_was_made(lab: Lab, change: Any, reas
         passport.mkdir()
     elif change is not None:
         passport.write_bytes(change if isinstance(change, bytes) else json.dumps(PASSPORT | change).encode())
-    found, why = lab.found()
+    found, why = find_tuned(lab.published, lab.settings, "abc")
     assert (found is None, why) == (bool(reason), reason)
 
 
-def test_the_cpu_is_told_by_its_flags(monkeypatch: pytest.MonkeyPatch) -> None:
-    def flags_of(text: str) -> str:
-        encoding.cpu_flags.cache_clear()
-        monkeypatch.setattr(Path, "read_text", lambda _path: text)
-        return encoding.cpu_flags()
+def test_a_file_that_is_replaced_or_gone_is_untuned(lab: Lab, tmp_path: Path) -> None:
+    """Whatever its content is, if no sha256 is known. So it is tuned again, and no load reads all of it in vain."""
+    copied = replace(lab, published=shutil.copy(lab.published, tmp_path / "m.gguf"))
+    copied.tune(path=copied.published)
+    assert copied.found()[1] == ""
+    before = file_stamp(copied.published)
+    shutil.copy(lab.published, tmp_path / "new")
+    os.replace(tmp_path / "new", copied.published)
+    after = file_stamp(copied.published)
+    assert copied.found() == (None, f"it was tuned for file {before}, here it is {after}")
+    assert find_tuned(copied.published, copied.settings, "abc")[1] == ""
+    copied.path.unlink()
+    assert find_tuned(copied.published, copied.settings, "abc") == (None, INCOMPLETE)
 
-    one = flags_of("processor : 0\nmodel name : A\nflags : avx2 fma\n\nprocessor : 1\nflags : avx2 fma\n")
-    assert one == flags_of("model name : B\nflags : fma avx2\n")
-    assert one != flags_of("model name : A\nflags : avx2 fma amx_int8\n")
-    assert flags_of("Features : fp asimd\n") != flags_of("Features : fp asimd sve\n")
-    encoding.cpu_flags.cache_clear()
+
+def test_only_what_llama_cpp_uses_of_a_cpu_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def features_of(flags: str, used: bytes) -> str:
+        encoding.cpu_features.cache_clear()
+        monkeypatch.setattr(Path, "read_text", lambda _path: f"model name : A\nflags : {flags}\n")
+        monkeypatch.setattr(api, "llama_print_system_info", lambda: used)
+        return encoding.cpu_features()
+
+    one = features_of("avx2 fma", b"CPU : AVX2 = 1 | FMA = 1 | ")
+    assert one == features_of("avx2 fma md_clear", b"CPU : AVX2 = 1 | FMA = 1 | ")
+    assert one != features_of("avx2 fma", b"CPU : AVX2 = 1 | ")
+    encoding.cpu_features.cache_clear()
 
 
 # --------------------------------------------------------------------------------------- the real thing

@@ -40,7 +40,7 @@ from test_engine import MANY, ONE
 import vpsd
 from cerebrum.vps import llama as vps_llama
 from cerebrum.vps import prefixes
-from cerebrum.vps.encoding import Passport, cpu_flags, cpus, passport_path, tuned_path
+from cerebrum.vps.encoding import Passport, cpu_features, cpus, file_stamp, passport_path, tuned_path
 from cerebrum_common import VERSION
 
 SMALL, LARGE = "qwen_0_5b", "qwen_1_5b"
@@ -832,9 +832,10 @@ def test_a_taken_port_is_reported(tmp_path: Path) -> None:
 
 def test_a_tuned_file_is_used(tmp_path: Path, models: Path, reference: Reference) -> None:
     published = models / FILES[SMALL].name
-    file, here = tuned_path(tmp_path / "state", published), {"cpu": cpu_flags(), "cpus": cpus(), "threads": 1}
+    file, here = tuned_path(tmp_path / "state", published), {"cpu": cpu_features(), "cpus": cpus(), "threads": 1}
+    here |= {"file": file_stamp(published), "size": published.stat().st_size, "library": llama_cpp.__version__}
     source, types = hashlib.sha256(published.read_bytes()).hexdigest(), {"Q5_0": "Q8_0"}
-    form = Passport(source, llama_cpp.__version__, **here, micro_batch=128, flash_attention=False, types=types)
+    form = Passport(source, **here, micro_batch=128, flash_attention=False, types=types)
     file.parent.mkdir(parents=True)
     file.symlink_to(published)
     passport_path(file).write_text(json.dumps(asdict(form)))
