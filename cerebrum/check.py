@@ -309,6 +309,8 @@ def memory_limit(config: Any, total_mb: int) -> list[str]:
             # Not by `needed_mb`: a tuned file that does not fit would not fit after another tuning either.
             mark = "" if find_tuned(config.models_dir / model.file, config.engine, model.sha256)[0] else ", untuned"
             comments.append(f"# {model.id}: {need} MB with its prompts (CEREBRUM_CACHE_MB){mark}")
+    if not needs:
+        comments = [f"# no model is here; the smallest is {model.id}" for model in config.models[-1:]]
     limit = min(most, sum(needs) + BARE_MB + SPARE_MB) if needs else most
     beside = f"# beside models: {BARE_MB + SPARE_MB} MB; at most {most} MB: {total_mb} without CEREBRUM_MIN_FREE_MB"
     return [str(limit), *comments, beside]

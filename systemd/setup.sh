@@ -39,7 +39,8 @@ usage() {
 		       cerebrum-backend COMMAND     choose, fetch, tune, memory or --check: vpsd's own commands; each has --help
 
 		setup listens on Tailscale's address if none is given, asks for a model if none is here, and prints the line for
-		the Pi. Repeat it to change an answer, and after a change of models.
+		the Pi. Repeat it to change an answer, and after you have copied or removed a model. All commands give way to the
+		daemon that runs: they get the CPU that it leaves.
 		END
 	fi
 	echo "Settings are in $SETTINGS, models in /etc/$NAME/models.toml; $LIB/.env.example lists all settings."
@@ -48,8 +49,9 @@ usage() {
 die() { printf '%s: %s\n' "$NAME" "$*" >&2; exit 1; }
 
 # as_daemon COMMAND...: runs a command as the daemon's user, in a folder that this user may enter. Root must run nothing that
-# this user can change, such as the environment of llama.cpp.
-as_daemon() { (cd / && exec runuser -u cerebrum -- "$@"); }
+# this user can change, such as the environment of llama.cpp. It gives way to the daemon, which may serve: it gets the CPU that
+# is left, and when memory runs out, the kernel kills it first.
+as_daemon() { (cd / && echo 1000 >/proc/self/oom_score_adj && exec runuser -u cerebrum -- nice -n 19 "$@"); }
 
 # copy_keys: to the folder DRAFT, which is like the one that systemd makes for the daemon.
 copy_keys() {
@@ -140,9 +142,10 @@ for file in sorted(glob.glob(sys.argv[1] + "/*.gguf"), key=os.path.getsize)[:1]:
 }
 
 # build: what cerebrum-llama.service runs, also at each start of the daemon. The folder with the version is complete when its
-# packages can be imported. Then what runs untuned here is tuned; if that fails, as on a busy machine, again in an hour.
+# packages can be imported. Then what runs untuned here is tuned; if that fails, as on a busy machine, again in an hour. Only a
+# tuning that changes something restarts the daemon.
 build() {
-	local model tuned='' failed=''
+	local model said tuned='' failed=''
 	trap 'as_daemon rm -rf "$TREE"' EXIT
 	trap 'exit 143' TERM # once pip has ended
 	can_decode || as_daemon rm -rf "$VENV" "$PLACE/cache/wheels" # the wheel that pip keeps is for the other CPU, too
@@ -157,12 +160,13 @@ build() {
 		find "$PLACE" -maxdepth 1 -name 'llama-*' ! -path "$VENV" -exec rm -rf {} +
 	fi
 	for model in $(models ', untuned'); do # the daemon has just started, and its models do not take the memory yet
-		if "${RUN[@]}" tune "$model"; then tuned=yes; else failed=yes; fi
+		said=$("${RUN[@]}" tune "$model") || failed=yes
+		printf '%s\n' "$said"
+		[[ $said != *'used from its next load on'* ]] || tuned=yes
 	done
 	[[ -z $failed ]] || systemd-run -q -u cerebrum-llama-again --on-active=1h systemctl start --no-block cerebrum-llama || true
-	[[ -n $tuned ]] || return 0
-	[[ ! -e $MEMORY ]] || put_memory # a tuned file is larger
-	start try-restart
+	[[ ! -e $MEMORY ]] || (put_memory) || true # with wrong settings
+	[[ -z $tuned ]] || start try-restart
 }
 
 # put_listen ADDRESS[:PORT]: sets the socket's address. An empty one keeps what is set, else takes .env's or Tailscale's.
@@ -185,25 +189,30 @@ put_listen() {
 		{ systemctl daemon-reload; systemctl restart "$NAME.socket"; }
 }
 
-# put_memory: a limit that fits the models. A person's own is not touched.
+# put_memory: a limit that fits the models. A person's own is not touched. A limit below what the daemon uses would kill it,
+# and waits for its next start.
 put_memory() {
-	local memory
+	local memory old used
 	[[ ! -e $MEMORY ]] || grep -q '^# From "vpsd.py memory"' "$MEMORY" || return 0
 	memory=$("${RUN[@]}" memory)
 	[[ $memory =~ ^[0-9]+($|$'\n') ]] || die "expected a number of MB from vpsd.py memory, got ${memory@Q}"
+	old=$(cat "$MEMORY" 2>/dev/null) || true
 	install -D -m 644 /dev/stdin "$MEMORY" <<-END
-	# From "vpsd.py memory", at each setup. Write another limit with: systemctl edit $NAME
+	# From "vpsd.py memory", after each change of models. Write another limit with: systemctl edit $NAME
 	$(grep '^#' <<<"$memory")
 	[Service]
 	MemoryMax=${memory%%$'\n'*}M
 	END
+	[[ $old != "$(<"$MEMORY")" ]] || return 0
+	used=$(systemctl show --value -p MemoryCurrent "$NAME" | grep -xE '[0-9]{1,18}') || used=0
+	((used >> 20 > ${memory%%$'\n'*})) || systemctl daemon-reload
 }
 
 # models [MARK]: the ids of the models that are here; with a mark, of those that "vpsd.py memory" marks so.
 models() { "${RUN[@]}" memory | sed -n "s/^# \([^ ]*\): .*${1-}\$/\1/p"; }
 
 setup_backend() {
-	local listen='' wanted='' model offers key
+	local listen='' wanted='' model offers key failed=''
 	while (($# > 0)); do
 		case $1 in
 			--listen) listen=${2-} ;;
@@ -224,13 +233,17 @@ setup_backend() {
 		$(journalctl -n 1 -o cat -u cerebrum-llama -t "$NAME")"
 	if [[ -z $wanted && -z $(models) ]]; then
 		offers=$("${RUN[@]}" choose) || true
-		printf '%s\n' "$offers"
 		model=$(sed -n 's/^\* \([^ ]*\).*/\1/p' <<<"$offers")
+		if [[ -z $model ]]; then
+			model=$("${RUN[@]}" memory | sed -n 's/^# no model is here; the smallest is //p')
+			offers+=${offers:+$'\n'}"no speed is known; the smallest model is $model"
+		fi
+		printf '%s\n' "$offers"
 		wanted=$(ask "which model (Enter: $model)")
 		wanted=${wanted:-$model}
 	fi
 	for model in $wanted $(models); do # those that are here are checked, and tuned if they were not
-		"${RUN[@]}" fetch "$model" </dev/null
+		"${RUN[@]}" fetch "$model" </dev/null || failed+=" $model"
 	done
 	[[ -e $SETTINGS ]] || echo "# $LIB/.env.example lists all settings" | put_settings
 	put_memory
@@ -239,6 +252,10 @@ setup_backend() {
 	[[ -s $KEY ]] && key=$(<"$KEY") || key=$(setting CEREBRUM_API_KEY)
 	printf '\nOn the Pi, run "sudo cerebrum-cm4 setup" and paste this line:\n\nhttp://%s %s\n' \
 		"$(sed -n 's/^ListenStream=//p' "$LISTEN" 2>/dev/null | grep . || echo 127.0.0.1:9000)" "${key%%,*}"
+	if [[ -n $failed || -z $(models) ]]; then
+		printf '\nFAIL  models    not fetched:%s; to try again:  sudo %s setup --model ID\n' "${failed:- none is here}" "$NAME"
+		exit 1
+	fi
 }
 
 # take_over: what an installation by hand, or by the installer of older versions, has in /opt. The daemon that runs goes on
@@ -297,5 +314,9 @@ case $NAME-$1 in
 	*-setup) "setup_${NAME#cerebrum-}" "${@:2}" ;;
 	*-configure | cerebrum-backend-build) "$1" ;;
 	*---check) check ;;
+	cerebrum-backend-fetch | cerebrum-backend-choose | cerebrum-backend-tune)
+		"${RUN[@]}" "$@"
+		[[ ! -e $MEMORY ]] || put_memory
+		;;
 	*) "${RUN[@]}" "$@" ;;
 esac

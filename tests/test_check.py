@@ -273,7 +273,7 @@ def test_the_limit_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     assert memory("1000") == ["926", tiny, beside]
     assert memory("4000")[0] == "662"  # never less than the process needs
     (tmp_path / "models/tiny.gguf").unlink()
-    assert memory("1000") == ["3000", beside]
+    assert memory("1000") == ["3000", "# no model is here; the smallest is other", beside]
 
 
 # ---------------------------------------------------------------------------------- versions, arguments

@@ -218,9 +218,10 @@ def pids(machine: Machine) -> list[str]:
 
 def test_the_steps(cerebrum: Machine) -> None:
     on_the_vps, on_the_pi, answer = cerebrum.said
-    rows = re.findall(r"^([* ]) (\w+) +\S+ +\S+ GB +([\d.]+) +[\d.]+ s  ", on_the_vps, re.M)
-    fast = [name for _, name, rate in rows if float(rate) >= 4 and name != "codellama_7b"]  # which serves few languages
-    assert [name for mark, name, _ in rows if mark == "*"] == fast[:1]
+    rows = re.findall(r"^([* ]) (\w+) +\S+ +\S+ GB +[\d.]+ +[\d.]+ s +([\d.]+) s  ", on_the_vps, re.M)
+    hints = {name: float(seconds) for _, name, seconds in rows if name != "codellama_7b"}  # which serves few languages
+    quick = [name for name, seconds in hints.items() if seconds <= 5] or sorted(hints, key=lambda name: hints[name])
+    assert [name for mark, name, _ in rows if mark == "*"] == quick[:1]
     assert on_the_vps.splitlines()[-1].startswith(BACKEND + " ")
     for said in (on_the_vps, on_the_pi):
         assert (bool(re.search("^ok ", said, re.M)), "FAIL" in said) == (True, False)
@@ -413,6 +414,16 @@ def seconds(text: str) -> float:
     return sum(float(number) * units[unit] for number, unit in re.findall(r"([\d.]+)(min|ms|us|s)", text))
 
 
+def test_the_limit_of_memory_follows_the_models(cerebrum: Machine) -> None:
+    """And systemd reads it while the daemon runs."""
+    fetch = f"sed -i.whole 's|https://huggingface.co/.*/|http://127.0.0.1:8000/|' {CATALOG}; cerebrum-backend fetch "
+    limit, pid = int(cerebrum.show("cerebrum-backend", "MemoryMax")), pids(cerebrum)
+    cerebrum.run(f"{fetch} --no-tune qwen_1_5b; mv {CATALOG}.whole {CATALOG}")
+    assert limit + (1 << 30) < int(cerebrum.show("cerebrum-backend", "MemoryMax")) < limit + (3 << 30)
+    cerebrum.run("rm /var/lib/cerebrum-backend/models/*1.5b*; cerebrum-backend fetch --no-tune " + MODEL)
+    assert (int(cerebrum.show("cerebrum-backend", "MemoryMax")), pids(cerebrum)) == (limit, pid)
+
+
 @pytest.mark.packages
 def test_an_address_is_taken_before_it_is_up_and_a_persons_limit_of_memory_stays(cerebrum: Machine) -> None:
     """The former as at boot, before Tailscale is up."""
@@ -531,7 +542,9 @@ def test_an_upgrade_keeps_the_speed(cerebrum: Machine) -> None:
     passport = f"/var/lib/cerebrum/tuned/{FILES[MODEL].name}.json"
 
     def starts() -> int:
-        return cerebrum.journal("cerebrum-backend").count(" listening on ")
+        """Without those that follow a tuning which has changed something."""
+        changes = cerebrum.journal("cerebrum-llama").count(": used from its next load on;")
+        return cerebrum.journal("cerebrum-backend").count(" listening on ") - changes
 
     def tune() -> str:
         """What cerebrum-llama does, or what it is doing: the encoding that is then used."""
@@ -552,11 +565,11 @@ def test_an_upgrade_keeps_the_speed(cerebrum: Machine) -> None:
     before, age = starts(), f"sed -i s/0.3.36/0.3.35/ {passport}"
     assert (tune(), starts()) == (tuned(), before)
     cerebrum.run(age)
-    assert (tuned(), starts()) == (tune(), before + 1)
+    assert (tuned(), starts()) == (tune(), before)
     cerebrum.run(age)
     newer(cerebrum, "1.1.6")
     cerebrum.run("apt install ./cerebrum-backend.deb")
-    assert (tuned(), starts()) == (tune(), before + 3)  # by the upgrade, and when the model is tuned
+    assert (tuned(), starts()) == (tune(), before + 1)  # by the upgrade
     cerebrum.run(age)
     stop(cerebrum, "cerebrum-backend")
     cerebrum.run(f"echo CEREBRUM_MIN_FREE_MB=1000000 >>{SETTINGS[0]}; systemctl start cerebrum-llama")
@@ -565,7 +578,7 @@ def test_an_upgrade_keeps_the_speed(cerebrum: Machine) -> None:
     assert cerebrum.is_in("cerebrum-llama-again.timer", ActiveState="active")
     assert (cerebrum.show("cerebrum-backend", "ActiveState"), untuned()) == ("inactive", True)
     cerebrum.run(f"sed -i '$d' {SETTINGS[0]}; systemctl start cerebrum-backend.socket cerebrum-backend")
-    assert (tuned(), starts()) == (tune(), before + 5)
+    assert (tuned(), starts()) == (tune(), before + 2)
     until(lambda: health(cerebrum)[0] == 200, "the Pi sees the VPS")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import inspect
 import os
 import pty
 import re
@@ -27,10 +28,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 from harness import PATIENCE, ROOT, certificate, disk_of, wait_until
 from scripted import HANG, Backend, answer, error, event, head, in_a_thread, token
 
+import vpsd
 from cerebrum.text.languages import LANGUAGES
 
 REPL = str(ROOT / "cerebrum_repl.sh")
@@ -1065,6 +1068,120 @@ def installed(name: str, folder: Path) -> Path:
     script = write(folder / "bin" / name, text.replace(" -o cerebrum -g cerebrum", ""))
     script.chmod(0o755)
     return script
+
+
+# Stands for the environment's Python. FOLDER has the models, and what each command of vpsd.py prints.
+PYTHON = """
+[[ $1 != -c ]] || exit 0
+echo "vpsd ${*:3}; nice $(nice), $(</proc/self/oom_score_adj)" >>FOLDER/log
+[[ ! -e FOLDER/$3-fails ]] || exit 3
+case $3 in
+	memory) cat FOLDER/"memory-$(ls FOLDER/models)" ;;
+	fetch) touch FOLDER/models/tiny.gguf ;;
+	*) cat FOLDER/"$3" 2>/dev/null || true ;;
+esac
+"""
+ENTRY = '[[models]]\nid = "{0}"\nname = "M"\nparameters = "1B"\nquantization = "Q4"\nfile = "{0}.gguf"\n'
+
+
+class Vps:
+    """A backend's machine below a folder, whose commands are stand-ins."""
+
+    def __init__(self, folder: Path) -> None:
+        self.script, self.folder, self.log = installed("cerebrum-backend", folder), folder, folder / "log"
+        self.limit = folder / "etc/systemd/system/cerebrum-backend.service.d/memory.conf"
+        shutil.copy(KEYGEN, folder / "usr/lib/cerebrum-backend")
+        does = {"systemctl": "[[ $* != *MemoryCurrent* ]] || cat FOLDER/used", "systemd-run": "", "tailscale": ""}
+        scripts = {f"bin/{tool}": f'echo "{tool} $*" >>FOLDER/log\n{text}' for tool, text in does.items()}
+        for name, text in (scripts | {"opt/cerebrum-backend/venv/bin/python": PYTHON}).items():
+            program(folder / name, text.replace("FOLDER", str(folder)))
+        (folder / "models").mkdir()
+        self.say(used="[not set]\n")
+
+    def say(self, **texts: str) -> None:
+        """What the commands of vpsd.py print; the memory that the daemon uses."""
+        for name, text in texts.items():
+            write(self.folder / name, text)
+
+    def run(self, command: str, typed: str = "") -> tuple[int, list[str]]:
+        """The exit status of `cerebrum-backend`, and the lines that it prints."""
+        write(self.log, "")
+        env = {"PATH": f"{self.folder}/bin:{os.environ['PATH']}"}
+        given = {"env": env, "input": typed, "text": True, "timeout": PATIENCE}
+        done = subprocess.run([self.script, *command.split()], stdout=subprocess.PIPE, **given)
+        return done.returncode, done.stdout.splitlines()
+
+    def called(self, pattern: str) -> list[str]:
+        return re.findall(f"^{pattern}", self.log.read_text(), re.M)
+
+
+@pytest.fixture
+def vps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Vps:
+    """Its `vpsd.py memory` prints what the real one does, without a model and with one."""
+    if os.geteuid() != 0:
+        pytest.skip("only root may set up a daemon")
+    catalog, vps = write(tmp_path / "models.toml", ENTRY.format("large") + ENTRY.format("tiny")), Vps(tmp_path / "vps")
+    for name, value in {"MODELS_DIR": tmp_path, "MODELS_FILE": catalog, "STATE_DIR": tmp_path / "state"}.items():
+        monkeypatch.setenv(f"CEREBRUM_{name}", str(value))
+    for name in ("", "tiny.gguf"):
+        if name:
+            families.make(tmp_path / name, families.FAMILIES["dense"])
+        assert vpsd.main(["memory"]) == 0
+        vps.say(**{f"memory-{name}": capsys.readouterr().out})
+    return vps
+
+
+def test_where_nothing_can_be_measured_the_smallest_model_is_offered(vps: Vps) -> None:
+    """If there is no model in the end, the last line says so."""
+    vps.say(**{"choose-fails": "", "fetch-fails": ""})
+    status, said = vps.run("setup", typed="large\n")
+    assert (status, vps.called("vpsd fetch [^;]*"), vps.called("systemctl restart")) == (
+        1, ["vpsd fetch large"], ["systemctl restart"]
+    )  # fmt: skip
+    assert said[-1] == "FAIL  models    not fetched: large; to try again:  sudo cerebrum-backend setup --model ID"
+    (vps.folder / "fetch-fails").unlink()
+    status, said = vps.run("setup", typed="\n")
+    assert (status, vps.called("vpsd fetch [^;]*")) == (0, ["vpsd fetch tiny"])
+    assert "no speed is known; the smallest model is tiny" in said
+    assert said[-1].startswith("http://127.0.0.1:9000 ")
+
+
+def test_commands_give_way_to_the_daemon(vps: Vps) -> None:
+    assert vps.run("setup --model tiny")[0] == 0
+    assert {"fetch tiny; nice 19, 1000", "memory; nice 19, 1000"} <= set(vps.called("vpsd (.*)"))
+    assert len(vps.called("vpsd ")) == len(vps.called("vpsd .* nice 19, 1000$"))
+
+
+@pytest.mark.parametrize("command", ["fetch tiny", "choose --fetch", "tune tiny"])
+def test_the_limit_of_memory_follows_the_models(vps: Vps, command: str) -> None:
+    assert vps.run("setup --model tiny")[0] == 0
+
+    def change(memory_mb: int, used_mb: int = 0) -> tuple[str, bool]:
+        """Make the command change the models: the limit, and whether systemd reads it at once."""
+        vps.say(**{"memory-tiny.gguf": f"{memory_mb}\n# tiny: 264 MB\n", "used": f"{used_mb << 20}\n"})
+        assert vps.run(command)[0] == 0
+        return vps.limit.read_text().splitlines()[-1], vps.called("systemctl daemon-reload") != []
+
+    assert change(5000) == ("MemoryMax=5000M", True)
+    assert change(5000) == ("MemoryMax=5000M", False)
+    assert change(3000, used_mb=3001) == ("MemoryMax=3000M", False)  # at once it would kill the daemon
+    assert change(3001, used_mb=3001) == ("MemoryMax=3001M", True)
+    write(vps.limit, "[Service]\nMemoryMax=1G\n")
+    assert change(4000) == ("MemoryMax=1G", False)  # a person's
+    vps.say(**{f"{command.split()[0]}-fails": ""})
+    assert vps.run(command)[0] == 3
+
+
+@pytest.mark.parametrize("changes", [False, True])
+def test_a_tuning_that_changes_nothing_restarts_nothing(vps: Vps, changes: bool) -> None:
+    write(vps.folder / "models/tiny.gguf", "")
+    assert "# tiny: " in (vps.folder / "memory-tiny.gguf").read_text()
+    used = "tiny: used from its next load on; python3 vpsd.py tune tiny --remove goes back\n"
+    assert used[6:31] in inspect.getsource(vpsd.tune_command)
+    vps.say(tune="the table\n" + used * changes)
+    assert vps.run("build") == (0, ["the table", *[used.strip()] * changes])
+    assert vps.called("vpsd tune [^;]*") == ["vpsd tune tiny"]
+    assert vps.called("systemctl try-restart") == ["systemctl try-restart"] * changes
 
 
 @needs_root
