@@ -6,7 +6,6 @@ import bisect
 import re
 
 Judged = tuple[float, int]  # a line's mean, and where it ends: characters of the text that the client has
-LINE_END = re.compile(r"[^\S\n]*\n")
 
 
 class Confidence:
@@ -55,8 +54,9 @@ class Confidence:
 
     def _end_line(self) -> None:
         lines = self.last()
-        found = LINE_END.match(self._written, self._end)
-        self._end = found.end() if found else self._end  # `Gap` adds a line end that the model has not written
+        end = self._written.find("\n", self._end) + 1
+        if end and not self._written[self._end : end].strip():  # `Gap` adds a line end that the model has not written
+            self._end = end
         if lines:
             self._judged += lines
             self._known = self._end

@@ -112,7 +112,7 @@ def test_each_line_has_the_mean_of_its_own_tokens() -> None:
         asked, text, begin = mixed_case(rng)
         job = Job(replace(asked, min_confidence=0.0), lambda _: None)
         job.prepare(ScriptedLlama())  # type: ignore[arg-type]
-        run, written, reason, tokens = Run(job, Slot(0), 0, []), "", None, list[tuple[int, float]]()
+        run, written, reason, tokens = Run(job, Slot(0), []), "", None, list[tuple[int, float]]()
         most = rng.choice([1, 4, 40])
         while not reason:
             piece = text[len(written) :][: rng.randint(1, most)]
