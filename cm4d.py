@@ -125,8 +125,7 @@ class Config:
     def access(self) -> Access:
         named = None if self.clients is None else {key: client.name for key, client in self.clients.items()}
         guests = frozenset(client.name for client in self.names.values() if client.places)
-        scheme = "https" if self.tls else "http"
-        return Access(self.client_keys, own_names(self.hosts), self.origins, named, scheme, guests)
+        return Access(self.client_keys, own_names(self.hosts), self.origins, named, guests)
 
     @property
     def names(self) -> dict[str, Client]:

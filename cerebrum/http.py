@@ -31,9 +31,10 @@ import ssl
 import sys
 import time
 import uuid
+from asyncio import sslproto
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import cerebrum_common as common
@@ -51,7 +52,7 @@ MAX_BODIES_BYTES = 16 << 20  # all connections together; parsing one body can co
 MAX_TRAILER_BYTES = 8192  # trailers are dropped, so the limit only bounds memory
 MAX_CHUNK_LINE_BYTES = 256  # 16 digits of a chunk size, and room for an ignored extension
 MAX_PIPELINED_BYTES = 65_536  # read while a request runs, only to notice when its client leaves
-MAX_CONNECTIONS = 256  # 30 KiB each when idle, up to 0.3 MiB under attack or with TLS; the unit allows 256 MB
+MAX_CONNECTIONS = 256  # 30 KiB each when idle, 0.1 with TLS, up to 0.3 MiB under attack; the unit allows 256 MB
 MAX_ACCEPTS = 64  # sockets accepted at a time; with the limits above, well below the usual 1,024 open files
 READ_BYTES = 65_536  # one read of a socket; also the StreamReader's limit
 WRITE_BUFFER_BYTES = 65_536  # held for a client that does not read, before its stream pauses
@@ -337,8 +338,8 @@ class Access:
     hosts: frozenset[str] = frozenset()
     origins: frozenset[str] = frozenset()
     named: Mapping[str, str] | None = None  # the clients' names by their keys; without any, nobody has such a key
-    scheme: str = "http"  # of our own origin
     guests: frozenset[str] = frozenset()  # clients who get what the others leave
+    scheme: str = "http"  # of our own origin; `Server` sets it
 
     @property
     def needs_key(self) -> bool:
@@ -404,7 +405,10 @@ class Connection:
         """Shake hands. asyncio would do so before it calls us, and handshakes would not count as connections."""
         try:
             await self.writer.start_tls(tls, ssl_handshake_timeout=HEAD_SECONDS)
-        except OSError:
+        except OSError as error:
+            # The traceback refers to the future that holds this error. Only the garbage collector would find that
+            # circle, with asyncio's buffer of the connection in it, and a flood of such errors is faster.
+            error.__traceback__ = None
             raise ClientGone from None
         self.transport = self.writer.transport
         self.transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
@@ -629,6 +633,8 @@ class Server:
         """Listen on `sockets`, or on the address if there are none; OSError if that fails. Returns the port."""
         places: list[dict[str, Any]] = [{"sock": one} for one in sockets] or [{"host": host, "port": port}]
         self._tls = tls
+        self.access = replace(self.access, scheme="https" if tls else "http")
+        sslproto.SSLProtocol.max_size = READ_BYTES  # asyncio would take 256 KiB for each connection
         for place in places:
             listener = await asyncio.start_server(self._accept, limit=READ_BYTES, backlog=MAX_ACCEPTS, **place)
             self._listeners.append(listener)
@@ -652,7 +658,7 @@ class Server:
 
     def use(self, access: Access) -> None:
         """Apply new access. The running requests that it does not allow end, such as those with a revoked key."""
-        self.access = access
+        self.access = access = replace(access, scheme=self.access.scheme)
         for connection in self.connections.values():
             exchange = connection.exchange
             if exchange and exchange.head:

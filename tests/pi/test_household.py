@@ -491,6 +491,41 @@ def test_https_and_named_keys_of_the_daemon(tmp_path: Path) -> None:
             assert " client=anna" in pi.stdout()
 
 
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_tls_begins_and_ends_with_a_restart(scheme: str, tmp_path: Path) -> None:
+    tls = certificate(tmp_path, "pi")
+    credentials = tmp_path / "credentials"
+    credentials.mkdir()
+    given = {} if scheme == "http" else tls
+    for name, file in given.items():
+        (credentials / name).write_text(file)
+    with daemon("cm4d", tmp_path, CREDENTIALS_DIRECTORY=str(credentials)) as pi:
+
+        def refused(origin: str) -> bool:
+            header = ("-H", f"Origin: {origin}://localhost:{pi.port}")
+            status, text = curl(tls["CEREBRUM_CM4_TLS_CERT"], pi.port, "/health", *header, scheme=scheme)
+            assert status == 0
+            return "FORBIDDEN" in text
+
+        foreign = "http" if scheme == "https" else "https"
+        assert (refused(scheme), refused(foreign)) == (False, True)
+        for name, file in tls.items():
+            (credentials / name).unlink() if given else (credentials / name).write_text(file)
+        pi.process.send_signal(signal.SIGHUP)
+        pi.wait_for_line(f"{', '.join(tls)} changed: restart the daemon to use it")
+        assert (refused(scheme), refused(foreign)) == (False, True)
+
+
+def test_a_flood_of_failed_handshakes_takes_little_memory(tmp_path: Path) -> None:
+    tls = certificate(tmp_path, "pi")
+    with daemon("cm4d", tmp_path, **tls) as pi:
+        for _ in range(3000):
+            with socket.create_connection(("127.0.0.1", pi.port)) as client:
+                client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert curl(tls["CEREBRUM_CM4_TLS_CERT"], pi.port, "/health")[0] == 0
+        assert pi.peak_rss_kb() < 100_000
+
+
 @pytest.mark.parametrize(
     ("given", "wrong"),
     [
