@@ -18,6 +18,7 @@ from typing import Any
 from cerebrum_common import HttpError
 
 MAX_JSON_DEPTH = 64  # requests are flat; without this limit the C scanner ends in a RecursionError
+MAX_JSON_MARKS = 20_000  # commas, colons and opening brackets; a chat of 1,000 messages in parts has half as many
 MAX_INTEGER_DIGITS = 20  # 64 bits; no field takes a larger number
 
 
@@ -46,8 +47,9 @@ DECODER = json.JSONDecoder(parse_constant=_finite, parse_float=_finite, parse_in
 
 def parse_json(body: bytes) -> dict[str, Any]:
     """Parse a body as a JSON object: strict RFC 8259, UTF-8 without a BOM, no repeated names, finite numbers, at
-    most 64 levels. HttpError 400 says what is wrong."""
+    most 64 levels and MAX_JSON_MARKS. HttpError 400 says what is wrong."""
     try:
+        _refuse_marks(body)
         value = DECODER.decode(body.decode("utf-8"))
         _refuse_depth(value)
     except UnicodeDecodeError:
@@ -63,10 +65,18 @@ def parse_json(body: bytes) -> dict[str, Any]:
     return value
 
 
+def _refuse_marks(body: bytes) -> None:
+    """Before the parser, which lets nothing else run: each value and each name in JSON follows one of these marks."""
+    plain = body.replace(rb"\\", b"").replace(rb"\"", b"")  # each quote that is left begins or ends a string
+    outside = b"".join(plain.split(b'"', 2 * MAX_JSON_MARKS)[::2])
+    if len(outside) - len(outside.translate(None, b",:[{")) > MAX_JSON_MARKS:
+        raise ValueError(f"expected at most {MAX_JSON_MARKS} commas, colons and opening brackets")
+
+
 def _refuse_depth(value: Any) -> None:
     level = [value]
     for _ in range(MAX_JSON_DEPTH + 1):  # each turn descends by one level
-        level = [item for item in level if isinstance(item, dict | list)]
+        level = [item for item in level if isinstance(item, (dict, list))]
         if not level:
             return
         level = [child for item in level for child in (item.values() if isinstance(item, dict) else item)]

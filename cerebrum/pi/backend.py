@@ -344,6 +344,9 @@ class Backend:
     @contextlib.asynccontextmanager
     async def _send(self, attempt: Attempt, refused: TooLong | None) -> AsyncIterator[AsyncGenerator[Pair, None]]:
         """Fit the prompt of an attempt, again if it was `refused`, send it, and yield the unread answer."""
+        await asyncio.sleep(
+            0
+        )  # what takes long has a turn of the event loop each: to parse a request, to fit it, to scan it
         layout = self.layout(attempt.model)
         if not self.api:  # other engines do not say how sure they are
             attempt.threshold = threshold_of(self._catalog, attempt.model, attempt.request.fields.get("min_confidence"))
@@ -362,6 +365,7 @@ class Backend:
         fim = marked.fim if marked else ()
         dialect = api.chat if "messages" in sent.fields else api.infill if "suffix" in sent.fields else api.complete
         body = dialect.write(Wanted(sent.fields, model, fim, layout, sent.room))
+        await asyncio.sleep(0)
         translator = Translator(sent.fields, [mark.strip() for mark in fim])
         async with (
             self.upstream.send(dialect.paths[0], body, READING_SECONDS) as answer,
@@ -415,20 +419,20 @@ class Backend:
         if isinstance(error, TooLong) and known and 0 < n_ctx < attempt.sent.n_ctx:
             known["n_ctx"] = n_ctx  # until the next list
 
-    async def tokenize(self, model: str, fields: Mapping[str, Any]) -> list[Any]:
-        """Tokenize a text. `fields` and the result are those of llama-server's /tokenize. The breaker must admit it."""
+    async def tokenize(self, model: str, fields: Mapping[str, Any]) -> bytes:
+        """The tokens of a text, as `read_tokens` returns them. `fields` are those of llama-server's /tokenize. The
+        breaker must admit it."""
         admission = self.breaker.admit(time.monotonic())
         body, path = dict(fields), self.api.tokenize if self.api else "/v1/tokenize"
         if not self.api:
             body = {"text": fields["content"], "first": fields["add_special"], "special": fields["parse_special"]}
             body["model"] = self.names.get(model, model)
         try:
-            answer = await self.upstream.get(path, upstream.MAX_TOKENS_BYTES, body)
+            tokens: bytes = await self.upstream.get(path, upstream.MAX_TOKENS_BYTES, body, upstream.read_tokens)
             admission.succeeded(time.monotonic())
         except HttpError as error:
             self._failed(admission, error)
             raise
         finally:
             admission.left()
-        tokens = answer.get("tokens", [])
-        return tokens if isinstance(tokens, list) else []
+        return tokens

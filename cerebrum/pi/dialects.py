@@ -112,7 +112,7 @@ def present(value: Any) -> Any:
     if isinstance(value, list):
         return [present(one) for one in value]
     if isinstance(value, str):
-        return LONE.sub("\ufffd", value)
+        return value if value.isascii() else LONE.sub("\ufffd", value)
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -206,8 +206,8 @@ SPECIAL = re.compile(
 # Layouts of models that predict the next edit: Sweep's, and the two of Zed's Zeta. Their marks are the model's, and the
 # client cuts the answer itself. A text that only mentions such a mark has none of these layouts.
 NEXT_EDIT = re.compile(
-    r"\A\s*(?:<\|repo_name\|>[^\n]*\n)?<\|file_sep\|>.*^<\|file_sep\|>(?:original|current|updated)/"
-    r"|\A\s*<\[fim-suffix\]>(?>.*?<\[fim-prefix\]>)(?>.*?(?:<filename>|^<<<<<<< CURRENT|<\|\w+\|>))"
+    r"\A\s*+(?:<\|repo_name\|>[^\n]*\n)?<\|file_sep\|>.*^<\|file_sep\|>(?:original|current|updated)/"
+    r"|\A\s*+<\[fim-suffix\]>(?>.*?<\[fim-prefix\]>)(?>.*?(?:<filename>|^<<<<<<< CURRENT|<\|\w+\|>))"
     r"(?>.*<\[fim-middle\]>)[^\n]*\Z"
     r"|\A### Instruction:(?>.*?^<\|editable_region_start\|>)(?>.*^### Response:)\s*\Z",
     re.M | re.S,
@@ -252,7 +252,7 @@ def split_files(preamble: str) -> tuple[str, list[dict[str, str]]]:
     """Parse the text before the first mark: the name of the file itself, and other files."""
     loose, *files = FILE_MARK.split(UNUSED.sub("", preamble, count=1))
     extra, filename = [{"filename": "", "text": loose}] if loose.strip() else [], ""
-    for file in files:
+    for file in files[-MAX_EXTRAS:]:
         name, _, text = file.partition("\n")
         if text.strip():
             extra.append({"filename": name[:MAX_NAME], "text": text})
@@ -268,7 +268,7 @@ def read_code(
     members: Mapping[str, Any], read: Mapping[str, Any], prompt: str, suggest: str = "always"
 ) -> CompletionRequest:
     """A request for code, without its text. `suggest`: unless it says how readily it is shown."""
-    stops = read_stops(members, special=bool(NEXT_EDIT.search(prompt)))
+    stops = read_stops(members, special=bool(NEXT_EDIT.match(prompt)))
     limits = {name: min(max(0, read[f"t_max_{name}"]), MAX_MS) for name in ("prompt_ms", "predict_ms")}
     fields = read_sampling(read, stops) | limits | {"indent": read["n_indent"], "filename": read["filename"]}
     if read["min_confidence"] is None:
@@ -289,7 +289,7 @@ def ask_text(request: CompletionRequest, prefix: str, suffix: str, infill: bool,
 
 def ask_prompt(request: CompletionRequest, prompt: str, suffix: str, infill: bool) -> CompletionRequest:
     """Like `ask_text`, for a prompt that may carry fill-in-the-middle tokens, or have a layout of its own."""
-    if not suffix and NEXT_EDIT.search(prompt):
+    if not suffix and NEXT_EDIT.match(prompt):
         return ask_text(request, prompt, "", infill=False, stop_at="none", special=True)
     split = None if suffix else split_fim(prompt)
     if not split:

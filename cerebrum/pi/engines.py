@@ -34,6 +34,9 @@ MARKS = (
 )  # fmt: skip
 
 
+MAX_STOP_CHARS = 2000  # no answer has a longer stop string
+
+
 class Characters:
     """Joins the parts of characters that an engine has split: halves of a surrogate pair, or bytes of UTF-8 (as the
     lone surrogates of Python's "surrogateescape")."""
@@ -64,8 +67,9 @@ class Translator:
         turns = fields.get("messages") or ()
         given = [fields.get("prompt", ""), fields.get("suffix", ""), *(turn["content"] for turn in turns)]
         marks = [mark for mark in {*MARKS, *marks} if not any(mark in text for text in given)]
+        stops = [stop for stop in fields.get("stop", ()) if len(stop) <= MAX_STOP_CHARS]
         where = fields["mode"], fields.get("language"), given[0], fields.get("suffix"), fields.get("stop_at", "auto")
-        self.ending = Ending(*where, fields.get("indent", 0), [*fields.get("stop", ()), *marks])
+        self.ending = Ending(*where, fields.get("indent", 0), [*stops, *marks])
         self.characters = Characters()
         self.most = fields.get("max_tokens") or MAX_TOKENS
         self.limit = fields.get("predict_ms", 0) / 1000  # seconds; 0: none

@@ -226,6 +226,17 @@ def parse_leniently(data: bytes) -> dict[str, Any]:
     raise HttpError("INVALID_REQUEST", "expected a JSON object")
 
 
+def read_tokens(answer: bytes) -> bytes:
+    """The integers of `{"tokens": [1, 2]}` with commas between them, unparsed: there can be a million, which a parser
+    reads in a second. HttpError for any other answer."""
+    packed = answer.translate(None, b" \n")
+    tokens = packed[11:-2]
+    is_list = packed == b'{"tokens":[%b]}' % tokens and not tokens.translate(None, b"0123456789,")
+    if not is_list or (tokens and b",," in b",%b," % tokens):
+        raise HttpError("INVALID_REQUEST", "expected tokens")
+    return tokens
+
+
 # ----------------------------------------------------------------------------------------- HTTP answers
 
 
@@ -641,16 +652,18 @@ class Upstream:
                 return False
         raise refusal(answer.status, body, self._config)
 
-    async def get(self, path: str, limit: int, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    async def get(
+        self, path: str, limit: int, body: Mapping[str, Any] | None = None, parse: Callable[[bytes], Any] | None = None
+    ) -> Any:
         """The JSON object at `path`, or the one for which a body is posted: then the head may take LOAD_SECONDS,
-        because the backend may have to load a model first."""
+        because the backend may have to load a model first. `parse` reads another value than `BackendConfig.parse`."""
         seconds = ASIDE_SECONDS if body is None else LOAD_SECONDS
         async with self.send(path, body, max(IDLE_SECONDS, seconds)) as answer:
             if not await self.begin(answer, seconds, JSON):
                 raise BackendFailure(LATE)
             with blamed("its answer is not JSON"):
                 async with asyncio.timeout(ASIDE_SECONDS):
-                    return self._config.parse(await answer.read_all(limit))
+                    return (parse or self._config.parse)(await answer.read_all(limit))
 
     async def _connect(self) -> Reader:
         host, port, loop = self._config.endpoint.host, self._config.endpoint.port, asyncio.get_running_loop()

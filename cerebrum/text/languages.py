@@ -310,6 +310,7 @@ LANGUAGES: dict[str, Language] = {
 # Files in these languages may accompany code in any other, so they do not count when guessing the code's language.
 BESIDE_CODE = frozenset({"dockerfile", "json", "makefile", "markdown", "toml", "yaml"})
 HEADER_CHARS = 400  # of a text, where a plugin writes its modeline
+FENCED_CHARS = 200_000  # of a text's end: is a fence open there?
 BY_FILENAME = {filename: name for name, language in LANGUAGES.items() for filename in language.filenames}
 BY_ENDING = {ending: name for name, language in LANGUAGES.items() for ending in language.endings}
 BY_NAME = {alias: name for name, language in LANGUAGES.items() for alias in (name, *language.aliases)}
@@ -338,7 +339,7 @@ def guess_language(filename: str, text: str, others: Sequence[str] = ()) -> str:
     for match in MODELINE.finditer(text, 0, text.rfind("\n", 0, HEADER_CHARS) + 1):
         if name := BY_NAME.get((match[1] or "").lower(), "") or language_of_file(match[2] or match[3] or ""):
             return name
-    fences = OPENED.findall(text)
+    fences = OPENED.findall(text[-FENCED_CHARS:])
     if len(fences) % 2 and (name := BY_NAME.get(fences[-1].lower(), "")):
         return name
     counts = Counter(name for other in others if (name := language_of_file(other)) and name not in BESIDE_CODE)

@@ -29,6 +29,7 @@ from cerebrum_common import HttpError
 # --------------------------------------------------------------------------------------------------------- ways to ask
 
 LINE_CHARACTERS = 400  # a longer first line is not a plain instruction
+COMMENT_CHARACTERS = 8000  # nor a longer comment
 DETERMINER = r"(?:an?|the|this|these|that|those|me|my|our|some|all|any|each|every|it|two|three|your)"
 VERBS = (
     "add|build|calculate|change|check|clean|complete|compute|convert|count|create|debug|define|describe|design|develop"
@@ -107,8 +108,8 @@ def split_instruction(prompt: str, language: Language) -> tuple[str, str] | None
     """
     text = prompt.strip()
     first = text.partition("\n")[0].rstrip()
-    asks = bool(ASKS.match(first)) if language.commands else bool(ASKS.match(first) or ASKS_PLAINLY.match(first))
-    asks = asks and len(first) <= LINE_CHARACTERS and not first.endswith((";", "{", "(", "="))
+    asks = len(first) <= LINE_CHARACTERS and not first.endswith((";", "{", "(", "="))
+    asks = asks and bool(ASKS.match(first) or (not language.commands and ASKS_PLAINLY.match(first)))
     asks = asks and not (language.commands and COMMAND.match(first))
     if asks and (first == text or language is not LANGUAGES["markdown"]):  # longer Markdown may begin so
         return prompt, ""
@@ -120,13 +121,14 @@ def _leading_comment(text: str, language: Language) -> tuple[str, str]:
     """The comment at the start of the text, without its comment marks, and the text after it."""
     if language.block_comment and text.startswith(language.block_comment[0]):
         comment, _, code = text.partition(language.block_comment[1])
+        comment = "" if len(comment) > COMMENT_CHARACTERS else comment
         return " ".join(comment.replace("*", " ").lstrip("/").split()), code.lstrip("\r\n")
     lines, end = list[str](), 0
     while language.line_comment and text.startswith(language.line_comment, end) and len(lines) < 20:
         stop = text.find("\n", end) + 1 or len(text)
         lines.append(text[end:stop].strip().lstrip(language.line_comment[0]).strip())
         end = stop
-    return " ".join(lines), text[end:]
+    return "" if end > COMMENT_CHARACTERS else " ".join(lines), text[end:]
 
 
 def _is_whole(code: str, language: Language) -> bool:
@@ -191,7 +193,10 @@ def weigh(text: str) -> int:
 # ---------------------------------------------------------------------------------------------------- fitting a prompt
 
 LEFT_OUT = "... lines left out"
-MAX_IMPORTS, MAX_DEFINITIONS = 1000, 20_000  # 1 MiB of ordinary code has fewer
+MAX_IMPORTS, MAX_IMPORT_CHARACTERS = 1000, 4000
+# What is searched of a longer file, from its start, and from the cursor for the names that the imports serve: what the
+# Pi spends on one request keeps all others waiting.
+IMPORTS_CHARACTERS, DEFINITIONS_CHARACTERS, NAMES_CHARACTERS = 100_000, 200_000, 20_000
 IMPORTS_SHARE = 8  # the imports of a long file get an eighth of the room
 LINE_START = re.compile(
     r"^[ \t]*(?![\s)}\]{#&|.?:+*]|//|/\*|(?:el(?:se|if|sif|seif)|except|finally|catch|case|default|and|or"
@@ -249,21 +254,22 @@ def fit(text: str, language: Language, room: int) -> tuple[str, dict[str, Any]]:
         return fit_start(text[: -3 * room - 1 : -1], room)[::-1], {"parts": ["window"]}
     window = find_statement(text, language, grid[place], grid[place] + step // 2)
     head = "".join(text[start:end] for start, end in sorted(imports) if end <= window)
-    kept = {"parts": ["imports"] * bool(head) + ["window"], "lines": len(text[window:].splitlines())}
+    lines = text.count("\n", window) + (not text.endswith("\n"))
+    kept = {"parts": ["imports"] * bool(head) + ["window"], "lines": lines}
     return head + mark + text[window:], kept
 
 
 def choose_imports(text: str, language: Language, stop: int, room: int) -> list[tuple[int, int]]:
     """The imports before `stop` that fit into their share of the room: first those of names in the text before `stop`
     that the window will hold."""
-    used = set(NAME.findall(text, max(0, stop - room), stop))
+    used = set(NAME.findall(text, max(0, stop - min(room, NAMES_CHARACTERS)), stop))
     found = sorted(find_imports(text, language, stop), key=lambda one: used.isdisjoint(NAME.findall(text, *one)))
     return found[: count_fitting((weigh(text[start:end]) for start, end in found), room // IMPORTS_SHARE)]
 
 
 def find_imports(text: str, language: Language, stop: int) -> Iterator[tuple[int, int]]:
     """Where the imports before `stop` start and end, each with all its lines."""
-    end = 0
+    end, stop = 0, min(stop, IMPORTS_CHARACTERS)
     for match in islice(language.imports.finditer(text, 0, stop), MAX_IMPORTS):
         if match.start() < end:
             continue
@@ -271,9 +277,10 @@ def find_imports(text: str, language: Language, stop: int) -> Iterator[tuple[int
         line = text[match.start() : end]
         for opening, closing in ("()", "{}"):
             if line.count(opening) > line.count(closing):
-                found = text.find(closing, end, min(end + 4000, stop))
+                found = text.find(closing, end, min(end + MAX_IMPORT_CHARACTERS, stop))
                 end = line_end(text, found) if found >= 0 else end
-        yield match.start(), end
+        if end - match.start() <= MAX_IMPORT_CHARACTERS:
+            yield match.start(), end
 
 
 def find_statement(text: str, language: Language, start: int, stop: int) -> int:
@@ -299,8 +306,8 @@ def fit_start(text: str, room: int) -> str:
     if fits(text, room):
         return text
     text = text[: 3 * max(room, 0)]
-    while weigh(text) > room:
-        text = text[: len(text) * room // weigh(text)]
+    while (weight := weigh(text)) > room:
+        text = text[: len(text) * room // weight]
     return text[: text.rfind("\n") + 1] or text
 
 
@@ -366,7 +373,7 @@ def end_of_named(code: str, language: Language, instruction: str, room: int) -> 
     """Where the text to fit into `room` ends: half of it below the first definition of the longest name that the
     instruction has; if it names none, at the end of the code."""
     words, found = set(NAME.findall(instruction)), dict[str, int]()
-    for match in islice(language.defines.finditer(code), MAX_DEFINITIONS):
+    for match in language.defines.finditer(code, 0, DEFINITIONS_CHARACTERS):
         if (name := match[match.lastindex or 0]) in words:
             found.setdefault(name, match.start())
     return line_end(code, max(room, found[max(found, key=len)] + room // 2)) if found else len(code)

@@ -1,0 +1,152 @@
+"""No accepted body keeps the Pi's event loop from everything else: the longest time between two of its ticks.
+
+The test counts this process's CPU time, all threads together: programs beside it take time as well, and a thread that
+holds the interpreter's lock stops the others. tests/bench/prepare.py prints wall time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import ask, post
+from scripted import CHUNKED, Backend, Pi, answer, backend_at, chunk, event, pi_for
+
+from cerebrum.fields import MAX_JSON_MARKS, parse_json
+from cerebrum.http import MAX_BODY_BYTES
+from cerebrum.pi.upstream import read_tokens
+from cerebrum_common import HttpError
+
+MAX_STALL_SECONDS = 0.05
+RUNS = 5  # the median counts
+NATIVE, CODE, CHAT, INFILL, TOKENS = (
+    "/v1/complete/stream", "/v1/completions", "/v1/chat/completions", "/infill", "/tokenize"
+)  # fmt: skip
+MODULES = ("argparse", "ast", "inspect", "subprocess", "tarfile", "typing")
+PYTHON = "".join(Path(os.__file__).with_name(f"{name}.py").read_text("utf-8") for name in MODULES)[:400_000]
+DATA = json.dumps([{"id": n, "tags": ["a", "b"], "more": {"x": n, "y": None}} for n in range(4000)], indent=2)[:400_000]
+DATA += " " * (400_000 - len(DATA))
+
+
+def filled(before: bytes, unit: bytes, after: bytes) -> bytes:
+    """As many units between the two as a body can have."""
+    count = (MAX_BODY_BYTES - len(before) - len(after)) // len(unit)
+    return before + (unit * count).removesuffix(b",") + after
+
+
+def dump(**members: Any) -> bytes:
+    return json.dumps(members).encode()
+
+
+NESTED = b"[" * 60 + b"]" * 60 + b","
+ARRAYS = {"objects": b"{},", "zeros": b"0,", "strings": b'"",', "arrays": b"[[[[]]]],"}
+BODIES = {name: (CODE, filled(b'{"x":[', unit, b"]}"), 400) for name, unit in ARRAYS.items()}
+BODIES |= {
+    "most values": (CODE, b'{"prompt":"a","x":[' + b"{}," * (MAX_JSON_MARKS // 2 - 4) + b"0]}", 200),
+    "nested": (CODE, b'{"prompt":"a","x":[' + NESTED * (MAX_JSON_MARKS // 61 - 1) + b"0]}", 200),
+    "line ends": (CODE, filled(b'{"prompt":"', rb"\n", b'"}'), 200),
+    "tabs": (CODE, filled(b'{"prompt":"', rb"\t", b'"}'), 200),
+    "letters": (CODE, filled(b'{"prompt":"', b"a", b'"}'), 200),
+    "stop": (CODE, filled(b'{"prompt":"a","stop":"', b"a", b'"}'), 200),
+    "messages": (CHAT, dump(messages=[{"role": "user", "content": "x" * 900}] * 1000), 200),
+    "files": (INFILL, dump(input_extra=[{"filename": "a.py", "text": PYTHON[:3800]}] * 256, input_prefix="a"), 200),
+    "marks": (CODE, filled(b'{"prompt":"', rb"<|file_sep|>a\n", b'<|fim_prefix|><|fim_suffix|>b<|fim_middle|>"}'), 200),
+    "python": (NATIVE, dump(language="python", prompt=PYTHON), 200),
+    "data": (CODE, dump(filename="a.json", prompt=DATA), 200),
+    "gap": (INFILL, dump(filename="a.py", input_prefix=PYTHON[:200_000], input_suffix=PYTHON[200_000:]), 200),
+    "instruction": (NATIVE, dump(language="python", prompt=PYTHON, instruction="Speed up the method parse_args"), 200),
+    "tokens": (TOKENS, filled(b'{"content":"', b"1", b'"}'), 200),
+}  # fmt: skip
+
+
+async def stall(pi: Pi, path: str, body: bytes, clock: Callable[[], float]) -> tuple[float, int]:
+    """(seconds, status): the longest time between two ticks of the loop while the Pi answers."""
+    asked = asyncio.create_task(ask(pi.port, post(path, body)))
+    longest, last = 0.0, clock()
+    while not asked.done():
+        await asyncio.sleep(0)
+        now = clock()
+        longest, last = max(longest, now - last), now
+    return longest, asked.result().status
+
+
+async def stalls(clock: Callable[[], float] = time.process_time) -> dict[str, tuple[float, int]]:
+    """For each of BODIES the median of the seconds, and the status. The engine takes 131,072 tokens."""
+    text = {"text": "a", "delta": {"content": "a"}}
+    said = chunk(event(choices=[text])) + chunk(event(choices=[text | {"finish_reason": "stop"}], stop=True))
+    engine = Backend([[CHUNKED, said, b"0\r\n\r\n"]], models=answer(200, {"data": [{"id": "qwen_0_5b"}]}))
+    engine.props = answer(200, {"default_generation_settings": {"n_ctx": 131_072}})
+    tokens = Backend([[answer(200, {"tokens": [123] * MAX_BODY_BYTES})]], models=engine.models)
+    found = {}
+    async with engine, tokens:
+        for backend in (engine, tokens):
+            async with pi_for(backend_at(backend.port, api="llama.cpp")) as pi:
+                for name, (path, body, _) in BODIES.items():
+                    if (path == TOKENS) == (backend is tokens):
+                        runs = [await stall(pi, path, body, clock) for _ in range(RUNS)]
+                        found[name] = statistics.median(seconds for seconds, _ in runs), runs[0][1]
+    return found
+
+
+WITHIN = MAX_JSON_MARKS - 3  # and three around them
+MARKED = [
+    ("0," * WITHIN + "0", True),
+    ("0," * WITHIN + "0,0", False),
+    ('"a",' * WITHIN + "0", True),
+    ('"a",' * WITHIN + '"a",0', False),
+    ("{}," * (WITHIN // 2) + "[]", True),
+    ("{}," * (WITHIN // 2) + "[0,0]", False),
+    (r'"\\",' * WITHIN + "0", True),
+    (r'"\\",' * WITHIN + "0,0", False),
+    (json.dumps("[{,:" * MAX_JSON_MARKS), True),
+    (json.dumps('"\\' * MAX_JSON_MARKS), True),
+    (json.dumps('"\\,"' * MAX_JSON_MARKS), True),
+]
+
+
+@pytest.mark.parametrize(("values", "fits"), MARKED, ids=range(len(MARKED)))
+def test_which_marks_count(values: str, fits: bool) -> None:
+    body = f'{{"x":[{values}]}}'.encode()
+    with contextlib.nullcontext() if fits else pytest.raises(HttpError) as refused:
+        assert parse_json(body) == json.loads(body)
+    if refused:
+        most = "expected a JSON object: expected at most 20000 commas, colons and opening brackets"
+        assert (refused.value.status, refused.value.message) == (400, most)
+
+
+TOKEN_ANSWERS = [
+    (b'{"tokens": []}', b""),
+    (b'{"tokens": [1, 23]}', b"1,23"),
+    (b'{"tokens":[1,23]}\n', b"1,23"),
+    *((one, None) for one in (b"", b"{}", b'{"tokens": 1}', b'{"tokens": [1,]}', b'{"tokens": [,1]}')),
+    *((one, None) for one in (b'{"tokens": [1,,2]}', b'{"tokens": [-1]}', b'{"tokens": ["a"]}', b'{"tokens": [1]}}')),
+    *(
+        (one, None)
+        for one in (b'{"tokens": [1], "a": [2]}', b'{"tokens": [[1]]}', b'{"tokens": [1]', b"[1]", b'{"tokens":[]')
+    ),
+]
+
+
+@pytest.mark.parametrize(("given", "tokens"), TOKEN_ANSWERS)
+def test_the_answer_of_tokens(given: bytes, tokens: bytes | None) -> None:
+    with contextlib.nullcontext() if tokens is not None else pytest.raises(HttpError):
+        assert read_tokens(given) == tokens
+
+
+async def test_no_body_stalls_the_loop() -> None:
+    gc.freeze()  # to go through pytest's objects takes longer than through the daemon's
+    try:
+        found = await stalls()
+    finally:
+        gc.unfreeze()
+    assert {name: status for name, (_, status) in found.items()} == {name: body[2] for name, body in BODIES.items()}
+    assert {name: seconds for name, (seconds, _) in found.items() if seconds > MAX_STALL_SECONDS} == {}
