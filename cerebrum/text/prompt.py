@@ -199,7 +199,7 @@ MAX_IMPORTS, MAX_IMPORT_CHARACTERS = 1000, 4000
 IMPORTS_CHARACTERS, DEFINITIONS_CHARACTERS, NAMES_CHARACTERS = 100_000, 200_000, 20_000
 IMPORTS_SHARE = 8  # the imports of a long file get an eighth of the room
 LINE_START = re.compile(
-    r"^[ \t]*(?![\s)}\]{#&|.?:+*]|//|/\*|(?:el(?:se|if|sif|seif)|except|finally|catch|case|default|and|or"
+    r"^[ \t]*(?!\Z|[\s)}\]{#&|.?:+*]|//|/\*|(?:el(?:se|if|sif|seif)|except|finally|catch|case|default|and|or"
     r"|rescue|ensure|end|fi|done|esac|then|do)\b|</)",
     re.M,
 )
