@@ -344,9 +344,8 @@ class Backend:
     @contextlib.asynccontextmanager
     async def _send(self, attempt: Attempt, refused: TooLong | None) -> AsyncIterator[AsyncGenerator[Pair, None]]:
         """Fit the prompt of an attempt, again if it was `refused`, send it, and yield the unread answer."""
-        await asyncio.sleep(
-            0
-        )  # what takes long has a turn of the event loop each: to parse a request, to fit it, to scan it
+        # Parsing a long request, fitting it and following its text get a turn of the event loop each.
+        await asyncio.sleep(0)
         layout = self.layout(attempt.model)
         if not self.api:  # other engines do not say how sure they are
             attempt.threshold = threshold_of(self._catalog, attempt.model, attempt.request.fields.get("min_confidence"))
