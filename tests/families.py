@@ -44,6 +44,7 @@ class Family:
     marks: Sequence[str] = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *QWEN_MARKS)
     plain: Sequence[str] = ()  # marks that the file takes for text
     sentencepiece: bool = False
+    pre: str = "qwen2"  # how a text is split before it is tokenized
     template: str = ""
     tokenizer: dict[str, bool] = field(default_factory=dict)  # below "tokenizer.ggml."
     printable: bool = False  # whether the model writes nothing but printable ASCII and line ends, and never its end
@@ -122,7 +123,7 @@ def write_header(path: Path, family: Family) -> None:
         add[type(value)](f"{family.architecture}.{name}", value)
     writer.add_tokenizer_model("llama" if family.sentencepiece else "gpt2")
     if not family.sentencepiece:
-        writer.add_tokenizer_pre("qwen2")
+        writer.add_tokenizer_pre(family.pre)
         writer.add_token_merges(MERGES)
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)

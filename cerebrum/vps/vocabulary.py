@@ -81,8 +81,24 @@ END_MARK = re.compile(
     r"\u2581?<(?:EOT|PRE|SUF|MID)>|<\|?file_sep(?:arator)?\|?>|<\|?(?:repo|file)_?name\|?>|<\|?fim_\w+\|?>"
 )
 FILE_MARKS = ("<|file_sep|>", "<file_sep>", "<|file_separator|>")  # before a file's name
-APART = b"\x01"  # SentencePiece knows it as a byte
+APART = "\x01"  # SentencePiece knows it as a byte
 MAX_PIECE_BYTES = 4096  # no known token is longer than a few hundred bytes
+# The texts of many models are split by std::regex, which recurses for each character of a match. A match of 22,000
+# characters overflows a thread's stack of 8 MB, and a match may consist of two runs. SentencePiece takes minutes for a
+# megabyte of line ends.
+MAX_RUN = 4096  # characters
+# What a match or a run consists of: visible characters; white space, as llama.cpp knows it; words with single spaces.
+RUNS = [
+    re.compile(f"{kind}{{1,{MAX_RUN}}}") for kind in (r"[\S\x1c-\x1f]", r"[^\S\x1c-\x1f]", r"[A-Za-z \x80-\U0010ffff]")
+]
+
+
+def cut_runs(text: str) -> list[str]:
+    """The text in pieces: cut behind each MAX_RUN characters of one kind, of which code has no such run."""
+    runs = itertools.chain(*(run.finditer(text) for run in RUNS))
+    cuts = {run.end() for run in runs if len(run[0]) == MAX_RUN}
+    places = [0, *sorted(cuts | {len(text)})]
+    return [text[start:end] for start, end in itertools.pairwise(places)]
 
 
 # --------------------------------------------------------------------------------------- IO: llama.cpp
@@ -141,20 +157,22 @@ class Vocabulary:
 
     def tokenize(self, text: str | bytes, first: bool, special: bool = False) -> list[int]:
         """Text to tokens. `first` adds the tokens that the model expects at the beginning of a text. With `special`,
-        the names of control tokens in the text become those tokens."""
-        data = text.encode() if isinstance(text, str) else text
+        the names of control tokens in the text become those tokens. Long runs of one kind are tokenized in pieces."""
+        head, *rest = [text] if isinstance(text, bytes) else cut_runs(text)
+        data = head.encode() if isinstance(head, str) else head
         room = len(data) + 8
         tokens = (api.llama_token * room)()
         count = api.llama_tokenize(self.vocab, data, len(data), tokens, room, first, special)
-        return list(tokens[: max(0, count)])
+        parts = (self.tokenize_part(piece, special) for piece in rest)
+        return [*tokens[: max(0, count)], *itertools.chain(*parts)]
 
     def tokenize_part(self, text: str | bytes, special: bool = False) -> list[int]:
         """A text that follows other tokens. SentencePiece would put a space before it, so it is tokenized behind a
         character that merges with nothing."""
-        data = text.encode() if isinstance(text, str) else text
-        if not self.dummy_space or not data:
-            return self.tokenize(data, False, special)
-        return self.tokenize(APART + data, False, special)[len(self.tokenize(APART, False)) :]
+        if not self.dummy_space or not text:
+            return self.tokenize(text, False, special)
+        text = text.decode(errors="replace") if isinstance(text, bytes) else text
+        return self.tokenize(APART + text, False, special)[len(self.tokenize(APART, False)) :]
 
     def mark(self, name: str) -> int:
         """The token that is written so, -1 if there is none."""

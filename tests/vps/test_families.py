@@ -6,19 +6,24 @@ import codecs
 import contextlib
 import random
 import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import families
+import llama_cpp
 import pytest
+from harness import ROOT
 from test_engine import ask, running
 
 from cerebrum.vps.gguf import Source
 from cerebrum.vps.llama import ABORTED, MB, Llama, Settings, Slot, llama_log, start_library
 from cerebrum.vps.memory import needed
-from cerebrum.vps.vocabulary import CompletionRequest, api
+from cerebrum.vps.vocabulary import CompletionRequest, api, cut_runs
 from cerebrum.vps.worker import Loader, Worker
 from cerebrum_common import HttpError
 
@@ -226,6 +231,70 @@ def test_a_chat_by_family(family: str, messages: list[tuple[str, str]], text: st
         assert named(model, tokens) == text
         if family == "qwen":  # what a user writes is text
             assert tokens.count(families.vocabulary(families.MARKED[family])[0].index(END)) == 2
+
+
+# ------------------------------------------------------------------------------------------- hostile texts
+
+# A stack overflow would end this process. WordPiece and T5 do not keep a text as it is.
+TOKENIZE_RUNS = """
+import sys, threading
+from cerebrum.vps.llama import start_library
+from cerebrum.vps.vocabulary import Vocabulary, api
+
+def tokenize(path):
+    model = api.llama_model_load_from_file(path.encode(), params)
+    words = Vocabulary(model)
+    for kind in KINDS:
+        text = (kind * size)[:size]
+        got = b"".join(map(words.piece, words.tokenize_part(text)))
+        assert words.kind not in (api.LLAMA_VOCAB_TYPE_BPE, api.LLAMA_VOCAB_TYPE_SPM) or got == text.encode(), kind
+    print(path)
+
+size, KINDS = int(sys.argv[1]), ("a", " ", "\\n", "1", "-", "\u4e2d", " \u3000", "a ", "-\\x1c")
+start_library()
+params = api.llama_model_default_params()
+params.vocab_only = True
+for path in sys.argv[2:]:
+    thread = threading.Thread(target=tokenize, args=[path])
+    thread.start()
+    thread.join()
+"""
+
+
+def tokenizes_runs(paths: Sequence[Path], size: int) -> None:
+    names = [str(path) for path in paths]
+    command = [sys.executable, "-c", TOKENIZE_RUNS, str(size), *names]
+    quiet: Any = {"cwd": ROOT, "capture_output": True, "text": True, "env": {"GGML_NO_BACKTRACE": "1"}}
+    ended = subprocess.run(command, **quiet, timeout=600)
+    assert (ended.stdout.split("\n")[:-1], ended.returncode) == (names, 0), ended.stderr[-2000:]
+
+
+def test_no_text_overflows_the_stack(tmp_path: Path) -> None:
+    """Of each pre-tokenizer that runs std::regex in another way."""
+    made = {name: families.Family("llama", pre=name) for name in ("default", "deepseek-llm", "falcon", "exaone-moe")}
+    for name, family in made.items():
+        families.write_header(tmp_path / name, family)
+    tokenizes_runs([tmp_path / name for name in made], 1 << 16)
+
+
+@pytest.mark.slow
+def test_no_megabyte_overflows_the_stack(tmp_path: Path) -> None:
+    """Of each vocabulary that llama.cpp's sources have. SentencePiece would take minutes for its line ends."""
+    wanted = f"llama-cpp-python=={llama_cpp.__version__}"
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "llama-cpp-python"]
+    if subprocess.run([*pip, "-d", str(tmp_path), wanted]).returncode:
+        pytest.skip("the sources of llama.cpp cannot be downloaded")
+    (tarball,) = tmp_path.glob("*.tar.gz")
+    shutil.unpack_archive(tarball, tmp_path)
+    tokenizes_runs(sorted(tmp_path.glob("*/vendor/llama.cpp/models/*.gguf")), 1 << 20)
+
+
+def test_only_hostile_texts_are_cut() -> None:
+    for path in [*ROOT.glob("cerebrum/**/*.py"), *ROOT.glob("docs/*.md")]:
+        assert cut_runs(text := path.read_text()) == [text]
+    assert cut_runs("") == [""]
+    for pieces in (["a" * 4095 + "\nb"], ["x\n" + 4096 * "a", "a b"], [2048 * " \u3000", " x"], [2048 * "a ", "a"]):
+        assert cut_runs("".join(pieces)) == pieces
 
 
 # ------------------------------------------------------------------------------------------------ memory
