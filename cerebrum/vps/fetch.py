@@ -19,8 +19,8 @@ from email.message import Message
 from pathlib import Path
 from typing import Any
 
-from cerebrum.vps.llama import MB, ModelError, check_disk, file_digest, file_size, load_model
-from cerebrum.vps.vocabulary import api
+from cerebrum.vps.llama import MB, check_disk, file_digest, file_size
+from cerebrum.vps.memory import header_status
 from cerebrum_common import Model
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
@@ -55,11 +55,7 @@ class Bar:
 
 def is_whole(path: Path) -> bool:
     """Whether llama.cpp finds all parts of a model in a file."""
-    try:
-        api.llama_model_free(load_model(path, weights=False))
-    except (ModelError, OSError):
-        return False
-    return True
+    return header_status(path) == 0
 
 
 def fetch(model: Model, folder: Path, again: bool = False) -> Path:

@@ -1,23 +1,38 @@
 """How much memory a model takes, how much there is, and which context fits.
 
-llama.cpp itself reports what a model takes: it makes the model and its context without allocating them.
+llama.cpp itself reports what a model takes: it makes the model and its context without allocating them. It ends the
+process at some headers, so a child process reads each file first.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import math
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import llama_cpp
 import psutil
 
-from cerebrum.vps.llama import MAX_DRAFT, MB, ModelError, Settings, context_params, file_stamp, llama_log, load_model
-from cerebrum.vps.vocabulary import api
+from cerebrum.vps.llama import (
+    MAX_DRAFT,
+    MB,
+    ModelError,
+    Settings,
+    context_params,
+    file_stamp,
+    llama_log,
+    load_model,
+    write_atomically,
+)
+from cerebrum.vps.vocabulary import Vocabulary, api
 from cerebrum_common import HttpError
 
 MIN_FIT_TOKENS = 2048  # a shorter context holds too little of a file beside its completion
@@ -83,13 +98,34 @@ OUTPUT_NAME = (13).to_bytes(8, "little") + b"output.weight"  # in a header a nam
 KV_SIZE_MB, COMPUTE_SIZE_MB = (re.compile(rf"{name} = +([\d.]+) MiB") for name in (": size", "compute buffer size"))
 
 
+READ_HEADER = """
+import os, signal, sys
+os.environ["GGML_NO_BACKTRACE"] = "1"
+signal.alarm(60)  # seconds; it takes one or two
+from cerebrum.vps.memory import read_header
+sys.exit(read_header(sys.argv[1]))
+"""
 _asking = threading.Lock()
+
+
+def header_status(path: Path) -> int:
+    """The status of a child process that reads the header of a model file: 0 if llama.cpp can use the file, 1 if it
+    refuses the file, negative if it has ended the process."""
+    root = Path(__file__).resolve().parents[2]
+    return subprocess.run([sys.executable, "-c", READ_HEADER, path.absolute()], cwd=root).returncode
 
 
 def needed(path: Path, forms: Sequence[Settings]) -> list[Parts]:
     """What a model file takes with each of these settings. OSError or ModelError if the file cannot be used."""
     with _asking:  # two threads that ask about one file would both wait for llama.cpp
-        return _needed(path, file_stamp(path), tuple(forms))
+        stamp = file_stamp(path)
+        known = forms[0].state_dir / "verified" / f"{path.name}.{stamp}.{llama_cpp.__version__}"
+        if not known.exists():
+            if header_status(path) < 0:
+                raise ModelError("llama.cpp ends the process at the header of this file")
+            with contextlib.suppress(OSError):
+                write_atomically(known)
+        return _needed(path, stamp, tuple(forms))
 
 
 @functools.lru_cache(64)  # a large vocabulary takes half a second
@@ -117,3 +153,14 @@ def _needed(path: Path, _stamp: str, forms: tuple[Settings, ...]) -> list[Parts]
         api.llama_model_free(model)
         ctypes.CDLL(None).malloc_trim(0)
     return needs
+
+
+def read_header(path: str) -> int:
+    """Let llama.cpp make the model, its vocabulary and a context. Returns the status of `header_status`."""
+    try:
+        model = load_model(Path(path), weights=False)
+    except (ModelError, OSError):
+        return 1
+    Vocabulary(model).tokenize("def f(x):\n    return 'é'\n", True)
+    api.llama_init_from_model(model, context_params(model, Settings(n_ctx=512, sequences=1)))
+    return 0

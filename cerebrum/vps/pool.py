@@ -188,7 +188,6 @@ class Pool:
             except HttpError as error:
                 if error.code == "MODEL_LOAD_FAILED":
                     log.error("%s", error.message)
-                    self._remember(model, error)
                 return error
             except Exception as exception:
                 return common.internal_error(exception)
@@ -213,7 +212,9 @@ class Pool:
             return await asyncio.to_thread(choose_file, path, self.settings, model.sha256, free_mb * MB)
         except (ModelError, OSError) as error:
             reason = str(error) if isinstance(error, ModelError) else "the file cannot be read"
-            raise HttpError("MODEL_LOAD_FAILED", f"model {model.id} ({model.file}): {reason}") from None
+            refusal = HttpError("MODEL_LOAD_FAILED", f"model {model.id} ({model.file}): {reason}")
+            self._remember(model, refusal)  # since each list of models asks
+            raise refusal from None
 
     async def measure(self) -> None:
         """Let llama.cpp say what each model takes, half a second for a file, before a request has to wait for it."""

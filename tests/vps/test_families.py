@@ -20,8 +20,10 @@ import pytest
 from harness import ROOT
 from test_engine import ask, running
 
+from cerebrum.vps import memory
+from cerebrum.vps.fetch import is_whole
 from cerebrum.vps.gguf import Source
-from cerebrum.vps.llama import ABORTED, MB, Llama, Settings, Slot, llama_log, start_library
+from cerebrum.vps.llama import ABORTED, MB, Llama, ModelError, Settings, Slot, llama_log, start_library
 from cerebrum.vps.memory import needed
 from cerebrum.vps.vocabulary import CompletionRequest, api, cut_runs
 from cerebrum.vps.worker import Loader, Worker
@@ -301,9 +303,10 @@ def test_only_hostile_texts_are_cut() -> None:
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)
-def test_memory_by_family(family: str, models: Path) -> None:
+def test_memory_by_family(family: str, models: Path, tmp_path: Path) -> None:
     """The sizes of what llama.cpp really allocates, from its log, are those that it reports without allocating."""
-    settings = Settings(threads=1, n_ctx=1024, micro_batch=64, kv_type="q8_0" if family == "dense" else "f16")
+    kv_type = "q8_0" if family == "dense" else "f16"
+    settings = Settings(threads=1, n_ctx=1024, micro_batch=64, kv_type=kv_type, state_dir=tmp_path)
     need, longer = needed(models / f"{family}.gguf", [settings, replace(settings, n_ctx=2048)])
     assert family != "window" or longer["kv"] < 1.5 * need["kv"]  # most layers keep only the window
     llama_log.lines.clear()
@@ -317,10 +320,27 @@ def test_memory_by_family(family: str, models: Path) -> None:
 
 
 def test_a_tied_embedding_is_loaded_twice(models: Path, tmp_path: Path) -> None:
-    published, tied = models / "dense.gguf", tmp_path / "tied.gguf"
-    assert needed(published, [Settings()])[0]["weights"] == published.stat().st_size
+    published, tied, forms = models / "dense.gguf", tmp_path / "tied.gguf", [Settings(state_dir=tmp_path)]
+    assert needed(published, forms)[0]["weights"] == published.stat().st_size
     source = Source(published)
     source.tensors = [tensor for tensor in source.tensors if tensor.name != "output.weight"]
     source.write(tied, {})
     embedding = len(families.vocabulary(families.FAMILIES["dense"])[0]) * families.EMBEDDING * 34 // 32  # bytes in Q8_0
-    assert needed(tied, [Settings()])[0]["weights"] == tied.stat().st_size + embedding
+    assert needed(tied, forms)[0]["weights"] == tied.stat().st_size + embedding
+
+
+def test_a_header_is_read_in_another_process_first(models: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """llama.cpp ends the process at some. One that it has read is read here from then on."""
+    forms, odd = [Settings(state_dir=tmp_path)], tmp_path / "odd.gguf"
+    for layers in (0, 513):
+        families.write_header(odd, families.Family("llama", layers=layers))
+        with pytest.raises(ModelError, match=r"^llama.cpp ends the process at the header of this file$"):
+            needed(odd, forms)
+        assert not is_whole(odd)
+    (whole := tmp_path / "whole.gguf").symlink_to(models / "dense.gguf")
+    parts = needed(whole, forms)
+    monkeypatch.setattr(memory.subprocess, "run", None)
+    memory._needed.cache_clear()
+    assert needed(whole, forms) == parts
+    with pytest.raises(TypeError):
+        needed(odd, forms)

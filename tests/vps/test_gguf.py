@@ -137,9 +137,9 @@ def test_a_source_that_is_cut_short_is_told(tmp_path: Path) -> None:
             Source(path)
 
 
-def test_without_the_package_that_writes_files(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_package_that_writes_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
     gguf_module.pypi.cache_clear()
     with pytest.raises(ModelError, match="expected PyPI's gguf, which is not installed: pip install gguf"):
         Source(MODEL)
-    assert needed(MODEL, [Settings()])[0]["weights"] == MODEL.stat().st_size
+    assert needed(MODEL, [Settings(state_dir=tmp_path)])[0]["weights"] == MODEL.stat().st_size
