@@ -524,7 +524,8 @@ def test_housekeeping_that_fails_ends_the_daemon(patch: Callable[..., None], tmp
         raise OSError(5, "of /proc")
 
     patch(Engine, task, fail)
-    environ = Environment({**CATALOG, "CEREBRUM_VPS_PORT": "0", "CEREBRUM_API_KEY": "key"})
+    folder = {"CEREBRUM_STATE_DIR": str(tmp_path / "state")}
+    environ = Environment({**CATALOG, **folder, "CEREBRUM_VPS_PORT": "0", "CEREBRUM_API_KEY": "key"})
     served = asyncio.wait_for(vpsd.serve(environ, load_config(environ, tmp_path)), PATIENCE)
     assert asyncio.run(served) == 1
 
@@ -560,6 +561,44 @@ async def test_a_model_that_is_listed_no_more_is_unloaded(house: House) -> None:
     loading.ending.set_result(None)
     loading.end(DAMAGED)  # a load that fails after that is still told
     assert (await house.error(waiting)).message == "it is damaged"
+
+
+@pytest.mark.parametrize("change", [{"fim": ("<a>", "<b>", "<c>")}, {"fim_layout": "spm"}])
+async def test_new_marks_of_a_gap_reach_a_loaded_model(house: House, change: dict[str, Any]) -> None:
+    worker, model = await house.idle(), replace(house.pool.models[A], **change)
+    house.reconfigure(models=(model,))
+    assert worker.stopping
+    worker.ended.set_result(None)
+    await until(lambda: not house.pool.instances)
+    loader = (await house.idle()).loader
+    assert (loader.fim, loader.layout) == (model.fim, model.fim_layout)
+
+
+async def test_what_was_kept_of_a_model_goes_when_it_is_listed_no_more(house: House) -> None:
+    """But not because its file or a disk is missing."""
+    state, models, file = house.folder / "state", house.engine.config.models, house.file().name
+    names = ("kv/old/0.kv", f"kv/{A}/0.kv", "tuned/old.gguf", "tuned/old.gguf.json", "tuned/.lock", "tuned/.work-1/new")
+    kept = [state / f"kv/{A}/0.kv", state / f"tuned/{file}", state / f"tuned/{file}.json"]
+    others = [state / "tuned/.lock", state / "tuned/.work-1/new"]
+    for path in [*kept, *(state / name for name in names)]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+    def left() -> list[Path]:
+        return sorted(path for path in state.glob("*/**/*") if path.is_file())
+
+    completion, worker = await house.loaded(), house.worker()
+    house.file().unlink()
+    house.pool.folder = house.folder / "unmounted"
+    house.reconfigure()
+    assert left() == sorted(kept + others)
+    house.reconfigure(models=models[:-1])
+    assert left() == sorted(others)
+    house.engine.finish(completion)
+    kept[0].parent.mkdir()
+    kept[0].touch()  # by the worker, which saves its prompts at its end
+    worker.ended.set_result(None)
+    await until(lambda: left() == sorted(others))
 
 
 async def test_a_clock_that_jumps_unloads_nothing(house: House) -> None:

@@ -141,7 +141,8 @@ def is_recurrent(model: Any) -> bool:
 
 def context_params(model: Any, settings: Settings) -> Any:
     """llama.cpp's parameters of a context for a llama_model."""
-    n_ctx = min(settings.n_ctx, int(api.llama_model_n_ctx_train(model)) or settings.n_ctx)
+    # In a decode of more than its context, llama.cpp ends the process.
+    n_ctx = min(settings.n_ctx, max(256, int(api.llama_model_n_ctx_train(model)) or settings.n_ctx))
     params = api.llama_context_default_params()
     params.n_ctx = n_ctx * settings.sequences
     params.n_batch, params.n_ubatch = MAX_CHUNK, settings.micro_batch

@@ -10,7 +10,9 @@ import asyncio
 import contextlib
 import ctypes
 import math
+import operator
 import os
+import shutil
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -55,6 +57,21 @@ class Instance:
         if self.state is not State.LEAVING:
             self.state = State.LEAVING
             self.worker.stop()
+
+
+how_loaded = operator.attrgetter("file", "sha256", "fim", "fim_layout")
+
+
+def remove_unlisted(state_dir: Path, models: Sequence[Model]) -> None:
+    """Remove the saved prompts and tuned files of models that are not among these. Another process may be tuning, in a
+    folder whose name begins with a dot."""
+    kept = {name for model in models for name in (model.id, model.file)}
+    for path in (*state_dir.glob("kv/*"), *state_dir.glob("tuned/[!.]*")):
+        if path.name.removesuffix(".json") not in kept:
+            log.info("%s: removed, models.toml does not list its model", path)
+            shutil.rmtree(path, ignore_errors=True)
+            with contextlib.suppress(OSError):  # a file
+                path.unlink()
 
 
 # ------------------------------------------------------------------------------------------ policy: room
@@ -106,6 +123,7 @@ class Pool:
         self.models = {model.id: model for model in models}
         self.tallies = {model_id: ModelTally() for model_id in self.models} | self.tallies
         self.min_free_mb, self.idle_seconds = min_free_mb, 60 * idle_minutes
+        remove_unlisted(self.settings.state_dir, models)
         for instance in self.instances.values():
             self._retire(instance)
 
@@ -170,9 +188,9 @@ class Pool:
             self._retire(instance)
 
     def _retire(self, instance: Instance) -> None:
-        """Unload an idle instance if models.toml now lists another file for its model, or no longer lists it."""
+        """Unload an idle instance if models.toml now says otherwise how to load its model, or no longer lists it."""
         new, old = self.models.get(instance.model.id), instance.model
-        if instance.idle and (not new or (new.file, new.sha256) != (old.file, old.sha256)):
+        if instance.idle and (not new or how_loaded(new) != how_loaded(old)):
             log.info("model %s: unloaded, models.toml has changed", old.id)
             instance.leave()
 
@@ -260,6 +278,8 @@ class Pool:
         await asyncio.wait([asyncio.wrap_future(worker.ended)])
         worker.join()  # returns at once
         worker.model = None
+        if worker.model_id not in self.models:
+            shutil.rmtree(worker.loader.kv_dir, ignore_errors=True)
         del self.instances[worker.model_id]
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -117,8 +117,11 @@ class Sequences:
             elif loses:
                 self.keep(slot)
         if entry and from_store:
-            if self.model.restore(slot, entry.state):
-                slot.tokens = entry.tokens[:]
+            if not self.model.restore(slot, entry.state):
+                self.cut(slot, 0)
+                self.store.entries.remove(entry)
+                return self.place(prompt, free)
+            slot.tokens = entry.tokens[:]
         elif not in_place and live >= MIN_PREFIX:
             # A copy between separate caches takes memory for a while: not more than saved prompts may.
             fits = self.model.unified or self.model.state_size(nearest) <= self.store.budget

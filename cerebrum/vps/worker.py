@@ -506,11 +506,11 @@ class Loader:
         check_digest(self.path, self.sha256, self.settings.state_dir, beat)
         return Llama(self.path, self.settings, progress, self.fim, self.layout)
 
-    def set_key(self, n_ctx: int) -> None:
-        """`key`, for a model with this context."""
+    def set_key(self, model: Llama) -> None:
+        """`key`, of all that a saved state depends on."""
         settings = self.settings
         params = f"{settings.sequences} {settings.kv_type} {settings.micro_batch} {settings.uses_flash_attention}"
-        key = f"{file_stamp(self.path)} {llama_cpp.__version__} {n_ctx} {params}"
+        key = f"{file_stamp(self.path)} {llama_cpp.__version__} {model.n_ctx} {model.unified} {params}"
         self.key = hashlib.sha256(key.encode()).hexdigest()
 
     @property
@@ -689,7 +689,7 @@ class Worker(threading.Thread):
     def _load(self) -> Decoder:
         loader, before = self.loader, resident_bytes()
         self.model = loader.open(self._beat)
-        loader.set_key(self.model.n_ctx)
+        loader.set_key(self.model)
         costs = measure_costs(self.model, self.baton, self._beat)
         settings = loader.settings
         sequences = Sequences(self.model, settings.sequences, settings.cache_mb * MB)

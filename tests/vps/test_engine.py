@@ -528,7 +528,7 @@ class ScriptedLlama:
 
     def __init__(self, *_: Any) -> None:
         self.vocabulary = self
-        self.n_ctx, self.fails, self.recurrent, self.max_draft, self.unified = 4096, "", False, MAX_DRAFT, True
+        self.n_ctx, self.fails, self.recurrent, self.max_draft = 4096, "", False, MAX_DRAFT
         self.abort_flag, self.micro_batch = [b"\x00"], 256
         self.closed, self.saved = False, 0
         self.hold, self.decoding = threading.Event(), threading.Event()  # a decode waits for one, sets the other
@@ -579,6 +579,7 @@ class ScriptedLlama:
         return True
 
     abort = copy_prefix = restore = trim
+    unified = True
 
 
 class Ask:
@@ -731,14 +732,17 @@ def test_a_tuned_file_is_loaded_if_it_can_be(
 
 
 @pytest.mark.usefixtures("loads")
-def test_caches_are_kept_apart_by_file_and_settings(tmp_path: Path) -> None:
+def test_caches_are_kept_apart_by_file_and_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings, keys = llama.Settings(state_dir=tmp_path / "state"), set()
     cases = [("m.gguf", {}), ("tuned", {}), ("tuned", {"micro_batch": 128}), ("tuned", {"flash_attention": True})]
     for name, other in cases:
         (tmp_path / name).write_bytes(name.encode())
         with running(Worker(Loader("m", tmp_path / name, replace(settings, **other)))) as worker:
             keys.add(worker.loader.key)
-    assert len(keys) == 4
+    monkeypatch.setattr(ScriptedLlama, "unified", False)  # as a larger or smaller cache of prompts may make it
+    with running(worker := Worker(Loader("m", tmp_path / name, replace(settings, **other)))):
+        keys.add(worker.loader.key)
+    assert len(keys) == 5
 
 
 def test_a_fault_while_a_request_is_set_up_ends_it_alone(worker: Worker, monkeypatch: Any) -> None:

@@ -25,6 +25,7 @@ from cerebrum.vps.fetch import is_whole
 from cerebrum.vps.gguf import Source
 from cerebrum.vps.llama import ABORTED, MB, Llama, ModelError, Settings, Slot, llama_log, start_library
 from cerebrum.vps.memory import needed
+from cerebrum.vps.prefixes import Parked, Sequences
 from cerebrum.vps.vocabulary import CompletionRequest, api, cut_runs
 from cerebrum.vps.worker import Loader, Worker
 from cerebrum_common import HttpError
@@ -181,6 +182,31 @@ def test_a_copied_sequence_is_apart_from_its_source(models: Path) -> None:
         assert abs(model.logits(0) - expected).max() < TIE
 
 
+def test_a_context_that_a_file_calls_too_short_is_longer(tmp_path: Path) -> None:
+    """llama.cpp ends the process in a decode of more tokens than a context has."""
+    path = families.make(tmp_path / "short.gguf", families.Family("llama", {"context_length": 1}))
+    with opened(path, replace(ONE, n_ctx=512)) as model:
+        assert model.n_ctx == 256
+        assert model.decode([(Slot(0), [1, 2, 3], 1)]) == 0
+
+
+def test_a_state_that_is_rejected_is_dropped_and_the_next_best_serves(models: Path) -> None:
+    prompt = [*range(40, 80)]
+    with opened(models / "dense.gguf", replace(ONE, n_ctx=256, sequences=2)) as model:
+        sequences = Sequences(model, 2, 1 << 20)
+        slot = sequences.slots[0]
+        read = [*prompt[:20], 1]
+        assert model.decode([(slot, read, 1)]) == 0
+        slot.tokens = read[:]
+        sequences.park(slot)
+        right = sequences.store.entries[0]
+        sequences.store.add(Parked(prompt[:30], bytes(right.state)[:-1]))
+        sequences.store.add(Parked([*prompt[:25], 2], b"\0" * 100))
+        slot, guide = sequences.place(prompt, sequences.slots)
+        assert (slot.tokens, guide, model.computed(slot)) == (prompt[:20], read, 20)
+        assert sequences.store.entries == [right]
+
+
 def test_an_abort_ends_a_decode(models: Path) -> None:
     with opened(models / "dense.gguf") as model:
         model.abort()
@@ -280,6 +306,7 @@ def test_no_text_overflows_the_stack(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_no_megabyte_overflows_the_stack(tmp_path: Path) -> None:
     """Of each vocabulary that llama.cpp's sources have. SentencePiece would take minutes for its line ends."""
     wanted = f"llama-cpp-python=={llama_cpp.__version__}"
@@ -288,7 +315,8 @@ def test_no_megabyte_overflows_the_stack(tmp_path: Path) -> None:
         pytest.skip("the sources of llama.cpp cannot be downloaded")
     (tarball,) = tmp_path.glob("*.tar.gz")
     shutil.unpack_archive(tarball, tmp_path)
-    tokenizes_runs(sorted(tmp_path.glob("*/vendor/llama.cpp/models/*.gguf")), 1 << 20)
+    for path in sorted(tmp_path.glob("*/vendor/llama.cpp/models/*.gguf")):
+        tokenizes_runs([path], 1 << 20)
 
 
 def test_only_hostile_texts_are_cut() -> None:
