@@ -21,7 +21,6 @@ from collections.abc import Sequence
 
 from cerebrum.text.gap import gap_of
 from cerebrum.text.languages import BY_NAME, LANGUAGES, NOTHING, Language
-from cerebrum.text.prompt import find_statement
 from cerebrum.text.scanner import COMPOUND, LINE_CHARS, PAIRS, Scanner
 from cerebrum.text.stages import Blanks, Indent, Repeat, Stage, StopStrings, Typed, columns_of
 
@@ -47,9 +46,6 @@ HEADER = re.compile(r"\S[^\n]*[:{][ \t]*\r?\n")  # of a block in column 0
 FENCE = re.compile(r"(`{3,}+|~{3,}+)([^`\n]*+)")
 CHATTER_CHARS = 4000  # a chat's answer without a fence in this many characters has none
 GUESS_CHARS = 4000  # of the prompt's end and of the suffix, read to guess the syntax and the indentation
-# Of the prompt's end, from a statement on, and of the suffix: no more is followed, since the Pi has one thread for all.
-# With 16,000, 3 of the 2,000 cases of tests/bench/ending.py in Python end elsewhere.
-NEAR_CHARS = 8000
 GUESSES = {  # lines like the header of a definition, found in few other languages and in no prose
     "python": r"(?:async[ \t]+)?(?:def[ \t]+\w+\(|class[ \t]+\w+[(:])[^\n]{0,300}:",
     "rust": r"(?:pub(?:\([^)\n]{0,40}\))?[ \t]+)?(?:(?:async|unsafe)[ \t]+)?(?:fn[ \t]+\w+|impl\b)[^\n;]{0,300}\{",
@@ -502,7 +498,7 @@ class Ending:
         stops: Sequence[str] = (),
     ) -> None:
         syntax = LANGUAGES.get(BY_NAME.get((language or "").lower(), ""))
-        suffix = (suffix or "")[:NEAR_CHARS]
+        suffix = suffix or ""
         gap = mode == "infill" and suffix.strip()
         self.stops = StopStrings(stops)
         self.stages: list[Stage] = [Fences(syntax, prompt)] if mode == "instruct" else []
@@ -510,8 +506,6 @@ class Ending:
             return
         if mode != "instruct":
             if known := syntax or guess(prompt, suffix if gap else ""):
-                if (start := len(prompt) - NEAR_CHARS) > 0:
-                    prompt = prompt[find_statement(prompt, known, start, start + NEAR_CHARS // 2) :]
                 scanner = scan(known, prompt)
                 if scanner.starting and scanner.indent:
                     self.stages.append(Typed(scanner.indent, due_columns(prompt, scanner.indent, scanner.opened)))

@@ -107,6 +107,8 @@ class Pool:
 
     def __init__(self, folder: Path, settings: Settings, fetch: str) -> None:
         self.folder, self.settings, self.fetch = folder, settings, fetch  # the command that downloads a model
+        with contextlib.suppress(OSError):  # then each start checks all files again
+            (settings.state_dir / "verified").mkdir(parents=True, exist_ok=True, mode=0o700)
         self.models: Mapping[str, Model] = {}  # of models.toml
         self.tallies: dict[str, ModelTally] = {}  # kept when a model is unloaded
         self.min_free_mb = self.idle_seconds = 0.0

@@ -25,9 +25,10 @@ from cerebrum.pi import engines, upstream
 from cerebrum.pi import fleet as pi_fleet
 from cerebrum.pi.backend import find_models
 from cerebrum.pi.dialects import APIS, OPENAI_TEXT, Wanted, read_overflow, read_props
-from cerebrum.pi.engines import Translator
+from cerebrum.pi.engines import NEAR_CHARS, Translator, end_of
 from cerebrum.pi.upstream import BackendFailure, Endpoint, Events, engine_refusal, read_backends
 from cerebrum.settings import ConfigError, Environment
+from cerebrum.text.ending import Ending
 from cerebrum_common import HttpError, Model
 
 FIM = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
@@ -599,3 +600,33 @@ async def test_no_other_engine_gets_a_prompt_that_it_would_have_to_heal(layout: 
         fim["qwen_0_5b"] = replace(fim["qwen_0_5b"], fim=("<pre>", "<suf>", "<mid>"), fim_layout=layout)
         await pi.complete(prompt="a", suffix="b", language="python")
         assert backend.completions[0]["prompt"] == written
+
+
+# A class of many methods, where quotes and brackets in texts stand for nothing: (head, method, cursor, text, piece).
+LONG_CLASSES = {
+    "python": (
+        "class A:\n",
+        '    def f(self):\n        """Say "it\'s {".\n\n        def x():\n        """\n        return [1, "("]\n\n',
+        "    def g(self):\n",
+        "        return 1\n\n    def h(self):\n",
+        "        return 1\n",
+    ),
+    "javascript": (
+        "class A {\n",
+        "  f(a) {\n    /* it's {\n     */\n    return `a { ${a}`;\n  }\n\n",
+        "  g(a) {\n",
+        "    return 1;\n  }\n\n  h(a) {\n",
+        "    return 1;\n  }\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("language", LONG_CLASSES)
+@pytest.mark.parametrize("more", range(0, 110, 10))
+def test_only_the_end_of_a_long_file_is_followed(language: str, more: int) -> None:
+    """From a statement on, wherever the limit falls."""
+    head, method, cursor, text, piece = LONG_CLASSES[language]
+    prompt = head + 200 * method + " " * more + "\n" + cursor
+    assert len(prompt) > NEAR_CHARS >= len(end_of(prompt, language))
+    ending = Ending("complete", language, end_of(prompt, language), None, "auto")
+    assert ending.feed(text) == (piece, "block")

@@ -374,35 +374,6 @@ def test_an_answer(case: tuple[str, str, str, Outcome]) -> None:
     check("instruct", "python", begun, "", text, expected, text.index(expected[0]))
 
 
-# A class of many methods, where quotes and brackets in texts stand for nothing: (head, method, cursor, text, piece).
-LONG_CLASSES = {
-    "python": (
-        "class A:\n",
-        '    def f(self):\n        """Say "it\'s {".\n\n        def x():\n        """\n        return [1, "("]\n\n',
-        "    def g(self):\n",
-        "        return 1\n\n    def h(self):\n",
-        "        return 1\n",
-    ),
-    "javascript": (
-        "class A {\n",
-        "  f(a) {\n    /* it's {\n     */\n    return `a { ${a}`;\n  }\n\n",
-        "  g(a) {\n",
-        "    return 1;\n  }\n\n  h(a) {\n",
-        "    return 1;\n  }\n",
-    ),
-}
-
-
-@pytest.mark.parametrize("language", LONG_CLASSES)
-@pytest.mark.parametrize("more", range(0, 110, 10))
-def test_only_the_end_of_a_long_file_is_followed(language: str, more: int) -> None:
-    """From a statement on, wherever the limit falls."""
-    head, method, cursor, text, piece = LONG_CLASSES[language]
-    prompt = head + 200 * method + " " * more + "\n" + cursor
-    ending = Ending("complete", language, prompt, None, "auto")
-    assert run(ending, [text]) == (piece, "block")
-
-
 def test_one_line_without_end() -> None:
     text, reason = run(Ending("complete", "python", "x = [", "", "auto"), list("0, " * 300))
     assert reason == "repeat"

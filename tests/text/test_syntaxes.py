@@ -308,7 +308,8 @@ def test_an_instruction_about_each_language(language: str) -> None:
     sent = prepare({"language": language, "prompt": "x\n", "instruction": "y"}, "instruct", 1000, 3.0)
     asked, begun = sent.body["messages"]
     assert (asked["content"], begun["content"]) == (f"y\n\n```{language}\nx\n```", f"```{language}\n")
-    check("instruct", language, "", "", f"Here:\n```{language}\nx\n```\n", ("x\n", "stop"))
+    before = f"Here:\n```{language}\n"
+    check("instruct", language, "", "", f"{before}x\n```\n", ("x\n", "stop"), len(before))
 
 
 def test_an_instruction_about_a_text_with_fences() -> None:

@@ -360,6 +360,7 @@ def test_a_tied_embedding_is_loaded_twice(models: Path, tmp_path: Path) -> None:
 def test_a_header_is_read_in_another_process_first(models: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """llama.cpp ends the process at some. One that it has read is read here from then on."""
     forms, odd = [Settings(state_dir=tmp_path)], tmp_path / "odd.gguf"
+    (tmp_path / "verified").mkdir()  # as the daemon makes it
     for layers in (0, 513):
         families.write_header(odd, families.Family("llama", layers=layers))
         with pytest.raises(ModelError, match=r"^llama.cpp ends the process at the header of this file$"):
