@@ -185,12 +185,15 @@ FIELDS_WITHOUT_PROMPT = FIELDS | {"prompt": Field(str, 0, required=True)}
 
 
 def read_completion(members: Mapping[str, Any], models: Collection[Model]) -> dict[str, Any]:
-    """The checked fields of a completion. HttpError 400 names a bad field, 404 a model that is not in models.toml."""
+    """The checked fields of a completion. HttpError 400 names a bad field, 404 a model that is not in models.toml.
+    An alias of a language becomes the name that models.toml lists."""
     more = members.get("suffix") or members.get("instruction")
     fields = read_fields(members, FIELDS_WITHOUT_PROMPT if more else FIELDS)
-    languages = common.served_languages(models)
+    languages, given = common.served_languages(models), fields["language"]
+    if given not in languages:
+        fields["language"] = BY_NAME.get(given)
     if fields["language"] not in languages:
-        raise wrong("language", f"one of {', '.join(languages)}", fields["language"])
+        raise wrong("language", f"one of {', '.join(languages)}", given)
     ids = [model.id for model in models]
     if fields["model"] is not None and fields["model"] not in ids:
         raise HttpError("MODEL_NOT_FOUND", f"model: expected one of {', '.join(ids)}, got {describe(fields['model'])}")

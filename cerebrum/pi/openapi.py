@@ -125,7 +125,7 @@ def write_openapi(
 ) -> dict[str, Any]:
     """The document. `keyed`: clients need a key."""
     named = {"enum": [model.id for model in models]}
-    native = object_of(fields, language={"enum": common.served_languages(models)}, model=named)
+    native = object_of(fields, language=STRING | {"examples": common.served_languages(models)}, model=named)
     requests = {path: schema for dialect, schema in REQUESTS.items() for path in dialect.paths}
     requests |= {"/v1/accepted": object_of(ACCEPTED, True), "/tokenize": object_of(dialects.TOKENIZE, True)}
     ours, foreign = (like(write(HttpError("NOT_FOUND", ""))) for write in (common.error_body, dialects.write_error))

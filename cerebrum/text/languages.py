@@ -81,7 +81,7 @@ class Language:
     commands: bool = False  # lines of code begin with verbs, as instructions do
     endings: tuple[str, ...] = ()  # of file names, in lower case
     filenames: tuple[str, ...] = ()  # whole file names, in lower case
-    aliases: tuple[str, ...] = ()  # in fences, modelines and shebang lines
+    aliases: tuple[str, ...] = ()  # in requests, by editors, in fences, modelines and shebang lines
 
     @property
     def indented(self) -> bool:
@@ -171,8 +171,10 @@ LANGUAGES: dict[str, Language] = {
         line_comment="#", block_comment=None, texts=('"""', "'''"),
         endings=(".py", ".pyi", ".pyw"), aliases=("py", "python3"),
     ),
-    "javascript": replace(_JS, endings=(".js", ".jsx", ".mjs", ".cjs"), aliases=("js", "jsx", "node")),
-    "typescript": replace(_JS, endings=(".ts", ".tsx", ".mts", ".cts"), aliases=("ts", "tsx", "deno", "bun")),
+    "javascript": replace(_JS, endings=(".js", ".jsx", ".mjs", ".cjs"),
+                          aliases=("js", "jsx", "javascriptreact", "node")),
+    "typescript": replace(_JS, endings=(".ts", ".tsx", ".mts", ".cts"),
+                          aliases=("ts", "tsx", "typescriptreact", "deno", "bun")),
     "rust": Language(
         uses=r"(?:pub(?:\([^)\n]{0,40}\))?[ \t]+)?(?:use|extern[ \t]+crate|mod[ \t]+\w+[ \t]*;)(?:[ \t]|\r?$)",
         types=r"impl\b(?:<[^\n{]{0,160}>)?(?:[^\n{]{0,160}[ \t]for\b)?|trait|mod|extern", function="fn",
@@ -194,7 +196,7 @@ LANGUAGES: dict[str, Language] = {
         uses=r"(?:global[ \t]+)?using[ \t]+[\w.=: \t]{1,200};|namespace[ \t][\w. \t]{1,200};",
         types="class|interface|enum|record|struct|namespace", also=_METHOD,
         strings=('$"', '"', "'"), texts=('""""', '"""', '$@"', '@$"', '@"'), raw=('""""', '"""', '$@"', '@$"', '@"'),
-        directives=True, endings=(".cs", ".csx"), aliases=("c#", "cs"),
+        directives=True, endings=(".cs", ".csx"), aliases=("c#", "cs", "c-sharp"),
     ),
     "shell": Language(
         uses=r"(?:source|\.|set)[ \t]+[^\s]",
@@ -203,7 +205,8 @@ LANGUAGES: dict[str, Language] = {
         clauses="else|elif|then|do", closers=r"(?:fi|done|esac)\b", line_comment="#", block_comment=None,
         strings=(), texts=("$'", '"', "'"), raw=("'",), here_document=r"-?[ \t]*\\?(['\"]?)([A-Za-z_]\w{0,80})\1",
         blocks="lines", commands=True, endings=(".sh", ".bash", ".zsh", ".ksh"),
-        filenames=(".bashrc", ".bash_profile", ".profile", ".zshrc"), aliases=("bash", "sh", "zsh", "ksh", "dash"),
+        filenames=(".bashrc", ".bash_profile", ".profile", ".zshrc"),
+        aliases=("bash", "sh", "shellscript", "zsh", "ksh", "dash"),
     ),
     "kotlin": Language(
         uses=r"(?:import|package)[ \t]", types="class|interface|object", function="fun", names="val|var|typealias",
@@ -294,18 +297,18 @@ LANGUAGES: dict[str, Language] = {
         endings=(".sql",), aliases=("mysql", "postgresql", "postgres", "sqlite", "plpgsql", "tsql"),
     ),
     "html": replace(_PLAIN, line_comment="", block_comment=("<!--", "-->"), blocks="tree", closers="</",
-                    endings=(".html", ".htm", ".xhtml"), aliases=("htm", "xhtml")),
+                    endings=(".html", ".htm", ".xhtml"), aliases=("htm", "xhtml", "mhtml")),
     "yaml": replace(_PLAIN, also=r"([\w.-]{1,80}):(?:[ \t]|\r?$)", blocks="tree", commands=True,
-                    endings=(".yaml", ".yml"), aliases=("yml",)),
+                    endings=(".yaml", ".yml"), aliases=("yml", "dockercompose", "yaml.docker-compose")),
     "toml": replace(_PLAIN, also=r"\[{1,2}([^\]\n]{1,120})\]", strings=('"', "'"), texts=('"""', "'''"),
                     raw=("'''", "'"), endings=(".toml",), filenames=("pipfile",)),
     "markdown": replace(_PLAIN, also=r"#{1,6}[ \t]+([^\r\n]{1,200})\r?$", line_comment="",
-                        block_comment=("<!--", "-->"), endings=(".md", ".markdown", ".mdx"), aliases=("md",)),
+                        block_comment=("<!--", "-->"), endings=(".md", ".markdown", ".mdx"), aliases=("md", "mdx")),
     "dockerfile": replace(_PLAIN, also=r"(?i:FROM[ \t]+\S{1,200}[ \t]+AS|ARG|ENV)[ \t]+([\w.-]+)", commands=True,
                           endings=(".dockerfile",), filenames=("dockerfile", "containerfile"), aliases=("docker",)),
     "makefile": replace(_PLAIN, uses=r"-?include\b", also=r"([\w.%/-]{1,80})[ \t]*(?::|[?+]?=)", clauses="else",
                         closers=r"(?:endif|endef)\b", commands=True, endings=(".mk", ".mak"),
-                        filenames=("makefile", "gnumakefile"), aliases=("make",)),
+                        filenames=("makefile", "gnumakefile"), aliases=("make", "makefile-gmake")),
 }  # fmt: skip
 # Files in these languages may accompany code in any other, so they do not count when guessing the code's language.
 BESIDE_CODE = frozenset({"dockerfile", "json", "makefile", "markdown", "toml", "yaml"})

@@ -362,12 +362,43 @@ async def test_any_language_that_models_toml_names_may_be_asked_for(tmp_path: Pa
     text = (ROOT / "models.toml").read_text()
     path.write_text(text.replace('languages = ["rust"', 'languages = ["cobol", "C#", "rust"'))
     async with Backend(models=ALL) as backend, pi_for(backend.port, models=load_catalog(path, LANGUAGES).models) as pi:
-        for language, model in (("java", "qwen_7b"), ("cobol", "codellama_7b"), ("C#", "codellama_7b")):
+        for language, model in (
+            ("java", "qwen_7b"), ("cobol", "codellama_7b"), ("C#", "codellama_7b"), ("cs", "qwen_7b"),
+        ):  # fmt: skip
             assert (await pi.complete(language=language)).json["model"] == model
-        assert [sent.get("language") for sent in backend.completions] == ["java", None, "csharp"]
+        assert [sent.get("language") for sent in backend.completions] == ["java", None, "csharp", "csharp"]
         refused = (await pi.complete(language="abap")).json["message"]
         listed = ", ".join([*LANGUAGES, "cobol", "C#"])
         assert refused == f'language: expected one of {listed}, got the string "abap"'
+
+
+# The ids of VS Code's documentation; then those that only Neovim, lsp-mode of Emacs, eglot or Helix sends.
+EDITORS = {
+    **dict.fromkeys((
+        "abap", "bat", "bibtex", "clojure", "coffeescript", "cuda-cpp", "diff", "fsharp", "git-commit", "git-rebase",
+        "groovy", "handlebars", "haml", "ini", "latex", "objective-c", "objective-cpp", "perl6", "plaintext", "jade",
+        "pug", "razor", "sass", "shaderlab", "slim", "stylus", "tex", "vb", "vue", "vue-html", "xml", "xsl", "text",
+        "gitcommit", "objc", "vim", "fish", "ocaml", "",
+    )),
+    **{name: name for name in LANGUAGES},
+    "javascriptreact": "javascript", "jsonc": "json", "less": "css", "scss": "css", "shellscript": "shell",
+    "typescriptreact": "typescript", "dockercompose": "yaml",
+    "sh": "shell", "bash": "shell", "zsh": "shell", "cs": "csharp", "make": "makefile", "ps1": "powershell",
+    "yaml.docker-compose": "yaml", "json5": "json", "mdx": "markdown",
+    "c++": "cpp", "mhtml": "html", "makefile-gmake": "makefile", "js": "javascript", "tsx": "typescript",
+    "c-sharp": "csharp",
+}  # fmt: skip
+
+
+def test_editors_names_of_a_language_are_known():
+    for name, language in EDITORS.items():
+        asked = {"prompt": "x", "language": name}
+        if language:
+            assert (name, read_completion(asked, SHIPPED)["language"]) == (name, language)
+            continue
+        with pytest.raises(HttpError, match="language: expected ") as refused:
+            read_completion(asked, SHIPPED)
+        assert (name, refused.value.code) == (name, "INVALID_REQUEST")
 
 
 async def test_a_long_prompt_is_fitted_and_refitted_once_before_the_first_token():
