@@ -227,6 +227,11 @@ class Document:
         texts = (text.replace("\r\n", "\n").replace("\r", "\n") for text in (before + inserted, after))
         return Gap(self.uri, *texts)
 
+    def line_end(self, near: str = "") -> str:
+        """The first line end of a text, if it has one, or else of the document."""
+        found = LINE_END.search(near + "".join(self.lines[:1]))
+        return found[0] if found else "\n"
+
     def edit(self, start: tuple[int, int], end: tuple[int, int], text: str) -> None:
         """Replace the text between two positions. The line before is read again, since \\r and \\n may meet."""
         first, column = self.locate(*start)
@@ -657,7 +662,8 @@ class Completions:
         return self.complete(call, document, document.gap(start, end, inserted), items)
 
     def menu(self, params: Any, request_id: Any) -> Any:
-        """The same for a client without inline completion, as one entry of its menu."""
+        """The same for a client without inline completion, as one entry of its menu. Helix inserts it as it is, so it
+        has the document's line ends. Ghost text has none but \\n: Neovim and Emacs would leave a \\r in the text."""
         document = self.documents.find(params)
         end = document.clamp(position(get(params, "position", dict), "position"))
         gap, (line, units) = document.gap(end, end), end
@@ -673,7 +679,7 @@ class Completions:
                 "filterText": word + text,
                 "sortText": "\0",
                 "preselect": True,
-                "textEdit": {"range": span(start, end), "newText": word + text},
+                "textEdit": {"range": span(start, end), "newText": LINE_END.sub(document.line_end(), word + text)},
                 "command": accepted(found),
             }
             return {"isIncomplete": True, "items": [entry] if text.strip() else []}
@@ -762,7 +768,7 @@ class Commands:
         document = self.documents.find({"textDocument": argument})
         start, end = positions(argument)
         old, version, selection = [*document.lines], document.version, document.between(start, end)
-        line_end = LINE_END.search(selection) or LINE_END.search("".join(old[:1]))
+        line_end = document.line_end(selection)
         body = {
             "prompt": LINE_END.sub("\n", selection),
             "instruction": get(argument, "instruction", str),
@@ -777,7 +783,7 @@ class Commands:
                 raise PiError(200, f"{lacking}; nothing was changed")
             if document.lines != old or self.documents.by_uri.get(document.uri) is not document:
                 raise PiError(200, "the text has changed meanwhile; nothing was changed")
-            text = LINE_END.sub(line_end[0] if line_end else "\n", answer["completion"].rstrip("\r\n"))
+            text = LINE_END.sub(line_end, answer["completion"].rstrip("\r\n"))
             text += selection[len(selection.rstrip("\r\n")) :]
             edits = [{"range": span(start, end), "newText": text}]
             versioned = {"textDocument": {"uri": document.uri, "version": version}, "edits": edits}

@@ -260,6 +260,9 @@ def test_a_completion_for_a_client_without_ghost_text(editor: Editor, pi: Pi) ->
     assert item["textEdit"] == {"range": word, "newText": "value\n"}
     assert (item["label"], item["filterText"]) == ("value", "value\n")
     assert editor.menu(0, 99)["textEdit"]["range"] == word
+    editor.open("é.va\r\nx")
+    assert editor.menu(0, 4)["textEdit"]["newText"] == "value\r\n"
+    assert editor.ghost(0, 4) == "lue\n"
     editor.open("a" * 200_000)
     assert editor.menu(0, 200_000)["textEdit"]["range"]["start"]["character"] == 200_000 - cerebrum_lsp.MAX_WORD
 
@@ -365,8 +368,8 @@ def test_an_instruction_changes_the_selection(editor: Editor, pi: Pi, able: dict
     assert asked["params"]["edit"] == (versioned if able is EGLOT else {"changes": {URI: edits}})
     assert editor.answer(number)["result"] is None
     path, body, _ = pi.hears()
-    expected = {"prompt": "a=1\n", "instruction": "rename a to total", "language": "javascript", "max_tokens": 2048}
-    assert (path, body) == ("/v1/complete", {**expected, "temperature": 0.0})
+    expected = {"prompt": "a=1\n", "instruction": "rename a to total", "language": "javascript"}
+    assert (path, body) == ("/v1/complete", {**expected, "max_tokens": 2048, "temperature": 0.0})
     editor.send(id=asked["id"], result={"applied": False})
     assert editor.shown() == "the editor did not apply the change"
 

@@ -18,7 +18,9 @@ from pathlib import Path
 
 import pytest
 from harness import PATIENCE, ROOT, wait_until
+from scripted import in_a_thread
 from test_clients import CACHE, completes_the_sum, weights  # noqa: F401 (a fixture)
+from test_lsp import Pi as Scripted
 from test_peers import needs
 from test_plugins import PREFIX, SUFFIX, Pi
 
@@ -77,10 +79,10 @@ def warm(weights: Pi) -> Pi:  # noqa: F811
 class Terminal:
     """An editor in a terminal that a test types into."""
 
-    def __init__(self, debian: Path, folder: Path, *command: str) -> None:
+    def __init__(self, debian: Path, folder: Path, *command: str, text: str) -> None:
         self.file = folder / "home/project/sum.py"
         (self.file.parent / ".git").mkdir(parents=True)
-        self.file.write_text(TEXT)
+        self.file.write_bytes(text.encode())
         (folder / "home/cerebrum_lsp.py").write_text(SERVER)
         self.sent = folder / "home/sent"
         self.tmux = ["tmux", "-S", str(folder / "tmux"), "-f", "/dev/null"]
@@ -118,8 +120,8 @@ class Terminal:
 
 
 @contextmanager
-def editing(debian: Path, folder: Path, *command: str) -> Iterator[Terminal]:
-    terminal = Terminal(debian, folder, *command)
+def editing(debian: Path, folder: Path, *command: str, text: str = TEXT) -> Iterator[Terminal]:
+    terminal = Terminal(debian, folder, *command, text=text)
     try:
         wait_until(lambda: terminal.sent.exists() and "didOpen" in terminal.sent.read_text(), "the server has the file")
         terminal.shows("Loaded 1 file" if command[0] == "hx" else "def add")  # before it, Helix drops what is typed
@@ -200,6 +202,41 @@ def test_helix(debian: Path, warm: Pi, tmp_path: Path) -> None:
         editor.shows("NOR")
         editor.type(":w", "Enter")
         assert_completed(editor, "  # sum")
+
+
+CRLF = TEXT.replace("\n", "\r\n")
+LUA, LISP, TOML = (
+    ("README.md", "Tab accepts\n"),
+    ("docs/editors.md", "return accepts\n"),
+    ("docs/editors.md", "its menu.\n"),
+)
+EDITING = {  # its settings and their file, its options, the keys that ask, that accept, that leave, that save
+    "nvim": (LUA, "nvim/init.lua", [], ["j", "A", "a"], ["Tab"], ["Escape"], [":w", "Enter"]),
+    "emacs": (LISP, "emacs/init.el", ["-nw", "--no-splash"], ["C-n", "C-e", "a"], ["Tab"], [], ["C-x", "C-s"]),
+    "hx": (TOML, "helix/languages.toml", [], ["j", "A", "a", "C-x"], ["Tab", "Enter"], ["Escape"], [":w", "Enter"]),
+}  # fmt: skip
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("program", EDITING)
+def test_a_completion_of_several_lines_gets_the_line_ends_of_the_file(
+    debian: Path, tmp_path: Path, program: str
+) -> None:
+    block, name, options, ask, accept, leave, save = EDITING[program]
+    with in_a_thread(Scripted()) as pi:
+        pi.says(content=" + b\n    # two")
+        home(tmp_path, f".config/{name}", EMACS * (program == "emacs") + settings(*block, pi.url))
+        with editing(debian, tmp_path, program, *options, text=CRLF) as editor:
+            editor.type(*ask)
+            editor.shows("a + b")
+            editor.type(*accept, " and three")
+            editor.shows("# two and three")
+            editor.type(*leave)
+            wait_until(lambda: "INS" not in editor.screen, "Neovim and Helix are no longer inserting")
+            editor.type(*save)
+            wait_until(lambda: editor.file.exists() and b"two" in editor.file.read_bytes(), "the file is saved")
+            completed = CRLF.replace("return ", "return a + b\r\n    # two and three", 1)
+            assert editor.file.read_bytes() == completed.encode()
 
 
 def test_vscodes_client(warm: Pi, tmp_path: Path) -> None:
