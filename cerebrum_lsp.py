@@ -425,6 +425,7 @@ class Pi:
             nested = answer.get("error")  # the dialects' form of an error
             message = (nested if isinstance(nested, dict) else answer).get("message")
             raise PiError(response.status, f"the Pi answers {response.status}: {message}")
+        answer.setdefault("kept", {"parts": [response.getheader("X-Cerebrum-Kept", "all")]})  # of a chat
         return answer
 
     def note_success(self) -> None:
@@ -534,6 +535,11 @@ def get(value: Any, path: str, kind: type, *default: Any) -> Any:
     return value
 
 
+# The question to a chat, for a language that the Pi does not know. The 0.5B follows it best with the code at its end;
+# without the second sentence it explains at length, and may answer with an example of the code's use.
+ASK_FOR_CODE = "{instruction}\nAnswer with the changed code alone, in one fenced block.\n\n```{language}\n{prompt}\n```"
+
+
 def lacks(answer: Any) -> str:
     """Why the answer to an instruction may lack code that it would replace; "" if it is whole."""
     reason = answer.get("finish_reason", "stop")
@@ -543,7 +549,17 @@ def lacks(answer: Any) -> str:
         return f"the answer is longer than {MAX_TOKENS} tokens"
     if reason not in ("stop", "block"):
         return "the model began to repeat itself" if reason == "repeat" else "the answer broke off"
-    return "" if get(answer, "completion", str).strip() else "the answer is empty"
+    return "" if get(answer, "completion", str).strip() else "the answer is not one block of code"
+
+
+def block_of(answer: Any) -> dict[str, Any]:
+    """A chat's answer in the form of /v1/complete's. Unless it has one whole block of code, `completion` is empty."""
+    choice = answer["choices"][0]
+    reason = answer.get("preempted") or choice["finish_reason"]
+    # The text before the block, the rest of its first line, the block, the rest of its last line, the text behind it.
+    parts = re.split(r"(?m)^`{3,}(.*)\n?", choice["message"]["content"])
+    is_one = len(parts) == 5 and not parts[3].strip()
+    return {**answer, "completion": parts[2] if is_one else "", "finish_reason": reason}
 
 
 def accepted(found: Suggestion) -> dict[str, Any]:
@@ -772,13 +788,19 @@ class Commands:
         body = {
             "prompt": LINE_END.sub("\n", selection),
             "instruction": get(argument, "instruction", str),
-            "language": document.language.replace("react", ""),  # javascriptreact, typescriptreact
+            "language": document.language,
             "max_tokens": MAX_TOKENS,
             "temperature": 0.0,
         }
 
         def work(call: Call) -> None:
-            answer = self.pi.ask(call, "/v1/complete", body)
+            try:
+                answer = self.pi.ask(call, "/v1/complete", body)
+            except PiError as error:
+                if "400: language: " not in str(error):
+                    raise
+                messages = [{"role": "user", "content": ASK_FOR_CODE.format_map(body)}]
+                answer = block_of(self.pi.ask(call, "/v1/chat/completions", body | {"messages": messages}))
             if lacking := lacks(answer):
                 raise PiError(200, f"{lacking}; nothing was changed")
             if document.lines != old or self.documents.by_uri.get(document.uri) is not document:

@@ -368,7 +368,7 @@ def test_an_instruction_changes_the_selection(editor: Editor, pi: Pi, able: dict
     assert asked["params"]["edit"] == (versioned if able is EGLOT else {"changes": {URI: edits}})
     assert editor.answer(number)["result"] is None
     path, body, _ = pi.hears()
-    expected = {"prompt": "a=1\n", "instruction": "rename a to total", "language": "javascript"}
+    expected = {"prompt": "a=1\n", "instruction": "rename a to total", "language": "javascriptreact"}
     assert (path, body) == ("/v1/complete", {**expected, "max_tokens": 2048, "temperature": 0.0})
     editor.send(id=asked["id"], result={"applied": False})
     assert editor.shown() == "the editor did not apply the change"
@@ -380,7 +380,7 @@ LACKING = [
     (instructed("tot", "preempted"), "the answer broke off"),
     (instructed("total\n", kept=["imports", "window"]), "the text is too long for the model"),
     (instructed("total\n", kept=None), "the text is too long for the model"),
-    (instructed(" \n\n", "block"), "the answer is empty"),
+    (instructed(" \n\n", "block"), "the answer is not one block of code"),
 ]
 
 

@@ -19,6 +19,9 @@ import httpx
 import pytest
 from harness import PATIENCE, daemon, wait_until
 from scripted import Backend, answer, error, in_a_thread, script
+from test_lsp import NOTHING, SELECTED, URI, editing
+
+from cerebrum_lsp import span
 
 PREFIX, LINE, SUFFIX = "def add(a, b):\n", "    return ", "\n\n\nprint(add(1, 2))\n"
 PIECES = ("a + b", "  # ä", '\n"c"')
@@ -215,3 +218,56 @@ def test_llama_vim_warms_and_instructs(tmp_path: Path) -> None:
         *chunks, end = pi.events("/v1/chat/completions", chat | {"id_slot": 8, "messages": TURNS, "stream": True})
         assert ("".join(map(text_of, chunks)), end) == (TEXT, "[DONE]")
         assert TURNS in [sent.get("messages") for sent in pi.backend.completions]
+
+
+# ------------------------------------------------------------------------------------- the language server
+
+FENCED = "Here it is:\n\n```abap\nb = 1.\n```\n\nI renamed `a`.\n"
+CHANGED: list[
+    tuple[str, str, str, str, Any]
+] = [  # the language, the VPS's text, its reason, what comes, what the VPS gets
+    ("shellscript", "b=1\n", "block", "b=1\n", "shell"),
+    ("typescriptreact", "b=1\n", "block", "b=1\n", "typescript"),
+    ("abap", FENCED, "stop", "b = 1.\n", None),
+    ("", FENCED, "stop", "b = 1.\n", None),
+    ("abap", "````\nb = 1.\n\n````", "stop", "b = 1.\n", None),
+]
+NO_BLOCK, BROKEN = "the answer is not one block of code", "the answer broke off"
+REFUSED = [  # a text, the VPS's reason, what the user is told
+    (FENCED, "length", "the answer is longer than 2048 tokens"),
+    (FENCED, "preempted", BROKEN),
+    ("b = 1.\n", "stop", NO_BLOCK),
+    ("```\nb = 1.\n", "stop", NO_BLOCK),
+    ("```\n\n```\n", "stop", NO_BLOCK),
+    ("```md\n```sh\nb\n```\nmore\n```\n", "stop", NO_BLOCK),
+    ("```\nb = 1.\n```abap\nb = 2.\n", "stop", NO_BLOCK),
+    (FENCED + FENCED, "stop", NO_BLOCK),
+]
+
+
+def test_the_language_server_changes_text_in_any_language(pi: Pi, tmp_path: Path) -> None:
+    """In a language that the Pi does not know by a chat, which may say more than the code. Only a whole text counts."""
+    with editing(tmp_path, pi.url) as editor:
+        editor.start()
+        for language, text, reason, changed, known in CHANGED:
+            pi.backend.scripts = [script(text, finish_reason=reason)]
+            editor.open("x\na\n", language)
+            number = editor.command("cerebrum.instruct", SELECTED)
+            (edit,) = editor.called("workspace/applyEdit")["params"]["edit"]["changes"][URI]
+            assert (language, edit["newText"]) == (language, changed)
+            asked = pi.backend.completions[-1]
+            assert asked.get("language") == known
+            assert asked["messages"][0]["content"].startswith("rename a to total\n")
+            assert editor.answer(number)["result"] is None
+        for text, reason, told in REFUSED:
+            pi.backend.scripts = [script(text, finish_reason=reason)]
+            answered = editor.answer(editor.command("cerebrum.instruct", SELECTED))
+            assert (text, answered["error"]["message"]) == (text, told + NOTHING)
+        pi.backend.scripts = [script(FENCED)]
+        editor.open("x\n" + "a\n" * 20_000, "abap")
+        number = editor.command("cerebrum.instruct", SELECTED | {"range": span((1, 0), (20_001, 0))})
+        assert editor.answer(number)["error"]["message"] == f"the text is too long for the model{NOTHING}"
+        count = len(pi.backend.completions)
+        told = editor.answer(editor.command("cerebrum.instruct", SELECTED | {"instruction": ""}))["error"]["message"]
+        assert told == 'the Pi answers 400: instruction: expected a non-empty string, got the string ""'
+        assert len(pi.backend.completions) == count
