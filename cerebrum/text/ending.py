@@ -41,7 +41,11 @@ CLAUSES = "else|elif|elseif|except|finally|catch|while"  # continue a statement 
 GOES_ON = tuple(".?&|+:=,")  # a line that starts so continues the one above, in languages without semicolons
 # An answer's blocks in these are not the code, unless there are no others.
 BESIDE = frozenset({"bash", "sh", "shell", "console", "json", "text", "plaintext", "output", "powershell", "zsh"})
-PROSE = re.compile(r"[A-Z][a-z']*[ ,!].*[^;{}]")
+# A sentence, or Markdown's emphasis, quotation or item of a list; but no assignment and no mapping.
+PROSE = re.compile(
+    r"(?:[A-Z][a-z'\u0080-\uffff]*[ ,!]+[\w\"'`(*]|[*>`\u0080-\uffff]|- (?!\w+:)|\d+[.)] ).*[^;{}]|[A-Z][a-z]+:"
+)
+HEADING = re.compile(r"#{1,6}[ \t]")  # a comment or, in an answer, a heading
 HEADER = re.compile(r"\S[^\n]*[:{][ \t]*\r?\n")  # of a block in column 0
 FENCE = re.compile(r"(`{3,}+|~{3,}+)([^`\n]*+)")
 CHATTER_CHARS = 4000  # a chat's answer without a fence in this many characters has none
@@ -357,7 +361,8 @@ class Fences(Stage):
         self.line = ""  # the block's line so far, without its indentation
         self.left = 0  # spaces at the start of the line that still belong to the fence's own indentation
         self.in_code = True  # the line does not start inside a string or comment
-        self.begun = False  # some line was not blank, before the block or now inside it
+        # Some line was not blank, before the block or now inside it. None: only comments or headings have come.
+        self.begun: bool | None = False
         self.read = 0  # characters that went in
         self.feed(begun)
         if self.state == "beside":
@@ -397,8 +402,12 @@ class Fences(Stage):
             self.state = "beside" if other and name in BESIDE else "inside"
             return
         self.mark = len(self.text)
-        first, self.begun = not self.begun, self.begun or bool(line.strip())
-        if self.mark >= CHATTER_CHARS or (first and self._is_code(line.rstrip())):
+        starts = self.language.comment_starts if self.language else ()
+        unsure = not self.begun and HEADING.match(line) is not None and line.startswith(starts)
+        code = not self.begun and not unsure and self._is_code(line.rstrip())
+        if line.strip():
+            self.begun = None if unsure else True
+        if self.mark >= CHATTER_CHARS or code:
             self.state, self.safe = "inside", self.mark
             self.line = "" if line.endswith("\n") else line.lstrip()[:LINE_CHARS]
             if self.scanner:
@@ -410,7 +419,7 @@ class Fences(Stage):
             return False
         starts = (*language.comment_starts, "@", "#include", "#define", *(language.block_comment or ())[:1])
         known = language.imports.match(line) or (not language.commands and language.defines.match(line))
-        return line.startswith(starts) or line.endswith(("{", "}", ";")) or bool(known)
+        return self.begun is None or line.startswith(starts) or line.endswith(("{", "}", ";")) or bool(known)
 
     def _inside(self, char: str) -> None:
         if char == " " and self.left:
