@@ -73,6 +73,8 @@ class Language:
     strings: tuple[str, ...] = ('"', "'")  # openings of strings that end with their line
     texts: tuple[str, ...] = ()  # openings of strings that may contain a line end
     raw: tuple[str, ...] = ()  # openings of strings without escapes
+    escape: str = "\\"  # the character before an escaped one
+    closings: tuple[tuple[str, str], ...] = ()  # (opening, closing) of strings that do not close as they open
     ambiguous: str = ""  # openings with two meanings: / of a regex or a division, ' of a char or a lifetime
     blocks: str = "braces"
     line_ends: bool = False  # a statement ends with its line, without a semicolon
@@ -94,8 +96,8 @@ class Language:
     @property
     def literals(self) -> list[tuple[str, str]]:
         """(opening, closing) of each string. `[=[`, `#"` and `r#"` end with `]=]`, `"#` and `"#`."""
-        openings = (*self.strings, *self.texts)
-        return [(opening, opening.lstrip("$@Rr")[::-1].translate(_CLOSINGS)) for opening in openings]
+        mirrored = {opening: opening.lstrip("$@Rr")[::-1].translate(_CLOSINGS) for opening in self.strings + self.texts}
+        return list((mirrored | dict(self.closings)).items())
 
     @property
     def comment_starts(self) -> tuple[str, ...]:
@@ -246,8 +248,8 @@ LANGUAGES: dict[str, Language] = {
     "powershell": Language(
         uses=r"(?i:using|import-module|\.)[ \t]", types="class|enum|(?:Describe|Context|InModuleScope)(?=[ \t])",
         function="function", line_comment="#", block_comment=("<#", "#>"), line_ends=True, commands=True,
-        strings=(), texts=("@'", '@"', '"', "'"), raw=("@'", "'"), endings=(".ps1", ".psm1", ".psd1"),
-        aliases=("pwsh", "ps1"),
+        strings=(), texts=("@'", '@"', '"', "'"), raw=("@'", "'"), escape="`",
+        closings=(("@'", "\n'@"), ('@"', '\n"@')), endings=(".ps1", ".psm1", ".psd1"), aliases=("pwsh", "ps1"),
     ),
     "css": Language(
         uses=r"@(?:import|charset|use|forward|namespace)\b", line_comment="",

@@ -61,12 +61,12 @@ class Literals:
         self.openers = sorted(self.comments + literals, key=lambda pair: -len(pair[0]))
         self.opener_ends = {opener[-1] for opener, _ in self.openers}
         # Characters that cannot change the state inside a literal or comment: all but ends, escapes, R"( of C++.
-        self.run = run_of({closer[-1] for _, closer in self.openers} | set("\n\\("))
+        self.run = run_of({closer[-1] for _, closer in self.openers} | set("\n(" + language.escape))
         # The literal or comment that the text is in. `since` counts the characters since it opened.
         self.opener = self.closer = ""  # "" in code
         self.since = self.escaped_at = 0  # `since` of the last escaped character
-        self.escaped = False  # after a backslash
-        self.line = ""  # of a here-document: the line so far
+        self.escaped = False  # after a backslash or the language's `escape`
+        self.line = ""  # of a here-document or a directive: the line so far
         self.terminators: list[str] = []  # the lines that end the here-documents below this line
         self.tail = ""  # the last characters of the text
         # The statement so far: its code, its last character and the one before.
@@ -111,7 +111,7 @@ class Literals:
             return self.starting
         if opener == "#":  # not $#, ${#x}, ${x##y} or a part of a URL
             return not before or not (before.isalnum() or before in "_${/#")
-        if opener in ("'", '"') and before == "\\":
+        if opener in ("'", '"') and before == language.escape:
             return False
         if opener == "'" and (before.isalnum() or before == "_") and not language.commands:
             # An apostrophe in JSX or a digit separator in C++, unless a prefix or a keyword precedes it.
@@ -134,7 +134,7 @@ class Literals:
             return
         if self.escaped:
             self.escaped, self.escaped_at = False, self.since
-        elif char == "\\" and self.opener not in language.raw and (not comment or language.directives):
+        elif char == language.escape and self.opener not in language.raw and (not comment or language.directives):
             self.escaped = True
         elif self.opener == 'R"' and char == "(" and self.closer == '"':
             self.closer = f'){self.tail[-self.since : -1]}"'  # R"name( ends with )name"
@@ -192,7 +192,8 @@ class Scanner(Literals):
         head = self.head.strip()
         if head.endswith("else") or (self.condition and head == self.condition.strip()):
             return False  # the statement of an if, a loop or an else is missing
-        return self.language.line_ends and self.starting and self.last not in tuple(",=(&|+?.:<*/-")
+        goes_on = (*",=(&|+?.:<*/-", self.language.escape)
+        return self.language.line_ends and self.starting and self.last not in goes_on
 
     @property
     def opened(self) -> int | None:

@@ -80,6 +80,9 @@ ROWS = [
      "const Bill = struct {\n    fn total(net: u8) u8 {\n«        const a =\n"
      "            \\\\ it's \"}\n        ;\n        return '}';\n    }\n»\n    fn other() void {}"),
     ("powershell block: code", "function Total($net) {\n«    <# it's } #>\n    if ($net) { 'C:\\' }\n}\n»\nTotal 1"),
+    ("powershell block: backticks and here-strings",
+     'function F {\n«  $a = "C:\\Temp\\"\n  $b = "`"}" + @"\nit\'s "x" } "@\n"@\n  $c = @\'\n"} `\n\'@\n}\n»\nF\n'),
+    ("powershell block: a line that goes on", "$a = «Get-Item `\n  -Path b\n»$c = 1\n"),
     ("julia block: code", "function f(net)\n«  #= it's\n  end =#\n  for x in net\n    y = x'\n  end\nend\n»\nother()"),
     ("elixir block: code",
      "defmodule A do\n  def f(x) do\n«    if x, do: \"it's\", else: 'b'\n  end\n»\n  def other do"),
