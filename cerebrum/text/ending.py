@@ -280,6 +280,7 @@ class BracketBlock(Block):
         # when no more than `depth` brackets are open; with `clauses`, an `else` or the like may go on with it.
         self.goal, self.depth, self.clauses = "", 0, False  # "": it has not begun
         self.complete = False  # the goal is complete, but the next line may still belong to it
+        self.conditionals = len(scanner.conditionals)  # around the goal
         language, stack, head = scanner.language, scanner.stack, scanner.head.strip()
         braces = [depth for depth, bracket in enumerate(stack) if bracket.kind == "{"]
         things = [depth for depth in braces if not language.containers.search(stack[depth].header)]
@@ -323,7 +324,7 @@ class BracketBlock(Block):
 
     def ended(self, line: str) -> str | None:
         scanner = self.scanner
-        if not self.goal or len(scanner.stack) > self.depth:
+        if not self.goal or len(scanner.stack) > self.depth or len(scanner.conditionals) > self.conditionals:
             return None
         if self.goal == "directive":
             return "block"

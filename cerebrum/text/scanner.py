@@ -17,6 +17,7 @@ from cerebrum.text.languages import Language
 WORD_CHARS = 8  # enough for the longest word in QUOTE_AFTER, RAW_BEFORE and REGEX_BEFORE and the character before it
 HEAD_CHARS = 1000  # kept of a statement; a longer one keeps the first half of these and its newest characters
 STRAY_BRACKETS = 20  # unclosed brackets of other kinds that a closing bracket may skip; a correct program has none
+NESTED = 60  # of #if, those that are followed, and open brackets around their branches; C's standard promises 63 #if
 OPENER_CHARS = 6  # the longest opening of a literal
 TAIL_CHARS = 18  # the longest end of a literal: C++'s )name" with 16 characters in its name
 LINE_CHARS = 500  # the part of a line that comparisons use
@@ -27,6 +28,7 @@ QUOTE_AFTER = re.compile(r"(?<!\w)(?:and|br?|case|else|fr?|i[fns]|l|not|or|r[bf]
 RAW_BEFORE = re.compile(r"(?<!\w)(?:u8|[uUL])?R$")
 REGEX_BEFORE = re.compile(r"(?:^|[(,=:\[!&|?{;+\-*%~^]|=>|\b(?:return|typeof|case|in|of|do|else|void|delete))$")
 CONDITION = re.compile(r"(?<![\w.])(?:if|while|for|with)\s*$")
+BRANCH = re.compile(r"[ \t]*(if|el|endif)")
 HERE = re.compile(r"(?<!<)<<[^<\n]\Z")  # no <<<
 
 
@@ -128,6 +130,8 @@ class Literals:
         if self.opener == "<<":
             self._in_here_document(char)
             return
+        if self.opener == "#":
+            self.line = (self.line + char)[:LINE_CHARS]
         if self.since == 2 and self.opener == "'" in language.ambiguous and char != "'" and self.tail[-2] != "\\":
             self.closer = ""  # a lifetime
             self._in_code(char)
@@ -176,6 +180,8 @@ class Scanner(Literals):
         self.by_lines = language.by_lines
         self.code_run = run_of(self.opener_ends | set("()[]{}\n;:<"))
         self.unmatched = 0  # closing brackets whose partner is not in the text
+        # Of each #if without its #endif: `stack` before its branches and, from the second one on, behind the first.
+        self.conditionals: list[list[list[Bracket]]] = []
         # By lines: (indentation, code) of the last whole statement and of the less indented lines around it. In Python,
         # only those that open a block; `fresh`: the innermost of them has no body yet, though perhaps a docstring.
         self.blocks: list[tuple[int, str]] = []
@@ -300,7 +306,21 @@ class Scanner(Literals):
         else:
             self.head = ""
 
+    def _directive(self) -> None:
+        """A line of the preprocessor has ended. Of the branches of an #if, the brackets of the first one count."""
+        match, now = BRANCH.match(self.line), self.stack[:NESTED]
+        self.line = ""
+        if match and match[1] == "if":
+            self.conditionals = [*self.conditionals[-NESTED:], [now]]
+        elif match and self.conditionals:
+            places = [*self.conditionals.pop(), now]
+            if match[1] == "el":
+                self.conditionals.append(places[:2])
+            self.stack[:] = places[match[1] == "endif"]
+
     def _newline(self) -> None:
+        if self.opener == "#" and self.language.directives:
+            self._directive()
         if not self.by_lines:
             self.starting, self.indent = True, 0
             if not self.in_parens and self.head:  # a header may take several lines, but no blank one

@@ -83,6 +83,17 @@ ROWS = [
     ("powershell block: backticks and here-strings",
      'function F {\n«  $a = "C:\\Temp\\"\n  $b = "`"}" + @"\nit\'s "x" } "@\n"@\n  $c = @\'\n"} `\n\'@\n}\n»\nF\n'),
     ("powershell block: a line that goes on", "$a = «Get-Item `\n  -Path b\n»$c = 1\n"),
+    ("c block: one brace in each branch of a conditional",
+     "int f() {\n«#ifdef A\n  if (a) {\n#elif B\n  if (b) {\n# if C\n    g(\n# else\n    h(\n# endif\n"
+     "    1);\n#else\n  {\n#endif\n    i();\n  }\n}\n»\nint g() {\n}\n"),
+    ("c block: a header in each branch",
+     "/* f */\n«#ifdef A\nint f(int a) {\n#else\nint f(long a) {\n#endif\n  return a;\n}\n»\nint g() {\n}\n"),
+    ("c block: a body's end in each branch",
+     "int f() {\n«#ifdef A\n  return 1;\n}\n#else\n  return 2;\n}\n#endif\n»int g() {\n}\n"),
+    ("c block: a cursor in a branch",
+     "int f() {\n#ifdef A\n  if (a) {\n«#else\n  if (b) {\n#endif\n    g();\n  }\n}\n»\nint g() {\n}\n"),
+    ("csharp block: one brace in each branch",
+     "class A {\n  int F() {\n«#if A\n    if (a) {\n#else\n    if (b) {\n#endif\n    }\n  }\n»\n  int G() {"),
     ("julia block: code", "function f(net)\n«  #= it's\n  end =#\n  for x in net\n    y = x'\n  end\nend\n»\nother()"),
     ("elixir block: code",
      "defmodule A do\n  def f(x) do\n«    if x, do: \"it's\", else: 'b'\n  end\n»\n  def other do"),
@@ -293,6 +304,7 @@ GAPS = [
     ("java", "void f() {\n  if (x == null) {\n    throw new Illeg«alArgumentException();\n  }»\n  h();\n}\n"),
     ("cpp", "namespace a {\nvoid f() {\n    g(«1);\n}»\nvoid h() {\n}\n}\n"),
     ("javascript", "switch (x) {\n  case 1:\n    a(«1);»\n  case 2:\n    b();\n}\n"),
+    ("c", "int f() {\n  if (z) {\n«#if A\n  if (a) {\n#else\n  if (b) {\n#endif\n    g(1);\n  }\n»  h(1);\n  }\n}\n"),
     # Paragraphs.
     ("markdown", "# A\n\n«First paragraph here.\n\nSecond one here.\n\n»## B\n\nText\n"),
 ]  # fmt: skip
