@@ -252,7 +252,7 @@ class GapOfLines(Gap):
         self.mark, scanner, opened = self.meeting.edge, self.scanner, self.scanner.opened
         if scanner.closer or self.has_left():
             fits = bool(self.literal and scanner.closer)
-        elif len(scanner.stack) > self.depth:
+        elif len(scanner.stack) > self.depth and not scanner.language.enclosed:
             fits = False
         elif opened is None:
             fits = self.below <= self.indent or scanner.in_parens

@@ -80,6 +80,7 @@ class Language:
     line_ends: bool = False  # a statement ends with its line, without a semicolon
     directives: bool = False  # a line that starts with # belongs to the preprocessor
     here_document: str = ""  # behind <<: group 2 is the line that ends the text below
+    enclosed: str = ""  # lines around a text that blank lines do not end; group 1 in the first of them
     commands: bool = False  # lines of code begin with verbs, as instructions do
     endings: tuple[str, ...] = ()  # of file names, in lower case
     filenames: tuple[str, ...] = ()  # whole file names, in lower case
@@ -307,10 +308,13 @@ LANGUAGES: dict[str, Language] = {
     "markdown": replace(_PLAIN, also=r"#{1,6}[ \t]+([^\r\n]{1,200})\r?$", line_comment="",
                         block_comment=("<!--", "-->"), endings=(".md", ".markdown", ".mdx"), aliases=("md", "mdx")),
     "dockerfile": replace(_PLAIN, also=r"(?i:FROM[ \t]+\S{1,200}[ \t]+AS|ARG|ENV)[ \t]+([\w.-]+)", commands=True,
+                          here_document=r"-?(['\"]?)([A-Za-z_]\w{0,80})\1",
                           endings=(".dockerfile",), filenames=("dockerfile", "containerfile"), aliases=("docker",)),
     "makefile": replace(_PLAIN, uses=r"-?include\b", also=r"([\w.%/-]{1,80})[ \t]*(?::|[?+]?=)", clauses="else",
-                        closers=r"(?:endif|endef)\b", commands=True, endings=(".mk", ".mak"),
-                        filenames=("makefile", "gnumakefile"), aliases=("make", "makefile-gmake")),
+                        closers=r"(?:endif|endef)\b", commands=True,
+                        enclosed=r"\s*(?:(?:(?:export|override|private)\s+)*(define)\s|endef\b)",
+                        endings=(".mk", ".mak"), filenames=("makefile", "gnumakefile"),
+                        aliases=("make", "makefile-gmake")),
 }  # fmt: skip
 # Files in these languages may accompany code in any other, so they do not count when guessing the code's language.
 BESIDE_CODE = frozenset({"dockerfile", "json", "makefile", "markdown", "toml", "yaml"})

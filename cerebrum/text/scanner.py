@@ -328,10 +328,23 @@ class Scanner(Literals):
                     self.head = ""
                 else:
                     self._add("\n")
-        elif self.stack or self.last == "\\":
+            return
+        if self.language.enclosed:
+            self._enclose()
+        if self.stack or self.last == "\\":
             self.last = self.last.strip("\\")
         else:
             self._line_of_block()
+
+    def _enclose(self) -> None:
+        """A line has ended; perhaps it opens or closes a text, which is followed like a bracket."""
+        match = re.match(self.language.enclosed, self.head)
+        if match and match[1]:
+            self.stack.append(Bracket(match[1], "", self.indent))
+        elif match:
+            del self.stack[-1:]
+        if self.stack:
+            self.head = ""
 
     def _line_of_block(self) -> None:
         """By lines: a statement has ended."""
