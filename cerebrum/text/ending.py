@@ -20,14 +20,14 @@ import re
 from collections.abc import Sequence
 
 from cerebrum.text.gap import gap_of
-from cerebrum.text.languages import BY_NAME, LANGUAGES, NOTHING, Language
+from cerebrum.text.languages import BY_NAME, LANGUAGES, NOTHING, Language, in_style
 from cerebrum.text.scanner import COMPOUND, LINE_CHARS, PAIRS, Scanner
 from cerebrum.text.stages import Blanks, Indent, Repeat, Stage, StopStrings, Typed, columns_of
 
 # Limits. tests/bench/ending.py has no helpers, no chats and few comments in column 0: 0 % of its cases depend on these.
 NAME_CHARS = 100  # a function with a longer name is not recognized as a helper
 COMMENT_CHARS = 200  # a longer comment is not waited for: more often than not it is outside the block
-FUNCTION = re.compile(r"(?:async\s+)?def\b")
+FUNCTION = re.compile(r"(?:@?[a-z]\w*(?:\[\w*\])?\s+){0,6}def\b")
 DEFINITION = re.compile(r"(?:async\s+)?(?:def|class)\b")
 CONTROL = re.compile(
     r"(?:^|\n)[^\S\n]*(?:else\s+)?(?:if|else|for|while|do|switch|try|match|loop|unsafe|select|when|foreach|elseif|guard|repeat"
@@ -179,8 +179,9 @@ class LineBlock(Block):
     the outermost other block; without any, in Python, the first definition that the model writes. Below a comment or a
     decorator in a class it is the next member. A statement begun outside all blocks ends at a blank line. If only white
     space precedes the cursor in its line, the indentation of the first line written shows which blocks are open. Except
-    in Python, a closing line at the block's own indentation belongs to it. A less indented comment below a blank line
-    waits for the next line of code and is inside if that is.
+    in Python, a closing line at the block's own indentation belongs to it. In Scala, a typed line begins a block if no
+    function is open. A less indented comment below a blank line waits for the next line of code and is inside if that
+    is.
     """
 
     def __init__(self, scanner: Scanner, prompt: str) -> None:
@@ -199,9 +200,12 @@ class LineBlock(Block):
         self.statement = not language.imports.match(last) and not last.startswith("#!")
         self.member = is_announced(language, prompt) and bool(language.defines.search(prompt))
         head = scanner.head.strip()
-        if language.indented and (head or scanner.fresh):
+        if (head and scanner.brackets) or (scanner.fresh and language.indented):
             blocks = scanner.enclosing(scanner.indent) if head else scanner.blocks
-            self._choose([*blocks, (scanner.indent, head)] if COMPOUND.match(head) else blocks, bool(head))
+            begun = scanner.last == "{" or not language.imports.match(head)
+            if language.indented:
+                begun = COMPOUND.match(head) is not None
+            self._choose([*blocks, (scanner.indent, head)] if begun else blocks, bool(head))
 
     def _choose(self, blocks: list[tuple[int, str]], typed: bool) -> None:
         scanner, language = self.scanner, self.scanner.language
@@ -219,7 +223,7 @@ class LineBlock(Block):
     def ended(self, line: str) -> str | None:
         blocks, language, self.blank = self.scanner.blocks, self.scanner.language, not line
         self.begun |= bool(line) and not line.startswith(("@", *language.comment_starts))
-        if self.base == -1 and language.indented and blocks and DEFINITION.match(blocks[0][1]):
+        if self.base == -1 and self.scanner.brackets and blocks and language.defines.match(blocks[0][1]):
             self.base, self.clauses = 0, False
         return "block" if self.closed else None
 
@@ -259,10 +263,12 @@ class LineBlock(Block):
         if re.fullmatch(r"[\w<]{1,20}", word):
             return None
         language = self.scanner.language
+        if re.match(rf"(?:{language.clauses or '(?!)'})(?!\w)", word):
+            return ""
         if word[0] in PAIRS or (language.closers and re.match(language.closers, word)):
             self.closed = self.level == self.base
             return ""
-        return "" if re.match(rf"(?:{language.clauses or '(?!)'})\b", word) else "block"
+        return self.helps(word) if self.scanner.brackets else "block"
 
 
 class BracketBlock(Block):
@@ -516,7 +522,7 @@ class Ending:
             return
         if mode != "instruct":
             if known := syntax or guess(prompt, suffix if gap else ""):
-                scanner = scan(known, prompt)
+                scanner = scan(in_style(known, prompt, suffix), prompt)
                 if scanner.starting and scanner.indent:
                     self.stages.append(Typed(scanner.indent, due_columns(prompt, scanner.indent, scanner.opened)))
                 block = LineBlock if scanner.by_lines else BracketBlock

@@ -55,8 +55,9 @@ class Language:
     """The parts of a language's syntax that preparing a prompt and ending a completion need.
 
     `blocks` names the limits of a block: "braces"; "brackets", braces and square brackets, where the innermost pair is
-    completed; "indent", indentation below a colon; "lines", indentation, a closing line and blank lines; "tree", the
-    same, where the innermost block is completed. Keywords are alternatives of a pattern.
+    completed; "indent", indentation below a colon; "lines", indentation, a closing line and blank lines; "offside", the
+    same with parentheses that span lines; "tree", "lines" where the innermost block is completed. Keywords are
+    alternatives of a pattern.
     """
 
     uses: str = ""  # the start of a line that imports
@@ -67,6 +68,7 @@ class Language:
     also: str = ""  # other starts of lines that define a name: the last group that took part
     clauses: str = ""  # keywords of unindented lines that still belong to a definition
     closers: str = ""  # starts of lines that close a block
+    openers: str = "(?!)"  # ends of lines that open a block by indentation
     line_comment: str = "//"  # "" if there is none
     block_comment: tuple[str, str] | None = ("/*", "*/")
     other_comments: tuple[tuple[str, str], ...] = ()  # (opening, closing)
@@ -170,7 +172,7 @@ _PLAIN = Language(line_comment="#", block_comment=None, strings=(), blocks="line
 LANGUAGES: dict[str, Language] = {
     "python": Language(
         uses=r"import[ \t]+\w|from[ \t]+[\w.]+[ \t]+import\b", types="class", function="def", names="type",
-        also=r"(\w+)[ \t]*(?::[^=\n]{1,200})?=(?!=)", blocks="indent",
+        also=r"(\w+)[ \t]*(?::[^=\n]{1,200})?=(?!=)", blocks="indent", openers=":$",
         line_comment="#", block_comment=None, texts=('"""', "'''"),
         endings=(".py", ".pyi", ".pyw"), aliases=("py", "python3"),
     ),
@@ -222,7 +224,8 @@ LANGUAGES: dict[str, Language] = {
     ),
     "scala": Language(
         uses=r"(?:import|package)[ \t]", types="class|object|trait", function="def", names="val|var|type|enum|given",
-        texts=('"""',), raw=('"""',), line_ends=True, endings=(".scala", ".sc", ".sbt"),
+        strings=('"',), texts=('"""',), raw=('"""',), ambiguous="'", line_ends=True,
+        endings=(".scala", ".sc", ".sbt"),
     ),
     "dart": Language(
         uses=r"(?:import|export|part|library)\b", types="class|mixin|extension|enum", also=_METHOD,
@@ -316,6 +319,20 @@ LANGUAGES: dict[str, Language] = {
                         endings=(".mk", ".mak"), filenames=("makefile", "gnumakefile"),
                         aliases=("make", "makefile-gmake")),
 }  # fmt: skip
+# Scala without braces, and its signs: headers, words, end markers, cases below match, two lines below "=".
+SCALA_UNBRACED = replace(
+    LANGUAGES["scala"], types="class|object|trait|enum|given|extension|package", names="", blocks="offside",
+    openers=r"(?:[:={]|=>|<-|\b(?:catch|do|else|finally|for|if|match|return|then|try|while|with|yield))$",
+    clauses=r"catch|do|else|finally|then|yield|\}", closers=r"end[ \t]+\w",
+)  # fmt: skip
+_UNBRACED = re.compile(
+    rf"^[ \t]{{0,200}}(?:{_MODIFIERS}(?:(?:class|object|trait|package)\b[^\n{{}}]{{0,300}}:[ \t]*\r?$|(?:enum|given)\b)"
+    r"|(?:else[ \t]+)?if\b[^\n]{0,300}\bthen\b|(?:then|extension)\b|end[ \t]+\w+[ \t]*\r?$"
+    r"|import[ \t][\w.]{1,200}\.\*)|\b(?:match|catch)[ \t]*\r?\n\s{0,200}case\b|[(\[]using[ \t]"
+    r"|=[ \t]*\r?\n([ \t]{1,200})\S[^\n]{0,300}[\w)\]\"]\r?\n\1(?!(?:else|match|yield)\b)\w",
+    re.M,
+)
+_BRACE_LINE = re.compile(r"^[ \t]*\{[ \t]*\r?$", re.M)
 # Files in these languages may accompany code in any other, so they do not count when guessing the code's language.
 BESIDE_CODE = frozenset({"dockerfile", "json", "makefile", "markdown", "toml", "yaml"})
 HEADER_CHARS = 400  # of a text, where a plugin writes its modeline
@@ -353,6 +370,17 @@ def guess_language(filename: str, text: str, others: Sequence[str] = ()) -> str:
         return name
     counts = Counter(name for other in others if (name := language_of_file(other)) and name not in BESIDE_CODE)
     return counts.most_common(1)[0][0] if counts else ""
+
+
+def in_style(language: Language, prompt: str, suffix: str) -> Language:
+    """The row for the style of the text around a cursor: Scala is written with braces or without.
+
+    Without a suffix, the indentation shows the blocks in either style, unless an opening brace has a line of its own.
+    """
+    if language is not LANGUAGES["scala"]:
+        return language
+    braced = suffix.strip() or _BRACE_LINE.search(prompt)
+    return language if braced and not _UNBRACED.search(prompt + suffix) else SCALA_UNBRACED
 
 
 def language_of_file(filename: str) -> str:

@@ -178,6 +178,7 @@ class Scanner(Literals):
     def __init__(self, language: Language, text: str = "") -> None:
         super().__init__(language)
         self.by_lines = language.by_lines
+        self.brackets = {"lines": "", "tree": "", "offside": "()[]"}.get(language.blocks, "()[]{}")  # that span lines
         self.code_run = run_of(self.opener_ends | set("()[]{}\n;:<"))
         self.unmatched = 0  # closing brackets whose partner is not in the text
         # Of each #if without its #endif: `stack` before its branches and, from the second one on, behind the first.
@@ -259,7 +260,7 @@ class Scanner(Literals):
             self.indent = after_blank(self.indent, char)
             return
         self.starting = False
-        if char in "()[]{}" and (not self.by_lines or self.language.indented):
+        if char in self.brackets:
             self._bracket(char)
             char = ")" if char == "}" == self.head[-1:] else char  # no block ends
         elif char == ";" and not self.by_lines and not self.in_parens:
@@ -350,7 +351,7 @@ class Scanner(Literals):
         """By lines: a statement has ended."""
         head = self.head.strip()
         if head and head.lower() != "r":  # not a comment or a docstring, which may have the prefix r
-            header, indented = self.last == ":", self.language.indented
-            self.blocks, self.fresh = self.enclosing(self.indent), header and indented
-            self.blocks += [(self.indent, head)] * (header or not indented)
+            self.fresh = self.last == head[-1] and re.search(self.language.openers, head) is not None
+            self.blocks = self.enclosing(self.indent)
+            self.blocks += [(self.indent, head)] * (self.fresh or not self.language.indented)
         self.starting, self.indent, self.head, self.last = True, 0, "", ""

@@ -57,6 +57,9 @@ IGNORED = re.compile(r"#|\w+:\s*$|(?:case|default|public|private|protected)\b[^(
 DEEP_ENDS = ("{", ":")  # the last character of a header
 WORDS = ("ruby", "lua", "julia", "elixir", "haskell", "shell", "html", "yaml")  # whose headers end with anything
 UNCLOSED = ("python", "haskell", "yaml")  # whose blocks end without a closing line
+UNBRACED = re.compile(
+    r"(?:=|:|=>|\b(?:do|else|match|then|try|with|yield))$"
+)  # the end of such a block's header in Scala
 
 
 class Line(NamedTuple):
@@ -109,14 +112,17 @@ class Source(Peer):
                 last, closed = place, CLOSER.match(line.text) is not None and not line.text.endswith(DEEP_ENDS)
             else:
                 break
-        ends = self.language in UNCLOSED or CLOSER.match(self.lines[last].text)
+        ends = self.language in UNCLOSED or self._is_unbraced(first) or CLOSER.match(self.lines[last].text)
         return last if ends and last > number else None
+
+    def _is_unbraced(self, line: Line) -> bool:
+        return self.language == "scala" and UNBRACED.search(line.text) is not None
 
     def is_header(self, number: int) -> bool:
         """Whether a line begins a definition or block that a completion at its end completes."""
         line = self.lines[number]
         below = self.lines[number + 1].text if number + 1 < len(self.lines) else ""
-        opens = line.text.endswith(DEEP_ENDS) or self.language in WORDS or below == "{"
+        opens = line.text.endswith(DEEP_ENDS) or self.language in WORDS or below == "{" or self._is_unbraced(line)
         if not line.code or not opens or CLOSER.match(line.text) or CLAUSE.match(line.text) or IGNORED.match(line.text):
             return False
         level = line.indent
