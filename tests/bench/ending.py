@@ -5,8 +5,9 @@
 Reads real files below the folders (default: the standard library, the installed packages and the sources that
 `make test-slow` fetches) and prints one line of JSON per language, from --cases of each kind. --show prints so many
 wrong cases of a language, --only those whose kind and model (as in member_on) match a pattern. Needs pygments, which
-says what is a string or a comment; the ends of definitions come from the indentation, not from the code under test. The
-kinds of cases:
+says what is a string or a comment; the ends of definitions come from the indentation, not from the code under test. A
+definition of SQL is a statement of several lines, up to its semicolon or, in a file without any, up to the file's end,
+and `header` ends somewhere in it. The kinds of cases:
 
     header  the prompt ends at the header of a definition; the rest of the definition is missing
     member  the prompt ends at a comment or decorator above a definition; the definition is missing
@@ -56,6 +57,13 @@ CLAUSE = re.compile(r"(?:else|elif|elsif|elseif|except|finally|catch|rescue|ensu
 IGNORED = re.compile(r"#|\w+:\s*$|(?:case|default|public|private|protected)\b[^(]*:|\?>|@\w+$")
 DEEP_ENDS = ("{", ":")  # the last character of a header
 WORDS = ("ruby", "lua", "julia", "elixir", "haskell", "shell", "html", "yaml")  # whose headers end with anything
+# SQL: a statement's first line and its last one, and the words around a body.
+STATEMENT = re.compile(
+    r"(?i)(?:alter|comment|create|declare|delete|do|drop|grant|insert|merge|select|update|with)\b|\{\{"
+)
+OVER = re.compile(r"(?i)(?:;|\\g\w*(?:\s+\w+)?|\bend\s*(?://|\$\$))$")
+BODY = re.compile(r"(?i)(?:^(?:as\s+)?begin\b(?!\s*;|\s+tran|.*;)|.\bbegin$|\bcase\b)")
+BODY_END = re.compile(r"(?i)\bend\b(?!\s+(?:if|loop|while|repeat|case|for)\b)")
 UNCLOSED = ("python", "haskell", "yaml")  # whose blocks end without a closing line
 UNBRACED = re.compile(
     r"(?:=|:|=>|\b(?:do|else|match|then|try|with|yield))$"
@@ -96,8 +104,32 @@ class Source(Peer):
             self.lines.append(Line(place, body, columns, code))
             place += len(line)
 
+    def depth_of(self, number: int) -> int:
+        """How many bodies are open above a line of SQL."""
+        above = "\n".join(line.text for line in self.lines[:number] if line.code)
+        words = len(re.findall(r"(?i)\b(?:begin\b(?!\s*;|\s+tran)|case\b)", above)) - len(BODY_END.findall(above))
+        return words + len(re.findall(r"\$\w*\$", above)) % 2
+
+    def end_of_statement(self, number: int) -> int | None:
+        """`end_of` for SQL."""
+        if ";" not in self.text:
+            return max(place for place, line in enumerate(self.lines) if line.text)
+        depth, tag, seen = 0, "", ""  # open blocks, the opening of the literal, the code
+        for place, line in enumerate(self.lines[number:], number):
+            code = re.sub(r"--.*|'[^'\n]*'|\"[^\"\n]*\"", "", line.text).strip()
+            seen += code + "\n"
+            for found in re.findall(r"\$\w*\$", code):
+                tag = found if not tag else "" if found == tag else tag
+            depth += 0 if tag else len(BODY.findall(code)) - len(BODY_END.findall(code))
+            if OVER.search(code) and not tag and depth <= 0:
+                whole = depth == 0 and seen.count("(") == seen.count(")") and not re.search("['\"]", seen)
+                return place if whole and place > number else None
+        return None
+
     def end_of(self, number: int) -> int | None:
         """The number of the last line of the definition that begins at a line; None if that is not clear."""
+        if self.language == "sql":
+            return self.end_of_statement(number)
         first, last, closed = self.lines[number], number, False
         for place, line in enumerate(self.lines[number + 1 :], number + 1):
             if not line.code or (IGNORED.match(line.text) and line.indent <= first.indent):
@@ -121,6 +153,10 @@ class Source(Peer):
     def is_header(self, number: int) -> bool:
         """Whether a line begins a definition or block that a completion at its end completes."""
         line = self.lines[number]
+        if self.language == "sql":
+            above = next((above.text for above in reversed(self.lines[:number]) if above.code), ";")
+            begins = line.code and line.indent == 0 and STATEMENT.match(line.text) and self.depth_of(number) == 0
+            return bool(begins and OVER.search(above))
         below = self.lines[number + 1].text if number + 1 < len(self.lines) else ""
         opens = line.text.endswith(DEEP_ENDS) or self.language in WORDS or below == "{" or self._is_unbraced(line)
         if not line.code or not opens or CLOSER.match(line.text) or CLAUSE.match(line.text) or IGNORED.match(line.text):
@@ -136,7 +172,7 @@ class Source(Peer):
         return level == 0
 
     def definitions(self, kind: str, chance: random.Random) -> Iterator[Case]:
-        numbers = list(range(1, len(self.lines) - 1))
+        numbers = list(range(self.language != "sql", len(self.lines) - 1))
         for number in chance.sample(numbers, len(numbers)):
             if not self.is_header(number) or (last := self.end_of(number)) is None:
                 continue
@@ -150,6 +186,8 @@ class Source(Peer):
                 continue
             if kind == "header" and chance.random() < 0.5:
                 place = self.lines[number + 1].start
+                if self.language == "sql":
+                    place = self.lines[chance.randint(number + 1, last)].start
             yield self._case(kind, place, stop)
 
     def gaps(self, kind: str, chance: random.Random) -> Iterator[Case]:
@@ -196,7 +234,7 @@ def sources(folders: list[str], language: str, chance: random.Random) -> Iterato
         text = path.read_text("utf-8", "replace")
         if "\r" not in text and "\ufffd" not in text and max(map(len, text.split("\n"))) < 400:
             source = Source(language, text)
-            if source.sure:
+            if source.sure or language == "sql":  # pygments does not know its $$, nor the braces of dbt
                 yield source
 
 
