@@ -351,6 +351,33 @@ class BracketBlock(Block):
         return reason
 
 
+class StatementBlock(Block):
+    """SQL: ends with the line in which the statement at the cursor ends, or the next one if the cursor is in none.
+
+    A blank line may end a statement without a semicolon, unless the line below goes on with a clause.
+    """
+
+    complete = False  # the statement may have ended, but the next line may still belong to it
+
+    def ended(self, line: str) -> str | None:
+        scanner = self.scanner
+        if scanner.head.strip() or scanner.stack or not scanner.last:
+            return None
+        if line:
+            return "block"
+        scanner.last = ""
+        self.complete = self.mark > 0
+        return None
+
+    def outside(self, word: str) -> str | None:
+        if not self.complete:
+            return ""
+        if re.match(r"\w{1,20}\Z|[-/*]", word):
+            return None  # a comment waits for the line below it
+        self.complete = False
+        return "" if re.match(self.scanner.language.clauses, word) else "block"
+
+
 class Fences(Stage):
     """A chat's answer: the code in its first fenced block, or all of it if it has none or begins like code.
 
@@ -522,11 +549,17 @@ class Ending:
             return
         if mode != "instruct":
             if known := syntax or guess(prompt, suffix if gap else ""):
-                scanner = scan(in_style(known, prompt, suffix), prompt)
-                if scanner.starting and scanner.indent:
-                    self.stages.append(Typed(scanner.indent, due_columns(prompt, scanner.indent, scanner.opened)))
-                block = LineBlock if scanner.by_lines else BracketBlock
-                self.stages.append(gap_of(scanner, prompt, suffix) if gap else block(scanner, prompt))
+                scanner = code = scan(in_style(known, prompt, suffix), prompt)
+                if scanner.closer.startswith("$"):
+                    code = Scanner(known, prompt.rpartition(scanner.closer)[2])  # the body of a function
+                if code.statements and not code.head.strip():
+                    code.last = ""  # nothing of the next statement has come
+                if code.starting and code.indent:
+                    self.stages.append(Typed(code.indent, due_columns(prompt, code.indent, code.opened)))
+                block: type[Block] = LineBlock if scanner.by_lines else BracketBlock
+                if scanner.statements:
+                    block = StatementBlock
+                self.stages.append(gap_of(code, prompt, suffix) if gap else block(scanner, prompt))
             else:
                 self.stages.append(Blanks())
         if indent > 0:

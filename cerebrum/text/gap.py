@@ -6,10 +6,11 @@ standard library only.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 from cerebrum.text.languages import LANGUAGES
-from cerebrum.text.scanner import LINE_CHARS, PAIRS, Scanner, after_blank
+from cerebrum.text.scanner import CHANGES, LINE_CHARS, PAIRS, Scanner, after_blank
 from cerebrum.text.stages import Stage, borders_of, columns_of, matched
 
 # What each is worth, by tests/bench/ending.py in Python, JavaScript, TypeScript, Rust, C, C++ and Go: the percentage of
@@ -234,6 +235,8 @@ class GapOfLines(Gap):
         self.above, self.below = (indent - line.startswith("*") for indent, line in (above, below))
         self.indent = scanner.indent  # of the line
         self.mark: int | None = None  # the end of the last line that is not blank
+        # SQL: the suffix may be a new statement.
+        self.new = scanner.statements and not re.match(scanner.language.clauses, suffix.lstrip())
         closes = below[1][0] in PAIRS and bool(scanner.stack) and not self.literal
         self.inner = closes or (scanner.by_lines and bool(first.strip()) and self.indent > self.below)
 
@@ -255,10 +258,11 @@ class GapOfLines(Gap):
         elif len(scanner.stack) > self.depth and not scanner.language.enclosed:
             fits = False
         elif opened is None:
-            fits = self.below <= self.indent or scanner.in_parens
+            over = scanner.statements and scanner.last and not scanner.head.strip()
+            fits = over or self.below <= self.indent or scanner.in_parens
         else:
             fits = opened < self.below
-        if fits:
+        if fits and not (self.new and CHANGES.search(scanner.head)):
             self.could_end(self.mark)
 
 

@@ -55,9 +55,9 @@ class Language:
     """The parts of a language's syntax that preparing a prompt and ending a completion need.
 
     `blocks` names the limits of a block: "braces"; "brackets", braces and square brackets, where the innermost pair is
-    completed; "indent", indentation below a colon; "lines", indentation, a closing line and blank lines; "offside", the
-    same with parentheses that span lines; "tree", "lines" where the innermost block is completed. Keywords are
-    alternatives of a pattern.
+    completed; "statements", the semicolons of SQL; "indent", indentation below a colon; "lines", indentation, a closing
+    line and blank lines; "offside", the same with parentheses that span lines; "tree", "lines" where the innermost
+    block is completed. Keywords are alternatives of a pattern.
     """
 
     uses: str = ""  # the start of a line that imports
@@ -66,7 +66,7 @@ class Language:
     function: str = ""  # the keyword that defines functions, if calls may precede the definition
     names: str = ""  # keywords that define other names, not indented
     also: str = ""  # other starts of lines that define a name: the last group that took part
-    clauses: str = ""  # keywords of unindented lines that still belong to a definition
+    clauses: str = ""  # keywords of unindented lines that still belong to a definition; SQL: starts of lines that go on
     closers: str = ""  # starts of lines that close a block
     openers: str = "(?!)"  # ends of lines that open a block by indentation
     line_comment: str = "//"  # "" if there is none
@@ -94,7 +94,7 @@ class Language:
 
     @property
     def by_lines(self) -> bool:
-        return self.blocks not in ("braces", "brackets")
+        return self.blocks not in ("braces", "brackets", "statements")
 
     @property
     def literals(self) -> list[tuple[str, str]]:
@@ -298,7 +298,10 @@ LANGUAGES: dict[str, Language] = {
         uses=r"(?i:use|set|\\connect|\\i|attach)\b",
         also=r"(?i:create[ \t]+(?:\w+[ \t]+){0,4}(?:table|view|function|procedure|trigger|index|type|schema)[ \t]+"
              r"(?:if[ \t]+not[ \t]+exists[ \t]+)?(?:[\w\"`\[\]]{1,80}\.)?[\"`\[]?(\w+))",
-        clauses="(?i:begin|else|when|exception|from)", closers=r"(?i:end)\b", line_comment="--", blocks="lines",
+        clauses=r"(?i)[^\w\\-]|(?:and|as|cross|else|end|except|fetch|for|from|full|group|having|inner|intersect|join"
+                r"|language|lateral|left|limit|natural|offset|on|or|order|outer|qualify|returning|returns|right|set|then"
+                r"|union|using|values|when|where|window)\b",
+        line_comment="--", other_comments=(("{#", "#}"),), blocks="statements",
         strings=(), texts=('"', "'", "`"), raw=('"', "'", "`"), commands=True,
         endings=(".sql",), aliases=("mysql", "postgresql", "postgres", "sqlite", "plpgsql", "tsql"),
     ),

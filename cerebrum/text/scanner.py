@@ -30,6 +30,28 @@ REGEX_BEFORE = re.compile(r"(?:^|[(,=:\[!&|?{;+\-*%~^]|=>|\b(?:return|typeof|cas
 CONDITION = re.compile(r"(?<![\w.])(?:if|while|for|with)\s*$")
 BRANCH = re.compile(r"[ \t]*(if|el|endif)")
 HERE = re.compile(r"(?<!<)<<[^<\n]\Z")  # no <<<
+# SQL. The word that ends before the last character, unless it is part of a name, and that character unless it is blank.
+TOKENS = re.compile(r"(?<![\w.@])\w+(?=\W\Z)|[^\w \t\r]\Z")
+TOKENS_CHARS = 40  # of the statement's end, searched for TOKENS and DOLLARS
+# BEGIN and END open and close no block if one of these follows.
+NO_BEGIN = re.compile(
+    r"[.,;:=<>)\]]|(?:and|asc?|between|deferred|desc|distributed|exclusive|from|immediate|i[ns]|isolation|or|read"
+    r"|tran(?:saction)?|work)\Z"
+)
+NO_END = re.compile(r"(?:if|loop|while|repeat|for|case)\Z")
+# The $$ or $tag$ that opens a literal: not at the start of a statement, nor behind END or DELIMITER.
+DOLLARS = re.compile(r"(?i)\S(?<!\bend)(?<!\bdelimiter)\s*(?<![\w$])(\$(?:[a-z_]\w*)?\$)\Z")
+# A line that ends a batch of statements or is a command to the client.
+BATCH = re.compile(r"(?i)(?!\s*delimiter\b).*(?://|\$\$)\s*|\s*(?:go|/)\s*|.*\\.*")
+# A blank line ends no statement that may still get its WHERE, nor WITH or INSERT alone, nor one that has to go on.
+CHANGES = re.compile(r"(?i)\b(?:update|delete|merge)\b")
+PREFACE = re.compile(
+    r"(?is)(?:\s*\{\{[^}]*+\}\})?\s*(?:with|insert)\b(?!.*\)\s*(?:select|values)\b)"  # dbt has its settings in braces
+)
+UNFINISHED = re.compile(
+    r"(?i)(?:[-+,=<>/|({}&.:$]|\n\)|\b(?:all|and|as|by|do|else|except|from|having|in|intersect|into|is|join|not|on|or"
+    r"|returns|select|set|table|then|union|using|values|when|where))\s*\Z"
+)
 
 
 class Bracket(NamedTuple):
@@ -56,14 +78,15 @@ class Literals:
 
     def __init__(self, language: Language) -> None:
         self.language = language
+        self.statements = language.blocks == "statements"
         self.comments = [(language.line_comment, "\n")] if language.line_comment else []
         self.comments += [*filter(None, [language.block_comment]), *language.other_comments]
         self.comments += [("#", "\n")] * language.directives
         literals = [*language.literals, *((mark, mark) for mark in language.ambiguous)]
         self.openers = sorted(self.comments + literals, key=lambda pair: -len(pair[0]))
         self.opener_ends = {opener[-1] for opener, _ in self.openers}
-        # Characters that cannot change the state inside a literal or comment: all but ends, escapes, R"( of C++.
-        self.run = run_of({closer[-1] for _, closer in self.openers} | set("\n(" + language.escape))
+        # Characters that cannot change the state inside a literal or comment: no ends, escapes, R"( of C++, $$ of SQL.
+        self.run = run_of({closer[-1] for _, closer in self.openers} | set("\n($" + language.escape))
         # The literal or comment that the text is in. `since` counts the characters since it opened.
         self.opener = self.closer = ""  # "" in code
         self.since = self.escaped_at = 0  # `since` of the last escaped character
@@ -178,8 +201,11 @@ class Scanner(Literals):
     def __init__(self, language: Language, text: str = "") -> None:
         super().__init__(language)
         self.by_lines = language.by_lines
-        self.brackets = {"lines": "", "tree": "", "offside": "()[]"}.get(language.blocks, "()[]{}")  # that span lines
-        self.code_run = run_of(self.opener_ends | set("()[]{}\n;:<"))
+        spanning = {"lines": "", "tree": "", "offside": "()[]", "statements": "()[]"}
+        self.brackets = spanning.get(language.blocks, "()[]{}")  # that span lines
+        words = re.compile(r"\w{2,}")
+        self.code_run = words if self.statements else run_of(self.opener_ends | set("()[]{}\n;:<"))
+        self.token = ""  # SQL: the last word, in lower case, or sign
         self.unmatched = 0  # closing brackets whose partner is not in the text
         # Of each #if without its #endif: `stack` before its branches and, from the second one on, behind the first.
         self.conditionals: list[list[list[Bracket]]] = []
@@ -253,10 +279,17 @@ class Scanner(Literals):
             self._in_code(char)
 
     def _in_code(self, char: str) -> None:
+        if self.statements:
+            code = self.head[-TOKENS_CHARS:] + char
+            for token in TOKENS.findall(code):
+                self._token(token.lower())
+            if char == "$" and (tag := DOLLARS.search(code)):
+                self._enter("'", tag[1])  # a string, but for its end
+                return
         if char == "\n":
             self._newline()
             return
-        if self.starting and char in " \t":
+        if self.starting and char in " \t\r":
             self.indent = after_blank(self.indent, char)
             return
         self.starting = False
@@ -319,12 +352,39 @@ class Scanner(Literals):
                 self.conditionals.append(places[:2])
             self.stack[:] = places[match[1] == "endif"]
 
+    def _token(self, token: str) -> None:
+        """SQL: follow the blocks, from BEGIN or CASE to END. The token behind one of these shows what it means."""
+        before, self.token = self.token, token
+        if before == "begin" and not NO_BEGIN.match(token):
+            self.stack.append(Bracket(before, "", self.indent))
+        elif before == "end" and not NO_END.match(token) and not self.in_parens:
+            del self.stack[-1:]
+        if token == "case" and before != "end":
+            self.stack.append(Bracket(token, "", self.indent))
+        while token == ";" and self.stack and self.stack[-1].kind != "begin":
+            self.stack.pop()  # never closed, or a CASE of statements
+
+    def _line_of_statement(self, blank: bool) -> None:
+        """SQL: a line has ended, and perhaps the statement."""
+        if BATCH.fullmatch(self.head.rpartition("\n")[2]):
+            self.stack.clear()
+            self.head = ""
+        elif blank and not self.stack:
+            end = self.head[-TOKENS_CHARS:]
+            unfinished = CHANGES.search(self.head) or PREFACE.match(self.head) or UNFINISHED.search(end)
+            self.head = self.head if unfinished else ""
+        elif not self.head.endswith("\n"):
+            self._add("\n")
+
     def _newline(self) -> None:
         if self.opener == "#" and self.language.directives:
             self._directive()
         if not self.by_lines:
+            blank = self.starting
             self.starting, self.indent = True, 0
-            if not self.in_parens and self.head:  # a header may take several lines, but no blank one
+            if self.statements:
+                self._line_of_statement(blank)
+            elif not self.in_parens and self.head:  # a header may take several lines, but no blank one
                 if self.head.endswith("\n") or self.last == ":":  # the colon of a label
                     self.head = ""
                 else:

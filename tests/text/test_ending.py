@@ -476,14 +476,16 @@ def test_typed_indentation(case: tuple[str, str | None, str, str, str]) -> None:
 
 
 SNIPPETS = r"""def f(): if x: else: return x class A { } { ( ) ' " / // /* */ # \ ` ``` ~~~ ${ ; , : = @ é r#"
-    R"( R"a( 1 #if #else #endif define endef <<A A then @' '@""".split()  # noqa: SIM905
+    R"( R"a( 1 #if #else #endif define endef <<A A then @' '@ $$ $a$ BEGIN END CASE UPDATE""".split()  # noqa: SIM905
 PIECES = st.lists(st.sampled_from(["\n", "\n\n", "    ", "  ", " ", "\t", '"""', *SNIPPETS]), max_size=60)
 
 
 TEXTS = PIECES.map("".join)
 ASKED = st.tuples(
     st.sampled_from(["complete", "infill", "instruct"]),
-    st.sampled_from(["python", "javascript", "rust", "cpp", "go", "ruby", "scala", "powershell", "makefile", None]),
+    st.sampled_from(
+        ["python", "javascript", "rust", "cpp", "go", "ruby", "scala", "powershell", "makefile", "sql", None]
+    ),
     *(TEXTS, TEXTS, st.just("auto"), st.sampled_from([0, 2, 4])),
 )
 

@@ -206,7 +206,7 @@ def test_the_ends_of_strings() -> None:
 def test_no_name_means_two_languages() -> None:
     for language in LANGUAGES.values():
         assert {*language.raw} <= {*language.strings, *language.texts}
-        assert language.blocks in ("braces", "brackets", "indent", "lines", "tree")
+        assert language.blocks in ("braces", "brackets", "statements", "indent", "lines", "tree")
     words = [alias for name, language in LANGUAGES.items() for alias in (name, *language.aliases)]
     files = [file for language in LANGUAGES.values() for file in (*language.endings, *language.filenames)]
     for names in (words, files):

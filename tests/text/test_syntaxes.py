@@ -42,6 +42,7 @@ ROWS = [
     ("sql block: a statement up to a blank line",
      "SELECT «name, CASE WHEN total > 100 THEN 'a;b' ELSE 'it''s' END\n"
      "FROM customers -- it's\nORDER BY total;\n»\nSELECT 1;"),
+    ("sql block: CRLF, and no semicolon", "SELECT a\r\n«FROM b\r\n»\r\nSELECT 2\r\n"),
     ("html block: the innermost element",
      "<body>\n  <ul class=\"it's\">\n    <li>One</li>\n"
      "«    <li>It's two <br> or <b>more</b></li>\n    <!-- </ul> -->\n  </ul>\n»  <p>Next</p>"),
@@ -298,7 +299,244 @@ b
 }
 »
 usage
-'''
+=== sql block: an UPDATE whose WHERE is not indented
+UPDATE users SET
+«    active = false
+
+WHERE id = 7;
+»
+SELECT 1;
+=== sql block: a delete, with semicolons in comments and strings
+delete from users
+«using a
+
+where x = ';' -- a; it's b
+  /* c; */ and y = 'C:\' and z in (
+
+1);
+»select 1;
+=== sql block: a DELETE behind WITH
+WITH old AS (SELECT id FROM a)
+«
+DELETE FROM b
+
+WHERE id IN (SELECT id FROM old);
+»
+SELECT 1;
+=== sql block: clauses in column 0, and a CASE
+SELECT
+«    ARRAY[CASE WHEN begin_at > end_date THEN 'a' END], (CASE
+        WHEN t.end > 3 THEN 1
+    END) AS b, CASE x WHEN 1 THEN 2 END/100
+FROM c
+JOIN d ON c.x = d.x
+WHERE (
+    a
+)
+AND b
+ORDER BY 1
+;
+»
+SELECT 1;
+=== sql block: the statement behind common tables
+WITH a AS (
+«    SELECT 1
+    WHERE 2 IN (SELECT 3)
+),
+
+b AS (
+    SELECT 2
+)
+
+SELECT * FROM a, b;
+»
+SELECT 1;
+=== sql block: a query of dbt, in which no semicolon is
+{{ config(materialized='table') }}
+«
+{# it's a; #}
+with a as (
+    select * from {{ ref('a') }}
+
+)
+
+select * from a
+
+-- only new ones
+where x > 1
+»
+select 2
+=== sql block: a statement without a semicolon, and a comment
+-- all
+«SELECT a
+FROM b
+»
+/* the
+   next */
+SELECT 2
+=== sql block: a SELECT for an INSERT
+INSERT INTO a (b, c)
+«
+SELECT b, c
+
+FROM d
+UNION ALL
+
+SELECT e, f FROM g
+ON CONFLICT DO UPDATE SET x = 1
+
+WHERE y;
+»
+SELECT 1;
+=== sql block: a whole function
+CREATE FUNCTION f(a int)
+«RETURNS int
+
+LANGUAGE plpgsql
+
+AS $fn$
+DECLARE
+    x text := 'C:\';
+BEGIN
+    x := $a$it's; $$;$a$;
+
+    RETURN x;
+END;
+$fn$;
+»
+SELECT 1;
+=== sql block: a function, from within its body and indentation again
+CREATE FUNCTION f() RETURNS trigger AS $body$
+BEGIN
+    x := 1;
+    «    NEW.a = $$x$$;
+
+    RETURN NEW;
+END;
+$body$ LANGUAGE plpgsql;
+»
+SELECT 1;
+=== sql block: below the end of a body that begins above the window
+    x := 1;
+END
+$$ LANGUAGE plpgsql;
+
+«SELECT 1;
+»SELECT 2;
+=== sql block: a trigger
+create trigger t
+«after insert or update on a for each row begin
+  update b set c = 1 where d = new.e;
+
+  select case when a then 1 end;
+end;
+»
+select 1;
+=== sql block: a procedure of MySQL
+-- sums
+«DELIMITER //
+
+CREATE PROCEDURE p()
+BEGIN
+  IF a THEN
+    SELECT 1;
+  ELSE
+    CASE x WHEN 1 THEN SELECT 2; END CASE;
+  END IF;
+  WHILE x DO
+    SET x = 1;
+  END WHILE;
+END //
+»
+CREATE PROCEDURE q()
+=== sql block: another delimiter of MySQL
+DELIMITER $$
+«CREATE PROCEDURE p()
+BEGIN
+  SELECT 1;
+END$$
+»DELIMITER ;
+=== sql block: a batch of T-SQL
+CREATE PROCEDURE p AS
+BEGIN
+«  IF @x = 1
+  BEGIN
+    SELECT [end], @begin FROM [begin]
+  END
+  ELSE SELECT 2
+
+  BEGIN TRY
+    BEGIN TRANSACTION
+    COMMIT
+  END TRY
+END
+GO
+»
+CREATE PROCEDURE q AS
+=== sql block: a block of T-SQL up to a blank line
+IF @x = 1
+«BEGIN
+  SELECT 1
+END
+»
+SELECT 2
+=== sql block: a procedure of Oracle
+CREATE OR REPLACE PROCEDURE p IS
+BEGIN
+«  NULL;
+END p;
+»/
+=== sql block: a transaction is no block
+BEGIN;
+«BEGIN IMMEDIATE TRANSACTION;
+»COMMIT;
+=== sql block: a command to psql
+SELECT 1
+«FROM a \gset
+»\echo x
+=== sql block: columns with the names of blocks
+CREATE TABLE e (
+«  begin timestamp,
+  end timestamp
+);
+»SELECT begin, end FROM e;
+=== sql block: a bracket that was never closed
+INSERT INTO a (b;
+
+«SELECT 1; SELECT
+2;
+»SELECT 3;
+=== sql block: a blank line first
+SELECT a
+FROM b
+«
+SELECT c
+FROM d;
+»SELECT 3;
+=== sql block: an UPDATE above a new statement
+UPDATE users SET
+«    active = false
+WHERE id = 7;»
+INSERTS‖
+
+SELECT 1;
+=== sql block: an UPDATE in a body
+CREATE FUNCTION f() AS $$
+BEGIN
+«  UPDATE a SET x = 1
+  WHERE y;
+»INSERTS‖  DELETE FROM b;
+END;
+$$ LANGUAGE plpgsql;
+=== sql block: a trigger in a gap
+CREATE TRIGGER t
+«AFTER UPDATE ON a
+BEGIN
+INSERTSEND;»
+INSERTS‖
+
+CREATE TABLE x (a int);
+'''.replace("INSERTS", "".join(f"  INSERT INTO log VALUES ({n}, 'the note with number {n}');\n" for n in range(12)))
 
 
 @pytest.mark.parametrize("case", cases(ROWS, LONG), ids=title)
