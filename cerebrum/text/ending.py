@@ -16,10 +16,11 @@ socket, no clock, no environment. Standard library only.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 
-from cerebrum.text.gap import gap_of
+from cerebrum.text.gap import Gap, gap_of
 from cerebrum.text.languages import BY_NAME, LANGUAGES, NOTHING, Language, in_style
 from cerebrum.text.scanner import COMPOUND, LINE_CHARS, PAIRS, Scanner
 from cerebrum.text.stages import Blanks, Indent, Repeat, Stage, StopStrings, Typed, columns_of
@@ -49,6 +50,7 @@ HEADING = re.compile(r"#{1,6}[ \t]")  # a comment or, in an answer, a heading
 HEADER = re.compile(r"\S[^\n]*[:{][ \t]*\r?\n")  # of a block in column 0
 FENCE = re.compile(r"(`{3,}+|~{3,}+)([^`\n]*+)")
 CHATTER_CHARS = 4000  # a chat's answer without a fence in this many characters has none
+LEAST_PROBABILITY = 1e-4  # of a token
 GUESS_CHARS = 4000  # of the prompt's end and of the suffix, read to guess the syntax and the indentation
 GUESSES = {  # lines like the header of a definition, found in few other languages and in no prose
     "python": r"(?:async[ \t]+)?(?:def[ \t]+\w+\(|class[ \t]+\w+[(:])[^\n]{0,300}:",
@@ -544,6 +546,7 @@ class Ending:
         suffix = suffix or ""
         gap = mode == "infill" and suffix.strip()
         self.stops = StopStrings(stops)
+        self.gap: Gap | None = None
         self.stages: list[Stage] = [Fences(syntax, prompt)] if mode == "instruct" else []
         if stop_at == "none":
             return
@@ -559,7 +562,8 @@ class Ending:
                 block: type[Block] = LineBlock if scanner.by_lines else BracketBlock
                 if scanner.statements:
                     block = StatementBlock
-                self.stages.append(gap_of(code, prompt, suffix) if gap else block(scanner, prompt))
+                self.gap = gap_of(code, prompt, suffix) if gap else None
+                self.stages.append(self.gap or block(scanner, prompt))
             else:
                 self.stages.append(Blanks())
         if indent > 0:
@@ -571,8 +575,11 @@ class Ending:
         """Where the client's text begins in the model's, in characters: behind what precedes a chat's code."""
         return sum(stage.start for stage in self.stages)
 
-    def feed(self, text: str) -> tuple[str, str | None]:
-        """(text that may be sent now, why the completion is over or None)."""
+    def feed(self, text: str, probability: float = 1.0) -> tuple[str, str | None]:
+        """(text that may be sent now, why the completion is over or None). `probability`: of the token that adds this
+        text, 1.0 if it is unknown."""
+        if self.gap:
+            self.gap.bits = -math.log2(max(probability, LEAST_PROBABILITY))
         text, stopped = self.stops.feed(text)
         reason = None
         for stage in self.stages:

@@ -23,6 +23,9 @@ AHEAD_CHARS = 330  # written while the suffix is awaited, white space not counte
 REST_AHEAD_CHARS = 80  # the same, if the suffix begins with the rest of the cursor's line ...
 WRITTEN_AHEAD_CHARS = 12  # ... after the model has written that rest ...
 REST_CHARS = 3  # ... which has at least so many: shorter ones, as );, end many lines
+# What the model may doubt of the text that it writes meanwhile, in bits, if its probabilities are known: text behind a
+# missed end is often unsure. By tests/bench/waste.py; above whole lines, more belongs to the gap more often.
+DOUBT_IN_LINE, DOUBT_AT_LINE_END, DOUBT_OF_LINES = 4.0, 3.0, 6.0
 # Limits to what is searched; longer searches end no gap elsewhere.
 CLOSERS_CHARS = 4000  # of the suffix, for closing brackets; without the search, 0.8 % more are sent late
 MEET_CHARS_BEFORE = 3000  # of the prompt's end, for lines like the suffix's first ones
@@ -142,13 +145,15 @@ class Gap(Stage):
     Each event has its rule: the text meets the suffix (in `step`), a line begins (`on_start`), a line ends (`on_line`),
     the text leaves the cursor's surroundings (`on_leaving`), the model writes no more (`flush`). The rules note in
     `enough` where the infill could end. What the model writes behind that place is sent if the model meets the suffix
-    before the `patience` is used up, or ends by itself: many gaps go on after a line that could have ended them, so
-    waiting is worth its tokens. A client in a hurry sets `predict_ms`.
+    before the `patience` or the `doubt` is used up, or ends by itself: many gaps go on after a line that could have
+    ended them, so waiting is worth its tokens. A client in a hurry sets `predict_ms`.
     """
 
     inner = False  # the text is in a block that ends before the suffix, so all of it belongs to the gap
     in_line = False  # the suffix begins with the rest of the cursor's line
     patience = AHEAD_CHARS  # characters left before the infill ends at `enough`, white space not counted
+    doubt = DOUBT_IN_LINE  # bits left before it ends there
+    bits = 0.0  # the surprise of the token that is being read, until it counts
 
     def __init__(self, scanner: Scanner, prompt: str, suffix: str) -> None:
         super().__init__()
@@ -190,12 +195,15 @@ class Gap(Stage):
                 self.on_start()
             if char in PAIRS and not scanner.closer and self.has_left():
                 self.on_leaving(len(self.text) - 1 if begun else meeting.edge)
-            self.patience -= self.enough is not None and not self.inner
+            if self.enough is not None and not self.inner:
+                self.patience -= 1
+                self.doubt -= self.bits
+                self.bits = 0.0
             if meeting.line == "```" and scanner.closer in ("", "`") and scanner.language is not LANGUAGES["markdown"]:
                 self.end("stop", meeting.edge if self.left is None else self.left)
         if self.reason:
             return
-        if self.patience < 0 and self.enough is not None:
+        if min(self.patience, self.doubt) < 0 and self.enough is not None:
             self.end("block", self.enough)
         elif char not in "\r`":  # perhaps part of a line end that the suffix has, or of a fence
             place = meeting.held(self.text)
@@ -230,6 +238,7 @@ class GapOfLines(Gap):
     def __init__(self, scanner: Scanner, prompt: str, suffix: str) -> None:
         super().__init__(scanner, prompt, suffix)
         first, below = prompt.rpartition("\n")[2], self.meeting.goal[0]
+        self.doubt = DOUBT_AT_LINE_END if first.strip() else DOUBT_OF_LINES
         above = line_of(first if first.strip() else prompt.rstrip().rpartition("\n")[2])
         # Lines of a block comment are indented by one space more than the code.
         self.above, self.below = (indent - line.startswith("*") for indent, line in (above, below))

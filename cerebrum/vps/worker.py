@@ -168,7 +168,7 @@ class Run:
         written, threshold, mean = self.characters.decode(piece), self.job.request.min_confidence, 1.0
         if piece:  # not only healed
             mean = self.confidence.add(written, self.probability)
-        text, reason = self.ending.feed(written)
+        text, reason = self.ending.feed(written, self.probability)
         self.send(text)
         can_end = self.job.request.mode != "instruct"  # the first line of such an answer may be a fence
         return reason or ("unsure" if can_end and threshold is not None and mean < threshold else None)

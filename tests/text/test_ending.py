@@ -389,6 +389,33 @@ def test_an_answer(case: tuple[str, str, str, Outcome]) -> None:
     check("instruct", "python", begun, "", text, expected, text.index(expected[0]))
 
 
+HALF = [(f"word{number} ", 0.5) for number in range(9)]  # each costs a bit
+DOUBTS = [  # prompt, suffix, tokens, what is sent, and how many tokens are read before that is known (0: it goes on)
+    ("x = ", "\ny = 2\n", [("1", 0.9), ("\n", 0.9), *HALF], "1", 6),
+    ("x = ", "\ny = 2\n", [("1", 0.001), ("\n", 0.001), *HALF], "1", 6),
+    ("x = ", "\ny = 2\n", [("1", 0.9), ("\n", 0.9), *((word, 0.9) for word, _ in HALF)], "1", 0),
+    ("x = ", "\ny = 2\n", [("1", 0.9), ("\n", 0.9), ("z ", 0.0)], "1", 3),
+    ("a = 1\n", "y = 2\n", [("x = 1", 0.9), ("\n", 0.9), *HALF], "x = 1\n", 9),
+    ("    ", "\ny = 2\n", [("x = 1", 0.9), ("\n", 0.9), *HALF], "x = 1", 9),
+    ("a = (", ")\ny = 2\n", [("1, ", 0.9), ("2)", 0.9), ("\n", 0.9), *HALF], "1, 2", 7),
+    ("def f():\n    if x:\n        ", "\n\nf()\n", [("a()", 0.9), ("\n        ", 0.9), *HALF[:8]], "a()", 0),
+]
+
+
+@pytest.mark.parametrize(("prompt", "suffix", "tokens", "kept", "read"), DOUBTS)
+def test_an_unsure_text_behind_a_possible_end_is_not_followed_for_long(
+    prompt: str, suffix: str, tokens: list[tuple[str, float]], kept: str, read: int
+) -> None:
+    ending, sent = Ending("infill", "python", prompt, suffix, "auto"), ""
+    for number, (text, probability) in enumerate(tokens, 1):
+        out, reason = ending.feed(text, probability)
+        sent += out
+        if reason:
+            assert (sent, reason, number) == (kept, "block", read)
+            return
+    assert (sent, read) == (kept, 0)
+
+
 def test_one_line_without_end() -> None:
     text, reason = run(Ending("complete", "python", "x = [", "", "auto"), list("0, " * 300))
     assert reason == "repeat"
