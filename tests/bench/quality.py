@@ -11,6 +11,8 @@ is the number of problems, and of gaps (at most 100). Everything is greedy (temp
     instruct   The same problems as instructions. `chat` is the first fenced block of the chat template's answer
     infill     Files of the standard library without a line or a part of one. A gap is restored if the syntax tree is
                that of the file. `best` allows any cut of 64 raw tokens; `restored` takes the infill as returned
+    waste      Gaps of one line, several lines and a span in HumanEval's solutions, with the Pi's default settings:
+               tokens generated, the share of them in the returned text, seconds, and how many programs pass the tests
     solutions  Random spans, and two to five whole lines, missing from HumanEval's own solutions. A gap is `right` if
                the program passes the problem's tests, as returned; `right_unknown` without a language
 
@@ -31,6 +33,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -298,6 +301,29 @@ def solutions(tiers: Tiers, tasks: list[dict[str, str]]) -> dict[str, Any]:
     return result
 
 
+def waste(tiers: Tiers, count: int) -> dict[str, Any]:
+    from waste import KINDS, of_human_eval  # which imports this module
+
+    cases, tasks, result = [*of_human_eval()], {task["task_id"]: task for task in problems()}, {}
+    for kind in KINDS:
+        found = [case for case in cases if case["kind"] == kind][:count]
+        right = generated = returned = 0
+        seconds = list[float]()
+        for case in found:
+            begin = time.perf_counter()
+            ours = tiers.complete(prompt=case["prompt"], suffix=case["suffix"])
+            seconds.append(time.perf_counter() - begin)
+            generated += ours["total_tokens"]
+            returned += len(
+                servers.ask(f"{tiers.vps}/v1/tokenize", model=tiers.model, text=ours["completion"])["tokens"]
+            )
+            task = tasks[case["key"].split()[0]]
+            right += passes(task, case["prompt"] + ours["completion"] + case["suffix"])
+        each = {"generated": round(generated / len(found), 1), "seconds": round(sum(seconds) / len(found), 2)}
+        result[kind] = {"gaps": len(found), **each, "share": round(returned / generated, 3), "right": right}
+    return result
+
+
 def main() -> None:
     given = {"limit": 164, "only": "complete,instruct,infill", "model": "qwen_0_5b", "published": False}
     options = servers.parser_of(__doc__, **given).parse_args()
@@ -309,6 +335,7 @@ def main() -> None:
         "instruct": lambda tiers: instruct(tiers, tasks),
         "infill": lambda tiers: infill(tiers, min(options.limit, GAPS)),
         "solutions": lambda tiers: solutions(tiers, tasks),
+        "waste": lambda tiers: waste(tiers, options.limit),
     }
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # let ExitStack end the daemons
     with ExitStack() as stack:

@@ -1,0 +1,308 @@
+"""What infills waste: texts of real models, recorded once, and replayed through any rule for their end in seconds.
+
+    python tests/bench/waste.py FILE.jsonl --record REPOSITORY,… [--model qwen_1_5b] [--items 160] [--half report]
+    python tests/bench/waste.py FILE.jsonl [--model qwen_1_5b] [--half report]
+
+Recording asks the model for the gaps of HumanEval's solutions and of --items places in real new code (files of 2025 and
+later, as in sure.py), each as one line, several lines and a span. Natural ends are off: the text goes on where the
+model would have ended, until today's `Ending` has ended it. Each token has its probability, that of all ends, that of
+the suffix's first token, and that of the first token of its first line. What is in FILE.jsonl is not asked for again.
+
+The report replays the texts through `Ending` as the daemon does, where a natural end ends the text: with a wait in
+characters alone, as behind engines without probabilities, and with probabilities. For each kind: the tokens generated,
+the share of them that is returned, and how many texts are right, by HumanEval's tests or exactly the missing text in
+real code. --half: the texts that the constants were chosen by ("choose") or those that judge them ("report").
+"""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import hashlib
+import json
+import random
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import accumulate, islice, zip_longest
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import servers
+from quality import indentation, passes, problems
+from sure import LANGUAGES, MAX_FILE_BYTES, SINCE, UNUSUAL, git
+
+from cerebrum.text.ending import Ending
+from cerebrum.vps.llama import MAX_CHUNK, Llama, Settings, Slot, common_prefix
+from cerebrum.vps.vocabulary import CompletionRequest
+
+KINDS = ("one", "several", "spans")
+SEQUENCES, CONTEXT, MAX_TOKENS = 8, 1536, 160
+ABOVE, BELOW, PLACES_EACH = 24, 11, 2  # lines around a gap; places in a file
+
+# ---------------------------------------------------------------------------------------------- the gaps
+
+
+def pieces_of(lines: list[str], number: int, chance: random.Random) -> dict[str, tuple[int, int]]:
+    """Where gaps of each kind begin and end, in characters from this line on; those that are fit."""
+    found, line = dict[str, tuple[int, int]](), lines[number].rstrip("\n")
+    width, size = indentation(line), chance.randint(2, 5)
+    begins = [width, width, *(at for at in range(width + 1, len(line) - 3) if not line[at - 1].isalnum())]
+    found["one"] = chance.choice(begins), len(line)
+    gap = "".join(lines[number : number + size])
+    if all(one.strip() for one in lines[number : number + size]) and number + size < len(lines):
+        found["several"] = chance.choice((0, width)), len(gap) - chance.choice((0, 1))
+    span = "".join(lines[number : number + chance.randint(1, 3)])
+    if len(span.rstrip()) > width + 8:
+        first, last = sorted(chance.sample(range(width, len(span.rstrip()) - 1), 2))
+        found["spans"] = first, last
+    return {kind: ends for kind, ends in found.items() if gap_text(lines, number, ends).strip()}
+
+
+def gap_text(lines: list[str], number: int, ends: tuple[int, int]) -> str:
+    return "".join(lines[number:])[slice(*ends)]
+
+
+def of_human_eval() -> Iterator[dict[str, Any]]:
+    """Gaps whose lack the problem's tests notice."""
+    for task in problems():
+        chance = random.Random(f"waste {task['task_id']}")
+        text = task["prompt"] + task["canonical_solution"]
+        lines, first = text.splitlines(keepends=True), task["prompt"].count("\n")
+        numbers = [number for number in range(first, len(lines)) if len(lines[number].strip()) >= 6]
+        for kind in KINDS:
+            for number in chance.sample(numbers, len(numbers)):
+                ends = pieces_of(lines, number, chance).get(kind)
+                start = sum(map(len, lines[:number]))
+                if ends and not passes(task, text[: start + ends[0]] + text[start + ends[1] :]):
+                    yield {
+                        "key": f"{task['task_id']} {kind}",
+                        "kind": kind,
+                        "language": "python",
+                        "prompt": text[: start + ends[0]],
+                        "suffix": text[start + ends[1] :],
+                        "expected": text[start + ends[0] : start + ends[1]],
+                    }
+                    break
+
+
+def of_repository(repository: str) -> Iterator[dict[str, Any]]:
+    """Gaps in the files that were added in or after 2025; those of one place come together."""
+    added = git(repository, "log", f"--since={SINCE}", "--diff-filter=A", "--format=", "--name-only", "-M100%")
+    rows = (row.split(maxsplit=4) for row in git(repository, "ls-tree", "-r", "-l", "HEAD").splitlines())
+    sizes = {row[4]: int(row[3]) for row in rows if row[3].isdigit()}
+    paths = sorted({path for path in added.splitlines() if 1500 < sizes.get(path, 0) < MAX_FILE_BYTES})
+    random.Random(2).shuffle(paths)
+    name = PurePosixPath(repository).parent.name or PurePosixPath(repository).name
+    for path in paths:
+        language = LANGUAGES.get(PurePosixPath(path).suffix)
+        if not language or UNUSUAL.search(path):
+            continue
+        lines = git(repository, "show", f"HEAD:{path}").replace("\r\n", "\n").splitlines(keepends=True)
+        chance, places = random.Random(f"waste {path}"), 0
+        for number in chance.sample(range(len(lines)), len(lines)):
+            if not 20 <= number < len(lines) - 8 or not 8 <= len(lines[number].strip()) <= 100:
+                continue
+            pieces = pieces_of(lines, number, chance)
+            if len(pieces) < len(KINDS):
+                continue
+            above, below = "".join(lines[max(0, number - ABOVE) : number]), "".join(lines[number : number + 5 + BELOW])
+            for kind, ends in pieces.items():
+                yield {
+                    "key": f"{name} {path} {number} {kind}",
+                    "kind": kind,
+                    "language": language,
+                    "prompt": above + below[: ends[0]],
+                    "suffix": below[ends[1] :],
+                    "expected": below[slice(*ends)],
+                }
+            places += 1
+            if places == PLACES_EACH:
+                break
+
+
+# --------------------------------------------------------------------------------------------- recording
+
+
+@dataclass
+class Reading:
+    """A text on its way. `tokens`: (text, its probability, that of all ends, that of the suffix's first token, that of
+    the first token of its first line behind the indentation)."""
+
+    case: dict[str, Any]
+    prompt: list[int]
+    heal: bytes
+    ending: Ending
+    suffix: tuple[int, int]  # the suffix's first token, and that of its first line
+    tokens: list[tuple[str, float, float, float, float]] = field(default_factory=list)
+    end: int | None = None  # tokens before the model would have ended
+    decoder: Any = field(default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace"))
+
+    def add(self, model: Llama, index: int, ends: Any) -> int | None:
+        """The next token; None if the text is long enough."""
+        if self.heal:
+            model.restrict(index, self.heal)
+        row = model.logits(index).astype(np.float64)
+        chances = np.exp(row - row.max())
+        chances /= chances.sum()
+        at_end = float(chances[ends].sum())
+        if int(chances.argmax()) in ends.tolist() and self.end is None:
+            self.end = len(self.tokens)
+        follows, begins = (round(float(chances[token]), 4) for token in self.suffix)
+        chances[ends] = -1
+        token = int(chances.argmax())
+        piece = model.vocabulary.piece(token)
+        known = min(len(piece), len(self.heal))
+        self.heal, piece = self.heal[known:], piece[known:]
+        text = self.decoder.decode(piece)
+        self.tokens.append((text, round(float(chances[token]), 4), round(at_end, 4), follows, begins))
+        _, reason = self.ending.feed(text)
+        return None if reason or len(self.tokens) == MAX_TOKENS else token
+
+
+def begin(model: Llama, case: dict[str, Any]) -> Reading:
+    prompt, suffix = case["prompt"], case["suffix"]
+    request = CompletionRequest(prompt=prompt, suffix=suffix, language=case["language"], mode="infill", heal=True)
+    tokens, heal, _ = model.vocabulary.encode(request)
+    line = next((line for line in suffix.split("\n") if line.strip()), "\n")
+    starts = suffix or "\n", " " * (line[:1] in " \t") + line.strip() or "\n"
+    first, begins = (model.vocabulary.tokenize_part(text)[0] for text in starts)
+    ending = Ending("infill", case["language"], prompt, suffix, "auto")
+    return Reading(case, tokens, heal, ending, (first, begins))
+
+
+def record(model: Llama, cases: list[dict[str, Any]]) -> Iterator[Reading]:
+    """Several texts at a time. A slot that is free keeps its tokens for a prompt with the same beginning."""
+    ids = range(model.n_vocab)
+    ends = np.array([token for token in ids if model.vocabulary.is_end(token)])
+    free, running = [Slot(number) for number in range(SEQUENCES)], dict[int, tuple[Slot, Reading, int]]()
+    waiting = iter(cases)
+    while True:
+        while free and (case := next(waiting, None)):
+            reading = begin(model, case)
+            slot = max(free, key=lambda one: common_prefix(one.tokens, reading.prompt))
+            kept = model.reusable(slot.tokens, reading.prompt)
+            if len(reading.prompt) + MAX_TOKENS > CONTEXT:
+                continue
+            model.trim(slot, kept)
+            slot.tokens = slot.tokens[:kept]
+            while left := reading.prompt[len(slot.tokens) :][:MAX_CHUNK]:
+                assert model.decode([(slot, left, 1)]) == 0
+                slot.tokens += left
+                last = len(left) - 1
+            free.remove(slot)
+            token = reading.add(model, last, ends)
+            if token is None:
+                free.append(slot)
+                yield reading
+            else:
+                running[slot.id] = slot, reading, token
+        if not running:
+            return
+        batch = [*running.values()]
+        assert model.decode([(slot, [token], 1) for slot, _, token in batch]) == 0
+        for index, (slot, reading, token) in enumerate(batch):
+            slot.tokens.append(token)
+            following = reading.add(model, index, ends)
+            if following is None:
+                del running[slot.id]
+                free.append(slot)
+                yield reading
+            else:
+                running[slot.id] = slot, reading, following
+
+
+def half_of(key: str) -> str:
+    """A rule is chosen by a part of HumanEval's problems and of the places, and judged by the others."""
+    place = key.rpartition(" ")[0]
+    if place.startswith("HumanEval/"):
+        return "choose" if int(place.removeprefix("HumanEval/")) < 64 else "report"
+    return "choose" if hashlib.sha256(place.encode()).digest()[0] < 32 else "report"
+
+
+def record_all(options: argparse.Namespace, known: set[str]) -> None:
+    repositories = options.record.split(",")
+    turns = zip_longest(*(of_repository(repository) for repository in repositories))
+    real = (case for turn in turns for case in turn if case)
+    real = islice(real, options.items * len(KINDS))
+    found = (case for pair in zip_longest(real, of_human_eval()) for case in pair if case)
+    cases = [case for case in found if case["key"] not in known and options.half in ("", half_of(case["key"]))]
+    settings = Settings(n_ctx=CONTEXT, sequences=SEQUENCES)
+    model = Llama(servers.weights_of(options.model), settings, lambda _: True)
+    with options.file.open("a") as out:
+        for number, reading in enumerate(record(model, cases)):
+            row = reading.case | {"model": options.model, "read": len(reading.prompt), "end": reading.end}
+            out.write(json.dumps(row | {"tokens": reading.tokens}) + "\n")
+            out.flush()
+            if number % 50 == 0:
+                print(f"{number} of {len(cases)}", file=sys.stderr)
+
+
+# --------------------------------------------------------------------------------------------- replaying
+
+
+def replay(row: dict[str, Any], probabilities: bool) -> tuple[int, str]:
+    """How many tokens the daemon would have generated, and the text that it would have returned."""
+    ending, sent = Ending("infill", row["language"], row["prompt"], row["suffix"], "auto"), ""
+    for number, (text, probability, *_) in enumerate(row["tokens"]):
+        if number == row["end"]:
+            return number + 1, sent + ending.flush()
+        out, reason = ending.feed(text, probability if probabilities else 1.0)
+        sent += out
+        if reason:
+            return number + 1, sent
+    return len(row["tokens"]), sent + ending.flush(whole=False)
+
+
+def returned(row: dict[str, Any], text: str) -> int:
+    """How many of the tokens have a part in this text."""
+    ends = accumulate(len(token[0]) for token in row["tokens"])
+    return next((number for number, end in enumerate(ends, 1) if end >= len(text)), len(row["tokens"])) if text else 0
+
+
+def is_right(row: dict[str, Any], text: str, tasks: Mapping[str, dict[str, str]]) -> bool:
+    if task := tasks.get(row["key"].split()[0]):
+        return passes(task, row["prompt"] + text + row["suffix"])
+    return bool(text.rstrip() == row["expected"].rstrip())
+
+
+def report(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """For each kind: the texts as they end without and with probabilities."""
+    tasks, table = {task["task_id"]: task for task in problems()}, dict[str, Any]()
+    for kind in KINDS:
+        found = [row for row in rows if row["kind"] == kind]
+        right = list[list[bool]]()
+        table[kind] = {"items": len(found)}
+        for name, probabilities in (("by_characters", False), ("by_doubt", True)):
+            texts = [replay(row, probabilities) for row in found]
+            generated, kept = sum(count for count, _ in texts), 0
+            kept = sum(min(count, returned(row, text)) for row, (count, text) in zip(found, texts, strict=True))
+            right.append([is_right(row, text, tasks) for row, (_, text) in zip(found, texts, strict=True)])
+            table[kind][name] = {
+                "generated": round(generated / max(1, len(found)), 1),
+                "share": round(kept / max(1, generated), 3),
+                "right": sum(right[-1]),
+            }
+        was, now = (table[kind][name]["generated"] for name in ("by_characters", "by_doubt"))
+        changes = [old - new for old, new in zip(*right, strict=True)]
+        table[kind] |= {"ratio": round(now / max(0.1, was), 2)}
+        table[kind] |= {"newly_wrong": changes.count(1), "newly_right": changes.count(-1)}
+    return table
+
+
+def main() -> None:
+    parser = servers.parser_of(__doc__, model="qwen_0_5b", record="", items=160, half="")
+    parser.add_argument("file", type=Path)
+    options = parser.parse_args()
+    rows = [json.loads(line) for line in options.file.read_text().splitlines()] if options.file.exists() else []
+    rows = [row for row in rows if row["model"] == options.model]
+    if options.record:
+        record_all(options, {row["key"] for row in rows})
+        return
+    chosen = [row for row in rows if options.half in ("", half_of(row["key"]))]
+    print(json.dumps({"benchmark": "waste", "model": options.model, "half": options.half, **report(chosen)}))
+
+
+if __name__ == "__main__":
+    main()
