@@ -19,6 +19,7 @@ share; of `Calls.running` a thread takes a call in one step.
 from __future__ import annotations
 
 import contextlib
+import functools
 import http.client
 import itertools
 import json
@@ -56,16 +57,16 @@ class Settings:
     read_ms: int = 500  # limits what is read for an automatic request; 0: no limit
     off: tuple[str, ...] = ()  # ids of languages that get no completions
     suggest: str = "normal"  # how readily a completion is shown that nobody asked for: one of SUGGEST
-    suggest_in_comments: str = ""  # as elsewhere
-    suggest_in_strings: str = ""
     completion: bool = False  # serve textDocument/completion, for clients without inline completion
+    has_gone: bool = False  # not for users: one of GONE was set somewhere
 
 
 KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", tuple: "a list of texts",
          list: "a list", dict: "an object", type(None): "null"}  # fmt: skip
 MAX_TOKENS = 2048
 SUGGEST = ("always", "often", "normal", "seldom", "never")
-SUGGESTS = ("suggest", "suggest_in_comments", "suggest_in_strings")  # members of /infill, too
+GONE = {"suggest_in_comments", "suggest_in_strings"}  # users may still have them
+GONE_WARNING = "the settings suggest_in_comments and suggest_in_strings are ignored: suggest takes their place"
 
 
 def read_settings(given: Any, settings: Settings) -> Settings:
@@ -76,7 +77,7 @@ def read_settings(given: Any, settings: Settings) -> Settings:
         return settings
     if not isinstance(given, dict):
         raise BadSettings(f"expected an object of settings, got {kind_of(given)}")
-    changed: dict[str, Any] = {}
+    changed: dict[str, Any] = {"has_gone": settings.has_gone or bool(GONE & given.keys())}
     for one in fields(Settings):
         if (value := given.get(one.name)) is None:
             continue
@@ -99,9 +100,8 @@ def read_settings(given: Any, settings: Settings) -> Settings:
         raise BadSettings(f"expected tokens from 1 to {MAX_TOKENS}, got {settings.tokens}")
     if settings.read_ms < 0:
         raise BadSettings(f"expected read_ms of 0 or more, got {settings.read_ms}")
-    for name in SUGGESTS:
-        if getattr(settings, name) not in (SUGGEST if name == "suggest" else (*SUGGEST, "")):
-            raise BadSettings(f"expected one of {', '.join(SUGGEST)} for {name}")
+    if settings.suggest not in SUGGEST:
+        raise BadSettings(f"expected one of {', '.join(SUGGEST)} for suggest")
     if not re.fullmatch(r"[!-~]*", settings.key):
         raise BadSettings("expected a key of visible ASCII characters")
     return settings
@@ -131,12 +131,12 @@ VARIABLES = {"url": "CEREBRUM_URL", "key": "CEREBRUM_CM4_API_KEY"}  # the others
 def read_variables(environment: Mapping[str, str]) -> dict[str, Any]:
     """The settings of the environment: texts, lists with commas, and otherwise JSON."""
     given: dict[str, Any] = {}
-    for one in fields(Settings):
-        if text := environment.get(VARIABLES.get(one.name, f"CEREBRUM_LSP_{one.name.upper()}")):
-            given[one.name] = text.split(",") if one.name == "off" else text
-            if one.name not in ("off", *VARIABLES):
+    for name in (*(one.name for one in fields(Settings)), *GONE):
+        if text := environment.get(VARIABLES.get(name, f"CEREBRUM_LSP_{name.upper()}")):
+            given[name] = text.split(",") if name == "off" else text
+            if name not in ("off", *VARIABLES):
                 with contextlib.suppress(ValueError):
-                    given[one.name] = json.loads(text)
+                    given[name] = json.loads(text)
     return given
 
 
@@ -486,6 +486,7 @@ class Client:
     def __init__(self, stream: BinaryIO) -> None:
         self.stream, self.lock, self.numbers = stream, threading.Lock(), itertools.count(1)
         self.reactions: dict[Any, Callable[[Any], None]] = {}  # by the id of a request without a response
+        self.show_once = functools.cache(self.show)  # for the main thread
 
     def send(self, **members: Any) -> None:
         data = json.dumps({"jsonrpc": "2.0", **members}, separators=(",", ":")).encode("ascii")
@@ -735,7 +736,7 @@ class Completions:
             "t_max_prompt_ms": self.pi.settings.read_ms if call.pause else 0,
             "t_max_predict_ms": PREDICT_MS,
             "cache_prompt": True,
-            **{name: getattr(self.pi.settings, name) or None if call.pause else "always" for name in SUGGESTS},
+            "suggest": self.pi.settings.suggest if call.pause else "always",
         }
         began = time.monotonic()
         try:
@@ -913,6 +914,8 @@ class Server:
             self.pi.settings = read_settings(given, self.pi.settings)
         except BadSettings as error:
             self.client.show(1, str(error))
+        if self.pi.settings.has_gone:
+            self.client.show_once(2, GONE_WARNING)
         self.pi.note_success()  # the next request tries
 
     def change_configuration(self, params: Any) -> None:

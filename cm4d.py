@@ -60,7 +60,7 @@ from cerebrum.pi.backend import Backend
 from cerebrum.pi.breaker import BREAKER_OPEN, BREAKER_STATES
 from cerebrum.pi.broadcast import Broadcasts, Subscriber
 from cerebrum.pi.completion import NOTHING_SENT, RETRIED, Attempt, Completion
-from cerebrum.pi.confidence import place_of, shown
+from cerebrum.pi.confidence import shown
 from cerebrum.pi.counting import ACCEPTED, Counting
 from cerebrum.pi.dialects import PREEMPTED, CompletionRequest
 from cerebrum.pi.dispatcher import Dispatcher
@@ -214,9 +214,6 @@ def native_fields(wanted: CompletionRequest, models: Collection[Model]) -> dict[
     others = [entry["filename"] for entry in fields["extra"]]
     ids = {name: model.id for model in models for name in (*model.aliases, model.id)}
     language = "" if wanted.kind == "chat" else guess_language(fields["filename"], fields["prompt"], others)
-    if suggest := fields.pop("suggest", None):
-        differ = len(set(suggest.values())) > 1
-        fields["min_confidence"] = suggest[place_of(language, fields["prompt"]) if differ else "code"]
     return fields | {"language": language, "model": ids.get(fields["model"])}
 
 
@@ -233,6 +230,7 @@ class Gateway:
         self.config = config
         self.started, self.created = time.monotonic(), int(time.time())
         self.reconfigured = 0
+        self.warn_once = functools.cache(log.warning)
         self.fleet = Fleet()
         self.fleet.replace(config.backends, config.models, config.prefer)
         self.dispatcher = Dispatcher(self.fleet, lambda model, result: self.counting.work(model, result))
@@ -518,7 +516,10 @@ def speaking(dialect: dialects.Dialect) -> Callable[[Gateway, Request], Awaitabl
     """The handler of a dialect's completions."""
 
     async def handle(gateway: Gateway, request: Request) -> Response:
-        wanted = dialect.read(parse_json(request.body))
+        members = parse_json(request.body)
+        if dialects.GONE & members.keys():
+            gateway.warn_once(dialects.GONE_WARNING)
+        wanted = dialect.read(members)
         fields = native_fields(wanted, gateway.config.models)
         wanted = replace(wanted, fields=fields, limit=MAX_COLLECTED_BYTES, **gateway.who(request))
         editor = f"{request.client} {request.address} {request.head.headers.get('user-agent', '')}"

@@ -209,14 +209,37 @@ def test_ghost_text(editor: Editor, pi: Pi) -> None:
     assert (path, headers.get("authorization")) == ("/infill", None)
     around = {"input_prefix": "def add(é, 😀):\n    return ", "input_suffix": "\n", "filename": "sum.py"}
     limits = {"n_predict": 128, "t_max_prompt_ms": 0, "t_max_predict_ms": 1500}
-    assert body == {**around, **limits, "cache_prompt": True, **dict.fromkeys(cerebrum_lsp.SUGGESTS, "always")}
+    assert body == {**around, **limits, "cache_prompt": True, "suggest": "always"}
 
 
 def test_what_nobody_asked_for_is_shown_as_readily_as_is_set(editor: Editor, pi: Pi) -> None:
-    editor.start({"suggest": "seldom", "suggest_in_strings": "never"}, text="x = ")
+    editor.start({"suggest": "seldom"}, text="x = ")
     assert editor.ghost(0, 1, AUTOMATIC) == "a + b"
-    body = pi.hears()[1]
-    assert [body[name] for name in cerebrum_lsp.SUGGESTS] == ["seldom", None, "never"]
+    assert pi.hears()[1]["suggest"] == "seldom"
+
+
+GONE = "the settings suggest_in_comments and suggest_in_strings are ignored: suggest takes their place"
+
+
+@pytest.mark.parametrize("source", ["file", "environment", "client", "later"])
+def test_settings_that_are_gone_get_one_warning_and_the_others_count(pi: Pi, tmp_path: Path, source: str) -> None:
+    old: dict[str, Any] = {"suggest": "seldom", "suggest_in_comments": "never", "suggest_in_strings": 1}
+    variables = {f"CEREBRUM_LSP_{name.upper()}": str(value) for name, value in old.items()}
+    configured(tmp_path, "lsp.json", json.dumps(old if source == "file" else {}))
+    given = {"cerebrum": old} if source == "client" else None
+    changes = [given, {"cerebrum": {"tokens": 9}}] if source != "later" else [old, old]
+    with editing(tmp_path, pi.url, **variables if source == "environment" else {}) as editor:
+        editor.request("initialize", {"capabilities": {}, "initializationOptions": given})
+        editor.open("x = ")
+        for change in changes:
+            editor.tell("workspace/didChangeConfiguration", {"settings": change})
+        number, came = editor.at(0, 1, AUTOMATIC), [editor.next()]
+        while came[-1].get("id") != number:
+            came.append(editor.next())
+        shown = [message["params"] for message in came if message.get("method") == "window/showMessage"]
+        assert shown == [{"type": 2, "message": f"Cerebrum: {GONE}"}]
+        body = pi.hears()[1]
+        assert {name: body[name] for name in body if "suggest" in name} == {"suggest": "seldom"}
 
 
 def test_what_is_typed_of_a_suggestion_asks_nothing(editor: Editor, pi: Pi) -> None:
@@ -673,7 +696,7 @@ GIVEN: list[tuple[Any, str]] = [
     ({"read_ms": -1}, "expected read_ms of 0 or more, got -1"),
     ({"off": ["a", 1]}, "expected a list of texts for off, got a list"),
     ({"key": "a\r\nb"}, "expected a key of visible ASCII characters"),
-    ({"suggest_in_strings": "x"}, "expected one of always, often, normal, seldom, never for suggest_in_strings"),
+    ({"suggest": "x"}, "expected one of always, often, normal, seldom, never for suggest"),
 ]
 
 

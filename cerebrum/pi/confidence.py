@@ -9,26 +9,6 @@ from typing import Any
 
 from cerebrum.pi.dialects import CUT
 from cerebrum.pi.upstream import Pair, read_text, text_event
-from cerebrum.text.languages import BY_NAME, LANGUAGES
-
-MAX_SCANNED_CHARS = 4_000  # before the cursor, to find the comment or the string that it is in
-
-
-def place_of(language: str, prompt: str) -> str:
-    """What the cursor at the end of a text is in: "code", "comments" or "strings".
-
-    >>> place_of("python", "x = 1  # the "), place_of("python", "x = 'the "), place_of("python", "x = 'the' + ")
-    ('comments', 'strings', 'code')
-    """
-    from cerebrum.text.ending import scan  # loaded only if an answer may depend on the place
-
-    syntax = LANGUAGES.get(BY_NAME.get(language.lower(), ""))
-    if not syntax:
-        return "code"
-    scanner = scan(syntax, prompt[-MAX_SCANNED_CHARS:])
-    if not scanner.closer or (scanner.opener == "#" and syntax.directives):  # of the preprocessor
-        return "code"
-    return "comments" if scanner.in_comment else "strings"
 
 
 async def shown(

@@ -44,7 +44,8 @@ MIN_TOP_P = 0.01  # OpenAI allows 0; either value leaves only the likeliest toke
 TEXT, INTEGER, FLAG = Field(str, default=""), Field(int, -math.inf), Field(bool, default=False)
 MAX_NAME = 1000
 FILE_NAME = Field(str, 0, MAX_NAME, "")  # of a file
-SUGGEST_IN = {"suggest_in_comments": "comments", "suggest_in_strings": "strings"}
+GONE = {"suggest_in_comments", "suggest_in_strings"}  # older clients still send them
+GONE_WARNING = "a client sends suggest_in_comments or suggest_in_strings, which are ignored: suggest takes their place"
 CHAT_FIELDS = {
     "model": TEXT,
     "temperature": Field(float, 0, 100),  # OpenAI allows 2; values above 1 are lowered
@@ -62,7 +63,7 @@ CODE_FIELDS = CHAT_FIELDS | {
     "t_max_prompt_ms": Field(int, -math.inf, default=0),
     "t_max_predict_ms": Field(int, -math.inf, default=0),
     "filename": FILE_NAME,
-    **dict.fromkeys(("suggest", *SUGGEST_IN), Field(str, choices=SUGGEST)),
+    "suggest": Field(str, choices=SUGGEST),
 }
 TEXT_FIELDS = CODE_FIELDS | {"suffix": TEXT}
 INFILL_FIELDS = CODE_FIELDS | {"input_prefix": TEXT, "input_suffix": TEXT}
@@ -272,8 +273,7 @@ def read_code(
     limits = {name: min(max(0, read[f"t_max_{name}"]), MAX_MS) for name in ("prompt_ms", "predict_ms")}
     fields = read_sampling(read, stops) | limits | {"indent": read["n_indent"], "filename": read["filename"]}
     if read["min_confidence"] is None:
-        suggest = read["suggest"] or suggest
-        fields["suggest"] = {"code": suggest} | {place: read[name] or suggest for name, place in SUGGEST_IN.items()}
+        fields["min_confidence"] = read["suggest"] or suggest
     only = tuple(read_texts(members, "response_fields")) if "response_fields" in members else None
     return CompletionRequest("completion", fields, read["stream"], wants_usage(members), read["cache_prompt"], only)
 

@@ -7,15 +7,15 @@ REPOSITORY is a folder with a git repository, bare or not; its files are those t
 are newer than the models. An answer goes into FILE.jsonl, and a later run asks only for what is missing. Kinds:
 
     line      a line is cut where a word begins, up to three times, with 40 lines above and 11 below; right if the first
-              line of the answer is the rest of the line. `place` is what the cursor is in: code, comments or strings
+              line of the answer is the rest of the line
     dot       the same, behind a dot
     complete  the same as `line`, without the text below
     gap       two to five whole lines are missing; each line of the answer, right if it and those above are the file's
     solution  two to five lines, missing from HumanEval's solutions (no repository); right if the tests pass
 
 The report is one line of JSON. The repositories of --learn (by the names of their folders) give the thresholds: the
-highest that keep 99, 97 and 90 % of the right lines of kind `line`. All others are judged by them: for each kind, place
-and language the lines, the right ones, the area under the curve, and for each threshold the share of the right and of
+highest that keep 99, 97 and 90 % of the right lines of kind `line`. All others are judged by them: for each kind and
+language the lines, the right ones, the area under the curve, and for each threshold the share of the right and of
 the wrong lines that it hides, with 95 % intervals (Wilson).
 """
 
@@ -40,8 +40,6 @@ from typing import Any
 import servers
 from harness import KEY
 from quality import SPAN_TOKENS, Tiers, passes, problems, solution_gaps, start_both
-
-from cerebrum.pi.confidence import place_of
 
 SINCE = "2025-01-01"
 LANGUAGES = {".py": "python", ".ts": "typescript", ".tsx": "typescript", ".go": "go", ".rs": "rust"}
@@ -79,7 +77,7 @@ def cases(repository: str, kind: str) -> Iterator[list[dict[str, Any]]]:
                         "key": f"{PurePosixPath(repository).name.removesuffix('.git')} {path} {number} {place} {kind}",
                         "language": language,
                     }
-                    | case_of(lines, number, size, place, language, kind)
+                    | case_of(lines, number, size, place, kind)
                     for place in places
                 ]
 
@@ -97,12 +95,11 @@ def cuts(lines: list[str], number: int, kind: str, generator: random.Random) -> 
     return (size, sorted(generator.sample(places, min(MAX_CUTS, len(places))))) if places else None
 
 
-def case_of(lines: list[str], number: int, size: int, cut: int, language: str, kind: str) -> dict[str, Any]:
+def case_of(lines: list[str], number: int, size: int, cut: int, kind: str) -> dict[str, Any]:
     prompt = "".join(lines[max(0, number - ABOVE) : number]) + lines[number][:cut]
-    place = place_of(language, "".join(lines[:number]) + lines[number][:cut])
     suffix = "\n" + "".join(lines[number + size : number + size + BELOW])
     more = {} if kind == "complete" else {"suffix": suffix}
-    return {"place": place, "expected": "".join(lines[number : number + size])[cut:].rstrip(), "prompt": prompt, **more}
+    return {"expected": "".join(lines[number : number + size])[cut:].rstrip(), "prompt": prompt, **more}
 
 
 # ------------------------------------------------------------------------------------------- the answers
@@ -138,7 +135,7 @@ def solution_rows(tiers: Tiers, count: int, known: set[str]) -> Iterator[dict[st
         if (key := f"HumanEval {task['task_id']} solution") not in known:
             text, judged = stream(tiers, prompt=before, suffix=after, language="python", max_tokens=SPAN_TOKENS)
             lines = [(passes(task, before + text + after), mean) for mean, _ in judged[:1]]
-            yield {"key": key, "place": "code", "language": "python", "kind": "solution", "lines": lines}
+            yield {"key": key, "language": "python", "kind": "solution", "lines": lines}
 
 
 def ask(options: argparse.Namespace, known: set[str]) -> Iterator[dict[str, Any]]:
@@ -152,7 +149,7 @@ def ask(options: argparse.Namespace, known: set[str]) -> Iterator[dict[str, Any]
             of_lines = chain.from_iterable(line for turn in turns for line in turn if line)
             for case in islice(of_lines, options.cases):
                 if case["key"] not in known:
-                    row = {name: case[name] for name in ("key", "place", "language")}
+                    row = {name: case[name] for name in ("key", "language")}
                     yield row | {"kind": kind, "lines": answer(tiers, case, kind)}
 
 
@@ -189,7 +186,7 @@ def report(rows: list[dict[str, Any]], learn: list[str]) -> dict[str, Any]:
         if row["key"].split()[0] in learn:
             groups["learn"] += row["lines"] if row["kind"] == "line" else []
         else:
-            for more in ("", f" in {row['place']}", f" of {row['language']}"):
+            for more in ("", f" of {row['language']}"):
                 groups[row["kind"] + more] += row["lines"]
     words = thresholds(groups["learn"])
     table: dict[str, Any] = {"thresholds": words}

@@ -23,18 +23,14 @@ BASES: dict[str, dict[str, Any]] = {name: {"prompt": "x"} for name in ALL} | {"c
 # ------------------------------------------------------------------------------------- what a request asks for
 
 
-def suggest(code: str, comments: str = "", strings: str = "") -> dict[str, str]:
-    return {"code": code, "comments": comments or code, "strings": strings or code}
-
-
 PLAIN = {"model": "", "max_tokens": 512, "temperature": 0.0, "top_p": None, "seed": None, "stop": []}
 PLAIN |= {"min_confidence": None}
-CODE = PLAIN | {"filename": "", "indent": 0, "prompt_ms": 0, "predict_ms": 0, "suggest": suggest("always")}
+CODE = PLAIN | {"filename": "", "indent": 0, "prompt_ms": 0, "predict_ms": 0, "min_confidence": "always"}
 DEFAULTS: dict[str, tuple[str, dict[str, Any]]] = {
     "text": ("completion", CODE | {"prompt": "x", "mode": "complete"}),
     "chat": ("chat", PLAIN | {"max_tokens": 2048, "temperature": 0.4, "messages": SAID, "mode": "chat"}),
     "completion": ("completion", CODE | {"prompt": "x", "mode": "complete"}),
-    "infill": ("infill", CODE | {"extra": [], "prompt": "x", "mode": "complete", "suggest": suggest("often")}),
+    "infill": ("infill", CODE | {"extra": [], "prompt": "x", "mode": "complete", "min_confidence": "often"}),
 }
 NULLED = [
     *("model", "max_tokens", "max_completion_tokens", "n_predict", "temperature", "top_p", "seed", "stop", "stream"),
@@ -111,9 +107,9 @@ READ: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
     ("infill", {"input_prefix": "a\n", "prompt": "  b"}, "infill", {"prompt": "a\n  b"}),
     ("infill", {"input_prefix": "a", "prompt": None}, "infill", {"prompt": "a"}),
     ("infill", {"input_suffix": "c"}, "infill", {"suffix": "c"} | FILLS),
-    ("infill", {"suggest": "seldom"}, "infill", {"suggest": suggest("seldom")}),
-    ("infill", {"suggest_in_comments": "never"}, "infill", {"suggest": suggest("often", "never")}),
-    ("text", {"suggest_in_strings": "never"}, "completion", {"suggest": suggest("always", "", "never")}),
+    ("infill", {"suggest": "seldom"}, "infill", {"min_confidence": "seldom"}),
+    ("text", {"suggest": "never"}, "completion", {"min_confidence": "never"}),
+    ("text", {"suggest": "never", "min_confidence": 0.5}, "completion", {"min_confidence": 0.5}),
     ("infill", {"prompt": MARKED}, "infill", {"prompt": MARKED}),
     ("infill", {"input_extra": [{"text": "a", "filename": "f", "x": 1}, {"text": "", "filename": "g"}, {"text": "b"}]},
      "infill", {"extra": [{"filename": "f", "text": "a"}, {"filename": "", "text": "b"}]}),

@@ -12,7 +12,7 @@ from scripted import CHUNKED, HANG, Backend, Pi, chunk, event, pi_for, token
 from test_backends import LISTED, VLLM, engine
 from test_editors import data, infill, stats
 
-from cerebrum.pi.confidence import place_of, shown
+from cerebrum.pi.confidence import shown
 from cerebrum.pi.upstream import read_text, text_event
 from cerebrum.settings import load_catalog
 from cerebrum_common import threshold_of
@@ -81,14 +81,8 @@ async def test_text_that_was_not_judged_is_shown(lines: list[tuple[str, float]],
 WORDS = [
     ({}, 0.3),
     ({"suggest": "always"}, None),
-    ({"prompt": "    # the ", "suggest_in_comments": "seldom"}, 0.8),
     ({"suggest": "normal"}, 0.5),
     ({"suggest": "normal", "min_confidence": 0.7}, 0.7),
-    ({"suggest": "normal", "prompt": "    # the "}, 0.5),
-    ({"suggest": "normal", "prompt": "    # the ", "suggest_in_comments": "seldom"}, 0.8),
-    ({"suggest": "normal", "prompt": "    x = 'the ", "suggest_in_comments": "seldom"}, 0.5),
-    ({"suggest": "normal", "prompt": "    x = 'the ", "suggest_in_strings": "seldom"}, 0.8),
-    ({"suggest": "normal", "prompt": "    x = 'the' + ", "suggest_in_strings": "never"}, 0.5),
 ]
 
 
@@ -99,11 +93,25 @@ async def test_a_word_means_a_threshold_of_the_model(more: dict[str, str], least
         assert backend.completions[0].get("min_confidence") == least
 
 
+async def test_members_that_are_gone_count_for_nothing_and_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Older clients send them. The cursor is in a comment, and 1 was refused."""
+    caplog.set_level("WARNING")
+    olds: list[dict[str, Any]] = [{"suggest_in_comments": "never"}, {"suggest_in_strings": 1}]
+    async with Backend([script(("x", 0.9))]) as backend, pi_for(backend.port, models=MODELS) as pi:
+        for number, one in enumerate([{}, *olds]):
+            prompt = f"    # the {number} "
+            assert (await infill(pi, filename="a.py", prompt=prompt, **one)).json["content"] == "x"
+            assert len(caplog.messages) == (one in olds)
+        assert [body["min_confidence"] for body in backend.completions] == [0.3] * 3
+    ignored = "suggest_in_comments or suggest_in_strings, which are ignored: suggest takes their place"
+    assert caplog.messages == [f"a client sends {ignored}"]
+
+
 async def test_never_asks_nobody_and_a_wrong_word_is_refused() -> None:
     async with Backend([script(("x", 0.9))]) as backend, pi_for(backend.port, models=MODELS) as pi:
         reply = await infill(pi, suggest="never")
         assert (reply.status, reply.json["content"], reply.json["unsure"], backend.completions) == (200, "", True, [])
-        wrong: list[dict[str, Any]] = [{"suggest": "perhaps"}, {"suggest_in_strings": 1}, {"min_confidence": 1.01}]
+        wrong: list[dict[str, Any]] = [{"suggest": "perhaps"}, {"suggest": 1}, {"min_confidence": 1.01}]
         assert [(await infill(pi, **members)).status for members in wrong] == [400] * 3
     async with Backend([[HANG]]) as backend, pi_for(backend.port, models=MODELS) as pi:
         older = infill(pi)
@@ -194,22 +202,6 @@ async def test_suggested_and_accepted_are_counted_by_confidence() -> None:
         metrics = (await pi.get("/metrics")).body
         assert b'cerebrum_infills_suggested_total{from="0.8"} 2\n' in metrics
         assert b'cerebrum_infills_accepted_total{from="0.8"} 1\n' in metrics
-
-
-PLACES = [
-    ("python", 'def f():\n    """Return the ', "strings"),
-    ("python", "x = {  # the ", "comments"),
-    ("c", "/* one\n * two ", "comments"),
-    ("typescript", "const a = `b ", "strings"),
-    ("c", "#include <a", "code"),
-    ("klingon", "# the ", "code"),
-    ("", "", "code"),
-]
-
-
-@pytest.mark.parametrize(("language", "text", "place"), PLACES)
-def test_where_a_cursor_is(language: str, text: str, place: str) -> None:
-    assert place_of(language, text) == place
 
 
 def test_a_models_thresholds_are_read_and_checked(tmp_path: Any) -> None:
