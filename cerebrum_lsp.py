@@ -26,7 +26,6 @@ import json
 import os
 import re
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -51,7 +50,7 @@ class BadSettings(Exception):
 class Settings:
     """The user's settings. Their names are those of the file and of `initializationOptions`."""
 
-    url: str = ""  # of the Pi; empty: see Pi.find
+    url: str = ""  # of the Pi; empty: LOCAL
     key: str = field(default="", repr=False)  # if the Pi asks for one
     tokens: int = 128  # a completion has at most so many
     read_ms: int = 500  # limits what is read for an automatic request; 0: no limit
@@ -295,7 +294,6 @@ def sent(gap: Gap) -> tuple[str, str]:
 
 TIMEOUT_SECONDS = 600.0  # a model may have to be loaded, and the Pi itself gives up in time
 CONNECT_SECONDS = 5.0
-UNAGREED = "the key is not sent to {}, which Avahi found; if that is your Pi, set url to this address"
 AWAY_SECONDS = 5.0  # between two automatic requests to a Pi that does not answer
 
 
@@ -339,61 +337,28 @@ class Call:
             raise Ended
 
 
-LOCAL = "http://localhost:7000"  # this machine, where Avahi finds no Pi
-FOUND = re.compile(r"(?m)^=;[^;]*;IPv4;[^;]*;_cerebrum\._tcp;[^;]*;([^;\n]*);([0-9.]+);([0-9]+);")
-BROWSE_SECONDS = 5.0
-
-
-def browse() -> list[str]:
-    """The url of each Pi that Avahi finds on this network, in a second. By address, since its name may be unknown."""
-    command, found = ["avahi-browse", "-prt", "_cerebrum._tcp"], ""
-    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=BROWSE_SECONDS)
-        found = done.stdout.decode("utf-8", "replace")
-    return [*{one[1]: f"http://{one[2]}:{one[3]}" for one in FOUND.finditer(found)}.values()]
+LOCAL = "http://127.0.0.1:7000"  # this machine, as long as no url is set
+NO_URL = (
+    "no url is set. Set CEREBRUM_URL, or the client's setting url, to the Pi's address, such as http://pi.local:7000. "
+    f"Until then this machine is asked ({LOCAL})"
+)
 
 
 class Pi:
-    """The Pi that is set or found, and whether it is away. The main thread sets `settings`; all threads ask."""
+    """The Pi, and whether it is away. The main thread sets `settings`; all threads ask."""
 
     def __init__(self, settings: Settings, client: Client) -> None:
         self.settings, self.client = settings, client
         self.lock = threading.Lock()  # of `away_until`
         self.away_until = 0.0  # by time.monotonic(): no automatic request before; 0: not away, as far as the user knows
-        self.finding = threading.Lock()  # one thread looks, the others wait for what it finds
-        self.found = ""  # the url for settings without one, until nobody answers there
-        self.agreed: dict[str, bool] = {}  # by the url that was found: the user lets it have the key
-
-    def find(self, has_key: bool) -> str:
-        """The url where the settings have none: the Pi's that Avahi finds, or else this machine's. Anybody on a network
-        can say that they are the Pi, so the user is asked before a key goes there; PiError until the user agrees."""
-        with self.finding:
-            if not self.found:
-                urls = browse()
-                if len(urls) > 1:
-                    raise PiError(0, f"found {' and '.join(urls)}; the setting url chooses one")
-                self.found = urls[0] if urls else LOCAL
-                if urls and not has_key:
-                    self.client.show(3, f"completions come from {self.found}, which Avahi found")
-            url = self.found
-            if not has_key or url == LOCAL or self.agreed.get(url):
-                return url
-            if url not in self.agreed:
-                self.agreed[url] = False
-                message = f"Cerebrum: send the key to {url}, which Avahi found?"
-                question = {"type": 3, "message": message, "actions": [{"title": "Yes"}, {"title": "No"}]}
-                self.client.request("window/showMessageRequest", question, lambda chosen: self.agree(url, chosen))
-        raise PiError(BUSY[0], UNAGREED.format(url))
-
-    def agree(self, url: str, chosen: Any) -> None:
-        self.agreed[url] = get(chosen, "title", str, "") == "Yes"
-        if not self.agreed[url]:
-            self.client.show(2, UNAGREED.format(url))
+        self.without_url = itertools.count()  # numbers of the requests without a url; `next` is atomic
 
     def ask(self, call: Call, path: str, body: Any) -> dict[str, Any]:
         """POST the body, and return the answer's JSON. PiError, or Ended."""
         settings = self.settings
-        url = urllib.parse.urlsplit(settings.url or self.find(bool(settings.key)))
+        if not settings.url and next(self.without_url) == 0:
+            self.client.show(3, NO_URL)
+        url = urllib.parse.urlsplit(settings.url or LOCAL)
         kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
         connection = kind(url.hostname or "", url.port or kind.default_port, timeout=CONNECT_SECONDS)
         headers = {"Content-Type": "application/json", "User-Agent": f"cerebrum-lsp/{VERSION}"}
@@ -410,7 +375,6 @@ class Pi:
         except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: a name that cannot be looked up
             if call.socket:  # a connection that never came about is news even if nobody waits for it any more
                 call.check()
-            self.found = ""
             reason = getattr(error, "strerror", None) or type(error).__name__
             raise PiError(0, f"the Pi at {url.hostname} does not answer ({reason})") from None
         finally:
@@ -937,8 +901,8 @@ class Server:
 HELP = """Usage: cerebrum_lsp.py [--stdio | --help | --version]
 
 A language server on stdin and stdout: code completions as ghost text from Cerebrum, for an editor that starts this
-command. CEREBRUM_URL is the address of the Raspberry Pi, if Avahi does not find it, and CEREBRUM_CM4_API_KEY your key,
-if you have one. Other settings are in ~/.config/cerebrum/lsp.toml."""
+command. CEREBRUM_URL is the address of the Raspberry Pi, and CEREBRUM_CM4_API_KEY your key, if you have one. Other
+settings are in ~/.config/cerebrum/lsp.toml."""
 
 
 def main() -> int:

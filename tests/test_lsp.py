@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 from harness import PATIENCE, ROOT, certificate, wait_until
 from scripted import HANG, Backend, answer, in_a_thread
-from test_scripts import announce, wait_for
+from test_scripts import wait_for
 
 import cerebrum_lsp
 from cerebrum_lsp import (
@@ -617,48 +617,27 @@ def test_a_key_goes_only_to_the_url_that_it_came_with() -> None:
     assert read_settings({"url": "http://elsewhere:7000", "key": "its-own"}, before).key == "its-own"
 
 
-SEVERAL = "found http://192.0.2.7:7000 and http://192.0.2.8:7001; the setting url chooses one"
+NO_URL = (
+    "no url is set. Set CEREBRUM_URL, or the client's setting url, to the Pi's address, such as http://pi.local:7000. "
+)
+NO_URL += "Until then this machine is asked (http://127.0.0.1:7000)"
 
 
-@pytest.mark.parametrize("found", ["none", "one", "several", "set"])
-def test_the_pi_that_avahi_finds_is_asked_if_it_is_the_only_one(pi: Pi, tmp_path: Path, found: str) -> None:
-    """Without one this machine is asked. With a url of the settings nobody looks."""
-    several, one = ["pi:192.0.2.7:7000", "desk:192.0.2.8:7001"], [f"pi:127.0.0.1:{pi.port}"] * 2
-    announce(tmp_path, *{"none": [], "one": one}.get(found, several))
-    key = {} if found == "one" else {"CEREBRUM_CM4_API_KEY": "k"}
-    url, here = pi.url if found == "set" else "", f"cerebrum_lsp.LOCAL = {pi.url!r}"
-    with editing(tmp_path, url, "pass" if found == "one" else here, PATH=f"{tmp_path}:/usr/bin:/bin", **key) as editor:
+def test_without_a_url_the_user_is_told_once_and_this_machine_is_tried(pi: Pi, tmp_path: Path) -> None:
+    """Not before a request: some clients send their settings after `initialize`."""
+    assert cerebrum_lsp.LOCAL == "http://127.0.0.1:7000"
+    with editing(tmp_path, "", f"cerebrum_lsp.LOCAL = {pi.url!r}", CEREBRUM_CM4_API_KEY="secret") as editor:
         editor.start(text="x = ")
-        number = editor.at(0, 4)
-        if found == "one":
-            message = f"Cerebrum: completions come from {pi.url}, which Avahi found"
-            assert editor.next()["params"] == {"type": 3, "message": message}
-        elif found == "several":
-            assert editor.shown() == SEVERAL
-        assert bool(editor.answer(number)["result"]["items"]) == (found != "several")
-        assert editor.came.empty()
-
-
-def test_a_pi_that_avahi_finds_gets_the_key_only_if_the_user_agrees(pi: Pi, tmp_path: Path) -> None:
-    """Unasked, refused and left without a choice, the Pi gets neither the key nor the text."""
-    announce(tmp_path, f"pi:127.0.0.1:{pi.port}")
-    refusal = f"the key is not sent to {pi.url}, which Avahi found; if that is your Pi, set url to this address"
-    for chosen in (None, {"title": "No"}, {"title": "Yes"}):
-        with editing(tmp_path, "", PATH=f"{tmp_path}:/usr/bin:/bin", CEREBRUM_CM4_API_KEY="secret") as editor:
-            editor.start(text="x = ")
-            number = editor.at(0, 4)
-            question = editor.called("window/showMessageRequest")
-            message = f"Cerebrum: send the key to {pi.url}, which Avahi found?"
-            actions = [{"title": "Yes"}, {"title": "No"}]
-            assert question["params"] == {"type": 3, "message": message, "actions": actions}
-            assert editor.answer(number)["result"] == {"items": []}
-            editor.send(id=question["id"], result=chosen)
-            if chosen == {"title": "Yes"}:
-                assert (editor.ghost(0, 4), pi.hears()[2]["authorization"]) == ("a + b", "Bearer secret")
-            else:
-                assert editor.called("window/showMessage")["params"] == {"type": 2, "message": f"Cerebrum: {refusal}"}
-                assert editor.ghost(0, 4) == ""  # and nothing is asked again
-                assert (editor.came.empty(), pi.asked) == (True, [])
+        numbers = [editor.at(0, 4), editor.command("cerebrum.accepted", {"characters": 1}), editor.at(0, 2)]
+        came: list[Any] = []
+        while numbers:
+            came.append(editor.next())
+            numbers = [number for number in numbers if number != came[-1].get("id")]
+        assert (pi.hears()[2]["authorization"], len(pi.asked)) == ("Bearer secret", 3)
+        editor.tell("workspace/didChangeConfiguration", {"settings": {"url": pi.url.replace("127.0.0.1", "localhost")}})
+        assert (editor.ghost(0, 1), editor.came.empty()) == ("a + b", True)
+    told = [message["params"] for message in came if message.get("method") == "window/showMessage"]
+    assert told == [{"type": 3, "message": f"Cerebrum: {NO_URL}"}]
 
 
 def test_https(tmp_path: Path) -> None:
