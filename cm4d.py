@@ -255,7 +255,6 @@ class Gateway:
             config = replace(config, client_keys=environ.keys("CEREBRUM_CM4_API_KEY"))
         if config.access.needs_key:  # only whole settings may let in everybody
             self.config = config
-            self.counting.people.configure(config.names)
             self.dispatcher.end_reading()  # perhaps for a client who may no longer ask
 
     def reconfigure(self, config: Config) -> None:
@@ -326,7 +325,7 @@ class Gateway:
                                 has_spoken = True
                                 self.dispatcher.advance()  # a trial has succeeded: others waited for its end
                             elif kind == "done":
-                                value = self._result(attempt, backend, value)
+                                value = self._result(attempt, value)
                             if kind != "begun":
                                 yield kind, value
                     return
@@ -337,7 +336,7 @@ class Gateway:
                     elif attempt.tokens or not attempt.again:
                         if not begun:
                             yield "started", self.beginning(completion)
-                        yield "done", self._result(attempt, backend, {"finish_reason": PREEMPTED})
+                        yield "done", self._result(attempt, {"finish_reason": PREEMPTED})
                         return
                     attempt.sent, error.__traceback__ = NOTHING_SENT, None  # both hold the prompt as it was sent
 
@@ -349,7 +348,7 @@ class Gateway:
         n_ctx = sent.n_ctx or self.fleet.n_ctx(model)
         return {"model": model, "n_ctx": n_ctx, "kept": sent.text.kept, "threshold": threshold}
 
-    def _result(self, attempt: Attempt, backend: Backend, done: dict[str, Any]) -> dict[str, Any]:
+    def _result(self, attempt: Attempt, done: dict[str, Any]) -> dict[str, Any]:
         """Count the work of a whole answer, and return its result: our own members, then the backend's."""
         request, kept, spent = attempt.request, attempt.sent.text.kept, time.monotonic() - attempt.completion.started
         self.counting.work(attempt.model, done)
@@ -367,7 +366,7 @@ class Gateway:
             "mode": request.fields["mode"],
         }
         if len(self.fleet.backends) > 1:
-            ours["backend"] = backend.id
+            ours["backend"] = attempt.backend
         return ours | done | ({"kept": kept} if kept else {})
 
 
@@ -741,10 +740,10 @@ async def serve(environ: Environment, config: Config) -> int:
         server.use(gateway.config.access)
         known = read_environment(os.environ, HERE)
         new = load_config(known)
-        if config.tls and new.tls:
-            config.tls.load(*new.tls.files)
         gateway.reconfigure(new)
         server.use(new.access)
+        if config.tls and new.tls:
+            config.tls.load(*new.tls.files)
         set_up_logging(new.log_level, new.log_file)
         warn_of(new)
         tls = ("CEREBRUM_CM4_TLS_CERT", "CEREBRUM_CM4_TLS_KEY") if bool(config.tls) != bool(new.tls) else ()

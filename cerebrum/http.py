@@ -764,7 +764,7 @@ class Server:
         client = exchange.client or connection.address
 
         def hold(piece: bytes) -> None:
-            if not has_room(self.bodies, client, client in self.access.guests, len(piece)):
+            if not has_room(self.bodies, client, self.access.guests, len(piece)):
                 raise malformed("too many requests are being sent; try again later", "OVERLOADED")
             self.bodies[client] += body.write(piece)
 
@@ -833,11 +833,13 @@ class Server:
             await exchange.fail(exception if isinstance(exception, HttpError) else internal_error(exception))
 
 
-def has_room(bodies: Counter[str], client: str, is_guest: bool, size: int) -> bool:
-    """Whether a client's request may grow by `size` bytes. A client may hold as many bytes as then stay free, a guest
-    a quarter of them, so that there is always room for somebody who comes later."""
+def has_room(bodies: Counter[str], client: str, guests: Collection[str], size: int) -> bool:
+    """Whether a client's request may grow by `size` bytes. A client may hold as many bytes as then stay free, so that
+    there is always room for somebody who comes later. Guests have half of that together, by the same rule."""
     free = MAX_BODIES_BYTES - bodies.total() - size
-    return bodies[client] + size <= (free // 4 if is_guest else free)
+    if client in guests:
+        free = free // 2 - sum(bodies[guest] for guest in guests) - size
+    return bodies[client] + size <= free
 
 
 def check_body(head: Head, route: Route) -> None:

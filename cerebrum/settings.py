@@ -77,10 +77,10 @@ class Environment:
     def clients(self, name: str, default: Path, strict: bool = True) -> dict[str, Client] | None:
         """The named clients, by their keys, in the file that this variable names or in the default one; None if there
         is no such file. If not `strict`, wrong lines are skipped."""
-        path = Path(self.text(name, str(default))).expanduser()
         if re.search(r"\s", self.text(name)):
             raise ConfigError(f"{name}: expected the path of a file, got a text with spaces")  # perhaps the keys
         try:
+            path = Path(self.text(name, str(default))).expanduser()
             lines = path.read_text("utf-8-sig").split("\n")
             if strict and path.stat().st_mode & 0o077:
                 log.warning("%s: expected mode 600: others can read the keys", path)
@@ -88,8 +88,8 @@ class Environment:
             if self.text(name):
                 raise ConfigError(f"{name}: expected a file, got none at this path") from None
             return None
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", "expected UTF-8")
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = getattr(error, "strerror", "expected the path of a file in UTF-8")
             raise ConfigError(f"{name}: cannot read the file: {reason}") from None
         found = dict[str, Client]()
         for number, line in enumerate(lines, 1):
@@ -185,7 +185,7 @@ def _read_env(path: Path, known: Environment | None) -> dict[str, str]:
         if match:
             values[match[1]] = match[3]
         elif known:
-            values = {**known.values, **values}
+            values = {**{name: old for name, old in known.values.items() if name in line}, **values}
         else:
             raise ConfigError(f"{path}: line {number}: expected NAME=value")
     return values

@@ -203,7 +203,7 @@ put_memory() {
 	[Service]
 	MemoryMax=${memory%%$'\n'*}M
 	END
-	[[ $old != "$(<"$MEMORY")" ]] || return 0
+	[[ $old != "$(<"$MEMORY")" || $(systemctl show --value -p NeedDaemonReload "$NAME") == yes ]] || return 0
 	used=$(systemctl show --value -p MemoryCurrent "$NAME" | grep -xE '[0-9]{1,18}') || used=0
 	((used >> 20 > ${memory%%$'\n'*})) || systemctl daemon-reload
 }

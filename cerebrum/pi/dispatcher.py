@@ -52,7 +52,8 @@ class State:
     def guest_seconds(self, client: str, now: float) -> float:
         """How long a guest has held places in the last minute; two places at a time count twice."""
         visits = [visit for visit in self.visits if visit[0] == client]
-        visits += [(client, one.begun, now) for one in self.places if one.completion.client == client]
+        holders = (one for one in self.places if one.completion.client == client and not one.request.ahead)
+        visits += [(client, one.begun, now) for one in holders]
         return sum(max(0.0, left - max(begun, now - SHARE_OF_SECONDS)) for _, begun, left in visits)
 
     def load(self, backend: Backend) -> float:
@@ -103,10 +104,12 @@ def decide(state: State, completion: Completion, now: float) -> Decision:
         if not able or state.line:
             return Wait(math.inf) if able else nobody(state.fleet, options)
     # 4. May any of them be asked? Those in trouble only if there are no others. A trial's end is worth waiting for:
-    #    somebody who types ends one trial after the other.
+    #    somebody who types ends one trial after the other. A guest's trial makes room.
     usable = [backend for backend in able if backend.breaker.admits]
     usable = [backend for backend in usable if not backend.breaker.trouble] or usable
     if not usable:
+        if not (request.guest or request.ahead) and (guest := who_tries(state, able)):
+            return Preempt(guest)
         if may_wait and (until == resume or any(backend.breaker.trial for backend in able)):
             return Wait(until)
         return completion.failure or nobody(state.fleet, options)
@@ -141,16 +144,24 @@ def who_makes_room(
     """The guest's attempt to end for this completion, None if it would get no place without guests either: one of the
     guest who has held places for longest in the last minute, rather no infill, and the newest, which loses least."""
     others = {attempt: backend for attempt, backend in state.places.items() if not attempt.request.guest}
-    place = place_for(replace(state, places=others), completion, options, usable, now)
-    if not place:
+    if not place_for(replace(state, places=others), completion, options, usable, now):
         return None
-    guests = [one for one in state.running(usable) if one.request.guest]
-    there = [one for one in guests if state.places[one] is place.backend] or guests
+    guests = [one for one in state.running(usable) if one.request.guest and not one.last]
+
+    def is_enough(one: Attempt) -> bool:
+        left = {attempt: backend for attempt, backend in state.places.items() if attempt is not one}
+        return place_for(replace(state, places=left), completion, options, usable, now) is not None
 
     def order(one: Attempt) -> tuple[float, bool, float]:
         return state.guest_seconds(one.completion.client, now), one.request.kind != "infill", one.begun
 
-    return max(there, key=order, default=None)
+    return max(list(filter(is_enough, guests)) or guests, key=order, default=None)
+
+
+def who_tries(state: State, able: Sequence[Backend]) -> Attempt | None:
+    """A guest's attempt that is the trial of one of these backends."""
+    trials = [backend.breaker.trial for backend in able]
+    return next((one for one in state.running(able) if one.request.guest and one.admission in trials), None)
 
 
 def choose(state: State, request: CompletionRequest, options: Options, free: Sequence[Backend]) -> Assign | None:
@@ -317,10 +328,13 @@ class Dispatcher:
         older request, which this one replaces, leaves first."""
         places, backend = self.state.places, self.state.places[attempt]
         try:
-            for other in [one for one, where in places.items() if where is backend and one.makes_room]:
-                with contextlib.suppress(TimeoutError):  # it is cut, but its client may be slow to take the last text
-                    async with asyncio.timeout(ENDING_SECONDS):
-                        await other.ended.wait()
+            with contextlib.suppress(TimeoutError):  # they are cut, but a client may be slow to take its last text
+                async with asyncio.timeout(ENDING_SECONDS):
+                    for other in [one for one, where in places.items() if where is backend and one.makes_room]:
+                        if other is not attempt:
+                            await other.ended.wait()
+            if attempt.makes_room:
+                raise HttpError("RATE_LIMIT", "somebody else needs the place")
             yield backend
         except HttpError as error:
             attempt.error = None if attempt.makes_room else error
@@ -399,6 +413,7 @@ class Dispatcher:
             attempt.again = bool(attempt.request.kind)  # our own API never waits
             completion.requested = now
         attempt.reason = PREEMPTED
+        attempt.admission.left()
         attempt.cut()
 
     def _leave(self, attempt: Attempt) -> None:

@@ -501,12 +501,14 @@ class Answer:
     def __init__(self, reader: Reader, again: Callable[[], Awaitable[Reader]] | None) -> None:
         self.status = 0
         self.reader, self._again = reader, again
+        self._is_cut = False
         self._ahead = b""  # read, but not yet used: part of the head, later the body bytes that came with it
         self._scanned = self._skipped = 0  # scanned bytes of the head; skipped heads
         self.body = BodyDecoder(0, False)  # once it is done, the connection is not reused, whatever bytes follow
 
     def cut(self) -> None:
         """End the answer here: reading returns what has come, and then fails."""
+        self._again, self._is_cut = None, True
         self.reader.cut()
 
     async def read_head(self, kind: str) -> None:
@@ -519,6 +521,8 @@ class Answer:
                 late = self.reader.end == EXPIRED
                 if not (data or self._ahead or self._skipped or late) and self._again:
                     self.reader, self._again = await self._again(), None
+                    if self._is_cut:
+                        self.reader.cut()
                 elif not data:
                     raise BackendFailure(LATE if late else NO_ANSWER)
                 self._ahead += data

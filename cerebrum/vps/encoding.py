@@ -534,7 +534,9 @@ def remove_tuned(published: Path, settings: Settings) -> bool:
         try:
             passport = json.loads(passport_path(target).read_text())
             # Kept without types, so that the model does not count as untuned.
-            write_atomically(passport_path(target), json.dumps(passport | {"types": {}}).encode())
+            write_atomically(
+                passport_path(target), json.dumps(passport | {"types": {}, "format": PASSPORT_FORMAT}).encode()
+            )
         except (FileNotFoundError, ValueError, TypeError):
             passport = {}
         target.unlink(missing_ok=True)

@@ -19,8 +19,8 @@ from email.message import Message
 from pathlib import Path
 from typing import Any
 
-from cerebrum.vps.llama import MB, check_disk, file_digest, file_size
-from cerebrum.vps.memory import header_status
+from cerebrum.vps.llama import MB, ModelError, check_disk, file_digest, file_size
+from cerebrum.vps.memory import accepts
 from cerebrum_common import Model
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
@@ -55,7 +55,10 @@ class Bar:
 
 def is_whole(path: Path) -> bool:
     """Whether llama.cpp finds all parts of a model in a file."""
-    return header_status(path) == 0
+    try:
+        return accepts(path)
+    except ModelError:
+        return False
 
 
 def fetch(model: Model, folder: Path, again: bool = False) -> Path:

@@ -210,8 +210,7 @@ class Llama:
         self.max_draft = int(api.llama_n_rs_seq(self.context)) if self.recurrent else MAX_DRAFT
 
     def close(self) -> None:
-        with self.vocabulary.lock:
-            self.vocabulary.closed = True
+        self.vocabulary.close()
         api.llama_batch_free(self.batch)
         if self.context:
             api.llama_free(self.context)

@@ -11,6 +11,7 @@ import ctypes
 import functools
 import math
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -101,17 +102,28 @@ READ_HEADER = """
 import os, signal, sys
 os.environ["GGML_NO_BACKTRACE"] = "1"
 signal.alarm(60)  # seconds; it takes one or two
+with open("/proc/self/oom_score_adj", "w") as file:
+    file.write("1000")  # dies before the daemon does
 from cerebrum.vps.memory import read_header
 sys.exit(read_header(sys.argv[1]))
 """
 _asking = threading.Lock()
 
 
-def header_status(path: Path) -> int:
-    """The status of a child process that reads the header of a model file: 0 if llama.cpp can use the file, 1 if it
-    refuses the file, negative if it has ended the process."""
+REFUSED = 3  # the status of a child process to which llama.cpp has refused a file
+FATAL = (signal.SIGABRT, signal.SIGSEGV, signal.SIGFPE, signal.SIGBUS, signal.SIGILL)
+
+
+def accepts(path: Path) -> bool:
+    """Whether llama.cpp accepts the header of a model file; a child process asks. ModelError if llama.cpp ends that
+    process, OSError if something else does, such as too little memory."""
     root = Path(__file__).resolve().parents[2]
-    return subprocess.run([sys.executable, "-c", READ_HEADER, path.absolute()], cwd=root).returncode
+    status = subprocess.run([sys.executable, "-c", READ_HEADER, path.absolute()], cwd=root).returncode
+    if -status in FATAL:
+        raise ModelError("llama.cpp ends the process at the header of this file")
+    if status not in (0, REFUSED):
+        raise OSError(f"expected a process that reads the header, got its status {status}")
+    return status == 0
 
 
 def needed(path: Path, forms: Sequence[Settings]) -> list[Parts]:
@@ -119,10 +131,8 @@ def needed(path: Path, forms: Sequence[Settings]) -> list[Parts]:
     with _asking:  # two threads that ask about one file would both wait for llama.cpp
         stamp = file_stamp(path)
         known = forms[0].state_dir / "verified" / f"{path.name}.{stamp}.{llama_cpp.__version__}"
-        if not known.exists():
-            if header_status(path) < 0:
-                raise ModelError("llama.cpp ends the process at the header of this file")
-            with contextlib.suppress(OSError):  # only the daemon makes the folder: --check changes nothing
+        if not known.exists() and accepts(path):
+            with contextlib.suppress(OSError):  # only the daemon makes the folder
                 known.touch()
         return _needed(path, stamp, tuple(forms))
 
@@ -155,11 +165,11 @@ def _needed(path: Path, _stamp: str, forms: tuple[Settings, ...]) -> list[Parts]
 
 
 def read_header(path: str) -> int:
-    """Let llama.cpp make the model, its vocabulary and a context. Returns the status of `header_status`."""
+    """Let llama.cpp make the model, its vocabulary and a context. Returns the status for `accepts`."""
     try:
         model = load_model(Path(path), weights=False)
     except (ModelError, OSError):
-        return 1
+        return REFUSED
     Vocabulary(model).tokenize("def f(x):\n    return 'é'\n", True)
     api.llama_init_from_model(model, context_params(model, Settings(n_ctx=512, sequences=1)))
     return 0

@@ -233,7 +233,8 @@ class Pool:
         except (ModelError, OSError) as error:
             reason = str(error) if isinstance(error, ModelError) else "the file cannot be read"
             refusal = HttpError("MODEL_LOAD_FAILED", f"model {model.id} ({model.file}): {reason}")
-            self._remember(model, refusal)  # since each list of models asks
+            if isinstance(error, ModelError):
+                self._remember(model, refusal)  # since each list of models asks
             raise refusal from None
 
     async def measure(self) -> None:

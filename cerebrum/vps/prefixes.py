@@ -142,6 +142,12 @@ class Sequences:
             if run and run.prefilling and (low or not run.job.low)
         )
 
+    def cut_to_budget(self, slot: Slot) -> None:
+        """Cut a sequence to what the store can hold of it; a recurrent state cannot be cut."""
+        size = self.model.state_size(slot) + 4 * len(slot.tokens)
+        if size > self.store.budget and not self.model.recurrent:
+            self.cut(slot, len(slot.tokens) * self.store.budget // size)
+
     def keep(self, slot: Slot) -> None:
         """Copy the slot's sequence to the store, if it is within the budget. Room is made first: both would take memory
         together."""

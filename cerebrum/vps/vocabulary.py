@@ -1,6 +1,6 @@
 """A model's tokens, and what a request's prompt is in them: plain text, the text around a gap, or a chat.
 
-A `Vocabulary` only reads the model. So other threads may use it too, while they hold its lock.
+A `Vocabulary` only reads the model. So other threads may use it too, while it is `in_use`.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class Vocabulary:
         self.piece: Callable[[int], bytes] = functools.cache(self._piece)
         self.is_end: Callable[[int], bool] = functools.cache(self._is_end)
         # While the model is being unloaded, a thread may still encode the prompt of a client that has left.
-        self.lock, self.closed = threading.Lock(), False
+        self.users, self.closed, self._idle = 0, False, threading.Condition()
         self.kind = api.llama_vocab_type(self.vocab)
         spaces = metadata(model, "tokenizer.ggml.add_space_prefix") != "false"
         self.dummy_space = spaces and self.kind == api.LLAMA_VOCAB_TYPE_SPM
@@ -137,11 +137,23 @@ class Vocabulary:
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[Vocabulary]:
-        """The model is not freed meanwhile. HttpError 503 if it has been."""
-        with self.lock:
+        """The model is not freed meanwhile. Several threads may use it. HttpError 503 if it has been freed."""
+        with self._idle:
             if self.closed:
                 raise HttpError("SHUTTING_DOWN", "the model has just been unloaded")
+            self.users += 1
+        try:
             yield self
+        finally:
+            with self._idle:
+                self.users -= 1
+                self._idle.notify_all()
+
+    def close(self) -> None:
+        """Wait until no thread uses the model; then it may be freed."""
+        with self._idle:
+            self.closed = True
+            self._idle.wait_for(lambda: not self.users)
 
     def _piece(self, token: int) -> bytes:
         """A token's bytes. Control tokens have none."""

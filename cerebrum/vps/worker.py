@@ -66,6 +66,7 @@ from cerebrum_common import HttpError, log, request_id_var
 
 # A step has hung after the longer of STEP_SECONDS (a step takes a few) and SLOWEST times the decode's expected time.
 STEP_SECONDS, SLOWEST = 120.0, 20.0
+DOUBT_TEMPERATURE = 0.5  # up to this one, the probability of a token says how sure the model is of it
 MAX_BACKLOG = 256  # a job pauses when its client has this many deliveries unread
 RESUME_BACKLOG = 64  # the reader of the deliveries calls `Worker.wake` when this few are left
 GIVE_WAY_SECONDS = 0.05  # until a run whose prompt stands still looks again whether another model still works
@@ -168,7 +169,9 @@ class Run:
         written, threshold, mean = self.characters.decode(piece), self.job.request.min_confidence, 1.0
         if piece:  # not only healed
             mean = self.confidence.add(written, self.probability)
-        text, reason = self.ending.feed(written, self.probability)
+        # At higher temperatures, unlikely tokens are chance and no doubt.
+        is_doubt = self.job.request.temperature <= DOUBT_TEMPERATURE
+        text, reason = self.ending.feed(written, self.probability if is_doubt else 1.0)
         self.send(text)
         can_end = self.job.request.mode != "instruct"  # the first line of such an answer may be a fence
         return reason or ("unsure" if can_end and threshold is not None and mean < threshold else None)
@@ -751,6 +754,7 @@ class Worker(threading.Thread):
                 continue
             try:
                 if run := slots[0].run:
+                    decoder.sequences.cut_to_budget(run.slot)
                     decoder.release(run)
                     run.job.progress("queued", 0, 1)
                     self.waiting.append(run.job)

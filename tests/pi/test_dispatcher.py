@@ -217,6 +217,10 @@ GUEST = {"kind": "infill", "guest": 3}
         ({"running": ["a - tom", "a - tim", "b -", "b -"], "visits": {"tim": 9}}, "end a - tim"),
         ({"running": ["a - tom", "a - tim", "b -", "b -"], "visits": {"tom": 20, "tim": 11}}, "end a - tom"),
         ({"kind": "infill", "running": ["a - tom", "a -", "b -", "b -"]}, "end a - tom"),
+        ({"running": ["a - tom", "a -", "b - tim", "b -"], "visits": {"tom": 2, "tim": 50}}, "end b - tim"),
+        ({"health": {"a": HALF_OPEN, "b": OPEN}, "running": ["a - tom"]}, "end a - tom"),
+        ({"health": {"a": HALF_OPEN, "b": OPEN}, "running": ["a -"]}, "VPS_UNAVAILABLE"),
+        (GUEST | {"health": {"a": HALF_OPEN, "b": OPEN}, "running": ["a - tom"]}, "wait 3.0"),
         ({"running": ["a -", "a -", "b - tom", "b -"], "backends": APART}, "end b - tom"),
         ({"running": ["a -", "a -", "b - tom", "b -"], "backends": APART, "model": "big"}, "RATE_LIMIT"),
         ({"running": ["a - tom", "a -", "b -", "b -"], "health": {"a": OPEN}}, "RATE_LIMIT"),
@@ -237,8 +241,8 @@ def test_decide(case: dict[str, Any], expected: str) -> None:
 
 def test_a_guests_seconds() -> None:
     state = State(Fleet(), visits=[("tom", 930.0, 935.0), ("tom", 935.0, 945.0), ("tim", 941.0, 946.0)])
-    for client, begun in (("tom", 990.0), ("tom", 999.0), ("tim", 900.0)):
-        request = CompletionRequest("chat", {}, client=client, guest=2)
+    for client, begun in (("tom", 990.0), ("tom", 999.0), ("tim", 900.0), ("anna", 0.0)):
+        request = CompletionRequest("chat", {}, client=client, guest=2, ahead=client == "anna")
         attempt = Attempt(Completion(request), "a", "big", Breaker().admit(NOW), begun=begun)
         state.places[attempt] = cast(Any, None)
     assert [state.guest_seconds(client, NOW) for client in ("tom", "tim", "anna")] == [5 + 10 + 1, 5 + 60, 0]

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 import pytest
 from harness import (
     KEY,
+    PATIENCE,
     Reply,
     certificate,
     connect,
@@ -46,6 +48,7 @@ from cerebrum.pi.completion import Attempt, Completion
 from cerebrum.pi.dialects import CompletionRequest
 from cerebrum.pi.upstream import Upstream
 from cerebrum.settings import Client, ConfigError, Environment
+from cerebrum_common import HttpError
 
 ANNA, BEN, TOM, TIM = "annas-key", "bens-key", "toms-key", "tims-key"
 HOUSE = {ANNA: Client("anna"), BEN: Client("ben"), TOM: Client("tom", 1)}
@@ -227,6 +230,12 @@ async def test_a_revoked_key_stops_working_whatever_else_is_wrong(tmp_path: Path
         write(last, "", "")
         assert await asyncio.to_thread(reload, pi.process, tmp_path) == (0, "")
         assert await statuses(last) == [200, 401, 200, 401, 200]
+        env.write_text(f"oops\nCEREBRUM_CM4_KEYS_FILE={file}\n")  # the common key's line has gone
+        assert (await asyncio.to_thread(reload, pi.process, tmp_path))[0] == 1
+        assert await statuses(last) == [200, 401, 200, 401, 401]
+        env.write_text("CEREBRUM_CM4_KEYS_FILE=~nobody/keys\nCEREBRUM_CM4_API_KEY=common\n")  # of no user
+        assert (await asyncio.to_thread(reload, pi.process, tmp_path))[0] == 1
+        assert (await Asking(port=pi.port).get("/v1/stats", X_API_Key="common")).status == 200
 
 
 async def test_places_go_round_by_person() -> None:
@@ -349,6 +358,18 @@ async def test_a_guest_without_its_share_starts_again_before_other_guests() -> N
         assert (await begin(pi, TOM, "/v1/complete", "x =")).json["finish_reason"] == "stop"
 
 
+async def test_a_guest_that_makes_room_before_it_holds_its_place_sends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatcher, "ENDING_SECONDS", 1000)  # it waits for others, not for itself
+    fields = {"language": "python", "mode": "chat", "model": None, "filename": ""}
+    async with Backend() as vps, pi_for(vps.port, clients=GUESTS) as pi:
+        owner = pi.gateway.dispatcher
+        attempt = await owner.enter(Completion(CompletionRequest("chat", fields, client="tom", guest=1)))
+        owner._preempt(attempt)
+        with pytest.raises(HttpError):
+            async with asyncio.timeout(PATIENCE), owner.hold(attempt):
+                raise AssertionError("it got the place")
+
+
 async def test_our_own_api_does_not_start_again() -> None:
     async with Backend([[HEAD, HANG], GOOD]) as vps, pi_for(vps.port, clients=GUESTS, max_concurrent=1) as pi:
         tom = begin(pi, TOM, "/v1/complete", "x =")
@@ -413,13 +434,23 @@ async def test_a_shared_or_typed_answer_counts_for_each_who_asked() -> None:
         assert [people[name].tokens for name in before] == [2 + 3, 2 + 3, 4]
 
 
+def test_guests_share_what_all_may_fill() -> None:
+    """However many they are: the largest body of the family has room."""
+    bodies, guests = Counter[str](), [f"guest{number}" for number in range(32)]
+    for guest in guests:
+        while cerebrum_http.has_room(bodies, guest, guests, 4096):
+            bodies[guest] += 4096
+    assert all(bodies.values())
+    assert cerebrum_http.has_room(bodies, "anna", guests, cerebrum_http.MAX_BODY_BYTES)
+
+
 async def test_bodies_and_tokens_of_a_guest_leave_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cerebrum_http, "MAX_BODIES_BYTES", 100_000)
     gate = asyncio.Event()
     counted = [gate.wait, answer(200, {"tokens": [1]})]
     async with Backend([counted]) as vps, pi_for(vps.port, clients=GUESTS) as pi:
         guests = [begin(pi, TOM, TOKENIZE, "x" * 4900) for _ in range(9)]
-        await until(lambda: sum(one.done() for one in guests) == 5)  # a quarter of what is free: 20,000
+        await until(lambda: sum(one.done() for one in guests) == 5)  # a fifth is his
         assert {reply.json["error"]["code"] for reply in [await one for one in guests if one.done()]} == {"OVERLOADED"}
         guests.append(begin(pi, TIM, TOKENIZE, "y"))
         await until(lambda: len(pi.server.bodies) == 2)

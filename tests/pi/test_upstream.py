@@ -25,7 +25,8 @@ from scripted import CHUNKED, DONE, GOOD, HANG, RESET, Backend, Flood, backend_a
 from cerebrum.pi import breaker, upstream
 from cerebrum.pi import fleet as pi_fleet
 from cerebrum.pi.backend import read_models
-from cerebrum.pi.upstream import MAX_EVENT_BYTES, MAX_MESSAGE_CHARACTERS, BackendFailure, Events
+from cerebrum.pi.upstream import ENDED, EXPIRED, MAX_EVENT_BYTES, MAX_MESSAGE_CHARACTERS, Answer, BackendFailure, Events
+from cerebrum.pi.upstream import Reader as BackendReader
 
 TOKEN_A, TOKEN_B = {"token": "a", "total_tokens": 1}, {"token": "b", "total_tokens": 2}
 BOTH = event(**TOKEN_A) + event(**TOKEN_B)
@@ -482,3 +483,23 @@ def test_json_of_a_list_of_models_that_lies():
     known = {"a": {}, "b": {"n_ctx": 8}, "d": {}, "e": {"loaded": True, "encoding": "Q8_0", "memory_mb": 980.5}}
     assert read_models({"models": entries}) == known
     assert read_models({"models": "no"}) == {}
+
+
+@pytest.mark.parametrize("late", [False, True])
+async def test_an_answer_that_is_cut_is_not_asked_for_again(late: bool) -> None:
+    """Nor is one whose spare connection had ended, and whose request goes out again at this moment."""
+    first, second = BackendReader(), BackendReader()
+    first.transport = second.transport = Mock()
+    first.end = ENDED
+
+    async def again() -> BackendReader:
+        assert late
+        answer.cut()
+        return second
+
+    answer = Answer(first, again)
+    if not late:
+        answer.cut()
+    with pytest.raises(BackendFailure):
+        await answer.read_head("text/event-stream")
+    assert second.end == (EXPIRED if late else "")
