@@ -130,6 +130,16 @@ def test_each_line_has_the_mean_of_its_own_tokens() -> None:
         assert (judged, result) == judge(client, written, begin, tokens), (number, client, written)
 
 
+@pytest.mark.parametrize(("temperature", "reason"), [(0.5, "block"), (0.6, None)])
+def test_an_unlikely_token_is_no_doubt_at_a_high_temperature(temperature: float, reason: str | None) -> None:
+    asked = CompletionRequest("x = ", suffix="\ny = 2\n", mode="infill", language="python", temperature=temperature)
+    job = Job(asked, lambda _: None)
+    job.prepare(ScriptedLlama())  # type: ignore[arg-type]
+    run = Run(job, Slot(0), [])
+    run.probability = 0.1
+    assert [run.feed(piece) for piece in (b"1", b"\n", b"z = 5")] == [None, None, reason]
+
+
 @pytest.mark.parametrize(("first", "text", "judged"), [(0.9, "a + 1", [(0.9, 5)]), (0.3, "a + 1", [(0.3, 5)])])
 def test_a_completion_that_ends_unsure_has_no_more_text_than_one_that_goes_on(
     first: float, text: str, judged: list[Any]

@@ -949,6 +949,22 @@ def test_a_prompt_that_gave_way_is_dropped_with_its_client_and_what_was_read_is_
 
 
 @pytest.mark.parametrize("worker", [1], indirect=True)
+def test_of_a_prompt_that_gives_way_as_much_is_kept_as_the_cache_holds(worker: Worker) -> None:
+    """At half a megabyte a token, the whole would not fit, and all of it would be read again."""
+    decoder: Any = worker.decoder
+    decoder.model.state_size = lambda slot: 96 * len(slot.tokens)
+    decoder.sequences.store.budget = 100 * 40
+
+    def arrive() -> None:
+        worker.give_way(ask(worker, "x" * 17, max_tokens=1).job)
+
+    log = script(worker, {"l2": arrive})
+    assert ask(worker, "l" * 150, max_tokens=1, priority="low").outcome()[0] == "m"
+    assert log[:3] == ["l53", "l53", "x17"]
+    assert sum(int(step[1:]) for step in log if step[0] == "l") == 2 * 53 + 150 - 40
+
+
+@pytest.mark.parametrize("worker", [1], indirect=True)
 @pytest.mark.parametrize("lost", [False, True])
 def test_a_completion_of_low_priority_that_has_begun_keeps_its_sequence(worker: Worker, lost: bool) -> None:
     """Even while it is read again because its recurrent state was lost."""

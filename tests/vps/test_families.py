@@ -9,24 +9,26 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import families
 import llama_cpp
 import pytest
-from harness import ROOT
+from harness import PATIENCE, ROOT, wait_until
 from test_engine import ask, running
 
 from cerebrum.vps import memory
 from cerebrum.vps.fetch import is_whole
 from cerebrum.vps.gguf import Source
 from cerebrum.vps.llama import ABORTED, MB, Llama, ModelError, Settings, Slot, llama_log, start_library
-from cerebrum.vps.memory import needed
+from cerebrum.vps.memory import accepts, needed
 from cerebrum.vps.prefixes import Parked, Sequences
-from cerebrum.vps.vocabulary import CompletionRequest, api, cut_runs
+from cerebrum.vps.vocabulary import CompletionRequest, Vocabulary, api, cut_runs
 from cerebrum.vps.worker import Loader, Worker
 from cerebrum_common import HttpError
 
@@ -373,3 +375,32 @@ def test_a_header_is_read_in_another_process_first(models: Path, tmp_path: Path,
     assert needed(whole, forms) == parts
     with pytest.raises(TypeError):
         needed(odd, forms)
+
+
+STATUSES = {0: True, 3: False, -6: ModelError, -11: ModelError, 1: OSError, -9: OSError, -14: OSError}
+
+
+@pytest.mark.parametrize("status", STATUSES)
+def test_only_llama_cpp_can_refuse_a_header(status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that was killed, or a fault of ours, says nothing about the file."""
+    monkeypatch.setattr(memory.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=status))
+    expected = STATUSES[status]
+    if isinstance(expected, bool):
+        assert accepts(tmp_path) is expected
+    else:
+        with pytest.raises(expected):
+            accepts(tmp_path)
+
+
+def test_a_vocabulary_serves_several_threads_and_is_freed_after_the_last() -> None:
+    words: Any = Vocabulary.__new__(Vocabulary)
+    words.users, words.closed, words._idle = 0, False, threading.Condition()
+    closing = threading.Thread(target=words.close)
+    with words.in_use(), words.in_use():
+        closing.start()
+        wait_until(lambda: words.closed)
+        assert closing.is_alive()
+    closing.join(PATIENCE)
+    assert not closing.is_alive()
+    with pytest.raises(HttpError), words.in_use():
+        raise AssertionError("it is freed")

@@ -798,7 +798,7 @@ def test_too_little_memory_to_start_work(tmp_path: Path, models: Path) -> None:
 
 @pytest.mark.skipif(not FILES[SMALL].exists(), reason=f"{FILES[SMALL]} is missing: python3 vpsd.py fetch")
 def test_a_model_that_does_not_fit(tmp_path: Path) -> None:
-    spare = 500  # MB, less than the weights and the saved prompts together
+    spare = 150  # MB; the model needs 500 more than other tests free meanwhile
     reserve = psutil.virtual_memory().available // vps_llama.MB - spare
     with start(tmp_path, MODELS, CEREBRUM_MIN_FREE_MB=str(reserve), CEREBRUM_N_CTX="16384") as vps:
         status, code, message = vps.refusal("x")
