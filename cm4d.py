@@ -689,14 +689,6 @@ async def metrics(gateway: Gateway, request: Request) -> Response:
     return Response(server + write_metrics(METRICS, subjects(gateway)), kind=CONTENT_TYPE)
 
 
-async def openapi(gateway: Gateway, request: Request) -> Response:
-    """GET /openapi.json: this document, which describes the API in OpenAPI 3.1."""
-    from cerebrum.pi.openapi import write_openapi  # compiled and loaded only on request
-
-    config = gateway.config
-    return Response(compact(write_openapi(ROUTES, FIELDS_WITHOUT_PROMPT, config.models, config.access.needs_key)))
-
-
 # ---------------------------------------------------------------------------------------------- routes
 
 ROUTES = (
@@ -717,7 +709,6 @@ ROUTES = (
     ),
     *(Route("GET", f"{path}/{{id}}", model, foreign_error=dialects.write_error) for path in ("/v1/models", "/models")),
     Route("GET", "/models", models),
-    Route("GET", "/openapi.json", openapi),
     Route("GET", "/props", props, foreign_error=dialects.write_error),
     Route("POST", "/tokenize", tokenize, json=True, foreign_error=dialects.write_error),
 )

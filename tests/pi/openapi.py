@@ -1,26 +1,26 @@
-"""The Pi's API as an OpenAPI 3.1 document, made from the tables that check requests.
-
-    >>> schema_of(Field(int, 1, 2048, 512))
-    {'type': 'integer', 'minimum': 1, 'maximum': 2048, 'default': 512}
+"""The Pi's API as an OpenAPI 3.1 document, made from the tables that check requests: what the tests of requests and
+responses validate against, and what schemathesis makes its requests from.
 
 A request's schema comes from the `Field` tables, and allows some requests that the Pi refuses, such as one with a
 `suffix` and an `instruction`. A response's schema comes from an example, with the members that a client may rely on.
 OpenAPI 3.1 does not define the schema of a stream; here it describes one event, like the `itemSchema` of 3.2.
-Pure: no socket, no clock, no state. Standard library only.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
+
+from harness import SHIPPED
 
 import cerebrum_common as common
 from cerebrum.fields import Field
 from cerebrum.pi import dialects
 from cerebrum.pi.counting import ACCEPTED
-from cerebrum_common import HttpError, Model, Route
+from cerebrum_common import HttpError, Route
+from cm4d import FIELDS_WITHOUT_PROMPT, ROUTES
 
 Schema = dict[str, Any]
 TYPES: dict[type, str] = {str: "string", int: "integer", float: "number", bool: "boolean"}
@@ -62,8 +62,8 @@ def like(example: Any) -> Schema:
 
 # Members of the dialects' requests that no `Field` checks.
 TEXTS: Schema = {"type": ["string", "array", "null"], "items": STRING}
-PROMPT = {"prompt": TEXTS | {"minItems": 1, "maxItems": 1}, "stop": TEXTS}
-LLAMA = PROMPT | {"response_fields": {"type": ["array", "null"], "items": STRING}}
+PROMPT = {"prompt": TEXTS | {"maxItems": 1}, "stop": TEXTS}
+LLAMA = PROMPT | {"response_fields": TEXTS}
 EXTRA = {"type": ["array", "null"], "items": object_of(dialects.EXTRA, True), "maxItems": dialects.MAX_EXTRAS}
 USAGE = object_of(dialects.STREAM_OPTIONS, True) | {"type": ["object", "null"]}
 SAID = object_of(dialects.MESSAGE, content=TEXTS | {"items": object_of(dialects.PART, True)})
@@ -99,7 +99,6 @@ ANSWERS: dict[str, Any] = {  # by the last part of a path
     "{id}": MODEL,
     "stats": STATS,
     "activity": {**STATS, "timestamp": "", "step_s": 30, "requests": [1], "failed": [0], "tokens": [64]},
-    "openapi.json": {"openapi": "3.1.0", "paths": {}},
     "props": dialects.write_props("qwen_7b", 4096, 2),
     "tokenize": {"tokens": [1]},
     "accepted": {"accepted": 1, "accepted_characters": 12},
@@ -120,18 +119,17 @@ def content_of(route: Route) -> dict[str, Any]:
     return whole if last in ANSWERS else stream if last == "stream" else stream | whole
 
 
-def write_openapi(
-    routes: Sequence[Route], fields: Mapping[str, Field], models: Sequence[Model], keyed: bool
-) -> dict[str, Any]:
-    """The document. `keyed`: clients need a key."""
-    named = {"enum": [model.id for model in models]}
-    native = object_of(fields, language=STRING | {"examples": common.served_languages(models)}, model=named)
+def write_openapi() -> dict[str, Any]:
+    """The document of a Pi that needs a key and has the models of models.toml."""
+    named = {"enum": [model.id for model in SHIPPED]}
+    languages = STRING | {"examples": common.served_languages(SHIPPED)}
+    native = object_of(FIELDS_WITHOUT_PROMPT, language=languages, model=named)
     requests = {path: schema for dialect, schema in REQUESTS.items() for path in dialect.paths}
     requests |= {"/v1/accepted": object_of(ACCEPTED, True), "/tokenize": object_of(dialects.TOKENIZE, True)}
     ours, foreign = (like(write(HttpError("NOT_FOUND", ""))) for write in (common.error_body, dialects.write_error))
     errors = "One of " + ", ".join(f"{status} {code}" for code, status in common.STATUSES.items())
     paths: dict[str, dict[str, Any]] = {}
-    for route in routes:
+    for route in ROUTES:
         error = {"anyOf": [foreign, ours]} if route.foreign_error else ours  # ours also before the route is known
         failed = {"description": errors, "content": {"application/json": {"schema": error}}}
         operation: dict[str, Any] = {
@@ -149,7 +147,7 @@ def write_openapi(
     return {
         "openapi": "3.1.0",
         "info": {"title": "Cerebrum", "version": common.VERSION},
-        "security": [{name: []} for name in KEYS] if keyed else [],
+        "security": [{name: []} for name in KEYS],
         "paths": paths,
         "components": {"securitySchemes": KEYS},
     }
