@@ -54,9 +54,9 @@ class Attempt:
     error: HttpError | None = None
     begun: float = field(default_factory=time.monotonic)
     left: float = 0.0  # when it gave its place back
+    ended: asyncio.Event = field(default_factory=asyncio.Event)  # set at that time
     cut: Callable[[], object] = lambda: None  # closes its connection to the backend, once there is one
     again: bool = False  # preempted too early: unless it has text, the completion starts again
-    ended: asyncio.Event = field(default_factory=asyncio.Event)  # set at that time
 
     @property
     def request(self) -> CompletionRequest:

@@ -91,6 +91,7 @@ def decide(state: State, completion: Completion, now: float) -> Decision:
     """What happens now to a completion that has no place."""
     request, deadline = completion.request, completion.deadline
     may_wait, resume = now < deadline, busy_until(completion)
+    may_preempt = not (request.guest or request.ahead)
     until = resume if now < resume <= deadline else deadline
     # 1. Which models may answer, best first, and which backends have each of them?
     options = state.fleet.who_may(request.fields, any_language=bool(request.kind))
@@ -108,7 +109,7 @@ def decide(state: State, completion: Completion, now: float) -> Decision:
     usable = [backend for backend in able if backend.breaker.admits]
     usable = [backend for backend in usable if not backend.breaker.trouble] or usable
     if not usable:
-        if not (request.guest or request.ahead) and (guest := who_tries(state, able)):
+        if may_preempt and (guest := who_tries(state, able)):
             return Preempt(guest)
         if may_wait and (until == resume or any(backend.breaker.trial for backend in able)):
             return Wait(until)
@@ -119,7 +120,7 @@ def decide(state: State, completion: Completion, now: float) -> Decision:
     if chosen and (not request.ahead or is_idle(state, chosen.backend)):
         return chosen
     # 6. Guests make room for everybody else.
-    if not (request.guest or request.ahead) and (guest := who_makes_room(state, completion, options, usable, now)):
+    if may_preempt and (guest := who_makes_room(state, completion, options, usable, now)):
         return Preempt(guest)
     # 7. A dialect's request waits; one of our own API gets 429 at once, as docs/api.md promises.
     return Wait(until) if may_wait else completion.failure or all_taken(state, request.guest)
@@ -143,19 +144,20 @@ def who_makes_room(
 ) -> Attempt | None:
     """The guest's attempt to end for this completion, None if it would get no place without guests either: one of the
     guest who has held places for longest in the last minute, rather no infill, and the newest, which loses least."""
-    others = {attempt: backend for attempt, backend in state.places.items() if not attempt.request.guest}
-    if not place_for(replace(state, places=others), completion, options, usable, now):
+
+    def finds_place_without(ended: Sequence[Attempt]) -> bool:
+        places = {attempt: backend for attempt, backend in state.places.items() if attempt not in ended}
+        return place_for(replace(state, places=places), completion, options, usable, now) is not None
+
+    if not finds_place_without([one for one in state.places if one.request.guest]):
         return None
     guests = [one for one in state.running(usable) if one.request.guest and not one.last]
-
-    def is_enough(one: Attempt) -> bool:
-        left = {attempt: backend for attempt, backend in state.places.items() if attempt is not one}
-        return place_for(replace(state, places=left), completion, options, usable, now) is not None
+    enough = [one for one in guests if finds_place_without([one])]
 
     def order(one: Attempt) -> tuple[float, bool, float]:
         return state.guest_seconds(one.completion.client, now), one.request.kind != "infill", one.begun
 
-    return max(list(filter(is_enough, guests)) or guests, key=order, default=None)
+    return max(enough or guests, key=order, default=None)
 
 
 def who_tries(state: State, able: Sequence[Backend]) -> Attempt | None:
@@ -234,7 +236,8 @@ def is_left(state: State, completion: Completion, usable: Sequence[Backend], now
 
 def whose_turn(state: State, running: Mapping[str, int], completion: Completion) -> tuple[bool, int, float, bool]:
     """The lower, the sooner a completion that waits gets a place: guests come last; then people take turns, those with
-    the fewest places first, then those whose last turn is the longest ago; of one person's, infills come first."""
+    the fewest places first, then those who have had no turn or whose last one is the longest ago; of one person's,
+    infills come first."""
     request, client = completion.request, completion.client
     return request.guest > 0, running[client], state.turns.get(client, 0.0), request.kind != "infill"
 
@@ -409,7 +412,7 @@ class Dispatcher:
         """End a guest's attempt. One that ends within its guest's share of the minute comes first among guests."""
         state, completion, now = self.state, attempt.completion, time.monotonic()
         if state.guest_seconds(completion.client, now) < SHARE_SECONDS:
-            state.turns[completion.client] = -math.inf
+            state.turns[completion.client] = -math.inf  # before guests who have had no turn
             attempt.again = bool(attempt.request.kind)  # our own API never waits
             completion.requested = now
         attempt.reason = PREEMPTED

@@ -23,8 +23,9 @@ AHEAD_CHARS = 330  # written while the suffix is awaited, white space not counte
 REST_AHEAD_CHARS = 80  # the same, if the suffix begins with the rest of the cursor's line ...
 WRITTEN_AHEAD_CHARS = 12  # ... after the model has written that rest ...
 REST_CHARS = 3  # ... which has at least so many: shorter ones, as );, end many lines
-# What the model may doubt of the text that it writes meanwhile, in bits, if its probabilities are known: text behind a
-# missed end is often unsure. By tests/bench/waste.py; above whole lines, more belongs to the gap more often.
+# The surprise in bits that the text written meanwhile may cost, if the tokens' probabilities are known: behind a missed
+# end the model is often unsure. A gap above whole lines goes on more often, so it gets more. Chosen by
+# tests/bench/waste.py.
 DOUBT_IN_LINE, DOUBT_AT_LINE_END, DOUBT_OF_LINES = 4.0, 3.0, 6.0
 # Limits to what is searched; longer searches end no gap elsewhere.
 CLOSERS_CHARS = 4000  # of the suffix, for closing brackets; without the search, 0.8 % more are sent late

@@ -64,8 +64,8 @@ def is_whole(path: Path) -> bool:
 def fetch(model: Model, folder: Path, again: bool = False) -> Path:
     """Download a model from the first of its sources that works, and return the file's path. An interrupted download is
     resumed, unless `again` asks for all bytes. The file is put in place only if it is whole and its size and sha256 are
-    right. If the disk becomes full, what was downloaded is removed. FetchError says what went wrong with each source.
-    """
+    right. If the disk becomes full, what this call has downloaded is removed. FetchError says what went wrong with each
+    source."""
     target = folder / model.file
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f".{model.file}.lock").open("w") as lock:

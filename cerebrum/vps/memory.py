@@ -22,16 +22,7 @@ from pathlib import Path
 import llama_cpp
 import psutil
 
-from cerebrum.vps.llama import (
-    MAX_DRAFT,
-    MB,
-    ModelError,
-    Settings,
-    context_params,
-    file_stamp,
-    llama_log,
-    load_model,
-)
+from cerebrum.vps.llama import MAX_DRAFT, MB, ModelError, Settings, context_params, file_stamp, llama_log, load_model
 from cerebrum.vps.vocabulary import Vocabulary, api
 from cerebrum_common import HttpError
 
@@ -108,7 +99,6 @@ from cerebrum.vps.memory import read_header
 sys.exit(read_header(sys.argv[1]))
 """
 _asking = threading.Lock()
-
 
 REFUSED = 3  # the status of a child process to which llama.cpp has refused a file
 FATAL = (signal.SIGABRT, signal.SIGSEGV, signal.SIGFPE, signal.SIGBUS, signal.SIGILL)
