@@ -42,7 +42,13 @@ class HttpError(Exception):
     more response headers."""
 
     def __init__(
-        self, code: str, message: str, *, close: bool = False, extra: Mapping[str, Any] = {}, headers: Headers = ()
+        self,
+        code: str,
+        message: str,
+        *,
+        close: bool = False,
+        extra: Mapping[str, Any] = {},
+        headers: Headers = (),
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.code = STATUSES[code], message, code
@@ -52,17 +58,29 @@ class HttpError(Exception):
 def internal_error(exception: Exception) -> HttpError:
     """A fault of ours. The traceback goes to the log; the client learns the request id and nothing else."""
     log.error("internal error", exc_info=exception)
-    return HttpError("INTERNAL_ERROR", "internal error; the log has the details under this request's id")
+    return HttpError(
+        "INTERNAL_ERROR", "internal error; the log has the details under this request's id"
+    )
 
 
 def timestamp(ago: float = 0.0) -> str:
     """The UTC time `ago` seconds before now, as `2025-12-25T12:00:00.000000`."""
-    return (datetime.now(UTC) - timedelta(seconds=ago)).replace(tzinfo=None).isoformat(timespec="microseconds")
+    return (
+        (datetime.now(UTC) - timedelta(seconds=ago))
+        .replace(tzinfo=None)
+        .isoformat(timespec="microseconds")
+    )
 
 
 def error_body(error: HttpError) -> dict[str, Any]:
     """`{"error": true, "message", "code", "timestamp"}` and the error's `extra`."""
-    return {"error": True, "message": error.message, "code": error.code, "timestamp": timestamp(), **error.extra}
+    return {
+        "error": True,
+        "message": error.message,
+        "code": error.code,
+        "timestamp": timestamp(),
+        **error.extra,
+    }
 
 
 # -------------------------------------------------------------------------------- requests and responses
@@ -97,7 +115,10 @@ class Head:
     @property
     def is_preflight(self) -> bool:
         """Whether this is a browser's CORS preflight, which never carries the key."""
-        return self.method == "OPTIONS" and {"origin", "access-control-request-method"} <= self.headers.keys()
+        return (
+            self.method == "OPTIONS"
+            and {"origin", "access-control-request-method"} <= self.headers.keys()
+        )
 
 
 @dataclass(slots=True)
@@ -135,7 +156,9 @@ def compact(data: Any) -> bytes:
     return json.dumps(data, separators=(",", ":")).encode("ascii")
 
 
-SSE_COMMENT = b": keep-alive\n\n"  # not ": ping", which ends the stream in the editor plugin Continue
+SSE_COMMENT = (
+    b": keep-alive\n\n"  # not ": ping", which ends the stream in the editor plugin Continue
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +209,11 @@ def match(methods: Mapping[str, Route], method: str) -> Route:
     route = methods.get("GET" if method == "HEAD" else method)
     if not route:
         allow = allowed(methods)
-        raise HttpError("METHOD_NOT_ALLOWED", f"expected one of {allow}, got {method}", headers=(("Allow", allow),))
+        raise HttpError(
+            "METHOD_NOT_ALLOWED",
+            f"expected one of {allow}, got {method}",
+            headers=(("Allow", allow),),
+        )
     return route
 
 
@@ -198,7 +225,13 @@ def allowed(methods: Iterable[str]) -> str:
 # ------------------------------------------------------------------------------------------------ models
 
 FIM_LAYOUTS = ("psm", "spm", "spmv2")  # see `arrange_gap`
-SUGGEST = ("always", "often", "normal", "seldom", "never")  # how readily an editor shows what was not asked for
+SUGGEST = (
+    "always",
+    "often",
+    "normal",
+    "seldom",
+    "never",
+)  # how readily an editor shows what was not asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,5 +267,7 @@ def served_languages(models: Iterable[Model]) -> list[str]:
 def threshold_of(models: Iterable[Model], id: str, wanted: float | str | None) -> float | None:
     """The confidence below which a line of this model is not shown, by a number or a word of SUGGEST; None: all are."""
     if isinstance(wanted, str):
-        wanted = next((model.min_confidence.get(wanted) for model in models if model.id == id), None)
+        wanted = next(
+            (model.min_confidence.get(wanted) for model in models if model.id == id), None
+        )
     return wanted or None

@@ -55,7 +55,9 @@ class Settings:
     tokens: int = 128  # a completion has at most so many
     read_ms: int = 500  # limits what is read for an automatic request; 0: no limit
     off: tuple[str, ...] = ()  # ids of languages that get no completions
-    suggest: str = "normal"  # how readily a completion is shown that nobody asked for: one of SUGGEST
+    suggest: str = (
+        "normal"  # how readily a completion is shown that nobody asked for: one of SUGGEST
+    )
     completion: bool = False  # serve textDocument/completion, for clients without inline completion
     has_gone: bool = False  # not for users: one of GONE was set somewhere
 
@@ -65,12 +67,16 @@ KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or f
 MAX_TOKENS = 2048
 SUGGEST = ("always", "often", "normal", "seldom", "never")
 GONE = {"suggest_in_comments", "suggest_in_strings"}  # users may still have them
-GONE_WARNING = "the settings suggest_in_comments and suggest_in_strings are ignored: suggest takes their place"
+GONE_WARNING = (
+    "the settings suggest_in_comments and suggest_in_strings are ignored: suggest takes their place"
+)
 
 
 def read_settings(given: Any, settings: Settings) -> Settings:
     """Apply a JSON object of settings. Unknown names are ignored, since clients send others' settings too."""
-    if isinstance(given, dict):  # clients that share one object among servers have a section for each
+    if isinstance(
+        given, dict
+    ):  # clients that share one object among servers have a section for each
         given = given.get("cerebrum", given)
     if given is None:
         return settings
@@ -81,7 +87,11 @@ def read_settings(given: Any, settings: Settings) -> Settings:
         if (value := given.get(one.name)) is None:
             continue
         kind = type(one.default)
-        if kind is tuple and isinstance(value, list) and all(isinstance(item, str) for item in value):
+        if (
+            kind is tuple
+            and isinstance(value, list)
+            and all(isinstance(item, str) for item in value)
+        ):
             value = tuple(value)
         if type(value) is not kind:
             raise BadSettings(f"expected {KINDS[kind]} for {one.name}, got {kind_of(value)}")
@@ -91,7 +101,11 @@ def read_settings(given: Any, settings: Settings) -> Settings:
     settings = replace(settings, **changed)
     try:
         address = urllib.parse.urlsplit(url := settings.url or LOCAL)
-        if not re.fullmatch("(?i)https?://[!-~]+", url) or not address.hostname or address.port == 0:
+        if (
+            not re.fullmatch("(?i)https?://[!-~]+", url)
+            or not address.hostname
+            or address.port == 0
+        ):
             raise ValueError
     except ValueError:  # also of a port that is no number
         raise BadSettings("expected a url such as http://pi.local:7000") from None
@@ -120,11 +134,16 @@ def read_file(folder: Path) -> Any:
             return tomllib.loads(toml.read_text("utf-8"))
     except ImportError:
         if toml.exists() and not plain.exists():
-            raise BadSettings("expected lsp.json, as this Python cannot read lsp.toml; 3.11 can") from None
+            raise BadSettings(
+                "expected lsp.json, as this Python cannot read lsp.toml; 3.11 can"
+            ) from None
     return json.loads(plain.read_text("utf-8")) if plain.exists() else None
 
 
-VARIABLES = {"url": "CEREBRUM_URL", "key": "CEREBRUM_CM4_API_KEY"}  # the others are CEREBRUM_LSP_TOKENS and so on
+VARIABLES = {
+    "url": "CEREBRUM_URL",
+    "key": "CEREBRUM_CM4_API_KEY",
+}  # the others are CEREBRUM_LSP_TOKENS and so on
 
 
 def read_variables(environment: Mapping[str, str]) -> dict[str, Any]:
@@ -141,7 +160,9 @@ def read_variables(environment: Mapping[str, str]) -> dict[str, Any]:
 
 def first_settings(environment: Mapping[str, str]) -> tuple[Settings, list[str]]:
     """The settings of the file, and above them those of the environment; and the faults of either."""
-    folder = Path(environment.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")) / "cerebrum"
+    folder = (
+        Path(environment.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")) / "cerebrum"
+    )
     settings, faults = Settings(), []
     sources: dict[str, Callable[[], Any]] = {
         f"the settings in {folder}": lambda: read_file(folder),
@@ -223,7 +244,9 @@ class Document:
     def gap(self, start: tuple[int, int], end: tuple[int, int], inserted: str = "") -> Gap:
         """The gap behind `inserted`, which stands for the text between two positions. It has the model's line ends."""
         before, after = self.between((0, 0), start), self.between(end, (len(self.lines), 0))
-        texts = (text.replace("\r\n", "\n").replace("\r", "\n") for text in (before + inserted, after))
+        texts = (
+            text.replace("\r\n", "\n").replace("\r", "\n") for text in (before + inserted, after)
+        )
         return Gap(self.uri, *texts)
 
     def line_end(self, near: str = "") -> str:
@@ -235,7 +258,10 @@ class Document:
         """Replace the text between two positions. The line before is read again, since \\r and \\n may meet."""
         first, column = self.locate(*start)
         last, after = max(self.locate(*end), (first, column))
-        head = "".join(self.lines[max(0, first - 1) : first]) + "".join(self.lines[first : first + 1])[:column]
+        head = (
+            "".join(self.lines[max(0, first - 1) : first])
+            + "".join(self.lines[first : first + 1])[:column]
+        )
         tail = "".join(self.lines[last : last + 1])[after:]
         self.lines[max(0, first - 1) : last + 1] = LINE.findall(head + text + tail)
 
@@ -264,14 +290,18 @@ class Suggestions:
                 text, typed = found.text, gap.before[length:]
                 fits = uri == gap.uri and text.startswith(typed) and (text != typed or not typed)
                 if fits and (after, before) == (hash(gap.after), hash(gap.before[:length])):
-                    confidence = found.confidence if "\n" not in typed else None  # of its first line
+                    confidence = (
+                        found.confidence if "\n" not in typed else None
+                    )  # of its first line
                     return found._replace(text=text[len(typed) :], confidence=confidence)
         return None
 
     def pause(self) -> float:
         """Seconds of silence before an automatic request: the slower the Pi, the more it pays to wait for text."""
         with self.lock:
-            return min(max(MIN_PAUSE_SECONDS, PAUSE_SHARE * median(self.seconds)), MAX_PAUSE_SECONDS)
+            return min(
+                max(MIN_PAUSE_SECONDS, PAUSE_SHARE * median(self.seconds)), MAX_PAUSE_SECONDS
+            )
 
 
 MIN_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 0.03, 0.4  # fast typists leave 0.1 s between keys
@@ -351,7 +381,9 @@ class Pi:
         self.settings, self.client = settings, client
         self.lock = threading.Lock()  # of `away_until`
         self.away_until = 0.0  # by time.monotonic(): no automatic request before; 0: not away, as far as the user knows
-        self.without_url = itertools.count()  # numbers of the requests without a url; `next` is atomic
+        self.without_url = (
+            itertools.count()
+        )  # numbers of the requests without a url; `next` is atomic
 
     def ask(self, call: Call, path: str, body: Any) -> dict[str, Any]:
         """POST the body, and return the answer's JSON. PiError, or Ended."""
@@ -360,7 +392,9 @@ class Pi:
             self.client.show(3, NO_URL)
         url = urllib.parse.urlsplit(settings.url or LOCAL)
         kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
-        connection = kind(url.hostname or "", url.port or kind.default_port, timeout=CONNECT_SECONDS)
+        connection = kind(
+            url.hostname or "", url.port or kind.default_port, timeout=CONNECT_SECONDS
+        )
         headers = {"Content-Type": "application/json", "User-Agent": f"cerebrum-lsp/{VERSION}"}
         if settings.key:
             headers["Authorization"] = f"Bearer {settings.key}"
@@ -372,8 +406,14 @@ class Pi:
             connection.request("POST", url.path.rstrip("/") + path, json.dumps(body), headers)
             response = connection.getresponse()
             content = response.read()
-        except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: a name that cannot be looked up
-            if call.socket:  # a connection that never came about is news even if nobody waits for it any more
+        except (
+            OSError,
+            ValueError,
+            http.client.HTTPException,
+        ) as error:  # ValueError: a name that cannot be looked up
+            if (
+                call.socket
+            ):  # a connection that never came about is news even if nobody waits for it any more
                 call.check()
             reason = getattr(error, "strerror", None) or type(error).__name__
             raise PiError(0, f"the Pi at {url.hostname} does not answer ({reason})") from None
@@ -384,12 +424,17 @@ class Pi:
         except ValueError:
             answer = None
         if not isinstance(answer, dict):
-            raise PiError(response.status, f"expected the Pi at {url.hostname}, got an answer that is not JSON")
+            raise PiError(
+                response.status,
+                f"expected the Pi at {url.hostname}, got an answer that is not JSON",
+            )
         if response.status != 200:
             nested = answer.get("error")  # the dialects' form of an error
             message = (nested if isinstance(nested, dict) else answer).get("message")
             raise PiError(response.status, f"the Pi answers {response.status}: {message}")
-        answer.setdefault("kept", {"parts": [response.getheader("X-Cerebrum-Kept", "all")]})  # of a chat
+        answer.setdefault(
+            "kept", {"parts": [response.getheader("X-Cerebrum-Kept", "all")]}
+        )  # of a chat
         return answer
 
     def note_success(self) -> None:
@@ -405,7 +450,13 @@ class Pi:
 
 # ------------------------------------------------------------------------------- IO: messages of the client
 
-PARSE_ERROR, INVALID_REQUEST, METHOD_NOT_FOUND, INVALID_PARAMS, INTERNAL_ERROR = -32700, -32600, -32601, -32602, -32603
+PARSE_ERROR, INVALID_REQUEST, METHOD_NOT_FOUND, INVALID_PARAMS, INTERNAL_ERROR = (
+    -32700,
+    -32600,
+    -32601,
+    -32602,
+    -32603,
+)
 NOT_INITIALIZED, REQUEST_CANCELLED, REQUEST_FAILED = -32002, -32800, -32803
 CANCELLED = {"error": {"code": REQUEST_CANCELLED, "message": "cancelled"}}
 MAX_HEADER_BYTES = 4096
@@ -425,7 +476,9 @@ def read_message(stream: BinaryIO) -> Any:
     which the next call finds the next message."""
     length, lines = None, 0
     while line := stream.readline(MAX_HEADER_BYTES):
-        if found := LENGTH.search(line):  # not at its beginning after a body whose length was not known
+        if found := LENGTH.search(
+            line
+        ):  # not at its beginning after a body whose length was not known
             length = int(found[1])
         elif line in (b"\r\n", b"\n"):
             if length is not None:
@@ -449,12 +502,17 @@ class Client:
 
     def __init__(self, stream: BinaryIO) -> None:
         self.stream, self.lock, self.numbers = stream, threading.Lock(), itertools.count(1)
-        self.reactions: dict[Any, Callable[[Any], None]] = {}  # by the id of a request without a response
+        self.reactions: dict[
+            Any, Callable[[Any], None]
+        ] = {}  # by the id of a request without a response
         self.show_once = functools.cache(self.show)  # for the main thread
 
     def send(self, **members: Any) -> None:
         data = json.dumps({"jsonrpc": "2.0", **members}, separators=(",", ":")).encode("ascii")
-        with self.lock, contextlib.suppress(OSError, ValueError):  # an editor that has gone needs no message
+        with (
+            self.lock,
+            contextlib.suppress(OSError, ValueError),
+        ):  # an editor that has gone needs no message
             self.stream.write(b"Content-Length: %d\r\n\r\n%s" % (len(data), data))
             self.stream.flush()
 
@@ -466,7 +524,9 @@ class Client:
 
     def show(self, level: int, message: str) -> None:
         """Show a message to the user: 1 is an error, 2 a warning, 3 information."""
-        self.send(method="window/showMessage", params={"type": level, "message": f"Cerebrum: {message}"})
+        self.send(
+            method="window/showMessage", params={"type": level, "message": f"Cerebrum: {message}"}
+        )
 
 
 def outcome(work: Callable[[], Any]) -> dict[str, Any]:
@@ -496,7 +556,9 @@ def get(value: Any, path: str, kind: type, *default: Any) -> Any:
     if value is None and default:
         return default[0]
     if type(value) is not kind:
-        raise ProtocolError(INVALID_PARAMS, f"expected {KINDS[kind]} for {path}, got {kind_of(value)}")
+        raise ProtocolError(
+            INVALID_PARAMS, f"expected {KINDS[kind]} for {path}, got {kind_of(value)}"
+        )
     return value
 
 
@@ -537,13 +599,17 @@ def position(value: Any, path: str) -> tuple[int, int]:
     """The line and the character of a position."""
     line, character = get(value, "line", int), get(value, "character", int)
     if min(line, character) < 0:
-        raise ProtocolError(INVALID_PARAMS, f"expected numbers of 0 or more for {path}, got {min(line, character)}")
+        raise ProtocolError(
+            INVALID_PARAMS, f"expected numbers of 0 or more for {path}, got {min(line, character)}"
+        )
     return line, character
 
 
 def positions(holder: Any) -> tuple[tuple[int, int], tuple[int, int]]:
     """The two positions of this holder's range, in order."""
-    start, end = sorted(position(get(holder, path, dict), path) for path in ("range.start", "range.end"))
+    start, end = sorted(
+        position(get(holder, path, dict), path) for path in ("range.start", "range.end")
+    )
     return start, end
 
 
@@ -572,7 +638,9 @@ class Calls:
     def start(self, call: Call, work: Callable[[Call], Any]) -> Any:
         """Respond with the result of `work` in a thread."""
         self.running.add(call)
-        threading.Thread(target=lambda: self.respond(call, outcome(lambda: work(call))), daemon=True).start()
+        threading.Thread(
+            target=lambda: self.respond(call, outcome(lambda: work(call))), daemon=True
+        ).start()
         return LATER
 
     def respond(self, call: Call, response: dict[str, Any]) -> None:
@@ -601,7 +669,10 @@ class Documents:
 
     def open(self, params: Any) -> None:
         uri, text = get(params, "textDocument.uri", str), get(params, "textDocument.text", str)
-        language, version = get(params, "textDocument.languageId", str, ""), get(params, "textDocument.version", int, 0)
+        language, version = (
+            get(params, "textDocument.languageId", str, ""),
+            get(params, "textDocument.version", int, 0),
+        )
         self.by_uri[uri] = Document(uri, language, version, text)
 
     def change(self, params: Any) -> None:
@@ -635,11 +706,17 @@ class Completions:
             inserted, (start, end) = get(chosen, "text", str), positions(chosen)
 
         def items(found: Suggestion) -> dict[str, Any]:
-            item = {"insertText": inserted + found.text, "range": span(start, end), "command": accepted(found)}
+            item = {
+                "insertText": inserted + found.text,
+                "range": span(start, end),
+                "command": accepted(found),
+            }
             return {"items": [item] if found.text else []}
 
         is_automatic = get(params, "context.triggerKind", int, 2) != 1
-        call = Call(request_id, ("inline", document.uri), self.suggestions.pause() if is_automatic else 0.0)
+        call = Call(
+            request_id, ("inline", document.uri), self.suggestions.pause() if is_automatic else 0.0
+        )
         return self.complete(call, document, document.gap(start, end, inserted), items)
 
     def menu(self, params: Any, request_id: Any) -> Any:
@@ -656,20 +733,33 @@ class Completions:
             entry = {
                 "label": (word + text).strip().partition("\n")[0],
                 "detail": "Cerebrum",
-                "documentation": {"kind": "markdown", "value": f"```{document.language}\n{word}{text}\n```"},
+                "documentation": {
+                    "kind": "markdown",
+                    "value": f"```{document.language}\n{word}{text}\n```",
+                },
                 "filterText": word + text,
                 "sortText": "\0",
                 "preselect": True,
-                "textEdit": {"range": span(start, end), "newText": LINE_END.sub(document.line_end(), word + text)},
+                "textEdit": {
+                    "range": span(start, end),
+                    "newText": LINE_END.sub(document.line_end(), word + text),
+                },
                 "command": accepted(found),
             }
             return {"isIncomplete": True, "items": [entry] if text.strip() else []}
 
-        return self.complete(Call(request_id, ("menu", document.uri), self.suggestions.pause()), document, gap, items)
+        return self.complete(
+            Call(request_id, ("menu", document.uri), self.suggestions.pause()), document, gap, items
+        )
 
-    def complete(self, call: Call, document: Document, gap: Gap, items: Callable[[Suggestion], Any]) -> Any:
+    def complete(
+        self, call: Call, document: Document, gap: Gap, items: Callable[[Suggestion], Any]
+    ) -> Any:
         # The Pi itself ends a computation that is of no use any more.
-        self.calls.end(lambda older: older.is_waiting and older.lane == call.lane, {"result": items(Suggestion())})
+        self.calls.end(
+            lambda older: older.is_waiting and older.lane == call.lane,
+            {"result": items(Suggestion())},
+        )
         if document.language in self.pi.settings.off:
             return items(Suggestion())
         if (rest := self.rest(call, gap)) is not None:
@@ -706,7 +796,10 @@ class Completions:
         try:
             answer = self.pi.ask(call, "/infill", body)
             if not isinstance(text := answer.get("content"), str):
-                raise PiError(200, "expected a completion, got another answer: the url is perhaps not the Pi's")
+                raise PiError(
+                    200,
+                    "expected a completion, got another answer: the url is perhaps not the Pi's",
+                )
         except PiError as error:
             if error.status not in BUSY and (self.pi.note_failure() or not call.pause):
                 self.client.show(2, str(error))
@@ -736,7 +829,10 @@ class Commands:
 
     def report(self, argument: Any, request_id: Any) -> Any:
         """Have the Pi count what the user accepted: {"characters", "confidence"}."""
-        body = {"characters": get(argument, "characters", int), "confidence": argument.get("confidence")}
+        body = {
+            "characters": get(argument, "characters", int),
+            "confidence": argument.get("confidence"),
+        }
 
         def work(call: Call) -> None:
             with contextlib.suppress(PiError):  # only a count
@@ -765,7 +861,9 @@ class Commands:
                 if "400: language: " not in str(error):
                     raise
                 messages = [{"role": "user", "content": ASK_FOR_CODE.format_map(body)}]
-                answer = block_of(self.pi.ask(call, "/v1/chat/completions", body | {"messages": messages}))
+                answer = block_of(
+                    self.pi.ask(call, "/v1/chat/completions", body | {"messages": messages})
+                )
             if lacking := lacks(answer):
                 raise PiError(200, f"{lacking}; nothing was changed")
             if document.lines != old or self.documents.by_uri.get(document.uri) is not document:
@@ -774,8 +872,14 @@ class Commands:
             text += selection[len(selection.rstrip("\r\n")) :]
             edits = [{"range": span(start, end), "newText": text}]
             versioned = {"textDocument": {"uri": document.uri, "version": version}, "edits": edits}
-            edit = {"documentChanges": [versioned]} if self.has_versions else {"changes": {document.uri: edits}}
-            self.client.request("workspace/applyEdit", {"label": "Cerebrum", "edit": edit}, self.applied)
+            edit = (
+                {"documentChanges": [versioned]}
+                if self.has_versions
+                else {"changes": {document.uri: edits}}
+            )
+            self.client.request(
+                "workspace/applyEdit", {"label": "Cerebrum", "edit": edit}, self.applied
+            )
 
         return self.calls.start(Call(request_id), work)
 
@@ -818,7 +922,9 @@ class Server:
                     raise EOFError
                 self.handle(message)
             except ProtocolError as error:
-                self.client.send(id=error.request_id, error={"code": error.code, "message": str(error)})
+                self.client.send(
+                    id=error.request_id, error={"code": error.code, "message": str(error)}
+                )
             except EOFError:
                 return 0 if self.is_stopping else 1
 
@@ -849,7 +955,10 @@ class Server:
         if not self.is_ready and method != "initialize":
             raise ProtocolError(NOT_INITIALIZED, f"expected initialize, got {method}")
         if self.is_stopping or (self.is_ready and method == "initialize"):
-            raise ProtocolError(INVALID_REQUEST, f"{method} came {'after shutdown' if self.is_stopping else 'twice'}")
+            raise ProtocolError(
+                INVALID_REQUEST,
+                f"{method} came {'after shutdown' if self.is_stopping else 'twice'}",
+            )
         if not (requested := self.requests.get(method)):
             raise ProtocolError(METHOD_NOT_FOUND, f"unknown method {method}")
         return requested(params, request_id)
@@ -857,7 +966,9 @@ class Server:
     def initialize(self, params: Any, _request_id: Any) -> Any:
         able = get(params, "capabilities", dict, {})
         self.has_configuration = get(able, "workspace.configuration", bool, False)
-        self.commands.has_versions = get(able, "workspace.workspaceEdit.documentChanges", bool, False)
+        self.commands.has_versions = get(
+            able, "workspace.workspaceEdit.documentChanges", bool, False
+        )
         for fault in self.faults:
             self.client.show(1, fault)
         self.configure(get(params, "initializationOptions", dict, None))
@@ -870,7 +981,10 @@ class Server:
         }
         if self.pi.settings.completion:
             capabilities["completionProvider"] = {"triggerCharacters": TRIGGERS}
-        return {"capabilities": capabilities, "serverInfo": {"name": "cerebrum", "version": VERSION}}
+        return {
+            "capabilities": capabilities,
+            "serverInfo": {"name": "cerebrum", "version": VERSION},
+        }
 
     def configure(self, given: Any) -> None:
         """Apply the client's settings; bad ones are shown to the user and change nothing."""
@@ -887,7 +1001,9 @@ class Server:
             self.configure(given)
         elif self.has_configuration:
             items = {"items": [{"section": "cerebrum"}]}
-            self.client.request("workspace/configuration", items, lambda found: self.configure(found and found[0]))
+            self.client.request(
+                "workspace/configuration", items, lambda found: self.configure(found and found[0])
+            )
 
     def cancel(self, params: Any) -> None:
         request_id = params.get("id") if isinstance(params, dict) else None

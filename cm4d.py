@@ -47,14 +47,30 @@ import ssl
 import time
 import weakref
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import cerebrum_common as common
 from cerebrum.fields import Field, describe, parse_json, read_fields, wrong
 from cerebrum.http import Access, Server, own_names
-from cerebrum.metrics import COMPLETIONS, CONTENT_TYPE, SERVER, Metric, resident_bytes, write_metrics, write_stats
+from cerebrum.metrics import (
+    COMPLETIONS,
+    CONTENT_TYPE,
+    SERVER,
+    Metric,
+    resident_bytes,
+    write_metrics,
+    write_stats,
+)
 from cerebrum.pi import dialects, upstream
 from cerebrum.pi.backend import Backend
 from cerebrum.pi.breaker import BREAKER_OPEN, BREAKER_STATES
@@ -88,7 +104,9 @@ class Tls:
     def load(self, certificate: str, key: str) -> None:
         """Use this certificate from the next connection on."""
         try:
-            self.context.load_cert_chain(certificate, key, password=b"")  # never ask for one at the terminal
+            self.context.load_cert_chain(
+                certificate, key, password=b""
+            )  # never ask for one at the terminal
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             raise ConfigError(
@@ -99,7 +117,9 @@ class Tls:
 def read_tls(environ: Environment) -> Tls | None:
     certificate, key = environ.text("CEREBRUM_CM4_TLS_CERT"), environ.text("CEREBRUM_CM4_TLS_KEY")
     if bool(certificate) != bool(key):
-        raise ConfigError("CEREBRUM_CM4_TLS_CERT, CEREBRUM_CM4_TLS_KEY: expected both or neither, got one")
+        raise ConfigError(
+            "CEREBRUM_CM4_TLS_CERT, CEREBRUM_CM4_TLS_KEY: expected both or neither, got one"
+        )
     return Tls(certificate, key) if certificate else None
 
 
@@ -123,7 +143,11 @@ class Config:
 
     @property
     def access(self) -> Access:
-        named = None if self.clients is None else {key: client.name for key, client in self.clients.items()}
+        named = (
+            None
+            if self.clients is None
+            else {key: client.name for key, client in self.clients.items()}
+        )
         guests = frozenset(client.name for client in self.names.values() if client.places)
         return Access(self.client_keys, own_names(self.hosts), self.origins, named, guests)
 
@@ -154,7 +178,9 @@ def load_config(environ: Environment) -> Config:
         hosts=environ.names("CEREBRUM_ALLOWED_HOSTS"),
         origins=environ.names("CEREBRUM_ALLOWED_ORIGINS"),
         log_level=environ.log_level(),
-        log_file=environ.text("CEREBRUM_LOG_FILE", str(logs / "cerebrum.log") if logs.is_dir() else ""),
+        log_file=environ.text(
+            "CEREBRUM_LOG_FILE", str(logs / "cerebrum.log") if logs.is_dir() else ""
+        ),
         log_prompts=environ.integer("CEREBRUM_LOG_PROMPTS", 0, 0, 1) == 1,
         tls=read_tls(environ),
     )
@@ -196,7 +222,10 @@ def read_completion(members: Mapping[str, Any], models: Collection[Model]) -> di
         raise wrong("language", f"one of {', '.join(languages)}", given)
     ids = [model.id for model in models]
     if fields["model"] is not None and fields["model"] not in ids:
-        raise HttpError("MODEL_NOT_FOUND", f"model: expected one of {', '.join(ids)}, got {describe(fields['model'])}")
+        raise HttpError(
+            "MODEL_NOT_FOUND",
+            f"model: expected one of {', '.join(ids)}, got {describe(fields['model'])}",
+        )
     return fields | {"mode": detect_mode(fields)}
 
 
@@ -209,11 +238,21 @@ def session_of(client: str, session: str | None) -> str:
 def native_fields(wanted: CompletionRequest, models: Collection[Model]) -> dict[str, Any]:
     """Convert a dialect's request to the fields that `Gateway.complete` reads. A request may name a model by an alias;
     an unknown name counts as no name. The language, except for a chat, is guessed from the text and the file names."""
-    unsaid: dict[str, Any] = {"prompt": "", "filename": "", "extra": [], "stop_at": "auto", "progress": False}
+    unsaid: dict[str, Any] = {
+        "prompt": "",
+        "filename": "",
+        "extra": [],
+        "stop_at": "auto",
+        "progress": False,
+    }
     fields = unsaid | wanted.fields
     others = [entry["filename"] for entry in fields["extra"]]
     ids = {name: model.id for model in models for name in (*model.aliases, model.id)}
-    language = "" if wanted.kind == "chat" else guess_language(fields["filename"], fields["prompt"], others)
+    language = (
+        ""
+        if wanted.kind == "chat"
+        else guess_language(fields["filename"], fields["prompt"], others)
+    )
     return fields | {"language": language, "model": ids.get(fields["model"])}
 
 
@@ -233,12 +272,18 @@ class Gateway:
         self.warn_once = functools.cache(log.warning)
         self.fleet = Fleet()
         self.fleet.replace(config.backends, config.models, config.prefer)
-        self.dispatcher = Dispatcher(self.fleet, lambda model, result: self.counting.work(model, result))
-        self.broadcasts = Broadcasts(self.dispatcher, self.complete, self.beginning, self.count_typed)
+        self.dispatcher = Dispatcher(
+            self.fleet, lambda model, result: self.counting.work(model, result)
+        )
+        self.broadcasts = Broadcasts(
+            self.dispatcher, self.complete, self.beginning, self.count_typed
+        )
         self.counting = Counting(self.broadcasts)
         self.counting.configure(config.models, config.names)
         self.tokenizing = asyncio.Semaphore(MAX_TOKENIZING)
-        self.tokenizers = weakref.WeakValueDictionary[str, asyncio.Lock]()  # who tokenizes; guests also share ""
+        self.tokenizers = weakref.WeakValueDictionary[
+            str, asyncio.Lock
+        ]()  # who tokenizes; guests also share ""
         self.page: Response | None = None  # everything else works without it
         try:
             self.page = page_of((HERE / "cerebrum/pi/page.html").read_bytes())
@@ -261,7 +306,9 @@ class Gateway:
         """Apply new settings; running requests continue. ConfigError if the settings cannot be used; then nothing has
         changed."""
         if self.config.clients is not None and not config.access.needs_key:
-            raise ConfigError("CEREBRUM_CM4_KEYS_FILE: expected the file, it has gone; an empty one lets nobody in")
+            raise ConfigError(
+                "CEREBRUM_CM4_KEYS_FILE: expected the file, it has gone; an empty one lets nobody in"
+            )
         self.fleet.replace(config.backends, config.models, config.prefer)
         self.config = config
         self.reconfigured += 1
@@ -318,7 +365,9 @@ class Gateway:
                     ):
                         has_spoken = False
                         async for kind, value in pairs:
-                            if (not begun or kind == "begun") and begun != (now := self.beginning(completion)):
+                            if (not begun or kind == "begun") and begun != (
+                                now := self.beginning(completion)
+                            ):
                                 begun = now
                                 yield "started", begun
                             if kind == "text" and not has_spoken:
@@ -338,7 +387,10 @@ class Gateway:
                             yield "started", self.beginning(completion)
                         yield "done", self._result(attempt, {"finish_reason": PREEMPTED})
                         return
-                    attempt.sent, error.__traceback__ = NOTHING_SENT, None  # both hold the prompt as it was sent
+                    attempt.sent, error.__traceback__ = (
+                        NOTHING_SENT,
+                        None,
+                    )  # both hold the prompt as it was sent
 
     def beginning(self, completion: Completion) -> dict[str, Any]:
         """The value of the pair "started"."""
@@ -350,11 +402,21 @@ class Gateway:
 
     def _result(self, attempt: Attempt, done: dict[str, Any]) -> dict[str, Any]:
         """Count the work of a whole answer, and return its result: our own members, then the backend's."""
-        request, kept, spent = attempt.request, attempt.sent.text.kept, time.monotonic() - attempt.completion.started
+        request, kept, spent = (
+            attempt.request,
+            attempt.sent.text.kept,
+            time.monotonic() - attempt.completion.started,
+        )
         self.counting.work(attempt.model, done)
-        if request.kind == "infill" and attempt.size and done.get("confidence", -1) >= (attempt.threshold or 0):
+        if (
+            request.kind == "infill"
+            and attempt.size
+            and done.get("confidence", -1) >= (attempt.threshold or 0)
+        ):
             self.counting.band(done["confidence"])["suggested"] += 1
-        if attempt.sent.text.cut and request.kind != "chat":  # read it all later, so that the next one need not be cut
+        if (
+            attempt.sent.text.cut and request.kind != "chat"
+        ):  # read it all later, so that the next one need not be cut
             fields = request.fields | {"max_tokens": 0, "prompt_ms": 0}
             self.dispatcher.read_ahead(replace(request, fields=fields))
         ours = {
@@ -377,7 +439,10 @@ async def health(gateway: Gateway, request: Request) -> Response:
     """GET /health: the backends' state, from the last probe and the traffic. `vps_available`: at least one backend is
     available. A 503 says what is wrong."""
     fleet, uptime = gateway.fleet, round(time.monotonic() - gateway.started, 1)
-    backends = [{"id": one.id, "available": one.available, "message": one.breaker.message} for one in fleet.backends]
+    backends = [
+        {"id": one.id, "available": one.available, "message": one.breaker.message}
+        for one in fleet.backends
+    ]
     state = {"vps_available": fleet.available, "uptime": uptime, "backends": backends}
     if fleet.available:
         return Response({"status": "healthy", "timestamp": common.timestamp(), **state})
@@ -387,7 +452,9 @@ async def health(gateway: Gateway, request: Request) -> Response:
 def read_native(gateway: Gateway, request: Request, is_whole: bool = False) -> Completion:
     """A request of our own API, for an answer in one piece or for a stream."""
     fields = read_completion(parse_json(request.body), gateway.config.models)
-    fields, limit = (fields | {"progress": False}, MAX_COLLECTED_BYTES) if is_whole else (fields, math.inf)
+    fields, limit = (
+        (fields | {"progress": False}, MAX_COLLECTED_BYTES) if is_whole else (fields, math.inf)
+    )
     session = session_of(request.client, fields["session"])
     wanted = CompletionRequest("", fields, session=session, limit=limit, **gateway.who(request))
     return Completion(wanted, request.end, request.notes)
@@ -434,7 +501,10 @@ async def collect(pairs: AsyncGenerator[Pair, None]) -> tuple[dict[str, Any], st
 async def page(gateway: Gateway, request: Request) -> Response:
     """GET /: a web page for people, which uses this API."""
     if not gateway.page:
-        raise HttpError("NOT_FOUND", "expected the file cerebrum/pi/page.html, got none; the API works without it")
+        raise HttpError(
+            "NOT_FOUND",
+            "expected the file cerebrum/pi/page.html, got none; the API works without it",
+        )
     return gateway.page
 
 
@@ -443,7 +513,9 @@ async def language_server(gateway: Gateway, request: Request) -> Response:
     try:
         text = (HERE / "cerebrum_lsp.py").read_bytes()
     except OSError:
-        raise HttpError("NOT_FOUND", "expected the file cerebrum_lsp.py beside cm4d.py, got none") from None
+        raise HttpError(
+            "NOT_FOUND", "expected the file cerebrum_lsp.py beside cm4d.py, got none"
+        ) from None
     return Response(text, kind="text/x-python; charset=utf-8")
 
 
@@ -460,8 +532,15 @@ async def models(gateway: Gateway, request: Request) -> Response:
     models that some backend has, or all models while no backend has listed any."""
     models, listed = gateway.config.models, list[dict[str, Any]]()
     for model in models:
-        having = [one for one in gateway.fleet.backends if one.available and one.models and model.id in one.models]
-        about = {name: getattr(model, name) for name in ("id", "name", "languages", "parameters", "quantization")}
+        having = [
+            one
+            for one in gateway.fleet.backends
+            if one.available and one.models and model.id in one.models
+        ]
+        about = {
+            name: getattr(model, name)
+            for name in ("id", "name", "languages", "parameters", "quantization")
+        }
         about |= {"available": bool(having), "backends": [backend.id for backend in having]}
         listed.append(about | ((having[0].models or {})[model.id] if having else {}))
     served = common.served_languages(models)
@@ -469,18 +548,27 @@ async def models(gateway: Gateway, request: Request) -> Response:
     for name in dict.fromkeys([*served, *LANGUAGES]):
         syntax = LANGUAGES.get(BY_NAME.get(name.lower(), ""))
         endings, filenames = (syntax.endings, syntax.filenames) if syntax else ((), ())
-        languages.append({"id": name, "endings": endings, "filenames": filenames, "served": name in served})
-    here = [model for model in models if not gateway.fleet.models or model.id in gateway.fleet.models]
+        languages.append(
+            {"id": name, "endings": endings, "filenames": filenames, "served": name in served}
+        )
+    here = [
+        model for model in models if not gateway.fleet.models or model.id in gateway.fleet.models
+    ]
     data = [dialects.write_model(model.id, gateway.created) for model in here]
     ours = {"models": listed, "vps_available": gateway.fleet.available, "languages": languages}
-    return Response(compact(ours | {"prefer": gateway.config.prefer, "object": "list", "data": data}))
+    return Response(
+        compact(ours | {"prefer": gateway.config.prefer, "object": "list", "data": data})
+    )
 
 
 async def model(gateway: Gateway, request: Request) -> Response:
     """GET /v1/models/{id}: one model, as OpenAI lists it."""
     ids = [model.id for model in gateway.config.models]
     if request.parameter not in ids:
-        raise HttpError("MODEL_NOT_FOUND", f"expected one of {', '.join(ids)}, got {describe(request.parameter)}")
+        raise HttpError(
+            "MODEL_NOT_FOUND",
+            f"expected one of {', '.join(ids)}, got {describe(request.parameter)}",
+        )
     return Response(compact(dialects.write_model(request.parameter, gateway.created)))
 
 
@@ -495,8 +583,15 @@ async def tokenize(gateway: Gateway, request: Request) -> Response:
     """POST /tokenize: a text's tokens, in the model that answers a request without a model name."""
     fields = read_fields(dialects.present(parse_json(request.body)), dialects.TOKENIZE)
     model = gateway.fleet.route({})
-    having = [one for one in gateway.fleet.backends if one.has(model) and (not one.api or one.api.tokenize)]
-    fault = HttpError("VPS_UNAVAILABLE", BREAKER_OPEN if having else "expected a backend that counts tokens, got none")
+    having = [
+        one
+        for one in gateway.fleet.backends
+        if one.has(model) and (not one.api or one.api.tokenize)
+    ]
+    fault = HttpError(
+        "VPS_UNAVAILABLE",
+        BREAKER_OPEN if having else "expected a backend that counts tokens, got none",
+    )
     async with gateway.turn_to_tokenize(request):
         for backend in sorted(having, key=lambda one: not one.available):
             if backend.breaker.admits:
@@ -524,11 +619,15 @@ def speaking(dialect: dialects.Dialect) -> Callable[[Gateway, Request], Awaitabl
         editor = f"{request.client} {request.address} {request.head.headers.get('user-agent', '')}"
         subscriber = Subscriber(gateway.broadcasts, Completion(wanted, notes=request.notes), editor)
         pairs = shown(subscriber.pairs(), fields, lambda: subscriber.typed_text)
-        reply_to = functools.partial(dialect.reply, wanted, request.head.request_id, int(time.time()))
+        reply_to = functools.partial(
+            dialect.reply, wanted, request.head.request_id, int(time.time())
+        )
         if not wanted.stream:
             begun, text, result = await collect(pairs)
             whole = text if result.get("finish_reason") != "replaced" else ""
-            return Response(reply_to(begun).whole(whole, result), headers=kept_headers(begun["kept"]))
+            return Response(
+                reply_to(begun).whole(whole, result), headers=kept_headers(begun["kept"])
+            )
         response = Response()
         response.events = dialect_stream(pairs, reply_to, response)
         return response
@@ -537,7 +636,9 @@ def speaking(dialect: dialects.Dialect) -> Callable[[Gateway, Request], Awaitabl
 
 
 async def dialect_stream(
-    whole: AsyncGenerator[Pair, None], reply_to: Callable[[Mapping[str, Any]], dialects.Reply], response: Response
+    whole: AsyncGenerator[Pair, None],
+    reply_to: Callable[[Mapping[str, Any]], dialects.Reply],
+    response: Response,
 ) -> AsyncGenerator[bytes, None]:
     """Blocks of whole SSE events in a dialect. The first block may be empty, as in NATIVE_EVENTS."""
     begun = False
@@ -576,9 +677,16 @@ async def activity(gateway: Gateway, request: Request) -> Response:
     counting.sample()
     loaded = dict.fromkeys(id for backend in fleet.backends for id in backend.models_loaded)
     away = [
-        f"{one.id} is away: {one.breaker.message}" for one in fleet.backends if fleet.available and one.breaker.message
+        f"{one.id} is away: {one.breaker.message}"
+        for one in fleet.backends
+        if fleet.available and one.breaker.message
     ]
-    more = {"vps_message": fleet.message, "models_loaded": [*loaded], "notes": away, **counting.history.describe()}
+    more = {
+        "vps_message": fleet.message,
+        "models_loaded": [*loaded],
+        "notes": away,
+        **counting.history.describe(),
+    }
     return Response({"timestamp": common.timestamp(), **statistics(gateway), **more})
 
 
@@ -677,10 +785,20 @@ METRICS = {
 
 def subjects(gateway: Gateway) -> dict[str, dict[str, Any]]:
     """The objects that the rows of METRICS read."""
-    active = Counter(attempt.backend for attempt in gateway.dispatcher.state.places if not attempt.request.ahead)
-    backends = {backend.id: describe_backend(backend, active[backend.id]) for backend in gateway.fleet.backends}
+    active = Counter(
+        attempt.backend for attempt in gateway.dispatcher.state.places if not attempt.request.ahead
+    )
+    backends = {
+        backend.id: describe_backend(backend, active[backend.id])
+        for backend in gateway.fleet.backends
+    }
     counting = gateway.counting
-    return {"": {"": gateway}, "model": counting.tallies, "client": counting.people.total, "backend": backends}
+    return {
+        "": {"": gateway},
+        "model": counting.tallies,
+        "client": counting.people.total,
+        "backend": backends,
+    }
 
 
 async def metrics(gateway: Gateway, request: Request) -> Response:
@@ -707,7 +825,10 @@ ROUTES = (
         for dialect in dialects.DIALECTS
         for path in dialect.paths
     ),
-    *(Route("GET", f"{path}/{{id}}", model, foreign_error=dialects.write_error) for path in ("/v1/models", "/models")),
+    *(
+        Route("GET", f"{path}/{{id}}", model, foreign_error=dialects.write_error)
+        for path in ("/v1/models", "/models")
+    ),
     Route("GET", "/models", models),
     Route("GET", "/props", props, foreign_error=dialects.write_error),
     Route("POST", "/tokenize", tokenize, json=True, foreign_error=dialects.write_error),
@@ -737,7 +858,11 @@ async def serve(environ: Environment, config: Config) -> int:
             config.tls.load(*new.tls.files)
         set_up_logging(new.log_level, new.log_file)
         warn_of(new)
-        tls = ("CEREBRUM_CM4_TLS_CERT", "CEREBRUM_CM4_TLS_KEY") if bool(config.tls) != bool(new.tls) else ()
+        tls = (
+            ("CEREBRUM_CM4_TLS_CERT", "CEREBRUM_CM4_TLS_KEY")
+            if bool(config.tls) != bool(new.tls)
+            else ()
+        )
         environ.warn_of_changes(known, ("CEREBRUM_CM4_HOST", "CEREBRUM_CM4_PORT", *tls))
 
     service = Service(reload, gateway.fleet.stuck)
@@ -758,7 +883,9 @@ def warn_of(config: Config) -> None:
     """Log which backends will refuse us."""
     for backend in config.backends:
         if not backend.key and (backend.key_env or backend.api == "cerebrum"):
-            log.warning("%s: %s is not set: it will refuse every completion", backend.id, backend.variable)
+            log.warning(
+                "%s: %s is not set: it will refuse every completion", backend.id, backend.variable
+            )
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -41,7 +41,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 if __name__ == "__main__":
-    if missing := [name for name in ("llama_cpp", "numpy", "psutil") if not importlib.util.find_spec(name)]:
+    if missing := [
+        name for name in ("llama_cpp", "numpy", "psutil") if not importlib.util.find_spec(name)
+    ]:
         wanted = "expected a Python with llama-cpp-python and psutil, such as venv/bin/python"
         print(f"vpsd.py: {wanted}; {sys.executable} lacks {', '.join(missing)}", file=sys.stderr)
         sys.exit(2)
@@ -63,7 +65,16 @@ from cerebrum.settings import ConfigError, Environment, load_catalog, read_envir
 from cerebrum.text.languages import LANGUAGES
 from cerebrum.vps.encoding import Outcome, TuneError, find_tuned, remove_tuned, tune
 from cerebrum.vps.fetch import Bar, FetchError, digest_with_bar, fetch, is_whole
-from cerebrum.vps.llama import KV_TYPES, MAX_SEED, MB, ModelError, Settings, check_digest, start_library, usable_cores
+from cerebrum.vps.llama import (
+    KV_TYPES,
+    MAX_SEED,
+    MB,
+    ModelError,
+    Settings,
+    check_digest,
+    start_library,
+    usable_cores,
+)
 from cerebrum.vps.memory import available_mb, check_memory, fit, needed
 from cerebrum.vps.pool import Pool
 from cerebrum.vps.vocabulary import CompletionRequest
@@ -72,7 +83,9 @@ from cerebrum_common import HttpError, Model, Request, Response, Route, log
 
 HERE = Path(__file__).resolve().parent
 # For messages to a person: the interpreter that has llama_cpp, as seen from the daemon's folder.
-PYTHON = sys.executable.removeprefix(f"{HERE}/") if sys.executable.startswith(f"{HERE}/") else "python3"
+PYTHON = (
+    sys.executable.removeprefix(f"{HERE}/") if sys.executable.startswith(f"{HERE}/") else "python3"
+)
 
 
 # ------------------------------------------------------------------------------------------------ config
@@ -101,21 +114,29 @@ class Config:
 def load_config(env: Environment, folder: Path = HERE) -> Config:
     """Check the environment and return its settings. ConfigError names the wrong variable."""
     beside = folder / "models"
-    no_home = os.path.expanduser("~") == "~" or bool(env.text("STATE_DIRECTORY"))  # a unit cannot see /home
+    no_home = os.path.expanduser("~") == "~" or bool(
+        env.text("STATE_DIRECTORY")
+    )  # a unit cannot see /home
     models_dir = str(beside) if no_home or beside.is_dir() else "~/.cache/cerebrum/models"
     state_dir = env.text("STATE_DIRECTORY", "~/.local/state/cerebrum")  # systemd's StateDirectory=
     hosts, origins = env.names("CEREBRUM_ALLOWED_HOSTS"), env.names("CEREBRUM_ALLOWED_ORIGINS")
     access = Access(env.keys("CEREBRUM_API_KEY"), own_names(hosts), origins)
-    catalog = load_catalog(Path(env.text("CEREBRUM_MODELS_FILE", str(folder / "models.toml"))), LANGUAGES)
+    catalog = load_catalog(
+        Path(env.text("CEREBRUM_MODELS_FILE", str(folder / "models.toml"))), LANGUAGES
+    )
     kv_type = env.text("CEREBRUM_KV_TYPE", "f16")
     if kv_type not in KV_TYPES:
-        raise ConfigError(f"CEREBRUM_KV_TYPE: expected one of {', '.join(KV_TYPES)}, got {kv_type!r}")
+        raise ConfigError(
+            f"CEREBRUM_KV_TYPE: expected one of {', '.join(KV_TYPES)}, got {kv_type!r}"
+        )
     return Config(
         host=env.host("CEREBRUM_VPS_HOST", "127.0.0.1"),
         port=env.integer("CEREBRUM_VPS_PORT", 9000, 0, 65535),
         access=access,
         key_names=catalog.key_names,
-        models=tuple(model for model in catalog.models if model.file),  # a model without a file runs on another engine
+        models=tuple(
+            model for model in catalog.models if model.file
+        ),  # a model without a file runs on another engine
         models_dir=read_folder(env, "CEREBRUM_MODELS_DIR", models_dir),
         engine=Settings(
             threads=env.integer("CEREBRUM_THREADS", usable_cores(), 1, 256),
@@ -142,10 +163,14 @@ def read_folder(env: Environment, name: str, default: str) -> Path:
     try:
         return Path(text).expanduser()
     except RuntimeError:
-        raise ConfigError(f"{name}: expected a folder, got {text!r}, and there is no such home") from None
+        raise ConfigError(
+            f"{name}: expected a folder, got {text!r}, and there is no such home"
+        ) from None
 
 
-READ_ONCE = "VPS_HOST VPS_PORT MODELS_DIR STATE_DIR THREADS N_CTX MAX_CONCURRENT KV_TYPE CACHE_MB DRAFT"
+READ_ONCE = (
+    "VPS_HOST VPS_PORT MODELS_DIR STATE_DIR THREADS N_CTX MAX_CONCURRENT KV_TYPE CACHE_MB DRAFT"
+)
 NEEDS_RESTART = [f"CEREBRUM_{name}" for name in READ_ONCE.split()]
 # ----------------------------------------------------------------------------------- policy: the request
 
@@ -163,16 +188,26 @@ FIELDS = {
     "language": Field(str, choices=tuple(LANGUAGES)),
     "mode": Field(str, choices=("complete", "infill", "instruct")),
     "stop_at": Field(str, default="auto", choices=("auto", "none")),
-    "predict_ms": Field(int, 0, 600_000, 0),  # ends a completion that takes longer and has a line end; 0: no limit
+    "predict_ms": Field(
+        int, 0, 600_000, 0
+    ),  # ends a completion that takes longer and has a line end; 0: no limit
     "min_confidence": Field(float, 0, 1),  # the completion ends behind a less sure line
-    "indent": Field(int, 0, 1000, 0),  # characters; the completion ends before a line that is indented less
+    "indent": Field(
+        int, 0, 1000, 0
+    ),  # characters; the completion ends before a line that is indented less
     "heal": Field(bool, default=False),  # the word at the end of `prompt` may be unfinished
-    "special": Field(bool, default=False),  # the names of control tokens in `prompt` are these tokens
+    "special": Field(
+        bool, default=False
+    ),  # the names of control tokens in `prompt` are these tokens
     "progress": Field(bool, default=False),
-    "priority": Field(str, default="normal", choices=("normal", "low")),  # low: its prompt is read in idle moments
+    "priority": Field(
+        str, default="normal", choices=("normal", "low")
+    ),  # low: its prompt is read in idle moments
     "session": Field(str, 1, 200),
 }
-FIELDS_WITHOUT_PROMPT = FIELDS | {"prompt": Field(str)}  # at the start of a file there is nothing before the cursor
+FIELDS_WITHOUT_PROMPT = FIELDS | {
+    "prompt": Field(str)
+}  # at the start of a file there is nothing before the cursor
 MAX_EXTRAS = 256  # texts of other files
 MESSAGE = {
     "role": Field(str, choices=("system", "user", "assistant"), required=True),
@@ -182,7 +217,9 @@ EXTRA = {"filename": Field(str, 0, 1000, ""), "text": Field(str, 1, required=Tru
 TOKENIZE = {
     "model": Field(str, 1, 200, required=True),
     "text": Field(str, required=True),
-    "first": Field(bool, default=False),  # add the tokens that the model expects at the beginning of a text
+    "first": Field(
+        bool, default=False
+    ),  # add the tokens that the model expects at the beginning of a text
     "special": Field(bool, default=False),  # read the names of control tokens as control tokens
 }
 
@@ -197,13 +234,23 @@ def parse_inference(members: Mapping[str, Any]) -> dict[str, Any]:
         messages = read_objects(members["messages"], "messages", 1, 100, MESSAGE)
         fields["messages"] = [(message["role"], message["content"]) for message in messages]
     if (fields["prompt"] is None) == (fields["messages"] is None):
-        raise HttpError("INVALID_REQUEST", "prompt: expected a non-empty string, or messages instead of it")
+        raise HttpError(
+            "INVALID_REQUEST", "prompt: expected a non-empty string, or messages instead of it"
+        )
     if fields["messages"] and fields["suffix"] is not None:
-        raise HttpError("INVALID_REQUEST", "suffix: expected only beside prompt, not beside messages")
+        raise HttpError(
+            "INVALID_REQUEST", "suffix: expected only beside prompt, not beside messages"
+        )
     extra = read_objects(members.get("extra", []), "extra", 0, MAX_EXTRAS, EXTRA)
     fields["extra"] = [(entry["filename"], entry["text"]) for entry in extra]
     if not fields["mode"]:
-        fields["mode"] = "instruct" if fields["messages"] else "complete" if fields["suffix"] is None else "infill"
+        fields["mode"] = (
+            "instruct"
+            if fields["messages"]
+            else "complete"
+            if fields["suffix"] is None
+            else "infill"
+        )
     return fields
 
 
@@ -232,7 +279,9 @@ class CpuMeter:
     def _read() -> tuple[float, float, float]:
         times = psutil.cpu_times()
         own = psutil.Process().cpu_times()
-        idle = times.idle + times.iowait + times.steal  # steal went to other guests of the host: not this system's use
+        idle = (
+            times.idle + times.iowait + times.steal
+        )  # steal went to other guests of the host: not this system's use
         # A niced program, such as a build, gives way to us: its time is as free for a request as our own.
         return sum(times[:8]), idle, own.user + own.system + times.nice
 
@@ -273,7 +322,9 @@ def fetch_model(model: Model, config: Config, again: bool = False, tune: bool = 
             tune_model(model, config, sys.stderr)
         except (TuneError, ModelError, OSError) as error:
             how = f"it works as published; {PYTHON} vpsd.py tune {model.id} tries again"
-            print(f"vpsd fetch: {model.id} was not tuned: {reason_of(error)}; {how}", file=sys.stderr)
+            print(
+                f"vpsd fetch: {model.id} was not tuned: {reason_of(error)}; {how}", file=sys.stderr
+            )
 
 
 def choose_command(options: argparse.Namespace, config: Config) -> None:
@@ -287,20 +338,28 @@ def choose_command(options: argparse.Namespace, config: Config) -> None:
     start_library()
     room_mb = available_mb() - config.min_free_mb
     fitting = [model for model in config.models if model.memory_mb <= room_mb]
-    fitting = [model for model in fitting if model.sources or is_whole(config.models_dir / model.file)]
+    fitting = [
+        model for model in fitting if model.sources or is_whole(config.models_dir / model.file)
+    ]
     bar = Bar(f"measuring what runs in {room_mb:.0f} MB", len(fitting), steps=True)
     speeds = predict_all(fitting, config.engine, bar.show, complain)
     bar.show(len(fitting), last=True)
     best = best_of(speeds, config.hint_seconds)
     print(*table(speeds, best), sep="\n", flush=True)
     if not best:
-        wanted = "a speed for at least one model" if fitting else f"a model for {room_mb:.0f} MB of memory"
+        wanted = (
+            "a speed for at least one model"
+            if fitting
+            else f"a model for {room_mb:.0f} MB of memory"
+        )
         raise FetchError(f"expected {wanted}, got none")
     if options.fetch:
         fetch_model(best, config)
 
 
-MAX_BUSY_PERCENT = 25  # of all CPUs, used by other programs; above this limit measurements would mislead
+MAX_BUSY_PERCENT = (
+    25  # of all CPUs, used by other programs; above this limit measurements would mislead
+)
 QUIET_SECONDS = 20  # how long to wait for other programs to leave the CPU
 
 
@@ -308,11 +367,15 @@ def tune_command(options: argparse.Namespace, config: Config) -> None:
     model = listed_model(options.model, config)
     if options.remove:
         found = remove_tuned(config.models_dir / model.file, config.engine)
-        print(f"{model.id}: {'the published file is used again' if found else 'no tuned file, nothing to remove'}")
+        print(
+            f"{model.id}: {'the published file is used again' if found else 'no tuned file, nothing to remove'}"
+        )
         return
     outcome = tune_model(model, config, sys.stdout, dry_run=options.dry_run)
     if not options.dry_run and outcome.tuned:
-        print(f"{model.id}: used from its next load on; {PYTHON} vpsd.py tune {model.id} --remove goes back")
+        print(
+            f"{model.id}: used from its next load on; {PYTHON} vpsd.py tune {model.id} --remove goes back"
+        )
 
 
 def memory_command(_options: argparse.Namespace, config: Config) -> None:
@@ -343,7 +406,9 @@ def wait_for_quiet() -> None:
         if (busy := psutil.cpu_percent(1.0)) <= MAX_BUSY_PERCENT:
             break
     else:
-        raise TuneError(f"expected other programs to use at most {MAX_BUSY_PERCENT} % of the CPU, got {busy:.0f} %")
+        raise TuneError(
+            f"expected other programs to use at most {MAX_BUSY_PERCENT} % of the CPU, got {busy:.0f} %"
+        )
 
 
 def tune_model(model: Model, config: Config, output: TextIO, *, dry_run: bool = False) -> Outcome:
@@ -357,10 +422,15 @@ def tune_model(model: Model, config: Config, output: TextIO, *, dry_run: bool = 
     bars = dict[str, Bar]()  # by label
 
     def report(label: str, done: int, total: int) -> None:
-        bars.setdefault(label, Bar(f"{model.id}: {label}", total, steps=True)).show(done, last=done >= total)
+        bars.setdefault(label, Bar(f"{model.id}: {label}", total, steps=True)).show(
+            done, last=done >= total
+        )
 
     start_library()
-    source, room = model.sha256 or digest_with_bar(path), round((available_mb() - config.min_free_mb) * MB)
+    source, room = (
+        model.sha256 or digest_with_bar(path),
+        round((available_mb() - config.min_free_mb) * MB),
+    )
     settings, _ = fit(config.engine, room, functools.partial(needed, path))
     return tune(path, source, settings, room, report, output, dry_run)
 
@@ -377,9 +447,15 @@ DRAIN_SECONDS = 30.0  # how long running requests may take to end after SIGTERM
 class Completion:
     """An admitted request: its job, and the queue of the job's events. Lives on the event loop."""
 
-    def __init__(self, model: str, session: str | None, request: CompletionRequest, notes: dict[str, Any]) -> None:
+    def __init__(
+        self, model: str, session: str | None, request: CompletionRequest, notes: dict[str, Any]
+    ) -> None:
         loop = asyncio.get_running_loop()
-        self.model, self.session, self.notes = model, session, notes  # notes: for the request's line in the log
+        self.model, self.session, self.notes = (
+            model,
+            session,
+            notes,
+        )  # notes: for the request's line in the log
         self.notes["model"] = model
         self.events: asyncio.Queue[list[Event | HttpError]] = asyncio.Queue()
         self.worker: Worker | None = None  # once the job is handed over
@@ -421,7 +497,9 @@ class Engine:
         self.config = config
         self.pool = Pool(config.models_dir, config.engine, f"{PYTHON} vpsd.py fetch")
         self.completions: dict[Completion, None] = {}
-        self.tokenizer = ThreadPoolExecutor(1)  # for /v1/tokenize, so that no prompt waits for a thread
+        self.tokenizer = ThreadPoolExecutor(
+            1
+        )  # for /v1/tokenize, so that no prompt waits for a thread
         self.cpu = CpuMeter()
         self.started = time.monotonic()
         self.requests_total = 0
@@ -430,18 +508,26 @@ class Engine:
     def reconfigure(self, config: Config) -> None:
         """Apply the models and limits of new settings; running requests continue. The settings of llama.cpp do not
         change."""
-        self.config = dataclasses.replace(config, engine=self.config.engine, models_dir=self.config.models_dir)
+        self.config = dataclasses.replace(
+            config, engine=self.config.engine, models_dir=self.config.models_dir
+        )
         self.pool.configure(config.models, config.min_free_mb, config.idle_minutes)
 
     def stuck(self, now: float) -> str:
         """A message that names a model whose worker hangs, or "" if none does."""
-        stuck = [instance.model.id for instance in self.pool.instances.values() if now > instance.worker.due]
+        stuck = [
+            instance.model.id
+            for instance in self.pool.instances.values()
+            if now > instance.worker.due
+        ]
         return f"model {stuck[0]}: the worker makes no progress" if stuck else ""
 
     def admit(self, fields: dict[str, Any], notes: dict[str, Any]) -> Completion:
         """Start a request, which ends the older request of its session. HttpError, before anything ends: unknown model,
         all places taken, or too little memory or CPU."""
-        request = {name: value for name, value in fields.items() if name not in ("model", "session")}
+        request = {
+            name: value for name, value in fields.items() if name not in ("model", "session")
+        }
         model, session = fields["model"], fields["session"]
         self.pool.check(model)
         older = [other for other in self.completions if session and other.session == session]
@@ -456,7 +542,9 @@ class Engine:
         self.completions[completion] = None
         for old in older:
             self.finish(old)
-            old.events.put_nowait([HttpError("SUPERSEDED", "a newer request of this session took its place")])
+            old.events.put_nowait(
+                [HttpError("SUPERSEDED", "a newer request of this session took its place")]
+            )
         self.requests_total += 1
         completion.starter = asyncio.create_task(self._start(completion))
         return completion
@@ -495,7 +583,9 @@ class Engine:
         try:
             worker = (await self.pool.acquire(user, model, lambda _percent: None)).worker
             given = fields["text"], fields["first"], fields["special"]
-            return await asyncio.get_running_loop().run_in_executor(self.tokenizer, worker.tokenize, *given)
+            return await asyncio.get_running_loop().run_in_executor(
+                self.tokenizer, worker.tokenize, *given
+            )
         finally:
             self.pool.release(user, model)
 
@@ -536,7 +626,9 @@ async def inference(engine: Engine, request: Request) -> Response:
     """POST /v1/inference: the completion in one piece."""
     events = [event async for batch in events_of(engine, request) for event in batch]
     if not events or "done" not in events[-1]:
-        raise HttpError("INTERNAL_ERROR", engine.stuck(time.monotonic()) or "the worker made no progress")
+        raise HttpError(
+            "INTERNAL_ERROR", engine.stuck(time.monotonic()) or "the worker made no progress"
+        )
     result = {name: value for name, value in events[-1].items() if name not in ("done", "language")}
     return Response({"completion": "".join(event.get("token", "") for event in events), **result})
 
@@ -553,7 +645,10 @@ def write_events(batch: Sequence[Event]) -> bytes:
 async def events_of(engine: Engine, request: Request) -> AsyncGenerator[list[Event], None]:
     """A completion's events up to the done event, in batches; an empty one while there are no events. HttpError if the
     completion is refused or fails. Ends early if a worker hangs: the Pi then counts a failure of this backend."""
-    completion, patience = engine.admit(parse_inference(parse_json(request.body)), request.notes), HEAD_SECONDS
+    completion, patience = (
+        engine.admit(parse_inference(parse_json(request.body)), request.notes),
+        HEAD_SECONDS,
+    )
     try:
         while True:
             batch: list[Event] = []
@@ -575,7 +670,9 @@ async def events_of(engine: Engine, request: Request) -> AsyncGenerator[list[Eve
 
 async def tokenize(engine: Engine, request: Request) -> Response:
     """POST /v1/tokenize: `{"tokens": [1, 2]}` for a text."""
-    return Response({"tokens": await engine.tokenize(read_fields(parse_json(request.body), TOKENIZE))})
+    return Response(
+        {"tokens": await engine.tokenize(read_fields(parse_json(request.body), TOKENIZE))}
+    )
 
 
 async def models(engine: Engine, _request: Request) -> Response:
@@ -615,8 +712,15 @@ async def models(engine: Engine, _request: Request) -> Response:
 async def stats(engine: Engine, _request: Request) -> Response:
     """GET /v1/stats: the specified fields, our version, other programs' use of the CPU, and the results of drafting."""
     figures = metrics.write_stats(METRICS, subjects(engine))
-    used, uptime = figures["memory_total_mb"] - figures["memory_available_mb"], time.monotonic() - engine.started
-    known = {"memory_used_mb": round(used, 1), "uptime": round(uptime, 1), "version": common.VERSION}
+    used, uptime = (
+        figures["memory_total_mb"] - figures["memory_available_mb"],
+        time.monotonic() - engine.started,
+    )
+    known = {
+        "memory_used_mb": round(used, 1),
+        "uptime": round(uptime, 1),
+        "version": common.VERSION,
+    }
     return Response({**figures, **known})
 
 
@@ -624,7 +728,9 @@ async def prometheus(engine: Engine, request: Request) -> Response:
     """GET /metrics: the counters of /v1/stats and more, for Prometheus. A metric that llama-server also has
     keeps llama-server's name and meaning, with the model as a label."""
     server = metrics.write_metrics(SERVER, {"": {"": request.answered}})
-    return Response(server + metrics.write_metrics(METRICS, subjects(engine)), kind=metrics.CONTENT_TYPE)
+    return Response(
+        server + metrics.write_metrics(METRICS, subjects(engine)), kind=metrics.CONTENT_TYPE
+    )
 
 
 def of_workers(name: str, about: str, read: Callable[[Worker], int], stats: str = "") -> Metric:
@@ -701,13 +807,17 @@ async def unload(engine: Engine, request: Request) -> Response:
     """POST /v1/unload/{id}"""
     model_id = engine.pool.listed(request.parameter).id
     freed = await engine.pool.unload(model_id)
-    return Response({"model": model_id, "unloaded": freed is not None, "memory_freed_mb": freed or 0.0})
+    return Response(
+        {"model": model_id, "unloaded": freed is not None, "memory_freed_mb": freed or 0.0}
+    )
 
 
 async def cleanup(engine: Engine, _request: Request) -> Response:
     """POST /v1/cleanup: unload models that have been idle for long."""
     freed = await engine.pool.unload_unused()
-    return Response({"models_unloaded": list(freed), "memory_freed_mb": round(math.fsum(freed.values()), 1)})
+    return Response(
+        {"models_unloaded": list(freed), "memory_freed_mb": round(math.fsum(freed.values()), 1)}
+    )
 
 
 # ------------------------------------------------------------------------------------------------ routes
@@ -736,7 +846,9 @@ async def serve(environ: Environment, config: Config) -> int:
 
     def reload() -> None:
         nonlocal known
-        with contextlib.suppress(ConfigError):  # raised below; whatever is wrong, a revoked key must stop working
+        with contextlib.suppress(
+            ConfigError
+        ):  # raised below; whatever is wrong, a revoked key must stop working
             known = read_environment(os.environ, HERE, known)
             if keys := known.keys("CEREBRUM_API_KEY"):
                 server.use(dataclasses.replace(server.access, keys=keys))
@@ -756,7 +868,9 @@ async def serve(environ: Environment, config: Config) -> int:
         return 1
     log.info("listening on %s", server.url)
     measuring = asyncio.create_task(engine.pool.measure())
-    failed = await service.run(asyncio.create_task(engine.watch_cpu()), asyncio.create_task(engine.clean_up()))
+    failed = await service.run(
+        asyncio.create_task(engine.watch_cpu()), asyncio.create_task(engine.clean_up())
+    )
     measuring.cancel()
     await server.stop(DRAIN_SECONDS)
     await engine.stop()
@@ -766,23 +880,37 @@ async def serve(environ: Environment, config: Config) -> int:
 def check_keys(config: Config) -> None:
     """ConfigError if no key is set: everybody on the network could use the CPU."""
     if not config.access.keys:
-        raise ConfigError("CEREBRUM_API_KEY: expected a key, got none; make one with ./generate_api_key.sh")
+        raise ConfigError(
+            "CEREBRUM_API_KEY: expected a key, got none; make one with ./generate_api_key.sh"
+        )
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = make_parser("vpsd", "Cerebrum's backend. Without an option or command it serves until it gets SIGTERM.")
+    parser = make_parser(
+        "vpsd", "Cerebrum's backend. Without an option or command it serves until it gets SIGTERM."
+    )
     commands = parser.add_subparsers(dest="command")
     commands.add_parser("memory", help="print the MemoryMax= to use, in MB, and its calculation")
     fetching = commands.add_parser("fetch", help="download a model of models.toml, and tune it")
-    fetching.add_argument("--no-tune", dest="tune", action="store_false", help="do not tune the model")
+    fetching.add_argument(
+        "--no-tune", dest="tune", action="store_false", help="do not tune the model"
+    )
     fetching.add_argument("--again", action="store_true", help="download it although it is here")
-    choosing = commands.add_parser("choose", help="predict how fast each model would be here, in some minutes")
-    choosing.add_argument("--fetch", action="store_true", help="fetch and tune the best, which is marked with *")
-    tuning = commands.add_parser("tune", help="find the encoding of a model that this machine computes fastest")
+    choosing = commands.add_parser(
+        "choose", help="predict how fast each model would be here, in some minutes"
+    )
+    choosing.add_argument(
+        "--fetch", action="store_true", help="fetch and tune the best, which is marked with *"
+    )
+    tuning = commands.add_parser(
+        "tune", help="find the encoding of a model that this machine computes fastest"
+    )
     tuning.add_argument("--dry-run", action="store_true", help="only measure")
     tuning.add_argument("--remove", action="store_true", help="go back to the published file")
     for command in (fetching, tuning):
-        command.add_argument("model", nargs="?", metavar="ID", help="default: the last of models.toml, the smallest")
+        command.add_argument(
+            "model", nargs="?", metavar="ID", help="default: the last of models.toml, the smallest"
+        )
     options = parser.parse_args(arguments)
     if options.check:
         if options.command:

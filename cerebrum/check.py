@@ -39,14 +39,18 @@ ASK_SECONDS = 5.0  # for an answer from this machine
 BACKEND_SECONDS = 15.0  # for answers from all backends, which are asked at the same time
 MAX_BYTES = 1 << 16
 CREDENTIALS = Path("/etc/credstore")  # where the units' LoadCredential= looks
-SOCKET_UNITS = [Path(f"/{place}/systemd/system/cerebrum-backend.socket") for place in ("etc", "usr/lib")]
+SOCKET_UNITS = [
+    Path(f"/{place}/systemd/system/cerebrum-backend.socket") for place in ("etc", "usr/lib")
+]
 SET_KEY = "`generate_api_key.sh --set FILE` sets it"
 MIN_KEY_CHARACTERS = 16  # generate_api_key.sh makes 43
 PI_MB = 64  # of memory: cm4d takes 36, its clients need more
 BARE_MB = 150  # memory of vpsd without a model: 90 at its start, plus connections
 SYSTEM_MB = 250  # memory that a small Debian takes, with Tailscale
 SPARE_MB = 512  # for memory that a model's estimate leaves out, and for reading its file
-LLAMA_CPP = "0.3.36"  # the version of llama-cpp-python whose C structures cerebrum/vps/llama.py knows
+LLAMA_CPP = (
+    "0.3.36"  # the version of llama-cpp-python whose C structures cerebrum/vps/llama.py knows
+)
 
 
 RENAMED = {"CEREBRUM_MIN_TOKENS_PER_SECOND": "CEREBRUM_HINT_SECONDS takes its place"}
@@ -86,16 +90,25 @@ def read_settings(report: Report, folder: Path, load: Load) -> Any:
     if os.access(CREDENTIALS, os.R_OK | os.X_OK):
         given.setdefault("CREDENTIALS_DIRECTORY", str(CREDENTIALS))
     elif CREDENTIALS.is_dir() and "CREDENTIALS_DIRECTORY" not in given:
-        report.add("warn", "settings", f"{CREDENTIALS} cannot be read and may hold keys: run this as root (sudo)")
+        report.add(
+            "warn",
+            "settings",
+            f"{CREDENTIALS} cannot be read and may hold keys: run this as root (sudo)",
+        )
     try:
         environ = read_environment(given, folder)
         config = load(environ)
     except ConfigError as error:
-        report.add("FAIL", "settings", f"{error}: correct it in the environment, {place} or models.toml")
+        report.add(
+            "FAIL", "settings", f"{error}: correct it in the environment, {place} or models.toml"
+        )
         return None
     report.add("ok", "settings", f"those of the environment, {place} and models.toml are valid")
     with contextlib.suppress(OSError):
-        known = {*re.findall(r"CEREBRUM_\w+", (folder / ".env.example").read_text()), "CEREBRUM_URL"}  # the REPL's
+        known = {
+            *re.findall(r"CEREBRUM_\w+", (folder / ".env.example").read_text()),
+            "CEREBRUM_URL",
+        }  # the REPL's
         named = {one.key_env for one in getattr(config, "backends", ())}
         for name in sorted(environ.values.keys() - known - named):
             if name.startswith("CEREBRUM_"):
@@ -107,9 +120,17 @@ def read_settings(report: Report, folder: Path, load: Load) -> Any:
 def check_key(report: Report, name: str, keys: Sequence[str], missing: str = "") -> None:
     """Check the key of a variable. `missing` says how to set the key if there is none; "" if the key is optional."""
     if not any(keys):
-        report.add("FAIL" if missing else "ok", "key", f"{name} is not set: {missing or 'clients need none'}")
+        report.add(
+            "FAIL" if missing else "ok",
+            "key",
+            f"{name} is not set: {missing or 'clients need none'}",
+        )
     elif any(len(key) < MIN_KEY_CHARACTERS for key in keys):
-        report.add("warn", "key", f"{name} is short enough to be guessed: generate_api_key.sh makes a better one")
+        report.add(
+            "warn",
+            "key",
+            f"{name} is short enough to be guessed: generate_api_key.sh makes a better one",
+        )
     else:
         report.add("ok", "key", f"{name} is set")
 
@@ -123,23 +144,38 @@ def check_address(report: Report, host: str, port: int, prefix: str, mark: str) 
             socket.create_server(address, family=family).close()
     except (OSError, UnicodeError) as error:  # the look-up's TimeoutError is an OSError
         if getattr(error, "errno", 0) != errno.EADDRINUSE:
-            reason = (getattr(error, "strerror", "") or "no address is known for it").partition(" (while")[0]
-            report.add("FAIL", "address", f"{host} port {port}: {reason}: correct {prefix}_HOST or {prefix}_PORT")
+            reason = (getattr(error, "strerror", "") or "no address is known for it").partition(
+                " (while"
+            )[0]
+            report.add(
+                "FAIL",
+                "address",
+                f"{host} port {port}: {reason}: correct {prefix}_HOST or {prefix}_PORT",
+            )
         elif has_health(address[0], port, mark):
             report.add("ok", "address", f"our daemon answers on {host} port {port}")
         else:
-            report.add("FAIL", "address", f"{host} port {port} is taken: `ss -ltnp 'sport = :{port}'` shows by whom")
+            report.add(
+                "FAIL",
+                "address",
+                f"{host} port {port} is taken: `ss -ltnp 'sport = :{port}'` shows by whom",
+            )
     else:
         report.add("ok", "address", f"{host} port {port} is free")
 
 
 def has_health(host: str, port: int, member: str) -> bool:
     """Whether the answer to GET /health at an address of this machine has this member, with TLS or without."""
-    unchecked = ssl._create_unverified_context()  # this machine's own certificate names another host
+    unchecked = (
+        ssl._create_unverified_context()
+    )  # this machine's own certificate names another host
     plain = http.client.HTTPConnection(host, port, timeout=ASK_SECONDS)
     secure = http.client.HTTPSConnection(host, port, timeout=ASK_SECONDS, context=unchecked)
     for connection in (plain, secure):
-        with contextlib.closing(connection), contextlib.suppress(OSError, http.client.HTTPException):
+        with (
+            contextlib.closing(connection),
+            contextlib.suppress(OSError, http.client.HTTPException),
+        ):
             connection.request("GET", "/health", headers={"Host": "localhost"})
             if f'"{member}"'.encode() in connection.getresponse().read(MAX_BYTES):
                 return True
@@ -156,11 +192,17 @@ def check_pi(folder: Path, load: Load, make: Make) -> int:
         if config.client_keys or config.clients is None:
             check_key(report, "CEREBRUM_CM4_API_KEY", config.client_keys)
         check_clients(report, config)
-        needed = {one.variable: [one.key] for one in config.backends if one.key_env or one.api == "cerebrum"}
+        needed = {
+            one.variable: [one.key]
+            for one in config.backends
+            if one.key_env or one.api == "cerebrum"
+        }
         for name in sorted(needed):
             check_key(report, name, needed[name], SET_KEY)
         check_address(report, config.host, config.port, "CEREBRUM_CM4", "vps_available")
-        available = int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) // 1024
+        available = (
+            int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) // 1024
+        )
         wanted = "" if available >= PI_MB else f", expected {PI_MB}: end other programs"
         report.add("warn" if wanted else "ok", "memory", f"{available:,} MB are available{wanted}")
         check_backends(report, config, make)
@@ -170,18 +212,30 @@ def check_pi(folder: Path, load: Load, make: Make) -> int:
 def check_clients(report: Report, config: Any) -> None:
     """Check who else can see the clients' keys."""
     if config.clients is not None:
-        short = [client.name for key, client in config.clients.items() if len(key) < MIN_KEY_CHARACTERS]
+        short = [
+            client.name for key, client in config.clients.items() if len(key) < MIN_KEY_CHARACTERS
+        ]
         told = f"{len(config.clients)} clients have names: {', '.join(config.names) or 'none yet'}"
-        report.add("warn" if short else "ok", "key", told + "".join(f"; the key of {name} is short" for name in short))
+        report.add(
+            "warn" if short else "ok",
+            "key",
+            told + "".join(f"; the key of {name} is short" for name in short),
+        )
     if (config.client_keys or config.clients) and not config.tls:
-        report.add("warn", "key", "clients' keys cross the LAN in clear: CEREBRUM_CM4_TLS_CERT encrypts them")
+        report.add(
+            "warn",
+            "key",
+            "clients' keys cross the LAN in clear: CEREBRUM_CM4_TLS_CERT encrypts them",
+        )
 
 
 def check_backends(report: Report, config: Any, make: Make) -> None:
     """Check that each backend can be reached and takes our key, and check its version and models. A fault is a FAIL
     only if no other backend can serve a completion."""
     log.addHandler(logging.NullHandler())  # a probe's log lines come as findings
-    answers = [(one, begin(asyncio.run, ask_backend(one, config.models, make))) for one in config.backends]
+    answers = [
+        (one, begin(asyncio.run, ask_backend(one, config.models, make))) for one in config.backends
+    ]
     wait((future for _, future in answers), BACKEND_SECONDS)
     seen = []
     for one, future in answers:
@@ -190,31 +244,47 @@ def check_backends(report: Report, config: Any, make: Make) -> None:
         except Exception as error:  # from the look-up or the certificates, or TimeoutError
             reason = getattr(error, "strerror", None) or str(error) or "it did not answer in time"
             seen.append((one, None, "", reason))
-    lacking = "warn" if any(backend.models for _, backend, _, trouble in seen if not trouble) else "FAIL"
+    lacking = (
+        "warn" if any(backend.models for _, backend, _, trouble in seen if not trouble) else "FAIL"
+    )
     for one, backend, version, trouble in seen:
         if trouble:
             mend = SET_KEY if "our key" in trouble else "look whether it runs and has this address"
-            report.add(lacking, "backend", f"{one.id} ({one.endpoint.authority}): {trouble}: {mend}")
+            report.add(
+                lacking, "backend", f"{one.id} ({one.endpoint.authority}): {trouble}: {mend}"
+            )
             continue
         taken = " and takes our key" if one.key else ""
         report.add("ok", "backend", f"{one.id} answers in {backend.response_ms or 0:.0f} ms{taken}")
         if one.api == "cerebrum" and version != VERSION:
-            report.add("warn", "version", f"{one.id} has {version}, this is {VERSION}: copy all files of one version")
+            report.add(
+                "warn",
+                "version",
+                f"{one.id} has {version}, this is {VERSION}: copy all files of one version",
+            )
         if backend.models:
             report.add("ok", "models", f"{one.id} has {', '.join(backend.models)}")
         else:
-            mend = "`vpsd.py fetch` there gets one" if one.api == "cerebrum" else "list its names as `aliases`"
+            mend = (
+                "`vpsd.py fetch` there gets one"
+                if one.api == "cerebrum"
+                else "list its names as `aliases`"
+            )
             report.add(lacking, "models", f"{one.id} has no model of models.toml: {mend}")
 
 
 async def ask_backend(config: Any, models: Sequence[Model], make: Make) -> tuple[Any, str, str]:
     """Probe a backend once. Returns the Backend, its version, and its trouble, "" if none."""
-    socket.getaddrinfo(config.endpoint.host, config.endpoint.port)  # asyncio would wait for a look-up that hangs
+    socket.getaddrinfo(
+        config.endpoint.host, config.endpoint.port
+    )  # asyncio would wait for a look-up that hangs
     backend, version = make(config, models), "an unknown version"
     await backend.probe()
     if config.api == "cerebrum" and not backend.breaker.trouble:
         with contextlib.suppress(HttpError):
-            version = str((await backend.upstream.get("/v1/stats", MAX_BYTES)).get("version", version))
+            version = str(
+                (await backend.upstream.get("/v1/stats", MAX_BYTES)).get("version", version)
+            )
     return backend, version, backend.breaker.trouble
 
 
@@ -228,10 +298,16 @@ def check_vps(folder: Path, load: Load) -> int:
     report = Report()
     if config := read_settings(report, folder, load):
         if (got := llama_cpp.__version__) != LLAMA_CPP:
-            report.add("warn", "packages", f"pip install llama-cpp-python=={LLAMA_CPP}: its C API differs from {got}")
+            report.add(
+                "warn",
+                "packages",
+                f"pip install llama-cpp-python=={LLAMA_CPP}: its C API differs from {got}",
+            )
         mend = "`generate_api_key.sh --write FILE` makes one"
         check_key(report, "CEREBRUM_API_KEY", config.access.keys, mend)
-        if unit := next(filter(Path.exists, SOCKET_UNITS), None):  # a connection there could start the daemon
+        if unit := next(
+            filter(Path.exists, SOCKET_UNITS), None
+        ):  # a connection there could start the daemon
             report.add("ok", "address", f"that of systemd: `systemctl status {unit.name}` shows it")
         else:
             check_address(report, config.host, config.port, "CEREBRUM_VPS", "models_loaded")
@@ -243,7 +319,11 @@ def check_vps(folder: Path, load: Load) -> int:
 def check_state(report: Report, folder: Path) -> None:
     place = next(place for place in (folder, *folder.absolute().parents) if os.path.exists(place))
     fits = place.is_dir() and os.access(place, os.W_OK | os.X_OK)
-    finding = f"{folder} can be written" if fits else f"{place} cannot be written: CEREBRUM_STATE_DIR names the folder"
+    finding = (
+        f"{folder} can be written"
+        if fits
+        else f"{place} cannot be written: CEREBRUM_STATE_DIR names the folder"
+    )
     report.add("ok" if fits else "FAIL", "state", finding)
 
 
@@ -257,7 +337,11 @@ def check_models(report: Report, config: Any) -> None:
 
     here = [model for model in config.models if (config.models_dir / model.file).is_file()]
     if not here:
-        report.add("FAIL", "models", f"{config.models_dir} has none of models.toml: `vpsd.py fetch` gets one")
+        report.add(
+            "FAIL",
+            "models",
+            f"{config.models_dir} has none of models.toml: `vpsd.py fetch` gets one",
+        )
     total, available = psutil.virtual_memory()[:2]
     most, free = (max(0, round(size / MB - config.min_free_mb)) for size in (total, available))
     for model in here:
@@ -270,19 +354,34 @@ def check_models(report: Report, config: Any) -> None:
                 raise ModelError(f"expected sha256 {model.sha256}, got {got}")
             choice, need = needed_mb(model, config, total // MB)
         except (ModelError, OSError) as error:
-            report.add("FAIL", "models", f"{model.id}: {error}: `vpsd.py fetch {model.id}` gets it again")
+            report.add(
+                "FAIL", "models", f"{model.id}: {error}: `vpsd.py fetch {model.id}` gets it again"
+            )
             continue
-        report.add("ok", "models", f"{model.id} is {'whole' if model.sha256 else 'readable'}, {size / MB:,.0f} MB")
+        report.add(
+            "ok",
+            "models",
+            f"{model.id} is {'whole' if model.sha256 else 'readable'}, {size / MB:,.0f} MB",
+        )
         level, mend = "ok", ""
         if need > most:
-            level, mend = "FAIL", ": choose a smaller model or CEREBRUM_N_CTX, or CEREBRUM_KV_TYPE=q8_0"
+            level, mend = (
+                "FAIL",
+                ": choose a smaller model or CEREBRUM_N_CTX, or CEREBRUM_KV_TYPE=q8_0",
+            )
         elif need > free:
             level, mend = "warn", ": end other programs, unless it is loaded already"
         beside = f"{free:,} of {most:,} MB are available beside CEREBRUM_MIN_FREE_MB"
-        with_context = "" if choice.settings == config.engine else f" with {choice.settings.context}"
+        with_context = (
+            "" if choice.settings == config.engine else f" with {choice.settings.context}"
+        )
         report.add(level, "memory", f"{model.id} needs {need:,} MB{with_context}, {beside}{mend}")
-        fastest = choice.tuned and f"{model.id} has the fastest encoding here: {choice.tuned.encoding}"
-        report.add("ok" if fastest else "warn", "tuned", fastest or untuned(model.id, choice.reason))
+        fastest = (
+            choice.tuned and f"{model.id} has the fastest encoding here: {choice.tuned.encoding}"
+        )
+        report.add(
+            "ok" if fastest else "warn", "tuned", fastest or untuned(model.id, choice.reason)
+        )
 
 
 def needed_mb(model: Model, config: Any, total_mb: int) -> tuple[Any, int]:
@@ -307,10 +406,16 @@ def memory_limit(config: Any, total_mb: int) -> list[str]:
             need = needed_mb(model, config, total_mb)[1]
             needs.append(need)
             # Not by `needed_mb`: a tuned file that does not fit would not fit after another tuning either.
-            mark = "" if find_tuned(config.models_dir / model.file, config.engine, model.sha256)[0] else ", untuned"
+            mark = (
+                ""
+                if find_tuned(config.models_dir / model.file, config.engine, model.sha256)[0]
+                else ", untuned"
+            )
             comments.append(f"# {model.id}: {need} MB with its prompts (CEREBRUM_CACHE_MB){mark}")
     if not needs:
-        comments = [f"# no model is here; the smallest is {model.id}" for model in config.models[-1:]]
+        comments = [
+            f"# no model is here; the smallest is {model.id}" for model in config.models[-1:]
+        ]
     limit = min(most, sum(needs) + BARE_MB + SPARE_MB) if needs else most
     beside = f"# beside models: {BARE_MB + SPARE_MB} MB; at most {most} MB: {total_mb} without CEREBRUM_MIN_FREE_MB"
     return [str(limit), *comments, beside]

@@ -42,7 +42,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return members
 
 
-DECODER = json.JSONDecoder(parse_constant=_finite, parse_float=_finite, parse_int=_integer, object_pairs_hook=_unique)
+DECODER = json.JSONDecoder(
+    parse_constant=_finite, parse_float=_finite, parse_int=_integer, object_pairs_hook=_unique
+)
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
@@ -55,9 +57,13 @@ def parse_json(body: bytes) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise HttpError("INVALID_REQUEST", "expected a body in UTF-8") from None
     except RecursionError:
-        raise HttpError("INVALID_REQUEST", f"expected JSON of at most {MAX_JSON_DEPTH} levels") from None
+        raise HttpError(
+            "INVALID_REQUEST", f"expected JSON of at most {MAX_JSON_DEPTH} levels"
+        ) from None
     except json.JSONDecodeError as error:
-        raise HttpError("INVALID_REQUEST", f"expected a JSON object: {error.msg} at character {error.pos}") from None
+        raise HttpError(
+            "INVALID_REQUEST", f"expected a JSON object: {error.msg} at character {error.pos}"
+        ) from None
     except ValueError as error:
         raise HttpError("INVALID_REQUEST", f"expected a JSON object: {error}") from None
     if not isinstance(value, dict):
@@ -67,7 +73,9 @@ def parse_json(body: bytes) -> dict[str, Any]:
 
 def _refuse_marks(body: bytes) -> None:
     """Before the parser, which lets nothing else run: each value and each name in JSON follows one of these marks."""
-    plain = body.replace(rb"\\", b"").replace(rb"\"", b"")  # each quote that is left begins or ends a string
+    plain = body.replace(rb"\\", b"").replace(
+        rb"\"", b""
+    )  # each quote that is left begins or ends a string
     outside = b"".join(plain.split(b'"', 2 * MAX_JSON_MARKS)[::2])
     if len(outside) - len(outside.translate(None, b",:[{")) > MAX_JSON_MARKS:
         raise ValueError(f"expected at most {MAX_JSON_MARKS} commas, colons and opening brackets")
@@ -79,7 +87,9 @@ def _refuse_depth(value: Any) -> None:
         level = [item for item in level if isinstance(item, (dict, list))]
         if not level:
             return
-        level = [child for item in level for child in (item.values() if isinstance(item, dict) else item)]
+        level = [
+            child for item in level for child in (item.values() if isinstance(item, dict) else item)
+        ]
     raise RecursionError
 
 
@@ -108,7 +118,9 @@ def printable(text: str) -> str:
     """Escape every character that could act on a terminal or forge a line: line ends, controls, overrides."""
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +146,9 @@ class Field:
             return f"{'strings' if self.kind is list else 'a string'} of the form {self.pattern}"
         if self.kind is list:
             return f"a string, or an array of {self.low:g} to {self.high:g} non-empty strings"
-        noun = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}[self.kind]
+        noun = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}[
+            self.kind
+        ]
         if self.high == math.inf:
             return "a non-empty string" if self.kind is str and self.low == 1 else noun
         unit = " characters" if self.kind is str else ""
@@ -153,21 +167,29 @@ class Field:
         """Whether the field accepts this string or list item."""
         if not isinstance(text, str) or (self.choices and text not in self.choices):
             return False
-        return bool(re.fullmatch(self.pattern, text)) if self.pattern else self.kind is str or text != ""
+        return (
+            bool(re.fullmatch(self.pattern, text))
+            if self.pattern
+            else self.kind is str or text != ""
+        )
 
 
 def wrong(name: str, expected: str, got: Any) -> HttpError:
     return HttpError("INVALID_REQUEST", f"{name}: expected {expected}, got {describe(got)}")
 
 
-def read_fields(members: Mapping[str, Any], fields: Mapping[str, Field], where: str = "") -> dict[str, Any]:
+def read_fields(
+    members: Mapping[str, Any], fields: Mapping[str, Field], where: str = ""
+) -> dict[str, Any]:
     """The checked fields of a request with defaults filled in; unknown members are ignored. HttpError 400 names the
     field, after `where`, what was expected and what was found."""
     values: dict[str, Any] = {}
     for name, rule in fields.items():
         if name not in members:
             if rule.required:
-                raise HttpError("INVALID_REQUEST", f"{where}{name}: expected {rule.expected()}, got nothing")
+                raise HttpError(
+                    "INVALID_REQUEST", f"{where}{name}: expected {rule.expected()}, got nothing"
+                )
             values[name] = rule.default
             continue
         value = members[name]
@@ -176,9 +198,13 @@ def read_fields(members: Mapping[str, Any], fields: Mapping[str, Field], where: 
         if not rule.accepts(value):
             raise wrong(where + name, rule.expected(), members[name])
         try:
-            "".join(value if isinstance(value, list) else [value if isinstance(value, str) else ""]).encode()
+            "".join(
+                value if isinstance(value, list) else [value if isinstance(value, str) else ""]
+            ).encode()
         except UnicodeEncodeError:
-            raise HttpError("INVALID_REQUEST", f"{where}{name}: expected Unicode text, got a lone surrogate") from None
+            raise HttpError(
+                "INVALID_REQUEST", f"{where}{name}: expected Unicode text, got a lone surrogate"
+            ) from None
         values[name] = float(value) if rule.kind is float else value
     return values
 
@@ -190,7 +216,9 @@ def read_object(value: Any, name: str, fields: Mapping[str, Field]) -> dict[str,
     return read_fields(value, fields, f"{name}.")
 
 
-def read_objects(value: Any, name: str, low: int, high: int, fields: Mapping[str, Field]) -> list[dict[str, Any]]:
+def read_objects(
+    value: Any, name: str, low: int, high: int, fields: Mapping[str, Field]
+) -> list[dict[str, Any]]:
     """The checked members of each object in an array. HttpError 400 names the array, the index and the field."""
     if not isinstance(value, list) or not low <= len(value) <= high:
         raise wrong(name, f"an array of {low} to {high} objects", value)

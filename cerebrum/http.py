@@ -39,29 +39,52 @@ from typing import Any
 
 import cerebrum_common as common
 from cerebrum.fields import describe
-from cerebrum_common import Head, HttpError, Request, Response, Route, internal_error, log, request_id_var
+from cerebrum_common import (
+    Head,
+    HttpError,
+    Request,
+    Response,
+    Route,
+    internal_error,
+    log,
+    request_id_var,
+)
 
 # ---------------------------------------------------------------------------------------------- limits
 
 MAX_TARGET_BYTES = 8192  # RFC 9112 section 3 asks for at least 8,000
 MAX_LINE_BYTES = MAX_TARGET_BYTES + 32  # the target, a method and a version
-MAX_HEAD_BYTES = 32_768  # curl with a handful of cookies sends 2 KiB; the whole head is held in memory
+MAX_HEAD_BYTES = (
+    32_768  # curl with a handful of cookies sends 2 KiB; the whole head is held in memory
+)
 MAX_HEADERS = 100  # no known client sends 30
 MAX_BODY_BYTES = 1 << 20  # the longest source file that is sent as a prompt
-MAX_BODIES_BYTES = 16 << 20  # all connections together; parsing one body can cost 20 times its size for a moment
+MAX_BODIES_BYTES = (
+    16 << 20
+)  # all connections together; parsing one body can cost 20 times its size for a moment
 MAX_TRAILER_BYTES = 8192  # trailers are dropped, so the limit only bounds memory
 MAX_CHUNK_LINE_BYTES = 256  # 16 digits of a chunk size, and room for an ignored extension
 MAX_PIPELINED_BYTES = 65_536  # read while a request runs, only to notice when its client leaves
-MAX_CONNECTIONS = 256  # 30 KiB each when idle, 0.1 with TLS, up to 0.3 MiB under attack; the unit allows 256 MB
-MAX_ACCEPTS = 64  # sockets accepted at a time; with the limits above, well below the usual 1,024 open files
+MAX_CONNECTIONS = (
+    256  # 30 KiB each when idle, 0.1 with TLS, up to 0.3 MiB under attack; the unit allows 256 MB
+)
+MAX_ACCEPTS = (
+    64  # sockets accepted at a time; with the limits above, well below the usual 1,024 open files
+)
 READ_BYTES = 65_536  # one read of a socket; also the StreamReader's limit
 WRITE_BUFFER_BYTES = 65_536  # held for a client that does not read, before its stream pauses
 HEAD_SECONDS = 10.0  # for a whole head, from its first byte: one byte a second is refused
 BODY_SECONDS = 30.0  # for a whole body: 1 MiB at 35 KB/s
 IDLE_SECONDS = 60.0  # until a connection's first or next request begins
-WRITE_SECONDS = 30.0  # a client that reads nothing, or whose network acknowledges nothing, for this long is cut
-KEEPALIVE_IDLE_SECONDS = 10  # without a packet from a client, before the kernel starts to probe the connection
-KEEPALIVE_PROBE_SECONDS = 5  # between two probes: the client is cut after WRITE_SECONDS, when four are lost
+WRITE_SECONDS = (
+    30.0  # a client that reads nothing, or whose network acknowledges nothing, for this long is cut
+)
+KEEPALIVE_IDLE_SECONDS = (
+    10  # without a packet from a client, before the kernel starts to probe the connection
+)
+KEEPALIVE_PROBE_SECONDS = (
+    5  # between two probes: the client is cut after WRITE_SECONDS, when four are lost
+)
 FAREWELL_SECONDS = 2.0  # for the last errors to reach their clients when the daemon stops
 PAGE_SECONDS = 0.1  # between a stream's error and the cut, when a browser drops all bytes its page has not read
 LINGER_SECONDS = 1.0  # for the client to read the last answer, before a reset could destroy it
@@ -121,7 +144,9 @@ def scan_request(buffer: bytes | bytearray, scanned: int = 0) -> int | None:
     _refuse_controls(buffer, scanned, start + MAX_LINE_BYTES if end < 0 else end)
     if end < 0:
         if len(buffer) >= start + MAX_LINE_BYTES:
-            raise malformed(f"expected a request line of at most {MAX_LINE_BYTES} bytes", "URI_TOO_LONG")
+            raise malformed(
+                f"expected a request line of at most {MAX_LINE_BYTES} bytes", "URI_TOO_LONG"
+            )
         return None
     if end + 2 > scanned:
         parse_request_line(bytes(buffer[start:end]))
@@ -130,7 +155,9 @@ def scan_request(buffer: bytes | bytearray, scanned: int = 0) -> int | None:
 
 def _refuse_controls(buffer: bytes | bytearray, scanned: int, stop: int) -> None:
     if bad := FORBIDDEN_IN_HEAD.search(buffer, max(0, scanned - 1), stop):
-        raise malformed(f"expected CRLF line ends and no control characters, got byte 0x{bad[0][0]:02x}")
+        raise malformed(
+            f"expected CRLF line ends and no control characters, got byte 0x{bad[0][0]:02x}"
+        )
 
 
 def parse_request_line(line: bytes) -> tuple[str, str, str, str]:
@@ -142,9 +169,14 @@ def parse_request_line(line: bytes) -> tuple[str, str, str, str]:
     if version not in ("HTTP/1.1", "HTTP/1.0"):
         raise malformed(f"expected HTTP/1.1 or HTTP/1.0, got {version}", "VERSION_NOT_SUPPORTED")
     if method not in METHODS:
-        raise malformed(f"expected one of {', '.join(sorted(METHODS))}, got {describe(method)}", "NOT_IMPLEMENTED")
+        raise malformed(
+            f"expected one of {', '.join(sorted(METHODS))}, got {describe(method)}",
+            "NOT_IMPLEMENTED",
+        )
     if len(target) > MAX_TARGET_BYTES:
-        raise malformed(f"expected a request target of at most {MAX_TARGET_BYTES} bytes", "URI_TOO_LONG")
+        raise malformed(
+            f"expected a request target of at most {MAX_TARGET_BYTES} bytes", "URI_TOO_LONG"
+        )
     if target == "*" and method == "OPTIONS":
         return method, target, "", version
     return method, *parse_target(target), version
@@ -157,8 +189,12 @@ def parse_target(target: str) -> tuple[str, str]:
         authority, target = host_name(absolute[1]), "/" + absolute[2]
     path, _, query = target.partition("?")
     if not PATH.fullmatch(path) or not QUERY.fullmatch(query):
-        raise malformed("expected a request target that is a path of RFC 3986 characters and %XX escapes")
-    path = "/" + path.lstrip("/").removesuffix("/")  # people add a slash to URLs; an escaped %2F stays
+        raise malformed(
+            "expected a request target that is a path of RFC 3986 characters and %XX escapes"
+        )
+    path = "/" + path.lstrip("/").removesuffix(
+        "/"
+    )  # people add a slash to URLs; an escaped %2F stays
     octets = re.sub(rb"%(..)", lambda escape: bytes.fromhex(escape[1].decode()), path.encode())
     try:
         path = octets.decode("utf-8")
@@ -180,7 +216,9 @@ def host_name(value: str) -> str:
 def parse_headers(lines: Sequence[bytes]) -> dict[str, str]:
     """Parse header lines, without line ends, into a dict by lower-case name. Commas join repeated list headers."""
     if len(lines) > MAX_HEADERS:
-        raise malformed(f"expected at most {MAX_HEADERS} headers, got {len(lines)}", "HEADERS_TOO_LARGE")
+        raise malformed(
+            f"expected at most {MAX_HEADERS} headers, got {len(lines)}", "HEADERS_TOO_LARGE"
+        )
     headers: dict[str, str] = {}
     for line in lines:
         match = HEADER_LINE.fullmatch(line)
@@ -197,15 +235,23 @@ def parse_framing(version: str, headers: Mapping[str, str]) -> tuple[int | None,
     """The framing of the body: (Content-Length or None, chunked). RFC 9112 section 6; any ambiguity is refused."""
     length, coding = headers.get("content-length"), headers.get("transfer-encoding")
     if length is not None and not CONTENT_LENGTH.fullmatch(length):
-        raise malformed(f"expected one Content-Length of 1 to 20 decimal digits, got {describe(length)}")
+        raise malformed(
+            f"expected one Content-Length of 1 to 20 decimal digits, got {describe(length)}"
+        )
     if coding is None:
         return (None if length is None else int(length)), False
     if length is not None or version == "HTTP/1.0":
         raise malformed("expected no Transfer-Encoding beside a Content-Length or in HTTP/1.0")
     if (codings := coding.lower()) != "chunked":
         # RFC 9112 section 6.3: unless `chunked` comes last, the body has no known length, and the answer is 400.
-        code = "NOT_IMPLEMENTED" if codings.rpartition(",")[2].strip(" \t") == "chunked" else "INVALID_REQUEST"
-        raise malformed(f"expected the Transfer-Encoding 'chunked' alone, got {describe(coding)}", code)
+        code = (
+            "NOT_IMPLEMENTED"
+            if codings.rpartition(",")[2].strip(" \t") == "chunked"
+            else "INVALID_REQUEST"
+        )
+        raise malformed(
+            f"expected the Transfer-Encoding 'chunked' alone, got {describe(coding)}", code
+        )
     return None, True
 
 
@@ -222,7 +268,9 @@ def parse_request(block: bytes) -> Head:
     request_id = wanted if REQUEST_ID.fullmatch(wanted) else str(uuid.uuid4())
     options = {option.strip(" \t").lower() for option in headers.get("connection", "").split(",")}
     keep_alive = version == "HTTP/1.1" and "close" not in options
-    return Head(method, path, version, headers, host, authority, length, chunked, request_id, keep_alive)
+    return Head(
+        method, path, version, headers, host, authority, length, chunked, request_id, keep_alive
+    )
 
 
 # ------------------------------------------------------------------------------------------ pure: bodies
@@ -231,7 +279,9 @@ TEXT = rb"[\t\x20\x21\x23-\x5b\x5d-\x7e\x80-\xff]*"  # of a quoted string, witho
 EXTENSION = rb';%b(?:=(?:%b|"%b"))?' % (TOKEN, TOKEN, TEXT)
 EXTENSION_BEGUN = rb';(?:%b(?:=(?:%b|"%b"?)?)?)?' % (TOKEN, TOKEN, TEXT)
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})((?:%b)*)\r\n" % EXTENSION)
-CHUNK_SIZE_BEGUN = re.compile(rb"(?:[0-9A-Fa-f]{1,16}(?:%b)*(?:\r|%b)?)?" % (EXTENSION, EXTENSION_BEGUN))
+CHUNK_SIZE_BEGUN = re.compile(
+    rb"(?:[0-9A-Fa-f]{1,16}(?:%b)*(?:\r|%b)?)?" % (EXTENSION, EXTENSION_BEGUN)
+)
 
 
 class BodyDecoder:
@@ -245,8 +295,12 @@ class BodyDecoder:
         self.may_end = length is None and not chunked  # at any byte, with the connection
         self.fault: HttpError | None = None
         self.rest = b""  # the bytes after the body; before its end an incomplete size line, line end or trailer section
-        self._left = 0 if chunked else sys.maxsize if length is None else length  # payload until the next `_step`
-        self._step = BodyDecoder._size if chunked else BodyDecoder._end  # parses the element after that payload
+        self._left = (
+            0 if chunked else sys.maxsize if length is None else length
+        )  # payload until the next `_step`
+        self._step = (
+            BodyDecoder._size if chunked else BodyDecoder._end
+        )  # parses the element after that payload
         self._limit, self._total = limit, 0
 
     def feed(self, data: bytes) -> bytes:
@@ -309,7 +363,9 @@ class BodyDecoder:
             raise malformed("expected trailers with CRLF line ends and no control characters")
         if not end:
             if len(buffer) >= at + MAX_TRAILER_BYTES:
-                raise malformed(f"expected trailers of at most {MAX_TRAILER_BYTES} bytes", "HEADERS_TOO_LARGE")
+                raise malformed(
+                    f"expected trailers of at most {MAX_TRAILER_BYTES} bytes", "HEADERS_TOO_LARGE"
+                )
             return None
         parse_headers(lines.split(b"\r\n")[1:])
         return self._end(buffer, at + len(lines) + len(b"\r\n"))
@@ -317,7 +373,10 @@ class BodyDecoder:
 
 def encode_head(status: int, headers: Sequence[tuple[str, str]]) -> bytes:
     """Encode a response head. ValueError for a line end in a header, which would start another header."""
-    lines = [f"HTTP/1.1 {status} {common.REASONS[status]}", *(f"{name}: {value}" for name, value in headers)]
+    lines = [
+        f"HTTP/1.1 {status} {common.REASONS[status]}",
+        *(f"{name}: {value}" for name, value in headers),
+    ]
     text = "\r\n".join(lines)
     if text.count("\n") != len(headers) or text.count("\r") != len(headers):
         raise ValueError("a response header contains a line end")
@@ -337,7 +396,9 @@ class Access:
     keys: tuple[str, ...] = ()
     hosts: frozenset[str] = frozenset()
     origins: frozenset[str] = frozenset()
-    named: Mapping[str, str] | None = None  # the clients' names by their keys; without any, nobody has such a key
+    named: Mapping[str, str] | None = (
+        None  # the clients' names by their keys; without any, nobody has such a key
+    )
     guests: frozenset[str] = frozenset()  # clients who get what the others leave
     scheme: str = "http"  # of our own origin; `Server` sets it
 
@@ -352,20 +413,33 @@ class Access:
         # where a short LAN name is harmless: nobody can register a short name.
         for host in (head.host, head.authority if "." in head.authority else ""):
             if host and host not in self.hosts and not is_ip_literal(host):
-                message = "expected a Host that is an IP address, localhost, or in CEREBRUM_ALLOWED_HOSTS"
+                message = (
+                    "expected a Host that is an IP address, localhost, or in CEREBRUM_ALLOWED_HOSTS"
+                )
                 raise HttpError("MISDIRECTED_REQUEST", f"{message}, got {describe(host)}")
         if "origin" in head.headers and not self.allows_origin(head):
             got = describe(head.headers["origin"])
-            raise HttpError("FORBIDDEN", f"expected an Origin that is listed in CEREBRUM_ALLOWED_ORIGINS, got {got}")
+            raise HttpError(
+                "FORBIDDEN",
+                f"expected an Origin that is listed in CEREBRUM_ALLOWED_ORIGINS, got {got}",
+            )
         if public or head.is_preflight or not self.needs_key:
             return ""
         given = head.headers.get("x-api-key", "")
         if not given and head.headers.get("authorization", "")[:7].lower() == "bearer ":
             given = head.headers["authorization"][7:].strip(" ")
         data, named = given.encode("latin-1"), self.named or {}
-        if not (found := [key for key in (*self.keys, *named) if hmac.compare_digest(data, key.encode("utf-8"))]):
+        if not (
+            found := [
+                key
+                for key in (*self.keys, *named)
+                if hmac.compare_digest(data, key.encode("utf-8"))
+            ]
+        ):
             challenge = (("WWW-Authenticate", "Bearer"),)  # RFC 9110 section 15.5.2 requires one
-            raise HttpError("UNAUTHORIZED", "expected the API key in the header X-API-Key", headers=challenge)
+            raise HttpError(
+                "UNAUTHORIZED", "expected the API key in the header X-API-Key", headers=challenge
+            )
         return named.get(found[0], "")
 
     def allows_origin(self, head: Head) -> bool:
@@ -415,7 +489,9 @@ class Connection:
 
     def rank(self, crowd: Mapping[str, int]) -> tuple[bool, int]:
         """The lower, the sooner the connection makes room. `crowd` counts the connections by address."""
-        is_at_work = self.exchange is not None and self.exchange.task is not None and not self.exchange.ended
+        is_at_work = (
+            self.exchange is not None and self.exchange.task is not None and not self.exchange.ended
+        )
         return is_at_work, -crowd[self.address]
 
     async def fill(self) -> bool:
@@ -451,7 +527,9 @@ class Connection:
         except TimeoutError:
             if self.idle:
                 return None
-            raise malformed(f"expected a whole request head within {HEAD_SECONDS:g} s", "TIMEOUT") from None
+            raise malformed(
+                f"expected a whole request head within {HEAD_SECONDS:g} s", "TIMEOUT"
+            ) from None
 
     async def read_body(self, head: Head, sink: Callable[[bytes], None] = lambda _: None) -> None:
         """Pass the body to `sink` piece by piece as it arrives, or drop it; ClientGone if the connection ends early."""
@@ -476,7 +554,9 @@ class Connection:
             while len(self.buffer) < MAX_PIPELINED_BYTES:
                 if not await self.fill():
                     return
-            await asyncio.get_running_loop().create_future()  # buffer full: only a write can find the client gone
+            await (
+                asyncio.get_running_loop().create_future()
+            )  # buffer full: only a write can find the client gone
 
     async def write(self, data: bytes) -> None:
         """Send, waiting only if the client is behind."""
@@ -499,7 +579,9 @@ class Connection:
         """Send all buffered bytes, half-close, and read on up to LINGER_SECONDS (RFC 9112 section 9.6). Closing a
         socket with unread bytes resets the connection, and a reset can destroy the answer on its way."""
         with contextlib.suppress(OSError):
-            self.transport.set_write_buffer_limits(high=1)  # 0 would stop a TLS transport that has nothing to send
+            self.transport.set_write_buffer_limits(
+                high=1
+            )  # 0 would stop a TLS transport that has nothing to send
             await self.drain()
             half = self.writer.can_write_eof()
             async with asyncio.timeout(LINGER_SECONDS if half else WRITE_SECONDS):
@@ -522,7 +604,9 @@ class Exchange:
         self.client = ""  # the name of the client's key
         self.public = True  # needs no key, or the need is not known yet
         self.route: Route | None = None  # some route of the requested path; None until matched
-        self.frame: Callable[[bytes], bytes] | None = None  # encodes an event for sending; None until a stream begins
+        self.frame: Callable[[bytes], bytes] | None = (
+            None  # encodes an event for sending; None until a stream begins
+        )
         self.task: asyncio.Task[None] | None = None  # calls the handler and sends its answer
         self.verdict: HttpError | None = None  # the error for which `end` cancelled the task
         self.notes: dict[str, Any] = {}  # from the handler, for the log
@@ -540,7 +624,11 @@ class Exchange:
         """Send a whole response; a HEAD request gets its head alone."""
         headers, body = list(response.headers), b""
         if response.status != 204:
-            body = response.body if isinstance(response.body, bytes) else json.dumps(response.body).encode("ascii")
+            body = (
+                response.body
+                if isinstance(response.body, bytes)
+                else json.dumps(response.body).encode("ascii")
+            )
             headers += [("Content-Type", response.kind), ("Content-Length", str(len(body)))]
         if self.head and self.head.method == "HEAD":
             body = b""
@@ -551,11 +639,19 @@ class Exchange:
         """Answer with an error: a status if nothing has been sent yet, otherwise an event without a clean end."""
         self.keep = self.keep and not error.close
         self.reason = f" {error.code}: {error.message}"
-        foreign = self.route and self.route.foreign_error and common.compact(self.route.foreign_error(error))
+        foreign = (
+            self.route
+            and self.route.foreign_error
+            and common.compact(self.route.foreign_error(error))
+        )
         if self.frame is None:
-            return await self.send(Response(foreign or common.error_body(error), error.status, headers=error.headers))
+            return await self.send(
+                Response(foreign or common.error_body(error), error.status, headers=error.headers)
+            )
         self.keep = False
-        await self.connection.write(self.frame(common.sse_block(foreign) if foreign else common.error_event(error)))
+        await self.connection.write(
+            self.frame(common.sse_block(foreign) if foreign else common.error_event(error))
+        )
         self.log(error.status)
         if self.head and "origin" in self.head.headers:
             await asyncio.sleep(PAGE_SECONDS)
@@ -574,7 +670,9 @@ class Exchange:
             headers += [("X-Accel-Buffering", "no")]  # an nginx in front would buffer the tokens
             headers += [("Transfer-Encoding", "chunked")] if chunked else []
             frame = self.frame = chunk if chunked else bytes
-            await connection.write(self._encode_head(response.status, headers) + (frame(block) if block else b""))
+            await connection.write(
+                self._encode_head(response.status, headers) + (frame(block) if block else b"")
+            )
             async for event in events:
                 if block := render(event):  # an empty chunk would end the body
                     await connection.write(frame(block))
@@ -588,8 +686,15 @@ class Exchange:
             ("Cache-Control", "no-store"),
             *more,
         ]
-        if self.head and "origin" in self.head.headers and self.server.access.allows_origin(self.head):
-            headers += [("Access-Control-Allow-Origin", self.head.headers["origin"]), ("Vary", "Origin")]
+        if (
+            self.head
+            and "origin" in self.head.headers
+            and self.server.access.allows_origin(self.head)
+        ):
+            headers += [
+                ("Access-Control-Allow-Origin", self.head.headers["origin"]),
+                ("Vary", "Origin"),
+            ]
             headers.append(("Access-Control-Expose-Headers", "X-Request-ID, X-Cerebrum-Kept"))
         return encode_head(status, headers if self.keep else [*headers, ("Connection", "close")])
 
@@ -604,7 +709,16 @@ class Exchange:
         level = logging.DEBUG if self.route and self.route.quiet and status < 400 else logging.INFO
         notes = "".join(f" {name}={value}" for name, value in self.notes.items())
         seconds = time.perf_counter() - self.started
-        log.log(level, "%s %d %.2fs%s%s", what, status, seconds, notes, self.reason, extra={"is_request": True})
+        log.log(
+            level,
+            "%s %d %.2fs%s%s",
+            what,
+            status,
+            seconds,
+            notes,
+            self.reason,
+            extra={"is_request": True},
+        )
 
 
 # --------------------------------------------------------------------------------------- connection loop
@@ -628,15 +742,23 @@ class Server:
         self._tls: ssl.SSLContext | None = None
 
     async def start(
-        self, host: str, port: int, sockets: Sequence[socket.socket] = (), tls: ssl.SSLContext | None = None
+        self,
+        host: str,
+        port: int,
+        sockets: Sequence[socket.socket] = (),
+        tls: ssl.SSLContext | None = None,
     ) -> int:
         """Listen on `sockets`, or on the address if there are none; OSError if that fails. Returns the port."""
-        places: list[dict[str, Any]] = [{"sock": one} for one in sockets] or [{"host": host, "port": port}]
+        places: list[dict[str, Any]] = [{"sock": one} for one in sockets] or [
+            {"host": host, "port": port}
+        ]
         self._tls = tls
         self.access = replace(self.access, scheme="https" if tls else "http")
         sslproto.SSLProtocol.max_size = READ_BYTES  # asyncio would take 256 KiB for each connection
         for place in places:
-            listener = await asyncio.start_server(self._accept, limit=READ_BYTES, backlog=MAX_ACCEPTS, **place)
+            listener = await asyncio.start_server(
+                self._accept, limit=READ_BYTES, backlog=MAX_ACCEPTS, **place
+            )
             self._listeners.append(listener)
         listening = [one for listener in self._listeners for one in listener.sockets]
         for one in listening:
@@ -648,7 +770,9 @@ class Server:
                 # A client that lost its network must not keep its place for long. Keepalive finds the loss when nothing
                 # is being sent; TCP_USER_TIMEOUT bounds both cases and overrides TCP_KEEPCNT (man 7 tcp).
                 twin.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-                twin.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1000 * WRITE_SECONDS))
+                twin.setsockopt(
+                    socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1000 * WRITE_SECONDS)
+                )
                 twin.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_SECONDS)
                 twin.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_PROBE_SECONDS)
         bound, port = listening[0].getsockname()[:2]
@@ -738,7 +862,9 @@ class Server:
             if exchange.head:  # the daemon stops, and the client does not read the error
                 exchange.log(503)
             raise
-        await asyncio.sleep(0)  # a flood of pipelined requests must not keep the event loop to itself
+        await asyncio.sleep(
+            0
+        )  # a flood of pipelined requests must not keep the event loop to itself
         return exchange.keep and not self.stopping
 
     async def _answer(self, exchange: Exchange, head: Head) -> None:
@@ -750,10 +876,14 @@ class Server:
             check_body(head, route)
         except HttpError as error:
             # The error is known before the body has come: answer now, then discard the body.
-            exchange.keep = exchange.keep and not head.expects and (head.length or 0) <= MAX_BODY_BYTES
+            exchange.keep = (
+                exchange.keep and not head.expects and (head.length or 0) <= MAX_BODY_BYTES
+            )
             await exchange.fail(error)
             if exchange.keep:
-                with contextlib.suppress(HttpError, ClientGone):  # the request has been answered already
+                with contextlib.suppress(
+                    HttpError, ClientGone
+                ):  # the request has been answered already
                     exchange.keep = False
                     await connection.read_body(head)
                     exchange.keep = True
@@ -771,7 +901,9 @@ class Server:
         try:
             await (connection.read_body(head, hold) if route.json else connection.read_body(head))
             whole, notes, answered = body.getvalue(), exchange.notes, self.answered
-            request = Request(head, whole, parameter, connection.address, client, exchange.end, notes, answered)
+            request = Request(
+                head, whole, parameter, connection.address, client, exchange.end, notes, answered
+            )
             await (self._watch if route.json else self._call)(exchange, route, request)
         finally:
             self.bodies[client] -= body.tell()
@@ -785,7 +917,9 @@ class Server:
         if client := self.access.check(head, exchange.public):
             exchange.client = exchange.notes["client"] = client
         if not methods and head.path != "*":
-            raise HttpError("NOT_FOUND", f"expected a path of this API, got {json.dumps(head.path[:100])}")
+            raise HttpError(
+                "NOT_FOUND", f"expected a path of this API, got {json.dumps(head.path[:100])}"
+            )
         if head.method == "OPTIONS":
             allow = common.allowed(methods or set(itertools.chain(*self.routes.values())))
             return Route("OPTIONS", head.path, lambda _, request: self._options(request, allow)), ""
@@ -796,8 +930,13 @@ class Server:
         if request.head.is_preflight:
             names = "Content-Type, X-API-Key, X-Request-ID, Authorization"
             asked = request.head.headers.get("access-control-request-headers", "")
-            names += f", {asked}" if HEADER_NAMES.fullmatch(asked.encode("latin-1")) else ""  # needed by openai-node
-            headers += [("Access-Control-Allow-Methods", allow), ("Access-Control-Allow-Headers", names)]
+            names += (
+                f", {asked}" if HEADER_NAMES.fullmatch(asked.encode("latin-1")) else ""
+            )  # needed by openai-node
+            headers += [
+                ("Access-Control-Allow-Methods", allow),
+                ("Access-Control-Allow-Headers", names),
+            ]
         return Response(status=204, headers=tuple(headers))
 
     async def _watch(self, exchange: Exchange, route: Route, request: Request) -> None:
@@ -818,11 +957,15 @@ class Server:
         """Call the handler and send what it returns. Any exception becomes an answer here."""
         exchange.task = asyncio.current_task()
         try:
-            self.access.check(request.head, exchange.public)  # the key may have been revoked while the body came
+            self.access.check(
+                request.head, exchange.public
+            )  # the key may have been revoked while the body came
             response = await route.handler(self.state, request)
             exchange.keep = exchange.keep and not self.stopping
             # Nothing is awaited between the handler's return and the start of its events, so no cancel can intervene.
-            await (exchange.send(response) if response.events is None else exchange.stream(response))
+            await (
+                exchange.send(response) if response.events is None else exchange.stream(response)
+            )
         except ClientGone:
             raise
         except asyncio.CancelledError:
@@ -830,7 +973,9 @@ class Server:
                 raise
             await exchange.fail(exchange.verdict)
         except Exception as exception:
-            await exchange.fail(exception if isinstance(exception, HttpError) else internal_error(exception))
+            await exchange.fail(
+                exception if isinstance(exception, HttpError) else internal_error(exception)
+            )
 
 
 def has_room(bodies: Counter[str], client: str, guests: Collection[str], size: int) -> bool:
@@ -846,12 +991,20 @@ def check_body(head: Head, route: Route) -> None:
     """HttpError if the head announces a body that the route does not take."""
     expect = head.headers.get("expect", "100-continue")
     if expect.lower() != "100-continue":
-        raise malformed(f"expected the Expect 100-continue or none, got {describe(expect)}", "EXPECTATION_FAILED")
+        raise malformed(
+            f"expected the Expect 100-continue or none, got {describe(expect)}",
+            "EXPECTATION_FAILED",
+        )
     if head.length is not None and head.length > MAX_BODY_BYTES:
-        raise malformed(f"expected a body of at most {MAX_BODY_BYTES} bytes, got {head.length}", "PAYLOAD_TOO_LARGE")
+        raise malformed(
+            f"expected a body of at most {MAX_BODY_BYTES} bytes, got {head.length}",
+            "PAYLOAD_TOO_LARGE",
+        )
     if head.has_body and "content-encoding" in head.headers:
         got = describe(head.headers["content-encoding"])
-        raise HttpError("UNSUPPORTED_MEDIA_TYPE", f"expected a body without Content-Encoding, got {got}")
+        raise HttpError(
+            "UNSUPPORTED_MEDIA_TYPE", f"expected a body without Content-Encoding, got {got}"
+        )
     if not route.json:
         return
     if not head.chunked and head.length is None:
@@ -859,7 +1012,11 @@ def check_body(head: Head, route: Route) -> None:
     kind = head.headers.get("content-type", "")
     if not route.foreign_error and not JSON_TYPE.fullmatch(kind):
         got = describe(kind) if kind else "none"
-        raise HttpError("UNSUPPORTED_MEDIA_TYPE", f"expected the Content-Type application/json, got {got}")
+        raise HttpError(
+            "UNSUPPORTED_MEDIA_TYPE", f"expected the Content-Type application/json, got {got}"
+        )
 
 
-JSON_TYPE = re.compile(r'application/json[ \t]*(?:;[ \t]*(?:charset="?utf-8"?[ \t]*)?)?', re.IGNORECASE)
+JSON_TYPE = re.compile(
+    r'application/json[ \t]*(?:;[ \t]*(?:charset="?utf-8"?[ \t]*)?)?', re.IGNORECASE
+)

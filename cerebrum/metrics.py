@@ -32,9 +32,43 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 STARTED = time.monotonic()
 # Upper bounds in seconds. A small model answers from its cache in 50 ms; a 7B loads in 30 s and reads 4,000 tokens in
 # 100 s. Each further bound adds a line per model to a scrape.
-FIRST_TOKEN_SECONDS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0)
+FIRST_TOKEN_SECONDS = (
+    0.05,
+    0.1,
+    0.2,
+    0.3,
+    0.5,
+    0.75,
+    1.0,
+    1.5,
+    2.0,
+    3.0,
+    5.0,
+    10.0,
+    20.0,
+    30.0,
+    60.0,
+    120.0,
+)
 # With drafts the 0.5B takes a few milliseconds per token; a 7B on two slow cores takes a second.
-TOKEN_SECONDS = (0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0)
+TOKEN_SECONDS = (
+    0.002,
+    0.005,
+    0.01,
+    0.015,
+    0.02,
+    0.03,
+    0.04,
+    0.05,
+    0.075,
+    0.1,
+    0.15,
+    0.2,
+    0.3,
+    0.5,
+    1.0,
+    2.0,
+)
 
 
 # ---------------------------------------------------------------------------------------------- counting
@@ -74,9 +108,15 @@ class Tally:
     tokens: int = 0  # of answers
     draft_tokens: int = 0  # proposed by drafts
     accepted_tokens: int = 0  # draft tokens that were right
-    first_token: Histogram = field(default_factory=lambda: Histogram(FIRST_TOKEN_SECONDS))  # in seconds
-    per_token: Histogram = field(default_factory=lambda: Histogram(TOKEN_SECONDS))  # mean per further token
-    ended: dict[str, int] = field(default_factory=dict)  # completions, by finish reason or error code
+    first_token: Histogram = field(
+        default_factory=lambda: Histogram(FIRST_TOKEN_SECONDS)
+    )  # in seconds
+    per_token: Histogram = field(
+        default_factory=lambda: Histogram(TOKEN_SECONDS)
+    )  # mean per further token
+    ended: dict[str, int] = field(
+        default_factory=dict
+    )  # completions, by finish reason or error code
 
     def end(self, reason: str) -> None:
         self.ended[reason] = self.ended.get(reason, 0) + 1
@@ -106,7 +146,9 @@ class Metric(NamedTuple):
     unit: float = 0  # of the member, such as 2**20 for MiB of bytes; a member with a unit is rounded to a tenth
     labels: tuple[str, ...] = ()
 
-    def samples(self, label: str, subjects: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any], float]]:
+    def samples(
+        self, label: str, subjects: Mapping[str, Any]
+    ) -> Iterator[tuple[str, dict[str, Any], float]]:
         """Yield (ending of the name, labels, number). `subjects` are the row's subjects, by the value of `label`."""
         read = attrgetter(self.read) if isinstance(self.read, str) else self.read
         for key, subject in subjects.items():
@@ -131,7 +173,9 @@ def write_metrics(table: Table, subjects: Subjects) -> bytes:
     for row, label in ((row, label) for label, rows in table.items() for row in rows):
         for number, (ending, labels, value) in enumerate(row.samples(label, subjects[label])):
             if not number:
-                kind = "histogram" if ending else "counter" if row.name.endswith("_total") else "gauge"
+                kind = (
+                    "histogram" if ending else "counter" if row.name.endswith("_total") else "gauge"
+                )
                 lines += [f"# HELP {row.name} {row.about}", f"# TYPE {row.name} {kind}"]
             pairs = ",".join(f'{name}="{text}"' for name, text in labels.items() if name)
             lines.append(f"{row.name}{ending}{f'{{{pairs}}}' if pairs else ''} {+value}")
@@ -141,7 +185,10 @@ def write_metrics(table: Table, subjects: Subjects) -> bytes:
 def write_stats(table: Table, subjects: Subjects) -> dict[str, float]:
     """The table's members of /v1/stats."""
     rows = ((row, label) for label, rows in table.items() for row in rows if row.stats)
-    sums = ((row, sum(number for _, _, number in row.samples(label, subjects[label]))) for row, label in rows)
+    sums = (
+        (row, sum(number for _, _, number in row.samples(label, subjects[label])))
+        for row, label in rows
+    )
     return {row.stats: round(total / row.unit, 1) if row.unit else total for row, total in sums}
 
 

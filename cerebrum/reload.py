@@ -26,7 +26,10 @@ def main() -> str:
     while time.monotonic_ns() < begun_ns + SECONDS * 1e9:
         if select.select([daemon], [], [], POLL_SECONDS)[0]:
             return "not reloaded: the daemon has ended"
-        with contextlib.suppress(FileNotFoundError), open(os.environ["RUNTIME_DIRECTORY"] + "/reload") as file:
+        with (
+            contextlib.suppress(FileNotFoundError),
+            open(os.environ["RUNTIME_DIRECTORY"] + "/reload") as file,
+        ):
             at_ns, _, outcome = file.read().partition(" ")
             if int(at_ns) >= begun_ns:
                 return "" if outcome == "reloaded" else outcome

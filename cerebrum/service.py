@@ -48,7 +48,9 @@ class LogFormatter(logging.Formatter):
     converter = staticmethod(time.gmtime)  # UTC
 
     def __init__(self) -> None:
-        super().__init__("%(asctime)s - %(levelname)s - [%(request_id)s] %(message)s", "%Y-%m-%d %H:%M:%S")
+        super().__init__(
+            "%(asctime)s - %(levelname)s - [%(request_id)s] %(message)s", "%Y-%m-%d %H:%M:%S"
+        )
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         record.message = printable(record.message)
@@ -56,7 +58,9 @@ class LogFormatter(logging.Formatter):
         return super().formatMessage(record)
 
     def formatException(self, ei: Any) -> str:
-        return "\n".join("    " + printable(line) for line in super().formatException(ei).split("\n"))
+        return "\n".join(
+            "    " + printable(line) for line in super().formatException(ei).split("\n")
+        )
 
 
 def set_up_logging(level: str, file: str) -> None:
@@ -73,8 +77,12 @@ def set_up_logging(level: str, file: str) -> None:
         handlers.append(log_file)
         with contextlib.suppress(OSError):  # standard output is closed
             place = os.fstat(1)
-            if os.environ.get("JOURNAL_STREAM") == f"{place.st_dev}:{place.st_ino}":  # see systemd.exec(5)
-                output.addFilter(lambda record: log_file.reason or not getattr(record, "is_request", False))
+            if (
+                os.environ.get("JOURNAL_STREAM") == f"{place.st_dev}:{place.st_ino}"
+            ):  # see systemd.exec(5)
+                output.addFilter(
+                    lambda record: log_file.reason or not getattr(record, "is_request", False)
+                )
     for handler in handlers:
         handler.setFormatter(LogFormatter())
     old = log.handlers
@@ -90,7 +98,11 @@ MAX_LOGGED_CHARS = 10_000  # of a prompt
 
 def prompt_of(fields: Mapping[str, Any]) -> str:
     """The texts of a request as JSON, for CEREBRUM_LOG_PROMPTS."""
-    texts = {name: fields[name] for name in ("prompt", "suffix", "instruction", "messages") if fields.get(name)}
+    texts = {
+        name: fields[name]
+        for name in ("prompt", "suffix", "instruction", "messages")
+        if fields.get(name)
+    }
     return json.dumps(texts, ensure_ascii=False)[:MAX_LOGGED_CHARS]
 
 
@@ -104,12 +116,17 @@ def _log_file(path: str) -> Any:
 
         def emit(self, record: logging.LogRecord) -> None:
             before, self.reason = self.reason, ""
-            if self.stream and not os.fstat(self.stream.fileno()).st_nlink:  # somebody has removed the file
+            if (
+                self.stream and not os.fstat(self.stream.fileno()).st_nlink
+            ):  # somebody has removed the file
                 self.close()
             super().emit(record)
             if self.reason and not before:
                 with contextlib.suppress(OSError):
-                    print(f"CEREBRUM_LOG_FILE: cannot write {path}: {self.reason}; going on without it", flush=True)
+                    print(
+                        f"CEREBRUM_LOG_FILE: cannot write {path}: {self.reason}; going on without it",
+                        flush=True,
+                    )
 
         def handleError(self, record: logging.LogRecord) -> None:
             error = sys.exc_info()[1]
@@ -133,7 +150,10 @@ FEEDS = 4  # per watchdog timeout: some may be late on a busy machine
 def notify(*lines: str) -> None:
     """Send lines such as `READY=1` to systemd, if systemd started us; see sd_notify(3)."""
     if path := os.environ.get("NOTIFY_SOCKET"):
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifier:
+        with (
+            contextlib.suppress(OSError),
+            socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifier,
+        ):
             notifier.connect("\0" + path[1:] if path.startswith("@") else path)
             notifier.send("\n".join(lines).encode())
 
@@ -174,7 +194,11 @@ def make_parser(daemon: str, about: str) -> argparse.ArgumentParser:
         epilog=HELP,
         allow_abbrev=False,
     )
-    parser.add_argument("--check", action="store_true", help="check settings, files and backends, and report problems")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="check settings, files and backends, and report problems",
+    )
     parser.add_argument("--version", action="version", version=f"{daemon} {VERSION}")
     return parser
 
@@ -248,7 +272,9 @@ class Service:
                 draft.replace(Path(folder, "reload"))
 
     async def _feed(self) -> None:
-        seconds = int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6 / FEEDS  # see sd_watchdog_enabled(3)
+        seconds = (
+            int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6 / FEEDS
+        )  # see sd_watchdog_enabled(3)
         logged = ""
         while True:
             reason = self._stuck(time.monotonic())

@@ -38,9 +38,13 @@ class ConfigError(ValueError):
     """A setting that keeps a daemon from starting; the message names the variable."""
 
 
-KEY = re.compile(r"[!-+\--~]+")  # printable ASCII but for space and comma; a header can carry the key as it is
+KEY = re.compile(
+    r"[!-+\--~]+"
+)  # printable ASCII but for space and comma; a header can carry the key as it is
 MAX_KEYS = 2  # a forgotten old key should not stay valid
-HOST = re.compile(r"[A-Za-z0-9.\-_]{1,255}|[0-9A-Fa-f:.]{2,45}(%[A-Za-z0-9.\-_]{1,32})?")  # a name or an address
+HOST = re.compile(
+    r"[A-Za-z0-9.\-_]{1,255}|[0-9A-Fa-f:.]{2,45}(%[A-Za-z0-9.\-_]{1,32})?"
+)  # a name or an address
 CLIENT = re.compile(rf"([A-Za-z0-9._-]{{1,32}}) ({KEY.pattern})(?: ([0-9]{{1,2}}))?")
 MAX_CLIENTS, MAX_CLIENT_PLACES = 32, 64
 
@@ -71,14 +75,18 @@ class Environment:
         if not all(KEY.fullmatch(key) for key in keys):
             raise ConfigError(f"{name}: expected printable ASCII without spaces")
         if len(keys) > MAX_KEYS:
-            raise ConfigError(f"{name}: expected one key, or two while it is replaced, got {len(keys)}")
+            raise ConfigError(
+                f"{name}: expected one key, or two while it is replaced, got {len(keys)}"
+            )
         return keys
 
     def clients(self, name: str, default: Path, strict: bool = True) -> dict[str, Client] | None:
         """The named clients, by their keys, in the file that this variable names or in the default one; None if there
         is no such file. If not `strict`, wrong lines are skipped."""
         if re.search(r"\s", self.text(name)):
-            raise ConfigError(f"{name}: expected the path of a file, got a text with spaces")  # perhaps the keys
+            raise ConfigError(
+                f"{name}: expected the path of a file, got a text with spaces"
+            )  # perhaps the keys
         try:
             path = Path(self.text(name, str(default))).expanduser()
             lines = path.read_text("utf-8-sig").split("\n")
@@ -96,7 +104,9 @@ class Environment:
             if not (words := line.split()) or words[0].startswith("#"):
                 continue
             match = CLIENT.fullmatch(" ".join(words))
-            if not match or not 1 <= int(match[3] or 1) <= MAX_CLIENT_PLACES:  # never show the line: it has a key
+            if (
+                not match or not 1 <= int(match[3] or 1) <= MAX_CLIENT_PLACES
+            ):  # never show the line: it has a key
                 fault = "expected NAME KEY [PLACES], got something else"
             elif match[2] in found or any(match[1] == one.name for one in found.values()):
                 fault = "expected each name and each key once"
@@ -106,7 +116,9 @@ class Environment:
             if strict:
                 raise ConfigError(f"{name}: {path}: line {number}: {fault}")
         if strict and len(found) > MAX_CLIENTS:
-            raise ConfigError(f"{name}: {path}: expected at most {MAX_CLIENTS} names, got {len(found)}")
+            raise ConfigError(
+                f"{name}: {path}: expected at most {MAX_CLIENTS} names, got {len(found)}"
+            )
         return found
 
     def key(self, name: str) -> str:
@@ -121,7 +133,9 @@ class Environment:
     def log_level(self) -> str:
         text = self.text("CEREBRUM_LOG_LEVEL", "INFO")
         if text.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
-            raise ConfigError(f"CEREBRUM_LOG_LEVEL: expected DEBUG, INFO, WARNING or ERROR, got {text!r}")
+            raise ConfigError(
+                f"CEREBRUM_LOG_LEVEL: expected DEBUG, INFO, WARNING or ERROR, got {text!r}"
+            )
         return text.upper()
 
     def host(self, name: str, default: str) -> str:
@@ -132,7 +146,9 @@ class Environment:
 
     def names(self, name: str) -> frozenset[str]:
         """A comma-separated list."""
-        return frozenset(part.strip().lower() for part in self.text(name).split(",") if part.strip())
+        return frozenset(
+            part.strip().lower() for part in self.text(name).split(",") if part.strip()
+        )
 
     def number(self, name: str, default: float, low: float, high: float) -> float:
         text = self.text(name, str(default))
@@ -147,11 +163,15 @@ class Environment:
         return int(value)
 
 
-def read_environment(environ: Mapping[str, str], folder: Path, known: Environment | None = None) -> Environment:
+def read_environment(
+    environ: Mapping[str, str], folder: Path, known: Environment | None = None
+) -> Environment:
     """Read systemd's credentials, then the process's environment, then `folder`/.env: the first source that has a
     variable wins. `.env` has `NAME=value` lines as systemd reads them: quotes are optional, and a `#` inside a value is
     part of the value. With `known`, a wrong line is skipped; what it may have set keeps its value there."""
-    return Environment({**_read_env(folder / ".env", known), **environ, **_read_credentials(environ)})
+    return Environment(
+        {**_read_env(folder / ".env", known), **environ, **_read_credentials(environ)}
+    )
 
 
 def _read_credentials(environ: Mapping[str, str]) -> dict[str, str]:
@@ -161,12 +181,16 @@ def _read_credentials(environ: Mapping[str, str]) -> dict[str, str]:
         for path in Path(folder).iterdir() if folder else ():
             if re.fullmatch(r"[A-Z][A-Z0-9_]*", path.name):
                 values[path.name] = path.read_text("utf-8", "replace").strip()
-                if not values[path.name]:  # after a full disk, say; an empty key must not turn authentication off
+                if not values[
+                    path.name
+                ]:  # after a full disk, say; an empty key must not turn authentication off
                     raise ConfigError(f"{path.name}: expected a value in {path}, got an empty file")
     except FileNotFoundError:
         pass
     except OSError as error:
-        raise ConfigError(f"CREDENTIALS_DIRECTORY: cannot read {error.filename}: {error.strerror}") from None
+        raise ConfigError(
+            f"CREDENTIALS_DIRECTORY: cannot read {error.filename}: {error.strerror}"
+        ) from None
     return values
 
 
@@ -212,7 +236,9 @@ MODES = ("complete", "infill", "instruct")
 MODEL = {
     "id": Field(str, required=True, pattern=r"[A-Za-z0-9._\-]+"),
     **dict.fromkeys(("name", "parameters", "quantization"), Field(str, 1, required=True)),
-    "file": Field(str, default="", pattern=r"(?:[^./\\\x00-\x1f][^/\\\x00-\x1f]*)?"),  # joined to a folder's path
+    "file": Field(
+        str, default="", pattern=r"(?:[^./\\\x00-\x1f][^/\\\x00-\x1f]*)?"
+    ),  # joined to a folder's path
     "sha256": Field(str, default="", pattern=r"(?:[0-9a-f]{64})?"),
     **dict.fromkeys(("size", "memory_mb"), Field(int, default=0)),
     "languages": Field(list, default=[], pattern=r"[A-Za-z0-9+#._\-]{1,40}"),
@@ -222,7 +248,9 @@ MODEL = {
 }
 THRESHOLDS = dict.fromkeys(SUGGEST[1:-1], Field(float, 0, 1))
 SHAPE = {
-    **dict.fromkeys(("layers", "width", "heads", "kv_heads", "head"), Field(int, 1, 999_999, required=True)),
+    **dict.fromkeys(
+        ("layers", "width", "heads", "kv_heads", "head"), Field(int, 1, 999_999, required=True)
+    ),
     **dict.fromkeys(("feed_forward", "vocabulary"), Field(int, 1, 999_999, required=True)),
     **dict.fromkeys(("experts", "used"), Field(int, 0, 999_999, 0)),
 }
@@ -236,7 +264,9 @@ def load_catalog(path: Path, known: Collection[str]) -> Catalog:
         entries, backends = table.get("models"), table.get("backends", [])
         if not isinstance(entries, list) or not entries:
             raise ConfigError("expected at least one [[models]]")
-        models = tuple(_read_model(entry, f"model {number}", known) for number, entry in enumerate(entries, 1))
+        models = tuple(
+            _read_model(entry, f"model {number}", known) for number, entry in enumerate(entries, 1)
+        )
         wanted = Field(list, default=[], choices=tuple(model.id for model in models))
         prefer = read_table(table.get("prefer", {}), "prefer", dict.fromkeys(MODES, wanted))
         if not isinstance(backends, list):
@@ -246,14 +276,24 @@ def load_catalog(path: Path, known: Collection[str]) -> Catalog:
             raise ConfigError("expected every id and alias once")
     except (OSError, ValueError) as error:
         raise ConfigError(f"CEREBRUM_MODELS_FILE: {path}: {error}") from None
-    return Catalog(models, {mode: tuple(ids) for mode, ids in prefer.items() if ids}, tuple(backends))
+    return Catalog(
+        models, {mode: tuple(ids) for mode, ids in prefer.items() if ids}, tuple(backends)
+    )
 
 
 def _is_sound(shape: Mapping[str, int]) -> bool:
     """Whether llama.cpp can compute a model of this shape; otherwise it would end the process."""
     heads, experts, used = shape["heads"], shape["experts"], shape["used"]
-    rows = shape["width"], shape["feed_forward"], heads * shape["head"]  # each of whole blocks of 32 weights
-    fits = heads % shape["kv_heads"] == 0 and shape["head"] % 2 == 0 and all(row % 32 == 0 for row in rows)
+    rows = (
+        shape["width"],
+        shape["feed_forward"],
+        heads * shape["head"],
+    )  # each of whole blocks of 32 weights
+    fits = (
+        heads % shape["kv_heads"] == 0
+        and shape["head"] % 2 == 0
+        and all(row % 32 == 0 for row in rows)
+    )
     return fits and (0 < used <= experts or used == experts == 0)
 
 
@@ -262,11 +302,19 @@ def _read_model(entry: Any, where: str, known: Collection[str]) -> Model:
     if not given["file"] and not given["aliases"]:
         raise ConfigError(f"{where}: file: expected a name, or aliases instead, got nothing")
     given["sources"] = entry.get("sources", [])
-    if not isinstance(given["sources"], list) or not all(isinstance(source, dict) for source in given["sources"]):
+    if not isinstance(given["sources"], list) or not all(
+        isinstance(source, dict) for source in given["sources"]
+    ):
         raise ConfigError(f"{where}: sources: expected [[models.sources]], got something else")
-    values: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in given.items()}
-    values["min_confidence"] = read_table(entry.get("min_confidence", {}), f"{where}: min_confidence", THRESHOLDS)
-    values["shape"] = shape = read_table(entry["shape"], f"{where}: shape", SHAPE) if "shape" in entry else {}
+    values: dict[str, Any] = {
+        name: tuple(one) if isinstance(one, list) else one for name, one in given.items()
+    }
+    values["min_confidence"] = read_table(
+        entry.get("min_confidence", {}), f"{where}: min_confidence", THRESHOLDS
+    )
+    values["shape"] = shape = (
+        read_table(entry["shape"], f"{where}: shape", SHAPE) if "shape" in entry else {}
+    )
     if shape and not _is_sound(shape):
         raise ConfigError(f"{where}: shape: expected one that llama.cpp can compute, got {shape}")
     named = (one for name in given["languages"] for one in (known if name == "all" else [name]))

@@ -20,17 +20,28 @@ from cosmic_ray.plugins import get_operator, operator_names
 from run import ROOMS, ROOT, list_of
 
 # Of the operators that replace one operator by each other one, these are enough.
-TWINS = (
-    "Add_Sub Sub_Add Mul_Div FloorDiv_Mul Mod_FloorDiv Eq_NotEq NotEq_Eq Lt_LtE LtE_Lt Gt_GtE GtE_Gt Is_IsNot IsNot_Is"
-)
+TWINS = "Add_Sub Sub_Add Mul_Div FloorDiv_Mul Mod_FloorDiv Eq_NotEq NotEq_Eq Lt_LtE LtE_Lt Gt_GtE GtE_Gt Is_IsNot IsNot_Is"
 SKIPPED = ("Replace", "VariableReplacer", "VariableInserter", "NumberReplacer")
 
 
 def chosen() -> list[str]:
-    twins = [f"core/Replace{kind}Operator_{twin}" for kind in ("Binary", "Comparison") for twin in TWINS.split()]
-    plain = [name for name in operator_names() if not name.removeprefix("core/").startswith(SKIPPED)]
-    words = [f"core/Replace{word}" for word in ("TrueWithFalse", "FalseWithTrue", "AndWithOr", "OrWithAnd")]
-    words += ["core/ReplaceBreakWithContinue", "core/ReplaceContinueWithBreak", "core/NumberReplacer"]
+    twins = [
+        f"core/Replace{kind}Operator_{twin}"
+        for kind in ("Binary", "Comparison")
+        for twin in TWINS.split()
+    ]
+    plain = [
+        name for name in operator_names() if not name.removeprefix("core/").startswith(SKIPPED)
+    ]
+    words = [
+        f"core/Replace{word}"
+        for word in ("TrueWithFalse", "FalseWithTrue", "AndWithOr", "OrWithAnd")
+    ]
+    words += [
+        "core/ReplaceBreakWithContinue",
+        "core/ReplaceContinueWithBreak",
+        "core/NumberReplacer",
+    ]
     words += [f"core/ReplaceUnaryOperator_Delete_{name}" for name in ("Not", "USub")]
     return [name for name in operator_names() if name in {*twins, *plain, *words}]
 
@@ -63,7 +74,9 @@ def draw(path: str, count: int, seed: int) -> list[tuple[int, str, str]]:
     lines, plain, nodes = source.split("\n"), meaning(source), walk(get_ast(source))
     chances = list[tuple[str, int]]()
     for name in chosen():
-        with contextlib.suppress(AttributeError):  # an operator that cannot read this file makes no mutants of it
+        with contextlib.suppress(
+            AttributeError
+        ):  # an operator that cannot read this file makes no mutants of it
             positions = sum(len([*get_operator(name)().mutation_positions(node)]) for node in nodes)
             chances += [(name, occurrence) for occurrence in range(positions)]
     random.Random(f"{seed} {path}").shuffle(chances)
@@ -71,14 +84,21 @@ def draw(path: str, count: int, seed: int) -> list[tuple[int, str, str]]:
     for name, occurrence in chances:
         mutated = MutationVisitor.mutate_code(source, get_operator(name)(), occurrence)
         new = mutated.split("\n") if mutated else lines
-        changed = [number for number, pair in enumerate(zip(lines, new, strict=False)) if pair[0] != pair[1]]
+        changed = [
+            number
+            for number, pair in enumerate(zip(lines, new, strict=False))
+            if pair[0] != pair[1]
+        ]
         if len(changed) == 1 and len(new) == len(lines) and changed[0] not in found:
             with contextlib.suppress(SyntaxError):
                 if meaning("\n".join(new)) != plain:
                     found[changed[0]] = new[changed[0]]
         if len(found) == count:
             break
-    return [(1 + lines[:number].count(lines[number]), lines[number], found[number]) for number in sorted(found)]
+    return [
+        (1 + lines[:number].count(lines[number]), lines[number], found[number])
+        for number in sorted(found)
+    ]
 
 
 def walk(node: object) -> list[object]:
@@ -86,7 +106,9 @@ def walk(node: object) -> list[object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--count", type=int, default=60)
     parser.add_argument("files", nargs="*", default=list(ROOMS))

@@ -72,8 +72,13 @@ def lists() -> dict[str, list[Mutant]]:
         rows = [line.split("\t") for line in list_of(path).read_text().splitlines()]
         found[path] = [Mutant(path, int(copy), line, new, tests) for copy, line, new in rows]
     for file in sorted((LISTS / "by_hand").glob("*.tsv")):
-        rows = [[part.replace("⇥", "\t") for part in line.split("\t")] for line in file.read_text().splitlines()]
-        found[file.stem] = [Mutant(path, int(copy), line, new, tests) for path, copy, line, new, tests in rows]
+        rows = [
+            [part.replace("⇥", "\t") for part in line.split("\t")]
+            for line in file.read_text().splitlines()
+        ]
+        found[file.stem] = [
+            Mutant(path, int(copy), line, new, tests) for path, copy, line, new, tests in rows
+        ]
     return found
 
 
@@ -114,11 +119,17 @@ class Runner:
         self.known = dict(line.rsplit("\t", 1) for line in results.read_text().splitlines())
         for number in range(WORKERS):
             self.trees.put(
-                Path(shutil.copytree(ROOT, folder / str(number), ignore=shutil.ignore_patterns(*NOT_COPIED)))
+                Path(
+                    shutil.copytree(
+                        ROOT, folder / str(number), ignore=shutil.ignore_patterns(*NOT_COPIED)
+                    )
+                )
             )
 
     def run(self, mutants: list[Mutant]) -> Counter[str]:
-        for tests in {mutant.tests for mutant in mutants if mutant.key() not in self.known} - self.limits.keys():
+        for tests in {
+            mutant.tests for mutant in mutants if mutant.key() not in self.known
+        } - self.limits.keys():
             tree, begun = self.trees.get(), time.monotonic()
             if not passes(tree, tests):
                 sys.exit(f"{tests}: they fail without a mutant")
@@ -141,19 +152,28 @@ class Runner:
             with self.results.open("a") as results:
                 results.write(f"{mutant.key()}\t{self.known[mutant.key()]}\n")
         if self.known[mutant.key()] == "survived":
-            print(f"{mutant.path}: survived\n- {mutant.line.strip()}\n+ {mutant.new.strip()}", flush=True)
+            print(
+                f"{mutant.path}: survived\n- {mutant.line.strip()}\n+ {mutant.new.strip()}",
+                flush=True,
+            )
         return self.known[mutant.key()]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--results", type=Path, default=ROOT / ".run/mutants.tsv")
-    parser.add_argument("lists", nargs="*", metavar="LIST", help="a file of the product, or a name of by_hand")
+    parser.add_argument(
+        "lists", nargs="*", metavar="LIST", help="a file of the product, or a name of by_hand"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         runner = Runner(Path(folder), options.results)
         table = {
-            name: runner.run(found) for name, found in lists().items() if name in options.lists or not options.lists
+            name: runner.run(found)
+            for name, found in lists().items()
+            if name in options.lists or not options.lists
         }
     print("\n| list | caught | survived | gone |\n|---|---|---|---|")
     for name, counts in table.items():

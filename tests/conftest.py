@@ -30,7 +30,9 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     """Run a test that is a coroutine, up to a deadline."""
     if not inspect.iscoroutinefunction(pyfuncitem.obj):
         return None
-    arguments = {name: pyfuncitem.funcargs[name] for name in inspect.signature(pyfuncitem.obj).parameters}
+    arguments = {
+        name: pyfuncitem.funcargs[name] for name in inspect.signature(pyfuncitem.obj).parameters
+    }
     seconds = SLOW_SECONDS if pyfuncitem.get_closest_marker("slow") else PATIENCE
     runner = pyfuncitem.funcargs.get("runner")
     (runner.run if runner else asyncio.run)(asyncio.wait_for(pyfuncitem.obj(**arguments), seconds))

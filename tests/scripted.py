@@ -60,7 +60,14 @@ def head(status: int = 200, *more: str, kind: str = "text/event-stream") -> byte
 
 
 CHUNKED = head(200, "Transfer-Encoding: chunked")
-DONE = event(done=True, model="qwen_0_5b", total_tokens=2, inference_time=0.25, finish_reason="stop", prompt_tokens=5)
+DONE = event(
+    done=True,
+    model="qwen_0_5b",
+    total_tokens=2,
+    inference_time=0.25,
+    finish_reason="stop",
+    prompt_tokens=5,
+)
 GOOD = (CHUNKED, chunk(token("a", 1)), chunk(token("b", 2)), chunk(DONE), b"0\r\n\r\n")
 
 
@@ -70,7 +77,13 @@ def script(*pieces: Any, **done: Any) -> list[Any]:
     for piece in pieces:
         count += isinstance(piece, str)
         steps.append(chunk(token(piece, count)) if isinstance(piece, str) else piece)
-    end = {"done": True, "total_tokens": count, "inference_time": 0.25, "finish_reason": "stop", **done}
+    end = {
+        "done": True,
+        "total_tokens": count,
+        "inference_time": 0.25,
+        "finish_reason": "stop",
+        **done,
+    }
     return [*steps, chunk(event(**end)), b"0\r\n\r\n"]
 
 
@@ -81,11 +94,19 @@ def answer(status: int, members: Any) -> bytes:
 
 
 def error(status: int, code: str, message: str = "says the VPS", **more: Any) -> bytes:
-    return answer(status, {"error": True, "message": message, "code": code, "timestamp": "2025-12-25", **more})
+    return answer(
+        status, {"error": True, "message": message, "code": code, "timestamp": "2025-12-25", **more}
+    )
 
 
-SUPERSEDED: dict[str, Any] = {"error": True, "message": "a newer request of this session came", "code": "SUPERSEDED"}
-MODELS: dict[str, Any] = {"models": [{"id": "qwen_0_5b", "loaded": True, "path": "/x", "n_ctx": 4096}]}
+SUPERSEDED: dict[str, Any] = {
+    "error": True,
+    "message": "a newer request of this session came",
+    "code": "SUPERSEDED",
+}
+MODELS: dict[str, Any] = {
+    "models": [{"id": "qwen_0_5b", "loaded": True, "path": "/x", "n_ctx": 4096}]
+}
 HEALTH: dict[str, Any] = {"status": "healthy", "models_loaded": []}
 
 
@@ -110,7 +131,9 @@ class Backend:
     running: int = 0  # completions that are being answered
     most_running: int = 0
     begun: asyncio.Event = field(default_factory=asyncio.Event)  # a completion was asked for
-    left: asyncio.Event = field(default_factory=asyncio.Event)  # the connection of a completion has ended
+    left: asyncio.Event = field(
+        default_factory=asyncio.Event
+    )  # the connection of a completion has ended
 
     @property
     def completions(self) -> list[dict[str, Any]]:
@@ -119,10 +142,14 @@ class Backend:
 
     async def __aenter__(self) -> Backend:
         self._tasks: set[asyncio.Task[Any]] = set()
-        self.waiting: set[asyncio.StreamWriter] = set()  # connections on which nothing was asked yet
+        self.waiting: set[asyncio.StreamWriter] = (
+            set()
+        )  # connections on which nothing was asked yet
         self.connections = 0
         self._sessions: dict[str, asyncio.Task[None]] = {}  # the newest completion of each
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port, ssl=self.tls)
+        self._server = await asyncio.start_server(
+            self._accept, "127.0.0.1", self.port, ssl=self.tls
+        )
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 
@@ -154,7 +181,12 @@ class Backend:
         self.asked.append((first, headers, body))
         method, path, _ = first.split(" ")
         if method == "GET":
-            told = {"/health": self.health, "/v1/models": self.models, "/v1/stats": self.stats, "/props": self.props}
+            told = {
+                "/health": self.health,
+                "/v1/models": self.models,
+                "/v1/stats": self.stats,
+                "/props": self.props,
+            }
             writer.write(told[path])
             return
         if path == "/v1/tokenize" and self.tokens:
@@ -176,7 +208,11 @@ class Backend:
         return self.scripts[min(number, len(self.scripts)) - 1]
 
     async def _play(
-        self, script: Iterable[Any], session: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self,
+        script: Iterable[Any],
+        session: str,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
     ) -> None:
         playing, begun = asyncio.current_task(), False
         assert playing is not None
@@ -191,13 +227,19 @@ class Backend:
         except asyncio.CancelledError as cancelled:
             if cancelled.args != ("superseded",):
                 raise
-            told = chunk(event(**SUPERSEDED)) if begun else error(409, "SUPERSEDED", SUPERSEDED["message"])
+            told = (
+                chunk(event(**SUPERSEDED))
+                if begun
+                else error(409, "SUPERSEDED", SUPERSEDED["message"])
+            )
             writer.write(told)
         finally:
             if self._sessions.get(session) is playing:
                 del self._sessions[session]
 
-    async def _step(self, step: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _step(
+        self, step: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         if step is RESET:
             linger = struct.pack("ii", 1, 0)
             writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
@@ -261,7 +303,11 @@ class Pi(Client):
     def at(self, backend: int) -> list[Attempt]:
         """The attempts that hold a place at the backend with this number."""
         known = self.gateway.fleet.backends[backend]
-        return [attempt for attempt, place in self.gateway.dispatcher.state.places.items() if place is known]
+        return [
+            attempt
+            for attempt, place in self.gateway.dispatcher.state.places.items()
+            if place is known
+        ]
 
     def reads_ahead(self, backend: int = 0) -> bool:
         return any(attempt.request.ahead for attempt in self.at(backend))
@@ -271,9 +317,13 @@ class Pi(Client):
         return dataclasses.replace(self, address=address)
 
 
-def backend_at(port: int, id: str = "vps", origin: str = "http://127.0.0.1", **more: Any) -> BackendConfig:
+def backend_at(
+    port: int, id: str = "vps", origin: str = "http://127.0.0.1", **more: Any
+) -> BackendConfig:
     """The configuration of a backend, by default of one on this machine."""
-    return BackendConfig(id=id, endpoint=parse_url(f"{origin}:{port}", "url"), **{"key": KEY, **more})
+    return BackendConfig(
+        id=id, endpoint=parse_url(f"{origin}:{port}", "url"), **{"key": KEY, **more}
+    )
 
 
 @contextlib.asynccontextmanager

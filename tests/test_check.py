@@ -58,7 +58,10 @@ def given(folder: Path, catalog: str = CATALOG, **more: str) -> dict[str, str]:
     (folder / "models").mkdir(exist_ok=True)
     (folder / "models/tiny.gguf").write_bytes(WEIGHTS)
     (folder / "catalog.toml").write_text(catalog)
-    own = {"CEREBRUM_MODELS_FILE": str(folder / "catalog.toml"), "CREDENTIALS_DIRECTORY": str(folder / "none")}
+    own = {
+        "CEREBRUM_MODELS_FILE": str(folder / "catalog.toml"),
+        "CREDENTIALS_DIRECTORY": str(folder / "none"),
+    }
     return settings(folder, None, **own, **more)
 
 
@@ -68,10 +71,14 @@ def check(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Callable[..., list[st
 
     def check(name: str, environment: dict[str, str], subject: str) -> list[str]:
         monkeypatch.setattr(psutil, "virtual_memory", lambda: MEMORY)
-        others = {name: value for name, value in os.environ.items() if not name.startswith("CEREBRUM_")}
+        others = {
+            name: value for name, value in os.environ.items() if not name.startswith("CEREBRUM_")
+        }
         monkeypatch.setattr(os, "environ", others | environment)
         status = {"cm4d": cm4d, "vpsd": vpsd}[name].main(["--check"])
-        return [line for line in lines_of(capsys.readouterr().out, status) if line.split()[1] == subject]
+        return [
+            line for line in lines_of(capsys.readouterr().out, status) if line.split()[1] == subject
+        ]
 
     return check
 
@@ -96,7 +103,9 @@ def assert_found(lines: list[str], *expected: str) -> None:
 @pytest.fixture(scope="module")
 def vps(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     folder = tmp_path_factory.mktemp("vps")
-    with daemon("vpsd", folder, CEREBRUM_MODELS_FILE=given(folder)["CEREBRUM_MODELS_FILE"]) as started:
+    with daemon(
+        "vpsd", folder, CEREBRUM_MODELS_FILE=given(folder)["CEREBRUM_MODELS_FILE"]
+    ) as started:
         yield started
 
 
@@ -105,51 +114,112 @@ def test_all_is_well(vps: Daemon, tmp_path: Path) -> None:
 
     def check(name: str) -> list[str]:
         command = [*command_of(name), "--check"]
-        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=PATIENCE)
+        done = subprocess.run(
+            command, env=environment, stdout=subprocess.PIPE, text=True, timeout=PATIENCE
+        )
         return lines_of(done.stdout, done.returncode)
 
     with daemon("cm4d", tmp_path / "pi") as pi:
-        own = {"CEREBRUM_VPS_URL": f"http://127.0.0.1:{vps.port}", "CEREBRUM_VPS_PORT": str(vps.port)}
-        environment = given(tmp_path, **own, CEREBRUM_CM4_PORT=str(pi.port), CEREBRUM_MIN_FREE_MB="0")
+        own = {
+            "CEREBRUM_VPS_URL": f"http://127.0.0.1:{vps.port}",
+            "CEREBRUM_VPS_PORT": str(vps.port),
+        }
+        environment = given(
+            tmp_path, **own, CEREBRUM_CM4_PORT=str(pi.port), CEREBRUM_MIN_FREE_MB="0"
+        )
         before = sorted(tmp_path.rglob("*"))
-        address, further = f"ok address 127.0.0.1 {pi.port}", ["ok memory MB", "ok backend vps ms", "ok models tiny"]
+        address, further = (
+            f"ok address 127.0.0.1 {pi.port}",
+            ["ok memory MB", "ok backend vps ms", "ok models tiny"],
+        )
         assert_found(check("cm4d"), VALID, CM4_KEY, IN_CLEAR, OUR_KEY, address, *further)
         address, state = f"ok address 127.0.0.1 {vps.port}", f"ok state {tmp_path}/state"
-        assert_found(check("vpsd"), VALID, OUR_KEY, address, state, "ok models tiny MB", f"ok {NEEDS}", UNTUNED)
+        assert_found(
+            check("vpsd"),
+            VALID,
+            OUR_KEY,
+            address,
+            state,
+            "ok models tiny MB",
+            f"ok {NEEDS}",
+            UNTUNED,
+        )
         assert sorted(tmp_path.rglob("*")) == before, "a check changes nothing"
 
 
 # A daemon, one of its settings, and all findings about one subject. {port} is vpsd's.
 FAULTS = [
-    ("cm4d", "API_KEY", "another-key", [f"FAIL backend vps 127.0.0.1:{{port}} CEREBRUM_API_KEY {KEYGEN}"]),
+    (
+        "cm4d",
+        "API_KEY",
+        "another-key",
+        [f"FAIL backend vps 127.0.0.1:{{port}} CEREBRUM_API_KEY {KEYGEN}"],
+    ),
     ("cm4d", "API_KEY", "", [CM4_KEY, IN_CLEAR, f"FAIL key CEREBRUM_API_KEY {KEYGEN}"]),
     ("cm4d", "CM4_API_KEY", "", [CM4_KEY, OUR_KEY]),
-    ("cm4d", "CM4_API_KEY", "0123456789abcde", [f"warn key CEREBRUM_CM4_API_KEY {KEYGEN}", IN_CLEAR, OUR_KEY]),
+    (
+        "cm4d",
+        "CM4_API_KEY",
+        "0123456789abcde",
+        [f"warn key CEREBRUM_CM4_API_KEY {KEYGEN}", IN_CLEAR, OUR_KEY],
+    ),
     ("cm4d", "CM4_KEYS_FILE", "{house}", [CM4_KEY, "warn key 1 anna short", IN_CLEAR, OUR_KEY]),
-    ("cm4d", "CM4_KEYS_FILE", "{bad}", [f"FAIL settings CEREBRUM_CM4_KEYS_FILE 1 {ENV} models.toml"]),
-    ("cm4d", "CM4_KEYS_FILE", "anna key", [f"FAIL settings CEREBRUM_CM4_KEYS_FILE {ENV} models.toml"]),
+    (
+        "cm4d",
+        "CM4_KEYS_FILE",
+        "{bad}",
+        [f"FAIL settings CEREBRUM_CM4_KEYS_FILE 1 {ENV} models.toml"],
+    ),
+    (
+        "cm4d",
+        "CM4_KEYS_FILE",
+        "anna key",
+        [f"FAIL settings CEREBRUM_CM4_KEYS_FILE {ENV} models.toml"],
+    ),
     ("cm4d", "CM4_KEYS_FILE", "/none", [f"FAIL settings CEREBRUM_CM4_KEYS_FILE {ENV} models.toml"]),
-    ("cm4d", "VPS_URL", f"http://vps:9000 {KEY}", [f"FAIL settings CEREBRUM_VPS_URL {ENV} models.toml"]),
+    (
+        "cm4d",
+        "VPS_URL",
+        f"http://vps:9000 {KEY}",
+        [f"FAIL settings CEREBRUM_VPS_URL {ENV} models.toml"],
+    ),
     ("cm4d", "CM4_PORT", "0", ["ok address 127.0.0.1 0"]),
     ("cm4d", "CM4_PORT", "{port}", ["FAIL address 127.0.0.1 {port} ss"]),
-    ("cm4d", "CM4_HOST", "192.0.2.1", ["FAIL address 192.0.2.1 CEREBRUM_CM4_HOST CEREBRUM_CM4_PORT"]),
+    (
+        "cm4d",
+        "CM4_HOST",
+        "192.0.2.1",
+        ["FAIL address 192.0.2.1 CEREBRUM_CM4_HOST CEREBRUM_CM4_PORT"],
+    ),
     ("cm4d", "CM4_HOST", "a..b", ["FAIL address a..b CEREBRUM_CM4_HOST CEREBRUM_CM4_PORT"]),
     ("cm4d", "VPS_URL", "http://127.0.0.1:1", ["FAIL backend vps 127.0.0.1:1"]),
     ("cm4d", "VPS_URL", "http://a..b:1", ["FAIL backend vps a..b:1"]),
     ("cm4d", "CM4_PORT", "x", [f"FAIL settings CEREBRUM_CM4_PORT 0 65535 'x' {ENV} models.toml"]),
     ("cm4d", "VPS_ULR", "x", [VALID, "warn settings CEREBRUM_VPS_ULR .env.example"]),
-    ("vpsd", "MIN_TOKENS_PER_SECOND", "4", [VALID, f"warn settings {OLD_NAME} CEREBRUM_HINT_SECONDS"]),
+    (
+        "vpsd",
+        "MIN_TOKENS_PER_SECOND",
+        "4",
+        [VALID, f"warn settings {OLD_NAME} CEREBRUM_HINT_SECONDS"],
+    ),
     ("vpsd", "API_KEY", "", [f"FAIL key CEREBRUM_API_KEY {KEYGEN}"]),
     ("vpsd", "STATE_DIR", "/dev/null/x", ["FAIL state /dev/null CEREBRUM_STATE_DIR"]),
     ("vpsd", "MODELS_DIR", "/none", ["FAIL models /none models.toml fetch"]),
     ("vpsd", "MIN_FREE_MB", "2900", [f"warn {NEEDS} 100 1,100"]),
-    ("vpsd", "MIN_FREE_MB", "3900", ["FAIL memory tiny 259 2,048 1 0 100 CEREBRUM_N_CTX CEREBRUM_KV_TYPE"]),
+    (
+        "vpsd",
+        "MIN_FREE_MB",
+        "3900",
+        ["FAIL memory tiny 259 2,048 1 0 100 CEREBRUM_N_CTX CEREBRUM_KV_TYPE"],
+    ),
     ("vpsd", "MIN_FREE_MB", "3338", ["warn memory tiny 262 3,072 2 0 662 CEREBRUM_MIN_FREE_MB"]),
 ]
 
 
 @pytest.mark.parametrize(("daemon", "name", "value", "found"), FAULTS)
-def test_a_fault(vps: Daemon, tmp_path: Path, check: Any, daemon: str, name: str, value: str, found: list[str]) -> None:
+def test_a_fault(
+    vps: Daemon, tmp_path: Path, check: Any, daemon: str, name: str, value: str, found: list[str]
+) -> None:
     (house := tmp_path / "house").write_text("anna annas-key\n")
     (bad := tmp_path / "bad").write_text(f"anna {KEY} many\n")
     value, *found = (text.format(port=vps.port, house=house, bad=bad) for text in (value, *found))
@@ -165,7 +235,9 @@ def test_a_damaged_model(tmp_path: Path, check: Any) -> None:
     ):
         environment = given(tmp_path)
         (tmp_path / f"models/{file}.gguf").write_bytes(weights)
-        damaged = [line for line in check("vpsd", environment, "models") if not line.startswith("ok ")]
+        damaged = [
+            line for line in check("vpsd", environment, "models") if not line.startswith("ok ")
+        ]
         assert_found(damaged, f"FAIL models {file} {named} fetch")
 
 
@@ -174,20 +246,35 @@ def test_a_model_that_is_tuned_or_not(tmp_path: Path, check: Any, capsys: Any) -
     environment = given(tmp_path)
     state, other = tmp_path / "state", tmp_path / "models/other.gguf"
     other.write_bytes(WEIGHTS)  # of which models.toml has no sha256
-    tuned = {name: tuned_path(state, tmp_path / f"models/{name}.gguf") for name in ("tiny", "other")}
+    tuned = {
+        name: tuned_path(state, tmp_path / f"models/{name}.gguf") for name in ("tiny", "other")
+    }
     tuned["tiny"].parent.mkdir(parents=True)
-    here = {"library": llama_cpp.__version__, "cpu": cpu_features(), "cpus": cpus(), "threads": 1, "micro_batch": 256}
+    here = {
+        "library": llama_cpp.__version__,
+        "cpu": cpu_features(),
+        "cpus": cpus(),
+        "threads": 1,
+        "micro_batch": 256,
+    }
     here |= {"flash_attention": False, "size": SIZE}
 
     def write(name: str, **changes: Any) -> None:
-        fits = {"source": SUM, "file": file_stamp(tmp_path / f"models/{name}.gguf"), "types": {}} | here
+        fits = {
+            "source": SUM,
+            "file": file_stamp(tmp_path / f"models/{name}.gguf"),
+            "types": {},
+        } | here
         passport_path(tuned[name]).write_text(json.dumps(asdict(Passport(**fits | changes))))
 
     def found(name: str, **changes: Any) -> str:
         write(name, **changes)
         (said,) = (line for line in check("vpsd", environment, "tuned") if f"tuned {name} " in line)
         assert vpsd.main(["memory"]) == 0
-        untuned = f"# {name}: 264 MB with its prompts (CEREBRUM_CACHE_MB), untuned\n" in capsys.readouterr().out
+        untuned = (
+            f"# {name}: 264 MB with its prompts (CEREBRUM_CACHE_MB), untuned\n"
+            in capsys.readouterr().out
+        )
         assert untuned == said.startswith("warn ")
         return str(said)
 
@@ -197,30 +284,47 @@ def test_a_model_that_is_tuned_or_not(tmp_path: Path, check: Any, capsys: Any) -
     gone = f"runs untuned: its tuned file is missing or cut short: {mend}"
     assert found("tiny", types={"Q4_K": "Q4_1"}) == f"warn tuned tiny {gone.format('tiny')}"
     tuned["tiny"].write_bytes(WEIGHTS)
-    assert found("tiny", types={"Q4_K": "Q4_1"}) == "ok tuned tiny has the fastest encoding here: tuned: Q4_K to Q4_1"
+    assert (
+        found("tiny", types={"Q4_K": "Q4_1"})
+        == "ok tuned tiny has the fastest encoding here: tuned: Q4_K to Q4_1"
+    )
     why = f"it was tuned for library 0.3.35, here it is {llama_cpp.__version__}"
-    assert found("tiny", library="0.3.35") == f"warn tuned tiny runs untuned: {why}: {mend.format('tiny')}"
+    assert (
+        found("tiny", library="0.3.35")
+        == f"warn tuned tiny runs untuned: {why}: {mend.format('tiny')}"
+    )
     assert found("other") == "ok tuned other has the fastest encoding here: published"
     why = f"it was tuned for file 1.2, here it is {file_stamp(other)}"
-    assert found("other", file="1.2") == f"warn tuned other runs untuned: {why}: {mend.format('other')}"
+    assert (
+        found("other", file="1.2")
+        == f"warn tuned other runs untuned: {why}: {mend.format('other')}"
+    )
 
 
 def test_one_of_two_backends_is_away(vps: Daemon, tmp_path: Path, check: Any) -> None:
     tables = TABLE.format("attic", f"127.0.0.1:{vps.port}") + TABLE.format("desktop", "127.0.0.1:1")
     environment = given(tmp_path, CATALOG + tables, CEREBRUM_ATTIC_KEY=KEY)
-    assert_found(check("cm4d", environment, "backend"), "ok backend attic", "warn backend desktop 127.0.0.1:1")
+    assert_found(
+        check("cm4d", environment, "backend"),
+        "ok backend attic",
+        "warn backend desktop 127.0.0.1:1",
+    )
     assert_found(check("cm4d", environment, "settings"), VALID)
 
 
 @pytest.mark.parametrize(("stats", "has"), [({"version": "0.0.1"}, "0.0.1"), ({}, "unknown")])
-def test_a_backend_of_another_version_without_models(tmp_path: Path, check: Any, stats: Any, has: str) -> None:
+def test_a_backend_of_another_version_without_models(
+    tmp_path: Path, check: Any, stats: Any, has: str
+) -> None:
     with in_a_thread(Backend(models=answer(200, MODELS), stats=answer(200, stats))) as backend:
         environment = given(tmp_path, CEREBRUM_VPS_URL=f"http://127.0.0.1:{backend.port}")
         assert_found(check("cm4d", environment, "version"), f"warn version vps {has} {VERSION}")
         assert_found(check("cm4d", environment, "models"), "FAIL models vps models.toml fetch")
 
 
-def test_backends_that_do_not_answer(tmp_path: Path, check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backends_that_do_not_answer(
+    tmp_path: Path, check: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cerebrum_check, "BACKEND_SECONDS", 0.5)
     ended = threading.Event()
     find = {"127.0.0.1": socket.getaddrinfo, "hangs": lambda *_: ended.wait()}
@@ -233,7 +337,9 @@ def test_backends_that_do_not_answer(tmp_path: Path, check: Any, monkeypatch: py
     assert_found(found, f"FAIL backend one {address} time", "FAIL backend two hangs:1 time")
 
 
-def test_the_credentials_of_the_units(tmp_path: Path, check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_credentials_of_the_units(
+    tmp_path: Path, check: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Root reads them. Any other user is warned that keys may be there."""
     environment = given(tmp_path, CEREBRUM_API_KEY="")
     del environment["CREDENTIALS_DIRECTORY"]
@@ -242,13 +348,19 @@ def test_the_credentials_of_the_units(tmp_path: Path, check: Any, monkeypatch: p
     (tmp_path / "credstore/CEREBRUM_API_KEY").write_text(KEY)
     assert_found(check("vpsd", environment, "key"), OUR_KEY)
     monkeypatch.setattr(os, "access", lambda *_: False)
-    assert_found(check("vpsd", environment, "settings"), f"warn settings {tmp_path}/credstore sudo", VALID)
+    assert_found(
+        check("vpsd", environment, "settings"), f"warn settings {tmp_path}/credstore sudo", VALID
+    )
     assert_found(check("vpsd", given(tmp_path, CEREBRUM_API_KEY=""), "settings"), VALID)
 
 
-def test_systemd_and_another_llama_cpp(vps: Any, tmp_path: Path, check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_systemd_and_another_llama_cpp(
+    vps: Any, tmp_path: Path, check: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nobody connects to systemd's socket, since that could start the backend."""
-    monkeypatch.setattr(cerebrum_check, "SOCKET_UNITS", [tmp_path / "none", tmp_path / "catalog.toml"])
+    monkeypatch.setattr(
+        cerebrum_check, "SOCKET_UNITS", [tmp_path / "none", tmp_path / "catalog.toml"]
+    )
     monkeypatch.setattr(llama_cpp, "__version__", "0.0.1")
     environment = given(tmp_path, CEREBRUM_VPS_PORT=str(vps.port))
     assert_found(check("vpsd", environment, "address"), "ok address catalog.toml")
@@ -269,7 +381,9 @@ def test_the_limit_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     beside = "# beside models: 662 MB; at most 3000 MB: 4000 without CEREBRUM_MIN_FREE_MB"
     tiny = "# tiny: 264 MB with its prompts (CEREBRUM_CACHE_MB)"
     assert memory("1000") == ["926", f"{tiny}, untuned", beside]
-    monkeypatch.setattr(encoding, "find_tuned", lambda path, used, _: (TunedFile(path, used, SUM, ""), ""))
+    monkeypatch.setattr(
+        encoding, "find_tuned", lambda path, used, _: (TunedFile(path, used, SUM, ""), "")
+    )
     assert memory("1000") == ["926", tiny, beside]
     assert memory("4000")[0] == "662"  # never less than the process needs
     (tmp_path / "models/tiny.gguf").unlink()
@@ -287,7 +401,12 @@ def test_one_version() -> None:
 
 def test_the_example_lists_every_variable() -> None:
     listed = set(re.findall(r"CEREBRUM_\w+", (ROOT / ".env.example").read_text()))
-    others = {"CEREBRUM_CM4", "CEREBRUM_VPS", "CEREBRUM_URL", OLD_NAME}  # two prefixes in check.py; the REPL's own
+    others = {
+        "CEREBRUM_CM4",
+        "CEREBRUM_VPS",
+        "CEREBRUM_URL",
+        OLD_NAME,
+    }  # two prefixes in check.py; the REPL's own
     files = [*ROOT.glob("*.py"), *(ROOT / "cerebrum").rglob("*.py")]
     read = {name for file in files for name in re.findall(r'"(CEREBRUM_\w+)"', file.read_text())}
     assert {"CEREBRUM_LOG_LEVEL"} <= read <= listed | others

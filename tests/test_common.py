@@ -22,7 +22,9 @@ from cerebrum_common import HttpError, Model, error_body, error_event, sse_event
 
 
 TEXTS = "a string, or an array of 0 to 2 non-empty strings"
-RULES: list[tuple[Field, list[Any], list[Any], str]] = [  # a rule, what it takes, what it refuses, what it expects
+RULES: list[
+    tuple[Field, list[Any], list[Any], str]
+] = [  # a rule, what it takes, what it refuses, what it expects
     (Field(str), ["", "a"], [None, 1, True, ["a"]], "a string"),
     (Field(str, 1), ["a"], [""], "a non-empty string"),
     (Field(str, 0, 3), ["", "abc"], ["abcd"], "a string from 0 to 3 characters"),
@@ -35,7 +37,12 @@ RULES: list[tuple[Field, list[Any], list[Any], str]] = [  # a rule, what it take
     (Field(list, pattern="[a-z]+"), ["a", []], [["a", "B"], 1], "strings of the form [a-z]+"),
     (Field(list, choices=("a", "b")), [["b", "a"], []], [["a", "c"]], "one of a, b"),
     (Field(bool), [True, False], [0, 1, "true", None], "true or false"),
-    (Field(list, 0, 2), ["a", ["a", "b"], []], [["a", "b", "c"], [""], "", [1], {}, 1, None], TEXTS),
+    (
+        Field(list, 0, 2),
+        ["a", ["a", "b"], []],
+        [["a", "b", "c"], [""], "", [1], {}, 1, None],
+        TEXTS,
+    ),
 ]
 
 
@@ -62,8 +69,16 @@ def test_other_fields_and_surrogates() -> None:
 
 
 def test_describe() -> None:
-    prompts = [("def f():", "a string of 8 characters"), ("a" * 99, "a string of 99 characters")]  # messages are logged
-    values = [(None, "null"), (True, "the boolean true"), (1.5, "the number 1.5"), ("q_1.5b", 'the string "q_1.5b"')]
+    prompts = [
+        ("def f():", "a string of 8 characters"),
+        ("a" * 99, "a string of 99 characters"),
+    ]  # messages are logged
+    values = [
+        (None, "null"),
+        (True, "the boolean true"),
+        (1.5, "the number 1.5"),
+        ("q_1.5b", 'the string "q_1.5b"'),
+    ]
     for value, text in (*prompts, *values, ([1, 2], "an array of 2"), ({}, "an object of 0")):
         assert describe(value) == text
 
@@ -72,10 +87,15 @@ def test_shapes() -> None:
     error = HttpError("INVALID_REQUEST", "no", extra={"n_ctx": 4})
     body = error_body(error)
     assert list(body) == ["error", "message", "code", "timestamp", "n_ctx"]
-    assert re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{6}", body["timestamp"])
+    assert re.fullmatch(
+        r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{6}", body["timestamp"]
+    )
     assert len(timestamp()) == 26
     assert timestamp(60.0) < timestamp()
-    assert error_event(error) == b'data: {"error": true, "message": "no", "code": "INVALID_REQUEST", "n_ctx": 4}\n\n'
+    assert (
+        error_event(error)
+        == b'data: {"error": true, "message": "no", "code": "INVALID_REQUEST", "n_ctx": 4}\n\n'
+    )
     assert sse_event({"token": "ä\n\u2028"}) == b'data: {"token": "\\u00e4\\n\\u2028"}\n\n'
     assert {"localhost", socket.gethostname().lower(), "x"} <= own_names(["X"])
 
@@ -87,7 +107,15 @@ def test_dotenv(tmp_path: Path) -> None:
     text = "\ufeff# comment\r\n\nA=1\nexport B='two words'\nC=\"x\"\nD=a#b \nE=\nF=it's\nG=a=b\r\n"
     (tmp_path / ".env").write_text(text, "utf-8")
     environment = read_environment({"A": "env", "E": "env"}, tmp_path)
-    expected = {"A": "env", "B": "two words", "C": "x", "D": "a#b", "E": "env", "F": "it's", "G": "a=b"}
+    expected = {
+        "A": "env",
+        "B": "two words",
+        "C": "x",
+        "D": "a#b",
+        "E": "env",
+        "F": "it's",
+        "G": "a=b",
+    }
     assert {name: environment.text(name) for name in expected} == expected
     assert read_environment({}, tmp_path).text("E", "default") == "default"
     assert read_environment({"X": "1"}, tmp_path / "absent").text("X") == "1"
@@ -120,7 +148,9 @@ def test_environment() -> None:
 
 
 def test_the_first_place_that_has_a_variable_wins(tmp_path: Path) -> None:
-    (tmp_path / ".env").write_text("CEREBRUM_A=env-file\nCEREBRUM_B=env-file\nCEREBRUM_C=env-file\n")
+    (tmp_path / ".env").write_text(
+        "CEREBRUM_A=env-file\nCEREBRUM_B=env-file\nCEREBRUM_C=env-file\n"
+    )
     credentials, runtime = tmp_path / "credentials", tmp_path / "runtime"
     for place in (credentials, runtime):
         place.mkdir()
@@ -129,19 +159,32 @@ def test_the_first_place_that_has_a_variable_wins(tmp_path: Path) -> None:
     environ = {"CEREBRUM_B": "environment", "CEREBRUM_C": "environment"}
     environ |= {"CREDENTIALS_DIRECTORY": str(credentials), "RUNTIME_DIRECTORY": str(runtime)}
     read = read_environment(environ, tmp_path)
-    assert [read.text(f"CEREBRUM_{name}") for name in "ABC"] == ["env-file", "environment", "credentials"]
+    assert [read.text(f"CEREBRUM_{name}") for name in "ABC"] == [
+        "env-file",
+        "environment",
+        "credentials",
+    ]
     assert "not.a.variable" not in read.values
     (credentials / "CEREBRUM_E").touch()  # as a full disk leaves it
-    with pytest.raises(ConfigError, match=r"^CEREBRUM_E: expected a value in .*, got an empty file$"):
+    with pytest.raises(
+        ConfigError, match=r"^CEREBRUM_E: expected a value in .*, got an empty file$"
+    ):
         read_environment(environ, tmp_path)
     shutil.rmtree(credentials)
     assert read_environment(environ, tmp_path).text("CEREBRUM_C") == "environment"
 
 
 def test_keys() -> None:
-    for text, keys in (("", ()), ("one", ("one",)), ("new,old", ("new", "old")), (" new , old ", ("new", "old"))):
+    for text, keys in (
+        ("", ()),
+        ("one", ("one",)),
+        ("new,old", ("new", "old")),
+        (" new , old ", ("new", "old")),
+    ):
         assert Environment({"K": text}).keys("K") == keys
-    bad = dict.fromkeys(("two words", "zwölf", "a,b\x00", " , ", "a,"), "printable ASCII without spaces")
+    bad = dict.fromkeys(
+        ("two words", "zwölf", "a,b\x00", " , ", "a,"), "printable ASCII without spaces"
+    )
     for text, says in {**bad, "a,b,c": "one key, or two while it is replaced, got 3"}.items():
         with pytest.raises(ConfigError, match=rf"^K: expected {says}$"):
             Environment({"K": text}).keys("K")
@@ -158,15 +201,23 @@ def test_the_table_of_models() -> None:
     assert list(served).index("codellama_7b") < list(served).index("qwen_7b")
     assert served.pop("codellama_7b") == ("rust", "c", "cpp", "go")
     assert set(served.values()) == {tuple(LANGUAGES)}, "each of the others serves every language"
-    assert SHIPPED[-1] == min(SHIPPED, key=lambda model: model.memory_mb), "the default model is the smallest"
+    assert SHIPPED[-1] == min(SHIPPED, key=lambda model: model.memory_mb), (
+        "the default model is the smallest"
+    )
 
 
 @pytest.mark.parametrize("model", SHIPPED, ids=lambda model: model.id)
 def test_a_shape_has_as_many_weights_as_the_publisher_counts(model: Model) -> None:
-    layers, width, heads, kv_heads, head, feed_forward, vocabulary, experts, used = model.shape.values()
+    layers, width, heads, kv_heads, head, feed_forward, vocabulary, experts, used = (
+        model.shape.values()
+    )
     attention = 2 * width * head * (heads + kv_heads)
-    for published, count in zip(model.parameters.replace("B", "").split("-A"), (experts, used), strict=False):
-        weights = layers * (attention + 3 * width * feed_forward * max(1, count)) + width * vocabulary
+    for published, count in zip(
+        model.parameters.replace("B", "").split("-A"), (experts, used), strict=False
+    ):
+        weights = (
+            layers * (attention + 3 * width * feed_forward * max(1, count)) + width * vocabulary
+        )
         rounding = 0.5 / 10 ** len(published.partition(".")[2])  # the publishers round 3.4 to 3
         assert weights / 1e9 == pytest.approx(float(published), rel=0.12, abs=rounding)
 
@@ -184,14 +235,20 @@ BAD: list[tuple[str | bytes | None, str]] = [  # a models.toml, and what is said
     (GOOD.replace('"m"', "5"), f"model 1: id: {FORM} [A-Za-z0-9._\\-]+, got the number 5"),
     (GOOD.replace('"m"', '"a b"'), f"model 1: id: {FORM}"),
     (GOOD.replace('name = "M"\n', ""), "model 1: name: expected a non-empty string, got nothing"),
-    (GOOD.replace('file = "m.gguf"\n', ""), "model 1: file: expected a name, or aliases instead, got nothing"),
+    (
+        GOOD.replace('file = "m.gguf"\n', ""),
+        "model 1: file: expected a name, or aliases instead, got nothing",
+    ),
     (GOOD.replace("m.gguf", "a/m.gguf"), f"model 1: file: {FORM}"),
     (GOOD.replace("m.gguf", ".."), f"model 1: file: {FORM}"),
     (GOOD + 'sha256 = "x"\n', f"model 1: sha256: {FORM}"),
     (GOOD + "size = 2025-12-25\n", "model 1: size: expected an integer, got a date"),
     (GOOD + "sources = [1]\n", "model 1: sources: expected [[models.sources]], got something else"),
     (GOOD + 'aliases = ["a", 1]\n', "model 1: aliases: expected a string, or an array of "),
-    (GOOD + 'fim = ["a", "b"]\n', "model 1: fim: expected a string, or an array of 3 to 3 non-empty strings"),
+    (
+        GOOD + 'fim = ["a", "b"]\n',
+        "model 1: fim: expected a string, or an array of 3 to 3 non-empty strings",
+    ),
     (GOOD + 'alias = "a"\n', "model 1: expected one of id, name, parameters, "),
     (GOOD.replace('["python"]', '["a b"]'), "model 1: languages: expected strings of the form"),
     (GOOD.replace('["python"]', "[[]]"), "model 1: languages: expected strings of the form"),
@@ -203,12 +260,24 @@ BAD: list[tuple[str | bytes | None, str]] = [  # a models.toml, and what is said
         for numbers in ((64, 3, 0, 0), (64, 2, 4, 0), (64, 2, 0, 4), (64, 2, 2, 4), (100, 2, 0, 0))
     ),
     (GOOD + "shape = 5\n", "model 1: shape: expected a table, got something else"),
-    (GOOD + "shape = {layers = 0}\n", "model 1: shape: layers: expected an integer from 1 to 999999, got the number 0"),
+    (
+        GOOD + "shape = {layers = 0}\n",
+        "model 1: shape: layers: expected an integer from 1 to 999999, got the number 0",
+    ),
     (GOOD + "shape = {layers = 1}\n", "model 1: shape: width: expected an integer from 1 to "),
-    (GOOD + "shape = {kv = 1}\n", "model 1: shape: expected one of layers, width, heads, kv_heads, "),
+    (
+        GOOD + "shape = {kv = 1}\n",
+        "model 1: shape: expected one of layers, width, heads, kv_heads, ",
+    ),
     ("prefer = 5\n" + GOOD, "prefer: expected a table, got something else"),
-    (GOOD + '[prefer]\nchat = ["m"]\n', "prefer: expected one of complete, infill, instruct, got 'chat'"),
-    (GOOD + '[prefer]\ninfill = ["m", "n"]\n', "prefer: infill: expected one of m, got an array of 2"),
+    (
+        GOOD + '[prefer]\nchat = ["m"]\n',
+        "prefer: expected one of complete, infill, instruct, got 'chat'",
+    ),
+    (
+        GOOD + '[prefer]\ninfill = ["m", "n"]\n',
+        "prefer: infill: expected one of m, got an array of 2",
+    ),
 ]
 
 
@@ -224,7 +293,9 @@ def test_bad_models(tmp_path: Path, text: str | bytes | None, says: str) -> None
 
 def test_preferences_and_any_language_may_be_named(tmp_path: Path) -> None:
     path = tmp_path / "models.toml"
-    other = GOOD.replace('"m"', '"n"').replace('["python"]', '["python", "haskell", "c#", "objective-c", "F90"]')
+    other = GOOD.replace('"m"', '"n"').replace(
+        '["python"]', '["python", "haskell", "c#", "objective-c", "F90"]'
+    )
     every = GOOD.replace('"m"', '"all"').replace('["python"]', '["cobol", "rust", "all"]')
     path.write_text(GOOD + other + every + '[prefer]\ninfill = ["n", "m"]\ncomplete = []\n')
     catalog = load_catalog(path, ["python", "rust"])

@@ -28,7 +28,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import FILES, KEY, PATIENCE, Client, Daemon, Reply, command_of, post, program, read_reply, settings, until
+from harness import (
+    FILES,
+    KEY,
+    PATIENCE,
+    Client,
+    Daemon,
+    Reply,
+    command_of,
+    post,
+    program,
+    read_reply,
+    settings,
+    until,
+)
 from scripted import CHUNKED, Backend, chunk
 from test_scripts import disk_of, fill
 
@@ -43,7 +56,9 @@ MARGIN_SECONDS = 10.0  # what a busy machine may add to a limit of time
 # The model counts on from here for as long as it may.
 LONG = "# The numbers from one to ten thousand, a line each:\n1\n2\n3\n4\n5\n6\n7\n8\n"
 
-needs_weights = pytest.mark.skipif(not WEIGHTS.exists(), reason=f"{WEIGHTS} is missing: python3 vpsd.py fetch")
+needs_weights = pytest.mark.skipif(
+    not WEIGHTS.exists(), reason=f"{WEIGHTS} is missing: python3 vpsd.py fetch"
+)
 pytestmark = [pytest.mark.slow, needs_weights]
 
 
@@ -98,7 +113,10 @@ def both(folder: Path, cable: Cable | None = None, pi: Any = None, **more: str) 
     """vpsd, behind the cable if there is one, a cm4d that has found it, with the settings `pi`, and its client."""
     inside, host = (cable.inside, cable.far) if cable else ((), "127.0.0.1")
     more["CEREBRUM_VPS_HOST"] = host
-    with vpsd(folder, *inside, **more) as vps, cm4d(folder / "pi", f"{host}:{vps.port}", **(pi or {})) as gateway:
+    with (
+        vpsd(folder, *inside, **more) as vps,
+        cm4d(folder / "pi", f"{host}:{vps.port}", **(pi or {})) as gateway,
+    ):
         gateway.wait_for_line("VPS backend is available")
         yield vps, gateway, Client(port=gateway.port)
 
@@ -148,7 +166,11 @@ async def begin(client: Client, **more: Any) -> Coroutine[Any, Any, Reply]:
 
 def assert_done(reply: Reply, tokens: int) -> None:
     assert (reply.status, reply.clean) == (200, True), reply.body
-    last = reply.events[-1] if reply.one("Content-Type").startswith("text/event-stream") else reply.json
+    last = (
+        reply.events[-1]
+        if reply.one("Content-Type").startswith("text/event-stream")
+        else reply.json
+    )
     assert last["total_tokens"] == tokens
 
 
@@ -178,7 +200,17 @@ class Cable:
         ip("-n", self.name, "link", "set", far, "up")
         # Never forgotten: packets to a machine that is gone are lost in silence, as behind Tailscale.
         shown = json.loads(ip("-n", self.name, "-json", "link", "show", far))
-        ip("neighbour", "replace", self.far, "lladdr", shown[0]["address"], "nud", "permanent", "dev", near)
+        ip(
+            "neighbour",
+            "replace",
+            self.far,
+            "lladdr",
+            shown[0]["address"],
+            "nud",
+            "permanent",
+            "dev",
+            near,
+        )
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -270,7 +302,10 @@ async def a_client_falls_silent(cable: Cable, folder: Path) -> None:
 
 async def a_client_that_is_sent_nothing(cable: Cable, folder: Path) -> None:
     """It waits for an answer in one piece, so the kernel alone asks whether it is still there."""
-    busy = [CHUNKED, *(chunk(SSE_COMMENT), lambda: asyncio.sleep(1)) * 600]  # a VPS that reads a long prompt
+    busy = [
+        CHUNKED,
+        *(chunk(SSE_COMMENT), lambda: asyncio.sleep(1)) * 600,
+    ]  # a VPS that reads a long prompt
     async with Backend([busy]) as backend:
         with cm4d(folder, f"127.0.0.1:{backend.port}", CEREBRUM_CM4_HOST=cable.near) as pi:
             _, writer = await cable.connect(pi.port)
@@ -299,21 +334,31 @@ async def test_the_disk_is_full(disk: Path, tmp_path: Path) -> None:
     state, logs = disk / "state", disk / "logs"
     kv = state / "kv" / SMALL
     given = {"CEREBRUM_STATE_DIR": str(state), "CEREBRUM_LOG_FILE": str(logs / "vpsd.log")}
-    with both(tmp_path, pi={"CEREBRUM_LOG_FILE": str(logs / "cm4d.log")}, **given) as (vps, pi, client):
+    with both(tmp_path, pi={"CEREBRUM_LOG_FILE": str(logs / "cm4d.log")}, **given) as (
+        vps,
+        pi,
+        client,
+    ):
 
         async def complete(request_id: str) -> None:
-            reply = await client.ask("POST", "/v1/complete", fields(max_tokens=4), X_Request_ID=request_id)
+            reply = await client.ask(
+                "POST", "/v1/complete", fields(max_tokens=4), X_Request_ID=request_id
+            )
             assert_done(reply, 4)
             await unload(vps.port)
 
         await complete("full-1")
-        os.truncate(disk / "filler", (1024 - 64) << 10)  # room for the folders and a part of a sequence, of 500 KB
+        os.truncate(
+            disk / "filler", (1024 - 64) << 10
+        )  # room for the folders and a part of a sequence, of 500 KB
         await complete("full-2")
         assert list(kv.iterdir()) == []
         assert vps.stdout().count("parked sequences not saved: No space left on device") == 2
         for process in (vps, pi):
             assert process.stdout().count("No space left on device; going on without it") == 1
-        await asyncio.to_thread(subprocess.run, ["mount", "-o", "remount,size=8m", disk], check=True)
+        await asyncio.to_thread(
+            subprocess.run, ["mount", "-o", "remount,size=8m", disk], check=True
+        )
         await complete("room-3")
         assert [path.name for path in kv.iterdir()] == ["0000.kv"]
         for file in ("vpsd.log", "cm4d.log"):
@@ -333,7 +378,9 @@ async def test_the_clock_jumps(folder: Path) -> None:
     clock = folder / "clock"
     clock.write_text("+0")
     faked = {"LD_PRELOAD": str(FAKETIME), "FAKETIME_TIMESTAMP_FILE": str(clock)}
-    faked |= dict.fromkeys(("FAKETIME_NO_CACHE", "FAKETIME_DONT_FAKE_MONOTONIC", "NO_FAKE_STAT"), "1")
+    faked |= dict.fromkeys(
+        ("FAKETIME_NO_CACHE", "FAKETIME_DONT_FAKE_MONOTONIC", "NO_FAKE_STAT"), "1"
+    )
     faked |= {"CEREBRUM_LOG_LEVEL": "DEBUG", "CEREBRUM_IDLE_MINUTES": "1"}
     real, began = time.time(), time.monotonic()
     with both(folder, pi=faked, **faked) as (vps, pi, client):
@@ -347,20 +394,31 @@ async def test_the_clock_jumps(folder: Path) -> None:
             assert (await told(vps.port, "/health"))["timestamp"][:10] == shown
             assert_done(await rest, 256)
             assert_done(await client.complete(**fields(max_tokens=4)), 4)
-            await until(lambda seen=probes: vps.stdout().count("GET /health 200") >= seen + 3, "two probes")
+            await until(
+                lambda seen=probes: vps.stdout().count("GET /health 200") >= seen + 3, "two probes"
+            )
             assert await is_healthy(pi.port)
             cleaned = await Client(port=vps.port).ask("POST", "/v1/cleanup", {}, X_API_Key=KEY)
             assert cleaned.json["models_unloaded"] == []
-            (model,) = [one for one in (await told(vps.port, "/v1/models"))["models"] if one["loaded"]]
+            (model,) = [
+                one for one in (await told(vps.port, "/v1/models"))["models"] if one["loaded"]
+            ]
             assert model["last_used"][:10] == shown
             for port in (vps.port, pi.port):
                 stats = await told(port)
                 assert 0 <= stats["uptime"] <= time.monotonic() - began + 60
                 assert stats["requests_active"] == 0
-            assert stats["breaker"] == {"state": "closed", "failures": 0, "opens": 0, "retry_in_s": 0.0}
+            assert stats["breaker"] == {
+                "state": "closed",
+                "failures": 0,
+                "opens": 0,
+                "retry_in_s": 0.0,
+            }
         assert vps.stdout().count("loaded (published)") == 1
         assert vps.complaints() == pi.complaints() == ""
-        warned = [line for line in (vps.stdout() + pi.stdout()).splitlines() if " - WARNING - " in line]
+        warned = [
+            line for line in (vps.stdout() + pi.stdout()).splitlines() if " - WARNING - " in line
+        ]
         assert [" runs untuned: there is no tuned file: " in line for line in warned] == [True]
 
 
@@ -414,14 +472,33 @@ async def test_one_request_is_found_on_both_sides_by_its_id(folder: Path) -> Non
     with both(folder, GOOD_DECODES="8", THEN="fail", CEREBRUM_DRAFT="0") as (vps, pi, client):
         fault = rf"model={SMALL} tokens=\d+ ttft=Ns [A-Z_]+: the model could not be evaluated"
         for request_id, more, status, theirs, says in (
-            ("good", {"max_tokens": 2, "prompt": "# 1\n2\n"}, 200, 200, f"model={SMALL} tokens=2 ttft=Ns"),
+            (
+                "good",
+                {"max_tokens": 2, "prompt": "# 1\n2\n"},
+                200,
+                200,
+                f"model={SMALL} tokens=2 ttft=Ns",
+            ),
             ("bad", {"max_tokens": 40, "prompt": "3\n4\n5\n"}, 503, 500, fault),
-            ("missing", {"model": "codellama_7b"}, 404, 404, ".*MODEL_NOT_FOUND: model codellama_7b: the file .*"),
+            (
+                "missing",
+                {"model": "codellama_7b"},
+                404,
+                404,
+                ".*MODEL_NOT_FOUND: model codellama_7b: the file .*",
+            ),
         ):
-            reply = await client.ask("POST", "/v1/complete", fields(**more), X_Request_ID=request_id)
+            reply = await client.ask(
+                "POST", "/v1/complete", fields(**more), X_Request_ID=request_id
+            )
             assert (reply.status, reply.one("X-Request-ID")) == (status, request_id)
-            for process, line in ((pi, f"POST /v1/complete {status}"), (vps, f"POST /v1/inference/stream {theirs}")):
-                found = await asyncio.to_thread(process.wait_for_line, rf"\[{request_id}\] ((?!model ).*)")
+            for process, line in (
+                (pi, f"POST /v1/complete {status}"),
+                (vps, f"POST /v1/inference/stream {theirs}"),
+            ):
+                found = await asyncio.to_thread(
+                    process.wait_for_line, rf"\[{request_id}\] ((?!model ).*)"
+                )
                 assert re.fullmatch(f"{line} Ns {says}", re.sub(r"\d+\.\d\ds", "Ns", found[1]))
 
 
@@ -429,10 +506,19 @@ async def test_one_request_is_found_on_both_sides_by_its_id(folder: Path) -> Non
 async def test_a_wedged_worker_is_noticed(folder: Path) -> None:
     """It may load, measure and read for long. test_service.py has what the watchdog makes of it."""
     shutil.rmtree(folder / "state")  # so it measures
-    given = {"GOOD_DECODES": "400", "THEN": "hang", "CEREBRUM_DRAFT": "0", "WATCHDOG_USEC": "8000000"}
+    given = {
+        "GOOD_DECODES": "400",
+        "THEN": "hang",
+        "CEREBRUM_DRAFT": "0",
+        "WATCHDOG_USEC": "8000000",
+    }
     with both(folder, **given) as (vps, pi, client):
-        asked = asyncio.create_task(ask_vps(vps.port, path="/v1/inference/stream", prompt=LONG * 10))
-        await asyncio.to_thread(vps.wait_for_line, rf"ERROR - \[-\] model {SMALL}: the worker makes no progress")
+        asked = asyncio.create_task(
+            ask_vps(vps.port, path="/v1/inference/stream", prompt=LONG * 10)
+        )
+        await asyncio.to_thread(
+            vps.wait_for_line, rf"ERROR - \[-\] model {SMALL}: the worker makes no progress"
+        )
         assert "loaded (published)" in vps.stdout()
         assert "token" in (await asked).events[-1]  # it has ended without a done event
         refused = await client.complete()
@@ -447,7 +533,10 @@ async def test_a_wedged_worker_is_noticed(folder: Path) -> None:
 
 WARM_UP = 1_100
 ABORTED = 11  # every 11th is
-CLIENTS, PLACES = 6, 12  # at a time: nobody is refused, even before an aborted request has given its place back
+CLIENTS, PLACES = (
+    6,
+    12,
+)  # at a time: nobody is refused, even before an aborted request has given its place back
 
 # What RSS may grow by after the warm-up. Measured with 11,000 requests: 0.5 MB, and 5 MB, of which 1 MB came after the
 # first part. A leak of 1 KB in each of them would be 11 MB.
@@ -479,17 +568,34 @@ async def test_thousands_of_requests_leave_nothing(folder: Path, requests: int) 
     models = folder / "models"
     models.mkdir()
     (models / WEIGHTS.name).symlink_to(WEIGHTS)  # the only one, so also that of the dialects
-    given = {"CEREBRUM_LOG_LEVEL": "DEBUG", "CEREBRUM_MODELS_DIR": str(models), "CEREBRUM_MAX_CONCURRENT": str(PLACES)}
+    given = {
+        "CEREBRUM_LOG_LEVEL": "DEBUG",
+        "CEREBRUM_MODELS_DIR": str(models),
+        "CEREBRUM_MAX_CONCURRENT": str(PLACES),
+    }
     # The warm-up fills the cache of parked sequences.
-    with both(folder, pi=given, CEREBRUM_N_CTX="512", CEREBRUM_CACHE_MB="16", **given) as (vps, pi, _):
+    with both(folder, pi=given, CEREBRUM_N_CTX="512", CEREBRUM_CACHE_MB="16", **given) as (
+        vps,
+        pi,
+        _,
+    ):
         sent: dict[str, str] = {}  # what each request was to become, by its id
 
-        async def serve(client: Client, draw: random.Random, numbers: Iterator[int], phase: str) -> None:
+        async def serve(
+            client: Client, draw: random.Random, numbers: Iterator[int], phase: str
+        ) -> None:
             for number in numbers:
                 request_id = f"soak.{phase}.{number}"
-                if number % ABORTED == 0:  # at a random moment, before its answer or in the middle of it
-                    sent[request_id], asked = "aborted", fields(prompt=f"{request_id}\n1\n2\n", max_tokens=64)
-                    _, writer = await client.open("POST", "/v1/complete/stream", asked, X_Request_ID=request_id)
+                if (
+                    number % ABORTED == 0
+                ):  # at a random moment, before its answer or in the middle of it
+                    sent[request_id], asked = (
+                        "aborted",
+                        fields(prompt=f"{request_id}\n1\n2\n", max_tokens=64),
+                    )
+                    _, writer = await client.open(
+                        "POST", "/v1/complete/stream", asked, X_Request_ID=request_id
+                    )
                     await asyncio.sleep(draw.random() / 4)
                     writer.close()  # not a reset, which would overtake the request
                     continue
@@ -509,24 +615,36 @@ async def test_thousands_of_requests_leave_nothing(folder: Path, requests: int) 
 
         # All threads that the event loop may want of its pool, which grows with the work.
         text = {"model": SMALL, "text": "x " * 50_000}
-        wide = [Client(port=vps.port).ask("POST", "/v1/tokenize", text, X_API_Key=KEY) for _ in range(32)]
+        wide = [
+            Client(port=vps.port).ask("POST", "/v1/tokenize", text, X_API_Key=KEY)
+            for _ in range(32)
+        ]
         assert {reply.status for reply in await asyncio.gather(*wide)} == {200}
         await many(WARM_UP, "warm")
         before = {process: (holdings(process), process.rss_kb()) for process in (pi, vps)}
         await many(requests, "hot")
         for process, (held, rss_kb) in before.items():
-            await until(lambda process=process, held=held: holdings(process) == held, f"{process.name} has its files")
+            await until(
+                lambda process=process, held=held: holdings(process) == held,
+                f"{process.name} has its files",
+            )
             assert (process.rss_kb() - rss_kb) / 1024 < GROWN_MB[process.name]
 
         for process in (pi, vps):
             await until(lambda process=process: process.stdout().endswith("\n"))
-        ours, theirs = (re.findall(r"\[(soak\.\S+)\] ([A-Z]+ /\S*) (\d{3}) ", one.stdout()) for one in (pi, vps))
+        ours, theirs = (
+            re.findall(r"\[(soak\.\S+)\] ([A-Z]+ /\S*) (\d{3}) ", one.stdout()) for one in (pi, vps)
+        )
         logged = {request_id: f"{what} {status}" for request_id, what, status in ours}
         assert Counter(request_id for request_id, _, _ in ours) == dict.fromkeys(sent, 1)
-        assert {id: logged[id] for id, what in sent.items() if what not in ("aborted", logged[id])} == {}
+        assert {
+            id: logged[id] for id, what in sent.items() if what not in ("aborted", logged[id])
+        } == {}
         at_vps = Counter(request_id for request_id, _, _ in theirs)
         assert set(at_vps.values()) == {1}
-        assert {id for id, what in sent.items() if re.fullmatch("POST /v1/complete(/stream)? 200", what)} <= set(at_vps)
+        assert {
+            id for id, what in sent.items() if re.fullmatch("POST /v1/complete(/stream)? 200", what)
+        } <= set(at_vps)
         assert vps.complaints() == pi.complaints() == ""
 
 
@@ -537,11 +655,16 @@ async def test_thousands_of_requests_leave_nothing(folder: Path, requests: int) 
 async def test_the_vps_is_killed_at_any_moment(folder: Path, kills: int) -> None:
     """The next one starts, uses nothing that was half written, and leaves nothing of it."""
     draw, state = random.Random(9), folder / "state"
-    for number, moment in zip(range(kills), itertools.cycle(("load", "decode", "save")), strict=False):
+    for number, moment in zip(
+        range(kills), itertools.cycle(("load", "decode", "save")), strict=False
+    ):
         with vpsd(folder) as vps:
             if moment in ("decode", "save"):
                 for n in range(3):
-                    assert_done(await ask_vps(vps.port, prompt=f"# {number} {n}" + LONG * 10, max_tokens=4), 4)
+                    assert_done(
+                        await ask_vps(vps.port, prompt=f"# {number} {n}" + LONG * 10, max_tokens=4),
+                        4,
+                    )
             if moment == "save":
                 vps.process.terminate()
                 await asyncio.sleep(draw.random() / 4)
@@ -557,5 +680,7 @@ async def test_the_vps_is_killed_at_any_moment(folder: Path, kills: int) -> None
     with vpsd(folder) as vps:
         assert_done(await ask_vps(vps.port, max_tokens=4), 4)
         assert vps.complaints() == ""
-    left = [path for path in state.rglob("*") if path.is_file() and path.suffix not in (".json", ".kv")]
+    left = [
+        path for path in state.rglob("*") if path.is_file() and path.suffix not in (".json", ".kv")
+    ]
     assert {path.parent.name for path in left} == {"verified"}

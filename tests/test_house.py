@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 from harness import ROOT, Client, copy_program, program, settings
 
-BOTH = {f"cerebrum.{name}" for name in ("check", "fields", "http", "metrics", "service", "settings", "text")}
+BOTH = {
+    f"cerebrum.{name}"
+    for name in ("check", "fields", "http", "metrics", "service", "settings", "text")
+}
 MAY = {  # what a file, or else each file of a folder, may import beside its own folder and cerebrum_common
     "cerebrum_common.py": set[str](),
     "cm4d.py": BOTH | {"cerebrum.pi"},
@@ -20,12 +23,24 @@ MAY = {  # what a file, or else each file of a folder, may import beside its own
     "cerebrum_lsp.py": set[str](),  # one file on a laptop
     "cerebrum": {"cerebrum.fields", "cerebrum.settings"},
     "cerebrum/fields.py": set[str](),
-    "cerebrum/check.py": {"cerebrum.fields", "cerebrum.settings", "cerebrum.vps"},  # the latter: --check, on the VPS
+    "cerebrum/check.py": {
+        "cerebrum.fields",
+        "cerebrum.settings",
+        "cerebrum.vps",
+    },  # the latter: --check, on the VPS
     "cerebrum/text": set[str](),
-    "cerebrum/pi": {"cerebrum.fields", "cerebrum.http", "cerebrum.settings", "cerebrum.metrics", "cerebrum.text"},
+    "cerebrum/pi": {
+        "cerebrum.fields",
+        "cerebrum.http",
+        "cerebrum.settings",
+        "cerebrum.metrics",
+        "cerebrum.text",
+    },
     "cerebrum/vps": {"cerebrum.fields", "cerebrum.settings", "cerebrum.metrics", "cerebrum.text"},
 }
-FILES = sorted(path.relative_to(ROOT) for path in [*ROOT.glob("*.py"), *(ROOT / "cerebrum").rglob("*.py")])
+FILES = sorted(
+    path.relative_to(ROOT) for path in [*ROOT.glob("*.py"), *(ROOT / "cerebrum").rglob("*.py")]
+)
 
 
 def name_of(path: Path) -> str:
@@ -62,11 +77,15 @@ def test_imports_point_down(file: str) -> None:
 
 
 def test_no_module_imports_itself_through_others() -> None:
-    TopologicalSorter({name_of(Path(file)): names for file, names in IMPORTS.items()}).prepare()  # or CycleError
+    TopologicalSorter(
+        {name_of(Path(file)): names for file, names in IMPORTS.items()}
+    ).prepare()  # or CycleError
 
 
 @pytest.mark.parametrize(("name", "absent"), [("cm4d", "vps"), ("vpsd", "pi")])
-def test_a_daemon_starts_without_the_other_machines_folder(name: str, absent: str, tmp_path: Path) -> None:
+def test_a_daemon_starts_without_the_other_machines_folder(
+    name: str, absent: str, tmp_path: Path
+) -> None:
     copy_program(name, tmp_path)
     assert not (tmp_path / "cerebrum" / absent).exists()
     command = [sys.executable, "-u", str(tmp_path / f"{name}.py")]

@@ -43,7 +43,12 @@ class ScriptedWorker:
     made: list[ScriptedWorker]
 
     def __init__(self, loader: Loader, _baton: Any, tally: Any) -> None:
-        self.loader, self.model_id, self.tuned, self.tally = loader, loader.model_id, loader.tuned, tally
+        self.loader, self.model_id, self.tuned, self.tally = (
+            loader,
+            loader.model_id,
+            loader.tuned,
+            tally,
+        )
         self.ready, self.ending, self.ended = Future[None](), Future[None](), Future[None]()
         self.due = float("inf")
         self.stopping = False
@@ -77,7 +82,9 @@ class ScriptedWorker:
 class House:
     """An engine with scripted workers, on a machine with memory for `room` models."""
 
-    def __init__(self, engine: Engine, folder: Path, patch: Callable[..., None], caplog: Any) -> None:
+    def __init__(
+        self, engine: Engine, folder: Path, patch: Callable[..., None], caplog: Any
+    ) -> None:
         self.engine, self.pool, self.folder, self.room = engine, engine.pool, folder, 2
         self.patch, self.caplog = patch, caplog
 
@@ -126,7 +133,11 @@ class House:
 
     def warnings(self) -> list[str]:
         """The texts of the warnings and errors in the log."""
-        return [record.getMessage() for record in self.caplog.records if record.levelno >= logging.WARNING]
+        return [
+            record.getMessage()
+            for record in self.caplog.records
+            if record.levelno >= logging.WARNING
+        ]
 
 
 @pytest.fixture
@@ -135,10 +146,14 @@ def patch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 @pytest.fixture
-def house(runner: asyncio.Runner, patch: Callable[..., None], tmp_path: Path, caplog: Any) -> Iterator[House]:
+def house(
+    runner: asyncio.Runner, patch: Callable[..., None], tmp_path: Path, caplog: Any
+) -> Iterator[House]:
     """A house in which the files of all models exist. After the test every place must be free again."""
     folders = {"CEREBRUM_MODELS_DIR": str(tmp_path), "CEREBRUM_STATE_DIR": str(tmp_path / "state")}
-    config = load_config(Environment({**CATALOG, **folders, "CEREBRUM_IDLE_MINUTES": "0"}), Path("/nonexistent"))
+    config = load_config(
+        Environment({**CATALOG, **folders, "CEREBRUM_IDLE_MINUTES": "0"}), Path("/nonexistent")
+    )
     for model in config.models:
         (tmp_path / model.file).write_bytes(b"GGUF")
     ScriptedWorker.made = []
@@ -164,13 +179,17 @@ def untuned(model: str, why: str) -> str:
 
 
 def tuned_file(folder: Path, model: str = A) -> TunedFile:
-    return TunedFile(folder / f"tuned-{model}", Settings(micro_batch=128), "abc", "tuned: Q4_K to Q4_1")
+    return TunedFile(
+        folder / f"tuned-{model}", Settings(micro_batch=128), "abc", "tuned: Q4_K to Q4_1"
+    )
 
 
 async def test_a_model_is_loaded_from_its_tuned_file_or_the_log_says_why_not(house: House) -> None:
     tuned, why = tuned_file(house.folder), "it was tuned for cpus 4, here it is 2"
     found = {house.file(): (tuned, ""), house.file(B): (None, why)}
-    house.patch(encoding, "find_tuned", lambda path, *more: found.get(path) or find_tuned(path, *more))
+    house.patch(
+        encoding, "find_tuned", lambda path, *more: found.get(path) or find_tuned(path, *more)
+    )
     assert [(await house.idle(model)).tuned for model in (A, B)] == [tuned, None]
     house.room = 9
     assert (await house.idle(C)).tuned is None
@@ -178,7 +197,9 @@ async def test_a_model_is_loaded_from_its_tuned_file_or_the_log_says_why_not(hou
 
 
 @pytest.mark.parametrize("damaged", [False, True])
-async def test_a_tuned_file_that_does_not_fit_or_is_damaged_is_not_used(house: House, damaged: bool) -> None:
+async def test_a_tuned_file_that_does_not_fit_or_is_damaged_is_not_used(
+    house: House, damaged: bool
+) -> None:
     def needed(path: Path, _: Any) -> Any:
         if path == tuned.path and damaged:
             raise ModelError("it is damaged")
@@ -200,13 +221,23 @@ async def test_a_model_that_does_not_fit_gets_a_shorter_context(house: House) ->
         entries: Any = (await vpsd.models(house.engine, SimpleNamespace())).body  # type: ignore[arg-type]
         return {entry["id"]: (entry["n_ctx"], entry["available"]) for entry in entries["models"]}
 
-    house.patch(encoding, "needed", lambda _, forms: [{"kv": one.sequences * one.n_ctx << 10} for one in forms])
+    house.patch(
+        encoding,
+        "needed",
+        lambda _, forms: [{"kv": one.sequences * one.n_ctx << 10} for one in forms],
+    )
     house.patch(house.pool, "_free_mb", lambda: 5.0)
-    house.patch(encoding, "find_tuned", lambda _, used, __: (TunedFile(house.folder, used, "abc", "tuned"), ""))
+    house.patch(
+        encoding,
+        "find_tuned",
+        lambda _, used, __: (TunedFile(house.folder, used, "abc", "tuned"), ""),
+    )
     assert (await listed())[A] == (2560, True)
     settings = (await house.idle()).loader.tuned.settings
     assert (settings.n_ctx, settings.sequences) == (2560, 2)
-    assert house.warnings() == [f"model {A}: memory allows only a context of 2,560 tokens and 2 at a time"]
+    assert house.warnings() == [
+        f"model {A}: memory allows only a context of 2,560 tokens and 2 at a time"
+    ]
     house.patch(encoding, "needed", memory.needed)
     assert (await listed())[C] == (4096, False)  # its file is damaged
 
@@ -215,7 +246,9 @@ async def test_a_model_that_does_not_fit_gets_a_shorter_context(house: House) ->
 
 
 @pytest.mark.parametrize("place", ["prepare", "_load", "relieve"])
-async def test_any_fault_on_the_way_becomes_a_response(house: House, monkeypatch: Any, place: str) -> None:
+async def test_any_fault_on_the_way_becomes_a_response(
+    house: House, monkeypatch: Any, place: str
+) -> None:
     fault = FileNotFoundError(2, "gone", "/secret")
 
     async def fail(*_: Any, **__: Any) -> None:
@@ -227,7 +260,11 @@ async def test_any_fault_on_the_way_becomes_a_response(house: House, monkeypatch
         monkeypatch.setattr(house.pool, place, fail)
     for completion in [house.ask(), house.ask()]:
         error = await house.error(completion)
-        assert (error.status, error.code, "secret" in error.message) == (500, "INTERNAL_ERROR", False)
+        assert (error.status, error.code, "secret" in error.message) == (
+            500,
+            "INTERNAL_ERROR",
+            False,
+        )
     monkeypatch.undo()
 
 
@@ -235,7 +272,10 @@ async def test_a_model_file_that_vanishes_is_a_load_that_failed(house: House) ->
     house.patch(encoding, "needed", memory.needed)
     completion, file = house.ask(), house.file()
     file.unlink()
-    error, reason = await house.error(completion), f"model {A} ({file.name}): the file cannot be read"
+    error, reason = (
+        await house.error(completion),
+        f"model {A} ({file.name}): the file cannot be read",
+    )
     assert (error.status, error.code, error.message) == (500, "MODEL_LOAD_FAILED", reason)
 
 
@@ -314,7 +354,9 @@ async def test_a_load_that_nobody_waits_for_can_be_stopped(house: House, why: st
         house.engine.finish(result)
 
 
-async def test_a_file_that_could_not_be_loaded_is_not_read_again_for_each_request(house: House) -> None:
+async def test_a_file_that_could_not_be_loaded_is_not_read_again_for_each_request(
+    house: House,
+) -> None:
     async def fail() -> None:
         """For the client that waits, and for one that comes while the load fails."""
         waiting, worker = house.ask(), await house.begun()
@@ -414,18 +456,30 @@ def test_room_for_a_model() -> None:
     with pytest.raises(HttpError, match=f"^{re.escape(message)}$") as refused:
         pool.room_for("x", parts, 99, 50, HELD)  # nothing is unloaded in vain
     assert (refused.value.status, refused.value.code) == (503, "RESOURCE_EXHAUSTED")
-    assert [one.model.id for one in pool.removable(HELD, "b")] == ["c", "a"]  # it makes no room for itself
-    assert [one.model.id for one in pool.removable(HELD, "c")] == ["c", "b", "a"]  # it is loaded anew
+    assert [one.model.id for one in pool.removable(HELD, "b")] == [
+        "c",
+        "a",
+    ]  # it makes no room for itself
+    assert [one.model.id for one in pool.removable(HELD, "c")] == [
+        "c",
+        "b",
+        "a",
+    ]  # it is loaded anew
 
 
 LIMITED = {"memory.current": "3000\n", "memory.stat": "anon 2000\nfile 900\n"}
 LIMITS = [({}, float("inf")), ({"memory.max": "4000\n"}, float("inf"))]
-LIMITS += [({**LIMITED, "memory.max": "max\n"}, float("inf")), ({**LIMITED, "memory.max": "4000\n"}, 1900)]
+LIMITS += [
+    ({**LIMITED, "memory.max": "max\n"}, float("inf")),
+    ({**LIMITED, "memory.max": "4000\n"}, 1900),
+]
 
 
 def test_the_limit_of_the_service_counts(patch: Callable[..., None], tmp_path: Path) -> None:
     """A model that does not fit into MemoryMax= is refused. The kernel would end the daemon."""
-    (tmp_path / "table").write_text("1:name=systemd:/x\n0::/system.slice/cerebrum-backend.service\n")
+    (tmp_path / "table").write_text(
+        "1:name=systemd:/x\n0::/system.slice/cerebrum-backend.service\n"
+    )
     group = tmp_path / "system.slice" / "cerebrum-backend.service"
     group.mkdir(parents=True)
     for files, left in LIMITS:
@@ -455,7 +509,9 @@ async def test_a_stream_sends_the_events_before_an_error_first(house: House) -> 
     assert raised.value is error
 
 
-async def test_a_newer_request_replaces_the_older_of_its_session_unless_it_is_refused(house: House) -> None:
+async def test_a_newer_request_replaces_the_older_of_its_session_unless_it_is_refused(
+    house: House,
+) -> None:
     older, other = house.ask(session="s"), house.ask(session="t")
     house.engine.cpu.others_percent = 100.0
     for model, code in ((A, "RESOURCE_EXHAUSTED"), ("unknown", "MODEL_NOT_FOUND")):
@@ -490,7 +546,9 @@ async def test_a_worker_that_has_hung_is_noticed_and_left(house: House) -> None:
 @pytest.mark.parametrize("by_hand", [False, True])
 async def test_a_request_during_a_clean_up_keeps_its_model(house: House, by_hand: bool) -> None:
     first, second = await house.idle(A), await house.idle(B)
-    cleanup = vpsd.cleanup(house.engine, SimpleNamespace()) if by_hand else house.pool.unload_unused()  # type: ignore[arg-type]
+    cleanup = (
+        vpsd.cleanup(house.engine, SimpleNamespace()) if by_hand else house.pool.unload_unused()
+    )  # type: ignore[arg-type]
     cleaning = asyncio.ensure_future(cleanup)
     await until(lambda: first.stopping)
     completion = await house.loaded(B)
@@ -506,7 +564,9 @@ async def test_the_cpu_is_watched_while_a_model_is_unloaded(house: House) -> Non
     house.patch(vpsd, "CLEANUP_SECONDS", 0.0)
     worker, samples = await house.idle(), list[int]()
     house.patch(house.engine.cpu, "sample", lambda: samples.append(1))
-    tasks = [asyncio.create_task(task) for task in (house.engine.watch_cpu(), house.engine.clean_up())]
+    tasks = [
+        asyncio.create_task(task) for task in (house.engine.watch_cpu(), house.engine.clean_up())
+    ]
     await until(lambda: worker.stopping)
     seen = len(samples)
     await until(lambda: len(samples) > seen + 10)
@@ -517,7 +577,9 @@ async def test_the_cpu_is_watched_while_a_model_is_unloaded(house: House) -> Non
 
 
 @pytest.mark.parametrize("task", ["watch_cpu", "clean_up"])
-def test_housekeeping_that_fails_ends_the_daemon(patch: Callable[..., None], tmp_path: Path, task: str) -> None:
+def test_housekeeping_that_fails_ends_the_daemon(
+    patch: Callable[..., None], tmp_path: Path, task: str
+) -> None:
     """systemd starts it again. With a frozen CPU meter, every request could be refused."""
 
     async def fail(_: Any) -> None:
@@ -525,7 +587,9 @@ def test_housekeeping_that_fails_ends_the_daemon(patch: Callable[..., None], tmp
 
     patch(Engine, task, fail)
     folder = {"CEREBRUM_STATE_DIR": str(tmp_path / "state")}
-    environ = Environment({**CATALOG, **folder, "CEREBRUM_VPS_PORT": "0", "CEREBRUM_API_KEY": "key"})
+    environ = Environment(
+        {**CATALOG, **folder, "CEREBRUM_VPS_PORT": "0", "CEREBRUM_API_KEY": "key"}
+    )
     served = asyncio.wait_for(vpsd.serve(environ, load_config(environ, tmp_path)), PATIENCE)
     assert asyncio.run(served) == 1
 
@@ -533,9 +597,14 @@ def test_housekeeping_that_fails_ends_the_daemon(patch: Callable[..., None], tmp
 async def test_new_settings_take_models_and_let_go_on_what_runs(house: House) -> None:
     house.room = 3
     engine, running, idle = house.engine, await house.loaded(A), await house.idle(B)
-    models = replace(house.pool.models[A], file="newer.gguf"), replace(house.pool.models[B], name="renamed")
+    models = (
+        replace(house.pool.models[A], file="newer.gguf"),
+        replace(house.pool.models[B], name="renamed"),
+    )
     (house.folder / "newer.gguf").write_bytes(b"GGUF")
-    house.reconfigure(models=models, idle_minutes=7, engine=replace(engine.config.engine, n_ctx=256))
+    house.reconfigure(
+        models=models, idle_minutes=7, engine=replace(engine.config.engine, n_ctx=256)
+    )
     assert (engine.config.idle_minutes, engine.config.engine.n_ctx) == (7, 4096)
     busy = house.worker()
     assert (house.pool.unused(), idle.stopping) == ([], False)  # a new name is no new model
@@ -564,7 +633,9 @@ async def test_a_model_that_is_listed_no_more_is_unloaded(house: House) -> None:
 
 
 @pytest.mark.parametrize("change", [{"fim": ("<a>", "<b>", "<c>")}, {"fim_layout": "spm"}])
-async def test_new_marks_of_a_gap_reach_a_loaded_model(house: House, change: dict[str, Any]) -> None:
+async def test_new_marks_of_a_gap_reach_a_loaded_model(
+    house: House, change: dict[str, Any]
+) -> None:
     worker, model = await house.idle(), replace(house.pool.models[A], **change)
     house.reconfigure(models=(model,))
     assert worker.stopping
@@ -577,7 +648,14 @@ async def test_new_marks_of_a_gap_reach_a_loaded_model(house: House, change: dic
 async def test_what_was_kept_of_a_model_goes_when_it_is_listed_no_more(house: House) -> None:
     """But not because its file or a disk is missing."""
     state, models, file = house.folder / "state", house.engine.config.models, house.file().name
-    names = ("kv/old/0.kv", f"kv/{A}/0.kv", "tuned/old.gguf", "tuned/old.gguf.json", "tuned/.lock", "tuned/.work-1/new")
+    names = (
+        "kv/old/0.kv",
+        f"kv/{A}/0.kv",
+        "tuned/old.gguf",
+        "tuned/old.gguf.json",
+        "tuned/.lock",
+        "tuned/.work-1/new",
+    )
     kept = [state / f"kv/{A}/0.kv", state / f"tuned/{file}", state / f"tuned/{file}.json"]
     others = [state / "tuned/.lock", state / "tuned/.work-1/new"]
     for path in [*kept, *(state / name for name in names)]:

@@ -40,9 +40,14 @@ URI = "file:///home/me/sum.py"
 INVOKED, AUTOMATIC = 1, 2
 
 # What real editors announce, as far as the server reads it: eglot of Emacs 29.1 (as VS Code 1.65) and Neovim 0.10.
-EGLOT: dict[str, Any] = {"workspace": {"configuration": True, "workspaceEdit": {"documentChanges": True}}}
+EGLOT: dict[str, Any] = {
+    "workspace": {"configuration": True, "workspaceEdit": {"documentChanges": True}}
+}
 EGLOT |= {"general": {"positionEncodings": ["utf-32", "utf-8", "utf-16"]}}
-NEOVIM = {"workspace": {"configuration": True, "workspaceEdit": {}}, "general": {"positionEncodings": ["utf-16"]}}
+NEOVIM = {
+    "workspace": {"configuration": True, "workspaceEdit": {}},
+    "general": {"positionEncodings": ["utf-16"]},
+}
 
 
 class Pi(Backend):
@@ -76,7 +81,11 @@ class Editor:
     def __init__(self, environment: dict[str, str], setup: str = "pass") -> None:
         """`setup` is run by the server before it starts."""
         code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import cerebrum_lsp; {setup}"
-        command = [sys.executable, "-c", f"{code}; sys.argv[:] = ['']; sys.exit(cerebrum_lsp.main())"]
+        command = [
+            sys.executable,
+            "-c",
+            f"{code}; sys.argv[:] = ['']; sys.exit(cerebrum_lsp.main())",
+        ]
         pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         self.process = subprocess.Popen(command, env=environment, **pipes)
         self.numbers = itertools.count(1)
@@ -122,7 +131,9 @@ class Editor:
 
     def shown(self) -> str:
         """The next message to the user."""
-        return str(self.called("window/showMessage")["params"]["message"]).removeprefix("Cerebrum: ")
+        return str(self.called("window/showMessage")["params"]["message"]).removeprefix(
+            "Cerebrum: "
+        )
 
     def answer(self, number: Any) -> Any:
         return self.next(lambda message: message.get("id") == number and "method" not in message)
@@ -133,7 +144,9 @@ class Editor:
         return answer["result"]
 
     def start(self, options: Any = None, text: str | None = None, **capabilities: Any) -> Any:
-        found = self.ask("initialize", {"capabilities": capabilities, "initializationOptions": options})
+        found = self.ask(
+            "initialize", {"capabilities": capabilities, "initializationOptions": options}
+        )
         self.tell("initialized", {})
         if text is not None:
             self.open(text)
@@ -150,7 +163,9 @@ class Editor:
 
     def at(self, line: int, character: int, kind: int = INVOKED, **context: Any) -> int:
         context["triggerKind"] = kind
-        return self.request("textDocument/inlineCompletion", {**place(line, character), "context": context})
+        return self.request(
+            "textDocument/inlineCompletion", {**place(line, character), "context": context}
+        )
 
     def ghost(self, line: int, character: int, kind: int = INVOKED) -> str:
         answer = self.answer(self.at(line, character, kind))
@@ -178,7 +193,10 @@ def pi() -> Iterator[Pi]:
 
 @contextlib.contextmanager
 def editing(folder: Path, url: str, setup: str = "pass", **environment: str) -> Iterator[Editor]:
-    editor = Editor({"CEREBRUM_URL": url, "XDG_CONFIG_HOME": str(folder), "HOME": str(folder), **environment}, setup)
+    editor = Editor(
+        {"CEREBRUM_URL": url, "XDG_CONFIG_HOME": str(folder), "HOME": str(folder), **environment},
+        setup,
+    )
     try:
         yield editor
     finally:
@@ -207,7 +225,11 @@ def test_ghost_text(editor: Editor, pi: Pi) -> None:
     assert editor.answer(editor.at(1, 11))["result"] == {"items": [item]}
     path, body, headers = pi.hears()
     assert (path, headers.get("authorization")) == ("/infill", None)
-    around = {"input_prefix": "def add(é, 😀):\n    return ", "input_suffix": "\n", "filename": "sum.py"}
+    around = {
+        "input_prefix": "def add(é, 😀):\n    return ",
+        "input_suffix": "\n",
+        "filename": "sum.py",
+    }
     limits = {"n_predict": 128, "t_max_prompt_ms": 0, "t_max_predict_ms": 1500}
     assert body == {**around, **limits, "cache_prompt": True, "suggest": "always"}
 
@@ -218,12 +240,20 @@ def test_what_nobody_asked_for_is_shown_as_readily_as_is_set(editor: Editor, pi:
     assert pi.hears()[1]["suggest"] == "seldom"
 
 
-GONE = "the settings suggest_in_comments and suggest_in_strings are ignored: suggest takes their place"
+GONE = (
+    "the settings suggest_in_comments and suggest_in_strings are ignored: suggest takes their place"
+)
 
 
 @pytest.mark.parametrize("source", ["file", "environment", "client", "later"])
-def test_settings_that_are_gone_get_one_warning_and_the_others_count(pi: Pi, tmp_path: Path, source: str) -> None:
-    old: dict[str, Any] = {"suggest": "seldom", "suggest_in_comments": "never", "suggest_in_strings": 1}
+def test_settings_that_are_gone_get_one_warning_and_the_others_count(
+    pi: Pi, tmp_path: Path, source: str
+) -> None:
+    old: dict[str, Any] = {
+        "suggest": "seldom",
+        "suggest_in_comments": "never",
+        "suggest_in_strings": 1,
+    }
     variables = {f"CEREBRUM_LSP_{name.upper()}": str(value) for name, value in old.items()}
     configured(tmp_path, "lsp.json", json.dumps(old if source == "file" else {}))
     given = {"cerebrum": old} if source == "client" else None
@@ -236,7 +266,9 @@ def test_settings_that_are_gone_get_one_warning_and_the_others_count(pi: Pi, tmp
         number, came = editor.at(0, 1, AUTOMATIC), [editor.next()]
         while came[-1].get("id") != number:
             came.append(editor.next())
-        shown = [message["params"] for message in came if message.get("method") == "window/showMessage"]
+        shown = [
+            message["params"] for message in came if message.get("method") == "window/showMessage"
+        ]
         assert shown == [{"type": 2, "message": f"Cerebrum: {GONE}"}]
         body = pi.hears()[1]
         assert {name: body[name] for name in body if "suggest" in name} == {"suggest": "seldom"}
@@ -249,22 +281,33 @@ def test_what_is_typed_of_a_suggestion_asks_nothing(editor: Editor, pi: Pi) -> N
     assert (editor.ghost(0, 7, AUTOMATIC), len(pi.asked)) == (" b", 1)
     editor.type(0, 7, "c", 3)
     assert (editor.ghost(0, 8, AUTOMATIC), len(pi.asked)) == ("a + b", 2)
-    chosen = {"text": "print", "range": span((0, 2), (0, 4))}  # in the editor's menu counts as typed
+    chosen = {
+        "text": "print",
+        "range": span((0, 2), (0, 4)),
+    }  # in the editor's menu counts as typed
     (item,) = editor.answer(editor.at(0, 4, selectedCompletionInfo=chosen))["result"]["items"]
     assert (item["insertText"], item["range"]) == ("printa + b", chosen["range"])
     assert pi.hears()[1]["input_prefix"] == "x print"
     pi.says(content="")
-    assert [editor.ghost(0, 1, AUTOMATIC), editor.ghost(0, 1, AUTOMATIC), len(pi.asked)] == ["", "", 4]
+    assert [editor.ghost(0, 1, AUTOMATIC), editor.ghost(0, 1, AUTOMATIC), len(pi.asked)] == [
+        "",
+        "",
+        4,
+    ]
     pi.says(content="1")
     assert editor.ghost(0, 1, INVOKED) == "1"  # who asks where nothing was suggested
 
 
-def test_a_newer_request_ends_one_that_waits_and_none_that_the_user_made(editor: Editor, pi: Pi) -> None:
+def test_a_newer_request_ends_one_that_waits_and_none_that_the_user_made(
+    editor: Editor, pi: Pi
+) -> None:
     editor.start(text="x = ")
     older, newer = editor.at(0, 3, AUTOMATIC), editor.at(0, 2, AUTOMATIC)
     assert editor.answer(older)["result"] == {"items": []}
     assert editor.answer(newer)["result"]["items"][0]["insertText"] == "a + b"
-    assert not cerebrum_lsp.Call(1).is_waiting  # one that the user made, even before its thread runs
+    assert not cerebrum_lsp.Call(
+        1
+    ).is_waiting  # one that the user made, even before its thread runs
     end = threading.Event()
     pi.scripts = [[wait_for(end), answer(200, {"content": "1"})]]
     numbers = {editor.at(0, 4), editor.at(0, 1)}
@@ -287,13 +330,23 @@ def test_a_completion_for_a_client_without_ghost_text(editor: Editor, pi: Pi) ->
     assert editor.menu(0, 4)["textEdit"]["newText"] == "value\r\n"
     assert editor.ghost(0, 4) == "lue\n"
     editor.open("a" * 200_000)
-    assert editor.menu(0, 200_000)["textEdit"]["range"]["start"]["character"] == 200_000 - cerebrum_lsp.MAX_WORD
+    assert (
+        editor.menu(0, 200_000)["textEdit"]["range"]["start"]["character"]
+        == 200_000 - cerebrum_lsp.MAX_WORD
+    )
 
 
 def test_a_suggestion_is_kept_for_its_place_alone() -> None:
     kept = Suggestions()
     kept.add(Gap(URI, "x = ", "\n"), Suggestion("a + b", 0.5), 2.0)
-    rests = [("x = ", "\n"), ("x = a ", "\n"), ("x = a + b", "\n"), ("x = b", "\n"), ("x = ", ""), ("x =", "\n")]
+    rests = [
+        ("x = ", "\n"),
+        ("x = a ", "\n"),
+        ("x = a + b", "\n"),
+        ("x = b", "\n"),
+        ("x = ", ""),
+        ("x =", "\n"),
+    ]
     found = [kept.rest(Gap(URI, *around)) for around in rests]
     assert found == [Suggestion("a + b", 0.5), Suggestion("+ b", 0.5), None, None, None, None]
     assert kept.rest(Gap("file:///other", "x = ", "\n")) is None
@@ -310,7 +363,13 @@ def test_the_pause_follows_the_response_time() -> None:
 def test_a_long_text_begins_at_the_same_place_for_many_keys() -> None:
     text = "".join(f"{number:09}\n" for number in range(30_000))
     most, step = cerebrum_lsp.MAX_BODY_TEXT, cerebrum_lsp.MAX_BODY_TEXT // 4
-    begins = {most: 0, most + 1: step, most + step - 1: step, most + step: step, most + step + 1: 2 * step}
+    begins = {
+        most: 0,
+        most + 1: step,
+        most + step - 1: step,
+        most + step: step,
+        most + step + 1: 2 * step,
+    }
     for end, begin in begins.items():
         assert cerebrum_lsp.sent(Gap(URI, text[:end], text)) == (text[begin:end], text[:most])
 
@@ -379,7 +438,9 @@ def instructed(text: Any, reason: str = "stop", kept: Any = ("all",)) -> dict[st
 @pytest.mark.parametrize("able", [EGLOT, NEOVIM], ids=["eglot", "neovim"])
 def test_an_instruction_changes_the_selection(editor: Editor, pi: Pi, able: dict[str, Any]) -> None:
     """A client that knows versions gets the one that the change is for. Its range may be backwards."""
-    assert editor.start(**able)["capabilities"]["positionEncoding"] == "utf-16"  # whatever else a client offers
+    assert (
+        editor.start(**able)["capabilities"]["positionEncoding"] == "utf-16"
+    )  # whatever else a client offers
     editor.open("let b\na=1\nb=2\n", "javascriptreact")
     pi.says(**instructed("total=1"))
     places = SELECTED["range"]
@@ -391,7 +452,11 @@ def test_an_instruction_changes_the_selection(editor: Editor, pi: Pi, able: dict
     assert asked["params"]["edit"] == (versioned if able is EGLOT else {"changes": {URI: edits}})
     assert editor.answer(number)["result"] is None
     path, body, _ = pi.hears()
-    expected = {"prompt": "a=1\n", "instruction": "rename a to total", "language": "javascriptreact"}
+    expected = {
+        "prompt": "a=1\n",
+        "instruction": "rename a to total",
+        "language": "javascriptreact",
+    }
     assert (path, body) == ("/v1/complete", {**expected, "max_tokens": 2048, "temperature": 0.0})
     editor.send(id=asked["id"], result={"applied": False})
     assert editor.shown() == "the editor did not apply the change"
@@ -407,11 +472,16 @@ LACKING = [
 ]
 
 
-def test_an_instruction_overwrites_nothing_with_less_and_no_newer_text(editor: Editor, pi: Pi) -> None:
+def test_an_instruction_overwrites_nothing_with_less_and_no_newer_text(
+    editor: Editor, pi: Pi
+) -> None:
     editor.start(text="x\na\nb\n")
     for said, reason in LACKING:
         pi.says(**said)
-        assert editor.answer(editor.command("cerebrum.instruct", SELECTED))["error"]["message"] == reason + NOTHING
+        assert (
+            editor.answer(editor.command("cerebrum.instruct", SELECTED))["error"]["message"]
+            == reason + NOTHING
+        )
     end, count = threading.Event(), len(pi.asked)
     pi.scripts = [[wait_for(end), answer(200, instructed("total\n"))]]
     number = editor.command("cerebrum.instruct", SELECTED)
@@ -419,16 +489,31 @@ def test_an_instruction_overwrites_nothing_with_less_and_no_newer_text(editor: E
     editor.type(0, 0, "y")
     assert "error" in editor.answer(editor.request("made/up"))  # so the change has been read
     end.set()
-    assert editor.answer(number)["error"] == {"code": -32803, "message": f"the text has changed meanwhile{NOTHING}"}
+    assert editor.answer(number)["error"] == {
+        "code": -32803,
+        "message": f"the text has changed meanwhile{NOTHING}",
+    }
 
 
 LINE_ENDS = [  # a text, the selection, the answer, what replaces the selection
-    ("x = add(a, b) + 1\n", (0, 4), (0, 13), "foo(a, b)\n", "foo(a, b)"),  # a part of a line stays one
+    (
+        "x = add(a, b) + 1\n",
+        (0, 4),
+        (0, 13),
+        "foo(a, b)\n",
+        "foo(a, b)",
+    ),  # a part of a line stays one
     ("x\na\n\n\ny\n", (1, 0), (4, 0), "total", "total\n\n\n"),
     ("x\na\ny\n", (1, 0), (2, 0), "total\n\n", "total\n"),
     ("x\na", (1, 0), (1, 1), "total\n", "total"),
     ("x\r\na\r\nb\r\ny\r\n", (1, 0), (3, 0), "total\nb\n", "total\r\nb\r\n"),
-    ("x\r\na\r\ny\r\n", (1, 0), (1, 1), "total\r\nb\n", "total\r\nb"),  # no line end selected: those of the file
+    (
+        "x\r\na\r\ny\r\n",
+        (1, 0),
+        (1, 1),
+        "total\r\nb\n",
+        "total\r\nb",
+    ),  # no line end selected: those of the file
     ("x\r\na\nb\ny\n", (1, 0), (3, 0), "total\nb", "total\nb\n"),
     ("x\ry\r", (0, 0), (1, 0), "a\nb\n", "a\rb\r"),
 ]
@@ -456,7 +541,11 @@ def test_away_is_told_once_and_again_if_the_user_asks(editor: Editor, pi: Pi) ->
     for kind, news, asked in ((AUTOMATIC, 1, 1), (AUTOMATIC, 0, 1), (INVOKED, 1, 2)):
         number = editor.at(0, 4, kind)
         for _ in range(news):
-            assert editor.next() == {"jsonrpc": "2.0", "method": "window/showMessage", "params": message}
+            assert editor.next() == {
+                "jsonrpc": "2.0",
+                "method": "window/showMessage",
+                "params": message,
+            }
         assert editor.next() == {"jsonrpc": "2.0", "id": number, "result": {"items": []}}
         assert len(pi.asked) == asked
     pi.says(content="1")
@@ -479,19 +568,27 @@ def test_a_connection_that_fails_is_news_even_after_a_cancellation() -> None:
     job.end()
     with socket.create_server(("127.0.0.1", 0)) as gone:
         settings = Settings(url=f"http://127.0.0.1:{gone.getsockname()[1]}")
-    with pytest.raises(cerebrum_lsp.PiError, match=r"^the Pi at 127.0.0.1 does not answer \(Connection refused\)$"):
+    with pytest.raises(
+        cerebrum_lsp.PiError, match=r"^the Pi at 127.0.0.1 does not answer \(Connection refused\)$"
+    ):
         cerebrum_lsp.Pi(settings, cerebrum_lsp.Client(BytesIO())).ask(job, "/infill", {})
 
 
 REPLIES: list[tuple[int, Any, list[str]]] = [  # a reply, what the user is told
     (429, {"error": {"message": "busy"}}, []),
-    (200, {"text": "a"}, ["expected a completion, got another answer: the url is perhaps not the Pi's"]),
+    (
+        200,
+        {"text": "a"},
+        ["expected a completion, got another answer: the url is perhaps not the Pi's"],
+    ),
     (200, [1], ["expected the Pi at 127.0.0.1, got an answer that is not JSON"]),
     (401, {"error": {"message": "expected a key"}}, ["the Pi answers 401: expected a key"]),
 ]
 
 
-def test_what_is_no_pi_is_told_without_the_key_and_a_busy_one_is_not(pi: Pi, tmp_path: Path) -> None:
+def test_what_is_no_pi_is_told_without_the_key_and_a_busy_one_is_not(
+    pi: Pi, tmp_path: Path
+) -> None:
     with editing(tmp_path, pi.url, CEREBRUM_CM4_API_KEY="secret") as editor:
         editor.start({"key": ["secret"]}, "x = ")
         assert editor.process.stderr
@@ -512,7 +609,11 @@ RAW: list[tuple[bytes, Any, int]] = [  # what is sent, the id and the code of th
     (b"Content-Length: 3\r\n\r\n{x}", None, -32700),
     (b"Content-Length: 2\r\n\r\n\xff\xff", None, -32700),
     (b"Content-Length: 200000\r\n\r\n" + b"[" * 200_000, None, -32700),
-    (b"content-length:2\r\nContent-Type: application/vscode-jsonrpc; charset=utf-8\r\n\r\n[]", None, -32600),
+    (
+        b"content-length:2\r\nContent-Type: application/vscode-jsonrpc; charset=utf-8\r\n\r\n[]",
+        None,
+        -32600,
+    ),
     (b'Content-Length: 34\r\n\r\n{"id": true, "method": "shutdown"}', None, -32600),
     (b'Content-Length: 22\r\n\r\n{"id": 9, "method": 3}', 9, -32600),
     (b'X: 1\r\n\r\n{"id": 1, "method": "x"}', None, -32700),
@@ -530,13 +631,21 @@ BAD_PARAMS: list[tuple[Any, Any, str]] = [
 def test_bad_input_gets_the_protocols_error_and_the_server_lives(editor: Editor, pi: Pi) -> None:
     number = editor.at(0, 0)
     message = "expected initialize, got textDocument/inlineCompletion"
-    assert editor.next() == {"jsonrpc": "2.0", "id": number, "error": {"code": -32002, "message": message}}
+    assert editor.next() == {
+        "jsonrpc": "2.0",
+        "id": number,
+        "error": {"code": -32002, "message": message},
+    }
     editor.tell("textDocument/didOpen", 5)  # before initialize: dropped
     editor.start()
     for data, request_id, code in RAW:
         editor.write(data)
         answered = editor.next()
-        assert (data[:60], answered["id"], answered["error"]["code"]) == (data[:60], request_id, code)
+        assert (data[:60], answered["id"], answered["error"]["code"]) == (
+            data[:60],
+            request_id,
+            code,
+        )
     fault = cerebrum_lsp.outcome(lambda: int("the user's code"))
     assert fault == {"error": {"code": -32603, "message": "internal error (ValueError)"}}
     assert editor.answer(editor.request("workspace/symbol", {}))["error"]["code"] == -32601
@@ -546,10 +655,17 @@ def test_bad_input_gets_the_protocols_error_and_the_server_lives(editor: Editor,
     for uri, line, message in BAD_PARAMS:
         number = editor.request("textDocument/inlineCompletion", place(line, 0, uri))
         assert editor.answer(number)["error"] == {"code": -32602, "message": message}
-    for method in ("workspace/didChangeWatchedFiles", "$/setTrace", "textDocument/didSave", "made/up"):
+    for method in (
+        "workspace/didChangeWatchedFiles",
+        "$/setTrace",
+        "textDocument/didSave",
+        "made/up",
+    ):
         editor.tell(method, {"anything": 1})
     assert editor.ghost(0, 4) == "a + b"
-    editor.tell("textDocument/didChange", {"textDocument": {"uri": URI}, "contentChanges": [{"text": 5}]})
+    editor.tell(
+        "textDocument/didChange", {"textDocument": {"uri": URI}, "contentChanges": [{"text": 5}]}
+    )
     logged = editor.next()
     assert (logged["method"], logged["params"]["type"]) == ("window/logMessage", 4)
     assert "expected text for text, got a whole number" in logged["params"]["message"]
@@ -593,8 +709,15 @@ def test_settings_come_from_the_file_the_environment_and_the_client(pi: Pi, tmp_
         editor.start({"tokens": 9, "read_ms": 250, "off": ["markdown"]}, "x = ", **NEOVIM)
         assert editor.ghost(0, 4, AUTOMATIC) == "a + b"
         _, body, headers = pi.hears()
-        assert (body["n_predict"], body["t_max_prompt_ms"], headers["authorization"]) == (9, 250, "Bearer of-the-file")
-        editor.tell("workspace/didChangeConfiguration", {"settings": {"cerebrum": {"tokens": 11}, "python": {}}})
+        assert (body["n_predict"], body["t_max_prompt_ms"], headers["authorization"]) == (
+            9,
+            250,
+            "Bearer of-the-file",
+        )
+        editor.tell(
+            "workspace/didChangeConfiguration",
+            {"settings": {"cerebrum": {"tokens": 11}, "python": {}}},
+        )
         editor.ghost(0, 3)
         assert pi.hears()[1]["n_predict"] == 11
         editor.tell("workspace/didChangeConfiguration", {"settings": {"tokens": "many"}})
@@ -602,7 +725,10 @@ def test_settings_come_from_the_file_the_environment_and_the_client(pi: Pi, tmp_
         assert editor.next()["params"] == {"type": 1, "message": message}
         editor.tell("workspace/didChangeConfiguration", {"settings": None})
         asked = editor.next()
-        assert (asked["method"], asked["params"]) == ("workspace/configuration", {"items": [{"section": "cerebrum"}]})
+        assert (asked["method"], asked["params"]) == (
+            "workspace/configuration",
+            {"items": [{"section": "cerebrum"}]},
+        )
         editor.send(id=asked["id"], result=[{"tokens": 13}])
         editor.ghost(0, 2)
         assert pi.hears()[1]["n_predict"] == 13
@@ -612,29 +738,45 @@ def test_settings_come_from_the_file_the_environment_and_the_client(pi: Pi, tmp_
 
 def test_a_key_goes_only_to_the_url_that_it_came_with() -> None:
     before = Settings("http://pi:7000", "secret")
-    sent = {"http://elsewhere:7000": "", "http://pi:7001": "", "http://pi:7000/": "secret", None: "secret"}
+    sent = {
+        "http://elsewhere:7000": "",
+        "http://pi:7001": "",
+        "http://pi:7000/": "secret",
+        None: "secret",
+    }
     assert {url: read_settings({"url": url, "key": None}, before).key for url in sent} == sent
-    assert read_settings({"url": "http://elsewhere:7000", "key": "its-own"}, before).key == "its-own"
+    assert (
+        read_settings({"url": "http://elsewhere:7000", "key": "its-own"}, before).key == "its-own"
+    )
 
 
-NO_URL = (
-    "no url is set. Set CEREBRUM_URL, or the client's setting url, to the Pi's address, such as http://pi.local:7000. "
-)
+NO_URL = "no url is set. Set CEREBRUM_URL, or the client's setting url, to the Pi's address, such as http://pi.local:7000. "
 NO_URL += "Until then this machine is asked (http://127.0.0.1:7000)"
 
 
-def test_without_a_url_the_user_is_told_once_and_this_machine_is_tried(pi: Pi, tmp_path: Path) -> None:
+def test_without_a_url_the_user_is_told_once_and_this_machine_is_tried(
+    pi: Pi, tmp_path: Path
+) -> None:
     """Not before a request: some clients send their settings after `initialize`."""
     assert cerebrum_lsp.LOCAL == "http://127.0.0.1:7000"
-    with editing(tmp_path, "", f"cerebrum_lsp.LOCAL = {pi.url!r}", CEREBRUM_CM4_API_KEY="secret") as editor:
+    with editing(
+        tmp_path, "", f"cerebrum_lsp.LOCAL = {pi.url!r}", CEREBRUM_CM4_API_KEY="secret"
+    ) as editor:
         editor.start(text="x = ")
-        numbers = [editor.at(0, 4), editor.command("cerebrum.accepted", {"characters": 1}), editor.at(0, 2)]
+        numbers = [
+            editor.at(0, 4),
+            editor.command("cerebrum.accepted", {"characters": 1}),
+            editor.at(0, 2),
+        ]
         came: list[Any] = []
         while numbers:
             came.append(editor.next())
             numbers = [number for number in numbers if number != came[-1].get("id")]
         assert (pi.hears()[2]["authorization"], len(pi.asked)) == ("Bearer secret", 3)
-        editor.tell("workspace/didChangeConfiguration", {"settings": {"url": pi.url.replace("127.0.0.1", "localhost")}})
+        editor.tell(
+            "workspace/didChangeConfiguration",
+            {"settings": {"url": pi.url.replace("127.0.0.1", "localhost")}},
+        )
         assert (editor.ghost(0, 1), editor.came.empty()) == ("a + b", True)
     told = [message["params"] for message in came if message.get("method") == "window/showMessage"]
     assert told == [{"type": 3, "message": f"Cerebrum: {NO_URL}"}]
@@ -651,14 +793,27 @@ def test_https(tmp_path: Path) -> None:
             editor.start(text="x = ")
             editor.at(0, 4)
             assert "CERTIFICATE_VERIFY_FAILED" in editor.shown()
-        with editing(tmp_path, url, SSL_CERT_FILE=files[0], CEREBRUM_CM4_API_KEY="secret") as editor:
+        with editing(
+            tmp_path, url, SSL_CERT_FILE=files[0], CEREBRUM_CM4_API_KEY="secret"
+        ) as editor:
             editor.start(text="x = ")
-            assert (editor.ghost(0, 4), pi.hears()[2]["authorization"]) == ("a + b", "Bearer secret")
+            assert (editor.ghost(0, 4), pi.hears()[2]["authorization"]) == (
+                "a + b",
+                "Bearer secret",
+            )
 
 
 def test_settings_of_the_environment() -> None:
-    given = {"XDG_CONFIG_HOME": "/nowhere", "CEREBRUM_URL": "http://[::1]:1", "CEREBRUM_CM4_API_KEY": "12"}
-    given |= {"CEREBRUM_LSP_TOKENS": "64", "CEREBRUM_LSP_OFF": "markdown,text", "CEREBRUM_LSP_COMPLETION": "true"}
+    given = {
+        "XDG_CONFIG_HOME": "/nowhere",
+        "CEREBRUM_URL": "http://[::1]:1",
+        "CEREBRUM_CM4_API_KEY": "12",
+    }
+    given |= {
+        "CEREBRUM_LSP_TOKENS": "64",
+        "CEREBRUM_LSP_OFF": "markdown,text",
+        "CEREBRUM_LSP_COMPLETION": "true",
+    }
     expected = Settings("http://[::1]:1", "12", 64, off=("markdown", "text"), completion=True)
     assert first_settings(given) == (expected, [])
     wrong = ["the environment: expected a whole number for tokens, got text"]
@@ -669,7 +824,10 @@ URL_EXPECTED = "expected a url such as http://pi.local:7000"
 GIVEN: list[tuple[Any, str]] = [
     ([], "expected an object of settings, got a list"),
     ({"cerebrum": 5}, "expected an object of settings, got a whole number"),
-    *(({"url": bad}, URL_EXPECTED) for bad in ("http://pi local:7000", "ftp://pi", "http://pi:99999")),
+    *(
+        ({"url": bad}, URL_EXPECTED)
+        for bad in ("http://pi local:7000", "ftp://pi", "http://pi:99999")
+    ),
     ({"tokens": 0}, "expected tokens from 1 to 2048, got 0"),
     ({"tokens": True}, "expected a whole number for tokens, got true or false"),
     ({"read_ms": -1}, "expected read_ms of 0 or more, got -1"),
@@ -689,10 +847,15 @@ def test_no_settings_and_bad_ones() -> None:
         assert (given, str(raised.value)) == (given, message)
 
 
-def test_a_file_of_settings_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_of_settings_that_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = configured(tmp_path, "lsp.toml", "tokens = ")
     environment, here = {"XDG_CONFIG_HOME": str(tmp_path)}, f"the settings in {folder}: expected "
-    assert first_settings(environment) == (Settings(), [here + "a file of TOML or JSON, got one that cannot be read"])
+    assert first_settings(environment) == (
+        Settings(),
+        [here + "a file of TOML or JSON, got one that cannot be read"],
+    )
     configured(tmp_path, "lsp.toml", "tokens = 7")
     assert first_settings(environment) == (Settings(tokens=7), [])
     monkeypatch.setitem(sys.modules, "tomllib", None)  # as in Python 3.9
@@ -713,8 +876,14 @@ def test_a_bad_file_is_told_and_the_rest_works(pi: Pi, tmp_path: Path) -> None:
 
 def test_options() -> None:
     usage, file = "Usage: cerebrum_lsp.py", str(ROOT / "cerebrum_lsp.py")
-    for option, status, says in (("--help", 0, usage), ("--version", 0, "cerebrum_lsp.py 1."), ("--port", 2, usage)):
-        done = subprocess.run([sys.executable, file, option], capture_output=True, text=True, timeout=PATIENCE)
+    for option, status, says in (
+        ("--help", 0, usage),
+        ("--version", 0, "cerebrum_lsp.py 1."),
+        ("--port", 2, usage),
+    ):
+        done = subprocess.run(
+            [sys.executable, file, option], capture_output=True, text=True, timeout=PATIENCE
+        )
         assert (done.returncode, done.stdout[: len(says)]) == (status, says)
 
 
@@ -765,7 +934,13 @@ def test_2000_edits() -> None:
             document = Document(URI, "python", 0, text)
 
 
-MEGABYTES = ["x" * 10**6, "x" * 500_000 + "é" + "x" * 500_000, "é" * 10**6, "a😀é" * 250_000, "x = 'é'\r\n" * 110_000]
+MEGABYTES = [
+    "x" * 10**6,
+    "x" * 500_000 + "é" + "x" * 500_000,
+    "é" * 10**6,
+    "a😀é" * 250_000,
+    "x = 'é'\r\n" * 110_000,
+]
 
 
 @pytest.mark.parametrize("text", MEGABYTES)

@@ -34,8 +34,13 @@ Samples = dict[tuple[str, ...], float]
 
 def read(text: str) -> Samples:
     """The value of each sample, by its name and the values of its labels in the order of the labels' names."""
-    samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
-    found = {(one.name, *(value for _, value in sorted(one.labels.items()))): one.value for one in samples}
+    samples = [
+        sample for family in text_string_to_metric_families(text) for sample in family.samples
+    ]
+    found = {
+        (one.name, *(value for _, value in sorted(one.labels.items()))): one.value
+        for one in samples
+    }
     assert len(found) == len(samples), "a sample is there twice"
     return found
 
@@ -47,7 +52,10 @@ def of(samples: Samples, name: str) -> dict[tuple[str, ...], float]:
 
 async def scrape(pi: Pi) -> Samples:
     reply = await pi.get("/metrics")
-    assert (reply.status, reply.one("Content-Type")) == (200, "text/plain; version=0.0.4; charset=utf-8")
+    assert (reply.status, reply.one("Content-Type")) == (
+        200,
+        "text/plain; version=0.0.4; charset=utf-8",
+    )
     return read(reply.body.decode())
 
 
@@ -57,12 +65,22 @@ def check_agreement(samples: Samples, stats: dict[str, Any]) -> None:
     names = {"completions_started_total": "requests_total", "completions_active": "requests_active"}
     names |= {f"{name}_total": name for name in ("shared", "replaced", "type_through")}
     expected = {metric: stats[name] for metric, name in names.items()}
-    names = {"up": "available", "places": "max_concurrent", "active": "requests_active", "tokens_total": "tokens_total"}
+    names = {
+        "up": "available",
+        "places": "max_concurrent",
+        "active": "requests_active",
+        "tokens_total": "tokens_total",
+    }
     names |= {"requests_total": "requests_total", "failures_total": "requests_failed"}
     expected |= {f"backend_{metric}": one[name] for metric, name in names.items()}
     expected |= {f"backend_{name}": len(one[name]) for name in ("models", "models_loaded")}
-    expected |= {"tokens_total": one["tokens_total"], "breaker_opens_total": one["breaker"]["opens"]}
-    assert {metric: sum(of(samples, f"cerebrum_{metric}").values()) for metric in expected} == expected
+    expected |= {
+        "tokens_total": one["tokens_total"],
+        "breaker_opens_total": one["breaker"]["opens"],
+    }
+    assert {
+        metric: sum(of(samples, f"cerebrum_{metric}").values()) for metric in expected
+    } == expected
     assert of(samples, "cerebrum_breaker_state") == {(one["id"], one["breaker"]["state"]): 1}
 
 
@@ -76,7 +94,13 @@ def test_a_row_is_a_metric_and_a_member_of_the_statistics() -> None:
         histogram.observe(value)
     rows = (
         Metric("size_bytes", "Size.", "size", "size_mb", 2**20),
-        Metric("kinds_total", "Kinds.", lambda _: {("a", 1): 2, ("b", 3): 4}, "kinds", labels=("kind", "code")),
+        Metric(
+            "kinds_total",
+            "Kinds.",
+            lambda _: {("a", 1): 2, ("b", 3): 4},
+            "kinds",
+            labels=("kind", "code"),
+        ),
         Metric("time_seconds", "Time.", lambda _: histogram),
         Metric("nothing", "Nothing now.", lambda _: None),
     )
@@ -111,12 +135,17 @@ async def test_the_pi_counts_what_it_does() -> None:
     lies = {"prompt_tokens": 1, "cached_tokens": 5, "draft_tokens": -1, "accepted_tokens": "2"}
     lying = event(done=True, total_tokens=2, finish_reason="x\n" * 9, **lies)
     begun = [CHUNKED, chunk(token("a", 1))]
-    answers = [[*begun, *map(chunk, then), b"0\r\n\r\n"] for then in ((token("bcd", 4), whole), (token("b", 2), lying))]
+    answers = [
+        [*begun, *map(chunk, then), b"0\r\n\r\n"]
+        for then in ((token("bcd", 4), whole), (token("b", 2), lying))
+    ]
     scripts = [GOOD, *answers, [error(500, "MODEL_LOAD_FAILED")], [*begun, HANG], begun]
     body = {"prompt": "x =", "language": "python"}
     async with Backend(scripts) as backend, pi_for(backend.port) as pi:
         assert (await scrape(pi))["cerebrum_http_requests_total", "200", "/v1/complete/stream"] == 0
-        asked = [(await method()).status for method in (pi.complete, pi.complete, pi.stream, pi.complete)]
+        asked = [
+            (await method()).status for method in (pi.complete, pi.complete, pi.stream, pi.complete)
+        ]
         assert asked == [200, 200, 200, 500]
         reader, writer = await pi.open("POST", "/v1/complete/stream", body)
         await reader.readuntil(b"total_tokens")
@@ -124,7 +153,9 @@ async def test_the_pi_counts_what_it_does() -> None:
         writer.transport.abort()
         await until(lambda: not pi.gateway.dispatcher.active)
         # An error behind the beginning of a stream counts once. A page gets some time to read it, and leaves in that.
-        reader, writer = await pi.open("POST", "/v1/complete/stream", body, Origin="http://127.0.0.1")
+        reader, writer = await pi.open(
+            "POST", "/v1/complete/stream", body, Origin="http://127.0.0.1"
+        )
         await reader.readuntil(b"VPS_UNAVAILABLE")
         writer.transport.abort()
         await until(lambda: not pi.server.connections)
@@ -140,8 +171,16 @@ async def test_the_pi_counts_what_it_does() -> None:
             ("200", "/metrics"): 2, ("404", "other"): 1,
         }  # fmt: skip
         ends = ("stop", "block", "other", "MODEL_LOAD_FAILED", "CANCELLED", "VPS_UNAVAILABLE")
-        assert of(samples, "cerebrum_completions_ended_total") == dict.fromkeys(((SMALL, how) for how in ends), 1)
-        counted = ("tokens", "prompt_tokens", "prompt_tokens_cached", "draft_tokens", "accepted_tokens")
+        assert of(samples, "cerebrum_completions_ended_total") == dict.fromkeys(
+            ((SMALL, how) for how in ends), 1
+        )
+        counted = (
+            "tokens",
+            "prompt_tokens",
+            "prompt_tokens_cached",
+            "draft_tokens",
+            "accepted_tokens",
+        )
         numbers = [samples[f"cerebrum_{name}_total", SMALL] for name in counted]
         assert numbers == [2 + 4 + 2 + 1 + 1, 5 + 3, 6 + 5, 3, 2]
         assert samples["cerebrum_time_to_first_token_seconds_count", SMALL] == 5
@@ -156,8 +195,15 @@ async def test_the_breaker_that_opens_is_seen(monkeypatch: pytest.MonkeyPatch) -
     async with Backend([[RESET]]) as backend, pi_for(backend.port) as pi:
         assert [(await pi.complete()).status for _ in range(4)] == [503] * 4
         samples = await scrape(pi)
-        assert samples["cerebrum_breaker_state", "vps", "closed"] == samples["cerebrum_backend_up", "vps"] == 0
-        ended = {(SMALL, "VPS_UNAVAILABLE"): 3, ("none", "VPS_UNAVAILABLE"): 1}  # at last nobody was asked
+        assert (
+            samples["cerebrum_breaker_state", "vps", "closed"]
+            == samples["cerebrum_backend_up", "vps"]
+            == 0
+        )
+        ended = {
+            (SMALL, "VPS_UNAVAILABLE"): 3,
+            ("none", "VPS_UNAVAILABLE"): 1,
+        }  # at last nobody was asked
         assert of(samples, "cerebrum_completions_ended_total") == ended
         stats = (await pi.get("/v1/stats")).json
         check_agreement(samples, stats)
@@ -182,7 +228,9 @@ def daemons(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Daemon, 
     folder, models = tmp_path_factory.mktemp("daemons"), tmp_path_factory.mktemp("models")
     (models / FILES[SMALL].name).symlink_to(FILES[SMALL])
     with (
-        daemon("vpsd", folder / "vps", CEREBRUM_MODELS_DIR=str(models), CEREBRUM_MAX_CPU_PERCENT="100") as vps,
+        daemon(
+            "vpsd", folder / "vps", CEREBRUM_MODELS_DIR=str(models), CEREBRUM_MAX_CPU_PERCENT="100"
+        ) as vps,
         daemon("cm4d", folder / "pi", CEREBRUM_VPS_URL=f"http://127.0.0.1:{vps.port}") as pi,
     ):
         pi.wait_for_line("VPS backend is available")
@@ -191,13 +239,25 @@ def daemons(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Daemon, 
 
 def traffic(pi: Daemon) -> list[dict[str, Any]]:
     """Completions that repeat themselves, so that something is drafted and cached."""
-    lines = "".join(f"    total = total + items[{number}].price * items[{number}].count\n" for number in range(8))
-    body = {"prompt": f"def total(items):\n    total = 0\n{lines}", "language": "python", "temperature": 0}
-    return [json.loads(ask(pi.port, "/v1/complete", body | {"max_tokens": 40, "stop_at": "none"})) for _ in range(2)]
+    lines = "".join(
+        f"    total = total + items[{number}].price * items[{number}].count\n"
+        for number in range(8)
+    )
+    body = {
+        "prompt": f"def total(items):\n    total = 0\n{lines}",
+        "language": "python",
+        "temperature": 0,
+    }
+    return [
+        json.loads(ask(pi.port, "/v1/complete", body | {"max_tokens": 40, "stop_at": "none"}))
+        for _ in range(2)
+    ]
 
 
 @pytest.mark.slow
-def test_both_agree_with_their_statistics_and_with_each_other(daemons: tuple[Daemon, Daemon]) -> None:
+def test_both_agree_with_their_statistics_and_with_each_other(
+    daemons: tuple[Daemon, Daemon],
+) -> None:
     pi, vps = daemons
     results = traffic(pi)
     ours, theirs = (read(ask(one.port, "/metrics")) for one in daemons)
@@ -211,7 +271,10 @@ def test_both_agree_with_their_statistics_and_with_each_other(daemons: tuple[Dae
         "llamacpp:spec_decode_num_accepted_tokens_total": stats["accepted_tokens"],
     }.items():
         assert sum(of(theirs, metric).values()) == number, metric
-    assert (theirs["cerebrum_model_loaded", SMALL], theirs["cerebrum_completions_active",]) == (1, 0)
+    assert (theirs["cerebrum_model_loaded", SMALL], theirs["cerebrum_completions_active",]) == (
+        1,
+        0,
+    )
     assert theirs["llamacpp:n_busy_slots_per_decode", SMALL] == 1
     assert stats["memory_total_mb"] == round(psutil.virtual_memory().total / 2**20, 1)
     assert stats["draft_tokens"] >= stats["accepted_tokens"] > 0
@@ -222,13 +285,23 @@ def test_both_agree_with_their_statistics_and_with_each_other(daemons: tuple[Dae
         (prompt - cached, "prompt_tokens", "prompt_tokens"),
         (cached, "prompt_tokens_cached", "prompt_tokens_cached"),
     ):
-        assert ours[f"cerebrum_{of_pi}_total", SMALL] == theirs[f"llamacpp:{of_vps}_total", SMALL] == expected
+        assert (
+            ours[f"cerebrum_{of_pi}_total", SMALL]
+            == theirs[f"llamacpp:{of_vps}_total", SMALL]
+            == expected
+        )
     for one, samples in zip(daemons, (ours, theirs), strict=True):
         assert sum(of(samples, "cerebrum_completions_ended_total").values()) == len(results)
         process = psutil.Process(one.process.pid)
-        assert samples["process_start_time_seconds",] == pytest.approx(process.create_time(), abs=10)
-        assert samples["process_resident_memory_bytes",] == pytest.approx(process.memory_info().rss, rel=0.1)
-        assert samples["process_cpu_seconds_total",] == pytest.approx(sum(process.cpu_times()[:2]), rel=0.1, abs=1)
+        assert samples["process_start_time_seconds",] == pytest.approx(
+            process.create_time(), abs=10
+        )
+        assert samples["process_resident_memory_bytes",] == pytest.approx(
+            process.memory_info().rss, rel=0.1
+        )
+        assert samples["process_cpu_seconds_total",] == pytest.approx(
+            sum(process.cpu_times()[:2]), rel=0.1, abs=1
+        )
         assert 0 < samples["process_open_fds",] < samples["process_max_fds",]
 
     # The numbers outlive the model.
@@ -237,7 +310,10 @@ def test_both_agree_with_their_statistics_and_with_each_other(daemons: tuple[Dae
     gone = read(ask(vps.port, "/metrics"))
     for name in ("model_loaded", "model_memory_bytes", "prompt_cache_bytes"):
         assert gone[f"cerebrum_{name}", SMALL] == 0
-    for key in ("llamacpp:tokens_predicted_total", SMALL), ("cerebrum_completions_ended_total", SMALL, "length"):
+    for key in (
+        ("llamacpp:tokens_predicted_total", SMALL),
+        ("cerebrum_completions_ended_total", SMALL, "length"),
+    ):
         assert gone[key] == theirs[key] > 0
     traffic(pi)
     loads = "cerebrum_model_loads_total", SMALL
@@ -246,16 +322,28 @@ def test_both_agree_with_their_statistics_and_with_each_other(daemons: tuple[Dae
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("promtool"), reason="expected Debian's package prometheus")
-def test_promtool_accepts_the_metrics_and_the_queries_of_the_docs(daemons: Any, tmp_path: Path) -> None:
-    queries = re.findall(r"^\| `([^`]+\[\d+[mh]\][^`]*)` \|", (ROOT / "docs/operate.md").read_text(), re.M)
+def test_promtool_accepts_the_metrics_and_the_queries_of_the_docs(
+    daemons: Any, tmp_path: Path
+) -> None:
+    queries = re.findall(
+        r"^\| `([^`]+\[\d+[mh]\][^`]*)` \|", (ROOT / "docs/operate.md").read_text(), re.M
+    )
     assert len(queries) == 5
     rules = [{"record": "x", "expr": query} for query in queries]
     metrics = [ask(one.port, "/metrics") for one in daemons]
-    (file := tmp_path / "rules.yml").write_text(json.dumps({"groups": [{"name": "docs", "rules": rules}]}))
+    (file := tmp_path / "rules.yml").write_text(
+        json.dumps({"groups": [{"name": "docs", "rules": rules}]})
+    )
     subprocess.run(["promtool", "check", "rules", file], check=True, capture_output=True)
-    for name in {name for query in queries for name in re.findall(r"(?:cerebrum_|llamacpp:)\w+", query)}:
+    for name in {
+        name for query in queries for name in re.findall(r"(?:cerebrum_|llamacpp:)\w+", query)
+    }:
         assert any(re.search(rf"^{name}[{{ ]", text, re.M) for text in metrics), name
     for text in metrics:
-        checked = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, text=True)
+        checked = subprocess.run(
+            ["promtool", "check", "metrics"], input=text, capture_output=True, text=True
+        )
         foreign = sorted(set(re.findall(r"llamacpp:\w+", text)))
-        assert checked.stderr.splitlines() == [f"{name} metric names should not contain ':'" for name in foreign]
+        assert checked.stderr.splitlines() == [
+            f"{name} metric names should not contain ':'" for name in foreign
+        ]

@@ -67,7 +67,13 @@ class Machine:
     model = "qwen_1_5b"
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        pgrep = ["pgrep", "--parent", str(process.pid), "--exact", "systemd"]  # the other child ends soon
+        pgrep = [
+            "pgrep",
+            "--parent",
+            str(process.pid),
+            "--exact",
+            "systemd",
+        ]  # the other child ends soon
         find = partial(subprocess.run, pgrep, stdout=subprocess.PIPE, text=True)
         leader = until(lambda: find().stdout.split(), "systemd-nspawn starts init")[0]
         self.enter = ["nsenter", "--target", leader, "--all", "--wdns=/root", "/bin/bash"]
@@ -122,9 +128,13 @@ def make_debian(suite: str) -> Path:
     run = ["debootstrap", "--variant=minbase", include, suite, str(debian)]
     subprocess.run(run, check=True, stdout=subprocess.DEVNULL)
     run = [*NSPAWN, f"--directory={debian}", "--bind-ro=/etc/ssl/certs"]
-    run += [f"--setenv={name}={value}" for name, value in os.environ.items() if name.startswith("PIP_")]
+    run += [
+        f"--setenv={name}={value}" for name, value in os.environ.items() if name.startswith("PIP_")
+    ]
     if suite == SUITE:  # an older one has an older libc than this machine, perhaps
-        for wheel in Path.home().glob(".cache/pip/wheels/**/llama_cpp_python-*-none-*.whl"):  # any Python's
+        for wheel in Path.home().glob(
+            ".cache/pip/wheels/**/llama_cpp_python-*-none-*.whl"
+        ):  # any Python's
             run += [f"--bind-ro={wheel.parent}:/built", "--setenv=PIP_FIND_LINKS=/built"]
             break
     build = """
@@ -141,15 +151,26 @@ def make_debian(suite: str) -> Path:
 @contextlib.contextmanager
 def booted(name: str, suite: str = SUITE) -> Iterator[Machine]:
     """A machine with the clone, and with a web server of its own that has the models."""
-    command = [*NSPAWN, "--boot", "--volatile=overlay", "--private-network", f"--machine={name}-{os.getpid()}"]
+    command = [
+        *NSPAWN,
+        "--boot",
+        "--volatile=overlay",
+        "--private-network",
+        f"--machine={name}-{os.getpid()}",
+    ]
     command += [f"--directory={make_debian(suite)}", f"--bind-ro={MODELS}:/srv"]
     # What IPAddressDeny= needs: BPF, and cgroups of version 2 even on a host that has both.
     command += ["--capability=CAP_BPF", "--system-call-filter=bpf"]
     environ = {**os.environ, "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1"}
-    process = subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
     try:
         machine = Machine(process)
-        until(lambda: "running" in machine.run("systemctl is-system-running", check=False), "the machine boots")
+        until(
+            lambda: "running" in machine.run("systemctl is-system-running", check=False),
+            "the machine boots",
+        )
         machine.run("""
             echo pi >/etc/hostname; hostname pi
             ip address add 100.64.0.1/32 dev lo
@@ -159,8 +180,12 @@ def booted(name: str, suite: str = SUITE) -> Iterator[Machine]:
             chmod +x /usr/bin/tailscale /usr/bin/sudo /usr/bin/scp
             systemd-run --quiet python3 -m http.server --directory=/srv 8000""")
         pack = "git ls-files -coz --exclude-standard | tar c --null -T-"
-        clone = subprocess.run(["/bin/sh", "-c", pack], cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout
-        subprocess.run([*machine.enter, "-c", "mkdir cerebrum; tar x -C cerebrum"], input=clone, check=True)
+        clone = subprocess.run(
+            ["/bin/sh", "-c", pack], cwd=ROOT, check=True, stdout=subprocess.PIPE
+        ).stdout
+        subprocess.run(
+            [*machine.enter, "-c", "mkdir cerebrum; tar x -C cerebrum"], input=clone, check=True
+        )
         yield machine
     finally:
         # The overlay goes too, so nothing needs a clean shutdown. Everything in there dies with its init.
@@ -178,7 +203,9 @@ def deploy(machine: Machine, model: str) -> None:
     on_the_vps = machine.run(setup, stdin=f"{model}\n")
     machine.run(f"mv {CATALOG}.whole {CATALOG}")
     # All of the CPU, whatever else this machine does.
-    machine.run(f"echo CEREBRUM_MAX_CPU_PERCENT=100 >>{SETTINGS[0]}; systemctl restart cerebrum-backend")
+    machine.run(
+        f"echo CEREBRUM_MAX_CPU_PERCENT=100 >>{SETTINGS[0]}; systemctl restart cerebrum-backend"
+    )
     commands, ask = blocks("Install the Pi")
     install, setup = commands.splitlines()
     machine.run(f"{install}; mv {KEY} {KEY}.vps")
@@ -199,7 +226,9 @@ def cerebrum() -> Iterator[Machine]:
 
 
 def health(machine: Machine) -> tuple[int, dict[str, object]]:
-    body, status = machine.run("curl -s -w '\\n%{http_code}' http://127.0.0.1:7000/health").rsplit("\n", 1)
+    body, status = machine.run("curl -s -w '\\n%{http_code}' http://127.0.0.1:7000/health").rsplit(
+        "\n", 1
+    )
     return int(status), json.loads(body)
 
 
@@ -218,9 +247,15 @@ def pids(machine: Machine) -> list[str]:
 
 def test_the_steps(cerebrum: Machine) -> None:
     on_the_vps, on_the_pi, answer = cerebrum.said
-    rows = re.findall(r"^([* ]) (\w+) +\S+ +\S+ GB +[\d.]+ +[\d.]+ s +([\d.]+) s  ", on_the_vps, re.M)
-    hints = {name: float(seconds) for _, name, seconds in rows if name != "codellama_7b"}  # which serves few languages
-    quick = [name for name, seconds in hints.items() if seconds <= 5] or sorted(hints, key=lambda name: hints[name])
+    rows = re.findall(
+        r"^([* ]) (\w+) +\S+ +\S+ GB +[\d.]+ +[\d.]+ s +([\d.]+) s  ", on_the_vps, re.M
+    )
+    hints = {
+        name: float(seconds) for _, name, seconds in rows if name != "codellama_7b"
+    }  # which serves few languages
+    quick = [name for name, seconds in hints.items() if seconds <= 5] or sorted(
+        hints, key=lambda name: hints[name]
+    )
     assert [name for mark, name, _ in rows if mark == "*"] == quick[:1]
     assert on_the_vps.splitlines()[-1].startswith(BACKEND + " ")
     for said in (on_the_vps, on_the_pi):
@@ -233,8 +268,12 @@ def test_the_steps(cerebrum: Machine) -> None:
     units = cerebrum.run("ls /lib/systemd/system/cerebrum-*").split()
     assert (len(units), cerebrum.run(f"systemd-analyze verify {' '.join(units)} 2>&1")) == (4, "")
     assert cerebrum.show("cerebrum-backend.socket", "Listen") == "100.64.0.1:9000 (Stream)"
-    assert 1 << 30 < int(cerebrum.show("cerebrum-backend", "MemoryMax")) < 6 << 30  # one small model, tuned or not
-    enabled = cerebrum.run("systemctl is-enabled cerebrum-backend.service cerebrum-backend.socket cerebrum-cm4.service")
+    assert (
+        1 << 30 < int(cerebrum.show("cerebrum-backend", "MemoryMax")) < 6 << 30
+    )  # one small model, tuned or not
+    enabled = cerebrum.run(
+        "systemctl is-enabled cerebrum-backend.service cerebrum-backend.socket cerebrum-cm4.service"
+    )
     assert enabled.split() == ["enabled"] * 3
 
 
@@ -265,7 +304,10 @@ def test_setup_is_roots_and_again_changes_nothing(cerebrum: Machine) -> None:
     """Also where no person answers."""
     nobody = "setpriv --reuid=nobody --clear-groups"
     said = cerebrum.fails(f"{nobody} cerebrum-cm4 setup")
-    assert said == "cerebrum-cm4: expected to run as root, got user nobody; please run:  sudo cerebrum-cm4 setup"
+    assert (
+        said
+        == "cerebrum-cm4: expected to run as root, got user nobody; please run:  sudo cerebrum-cm4 setup"
+    )
     assert cerebrum.run(f"{nobody} cerebrum-backend --help").startswith("Usage: ")
     before = everything_set(cerebrum)
     assert cerebrum.run("cerebrum-backend setup </dev/null").splitlines()[-1].split()[0] == BACKEND
@@ -276,7 +318,9 @@ def test_setup_is_roots_and_again_changes_nothing(cerebrum: Machine) -> None:
 
 def test_root_runs_nothing_that_the_daemons_user_can_change(cerebrum: Machine) -> None:
     """Each start of the environment's Python writes down its user. A link of this user's leads out of its folder."""
-    write = """os.write(os.open("/var/users/of", os.O_WRONLY | os.O_APPEND), b"%d " % os.getuid())"""
+    write = (
+        """os.write(os.open("/var/users/of", os.O_WRONLY | os.O_APPEND), b"%d " % os.getuid())"""
+    )
     before = everything_set(cerebrum)
     cerebrum.run(
         """
@@ -289,7 +333,9 @@ def test_root_runs_nothing_that_the_daemons_user_can_change(cerebrum: Machine) -
     for command in ("--check", "memory", "setup </dev/null"):
         said = cerebrum.run(f"cerebrum-backend {command} 2>&1")
         assert not re.search(r"FAIL|\(sudo\)", said)
-        users = cerebrum.run("tr ' ' '\\n' </var/users/of | sort -u; truncate --size=0 /var/users/of")
+        users = cerebrum.run(
+            "tr ' ' '\\n' </var/users/of | sort -u; truncate --size=0 /var/users/of"
+        )
         assert users == cerebrum.run("id -u cerebrum"), command
     assert cerebrum.run("ls -d /run/cerebrum.*", check=False) == ""
     assert cerebrum.run("stat -c %U /var/lib/elsewhere") == "root"
@@ -311,7 +357,9 @@ def test_the_key_is_for_the_daemons_alone(cerebrum: Machine) -> None:
     everywhere = "/proc/[0-9]*/cmdline /proc/[0-9]*/environ /var/log/cerebrum/* /etc/systemd/system/cerebrum*"
     assert cerebrum.run(f"grep -raFlf {KEY} {everywhere} || (($? == 1))") == ""
     assert cerebrum.run(f"journalctl --no-pager | grep -cFf {KEY}", check=False) == "0"
-    assert cerebrum.run(f"cat {KEY} {KEY}; true").count("\n") == 1  # it was found nowhere, but is not empty
+    assert (
+        cerebrum.run(f"cat {KEY} {KEY}; true").count("\n") == 1
+    )  # it was found nowhere, but is not empty
 
 
 def test_the_log_is_for_adm(cerebrum: Machine) -> None:
@@ -323,7 +371,9 @@ def test_the_log_is_for_adm(cerebrum: Machine) -> None:
 
 
 def test_the_backend_has_no_network_and_strangers_do_not_reach_it(cerebrum: Machine) -> None:
-    interfaces = cerebrum.run(f"cat /proc/{cerebrum.show('cerebrum-backend', 'MainPID')}/net/dev").splitlines()[2:]
+    interfaces = cerebrum.run(
+        f"cat /proc/{cerebrum.show('cerebrum-backend', 'MainPID')}/net/dev"
+    ).splitlines()[2:]
     assert [line.split(":")[0].strip() for line in interfaces] == ["lo"]
     cerebrum.run("ip address add 203.0.113.7/32 dev lo")
     assert cerebrum.status(f"{BACKEND}/health", "--interface 100.64.0.1") == "200"
@@ -342,7 +392,10 @@ def test_both_survive_a_kill(cerebrum: Machine) -> None:
         restarts = int(cerebrum.show(unit, "NRestarts"))
         cerebrum.run(f"systemctl kill --signal=KILL {unit}.service")
         restarted = {"NRestarts": str(restarts + 1), "ActiveState": "active"}
-        until(lambda unit=unit, restarted=restarted: cerebrum.is_in(unit, **restarted), f"{unit} restarts once")
+        until(
+            lambda unit=unit, restarted=restarted: cerebrum.is_in(unit, **restarted),
+            f"{unit} restarts once",
+        )
     until(lambda: health(cerebrum)[0] == 200, "the Pi sees the VPS again")
     assert cerebrum.run(code) == said
 
@@ -351,7 +404,9 @@ def test_both_survive_a_kill(cerebrum: Machine) -> None:
 @pytest.mark.parametrize("unit", DAEMONS)
 def test_a_daemon_that_hangs_is_restarted(cerebrum: Machine, unit: str) -> None:
     drop_in = f"/run/systemd/system/{unit}.service.d/watchdog.conf"
-    cerebrum.run(f"mkdir -p {os.path.dirname(drop_in)}; printf '[Service]\\nWatchdogSec=2\\n' >{drop_in}")
+    cerebrum.run(
+        f"mkdir -p {os.path.dirname(drop_in)}; printf '[Service]\\nWatchdogSec=2\\n' >{drop_in}"
+    )
     cerebrum.run(f"systemctl daemon-reload; systemctl restart {unit}.service")
     cerebrum.run(f"systemctl kill --signal=STOP {unit}.service")
     until(lambda: cerebrum.is_in(unit, NRestarts="1", ActiveState="active"), f"{unit} restarts")
@@ -389,17 +444,28 @@ def test_the_pi_alone_and_a_connection_that_starts_the_backend(cerebrum: Machine
 
 
 @pytest.mark.packages
-@pytest.mark.parametrize(("unit", "name"), list(zip(DAEMONS, ("CEREBRUM_VPS_PORT", "CEREBRUM_CM4_PORT"), strict=True)))
-def test_a_wrong_variable_is_tried_again_ever_more_slowly(cerebrum: Machine, unit: str, name: str) -> None:
+@pytest.mark.parametrize(
+    ("unit", "name"), list(zip(DAEMONS, ("CEREBRUM_VPS_PORT", "CEREBRUM_CM4_PORT"), strict=True))
+)
+def test_a_wrong_variable_is_tried_again_ever_more_slowly(
+    cerebrum: Machine, unit: str, name: str
+) -> None:
     """Until it is mended. A client that waits meanwhile makes the tries no quicker."""
-    env, url = f"/etc/{unit}/env", "http://127.0.0.1:7000/" if unit == "cerebrum-cm4" else f"{BACKEND}/health"
-    cerebrum.run(f"systemctl stop {unit}.service; cp -p {env} {env}.good; echo {name}=seven >>{env}")
+    env, url = (
+        f"/etc/{unit}/env",
+        "http://127.0.0.1:7000/" if unit == "cerebrum-cm4" else f"{BACKEND}/health",
+    )
+    cerebrum.run(
+        f"systemctl stop {unit}.service; cp -p {env} {env}.good; echo {name}=seven >>{env}"
+    )
     cerebrum.run(f"systemctl start {unit}.service", check=False)
     cerebrum.run(f"curl -s --max-time 600 {url} >/dev/null 2>&1 &")
     waiting = {"SubState": "auto-restart", "ExecMainStatus": "2"}
     until(lambda: cerebrum.is_in(unit, NRestarts="1", **waiting), f"{unit} is tried again")
     first = cerebrum.show(unit, "RestartUSecNext")
-    until(lambda: cerebrum.is_in(unit, NRestarts="3", **waiting), f"{unit} is tried again and again")
+    until(
+        lambda: cerebrum.is_in(unit, NRestarts="3", **waiting), f"{unit} is tried again and again"
+    )
     later = cerebrum.show(unit, "RestartUSecNext")
     assert 2.0 < seconds(first) < seconds(later) < 60.0
     assert f"{name}: expected a number from 0 to 65535, got 'seven'" in cerebrum.journal(unit)
@@ -411,7 +477,9 @@ def test_a_wrong_variable_is_tried_again_ever_more_slowly(cerebrum: Machine, uni
 def seconds(text: str) -> float:
     """Of systemd's `1min 2.5s` or `987ms`."""
     units = {"min": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6}
-    return sum(float(number) * units[unit] for number, unit in re.findall(r"([\d.]+)(min|ms|us|s)", text))
+    return sum(
+        float(number) * units[unit] for number, unit in re.findall(r"([\d.]+)(min|ms|us|s)", text)
+    )
 
 
 def test_the_limit_of_memory_follows_the_models(cerebrum: Machine) -> None:
@@ -419,13 +487,19 @@ def test_the_limit_of_memory_follows_the_models(cerebrum: Machine) -> None:
     fetch = f"sed -i.whole 's|https://huggingface.co/.*/|http://127.0.0.1:8000/|' {CATALOG}; cerebrum-backend fetch "
     limit, pid = int(cerebrum.show("cerebrum-backend", "MemoryMax")), pids(cerebrum)
     cerebrum.run(f"{fetch} --no-tune qwen_1_5b; mv {CATALOG}.whole {CATALOG}")
-    assert limit + (1 << 30) < int(cerebrum.show("cerebrum-backend", "MemoryMax")) < limit + (3 << 30)
-    cerebrum.run("rm /var/lib/cerebrum-backend/models/*1.5b*; cerebrum-backend fetch --no-tune " + MODEL)
+    assert (
+        limit + (1 << 30) < int(cerebrum.show("cerebrum-backend", "MemoryMax")) < limit + (3 << 30)
+    )
+    cerebrum.run(
+        "rm /var/lib/cerebrum-backend/models/*1.5b*; cerebrum-backend fetch --no-tune " + MODEL
+    )
     assert (int(cerebrum.show("cerebrum-backend", "MemoryMax")), pids(cerebrum)) == (limit, pid)
 
 
 @pytest.mark.packages
-def test_an_address_is_taken_before_it_is_up_and_a_persons_limit_of_memory_stays(cerebrum: Machine) -> None:
+def test_an_address_is_taken_before_it_is_up_and_a_persons_limit_of_memory_stays(
+    cerebrum: Machine,
+) -> None:
     """The former as at boot, before Tailscale is up."""
     drop_in = "/etc/systemd/system/cerebrum-backend.service.d/memory.conf"
     cerebrum.run(f"cp {drop_in} /root; printf '[Service]\\nMemoryMax=5G\\n' >{drop_in}")
@@ -436,9 +510,13 @@ def test_an_address_is_taken_before_it_is_up_and_a_persons_limit_of_memory_stays
     assert cerebrum.status(f"{BACKEND}/health").startswith("000 ")
     cerebrum.run("ip address add 100.64.0.3/32 dev lo")
     assert cerebrum.status("http://100.64.0.3:9001/health") == "200"
-    cerebrum.run("ip address delete 100.64.0.3/32 dev lo; cerebrum-backend setup --listen 100.64.0.1 </dev/null")
+    cerebrum.run(
+        "ip address delete 100.64.0.3/32 dev lo; cerebrum-backend setup --listen 100.64.0.1 </dev/null"
+    )
     assert cerebrum.status(f"{BACKEND}/health") == "200"
-    assert cerebrum.fails("cerebrum-backend setup --listen vps").endswith(": expected an IP address, got 'vps'")
+    assert cerebrum.fails("cerebrum-backend setup --listen vps").endswith(
+        ": expected an IP address, got 'vps'"
+    )
 
 
 # --------------------------------------------------------------------------------- upgrade and removal
@@ -446,7 +524,9 @@ def test_an_address_is_taken_before_it_is_up_and_a_persons_limit_of_memory_stays
 
 def newer(machine: Machine, version: str, change: str = "true") -> None:
     """Make packages of another version from a changed clone, and copy them as the page says."""
-    build = blocks("Make the packages")[0].partition("\n")[2]  # without apt-get, which would start with what is broken
+    build = blocks("Make the packages")[0].partition("\n")[
+        2
+    ]  # without apt-get, which would start with what is broken
     machine.run(f"cd cerebrum; sed -i '1s/(.*)/({version})/' debian/changelog; {change}\n{build}")
 
 
@@ -456,8 +536,12 @@ def test_the_upgrade(cerebrum: Machine) -> None:
     newer(cerebrum, "1.1.1")
     requests = f"for number in $(seq 200); do curl -s -o /dev/null --max-time 60 {BACKEND}/health || echo refused; done"
     body = '{"prompt": "# The numbers from one to one hundred, in words:", "language": "python", "max_tokens": 20}'
-    curl = "curl -sN http://127.0.0.1:7000/v1/complete/stream -H 'Content-Type: application/json' -d"
-    cerebrum.run(f"({requests}) >/tmp/refused 2>&1 & ({curl} '{body}' | grep .) >/tmp/stream 2>&1 &")
+    curl = (
+        "curl -sN http://127.0.0.1:7000/v1/complete/stream -H 'Content-Type: application/json' -d"
+    )
+    cerebrum.run(
+        f"({requests}) >/tmp/refused 2>&1 & ({curl} '{body}' | grep .) >/tmp/stream 2>&1 &"
+    )
     until(lambda: "data:" in cerebrum.run("cat /tmp/stream"), "the stream begins")
     cerebrum.follow("Upgrade")
     assert not set(before) & set(pids(cerebrum))
@@ -467,7 +551,9 @@ def test_the_upgrade(cerebrum: Machine) -> None:
     assert everything_set(cerebrum) == kept
 
 
-def test_an_upgrade_starts_nothing_that_is_stopped_and_fails_with_what_does_not_come_up(cerebrum: Machine) -> None:
+def test_an_upgrade_starts_nothing_that_is_stopped_and_fails_with_what_does_not_come_up(
+    cerebrum: Machine,
+) -> None:
     stop(cerebrum, "cerebrum-cm4")
     cerebrum.run("apt install --reinstall ./cerebrum-cm4.deb")
     assert cerebrum.show("cerebrum-cm4", "ActiveState") == "inactive"
@@ -499,8 +585,13 @@ def test_another_llama_cpp_is_built_while_the_old_one_serves(cerebrum: Machine) 
     """At first it cannot be built."""
     newer(cerebrum, "1.1.4", "sed -i s/==0.3.36/==0.3.99/ pyproject.toml")
     before = cerebrum.show("cerebrum-backend", "MainPID")
-    assert "llama.cpp is built in the background" in cerebrum.run("apt install ./cerebrum-backend.deb")
-    until(lambda: cerebrum.is_in("cerebrum-llama", SubState="auto-restart", Result="exit-code"), "pip finds no package")
+    assert "llama.cpp is built in the background" in cerebrum.run(
+        "apt install ./cerebrum-backend.deb"
+    )
+    until(
+        lambda: cerebrum.is_in("cerebrum-llama", SubState="auto-restart", Result="exit-code"),
+        "pip finds no package",
+    )
     assert cerebrum.show("cerebrum-backend", "MainPID") == before
     assert cerebrum.status(f"{BACKEND}/health") == "200"
     cerebrum.run("python3", stdin=OTHER_WHEEL)
@@ -509,10 +600,17 @@ def test_another_llama_cpp_is_built_while_the_old_one_serves(cerebrum: Machine) 
     assert pid != before
     assert "/llama-0.3.99/" in cerebrum.run(f"tr '\\0' ' ' </proc/{pid}/cmdline")
     until(lambda: cerebrum.show("cerebrum-backend", "ActiveState") == "active", "the daemon is up")
-    assert cerebrum.run("ls /var/lib/cerebrum-backend").split() == ["cache", "llama-0.3.99", "models"]
+    assert cerebrum.run("ls /var/lib/cerebrum-backend").split() == [
+        "cache",
+        "llama-0.3.99",
+        "models",
+    ]
     newer(cerebrum, "1.1.5", "sed -i s/==0.3.99/==0.3.36/ pyproject.toml")
     cerebrum.run("apt install ./cerebrum-backend.deb")
-    until(lambda: "llama-0.3.99" not in cerebrum.run("ls /var/lib/cerebrum-backend"), "the older one is back")
+    until(
+        lambda: "llama-0.3.99" not in cerebrum.run("ls /var/lib/cerebrum-backend"),
+        "the older one is back",
+    )
     until(lambda: health(cerebrum)[0] == 200, "the Pi sees the VPS")
 
 
@@ -526,14 +624,22 @@ BROKEN = {
 @pytest.mark.parametrize("changed", BROKEN)
 def test_llama_cpp_is_built_anew_for_another(cerebrum: Machine, changed: str) -> None:
     """A library for a CPU with more features dies of SIGILL, and so would one from the wheel that pip keeps."""
-    place, wheel = "/var/lib/cerebrum-backend", "cache/wheels/llama_cpp_python-0.3.36-py3-none-any.whl"
+    place, wheel = (
+        "/var/lib/cerebrum-backend",
+        "cache/wheels/llama_cpp_python-0.3.36-py3-none-any.whl",
+    )
     cerebrum.run(f"cd {place}; install -D /dev/null {wheel}; chown -R cerebrum: cache")
     cerebrum.run(f"cd {place}/llama-0.3.36; {BROKEN[changed]}")
     cerebrum.run("systemctl restart cerebrum-backend", check=False)
     ask = "printf 'def fibonacci(n):\n' | CEREBRUM_URL=http://127.0.0.1:7000 cerebrum -n 16 -t 0 - 2>/dev/null"
-    until(lambda: "return" in cerebrum.run(ask, check=False), "llama.cpp is built, the daemon computes")
+    until(
+        lambda: "return" in cerebrum.run(ask, check=False),
+        "llama.cpp is built, the daemon computes",
+    )
     assert cerebrum.run(f"ls {place}/llama-0.3.36/lib").startswith("python3.")
-    assert cerebrum.run(f"ls {place}/{wheel}", check=False) == ("" if changed == "CPU" else f"{place}/{wheel}")
+    assert cerebrum.run(f"ls {place}/{wheel}", check=False) == (
+        "" if changed == "CPU" else f"{place}/{wheel}"
+    )
 
 
 @pytest.mark.packages
@@ -554,13 +660,19 @@ def test_an_upgrade_keeps_the_speed(cerebrum: Machine) -> None:
         return str({model["id"]: model["encoding"] for model in json.loads(said)["models"]}[MODEL])
 
     def untuned() -> bool:
-        return bool(re.search(f"^# {MODEL}: .*, untuned$", cerebrum.run("cerebrum-backend memory"), re.M))
+        return bool(
+            re.search(f"^# {MODEL}: .*, untuned$", cerebrum.run("cerebrum-backend memory"), re.M)
+        )
 
     def tuned() -> str:
         """The encoding of the tuned file. Tries again while this machine is busy."""
         until(lambda: tune() and not untuned(), "the model is tuned")
         changes = json.loads(cerebrum.run(f"cat {passport}"))["types"].items()
-        return "tuned: " + ", ".join(f"{old} to {new}" for old, new in changes) if changes else "published"
+        return (
+            "tuned: " + ", ".join(f"{old} to {new}" for old, new in changes)
+            if changes
+            else "published"
+        )
 
     before, age = starts(), f"sed -i s/0.3.36/0.3.35/ {passport}"
     assert (tune(), starts()) == (tuned(), before)
@@ -572,12 +684,16 @@ def test_an_upgrade_keeps_the_speed(cerebrum: Machine) -> None:
     assert (tuned(), starts()) == (tune(), before + 1)  # by the upgrade
     cerebrum.run(age)
     stop(cerebrum, "cerebrum-backend")
-    cerebrum.run(f"echo CEREBRUM_MIN_FREE_MB=1000000 >>{SETTINGS[0]}; systemctl start cerebrum-llama")
+    cerebrum.run(
+        f"echo CEREBRUM_MIN_FREE_MB=1000000 >>{SETTINGS[0]}; systemctl start cerebrum-llama"
+    )
     assert "vpsd tune: expected " in cerebrum.journal("cerebrum-llama")
     assert cerebrum.is_in("cerebrum-llama", ActiveState="inactive", Result="success")
     assert cerebrum.is_in("cerebrum-llama-again.timer", ActiveState="active")
     assert (cerebrum.show("cerebrum-backend", "ActiveState"), untuned()) == ("inactive", True)
-    cerebrum.run(f"sed -i '$d' {SETTINGS[0]}; systemctl start cerebrum-backend.socket cerebrum-backend")
+    cerebrum.run(
+        f"sed -i '$d' {SETTINGS[0]}; systemctl start cerebrum-backend.socket cerebrum-backend"
+    )
     assert (tuned(), starts()) == (tune(), before + 2)
     until(lambda: health(cerebrum)[0] == 200, "the Pi sees the VPS")
 
@@ -594,7 +710,10 @@ def test_remove_and_purge(cerebrum: Machine) -> None:
     cerebrum.run("apt purge -y cerebrum-cm4")
     assert cerebrum.run("grep ^cerebrum: /etc/passwd", check=False) == ""
     places = r"\( -path /proc -o -path /root -o -path /tmp \)"
-    assert cerebrum.run(f"find / -xdev {places} -prune -o -iname '*cerebrum*' -print") == "/var/lib/cerebrum-backend"
+    assert (
+        cerebrum.run(f"find / -xdev {places} -prune -o -iname '*cerebrum*' -print")
+        == "/var/lib/cerebrum-backend"
+    )
     assert cerebrum.run("ls -A /etc/credstore; ls /var/lib/cerebrum-backend") == "models"
     assert cerebrum.run("ls /var/lib/cerebrum-backend/models") == FILES[MODEL].name
 
@@ -639,10 +758,14 @@ def test_an_installation_by_hand_is_taken_over(way: str) -> None:
             listen = "/etc/systemd/system/cerebrum-backend.socket.d/listen.conf"
             address = "[Socket]\nListenStream=\nListenStream=100.64.0.1:9000\n"
             machine.run(f"install -D /dev/stdin {listen}", stdin=address)
-            machine.run("echo CEREBRUM_MAX_CPU_PERCENT=100 >/opt/cerebrum-backend/.env; chown cerebrum: /opt/*/.env")
+            machine.run(
+                "echo CEREBRUM_MAX_CPU_PERCENT=100 >/opt/cerebrum-backend/.env; chown cerebrum: /opt/*/.env"
+            )
             key = machine.run(f"cp {KEY} key; cat {KEY}")
             machine.run("cd cerebrum\n" + on_the_pi.replace("useradd", "true"), stdin=key)
-            machine.run(f"cmp {KEY} key; systemctl enable --quiet --now cerebrum-backend cerebrum-cm4")
+            machine.run(
+                f"cmp {KEY} key; systemctl enable --quiet --now cerebrum-backend cerebrum-cm4"
+            )
         machine.run("cp /srv/qwen2.5-coder-1.5b*.gguf /opt/cerebrum-backend/models")
         until(lambda: health(machine)[0] == 200, "the Pi sees the VPS")
         llama = "lib/python3*/site-packages/llama_cpp/__init__.py"
@@ -653,18 +776,24 @@ def test_an_installation_by_hand_is_taken_over(way: str) -> None:
         said = machine.follow("Upgrade")
         assert [text.count("has taken over /opt/cerebrum-") for text in said] == [1, 1]
         until(lambda: health(machine)[0] == 200, "the Pi sees the VPS after the upgrade")
-        assert "return" in machine.run("printf 'def fibonacci(n):\\n' | ./cerebrum/cerebrum_repl.sh -n 16 -t 0 -")
+        assert "return" in machine.run(
+            "printf 'def fibonacci(n):\\n' | ./cerebrum/cerebrum_repl.sh -n 16 -t 0 -"
+        )
         assert machine.show("cerebrum-backend.socket", "Listen") == "100.64.0.1:9000 (Stream)"
         units = "cerebrum-backend.socket cerebrum-backend cerebrum-cm4"
         paths = machine.run(f"systemctl show -P FragmentPath {units}").split()
-        assert {path.rpartition("/")[0].removeprefix("/usr") for path in paths} == {"/lib/systemd/system"}
+        assert {path.rpartition("/")[0].removeprefix("/usr") for path in paths} == {
+            "/lib/systemd/system"
+        }
         assert machine.run(f"systemctl is-enabled {units}").split() == ["enabled"] * 3
         assert machine.run(f"stat -c %i /var/lib/cerebrum-backend/llama-*/{llama}") == stamp
         assert machine.run(f"{keys} {KEY} {SETTINGS[0]} || true") == before
         own = machine.run("grep -l '^# mine' /etc/cerebrum-*/* 2>/dev/null", check=False).split()
         kept = ["backend/env", "backend/models.mine.toml", "cm4/env"] if way == "the oldest" else []
         assert own == [f"/etc/cerebrum-{file}" for file in kept]
-        machine.run("rm -r /opt/cerebrum-pi /opt/cerebrum-backend; systemctl restart cerebrum-backend cerebrum-cm4")
+        machine.run(
+            "rm -r /opt/cerebrum-pi /opt/cerebrum-backend; systemctl restart cerebrum-backend cerebrum-cm4"
+        )
         until(lambda: health(machine)[0] == 200, "the Pi sees the VPS without the folders in /opt")
         machine.run("cerebrum-cm4 setup </dev/null")
 
@@ -680,16 +809,22 @@ def test_the_packages_are_whole_and_reproducible_and_lintian_is_silent(tmp_path:
         return {file.name: file.read_bytes() for file in (ROOT / "dist").iterdir()}
 
     packages = built("022")
-    assert sorted(packages) == [f"cerebrum-{name}_{VERSION}_all.deb" for name in ("backend", "cm4", "tools")]
+    assert sorted(packages) == [
+        f"cerebrum-{name}_{VERSION}_all.deb" for name in ("backend", "cm4", "tools")
+    ]
     assert built("077") == packages
-    checked = subprocess.run(["lintian", *packages], cwd=ROOT / "dist", check=False, capture_output=True, text=True)
+    checked = subprocess.run(
+        ["lintian", *packages], cwd=ROOT / "dist", check=False, capture_output=True, text=True
+    )
     assert (checked.returncode, checked.stdout) == (0, "")
     for package in packages:
         subprocess.run(["dpkg-deb", "-x", package, tmp_path], cwd=ROOT / "dist", check=True)
     for name, daemon in (("cm4", "cm4d"), ("backend", "vpsd")):
         command = [sys.executable, "-u", str(tmp_path / f"usr/lib/cerebrum-{name}/{daemon}.py")]
         catalog = str(tmp_path / f"etc/cerebrum-{name}/models.toml")
-        with program(daemon, command, tmp_path / name, settings(tmp_path, CEREBRUM_MODELS_FILE=catalog)):
+        with program(
+            daemon, command, tmp_path / name, settings(tmp_path, CEREBRUM_MODELS_FILE=catalog)
+        ):
             pass
 
 

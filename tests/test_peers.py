@@ -92,18 +92,32 @@ def test_curl(peer: Peer) -> None:
         return done.stdout.decode()
 
     what = ("-o", "/dev/null", "-w", "%{http_code} %{http_version} %{num_connects} ")
-    assert curl("/health", *what, *what[:2], f"{url}/v1/models") == "200 1.1 1 200 1.1 0 ", "it keeps its connection"
+    assert curl("/health", *what, *what[:2], f"{url}/v1/models") == "200 1.1 1 200 1.1 0 ", (
+        "it keeps its connection"
+    )
     out = curl("/v1/complete/stream", "-0", "-i", "-d", '{"count": 2}')
     assert ("Transfer-Encoding" in out, "Connection: close" in out) == (False, True)
     assert out.endswith('data: {"done": true}\n\n')
     assert json.loads(curl("/v1/unload/qwen_7b", "-X", "POST"))["parameter"] == "qwen_7b"
 
-    waits, body = ("-H", "Expect: 100-continue", "--data-binary", "@-"), b'{"a": "%b"}' % (b"x" * 900_000)
+    waits, body = (
+        ("-H", "Expect: 100-continue", "--data-binary", "@-"),
+        b'{"a": "%b"}' % (b"x" * 900_000),
+    )
     chunked = curl("/v1/complete", "-H", "Transfer-Encoding: chunked", *waits, stdin=body)
     assert json.loads(chunked) == json.loads(body)
     assert curl("/v1/complete", "-w", "%{size_upload}", *waits, stdin=b"{}") == "{}2"
     for expect in ("Expect: 100-continue", "Expect:"):
-        options = ("-o", "/dev/null", "-w", "%{http_code} %{size_upload}", "-H", expect, "--data-binary", "@-")
+        options = (
+            "-o",
+            "/dev/null",
+            "-w",
+            "%{http_code} %{size_upload}",
+            "-H",
+            expect,
+            "--data-binary",
+            "@-",
+        )
         status, sent = curl("/v1/complete", *options, stdin=b"x" * 8_000_000).split()
         assert status == "413"
         assert int(sent) < 8_000_000 or expect == "Expect:"

@@ -82,8 +82,13 @@ class Terminal:
     def __init__(self, command: list[str], env: dict[str, str]) -> None:
         self.master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, b"\x18\x00\xa0\x00" + b"\0" * 4)  # 24 x 160
-        own = {"start_new_session": True, "preexec_fn": partial(fcntl.ioctl, 0, termios.TIOCSCTTY, 0)}
-        self.process = subprocess.Popen(command, env=env, stdin=slave, stdout=slave, stderr=slave, **own)
+        own = {
+            "start_new_session": True,
+            "preexec_fn": partial(fcntl.ioctl, 0, termios.TIOCSCTTY, 0),
+        }
+        self.process = subprocess.Popen(
+            command, env=env, stdin=slave, stdout=slave, stderr=slave, **own
+        )
         os.close(slave)
         self.unread = b""
 
@@ -132,7 +137,12 @@ class Repl:
             (self.tools / tool).symlink_to(os.path.realpath(shutil.which(tool) or tool))
         (self.tools / "python3").symlink_to(os.path.realpath(sys.executable))
         self.url = f"http://127.0.0.1:{backend.port}"
-        self.env = {"PATH": str(self.tools), "HOME": str(folder / "home"), "TMPDIR": str(folder), "LANG": "C.UTF-8"}
+        self.env = {
+            "PATH": str(self.tools),
+            "HOME": str(folder / "home"),
+            "TMPDIR": str(folder),
+            "LANG": "C.UTF-8",
+        }
         self.env |= {"TERM": "xterm", "CEREBRUM_URL": self.url}
 
     def answers(self, *scripts: Script) -> None:
@@ -156,7 +166,9 @@ class Repl:
     def run(self, stdin: bytes, *args: str, before: tuple[str, ...] = ()) -> tuple[int, str, str]:
         """The exit status, and what is on stdout and stderr. `before` begins the command."""
         command = [*before, REPL, *args]
-        result = subprocess.run(command, env=self.env, input=stdin, capture_output=True, timeout=PATIENCE, check=False)
+        result = subprocess.run(
+            command, env=self.env, input=stdin, capture_output=True, timeout=PATIENCE, check=False
+        )
         return result.returncode, os.fsdecode(result.stdout), result.stderr.decode()
 
     def converse(self, *lines: str) -> tuple[str, list[str]]:
@@ -166,7 +178,9 @@ class Repl:
         return out, complaints(err)
 
     def terminal(self, *args: str, **variables: str) -> Terminal:
-        return self.stack.enter_context(contextlib.closing(Terminal([REPL, *args], self.env | variables)))
+        return self.stack.enter_context(
+            contextlib.closing(Terminal([REPL, *args], self.env | variables))
+        )
 
 
 def complaints(err: str) -> list[str]:
@@ -178,7 +192,10 @@ def complaints(err: str) -> list[str]:
 
 @pytest.fixture
 def repl(tmp_path: Path) -> Iterator[Repl]:
-    endings = [{"id": id, "endings": one.endings, "filenames": one.filenames} for id, one in LANGUAGES.items()]
+    endings = [
+        {"id": id, "endings": one.endings, "filenames": one.filenames}
+        for id, one in LANGUAGES.items()
+    ]
     backend = Backend(scripts=[], models=answer(200, {"models": [], "languages": endings}))
     with in_a_thread(backend), contextlib.ExitStack() as stack:
         yield Repl(backend, tmp_path, stack)
@@ -196,7 +213,22 @@ def mode(path: Path) -> int:
 
 # -------------------------------------------------------------------------------------------- filter
 
-AWKWARD = ["%s%d", "\\n", "\\", "\n", "  two  ", "\t", "é€😀", "a\0b", "\x1b[31m", "-n", "", "'\"`$x", "\r", "\\0134"]
+AWKWARD = [
+    "%s%d",
+    "\\n",
+    "\\",
+    "\n",
+    "  two  ",
+    "\t",
+    "é€😀",
+    "a\0b",
+    "\x1b[31m",
+    "-n",
+    "",
+    "'\"`$x",
+    "\r",
+    "\\0134",
+]
 CRLF = b': keep-alive\r\n\r\ndata: {"token": "\xc3\xa9", "total_tokens": 1}\r\n\r\n'
 OTHERS = b'data:{"token": "x"}\n\nevent: other\nid: 1\n\n'
 
@@ -213,7 +245,9 @@ def announce(folder: Path, *addresses: str) -> None:
     name = "Cerebrum\\032on\\032pi;_cerebrum._tcp;local"
     lines = [f"+;eth0;IPv4;{name}", f"=;eth0;IPv6;{name};pi.local;fe80::1;7000;"]
     lines += [f'=;eth0;IPv4;{name};{address.replace(":", ";")};"a=b"' for address in addresses]
-    show = "\n".join(["#!/bin/bash", "[[ $* == '-prt _cerebrum._tcp' ]] && cat <<'END'", *lines, "END\n"])
+    show = "\n".join(
+        ["#!/bin/bash", "[[ $* == '-prt _cerebrum._tcp' ]] && cat <<'END'", *lines, "END\n"]
+    )
     write(folder / "avahi-browse", show).chmod(0o755)
 
 
@@ -256,11 +290,22 @@ def test_the_request_with_a_key_that_no_command_line_has(repl: Repl) -> None:
     repl.answers([read_command_lines, *completion("x")])
     repl.env["CEREBRUM_CM4_API_KEY"] = "hush hush"
     prompt = 'a "quoted" \\ $(rm) é\n\tb\n'
-    assert repl.run(prompt.encode() + b"\n", *["-l", "go", "-n", "7", "-t", ".5", "-m", "tiny", "-"])[0] == 0
+    assert (
+        repl.run(prompt.encode() + b"\n", *["-l", "go", "-n", "7", "-t", ".5", "-m", "tiny", "-"])[
+            0
+        ]
+        == 0
+    )
     ((line, headers, _),) = repl.backend.asked
     assert line == "POST /v1/complete/stream HTTP/1.1"
     assert (headers["content-type"], headers["x-api-key"]) == ("application/json", "hush hush")
-    sent = {"prompt": prompt, "language": "go", "model": "tiny", "max_tokens": 7, "temperature": 0.5}
+    sent = {
+        "prompt": prompt,
+        "language": "go",
+        "model": "tiny",
+        "max_tokens": 7,
+        "temperature": 0.5,
+    }
     assert repl.asked == [{"mode": "auto", "progress": True, **sent}]
     assert any(b"/v1/complete/stream" in line for line in seen)
     assert not any(b"hush hush" in line for line in seen)
@@ -268,9 +313,15 @@ def test_the_request_with_a_key_that_no_command_line_has(repl: Repl) -> None:
 
 def test_each_token_is_printed_before_the_next_one_is_made(repl: Repl) -> None:
     printed = [threading.Event() for _ in range(3)]
-    steps = [step for number, event in enumerate(printed) for step in (token(str(number), number + 1), wait_for(event))]
+    steps = [
+        step
+        for number, event in enumerate(printed)
+        for step in (token(str(number), number + 1), wait_for(event))
+    ]
     repl.answers([head(), *steps, done()])
-    with subprocess.Popen([REPL, "-"], env=repl.env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [REPL, "-"], env=repl.env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
+    ) as process:
         assert process.stdout
         for number, event in enumerate(printed):
             assert os.read(process.stdout.fileno(), 100) == str(number).encode()
@@ -279,16 +330,27 @@ def test_each_token_is_printed_before_the_next_one_is_made(repl: Repl) -> None:
 
 
 BROKEN_OFF = [head(), *tokens("half")]
-CUT_IN_A_CHUNK = [head(200, "Transfer-Encoding: chunked"), b'1c\r\ndata: {"token": "half"}\n\n   \r\nff\r\n']
+CUT_IN_A_CHUNK = [
+    head(200, "Transfer-Encoding: chunked"),
+    b'1c\r\ndata: {"token": "half"}\n\n   \r\nff\r\n',
+]
 FAILED_MIDWAY = [*BROKEN_OFF, event(error=True, message="backend died", code="VPS_UNAVAILABLE")]
 NO_EVENT = "expected an event of Cerebrum, got something else"
 TOKENS = "tokens: expected a whole number from 1 to 2048, got "
 TEMPERATURE = "temperature: expected a number from 0 to 1, got "
-FAILURES: list[tuple[str, Script, int, str, str]] = [  # arguments, what the server answers, the status, what is printed
+FAILURES: list[
+    tuple[str, Script, int, str, str]
+] = [  # arguments, what the server answers, the status, what is printed
     ("-", FAILED_MIDWAY, 1, "half", "VPS_UNAVAILABLE: backend died"),
     ("-", BROKEN_OFF, 1, "half", "the stream broke off before its end"),
     ("-", CUT_IN_A_CHUNK, 1, "half", "the stream broke off before its end"),
-    ("-", [error(400, "X", "No 100%\nsuch \x1b[1mlanguage")], 1, "", "X: No 100%\nsuch [1mlanguage"),
+    (
+        "-",
+        [error(400, "X", "No 100%\nsuch \x1b[1mlanguage")],
+        1,
+        "",
+        "X: No 100%\nsuch [1mlanguage",
+    ),
     ("-", [head(502, kind="text/html"), b"<html>\n<h1>Bad</h1>\n"], 1, "", "HTTP 502 from {url}"),
     ("-", [answer(404, {"detail": "x"})], 1, "", "HTTP 404 from {url}"),
     ("-", [*BROKEN_OFF, b"data: {nonsense\n\n"], 1, "half", NO_EVENT),
@@ -307,9 +369,15 @@ FAILURES: list[tuple[str, Script, int, str, str]] = [  # arguments, what the ser
 
 
 @pytest.mark.parametrize(("args", "script", "status", "printed", "said"), FAILURES)
-def test_a_failure_exits_with_1_or_2(repl: Repl, args: str, script: Any, status: int, printed: str, said: str) -> None:
+def test_a_failure_exits_with_1_or_2(
+    repl: Repl, args: str, script: Any, status: int, printed: str, said: str
+) -> None:
     repl.answers(*[script] if script else [])
-    assert repl.run(b"x", *args.split()) == (status, printed, f"cerebrum_repl.sh: {said.format(url=repl.url)}\n")
+    assert repl.run(b"x", *args.split()) == (
+        status,
+        printed,
+        f"cerebrum_repl.sh: {said.format(url=repl.url)}\n",
+    )
 
 
 # -------------------------------------------------------------------------------------- conversation
@@ -317,16 +385,31 @@ def test_a_failure_exits_with_1_or_2(repl: Repl, args: str, script: Any, status:
 
 def test_settings_reach_the_request(repl: Repl) -> None:
     repl.answers(completion("x"), completion("y"))
-    repl.converse(":lang rust", ":model tiny", ":tokens 9", ":temp 0", "fn f", ":model auto", ":temp 1.0", "fn g")
+    repl.converse(
+        ":lang rust",
+        ":model tiny",
+        ":tokens 9",
+        ":temp 0",
+        "fn f",
+        ":model auto",
+        ":temp 1.0",
+        "fn g",
+    )
     sent = {"mode": "auto", "language": "rust", "max_tokens": 9, "progress": True}
-    first, second = {"prompt": "fn f", "model": "tiny", "temperature": 0}, {"prompt": "fn g", "temperature": 1.0}
+    first, second = (
+        {"prompt": "fn f", "model": "tiny", "temperature": 0},
+        {"prompt": "fn g", "temperature": 1.0},
+    )
     assert repl.asked == [sent | first, sent | second]
 
 
 def test_a_completion_is_summed_up_and_an_error_does_not_end_the_conversation(repl: Repl) -> None:
     repl.answers(FAILED_MIDWAY, completion("\n    return ", "1"), completion("x"))
     out, err = repl.converse("a", "    def f():", ":multi", "def f():", "", "    :help", ":done")
-    assert (out, err) == (f"half\n\n    return 1\n{SUMMARY}\nx\n{SUMMARY}\n", ["VPS_UNAVAILABLE: backend died"])
+    assert (out, err) == (
+        f"half\n\n    return 1\n{SUMMARY}\nx\n{SUMMARY}\n",
+        ["VPS_UNAVAILABLE: backend died"],
+    )
     assert repl.prompts() == ["a", "    def f():", "def f():\n\n    :help"]
 
 
@@ -340,7 +423,10 @@ def test_commands_that_ask_nothing(repl: Repl) -> None:
     said += ["expected :do INSTRUCTION after a completion, or :do @PATH INSTRUCTION"]
     said += ["no such command: :nonsense; see :help"]
     shown = "language: go\ntokens: 512\ntemperature: 0.4\n"
-    assert repl.converse(":lang go", ":tokens", ":temp", *unusable, ":exit", "never") == (shown, said)
+    assert repl.converse(":lang go", ":tokens", ":temp", *unusable, ":exit", "never") == (
+        shown,
+        said,
+    )
     assert repl.backend.asked == []
 
 
@@ -371,37 +457,64 @@ backend attic            {"id": "attic"}
 """
 AWAY = {"models": [{"id": "a", "available": False}], "vps_available": False}
 NO_LIST = "/v1/models: expected an answer of Cerebrum, got something else"
-LISTS: list[tuple[str, bytes, str, str]] = [  # commands, what the server answers, what is shown, what is said
+LISTS: list[
+    tuple[str, bytes, str, str]
+] = [  # commands, what the server answers, what is shown, what is said
     (":model middle\n:model", answer(200, LISTED), "model: middle\n" + SHOWN, ""),
-    (":model", answer(200, {"models": [{"id": "a", "loaded": True}]}), "  a  loaded\nmodel: auto\n", ""),
+    (
+        ":model",
+        answer(200, {"models": [{"id": "a", "loaded": True}]}),
+        "  a  loaded\nmodel: auto\n",
+        "",
+    ),
     (":model", answer(200, {"models": [{"id": "a"}]}), "  a  on the VPS\nmodel: auto\n", ""),
     (":model", answer(200, {"models": []}), "model: auto\n", ""),
     (":model", answer(200, AWAY), "  a  unknown\nthe VPS cannot be reached\nmodel: auto\n", ""),
     (":lang\n:lang go", answer(200, LISTED), "c go\nlanguage: python\nlanguage: go\n", ""),
     (":stats", answer(200, STATS), STATS_SHOWN, ""),
-    (":lang", error(401, "UNAUTHORIZED", "no\x1b[1m key"), "language: python\n", "UNAUTHORIZED: no[1m key"),
+    (
+        ":lang",
+        error(401, "UNAUTHORIZED", "no\x1b[1m key"),
+        "language: python\n",
+        "UNAUTHORIZED: no[1m key",
+    ),
     (":model", head(kind="text/html") + b"<html>", "model: auto\n", "{url}" + NO_LIST),
     (":stats", b"", "", "curl: (52) Empty reply from server"),
 ]
 
 
 @pytest.mark.parametrize(("commands", "answered", "shown", "said"), LISTS)
-def test_what_the_server_lists(repl: Repl, commands: str, answered: bytes, shown: str, said: str) -> None:
+def test_what_the_server_lists(
+    repl: Repl, commands: str, answered: bytes, shown: str, said: str
+) -> None:
     repl.backend.models = repl.backend.stats = answered
-    assert repl.converse(*commands.splitlines()) == (shown, [said.format(url=repl.url)] if said else [])
+    assert repl.converse(*commands.splitlines()) == (
+        shown,
+        [said.format(url=repl.url)] if said else [],
+    )
     path = "/v1/stats" if commands == ":stats" else "/v1/models"
     assert [line for line, _, _ in repl.backend.asked] == [f"GET {path} HTTP/1.1"]
 
 
 def test_last_and_save(repl: Repl) -> None:
-    here, saved, taken = repl.folder, repl.folder / "out.py", write(repl.folder / "taken.py", "mine\n")
+    here, saved, taken = (
+        repl.folder,
+        repl.folder / "out.py",
+        write(repl.folder / "taken.py", "mine\n"),
+    )
     os.mkfifo(here / "fifo")
     repl.answers(completion("\n    return '\\n'  \n\n"))
     bad = [f":save {here}/fifo", f":save! {here}", f":save {here}/none/x"]
-    out, err = repl.converse("def f():", ":last", f":save {saved}", f":save {taken}", f":save! {taken}", *bad)
+    out, err = repl.converse(
+        "def f():", ":last", f":save {saved}", f":save {taken}", f":save! {taken}", *bad
+    )
     whole = "def f():\n    return '\\n'  \n\n"
     assert out.split("block]\n")[1] == f"{whole}saved {saved}\nsaved {taken}\n"
-    reasons = {"/fifo": "not a regular file", "": "not a regular file", "/none/x": "No such file or directory"}
+    reasons = {
+        "/fifo": "not a regular file",
+        "": "not a regular file",
+        "/none/x": "No such file or directory",
+    }
     refused = [f"{here}{place}: {reason}; nothing was saved" for place, reason in reasons.items()]
     assert err == [f"{taken} exists; :save! {taken} replaces it", *refused]
     assert saved.read_text() == taken.read_text() == whole
@@ -423,7 +536,11 @@ def test_a_file_is_completed_at_its_end_and_keeps_its_links_mode_and_owner(repl:
     shown = f"}}\n\n{SUMMARY}\nwrote {link}\nlanguage: rust\n"
     assert repl.converse(f":file {link}", ":write", ":lang") == (shown, [])
     (body,) = repl.asked
-    assert (body["prompt"], body["mode"], body["language"]) == ("fn f() {\r\n\t// é\n", "complete", "rust")
+    assert (body["prompt"], body["mode"], body["language"]) == (
+        "fn f() {\r\n\t// é\n",
+        "complete",
+        "rust",
+    )
     assert "suffix" not in body
     assert (real.read_bytes(), mode(real)) == (b"fn f() {\r\n\t// \xc3\xa9\n}\n", 0o750)
     assert ((real.stat().st_uid, real.stat().st_gid), link.is_symlink()) == (owner, True)
@@ -431,11 +548,25 @@ def test_a_file_is_completed_at_its_end_and_keeps_its_links_mode_and_owner(repl:
 
 
 def test_a_files_name_sets_the_language_and_its_length_the_tokens(repl: Repl) -> None:
-    sizes = {"x.RS": 0, "a.b.go": 10, "Gemfile": 3000, ".py": 30_000, "go": 0, "x.go~": 0, "x.txt": 0}
+    sizes = {
+        "x.RS": 0,
+        "a.b.go": 10,
+        "Gemfile": 3000,
+        ".py": 30_000,
+        "go": 0,
+        "x.go~": 0,
+        "x.txt": 0,
+    }
     paths = [write(repl.folder / name, "x" * size) for name, size in sizes.items()]
     repl.answers(*[instructed("a")] * len(paths))
     repl.converse(":lang c", *(f":do @{path} it" for path in paths))
-    assert [body["language"] for body in repl.asked] == ["rust", "go", "ruby", "python", *["python"] * 3]
+    assert [body["language"] for body in repl.asked] == [
+        "rust",
+        "go",
+        "ruby",
+        "python",
+        *["python"] * 3,
+    ]
     assert [body["max_tokens"] for body in repl.asked] == [512, 512, 1064, 2048, *[512] * 3]
 
 
@@ -455,22 +586,41 @@ FILL = "FI\nLL"
 def test_a_gap_is_filled(repl: Repl, text: str, line: int, before: str, after: str) -> None:
     path = write(repl.folder / "x.py", text)
     repl.answers(completion(FILL))
-    assert repl.converse(f":infill {path}:{line}", ":write") == (f"{FILL}\n{SUMMARY}\nwrote {path}\n", [])
+    assert repl.converse(f":infill {path}:{line}", ":write") == (
+        f"{FILL}\n{SUMMARY}\nwrote {path}\n",
+        [],
+    )
     (body,) = repl.asked
     assert (body.get("prompt", ""), body.get("suffix", "")) == (before, after)
-    assert (body["mode"], body.get("filename")) == (("infill", "x.py") if after else ("complete", None))
+    assert (body["mode"], body.get("filename")) == (
+        ("infill", "x.py") if after else ("complete", None)
+    )
     filled = FILL.replace("\n", "\r\n") if "\r" in text else FILL
     assert path.read_bytes() == (before + filled + after).encode()
 
 
 def test_a_file_and_a_completion_are_changed_by_instructions(repl: Repl) -> None:
     path = write(repl.folder / "x.go", "one\ntwo\n")
-    repl.answers(completion("\n  x"), instructed("def f():\n  y\n"), instructed("one\nTWO"), instructed("ONE\nTWO\n"))
-    out, err = repl.converse("def f():", ":do use y", ":write", f":do @{path} shout  it", ":do louder", ":write")
+    repl.answers(
+        completion("\n  x"),
+        instructed("def f():\n  y\n"),
+        instructed("one\nTWO"),
+        instructed("ONE\nTWO\n"),
+    )
+    out, err = repl.converse(
+        "def f():", ":do use y", ":write", f":do @{path} shout  it", ":do louder", ":write"
+    )
     assert err == [NO_FILE]
-    asked = [(body["prompt"], body["instruction"], body["mode"], body["language"]) for body in repl.asked[1:]]
+    asked = [
+        (body["prompt"], body["instruction"], body["mode"], body["language"])
+        for body in repl.asked[1:]
+    ]
     first = ("def f():\n  x", "use y", "instruct", "python")
-    assert asked == [first, ("one\ntwo\n", "shout  it", "instruct", "go"), ("one\nTWO\n", "louder", "instruct", "go")]
+    assert asked == [
+        first,
+        ("one\ntwo\n", "shout  it", "instruct", "go"),
+        ("one\nTWO\n", "louder", "instruct", "go"),
+    ]
     assert "--- last result\n+++ last result (new)\n" in out
     assert "\n-  x\n\\ No newline at end of file\n+  y\n" in out
     head = f"--- {path}\n+++ {path} (new)\n@@ -1,2 +1,2 @@\n"
@@ -494,12 +644,30 @@ UNTOUCHED: list[tuple[str, bytes, list[Script], str, str]] = [
         "the model began to repeat itself" + REFUSES,
         NOT_WHOLE,
     ),
-    (DO, TWO_LINES, [OF_A_PART], "made from a part of the text, which is too long for the model" + REFUSES, NOT_WHOLE),
+    (
+        DO,
+        TWO_LINES,
+        [OF_A_PART],
+        "made from a part of the text, which is too long for the model" + REFUSES,
+        NOT_WHOLE,
+    ),
     (DO, TWO_LINES, [instructed(" \n")], "the answer is empty" + REFUSES, NOT_WHOLE),
-    (DO, TWO_LINES, [instructed("on", finish_reason="preempted")], "the answer broke off" + REFUSES, NOT_WHOLE),
+    (
+        DO,
+        TWO_LINES,
+        [instructed("on", finish_reason="preempted")],
+        "the answer broke off" + REFUSES,
+        NOT_WHOLE,
+    ),
     (DO, TWO_LINES, [FAILED_MIDWAY], "VPS_UNAVAILABLE: backend died", NOT_WHOLE),
     (DO, b"one\ncaf\xe9\n", [], NO_TEXT + "0xe9 in line 2", NO_FILE),
-    (":file {path}", b"\xed\xa0\x80\n", [], NO_TEXT + "0xed in line 1", NO_FILE),  # half of an emoji
+    (
+        ":file {path}",
+        b"\xed\xa0\x80\n",
+        [],
+        NO_TEXT + "0xed in line 1",
+        NO_FILE,
+    ),  # half of an emoji
     (":infill {path}:1", b"\xff\xfea\0", [], NO_TEXT + "0xff in line 1", NO_FILE),  # UTF-16
     (":file {path}", b"a\n\n\xc3\xa9\0", [], NO_TEXT + "0x00 in line 3", NO_FILE),
 ]
@@ -511,7 +679,10 @@ def test_neither_half_an_answer_nor_what_is_no_text_is_written(
 ) -> None:
     path = write(repl.folder / "x.py", text)
     repl.answers(*scripts)
-    assert repl.converse(command.format(path=path), ":write")[1] == [said.format(path=path), of_write]
+    assert repl.converse(command.format(path=path), ":write")[1] == [
+        said.format(path=path),
+        of_write,
+    ]
     assert path.read_bytes() == text
 
 
@@ -519,10 +690,15 @@ def test_a_file_that_changed_meanwhile_or_may_only_be_read_is_not_replaced(repl:
     path, fixed = write(repl.folder / "x.py", "one\n"), write(repl.folder / "y.py", "x")
     fixed.chmod(0o444)
     repl.answers([lambda: path.write_text("edited\n"), *completion("two\n")], completion("y"))
-    without_override = (str(shutil.which("setpriv")), "--bounding-set=-dac_override") if os.geteuid() == 0 else ()
+    without_override = (
+        (str(shutil.which("setpriv")), "--bounding-set=-dac_override") if os.geteuid() == 0 else ()
+    )
     typed = f":file {path}\n:write\n:file {fixed}\n:write\n"
     status, _, err = repl.run(typed.encode(), before=without_override)
-    said = [f"{path} has changed since it was read", f"{fixed}: not writable; the file is unchanged"]
+    said = [
+        f"{path} has changed since it was read",
+        f"{fixed}: not writable; the file is unchanged",
+    ]
     assert (status, complaints(err)) == (0, said)
     assert (path.read_text(), fixed.read_text()) == ("edited\n", "x")
 
@@ -544,8 +720,12 @@ NOTHING_CAME = [  # a command that gets no answer, what the server says to it, w
 ]
 
 
-@pytest.mark.parametrize(("command", "script", "said"), NOTHING_CAME, ids=[row[0] for row in NOTHING_CAME])
-def test_a_command_without_an_answer_leaves_the_last_result(repl: Repl, command: str, script: Any, said: str) -> None:
+@pytest.mark.parametrize(
+    ("command", "script", "said"), NOTHING_CAME, ids=[row[0] for row in NOTHING_CAME]
+)
+def test_a_command_without_an_answer_leaves_the_last_result(
+    repl: Repl, command: str, script: Any, said: str
+) -> None:
     a, b = write(repl.folder / "a.py", "a\n"), write(repl.folder / "b.rs", "b\n")
     repl.answers(completion("A\n"), *([script] if script else []))
     out, err = repl.converse(f":file {a}", command.format(b=b), ":last", ":write", ":lang")
@@ -557,7 +737,9 @@ def test_a_command_without_an_answer_leaves_the_last_result(repl: Repl, command:
 def test_half_an_answer_is_the_last_result_and_belongs_to_its_file(repl: Repl) -> None:
     a, b = write(repl.folder / "a.py", "a\n"), write(repl.folder / "b.rs", "b\n")
     repl.answers(completion("A\n"), BROKEN_OFF, instructed("whole\n"))
-    out, err = repl.converse(f":file {a}", f":file {b}", ":write", ":last", ":do finish it", ":write")
+    out, err = repl.converse(
+        f":file {a}", f":file {b}", ":write", ":last", ":do finish it", ":write"
+    )
     broken, unfit = "the stream broke off before its end", "made from a result that is not whole"
     assert err == [broken, NOT_WHOLE, unfit + REFUSES, NOT_WHOLE]
     assert "block]\nhalf\nb\nhalfwhole\n" in out
@@ -581,7 +763,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_disk_loses_no_file_and_a_temporary_directory_no_result_that_it_cannot_hold(
     repl: Repl, small_disk: Path
 ) -> None:
-    path, other = write(small_disk / "x.py", "x" * 40_000), write(repl.folder / "y.py", "x" * 10_000)
+    path, other = (
+        write(small_disk / "x.py", "x" * 40_000),
+        write(repl.folder / "y.py", "x" * 10_000),
+    )
     repl.answers(completion("y" * 40_000), completion(*["y" * 10_000] * 2))
     _, err = repl.converse(f":file {path}", ":write", f":save! {path}")
     full = f"{path}: No space left on device"
@@ -601,7 +786,10 @@ def test_any_name_of_a_file(repl: Repl, monkeypatch: pytest.MonkeyPatch, name: s
     path = write(Path(name), "a\n")
     repl.answers(completion("b\n"), completion("!"), instructed("c\n"))
     commands = [f":file {name}", f":infill {name}:1", f':do @"{name}" it']
-    assert repl.converse(*(line for one in commands for line in (one, ":write")), ":save -copy.go")[1] == []
+    assert (
+        repl.converse(*(line for one in commands for line in (one, ":write")), ":save -copy.go")[1]
+        == []
+    )
     assert repl.prompts() == ["a\n", "a", "a!\nb\n"]
     assert repl.asked[1]["filename"] == name.replace("\udcff", "?")
     assert (path.read_text(), Path("-copy.go").read_text()) == ("c\n", "c\n")
@@ -622,12 +810,16 @@ LINE_ENDS = [  # the file, what a model answers to an instruction, what is writt
 
 
 @pytest.mark.parametrize(("before", "answer", "after"), LINE_ENDS)
-def test_a_changed_file_keeps_its_line_ends(repl: Repl, before: bytes, answer: str, after: bytes) -> None:
+def test_a_changed_file_keeps_its_line_ends(
+    repl: Repl, before: bytes, answer: str, after: bytes
+) -> None:
     path = write(repl.folder / "x.py", before)
     repl.answers(*[instructed(answer)] * 2)
     assert repl.converse(f":do @{path} shout", ":do again", ":write")[1] == []
     assert path.read_bytes() == after
-    assert [body.get("prompt", "") for body in repl.asked] == [text.decode("utf-8-sig") for text in (before, after)]
+    assert [body.get("prompt", "") for body in repl.asked] == [
+        text.decode("utf-8-sig") for text in (before, after)
+    ]
 
 
 # ------------------------------------------------------------------------------------------ terminal
@@ -666,7 +858,9 @@ def test_ctrl_c_at_a_prompt_drops_what_was_typed(repl: Repl) -> None:
     screen.enter(":multi")
     screen.expect("... ")
     screen.type("one\r")
-    screen.expect("one\r\n")  # Return draws the old prompt once more; the next one says that Ctrl-C is a key again
+    screen.expect(
+        "one\r\n"
+    )  # Return draws the old prompt once more; the next one says that Ctrl-C is a key again
     screen.expect("... ")
     screen.type("two\x03")
     screen.enter("three")
@@ -704,13 +898,18 @@ def test_the_line_can_be_edited_and_history_lasts(repl: Repl) -> None:
     pasted = "def g():\n\tx = 1\n    return"
     assert repl.prompts() == ["def f():", pasted, pasted, "def f():"]
     history = repl.folder / "home/.local/state/cerebrum/repl_history"
-    assert re.sub(r"(?m)^#\d+$", "#", history.read_text()).startswith(f"#\ndef f():\n#\n{pasted}\n#\n:exit\n")
+    assert re.sub(r"(?m)^#\d+$", "#", history.read_text()).startswith(
+        f"#\ndef f():\n#\n{pasted}\n#\n:exit\n"
+    )
     assert mode(history) == 0o600
 
 
 def test_progress_is_shown_and_gone_before_the_first_token(repl: Repl) -> None:
     stages = [("queued", 0, 1), ("loading", 1, 4), ("prefill", 512, 1024), ("decode", 0, 9)]
-    progress = [event(progress={"stage": stage, "done": done, "total": total}) for stage, done, total in stages]
+    progress = [
+        event(progress={"stage": stage, "done": done, "total": total})
+        for stage, done, total in stages
+    ]
     repl.answers([head(), *progress, *tokens("token"), done()])
     screen = repl.terminal()
     screen.enter("x")
@@ -738,7 +937,14 @@ def test_a_model_is_coloured_and_cannot_control_the_terminal(repl: Repl) -> None
     assert path.read_text() == "a = 1\n\n\nb\n\n"
     screen.enter(f":do @{path} it")
     screen.expect("block]\r\n")
-    begin = [f"{RED}--- {path}{PLAIN}", f"{GREEN}+++ {path} (new){PLAIN}", "@@ -1,5 +1,4 @@", " a = 1", " ", " "]
+    begin = [
+        f"{RED}--- {path}{PLAIN}",
+        f"{GREEN}+++ {path} (new){PLAIN}",
+        "@@ -1,5 +1,4 @@",
+        " a = 1",
+        " ",
+        " ",
+    ]
     lines = [*begin, f"{RED}-b{PLAIN}", f"{RED}-{PLAIN}", f"{GREEN}++ c[2J{PLAIN}", "\x1b[?2004h"]
     assert screen.expect(PROMPT) == "\r\n".join(lines)
 
@@ -751,7 +957,10 @@ def test_a_terminal_without_colours(repl: Repl) -> None:
         screen.expect(PROMPT)
         screen.type(f":do @{path} it\r")
         shown = screen.expect("+b[31m\r\n").rpartition(" it\r\n")[2].removeprefix("\x1b[?2004l\r")
-        assert shown == f"b[31m\r\n\r\n{SUMMARY}\r\n--- {path}\r\n+++ {path} (new)\r\n@@ -1 +1 @@\r\n-a\r\n", without
+        assert (
+            shown
+            == f"b[31m\r\n\r\n{SUMMARY}\r\n--- {path}\r\n+++ {path} (new)\r\n@@ -1 +1 @@\r\n-a\r\n"
+        ), without
 
 
 # ----------------------------------------------------------------------------------------------- key
@@ -760,12 +969,19 @@ def test_a_terminal_without_colours(repl: Repl) -> None:
 def keygen(*args: str, stdin: str = "", **environ: str) -> tuple[int, str, str]:
     given = {"env": {"PATH": os.environ["PATH"], **environ}, "input": stdin, "timeout": PATIENCE}
     result = subprocess.run([KEYGEN, *args], capture_output=True, text=True, **given)
-    return result.returncode, result.stdout, result.stderr.removeprefix("generate_api_key.sh: ").removesuffix("\n")
+    return (
+        result.returncode,
+        result.stdout,
+        result.stderr.removeprefix("generate_api_key.sh: ").removesuffix("\n"),
+    )
 
 
 def test_a_key_is_32_random_bytes() -> None:
     keys = {keygen() for _ in range(2)}
-    assert all(code == 0 and not err and re.fullmatch(r"[A-Za-z0-9_-]{43}\n", out) for code, out, err in keys)
+    assert all(
+        code == 0 and not err and re.fullmatch(r"[A-Za-z0-9_-]{43}\n", out)
+        for code, out, err in keys
+    )
     assert len(keys) == 2
 
 
@@ -776,7 +992,11 @@ WRITTEN = [  # file, before, after (K is the new key)
     (".env", "A=1\nCEREBRUM_API_KEY=\nB=2\n", "A=1\nCEREBRUM_API_KEY=K\nB=2\n"),
     (".env", "A=1", "A=1\nCEREBRUM_API_KEY=K\n"),
     (".env", "CEREBRUM_API_KEY=o/l+d==", "CEREBRUM_API_KEY=K,o/l+d==\n"),
-    (".env", "export CEREBRUM_API_KEY = 'one'\nB=2\nCEREBRUM_API_KEY=\"two\"\r\n", "CEREBRUM_API_KEY=K,two\nB=2\n"),
+    (
+        ".env",
+        "export CEREBRUM_API_KEY = 'one'\nB=2\nCEREBRUM_API_KEY=\"two\"\r\n",
+        "CEREBRUM_API_KEY=K,two\nB=2\n",
+    ),
     (".env", OTHERWISE, f"{OTHERWISE}CEREBRUM_API_KEY=K\n"),
     (".env", "A=\xff\r\n", "A=\xff\r\nCEREBRUM_API_KEY=K\n"),
     ("CEREBRUM_API_KEY", None, "K\n"),
@@ -786,7 +1006,9 @@ WRITTEN = [  # file, before, after (K is the new key)
 
 
 @pytest.mark.parametrize(("name", "before", "after"), WRITTEN)
-def test_a_key_is_written_before_the_one_that_is_there(tmp_path: Path, name: str, before: str, after: str) -> None:
+def test_a_key_is_written_before_the_one_that_is_there(
+    tmp_path: Path, name: str, before: str, after: str
+) -> None:
     path = tmp_path / name
     if before is not None:
         write(path, before.encode("latin-1")).chmod(0o644)
@@ -822,28 +1044,42 @@ REFUSALS = [  # a command, its stdin, its status, what it says
 
 
 @pytest.mark.parametrize(("args", "stdin", "status", "said"), REFUSALS)
-def test_what_cannot_be_done_changes_no_file(tmp_path: Path, args: str, stdin: str, status: int, said: str) -> None:
+def test_what_cannot_be_done_changes_no_file(
+    tmp_path: Path, args: str, stdin: str, status: int, said: str
+) -> None:
     clients = "# 32\n" + "".join(f"n{number} key\n" for number in range(32))
     before = {"good": "CEREBRUM_API_KEY=old\n", "TWO": "new, old\n", "keys": clients}
     with contextlib.chdir(tmp_path):
         for name, text in before.items():
             write(Path(name), text)
-        assert keygen(*args.split(), stdin=stdin, CEREBRUM_CM4_KEYS_FILE="keys") == (status, "", said)
+        assert keygen(*args.split(), stdin=stdin, CEREBRUM_CM4_KEYS_FILE="keys") == (
+            status,
+            "",
+            said,
+        )
         assert {name: Path(name).read_text() for name in os.listdir()} == before
 
 
-@pytest.mark.parametrize("stdin", ["k-_1=\n", "k-_1=", "CEREBRUM_CM4_API_KEY=k-_1=,old\r\n", "k-_1=\nnext line"])
+@pytest.mark.parametrize(
+    "stdin", ["k-_1=\n", "k-_1=", "CEREBRUM_CM4_API_KEY=k-_1=,old\r\n", "k-_1=\nnext line"]
+)
 def test_a_key_is_carried_over(tmp_path: Path, stdin: str) -> None:
     real, env = write(tmp_path / "real", "CEREBRUM_API_KEY=older,old\nA=1\n"), tmp_path / ".env"
     env.symlink_to("real")
     credential = write(tmp_path / "CEREBRUM_API_KEY", "old\n")
-    assert keygen("--set", str(env), str(credential), stdin=stdin) == (0, f"key set in: {env} {credential}\n", "")
+    assert keygen("--set", str(env), str(credential), stdin=stdin) == (
+        0,
+        f"key set in: {env} {credential}\n",
+        "",
+    )
     assert (env.is_symlink(), mode(real), mode(credential)) == (True, 0o600, 0o600)
     assert (env.read_text(), credential.read_text()) == ("CEREBRUM_API_KEY=k-_1=\nA=1\n", "k-_1=\n")
 
 
 def test_a_typed_key_is_not_shown(tmp_path: Path) -> None:
-    with contextlib.closing(Terminal([KEYGEN, "--set", str(tmp_path / ".env")], dict(os.environ))) as screen:
+    with contextlib.closing(
+        Terminal([KEYGEN, "--set", str(tmp_path / ".env")], dict(os.environ))
+    ) as screen:
         screen.expect("key (not shown): ")
         screen.type("hush-hush\r")
         assert screen.expect(f"key set in: {tmp_path}/.env\r\n") == "\r\n"
@@ -860,8 +1096,12 @@ def test_a_full_disk_loses_no_key(small_disk: Path) -> None:
     assert sorted(os.listdir(small_disk)) == [".env", "rest"]
 
 
-def test_a_key_is_on_no_command_line_and_on_the_disk_before_it_replaces_a_file(tmp_path: Path) -> None:
-    env, credential, clients, log = (tmp_path / name for name in (".env", "CEREBRUM_API_KEY", "client-keys", "log"))
+def test_a_key_is_on_no_command_line_and_on_the_disk_before_it_replaces_a_file(
+    tmp_path: Path,
+) -> None:
+    env, credential, clients, log = (
+        tmp_path / name for name in (".env", "CEREBRUM_API_KEY", "client-keys", "log")
+    )
     (tmp_path / "bin").mkdir()
     for tool in ["base64", "chown", "head", "mktemp", "mv", "readlink", "rm", "sync", "tr"]:
         text = f'#!/bin/bash\n{{ echo "CALL {tool} $*"; env; }} >>{log}\nexec {shutil.which(tool)} "$@"\n'
@@ -877,7 +1117,11 @@ def test_a_key_is_on_no_command_line_and_on_the_disk_before_it_replaces_a_file(t
     for key in (new, old, clients.read_text().split()[1]):
         assert key not in seen
     steps = re.findall(r"CALL (sync|mv) (?:-f )?-- (.+)", seen)
-    assert [tool for tool, _ in steps] == ["sync", "mv", "mv", "sync", "sync"] * 2 + ["sync", "mv", "sync"] * 3
+    assert [tool for tool, _ in steps] == ["sync", "mv", "mv", "sync", "sync"] * 2 + [
+        "sync",
+        "mv",
+        "sync",
+    ] * 3
     drafts = steps[0][1].split()
     assert [moved for _, moved in steps[1:3]] == [f"{drafts[0]} {env}", f"{drafts[1]} {credential}"]
 
@@ -886,7 +1130,9 @@ def test_clients_get_keys_and_lose_them(tmp_path: Path) -> None:
     """The script with a daemon's settings beside it, and the file that they name behind a link."""
     script, file = tmp_path / Path(KEYGEN).name, tmp_path / "client-keys"
     shutil.copy(KEYGEN, script)
-    settings = write(tmp_path / ".env", "CEREBRUM_CM4_PORT=7001\nCEREBRUM_CM4_TLS_CERT='/etc/pi.pem'\n")
+    settings = write(
+        tmp_path / ".env", "CEREBRUM_CM4_PORT=7001\nCEREBRUM_CM4_TLS_CERT='/etc/pi.pem'\n"
+    )
     owners = [1234, 1235] if os.geteuid() == 0 else [os.geteuid()] * 2
     os.chown(settings, owners[0], -1)
     (tmp_path / "etc").mkdir()
@@ -905,7 +1151,10 @@ def test_clients_get_keys_and_lose_them(tmp_path: Path) -> None:
     write(file, "# ours\n\n" + file.read_text().rstrip())
     os.chown(file, owners[1], -1)
     assert run([script, "--revoke", "gast.2"]).stderr == apply
-    assert (file.read_text(), file.stat().st_uid) == (f"# ours\n\nanna {key.split()[1]}\n", owners[1])
+    assert (file.read_text(), file.stat().st_uid) == (
+        f"# ours\n\nanna {key.split()[1]}\n",
+        owners[1],
+    )
     assert (file.is_symlink(), os.listdir(tmp_path / "etc")) == (True, ["keys"])
     write(file, "\ufeffanna k1\r\nben k2\n")  # from an editor on Windows
     twice = subprocess.run([script, "--client", "anna"], capture_output=True, text=True)
@@ -923,7 +1172,9 @@ def test_clients_get_keys_and_lose_them(tmp_path: Path) -> None:
         ("DNS:*.lan", "{own}"),
     ],
 )
-def test_the_address_for_a_client_is_one_of_the_certificate(names: str, host: str, tmp_path: Path) -> None:
+def test_the_address_for_a_client_is_one_of_the_certificate(
+    names: str, host: str, tmp_path: Path
+) -> None:
     own = f"{os.uname().nodename}.local"
     shutil.copy(KEYGEN, tmp_path)
     pem = certificate(tmp_path, "pi", names.format(own=own))["CEREBRUM_CM4_TLS_CERT"]
@@ -940,7 +1191,9 @@ def test_a_client_before_setup_gets_a_file_of_the_daemons_user(tmp_path: Path) -
     (tmp_path / ".env").symlink_to("gone/env")  # as in the package
     (tmp_path / "bin").mkdir()
     for tool in ("id", "chown"):
-        write(tmp_path / "bin" / tool, f'#!/bin/bash\necho "{tool} $*" >>{tmp_path}/log\n').chmod(0o755)
+        write(tmp_path / "bin" / tool, f'#!/bin/bash\necho "{tool} $*" >>{tmp_path}/log\n').chmod(
+            0o755
+        )
     command = [str(tmp_path / Path(KEYGEN).name), "--client", "anna"]
     assert called(command, f"{tmp_path}/bin:{os.environ['PATH']}")[0] == 0
     calls = re.sub(r"client-keys\.\w+", "DRAFT", (tmp_path / "log").read_text())
@@ -951,7 +1204,9 @@ def test_a_client_before_setup_gets_a_file_of_the_daemons_user(tmp_path: Path) -
 
 
 def called(command: list[str], path: str) -> tuple[int, str, str]:
-    result = subprocess.run(command, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        command, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=False
+    )
     return result.returncode, result.stdout, result.stderr
 
 
@@ -979,9 +1234,12 @@ def test_make_deb_names_the_packages_that_it_lacks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("lacks", "signal", "times"), [("python", "", 1), ("llama_cpp", "", 1), ("decode", "ILL", 1), ("decode", "KILL", 0)]
+    ("lacks", "signal", "times"),
+    [("python", "", 1), ("llama_cpp", "", 1), ("decode", "ILL", 1), ("decode", "KILL", 0)],
 )
-def test_a_venv_of_another_python_or_cpu_is_made_anew(lacks: str, signal: str, times: int, tmp_path: Path) -> None:
+def test_a_venv_of_another_python_or_cpu_is_made_anew(
+    lacks: str, signal: str, times: int, tmp_path: Path
+) -> None:
     """Each Python is a script that records its arguments. The old one lacks something, perhaps only memory, so that
     the kernel kills it. The new one works."""
     write(tmp_path / "run.sh", Path(RUN).read_bytes())
@@ -990,13 +1248,19 @@ def test_a_venv_of_another_python_or_cpu_is_made_anew(lacks: str, signal: str, t
     old = f"#!/bin/sh\necho old $* >>{log}\ncase $* in *{lacks}*) {dies} ;; esac\n"
     clear = f"rm -r {venv}; mkdir -p {venv}/bin; cp $0 {venv}/bin/python"
     make = f"#!/bin/sh\necho new $* >>{log}\ncase $* in *--clear*) {clear} ;; esac\n"
-    for path, text in ((venv / "bin/python", old), (bin / "python3", make), (venv / "installed-run.txt", "")):
+    for path, text in (
+        (venv / "bin/python", old),
+        (bin / "python3", make),
+        (venv / "installed-run.txt", ""),
+    ):
         path.parent.mkdir(parents=True, exist_ok=True)
         write(path, text).chmod(0o755)
     if lacks == "python":
         (venv / "bin/python").unlink()
         (venv / "bin/python").symlink_to(tmp_path / "gone")
-    status, _, err = called(["bash", str(tmp_path / "run.sh"), "setup"], f"{bin}:{os.environ['PATH']}")
+    status, _, err = called(
+        ["bash", str(tmp_path / "run.sh"), "setup"], f"{bin}:{os.environ['PATH']}"
+    )
     assert (status, "Illegal" in err) == (0, False), err
     assert (venv / "installed-run.txt").exists()
     calls = log.read_text()
@@ -1014,24 +1278,38 @@ def test_settings_are_those_that_the_daemons_read(tmp_path: Path) -> None:
         (tmp_path / name).symlink_to(ROOT / name)
     settings = f"CEREBRUM_VPS_PORT=\"{port}\"\n export  CEREBRUM_CM4_PORT='{port}' \nCEREBRUM_CM4_HOST='0.0.0.0'\n"
     write(tmp_path / ".env", f'{settings}export CEREBRUM_API_KEY="k"\n')
-    logs = f'{{ echo "${{@: -1}} $CEREBRUM_VPS_PORT $CEREBRUM_CM4_PORT $CEREBRUM_CM4_HOST"; }} >>{log}'
+    logs = (
+        f'{{ echo "${{@: -1}} $CEREBRUM_VPS_PORT $CEREBRUM_CM4_PORT $CEREBRUM_CM4_HOST"; }} >>{log}'
+    )
     serves = "echo listening on http://0.0.0.0:7; exec sleep 600"
     real = f'exec {sys.executable} "$@"'
     daemon = f"{logs}; {serves}"
-    program(tmp_path / ".venv/bin/python", f"case $* in *settings*) {real} ;; *vpsd.py | *cm4d.py) {daemon} ;; esac")
+    program(
+        tmp_path / ".venv/bin/python",
+        f"case $* in *settings*) {real} ;; *vpsd.py | *cm4d.py) {daemon} ;; esac",
+    )
     write(tmp_path / ".venv/installed-run.txt", "")
-    for tool, does in (("bin/curl", f"echo ${{@: -1}} >>{log}"), ("generate_api_key.sh", f"echo a new key >>{log}")):
+    for tool, does in (
+        ("bin/curl", f"echo ${{@: -1}} >>{log}"),
+        ("generate_api_key.sh", f"echo a new key >>{log}"),
+    ):
         program(tmp_path / tool, does)
     program(tmp_path / "cerebrum_repl.sh", "echo pass")
-    status, out, err = called(["bash", str(tmp_path / "run.sh")], f"{tmp_path}/bin:{os.environ['PATH']}")
+    status, out, err = called(
+        ["bash", str(tmp_path / "run.sh")], f"{tmp_path}/bin:{os.environ['PATH']}"
+    )
     socket_.close()
     assert (status, out) == (0, "pass\n\n"), err
-    assert log.read_text() == f"vpsd.py {port}  \ncm4d.py  {port} 0.0.0.0\nhttp://127.0.0.1:7/health\n"
+    assert (
+        log.read_text() == f"vpsd.py {port}  \ncm4d.py  {port} 0.0.0.0\nhttp://127.0.0.1:7/health\n"
+    )
 
 
 def killed_build(command: list[str], log: Path, env: dict[str, str]) -> Path:
     """The folder that pip, a script of `builds`, had made when all of it got SIGTERM."""
-    with subprocess.Popen(command, env=env, start_new_session=True, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(
+        command, env=env, start_new_session=True, stderr=subprocess.DEVNULL
+    ) as process:
         tree = Path(wait_until(lambda: log.exists() and log.read_text().strip(), "pip builds"))
         assert tree.is_dir()
         os.killpg(process.pid, signal.SIGTERM)
@@ -1046,7 +1324,10 @@ def test_a_build_that_is_killed_leaves_nothing_in_the_temporary_folder(tmp_path:
     log, temporary = tmp_path / "log", tmp_path / "tmp"
     temporary.mkdir()
     write(tmp_path / "run.sh", Path(RUN).read_bytes())
-    program(tmp_path / ".venv/bin/python", f"case $* in *pip\\ install*) {builds(log)} ;; '- run') echo llama ;; esac")
+    program(
+        tmp_path / ".venv/bin/python",
+        f"case $* in *pip\\ install*) {builds(log)} ;; '- run') echo llama ;; esac",
+    )
     command = ["bash", str(tmp_path / "run.sh"), "setup"]
     tree = killed_build(command, log, os.environ | {"TMPDIR": str(temporary)})
     assert (tree.parent.exists(), os.listdir(temporary)) == (False, [])
@@ -1062,9 +1343,17 @@ def installed(name: str, folder: Path) -> Path:
     """The package's command, with all paths below a folder."""
     for part in ("run/systemd/system", "etc/credstore", f"etc/{name}", f"usr/lib/{name}"):
         (folder / part).mkdir(parents=True)
-    for tool, does in (("runuser", 'shift 3; exec "$@"'), ("systemctl", ""), ("chown", "")):  # stand-ins
+    for tool, does in (
+        ("runuser", 'shift 3; exec "$@"'),
+        ("systemctl", ""),
+        ("chown", ""),
+    ):  # stand-ins
         program(folder / "bin" / tool, f'echo "{tool} $*" >>{folder}/log\n{does}')
-    text = re.sub("(?<=[ =])/(etc|run|usr/lib|opt|var)/", rf"{folder}/\1/", (ROOT / "systemd/setup.sh").read_text())
+    text = re.sub(
+        "(?<=[ =])/(etc|run|usr/lib|opt|var)/",
+        rf"{folder}/\1/",
+        (ROOT / "systemd/setup.sh").read_text(),
+    )
     script = write(folder / "bin" / name, text.replace(" -o cerebrum -g cerebrum", ""))
     script.chmod(0o755)
     return script
@@ -1088,11 +1377,21 @@ class Vps:
     """A backend's machine below a folder, whose commands are stand-ins."""
 
     def __init__(self, folder: Path) -> None:
-        self.script, self.folder, self.log = installed("cerebrum-backend", folder), folder, folder / "log"
+        self.script, self.folder, self.log = (
+            installed("cerebrum-backend", folder),
+            folder,
+            folder / "log",
+        )
         self.limit = folder / "etc/systemd/system/cerebrum-backend.service.d/memory.conf"
         shutil.copy(KEYGEN, folder / "usr/lib/cerebrum-backend")
-        does = {"systemctl": "[[ $* != *MemoryCurrent* ]] || cat FOLDER/used", "systemd-run": "", "tailscale": ""}
-        scripts = {f"bin/{tool}": f'echo "{tool} $*" >>FOLDER/log\n{text}' for tool, text in does.items()}
+        does = {
+            "systemctl": "[[ $* != *MemoryCurrent* ]] || cat FOLDER/used",
+            "systemd-run": "",
+            "tailscale": "",
+        }
+        scripts = {
+            f"bin/{tool}": f'echo "{tool} $*" >>FOLDER/log\n{text}' for tool, text in does.items()
+        }
         for name, text in (scripts | {"opt/cerebrum-backend/venv/bin/python": PYTHON}).items():
             program(folder / name, text.replace("FOLDER", str(folder)))
         (folder / "models").mkdir()
@@ -1120,8 +1419,15 @@ def vps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Vps:
     """Its `vpsd.py memory` prints what the real one does, without a model and with one."""
     if os.geteuid() != 0:
         pytest.skip("only root may set up a daemon")
-    catalog, vps = write(tmp_path / "models.toml", ENTRY.format("large") + ENTRY.format("tiny")), Vps(tmp_path / "vps")
-    for name, value in {"MODELS_DIR": tmp_path, "MODELS_FILE": catalog, "STATE_DIR": tmp_path / "state"}.items():
+    catalog, vps = (
+        write(tmp_path / "models.toml", ENTRY.format("large") + ENTRY.format("tiny")),
+        Vps(tmp_path / "vps"),
+    )
+    for name, value in {
+        "MODELS_DIR": tmp_path,
+        "MODELS_FILE": catalog,
+        "STATE_DIR": tmp_path / "state",
+    }.items():
         monkeypatch.setenv(f"CEREBRUM_{name}", str(value))
     for name in ("", "tiny.gguf"):
         if name:
@@ -1138,7 +1444,10 @@ def test_where_nothing_can_be_measured_the_smallest_model_is_offered(vps: Vps) -
     assert (status, vps.called("vpsd fetch [^;]*"), vps.called("systemctl restart")) == (
         1, ["vpsd fetch large"], ["systemctl restart"]
     )  # fmt: skip
-    assert said[-1] == "FAIL  models    not fetched: large; to try again:  sudo cerebrum-backend setup --model ID"
+    assert (
+        said[-1]
+        == "FAIL  models    not fetched: large; to try again:  sudo cerebrum-backend setup --model ID"
+    )
     (vps.folder / "fetch-fails").unlink()
     status, said = vps.run("setup", typed="\n")
     assert (status, vps.called("vpsd fetch [^;]*")) == (0, ["vpsd fetch tiny"])
@@ -1158,13 +1467,18 @@ def test_the_limit_of_memory_follows_the_models(vps: Vps, command: str) -> None:
 
     def change(memory_mb: int, used_mb: int = 0) -> tuple[str, bool]:
         """Make the command change the models: the limit, and whether systemd reads it at once."""
-        vps.say(**{"memory-tiny.gguf": f"{memory_mb}\n# tiny: 264 MB\n", "used": f"{used_mb << 20}\n"})
+        vps.say(
+            **{"memory-tiny.gguf": f"{memory_mb}\n# tiny: 264 MB\n", "used": f"{used_mb << 20}\n"}
+        )
         assert vps.run(command)[0] == 0
         return vps.limit.read_text().splitlines()[-1], vps.called("systemctl daemon-reload") != []
 
     assert change(5000) == ("MemoryMax=5000M", True)
     assert change(5000) == ("MemoryMax=5000M", False)
-    assert change(3000, used_mb=3001) == ("MemoryMax=3000M", False)  # at once it would kill the daemon
+    assert change(3000, used_mb=3001) == (
+        "MemoryMax=3000M",
+        False,
+    )  # at once it would kill the daemon
     assert change(3001, used_mb=3001) == ("MemoryMax=3001M", True)
     write(vps.limit, "[Service]\nMemoryMax=1G\n")
     assert change(4000) == ("MemoryMax=1G", False)  # a person's
@@ -1187,9 +1501,15 @@ def test_a_tuning_that_changes_nothing_restarts_nothing(vps: Vps, changes: bool)
 @needs_root
 def test_the_pi_is_set_up_by_one_line_that_the_backend_takes(tmp_path: Path) -> None:
     """With all paths below a folder. Whatever the backend does not take changes nothing."""
-    script, log, library = installed("cerebrum-cm4", tmp_path), tmp_path / "log", tmp_path / "usr/lib/cerebrum-cm4"
+    script, log, library = (
+        installed("cerebrum-cm4", tmp_path),
+        tmp_path / "log",
+        tmp_path / "usr/lib/cerebrum-cm4",
+    )
     given = 'os.environ["CEREBRUM_VPS_URL"], open(os.environ["CREDENTIALS_DIRECTORY"] + "/CEREBRUM_API_KEY").read()'
-    write(library / "cm4d.py", f'import os\nassert ({given}) == ("http://vps:9000", "the-key\\n")\n')
+    write(
+        library / "cm4d.py", f'import os\nassert ({given}) == ("http://vps:9000", "the-key\\n")\n'
+    )
     shutil.copy(KEYGEN, library)
     settings, key = tmp_path / "etc/cerebrum-cm4/env", tmp_path / "etc/credstore/CEREBRUM_API_KEY"
     write(settings, "A=1\nCEREBRUM_VPS_URL=http://old:9000\n")
@@ -1198,26 +1518,44 @@ def test_the_pi_is_set_up_by_one_line_that_the_backend_takes(tmp_path: Path) -> 
     def setup(typed: str) -> tuple[int, bool]:
         """The exit status, and whether the daemon was restarted."""
         write(log, "")
-        status = subprocess.run([script, "setup"], env=env, input=typed, text=True, capture_output=True).returncode
+        status = subprocess.run(
+            [script, "setup"], env=env, input=typed, text=True, capture_output=True
+        ).returncode
         assert ("-key" in log.read_text(), os.listdir(tmp_path / "run")) == (False, ["systemd"])
         return status, "systemctl restart cerebrum-cm4.service" in log.read_text()
 
-    for refused in ("http://vps:9000 another-key\n", "http://other:9000 the-key\n", "ftp://vps the-key\n"):
+    for refused in (
+        "http://vps:9000 another-key\n",
+        "http://other:9000 the-key\n",
+        "ftp://vps the-key\n",
+    ):
         assert setup(refused) == (1, False)
-        assert (settings.read_text(), key.exists()) == ("A=1\nCEREBRUM_VPS_URL=http://old:9000\n", False)
+        assert (settings.read_text(), key.exists()) == (
+            "A=1\nCEREBRUM_VPS_URL=http://old:9000\n",
+            False,
+        )
     for typed in ("http://vps:9000 the-key\n", "\n\n"):  # an empty answer keeps what is set
         assert setup(typed) == (0, True)
         assert "runuser -u cerebrum -- " in log.read_text()  # root runs none of its files
-        assert (settings.read_text(), key.read_text()) == ("A=1\nCEREBRUM_VPS_URL=http://vps:9000\n", "the-key\n")
+        assert (settings.read_text(), key.read_text()) == (
+            "A=1\nCEREBRUM_VPS_URL=http://vps:9000\n",
+            "the-key\n",
+        )
         assert (mode(settings), mode(key), mode(key.parent)) == (0o600, 0o600, 0o700)
         write(settings, "A=1\nCEREBRUM_VPS_URL=http://vps:9000 the-key\n")  # the line, pasted whole
 
 
 @needs_root
-def test_an_installation_by_hand_is_taken_over_however_its_paths_are_written(tmp_path: Path) -> None:
+def test_an_installation_by_hand_is_taken_over_however_its_paths_are_written(
+    tmp_path: Path,
+) -> None:
     script, old = installed("cerebrum-backend", tmp_path), tmp_path / "opt/cerebrum-backend"
     (old / "models").mkdir(parents=True)
-    for file in (old / "vpsd.py", old / "models/a.gguf", tmp_path / "usr/lib/cerebrum-backend/models.toml"):
+    for file in (
+        old / "vpsd.py",
+        old / "models/a.gguf",
+        tmp_path / "usr/lib/cerebrum-backend/models.toml",
+    ):
         write(file, "")
     lines = 'A={0}\nB="{0}"\nC=\'{0}/\' \r\nD={0}-mine\nE="{0}/mine"\n'
     write(old / ".env", lines.format(old / "models"))
@@ -1235,11 +1573,17 @@ def test_the_commands_use_the_daemons_state(setting: str, tmp_path: Path) -> Non
     program(tmp_path / "opt/cerebrum-backend/venv/bin/python", f'exec {sys.executable} "$@"')
     write(library / ".env", setting)
     reads = "vpsd.load_config(vpsd.read_environment(os.environ, Path(__file__).parent)).engine.state_dir"
-    imports = f"import os, sys\nfrom pathlib import Path\nsys.path[0] = {str(ROOT)!r}\nimport vpsd\n"
+    imports = (
+        f"import os, sys\nfrom pathlib import Path\nsys.path[0] = {str(ROOT)!r}\nimport vpsd\n"
+    )
     write(library / "vpsd.py", f"{imports}print({reads})\n")
     env = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
-    printed = subprocess.run([script, "memory"], env=env, text=True, stdout=subprocess.PIPE, check=True).stdout
-    assert printed.strip() == (setting.partition("=")[2] or f"{tmp_path}/var/lib/cerebrum")  # systemd's default
+    printed = subprocess.run(
+        [script, "memory"], env=env, text=True, stdout=subprocess.PIPE, check=True
+    ).stdout
+    assert printed.strip() == (
+        setting.partition("=")[2] or f"{tmp_path}/var/lib/cerebrum"
+    )  # systemd's default
 
 
 @needs_root
@@ -1247,6 +1591,8 @@ def test_a_build_of_the_package_that_is_killed_leaves_nothing(tmp_path: Path) ->
     script, log = installed("cerebrum-backend", tmp_path), tmp_path / "tree"
     python = tmp_path / "opt/cerebrum-backend/venv/bin/python"
     program(python, f"case $* in *pip\\ install*) {builds(log)} ;; *gguf) exit 1 ;; esac")
-    tree = killed_build([str(script), "build"], log, {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"})
+    tree = killed_build(
+        [str(script), "build"], log, {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+    )
     assert str(tree).startswith(f"{tmp_path}/var/")
     assert os.listdir(tmp_path / "var/lib/cerebrum-backend/cache") == []

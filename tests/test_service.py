@@ -58,7 +58,11 @@ def test_log_form(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) 
     finally:
         monkeypatch.undo()
         time.tzset()
-    assert capsys.readouterr().out == path.read_text() == "2025-12-25 12:00:00 - INFO - [65652caa] POST /x\n"
+    assert (
+        capsys.readouterr().out
+        == path.read_text()
+        == "2025-12-25 12:00:00 - INFO - [65652caa] POST /x\n"
+    )
 
 
 OUTSIDE = {
@@ -96,7 +100,9 @@ def test_notify_in_an_abstract_socket_or_none(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("full", [True, False], ids=["full", "removed"])
-def test_a_log_file_is_made_again_after_it_is_removed(tmp_path: Path, capsys: Any, full: bool) -> None:
+def test_a_log_file_is_made_again_after_it_is_removed(
+    tmp_path: Path, capsys: Any, full: bool
+) -> None:
     file = tmp_path / "cerebrum.log"
     if full:
         file.symlink_to("/dev/full")
@@ -105,8 +111,14 @@ def test_a_log_file_is_made_again_after_it_is_removed(tmp_path: Path, capsys: An
     log.info("two")
     file.unlink()
     log.info("three")
-    said = [line for line in capsys.readouterr().out.splitlines() if not line.endswith((" one", " two", " three"))]
-    reported = f"CEREBRUM_LOG_FILE: cannot write {file}: No space left on device; going on without it"
+    said = [
+        line
+        for line in capsys.readouterr().out.splitlines()
+        if not line.endswith((" one", " two", " three"))
+    ]
+    reported = (
+        f"CEREBRUM_LOG_FILE: cannot write {file}: No space left on device; going on without it"
+    )
     assert said == [reported] * full  # once, not for each line
     assert [line.rpartition(" ")[2] for line in file.read_text().splitlines()] == ["three"]
     set_up_logging("INFO", str(file / "x.log"))
@@ -120,22 +132,33 @@ def test_the_log_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for number in range(200):
         log.info("line %d", number)
     sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
-    assert (sorted(sizes), max(sizes.values()) <= 1000) == (["log", "log.1", "log.2", "log.3"], True)
+    assert (sorted(sizes), max(sizes.values()) <= 1000) == (
+        ["log", "log.1", "log.2", "log.3"],
+        True,
+    )
 
 
-def test_requests_are_not_written_twice(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_are_not_written_twice(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output = os.fstat(1)
     monkeypatch.setenv("JOURNAL_STREAM", f"{output.st_dev}:{output.st_ino}")
     set_up_logging("INFO", str(tmp_path / "log"))
     log.info("a request", extra={"is_request": True})
     log.info("something else")
     assert [line[-9:] for line in capsys.readouterr().out.splitlines()] == ["hing else"]
-    assert [line[-9:] for line in (tmp_path / "log").read_text().splitlines()] == ["a request", "hing else"]
+    assert [line[-9:] for line in (tmp_path / "log").read_text().splitlines()] == [
+        "a request",
+        "hing else",
+    ]
     (tmp_path / "log").unlink()
     (tmp_path / "log").symlink_to("/dev/full")
     for number in range(3):  # while the file cannot be written, the journal has the requests
         log.info("request %d", number, extra={"is_request": True})
-    assert [line[-9:] for line in capsys.readouterr().out.splitlines()[1:]] == ["request 1", "request 2"]
+    assert [line[-9:] for line in capsys.readouterr().out.splitlines()[1:]] == [
+        "request 1",
+        "request 2",
+    ]
 
 
 # ------------------------------------------------------------------------------------------- a daemon's life
@@ -159,7 +182,9 @@ def systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
         yield heard
 
 
-async def test_the_watchdog_is_fed_only_while_nothing_is_stuck(systemd: Any, monkeypatch: Any, caplog: Any) -> None:
+async def test_the_watchdog_is_fed_only_while_nothing_is_stuck(
+    systemd: Any, monkeypatch: Any, caplog: Any
+) -> None:
     monkeypatch.setenv("WATCHDOG_USEC", "20000")
     asked: list[float] = []
 
@@ -167,7 +192,9 @@ async def test_the_watchdog_is_fed_only_while_nothing_is_stuck(systemd: Any, mon
         asked.append(now)
         return "a worker hangs" if len(asked) > 3 else ""
 
-    assert await Service(lambda: None, stuck).run(asyncio.create_task(until(lambda: len(asked) >= 10)))
+    assert await Service(lambda: None, stuck).run(
+        asyncio.create_task(until(lambda: len(asked) >= 10))
+    )
     assert systemd() == ["READY=1", "WATCHDOG=1", "WATCHDOG=1", "WATCHDOG=1", "STOPPING=1"]
     errors = [record.message for record in caplog.records if record.levelno >= logging.ERROR]
     assert errors == ["a worker hangs", "a task of the daemon has ended"]
@@ -179,7 +206,12 @@ def test_reloads_and_the_end(
 ) -> None:
     monkeypatch.setenv("RUNTIME_DIRECTORY", str(tmp_path))
     caplog.set_level(logging.INFO)
-    faults = [None, ConfigError("CEREBRUM_X: expected a number, got 'x'"), ValueError("a fault of ours"), None]
+    faults = [
+        None,
+        ConfigError("CEREBRUM_X: expected a number, got 'x'"),
+        ValueError("a fault of ours"),
+        None,
+    ]
     reloads, outcomes = list[None](), list[str]()
 
     def reload() -> None:
@@ -211,7 +243,9 @@ def test_reloads_and_the_end(
     assert outcomes == expected
 
 
-async def test_a_reason_that_has_no_encoding_is_an_answer_too(tmp_path: Path, monkeypatch: Any) -> None:
+async def test_a_reason_that_has_no_encoding_is_an_answer_too(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
     def reload() -> None:
         raise ConfigError("/\udc80")
 
@@ -221,7 +255,9 @@ async def test_a_reason_that_has_no_encoding_is_an_answer_too(tmp_path: Path, mo
     assert (tmp_path / "reload").read_text().endswith(": /\\udc80")
 
 
-async def test_a_daemon_whose_probing_fails_ends_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_daemon_whose_probing_fails_ends_with_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     async def fail(*_: object) -> None:
         raise OSError(5, "of /proc")
 
@@ -232,14 +268,25 @@ async def test_a_daemon_whose_probing_fails_ends_with_an_error(monkeypatch: pyte
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd")
 def test_the_units_are_well_formed_and_locked_down() -> None:
-    version = subprocess.run(["systemd-analyze", "--version"], stdout=subprocess.PIPE, text=True).stdout
+    version = subprocess.run(
+        ["systemd-analyze", "--version"], stdout=subprocess.PIPE, text=True
+    ).stdout
     if int(version.split()[1]) < 254:
         pytest.skip("an older systemd lacks some settings and counts otherwise")
-    units = [str(path) for path in sorted((ROOT / "systemd").iterdir()) if path.suffix in (".service", ".socket")]
-    verified = subprocess.run(["systemd-analyze", "verify", "--man=no", *units], capture_output=True, text=True)
+    units = [
+        str(path)
+        for path in sorted((ROOT / "systemd").iterdir())
+        if path.suffix in (".service", ".socket")
+    ]
+    verified = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", *units], capture_output=True, text=True
+    )
     assert [line for line in verified.stderr.splitlines() if "is not executable" not in line] == []
     analyze = ["systemd-analyze", "security", "--offline=true"]
-    for unit, points in (("cerebrum-backend", 4), ("cerebrum-cm4", 11)):  # points of systemd-analyze's 100
+    for unit, points in (
+        ("cerebrum-backend", 4),
+        ("cerebrum-cm4", 11),
+    ):  # points of systemd-analyze's 100
         command = [*analyze, f"--threshold={points}", str(ROOT / f"systemd/{unit}.service")]
         assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0, unit
 
@@ -247,8 +294,12 @@ def test_the_units_are_well_formed_and_locked_down() -> None:
 # ------------------------------------------------------------------------------------------- both daemons
 
 
-@pytest.mark.parametrize(("name", "key", "later"), [("cm4d", "CM4_API_KEY", "CM4_PORT"), ("vpsd", "API_KEY", "N_CTX")])
-async def test_a_reload_takes_keys_and_level_if_they_are_right(tmp_path: Path, name: str, key: str, later: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "key", "later"), [("cm4d", "CM4_API_KEY", "CM4_PORT"), ("vpsd", "API_KEY", "N_CTX")]
+)
+async def test_a_reload_takes_keys_and_level_if_they_are_right(
+    tmp_path: Path, name: str, key: str, later: str
+) -> None:
     variable = f"CEREBRUM_{key}"
     credentials = tmp_path / "credentials"
     credentials.mkdir()
@@ -256,7 +307,10 @@ async def test_a_reload_takes_keys_and_level_if_they_are_right(tmp_path: Path, n
 
     async def statuses() -> list[int]:
         client = Client(port=process.port)
-        return [(await client.get("/v1/stats", X_API_Key=key)).status for key in ("one", "two", "not-used")]
+        return [
+            (await client.get("/v1/stats", X_API_Key=key)).status
+            for key in ("one", "two", "not-used")
+        ]
 
     async def reloaded(keys: str, said: str = "") -> list[int]:
         (credentials / variable).write_text(keys)
@@ -272,7 +326,9 @@ async def test_a_reload_takes_keys_and_level_if_they_are_right(tmp_path: Path, n
     with daemon(name, tmp_path, **given) as process:
         assert await statuses() == [200, 401, 401]
         assert await reloaded("two,one\n") == [200, 200, 401]
-        assert await reloaded("th ree\n", f"{variable}: expected printable ASCII without spaces") == [200, 200, 401]
+        assert await reloaded(
+            "th ree\n", f"{variable}: expected printable ASCII without spaces"
+        ) == [200, 200, 401]
         models.unlink()
         gone = f"CEREBRUM_MODELS_FILE: {models}: [Errno 2] No such file or directory: '{models}'"
         assert await reloaded("one", gone) == [200, 401, 401]
@@ -282,12 +338,21 @@ async def test_a_reload_takes_keys_and_level_if_they_are_right(tmp_path: Path, n
         assert await reloaded("two") == [401, 200, 401]
         assert (await Client(port=process.port).get("/health")).status in (200, 503)
         await asyncio.to_thread(process.wait_for_line, "GET /health")
-        assert f"WARNING - [-] CEREBRUM_{later} changed: restart the daemon to use it\n" in process.stdout()
+        assert (
+            f"WARNING - [-] CEREBRUM_{later} changed: restart the daemon to use it\n"
+            in process.stdout()
+        )
 
 
 @pytest.mark.parametrize("fault", ["ends", "hangs", "answers an older one"])
-def test_a_reload_without_an_answer_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
-    does = {"ends": "sys.exit(1)", "hangs": "0", "answers an older one": "open('reload', 'w').write('7 reloaded')"}
+def test_a_reload_without_an_answer_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    does = {
+        "ends": "sys.exit(1)",
+        "hangs": "0",
+        "answers an older one": "open('reload', 'w').write('7 reloaded')",
+    }
     code = f"import signal, sys, time; signal.signal(signal.SIGHUP, lambda *_: {does[fault]}); print(flush=True)"
     command = [sys.executable, "-c", code + "; [time.sleep(1) for _ in range(999)]"]
     monkeypatch.setattr("cerebrum.reload.SECONDS", 120.0 if fault == "ends" else 0.2)
@@ -303,7 +368,10 @@ def test_a_reload_without_an_answer_fails(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_reloads_at_the_same_time_all_get_an_answer(tmp_path: Path) -> None:
     """Beside a flood of signals from others, and with an answer that began after they were asked for."""
-    with daemon("cm4d", tmp_path, RUNTIME_DIRECTORY=str(tmp_path)) as pi, ThreadPoolExecutor(8) as pool:
+    with (
+        daemon("cm4d", tmp_path, RUNTIME_DIRECTORY=str(tmp_path)) as pi,
+        ThreadPoolExecutor(8) as pool,
+    ):
         asked = [pool.submit(reload, pi.process, tmp_path) for _ in range(8)]
         for _ in range(20):
             pi.process.send_signal(signal.SIGHUP)
@@ -312,21 +380,30 @@ def test_reloads_at_the_same_time_all_get_an_answer(tmp_path: Path) -> None:
 
 def test_a_daemon_takes_the_socket_of_its_supervisor(tmp_path: Path) -> None:
     """As systemd passes it: open before the daemon runs, and on while it is restarted."""
-    code = "import os, sys; os.dup2(int(sys.argv[1]), 3); os.environ['LISTEN_PID'] = str(os.getpid())"
+    code = (
+        "import os, sys; os.dup2(int(sys.argv[1]), 3); os.environ['LISTEN_PID'] = str(os.getpid())"
+    )
     code += "; os.execv(sys.argv[2], sys.argv[2:])"
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
         early = socket.create_connection(("127.0.0.1", port))  # nobody serves it yet
         early.sendall(HEALTH)
-        given = {"env": settings(tmp_path, LISTEN_FDS="1", CEREBRUM_VPS_HOST="192.0.2.1"), "stdout": subprocess.PIPE}
+        given = {
+            "env": settings(tmp_path, LISTEN_FDS="1", CEREBRUM_VPS_HOST="192.0.2.1"),
+            "stdout": subprocess.PIPE,
+        }
         command = [sys.executable, "-c", code, str(listening.fileno()), *command_of("vpsd")]
         for _ in range(2):
             with subprocess.Popen(command, pass_fds=[listening.fileno()], **given) as process:
-                assert f"listening on http://127.0.0.1:{port}\n".encode() in process.stdout.readline()
+                assert (
+                    f"listening on http://127.0.0.1:{port}\n".encode() in process.stdout.readline()
+                )
                 assert early.recv(15) == b"HTTP/1.1 200 OK"
                 early.close()
                 process.terminate()
-            early = socket.create_connection(("127.0.0.1", port))  # refused if the socket were closed
+            early = socket.create_connection(
+                ("127.0.0.1", port)
+            )  # refused if the socket were closed
             early.sendall(HEALTH)
         early.close()
     assert passed_sockets({"LISTEN_PID": "1", "LISTEN_FDS": "1"}) == []  # of another process
@@ -338,7 +415,9 @@ async def test_prompts_are_logged_only_if_wanted(tmp_path: Path, wanted: str) ->
         given = {"CEREBRUM_VPS_URL": f"http://127.0.0.1:{backend.port}", "CEREBRUM_CM4_API_KEY": ""}
         with daemon("cm4d", tmp_path, **given, CEREBRUM_LOG_PROMPTS=wanted) as process:
             asked = {"prompt": "def my_secret():\n", "suffix": "zwölf", "language": "python"}
-            await Client(port=process.port).ask("POST", "/v1/complete/stream", asked, X_Request_ID="the-id")
+            await Client(port=process.port).ask(
+                "POST", "/v1/complete/stream", asked, X_Request_ID="the-id"
+            )
             await asyncio.to_thread(process.wait_for_line, "the-id.* 200 ")
             prompts = re.findall(r"\[the-id\] (prompt: .*)", process.stdout())
             shown = r'prompt: {"prompt": "def my_secret():\n", "suffix": "zwölf"}'

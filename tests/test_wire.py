@@ -52,15 +52,24 @@ def lines(*of: str | bytes) -> bytes:
     return b"".join(encoded(line) + b"\r\n" for line in of) + b"\r\n"
 
 
-def get(path: str = "/health", *headers: str | bytes, method: str = "GET", version: str = "HTTP/1.1") -> bytes:
+def get(
+    path: str = "/health", *headers: str | bytes, method: str = "GET", version: str = "HTTP/1.1"
+) -> bytes:
     return lines(f"{method} {path} {version}", "Host: localhost", f"X-API-Key: {KEY}", *headers)
 
 
-def send(*headers: str | bytes, body: bytes = b"", kind: str = "application/json", version: str = "HTTP/1.1") -> bytes:
+def send(
+    *headers: str | bytes,
+    body: bytes = b"",
+    kind: str = "application/json",
+    version: str = "HTTP/1.1",
+) -> bytes:
     return get("@POST", f"Content-Type: {kind}", *headers, method="POST", version=version) + body
 
 
-def sized(body: bytes, *headers: str, kind: str = "application/json", version: str = "HTTP/1.1") -> bytes:
+def sized(
+    body: bytes, *headers: str, kind: str = "application/json", version: str = "HTTP/1.1"
+) -> bytes:
     return send(f"Content-Length: {len(body)}", *headers, body=body, kind=kind, version=version)
 
 
@@ -112,7 +121,9 @@ Row = tuple[str, bytes, "int | list[int]", bool]
 
 def each(form: str, status: int, keep: bool, *values: str | bytes) -> list[Row]:
     """A row for each of the values."""
-    return [(f"{form} {value!r}"[:60], FORMS[form] % encoded(value), status, keep) for value in values]
+    return [
+        (f"{form} {value!r}"[:60], FORMS[form] % encoded(value), status, keep) for value in values
+    ]
 
 
 def bodies(status: int, *values: bytes) -> list[Row]:
@@ -126,10 +137,41 @@ def members(status: int, *values: bytes) -> list[Row]:
 REQUEST_LINES: list[Row] = [
     *each("raw", 200, C, get(version="HTTP/1.0"), "GET /health HTTP/1.0\r\n\r\n"),
     *each("raw", 200, C, get("/health", "Connection: keep-alive", version="HTTP/1.0")),
-    *each("line", 400, C, "GET  /health HTTP/1.1", "GET\t/health HTTP/1.1", "GET / HTTP/1.1 ", " GET / HTTP/1.1"),
-    *each("line", 400, C, "GET /health", "GET /health ", "GET HTTP/1.1", "GET /a b HTTP/1.1", "  ", "a GET / HTTP/1.1"),
-    *each("line", 400, C, b"GET /\xc3\xa4 HTTP/1.1", b"GET /\xc0\xaf HTTP/1.1", b"GET /\0a HTTP/1.1"),
-    *each("version", 400, C, "http/1.1", "HTTP/1.11", "HTTP/01.01", "HTTP/1", "HTTP/1.1.1", "HTTP 1.1", "HTTP/ 1.1"),
+    *each(
+        "line",
+        400,
+        C,
+        "GET  /health HTTP/1.1",
+        "GET\t/health HTTP/1.1",
+        "GET / HTTP/1.1 ",
+        " GET / HTTP/1.1",
+    ),
+    *each(
+        "line",
+        400,
+        C,
+        "GET /health",
+        "GET /health ",
+        "GET HTTP/1.1",
+        "GET /a b HTTP/1.1",
+        "  ",
+        "a GET / HTTP/1.1",
+    ),
+    *each(
+        "line", 400, C, b"GET /\xc3\xa4 HTTP/1.1", b"GET /\xc0\xaf HTTP/1.1", b"GET /\0a HTTP/1.1"
+    ),
+    *each(
+        "version",
+        400,
+        C,
+        "http/1.1",
+        "HTTP/1.11",
+        "HTTP/01.01",
+        "HTTP/1",
+        "HTTP/1.1.1",
+        "HTTP 1.1",
+        "HTTP/ 1.1",
+    ),
     *each("version", 505, C, "HTTP/3.0", "HTTP/0.9", "HTTP/1.2", "HTTP/9.9"),
     *each("method", 501, C, "BREW", "get", "CONNECT", "GE!T"),
     *each("method", 400, C, "GE(T", "GÉT"),
@@ -138,21 +180,99 @@ REQUEST_LINES: list[Row] = [
     *each("raw", 505, C, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"),
     *each("raw", 400, C, "GET /health\r\n", "EHLO localhost\r\n", HELLO, b"\0"),  # at once
     *each("raw", 200, K, b"\r\n" + get()),
-    *each("raw", 400, C, b"\r\n\r\n" + get(), b"\n" + get(), b"\r" + get(), get().replace(b"\r\n", b"\n")),
+    *each(
+        "raw",
+        400,
+        C,
+        b"\r\n\r\n" + get(),
+        b"\n" + get(),
+        b"\r" + get(),
+        get().replace(b"\r\n", b"\n"),
+    ),
     ("8,000 bytes of path", get("/" + "a" * 7999), 404, K),
     ("8,192 bytes of target", get("/health?" + "a" * 8184), 200, K),
     ("8,193 bytes of target", get("/health?" + "a" * 8185), 414, C),
     *each("raw", 414, C, "G" * 8224, "A" * 100_000 + " / HTTP/1.1\r\n"),
-    *each("header", 200, C, "Connection: close", "Connection: foo , CLOSE", "Connection: foo\r\nConnection: close"),
+    *each(
+        "header",
+        200,
+        C,
+        "Connection: close",
+        "Connection: foo , CLOSE",
+        "Connection: foo\r\nConnection: close",
+    ),
 ]
 TARGETS: list[Row] = [
-    *each("path", 200, K, "/health", "http://h/health", "HTTP://LOCALHOST:7000/health?a=b", "http://localhost//health"),
-    *each("path", 200, K, "/", "http://localhost?a", "/he%61lth", "//health", "///health/", "/health?a=%20b&c=/?:@"),
-    *each("path", 400, C, "*", "foo", "?a", "/a#b", "/a\\b", '/"', "/{x}", "/a|b", "//[::1]/", "*x", "localhost:80"),
-    *each("path", 400, C, "http://u@localhost/health", "http:///health", "https://localhost/health", "/health?%zz"),
+    *each(
+        "path",
+        200,
+        K,
+        "/health",
+        "http://h/health",
+        "HTTP://LOCALHOST:7000/health?a=b",
+        "http://localhost//health",
+    ),
+    *each(
+        "path",
+        200,
+        K,
+        "/",
+        "http://localhost?a",
+        "/he%61lth",
+        "//health",
+        "///health/",
+        "/health?a=%20b&c=/?:@",
+    ),
+    *each(
+        "path",
+        400,
+        C,
+        "*",
+        "foo",
+        "?a",
+        "/a#b",
+        "/a\\b",
+        '/"',
+        "/{x}",
+        "/a|b",
+        "//[::1]/",
+        "*x",
+        "localhost:80",
+    ),
+    *each(
+        "path",
+        400,
+        C,
+        "http://u@localhost/health",
+        "http:///health",
+        "https://localhost/health",
+        "/health?%zz",
+    ),
     *each("path", 400, C, "/%00", "/%zz", "/%", "/%1", "/%0d%0aA:%20b", "/%7f", "/%ff", "/%c0%af"),
-    *each("path", 404, K, "/nothing", "/../x", "/%2e%2e", "/%2E%2E/health", "//x", "/%2Fhealth", "//localhost/health"),
-    *each("path", 404, K, "/health/..", "/./health", "/health/x", "/HEALTH", "/health%2F", "/health;a", "/he%2561lth"),
+    *each(
+        "path",
+        404,
+        K,
+        "/nothing",
+        "/../x",
+        "/%2e%2e",
+        "/%2E%2E/health",
+        "//x",
+        "/%2Fhealth",
+        "//localhost/health",
+    ),
+    *each(
+        "path",
+        404,
+        K,
+        "/health/..",
+        "/./health",
+        "/health/x",
+        "/HEALTH",
+        "/health%2F",
+        "/health;a",
+        "/he%2561lth",
+    ),
     *each("path", 421, K, "http://evil.example/health"),
     *each("path", 405, K, "@POST"),
     *each("raw", 400, C, "GET http://localhost/health HTTP/1.1\r\n\r\n"),
@@ -162,19 +282,127 @@ TARGETS: list[Row] = [
     *each("raw", 204, K, get("*", method="OPTIONS"), get("/health", method="OPTIONS")),
 ]
 HEADERS: list[Row] = [
-    *each("raw", 400, C, "GET /health HTTP/1.1\r\n\r\n", "GET /health HTTP/1.1\r\n \r\nHost: localhost\r\n\r\n"),
-    *each("Host", 400, C, "a b", "a#b", "a@b", "a/b", "", "u:p@localhost", "localhost:x", "localhost:99999", "a, b"),
-    *each("Host", 400, C, "localhost:-1", "[::1", b"\xe4", "localhost:1:2", "local%68ost", "a\\b", "[::1%25lo]", ":80"),
-    *each("Host", 400, C, "::1", "[::1]x", "localhost:000080", "h:+1", "h\r\nHost: h", "localhost\r\nhost: b"),
-    *each("Host", 200, K, "LOCALHOST:80", "[1:2:3:4:5:6:7:8]", "127.0.0.1:", "[::1]:65535", "\tlocalhost"),
-    *each("Host", 200, K, socket.gethostname(), f"{socket.gethostname()}.LOCAL", "[fe80::1]:80", "10.1.2.3"),
-    *each("Host", 421, K, "evil.example", "localhost.evil.example", "127.0.0.1.nip.io", "127.1", "h"),
-    *each("header", 400, C, "A : b", ": b", "abc", "Transfer-Encoding : chunked", " A: b", " ", "\tA: b"),
-    *each("header", 400, C, b"A\0B: c", "A(B: c", "A/B: c", 'A"B: c', "A[]: b", b"A\xe4B: c", b"A\x7fB: c", "A\tB: c"),
-    *each("header", 400, C, b"A: b\rc", b"A: b\nc", b"A: b\0c", b"A: b\x07c", b"A: b\x0bc", b"A: b\x7fc", b"A: b\r"),
-    *each("header", 400, C, "A: b\r\n c", "A: b\r\n\tc", f"Transfer-Encoding:\r\n chunked\r\n{CL5}"),
-    *each("header", 200, K, b"A: \xe4\xff", "A:\r\nB: \t ", "Transfer_Encoding: chunked\r\nContent_Length: 5"),
-    *each("header", 400, C, *(f"{one}: a\r\n{one.lower()}: a" for one in ("Content-Type", "Origin", "Expect"))),
+    *each(
+        "raw",
+        400,
+        C,
+        "GET /health HTTP/1.1\r\n\r\n",
+        "GET /health HTTP/1.1\r\n \r\nHost: localhost\r\n\r\n",
+    ),
+    *each(
+        "Host",
+        400,
+        C,
+        "a b",
+        "a#b",
+        "a@b",
+        "a/b",
+        "",
+        "u:p@localhost",
+        "localhost:x",
+        "localhost:99999",
+        "a, b",
+    ),
+    *each(
+        "Host",
+        400,
+        C,
+        "localhost:-1",
+        "[::1",
+        b"\xe4",
+        "localhost:1:2",
+        "local%68ost",
+        "a\\b",
+        "[::1%25lo]",
+        ":80",
+    ),
+    *each(
+        "Host",
+        400,
+        C,
+        "::1",
+        "[::1]x",
+        "localhost:000080",
+        "h:+1",
+        "h\r\nHost: h",
+        "localhost\r\nhost: b",
+    ),
+    *each(
+        "Host",
+        200,
+        K,
+        "LOCALHOST:80",
+        "[1:2:3:4:5:6:7:8]",
+        "127.0.0.1:",
+        "[::1]:65535",
+        "\tlocalhost",
+    ),
+    *each(
+        "Host",
+        200,
+        K,
+        socket.gethostname(),
+        f"{socket.gethostname()}.LOCAL",
+        "[fe80::1]:80",
+        "10.1.2.3",
+    ),
+    *each(
+        "Host", 421, K, "evil.example", "localhost.evil.example", "127.0.0.1.nip.io", "127.1", "h"
+    ),
+    *each(
+        "header",
+        400,
+        C,
+        "A : b",
+        ": b",
+        "abc",
+        "Transfer-Encoding : chunked",
+        " A: b",
+        " ",
+        "\tA: b",
+    ),
+    *each(
+        "header",
+        400,
+        C,
+        b"A\0B: c",
+        "A(B: c",
+        "A/B: c",
+        'A"B: c',
+        "A[]: b",
+        b"A\xe4B: c",
+        b"A\x7fB: c",
+        "A\tB: c",
+    ),
+    *each(
+        "header",
+        400,
+        C,
+        b"A: b\rc",
+        b"A: b\nc",
+        b"A: b\0c",
+        b"A: b\x07c",
+        b"A: b\x0bc",
+        b"A: b\x7fc",
+        b"A: b\r",
+    ),
+    *each(
+        "header", 400, C, "A: b\r\n c", "A: b\r\n\tc", f"Transfer-Encoding:\r\n chunked\r\n{CL5}"
+    ),
+    *each(
+        "header",
+        200,
+        K,
+        b"A: \xe4\xff",
+        "A:\r\nB: \t ",
+        "Transfer_Encoding: chunked\r\nContent_Length: 5",
+    ),
+    *each(
+        "header",
+        400,
+        C,
+        *(f"{one}: a\r\n{one.lower()}: a" for one in ("Content-Type", "Origin", "Expect")),
+    ),
     *each("header", 400, C, "x-api-key: a"),
     *each("raw", 400, C, get().replace(b"\r\n", b"\n", 1), get().replace(b"\r\n", b"\r", 1)),
     *each("raw", 400, C, get()[:-2] + b"\n", get()[:-2] + b"\rx"),
@@ -189,7 +417,16 @@ HEADERS: list[Row] = [
     ("Expect without the key", without(sized(BODY, EXPECT), "X-API-Key"), 401, C),
     ("Expect of too much", send("Content-Length: 1048577", EXPECT), 413, C),
     ("Expect in HTTP/1.0", sized(BODY, EXPECT, version="HTTP/1.0"), 200, C),
-    *each("header", 200, K, EXPECT, f"{UPGRADE}h2c", UPGRADE + SOCKET, f"Upgrade: {SOCKET}", f"{UPGRADE}{SOCKET}99"),
+    *each(
+        "header",
+        200,
+        K,
+        EXPECT,
+        f"{UPGRADE}h2c",
+        UPGRADE + SOCKET,
+        f"Upgrade: {SOCKET}",
+        f"{UPGRADE}{SOCKET}99",
+    ),
     *each("header", 200, K, "Range: bytes=a-b", f"Range: bytes={'0-,' * 1000}0-", "Accept: a/b"),
     *each("with", 200, K, "Range: bytes=0-1", UPGRADE + SOCKET),
     *each("with", 417, C, "Expect: 200-ok"),
@@ -199,34 +436,151 @@ HEADERS: list[Row] = [
 BODIES: list[Row] = [
     *each("raw", 200, C, sized(BODY, version="HTTP/1.0")),
     *each("good", 200, K, f"{N}", f" 000{N}", f"  {N}", f"\t{N}", f" {N} \t"),
-    *each("length", 400, C, "+5", "-0", "-5", "0x5", "0o5", "5_0", "5 5", "", b"\xb2", "\u0665", "5.0", "1e1", "abc"),
-    *each("length", 400, C, "5, 5", "5,5", "5, 6", "5;", '"5"', "-" + "9" * 30, "9" * 21, "9" * 5000),
+    *each(
+        "length",
+        400,
+        C,
+        "+5",
+        "-0",
+        "-5",
+        "0x5",
+        "0o5",
+        "5_0",
+        "5 5",
+        "",
+        b"\xb2",
+        "\u0665",
+        "5.0",
+        "1e1",
+        "abc",
+    ),
+    *each(
+        "length", 400, C, "5, 5", "5,5", "5, 6", "5;", '"5"', "-" + "9" * 30, "9" * 21, "9" * 5000
+    ),
     *each("length", 413, C, "1048577", "9" * 20, "18446744073709551616"),
-    *each("both", 400, C, f"{CL5}\r\n{CL5}", f"{CL5}\r\ncontent-length: 6", f"{CL5}\r\nContent-Length : 6"),
-    *each("both", 400, C, f"{CL5}\r\n{TE}", f"{TE}\r\n{CL5}", f"{TE}\r\n{TE}", f"{CL5}\r\n{TE.upper()} "),
-    *each("both", 400, C, f"Content-Length: +5\r\n{TE}", f"Content-Length: x\r\n{TE}", f"{CL5}\r\n{TE}\r\n{TE}"),
-    *each("both", 400, C, f"{CL5}\r\nTransfer-Encoding:\r\n chunked", f"{CL5}\r\nTransfer-Encoding: , chunked"),
+    *each(
+        "both",
+        400,
+        C,
+        f"{CL5}\r\n{CL5}",
+        f"{CL5}\r\ncontent-length: 6",
+        f"{CL5}\r\nContent-Length : 6",
+    ),
+    *each(
+        "both",
+        400,
+        C,
+        f"{CL5}\r\n{TE}",
+        f"{TE}\r\n{CL5}",
+        f"{TE}\r\n{TE}",
+        f"{CL5}\r\n{TE.upper()} ",
+    ),
+    *each(
+        "both",
+        400,
+        C,
+        f"Content-Length: +5\r\n{TE}",
+        f"Content-Length: x\r\n{TE}",
+        f"{CL5}\r\n{TE}\r\n{TE}",
+    ),
+    *each(
+        "both",
+        400,
+        C,
+        f"{CL5}\r\nTransfer-Encoding:\r\n chunked",
+        f"{CL5}\r\nTransfer-Encoding: , chunked",
+    ),
     *each("header", 400, C, f"{TE}\r\n{CL5}"),
     *each("coding", 200, K, "chunked", "CHUNKED", "\tchunked "),
     *each("coding", 501, C, "gzip, chunked", "chunked, chunked", ", chunked"),
-    *each("coding", 400, C, "gzip", "chunked, gzip", "identity", "xchunked", "chunked;a=b", '"chunked"', ""),
+    *each(
+        "coding",
+        400,
+        C,
+        "gzip",
+        "chunked, gzip",
+        "identity",
+        "xchunked",
+        "chunked;a=b",
+        '"chunked"',
+        "",
+    ),
     *each("coding", 400, C, "chunked,", b"\x0bchunked", b"\x0cchunked", b"chunked\0"),
     *each("raw", 400, C, chunked(GOOD_CHUNKS, version="HTTP/1.0")),
-    *each("chunks", 200, K, b"".join(b"1\r\n%c\r\n" % c for c in BODY) + b"0\r\n\r\n", GOOD_CHUNKS[:-2] + b"\r\n"),
-    *each("chunks", 200, K, GOOD_CHUNKS.replace(b"\r\n0\r\n", b"\r\n000\r\n"), half(BODY) + half(b"") + b"0\r\n\r\n"),
+    *each(
+        "chunks",
+        200,
+        K,
+        b"".join(b"1\r\n%c\r\n" % c for c in BODY) + b"0\r\n\r\n",
+        GOOD_CHUNKS[:-2] + b"\r\n",
+    ),
+    *each(
+        "chunks",
+        200,
+        K,
+        GOOD_CHUNKS.replace(b"\r\n0\r\n", b"\r\n000\r\n"),
+        half(BODY) + half(b"") + b"0\r\n\r\n",
+    ),
     *each("size", 200, K, SIZE.upper(), "0" * 10 + SIZE),
-    *each("size", 400, C, f"0x{SIZE}", f"-{SIZE}", f"+{SIZE}", f"{SIZE[0]}_{SIZE[1:]}", f" {SIZE}", f"{SIZE} "),
+    *each(
+        "size",
+        400,
+        C,
+        f"0x{SIZE}",
+        f"-{SIZE}",
+        f"+{SIZE}",
+        f"{SIZE[0]}_{SIZE[1:]}",
+        f" {SIZE}",
+        f"{SIZE} ",
+    ),
     *each("size", 400, C, f"{SIZE}\t", f"{SIZE},", "", "g", "0" * 15 + SIZE, "f" * 16 + "0"),
     *each("extension", 200, K, 'a="b; c";d;e=f', "a" * 250),
-    *each("extension", 400, C, "", "a[=b", 'a="b', "a=", "\0a", "a\rx", "\n", "a" * 254, "a" * 65_000),
-    *each("chunks", 400, C, GOOD_CHUNKS.replace(b"\r\n", b"\n", 1), GOOD_CHUNKS.replace(b"\r\n", b"\r", 1)),
-    *each("chunks", 400, C, *(GOOD_CHUNKS.replace(b"}\r\n", wrong) for wrong in (b"}}\r\n", b"}", b"}\n", b"}\r"))),
-    *each("chunks", 400, C, "x", "1\r\nab", "1\r\na\n", "\n", "1;\0", "1;a=;", "0\r\nA: b\n", "+0\r\n\r\nX"),
-    *each("trailer", 200, K, "A: b\r\nTransfer-Encoding: gzip\r\nHost: a\r\nContent-Length: 50\r\n\r\n"),
+    *each(
+        "extension", 400, C, "", "a[=b", 'a="b', "a=", "\0a", "a\rx", "\n", "a" * 254, "a" * 65_000
+    ),
+    *each(
+        "chunks",
+        400,
+        C,
+        GOOD_CHUNKS.replace(b"\r\n", b"\n", 1),
+        GOOD_CHUNKS.replace(b"\r\n", b"\r", 1),
+    ),
+    *each(
+        "chunks",
+        400,
+        C,
+        *(GOOD_CHUNKS.replace(b"}\r\n", wrong) for wrong in (b"}}\r\n", b"}", b"}\n", b"}\r")),
+    ),
+    *each(
+        "chunks",
+        400,
+        C,
+        "x",
+        "1\r\nab",
+        "1\r\na\n",
+        "\n",
+        "1;\0",
+        "1;a=;",
+        "0\r\nA: b\n",
+        "+0\r\n\r\nX",
+    ),
+    *each(
+        "trailer",
+        200,
+        K,
+        "A: b\r\nTransfer-Encoding: gzip\r\nHost: a\r\nContent-Length: 50\r\n\r\n",
+    ),
     *each("trailer", 200, K, "Authorization: Bearer x\r\nContent-Type: text/plain\r\n\r\n"),
     *each("trailer", 400, C, "A b\r\n\r\n", "A: b\n\r\n", "\n", "A: \0", "A: b\r\n c\r\n\r\n"),
     *each("trailer", 431, C, "A: b\r\n" * 2000),
-    *each("chunks", 413, C, b"100001\r\n" + b"x" * 1000, b"f" * 16 + b"\r\n" + b"x" * 1000, half(b"") + b"80001\r\n"),
+    *each(
+        "chunks",
+        413,
+        C,
+        b"100001\r\n" + b"x" * 1000,
+        b"f" * 16 + b"\r\n" + b"x" * 1000,
+        half(b"") + b"80001\r\n",
+    ),
     *each("chunks", 413, C, (b"1;" + b"a" * 200 + b"\r\nx\r\n") * 5300),  # extensions count
     *each("raw", 200, K, sized(BODY + b" " * ((1 << 20) - N))),
     ("neither length", send(), 411, K),
@@ -235,43 +589,141 @@ BODIES: list[Row] = [
     *each("raw", 200, K, get("/health", TE) + b"0\r\n\r\n"),
     *each("raw", 204, K, get("/health", CL5, method="OPTIONS") + b"12345"),
     *each("raw", 405, K, get("/health", CL5, method="TRACE") + b"12345"),
-    ("a request in a body on a GET", get("/health", f"Content-Length: {len(HEALTH)}") + HEALTH + get(), [200, 200], K),
+    (
+        "a request in a body on a GET",
+        get("/health", f"Content-Length: {len(HEALTH)}") + HEALTH + get(),
+        [200, 200],
+        K,
+    ),
     ("a body on a HEAD", get() + get("/health", CL5, method="HEAD") + b"12345", [200, 200], K),
     ("a byte behind length 0", sized(b"") + b"X" + get(), [400, 501], C),
     ("an early error reads the body away", get("/nothing", CL5, method="POST") + b"GET /", 404, K),
     ("an early error before bad chunks", get("/nothing", TE, method="POST") + b"xx\r\n", 404, C),
-    ("an early error before too much", get("/nothing", "Content-Length: 9999999", method="POST") + b"x" * 9999, 404, C),
-    ("pipelined", get() + get("/nothing") + sized(BODY) + get(method="HEAD"), [200, 404, 200, 200], K),
-    ("pipelined behind a close", get() + get("/health", "Connection: close") + get(), [200, 200], C),
+    (
+        "an early error before too much",
+        get("/nothing", "Content-Length: 9999999", method="POST") + b"x" * 9999,
+        404,
+        C,
+    ),
+    (
+        "pipelined",
+        get() + get("/nothing") + sized(BODY) + get(method="HEAD"),
+        [200, 404, 200, 200],
+        K,
+    ),
+    (
+        "pipelined behind a close",
+        get() + get("/health", "Connection: close") + get(),
+        [200, 200],
+        C,
+    ),
     ("pipelined behind an error", get() + b"GET /health\r\n" + get(), [200, 400], C),
     ("pipelined with empty lines", get() + b"\r\n" + get() + b"\r\n" + get(), [200, 200, 200], K),
     ("pipelined behind a completion", sized(BODY) * 3 + get("/nothing"), [200, 200, 200, 404], K),
 ]
 JSON: list[Row] = [
-    *each("type", 415, K, "text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "a/b"),
-    *each("type", 415, K, "application/jsonp", "application/json; charset=utf-16", "application/json, text/plain"),
-    *each("type", 200, K, "Application/JSON", 'application/json; charset="UTF-8"', "application/json;charset=utf-8"),
+    *each(
+        "type",
+        415,
+        K,
+        "text/plain",
+        "application/x-www-form-urlencoded",
+        "multipart/form-data; boundary=x",
+        "a/b",
+    ),
+    *each(
+        "type",
+        415,
+        K,
+        "application/jsonp",
+        "application/json; charset=utf-16",
+        "application/json, text/plain",
+    ),
+    *each(
+        "type",
+        200,
+        K,
+        "Application/JSON",
+        'application/json; charset="UTF-8"',
+        "application/json;charset=utf-8",
+    ),
     *each("type", 200, K, "application/json;"),
     ("no Content-Type", without(sized(BODY), "Content-Type"), 415, K),
-    *bodies(400, b"", b"{", b"null", b"[]", b"[" + BODY + b"]", b'"x"', b"5", BODY + b"x", BODY + BODY, b"{} //"),
-    *bodies(400, b"{'a': 1}", b'{"a": 1,}', b"\xef\xbb\xbf" + BODY, b"\0" + BODY, BODY + b"\0", b"[" * 100_000),
+    *bodies(
+        400,
+        b"",
+        b"{",
+        b"null",
+        b"[]",
+        b"[" + BODY + b"]",
+        b'"x"',
+        b"5",
+        BODY + b"x",
+        BODY + BODY,
+        b"{} //",
+    ),
+    *bodies(
+        400,
+        b"{'a': 1}",
+        b'{"a": 1,}',
+        b"\xef\xbb\xbf" + BODY,
+        b"\0" + BODY,
+        BODY + b"\0",
+        b"[" * 100_000,
+    ),
     *bodies(400, BODY.decode().encode("utf-16"), b'{"a":' * 100_000, b'{"prompt": "", ' + BODY[1:]),
-    *members(400, b"\xff", b"NaN", b"-Infinity", b"1e999", b"01", b'"\t"', b'"\\x"', b"9" * 21, b"9" * 5000),
+    *members(
+        400,
+        b"\xff",
+        b"NaN",
+        b"-Infinity",
+        b"1e999",
+        b"01",
+        b'"\t"',
+        b'"\\x"',
+        b"9" * 21,
+        b"9" * 5000,
+    ),
     *members(400, b"[" + DEEP + b"]"),
     *members(200, DEEP, b"9" * 20),
     *bodies(200, b" \r\n\t" + BODY + b" \r\n\t"),
 ]
 KEYS: list[Row] = [
-    *each("no key", 401, K, "GET /v1/models", "GET //v1/models", "GET /v%31/models", "GET /nothing"),
+    *each(
+        "no key", 401, K, "GET /v1/models", "GET //v1/models", "GET /v%31/models", "GET /nothing"
+    ),
     *each("no key", 401, K, "DELETE /v1/models", "OPTIONS /v1/models"),
     *each("no key", 200, K, "GET /health"),
     *each("no key", 405, K, "PUT /health"),
     *each("no key", 204, K, "OPTIONS /health"),
-    *each("key", 401, K, "X-API-Key:", "X-API-Key: wrong", f"X-API-Key: {KEY}x", b"X-API-Key: \xe4\xff"),
-    *each("key", 401, K, f"X-API-Key: {KEY[:-1]}", f"X-API-Key: {KEY.upper()}", f"X-API-Key: {'x' * 9999}"),
+    *each(
+        "key",
+        401,
+        K,
+        "X-API-Key:",
+        "X-API-Key: wrong",
+        f"X-API-Key: {KEY}x",
+        b"X-API-Key: \xe4\xff",
+    ),
+    *each(
+        "key",
+        401,
+        K,
+        f"X-API-Key: {KEY[:-1]}",
+        f"X-API-Key: {KEY.upper()}",
+        f"X-API-Key: {'x' * 9999}",
+    ),
     *each("key", 401, K, f"Authorization: Bearer {KEY}x", f"Authorization: Basic {KEY}"),
     *each("key", 200, K, f"Authorization: bearer {KEY}"),
-    *each("header", 403, K, "Origin: http://evil.example", "Origin: null", "Origin:", "Origin: https://localhost"),
+    *each(
+        "header",
+        403,
+        K,
+        "Origin: http://evil.example",
+        "Origin: null",
+        "Origin:",
+        "Origin: https://localhost",
+    ),
     *each("header", 200, K, "Origin: http://localhost"),
     *each("with", 403, K, "Origin: http://evil.example"),
     ("foreign preflight", get("@POST", "Origin: http://evil", PREFLIGHT, method="OPTIONS"), 403, K),
@@ -372,7 +824,9 @@ def _quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
-async def play(port: int, raw: bytes, count: int = 1, step: int = 1 << 30) -> tuple[list[Reply], bool]:
+async def play(
+    port: int, raw: bytes, count: int = 1, step: int = 1 << 30
+) -> tuple[list[Reply], bool]:
     """Send `raw` in pieces of `step` bytes; returns `count` answers, and whether the connection is kept after them."""
     raw = raw.replace(b"@POST", b"/v1/complete")
     async with connect(port) as (reader, writer):
@@ -382,7 +836,9 @@ async def play(port: int, raw: bytes, count: int = 1, step: int = 1 << 30) -> tu
                 for start in range(0, len(raw), step):
                     writer.write(raw[start : start + step])
                     await writer.drain()
-                    for _ in range(3):  # the other side's turn: on loopback it sees each of the writes
+                    for _ in range(
+                        3
+                    ):  # the other side's turn: on loopback it sees each of the writes
                         await asyncio.sleep(0)
 
         sending, replies = asyncio.create_task(send()), []
@@ -416,7 +872,9 @@ async def check_row(port: int, row: Row, **more: int) -> None:
 def check_shape(reply: Reply, is_head: bool) -> None:
     """What holds for every answer."""
     assert len(reply.one("X-Request-ID")) == 36
-    assert re.fullmatch(r"[A-Z][a-z]{2}, \d\d [A-Z][a-z]{2} \d{4} \d\d:\d\d:\d\d GMT", reply.one("Date"))
+    assert re.fullmatch(
+        r"[A-Z][a-z]{2}, \d\d [A-Z][a-z]{2} \d{4} \d\d:\d\d:\d\d GMT", reply.one("Date")
+    )
     assert reply.all("Access-Control-Allow-Origin") in ([], ["http://localhost"])
     if reply.status == 204:
         assert reply.all("Content-Length") == []
@@ -434,7 +892,9 @@ def check_shape(reply: Reply, is_head: bool) -> None:
         assert reply.one("Allow")
     if reply.status == 401:
         assert reply.one("WWW-Authenticate") == "Bearer"
-        assert reply.json["message"] == "expected the API key in the header X-API-Key"  # whatever key came
+        assert (
+            reply.json["message"] == "expected the API key in the header X-API-Key"
+        )  # whatever key came
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row[0] for row in ROWS])
@@ -472,14 +932,27 @@ async def test_headers_of_answers() -> None:
 async def test_request_id() -> None:
     for sent in ("my-id_1.2", "a" * 128):
         for path in ("/health", "/nothing"):
-            assert (await ask_server(get(path, f"X-Request-ID: {sent}"))).one("X-Request-ID") == sent
+            assert (await ask_server(get(path, f"X-Request-ID: {sent}"))).one(
+                "X-Request-ID"
+            ) == sent
     for sent in ("a" * 129, "a b", "", "ä", "a\tb", 'a"b', "a\r\nX-Request-ID: a"):
-        assert len((await ask_server(get("/health", f"X-Request-ID: {sent}"))).one("X-Request-ID")) == 36
+        assert (
+            len((await ask_server(get("/health", f"X-Request-ID: {sent}"))).one("X-Request-ID"))
+            == 36
+        )
 
 
 async def test_end_of_file_inside_a_message() -> None:
     """There is no answer, and no handler runs."""
-    for cut in (b"", b"\r\n", b"GET", get()[:-1], get()[:-2], sized(BODY)[:-1], chunked(GOOD_CHUNKS)[:-1]):
+    for cut in (
+        b"",
+        b"\r\n",
+        b"GET",
+        get()[:-1],
+        get()[:-2],
+        sized(BODY)[:-1],
+        chunked(GOOD_CHUNKS)[:-1],
+    ):
         async with serving() as (server, port), connect(port) as (reader, writer):
             writer.write(cut.replace(b"@POST", b"/v1/complete"))
             writer.write_eof()
@@ -509,13 +982,27 @@ async def test_stream_shapes(caplog: pytest.LogCaptureFixture) -> None:
     assert (reply.all("Transfer-Encoding"), reply.body) == ([], good + b'data: {"done": true}\n\n')
     reply = await ask("http")
     assert not reply.clean
-    assert reply.body == good + b'data: {"error": true, "message": "expected more", "code": "VPS_UNAVAILABLE"}\n\n'
+    assert (
+        reply.body
+        == good
+        + b'data: {"error": true, "message": "expected more", "code": "VPS_UNAVAILABLE"}\n\n'
+    )
     # A bug says nothing of itself.
     reply = await ask("bug")
-    assert (reply.clean, b"secret" in reply.body, b"INTERNAL_ERROR" in reply.body) == (False, False, True)
+    assert (reply.clean, b"secret" in reply.body, b"INTERNAL_ERROR" in reply.body) == (
+        False,
+        False,
+        True,
+    )
     reply = await ask_server(get("/v1/broken"))
-    assert (reply.status, reply.json["code"], b"secret" in reply.body) == (500, "INTERNAL_ERROR", False)
-    assert [record.message for record in caplog.records if record.levelno >= logging.ERROR] == ["internal error"] * 2
+    assert (reply.status, reply.json["code"], b"secret" in reply.body) == (
+        500,
+        "INTERNAL_ERROR",
+        False,
+    )
+    assert [record.message for record in caplog.records if record.levelno >= logging.ERROR] == [
+        "internal error"
+    ] * 2
     caplog.clear()
 
 
@@ -526,8 +1013,13 @@ async def test_log_lines(caplog: pytest.LogCaptureFixture) -> None:
         caplog.clear()
         async with serving() as (_, port):
             await play(port, raw, count)
-        texts = [LogFormatter().format(record) for record in caplog.records if record.name == "cerebrum"]
-        return [re.sub(r" [0-9]\.[0-9]{2}s( |$)", r" 0.00s\1", text.split(" - ", 1)[1]) for text in texts]
+        texts = [
+            LogFormatter().format(record) for record in caplog.records if record.name == "cerebrum"
+        ]
+        return [
+            re.sub(r" [0-9]\.[0-9]{2}s( |$)", r" 0.00s\1", text.split(" - ", 1)[1])
+            for text in texts
+        ]
 
     forged, shown = "/%E2%80%A8x%C2%85%20200%201.00s", r"/\u2028x\x85 200 0.00s"
     unknown = r'NOT_FOUND: expected a path of this API, got "/\u2028x\u0085 200 1.00s"'
@@ -540,7 +1032,10 @@ async def test_log_lines(caplog: pytest.LogCaptureFixture) -> None:
 
 async def test_origins_by_configuration() -> None:
     async def ask(raw: bytes) -> Reply:
-        access = {"origins": frozenset({"https://ide.example"}), "hosts": frozenset({"pi.example", "localhost"})}
+        access = {
+            "origins": frozenset({"https://ide.example"}),
+            "hosts": frozenset({"pi.example", "localhost"}),
+        }
         return await ask_server(raw.replace(b"Host: localhost", b"Host: PI.example"), **access)
 
     for path, status in (("/health", 200), ("/nothing", 404)):
@@ -559,7 +1054,9 @@ async def test_origins_by_configuration() -> None:
         raw = without(get("@POST", *asked[:2], asked[2] + names, method="OPTIONS"), "X-API-Key")
         reply = await ask(raw)
         assert (reply.status, reply.one("Access-Control-Allow-Methods")) == (204, "OPTIONS, POST")
-        assert reply.one("Access-Control-Allow-Headers") == (f"{usual}, {names}" if allowed else usual)
+        assert reply.one("Access-Control-Allow-Headers") == (
+            f"{usual}, {names}" if allowed else usual
+        )
     for foreign in ("http://ide.example", "https://ide.example.evil", "https://ide.example:444"):
         reply = await ask(get("/health", f"Origin: {foreign}"))
         assert (reply.status, reply.all("Access-Control-Allow-Origin")) == (403, [])
@@ -567,7 +1064,11 @@ async def test_origins_by_configuration() -> None:
 
 async def test_non_ascii_key() -> None:
     for encoding, status in (("utf-8", 200), ("latin-1", 401)):
-        raw = lines("GET /v1/models HTTP/1.1", "Host: localhost", b"X-API-Key: " + "schlüssel".encode(encoding))
+        raw = lines(
+            "GET /v1/models HTTP/1.1",
+            "Host: localhost",
+            b"X-API-Key: " + "schlüssel".encode(encoding),
+        )
         assert (await ask_server(raw, keys=("schlüssel",))).status == status
 
 
@@ -576,7 +1077,27 @@ async def test_non_ascii_key() -> None:
 SEEDS = [raw.replace(b"@POST", b"/v1/complete") for _, raw, _, _ in ROWS if len(raw) < 1000]
 INPUTS = int(os.environ.get("FUZZ_INPUTS", "400"))  # for each daemon
 GROWTH_KB = 12_000  # after a quarter of them
-STATUSES = {200, 204, 400, 401, 403, 404, 405, 408, 411, 413, 414, 415, 417, 421, 429, 431, 501, 503, 505}
+STATUSES = {
+    200,
+    204,
+    400,
+    401,
+    403,
+    404,
+    405,
+    408,
+    411,
+    413,
+    414,
+    415,
+    417,
+    421,
+    429,
+    431,
+    501,
+    503,
+    505,
+}
 
 
 def mutate(draw: random.Random, pool: list[bytes]) -> bytes:
@@ -588,7 +1109,10 @@ def mutate(draw: random.Random, pool: list[bytes]) -> bytes:
         before, piece, after, other = data[:at], data[at:to], data[to:], draw.choice(pool)
         start = draw.randrange(len(other) + 1)
         flipped = bytes(byte ^ 1 << draw.randrange(8) for byte in piece[:1]) + piece[1:]
-        longer, spliced = piece * draw.choice((2, 3, 50)), other[start : start + draw.choice((1, 2, 20))]
+        longer, spliced = (
+            piece * draw.choice((2, 3, 50)),
+            other[start : start + draw.choice((1, 2, 20))],
+        )
         random_bytes = draw.randbytes(draw.randrange(1, 30))
         middle = draw.choice((b"", spliced, flipped, longer, random_bytes, None))
         data = before + other[start:] if middle is None else before + middle + after
@@ -617,7 +1141,9 @@ async def fuzz(daemon: Daemon, count: int, seed: int) -> None:
                         writer.write(data[start:stop])
                         await asyncio.sleep(0)
                     writer.write_eof()  # cancels what still runs
-                    while b"HEAD" not in data:  # otherwise only the daemon knows which answers have a body
+                    while (
+                        b"HEAD" not in data
+                    ):  # otherwise only the daemon knows which answers have a body
                         assert (await read_reply(reader)).status in STATUSES, data
                     await reader.read()
             except (asyncio.IncompleteReadError, ConnectionError):

@@ -30,7 +30,11 @@ class Wedged(llama.Llama):
 
     def decode(self, parts: Any) -> int:
         worker = threading.current_thread()
-        if isinstance(worker, vps_worker.Worker) and worker.decoder is not None and worker.decoder.running:
+        if (
+            isinstance(worker, vps_worker.Worker)
+            and worker.decoder is not None
+            and worker.decoder.running
+        ):
             self.left -= 1
             if self.left < 0 and os.environ["THEN"] == "fail":
                 return -3
@@ -42,5 +46,7 @@ class Wedged(llama.Llama):
 vps_worker.Llama = Wedged  # type: ignore[misc]
 
 if __name__ == "__main__":
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a test aborts this process: no dump of all weights
+    resource.setrlimit(
+        resource.RLIMIT_CORE, (0, 0)
+    )  # a test aborts this process: no dump of all weights
     sys.exit(vpsd.main([]))

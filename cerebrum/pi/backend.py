@@ -15,9 +15,25 @@ from cerebrum.fields import Field, members_of, printable
 from cerebrum.pi import upstream
 from cerebrum.pi.breaker import Admission, Breaker
 from cerebrum.pi.completion import FINISHED, SUPERSEDED, WITHOUT_MODEL, Attempt, Fitted
-from cerebrum.pi.dialects import APIS, DEFAULT_TOKENS, LENGTH, CompletionRequest, Wanted, read_listed, read_props
+from cerebrum.pi.dialects import (
+    APIS,
+    DEFAULT_TOKENS,
+    LENGTH,
+    CompletionRequest,
+    Wanted,
+    read_listed,
+    read_props,
+)
 from cerebrum.pi.engines import READING_SECONDS, Translator, translate
-from cerebrum.pi.upstream import BackendConfig, BackendFailure, Pair, TooLong, Unusable, Upstream, relay
+from cerebrum.pi.upstream import (
+    BackendConfig,
+    BackendFailure,
+    Pair,
+    TooLong,
+    Unusable,
+    Upstream,
+    relay,
+)
 from cerebrum.text.languages import BY_NAME
 from cerebrum.text.prompt import MIN_RATIO, TEMPLATE_TOKENS, Ratio, prepare
 from cerebrum_common import FIM_LAYOUTS, HttpError, Model, log, threshold_of
@@ -42,14 +58,18 @@ def read_models(answer: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     listed, models = answer.get("models"), dict[str, dict[str, Any]]()
     for entry in map(members_of, listed if isinstance(listed, list) else ()):
         if isinstance(entry.get("id"), str) and entry.get("available") is not False:
-            models[entry["id"]] = {name: entry[name] for name, kind in LISTED.items() if kind.accepts(entry.get(name))}
+            models[entry["id"]] = {
+                name: entry[name] for name, kind in LISTED.items() if kind.accepts(entry.get(name))
+            }
     return models
 
 
 def find_models(models: Sequence[Model], listed: Collection[str]) -> dict[str, str]:
     """Match our models with a backend's list: our id -> the backend's name. A listed name matches a model's id, one of
     its aliases, or its file name, with or without folder and ending."""
-    names = {re.split(r"[/\\\\]", name)[-1].removesuffix(".gguf"): name for name in reversed([*listed])}
+    names = {
+        re.split(r"[/\\\\]", name)[-1].removesuffix(".gguf"): name for name in reversed([*listed])
+    }
     found = {}
     for model in models:
         file = names.get(model.file.removesuffix(".gguf")) if model.file else None
@@ -67,7 +87,9 @@ MODELS_SECONDS = 60.0  # the age at which a backend's list of models is fetched 
 SAMPLED_BY = ("max_tokens", "temperature", "top_p", "seed", "stop")
 PASSED_TO_BACKENDS = (*SAMPLED_BY, "stop_at", "progress", "indent", "predict_ms", "special")
 MARGIN_TOKENS = 8  # of n_ctx, never used
-PLAUSIBLE = 4  # another engine's token count is accepted if it is within this factor of our estimate
+PLAUSIBLE = (
+    4  # another engine's token count is accepted if it is within this factor of our estimate
+)
 REFIT = 0.95  # the one retry assumes this share of the weight per token that the backend has just measured
 SPARE = 1.1  # other engines refuse or cut an answer that might not fit, so count their prompts longer by this factor
 
@@ -105,14 +127,18 @@ class Prompts:
         if refused:
             n_ctx = min(n_ctx, refused.extra.get("n_ctx", n_ctx))
             ratio, most = self._refit(attempt, refused.extra.get("prompt_tokens", 0))
-        longest = n_ctx // 4 if request.kind == "chat" else n_ctx  # a chat's answer is short, whatever its limit
+        longest = (
+            n_ctx // 4 if request.kind == "chat" else n_ctx
+        )  # a chat's answer is short, whatever its limit
         # In the dialects, a limit below the default leaves no more room for the prompt: a warm-up, with its limit of 0,
         # must send the same text as the request that follows.
         least = DEFAULT_TOKENS if request.kind else 0
         budget = prompt_budget(n_ctx, min(max(fields["max_tokens"], least), longest))
         if self._is_engine:
             budget = min(int(budget / SPARE), most)
-        text = prepare(fields, fields["mode"], budget, ratio, *self._max_fresh(request, model), layout)
+        text = prepare(
+            fields, fields["mode"], budget, ratio, *self._max_fresh(request, model), layout
+        )
         tokens = text.weight / ratio + TEMPLATE_TOKENS[fields["mode"]]
         passed = {name: fields[name] for name in PASSED_TO_BACKENDS if fields.get(name) is not None}
         if request.session:
@@ -121,16 +147,22 @@ class Prompts:
             passed["priority"] = "low"
         if attempt.threshold:
             passed["min_confidence"] = attempt.threshold
-        if language := BY_NAME.get(fields["language"].lower()):  # backends know the syntax of these languages
+        if language := BY_NAME.get(
+            fields["language"].lower()
+        ):  # backends know the syntax of these languages
             passed["language"] = language
-        return Fitted({**passed, **text.body}, text, n_ctx, n_ctx - int(SPARE * tokens) - MARGIN_TOKENS)
+        return Fitted(
+            {**passed, **text.body}, text, n_ctx, n_ctx - int(SPARE * tokens) - MARGIN_TOKENS
+        )
 
     def _max_fresh(self, request: CompletionRequest, model: str) -> tuple[int | None, list[str]]:
         """(the most tokens to read for a request, or None; the texts already read for its client and model)."""
         speed, limit = self.speed.get(model, FIRST_SPEED), request.fields.get("prompt_ms", 0)
         if limit <= 1 or not request.fields["max_tokens"]:
             return None, []
-        return int(speed * limit / 1000), [text for *who, text in self._read if who == [request.client, model]]
+        return int(speed * limit / 1000), [
+            text for *who, text in self._read if who == [request.client, model]
+        ]
 
     def _refit(self, attempt: Attempt, counted: int) -> tuple[float, int]:
         """(weight per token, the most tokens) for a retry after a backend has counted too many tokens. If the count is
@@ -144,7 +176,9 @@ class Prompts:
     def _is_plausible(self, attempt: Attempt, counted: int) -> bool:
         """Whether the prompt that was sent may have this many tokens. Another engine's count may be misread."""
         estimated = attempt.sent.text.weight / self.ratio.get(attempt.model)
-        return counted > 0 and (not self._is_engine or estimated / PLAUSIBLE <= counted <= estimated * PLAUSIBLE)
+        return counted > 0 and (
+            not self._is_engine or estimated / PLAUSIBLE <= counted <= estimated * PLAUSIBLE
+        )
 
     def learn(self, attempt: Attempt, result: Mapping[str, Any]) -> None:
         """Learn from a complete answer: the weight per token, the reading speed, and the text that was read."""
@@ -154,14 +188,18 @@ class Prompts:
         model, text = attempt.model, attempt.sent.text
         self.ratio.learn(model, text.weight, counted)
         read = counted - result.get("cached_tokens", 0)
-        if seconds and seconds > 0.001 and read >= MIN_READ_TOKENS and not attempt.request.guest:  # who stood still
+        if (
+            seconds and seconds > 0.001 and read >= MIN_READ_TOKENS and not attempt.request.guest
+        ):  # who stood still
             speed = read / seconds
             self.speed[model] = self.speed.get(model, speed) * 0.75 + speed * 0.25
         if attempt.request.kind in ("infill", "completion"):
             # Texts with the same beginning come from the same file: keep only the newest. With the suffix first, each
             # place in a file is a text of its own, so each client keeps few.
             mine, beginning = (attempt.request.client, model), text.above[:SAME_BEGINNING]
-            known = [one for one in self._read if one[:2] == mine and not one[2].startswith(beginning)]
+            known = [
+                one for one in self._read if one[:2] == mine and not one[2].startswith(beginning)
+            ]
             others = [one for one in self._read if one[:2] != mine]
             self._read = [*others, *known[1 - MAX_CACHED_EACH :], (*mine, text.above)][-MAX_CACHED:]
 
@@ -176,7 +214,9 @@ class Backend:
         self._configure(config, catalog, Upstream(config))
         self.api = APIS.get(config.api)  # None: vpsd
         self.prompts = Prompts(is_engine=self.api is not None)
-        self.requests_total = self.requests_failed = self.tokens = 0  # requests for completions; tokens that came
+        self.requests_total = self.requests_failed = self.tokens = (
+            0  # requests for completions; tokens that came
+        )
         self.wake = asyncio.Event()  # probe now
         self.probes = 0  # completed
         self.probed = time.monotonic()  # when the last probe began
@@ -185,7 +225,9 @@ class Backend:
 
     def _forget_host(self) -> None:
         """Know nothing about the host behind the address."""
-        self.breaker = Breaker()  # results of requests to an earlier address go to the earlier breaker
+        self.breaker = (
+            Breaker()
+        )  # results of requests to an earlier address go to the earlier breaker
         # By our id of a model: the reported fields, with `n_ctx` (None until the first list), and the backend's name.
         self.models: dict[str, dict[str, Any]] | None = None
         self.names: dict[str, str] = {}
@@ -196,7 +238,9 @@ class Backend:
 
     def _configure(self, config: BackendConfig, catalog: Sequence[Model], client: Upstream) -> None:
         self.config, self.id, self.limit = config, config.id, config.max_concurrent
-        self.fim = {model.id: model for model in catalog if model.fim} if config.infill == "fim" else {}
+        self.fim = (
+            {model.id: model for model in catalog if model.fim} if config.infill == "fim" else {}
+        )
         self.upstream, self._catalog = client, catalog
 
     def adopt(self, other: Backend) -> None:
@@ -251,13 +295,17 @@ class Backend:
             self.models_loaded, trouble = list(self.models or ()) if self.api else loaded, ""
         except HttpError as error:
             trouble = error.message
-        self._learn_trouble(breaker, trouble)  # an earlier one, if the address has changed meanwhile
+        self._learn_trouble(
+            breaker, trouble
+        )  # an earlier one, if the address has changed meanwhile
         self.probes += 1
 
     async def _ask_health(self) -> list[str]:
         """The ids of the models in vpsd's memory. For another engine the status is enough: those of the last probe."""
         if self.api is None:
-            loaded = (await self.upstream.get("/health", upstream.MAX_ERROR_BYTES)).get("models_loaded")
+            loaded = (await self.upstream.get("/health", upstream.MAX_ERROR_BYTES)).get(
+                "models_loaded"
+            )
             return [id for id in loaded if isinstance(id, str)] if isinstance(loaded, list) else []
         try:
             await self.upstream.get(self.api.health, upstream.MAX_JSON_BYTES)
@@ -284,7 +332,9 @@ class Backend:
             props = {}
             if self.api and self.api.props:
                 with contextlib.suppress(HttpError):  # the server's /props can be turned off
-                    props = read_props(await self.upstream.get(self.api.props, upstream.MAX_JSON_BYTES))
+                    props = read_props(
+                        await self.upstream.get(self.api.props, upstream.MAX_JSON_BYTES)
+                    )
         except HttpError as error:
             if isinstance(error, Unusable) or (self.api and self.models is None):
                 self._models_until = 0.0
@@ -292,12 +342,19 @@ class Backend:
             log.warning("%s: no list of models: %s", self.id, error.message)
             return
         self.names = find_models(self._catalog, listed)
-        strange = None if self.names else printable(", ".join(sorted(listed)))[: upstream.MAX_MESSAGE_CHARACTERS]
+        strange = (
+            None
+            if self.names
+            else printable(", ".join(sorted(listed)))[: upstream.MAX_MESSAGE_CHARACTERS]
+        )
         if strange not in (None, self._strange):
             log.warning("%s: expected a model of models.toml, got %s", self.id, strange or "none")
         self._strange = strange
         fixed = {"n_ctx": self.config.n_ctx} if self.config.n_ctx else {}
-        self.models = {id: {"n_ctx": DEFAULT_N_CTX} | props | listed[name] | fixed for id, name in self.names.items()}
+        self.models = {
+            id: {"n_ctx": DEFAULT_N_CTX} | props | listed[name] | fixed
+            for id, name in self.names.items()
+        }
 
     def forget(self, model: str) -> None:
         """Count this model as absent until the backend's next list."""
@@ -334,7 +391,9 @@ class Backend:
                         raise  # it was ended on purpose: that says nothing about the backend
                     self._refused(attempt, error)
                     if attempt.tokens or refused or not isinstance(error, TooLong):
-                        self.requests_failed += error.code != SUPERSEDED and not attempt.request.ahead
+                        self.requests_failed += (
+                            error.code != SUPERSEDED and not attempt.request.ahead
+                        )
                         self._failed(attempt.admission, error)
                         raise
                     refused = error
@@ -342,13 +401,17 @@ class Backend:
             answering.discard(attempt)
 
     @contextlib.asynccontextmanager
-    async def _send(self, attempt: Attempt, refused: TooLong | None) -> AsyncIterator[AsyncGenerator[Pair, None]]:
+    async def _send(
+        self, attempt: Attempt, refused: TooLong | None
+    ) -> AsyncIterator[AsyncGenerator[Pair, None]]:
         """Fit the prompt of an attempt, again if it was `refused`, send it, and yield the unread answer."""
         # Parsing a long request, fitting it and following its text get a turn of the event loop each.
         await asyncio.sleep(0)
         layout = self.layout(attempt.model)
         if not self.api:  # other engines do not say how sure they are
-            attempt.threshold = threshold_of(self._catalog, attempt.model, attempt.request.fields.get("min_confidence"))
+            attempt.threshold = threshold_of(
+                self._catalog, attempt.model, attempt.request.fields.get("min_confidence")
+            )
         attempt.sent = sent = self.prompts.fit(attempt, self.n_ctx(attempt.model), layout, refused)
         model = self.names.get(attempt.model, attempt.model)
         if self.api is None:
@@ -362,7 +425,13 @@ class Backend:
             return
         api, marked = self.api, self.fim.get(attempt.model)
         fim = marked.fim if marked else ()
-        dialect = api.chat if "messages" in sent.fields else api.infill if "suffix" in sent.fields else api.complete
+        dialect = (
+            api.chat
+            if "messages" in sent.fields
+            else api.infill
+            if "suffix" in sent.fields
+            else api.complete
+        )
         body = dialect.write(Wanted(sent.fields, model, fim, layout, sent.room))
         await asyncio.sleep(0)
         translator = Translator(sent.fields, [mark.strip() for mark in fim])
@@ -395,7 +464,9 @@ class Backend:
         result = upstream.read_result(done)
         attempt.last, reason = time.monotonic(), result.get("finish_reason", "stop")
         attempt.reason = reason if reason in FINISHED else "other"
-        self._count(attempt, max(0, result.get("total_tokens", 0) - attempt.tokens))  # one event may hold several
+        self._count(
+            attempt, max(0, result.get("total_tokens", 0) - attempt.tokens)
+        )  # one event may hold several
         self.prompts.learn(attempt, result)
         return result
 
@@ -424,10 +495,16 @@ class Backend:
         admission = self.breaker.admit(time.monotonic())
         body, path = dict(fields), self.api.tokenize if self.api else "/v1/tokenize"
         if not self.api:
-            body = {"text": fields["content"], "first": fields["add_special"], "special": fields["parse_special"]}
+            body = {
+                "text": fields["content"],
+                "first": fields["add_special"],
+                "special": fields["parse_special"],
+            }
             body["model"] = self.names.get(model, model)
         try:
-            tokens: bytes = await self.upstream.get(path, upstream.MAX_TOKENS_BYTES, body, upstream.read_tokens)
+            tokens: bytes = await self.upstream.get(
+                path, upstream.MAX_TOKENS_BYTES, body, upstream.read_tokens
+            )
             admission.succeeded(time.monotonic())
         except HttpError as error:
             self._failed(admission, error)

@@ -14,8 +14,13 @@ import math
 from typing import Any
 
 FAILURES_TO_OPEN = 3  # consecutive
-OPEN_SECONDS, MAX_OPEN_SECONDS = 5.0, 60.0  # the first pause and the longest; each failed trial doubles the pause
-TRIAL_SECONDS = 180.0  # until a trial's first token: a 7B model loads in 30 s and reads 4,000 tokens in 100 s
+OPEN_SECONDS, MAX_OPEN_SECONDS = (
+    5.0,
+    60.0,
+)  # the first pause and the longest; each failed trial doubles the pause
+TRIAL_SECONDS = (
+    180.0  # until a trial's first token: a 7B model loads in 30 s and reads 4,000 tokens in 100 s
+)
 BREAKER_STATES = ("closed", "open", "half-open")
 NEVER_ASKED = "VPS backend has not been asked yet"
 BREAKER_OPEN = "VPS backend is unavailable (circuit breaker open)"
@@ -34,7 +39,9 @@ class Breaker:
         self.failures = 0  # consecutive
         self.opens = 0  # in total
         self.changed = -math.inf  # when the state changed
-        self.last_failure = -math.inf  # when the last failure came that may have been the cause of others
+        self.last_failure = (
+            -math.inf
+        )  # when the last failure came that may have been the cause of others
         self.trial: Admission | None = None  # half-open: the only request that was admitted
         self._pause = 0.0  # seconds; 0 while closed
         self._until = 0.0  # open: the pause's end; half-open: the trial's deadline
@@ -85,7 +92,12 @@ class Breaker:
     def describe(self, now: float) -> dict[str, Any]:
         """The breaker's entry in /v1/stats."""
         retry = round(self.retry_in(now), 3)
-        return {"state": self.state, "failures": self.failures, "opens": self.opens, "retry_in_s": retry}
+        return {
+            "state": self.state,
+            "failures": self.failures,
+            "opens": self.opens,
+            "retry_in_s": retry,
+        }
 
 
 class Admission:

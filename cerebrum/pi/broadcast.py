@@ -26,7 +26,9 @@ from cerebrum_common import HttpError, internal_error
 
 MAX_TYPED_CHARS = 1024  # typed while a completion is computed, accepted suggestions included
 MAX_RETYPED_CHARS = 8  # of a word that the user corrects meanwhile
-TAIL_CHARS = 1024  # of the text before the cursor: if these are equal, two cursors are at the same place
+TAIL_CHARS = (
+    1024  # of the text before the cursor: if these are equal, two cursors are at the same place
+)
 MAX_FINISHED = 32  # completions remembered, of at most MAX_FINISHED_CHARS each
 MAX_FINISHED_CHARS = 2048
 # The answer to one request can begin the answer to another only if these fields are equal in both.
@@ -43,7 +45,9 @@ def is_typed_on(older: Mapping[str, Any], newer: Mapping[str, Any]) -> bool:
     one, other = ((suffix.partition("\n")[2] or suffix)[:TAIL_CHARS] for suffix in suffixes)
     if not (one.startswith(other) or other.startswith(one)) or bool(one) != bool(other):
         return False
-    return nearly_continues(older["prompt"], newer["prompt"]) or nearly_continues(newer["prompt"], older["prompt"])
+    return nearly_continues(older["prompt"], newer["prompt"]) or nearly_continues(
+        newer["prompt"], older["prompt"]
+    )
 
 
 def nearly_continues(text: str, longer: str) -> bool:
@@ -58,14 +62,20 @@ def nearly_continues(text: str, longer: str) -> bool:
     for end in range(len(text), len(text) - retyped - 1, -1):
         tail = text[max(0, end - TAIL_CHARS) : end]
         start = max(0, len(longer) - len(tail) - MAX_TYPED_CHARS)
-        if longer.rfind(tail, start) >= 0 if len(tail) == TAIL_CHARS else not start and longer.startswith(tail):
+        if (
+            longer.rfind(tail, start) >= 0
+            if len(tail) == TAIL_CHARS
+            else not start and longer.startswith(tail)
+        ):
             return True
     return False
 
 
 def alike(fields: Mapping[str, Any]) -> bytes:
     """A digest of the ALIKE fields of a request."""
-    return hashlib.sha256(repr([fields.get(name) for name in ALIKE]).encode("utf-8", "replace")).digest()
+    return hashlib.sha256(
+        repr([fields.get(name) for name in ALIKE]).encode("utf-8", "replace")
+    ).digest()
 
 
 def typed_of(earlier: str, text: str, prompt: str, omitted: int = 0) -> int:
@@ -76,7 +86,11 @@ def typed_of(earlier: str, text: str, prompt: str, omitted: int = 0) -> int:
     >>> typed_of("def f():\\n    ret", "urn 1", "def f():\\n    return")
     3
     """
-    tail, before, typed = prompt[-TAIL_CHARS:], earlier[-TAIL_CHARS:], len(prompt) - len(earlier) - omitted
+    tail, before, typed = (
+        prompt[-TAIL_CHARS:],
+        earlier[-TAIL_CHARS:],
+        len(prompt) - len(earlier) - omitted,
+    )
     if 0 <= typed <= len(text) and (before + text[:typed]).endswith(tail):
         return typed
     if len(tail) < TAIL_CHARS:  # a whole prompt, which must agree from its first character
@@ -115,7 +129,11 @@ class Broadcast:
 
     def is_like(self, other: Broadcast) -> bool:
         """Whether another finished one has the same text for the same place."""
-        return (self.alike, self.prompt, self.pairs[:2]) == (other.alike, other.prompt, other.pairs[:2])
+        return (self.alike, self.prompt, self.pairs[:2]) == (
+            other.alike,
+            other.prompt,
+            other.pairs[:2],
+        )
 
 
 def predicts(request: CompletionRequest) -> bool:
@@ -123,13 +141,17 @@ def predicts(request: CompletionRequest) -> bool:
     return request.kind != "chat" and (request.caching or request.fields["temperature"] == 0)
 
 
-def place_in(broadcast: Broadcast, request: CompletionRequest, digest: bytes, is_reader: bool) -> int | None:
+def place_in(
+    broadcast: Broadcast, request: CompletionRequest, digest: bytes, is_reader: bool
+) -> int | None:
     """The number of characters of a broadcast's text that precede the request's cursor: 0 if the broadcast runs for an
     equal request; None if its text is no answer. `digest`: the request's, as `alike` makes it. `is_reader`: the same
     editor reads the running broadcast, or the same client got the whole text of the finished one."""
     running = broadcast.completion
     if running:
-        is_sample = request.fields["temperature"] > 0 and request.fields["seed"] is None  # samples must differ
+        is_sample = (
+            request.fields["temperature"] > 0 and request.fields["seed"] is None
+        )  # samples must differ
         same_rank = bool(running.request.guest) == bool(request.guest)
         if running.request.fields == request.fields and same_rank and not is_sample:
             return 0
@@ -147,11 +169,19 @@ def finished(broadcast: Broadcast) -> Broadcast | None:
     assert broadcast.completion
     text, (_, result) = broadcast.text, broadcast.pairs[-1]
     begun = [value for kind, value in broadcast.pairs if kind == "started"][-1]
-    reason, judged = result.get("finish_reason", "stop"), [pair for pair in broadcast.pairs if pair[0] == "judged"]
-    is_cut = reason in CUT or (broadcast.completion.request.kind == "completion" and reason == "length")
+    reason, judged = (
+        result.get("finish_reason", "stop"),
+        [pair for pair in broadcast.pairs if pair[0] == "judged"],
+    )
+    is_cut = reason in CUT or (
+        broadcast.completion.request.kind == "completion" and reason == "length"
+    )
     if is_cut or not 1 < len(text) <= MAX_FINISHED_CHARS:
         return None
-    done = {"model": begun["model"], "finish_reason": reason}  # of an answer without a backend there are no figures
+    done = {
+        "model": begun["model"],
+        "finish_reason": reason,
+    }  # of an answer without a backend there are no figures
     done |= {name: result[name] for name in ("confidence", "text_confidence") if name in result}
     pairs = [("started", begun), ("text", text_event(text)), *judged, ("done", done)]
     omitted = max(0, len(broadcast.prompt) - TAIL_CHARS)
@@ -169,7 +199,9 @@ class Subscriber:
         self.request = completion.request
         self.broadcast: Broadcast | None = None  # once it has joined
         self.at = 0  # pairs read
-        self.typed = self.skip = 0  # characters of the text that the client typed before; those not yet read
+        self.typed = self.skip = (
+            0  # characters of the text that the client typed before; those not yet read
+        )
         self.woken = asyncio.Event()
         self.replaced = False  # the user has typed on, and the editor has asked again
 
@@ -205,7 +237,10 @@ class Subscriber:
 
     def _next(self, broadcast: Broadcast) -> Pair:
         kind, value = broadcast.pairs[self.at]
-        texts = [text for _, text in takewhile(lambda pair: pair[0] == "text", broadcast.pairs[self.at :])]
+        texts = [
+            text
+            for _, text in takewhile(lambda pair: pair[0] == "text", broadcast.pairs[self.at :])
+        ]
         self.at += len(texts) or 1
         if texts:
             value = b"".join(texts)
@@ -253,7 +288,10 @@ class Broadcasts:
             else:
                 self._replace_older(subscriber, ahead=False)
             reason = "length" if is_ahead else "unsure"
-            own.pairs += [("started", self.beginning(completion)), ("done", {"finish_reason": reason})]
+            own.pairs += [
+                ("started", self.beginning(completion)),
+                ("done", {"finish_reason": reason}),
+            ]
             return own
         subscriber.broadcast = broadcast = self._find(subscriber, own.alike) or own
         if broadcast is own:
@@ -263,7 +301,9 @@ class Broadcasts:
         else:
             self.shared += 1
         if broadcast.completion:
-            broadcast.completion.requested = completion.started  # it may wait for a place as long as the first one
+            broadcast.completion.requested = (
+                completion.started
+            )  # it may wait for a place as long as the first one
             if broadcast is not own:
                 broadcast.completion.clients.append(request.client)
         else:
@@ -311,12 +351,17 @@ class Broadcasts:
         newer = subscriber.request.fields
         for other in [*self.subscribers]:
             older = other.request.fields
-            of_editor = subscriber.request.kind == other.request.kind == "infill" and other.editor == subscriber.editor
+            of_editor = (
+                subscriber.request.kind == other.request.kind == "infill"
+                and other.editor == subscriber.editor
+            )
             goes_on = older == newer or (ahead and older["prompt"].startswith(newer["prompt"]))
             if of_editor and not goes_on and is_typed_on(older, newer):
                 self.replaced += 1
                 other.replaced = True
-                self.leave(other)  # ends its completion at once if nobody else reads it: a client may be slow
+                self.leave(
+                    other
+                )  # ends its completion at once if nobody else reads it: a client may be slow
                 other.woken.set()
 
     def leave(self, subscriber: Subscriber) -> None:

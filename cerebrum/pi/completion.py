@@ -15,10 +15,18 @@ from cerebrum.pi.upstream import BackendFailure, TooLong
 from cerebrum.text.prompt import Prepared
 from cerebrum_common import HttpError
 
-WAIT_SECONDS = {"infill": 3.0, "completion": 30.0, "chat": 30.0}  # for a place; minuet gives up after 3 s
+WAIT_SECONDS = {
+    "infill": 3.0,
+    "completion": 30.0,
+    "chat": 30.0,
+}  # for a place; minuet gives up after 3 s
 WITHOUT_MODEL = frozenset({"MODEL_NOT_FOUND", "MODEL_LOAD_FAILED"})  # another model may do better
-RETRIED = frozenset({404, 429, 500, 503})  # another backend may do better; every other error is about the request
-FINISHED = frozenset({"stop", "length", "block", "repeat", "unsure"})  # reasons of a completion that ends by itself
+RETRIED = frozenset(
+    {404, 429, 500, 503}
+)  # another backend may do better; every other error is about the request
+FINISHED = frozenset(
+    {"stop", "length", "block", "repeat", "unsure"}
+)  # reasons of a completion that ends by itself
 SUPERSEDED = "SUPERSEDED"
 
 
@@ -55,7 +63,9 @@ class Attempt:
     begun: float = field(default_factory=time.monotonic)
     left: float = 0.0  # when it gave its place back
     ended: asyncio.Event = field(default_factory=asyncio.Event)  # set at that time
-    cut: Callable[[], object] = lambda: None  # closes its connection to the backend, once there is one
+    cut: Callable[[], object] = lambda: (
+        None
+    )  # closes its connection to the backend, once there is one
     again: bool = False  # preempted too early: unless it has text, the completion starts again
 
     @property
@@ -81,13 +91,17 @@ class Completion:
     write when it was last requested. `Counting` and `Broadcasts` add notes. Times are monotonic seconds."""
 
     request: CompletionRequest
-    end: Callable[[HttpError], object] = lambda _: None  # ends the client's request with this error, whatever it awaits
+    end: Callable[[HttpError], object] = lambda _: (
+        None
+    )  # ends the client's request with this error, whatever it awaits
     notes: dict[str, Any] = field(default_factory=dict)  # for the request's line in the log
     client: str = ""  # whose share of the places it takes: one who still reads it
     clients: list[str] = field(default_factory=list)  # of all requests that it answers
     attempts: list[Attempt] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
-    requested: float = 0.0  # when the last client that shares it asked, or when it had to start again
+    requested: float = (
+        0.0  # when the last client that shares it asked, or when it had to start again
+    )
 
     def __post_init__(self) -> None:
         self.client, self.requested = self.request.client, self.started
@@ -121,5 +135,9 @@ class Completion:
         last = self.attempt
         if not last:
             return {}
-        spoke = {"tokens": last.tokens, "ttft": f"{last.first - self.started:.2f}s"} if last.first else {}
+        spoke = (
+            {"tokens": last.tokens, "ttft": f"{last.first - self.started:.2f}s"}
+            if last.first
+            else {}
+        )
         return {"model": last.model, **spoke}

@@ -42,7 +42,9 @@ async def shown(
             elif kind == "done" and value.get("finish_reason") not in CUT:
                 rest = line_end + held
                 if hides:
-                    lacks_lines = is_gap_of_lines(fields["prompt"].removesuffix(before), fields.get("suffix") or "")
+                    lacks_lines = is_gap_of_lines(
+                        fields["prompt"].removesuffix(before), fields.get("suffix") or ""
+                    )
                     rest, value = line_end * lacks_lines, value | {"finish_reason": "unsure"}
                 if rest:
                     yield "text", text_event(rest, number)

@@ -21,7 +21,11 @@ STEP_SECONDS, STEPS = 30, 60  # half an hour
 # What an editor reports: the length, and the confidence that came with the completion.
 ACCEPTED = {"characters": Field(int, 1, 10**6, required=True), "confidence": Field(float, 0, 1)}
 BANDS = (0.0, 0.2, 0.4, 0.6, 0.8)  # of confidence, each up to the next
-SERIES = ("requests", "failed", "tokens")  # completions that began, those that ended with an error, tokens
+SERIES = (
+    "requests",
+    "failed",
+    "tokens",
+)  # completions that began, those that ended with an error, tokens
 
 
 class History:
@@ -29,7 +33,9 @@ class History:
 
     def __init__(self, now: float) -> None:
         self._step = int(now // STEP_SECONDS)
-        self._totals = deque([(0,) * len(SERIES)] * (STEPS + 1), maxlen=STEPS + 1)  # at the end of each step
+        self._totals = deque(
+            [(0,) * len(SERIES)] * (STEPS + 1), maxlen=STEPS + 1
+        )  # at the end of each step
 
     def sample(self, now: float, totals: tuple[int, ...]) -> None:
         """Record the totals of SERIES at `now` (seconds, monotonic)."""
@@ -39,7 +45,10 @@ class History:
 
     def describe(self) -> dict[str, Any]:
         """`{"step_s": 30, "requests": [...], "failed": [...], "tokens": [...]}`, the oldest step first."""
-        steps = ([new - old for old, new in pairwise(totals)] for totals in zip(*self._totals, strict=True))
+        steps = (
+            [new - old for old, new in pairwise(totals)]
+            for totals in zip(*self._totals, strict=True)
+        )
         return {"step_s": STEP_SECONDS, **dict(zip(SERIES, steps, strict=True))}
 
 
@@ -75,7 +84,10 @@ class People:
         """The member `clients` of /v1/stats."""
         today, nothing = self._of_today(), Usage()
         named = self.total.items()
-        return [{"name": name, **asdict(used), "today": asdict(today.get(name, nothing))} for name, used in named]
+        return [
+            {"name": name, **asdict(used), "today": asdict(today.get(name, nothing))}
+            for name, used in named
+        ]
 
     def _of_today(self) -> dict[str, Usage]:
         if self._day != date.today():
@@ -89,7 +101,9 @@ class Counting:
     def __init__(self, broadcasts: Broadcasts) -> None:
         self._broadcasts = broadcasts
         self.started = self.failed = 0  # completions that were computed, and those that failed
-        self.accepted = self.accepted_characters = 0  # completions that editors' users accepted, and their length
+        self.accepted = self.accepted_characters = (
+            0  # completions that editors' users accepted, and their length
+        )
         self.tallies: dict[str, Tally] = {}  # by model
         self.running: set[Completion] = set()
         self.by_confidence = [{"from": least, "suggested": 0, "accepted": 0} for least in BANDS]
@@ -119,7 +133,9 @@ class Counting:
     def band(self, confidence: float) -> dict[str, float]:
         return next(band for band in reversed(self.by_confidence) if confidence >= band["from"])
 
-    def accept(self, client: str, characters: int, confidence: float | None = None) -> dict[str, int]:
+    def accept(
+        self, client: str, characters: int, confidence: float | None = None
+    ) -> dict[str, int]:
         """Count a completion that a client accepted, and return the totals."""
         if confidence is not None:
             self.band(confidence)["accepted"] += 1
@@ -150,7 +166,10 @@ class Counting:
             tokens = sum(attempt.tokens for attempt in completion.attempts)
             seconds = sum(attempt.left - attempt.begun for attempt in completion.attempts)
             self._share(completion.clients, tokens, seconds)
-            tally, last = self.tallies.setdefault(completion.model or "none", Tally()), completion.attempt
+            tally, last = (
+                self.tallies.setdefault(completion.model or "none", Tally()),
+                completion.attempt,
+            )
             tally.end((last and last.reason) or reason)
             if last and last.first:
                 tally.tokens += last.tokens
@@ -166,7 +185,9 @@ class Counting:
         """Count a completion for each of its clients, who divide the tokens and the seconds evenly."""
         among = len(clients)
         for number, client in enumerate(clients):
-            part = tokens * (number + 1) // among - tokens * number // among  # whole tokens, with the right sum
+            part = (
+                tokens * (number + 1) // among - tokens * number // among
+            )  # whole tokens, with the right sum
             self.people.add(client, Usage(1, part, round(seconds / among, 3)))
 
     def work(self, model: str, result: Mapping[str, Any]) -> None:

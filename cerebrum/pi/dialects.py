@@ -68,7 +68,10 @@ CODE_FIELDS = CHAT_FIELDS | {
 TEXT_FIELDS = CODE_FIELDS | {"suffix": TEXT}
 INFILL_FIELDS = CODE_FIELDS | {"input_prefix": TEXT, "input_suffix": TEXT}
 TOKENIZE = {"content": TEXT, "add_special": FLAG, "parse_special": Field(bool, default=True)}
-PART = {"type": Field(str, default="text", choices=("text", "input_text", "output_text")), "text": TEXT}
+PART = {
+    "type": Field(str, default="text", choices=("text", "input_text", "output_text")),
+    "text": TEXT,
+}
 EXTRA = {"filename": FILE_NAME, "text": TEXT}
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 MESSAGE = {"role": Field(str, required=True, choices=tuple(ROLES))}
@@ -87,7 +90,9 @@ class CompletionRequest:
     stream: bool = False
     usage: bool = False  # the stream ends with token counts
     caching: bool = False  # the client accepts the text of an earlier completion
-    only: tuple[str, ...] | None = None  # the members of the answer that the client wants; None: all
+    only: tuple[str, ...] | None = (
+        None  # the members of the answer that the client wants; None: all
+    )
     client: str = ""  # the name of the client's key, or else its address
     guest: int = 0  # the most places of a client that gets only what the others leave; 0: no guest
     session: str = ""  # unique across clients; "" without one
@@ -102,7 +107,9 @@ class CompletionRequest:
         return self.session or (f"{self.client} {filename}" if self.kind else filename)
 
 
-LONE = re.compile("[\ud800-\udfff]")  # half of a character beyond U+FFFF; the JSON decoder has joined whole pairs
+LONE = re.compile(
+    "[\ud800-\udfff]"
+)  # half of a character beyond U+FFFF; the JSON decoder has joined whole pairs
 
 
 def present(value: Any) -> Any:
@@ -136,7 +143,9 @@ def read_sampling(
     return {
         "model": read["model"],
         "max_tokens": MAX_TOKENS if limit < 0 else min(limit, MAX_TOKENS),
-        "temperature": temperature if read["temperature"] is None else min(read["temperature"], 1.0),
+        "temperature": temperature
+        if read["temperature"] is None
+        else min(read["temperature"], 1.0),
         "top_p": None if top_p is None else max(top_p, MIN_TOP_P),
         "seed": None if seed is None or seed < 0 or seed == ANY_SEED else seed % ANY_SEED,
         "stop": stops,
@@ -146,7 +155,11 @@ def read_sampling(
 
 def read_stops(members: Mapping[str, Any], special: bool = False) -> list[str]:
     """`stop` as a list, without the names of special tokens, which our text contains only if it is about them."""
-    stops = [stop for stop in read_texts(members, "stop") if stop and (special or not SPECIAL.fullmatch(stop))]
+    stops = [
+        stop
+        for stop in read_texts(members, "stop")
+        if stop and (special or not SPECIAL.fullmatch(stop))
+    ]
     if len(stops) > MAX_STOPS:
         raise wrong("stop", f"at most {MAX_STOPS} strings", stops)
     return stops
@@ -169,7 +182,9 @@ def read_messages(value: Any) -> list[dict[str, str]]:
             raise wrong(f"messages[{number}].tool_calls", "nothing", entry["tool_calls"])
         content, where = entry.get("content", ""), f"messages[{number}].content"
         if isinstance(content, list):
-            content = "\n".join(part["text"] for part in read_objects(content, where, 0, MAX_MESSAGES, PART))
+            content = "\n".join(
+                part["text"] for part in read_objects(content, where, 0, MAX_MESSAGES, PART)
+            )
         if not isinstance(content, str):
             raise wrong(where, "a string, or an array of text parts", content)
         messages.append({"role": ROLES[role["role"]], "content": content})
@@ -177,7 +192,11 @@ def read_messages(value: Any) -> list[dict[str, str]]:
 
 
 def wants_usage(members: Mapping[str, Any]) -> bool:
-    return bool(read_object(members.get("stream_options", {}), "stream_options", STREAM_OPTIONS)["include_usage"])
+    return bool(
+        read_object(members.get("stream_options", {}), "stream_options", STREAM_OPTIONS)[
+            "include_usage"
+        ]
+    )
 
 
 # ---------------------------------------------------------------------------------- fill-in-the-middle tokens
@@ -187,13 +206,19 @@ FIM = (
     ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),  # Qwen, CodeGemma
     ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),  # StarCoder, Granite, Refact
     ("<fim-prefix>", "<fim-suffix>", "<fim-middle>"),  # SantaCoder
-    ("<\uff5cfim\u2581begin\uff5c>", "<\uff5cfim\u2581hole\uff5c>", "<\uff5cfim\u2581end\uff5c>"),  # DeepSeek
+    (
+        "<\uff5cfim\u2581begin\uff5c>",
+        "<\uff5cfim\u2581hole\uff5c>",
+        "<\uff5cfim\u2581end\uff5c>",
+    ),  # DeepSeek
     ("<PRE>", "<SUF>", "<MID>"),  # CodeLlama
     ("<|code_prefix|>", "<|code_suffix|>", "<|code_middle|>"),  # GLM
     ("<[fim-prefix]>", "<[fim-suffix]>", "<[fim-middle]>"),  # Seed-Coder
     ("[PREFIX]", "[SUFFIX]", ""),  # Codestral
 )
-FILE_MARK = re.compile(r"<\|?file_sep(?:arator)?\|?>|<filename>")  # before a name, and a text on the next line
+FILE_MARK = re.compile(
+    r"<\|?file_sep(?:arator)?\|?>|<filename>"
+)  # before a name, and a text on the next line
 UNUSED = re.compile(  # at the prompt's beginning: a begin-of-text token, and a repository's name
     r"(?:<s>|<bos>|<\|begin_of_text\|>|<\|endoftext\|>|<\uff5cbegin\u2581of\u2581sentence\uff5c>)?"
     r"\s*(?:(?:<\|repo_name\|>|<repo_name>|<reponame>)[^\n<]*)?\n?"
@@ -241,10 +266,14 @@ def split_fim(prompt: str) -> tuple[str, str, str, list[dict[str, str]]] | None:
         prefix, suffix = (one, two) if first == before else (two, one)
         if not found or (behind.strip() and prefix.strip()):
             continue
-        if before == "<PRE>":  # this family writes a space after the first and the last mark, and before the others
+        if (
+            before == "<PRE>"
+        ):  # this family writes a space after the first and the last mark, and before the others
             prefix, suffix = prefix.removeprefix(" ").removesuffix(" "), suffix.removesuffix(" ")
             behind = behind.removeprefix(" ")
-        prefix = prefix if prefix.strip() else behind or prefix  # behind a prefix is a template's last line end
+        prefix = (
+            prefix if prefix.strip() else behind or prefix
+        )  # behind a prefix is a template's last line end
         return prefix, suffix, *split_files(preamble)
     return None
 
@@ -270,15 +299,25 @@ def read_code(
 ) -> CompletionRequest:
     """A request for code, without its text. `suggest`: unless it says how readily it is shown."""
     stops = read_stops(members, special=bool(NEXT_EDIT.match(prompt)))
-    limits = {name: min(max(0, read[f"t_max_{name}"]), MAX_MS) for name in ("prompt_ms", "predict_ms")}
-    fields = read_sampling(read, stops) | limits | {"indent": read["n_indent"], "filename": read["filename"]}
+    limits = {
+        name: min(max(0, read[f"t_max_{name}"]), MAX_MS) for name in ("prompt_ms", "predict_ms")
+    }
+    fields = (
+        read_sampling(read, stops)
+        | limits
+        | {"indent": read["n_indent"], "filename": read["filename"]}
+    )
     if read["min_confidence"] is None:
         fields["min_confidence"] = read["suggest"] or suggest
     only = tuple(read_texts(members, "response_fields")) if "response_fields" in members else None
-    return CompletionRequest("completion", fields, read["stream"], wants_usage(members), read["cache_prompt"], only)
+    return CompletionRequest(
+        "completion", fields, read["stream"], wants_usage(members), read["cache_prompt"], only
+    )
 
 
-def ask_text(request: CompletionRequest, prefix: str, suffix: str, infill: bool, **more: Any) -> CompletionRequest:
+def ask_text(
+    request: CompletionRequest, prefix: str, suffix: str, infill: bool, **more: Any
+) -> CompletionRequest:
     """Ask for a completion, or for an infill if the client does. At the end of a file there is no gap: the text before
     the cursor is completed."""
     mode = "infill" if suffix.strip() or not prefix else "complete"
@@ -287,7 +326,9 @@ def ask_text(request: CompletionRequest, prefix: str, suffix: str, infill: bool,
     return replace(request, kind="infill" if infill else "completion", fields=fields)
 
 
-def ask_prompt(request: CompletionRequest, prompt: str, suffix: str, infill: bool) -> CompletionRequest:
+def ask_prompt(
+    request: CompletionRequest, prompt: str, suffix: str, infill: bool
+) -> CompletionRequest:
     """Like `ask_text`, for a prompt that may carry fill-in-the-middle tokens, or have a layout of its own."""
     if not suffix and NEXT_EDIT.match(prompt):
         return ask_text(request, prompt, "", infill=False, stop_at="none", special=True)
@@ -313,8 +354,13 @@ def read_infill(members: Mapping[str, Any]) -> CompletionRequest:
     read, prompt = read_fields(members, INFILL_FIELDS), read_prompt(members)
     files = read_objects(members.get("input_extra", []), "input_extra", 0, MAX_EXTRAS, EXTRA)
     # llama.vim's key for "complete now" sends the same as its automatic requests.
-    request, extra = read_code(members, read, prompt, "often"), [file for file in files if file["text"]]
-    return ask_text(request, read["input_prefix"] + prompt, read["input_suffix"], infill=True, extra=extra)
+    request, extra = (
+        read_code(members, read, prompt, "often"),
+        [file for file in files if file["text"]],
+    )
+    return ask_text(
+        request, read["input_prefix"] + prompt, read["input_suffix"], infill=True, extra=extra
+    )
 
 
 def read_chat(members: Mapping[str, Any]) -> CompletionRequest:
@@ -323,7 +369,9 @@ def read_chat(members: Mapping[str, Any]) -> CompletionRequest:
     read = read_fields(members, CHAT_FIELDS)
     if members.get("tools", []) != [] and members.get("tool_choice") != "none":
         raise wrong("tools", 'nothing, or tool_choice "none"', members["tools"])
-    fields = read_sampling(read, read_stops(members), temperature=0.4, limit=MAX_TOKENS)  # an answer ends by itself
+    fields = read_sampling(
+        read, read_stops(members), temperature=0.4, limit=MAX_TOKENS
+    )  # an answer ends by itself
     fields |= {"messages": read_messages(members.get("messages", [])), "mode": "chat"}
     return CompletionRequest("chat", fields, read["stream"], wants_usage(members))
 
@@ -359,7 +407,9 @@ class Reply:
 
     prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, request: CompletionRequest, request_id: str, created: int, begun: Mapping[str, Any]) -> None:
+    def __init__(
+        self, request: CompletionRequest, request_id: str, created: int, begun: Mapping[str, Any]
+    ) -> None:
         self.request, self.id, self.created, self.begun = request, request_id, created, begun
         self.template = sse(self.chunk(SLOT)).replace(compact(SLOT), rb"\1")  # for `TOKEN_TEXT.sub`
 
@@ -371,9 +421,18 @@ class Reply:
         """The events for a block of whole native token events."""
         return TOKEN_TEXT.sub(self.template, tokens)
 
-    def frame(self, kind: str, *choices: dict[str, Any], reason: str | None = None, **more: Any) -> dict[str, Any]:
-        head = {"id": f"{self.prefix}-{self.id}", "object": kind, "created": self.created, "model": self.begun["model"]}
-        filled = [{"index": 0, **choice, "logprobs": None, "finish_reason": reason} for choice in choices]
+    def frame(
+        self, kind: str, *choices: dict[str, Any], reason: str | None = None, **more: Any
+    ) -> dict[str, Any]:
+        head = {
+            "id": f"{self.prefix}-{self.id}",
+            "object": kind,
+            "created": self.created,
+            "model": self.begun["model"],
+        }
+        filled = [
+            {"index": 0, **choice, "logprobs": None, "finish_reason": reason} for choice in choices
+        ]
         return {**head, "choices": filled, **more}
 
     def part(self, text: str, whole: bool = False) -> dict[str, Any]:
@@ -386,14 +445,24 @@ class Reply:
 
     def end(self, result: Mapping[str, Any]) -> bytes:
         """The events after the last text, for a native result."""
-        last = sse(self.frame(self.chunk_object, self.part(""), reason=finish_reason(result), **marks(result)))
-        counts = sse(self.frame(self.chunk_object, usage=usage(result))) if self.request.usage else b""
+        last = sse(
+            self.frame(
+                self.chunk_object, self.part(""), reason=finish_reason(result), **marks(result)
+            )
+        )
+        counts = (
+            sse(self.frame(self.chunk_object, usage=usage(result))) if self.request.usage else b""
+        )
         return last + counts + sse_block(b"[DONE]")
 
     def whole(self, text: str, result: Mapping[str, Any]) -> bytes:
         """The answer in one piece."""
         more = {"usage": usage(result), **marks(result)}
-        return compact(self.frame(self.whole_object, self.part(text, whole=True), reason=finish_reason(result), **more))
+        return compact(
+            self.frame(
+                self.whole_object, self.part(text, whole=True), reason=finish_reason(result), **more
+            )
+        )
 
 
 class ChatReply(Reply):
@@ -429,7 +498,8 @@ class LlamaReply(Reply):
             "tokens_predicted": written,
             "tokens_evaluated": read,
             "generation_settings": {"n_ctx": self.begun["n_ctx"]},
-            "truncated": bool(self.begun.get("kept")) and self.begun["kept"].get("parts") != ["all"],
+            "truncated": bool(self.begun.get("kept"))
+            and self.begun["kept"].get("parts") != ["all"],
             "stop_type": "limit" if finish_reason(result) == "length" else "eos",
             "tokens_cached": read + written,
             "timings": timings(result),
@@ -438,25 +508,39 @@ class LlamaReply(Reply):
         if self.request.only is None:
             return compact(answer)
         if "replaced" in answer or ("preempted" in answer and not text):
-            del answer["content"]  # llama.vim would keep empty content, and show nothing at this place again
+            del answer[
+                "content"
+            ]  # llama.vim would keep empty content, and show nothing at this place again
         for outer in ("generation_settings", "timings"):
             answer |= {f"{outer}/{name}": value for name, value in answer[outer].items()}
-        return compact({name: answer[name] for name in (*sorted(CUT), *self.request.only) if name in answer})
+        return compact(
+            {name: answer[name] for name in (*sorted(CUT), *self.request.only) if name in answer}
+        )
 
 
 def marks(result: Mapping[str, Any]) -> dict[str, Any]:
     """Members of our own: `type_through` if an earlier completion answered, `replaced` if a newer request took over,
     `preempted` if a guest made room, `unsure` if lines are not shown; and how sure the model is."""
     reason = result.get("finish_reason")
-    given = {name: result[name] for name in ("type_through", "confidence", "text_confidence") if name in result}
+    given = {
+        name: result[name]
+        for name in ("type_through", "confidence", "text_confidence")
+        if name in result
+    }
     return given | {name: True for name in (*CUT, "unsure") if name == reason}
 
 
 def timings(result: Mapping[str, Any]) -> dict[str, Any]:
     """llama-server's `timings`, in milliseconds."""
-    seconds, written, cached = result.get("ttft") or 0.0, result.get("total_tokens", 0), result.get("cached_tokens", 0)
+    seconds, written, cached = (
+        result.get("ttft") or 0.0,
+        result.get("total_tokens", 0),
+        result.get("cached_tokens", 0),
+    )
     read = result.get("prompt_tokens", 0) - cached
-    rest = max(0.0, (result.get("inference_time") or 0.0) - (result.get("load_time") or 0.0) - seconds)
+    rest = max(
+        0.0, (result.get("inference_time") or 0.0) - (result.get("load_time") or 0.0) - seconds
+    )
     figures: dict[str, Any] = {"cache_n": cached}
     for name, count, spent in (("prompt", read, seconds), ("predicted", written, rest)):
         figures[f"{name}_n"] = count
@@ -502,9 +586,15 @@ def write_props(model_id: str, n_ctx: int, places: int) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------ asking other engines
 
 MAX_N_CTX = 10**7  # tokens; the longest contexts have a million
-LENGTH, N_CTX = Field(int, 1, MAX_N_CTX), Field(int, 128, MAX_N_CTX)  # of a prompt and of a context, in tokens
+LENGTH, N_CTX = (
+    Field(int, 1, MAX_N_CTX),
+    Field(int, 128, MAX_N_CTX),
+)  # of a prompt and of a context, in tokens
 OPENAI_STOPS = 4  # OpenAI refuses a fifth; the Pi looks for all of them itself
-LLAMA_MORE = {"timings_per_token": True, "return_progress": True}  # counts even if we hang up, and signs of life
+LLAMA_MORE = {
+    "timings_per_token": True,
+    "return_progress": True,
+}  # counts even if we hang up, and signs of life
 # Without this list, the last event would include the whole prompt, and might be longer than we accept.
 LLAMA_LAST = ["content", "stop", "stop_type", "tokens_evaluated", "tokens_predicted", "timings"]
 
@@ -526,14 +616,23 @@ def write_sampling(wanted: Wanted, limit: str, most_stops: int | None = None) ->
     given = {name: fields[name] for name in ("temperature", "top_p", "seed") if name in fields}
     if given.get("top_p", 0) >= 1:
         del given["top_p"]  # 1 leaves all tokens; TGI refuses 1
-    if stops := fields.get("stop"):  # some engines refuse an empty list; in others it replaces the model's own stops
+    if stops := fields.get(
+        "stop"
+    ):  # some engines refuse an empty list; in others it replaces the model's own stops
         given["stop"] = stops[:most_stops]
-    return {"model": wanted.model, "stream": True, limit: min(fields["max_tokens"], max(1, wanted.room)), **given}
+    return {
+        "model": wanted.model,
+        "stream": True,
+        limit: min(fields["max_tokens"], max(1, wanted.room)),
+        **given,
+    }
 
 
 def write_openai(wanted: Wanted) -> dict[str, Any]:
     """The members of both of OpenAI's requests."""
-    return write_sampling(wanted, "max_tokens", OPENAI_STOPS) | {"stream_options": {"include_usage": True}}
+    return write_sampling(wanted, "max_tokens", OPENAI_STOPS) | {
+        "stream_options": {"include_usage": True}
+    }
 
 
 def write_files(fields: Mapping[str, Any]) -> str:
@@ -574,7 +673,13 @@ def text_of(value: Any) -> str:
     return value if isinstance(value, str) else ""
 
 
-FINISH_REASONS = {"length": "length", "limit": "length", "content_filter": "length", "error": "error", "abort": "error"}
+FINISH_REASONS = {
+    "length": "length",
+    "limit": "length",
+    "content_filter": "length",
+    "error": "error",
+    "abort": "error",
+}
 
 
 def read_engine_event(members: Mapping[str, Any]) -> tuple[str, str | None]:
@@ -592,7 +697,9 @@ def read_engine_event(members: Mapping[str, Any]) -> tuple[str, str | None]:
 
 
 MILLISECONDS = Field(float, 0, 10**12)
-COUNTS = frozenset(("usage", "timings", "tokens_predicted"))  # an event with one of these reports counts
+COUNTS = frozenset(
+    ("usage", "timings", "tokens_predicted")
+)  # an event with one of these reports counts
 
 
 def read_counts(members: Mapping[str, Any]) -> dict[str, Any]:
@@ -603,7 +710,9 @@ def read_counts(members: Mapping[str, Any]) -> dict[str, Any]:
     whole = cached + read if type(cached) is type(read) is int else None
     counts = {
         "prompt_tokens": members.get("tokens_evaluated", used.get("prompt_tokens", whole)),
-        "total_tokens": members.get("tokens_predicted", used.get("completion_tokens", timed.get("predicted_n"))),
+        "total_tokens": members.get(
+            "tokens_predicted", used.get("completion_tokens", timed.get("predicted_n"))
+        ),
         "cached_tokens": members_of(used.get("prompt_tokens_details")).get("cached_tokens", cached),
         "tokens_per_second": timed.get("predicted_per_second"),
         "draft_tokens": timed.get("draft_n"),
@@ -627,7 +736,9 @@ def read_listed(members: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         if isinstance(entry, dict) and isinstance(entry.get("id"), str):
             n_ctx = entry.get("max_model_len")  # of vLLM and SGLang; Ray has it in `metadata`
             n_ctx = n_ctx or members_of(entry.get("metadata")).get("max_request_context_length")
-            listed[entry["id"]] = {"loaded": True} | ({"n_ctx": n_ctx} if N_CTX.accepts(n_ctx) else {})
+            listed[entry["id"]] = {"loaded": True} | (
+                {"n_ctx": n_ctx} if N_CTX.accepts(n_ctx) else {}
+            )
     return listed
 
 
@@ -639,7 +750,9 @@ def read_props(members: Mapping[str, Any]) -> dict[str, Any]:
 
 # OpenAI's and vLLM's sentences. Their count of the prompt is ignored: later vLLMs stop counting at the first token that
 # does not fit.
-OVERFLOW = re.compile(r"(?:context length is (?:only )?(?=\d+ tokens)|greater than max_model_len=)(\d{1,8})\b")
+OVERFLOW = re.compile(
+    r"(?:context length is (?:only )?(?=\d+ tokens)|greater than max_model_len=)(\d{1,8})\b"
+)
 
 
 def read_overflow(error: Any) -> dict[str, int] | None:
@@ -647,9 +760,15 @@ def read_overflow(error: Any) -> dict[str, int] | None:
     "prompt_tokens"}, else None. llama-server sends members; OpenAI and vLLM send a sentence, which may be misread."""
     members = members_of(error)
     sentence = OVERFLOW.search(text_of(members.get("message", error)))
-    n_ctx, counted = members.get("n_ctx", int(sentence[1]) if sentence else 0), members.get("n_prompt_tokens")
+    n_ctx, counted = (
+        members.get("n_ctx", int(sentence[1]) if sentence else 0),
+        members.get("n_prompt_tokens"),
+    )
     lengths = {"n_ctx": n_ctx} if N_CTX.accepts(n_ctx) else {}
-    if not lengths and "context_length_exceeded" not in (members.get("code"), members.get("type")):  # OpenAI's code
+    if not lengths and "context_length_exceeded" not in (
+        members.get("code"),
+        members.get("type"),
+    ):  # OpenAI's code
         return None
     return lengths | ({"prompt_tokens": counted} if LENGTH.accepts(counted) else {})
 
@@ -668,8 +787,12 @@ class Dialect:
 
 
 # Some clients put /v1 before their paths only if the user's URL ends with /v1.
-OPENAI_TEXT = Dialect(("/v1/completions", "/completions"), read_completion, Reply, write_text_completion)
-OPENAI_CHAT = Dialect(("/v1/chat/completions", "/chat/completions"), read_chat, ChatReply, write_chat)
+OPENAI_TEXT = Dialect(
+    ("/v1/completions", "/completions"), read_completion, Reply, write_text_completion
+)
+OPENAI_CHAT = Dialect(
+    ("/v1/chat/completions", "/chat/completions"), read_chat, ChatReply, write_chat
+)
 COMPLETION = Dialect(("/completion",), read_completion, LlamaReply, write_llama)
 INFILL = Dialect(("/infill",), read_infill, LlamaReply, write_llama)
 DIALECTS = (OPENAI_TEXT, OPENAI_CHAT, COMPLETION, INFILL)

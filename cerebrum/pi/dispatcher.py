@@ -26,9 +26,15 @@ from cerebrum_common import HttpError, internal_error, log
 
 # ------------------------------------------------------------------------------------ policy: the decision
 
-BUSY_SECONDS, MAX_BUSY_SECONDS = 0.1, 1.0  # pause before a dialect's request asks a busy backend again; it doubles
+BUSY_SECONDS, MAX_BUSY_SECONDS = (
+    0.1,
+    1.0,
+)  # pause before a dialect's request asks a busy backend again; it doubles
 EDITOR_SECONDS = 60.0  # for this long after an infill, a place is kept for the next one
-SHARE_SECONDS, SHARE_OF_SECONDS = 10.0, 60.0  # a guest's share of each minute, which other guests respect
+SHARE_SECONDS, SHARE_OF_SECONDS = (
+    10.0,
+    60.0,
+)  # a guest's share of each minute, which other guests respect
 
 
 @dataclass(slots=True)
@@ -36,13 +42,23 @@ class State:
     """All that `decide` reads. `Dispatcher` writes it, and `Fleet` its backends."""
 
     fleet: Fleet
-    places: dict[Attempt, Backend] = field(default_factory=dict)  # maybe at a backend that has left models.toml
-    line: dict[Completion, asyncio.Future[Attempt]] = field(default_factory=dict)  # in order of arrival
-    editors: dict[str, float] = field(default_factory=dict)  # the time of each client's last infill, but for guests
+    places: dict[Attempt, Backend] = field(
+        default_factory=dict
+    )  # maybe at a backend that has left models.toml
+    line: dict[Completion, asyncio.Future[Attempt]] = field(
+        default_factory=dict
+    )  # in order of arrival
+    editors: dict[str, float] = field(
+        default_factory=dict
+    )  # the time of each client's last infill, but for guests
     turns: dict[str, float] = field(default_factory=dict)  # when each client last got a place
     regular: float = -math.inf  # when a client that is no guest last got a place
-    served: dict[str, Backend] = field(default_factory=dict)  # the last backend of each `CompletionRequest.file`
-    visits: list[tuple[str, float, float]] = field(default_factory=list)  # a guest, and when it got and left a place
+    served: dict[str, Backend] = field(
+        default_factory=dict
+    )  # the last backend of each `CompletionRequest.file`
+    visits: list[tuple[str, float, float]] = field(
+        default_factory=list
+    )  # a guest, and when it got and left a place
 
     def running(self, backends: Sequence[Backend]) -> list[Attempt]:
         """The attempts that take a place at these backends: not those that are being ended or that read ahead."""
@@ -52,7 +68,9 @@ class State:
     def guest_seconds(self, client: str, now: float) -> float:
         """How long a guest has held places in the last minute; two places at a time count twice."""
         visits = [visit for visit in self.visits if visit[0] == client]
-        holders = (one for one in self.places if one.completion.client == client and not one.request.ahead)
+        holders = (
+            one for one in self.places if one.completion.client == client and not one.request.ahead
+        )
         visits += [(client, one.begun, now) for one in holders]
         return sum(max(0.0, left - max(begun, now - SHARE_OF_SECONDS)) for _, begun, left in visits)
 
@@ -97,8 +115,14 @@ def decide(state: State, completion: Completion, now: float) -> Decision:
     options = state.fleet.who_may(request.fields, any_language=bool(request.kind))
     # 2. What has failed this completion is not asked again.
     tried = functools.partial(is_tried, completion, is_pausing=now < resume)
-    options = [(model, [one for one in having if not tried(one.id, model)]) for model, having in options]
-    able = [backend for backend in state.fleet.backends if any(backend in having for _, having in options)]
+    options = [
+        (model, [one for one in having if not tried(one.id, model)]) for model, having in options
+    ]
+    able = [
+        backend
+        for backend in state.fleet.backends
+        if any(backend in having for _, having in options)
+    ]
     # 3. Reading ahead must cost nothing, and nobody may wait for a place meanwhile.
     if request.ahead:
         able = [backend for backend in able if backend.reads_ahead]
@@ -146,8 +170,12 @@ def who_makes_room(
     guest who has held places for longest in the last minute, rather no infill, and the newest, which loses least."""
 
     def finds_place_without(ended: Sequence[Attempt]) -> bool:
-        places = {attempt: backend for attempt, backend in state.places.items() if attempt not in ended}
-        return place_for(replace(state, places=places), completion, options, usable, now) is not None
+        places = {
+            attempt: backend for attempt, backend in state.places.items() if attempt not in ended
+        }
+        return (
+            place_for(replace(state, places=places), completion, options, usable, now) is not None
+        )
 
     if not finds_place_without([one for one in state.places if one.request.guest]):
         return None
@@ -155,7 +183,11 @@ def who_makes_room(
     enough = [one for one in guests if finds_place_without([one])]
 
     def order(one: Attempt) -> tuple[float, bool, float]:
-        return state.guest_seconds(one.completion.client, now), one.request.kind != "infill", one.begun
+        return (
+            state.guest_seconds(one.completion.client, now),
+            one.request.kind != "infill",
+            one.begun,
+        )
 
     return max(enough or guests, key=order, default=None)
 
@@ -163,10 +195,14 @@ def who_makes_room(
 def who_tries(state: State, able: Sequence[Backend]) -> Attempt | None:
     """A guest's attempt that is the trial of one of these backends."""
     trials = [backend.breaker.trial for backend in able]
-    return next((one for one in state.running(able) if one.request.guest and one.admission in trials), None)
+    return next(
+        (one for one in state.running(able) if one.request.guest and one.admission in trials), None
+    )
 
 
-def choose(state: State, request: CompletionRequest, options: Options, free: Sequence[Backend]) -> Assign | None:
+def choose(
+    state: State, request: CompletionRequest, options: Options, free: Sequence[Backend]
+) -> Assign | None:
     """The best model that one of these backends has, at the one that probably has the beginning of the prompt in its
     cache, or else at the least busy one."""
     last = state.served.get(request.file)
@@ -183,7 +219,9 @@ def is_idle(state: State, backend: Backend) -> bool:
 def busy_until(completion: Completion) -> float:
     """When to ask the backends again that answered 429 to a dialect's request; infinity if none did. Our own API passes
     a 429 on."""
-    refused = [one.left for one in completion.attempts if one.error and one.error.code == "RATE_LIMIT"]
+    refused = [
+        one.left for one in completion.attempts if one.error and one.error.code == "RATE_LIMIT"
+    ]
     if not refused or not completion.request.kind:
         return math.inf
     return refused[-1] + min(BUSY_SECONDS * 2.0 ** (len(refused) - 1), MAX_BUSY_SECONDS)
@@ -195,7 +233,11 @@ def is_tried(completion: Completion, backend: str, model: str, is_pausing: bool)
     for attempt in completion.attempts:
         if attempt.backend == backend and attempt.error:
             code = attempt.error.code
-            if attempt.model == model if code in WITHOUT_MODEL else is_pausing or code != "RATE_LIMIT":
+            if (
+                attempt.model == model
+                if code in WITHOUT_MODEL
+                else is_pausing or code != "RATE_LIMIT"
+            ):
                 return True
     return False
 
@@ -227,28 +269,48 @@ def is_left(state: State, completion: Completion, usable: Sequence[Backend], now
     if not request.guest:
         return True
     guests = [one for one in state.running(state.fleet.backends) if one.request.guest]
-    guests = [one for one in guests if not request.session or one.request.session != request.session]
+    guests = [
+        one for one in guests if not request.session or one.request.session != request.session
+    ]
     own = sum(one.completion.client == completion.client for one in guests)
     spared = now - state.regular < EDITOR_SECONDS
     most = max(1, sum(backend.limit for backend in usable) - spared)
-    return own < request.guest and len(guests) < most and all(other.request.guest for other in state.line)
+    return (
+        own < request.guest
+        and len(guests) < most
+        and all(other.request.guest for other in state.line)
+    )
 
 
-def whose_turn(state: State, running: Mapping[str, int], completion: Completion) -> tuple[bool, int, float, bool]:
+def whose_turn(
+    state: State, running: Mapping[str, int], completion: Completion
+) -> tuple[bool, int, float, bool]:
     """The lower, the sooner a completion that waits gets a place: guests come last; then people take turns, those with
     the fewest places first, then those who have had no turn or whose last one is the longest ago; of one person's,
     infills come first."""
     request, client = completion.request, completion.client
-    return request.guest > 0, running[client], state.turns.get(client, 0.0), request.kind != "infill"
+    return (
+        request.guest > 0,
+        running[client],
+        state.turns.get(client, 0.0),
+        request.kind != "infill",
+    )
 
 
 def all_taken(state: State, guest: int) -> HttpError:
     if guest:
-        return HttpError("RATE_LIMIT", f"expected at most {guest} completions at a time, and a place that others leave")
-    there = [backend for backend in state.fleet.backends if backend.available] or state.fleet.backends
+        return HttpError(
+            "RATE_LIMIT",
+            f"expected at most {guest} completions at a time, and a place that others leave",
+        )
+    there = [
+        backend for backend in state.fleet.backends if backend.available
+    ] or state.fleet.backends
     limit = sum(backend.limit for backend in there)
     kept = "" if len(state.running(there)) >= limit else ", one of them for an editor"
-    return HttpError("RATE_LIMIT", f"expected at most {limit} completions at a time{kept}; try again later")
+    return HttpError(
+        "RATE_LIMIT", f"expected at most {limit} completions at a time{kept}; try again later"
+    )
 
 
 def nobody(fleet: Fleet, options: Options) -> HttpError:
@@ -258,7 +320,9 @@ def nobody(fleet: Fleet, options: Options) -> HttpError:
     if unknown := [backend.breaker.message for backend in fleet.backends if backend.models is None]:
         return HttpError("VPS_UNAVAILABLE", next(filter(None, unknown), NEVER_ASKED))
     expected, got = ", ".join(fleet.models or ()), describe(options[0][0])
-    return HttpError("MODEL_NOT_FOUND", f"expected a model that a backend has ({expected or 'none'}), got {got}")
+    return HttpError(
+        "MODEL_NOT_FOUND", f"expected a model that a backend has ({expected or 'none'}), got {got}"
+    )
 
 
 # -------------------------------------------------------------------------------------------- the dispatcher
@@ -281,7 +345,9 @@ class Dispatcher:
 
     def __init__(self, fleet: Fleet, count_work: Callable[[str, Mapping[str, Any]], None]) -> None:
         self.state = State(fleet)
-        self._count_work = count_work  # called with the model and the result of a prompt that was read ahead
+        self._count_work = (
+            count_work  # called with the model and the result of a prompt that was read ahead
+        )
         self.ahead: dict[str, Completion] = {}  # prompts to be read ahead, by client
 
     @property
@@ -292,7 +358,9 @@ class Dispatcher:
     def saw_editor(self, client: str) -> None:
         """A client asks for infills, so a place is kept for its next one."""
         now, editors = time.monotonic(), self.state.editors
-        self.state.editors = {one: seen for one, seen in editors.items() if now - seen < EDITOR_SECONDS} | {client: now}
+        self.state.editors = {
+            one: seen for one, seen in editors.items() if now - seen < EDITOR_SECONDS
+        } | {client: now}
 
     def hand_over(self, completion: Completion, client: str) -> None:
         """The client of this completion has left, but another one still reads it."""
@@ -302,7 +370,9 @@ class Dispatcher:
     def reconfigured(self) -> None:
         """The list of backends has changed."""
         state, backends = self.state, self.state.fleet.backends
-        state.served = {file: backend for file, backend in state.served.items() if backend in backends}
+        state.served = {
+            file: backend for file, backend in state.served.items() if backend in backends
+        }
         for attempt, backend in [*state.places.items()]:
             if attempt.request.ahead and backend not in backends:
                 self._supersede(attempt)
@@ -331,9 +401,13 @@ class Dispatcher:
         older request, which this one replaces, leaves first."""
         places, backend = self.state.places, self.state.places[attempt]
         try:
-            with contextlib.suppress(TimeoutError):  # they are cut, but a client may be slow to take its last text
+            with contextlib.suppress(
+                TimeoutError
+            ):  # they are cut, but a client may be slow to take its last text
                 async with asyncio.timeout(ENDING_SECONDS):
-                    for other in [one for one, where in places.items() if where is backend and one.makes_room]:
+                    for other in [
+                        one for one, where in places.items() if where is backend and one.makes_room
+                    ]:
                         if other is not attempt:
                             await other.ended.wait()
             if attempt.makes_room:
@@ -362,7 +436,9 @@ class Dispatcher:
     def advance(self) -> None:
         """Give free places to those that wait, in turns. If nobody waits, idle backends read ahead."""
         state, waiting = self.state, [*self.state.line]
-        running = Counter(attempt.completion.client for attempt in state.running([*state.places.values()]))
+        running = Counter(
+            attempt.completion.client for attempt in state.running([*state.places.values()])
+        )
         while waiting:
             completion = min(waiting, key=functools.partial(whose_turn, state, running))
             waiting.remove(completion)
@@ -406,7 +482,9 @@ class Dispatcher:
     def _supersede(self, attempt: Attempt) -> None:
         if not attempt.makes_room:
             attempt.reason = SUPERSEDED
-            attempt.completion.end(HttpError(SUPERSEDED, "a newer request of this session took its place"))
+            attempt.completion.end(
+                HttpError(SUPERSEDED, "a newer request of this session took its place")
+            )
 
     def _preempt(self, attempt: Attempt) -> None:
         """End a guest's attempt. One that ends within its guest's share of the minute comes first among guests."""
@@ -457,7 +535,9 @@ class Dispatcher:
         attempt = self._assign(completion, place.model, place.backend)
         task = asyncio.create_task(self._read(place.backend, attempt))
         completion.end = lambda _: task.cancel()
-        task.add_done_callback(functools.partial(self._has_read, attempt))  # even if it never begins
+        task.add_done_callback(
+            functools.partial(self._has_read, attempt)
+        )  # even if it never begins
 
     async def _read(self, backend: Backend, attempt: Attempt) -> None:
         try:

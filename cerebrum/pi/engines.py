@@ -78,11 +78,21 @@ class Translator:
         from cerebrum.text.ending import Ending
 
         turns = fields.get("messages") or ()
-        given = [fields.get("prompt", ""), fields.get("suffix", ""), *(turn["content"] for turn in turns)]
+        given = [
+            fields.get("prompt", ""),
+            fields.get("suffix", ""),
+            *(turn["content"] for turn in turns),
+        ]
         marks = [mark for mark in {*MARKS, *marks} if not any(mark in text for text in given)]
         stops = [stop for stop in fields.get("stop", ()) if len(stop) <= MAX_STOP_CHARS]
         language, suffix = fields.get("language", ""), fields.get("suffix", "")[:NEAR_CHARS]
-        where = fields["mode"], language, end_of(given[0], language), suffix, fields.get("stop_at", "auto")
+        where = (
+            fields["mode"],
+            language,
+            end_of(given[0], language),
+            suffix,
+            fields.get("stop_at", "auto"),
+        )
         self.ending = Ending(*where, fields.get("indent", 0), [*stops, *marks])
         self.characters = Characters()
         self.most = fields.get("max_tokens") or MAX_TOKENS
@@ -93,7 +103,9 @@ class Translator:
         self.began = 0.0  # when the first event with text came
         self.has_line = False  # a line end has been generated
         self.heard = False  # an event came
-        self.lived = 0.0  # when the last event came; once the engine has ended its text, when it did
+        self.lived = (
+            0.0  # when the last event came; once the engine has ended its text, when it did
+        )
         self.reason: str | None = None  # why the engine ended its text; None before its end
         self.done = False
 
@@ -109,7 +121,9 @@ class Translator:
         the text may have been cut."""
         if self.reason is None:
             if not self.heard:  # llama_cpp.server ends like this if the prompt is too long
-                raise HttpError("VPS_UNAVAILABLE", "VPS backend answered nothing; a lower n_ctx of it may help")
+                raise HttpError(
+                    "VPS_UNAVAILABLE", "VPS backend answered nothing; a lower n_ctx of it may help"
+                )
             raise BackendFailure("it ended without saying that it is done")
         return self._done(self.reason)
 
@@ -130,7 +144,9 @@ class Translator:
             self.lived = now
             yield from self._text(*read_engine_event(members), now)
         if self.progress and not self.tokens:
-            progress = members_of(members.get("prompt_progress"))  # llama-server's, in tokens of the prompt
+            progress = members_of(
+                members.get("prompt_progress")
+            )  # llama-server's, in tokens of the prompt
             read, total = progress.get("processed"), progress.get("total")
             if upstream.COUNT.accepts(read) and upstream.COUNT.accepts(total):
                 yield "progress", {"stage": "prefill", "done": read, "total": total}
@@ -138,7 +154,9 @@ class Translator:
     def _text(self, text: str, reason: str | None, now: float) -> Iterator[Pair]:
         if reason == "error":
             raise BackendFailure("it gave up")
-        if text and self.tokens == self.most:  # an event has at least one token: the engine ignores its limit
+        if (
+            text and self.tokens == self.most
+        ):  # an event has at least one token: the engine ignores its limit
             text, reason = "", "length"
         if text:
             self.began = self.began if self.tokens else now
@@ -146,7 +164,13 @@ class Translator:
             self.has_line = self.has_line or "\n" in text
             text = self.characters.feed(text)
         text, ended = self.ending.feed(text)
-        if not ended and not reason and self.limit and self.has_line and now - self.began > self.limit:
+        if (
+            not ended
+            and not reason
+            and self.limit
+            and self.has_line
+            and now - self.began > self.limit
+        ):
             ended, text = "length", text + self.ending.flush(whole=False)
         elif reason and not ended:
             text += self.ending.flush(whole=reason == "stop")
@@ -168,7 +192,9 @@ ALIVE_SECONDS = 5.0  # the silence of another engine after which the client gets
 COUNTS_SECONDS = 2.0  # the wait after another engine's last text for its token counts
 
 
-async def translate(client: Upstream, answer: Answer, translator: Translator) -> AsyncGenerator[Pair, None]:
+async def translate(
+    client: Upstream, answer: Answer, translator: Translator
+) -> AsyncGenerator[Pair, None]:
     """The counterpart of `relay` for another engine. The engine may send its head only after reading the prompt, and it
     sends no comments: during its silence, ("idle", None) comes every ALIVE_SECONDS or a little later. Once the engine
     has ended its text, the text is complete, whatever follows."""
@@ -184,7 +210,9 @@ async def translate(client: Upstream, answer: Answer, translator: Translator) ->
                 async with asyncio.timeout(COUNTS_SECONDS if translator.reason else ALIVE_SECONDS):
                     data = await answer.read()
             came = now()
-            block = b"" if data is None else events.feed(data or b"\n\n")  # some engines omit the last blank line
+            block = (
+                b"" if data is None else events.feed(data or b"\n\n")
+            )  # some engines omit the last blank line
             for pair in translator.feed(block, came):
                 spoke = now()
                 yield pair
@@ -193,9 +221,13 @@ async def translate(client: Upstream, answer: Answer, translator: Translator) ->
                 raise
             came, data = now(), b""
         silence = came - translator.lived
-        if not translator.done and (data == b"" or (translator.reason and silence >= COUNTS_SECONDS)):
+        if not translator.done and (
+            data == b"" or (translator.reason and silence >= COUNTS_SECONDS)
+        ):
             yield translator.end()
-        elif not translator.reason and silence > READING_SECONDS:  # the engine sends nothing but comments
+        elif (
+            not translator.reason and silence > READING_SECONDS
+        ):  # the engine sends nothing but comments
             raise BackendFailure(upstream.LATE)
         elif now() - spoke >= ALIVE_SECONDS:
             spoke = now()

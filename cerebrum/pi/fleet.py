@@ -18,7 +18,9 @@ PAID_PROBE_SECONDS = 120.0  # for a cloud service, which counts requests
 STUCK_SECONDS = 300.0  # without progress of a probe, which takes a minute at most
 
 Preferences = Mapping[str, Sequence[str]]  # ids of models, by mode
-Options = Sequence[tuple[str, Sequence[Backend]]]  # models, best first, each with the backends that have it
+Options = Sequence[
+    tuple[str, Sequence[Backend]]
+]  # models, best first, each with the backends that have it
 
 
 def rank_models(
@@ -40,7 +42,11 @@ def rank_models(
     if not language or (any_language and not serving):
         serving = [model.id for model in here]
     if not serving:
-        return [next((model for model in reversed(catalog) if language in model.languages), catalog[-1]).id]
+        return [
+            next(
+                (model for model in reversed(catalog) if language in model.languages), catalog[-1]
+            ).id
+        ]
     preferred = () if present is None else prefer.get("instruct" if mode == "chat" else mode, ())
     return [*dict.fromkeys([*(id for id in preferred if id in serving), *serving])]
 
@@ -59,7 +65,9 @@ class Fleet:
         self._prefer: Preferences = {}
         self._replaced = asyncio.Event()
 
-    def replace(self, configs: Sequence[BackendConfig], catalog: Sequence[Model], prefer: Preferences) -> None:
+    def replace(
+        self, configs: Sequence[BackendConfig], catalog: Sequence[Model], prefer: Preferences
+    ) -> None:
         """Replace the backends. A backend whose id and API stay keeps its state; running requests continue.
         ConfigError if the settings cannot be used; then nothing has changed."""
         backends = [Backend(config, catalog) for config in configs]
@@ -98,7 +106,11 @@ class Fleet:
     def models(self) -> dict[str, dict[str, Any]] | None:
         """Model metadata, taken from the first backend that lists the model; None until the first list comes."""
         lists = [backend.models for backend in self.backends if backend.models is not None]
-        return {id: about for models in reversed(lists) for id, about in models.items()} if lists else None
+        return (
+            {id: about for models in reversed(lists) for id, about in models.items()}
+            if lists
+            else None
+        )
 
     def n_ctx(self, model: str) -> int:
         """The model's context at the first backend that has it, preferably an available one."""
@@ -123,7 +135,9 @@ class Fleet:
             backend.wake.clear()
             await backend.probe()
             probed()
-            delay = (PAID_PROBE_SECONDS if backend.config.is_paid else PROBE_SECONDS) * random.uniform(0.8, 1.2)
+            delay = (
+                PAID_PROBE_SECONDS if backend.config.is_paid else PROBE_SECONDS
+            ) * random.uniform(0.8, 1.2)
             delay = min(delay, backend.breaker.retry_in(time.monotonic()) or delay)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(delay):
@@ -137,7 +151,9 @@ class Fleet:
     def stuck(self, now: float) -> str:
         """A message that names a backend whose probe hangs; "" if there is none."""
         stuck = [backend.id for backend in self.backends if now - backend.probed > STUCK_SECONDS]
-        return f"the probe of {stuck[0]} has made no progress for {STUCK_SECONDS:g} s" if stuck else ""
+        return (
+            f"the probe of {stuck[0]} has made no progress for {STUCK_SECONDS:g} s" if stuck else ""
+        )
 
     # Routing.
 
@@ -149,11 +165,17 @@ class Fleet:
 
     def who_may(self, fields: Mapping[str, Any], any_language: bool) -> Options:
         """The models that may answer and their backends, judged by the lists of models alone."""
-        model, language, mode = fields.get("model"), fields.get("language", ""), fields.get("mode", "")
+        model, language, mode = (
+            fields.get("model"),
+            fields.get("language", ""),
+            fields.get("mode", ""),
+        )
         if model is not None:
             ids = [model]
         else:
-            ids = rank_models(self._catalog, self._prefer, language, mode, self.models, any_language)
+            ids = rank_models(
+                self._catalog, self._prefer, language, mode, self.models, any_language
+            )
         options = [(id, [backend for backend in self.backends if backend.has(id)]) for id in ids]
         if not any(having for _, having in options):  # vpsd says what is missing, and how to get it
             options = [(ids[0], [backend for backend in self.backends if backend.api is None])]

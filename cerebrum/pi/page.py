@@ -16,7 +16,12 @@ def sources(tag: bytes, text: bytes) -> str:
     """The sources of one kind that a Content-Security-Policy allows: the page's own, by their hashes."""
     inline = re.findall(rb"<%b>(.*?)</%b>" % (tag, tag), text, re.S)
     digests = (hashlib.sha256(one).digest() for one in inline)
-    return " ".join(f"'sha256-{binascii.b2a_base64(digest, newline=False).decode()}'" for digest in digests) or "'none'"
+    return (
+        " ".join(
+            f"'sha256-{binascii.b2a_base64(digest, newline=False).decode()}'" for digest in digests
+        )
+        or "'none'"
+    )
 
 
 def page_of(text: bytes) -> Response:

@@ -17,19 +17,37 @@ import re
 import socket
 import ssl
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, replace
 from typing import Any
 
 from cerebrum.fields import Field, members_of, parse_json
-from cerebrum.http import READ_BYTES, STATUS_LINE, BodyDecoder, is_ip_literal, parse_framing, parse_headers, scan_head
+from cerebrum.http import (
+    READ_BYTES,
+    STATUS_LINE,
+    BodyDecoder,
+    is_ip_literal,
+    parse_framing,
+    parse_headers,
+    scan_head,
+)
 from cerebrum.pi.dialects import APIS, LENGTH, MAX_N_CTX, read_overflow
 from cerebrum.settings import ConfigError, Environment, read_table
 from cerebrum_common import HttpError, request_id_var, sse_event
 
 # --------------------------------------------------------------------------------------- configuration
 
-URL = re.compile(r"(https?)://([A-Za-z0-9.\-_]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::([0-9]{1,5}))?(/[A-Za-z0-9._~/\-]*)?")
+URL = re.compile(
+    r"(https?)://([A-Za-z0-9.\-_]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::([0-9]{1,5}))?(/[A-Za-z0-9._~/\-]*)?"
+)
 MAX_PLACES = 64  # concurrent requests to one backend
 
 
@@ -77,23 +95,41 @@ def parse_url(text: str, name: str) -> Endpoint:
     """Parse `http://host[:port][/prefix]` into an Endpoint; ConfigError names the setting."""
     match = URL.fullmatch(text)
     if not match or int(match[3] or 1) not in range(1, 65536):
-        raise ConfigError(f"{name}: expected http://HOST[:PORT] or https://HOST[:PORT], got something else")
+        raise ConfigError(
+            f"{name}: expected http://HOST[:PORT] or https://HOST[:PORT], got something else"
+        )
     scheme, host, port, prefix = match.groups()
     tls = scheme == "https"
     authority = f"{host}:{port}" if port else host
-    return Endpoint(host.strip("[]"), int(port or (443 if tls else 80)), authority, (prefix or "").rstrip("/"), tls)
+    return Endpoint(
+        host.strip("[]"),
+        int(port or (443 if tls else 80)),
+        authority,
+        (prefix or "").rstrip("/"),
+        tls,
+    )
 
 
-def read_backends(tables: Sequence[Any], environ: Environment, max_concurrent: int) -> tuple[BackendConfig, ...]:
+def read_backends(
+    tables: Sequence[Any], environ: Environment, max_concurrent: int
+) -> tuple[BackendConfig, ...]:
     """Read `[[backends]]` of models.toml. ConfigError names the wrong table and its fault."""
-    backends = tuple(_read_backend(table, f"backend {number}", environ) for number, table in enumerate(tables, 1))
+    backends = tuple(
+        _read_backend(table, f"backend {number}", environ) for number, table in enumerate(tables, 1)
+    )
     if len({backend.id for backend in backends}) != len(backends):
         raise ConfigError("backends: expected every id once")
     if backends:
         return backends
-    endpoint = parse_url(environ.text("CEREBRUM_VPS_URL", "http://127.0.0.1:9000"), "CEREBRUM_VPS_URL")
+    endpoint = parse_url(
+        environ.text("CEREBRUM_VPS_URL", "http://127.0.0.1:9000"), "CEREBRUM_VPS_URL"
+    )
     key = environ.key("CEREBRUM_API_KEY")
-    return (BackendConfig("vps", endpoint, key=key, key_env="CEREBRUM_API_KEY", max_concurrent=max_concurrent),)
+    return (
+        BackendConfig(
+            "vps", endpoint, key=key, key_env="CEREBRUM_API_KEY", max_concurrent=max_concurrent
+        ),
+    )
 
 
 BACKEND = {
@@ -111,7 +147,9 @@ BACKEND = {
 def _read_backend(table: Any, where: str, environ: Environment) -> BackendConfig:
     given = read_table(table, where, BACKEND)
     endpoint = parse_url(given.pop("url"), f"{where}: url")
-    if given["api"] != "cerebrum":  # the address that such an engine gives its users often ends in /v1
+    if (
+        given["api"] != "cerebrum"
+    ):  # the address that such an engine gives its users often ends in /v1
         endpoint = replace(endpoint, prefix=endpoint.prefix.removesuffix("/v1"))
     if given["ca_file"] and not endpoint.tls:
         raise ConfigError(f"{where}: ca_file: expected a url with https for {given['ca_file']!r}")
@@ -141,7 +179,11 @@ def blamed(reason: str) -> Iterator[None]:
         raise
     except TimeoutError:
         raise BackendFailure(LATE) from None
-    except (HttpError, OSError, UnicodeError):  # UnicodeError: a host name that cannot be encoded for DNS
+    except (
+        HttpError,
+        OSError,
+        UnicodeError,
+    ):  # UnicodeError: a host name that cannot be encoded for DNS
         raise BackendFailure(reason) from None
 
 
@@ -149,7 +191,9 @@ class TooLong(HttpError):
     """A prompt exceeds the context: 400, and `extra` has `n_ctx` and `prompt_tokens` if the backend reports them."""
 
     def __init__(
-        self, lengths: Mapping[str, int], message: str = "expected a shorter prompt, got one that exceeds the context"
+        self,
+        lengths: Mapping[str, int],
+        message: str = "expected a shorter prompt, got one that exceeds the context",
     ) -> None:
         super().__init__("INVALID_REQUEST", message, extra=lengths)
 
@@ -160,7 +204,14 @@ class Unusable(HttpError):
 
 MAX_MESSAGE_CHARACTERS = 2000  # of a backend's error message that is passed on
 PASSED_ON = frozenset(  # codes of the VPS that mean something to the client; all others become VPS_UNAVAILABLE
-    {"INVALID_REQUEST", "MODEL_NOT_FOUND", "SUPERSEDED", "MODEL_BUSY", "RATE_LIMIT", "MODEL_LOAD_FAILED"}
+    {
+        "INVALID_REQUEST",
+        "MODEL_NOT_FOUND",
+        "SUPERSEDED",
+        "MODEL_BUSY",
+        "RATE_LIMIT",
+        "MODEL_LOAD_FAILED",
+    }
     | {"OVERLOADED", "RESOURCE_EXHAUSTED", "SHUTTING_DOWN", "VPS_UNAVAILABLE"}
 )
 EXPLAINED = {
@@ -175,11 +226,21 @@ CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066
 def our_error(members: Mapping[str, Any], key: str) -> HttpError | None:
     """The client's error if this JSON object has the error format of our daemons, else None."""
     message, code = members.get("message"), members.get("code", "")
-    if members.get("error") is not True or not isinstance(message, str) or not ERROR_CODE.accepts(code):
+    if (
+        members.get("error") is not True
+        or not isinstance(message, str)
+        or not ERROR_CODE.accepts(code)
+    ):
         return None
-    message = CONTROLS.sub(" ", message)  # the key goes before the cut, which could leave half of it
+    message = CONTROLS.sub(
+        " ", message
+    )  # the key goes before the cut, which could leave half of it
     message = (message.replace(key, "***") if key else message)[:MAX_MESSAGE_CHARACTERS]
-    more = {name: members[name] for name in ("prompt_tokens", "n_ctx") if LENGTH.accepts(members.get(name))}
+    more = {
+        name: members[name]
+        for name in ("prompt_tokens", "n_ctx")
+        if LENGTH.accepts(members.get(name))
+    }
     if code == "INVALID_REQUEST" and len(more) == 2:
         return TooLong(more, message)
     return HttpError(code if code in PASSED_ON else "VPS_UNAVAILABLE", message, extra=more)
@@ -195,16 +256,24 @@ def refusal(status: int, body: bytes, config: BackendConfig) -> HttpError:
     error = our_error(members, config.key)
     if error is None or status < 400:
         return BackendFailure(f"it answered {status}, without Cerebrum's form of an error")
-    return Unusable("VPS_UNAVAILABLE", EXPLAINED[status].format(key_env)) if status in EXPLAINED else error
+    return (
+        Unusable("VPS_UNAVAILABLE", EXPLAINED[status].format(key_env))
+        if status in EXPLAINED
+        else error
+    )
 
 
 def engine_refusal(status: int, error: Any, key_env: str) -> HttpError:
     """`refusal` for another engine. A client never gets the engine's own text, which may contain a path or a key. For
     an overlong prompt the error has the same members as vpsd's, so that the prompt is fitted again."""
     if status in (401, 403):
-        return Unusable("VPS_UNAVAILABLE", f"VPS backend refuses our key: expected the right one in {key_env}")
+        return Unusable(
+            "VPS_UNAVAILABLE", f"VPS backend refuses our key: expected the right one in {key_env}"
+        )
     if status == 404:
-        return HttpError("MODEL_NOT_FOUND", "VPS backend does not have this model, or does not know this call")
+        return HttpError(
+            "MODEL_NOT_FOUND", "VPS backend does not have this model, or does not know this call"
+        )
     if status == 429:
         return HttpError("RATE_LIMIT", "VPS backend has too many requests; try again later")
     if status in (400, 413, 422) and (lengths := read_overflow(error)) is not None:
@@ -250,7 +319,10 @@ def parse_answer(block: bytes, kind: str) -> tuple[int, BodyDecoder]:
     status, headers = int(match[1]), parse_headers(lines)
     if status == 200 and headers.get("content-encoding", "identity").lower() != "identity":
         raise BackendFailure("its answer has a Content-Encoding that nobody asked for")
-    if status == 200 and headers.get("content-type", kind).partition(";")[0].strip(" \t").lower() != kind:
+    if (
+        status == 200
+        and headers.get("content-type", kind).partition(";")[0].strip(" \t").lower() != kind
+    ):
         raise BackendFailure("its answer is not of the type that was asked for")
     length, chunked = parse_framing(first[:8].decode(), headers)
     return status, BodyDecoder(0 if status in (204, 304) else length, chunked)
@@ -260,12 +332,16 @@ def parse_answer(block: bytes, kind: str) -> tuple[int, BodyDecoder]:
 
 COUNT = Field(int, 0, 10**9)
 SECONDS = Field(float, 0, 10**9)
-RESULT = dict.fromkeys(("total_tokens", "prompt_tokens", "cached_tokens", "draft_tokens", "accepted_tokens"), COUNT)
+RESULT = dict.fromkeys(
+    ("total_tokens", "prompt_tokens", "cached_tokens", "draft_tokens", "accepted_tokens"), COUNT
+)
 RESULT |= dict.fromkeys(("inference_time", "load_time", "ttft", "tokens_per_second"), SECONDS)
 RESULT |= dict.fromkeys(("confidence", "text_confidence"), Field(float, 0, 1))
 RESULT |= {"finish_reason": Field(str, 1, 40)}
 # Members that we write into results and errors ourselves: no backend may set them.
-OURS = frozenset({"completion", "language", "model", "timestamp", "mode", "kept", "backend", "type_through"})
+OURS = frozenset(
+    {"completion", "language", "model", "timestamp", "mode", "kept", "backend", "type_through"}
+)
 OURS |= {"done", "token", "error", "message", "code"}
 
 
@@ -337,7 +413,9 @@ def take_apart(block: bytes, key: str) -> Iterator[Pair]:
 
 def data_of(event: bytes) -> bytes:
     """The data of an event, from one or several lines."""
-    return b"\n".join(line[5:].removeprefix(b" ") for line in event.split(b"\n") if line.startswith(b"data:"))
+    return b"\n".join(
+        line[5:].removeprefix(b" ") for line in event.split(b"\n") if line.startswith(b"data:")
+    )
 
 
 def read_event(event: bytes, key: str) -> Pair | None:
@@ -355,7 +433,11 @@ def read_event(event: bytes, key: str) -> Pair | None:
         if not COUNT.accepts(members.get("total_tokens")):
             raise BackendFailure("it sent a token without its number")
         return "text", text_event(members["token"], members["total_tokens"])
-    mean, end, progress = members.get("confidence"), members.get("characters"), members.get("progress")
+    mean, end, progress = (
+        members.get("confidence"),
+        members.get("characters"),
+        members.get("progress"),
+    )
     if RESULT["confidence"].accepts(mean) and COUNT.accepts(end):
         return "judged", (mean, end)
     return ("progress", progress) if isinstance(progress, dict) else None
@@ -382,10 +464,16 @@ RACE_SECONDS = 0.25  # until the next address of a name is tried in parallel (RF
 STREAM_SECONDS = 7200.0  # for a whole stream: 2,048 tokens at half a token per second, plus the queue before them
 ASIDE_SECONDS = 2.0  # /health and /v1/models, which are answered in milliseconds
 LOAD_SECONDS = 120.0  # for an answer that waits until a model is loaded
-ENDED, BROKEN, EXPIRED = "it ended", "the connection broke", "it stopped"  # why no more bytes come, also in messages
+ENDED, BROKEN, EXPIRED = (
+    "it ended",
+    "the connection broke",
+    "it stopped",
+)  # why no more bytes come, also in messages
 MAX_ERROR_BYTES = 65_536  # an error's JSON
 MAX_TOKENS_BYTES = 8 << 20  # the tokens of 1 MiB of text
-MAX_JSON_BYTES = 1 << 20  # /v1/models, where a cloud lists hundreds of models; or an answer that is not streamed
+MAX_JSON_BYTES = (
+    1 << 20
+)  # /v1/models, where a cloud lists hundreds of models; or an answer that is not streamed
 
 
 class Loop(asyncio.SelectorEventLoop):
@@ -394,7 +482,9 @@ class Loop(asyncio.SelectorEventLoop):
 
     def __init__(self) -> None:
         super().__init__()
-        self._names: dict[tuple[Any, ...], asyncio.Future[list[Any]]] = {}  # addresses, or a lookup in progress
+        self._names: dict[
+            tuple[Any, ...], asyncio.Future[list[Any]]
+        ] = {}  # addresses, or a lookup in progress
 
     async def getaddrinfo(self, host: Any, port: Any, **how: int) -> list[Any]:
         """As socket.getaddrinfo."""
@@ -432,7 +522,9 @@ class Reader(asyncio.Protocol):
     transport: asyncio.Transport  # once connected
 
     def __init__(self) -> None:
-        self.end = ""  # ENDED, BROKEN, or EXPIRED if `watch` has cut the connection; "" before its end
+        self.end = (
+            ""  # ENDED, BROKEN, or EXPIRED if `watch` has cut the connection; "" before its end
+        )
         self._since = math.inf  # when the current read began to wait; infinite while nobody waits
         self.unread = b""  # bytes that have come and that nobody has read
         self._waiter: asyncio.Future[None] | None = None
@@ -443,7 +535,9 @@ class Reader(asyncio.Protocol):
         """Cut the connection once a read has waited for `idle` seconds, or after STREAM_SECONDS. There is one timer,
         rescheduled only when it fires: asyncio.timeout around each read would cost more than the read itself."""
         if not self.end:  # otherwise no read waits
-            self._timer = self._loop.call_later(idle, self._check, idle, self._loop.time() + STREAM_SECONDS)
+            self._timer = self._loop.call_later(
+                idle, self._check, idle, self._loop.time() + STREAM_SECONDS
+            )
 
     def _check(self, idle: float, end: float) -> None:
         left = min(self._since + idle, end) - self._loop.time()
@@ -485,7 +579,9 @@ class Reader(asyncio.Protocol):
         """At most READ_BYTES; b"" at the end."""
         if not self.unread and not self.end:
             self._waiter = self._loop.create_future()
-            self._since = min(self._since, self._loop.time())  # the wait of a cancelled read still counts
+            self._since = min(
+                self._since, self._loop.time()
+            )  # the wait of a cancelled read still counts
             await self._waiter
             self._since = math.inf
         data, self.unread = self.unread[:READ_BYTES], self.unread[READ_BYTES:]
@@ -502,9 +598,13 @@ class Answer:
         self.status = 0
         self.reader, self._again = reader, again
         self._is_cut = False
-        self._ahead = b""  # read, but not yet used: part of the head, later the body bytes that came with it
+        self._ahead = (
+            b""  # read, but not yet used: part of the head, later the body bytes that came with it
+        )
         self._scanned = self._skipped = 0  # scanned bytes of the head; skipped heads
-        self.body = BodyDecoder(0, False)  # once it is done, the connection is not reused, whatever bytes follow
+        self.body = BodyDecoder(
+            0, False
+        )  # once it is done, the connection is not reused, whatever bytes follow
 
     def cut(self) -> None:
         """End the answer here: reading returns what has come, and then fails."""
@@ -570,9 +670,15 @@ class Upstream:
     def __init__(self, config: BackendConfig) -> None:
         self._config = config
         try:
-            self._tls = ssl.create_default_context(cafile=config.ca_file or None) if config.endpoint.tls else None
+            self._tls = (
+                ssl.create_default_context(cafile=config.ca_file or None)
+                if config.endpoint.tls
+                else None
+            )
         except OSError as error:
-            raise ConfigError(f"ca_file: expected certificates in PEM form in {config.ca_file}, got {error}") from None
+            raise ConfigError(
+                f"ca_file: expected certificates in PEM form in {config.ca_file}, got {error}"
+            ) from None
         self._spare: Reader | None = None
         self._keeper: asyncio.Task[None] | None = None  # opens the spare connection and closes it
         self._closed = False
@@ -612,7 +718,9 @@ class Upstream:
         return spare
 
     @contextlib.asynccontextmanager
-    async def send(self, path: str, body: Mapping[str, Any] | None, idle: float) -> AsyncIterator[Answer]:
+    async def send(
+        self, path: str, body: Mapping[str, Any] | None, idle: float
+    ) -> AsyncIterator[Answer]:
         """Send one request, a GET if it has no body, and yield its unread answer. `idle` is for `Reader.watch`. A
         request is sent once more only if the backend closes a spare connection just as the request goes out: its one
         effect is its answer, which nobody got (RFC 9110, section 9.2.2)."""
@@ -657,7 +765,11 @@ class Upstream:
         raise refusal(answer.status, body, self._config)
 
     async def get(
-        self, path: str, limit: int, body: Mapping[str, Any] | None = None, parse: Callable[[bytes], Any] | None = None
+        self,
+        path: str,
+        limit: int,
+        body: Mapping[str, Any] | None = None,
+        parse: Callable[[bytes], Any] | None = None,
     ) -> Any:
         """The JSON object at `path`, or the one for which a body is posted: then the head may take LOAD_SECONDS,
         because the backend may have to load a model first. `parse` reads another value than `BackendConfig.parse`."""
@@ -670,7 +782,11 @@ class Upstream:
                     return (parse or self._config.parse)(await answer.read_all(limit))
 
     async def _connect(self) -> Reader:
-        host, port, loop = self._config.endpoint.host, self._config.endpoint.port, asyncio.get_running_loop()
+        host, port, loop = (
+            self._config.endpoint.host,
+            self._config.endpoint.port,
+            asyncio.get_running_loop(),
+        )
         race = None if ":" in host or is_ip_literal(host) else RACE_SECONDS
         with blamed("it cannot be reached"):
             try:
@@ -685,19 +801,29 @@ class Upstream:
                     raise BackendFailure("connection refused") from None
                 raise
         # By default the kernel buffers megabytes, even if the client has stopped reading.
-        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, READ_BYTES)
+        transport.get_extra_info("socket").setsockopt(
+            socket.SOL_SOCKET, socket.SO_RCVBUF, READ_BYTES
+        )
         return reader
 
     def _encode(self, path: str, body: Mapping[str, Any] | None) -> bytes:
         endpoint, key = self._config.endpoint, self._config.key
-        method, payload = ("GET", b"") if body is None else ("POST", json.dumps(body).encode("ascii"))
-        lines = [f"{method} {endpoint.prefix}{path} HTTP/1.1", f"Host: {endpoint.authority}", "Connection: close"]
+        method, payload = (
+            ("GET", b"") if body is None else ("POST", json.dumps(body).encode("ascii"))
+        )
+        lines = [
+            f"{method} {endpoint.prefix}{path} HTTP/1.1",
+            f"Host: {endpoint.authority}",
+            "Connection: close",
+        ]
         if key and self._config.api != "cerebrum":
             lines.append(f"Authorization: Bearer {key}")
         elif key and path != "/health":
             lines.append(f"X-API-Key: {key}")
         lines += [f"X-Request-ID: {request_id_var.get()}"] if request_id_var.get() != "-" else []
-        lines += ["Content-Type: application/json", f"Content-Length: {len(payload)}"] if payload else []
+        lines += (
+            ["Content-Type: application/json", f"Content-Length: {len(payload)}"] if payload else []
+        )
         return "\r\n".join(lines).encode("ascii") + b"\r\n\r\n" + payload
 
 

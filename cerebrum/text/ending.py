@@ -27,7 +27,9 @@ from cerebrum.text.stages import Blanks, Indent, Repeat, Stage, StopStrings, Typ
 
 # Limits. tests/bench/ending.py has no helpers, no chats and few comments in column 0: 0 % of its cases depend on these.
 NAME_CHARS = 100  # a function with a longer name is not recognized as a helper
-COMMENT_CHARS = 200  # a longer comment is not waited for: more often than not it is outside the block
+COMMENT_CHARS = (
+    200  # a longer comment is not waited for: more often than not it is outside the block
+)
 FUNCTION = re.compile(r"(?:@?[a-z]\w*(?:\[\w*\])?\s+){0,6}def\b")
 DEFINITION = re.compile(r"(?:async\s+)?(?:def|class)\b")
 CONTROL = re.compile(
@@ -39,9 +41,13 @@ CODE = re.compile(
 )
 CALL = re.compile(rf"(?:(?<=self\.)|(?<=this\.)|(?<![\w.]))(\w{{1,{NAME_CHARS}}})\(")
 CLAUSES = "else|elif|elseif|except|finally|catch|while"  # continue a statement after its block
-GOES_ON = tuple(".?&|+:=,")  # a line that starts so continues the one above, in languages without semicolons
+GOES_ON = tuple(
+    ".?&|+:=,"
+)  # a line that starts so continues the one above, in languages without semicolons
 # An answer's blocks in these are not the code, unless there are no others.
-BESIDE = frozenset({"bash", "sh", "shell", "console", "json", "text", "plaintext", "output", "powershell", "zsh"})
+BESIDE = frozenset(
+    {"bash", "sh", "shell", "console", "json", "text", "plaintext", "output", "powershell", "zsh"}
+)
 # A sentence, or Markdown's emphasis, quotation or item of a list; but no assignment and no mapping.
 PROSE = re.compile(
     r"(?:[A-Z][a-z'\u0080-\uffff]*[ ,!]+[\w\"'`(*]|[*>`\u0080-\uffff]|- (?!\w+:)|\d+[.)] ).*[^;{}]|[A-Z][a-z]+:"
@@ -51,7 +57,9 @@ HEADER = re.compile(r"\S[^\n]*[:{][ \t]*\r?\n")  # of a block in column 0
 FENCE = re.compile(r"(`{3,}+|~{3,}+)([^`\n]*+)")
 CHATTER_CHARS = 4000  # a chat's answer without a fence in this many characters has none
 LEAST_PROBABILITY = 1e-4  # of a token
-GUESS_CHARS = 4000  # of the prompt's end and of the suffix, read to guess the syntax and the indentation
+GUESS_CHARS = (
+    4000  # of the prompt's end and of the suffix, read to guess the syntax and the indentation
+)
 GUESSES = {  # lines like the header of a definition, found in few other languages and in no prose
     "python": r"(?:async[ \t]+)?(?:def[ \t]+\w+\(|class[ \t]+\w+[(:])[^\n]{0,300}:",
     "rust": r"(?:pub(?:\([^)\n]{0,40}\))?[ \t]+)?(?:(?:async|unsafe)[ \t]+)?(?:fn[ \t]+\w+|impl\b)[^\n;]{0,300}\{",
@@ -59,9 +67,14 @@ GUESSES = {  # lines like the header of a definition, found in few other languag
     "javascript": r"(?:export[ \t]+)?(?:default[ \t]+)?(?:async[ \t]+)?(?:function\b|class[ \t]+\w+)[^\n]{0,300}\{",
     "c": r"(?!(?:if|for|while|switch|else)\b)[A-Za-z_][\w*&:<> \t]{0,100}[ \t*&]\w+\([^;\n{}]{0,300}\)[ \t]*\{",
 }
-HEADERS = {name: re.compile(rf"^[ \t]{{0,200}}{header}[ \t]*\r?$", re.M) for name, header in GUESSES.items()}
+HEADERS = {
+    name: re.compile(rf"^[ \t]{{0,200}}{header}[ \t]*\r?$", re.M)
+    for name, header in GUESSES.items()
+}
 # Python's headers that define nothing.
-STATEMENTS = re.compile(r"^[ \t]*(?:if|elif|else|for|while|try|except|with)\b[^\n;{]{0,200}:[ \t]*\r?$", re.M)
+STATEMENTS = re.compile(
+    r"^[ \t]*(?:if|elif|else|for|while|try|except|with)\b[^\n;{]{0,200}:[ \t]*\r?$", re.M
+)
 
 
 def guess(prompt: str, suffix: str) -> Language | None:
@@ -126,7 +139,11 @@ class Block(Stage):
 
     def step(self, char: str) -> None:
         language = self.scanner.language
-        ticks = char == "`" and (self.ticks or not self.scanner.closer) and language is not LANGUAGES["markdown"]
+        ticks = (
+            char == "`"
+            and (self.ticks or not self.scanner.closer)
+            and language is not LANGUAGES["markdown"]
+        )
         self.ticks = self.ticks + 1 if ticks else 0
         self.scanner.step(char)
         if language.function and not self.scanner.closer:
@@ -134,7 +151,11 @@ class Block(Stage):
         reason: str | None = ""
         if self.ticks == len("```"):
             self.end("stop", self.mark if self.held else len(self.text) - self.ticks)
-        elif char == "\n" and not self.scanner.closer and (self.scanner.starting or not self.scanner.by_lines):
+        elif (
+            char == "\n"
+            and not self.scanner.closer
+            and (self.scanner.starting or not self.scanner.by_lines)
+        ):
             line, held, self.line, self.held = self.line.rstrip(), self.held, "", True
             if held and line:  # the line is complete: decide now
                 reason = self.outside(f"{line}\n")
@@ -162,8 +183,12 @@ class Block(Stage):
         """`outside` for the line after a whole function: "" if it defines a missing one."""
         if match := self.helper.match(word):
             return "" if match[1] in self.called else "block"
-        begun = word.partition(f"{self.scanner.language.function} ")[2].lstrip()  # the start of the function's name
-        may_help = re.fullmatch(r"[\w ]{1,200}", word) and any(name.startswith(begun) for name in self.called)
+        begun = word.partition(f"{self.scanner.language.function} ")[
+            2
+        ].lstrip()  # the start of the function's name
+        may_help = re.fullmatch(r"[\w ]{1,200}", word) and any(
+            name.startswith(begun) for name in self.called
+        )
         return None if may_help else "block"
 
 
@@ -189,14 +214,18 @@ class LineBlock(Block):
     def __init__(self, scanner: Scanner, prompt: str) -> None:
         super().__init__(scanner, prompt)
         language = scanner.language
-        self.base: int | None = None  # lines indented no deeper are outside; -1: none is; None: not known yet
+        self.base: int | None = (
+            None  # lines indented no deeper are outside; -1: none is; None: not known yet
+        )
         self.level = 0  # indentation of the line that begins
         self.top = 0  # with `base` -1: the indentation of the statement being completed
         self.clauses = False  # an `else` or the like may go on with the block
         self.blank = False  # the last line was blank
         self.closed = False  # a closing line has been written
         self.begun = False  # some line is code, and no decorator
-        self.waiting = False  # the text since `mark` is a comment, inside if the next line of code is
+        self.waiting = (
+            False  # the text since `mark` is a comment, inside if the next line of code is
+        )
         last = prompt.rstrip().rpartition("\n")[2]
         # The block is a statement outside all blocks, or the next member of a class, of which no deeper line has come.
         self.statement = not language.imports.match(last) and not last.startswith("#!")
@@ -213,7 +242,10 @@ class LineBlock(Block):
         scanner, language = self.scanner, self.scanner.language
         functions = [block for block in blocks if FUNCTION.match(block[1])]
         others = [block for block in blocks if not language.containers.match(block[1])]
-        nothing = (scanner.indent - 1, "def")  # a prompt from the middle of a file may lack the block's header
+        nothing = (
+            scanner.indent - 1,
+            "def",
+        )  # a prompt from the middle of a file may lack the block's header
         self.base, header = (functions or others or blocks[-1:] or [nothing])[0]
         self.top = scanner.indent
         self.member = self.member and not functions and not others and not typed
@@ -225,7 +257,12 @@ class LineBlock(Block):
     def ended(self, line: str) -> str | None:
         blocks, language, self.blank = self.scanner.blocks, self.scanner.language, not line
         self.begun |= bool(line) and not line.startswith(("@", *language.comment_starts))
-        if self.base == -1 and self.scanner.brackets and blocks and language.defines.match(blocks[0][1]):
+        if (
+            self.base == -1
+            and self.scanner.brackets
+            and blocks
+            and language.defines.match(blocks[0][1])
+        ):
             self.base, self.clauses = 0, False
         return "block" if self.closed else None
 
@@ -294,12 +331,16 @@ class BracketBlock(Block):
         things = [depth for depth in braces if not language.containers.search(stack[depth].header)]
         imported = bool(head) and language.imports.match(head.rpartition("\n")[2]) is not None
         begun = bool(head) and not imported and not (braces and scanner.is_over)
-        announced = is_announced(language, prompt) and bool(braces or language.defines.search(prompt))
+        announced = is_announced(language, prompt) and bool(
+            braces or language.defines.search(prompt)
+        )
         if language.blocks == "brackets" and stack:
             self.goal, self.depth = "block", len(stack) - 1
         elif things:
             self._choose(things[0])
-        elif (scanner.opener, scanner.closer) == ("#", "\n") and prompt.endswith(("\\\n", "\\\r\n")):
+        elif (scanner.opener, scanner.closer) == ("#", "\n") and prompt.endswith(
+            ("\\\n", "\\\r\n")
+        ):
             self.goal, self.depth = "directive", len(braces)
         elif begun or announced or scanner.in_parens:
             self.goal, self.depth = "statement", braces[-1] + 1 if braces else 0
@@ -321,7 +362,11 @@ class BracketBlock(Block):
         stack, language = self.scanner.stack, self.scanner.language
         if not self.goal and char in "{[" and len(stack) == 1:
             header = stack[0].header
-            defines = stack[0].kind == "{" and language.definition.search(header) and not CONTROL.search(header)
+            defines = (
+                stack[0].kind == "{"
+                and language.definition.search(header)
+                and not CONTROL.search(header)
+            )
             if defines or language.blocks == "brackets":
                 self._choose(0)
 
@@ -332,13 +377,21 @@ class BracketBlock(Block):
 
     def ended(self, line: str) -> str | None:
         scanner = self.scanner
-        if not self.goal or len(scanner.stack) > self.depth or len(scanner.conditionals) > self.conditionals:
+        if (
+            not self.goal
+            or len(scanner.stack) > self.depth
+            or len(scanner.conditionals) > self.conditionals
+        ):
             return None
         if self.goal == "directive":
             return "block"
         if line.startswith(("@", "#[")):
             return None
-        if self.goal == "statement" and scanner.last not in ("}", ";") and not (scanner.is_over and scanner.last):
+        if (
+            self.goal == "statement"
+            and scanner.last not in ("}", ";")
+            and not (scanner.is_over and scanner.last)
+        ):
             return "block" if not line and self.mark else None
         self.complete = True
         goes_on = self._may_go_on and scanner.last != ";"
@@ -395,7 +448,9 @@ class Fences(Stage):
         self.fence, self.margin, self.nested = "```", 0, 0
         self.mark = 0  # where the line starts
         self.line = ""  # the block's line so far, without its indentation
-        self.left = 0  # spaces at the start of the line that still belong to the fence's own indentation
+        self.left = (
+            0  # spaces at the start of the line that still belong to the fence's own indentation
+        )
         self.in_code = True  # the line does not start inside a string or comment
         # Some line was not blank, before the block or now inside it. None: only comments or headings have come.
         self.begun: bool | None = False
@@ -404,7 +459,14 @@ class Fences(Stage):
         if self.state == "beside":
             self.state = "inside"
         elif self.state == "before" or self.reason:  # `begun` has no block that is still open
-            self.state, self.reason, self.mark, self.text, self.line, self.begun = "before", None, 0, [], "", False
+            self.state, self.reason, self.mark, self.text, self.line, self.begun = (
+                "before",
+                None,
+                0,
+                [],
+                "",
+                False,
+            )
             self.beside = ""
         self.sent = self.safe = len(self.text)
         self.read = self.start = 0
@@ -416,7 +478,9 @@ class Fences(Stage):
         elif char == ">" and self.cut(-len("</think>")) == "</think>":
             self.state, self.text, self.mark, self.begun = "before", [], 0, False
             self.safe, self.sent, self.start = 0, 0, self.read
-        elif self.state == "thinking" or (char == ">" and len(self.text) < 80 and self.cut(0).strip() == "<think>"):
+        elif self.state == "thinking" or (
+            char == ">" and len(self.text) < 80 and self.cut(0).strip() == "<think>"
+        ):
             self.state = "thinking"
         elif self.state == "beside":
             if char == "\n" and self.cut(self.mark).strip() == self.fence:
@@ -453,9 +517,22 @@ class Fences(Stage):
         language = self.language
         if not language or not line or PROSE.fullmatch(line):
             return False
-        starts = (*language.comment_starts, "@", "#include", "#define", *(language.block_comment or ())[:1])
-        known = language.imports.match(line) or (not language.commands and language.defines.match(line))
-        return self.begun is None or line.startswith(starts) or line.endswith(("{", "}", ";")) or bool(known)
+        starts = (
+            *language.comment_starts,
+            "@",
+            "#include",
+            "#define",
+            *(language.block_comment or ())[:1],
+        )
+        known = language.imports.match(line) or (
+            not language.commands and language.defines.match(line)
+        )
+        return (
+            self.begun is None
+            or line.startswith(starts)
+            or line.endswith(("{", "}", ";"))
+            or bool(known)
+        )
 
     def _inside(self, char: str) -> None:
         if char == " " and self.left:
@@ -473,8 +550,15 @@ class Fences(Stage):
                 self.safe = len(self.text)
             return
         if self.in_code and line.startswith(self.fence):
-            if not self._closes(line) and not self.begun:  # the model repeats the opening that it was given
-                self.line, self.mark, self.safe, self.begun = "", len(self.text), len(self.text), True
+            if (
+                not self._closes(line) and not self.begun
+            ):  # the model repeats the opening that it was given
+                self.line, self.mark, self.safe, self.begun = (
+                    "",
+                    len(self.text),
+                    len(self.text),
+                    True,
+                )
                 self.sent, self.start = self.safe, self.read
                 return
             if not self.nested and self._closes(line):
@@ -490,7 +574,9 @@ class Fences(Stage):
 
     def flush(self, whole: bool) -> str:
         last = self.line.rstrip()
-        even = len(re.findall(r"^[ \t]*```", self.cut(0, self.mark), re.M)) % 2 == 0  # no block within this one is open
+        even = (
+            len(re.findall(r"^[ \t]*```", self.cut(0, self.mark), re.M)) % 2 == 0
+        )  # no block within this one is open
         closes = self._closes(last) or (last == "```" and even)
         closed = self.state == "inside" and self.in_code and not self.nested and closes
         if self.state == "beside" or (self.state == "before" and self.beside):
@@ -504,9 +590,15 @@ def starts_in_docstring(prompt: str, quotes: str) -> bool:
     above, _, after = prompt.partition(quotes)
     above = re.sub(r"\b[bfruBFRU]{1,2}$", "", above)
     before = above.rstrip()
-    opens = before[-1:] in ("", *":=([{,\\") or (before[-1] != "." and above[len(before) :].strip("\n") == " ")
+    opens = before[-1:] in ("", *":=([{,\\") or (
+        before[-1] != "." and above[len(before) :].strip("\n") == " "
+    )
     behind, _, below = after.partition("\n")
-    return not opens and not behind.strip() and CODE.search("\n" + below.partition(quotes)[0]) is not None
+    return (
+        not opens
+        and not behind.strip()
+        and CODE.search("\n" + below.partition(quotes)[0]) is not None
+    )
 
 
 def scan(language: Language, prompt: str) -> Scanner:
@@ -515,8 +607,14 @@ def scan(language: Language, prompt: str) -> Scanner:
     prompt = next((quotes for quotes in marks if starts_in_docstring(prompt, quotes)), "") + prompt
     scanner = Scanner(language, prompt)
     if scanner.opener in language.texts and scanner.closer:
-        headers = (one.start() for one in language.defines.finditer(prompt) if HEADER.match(prompt, one.start()))
-        again = Scanner(language, prompt[max(headers, default=0) :])  # in code: a quote above was misread
+        headers = (
+            one.start()
+            for one in language.defines.finditer(prompt)
+            if HEADER.match(prompt, one.start())
+        )
+        again = Scanner(
+            language, prompt[max(headers, default=0) :]
+        )  # in code: a quote above was misread
         return scanner if again.closer else again
     return scanner
 
@@ -554,11 +652,15 @@ class Ending:
             if known := syntax or guess(prompt, suffix if gap else ""):
                 scanner = code = scan(in_style(known, prompt, suffix), prompt)
                 if scanner.closer.startswith("$"):
-                    code = Scanner(known, prompt.rpartition(scanner.closer)[2])  # the body of a function
+                    code = Scanner(
+                        known, prompt.rpartition(scanner.closer)[2]
+                    )  # the body of a function
                 if code.statements and not code.head.strip():
                     code.last = ""  # nothing of the next statement has come
                 if code.starting and code.indent:
-                    self.stages.append(Typed(code.indent, due_columns(prompt, code.indent, code.opened)))
+                    self.stages.append(
+                        Typed(code.indent, due_columns(prompt, code.indent, code.opened))
+                    )
                 block: type[Block] = LineBlock if scanner.by_lines else BracketBlock
                 if scanner.statements:
                     block = StatementBlock

@@ -28,7 +28,9 @@ REST_CHARS = 3  # ... which has at least so many: shorter ones, as );, end many 
 # tests/bench/waste.py.
 DOUBT_IN_LINE, DOUBT_AT_LINE_END, DOUBT_OF_LINES = 4.0, 3.0, 6.0
 # Limits to what is searched; longer searches end no gap elsewhere.
-CLOSERS_CHARS = 4000  # of the suffix, for closing brackets; without the search, 0.8 % more are sent late
+CLOSERS_CHARS = (
+    4000  # of the suffix, for closing brackets; without the search, 0.8 % more are sent late
+)
 MEET_CHARS_BEFORE = 3000  # of the prompt's end, for lines like the suffix's first ones
 GOAL_LINES = 40  # of the suffix, for the same
 
@@ -56,20 +58,32 @@ class Meeting:
     def __init__(self, prompt: str, suffix: str, in_line: bool, remark: str) -> None:
         rest, _, after = suffix.partition("\n")
         self.in_line = in_line
-        self.whole = not in_line and bool(rest.strip())  # whole lines are missing, line ends included
-        lines = [(0, line_of(rest)[1]), *lines_of(after)] if in_line else lines_of(suffix if self.whole else after)
-        above = [line_of(line) for line in prompt[-MEET_CHARS_BEFORE:].split("\n")[:-1] if line.strip()]
+        self.whole = not in_line and bool(
+            rest.strip()
+        )  # whole lines are missing, line ends included
+        lines = (
+            [(0, line_of(rest)[1]), *lines_of(after)]
+            if in_line
+            else lines_of(suffix if self.whole else after)
+        )
+        above = [
+            line_of(line) for line in prompt[-MEET_CHARS_BEFORE:].split("\n")[:-1] if line.strip()
+        ]
         around = above + lines[1:]
         self.goal, self.sure = lines[:MEET_LINES], False
         # A short suffix is compared whole, but the rest of a line alone, as ), is found in any text.
         for size in range(1, len(self.goal) + 1):
             goal = lines[:size]
-            long = sum(len(text) for _, text in goal) >= MEET_CHARS or (size == len(lines) and size > in_line)
+            long = sum(len(text) for _, text in goal) >= MEET_CHARS or (
+                size == len(lines) and size > in_line
+            )
             if long and all(goal != around[at : at + size] for at in range(len(around))):
                 self.goal, self.sure = goal, True  # found nowhere else
                 break
         self.first = self.goal[0][1]
-        self.within = in_line or (self.whole and len(self.goal) > 1)  # it may begin in the middle of a line
+        self.within = in_line or (
+            self.whole and len(self.goal) > 1
+        )  # it may begin in the middle of a line
         self.blanks = in_line * (len(rest) - len(rest.lstrip()))  # before the rest of the line
         self.weight = sum(map(str.isalnum, self.first))  # letters and digits
         self.remark = remark or "\n"  # what begins one; no line has a line end
@@ -79,8 +93,12 @@ class Meeting:
         self.edge = 0  # where the text would be cut if the suffix began with this line
         self.borders = borders_of(self.first)
         self.size = 0  # characters of `first` that the line so far ends with
-        self.places = [-1]  # of the line end above, and of the line's characters that are not white space
-        self.found: list[tuple[int, int]] = []  # (lines of the goal above, where their first begins), longest first
+        self.places = [
+            -1
+        ]  # of the line end above, and of the line's characters that are not white space
+        self.found: list[
+            tuple[int, int]
+        ] = []  # (lines of the goal above, where their first begins), longest first
 
     def has_first(self) -> bool:
         """Whether the line so far is, or ends with, the first line of the goal."""
@@ -116,7 +134,9 @@ class Meeting:
     def is_line(self, number: int) -> bool:
         """Whether the line so far is this line of the goal."""
         indent, line = self.goal[number]
-        return self.indent == indent and f"{self.line}\n".startswith((line + "\n", line + self.remark))
+        return self.indent == indent and f"{self.line}\n".startswith(
+            (line + "\n", line + self.remark)
+        )
 
     def may_be(self, number: int) -> bool:
         """Whether the line so far may become this line of the goal."""
@@ -126,7 +146,9 @@ class Meeting:
 
     def _matches(self, text: list[str], agrees: Callable[[int], bool]) -> list[tuple[int, int]]:
         """`found` with the line so far."""
-        found = [(size + 1, at) for size, at in self.found if size < len(self.goal) and agrees(size)]
+        found = [
+            (size + 1, at) for size, at in self.found if size < len(self.goal) and agrees(size)
+        ]
         return [*found, (1, self.start(text))] if self.has_first() else found
 
     def held(self, text: list[str]) -> int:
@@ -150,9 +172,13 @@ class Gap(Stage):
     ended them, so waiting is worth its tokens. A client in a hurry sets `predict_ms`.
     """
 
-    inner = False  # the text is in a block that ends before the suffix, so all of it belongs to the gap
+    inner = (
+        False  # the text is in a block that ends before the suffix, so all of it belongs to the gap
+    )
     in_line = False  # the suffix begins with the rest of the cursor's line
-    patience = AHEAD_CHARS  # characters left before the infill ends at `enough`, white space not counted
+    patience = (
+        AHEAD_CHARS  # characters left before the infill ends at `enough`, white space not counted
+    )
     doubt = DOUBT_IN_LINE  # bits left before it ends there
     bits = 0.0  # the surprise of the token that is being read, until it counts
 
@@ -161,11 +187,17 @@ class Gap(Stage):
         self.scanner = scanner
         self.meeting = Meeting(prompt, suffix, self.in_line, scanner.language.line_comment)
         # Around the cursor: its literal, the open brackets, and how many of these the suffix closes.
-        self.literal, self.depth, self.unmatched = scanner.closer, len(scanner.stack), scanner.unmatched
+        self.literal, self.depth, self.unmatched = (
+            scanner.closer,
+            len(scanner.stack),
+            scanner.unmatched,
+        )
         closers = 0 if self.literal else Scanner(scanner.language, suffix[:CLOSERS_CHARS]).unmatched
         self.closed_below = min(self.depth, closers)
         self.enough: int | None = None  # the infill could end here ...
-        self.left: int | None = None  # ... or at most here: a bracket or a line does not belong to the gap
+        self.left: int | None = (
+            None  # ... or at most here: a bracket or a line does not belong to the gap
+        )
 
     def on_start(self) -> None:
         """A line begins: its first character that is not white space has come."""
@@ -200,7 +232,11 @@ class Gap(Stage):
                 self.patience -= 1
                 self.doubt -= self.bits
                 self.bits = 0.0
-            if meeting.line == "```" and scanner.closer in ("", "`") and scanner.language is not LANGUAGES["markdown"]:
+            if (
+                meeting.line == "```"
+                and scanner.closer in ("", "`")
+                and scanner.language is not LANGUAGES["markdown"]
+            ):
                 self.end("stop", meeting.edge if self.left is None else self.left)
         if self.reason:
             return
@@ -216,7 +252,9 @@ class Gap(Stage):
 
     def has_left(self) -> bool:
         """Whether the text has closed a bracket that the suffix closes, or one from outside the text."""
-        return len(self.scanner.stack) < self.closed_below or self.scanner.unmatched > self.unmatched
+        return (
+            len(self.scanner.stack) < self.closed_below or self.scanner.unmatched > self.unmatched
+        )
 
     def is_suffix(self, lines: int) -> bool:
         """Whether a text that ends with so many lines of the goal has come to the suffix."""
@@ -224,7 +262,15 @@ class Gap(Stage):
 
     def flush(self, whole: bool) -> str:
         lines, place = self.meeting.at_end(self.text)
-        end = place if self.is_suffix(lines) else self.enough if not whole else self.left if self.has_left() else None
+        end = (
+            place
+            if self.is_suffix(lines)
+            else self.enough
+            if not whole
+            else self.left
+            if self.has_left()
+            else None
+        )
         if end is not None:
             return self.cut(self.sent, max(end, self.sent))
         text = self.cut(0).rstrip(" \t")
@@ -248,7 +294,9 @@ class GapOfLines(Gap):
         # SQL: the suffix may be a new statement.
         self.new = scanner.statements and not re.match(scanner.language.clauses, suffix.lstrip())
         closes = below[1][0] in PAIRS and bool(scanner.stack) and not self.literal
-        self.inner = closes or (scanner.by_lines and bool(first.strip()) and self.indent > self.below)
+        self.inner = closes or (
+            scanner.by_lines and bool(first.strip()) and self.indent > self.below
+        )
 
     def on_start(self) -> None:
         scanner = self.scanner
@@ -285,7 +333,9 @@ class GapInLine(Gap):
 
     def on_line(self) -> None:
         lines, written = self.meeting.found[-1] if self.meeting.found else (0, 0)
-        closes = self.meeting.first[0] in PAIRS and self.scanner.stack  # the rest closes what the cursor is in
+        closes = (
+            self.meeting.first[0] in PAIRS and self.scanner.stack
+        )  # the rest closes what the cursor is in
         if lines == 1 and self._has_closed():
             self.end("stop", written)
         elif lines == 1 and len(self.meeting.first) >= REST_CHARS:
@@ -295,7 +345,11 @@ class GapInLine(Gap):
 
     def _has_closed(self) -> bool:
         """Whether the text has closed the literal around the cursor, which the suffix closes."""
-        return bool(self.literal) and not self.scanner.closer and self.meeting.first.startswith(self.literal)
+        return (
+            bool(self.literal)
+            and not self.scanner.closer
+            and self.meeting.first.startswith(self.literal)
+        )
 
     def is_suffix(self, lines: int) -> bool:
         rest = self.meeting.first

@@ -40,7 +40,9 @@ _NO_STATEMENT = (
     r"(?!(?:await|case|catch|co_\w+|delete|do|else|for|foreach|goto|if|import|in|lock|new|package|return|switch|throw|try"
     r"|typedef|using|while|yield)\b)"
 )
-_ARGUMENTS = r"[ \t]*\([^;\n]{0,300}(?:\{|=>|\r?$)"  # of a definition: no semicolon follows on the line
+_ARGUMENTS = (
+    r"[ \t]*\([^;\n]{0,300}(?:\{|=>|\r?$)"  # of a definition: no semicolon follows on the line
+)
 _METHOD = (  # its type, what it belongs to and its name
     rf"[ \t]{{0,200}}{_NO_STATEMENT}"
     r"[A-Za-z_@][\w.:<>,*&?@ \t\[\]]{0,160}[ \t*&](?:[\w<>]{1,60}::){0,3}"
@@ -62,7 +64,9 @@ class Language:
 
     uses: str = ""  # the start of a line that imports
     types: str = ""  # keywords of definitions whose members are completed one at a time
-    data: str = ""  # the same, but the definition is no completion by itself: a function usually follows
+    data: str = (
+        ""  # the same, but the definition is no completion by itself: a function usually follows
+    )
     function: str = ""  # the keyword that defines functions, if calls may precede the definition
     names: str = ""  # keywords that define other names, not indented
     also: str = ""  # other starts of lines that define a name: the last group that took part
@@ -76,13 +80,19 @@ class Language:
     texts: tuple[str, ...] = ()  # openings of strings that may contain a line end
     raw: tuple[str, ...] = ()  # openings of strings without escapes
     escape: str = "\\"  # the character before an escaped one
-    closings: tuple[tuple[str, str], ...] = ()  # (opening, closing) of strings that do not close as they open
-    ambiguous: str = ""  # openings with two meanings: / of a regex or a division, ' of a char or a lifetime
+    closings: tuple[
+        tuple[str, str], ...
+    ] = ()  # (opening, closing) of strings that do not close as they open
+    ambiguous: str = (
+        ""  # openings with two meanings: / of a regex or a division, ' of a char or a lifetime
+    )
     blocks: str = "braces"
     line_ends: bool = False  # a statement ends with its line, without a semicolon
     directives: bool = False  # a line that starts with # belongs to the preprocessor
     here_document: str = ""  # behind <<: group 2 is the line that ends the text below
-    enclosed: str = ""  # lines around a text that blank lines do not end; group 1 in the first of them
+    enclosed: str = (
+        ""  # lines around a text that blank lines do not end; group 1 in the first of them
+    )
     commands: bool = False  # lines of code begin with verbs, as instructions do
     endings: tuple[str, ...] = ()  # of file names, in lower case
     filenames: tuple[str, ...] = ()  # whole file names, in lower case
@@ -99,13 +109,18 @@ class Language:
     @property
     def literals(self) -> list[tuple[str, str]]:
         """(opening, closing) of each string. `[=[`, `#"` and `r#"` end with `]=]`, `"#` and `"#`."""
-        mirrored = {opening: opening.lstrip("$@Rr")[::-1].translate(_CLOSINGS) for opening in self.strings + self.texts}
+        mirrored = {
+            opening: opening.lstrip("$@Rr")[::-1].translate(_CLOSINGS)
+            for opening in self.strings + self.texts
+        }
         return list((mirrored | dict(self.closings)).items())
 
     @property
     def comment_starts(self) -> tuple[str, ...]:
         """The possible starts of a comment line, for `str.startswith`."""
-        return tuple(filter(None, [self.line_comment, *(opening for opening, _ in self.other_comments[:1])]))
+        return tuple(
+            filter(None, [self.line_comment, *(opening for opening, _ in self.other_comments[:1])])
+        )
 
     @cached_property
     def imports(self) -> re.Pattern[str]:
@@ -340,11 +355,17 @@ _BRACE_LINE = re.compile(r"^[ \t]*\{[ \t]*\r?$", re.M)
 BESIDE_CODE = frozenset({"dockerfile", "json", "makefile", "markdown", "toml", "yaml"})
 HEADER_CHARS = 400  # of a text, where a plugin writes its modeline
 FENCED_CHARS = 200_000  # of a text's end: is a fence open there?
-BY_FILENAME = {filename: name for name, language in LANGUAGES.items() for filename in language.filenames}
+BY_FILENAME = {
+    filename: name for name, language in LANGUAGES.items() for filename in language.filenames
+}
 BY_ENDING = {ending: name for name, language in LANGUAGES.items() for ending in language.endings}
-BY_NAME = {alias: name for name, language in LANGUAGES.items() for alias in (name, *language.aliases)}
+BY_NAME = {
+    alias: name for name, language in LANGUAGES.items() for alias in (name, *language.aliases)
+}
 # The interpreter's name without its version: /usr/bin/python3.11 -u, or the command that /usr/bin/env -S starts.
-SHEBANG = re.compile(r"#![ \t]*(?:\S*/env[ \t]+(?:(?:-\S*|\w+=\S*)[ \t]+)*)?(?:\S*/)?([A-Za-z+]+)[0-9.]*(?:\s|$)")
+SHEBANG = re.compile(
+    r"#![ \t]*(?:\S*/env[ \t]+(?:(?:-\S*|\w+=\S*)[ \t]+)*)?(?:\S*/)?([A-Za-z+]+)[0-9.]*(?:\s|$)"
+)
 # Lines that editor plugins write above the text: `# language: python`, `// Path: src/main.rs`, `# sum.py`.
 MODELINE = re.compile(
     r"^(?:#|//|--|/\*|<!--)[ \t]*(?:(?:language|filetype)[:=][ \t]*([\w+#]+)"
@@ -366,12 +387,16 @@ def guess_language(filename: str, text: str, others: Sequence[str] = ()) -> str:
     if (match := SHEBANG.match(text)) and (name := BY_NAME.get(match[1].lower(), "")):
         return name
     for match in MODELINE.finditer(text, 0, text.rfind("\n", 0, HEADER_CHARS) + 1):
-        if name := BY_NAME.get((match[1] or "").lower(), "") or language_of_file(match[2] or match[3] or ""):
+        if name := BY_NAME.get((match[1] or "").lower(), "") or language_of_file(
+            match[2] or match[3] or ""
+        ):
             return name
     fences = OPENED.findall(text[-FENCED_CHARS:])
     if len(fences) % 2 and (name := BY_NAME.get(fences[-1].lower(), "")):
         return name
-    counts = Counter(name for other in others if (name := language_of_file(other)) and name not in BESIDE_CODE)
+    counts = Counter(
+        name for other in others if (name := language_of_file(other)) and name not in BESIDE_CODE
+    )
     return counts.most_common(1)[0][0] if counts else ""
 
 

@@ -30,7 +30,9 @@ from cerebrum_common import HttpError
 
 LINE_CHARACTERS = 400  # a longer first line is not a plain instruction
 COMMENT_CHARACTERS = 8000  # nor a longer comment
-DETERMINER = r"(?:an?|the|this|these|that|those|me|my|our|some|all|any|each|every|it|two|three|your)"
+DETERMINER = (
+    r"(?:an?|the|this|these|that|those|me|my|our|some|all|any|each|every|it|two|three|your)"
+)
 VERBS = (
     "add|build|calculate|change|check|clean|complete|compute|convert|count|create|debug|define|describe|design|develop"
     "|document|explain|extract|find|finish|fix|format|generate|get|give|help|implement|improve|insert|list|make|merge"
@@ -92,9 +94,14 @@ def detect_mode(fields: Mapping[str, Any]) -> str:
     elif suffix and mode != "infill":
         raise HttpError("INVALID_REQUEST", f"suffix: expected nothing with mode {mode}, {given}")
     elif instruction and mode != "instruct":
-        raise HttpError("INVALID_REQUEST", f"instruction: expected nothing with mode {mode}, {given}")
+        raise HttpError(
+            "INVALID_REQUEST", f"instruction: expected nothing with mode {mode}, {given}"
+        )
     if mode == "infill" and fields.get("suffix") is None:
-        raise HttpError("INVALID_REQUEST", "suffix: expected the text after the cursor with mode infill, got nothing")
+        raise HttpError(
+            "INVALID_REQUEST",
+            "suffix: expected the text after the cursor with mode infill, got nothing",
+        )
     if mode != "infill" and not prompt and not instruction:
         raise HttpError("INVALID_REQUEST", 'prompt: expected a non-empty string, got the string ""')
     return mode
@@ -111,7 +118,9 @@ def split_instruction(prompt: str, language: Language) -> tuple[str, str] | None
     asks = len(first) <= LINE_CHARACTERS and not first.endswith((";", "{", "(", "="))
     asks = asks and bool(ASKS.match(first) or (not language.commands and ASKS_PLAINLY.match(first)))
     asks = asks and not (language.commands and COMMAND.match(first))
-    if asks and (first == text or language is not LANGUAGES["markdown"]):  # longer Markdown may begin so
+    if asks and (
+        first == text or language is not LANGUAGES["markdown"]
+    ):  # longer Markdown may begin so
         return prompt, ""
     comment, code = _leading_comment(prompt.lstrip(), language)
     return (comment, code) if EDITS.match(comment) and _is_whole(code, language) else None
@@ -134,11 +143,17 @@ def _leading_comment(text: str, language: Language) -> tuple[str, str]:
 def _is_whole(code: str, language: Language) -> bool:
     """Whether `code` has two lines or more and stops where a block may end, not where a person would type on."""
     end = code.rstrip()
-    if "\n" not in end.strip() or OPEN_END.search(end[-10:]) or code[len(end) :].rpartition("\n")[2]:
+    if (
+        "\n" not in end.strip()
+        or OPEN_END.search(end[-10:])
+        or code[len(end) :].rpartition("\n")[2]
+    ):
         return False
     if language.indented and end.endswith(('"""', "'''")):
         return False  # a docstring and no body yet
-    return all(code.count(opening) <= code.count(closing) for opening, closing in ("{}", "()", "[]"))
+    return all(
+        code.count(opening) <= code.count(closing) for opening, closing in ("{}", "()", "[]")
+    )
 
 
 # --------------------------------------------------------------------------------------------------- weight of a text
@@ -180,7 +195,9 @@ class Ratio:
         old, new = self.low.get(model, FIRST_RATIO), weight / tokens
         low = min(max(new if new < old else old + (new - old) / 16, MIN_RATIO), MAX_RATIO)
         self.low[model] = low
-        if not 0 <= low - self.get(model) < 0.4:  # wider than a step, so that the value cannot flap between two
+        if (
+            not 0 <= low - self.get(model) < 0.4
+        ):  # wider than a step, so that the value cannot flap between two
             self.given[model] = int(low * 4) / 4
 
 
@@ -207,7 +224,9 @@ DOCSTRING_MARK = '"""'
 # The template's tokens besides the text: special tokens, and a system message of its own.
 TEMPLATE_TOKENS = {"complete": 4, "infill": 16, "instruct": 64, "chat": 32}
 SUFFIX_SHARE = 8  # the suffix gets an eighth of the room: where it follows the prefix, each key prefills it again
-SPARE_STEPS = 16  # the room that a short file leaves for the suffix shrinks only now and then while one types
+SPARE_STEPS = (
+    16  # the room that a short file leaves for the suffix shrinks only now and then while one types
+)
 SUFFIX_FRESH = 4  # the suffix gets a fourth of the weight that may be prefilled anew
 MIN_FRESH = 600  # weight, about 200 tokens: with less text around the cursor a model can only guess
 EXTRA_SHARE = 3  # other files' texts get a third of the room at most
@@ -226,7 +245,9 @@ class Prepared:
     kept: dict[str, Any]  # the parts of the user's text that it holds, see `prepare`
     weight: int  # of its text, for `Ratio`
     above: str = ""  # its text up to the cursor, in the order in which the backend reads it
-    cut: bool = False  # the text was cut to limit the prefill; otherwise there would be room for more
+    cut: bool = (
+        False  # the text was cut to limit the prefill; otherwise there would be room for more
+    )
 
 
 def fits(text: str, room: int) -> bool:
@@ -248,8 +269,12 @@ def fit(text: str, language: Language, room: int) -> tuple[str, dict[str, Any]]:
     mark = language.remark(LEFT_OUT) + ("\r\n" if "\r\n" in text[:4096] else "\n")
     imports = choose_imports(text, language, len(text) // step * step, room)
     for_imports = sum(weigh(text[start:end]) for start, end in imports)
-    grid = range(max(0, len(text) - 3 * room) // step * step, len(text), step)  # a character weighs a third at least
-    place = bisect_left(grid, for_imports + weigh(mark) - room, key=lambda position: -weigh(text[position:]))
+    grid = range(
+        max(0, len(text) - 3 * room) // step * step, len(text), step
+    )  # a character weighs a third at least
+    place = bisect_left(
+        grid, for_imports + weigh(mark) - room, key=lambda position: -weigh(text[position:])
+    )
     if place == len(grid):
         return fit_start(text[: -3 * room - 1 : -1], room)[::-1], {"parts": ["window"]}
     window = find_statement(text, language, grid[place], grid[place] + step // 2)
@@ -263,8 +288,13 @@ def choose_imports(text: str, language: Language, stop: int, room: int) -> list[
     """The imports before `stop` that fit into their share of the room: first those of names in the text before `stop`
     that the window will hold."""
     used = set(NAME.findall(text, max(0, stop - min(room, NAMES_CHARACTERS)), stop))
-    found = sorted(find_imports(text, language, stop), key=lambda one: used.isdisjoint(NAME.findall(text, *one)))
-    return found[: count_fitting((weigh(text[start:end]) for start, end in found), room // IMPORTS_SHARE)]
+    found = sorted(
+        find_imports(text, language, stop),
+        key=lambda one: used.isdisjoint(NAME.findall(text, *one)),
+    )
+    return found[
+        : count_fitting((weigh(text[start:end]) for start, end in found), room // IMPORTS_SHARE)
+    ]
 
 
 def find_imports(text: str, language: Language, stop: int) -> Iterator[tuple[int, int]]:
@@ -293,7 +323,9 @@ def find_statement(text: str, language: Language, start: int, stop: int) -> int:
         inside = comment[1]
     if inside and (end := text.find(inside, start, stop)) >= 0:
         start = min(line_end(text, end), stop)
-    found = min(LINE_START.finditer(text, start, stop), key=lambda match: len(match[0]), default=None)
+    found = min(
+        LINE_START.finditer(text, start, stop), key=lambda match: len(match[0]), default=None
+    )
     return found.start() if found else text.find("\n", start, stop) + 1 or start
 
 
@@ -335,7 +367,11 @@ def prepare(
     if mode == "instruct":
         prepared = prepare_instruction(fields, room)
     else:
-        fresh_room = None if max_fresh is None else max(int((max_fresh - TEMPLATE_TOKENS[mode]) * ratio), MIN_FRESH)
+        fresh_room = (
+            None
+            if max_fresh is None
+            else max(int((max_fresh - TEMPLATE_TOKENS[mode]) * ratio), MIN_FRESH)
+        )
         prepared = prepare_text(fields, mode, room, fresh_room, cached, layout)
     if fields.get("filename"):
         prepared.body["filename"] = fields["filename"]
@@ -348,7 +384,9 @@ def prepare_instruction(fields: Mapping[str, Any], room: int) -> Prepared:
     instruction, code = fields.get("instruction") or "", prompt
     if not instruction:
         instruction, code = split_instruction(prompt, language) or (prompt, "")
-        if not code and not fits(instruction, room):  # then the lines after its first are probably code
+        if not code and not fits(
+            instruction, room
+        ):  # then the lines after its first are probably code
             instruction, _, code = instruction.strip().partition("\n")
     instructed = fit_start(instruction.strip(), room // 2 if code else room)
     room -= weigh(instructed)
@@ -358,7 +396,9 @@ def prepare_instruction(fields: Mapping[str, Any], room: int) -> Prepared:
         kept["parts"] = ["window"]
     if len(instructed) < len(instruction.strip()):
         kept["parts"] = ["instruction", *(part for part in kept["parts"] if part != "all")]
-    ticks = max(["``", *re.findall("``+", sent)], key=len) + "`"  # a longer fence than those in the code
+    ticks = (
+        max(["``", *re.findall("``+", sent)], key=len) + "`"
+    )  # a longer fence than those in the code
     fence = f"{ticks}{fields['language']}\n"
     block = f"{fence}{sent}" + "\n" * (not sent.endswith("\n")) + ticks if code else ""
     text = "\n\n".join(filter(None, [instructed, block][:: -1 if weigh(sent) > CODE_FIRST else 1]))
@@ -380,10 +420,19 @@ def end_of_named(code: str, language: Language, instruction: str, room: int) -> 
 
 
 def prepare_text(
-    fields: Mapping[str, Any], mode: str, room: int, fresh_room: int | None, cached: Sequence[str], layout: str
+    fields: Mapping[str, Any],
+    mode: str,
+    room: int,
+    fresh_room: int | None,
+    cached: Sequence[str],
+    layout: str,
 ) -> Prepared:
     """The text around the cursor, after the texts of other files if there are any."""
-    language, prompt, suffix = syntax(fields["language"]), fields.get("prompt") or "", fields.get("suffix") or ""
+    language, prompt, suffix = (
+        syntax(fields["language"]),
+        fields.get("prompt") or "",
+        fields.get("suffix") or "",
+    )
     if fields.get("special"):  # a layout of the model's own, of which nothing may be left out
         size = {"characters": len(prompt), "of": len(prompt), "parts": ["all"]}
         return Prepared({"mode": mode, "prompt": prompt}, size, weigh(prompt), prompt)
@@ -399,7 +448,11 @@ def prepare_text(
     if fresh_room is not None:
         start = above + read_first(after, layout)
         read = max((common_length(start + sent, text) for text in cached), default=0)
-        fresh, for_after, last = weigh((start + sent)[read:]), fresh_room // SUFFIX_FRESH, layout == "psm"
+        fresh, for_after, last = (
+            weigh((start + sent)[read:]),
+            fresh_room // SUFFIX_FRESH,
+            layout == "psm",
+        )
         cut = fresh > fresh_room - for_after * last
         if not last and read >= len(start):  # the backend has read the suffix: it stays
             for_after = 0
@@ -417,7 +470,9 @@ def prepare_text(
     body |= {"suffix": after} if mode == "infill" else {}
     body |= {"extra": extra} if extra else {}
     kept = {"characters": len(sent) + len(after), "of": len(prompt) + len(suffix), **kept}
-    return Prepared(body, kept, weigh(above + sent + after), above + read_first(after, layout) + sent, cut)
+    return Prepared(
+        body, kept, weigh(above + sent + after), above + read_first(after, layout) + sent, cut
+    )
 
 
 def arrange_gap(layout: str, marks: Sequence[Any], prefix: Any, suffix: Any) -> list[Any]:
@@ -428,7 +483,10 @@ def arrange_gap(layout: str, marks: Sequence[Any], prefix: Any, suffix: Any) -> 
     ends with the text before the cursor, so each key that is typed there only adds to the prompt.
     """
     before, after, middle = marks
-    parts = {"psm": [before, prefix, after, suffix, middle], "spm": [after, suffix, before, prefix, middle]}
+    parts = {
+        "psm": [before, prefix, after, suffix, middle],
+        "spm": [after, suffix, before, prefix, middle],
+    }
     return parts.get(layout, [before, after, suffix, middle, prefix])
 
 
@@ -479,13 +537,17 @@ def prepare_chat(messages: Sequence[Mapping[str, str]], room: int) -> Prepared:
     system, turns = list(messages[:1]), list(messages[1:])
     if system[0]["role"] != "system" or not turns:
         system, turns = [], list(messages)
-    system = [{**message, "content": fit_start(message["content"], room // 2)} for message in system]
+    system = [
+        {**message, "content": fit_start(message["content"], room // 2)} for message in system
+    ]
     room -= sum(weigh(message["content"]) + MESSAGE_WEIGHT for message in system)
     last = {**turns[-1], "content": fit_ends(turns[-1]["content"], room - MESSAGE_WEIGHT)}
     room -= weigh(last["content"]) + MESSAGE_WEIGHT
     texts = [turn["content"] for turn in turns[-2 : -1 - MAX_TURNS : -1]]
     # A character weighs more than a third: to weigh a text that is longer would only take time.
-    earlier = (weigh(text) + MESSAGE_WEIGHT if len(text) <= 3 * room else room + 1 for text in texts)
+    earlier = (
+        weigh(text) + MESSAGE_WEIGHT if len(text) <= 3 * room else room + 1 for text in texts
+    )
     taken = 1 + count_fitting(earlier, room)
     left_out = len(turns) - taken
     rounded = -(-left_out // 4) * 4
@@ -494,7 +556,11 @@ def prepare_chat(messages: Sequence[Mapping[str, str]], room: int) -> Prepared:
         start += 1  # an answer without its question
     sent = [*system, *turns[start:-1], last]
     size, of = (sum(len(message["content"]) for message in some) for some in (sent, messages))
-    kept = {"characters": size, "of": of, "parts": ["all"] if size == of else ["system"] * len(system) + ["latest"]}
+    kept = {
+        "characters": size,
+        "of": of,
+        "parts": ["all"] if size == of else ["system"] * len(system) + ["latest"],
+    }
     if len(sent) < len(messages):
         kept["messages"] = [len(sent), len(messages)]
     weight = sum(weigh(message["content"]) + MESSAGE_WEIGHT for message in sent)
@@ -506,4 +572,6 @@ def fit_ends(text: str, room: int) -> str:
     if fits(text, room):
         return text
     half = max(0, (room - weigh(LEFT_OUT) - 2) // 2)
-    return f"{fit_start(text, half)}\n{LEFT_OUT}\n{fit_start(text[: -3 * half - 1 : -1], half)[::-1]}"
+    return (
+        f"{fit_start(text, half)}\n{LEFT_OUT}\n{fit_start(text[: -3 * half - 1 : -1], half)[::-1]}"
+    )

@@ -22,11 +22,17 @@ OPENER_CHARS = 6  # the longest opening of a literal
 TAIL_CHARS = 18  # the longest end of a literal: C++'s )name" with 16 characters in its name
 LINE_CHARS = 500  # the part of a line that comparisons use
 PAIRS = {")": "(", "]": "[", "}": "{"}
-COMPOUND = re.compile(r"(?:async\s+)?(?:def|class|if|elif|else|for|while|with|try|except|finally|match|case)\b")
+COMPOUND = re.compile(
+    r"(?:async\s+)?(?:def|class|if|elif|else|for|while|with|try|except|finally|match|case)\b"
+)
 # The code before a quote that opens a string right after a letter, before a C++ raw string, and before a regex.
-QUOTE_AFTER = re.compile(r"(?<!\w)(?:and|br?|case|else|fr?|i[fns]|l|not|or|r[bf]?|return|u8?)$", re.IGNORECASE)
+QUOTE_AFTER = re.compile(
+    r"(?<!\w)(?:and|br?|case|else|fr?|i[fns]|l|not|or|r[bf]?|return|u8?)$", re.IGNORECASE
+)
 RAW_BEFORE = re.compile(r"(?<!\w)(?:u8|[uUL])?R$")
-REGEX_BEFORE = re.compile(r"(?:^|[(,=:\[!&|?{;+\-*%~^]|=>|\b(?:return|typeof|case|in|of|do|else|void|delete))$")
+REGEX_BEFORE = re.compile(
+    r"(?:^|[(,=:\[!&|?{;+\-*%~^]|=>|\b(?:return|typeof|case|in|of|do|else|void|delete))$"
+)
 CONDITION = re.compile(r"(?<![\w.])(?:if|while|for|with)\s*$")
 BRANCH = re.compile(r"[ \t]*(if|el|endif)")
 HERE = re.compile(r"(?<!<)<<[^<\n]\Z")  # no <<<
@@ -86,7 +92,9 @@ class Literals:
         self.openers = sorted(self.comments + literals, key=lambda pair: -len(pair[0]))
         self.opener_ends = {opener[-1] for opener, _ in self.openers}
         # Characters that cannot change the state inside a literal or comment: no ends, escapes, R"( of C++, $$ of SQL.
-        self.run = run_of({closer[-1] for _, closer in self.openers} | set("\n($" + language.escape))
+        self.run = run_of(
+            {closer[-1] for _, closer in self.openers} | set("\n($" + language.escape)
+        )
         # The literal or comment that the text is in. `since` counts the characters since it opened.
         self.opener = self.closer = ""  # "" in code
         self.since = self.escaped_at = 0  # `since` of the last escaped character
@@ -98,14 +106,19 @@ class Literals:
         self.head, self.last, self.previous = "", "", ""
         self.condition = ""  # `head` up to the parentheses of an if, if those came last
         self.stack: list[Bracket] = []  # open brackets
-        self.starting, self.indent = True, 0  # only white space since a line (by lines: a statement) began; its columns
+        self.starting, self.indent = (
+            True,
+            0,
+        )  # only white space since a line (by lines: a statement) began; its columns
 
     def _in_code(self, char: str) -> None:
         """Read a character of code."""
         raise NotImplementedError
 
     def _add(self, code: str) -> None:
-        self.head = (self.head if len(self.head) < HEAD_CHARS else self.head[: HEAD_CHARS // 2]) + code
+        self.head = (
+            self.head if len(self.head) < HEAD_CHARS else self.head[: HEAD_CHARS // 2]
+        ) + code
 
     @property
     def in_comment(self) -> bool:
@@ -155,13 +168,22 @@ class Literals:
             return
         if self.opener == "#":
             self.line = (self.line + char)[:LINE_CHARS]
-        if self.since == 2 and self.opener == "'" in language.ambiguous and char != "'" and self.tail[-2] != "\\":
+        if (
+            self.since == 2
+            and self.opener == "'" in language.ambiguous
+            and char != "'"
+            and self.tail[-2] != "\\"
+        ):
             self.closer = ""  # a lifetime
             self._in_code(char)
             return
         if self.escaped:
             self.escaped, self.escaped_at = False, self.since
-        elif char == language.escape and self.opener not in language.raw and (not comment or language.directives):
+        elif (
+            char == language.escape
+            and self.opener not in language.raw
+            and (not comment or language.directives)
+        ):
             self.escaped = True
         elif self.opener == 'R"' and char == "(" and self.closer == '"':
             self.closer = f'){self.tail[-self.since : -1]}"'  # R"name( ends with )name"
@@ -177,7 +199,9 @@ class Literals:
             return
         line, self.line = self.line, ""
         if self.closer == "<":
-            self.terminators = [name[2] for name in re.finditer(f"<<{self.language.here_document}", f"<<{line}")]
+            self.terminators = [
+                name[2] for name in re.finditer(f"<<{self.language.here_document}", f"<<{line}")
+            ]
         elif line.strip() == self.closer:
             del self.terminators[0]
         self.closer = self.terminators[0] if self.terminators else ""
@@ -186,7 +210,9 @@ class Literals:
 
     def _leave(self, char: str, comment: bool) -> None:
         """The literal or comment ends with this character."""
-        if self.since > len(self.closer):  # one more quote makes a triple quote only after an empty string
+        if self.since > len(
+            self.closer
+        ):  # one more quote makes a triple quote only after an empty string
             self.tail = ""
         if not comment:
             self.last = '"'
@@ -235,7 +261,11 @@ class Scanner(Literals):
             openings = ("{", "[") if self.language.blocks == "brackets" else ("{",)
             return self.stack[-1].indent if self.stack and self.last in openings else None
         if self.language.indented and self.head.strip():
-            return self.indent if self.last == ":" and not self.stack and COMPOUND.match(self.head.strip()) else None
+            return (
+                self.indent
+                if self.last == ":" and not self.stack and COMPOUND.match(self.head.strip())
+                else None
+            )
         return self.blocks[-1][0] if self.fresh else None
 
     def enclosing(self, indent: int) -> list[tuple[int, str]]:
@@ -246,11 +276,24 @@ class Scanner(Literals):
         """Read a text. Runs of characters that only continue a statement or a literal are read at once."""
         at = 0
         while at < len(text):
-            if not self.closer and not self.starting and self.last != "<" and (run := self.code_run.match(text, at)):
+            if (
+                not self.closer
+                and not self.starting
+                and self.last != "<"
+                and (run := self.code_run.match(text, at))
+            ):
                 self._add(run[0])
                 code = self.last + "".join(run[0].split())
-                self.previous, self.last = code[-2:-1] if len(code) > 1 else self.previous, code[-1:]
-            elif self.since > OPENER_CHARS and self.closer and not self.escaped and (run := self.run.match(text, at)):
+                self.previous, self.last = (
+                    code[-2:-1] if len(code) > 1 else self.previous,
+                    code[-1:],
+                )
+            elif (
+                self.since > OPENER_CHARS
+                and self.closer
+                and not self.escaped
+                and (run := self.run.match(text, at))
+            ):
                 self.line = (self.line + run[0])[:LINE_CHARS]
             else:
                 self.step(text[at])
@@ -371,7 +414,9 @@ class Scanner(Literals):
             self.head = ""
         elif blank and not self.stack:
             end = self.head[-TOKENS_CHARS:]
-            unfinished = CHANGES.search(self.head) or PREFACE.match(self.head) or UNFINISHED.search(end)
+            unfinished = (
+                CHANGES.search(self.head) or PREFACE.match(self.head) or UNFINISHED.search(end)
+            )
             self.head = self.head if unfinished else ""
         elif not self.head.endswith("\n"):
             self._add("\n")
@@ -384,7 +429,9 @@ class Scanner(Literals):
             self.starting, self.indent = True, 0
             if self.statements:
                 self._line_of_statement(blank)
-            elif not self.in_parens and self.head:  # a header may take several lines, but no blank one
+            elif (
+                not self.in_parens and self.head
+            ):  # a header may take several lines, but no blank one
                 if self.head.endswith("\n") or self.last == ":":  # the colon of a label
                     self.head = ""
                 else:
@@ -410,8 +457,12 @@ class Scanner(Literals):
     def _line_of_block(self) -> None:
         """By lines: a statement has ended."""
         head = self.head.strip()
-        if head and head.lower() != "r":  # not a comment or a docstring, which may have the prefix r
-            self.fresh = self.last == head[-1] and re.search(self.language.openers, head) is not None
+        if (
+            head and head.lower() != "r"
+        ):  # not a comment or a docstring, which may have the prefix r
+            self.fresh = (
+                self.last == head[-1] and re.search(self.language.openers, head) is not None
+            )
             self.blocks = self.enclosing(self.indent)
             self.blocks += [(self.indent, head)] * (self.fresh or not self.language.indented)
         self.starting, self.indent, self.head, self.last = True, 0, "", ""

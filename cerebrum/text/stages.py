@@ -27,7 +27,9 @@ class Stage:
     start = 0  # where `text` begins in all that went in
 
     def __init__(self) -> None:
-        self.text: list[str] = []  # a list of characters: += on a string attribute would copy the string each time
+        self.text: list[
+            str
+        ] = []  # a list of characters: += on a string attribute would copy the string each time
         self.safe = 0  # text before this position may be sent
         self.sent = 0  # text before this position has been sent
         self.reason: str | None = None
@@ -71,9 +73,15 @@ class StopStrings(Stage):
         self.sizes = [0] * len(self.stops)  # of each string: how much of it the text ends with
 
     def step(self, char: str) -> None:
-        self.sizes = [matched(*stop, size, char) for stop, size in zip(self.stops, self.sizes, strict=True)]
+        self.sizes = [
+            matched(*stop, size, char) for stop, size in zip(self.stops, self.sizes, strict=True)
+        ]
         self.safe = len(self.text) - max(self.sizes, default=0)
-        complete = [size for (stop, _), size in zip(self.stops, self.sizes, strict=True) if size == len(stop)]
+        complete = [
+            size
+            for (stop, _), size in zip(self.stops, self.sizes, strict=True)
+            if size == len(stop)
+        ]
         if complete:
             self.end("stop", len(self.text) - max(complete))
 
@@ -171,7 +179,9 @@ class Repeat(Stage):
         super().__init__()
         self.line: list[str] = []  # the characters of the line so far
         self.lines: list[str] = []  # those that are not blank
-        self.runs = [0] * (PERIOD_LINES + 1)  # runs[n]: consecutive lines that each equal the line n before
+        self.runs = [0] * (
+            PERIOD_LINES + 1
+        )  # runs[n]: consecutive lines that each equal the line n before
         self.hold: int | None = None  # where the third copy may have begun
 
     def step(self, char: str) -> None:

@@ -25,7 +25,9 @@ SAMPLE_WEIGHTS = 350_000_000  # at least, 200 MB: less would stay in the caches 
 SAMPLE_TOKENS = 512  # read by each
 HINT_READ, HINT_WRITTEN = 200, 24  # tokens
 SMALL_BLOCKS = {"Q4_K": "Q5_0", "Q6_K": "Q8_0"}  # the types of rows that are no multiple of 256
-Matrix = tuple[str, str, tuple[int, ...]]  # name, type, and the number of experts (if any), rows and columns
+Matrix = tuple[
+    str, str, tuple[int, ...]
+]  # name, type, and the number of experts (if any), rows and columns
 
 
 def matrices(shape: Mapping[str, int], layers: int, vocabulary: int) -> list[Matrix]:
@@ -46,13 +48,21 @@ def matrices(shape: Mapping[str, int], layers: int, vocabulary: int) -> list[Mat
             (f"ffn_down{suffix}", better, (*count, width, forward)),
         ]
         found += [(f"blk.{layer}.{name}", kind, size) for name, kind, size in of_layer]
-    return [(name, SMALL_BLOCKS[kind] if size[-1] % 256 else kind, size) for name, kind, size in found]
+    return [
+        (name, SMALL_BLOCKS[kind] if size[-1] % 256 else kind, size) for name, kind, size in found
+    ]
 
 
-def write_sample(path: Path, shape: Mapping[str, int], weights: Sequence[Matrix], layers: int) -> None:
+def write_sample(
+    path: Path, shape: Mapping[str, int], weights: Sequence[Matrix], layers: int
+) -> None:
     """A model of these matrices, for llama.cpp's architecture of the plain transformer. OSError if the disk is too
     small."""
-    writer, random, width = pypi().GGUFWriter(path, "llama"), np.random.default_rng(1), shape["width"]
+    writer, random, width = (
+        pypi().GGUFWriter(path, "llama"),
+        np.random.default_rng(1),
+        shape["width"],
+    )
     vocabulary, ones = weights[0][2][0], np.ones(width, np.float32)
     numbers = {
         "block_count": layers,
@@ -64,7 +74,10 @@ def write_sample(path: Path, shape: Mapping[str, int], weights: Sequence[Matrix]
         "attention.head_count_kv": shape["kv_heads"],
         "expert_count": shape["experts"],
         "expert_used_count": shape["used"],
-        **dict.fromkeys(("attention.key_length", "attention.value_length", "rope.dimension_count"), shape["head"]),
+        **dict.fromkeys(
+            ("attention.key_length", "attention.value_length", "rope.dimension_count"),
+            shape["head"],
+        ),
     }
     for name, number in numbers.items():
         writer.add_uint32(f"llama.{name}", number)
@@ -76,12 +89,16 @@ def write_sample(path: Path, shape: Mapping[str, int], weights: Sequence[Matrix]
     for layer in range(layers):
         tensors |= dict.fromkeys((f"blk.{layer}.attn_norm", f"blk.{layer}.ffn_norm"), ones)
         if shape["experts"]:
-            tensors[f"blk.{layer}.ffn_gate_inp"] = random.normal(size=(shape["experts"], width)).astype(np.float32)
+            tensors[f"blk.{layer}.ffn_gate_inp"] = random.normal(
+                size=(shape["experts"], width)
+            ).astype(np.float32)
     for name, values in tensors.items():
         writer.add_tensor(f"{name}.weight", values)
     for name, kind, size in weights:
         raw = pypi().GGMLQuantizationType[kind]
-        data = np.zeros(pypi().quants.quant_shape_to_byte_shape(size, raw), np.uint8)  # no kernel looks at them
+        data = np.zeros(
+            pypi().quants.quant_shape_to_byte_shape(size, raw), np.uint8
+        )  # no kernel looks at them
         writer.add_tensor(f"{name}.weight", data, raw_dtype=raw)
     check_disk(path.parent, sum(tensor.nbytes for tensor in writer.tensors[0].values()))
     writer.write_header_to_file()
@@ -154,14 +171,18 @@ def best_of(speeds: Speeds, most_seconds: float) -> Model | None:
     """The first model whose hint takes `most_seconds` at most, else the one with the quickest hint; None if no speed is
     known. Models with less than half of the languages that another one has do not count."""
     most = max((len(model.languages) for model, _ in speeds), default=0)
-    hints = [(speed.hint, model) for model, speed in speeds if speed and 2 * len(model.languages) >= most]
+    hints = [
+        (speed.hint, model) for model, speed in speeds if speed and 2 * len(model.languages) >= most
+    ]
     quickest = min(hints, key=lambda pair: pair[0], default=(0.0, None))[1]
     return next((model for seconds, model in hints if seconds <= most_seconds), quickest)
 
 
 def table(speeds: Speeds, best: Model | None) -> list[str]:
     """One model a line; `*` marks the best."""
-    lines = [f"{'memory':>37} {'tokens/s':>9} {f'first of {READ_TOKENS:,}':>15} {'hint':>8} {'file':>9}"]
+    lines = [
+        f"{'memory':>37} {'tokens/s':>9} {f'first of {READ_TOKENS:,}':>15} {'hint':>8} {'file':>9}"
+    ]
     for model, speed in speeds:
         name = f"{'*' if model is best else ' '} {model.id:<14} {model.parameters:<10}{model.memory_mb / 1e3:>7.1f} GB"
         figures = f"{'?':>9} {'?':>15} {'?':>8}"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import bisect
 import re
 
-Judged = tuple[float, int]  # a line's mean, and where it ends: characters of the text that the client has
+Judged = tuple[
+    float, int
+]  # a line's mean, and where it ends: characters of the text that the client has
 
 
 class Confidence:
@@ -17,7 +19,10 @@ class Confidence:
 
     def __init__(self) -> None:
         self._written = ""  # by the model; all places below are in this text
-        self._starts, self._probabilities = list[int](), list[float]()  # where each token begins, and its probability
+        self._starts, self._probabilities = (
+            list[int](),
+            list[float](),
+        )  # where each token begins, and its probability
         self._line = 0  # where the model's unfinished line begins
         self._begin = self._end = 0  # of the client's text
         self._known = 0  # where the client's lines that are not judged yet begin
@@ -55,7 +60,9 @@ class Confidence:
     def _end_line(self) -> None:
         lines = self.last()
         end = self._written.find("\n", self._end) + 1
-        if end and not self._written[self._end : end].strip():  # `Gap` adds a line end that the model has not written
+        if (
+            end and not self._written[self._end : end].strip()
+        ):  # `Gap` adds a line end that the model has not written
             self._end = end
         if lines:
             self._judged += lines
@@ -79,6 +86,9 @@ class Confidence:
 
     def _mean(self, begin: int, end: int) -> float:
         """Of the tokens that begin from `begin` to `end`, or else of the one that reaches beyond both."""
-        first, last = bisect.bisect_left(self._starts, begin), bisect.bisect_right(self._starts, end)
+        first, last = (
+            bisect.bisect_left(self._starts, begin),
+            bisect.bisect_right(self._starts, end),
+        )
         some = self._probabilities[first:last] or self._probabilities[last - 1 : last]
         return round(sum(some) / len(some), 4)

@@ -16,7 +16,14 @@ GRAM = 3  # this many tokens must repeat before the tokens that followed them ar
 MAX_CHANGE = 8  # most old or new tokens of a change in a copy; after a longer change the copy is searched for anew
 NEAR = 48  # after a change the copy usually continues within this many tokens
 ALIKE = 32  # tokens that are compared before two places
-LENGTHS = (0, 3, 7, 15, 31, 63)  # of drafts: with the token before it, 28 to 31 tokens take as long as 32
+LENGTHS = (
+    0,
+    3,
+    7,
+    15,
+    31,
+    63,
+)  # of drafts: with the token before it, 28 to 31 tokens take as long as 32
 SEEN, TRIALS = 50, 8  # drafts by which a length is judged: at most, at least
 FRESH = 4  # of them behind a decode without drafts: later the machine may have another speed
 RETRY = 64
@@ -32,13 +39,19 @@ class Gain:
         self.plain: dict[int, float] = {}  # seconds for a token lately, by the number of streams
         self.age = Counter[int]()  # drafts since then
         # Of the latest drafts by streams and length: the seconds, and those that the tokens would have taken plainly.
-        self.seen: dict[tuple[int, int], deque[tuple[float, float]]] = defaultdict(lambda: deque(maxlen=SEEN))
-        self.passed = Counter[tuple[int, int, bool]]()  # how often such a draft was made, or not made
+        self.seen: dict[tuple[int, int], deque[tuple[float, float]]] = defaultdict(
+            lambda: deque(maxlen=SEEN)
+        )
+        self.passed = Counter[
+            tuple[int, int, bool]
+        ]()  # how often such a draft was made, or not made
 
     def learn(self, streams: int, length: int, tokens: int, seconds: float) -> None:
         """Count a decode with a draft of this length, 0 for none, that wrote `tokens`."""
         if not length and tokens:
-            self.plain[streams] = (3 * self.plain.get(streams, seconds / tokens) + seconds / tokens) / 4
+            self.plain[streams] = (
+                3 * self.plain.get(streams, seconds / tokens) + seconds / tokens
+            ) / 4
             self.age[streams] = 0
         elif tokens and self.age[streams] < FRESH:
             self.seen[streams, length].append((seconds, tokens * self.plain[streams]))
@@ -51,7 +64,11 @@ class Gain:
         if streams not in self.plain:
             return False
         judged = len(seen) >= TRIALS
-        faster = sum(drafted - plain for drafted, plain in seen) <= 0 if judged else self.age[streams] < FRESH
+        faster = (
+            sum(drafted - plain for drafted, plain in seen) <= 0
+            if judged
+            else self.age[streams] < FRESH
+        )
         self.passed[streams, length, faster] += 1
         if self.passed[streams, length, faster] > RETRY:
             self.passed[streams, length, faster] = 0
@@ -68,13 +85,23 @@ class Drafter:
     """
 
     def __init__(self, tokens: Sequence[int], guide: Sequence[int] = ()) -> None:
-        self.tokens, self.own = [*guide, *tokens], len(guide)  # the earlier sequence, then from `own` on this one
-        self.index: dict[tuple[int, ...], list[int]] = {}  # places that follow each run of GRAM tokens
+        self.tokens, self.own = (
+            [*guide, *tokens],
+            len(guide),
+        )  # the earlier sequence, then from `own` on this one
+        self.index: dict[
+            tuple[int, ...], list[int]
+        ] = {}  # places that follow each run of GRAM tokens
         common = common_prefix(tokens, guide)
-        for place in (*range(max(GRAM, common), self.own + 1), *range(self.own + GRAM, len(self.tokens) + 1)):
+        for place in (
+            *range(max(GRAM, common), self.own + 1),
+            *range(self.own + GRAM, len(self.tokens) + 1),
+        ):
             self._add(place)
         self.at = -1  # place of the token expected next, -1 for none
-        self.streak = 0  # consecutive tokens the draft predicted correctly; after a change some are credited
+        self.streak = (
+            0  # consecutive tokens the draft predicted correctly; after a change some are credited
+        )
         self.before_change = 0  # the streak before the latest mismatch
         self.changed_from = 0  # place where the latest change began
         self.changes: dict[tuple[int, ...], list[int]] = {}
@@ -137,7 +164,9 @@ class Drafter:
         """Find the place after an earlier occurrence of the latest tokens: soon after the place just lost, which shows
         how the copy was changed, or else the one with the most tokens alike."""
         end, lost = len(self.tokens), self.at
-        places = [place for place in self.index.get(tuple(self.tokens[-GRAM:]), ())[-16:] if place != end]
+        places = [
+            place for place in self.index.get(tuple(self.tokens[-GRAM:]), ())[-16:] if place != end
+        ]
         alike = [place for place in places if lost >= 0 and self._begin(place) == self._begin(lost)]
         if soon := [place for place in alike if 0 < place - lost <= NEAR]:
             self.at = min(soon)
@@ -152,14 +181,21 @@ class Drafter:
         the last ones, which matched. An insertion or deletion is remembered together with the token after it."""
         fewer = min(self.at - lost, len(self.tokens) - self.changed_from)
         matched = min(self._matched(self.at), fewer - 1)
-        old, new = self.tokens[lost : self.at - matched], self.tokens[self.changed_from : len(self.tokens) - matched]
+        old, new = (
+            self.tokens[lost : self.at - matched],
+            self.tokens[self.changed_from : len(self.tokens) - matched],
+        )
         if max(len(old), len(new)) <= MAX_CHANGE:
             self.changes[tuple(old)] = new
 
     def _matched(self, place: int) -> int:
         """How many of the latest tokens also precede `place`."""
         limit = min(ALIKE, len(self.tokens) - self.own, place - self._begin(place))
-        pairs = zip(reversed(self.tokens[-limit:]), reversed(self.tokens[place - limit : place]), strict=True)
+        pairs = zip(
+            reversed(self.tokens[-limit:]),
+            reversed(self.tokens[place - limit : place]),
+            strict=True,
+        )
         return next((count for count, (one, other) in enumerate(pairs) if one != other), limit)
 
     def propose(self, limit: int) -> list[int]:

@@ -111,7 +111,9 @@ def passport_path(tuned: Path) -> Path:
     return tuned.with_name(f"{tuned.name}.json")
 
 
-def find_tuned(published: Path, settings: Settings, sha256: str = "") -> tuple[TunedFile | None, str]:
+def find_tuned(
+    published: Path, settings: Settings, sha256: str = ""
+) -> tuple[TunedFile | None, str]:
     """The tuned file for a published one, or None and the reason. OSError if there is no published file.
 
     `sha256` is the digest that the published file should have; `check_digest` verifies it. If it is unknown (empty),
@@ -127,7 +129,12 @@ def find_tuned(published: Path, settings: Settings, sha256: str = "") -> tuple[T
         return None, f"its passport cannot be read ({error.strerror})"
     except (ValueError, TypeError):
         return None, foreign
-    expected = {"format": PASSPORT_FORMAT, "library": llama_cpp.__version__, "cpu": cpu_features(), "cpus": cpus()}
+    expected = {
+        "format": PASSPORT_FORMAT,
+        "library": llama_cpp.__version__,
+        "cpu": cpu_features(),
+        "cpus": cpus(),
+    }
     expected |= {"threads": settings.threads} if settings.fixed_threads else {}
     expected |= {"source": sha256} if sha256 else {"file": file_stamp(published)}
     for name, here in expected.items():
@@ -136,7 +143,9 @@ def find_tuned(published: Path, settings: Settings, sha256: str = "") -> tuple[T
     if passport.types and passport.size != file_size(path):
         return None, "its tuned file is missing or cut short"
     used = replace(settings, **{name: getattr(passport, name) for name in CHOSEN})
-    return TunedFile(path if passport.types else published, used, passport.source, passport.encoding), ""
+    return TunedFile(
+        path if passport.types else published, used, passport.source, passport.encoding
+    ), ""
 
 
 class Choice(NamedTuple):
@@ -166,13 +175,21 @@ def choose_file(published: Path, settings: Settings, sha256: str, free: float) -
 
 def untuned(model_id: str, reason: str) -> str:
     """The message of the log and of `--check`."""
-    return f"{model_id} runs untuned: {reason}: `vpsd.py tune {model_id}` finds its fastest encoding"
+    return (
+        f"{model_id} runs untuned: {reason}: `vpsd.py tune {model_id}` finds its fastest encoding"
+    )
 
 
 # ------------------------------------------------------------------------------------- policy: the choice
 
-READ_TOKENS = 1000  # encodings are compared by the time to read this many tokens and write the 128 of DECODES
-DECODES = {1: 64, 4: 8, 16: 2}  # number of decodes by size in tokens; half of the tokens are written as drafts
+READ_TOKENS = (
+    1000  # encodings are compared by the time to read this many tokens and write the 128 of DECODES
+)
+DECODES = {
+    1: 64,
+    4: 8,
+    16: 2,
+}  # number of decodes by size in tokens; half of the tokens are written as drafts
 MIN_GAIN = 0.03  # share of the time that other types must save, and settings in a long context
 MIN_AGREEMENT = 0.9  # share of tokens; less means a faulty kernel
 SAMPLE_LAYERS = 4
@@ -195,7 +212,9 @@ class Timing(NamedTuple):
     @property
     def work(self) -> float:
         """Seconds for the work of READ_TOKENS and DECODES."""
-        return READ_TOKENS * self.read + sum(count * self.decode[size] for size, count in DECODES.items())
+        return READ_TOKENS * self.read + sum(
+            count * self.decode[size] for size, count in DECODES.items()
+        )
 
 
 Types = Mapping[str, str]  # of the tensors that change: new type by name
@@ -205,13 +224,19 @@ def multiplied(tensors: Sequence[Tensor]) -> tuple[list[Tensor], Tensor | None]:
     """The matrices that are multiplied, and which of them gives the logits."""
     matrices = {tensor.name: tensor for tensor in tensors if tensor.is_matrix}
     output = matrices.get("output.weight") or matrices.get("token_embd.weight")
-    return [tensor for tensor in matrices.values() if tensor.layer is not None or tensor is output], output
+    return [
+        tensor for tensor in matrices.values() if tensor.layer is not None or tensor is output
+    ], output
 
 
 def change_types(tensors: Sequence[Tensor], recipe: Mapping[str, str]) -> Types:
     """Apply a recipe."""
     changing = [tensor for tensor in multiplied(tensors)[0] if tensor.type in recipe]
-    return {tensor.name: recipe[tensor.type] for tensor in changing if tensor.can_be(recipe[tensor.type])}
+    return {
+        tensor.name: recipe[tensor.type]
+        for tensor in changing
+        if tensor.can_be(recipe[tensor.type])
+    }
 
 
 def sample_layers(tensors: Sequence[Tensor]) -> list[int]:
@@ -248,17 +273,34 @@ class Outcome:
         (old_times, was), (new_times, now) = (old.timing, old.settings), (new.timing, new.settings)
         times = [("a token of a prompt, ms", old_times.read, new_times.read)]
         for n in DECODES:
-            times.append((f"a decode of {n} token{'s' * (n > 1)}, ms", old_times.decode[n], new_times.decode[n]))
-        times.append((f"{READ_TOKENS} tokens read, 128 written, ms", old_times.work, new_times.work))
+            times.append(
+                (
+                    f"a decode of {n} token{'s' * (n > 1)}, ms",
+                    old_times.decode[n],
+                    new_times.decode[n],
+                )
+            )
+        times.append(
+            (f"{READ_TOKENS} tokens read, 128 written, ms", old_times.work, new_times.work)
+        )
         others = (
             ("size of the file, MB", old.file // MB, new.file // MB),
             ("memory (estimate), MB", old.memory // MB, new.memory // MB),
             ("micro-batch", was.micro_batch, now.micro_batch),
-            ("flash attention", *("on" if used.uses_flash_attention else "off" for used in (was, now))),
+            (
+                "flash attention",
+                *("on" if used.uses_flash_attention else "off" for used in (was, now)),
+            ),
             ("threads", was.threads, now.threads),
         )
-        lines = [f"{cpu_name()}; {self.passport.encoding}", "", f"{'':34}{'published':>10}{'here':>12}"]
-        lines += [f"{name:34}{1e3 * a:>10.1f}{1e3 * b:>12.1f}  {a / b:.2f} x" for name, a, b in times]
+        lines = [
+            f"{cpu_name()}; {self.passport.encoding}",
+            "",
+            f"{'':34}{'published':>10}{'here':>12}",
+        ]
+        lines += [
+            f"{name:34}{1e3 * a:>10.1f}{1e3 * b:>12.1f}  {a / b:.2f} x" for name, a, b in times
+        ]
         lines += [f"{name:34}{a:>10}{b:>12}" for name, a, b in others]
         lines.append("")
         if self.agreement is not None:
@@ -267,7 +309,9 @@ class Outcome:
                 f"same likeliest token as the published file after {self.agreement:.1%} of {tokens} tokens of code"
             )
         if not self.tuned:
-            lines.append(f"nothing is {MIN_GAIN:.0%} faster here than the published file, which is used as it is")
+            lines.append(
+                f"nothing is {MIN_GAIN:.0%} faster here than the published file, which is used as it is"
+            )
         return "\n".join(lines)
 
 
@@ -281,7 +325,9 @@ SAMPLE_READ_TOKENS = 128  # read to compare types
 WHOLE_READ_TOKENS = 256  # read to compare whole files
 CONTEXT_TOKENS = 2000  # read to compare settings: the cost of attention grows with the context
 AGREEMENT_TOKENS = 320  # of the text on which two files are compared
-AGREEMENT_SKIP = 64  # the first tokens of this text are not compared, since they have little context
+AGREEMENT_SKIP = (
+    64  # the first tokens of this text are not compared, since they have little context
+)
 OUTPUTS = MAX_DRAFT + 1  # logits that a decode may ask for
 Variant = tuple[Path, Settings]
 
@@ -289,7 +335,9 @@ Variant = tuple[Path, Settings]
 @contextlib.contextmanager
 def opened(path: Path, settings: Settings) -> Iterator[Llama]:
     """The model with a context of one sequence that is as long as the measurements need."""
-    model = Llama(path, replace(settings, n_ctx=CONTEXT_TOKENS + 2 * OUTPUTS, sequences=1), lambda _: True)
+    model = Llama(
+        path, replace(settings, n_ctx=CONTEXT_TOKENS + 2 * OUTPUTS, sequences=1), lambda _: True
+    )
     try:
         yield model
     finally:
@@ -320,12 +368,16 @@ def measure(model: Llama, read: int) -> Timing:
     def fastest(chunks: Sequence[Sequence[int]], outputs: int, seconds: float, least: int) -> float:
         """Decode the chunks for `seconds`, at least `least` times; return the shortest time."""
         length, spent = len(slot.tokens), list[float]()
-        while len(spent) < least or (sum(spent) < seconds and len(slot.tokens) < model.n_ctx - OUTPUTS):
+        while len(spent) < least or (
+            sum(spent) < seconds and len(slot.tokens) < model.n_ctx - OUTPUTS
+        ):
             back_to(model, slot, length)
             spent.append(sum(decode(model, slot, chunk, outputs) for chunk in chunks))
         return min(spent)
 
-    decode(model, slot, tokens[: max(DECODES)], max(DECODES))  # the first decode after a load is slow
+    decode(
+        model, slot, tokens[: max(DECODES)], max(DECODES)
+    )  # the first decode after a load is slow
     back_to(model, slot, 0)
     chunks = [tokens[start : start + MAX_CHUNK] for start in range(0, len(tokens), MAX_CHUNK)]
     reading = fastest(chunks, 1, READ_SECONDS, 1)
@@ -348,7 +400,9 @@ def likeliest(variant: Variant, text: str, count: int) -> list[int]:
     return found[AGREEMENT_SKIP:]
 
 
-def agreement(published: Variant, tuned: Variant, text: str, count: int = AGREEMENT_TOKENS) -> float:
+def agreement(
+    published: Variant, tuned: Variant, text: str, count: int = AGREEMENT_TOKENS
+) -> float:
     """The share of a text's first `count` tokens after which two files have the same likeliest token."""
     pairs = list(zip(likeliest(published, text, count), likeliest(tuned, text, count), strict=True))
     return sum(one == other for one, other in pairs) / len(pairs)
@@ -357,7 +411,9 @@ def agreement(published: Variant, tuned: Variant, text: str, count: int = AGREEM
 Progress = Callable[[str, int, int], None]  # label, done, total
 
 
-def compare(variants: Mapping[Any, Variant], read: int, step: Callable[[], None]) -> dict[Any, Timing]:
+def compare(
+    variants: Mapping[Any, Variant], read: int, step: Callable[[], None]
+) -> dict[Any, Timing]:
     """The best times of each variant, measured in turns, so that a slow minute affects all of them alike."""
     found: dict[Any, list[Timing]] = {name: [] for name in variants}
     for turn in range(TURNS):
@@ -366,7 +422,9 @@ def compare(variants: Mapping[Any, Variant], read: int, step: Callable[[], None]
                 found[name].append(measure(model, read))
             step()
     return {
-        name: Timing(min(t.read for t in all_), {size: min(t.decode[size] for t in all_) for size in DECODES})
+        name: Timing(
+            min(t.read for t in all_), {size: min(t.decode[size] for t in all_) for size in DECODES}
+        )
         for name, all_ in found.items()
     }
 
@@ -381,7 +439,9 @@ class TuneError(Exception):
 class Tuner:
     """One run of `tune`: the published file, the folder for the files to try, and the progress."""
 
-    def __init__(self, path: Path, sha256: str, settings: Settings, folder: Path, room: int, report: Progress) -> None:
+    def __init__(
+        self, path: Path, sha256: str, settings: Settings, folder: Path, room: int, report: Progress
+    ) -> None:
         self.path, self.sha256, self.settings, self.folder = path, sha256, settings, folder
         self.stamp = file_stamp(path)
         self.room, self.report = room, report
@@ -392,7 +452,9 @@ class Tuner:
             if (types := change_types(self.tensors, recipe)) not in self.options:
                 self.options.append(types)
         self.layers = sample_layers(self.tensors)
-        self.knobs = [replace(settings, micro_batch=size, flash_attention=flash) for size, flash in KNOBS]
+        self.knobs = [
+            replace(settings, micro_batch=size, flash_attention=flash) for size, flash in KNOBS
+        ]
         if not settings.fixed_threads and cpus() != settings.threads:
             self.knobs.append(replace(settings, threads=cpus()))
         self.done, self.steps = 0, TURNS * (len(self.options) + len(self.knobs) + 2)
@@ -404,21 +466,29 @@ class Tuner:
     def memory(self, types: Types, settings: Settings) -> int:
         """Bytes of memory that the model takes in these types."""
         changed = (tensor for tensor in self.tensors if tensor.name in types)
-        grown = sum(tensor.size(types[tensor.name]) - tensor.size(tensor.type) for tensor in changed)
+        grown = sum(
+            tensor.size(types[tensor.name]) - tensor.size(tensor.type) for tensor in changed
+        )
         return grown + sum(needed(self.path, [settings])[0].values())
 
     def check_room(self) -> None:
         """TuneError or OSError with the figures if the memory or the disk is too small."""
         if (need := self.memory({}, self.settings)) > self.room:
-            raise TuneError(f"expected {need / MB:.0f} MB of memory beside the reserve, got {self.room / MB:.0f} MB")
-        check_disk(self.folder.parent, 3 * self.path.stat().st_size // 2)  # a tuned file; samples take less
+            raise TuneError(
+                f"expected {need / MB:.0f} MB of memory beside the reserve, got {self.room / MB:.0f} MB"
+            )
+        check_disk(
+            self.folder.parent, 3 * self.path.stat().st_size // 2
+        )  # a tuned file; samples take less
 
     def sample(self, types: Types, layers: Sequence[int]) -> Path:
         """Write a file with these changes, these layers, a small vocabulary and no tokenizer."""
         path = self.folder / f"sample-{len(list(self.folder.iterdir()))}"
         values: dict[str, str | int] = {
             f"{self.source.architecture}.block_count": len(layers),
-            f"{self.source.architecture}.vocab_size": min(SAMPLE_VOCABULARY, self.source.vocabulary),
+            f"{self.source.architecture}.vocab_size": min(
+                SAMPLE_VOCABULARY, self.source.vocabulary
+            ),
             "tokenizer.ggml.model": "no_vocab",
         }
         self.source.write(path, types, values, layers, SAMPLE_VOCABULARY)
@@ -434,7 +504,9 @@ class Tuner:
 
     def choose(self) -> tuple[Types, Settings]:
         """The fastest types; and micro-batch, attention and thread count for these types, in a long context."""
-        fitting = [types for types in self.options if self.memory(types, self.settings) <= self.room]
+        fitting = [
+            types for types in self.options if self.memory(types, self.settings) <= self.room
+        ]
         try:
             samples = [(self.sample(types, self.layers), self.settings) for types in fitting]
             types = fitting[self.fastest(samples, SAMPLE_READ_TOKENS)]
@@ -444,13 +516,20 @@ class Tuner:
             return {}, self.choose_settings({}, self.path)
 
     def choose_settings(self, types: Types, sample: Path) -> Settings:
-        knobs = [knob for knob in self.knobs if knob == self.settings or self.memory(types, knob) <= self.room]
+        knobs = [
+            knob
+            for knob in self.knobs
+            if knob == self.settings or self.memory(types, knob) <= self.room
+        ]
         return knobs[self.fastest([(sample, knob) for knob in knobs], CONTEXT_TOKENS)]
 
     def passport(self, types: Types, settings: Settings, size: int) -> Passport:
         matrices, output = multiplied(self.tensors)
         changed = [tensor for tensor in matrices if tensor.name in types]
-        changes = {(tensor.type + " (output)" * (tensor is output), types[tensor.name]) for tensor in changed}
+        changes = {
+            (tensor.type + " (output)" * (tensor is output), types[tensor.name])
+            for tensor in changed
+        }
         return Passport(
             source=self.sha256,
             file=self.stamp,
@@ -476,7 +555,12 @@ class Tuner:
         if self.done < self.steps:  # some settings do not fit, or there is nothing to compare with
             self.report("measuring", self.steps, self.steps)
         forms = {
-            name: Form(found[name], used, file.stat().st_size, self.memory(types if file == path else {}, used))
+            name: Form(
+                found[name],
+                used,
+                file.stat().st_size,
+                self.memory(types if file == path else {}, used),
+            )
             for name, (file, used) in variants.items()
         }
         # The settings were chosen in a long context, where they save time. In this short one they may hardly cost any.
@@ -485,17 +569,27 @@ class Tuner:
         if tuned and tuned.timing.work > limit:
             tuned = None
         if tuned and types:
-            code = Path(__file__).read_text()[-8 * AGREEMENT_TOKENS :]  # source code, as in users' prompts
+            code = Path(__file__).read_text()[
+                -8 * AGREEMENT_TOKENS :
+            ]  # source code, as in users' prompts
             same = agreement(variants["published"], variants["tuned"], code)
             if same < MIN_AGREEMENT:
                 tuned = same = None
         if not tuned:
             types, settings = {}, self.settings
-        return Outcome(forms["published"], tuned, self.passport(types, settings, file_size(path)), same)
+        return Outcome(
+            forms["published"], tuned, self.passport(types, settings, file_size(path)), same
+        )
 
 
 def tune(
-    published: Path, sha256: str, settings: Settings, room: int, report: Progress, output: TextIO, dry_run: bool = False
+    published: Path,
+    sha256: str,
+    settings: Settings,
+    room: int,
+    report: Progress,
+    output: TextIO,
+    dry_run: bool = False,
 ) -> Outcome:
     """Find the fastest encoding of a published file, and put the tuned file in place (not with `dry_run`).
 
@@ -509,11 +603,15 @@ def tune(
         print(outcome.table(), file=output, flush=True)
         if not dry_run:
             passport = folder / "passport"
-            passport.write_text(json.dumps(asdict(outcome.passport)))  # before anything changes: the disk may be full
+            passport.write_text(
+                json.dumps(asdict(outcome.passport))
+            )  # before anything changes: the disk may be full
             _remove(target)
             if outcome.passport.types:
                 with path.open("rb") as written:
-                    os.fsync(written.fileno())  # otherwise a crash could leave a passport without weights
+                    os.fsync(
+                        written.fileno()
+                    )  # otherwise a crash could leave a passport without weights
                 os.replace(path, target)
             os.replace(passport, passport_path(target))
     return outcome
@@ -535,7 +633,8 @@ def remove_tuned(published: Path, settings: Settings) -> bool:
             passport = json.loads(passport_path(target).read_text())
             # Kept without types, so that the model does not count as untuned.
             write_atomically(
-                passport_path(target), json.dumps(passport | {"types": {}, "format": PASSPORT_FORMAT}).encode()
+                passport_path(target),
+                json.dumps(passport | {"types": {}, "format": PASSPORT_FORMAT}).encode(),
             )
         except (FileNotFoundError, ValueError, TypeError):
             passport = {}
@@ -551,7 +650,9 @@ def alone_in(folder: Path) -> Iterator[Path]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise TuneError("another process is tuning a model; expected to be the only one") from None
+            raise TuneError(
+                "another process is tuning a model; expected to be the only one"
+            ) from None
         for left in folder.glob(".work-*"):  # left by a run that was killed
             shutil.rmtree(left)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".work-") as temporary:

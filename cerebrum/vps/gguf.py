@@ -25,7 +25,9 @@ import numpy.typing as npt
 from cerebrum.vps.llama import ModelError
 
 PIECE_BYTES = 1 << 22  # or weights, of a type without blocks: transcoded at once, by one thread
-Rows = npt.NDArray[Any]  # of a tensor: (n, weights), or (n, bytes of its blocks) where the type has blocks
+Rows = npt.NDArray[
+    Any
+]  # of a tensor: (n, weights), or (n, bytes of its blocks) where the type has blocks
 
 
 @functools.cache
@@ -92,7 +94,11 @@ class Tensor:
         if new == self.type:
             return self.data.shape
         blocks = self.data.dtype == np.uint8
-        weights = quants.quant_shape_from_byte_shape(self.data.shape, kinds[self.type]) if blocks else self.data.shape
+        weights = (
+            quants.quant_shape_from_byte_shape(self.data.shape, kinds[self.type])
+            if blocks
+            else self.data.shape
+        )
         shape: tuple[int, ...] = quants.quant_shape_to_byte_shape(weights, kinds[new])
         return shape
 
@@ -124,15 +130,22 @@ class Source:
         class Reader(pypi().GGUFReader):  # type: ignore[misc]
             """Reads the file through a plain array, which is three times as fast as a memmap."""
 
-            data = property(lambda self: self._data, lambda self, mapped: setattr(self, "_data", np.asarray(mapped)))
+            data = property(
+                lambda self: self._data,
+                lambda self, mapped: setattr(self, "_data", np.asarray(mapped)),
+            )
 
         try:
             self.reader = Reader(path)
         except (ValueError, IndexError, KeyError, TypeError, OverflowError):
             raise ModelError("the file is damaged or cut short") from None
-        self.tensors = [Tensor(one.name, one.tensor_type.name, one.data) for one in self.reader.tensors]
+        self.tensors = [
+            Tensor(one.name, one.tensor_type.name, one.data) for one in self.reader.tensors
+        ]
         self.architecture: str = self.reader.fields["general.architecture"].contents()
-        self.vocabulary = next((len(one.data) for one in self.tensors if one.name == "token_embd.weight"), 0)
+        self.vocabulary = next(
+            (len(one.data) for one in self.tensors if one.name == "token_embd.weight"), 0
+        )
 
     def write(
         self,
@@ -150,18 +163,29 @@ class Source:
         """
         kinds, values = pypi().GGUFValueType, values or {}
         writer = pypi().GGUFWriter(path, self.architecture)
-        left_out = ("GGUF.", "general.architecture", "general.alignment", *([] if layers is None else ["tokenizer."]))
+        left_out = (
+            "GGUF.",
+            "general.architecture",
+            "general.alignment",
+            *([] if layers is None else ["tokenizer."]),
+        )
         for name, field in self.reader.fields.items():
             kind, item = field.types[0], field.types[-1]
             empty = kind == kinds.ARRAY and not field.data  # gguf does not write it
             if empty or name.startswith(left_out) or name in values:
                 continue
             try:
-                writer.add_key_value(name, field.contents(), kind, item if kind == kinds.ARRAY else None)
+                writer.add_key_value(
+                    name, field.contents(), kind, item if kind == kinds.ARRAY else None
+                )
             except UnicodeDecodeError:
-                raise ModelError(f"expected text in UTF-8 in the header, got other bytes in {name}") from None
+                raise ModelError(
+                    f"expected text in UTF-8 in the header, got other bytes in {name}"
+                ) from None
         for name, value in values.items():
-            writer.add_key_value(name, value, kinds.STRING if isinstance(value, str) else kinds.UINT32)
+            writer.add_key_value(
+                name, value, kinds.STRING if isinstance(value, str) else kinds.UINT32
+            )
         parts = []
         for tensor in self.tensors:
             name, kind = tensor.name, types.get(tensor.name, tensor.type)
@@ -183,6 +207,8 @@ class Source:
             try:
                 writer.write_tensor_data(data)
             except OSError as error:  # numpy's has no number
-                raise OSError(error.errno or errno.ENOSPC, error.strerror or os.strerror(errno.ENOSPC)) from None
+                raise OSError(
+                    error.errno or errno.ENOSPC, error.strerror or os.strerror(errno.ENOSPC)
+                ) from None
             report(done, len(parts))
         writer.close()

@@ -40,7 +40,9 @@ def cpus() -> int:
 def usable_cores() -> int:
     """Number of physical cores among the CPUs that this process may use. A second thread on a core usually only makes
     llama.cpp wait."""
-    folders = [Path(f"/sys/devices/system/cpu/cpu{cpu}/topology") for cpu in os.sched_getaffinity(0)]
+    folders = [
+        Path(f"/sys/devices/system/cpu/cpu{cpu}/topology") for cpu in os.sched_getaffinity(0)
+    ]
     siblings = [folder / "thread_siblings_list" for folder in folders]
     return len({path.read_text() if path.exists() else path for path in siblings})
 
@@ -53,7 +55,9 @@ class Settings:
     n_ctx: int = 4096  # tokens of one sequence, its prompt and completion together
     sequences: int = 2  # at a time
     kv_type: str = "f16"  # of the KV cache; q8_0 takes half the memory
-    micro_batch: int = 256  # tokens of a chunk that are computed together; their attention takes memory
+    micro_batch: int = (
+        256  # tokens of a chunk that are computed together; their attention takes memory
+    )
     flash_attention: bool = True
     fixed_threads: bool = False  # the user chose the number of threads
     cache_mb: int = 256  # of parked sequences, in memory and on disk
@@ -117,7 +121,9 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     return next((place for place in range(start, limit) if a[place] != b[place]), limit)
 
 
-def load_model(path: Path, progress: Callable[[float], bool] | None = None, weights: bool = True) -> Any:
+def load_model(
+    path: Path, progress: Callable[[float], bool] | None = None, weights: bool = True
+) -> Any:
     """A llama_model. Without `weights`, llama.cpp only knows their sizes. ModelError if llama.cpp cannot load the file,
     or `progress` returns False. OSError if the file cannot be read."""
     start_library()
@@ -131,7 +137,9 @@ def load_model(path: Path, progress: Callable[[float], bool] | None = None, weig
     params.no_alloc = not weights
     if model := api.llama_model_load_from_file(os.fsencode(path), params):
         return model
-    raise ModelError("llama.cpp cannot load this file; it is damaged, cut short or of an unknown kind")
+    raise ModelError(
+        "llama.cpp cannot load this file; it is damaged, cut short or of an unknown kind"
+    )
 
 
 def is_recurrent(model: Any) -> bool:
@@ -157,12 +165,18 @@ def context_params(model: Any, settings: Settings) -> Any:
     # and idle cells slow the running sequences, so they are in the way where they are too large to be parked.
     heads = int(api.llama_model_n_layer(model)) * int(api.llama_model_n_head_kv(model))
     head = int(api.llama_model_n_embd(model)) // max(1, int(api.llama_model_n_head(model)))
-    size = 0 if is_recurrent(model) else 4 * n_ctx * heads * head  # of a sequence's K and V, two bytes each
+    size = (
+        0 if is_recurrent(model) else 4 * n_ctx * heads * head
+    )  # of a sequence's K and V, two bytes each
     large = 0 < settings.cache_mb * MB < size
     architecture = metadata(model, "general.architecture")
     original = int(metadata(model, f"{architecture}.rope.scaling.original_context_length") or 0)
-    params.kv_unified = not (api.llama_model_n_swa(model) or large or n_ctx <= original < params.n_ctx)
-    params.swa_full = False  # layers with a sliding window keep only the window, not the whole context
+    params.kv_unified = not (
+        api.llama_model_n_swa(model) or large or n_ctx <= original < params.n_ctx
+    )
+    params.swa_full = (
+        False  # layers with a sliding window keep only the window, not the whole context
+    )
     params.n_rs_seq = ROLLBACK
     params.no_perf = True
     return params
@@ -187,7 +201,9 @@ class Llama:
         self.n_vocab = int(api.llama_vocab_n_tokens(self.vocabulary.vocab))
         self.logits_row = ctypes.c_float * self.n_vocab
         self._scratch = np.empty(self.n_vocab, np.float32)
-        self.window = int(api.llama_model_n_swa(self.model))  # tokens of a sliding window; 0: there is none
+        self.window = int(
+            api.llama_model_n_swa(self.model)
+        )  # tokens of a sliding window; 0: there is none
         # A recurrent state can take back only its last few tokens, right after they were decoded.
         self.recurrent = is_recurrent(self.model)
         # llama.cpp calls the abort callback for every graph node, and a Python function would take the GIL each time.
@@ -204,7 +220,9 @@ class Llama:
         self.context = api.llama_init_from_model(self.model, params)
         if not self.context:
             self.close()
-            raise ModelError("llama.cpp cannot make a context for this model; there is too little memory")
+            raise ModelError(
+                "llama.cpp cannot make a context for this model; there is too little memory"
+            )
         self.memory = api.llama_get_memory(self.context)
         self.micro_batch = settings.micro_batch
         self.max_draft = int(api.llama_n_rs_seq(self.context)) if self.recurrent else MAX_DRAFT
@@ -259,8 +277,12 @@ class Llama:
         `start` or go beyond it. Only the likeliest tokens and the tokenizer's own choice are checked and can stay."""
         row, words = self.logits(index), self.vocabulary
         likeliest = np.argpartition(row, -HEAL_CANDIDATES)[-HEAL_CANDIDATES:].tolist()
-        pieces = [(token, words.piece(token)) for token in likeliest + words.tokenize(start, False)[:1]]
-        fits = [token for token, piece in pieces if piece and piece[: len(start)] == start[: len(piece)]]
+        pieces = [
+            (token, words.piece(token)) for token in likeliest + words.tokenize(start, False)[:1]
+        ]
+        fits = [
+            token for token, piece in pieces if piece and piece[: len(start)] == start[: len(piece)]
+        ]
         kept = row[fits]
         row.fill(-np.inf)
         row[fits] = kept
@@ -273,7 +295,9 @@ class Llama:
         """Drop the slot's cells from position `length` on. False if what is left cannot be continued: a recurrent state
         has gone further, or a sliding window lacks cells."""
         done = bool(api.llama_memory_seq_rm(self.memory, slot.id, length, -1))
-        first = int(api.llama_memory_seq_pos_min(self.memory, slot.id)) if self.window and length else 0
+        first = (
+            int(api.llama_memory_seq_pos_min(self.memory, slot.id)) if self.window and length else 0
+        )
         return done and 0 <= first <= max(0, length - self.window)
 
     def reusable(self, tokens: list[int], prompt: list[int]) -> int:
@@ -284,7 +308,9 @@ class Llama:
 
     def copy_prefix(self, source: Slot, target: Slot, length: int) -> bool:
         """Let the empty `target` share the first cells of `source`; False if llama.cpp cannot."""
-        if not self.unified:  # llama.cpp would copy only at the next decode, when the source may be another sequence
+        if (
+            not self.unified
+        ):  # llama.cpp would copy only at the next decode, when the source may be another sequence
             return self.restore(target, self.save(source))
         api.llama_memory_seq_cp(self.memory, source.id, target.id, 0, length)
         return True
@@ -302,7 +328,9 @@ class Llama:
     def restore(self, slot: Slot, state: bytes | memoryview) -> bool:
         """Fill the empty slot with a state that `save` returned for any slot; False if llama.cpp rejects the state."""
         data = np.frombuffer(state, np.uint8).ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-        return int(api.llama_state_seq_set_data(self.context, data, len(state), slot.id)) == len(state)
+        return int(api.llama_state_seq_set_data(self.context, data, len(state), slot.id)) == len(
+            state
+        )
 
 
 class Sampler:
@@ -319,7 +347,11 @@ class Sampler:
         if self.greedy:
             return
         self.chain = api.llama_sampler_chain_init(api.llama_sampler_chain_default_params())
-        seed = request.seed if request.seed is not None else int.from_bytes(os.urandom(4), "little") % MAX_SEED
+        seed = (
+            request.seed
+            if request.seed is not None
+            else int.from_bytes(os.urandom(4), "little") % MAX_SEED
+        )
         for sampler in (
             api.llama_sampler_init_top_k(40),
             api.llama_sampler_init_top_p(request.top_p, 1),
@@ -402,13 +434,17 @@ def check_disk(folder: Path, need: int) -> None:
     """OSError with the figures unless a folder's disk has room for `need` bytes, and SPARE_DISK beside them."""
     need += SPARE_DISK
     if (free := shutil.disk_usage(folder).free) < need:
-        raise OSError(f"expected {need / MB:.0f} MB of free disk in {folder}, got {free / MB:.0f} MB")
+        raise OSError(
+            f"expected {need / MB:.0f} MB of free disk in {folder}, got {free / MB:.0f} MB"
+        )
 
 
 def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
     """Replace the file by these parts in one step. The file and a new folder are for this user alone."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    temporary = path.with_name(f".{path.name}")  # a fixed name, so that the next write replaces a killed process's file
+    temporary = path.with_name(
+        f".{path.name}"
+    )  # a fixed name, so that the next write replaces a killed process's file
     try:
         with open(temporary, "wb", opener=partial(os.open, mode=0o600)) as file:
             file.writelines(parts)

@@ -22,7 +22,16 @@ from pathlib import Path
 import llama_cpp
 import psutil
 
-from cerebrum.vps.llama import MAX_DRAFT, MB, ModelError, Settings, context_params, file_stamp, llama_log, load_model
+from cerebrum.vps.llama import (
+    MAX_DRAFT,
+    MB,
+    ModelError,
+    Settings,
+    context_params,
+    file_stamp,
+    llama_log,
+    load_model,
+)
 from cerebrum.vps.vocabulary import Vocabulary, api
 from cerebrum_common import HttpError
 
@@ -30,7 +39,9 @@ MIN_FIT_TOKENS = 2048  # a shorter context holds too little of a file beside its
 FIT_STEP_TOKENS = 256  # llama.cpp rounds a context up to this
 FIT_STEPS = 16  # contexts of different length that are tried
 
-Parts = dict[str, int]  # bytes that a model takes in time: weights, KV cache, compute buffers and saved prompts
+Parts = dict[
+    str, int
+]  # bytes that a model takes in time: weights, KV cache, compute buffers and saved prompts
 
 
 def shorter(settings: Settings) -> list[Settings]:
@@ -39,7 +50,9 @@ def shorter(settings: Settings) -> list[Settings]:
     least = min(MIN_FIT_TOKENS, settings.n_ctx)
     step = FIT_STEP_TOKENS * max(1, (settings.n_ctx - least) // (FIT_STEPS * FIT_STEP_TOKENS))
     lengths = [settings.n_ctx, *reversed(range(least, settings.n_ctx, step))]
-    forms = [(sequences, n_ctx) for sequences in range(settings.sequences, 0, -1) for n_ctx in lengths]
+    forms = [
+        (sequences, n_ctx) for sequences in range(settings.sequences, 0, -1) for n_ctx in lengths
+    ]
     return [replace(settings, sequences=sequences, n_ctx=n_ctx) for sequences, n_ctx in forms[1:]]
 
 
@@ -69,7 +82,9 @@ def available_mb() -> float:
     return float(psutil.virtual_memory().available / MB)
 
 
-def cgroup_left_bytes(table: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> float:
+def cgroup_left_bytes(
+    table: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
+) -> float:
     """Bytes that the MemoryMax= of our unit still allows; infinity without a limit. The kernel's file cache does not
     count as used, since the kernel gives it back."""
     try:
@@ -86,7 +101,9 @@ def cgroup_left_bytes(table: Path = Path("/proc/self/cgroup"), root: Path = Path
 HEADER_BYTES = 32 << 20  # a large vocabulary takes 15 MB
 OUTPUT_NAME = (13).to_bytes(8, "little") + b"output.weight"  # in a header a name follows its length
 # In llama.cpp's log: of a KV cache or of recurrent states, and of the compute buffers.
-KV_SIZE_MB, COMPUTE_SIZE_MB = (re.compile(rf"{name} = +([\d.]+) MiB") for name in (": size", "compute buffer size"))
+KV_SIZE_MB, COMPUTE_SIZE_MB = (
+    re.compile(rf"{name} = +([\d.]+) MiB") for name in (": size", "compute buffer size")
+)
 
 
 READ_HEADER = """
@@ -108,7 +125,9 @@ def accepts(path: Path) -> bool:
     """Whether llama.cpp accepts the header of a model file; a child process asks. ModelError if llama.cpp ends that
     process, OSError if something else does, such as too little memory."""
     root = Path(__file__).resolve().parents[2]
-    status = subprocess.run([sys.executable, "-c", READ_HEADER, path.absolute()], cwd=root).returncode
+    status = subprocess.run(
+        [sys.executable, "-c", READ_HEADER, path.absolute()], cwd=root
+    ).returncode
     if -status in FATAL:
         raise ModelError("llama.cpp ends the process at the header of this file")
     if status not in (0, REFUSED):
@@ -134,19 +153,28 @@ def _needed(path: Path, _stamp: str, forms: tuple[Settings, ...]) -> list[Parts]
         vocabulary = api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))
         weights = path.stat().st_size
         with path.open("rb") as file:
-            if OUTPUT_NAME not in file.read(HEADER_BYTES):  # llama.cpp may repack a copy of the embedding
+            if OUTPUT_NAME not in file.read(
+                HEADER_BYTES
+            ):  # llama.cpp may repack a copy of the embedding
                 weights += vocabulary * api.llama_model_n_embd(model) * 34 // 32  # bytes in Q8_0
         for form in forms:
             llama_log.lines.clear()
             api.llama_free(api.llama_init_from_model(model, context_params(model, form)))
             log = "\n".join(llama_log.lines)
-            kv, compute = (sum(map(float, size.findall(log))) for size in (KV_SIZE_MB, COMPUTE_SIZE_MB))
+            kv, compute = (
+                sum(map(float, size.findall(log))) for size in (KV_SIZE_MB, COMPUTE_SIZE_MB)
+            )
             if not compute:
                 raise ModelError("llama.cpp cannot make a context for this model")
             logits = 2 * 4 * form.sequences * (MAX_DRAFT + 1) * vocabulary  # in two buffers
             compute = math.ceil(compute * MB) + logits
             needs.append(
-                {"weights": weights, "kv": math.ceil(kv * MB), "compute": compute, "prompts": form.cache_mb * MB}
+                {
+                    "weights": weights,
+                    "kv": math.ceil(kv * MB),
+                    "compute": compute,
+                    "prompts": form.cache_mb * MB,
+                }
             )
     finally:
         api.llama_model_free(model)

@@ -30,7 +30,9 @@ from cerebrum.vps.worker import Loader, ModelTally, Worker
 from cerebrum_common import HttpError, Model, log
 
 LOAD_TICK_SECONDS = 0.25  # how often a load's progress is reported
-LOAD_AGAIN_SECONDS = 300.0  # a file that failed to load is tried again after this time, or when it changes
+LOAD_AGAIN_SECONDS = (
+    300.0  # a file that failed to load is tried again after this time, or when it changes
+)
 
 State = Enum("State", "LOADING READY LEAVING")
 
@@ -41,12 +43,16 @@ class Instance:
 
     model: Model
     worker: Worker
-    estimate: int  # bytes that the model will use in time: attention's buffers fill as contexts grow
+    estimate: (
+        int  # bytes that the model will use in time: attention's buffers fill as contexts grow
+    )
     ready: asyncio.Future[None]  # the worker's `ready`, as a future of the loop
     freed: asyncio.Task[None]  # ends when all of the model's memory is free
     state: State = State.LOADING
     users: set[object] = field(default_factory=set)
-    last_used: float = field(default_factory=time.monotonic)  # a clock that jumps must not unload a model
+    last_used: float = field(
+        default_factory=time.monotonic
+    )  # a clock that jumps must not unload a model
 
     @property
     def idle(self) -> bool:
@@ -98,7 +104,9 @@ def room_for(
     if need > (most := free_mb + sum(one.estimate for one in going) / MB):
         figures = ", ".join(f"{name} {size / MB:.0f} MB" for name, size in parts.items())
         left = f"{max(0, most):.0f} MB are free beside the reserve of {reserve_mb:.0f} MB"
-        raise HttpError("RESOURCE_EXHAUSTED", f"model {model} needs {need:.0f} MB ({figures}); {left}")
+        raise HttpError(
+            "RESOURCE_EXHAUSTED", f"model {model} needs {need:.0f} MB ({figures}); {left}"
+        )
     return going
 
 
@@ -106,7 +114,11 @@ class Pool:
     """The models in memory and on the way there, and the memory that is left."""
 
     def __init__(self, folder: Path, settings: Settings, fetch: str) -> None:
-        self.folder, self.settings, self.fetch = folder, settings, fetch  # the command that downloads a model
+        self.folder, self.settings, self.fetch = (
+            folder,
+            settings,
+            fetch,
+        )  # the command that downloads a model
         with contextlib.suppress(OSError):  # then each start checks all files again
             (settings.state_dir / "verified").mkdir(parents=True, exist_ok=True, mode=0o700)
         self.models: Mapping[str, Model] = {}  # of models.toml
@@ -116,7 +128,9 @@ class Pool:
         self.baton = Baton()
         self.bare_bytes = resident_bytes()  # of this process without a model
         self.loading = asyncio.Lock()  # memory is checked for one load at a time
-        self.starting: dict[str, asyncio.Task[HttpError | None]] = {}  # loads that have no worker yet, by model
+        self.starting: dict[
+            str, asyncio.Task[HttpError | None]
+        ] = {}  # loads that have no worker yet, by model
         # Models that could not be loaded: the reason, the file's stamp, and the monotonic time of the next try.
         self.failures: dict[str, tuple[str, str, float]] = {}
 
@@ -132,13 +146,17 @@ class Pool:
     @property
     def ready(self) -> dict[str, Instance]:
         """The loaded models."""
-        return {model_id: one for model_id, one in self.instances.items() if one.state is State.READY}
+        return {
+            model_id: one for model_id, one in self.instances.items() if one.state is State.READY
+        }
 
     def listed(self, model_id: str) -> Model:
         """The model of models.toml with this id, or HttpError 404 MODEL_NOT_FOUND, which names the known ids."""
         if model_id not in self.models:
             known = ", ".join(self.models)
-            raise HttpError("MODEL_NOT_FOUND", f"model: expected one of {known}, got {describe(model_id)}")
+            raise HttpError(
+                "MODEL_NOT_FOUND", f"model: expected one of {known}, got {describe(model_id)}"
+            )
         return self.models[model_id]
 
     def refusal(self, model: Model) -> HttpError | None:
@@ -149,7 +167,9 @@ class Pool:
             return None  # a loaded model needs no file any more
         if not os.path.isfile(path):
             fetching = f"in the backend's folder on the VPS run: {self.fetch} {model.id}"
-            return HttpError("MODEL_NOT_FOUND", f"model {model.id}: the file {model.file} is missing; {fetching}")
+            return HttpError(
+                "MODEL_NOT_FOUND", f"model {model.id}: the file {model.file} is missing; {fetching}"
+            )
         message, stamp, until = self.failures.get(model.id, ("", "", 0.0))
         with contextlib.suppress(OSError):  # the file has just gone, and the next load will say so
             if time.monotonic() < until and stamp == file_stamp(path):
@@ -163,7 +183,9 @@ class Pool:
 
     # Loading.
 
-    async def acquire(self, user: object, model_id: str, progress: Callable[[int], None]) -> Instance:
+    async def acquire(
+        self, user: object, model_id: str, progress: Callable[[int], None]
+    ) -> Instance:
         """The model's instance, after loading it if needed; HttpError if the load fails. `progress` gets percentages.
         `release` must follow in any case."""
         while (instance := self.instances.get(model_id)) is None or instance.state is State.LEAVING:
@@ -226,10 +248,14 @@ class Pool:
 
     async def choose(self, model: Model) -> Choice:
         """What would be loaded of the model if all idle models were unloaded. HttpError if the file cannot be used."""
-        free_mb = self._free_mb() + sum(one.estimate for one in removable(self.instances.values())) / MB
+        free_mb = (
+            self._free_mb() + sum(one.estimate for one in removable(self.instances.values())) / MB
+        )
         path = self.folder / model.file
         try:
-            return await asyncio.to_thread(choose_file, path, self.settings, model.sha256, free_mb * MB)
+            return await asyncio.to_thread(
+                choose_file, path, self.settings, model.sha256, free_mb * MB
+            )
         except (ModelError, OSError) as error:
             reason = str(error) if isinstance(error, ModelError) else "the file cannot be read"
             refusal = HttpError("MODEL_LOAD_FAILED", f"model {model.id} ({model.file}): {reason}")
@@ -250,7 +276,9 @@ class Pool:
             log.warning("model %s: memory allows only %s", model.id, settings.context)
         if reason:
             log.warning("model %s", untuned(model.id, reason))
-        while going := room_for(model.id, parts, self._free_mb(), self.min_free_mb, self.instances.values()):
+        while going := room_for(
+            model.id, parts, self._free_mb(), self.min_free_mb, self.instances.values()
+        ):
             await self._unload(going[0])
         begun, tally = time.monotonic(), self.tallies[model.id]
         path = self.folder / model.file
@@ -258,7 +286,9 @@ class Pool:
         worker = Worker(loader, self.baton, tally)
         worker.start()  # before anything waits for the worker's end, since even a thread can fail to start
         ready, ending = asyncio.wrap_future(worker.ready), asyncio.wrap_future(worker.ending)
-        instance = Instance(model, worker, sum(parts.values()), ready, asyncio.create_task(self._reap(worker)))
+        instance = Instance(
+            model, worker, sum(parts.values()), ready, asyncio.create_task(self._reap(worker))
+        )
 
         def loaded(future: asyncio.Future[None]) -> None:
             error = future.exception()  # marks it as retrieved, even if nobody waits
@@ -305,7 +335,9 @@ class Pool:
     async def relieve(self, wanted: str) -> None:
         """While available memory is below the reserve, unload idle models other than the wanted one, then drop saved
         prompts; HttpError 503 if that is not enough."""
-        while available_mb() < self.min_free_mb and (going := removable(self.instances.values(), wanted)):
+        while available_mb() < self.min_free_mb and (
+            going := removable(self.instances.values(), wanted)
+        ):
             await self._unload(going[0])
         for instance in self._saving():
             if (missing := self.min_free_mb - available_mb()) > 0:
@@ -338,9 +370,15 @@ class Pool:
     async def unload_unused(self) -> dict[str, float]:
         """Unload models that were unused for the configured minutes. Returns megabytes freed, by model."""
         freed: dict[str, float] = {}
-        while unused := self.unused():  # listed anew each time, since a request may have come meanwhile
+        while (
+            unused := self.unused()
+        ):  # listed anew each time, since a request may have come meanwhile
             freed[unused[0].model.id] = await self._unload(unused[0])
-            log.info("model %s: unloaded, %g idle minutes are over", unused[0].model.id, self.idle_seconds / 60)
+            log.info(
+                "model %s: unloaded, %g idle minutes are over",
+                unused[0].model.id,
+                self.idle_seconds / 60,
+            )
         return freed
 
     def unused(self) -> list[Instance]:

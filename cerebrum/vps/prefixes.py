@@ -135,9 +135,12 @@ class Sequences:
         of low priority may take long, and only another of low priority waits for it."""
         if self.model.recurrent:
             return False  # a state cannot be shared
-        have = max(self.store.best(prompt)[1], *(common_prefix(slot.tokens, prompt) for slot in self.slots))
+        have = max(
+            self.store.best(prompt)[1], *(common_prefix(slot.tokens, prompt) for slot in self.slots)
+        )
         return any(
-            min(common_prefix(run.prompt, prompt), len(prompt) - 1) > max(have, len(run.slot.tokens)) + MIN_PREFIX
+            min(common_prefix(run.prompt, prompt), len(prompt) - 1)
+            > max(have, len(run.slot.tokens)) + MIN_PREFIX
             for run in (slot.run for slot in self.slots)
             if run and run.prefilling and (low or not run.job.low)
         )
@@ -183,7 +186,10 @@ def encode_parked(entry: Parked, key: str) -> tuple[bytes, bytes | memoryview]:
 def decode_parked(data: bytes, key: str) -> Parked:
     """The entry in a file made for `key`; ValueError if the file is damaged, truncated, or made for another key."""
     start = len(KV_MAGIC) + 32
-    if not data.startswith(KV_MAGIC) or hashlib.sha256(memoryview(data)[start:]).digest() != data[start - 32 : start]:
+    if (
+        not data.startswith(KV_MAGIC)
+        or hashlib.sha256(memoryview(data)[start:]).digest() != data[start - 32 : start]
+    ):
         raise ValueError("damaged")
     begin = data.index(b"\n", start) + 1
     made_for, count = data[start:begin].decode().split()
@@ -193,7 +199,9 @@ def decode_parked(data: bytes, key: str) -> Parked:
     return Parked(array("i", data[begin:end]).tolist(), memoryview(data)[end:])
 
 
-def save_parked(folder: Path, key: str, entries: Sequence[Parked], tick: Callable[[], object] = bool) -> None:
+def save_parked(
+    folder: Path, key: str, entries: Sequence[Parked], tick: Callable[[], object] = bool
+) -> None:
     """Write a model's parked sequences, the most recently used last, and remove all other files of the folder. `tick`
     is called before each write."""
     files = {folder / f"{order:04d}.kv": entry for order, entry in enumerate(entries)}

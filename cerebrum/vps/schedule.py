@@ -58,7 +58,9 @@ def share_size(costs: Costs, token_seconds: float) -> int:
     return costs.longest(max(PAUSE_SECONDS, PAUSE_TOKENS * token_seconds))
 
 
-def chunk_size(missing: int, reading: Sequence[int], token_seconds: float, costs: Costs, piece: int) -> int:
+def chunk_size(
+    missing: int, reading: Sequence[int], token_seconds: float, costs: Costs, piece: int
+) -> int:
     """How many of a prompt's `missing` tokens to read next.
 
     While streams are running, the pause allowed to the fastest stream limits the chunk; `token_seconds` is the time of
@@ -109,7 +111,10 @@ class Baton:
     def fastest_other(self, worker: object) -> float:
         """Seconds per token of the fastest other worker that waits while this one computes; infinity if none waits."""
         with self._turn:
-            return min((seconds for other, seconds in self.active.items() if other is not worker), default=math.inf)
+            return min(
+                (seconds for other, seconds in self.active.items() if other is not worker),
+                default=math.inf,
+            )
 
 
 def measure_costs(model: Llama, baton: Baton, give_up: Callable[[], bool]) -> Costs:

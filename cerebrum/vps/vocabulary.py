@@ -44,8 +44,12 @@ class CompletionRequest:
     indent: int = 0  # characters; the completion ends before a line that is indented less
     stop: Sequence[str] = ()
     max_tokens: int = 512  # 0 only reads the prompt into the cache
-    predict_ms: int = 0  # a completion with a line end stops this long after its first token; 0: no limit
-    min_confidence: float | None = None  # ends behind a less sure line; each line's event says how sure; None: neither
+    predict_ms: int = (
+        0  # a completion with a line end stops this long after its first token; 0: no limit
+    )
+    min_confidence: float | None = (
+        None  # ends behind a less sure line; each line's event says how sure; None: neither
+    )
     temperature: float = 0.4
     top_p: float = 0.95
     seed: int | None = None  # of the random numbers, at a temperature above 0
@@ -64,7 +68,9 @@ def begun_answer(messages: Sequence[tuple[str, str]]) -> str:
 # The word before the cursor, with the preceding character that tokenizers merge into it; or the white space, the sign
 # or the underscores before the cursor. Long words and scripts without spaces are left alone, because every healed token
 # costs a decode.
-UNFINISHED = re.compile(r"(?:[^\r\n\w]|_)?(?<![^\W\d_])[A-Za-z]{1,24}\Z|[ \t]+\Z|[!-/:-@\[-^`{-~]\Z|_{1,24}\Z")
+UNFINISHED = re.compile(
+    r"(?:[^\r\n\w]|_)?(?<![^\W\d_])[A-Za-z]{1,24}\Z|[ \t]+\Z|[!-/:-@\[-^`{-~]\Z|_{1,24}\Z"
+)
 
 
 def heal_from(prompt: str) -> int:
@@ -89,7 +95,8 @@ MAX_PIECE_BYTES = 4096  # no known token is longer than a few hundred bytes
 MAX_RUN = 4096  # characters
 # What a match or a run consists of: visible characters; white space, as llama.cpp knows it; words with single spaces.
 RUNS = [
-    re.compile(f"{kind}{{1,{MAX_RUN}}}") for kind in (r"[\S\x1c-\x1f]", r"[^\S\x1c-\x1f]", r"[A-Za-z \x80-\U0010ffff]")
+    re.compile(f"{kind}{{1,{MAX_RUN}}}")
+    for kind in (r"[\S\x1c-\x1f]", r"[^\S\x1c-\x1f]", r"[A-Za-z \x80-\U0010ffff]")
 ]
 
 
@@ -164,7 +171,10 @@ class Vocabulary:
     def _is_end(self, token: int) -> bool:
         """Whether a completion ends with this token: the model's own ends, and every mark that is no part of a text."""
         text = (api.llama_vocab_get_text(self.vocab, token) or b"").decode("utf-8", "replace")
-        kinds = api.llama_vocab_is_eog(self.vocab, token), api.llama_vocab_is_control(self.vocab, token)
+        kinds = (
+            api.llama_vocab_is_eog(self.vocab, token),
+            api.llama_vocab_is_control(self.vocab, token),
+        )
         return any(kinds) or END_MARK.fullmatch(text) is not None
 
     def tokenize(self, text: str | bytes, first: bool, special: bool = False) -> list[int]:
@@ -215,12 +225,17 @@ class Vocabulary:
         """(tokens, how many of them precede the cursor)."""
         start, files = self.tokenize("", True), self._encode_files(request)
         if request.suffix is None:
-            tokens = [*start, *files, *self.tokenize_part(prompt)] if files else self.tokenize(prompt, True)
+            tokens = (
+                [*start, *files, *self.tokenize_part(prompt)]
+                if files
+                else self.tokenize(prompt, True)
+            )
             return tokens, len(tokens)
         before, after, middle = self.fim
         if min(before, after) < 0:
             raise HttpError(
-                "INVALID_REQUEST", "suffix: expected a model with fill-in-the-middle tokens, got one without"
+                "INVALID_REQUEST",
+                "suffix: expected a model with fill-in-the-middle tokens, got one without",
             )
         tokens, cursor = [*start, *files], 0
         marks, text = [[before], [after], [middle] * (middle >= 0)], self.tokenize_part(prompt)
@@ -238,7 +253,9 @@ class Vocabulary:
         files = [text if mark < 0 else f"{name}\n{text}" for name, text in request.extra]
         if name and mark >= 0 and (files or request.suffix is not None):
             files.append(name)
-        parts = [[mark] * (mark >= 0) + self.tokenize_part(file.rstrip("\n") + "\n") for file in files]
+        parts = [
+            [mark] * (mark >= 0) + self.tokenize_part(file.rstrip("\n") + "\n") for file in files
+        ]
         return [*itertools.chain(*parts)]
 
     def _encode_chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
@@ -251,25 +268,39 @@ class Vocabulary:
         if not template and self.mark("<|im_start|>") < 0:
             return self.tokenize("\n\n".join([*(text for _, text in messages), begun]), True)
         shown = self._apply(template, [role for role, _ in messages])
-        if any(b"\x01%d\x02" % n not in shown for n in range(len(messages))):  # the template drops a role
-            turns = itertools.groupby(messages, lambda message: "assistant" if message[0] == "assistant" else "user")
+        if any(
+            b"\x01%d\x02" % n not in shown for n in range(len(messages))
+        ):  # the template drops a role
+            turns = itertools.groupby(
+                messages, lambda message: "assistant" if message[0] == "assistant" else "user"
+            )
             messages = [(role, "\n\n".join(text for _, text in turn)) for role, turn in turns]
             shown = self._apply(template, [role for role, _ in messages])
         tokens: list[int] = []
         for number, (_, content) in enumerate(messages):
             glue, found, shown = shown.partition(b"\x01%d\x02" % number)
-            tokens += self.tokenize_part(glue, special=True) if number else self.tokenize(glue, True, special=True)
+            tokens += (
+                self.tokenize_part(glue, special=True)
+                if number
+                else self.tokenize(glue, True, special=True)
+            )
             tokens += self.tokenize_part(content) if found else []
         # What makes a model answer at once instead of thinking first.
         if b"<|channel|>" in template:  # gpt-oss
             shown += b"<|channel|>final<|message|>"
-        elif b"</think>" in template and self.mark("<think>") >= 0 and not begun.lstrip().startswith("<think>"):
+        elif (
+            b"</think>" in template
+            and self.mark("<think>") >= 0
+            and not begun.lstrip().startswith("<think>")
+        ):
             shown += b"<think>\n\n</think>\n\n"
         return tokens + self.tokenize_part(shown, special=True) + self.tokenize_part(begun)
 
     def _apply(self, template: bytes, roles: Sequence[str]) -> bytes:
         """The chat template's text for messages of these roles, with numbered placeholders as contents."""
-        turns = [api.llama_chat_message(role.encode(), b"\x01%d\x02" % n) for n, role in enumerate(roles)]
+        turns = [
+            api.llama_chat_message(role.encode(), b"\x01%d\x02" % n) for n, role in enumerate(roles)
+        ]
         chat = (api.llama_chat_message * len(turns))(*turns)
         buffer = ctypes.create_string_buffer(4096 + 128 * len(turns))
         for name in (template, b"chatml"):

@@ -60,16 +60,27 @@ from cerebrum.vps.llama import (
     llama_log,
 )
 from cerebrum.vps.prefixes import MIN_PREFIX, STORE_SECONDS, Sequences, load_parked, save_parked
-from cerebrum.vps.schedule import PREFILL_SECONDS, Baton, Costs, chunk_size, measure_costs, share_size
+from cerebrum.vps.schedule import (
+    PREFILL_SECONDS,
+    Baton,
+    Costs,
+    chunk_size,
+    measure_costs,
+    share_size,
+)
 from cerebrum.vps.vocabulary import CompletionRequest, begun_answer
 from cerebrum_common import HttpError, log, request_id_var
 
 # A step has hung after the longer of STEP_SECONDS (a step takes a few) and SLOWEST times the decode's expected time.
 STEP_SECONDS, SLOWEST = 120.0, 20.0
-DOUBT_TEMPERATURE = 0.5  # up to this one, the probability of a token says how sure the model is of it
+DOUBT_TEMPERATURE = (
+    0.5  # up to this one, the probability of a token says how sure the model is of it
+)
 MAX_BACKLOG = 256  # a job pauses when its client has this many deliveries unread
 RESUME_BACKLOG = 64  # the reader of the deliveries calls `Worker.wake` when this few are left
-GIVE_WAY_SECONDS = 0.05  # until a run whose prompt stands still looks again whether another model still works
+GIVE_WAY_SECONDS = (
+    0.05  # until a run whose prompt stands still looks again whether another model still works
+)
 # {"token", "total_tokens"}, {"confidence", "characters"}, {"progress": {"stage", "done", "total"}} or {"done": True, …}
 Event = dict[str, Any]
 Deliver = Callable[[list[Event | HttpError]], object]
@@ -82,14 +93,18 @@ class Job:
     thread pauses the job while `unread()` is MAX_BACKLOG or more. Only other threads set `cancelled`.
     """
 
-    def __init__(self, request: CompletionRequest, deliver: Deliver, unread: Callable[[], int] = lambda: 0) -> None:
+    def __init__(
+        self, request: CompletionRequest, deliver: Deliver, unread: Callable[[], int] = lambda: 0
+    ) -> None:
         self.request, self.deliver, self.unread = request, deliver, unread
         self.low = request.priority == "low"
         self.prompt: list[int] = []
         self.ending: Ending | None = None  # of the completion, once the job is prepared
         self.max_tokens = request.max_tokens
         self.before = 0  # tokens of the prompt up to the cursor
-        self.cached: int | None = None  # tokens of the prompt that the cache had when the job first got a slot
+        self.cached: int | None = (
+            None  # tokens of the prompt that the cache had when the job first got a slot
+        )
         self.heal = b""  # the completion's first bytes, which the client already has
         self.cancelled = False
         self.started = self.submitted = time.monotonic()
@@ -108,7 +123,13 @@ class Job:
                 extra={"prompt_tokens": count, "n_ctx": n_ctx},
             )
         self.max_tokens = min(request.max_tokens, n_ctx - count)
-        begun = begun_answer(turns) if turns else "" if request.mode == "instruct" else request.prompt or ""
+        begun = (
+            begun_answer(turns)
+            if turns
+            else ""
+            if request.mode == "instruct"
+            else request.prompt or ""
+        )
         where = request.mode, request.language, begun, request.suffix, request.stop_at
         self.ending = Ending(*where, request.indent, request.stop)
 
@@ -139,7 +160,9 @@ class Run:
         assert job.ending, "the job was prepared"
         self.job, self.slot, self.guide, self.heal = job, slot, guide, job.heal
         self.prompt = job.prompt  # and what has been generated, if its cells were lost
-        self.marks: list[int] = []  # lengths of the prompt at which a recurrent state is worth keeping
+        self.marks: list[
+            int
+        ] = []  # lengths of the prompt at which a recurrent state is worth keeping
         self.characters, self.ending = codecs.getincrementaldecoder("utf-8")("replace"), job.ending
         self.sampler, self.confidence = Sampler(job.request), Confidence()
         self.probability = 1.0  # of the latest token
@@ -148,7 +171,9 @@ class Run:
         self.generated = self.drafted = self.accepted = 0
         self.started, self.first_token, self.last_token = time.monotonic(), 0.0, 0.0
         self.has_line = False  # a line end has been generated
-        self.hurried = False  # its reading was aborted for another request, so it is read in short chunks
+        self.hurried = (
+            False  # its reading was aborted for another request, so it is read in short chunks
+        )
         self.outbox: list[Event | HttpError] = []
 
     @property
@@ -166,15 +191,23 @@ class Run:
     def feed(self, piece: bytes) -> str | None:
         """Put the text that the client may have into the outbox. Returns why the completion has ended (None: it goes
         on). Bytes wait until their character is whole."""
-        written, threshold, mean = self.characters.decode(piece), self.job.request.min_confidence, 1.0
+        written, threshold, mean = (
+            self.characters.decode(piece),
+            self.job.request.min_confidence,
+            1.0,
+        )
         if piece:  # not only healed
             mean = self.confidence.add(written, self.probability)
         # At higher temperatures, unlikely tokens are chance and no doubt.
         is_doubt = self.job.request.temperature <= DOUBT_TEMPERATURE
         text, reason = self.ending.feed(written, self.probability if is_doubt else 1.0)
         self.send(text)
-        can_end = self.job.request.mode != "instruct"  # the first line of such an answer may be a fence
-        return reason or ("unsure" if can_end and threshold is not None and mean < threshold else None)
+        can_end = (
+            self.job.request.mode != "instruct"
+        )  # the first line of such an answer may be a fence
+        return reason or (
+            "unsure" if can_end and threshold is not None and mean < threshold else None
+        )
 
     def send(self, text: str) -> None:
         if text:
@@ -237,11 +270,19 @@ class Decoder:
         stop: Callable[[float], bool],
         drafting: bool,
     ) -> None:
-        self.model, self.sequences, self.costs, self.baton, self.tally = model, sequences, costs, baton, tally
+        self.model, self.sequences, self.costs, self.baton, self.tally = (
+            model,
+            sequences,
+            costs,
+            baton,
+            tally,
+        )
         self.stop, self.gain, self.words = stop, Gain(), model.vocabulary
         self.drafting = drafting and model.max_draft > 0
         self.running: list[Run] = []  # sequences in the current llama_decode; read by other threads
-        self.is_long = False  # the current llama_decode takes more than PREFILL_SECONDS; read by other threads
+        self.is_long = (
+            False  # the current llama_decode takes more than PREFILL_SECONDS; read by other threads
+        )
 
     def start(self, job: Job, free: list[Slot]) -> None:
         """Give the job a slot; what the slot lacks of its prompt is prefilled."""
@@ -253,7 +294,9 @@ class Decoder:
         slot.run = Run(job, slot, guide)
         if self.model.recurrent and self.sequences.store.budget:
             # A later prompt has this one's beginning, or all of it; its last token may be another one.
-            slot.run.marks = [mark for mark in (job.before - 1, len(job.prompt) - 1) if mark >= MIN_PREFIX]
+            slot.run.marks = [
+                mark for mark in (job.before - 1, len(job.prompt) - 1) if mark >= MIN_PREFIX
+            ]
 
     def turn(self, runs: list[Run]) -> bool:
         """Decode the next work of every run, together. False if there is none: prompts of low priority are read only
@@ -275,7 +318,9 @@ class Decoder:
         prompt, slot = run.prompt, run.slot
         if run.pending is None:
             stop = min((mark for mark in run.marks if mark > len(slot.tokens)), default=len(prompt))
-            reading = [len(other.prompt) - len(other.slot.tokens) for other in runs if other.prefilling]
+            reading = [
+                len(other.prompt) - len(other.slot.tokens) for other in runs if other.prefilling
+            ]
             # What is read of low priority must end soon when another request comes.
             pace = self._pace(own=run.job.low or len(reading) < len(runs))
             # An infill is often given up for the next key, and a micro-batch that is not done is lost.
@@ -323,7 +368,9 @@ class Decoder:
                 if self.stop(self.costs(size)):
                     return 0.0
                 begin = time.perf_counter()
-                code = self.model.decode([(work.run.slot, work.tokens, work.outputs) for work in works])
+                code = self.model.decode(
+                    [(work.run.slot, work.tokens, work.outputs) for work in works]
+                )
                 seconds = time.perf_counter() - begin
         finally:
             self.running = []
@@ -430,7 +477,9 @@ class Decoder:
         piece = self.words.piece(token)
         known = min(len(piece), len(run.heal))
         run.heal, piece = run.heal[known:], piece[known:]
-        counts = bool(piece) or not known  # a token that only repeats the healed text does not count
+        counts = (
+            bool(piece) or not known
+        )  # a token that only repeats the healed text does not count
         run.generated += counts
         self.tally.tokens += counts
         if run.drafter:
@@ -465,7 +514,11 @@ class Decoder:
         tally.prompt_seconds += (run.first_token or time.monotonic()) - run.started
         if run.first_token:
             tally.token_seconds += run.last_token - run.first_token
-            tally.spoke(run.first_token - run.job.submitted, run.last_token - run.job.submitted, run.generated)
+            tally.spoke(
+                run.first_token - run.job.submitted,
+                run.last_token - run.job.submitted,
+                run.generated,
+            )
         if reason:
             tally.end(reason)
         run.slot.used = time.monotonic()
@@ -505,7 +558,9 @@ class Loader:
             except (ModelError, OSError) as error:
                 if beat():
                     raise
-                log.warning("model %s", untuned(self.model_id, f"its tuned file cannot be used: {error}"))
+                log.warning(
+                    "model %s", untuned(self.model_id, f"its tuned file cannot be used: {error}")
+                )
         check_digest(self.path, self.sha256, self.settings.state_dir, beat)
         return Llama(self.path, self.settings, progress, self.fim, self.layout)
 
@@ -529,7 +584,9 @@ class Worker(threading.Thread):
     whatever happens.
     """
 
-    def __init__(self, loader: Loader, baton: Baton | None = None, tally: ModelTally | None = None) -> None:
+    def __init__(
+        self, loader: Loader, baton: Baton | None = None, tally: ModelTally | None = None
+    ) -> None:
         super().__init__(name=f"worker-{loader.model_id}", daemon=True)
         self.loader, self.model_id = loader, loader.model_id
         self.baton = baton or Baton()
@@ -540,14 +597,20 @@ class Worker(threading.Thread):
         self.memory_bytes = 0  # resident memory that loading added
         self.model: Llama | None = None
         self.decoder: Decoder | None = None  # once the model is loaded
-        self.waiting: list[Job] = []  # other threads append, the thread removes, and appends those that give way
+        self.waiting: list[
+            Job
+        ] = []  # other threads append, the thread removes, and appends those that give way
         self.tally = tally or ModelTally()
-        self.sheds: list[tuple[int, Future[None]]] = []  # a queue: other threads append, the thread removes
+        self.sheds: list[
+            tuple[int, Future[None]]
+        ] = []  # a queue: other threads append, the thread removes
         self.due = math.inf  # deadline of the current step; monotonic; written by the thread
         self._alarm = threading.Event()  # something has changed that the thread should look at
         self._door = threading.Lock()  # guards `_closed`, after which no job begins to wait
         self._closed = False
-        self._farewell = HttpError("SHUTTING_DOWN", f"model {self.model_id} is being unloaded; try again")
+        self._farewell = HttpError(
+            "SHUTTING_DOWN", f"model {self.model_id} is being unloaded; try again"
+        )
         self._end = self._farewell  # of running requests, or of the load
 
     # -- called by any other thread
@@ -607,7 +670,11 @@ class Worker(threading.Thread):
 
     def _abort_if(self, is_meant: Callable[[Run], bool]) -> None:
         """Abort a running decode that is for such runs alone."""
-        if (decoder := self.decoder) and (running := decoder.running) and all(map(is_meant, running)):
+        if (
+            (decoder := self.decoder)
+            and (running := decoder.running)
+            and all(map(is_meant, running))
+        ):
             decoder.model.abort()
 
     def shed(self, size: int) -> Future[None]:
@@ -667,8 +734,12 @@ class Worker(threading.Thread):
             if self._alarm.is_set():
                 continue  # more jobs may have come while a sequence was parked, which takes milliseconds
             # Without those whose clients do not keep up.
-            runs = [slot.run for slot in self.slots if slot.run and slot.run.job.unread() < MAX_BACKLOG]
-            self.baton.note(decoder, decoder.costs(1) if not all(run.job.low for run in runs) else None)
+            runs = [
+                slot.run for slot in self.slots if slot.run and slot.run.job.unread() < MAX_BACKLOG
+            ]
+            self.baton.note(
+                decoder, decoder.costs(1) if not all(run.job.low for run in runs) else None
+            )
             if not runs:
                 self._rest(decoder.sequences)
             elif not decoder.turn(runs):
@@ -679,13 +750,26 @@ class Worker(threading.Thread):
         model = self.model_id
         if self.ready.done():
             self.stopping = True
-            log.error("model %s: the worker failed; the next request loads the model again", model, exc_info=error)
-            return HttpError("INTERNAL_ERROR", f"model {model} failed and is loaded again; see the log")
+            log.error(
+                "model %s: the worker failed; the next request loads the model again",
+                model,
+                exc_info=error,
+            )
+            return HttpError(
+                "INTERNAL_ERROR", f"model {model} failed and is loaded again; see the log"
+            )
         if self.stopping:
             return HttpError("SHUTTING_DOWN", f"model {model}: loading was given up")
         if isinstance(error, ModelError):
-            log.error("model %s: %s; llama.cpp said: %s", model, error, " | ".join(llama_log.lines)[-1000:])
-            return HttpError("MODEL_LOAD_FAILED", f"model {model} ({self.loader.path.name}): {error}")
+            log.error(
+                "model %s: %s; llama.cpp said: %s",
+                model,
+                error,
+                " | ".join(llama_log.lines)[-1000:],
+            )
+            return HttpError(
+                "MODEL_LOAD_FAILED", f"model {model} ({self.loader.path.name}): {error}"
+            )
         log.error("model %s: loading failed", model, exc_info=error)
         return HttpError("MODEL_LOAD_FAILED", f"model {model}: loading failed; see the log")
 
@@ -700,7 +784,9 @@ class Worker(threading.Thread):
             self._beat()
             sequences.store.add(entry)
         self.memory_bytes = max(0, resident_bytes() - before - sequences.store.size)
-        self.decoder = Decoder(self.model, sequences, costs, self.baton, self.tally, self._beat, settings.draft)
+        self.decoder = Decoder(
+            self.model, sequences, costs, self.baton, self.tally, self._beat, settings.draft
+        )
         log.info(
             "model %s loaded (%s): %d MB; decode of 1/16 tokens %.1f/%.1f ms; %d sequences restored",
             self.model_id, loader.encoding, self.memory_bytes // MB, *(costs(n) * 1e3 for n in (1, 16)),
@@ -725,7 +811,12 @@ class Worker(threading.Thread):
                 for slot in self.slots:
                     self._beat()
                     self.decoder.sequences.park(slot)
-                save_parked(self.loader.kv_dir, self.loader.key, self.decoder.sequences.store.entries, self._beat)
+                save_parked(
+                    self.loader.kv_dir,
+                    self.loader.key,
+                    self.decoder.sequences.store.entries,
+                    self._beat,
+                )
         self.decoder = None
         if self.model:
             with self._logged("freeing the model"):
@@ -746,7 +837,9 @@ class Worker(threading.Thread):
                 decoder.release(slot.run, CANCELLED)
         for job in sorted(self.waiting, key=lambda job: (job.low, job.submitted)):
             slots = self._slots_for(job)
-            if not job.cancelled and (not slots or decoder.sequences.is_coming(job.prompt, job.low)):
+            if not job.cancelled and (
+                not slots or decoder.sequences.is_coming(job.prompt, job.low)
+            ):
                 continue
             self.waiting.remove(job)
             if job.cancelled:
@@ -772,7 +865,9 @@ class Worker(threading.Thread):
         if idle or job.low:
             return idle
         runs = [slot.run for slot in self.slots]
-        return [run.slot for run in runs if run.job.low and run.prefilling and not run.first_token][:1]
+        return [run.slot for run in runs if run.job.low and run.prefilling and not run.first_token][
+            :1
+        ]
 
     def _rest(self, sequences: Sequences) -> None:
         """Wait for the alarm. Idle sequences are stored only after STORE_SECONDS of quiet, because storing 3,500 tokens

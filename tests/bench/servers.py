@@ -33,9 +33,13 @@ SPIN = "GOMP_SPINCOUNT"  # importing the engine sets it in this process, but a s
 
 def parser_of(doc: str | None, **defaults: Any) -> argparse.ArgumentParser:
     """A parser with an option for each of the defaults, of its type. The benchmark's docstring explains them."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name, value in defaults.items():
-        kind = {"action": "store_true"} if value is False else {"type": type(value), "default": value}
+        kind = (
+            {"action": "store_true"} if value is False else {"type": type(value), "default": value}
+        )
         parser.add_argument(f"--{name.replace('_', '-')}", **kind)
     return parser
 
@@ -94,29 +98,47 @@ class Server:
     port: int
     model: str = ""  # the model id of vpsd; "" means llama-server
 
-    def request(self, prompt: str, tokens: int, stop: str, more: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    def request(
+        self, prompt: str, tokens: int, stop: str, more: dict[str, Any]
+    ) -> tuple[str, dict[str, Any]]:
         """The path and the fields of one completion, as this server wants them."""
         body: dict[str, Any] = {"prompt": prompt, "temperature": 0, "stop": [stop] if stop else []}
         if not self.model:
             body |= {"prompt": prompt.chat_ml()} if isinstance(prompt, Question) else {}
-            return "/completion", {**body, "n_predict": tokens, "stream": True, "cache_prompt": True}
+            return "/completion", {
+                **body,
+                "n_predict": tokens,
+                "stream": True,
+                "cache_prompt": True,
+            }
         if isinstance(prompt, Question):
             # Mode "instruct" would hold the answer back until it cannot be a fenced block any more.
-            body |= {"messages": [{"role": "user", "content": body.pop("prompt")}], "mode": "complete"}
+            body |= {
+                "messages": [{"role": "user", "content": body.pop("prompt")}],
+                "mode": "complete",
+            }
         body |= {"model": self.model, "max_tokens": tokens, "stop_at": "none", **more}
         return "/v1/inference/stream", body
 
     @contextlib.contextmanager
-    def events(self, prompt: str, tokens: int, stop: str = "", **more: Any) -> Iterator[Iterator[dict[str, Any]]]:
+    def events(
+        self, prompt: str, tokens: int, stop: str = "", **more: Any
+    ) -> Iterator[Iterator[dict[str, Any]]]:
         """The events of one completion. Leaving early closes the connection."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
         path, body = self.request(prompt, tokens, stop, more)
-        connection.request("POST", path, json.dumps(body), {"X-API-Key": KEY, "Content-Type": "application/json"})
+        connection.request(
+            "POST", path, json.dumps(body), {"X-API-Key": KEY, "Content-Type": "application/json"}
+        )
         plug, answer = connection.sock, connection.getresponse()
         if answer.status != 200:
             raise SystemExit(f"{path}: {answer.status} {answer.read()[:500]!r}")
         try:
-            yield (json.loads(line[6:]) for line in iter(answer.readline, b"") if line.startswith(b"data: {"))
+            yield (
+                json.loads(line[6:])
+                for line in iter(answer.readline, b"")
+                if line.startswith(b"data: {")
+            )
         finally:
             with contextlib.suppress(OSError):
                 plug.shutdown(socket.SHUT_RDWR)
@@ -134,7 +156,11 @@ class Server:
                     result.done = event
                 text = event.get("token") or event.get("content") or ""
                 result.text += text
-                count = event["total_tokens"] if self.model and text else count + len(event.get("tokens", ()))
+                count = (
+                    event["total_tokens"]
+                    if self.model and text
+                    else count + len(event.get("tokens", ()))
+                )
                 if text or (result.done and not result.marks):  # a model may end at once
                     result.marks.append((now, count))
         return result
@@ -147,7 +173,11 @@ def inherited() -> dict[str, str]:
 
 def both(stack: contextlib.ExitStack, folder: Path, models: Path = MODELS) -> tuple[Daemon, Daemon]:
     """The VPS's daemon, with the models of a folder, and the Pi's, which asks for no key."""
-    easy = {"CEREBRUM_MAX_CPU_PERCENT": "100", "CEREBRUM_MIN_FREE_MB": "0", "CEREBRUM_MODELS_DIR": str(models)}
+    easy = {
+        "CEREBRUM_MAX_CPU_PERCENT": "100",
+        "CEREBRUM_MIN_FREE_MB": "0",
+        "CEREBRUM_MODELS_DIR": str(models),
+    }
     vps = stack.enter_context(daemon("vpsd", folder / "vpsd", inherited=inherited(), **easy))
     where = {"CEREBRUM_VPS_URL": f"http://127.0.0.1:{vps.port}", "CEREBRUM_CM4_API_KEY": ""}
     return vps, stack.enter_context(daemon("cm4d", folder / "cm4d", inherited=inherited(), **where))
@@ -155,7 +185,13 @@ def both(stack: contextlib.ExitStack, folder: Path, models: Path = MODELS) -> tu
 
 @contextlib.contextmanager
 def vpsd(
-    folder: Path, name: str, model: str, threads: int, tuned: Path | None = None, published: bool = False, **more: str
+    folder: Path,
+    name: str,
+    model: str,
+    threads: int,
+    tuned: Path | None = None,
+    published: bool = False,
+    **more: str,
 ) -> Iterator[Server]:
     """vpsd with the model loaded, from its tuned file if that is given, or as `published` with the settings that were
     found for that. Its state is below `folder / name`: two of one name share it."""
@@ -170,10 +206,23 @@ def vpsd(
 
 
 @contextlib.contextmanager
-def llama_server(folder: Path, binary: str, file: Path, threads: int, *options: str, **more: str) -> Iterator[Server]:
+def llama_server(
+    folder: Path, binary: str, file: Path, threads: int, *options: str, **more: str
+) -> Iterator[Server]:
     """llama-server with these options, and its defaults for everything else."""
     environment = [f"{name}={value}" for name, value in {**inherited(), **more}.items()]
-    given = [str(Path(binary).resolve()), "-m", str(file), "-t", str(threads), "-c", "8192", "-np", "2", *options]
+    given = [
+        str(Path(binary).resolve()),
+        "-m",
+        str(file),
+        "-t",
+        str(threads),
+        "-c",
+        "8192",
+        "-np",
+        "2",
+        *options,
+    ]
 
     def command(port: int) -> list[str]:
         return ["env", *environment, *given, "--port", str(port)]
@@ -217,8 +266,12 @@ def prose(number: int) -> Question:
     It is a question, because a small model that merely continues prose at temperature 0 soon repeats itself.
     """
     subject = SUBJECTS[number % len(SUBJECTS)]
-    kind = ("story", "poem without rhymes", "letter to a friend", "scene of a play")[number // len(SUBJECTS) % 4]
-    return Question(f"Write a {kind} about {subject}, in {5 + number} long sentences that all begin differently.")
+    kind = ("story", "poem without rhymes", "letter to a friend", "scene of a play")[
+        number // len(SUBJECTS) % 4
+    ]
+    return Question(
+        f"Write a {kind} about {subject}, in {5 + number} long sentences that all begin differently."
+    )
 
 
 def words(number: int, count: int) -> str:
@@ -227,12 +280,25 @@ def words(number: int, count: int) -> str:
     return f"# {number}: " + " ".join(f"{value:x}" for value in values)
 
 
-MODULES = ("queue", "sched", "copy", "heapq", "shlex", "fnmatch", "string", "pprint", "textwrap", "cmd")
+MODULES = (
+    "queue",
+    "sched",
+    "copy",
+    "heapq",
+    "shlex",
+    "fnmatch",
+    "string",
+    "pprint",
+    "textwrap",
+    "cmd",
+)
 
 
 def source(number: int) -> list[str]:
     """The lines of a module of the standard library, from the first class or function on."""
-    lines = Path(os.__file__).with_name(MODULES[number % len(MODULES)] + ".py").read_text().splitlines()
+    lines = (
+        Path(os.__file__).with_name(MODULES[number % len(MODULES)] + ".py").read_text().splitlines()
+    )
     return lines[next(i for i, line in enumerate(lines) if re.match(r"(class|def) ", line)) :]
 
 

@@ -59,18 +59,38 @@ def git(repository: str, *arguments: str) -> str:
 
 def cases(repository: str, kind: str) -> Iterator[list[dict[str, Any]]]:
     """For one line after the other requests, each with what is `expected` and a `key`; always the same ones."""
-    added = git(repository, "log", f"--since={SINCE}", "--diff-filter=A", "--format=", "--name-only", "-M100%")
-    rows = (row.split(maxsplit=4) for row in git(repository, "ls-tree", "-r", "-l", "HEAD").splitlines())
+    added = git(
+        repository,
+        "log",
+        f"--since={SINCE}",
+        "--diff-filter=A",
+        "--format=",
+        "--name-only",
+        "-M100%",
+    )
+    rows = (
+        row.split(maxsplit=4) for row in git(repository, "ls-tree", "-r", "-l", "HEAD").splitlines()
+    )
     sizes = {row[4]: int(row[3]) for row in rows if row[3].isdigit()}
-    paths = sorted({path for path in added.splitlines() if 1000 < sizes.get(path, 0) < MAX_FILE_BYTES})
+    paths = sorted(
+        {path for path in added.splitlines() if 1000 < sizes.get(path, 0) < MAX_FILE_BYTES}
+    )
     random.Random(1).shuffle(paths)
     for path in paths:
         language = LANGUAGES.get(PurePosixPath(path).suffix)
         if language and not UNUSUAL.search(path):
-            lines = git(repository, "show", f"HEAD:{path}").replace("\r\n", "\n").splitlines(keepends=True)
+            lines = (
+                git(repository, "show", f"HEAD:{path}")
+                .replace("\r\n", "\n")
+                .splitlines(keepends=True)
+            )
             generator = random.Random(f"{path} {kind}")
             numbers = generator.sample(range(len(lines)), len(lines))
-            fit = ((number, found) for number in numbers if (found := cuts(lines, number, kind, generator)))
+            fit = (
+                (number, found)
+                for number in numbers
+                if (found := cuts(lines, number, kind, generator))
+            )
             for number, (size, places) in islice(fit, MAX_LINES):
                 yield [
                     {
@@ -82,11 +102,17 @@ def cases(repository: str, kind: str) -> Iterator[list[dict[str, Any]]]:
                 ]
 
 
-def cuts(lines: list[str], number: int, kind: str, generator: random.Random) -> tuple[int, list[int]] | None:
+def cuts(
+    lines: list[str], number: int, kind: str, generator: random.Random
+) -> tuple[int, list[int]] | None:
     """How many lines are missing from this one on, and at which characters of it; None if it is not fit for a case."""
     line, size = lines[number], generator.randint(2, 5) if kind == "gap" else 1
     gap = lines[number : number + size]
-    if number < 20 or number + size + 3 > len(lines) or any(not 6 <= len(one.strip()) <= 100 for one in gap):
+    if (
+        number < 20
+        or number + size + 3 > len(lines)
+        or any(not 6 <= len(one.strip()) <= 100 for one in gap)
+    ):
         return None
     if kind == "gap":
         return size, [len(line) - len(line.lstrip())]
@@ -99,7 +125,11 @@ def case_of(lines: list[str], number: int, size: int, cut: int, kind: str) -> di
     prompt = "".join(lines[max(0, number - ABOVE) : number]) + lines[number][:cut]
     suffix = "\n" + "".join(lines[number + size : number + size + BELOW])
     more = {} if kind == "complete" else {"suffix": suffix}
-    return {"expected": "".join(lines[number : number + size])[cut:].rstrip(), "prompt": prompt, **more}
+    return {
+        "expected": "".join(lines[number : number + size])[cut:].rstrip(),
+        "prompt": prompt,
+        **more,
+    }
 
 
 # ------------------------------------------------------------------------------------------- the answers
@@ -109,11 +139,19 @@ def stream(tiers: Tiers, **body: Any) -> tuple[str, list[tuple[float, int]]]:
     """The text, and the confidence of each line with its end."""
     body = {"model": tiers.model, "temperature": 0, "heal": True, "min_confidence": 1e-9, **body}
     headers = {"Content-Type": "application/json", "X-API-Key": KEY}
-    request = urllib.request.Request(f"{tiers.vps}/v1/inference/stream", json.dumps(body).encode(), headers)
+    request = urllib.request.Request(
+        f"{tiers.vps}/v1/inference/stream", json.dumps(body).encode(), headers
+    )
     with urllib.request.urlopen(request, timeout=600) as response:
-        events = [json.loads(line[6:]) for line in response.read().decode().splitlines() if line.startswith("data:")]
+        events = [
+            json.loads(line[6:])
+            for line in response.read().decode().splitlines()
+            if line.startswith("data:")
+        ]
     text = "".join(event.get("token", "") for event in events)
-    return text, [(event["confidence"], event["characters"]) for event in events if "characters" in event]
+    return text, [
+        (event["confidence"], event["characters"]) for event in events if "characters" in event
+    ]
 
 
 def answer(tiers: Tiers, case: dict[str, Any], kind: str) -> list[tuple[bool, float]]:
@@ -123,9 +161,17 @@ def answer(tiers: Tiers, case: dict[str, Any], kind: str) -> list[tuple[bool, fl
     text, judged = stream(tiers, **body, **more)
     expected = case["expected"]
     if kind != "gap":
-        return [(text.partition("\n")[0].rstrip() == expected, judged[0][0] if judged else 0.0)] if text.strip() else []
+        return (
+            [(text.partition("\n")[0].rstrip() == expected, judged[0][0] if judged else 0.0)]
+            if text.strip()
+            else []
+        )
     return [
-        (text[:end].rstrip() == expected or (expected + "\n").startswith(text[:end].rstrip() + "\n"), mean)
+        (
+            text[:end].rstrip() == expected
+            or (expected + "\n").startswith(text[:end].rstrip() + "\n"),
+            mean,
+        )
         for mean, end in judged
     ]
 
@@ -133,7 +179,9 @@ def answer(tiers: Tiers, case: dict[str, Any], kind: str) -> list[tuple[bool, fl
 def solution_rows(tiers: Tiers, count: int, known: set[str]) -> Iterator[dict[str, Any]]:
     for task, before, after in islice(solution_gaps(problems(), "lines"), count):
         if (key := f"HumanEval {task['task_id']} solution") not in known:
-            text, judged = stream(tiers, prompt=before, suffix=after, language="python", max_tokens=SPAN_TOKENS)
+            text, judged = stream(
+                tiers, prompt=before, suffix=after, language="python", max_tokens=SPAN_TOKENS
+            )
             lines = [(passes(task, before + text + after), mean) for mean, _ in judged[:1]]
             yield {"key": key, "language": "python", "kind": "solution", "lines": lines}
 
@@ -160,7 +208,9 @@ Lines = list[tuple[bool, float]]
 
 def area(lines: Lines) -> float:
     """Under the curve: how often a right line is surer than a wrong one."""
-    right, wrong = ([sure for is_right, sure in lines if is_right == wanted] for wanted in (True, False))
+    right, wrong = (
+        [sure for is_right, sure in lines if is_right == wanted] for wanted in (True, False)
+    )
     wins = sum((one > other) + (one == other) / 2 for one in right for other in wrong)
     return round(wins / max(1, len(right) * len(wrong)), 3)
 
@@ -170,14 +220,20 @@ def hidden(lines: Lines, wanted: bool, least: float) -> list[float]:
     some = [sure for is_right, sure in lines if is_right == wanted]
     n, z = max(1, len(some)), 1.96
     share = sum(sure < least for sure in some) / n
-    middle, spread = share + z * z / (2 * n), z * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
+    middle, spread = (
+        share + z * z / (2 * n),
+        z * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5,
+    )
     scale = 1 + z * z / n
     return [round(one, 3) for one in (share, (middle - spread) / scale, (middle + spread) / scale)]
 
 
 def thresholds(lines: Lines) -> dict[str, float]:
     right = sorted(sure for is_right, sure in lines if is_right) or [0.0]
-    return {word: math.floor(100 * right[int((1 - kept) * len(right))]) / 100 for word, kept in KEPT.items()}
+    return {
+        word: math.floor(100 * right[int((1 - kept) * len(right))]) / 100
+        for word, kept in KEPT.items()
+    }
 
 
 def report(rows: list[dict[str, Any]], learn: list[str]) -> dict[str, Any]:
@@ -191,7 +247,11 @@ def report(rows: list[dict[str, Any]], learn: list[str]) -> dict[str, Any]:
     words = thresholds(groups["learn"])
     table: dict[str, Any] = {"thresholds": words}
     for name, lines in sorted(groups.items()):
-        table[name] = {"lines": len(lines), "right": sum(one for one, _ in lines), "area": area(lines)}
+        table[name] = {
+            "lines": len(lines),
+            "right": sum(one for one, _ in lines),
+            "area": area(lines),
+        }
         table[name] |= {
             word: {"right": hidden(lines, True, least), "wrong": hidden(lines, False, least)}
             for word, least in words.items()
@@ -205,10 +265,22 @@ def main() -> None:
     parser.add_argument("repositories", nargs="*")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # let ExitStack end the daemons
-    rows = [json.loads(line) for line in options.file.read_text().splitlines()] if options.file.exists() else []
+    rows = (
+        [json.loads(line) for line in options.file.read_text().splitlines()]
+        if options.file.exists()
+        else []
+    )
     if options.learn:
         rows = [row for row in rows if row["model"] == options.model]
-        print(json.dumps({"benchmark": "sure", "model": options.model, **report(rows, options.learn.split(","))}))
+        print(
+            json.dumps(
+                {
+                    "benchmark": "sure",
+                    "model": options.model,
+                    **report(rows, options.learn.split(",")),
+                }
+            )
+        )
         return
     for row in ask(options, {row["key"] for row in rows if row["model"] == options.model}):
         with options.file.open("a") as out:

@@ -48,7 +48,11 @@ def pieces_of(lines: list[str], number: int, chance: random.Random) -> dict[str,
     """Where gaps of each kind begin and end, in characters from this line on; those that are fit."""
     found, line = dict[str, tuple[int, int]](), lines[number].rstrip("\n")
     width, size = indentation(line), chance.randint(2, 5)
-    begins = [width, width, *(at for at in range(width + 1, len(line) - 3) if not line[at - 1].isalnum())]
+    begins = [
+        width,
+        width,
+        *(at for at in range(width + 1, len(line) - 3) if not line[at - 1].isalnum()),
+    ]
     found["one"] = chance.choice(begins), len(line)
     gap = "".join(lines[number : number + size])
     if all(one.strip() for one in lines[number : number + size]) and number + size < len(lines):
@@ -89,17 +93,31 @@ def of_human_eval() -> Iterator[dict[str, Any]]:
 
 def of_repository(repository: str) -> Iterator[dict[str, Any]]:
     """Gaps in the files that were added in or after 2025; those of one place come together."""
-    added = git(repository, "log", f"--since={SINCE}", "--diff-filter=A", "--format=", "--name-only", "-M100%")
-    rows = (row.split(maxsplit=4) for row in git(repository, "ls-tree", "-r", "-l", "HEAD").splitlines())
+    added = git(
+        repository,
+        "log",
+        f"--since={SINCE}",
+        "--diff-filter=A",
+        "--format=",
+        "--name-only",
+        "-M100%",
+    )
+    rows = (
+        row.split(maxsplit=4) for row in git(repository, "ls-tree", "-r", "-l", "HEAD").splitlines()
+    )
     sizes = {row[4]: int(row[3]) for row in rows if row[3].isdigit()}
-    paths = sorted({path for path in added.splitlines() if 1500 < sizes.get(path, 0) < MAX_FILE_BYTES})
+    paths = sorted(
+        {path for path in added.splitlines() if 1500 < sizes.get(path, 0) < MAX_FILE_BYTES}
+    )
     random.Random(2).shuffle(paths)
     name = PurePosixPath(repository).parent.name or PurePosixPath(repository).name
     for path in paths:
         language = LANGUAGES.get(PurePosixPath(path).suffix)
         if not language or UNUSUAL.search(path):
             continue
-        lines = git(repository, "show", f"HEAD:{path}").replace("\r\n", "\n").splitlines(keepends=True)
+        lines = (
+            git(repository, "show", f"HEAD:{path}").replace("\r\n", "\n").splitlines(keepends=True)
+        )
         chance, places = random.Random(f"waste {path}"), 0
         for number in chance.sample(range(len(lines)), len(lines)):
             if not 20 <= number < len(lines) - 8 or not 8 <= len(lines[number].strip()) <= 100:
@@ -107,7 +125,10 @@ def of_repository(repository: str) -> Iterator[dict[str, Any]]:
             pieces = pieces_of(lines, number, chance)
             if len(pieces) < len(KINDS):
                 continue
-            above, below = "".join(lines[max(0, number - ABOVE) : number]), "".join(lines[number : number + 5 + BELOW])
+            above, below = (
+                "".join(lines[max(0, number - ABOVE) : number]),
+                "".join(lines[number : number + 5 + BELOW]),
+            )
             for kind, ends in pieces.items():
                 yield {
                     "key": f"{name} {path} {number} {kind}",
@@ -156,14 +177,18 @@ class Reading:
         known = min(len(piece), len(self.heal))
         self.heal, piece = self.heal[known:], piece[known:]
         text = self.decoder.decode(piece)
-        self.tokens.append((text, round(float(chances[token]), 4), round(at_end, 4), follows, begins))
+        self.tokens.append(
+            (text, round(float(chances[token]), 4), round(at_end, 4), follows, begins)
+        )
         _, reason = self.ending.feed(text)
         return None if reason or len(self.tokens) == MAX_TOKENS else token
 
 
 def begin(model: Llama, case: dict[str, Any]) -> Reading:
     prompt, suffix = case["prompt"], case["suffix"]
-    request = CompletionRequest(prompt=prompt, suffix=suffix, language=case["language"], mode="infill", heal=True)
+    request = CompletionRequest(
+        prompt=prompt, suffix=suffix, language=case["language"], mode="infill", heal=True
+    )
     tokens, heal, _ = model.vocabulary.encode(request)
     line = next((line for line in suffix.split("\n") if line.strip()), "\n")
     starts = suffix or "\n", " " * (line[:1] in " \t") + line.strip() or "\n"
@@ -176,7 +201,10 @@ def record(model: Llama, cases: list[dict[str, Any]]) -> Iterator[Reading]:
     """Several texts at a time. A slot that is free keeps its tokens for a prompt with the same beginning."""
     ids = range(model.n_vocab)
     ends = np.array([token for token in ids if model.vocabulary.is_end(token)])
-    free, running = [Slot(number) for number in range(SEQUENCES)], dict[int, tuple[Slot, Reading, int]]()
+    free, running = (
+        [Slot(number) for number in range(SEQUENCES)],
+        dict[int, tuple[Slot, Reading, int]](),
+    )
     waiting = iter(cases)
     while True:
         while free and (case := next(waiting, None)):
@@ -227,12 +255,20 @@ def record_all(options: argparse.Namespace, known: set[str]) -> None:
     real = (case for turn in turns for case in turn if case)
     real = islice(real, options.items * len(KINDS))
     found = (case for pair in zip_longest(real, of_human_eval()) for case in pair if case)
-    cases = [case for case in found if case["key"] not in known and options.half in ("", half_of(case["key"]))]
+    cases = [
+        case
+        for case in found
+        if case["key"] not in known and options.half in ("", half_of(case["key"]))
+    ]
     settings = Settings(n_ctx=CONTEXT, sequences=SEQUENCES)
     model = Llama(servers.weights_of(options.model), settings, lambda _: True)
     with options.file.open("a") as out:
         for number, reading in enumerate(record(model, cases)):
-            row = reading.case | {"model": options.model, "read": len(reading.prompt), "end": reading.end}
+            row = reading.case | {
+                "model": options.model,
+                "read": len(reading.prompt),
+                "end": reading.end,
+            }
             out.write(json.dumps(row | {"tokens": reading.tokens}) + "\n")
             out.flush()
             if number % 50 == 0:
@@ -258,7 +294,11 @@ def replay(row: dict[str, Any], probabilities: bool) -> tuple[int, str]:
 def returned(row: dict[str, Any], text: str) -> int:
     """How many of the tokens have a part in this text."""
     ends = accumulate(len(token[0]) for token in row["tokens"])
-    return next((number for number, end in enumerate(ends, 1) if end >= len(text)), len(row["tokens"])) if text else 0
+    return (
+        next((number for number, end in enumerate(ends, 1) if end >= len(text)), len(row["tokens"]))
+        if text
+        else 0
+    )
 
 
 def is_right(row: dict[str, Any], text: str, tasks: Mapping[str, dict[str, str]]) -> bool:
@@ -277,8 +317,13 @@ def report(rows: list[dict[str, Any]]) -> dict[str, Any]:
         for name, probabilities in (("by_characters", False), ("by_doubt", True)):
             texts = [replay(row, probabilities) for row in found]
             generated, kept = sum(count for count, _ in texts), 0
-            kept = sum(min(count, returned(row, text)) for row, (count, text) in zip(found, texts, strict=True))
-            right.append([is_right(row, text, tasks) for row, (_, text) in zip(found, texts, strict=True)])
+            kept = sum(
+                min(count, returned(row, text))
+                for row, (count, text) in zip(found, texts, strict=True)
+            )
+            right.append(
+                [is_right(row, text, tasks) for row, (_, text) in zip(found, texts, strict=True)]
+            )
             table[kind][name] = {
                 "generated": round(generated / max(1, len(found)), 1),
                 "share": round(kept / max(1, generated), 3),
@@ -295,13 +340,21 @@ def main() -> None:
     parser = servers.parser_of(__doc__, model="qwen_0_5b", record="", items=160, half="")
     parser.add_argument("file", type=Path)
     options = parser.parse_args()
-    rows = [json.loads(line) for line in options.file.read_text().splitlines()] if options.file.exists() else []
+    rows = (
+        [json.loads(line) for line in options.file.read_text().splitlines()]
+        if options.file.exists()
+        else []
+    )
     rows = [row for row in rows if row["model"] == options.model]
     if options.record:
         record_all(options, {row["key"] for row in rows})
         return
     chosen = [row for row in rows if options.half in ("", half_of(row["key"]))]
-    print(json.dumps({"benchmark": "waste", "model": options.model, "half": options.half, **report(chosen)}))
+    print(
+        json.dumps(
+            {"benchmark": "waste", "model": options.model, "half": options.half, **report(chosen)}
+        )
+    )
 
 
 if __name__ == "__main__":

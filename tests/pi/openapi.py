@@ -32,7 +32,12 @@ def schema_of(field: Field, nullable: bool = False) -> Schema:
     null, schema = ["null"] * nullable, Schema()
     if field.kind is list:
         lengths = {"minItems": field.low, "maxItems": field.high}
-        return {"type": ["string", "array", *null], "minLength": 1, "items": STRING | {"minLength": 1}, **lengths}
+        return {
+            "type": ["string", "array", *null],
+            "minLength": 1,
+            "items": STRING | {"minLength": 1},
+            **lengths,
+        }
     if field.choices:
         schema["enum"] = [*field.choices, *[None] * nullable]
     elif field.kind is not bool:
@@ -57,14 +62,22 @@ def like(example: Any) -> Schema:
     if not isinstance(example, Mapping):
         return {} if example is None else {"type": TYPES[type(example)]}
     properties = {name.rstrip("?"): like(value) for name, value in example.items()}
-    return {"type": "object", "properties": properties, "required": [name for name in example if name[-1] != "?"]}
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": [name for name in example if name[-1] != "?"],
+    }
 
 
 # Members of the dialects' requests that no `Field` checks.
 TEXTS: Schema = {"type": ["string", "array", "null"], "items": STRING}
 PROMPT = {"prompt": TEXTS | {"maxItems": 1}, "stop": TEXTS}
 LLAMA = PROMPT | {"response_fields": TEXTS}
-EXTRA = {"type": ["array", "null"], "items": object_of(dialects.EXTRA, True), "maxItems": dialects.MAX_EXTRAS}
+EXTRA = {
+    "type": ["array", "null"],
+    "items": object_of(dialects.EXTRA, True),
+    "maxItems": dialects.MAX_EXTRAS,
+}
 USAGE = object_of(dialects.STREAM_OPTIONS, True) | {"type": ["object", "null"]}
 SAID = object_of(dialects.MESSAGE, content=TEXTS | {"items": object_of(dialects.PART, True)})
 MESSAGES = {"type": "array", "items": SAID, "minItems": 1, "maxItems": dialects.MAX_MESSAGES}
@@ -82,7 +95,10 @@ RESULT = {"language": "python", "model": "qwen_7b", "total_tokens": 4, "inferenc
           "kept?": {"characters": 8120, "of": 102400, "parts": ["latest"]}}  # fmt: skip
 EVENTS = ({"token": "a", "total_tokens": 1}, {"progress": {"stage": "load", "done": 1, "total": 2}},
           {"done": True, **RESULT}, {"error": True, "message": "why", "code": "VPS_UNAVAILABLE"})  # fmt: skip
-EVENT = STRING | {"contentMediaType": "application/json", "contentSchema": {"anyOf": [*map(like, EVENTS)]}}
+EVENT = STRING | {
+    "contentMediaType": "application/json",
+    "contentSchema": {"anyOf": [*map(like, EVENTS)]},
+}
 STATE = {"id": "vps", "available": True, "message": ""}
 USED = {"completions": 1, "tokens": 64, "seconds": 1.5, "accepted": 1}
 CLIENT = {"name": "anna", **USED, "today": USED}
@@ -93,12 +109,30 @@ LISTED = {"id": "qwen_7b", "name": "Qwen 7B", "languages": ["python"], "paramete
           "available": True, "backends": ["vps"], "loaded?": True, "n_ctx?": 4096}  # fmt: skip
 MODEL = dialects.write_model("qwen_7b", 1)
 ANSWERS: dict[str, Any] = {  # by the last part of a path
-    "health": {"status": "healthy", "timestamp": "", "vps_available": True, "uptime": 1.5, "backends": [STATE]},
+    "health": {
+        "status": "healthy",
+        "timestamp": "",
+        "vps_available": True,
+        "uptime": 1.5,
+        "backends": [STATE],
+    },
     "complete": {"completion": "a + b", **RESULT},
-    "models": {"models": [LISTED], "vps_available": True, "languages": [{"id": "python"}], "data": [MODEL]},
+    "models": {
+        "models": [LISTED],
+        "vps_available": True,
+        "languages": [{"id": "python"}],
+        "data": [MODEL],
+    },
     "{id}": MODEL,
     "stats": STATS,
-    "activity": {**STATS, "timestamp": "", "step_s": 30, "requests": [1], "failed": [0], "tokens": [64]},
+    "activity": {
+        **STATS,
+        "timestamp": "",
+        "step_s": 30,
+        "requests": [1],
+        "failed": [0],
+        "tokens": [64],
+    },
     "props": dialects.write_props("qwen_7b", 4096, 2),
     "tokenize": {"tokens": [1]},
     "accepted": {"accepted": 1, "accepted_characters": 12},
@@ -125,21 +159,34 @@ def write_openapi() -> dict[str, Any]:
     languages = STRING | {"examples": common.served_languages(SHIPPED)}
     native = object_of(FIELDS_WITHOUT_PROMPT, language=languages, model=named)
     requests = {path: schema for dialect, schema in REQUESTS.items() for path in dialect.paths}
-    requests |= {"/v1/accepted": object_of(ACCEPTED, True), "/tokenize": object_of(dialects.TOKENIZE, True)}
-    ours, foreign = (like(write(HttpError("NOT_FOUND", ""))) for write in (common.error_body, dialects.write_error))
+    requests |= {
+        "/v1/accepted": object_of(ACCEPTED, True),
+        "/tokenize": object_of(dialects.TOKENIZE, True),
+    }
+    ours, foreign = (
+        like(write(HttpError("NOT_FOUND", "")))
+        for write in (common.error_body, dialects.write_error)
+    )
     errors = "One of " + ", ".join(f"{status} {code}" for code, status in common.STATUSES.items())
     paths: dict[str, dict[str, Any]] = {}
     for route in ROUTES:
-        error = {"anyOf": [foreign, ours]} if route.foreign_error else ours  # ours also before the route is known
+        error = (
+            {"anyOf": [foreign, ours]} if route.foreign_error else ours
+        )  # ours also before the route is known
         failed = {"description": errors, "content": {"application/json": {"schema": error}}}
         operation: dict[str, Any] = {
             "operationId": re.sub(r"\W+", "_", f"{route.method}{route.path}").strip("_").lower(),
-            "responses": {"200": {"description": "OK", "content": content_of(route)}, "default": failed},
+            "responses": {
+                "200": {"description": "OK", "content": content_of(route)},
+                "default": failed,
+            },
         }
         if route.open:
             operation["security"] = []
         if "{id}" in route.path:
-            operation["parameters"] = [{"name": "id", "in": "path", "required": True, "schema": STRING}]
+            operation["parameters"] = [
+                {"name": "id", "in": "path", "required": True, "schema": STRING}
+            ]
         if route.json:
             content = {"application/json": {"schema": requests.get(route.path, native)}}
             operation["requestBody"] = {"required": True, "content": content}

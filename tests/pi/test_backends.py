@@ -34,7 +34,9 @@ from cerebrum_common import HttpError, Model
 FIM = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 
 
-@pytest.mark.parametrize("name", [module.name for module in pkgutil.iter_modules(pi_package.__path__)])
+@pytest.mark.parametrize(
+    "name", [module.name for module in pkgutil.iter_modules(pi_package.__path__)]
+)
 def test_the_examples_of_a_module_are_true(name: str) -> None:
     module = importlib.import_module(f"cerebrum.pi.{name}")
     assert doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE).failed == 0
@@ -50,12 +52,31 @@ def read(*tables: Any, **variables: str) -> tuple[upstream.BackendConfig, ...]:
 
 
 def test_a_table() -> None:
-    gpu = {"id": "gpu", "url": "https://gpu.lan/llm/v1/", "api": "openai", "key_env": "GPU_KEY", "max_concurrent": 16}
-    attic, other = read(ATTIC, gpu | {"n_ctx": 8192, "infill": "suffix"}, GPU_KEY="secret", CEREBRUM_API_KEY="other")
+    gpu = {
+        "id": "gpu",
+        "url": "https://gpu.lan/llm/v1/",
+        "api": "openai",
+        "key_env": "GPU_KEY",
+        "max_concurrent": 16,
+    }
+    attic, other = read(
+        ATTIC, gpu | {"n_ctx": 8192, "infill": "suffix"}, GPU_KEY="secret", CEREBRUM_API_KEY="other"
+    )
     assert attic.endpoint == Endpoint("100.64.0.1", 9000, "100.64.0.1:9000", "", False)
-    assert (attic.id, attic.api, attic.key, attic.key_env, attic.max_concurrent) == ("attic", "cerebrum", "", "", 2)
+    assert (attic.id, attic.api, attic.key, attic.key_env, attic.max_concurrent) == (
+        "attic",
+        "cerebrum",
+        "",
+        "",
+        2,
+    )
     assert other.endpoint == Endpoint("gpu.lan", 443, "gpu.lan", "/llm", True)
-    assert (other.key, other.max_concurrent, other.n_ctx, other.infill) == ("secret", 16, 8192, "suffix")
+    assert (other.key, other.max_concurrent, other.n_ctx, other.infill) == (
+        "secret",
+        16,
+        8192,
+        "suffix",
+    )
     (vps,) = read(CEREBRUM_VPS_URL="http://vps:1", CEREBRUM_API_KEY="k")  # without a table
     assert (vps.id, vps.api, vps.key, vps.max_concurrent) == ("vps", "cerebrum", "k", 3)
     assert vps.endpoint == Endpoint("vps", 1, "vps:1", "", False)
@@ -67,11 +88,26 @@ def test_a_table() -> None:
         ([7], "backend 1: expected a table, got something else"),
         ([{"id": "a b"}], "backend 1: id: expected a string of the form "),
         ([{"id": "a"}], "backend 1: url: expected a string, got nothing"),
-        ([ATTIC, ATTIC | {"url": "ftp://x"}], "backend 2: url: expected http://HOST[:PORT] or https://HOST[:PORT], "),
-        ([ATTIC | {"api": "vllm"}], "backend 1: api: expected one of cerebrum, llama.cpp, openai, got the string"),
-        ([ATTIC | {"n_ctx": True}], "backend 1: n_ctx: expected an integer from 0 to 1e+07, got the boolean true"),
-        ([ATTIC | {"max_concurent": 2}], "backend 1: expected one of id, url, api, key_env, ca_file, infill, "),
-        ([ATTIC | {"ca_file": "/a.pem"}], "backend 1: ca_file: expected a url with https for '/a.pem'"),
+        (
+            [ATTIC, ATTIC | {"url": "ftp://x"}],
+            "backend 2: url: expected http://HOST[:PORT] or https://HOST[:PORT], ",
+        ),
+        (
+            [ATTIC | {"api": "vllm"}],
+            "backend 1: api: expected one of cerebrum, llama.cpp, openai, got the string",
+        ),
+        (
+            [ATTIC | {"n_ctx": True}],
+            "backend 1: n_ctx: expected an integer from 0 to 1e+07, got the boolean true",
+        ),
+        (
+            [ATTIC | {"max_concurent": 2}],
+            "backend 1: expected one of id, url, api, key_env, ca_file, infill, ",
+        ),
+        (
+            [ATTIC | {"ca_file": "/a.pem"}],
+            "backend 1: ca_file: expected a url with https for '/a.pem'",
+        ),
         ([ATTIC, ATTIC], "backends: expected every id once"),
         ([ATTIC | {"key_env": "BAD"}], "BAD: expected printable ASCII without spaces"),
     ],
@@ -103,10 +139,24 @@ def test_which_model_a_backend_has(listed: list[str], name: str | None) -> None:
 
 # -------------------------------------------------------------------------------------- requests of engines
 
-ASKED = {"max_tokens": 64, "temperature": 0, "stop": ["a", "b", "c", "d", "e"], "mode": "complete", "prompt": "x ="}
-GAP = ASKED | {"mode": "infill", "suffix": "\ny", "extra": [{"filename": "b.py", "text": "import os"}]}
+ASKED = {
+    "max_tokens": 64,
+    "temperature": 0,
+    "stop": ["a", "b", "c", "d", "e"],
+    "mode": "complete",
+    "prompt": "x =",
+}
+GAP = ASKED | {
+    "mode": "infill",
+    "suffix": "\ny",
+    "extra": [{"filename": "b.py", "text": "import os"}],
+}
 SAID = [{"role": "user", "content": "add"}, {"role": "assistant", "content": "```python\n"}]
-CHAT = {name: value for name, value in ASKED.items() if name != "prompt"} | {"messages": SAID, "seed": 7, "top_p": 0.9}
+CHAT = {name: value for name, value in ASKED.items() if name != "prompt"} | {
+    "messages": SAID,
+    "seed": 7,
+    "top_p": 0.9,
+}
 INSTRUCT = CHAT | {"mode": "instruct"}
 PLAIN = ASKED | {"stop": [], "top_p": 1.0}
 COMMON = {"model": "org/M", "stream": True, "temperature": 0}
@@ -115,12 +165,30 @@ OPENAI = UNSTOPPED | {"stop": ["a", "b", "c", "d"]}
 SAMPLED = {"seed": 7, "top_p": 0.9}
 LIVE = {"timings_per_token": True, "return_progress": True}
 LLAMA = COMMON | LIVE | {"n_predict": 64, "stop": ["a", "b", "c", "d", "e"], "cache_prompt": True}
-LLAMA["response_fields"] = ["content", "stop", "stop_type", "tokens_evaluated", "tokens_predicted", "timings"]
-LLAMA_GAP = {"input_prefix": "x =", "input_suffix": "\ny", "prompt": "", "input_extra": GAP["extra"]}
+LLAMA["response_fields"] = [
+    "content",
+    "stop",
+    "stop_type",
+    "tokens_evaluated",
+    "tokens_predicted",
+    "timings",
+]
+LLAMA_GAP = {
+    "input_prefix": "x =",
+    "input_suffix": "\ny",
+    "prompt": "",
+    "input_extra": GAP["extra"],
+}
 REQUESTS = [
     ("openai", "complete", ASKED, FIM, OPENAI | {"prompt": "x ="}),
     ("openai", "complete", PLAIN, FIM, UNSTOPPED | {"prompt": "x ="}),
-    ("openai", "infill", GAP, FIM, OPENAI | {"prompt": f"import os\n{FIM[0]}x ={FIM[1]}\ny{FIM[2]}"}),
+    (
+        "openai",
+        "infill",
+        GAP,
+        FIM,
+        OPENAI | {"prompt": f"import os\n{FIM[0]}x ={FIM[1]}\ny{FIM[2]}"},
+    ),
     ("openai", "infill", GAP, (), OPENAI | {"prompt": "import os\nx =", "suffix": "\ny"}),
     ("openai", "chat", INSTRUCT, FIM, OPENAI | SAMPLED | {"messages": SAID[:1]}),
     ("openai", "chat", CHAT, FIM, OPENAI | SAMPLED | {"messages": SAID}),
@@ -131,7 +199,9 @@ REQUESTS = [
 
 
 @pytest.mark.parametrize(("api", "kind", "asked", "fim", "body"), REQUESTS)
-def test_what_an_engine_is_asked(api: str, kind: str, asked: dict[str, Any], fim: Sequence[str], body: Any) -> None:
+def test_what_an_engine_is_asked(
+    api: str, kind: str, asked: dict[str, Any], fim: Sequence[str], body: Any
+) -> None:
     assert getattr(APIS[api], kind).write(Wanted(asked, "org/M", fim)) == body
 
 
@@ -144,14 +214,42 @@ LONG_MESSAGE = "This model's maximum context length is 512 tokens. However, you 
 LONG = {"error": {"message": LONG_MESSAGE}}
 MAXIMUM = "This model's maximum context length is 4096 tokens"
 REFUSALS = [
-    ("request (1180 tokens) exceeds …", {"n_prompt_tokens": 1180, "n_ctx": 512}, (512, 1180)),  # llama-server
-    (f"{MAXIMUM}. However, you requested 5000 tokens (4488 in the messages, 512 in the …", {}, (4096, 0)),
-    (f"{MAXIMUM}, however you requested 5097 tokens (1000 in your prompt; 4097 for the …", {}, (4096, 0)),
-    (f"{MAXIMUM}. However, your prompt contains at least 4097 input tokens, which exceeds …", {}, (4096, 0)),
-    (f"'max_tokens' is too large: 512. {MAXIMUM} and your request has 4000 input tokens (512 > …", {}, (4096, 0)),
-    ("You passed 3585 input tokens, but the model's context length is only 4096 tokens, …", {}, (4096, 0)),
+    (
+        "request (1180 tokens) exceeds …",
+        {"n_prompt_tokens": 1180, "n_ctx": 512},
+        (512, 1180),
+    ),  # llama-server
+    (
+        f"{MAXIMUM}. However, you requested 5000 tokens (4488 in the messages, 512 in the …",
+        {},
+        (4096, 0),
+    ),
+    (
+        f"{MAXIMUM}, however you requested 5097 tokens (1000 in your prompt; 4097 for the …",
+        {},
+        (4096, 0),
+    ),
+    (
+        f"{MAXIMUM}. However, your prompt contains at least 4097 input tokens, which exceeds …",
+        {},
+        (4096, 0),
+    ),
+    (
+        f"'max_tokens' is too large: 512. {MAXIMUM} and your request has 4000 input tokens (512 > …",
+        {},
+        (4096, 0),
+    ),
+    (
+        "You passed 3585 input tokens, but the model's context length is only 4096 tokens, …",
+        {},
+        (4096, 0),
+    ),
     ("maximum context length is 4096 tokens", {}, (4096, 0)),
-    ("max_tokens=5000 cannot be greater than max_model_len=4096. Please request fewer …", {}, (4096, 0)),
+    (
+        "max_tokens=5000 cannot be greater than max_model_len=4096. Please request fewer …",
+        {},
+        (4096, 0),
+    ),
     ("It exceeds the context window.", {"code": "context_length_exceeded"}, (0, 0)),
     ("The input (5000 tokens) is longer than the model's context length (4096 tokens).", {}, None),
     ("temperature must be <= 2", {}, None),
@@ -165,37 +263,67 @@ REFUSALS = [
 
 
 @pytest.mark.parametrize(("message", "more", "told"), REFUSALS)
-def test_how_engines_say_that_a_prompt_is_too_long(message: Any, more: Any, told: tuple[int, int] | None) -> None:
+def test_how_engines_say_that_a_prompt_is_too_long(
+    message: Any, more: Any, told: tuple[int, int] | None
+) -> None:
     lengths = {"n_ctx": told[0], "prompt_tokens": told[1]} if told else {}
     expected = {name: length for name, length in lengths.items() if length}
     assert read_overflow({"message": message, **more}) == (None if told is None else expected)
 
 
-@pytest.mark.parametrize(("told", "n_ctx"), [({"n_ctx": 512}, 512), (1, 0), ({"n_ctx": True}, 0), ({"n_ctx": 7}, 0)])
+@pytest.mark.parametrize(
+    ("told", "n_ctx"), [({"n_ctx": 512}, 512), (1, 0), ({"n_ctx": True}, 0), ({"n_ctx": 7}, 0)]
+)
 def test_the_length_of_the_context_in_props(told: Any, n_ctx: int) -> None:
-    assert read_props({"default_generation_settings": told, "n_ctx": 700}) == ({"n_ctx": n_ctx} if n_ctx else {})
+    assert read_props({"default_generation_settings": told, "n_ctx": 700}) == (
+        {"n_ctx": n_ctx} if n_ctx else {}
+    )
 
 
 @pytest.mark.parametrize(
     ("status", "body", "code", "says", "counted"),
     [
-        (401, {"error": "x"}, "VPS_UNAVAILABLE", "refuses our key: expected the right one in GPU_KEY", False),
+        (
+            401,
+            {"error": "x"},
+            "VPS_UNAVAILABLE",
+            "refuses our key: expected the right one in GPU_KEY",
+            False,
+        ),
         (403, {}, "VPS_UNAVAILABLE", "refuses our key: expected the right one in GPU_KEY", False),
         (404, {}, "MODEL_NOT_FOUND", "does not have this model", False),
         (429, {}, "RATE_LIMIT", "has too many requests", False),
         (400, LONG, "INVALID_REQUEST", "expected a shorter prompt", False),
-        (400, {"error": {"message": "/srv/key"}}, "VPS_UNAVAILABLE", "refuses the request (400)", False),
+        (
+            400,
+            {"error": {"message": "/srv/key"}},
+            "VPS_UNAVAILABLE",
+            "refuses the request (400)",
+            False,
+        ),
         (422, {"detail": []}, "VPS_UNAVAILABLE", "refuses the request (422)", False),
         (501, {}, "VPS_UNAVAILABLE", "refuses the request (501)", False),
-        (503, {"error": {"message": "Loading model"}}, "VPS_UNAVAILABLE", "is loading its model", False),
+        (
+            503,
+            {"error": {"message": "Loading model"}},
+            "VPS_UNAVAILABLE",
+            "is loading its model",
+            False,
+        ),
         (500, {"error": "Traceback"}, "VPS_UNAVAILABLE", "is unavailable (it answered 500)", True),
         (503, {}, "VPS_UNAVAILABLE", "is unavailable (it answered 503)", True),
         (307, {}, "VPS_UNAVAILABLE", "is unavailable (it answered 307)", True),
     ],
 )
-def test_a_refusal_of_an_engine(status: int, body: Any, code: str, says: str, counted: bool) -> None:
+def test_a_refusal_of_an_engine(
+    status: int, body: Any, code: str, says: str, counted: bool
+) -> None:
     error = engine_refusal(status, body.get("error"), "GPU_KEY")
-    assert (error.code, says in error.message, isinstance(error, BackendFailure)) == (code, True, counted)
+    assert (error.code, says in error.message, isinstance(error, BackendFailure)) == (
+        code,
+        True,
+        counted,
+    )
     assert not any(secret in error.message for secret in ("/srv", "Traceback"))
 
 
@@ -211,7 +339,9 @@ def data(members: Any) -> bytes:
 
 
 def text_chunk(text: str, reason: str | None = None, **more: Any) -> bytes:
-    return data({"choices": [{"text": text, "index": 0, "logprobs": None, "finish_reason": reason}], **more})
+    return data(
+        {"choices": [{"text": text, "index": 0, "logprobs": None, "finish_reason": reason}], **more}
+    )
 
 
 def chat_chunk(reason: str | None = None, /, **delta: Any) -> bytes:
@@ -219,18 +349,47 @@ def chat_chunk(reason: str | None = None, /, **delta: Any) -> bytes:
 
 
 def llama_chunk(text: str, count: int, **more: Any) -> bytes:
-    return data({"index": 0, "content": text, "stop": False, "tokens_predicted": count, "tokens_evaluated": 9, **more})
+    return data(
+        {
+            "index": 0,
+            "content": text,
+            "stop": False,
+            "tokens_predicted": count,
+            "tokens_evaluated": 9,
+            **more,
+        }
+    )
 
 
-TIMINGS = {"cache_n": 4, "prompt_n": 5, "prompt_ms": 250.0, "predicted_n": 2, "predicted_per_second": 20.0}
-USAGE = data({"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 3, "total_tokens": 12}})
+TIMINGS = {
+    "cache_n": 4,
+    "prompt_n": 5,
+    "prompt_ms": 250.0,
+    "predicted_n": 2,
+    "predicted_per_second": 20.0,
+}
+USAGE = data(
+    {"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 3, "total_tokens": 12}}
+)
 END = b"data: [DONE]\n\n"
-LAST = {"index": 0, "content": "", "stop": True, "stop_type": "eos", "tokens_predicted": 2, "tokens_evaluated": 9}
+LAST = {
+    "index": 0,
+    "content": "",
+    "stop": True,
+    "stop_type": "eos",
+    "tokens_predicted": 2,
+    "tokens_evaluated": 9,
+}
 
 
 def stream(*events: bytes, text: str = "1", asked: Any = None, **result: Any) -> Any:
     """The request, what an engine streams, the text that a client gets, and the result."""
-    return asked or {}, b"".join(events), text, {"finish_reason": "stop", "total_tokens": 1} | result
+    return (
+        asked or {},
+        b"".join(events),
+        text,
+        {"finish_reason": "stop", "total_tokens": 1} | result,
+    )
 
 
 ONE = text_chunk("1", "stop")
@@ -318,7 +477,10 @@ def test_a_stream_of_an_engine(name: str, cut: int) -> None:
     ("stream", "message"),
     [
         (text_chunk("1"), "it ended without saying that it is done"),
-        (text_chunk("1") + END, "it ended without saying that it is done"),  # llama_cpp.server, cut by another request
+        (
+            text_chunk("1") + END,
+            "it ended without saying that it is done",
+        ),  # llama_cpp.server, cut by another request
         (data({"error": {"message": "boom at /srv/x.py", "code": 500}}), "it reported an error"),
         (data({"error": "boom", "error_type": "overloaded"}), "it reported an error"),
         (text_chunk("1", "abort"), "it gave up"),
@@ -349,20 +511,47 @@ def test_a_limit_of_time_counts_once_a_line_has_ended() -> None:
 
 
 def test_progress_is_passed_on_if_asked_for() -> None:
-    event = data({"content": "", "stop": False, "prompt_progress": {"total": 90, "cache": 0, "processed": 64}})
+    event = data(
+        {
+            "content": "",
+            "stop": False,
+            "prompt_progress": {"total": 90, "cache": 0, "processed": 64},
+        }
+    )
     odd = data({"content": "", "stop": False, "prompt_progress": {"total": "x"}})
     wanted = Translator(BASE | {"progress": True}, [])
-    assert list(wanted.feed(event + odd, 0.0)) == [("progress", {"stage": "prefill", "done": 64, "total": 90})]
+    assert list(wanted.feed(event + odd, 0.0)) == [
+        ("progress", {"stage": "prefill", "done": 64, "total": 90})
+    ]
     assert list(Translator(BASE, []).feed(event, 0.0)) == []
 
 
 # ------------------------------------------------------------------------------- engines behind a real gateway
 
 LISTED = answer(200, {"object": "list", "data": [{"id": "qwen_0_5b", "max_model_len": 2048}]})
-VLLM = (CHUNKED, chunk(text_chunk("1")), chunk(text_chunk(" + 2", "stop")), chunk(USAGE), chunk(END), b"0\r\n\r\n")
-LLAMA_SERVER = (CHUNKED, chunk(llama_chunk("a", 1)), chunk(llama_chunk("b", 2)), chunk(data(LAST)), b"0\r\n\r\n")
-ANSWERED = [("openai", VLLM, "1 + 2", 3, "/v1/completions"), ("llama.cpp", LLAMA_SERVER, "ab", 2, "/completion")]
-ALIVE = [lambda: asyncio.sleep(0.01), chunk(b": PROCESSING\n\n")] * 500  # it keeps the connection alive, no more
+VLLM = (
+    CHUNKED,
+    chunk(text_chunk("1")),
+    chunk(text_chunk(" + 2", "stop")),
+    chunk(USAGE),
+    chunk(END),
+    b"0\r\n\r\n",
+)
+LLAMA_SERVER = (
+    CHUNKED,
+    chunk(llama_chunk("a", 1)),
+    chunk(llama_chunk("b", 2)),
+    chunk(data(LAST)),
+    b"0\r\n\r\n",
+)
+ANSWERED = [
+    ("openai", VLLM, "1 + 2", 3, "/v1/completions"),
+    ("llama.cpp", LLAMA_SERVER, "ab", 2, "/completion"),
+]
+ALIVE = [
+    lambda: asyncio.sleep(0.01),
+    chunk(b": PROCESSING\n\n"),
+] * 500  # it keeps the connection alive, no more
 
 
 def engine(port: int, api: str = "openai", **more: Any) -> Any:
@@ -375,11 +564,20 @@ def listing(**about: Any) -> bytes:
 
 @pytest.mark.parametrize("split", [False, True], ids=["whole", "bytes"])
 @pytest.mark.parametrize(("api", "script", "text", "tokens", "path"), ANSWERED)
-async def test_a_completion(api: str, script: Any, text: str, tokens: int, path: str, split: bool) -> None:
-    async with Backend([script], models=LISTED, split=split) as backend, pi_for(engine(backend.port, api)) as pi:
+async def test_a_completion(
+    api: str, script: Any, text: str, tokens: int, path: str, split: bool
+) -> None:
+    async with (
+        Backend([script], models=LISTED, split=split) as backend,
+        pi_for(engine(backend.port, api)) as pi,
+    ):
         reply = await pi.stream()
         *events, done = reply.events
-        assert (reply.status, reply.clean, "".join(event["token"] for event in events)) == (200, True, text)
+        assert (reply.status, reply.clean, "".join(event["token"] for event in events)) == (
+            200,
+            True,
+            text,
+        )
         assert {name: value for name, value in done.items() if name not in ("timestamp", "inference_time")} == {
             "done": True, "language": "python", "model": "qwen_0_5b", "mode": "complete", "finish_reason": "stop",
             "kept": {"characters": 3, "of": 3, "parts": ["all"]}, "prompt_tokens": 9, "total_tokens": tokens,
@@ -388,8 +586,15 @@ async def test_a_completion(api: str, script: Any, text: str, tokens: int, path:
         line, headers, body = backend.asked[-1]
         assert (line, json.loads(body)["model"]) == (f"POST {path} HTTP/1.1", "qwen_0_5b")
         assert (headers["authorization"], "x-api-key" in headers) == ("Bearer gpu-key", False)
-        (one,) = [model for model in (await pi.get("/v1/models")).json["models"] if model.get("loaded")]
-        assert (one["id"], one["available"], one["n_ctx"], one["backends"]) == ("qwen_0_5b", True, 2048, ["gpu"])
+        (one,) = [
+            model for model in (await pi.get("/v1/models")).json["models"] if model.get("loaded")
+        ]
+        assert (one["id"], one["available"], one["n_ctx"], one["backends"]) == (
+            "qwen_0_5b",
+            True,
+            2048,
+            ["gpu"],
+        )
         assert (await pi.get("/v1/activity")).json["models_loaded"] == ["qwen_0_5b"]
         asked = len(backend.asked)
         await pi.gateway.fleet.first.probe()
@@ -399,16 +604,48 @@ async def test_a_completion(api: str, script: Any, text: str, tokens: int, path:
 @pytest.mark.parametrize(
     ("script", "part", "counted"),
     [
-        ([answer(200, {"error": {"message": "boom"}})], "(its answer is not of the type that was asked for)", True),
-        ([CHUNKED, chunk(data({"error": {"message": "boom"}})), b"0\r\n\r\n"], "(it reported an error)", True),
-        ([CHUNKED, chunk(text_chunk("1")), chunk(data({"error": "boom"})), HANG], "(it reported an error)", True),
-        ([CHUNKED, chunk(END), b"0\r\n\r\n"], "VPS backend answered nothing; a lower n_ctx of it may help", False),
-        ([head(401, "Content-Encoding: gzip", "Content-Length: 2", kind="text/html") + b"\x1f\x8b"], "our key", False),
-        ([head(404, "Content-Length: 200000", kind="text/html") + b"x" * 200_000], "not have this model", False),
+        (
+            [answer(200, {"error": {"message": "boom"}})],
+            "(its answer is not of the type that was asked for)",
+            True,
+        ),
+        (
+            [CHUNKED, chunk(data({"error": {"message": "boom"}})), b"0\r\n\r\n"],
+            "(it reported an error)",
+            True,
+        ),
+        (
+            [CHUNKED, chunk(text_chunk("1")), chunk(data({"error": "boom"})), HANG],
+            "(it reported an error)",
+            True,
+        ),
+        (
+            [CHUNKED, chunk(END), b"0\r\n\r\n"],
+            "VPS backend answered nothing; a lower n_ctx of it may help",
+            False,
+        ),
+        (
+            [
+                head(401, "Content-Encoding: gzip", "Content-Length: 2", kind="text/html")
+                + b"\x1f\x8b"
+            ],
+            "our key",
+            False,
+        ),
+        (
+            [head(404, "Content-Length: 200000", kind="text/html") + b"x" * 200_000],
+            "not have this model",
+            False,
+        ),
     ],
 )
-async def test_a_fault_before_the_first_token_or_behind_it(script: Any, part: str, counted: bool) -> None:
-    async with Backend([script], models=LISTED) as backend, pi_for(engine(backend.port), probing=False) as pi:
+async def test_a_fault_before_the_first_token_or_behind_it(
+    script: Any, part: str, counted: bool
+) -> None:
+    async with (
+        Backend([script], models=LISTED) as backend,
+        pi_for(engine(backend.port), probing=False) as pi,
+    ):
         reply = await pi.complete()
         assert part in reply.json["message"]
         assert "boom" not in reply.json["message"]
@@ -416,11 +653,16 @@ async def test_a_fault_before_the_first_token_or_behind_it(script: Any, part: st
         assert pi.gateway.fleet.first.breaker.failures == int(counted)
 
 
-async def test_an_engine_at_work_is_probed_only_if_its_breaker_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_engine_at_work_is_probed_only_if_its_breaker_is_open(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Otherwise it would get no request until its running answers have ended."""
     monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 0.01)
     go = asyncio.Event()
-    async with Backend([[CHUNKED, go.wait, *VLLM[1:]]], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
+    async with (
+        Backend([[CHUNKED, go.wait, *VLLM[1:]]], models=LISTED) as backend,
+        pi_for(engine(backend.port)) as pi,
+    ):
         running, first = asyncio.create_task(pi.complete()), pi.gateway.fleet.first
         await until(lambda: backend.begun.is_set() and first.answering)
         asked, probes = len(backend.asked), pi.probes
@@ -445,7 +687,11 @@ async def test_what_follows_a_whole_text_is_not_waited_for(monkeypatch: pytest.M
     async with Backend(scripts, models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
         for _ in scripts[:-1]:
             reply = await pi.complete()
-            assert (reply.status, reply.json["completion"], reply.json["finish_reason"]) == (200, "1", "stop")
+            assert (reply.status, reply.json["completion"], reply.json["finish_reason"]) == (
+                200,
+                "1",
+                "stop",
+            )
         reply = await pi.complete(prompt="def add(a, b):\n")  # the natural end
         assert (reply.json["completion"], reply.json["finish_reason"]) == (BODY, "block")
         await until(lambda: not backend.running)
@@ -469,7 +715,9 @@ async def test_an_engine_that_makes_no_progress_for_too_long_has_failed(
         assert part in (await pi.complete()).json["message"]
 
 
-async def test_an_engine_that_thinks_or_is_silent_is_not_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_engine_that_thinks_or_is_silent_is_not_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Meanwhile its client gets comments, which keep the connection alive: before the head, which comes once the prompt
     has been read, between thoughts, and before the text."""
     monkeypatch.setattr(engines, "ALIVE_SECONDS", 0.02)
@@ -482,7 +730,9 @@ async def test_an_engine_that_thinks_or_is_silent_is_not_given_up(monkeypatch: p
         reader, writer = await pi.open("POST", "/v1/complete/stream", body)
         for gate in gates:
             await reader.readuntil(b"\n\n\r\n")  # a comment
-            monkeypatch.setattr(engines, "READING_SECONDS", 0.2)  # less than the thoughts take together
+            monkeypatch.setattr(
+                engines, "READING_SECONDS", 0.2
+            )  # less than the thoughts take together
             gate.set()
         assert b'"token": "x = 1' in await reader.read()
         writer.close()
@@ -499,9 +749,14 @@ async def test_an_engine_that_thinks_or_is_silent_is_not_given_up(monkeypatch: p
         ({"max_model_len": 2048}, "Your input exceeds the context window of this model.", 2048),
     ],
 )
-async def test_a_prompt_that_an_engine_finds_too_long_is_fitted_again(told: Any, message: str, n_ctx: int) -> None:
+async def test_a_prompt_that_an_engine_finds_too_long_is_fitted_again(
+    told: Any, message: str, n_ctx: int
+) -> None:
     """Once, although what a refusal says may be misread. A length in a known sentence counts until the next list."""
-    refused, prompt = answer(400, {"error": {"message": message, "code": "context_length_exceeded"}}), "x = 1\n" * 300
+    refused, prompt = (
+        answer(400, {"error": {"message": message, "code": "context_length_exceeded"}}),
+        "x = 1\n" * 300,
+    )
     async with (
         Backend([[refused], VLLM, [refused]], models=listing(**told)) as backend,
         Backend() as own,
@@ -518,17 +773,31 @@ async def test_a_prompt_that_an_engine_finds_too_long_is_fitted_again(told: Any,
 
 async def test_an_impossible_count_teaches_nothing() -> None:
     counted = text_chunk("1", "stop", usage={"prompt_tokens": 999_999, "completion_tokens": 1})
-    async with Backend([[CHUNKED, chunk(counted)]], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
+    async with (
+        Backend([[CHUNKED, chunk(counted)]], models=LISTED) as backend,
+        pi_for(engine(backend.port)) as pi,
+    ):
         assert (await pi.complete(prompt="x = 1\n" * 100)).json["prompt_tokens"] == 999_999
         assert pi.gateway.fleet.first.prompts.ratio.get("qwen_0_5b") == 3.0
 
 
 async def test_a_list_that_is_not_strict_and_an_engine_that_asks_for_patience() -> None:
     listed = b'{"object": "list", "object": "list", "score": NaN, "data": [{"id": "qwen_0_5b"}]}'
-    whole = head(200, f"Content-Length: {len(listed)}", "Content-Encoding: identity", kind="application/json") + listed
+    whole = (
+        head(
+            200,
+            f"Content-Length: {len(listed)}",
+            "Content-Encoding: identity",
+            kind="application/json",
+        )
+        + listed
+    )
     async with Backend([VLLM], models=whole) as backend, pi_for(engine(backend.port)) as pi:
         assert (await pi.complete()).status == 200
-        assert "that a backend has (qwen_0_5b), got" in (await pi.complete(model="qwen_7b")).json["message"]
+        assert (
+            "that a backend has (qwen_0_5b), got"
+            in (await pi.complete(model="qwen_7b")).json["message"]
+        )
         backend.models = answer(429, {})
         await pi.gateway.fleet.first.probe()
         assert pi.gateway.fleet.available
@@ -544,13 +813,20 @@ async def test_a_list_that_is_not_strict_and_an_engine_that_asks_for_patience() 
         ("llama.cpp", {}, {}, 512),
     ],
 )
-async def test_the_length_of_the_context(api: str, told: dict[str, Any], table: dict[str, Any], n_ctx: int) -> None:
+async def test_the_length_of_the_context(
+    api: str, told: dict[str, Any], table: dict[str, Any], n_ctx: int
+) -> None:
     props = answer(200, {"default_generation_settings": {"n_ctx": 512}})
-    async with Backend(models=listing(**told), props=props) as vps, pi_for(engine(vps.port, api, **table)) as pi:
+    async with (
+        Backend(models=listing(**told), props=props) as vps,
+        pi_for(engine(vps.port, api, **table)) as pi,
+    ):
         assert pi.gateway.fleet.n_ctx("qwen_0_5b") == n_ctx
 
 
-async def test_an_engine_that_does_not_list_its_models_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_engine_that_does_not_list_its_models_is_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Each probe asks for the list again."""
     monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 0.02)
     broken = answer(500, {"error": "Traceback"})
@@ -562,19 +838,27 @@ async def test_an_engine_that_does_not_list_its_models_is_away(monkeypatch: pyte
         assert (await pi.complete()).status == 200
 
 
-async def test_an_engine_with_none_of_our_models_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_engine_with_none_of_our_models_is_logged(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     listed = answer(200, {"data": [{"id": "org/Other"}, {"id": "one"}]})
     async with Backend(models=listed) as backend, pi_for(engine(backend.port)) as pi:
         reply = await pi.complete()
         assert (reply.status, reply.json["code"]) == (404, "MODEL_NOT_FOUND")
-        assert reply.json["message"] == f'expected a model that a backend has (none), got the string "{SHIPPED[-1].id}"'
+        assert (
+            reply.json["message"]
+            == f'expected a model that a backend has (none), got the string "{SHIPPED[-1].id}"'
+        )
         assert backend.completions == []
     assert "gpu: expected a model of models.toml, got one, org/Other" in caplog.text
 
 
 async def test_the_tokens_of_a_text_come_from_llama_server() -> None:
     script = [answer(200, {"tokens": [1, 2]})]
-    async with Backend([script], models=LISTED) as backend, pi_for(engine(backend.port, "llama.cpp")) as pi:
+    async with (
+        Backend([script], models=LISTED) as backend,
+        pi_for(engine(backend.port, "llama.cpp")) as pi,
+    ):
         reply = await pi.ask("POST", "/tokenize", {"content": "a b", "add_special": True})
         assert (reply.status, reply.json) == (200, {"tokens": [1, 2]})
         line, _, body = backend.asked[-1]
@@ -589,15 +873,27 @@ def test_the_marks_of_the_models_that_ship() -> None:
     marks = {model.id: (model.fim, model.fim_layout) for model in SHIPPED}
     assert marks["qwen_0_5b"] == marks["qwen_1_5b"] == marks["qwen_7b"] == (FIM, "spmv2")
     assert marks["codellama_7b"] == (("<PRE> ", " <SUF>", " <MID>"), "psm")
-    assert marks["mellum_4b"] == marks["mellum2_12b"] == (("<fim_prefix>", "<fim_suffix>", "<fim_middle>"), "spm")
-    assert marks["granite_3b"] == marks["granite_h_tiny"] == (FIM, "psm"), "with the text below first it fills no gaps"
+    assert (
+        marks["mellum_4b"]
+        == marks["mellum2_12b"]
+        == (("<fim_prefix>", "<fim_suffix>", "<fim_middle>"), "spm")
+    )
+    assert marks["granite_3b"] == marks["granite_h_tiny"] == (FIM, "psm"), (
+        "with the text below first it fills no gaps"
+    )
 
 
-@pytest.mark.parametrize(("layout", "written"), [("spmv2", "<pre>a<suf>b<mid>"), ("spm", "<suf>b<pre>a<mid>")])
-async def test_no_other_engine_gets_a_prompt_that_it_would_have_to_heal(layout: str, written: str) -> None:
+@pytest.mark.parametrize(
+    ("layout", "written"), [("spmv2", "<pre>a<suf>b<mid>"), ("spm", "<suf>b<pre>a<mid>")]
+)
+async def test_no_other_engine_gets_a_prompt_that_it_would_have_to_heal(
+    layout: str, written: str
+) -> None:
     async with Backend([VLLM], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
         fim = pi.gateway.fleet.first.fim
-        fim["qwen_0_5b"] = replace(fim["qwen_0_5b"], fim=("<pre>", "<suf>", "<mid>"), fim_layout=layout)
+        fim["qwen_0_5b"] = replace(
+            fim["qwen_0_5b"], fim=("<pre>", "<suf>", "<mid>"), fim_layout=layout
+        )
         await pi.complete(prompt="a", suffix="b", language="python")
         assert backend.completions[0]["prompt"] == written
 

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from cerebrum.pi.breaker import FAILURES_TO_OPEN, MAX_OPEN_SECONDS, OPEN_SECONDS, TRIAL_SECONDS, Breaker
+from cerebrum.pi.breaker import (
+    FAILURES_TO_OPEN,
+    MAX_OPEN_SECONDS,
+    OPEN_SECONDS,
+    TRIAL_SECONDS,
+    Breaker,
+)
 
 GONE = "it is gone"
 TWICE = ("failed", "failed", "succeeded") * 2
@@ -35,7 +41,9 @@ def test_the_third_failure_in_a_row_opens(outcomes: tuple[str, ...], failures: l
         more = {"failed": (now, GONE), "succeeded": (now,), "left": ()}[outcome]
         getattr(breaker.admit(now), outcome)(*more)
         seen.append((breaker.state, breaker.failures))
-    assert seen == [("open" if count == FAILURES_TO_OPEN else "closed", count) for count in failures]
+    assert seen == [
+        ("open" if count == FAILURES_TO_OPEN else "closed", count) for count in failures
+    ]
     assert breaker.message == (GONE if failures[-1] else "")
 
 
@@ -82,7 +90,12 @@ def test_a_token_of_the_only_trial_closes_it_and_forgets_the_pause():
     trial = breaker.admit(5.0)
     assert not breaker.admits
     trial.succeeded(5.5)
-    assert breaker.describe(5.5) == {"state": "closed", "failures": 0, "opens": 1, "retry_in_s": 0.0}
+    assert breaker.describe(5.5) == {
+        "state": "closed",
+        "failures": 0,
+        "opens": 1,
+        "retry_in_s": 0.0,
+    }
     trial.succeeded(5.7)  # the trial goes on as a request of the closed state
     trial.failed(6.0, GONE)
     assert (breaker.state, breaker.failures) == ("closed", 1)

@@ -42,7 +42,13 @@ A = chunk(token("a", 1))
 
 def completion(*pieces: Any, **more: Any) -> list[Any]:
     """A script of the VPS. A piece that is no string is a step of its own, such as an event's `wait`."""
-    told = {"model": "qwen_0_5b", "total_tokens": 2, "inference_time": 0.25, "finish_reason": "stop", **more}
+    told = {
+        "model": "qwen_0_5b",
+        "total_tokens": 2,
+        "inference_time": 0.25,
+        "finish_reason": "stop",
+        **more,
+    }
     steps = [chunk(token(one, 1)) if isinstance(one, str) else one for one in pieces]
     return [CHUNKED, *steps, chunk(event(done=True, **told)) + b"0\r\n\r\n"]
 
@@ -99,7 +105,9 @@ class Visit:
         await self.select(at, at)
 
     async def select(self, start: int, end: int) -> None:
-        await self.find("#editor").evaluate("(box, [start, end]) => box.setSelectionRange(start, end)", [start, end])
+        await self.find("#editor").evaluate(
+            "(box, [start, end]) => box.setSelectionRange(start, end)", [start, end]
+        )
 
     async def press(self, *keys: str, holds: str | None = None, mark: str = "") -> None:
         for key in keys:
@@ -141,7 +149,9 @@ class Visit:
         async with self.page.expect_download() as downloaded:
             await self.click("save")
         file = await downloaded.value
-        return str(file.suggested_filename), await asyncio.to_thread(Path(await file.path()).read_bytes)
+        return str(file.suggested_filename), await asyncio.to_thread(
+            Path(await file.path()).read_bytes
+        )
 
     async def drop(self, name: str, content: bytes) -> None:
         carried = await self.page.evaluate_handle(
@@ -197,7 +207,9 @@ async def visiting(
     async with contextlib.AsyncExitStack() as stack:
         backend = await stack.enter_async_context(Backend(scripts or [completion("a + b")]))
         pi = await stack.enter_async_context(pi_for(backend.port, **config))
-        opened = await browser.new_context(viewport={"width": size[0], "height": size[1]}, **context or {})
+        opened = await browser.new_context(
+            viewport={"width": size[0], "height": size[1]}, **context or {}
+        )
         stack.push_async_callback(opened.close)
         visit = Visit(await opened.new_page(), backend, pi)
         visit.watch()
@@ -241,7 +253,11 @@ def axe() -> str:
     npm, source = needs("npm"), CACHE / "node_modules/axe-core/axe.min.js"
     if not source.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
-        subprocess.run([npm, "install", "--silent", "--no-audit", "--no-fund", "axe-core@4"], cwd=CACHE, check=True)
+        subprocess.run(
+            [npm, "install", "--silent", "--no-audit", "--no-fund", "axe-core@4"],
+            cwd=CACHE,
+            check=True,
+        )
     return source.read_text()
 
 
@@ -262,7 +278,13 @@ async def test_a_completion_streams_in_is_marked_and_accepted(chrome: Any) -> No
         await visit.press("Control+Shift+z", holds=CODE + "a + b\n")
         await visit.press("Control+z", "Control+z", holds="")
         (sent,) = visit.backend.completions
-        assert sent == sent | {"mode": "complete", "prompt": CODE, "language": "python", "progress": True, **DEFAULTS}
+        assert sent == sent | {
+            "mode": "complete",
+            "prompt": CODE,
+            "language": "python",
+            "progress": True,
+            **DEFAULTS,
+        }
         assert "suffix" not in sent
 
 
@@ -270,7 +292,9 @@ async def test_esc_undoes_a_completion_and_a_newer_one_accepts_it(chrome: Any) -
     async with visiting(chrome) as visit:
         await visit.complete(CODE, "a + b")
         await visit.press("Escape", holds=CODE)
-        await visit.press("Control+y", holds=CODE + "a + b")  # a user who pressed Esc too late to stop loses nothing
+        await visit.press(
+            "Control+y", holds=CODE + "a + b"
+        )  # a user who pressed Esc too late to stop loses nothing
         await visit.press("Control+z", "Control+z", holds="")  # undoing has added no step
         await visit.complete(CODE, "a + b")
         await visit.press("Control+Enter", holds=CODE + "a + ba + b", mark="a + b")
@@ -278,7 +302,9 @@ async def test_esc_undoes_a_completion_and_a_newer_one_accepts_it(chrome: Any) -
         assert (third["prompt"], third["session"]) == (CODE + "a + b", second["session"])
 
 
-async def test_typing_accepts_and_esc_keeps_what_is_there_and_both_stop_the_rest(chrome: Any) -> None:
+async def test_typing_accepts_and_esc_keeps_what_is_there_and_both_stop_the_rest(
+    chrome: Any,
+) -> None:
     async with visiting(chrome, [CHUNKED, A, HANG]) as visit:
         await visit.ask(CODE, mark="a")
         assert not visit.backend.left.is_set()
@@ -323,7 +349,9 @@ async def test_a_user_who_scrolls_keeps_the_position(chrome: Any) -> None:
     async with visiting(chrome, script) as visit:
         editor = visit.find("#editor")
         await visit.ask("x = 1\n" * 100, mark="a\n" * 40)
-        assert await editor.evaluate("box => box.scrollHeight - box.clientHeight - box.scrollTop") < 48
+        assert (
+            await editor.evaluate("box => box.scrollHeight - box.clientHeight - box.scrollTop") < 48
+        )
         await editor.evaluate("box => { box.scrollTop = 100 }")
         more.set()
         await visit.see("#mark", "a\n" * 40 + "b\n" * 40)
@@ -331,11 +359,26 @@ async def test_a_user_who_scrolls_keeps_the_position(chrome: Any) -> None:
         await visit.select(7, 7)
         rest.set()
         await visit.ended()
-        assert await editor.evaluate("box => [box.scrollTop, box.selectionStart, box.selectionEnd]") == [100, 7, 7]
-        assert await visit.find("#mirror").get_attribute("style") == "transform: translate(0px, -100px);"
-        metrics = ["font", "padding", "borderWidth", "tabSize", "whiteSpace", "letterSpacing", "lineHeight"]
+        assert await editor.evaluate(
+            "box => [box.scrollTop, box.selectionStart, box.selectionEnd]"
+        ) == [100, 7, 7]
+        assert (
+            await visit.find("#mirror").get_attribute("style")
+            == "transform: translate(0px, -100px);"
+        )
+        metrics = [
+            "font",
+            "padding",
+            "borderWidth",
+            "tabSize",
+            "whiteSpace",
+            "letterSpacing",
+            "lineHeight",
+        ]
         read = "(it, names) => [...names.map(name => getComputedStyle(it)[name]), it.getBoundingClientRect().toJSON()]"
-        assert await editor.evaluate(read, metrics) == await visit.find(".mirror").evaluate(read, metrics)
+        assert await editor.evaluate(read, metrics) == await visit.find(".mirror").evaluate(
+            read, metrics
+        )
 
 
 # ---------------------------------------------------------------------------------------------- instructing
@@ -344,7 +387,15 @@ async def test_a_user_who_scrolls_keeps_the_position(chrome: Any) -> None:
 async def test_an_instruction_shows_its_diff_before_it_is_taken(chrome: Any) -> None:
     gate, before = asyncio.Event(), "".join(f"line {n}\n" for n in range(20))
     after = before.replace("line 9\n", "line nine\nmore\n")
-    diff = ["… 6 unchanged lines", "  line 6", "  line 7", "  line 8", "- line 9", "+ line nine", "+ more"]
+    diff = [
+        "… 6 unchanged lines",
+        "  line 6",
+        "  line 7",
+        "  line 8",
+        "- line 9",
+        "+ line nine",
+        "+ more",
+    ]
     diff += ["  line 10", "  line 11", "  line 12", "… 7 unchanged lines"]
     async with visiting(chrome, completion(after.removesuffix("\n"), gate.wait)) as visit:
         await visit.instruct(before, "say nine")
@@ -367,7 +418,9 @@ async def test_an_instruction_shows_its_diff_before_it_is_taken(chrome: Any) -> 
         assert sent["messages"][0]["content"] == f"say nine\n\n```python\n{before}```"
 
 
-async def test_an_instruction_for_a_selection_without_code_and_for_a_text_that_has_changed(chrome: Any) -> None:
+async def test_an_instruction_for_a_selection_without_code_and_for_a_text_that_has_changed(
+    chrome: Any,
+) -> None:
     async with visiting(chrome, completion("TWO"), completion("print(1)\n")) as visit:
         await visit.write("one\ntwo\nthree\n")
         await visit.select(4, 8)
@@ -394,14 +447,18 @@ async def test_an_answer_that_may_lack_a_part_is_not_taken_unwarned(chrome: Any)
     async with visiting(chrome, *answers, completion("y = 1"), [CHUNKED, A, HANG]) as visit:
         for words in wrong.values():
             await visit.instruct("x = 1\n", "use y")
-            await visit.see("#proposal-warning", f"The answer {words}: the end of the text may be missing.")
+            await visit.see(
+                "#proposal-warning", f"The answer {words}: the end of the text may be missing."
+            )
             await visit.offers("leave")
         await expect(visit.find("#take")).to_be_hidden()  # of the preempted one
         await visit.instruct("".join(f"value_{n} = {n}\n" for n in range(500)), "use y")
         words = re.compile(r"The model saw only \d+ of 7785 characters\. The answer may lack")
         await visit.see_part("#proposal-warning", words)
         await visit.offers("leave")
-        assert visit.backend.completions[3]["max_tokens"] == 2048  # a third of the characters and 64 would be more
+        assert (
+            visit.backend.completions[3]["max_tokens"] == 2048
+        )  # a third of the characters and 64 would be more
         await visit.instruct("x = 1\n", "use y")
         await visit.see("#diff", "a")
         await visit.press("Escape")
@@ -413,17 +470,25 @@ async def test_lines_are_compared(chrome: Any) -> None:
     """Both texts can be made from the rows."""
     chance = random.Random(7)
     texts = ["", "a", "a\n", "\n", "a\nb\nc", "b\nc\nd\n"]
-    texts += ["".join(chance.choice("ab\n") for _ in range(chance.randrange(30))) for _ in range(20)]
+    texts += [
+        "".join(chance.choice("ab\n") for _ in range(chance.randrange(30))) for _ in range(20)
+    ]
     async with visiting(chrome) as visit:
         pairs = [(one, other) for one in texts for other in texts]
-        answers = await visit.page.evaluate("pairs => pairs.map(([one, other]) => diffLines(one, other))", pairs)
+        answers = await visit.page.evaluate(
+            "pairs => pairs.map(([one, other]) => diffLines(one, other))", pairs
+        )
         for (one, other), rows in zip(pairs, answers, strict=True):
-            before, after = ([line for sign, line in rows if sign in signs] for signs in (" -", " +"))
+            before, after = (
+                [line for sign, line in rows if sign in signs] for signs in (" -", " +")
+            )
             assert (before, after) == (one.splitlines(True), other.splitlines(True))
         shortest = await visit.page.evaluate("diffLines('a\\nb\\nc\\nd', 'a\\nc\\nx\\nd')")
         assert [sign for sign, _ in shortest] == [" ", "-", " ", "+", " "]
         large = ["\n".join(f"{name}{n}" for n in range(3000)) for name in "xy"]
-        rows = await visit.page.evaluate("([one, other]) => diffLines(one, other)", large)  # too much to compare
+        rows = await visit.page.evaluate(
+            "([one, other]) => diffLines(one, other)", large
+        )  # too much to compare
         assert [sign for sign, _ in rows] == ["-"] * 3000 + ["+"] * 3000
 
 
@@ -443,7 +508,10 @@ async def test_the_vps_dies_in_mid_stream_and_then_the_pi(chrome: Any) -> None:
         await visit.holds(CODE + "a", mark="a")
         await visit.press("Tab", holds=CODE + "a")
         await visit.ask(CODE, mark="a")
-        for one in (*visit.pi.server._listeners, *(each.transport for each in visit.pi.server.connections.values())):
+        for one in (
+            *visit.pi.server._listeners,
+            *(each.transport for each in visit.pi.server.connections.values()),
+        ):
             one.close()
         words = "The connection broke before the end; what had come is still marked."
         await visit.see_part("#error", re.compile(words + " Request id: [0-9a-f-]{36}"))
@@ -456,7 +524,9 @@ async def test_the_vps_dies_in_mid_stream_and_then_the_pi(chrome: Any) -> None:
 
 async def test_a_stream_that_falls_silent(chrome: Any) -> None:
     """The Pi sends a comment from time to time. Without any, its connection is lost, whatever the network says."""
-    async with visiting(chrome, [CHUNKED, A, HANG], before=lambda visit: visit.page.clock.install()) as visit:
+    async with visiting(
+        chrome, [CHUNKED, A, HANG], before=lambda visit: visit.page.clock.install()
+    ) as visit:
         await visit.ask(CODE)
         await until(lambda: len(visit.backend.completions) == 1)
         await visit.page.clock.run_for(1000)
@@ -469,7 +539,9 @@ async def test_a_stream_that_falls_silent(chrome: Any) -> None:
         await visit.holds(CODE + "a", mark="a")
 
 
-async def test_a_tab_before_anything_has_come_indents_and_one_more_request_is_too_many(chrome: Any) -> None:
+async def test_a_tab_before_anything_has_come_indents_and_one_more_request_is_too_many(
+    chrome: Any,
+) -> None:
     async with visiting(chrome, [CHUNKED, HANG], max_concurrent=1) as visit:
         await visit.ask("if x:\n")
         await expect(visit.find("#stop")).to_be_enabled()
@@ -477,10 +549,14 @@ async def test_a_tab_before_anything_has_come_indents_and_one_more_request_is_to
         await visit.ended()
         await visit.backend.left.wait()
         visit.backend.begun.clear()
-        _, writer = await visit.pi.open("POST", "/v1/complete/stream", {"prompt": "x", "language": "python"})
+        _, writer = await visit.pi.open(
+            "POST", "/v1/complete/stream", {"prompt": "x", "language": "python"}
+        )
         await visit.backend.begun.wait()
         await visit.ask(CODE)
-        await visit.see_part("#error", "Busy: other completions are running already; try again in a moment. Request")
+        await visit.see_part(
+            "#error", "Busy: other completions are running already; try again in a moment. Request"
+        )
         await visit.holds(CODE)
         writer.transport.abort()
 
@@ -491,16 +567,32 @@ async def test_stages_and_the_time(chrome: Any) -> None:
     def stage(name: str, done: int, total: int) -> bytes:
         return chunk(event(progress={"stage": name, "done": done, "total": total}))
 
-    pieces = [stage("queued", 0, 1) + stage("loading", 40, 100), loading.wait, stage("prefill", 300, 900), reading.wait]
+    pieces = [
+        stage("queued", 0, 1) + stage("loading", 40, 100),
+        loading.wait,
+        stage("prefill", 300, 900),
+        reading.wait,
+    ]
     pieces += [stage("decode", 0, 512) + chunk(token("a", 12)), writing.wait]
-    told = {"total_tokens": 128, "inference_time": 18.2, "load_time": 9.1, "ttft": 4.0, "tokens_per_second": 12.1}
+    told = {
+        "total_tokens": 128,
+        "inference_time": 18.2,
+        "load_time": 9.1,
+        "ttft": 4.0,
+        "tokens_per_second": 12.1,
+    }
     told |= {"prompt_tokens": 900, "cached_tokens": 200}
     async with visiting(chrome, completion(*pieces, **told), completion("b")) as visit:
         await visit.ask(CODE)
-        words = {"Loading the model, 40 %": [40, 100], "Reading the prompt, 300 of 900 tokens": [300, 900]}
+        words = {
+            "Loading the model, 40 %": [40, 100],
+            "Reading the prompt, 300 of 900 tokens": [300, 900],
+        }
         for shown, gate in zip(words, (loading, reading), strict=True):
             await visit.see("#stage", shown)
-            assert await visit.find("progress").evaluate("bar => [bar.value, bar.max]") == words[shown]
+            assert (
+                await visit.find("progress").evaluate("bar => [bar.value, bar.max]") == words[shown]
+            )
             gate.set()
         await visit.see_part("#stage", "Writing, 12 tokens")
         writing.set()
@@ -546,11 +638,20 @@ async def test_a_key_is_asked_for_and_kept_in_this_tab(chrome: Any) -> None:
 
 async def test_hostile_texts_are_text(chrome: Any) -> None:
     hostile, spelled, name = HOSTILE + BIDI, HOSTILE + BIDI_SPELLED, HOSTILE.replace("/", "")
-    lies = {"vps_available": False, **dict.fromkeys(("vps_message", "requests_active", "breaker"), hostile)}
-    lies |= {"models_loaded": [hostile], "notes": [hostile], "load_avg": [hostile]}  # the Pi would not pass them on
+    lies = {
+        "vps_available": False,
+        **dict.fromkeys(("vps_message", "requests_active", "breaker"), hostile),
+    }
+    lies |= {
+        "models_loaded": [hostile],
+        "notes": [hostile],
+        "load_avg": [hostile],
+    }  # the Pi would not pass them on
     scripts = completion(hostile), completion(hostile), [error(500, "MODEL_LOAD_FAILED", hostile)]
     named = tuple(dataclasses.replace(model, name=hostile) for model in SHIPPED)
-    async with visiting(chrome, *scripts, before=lambda visit: visit.fake("activity", lies), models=named) as visit:
+    async with visiting(
+        chrome, *scripts, before=lambda visit: visit.fake("activity", lies), models=named
+    ) as visit:
         await visit.see("#health", f"{spelled}.")
         await visit.see("#notes", spelled)
         await expect(visit.find("#models td:first-child").first).to_have_text(spelled)
@@ -576,7 +677,9 @@ async def test_files_are_opened_by_dropping_and_by_button(chrome: Any, tmp_path:
         await visit.write("unsaved = 1\n")
         await visit.drop("main.RS", b"\xef\xbb\xbffn main() {\r\n    ")
         await visit.holds("fn main() {\n    ")
-        await visit.see("#outcome", "main.RS is open. Your text before it was not saved: Undo brings it back.")
+        await visit.see(
+            "#outcome", "main.RS is open. Your text before it was not saved: Undo brings it back."
+        )
         await visit.press("Control+Enter")
         await visit.see("#mark", "a + b")
         (sent,) = visit.backend.completions
@@ -595,7 +698,11 @@ async def test_files_are_opened_by_dropping_and_by_button(chrome: Any, tmp_path:
 
 async def test_a_saved_file_has_every_byte_that_was_not_changed(chrome: Any) -> None:
     async with visiting(chrome) as visit:
-        for content, text, saved in (  # a file, its text as it is changed (None: not at all), the file as it is saved
+        for (
+            content,
+            text,
+            saved,
+        ) in (  # a file, its text as it is changed (None: not at all), the file as it is saved
             (b"\xef\xbb\xbfa\r\nb\nc\r\n", None, b"\xef\xbb\xbfa\r\nb\nc\r\n"),
             (b"a\r\nb\nc\r\nd\re", "a\nB\nnew\nc\nd\ne\n", b"a\r\nB\nnew\nc\r\nd\re\r"),
             (b"a\r\nb", "new\na\nb\nc\n", b"new\r\na\r\nb\r\nc\r\n"),
@@ -618,12 +725,18 @@ async def test_files_that_cannot_be_opened(chrome: Any) -> None:
     async with visiting(chrome, before=lambda visit: visit.fake("models", told)) as visit:
         await visit.write("x = 1\n")
         large, other = "is larger than 700 KB", "is not a file of UTF-8 text"
-        for name, content, is_wrong in (("a", b"#" * (2 << 20), large), ("b", b"# \xe4", other), ("c", b"a\0b", other)):
+        for name, content, is_wrong in (
+            ("a", b"#" * (2 << 20), large),
+            ("b", b"# \xe4", other),
+            ("c", b"a\0b", other),
+        ):
             await visit.drop(name, content)
             await visit.see("#error", f"{name} {is_wrong}; it was not opened.")
             await visit.holds("x = 1\n")
         await visit.drop("a.java", b"class A {}")
-        await visit.see_part("#outcome", "a.java is java, which no model in models.toml serves; using python.")
+        await visit.see_part(
+            "#outcome", "a.java is java, which no model in models.toml serves; using python."
+        )
         await visit.drop("notes.txt", b"text")
         await visit.see_part("#outcome", "The file name shows no language; using python.")
 
@@ -642,8 +755,15 @@ async def test_settings_are_sent_and_remembered(chrome: Any) -> None:
         await visit.find("#temperature").fill("0")
         await visit.complete("func f() {\n", "a + b")
         (sent,) = visit.backend.completions
-        assert sent == sent | {"language": "go", "model": "qwen_1_5b", "max_tokens": 2048, "temperature": 0}
-        await visit.press("Tab", "Enter", "Tab", holds="func f() {\na + b\n\t")  # Go is indented by tabs
+        assert sent == sent | {
+            "language": "go",
+            "model": "qwen_1_5b",
+            "max_tokens": 2048,
+            "temperature": 0,
+        }
+        await visit.press(
+            "Tab", "Enter", "Tab", holds="func f() {\na + b\n\t"
+        )  # Go is indented by tabs
         assert "func" not in await visit.page.evaluate("Object.values(localStorage).join()")
         assert await shown() == ["go", "qwen_1_5b", "2048", "0"]
         gone = '{"language": "cobol", "model": "gpt", "tokens": "x", "temperature": null}'
@@ -667,7 +787,12 @@ async def test_a_browser_without_storage_and_a_number_that_is_being_typed(chrome
 
 async def test_tab_indents(chrome: Any) -> None:
     async with visiting(chrome) as visit:
-        for text, at, keys, expected in (  # a text, where the cursor is (None: at its end), the keys, the text then
+        for (
+            text,
+            at,
+            keys,
+            expected,
+        ) in (  # a text, where the cursor is (None: at its end), the keys, the text then
             ("ab", None, ["Tab"], "ab  "),
             ("if x:\n    a\n\nb\n", None, ["Control+a", "Tab"], "    if x:\n        a\n\n    b\n"),
             ("    a\n\n  b\n", None, ["Control+a", "Shift+Tab"], "a\n\nb\n"),
@@ -723,21 +848,37 @@ async def test_every_control_is_reached_by_tab(chrome: Any) -> None:
 async def check_looks(visit: Visit, size: tuple[int, int]) -> None:
     """Axe-core has no complaint, nothing is wider than the screen, and a phone's controls are large enough to touch."""
     found = await visit.page.evaluate("axe.run()")
-    assert [(rule["id"], [node["html"] for node in rule["nodes"]]) for rule in found["violations"]] == []
+    assert [
+        (rule["id"], [node["html"] for node in rule["nodes"]]) for rule in found["violations"]
+    ] == []
     assert await visit.page.evaluate("document.documentElement.scrollWidth") == size[0]
     if size == PHONE:
         controls = await visit.find("button, select, input:not(#key), textarea").all()
-        sizes = [(box["width"], box["height"]) for one in controls if (box := await one.bounding_box())]
+        sizes = [
+            (box["width"], box["height"]) for one in controls if (box := await one.bounding_box())
+        ]
         assert (len(sizes) >= 10, [small for small in sizes if min(small) < 44]) == (True, [])
 
 
 @pytest.mark.parametrize(("scheme", "size"), [("light", WIDE), ("dark", PHONE)])
-async def test_what_it_looks_like(chrome: Any, axe: str, scheme: str, size: tuple[int, int]) -> None:
+async def test_what_it_looks_like(
+    chrome: Any, axe: str, scheme: str, size: tuple[int, int]
+) -> None:
     scripts = completion("y = 1\n"), completion("x = 1", finish_reason="length"), [CHUNKED, A]
-    context = {"color_scheme": scheme, "bypass_csp": False, "has_touch": size == PHONE, "is_mobile": size == PHONE}
-    async with visiting(chrome, *scripts, wait=False, client_keys=(KEY,), size=size, context=context) as visit:
+    context = {
+        "color_scheme": scheme,
+        "bypass_csp": False,
+        "has_touch": size == PHONE,
+        "is_mobile": size == PHONE,
+    }
+    async with visiting(
+        chrome, *scripts, wait=False, client_keys=(KEY,), size=size, context=context
+    ) as visit:
         await visit.page.evaluate(axe)
-        dark = await visit.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(18, 22, 27)"
+        dark = (
+            await visit.page.evaluate("getComputedStyle(document.body).backgroundColor")
+            == "rgb(18, 22, 27)"
+        )
         assert dark == (scheme == "dark")
         await expect(visit.find("#key-form")).to_be_visible()
         await check_looks(visit, size)
@@ -776,7 +917,9 @@ async def test_the_state_of_the_pi_of_its_models_and_of_its_people(chrome: Any) 
         await visit.see("#clients tr:nth-child(3)", f"tom{unused}{unused}")
         assert await visit.find("#sure").is_hidden()
         taken = {"characters": 3, "confidence": 0.85}
-        assert (await visit.pi.ask("POST", "/v1/accepted", taken, **{"X-API-Key": KEY})).status == 200
+        assert (
+            await visit.pi.ask("POST", "/v1/accepted", taken, **{"X-API-Key": KEY})
+        ).status == 200
         await visit.see("#bands tr:nth-child(6)", "80 % to 100 %01")
         assert await visit.find("#sure").is_visible()
         await visit.backend.__aexit__()
@@ -786,13 +929,22 @@ async def test_the_state_of_the_pi_of_its_models_and_of_its_people(chrome: Any) 
         assert await visit.find("#plot path.failed").count() == 2  # a bar and its cross
 
 
-async def test_the_settings_for_an_editor_have_the_address_and_the_key(chrome: Any, caplog: Any) -> None:
-    async with visiting(chrome, wait=False, client_keys=(KEY, "odd'key"), context=CLIPBOARD) as visit:
-        settings = [text.replace("http://pi.local:7000", visit.url[:-1]) for text in settings_for_editors()]
+async def test_the_settings_for_an_editor_have_the_address_and_the_key(
+    chrome: Any, caplog: Any
+) -> None:
+    async with visiting(
+        chrome, wait=False, client_keys=(KEY, "odd'key"), context=CLIPBOARD
+    ) as visit:
+        settings = [
+            text.replace("http://pi.local:7000", visit.url[:-1]) for text in settings_for_editors()
+        ]
         editors = visit.find("#recipe-editor")
         await visit.find("#recipes summary").click()
         await visit.see_part("#recipe", "none")
-        for key, filled_in, note in (("odd'key", "KEY", "Put your key in place of KEY."), (KEY, KEY, "")):
+        for key, filled_in, note in (
+            ("odd'key", "KEY", "Put your key in place of KEY."),
+            (KEY, KEY, ""),
+        ):
             await visit.page.evaluate("sessionStorage.clear()")
             await visit.page.reload()
             await visit.enter_key(key)
@@ -805,7 +957,9 @@ async def test_the_settings_for_an_editor_have_the_address_and_the_key(chrome: A
             assert sorted(shown) == sorted(re.sub(r"\bKEY\b", filled_in, text) for text in settings)
             await visit.see("#recipe-note", note)
         await editors.select_option("Helix, language server")
-        await visit.see("#recipe-note", f"First fetch the language server: curl -O {visit.url}cerebrum_lsp.py")
+        await visit.see(
+            "#recipe-note", f"First fetch the language server: curl -O {visit.url}cerebrum_lsp.py"
+        )
         await visit.click("recipe-copy")
         await visit.see("#recipe-copied", "Copied.")
         copied = await visit.page.evaluate("navigator.clipboard.readText()")

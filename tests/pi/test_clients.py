@@ -23,7 +23,19 @@ import pytest
 from harness import FILES, KEY, PATIENCE, daemon
 from scripted import CHUNKED, Backend, chunk, script, token
 from test_peers import needs
-from test_plugins import COUNTED, LINE, PIECES, PREFIX, REQUESTS, SUFFIX, TEXT, WHOLE, Pi, completed, start_pi
+from test_plugins import (
+    COUNTED,
+    LINE,
+    PIECES,
+    PREFIX,
+    REQUESTS,
+    SUFFIX,
+    TEXT,
+    WHOLE,
+    Pi,
+    completed,
+    start_pi,
+)
 
 from cerebrum.pi import upstream
 
@@ -31,12 +43,20 @@ pytestmark = pytest.mark.clients
 
 CACHE = Path("~/.cache/cerebrum/clients").expanduser()  # node's packages
 INSTALL = "please run: ./run.sh setup clients"
-COUNTS = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10, "prompt_tokens_details": {"cached_tokens": 5}}
+COUNTS = {
+    "prompt_tokens": 7,
+    "completion_tokens": 3,
+    "total_tokens": 10,
+    "prompt_tokens_details": {"cached_tokens": 5},
+}
 CHAT = [
     {"role": "system", "content": "You help."},
     {"role": "user", "content": "Add."},
     {"role": "assistant", "content": "a + b"},
-    {"role": "user", "content": [{"type": "text", "text": "And"}, {"type": "text", "text": "subtract."}]},
+    {
+        "role": "user",
+        "content": [{"type": "text", "text": "And"}, {"type": "text", "text": "subtract."}],
+    },
 ]
 CHAT_SENT = [*CHAT[:3], {"role": "user", "content": "And\nsubtract."}]
 
@@ -59,9 +79,13 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pi]:
     (folder / "models" / file.name).symlink_to(file)
     easy = {"CEREBRUM_MAX_CPU_PERCENT": "100", "CEREBRUM_MIN_FREE_MB": "0", "CEREBRUM_THREADS": "1"}
     with ExitStack() as stack:
-        vps = stack.enter_context(daemon("vpsd", folder / "vpsd", CEREBRUM_MODELS_DIR=str(folder / "models"), **easy))
+        vps = stack.enter_context(
+            daemon("vpsd", folder / "vpsd", CEREBRUM_MODELS_DIR=str(folder / "models"), **easy)
+        )
         url = f"http://127.0.0.1:{vps.port}"
-        pi = stack.enter_context(daemon("cm4d", folder / "cm4d", CEREBRUM_CM4_API_KEY="", CEREBRUM_VPS_URL=url))
+        pi = stack.enter_context(
+            daemon("cm4d", folder / "cm4d", CEREBRUM_CM4_API_KEY="", CEREBRUM_VPS_URL=url)
+        )
         yield Pi(f"http://127.0.0.1:{pi.port}", Backend())
         assert pi.complaints() == ""
 
@@ -89,15 +113,26 @@ def client(openai: Any, pi: Pi) -> Any:
 
 
 def test_openai_completes(client: Any, pi: Pi) -> None:
-    raw = client.completions.with_raw_response.create(model="", prompt=PREFIX, max_tokens=16, stop="\n\n\n")
+    raw = client.completions.with_raw_response.create(
+        model="", prompt=PREFIX, max_tokens=16, stop="\n\n\n"
+    )
     assert raw.text == json.dumps(json.loads(raw.text), separators=(",", ":"))
     whole = raw.parse().to_dict()
     assert abs(whole.pop("created") - time.time()) < PATIENCE
-    about = {"id": "cmpl-" + raw.headers["X-Request-ID"], "object": "text_completion", "model": "qwen_0_5b"}
+    about = {
+        "id": "cmpl-" + raw.headers["X-Request-ID"],
+        "object": "text_completion",
+        "model": "qwen_0_5b",
+    }
     choice = {"index": 0, "text": TEXT, "logprobs": None, "finish_reason": "stop"}
     assert whole == about | {"choices": [choice], "usage": COUNTS}
     (sent,) = pi.backend.completions
-    assert sent == sent | {"mode": "complete", "prompt": PREFIX, "max_tokens": 16, "stop": ["\n\n\n"]}
+    assert sent == sent | {
+        "mode": "complete",
+        "prompt": PREFIX,
+        "max_tokens": 16,
+        "stop": ["\n\n\n"],
+    }
 
 
 def test_openai_streams_a_completion(client: Any, pi: Pi) -> None:
@@ -113,19 +148,25 @@ def test_openai_streams_a_completion(client: Any, pi: Pi) -> None:
     assert len({(chunk.id, chunk.created, chunk.model, chunk.object) for chunk in chunks}) == 1
     counts = chunks.pop()
     assert (counts.choices, counts.usage.to_dict()) == ([], COUNTS)
-    texts = [(chunk.choices[0].text, chunk.choices[0].finish_reason, chunk.usage) for chunk in chunks]
+    texts = [
+        (chunk.choices[0].text, chunk.choices[0].finish_reason, chunk.usage) for chunk in chunks
+    ]
     assert texts == [*((piece, None, None) for piece in PIECES), ("", "length", None)]
 
 
 def test_openai_chats(client: Any, pi: Pi) -> None:
-    whole = client.chat.completions.create(model="", messages=CHAT, max_completion_tokens=50).to_dict()
+    whole = client.chat.completions.create(
+        model="", messages=CHAT, max_completion_tokens=50
+    ).to_dict()
     message = {"role": "assistant", "content": TEXT}
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
     assert whole == whole | {"object": "chat.completion", "choices": [choice], "usage": COUNTS}
     (sent,) = pi.backend.completions
     assert (sent["messages"], sent["max_tokens"], sent["stop_at"]) == (CHAT_SENT, 50, "none")
     stream = client.chat.completions.create(model="", messages=CHAT, stream=True)
-    deltas = [(chunk.choices[0].delta.to_dict(), chunk.choices[0].finish_reason) for chunk in stream]
+    deltas = [
+        (chunk.choices[0].delta.to_dict(), chunk.choices[0].finish_reason) for chunk in stream
+    ]
     texts = [({"content": piece}, None) for piece in PIECES]
     assert deltas == [({"role": "assistant", "content": ""}, None), *texts, ({}, "stop")]
 
@@ -134,7 +175,9 @@ def test_openai_chats(client: Any, pi: Pi) -> None:
 def test_openai_takes_any_base_url(openai: Any, pi: Pi, ending: str) -> None:
     client = client_of(openai, pi.url + ending)
     assert client.completions.create(model="", prompt=PREFIX).choices[0].text == TEXT
-    assert client.chat.completions.create(model="", messages=CHAT).choices[0].message.content == TEXT
+    assert (
+        client.chat.completions.create(model="", messages=CHAT).choices[0].message.content == TEXT
+    )
     assert [model.id for model in client.models.list()] == ["qwen_0_5b"]
 
 
@@ -142,10 +185,16 @@ IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}
 
 
 def test_openai_raises_the_errors_of_a_bad_request(openai: Any, client: Any, pi: Pi) -> None:
-    with pytest.raises(openai.BadRequestError, match=r"messages\[0\].content\[0\].type: ") as caught:
+    with pytest.raises(
+        openai.BadRequestError, match=r"messages\[0\].content\[0\].type: "
+    ) as caught:
         client.chat.completions.create(model="", messages=[{"role": "user", "content": [IMAGE]}])
     error = caught.value
-    assert (error.status_code, error.code, error.type) == (400, "INVALID_REQUEST", "invalid_request_error")
+    assert (error.status_code, error.code, error.type) == (
+        400,
+        "INVALID_REQUEST",
+        "invalid_request_error",
+    )
     with pytest.raises(openai.NotFoundError) as missed:
         client.models.retrieve("gpt-4")
     assert (missed.value.code, missed.value.type) == ("MODEL_NOT_FOUND", "not_found_error")
@@ -181,9 +230,14 @@ def test_openai_raises_api_error_in_a_stream(openai: Any, client: Any, pi: Pi) -
     pi.backend.scripts = [[CHUNKED, chunk(token("a", 1))]]  # then the VPS closes the connection
     texts = []
     with pytest.raises(openai.APIError) as caught:
-        texts += [chunk.choices[0].text for chunk in client.completions.create(model="", prompt=PREFIX, stream=True)]
+        texts += [
+            chunk.choices[0].text
+            for chunk in client.completions.create(model="", prompt=PREFIX, stream=True)
+        ]
     assert caught.value.code == "VPS_UNAVAILABLE"
-    assert caught.value.message == "VPS backend is unavailable (it ended in the middle of its answer)"
+    assert (
+        caught.value.message == "VPS backend is unavailable (it ended in the middle of its answer)"
+    )
 
 
 def test_llm(pi: Pi, tmp_path: Path) -> None:
@@ -192,10 +246,21 @@ def test_llm(pi: Pi, tmp_path: Path) -> None:
     models = [{"model_id": "pi", "model_name": "qwen_0_5b", "api_base": pi.url + "/v1"}]
     models.append({**models[0], "model_id": "code", "completion": True})
     (tmp_path / "extra-openai-models.yaml").write_text(json.dumps(models))  # YAML includes JSON
-    home = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "LLM_USER_PATH": str(tmp_path), "NO_PROXY": "*"}
-    for options in (["-m", "pi", "-s", "You help.", "Add."], ["-c", "And subtract."], ["-m", "code", PREFIX]):
+    home = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(tmp_path),
+        "LLM_USER_PATH": str(tmp_path),
+        "NO_PROXY": "*",
+    }
+    for options in (
+        ["-m", "pi", "-s", "You help.", "Add."],
+        ["-c", "And subtract."],
+        ["-m", "code", PREFIX],
+    ):
         command = [sys.executable, "-m", "llm", *options]
-        done = subprocess.run(command, env=home, cwd=tmp_path, input="", capture_output=True, text=True)
+        done = subprocess.run(
+            command, env=home, cwd=tmp_path, input="", capture_output=True, text=True
+        )
         assert (done.returncode, done.stderr, done.stdout) == (0, "", TEXT + "\n")
     said, more = {"role": "user", "content": "Add."}, {"role": "user", "content": "And subtract."}
     first, second, third = pi.backend.completions
@@ -229,35 +294,61 @@ def test_node_openai(pi: Pi) -> None:
     node, npm = needs("node"), needs("npm")
     if not (CACHE / "node_modules/openai").exists():
         CACHE.mkdir(parents=True, exist_ok=True)
-        subprocess.run([npm, "install", "--silent", "--no-audit", "--no-fund", "openai@6"], cwd=CACHE, check=True)
+        subprocess.run(
+            [npm, "install", "--silent", "--no-audit", "--no-fund", "openai@6"],
+            cwd=CACHE,
+            check=True,
+        )
     command = [node, "--input-type=module", "-", pi.url, PREFIX, SUFFIX]
-    done = subprocess.run(command, cwd=CACHE, input=NODE, capture_output=True, text=True)  # CACHE has its packages
+    done = subprocess.run(
+        command, cwd=CACHE, input=NODE, capture_output=True, text=True
+    )  # CACHE has its packages
     assert (done.returncode, done.stderr) == (0, "")
     said = json.loads(done.stdout)
-    assert (said["text"], said["pieces"], said["streamed"]) == ([TEXT, COUNTS], [*PIECES, ""], [TEXT, 10])
+    assert (said["text"], said["pieces"], said["streamed"]) == (
+        [TEXT, COUNTS],
+        [*PIECES, ""],
+        [TEXT, 10],
+    )
     assert said["chat"] == {"role": "assistant", "content": TEXT}
     assert said["error"] == ["NotFoundError", 404, "MODEL_NOT_FOUND", "not_found_error"]
 
 
 def curl(*options: str) -> str:
-    done = subprocess.run([needs("curl"), "-sS", "--noproxy", "*", *options], capture_output=True, timeout=PATIENCE)
+    done = subprocess.run(
+        [needs("curl"), "-sS", "--noproxy", "*", *options], capture_output=True, timeout=PATIENCE
+    )
     assert (done.returncode, done.stderr) == (0, b"")
     return done.stdout.decode()
 
 
 # The default Content-Type is application/x-www-form-urlencoded; -0 is HTTP/1.0.
-OPTIONS = [[], ["-H", "Content-Type:"], ["-0"], ["-H", "Transfer-Encoding: chunked"], ["-H", "Authorization: Bearer x"]]
+OPTIONS = [
+    [],
+    ["-H", "Content-Type:"],
+    ["-0"],
+    ["-H", "Transfer-Encoding: chunked"],
+    ["-H", "Authorization: Bearer x"],
+]
 
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_curl(pi: Pi, options: list[str]) -> None:
     body = {"prompt": PREFIX + LINE, "suffix": SUFFIX}
     for path in ("/v1/completions", "/completions", "/v1/completions/"):
-        assert json.loads(curl(*options, "-d", json.dumps(body), pi.url + path))["choices"][0]["text"] == TEXT
-    streamed = curl("-N", *options, "-d", json.dumps(body | {"stream": True}), pi.url + "/v1/completions")
+        assert (
+            json.loads(curl(*options, "-d", json.dumps(body), pi.url + path))["choices"][0]["text"]
+            == TEXT
+        )
+    streamed = curl(
+        "-N", *options, "-d", json.dumps(body | {"stream": True}), pi.url + "/v1/completions"
+    )
     *events, done, nothing = streamed.split("\n\n")
     assert (done, nothing) == ("data: [DONE]", "")
-    assert [json.loads(event.removeprefix("data: "))["choices"][0]["text"] for event in events] == [*PIECES, ""]
+    assert [json.loads(event.removeprefix("data: "))["choices"][0]["text"] for event in events] == [
+        *PIECES,
+        "",
+    ]
 
 
 @pytest.mark.parametrize("name", REQUESTS)

@@ -13,7 +13,21 @@ from typing import Any
 
 import pytest
 from harness import KEY, PATIENCE, ROOT, SHIPPED, Client, Reply, daemon, run_to_the_end, until
-from scripted import CHUNKED, DONE, GOOD, HANG, Backend, Flood, answer, chunk, error, event, head, pi_for, token
+from scripted import (
+    CHUNKED,
+    DONE,
+    GOOD,
+    HANG,
+    Backend,
+    Flood,
+    answer,
+    chunk,
+    error,
+    event,
+    head,
+    pi_for,
+    token,
+)
 
 from cerebrum.pi import fleet as pi_fleet
 from cerebrum.pi.upstream import BackendConfig, Endpoint, refusal
@@ -33,9 +47,16 @@ PATHS = ("/v1/complete", "/v1/complete/stream")
 def test_defaults():
     config = load_config(Environment({}))
     assert (config.host, config.port) == ("0.0.0.0", 7000)
-    assert (config.client_keys, config.log_level, config.log_file, config.log_prompts) == ((), "INFO", "", False)
+    assert (config.client_keys, config.log_level, config.log_file, config.log_prompts) == (
+        (),
+        "INFO",
+        "",
+        False,
+    )
     endpoint = Endpoint("127.0.0.1", 9000, "127.0.0.1:9000", "", False)
-    assert config.backends == (BackendConfig("vps", endpoint, "cerebrum", "", "CEREBRUM_API_KEY", max_concurrent=2),)
+    assert config.backends == (
+        BackendConfig("vps", endpoint, "cerebrum", "", "CEREBRUM_API_KEY", max_concurrent=2),
+    )
     assert config.models == SHIPPED
     (backend,) = load_config(Environment({"CEREBRUM_VPS_URL": "http://[fd7a::1]:9000"})).backends
     assert backend.endpoint == Endpoint("fd7a::1", 9000, "[fd7a::1]:9000", "", False)
@@ -68,11 +89,18 @@ SECRET = "gsk_Ab12345678"  # of a form that a variable, a host or a path could h
 LINE = f"http://100.64.0.1:9000 {SECRET}"  # as `cerebrum-backend setup` prints it
 TABLE = '[[backends]]\nid = "a"\nurl = "http://a"\n'
 PASTED: list[tuple[dict[str, str], str]] = [  # variables, and the backends of models.toml
-    *(({f"CEREBRUM_{name}": LINE}, "") for name in ("VPS_URL", "CM4_HOST", "API_KEY", "CM4_KEYS_FILE")),
+    *(
+        ({f"CEREBRUM_{name}": LINE}, "")
+        for name in ("VPS_URL", "CM4_HOST", "API_KEY", "CM4_KEYS_FILE")
+    ),
     *(({"CEREBRUM_CM4_KEYS_FILE": text}, "") for text in (SECRET, SECRET * 99, f"/{SECRET}")),
     ({"CEREBRUM_VPS_URL": f"http://user:{SECRET}@vps"}, ""),
     ({"CEREBRUM_VPS_URL": SECRET}, ""),
-    *(({}, TABLE.replace(old, new)) for old in ("http://a", '"a"') for new in (LINE, f'"{SECRET} "', f'["{SECRET}"]')),
+    *(
+        ({}, TABLE.replace(old, new))
+        for old in ("http://a", '"a"')
+        for new in (LINE, f'"{SECRET} "', f'["{SECRET}"]')
+    ),
     *(({}, TABLE + f'{name} = "{SECRET}"') for name in ("api", "n_ctx", "infill", "key")),
     *(({}, TABLE + f'key_env = "{text}"') for text in (f"{SECRET}-", f"{SECRET} ")),
     *(({}, f"backends = {text}") for text in (f'"{SECRET}"', f'["{SECRET}"]')),
@@ -80,20 +108,28 @@ PASTED: list[tuple[dict[str, str], str]] = [  # variables, and the backends of m
 
 
 @pytest.mark.parametrize(("variables", "backends"), PASTED)
-def test_no_text_is_shown_that_may_be_a_key(variables: dict[str, str], backends: str, tmp_path: Path):
+def test_no_text_is_shown_that_may_be_a_key(
+    variables: dict[str, str], backends: str, tmp_path: Path
+):
     (tmp_path / "models.toml").write_text(backends + "\n" + (ROOT / "models.toml").read_text())
     with pytest.raises(ConfigError) as caught:
-        load_config(Environment({"CEREBRUM_MODELS_FILE": str(tmp_path / "models.toml"), **variables}))
+        load_config(
+            Environment({"CEREBRUM_MODELS_FILE": str(tmp_path / "models.toml"), **variables})
+        )
     assert SECRET not in str(caught.value)
 
 
 def test_a_key_in_key_env_is_not_shown(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     """Nor in the answer to a client, if the backend refuses it."""
-    (tmp_path / "models.toml").write_text(f'{TABLE}key_env = "{SECRET}"\n' + (ROOT / "models.toml").read_text())
+    (tmp_path / "models.toml").write_text(
+        f'{TABLE}key_env = "{SECRET}"\n' + (ROOT / "models.toml").read_text()
+    )
     config = load_config(Environment({"CEREBRUM_MODELS_FILE": str(tmp_path / "models.toml")}))
     warn_of(config)
     refused = refusal(401, b"{}", replace(config.backends[0], api="openai")).message
-    assert caplog.messages == ["a: the variable of key_env is not set: it will refuse every completion"]
+    assert caplog.messages == [
+        "a: the variable of key_env is not set: it will refuse every completion"
+    ]
     assert refused.endswith("the right one in the variable of key_env")
 
 
@@ -122,7 +158,9 @@ def test_a_bad_field_is_named(field: str, good: list[Any], bad: list[Any]):
     for value in good:
         assert read_completion(GOOD_FIELDS | {field: value}, SHIPPED)[field] in (value, [value])
     for value in bad:
-        body = {name: one for name, one in (GOOD_FIELDS | {field: value}).items() if one is not None}
+        body = {
+            name: one for name, one in (GOOD_FIELDS | {field: value}).items() if one is not None
+        }
         with pytest.raises(HttpError, match=f"^{field}: expected ") as caught:
             read_completion(body, SHIPPED)
         assert (caught.value.status, caught.value.code) == (400, "INVALID_REQUEST")
@@ -135,7 +173,10 @@ async def test_a_refusal_has_the_form_of_the_text_and_reaches_no_vps():
             message = "max_tokens: expected an integer from 1 to 2048, got the number 0"
             assert TIMESTAMP.fullmatch(reply.json["timestamp"])
             told = {"error": True, "message": message, "code": "INVALID_REQUEST"}
-            assert (reply.status, reply.json) == (400, told | {"timestamp": reply.json["timestamp"]})
+            assert (reply.status, reply.json) == (
+                400,
+                told | {"timestamp": reply.json["timestamp"]},
+            )
         assert backend.completions == []
 
 
@@ -145,15 +186,30 @@ async def test_defaults_of_a_completion_and_what_reaches_the_vps():
         more = {"stop": "END", "seed": 7, "top_p": 0.5, "stop_at": "none", "max_tokens": 9}
         await pi.complete(**more, temperature=0, language="rust", session="s" * 200)
         first, second = backend.completions
-        defaults = {"mode": "complete", "max_tokens": 512, "temperature": 0.4, "stop_at": "auto", "progress": False}
+        defaults = {
+            "mode": "complete",
+            "max_tokens": 512,
+            "temperature": 0.4,
+            "stop_at": "auto",
+            "progress": False,
+        }
         assert first == GOOD_FIELDS | defaults | {"model": "qwen_0_5b", "heal": True}
-        expected = more | {"stop": ["END"], "temperature": 0.0, "language": "rust", "model": "qwen_0_5b"}
+        expected = more | {
+            "stop": ["END"],
+            "temperature": 0.0,
+            "language": "rust",
+            "model": "qwen_0_5b",
+        }
         assert {name: second[name] for name in expected} == expected
         assert re.fullmatch("[0-9a-f]{64}", second["session"])
 
 
-@pytest.mark.parametrize(("more", "mode"), [({"suffix": "}\n"}, "infill"), ({"instruction": "Write it"}, "instruct")])
-def test_an_empty_prompt_is_allowed_beside_a_suffix_or_an_instruction(more: dict[str, str], mode: str):
+@pytest.mark.parametrize(
+    ("more", "mode"), [({"suffix": "}\n"}, "infill"), ({"instruction": "Write it"}, "instruct")]
+)
+def test_an_empty_prompt_is_allowed_beside_a_suffix_or_an_instruction(
+    more: dict[str, str], mode: str
+):
     assert read_completion({"prompt": "", "language": "go", **more}, SHIPPED)["mode"] == mode
 
 
@@ -161,16 +217,29 @@ def test_an_empty_prompt_is_allowed_beside_a_suffix_or_an_instruction(more: dict
 
 
 async def test_complete_has_the_fields_of_the_text_and_the_vps():
-    silent = [CHUNKED, chunk(token("h\u00e9\U0001f600", 1)), chunk(b'data: {"done": true}\n\n'), b"0\r\n\r\n"]
+    silent = [
+        CHUNKED,
+        chunk(token("h\u00e9\U0001f600", 1)),
+        chunk(b'data: {"done": true}\n\n'),
+        b"0\r\n\r\n",
+    ]
     told = [*GOOD[:3], chunk(DONE.replace(b"0.25", b"1.23456")), GOOD[4]]
     async with Backend([told, silent]) as backend, pi_for(backend.port) as pi:
         reply = await pi.complete()
         assert (reply.status, reply.one("Content-Type")) == (200, "application/json")
         assert TIMESTAMP.fullmatch(reply.json["timestamp"])
-        result = {"completion": "ab", "language": "python", "model": "qwen_0_5b", "total_tokens": 2, "mode": "complete"}
+        result = {
+            "completion": "ab",
+            "language": "python",
+            "model": "qwen_0_5b",
+            "total_tokens": 2,
+            "mode": "complete",
+        }
         result |= {"inference_time": 1.235, "finish_reason": "stop", "prompt_tokens": 5}
         assert {name: reply.json[name] for name in result} == result
-        second = (await pi.complete(prompt="# \u00fc\n")).json  # measured where the VPS says nothing
+        second = (
+            await pi.complete(prompt="# \u00fc\n")
+        ).json  # measured where the VPS says nothing
         assert (second["completion"], second["total_tokens"]) == ("h\u00e9\U0001f600", 1)
         assert 0 <= second["inference_time"] == round(second["inference_time"], 3) < 60
         assert backend.completions[1]["prompt"] == "# \u00fc\n"
@@ -180,9 +249,15 @@ async def test_health_and_stats_and_models_while_the_vps_is_up():
     async with Backend() as backend, pi_for(backend.port) as pi:
         await pi.stream()
         asked = len(backend.asked)
-        health, stats, models = [await pi.get(path) for path in ("/health", "/v1/stats", "/v1/models")]
+        health, stats, models = [
+            await pi.get(path) for path in ("/health", "/v1/stats", "/v1/models")
+        ]
         assert len(backend.asked) == asked, "the VPS is asked per call"
-        assert (health.status, health.json["status"], health.json["vps_available"]) == (200, "healthy", True)
+        assert (health.status, health.json["status"], health.json["vps_available"]) == (
+            200,
+            "healthy",
+            True,
+        )
         assert health.json.keys() == {"status", "timestamp", "vps_available", "uptime", "backends"}
         assert health.json["backends"] == [{"id": "vps", "available": True, "message": ""}]
         assert stats.json.keys() == {
@@ -193,8 +268,19 @@ async def test_health_and_stats_and_models_while_the_vps_is_up():
         (told,) = stats.json["backends"]
         assert told.pop("breaker") == stats.json["breaker"]
         assert told.pop("response_time_ms") == stats.json["vps_response_time_ms"] > 0
-        counts = {"requests_total": 1, "requests_active": 0, "requests_failed": 0, "tokens_total": 2}
-        about = {"id": "vps", "api": "cerebrum", "available": True, "message": "", "max_concurrent": 2}
+        counts = {
+            "requests_total": 1,
+            "requests_active": 0,
+            "requests_failed": 0,
+            "tokens_total": 2,
+        }
+        about = {
+            "id": "vps",
+            "api": "cerebrum",
+            "available": True,
+            "message": "",
+            "max_concurrent": 2,
+        }
         assert told == {**about, **counts, "models": ["qwen_0_5b"], "models_loaded": []}
         assert (stats.json["requests_total"], stats.json["requests_active"]) == (1, 0)
         assert 5 < stats.json["memory_mb"] < 500
@@ -207,7 +293,9 @@ async def test_health_and_stats_and_models_while_the_vps_is_up():
             "quantization": "Q4",
         }
         assert {**about, "available": False, "backends": []} in models.json["models"]
-        available = {model["id"]: model["backends"] for model in models.json["models"] if model["available"]}
+        available = {
+            model["id"]: model["backends"] for model in models.json["models"] if model["available"]
+        }
         assert available == {"qwen_0_5b": ["vps"]}
 
 
@@ -215,9 +303,16 @@ async def test_keys_that_do_not_match_are_not_healthy(monkeypatch: pytest.Monkey
     monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 0.05)
     unauthorized = error(401, "UNAUTHORIZED", "expected the API key")
     words = "VPS backend refuses our key: CEREBRUM_API_KEY of the Pi and CEREBRUM_API_KEY of the VPS do not match"
-    async with Backend([[unauthorized], GOOD], models=unauthorized) as backend, pi_for(backend.port) as pi:
+    async with (
+        Backend([[unauthorized], GOOD], models=unauthorized) as backend,
+        pi_for(backend.port) as pi,
+    ):
         for reply in (health := await pi.get("/health"), await pi.complete()):
-            assert (reply.status, reply.json["code"], reply.json["message"]) == (503, "VPS_UNAVAILABLE", words)
+            assert (reply.status, reply.json["code"], reply.json["message"]) == (
+                503,
+                "VPS_UNAVAILABLE",
+                words,
+            )
         assert health.json["status"] == "unhealthy"
         assert pi.gateway.fleet.first.breaker.failures == 0
         backend.models = present("qwen_0_5b")
@@ -225,15 +320,22 @@ async def test_keys_that_do_not_match_are_not_healthy(monkeypatch: pytest.Monkey
         assert (await pi.complete()).status == 200
 
 
-@pytest.mark.parametrize("health", [answer(500, {}), answer(200, [1]), head(302, "Location: /x"), b"nonsense"])
+@pytest.mark.parametrize(
+    "health", [answer(500, {}), answer(200, [1]), head(302, "Location: /x"), b"nonsense"]
+)
 async def test_a_bad_health_is_no_health(health: bytes):
     async with Backend(health=health) as backend, pi_for(backend.port) as pi:
         assert (await pi.get("/health")).status == 503
 
 
-@pytest.mark.parametrize(("told", "loaded"), [(["a", 1, None, "b"], ["a", "b"]), ("no", []), (None, [])])
+@pytest.mark.parametrize(
+    ("told", "loaded"), [(["a", 1, None, "b"], ["a", "b"]), ("no", []), (None, [])]
+)
 async def test_a_health_that_lies_about_the_models_in_memory(told: Any, loaded: list[str]):
-    async with Backend(health=answer(200, {"models_loaded": told})) as backend, pi_for(backend.port) as pi:
+    async with (
+        Backend(health=answer(200, {"models_loaded": told})) as backend,
+        pi_for(backend.port) as pi,
+    ):
         assert pi.gateway.fleet.first.models_loaded == loaded
 
 
@@ -249,7 +351,11 @@ async def test_every_answer_has_the_request_id_and_the_vps_gets_it():
 
 
 TOKEN_A = chunk(token("a", 1))
-HANGS = {"before its head": [HANG], "after its head": [CHUNKED, HANG], "after a token": [CHUNKED, TOKEN_A, HANG]}
+HANGS = {
+    "before its head": [HANG],
+    "after its head": [CHUNKED, HANG],
+    "after a token": [CHUNKED, TOKEN_A, HANG],
+}
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -260,7 +366,9 @@ async def test_a_client_that_leaves_frees_its_place_and_the_vps(path: str, hang:
         await backend.begun.wait()
         assert pi.gateway.dispatcher.active == 1
         writer.transport.abort()
-        await until(lambda: backend.left.is_set() and not pi.gateway.dispatcher.active, seconds=20)  # < IDLE_SECONDS
+        await until(
+            lambda: backend.left.is_set() and not pi.gateway.dispatcher.active, seconds=20
+        )  # < IDLE_SECONDS
         assert pi.gateway.fleet.first.breaker.failures == 0
 
 
@@ -281,7 +389,11 @@ def check_superseded(reply: Reply, path: str, begun: bool) -> None:
 async def test_a_newer_completion_of_a_session_ends_the_older(hang: str, path: str, by: str):
     """The Pi needs no VPS for this: one that hangs keeps neither the older completion nor its place. Two Pis with the
     same client are one client to the VPS, so it ends the older request itself, which is no failure."""
-    async with Backend([HANGS[hang], GOOD]) as vps, pi_for(vps.port, max_concurrent=1) as pi, pi_for(vps.port) as other:
+    async with (
+        Backend([HANGS[hang], GOOD]) as vps,
+        pi_for(vps.port, max_concurrent=1) as pi,
+        pi_for(vps.port) as other,
+    ):
         older = asyncio.create_task(pi.ask("POST", path, EDITOR))
         await vps.begun.wait()
         if by == "the VPS":
@@ -294,25 +406,38 @@ async def test_a_newer_completion_of_a_session_ends_the_older(hang: str, path: s
         check_superseded(await older, path, begun=hang != "before its head")
         first = pi.gateway.fleet.first
         assert (first.requests_failed, first.breaker.failures) == (0, 0)
-        assert pi.gateway.counting.failed == (1 if by == "the Pi" else 0), "the 429 alone has failed"
+        assert pi.gateway.counting.failed == (1 if by == "the Pi" else 0), (
+            "the 429 alone has failed"
+        )
 
 
 async def test_a_client_that_reads_nothing_cannot_keep_the_place_of_its_session():
     scripts = [[CHUNKED, Flood(TOKEN_A * 1000)], GOOD]
     async with Backend(scripts) as backend, pi_for(backend.port, max_concurrent=1) as pi:
         _, writer = await pi.open("POST", "/v1/complete/stream", EDITOR)
-        await until(lambda: any(c.transport.get_write_buffer_size() > 65_536 for c in pi.server.connections.values()))
+        await until(
+            lambda: any(
+                c.transport.get_write_buffer_size() > 65_536 for c in pi.server.connections.values()
+            )
+        )
         assert (await pi.stream(session="editor")).clean
         await backend.left.wait()
         assert pi.gateway.dispatcher.active == 0
         writer.transport.abort()
 
 
-@pytest.mark.parametrize(("more", "code"), [({"model": "gpt"}, "MODEL_NOT_FOUND"), ({}, "VPS_UNAVAILABLE")])
-async def test_a_newer_completion_that_is_refused_or_another_clients_ends_nothing(more: dict[str, Any], code: str):
+@pytest.mark.parametrize(
+    ("more", "code"), [({"model": "gpt"}, "MODEL_NOT_FOUND"), ({}, "VPS_UNAVAILABLE")]
+)
+async def test_a_newer_completion_that_is_refused_or_another_clients_ends_nothing(
+    more: dict[str, Any], code: str
+):
     go = asyncio.Event()
     async with Backend([[CHUNKED, go.wait, *GOOD[1:]]]) as backend, pi_for(backend.port) as pi:
-        older = [asyncio.create_task(one.stream(session="editor")) for one in (pi, pi.from_address("127.0.0.2"))]
+        older = [
+            asyncio.create_task(one.stream(session="editor"))
+            for one in (pi, pi.from_address("127.0.0.2"))
+        ]
         await until(lambda: len(backend.completions) == 2)
         if not more:
             pi.gateway.fleet.first.breaker.open(time.monotonic())
@@ -345,10 +470,14 @@ CHOSEN = [
 @pytest.mark.parametrize(("models", "asked", "model"), CHOSEN)
 async def test_which_model_answers(models: bytes, asked: dict[str, Any], model: str):
     async with Backend(models=models) as backend, pi_for(backend.port, prefer=PREFER) as pi:
-        assert (await pi.complete(**asked)).json["model"] == backend.completions[0]["model"] == model
+        assert (
+            (await pi.complete(**asked)).json["model"] == backend.completions[0]["model"] == model
+        )
 
 
-@pytest.mark.parametrize(("filename", "language"), [("a.rs", "rust"), ("A.java", "java"), ("a.unheard-of", None)])
+@pytest.mark.parametrize(
+    ("filename", "language"), [("a.rs", "rust"), ("A.java", "java"), ("a.unheard-of", None)]
+)
 async def test_a_dialect_never_fails_for_its_language(filename: str, language: str | None):
     """The VPS has one model, which does not list Java."""
     async with Backend(models=present("codellama_7b")) as backend, pi_for(backend.port) as pi:
@@ -361,12 +490,20 @@ async def test_any_language_that_models_toml_names_may_be_asked_for(tmp_path: Pa
     path = tmp_path / "models.toml"
     text = (ROOT / "models.toml").read_text()
     path.write_text(text.replace('languages = ["rust"', 'languages = ["cobol", "C#", "rust"'))
-    async with Backend(models=ALL) as backend, pi_for(backend.port, models=load_catalog(path, LANGUAGES).models) as pi:
+    async with (
+        Backend(models=ALL) as backend,
+        pi_for(backend.port, models=load_catalog(path, LANGUAGES).models) as pi,
+    ):
         for language, model in (
             ("java", "qwen_7b"), ("cobol", "codellama_7b"), ("C#", "codellama_7b"), ("cs", "qwen_7b"),
         ):  # fmt: skip
             assert (await pi.complete(language=language)).json["model"] == model
-        assert [sent.get("language") for sent in backend.completions] == ["java", None, "csharp", "csharp"]
+        assert [sent.get("language") for sent in backend.completions] == [
+            "java",
+            None,
+            "csharp",
+            "csharp",
+        ]
         refused = (await pi.complete(language="abap")).json["message"]
         listed = ", ".join([*LANGUAGES, "cobol", "C#"])
         assert refused == f'language: expected one of {listed}, got the string "abap"'
@@ -403,16 +540,34 @@ def test_editors_names_of_a_language_are_known():
 
 async def test_a_long_prompt_is_fitted_and_refitted_once_before_the_first_token():
     """An event may say that it is too long: vpsd begins its answer before it has loaded the model, which counts."""
-    long, told = "".join(f"value_{n} = {n}\n" for n in range(4000)), {"prompt_tokens": 4000, "n_ctx": 1024}
-    early, late = error(400, "INVALID_REQUEST", **told), event(error=True, message="m", code="INVALID_REQUEST", **told)
-    scripts = [[early], GOOD, [CHUNKED, chunk(late)], GOOD, [early], [early], [CHUNKED, TOKEN_A, chunk(late)]]
+    long, told = (
+        "".join(f"value_{n} = {n}\n" for n in range(4000)),
+        {"prompt_tokens": 4000, "n_ctx": 1024},
+    )
+    early, late = (
+        error(400, "INVALID_REQUEST", **told),
+        event(error=True, message="m", code="INVALID_REQUEST", **told),
+    )
+    scripts = [
+        [early],
+        GOOD,
+        [CHUNKED, chunk(late)],
+        GOOD,
+        [early],
+        [early],
+        [CHUNKED, TOKEN_A, chunk(late)],
+    ]
     async with Backend(scripts) as backend, pi_for(backend.port) as pi:
         for _ in range(2):
             assert (await pi.complete(prompt=long, max_tokens=256)).status == 200
             first, second = (len(body["prompt"]) for body in backend.completions[-2:])
             assert second < 0.6 * first < first < len(long)
         reply = await pi.complete(prompt=long, max_tokens=256)
-        assert (reply.status, reply.json["code"], reply.json["prompt_tokens"]) == (400, "INVALID_REQUEST", 4000)
+        assert (reply.status, reply.json["code"], reply.json["prompt_tokens"]) == (
+            400,
+            "INVALID_REQUEST",
+            4000,
+        )
         events = (await pi.stream()).events
         assert [one.get("token", one.get("code")) for one in events] == ["a", "INVALID_REQUEST"]
         assert len(backend.completions) == 7
@@ -429,7 +584,9 @@ async def test_from_start_to_stop(tmp_path: Path):
         with daemon("cm4d", tmp_path, CEREBRUM_LOG_FILE=str(file), **more) as process:
             await asyncio.to_thread(process.wait_for_line, "VPS backend is available")
             client = Client(port=process.port)
-            reply = await client.ask("POST", "/v1/complete/stream", GOOD_FIELDS, X_Request_ID="the-id")
+            reply = await client.ask(
+                "POST", "/v1/complete/stream", GOOD_FIELDS, X_Request_ID="the-id"
+            )
             assert [event.get("token") for event in reply.events] == ["a", "b", None]
             line = r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d - INFO - \[the-id\] POST /v1/complete/stream 200 \d+\.\d\ds"
             line += r" model=qwen_0_5b tokens=2 ttft=\d\.\d\ds$"

@@ -11,30 +11,78 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cerebrum.pi.dialects import COMPLETION, FIM, INFILL, OPENAI_CHAT, OPENAI_TEXT, split_fim, timings, write_error
+from cerebrum.pi.dialects import (
+    COMPLETION,
+    FIM,
+    INFILL,
+    OPENAI_CHAT,
+    OPENAI_TEXT,
+    split_fim,
+    timings,
+    write_error,
+)
 from cerebrum_common import HttpError
 
 DIALECTS = {"text": OPENAI_TEXT, "chat": OPENAI_CHAT, "completion": COMPLETION, "infill": INFILL}
 ALL = list(DIALECTS)
 SAID = [{"role": "user", "content": "hi"}]
-BASES: dict[str, dict[str, Any]] = {name: {"prompt": "x"} for name in ALL} | {"chat": {"messages": SAID}}
+BASES: dict[str, dict[str, Any]] = {name: {"prompt": "x"} for name in ALL} | {
+    "chat": {"messages": SAID}
+}
 
 
 # ------------------------------------------------------------------------------------- what a request asks for
 
 
-PLAIN = {"model": "", "max_tokens": 512, "temperature": 0.0, "top_p": None, "seed": None, "stop": []}
+PLAIN = {
+    "model": "",
+    "max_tokens": 512,
+    "temperature": 0.0,
+    "top_p": None,
+    "seed": None,
+    "stop": [],
+}
 PLAIN |= {"min_confidence": None}
-CODE = PLAIN | {"filename": "", "indent": 0, "prompt_ms": 0, "predict_ms": 0, "min_confidence": "always"}
+CODE = PLAIN | {
+    "filename": "",
+    "indent": 0,
+    "prompt_ms": 0,
+    "predict_ms": 0,
+    "min_confidence": "always",
+}
 DEFAULTS: dict[str, tuple[str, dict[str, Any]]] = {
     "text": ("completion", CODE | {"prompt": "x", "mode": "complete"}),
-    "chat": ("chat", PLAIN | {"max_tokens": 2048, "temperature": 0.4, "messages": SAID, "mode": "chat"}),
+    "chat": (
+        "chat",
+        PLAIN | {"max_tokens": 2048, "temperature": 0.4, "messages": SAID, "mode": "chat"},
+    ),
     "completion": ("completion", CODE | {"prompt": "x", "mode": "complete"}),
-    "infill": ("infill", CODE | {"extra": [], "prompt": "x", "mode": "complete", "min_confidence": "often"}),
+    "infill": (
+        "infill",
+        CODE | {"extra": [], "prompt": "x", "mode": "complete", "min_confidence": "often"},
+    ),
 }
 NULLED = [
-    *("model", "max_tokens", "max_completion_tokens", "n_predict", "temperature", "top_p", "seed", "stop", "stream"),
-    *("stream_options", "suffix", "filename", "input_prefix", "input_suffix", "input_extra", "cache_prompt"),
+    *(
+        "model",
+        "max_tokens",
+        "max_completion_tokens",
+        "n_predict",
+        "temperature",
+        "top_p",
+        "seed",
+        "stop",
+        "stream",
+    ),
+    *(
+        "stream_options",
+        "suffix",
+        "filename",
+        "input_prefix",
+        "input_suffix",
+        "input_extra",
+        "cache_prompt",
+    ),
     *("response_fields", "n_indent", "t_max_prompt_ms", "t_max_predict_ms", "tools", "unheard_of"),
 ]
 EMPTY: list[dict[str, Any]] = [{}, dict.fromkeys(NULLED)]
@@ -48,17 +96,68 @@ def test_defaults(name: str, more: dict[str, Any]) -> None:
 
 
 SPECIALS = [
-    *("</s>", "<s>", "<|endoftext|>", "<|im_end|>", "<|fim_pad|>", "<|file_sep|>", "<|EOT|>", "<EOT>", "<MID>"),
-    *("<fim_suffix>", "<fim-middle>", "<file_sep>", "<filename>", "<reponame>", "<end_of_turn>", "<eos>", "[INST]"),
-    *("<\uff5cfim\u2581hole\uff5c>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "<[fim-suffix]>", "[/INST]"),
+    *(
+        "</s>",
+        "<s>",
+        "<|endoftext|>",
+        "<|im_end|>",
+        "<|fim_pad|>",
+        "<|file_sep|>",
+        "<|EOT|>",
+        "<EOT>",
+        "<MID>",
+    ),
+    *(
+        "<fim_suffix>",
+        "<fim-middle>",
+        "<file_sep>",
+        "<filename>",
+        "<reponame>",
+        "<end_of_turn>",
+        "<eos>",
+        "[INST]",
+    ),
+    *(
+        "<\uff5cfim\u2581hole\uff5c>",
+        "<\uff5cend\u2581of\u2581sentence\uff5c>",
+        "<[fim-suffix]>",
+        "[/INST]",
+    ),
     "[SUFFIX]",
 ]
-OTHERS = ["x</s>", "<|x|> ", "<div>", "<|>", "<a|b>", "<|a b|>", "<>", "[a]", "<fim>", "</div>", "<S>", "|>"]
+OTHERS = [
+    "x</s>",
+    "<|x|> ",
+    "<div>",
+    "<|>",
+    "<a|b>",
+    "<|a b|>",
+    "<>",
+    "[a]",
+    "<fim>",
+    "</div>",
+    "<S>",
+    "|>",
+]
 # What each of these members becomes, in every dialect.
 SAMPLING: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"temperature": 1.3}, {"temperature": 1.0}),
-    ({"n_predict": 16.0, "seed": 3.0, "temperature": 0.0}, {"max_tokens": 16, "seed": 3, "temperature": 0.0}),
-    ({"n": 3, "best_of": 2, "n_cmpl": 3, "logprobs": 5, "samplers": ["x"], "id_slot": 10**12, "user": {}}, {}),
+    (
+        {"n_predict": 16.0, "seed": 3.0, "temperature": 0.0},
+        {"max_tokens": 16, "seed": 3, "temperature": 0.0},
+    ),
+    (
+        {
+            "n": 3,
+            "best_of": 2,
+            "n_cmpl": 3,
+            "logprobs": 5,
+            "samplers": ["x"],
+            "id_slot": 10**12,
+            "user": {},
+        },
+        {},
+    ),
     ({"top_p": 0.001}, {"top_p": 0.01}),
     ({"seed": -1}, {"seed": None}),
     ({"seed": 2**32 - 2}, {"seed": 2**32 - 2}),
@@ -118,7 +217,9 @@ READ: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("name", "members", "kind", "fields"), READ, ids=str)
-def test_what_is_asked(name: str, members: dict[str, Any], kind: str, fields: dict[str, Any]) -> None:
+def test_what_is_asked(
+    name: str, members: dict[str, Any], kind: str, fields: dict[str, Any]
+) -> None:
     asked = DIALECTS[name].read(BASES[name] | members)
     assert (asked.kind, asked.fields) == (kind, DEFAULTS[name][1] | fields)
 
@@ -127,8 +228,16 @@ MESSAGES: list[tuple[dict[str, Any], str, str]] = [
     ({"role": "developer", "content": "a"}, "system", "a"),
     ({"role": "user"}, "user", ""),
     ({"role": "assistant", "content": "", "tool_calls": []}, "assistant", ""),
-    ({"role": "user", "content": [{"type": "input_text", "text": "a"}, {"text": "b "}]}, "user", "a\nb "),
-    ({"role": "assistant", "content": [{"type": "output_text", "text": "a"}, {"text": None}]}, "assistant", "a\n"),
+    (
+        {"role": "user", "content": [{"type": "input_text", "text": "a"}, {"text": "b "}]},
+        "user",
+        "a\nb ",
+    ),
+    (
+        {"role": "assistant", "content": [{"type": "output_text", "text": "a"}, {"text": None}]},
+        "assistant",
+        "a\n",
+    ),
 ]
 
 
@@ -141,14 +250,24 @@ def test_messages(given: dict[str, Any], role: str, content: str) -> None:
 FORMS: list[tuple[str, dict[str, Any], tuple[Any, ...]]] = [  # stream, usage, caching, only
     *((name, members, (False, False, False, None)) for name in ALL for members in EMPTY),
     ("text", {"stream_options": {"include_usage": True}}, (False, True, False, None)),
-    ("chat", {"stream": True, "stream_options": {}, "cache_prompt": True}, (True, False, False, None)),
+    (
+        "chat",
+        {"stream": True, "stream_options": {}, "cache_prompt": True},
+        (True, False, False, None),
+    ),
     ("completion", {"stream": True, "response_fields": []}, (True, False, False, ())),
-    ("infill", {"cache_prompt": True, "response_fields": ["a", "b/c"]}, (False, False, True, ("a", "b/c"))),
+    (
+        "infill",
+        {"cache_prompt": True, "response_fields": ["a", "b/c"]},
+        (False, False, True, ("a", "b/c")),
+    ),
 ]
 
 
 @pytest.mark.parametrize(("name", "members", "expected"), FORMS)
-def test_the_form_of_the_answer(name: str, members: dict[str, Any], expected: tuple[Any, ...]) -> None:
+def test_the_form_of_the_answer(
+    name: str, members: dict[str, Any], expected: tuple[Any, ...]
+) -> None:
     asked = DIALECTS[name].read(BASES[name] | members)
     assert (asked.stream, asked.usage, asked.caching, asked.only) == expected
 
@@ -158,7 +277,13 @@ HALF, MENDED = "a\ud83d", "a\ufffd"  # half of an emoji
 
 def test_half_an_emoji_becomes_a_replacement_character() -> None:
     extra = [{"filename": HALF, "text": f"{HALF}\U0001f600"}]
-    members = {"prompt": [HALF], "input_prefix": HALF, "input_suffix": HALF, "stop": [HALF], "input_extra": extra}
+    members = {
+        "prompt": [HALF],
+        "input_prefix": HALF,
+        "input_suffix": HALF,
+        "stop": [HALF],
+        "input_extra": extra,
+    }
     fields = INFILL.read(json.loads(json.dumps(members))).fields
     assert (fields["prompt"], fields["suffix"], fields["stop"]) == (MENDED * 2, MENDED, [MENDED])
     assert fields["extra"] == [{"filename": MENDED, "text": f"{MENDED}\U0001f600"}]
@@ -183,7 +308,11 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("chat", {"messages": [*SAID, {"role": "tool", "content": "a"}]}, "messages[1].role"),
     ("chat", {"messages": [{"role": "user", "content": [IMAGE]}]}, "messages[0].content[0].type"),
     ("chat", {"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
-    ("chat", {"messages": [{"role": "assistant", "tool_calls": [{"id": "x"}]}]}, "messages[0].tool_calls"),
+    (
+        "chat",
+        {"messages": [{"role": "assistant", "tool_calls": [{"id": "x"}]}]},
+        "messages[0].tool_calls",
+    ),
     ("chat", {"tools": [{}]}, "tools"),
     ("infill", {"input_extra": [{}] * 257}, "input_extra"),
     ("infill", {"input_extra": [{}, {"text": 1}]}, "input_extra[1].text"),
@@ -196,13 +325,18 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 def test_what_cannot_be_served_is_named(name: str, members: dict[str, Any], where: str) -> None:
     with pytest.raises(HttpError) as refused:
         DIALECTS[name].read(BASES[name] | members)
-    assert (refused.value.code, refused.value.message.partition(": expected ")[0]) == ("INVALID_REQUEST", where)
+    assert (refused.value.code, refused.value.message.partition(": expected ")[0]) == (
+        "INVALID_REQUEST",
+        where,
+    )
 
 
 # ------------------------------------------------------------------------------------------- fill-in-the-middle
 
 
-def split(prefix: str, suffix: str, filename: str = "", extra: Sequence[tuple[str, str]] = ()) -> tuple[Any, ...]:
+def split(
+    prefix: str, suffix: str, filename: str = "", extra: Sequence[tuple[str, str]] = ()
+) -> tuple[Any, ...]:
     """What `split_fim` returns; `extra` has the name and the text of other files."""
     return prefix, suffix, filename, [{"filename": name, "text": text} for name, text in extra]
 
@@ -211,7 +345,9 @@ def written(before: str, after: str, middle: str, prefix: str, suffix: str) -> s
     """A prompt as the family's clients write it, with the prefix first."""
     if before == "<PRE>":
         return f"<PRE> {prefix} <SUF>{suffix} <MID>"
-    return f"{before}{prefix}{after}{suffix}{middle}" if middle else f"{after}{suffix}{before}{prefix}"
+    return (
+        f"{before}{prefix}{after}{suffix}{middle}" if middle else f"{after}{suffix}{before}{prefix}"
+    )
 
 
 MARKS = re.compile("|".join(re.escape(mark) for marks in FIM for mark in marks if mark))
@@ -232,7 +368,15 @@ def test_the_suffix_may_come_first_and_a_text_that_mentions_the_tokens_is_not_sp
     before: str, after: str, middle: str
 ) -> None:
     assert split_fim(MENTION.format(before, after, middle)) is None
-    for text in ("", before, after, f"{before}a", f"{after}a", f"{before}a{middle}", f"{after}b{middle}"):
+    for text in (
+        "",
+        before,
+        after,
+        f"{before}a",
+        f"{after}a",
+        f"{before}a{middle}",
+        f"{after}b{middle}",
+    ):
         assert split_fim(text) is None
     if middle:
         assert split_fim(f"{after}\nb{before}a\n{middle}") == split("a\n", "\nb")
@@ -257,7 +401,9 @@ SPLIT = [
 
 
 @pytest.mark.parametrize(("prompt", "expected"), SPLIT)
-def test_the_spaces_and_beginnings_of_families(prompt: str, expected: tuple[str, str] | None) -> None:
+def test_the_spaces_and_beginnings_of_families(
+    prompt: str, expected: tuple[str, str] | None
+) -> None:
     assert split_fim(prompt) == (split(*expected) if expected else None)
 
 
@@ -269,7 +415,11 @@ PREAMBLES: list[tuple[str, str, Sequence[tuple[str, str]]]] = [
     ("<file_sep>a.py", "a.py", ()),
     ("<|file_separator|>a.py\n", "a.py", ()),
     ("<|repo_name|>r\n<|file_sep|>b.py\nb = 1\n<|file_sep|>a.py\n", "a.py", (B_PY,)),
-    ("<repo_name>r<file_sep>b.py\nb = 1\n<file_sep>c.py\nc\n<file_sep>a.py\n", "a.py", (B_PY, C_PY)),
+    (
+        "<repo_name>r<file_sep>b.py\nb = 1\n<file_sep>c.py\nc\n<file_sep>a.py\n",
+        "a.py",
+        (B_PY, C_PY),
+    ),
     ("<|file_sep|>b.py\n \n<|file_sep|>a.py\n", "a.py", ()),
     ("# other text\n", "", (("", "# other text\n"),)),
     ("x\n<|file_sep|>b.py\nb = 1\n", "", (("", "x\n"), B_PY)),
@@ -278,7 +428,9 @@ PREAMBLES: list[tuple[str, str, Sequence[tuple[str, str]]]] = [
 
 
 @pytest.mark.parametrize(("preamble", "filename", "extra"), PREAMBLES)
-def test_what_precedes_the_marks(preamble: str, filename: str, extra: Sequence[tuple[str, str]]) -> None:
+def test_what_precedes_the_marks(
+    preamble: str, filename: str, extra: Sequence[tuple[str, str]]
+) -> None:
     expected = split("p", "s", filename, extra)
     assert split_fim(f"{preamble}<|fim_prefix|>p<|fim_suffix|>s<|fim_middle|>") == expected
     assert split_fim(f"{preamble}<fim_suffix>s<fim_prefix>p<fim_middle>") == expected
@@ -297,9 +449,7 @@ def reply_to(name: str, begun: dict[str, Any] = BEGUN, **members: Any) -> Any:
     return DIALECTS[name].reply(DIALECTS[name].read(BASES[name] | members), "42", 7, begun)
 
 
-COUNTS = (
-    b'"usage":{"prompt_tokens":10,"completion_tokens":4,"total_tokens":14,"prompt_tokens_details":{"cached_tokens":6}}'
-)
+COUNTS = b'"usage":{"prompt_tokens":10,"completion_tokens":4,"total_tokens":14,"prompt_tokens_details":{"cached_tokens":6}}'
 TEXT_HEAD = b'{"id":"cmpl-42","object":"text_completion","created":7,"model":"m","choices":['
 CHAT_HEAD = b'{"id":"chatcmpl-42","object":"chat.completion","created":7,"model":"m","choices":['
 TIMINGS = (
@@ -320,7 +470,10 @@ def test_openai_text() -> None:
     end = b"data: " + TEXT_HEAD + choice % (b"", b'"stop"') + b"]}\n\n"
     assert reply.end(RESULT) == end + b"data: [DONE]\n\n"
     counting = reply_to("text", stream=True, stream_options={"include_usage": True})
-    assert counting.end(RESULT) == end + b"data: " + TEXT_HEAD + b"]," + COUNTS + b"}\n\ndata: [DONE]\n\n"
+    assert (
+        counting.end(RESULT)
+        == end + b"data: " + TEXT_HEAD + b"]," + COUNTS + b"}\n\ndata: [DONE]\n\n"
+    )
 
 
 def test_openai_chat() -> None:
@@ -328,7 +481,10 @@ def test_openai_chat() -> None:
     message = b'"message":{"role":"assistant","content":"x"}'
     whole = reply_to("chat").whole("x", RESULT | {"finish_reason": "length"})
     assert whole == CHAT_HEAD + choice % (message, b'"length"') + b"]," + COUNTS + b"}"
-    reply, head = reply_to("chat", stream=True), b"data: " + CHAT_HEAD.replace(b'ion"', b'ion.chunk"', 1)
+    reply, head = (
+        reply_to("chat", stream=True),
+        b"data: " + CHAT_HEAD.replace(b'ion"', b'ion.chunk"', 1),
+    )
     begin = head + choice % (b'"delta":{"role":"assistant","content":""}', b"null") + b"]}\n\n"
     piece = head + choice % (rb'"delta":{"content":"\ud83d\ude00\/"}', b"null") + b"]}\n\n"
     end = head + choice % (b'"delta":{}', b'"stop"') + b"]}\n\n"
@@ -352,8 +508,14 @@ def test_llama(name: str) -> None:
 
 
 ONLY: list[tuple[list[str], bytes]] = [
-    (["content", "timings/prompt_n", "tokens_cached"], b'{"content":"x","timings/prompt_n":4,"tokens_cached":14}'),
-    (["timings/cache_n", "generation_settings/n_ctx"], b'{"timings/cache_n":6,"generation_settings/n_ctx":4096}'),
+    (
+        ["content", "timings/prompt_n", "tokens_cached"],
+        b'{"content":"x","timings/prompt_n":4,"tokens_cached":14}',
+    ),
+    (
+        ["timings/cache_n", "generation_settings/n_ctx"],
+        b'{"timings/cache_n":6,"generation_settings/n_ctx":4096}',
+    ),
     (["none", "content/x", "timings/none", "timings/prompt_n/x", "/content", "content/"], b"{}"),
     ([""], b"{}"),
     ([], b"{}"),
@@ -364,16 +526,25 @@ ONLY: list[tuple[list[str], bytes]] = [
 def test_response_fields(only: list[str], expected: bytes) -> None:
     reply = reply_to("infill", response_fields=only)
     assert reply.whole("x", RESULT) == expected
-    assert reply.end(RESULT) == b"data: %b\n\n" % expected.replace(b'"content":"x"', b'"content":""')
+    assert reply.end(RESULT) == b"data: %b\n\n" % expected.replace(
+        b'"content":"x"', b'"content":""'
+    )
 
 
 @pytest.mark.parametrize("reason", [None, "stop", "block", "time", "length", "replaced"])
 def test_why_a_text_ends(reason: str | None) -> None:
     result, cut = {"finish_reason": reason} if reason else {}, reason in ("length", "replaced")
     for name in ("text", "chat"):
-        for answer in (reply_to(name).whole("", result), reply_to(name).end(result).split(b"\n\n")[0][6:]):
-            assert json.loads(answer)["choices"][0]["finish_reason"] == ("length" if cut else "stop")
-    assert json.loads(reply_to("infill").whole("", result))["stop_type"] == ("limit" if cut else "eos")
+        for answer in (
+            reply_to(name).whole("", result),
+            reply_to(name).end(result).split(b"\n\n")[0][6:],
+        ):
+            assert json.loads(answer)["choices"][0]["finish_reason"] == (
+                "length" if cut else "stop"
+            )
+    assert json.loads(reply_to("infill").whole("", result))["stop_type"] == (
+        "limit" if cut else "eos"
+    )
 
 
 def test_a_prompt_that_was_cut_is_truncated() -> None:
@@ -383,7 +554,9 @@ def test_a_prompt_that_was_cut_is_truncated() -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize(("more", "mark"), [({"type_through": True}, "type_through"), (REPLACED, "replaced")])
+@pytest.mark.parametrize(
+    ("more", "mark"), [({"type_through": True}, "type_through"), (REPLACED, "replaced")]
+)
 def test_what_no_dialect_has_a_member_for(name: str, more: dict[str, Any], mark: str) -> None:
     reply, result = reply_to(name), RESULT | more
     assert json.loads(reply.whole("x", result))[mark] is True
@@ -414,9 +587,19 @@ def test_any_escapes_of_a_token_event_stay_as_they_are(escaped: str) -> None:
 
 
 FIGURES: list[tuple[int, int, dict[str, Any], list[float]]] = [
-    (5, 0, {"ttft": None, "inference_time": None, "load_time": None}, [5, 0.0, 0.0, 0.0, 0, 0.0, 0.0, 0.0]),
+    (
+        5,
+        0,
+        {"ttft": None, "inference_time": None, "load_time": None},
+        [5, 0.0, 0.0, 0.0, 0, 0.0, 0.0, 0.0],
+    ),
     (0, 4, {"inference_time": 2.0}, [0, 0.0, 0.0, 0.0, 4, 2000.0, 500.0, 2.0]),
-    (3, 7, {"ttft": 0.1, "inference_time": 1.1, "load_time": 0.3}, [3, 100.0, 33.333, 30.0, 7, 700.0, 100.0, 10.0]),
+    (
+        3,
+        7,
+        {"ttft": 0.1, "inference_time": 1.1, "load_time": 0.3},
+        [3, 100.0, 33.333, 30.0, 7, 700.0, 100.0, 10.0],
+    ),
     (1, 1, {"ttft": 2.0, "inference_time": 1.0}, [1, 2000.0, 2000.0, 0.5, 1, 0.0, 0.0, 0.0]),
 ]
 
@@ -437,7 +620,9 @@ TYPES = {
 @pytest.mark.parametrize("code", TYPES)
 def test_errors(code: str) -> None:
     error = HttpError(code, 'why "so"', extra={"prompt_tokens": 1})
-    assert write_error(error) == {"error": {"message": 'why "so"', "type": TYPES[code], "param": None, "code": code}}
+    assert write_error(error) == {
+        "error": {"message": 'why "so"', "type": TYPES[code], "param": None, "code": code}
+    }
 
 
 NEXT_EDITS = [
@@ -453,7 +638,13 @@ def test_a_prompt_for_the_next_edit_passes_as_it_is(prompt: str) -> None:
     stops = ["<|file_sep|>", "<|endoftext|>", "\n\n\n"]
     asked = OPENAI_TEXT.read({"prompt": [prompt], "stop": stops, "max_tokens": 512})
     fields = {name: asked.fields[name] for name in ("prompt", "mode", "stop_at", "special", "stop")}
-    assert fields == {"prompt": prompt, "mode": "complete", "stop_at": "none", "special": True, "stop": stops}
+    assert fields == {
+        "prompt": prompt,
+        "mode": "complete",
+        "stop_at": "none",
+        "special": True,
+        "stop": stops,
+    }
     assert "suffix" not in asked.fields
 
 

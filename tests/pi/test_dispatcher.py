@@ -15,13 +15,25 @@ from scripted import backend_at
 from cerebrum.pi.breaker import Breaker
 from cerebrum.pi.completion import SUPERSEDED, WAIT_SECONDS, Attempt, Completion
 from cerebrum.pi.dialects import CompletionRequest
-from cerebrum.pi.dispatcher import BUSY_SECONDS, EDITOR_SECONDS, Assign, Preempt, State, Wait, decide, whose_turn
+from cerebrum.pi.dispatcher import (
+    BUSY_SECONDS,
+    EDITOR_SECONDS,
+    Assign,
+    Preempt,
+    State,
+    Wait,
+    decide,
+    whose_turn,
+)
 from cerebrum.pi.fleet import Fleet
 from cerebrum.pi.upstream import BackendFailure
 from cerebrum_common import HttpError, Model
 
 NOW = 1000.0
-CATALOG = (Model("big", "Big", ("python",), "7B", "Q4"), Model("small", "Small", ("python", "rust"), "1B", "Q4"))
+CATALOG = (
+    Model("big", "Big", ("python",), "7B", "Q4"),
+    Model("small", "Small", ("python", "rust"), "1B", "Q4"),
+)
 CLOSED, TROUBLE, OPEN, HALF_OPEN, TRIAL = "closed", "trouble", "open", "half-open", "trial"
 FAILED = BackendFailure("connection refused")
 
@@ -45,7 +57,9 @@ def decided(
     api: Mapping[str, str] = {},
     running: Sequence[str] = (),  # "backend kind client", for those without a place at a limit of 2
     superseded: Sequence[str] = (),
-    attempts: Sequence[tuple[str, str, HttpError]] = (),  # backend, model, error; the last one has just ended
+    attempts: Sequence[
+        tuple[str, str, HttpError]
+    ] = (),  # backend, model, error; the last one has just ended
     editors: Mapping[str, float] = {},
     served: str = "",
     prefer: Mapping[str, Sequence[str]] = {},
@@ -63,7 +77,9 @@ def decided(
 ) -> str:
     """`model@backend`, `wait SECONDS`, or the code of a refusal."""
     fleet = Fleet()
-    fleet.replace([backend_at(1, id, api=api.get(id, "cerebrum")) for id in backends], CATALOG, prefer)
+    fleet.replace(
+        [backend_at(1, id, api=api.get(id, "cerebrum")) for id in backends], CATALOG, prefer
+    )
     known = {one.id: one for one in fleet.backends}
     for id, models in backends.items():
         known[id].models = {model: {} for model in models.split()}
@@ -74,21 +90,31 @@ def decided(
     for place in (*running, *superseded):
         id, other_kind, client = (*place.split(), "")[:3]
         is_guest = client in ("tom", "tim") or (client == "me" and guest > 0)
-        other = CompletionRequest(other_kind.strip("-"), {}, client=client, session=client, guest=is_guest)
+        other = CompletionRequest(
+            other_kind.strip("-"), {}, client=client, session=client, guest=is_guest
+        )
         began = NOW - len(running) + len(state.places)
         attempt = Attempt(Completion(other), id, "big", known[id].breaker.admit(NOW), begun=began)
         attempt.reason = SUPERSEDED if place in superseded else ""
         state.places[attempt] = known[id]
     fields = {"language": language, "mode": mode, "model": model, "filename": "f.py"}
-    completion = Completion(CompletionRequest(kind, fields, client="me", session=session, ahead=ahead, guest=guest))
+    completion = Completion(
+        CompletionRequest(kind, fields, client="me", session=session, ahead=ahead, guest=guest)
+    )
     completion.requested = asked
     for id, name, error in attempts:
-        completion.attempts.append(Attempt(completion, id, name, Breaker().admit(NOW), error=error, left=NOW))
-    state.visits = [(client, NOW - 59.0, NOW - 59.0 + seconds) for client, seconds in visits.items()]
+        completion.attempts.append(
+            Attempt(completion, id, name, Breaker().admit(NOW), error=error, left=NOW)
+        )
+    state.visits = [
+        (client, NOW - 59.0, NOW - 59.0 + seconds) for client, seconds in visits.items()
+    ]
     if served:
         state.served[completion.request.file] = known[served]
     if in_line:
-        state.line[Completion(replace(completion.request, guest=0))] = asyncio.Future(loop=asyncio.new_event_loop())
+        state.line[Completion(replace(completion.request, guest=0))] = asyncio.Future(
+            loop=asyncio.new_event_loop()
+        )
     decision = decide(state, completion, now)
     if isinstance(decision, Assign):
         return f"{decision.model}@{decision.backend.id}"
@@ -240,17 +266,26 @@ def test_decide(case: dict[str, Any], expected: str) -> None:
 
 
 def test_a_guests_seconds() -> None:
-    state = State(Fleet(), visits=[("tom", 930.0, 935.0), ("tom", 935.0, 945.0), ("tim", 941.0, 946.0)])
+    state = State(
+        Fleet(), visits=[("tom", 930.0, 935.0), ("tom", 935.0, 945.0), ("tim", 941.0, 946.0)]
+    )
     for client, begun in (("tom", 990.0), ("tom", 999.0), ("tim", 900.0), ("anna", 0.0)):
         request = CompletionRequest("chat", {}, client=client, guest=2, ahead=client == "anna")
         attempt = Attempt(Completion(request), "a", "big", Breaker().admit(NOW), begun=begun)
         state.places[attempt] = cast(Any, None)
-    assert [state.guest_seconds(client, NOW) for client in ("tom", "tim", "anna")] == [5 + 10 + 1, 5 + 60, 0]
+    assert [state.guest_seconds(client, NOW) for client in ("tom", "tim", "anna")] == [
+        5 + 10 + 1,
+        5 + 60,
+        0,
+    ]
 
 
 def test_people_take_turns() -> None:
     """Those who wait, in the order in which they would get places: name, kind, places held, seconds since a turn."""
-    state, held = State(Fleet(), turns={"anna": NOW - 5, "ben": NOW - 9, "tim": -math.inf}), {"dora": 1}
+    state, held = (
+        State(Fleet(), turns={"anna": NOW - 5, "ben": NOW - 9, "tim": -math.inf}),
+        {"dora": 1},
+    )
     line = [
         ("tom", "infill"),
         ("tim", "chat"),
@@ -261,8 +296,17 @@ def test_people_take_turns() -> None:
         ("cora", ""),
     ]
     waiting = [
-        Completion(CompletionRequest(kind, {}, client=name, guest=name in ("tom", "tim"))) for name, kind in line
+        Completion(CompletionRequest(kind, {}, client=name, guest=name in ("tom", "tim")))
+        for name, kind in line
     ]
     waiting.sort(key=lambda one: whose_turn(state, Counter(held), one))
     turns = [f"{one.client} {one.request.kind}".strip() for one in waiting]
-    assert turns == ["cora", "ben chat", "anna infill", "anna chat", "dora infill", "tim chat", "tom infill"]
+    assert turns == [
+        "cora",
+        "ben chat",
+        "anna infill",
+        "anna chat",
+        "dora infill",
+        "tim chat",
+        "tom infill",
+    ]

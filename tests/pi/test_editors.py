@@ -24,7 +24,11 @@ from cerebrum.pi.completion import Completion
 from cerebrum.pi.dialects import INFILL, CompletionRequest
 from cm4d import native_fields
 
-FILE = {"input_prefix": "def add(a, b):\n", "prompt": "    ret", "input_suffix": "\n\nprint(add(1, 2))\n"}
+FILE = {
+    "input_prefix": "def add(a, b):\n",
+    "prompt": "    ret",
+    "input_suffix": "\n\nprint(add(1, 2))\n",
+}
 STREAM = {"prompt": "def f():\n    ret", "suffix": "\n", "stream": True}
 CHATS = "/v1/chat/completions"
 CHAT = {"messages": [{"role": "user", "content": "hello"}]}
@@ -32,7 +36,11 @@ CHAT = {"messages": [{"role": "user", "content": "hello"}]}
 
 def data(reply: Reply) -> list[Any]:
     """The JSON of each event of a stream in a dialect; "[DONE]" as it is."""
-    lines = [line.removeprefix("data: ") for line in reply.body.decode().split("\n\n") if line.startswith("data: ")]
+    lines = [
+        line.removeprefix("data: ")
+        for line in reply.body.decode().split("\n\n")
+        if line.startswith("data: ")
+    ]
     return [line if line == "[DONE]" else json.loads(line) for line in lines]
 
 
@@ -66,8 +74,12 @@ async def in_line(pi: Pi) -> None:
 BEGUN = [CHUNKED, chunk(token("urn", 1)), HANG]
 
 
-@pytest.mark.parametrize(("hang", "stream"), [([HANG], False), ([CHUNKED, HANG], False), (BEGUN, False), (BEGUN, True)])
-async def test_a_newer_infill_of_the_file_ends_the_older_one_quietly(hang: list[Any], stream: bool, caplog: Any):
+@pytest.mark.parametrize(
+    ("hang", "stream"), [([HANG], False), ([CHUNKED, HANG], False), (BEGUN, False), (BEGUN, True)]
+)
+async def test_a_newer_infill_of_the_file_ends_the_older_one_quietly(
+    hang: list[Any], stream: bool, caplog: Any
+):
     caplog.set_level("WARNING")
     async with Backend([hang, GOOD]) as backend, pi_for(backend.port) as pi:
         older = infill(pi, stream=stream)
@@ -76,7 +88,12 @@ async def test_a_newer_infill_of_the_file_ends_the_older_one_quietly(hang: list[
         assert (newer.status, newer.json["content"]) == (200, "ab")
         reply = await older
         last = data(reply)[-1] if stream else reply.json
-        assert (reply.status, reply.clean, last["content"], last["stop_type"]) == (200, True, "", "limit")
+        assert (reply.status, reply.clean, last["content"], last["stop_type"]) == (
+            200,
+            True,
+            "",
+            "limit",
+        )
         await backend.left.wait()
         assert backend.most_running == 1, "both were computed at the same time"
         assert (await stats(pi))["replaced"] == 1
@@ -86,8 +103,12 @@ async def test_a_newer_infill_of_the_file_ends_the_older_one_quietly(hang: list[
 OTHER_TEXT = {"input_prefix": "import os\n", "prompt": "x", "input_suffix": "os.abort()\n"}
 
 
-@pytest.mark.parametrize(("older", "newer"), [({"filename": "a.py"}, {"filename": "b.py"}), ({}, OTHER_TEXT)])
-async def test_an_infill_of_another_file_client_or_editor_ends_nothing(older: dict[str, Any], newer: dict[str, Any]):
+@pytest.mark.parametrize(
+    ("older", "newer"), [({"filename": "a.py"}, {"filename": "b.py"}), ({}, OTHER_TEXT)]
+)
+async def test_an_infill_of_another_file_client_or_editor_ends_nothing(
+    older: dict[str, Any], newer: dict[str, Any]
+):
     async with Backend([[HANG], GOOD]) as backend, pi_for(backend.port, max_concurrent=3) as pi:
         running = infill(pi, **older)
         await backend.begun.wait()
@@ -104,11 +125,26 @@ IMPORTS = "import os\n\n"
 TEXTS = [
     ("typed", ("a = 1\nb", "c\n", ""), ("a = 1\nb = 2", "c\n", ""), True),
     ("deleted", ("a = 1\nb = 2", "c\n", ""), ("a", "c\n", ""), True),
-    ("the window moved", ("a" * 3000 + "\nb\n", "d\ne\n", ""), ("a" * 2000 + "\nb\nc\n", "d\ne\nf\n", ""), True),
+    (
+        "the window moved",
+        ("a" * 3000 + "\nb\n", "d\ne\n", ""),
+        ("a" * 2000 + "\nb\nc\n", "d\ne\nf\n", ""),
+        True,
+    ),
     ("a word corrected", ("a = 1\nb = fo", "c\n", ""), ("a = 1\nb = bar", "c\n", ""), True),
     ("a bracket closed by the editor", ("f", "\nc\n", ""), ("f(", ")\nc\n", ""), True),
-    ("nothing in common", ("import os\nx = 1\n", "y = 2\n", ""), ("#include <x>\n", "y = 2\n", ""), False),
-    ("another function", (f"{IMPORTS}def a():\n    ", "", ""), (f"{IMPORTS}def b():\n    ", "", ""), False),
+    (
+        "nothing in common",
+        ("import os\nx = 1\n", "y = 2\n", ""),
+        ("#include <x>\n", "y = 2\n", ""),
+        False,
+    ),
+    (
+        "another function",
+        (f"{IMPORTS}def a():\n    ", "", ""),
+        (f"{IMPORTS}def b():\n    ", "", ""),
+        False,
+    ),
     ("another name", (f"{IMPORTS}a = ", "", ""), (f"{IMPORTS}b = ", "", ""), False),
     ("two gaps of one text", ("a\nb = ", "\nc = 2\n", ""), ("a\nb = 1\nc = ", "\n", ""), False),
     ("two gaps far apart", ("a\n", "", ""), ("a\n" + "b" * 2000, "", ""), False),
@@ -117,10 +153,17 @@ TEXTS = [
 ]
 
 
-@pytest.mark.parametrize(("one", "other", "same"), [case[1:] for case in TEXTS], ids=[case[0] for case in TEXTS])
+@pytest.mark.parametrize(
+    ("one", "other", "same"), [case[1:] for case in TEXTS], ids=[case[0] for case in TEXTS]
+)
 def test_is_typed_on(one: tuple[str, ...], other: tuple[str, ...], same: bool):
-    first, second = (dict(zip(("prompt", "suffix", "filename"), texts, strict=True)) for texts in (one, other))
-    assert (broadcast.is_typed_on(first, second), broadcast.is_typed_on(second, first)) == (same, same)
+    first, second = (
+        dict(zip(("prompt", "suffix", "filename"), texts, strict=True)) for texts in (one, other)
+    )
+    assert (broadcast.is_typed_on(first, second), broadcast.is_typed_on(second, first)) == (
+        same,
+        same,
+    )
 
 
 # --------------------------------------------------------------------------------------------- shared
@@ -128,7 +171,13 @@ def test_is_typed_on(one: tuple[str, ...], other: tuple[str, ...], same: bool):
 
 async def test_identical_requests_share_one_completion():
     alive, go = asyncio.Event(), asyncio.Event()
-    slow = [*GOOD[:2], alive.wait, chunk(b": keep-alive\n\n"), go.wait, *GOOD[2:]]  # signs of life are not kept
+    slow = [
+        *GOOD[:2],
+        alive.wait,
+        chunk(b": keep-alive\n\n"),
+        go.wait,
+        *GOOD[2:],
+    ]  # signs of life are not kept
     async with Backend([slow]) as backend, pi_for(backend.port) as pi:
         reader, writer = await pi.open("POST", "/v1/completions", STREAM, User_Agent="editor")
         asked = [start(pi, "/v1/completions", STREAM) for _ in range(2)]
@@ -149,28 +198,41 @@ async def test_identical_requests_share_one_completion():
 
 
 SAMPLED = {"prompt": "x", "temperature": 0.9}
-SHARED: list[tuple[dict[str, Any], dict[str, Any], int]] = [  # two requests at a time, and how many are computed
+SHARED: list[
+    tuple[dict[str, Any], dict[str, Any], int]
+] = [  # two requests at a time, and how many are computed
     ({"prompt": "x"}, {"prompt": "x", "n_predict": 512}, 1),
     ({"prompt": "x"}, {"prompt": "x", "n_predict": 9}, 2),
-    ({"prompt": "a\nb\nc\n1"}, {"prompt": "a\nb\nc\n2"}, 2),  # without a suffix neither replaces the other
+    (
+        {"prompt": "a\nb\nc\n1"},
+        {"prompt": "a\nb\nc\n2"},
+        2,
+    ),  # without a suffix neither replaces the other
     (SAMPLED, SAMPLED, 2),
     ({**SAMPLED, "seed": 7}, {**SAMPLED, "seed": 7}, 1),
 ]
 
 
 @pytest.mark.parametrize(("first", "second", "computed"), SHARED, ids=str)
-async def test_which_requests_share_a_completion(first: dict[str, Any], second: dict[str, Any], computed: int):
+async def test_which_requests_share_a_completion(
+    first: dict[str, Any], second: dict[str, Any], computed: int
+):
     go = asyncio.Event()
     async with Backend([[CHUNKED, go.wait, *GOOD[1:]]]) as backend, pi_for(backend.port) as pi:
         asked = [start(pi, "/completion", body) for body in (first, second)]
-        await until(lambda: len(pi.gateway.broadcasts.subscribers) == 2 and backend.running == computed)
+        await until(
+            lambda: len(pi.gateway.broadcasts.subscribers) == 2 and backend.running == computed
+        )
         go.set()
         assert [reply.json["content"] for reply in await asyncio.gather(*asked)] == ["ab"] * 2
         assert (len(backend.completions), (await stats(pi))["shared"]) == (computed, 2 - computed)
 
 
 async def test_a_shared_completion_ends_with_its_last_reader():
-    async with Backend([[CHUNKED, chunk(token("a", 1)), HANG], GOOD]) as backend, pi_for(backend.port) as pi:
+    async with (
+        Backend([[CHUNKED, chunk(token("a", 1)), HANG], GOOD]) as backend,
+        pi_for(backend.port) as pi,
+    ):
         first, second = infill(pi), infill(pi)
         await until(lambda: len(pi.gateway.broadcasts.subscribers) == 2)
         await backend.begun.wait()
@@ -180,22 +242,35 @@ async def test_a_shared_completion_ends_with_its_last_reader():
         second.cancel()
         await backend.left.wait()
         await until(lambda: not pi.gateway.dispatcher.active)
-        assert (await infill(pi)).json["content"] == "ab", "a request joined what nobody computes any more"
+        assert (await infill(pi)).json["content"] == "ab", (
+            "a request joined what nobody computes any more"
+        )
 
 
 async def test_the_error_of_a_shared_completion_reaches_every_reader():
     go = asyncio.Event()
     refusal = error(503, "RESOURCE_EXHAUSTED", "too little memory")
-    async with Backend([[go.wait, refusal], [CHUNKED, chunk(token("a", 1))]]) as backend, pi_for(backend.port) as pi:
+    async with (
+        Backend([[go.wait, refusal], [CHUNKED, chunk(token("a", 1))]]) as backend,
+        pi_for(backend.port) as pi,
+    ):
         asked = [start(pi, "/v1/completions", {"prompt": "x"}) for _ in range(2)]
         await until(lambda: len(pi.gateway.broadcasts.subscribers) == 2)
         go.set()
         wanted = {"message": "too little memory", "type": "unavailable_error", "param": None}
         for reply in await asyncio.gather(*asked):
-            assert (reply.status, reply.json) == (503, {"error": {**wanted, "code": "RESOURCE_EXHAUSTED"}})
+            assert (reply.status, reply.json) == (
+                503,
+                {"error": {**wanted, "code": "RESOURCE_EXHAUSTED"}},
+            )
         broken = await start(pi, "/v1/completions", {"prompt": "x", "stream": True})
         message = "VPS backend is unavailable (it ended in the middle of its answer)"
-        failed = {"message": message, "type": "unavailable_error", "param": None, "code": "VPS_UNAVAILABLE"}
+        failed = {
+            "message": message,
+            "type": "unavailable_error",
+            "param": None,
+            "code": "VPS_UNAVAILABLE",
+        }
         assert (broken.clean, data(broken)[-1]) == (False, {"error": failed})
 
 
@@ -227,9 +302,14 @@ async def busy(pi: Pi, backend: Backend, path: str, body: dict[str, Any]) -> Asy
     await backend.left.wait()
 
 
-async def test_chats_leave_a_place_for_an_editor_that_was_seen_lately(monkeypatch: pytest.MonkeyPatch):
+async def test_chats_leave_a_place_for_an_editor_that_was_seen_lately(
+    monkeypatch: pytest.MonkeyPatch,
+):
     go = asyncio.Event()
-    async with Backend([GOOD, [HANG], GOOD, [CHUNKED, go.wait, *GOOD[1:]]]) as backend, pi_for(backend.port) as pi:
+    async with (
+        Backend([GOOD, [HANG], GOOD, [CHUNKED, go.wait, *GOOD[1:]]]) as backend,
+        pi_for(backend.port) as pi,
+    ):
         await infill(pi)
         async with busy(pi, backend, CHATS, CHAT):
             waiting = start(pi, CHATS, {**CHAT, "seed": 5})
@@ -244,15 +324,25 @@ async def test_chats_leave_a_place_for_an_editor_that_was_seen_lately(monkeypatc
 
 
 @pytest.mark.parametrize(("seen", "why"), [(True, ", one of them for an editor"), (False, "")])
-async def test_whoever_waits_too_long_gets_a_clear_answer(monkeypatch: pytest.MonkeyPatch, seen: bool, why: str):
+async def test_whoever_waits_too_long_gets_a_clear_answer(
+    monkeypatch: pytest.MonkeyPatch, seen: bool, why: str
+):
     monkeypatch.setitem(completion.WAIT_SECONDS, "chat", 0.05)
-    async with Backend([GOOD] * seen + [[HANG]]) as backend, pi_for(backend.port, max_concurrent=1 + seen) as pi:
+    async with (
+        Backend([GOOD] * seen + [[HANG]]) as backend,
+        pi_for(backend.port, max_concurrent=1 + seen) as pi,
+    ):
         if seen:
             await infill(pi)
         async with busy(pi, backend, CHATS, CHAT):
             reply = await start(pi, CHATS, {**CHAT, "seed": 5})
             message = f"expected at most {1 + seen} completions at a time{why}; try again later"
-            wanted = {"message": message, "type": "rate_limit_error", "param": None, "code": "RATE_LIMIT"}
+            wanted = {
+                "message": message,
+                "type": "rate_limit_error",
+                "param": None,
+                "code": "RATE_LIMIT",
+            }
             assert (reply.status, reply.json) == (429, {"error": wanted})
             assert pi.gateway.dispatcher.state.line == {}
 
@@ -269,19 +359,34 @@ async def test_a_dialects_request_waits_while_the_vps_is_busy(monkeypatch: pytes
         assert (reply.status, reply.json["error"]["code"]) == (429, "RATE_LIMIT")
 
 
-async def test_a_late_reader_of_a_job_in_line_has_a_patience_of_its_own(monkeypatch: pytest.MonkeyPatch):
+async def test_a_late_reader_of_a_job_in_line_has_a_patience_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+):
     monkeypatch.setitem(completion.WAIT_SECONDS, "completion", 0.5)
     one = {"max_concurrent": 1}
-    async with Backend([[HANG]]) as backend, pi_for(backend.port, **one) as pi, busy(pi, backend, CHATS, CHAT):
+    async with (
+        Backend([[HANG]]) as backend,
+        pi_for(backend.port, **one) as pi,
+        busy(pi, backend, CHATS, CHAT),
+    ):
         first = start(pi, "/v1/completions", {"prompt": "x"})
-        await until(lambda: any(one.deadline - time.monotonic() < 0.4 for one in pi.gateway.dispatcher.state.line))
+        await until(
+            lambda: any(
+                one.deadline - time.monotonic() < 0.4 for one in pi.gateway.dispatcher.state.line
+            )
+        )
         began = time.monotonic()
         replies = [await start(pi, "/v1/completions", {"prompt": "x"}), await first]
-        assert ([reply.status for reply in replies], pi.gateway.broadcasts.shared) == ([429, 429], 1)
+        assert ([reply.status for reply in replies], pi.gateway.broadcasts.shared) == (
+            [429, 429],
+            1,
+        )
         assert time.monotonic() - began >= 0.5
 
 
-async def test_a_place_that_passes_to_another_client_lets_the_first_one_go_on(monkeypatch: pytest.MonkeyPatch):
+async def test_a_place_that_passes_to_another_client_lets_the_first_one_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+):
     # Otherwise the end of the wait or a probe would do it.
     monkeypatch.setitem(completion.WAIT_SECONDS, "infill", PATIENCE)
     monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 2 * PATIENCE)
@@ -328,13 +433,18 @@ async def test_after_an_outage_a_user_who_types_starves_nobody():
 
 
 @pytest.mark.parametrize("path", [CHATS, "/tokenize"])
-async def test_a_trial_that_succeeds_admits_the_jobs_that_wait_for_its_end(monkeypatch: pytest.MonkeyPatch, path: str):
+async def test_a_trial_that_succeeds_admits_the_jobs_that_wait_for_its_end(
+    monkeypatch: pytest.MonkeyPatch, path: str
+):
     monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 2 * PATIENCE)
     monkeypatch.setitem(completion.WAIT_SECONDS, "completion", PATIENCE)
     go = asyncio.Event()
     chats = [CHUNKED, go.wait, GOOD[1], HANG]  # its first token is enough
     counts = [go.wait, answer(200, {"tokens": [1]})]
-    async with Backend([chats if path == CHATS else counts, GOOD]) as backend, pi_for(backend.port) as pi:
+    async with (
+        Backend([chats if path == CHATS else counts, GOOD]) as backend,
+        pi_for(backend.port) as pi,
+    ):
         half_open(pi)
         async with busy(pi, backend, path, {**CHAT, "content": "a b"}):
             waiting = start(pi, "/v1/completions", {"prompt": "x"})
@@ -347,13 +457,22 @@ async def test_a_trial_that_succeeds_admits_the_jobs_that_wait_for_its_end(monke
 
 # --------------------------------------------------------------------------------------------- warm-ups
 
-WARM_UP = {"input_prefix": "", "input_suffix": "", "prompt": "", "n_predict": 0, "response_fields": [""]}
+WARM_UP = {
+    "input_prefix": "",
+    "input_suffix": "",
+    "prompt": "",
+    "n_predict": 0,
+    "response_fields": [""],
+}
 WARM_UP |= {"input_extra": [{"filename": "b.py", "text": "import os\n"}], "t_max_prompt_ms": 1}
 
 
 async def test_a_warm_up_is_answered_at_once_and_read_when_nothing_else_is_to_do():
     go = asyncio.Event()
-    async with Backend([[CHUNKED, go.wait, *GOOD[1:]], script(prompt_tokens=7)]) as backend, pi_for(backend.port) as pi:
+    async with (
+        Backend([[CHUNKED, go.wait, *GOOD[1:]], script(prompt_tokens=7)]) as backend,
+        pi_for(backend.port) as pi,
+    ):
         running = infill(pi)
         await backend.begun.wait()
         for number in range(3):
@@ -365,7 +484,12 @@ async def test_a_warm_up_is_answered_at_once_and_read_when_nothing_else_is_to_do
         assert (await running).status == 200
         await until(lambda: len(backend.completions) == 2)
         asked = backend.completions[1]
-        assert (asked["max_tokens"], asked["extra"], asked["prompt"], asked["suffix"]) == (0, extra, "", "")
+        assert (asked["max_tokens"], asked["extra"], asked["prompt"], asked["suffix"]) == (
+            0,
+            extra,
+            "",
+            "",
+        )
         counts = await stats(pi)
         assert (counts["requests_total"], counts["requests_active"]) == (1, 0)
         await until(lambda: not pi.reads_ahead())
@@ -377,11 +501,18 @@ async def test_a_warm_up_that_ends_before_it_begins_leaves_room_for_the_next():
     """A request comes in the same turn of the event loop."""
     async with Backend() as backend, pi_for(backend.port) as pi:
         fields = native_fields(INFILL.read(WARM_UP), pi.gateway.config.models)
-        pi.gateway.dispatcher.read_ahead(CompletionRequest("infill", fields, client="me", ahead=True))
+        pi.gateway.dispatcher.read_ahead(
+            CompletionRequest("infill", fields, client="me", ahead=True)
+        )
         assert pi.reads_ahead()
-        async for _ in pi.gateway.complete(Completion(CompletionRequest("", {**fields, "max_tokens": 8}))):
+        async for _ in pi.gateway.complete(
+            Completion(CompletionRequest("", {**fields, "max_tokens": 8}))
+        ):
             pass
-        await until(lambda: backend.completions[-1]["max_tokens"] == 0, "the warm-up comes behind the request")
+        await until(
+            lambda: backend.completions[-1]["max_tokens"] == 0,
+            "the warm-up comes behind the request",
+        )
         await until(lambda: not pi.reads_ahead())
 
 
@@ -389,12 +520,18 @@ async def test_a_warm_up_that_ends_before_it_begins_leaves_room_for_the_next():
 
 
 async def test_what_the_user_types_as_predicted_is_served_without_the_vps():
-    async with Backend([script("urn", " a", " + b", prompt_tokens=9)]) as backend, pi_for(backend.port) as pi:
+    async with (
+        Backend([script("urn", " a", " + b", prompt_tokens=9)]) as backend,
+        pi_for(backend.port) as pi,
+    ):
         first = await infill(pi)
         assert (first.json["content"], "type_through" in first.json) == ("urn a + b", False)
         for typed in ("u", "urn", "urn a +"):
             reply = await infill(pi, prompt="    ret" + typed)
-            assert (reply.json["content"], reply.json["type_through"]) == ("urn a + b"[len(typed) :], True)
+            assert (reply.json["content"], reply.json["type_through"]) == (
+                "urn a + b"[len(typed) :],
+                True,
+            )
         assert len(backend.completions) == 1
         counts = await stats(pi)
         assert (counts["type_through"], counts["requests_total"]) == (3, 4)
@@ -417,7 +554,9 @@ AGAIN: list[tuple[dict[str, Any], dict[str, Any], int]] = [
 
 
 @pytest.mark.parametrize(("first", "then", "computed"), AGAIN, ids=str)
-async def test_another_request_is_not_served_from_it(first: dict[str, Any], then: dict[str, Any], computed: int):
+async def test_another_request_is_not_served_from_it(
+    first: dict[str, Any], then: dict[str, Any], computed: int
+):
     """Nor is text of chance, except where the client asks for caching; and nobody gets another client's."""
     async with Backend([script("urn", " a")]) as backend, pi_for(backend.port) as pi:
         await infill(pi, **first)
@@ -429,7 +568,10 @@ async def test_another_request_is_not_served_from_it(first: dict[str, Any], then
 
 async def test_what_the_user_types_while_it_is_computed_is_not_computed_again():
     go = asyncio.Event()
-    async with Backend([script("urn", " a", go.wait, " + b"), script("x")]) as backend, pi_for(backend.port) as pi:
+    async with (
+        Backend([script("urn", " a", go.wait, " + b"), script("x")]) as backend,
+        pi_for(backend.port) as pi,
+    ):
         older = infill(pi)
         await until(lambda: pi.gateway.dispatcher.active and pi.at(0)[0].tokens == 2)
         newer = infill(pi, prompt="    return")
@@ -449,7 +591,10 @@ async def test_what_the_user_types_while_it_is_computed_is_not_computed_again():
 
 async def test_what_is_asked_ahead_goes_on_while_the_hint_is_typed():
     """llama.vim asks for the text after a completion while it shows that completion."""
-    async with Backend([script("urn", " a"), [CHUNKED, HANG]]) as backend, pi_for(backend.port) as pi:
+    async with (
+        Backend([script("urn", " a"), [CHUNKED, HANG]]) as backend,
+        pi_for(backend.port) as pi,
+    ):
         await infill(pi)
         ahead = infill(pi, prompt="    return a")
         await until(lambda: backend.running == 1)
@@ -462,36 +607,58 @@ async def test_what_is_asked_ahead_goes_on_while_the_hint_is_typed():
 
 def finish(prompt: str, text: str, **more: Any) -> broadcast.Broadcast | None:
     """What is kept of an infill's text."""
-    request = CompletionRequest("infill", {"prompt": prompt, "suffix": "", "temperature": 0.0, **more})
-    running = broadcast.Broadcast(broadcast.alike(request.fields), prompt, completion=Completion(request))
+    request = CompletionRequest(
+        "infill", {"prompt": prompt, "suffix": "", "temperature": 0.0, **more}
+    )
+    running = broadcast.Broadcast(
+        broadcast.alike(request.fields), prompt, completion=Completion(request)
+    )
     running.pairs = [("started", {"model": "m"}), ("text", upstream.text_event(text)), ("done", {})]
     return broadcast.finished(running)
 
 
-LINES = [f"line {number}\n" for number in range(400)]  # an editor sends a fixed number of them before the cursor
+LINES = [
+    f"line {number}\n" for number in range(400)
+]  # an editor sends a fixed number of them before the cursor
 TYPED = [
     ("typed", "a = ", "b\nc", "a = b", 1),
     ("typed in a long text", "".join(LINES[:300]), "a\nbc\n", "".join([*LINES[:300], "a"]), 1),
-    ("a line, and the window moved", "".join(LINES[:300]), "a\nbc\n", "".join([*LINES[1:300], "a\nb"]), 3),
+    (
+        "a line, and the window moved",
+        "".join(LINES[:300]),
+        "a\nbc\n",
+        "".join([*LINES[1:300], "a\nb"]),
+        3,
+    ),
     ("where a line is missing", "".join(LINES[:300]), "a\nbc\n", "".join([*LINES[1:299], "a"]), 0),
     ("more than all", "a = ", "b", "a = bc", 0),
     ("nothing", "a = ", "b", "a = ", 0),
     ("something before", "a = ", "bc", "xa = b", 0),
     ("two periods", "0, " * 600, "0, " * 4, "0, " * 602, 6),
     ("nothing of a period", "0, " * 600, "0, " * 4, "0, " * 600, 0),
-    ("a line of equal ones, and the window has moved by two", "x\n" * 2000, "x\n" * 9, "x\n" * 1999, 2),
+    (
+        "a line of equal ones, and the window has moved by two",
+        "x\n" * 2000,
+        "x\n" * 9,
+        "x\n" * 1999,
+        2,
+    ),
     ("more of a period than was foretold", "0, " * 600, "0, " * 4, "0, " * 605, 3),
     ("white space alone", " " * 2000, " " * 500, " " * 3000, 1),
 ]
 
 
-@pytest.mark.parametrize(("asked", "text", "prompt", "typed"), [case[1:] for case in TYPED], ids=[c[0] for c in TYPED])
+@pytest.mark.parametrize(
+    ("asked", "text", "prompt", "typed"), [case[1:] for case in TYPED], ids=[c[0] for c in TYPED]
+)
 def test_typed_of(asked: str, text: str, prompt: str, typed: int):
     assert broadcast.typed_of(asked, text, prompt) == typed
     kept = finish(asked, text + "!")  # with the end of a long prompt
     assert kept
     request = CompletionRequest("infill", {"prompt": prompt, "suffix": "", "temperature": 0.0})
-    assert broadcast.place_in(kept, request, broadcast.alike(request.fields), is_reader=True) == (typed or None)
+    assert broadcast.place_in(kept, request, broadcast.alike(request.fields), is_reader=True) == (
+        typed or None
+    )
 
 
 def test_what_is_kept_is_bounded():
@@ -514,7 +681,13 @@ def word(number: int) -> str:
 
 LONG = "".join(f"{word(number)} = other\n" for number in range(2000))
 AFTER = "".join(f"after = {word(number)}\n" for number in range(400))
-IN_TIME = {"input_prefix": LONG, "input_suffix": AFTER, "prompt": "x", "n_predict": 128, "t_max_prompt_ms": 3000}
+IN_TIME = {
+    "input_prefix": LONG,
+    "input_suffix": AFTER,
+    "prompt": "x",
+    "n_predict": 128,
+    "t_max_prompt_ms": 3000,
+}
 TOLD = {"prompt_tokens": 200, "cached_tokens": 190, "ttft": 0.1}
 
 
@@ -524,7 +697,10 @@ async def test_a_prompt_is_cut_to_what_can_be_read_in_time_and_read_whole_later(
         await infill(pi, **IN_TIME)
         await until(lambda: len(backend.completions) == 2 and not pi.reads_ahead())
         await start(pi, CHATS, CHAT)
-        await infill(pi, **{**IN_TIME, "input_prefix": "another = file\n", "input_suffix": "", "n_predict": 64})
+        await infill(
+            pi,
+            **{**IN_TIME, "input_prefix": "another = file\n", "input_suffix": "", "n_predict": 64},
+        )
         await infill(pi, **{**IN_TIME, "prompt": "xy"})
         cut, whole, _, _, after = backend.completions
         assert 400 < len(cut["prompt"]) < 1500
@@ -535,11 +711,16 @@ async def test_a_prompt_is_cut_to_what_can_be_read_in_time_and_read_whole_later(
         assert len(after["suffix"]) < 1000
 
 
-SUFFIX_FIRST = answer(200, {"models": [{"id": "qwen_0_5b", "loaded": True, "n_ctx": 4096, "fim_layout": "spmv2"}]})
+SUFFIX_FIRST = answer(
+    200, {"models": [{"id": "qwen_0_5b", "loaded": True, "n_ctx": 4096, "fim_layout": "spmv2"}]}
+)
 
 
 async def test_a_suffix_that_is_read_first_stays_whole_while_one_types():
-    async with Backend([script("a", **TOLD)], models=SUFFIX_FIRST) as backend, pi_for(backend.port) as pi:
+    async with (
+        Backend([script("a", **TOLD)], models=SUFFIX_FIRST) as backend,
+        pi_for(backend.port) as pi,
+    ):
         pi.gateway.fleet.first.prompts.speed["qwen_0_5b"] = 100.0
         await infill(pi, **{**IN_TIME, "input_suffix": f"\n{AFTER}"})
         await until(lambda: len(backend.completions) == 2 and not pi.reads_ahead())
@@ -548,12 +729,17 @@ async def test_a_suffix_that_is_read_first_stays_whole_while_one_types():
         cut, whole, typed, changed = backend.completions[:4]
         assert len(cut["suffix"]) < 600 < 1000 < len(whole["suffix"])
         assert typed["prompt"] == whole["prompt"] + "y("
-        assert typed["suffix"] == ")" + whole["suffix"], "a bracket that the editor adds does not count"
+        assert typed["suffix"] == ")" + whole["suffix"], (
+            "a bracket that the editor adds does not count"
+        )
         assert len(changed["prompt"]) + len(changed["suffix"]) < 2000, "all has to be read again"
 
 
 async def test_a_client_that_moves_about_in_a_file_does_not_displace_others():
-    async with Backend([script("a", **TOLD)], models=SUFFIX_FIRST) as backend, pi_for(backend.port) as pi:
+    async with (
+        Backend([script("a", **TOLD)], models=SUFFIX_FIRST) as backend,
+        pi_for(backend.port) as pi,
+    ):
         prompts = pi.gateway.fleet.first.prompts
         await infill(pi, input_suffix="mine = 1\n")
         prompts._read = [("10.0.0.9", *entry[1:]) for entry in prompts._read]
@@ -566,8 +752,14 @@ async def test_a_client_that_moves_about_in_a_file_does_not_displace_others():
 @pytest.mark.parametrize("chunks", [3, 16])
 async def test_other_files_that_were_warmed_begin_the_next_prompt(chunks: int):
     """llama.vim sends its chunks alone, while its user pauses, and again before each infill."""
-    extra = [{"filename": f"{word(n)}.py", "text": f"def {word(n)}():\n    pass\n" * 30} for n in range(chunks)]
-    async with Backend([script(**TOLD), script("a", **TOLD)]) as backend, pi_for(backend.port) as pi:
+    extra = [
+        {"filename": f"{word(n)}.py", "text": f"def {word(n)}():\n    pass\n" * 30}
+        for n in range(chunks)
+    ]
+    async with (
+        Backend([script(**TOLD), script("a", **TOLD)]) as backend,
+        pi_for(backend.port) as pi,
+    ):
         pi.gateway.fleet.first.prompts.speed["qwen_0_5b"] = 100.0
         await start(pi, "/infill", {**WARM_UP, "input_extra": extra})
         await until(lambda: backend.completions and not pi.reads_ahead())
@@ -587,7 +779,10 @@ async def test_without_a_limit_of_time_nothing_is_cut_and_the_speed_of_reading_i
 
 
 async def test_a_chat_that_is_too_long_keeps_the_system_turn_and_the_latest_and_says_so():
-    turns = [{"role": ("user", "assistant")[n % 2], "content": f"turn {n} " + "word " * 400} for n in range(21)]
+    turns = [
+        {"role": ("user", "assistant")[n % 2], "content": f"turn {n} " + "word " * 400}
+        for n in range(21)
+    ]
     messages = [{"role": "system", "content": "Be brief."}, *turns]
     async with Backend() as backend, pi_for(backend.port) as pi:
         reply = await start(pi, CHATS, {"messages": messages, "max_tokens": 100})
@@ -596,14 +791,21 @@ async def test_a_chat_that_is_too_long_keeps_the_system_turn_and_the_latest_and_
         assert sent[1:] == messages[-len(sent) + 1 :]
         assert sent[1]["role"] == "user"
         size, of = (sum(len(message["content"]) for message in some) for some in (sent, messages))
-        assert reply.one("X-Cerebrum-Kept") == f"{len(sent)} of 22 messages, {size} of {of} characters"
+        assert (
+            reply.one("X-Cerebrum-Kept") == f"{len(sent)} of 22 messages, {size} of {of} characters"
+        )
         assert 5 <= len(sent) <= 12
         whole = await start(pi, CHATS, {"messages": messages[:3], "stream": True})
         assert whole.all("X-Cerebrum-Kept") == []
 
 
 async def test_an_unknown_model_means_the_default_a_slash_is_tolerated_and_a_key_is_needed():
-    asked = {"/v1/completions": None, "/v1/completions/": "", "//v1/completions": "gpt-4o", "/completions": "qwen_1_5b"}
+    asked = {
+        "/v1/completions": None,
+        "/v1/completions/": "",
+        "//v1/completions": "gpt-4o",
+        "/completions": "qwen_1_5b",
+    }
     async with Backend() as backend, pi_for(backend.port, client_keys=("secret",)) as pi:
         for path, model in asked.items():
             body = {"prompt": "x", "model": model, "suffix": None, "stop": None}
@@ -616,7 +818,9 @@ async def test_an_unknown_model_means_the_default_a_slash_is_tolerated_and_a_key
         assert reply.json["error"]["code"] == "UNAUTHORIZED"
 
 
-async def test_counting_tokens_opens_the_breaker_of_a_dead_vps_and_waits_for_no_other(monkeypatch: pytest.MonkeyPatch):
+async def test_counting_tokens_opens_the_breaker_of_a_dead_vps_and_waits_for_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+):
     async with Backend() as backend, pi_for(backend.port) as pi:
         await backend.__aexit__()
         replies = [await start(pi, "/tokenize", {"content": "a b"}) for _ in range(4)]
@@ -626,6 +830,8 @@ async def test_counting_tokens_opens_the_breaker_of_a_dead_vps_and_waits_for_no_
     monkeypatch.setattr(breaker, "FAILURES_TO_OPEN", 1)
     async with Backend([[HANG]]) as backend, pi_for(backend.port) as pi:
         people = [pi.from_address(f"127.0.0.{number}") for number in range(2, 8)]
-        replies = await asyncio.gather(*(start(one, "/tokenize", {"content": "a b"}) for one in people))
+        replies = await asyncio.gather(
+            *(start(one, "/tokenize", {"content": "a b"}) for one in people)
+        )
         refused = [reply.json["error"]["message"] == breaker.BREAKER_OPEN for reply in replies]
         assert (sum(refused), len(backend.completions)) == (2, 4)

@@ -78,7 +78,9 @@ def rests(engine: Engine) -> bool:
 
 def slots_are_free(engine: Engine) -> bool:
     headers = {"Authorization": f"Bearer {engine.key}"}
-    slots = httpx.get(f"{engine.url}/slots", headers=headers, timeout=PATIENCE, trust_env=False).json()
+    slots = httpx.get(
+        f"{engine.url}/slots", headers=headers, timeout=PATIENCE, trust_env=False
+    ).json()
     return not any(slot["is_processing"] for slot in slots)
 
 
@@ -150,14 +152,18 @@ class Stream(threading.Thread):
     def __init__(self, pi: Pi, path: str = "/v1/complete/stream", **fields: Any) -> None:
         super().__init__(daemon=True)
         self.url = pi.url + path
-        self.fields = fields if "messages" in fields else {"language": "python", "temperature": 0, **fields}
+        self.fields = (
+            fields if "messages" in fields else {"language": "python", "temperature": 0, **fields}
+        )
         self.status, self.events, self.leaving = 0, list[dict[str, Any]](), False
         self.clean: bool | None = None
         self.start()
 
     def run(self) -> None:
         try:
-            with httpx.stream("POST", self.url, json=self.fields, timeout=PATIENCE, trust_env=False) as response:
+            with httpx.stream(
+                "POST", self.url, json=self.fields, timeout=PATIENCE, trust_env=False
+            ) as response:
                 self.status = response.status_code
                 for line in response.iter_lines():
                     if line.startswith("data: {"):
@@ -191,7 +197,9 @@ class Stream(threading.Thread):
 
 
 @contextmanager
-def start_pi(folder: Path, tables: dict[str, dict[str, Any]], ready: bool = True, **keys: str) -> Iterator[Pi]:
+def start_pi(
+    folder: Path, tables: dict[str, dict[str, Any]], ready: bool = True, **keys: str
+) -> Iterator[Pi]:
     """A Pi with a backend for each table. The keys of all are KEY, unless `keys` has another one."""
     folder.mkdir(parents=True, exist_ok=True)
     variables = {id: f"KEY_OF_{id.upper()}" for id in tables}
@@ -237,7 +245,9 @@ def brief() -> dict[str, Any]:
 # ------------------------------------------------------------------------------- one engine, and all it does
 
 
-@pytest.fixture(scope="module", params=[LLAMA_SERVER, pytest.param(LLAMA_CPP, marks=NIGHTLY)], ids=str)
+@pytest.fixture(
+    scope="module", params=[LLAMA_SERVER, pytest.param(LLAMA_CPP, marks=NIGHTLY)], ids=str
+)
 def kind(request: pytest.FixtureRequest) -> Kind:
     assert isinstance(request.param, Kind)
     return request.param
@@ -280,7 +290,9 @@ def test_complete(kind: Kind, pi: Pi) -> None:
     """The body of a function, and nothing behind it."""
     for text, result in pi.both(prompt=FIBONACCI, max_tokens=100):
         assert (result["mode"], result["finish_reason"]) == ("complete", "block"), (text, result)
-        assert [line for line in text.splitlines() if line and not line.startswith("    ")] == [], text
+        assert [line for line in text.splitlines() if line and not line.startswith("    ")] == [], (
+            text
+        )
         assert text.endswith("\n")
         assert run_code(FIBONACCI + text)["fibonacci"](10) == 55, text
         check_result(result, kind)
@@ -298,7 +310,10 @@ def test_instruct(kind: Kind, pi: Pi) -> None:
     """Code alone: no fence, no chatter."""
     instruction = "Write a function add(a, b) that returns the sum of two numbers."
     for text, result in pi.both(prompt="", instruction=instruction, max_tokens=200):
-        assert (result["mode"], result["finish_reason"] != "length") == ("instruct", True), (text, result)
+        assert (result["mode"], result["finish_reason"] != "length") == ("instruct", True), (
+            text,
+            result,
+        )
         assert "`" not in text
         assert text.lstrip().startswith(("def ", "#", '"""')), text
         assert run_code(text)["add"](20, 3) == 23
@@ -329,19 +344,34 @@ def test_chat_as_openai_does(pi: Pi) -> None:
     for text in (choice["message"]["content"], streamed):
         assert "def add(a, b):" in text
         assert "```" in text, "a chat is left as it is"
-    assert (stream.clean, chunks[-1]["choices"][0]["finish_reason"] in ("stop", "length")) == (True, True)
+    assert (stream.clean, chunks[-1]["choices"][0]["finish_reason"] in ("stop", "length")) == (
+        True,
+        True,
+    )
     assert usage["choices"] == []
     assert usage["usage"]["completion_tokens"] > 0
 
 
 def test_infill_as_llama_cpp_does(pi: Pi) -> None:
-    body = {"input_prefix": PREFIX, "prompt": LINE, "input_suffix": SUFFIX, "n_predict": 32, "temperature": 0}
+    body = {
+        "input_prefix": PREFIX,
+        "prompt": LINE,
+        "input_suffix": SUFFIX,
+        "n_predict": 32,
+        "temperature": 0,
+    }
     answer = pi.answer("/infill", body)
     assert run_code(PREFIX + LINE + answer["content"] + SUFFIX)["add"](20, 3) == 23, answer
     assert (answer["stop"], answer["tokens_predicted"] > 0) == (True, True)
     other = {"input_extra": [{"filename": "other.py", "text": "def f():\n    return 2\n"}]}
-    answer = pi.answer("/infill", body | other)  # what a small model takes from another file is unpredictable
-    assert (answer["stop"], answer["tokens_predicted"] > 0, answer["content"].strip() != "") == (True, True, True)
+    answer = pi.answer(
+        "/infill", body | other
+    )  # what a small model takes from another file is unpredictable
+    assert (answer["stop"], answer["tokens_predicted"] > 0, answer["content"].strip() != "") == (
+        True,
+        True,
+        True,
+    )
 
 
 def test_models_health_and_statistics(kind: Kind, pi: Pi) -> None:
@@ -355,7 +385,9 @@ def test_models_health_and_statistics(kind: Kind, pi: Pi) -> None:
     pi.complete(**brief())
     after = pi.stats("one")
     assert (after["api"], after["available"], after["models"]) == (kind.api, True, [MODEL])
-    grown = [after[name] - before[name] for name in ("requests_total", "tokens_total", "requests_failed")]
+    grown = [
+        after[name] - before[name] for name in ("requests_total", "tokens_total", "requests_failed")
+    ]
     assert (grown, after["requests_active"], after["breaker"]["state"]) == ([1, 3, 0], 0, "closed")
     assert after["response_time_ms"] > 0
 
@@ -370,7 +402,10 @@ def test_a_client_that_leaves_ends_the_work(kind: Kind, engine: Engine, pi: Pi) 
     wait_until(lambda: pi.stats("one")["requests_active"] == 0, "the place is free", seconds=SOON)
     after = pi.stats("one")
     assert after["tokens_total"] - before["tokens_total"] < 1000, "it would have ended by itself"
-    assert (after["requests_failed"], after["breaker"]["failures"]) == (before["requests_failed"], 0)
+    assert (after["requests_failed"], after["breaker"]["failures"]) == (
+        before["requests_failed"],
+        0,
+    )
     assert pi.complete(**brief())["total_tokens"] == 3
 
 
@@ -380,16 +415,24 @@ def test_a_wrong_key(kind: Kind, engine: Engine, tmp_path: Path) -> None:
     with start_pi(tmp_path / "alone", tables, ready=False, one="another-key") as pi:
         error = pi.refused(**brief())
         assert (error["code"], "KEY_OF_ONE" in error["message"]) == ("VPS_UNAVAILABLE", True), error
-        told = json.dumps([error, *map(pi.get, ("/health", "/v1/stats", "/v1/activity"))]) + pi.daemon.stdout()
+        told = (
+            json.dumps([error, *map(pi.get, ("/health", "/v1/stats", "/v1/activity"))])
+            + pi.daemon.stdout()
+        )
         assert "another-key" not in told
         assert KEY not in told
     with in_a_thread(Backend()) as spare, ExitStack() as stack:
         tables["two"] = table_of_spare(spare)
-        pi = stack.enter_context(start_pi(tmp_path / "both", tables, ready=False, one="another-key"))
+        pi = stack.enter_context(
+            start_pi(tmp_path / "both", tables, ready=False, one="another-key")
+        )
         pi.wait_for("two")
         assert [pi.complete(**brief())["backend"] for _ in range(3)] == ["two"] * 3
         health = {entry["id"]: entry for entry in pi.get("/health")["backends"]}
-        assert (health["one"]["available"], "KEY_OF_ONE" in health["one"]["message"]) == (False, True)
+        assert (health["one"]["available"], "KEY_OF_ONE" in health["one"]["message"]) == (
+            False,
+            True,
+        )
         assert (pi.get("/health")["status"], health["two"]["available"]) == ("healthy", True)
 
 
@@ -405,7 +448,11 @@ def test_death_and_return(kind: Kind, engine: Engine, tmp_path: Path) -> None:
         stream.wait_for_tokens(5)
         engine.kill()
         stream.end()
-        assert (stream.clean, stream.last.get("error"), stream.last.get("code")) == (False, True, "VPS_UNAVAILABLE")
+        assert (stream.clean, stream.last.get("error"), stream.last.get("code")) == (
+            False,
+            True,
+            "VPS_UNAVAILABLE",
+        )
         assert all("token" in event for event in stream.events[:-1])
         assert spare.completions == [], "a stream that has begun is not sent again"
         result = pi.complete(**brief())
@@ -423,20 +470,30 @@ SHORT = [(LLAMA_SERVER, {}), pytest.param(LLAMA_CPP, {"n_ctx": 512}, marks=NIGHT
 
 
 @pytest.mark.parametrize(("short", "more"), SHORT, ids=str)
-def test_a_prompt_is_fitted_to_a_short_context(short: Kind, more: dict[str, int], tmp_path: Path) -> None:
+def test_a_prompt_is_fitted_to_a_short_context(
+    short: Kind, more: dict[str, int], tmp_path: Path
+) -> None:
     """The Pi knows the length from llama-server's /props. llama_cpp.server does not report it, so the table does. The
     answer has its room, also once the Pi has learned how the engine counts tokens."""
     start: Any = short.start
-    prompt = "".join(f"def f{n}(a, b):\n    return a * {n} + b\n\n\n" for n in range(100)) + FIBONACCI
+    prompt = (
+        "".join(f"def f{n}(a, b):\n    return a * {n} + b\n\n\n" for n in range(100)) + FIBONACCI
+    )
     with ExitStack() as stack:
         engine = had(start(tmp_path / "engine", context=512), stack)
-        pi = stack.enter_context(start_pi(tmp_path / "pi", {"one": backend(engine, short.api, **more)}))
+        pi = stack.enter_context(
+            start_pi(tmp_path / "pi", {"one": backend(engine, short.api, **more)})
+        )
         (model,) = pi.get("/v1/models")["models"]
         assert model["n_ctx"] == 512
         result = pi.complete(prompt=prompt, max_tokens=64)
-        assert run_code(FIBONACCI + result["completion"])["fibonacci"](10) == 55, "the end of the prompt was not sent"
+        assert run_code(FIBONACCI + result["completion"])["fibonacci"](10) == 55, (
+            "the end of the prompt was not sent"
+        )
         assert result["kept"]["characters"] < result["kept"]["of"] == len(prompt)
         assert Stream(pi, prompt=prompt, max_tokens=64).end().last["finish_reason"] == "block"
-        result = pi.complete(prompt=f"{prompt}    # {next(NUMBER)}\n", max_tokens=64, stop_at="none")
+        result = pi.complete(
+            prompt=f"{prompt}    # {next(NUMBER)}\n", max_tokens=64, stop_at="none"
+        )
         assert (result["finish_reason"], result["total_tokens"]) == ("length", 64)
         assert pi.stats("one")["requests_failed"] == 0

@@ -18,17 +18,43 @@ from typing import Any
 
 import pytest
 from harness import Reply, until
-from scripted import CHUNKED, MODELS, RESET, Backend, answer, backend_at, chunk, error, event, pi_for, token
+from scripted import (
+    CHUNKED,
+    MODELS,
+    RESET,
+    Backend,
+    answer,
+    backend_at,
+    chunk,
+    error,
+    event,
+    pi_for,
+    token,
+)
 
 from cerebrum.pi import breaker, fleet
 
 CLIENTS, AT_ONCE, SEED = 150, 40, 1
 PACE = 0.002  # seconds between two tokens
-BEFORE = ("resets", "closes", "an error event", "503", "429")  # faults before the first token, and behind it
+BEFORE = (
+    "resets",
+    "closes",
+    "an error event",
+    "503",
+    "429",
+)  # faults before the first token, and behind it
 AMID = ("resets amid", "an error event amid")
-REPEATED = {"resets", "closes", "429"}  # the same backend may get the request again: no byte came, or it was busy
+REPEATED = {
+    "resets",
+    "closes",
+    "429",
+}  # the same backend may get the request again: no byte came, or it was busy
 ERRORS = {"RATE_LIMIT": 429, "VPS_UNAVAILABLE": 503, "RESOURCE_EXHAUSTED": 503}
-LISTED = {"cerebrum": MODELS, "openai": {"data": [{"id": "qwen_0_5b"}]}, "llama.cpp": {"data": [{"id": "qwen_0_5b"}]}}
+LISTED = {
+    "cerebrum": MODELS,
+    "openai": {"data": [{"id": "qwen_0_5b"}]},
+    "llama.cpp": {"data": [{"id": "qwen_0_5b"}]},
+}
 
 
 def text_of(backend: str, mark: str) -> str:
@@ -71,10 +97,23 @@ class Engine(Backend):
         own = self.api == "cerebrum"
         if fault in ("503", "429"):
             code = {"503": "RESOURCE_EXHAUSTED", "429": "RATE_LIMIT"}[fault]
-            return [error(int(fault), code) if own else answer(int(fault), {"error": {"message": "no"}})]
-        wrong = event(error=True, message="no", code="RESOURCE_EXHAUSTED") if own else event(error={"code": 500})
-        end = event(done=True, finish_reason="stop") if own else self._event(path, "", "stop") + b"data: [DONE]\n\n"
-        said = [chunk(token(word, n) if own else self._event(path, word)) for n, word in enumerate(words, 1)]
+            return [
+                error(int(fault), code) if own else answer(int(fault), {"error": {"message": "no"}})
+            ]
+        wrong = (
+            event(error=True, message="no", code="RESOURCE_EXHAUSTED")
+            if own
+            else event(error={"code": 500})
+        )
+        end = (
+            event(done=True, finish_reason="stop")
+            if own
+            else self._event(path, "", "stop") + b"data: [DONE]\n\n"
+        )
+        said = [
+            chunk(token(word, n) if own else self._event(path, word))
+            for n, word in enumerate(words, 1)
+        ]
         return {
             "resets": [RESET],
             "closes": [b""],
@@ -94,7 +133,10 @@ class Engine(Backend):
 def request_of(number: int, mark: str) -> tuple[str, dict[str, Any]]:
     """The path and the body of a client's request: our own API or a chat, as a stream or in one piece."""
     if number % 4 > 1:
-        return "/v1/chat/completions", {"messages": [{"role": "user", "content": mark}], "stream": number % 4 == 2}
+        return "/v1/chat/completions", {
+            "messages": [{"role": "user", "content": mark}],
+            "stream": number % 4 == 2,
+        }
     body = {"prompt": f"# {mark}\nx =", "language": "python", "mode": "complete", "stop_at": "none"}
     return ("/v1/complete/stream", "/v1/complete")[number % 4], body
 
@@ -109,7 +151,12 @@ def read_answer(reply: Reply) -> tuple[str, bool, str]:
             code = (wrong if isinstance(wrong, dict) else members)["code"]
         said = choice.get("delta") or choice.get("message") or {}
         text += members.get("token") or members.get("completion") or said.get("content") or ""
-        ended = ended or "done" in members or "completion" in members or bool(choice.get("finish_reason"))
+        ended = (
+            ended
+            or "done" in members
+            or "completion" in members
+            or bool(choice.get("finish_reason"))
+        )
     return text, ended, code
 
 
@@ -141,14 +188,24 @@ async def test_no_request_is_lost_or_sent_twice(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(fleet, "PROBE_SECONDS", 0.05)
     monkeypatch.setattr(breaker, "OPEN_SECONDS", 0.1)
     kinds = {"own": 4, "other": 2, "visitor": 3, "openai": 4, "llama.cpp": 1}
-    seen, replies, done = defaultdict[str, list[tuple[str, str]]](list), dict[str, Reply](), list[int]()
-    engines = {id: Engine(id=id, api=id if id in LISTED else "cerebrum", places=places) for id, places in kinds.items()}
+    seen, replies, done = (
+        defaultdict[str, list[tuple[str, str]]](list),
+        dict[str, Reply](),
+        list[int](),
+    )
+    engines = {
+        id: Engine(id=id, api=id if id in LISTED else "cerebrum", places=places)
+        for id, places in kinds.items()
+    }
     visitor = engines["visitor"]
     async with contextlib.AsyncExitStack() as stack:
         for engine in engines.values():
             engine.models, engine.seen = answer(200, LISTED[engine.api]), seen
             await stack.enter_async_context(engine)
-        configs = [backend_at(one.port, id, api=one.api, max_concurrent=one.places) for id, one in engines.items()]
+        configs = [
+            backend_at(one.port, id, api=one.api, max_concurrent=one.places)
+            for id, one in engines.items()
+        ]
         pi = await stack.enter_async_context(pi_for(*configs))
         gate = asyncio.Semaphore(AT_ONCE)
 
@@ -169,15 +226,21 @@ async def test_no_request_is_lost_or_sent_twice(monkeypatch: pytest.MonkeyPatch)
             await visitor.__aenter__()
 
         await asyncio.gather(visit(), *map(client, range(CLIENTS)))
-        await until(lambda: not (pi.gateway.dispatcher.active or any(one.busy for one in engines.values())))
+        await until(
+            lambda: not (pi.gateway.dispatcher.active or any(one.busy for one in engines.values()))
+        )
         state = pi.gateway.dispatcher.state
         assert (state.places, state.line, pi.gateway.broadcasts.subscribers) == ({}, {}, [])
     for mark, reply in replies.items():
-        if "gone" not in [what for what, _ in seen[mark]]:  # a token of the visitor may never have come
+        if "gone" not in [
+            what for what, _ in seen[mark]
+        ]:  # a token of the visitor may never have come
             check_answer(reply, mark, seen[mark])
             check_way(seen[mark])
     assert [one.id for one in engines.values() if one.most_busy > one.places] == []
     whats = {what for way in seen.values() for what, _ in way}
     assert len(whats & {*BEFORE, *AMID}) > 4, "the simulation shows less than it seems to"
     assert "gone" in whats
-    assert sum(len({id for _, id in way}) > 1 for way in seen.values()) > 5, "few were asked elsewhere"
+    assert sum(len({id for _, id in way}) > 1 for way in seen.values()) > 5, (
+        "few were asked elsewhere"
+    )

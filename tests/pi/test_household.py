@@ -37,7 +37,19 @@ from harness import (
 )
 from harness import Client as Asking
 from scripted import CHUNKED as HEAD
-from scripted import GOOD, HANG, Backend, Flood, Pi, answer, chunk, in_a_thread, pi_for, script, token
+from scripted import (
+    GOOD,
+    HANG,
+    Backend,
+    Flood,
+    Pi,
+    answer,
+    chunk,
+    in_a_thread,
+    pi_for,
+    script,
+    token,
+)
 
 from cerebrum import http as cerebrum_http
 from cerebrum.check import has_health
@@ -58,7 +70,10 @@ KEYS_FILES = [
     ("", {}),
     ("\ufeffanna k1\r\n# family\n\n  ben\tk2 \n", {"k1": Client("anna"), "k2": Client("ben")}),
     ("tom k3 2\n", {"k3": Client("tom", 2)}),
-    *((line, f"line 1: {FORM}") for line in ("anna\n", "anna k1 0\n", "anna k1 65\n", "anna k1 2 x\n")),
+    *(
+        (line, f"line 1: {FORM}")
+        for line in ("anna\n", "anna k1 0\n", "anna k1 65\n", "anna k1 2 x\n")
+    ),
     *((line, f"line 1: {FORM}") for line in ("an/na k1\n", "anna k,1\n")),
     ("anna k1\n\nanna k2\n", "line 3: expected each name and each key once"),
     ("anna k1\nben k1\n", "line 2: expected each name and each key once"),
@@ -67,7 +82,9 @@ KEYS_FILES = [
 
 
 @pytest.mark.parametrize(("text", "found"), KEYS_FILES)
-def test_the_keys_file(text: str, found: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_keys_file(
+    text: str, found: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "client-keys"
     path.write_text(text)
     path.chmod(0o600)
@@ -92,11 +109,15 @@ async def ask(pi: Pi, key: str, path: str = "/v1/complete") -> Reply:
 async def figures(pi: Pi, key: str = ANNA) -> dict[str, list[int]]:
     """Completions, tokens and accepted ones of each client; today's are the same."""
     clients = (await pi.get("/v1/stats", X_API_Key=key)).json["clients"]
-    assert all(one["today"] == {name: one[name] for name in (*FIGURES, "seconds")} for one in clients)
+    assert all(
+        one["today"] == {name: one[name] for name in (*FIGURES, "seconds")} for one in clients
+    )
     return {one["name"]: [one[name] for name in FIGURES] for one in clients}
 
 
-async def test_names_stand_in_the_log_and_the_figures_and_keys_nowhere(caplog: pytest.LogCaptureFixture) -> None:
+async def test_names_stand_in_the_log_and_the_figures_and_keys_nowhere(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     caplog.set_level(logging.INFO)
     async with Backend() as vps, pi_for(vps.port, clients=HOUSE, client_keys=("shared",)) as pi:
         assert (await pi.complete()).status == (await ask(pi, "wrong")).status == 401
@@ -106,14 +127,33 @@ async def test_names_stand_in_the_log_and_the_figures_and_keys_nowhere(caplog: p
             assert (await ask(pi, key)).status == 200
         chat = {"messages": [{"role": "user", "content": "hi"}]}
         for key in (BEN, TOM):
-            assert (await pi.ask("POST", "/v1/chat/completions", chat, Authorization=f"Bearer {key}")).status == 200
-        assert (await pi.ask("POST", "/v1/accepted", {"characters": 9}, X_API_Key=BEN)).status == 200
+            assert (
+                await pi.ask("POST", "/v1/chat/completions", chat, Authorization=f"Bearer {key}")
+            ).status == 200
+        assert (
+            await pi.ask("POST", "/v1/accepted", {"characters": 9}, X_API_Key=BEN)
+        ).status == 200
         assert await figures(pi) == {"anna": [2, 4, 0], "ben": [1, 2, 1], "tom": [2, 4, 0]}
-        assert [one.get("priority") for one in vps.completions] == [None, None, "low", None, None, "low"]
+        assert [one.get("priority") for one in vps.completions] == [
+            None,
+            None,
+            "low",
+            None,
+            None,
+            "low",
+        ]
         told = (await pi.get("/metrics", X_API_Key=BEN)).body.decode()
         assert 'cerebrum_client_tokens_total{client="tom"} 4\n' in told
-        shown = told + (await pi.get("/v1/stats", X_API_Key=BEN)).body.decode() + "".join(caplog.messages)
-        assert [name for name in ("anna", "ben", "tom") if f" client={name}" in shown] == ["anna", "ben", "tom"]
+        shown = (
+            told
+            + (await pi.get("/v1/stats", X_API_Key=BEN)).body.decode()
+            + "".join(caplog.messages)
+        )
+        assert [name for name in ("anna", "ben", "tom") if f" client={name}" in shown] == [
+            "anna",
+            "ben",
+            "tom",
+        ]
         assert not [key for key in HOUSE if key in shown]
 
 
@@ -124,25 +164,38 @@ async def test_a_revoked_client_ends_and_the_others_go_on() -> None:
         asked = [asyncio.create_task(ask(pi, key, "/v1/complete/stream")) for key in (ANNA, BEN)]
         await until(lambda: vps.running == 2)
         await until(lambda: all(one.tokens for one in pi.at(0)))
-        pi.gateway.reconfigure(config := replace(pi.gateway.config, clients={BEN: Client("benjamin")}))
+        pi.gateway.reconfigure(
+            config := replace(pi.gateway.config, clients={BEN: Client("benjamin")})
+        )
         pi.server.use(config.access)
         ended = await asked[0]
-        assert [event.get("code", event.get("token")) for event in ended.events] == ["a", "UNAUTHORIZED"]
+        assert [event.get("code", event.get("token")) for event in ended.events] == [
+            "a",
+            "UNAUTHORIZED",
+        ]
         gate.set()
         assert (await asked[1]).events[-1]["done"]
         assert (await ask(pi, ANNA)).status == 401
         assert await figures(pi, BEN) == {"benjamin": [0, 0, 0]}
-        with pytest.raises(ConfigError, match="CEREBRUM_CM4_KEYS_FILE: expected the file, it has gone"):
+        with pytest.raises(
+            ConfigError, match="CEREBRUM_CM4_KEYS_FILE: expected the file, it has gone"
+        ):
             pi.gateway.reconfigure(replace(config, clients=None))  # everybody would be let in
         body = b'{"prompt": "x =", "language": "python"}'
         async with connect(pi.port) as (reader, writer):  # revoked while its body comes
             raw = post("/v1/complete", body).replace(KEY.encode(), BEN.encode())
             writer.write(raw[:-5])
-            await until(lambda: any(one.exchange and one.exchange.client for one in pi.server.connections.values()))
+            await until(
+                lambda: any(
+                    one.exchange and one.exchange.client for one in pi.server.connections.values()
+                )
+            )
             pi.server.use(replace(config, clients={}).access)
             writer.write(raw[-5:])
             assert (await read_reply(reader)).status == 401
-        pi.server.use(replace(config, clients={}).access)  # the last name has gone: nobody has a key
+        pi.server.use(
+            replace(config, clients={}).access
+        )  # the last name has gone: nobody has a key
         assert (await pi.complete()).status == 401
 
 
@@ -155,11 +208,16 @@ async def test_what_runs_with_a_revoked_common_key_ends() -> None:
         async with connect(pi.port) as (reader, writer):  # its body still comes
             raw = post("/v1/complete", body)
             writer.write(raw[:-5])
-            await until(lambda: sum(bool(one.exchange.head) for one in pi.server.connections.values()) == 3)
+            await until(
+                lambda: sum(bool(one.exchange.head) for one in pi.server.connections.values()) == 3
+            )
             pi.server.use(replace(pi.gateway.config, client_keys=("new",)).access)
             writer.write(raw[-5:])
             assert (await read_reply(reader)).status == 401
-        assert [event.get("code", event.get("token")) for event in (await asked[0]).events] == ["a", "UNAUTHORIZED"]
+        assert [event.get("code", event.get("token")) for event in (await asked[0]).events] == [
+            "a",
+            "UNAUTHORIZED",
+        ]
         assert (vps.running, asked[1].done()) == (1, False)
         asked[1].cancel()
 
@@ -172,9 +230,18 @@ async def test_nothing_is_read_ahead_for_a_revoked_client(tmp_path: Path) -> Non
         async with Backend([[HANG]]) as vps, pi_for(vps.port, clients=HOUSE) as pi:
             own = pi.gateway.dispatcher
             for client in ("tom", "anna"):
-                fields = {"language": "python", "mode": "infill", "prompt": client, "filename": "", "max_tokens": 0}
+                fields = {
+                    "language": "python",
+                    "mode": "infill",
+                    "prompt": client,
+                    "filename": "",
+                    "max_tokens": 0,
+                }
                 own.read_ahead(CompletionRequest("infill", fields, client=client, ahead=True))
-            assert ([one.completion.client for one in pi.at(0)], [*own.ahead]) == (["tom"], ["anna"])
+            assert ([one.completion.client for one in pi.at(0)], [*own.ahead]) == (
+                ["tom"],
+                ["anna"],
+            )
             await vps.begun.wait()
             if superseded:
                 own._supersede(pi.at(0)[0])
@@ -185,7 +252,10 @@ async def test_nothing_is_read_ahead_for_a_revoked_client(tmp_path: Path) -> Non
 
 
 WRONG = {  # what a reload says, and lines of .env and of client-keys
-    "CEREBRUM_CM4_TLS_CERT, CEREBRUM_CM4_TLS_KEY: expected both": ("CEREBRUM_CM4_TLS_CERT=/none", ""),
+    "CEREBRUM_CM4_TLS_CERT, CEREBRUM_CM4_TLS_KEY: expected both": (
+        "CEREBRUM_CM4_TLS_CERT=/none",
+        "",
+    ),
     "CEREBRUM_MAX_CONCURRENT: expected a number": ("CEREBRUM_MAX_CONCURRENT=x", ""),
     ".env: line 2: expected NAME=value": ("oops", ""),
     "keys: line 2: expected NAME KEY [PLACES]": ("", "// tom x"),
@@ -201,7 +271,9 @@ async def test_a_revoked_key_stops_working_whatever_else_is_wrong(tmp_path: Path
     del given["CEREBRUM_CM4_API_KEY"]  # .env has it
 
     def write(number: int, more: str, line: str) -> None:
-        env.write_text(f"CEREBRUM_CM4_API_KEY=common{number}\n{more}\nCEREBRUM_CM4_KEYS_FILE={file}\n")
+        env.write_text(
+            f"CEREBRUM_CM4_API_KEY=common{number}\n{more}\nCEREBRUM_CM4_KEYS_FILE={file}\n"
+        )
         file.write_text(f"ben {BEN}\n{line}\nanna annas{number}\n")
         file.chmod(0o600)
 
@@ -209,8 +281,16 @@ async def test_a_revoked_key_stops_working_whatever_else_is_wrong(tmp_path: Path
     with program("cm4d", [sys.executable, "-S", str(tmp_path / "cm4d.py")], tmp_path, given) as pi:
 
         async def statuses(number: int) -> list[int]:
-            keys = BEN, f"annas{number - 1}", f"annas{number}", f"common{number - 1}", f"common{number}"
-            return [(await Asking(port=pi.port).get("/v1/stats", X_API_Key=key)).status for key in keys]
+            keys = (
+                BEN,
+                f"annas{number - 1}",
+                f"annas{number}",
+                f"common{number - 1}",
+                f"common{number}",
+            )
+            return [
+                (await Asking(port=pi.port).get("/v1/stats", X_API_Key=key)).status for key in keys
+            ]
 
         for number, (said, lines) in enumerate(WRONG.items(), 1):
             write(number, *lines)
@@ -224,7 +304,9 @@ async def test_a_revoked_key_stops_working_whatever_else_is_wrong(tmp_path: Path
         status, output = await asyncio.to_thread(reload, pi.process, tmp_path)
         assert (status, ".env: " in output) == (1, True)
         assert await statuses(last) == [200, 401, 401, 401, 200]
-        env.write_text("CEREBRUM_MAX_CONCURRENT=x\n")  # without keys: a reload that fails lets in nobody without one
+        env.write_text(
+            "CEREBRUM_MAX_CONCURRENT=x\n"
+        )  # without keys: a reload that fails lets in nobody without one
         assert (await asyncio.to_thread(reload, pi.process, tmp_path))[0] == 1
         assert await statuses(last) == [200, 401, 401, 401, 200]
         write(last, "", "")
@@ -233,7 +315,9 @@ async def test_a_revoked_key_stops_working_whatever_else_is_wrong(tmp_path: Path
         env.write_text(f"oops\nCEREBRUM_CM4_KEYS_FILE={file}\n")  # the common key's line has gone
         assert (await asyncio.to_thread(reload, pi.process, tmp_path))[0] == 1
         assert await statuses(last) == [200, 401, 200, 401, 401]
-        env.write_text("CEREBRUM_CM4_KEYS_FILE=~nobody/keys\nCEREBRUM_CM4_API_KEY=common\n")  # of no user
+        env.write_text(
+            "CEREBRUM_CM4_KEYS_FILE=~nobody/keys\nCEREBRUM_CM4_API_KEY=common\n"
+        )  # of no user
         assert (await asyncio.to_thread(reload, pi.process, tmp_path))[0] == 1
         assert (await Asking(port=pi.port).get("/v1/stats", X_API_Key="common")).status == 200
 
@@ -253,7 +337,9 @@ async def test_places_go_round_by_person() -> None:
         for key, count in ((ANNA, 1), (TOM, 2), (ANNA, 2), (BEN, 2)):
             for n in range(count):
                 tasks.append(asyncio.create_task(chats(key, n)))
-                await until(lambda: len(pi.gateway.dispatcher.state.line) + vps.running == len(tasks))
+                await until(
+                    lambda: len(pi.gateway.dispatcher.state.line) + vps.running == len(tasks)
+                )
         for number, gate in enumerate(gates):
             gate.set()
             await until(lambda number=number: len(order) > number)  # type: ignore[misc]
@@ -267,7 +353,9 @@ async def test_two_places_that_come_at_once_go_to_two_people() -> None:
         asked = []
         for number, key in enumerate((BEN, ANNA, ANNA, BEN)):
             chat = {"messages": [{"role": "user", "content": str(number)}]}
-            asked.append(asyncio.create_task(pi.ask("POST", "/v1/chat/completions", chat, X_API_Key=key)))
+            asked.append(
+                asyncio.create_task(pi.ask("POST", "/v1/chat/completions", chat, X_API_Key=key))
+            )
             await until(lambda: len(waiting) + vps.running == len(asked))
         (backend,) = pi.gateway.config.backends
         more = replace(pi.gateway.config, backends=(replace(backend, max_concurrent=3),))
@@ -301,7 +389,10 @@ def tire(pi: Pi) -> None:
 async def test_a_guest_makes_room_with_the_text_so_far() -> None:
     slow = [HEAD, chunk(token("a", 1)), HANG]
     gate = asyncio.Event()
-    async with Backend([slow, slow, [HEAD, gate.wait, *GOOD[1:]]]) as vps, pi_for(vps.port, clients=GUESTS) as pi:
+    async with (
+        Backend([slow, slow, [HEAD, gate.wait, *GOOD[1:]]]) as vps,
+        pi_for(vps.port, clients=GUESTS) as pi,
+    ):
         whole = begin(pi, TOM, CHATS, "one")
         await until(lambda: [one.tokens for one in pi.at(0)] == [1])
         stream = begin(pi, TOM, "/v1/complete/stream", "x =")
@@ -309,7 +400,11 @@ async def test_a_guest_makes_room_with_the_text_so_far() -> None:
         tire(pi)
         family = [begin(pi, ANNA, "/v1/complete", "x ="), begin(pi, BEN, CHATS, "two")]
         *tokens, done = (await stream).events
-        assert ([one["token"] for one in tokens], done["done"], done["finish_reason"]) == (["a"], True, "preempted")
+        assert ([one["token"] for one in tokens], done["done"], done["finish_reason"]) == (
+            ["a"],
+            True,
+            "preempted",
+        )
         assert (done["total_tokens"], (await stream).clean, stream.done()) == (1, True, True)
         (choice,) = (await whole).json["choices"]
         assert (choice["message"]["content"], choice["finish_reason"]) == ("a", "length")
@@ -325,10 +420,15 @@ async def test_a_guest_makes_room_with_the_text_so_far() -> None:
         )
 
 
-async def test_a_guest_makes_room_even_if_it_does_not_take_its_text(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_guest_makes_room_even_if_it_does_not_take_its_text(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(dispatcher, "ENDING_SECONDS", 0.05)
     flood = [HEAD, Flood(chunk(token("x" * 1000, 1))), HANG]
-    async with Backend([flood, GOOD]) as vps, pi_for(vps.port, clients=GUESTS, max_concurrent=1) as pi:
+    async with (
+        Backend([flood, GOOD]) as vps,
+        pi_for(vps.port, clients=GUESTS, max_concurrent=1) as pi,
+    ):
         body = {"prompt": "x =", "language": "python"}
         _, writer = await pi.open("POST", "/v1/complete/stream", body, X_API_Key=TOM)
         (connection,) = pi.server.connections.values()
@@ -349,7 +449,9 @@ async def test_a_guest_without_its_share_starts_again_before_other_guests() -> N
         await until(lambda: pi.gateway.dispatcher.state.line)
         pi.at(0)[0].completion.requested -= 100  # it has waited, and waits anew
         anna = begin(pi, ANNA, CHATS, "of anna")
-        await until(lambda: len(vps.completions) == 2 and len(pi.gateway.dispatcher.state.line) == 2)
+        await until(
+            lambda: len(vps.completions) == 2 and len(pi.gateway.dispatcher.state.line) == 2
+        )
         gate.set()
         assert [reply.status for reply in await asyncio.gather(tom, tim, anna)] == [200] * 3
         order = [one["messages"][0]["content"] for one in vps.completions]
@@ -358,12 +460,16 @@ async def test_a_guest_without_its_share_starts_again_before_other_guests() -> N
         assert (await begin(pi, TOM, "/v1/complete", "x =")).json["finish_reason"] == "stop"
 
 
-async def test_a_guest_that_makes_room_before_it_holds_its_place_sends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_guest_that_makes_room_before_it_holds_its_place_sends_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(dispatcher, "ENDING_SECONDS", 1000)  # it waits for others, not for itself
     fields = {"language": "python", "mode": "chat", "model": None, "filename": ""}
     async with Backend() as vps, pi_for(vps.port, clients=GUESTS) as pi:
         owner = pi.gateway.dispatcher
-        attempt = await owner.enter(Completion(CompletionRequest("chat", fields, client="tom", guest=1)))
+        attempt = await owner.enter(
+            Completion(CompletionRequest("chat", fields, client="tom", guest=1))
+        )
         owner._preempt(attempt)
         with pytest.raises(HttpError):
             async with asyncio.timeout(PATIENCE), owner.hold(attempt):
@@ -371,14 +477,22 @@ async def test_a_guest_that_makes_room_before_it_holds_its_place_sends_nothing(m
 
 
 async def test_our_own_api_does_not_start_again() -> None:
-    async with Backend([[HEAD, HANG], GOOD]) as vps, pi_for(vps.port, clients=GUESTS, max_concurrent=1) as pi:
+    async with (
+        Backend([[HEAD, HANG], GOOD]) as vps,
+        pi_for(vps.port, clients=GUESTS, max_concurrent=1) as pi,
+    ):
         tom = begin(pi, TOM, "/v1/complete", "x =")
         await until(lambda: vps.running)
         assert (await ask(pi, ANNA)).status == 200
-        assert [(await tom).json[name] for name in ("completion", "finish_reason")] == ["", "preempted"]
+        assert [(await tom).json[name] for name in ("completion", "finish_reason")] == [
+            "",
+            "preempted",
+        ]
 
 
-async def test_a_guest_makes_room_while_its_connection_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_guest_makes_room_while_its_connection_is_opened(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(dispatcher, "ENDING_SECONDS", 0.05)
     asked, gate, connect_now = asyncio.Event(), asyncio.Event(), Upstream._connect
 
@@ -394,12 +508,18 @@ async def test_a_guest_makes_room_while_its_connection_is_opened(monkeypatch: py
         await asked.wait()
         assert (await ask(pi, ANNA)).json["completion"] == "ab"
         gate.set()
-        assert [(await tom).json[name] for name in ("completion", "finish_reason")] == ["", "preempted"]
+        assert [(await tom).json[name] for name in ("completion", "finish_reason")] == [
+            "",
+            "preempted",
+        ]
 
 
 async def test_a_guest_reads_no_completion_of_the_family() -> None:
     gate = asyncio.Event()
-    async with Backend([[HEAD, gate.wait, *GOOD[1:]]]) as vps, pi_for(vps.port, clients=GUESTS) as pi:
+    async with (
+        Backend([[HEAD, gate.wait, *GOOD[1:]]]) as vps,
+        pi_for(vps.port, clients=GUESTS) as pi,
+    ):
         asked = [begin(pi, key, CHATS, "the same", temperature=0) for key in (ANNA, TOM)]
         await until(lambda: vps.running == 2)
         gate.set()
@@ -409,7 +529,12 @@ async def test_a_guest_reads_no_completion_of_the_family() -> None:
 
 async def test_a_shared_or_typed_answer_counts_for_each_who_asked() -> None:
     gate = asyncio.Event()
-    infill = {"input_prefix": "def f():\n", "prompt": "    re", "input_suffix": "\n", "temperature": 0}
+    infill = {
+        "input_prefix": "def f():\n",
+        "prompt": "    re",
+        "input_suffix": "\n",
+        "temperature": 0,
+    }
     scripts = [[HEAD, gate.wait, *GOOD[1:]], script("turn 1", "2")]
     async with Backend(scripts) as vps, pi_for(vps.port, clients=HOUSE) as pi:
         asked = [begin(pi, key, CHATS, "the same", temperature=0) for key in (ANNA, BEN, BEN)]
@@ -418,13 +543,17 @@ async def test_a_shared_or_typed_answer_counts_for_each_who_asked() -> None:
         await asyncio.gather(*asked)
         assert await figures(pi) == {"anna": [1, 0, 0], "ben": [2, 2, 0], "tom": [0, 0, 0]}
         for typed in ("", "tu", "turn"):
-            reply = await pi.ask("POST", "/infill", infill | {"prompt": f"    re{typed}"}, X_API_Key=ANNA)
+            reply = await pi.ask(
+                "POST", "/infill", infill | {"prompt": f"    re{typed}"}, X_API_Key=ANNA
+            )
             assert reply.json.get("type_through", False) == bool(typed)
         assert len(vps.completions) == 2
         assert await figures(pi) == {"anna": [4, 2, 0], "ben": [2, 2, 0], "tom": [0, 0, 0]}
         shared = Completion(CompletionRequest("chat", {}, client="anna"))
         shared.clients += ["ben", "tom"]
-        attempt = Attempt(shared, "vps", "qwen_0_5b", Breaker().admit(0.0), tokens=10, begun=1.0, left=10.0)
+        attempt = Attempt(
+            shared, "vps", "qwen_0_5b", Breaker().admit(0.0), tokens=10, begun=1.0, left=10.0
+        )
         shared.attempts.append(attempt)
         before = {name: used.seconds for name, used in pi.gateway.counting.people.total.items()}
         async with pi.gateway.counting.completion(shared):
@@ -444,30 +573,54 @@ def test_guests_share_what_all_may_fill() -> None:
     assert cerebrum_http.has_room(bodies, "anna", guests, cerebrum_http.MAX_BODY_BYTES)
 
 
-async def test_bodies_and_tokens_of_a_guest_leave_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_bodies_and_tokens_of_a_guest_leave_room_for_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(cerebrum_http, "MAX_BODIES_BYTES", 100_000)
     gate = asyncio.Event()
     counted = [gate.wait, answer(200, {"tokens": [1]})]
     async with Backend([counted]) as vps, pi_for(vps.port, clients=GUESTS) as pi:
         guests = [begin(pi, TOM, TOKENIZE, "x" * 4900) for _ in range(9)]
         await until(lambda: sum(one.done() for one in guests) == 5)  # a fifth is his
-        assert {reply.json["error"]["code"] for reply in [await one for one in guests if one.done()]} == {"OVERLOADED"}
+        assert {
+            reply.json["error"]["code"] for reply in [await one for one in guests if one.done()]
+        } == {"OVERLOADED"}
         guests.append(begin(pi, TIM, TOKENIZE, "y"))
         await until(lambda: len(pi.server.bodies) == 2)
         family = [begin(pi, key, TOKENIZE, "z" * 25_000) for key in (ANNA, BEN)]
         await until(lambda: vps.running == 3)  # one of anna, one of ben, and one of the guests
-        assert sorted(json.loads(body)["text"][:1] for _, _, body in vps.asked if body) == ["x", "z", "z"]
+        assert sorted(json.loads(body)["text"][:1] for _, _, body in vps.asked if body) == [
+            "x",
+            "z",
+            "z",
+        ]
         gate.set()
         assert [reply.status for reply in await asyncio.gather(*family)] == [200, 200]
-        assert sorted(reply.status for reply in await asyncio.gather(*guests)) == [200] * 5 + [503] * 5
+        assert (
+            sorted(reply.status for reply in await asyncio.gather(*guests)) == [200] * 5 + [503] * 5
+        )
 
 
 # ------------------------------------------------------------------------------------------------ https
 
 
-def curl(authority: Path | str, port: int, path: str, *more: str, scheme: str = "https") -> tuple[int, str]:
-    command = ["curl", "-sS", "--max-time", "60", *(["--cacert", str(authority)] if authority else []), *more]
-    done = subprocess.run([*command, f"{scheme}://localhost:{port}{path}"], capture_output=True, text=True, check=False)
+def curl(
+    authority: Path | str, port: int, path: str, *more: str, scheme: str = "https"
+) -> tuple[int, str]:
+    command = [
+        "curl",
+        "-sS",
+        "--max-time",
+        "60",
+        *(["--cacert", str(authority)] if authority else []),
+        *more,
+    ]
+    done = subprocess.run(
+        [*command, f"{scheme}://localhost:{port}{path}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     return done.returncode, done.stdout + done.stderr
 
 
@@ -492,9 +645,14 @@ def test_https_and_named_keys_of_the_daemon(tmp_path: Path) -> None:
             begun = time.monotonic()  # with HTTP/1.0 the connection's end is the body's
             ended, _ = curl(mine, pi.port, "/v1/complete/stream", "-0", *completion)
             assert (ended, time.monotonic() - begun < WRITE_SECONDS) == (0, True)
-            strangers = [socket.create_connection(("127.0.0.1", pi.port)) for _ in range(MAX_CONNECTIONS + 40)]
+            strangers = [
+                socket.create_connection(("127.0.0.1", pi.port))
+                for _ in range(MAX_CONNECTIONS + 40)
+            ]
             files = Path(f"/proc/{pi.process.pid}/fd")
-            wait_until(lambda: len([*files.iterdir()]) < MAX_CONNECTIONS + 20)  # handshakes count as connections
+            wait_until(
+                lambda: len([*files.iterdir()]) < MAX_CONNECTIONS + 20
+            )  # handshakes count as connections
             assert curl(mine, pi.port, "/health")[0] == 0
             for one in strangers:
                 one.close()
@@ -517,7 +675,10 @@ def test_https_and_named_keys_of_the_daemon(tmp_path: Path) -> None:
             pi.process.send_signal(signal.SIGHUP)
             pi.wait_for_line(f"{stays}: CEREBRUM_CM4_TLS_CERT")
             assert curl(mine, pi.port, "/health")[0] == 0
-            shown = subprocess.run(["ps", "-ef"], capture_output=True, text=True, check=True).stdout + pi.stdout()
+            shown = (
+                subprocess.run(["ps", "-ef"], capture_output=True, text=True, check=True).stdout
+                + pi.stdout()
+            )
             assert not [key for key in HOUSE if key in shown]
             assert " client=anna" in pi.stdout()
 
@@ -534,7 +695,9 @@ def test_tls_begins_and_ends_with_a_restart(scheme: str, tmp_path: Path) -> None
 
         def refused(origin: str) -> bool:
             header = ("-H", f"Origin: {origin}://localhost:{pi.port}")
-            status, text = curl(tls["CEREBRUM_CM4_TLS_CERT"], pi.port, "/health", *header, scheme=scheme)
+            status, text = curl(
+                tls["CEREBRUM_CM4_TLS_CERT"], pi.port, "/health", *header, scheme=scheme
+            )
             assert status == 0
             return "FORBIDDEN" in text
 
@@ -562,11 +725,21 @@ def test_a_flood_of_failed_handshakes_takes_little_memory(tmp_path: Path) -> Non
     [
         ({"TLS_CERT": "/x"}, "expected both or neither, got one"),
         ({"TLS_CERT": "/x", "TLS_KEY": "/y"}, "expected PEM files that fit each other"),
-        ({"KEYS_FILE": "/none"}, "cm4d.py: CEREBRUM_CM4_KEYS_FILE: expected a file, got none at this path"),
+        (
+            {"KEYS_FILE": "/none"},
+            "cm4d.py: CEREBRUM_CM4_KEYS_FILE: expected a file, got none at this path",
+        ),
         ({"PORT": "x"}, "cm4d.py: CEREBRUM_CM4_PORT: expected "),
     ],
 )
 def test_wrong_settings(given: Mapping[str, str], wrong: str, tmp_path: Path) -> None:
-    refused = run_to_the_end("cm4d", tmp_path, **{f"CEREBRUM_CM4_{name}": value for name, value in given.items()})
+    refused = run_to_the_end(
+        "cm4d", tmp_path, **{f"CEREBRUM_CM4_{name}": value for name, value in given.items()}
+    )
     said = refused.stdout + refused.stderr
-    assert (refused.returncode, wrong in said, KEY in said, "Traceback" in said) == (2, True, False, False)
+    assert (refused.returncode, wrong in said, KEY in said, "Traceback" in said) == (
+        2,
+        True,
+        False,
+        False,
+    )

@@ -88,15 +88,28 @@ class Terminal:
         self.tmux = ["tmux", "-S", str(folder / "tmux"), "-f", "/dev/null"]
         settings = {"HOME": HOME, "TERM": "xterm-256color", "LANG": "C.UTF-8"}
         machine = f"--machine=editor-{os.getpid()}-{command[0]}"  # of a name that no earlier run has left behind
-        nspawn = ["systemd-nspawn", "--quiet", "--register=no", "--keep-unit", "--console=interactive", machine]
-        nspawn += [f"--directory={debian}", f"--bind={folder}/home:{HOME}", f"--chdir={HOME}/project"]
+        nspawn = [
+            "systemd-nspawn",
+            "--quiet",
+            "--register=no",
+            "--keep-unit",
+            "--console=interactive",
+            machine,
+        ]
+        nspawn += [
+            f"--directory={debian}",
+            f"--bind={folder}/home:{HOME}",
+            f"--chdir={HOME}/project",
+        ]
         nspawn += [f"--bind-ro={ROOT}/cerebrum_lsp.py:/cerebrum_lsp.py"]
         nspawn += [f"--setenv={name}={value}" for name, value in settings.items()]
         self.run("new-session", "-d", "-x", "100", "-y", "30", *nspawn, *command, "sum.py")
         self.process = int(self.run("display-message", "-p", "#{pane_pid}"))
 
     def run(self, *arguments: str) -> str:
-        done = subprocess.run([*self.tmux, *arguments], capture_output=True, text=True, timeout=PATIENCE, check=True)
+        done = subprocess.run(
+            [*self.tmux, *arguments], capture_output=True, text=True, timeout=PATIENCE, check=True
+        )
         return done.stdout
 
     def type(self, *keys: str) -> None:
@@ -123,8 +136,13 @@ class Terminal:
 def editing(debian: Path, folder: Path, *command: str, text: str = TEXT) -> Iterator[Terminal]:
     terminal = Terminal(debian, folder, *command, text=text)
     try:
-        wait_until(lambda: terminal.sent.exists() and "didOpen" in terminal.sent.read_text(), "the server has the file")
-        terminal.shows("Loaded 1 file" if command[0] == "hx" else "def add")  # before it, Helix drops what is typed
+        wait_until(
+            lambda: terminal.sent.exists() and "didOpen" in terminal.sent.read_text(),
+            "the server has the file",
+        )
+        terminal.shows(
+            "Loaded 1 file" if command[0] == "hx" else "def add"
+        )  # before it, Helix drops what is typed
         yield terminal
     finally:
         terminal.close()
@@ -138,7 +156,9 @@ def home(folder: Path, name: str, text: str) -> None:
 
 def assert_completed(terminal: Terminal, more: str) -> None:
     """The file has the completion, and what was typed after it."""
-    wait_until(lambda: terminal.file.exists() and more in terminal.file.read_text(), "the file is saved")
+    wait_until(
+        lambda: terminal.file.exists() and more in terminal.file.read_text(), "the file is saved"
+    )
     line = terminal.file.read_text().removeprefix(PREFIX).partition("\n")[0]
     assert completes_the_sum(line.removeprefix("    return ").partition(more)[0])
     assert terminal.file.read_text() == TEXT.replace("    return ", line, 1)
@@ -150,7 +170,9 @@ def accepted(pi: Pi) -> int:
 
 @pytest.mark.nightly
 def test_neovim(debian: Path, warm: Pi, tmp_path: Path) -> None:
-    lua = settings("README.md", "Tab accepts\n", warm.url) + settings("docs/editors.md", "as instructed\n", warm.url)
+    lua = settings("README.md", "Tab accepts\n", warm.url) + settings(
+        "docs/editors.md", "as instructed\n", warm.url
+    )
     home(tmp_path, ".config/init.lua", lua)
     before = accepted(warm)
     with editing(debian, tmp_path, "nvim", "-u", f"{HOME}/.config/init.lua") as editor:
@@ -169,20 +191,31 @@ def test_neovim(debian: Path, warm: Pi, tmp_path: Path) -> None:
         editor.type(":1,2Cerebrum rename a to total", "Enter")
         editor.shows("Workspace edit Cerebrum")
         editor.type(":w", "Enter")
-        wait_until(lambda: editor.file.exists() and "total" in editor.file.read_text(), "the file is saved")
+        wait_until(
+            lambda: editor.file.exists() and "total" in editor.file.read_text(), "the file is saved"
+        )
         assert editor.file.read_text().split("\n")[2:] == before_it[2:]
 
 
 @pytest.mark.nightly
 def test_emacs(debian: Path, warm: Pi, tmp_path: Path) -> None:
-    home(tmp_path, ".config/init.el", EMACS + settings("docs/editors.md", "C-return accepts\n", warm.url))
+    home(
+        tmp_path,
+        ".config/init.el",
+        EMACS + settings("docs/editors.md", "C-return accepts\n", warm.url),
+    )
     before = accepted(warm)
-    with editing(debian, tmp_path, "emacs", "-nw", "--no-splash", "-l", f"{HOME}/.config/init.el") as editor:
+    with editing(
+        debian, tmp_path, "emacs", "-nw", "--no-splash", "-l", f"{HOME}/.config/init.el"
+    ) as editor:
         editor.type("C-n", "C-e", "a")
         editor.shows("return a + b")
         editor.type(" ")  # of what is shown
         asked = '"textDocument/inlineCompletion"'
-        wait_until(lambda: editor.sent.read_text().count(asked) == 2, "Emacs asks again, and shows nothing meanwhile")
+        wait_until(
+            lambda: editor.sent.read_text().count(asked) == 2,
+            "Emacs asks again, and shows nothing meanwhile",
+        )
         editor.shows("return a + b")
         editor.type("Tab")
         wait_until(lambda: accepted(warm) == before + 1, "the accepted text is reported")
@@ -192,7 +225,11 @@ def test_emacs(debian: Path, warm: Pi, tmp_path: Path) -> None:
 
 @pytest.mark.nightly
 def test_helix(debian: Path, warm: Pi, tmp_path: Path) -> None:
-    home(tmp_path, ".config/helix/languages.toml", settings("docs/editors.md", "entries of its menu.\n", warm.url))
+    home(
+        tmp_path,
+        ".config/helix/languages.toml",
+        settings("docs/editors.md", "entries of its menu.\n", warm.url),
+    )
     with editing(debian, tmp_path, "hx") as editor:
         editor.type("j", "A", "a", "C-x")
         editor.shows("a + b")
@@ -232,9 +269,14 @@ def test_a_completion_of_several_lines_gets_the_line_ends_of_the_file(
             editor.type(*accept, " and three")
             editor.shows("# two and three")
             editor.type(*leave)
-            wait_until(lambda: "INS" not in editor.screen, "Neovim and Helix are no longer inserting")
+            wait_until(
+                lambda: "INS" not in editor.screen, "Neovim and Helix are no longer inserting"
+            )
             editor.type(*save)
-            wait_until(lambda: editor.file.exists() and b"two" in editor.file.read_bytes(), "the file is saved")
+            wait_until(
+                lambda: editor.file.exists() and b"two" in editor.file.read_bytes(),
+                "the file is saved",
+            )
             completed = CRLF.replace("return ", "return a + b\r\n    # two and three", 1)
             assert editor.file.read_bytes() == completed.encode()
 
@@ -243,7 +285,14 @@ def test_vscodes_client(warm: Pi, tmp_path: Path) -> None:
     node, npm = needs("node"), needs("npm")
     if not (CACHE / "node_modules/vscode-languageclient").exists():
         CACHE.mkdir(parents=True, exist_ok=True)
-        install = [npm, "install", "--silent", "--no-audit", "--no-fund", "vscode-languageclient@10"]
+        install = [
+            npm,
+            "install",
+            "--silent",
+            "--no-audit",
+            "--no-fund",
+            "vscode-languageclient@10",
+        ]
         subprocess.run(install, cwd=CACHE, check=True)
     before = accepted(warm)
     file = tmp_path / "sum.py"
@@ -251,7 +300,9 @@ def test_vscodes_client(warm: Pi, tmp_path: Path) -> None:
     server = [sys.executable, str(ROOT / "cerebrum_lsp.py")]
     command = [node, str(ROOT / "tests/vscode.cjs"), *server, str(file), "1", "11"]
     environment = {**os.environ, "CEREBRUM_URL": warm.url}
-    done = subprocess.run(command, cwd=CACHE, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    done = subprocess.run(
+        command, cwd=CACHE, env=environment, capture_output=True, text=True, timeout=PATIENCE
+    )
     assert (done.returncode, done.stderr) == (0, "")
     said = json.loads(done.stdout)
     assert said["first"] == said["first"][0] + said["second"], "what was typed of it was not kept"

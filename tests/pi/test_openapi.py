@@ -26,7 +26,11 @@ from cerebrum_common import STATUSES, VERSION
 from cm4d import FIELDS, ROUTES
 
 DOCUMENT: dict[str, Any] = json.loads(json.dumps(write_openapi()))
-OPERATIONS = {(verb.upper(), path): one for path, verbs in DOCUMENT["paths"].items() for verb, one in verbs.items()}
+OPERATIONS = {
+    (verb.upper(), path): one
+    for path, verbs in DOCUMENT["paths"].items()
+    for verb, one in verbs.items()
+}
 TOKENS = answer(200, {"tokens": [1, 2]})
 
 
@@ -58,7 +62,9 @@ VALUES: list[Any] = [
 TABLES = [FIELDS, dialects.TEXT_FIELDS, dialects.INFILL_FIELDS, dialects.TOKENIZE]
 
 
-@pytest.mark.parametrize("field", dict.fromkeys(field for table in TABLES for field in table.values()))
+@pytest.mark.parametrize(
+    "field", dict.fromkeys(field for table in TABLES for field in table.values())
+)
 def test_a_field_accepts_what_its_schema_says(field: Field) -> None:
     for nullable in (False, True):
         schema = Draft202012Validator(schema_of(field, nullable))
@@ -69,9 +75,17 @@ def test_a_field_accepts_what_its_schema_says(field: Field) -> None:
         assert field.default is None or schema.is_valid(field.default)
 
 
-SAID = [{"role": "user", "content": [{"type": "text", "text": "Sort."}]}, {"role": "assistant", "content": "a"}]
+SAID = [
+    {"role": "user", "content": [{"type": "text", "text": "Sort."}]},
+    {"role": "assistant", "content": "a"},
+]
 MORE: dict[str, dict[str, Any]] = {  # examples of the members that no `Field` checks
-    "/v1/complete": {"prompt": "def add(a, b):", "language": "python", "model": "qwen_0_5b", "stop": ["b"]},
+    "/v1/complete": {
+        "prompt": "def add(a, b):",
+        "language": "python",
+        "model": "qwen_0_5b",
+        "stop": ["b"],
+    },
     "/v1/completions": {"prompt": ["a"], "stop": "b", "stream_options": {"include_usage": True}},
     "/v1/chat/completions": {"messages": SAID, "stop": ["b"], "stream_options": None},
     "/completion": {"prompt": "a", "response_fields": ["content"]},
@@ -103,22 +117,41 @@ async def test_a_post_is_answered_as_described(path: str, stream: bool) -> None:
 
 @pytest.mark.parametrize("path", [path for method, path in OPERATIONS if method == "GET"])
 async def test_a_get_is_answered_as_described(path: str) -> None:
-    entry = {"id": "qwen_0_5b", "loaded": True, "encoding": "published", "memory_mb": 980.5, "n_ctx": 4096}
-    async with Backend(models=answer(200, {"models": [entry]})) as backend, pi_for(backend.port) as pi:
+    entry = {
+        "id": "qwen_0_5b",
+        "loaded": True,
+        "encoding": "published",
+        "memory_mb": 980.5,
+        "n_ctx": 4096,
+    }
+    async with (
+        Backend(models=answer(200, {"models": [entry]})) as backend,
+        pi_for(backend.port) as pi,
+    ):
         reply = await pi.get(path.replace("{id}", "qwen_7b"))
         ((kind, described),) = content_of("GET", path).items()
         assert reply.one("Content-Type").startswith(kind)
         validate(reply.json if kind == "application/json" else "", described["schema"])
 
 
-@pytest.mark.parametrize("host", ["localhost", "x.example"])  # the second is refused before the route is known
+@pytest.mark.parametrize(
+    "host", ["localhost", "x.example"]
+)  # the second is refused before the route is known
 @pytest.mark.parametrize("path", ["/v1/complete", "/v1/chat/completions"])
 async def test_an_error_has_the_described_form(path: str, host: str) -> None:
     async with pi_for(1, probing=False, client_keys=("k",)) as pi:
         reply = await pi.ask("POST", path, {}, Host=host, X_API_Key="k")
         validate(reply.json, content_of("POST", path, "default")["application/json"]["schema"])
-        code = reply.json["error"]["code"] if isinstance(reply.json["error"], dict) else reply.json["code"]
-        said = OPERATIONS["POST", path]["responses"]["default"]["description"].removeprefix("One of ").split(", ")
+        code = (
+            reply.json["error"]["code"]
+            if isinstance(reply.json["error"], dict)
+            else reply.json["code"]
+        )
+        said = (
+            OPERATIONS["POST", path]["responses"]["default"]["description"]
+            .removeprefix("One of ")
+            .split(", ")
+        )
         assert (f"{reply.status} {code}" in said, len(said)) == (True, len(STATUSES))
         reply = await pi.get("/openapi.json", X_API_Key="k")
         assert (reply.status, reply.json["code"]) == (404, "NOT_FOUND")
@@ -135,17 +168,37 @@ def test_schemathesis_finds_nothing(tmp_path: Path) -> None:
     pytest.importorskip("schemathesis")
     (tmp_path / "openapi.json").write_text(json.dumps(DOCUMENT))
     methods = json.dumps(sorted(METHODS - {"HEAD"}))  # schemathesis knows no HEAD
-    (tmp_path / "schemathesis.toml").write_text(f"[phases.coverage]\nunexpected-methods = {methods}\n")
+    (tmp_path / "schemathesis.toml").write_text(
+        f"[phases.coverage]\nunexpected-methods = {methods}\n"
+    )
     vps = in_a_thread(Backend(tokens=TOKENS))
-    with vps as backend, daemon("cm4d", tmp_path, CEREBRUM_VPS_URL=f"http://127.0.0.1:{backend.port}") as pi:
+    with (
+        vps as backend,
+        daemon("cm4d", tmp_path, CEREBRUM_VPS_URL=f"http://127.0.0.1:{backend.port}") as pi,
+    ):
         pi.wait_for_line("VPS backend is available")
         command = [sys.executable, "-m", "schemathesis.cli", "run", "openapi.json"]
         command += ["--url", f"http://127.0.0.1:{pi.port}"]
-        command += ["--header", f"X-API-Key: {KEY}", "--seed", "1", "--max-examples", "10", "--warnings", "off"]
+        command += [
+            "--header",
+            f"X-API-Key: {KEY}",
+            "--seed",
+            "1",
+            "--max-examples",
+            "10",
+            "--warnings",
+            "off",
+        ]
         command += ["--exclude-checks=positive_data_acceptance"]
         paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-        environment = {**os.environ, "PYTHONPATH": paths, "SCHEMATHESIS_HOOKS": "schemathesis_hooks"}
-        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        environment = {
+            **os.environ,
+            "PYTHONPATH": paths,
+            "SCHEMATHESIS_HOOKS": "schemathesis_hooks",
+        }
+        result = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
         assert result.returncode == 0, result.stdout + result.stderr
         (passed,) = re.findall(r"\d+ generated, (\d+) passed", result.stdout)
         assert int(passed) > 500

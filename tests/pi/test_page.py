@@ -30,11 +30,24 @@ MAX_BYTES = 47_000
 def test_the_page_is_small_and_has_nothing_from_elsewhere() -> None:
     text = FILE.read_text("utf-8")
     assert len(text.encode()) <= MAX_BYTES
-    assert (text.count("<script"), text.count("<style"), text.count("<script>"), text.count("<style>")) == (1, 1, 1, 1)
-    assert re.findall(r"https?:(?!//www\.w3\.org/)", text) == []  # but for the name of SVG's namespace
+    assert (
+        text.count("<script"),
+        text.count("<style"),
+        text.count("<script>"),
+        text.count("<style>"),
+    ) == (1, 1, 1, 1)
+    assert (
+        re.findall(r"https?:(?!//www\.w3\.org/)", text) == []
+    )  # but for the name of SVG's namespace
     shown, _, script = text.partition("<script>")
     assert re.findall(r"<[^>]* (?:style|on\w+)=", shown) == []
-    assert re.findall(r"\b(?:innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval|new Function)\b", script) == []
+    assert (
+        re.findall(
+            r"\b(?:innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval|new Function)\b",
+            script,
+        )
+        == []
+    )
 
 
 def settings_for_editors() -> list[str]:
@@ -45,7 +58,9 @@ def settings_for_editors() -> list[str]:
 
 
 def test_the_settings_for_editors_are_those_of_the_documents() -> None:
-    shown = re.findall(r'<pre title="[^"]+"(?: class=lsp)?>\n(.*?)</pre>', FILE.read_text("utf-8"), re.S)
+    shown = re.findall(
+        r'<pre title="[^"]+"(?: class=lsp)?>\n(.*?)</pre>', FILE.read_text("utf-8"), re.S
+    )
     written = [block.replace("http://pi.local:7000", "ADDRESS") for block in settings_for_editors()]
     assert (sorted(map(html.unescape, shown)), len(shown)) == (sorted(written), 10)
 
@@ -56,22 +71,33 @@ async def test_the_page_is_confined_and_needs_no_key_nor_does_the_language_serve
         assert (reply.status, reply.one("content-type")) == (200, "text/html; charset=utf-8")
         assert reply.body == FILE.read_bytes()
         policy = {"connect-src 'self'", "img-src data:", "require-trusted-types-for 'script'"}
-        policy |= {f"{what} 'none'" for what in ("default-src", "base-uri", "form-action", "frame-ancestors")}
+        policy |= {
+            f"{what} 'none'"
+            for what in ("default-src", "base-uri", "form-action", "frame-ancestors")
+        }
         for tag in ("script", "style"):
             (inline,) = re.findall(f"<{tag}>(.*?)</{tag}>".encode(), reply.body, re.S)
-            policy.add(f"{tag}-src 'sha256-{base64.b64encode(hashlib.sha256(inline).digest()).decode()}'")
+            policy.add(
+                f"{tag}-src 'sha256-{base64.b64encode(hashlib.sha256(inline).digest()).decode()}'"
+            )
         assert set(reply.one("content-security-policy").split("; ")) == policy
         names = ("x-content-type-options", "x-frame-options", "referrer-policy")
         assert [reply.one(name) for name in names] == ["nosniff", "DENY", "no-referrer"]
         head = await pi.ask("HEAD", "/")
-        assert (head.status, head.body, head.one("content-length")) == (200, b"", str(len(reply.body)))
+        assert (head.status, head.body, head.one("content-length")) == (
+            200,
+            b"",
+            str(len(reply.body)),
+        )
         assert (await pi.ask("POST", "/", {})).status == 405
         server = await pi.get("/cerebrum_lsp.py")
         assert (server.status, server.body) == (200, (ROOT / "cerebrum_lsp.py").read_bytes())
         assert server.one("content-type") == "text/x-python; charset=utf-8"
 
 
-async def test_without_its_files_the_daemon_lives(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+async def test_without_its_files_the_daemon_lives(
+    monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
     monkeypatch.setattr(cm4d, "HERE", Path("/nonexistent"))
     async with Backend() as backend, pi_for(backend.port) as pi:
         for path in ("/", "/cerebrum_lsp.py"):
@@ -128,7 +154,11 @@ async def test_activity() -> None:
     async with Backend(scripts, health=health) as backend, pi_for(backend.port) as pi:
         before = (await pi.get("/v1/activity")).json
         assert before["requests"] == before["failed"] == before["tokens"] == [0] * 60
-        assert (before["vps_message"], before["models_loaded"], before["notes"]) == ("", ["qwen_0_5b"], [])
+        assert (before["vps_message"], before["models_loaded"], before["notes"]) == (
+            "",
+            ["qwen_0_5b"],
+            [],
+        )
         assert [(await pi.complete()).status for _ in range(2)] == [200, 500]
         reader, writer = await pi.open("POST", "/v1/complete/stream", ASKED)
         await reader.readuntil(b'"total_tokens": 1}')
@@ -138,7 +168,9 @@ async def test_activity() -> None:
         assert (await pi.get("/v1/stats")).json.keys() < after.keys()
         writer.close()
         await until(lambda: not pi.gateway.dispatcher.active)
-        assert sum((await pi.get("/v1/activity")).json["tokens"]) == 3, "tokens of a request that has ended are lost"
+        assert sum((await pi.get("/v1/activity")).json["tokens"]) == 3, (
+            "tokens of a request that has ended are lost"
+        )
 
 
 async def test_a_request_that_was_superseded_has_not_failed() -> None:
@@ -167,11 +199,19 @@ async def test_models_have_what_the_vps_reports(monkeypatch: pytest.MonkeyPatch)
         assert large.keys() & {"loaded", "encoding", "path"} == set()
         assert told["prefer"] == {"infill": ["qwen_0_5b"]}
         languages = {entry["id"]: entry for entry in told["languages"]}
-        assert {id for id, entry in languages.items() if entry["served"]} == languages.keys() == LANGUAGES.keys()
+        assert (
+            {id for id, entry in languages.items() if entry["served"]}
+            == languages.keys()
+            == LANGUAGES.keys()
+        )
         assert languages["ruby"]["filenames"] == ["rakefile", "gemfile"]
         backend.models = answer(200, MODELS)
-        backend.health = answer(200, {"models_loaded": ["qwen_0_5b"]})  # what is loaded has changed: ask again
-        await until(lambda: pi.gateway.fleet.models and list(pi.gateway.fleet.models) == ["qwen_0_5b"])
+        backend.health = answer(
+            200, {"models_loaded": ["qwen_0_5b"]}
+        )  # what is loaded has changed: ask again
+        await until(
+            lambda: pi.gateway.fleet.models and list(pi.gateway.fleet.models) == ["qwen_0_5b"]
+        )
 
 
 async def test_what_users_accept_is_counted() -> None:
@@ -181,5 +221,7 @@ async def test_what_users_accept_is_counted() -> None:
             assert (told["accepted"], told["accepted_characters"]) == counts
         assert (await pi.ask("POST", "/v1/accepted", {"characters": 0})).status == 400
         assert (await pi.get("/v1/stats")).json.items() >= told.items()
-        metrics = re.findall(rb"^cerebrum_accepted_(\w+ \d+)$", (await pi.get("/metrics")).body, re.M)
+        metrics = re.findall(
+            rb"^cerebrum_accepted_(\w+ \d+)$", (await pi.get("/metrics")).body, re.M
+        )
         assert metrics == [b"completions_total 2", b"characters_total 17"]

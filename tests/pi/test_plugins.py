@@ -48,7 +48,10 @@ class Pi:
     def asked(self, path: str, body: Any) -> Any:
         """The members of a good answer, which is compact JSON on one line."""
         response = self.post(path, body)
-        assert (response.status_code, response.headers["content-type"]) == (200, "application/json"), response.text
+        assert (response.status_code, response.headers["content-type"]) == (
+            200,
+            "application/json",
+        ), response.text
         assert response.text == json.dumps(response.json(), separators=(",", ":"))
         return response.json()
 
@@ -58,14 +61,22 @@ class Pi:
         kind = response.headers["content-type"].split(";")[0]
         assert (response.status_code, kind) == (200, "text/event-stream"), response.text
         assert "\n: ping" not in response.text, "Continue takes it for the end"
-        data = [line.removeprefix("data: ") for line in response.text.split("\n") if line.startswith("data: ")]
+        data = [
+            line.removeprefix("data: ")
+            for line in response.text.split("\n")
+            if line.startswith("data: ")
+        ]
         return [text if text == "[DONE]" else json.loads(text) for text in data]
 
 
 @contextmanager
 def start_pi(folder: Path, scripts: Sequence[Any], **more: str) -> Iterator[Pi]:
     with in_a_thread(Backend(scripts)) as backend:
-        settings = {"CEREBRUM_CM4_API_KEY": "", "CEREBRUM_VPS_URL": f"http://127.0.0.1:{backend.port}", **more}
+        settings = {
+            "CEREBRUM_CM4_API_KEY": "",
+            "CEREBRUM_VPS_URL": f"http://127.0.0.1:{backend.port}",
+            **more,
+        }
         with daemon("cm4d", folder, **settings) as started:
             pi = Pi(f"http://127.0.0.1:{started.port}", backend)
             wait_until(lambda: pi.get("/health").status_code == 200, "the Pi knows its VPS")
@@ -89,7 +100,11 @@ def pi(shared_pi: Pi) -> Pi:
 
 # ----------------------------------------------------------------------------------- what each plugin sends
 
-TIMINGS = [f"{part}_{what}" for part in ("prompt", "predicted") for what in ("n", "ms", "per_token_ms", "per_second")]
+TIMINGS = [
+    f"{part}_{what}"
+    for part in ("prompt", "predicted")
+    for what in ("n", "ms", "per_token_ms", "per_second")
+]
 LLAMA_VSCODE: dict[str, Any] = {
     "id_slot": 0, "input_prefix": PREFIX, "input_suffix": SUFFIX, "input_extra": [OTHER], "prompt": LINE,
     "n_predict": 128, "n_cmpl": 3, "top_k": 40, "top_p": 0.99, "stream": False, "cache_prompt": True, "n_indent": 4,
@@ -103,15 +118,24 @@ LLAMA_VIM_WARMS = LLAMA_VIM | {
     "input_prefix": "", "input_suffix": "", "prompt": "", "n_predict": 0, "temperature": 0.0, "samplers": [],
     "t_max_prompt_ms": 1, "t_max_predict_ms": 1, "response_fields": [""],
 }  # fmt: skip
-ZED = {"model": "qwen2.5-coder", "prompt": FIM, "max_tokens": 64, "stop": ["<|endoftext|>", "<|file_sep|>"]}
+ZED = {
+    "model": "qwen2.5-coder",
+    "prompt": FIM,
+    "max_tokens": 64,
+    "stop": ["<|endoftext|>", "<|file_sep|>"],
+}
 # Continue writes snippets of other files, and the file's own name, as comments above the text.
-CONTINUE_PREFIX = "# Path: other.py\n# def subtract(a, b):\n#     return a - b\n# sum.py\n" + PREFIX + LINE
+CONTINUE_PREFIX = (
+    "# Path: other.py\n# def subtract(a, b):\n#     return a - b\n# sum.py\n" + PREFIX + LINE
+)
 CONTINUE = {
     "prompt": f"<|fim_prefix|>{CONTINUE_PREFIX}<|fim_suffix|>{SUFFIX}<|fim_middle|>", "stream": True,
     "stop": ["<|endoftext|>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>",
              "<|file_sep|>", "<|im_start|>", "<|im_end|>", "/src/", "#- coding: utf-8", "```"], "temperature": 0.01,
 }  # fmt: skip
-NULLS = dict.fromkeys(("top_p", "stop", "max_tokens", "logit_bias", "user", "frequency_penalty", "presence_penalty"))
+NULLS = dict.fromkeys(
+    ("top_p", "stop", "max_tokens", "logit_bias", "user", "frequency_penalty", "presence_penalty")
+)
 CONTINUE_OPENAI = NULLS | CONTINUE | {"model": "qwen2.5-coder", "max_tokens": 256}
 MINUET_PREFIX = "# language: python\n# indentation: use 4 spaces for a tab\n" + PREFIX + LINE
 MINUET = {"model": "PLACEHOLDER", "prompt": MINUET_PREFIX, "suffix": SUFFIX, "stream": True}
@@ -119,12 +143,36 @@ TURNS = [{"role": "system", "content": "You help."}, {"role": "user", "content":
 CODECOMPANION = NULLS | {
     "model": "qwen_0_5b", "messages": TURNS, "temperature": 0, "stream": True, "stream_options": {"include_usage": True}
 }  # fmt: skip
-TABBY = {"seed": 7, "prompt": FIM, "n_predict": 64, "temperature": 0.1, "stream": True, "penalty_last_n": 0}
-TWINNY = {"prompt": FIM, "stream": True, "temperature": 0.2, "max_tokens": 512, "stop": ["<|endoftext|>", "\n\n"]}
+TABBY = {
+    "seed": 7,
+    "prompt": FIM,
+    "n_predict": 64,
+    "temperature": 0.1,
+    "stream": True,
+    "penalty_last_n": 0,
+}
+TWINNY = {
+    "prompt": FIM,
+    "stream": True,
+    "temperature": 0.2,
+    "max_tokens": 512,
+    "stop": ["<|endoftext|>", "\n\n"],
+}
 
 GAP = {"mode": "infill", "prompt": PREFIX + LINE, "suffix": SUFFIX}
-LLAMA_GAP = GAP | {"extra": [OTHER], "max_tokens": 128, "temperature": 0.0, "language": "python", "indent": 4}
-CONTINUE_GAP = GAP | {"prompt": CONTINUE_PREFIX, "max_tokens": 256, "language": "python", "temperature": 0.01}
+LLAMA_GAP = GAP | {
+    "extra": [OTHER],
+    "max_tokens": 128,
+    "temperature": 0.0,
+    "language": "python",
+    "indent": 4,
+}
+CONTINUE_GAP = GAP | {
+    "prompt": CONTINUE_PREFIX,
+    "max_tokens": 256,
+    "language": "python",
+    "temperature": 0.01,
+}
 CONTINUE_GAP |= {"stop": ["/src/", "#- coding: utf-8", "```"]}
 # The path and the body of a request, and what the VPS is asked for it.
 REQUESTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -133,8 +181,16 @@ REQUESTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "zed": ("/v1/completions", ZED, GAP | {"max_tokens": 64, "temperature": 0.0, "stop": []}),
     "continue, openai": ("/v1/completions", CONTINUE_OPENAI, CONTINUE_GAP),
     "continue, llama.cpp": ("/completion", CONTINUE | {"n_predict": 256}, CONTINUE_GAP),
-    "minuet": ("/v1/completions", MINUET, GAP | {"prompt": MINUET_PREFIX, "language": "python", "max_tokens": 512}),
-    "codecompanion": ("/v1/chat/completions", CODECOMPANION, {"messages": TURNS, "max_tokens": 2048, "stop": []}),
+    "minuet": (
+        "/v1/completions",
+        MINUET,
+        GAP | {"prompt": MINUET_PREFIX, "language": "python", "max_tokens": 512},
+    ),
+    "codecompanion": (
+        "/v1/chat/completions",
+        CODECOMPANION,
+        {"messages": TURNS, "max_tokens": 2048, "stop": []},
+    ),
     "tabby": ("/completion", TABBY, GAP | {"max_tokens": 64, "seed": 7, "temperature": 0.1}),
     "twinny": ("/completion", TWINNY, GAP | {"max_tokens": 512, "stop": ["\n\n"]}),
 }
@@ -169,7 +225,12 @@ def test_a_plugin(pi: Pi, name: str) -> None:
     assert completed(pi, name) == TEXT
     pi.backend.scripts = [[error(503, "RESOURCE_EXHAUSTED", "too little memory")]]
     response = pi.post(path, body)
-    wrong = {"message": "too little memory", "type": "unavailable_error", "param": None, "code": "RESOURCE_EXHAUSTED"}
+    wrong = {
+        "message": "too little memory",
+        "type": "unavailable_error",
+        "param": None,
+        "code": "RESOURCE_EXHAUSTED",
+    }
     assert (response.status_code, response.json()) == (503, {"error": wrong})
 
 
@@ -194,15 +255,24 @@ def test_llama_vscode_looks_around(pi: Pi) -> None:
     pi.backend.scripts = [[answer(200, {"tokens": [1, 2, 3]})]]
     assert pi.get("/health").json()["status"] == "healthy"  # it takes "ok" and "healthy" as good
     (listed,) = pi.get("/v1/models").json()["data"]
-    assert (listed["id"], listed["object"], listed["owned_by"]) == ("qwen_0_5b", "model", "llamacpp")
+    assert (listed["id"], listed["object"], listed["owned_by"]) == (
+        "qwen_0_5b",
+        "model",
+        "llamacpp",
+    )
     assert pi.get("/models").json()["data"] == [listed]
     assert pi.get("/v1/models/qwen_0_5b").json() == listed
     props = pi.get("/props?model=qwen_0_5b&autoload=false").json()
     assert (props["default_generation_settings"]["n_ctx"], props["total_slots"]) == (4096, 2)
-    assert (props["model_alias"], props["modalities"]) == ("qwen_0_5b", {"vision": False, "audio": False})
+    assert (props["model_alias"], props["modalities"]) == (
+        "qwen_0_5b",
+        {"vision": False, "audio": False},
+    )
     text = {"content": "def add", "add_special": False, "parse_special": True}
     assert pi.asked("/tokenize", text) == {"tokens": [1, 2, 3]}
-    assert pi.backend.completions == [{"text": "def add", "first": False, "special": True, "model": "qwen_0_5b"}]
+    assert pi.backend.completions == [
+        {"text": "def add", "first": False, "special": True, "model": "qwen_0_5b"}
+    ]
 
 
 def test_llama_vim_warms_and_instructs(tmp_path: Path) -> None:
@@ -213,9 +283,14 @@ def test_llama_vim_warms_and_instructs(tmp_path: Path) -> None:
         assert pi.asked("/infill", LLAMA_VIM_WARMS) == {}
         wait_until(lambda: pi.backend.completions, "the prompt is read")
         assert pi.backend.completions[0]["max_tokens"] == 0
-        answer = pi.asked("/v1/chat/completions", warms | {"messages": [TURNS[0], {"role": "user", "content": ""}]})
+        answer = pi.asked(
+            "/v1/chat/completions",
+            warms | {"messages": [TURNS[0], {"role": "user", "content": ""}]},
+        )
         assert answer["choices"][0]["message"] == {"role": "assistant", "content": ""}
-        *chunks, end = pi.events("/v1/chat/completions", chat | {"id_slot": 8, "messages": TURNS, "stream": True})
+        *chunks, end = pi.events(
+            "/v1/chat/completions", chat | {"id_slot": 8, "messages": TURNS, "stream": True}
+        )
         assert ("".join(map(text_of, chunks)), end) == (TEXT, "[DONE]")
         assert TURNS in [sent.get("messages") for sent in pi.backend.completions]
 
@@ -265,9 +340,19 @@ def test_the_language_server_changes_text_in_any_language(pi: Pi, tmp_path: Path
             assert (text, answered["error"]["message"]) == (text, told + NOTHING)
         pi.backend.scripts = [script(FENCED)]
         editor.open("x\n" + "a\n" * 20_000, "abap")
-        number = editor.command("cerebrum.instruct", SELECTED | {"range": span((1, 0), (20_001, 0))})
-        assert editor.answer(number)["error"]["message"] == f"the text is too long for the model{NOTHING}"
+        number = editor.command(
+            "cerebrum.instruct", SELECTED | {"range": span((1, 0), (20_001, 0))}
+        )
+        assert (
+            editor.answer(number)["error"]["message"]
+            == f"the text is too long for the model{NOTHING}"
+        )
         count = len(pi.backend.completions)
-        told = editor.answer(editor.command("cerebrum.instruct", SELECTED | {"instruction": ""}))["error"]["message"]
-        assert told == 'the Pi answers 400: instruction: expected a non-empty string, got the string ""'
+        told = editor.answer(editor.command("cerebrum.instruct", SELECTED | {"instruction": ""}))[
+            "error"
+        ]["message"]
+        assert (
+            told
+            == 'the Pi answers 400: instruction: expected a non-empty string, got the string ""'
+        )
         assert len(pi.backend.completions) == count

@@ -14,7 +14,20 @@ from typing import Any
 
 import pytest
 from harness import KEY, until
-from scripted import CHUNKED, HANG, RESET, Backend, Pi, answer, backend_at, chunk, error, event, pi_for, script
+from scripted import (
+    CHUNKED,
+    HANG,
+    RESET,
+    Backend,
+    Pi,
+    answer,
+    backend_at,
+    chunk,
+    error,
+    event,
+    pi_for,
+    script,
+)
 
 from cerebrum.pi import breaker, completion
 from cerebrum.pi import fleet as pi_fleet
@@ -37,11 +50,15 @@ async def fleet(*backends: Backend, places: Sequence[int] = (), **config: Any) -
     """A Pi in front of these backends, which are named a, b, c, … Each writes its name, if no script is given."""
     async with contextlib.AsyncExitStack() as stack:
         configs = []
-        for name, backend, limit in zip("abcdef", backends, places or [2] * len(backends), strict=False):
+        for name, backend, limit in zip(
+            "abcdef", backends, places or [2] * len(backends), strict=False
+        ):
             if backend.scripts == Backend.scripts:
                 backend.scripts = [script(name)]
             await stack.enter_async_context(backend)
-            configs.append(backend_at(backend.port, name, max_concurrent=limit, key=f"{KEY}-{name}"))
+            configs.append(
+                backend_at(backend.port, name, max_concurrent=limit, key=f"{KEY}-{name}")
+            )
         yield await stack.enter_async_context(pi_for(*configs, **config))
 
 
@@ -57,7 +74,9 @@ async def answered(pi: Pi, **more: Any) -> str:
 async def running(pi: Pi, backend: Backend, **more: Any) -> AsyncIterator[None]:
     """Run a completion on this backend, whose next script must hang."""
     backend.begun.clear()
-    _, writer = await pi.open("POST", "/v1/complete/stream", {"prompt": "z", "language": "python", **more})
+    _, writer = await pi.open(
+        "POST", "/v1/complete/stream", {"prompt": "z", "language": "python", **more}
+    )
     await backend.begun.wait()
     yield
     writer.transport.abort()
@@ -89,11 +108,25 @@ async def test_the_one_that_served_a_session_a_file_or_a_chat_last() -> None:
             assert await answered(pi, session="s") == await answered(pi, filename="n.py") == "b"
             assert (await pi.ask("POST", "/infill", INFILL)).json["content"] == "b"
             assert (await pi.ask("POST", "/v1/chat/completions", CHAT)).status == 200
-        assert await answered(pi, session="s", prompt="other") == await answered(pi, filename="n.py", prompt="o") == "b"
+        assert (
+            await answered(pi, session="s", prompt="other")
+            == await answered(pi, filename="n.py", prompt="o")
+            == "b"
+        )
         assert await answered(pi, prompt="new") == "a"
-        assert (await pi.ask("POST", "/infill", INFILL | {"input_prefix": "y ="})).json["content"] == "b"
-        assert (await pi.ask("POST", "/infill", INFILL | {"filename": "b.py"})).json["content"] == "a"
-        longer = {"messages": [*CHAT["messages"], {"role": "assistant", "content": "b"}, *CHAT["messages"]]}
+        assert (await pi.ask("POST", "/infill", INFILL | {"input_prefix": "y ="})).json[
+            "content"
+        ] == "b"
+        assert (await pi.ask("POST", "/infill", INFILL | {"filename": "b.py"})).json[
+            "content"
+        ] == "a"
+        longer = {
+            "messages": [
+                *CHAT["messages"],
+                {"role": "assistant", "content": "b"},
+                *CHAT["messages"],
+            ]
+        }
         for messages in (CHAT, longer):
             reply = await pi.ask("POST", "/v1/chat/completions", messages)
             assert reply.json["choices"][0]["message"]["content"] == "b"
@@ -108,8 +141,15 @@ async def test_a_full_backend_is_passed_over_and_full_ones_refuse_or_let_wait() 
             assert await answered(pi, session="s") == "b"
             async with running(pi, two):
                 for reply in (await pi.complete(), await pi.stream()):
-                    assert (reply.status, reply.json["code"], reply.all("Retry-After")) == (429, "RATE_LIMIT", [])
-                    assert reply.json["message"] == "expected at most 2 completions at a time; try again later"
+                    assert (reply.status, reply.json["code"], reply.all("Retry-After")) == (
+                        429,
+                        "RATE_LIMIT",
+                        [],
+                    )
+                    assert (
+                        reply.json["message"]
+                        == "expected at most 2 completions at a time; try again later"
+                    )
                 assert (await pi.get("/v1/stats")).json["requests_active"] == 2
                 leaving = asyncio.create_task(pi.ask("POST", "/infill", INFILL))
                 await until(lambda: len(line) == 1)
@@ -125,7 +165,9 @@ async def test_a_client_that_leaves_as_it_gets_its_place_gives_it_back() -> None
     async with fleet(one, places=(1,)) as pi:
         state, asked = pi.gateway.dispatcher.state, {"model": "qwen_0_5b", "filename": ""}
         async with running(pi, one):
-            entering = asyncio.create_task(pi.gateway.dispatcher.enter(Completion(CompletionRequest("chat", asked))))
+            entering = asyncio.create_task(
+                pi.gateway.dispatcher.enter(Completion(CompletionRequest("chat", asked)))
+            )
             await until(lambda: state.line)
             (called,) = state.line.values()
             called.add_done_callback(lambda _: entering.cancel())
@@ -138,7 +180,9 @@ async def test_each_gets_its_own_key_alone_and_none_with_health() -> None:
     async with fleet(one, two) as pi:
         assert await answered(pi) == "b"
         for name, backend in (("a", one), ("b", two)):
-            keys = {line.split(" ")[1]: headers.get("x-api-key") for line, headers, _ in backend.asked}
+            keys = {
+                line.split(" ")[1]: headers.get("x-api-key") for line, headers, _ in backend.asked
+            }
             own = f"{KEY}-{name}"
             assert keys == {"/health": None, "/v1/models": own, "/v1/inference/stream": own}
             assert all("authorization" not in headers for _, headers, _ in backend.asked)
@@ -148,7 +192,10 @@ async def test_each_gets_its_own_key_alone_and_none_with_health() -> None:
 
 
 async def test_the_best_model_that_some_backend_has() -> None:
-    one, two = Backend(models=listing("qwen_0_5b")), Backend([script("b"), HANGING], models=listing("qwen_1_5b"))
+    one, two = (
+        Backend(models=listing("qwen_0_5b")),
+        Backend([script("b"), HANGING], models=listing("qwen_1_5b")),
+    )
     async with fleet(one, two, places=(1, 1)) as pi:
         reply = await pi.complete()
         assert (reply.json["model"], reply.json["backend"]) == ("qwen_1_5b", "b")
@@ -159,7 +206,9 @@ async def test_the_best_model_that_some_backend_has() -> None:
         async with running(pi, two):
             reply = await pi.complete()
             assert (reply.json["model"], reply.json["backend"]) == ("qwen_0_5b", "a")
-            assert (await pi.complete(model="qwen_1_5b")).status == 429, "a model that is asked for is not replaced"
+            assert (await pi.complete(model="qwen_1_5b")).status == 429, (
+                "a model that is asked for is not replaced"
+            )
 
 
 # ------------------------------------------------------------------------------------------------ failures
@@ -168,7 +217,11 @@ FAILURES: dict[str, list[Any]] = {
     "resets": [RESET],
     "closes behind its head": [CHUNKED],
     "an error event": [CHUNKED, chunk(event(error=True, message="m", code="MODEL_LOAD_FAILED"))],
-    "only progress": [CHUNKED, chunk(event(progress={"stage": "loading", "done": 1, "total": 2})), RESET],
+    "only progress": [
+        CHUNKED,
+        chunk(event(progress={"stage": "loading", "done": 1, "total": 2})),
+        RESET,
+    ],
     "too many requests": [error(429, "RATE_LIMIT")],
     "no memory": [error(503, "RESOURCE_EXHAUSTED")],
     "a wrong key": [error(401, "UNAUTHORIZED")],
@@ -184,7 +237,11 @@ async def test_before_the_first_token_the_next_one_is_asked(name: str) -> None:
         reply = await pi.stream(progress=True)
         assert (reply.status, reply.clean) == (200, True)
         *_, text, done = reply.events
-        assert (text, done["done"], done["backend"]) == ({"token": "c", "total_tokens": 1}, True, "c")
+        assert (text, done["done"], done["backend"]) == (
+            {"token": "c", "total_tokens": 1},
+            True,
+            "c",
+        )
         assert [len(backend.completions) for backend in (one, two, three)] == [1, 1, 1]
         assert pi.gateway.dispatcher.active == 0
         stats = (await pi.get("/v1/stats")).json
@@ -192,7 +249,9 @@ async def test_before_the_first_token_the_next_one_is_asked(name: str) -> None:
         assert [told["requests_failed"] for told in stats["backends"]] == [1, 1, 0]
 
 
-@pytest.mark.parametrize("rest", [[RESET], [b"0\r\n\r\n"], [chunk(event(error=True, message="m", code="X"))]])
+@pytest.mark.parametrize(
+    "rest", [[RESET], [b"0\r\n\r\n"], [chunk(event(error=True, message="m", code="X"))]]
+)
 async def test_after_the_first_token_nobody_else_is_asked(rest: list[Any]) -> None:
     one, two = Backend([[*script("a")[:2], *rest]]), Backend()
     async with fleet(one, two) as pi:
@@ -211,10 +270,18 @@ async def test_an_error_about_the_request_is_final(status: int, code: str) -> No
 
 
 async def test_when_all_fail_the_most_precise_error_counts() -> None:
-    one, two, three = Backend([[RESET]]), Backend([[error(503, "RESOURCE_EXHAUSTED", "no memory")]]), Backend([[]])
+    one, two, three = (
+        Backend([[RESET]]),
+        Backend([[error(503, "RESOURCE_EXHAUSTED", "no memory")]]),
+        Backend([[]]),
+    )
     async with fleet(one, two, three) as pi:
         reply = await pi.complete()
-        assert (reply.status, reply.json["code"], reply.json["message"]) == (503, "RESOURCE_EXHAUSTED", "no memory")
+        assert (reply.status, reply.json["code"], reply.json["message"]) == (
+            503,
+            "RESOURCE_EXHAUSTED",
+            "no memory",
+        )
         assert [len(backend.completions) for backend in (one, two, three)] == [1, 1, 1]
 
 
@@ -222,10 +289,15 @@ async def test_a_backend_that_was_not_reached_is_asked_only_if_there_is_no_other
     one, two = Backend(health=error(503, "SHUTTING_DOWN")), Backend([HANGING, script("b")])
     async with fleet(one, two, places=(1, 1)) as pi:
         async with running(pi, two):
-            assert (await pi.complete()).status == 429, "a backend that is away counted as a free place"
+            assert (await pi.complete()).status == 429, (
+                "a backend that is away counted as a free place"
+            )
         assert one.completions == []
         health = (await pi.get("/health")).json
-        assert (health["vps_available"], [one["available"] for one in health["backends"]]) == (True, [False, True])
+        assert (health["vps_available"], [one["available"] for one in health["backends"]]) == (
+            True,
+            [False, True],
+        )
         assert (await pi.get("/v1/activity")).json["notes"] == ["a is away: says the VPS"]
 
 
@@ -242,7 +314,9 @@ async def test_all_are_away() -> None:
         assert not any(model["available"] for model in (await pi.get("/v1/models")).json["models"])
 
 
-async def test_a_probe_ends_an_overdue_trial_and_a_look_at_figures_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_probe_ends_an_overdue_trial_and_a_look_at_figures_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 3600.0)
     monkeypatch.setattr(breaker, "TRIAL_SECONDS", 0.0)
     async with fleet(Backend()) as pi:
@@ -268,7 +342,9 @@ async def test_a_request_that_fails_over_gives_its_first_place_back() -> None:
         assert (await slow).json["completion"] == "b"
 
 
-async def test_an_editor_waits_for_the_others_for_the_rest_of_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_editor_waits_for_the_others_for_the_rest_of_its_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """If they have no place, the failure is reported, not 429: the backend that has failed has a free place."""
     monkeypatch.setitem(completion.WAIT_SECONDS, "infill", 0.3)
     one, two = Backend([[RESET]]), Backend([HANGING, script("b")])
@@ -289,9 +365,14 @@ async def test_an_editor_waits_for_the_others_for_the_rest_of_its_time(monkeypat
 
 
 async def test_the_answer_names_the_model_of_the_backend_that_took_over() -> None:
-    one, two = Backend([[CHUNKED, RESET]], models=listing("qwen_1_5b")), Backend(models=listing("qwen_0_5b"))
+    one, two = (
+        Backend([[CHUNKED, RESET]], models=listing("qwen_1_5b")),
+        Backend(models=listing("qwen_0_5b")),
+    )
     async with fleet(one, two) as pi:
-        reply = await pi.ask("POST", "/v1/completions", {"prompt": "# language: python\nx =", "max_tokens": 8})
+        reply = await pi.ask(
+            "POST", "/v1/completions", {"prompt": "# language: python\nx =", "max_tokens": 8}
+        )
         assert (reply.json["model"], reply.json["choices"][0]["text"]) == ("qwen_0_5b", "b")
         forgive(pi)
         reply = await pi.ask("POST", "/v1/chat/completions", CHAT | {"stream": True})
@@ -301,8 +382,15 @@ async def test_the_answer_names_the_model_of_the_backend_that_took_over() -> Non
 
 async def test_the_models_are_asked_for_once_if_nobody_lists_them() -> None:
     """The list is not asked for again before each attempt."""
-    one, two = Backend([[RESET]], models=answer(500, {})), Backend([[RESET]], models=answer(500, {}))
-    async with one, two, pi_for(backend_at(one.port, "a"), backend_at(two.port, "b"), probing=False) as pi:
+    one, two = (
+        Backend([[RESET]], models=answer(500, {})),
+        Backend([[RESET]], models=answer(500, {})),
+    )
+    async with (
+        one,
+        two,
+        pi_for(backend_at(one.port, "a"), backend_at(two.port, "b"), probing=False) as pi,
+    ):
         for _ in range(3):
             assert (await pi.complete()).status == 503
         for backend in (one, two):
@@ -328,11 +416,17 @@ async def test_another_model_of_the_backend_takes_over(status: int, code: str) -
     async with one, pi_for(one.port) as pi:
         one.models = listing("qwen_0_5b", "codellama_7b")  # what it will say when it is asked again
         reply = await pi.complete()
-        assert (reply.status, reply.json["model"], reply.json["completion"]) == (200, "qwen_0_5b", "b")
+        assert (reply.status, reply.json["model"], reply.json["completion"]) == (
+            200,
+            "qwen_0_5b",
+            "b",
+        )
         await until(lambda: pi.gateway.fleet.first.has("codellama_7b"), seconds=20)
         assert [fields["model"] for fields in one.completions] == ["qwen_1_5b", "qwen_0_5b"]
         assert (await pi.complete()).json["model"] == "qwen_0_5b"  # and is not asked for again
-        asked = await pi.complete(model="qwen_1_5b")  # a model that the request names is not replaced
+        asked = await pi.complete(
+            model="qwen_1_5b"
+        )  # a model that the request names is not replaced
         assert (asked.status, asked.json["code"]) == (status, code)
         last = await pi.complete()  # there is no other model
         assert (last.status, last.json["code"]) == (status, code)
@@ -340,7 +434,10 @@ async def test_another_model_of_the_backend_takes_over(status: int, code: str) -
 
 
 async def test_a_model_that_one_backend_lacks_is_still_the_others() -> None:
-    one, two = (Backend([made], models=listing("qwen_0_5b")) for made in ([error(404, "MODEL_NOT_FOUND")], script("b")))
+    one, two = (
+        Backend([made], models=listing("qwen_0_5b"))
+        for made in ([error(404, "MODEL_NOT_FOUND")], script("b"))
+    )
     async with fleet(one, two) as pi:
         assert (await pi.complete()).json["completion"] == "b"
         assert pi.gateway.fleet.backends[1].has("qwen_0_5b")
@@ -359,7 +456,13 @@ async def test_the_tokens_of_a_text_come_from_the_next_backend_if_the_first_fail
 
 # ------------------------------------------------------------------------------------------------ reading ahead
 
-WARM_UP = {"input_prefix": "x", "input_suffix": "", "prompt": "", "n_predict": 0, "response_fields": [""]}
+WARM_UP = {
+    "input_prefix": "x",
+    "input_suffix": "",
+    "prompt": "",
+    "n_predict": 0,
+    "response_fields": [""],
+}
 
 
 async def test_a_request_stops_what_its_own_backend_reads_ahead_and_no_other() -> None:
@@ -410,21 +513,31 @@ async def test_new_settings_keep_what_runs_and_what_is_known() -> None:
         for backend in (*old, new):
             backend.wake.set()
         await until(lambda: new.probes > 1)
-        assert [backend.probes for backend in (old[0], old[2])] == probes  # those that are gone are not probed
+        assert [
+            backend.probes for backend in (old[0], old[2])
+        ] == probes  # those that are gone are not probed
 
 
 async def test_a_backend_that_moves_keeps_its_counts_and_running_streams() -> None:
     """Their tokens say nothing of the new address."""
     go, end = asyncio.Event(), asyncio.Event()
     one = Backend([script("a"), script("a", go.wait, "a", end.wait)])
-    async with fleet(one, Backend()) as pi, Backend([script("a")], models=listing("qwen_7b")) as moved:
+    async with (
+        fleet(one, Backend()) as pi,
+        Backend([script("a")], models=listing("qwen_7b")) as moved,
+    ):
         gateway, backend = pi.gateway, pi.gateway.fleet.backends[0]
         assert await answered(pi) == "a"
         running = asyncio.create_task(pi.stream(prompt="y ="))
         await until(lambda: backend.tokens == 2)
-        for port, seen in ((1, lambda: "refused" in backend.breaker.trouble), (moved.port, lambda: backend.available)):
+        for port, seen in (
+            (1, lambda: "refused" in backend.breaker.trouble),
+            (moved.port, lambda: backend.available),
+        ):
             there = backend_at(port, "a", max_concurrent=2, key=f"{KEY}-a")
-            gateway.reconfigure(dataclasses.replace(gateway.config, backends=(there, gateway.config.backends[1])))
+            gateway.reconfigure(
+                dataclasses.replace(gateway.config, backends=(there, gateway.config.backends[1]))
+            )
             assert gateway.fleet.backends[0] is backend
             await until(seen)
             if port == 1:
@@ -443,7 +556,9 @@ async def test_new_settings_that_cannot_be_used_change_nothing(tmp_path: Path) -
     async with fleet(Backend(), Backend()) as pi:
         gateway, before = pi.gateway, list(pi.gateway.fleet.backends)
         endpoint = parse_url("https://desktop.lan", "url")
-        bad = dataclasses.replace(before[1].config, endpoint=endpoint, ca_file=str(tmp_path / "none.pem"))
+        bad = dataclasses.replace(
+            before[1].config, endpoint=endpoint, ca_file=str(tmp_path / "none.pem")
+        )
         wanted = dataclasses.replace(before[0].config, max_concurrent=9)
         with pytest.raises(ConfigError, match=r"^ca_file: expected certificates"):
             gateway.reconfigure(dataclasses.replace(gateway.config, backends=(wanted, bad)))
@@ -457,12 +572,22 @@ async def test_a_backend_that_has_gone_is_forgotten() -> None:
         gone = [weakref.ref(backend) for backend in pi.gateway.fleet.backends]
         pi.gateway.reconfigure(dataclasses.replace(pi.gateway.config, backends=(third,)))
         await until(lambda: pi.probes > 0)
-        await until(lambda: gc.collect() >= 0 and [ref() for ref in gone] == [None, None], seconds=5)
+        await until(
+            lambda: gc.collect() >= 0 and [ref() for ref in gone] == [None, None], seconds=5
+        )
 
 
 async def test_a_cloud_is_probed_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    cases = (("https://api.example", "openai"), ("http://gpu", "openai"), ("https://attic", "cerebrum"))
-    assert [BackendConfig("one", parse_url(url, "url"), api).is_paid for url, api in cases] == [True, False, False]
+    cases = (
+        ("https://api.example", "openai"),
+        ("http://gpu", "openai"),
+        ("https://attic", "cerebrum"),
+    )
+    assert [BackendConfig("one", parse_url(url, "url"), api).is_paid for url, api in cases] == [
+        True,
+        False,
+        False,
+    ]
     monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 0.001)
     monkeypatch.setattr(BackendConfig, "is_paid", property(lambda one: one.id == "a"))
     async with fleet(Backend(), Backend()) as pi:

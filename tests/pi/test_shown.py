@@ -30,7 +30,9 @@ def script(*lines: tuple[str, float], reason: str = "block", **done: Any) -> lis
         judged = [event(confidence=confidence, characters=end)] if confidence >= 0 else []
         pieces += map(chunk, [token(text, number), *judged])
     figures = {"confidence": lines[0][1], "text_confidence": 0.7, **done}
-    last = event(done=True, total_tokens=len(lines), inference_time=0.25, finish_reason=reason, **figures)
+    last = event(
+        done=True, total_tokens=len(lines), inference_time=0.25, finish_reason=reason, **figures
+    )
     return [*pieces, chunk(last), b"0\r\n\r\n"]
 
 
@@ -54,7 +56,11 @@ async def test_lines_below_the_threshold_are_not_shown(
     asked = {**CODE, **({} if least is None else {"min_confidence": least})}
     async with Backend([script(*THREE)], split=split) as backend, pi_for(backend.port) as pi:
         whole = (await pi.ask("POST", "/v1/complete", asked)).json
-        assert (whole["completion"], whole["finish_reason"], whole["confidence"]) == (text, reason, 0.9)
+        assert (whole["completion"], whole["finish_reason"], whole["confidence"]) == (
+            text,
+            reason,
+            0.9,
+        )
         *tokens, done = data(await pi.ask("POST", "/v1/complete/stream", asked))
         assert ("".join(one["token"] for one in tokens), done["finish_reason"]) == (text, reason)
         assert [one["total_tokens"] for one in tokens] == [1, 2, 3][: len(tokens)]
@@ -70,12 +76,20 @@ LIES = [
 
 @pytest.mark.parametrize(("lines", "text"), [one[1:] for one in LIES], ids=[one[0] for one in LIES])
 async def test_text_that_was_not_judged_is_shown(lines: list[tuple[str, float]], text: str) -> None:
-    odd = [event(confidence=2, characters=1), event(confidence="1", characters=1), event(confidence=0.5, characters=-1)]
+    odd = [
+        event(confidence=2, characters=1),
+        event(confidence="1", characters=1),
+        event(confidence=0.5, characters=-1),
+    ]
     lies = script(*lines, confidence="sure", text_confidence=3)
     steps = [CHUNKED, *map(chunk, odd), *lies[1:]]
     async with Backend([steps]) as backend, pi_for(backend.port) as pi:
         reply = (await pi.ask("POST", "/v1/complete", {**CODE, "min_confidence": 0.5})).json
-        assert (reply["completion"], "confidence" in reply, "text_confidence" in reply) == (text, False, False)
+        assert (reply["completion"], "confidence" in reply, "text_confidence" in reply) == (
+            text,
+            False,
+            False,
+        )
 
 
 WORDS = [
@@ -87,13 +101,17 @@ WORDS = [
 
 
 @pytest.mark.parametrize(("more", "least"), WORDS)
-async def test_a_word_means_a_threshold_of_the_model(more: dict[str, str], least: float | None) -> None:
+async def test_a_word_means_a_threshold_of_the_model(
+    more: dict[str, str], least: float | None
+) -> None:
     async with Backend([script(("x", 0.9))]) as backend, pi_for(backend.port, models=MODELS) as pi:
         assert (await infill(pi, filename="a.py", **more)).json["content"] == "x"
         assert backend.completions[0].get("min_confidence") == least
 
 
-async def test_members_that_are_gone_count_for_nothing_and_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+async def test_members_that_are_gone_count_for_nothing_and_are_logged_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """Older clients send them. The cursor is in a comment, and 1 was refused."""
     caplog.set_level("WARNING")
     olds: list[dict[str, Any]] = [{"suggest_in_comments": "never"}, {"suggest_in_strings": 1}]
@@ -103,15 +121,26 @@ async def test_members_that_are_gone_count_for_nothing_and_are_logged_once(caplo
             assert (await infill(pi, filename="a.py", prompt=prompt, **one)).json["content"] == "x"
             assert len(caplog.messages) == (one in olds)
         assert [body["min_confidence"] for body in backend.completions] == [0.3] * 3
-    ignored = "suggest_in_comments or suggest_in_strings, which are ignored: suggest takes their place"
+    ignored = (
+        "suggest_in_comments or suggest_in_strings, which are ignored: suggest takes their place"
+    )
     assert caplog.messages == [f"a client sends {ignored}"]
 
 
 async def test_never_asks_nobody_and_a_wrong_word_is_refused() -> None:
     async with Backend([script(("x", 0.9))]) as backend, pi_for(backend.port, models=MODELS) as pi:
         reply = await infill(pi, suggest="never")
-        assert (reply.status, reply.json["content"], reply.json["unsure"], backend.completions) == (200, "", True, [])
-        wrong: list[dict[str, Any]] = [{"suggest": "perhaps"}, {"suggest": 1}, {"min_confidence": 1.01}]
+        assert (reply.status, reply.json["content"], reply.json["unsure"], backend.completions) == (
+            200,
+            "",
+            True,
+            [],
+        )
+        wrong: list[dict[str, Any]] = [
+            {"suggest": "perhaps"},
+            {"suggest": 1},
+            {"min_confidence": 1.01},
+        ]
         assert [(await infill(pi, **members)).status for members in wrong] == [400] * 3
     async with Backend([[HANG]]) as backend, pi_for(backend.port, models=MODELS) as pi:
         older = infill(pi)
@@ -141,17 +170,27 @@ PAIRS: list[tuple[str, list[Any], tuple[str, str, str], str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("pairs", "gap", "text", "reason"), [one[1:] for one in PAIRS], ids=[one[0] for one in PAIRS])
-async def test_what_a_client_gets_of_the_pairs(pairs: Any, gap: tuple[str, str, str], text: str, reason: str) -> None:
+@pytest.mark.parametrize(
+    ("pairs", "gap", "text", "reason"), [one[1:] for one in PAIRS], ids=[one[0] for one in PAIRS]
+)
+async def test_what_a_client_gets_of_the_pairs(
+    pairs: Any, gap: tuple[str, str, str], text: str, reason: str
+) -> None:
     above, typed, below = gap
 
     async def given() -> Any:
-        yield "started", {"threshold": 0.5 if "judged" in dict(pairs) or reason == "replaced" else None}
+        yield (
+            "started",
+            {"threshold": 0.5 if "judged" in dict(pairs) or reason == "replaced" else None},
+        )
         for pair in pairs:
             yield pair
         yield "done", {"finish_reason": reason if reason == "replaced" else "stop"}
 
-    got = [pair async for pair in shown(given(), {"prompt": above + typed, "suffix": below}, lambda: typed)]
+    got = [
+        pair
+        async for pair in shown(given(), {"prompt": above + typed, "suffix": below}, lambda: typed)
+    ]
     assert {kind for kind, _ in got} <= {"started", "idle", "text", "done"}
     assert "".join(read_text(value) for kind, value in got if kind == "text") == text
     assert got[-1] == ("done", {"finish_reason": reason})
@@ -180,11 +219,16 @@ async def test_a_hidden_line_is_shown_once_its_first_characters_are_typed() -> N
             assert await typed(pi, indented) == ("", True, True)
         assert await typed(pi, "urn a\n    b") == (" = 2", True, True)
         assert len(backend.completions) == 1
-    async with Backend([script(("urn a", 0.2), reason="unsure")]) as backend, pi_for(backend.port, models=MODELS) as pi:
+    async with (
+        Backend([script(("urn a", 0.2), reason="unsure")]) as backend,
+        pi_for(backend.port, models=MODELS) as pi,
+    ):
         assert await typed(pi, "") == ("", True, False)
         assert await typed(pi, "u") == ("rn a", True, True)
         assert len(backend.completions) == 1
-        await typed(pi, "", suggest="always")  # it must not get what the model ended for another one's threshold
+        await typed(
+            pi, "", suggest="always"
+        )  # it must not get what the model ended for another one's threshold
         assert len(backend.completions) == 2
 
 
@@ -195,21 +239,39 @@ async def test_suggested_and_accepted_are_counted_by_confidence() -> None:
             await infill(pi, prompt=f"    y{number} = ")
         for body in ({"characters": 3, "confidence": 0.85}, {"characters": 3}):
             assert (await pi.ask("POST", "/v1/accepted", body)).status == 200
-        assert (await pi.ask("POST", "/v1/accepted", {"characters": 3, "confidence": 1.5})).status == 400
+        assert (
+            await pi.ask("POST", "/v1/accepted", {"characters": 3, "confidence": 1.5})
+        ).status == 400
         bands = (await stats(pi))["by_confidence"]
         assert [one["from"] for one in bands] == [0.0, 0.2, 0.4, 0.6, 0.8]
-        assert [(one["suggested"], one["accepted"]) for one in bands] == [(0, 0), (1, 0), (0, 0), (0, 0), (2, 1)]
+        assert [(one["suggested"], one["accepted"]) for one in bands] == [
+            (0, 0),
+            (1, 0),
+            (0, 0),
+            (0, 0),
+            (2, 1),
+        ]
         metrics = (await pi.get("/metrics")).body
         assert b'cerebrum_infills_suggested_total{from="0.8"} 2\n' in metrics
         assert b'cerebrum_infills_accepted_total{from="0.8"} 1\n' in metrics
 
 
 def test_a_models_thresholds_are_read_and_checked(tmp_path: Any) -> None:
-    entry = '[[models]]\nid = "a"\nname = "a"\nparameters = "1"\nquantization = "q"\nfile = "a.gguf"\n'
+    entry = (
+        '[[models]]\nid = "a"\nname = "a"\nparameters = "1"\nquantization = "q"\nfile = "a.gguf"\n'
+    )
     path = tmp_path / "models.toml"
     path.write_text(entry + "min_confidence = {normal = 0.5}\n")
     (model,) = load_catalog(path, []).models
-    wanted = {"always": None, "often": None, "normal": 0.5, "seldom": None, 0.2: 0.2, 0.0: None, None: None}
+    wanted = {
+        "always": None,
+        "often": None,
+        "normal": 0.5,
+        "seldom": None,
+        0.2: 0.2,
+        0.0: None,
+        None: None,
+    }
     assert {one: threshold_of([model], "a", one) for one in wanted} == wanted
     assert threshold_of([model], "forgotten by now", "normal") is None
     for wrong in ("0.5", "{normal = 2}", "{sometimes = 0.1}", '{often = "a"}'):

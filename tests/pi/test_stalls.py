@@ -32,8 +32,12 @@ NATIVE, CODE, CHAT, INFILL, TOKENS = (
     "/v1/complete/stream", "/v1/completions", "/v1/chat/completions", "/infill", "/tokenize"
 )  # fmt: skip
 MODULES = ("argparse", "ast", "inspect", "subprocess", "tarfile", "typing")
-PYTHON = "".join(Path(os.__file__).with_name(f"{name}.py").read_text("utf-8") for name in MODULES)[:400_000]
-DATA = json.dumps([{"id": n, "tags": ["a", "b"], "more": {"x": n, "y": None}} for n in range(4000)], indent=2)[:400_000]
+PYTHON = "".join(Path(os.__file__).with_name(f"{name}.py").read_text("utf-8") for name in MODULES)[
+    :400_000
+]
+DATA = json.dumps(
+    [{"id": n, "tags": ["a", "b"], "more": {"x": n, "y": None}} for n in range(4000)], indent=2
+)[:400_000]
 DATA += " " * (400_000 - len(DATA))
 
 
@@ -82,8 +86,12 @@ async def stall(pi: Pi, path: str, body: bytes, clock: Callable[[], float]) -> t
 async def stalls(clock: Callable[[], float] = time.process_time) -> dict[str, tuple[float, int]]:
     """For each of BODIES the median of the seconds, and the status. The engine takes 131,072 tokens."""
     text = {"text": "a", "delta": {"content": "a"}}
-    said = chunk(event(choices=[text])) + chunk(event(choices=[text | {"finish_reason": "stop"}], stop=True))
-    engine = Backend([[CHUNKED, said, b"0\r\n\r\n"]], models=answer(200, {"data": [{"id": "qwen_0_5b"}]}))
+    said = chunk(event(choices=[text])) + chunk(
+        event(choices=[text | {"finish_reason": "stop"}], stop=True)
+    )
+    engine = Backend(
+        [[CHUNKED, said, b"0\r\n\r\n"]], models=answer(200, {"data": [{"id": "qwen_0_5b"}]})
+    )
     engine.props = answer(200, {"default_generation_settings": {"n_ctx": 131_072}})
     tokens = Backend([[answer(200, {"tokens": [123] * MAX_BODY_BYTES})]], models=engine.models)
     found = {}
@@ -127,11 +135,28 @@ TOKEN_ANSWERS = [
     (b'{"tokens": []}', b""),
     (b'{"tokens": [1, 23]}', b"1,23"),
     (b'{"tokens":[1,23]}\n', b"1,23"),
-    *((one, None) for one in (b"", b"{}", b'{"tokens": 1}', b'{"tokens": [1,]}', b'{"tokens": [,1]}')),
-    *((one, None) for one in (b'{"tokens": [1,,2]}', b'{"tokens": [-1]}', b'{"tokens": ["a"]}', b'{"tokens": [1]}}')),
     *(
         (one, None)
-        for one in (b'{"tokens": [1], "a": [2]}', b'{"tokens": [[1]]}', b'{"tokens": [1]', b"[1]", b'{"tokens":[]')
+        for one in (b"", b"{}", b'{"tokens": 1}', b'{"tokens": [1,]}', b'{"tokens": [,1]}')
+    ),
+    *(
+        (one, None)
+        for one in (
+            b'{"tokens": [1,,2]}',
+            b'{"tokens": [-1]}',
+            b'{"tokens": ["a"]}',
+            b'{"tokens": [1]}}',
+        )
+    ),
+    *(
+        (one, None)
+        for one in (
+            b'{"tokens": [1], "a": [2]}',
+            b'{"tokens": [[1]]}',
+            b'{"tokens": [1]',
+            b"[1]",
+            b'{"tokens":[]',
+        )
     ),
 ]
 
@@ -148,5 +173,9 @@ async def test_no_body_stalls_the_loop() -> None:
         found = await stalls()
     finally:
         gc.unfreeze()
-    assert {name: status for name, (_, status) in found.items()} == {name: body[2] for name, body in BODIES.items()}
-    assert {name: seconds for name, (seconds, _) in found.items() if seconds > MAX_STALL_SECONDS} == {}
+    assert {name: status for name, (_, status) in found.items()} == {
+        name: body[2] for name, body in BODIES.items()
+    }
+    assert {
+        name: seconds for name, (seconds, _) in found.items() if seconds > MAX_STALL_SECONDS
+    } == {}

@@ -20,12 +20,34 @@ from unittest.mock import Mock
 
 import pytest
 from harness import KEY, PATIENCE, Reply, certificate, until
-from scripted import CHUNKED, DONE, GOOD, HANG, RESET, Backend, Flood, backend_at, chunk, error, event, head, pi_for
+from scripted import (
+    CHUNKED,
+    DONE,
+    GOOD,
+    HANG,
+    RESET,
+    Backend,
+    Flood,
+    backend_at,
+    chunk,
+    error,
+    event,
+    head,
+    pi_for,
+)
 
 from cerebrum.pi import breaker, upstream
 from cerebrum.pi import fleet as pi_fleet
 from cerebrum.pi.backend import read_models
-from cerebrum.pi.upstream import ENDED, EXPIRED, MAX_EVENT_BYTES, MAX_MESSAGE_CHARACTERS, Answer, BackendFailure, Events
+from cerebrum.pi.upstream import (
+    ENDED,
+    EXPIRED,
+    MAX_EVENT_BYTES,
+    MAX_MESSAGE_CHARACTERS,
+    Answer,
+    BackendFailure,
+    Events,
+)
 from cerebrum.pi.upstream import Reader as BackendReader
 
 TOKEN_A, TOKEN_B = {"token": "a", "total_tokens": 1}, {"token": "b", "total_tokens": 2}
@@ -68,37 +90,96 @@ REFUSED: dict[str, tuple[list[Any], int, str, str]] = {
     "its 404": ([error(404, "MODEL_NOT_FOUND")], 404, "MODEL_NOT_FOUND", "says the VPS"),
     "its 409": ([error(409, "SUPERSEDED")], 409, "SUPERSEDED", "says the VPS"),
     "its 429": ([error(429, "RATE_LIMIT")], 429, "RATE_LIMIT", "says the VPS"),
-    "its 503 after a 100": ([head(100), error(503, "RESOURCE_EXHAUSTED")], 503, "RESOURCE_EXHAUSTED", "says the VPS"),
+    "its 503 after a 100": (
+        [head(100), error(503, "RESOURCE_EXHAUSTED")],
+        503,
+        "RESOURCE_EXHAUSTED",
+        "says the VPS",
+    ),
     "its 401": ([error(401, "UNAUTHORIZED")], 503, UNAVAILABLE, "do not match"),
-    "its 421": ([error(421, "MISDIRECTED_REQUEST")], 503, UNAVAILABLE, "CEREBRUM_ALLOWED_HOSTS on the VPS"),
+    "its 421": (
+        [error(421, "MISDIRECTED_REQUEST")],
+        503,
+        UNAVAILABLE,
+        "CEREBRUM_ALLOWED_HOSTS on the VPS",
+    ),
     "its 500": ([error(500, "INTERNAL_ERROR")], 503, UNAVAILABLE, "says the VPS"),
-    "a model that cannot be loaded": ([error(500, "MODEL_LOAD_FAILED")], 500, "MODEL_LOAD_FAILED", "says the VPS"),
+    "a model that cannot be loaded": (
+        [error(500, "MODEL_LOAD_FAILED")],
+        500,
+        "MODEL_LOAD_FAILED",
+        "says the VPS",
+    ),
     "our key": ([error(400, "INVALID_REQUEST", f"no {KEY}!")], 400, "INVALID_REQUEST", "no ***!"),
 }
 
 # A later fault is an error event and a cut: (script, events before the error, part of its message).
 BROKEN: dict[str, tuple[list[Any], list[Any], str]] = {
-    "resets after the head": ([CHUNKED, RESET], [], "the connection broke in the middle of its answer"),
-    "resets between chunks": ([CHUNKED, A, RESET], [TOKEN_A], "the connection broke in the middle of its answer"),
+    "resets after the head": (
+        [CHUNKED, RESET],
+        [],
+        "the connection broke in the middle of its answer",
+    ),
+    "resets between chunks": (
+        [CHUNKED, A, RESET],
+        [TOKEN_A],
+        "the connection broke in the middle of its answer",
+    ),
     "dies after the head": ([CHUNKED], [], "in the middle of its answer"),
     "dies between chunks": ([CHUNKED, A], [TOKEN_A], "in the middle of its answer"),
     "dies inside a chunk": ([CHUNKED, A, B[:-7]], [TOKEN_A], "in the middle of its answer"),
-    "dies inside the last chunk": ([CHUNKED, A, chunk(DONE), b"0\r\n"], [TOKEN_A], "in the middle of its answer"),
-    "half an event, then the last chunk": ([CHUNKED, A, chunk(event(**TOKEN_B)[:-1]), END], [TOKEN_A], "of an event"),
+    "dies inside the last chunk": (
+        [CHUNKED, A, chunk(DONE), b"0\r\n"],
+        [TOKEN_A],
+        "in the middle of its answer",
+    ),
+    "half an event, then the last chunk": (
+        [CHUNKED, A, chunk(event(**TOKEN_B)[:-1]), END],
+        [TOKEN_A],
+        "of an event",
+    ),
     "a clean end without done": ([CHUNKED, A, END], [TOKEN_A], "without saying that it is done"),
     "a length of 0": ([head(200, "Content-Length: 0")], [], "without saying that it is done"),
     "a broken chunk size": ([CHUNKED, A, b"xyz\r\n"], [TOKEN_A], "malformed chunk"),
     "a chunk longer than it says": ([CHUNKED, A, b"3\r\nabcdef\r\n"], [TOKEN_A], "malformed chunk"),
-    "a broken last chunk": ([CHUNKED, A, B + b"0\r\nx y\r\n\r\n"], [TOKEN_A, TOKEN_B], "malformed chunk"),
+    "a broken last chunk": (
+        [CHUNKED, A, B + b"0\r\nx y\r\n\r\n"],
+        [TOKEN_A, TOKEN_B],
+        "malformed chunk",
+    ),
     "done past the last chunk": ([CHUNKED, A, END + chunk(DONE)], [TOKEN_A], "without saying"),
     "a token after done": ([CHUNKED, A, chunk(DONE), B, END], [TOKEN_A], "after the last one"),
     "not JSON": ([CHUNKED, A, chunk(b"data: {oops\n\n")], [TOKEN_A], "not JSON"),
-    "an odd number": ([CHUNKED, A, chunk(b'data: {"token": "b", "total_tokens": 007}\n\n')], [TOKEN_A], "not JSON"),
-    "not UTF-8": ([CHUNKED, A, chunk(b'data: {"token": "\xff", "total_tokens": 2}\n\n')], [TOKEN_A], "not JSON"),
-    "NaN": ([CHUNKED, A, chunk(b'data: {"done": true, "total_tokens": NaN}\n\n'), END], [TOKEN_A], "not JSON"),
-    "a token without its number": ([CHUNKED, A, chunk(event(token="b"))], [TOKEN_A], "without its number"),
-    "a token with a wrong number": ([CHUNKED, A, chunk(event(token="b", total_tokens=True))], [TOKEN_A], "its number"),
-    "an error without a code": ([CHUNKED, A, chunk(event(error=True, message="m"))], [TOKEN_A], "without message"),
+    "an odd number": (
+        [CHUNKED, A, chunk(b'data: {"token": "b", "total_tokens": 007}\n\n')],
+        [TOKEN_A],
+        "not JSON",
+    ),
+    "not UTF-8": (
+        [CHUNKED, A, chunk(b'data: {"token": "\xff", "total_tokens": 2}\n\n')],
+        [TOKEN_A],
+        "not JSON",
+    ),
+    "NaN": (
+        [CHUNKED, A, chunk(b'data: {"done": true, "total_tokens": NaN}\n\n'), END],
+        [TOKEN_A],
+        "not JSON",
+    ),
+    "a token without its number": (
+        [CHUNKED, A, chunk(event(token="b"))],
+        [TOKEN_A],
+        "without its number",
+    ),
+    "a token with a wrong number": (
+        [CHUNKED, A, chunk(event(token="b", total_tokens=True))],
+        [TOKEN_A],
+        "its number",
+    ),
+    "an error without a code": (
+        [CHUNKED, A, chunk(event(error=True, message="m"))],
+        [TOKEN_A],
+        "without message",
+    ),
 }
 
 # The same two tokens in every framing and split.
@@ -106,7 +187,13 @@ WHOLE: dict[str, list[Any]] = {
     "chunks": [*GOOD],
     "one chunk": [CHUNKED, chunk(BOTH + DONE), END],
     "chunks that cut events": [CHUNKED, *(chunk(bytes([c])) for c in BOTH), chunk(DONE), END],
-    "chunks with extensions and trailers": [CHUNKED, b"29;a=b\r\n" + A[4:], B, chunk(DONE), b"0\r\nA: b\r\n\r\n"],
+    "chunks with extensions and trailers": [
+        CHUNKED,
+        b"29;a=b\r\n" + A[4:],
+        B,
+        chunk(DONE),
+        b"0\r\nA: b\r\n\r\n",
+    ],
     "a length": [length_of(BOTH + DONE)],
     "surplus behind a length": [length_of(BOTH + DONE) + b"HTTP/1.1 200 OK\r\n"],
     "a connection that stays open": [*GOOD, HANG],
@@ -114,9 +201,29 @@ WHOLE: dict[str, list[Any]] = {
     "HTTP/1.0": [b"HTTP/1.0 200 OK\r\n\r\n", BOTH, DONE],
     "after 100 and 103": [head(100), head(103), *GOOD],
     "CRLF in events": [CLOSING, (BOTH + DONE).replace(b"\n", b"\r\n")],
-    "events that nobody knows": [CHUNKED, chunk(event(news=1)), A, chunk(b"event: x\nid: 7\n\n"), B, chunk(DONE), END],
-    "other spacing": [CHUNKED, chunk(b'data:{"total_tokens":1,"token":"\\u0061"}\n\n'), B, chunk(DONE), END],
-    "data over two lines": [CHUNKED, chunk(b'data: {"token": "a",\ndata: "total_tokens": 1}\n\n'), B, chunk(DONE), END],
+    "events that nobody knows": [
+        CHUNKED,
+        chunk(event(news=1)),
+        A,
+        chunk(b"event: x\nid: 7\n\n"),
+        B,
+        chunk(DONE),
+        END,
+    ],
+    "other spacing": [
+        CHUNKED,
+        chunk(b'data:{"total_tokens":1,"token":"\\u0061"}\n\n'),
+        B,
+        chunk(DONE),
+        END,
+    ],
+    "data over two lines": [
+        CHUNKED,
+        chunk(b'data: {"token": "a",\ndata: "total_tokens": 1}\n\n'),
+        B,
+        chunk(DONE),
+        END,
+    ],
 }
 
 
@@ -130,12 +237,19 @@ def check_error(reply: Reply, status: int, code: str, part: str) -> None:
 @pytest.mark.parametrize("split", [False, True], ids=["whole", "bytes"])
 @pytest.mark.parametrize("name", [*FAILED, *REFUSED])
 async def test_before_the_first_event(name: str, split: bool):
-    script, status, code, part = REFUSED.get(name) or (FAILED[name][0], 503, UNAVAILABLE, FAILED[name][1])
+    script, status, code, part = REFUSED.get(name) or (
+        FAILED[name][0],
+        503,
+        UNAVAILABLE,
+        FAILED[name][1],
+    )
     async with Backend([script], split=split) as backend, pi_for(backend.port, probing=False) as pi:
         check_error(await pi.stream(), status, code, part)
         check_error(await pi.complete(), status, code, part)
         assert len(backend.completions) == 2, "a POST was sent again"
-        assert pi.gateway.fleet.first.breaker.describe(0)["failures"] == (2 if name in FAILED else 0)
+        assert pi.gateway.fleet.first.breaker.describe(0)["failures"] == (
+            2 if name in FAILED else 0
+        )
 
 
 def joined(script: list[Any]) -> list[Any]:
@@ -149,7 +263,10 @@ async def test_broken(name: str, how: str):
     """All whole events before the fault, then the error, then the cut, for every split of the bytes."""
     script, before, part = BROKEN[name]
     script = joined(script) if how == "one write" else script
-    async with Backend([script], split=how == "bytes") as backend, pi_for(backend.port, probing=False) as pi:
+    async with (
+        Backend([script], split=how == "bytes") as backend,
+        pi_for(backend.port, probing=False) as pi,
+    ):
         reply = await pi.stream()
         assert (reply.status, reply.clean) == (200, False)
         *events, last = reply.events
@@ -164,12 +281,25 @@ async def test_broken(name: str, how: str):
 @pytest.mark.parametrize("split", [False, True], ids=["whole", "bytes"])
 @pytest.mark.parametrize("name", WHOLE)
 async def test_whole(name: str, split: bool):
-    async with Backend([WHOLE[name]], split=split) as backend, pi_for(backend.port, probing=False) as pi:
+    async with (
+        Backend([WHOLE[name]], split=split) as backend,
+        pi_for(backend.port, probing=False) as pi,
+    ):
         reply = await pi.stream()
         *tokens, done = reply.events
         assert (reply.status, reply.clean, tokens) == (200, True, [TOKEN_A, TOKEN_B])
-        told = {"done": True, "total_tokens": 2, "inference_time": 0.25, "finish_reason": "stop", "prompt_tokens": 5}
-        assert done == done | told | {"language": "python", "model": "qwen_0_5b", "mode": "complete"}
+        told = {
+            "done": True,
+            "total_tokens": 2,
+            "inference_time": 0.25,
+            "finish_reason": "stop",
+            "prompt_tokens": 5,
+        }
+        assert done == done | told | {
+            "language": "python",
+            "model": "qwen_0_5b",
+            "mode": "complete",
+        }
         assert (await pi.complete()).json["completion"] == "ab"
 
 
@@ -185,7 +315,9 @@ async def test_a_completion_leaves_a_connection_for_the_next(monkeypatch: pytest
         await until(lambda probes=pi.probes: pi.probes > probes + 3)
         await until(lambda: backend.waiting == {spare}, "probes use none, and leave none")
         assert (await pi.complete()).status == 200
-        await until(lambda: backend.waiting and spare not in backend.waiting, "used, and another one opened")
+        await until(
+            lambda: backend.waiting and spare not in backend.waiting, "used, and another one opened"
+        )
         assert len(backend.completions) == 2
 
 
@@ -198,11 +330,15 @@ async def test_a_spare_connection_that_nobody_uses_is_closed(monkeypatch: pytest
         connections = backend.connections
         pi.gateway.fleet.first.wake.set()
         await until(lambda probes=pi.probes: pi.probes > probes)
-        assert backend.connections - connections <= 2, "a probe asks twice, and nothing else connects"
+        assert backend.connections - connections <= 2, (
+            "a probe asks twice, and nothing else connects"
+        )
 
 
 @pytest.mark.parametrize(("last", "closes"), [(b"", True), (TIMED_OUT, True), (TIMED_OUT, False)])
-async def test_a_spare_connection_that_the_backend_has_ended_or_written_to_is_not_used(last: bytes, closes: bool):
+async def test_a_spare_connection_that_the_backend_has_ended_or_written_to_is_not_used(
+    last: bytes, closes: bool
+):
     async with Backend() as backend, pi_for(backend.port) as pi:
         assert (await pi.complete()).status == 200
         await until(lambda: backend.waiting)
@@ -228,7 +364,12 @@ SENT_AGAIN: list[tuple[list[Any], Any, int, int, int]] = [
 
 @pytest.mark.parametrize(("fault", "then", "status", "asked", "failures"), SENT_AGAIN)
 async def test_a_spare_connection_that_closes_as_the_request_goes_out(
-    fault: list[Any], then: Any, status: int, asked: int, failures: int, monkeypatch: pytest.MonkeyPatch
+    fault: list[Any],
+    then: Any,
+    status: int,
+    asked: int,
+    failures: int,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     """The request is sent again, once, and only if nobody can have had an answer."""
     monkeypatch.setattr(upstream, "HEAD_SECONDS", 0.5)
@@ -239,7 +380,9 @@ async def test_a_spare_connection_that_closes_as_the_request_goes_out(
         assert pi.gateway.fleet.first.breaker.failures == failures
 
 
-async def test_an_address_that_drops_packets_does_not_hide_the_next_one(monkeypatch: pytest.MonkeyPatch):
+async def test_an_address_that_drops_packets_does_not_hide_the_next_one(
+    monkeypatch: pytest.MonkeyPatch,
+):
     """A listener with a full queue drops new connections."""
     with contextlib.ExitStack() as stack:
         deaf = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
@@ -249,7 +392,9 @@ async def test_an_address_that_drops_packets_does_not_hide_the_next_one(monkeypa
             filler.connect_ex(deaf.getsockname())
         async with Backend() as backend:
             ports = (deaf.getsockname()[1], backend.port)
-            both = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port)) for port in ports]
+            both = [
+                (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port)) for port in ports
+            ]
             monkeypatch.setattr(socket, "getaddrinfo", lambda *asked, **how: both)
             async with pi_for(backend_at(backend.port, origin="http://vps")) as pi:
                 assert (await pi.complete()).status == 200
@@ -263,7 +408,9 @@ async def test_https_with_a_private_authority(tmp_path: Path):
         async with pi_for(backend_at(backend.port, origin=origin, ca_file=authority)) as pi:
             assert [(await pi.complete()).json["completion"] for _ in range(2)] == ["ab", "ab"]
             backend.left.clear()
-            reader, writer = await pi.open("POST", "/v1/complete/stream", {"prompt": "x", "language": "python"})
+            reader, writer = await pi.open(
+                "POST", "/v1/complete/stream", {"prompt": "x", "language": "python"}
+            )
             await reader.readuntil(b"total_tokens")
             writer.transport.abort()
             await backend.left.wait()
@@ -273,7 +420,9 @@ async def test_https_with_a_private_authority(tmp_path: Path):
             assert not re.search(rb"certificate|ssl|_verify|traceback|errno", told)
 
 
-def test_a_name_is_looked_up_once_and_nobody_waits_for_the_resolver(monkeypatch: pytest.MonkeyPatch):
+def test_a_name_is_looked_up_once_and_nobody_waits_for_the_resolver(
+    monkeypatch: pytest.MonkeyPatch,
+):
     asked, gates = list[str](), {"hangs": threading.Event(), "late": threading.Event()}
     found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 80))]
 
@@ -292,7 +441,10 @@ def test_a_name_is_looked_up_once_and_nobody_waits_for_the_resolver(monkeypatch:
         for _ in range(3):
             with pytest.raises(TimeoutError):
                 await asyncio.wait_for(loop.getaddrinfo("hangs", 80), 0.01)
-            assert await asyncio.gather(*(loop.getaddrinfo("vps", 80) for _ in range(2))) == [found] * 2
+            assert (
+                await asyncio.gather(*(loop.getaddrinfo("vps", 80) for _ in range(2)))
+                == [found] * 2
+            )
         for _ in range(2):
             with pytest.raises(socket.gaierror):
                 await loop.getaddrinfo("unknown", 80)
@@ -311,8 +463,18 @@ def test_a_name_is_looked_up_once_and_nobody_waits_for_the_resolver(monkeypatch:
     gates["hangs"].set()  # only now: the loop has ended before
 
 
-LIES = dict.fromkeys(("language", "model", "mode", "timestamp", "completion", "token", "message", "code"), "lies")
-FIGURES = ("total_tokens", "prompt_tokens", "cached_tokens", "inference_time", "load_time", "ttft", "finish_reason")
+LIES = dict.fromkeys(
+    ("language", "model", "mode", "timestamp", "completion", "token", "message", "code"), "lies"
+)
+FIGURES = (
+    "total_tokens",
+    "prompt_tokens",
+    "cached_tokens",
+    "inference_time",
+    "load_time",
+    "ttft",
+    "finish_reason",
+)
 
 
 @pytest.mark.parametrize("wrong", [True, None, "", -1, 10**19, [], {}], ids=str)
@@ -323,7 +485,13 @@ async def test_a_done_event_that_lies_cannot_override_what_is_ours(wrong: Any):
         whole, stream = await pi.complete(), await pi.stream()
         assert (whole.status, whole.json.pop("completion"), stream.clean) == (200, "ab", True)
         for result in (whole.json, stream.events[-1]):
-            told = {"language": "python", "model": "qwen_0_5b", "mode": "complete", "total_tokens": 2, "x": [1]}
+            told = {
+                "language": "python",
+                "model": "qwen_0_5b",
+                "mode": "complete",
+                "total_tokens": 2,
+                "x": [1],
+            }
             assert result == result | told
             assert type(result["inference_time"]) is float
             assert 0 <= result["inference_time"] < PATIENCE
@@ -351,7 +519,10 @@ async def test_a_message_of_the_vps_has_no_controls_and_no_key(message: str, tol
             check_error(await pi.complete(), 503, "RESOURCE_EXHAUSTED", told)
         reply = await pi.stream()
         assert (reply.status, reply.clean) == (200, False)
-        assert reply.events == [TOKEN_A, {"error": True, "message": told, "code": "RESOURCE_EXHAUSTED"}]
+        assert reply.events == [
+            TOKEN_A,
+            {"error": True, "message": told, "code": "RESOURCE_EXHAUSTED"},
+        ]
         assert pi.gateway.fleet.first.breaker.describe(0)["failures"] == 0
 
 
@@ -370,12 +541,19 @@ LATE: list[tuple[list[Any], str]] = [
     ([HANG], "did not answer in time"),
     ([b"HTTP/1.1 200 OK\r\n", HANG], "did not answer in time"),
     ([head(503, "Content-Length: 9"), b"{", HANG], "it answered 503"),
-    ([step for c in CHUNKED for step in (bytes([c]), lambda: asyncio.sleep(0.02))], "did not answer in time"),
+    (
+        [step for c in CHUNKED for step in (bytes([c]), lambda: asyncio.sleep(0.02))],
+        "did not answer in time",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("script", "part"), LATE, ids=["silent", "half a head", "half an error", "a byte at a time"])
-async def test_a_head_must_come_before_the_deadline(script: list[Any], part: str, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("script", "part"), LATE, ids=["silent", "half a head", "half an error", "a byte at a time"]
+)
+async def test_a_head_must_come_before_the_deadline(
+    script: list[Any], part: str, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(upstream, "HEAD_SECONDS", 0.15)
     async with Backend([script]) as backend, pi_for(backend.port) as pi:
         check_error(await pi.stream(), 503, UNAVAILABLE, part)
@@ -402,7 +580,9 @@ WAITS = [
 
 
 @pytest.mark.parametrize(("since", "now", "again"), WAITS)
-def test_a_vps_is_cut_if_it_is_silent_or_never_ends(since: float, now: float, again: float | None, monkeypatch: Any):
+def test_a_vps_is_cut_if_it_is_silent_or_never_ends(
+    since: float, now: float, again: float | None, monkeypatch: Any
+):
     loop = Mock(time=lambda: 0.0)
     monkeypatch.setattr(asyncio, "get_running_loop", lambda: loop)
     reader = upstream.Reader()
@@ -412,7 +592,9 @@ def test_a_vps_is_cut_if_it_is_silent_or_never_ends(since: float, now: float, ag
     loop.time = lambda: now
     check(*arguments)
     assert loop.call_later.call_args.args[0] == pytest.approx(again or IDLE)
-    assert (reader.end, reader.transport.abort.called) == (("", False) if again else (upstream.EXPIRED, True))
+    assert (reader.end, reader.transport.abort.called) == (
+        ("", False) if again else (upstream.EXPIRED, True)
+    )
 
 
 async def test_a_collected_answer_without_end_is_cut():
@@ -424,7 +606,9 @@ async def test_a_collected_answer_without_end_is_cut():
 
 async def test_a_client_that_reads_nothing_pauses_reading_from_the_vps():
     async with Backend([[CHUNKED, Flood(A * 1000)]]) as backend, pi_for(backend.port) as pi:
-        reader, writer = await pi.open("POST", "/v1/complete/stream", {"prompt": "x", "language": "python"})
+        reader, writer = await pi.open(
+            "POST", "/v1/complete/stream", {"prompt": "x", "language": "python"}
+        )
         with contextlib.suppress(TimeoutError):  # in a second it could send a hundred times as much
             await until(lambda: backend.sent > 24 << 20, seconds=1.0)
         assert 0 < backend.sent < 24 << 20
@@ -443,7 +627,9 @@ async def test_a_vps_that_restarts_is_found_again(monkeypatch: pytest.MonkeyPatc
     async with pi_for(port) as pi:
         for _ in range(3):
             check_error(await pi.stream(), 503, UNAVAILABLE, "connection refused")
-        check_error(await pi.stream(), 503, UNAVAILABLE, "VPS backend is unavailable (circuit breaker open)")
+        check_error(
+            await pi.stream(), 503, UNAVAILABLE, "VPS backend is unavailable (circuit breaker open)"
+        )
         assert (await pi.get("/health")).status == 503
         async with Backend(port=port):
             await until(lambda: pi.gateway.fleet.available)
@@ -472,15 +658,33 @@ def test_an_event_is_too_long_or_not_however_it_is_split():
             data, begun, events = event_ + line_ends + b": next\n\n", len(event_) - 10, Events()
             pieces = [data[at : min(at + step, begun)] for at in range(0, begun, step)]
             pieces += [bytes([byte]) for byte in data[begun:]]
-            with contextlib.nullcontext() if event_ == longest else pytest.raises(BackendFailure, match="262144 bytes"):
+            with (
+                contextlib.nullcontext()
+                if event_ == longest
+                else pytest.raises(BackendFailure, match="262144 bytes")
+            ):
                 assert b"".join(map(events.feed, pieces)) == event_ + b"\n\n: next\n\n"
 
 
 def test_json_of_a_list_of_models_that_lies():
-    entries = [1, None, {"id": []}, {"id": "a", "n_ctx": "x"}, {"id": "b", "n_ctx": 8}, {"id": "c", "available": False}]
-    entries += [{"id": "d", "loaded": "yes", "encoding": "", "memory_mb": -1, "path": "/x", "last_used": 1}]
+    entries = [
+        1,
+        None,
+        {"id": []},
+        {"id": "a", "n_ctx": "x"},
+        {"id": "b", "n_ctx": 8},
+        {"id": "c", "available": False},
+    ]
+    entries += [
+        {"id": "d", "loaded": "yes", "encoding": "", "memory_mb": -1, "path": "/x", "last_used": 1}
+    ]
     entries += [{"id": "e", "loaded": True, "encoding": "Q8_0", "memory_mb": 980.5}]
-    known = {"a": {}, "b": {"n_ctx": 8}, "d": {}, "e": {"loaded": True, "encoding": "Q8_0", "memory_mb": 980.5}}
+    known = {
+        "a": {},
+        "b": {"n_ctx": 8},
+        "d": {},
+        "e": {"loaded": True, "encoding": "Q8_0", "memory_mb": 980.5},
+    }
     assert read_models({"models": entries}) == known
     assert read_models({"models": "no"}) == {}
 

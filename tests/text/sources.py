@@ -35,8 +35,13 @@ def fetch_sources() -> str:
     listed = SOURCES / "debian.sources"
     listed.write_text("\n\n".join(stanzas).replace("Types: deb\n", "Types: deb-src\n") + "\n")
     places = {"Etc::sourcelist": listed, "Etc::sourceparts": "-", "State::Lists": lists}
-    options = [*(f"-oDir::{name}={place}" for name, place in places.items()), f"-oDir::Cache={SOURCES}"]
-    updated = subprocess.run(["apt-get", "update", "-q", *options], cwd=SOURCES, capture_output=True, text=True)
+    options = [
+        *(f"-oDir::{name}={place}" for name, place in places.items()),
+        f"-oDir::Cache={SOURCES}",
+    ]
+    updated = subprocess.run(
+        ["apt-get", "update", "-q", *options], cwd=SOURCES, capture_output=True, text=True
+    )
     if updated.returncode:
         return f"Debian's archive cannot be reached: {updated.stderr[-200:]}"
     for package in PACKAGES:  # an archive may lack one
@@ -44,7 +49,11 @@ def fetch_sources() -> str:
         subprocess.run(command, cwd=SOURCES, capture_output=True)
     archives = list(SOURCES.glob("*.orig*.tar.*"))
     for archive in archives:
-        subprocess.run(["tar", "xf", archive, "--one-top-level", "--no-same-owner"], cwd=SOURCES, capture_output=True)
+        subprocess.run(
+            ["tar", "xf", archive, "--one-top-level", "--no-same-owner"],
+            cwd=SOURCES,
+            capture_output=True,
+        )
     if len(archives) == len(PACKAGES):
         done.touch()
     return ""
@@ -56,7 +65,9 @@ def files_of(folders: list[str], language: str, least: int, most: int) -> list[P
         path
         for folder in folders
         for path in sorted(Path(folder).rglob("*"))
-        if language_of_file(path.name) == language and path.is_file() and least < path.stat().st_size < most
+        if language_of_file(path.name) == language
+        and path.is_file()
+        and least < path.stat().st_size < most
     ]
 
 
@@ -66,7 +77,10 @@ class Peer:
     def __init__(self, language: str, text: str) -> None:
         self.line_comment, self.text = LANGUAGES[language].line_comment, text
         lexer = get_lexer_by_name(LEXERS.get(language, language), stripnl=False, ensurenl=False)
-        self.tokens = [(start, start + len(value), kind) for start, kind, value in lexer.get_tokens_unprocessed(text)]
+        self.tokens = [
+            (start, start + len(value), kind)
+            for start, kind, value in lexer.get_tokens_unprocessed(text)
+        ]
         self.starts = [start for start, _, _ in self.tokens]
 
     @property

@@ -21,7 +21,10 @@ from cerebrum.text.stages import StopStrings
 Outcome = tuple[str, str | None]  # everything that is sent, and why it ends
 # Each case is a text: the prompt up to «, the part to keep up to », what the model writes after that, and for an infill
 # the suffix after ‖. Its head names the language, the reason to end and what the case shows.
-CALLS = "".join(f"print(add({', '.join(map(str, range(first, first + 28)))}))\n" for first in (3, 31, 101, 201, 301))
+CALLS = "".join(
+    f"print(add({', '.join(map(str, range(first, first + 28)))}))\n"
+    for first in (3, 31, 101, 201, 301)
+)
 VALUES = "".join(f"    value{number} = compute_the_next_value({number}),\n" for number in range(14))
 ROWS = [
     ("python block: a docstring with a call",
@@ -252,7 +255,10 @@ another = compute_it_all(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 
 
 # Answers of a chat, the code between « and ».
 ANSWERS = [
-    ("python stop: chatter around", "Sure! Here is it:\n\n```python\n«def f():\n    pass\n»```\n\nThis function"),
+    (
+        "python stop: chatter around",
+        "Sure! Here is it:\n\n```python\n«def f():\n    pass\n»```\n\nThis function",
+    ),
     ("python end: bare code", "«def f():\n    pass\n»"),
     ("python stop: bare code, then a fence", "«import os\nx = 1\n»```\n\nThat"),
     ("python end: no language", "```\n«x = 1\n»```"),
@@ -260,22 +266,40 @@ ANSWERS = [
     ("python stop: indented", "1. Do:\n   ```python\n«   if x:\n       y()\n»   ```\nbye"),
     ("python stop: a nested block", "```markdown\n«# T\n```sh\nls\n```\nend\n»```\nbye"),
     ("markdown stop: a nested block", "```markdown\n«# T\n```sh\nls\n```\nend\n»```\nDone.\n"),
-    ("python stop: in a docstring", '```python\n«def f():\n    """\n    ```\n    x\n    ```\n    """\n»```\nbye'),
+    (
+        "python stop: in a docstring",
+        '```python\n«def f():\n    """\n    ```\n    x\n    ```\n    """\n»```\nbye',
+    ),
     ("python end: prose alone", "«I cannot do that.»"),
-    ("python end: code in the thoughts", "<think>Like:\n```python\nx = 2\n```\n</think>\n```python\n«x = 1\n»```"),
+    (
+        "python end: code in the thoughts",
+        "<think>Like:\n```python\nx = 2\n```\n</think>\n```python\n«x = 1\n»```",
+    ),
     ("python end: thoughts right above", "<think>\nhm</think>```python\n«x = 1\n»```"),
     ("python end: thoughts begun in the prompt", "Perhaps:\nx = 2\n</think>\n```python\n«x = 1\n»"),
     ("python end: cut off", "```python\n«x = 1\ny =»"),
-    ("python stop: a shell command first", "Run:\n```bash\npip install x\n```\nThen:\n```python\n«x\n»```\nMore"),
-    ("python stop: a fence in a command", "Run:\n```bash\ncat <<E\n```x\nE\n```\nThen:\n```python\n«x\n»```\n"),
+    (
+        "python stop: a shell command first",
+        "Run:\n```bash\npip install x\n```\nThen:\n```python\n«x\n»```\nMore",
+    ),
+    (
+        "python stop: a fence in a command",
+        "Run:\n```bash\ncat <<E\n```x\nE\n```\nThen:\n```python\n«x\n»```\n",
+    ),
     ("shell stop: a shell command", "Here:\n```bash\n«ls\n»```\nDone.\n"),
     ("json stop: json", "Here:\n```json\n«{}\n»```\nDone.\n"),
     ("python stop: json first", "Given:\n```json\n{}\n```\nuse:\n```\n«x\n»```\n"),
-    ("python stop: a heading and prose", "### Sum\n\n**Note**: `f` adds.\n```python\n«x\n»```\n\n### Use\nIt is f."),
+    (
+        "python stop: a heading and prose",
+        "### Sum\n\n**Note**: `f` adds.\n```python\n«x\n»```\n\n### Use\nIt is f.",
+    ),
     ("shell stop: a heading right above", "# Sum\n```sh\n«ls\n»```\nDone.\n"),
     ("yaml stop: headings and a list", "# Sum\n\n## Steps\n\n1. Do:\n- that\n```\n«a: 1\n»```\n"),
     ("ruby stop: a heading that is not English", "# Lösung\n\nFür alle:\n```ruby\n«x\n»```\n"),
-    ("python stop: a heading, then a shell command", "# A\nRun:\n```sh\nls\n```\nThen:\n```py\n«x\n»```\nx"),
+    (
+        "python stop: a heading, then a shell command",
+        "# A\nRun:\n```sh\nls\n```\nThen:\n```py\n«x\n»```\nx",
+    ),
     ("c stop: a heading", "## Sum\nint x;\n```c\n«int y;\n»```\n"),
     ("python stop: a comment", "«# Sum\n\n# of all\nX = 1\n»```\nThat"),
     ("shell stop: a comment", "«# List\nls -l\n»```\nThat"),
@@ -286,7 +310,10 @@ ANSWERS = [
     ("c stop: a directive", "«#include <a.h>\nint x;\n»```\nThat"),
     ("python end: a heading and prose alone", "«### Sum\n\nI cannot do that.\n»"),
     ("python end: a comment alone", "«# Sum»"),
-    ("python end: shell commands alone", "Run:\n```bash\n«ls\n»```\nor\n```sh\nls -l\n```\nin a shell.\n"),
+    (
+        "python end: shell commands alone",
+        "Run:\n```bash\n«ls\n»```\nor\n```sh\nls -l\n```\nin a shell.\n",
+    ),
     ("python end: a shell command alone", "Run:\n```bash\n«ls\n»```"),
 ]
 
@@ -298,18 +325,37 @@ BEGUN = [
     ("a block that is closed", "```\nx\n```\nAnd", ":\n```\ny\n```\n", ("y\n", "stop")),
     ("another language's fence", "```bash\nls", " -l\n```\nThat is it.", (" -l\n", "stop")),
     ("another language's block", "```bash\nls\n```\nAnd", " that is it.", (" that is it.", None)),
-    ("its fence once more", "```python\n", "```python\nx = 1\n```\nThat is it.", ("x = 1\n", "stop")),
+    (
+        "its fence once more",
+        "```python\n",
+        "```python\nx = 1\n```\nThat is it.",
+        ("x = 1\n", "stop"),
+    ),
     ("a longer fence", "````markdown\n", "```\nx\n```\ny\n````\n", ("```\nx\n```\ny\n", "stop")),
-    ("a short fence in its place", "````markdown\n", "```\nx\n```\ny\n```", ("```\nx\n```\ny\n", None)),
+    (
+        "a short fence in its place",
+        "````markdown\n",
+        "```\nx\n```\ny\n```",
+        ("```\nx\n```\ny\n", None),
+    ),
     ("the end of a block", "````markdown\n", "y\n```\nx\n```", ("y\n```\nx\n```", None)),
     ("chatter alone", "Here you", " are:\n```\ny\n```\n", ("y\n", "stop")),
     ("code without a fence", "import os\n", "x = 1\n", ("x = 1\n", None)),
-    ("thoughts", "<think>\nhm", " x</think>\n```python\nabcdef = 1\n```\n", ("abcdef = 1\n", "stop")),
+    (
+        "thoughts",
+        "<think>\nhm",
+        " x</think>\n```python\nabcdef = 1\n```\n",
+        ("abcdef = 1\n", "stop"),
+    ),
 ]
 
 REPEAT = [  # (title, text, what is sent of it if the text is cut)
     ("a line", "x = 1\nself.a = a\n" + "self.a = a\n" * 13, "x = 1\nself.a = a\nself.a = a\n"),
-    ("a block", "try:\n    a()\nexcept E:\n    b()\n" * 5, "try:\n    a()\nexcept E:\n    b()\n" * 2),
+    (
+        "a block",
+        "try:\n    a()\nexcept E:\n    b()\n" * 5,
+        "try:\n    a()\nexcept E:\n    b()\n" * 2,
+    ),
     ("closing braces", "    }\n" * 9, ""),
     ("a table", "    [0, 0, 0],\n" * 12, ""),
     ("numbers", "".join(f"    {n}: {n * n},\n" for n in range(40)), ""),
@@ -319,7 +365,10 @@ REPEAT = [  # (title, text, what is sent of it if the text is cut)
     ("eleven equal calls", "f.readline()\n" * 11 + "g()\n", ""),
     ("a long string", 's = "' + "=" * 200 + '"\n', ""),
 ]
-REPEATED = [(name, "", f"```\n{text}", (sent, "repeat") if sent else (text, None)) for name, text, sent in REPEAT]
+REPEATED = [
+    (name, "", f"```\n{text}", (sent, "repeat") if sent else (text, None))
+    for name, text, sent in REPEAT
+]
 
 
 @pytest.mark.parametrize("module", [ending, languages, prompt])
@@ -338,7 +387,13 @@ def run(ending: Ending, pieces: list[str]) -> Outcome:
 
 
 def check(
-    mode: str, language: str | None, prompt: str, suffix: str, text: str, expected: Outcome, start: int = 0
+    mode: str,
+    language: str | None,
+    prompt: str,
+    suffix: str,
+    text: str,
+    expected: Outcome,
+    start: int = 0,
 ) -> None:
     """Feed the text whole, by characters, and in random pieces."""
     chance = random.Random(len(text))
@@ -398,7 +453,13 @@ DOUBTS = [  # prompt, suffix, tokens, what is sent, and how many tokens are read
     ("a = 1\n", "y = 2\n", [("x = 1", 0.9), ("\n", 0.9), *HALF], "x = 1\n", 9),
     ("    ", "\ny = 2\n", [("x = 1", 0.9), ("\n", 0.9), *HALF], "x = 1", 9),
     ("a = (", ")\ny = 2\n", [("1, ", 0.9), ("2)", 0.9), ("\n", 0.9), *HALF], "1, 2", 7),
-    ("def f():\n    if x:\n        ", "\n\nf()\n", [("a()", 0.9), ("\n        ", 0.9), *HALF[:8]], "a()", 0),
+    (
+        "def f():\n    if x:\n        ",
+        "\n\nf()\n",
+        [("a()", 0.9), ("\n        ", 0.9), *HALF[:8]],
+        "a()",
+        0,
+    ),
 ]
 
 
@@ -428,7 +489,10 @@ OPENS = 'def f(x):\n    {} """\n    x = 1\n    """\n    '
 @pytest.mark.parametrize(
     ("language", "prompt", "in_code"),
     [
-        *(("python", OPENS.format(it), True) for it in ("return", "yield", "x = x +", "return 'a' %", "return not")),
+        *(
+            ("python", OPENS.format(it), True)
+            for it in ("return", "yield", "x = x +", "return 'a' %", "return not")
+        ),
         ("python", '    Text that ends here.\n    "\n    x = 1\n    ', True),
         ("python", '    It ends here. "\n    x = 1\n    ', True),
         ("javascript", "const f = (text) => /`/.test(text)\n", True),
@@ -447,14 +511,30 @@ def test_whether_the_cursor_is_in_code(language: str, prompt: str, in_code: bool
 @pytest.mark.parametrize("language", ["python", "cobol", None])
 def test_off(language: str | None) -> None:
     text = "    pass\n\n\n\nprint(1)\n```\n" + "x\n" * 20
-    assert run(Ending("complete", language, "def f():\n", "", "none", indent=4), list(text)) == (text, None)
-    assert run(Ending("infill", language, "def f():\n", "\nprint(1)\n", "none", indent=4), [text]) == (text, None)
-    assert run(Ending("instruct", language, "", "", "none"), ["```\nx\n```\nbye"]) == ("x\n", "stop")
+    assert run(Ending("complete", language, "def f():\n", "", "none", indent=4), list(text)) == (
+        text,
+        None,
+    )
+    assert run(
+        Ending("infill", language, "def f():\n", "\nprint(1)\n", "none", indent=4), [text]
+    ) == (text, None)
+    assert run(Ending("instruct", language, "", "", "none"), ["```\nx\n```\nbye"]) == (
+        "x\n",
+        "stop",
+    )
 
 
 # (title, language, prompt, suffix or None, indent, what the model writes, what is sent and why it ends)
 LEAST_INDENTS = [
-    ("a line that is indented less", None, "def f\n", None, 2, "  a\n  b\nend\n", ("  a\n  b\n", "block")),
+    (
+        "a line that is indented less",
+        None,
+        "def f\n",
+        None,
+        2,
+        "  a\n  b\nend\n",
+        ("  a\n  b\n", "block"),
+    ),
     ("below blank lines", None, "def f\n", None, 2, "  a\n\nend\n", ("  a\n", "block")),
     ("blank lines", None, "def f\n", None, 2, "  a\n\n  b\n", ("  a\n\n  b\n", None)),
     ("the cursor's own line", None, "def f\n", None, 2, "a\n  b\nend", ("a\n  b\n", "block")),
@@ -462,18 +542,38 @@ LEAST_INDENTS = [
     ("tabs", None, "f:\n", None, 1, "\ta\n\tb\nc\n", ("\ta\n\tb\n", "block")),
     ("fewer tabs", None, "f:\n", None, 2, "\t\ta\n\tb\n", ("\t\ta\n", "block")),
     ("none wanted", None, "def f\n", None, 0, "  a\nend\n", ("  a\nend\n", None)),
-    ("of Python", "python", "def f():\n    if x:\n", None, 8, "        a\n    b\n", ("        a\n", "block")),
+    (
+        "of Python",
+        "python",
+        "def f():\n    if x:\n",
+        None,
+        8,
+        "        a\n    b\n",
+        ("        a\n", "block"),
+    ),
     ("an infill's line end", None, "  x = 1\n  ", "\n  zzz = 3\n", 2, "[\n1]", ("[", "block")),
-    ("an infill of whole lines", None, "  x = 1\n", "  zzz = 3\n", 2, "  y = [\n1]", ("  y = [\n", "block")),
+    (
+        "an infill of whole lines",
+        None,
+        "  x = 1\n",
+        "  zzz = 3\n",
+        2,
+        "  y = [\n1]",
+        ("  y = [\n", "block"),
+    ),
 ]
 
 
 @pytest.mark.parametrize("case", LEAST_INDENTS, ids=title)
-def test_least_indentation(case: tuple[str, str | None, str, str | None, int, str, Outcome]) -> None:
+def test_least_indentation(
+    case: tuple[str, str | None, str, str | None, int, str, Outcome],
+) -> None:
     _, language, prompt, suffix, indent, text, expected = case
     for pieces in ([text], list(text)):
         mode = "complete" if suffix is None else "infill"
-        assert run(Ending(mode, language, prompt, suffix, "auto", indent=indent), pieces) == expected
+        assert (
+            run(Ending(mode, language, prompt, suffix, "auto", indent=indent), pieces) == expected
+        )
 
 
 # (title, language, prompt, white space that the model writes first, what is sent of it)
@@ -486,7 +586,13 @@ TYPED = [
     ("a body's first level", "python", "def f():\n    if x:\n    ", "    ", "    "),
     ("tabs", "go", "func f() {\n\tif x {\n\t\ty()\n\t", "\t", "\t"),
     ("tabs again", "go", "func f() {\n\tx()\n\t", "\t", ""),
-    ("tabs below spaces", "javascript", "f(() => {\n  x();\n});\nif (y) {\n\tif (z) {\n\t", "\t", "\t"),
+    (
+        "tabs below spaces",
+        "javascript",
+        "f(() => {\n  x();\n});\nif (y) {\n\tif (z) {\n\t",
+        "\t",
+        "\t",
+    ),
     ("an array", "json", '{\n  "a": [\n  ', "  ", "  "),
     ("C", "c", "int f() {\n    x();\n   ", "     ", " "),
     ("Rust", "rust", "fn f() {\n    x();\n  ", "  ", "  "),
@@ -504,14 +610,28 @@ def test_typed_indentation(case: tuple[str, str | None, str, str, str]) -> None:
 
 SNIPPETS = r"""def f(): if x: else: return x class A { } { ( ) ' " / // /* */ # \ ` ``` ~~~ ${ ; , : = @ é r#"
     R"( R"a( 1 #if #else #endif define endef <<A A then @' '@ $$ $a$ BEGIN END CASE UPDATE""".split()  # noqa: SIM905
-PIECES = st.lists(st.sampled_from(["\n", "\n\n", "    ", "  ", " ", "\t", '"""', *SNIPPETS]), max_size=60)
+PIECES = st.lists(
+    st.sampled_from(["\n", "\n\n", "    ", "  ", " ", "\t", '"""', *SNIPPETS]), max_size=60
+)
 
 
 TEXTS = PIECES.map("".join)
 ASKED = st.tuples(
     st.sampled_from(["complete", "infill", "instruct"]),
     st.sampled_from(
-        ["python", "javascript", "rust", "cpp", "go", "ruby", "scala", "powershell", "makefile", "sql", None]
+        [
+            "python",
+            "javascript",
+            "rust",
+            "cpp",
+            "go",
+            "ruby",
+            "scala",
+            "powershell",
+            "makefile",
+            "sql",
+            None,
+        ]
     ),
     *(TEXTS, TEXTS, st.just("auto"), st.sampled_from([0, 2, 4])),
 )
@@ -553,7 +673,9 @@ STOPS: list[tuple[list[str], str, str, str | None]] = [
 
 
 @pytest.mark.parametrize(("stops", "text", "sent", "stopped"), STOPS)
-def test_stop_strings_over_every_split(stops: list[str], text: str, sent: str, stopped: str | None) -> None:
+def test_stop_strings_over_every_split(
+    stops: list[str], text: str, sent: str, stopped: str | None
+) -> None:
     for pieces in splits(text):
         matcher, out = StopStrings(stops), ""
         for piece in pieces:

@@ -185,7 +185,9 @@ def test_definitions(name: str) -> None:
         line = before + "".join(defined)
         for text in (line, f"{line}\n", f"\n\n{line}\nx\n", f"{line}\r\n".replace("\n{", "\r\n{")):
             match = LANGUAGES[name].defines.search(text)
-            assert (match and match[match.lastindex or 0]) == (defined[0] if defined else None), line
+            assert (match and match[match.lastindex or 0]) == (defined[0] if defined else None), (
+                line
+            )
             assert match is None or not text[: match.start()].strip("\r\n"), line
 
 
@@ -208,7 +210,9 @@ def test_no_name_means_two_languages() -> None:
         assert {*language.raw} <= {*language.strings, *language.texts}
         assert language.blocks in ("braces", "brackets", "statements", "indent", "lines", "tree")
     words = [alias for name, language in LANGUAGES.items() for alias in (name, *language.aliases)]
-    files = [file for language in LANGUAGES.values() for file in (*language.endings, *language.filenames)]
+    files = [
+        file for language in LANGUAGES.values() for file in (*language.endings, *language.filenames)
+    ]
     for names in (words, files):
         assert sorted(names) == sorted({name.lower() for name in names})
 
@@ -223,7 +227,11 @@ HOSTILE = [
 
 
 def test_no_line_is_expensive() -> None:
-    patterns = {pattern for language in LANGUAGES.values() for pattern in (language.defines, language.imports)}
+    patterns = {
+        pattern
+        for language in LANGUAGES.values()
+        for pattern in (language.defines, language.imports)
+    }
     for unit in HOSTILE:
         line = unit * (5_000 // len(unit))
         texts = [line, f"int {line}", f"typedef struct {{{line}"]
@@ -231,7 +239,11 @@ def test_no_line_is_expensive() -> None:
             for pattern in patterns:
                 started = time.thread_time()
                 sum(1 for _ in pattern.finditer(text))
-                assert time.thread_time() - started < 0.15, (unit, len(text), pattern)  # 40 times the slowest
+                assert time.thread_time() - started < 0.15, (
+                    unit,
+                    len(text),
+                    pattern,
+                )  # 40 times the slowest
 
 
 # ----------------------------------------------------------------------------------------- guessing a language

@@ -13,7 +13,15 @@ from typing import Any
 import pytest
 
 from cerebrum.text.languages import LANGUAGES
-from cerebrum.text.prompt import Prepared, Ratio, arrange_gap, common_length, detect_mode, prepare, weigh
+from cerebrum.text.prompt import (
+    Prepared,
+    Ratio,
+    arrange_gap,
+    common_length,
+    detect_mode,
+    prepare,
+    weigh,
+)
 from cerebrum_common import HttpError
 
 PYTHON_FILE = Path(argparse.__file__).read_text("utf-8")
@@ -108,7 +116,11 @@ INSTRUCT = {
 
 @pytest.mark.parametrize(("prompts", "mode"), [(COMPLETE, "complete"), (INSTRUCT, "instruct")])
 def test_the_mode_of_a_prompt(prompts: dict[str, list[str]], mode: str) -> None:
-    found = {text: detect_mode({"language": name, "prompt": text}) for name, texts in prompts.items() for text in texts}
+    found = {
+        text: detect_mode({"language": name, "prompt": text})
+        for name, texts in prompts.items()
+        for text in texts
+    }
     assert {text: other for text, other in found.items() if other != mode} == {}
 
 
@@ -151,7 +163,9 @@ def test_fields_that_contradict_are_named(fields: dict[str, Any], message: str) 
 # --------------------------------------------------------------------------------------------- fitting
 
 
-def prepared(text: str, language: str = "python", mode: str = "complete", budget: int = 3500, **more: Any) -> Prepared:
+def prepared(
+    text: str, language: str = "python", mode: str = "complete", budget: int = 3500, **more: Any
+) -> Prepared:
     return prepare({"language": language, "prompt": text, **more}, mode, budget, 3.0)
 
 
@@ -178,18 +192,33 @@ def test_what_fits_is_sent_unchanged(prompt: str) -> None:
         (f"# Make this async\n{FUNCTION}", None, f"Make this async\n\n```python\n{FUNCTION}```"),
         ("x = 1", " Explain\n", "Explain\n\n```python\nx = 1\n```"),
         ("", "Write a stack", "Write a stack"),
-        (60 * FUNCTION, "Make this async", f"```python\n{60 * FUNCTION}```\n\nMake this async"),  # long code first
+        (
+            60 * FUNCTION,
+            "Make this async",
+            f"```python\n{60 * FUNCTION}```\n\nMake this async",
+        ),  # long code first
     ],
 )
-def test_an_instruction_is_answered_by_code(prompt: str, instruction: str | None, content: str) -> None:
+def test_an_instruction_is_answered_by_code(
+    prompt: str, instruction: str | None, content: str
+) -> None:
     turns = prepared(prompt, mode="instruct", instruction=instruction).body["messages"]
-    assert turns == [{"role": "user", "content": content}, {"role": "assistant", "content": "```python\n"}]
+    assert turns == [
+        {"role": "user", "content": content},
+        {"role": "assistant", "content": "```python\n"},
+    ]
 
 
 # The imports of a file, and a statement that fills it.
 LONG = {
-    "python": ("import os\nfrom decimal import (\n    Decimal,\n)\n", "def f%d(a):\n    return a\n\n\n"),
-    "typescript": ("import {\n  a,\n  b,\n} from './a'\n", "function f%d(a: number): number {\n  return a\n}\n\n"),
+    "python": (
+        "import os\nfrom decimal import (\n    Decimal,\n)\n",
+        "def f%d(a):\n    return a\n\n\n",
+    ),
+    "typescript": (
+        "import {\n  a,\n  b,\n} from './a'\n",
+        "function f%d(a: number): number {\n  return a\n}\n\n",
+    ),
     "c": ("#include <stdio.h>\n", "static int f%d(int a)\n{\n    return a;\n}\n\n"),
     "go": ('import (\n\t"fmt"\n\t"os"\n)\n', "func f%d(a int) int {\n\treturn a\n}\n\n"),
     "csharp": ("using System;\n", "    int F%d(int x)\n    {\n        return x;\n    }\n\n"),
@@ -206,7 +235,9 @@ def test_a_long_file_keeps_its_imports_and_a_window_of_whole_statements(language
     imports, statement = LONG[language]
     text = "".join([imports, "\n", *(statement % n for n in range(2000)), "cursor"])
     result = prepared(text, language, budget=1200)
-    head, mark, window = result.body["prompt"].partition(LANGUAGES[language].remark("... lines left out") + "\n")
+    head, mark, window = result.body["prompt"].partition(
+        LANGUAGES[language].remark("... lines left out") + "\n"
+    )
     assert (head, bool(mark)) == (imports, True)
     assert text.endswith(window)
     number = re.search(r"\d+", window)
@@ -220,7 +251,9 @@ def test_a_long_file_keeps_its_imports_and_a_window_of_whole_statements(language
 
 def test_imports_of_names_near_the_cursor_are_first() -> None:
     imports = [f"import module_{n}\n" for n in range(400)]
-    text = "".join([*imports, *("x = 1\n" for _ in range(2000)), "module_333.run()\nmodule_222.run()\n" * 40])
+    text = "".join(
+        [*imports, *("x = 1\n" for _ in range(2000)), "module_333.run()\nmodule_222.run()\n" * 40]
+    )
     head = prepared(text).body["prompt"].partition("# ...")[0].splitlines()
     assert {"import module_222", "import module_333"} < set(head)
     assert len(head) < 100
@@ -246,7 +279,9 @@ def test_an_instruction_on_a_long_file_gets_what_it_names() -> None:
     assert "class FileType(object):" in message["content"]
     assert "Let FileType open gzip files as well" in message["content"]
     assert result.kept["parts"] == ["imports", "window"]
-    top = prepared(f"def first():\n    pass\n\n\n{text}", mode="instruct", instruction="Document first")
+    top = prepared(
+        f"def first():\n    pass\n\n\n{text}", mode="instruct", instruction="Document first"
+    )
     assert top.body["messages"][0]["content"].startswith("```python\ndef first():\n    pass\n")
     assert top.kept["parts"] == ["window"]
     huge = prepared("", mode="instruct", instruction="Write a stack. " * 60_000)
@@ -302,7 +337,10 @@ def test_odd_texts_fit(name: str, language: str) -> None:
 
 
 def test_any_cut_of_real_files_fits() -> None:
-    chance, files = random.Random(7), [Path(argparse.__file__), Path(ast.__file__), Path(random.__file__)]
+    chance, files = (
+        random.Random(7),
+        [Path(argparse.__file__), Path(ast.__file__), Path(random.__file__)],
+    )
     for _ in range(60):
         text = chance.choice(files).read_text("utf-8")
         start = chance.randrange(len(text) // 2)
@@ -316,7 +354,8 @@ def test_any_cut_of_real_files_fits() -> None:
 
 
 @pytest.mark.parametrize(
-    ("layout", "text"), [("psm", "<pre>a<suf>b<mid>"), ("spm", "<suf>b<pre>a<mid>"), ("spmv2", "<pre><suf>b<mid>a")]
+    ("layout", "text"),
+    [("psm", "<pre>a<suf>b<mid>"), ("spm", "<suf>b<pre>a<mid>"), ("spmv2", "<pre><suf>b<mid>a")],
 )
 def test_the_layouts_of_a_gap(layout: str, text: str) -> None:
     assert "".join(arrange_gap(layout, ("<pre>", "<suf>", "<mid>"), "a", "b")) == text
@@ -375,7 +414,11 @@ def ratios_after(*counts: tuple[int, int]) -> list[float]:
 
 
 def test_the_ratio_falls_at_once_rises_slowly_in_steps_and_does_not_flap() -> None:
-    assert ratios_after((100, 100), (2000, 1000), (10, 1000)) == [3.0, 2.0, 0.75]  # the first prompt is too short
+    assert ratios_after((100, 100), (2000, 1000), (10, 1000)) == [
+        3.0,
+        2.0,
+        0.75,
+    ]  # the first prompt is too short
     rising = ratios_after(*[(4000, 1000)] * 200)
     assert (rising, set(rising)) == (sorted(rising), {3.0, 3.25})
     wavering = ratios_after(*((3240 + n % 3 * 20, 1000) for n in range(200)))
@@ -384,6 +427,8 @@ def test_the_ratio_falls_at_once_rises_slowly_in_steps_and_does_not_flap() -> No
 
 def test_nothing_is_left_out_of_a_layout_of_the_models_own() -> None:
     prompt = "<|file_sep|>original/a.py\n" + "x = 1\n" * 5000
-    result = prepare({"prompt": prompt, "language": "python", "special": True}, "complete", 100, 3.0)
+    result = prepare(
+        {"prompt": prompt, "language": "python", "special": True}, "complete", 100, 3.0
+    )
     assert result.body == {"mode": "complete", "prompt": prompt}
     assert result.kept == {"characters": len(prompt), "of": len(prompt), "parts": ["all"]}

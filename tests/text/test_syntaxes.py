@@ -536,7 +536,10 @@ INSERTSEND;»
 INSERTS‖
 
 CREATE TABLE x (a int);
-'''.replace("INSERTS", "".join(f"  INSERT INTO log VALUES ({n}, 'the note with number {n}');\n" for n in range(12)))
+'''.replace(
+    "INSERTS",
+    "".join(f"  INSERT INTO log VALUES ({n}, 'the note with number {n}');\n" for n in range(12)),
+)
 
 
 @pytest.mark.parametrize("case", cases(ROWS, LONG), ids=title)
@@ -590,9 +593,14 @@ def test_gaps(language: str, text: str) -> None:
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_an_instruction_about_each_language(language: str) -> None:
     """Its answer is code alone, in any language, even between fences of shells."""
-    sent = prepare({"language": language, "prompt": "x\n", "instruction": "y"}, "instruct", 1000, 3.0)
+    sent = prepare(
+        {"language": language, "prompt": "x\n", "instruction": "y"}, "instruct", 1000, 3.0
+    )
     asked, begun = sent.body["messages"]
-    assert (asked["content"], begun["content"]) == (f"y\n\n```{language}\nx\n```", f"```{language}\n")
+    assert (asked["content"], begun["content"]) == (
+        f"y\n\n```{language}\nx\n```",
+        f"```{language}\n",
+    )
     before = f"Here:\n```{language}\n"
     check("instruct", language, "", "", f"{before}x\n```\n", ("x\n", "stop"), len(before))
 
@@ -600,7 +608,9 @@ def test_an_instruction_about_each_language(language: str) -> None:
 def test_an_instruction_about_a_text_with_fences() -> None:
     """Its answer does not end at the first of them."""
     text = "# Use\n\n```\nmake run\n```\n\nThe `x` is below.\n\n```\nx\n```\nEnd.\n"
-    sent = prepare({"language": "markdown", "prompt": text, "instruction": "y"}, "instruct", 1000, 3.0)
+    sent = prepare(
+        {"language": "markdown", "prompt": text, "instruction": "y"}, "instruct", 1000, 3.0
+    )
     asked, begun = sent.body["messages"]
     assert asked["content"] == f"y\n\n````markdown\n{text}````"
     check("instruct", "markdown", begun["content"], "", f"{text}````\nThat is it.", (text, "stop"))
@@ -612,7 +622,9 @@ FILES, CUTS, MAX_FILE_BYTES = 40, 10, 60_000
 REST_CHARS = 6000  # that a model would write behind a cut
 
 
-def cuts(files: list[Path], language: str, chance: random.Random) -> Iterator[tuple[Path, str, int, Peer]]:
+def cuts(
+    files: list[Path], language: str, chance: random.Random
+) -> Iterator[tuple[Path, str, int, Peer]]:
     """(path, text, place to cut it, what pygments says of the text) for some of the files."""
     chosen = 0
     for path in chance.sample(files, len(files)):
@@ -636,7 +648,8 @@ OFTEN = ("python", "javascript", "typescript", "rust", "c", "cpp", "go")
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "language", [pytest.param(name, marks=() if name in OFTEN else pytest.mark.nightly) for name in LANGUAGES]
+    "language",
+    [pytest.param(name, marks=() if name in OFTEN else pytest.mark.nightly) for name in LANGUAGES],
 )
 def test_real_files(language: str) -> None:
     """Cut at random places, with the rest of the file as what a model writes: no end is inside a string or comment."""
@@ -647,7 +660,9 @@ def test_real_files(language: str) -> None:
         pytest.skip(f"only {len(files)} files of {language} in the sources that could be fetched")
     ends, wrong = 0, []
     for path, text, place, peer in cuts(files, language, random.Random(language)):
-        out, reason = Ending("complete", language, text[:place], None, "auto").feed(text[place : place + REST_CHARS])
+        out, reason = Ending("complete", language, text[:place], None, "auto").feed(
+            text[place : place + REST_CHARS]
+        )
         if reason == "block":
             ends += 1
             if peer.inside(place + len(out)):

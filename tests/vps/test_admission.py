@@ -45,21 +45,35 @@ RULES: dict[str, tuple[Any, str]] = {
     "min_confidence": (1.01, "a number from 0 to 1"),
 }
 TALK = {"model": "m", "messages": [SAID]}
-BAD_FIELDS = {f"{name}: expected {rule}, got {describe(value)}": {name: value} for name, (value, rule) in RULES.items()}
+BAD_FIELDS = {
+    f"{name}: expected {rule}, got {describe(value)}": {name: value}
+    for name, (value, rule) in RULES.items()
+}
 BAD_REQUESTS: list[tuple[dict[str, Any], str]] = [
     *((BASE | field, message) for message, field in BAD_FIELDS.items()),
     ({}, "model: expected a string from 1 to 200 characters, got nothing"),
     ({"model": "m"}, "prompt: expected a non-empty string, or messages instead of it"),
     (BASE | TALK, "prompt: expected a non-empty string, or messages instead of it"),
     (TALK | {"suffix": "s"}, "suffix: expected only beside prompt, not beside messages"),
-    (TALK | {"messages": [SAID] * 101}, "messages: expected an array of 1 to 100 objects, got an array of 101"),
+    (
+        TALK | {"messages": [SAID] * 101},
+        "messages: expected an array of 1 to 100 objects, got an array of 101",
+    ),
     (TALK | {"messages": None}, "messages: expected an array of 1 to 100 objects, got null"),
-    (TALK | {"messages": [{"role": "user"}]}, "messages[0].content: expected a string, got nothing"),
-    (BASE | {"extra": [{"text": "x"}, {}]}, "extra[1].text: expected a non-empty string, got nothing"),
+    (
+        TALK | {"messages": [{"role": "user"}]},
+        "messages[0].content: expected a string, got nothing",
+    ),
+    (
+        BASE | {"extra": [{"text": "x"}, {}]},
+        "extra[1].text: expected a non-empty string, got nothing",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("body", "message"), BAD_REQUESTS, ids=[message for _, message in BAD_REQUESTS])
+@pytest.mark.parametrize(
+    ("body", "message"), BAD_REQUESTS, ids=[message for _, message in BAD_REQUESTS]
+)
 def test_bad_request(body: dict[str, Any], message: str) -> None:
     with pytest.raises(HttpError) as caught:
         parse_inference(body)
@@ -107,16 +121,25 @@ BUSY = "expected other programs to use at most 70 % of the CPU, got 71 %"
 
 
 def test_a_busy_machine() -> None:
-    checks: list[Any] = [(check_memory, 1024.0, 1023.0, LITTLE_MEMORY), (check_cpu, 70.0, 71.0, BUSY)]
+    checks: list[Any] = [
+        (check_memory, 1024.0, 1023.0, LITTLE_MEMORY),
+        (check_cpu, 70.0, 71.0, BUSY),
+    ]
     for check, enough, too_little, message in checks:
         check(enough, enough)
         with pytest.raises(HttpError) as caught:
             check(too_little, enough)
-        assert (caught.value.status, caught.value.code, caught.value.message) == (503, "RESOURCE_EXHAUSTED", message)
+        assert (caught.value.status, caught.value.code, caught.value.message) == (
+            503,
+            "RESOURCE_EXHAUSTED",
+            message,
+        )
 
 
 def test_cpu_meter_counts_others_without_ourselves(monkeypatch: pytest.MonkeyPatch) -> None:
-    readings = iter([(100.0, 50.0, 10.0), (120.0, 55.0, 20.0), (120.0, 55.0, 20.0), (140.0, 55.0, 45.0)])
+    readings = iter(
+        [(100.0, 50.0, 10.0), (120.0, 55.0, 20.0), (120.0, 55.0, 20.0), (140.0, 55.0, 45.0)]
+    )
     monkeypatch.setattr(CpuMeter, "_read", staticmethod(lambda: next(readings)))
     meter = CpuMeter()
     assert (meter.system_percent, meter.others_percent) == (0.0, 0.0)
@@ -156,7 +179,11 @@ def test_cpu_meter_lets_niced_programs_work(monkeypatch: pytest.MonkeyPatch) -> 
         ("CEREBRUM_MAX_CPU_PERCENT", "101", "expected a number from 1 to 100, got '101'"),
         ("CEREBRUM_MIN_FREE_MB", "1e3", "expected a number from 0 to 1.04858e+06, got '1e3'"),
         ("CEREBRUM_IDLE_MINUTES", "-1", "expected a number from 0 to 1.04858e+06, got '-1'"),
-        ("CEREBRUM_MODELS_FILE", "/none.toml", "/none.toml: [Errno 2] No such file or directory: '/none.toml'"),
+        (
+            "CEREBRUM_MODELS_FILE",
+            "/none.toml",
+            "/none.toml: [Errno 2] No such file or directory: '/none.toml'",
+        ),
     ],
 )
 def test_config_names_the_wrong_variable(name: str, value: str, message: str) -> None:
@@ -165,10 +192,15 @@ def test_config_names_the_wrong_variable(name: str, value: str, message: str) ->
     assert str(caught.value) == f"{name}: {message}"
 
 
-def test_a_user_without_a_home_needs_a_folder_for_the_state(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_user_without_a_home_needs_a_folder_for_the_state(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.delenv("HOME")
     monkeypatch.setattr("pwd.getpwuid", lambda _: {}[0])
-    with pytest.raises(ConfigError, match=r"^CEREBRUM_STATE_DIR: expected a folder, got '~/.*there is no such home$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^CEREBRUM_STATE_DIR: expected a folder, got '~/.*there is no such home$",
+    ):
         config()
     assert config(CEREBRUM_STATE_DIR="/state").engine.state_dir == Path("/state")
 
@@ -189,7 +221,10 @@ NO_KEY = "vpsd: CEREBRUM_API_KEY: expected a key, got none; make one with ./gene
 
 def test_command_line(tmp_path: Path) -> None:
     copy_program("vpsd", tmp_path)  # because a .env may lie beside the original
-    environment, command = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}, [sys.executable, tmp_path / "vpsd.py"]
+    environment, command = (
+        {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"},
+        [sys.executable, tmp_path / "vpsd.py"],
+    )
     for arguments, code, message in ((["fetch", "x"], 1, UNKNOWN), ([], 2, NO_KEY)):
         end = {"env": environment, "capture_output": True, "text": True, "timeout": PATIENCE}
         done: Any = subprocess.run([*command, *arguments], **end)

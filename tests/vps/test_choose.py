@@ -33,7 +33,10 @@ def types_of(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     found = {}
     for one in gguf.GGUFReader(path).tensors:
         if len(one.shape) > 1:
-            found[one.name.removesuffix(".weight")] = one.tensor_type.name, tuple(map(int, reversed(one.shape)))
+            found[one.name.removesuffix(".weight")] = (
+                one.tensor_type.name,
+                tuple(map(int, reversed(one.shape))),
+            )
     return found
 
 
@@ -53,8 +56,12 @@ def test_a_sample_is_a_part_of_the_model(
             yield model
 
     monkeypatch.setattr(choose, "opened", opened)
-    monkeypatch.setattr(choose, "measure", lambda model, read: Timing(next(times), dict.fromkeys(DECODES, 0.01)))
-    monkeypatch.setattr(choose, "SAMPLE_WEIGHTS", 1)  # the least: two layers of eight, and so a quarter of the tokens
+    monkeypatch.setattr(
+        choose, "measure", lambda model, read: Timing(next(times), dict.fromkeys(DECODES, 0.01))
+    )
+    monkeypatch.setattr(
+        choose, "SAMPLE_WEIGHTS", 1
+    )  # the least: two layers of eight, and so a quarter of the tokens
     monkeypatch.setattr(llama, "SPARE_DISK", 0)
     assert choose.predict(shape, Settings(), tmp_path) == Speed(25.0, 12.0)
     assert [path.name for path in tmp_path.iterdir()] == ["sample.gguf"]
@@ -74,17 +81,33 @@ def test_a_sample_is_a_part_of_the_model(
         f"ffn_down{name}": ("Q4_K", (*count, width, forward)),
         **({} if small else {"ffn_gate_inp": ("F32", (4, width))}),
     }
-    better = layer | {"attn_v": (q6, (keys, width)), f"ffn_down{name}": ("Q6_K", (*count, width, forward))}
-    whole = {f"blk.{number}.{name}": one for number, part in enumerate((layer, better)) for name, one in part.items()}
-    assert published == whole | {"output": (q6, (1024, width)), "token_embd": ("F16", (1024, width))}
+    better = layer | {
+        "attn_v": (q6, (keys, width)),
+        f"ffn_down{name}": ("Q6_K", (*count, width, forward)),
+    }
+    whole = {
+        f"blk.{number}.{name}": one
+        for number, part in enumerate((layer, better))
+        for name, one in part.items()
+    }
+    assert published == whole | {
+        "output": (q6, (1024, width)),
+        "token_embd": ("F16", (1024, width)),
+    }
     faithful = encoding.FAITHFUL
-    assert tuned == {name: (faithful.get(kind, kind), size) for name, (kind, size) in published.items()}
+    assert tuned == {
+        name: (faithful.get(kind, kind), size) for name, (kind, size) in published.items()
+    }
 
 
 def test_a_sample_has_enough_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that it does not stay in a CPU's cache; a small model is measured whole."""
     made, sizes = list[tuple[Any, int]](), dict[str, float]()
-    monkeypatch.setattr(choose, "write_sample", lambda _path, _shape, weights, layers: made.append((weights, layers)))
+    monkeypatch.setattr(
+        choose,
+        "write_sample",
+        lambda _path, _shape, weights, layers: made.append((weights, layers)),
+    )
     monkeypatch.setattr(choose, "opened", lambda *_: contextlib.nullcontext())
     monkeypatch.setattr(choose, "measure", lambda *_: Timing(1.0, dict.fromkeys(DECODES, 1.0)))
     for model in SHIPPED:
@@ -143,20 +166,32 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Any:
         (tmp_path / "models.toml").write_text(text)
         status = vpsd.main(["choose", *options])
         out, err = capsys.readouterr()
-        return status, out, "".join(line for line in err.splitlines(True) if not line.startswith("measuring "))
+        return (
+            status,
+            out,
+            "".join(line for line in err.splitlines(True) if not line.startswith("measuring ")),
+        )
 
     return run
 
 
-def test_the_first_whose_hints_are_quick_enough_is_chosen(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_whose_hints_are_quick_enough_is_chosen(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Not the one that has a language more, nor the one that has few."""
     assert run(catalog(*MODELS)) == (0, TABLE.replace("\n  here ", "\n* here "), "")
-    for seconds, chosen in (("7.2", "slow"), ("7.1", "here"), ("1.5", "last")):  # of none the quickest
+    for seconds, chosen in (
+        ("7.2", "slow"),
+        ("7.1", "here"),
+        ("1.5", "last"),
+    ):  # of none the quickest
         monkeypatch.setenv("CEREBRUM_HINT_SECONDS", seconds)
         assert re.findall(r"^\* (\w+)", run(catalog(*MODELS))[1], re.M) == [chosen]
 
 
-def test_a_tuning_begins_only_when_all_are_measured(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tuning_begins_only_when_all_are_measured(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It would spoil what was measured, and its samples take the disk."""
     (lock := tmp_path / "state/tuned/.lock").parent.mkdir(parents=True)
     begun, show = list[bool](), Bar.show
@@ -198,17 +233,23 @@ def test_without_a_shape_a_model_has_no_speed(run: Any) -> None:
     assert run(bare, "--fetch") == (1, f"{TABLE.splitlines()[0]}\n{row}\n", NOTHING)
 
 
-def test_a_full_disk_measures_and_leaves_nothing(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_measures_and_leaves_nothing(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(choose, "predict", PREDICT)
     with disk_of("1m", tmp_path / "state") as state:
         status, out, err = run(catalog(*MODELS[-3:]))
         assert sorted(path.name for path in state.rglob("*")) == [".lock", "tuned"]
     disk = rf"expected 10\d MB of free disk in {state}/tuned/\S+, got 1 MB\n"
-    assert re.fullmatch("".join(f"vpsd choose: {one[0]}: {disk}" for one in MODELS[-3:]) + NOTHING, err)
+    assert re.fullmatch(
+        "".join(f"vpsd choose: {one[0]}: {disk}" for one in MODELS[-3:]) + NOTHING, err
+    )
     assert (status, out.count("?"), "*" in out) == (1, 11, False)
 
 
-def test_a_model_that_cannot_be_measured_is_named(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_cannot_be_measured_is_named(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(shape: dict[str, int], *_: Any) -> Speed:
         if shape["layers"] == 2:
             raise ModelError("llama.cpp cannot load this file")

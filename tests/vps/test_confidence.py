@@ -21,7 +21,14 @@ from cerebrum.vps.worker import Decoder, Job, Run
 
 A, B, C = ("a", 0.9), (" =", 0.7), (" 1\n", 0.2)  # a token ends a line, or
 LATER = ("```\n", 0.1)  # what precedes the client's text
-TWO = [A, B, (" 1", 0.8), ("\n    ", 0.4), ("b", 1.0), ("", 0.6)]  # begins the next one; the last ends the text
+TWO = [
+    A,
+    B,
+    (" 1", 0.8),
+    ("\n    ", 0.4),
+    ("b", 1.0),
+    ("", 0.6),
+]  # begins the next one; the last ends the text
 
 CASES: list[tuple[str, list[tuple[str, float]], list[str], list[list[tuple[float, int]]], tuple[float, float]]] = [
     # name, tokens, texts that are sent, the lines that each of them and the end complete, the result
@@ -43,7 +50,9 @@ CASES: list[tuple[str, list[tuple[str, float]], list[str], list[list[tuple[float
 
 
 @pytest.mark.parametrize(
-    ("tokens", "sent", "judged", "result"), [case[1:] for case in CASES], ids=[one[0] for one in CASES]
+    ("tokens", "sent", "judged", "result"),
+    [case[1:] for case in CASES],
+    ids=[one[0] for one in CASES],
 )
 def test_the_lines_of_a_text(
     tokens: list[tuple[str, float]], sent: list[str], judged: list[Any], result: tuple[float, float]
@@ -58,10 +67,30 @@ def test_the_lines_of_a_text(
 
 def test_the_least_sure_of_the_lines_that_a_token_ends() -> None:
     sure = Confidence()
-    assert [sure.add(*token) for token in (A, C, ("\n", 0.1), ("b\nc\n", 0.5))] == [1.0, 0.55, 1.0, 0.3]
+    assert [sure.add(*token) for token in (A, C, ("\n", 0.1), ("b\nc\n", 0.5))] == [
+        1.0,
+        0.55,
+        1.0,
+        0.3,
+    ]
 
 
-WORDS = ["x", "x = 1", "x  ", "", "  ", "    ", "\t", "    y = x", "\tx", "return x", "é", "`x`", "\r", "x\r"]
+WORDS = [
+    "x",
+    "x = 1",
+    "x  ",
+    "",
+    "  ",
+    "    ",
+    "\t",
+    "    y = x",
+    "\tx",
+    "return x",
+    "é",
+    "`x`",
+    "\r",
+    "x\r",
+]
 TALK = ["x", "x = 1 is it", "  x", "", "  ", "return x", "Sure!"]  # begins like the code
 ASKED = [
     CompletionRequest("def f():\n    ", language="python", stop=("é",)),
@@ -95,7 +124,11 @@ def judge(
     both = [re.findall(r"[^\n]*\n|[^\n]+", text) for text in (client, written[begin:])]
     for own, line in zip(*both, strict=False):
         sent += len(own)
-        last = at + len(line.removesuffix("\n")) if "\n" in own else at + line.index(own.strip()) + len(own.lstrip())
+        last = (
+            at + len(line.removesuffix("\n"))
+            if "\n" in own
+            else at + line.index(own.strip()) + len(own.lstrip())
+        )
         at += len(line)
         end = at if "\n" in own else last if own.strip() else end
         if own.strip():
@@ -125,14 +158,20 @@ def test_each_line_has_the_mean_of_its_own_tokens() -> None:
         Decoder._finish(SimpleNamespace(release=lambda *_: None), run, reason or "stop", not reason)  # type: ignore[arg-type]
         events: list[Any] = run.outbox
         client = "".join(event.get("token", "") for event in events)
-        judged = [(event["confidence"], event["characters"]) for event in events if "characters" in event]
+        judged = [
+            (event["confidence"], event["characters"]) for event in events if "characters" in event
+        ]
         result = [events[-1]["confidence"], events[-1]["text_confidence"]]
         assert (judged, result) == judge(client, written, begin, tokens), (number, client, written)
 
 
 @pytest.mark.parametrize(("temperature", "reason"), [(0.5, "block"), (0.6, None)])
-def test_an_unlikely_token_is_no_doubt_at_a_high_temperature(temperature: float, reason: str | None) -> None:
-    asked = CompletionRequest("x = ", suffix="\ny = 2\n", mode="infill", language="python", temperature=temperature)
+def test_an_unlikely_token_is_no_doubt_at_a_high_temperature(
+    temperature: float, reason: str | None
+) -> None:
+    asked = CompletionRequest(
+        "x = ", suffix="\ny = 2\n", mode="infill", language="python", temperature=temperature
+    )
     job = Job(asked, lambda _: None)
     job.prepare(ScriptedLlama())  # type: ignore[arg-type]
     run = Run(job, Slot(0), [])
@@ -140,7 +179,9 @@ def test_an_unlikely_token_is_no_doubt_at_a_high_temperature(temperature: float,
     assert [run.feed(piece) for piece in (b"1", b"\n", b"z = 5")] == [None, None, reason]
 
 
-@pytest.mark.parametrize(("first", "text", "judged"), [(0.9, "a + 1", [(0.9, 5)]), (0.3, "a + 1", [(0.3, 5)])])
+@pytest.mark.parametrize(
+    ("first", "text", "judged"), [(0.9, "a + 1", [(0.9, 5)]), (0.3, "a + 1", [(0.3, 5)])]
+)
 def test_a_completion_that_ends_unsure_has_no_more_text_than_one_that_goes_on(
     first: float, text: str, judged: list[Any]
 ) -> None:
@@ -150,7 +191,12 @@ def test_a_completion_that_ends_unsure_has_no_more_text_than_one_that_goes_on(
     job = Job(asked, lambda _: None)
     job.prepare(ScriptedLlama())  # type: ignore[arg-type]
     run, ends = Run(job, Slot(0), []), list[str | None]()
-    for piece, probability in ((b"a + 1", first), (b"\n", first), (b"    y = 2", 0.2), (b"\n", 0.2)):
+    for piece, probability in (
+        (b"a + 1", first),
+        (b"\n", first),
+        (b"    y = 2", 0.2),
+        (b"\n", 0.2),
+    ):
         run.probability = probability
         ends.append(run.feed(piece))
         if ends[-1]:
@@ -163,7 +209,9 @@ def test_a_completion_that_ends_unsure_has_no_more_text_than_one_that_goes_on(
 
 
 def test_logits_that_are_no_numbers() -> None:
-    model = SimpleNamespace(logits=lambda _: np.array([np.nan, 1.0], np.float32), _scratch=np.empty(2, np.float32))
+    model = SimpleNamespace(
+        logits=lambda _: np.array([np.nan, 1.0], np.float32), _scratch=np.empty(2, np.float32)
+    )
     assert Llama.probability(model, 0, 0) == 0.0  # type: ignore[arg-type]
 
 
@@ -182,10 +230,14 @@ def test_the_confidence_is_that_of_a_plain_loop(real: Vps, real_reference: Refer
     assert answer["draft_tokens"] > 0
     with real.stream(PROMPT, max_tokens=40, mode="complete", min_confidence=0.001) as stream:
         events = list(stream.events())
-    lines = [(event["confidence"], event["characters"]) for event in events if "characters" in event]
+    lines = [
+        (event["confidence"], event["characters"]) for event in events if "characters" in event
+    ]
     text = "".join(event.get("token", "") for event in events)
     begun = bool(text.rpartition("\n")[2].strip())
-    assert [end for _, end in lines] == [i + 1 for i, char in enumerate(text) if char == "\n"] + [len(text)] * begun
+    assert [end for _, end in lines] == [i + 1 for i, char in enumerate(text) if char == "\n"] + [
+        len(text)
+    ] * begun
     assert (lines[0][0], events[-1]["finish_reason"]) == (answer["confidence"], "length")
 
 

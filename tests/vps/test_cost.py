@@ -28,13 +28,29 @@ from cerebrum.text.scanner import HEAD_CHARS
 from cerebrum.text.stages import StopStrings
 
 QUICK = ("python", "javascript", "cpp")
-SLOW = ("ruby", "php", "shell", "sql", "html", "yaml", "markdown", "csharp", "lua", "swift", "json", "dockerfile")
+SLOW = (
+    "ruby",
+    "php",
+    "shell",
+    "sql",
+    "html",
+    "yaml",
+    "markdown",
+    "csharp",
+    "lua",
+    "swift",
+    "json",
+    "dockerfile",
+)
 MODES = ("complete", "infill", "instruct")
 MAX_GROWTH = 8.0
 FLOOR_SECONDS = 0.003  # a shorter time tells nothing
 CHARACTERS = 1000  # of the shorter text; a step that is quadratic in Python or in a regular expression shows here
 FEW, MAX_OF_FEW = CHARACTERS // 4, 5.0  # and begins to show here
-MANY_CHARACTERS, MAX_COPY_GROWTH = 50_000, 6.0  # copying the text so far at each character shows only here
+MANY_CHARACTERS, MAX_COPY_GROWTH = (
+    50_000,
+    6.0,
+)  # copying the text so far at each character shows only here
 WIDE = "\U0001f600"  # a character that makes Python use four bytes for each character of a text
 
 # What is repeated, and what stands before it once.
@@ -81,19 +97,29 @@ def ask(language: str, text: str) -> None:
 
 def fit(language: str, text: str) -> None:
     for mode in MODES:
-        prepare({"language": language, "prompt": text, "suffix": text, "instruction": text[:200]}, mode, 400, 3.0)
+        prepare(
+            {"language": language, "prompt": text, "suffix": text, "instruction": text[:200]},
+            mode,
+            400,
+            3.0,
+        )
 
 
 def begin(language: str, text: str) -> None:
     """A prompt, a suffix or the beginning of an answer, before the model has written anything."""
     for mode in MODES:
         Ending(mode, language, text, text, "auto")
-    feed(Ending("complete", language, f"{text}\ndef f(x):\n", None, "auto"), "    return g(x)\n")  # is g in the prompt?
+    feed(
+        Ending("complete", language, f"{text}\ndef f(x):\n", None, "auto"), "    return g(x)\n"
+    )  # is g in the prompt?
 
 
 def endings(language: str) -> list[Ending]:
     """Below a header, in a statement, and in the block of an answer; every other one is of another mode."""
-    header, suffix = "def f(x):\n" if language == "python" else "function f(x) {\n", "zz = yy\n}\nzzz\n"
+    header, suffix = (
+        "def f(x):\n" if language == "python" else "function f(x) {\n",
+        "zz = yy\n}\nzzz\n",
+    )
     return [
         Ending("complete", language, header, None, "auto"),
         Ending("complete", language, "x = (", None, "auto"),
@@ -131,7 +157,9 @@ def seconds(work: Work, language: str, text: str) -> float:
     return time.thread_time() - started
 
 
-def growth(work: Work, language: str, text: Callable[[int], str], size: int, most: float = MAX_GROWTH) -> float:
+def growth(
+    work: Work, language: str, text: Callable[[int], str], size: int, most: float = MAX_GROWTH
+) -> float:
     """How many times the cost of a text that of a text four times as long is: the best of several tries, because a busy
     machine only adds time. Not exact below `most`."""
     short, long = text(size), text(4 * size)
@@ -148,7 +176,9 @@ def repeated(unit: str, start: str = "") -> Callable[[int], str]:
     return lambda size: start + unit * (size // len(unit) + 1)
 
 
-TRIED = [(work, language) for work in (ask, fit, begin, end) for language in QUICK] + [(stop, "python")]
+TRIED = [(work, language) for work in (ask, fit, begin, end) for language in QUICK] + [
+    (stop, "python")
+]
 LATER = [(work, language) for work in (ask, fit, begin, end) for language in SLOW]
 
 
@@ -159,10 +189,17 @@ LATER = [(work, language) for work in (ask, fit, begin, end) for language in SLO
 )
 def test_no_text_is_expensive(work: Work, language: str) -> None:
     units = UNITS if language in QUICK else UNITS + MORE_UNITS
-    texts = {(unit, ""): repeated(unit) for unit in units} | {("many names", ""): many_names, ("deep", ""): deep}
+    texts = {(unit, ""): repeated(unit) for unit in units} | {
+        ("many names", ""): many_names,
+        ("deep", ""): deep,
+    }
     if work in (ask, fit):  # the others take text character by character
         texts |= {(unit, start): repeated(unit, start) for unit in units for start in STARTS}
-    suspect = [name for name, text in texts.items() if growth(work, language, text, FEW, MAX_OF_FEW) > MAX_OF_FEW]
+    suspect = [
+        name
+        for name, text in texts.items()
+        if growth(work, language, text, FEW, MAX_OF_FEW) > MAX_OF_FEW
+    ]
     grown = {name: growth(work, language, texts[name], CHARACTERS) for name in suspect}
     assert {name: times for name, times in grown.items() if times > MAX_GROWTH} == {}
 
@@ -204,9 +241,15 @@ def sample(nodes: Iterable[Any]) -> str:
     for node in nodes:
         kind, value = str(node[0]), node[1]
         if kind == "IN":
-            known = [av if str(op) == "LITERAL" else av[0] for op, av in value if str(op) in ("LITERAL", "RANGE")]
+            known = [
+                av if str(op) == "LITERAL" else av[0]
+                for op, av in value
+                if str(op) in ("LITERAL", "RANGE")
+            ]
             blank = "CATEGORY_SPACE" in str(value)
-            text += " " if blank else chr(known[0]) if known and str(value[0][0]) != "NEGATE" else "a"
+            text += (
+                " " if blank else chr(known[0]) if known and str(value[0][0]) != "NEGATE" else "a"
+            )
         elif parts := inside(node):
             text += sample(parts[0])
         else:
@@ -253,7 +296,10 @@ def patterns_in(value: Any, name: str) -> Iterator[tuple[str, re.Pattern[Any]]]:
 def patterns_of_the_product() -> dict[tuple[re.Pattern[Any], str], str]:
     """Where each (pattern, method that is called) is: the constants of all modules, and what is written in a call."""
     paths = [*ROOT.glob("*.py"), *ROOT.glob("cerebrum/**/*.py")]
-    texts, found = {path: path.read_text() for path in paths}, dict[tuple[re.Pattern[Any], str], str]()
+    texts, found = (
+        {path: path.read_text() for path in paths},
+        dict[tuple[re.Pattern[Any], str], str](),
+    )
     called = defaultdict[str, set[str]](set)
     for name, method in (use for text in texts.values() for use in USE.findall(text)):
         called[name].add(method)
@@ -263,17 +309,23 @@ def patterns_of_the_product() -> dict[tuple[re.Pattern[Any], str], str]:
             for name, pattern in patterns_in(value, constant):
                 for method in called[name] or {"search"}:
                     found.setdefault((pattern, method), name)
-        for function in (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)):
+        for function in (
+            node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)
+        ):
             for node in ast.walk(function):
                 match node:
-                    case ast.Call(ast.Attribute(ast.Name("re"), method), [ast.Constant(source), *_]):
+                    case ast.Call(
+                        ast.Attribute(ast.Name("re"), method), [ast.Constant(source), *_]
+                    ):
                         found.setdefault((re.compile(source), method), function.name)
     return found
 
 
 def hostile(pattern: re.Pattern[Any], pads: Iterable[str]) -> Iterator[tuple[str, str]]:
     """(start, what is repeated) of texts that a pattern may read again and again."""
-    source = pattern.pattern if isinstance(pattern.pattern, str) else pattern.pattern.decode("latin-1")
+    source = (
+        pattern.pattern if isinstance(pattern.pattern, str) else pattern.pattern.decode("latin-1")
+    )
     tree = _parser.parse(source, pattern.flags)
     found, named = {*repetitions(tree)}, [*words(tree)]
     units = {*pads, *named, "".join(named), *(unit for _, unit in found)} - {""}
@@ -292,12 +344,17 @@ def drive(pattern: re.Pattern[Any], method: str) -> Work:
     return work
 
 
-def worst(pattern: re.Pattern[Any], method: str, size: int, pads: Iterable[str]) -> tuple[float, str, str]:
+def worst(
+    pattern: re.Pattern[Any], method: str, size: int, pads: Iterable[str]
+) -> tuple[float, str, str]:
     """(growth, start, what is repeated) of the first text that is too expensive, or of the most expensive one."""
     work, grown = drive(pattern, method), [(0.0, "", "")]
     for start, unit in hostile(pattern, pads):
         text = repeated(unit, start)
-        for characters in (size // 16, size):  # what is cubic would take minutes for the longer text
+        for characters in (
+            size // 16,
+            size,
+        ):  # what is cubic would take minutes for the longer text
             times = growth(work, "", lambda size, text=text: text(size) + TAIL, characters)
             if times > MAX_GROWTH:
                 return times, start, unit
@@ -309,11 +366,19 @@ def worst(pattern: re.Pattern[Any], method: str, size: int, pads: Iterable[str])
     "pads", [PADS, pytest.param((*UNITS, *MORE_UNITS), marks=pytest.mark.slow)], ids=["few", "many"]
 )
 def test_no_pattern_is_expensive(pads: Iterable[str]) -> None:
-    patterns = {one: where for one, where in patterns_of_the_product().items() if where not in LEFT_OUT}
+    patterns = {
+        one: where for one, where in patterns_of_the_product().items() if where not in LEFT_OUT
+    }
     assert {"OPENED", "NEXT_EDIT", "HEADERS"} <= {*patterns.values()}
-    grown = {(where, *one): worst(*one, AT_MOST.get(where, MORE_CHARACTERS), pads) for one, where in patterns.items()}
+    grown = {
+        (where, *one): worst(*one, AT_MOST.get(where, MORE_CHARACTERS), pads)
+        for one, where in patterns.items()
+    }
     assert {where: found for where, found in grown.items() if found[0] > MAX_GROWTH} == {}
 
 
 def test_an_expensive_pattern_is_noticed() -> None:
-    assert worst(re.compile(r"\A<a>.*<b>.*<c>\Z", re.S), "search", MORE_CHARACTERS, PADS)[0] > MAX_GROWTH
+    assert (
+        worst(re.compile(r"\A<a>.*<b>.*<c>\Z", re.S), "search", MORE_CHARACTERS, PADS)[0]
+        > MAX_GROWTH
+    )

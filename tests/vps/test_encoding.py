@@ -28,7 +28,16 @@ from harness import settings as daemon_settings
 import vpsd as backend
 from cerebrum.settings import Environment
 from cerebrum.vps import encoding
-from cerebrum.vps.encoding import Outcome, Passport, Timing, TuneError, find_tuned, passport_path, tune, tuned_path
+from cerebrum.vps.encoding import (
+    Outcome,
+    Passport,
+    Timing,
+    TuneError,
+    find_tuned,
+    passport_path,
+    tune,
+    tuned_path,
+)
 from cerebrum.vps.gguf import Source, Tensor
 from cerebrum.vps.llama import MB, Settings, api, file_stamp, start_library
 
@@ -45,16 +54,22 @@ class Script:
     """Stands for the measurements: a model's seconds follow from its types of matrices, its settings, and, if it is a
     whole file, its name in `whole`."""
 
-    def __init__(self, costs: Mapping[str, float], factor: Any = lambda _: 1.0, whole: Any = None) -> None:
+    def __init__(
+        self, costs: Mapping[str, float], factor: Any = lambda _: 1.0, whole: Any = None
+    ) -> None:
         self.costs, self.factor, self.whole = costs, factor, whole or {}
         self.agreement = 0.99  # of the tuned file
         self.sizes: list[int] = []
         # By each comparison: the weights by their types, and micro-batch and flash attention.
         self.compared, self.used = list[dict[Any, dict[str, int]]](), list[set[tuple[int, bool]]]()
 
-    def __call__(self, variants: Mapping[Any, tuple[Path, Settings]], _read: int, step: Any) -> dict[Any, Timing]:
+    def __call__(
+        self, variants: Mapping[Any, tuple[Path, Settings]], _read: int, step: Any
+    ) -> dict[Any, Timing]:
         found = {}
-        self.used.append({(used.micro_batch, used.flash_attention) for _, used in variants.values()})
+        self.used.append(
+            {(used.micro_batch, used.flash_attention) for _, used in variants.values()}
+        )
         self.compared.append({})
         for name, (path, settings) in variants.items():
             self.sizes.append(path.stat().st_size)
@@ -62,12 +77,20 @@ class Script:
             tensors = Source(path).tensors
             blocks = {tensor.layer for tensor in tensors} - {None}
             assert Source(path).reader.fields["qwen2.block_count"].contents() == len(blocks)
-            unused = "token_embd.weight" if any(tensor.name == "output.weight" for tensor in tensors) else ""
+            unused = (
+                "token_embd.weight"
+                if any(tensor.name == "output.weight" for tensor in tensors)
+                else ""
+            )
             for tensor in tensors:
                 if tensor.is_matrix and tensor.name != unused:
                     size, width = GGML_QUANT_SIZES[GGMLQuantizationType[tensor.type]]
-                    weights[tensor.type] = weights.get(tensor.type, 0) + tensor.data.nbytes // width * size
-            seconds = sum(count * self.costs.get(type_, 1.0) for type_, count in weights.items()) / 1e9
+                    weights[tensor.type] = (
+                        weights.get(tensor.type, 0) + tensor.data.nbytes // width * size
+                    )
+            seconds = (
+                sum(count * self.costs.get(type_, 1.0) for type_, count in weights.items()) / 1e9
+            )
             seconds *= self.whole.get(name) or self.factor(settings)
             found[name] = Timing(seconds, dict.fromkeys(encoding.DECODES, seconds))
             step()
@@ -97,8 +120,17 @@ class Lab:
         self.monkeypatch.setattr(encoding, "agreement", lambda *_: made.agreement)
         return made
 
-    def tune(self, room: int = ROOM, told: Callable[..., None] = quiet, path: Any = None, **more: Any) -> Outcome:
-        return tune(path or self.published, "abc", self.settings, room, told, **{"output": io.StringIO(), **more})
+    def tune(
+        self, room: int = ROOM, told: Callable[..., None] = quiet, path: Any = None, **more: Any
+    ) -> Outcome:
+        return tune(
+            path or self.published,
+            "abc",
+            self.settings,
+            room,
+            told,
+            **{"output": io.StringIO(), **more},
+        )
 
     @property
     def path(self) -> Path:
@@ -115,10 +147,16 @@ class Lab:
 @pytest.fixture
 def lab(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lab:
     def needed(path: Path, forms: Sequence[Settings]) -> list[dict[str, int]]:
-        return [{"weights": path.stat().st_size, "compute": 10_000 * form.micro_batch} for form in forms]
+        return [
+            {"weights": path.stat().st_size, "compute": 10_000 * form.micro_batch} for form in forms
+        ]
 
     monkeypatch.setattr(encoding, "needed", needed)  # llama.cpp cannot load the file
-    lab = Lab(published, Settings(threads=2, state_dir=tmp_path / "state", fixed_threads=True), monkeypatch)
+    lab = Lab(
+        published,
+        Settings(threads=2, state_dir=tmp_path / "state", fixed_threads=True),
+        monkeypatch,
+    )
     lab.script(FASTER)
     return lab
 
@@ -129,15 +167,30 @@ def lab(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lab
 def tensor(name: str, kind: str, rows: int = 32) -> Tensor:
     size, width = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
     row = 256 if size == 1 else 256 // size * width
-    return Tensor(name, kind, np.zeros((rows, row) if rows > 1 else row, np.float32 if size == 1 else np.uint8))
+    return Tensor(
+        name,
+        kind,
+        np.zeros((rows, row) if rows > 1 else row, np.float32 if size == 1 else np.uint8),
+    )
 
 
 def test_only_matrices_that_are_multiplied_change() -> None:
     layer = [tensor("blk.0.ffn_up.weight", "Q4_K"), tensor("blk.1.ffn_up.weight", "Q6_K")]
-    others = [tensor("blk.0.attn_norm.weight", "F32", 1), tensor("blk.0.x.bias", "Q4_K"), tensor("y.weight", "Q4_K")]
+    others = [
+        tensor("blk.0.attn_norm.weight", "F32", 1),
+        tensor("blk.0.x.bias", "Q4_K"),
+        tensor("y.weight", "Q4_K"),
+    ]
     others += [tensor("blk.0.attn_q.weight", "F16"), tensor("token_embd.weight", "Q6_K")]
-    changed = {"blk.0.ffn_up.weight": "Q4_1", "blk.1.ffn_up.weight": "Q8_0", "output.weight": "Q8_0"}
-    assert encoding.change_types([*layer, *others, tensor("output.weight", "Q6_K")], encoding.FAITHFUL) == changed
+    changed = {
+        "blk.0.ffn_up.weight": "Q4_1",
+        "blk.1.ffn_up.weight": "Q8_0",
+        "output.weight": "Q8_0",
+    }
+    assert (
+        encoding.change_types([*layer, *others, tensor("output.weight", "Q6_K")], encoding.FAITHFUL)
+        == changed
+    )
     tied = {"blk.1.ffn_up.weight": "Q8_0", "token_embd.weight": "Q8_0"}
     assert encoding.change_types([*layer, *others], encoding.TO_Q8_0) == tied
 
@@ -145,7 +198,12 @@ def test_only_matrices_that_are_multiplied_change() -> None:
 def test_a_sample_has_the_kinds_of_layers_that_the_model_has() -> None:
     """Of 24 layers every third has the larger type: one in three of the sample then has it, or nearly."""
     tensors = [tensor(f"blk.{i}.ffn_down.weight", "Q4_K" if i % 3 else "Q6_K") for i in range(24)]
-    assert sorted(i % 3 == 0 for i in encoding.sample_layers(tensors)) == [False, False, False, True]
+    assert sorted(i % 3 == 0 for i in encoding.sample_layers(tensors)) == [
+        False,
+        False,
+        False,
+        True,
+    ]
     assert [encoding.sample_layers(tensors[:few]) for few in (3, 1)] == [[0, 1, 2], [0]]
 
 
@@ -165,19 +223,27 @@ def test_the_fastest_types_are_chosen_and_written(lab: Lab) -> None:
         2: {"Q8_0": attention + rest + output, "Q4_1": rest},
     }
     assert made.used[1] == set(encoding.KNOBS)
-    assert (set(whole["published"]), set(whole["tuned"])) == ({"Q5_0", "Q4_K", "Q6_K"}, {"Q8_0", "Q4_1"})
+    assert (set(whole["published"]), set(whole["tuned"])) == (
+        {"Q5_0", "Q4_K", "Q6_K"},
+        {"Q8_0", "Q4_1"},
+    )
     assert outcome.published.timing.work > 2 * outcome.tuned.timing.work
     types = {"Q5_0": "Q8_0", "Q4_K": "Q4_1", "Q6_K": "Q8_0", "Q6_K (output)": "Q8_0"}
     passport = json.loads(passport_path(lab.path).read_text())
     files = {"file": file_stamp(lab.published), "size": lab.path.stat().st_size}
-    assert passport == PASSPORT | {"micro_batch": 512, "flash_attention": True, "types": types} | files
+    assert (
+        passport == PASSPORT | {"micro_batch": 512, "flash_attention": True, "types": types} | files
+    )
     both = zip(Source(lab.published).tensors, Source(lab.path).tensors, strict=True)
     pairs = {new.name: (before.type, new.type) for before, new in both}
     assert pairs["blk.0.ffn_up_exps.weight"] == ("Q5_0", "Q8_0")
     assert pairs["blk.0.ffn_down.weight"] == ("Q4_K", "Q4_1")
     assert pairs["blk.1.ffn_down.weight"] == pairs["output.weight"] == ("Q6_K", "Q8_0")
     assert pairs["token_embd.weight"] == ("Q6_K", "Q6_K")  # only looked up
-    assert (outcome.published.file, outcome.tuned.file) == (lab.published.stat().st_size, lab.path.stat().st_size)
+    assert (outcome.published.file, outcome.tuned.file) == (
+        lab.published.stat().st_size,
+        lab.path.stat().st_size,
+    )
     assert lab.left() == ["m.gguf", "m.gguf.json"]
     assert max(made.sizes) < 1.5 * lab.published.stat().st_size
     measuring = [(done, of) for label, done, of in told if label == "measuring"]
@@ -187,11 +253,16 @@ def test_the_fastest_types_are_chosen_and_written(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize(("layers", "types"), [(1, ("Q4_K",)), (3, ("Q4_K", "Q6_K"))])
-def test_a_tied_output_matrix_and_few_layers(lab: Lab, tmp_path: Path, layers: int, types: Sequence[str]) -> None:
+def test_a_tied_output_matrix_and_few_layers(
+    lab: Lab, tmp_path: Path, layers: int, types: Sequence[str]
+) -> None:
     lab.script({**FASTER, "Q6_K": 3.0})
     path = families.write_quantized(tmp_path / "m.gguf", layers, output="", types=types)
     assert lab.tune(path=path).tuned
-    after = {tensor.name: tensor.type for tensor in Source(tuned_path(lab.settings.state_dir, path)).tensors}
+    after = {
+        tensor.name: tensor.type
+        for tensor in Source(tuned_path(lab.settings.state_dir, path)).tensors
+    }
     assert after["token_embd.weight"] == "Q8_0"
     assert {kind for name, kind in after.items() if "ffn_down" in name} <= {"Q4_1", "Q8_0"}
 
@@ -208,28 +279,58 @@ HARDLY = 1 - encoding.MIN_GAIN + 0.001
         (FASTER, {}, None, 0.89, "published", {}),  # says something else
         (FASTER, {}, 9.0, 0.99, "published", {}),  # what a sample promises must hold for the whole
         ({"Q8_0": HARDLY, "Q4_1": HARDLY}, {}, None, 0.99, "published", {}),  # not worth a file
-        ({}, {"micro_batch": 512}, 1.0, 0.99, "published", {"micro_batch": 512}),  # pays in a long context alone
+        (
+            {},
+            {"micro_batch": 512},
+            1.0,
+            0.99,
+            "published",
+            {"micro_batch": 512},
+        ),  # pays in a long context alone
     ],
 )
 def test_what_is_chosen_is_found(
-    lab: Lab, costs: Any, quicker: Any, whole: float | None, agreement: float, chosen: str, changed: Any
+    lab: Lab,
+    costs: Any,
+    quicker: Any,
+    whole: float | None,
+    agreement: float,
+    chosen: str,
+    changed: Any,
 ) -> None:
     def factor(used: Settings) -> float:
-        return 0.9 if quicker and all(getattr(used, name) == value for name, value in quicker.items()) else 1.0
+        return (
+            0.9
+            if quicker and all(getattr(used, name) == value for name, value in quicker.items())
+            else 1.0
+        )
 
-    lab.script(costs, factor=factor, whole={"tuned": whole} if whole else None).agreement = agreement
+    lab.script(
+        costs, factor=factor, whole={"tuned": whole} if whole else None
+    ).agreement = agreement
     assert lab.found() == NONE
     outcome, tuned = lab.tune(), chosen == FASTEST
     found, reason = find_tuned(lab.published, lab.settings, "abc")
     assert (found.source, found.encoding, reason) == ("abc", chosen, "")
-    assert (found.path, found.settings) == (lab.path if tuned else lab.published, replace(lab.settings, **changed))
+    assert (found.path, found.settings) == (
+        lab.path if tuned else lab.published,
+        replace(lab.settings, **changed),
+    )
     assert lab.left() == [*(["m.gguf"] if tuned else []), "m.gguf.json"]
     nothing = "nothing is 3% faster here than the published file, which is used as it is"
     assert (outcome.tuned is None) == (nothing in outcome.table()) == (not tuned and not changed)
-    assert find_tuned(lab.published, lab.settings, "def") == (None, "it was tuned for source abc, here it is def")
+    assert find_tuned(lab.published, lab.settings, "def") == (
+        None,
+        "it was tuned for source abc, here it is def",
+    )
     assert encoding.remove_tuned(lab.published, lab.settings) == tuned
     found, reason = lab.found()  # so that nothing tunes it again
-    assert (found.path, found.encoding, reason, lab.left()) == (lab.published, "published", "", ["m.gguf.json"])
+    assert (found.path, found.encoding, reason, lab.left()) == (
+        lab.published,
+        "published",
+        "",
+        ["m.gguf.json"],
+    )
     assert not encoding.remove_tuned(lab.published, lab.settings)
 
 
@@ -248,7 +349,9 @@ def test_the_best_that_fits_into_memory_is_chosen(lab: Lab) -> None:
     assert smaller.tuned.memory < best.tuned.memory
     assert changed(best) - changed(smaller) == {("Q4_K", "Q4_1")}
     assert changed(lab.tune(smaller.published.memory)) == set()
-    with pytest.raises(TuneError, match=r"expected \d+ MB of memory beside the reserve, got \d+ MB"):
+    with pytest.raises(
+        TuneError, match=r"expected \d+ MB of memory beside the reserve, got \d+ MB"
+    ):
         lab.tune(smaller.published.memory - MB)
 
 
@@ -272,18 +375,30 @@ same likeliest token as the published file after 98.4% of 256 tokens of code"""
 
 
 def test_the_table() -> None:
-    before, after = Timing(0.004, {1: 0.03, 4: 0.05, 16: 0.1}), Timing(0.001, {1: 0.02, 4: 0.025, 16: 0.05})
+    before, after = (
+        Timing(0.004, {1: 0.03, 4: 0.05, 16: 0.1}),
+        Timing(0.001, {1: 0.02, 4: 0.025, 16: 0.05}),
+    )
     old, new = Settings(threads=2), Settings(threads=2, micro_batch=128)
-    forms = encoding.Form(before, old, 469 * MB, 850 * MB), encoding.Form(after, new, 574 * MB, 956 * MB)
+    forms = (
+        encoding.Form(before, old, 469 * MB, 850 * MB),
+        encoding.Form(after, new, 574 * MB, 956 * MB),
+    )
     first, _, *lines = Outcome(*forms, Passport(**PASSPORT), 0.984).table().splitlines()
     assert first == f"{encoding.cpu_name()}; tuned: Q5_0 to Q8_0"
-    assert [line for line in lines if line in TABLE] == [*TABLE.splitlines()[:-1], "", TABLE.splitlines()[-1]]
+    assert [line for line in lines if line in TABLE] == [
+        *TABLE.splitlines()[:-1],
+        "",
+        TABLE.splitlines()[-1],
+    ]
 
 
 # ------------------------------------------------------------------------------------ what must not happen
 
 
-def test_the_figures_are_told_before_the_file_is_used_and_a_dry_run_changes_nothing(lab: Lab) -> None:
+def test_the_figures_are_told_before_the_file_is_used_and_a_dry_run_changes_nothing(
+    lab: Lab,
+) -> None:
     assert lab.tune(dry_run=True).tuned
     assert lab.left() == []
     output, told = io.StringIO(), list[str]()
@@ -344,14 +459,22 @@ def test_only_one_process_tunes(lab: Lab) -> None:
     lab.path.parent.mkdir(parents=True)
     with lab.path.with_name(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(TuneError, match="another process is tuning a model; expected to be the only one"):
+        with pytest.raises(
+            TuneError, match="another process is tuning a model; expected to be the only one"
+        ):
             lab.tune()
 
 
 # ----------------------------------------------------------------------------------------- what is used
 
 HERE = {"cpu": encoding.cpu_features(), "cpus": len(os.sched_getaffinity(0)), "threads": 2}
-PASSPORT = {"source": "abc", "library": llama_cpp.__version__, **HERE, "micro_batch": 128, "flash_attention": False}
+PASSPORT = {
+    "source": "abc",
+    "library": llama_cpp.__version__,
+    **HERE,
+    "micro_batch": 128,
+    "flash_attention": False,
+}
 PASSPORT |= {"types": {"Q5_0": "Q8_0"}, "format": 3, "file": "10.20", "size": 4}
 ELSEWHERE = {"library": "0.0.1", "cpu": "z80", "cpus": 99, "threads": 3, "format": 1}
 INCOMPLETE = "its tuned file is missing or cut short"
@@ -379,7 +502,9 @@ def test_a_tuned_file_is_used_only_where_it_was_made(lab: Lab, change: Any, reas
     if isinstance(change, str):
         passport.mkdir()
     elif change is not None:
-        passport.write_bytes(change if isinstance(change, bytes) else json.dumps(PASSPORT | change).encode())
+        passport.write_bytes(
+            change if isinstance(change, bytes) else json.dumps(PASSPORT | change).encode()
+        )
     found, why = find_tuned(lab.published, lab.settings, "abc")
     assert (found is None, why) == (bool(reason), reason)
 
@@ -418,29 +543,43 @@ def test_only_what_llama_cpp_uses_of_a_cpu_counts(monkeypatch: pytest.MonkeyPatc
 def vpsd(home: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
     environment = daemon_settings(home, CEREBRUM_MODELS_DIR=str(MODEL.parent), **more)
     command = [*command_of("vpsd"), *arguments]
-    return subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True, timeout=600)
+    return subprocess.run(
+        command, env=environment, cwd=home, capture_output=True, text=True, timeout=600
+    )
 
 
 def test_the_command_tells_what_is_wrong(tmp_path: Path) -> None:
     missing = vpsd(tmp_path, "tune", "codellama_7b")
     assert (missing.returncode, missing.stdout) == (1, "")
-    assert missing.stderr.startswith(f"vpsd tune: expected the file {MODEL.parent}/codellama-7b.Q4_K_M.gguf; ")
+    assert missing.stderr.startswith(
+        f"vpsd tune: expected the file {MODEL.parent}/codellama-7b.Q4_K_M.gguf; "
+    )
     nothing = vpsd(tmp_path, "tune", "qwen_0_5b", "--remove")
-    assert (nothing.returncode, nothing.stdout) == (0, "qwen_0_5b: no tuned file, nothing to remove\n")
+    assert (nothing.returncode, nothing.stdout) == (
+        0,
+        "qwen_0_5b: no tuned file, nothing to remove\n",
+    )
 
 
 def test_a_busy_machine_is_not_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     loads = iter([80.0] * backend.QUIET_SECONDS)
     monkeypatch.setattr(backend.psutil, "cpu_percent", lambda _seconds: next(loads))
-    given = {"CEREBRUM_MODELS_DIR": str(MODEL.parent), "CEREBRUM_MODELS_FILE": str(ROOT / "models.toml")}
+    given = {
+        "CEREBRUM_MODELS_DIR": str(MODEL.parent),
+        "CEREBRUM_MODELS_FILE": str(ROOT / "models.toml"),
+    }
     config = backend.load_config(Environment(given), tmp_path)
-    with pytest.raises(TuneError, match="expected other programs to use at most 25 % of the CPU, got 80 %"):
+    with pytest.raises(
+        TuneError, match="expected other programs to use at most 25 % of the CPU, got 80 %"
+    ):
         backend.tune_model(config.models[-1], config, sys.stdout)
     assert list(loads) == []
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)
-def test_llama_cpp_measures_each_family(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_llama_cpp_measures_each_family(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also one whose layers depend on their place, so that there is no sample, and one that cannot be cut."""
     for name in ("READ_SECONDS", "DECODE_SECONDS"):
         monkeypatch.setattr(encoding, name, 1e-9)
@@ -456,19 +595,33 @@ def test_llama_cpp_measures_each_family(family: str, tmp_path: Path, monkeypatch
 @pytest.mark.slow
 def test_a_real_model_is_tuned_once_and_says_the_same(tmp_path: Path) -> None:
     settings = Settings(state_dir=tmp_path / "state")
-    too_large = vpsd(tmp_path, "fetch", "qwen_0_5b", CEREBRUM_MIN_FREE_MB="1000000")  # it is fetched all the same
+    too_large = vpsd(
+        tmp_path, "fetch", "qwen_0_5b", CEREBRUM_MIN_FREE_MB="1000000"
+    )  # it is fetched all the same
     assert "vpsd fetch: qwen_0_5b was not tuned: expected " in too_large.stderr
     for plain in (too_large, vpsd(tmp_path, "fetch", "--no-tune", "qwen_0_5b")):
-        assert (plain.returncode, plain.stdout, find_tuned(MODEL, settings)) == (0, f"{MODEL}\n", NONE)
+        assert (plain.returncode, plain.stdout, find_tuned(MODEL, settings)) == (
+            0,
+            f"{MODEL}\n",
+            NONE,
+        )
     tuned = vpsd(tmp_path, "fetch", "qwen_0_5b")
     assert (tuned.returncode, tuned.stdout) == (0, f"{MODEL}\n")
     assert "a token of a prompt, ms" in tuned.stderr
-    assert "qwen_0_5b: measuring" not in vpsd(tmp_path, "fetch", "qwen_0_5b").stderr  # it has been done
+    assert (
+        "qwen_0_5b: measuring" not in vpsd(tmp_path, "fetch", "qwen_0_5b").stderr
+    )  # it has been done
     found, reason = find_tuned(MODEL, settings)
     assert found, reason
     if found.path == MODEL:
         return  # on this CPU nothing is faster
     start_library()
-    texts = [Path(os.__file__).with_name(f"{name}.py").read_text()[3000:8000] for name in ("ast", "bdb", "difflib")]
-    agreements = [encoding.agreement((MODEL, settings), (found.path, found.settings), text, 1024) for text in texts]
+    texts = [
+        Path(os.__file__).with_name(f"{name}.py").read_text()[3000:8000]
+        for name in ("ast", "bdb", "difflib")
+    ]
+    agreements = [
+        encoding.agreement((MODEL, settings), (found.path, found.settings), text, 1024)
+        for text in texts
+    ]
     assert fmean(agreements) >= 0.975

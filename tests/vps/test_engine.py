@@ -32,13 +32,24 @@ from cerebrum.vps.drafts import Drafter, Gain
 from cerebrum.vps.encoding import TunedFile
 from cerebrum.vps.llama import MAX_CHUNK, MAX_DRAFT, MB, common_prefix
 from cerebrum.vps.memory import Parts, fit
-from cerebrum.vps.prefixes import Parked, PrefixStore, Sequences, decode_parked, encode_parked, load_parked, save_parked
+from cerebrum.vps.prefixes import (
+    Parked,
+    PrefixStore,
+    Sequences,
+    decode_parked,
+    encode_parked,
+    load_parked,
+    save_parked,
+)
 from cerebrum.vps.schedule import Baton, Costs, chunk_size, share_size
 from cerebrum.vps.vocabulary import CompletionRequest, heal_from
 from cerebrum.vps.worker import Job, Loader, Run, Worker
 from cerebrum_common import HttpError
 
-ONE, MANY = 0.0147, 0.082  # seconds of one decode of one token and of MEASURED_TOKENS: a 0.5B on an AMD EPYC
+ONE, MANY = (
+    0.0147,
+    0.082,
+)  # seconds of one decode of one token and of MEASURED_TOKENS: a 0.5B on an AMD EPYC
 
 
 # ------------------------------------------------------------------------------------------ the schedule
@@ -77,7 +88,9 @@ def test_drafts_are_made_while_they_pay_and_tried_again(tokens: int, best: bool)
     for turn in range(4 * (drafts.RETRY + 1)):
         made.append(gain.pays(2, 7))
         pace = 0.03 if turn // 37 % 2 else 0.02
-        gain.learn(2, 7 * made[-1], 2 * tokens if made[-1] else 2, pace * (3 if made[-1] else 1) * 2)
+        gain.learn(
+            2, 7 * made[-1], 2 * tokens if made[-1] else 2, pace * (3 if made[-1] else 1) * 2
+        )
         if turn % 5 == 0:
             gain.learn(2, 0, 2, 2 * pace)  # a turn in which nothing repeats
     assert made[:10] == [False, *[True] * drafts.FRESH] * 2
@@ -113,14 +126,27 @@ def test_the_chunk_size_bounds_the_pause_of_a_running_stream() -> None:
     assert share_size(delayed, delayed(1)) == table.longest(schedule.PAUSE_SECONDS / 4) < beside
     # A prompt alone comes in whole pieces, at least in one, unless it could not be aborted between pieces.
     most = table.longest(schedule.PREFILL_SECONDS / 4)
-    sizes = [chunk_size(10_000, [10_000], math.inf, one, size) for one in (delayed, slow) for size in (100, 256, 1)]
+    sizes = [
+        chunk_size(10_000, [10_000], math.inf, one, size)
+        for one in (delayed, slow)
+        for size in (100, 256, 1)
+    ]
     assert sizes == [200, 256, most, 100, 256, slow.longest(schedule.PREFILL_SECONDS)]
     assert 200 < most < 256
     # Two prompts share a chunk unless the shorter would wait.
-    assert [chunk_size(missing, [70, 40], math.inf, table, piece) for missing in (70, 40)] == [70, 40]
-    assert [chunk_size(missing, [900, 40], math.inf, table, piece) for missing in (900, 40)] == [80, 40]
+    assert [chunk_size(missing, [70, 40], math.inf, table, piece) for missing in (70, 40)] == [
+        70,
+        40,
+    ]
+    assert [chunk_size(missing, [900, 40], math.inf, table, piece) for missing in (900, 40)] == [
+        80,
+        40,
+    ]
     half = table.longest(schedule.PREFILL_SECONDS / 2)
-    assert [chunk_size(missing, [900, 800], math.inf, table, piece) for missing in (900, 800)] == [half, half]
+    assert [chunk_size(missing, [900, 800], math.inf, table, piece) for missing in (900, 800)] == [
+        half,
+        half,
+    ]
     assert beside < half
 
 
@@ -209,7 +235,9 @@ def tokens_of(text: str) -> list[int]:
     tokens: list[int] = []
     for word in text.split():
         start, _, stop = word[1:].rpartition(":")
-        tokens += [int(word)] if word.isdecimal() else PARTS[word[0]][int(start or 0) : int(stop or 40)]
+        tokens += (
+            [int(word)] if word.isdecimal() else PARTS[word[0]][int(start or 0) : int(stop or 40)]
+        )
     return tokens
 
 
@@ -220,17 +248,53 @@ WITH_CHANGES: dict[str, tuple[str, str, str, Any, int]] = {
     "one that is not repeated": ("A 7 B 7 C 7 D", "A 8 B 7", "C 7 D:22", {}, 57),
     "one that another replaces": ("A 7 B 7 C 7 D", "A 8 B 9 C:3", "C3: 9 D:20", {(7,): [9]}, 19),
     "an insertion": ("A 5 B 5 C D E", "A 7 5 B:2", "B2: 7 5 C:20", {(5,): [7, 5]}, 19),
-    "one that goes on otherwise": ("A 7 B 7 C 7 D", "A 8 9 B 8 10 C:3", "C3: 8 10 D:1", {(7,): [8, 10]}, 19),
+    "one that goes on otherwise": (
+        "A 7 B 7 C 7 D",
+        "A 8 9 B 8 10 C:3",
+        "C3: 8 10 D:1",
+        {(7,): [8, 10]},
+        19,
+    ),
     "one that stops half way": ("A 7 B 7 C 7 D", "A 8 9 B 8 7", "", {}, 0),
-    "the old tokens are not there": ("A 7 6 B 7 5 C 7 6 D", "A 8 B:20", "B20: 7 5", {(7, 6): [8]}, 36),
+    "the old tokens are not there": (
+        "A 7 6 B 7 5 C 7 6 D",
+        "A 8 B:20",
+        "B20: 7 5",
+        {(7, 6): [8]},
+        36,
+    ),
     "one that did not apply": ("A 7 6 B 7 5 C 7 6 D", "A 8 B 99", "", {(7, 6): [8]}, 0),
     "two that begin alike": (ALIKE, "A 8 B 9 C:3", "C3: 8 D:22", {(7, 6): [8], (7, 5): [9]}, 19),
-    "the other of the two": (ALIKE, "A 8 B 9 C 8 D:22", "D22: 9 E 7", {(7, 6): [8], (7, 5): [9]}, 79),
-    "the longer of two": ("A 7 5 B 7 C 7 5 D", "A 9 B 8 C:8", "C8: 9 D:27", {(7, 5): [9], (7,): [8]}, 24),
-    "near the last place, not at an earlier copy": ("1 2 3 11 12 13 A 1 2 3 21 22 23", "A 1 2 3", "21 22 23", {}, 43),
+    "the other of the two": (
+        ALIKE,
+        "A 8 B 9 C 8 D:22",
+        "D22: 9 E 7",
+        {(7, 6): [8], (7, 5): [9]},
+        79,
+    ),
+    "the longer of two": (
+        "A 7 5 B 7 C 7 5 D",
+        "A 9 B 8 C:8",
+        "C8: 9 D:27",
+        {(7, 5): [9], (7,): [8]},
+        24,
+    ),
+    "near the last place, not at an earlier copy": (
+        "1 2 3 11 12 13 A 1 2 3 21 22 23",
+        "A 1 2 3",
+        "21 22 23",
+        {},
+        43,
+    ),
     "a long one": ("A B C D", "A 0 1 2 3 4 5 6 7 8 9 10 11 B1:20", "B20: C D", {}, 35),
     "of another length, two tokens after": ("A B C", "A 7 8 9 B2:4", "", {}, 0),
-    "of another length, three tokens after": ("A B C", "A 7 8 9 B2:5", "B5:9", {(FILE[40], FILE[41]): [7, 8, 9]}, 19),
+    "of another length, three tokens after": (
+        "A B C",
+        "A 7 8 9 B2:5",
+        "B5:9",
+        {(FILE[40], FILE[41]): [7, 8, 9]},
+        19,
+    ),
 }
 
 
@@ -295,7 +359,12 @@ def test_store_drops_an_entry_that_a_new_one_extends() -> None:
     assert (kept(store), store.size) == ([[1, 3], [1, 2, 3]], 200)
     store.add(parked(1, 3, size=50))  # the same tokens again
     assert (kept(store), store.size) == ([[1, 2, 3], [1, 3]], 150)
-    assert [store.covers(tokens) for tokens in ([1, 2], [1, 2, 3], [1, 2, 3, 4], [2])] == [True, True, False, False]
+    assert [store.covers(tokens) for tokens in ([1, 2], [1, 2, 3], [1, 2, 3, 4], [2])] == [
+        True,
+        True,
+        False,
+        False,
+    ]
     store.add(parked(1, 2, 4, 5))
     entry, length = store.best([1, 2, 4, 9])
     assert (entry and entry.tokens, length) == ([1, 2, 4, 5], 3)
@@ -328,7 +397,13 @@ def test_parked_with_any_byte_changed_or_missing_is_refused() -> None:
     assert decode_parked(data, "key") == ENTRY
     for place, byte in enumerate(data):
         rest = data[place + 1 :]
-        for end in (bytes([byte ^ 1]) + rest, bytes([byte ^ 0x80]) + rest, rest, b"", data[place:] + b"\0"):
+        for end in (
+            bytes([byte ^ 1]) + rest,
+            bytes([byte ^ 0x80]) + rest,
+            rest,
+            b"",
+            data[place:] + b"\0",
+        ):
             with pytest.raises(ValueError, match="damaged"):
                 decode_parked(data[:place] + end, "key")
 
@@ -374,7 +449,10 @@ def fed(run: Run, pieces: Sequence[bytes]) -> tuple[str, str | None]:
 
 
 def test_characters_and_stop_strings_over_every_split_of_their_bytes() -> None:
-    for text, stops, whole, ends in (("aé€😀", (), "aé€😀", None), ("ab→€c", ("→€",), "ab", "stop")):
+    for text, stops, whole, ends in (
+        ("aé€😀", (), "aé€😀", None),
+        ("ab→€c", ("→€",), "ab", "stop"),
+    ):
         for pieces in splits(text.encode()):
             run = started(*stops)
             out, reason = fed(run, pieces)
@@ -397,7 +475,9 @@ HEALED = [  # what is behind the bar is left to healing
 
 
 def test_the_text_that_is_left_to_healing() -> None:
-    assert [heal_from(text.replace("|", "")) for text in HEALED] == [text.index("|") for text in HEALED]
+    assert [heal_from(text.replace("|", "")) for text in HEALED] == [
+        text.index("|") for text in HEALED
+    ]
 
 
 # ---------------------------------------------------------------------------------------------- memory
@@ -417,9 +497,13 @@ def test_the_text_that_is_left_to_healing() -> None:
         (131_072, 1, 36_000, (57_600, 1)),  # in steps of a sixteenth
     ],
 )
-def test_the_longest_context_that_fits(n_ctx: int, sequences: int, free_mb: int, fitted: tuple[int, int]) -> None:
+def test_the_longest_context_that_fits(
+    n_ctx: int, sequences: int, free_mb: int, fitted: tuple[int, int]
+) -> None:
     def need(forms: Sequence[llama.Settings]) -> list[Parts]:
-        return [{"weights": 4000 * MB, "kv": form.sequences * form.n_ctx * MB // 2} for form in forms]
+        return [
+            {"weights": 4000 * MB, "kv": form.sequences * form.n_ctx * MB // 2} for form in forms
+        ]
 
     given = llama.Settings(threads=1, n_ctx=n_ctx, sequences=sequences)
     got, parts = fit(given, free_mb * MB, need)
@@ -442,7 +526,10 @@ def test_baton_is_passed_on_in_the_order_of_requests() -> None:
         for number in range(8):
             threads.append(threading.Thread(target=take, args=(number,)))
             threads[-1].start()
-            wait_until(lambda number=number: len(baton._queue) > number + 1, f"thread {number} waits for the baton")
+            wait_until(
+                lambda number=number: len(baton._queue) > number + 1,
+                f"thread {number} waits for the baton",
+            )
         assert order == []
     for thread in threads:
         thread.join()
@@ -455,14 +542,18 @@ def test_baton_is_passed_on_in_the_order_of_requests() -> None:
 # ------------------------------------------------------------------------------------------- files of ours
 
 
-def test_a_file_is_replaced_in_one_step_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_replaced_in_one_step_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
     (tmp_path / ".file").write_bytes(b"what a killed process left")
     for data in (b"one", b"two"):
         llama.write_atomically(tmp_path / "file", data)
-        assert [(found.name, found.read_bytes()) for found in tmp_path.iterdir()] == [("file", data)]
+        assert [(found.name, found.read_bytes()) for found in tmp_path.iterdir()] == [
+            ("file", data)
+        ]
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="No space left"):
         llama.write_atomically(tmp_path / "file", b"three")
@@ -494,7 +585,11 @@ def test_the_costs_of_a_model_are_measured_when_it_is_warm(monkeypatch: pytest.M
     model: Any = Measured(monkeypatch)
     model.cold_seconds = 5.0
     costs = schedule.measure_costs(model, Baton(), lambda: False)
-    assert (model.sizes, costs(1), costs(16)) == ([1, 1, 1, 16, 16], pytest.approx(0.04), pytest.approx(0.49))
+    assert (model.sizes, costs(1), costs(16)) == (
+        [1, 1, 1, 16, 16],
+        pytest.approx(0.04),
+        pytest.approx(0.49),
+    )
     with pytest.raises(llama.ModelError, match="cancelled"):
         schedule.measure_costs(model, Baton(), lambda: len(model.sizes) == 8)
 
@@ -511,7 +606,9 @@ def test_digest_is_checked_once_for_an_unchanged_file(tmp_path: Path) -> None:
     assert not (tmp_path / "state").exists()
     with pytest.raises(llama.ModelError, match="cancelled"):
         check(stopping=True)
-    with pytest.raises(llama.ModelError, match=f"expected sha256 {'0' * 64}, got {right}; fetch it again"):
+    with pytest.raises(
+        llama.ModelError, match=f"expected sha256 {'0' * 64}, got {right}; fetch it again"
+    ):
         check("0" * 64)
     check()
     check(stopping=True)  # not read again
@@ -531,7 +628,10 @@ class ScriptedLlama:
         self.n_ctx, self.fails, self.recurrent, self.max_draft = 4096, "", False, MAX_DRAFT
         self.abort_flag, self.micro_batch = [b"\x00"], 256
         self.closed, self.saved = False, 0
-        self.hold, self.decoding = threading.Event(), threading.Event()  # a decode waits for one, sets the other
+        self.hold, self.decoding = (
+            threading.Event(),
+            threading.Event(),
+        )  # a decode waits for one, sets the other
         self.hold.set()
 
     def _fail(self, place: str) -> None:
@@ -587,7 +687,9 @@ class Ask:
 
     def __init__(self, prompt: str, **more: Any) -> None:
         self.events: queue.SimpleQueue[list[vps_worker.Event | HttpError]] = queue.SimpleQueue()
-        self.job = Job(CompletionRequest(prompt, stop_at="none", temperature=0, **more), self.events.put)
+        self.job = Job(
+            CompletionRequest(prompt, stop_at="none", temperature=0, **more), self.events.put
+        )
 
     def outcome(self) -> tuple[str, Any]:
         """The whole text and the last event."""
@@ -682,7 +784,9 @@ def test_a_long_chunk_gives_way_to_another_request_once(worker: Worker) -> None:
     assert decoder.tally.prompt_tokens == 1001
 
 
-def test_drafts_follow_the_seconds_that_they_took(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drafts_follow_the_seconds_that_they_took(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What is drafted here is never right, and a decode takes a second for each token."""
     model, decoder, now, sizes = worker.model, worker.decoder, [0.0], list[int]()
     decoder.drafting, real = True, model.decode
@@ -710,7 +814,12 @@ WEIGHTS_SUM = hashlib.sha256(b"weights").hexdigest()
     [
         ("", "", [("tuned", 128)], ""),
         ("tuned", "", [("tuned", 128), ("m.gguf", 256)], "llama.cpp cannot load this file"),
-        ("", "0" * 64, [("m.gguf", 256)], f"expected sha256 {'0' * 64}, got {WEIGHTS_SUM}; fetch it again"),
+        (
+            "",
+            "0" * 64,
+            [("m.gguf", 256)],
+            f"expected sha256 {'0' * 64}, got {WEIGHTS_SUM}; fetch it again",
+        ),
     ],
 )
 def test_a_tuned_file_is_loaded_if_it_can_be(
@@ -728,18 +837,29 @@ def test_a_tuned_file_is_loaded_if_it_can_be(
     assert worker.loader.encoding == ("published" if warning else TUNED)
     told = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     mend = "`vpsd.py tune m` finds its fastest encoding"
-    assert told == [f"model m runs untuned: its tuned file cannot be used: {warning}: {mend}"] * bool(warning)
+    assert told == [
+        f"model m runs untuned: its tuned file cannot be used: {warning}: {mend}"
+    ] * bool(warning)
 
 
 @pytest.mark.usefixtures("loads")
-def test_caches_are_kept_apart_by_file_and_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_caches_are_kept_apart_by_file_and_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings, keys = llama.Settings(state_dir=tmp_path / "state"), set()
-    cases = [("m.gguf", {}), ("tuned", {}), ("tuned", {"micro_batch": 128}), ("tuned", {"flash_attention": True})]
+    cases = [
+        ("m.gguf", {}),
+        ("tuned", {}),
+        ("tuned", {"micro_batch": 128}),
+        ("tuned", {"flash_attention": True}),
+    ]
     for name, other in cases:
         (tmp_path / name).write_bytes(name.encode())
         with running(Worker(Loader("m", tmp_path / name, replace(settings, **other)))) as worker:
             keys.add(worker.loader.key)
-    monkeypatch.setattr(ScriptedLlama, "unified", False)  # as a larger or smaller cache of prompts may make it
+    monkeypatch.setattr(
+        ScriptedLlama, "unified", False
+    )  # as a larger or smaller cache of prompts may make it
     with running(worker := Worker(Loader("m", tmp_path / name, replace(settings, **other)))):
         keys.add(worker.loader.key)
     assert len(keys) == 5
@@ -762,7 +882,12 @@ def test_a_fault_while_a_request_is_set_up_ends_it_alone(worker: Worker, monkeyp
     model.hold.set()
     assert bad.error() == "INTERNAL_ERROR"
     text, last = beside.outcome()
-    assert (text, last["finish_reason"], last["total_tokens"], last["prompt_tokens"]) == ("yza", "length", 3, 1)
+    assert (text, last["finish_reason"], last["total_tokens"], last["prompt_tokens"]) == (
+        "yza",
+        "length",
+        3,
+        1,
+    )
     assert waiting.outcome()[0] == "de"
     model.fails = "piece"  # with one token
     assert ask(worker, "x").error() == "INTERNAL_ERROR"
@@ -771,13 +896,17 @@ def test_a_fault_while_a_request_is_set_up_ends_it_alone(worker: Worker, monkeyp
     assert [slot.run for slot in worker.slots] == [None, None]
 
 
-def test_a_worker_is_due_only_while_it_works_and_saves_when_it_rests(worker: Worker, monkeypatch: Any) -> None:
+def test_a_worker_is_due_only_while_it_works_and_saves_when_it_rests(
+    worker: Worker, monkeypatch: Any
+) -> None:
     """An idle worker may rest for ever, and one that decodes has a multiple of what the decode costs."""
     monkeypatch.setattr(vps_worker, "STORE_SECONDS", 0.01)
     worker.wake()  # it may be waiting for the usual time
     wait_until(lambda: worker.due == math.inf, "the worker rests")
     model: Any = worker.model
-    for number, (prompt, step_seconds, slowest) in enumerate((("abc" * 9, 100.0, 1.0), ("xyz" * 9, 1.0, 1e6)), 1):
+    for number, (prompt, step_seconds, slowest) in enumerate(
+        (("abc" * 9, 100.0, 1.0), ("xyz" * 9, 1.0, 1e6)), 1
+    ):
         monkeypatch.setattr(vps_worker, "STEP_SECONDS", step_seconds)
         monkeypatch.setattr(vps_worker, "SLOWEST", slowest)
         model.hold.clear()
@@ -816,8 +945,12 @@ def test_a_worker_that_fails_answers_all_requests_and_ends(worker: Worker, fails
         worker.stop()
     model.hold.set()
     worker.ended.result(PATIENCE)
-    assert [asked.error() for asked in running] == ["INTERNAL_ERROR" if fails == "decode" else "SHUTTING_DOWN"] * 2
-    assert [asked.error() for asked in (waiting, ask(worker, "z"))] == ["SHUTTING_DOWN"] * 2  # nothing of these is lost
+    assert [asked.error() for asked in running] == [
+        "INTERNAL_ERROR" if fails == "decode" else "SHUTTING_DOWN"
+    ] * 2
+    assert [asked.error() for asked in (waiting, ask(worker, "z"))] == [
+        "SHUTTING_DOWN"
+    ] * 2  # nothing of these is lost
     assert model.closed
 
 
@@ -826,11 +959,16 @@ def test_any_fault_of_a_load_is_reported(tmp_path: Path, loads: Loads) -> None:
     worker = Worker(Loader("m", tmp_path / "m.gguf", llama.Settings(state_dir=tmp_path)))
     worker.start()
     error: Any = worker.ready.exception(PATIENCE)
-    assert (error.code, error.message) == ("MODEL_LOAD_FAILED", "model m: loading failed; see the log")
+    assert (error.code, error.message) == (
+        "MODEL_LOAD_FAILED",
+        "model m: loading failed; see the log",
+    )
     worker.ended.result(PATIENCE)
 
 
-def test_a_chunk_is_short_and_low_priority_waits_while_another_model_is_generating(worker: Worker) -> None:
+def test_a_chunk_is_short_and_low_priority_waits_while_another_model_is_generating(
+    worker: Worker,
+) -> None:
     decoder: Any = worker.decoder
     other, slot = object(), worker.slots[0]
     normal, low = (Ask("x" * 4000, priority=priority).job for priority in ("normal", "low"))
@@ -853,7 +991,10 @@ def test_a_prompt_of_low_priority_is_read_while_nobody_else_needs_the_cpu(worker
     model.hold.clear()
     model.abort, sizes, aborted = lambda: aborted.append(1), [], []
     real = model.decode
-    model.decode = lambda parts: (sizes.append([len(tokens) for _, tokens, _ in parts]), real(parts))[1]
+    model.decode = lambda parts: (
+        sizes.append([len(tokens) for _, tokens, _ in parts]),
+        real(parts),
+    )[1]
     low = ask(worker, "l" * 1100, max_tokens=1, priority="low")
     assert model.decoding.wait(PATIENCE)
     normal = ask(worker, "x", max_tokens=3)
@@ -882,7 +1023,9 @@ def script(worker: Worker, arrivals: dict[str, Any]) -> list[str]:
     """
     model: Any = worker.model
     real, log = model.decode, list[str]()
-    worker.decoder.costs.learn = lambda *_: None  # the sizes must not depend on this machine's speed
+    worker.decoder.costs.learn = lambda *_: (
+        None
+    )  # the sizes must not depend on this machine's speed
 
     def decode(parts: Any) -> int:
         log.append(" ".join(f"{chr(tokens[0])}{len(tokens)}" for _, tokens, _ in parts))
@@ -896,12 +1039,17 @@ def script(worker: Worker, arrivals: dict[str, Any]) -> list[str]:
     return log
 
 
-SIZES = {False: "l53 x17 p17 l53 t17 l53 l53 l4 k30", True: "l53 x16 x1 p16 p1 l53 t16 t1 l43 l1 k29 k1"}
+SIZES = {
+    False: "l53 x17 p17 l53 t17 l53 l53 l4 k30",
+    True: "l53 x16 x1 p16 p1 l53 t16 t1 l43 l1 k29 k1",
+}
 
 
 @pytest.mark.parametrize("worker", [1], indirect=True)
 @pytest.mark.parametrize("recurrent", SIZES)
-def test_a_prompt_of_low_priority_gives_up_the_only_sequence(worker: Worker, recurrent: bool) -> None:
+def test_a_prompt_of_low_priority_gives_up_the_only_sequence(
+    worker: Worker, recurrent: bool
+) -> None:
     """Nothing is read twice. Jobs of low priority keep their order, behind all others."""
     decoder: Any = worker.decoder
     decoder.model.recurrent = decoder.sequences.store.whole = recurrent
@@ -928,12 +1076,18 @@ def test_a_prompt_of_low_priority_gives_up_the_only_sequence(worker: Worker, rec
     assert " ".join(log) == SIZES[recurrent]
     assert (stages.count("queued"), stages[-1]) == (3, "decode")
     tally = worker.tally
-    assert (event["cached_tokens"], tally.cached_tokens, tally.prompt_tokens) == (0, 0, 150 + 30 + 3 * 17)
+    assert (event["cached_tokens"], tally.cached_tokens, tally.prompt_tokens) == (
+        0,
+        0,
+        150 + 30 + 3 * 17,
+    )
     assert tally.ended == {"length": 5, "CANCELLED": 1}
 
 
 @pytest.mark.parametrize("worker", [1], indirect=True)
-def test_a_prompt_that_gave_way_is_dropped_with_its_client_and_what_was_read_is_kept(worker: Worker) -> None:
+def test_a_prompt_that_gave_way_is_dropped_with_its_client_and_what_was_read_is_kept(
+    worker: Worker,
+) -> None:
     low, asked = Ask("l" * 150, max_tokens=1, priority="low"), list[Ask]()
 
     def arrive() -> None:
@@ -966,7 +1120,9 @@ def test_of_a_prompt_that_gives_way_as_much_is_kept_as_the_cache_holds(worker: W
 
 @pytest.mark.parametrize("worker", [1], indirect=True)
 @pytest.mark.parametrize("lost", [False, True])
-def test_a_completion_of_low_priority_that_has_begun_keeps_its_sequence(worker: Worker, lost: bool) -> None:
+def test_a_completion_of_low_priority_that_has_begun_keeps_its_sequence(
+    worker: Worker, lost: bool
+) -> None:
     """Even while it is read again because its recurrent state was lost."""
     model: Any = worker.model
     model.recurrent = lost
@@ -1006,12 +1162,20 @@ def test_one_of_two_prompts_of_low_priority_gives_way(worker: Worker, fails: boo
     ask(worker, "s", max_tokens=1).outcome()
     wait_until(lambda: "x" in asked)
     assert [asked[letter].outcome()[0] for letter in "xac"] == ["" if fails else "y", "b", "d"]
-    assert log == (["s1", "a53 c53", "c17", "a53", "a17"] if fails else ["s1", "a53 c53", "x17", "a17 c17"])
+    assert log == (
+        ["s1", "a53 c53", "c17", "a53", "a17"] if fails else ["s1", "a53 c53", "x17", "a17 c17"]
+    )
 
 
-async def test_texts_to_tokenize_take_no_threads_from_prompts(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_texts_to_tokenize_take_no_threads_from_prompts(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Not even if their clients leave, which ends no thread that tokenizes already."""
-    engine, gate, begun = vpsd.Engine(config(CEREBRUM_MIN_FREE_MB="0")), threading.Event(), list[str]()
+    engine, gate, begun = (
+        vpsd.Engine(config(CEREBRUM_MIN_FREE_MB="0")),
+        threading.Event(),
+        list[str](),
+    )
 
     def tokenize(text: str, *_: bool) -> list[int]:
         begun.append(text)
@@ -1024,14 +1188,18 @@ async def test_texts_to_tokenize_take_no_threads_from_prompts(worker: Worker, mo
     monkeypatch.setattr(worker, "tokenize", tokenize)
     for name, stub in (("check", lambda _model: None), ("acquire", acquire)):
         monkeypatch.setattr(engine.pool, name, stub)
-    texts = [{"model": "m", "text": str(number), "first": False, "special": False} for number in range(40)]
+    texts = [
+        {"model": "m", "text": str(number), "first": False, "special": False}
+        for number in range(40)
+    ]
     tasks = [asyncio.create_task(engine.tokenize(text)) for text in texts]
     try:
         for task in tasks[:30]:
             await until(lambda: begun)
             task.cancel()
         completion = engine.admit(
-            vpsd.parse_inference({"model": "m", "prompt": "a", "max_tokens": 1, "temperature": 0}), {}
+            vpsd.parse_inference({"model": "m", "prompt": "a", "max_tokens": 1, "temperature": 0}),
+            {},
         )
         assert (await completion.next_events(PATIENCE))[0] == {"token": "b", "total_tokens": 1}
         assert begun == ["0"]

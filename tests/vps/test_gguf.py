@@ -60,11 +60,15 @@ def test_a_scale_that_fp16_cannot_hold_is_refused() -> None:
 
 @pytest.mark.parametrize(("source", "half"), [("Q5_0", slice(0, 2)), ("Q6_K", slice(-2, None))])
 def test_other_types_become_q8_0_through_floats(source: str, half: slice) -> None:
-    data = np.random.default_rng(5).integers(0, 256, (16, GGML_QUANT_SIZES[GGMLQuantizationType[source]][1]), np.uint8)
+    data = np.random.default_rng(5).integers(
+        0, 256, (16, GGML_QUANT_SIZES[GGMLQuantizationType[source]][1]), np.uint8
+    )
     data[:, half] = np.full((16, 1), 0.01, "<f2").view(np.uint8)
     expected, got = weights(data, source), weights(transcode(data, source, "Q8_0"), "Q8_0")
     step = np.abs(expected).max(axis=1, keepdims=True) / 127
-    assert (np.abs(got - expected) <= 0.57 * step).all()  # half a step, and the rounding of d to fp16
+    assert (
+        np.abs(got - expected) <= 0.57 * step
+    ).all()  # half a step, and the rounding of d to fp16
 
 
 # ------------------------------------------------------------------------------------------------ copies
@@ -75,22 +79,38 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
     return Source(families.write_quantized(tmp_path_factory.mktemp("source") / "m.gguf"))
 
 
-def test_some_layers_in_other_types_and_fewer_rows(source: Source, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(gguf_module, "PIECE_BYTES", 256 * 100)  # so that there are tensors of several pieces
+def test_some_layers_in_other_types_and_fewer_rows(
+    source: Source, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(
+        gguf_module, "PIECE_BYTES", 256 * 100
+    )  # so that there are tensors of several pieces
     told: list[tuple[int, int]] = []
-    values: dict[str, str | int] = {"a.text": "first", "qwen2.block_count": 2, "tokenizer.ggml.model": "no_vocab"}
+    values: dict[str, str | int] = {
+        "a.text": "first",
+        "qwen2.block_count": 2,
+        "tokenizer.ggml.model": "no_vocab",
+    }
     types = {"output.weight": "Q8_0", "blk.4.ffn_down.weight": "Q4_1"}
     path = tmp_path / "a"
     source.write(path, types, values, [4, 5], 1500, lambda done, total: told.append((done, total)))
     header = Source(path).reader.fields
-    assert [header[key].contents() for key in ("a.text", "tokenizer.ggml.model")] == ["first", "no_vocab"]
-    copy, old = ({tensor.name: tensor for tensor in file.tensors} for file in (Source(path), source))
+    assert [header[key].contents() for key in ("a.text", "tokenizer.ggml.model")] == [
+        "first",
+        "no_vocab",
+    ]
+    copy, old = (
+        {tensor.name: tensor for tensor in file.tensors} for file in (Source(path), source)
+    )
     assert told == [(done, len(copy)) for done in range(1, len(copy) + 1)]
     assert {tensor.layer for tensor in copy.values()} == {None, 0, 1}
     output, down = copy["output.weight"], copy["blk.0.ffn_down.weight"]
     assert (output.type, output.data.shape) == ("Q8_0", (1500, 256 // 32 * 34))
     assert np.array_equal(output.data, transcode(old["output.weight"].data[:1500], "Q6_K", "Q8_0"))
-    assert (down.type, down.data.tolist()) == ("Q4_1", q4_k_to_q4_1(old["blk.4.ffn_down.weight"].data).tolist())
+    assert (down.type, down.data.tolist()) == (
+        "Q4_1",
+        q4_k_to_q4_1(old["blk.4.ffn_down.weight"].data).tolist(),
+    )
     for name in ("ffn_down", "ffn_up_exps"):
         same, before = copy[f"blk.1.{name}.weight"], old[f"blk.5.{name}.weight"]
         assert (same.type, same.data.tolist()) == (before.type, before.data.tolist())
@@ -109,13 +129,25 @@ def test_the_alignment_of_the_source_is_not_that_of_the_copy(tmp_path: Path) -> 
     source = write(tmp_path / "old", 4096, one__weight=np.arange(8.0), two__weight=np.arange(9.0))
     source.write(tmp_path / "new", {}, {"a.text": "new"})
     assert b"general.alignment" not in (tmp_path / "new").read_bytes()
-    assert [tensor.data.tolist() for tensor in Source(tmp_path / "new").tensors] == [[*range(8)], [*range(9)]]
+    assert [tensor.data.tolist() for tensor in Source(tmp_path / "new").tensors] == [
+        [*range(8)],
+        [*range(9)],
+    ]
 
 
 def test_only_what_is_as_long_as_the_vocabulary_is_cut(tmp_path: Path) -> None:
-    embeddings = {"token_embd__weight": np.ones((10, 32)), "position_embd__weight": np.ones((20, 32))}
-    write(tmp_path / "old", 32, **embeddings, output__bias=np.ones(10)).write(tmp_path / "new", {}, None, [], 4)
-    assert [tensor.data.shape for tensor in Source(tmp_path / "new").tensors] == [(4, 32), (20, 32), (4,)]
+    embeddings = {
+        "token_embd__weight": np.ones((10, 32)),
+        "position_embd__weight": np.ones((20, 32)),
+    }
+    write(tmp_path / "old", 32, **embeddings, output__bias=np.ones(10)).write(
+        tmp_path / "new", {}, None, [], 4
+    )
+    assert [tensor.data.shape for tensor in Source(tmp_path / "new").tensors] == [
+        (4, 32),
+        (20, 32),
+        (4,),
+    ]
 
 
 def test_rows_that_are_not_whole_blocks() -> None:
@@ -137,9 +169,13 @@ def test_a_source_that_is_cut_short_is_told(tmp_path: Path) -> None:
             Source(path)
 
 
-def test_without_the_package_that_writes_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_the_package_that_writes_files(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
     gguf_module.pypi.cache_clear()
-    with pytest.raises(ModelError, match="expected PyPI's gguf, which is not installed: pip install gguf"):
+    with pytest.raises(
+        ModelError, match="expected PyPI's gguf, which is not installed: pip install gguf"
+    ):
         Source(MODEL)
     assert needed(MODEL, [Settings(state_dir=tmp_path)])[0]["weights"] == MODEL.stat().st_size

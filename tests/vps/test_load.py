@@ -47,13 +47,19 @@ async def test_a_slow_request(monkeypatch: pytest.MonkeyPatch, begun: bytes) -> 
     async with serving() as (server, port), connect(port) as (reader, writer):
         writer.write(begun.replace(b"@POST", b"/v1/complete"))
         reply = await read_reply(reader)
-        assert (reply.status, reply.json["code"], reply.one("Connection")) == (408, "TIMEOUT", "close")
+        assert (reply.status, reply.json["code"], reply.one("Connection")) == (
+            408,
+            "TIMEOUT",
+            "close",
+        )
         assert await reader.read() == b""
         assert server.state.calls == []
         await until(lambda: not server.connections)  # it does not linger for ever
 
 
-async def test_a_head_at_one_byte_a_time_ends_at_a_total_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_head_at_one_byte_a_time_ends_at_a_total_deadline(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(cerebrum_http, "HEAD_SECONDS", 0.2)
     async with serving() as (_, port), connect(port) as (reader, writer):
         started = time.monotonic()
@@ -66,7 +72,9 @@ async def test_a_head_at_one_byte_a_time_ends_at_a_total_deadline(monkeypatch: p
         assert time.monotonic() - started >= 0.2
 
 
-async def test_silence_closes_silently(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+async def test_silence_closes_silently(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(cerebrum_http, "IDLE_SECONDS", SOON)
     monkeypatch.setattr(cerebrum_http, "HEAD_SECONDS", 2 * PATIENCE)
     async with serving() as (_, port):
@@ -85,7 +93,10 @@ async def test_the_end_lingers_for_an_unread_body() -> None:
     def client(port: int) -> bytes:
         with socket.create_connection(("127.0.0.1", port), PATIENCE) as peer:
             body = b"x" * (6 << 20)
-            head = b"POST /v1/complete HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
+            head = (
+                b"POST /v1/complete HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
+                % len(body)
+            )
             peer.sendall(head + body)
             return b"".join(iter(lambda: peer.recv(65_536), b""))
 
@@ -119,7 +130,9 @@ def slow_reader(port: int, raw: bytes) -> Iterator[socket.socket]:
         yield peer
 
 
-async def test_a_client_that_does_not_read_is_cut(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+async def test_a_client_that_does_not_read_is_cut(
+    monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
     """Its stream pauses with bounded memory, and ends after a while without a reader."""
     monkeypatch.setattr(cerebrum_http, "WRITE_SECONDS", 0.3)
     taken, ended = 0, asyncio.Event()
@@ -161,10 +174,14 @@ async def test_the_end_waits_for_a_slow_reader(monkeypatch: pytest.MonkeyPatch) 
 
         async def answer(state: Any, request: Request) -> Response:
             (connection,) = server.connections.values()
-            connection.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+            connection.transport.get_extra_info("socket").setsockopt(
+                socket.SOL_SOCKET, socket.SO_SNDBUF, 4096
+            )
             return Response({"x": "y" * 60_000})
 
-        raw = add_route(server, "/late", answer).replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+        raw = add_route(server, "/late", answer).replace(
+            b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"
+        )
         with slow_reader(port, raw) as peer:
             await until(lambda: server.connections)
             with contextlib.suppress(TimeoutError):  # twenty times as long as it lingers
@@ -196,7 +213,11 @@ async def test_a_client_that_resets_beside_the_first_event_leaves_nothing_taken(
 
 
 async def test_a_pipelined_flood_is_answered_in_order_and_fairly() -> None:
-    async with serving() as (_, port), connect(port) as (reader, writer), connect(port) as (reader2, writer2):
+    async with (
+        serving() as (_, port),
+        connect(port) as (reader, writer),
+        connect(port) as (reader2, writer2),
+    ):
         answered, sent = list[str](), [f"n{number}" for number in range(1000)]
 
         async def flood() -> None:
@@ -204,11 +225,15 @@ async def test_a_pipelined_flood_is_answered_in_order_and_fairly() -> None:
                 answered.append((await read_reply(reader)).one("X-Request-ID"))
 
         task = asyncio.create_task(flood())
-        writer.write(b"".join(HEALTH[:-2] + f"X-Request-ID: {name}\r\n\r\n".encode() for name in sent))
+        writer.write(
+            b"".join(HEALTH[:-2] + f"X-Request-ID: {name}\r\n\r\n".encode() for name in sent)
+        )
         await until(lambda: answered)
         writer2.write(HEALTH)
         assert (await read_reply(reader2)).status == 200
-        assert len(answered) < len(sent)  # the second client did not wait for the first one's last answer
+        assert len(answered) < len(
+            sent
+        )  # the second client did not wait for the first one's last answer
         await task
         assert answered == sent
 
@@ -244,7 +269,9 @@ async def slow_server() -> AsyncIterator[tuple[Any, int, Slow]]:
 
 
 @pytest.mark.parametrize("how", ["close", "reset", "half-close"])
-async def test_a_client_that_leaves_cancels_its_handler(how: str, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_client_that_leaves_cancels_its_handler(
+    how: str, caplog: pytest.LogCaptureFixture
+) -> None:
     async with slow_server() as (server, port, slow), connect(port) as (_, writer):
         writer.write(SLOW)
         await slow.begun.wait()
@@ -278,15 +305,23 @@ async def test_pipelining_behind_a_running_handler_is_answered_and_bounded() -> 
         await until(lambda: len(connection.buffer) >= cerebrum_http.MAX_PIPELINED_BYTES)
         for _ in range(200):
             await asyncio.sleep(0)
-        assert len(connection.buffer) <= cerebrum_http.MAX_PIPELINED_BYTES + cerebrum_http.READ_BYTES
-        assert len(connection.reader._buffer) <= 2 * cerebrum_http.READ_BYTES + (256 << 10)  # one read of asyncio's
+        assert (
+            len(connection.buffer) <= cerebrum_http.MAX_PIPELINED_BYTES + cerebrum_http.READ_BYTES
+        )
+        assert len(connection.reader._buffer) <= 2 * cerebrum_http.READ_BYTES + (
+            256 << 10
+        )  # one read of asyncio's
         slow.release.set()
         assert [(await read_reply(reader)).status for _ in range(2)] == [200, 200]
 
 
 @pytest.mark.parametrize("finishes", [True, False])
 async def test_a_stop_lets_a_request_finish_or_ends_it_with_an_error(finishes: bool) -> None:
-    async with slow_server() as (server, port, slow), connect(port) as (reader, writer), connect(port) as (idle, idler):
+    async with (
+        slow_server() as (server, port, slow),
+        connect(port) as (reader, writer),
+        connect(port) as (idle, idler),
+    ):
         idler.write(HEALTH)
         await read_reply(idle)
         writer.write(SLOW)
@@ -298,10 +333,16 @@ async def test_a_stop_lets_a_request_finish_or_ends_it_with_an_error(finishes: b
                 await asyncio.open_connection("127.0.0.1", port)
             idler.write(HEALTH)
             told = await read_reply(idle)
-            assert (told.status, told.json["code"], told.one("Connection")) == (503, "SHUTTING_DOWN", "close")
+            assert (told.status, told.json["code"], told.one("Connection")) == (
+                503,
+                "SHUTTING_DOWN",
+                "close",
+            )
             slow.release.set()
         reply = await read_reply(reader)
-        assert (reply.status, reply.json.get("code")) == ((200, None) if finishes else (503, "SHUTTING_DOWN"))
+        assert (reply.status, reply.json.get("code")) == (
+            (200, None) if finishes else (503, "SHUTTING_DOWN")
+        )
         assert (reply.one("Connection"), slow.cancelled.is_set()) == ("close", not finishes)
         for end in (reader, idle):
             await ends(end)
@@ -321,7 +362,9 @@ def upload(size: int, framing: str, key: bool = True) -> bytes:
 
 
 @pytest.mark.parametrize("begun", [b"", HEALTH, upload(1000, "length")[:-1]])
-async def test_one_connection_too_many_closes_the_oldest_idle_one(monkeypatch: Any, begun: bytes) -> None:
+async def test_one_connection_too_many_closes_the_oldest_idle_one(
+    monkeypatch: Any, begun: bytes
+) -> None:
     monkeypatch.setattr(cerebrum_http, "MAX_CONNECTIONS", 3)
     async with slow_server() as (server, port, slow), contextlib.AsyncExitStack() as stack:
         busy, silent, third = [await stack.enter_async_context(connect(port)) for _ in range(3)]
@@ -339,15 +382,24 @@ async def test_one_connection_too_many_closes_the_oldest_idle_one(monkeypatch: A
 
 
 @pytest.mark.parametrize("begun", [b"", SLOW])
-async def test_the_address_with_most_connections_makes_room(monkeypatch: pytest.MonkeyPatch, begun: bytes) -> None:
+async def test_the_address_with_most_connections_makes_room(
+    monkeypatch: pytest.MonkeyPatch, begun: bytes
+) -> None:
     monkeypatch.setattr(cerebrum_http, "MAX_CONNECTIONS", 4)
     async with slow_server() as (server, port, slow), contextlib.AsyncExitStack() as stack:
-        other, writer = await asyncio.open_connection("127.0.0.1", port, local_addr=("127.0.0.2", 0))
-        peers = [(other, writer), *[await stack.enter_async_context(connect(port)) for _ in range(3)]]
+        other, writer = await asyncio.open_connection(
+            "127.0.0.1", port, local_addr=("127.0.0.2", 0)
+        )
+        peers = [
+            (other, writer),
+            *[await stack.enter_async_context(connect(port)) for _ in range(3)],
+        ]
         for _, one in peers:
             one.write(begun)
         await until(lambda: len(server.connections) == 4)
-        await until(lambda: not begun or all(one.exchange.task for one in server.connections.values()))
+        await until(
+            lambda: not begun or all(one.exchange.task for one in server.connections.values())
+        )
         assert (await ask(port, HEALTH)).status == 200
         await ends(peers[1][0])
         slow.release.set()
@@ -359,9 +411,12 @@ async def test_the_address_with_most_connections_makes_room(monkeypatch: pytest.
 
 @pytest.mark.parametrize("framing", ["length", "chunks"])
 @pytest.mark.parametrize(
-    ("path", "key", "status"), [("/v1/complete", False, 401), ("/x", True, 404), ("/v1/unload/x", True, 200)]
+    ("path", "key", "status"),
+    [("/v1/complete", False, 401), ("/x", True, 404), ("/v1/unload/x", True, 200)],
 )
-async def test_a_body_that_nobody_looks_at_is_not_kept(framing: str, path: str, key: bool, status: int) -> None:
+async def test_a_body_that_nobody_looks_at_is_not_kept(
+    framing: str, path: str, key: bool, status: int
+) -> None:
     raw = upload(1_000_000, framing, key).replace(b"/v1/complete", path.encode())
     async with serving() as (server, port), connect(port) as (reader, writer):
         writer.write(raw[:-100])
@@ -371,23 +426,41 @@ async def test_a_body_that_nobody_looks_at_is_not_kept(framing: str, path: str, 
         if status != 200:
             assert (await read_reply(reader)).status == status
         # Once the server waits for more, it has read all that was sent.
-        await until(lambda: connection.reader._waiter is not None and not writer.transport.get_write_buffer_size())
-        assert (len(connection.buffer) <= cerebrum_http.READ_BYTES, server.bodies.total()) == (True, 0)
+        await until(
+            lambda: (
+                connection.reader._waiter is not None
+                and not writer.transport.get_write_buffer_size()
+            )
+        )
+        assert (len(connection.buffer) <= cerebrum_http.READ_BYTES, server.bodies.total()) == (
+            True,
+            0,
+        )
         writer.write(raw[-100:] + HEALTH)
         for _ in range(2 if status == 200 else 1):
             assert (await read_reply(reader)).status == 200
 
 
 @pytest.mark.parametrize("framing", ["length", "chunks"])
-async def test_the_bodies_of_all_connections_are_bounded(monkeypatch: pytest.MonkeyPatch, framing: str) -> None:
+async def test_the_bodies_of_all_connections_are_bounded(
+    monkeypatch: pytest.MonkeyPatch, framing: str
+) -> None:
     monkeypatch.setattr(cerebrum_http, "MAX_BODIES_BYTES", 250_000)
     raw = upload(100_000, framing)
-    async with serving() as (server, port), connect(port) as (reader, writer), connect(port) as (reader2, writer2):
+    async with (
+        serving() as (server, port),
+        connect(port) as (reader, writer),
+        connect(port) as (reader2, writer2),
+    ):
         writer.write(raw[:-10])
         await until(lambda: server.bodies.total() > 95_000)
         writer2.write(raw)
         reply = await read_reply(reader2)
-        assert (reply.status, reply.json["code"], reply.one("Connection")) == (503, "OVERLOADED", "close")
+        assert (reply.status, reply.json["code"], reply.one("Connection")) == (
+            503,
+            "OVERLOADED",
+            "close",
+        )
         await ends(reader2)
         assert (await ask(port, HEALTH)).status == 200
         writer.write(raw[-10:])
@@ -396,7 +469,9 @@ async def test_the_bodies_of_all_connections_are_bounded(monkeypatch: pytest.Mon
         assert (await ask(port, raw)).status == 200
 
 
-async def test_a_refused_request_whose_client_leaves_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_refused_request_whose_client_leaves_is_logged_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     async with serving() as (server, port), connect(port) as (reader, writer):
         writer.write(upload(5000, "length", key=False)[:-100])
         assert (await read_reply(reader)).status == 401
@@ -410,8 +485,12 @@ async def test_a_refused_request_whose_client_leaves_is_logged_once(caplog: pyte
 # --------------------------------------------------------------------------------- the daemons under attack
 
 
-@pytest.mark.parametrize(("framing", "statuses"), [("length", {503, 429, 404, 0}), ("chunks", {401})])
-def test_a_flood_of_bodies_costs_a_fraction_of_their_size(tmp_path: Path, framing: str, statuses: set[int]) -> None:
+@pytest.mark.parametrize(
+    ("framing", "statuses"), [("length", {503, 429, 404, 0}), ("chunks", {401})]
+)
+def test_a_flood_of_bodies_costs_a_fraction_of_their_size(
+    tmp_path: Path, framing: str, statuses: set[int]
+) -> None:
     """200 connections send 1 MiB each, and /health answers in the middle. This Pi has two places and no VPS."""
     raw = upload(1_048_000, framing, key=401 not in statuses)
 
@@ -422,7 +501,9 @@ def test_a_flood_of_bodies_costs_a_fraction_of_their_size(tmp_path: Path, framin
             nonlocal sent
             async with connect(port) as (reader, writer):
                 writer.write(raw[:-10])
-                with contextlib.suppress(ConnectionError):  # a refused client is cut after its answer
+                with contextlib.suppress(
+                    ConnectionError
+                ):  # a refused client is cut after its answer
                     await writer.drain()
                 sent += 1
                 await go.wait()

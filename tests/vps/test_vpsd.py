@@ -34,19 +34,39 @@ import families
 import llama_cpp
 import psutil
 import pytest
-from harness import FILES, KEY, MODELS, PATIENCE, SHIPPED, Daemon, program, run_to_the_end, settings, wait_until
+from harness import (
+    FILES,
+    KEY,
+    MODELS,
+    PATIENCE,
+    SHIPPED,
+    Daemon,
+    program,
+    run_to_the_end,
+    settings,
+    wait_until,
+)
 from test_engine import MANY, ONE
 
 import vpsd
 from cerebrum.vps import llama as vps_llama
 from cerebrum.vps import prefixes
-from cerebrum.vps.encoding import Passport, cpu_features, cpus, file_stamp, passport_path, tuned_path
+from cerebrum.vps.encoding import (
+    Passport,
+    cpu_features,
+    cpus,
+    file_stamp,
+    passport_path,
+    tuned_path,
+)
 from cerebrum_common import VERSION
 
 SMALL, LARGE = "qwen_0_5b", "qwen_1_5b"
 TIE = 0.25  # see above
 TIE_OF_THE_STAND_IN = 0.02
-IDLE_PERCENT = 30.0  # of one core, over IDLE_SECONDS: the event loop and the questions of the test itself
+IDLE_PERCENT = (
+    30.0  # of one core, over IDLE_SECONDS: the event loop and the questions of the test itself
+)
 IDLE_SECONDS = 0.1
 
 # ------------------------------------------------------------------------------------------- the client
@@ -78,7 +98,9 @@ class Stream:
             assert self.answer.readline() == b"\n"
             if line != b": keep-alive\n":
                 yield json.loads(line.removeprefix(b"data: "))
-        if self.answer.chunk_left is not None:  # http.client clears this at the last chunk, and raises nothing
+        if (
+            self.answer.chunk_left is not None
+        ):  # http.client clears this at the last chunk, and raises nothing
             raise Cut
 
     def wait_for_event(self, name: str) -> dict[str, Any]:
@@ -87,7 +109,9 @@ class Stream:
     def wait_for_prefill(self, done: int = 0) -> int:
         """Wait until at least so many tokens of the prompt are known or read; their number."""
         told = (event["progress"] for event in self.events() if "progress" in event)
-        return int(next(one["done"] for one in told if one["stage"] == "prefill" and one["done"] >= done))
+        return int(
+            next(one["done"] for one in told if one["stage"] == "prefill" and one["done"] >= done)
+        )
 
     def text(self) -> str:
         """The text that is still to come."""
@@ -103,8 +127,12 @@ class Vps:
     def __init__(self, process: Daemon) -> None:
         self.process, self.port = process, process.port
 
-    def ask(self, method: str, path: str, body: Any = None, headers: dict[str, str] = HEADERS) -> tuple[int, Any]:
-        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)) as connection:
+    def ask(
+        self, method: str, path: str, body: Any = None, headers: dict[str, str] = HEADERS
+    ) -> tuple[int, Any]:
+        with contextlib.closing(
+            http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
+        ) as connection:
             connection.request(method, path, None if body is None else json.dumps(body), headers)
             answer = connection.getresponse()
             return answer.status, json.loads(answer.read())
@@ -172,7 +200,9 @@ def changed(change: str = "", quicker: float = 40) -> list[str]:
 
 
 @contextlib.contextmanager
-def start(folder: Path, models: Path, command: Sequence[str] = (), faults: bool = False, **more: str) -> Iterator[Vps]:
+def start(
+    folder: Path, models: Path, command: Sequence[str] = (), faults: bool = False, **more: str
+) -> Iterator[Vps]:
     """vpsd with the models of a folder, and with the folder's models.toml if there is one."""
     given = {
         "CEREBRUM_MODELS_DIR": str(models),
@@ -198,7 +228,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = families.make(folder / FILES[SMALL].name, families.STAND_IN).read_bytes()
     (entry,) = (model for model in SHIPPED if model.id == SMALL)
     catalog = (vpsd.HERE / "models.toml").read_text()
-    for old, new in ((entry.sha256, hashlib.sha256(data).hexdigest()), (f"{entry.size:_}", str(len(data)))):
+    for old, new in (
+        (entry.sha256, hashlib.sha256(data).hexdigest()),
+        (f"{entry.size:_}", str(len(data))),
+    ):
         assert catalog.count(old) == 1
         catalog = catalog.replace(old, new)
     (folder / "models.toml").write_text(catalog)
@@ -227,7 +260,9 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vps]:
 def _free(request: pytest.FixtureRequest) -> Iterator[None]:
     """A test leaves no request that takes a place of the next one's."""
     yield
-    for used in [request.getfixturevalue(name) for name in ("vps", "real") if name in request.fixturenames]:
+    for used in [
+        request.getfixturevalue(name) for name in ("vps", "real") if name in request.fixturenames
+    ]:
         wait_until(lambda used=used: used.active() == 0)
 
 
@@ -269,15 +304,23 @@ class Reference(families.Reference):
         last = max(number for number, start in enumerate(starts) if start <= same)
         # A token "be" in place of "b" shows only after the "b", where the reference continues without "e".
         ends = range(same + 1, min(same + 9, len(got) + 1))
-        longer = [number for number in range(last) if any(got[starts[number] : end] in self.pieces for end in ends)]
+        longer = [
+            number
+            for number in range(last)
+            if any(got[starts[number] : end] in self.pieces for end in ends)
+        ]
         gap = min(gaps[min(number, len(gaps) - 1)] for number in (*longer, last))
-        assert gap < self.tie, f"token {last} differs after a gap of {gap:.3f}: expected {wanted!r}, got {got!r}"
+        assert gap < self.tie, (
+            f"token {last} differs after a gap of {gap:.3f}: expected {wanted!r}, got {got!r}"
+        )
 
 
 @pytest.fixture(scope="module")
 def reference(models: Path) -> Iterator[Reference]:
     """Of the stand-in."""
-    with contextlib.closing(Reference(models / FILES[SMALL].name, TIE_OF_THE_STAND_IN)) as reference:
+    with contextlib.closing(
+        Reference(models / FILES[SMALL].name, TIE_OF_THE_STAND_IN)
+    ) as reference:
         yield reference
 
 
@@ -293,7 +336,13 @@ def real_reference() -> Iterator[Reference]:
 def test_health_alone_needs_no_key(vps: Vps) -> None:
     vps.complete("a", max_tokens=1)
     status, body = vps.ask("GET", "/health", headers={})
-    assert list(body) == ["status", "timestamp", "cpu_percent", "memory_available_mb", "models_loaded"]
+    assert list(body) == [
+        "status",
+        "timestamp",
+        "cpu_percent",
+        "memory_available_mb",
+        "models_loaded",
+    ]
     assert (status, body["status"], body["models_loaded"]) == (200, "healthy", [SMALL])
     assert 0 <= body["cpu_percent"] <= 100
     assert body["memory_available_mb"] > 0
@@ -306,7 +355,14 @@ def test_models(vps: Vps, models: Path) -> None:
     listed = {model["id"]: model for model in vps.get("/v1/models")["models"]}
     assert list(listed) == [model.id for model in SHIPPED]
     small, path = listed[SMALL], str(models / FILES[SMALL].name)
-    described = {"id": SMALL, "loaded": True, "path": path, "available": True, "n_ctx": 2048, "encoding": "published"}
+    described = {
+        "id": SMALL,
+        "loaded": True,
+        "path": path,
+        "available": True,
+        "n_ctx": 2048,
+        "encoding": "published",
+    }
     described["fim_layout"] = "spmv2"
     assert list(small) == [*described, "memory_mb", "last_used"]
     assert described.items() <= small.items()
@@ -314,7 +370,9 @@ def test_models(vps: Vps, models: Path) -> None:
     assert 0 < others_mb < 200  # Python, numpy, llama.cpp itself
     assert len(small["last_used"]) == len("2025-12-25T11:55:00.000000")
     assert list(listed["codellama_7b"]) == list(described)
-    assert [model["fim_layout"] for model in listed.values()] == [model.fim_layout for model in SHIPPED]
+    assert [model["fim_layout"] for model in listed.values()] == [
+        model.fim_layout for model in SHIPPED
+    ]
     assert listed["codellama_7b"]["loaded"] is listed["codellama_7b"]["available"] is False
 
 
@@ -323,14 +381,20 @@ def test_a_completion_that_nobody_waits_for_is_counted(vps: Vps) -> None:
         request = urllib.request.Request(f"http://127.0.0.1:{vps.port}/metrics")
         request.add_header("Authorization", f"Bearer {KEY}")
         with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
-            pairs = (line.rpartition(" ") for line in answer.read().decode().splitlines() if line[0] != "#")
+            pairs = (
+                line.rpartition(" ")
+                for line in answer.read().decode().splitlines()
+                if line[0] != "#"
+            )
         return {name.replace(f'model="{SMALL}"', ""): float(value) for name, _, value in pairs}
 
     before, ended = read(), 'cerebrum_completions_ended_total{,reason="CANCELLED"}'
     with vps.stream(new_prompt(), max_tokens=500) as stream:
         event = next(event for event in stream.events() if event.get("total_tokens", 0) >= 3)
         running = read()
-        assert running["llamacpp:requests_processing{}"] == running["cerebrum_completions_active"] == 1
+        assert (
+            running["llamacpp:requests_processing{}"] == running["cerebrum_completions_active"] == 1
+        )
     wait_until(lambda: read().get(ended, 0) == before.get(ended, 0) + 1)
     grown = {name: value - before.get(name, 0) for name, value in read().items()}
     assert grown["llamacpp:requests_processing{}"] == 0
@@ -342,11 +406,19 @@ def test_a_completion_that_nobody_waits_for_is_counted(vps: Vps) -> None:
 def test_stats(vps: Vps) -> None:
     stats = vps.get("/v1/stats")
     assert stats.pop("version") == VERSION
-    counts = {"models_loaded", "requests_total", "requests_active", "draft_tokens", "accepted_tokens"}
+    counts = {
+        "models_loaded",
+        "requests_total",
+        "requests_active",
+        "draft_tokens",
+        "accepted_tokens",
+    }
     memory = {"memory_total_mb", "memory_available_mb", "memory_used_mb"}
     assert stats.keys() == counts | memory | {"cpu_percent", "cpu_percent_others", "uptime"}
     assert all(type(value) is (int if name in counts else float) for name, value in stats.items())
-    assert stats["memory_used_mb"] == pytest.approx(stats["memory_total_mb"] - stats["memory_available_mb"], abs=0.2)
+    assert stats["memory_used_mb"] == pytest.approx(
+        stats["memory_total_mb"] - stats["memory_available_mb"], abs=0.2
+    )
     vps.complete(new_prompt(), max_tokens=1)
     assert vps.get("/v1/stats")["requests_total"] == stats["requests_total"] + 1
 
@@ -362,15 +434,32 @@ def test_the_answer_and_the_stream_of_a_completion(vps: Vps, reference: Referenc
     with vps.stream("def hello():", max_tokens=8, progress=True) as stream:
         *events, done = stream.events()
     stages = [event["progress"] for event in events if "progress" in event]
-    assert [stage["stage"] for stage in stages if stage["done"] == 0] == ["queued", "decode"]  # it knows the prompt
-    assert [stage["total"] for stage in stages if stage["stage"] == "prefill"] == [body["prompt_tokens"]] * 2
+    assert [stage["stage"] for stage in stages if stage["done"] == 0] == [
+        "queued",
+        "decode",
+    ]  # it knows the prompt
+    assert [stage["total"] for stage in stages if stage["stage"] == "prefill"] == [
+        body["prompt_tokens"]
+    ] * 2
     tokens = [event for event in events if "progress" not in event]
     assert all(list(event) == ["token", "total_tokens"] and event["token"] for event in tokens)
     counts = [event["total_tokens"] for event in tokens]
     assert counts == sorted(set(counts))
     assert "".join(event["token"] for event in tokens) == body["completion"]
-    assert list(done)[:6] == ["done", "language", "model", "total_tokens", "inference_time", "timestamp"]
-    assert (done["done"], done["model"], done["total_tokens"], done["finish_reason"]) == (True, SMALL, 8, "length")
+    assert list(done)[:6] == [
+        "done",
+        "language",
+        "model",
+        "total_tokens",
+        "inference_time",
+        "timestamp",
+    ]
+    assert (done["done"], done["model"], done["total_tokens"], done["finish_reason"]) == (
+        True,
+        SMALL,
+        8,
+        "length",
+    )
 
 
 NOTHING = "model: expected a string from 1 to 200 characters, got nothing"
@@ -380,12 +469,19 @@ ERRORS: list[tuple[Any, int, str, str]] = [
     ({}, 400, "INVALID_REQUEST", NOTHING),
     ({"model": "gpt", "prompt": "x"}, 404, "MODEL_NOT_FOUND", UNKNOWN),
     ({"model": "codellama_7b", "prompt": "x"}, 404, "MODEL_NOT_FOUND", MISSING),
-    ({"model": SMALL, "prompt": "#" * 2048}, 400, "INVALID_REQUEST", "prompt: expected 1 to 2047 tokens, got 2048"),
+    (
+        {"model": SMALL, "prompt": "#" * 2048},
+        400,
+        "INVALID_REQUEST",
+        "prompt: expected 1 to 2047 tokens, got 2048",
+    ),
 ]
 
 
 def test_errors(vps: Vps) -> None:
-    for path, (body, status, code, message) in itertools.product(("/v1/inference", "/v1/inference/stream"), ERRORS):
+    for path, (body, status, code, message) in itertools.product(
+        ("/v1/inference", "/v1/inference/stream"), ERRORS
+    ):
         got, answer = vps.ask("POST", path, body)
         assert (got, answer["error"], answer["code"]) == (status, True, code)
         assert answer["message"].startswith(message)
@@ -431,7 +527,9 @@ def test_greedy_text_is_that_of_a_plain_loop(vps: Vps, reference: Reference) -> 
     check_greedy(vps, reference, "def", heal=True)
 
 
-def test_greedy_text_of_the_real_model_is_that_of_a_plain_loop(real: Vps, real_reference: Reference) -> None:
+def test_greedy_text_of_the_real_model_is_that_of_a_plain_loop(
+    real: Vps, real_reference: Reference
+) -> None:
     check_greedy(real, real_reference, CODE, PROMPTS[4])
 
 
@@ -449,7 +547,12 @@ def test_messages(real: Vps, real_reference: Reference) -> None:
 
 AREA = "def area_of_circle(r):\n    return 3 * r * r"
 BESIDE = [{"filename": "area.py", "text": AREA}, {"text": "X = 1\n"}]
-INFILL: dict[str, Any] = {"prompt": "from area import area", "suffix": "\n", "filename": "main.py", "extra": BESIDE}
+INFILL: dict[str, Any] = {
+    "prompt": "from area import area",
+    "suffix": "\n",
+    "filename": "main.py",
+    "extra": BESIDE,
+}
 READ = f"<|file_sep|>area.py\n{AREA}\n<|file_sep|>\nX = 1\n<|file_sep|>main.py\n<|fim_prefix|><|fim_suffix|>\n"
 
 
@@ -462,7 +565,11 @@ def test_what_the_model_reads(vps: Vps, reference: Reference) -> None:
 
 ADD = {"prompt": "def add(a, b):\n    return ", "suffix": "\n\nprint(add(1, 2))\n", "heal": True}
 NUMPY = {"prompt": "import os\nimport nump", "heal": True}
-WIDTH = {"prompt": "def area(width, height):\n    return wid", "suffix": "\n\nprint(area(3, 4))\n", "heal": True}
+WIDTH = {
+    "prompt": "def area(width, height):\n    return wid",
+    "suffix": "\n\nprint(area(3, 4))\n",
+    "heal": True,
+}
 CIRCLE = INFILL | {"prompt": "from area import area_of_", "heal": True}
 RETURN = {"prompt": "def area(width, height):\n    retu", "heal": True}
 
@@ -478,16 +585,22 @@ RETURN = {"prompt": "def area(width, height):\n    retu", "heal": True}
         pytest.param(RETURN, "rn width * height", " retu", marks=pytest.mark.slow),
     ],
 )
-def test_how_the_real_model_goes_on(real: Vps, real_reference: Reference, fields: Any, start: str, left: str) -> None:
+def test_how_the_real_model_goes_on(
+    real: Vps, real_reference: Reference, fields: Any, start: str, left: str
+) -> None:
     """The model writes the word at the cursor in its own tokens, and the part that is there already is not repeated."""
-    body, raw = (real.complete(**{**fields, "heal": heal}, max_tokens=8) for heal in (bool(left), False))
+    body, raw = (
+        real.complete(**{**fields, "heal": heal}, max_tokens=8) for heal in (bool(left), False)
+    )
     assert (body["completion"][: len(start)], body["total_tokens"]) == (start, 8)
     assert raw["prompt_tokens"] - body["prompt_tokens"] == len(real_reference.tokenize(left))
 
 
 def test_other_files_alone_warm_the_cache(vps: Vps) -> None:
     extra = [{"filename": "a.py", "text": new_prompt()}]
-    assert vps.complete("", suffix="", extra=extra, max_tokens=0)["cached_tokens"] <= len("?a.py\n?")
+    assert vps.complete("", suffix="", extra=extra, max_tokens=0)["cached_tokens"] <= len(
+        "?a.py\n?"
+    )
     body = vps.complete("x = ", suffix="\n", extra=extra, max_tokens=1)
     assert body["cached_tokens"] >= body["prompt_tokens"] - len("?\n???\n?x = ")
 
@@ -504,7 +617,10 @@ def test_tokenize(vps: Vps, reference: Reference) -> None:
         assert answer(text=text, **more) == {"tokens": reference.tokenize(text, **more)}
         assert (vps.loaded(), vps.active()) == ([SMALL], 0)
     assert answer(text="") == {"tokens": []}
-    assert [answer()["code"], answer(model="x", text="")["code"]] == ["INVALID_REQUEST", "MODEL_NOT_FOUND"]
+    assert [answer()["code"], answer(model="x", text="")["code"]] == [
+        "INVALID_REQUEST",
+        "MODEL_NOT_FOUND",
+    ]
 
 
 def test_a_limit_of_time_counts_from_the_first_line_end(vps: Vps) -> None:
@@ -515,8 +631,15 @@ def test_a_limit_of_time_counts_from_the_first_line_end(vps: Vps) -> None:
     short = vps.complete(f"# {number}", max_tokens=100, predict_ms=1)
     assert whole["completion"].startswith(short["completion"])
     assert first < len(short["completion"])
-    assert (whole["total_tokens"], short["total_tokens"] < 100, short["finish_reason"]) == (100, True, "length")
-    assert vps.complete(f"# {number}", max_tokens=first // 4, predict_ms=1)["total_tokens"] == first // 4
+    assert (whole["total_tokens"], short["total_tokens"] < 100, short["finish_reason"]) == (
+        100,
+        True,
+        "length",
+    )
+    assert (
+        vps.complete(f"# {number}", max_tokens=first // 4, predict_ms=1)["total_tokens"]
+        == first // 4
+    )
 
 
 @pytest.mark.slow
@@ -542,7 +665,12 @@ def test_stop_strings(vps: Vps) -> None:
     text = vps.complete(prompt, max_tokens=24)["completion"]
     late, later = text[10:13], text[12:16]
     assert 0 < text.index(late) < text.index(later)
-    for stop, end in (([later], later), (late, late), (["nothing", later, late], late), ([text[0]], text[0])):
+    for stop, end in (
+        ([later], later),
+        (late, late),
+        (["nothing", later, late], late),
+        ([text[0]], text[0]),
+    ):
         body = vps.complete(prompt, max_tokens=24, stop=stop)
         assert (body["completion"], body["finish_reason"]) == (text[: text.index(end)], "stop")
     with vps.stream(prompt, max_tokens=24, stop=late) as stream:
@@ -562,7 +690,11 @@ def small(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vp
 def test_the_context_is_filled_exactly(small: Vps, reference: Reference) -> None:
     prompt = "#" * 250
     body = small.complete(prompt, max_tokens=100)
-    assert (body["finish_reason"], body["prompt_tokens"], body["total_tokens"]) == ("length", 250, 6)
+    assert (body["finish_reason"], body["prompt_tokens"], body["total_tokens"]) == (
+        "length",
+        250,
+        6,
+    )
     assert small.model()["n_ctx"] == 256
     reference.check(prompt, body["completion"], 6)
 
@@ -577,7 +709,9 @@ def test_of_a_known_prompt_only_the_new_part_is_computed(vps: Vps, reference: Re
     assert warm["cached_tokens"] < warm["prompt_tokens"] // 2
     for _ in range(2):
         body = vps.complete(prompt, max_tokens=4)
-        assert body["cached_tokens"] == body["prompt_tokens"] - 1  # the last token is decoded for its logits
+        assert (
+            body["cached_tokens"] == body["prompt_tokens"] - 1
+        )  # the last token is decoded for its logits
         reference.check(prompt, body["completion"], 4)
         for _ in range(3):  # need its slot
             vps.complete(new_prompt(), max_tokens=1)
@@ -587,7 +721,9 @@ def test_of_a_known_prompt_only_the_new_part_is_computed(vps: Vps, reference: Re
     reference.check(longer, body["completion"], 8)
 
 
-def test_two_requests_at_once_compute_their_common_prefix_once(vps: Vps, reference: Reference) -> None:
+def test_two_requests_at_once_compute_their_common_prefix_once(
+    vps: Vps, reference: Reference
+) -> None:
     preamble = new_prompt(300)
     common = len(reference.tokenize(preamble))
     with vps.stream(preamble + " one", max_tokens=4, progress=True) as first:
@@ -612,7 +748,9 @@ def test_a_short_common_prefix_is_reused_in_its_slot(vps: Vps, reference: Refere
     assert vps.complete(one, max_tokens=1)["cached_tokens"] == len(first) - 1
 
 
-def test_a_short_request_and_one_that_is_cancelled_beside_a_long_one(vps: Vps, reference: Reference) -> None:
+def test_a_short_request_and_one_that_is_cancelled_beside_a_long_one(
+    vps: Vps, reference: Reference
+) -> None:
     long, short = new_prompt(400), PROMPTS[0] + " # beside"
     with vps.stream(long, max_tokens=32) as stream:
         first = stream.wait_for_event("token")
@@ -648,7 +786,9 @@ def test_an_earlier_answer_is_drafted_again(vps: Vps, small: Vps, reference: Ref
 
 
 @pytest.mark.parametrize("stage", ["prefill", "decode"])
-def test_the_tokens_of_a_cancelled_completion_are_kept(vps: Vps, reference: Reference, stage: str) -> None:
+def test_the_tokens_of_a_cancelled_completion_are_kept(
+    vps: Vps, reference: Reference, stage: str
+) -> None:
     prompt = new_prompt(500)
     with vps.stream(prompt, max_tokens=0 if stage == "prefill" else 1000, progress=True) as stream:
         done = stream.wait_for_prefill(1)
@@ -662,7 +802,9 @@ def test_the_tokens_of_a_cancelled_completion_are_kept(vps: Vps, reference: Refe
 
 
 @pytest.mark.parametrize("leaver", ["one", "two"])
-def test_a_prefill_for_two_goes_on_for_the_one_that_stays(vps: Vps, reference: Reference, leaver: str) -> None:
+def test_a_prefill_for_two_goes_on_for_the_one_that_stays(
+    vps: Vps, reference: Reference, leaver: str
+) -> None:
     prompt = new_prompt(300)
     with vps.stream(prompt + " one", max_tokens=4, progress=True) as one:
         one.wait_for_prefill()
@@ -693,7 +835,11 @@ def test_a_newer_request_of_a_session_replaces_the_older(vps: Vps) -> None:
 
 def test_a_third_request_at_a_time_is_refused(vps: Vps) -> None:
     with vps.begun(), vps.begun():
-        assert vps.refusal(new_prompt()) == (429, "RATE_LIMIT", "expected at most 2 requests at a time")
+        assert vps.refusal(new_prompt()) == (
+            429,
+            "RATE_LIMIT",
+            "expected at most 2 requests at a time",
+        )
         assert vps.active() == 2
 
 
@@ -739,7 +885,9 @@ def test_cleanup(vps: Vps, small: Vps) -> None:
     assert vps.loaded() == [SMALL]
 
 
-def test_warm_sequences_outlive_the_process(tmp_path: Path, models: Path, reference: Reference) -> None:
+def test_warm_sequences_outlive_the_process(
+    tmp_path: Path, models: Path, reference: Reference
+) -> None:
     prompt, other = new_prompt(), new_prompt()
     with start(tmp_path, models) as vps:
         vps.complete(prompt, max_tokens=8)
@@ -767,7 +915,9 @@ def test_files_that_cannot_be_loaded(tmp_path: Path, models: Path, reference: Re
     (folder / "directory.gguf").mkdir(parents=True)
     for name, data in files.items():
         (folder / f"{name}.gguf").write_bytes(data)
-    families.write_header(folder / "odd.gguf", families.Family("llama", layers=513))  # ends the process that reads it
+    families.write_header(
+        folder / "odd.gguf", families.Family("llama", layers=513)
+    )  # ends the process that reads it
     for name in ("good", "othersum"):
         (folder / f"{name}.gguf").symlink_to(whole)
     missing = ("directory", "missing")
@@ -783,7 +933,9 @@ def test_files_that_cannot_be_loaded(tmp_path: Path, models: Path, reference: Re
             assert vps.refusal("x", model=name)[:2] == (404, "MODEL_NOT_FOUND")
         assert vps.active() == 0
         assert vps.process.rss_kb() < 300 << 10  # no memory of theirs is left
-        reference.check(PROMPTS[0], vps.complete(PROMPTS[0], model="good", max_tokens=8)["completion"], 8)
+        reference.check(
+            PROMPTS[0], vps.complete(PROMPTS[0], model="good", max_tokens=8)["completion"], 8
+        )
     assert vps.process.stdout().count("Traceback") == 0
     (told,) = set(vps.process.stderr().splitlines())  # by the process that read the odd one
     assert re.search(r"GGML_ASSERT\(.*\) failed$", told)
@@ -793,17 +945,23 @@ def test_too_little_memory_to_start_work(tmp_path: Path, models: Path) -> None:
     with start(tmp_path, models, CEREBRUM_MIN_FREE_MB="1000000") as vps:
         status, code, message = vps.refusal("x")
         assert (status, code, vps.loaded()) == (503, "RESOURCE_EXHAUSTED", [])
-        assert float(message.split()[-2]) == pytest.approx(psutil.virtual_memory().available / vps_llama.MB, rel=0.5)
+        assert float(message.split()[-2]) == pytest.approx(
+            psutil.virtual_memory().available / vps_llama.MB, rel=0.5
+        )
 
 
-@pytest.mark.skipif(not FILES[SMALL].exists(), reason=f"{FILES[SMALL]} is missing: python3 vpsd.py fetch")
+@pytest.mark.skipif(
+    not FILES[SMALL].exists(), reason=f"{FILES[SMALL]} is missing: python3 vpsd.py fetch"
+)
 def test_a_model_that_does_not_fit(tmp_path: Path) -> None:
     spare = 150  # MB; the model needs 500 more than other tests free meanwhile
     reserve = psutil.virtual_memory().available // vps_llama.MB - spare
     with start(tmp_path, MODELS, CEREBRUM_MIN_FREE_MB=str(reserve), CEREBRUM_N_CTX="16384") as vps:
         status, code, message = vps.refusal("x")
         assert (status, code, vps.active(), vps.loaded()) == (503, "RESOURCE_EXHAUSTED", 0, [])
-        if not message.startswith("expected "):  # another program took the rest of the memory meanwhile
+        if not message.startswith(
+            "expected "
+        ):  # another program took the rest of the memory meanwhile
             assert message.startswith(f"model {SMALL} needs ")
             assert "weights 469 MB, kv 24 MB, compute " in message  # of the shortest context
             assert message.endswith(f" MB are free beside the reserve of {reserve} MB")
@@ -812,7 +970,9 @@ def test_a_model_that_does_not_fit(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------- SIGTERM
 
 
-def test_sigterm_lets_a_short_stream_end_and_ends_a_long_one_with_an_error(tmp_path: Path, models: Path) -> None:
+def test_sigterm_lets_a_short_stream_end_and_ends_a_long_one_with_an_error(
+    tmp_path: Path, models: Path
+) -> None:
     with start(tmp_path, models, changed("vpsd.DRAIN_SECONDS = 1.0")) as vps:
         vps.complete("x", max_tokens=1)
         with vps.begun(max_tokens=2000) as long, vps.begun(max_tokens=4) as short:
@@ -830,13 +990,22 @@ def test_a_taken_port_is_reported(tmp_path: Path) -> None:
         port = str(taken.getsockname()[1])
         done = run_to_the_end("vpsd", tmp_path, CEREBRUM_VPS_PORT=port)
     assert done.returncode == 1
-    assert re.search(f"cannot listen on 127.0.0.1 port {port}: .*address already in use", done.stdout)
+    assert re.search(
+        f"cannot listen on 127.0.0.1 port {port}: .*address already in use", done.stdout
+    )
 
 
 def test_a_tuned_file_is_used(tmp_path: Path, models: Path, reference: Reference) -> None:
     published = models / FILES[SMALL].name
-    file, here = tuned_path(tmp_path / "state", published), {"cpu": cpu_features(), "cpus": cpus(), "threads": 1}
-    here |= {"file": file_stamp(published), "size": published.stat().st_size, "library": llama_cpp.__version__}
+    file, here = (
+        tuned_path(tmp_path / "state", published),
+        {"cpu": cpu_features(), "cpus": cpus(), "threads": 1},
+    )
+    here |= {
+        "file": file_stamp(published),
+        "size": published.stat().st_size,
+        "library": llama_cpp.__version__,
+    }
     source, types = hashlib.sha256(published.read_bytes()).hexdigest(), {"Q5_0": "Q8_0"}
     form = Passport(source, **here, micro_batch=128, flash_attention=False, types=types)
     file.parent.mkdir(parents=True)
@@ -844,7 +1013,10 @@ def test_a_tuned_file_is_used(tmp_path: Path, models: Path, reference: Reference
     passport_path(file).write_text(json.dumps(asdict(form)))
     with start(tmp_path, models) as tuned:
         for _ in range(2):  # before and after it is loaded
-            assert {"path": str(file), "encoding": "tuned: Q5_0 to Q8_0"}.items() <= tuned.model().items()
+            assert {
+                "path": str(file),
+                "encoding": "tuned: Q5_0 to Q8_0",
+            }.items() <= tuned.model().items()
             reference.check(PROMPTS[0], tuned.complete(PROMPTS[0], max_tokens=8)["completion"], 8)
         assert f"model {SMALL} loaded (tuned: Q5_0 to Q8_0)" in tuned.process.stdout()
 
@@ -853,7 +1025,9 @@ def test_a_tuned_file_is_used(tmp_path: Path, models: Path, reference: Reference
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not FILES[LARGE].exists(), reason="the 1.5B is missing: python3 vpsd.py fetch qwen_1_5b")
+@pytest.mark.skipif(
+    not FILES[LARGE].exists(), reason="the 1.5B is missing: python3 vpsd.py fetch qwen_1_5b"
+)
 def test_two_models_at_once(tmp_path: Path, real_reference: Reference) -> None:
     """Both are loaded and generate at the same time."""
     with start(tmp_path, MODELS) as vps:
@@ -876,7 +1050,9 @@ ROOM_FOR_ONE = (
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not FILES[LARGE].exists(), reason="the 1.5B is missing: python3 vpsd.py fetch qwen_1_5b")
+@pytest.mark.skipif(
+    not FILES[LARGE].exists(), reason="the 1.5B is missing: python3 vpsd.py fetch qwen_1_5b"
+)
 def test_the_least_recently_used_model_makes_room(tmp_path: Path) -> None:
     with start(tmp_path, MODELS, changed(ROOM_FOR_ONE), CEREBRUM_MIN_FREE_MB="1000") as vps:
         vps.complete("x", max_tokens=1)
