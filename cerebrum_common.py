@@ -1,7 +1,8 @@
-"""Code of both Cerebrum daemons: routing tables, errors and their statuses, request ids, SSE events.
+"""Code of both Cerebrum daemons: routing tables, errors and their statuses, request ids, SSE
+events.
 
-Every error is an `HttpError` with a code; `STATUSES` maps each code to its HTTP status. A daemon's API is a table of
-`Route` entries, and its languages come from its `Model` entries.
+Every error is an `HttpError` with a code; `STATUSES` maps each code to its HTTP status. A daemon's
+API is a table of `Route` entries, and its languages come from its `Model` entries.
 
 Pure but for the clock in timestamps: no socket, no file, no environment. Standard library only.
 """
@@ -20,9 +21,10 @@ VERSION = "1.1.0"  # of all files that are copied together; pyproject.toml has t
 request_id_var: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="-")
 log = logging.getLogger("cerebrum")
 
-# ------------------------------------------------------------------------------------------------ errors
+# ------------------------------------------------------------------------------------------- errors
 
-# Every error code of either daemon and its HTTP status. The first code of a status also names its reason phrase.
+# Every error code of either daemon and its HTTP status. The first code of a status also names its
+# reason phrase.
 STATUSES = {
     "INVALID_REQUEST": 400, "UNAUTHORIZED": 401, "FORBIDDEN": 403, "NOT_FOUND": 404, "MODEL_NOT_FOUND": 404,
     "METHOD_NOT_ALLOWED": 405, "TIMEOUT": 408, "SUPERSEDED": 409, "MODEL_BUSY": 409, "LENGTH_REQUIRED": 411,
@@ -37,9 +39,10 @@ Headers = tuple[tuple[str, str], ...]
 
 
 class HttpError(Exception):
-    """An error response: a code, its status, and a message that a client may read. `close` ends the connection after
-    the answer, because the framing can no longer be trusted. `extra` holds more members of the JSON object, `headers`
-    more response headers."""
+    """An error response: a code, its status, and a message that a client may read. `close` ends the
+    connection after the answer, because the framing can no longer be trusted. `extra` holds more
+    members of the JSON object, `headers` more response headers.
+    """
 
     def __init__(
         self,
@@ -56,7 +59,9 @@ class HttpError(Exception):
 
 
 def internal_error(exception: Exception) -> HttpError:
-    """A fault of ours. The traceback goes to the log; the client learns the request id and nothing else."""
+    """A fault of ours. The traceback goes to the log; the client learns the request id and nothing
+    else.
+    """
     log.error("internal error", exc_info=exception)
     return HttpError(
         "INTERNAL_ERROR", "internal error; the log has the details under this request's id"
@@ -83,14 +88,15 @@ def error_body(error: HttpError) -> dict[str, Any]:
     }
 
 
-# -------------------------------------------------------------------------------- requests and responses
+# --------------------------------------------------------------------------- requests and responses
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """A parsed request head. `path` is decoded once, for routing and authentication alike. `length` is the body's in
-    bytes, None without a Content-Length. `host` is the name in the Host header, "" in HTTP/1.0 without that header.
-    `authority` is the name in a target of absolute form."""
+    """A parsed request head. `path` is decoded once, for routing and authentication alike. `length`
+    is the body's in bytes, None without a Content-Length. `host` is the name in the Host header, ""
+    in HTTP/1.0 without that header. `authority` is the name in a target of absolute form.
+    """
 
     method: str
     path: str
@@ -109,7 +115,9 @@ class Head:
 
     @property
     def expects(self) -> bool:
-        """Whether the client waits for a 100 before it sends the body (RFC 9110 section 10.1.1; never in HTTP/1.0)."""
+        """Whether the client waits for a 100 before it sends the body (RFC 9110 section 10.1.1;
+        never in HTTP/1.0).
+        """
         return self.has_body and self.version == "HTTP/1.1" and "expect" in self.headers
 
     @property
@@ -123,9 +131,10 @@ class Head:
 
 @dataclass(slots=True)
 class Response:
-    """A handler's result: a `body` for JSON, or `events`, an async generator of values that `render` turns into blocks
-    of whole SSE events. `kind` is the media type of a `body` of bytes, which is sent unchanged. `headers` are read
-    after the first block of `events` has arrived."""
+    """A handler's result: a `body` for JSON, or `events`, an async generator of values that
+    `render` turns into blocks of whole SSE events. `kind` is the media type of a `body` of bytes,
+    which is sent unchanged. `headers` are read after the first block of `events` has arrived.
+    """
 
     body: Any = None
     status: int = 200
@@ -136,8 +145,9 @@ class Response:
 
 
 def sse_event(data: Mapping[str, Any]) -> bytes:
-    """One SSE event with one JSON object. ASCII only: simple clients decode each network read by itself and would lose
-    a character that is cut in two."""
+    """One SSE event with one JSON object. ASCII only: simple clients decode each network read by
+    itself and would lose a character that is cut in two.
+    """
     return sse_block(json.dumps(data).encode("ascii"))
 
 
@@ -152,7 +162,9 @@ def error_event(error: HttpError) -> bytes:
 
 
 def compact(data: Any) -> bytes:
-    """JSON in one line without spaces. The plugin llama.vim looks for `"content":"` and drops everything else."""
+    """JSON in one line without spaces. The plugin llama.vim looks for `"content":"` and drops
+    everything else.
+    """
     return json.dumps(data, separators=(",", ":")).encode("ascii")
 
 
@@ -163,10 +175,11 @@ SSE_COMMENT = (
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A request as a handler gets it. `parameter` is the last path segment of a route that ends in `{id}`, `address`
-    the client's address, `client` the name of its key or else its address. `end(error)` cancels the handler from
-    outside and answers with the error instead. `notes` are added to the request's log line as `name=value`. `answered`
-    is the count kept by `Server`."""
+    """A request as a handler gets it. `parameter` is the last path segment of a route that ends in
+    `{id}`, `address` the client's address, `client` the name of its key or else its address.
+    `end(error)` cancels the handler from outside and answers with the error instead. `notes` are
+    added to the request's log line as `name=value`. `answered` is the count kept by `Server`.
+    """
 
     head: Head
     body: bytes
@@ -187,7 +200,8 @@ class Route:
     handler: Callable[[Any, Request], Awaitable[Response]]
     open: bool = False  # needs no key
     quiet: bool = False  # successes are logged at DEBUG: clients poll this route every few seconds
-    # Takes a JSON body, which other routes drop. The handler may run long: it is cancelled when its client leaves.
+    # Takes a JSON body, which other routes drop. The handler may run long: it is cancelled when its
+    # client leaves.
     json: bool = False
     # Writes errors in the form of another API; the JSON body may then have any Content-Type.
     foreign_error: Callable[[HttpError], Mapping[str, Any]] | None = None
@@ -205,7 +219,9 @@ def routes_of(routes: Routes, path: str) -> tuple[Mapping[str, Route], str]:
 
 
 def match(methods: Mapping[str, Route], method: str) -> Route:
-    """The one of a path's routes that answers this method. HttpError 405 names the methods that it has."""
+    """The one of a path's routes that answers this method. HttpError 405 names the methods that it
+    has.
+    """
     route = methods.get("GET" if method == "HEAD" else method)
     if not route:
         allow = allowed(methods)
@@ -222,7 +238,7 @@ def allowed(methods: Iterable[str]) -> str:
     return ", ".join(sorted({*methods, "OPTIONS", *(["HEAD"] if "GET" in methods else [])}))
 
 
-# ------------------------------------------------------------------------------------------------ models
+# ------------------------------------------------------------------------------------------- models
 
 FIM_LAYOUTS = ("psm", "spm", "spmv2")  # see `arrange_gap`
 SUGGEST = (
@@ -236,11 +252,13 @@ SUGGEST = (
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """One entry of models.toml. An empty `sha256` is not checked; `fetch` downloads the file from `sources`.
-    `aliases` are the model's names in other engines. `fim` holds its marks before the prefix, before the suffix and
-    before the gap, or is empty; `fim_layout` is their order, see `arrange_gap`. A model that only other engines have
-    needs no `file`. `size` is in bytes. A `size` or `memory_mb` of 0 is unknown. `min_confidence` says what the words
-    of SUGGEST mean. `shape` has the sizes of its tensors, by the names of settings.SHAPE, or is empty."""
+    """One entry of models.toml. An empty `sha256` is not checked; `fetch` downloads the file from
+    `sources`. `aliases` are the model's names in other engines. `fim` holds its marks before the
+    prefix, before the suffix and before the gap, or is empty; `fim_layout` is their order, see
+    `arrange_gap`. A model that only other engines have needs no `file`. `size` is in bytes. A
+    `size` or `memory_mb` of 0 is unknown. `min_confidence` says what the words of SUGGEST mean.
+    `shape` has the sizes of its tensors, by the names of settings.SHAPE, or is empty.
+    """
 
     id: str
     name: str
@@ -265,7 +283,9 @@ def served_languages(models: Iterable[Model]) -> list[str]:
 
 
 def threshold_of(models: Iterable[Model], id: str, wanted: float | str | None) -> float | None:
-    """The confidence below which a line of this model is not shown, by a number or a word of SUGGEST; None: all are."""
+    """The confidence below which a line of this model is not shown, by a number or a word of
+    SUGGEST; None: all are.
+    """
     if isinstance(wanted, str):
         wanted = next(
             (model.min_confidence.get(wanted) for model in models if model.id == id), None

@@ -1,19 +1,22 @@
 #!/usr/bin/env python3
-"""Cerebrum's language server: completions as ghost text, in every editor that speaks LSP, from the Pi at home.
+"""Cerebrum's language server: completions as ghost text, in every editor that speaks LSP, from the
+Pi at home.
 
     curl -O http://pi.local:7000/cerebrum_lsp.py
-    CEREBRUM_URL=http://pi.local:7000 python3 cerebrum_lsp.py     # the editor starts this command; see docs/editors.md
+    CEREBRUM_URL=http://pi.local:7000 python3 cerebrum_lsp.py     # the editor starts this
 
-One file, Python 3.9 or newer, standard library only. The server speaks LSP 3.18 on stdin and stdout: messages with a
-`Content-Length`, JSON-RPC 2.0. `textDocument/inlineCompletion` is the method for ghost text; a client that lacks it can
-turn on `textDocument/completion` instead. The completions are the answers of the Pi's `POST /infill`.
+One file, Python 3.9 or newer, standard library only. The server speaks LSP 3.18 on stdin and
+stdout: messages with a `Content-Length`, JSON-RPC 2.0. `textDocument/inlineCompletion` is the
+method for ghost text; a client that lacks it can turn on `textDocument/completion` instead. The
+completions are the answers of the Pi's `POST /infill`.
 
-A bad message gets the protocol's error, and the server goes on. If the Pi is away, the user is told once; until it is
-back, completions are empty.
+A bad message gets the protocol's error, and the server goes on. If the Pi is away, the user is told
+once; until it is back, completions are empty.
 
-Threads: the main thread reads the messages; it alone changes the documents and the settings. A request that asks the Pi
-gets a thread of its own and a copy of the text. `Client`, `Pi` and `Suggestions` have a lock each, for what the threads
-share; of `Calls.running` a thread takes a call in one step.
+Threads: the main thread reads the messages; it alone changes the documents and the settings. A
+request that asks the Pi gets a thread of its own and a copy of the text. `Client`, `Pi` and
+`Suggestions` have a lock each, for what the threads share; of `Calls.running` a thread takes a call
+in one step.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 VERSION = "1.1.0"  # of Cerebrum
 
-# ---------------------------------------------------------------------------------------------- settings
+# ----------------------------------------------------------------------------------------- settings
 
 
 class BadSettings(Exception):
@@ -73,7 +76,9 @@ GONE_WARNING = (
 
 
 def read_settings(given: Any, settings: Settings) -> Settings:
-    """Apply a JSON object of settings. Unknown names are ignored, since clients send others' settings too."""
+    """Apply a JSON object of settings. Unknown names are ignored, since clients send others'
+    settings too.
+    """
     if isinstance(
         given, dict
     ):  # clients that share one object among servers have a section for each
@@ -125,7 +130,9 @@ def kind_of(value: Any) -> str:
 
 
 def read_file(folder: Path) -> Any:
-    """The settings in lsp.toml, or in lsp.json, which every Python can read; None if there is neither."""
+    """The settings in lsp.toml, or in lsp.json, which every Python can read; None if there is
+    neither.
+    """
     toml, plain = folder / "lsp.toml", folder / "lsp.json"
     try:
         import tomllib  # novm: since Python 3.11
@@ -159,7 +166,9 @@ def read_variables(environment: Mapping[str, str]) -> dict[str, Any]:
 
 
 def first_settings(environment: Mapping[str, str]) -> tuple[Settings, list[str]]:
-    """The settings of the file, and above them those of the environment; and the faults of either."""
+    """The settings of the file, and above them those of the environment; and the faults of
+    either.
+    """
     folder = (
         Path(environment.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")) / "cerebrum"
     )
@@ -178,7 +187,7 @@ def first_settings(environment: Mapping[str, str]) -> tuple[Settings, list[str]]
     return settings, faults
 
 
-# ------------------------------------------------------------------------------------- pure: the documents
+# ------------------------------------------------------------------------------ pure: the documents
 
 LINE_END = re.compile(r"\r\n|\r|\n")
 LINE = re.compile(r"[^\r\n]+(?:\r\n?|\n)?|\r\n?|\n")  # reads no character twice
@@ -186,7 +195,9 @@ SHORTER_THAN_4 = bytes(range(0xF0))  # the bytes of UTF-8 that begin no characte
 
 
 def utf16_units(text: str) -> int:
-    """A character of four bytes in UTF-8 takes two units. A loop over a megabyte of characters would take 0.1 s."""
+    """A character of four bytes in UTF-8 takes two units. A loop over a megabyte of characters
+    would take 0.1 s.
+    """
     encoded = text.encode("utf-8", "surrogatepass")
     return len(text) + len(encoded.translate(None, SHORTER_THAN_4))
 
@@ -201,7 +212,9 @@ class Gap:
 
 
 class Suggestion(NamedTuple):
-    """A completion, how sure the model is of its first line, if that is known, and whether unsure lines are missing."""
+    """A completion, how sure the model is of its first line, if that is known, and whether unsure
+    lines are missing.
+    """
 
     text: str = ""
     confidence: float | None = None
@@ -209,14 +222,18 @@ class Suggestion(NamedTuple):
 
 
 class Document:
-    """An open text, as lines with their ends. A position is LSP's: the line, and UTF-16 units of it."""
+    """An open text, as lines with their ends. A position is LSP's: the line, and UTF-16 units of
+    it.
+    """
 
     def __init__(self, uri: str, language: str, version: int, text: str) -> None:
         self.uri, self.language, self.version = uri, language, version
         self.lines: list[str] = LINE.findall(text)
 
     def locate(self, line: int, units: int) -> tuple[int, int]:
-        """The line, and the code points before the position. A position behind an end means that end."""
+        """The line, and the code points before the position. A position behind an end means that
+        end.
+        """
         if line >= len(self.lines):
             return len(self.lines), 0
         content = self.lines[line].rstrip("\r\n")
@@ -242,7 +259,9 @@ class Document:
         return "".join(lines)[column : sum(map(len, lines[: last - first])) + after]
 
     def gap(self, start: tuple[int, int], end: tuple[int, int], inserted: str = "") -> Gap:
-        """The gap behind `inserted`, which stands for the text between two positions. It has the model's line ends."""
+        """The gap behind `inserted`, which stands for the text between two positions. It has the
+        model's line ends.
+        """
         before, after = self.between((0, 0), start), self.between(end, (len(self.lines), 0))
         texts = (
             text.replace("\r\n", "\n").replace("\r", "\n") for text in (before + inserted, after)
@@ -255,7 +274,9 @@ class Document:
         return found[0] if found else "\n"
 
     def edit(self, start: tuple[int, int], end: tuple[int, int], text: str) -> None:
-        """Replace the text between two positions. The line before is read again, since \\r and \\n may meet."""
+        """Replace the text between two positions. The line before is read again, since \\r and \\n
+        may meet.
+        """
         first, column = self.locate(*start)
         last, after = max(self.locate(*end), (first, column))
         head = (
@@ -273,8 +294,8 @@ class Suggestions:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        # The uri, the hash of the text after the gap, the hash and length of the text before it, and the completion.
-        # Copies of the texts would be tens of megabytes for a large file.
+        # The uri, the hash of the text after the gap, the hash and length of the text before it,
+        # and the completion. Copies of the texts would be tens of megabytes for a large file.
         self.found: deque[tuple[str, int, int, int, Suggestion]] = deque(maxlen=self.MAX_FOUND)
         self.seconds: deque[float] = deque([0.4], maxlen=8)  # a guess, until there are answers
 
@@ -284,7 +305,9 @@ class Suggestions:
             self.seconds.append(seconds)
 
     def rest(self, gap: Gap) -> Suggestion | None:
-        """What is left of a completion whose beginning has been typed or accepted; None if nothing fits."""
+        """What is left of a completion whose beginning has been typed or accepted; None if nothing
+        fits.
+        """
         with self.lock:
             for uri, after, before, length, found in reversed(self.found):
                 text, typed = found.text, gap.before[length:]
@@ -297,7 +320,9 @@ class Suggestions:
         return None
 
     def pause(self) -> float:
-        """Seconds of silence before an automatic request: the slower the Pi, the more it pays to wait for text."""
+        """Seconds of silence before an automatic request: the slower the Pi, the more it pays to
+        wait for text.
+        """
         with self.lock:
             return min(
                 max(MIN_PAUSE_SECONDS, PAUSE_SHARE * median(self.seconds)), MAX_PAUSE_SECONDS
@@ -306,21 +331,23 @@ class Suggestions:
 
 MIN_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 0.03, 0.4  # fast typists leave 0.1 s between keys
 PAUSE_SHARE = 0.2  # of the median response time
-# Characters before the cursor, and after it, that are sent: more than any context holds, and as JSON less than the
-# 1 MiB that the Pi takes.
+# Characters before the cursor, and after it, that are sent: more than any context holds, and as
+# JSON less than the 1 MiB that the Pi takes.
 MAX_BODY_TEXT = 80_000
 
 
 def sent(gap: Gap) -> tuple[str, str]:
-    """The text before and after the cursor for a request. Of a long text the far ends are left out, in steps of a
-    quarter, so that the text begins at the same place for many keys and the model's cache stays valid."""
+    """The text before and after the cursor for a request. Of a long text the far ends are left out,
+    in steps of a quarter, so that the text begins at the same place for many keys and the model's
+    cache stays valid.
+    """
     step = MAX_BODY_TEXT // 4
     over = len(gap.before) - MAX_BODY_TEXT
     cut = -(-over // step) * step if over > 0 else 0
     return gap.before[cut:], gap.after[:MAX_BODY_TEXT]
 
 
-# ----------------------------------------------------------------------------------------------- IO: the Pi
+# --------------------------------------------------------------------------------------- IO: the Pi
 
 TIMEOUT_SECONDS = 600.0  # a model may have to be loaded, and the Pi itself gives up in time
 CONNECT_SECONDS = 5.0
@@ -328,7 +355,9 @@ AWAY_SECONDS = 5.0  # between two automatic requests to a Pi that does not answe
 
 
 class PiError(Exception):
-    """The Pi did not answer as hoped: `status` of HTTP (0: no connection), and a message for the user."""
+    """The Pi did not answer as hoped: `status` of HTTP (0: no connection), and a message for the
+    user.
+    """
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -340,7 +369,9 @@ class Ended(Exception):
 
 
 class Call:
-    """A request of the client that a thread answers: it waits for a pause in typing, then asks the Pi."""
+    """A request of the client that a thread answers: it waits for a pause in typing, then asks the
+    Pi.
+    """
 
     def __init__(self, request_id: Any, lane: Any = None, pause: float = 0.0) -> None:
         self.request_id = request_id
@@ -380,7 +411,8 @@ class Pi:
     def __init__(self, settings: Settings, client: Client) -> None:
         self.settings, self.client = settings, client
         self.lock = threading.Lock()  # of `away_until`
-        self.away_until = 0.0  # by time.monotonic(): no automatic request before; 0: not away, as far as the user knows
+        # by time.monotonic(): no automatic request before; 0: not away, as far as the user knows
+        self.away_until = 0.0
         self.without_url = (
             itertools.count()
         )  # numbers of the requests without a url; `next` is atomic
@@ -448,7 +480,7 @@ class Pi:
         return is_news
 
 
-# ------------------------------------------------------------------------------- IO: messages of the client
+# ----------------------------------------------------------------------- IO: messages of the client
 
 PARSE_ERROR, INVALID_REQUEST, METHOD_NOT_FOUND, INVALID_PARAMS, INTERNAL_ERROR = (
     -32700,
@@ -472,8 +504,9 @@ class ProtocolError(Exception):
 
 
 def read_message(stream: BinaryIO) -> Any:
-    """The next message's JSON. EOFError at the end of the stream; ProtocolError if the message cannot be read, after
-    which the next call finds the next message."""
+    """The next message's JSON. EOFError at the end of the stream; ProtocolError if the message
+    cannot be read, after which the next call finds the next message.
+    """
     length, lines = None, 0
     while line := stream.readline(MAX_HEADER_BYTES):
         if found := LENGTH.search(
@@ -517,7 +550,9 @@ class Client:
             self.stream.flush()
 
     def request(self, method: str, params: Any, react: Callable[[Any], None]) -> None:
-        """Send a request. The main thread calls `react` with the result, which is None after an error."""
+        """Send a request. The main thread calls `react` with the result, which is None after an
+        error.
+        """
         request_id = f"cerebrum-{next(self.numbers)}"
         self.reactions[request_id] = react
         self.send(id=request_id, method=method, params=params)
@@ -544,13 +579,15 @@ def outcome(work: Callable[[], Any]) -> dict[str, Any]:
     return {"error": {"code": code, "message": text}}
 
 
-# --------------------------------------------------------------------------------- pure: members of messages
+# ------------------------------------------------------------------------ pure: members of messages
 
 ACCEPTED, INSTRUCT = "cerebrum.accepted", "cerebrum.instruct"  # the commands
 
 
 def get(value: Any, path: str, kind: type, *default: Any) -> Any:
-    """The member at a dotted path, of this kind. If it is missing or null: the default, if there is one."""
+    """The member at a dotted path, of this kind. If it is missing or null: the default, if there is
+    one.
+    """
     for name in path.split("."):
         value = value.get(name) if isinstance(value, dict) else None
     if value is None and default:
@@ -562,8 +599,9 @@ def get(value: Any, path: str, kind: type, *default: Any) -> Any:
     return value
 
 
-# The question to a chat, for a language that the Pi does not know. The 0.5B follows it best with the code at its end;
-# without the second sentence it explains at length, and may answer with an example of the code's use.
+# The question to a chat, for a language that the Pi does not know. The 0.5B follows it best with
+# the code at its end; without the second sentence it explains at length, and may answer with an
+# example of the code's use.
 ASK_FOR_CODE = "{instruction}\nAnswer with the changed code alone, in one fenced block.\n\n```{language}\n{prompt}\n```"
 
 
@@ -580,10 +618,13 @@ def lacks(answer: Any) -> str:
 
 
 def block_of(answer: Any) -> dict[str, Any]:
-    """A chat's answer in the form of /v1/complete's. Unless it has one whole block of code, `completion` is empty."""
+    """A chat's answer in the form of /v1/complete's. Unless it has one whole block of code,
+    `completion` is empty.
+    """
     choice = answer["choices"][0]
     reason = answer.get("preempted") or choice["finish_reason"]
-    # The text before the block, the rest of its first line, the block, the rest of its last line, the text behind it.
+    # The text before the block, the rest of its first line, the block, the rest of its last line,
+    # the text behind it.
     parts = re.split(r"(?m)^`{3,}(.*)\n?", choice["message"]["content"])
     is_one = len(parts) == 5 and not parts[3].strip()
     return {**answer, "completion": parts[2] if is_one else "", "finish_reason": reason}
@@ -619,7 +660,7 @@ def span(*ends: tuple[int, int]) -> dict[str, dict[str, int]]:
     return {"start": start, "end": end}
 
 
-# -------------------------------------------------------------------------------------- state: the session
+# ------------------------------------------------------------------------------- state: the session
 
 PREDICT_MS = 1500  # a completion that has a line ends after this time
 BUSY = (409, 429)  # statuses that pass by themselves
@@ -630,7 +671,9 @@ LATER = object()  # the result of a request that a thread answers
 
 
 class Calls:
-    """The requests that threads answer. Whoever removes a call from `running` sends its one response."""
+    """The requests that threads answer. Whoever removes a call from `running` sends its one
+    response.
+    """
 
     def __init__(self, client: Client) -> None:
         self.client, self.running = client, set[Call]()
@@ -720,8 +763,10 @@ class Completions:
         return self.complete(call, document, document.gap(start, end, inserted), items)
 
     def menu(self, params: Any, request_id: Any) -> Any:
-        """The same for a client without inline completion, as one entry of its menu. Helix inserts it as it is, so it
-        has the document's line ends. Ghost text has none but \\n: Neovim and Emacs would leave a \\r in the text."""
+        """The same for a client without inline completion, as one entry of its menu. Helix inserts
+        it as it is, so it has the document's line ends. Ghost text has none but \\n: Neovim and
+        Emacs would leave a \\r in the text.
+        """
         document = self.documents.find(params)
         end = document.clamp(position(get(params, "position", dict), "position"))
         gap, (line, units) = document.gap(end, end), end
@@ -775,12 +820,16 @@ class Completions:
         return self.calls.start(call, work)
 
     def rest(self, call: Call, gap: Gap) -> Suggestion | None:
-        """What is left of a suggestion. Who asks, where nothing was suggested or lines are missing, asks the Pi."""
+        """What is left of a suggestion. Who asks, where nothing was suggested or lines are missing,
+        asks the Pi.
+        """
         rest = self.suggestions.rest(gap)
         return rest if call.pause or (rest and rest.text and not rest.unsure) else None
 
     def infill(self, call: Call, gap: Gap) -> Suggestion:
-        """The Pi's text for the gap, without one if it has none now. Ended, if the call was ended."""
+        """The Pi's text for the gap, without one if it has none now. Ended, if the call was
+        ended.
+        """
         before, after = sent(gap)
         body = {
             "input_prefix": before,
@@ -1016,9 +1065,9 @@ class Server:
 
 HELP = """Usage: cerebrum_lsp.py [--stdio | --help | --version]
 
-A language server on stdin and stdout: code completions as ghost text from Cerebrum, for an editor that starts this
-command. CEREBRUM_URL is the address of the Raspberry Pi, and CEREBRUM_CM4_API_KEY your key, if you have one. Other
-settings are in ~/.config/cerebrum/lsp.toml."""
+A language server on stdin and stdout: code completions as ghost text from Cerebrum, for an editor
+that starts this command. CEREBRUM_URL is the address of the Raspberry Pi, and CEREBRUM_CM4_API_KEY
+your key, if you have one. Other settings are in ~/.config/cerebrum/lsp.toml."""
 
 
 def main() -> int:

@@ -6,29 +6,33 @@
     curl -N http://localhost:7000/v1/complete/stream -H 'Content-Type: application/json' \
          -d '{"prompt": "def fibonacci(n):", "language": "python", "max_tokens": 128}'
 
-models.toml lists the backends; without any, the only one is the VPS at CEREBRUM_VPS_URL. `Gateway.complete` runs every
-completion, and yields pairs of (kind, value): `/v1/complete/stream` renders them as SSE, `/v1/complete` as one JSON
-answer. Editors and tools speak the dialects of cerebrum/pi/dialects.py. A `Subscriber` reads a completion for one
-of their clients: identical requests share one completion, an editor that types on ends its older infill, and text that
-the last completion predicted is served without a backend.
+models.toml lists the backends; without any, the only one is the VPS at CEREBRUM_VPS_URL.
+`Gateway.complete` runs every completion, and yields pairs of (kind, value): `/v1/complete/stream`
+renders them as SSE, `/v1/complete` as one JSON answer. Editors and tools speak the dialects of
+cerebrum/pi/dialects.py. A `Subscriber` reads a completion for one of their clients: identical
+requests share one completion, an editor that types on ends its older infill, and text that the last
+completion predicted is served without a backend.
 
-The Pi refuses a completion with 429 while all places are taken, and with 503 while every breaker is open; a completion
-in a dialect first waits for a place or for a breaker's trial. From a backend the Pi refuses redirects, inexact framing
-or JSON, and a stream without a proper end: the client gets all whole events up to the fault, then an error event, then
-a cut. A request that fails before its first token goes to the next backend. The same one gets it again only after it
-closed a spare connection without a byte, answered 429, refused the prompt as too long, or could not load one model and
-has another. After the first token nothing is sent again.
+The Pi refuses a completion with 429 while all places are taken, and with 503 while every breaker is
+open; a completion in a dialect first waits for a place or for a breaker's trial. From a backend the
+Pi refuses redirects, inexact framing or JSON, and a stream without a proper end: the client gets
+all whole events up to the fault, then an error event, then a cut. A request that fails before its
+first token goes to the next backend. The same one gets it again only after it closed a spare
+connection without a byte, answered 429, refused the prompt as too long, or could not load one model
+and has another. After the first token nothing is sent again.
 
-Each class says which state it owns; docs/design.md has them in one table. Everything runs on the event loop's thread,
-except name look-ups. Standard library only; cerebrum_common.py, models.toml and the folder cerebrum must be beside
-cm4d.py, but cerebrum/vps and cerebrum/pi/page.html may be missing, as may cerebrum_lsp.py, which the Pi only hands out.
+Each class says which state it owns; docs/design.md has them in one table. Everything runs on the
+event loop's thread, except name look-ups. Standard library only; cerebrum_common.py, models.toml
+and the folder cerebrum must be beside cm4d.py, but cerebrum/vps and cerebrum/pi/page.html may be
+missing, as may cerebrum_lsp.py, which the Pi only hands out.
 """
 
 from __future__ import annotations
 
 import sys
 
-if sys.version_info < (3, 11):  # noqa: UP036 (Debian 11 has 3.9, which fails less clearly at an import below)
+# noqa: UP036 (Debian 11 has 3.9, which fails less clearly at an import below)
+if sys.version_info < (3, 11):
     print("cm4d.py: expected Python 3.11 or newer, got", sys.version.split()[0], file=sys.stderr)
     sys.exit(2)
 
@@ -90,7 +94,7 @@ from cerebrum.text.prompt import detect_mode
 from cerebrum_common import HttpError, Model, Request, Response, Route, compact, log
 
 HERE = Path(__file__).resolve().parent
-# --------------------------------------------------------------------------------------- configuration
+# ------------------------------------------------------------------------------------ configuration
 
 
 class Tls:
@@ -125,7 +129,9 @@ def read_tls(environ: Environment) -> Tls | None:
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """The settings. Clients must send one of `client_keys` or of `clients`; with neither, they need no key."""
+    """The settings. Clients must send one of `client_keys` or of `clients`; with neither, they need
+    no key.
+    """
 
     backends: tuple[BackendConfig, ...]
     models: tuple[Model, ...]
@@ -161,7 +167,9 @@ CLIENTS = "CEREBRUM_CM4_KEYS_FILE", HERE / "client-keys"
 
 
 def load_config(environ: Environment) -> Config:
-    """Read the settings from the environment and models.toml. ConfigError names the bad variable, a bad key's first."""
+    """Read the settings from the environment and models.toml. ConfigError names the bad variable, a
+    bad key's first.
+    """
     client_keys, clients = environ.keys("CEREBRUM_CM4_API_KEY"), environ.clients(*CLIENTS)
     logs = HERE / "logs"
     path = Path(environ.text("CEREBRUM_MODELS_FILE", str(HERE / "models.toml"))).expanduser()
@@ -186,7 +194,7 @@ def load_config(environ: Environment) -> Config:
     )
 
 
-# ------------------------------------------------------------------------------------ policy: requests
+# --------------------------------------------------------------------------------- policy: requests
 
 FIELDS = {
     "prompt": Field(str, 1, required=True),
@@ -211,8 +219,9 @@ FIELDS_WITHOUT_PROMPT = FIELDS | {"prompt": Field(str, 0, required=True)}
 
 
 def read_completion(members: Mapping[str, Any], models: Collection[Model]) -> dict[str, Any]:
-    """The checked fields of a completion. HttpError 400 names a bad field, 404 a model that is not in models.toml.
-    An alias of a language becomes the name that models.toml lists."""
+    """The checked fields of a completion. HttpError 400 names a bad field, 404 a model that is not
+    in models.toml. An alias of a language becomes the name that models.toml lists.
+    """
     more = members.get("suffix") or members.get("instruction")
     fields = read_fields(members, FIELDS_WITHOUT_PROMPT if more else FIELDS)
     languages, given = common.served_languages(models), fields["language"]
@@ -230,14 +239,17 @@ def read_completion(members: Mapping[str, Any], models: Collection[Model]) -> di
 
 
 def session_of(client: str, session: str | None) -> str:
-    """A session name that is unique across clients, or "" without a session. Two clients may choose the same string,
-    and a backend sees only the Pi's address."""
+    """A session name that is unique across clients, or "" without a session. Two clients may choose
+    the same string, and a backend sees only the Pi's address.
+    """
     return hashlib.sha256(f"{client} {session}".encode()).hexdigest() if session else ""
 
 
 def native_fields(wanted: CompletionRequest, models: Collection[Model]) -> dict[str, Any]:
-    """Convert a dialect's request to the fields that `Gateway.complete` reads. A request may name a model by an alias;
-    an unknown name counts as no name. The language, except for a chat, is guessed from the text and the file names."""
+    """Convert a dialect's request to the fields that `Gateway.complete` reads. A request may name a
+    model by an alias; an unknown name counts as no name. The language, except for a chat, is
+    guessed from the text and the file names.
+    """
     unsaid: dict[str, Any] = {
         "prompt": "",
         "filename": "",
@@ -256,7 +268,7 @@ def native_fields(wanted: CompletionRequest, models: Collection[Model]) -> dict[
     return fields | {"language": language, "model": ids.get(fields["model"])}
 
 
-# ------------------------------------------------------------------------------------------- the gateway
+# -------------------------------------------------------------------------------------- the gateway
 
 MAX_TOKENIZING = 4  # texts at a time; they take no place, and one text can be 8 MB of tokens
 MAX_COLLECTED_BYTES = 2 << 20  # text events of one /v1/complete; 2,048 tokens take about 150 KB
@@ -291,8 +303,9 @@ class Gateway:
             log.warning("no page at /: cannot read page.html: %s", error.strerror)
 
     def use_keys(self, environ: Environment) -> None:
-        """Apply the keys that can be read: whatever else is wrong, a revoked one must stop working. `load_config` says
-        why others cannot be read."""
+        """Apply the keys that can be read: whatever else is wrong, a revoked one must stop working.
+        `load_config` says why others cannot be read.
+        """
         config = self.config
         with contextlib.suppress(ConfigError):
             config = replace(config, clients=environ.clients(*CLIENTS, strict=False))
@@ -303,8 +316,9 @@ class Gateway:
             self.dispatcher.end_reading()  # perhaps for a client who may no longer ask
 
     def reconfigure(self, config: Config) -> None:
-        """Apply new settings; running requests continue. ConfigError if the settings cannot be used; then nothing has
-        changed."""
+        """Apply new settings; running requests continue. ConfigError if the settings cannot be
+        used; then nothing has changed.
+        """
         if self.config.clients is not None and not config.access.needs_key:
             raise ConfigError(
                 "CEREBRUM_CM4_KEYS_FILE: expected the file, it has gone; an empty one lets nobody in"
@@ -337,20 +351,25 @@ class Gateway:
         self.dispatcher.advance()
 
     async def complete(self, completion: Completion) -> AsyncGenerator[Pair, None]:
-        """One completion as pairs of (kind, value), independent of the client's API and of the backend's:
+        """One completion as pairs of (kind, value), independent of the client's API and of the
+        backend's:
 
-            ("started", dict)   first: a backend answers. {"model", "n_ctx", "kept", "threshold"}. An error before
-                                this pair can still be an HTTP status. The pair comes again if another backend takes
-                                over. `threshold`: lines of less confidence are not for the client; None: all are
+            ("started", dict)   first: a backend answers. {"model", "n_ctx", "kept", "threshold"}.
+                                An error before this pair can still be an HTTP status. The pair
+                                comes again if another backend takes over. `threshold`: lines of
+                                less confidence are not for the client; None: all are
             ("idle", None)      nothing new, but the backend is alive
-            ("progress", dict)  {"stage": str, "done": int, "total": int}, if the request asks for progress
-            ("text", bytes)     whole native token events, relayed without being parsed; `read_text` decodes them
-            ("judged", tuple)   (confidence of a line, characters of the text up to its end), behind the line, if there
-                                is a threshold
+            ("progress", dict)  {"stage": str, "done": int, "total": int}, if the request asks for
+                                progress
+            ("text", bytes)     whole native token events, relayed without being parsed; `read_text`
+                                decodes them
+            ("judged", tuple)   (confidence of a line, characters of the text up to its end), behind
+                                the line, if there is a threshold
             ("done", dict)      last: the result, a native done event without its member `done`
 
-        A completion that fails raises HttpError. All resources are acquired in this body, so they are released when the
-        generator ends or is closed; a generator that was never started holds nothing.
+        A completion that fails raises HttpError. All resources are acquired in this body, so they
+        are released when the generator ends or is closed; a generator that was never started holds
+        nothing.
         """
         begun: dict[str, Any] = {}
         if self.config.log_prompts:
@@ -372,7 +391,8 @@ class Gateway:
                                 yield "started", begun
                             if kind == "text" and not has_spoken:
                                 has_spoken = True
-                                self.dispatcher.advance()  # a trial has succeeded: others waited for its end
+                                # a trial has succeeded: others waited for its end
+                                self.dispatcher.advance()
                             elif kind == "done":
                                 value = self._result(attempt, value)
                             if kind != "begun":
@@ -401,7 +421,9 @@ class Gateway:
         return {"model": model, "n_ctx": n_ctx, "kept": sent.text.kept, "threshold": threshold}
 
     def _result(self, attempt: Attempt, done: dict[str, Any]) -> dict[str, Any]:
-        """Count the work of a whole answer, and return its result: our own members, then the backend's."""
+        """Count the work of a whole answer, and return its result: our own members, then the
+        backend's.
+        """
         request, kept, spent = (
             attempt.request,
             attempt.sent.text.kept,
@@ -432,12 +454,13 @@ class Gateway:
         return ours | done | ({"kept": kept} if kept else {})
 
 
-# -------------------------------------------------------------------------------------------- handlers
+# ----------------------------------------------------------------------------------------- handlers
 
 
 async def health(gateway: Gateway, request: Request) -> Response:
-    """GET /health: the backends' state, from the last probe and the traffic. `vps_available`: at least one backend is
-    available. A 503 says what is wrong."""
+    """GET /health: the backends' state, from the last probe and the traffic. `vps_available`: at
+    least one backend is available. A 503 says what is wrong.
+    """
     fleet, uptime = gateway.fleet, round(time.monotonic() - gateway.started, 1)
     backends = [
         {"id": one.id, "available": one.available, "message": one.breaker.message}
@@ -467,7 +490,8 @@ async def complete_stream(gateway: Gateway, request: Request) -> Response:
     return Response(events=pairs, render=lambda pair: NATIVE_EVENTS[pair[0]](pair[1]))
 
 
-# Pairs as native SSE. "started" has no event; it comes first, so the response head goes out once the backend answers.
+# Pairs as native SSE. "started" has no event; it comes first, so the response head goes out once
+# the backend answers.
 NATIVE_EVENTS: dict[str, Callable[[Any], bytes]] = {
     "started": lambda _: b"",
     "idle": lambda _: common.SSE_COMMENT,
@@ -509,7 +533,9 @@ async def page(gateway: Gateway, request: Request) -> Response:
 
 
 async def language_server(gateway: Gateway, request: Request) -> Response:
-    """GET /cerebrum_lsp.py: the language server for editors, a Python program of this Pi's version."""
+    """GET /cerebrum_lsp.py: the language server for editors, a Python program of this Pi's
+    version.
+    """
     try:
         text = (HERE / "cerebrum_lsp.py").read_bytes()
     except OSError:
@@ -526,10 +552,12 @@ async def accepted(gateway: Gateway, request: Request) -> Response:
 
 
 async def models(gateway: Gateway, request: Request) -> Response:
-    """GET /v1/models: the models of models.toml. `available`: a backend that has the model can be reached; the entry
-    then also has the members that the first such backend reports, and `backends` names all such backends. `languages`
-    lists the languages that models.toml names (`served`) and those with a known syntax. `data` is OpenAI's list: the
-    models that some backend has, or all models while no backend has listed any."""
+    """GET /v1/models: the models of models.toml. `available`: a backend that has the model can be
+    reached; the entry then also has the members that the first such backend reports, and `backends`
+    names all such backends. `languages` lists the languages that models.toml names (`served`) and
+    those with a known syntax. `data` is OpenAI's list: the models that some backend has, or all
+    models while no backend has listed any.
+    """
     models, listed = gateway.config.models, list[dict[str, Any]]()
     for model in models:
         having = [
@@ -640,7 +668,9 @@ async def dialect_stream(
     reply_to: Callable[[Mapping[str, Any]], dialects.Reply],
     response: Response,
 ) -> AsyncGenerator[bytes, None]:
-    """Blocks of whole SSE events in a dialect. The first block may be empty, as in NATIVE_EVENTS."""
+    """Blocks of whole SSE events in a dialect. The first block may be empty, as in
+    NATIVE_EVENTS.
+    """
     begun = False
     async with contextlib.aclosing(whole) as pairs:
         async for kind, value in pairs:
@@ -657,7 +687,9 @@ async def dialect_stream(
 
 
 def kept_headers(kept: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    """A header with the part of a request that was sent, unless all was: no dialect has a member for this."""
+    """A header with the part of a request that was sent, unless all was: no dialect has a member
+    for this.
+    """
     if not kept or kept["parts"] == ["all"]:
         return ()
     messages = "{} of {} messages, ".format(*kept["messages"]) if "messages" in kept else ""
@@ -665,14 +697,18 @@ def kept_headers(kept: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
 
 
 async def stats(gateway: Gateway, request: Request) -> Response:
-    """GET /v1/stats: counters and gauges; requests are completions. `backends` has the figures of each backend.
-    `breaker` and `vps_response_time_ms` (of the last good probe, null before one) are the first available backend's."""
+    """GET /v1/stats: counters and gauges; requests are completions. `backends` has the figures of
+    each backend. `breaker` and `vps_response_time_ms` (of the last good probe, null before one) are
+    the first available backend's.
+    """
     return Response(statistics(gateway))
 
 
 async def activity(gateway: Gateway, request: Request) -> Response:
-    """GET /v1/activity: the statistics, the reason if no backend is available, and the counts of the last half hour.
-    Each number of `requests`, `failed` and `tokens` covers `step_s` seconds, the last one the current step so far."""
+    """GET /v1/activity: the statistics, the reason if no backend is available, and the counts of
+    the last half hour. Each number of `requests`, `failed` and `tokens` covers `step_s` seconds,
+    the last one the current step so far.
+    """
     fleet, counting = gateway.fleet, gateway.counting
     counting.sample()
     loaded = dict.fromkeys(id for backend in fleet.backends for id in backend.models_loaded)
@@ -807,7 +843,7 @@ async def metrics(gateway: Gateway, request: Request) -> Response:
     return Response(server + write_metrics(METRICS, subjects(gateway)), kind=CONTENT_TYPE)
 
 
-# ---------------------------------------------------------------------------------------------- routes
+# ------------------------------------------------------------------------------------------- routes
 
 ROUTES = (
     Route("GET", "/", page, open=True),
@@ -833,13 +869,15 @@ ROUTES = (
     Route("GET", "/props", props, foreign_error=dialects.write_error),
     Route("POST", "/tokenize", tokenize, json=True, foreign_error=dialects.write_error),
 )
-# ----------------------------------------------------------------------------------------------- start
+# -------------------------------------------------------------------------------------------- start
 
 DRAIN_SECONDS = 30.0  # for running completions to end at shutdown
 
 
 async def serve(environ: Environment, config: Config) -> int:
-    """Listen and answer until SIGTERM or SIGINT, then let running completions end. Returns the exit status."""
+    """Listen and answer until SIGTERM or SIGINT, then let running completions end. Returns the exit
+    status.
+    """
     gateway = Gateway(config)
     server = Server(gateway, ROUTES, config.access)
     known = environ  # as last read
@@ -889,7 +927,9 @@ def warn_of(config: Config) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Returns the exit status: 2 for a wrong configuration, 1 for a failure that may pass by itself."""
+    """Returns the exit status: 2 for a wrong configuration, 1 for a failure that may pass by
+    itself.
+    """
     if arguments:
         about = "Cerebrum's daemon for the Raspberry Pi. Without an option it serves until it gets SIGTERM."
         make_parser("cm4d", about).parse_args(arguments)

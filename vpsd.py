@@ -1,27 +1,32 @@
 #!/usr/bin/env python3
-"""vpsd: the Cerebrum backend. Runs GGUF code models through llama.cpp for one Pi, on a VPS without a GPU.
+"""vpsd: the Cerebrum backend. Runs GGUF code models through llama.cpp for one Pi, on a VPS without
+a GPU.
 
-    CEREBRUM_API_KEY=secret python3 vpsd.py              # serve on 127.0.0.1:9000
-    python3 vpsd.py choose                               # find the best model that is fast enough on this machine
-    python3 vpsd.py fetch [model id]                     # download a model of models.toml, check its sha256, tune it
-    python3 vpsd.py tune [model id]                      # find the encoding that this machine computes fastest
-    curl -N localhost:9000/v1/inference/stream -H 'X-API-Key: secret' -H 'Content-Type: application/json' \\
+    CEREBRUM_API_KEY=secret python3 vpsd.py   # serve on 127.0.0.1:9000
+    python3 vpsd.py choose                    # find the best model that is fast enough here
+    python3 vpsd.py fetch [model id]          # download a model, check its sha256, tune it
+    python3 vpsd.py tune [model id]           # find the encoding that is fastest here
+    curl -N localhost:9000/v1/inference/stream -H 'X-API-Key: secret' \\
+         -H 'Content-Type: application/json' \\
          -d '{"prompt": "def f(n):", "model": "qwen_0_5b", "temperature": 0}'
 
-vpsd refuses to start without a key. It also refuses a model that does not fit into memory, a request while other
-programs use the CPU, more concurrent requests than configured, and a prompt that does not fit into the context.
+vpsd refuses to start without a key. It also refuses a model that does not fit into memory, a
+request while other programs use the CPU, more concurrent requests than configured, and a prompt
+that does not fit into the context.
 
-Who owns what: the event loop owns the sockets and all bookkeeping of `Engine`. A request is a `Completion`, which holds
-its place from `Engine.admit` to `Engine.finish`. A model is an `Instance` of the `Pool` (cerebrum/vps/pool.py) from the
-start of its load until its memory is free again; its `Worker` (cerebrum/vps/worker.py) is a thread that owns the llama
-context. A completion crosses over as a `Job`, whose events come back to the loop; other calls only tokenize.
+Who owns what: the event loop owns the sockets and all bookkeeping of `Engine`. A request is a
+`Completion`, which holds its place from `Engine.admit` to `Engine.finish`. A model is an `Instance`
+of the `Pool` (cerebrum/vps/pool.py) from the start of its load until its memory is free again; its
+`Worker` (cerebrum/vps/worker.py) is a thread that owns the llama context. A completion crosses over
+as a `Job`, whose events come back to the loop; other calls only tokenize.
 """
 
 from __future__ import annotations
 
 import sys
 
-if sys.version_info < (3, 11):  # noqa: UP036 (Debian 11 has 3.9, which fails less clearly at an import below)
+# noqa: UP036 (Debian 11 has 3.9, which fails less clearly at an import below)
+if sys.version_info < (3, 11):
     print("vpsd.py: expected Python 3.11 or newer, got", sys.version.split()[0], file=sys.stderr)
     sys.exit(2)
 
@@ -47,8 +52,9 @@ if __name__ == "__main__":
         wanted = "expected a Python with llama-cpp-python and psutil, such as venv/bin/python"
         print(f"vpsd.py: {wanted}; {sys.executable} lacks {', '.join(missing)}", file=sys.stderr)
         sys.exit(2)
-    # Every token reads all weights once, which takes an eighth longer with the usual 4 KiB pages than with 2 MiB pages
-    # (measured with a 1.5B). The C library asks for 2 MiB pages only if this variable is set when the process starts.
+    # Every token reads all weights once, which takes an eighth longer with the usual 4 KiB pages
+    # than with 2 MiB pages (measured with a 1.5B). The C library asks for 2 MiB pages only if this
+    # variable is set when the process starts.
     if "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
@@ -88,7 +94,7 @@ PYTHON = (
 )
 
 
-# ------------------------------------------------------------------------------------------------ config
+# ------------------------------------------------------------------------------------------- config
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +178,7 @@ READ_ONCE = (
     "VPS_HOST VPS_PORT MODELS_DIR STATE_DIR THREADS N_CTX MAX_CONCURRENT KV_TYPE CACHE_MB DRAFT"
 )
 NEEDS_RESTART = [f"CEREBRUM_{name}" for name in READ_ONCE.split()]
-# ----------------------------------------------------------------------------------- policy: the request
+# ------------------------------------------------------------------------------ policy: the request
 
 MAX_TOKENS = 2048
 FIELDS = {
@@ -225,8 +231,9 @@ TOKENIZE = {
 
 
 def parse_inference(members: Mapping[str, Any]) -> dict[str, Any]:
-    """Check a request body and return its fields, with `messages` (or None) and `extra` as pairs. Without a `mode`, the
-    other fields imply the mode."""
+    """Check a request body and return its fields, with `messages` (or None) and `extra` as pairs.
+    Without a `mode`, the other fields imply the mode.
+    """
     around = members.get("suffix") is not None or members.get("extra")
     fields = read_fields(members, FIELDS_WITHOUT_PROMPT if around else FIELDS)
     fields["messages"] = None
@@ -254,7 +261,7 @@ def parse_inference(members: Mapping[str, Any]) -> dict[str, Any]:
     return fields
 
 
-# ------------------------------------------------------------------------------------- policy: admission
+# -------------------------------------------------------------------------------- policy: admission
 
 
 def check_cpu(others_percent: float, most: float) -> None:
@@ -264,12 +271,13 @@ def check_cpu(others_percent: float, most: float) -> None:
         raise HttpError("RESOURCE_EXHAUSTED", f"{wanted}, got {others_percent:.0f} %")
 
 
-# --------------------------------------------------------------------------------- IO: the machine's load
+# --------------------------------------------------------------------------- IO: the machine's load
 
 
 class CpuMeter:
-    """Percentage of all CPUs in use, and in use by *other* programs: one generation keeps every core busy by itself,
-    and must not lock out a second generation."""
+    """Percentage of all CPUs in use, and in use by *other* programs: one generation keeps every
+    core busy by itself, and must not lock out a second generation.
+    """
 
     def __init__(self) -> None:
         self.system_percent = self.others_percent = 0.0
@@ -282,7 +290,8 @@ class CpuMeter:
         idle = (
             times.idle + times.iowait + times.steal
         )  # steal went to other guests of the host: not this system's use
-        # A niced program, such as a build, gives way to us: its time is as free for a request as our own.
+        # A niced program, such as a build, gives way to us: its time is as free for a request as
+        # our own.
         return sum(times[:8]), idle, own.user + own.system + times.nice
 
     def sample(self) -> None:
@@ -294,11 +303,13 @@ class CpuMeter:
             self.last = now
 
 
-# ------------------------------------------------------------------------------------------ IO: commands
+# ------------------------------------------------------------------------------------- IO: commands
 
 
 def listed_model(model_id: str | None, config: Config) -> Model:
-    """The model of models.toml with this id; without an id the last model, which is the smallest."""
+    """The model of models.toml with this id; without an id the last model, which is the
+    smallest.
+    """
     wanted = model_id or config.models[-1].id
     models = {model.id: model for model in config.models}
     if wanted not in models:
@@ -311,8 +322,9 @@ def fetch_command(options: argparse.Namespace, config: Config) -> None:
 
 
 def fetch_model(model: Model, config: Config, again: bool = False, tune: bool = True) -> None:
-    """Download a model, print its path, and tune it unless this machine already has a usable tuned file. A failed
-    tuning is no failure, since the model also works untuned."""
+    """Download a model, print its path, and tune it unless this machine already has a usable tuned
+    file. A failed tuning is no failure, since the model also works untuned.
+    """
     for name in config.key_names:
         os.environ.pop(name, None)  # pip, which downloads packages, needs no key
     path = fetch(model, config.models_dir, again)
@@ -328,7 +340,9 @@ def fetch_model(model: Model, config: Config, again: bool = False, tune: bool = 
 
 
 def choose_command(options: argparse.Namespace, config: Config) -> None:
-    """Print which models fit and how fast they would be, and mark the best; with --fetch, fetch it."""
+    """Print which models fit and how fast they would be, and mark the best; with --fetch, fetch
+    it.
+    """
     from cerebrum.vps.choose import best_of, predict_all, table
 
     def complain(model: Model, error: Exception) -> None:
@@ -412,8 +426,10 @@ def wait_for_quiet() -> None:
 
 
 def tune_model(model: Model, config: Config, output: TextIO, *, dry_run: bool = False) -> Outcome:
-    """Tune a downloaded model, with a progress bar. The table is printed to `output` before the tuned file is put in
-    place. TuneError if the file is missing or the machine is too busy to measure anything."""
+    """Tune a downloaded model, with a progress bar. The table is printed to `output` before the
+    tuned file is put in place. TuneError if the file is missing or the machine is too busy to
+    measure anything.
+    """
     path = config.models_dir / model.file
     if not os.path.isfile(path):
         raise TuneError(f"expected the file {path}; {PYTHON} vpsd.py fetch {model.id} downloads it")
@@ -435,7 +451,7 @@ def tune_model(model: Model, config: Config, output: TextIO, *, dry_run: bool = 
     return tune(path, source, settings, room, report, output, dry_run)
 
 
-# -------------------------------------------------------------------------------------------- the engine
+# --------------------------------------------------------------------------------------- the engine
 
 KEEPALIVE_SECONDS = 5.0  # a silent stream sends a comment this often
 HEAD_SECONDS = 2.0  # how long a stream's status waits for the first event, which may be an error
@@ -478,7 +494,9 @@ class Completion:
         return events
 
     def annotate(self, event: Event) -> Event:
-        """Note the event's figures. A done event gets the daemon's own members, in the API specification's order."""
+        """Note the event's figures. A done event gets the daemon's own members, in the API
+        specification's order.
+        """
         if (tokens := event.get("total_tokens")) is not None:
             self.notes["tokens"] = tokens
             if tokens:
@@ -506,8 +524,9 @@ class Engine:
         self.reconfigure(config)
 
     def reconfigure(self, config: Config) -> None:
-        """Apply the models and limits of new settings; running requests continue. The settings of llama.cpp do not
-        change."""
+        """Apply the models and limits of new settings; running requests continue. The settings of
+        llama.cpp do not change.
+        """
         self.config = dataclasses.replace(
             config, engine=self.config.engine, models_dir=self.config.models_dir
         )
@@ -523,8 +542,9 @@ class Engine:
         return f"model {stuck[0]}: the worker makes no progress" if stuck else ""
 
     def admit(self, fields: dict[str, Any], notes: dict[str, Any]) -> Completion:
-        """Start a request, which ends the older request of its session. HttpError, before anything ends: unknown model,
-        all places taken, or too little memory or CPU."""
+        """Start a request, which ends the older request of its session. HttpError, before anything
+        ends: unknown model, all places taken, or too little memory or CPU.
+        """
         request = {
             name: value for name, value in fields.items() if name not in ("model", "session")
         }
@@ -550,7 +570,9 @@ class Engine:
         return completion
 
     async def _start(self, completion: Completion) -> None:
-        """Take the completion to its worker. An error on the way becomes the completion's last event."""
+        """Take the completion to its worker. An error on the way becomes the completion's last
+        event.
+        """
         job = completion.job
         try:
             await self.pool.relieve(completion.model)
@@ -567,7 +589,9 @@ class Engine:
             completion.events.put_nowait([common.internal_error(exception)])
 
     def finish(self, completion: Completion) -> None:
-        """The completion has ended or its client has left: free its place, and stop any work for its job."""
+        """The completion has ended or its client has left: free its place, and stop any work for
+        its job.
+        """
         self.completions.pop(completion, None)
         completion.job.cancelled = True
         if completion.starter:
@@ -577,7 +601,9 @@ class Engine:
             completion.worker.cancel(completion.job)
 
     async def tokenize(self, fields: Mapping[str, Any]) -> list[int]:
-        """The tokens of a text; loads the model if needed. Takes no place, since the model computes nothing."""
+        """The tokens of a text; loads the model if needed. Takes no place, since the model computes
+        nothing.
+        """
         model, user = fields["model"], object()
         self.pool.check(model)
         try:
@@ -606,7 +632,7 @@ class Engine:
         await self.pool.stop()
 
 
-# ---------------------------------------------------------------------------------------------- handlers
+# ----------------------------------------------------------------------------------------- handlers
 
 
 async def health(engine: Engine, _request: Request) -> Response:
@@ -634,7 +660,9 @@ async def inference(engine: Engine, request: Request) -> Response:
 
 
 async def inference_stream(engine: Engine, request: Request) -> Response:
-    """POST /v1/inference/stream. An error within HEAD_SECONDS is a status, a later error is an event."""
+    """POST /v1/inference/stream. An error within HEAD_SECONDS is a status, a later error is an
+    event.
+    """
     return Response(events=events_of(engine, request), render=write_events)
 
 
@@ -643,8 +671,10 @@ def write_events(batch: Sequence[Event]) -> bytes:
 
 
 async def events_of(engine: Engine, request: Request) -> AsyncGenerator[list[Event], None]:
-    """A completion's events up to the done event, in batches; an empty one while there are no events. HttpError if the
-    completion is refused or fails. Ends early if a worker hangs: the Pi then counts a failure of this backend."""
+    """A completion's events up to the done event, in batches; an empty one while there are no
+    events. HttpError if the completion is refused or fails. Ends early if a worker hangs: the Pi
+    then counts a failure of this backend.
+    """
     completion, patience = (
         engine.admit(parse_inference(parse_json(request.body)), request.notes),
         HEAD_SECONDS,
@@ -676,8 +706,10 @@ async def tokenize(engine: Engine, request: Request) -> Response:
 
 
 async def models(engine: Engine, _request: Request) -> Response:
-    """GET /v1/models: every model of models.toml. `available` says whether the model can be loaded; `path` and
-    `encoding` describe the file that is loaded or would be loaded, `n_ctx` the context that it has or would have."""
+    """GET /v1/models: every model of models.toml. `available` says whether the model can be loaded;
+    `path` and `encoding` describe the file that is loaded or would be loaded, `n_ctx` the context
+    that it has or would have.
+    """
     pool, entries = engine.pool, []
     for model in list(pool.models.values()):
         instance, available = pool.ready.get(model.id), pool.refusal(model) is None
@@ -710,7 +742,9 @@ async def models(engine: Engine, _request: Request) -> Response:
 
 
 async def stats(engine: Engine, _request: Request) -> Response:
-    """GET /v1/stats: the specified fields, our version, other programs' use of the CPU, and the results of drafting."""
+    """GET /v1/stats: the specified fields, our version, other programs' use of the CPU, and the
+    results of drafting.
+    """
     figures = metrics.write_stats(METRICS, subjects(engine))
     used, uptime = (
         figures["memory_total_mb"] - figures["memory_available_mb"],
@@ -725,8 +759,9 @@ async def stats(engine: Engine, _request: Request) -> Response:
 
 
 async def prometheus(engine: Engine, request: Request) -> Response:
-    """GET /metrics: the counters of /v1/stats and more, for Prometheus. A metric that llama-server also has
-    keeps llama-server's name and meaning, with the model as a label."""
+    """GET /metrics: the counters of /v1/stats and more, for Prometheus. A metric that llama-server
+    also has keeps llama-server's name and meaning, with the model as a label.
+    """
     server = metrics.write_metrics(SERVER, {"": {"": request.answered}})
     return Response(
         server + metrics.write_metrics(METRICS, subjects(engine)), kind=metrics.CONTENT_TYPE
@@ -820,7 +855,7 @@ async def cleanup(engine: Engine, _request: Request) -> Response:
     )
 
 
-# ------------------------------------------------------------------------------------------------ routes
+# ------------------------------------------------------------------------------------------- routes
 
 ROUTES = (
     Route("GET", "/health", health, open=True, quiet=True),
@@ -835,7 +870,7 @@ ROUTES = (
 )
 
 
-# ------------------------------------------------------------------------------------------------- serve
+# -------------------------------------------------------------------------------------------- serve
 
 
 async def serve(environ: Environment, config: Config) -> int:

@@ -1,14 +1,16 @@
-"""`cm4d.py --check` and `vpsd.py --check`: what keeps a daemon from working and how to mend it, one finding a line.
+"""`cm4d.py --check` and `vpsd.py --check`: what keeps a daemon from working and how to mend it, one
+finding a line.
 
     ok    key       CEREBRUM_API_KEY is set
     warn  version   vps has 0.1.0, this is 0.2.0: copy all files of one version
     FAIL  address   0.0.0.0 port 7000 is taken: `ss -ltnp 'sport = :7000'` shows by whom
 
-The exit status is 1 if there is a FAIL, else 0. A check changes nothing, prints no key and works beside the running
-daemon. Requests to other machines end within seconds. Wrong settings end the check, since the rest depends on them.
+The exit status is 1 if there is a FAIL, else 0. A check changes nothing, prints no key and works
+beside the running daemon. Requests to other machines end within seconds. Wrong settings end the
+check, since the rest depends on them.
 
-The daemons pass their own `load_config` and `Backend`, because no module imports a daemon. Standard library only,
-except for the VPS's part.
+The daemons pass their own `load_config` and `Backend`, because no module imports a daemon. Standard
+library only, except for the VPS's part.
 """
 
 from __future__ import annotations
@@ -68,7 +70,9 @@ class Report:
 
 
 def begin(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-    """Call a function in a thread that does not delay the program's end: looking up a name may hang."""
+    """Call a function in a thread that does not delay the program's end: looking up a name may
+    hang.
+    """
     future = Future[Any]()
 
     def call() -> None:
@@ -81,7 +85,7 @@ def begin(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
     return future
 
 
-# ------------------------------------------------------------------------------------------ both machines
+# ------------------------------------------------------------------------------------ both machines
 
 
 def read_settings(report: Report, folder: Path, load: Load) -> Any:
@@ -118,7 +122,9 @@ def read_settings(report: Report, folder: Path, load: Load) -> Any:
 
 
 def check_key(report: Report, name: str, keys: Sequence[str], missing: str = "") -> None:
-    """Check the key of a variable. `missing` says how to set the key if there is none; "" if the key is optional."""
+    """Check the key of a variable. `missing` says how to set the key if there is none; "" if the
+    key is optional.
+    """
     if not any(keys):
         report.add(
             "FAIL" if missing else "ok",
@@ -136,7 +142,9 @@ def check_key(report: Report, name: str, keys: Sequence[str], missing: str = "")
 
 
 def check_address(report: Report, host: str, port: int, prefix: str, mark: str) -> None:
-    """Check that the daemon can listen on this address, or already does: only its /health has the member `mark`."""
+    """Check that the daemon can listen on this address, or already does: only its /health has the
+    member `mark`.
+    """
     address: Any = (host,)
     try:
         found = begin(socket.getaddrinfo, host, port, 0, socket.SOCK_STREAM, 0, socket.AI_PASSIVE)
@@ -165,7 +173,9 @@ def check_address(report: Report, host: str, port: int, prefix: str, mark: str) 
 
 
 def has_health(host: str, port: int, member: str) -> bool:
-    """Whether the answer to GET /health at an address of this machine has this member, with TLS or without."""
+    """Whether the answer to GET /health at an address of this machine has this member, with TLS or
+    without.
+    """
     unchecked = (
         ssl._create_unverified_context()
     )  # this machine's own certificate names another host
@@ -182,7 +192,7 @@ def has_health(host: str, port: int, member: str) -> bool:
     return False
 
 
-# ------------------------------------------------------------------------------------------------- the Pi
+# ------------------------------------------------------------------------------------------- the Pi
 
 
 def check_pi(folder: Path, load: Load, make: Make) -> int:
@@ -230,8 +240,9 @@ def check_clients(report: Report, config: Any) -> None:
 
 
 def check_backends(report: Report, config: Any, make: Make) -> None:
-    """Check that each backend can be reached and takes our key, and check its version and models. A fault is a FAIL
-    only if no other backend can serve a completion."""
+    """Check that each backend can be reached and takes our key, and check its version and models. A
+    fault is a FAIL only if no other backend can serve a completion.
+    """
     log.addHandler(logging.NullHandler())  # a probe's log lines come as findings
     answers = [
         (one, begin(asyncio.run, ask_backend(one, config.models, make))) for one in config.backends
@@ -288,7 +299,7 @@ async def ask_backend(config: Any, models: Sequence[Model], make: Make) -> tuple
     return backend, version, backend.breaker.trouble
 
 
-# ------------------------------------------------------------------------------------------------ the VPS
+# ------------------------------------------------------------------------------------------ the VPS
 
 
 def check_vps(folder: Path, load: Load) -> int:
@@ -385,8 +396,9 @@ def check_models(report: Report, config: Any) -> None:
 
 
 def needed_mb(model: Model, config: Any, total_mb: int) -> tuple[Any, int]:
-    """The Choice of what to load of a model on a machine with `total_mb` that does nothing else, and its memory in MB.
-    ModelError or OSError if the file cannot be used."""
+    """The Choice of what to load of a model on a machine with `total_mb` that does nothing else,
+    and its memory in MB. ModelError or OSError if the file cannot be used.
+    """
     from cerebrum.vps.encoding import choose_file
 
     free = (total_mb - config.min_free_mb - BARE_MB - SYSTEM_MB) * MB
@@ -395,7 +407,9 @@ def needed_mb(model: Model, config: Any, total_mb: int) -> tuple[Any, int]:
 
 
 def memory_limit(config: Any, total_mb: int) -> list[str]:
-    """The output of `vpsd.py memory`: MemoryMax= in MB for `total_mb` of memory, then comments, read by setup.sh."""
+    """The output of `vpsd.py memory`: MemoryMax= in MB for `total_mb` of memory, then comments,
+    read by setup.sh.
+    """
     from cerebrum.vps.encoding import find_tuned
     from cerebrum.vps.llama import ModelError
 
@@ -405,7 +419,8 @@ def memory_limit(config: Any, total_mb: int) -> list[str]:
         with contextlib.suppress(ModelError, OSError):  # the file is missing or damaged
             need = needed_mb(model, config, total_mb)[1]
             needs.append(need)
-            # Not by `needed_mb`: a tuned file that does not fit would not fit after another tuning either.
+            # Not by `needed_mb`: a tuned file that does not fit would not fit after another tuning
+            # either.
             mark = (
                 ""
                 if find_tuned(config.models_dir / model.file, config.engine, model.sha256)[0]

@@ -1,4 +1,5 @@
-"""JSON and its fields: a strict parser, and tables of `Field` entries that check requests and settings.
+"""JSON and its fields: a strict parser, and tables of `Field` entries that check requests and
+settings.
 
     >>> read_fields({"max_tokens": 5}, {"max_tokens": Field(int, 1, 2048, 512)})
     {'max_tokens': 5}
@@ -18,7 +19,8 @@ from typing import Any
 from cerebrum_common import HttpError
 
 MAX_JSON_DEPTH = 64  # requests are flat; without this limit the C scanner ends in a RecursionError
-MAX_JSON_MARKS = 20_000  # commas, colons and opening brackets; a chat of 1,000 messages in parts has half as many
+# commas, colons and opening brackets; a chat of 1,000 messages in parts has half as many
+MAX_JSON_MARKS = 20_000
 MAX_INTEGER_DIGITS = 20  # 64 bits; no field takes a larger number
 
 
@@ -48,8 +50,9 @@ DECODER = json.JSONDecoder(
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
-    """Parse a body as a JSON object: strict RFC 8259, UTF-8 without a BOM, no repeated names, finite numbers, at
-    most 64 levels and MAX_JSON_MARKS. HttpError 400 says what is wrong."""
+    """Parse a body as a JSON object: strict RFC 8259, UTF-8 without a BOM, no repeated names,
+    finite numbers, at most 64 levels and MAX_JSON_MARKS. HttpError 400 says what is wrong.
+    """
     try:
         _refuse_marks(body)
         value = DECODER.decode(body.decode("utf-8"))
@@ -72,7 +75,9 @@ def parse_json(body: bytes) -> dict[str, Any]:
 
 
 def _refuse_marks(body: bytes) -> None:
-    """Before the parser, which lets nothing else run: each value and each name in JSON follows one of these marks."""
+    """Before the parser, which lets nothing else run: each value and each name in JSON follows one
+    of these marks.
+    """
     plain = body.replace(rb"\\", b"").replace(
         rb"\"", b""
     )  # each quote that is left begins or ends a string
@@ -102,8 +107,9 @@ SHOWN = re.compile(r"[A-Za-z0-9._:+#/\-]{0,40}")  # ids and choices
 
 
 def describe(value: Any) -> str:
-    """Describe a value for a message: its JSON type and the value itself. Messages are logged, and a string that is not
-    an id may be a prompt, so only the length of such a string is shown."""
+    """Describe a value for a message: its JSON type and the value itself. Messages are logged, and
+    a string that is not an id may be a prompt, so only the length of such a string is shown.
+    """
     if value is None:
         return "null"
     if isinstance(value, list | dict):
@@ -115,7 +121,9 @@ def describe(value: Any) -> str:
 
 
 def printable(text: str) -> str:
-    """Escape every character that could act on a terminal or forge a line: line ends, controls, overrides."""
+    """Escape every character that could act on a terminal or forge a line: line ends, controls,
+    overrides.
+    """
     if text.isprintable():
         return text
     return "".join(
@@ -125,9 +133,11 @@ def printable(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """One member of a request: its JSON type (`str`, `int`, `float`, `bool` or `list` of strings), range and default.
-    The range counts the characters of a string and the items of a list. A string, or each item of a list, is one of
-    the `choices` and matches the `pattern` as a whole. A list field also accepts one string alone."""
+    """One member of a request: its JSON type (`str`, `int`, `float`, `bool` or `list` of strings),
+    range and default. The range counts the characters of a string and the items of a list. A
+    string, or each item of a list, is one of the `choices` and matches the `pattern` as a whole. A
+    list field also accepts one string alone.
+    """
 
     kind: type
     low: float = 0
@@ -181,8 +191,9 @@ def wrong(name: str, expected: str, got: Any) -> HttpError:
 def read_fields(
     members: Mapping[str, Any], fields: Mapping[str, Field], where: str = ""
 ) -> dict[str, Any]:
-    """The checked fields of a request with defaults filled in; unknown members are ignored. HttpError 400 names the
-    field, after `where`, what was expected and what was found."""
+    """The checked fields of a request with defaults filled in; unknown members are ignored.
+    HttpError 400 names the field, after `where`, what was expected and what was found.
+    """
     values: dict[str, Any] = {}
     for name, rule in fields.items():
         if name not in members:
@@ -219,7 +230,9 @@ def read_object(value: Any, name: str, fields: Mapping[str, Field]) -> dict[str,
 def read_objects(
     value: Any, name: str, low: int, high: int, fields: Mapping[str, Field]
 ) -> list[dict[str, Any]]:
-    """The checked members of each object in an array. HttpError 400 names the array, the index and the field."""
+    """The checked members of each object in an array. HttpError 400 names the array, the index and
+    the field.
+    """
     if not isinstance(value, list) or not low <= len(value) <= high:
         raise wrong(name, f"an array of {low} to {high} objects", value)
     return [read_object(entry, f"{name}[{number}]", fields) for number, entry in enumerate(value)]

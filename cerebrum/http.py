@@ -1,19 +1,21 @@
-"""HTTP/1.1 and SSE on asyncio streams: a daemon's server, from a client's bytes to the handler and back.
+"""HTTP/1.1 and SSE on asyncio streams: a daemon's server, from a client's bytes to the handler and
+back.
 
 Strategy
-- Pure functions decide, streams only carry bytes. `scan_request`, `parse_request` and `BodyDecoder` take bytes in
-  any split and give a value or an `HttpError`. They never see a socket, a clock or the environment. The first
-  wrong byte decides, so every split of the same bytes has the same outcome. RFC 9112 and 9110 are the rule; where they
-  allow leniency, this code refuses: bare LF, folded lines, two lengths, a length beside chunks, a foreign Host.
-- `Server` runs one task for each connection. `Connection` owns the socket and its buffer, `Exchange` one request and
-  its answer. A handler is `async def handler(state, request) -> Response`. `Exchange.fail` is the one place that turns
-  an error into an answer.
-- Once a stream has begun, an error is sent as an error event, and then the connection is cut without a last chunk. A
-  client can always tell a finished stream from a broken one.
+- Pure functions decide, streams only carry bytes. `scan_request`, `parse_request` and `BodyDecoder`
+  take bytes in any split and give a value or an `HttpError`. They never see a socket, a clock or
+  the environment. The first wrong byte decides, so every split of the same bytes has the same
+  outcome. RFC 9112 and 9110 are the rule; where they allow leniency, this code refuses: bare LF,
+  folded lines, two lengths, a length beside chunks, a foreign Host.
+- `Server` runs one task for each connection. `Connection` owns the socket and its buffer,
+  `Exchange` one request and its answer. A handler is `async def handler(state, request) ->
+  Response`. `Exchange.fail` is the one place that turns an error into an answer.
+- Once a stream has begun, an error is sent as an error event, and then the connection is cut
+  without a last chunk. A client can always tell a finished stream from a broken one.
 
-The server refuses what exceeds the limits below, slow clients, and pages of foreign origins. A connection beyond the
-limit takes the place of an older one that waits for its client. No HTTP/2; standard library only.
-Try it: `curl -i http://127.0.0.1:7000/health`.
+The server refuses what exceeds the limits below, slow clients, and pages of foreign origins. A
+connection beyond the limit takes the place of an older one that waits for its client. No HTTP/2;
+standard library only. Try it: `curl -i http://127.0.0.1:7000/health`.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ from cerebrum_common import (
     request_id_var,
 )
 
-# ---------------------------------------------------------------------------------------------- limits
+# ------------------------------------------------------------------------------------------- limits
 
 MAX_TARGET_BYTES = 8192  # RFC 9112 section 3 asks for at least 8,000
 MAX_LINE_BYTES = MAX_TARGET_BYTES + 32  # the target, a method and a version
@@ -86,7 +88,8 @@ KEEPALIVE_PROBE_SECONDS = (
     5  # between two probes: the client is cut after WRITE_SECONDS, when four are lost
 )
 FAREWELL_SECONDS = 2.0  # for the last errors to reach their clients when the daemon stops
-PAGE_SECONDS = 0.1  # between a stream's error and the cut, when a browser drops all bytes its page has not read
+# between a stream's error and the cut, when a browser drops all bytes its page has not read
+PAGE_SECONDS = 0.1
 LINGER_SECONDS = 1.0  # for the client to read the last answer, before a reset could destroy it
 
 
@@ -103,7 +106,7 @@ def shutting_down() -> HttpError:
     return malformed("the daemon is being stopped; try again later", "SHUTTING_DOWN")
 
 
-# ------------------------------------------------------------------------------------------- pure: heads
+# -------------------------------------------------------------------------------------- pure: heads
 
 TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 REQUEST_LINE = re.compile(rb"(%b) ([\x21-\x7e]+) (HTTP/[0-9]\.[0-9])" % TOKEN)
@@ -125,8 +128,10 @@ SINGLE_HEADERS = frozenset(
 
 
 def scan_head(buffer: bytes | bytearray, scanned: int = 0) -> int | None:
-    """The end of the message head in `buffer` (past its empty line), or None if more bytes are needed. An earlier call
-    has scanned the first `scanned` bytes. The first bad byte, as in a TLS hello, is refused at once."""
+    """The end of the message head in `buffer` (past its empty line), or None if more bytes are
+    needed. An earlier call has scanned the first `scanned` bytes. The first bad byte, as in a TLS
+    hello, is refused at once.
+    """
     end = buffer.find(b"\r\n\r\n", max(0, scanned - 3), MAX_HEAD_BYTES)
     _refuse_controls(buffer, scanned, MAX_HEAD_BYTES if end < 0 else end + 4)
     if end >= 0:
@@ -137,8 +142,10 @@ def scan_head(buffer: bytes | bytearray, scanned: int = 0) -> int | None:
 
 
 def scan_request(buffer: bytes | bytearray, scanned: int = 0) -> int | None:
-    """`scan_head` for a request, which one empty line may precede (RFC 9112 section 2.2). A bad request line is refused
-    as soon as its CRLF arrives: HTTP/0.9, SMTP or a typo have no head to wait for."""
+    """`scan_head` for a request, which one empty line may precede (RFC 9112 section 2.2). A bad
+    request line is refused as soon as its CRLF arrives: HTTP/0.9, SMTP or a typo have no head to
+    wait for.
+    """
     start = 2 if buffer.startswith(b"\r\n") else 0
     end = buffer.find(b"\r\n", start, start + MAX_LINE_BYTES)
     _refuse_controls(buffer, scanned, start + MAX_LINE_BYTES if end < 0 else end)
@@ -161,7 +168,9 @@ def _refuse_controls(buffer: bytes | bytearray, scanned: int, stop: int) -> None
 
 
 def parse_request_line(line: bytes) -> tuple[str, str, str, str]:
-    """Parse a request line, without its CRLF, into method, decoded path, authority (or "") and version."""
+    """Parse a request line, without its CRLF, into method, decoded path, authority (or "") and
+    version.
+    """
     match = REQUEST_LINE.fullmatch(line)
     if not match:
         raise malformed("expected a request line of the form 'METHOD /path HTTP/1.1'")
@@ -183,7 +192,9 @@ def parse_request_line(line: bytes) -> tuple[str, str, str, str]:
 
 
 def parse_target(target: str) -> tuple[str, str]:
-    """Parse a request target into decoded path and authority, "" without an absolute form (RFC 9112 section 3.2)."""
+    """Parse a request target into decoded path and authority, "" without an absolute form (RFC 9112
+    section 3.2).
+    """
     authority = ""
     if absolute := ABSOLUTE_FORM.fullmatch(target):
         authority, target = host_name(absolute[1]), "/" + absolute[2]
@@ -206,7 +217,9 @@ def parse_target(target: str) -> tuple[str, str]:
 
 
 def host_name(value: str) -> str:
-    """The host of `host[:port]` in lower case, with its brackets; HttpError if `value` has another form."""
+    """The host of `host[:port]` in lower case, with its brackets; HttpError if `value` has another
+    form.
+    """
     match = AUTHORITY.fullmatch(value)
     if not match or int(match[2] or 0) > 65_535:
         raise malformed(f"expected a Host of the form name[:port], got {describe(value)}")
@@ -214,7 +227,9 @@ def host_name(value: str) -> str:
 
 
 def parse_headers(lines: Sequence[bytes]) -> dict[str, str]:
-    """Parse header lines, without line ends, into a dict by lower-case name. Commas join repeated list headers."""
+    """Parse header lines, without line ends, into a dict by lower-case name. Commas join repeated
+    list headers.
+    """
     if len(lines) > MAX_HEADERS:
         raise malformed(
             f"expected at most {MAX_HEADERS} headers, got {len(lines)}", "HEADERS_TOO_LARGE"
@@ -232,7 +247,9 @@ def parse_headers(lines: Sequence[bytes]) -> dict[str, str]:
 
 
 def parse_framing(version: str, headers: Mapping[str, str]) -> tuple[int | None, bool]:
-    """The framing of the body: (Content-Length or None, chunked). RFC 9112 section 6; any ambiguity is refused."""
+    """The framing of the body: (Content-Length or None, chunked). RFC 9112 section 6; any ambiguity
+    is refused.
+    """
     length, coding = headers.get("content-length"), headers.get("transfer-encoding")
     if length is not None and not CONTENT_LENGTH.fullmatch(length):
         raise malformed(
@@ -243,7 +260,8 @@ def parse_framing(version: str, headers: Mapping[str, str]) -> tuple[int | None,
     if length is not None or version == "HTTP/1.0":
         raise malformed("expected no Transfer-Encoding beside a Content-Length or in HTTP/1.0")
     if (codings := coding.lower()) != "chunked":
-        # RFC 9112 section 6.3: unless `chunked` comes last, the body has no known length, and the answer is 400.
+        # RFC 9112 section 6.3: unless `chunked` comes last, the body has no known length, and the
+        # answer is 400.
         code = (
             "NOT_IMPLEMENTED"
             if codings.rpartition(",")[2].strip(" \t") == "chunked"
@@ -273,7 +291,7 @@ def parse_request(block: bytes) -> Head:
     )
 
 
-# ------------------------------------------------------------------------------------------ pure: bodies
+# ------------------------------------------------------------------------------------- pure: bodies
 
 TEXT = rb"[\t\x20\x21\x23-\x5b\x5d-\x7e\x80-\xff]*"  # of a quoted string, without escapes
 EXTENSION = rb';%b(?:=(?:%b|"%b"))?' % (TOKEN, TOKEN, TEXT)
@@ -285,16 +303,20 @@ CHUNK_SIZE_BEGUN = re.compile(
 
 
 class BodyDecoder:
-    """Decodes a body that arrives in any split, framed by chunks, a length or the end of the connection (RFC 9112
-    section 6.3). Trailers are checked and dropped. The first `fault` is 400 for a bad size, a missing CRLF or an
-    over-long size line, 413 over `limit` bytes of chunks and extensions in all (None: no limit), 431 for trailers over
-    8 KiB. It is kept and not raised, because the payload before it still counts, however the bytes were split."""
+    """Decodes a body that arrives in any split, framed by chunks, a length or the end of the
+    connection (RFC 9112 section 6.3). Trailers are checked and dropped. The first `fault` is 400
+    for a bad size, a missing CRLF or an over-long size line, 413 over `limit` bytes of chunks and
+    extensions in all (None: no limit), 431 for trailers over 8 KiB. It is kept and not raised,
+    because the payload before it still counts, however the bytes were split.
+    """
 
     def __init__(self, length: int | None, chunked: bool, limit: int | None = None) -> None:
         self.done = length == 0
         self.may_end = length is None and not chunked  # at any byte, with the connection
         self.fault: HttpError | None = None
-        self.rest = b""  # the bytes after the body; before its end an incomplete size line, line end or trailer section
+        # the bytes after the body; before its end an incomplete size line, line end or trailer
+        # section
+        self.rest = b""
         self._left = (
             0 if chunked else sys.maxsize if length is None else length
         )  # payload until the next `_step`
@@ -328,7 +350,8 @@ class BodyDecoder:
             position = end
         self.rest = buffer[position:]
 
-    # Each step parses one grammar element (RFC 9112 section 7.1). Returns its end, or None if more bytes are needed.
+    # Each step parses one grammar element (RFC 9112 section 7.1). Returns its end, or None if more
+    # bytes are needed.
 
     def _end(self, buffer: bytes, at: int) -> int | None:
         self.done = True
@@ -372,7 +395,9 @@ class BodyDecoder:
 
 
 def encode_head(status: int, headers: Sequence[tuple[str, str]]) -> bytes:
-    """Encode a response head. ValueError for a line end in a header, which would start another header."""
+    """Encode a response head. ValueError for a line end in a header, which would start another
+    header.
+    """
     lines = [
         f"HTTP/1.1 {status} {common.REASONS[status]}",
         *(f"{name}: {value}" for name, value in headers),
@@ -390,8 +415,9 @@ def chunk(data: bytes) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """Who may ask: the holders of one of `keys` or of `named` (neither: anyone), who call us by an IP address or one of
-    `hosts`, and in a browser come from one of `origins`."""
+    """Who may ask: the holders of one of `keys` or of `named` (neither: anyone), who call us by an
+    IP address or one of `hosts`, and in a browser come from one of `origins`.
+    """
 
     keys: tuple[str, ...] = ()
     hosts: frozenset[str] = frozenset()
@@ -407,10 +433,12 @@ class Access:
         return bool(self.keys) or self.named is not None
 
     def check(self, head: Head, public: bool) -> str:
-        """The client's name, "" without one. HttpError 421, 403 or 401 if this request may not be answered. Keys are
-        compared in constant time."""
-        # After DNS rebinding, a browser sends the foreign name as Host. A browser sends an authority only to a proxy,
-        # where a short LAN name is harmless: nobody can register a short name.
+        """The client's name, "" without one. HttpError 421, 403 or 401 if this request may not be
+        answered. Keys are compared in constant time.
+        """
+        # After DNS rebinding, a browser sends the foreign name as Host. A browser sends an
+        # authority only to a proxy, where a short LAN name is harmless: nobody can register a short
+        # name.
         for host in (head.host, head.authority if "." in head.authority else ""):
             if host and host not in self.hosts and not is_ip_literal(host):
                 message = (
@@ -464,7 +492,9 @@ def own_names(extra: Collection[str] = ()) -> frozenset[str]:
 
 
 class Connection:
-    """One client's socket: a buffer of unused bytes, bounded writes, a clean end. A network failure is ClientGone."""
+    """One client's socket: a buffer of unused bytes, bounded writes, a clean end. A network failure
+    is ClientGone.
+    """
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader, self.writer = reader, writer
@@ -476,19 +506,24 @@ class Connection:
         self.exchange: Exchange | None = None  # the current or last one
 
     async def encrypt(self, tls: ssl.SSLContext) -> None:
-        """Shake hands. asyncio would do so before it calls us, and handshakes would not count as connections."""
+        """Shake hands. asyncio would do so before it calls us, and handshakes would not count as
+        connections.
+        """
         try:
             await self.writer.start_tls(tls, ssl_handshake_timeout=HEAD_SECONDS)
         except OSError as error:
-            # The traceback refers to the future that holds this error. Only the garbage collector would find that
-            # circle, with asyncio's buffer of the connection in it, and a flood of such errors is faster.
+            # The traceback refers to the future that holds this error. Only the garbage collector
+            # would find that circle, with asyncio's buffer of the connection in it, and a flood of
+            # such errors is faster.
             error.__traceback__ = None
             raise ClientGone from None
         self.transport = self.writer.transport
         self.transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
 
     def rank(self, crowd: Mapping[str, int]) -> tuple[bool, int]:
-        """The lower, the sooner the connection makes room. `crowd` counts the connections by address."""
+        """The lower, the sooner the connection makes room. `crowd` counts the connections by
+        address.
+        """
         is_at_work = (
             self.exchange is not None and self.exchange.task is not None and not self.exchange.ended
         )
@@ -532,7 +567,9 @@ class Connection:
             ) from None
 
     async def read_body(self, head: Head, sink: Callable[[bytes], None] = lambda _: None) -> None:
-        """Pass the body to `sink` piece by piece as it arrives, or drop it; ClientGone if the connection ends early."""
+        """Pass the body to `sink` piece by piece as it arrives, or drop it; ClientGone if the
+        connection ends early.
+        """
         decoder = BodyDecoder(head.length if head.has_body else 0, head.chunked, MAX_BODY_BYTES)
         try:
             async with asyncio.timeout(BODY_SECONDS):
@@ -548,8 +585,9 @@ class Connection:
         self.buffer[:0] = decoder.rest
 
     async def wait_gone(self) -> None:
-        """Return when the client has left. A half-close counts as leaving, as with nginx: the server sees the same.
-        Pipelined bytes are kept, up to MAX_PIPELINED_BYTES and one read."""
+        """Return when the client has left. A half-close counts as leaving, as with nginx: the
+        server sees the same. Pipelined bytes are kept, up to MAX_PIPELINED_BYTES and one read.
+        """
         with contextlib.suppress(ClientGone):
             while len(self.buffer) < MAX_PIPELINED_BYTES:
                 if not await self.fill():
@@ -567,7 +605,9 @@ class Connection:
             await self.drain()
 
     async def drain(self) -> None:
-        """Wait until the client has taken most of the buffered bytes; ClientGone after WRITE_SECONDS."""
+        """Wait until the client has taken most of the buffered bytes; ClientGone after
+        WRITE_SECONDS.
+        """
         try:
             async with asyncio.timeout(WRITE_SECONDS):
                 await self.writer.drain()
@@ -576,8 +616,10 @@ class Connection:
             raise ClientGone from None
 
     async def close(self) -> None:
-        """Send all buffered bytes, half-close, and read on up to LINGER_SECONDS (RFC 9112 section 9.6). Closing a
-        socket with unread bytes resets the connection, and a reset can destroy the answer on its way."""
+        """Send all buffered bytes, half-close, and read on up to LINGER_SECONDS (RFC 9112 section
+        9.6). Closing a socket with unread bytes resets the connection, and a reset can destroy the
+        answer on its way.
+        """
         with contextlib.suppress(OSError):
             self.transport.set_write_buffer_limits(
                 high=1
@@ -589,13 +631,17 @@ class Connection:
                     self.writer.write_eof()
                     while await self.reader.read(READ_BYTES):
                         pass
-                else:  # TLS says good-bye behind bytes that `drain` does not know of, and has no half-close
+                # TLS says good-bye behind bytes that `drain` does not know of, and has no
+                # half-close
+                else:
                     self.writer.close()
                     await self.writer.wait_closed()
 
 
 class Exchange:
-    """One request and its answer: the head, the route, whether the connection is kept, and the line in the log."""
+    """One request and its answer: the head, the route, whether the connection is kept, and the line
+    in the log.
+    """
 
     def __init__(self, connection: Connection, server: Server) -> None:
         self.connection, self.server = connection, server
@@ -615,7 +661,9 @@ class Exchange:
         self.started = time.perf_counter()
 
     def end(self, error: HttpError) -> None:
-        """Cancel the work on this request and answer with `error` instead, unless the answer is complete."""
+        """Cancel the work on this request and answer with `error` instead, unless the answer is
+        complete.
+        """
         if self.task and not self.task.done() and not self.ended:
             self.verdict = error
             self.task.cancel()
@@ -636,7 +684,9 @@ class Exchange:
         self.log(response.status)
 
     async def fail(self, error: HttpError) -> None:
-        """Answer with an error: a status if nothing has been sent yet, otherwise an event without a clean end."""
+        """Answer with an error: a status if nothing has been sent yet, otherwise an event without a
+        clean end.
+        """
         self.keep = self.keep and not error.close
         self.reason = f" {error.code}: {error.message}"
         foreign = (
@@ -658,9 +708,10 @@ class Exchange:
         return None
 
     async def stream(self, response: Response) -> None:
-        """Send events as they come: as chunks, or in HTTP/1.0 until the connection ends. The head follows the first
-        block, so an earlier error still becomes a status. Nothing can fail before the generator has started, so its
-        `finally` always releases the generator's resources."""
+        """Send events as they come: as chunks, or in HTTP/1.0 until the connection ends. The head
+        follows the first block, so an earlier error still becomes a status. Nothing can fail before
+        the generator has started, so its `finally` always releases the generator's resources.
+        """
         assert response.events is not None
         chunked = self.head is not None and self.head.version == "HTTP/1.1"
         connection, render = self.connection, response.render
@@ -699,8 +750,10 @@ class Exchange:
         return encode_head(status, headers if self.keep else [*headers, ("Connection", "close")])
 
     def log(self, status: int) -> None:
-        """Log and count a request once: `POST /v1/complete 200 1.23s model=qwen_7b tokens=42 ttft=0.31s`, followed by
-        the reason of an error. 499 is nginx's status for a client that left before its answer."""
+        """Log and count a request once: `POST /v1/complete 200 1.23s model=qwen_7b tokens=42
+        ttft=0.31s`, followed by the reason of an error. 499 is nginx's status for a client that
+        left before its answer.
+        """
         if self.ended:
             return
         self.ended = True
@@ -721,18 +774,21 @@ class Exchange:
         )
 
 
-# --------------------------------------------------------------------------------------- connection loop
+# ---------------------------------------------------------------------------------- connection loop
 
 
 class Server:
-    """Runs a task for each connection. Owns the connections, the counts of requests, and the bytes of their bodies."""
+    """Runs a task for each connection. Owns the connections, the counts of requests, and the bytes
+    of their bodies.
+    """
 
     def __init__(self, state: Any, routes: Sequence[Route], access: Access) -> None:
         self.state, self.access = state, access
         self.routes: dict[str, dict[str, Route]] = {}
         for route in routes:
             self.routes.setdefault(route.path, {})[route.method] = route
-        # Requests by path of the route and status. Each path has a 200 count from the start: the first is an increase.
+        # Requests by path of the route and status. Each path has a 200 count from the start: the
+        # first is an increase.
         self.answered = Counter({(path, 200): 0 for path in self.routes})
         self.connections: dict[asyncio.Task[None], Connection] = {}  # oldest first
         self.bodies = Counter[str]()  # bytes of the requests being read or answered, by client
@@ -748,7 +804,9 @@ class Server:
         sockets: Sequence[socket.socket] = (),
         tls: ssl.SSLContext | None = None,
     ) -> int:
-        """Listen on `sockets`, or on the address if there are none; OSError if that fails. Returns the port."""
+        """Listen on `sockets`, or on the address if there are none; OSError if that fails. Returns
+        the port.
+        """
         places: list[dict[str, Any]] = [{"sock": one} for one in sockets] or [
             {"host": host, "port": port}
         ]
@@ -762,13 +820,16 @@ class Server:
             self._listeners.append(listener)
         listening = [one for listener in self._listeners for one in listener.sockets]
         for one in listening:
-            # asyncio accepts `backlog` connections at a time. The kernel's own queue should be longer.
+            # asyncio accepts `backlog` connections at a time. The kernel's own queue should be
+            # longer.
             with one.dup() as twin:
                 twin.listen(1024)
-                # asyncio reads whatever the kernel holds, up to 256 KiB per connection, despite the reader's limit.
+                # asyncio reads whatever the kernel holds, up to 256 KiB per connection, despite the
+                # reader's limit.
                 twin.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, READ_BYTES)
-                # A client that lost its network must not keep its place for long. Keepalive finds the loss when nothing
-                # is being sent; TCP_USER_TIMEOUT bounds both cases and overrides TCP_KEEPCNT (man 7 tcp).
+                # A client that lost its network must not keep its place for long. Keepalive finds
+                # the loss when nothing is being sent; TCP_USER_TIMEOUT bounds both cases and
+                # overrides TCP_KEEPCNT (man 7 tcp).
                 twin.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
                 twin.setsockopt(
                     socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1000 * WRITE_SECONDS)
@@ -781,7 +842,9 @@ class Server:
         return int(port)
 
     def use(self, access: Access) -> None:
-        """Apply new access. The running requests that it does not allow end, such as those with a revoked key."""
+        """Apply new access. The running requests that it does not allow end, such as those with a
+        revoked key.
+        """
         self.access = access = replace(access, scheme=self.access.scheme)
         for connection in self.connections.values():
             exchange = connection.exchange
@@ -792,8 +855,9 @@ class Server:
                     exchange.end(error)
 
     async def stop(self, grace: float) -> None:
-        """Stop listening, and let running answers end within `grace` seconds. Requests on kept connections get
-        SHUTTING_DOWN meanwhile. Answers that take longer end with the same error."""
+        """Stop listening, and let running answers end within `grace` seconds. Requests on kept
+        connections get SHUTTING_DOWN meanwhile. Answers that take longer end with the same error.
+        """
         self.stopping = True
         for listener in self._listeners:
             listener.close()
@@ -829,8 +893,9 @@ class Server:
             connection.transport.abort()
 
     def _make_room(self) -> None:
-        """Close a connection, so that no client can keep others out: one that waits for its client if possible, the
-        oldest of the address that has most of them."""
+        """Close a connection, so that no client can keep others out: one that waits for its client
+        if possible, the oldest of the address that has most of them.
+        """
         crowd = Counter(one.address for one in self.connections.values())
         task = min(self.connections, key=lambda one: self.connections[one].rank(crowd))
         connection = self.connections.pop(task)
@@ -910,7 +975,9 @@ class Server:
             self.bodies += Counter()  # forget those who hold nothing
 
     def _route(self, head: Head, exchange: Exchange) -> tuple[Route, str]:
-        """The route and its path parameter. The key is checked first, on the same path: a stranger learns nothing."""
+        """The route and its path parameter. The key is checked first, on the same path: a stranger
+        learns nothing.
+        """
         methods, parameter = common.routes_of(self.routes, head.path)
         exchange.route = next(iter(methods.values()), None)
         exchange.public = head.path == "*" or any(route.open for route in methods.values())
@@ -962,7 +1029,8 @@ class Server:
             )  # the key may have been revoked while the body came
             response = await route.handler(self.state, request)
             exchange.keep = exchange.keep and not self.stopping
-            # Nothing is awaited between the handler's return and the start of its events, so no cancel can intervene.
+            # Nothing is awaited between the handler's return and the start of its events, so no
+            # cancel can intervene.
             await (
                 exchange.send(response) if response.events is None else exchange.stream(response)
             )
@@ -979,8 +1047,10 @@ class Server:
 
 
 def has_room(bodies: Counter[str], client: str, guests: Collection[str], size: int) -> bool:
-    """Whether a client's request may grow by `size` bytes. A client may hold as many bytes as then stay free, so that
-    there is always room for somebody who comes later. Guests have half of that together, by the same rule."""
+    """Whether a client's request may grow by `size` bytes. A client may hold as many bytes as then
+    stay free, so that there is always room for somebody who comes later. Guests have half of that
+    together, by the same rule.
+    """
     free = MAX_BODIES_BYTES - bodies.total() - size
     if client in guests:
         free = free // 2 - sum(bodies[guest] for guest in guests) - size

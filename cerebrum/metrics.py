@@ -1,4 +1,5 @@
-"""Counts of completions, and the tables of metrics behind `/metrics` and `/v1/stats` of both daemons.
+"""Counts of completions, and the tables of metrics behind `/metrics` and `/v1/stats` of both
+daemons.
 
     >>> table = {"model": (Metric("tokens_total", "Tokens of completions.", "tokens", "tokens"),)}
     >>> subjects = {"model": {"qwen": Tally(tokens=40), "llama": Tally(tokens=2)}}
@@ -10,10 +11,11 @@
     >>> write_stats(table, subjects)
     {'tokens': 42}
 
-A daemon counts in a `Tally` for each model and in its own fields. Its table has one row for each number, so `/metrics`
-and `/v1/stats` cannot disagree. Metrics are in seconds, bytes and ratios. Label values come from fixed sets (paths of
-routes, codes, ids of models and backends) and contain nothing that must be escaped. The text is Prometheus's format
-0.0.4, see https://prometheus.io/docs/instrumenting/exposition_formats/. Standard library only.
+A daemon counts in a `Tally` for each model and in its own fields. Its table has one row for each
+number, so `/metrics` and `/v1/stats` cannot disagree. Metrics are in seconds, bytes and ratios.
+Label values come from fixed sets (paths of routes, codes, ids of models and backends) and contain
+nothing that must be escaped. The text is Prometheus's format 0.0.4, see
+https://prometheus.io/docs/instrumenting/exposition_formats/. Standard library only.
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ from typing import Any, NamedTuple
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 STARTED = time.monotonic()
-# Upper bounds in seconds. A small model answers from its cache in 50 ms; a 7B loads in 30 s and reads 4,000 tokens in
-# 100 s. Each further bound adds a line per model to a scrape.
+# Upper bounds in seconds. A small model answers from its cache in 50 ms; a 7B loads in 30 s and
+# reads 4,000 tokens in 100 s. Each further bound adds a line per model to a scrape.
 FIRST_TOKEN_SECONDS = (
     0.05,
     0.1,
@@ -71,7 +73,7 @@ TOKEN_SECONDS = (
 )
 
 
-# ---------------------------------------------------------------------------------------------- counting
+# ----------------------------------------------------------------------------------------- counting
 
 
 class Histogram:
@@ -122,34 +124,39 @@ class Tally:
         self.ended[reason] = self.ended.get(reason, 0) + 1
 
     def spoke(self, first: float, last: float, tokens: int) -> None:
-        """Record a completion whose first token came after `first` seconds, and the last of `tokens` after `last`."""
+        """Record a completion whose first token came after `first` seconds, and the last of
+        `tokens` after `last`.
+        """
         self.first_token.observe(first)
         if tokens > 1:
             self.per_token.observe((last - first) / (tokens - 1))
 
 
-# ----------------------------------------------------------------------------------------------- tables
+# ------------------------------------------------------------------------------------------- tables
 
 
 class Metric(NamedTuple):
     """A row: a metric, and the member of /v1/stats with the same number.
 
-    `read` is a function of the row's subject, such as a Tally, or the name of the subject's attribute. The result is a
-    number, a Histogram, a mapping from values of `labels` to numbers, or None if there is no number now. A number is a
-    counter if `name` ends in `_total`, else a gauge.
+    `read` is a function of the row's subject, such as a Tally, or the name of the subject's
+    attribute. The result is a number, a Histogram, a mapping from values of `labels` to numbers, or
+    None if there is no number now. A number is a counter if `name` ends in `_total`, else a gauge.
     """
 
     name: str
     about: str
     read: str | Callable[[Any], Any]
     stats: str = ""  # the member's name; the member is the sum over all labels
-    unit: float = 0  # of the member, such as 2**20 for MiB of bytes; a member with a unit is rounded to a tenth
+    # of the member, such as 2**20 for MiB of bytes; a member with a unit is rounded to a tenth
+    unit: float = 0
     labels: tuple[str, ...] = ()
 
     def samples(
         self, label: str, subjects: Mapping[str, Any]
     ) -> Iterator[tuple[str, dict[str, Any], float]]:
-        """Yield (ending of the name, labels, number). `subjects` are the row's subjects, by the value of `label`."""
+        """Yield (ending of the name, labels, number). `subjects` are the row's subjects, by the
+        value of `label`.
+        """
         read = attrgetter(self.read) if isinstance(self.read, str) else self.read
         for key, subject in subjects.items():
             found = read(subject)
@@ -168,7 +175,9 @@ Subjects = Mapping[str, Mapping[str, Any]]  # the subjects, by the same label an
 
 
 def write_metrics(table: Table, subjects: Subjects) -> bytes:
-    """The body of /metrics, or a part of it. All digits of a float are written, so a sum never decreases."""
+    """The body of /metrics, or a part of it. All digits of a float are written, so a sum never
+    decreases.
+    """
     lines = []
     for row, label in ((row, label) for label, rows in table.items() for row in rows):
         for number, (ending, labels, value) in enumerate(row.samples(label, subjects[label])):
@@ -192,7 +201,7 @@ def write_stats(table: Table, subjects: Subjects) -> dict[str, float]:
     return {row.stats: round(total / row.unit, 1) if row.unit else total for row, total in sums}
 
 
-# --------------------------------------------------------------------------- rows that both daemons have
+# ---------------------------------------------------------------------- rows that both daemons have
 
 COMPLETIONS = (  # read from a Tally
     Metric("cerebrum_completions_ended_total", "Completions by finish reason, error code, or CANCELLED.",
@@ -202,7 +211,8 @@ COMPLETIONS = (  # read from a Tally
            "first_token"),
     Metric("cerebrum_time_per_token_seconds", "Mean time of each further token of a completion.", "per_token"),
 )  # fmt: skip
-SERVER = {  # read from `Server.answered`; process metrics have the names that other client libraries use
+# read from `Server.answered`; process metrics have the names that other client libraries use
+SERVER = {
     "": (
         Metric("cerebrum_http_requests_total", "Requests by path of their route and status in the log, such as 499.",
                lambda answered: answered, labels=("path", "code")),

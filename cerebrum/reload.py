@@ -1,8 +1,9 @@
 """`systemctl reload` of both daemons: sends SIGHUP to the daemon, and waits for what comes of it.
 
-The exit status is 1, with the reason on stderr, if the daemon has not reloaded, has ended, or hangs. Any reload counts
-that began after this program: two that run at the same time may share one. systemd sets MAINPID and RUNTIME_DIRECTORY;
-without systemd, `kill -HUP` does the same, and the outcome is in the log.
+The exit status is 1, with the reason on stderr, if the daemon has not reloaded, has ended, or
+hangs. Any reload counts that began after this program: two that run at the same time may share one.
+systemd sets MAINPID and RUNTIME_DIRECTORY; without systemd, `kill -HUP` does the same, and the
+outcome is in the log.
 
 A file of its own, run by the system's Python: it must not wait until vpsd's libraries are loaded.
 """
@@ -14,7 +15,8 @@ import signal
 import sys
 import time
 
-SECONDS = 20.0  # below the units' TimeoutStartSec, after which systemd would end this program without a reason
+# below the units' TimeoutStartSec, after which systemd would end this program without a reason
+SECONDS = 20.0
 POLL_SECONDS = 0.05
 
 

@@ -1,11 +1,13 @@
-"""How a daemon lives under its supervisor: the log, signals, and systemd's readiness, reloads, watchdog and sockets.
+"""How a daemon lives under its supervisor: the log, signals, and systemd's readiness, reloads,
+watchdog and sockets.
 
     service = Service(reload, stuck)     # from here on, signals are handled
     await service.run(task)              # until SIGTERM or SIGINT comes, or the task ends by itself
 
-- SIGTERM and SIGINT end `run`. A second one ends the process at once, even if the event loop is blocked.
-- SIGHUP calls `reload`. If `reload` fails, the daemon keeps its current settings but for the keys. The outcome is in
-  systemd's RUNTIME_DIRECTORY, where `cerebrum/reload.py` waits for it.
+- SIGTERM and SIGINT end `run`. A second one ends the process at once, even if the event loop is
+  blocked.
+- SIGHUP calls `reload`. If `reload` fails, the daemon keeps its current settings but for the keys.
+  The outcome is in systemd's RUNTIME_DIRECTORY, where `cerebrum/reload.py` waits for it.
 - The event loop feeds systemd's watchdog as long as `stuck` reports no part that has stalled.
 - While the log file cannot be written, its lines are dropped: a full disk must not end the service.
 
@@ -34,13 +36,14 @@ from cerebrum_common import VERSION, log, request_id_var, timestamp
 if TYPE_CHECKING:
     import argparse
 
-# -------------------------------------------------------------------------------------------------- logs
+# --------------------------------------------------------------------------------------------- logs
 
 MAX_LOG_BYTES, OLD_LOGS = 5_000_000, 3  # 20 MB in all: some 200,000 requests
 
 
 class LogFormatter(logging.Formatter):
-    """`2025-12-25 12:00:00 - INFO - [request id] message`: always one line, whatever outside text the message holds.
+    """`2025-12-25 12:00:00 - INFO - [request id] message`: always one line, whatever outside text
+    the message holds.
 
     A traceback follows on indented lines, none of which can pass for a record.
     """
@@ -66,8 +69,8 @@ class LogFormatter(logging.Formatter):
 def set_up_logging(level: str, file: str) -> None:
     """Log to standard output and to `file` (empty: no file). Another call reopens the file.
 
-    If standard output is systemd's journal, requests go to the file alone while the file can be written: an SD card
-    should not store them twice.
+    If standard output is systemd's journal, requests go to the file alone while the file can be
+    written: an SD card should not store them twice.
     """
     logging.raiseExceptions = False  # if the reader of standard output ends, the daemon goes on
     output = logging.StreamHandler(sys.stdout)
@@ -110,7 +113,9 @@ def _log_file(path: str) -> Any:
     from logging.handlers import RotatingFileHandler  # takes 1 MB of memory, needed only here
 
     class LogFile(RotatingFileHandler):
-        """Reports once that the file cannot be written, drops the lines, and tries again with each new line."""
+        """Reports once that the file cannot be written, drops the lines, and tries again with each
+        new line.
+        """
 
         reason = ""  # why the last line was not written
 
@@ -141,7 +146,7 @@ def _log_file(path: str) -> Any:
     return LogFile(path, maxBytes=MAX_LOG_BYTES, backupCount=OLD_LOGS, encoding="utf-8", delay=True)
 
 
-# ----------------------------------------------------------------------------------------------- systemd
+# ------------------------------------------------------------------------------------------ systemd
 
 FIRST_SOCKET = 3  # SD_LISTEN_FDS_START
 FEEDS = 4  # per watchdog timeout: some may be late on a busy machine
@@ -166,7 +171,7 @@ def passed_sockets(environ: Mapping[str, str]) -> list[socket.socket]:
     return [socket.socket(fileno=number) for number in range(FIRST_SOCKET, FIRST_SOCKET + count)]
 
 
-# ----------------------------------------------------------------------------------------------- options
+# ------------------------------------------------------------------------------------------ options
 
 HELP = """\
 configuration; the first source that sets a variable wins:
@@ -178,7 +183,8 @@ SIGHUP reads them again. A socket that systemd passes to vpsd is used instead of
 
 exit status:
   0  stopped by a signal, or done; with --check: nothing has failed
-  1  a temporary failure, such as a busy port or a failed download; with --check: something has failed
+  1  a temporary failure, such as a busy port or a failed download; with --check: something has
+     failed
   2  wrong configuration or arguments
 """
 
@@ -203,7 +209,7 @@ def make_parser(daemon: str, about: str) -> argparse.ArgumentParser:
     return parser
 
 
-# ----------------------------------------------------------------------------------------------- service
+# ------------------------------------------------------------------------------------------ service
 
 ENDING = (signal.SIGTERM, signal.SIGINT)
 STAYS = "not reloaded, the old settings stay but for the keys that can be read"
@@ -212,8 +218,9 @@ STAYS = "not reloaded, the old settings stay but for the keys that can be read"
 class Service:
     """A daemon between its start and its end. Lives on the event loop.
 
-    `reload()` applies new settings, or raises and changes nothing but the keys: whatever else is wrong, a revoked one
-    must stop working. `stuck(now)` says which part has stopped making progress, "" if none has; `now` is monotonic.
+    `reload()` applies new settings, or raises and changes nothing but the keys: whatever else is
+    wrong, a revoked one must stop working. `stuck(now)` says which part has stopped making
+    progress, "" if none has; `now` is monotonic.
     """
 
     def __init__(self, reload: Callable[[], None], stuck: Callable[[float], str]) -> None:
@@ -233,8 +240,9 @@ class Service:
         self._signals.put_nowait(signal.SIGTERM)
 
     async def run(self, *work: asyncio.Task[Any]) -> bool:
-        """Run until a signal stops us (False) or a task ends by itself (True), and log that task's error. The watchdog
-        is fed until the event loop ends."""
+        """Run until a signal stops us (False) or a task ends by itself (True), and log that task's
+        error. The watchdog is fed until the event loop ends.
+        """
         self._feeding = asyncio.create_task(self._feed())
         notify("READY=1")
         tasks = {self._feeding, *work}

@@ -1,8 +1,9 @@
 """Settings: the environment, `.env`, systemd's credentials, and models.toml.
 
-A daemon reads its settings at start and at SIGHUP, with `read_environment` and `load_catalog`, into a frozen Config of
-its own. A wrong value raises `ConfigError`, whose message begins with the variable's name. The message shows no text
-that may be a key, which people paste in wrong places. Standard library only.
+A daemon reads its settings at start and at SIGHUP, with `read_environment` and `load_catalog`, into
+a frozen Config of its own. A wrong value raises `ConfigError`, whose message begins with the
+variable's name. The message shows no text that may be a key, which people paste in wrong places.
+Standard library only.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from cerebrum_common import FIM_LAYOUTS, SUGGEST, HttpError, Model, log
 
 
 def read_table(table: Any, where: str, fields: Mapping[str, Field], *others: str) -> dict[str, Any]:
-    """The checked members of a TOML table, limited to `fields` and `others`. ConfigError says what is wrong."""
+    """The checked members of a TOML table, limited to `fields` and `others`. ConfigError says what
+    is wrong.
+    """
     if not isinstance(table, dict):
         raise ConfigError(f"{where}: expected a table, got something else")
     for name in sorted(table.keys() - {*fields, *others}):
@@ -31,7 +34,7 @@ def read_table(table: Any, where: str, fields: Mapping[str, Field], *others: str
         raise ConfigError(f"{where}: {shown}") from None
 
 
-# ----------------------------------------------------------------------------------------- configuration
+# ------------------------------------------------------------------------------------ configuration
 
 
 class ConfigError(ValueError):
@@ -51,7 +54,9 @@ MAX_CLIENTS, MAX_CLIENT_PLACES = 32, 64
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """A person with a key. A guest (`places` above 0) has so many places at most, and only what the others leave."""
+    """A person with a key. A guest (`places` above 0) has so many places at most, and only what the
+    others leave.
+    """
 
     name: str
     places: int = 0
@@ -59,8 +64,9 @@ class Client:
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """The variables of the environment, a `.env` file and credentials. A bad value raises ConfigError with the
-    variable's name."""
+    """The variables of the environment, a `.env` file and credentials. A bad value raises
+    ConfigError with the variable's name.
+    """
 
     values: Mapping[str, str]
 
@@ -68,7 +74,9 @@ class Environment:
         return self.values.get(name, "") or default
 
     def keys(self, name: str) -> tuple[str, ...]:
-        """The key in this variable, or two during a rotation, separated by a comma: the new one, then the old one."""
+        """The key in this variable, or two during a rotation, separated by a comma: the new one,
+        then the old one.
+        """
         if not (text := self.text(name)):
             return ()
         keys = tuple(key.strip() for key in text.split(","))
@@ -81,8 +89,9 @@ class Environment:
         return keys
 
     def clients(self, name: str, default: Path, strict: bool = True) -> dict[str, Client] | None:
-        """The named clients, by their keys, in the file that this variable names or in the default one; None if there
-        is no such file. If not `strict`, wrong lines are skipped."""
+        """The named clients, by their keys, in the file that this variable names or in the default
+        one; None if there is no such file. If not `strict`, wrong lines are skipped.
+        """
         if re.search(r"\s", self.text(name)):
             raise ConfigError(
                 f"{name}: expected the path of a file, got a text with spaces"
@@ -126,7 +135,9 @@ class Environment:
         return next(iter(self.keys(name)), "")
 
     def warn_of_changes(self, new: Environment, names: Collection[str]) -> None:
-        """Log which of these variables have changed in `new`: the daemon uses them only at its start."""
+        """Log which of these variables have changed in `new`: the daemon uses them only at its
+        start.
+        """
         if changed := [name for name in names if self.text(name) != new.text(name)]:
             log.warning("%s changed: restart the daemon to use it", ", ".join(changed))
 
@@ -166,16 +177,20 @@ class Environment:
 def read_environment(
     environ: Mapping[str, str], folder: Path, known: Environment | None = None
 ) -> Environment:
-    """Read systemd's credentials, then the process's environment, then `folder`/.env: the first source that has a
-    variable wins. `.env` has `NAME=value` lines as systemd reads them: quotes are optional, and a `#` inside a value is
-    part of the value. With `known`, a wrong line is skipped; what it may have set keeps its value there."""
+    """Read systemd's credentials, then the process's environment, then `folder`/.env: the first
+    source that has a variable wins. `.env` has `NAME=value` lines as systemd reads them: quotes are
+    optional, and a `#` inside a value is part of the value. With `known`, a wrong line is skipped;
+    what it may have set keeps its value there.
+    """
     return Environment(
         {**_read_env(folder / ".env", known), **environ, **_read_credentials(environ)}
     )
 
 
 def _read_credentials(environ: Mapping[str, str]) -> dict[str, str]:
-    """Variables from files of the same names, which systemd passes through the unit's LoadCredential=."""
+    """Variables from files of the same names, which systemd passes through the unit's
+    LoadCredential=.
+    """
     folder, values = environ.get("CREDENTIALS_DIRECTORY"), dict[str, str]()
     try:
         for path in Path(folder).iterdir() if folder else ():
@@ -217,8 +232,9 @@ def _read_env(path: Path, known: Environment | None) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Catalog:
-    """The contents of models.toml: the models in order of preference, the ids that each mode puts before that order,
-    and the backends' tables, which only the Pi reads and checks."""
+    """The contents of models.toml: the models in order of preference, the ids that each mode puts
+    before that order, and the backends' tables, which only the Pi reads and checks.
+    """
 
     models: tuple[Model, ...]
     prefer: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -226,7 +242,9 @@ class Catalog:
 
     @property
     def key_names(self) -> frozenset[str]:
-        """The variables that hold keys: our own two, and each backend's `key_env`. No child process gets them."""
+        """The variables that hold keys: our own two, and each backend's `key_env`. No child process
+        gets them.
+        """
         named = [table.get("key_env") for table in self.backends if isinstance(table, dict)]
         own = "CEREBRUM_API_KEY", "CEREBRUM_CM4_API_KEY"
         return frozenset(own).union(name for name in named if isinstance(name, str))
@@ -257,8 +275,9 @@ SHAPE = {
 
 
 def load_catalog(path: Path, known: Collection[str]) -> Catalog:
-    """Read and check models.toml, in which the language "all" stands for the `known` ones. ConfigError names the
-    variable of the path, and the wrong entry with its fault."""
+    """Read and check models.toml, in which the language "all" stands for the `known` ones.
+    ConfigError names the variable of the path, and the wrong entry with its fault.
+    """
     try:
         table = tomllib.loads(path.read_text("utf-8"))
         entries, backends = table.get("models"), table.get("backends", [])

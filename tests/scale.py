@@ -1,8 +1,9 @@
 """vLLM for its test: in an environment of its own, with the 0.5B's weights.
 
-    python tests/scale.py     # installs what is missing (gigabytes), and says in one line what there is
+    python tests/scale.py     # installs what is missing (gigabytes), and lists what there is
 
-`./run.sh setup scale` does that. vLLM reads no GGUF file without a GPU, so the weights are written as safetensors.
+`./run.sh setup scale` does that. vLLM reads no GGUF file without a GPU, so the weights are written
+as safetensors.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ UNFIT = (
 NAME = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
 CONTEXT = 2048
 START_SECONDS = 400.0  # it loads 2.5 GB, on cores that other tests may share
-# Computing in float32 is the faster way on a CPU without instructions for bfloat16; compiling takes minutes; and
-# `generation_config` ignores what the model's publisher recommends for chats, such as a penalty for repetition.
+# Computing in float32 is the faster way on a CPU without instructions for bfloat16; compiling takes
+# minutes; and `generation_config` ignores what the model's publisher recommends for chats, such as
+# a penalty for repetition.
 SETTINGS = (
     "--dtype=float32",
     "--enforce-eager",
@@ -56,11 +58,13 @@ FIGURES = {  # their names in config.json, and in a GGUF file
     "rope_theta": "rope.freq_base",
 }  # fmt: skip
 
-# ----------------------------------------------------------------------------------------------- having
+# ------------------------------------------------------------------------------------------- having
 
 
 def prepare() -> None:
-    """Install and convert what is missing (about five minutes, once); Unavailable where that cannot be done."""
+    """Install and convert what is missing (about five minutes, once); Unavailable where that cannot
+    be done.
+    """
     wanted, installed = "\n".join(PACKAGES), VENV / "installed.txt"
     if not (installed.exists() and installed.read_text() == wanted):
         shutil.rmtree(VENV, ignore_errors=True)
@@ -87,7 +91,9 @@ def _run(command: list[str]) -> None:
 
 
 def convert(file: Path, folder: Path) -> None:
-    """Write the weights and the tokenizer of a GGUF file of Qwen2 in the form of its publisher's page. Runs in VENV."""
+    """Write the weights and the tokenizer of a GGUF file of Qwen2 in the form of its publisher's
+    page. Runs in VENV.
+    """
     import gguf
     import torch
     from safetensors.torch import save_file
@@ -118,7 +124,7 @@ def convert(file: Path, folder: Path) -> None:
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
 
 
-# --------------------------------------------------------------------------------------------- starting
+# ----------------------------------------------------------------------------------------- starting
 
 
 class Tree(Engine):

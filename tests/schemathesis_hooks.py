@@ -11,7 +11,9 @@ from cerebrum.fields import MAX_INTEGER_DIGITS
 
 @schemathesis.hook
 def filter_headers(context: Any, headers: Any) -> bool:
-    """Headers that delimit the message: another Transfer-Encoding than chunked gets 501, as RFC 9112 wants it."""
+    """Headers that delimit the message: another Transfer-Encoding than chunked gets 501, as RFC
+    9112 wants it.
+    """
     return not headers or not {name.lower() for name in headers} & {
         "transfer-encoding",
         "content-length",
@@ -21,7 +23,9 @@ def filter_headers(context: Any, headers: Any) -> bool:
 
 @schemathesis.hook
 def filter_body(context: Any, body: Any) -> bool:
-    """JSON Schema takes 1.0 for an integer, and knows no largest one. Our integers have at most 20 digits."""
+    """JSON Schema takes 1.0 for an integer, and knows no largest one. Our integers have at most 20
+    digits.
+    """
     if isinstance(body, dict | list):
         return all(
             filter_body(context, value)

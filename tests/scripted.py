@@ -1,12 +1,13 @@
 """A scripted server, and a Pi in this process that takes it for its VPS.
 
-`Backend` is the VPS for the tests of cm4d, and the Pi for those of the REPL: the paths that both ask are the same. It
-answers a GET by its state, and a completion by a script: a list of steps, each of them bytes to send, `RESET`, `HANG`
-(until the other side leaves), `Flood`, or a callable (for example an asyncio.Event's `wait`), whose result is awaited
-if it is awaitable. After the last step the connection is closed.
+`Backend` is the VPS for the tests of cm4d, and the Pi for those of the REPL: the paths that both
+ask are the same. It answers a GET by its state, and a completion by a script: a list of steps, each
+of them bytes to send, `RESET`, `HANG` (until the other side leaves), `Flood`, or a callable (for
+example an asyncio.Event's `wait`), whose result is awaited if it is awaitable. After the last step
+the connection is closed.
 
-As vpsd does, it ends a completion when a newer one of the same session comes: with 409 SUPERSEDED, or with an error
-event once the response has begun.
+As vpsd does, it ends a completion when a newer one of the same session comes: with 409 SUPERSEDED,
+or with an error event once the response has begun.
 """
 
 from __future__ import annotations
@@ -330,7 +331,9 @@ def backend_at(
 async def pi_for(
     *backends: int | BackendConfig, probing: bool = True, max_concurrent: int = 2, **config: Any
 ) -> AsyncIterator[Pi]:
-    """A Pi with these backends; a port alone is that of a VPS. With `probing` each has been probed once."""
+    """A Pi with these backends; a port alone is that of a VPS. With `probing` each has been probed
+    once.
+    """
     own = {"max_concurrent": max_concurrent, "key_env": "CEREBRUM_API_KEY"}
     configs = [backend_at(one, **own) if isinstance(one, int) else one for one in backends]
     gateway = Gateway(Config(**{"backends": tuple(configs), "models": SHIPPED, **config}))

@@ -54,7 +54,9 @@ UNTUNED = "warn tuned tiny there is no tuned file: `vpsd.py tune tiny`"
 
 
 def given(folder: Path, catalog: str = CATALOG, **more: str) -> dict[str, str]:
-    """The environment of a daemon with its own models.toml, a whole model, and no credentials of this machine."""
+    """The environment of a daemon with its own models.toml, a whole model, and no credentials of
+    this machine.
+    """
     (folder / "models").mkdir(exist_ok=True)
     (folder / "models/tiny.gguf").write_bytes(WEIGHTS)
     (folder / "catalog.toml").write_text(catalog)
@@ -93,7 +95,9 @@ def lines_of(stdout: str, status: int) -> list[str]:
 
 
 def assert_found(lines: list[str], *expected: str) -> None:
-    """Each finding has the expected level and subject, and names the further words: a variable, a file, a figure."""
+    """Each finding has the expected level and subject, and names the further words: a variable, a
+    file, a figure.
+    """
     assert [line.split()[:2] for line in lines] == [finding.split()[:2] for finding in expected]
     for line, finding in zip(lines, expected, strict=True):
         words = [rf"(?<![\w.,]){re.escape(word)}(?!\w|,\d)" for word in finding.split()]
@@ -390,7 +394,7 @@ def test_the_limit_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     assert memory("1000") == ["3000", "# no model is here; the smallest is other", beside]
 
 
-# ---------------------------------------------------------------------------------- versions, arguments
+# ------------------------------------------------------------------------------ versions, arguments
 
 
 def test_one_version() -> None:

@@ -18,7 +18,7 @@ from cerebrum.settings import ConfigError, Environment, load_catalog, read_envir
 from cerebrum.text.languages import LANGUAGES
 from cerebrum_common import HttpError, Model, error_body, error_event, sse_event, timestamp
 
-# ------------------------------------------------------------------------------------------------- fields
+# ------------------------------------------------------------------------------------------- fields
 
 
 TEXTS = "a string, or an array of 0 to 2 non-empty strings"
@@ -100,7 +100,7 @@ def test_shapes() -> None:
     assert {"localhost", socket.gethostname().lower(), "x"} <= own_names(["X"])
 
 
-# ------------------------------------------------------------------------------------------ configuration
+# ------------------------------------------------------------------------------------ configuration
 
 
 def test_dotenv(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_keys() -> None:
             Environment({"K": text}).keys("K")
 
 
-# ------------------------------------------------------------------------------------------------- models
+# ------------------------------------------------------------------------------------------- models
 
 GOOD = '[[models]]\nid = "m"\nname = "M"\nparameters = "1B"\nquantization = "Q4"\nfile = "m.gguf"\n'
 GOOD += 'languages = ["python"]\n'
@@ -305,7 +305,7 @@ def test_preferences_and_any_language_may_be_named(tmp_path: Path) -> None:
     assert load_catalog(ROOT / "models.toml", LANGUAGES).prefer == {}, "off in the shipped file"
 
 
-# ---------------------------------------------------------------------------------------------- the house
+# ---------------------------------------------------------------------------------------- the house
 
 
 @pytest.mark.parametrize("name", ["cm4d.py", "vpsd.py"])

@@ -1,8 +1,9 @@
-"""Faults of the world around both daemons, which run as processes and with real weights: cables, power, disks, clocks.
+"""Faults of the world around both daemons, which run as processes and with real weights: cables,
+power, disks, clocks.
 
-A machine that loses its network is a network namespace behind a veth pair whose far end goes down: from then on every
-packet is lost, and nobody hears of it. That needs root, as does a full disk: a tmpfs of a megabyte. libfaketime makes
-the clock jump.
+A machine that loses its network is a network namespace behind a veth pair whose far end goes down:
+from then on every packet is lost, and nobody hears of it. That needs root, as does a full disk: a
+tmpfs of a megabyte. libfaketime makes the clock jump.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ needs_weights = pytest.mark.skipif(
 pytestmark = [pytest.mark.slow, needs_weights]
 
 
-# ----------------------------------------------------------------------------------------- both daemons
+# ------------------------------------------------------------------------------------- both daemons
 
 
 @pytest.fixture(scope="session")
@@ -95,8 +96,9 @@ VPS = {
 
 
 def vpsd(folder: Path, *inside: str, **more: str) -> contextlib.AbstractContextManager[Daemon]:
-    """vpsd with the real weights; `inside` is a command that runs it somewhere else. With GOOD_DECODES and THEN its
-    llama.cpp goes wrong: see wedged.py."""
+    """vpsd with the real weights; `inside` is a command that runs it somewhere else. With
+    GOOD_DECODES and THEN its llama.cpp goes wrong: see wedged.py.
+    """
     wedged = [sys.executable, "-u", str(Path(__file__).with_name("wedged.py"))]
     command = [*inside, *(wedged if "THEN" in more else command_of("vpsd"))]
     return program("vpsd", command, folder, settings(folder, **{**VPS, **more}))
@@ -110,7 +112,9 @@ def cm4d(folder: Path, vps: str, **more: str) -> contextlib.AbstractContextManag
 
 @contextlib.contextmanager
 def both(folder: Path, cable: Cable | None = None, pi: Any = None, **more: str) -> Iterator[Any]:
-    """vpsd, behind the cable if there is one, a cm4d that has found it, with the settings `pi`, and its client."""
+    """vpsd, behind the cable if there is one, a cm4d that has found it, with the settings `pi`, and
+    its client.
+    """
     inside, host = (cable.inside, cable.far) if cable else ((), "127.0.0.1")
     more["CEREBRUM_VPS_HOST"] = host
     with (
@@ -174,12 +178,14 @@ def assert_done(reply: Reply, tokens: int) -> None:
     assert last["total_tokens"] == tokens
 
 
-# ---------------------------------------------------------------------------------------------- cables
+# ------------------------------------------------------------------------------------------- cables
 
 
 class Cable:
-    """Another machine, at `far`, and the cable to it: a network namespace and a veth pair. We are at `near`. The cable
-    is cut once all its `users` are ready, and mended once all have seen what follows."""
+    """Another machine, at `far`, and the cable to it: a network namespace and a veth pair. We are
+    at `near`. The cable is cut once all its `users` are ready, and mended once all have seen what
+    follows.
+    """
 
     def __init__(self) -> None:
         process = os.getpid()
@@ -198,7 +204,8 @@ class Cable:
         ip("link", "set", near, "up")
         ip("-n", self.name, "link", "set", "lo", "up")
         ip("-n", self.name, "link", "set", far, "up")
-        # Never forgotten: packets to a machine that is gone are lost in silence, as behind Tailscale.
+        # Never forgotten: packets to a machine that is gone are lost in silence, as behind
+        # Tailscale.
         shown = json.loads(ip("-n", self.name, "-json", "link", "show", far))
         ip(
             "neighbour",
@@ -255,7 +262,9 @@ def cable() -> Iterator[Cable]:
 
 
 async def test_a_cable_is_cut(cable: Cable, measured: Path, tmp_path: Path) -> None:
-    """With three things under way at once, since each side waits half a minute for the other one."""
+    """With three things under way at once, since each side waits half a minute for the other
+    one.
+    """
     scenarios = (the_vps_falls_silent, a_client_falls_silent, a_client_that_is_sent_nothing)
     cable.users = asyncio.Barrier(len(scenarios))
     async with asyncio.TaskGroup() as group:
@@ -264,7 +273,9 @@ async def test_a_cable_is_cut(cable: Cable, measured: Path, tmp_path: Path) -> N
 
 
 async def the_vps_falls_silent(cable: Cable, folder: Path) -> None:
-    """In mid-stream: the Pi answers its client, and the VPS, for which the Pi falls silent, computes no further."""
+    """In mid-stream: the Pi answers its client, and the VPS, for which the Pi falls silent,
+    computes no further.
+    """
     with both(folder, cable) as (vps, pi, client):
         rest = await begin(client)
         await cable.set("down")
@@ -287,8 +298,9 @@ async def the_vps_falls_silent(cable: Cable, folder: Path) -> None:
 
 
 async def a_client_falls_silent(cable: Cable, folder: Path) -> None:
-    """Its computer sleeps or has lost its network, so neither FIN nor RST comes. What it is sent stays unanswered. Its
-    place is given back."""
+    """Its computer sleeps or has lost its network, so neither FIN nor RST comes. What it is sent
+    stays unanswered. Its place is given back.
+    """
     with both(folder, pi={"CEREBRUM_CM4_HOST": cable.near}) as (vps, pi, _):
         reader, writer = await cable.connect(pi.port)
         writer.write(post("/v1/complete/stream", json.dumps(fields()).encode()))
@@ -317,7 +329,7 @@ async def a_client_that_is_sent_nothing(cable: Cable, folder: Path) -> None:
             await cable.set("up")
 
 
-# --------------------------------------------------------------------------------------------- a full disk
+# -------------------------------------------------------------------------------------- a full disk
 
 
 @pytest.fixture
@@ -330,7 +342,9 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 async def test_the_disk_is_full(disk: Path, tmp_path: Path) -> None:
-    """Logs, measurements and caches are given up, completions are not; with room again, all is written again."""
+    """Logs, measurements and caches are given up, completions are not; with room again, all is
+    written again.
+    """
     state, logs = disk / "state", disk / "logs"
     kv = state / "kv" / SMALL
     given = {"CEREBRUM_STATE_DIR": str(state), "CEREBRUM_LOG_FILE": str(logs / "vpsd.log")}
@@ -367,7 +381,7 @@ async def test_the_disk_is_full(disk: Path, tmp_path: Path) -> None:
     assert (vps.process.returncode, pi.process.returncode) == (0, 0)
 
 
-# ------------------------------------------------------------------------------------------------ clocks
+# ------------------------------------------------------------------------------------------- clocks
 
 FAKETIME = next(iter(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1")), None)
 
@@ -422,7 +436,7 @@ async def test_the_clock_jumps(folder: Path) -> None:
         assert [" runs untuned: there is no tuned file: " in line for line in warned] == [True]
 
 
-# ------------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 
 
 async def test_a_model_file_is_damaged_while_it_is_served(folder: Path) -> None:
@@ -465,7 +479,7 @@ async def test_a_model_file_is_damaged_while_it_is_served(folder: Path) -> None:
         assert "Traceback" not in vps.stdout()
 
 
-# ------------------------------------------------------------------------------------ what goes wrong in vpsd
+# -------------------------------------------------------------------------- what goes wrong in vpsd
 
 
 async def test_one_request_is_found_on_both_sides_by_its_id(folder: Path) -> None:
@@ -529,7 +543,7 @@ async def test_a_wedged_worker_is_noticed(folder: Path) -> None:
         assert await asyncio.to_thread(vps.process.wait, PATIENCE) == -signal.SIGABRT
 
 
-# ------------------------------------------------------------------------------------ thousands of requests
+# ---------------------------------------------------------------------------- thousands of requests
 
 WARM_UP = 1_100
 ABORTED = 11  # every 11th is
@@ -538,8 +552,8 @@ CLIENTS, PLACES = (
     12,
 )  # at a time: nobody is refused, even before an aborted request has given its place back
 
-# What RSS may grow by after the warm-up. Measured with 11,000 requests: 0.5 MB, and 5 MB, of which 1 MB came after the
-# first part. A leak of 1 KB in each of them would be 11 MB.
+# What RSS may grow by after the warm-up. Measured with 11,000 requests: 0.5 MB, and 5 MB, of which
+# 1 MB came after the first part. A leak of 1 KB in each of them would be 11 MB.
 GROWN_MB = {"cm4d": 3.0, "vpsd": 10.0}
 
 NATIVE = {"language": "python", "model": SMALL, "prompt": "1, 2, 3, ", "max_tokens": 2}
@@ -648,7 +662,7 @@ async def test_thousands_of_requests_leave_nothing(folder: Path, requests: int) 
         assert vps.complaints() == pi.complaints() == ""
 
 
-# ------------------------------------------------------------------------------------------------ kill -9
+# ------------------------------------------------------------------------------------------ kill -9
 
 
 @pytest.mark.parametrize("kills", [4, pytest.param(12, marks=pytest.mark.nightly)])

@@ -1,4 +1,6 @@
-"""The walls: who may import whom, and that each daemon starts without the other machine's folder."""
+"""The walls: who may import whom, and that each daemon starts without the other machine's
+folder.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ BOTH = {
     f"cerebrum.{name}"
     for name in ("check", "fields", "http", "metrics", "service", "settings", "text")
 }
-MAY = {  # what a file, or else each file of a folder, may import beside its own folder and cerebrum_common
+# what a file, or else each file of a folder, may import beside its own folder and cerebrum_common
+MAY = {
     "cerebrum_common.py": set[str](),
     "cm4d.py": BOTH | {"cerebrum.pi"},
     "vpsd.py": BOTH | {"cerebrum.vps"},
@@ -44,7 +47,9 @@ FILES = sorted(
 
 
 def name_of(path: Path) -> str:
-    """`cerebrum.pi` for the path cerebrum/pi, `cerebrum.pi.page` for cerebrum/pi/page.py; "" for the root."""
+    """`cerebrum.pi` for the path cerebrum/pi, `cerebrum.pi.page` for cerebrum/pi/page.py; "" for
+    the root.
+    """
     return ".".join(path.parts).removesuffix(".py")
 
 

@@ -1,6 +1,7 @@
 """vpsd's bookkeeping: places for requests, loading and unloading models, and faults on the way.
 
-The workers are scripted, because a real one decides itself when it has loaded and when it has ended.
+The workers are scripted, because a real one decides itself when it has loaded and when it has
+ended.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ DAMAGED = HttpError("MODEL_LOAD_FAILED", "it is damaged")
 
 
 class ScriptedWorker:
-    """Stands for a worker's thread. The test sets `ready` when it has loaded, and `ended` when it has ended."""
+    """Stands for a worker's thread. The test sets `ready` when it has loaded, and `ended` when it
+    has ended.
+    """
 
     made: list[ScriptedWorker]
 
@@ -149,7 +152,9 @@ def patch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 def house(
     runner: asyncio.Runner, patch: Callable[..., None], tmp_path: Path, caplog: Any
 ) -> Iterator[House]:
-    """A house in which the files of all models exist. After the test every place must be free again."""
+    """A house in which the files of all models exist. After the test every place must be free
+    again.
+    """
     folders = {"CEREBRUM_MODELS_DIR": str(tmp_path), "CEREBRUM_STATE_DIR": str(tmp_path / "state")}
     config = load_config(
         Environment({**CATALOG, **folders, "CEREBRUM_IDLE_MINUTES": "0"}), Path("/nonexistent")
@@ -171,7 +176,7 @@ def house(
     assert (house.pool.instances, house.engine.completions) == ({}, {})
 
 
-# ---------------------------------------------------------------------------------------- what is loaded
+# ----------------------------------------------------------------------------------- what is loaded
 
 
 def untuned(model: str, why: str) -> str:
@@ -218,7 +223,8 @@ async def test_a_tuned_file_that_does_not_fit_or_is_damaged_is_not_used(
 
 async def test_a_model_that_does_not_fit_gets_a_shorter_context(house: House) -> None:
     async def listed() -> dict[str, tuple[int, bool]]:
-        entries: Any = (await vpsd.models(house.engine, SimpleNamespace())).body  # type: ignore[arg-type]
+        # type: ignore[arg-type]
+        entries: Any = (await vpsd.models(house.engine, SimpleNamespace())).body
         return {entry["id"]: (entry["n_ctx"], entry["available"]) for entry in entries["models"]}
 
     house.patch(
@@ -242,7 +248,7 @@ async def test_a_model_that_does_not_fit_gets_a_shorter_context(house: House) ->
     assert (await listed())[C] == (4096, False)  # its file is damaged
 
 
-# ------------------------------------------------------------------------------------------ loads and faults
+# --------------------------------------------------------------------------------- loads and faults
 
 
 @pytest.mark.parametrize("place", ["prepare", "_load", "relieve"])
@@ -391,7 +397,7 @@ async def test_a_loaded_model_needs_no_file(house: House) -> None:
     assert re.match(f"model {A}: the file .* is missing", house.refuses().message)
 
 
-# ------------------------------------------------------------------------------------------------- memory
+# ------------------------------------------------------------------------------------------- memory
 
 
 async def test_two_requests_both_wait_for_the_idle_model_that_makes_room(house: House) -> None:
@@ -431,7 +437,8 @@ async def test_saved_prompts_are_dropped_before_a_request_is_refused(house: Hous
 
 def held(id: str, size: int, state: str, used: float, *users: Any) -> Instance:
     """An instance of so many megabytes, in this state, which was last used then."""
-    one = Instance(SimpleNamespace(id=id), None, size * MB, None, None, last_used=used)  # type: ignore[arg-type]
+    # type: ignore[arg-type]
+    one = Instance(SimpleNamespace(id=id), None, size * MB, None, None, last_used=used)
     one.state, one.users = pool.State[state], {*users}
     return one
 
@@ -490,7 +497,7 @@ def test_the_limit_of_the_service_counts(patch: Callable[..., None], tmp_path: P
     assert 0 < Engine(load_config(Environment(CATALOG), tmp_path)).pool._free_mb() <= 300
 
 
-# ------------------------------------------------------------------------------------------- requests
+# ----------------------------------------------------------------------------------------- requests
 
 
 def request_for(model: str = A) -> Any:
@@ -540,7 +547,7 @@ async def test_a_worker_that_has_hung_is_noticed_and_left(house: House) -> None:
         await answer
 
 
-# -------------------------------------------------------------------------------------- cleaning up, settings
+# ---------------------------------------------------------------------------- cleaning up, settings
 
 
 @pytest.mark.parametrize("by_hand", [False, True])

@@ -1,4 +1,6 @@
-"""The language server: bytes on its stdin and stdout, and a scripted Pi. Real editors: tests/pi/test_lsp_clients.py."""
+"""The language server: bytes on its stdin and stdout, and a scripted Pi. Real editors:
+tests/pi/test_lsp_clients.py.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,8 @@ from cerebrum_lsp import (
 URI = "file:///home/me/sum.py"
 INVOKED, AUTOMATIC = 1, 2
 
-# What real editors announce, as far as the server reads it: eglot of Emacs 29.1 (as VS Code 1.65) and Neovim 0.10.
+# What real editors announce, as far as the server reads it: eglot of Emacs 29.1 (as VS Code 1.65)
+# and Neovim 0.10.
 EGLOT: dict[str, Any] = {
     "workspace": {"configuration": True, "workspaceEdit": {"documentChanges": True}}
 }
@@ -210,7 +213,7 @@ def editor(pi: Pi, tmp_path: Path) -> Iterator[Editor]:
         yield editor
 
 
-# --------------------------------------------------------------------------------------------- ghost text
+# --------------------------------------------------------------------------------------- ghost text
 
 
 def test_ghost_text(editor: Editor, pi: Pi) -> None:
@@ -374,7 +377,7 @@ def test_a_long_text_begins_at_the_same_place_for_many_keys() -> None:
         assert cerebrum_lsp.sent(Gap(URI, text[:end], text)) == (text[begin:end], text[:most])
 
 
-# --------------------------------------------------------------------------------------------- cancelling
+# --------------------------------------------------------------------------------------- cancelling
 
 
 def test_a_cancelled_request_frees_the_pi(editor: Editor, pi: Pi) -> None:
@@ -395,7 +398,7 @@ def test_a_cancelled_request_frees_the_pi(editor: Editor, pi: Pi) -> None:
     assert (editor.ghost(0, 4), len(pi.asked)) == ("1", 2)
 
 
-# ----------------------------------------------------------------------------------------------- commands
+# ----------------------------------------------------------------------------------------- commands
 
 
 def test_an_accepted_text_is_counted_or_that_is_no_news(editor: Editor, pi: Pi) -> None:
@@ -437,7 +440,9 @@ def instructed(text: Any, reason: str = "stop", kept: Any = ("all",)) -> dict[st
 
 @pytest.mark.parametrize("able", [EGLOT, NEOVIM], ids=["eglot", "neovim"])
 def test_an_instruction_changes_the_selection(editor: Editor, pi: Pi, able: dict[str, Any]) -> None:
-    """A client that knows versions gets the one that the change is for. Its range may be backwards."""
+    """A client that knows versions gets the one that the change is for. Its range may be
+    backwards.
+    """
     assert (
         editor.start(**able)["capabilities"]["positionEncoding"] == "utf-16"
     )  # whatever else a client offers
@@ -529,7 +534,7 @@ def test_a_changed_selection_keeps_its_line_ends(editor: Editor, pi: Pi) -> None
         assert (text, edit["newText"]) == (text, changed)
 
 
-# --------------------------------------------------------------------------------- a Pi that does not help
+# -------------------------------------------------------------------------- a Pi that does not help
 
 AWAY = {"error": {"message": "no backend"}}
 
@@ -602,7 +607,7 @@ def test_what_is_no_pi_is_told_without_the_key_and_a_busy_one_is_not(
         assert "secret" not in f"{editor.process.stderr.read()!r} {Settings(key='secret')}"
 
 
-# ------------------------------------------------------------------------------------------- the protocol
+# ------------------------------------------------------------------------------------- the protocol
 
 
 RAW: list[tuple[bytes, Any, int]] = [  # what is sent, the id and the code of the error
@@ -693,7 +698,7 @@ def test_shutdown_ends_a_request_that_runs(editor: Editor, pi: Pi) -> None:
     assert editor.process.wait(PATIENCE) == 0
 
 
-# ----------------------------------------------------------------------------------------------- settings
+# ----------------------------------------------------------------------------------------- settings
 
 
 def configured(folder: Path, name: str, text: str) -> Path:
@@ -887,7 +892,7 @@ def test_options() -> None:
         assert (done.returncode, done.stdout[: len(says)]) == (status, says)
 
 
-# ------------------------------------------------------------------------------------------ the documents
+# ------------------------------------------------------------------------------------ the documents
 
 
 PLACES = [  # behind an end, in a character, or in disorder

@@ -1,6 +1,7 @@
 """/metrics of both daemons: the text, the numbers behind it, and whether others can read it.
 
-The peers are prometheus_client's parser and Debian's promtool, which also checks the queries of docs/operate.md.
+The peers are prometheus_client's parser and Debian's promtool, which also checks the queries of
+docs/operate.md.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ Samples = dict[tuple[str, ...], float]
 
 
 def read(text: str) -> Samples:
-    """The value of each sample, by its name and the values of its labels in the order of the labels' names."""
+    """The value of each sample, by its name and the values of its labels in the order of the
+    labels' names.
+    """
     samples = [
         sample for family in text_string_to_metric_families(text) for sample in family.samples
     ]
@@ -84,7 +87,7 @@ def check_agreement(samples: Samples, stats: dict[str, Any]) -> None:
     assert of(samples, "cerebrum_breaker_state") == {(one["id"], one["breaker"]["state"]): 1}
 
 
-# ----------------------------------------------------------------------------------------------- the table
+# ---------------------------------------------------------------------------------------- the table
 
 
 def test_a_row_is_a_metric_and_a_member_of_the_statistics() -> None:
@@ -126,7 +129,7 @@ def test_a_row_is_a_metric_and_a_member_of_the_statistics() -> None:
     assert (tally.per_token.sum, tally.per_token.cumulative()[-1]) == (0.5, (math.inf, 1))
 
 
-# ------------------------------------------------------------------------------------- the Pi, scripted
+# --------------------------------------------------------------------------------- the Pi, scripted
 
 
 async def test_the_pi_counts_what_it_does() -> None:
@@ -152,7 +155,8 @@ async def test_the_pi_counts_what_it_does() -> None:
         assert (await scrape(pi))["cerebrum_completions_active",] == 1
         writer.transport.abort()
         await until(lambda: not pi.gateway.dispatcher.active)
-        # An error behind the beginning of a stream counts once. A page gets some time to read it, and leaves in that.
+        # An error behind the beginning of a stream counts once. A page gets some time to read it,
+        # and leaves in that.
         reader, writer = await pi.open(
             "POST", "/v1/complete/stream", body, Origin="http://127.0.0.1"
         )
@@ -210,7 +214,7 @@ async def test_the_breaker_that_opens_is_seen(monkeypatch: pytest.MonkeyPatch) -
         assert (stats["breaker"]["state"], stats["breaker"]["opens"]) == ("open", 1)
 
 
-# ------------------------------------------------------------------------- both daemons, real Prometheus
+# -------------------------------------------------------------------- both daemons, real Prometheus
 
 
 def ask(port: int, path: str, body: Any = None) -> str:

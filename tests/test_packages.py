@@ -1,10 +1,12 @@
-"""docs/deploy.md to the letter, on a booted Debian: the packages, their setup, and the units under a real systemd.
+"""docs/deploy.md to the letter, on a booted Debian: the packages, their setup, and the units under
+a real systemd.
 
-One container plays the machine with the clone, the VPS, the Pi and Tailscale: the page's own command blocks are run
-in it, in their order. The tests then stop, kill, hang, misconfigure, upgrade and remove the daemons. `scp`, `sudo` and
-`tailscale` are stand-ins of a line each. Slow (minutes) and for root only. The tests without the mark `packages` are
-those of what a change to the packages breaks first. Each Debian with llama.cpp's wheel is made once, in ~/.cache, which
-needs a network; a container boots under an overlay, which is gone afterwards.
+One container plays the machine with the clone, the VPS, the Pi and Tailscale: the page's own
+command blocks are run in it, in their order. The tests then stop, kill, hang, misconfigure, upgrade
+and remove the daemons. `scp`, `sudo` and `tailscale` are stand-ins of a line each. Slow (minutes)
+and for root only. The tests without the mark `packages` are those of what a change to the packages
+breaks first. Each Debian with llama.cpp's wheel is made once, in ~/.cache, which needs a network; a
+container boots under an overlay, which is gone afterwards.
 """
 
 from __future__ import annotations
@@ -188,7 +190,8 @@ def booted(name: str, suite: str = SUITE) -> Iterator[Machine]:
         )
         yield machine
     finally:
-        # The overlay goes too, so nothing needs a clean shutdown. Everything in there dies with its init.
+        # The overlay goes too, so nothing needs a clean shutdown. Everything in there dies with its
+        # init.
         if subprocess.run(["pkill", "-KILL", "--parent", str(process.pid)]).returncode:
             process.kill()
         process.wait(DEADLINE_S)
@@ -242,7 +245,7 @@ def pids(machine: Machine) -> list[str]:
     return [machine.show(unit, "MainPID") for unit in DAEMONS]
 
 
-# ---------------------------------------------------------------------------------------- the page's steps
+# --------------------------------------------------------------------------------- the page's steps
 
 
 def test_the_steps(cerebrum: Machine) -> None:
@@ -294,8 +297,9 @@ def test_the_repl_finds_the_pi(cerebrum: Machine) -> None:
 
 
 def everything_set(machine: Machine) -> str:
-    """All that setup writes but memory.conf: a machine that is busy tunes the model in a later setup, and the limit
-    follows."""
+    """All that setup writes but memory.conf: a machine that is busy tunes the model in a later
+    setup, and the limit follows.
+    """
     files = f"{KEY} /etc/cerebrum-*/* /etc/systemd/system/cerebrum-*.d/[!m]* /var/lib/cerebrum-backend/models/*.gguf"
     return machine.run(f"sha256sum {files}; stat -c '%n %a %U' {files}")
 
@@ -317,7 +321,9 @@ def test_setup_is_roots_and_again_changes_nothing(cerebrum: Machine) -> None:
 
 
 def test_root_runs_nothing_that_the_daemons_user_can_change(cerebrum: Machine) -> None:
-    """Each start of the environment's Python writes down its user. A link of this user's leads out of its folder."""
+    """Each start of the environment's Python writes down its user. A link of this user's leads out
+    of its folder.
+    """
     write = (
         """os.write(os.open("/var/users/of", os.O_WRONLY | os.O_APPEND), b"%d " % os.getuid())"""
     )
@@ -346,7 +352,7 @@ def test_root_runs_nothing_that_the_daemons_user_can_change(cerebrum: Machine) -
     assert everything_set(cerebrum) == before
 
 
-# ---------------------------------------------------------------------------------------------- secrets
+# ------------------------------------------------------------------------------------------ secrets
 
 
 def test_the_key_is_for_the_daemons_alone(cerebrum: Machine) -> None:
@@ -381,7 +387,7 @@ def test_the_backend_has_no_network_and_strangers_do_not_reach_it(cerebrum: Mach
     cerebrum.run("ip address delete 203.0.113.7/32 dev lo")
 
 
-# --------------------------------------------------------------------------------------- crashes and restarts
+# ----------------------------------------------------------------------------- crashes and restarts
 
 
 def test_both_survive_a_kill(cerebrum: Machine) -> None:
@@ -440,7 +446,7 @@ def test_the_pi_alone_and_a_connection_that_starts_the_backend(cerebrum: Machine
     until(lambda: health(cerebrum)[0] == 200, "the Pi sees the VPS again")
 
 
-# ----------------------------------------------------------------------------------------- configuration
+# ------------------------------------------------------------------------------------ configuration
 
 
 @pytest.mark.packages
@@ -519,7 +525,7 @@ def test_an_address_is_taken_before_it_is_up_and_a_persons_limit_of_memory_stays
     )
 
 
-# --------------------------------------------------------------------------------- upgrade and removal
+# ------------------------------------------------------------------------------ upgrade and removal
 
 
 def newer(machine: Machine, version: str, change: str = "true") -> None:
@@ -615,7 +621,8 @@ def test_another_llama_cpp_is_built_while_the_old_one_serves(cerebrum: Machine) 
 
 
 BROKEN = {
-    "Python": "mv lib/python3* lib/python2",  # after an upgrade of Debian: the environment's Python finds no packages
+    # after an upgrade of Debian: the environment's Python finds no packages
+    "Python": "mv lib/python3* lib/python2",
     "CPU": r"echo 'def llama_decode(*_): import os; os.kill(os.getpid(), 4)' >>lib/python3*/*/llama_cpp/llama_cpp.py",
 }
 
@@ -623,7 +630,9 @@ BROKEN = {
 @pytest.mark.packages
 @pytest.mark.parametrize("changed", BROKEN)
 def test_llama_cpp_is_built_anew_for_another(cerebrum: Machine, changed: str) -> None:
-    """A library for a CPU with more features dies of SIGILL, and so would one from the wheel that pip keeps."""
+    """A library for a CPU with more features dies of SIGILL, and so would one from the wheel that
+    pip keeps.
+    """
     place, wheel = (
         "/var/lib/cerebrum-backend",
         "cache/wheels/llama_cpp_python-0.3.36-py3-none-any.whl",
@@ -644,7 +653,9 @@ def test_llama_cpp_is_built_anew_for_another(cerebrum: Machine, changed: str) ->
 
 @pytest.mark.packages
 def test_an_upgrade_keeps_the_speed(cerebrum: Machine) -> None:
-    """A model that was tuned for another llama.cpp is tuned again. If that fails, later, and nothing else fails."""
+    """A model that was tuned for another llama.cpp is tuned again. If that fails, later, and
+    nothing else fails.
+    """
     passport = f"/var/lib/cerebrum/tuned/{FILES[MODEL].name}.json"
 
     def starts() -> int:
@@ -718,7 +729,8 @@ def test_remove_and_purge(cerebrum: Machine) -> None:
     assert cerebrum.run("ls /var/lib/cerebrum-backend/models") == FILES[MODEL].name
 
 
-# What the README said before there was an installer. Empty files stand for the modules of that time.
+# What the README said before there was an installer. Empty files stand for the modules of that
+# time.
 OLDEST = """
 cd cerebrum
 python3 -m venv /opt/cerebrum-backend/venv
@@ -798,7 +810,7 @@ def test_an_installation_by_hand_is_taken_over(way: str) -> None:
         machine.run("cerebrum-cm4 setup </dev/null")
 
 
-# ------------------------------------------------------------------------------------------------ the packages
+# ------------------------------------------------------------------------------------- the packages
 
 
 @pytest.mark.skipif(not shutil.which("lintian"), reason="needs lintian")
@@ -828,7 +840,7 @@ def test_the_packages_are_whole_and_reproducible_and_lintian_is_silent(tmp_path:
             pass
 
 
-# ------------------------------------------------------------------------------------------------ at length
+# ---------------------------------------------------------------------------------------- at length
 
 
 @pytest.fixture(scope="module")

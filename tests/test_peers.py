@@ -1,4 +1,6 @@
-"""Other people's programs: curl and Python's http.client as clients of the server, nginx in front of it."""
+"""Other people's programs: curl and Python's http.client as clients of the server, nginx in front
+of it.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +80,7 @@ def test_http_client(peer: Peer) -> None:
     use(peer.port, peer)
 
 
-# --------------------------------------------------------------------------------------------------- curl
+# --------------------------------------------------------------------------------------------- curl
 
 
 def test_curl(peer: Peer) -> None:
@@ -123,7 +125,7 @@ def test_curl(peer: Peer) -> None:
         assert int(sent) < 8_000_000 or expect == "Expect:"
 
 
-# ------------------------------------------------------------------------------------------------- a proxy
+# ------------------------------------------------------------------------------------------ a proxy
 
 NGINX = """
 daemon off; master_process off; pid {folder}/pid; error_log stderr warn; events {{}}

@@ -1,7 +1,7 @@
 """The shell scripts, run as a person runs them: with real bash, curl, python3 and a terminal.
 
-The server is scripted in this process: each test states what it answers and checks what it was asked. A test waits
-for output or for an event of the server, until a deadline; it never sleeps.
+The server is scripted in this process: each test states what it answers and checks what it was
+asked. A test waits for output or for an event of the server, until a deadline; it never sleeps.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ REPL = str(ROOT / "cerebrum_repl.sh")
 KEYGEN = str(ROOT / "generate_api_key.sh")
 RUN = str(ROOT / "run.sh")
 
-# ------------------------------------------------------------------------------------------- backend
+# ------------------------------------------------------------------------------------------ backend
 
 
 Script = list[Any]  # of the steps that `Backend` knows
@@ -125,7 +125,9 @@ class Terminal:
 
 
 class Repl:
-    """The REPL in `env`, whose PATH has nothing but the programs that it needs, and the Pi that it asks."""
+    """The REPL in `env`, whose PATH has nothing but the programs that it needs, and the Pi that it
+    asks.
+    """
 
     def __init__(self, backend: Backend, folder: Path, stack: contextlib.ExitStack) -> None:
         self.backend, self.folder, self.stack = backend, folder, stack
@@ -211,7 +213,7 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-# -------------------------------------------------------------------------------------------- filter
+# ------------------------------------------------------------------------------------------- filter
 
 AWKWARD = [
     "%s%d",
@@ -380,7 +382,7 @@ def test_a_failure_exits_with_1_or_2(
     )
 
 
-# -------------------------------------------------------------------------------------- conversation
+# ------------------------------------------------------------------------------------- conversation
 
 
 def test_settings_reach_the_request(repl: Repl) -> None:
@@ -521,7 +523,7 @@ def test_last_and_save(repl: Repl) -> None:
     assert stat.S_ISFIFO((here / "fifo").stat().st_mode)
 
 
-# --------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 
 
 def test_a_file_is_completed_at_its_end_and_keeps_its_links_mode_and_owner(repl: Repl) -> None:
@@ -822,7 +824,7 @@ def test_a_changed_file_keeps_its_line_ends(
     ]
 
 
-# ------------------------------------------------------------------------------------------ terminal
+# ----------------------------------------------------------------------------------------- terminal
 
 
 MAGENTA, GREEN, RED, PLAIN = "\x1b[35m", "\x1b[32m", "\x1b[31m", "\x1b[m"
@@ -963,7 +965,7 @@ def test_a_terminal_without_colours(repl: Repl) -> None:
         ), without
 
 
-# ----------------------------------------------------------------------------------------------- key
+# ---------------------------------------------------------------------------------------------- key
 
 
 def keygen(*args: str, stdin: str = "", **environ: str) -> tuple[int, str, str]:
@@ -1200,7 +1202,7 @@ def test_a_client_before_setup_gets_a_file_of_the_daemons_user(tmp_path: Path) -
     assert calls == f"id cerebrum\nchown cerebrum: -- {tmp_path}/DRAFT\n"
 
 
-# --------------------------------------------------------------------------------------------- run.sh
+# ------------------------------------------------------------------------------------------- run.sh
 
 
 def called(command: list[str], path: str) -> tuple[int, str, str]:
@@ -1240,8 +1242,9 @@ def test_make_deb_names_the_packages_that_it_lacks(tmp_path: Path) -> None:
 def test_a_venv_of_another_python_or_cpu_is_made_anew(
     lacks: str, signal: str, times: int, tmp_path: Path
 ) -> None:
-    """Each Python is a script that records its arguments. The old one lacks something, perhaps only memory, so that
-    the kernel kills it. The new one works."""
+    """Each Python is a script that records its arguments. The old one lacks something, perhaps only
+    memory, so that the kernel kills it. The new one works.
+    """
     write(tmp_path / "run.sh", Path(RUN).read_bytes())
     venv, bin, log = tmp_path / ".venv", tmp_path / "bin", tmp_path / "log"
     dies = f"kill -{signal} $$" if signal else "exit 1"
@@ -1333,7 +1336,7 @@ def test_a_build_that_is_killed_leaves_nothing_in_the_temporary_folder(tmp_path:
     assert (tree.parent.exists(), os.listdir(temporary)) == (False, [])
 
 
-# ------------------------------------------------------------------------------------------- setup.sh
+# ----------------------------------------------------------------------------------------- setup.sh
 
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may set up a daemon")
@@ -1359,7 +1362,8 @@ def installed(name: str, folder: Path) -> Path:
     return script
 
 
-# Stands for the environment's Python. FOLDER has the models, and what each command of vpsd.py prints.
+# Stands for the environment's Python. FOLDER has the models, and what each command of vpsd.py
+# prints.
 PYTHON = """
 [[ $1 != -c ]] || exit 0
 echo "vpsd ${*:3}; nice $(nice), $(</proc/self/oom_score_adj)" >>FOLDER/log

@@ -29,7 +29,7 @@ from cerebrum.service import Service, notify, passed_sockets, set_up_logging
 from cerebrum.settings import ConfigError, Environment
 from cerebrum_common import log, request_id_var
 
-# --------------------------------------------------------------------------------------------------- logs
+# --------------------------------------------------------------------------------------------- logs
 
 
 @pytest.fixture(autouse=True)
@@ -161,7 +161,7 @@ def test_requests_are_not_written_twice(
     ]
 
 
-# ------------------------------------------------------------------------------------------- a daemon's life
+# ---------------------------------------------------------------------------------- a daemon's life
 
 
 @pytest.fixture
@@ -291,7 +291,7 @@ def test_the_units_are_well_formed_and_locked_down() -> None:
         assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0, unit
 
 
-# ------------------------------------------------------------------------------------------- both daemons
+# ------------------------------------------------------------------------------------- both daemons
 
 
 @pytest.mark.parametrize(
@@ -367,7 +367,9 @@ def test_a_reload_without_an_answer_fails(
 
 
 def test_reloads_at_the_same_time_all_get_an_answer(tmp_path: Path) -> None:
-    """Beside a flood of signals from others, and with an answer that began after they were asked for."""
+    """Beside a flood of signals from others, and with an answer that began after they were asked
+    for.
+    """
     with (
         daemon("cm4d", tmp_path, RUNTIME_DIRECTORY=str(tmp_path)) as pi,
         ThreadPoolExecutor(8) as pool,

@@ -1,9 +1,9 @@
 """The table of the wire: raw bytes → exact outcome, on a server in this process and on the daemons.
 
-In this process every row is sent whole and byte by byte, and must come out the same. Both daemons are that server: the
-rows go through cm4d once, some of them through vpsd. K: the connection answers another request after it. C: it is
-closed. A list of statuses is a list of answers, in order. Many of the cases are other people's: docs/measured.md says
-whose, and what other servers do.
+In this process every row is sent whole and byte by byte, and must come out the same. Both daemons
+are that server: the rows go through cm4d once, some of them through vpsd. K: the connection answers
+another request after it. C: it is closed. A list of statuses is a list of answers, in order. Many
+of the cases are other people's: docs/measured.md says whose, and what other servers do.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ BODY = b'{"prompt": "x", "language": "python", "model": "qwen_0_5b", "max_tokens
 PREFLIGHT = "Access-Control-Request-Method: POST"
 
 
-# ------------------------------------------------------------------------------------------------ the rows
+# ----------------------------------------------------------------------------------------- the rows
 
 # @POST stands for the target's path that takes JSON.
 
@@ -731,11 +731,13 @@ KEYS: list[Row] = [
 ROWS = [*REQUEST_LINES, *TARGETS, *HEADERS, *BODIES, *JSON, *KEYS]
 
 
-# --------------------------------------------------------------------------------------------- the servers
+# -------------------------------------------------------------------------------------- the servers
 
 
 class State:
-    """Records the requests that reach the handlers of the server in this process, and that a stream has ended."""
+    """Records the requests that reach the handlers of the server in this process, and that a stream
+    has ended.
+    """
 
     def __init__(self) -> None:
         self.calls, self.left = list[Request](), threading.Event()
@@ -806,7 +808,9 @@ SYSTEM_PYTHON = "/usr/bin/python3"  # the Pi's daemon runs on it, and it may be 
 
 @pytest.fixture(scope="module")
 def daemons(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Daemon, Daemon]]:
-    """cm4d, which is healthy and gets good answers from a scripted VPS, and vpsd without a model."""
+    """cm4d, which is healthy and gets good answers from a scripted VPS, and vpsd without a
+    model.
+    """
     python = SYSTEM_PYTHON if Path(SYSTEM_PYTHON).exists() else sys.executable
     with in_a_thread(Backend()) as backend, daemon("vpsd", tmp_path_factory.mktemp("vpsd")) as vps:
         more = {"CEREBRUM_VPS_URL": f"http://127.0.0.1:{backend.port}"}
@@ -827,7 +831,9 @@ def _quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 async def play(
     port: int, raw: bytes, count: int = 1, step: int = 1 << 30
 ) -> tuple[list[Reply], bool]:
-    """Send `raw` in pieces of `step` bytes; returns `count` answers, and whether the connection is kept after them."""
+    """Send `raw` in pieces of `step` bytes; returns `count` answers, and whether the connection is
+    kept after them.
+    """
     raw = raw.replace(b"@POST", b"/v1/complete")
     async with connect(port) as (reader, writer):
 
@@ -912,7 +918,7 @@ async def test_rows_through_the_daemons(daemons: tuple[Daemon, Daemon]) -> None:
         await check_row(vps.port, row)
 
 
-# --------------------------------------------------------------------------------- what the table cannot say
+# ------------------------------------------------------------------------ what the table cannot say
 
 
 async def ask_server(raw: bytes, **access: Any) -> Reply:
@@ -967,7 +973,9 @@ async def test_handlers_see_the_decoded_body_once() -> None:
 
 
 async def test_stream_shapes(caplog: pytest.LogCaptureFixture) -> None:
-    """Chunked in HTTP/1.1, bare in HTTP/1.0. An error in the stream is an event, and the stream has no clean end."""
+    """Chunked in HTTP/1.1, bare in HTTP/1.0. An error in the stream is an event, and the stream has
+    no clean end.
+    """
 
     async def ask(fail: str = "", version: str = "HTTP/1.1") -> Reply:
         raw = sized(json.dumps({"fail": fail}).encode(), version=version)
@@ -1007,7 +1015,9 @@ async def test_stream_shapes(caplog: pytest.LogCaptureFixture) -> None:
 
 
 async def test_log_lines(caplog: pytest.LogCaptureFixture) -> None:
-    """Lines have the form of the API text, a path cannot forge one, and a client that only connects leaves none."""
+    """Lines have the form of the API text, a path cannot forge one, and a client that only connects
+    leaves none.
+    """
 
     async def logged(raw: bytes, count: int = 1) -> list[str]:
         caplog.clear()
@@ -1072,7 +1082,7 @@ async def test_non_ascii_key() -> None:
         assert (await ask_server(raw, keys=("schlüssel",))).status == status
 
 
-# ------------------------------------------------------------------------------------------- random bytes
+# ------------------------------------------------------------------------------------- random bytes
 
 SEEDS = [raw.replace(b"@POST", b"/v1/complete") for _, raw, _, _ in ROWS if len(raw) < 1000]
 INPUTS = int(os.environ.get("FUZZ_INPUTS", "400"))  # for each daemon

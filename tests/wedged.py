@@ -3,8 +3,8 @@
     GOOD_DECODES=100 THEN=hang python tests/wedged.py     # the next decode never returns
     GOOD_DECODES=100 THEN=fail python tests/wedged.py     # all later ones fail
 
-Decodes are counted from the load on; those that measure the model's costs are not. A step may take 3 s here, so that a
-test need not wait for two minutes.
+Decodes are counted from the load on; those that measure the model's costs are not. A step may take
+3 s here, so that a test need not wait for two minutes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""One backend: its breaker, its models, the prompts that fit, and its answers. Places are the dispatcher's."""
+"""One backend: its breaker, its models, the prompts that fit, and its answers. Places are the
+dispatcher's.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,7 @@ from cerebrum.text.languages import BY_NAME
 from cerebrum.text.prompt import MIN_RATIO, TEMPLATE_TOKENS, Ratio, prepare
 from cerebrum_common import FIM_LAYOUTS, HttpError, Model, log, threshold_of
 
-# --------------------------------------------------------------------------------------------- models
+# ------------------------------------------------------------------------------------------- models
 
 LISTED = {
     "n_ctx": LENGTH,
@@ -52,8 +54,8 @@ LISTED = {
 def read_models(answer: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Parse vpsd's /v1/models: for each available model, the valid ones of the LISTED fields.
 
-    >>> read_models({"models": [{"id": "m", "loaded": False, "path": "/x"}, {"id": "n", "available": False}]})
-    {'m': {'loaded': False}}
+    >>> read_models({"models": [{"id": "m", "loaded": False, "path": "/x"}, {"id": "n", "available":
+    False}]}) {'m': {'loaded': False}}
     """
     listed, models = answer.get("models"), dict[str, dict[str, Any]]()
     for entry in map(members_of, listed if isinstance(listed, list) else ()):
@@ -65,8 +67,9 @@ def read_models(answer: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def find_models(models: Sequence[Model], listed: Collection[str]) -> dict[str, str]:
-    """Match our models with a backend's list: our id -> the backend's name. A listed name matches a model's id, one of
-    its aliases, or its file name, with or without folder and ending."""
+    """Match our models with a backend's list: our id -> the backend's name. A listed name matches a
+    model's id, one of its aliases, or its file name, with or without folder and ending.
+    """
     names = {
         re.split(r"[/\\\\]", name)[-1].removesuffix(".gguf"): name for name in reversed([*listed])
     }
@@ -82,7 +85,7 @@ def find_models(models: Sequence[Model], listed: Collection[str]) -> dict[str, s
 DEFAULT_N_CTX = 4096  # until a backend reports its own
 MODELS_SECONDS = 60.0  # the age at which a backend's list of models is fetched again
 
-# ------------------------------------------------------------------------------------------- prompts
+# ------------------------------------------------------------------------------------------ prompts
 
 SAMPLED_BY = ("max_tokens", "temperature", "top_p", "seed", "stop")
 PASSED_TO_BACKENDS = (*SAMPLED_BY, "stop_at", "progress", "indent", "predict_ms", "special")
@@ -90,12 +93,16 @@ MARGIN_TOKENS = 8  # of n_ctx, never used
 PLAUSIBLE = (
     4  # another engine's token count is accepted if it is within this factor of our estimate
 )
-REFIT = 0.95  # the one retry assumes this share of the weight per token that the backend has just measured
-SPARE = 1.1  # other engines refuse or cut an answer that might not fit, so count their prompts longer by this factor
+# the one retry assumes this share of the weight per token that the backend has just measured
+REFIT = 0.95
+# other engines refuse or cut an answer that might not fit, so count their prompts longer by this
+# factor
+SPARE = 1.1
 
 
 def prompt_budget(n_ctx: int, max_tokens: int) -> int:
-    """The largest prompt in tokens. An answer gets at most three quarters of the context, however long it may be.
+    """The largest prompt in tokens. An answer gets at most three quarters of the context, however
+    long it may be.
 
     >>> prompt_budget(4096, 512), prompt_budget(2048, 2048)
     (3576, 504)
@@ -112,7 +119,9 @@ FIRST_SPEED = 100.0  # prompt tokens per second, until measured: a small model o
 
 
 class Prompts:
-    """Knowledge about one backend's prompts. Owns its ratios, its reading speeds, and the texts that it has read."""
+    """Knowledge about one backend's prompts. Owns its ratios, its reading speeds, and the texts
+    that it has read.
+    """
 
     def __init__(self, is_engine: bool) -> None:
         self.ratio = Ratio()
@@ -121,7 +130,9 @@ class Prompts:
         self._read: list[tuple[str, str, str]] = []  # client, model, and a text up to a cursor
 
     def fit(self, attempt: Attempt, n_ctx: int, layout: str, refused: TooLong | None) -> Fitted:
-        """Fit the prompt of a request into `n_ctx` tokens, or fit it again after it was `refused`."""
+        """Fit the prompt of a request into `n_ctx` tokens, or fit it again after it was
+        `refused`.
+        """
         request, model = attempt.request, attempt.model
         fields, ratio, most = request.fields, self.ratio.get(model), sys.maxsize
         if refused:
@@ -130,8 +141,8 @@ class Prompts:
         longest = (
             n_ctx // 4 if request.kind == "chat" else n_ctx
         )  # a chat's answer is short, whatever its limit
-        # In the dialects, a limit below the default leaves no more room for the prompt: a warm-up, with its limit of 0,
-        # must send the same text as the request that follows.
+        # In the dialects, a limit below the default leaves no more room for the prompt: a warm-up,
+        # with its limit of 0, must send the same text as the request that follows.
         least = DEFAULT_TOKENS if request.kind else 0
         budget = prompt_budget(n_ctx, min(max(fields["max_tokens"], least), longest))
         if self._is_engine:
@@ -156,7 +167,9 @@ class Prompts:
         )
 
     def _max_fresh(self, request: CompletionRequest, model: str) -> tuple[int | None, list[str]]:
-        """(the most tokens to read for a request, or None; the texts already read for its client and model)."""
+        """(the most tokens to read for a request, or None; the texts already read for its client
+        and model).
+        """
         speed, limit = self.speed.get(model, FIRST_SPEED), request.fields.get("prompt_ms", 0)
         if limit <= 1 or not request.fields["max_tokens"]:
             return None, []
@@ -165,8 +178,9 @@ class Prompts:
         ]
 
     def _refit(self, attempt: Attempt, counted: int) -> tuple[float, int]:
-        """(weight per token, the most tokens) for a retry after a backend has counted too many tokens. If the count is
-        not plausible, the prompt becomes a quarter shorter."""
+        """(weight per token, the most tokens) for a retry after a backend has counted too many
+        tokens. If the count is not plausible, the prompt becomes a quarter shorter.
+        """
         weight, ratio = attempt.sent.text.weight, self.ratio.get(attempt.model)
         if self._is_plausible(attempt, counted):
             self.ratio.learn(attempt.model, weight, counted)
@@ -174,14 +188,18 @@ class Prompts:
         return max(REFIT * ratio, MIN_RATIO), int(0.75 * weight / ratio)
 
     def _is_plausible(self, attempt: Attempt, counted: int) -> bool:
-        """Whether the prompt that was sent may have this many tokens. Another engine's count may be misread."""
+        """Whether the prompt that was sent may have this many tokens. Another engine's count may be
+        misread.
+        """
         estimated = attempt.sent.text.weight / self.ratio.get(attempt.model)
         return counted > 0 and (
             not self._is_engine or estimated / PLAUSIBLE <= counted <= estimated * PLAUSIBLE
         )
 
     def learn(self, attempt: Attempt, result: Mapping[str, Any]) -> None:
-        """Learn from a complete answer: the weight per token, the reading speed, and the text that was read."""
+        """Learn from a complete answer: the weight per token, the reading speed, and the text that
+        was read.
+        """
         counted, seconds = result.get("prompt_tokens", 0), result.get("ttft")
         if not self._is_plausible(attempt, counted):
             return
@@ -194,8 +212,8 @@ class Prompts:
             speed = read / seconds
             self.speed[model] = self.speed.get(model, speed) * 0.75 + speed * 0.25
         if attempt.request.kind in ("infill", "completion"):
-            # Texts with the same beginning come from the same file: keep only the newest. With the suffix first, each
-            # place in a file is a text of its own, so each client keeps few.
+            # Texts with the same beginning come from the same file: keep only the newest. With the
+            # suffix first, each place in a file is a text of its own, so each client keeps few.
             mine, beginning = (attempt.request.client, model), text.above[:SAME_BEGINNING]
             known = [
                 one for one in self._read if one[:2] == mine and not one[2].startswith(beginning)
@@ -204,11 +222,13 @@ class Prompts:
             self._read = [*others, *known[1 - MAX_CACHED_EACH :], (*mine, text.above)][-MAX_CACHED:]
 
 
-# ------------------------------------------------------------------------------------------- the backend
+# -------------------------------------------------------------------------------------- the backend
 
 
 class Backend:
-    """One backend: what we know about it, and its answers. Owns its breaker, its list of models and its counts."""
+    """One backend: what we know about it, and its answers. Owns its breaker, its list of models and
+    its counts.
+    """
 
     def __init__(self, config: BackendConfig, catalog: Sequence[Model]) -> None:
         self._configure(config, catalog, Upstream(config))
@@ -228,7 +248,8 @@ class Backend:
         self.breaker = (
             Breaker()
         )  # results of requests to an earlier address go to the earlier breaker
-        # By our id of a model: the reported fields, with `n_ctx` (None until the first list), and the backend's name.
+        # By our id of a model: the reported fields, with `n_ctx` (None until the first list), and
+        # the backend's name.
         self.models: dict[str, dict[str, Any]] | None = None
         self.names: dict[str, str] = {}
         self.models_loaded: list[str] = []  # in its memory, by the last successful probe
@@ -244,7 +265,9 @@ class Backend:
         self.upstream, self._catalog = client, catalog
 
     def adopt(self, other: Backend) -> None:
-        """Take over the settings of another object with the same id and API. A new address is a new, unknown host."""
+        """Take over the settings of another object with the same id and API. A new address is a
+        new, unknown host.
+        """
         if other.config.endpoint != self.config.endpoint:
             self._forget_host()
         self.upstream.close()
@@ -262,7 +285,9 @@ class Backend:
         return self.api is None or self.api.warms
 
     def has(self, model: str) -> bool:
-        """Whether the backend may have a model. Without a list only vpsd may: others need their own name for it."""
+        """Whether the backend may have a model. Without a list only vpsd may: others need their own
+        name for it.
+        """
         return self.api is None if self.models is None else model in self.models
 
     def n_ctx(self, model: str) -> int:
@@ -270,8 +295,9 @@ class Backend:
         return int(known["n_ctx"]) if known else self.config.n_ctx or DEFAULT_N_CTX
 
     def layout(self, model: str) -> str:
-        """How a gap's prompt is laid out for a model, see `arrange_gap`. With "spmv2", a prompt ends in the middle of a
-        line; other engines would not heal its last token."""
+        """How a gap's prompt is laid out for a model, see `arrange_gap`. With "spmv2", a prompt
+        ends in the middle of a line; other engines would not heal its last token.
+        """
         if self.api is None:
             return str((self.models or {}).get(model, {}).get("fim_layout", "psm"))
         return "spm" if model in self.fim and self.fim[model].fim_layout == "spm" else "psm"
@@ -279,8 +305,10 @@ class Backend:
     # Probing.
 
     async def probe(self) -> None:
-        """Update the breaker, `response_ms` and `models`. Do not disturb another engine while it answers, which shows
-        that it is up: llama_cpp.server would abort the answer, and cannot respond while it reads a prompt."""
+        """Update the breaker, `response_ms` and `models`. Do not disturb another engine while it
+        answers, which shows that it is up: llama_cpp.server would abort the answer, and cannot
+        respond while it reads a prompt.
+        """
         breaker, self.probed = self.breaker, time.monotonic()
         breaker.expire(self.probed)
         if self.api and breaker.state == "closed" and self.answering:
@@ -301,7 +329,9 @@ class Backend:
         self.probes += 1
 
     async def _ask_health(self) -> list[str]:
-        """The ids of the models in vpsd's memory. For another engine the status is enough: those of the last probe."""
+        """The ids of the models in vpsd's memory. For another engine the status is enough: those of
+        the last probe.
+        """
         if self.api is None:
             loaded = (await self.upstream.get("/health", upstream.MAX_ERROR_BYTES)).get(
                 "models_loaded"
@@ -322,7 +352,9 @@ class Backend:
         breaker.trouble = trouble
 
     async def learn_models(self) -> None:
-        """Fetch the list of models; without an answer the last list stays. HttpError if an engine never sent one."""
+        """Fetch the list of models; without an answer the last list stays. HttpError if an engine
+        never sent one.
+        """
         if self.api and self.answering:
             return  # a completion has begun since the start of this probe
         self._models_until = time.monotonic() + MODELS_SECONDS
@@ -364,9 +396,11 @@ class Backend:
     # Answering.
 
     async def answer(self, attempt: Attempt) -> AsyncGenerator[Pair, None]:
-        """The answer to an attempt, as pairs: ("begun", None) once the backend responds, then those that
-        `Gateway.complete` lists, with a result of checked members. If the backend counts too many tokens, the prompt is
-        fitted again and sent once more. Every result goes to the breaker that has admitted the attempt."""
+        """The answer to an attempt, as pairs: ("begun", None) once the backend responds, then those
+        that `Gateway.complete` lists, with a result of checked members. If the backend counts too
+        many tokens, the prompt is fitted again and sent once more. Every result goes to the breaker
+        that has admitted the attempt.
+        """
         refused: TooLong | None = None
         self.requests_total += not attempt.request.ahead
         answering = self.answering
@@ -404,8 +438,11 @@ class Backend:
     async def _send(
         self, attempt: Attempt, refused: TooLong | None
     ) -> AsyncIterator[AsyncGenerator[Pair, None]]:
-        """Fit the prompt of an attempt, again if it was `refused`, send it, and yield the unread answer."""
-        # Parsing a long request, fitting it and following its text get a turn of the event loop each.
+        """Fit the prompt of an attempt, again if it was `refused`, send it, and yield the unread
+        answer.
+        """
+        # Parsing a long request, fitting it and following its text get a turn of the event loop
+        # each.
         await asyncio.sleep(0)
         layout = self.layout(attempt.model)
         if not self.api:  # other engines do not say how sure they are
@@ -443,13 +480,17 @@ class Backend:
             yield pairs
 
     def _may_cut(self, attempt: Attempt, answer: upstream.Answer) -> None:
-        """From now on the dispatcher can cut this answer; perhaps it wanted to while the connection was opened."""
+        """From now on the dispatcher can cut this answer; perhaps it wanted to while the connection
+        was opened.
+        """
         attempt.cut = answer.cut
         if attempt.makes_room:
             answer.cut()
 
     def _count(self, attempt: Attempt, tokens: int) -> None:
-        """Count tokens that came; 0 for a whole answer without any. Both show that the backend works."""
+        """Count tokens that came; 0 for a whole answer without any. Both show that the backend
+        works.
+        """
         now, had_trouble = time.monotonic(), self.breaker.trouble
         if not attempt.tokens and tokens:
             attempt.first = now
@@ -490,8 +531,9 @@ class Backend:
             known["n_ctx"] = n_ctx  # until the next list
 
     async def tokenize(self, model: str, fields: Mapping[str, Any]) -> bytes:
-        """The tokens of a text, as `read_tokens` returns them. `fields` are those of llama-server's /tokenize. The
-        breaker must admit it."""
+        """The tokens of a text, as `read_tokens` returns them. `fields` are those of llama-server's
+        /tokenize. The breaker must admit it.
+        """
         admission = self.breaker.admit(time.monotonic())
         body, path = dict(fields), self.api.tokenize if self.api else "/v1/tokenize"
         if not self.api:

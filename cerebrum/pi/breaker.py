@@ -27,10 +27,12 @@ BREAKER_OPEN = "VPS backend is unavailable (circuit breaker open)"
 
 
 class Breaker:
-    """closed --3 failures in a row--> open --pause over, then a good /health--> half-open --a token--> closed.
+    """closed --3 failures in a row--> open --pause over, then a good /health--> half-open --a
+    token--> closed.
 
-    From half-open, a failed or overdue trial opens the breaker again for twice as long. Only results change the state:
-    a request reports its own through its `Admission`, a probe through `healthy` and `expire`. Both may find `trouble`.
+    From half-open, a failed or overdue trial opens the breaker again for twice as long. Only
+    results change the state: a request reports its own through its `Admission`, a probe through
+    `healthy` and `expire`. Both may find `trouble`.
     """
 
     def __init__(self) -> None:
@@ -101,8 +103,10 @@ class Breaker:
 
 
 class Admission:
-    """One request that a breaker has admitted, and its results. `heard` is the time when the request was sent, later
-    the time of its last token: a result that is older than a change of state does not count."""
+    """One request that a breaker has admitted, and its results. `heard` is the time when the
+    request was sent, later the time of its last token: a result that is older than a change of
+    state does not count.
+    """
 
     def __init__(self, breaker: Breaker, now: float) -> None:
         self.breaker, self.heard = breaker, now
@@ -116,8 +120,9 @@ class Admission:
                 breaker.change("closed", now)
 
     def failed(self, now: float, trouble: str, late: bool = False) -> None:
-        """The backend, or the network to it, failed this request. A request that was sent before the last failure has
-        the same cause, such as the death of one replica with many streams. `late`: by a timeout; each of these counts.
+        """The backend, or the network to it, failed this request. A request that was sent before
+        the last failure has the same cause, such as the death of one replica with many streams.
+        `late`: by a timeout; each of these counts.
         """
         breaker = self.breaker
         if self.heard < max(breaker.changed, breaker.last_failure):
@@ -130,6 +135,8 @@ class Admission:
             breaker.open(now)
 
     def left(self) -> None:
-        """The request ended, maybe without a verdict: refused, or abandoned by its client. Another trial may start."""
+        """The request ended, maybe without a verdict: refused, or abandoned by its client. Another
+        trial may start.
+        """
         if self.breaker.trial is self:
             self.breaker.trial = None

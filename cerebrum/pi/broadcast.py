@@ -1,7 +1,9 @@
-"""Completions and their readers: running ones that several clients share, finished ones whose text users type.
+"""Completions and their readers: running ones that several clients share, finished ones whose text
+users type.
 
-A `Broadcast` is one completion, running or finished; a `Subscriber` is one client's request and its position in the
-text. `Broadcasts` finds the broadcast that a request can read, and ends an editor's older infills.
+A `Broadcast` is one completion, running or finished; a `Subscriber` is one client's request and its
+position in the text. `Broadcasts` finds the broadcast that a request can read, and ends an editor's
+older infills.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from cerebrum.pi.dispatcher import Dispatcher
 from cerebrum.pi.upstream import Pair, read_text, text_event
 from cerebrum_common import HttpError, internal_error
 
-# ------------------------------------------------------------------------------------- policy: editors
+# ---------------------------------------------------------------------------------- policy: editors
 
 MAX_TYPED_CHARS = 1024  # typed while a completion is computed, accepted suggestions included
 MAX_RETYPED_CHARS = 8  # of a word that the user corrects meanwhile
@@ -36,12 +38,15 @@ ALIKE = ("mode", "suffix", "model", "language", "filename", "min_confidence", *S
 
 
 def is_typed_on(older: Mapping[str, Any], newer: Mapping[str, Any]) -> bool:
-    """Whether two infills come from one place where a user types: the text before one cursor nearly continues the text
-    before the other, and the lines below are the same. Two gaps of one file do not match, nor a program's two texts."""
+    """Whether two infills come from one place where a user types: the text before one cursor nearly
+    continues the text before the other, and the lines below are the same. Two gaps of one file do
+    not match, nor a program's two texts.
+    """
     if older["filename"] != newer["filename"]:
         return False
     suffixes = (fields.get("suffix") or "" for fields in (older, newer))
-    # The text below the cursor's line, or else the rest of this line, which changes if an editor closes a bracket.
+    # The text below the cursor's line, or else the rest of this line, which changes if an editor
+    # closes a bracket.
     one, other = ((suffix.partition("\n")[2] or suffix)[:TAIL_CHARS] for suffix in suffixes)
     if not (one.startswith(other) or other.startswith(one)) or bool(one) != bool(other):
         return False
@@ -51,11 +56,12 @@ def is_typed_on(older: Mapping[str, Any], newer: Mapping[str, Any]) -> bool:
 
 
 def nearly_continues(text: str, longer: str) -> bool:
-    """Whether `longer` is `text` plus at most MAX_TYPED_CHARS. Up to MAX_RETYPED_CHARS at the end of the last line may
-    differ if the line's beginning is equal. An editor's window moves, so `longer` may begin later.
+    """Whether `longer` is `text` plus at most MAX_TYPED_CHARS. Up to MAX_RETYPED_CHARS at the end
+    of the last line may differ if the line's beginning is equal. An editor's window moves, so
+    `longer` may begin later.
 
-    >>> nearly_continues("import os\\nx = fo", "import os\\nx = bar()"), nearly_continues("a\\nx", "a\\ny = ")
-    (True, False)
+    >>> nearly_continues("import os\\nx = fo", "import os\\nx = bar()"), nearly_continues("a\\nx",
+    "a\\ny = ") (True, False)
     """
     line = text[text.rfind("\n") + 1 :]
     retyped = min(MAX_RETYPED_CHARS, max(0, len(line.lstrip()) - 1))
@@ -79,9 +85,10 @@ def alike(fields: Mapping[str, Any]) -> bytes:
 
 
 def typed_of(earlier: str, text: str, prompt: str, omitted: int = 0) -> int:
-    """How many characters of `text`, the completion of the prompt `earlier`, precede the cursor in another prompt; 0 if
-    the two cursors are at different places. The ends of the prompts decide, since an editor's window moves: `earlier`
-    needs no more than TAIL_CHARS, after `omitted` characters. In a text that repeats itself, the lengths decide.
+    """How many characters of `text`, the completion of the prompt `earlier`, precede the cursor in
+    another prompt; 0 if the two cursors are at different places. The ends of the prompts decide,
+    since an editor's window moves: `earlier` needs no more than TAIL_CHARS, after `omitted`
+    characters. In a text that repeats itself, the lengths decide.
 
     >>> typed_of("def f():\\n    ret", "urn 1", "def f():\\n    return")
     3
@@ -99,13 +106,14 @@ def typed_of(earlier: str, text: str, prompt: str, omitted: int = 0) -> int:
     return max(0, place + TAIL_CHARS - len(before)) if place >= 0 else 0
 
 
-# ---------------------------------------------------------------------------- policy: who reads what
+# --------------------------------------------------------------------------- policy: who reads what
 
 
 @dataclass(slots=True, eq=False)
 class Broadcast:
-    """One completion for all clients that ask for it. A running one keeps all pairs but "idle" and "progress", so that
-    a late client gets the whole text. A finished one keeps its text and its prompt's end, for the clients who got it.
+    """One completion for all clients that ask for it. A running one keeps all pairs but "idle" and
+    "progress", so that a late client gets the whole text. A finished one keeps its text and its
+    prompt's end, for the clients who got it.
     """
 
     alike: bytes
@@ -144,9 +152,11 @@ def predicts(request: CompletionRequest) -> bool:
 def place_in(
     broadcast: Broadcast, request: CompletionRequest, digest: bytes, is_reader: bool
 ) -> int | None:
-    """The number of characters of a broadcast's text that precede the request's cursor: 0 if the broadcast runs for an
-    equal request; None if its text is no answer. `digest`: the request's, as `alike` makes it. `is_reader`: the same
-    editor reads the running broadcast, or the same client got the whole text of the finished one."""
+    """The number of characters of a broadcast's text that precede the request's cursor: 0 if the
+    broadcast runs for an equal request; None if its text is no answer. `digest`: the request's, as
+    `alike` makes it. `is_reader`: the same editor reads the running broadcast, or the same client
+    got the whole text of the finished one.
+    """
     running = broadcast.completion
     if running:
         is_sample = (
@@ -164,8 +174,10 @@ def place_in(
 
 
 def finished(broadcast: Broadcast) -> Broadcast | None:
-    """The finished form of a complete broadcast; None if nobody may type its text. A plain completion may be a
-    program's, which relies on its limit: a text cut by the limit must not begin another answer."""
+    """The finished form of a complete broadcast; None if nobody may type its text. A plain
+    completion may be a program's, which relies on its limit: a text cut by the limit must not begin
+    another answer.
+    """
     assert broadcast.completion
     text, (_, result) = broadcast.text, broadcast.pairs[-1]
     begun = [value for kind, value in broadcast.pairs if kind == "started"][-1]
@@ -188,11 +200,13 @@ def finished(broadcast: Broadcast) -> Broadcast | None:
     return Broadcast(broadcast.alike, broadcast.prompt[omitted:], omitted, pairs)
 
 
-# ------------------------------------------------------------------------------------ following a completion
+# --------------------------------------------------------------------------- following a completion
 
 
 class Subscriber:
-    """One client's request in a dialect, and its position in a broadcast, which others may read too."""
+    """One client's request in a dialect, and its position in a broadcast, which others may read
+    too.
+    """
 
     def __init__(self, broadcasts: Broadcasts, completion: Completion, editor: str) -> None:
         self.broadcasts, self.completion, self.editor = broadcasts, completion, editor
@@ -211,9 +225,10 @@ class Subscriber:
         return self.broadcast.text[: self.typed] if self.broadcast else ""
 
     async def pairs(self) -> AsyncGenerator[Pair, None]:
-        """The pairs of `Gateway.complete` but "progress", which no dialect has. Several texts, or several "idle", may
-        come as one. A replaced request ends like a completion that a limit has cut, because some editors would show an
-        error to the user."""
+        """The pairs of `Gateway.complete` but "progress", which no dialect has. Several texts, or
+        several "idle", may come as one. A replaced request ends like a completion that a limit has
+        cut, because some editors would show an error to the user.
+        """
         try:
             broadcast = self.broadcasts.join(self)
             while not self.replaced:
@@ -258,8 +273,10 @@ class Subscriber:
 
 
 class Broadcasts:
-    """Owns all broadcasts, running and finished, and their subscribers. `compute` begins a completion, `beginning`
-    returns the value of its pair "started", `count_typed` counts an answer without a backend for a client."""
+    """Owns all broadcasts, running and finished, and their subscribers. `compute` begins a
+    completion, `beginning` returns the value of its pair "started", `count_typed` counts an answer
+    without a backend for a client.
+    """
 
     def __init__(
         self,
@@ -313,8 +330,10 @@ class Broadcasts:
         return broadcast
 
     def _find(self, subscriber: Subscriber, digest: bytes) -> Broadcast | None:
-        """A finished completion whose text the client has begun to type, or a running one of an equal request, or one
-        whose text begins with what the user has typed since the editor asked for it."""
+        """A finished completion whose text the client has begun to type, or a running one of an
+        equal request, or one whose text begins with what the user has typed since the editor asked
+        for it.
+        """
         request = subscriber.request
         known = [(one, request.client in one.clients) for one in reversed(self.finished)]
         for other in self.subscribers:
@@ -328,7 +347,9 @@ class Broadcasts:
         return None
 
     async def _run(self, broadcast: Broadcast, completion: Completion) -> None:
-        """Collect the pairs, and keep the error that ends them. "idle" only wakes the subscribers."""
+        """Collect the pairs, and keep the error that ends them. "idle" only wakes the
+        subscribers.
+        """
         try:
             async with contextlib.aclosing(self._compute(completion)) as pairs:
                 async for kind, value in pairs:
@@ -346,8 +367,10 @@ class Broadcasts:
                 subscriber.woken.set()
 
     def _replace_older(self, subscriber: Subscriber, ahead: bool) -> None:
-        """End an editor's older infills once its user has typed on, unless they are equal. With `ahead`, infills that
-        continue the newer prompt go on: an editor asks ahead for the text after a completion that it shows."""
+        """End an editor's older infills once its user has typed on, unless they are equal. With
+        `ahead`, infills that continue the newer prompt go on: an editor asks ahead for the text
+        after a completion that it shows.
+        """
         newer = subscriber.request.fields
         for other in [*self.subscribers]:
             older = other.request.fields
@@ -365,8 +388,9 @@ class Broadcasts:
                 other.woken.set()
 
     def leave(self, subscriber: Subscriber) -> None:
-        """Remove a subscriber that has ended or whose client has left. The last one to leave ends the completion; until
-        then, its place counts as held by a client who stays."""
+        """Remove a subscriber that has ended or whose client has left. The last one to leave ends
+        the completion; until then, its place counts as held by a client who stays.
+        """
         if subscriber not in self.subscribers:
             return
         self.subscribers.remove(subscriber)

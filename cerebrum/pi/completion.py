@@ -1,4 +1,6 @@
-"""A completion on its way: a request, and the attempts to answer it. Plain data; each class says who writes it."""
+"""A completion on its way: a request, and the attempts to answer it. Plain data; each class says
+who writes it.
+"""
 
 from __future__ import annotations
 
@@ -45,8 +47,9 @@ NOTHING_SENT = Fitted({}, Prepared({}, {}, 0), 0, 0)
 
 @dataclass(slots=True, eq=False)
 class Attempt:
-    """One try at one backend. Its `Backend` writes what was sent, what came and how to `cut` it, `Dispatcher` how its
-    place ended."""
+    """One try at one backend. Its `Backend` writes what was sent, what came and how to `cut` it,
+    `Dispatcher` how its place ended.
+    """
 
     completion: Completion
     backend: str  # its id
@@ -78,8 +81,9 @@ class Attempt:
         return self.reason in (SUPERSEDED, PREEMPTED)
 
     def may_be_repeated(self, error: HttpError) -> bool:
-        """Whether another attempt may follow this error. After the first token nothing is sent again; a prompt that is
-        too long may fit into another backend's context."""
+        """Whether another attempt may follow this error. After the first token nothing is sent
+        again; a prompt that is too long may fit into another backend's context.
+        """
         if self.tokens or self.makes_room:
             return False
         return isinstance(error, TooLong) or error.status in RETRIED
@@ -87,8 +91,10 @@ class Attempt:
 
 @dataclass(slots=True, eq=False)
 class Completion:
-    """A request on its way. `Dispatcher` writes the client and the attempts, `Broadcasts` who else asks for it; both
-    write when it was last requested. `Counting` and `Broadcasts` add notes. Times are monotonic seconds."""
+    """A request on its way. `Dispatcher` writes the client and the attempts, `Broadcasts` who else
+    asks for it; both write when it was last requested. `Counting` and `Broadcasts` add notes. Times
+    are monotonic seconds.
+    """
 
     request: CompletionRequest
     end: Callable[[HttpError], object] = lambda _: (
@@ -109,7 +115,9 @@ class Completion:
 
     @property
     def deadline(self) -> float:
-        """Until when a dialect's request waits for a place. A request of our own API never waits."""
+        """Until when a dialect's request waits for a place. A request of our own API never
+        waits.
+        """
         if self.request.ahead:
             return math.inf
         return self.requested + WAIT_SECONDS[self.request.kind] if self.request.kind else -math.inf
@@ -125,7 +133,9 @@ class Completion:
 
     @property
     def failure(self) -> HttpError | None:
-        """The most informative error so far. One that a backend reports outweighs another backend's failure."""
+        """The most informative error so far. One that a backend reports outweighs another backend's
+        failure.
+        """
         errors = [attempt.error for attempt in self.attempts if attempt.error]
         errors = [error for error in errors if not isinstance(error, BackendFailure)] or errors
         return errors[-1] if errors else None

@@ -14,9 +14,11 @@ from cerebrum.pi.upstream import Pair, read_text, text_event
 async def shown(
     pairs: AsyncGenerator[Pair, None], fields: Mapping[str, Any], typed: Callable[[], str] = str
 ) -> AsyncGenerator[Pair, None]:
-    """The pairs of `Gateway.complete` without "judged", and without the text from the first line on that is less sure
-    than the threshold, but for a line that the user has begun to type. A line waits until it is judged, and its end for
-    the next line. `fields`: of the request. `typed` returns what of the completion precedes the request's cursor."""
+    """The pairs of `Gateway.complete` without "judged", and without the text from the first line on
+    that is less sure than the threshold, but for a line that the user has begun to type. A line
+    waits until it is judged, and its end for the next line. `fields`: of the request. `typed`
+    returns what of the completion precedes the request's cursor.
+    """
     threshold, before, held, number, begin, at, line_end, hides = None, "", "", 1, 0, 0, "", False
     async with contextlib.aclosing(pairs):
         async for kind, value in pairs:
@@ -52,9 +54,10 @@ async def shown(
 
 
 def is_gap_of_lines(prompt: str, suffix: str) -> bool:
-    """Whether whole lines are missing between the two, so that the text between them ends with its line.
+    """Whether whole lines are missing between the two, so that the text between them ends with its
+    line.
 
-    >>> is_gap_of_lines("a\\n", "b\\n"), is_gap_of_lines("f(", ")\\n"), is_gap_of_lines("a\\n", "\\nb\\n")
-    (True, False, False)
+    >>> is_gap_of_lines("a\\n", "b\\n"), is_gap_of_lines("f(", ")\\n"), is_gap_of_lines("a\\n",
+    "\\nb\\n") (True, False, False)
     """
     return prompt[-1:] in ("", "\n") and bool(suffix.partition("\n")[0].strip())

@@ -1,4 +1,6 @@
-"""Statistics of completions: totals since the start, one tally per model, and the last half hour."""
+"""Statistics of completions: totals since the start, one tally per model, and the last half
+hour.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ SERIES = (
 
 
 class History:
-    """The counts in each of the last STEPS steps of STEP_SECONDS: differences between the totals given to `sample`."""
+    """The counts in each of the last STEPS steps of STEP_SECONDS: differences between the totals
+    given to `sample`.
+    """
 
     def __init__(self, now: float) -> None:
         self._step = int(now // STEP_SECONDS)
@@ -44,7 +48,9 @@ class History:
         self._step, self._totals[-1] = step, totals
 
     def describe(self) -> dict[str, Any]:
-        """`{"step_s": 30, "requests": [...], "failed": [...], "tokens": [...]}`, the oldest step first."""
+        """`{"step_s": 30, "requests": [...], "failed": [...], "tokens": [...]}`, the oldest step
+        first.
+        """
         steps = (
             [new - old for old, new in pairwise(totals)]
             for totals in zip(*self._totals, strict=True)
@@ -96,7 +102,9 @@ class People:
 
 
 class Counting:
-    """Owns the totals of completions. `broadcasts` counts those that it serves without a backend."""
+    """Owns the totals of completions. `broadcasts` counts those that it serves without a
+    backend.
+    """
 
     def __init__(self, broadcasts: Broadcasts) -> None:
         self._broadcasts = broadcasts
@@ -182,7 +190,9 @@ class Counting:
         self.people.add(client, Usage(completions=1))
 
     def _share(self, clients: Sequence[str], tokens: int, seconds: float) -> None:
-        """Count a completion for each of its clients, who divide the tokens and the seconds evenly."""
+        """Count a completion for each of its clients, who divide the tokens and the seconds
+        evenly.
+        """
         among = len(clients)
         for number, client in enumerate(clients):
             part = (

@@ -1,23 +1,28 @@
-"""Other people's dialects: OpenAI's API and llama.cpp's, as editors and tools speak them, and as other engines do.
+"""Other people's dialects: OpenAI's API and llama.cpp's, as editors and tools speak them, and as
+other engines do.
 
-A `Dialect` reads a client's request into a `CompletionRequest`, with fields like those of our own API, and writes the
-answer in the client's format (`Reply`), whole or as a stream. For a backend it writes the fields of vpsd's request as
-the engine's; `read_engine_event` and its neighbours read what the engine answers.
+A `Dialect` reads a client's request into a `CompletionRequest`, with fields like those of our own
+API, and writes the answer in the client's format (`Reply`), whole or as a stream. For a backend it
+writes the fields of vpsd's request as the engine's; `read_engine_event` and its neighbours read
+what the engine answers.
 
-    >>> request = INFILL.read({"input_prefix": "def add(a, b):\\n", "prompt": "    return ", "input_suffix": "\\n"})
+    >>> body = {"input_prefix": "def add(a, b):\\n", "prompt": "    return ", "input_suffix": "\\n"}
+    >>> request = INFILL.read(body)
     >>> request.fields["prompt"]
     'def add(a, b):\\n    return '
     >>> reply = INFILL.reply(request, "some-id", 0, {"model": "qwen_0_5b", "n_ctx": 4096})
     >>> reply.whole("a + b", {"finish_reason": "block", "total_tokens": 4})[:18]
     b'{"content":"a + b"'
 
-Clients' requests are read leniently: unknown fields are ignored, a null field counts as absent, a limit above ours is
-lowered, and of several completions the first is returned. HttpError 400 names a field that cannot be served. From an
-engine, only members of the right type count; the rest is absent.
+Clients' requests are read leniently: unknown fields are ignored, a null field counts as absent, a
+limit above ours is lowered, and of several completions the first is returned. HttpError 400 names a
+field that cannot be served. From an engine, only members of the right type count; the rest is
+absent.
 
-Pure: no socket, no clock, no state. Standard library only. The formats come from the clients' sources (llama.vim,
-llama.vscode, Zed, Continue, minuet, codecompanion, Tabby, the openai packages), from the documentation of OpenAI,
-llama-server, vLLM, SGLang, TGI and Ollama, and from the answers of llama-server and of llama-cpp-python's server.
+Pure: no socket, no clock, no state. Standard library only. The formats come from the clients'
+sources (llama.vim, llama.vscode, Zed, Continue, minuet, codecompanion, Tabby, the openai packages),
+from the documentation of OpenAI, llama-server, vLLM, SGLang, TGI and Ollama, and from the answers
+of llama-server and of llama-cpp-python's server.
 """
 
 from __future__ import annotations
@@ -32,10 +37,11 @@ from cerebrum.fields import Field, members_of, read_fields, read_object, read_ob
 from cerebrum.text.prompt import arrange_gap
 from cerebrum_common import SUGGEST, HttpError, compact, sse_block
 
-# -------------------------------------------------------------------------------------------- requests
+# ----------------------------------------------------------------------------------------- requests
 
 MAX_TOKENS, DEFAULT_TOKENS = 2048, 512  # of a completion; a limit above MAX_TOKENS is lowered to it
-MAX_STOPS = 16  # beside the names of special tokens; OpenAI allows 4, Continue sends about 20 with these names
+# beside the names of special tokens; OpenAI allows 4, Continue sends about 20 with these names
+MAX_STOPS = 16
 MAX_EXTRAS = 256  # texts of other files; llama.vim sends 16
 MAX_MESSAGES = 1000  # of a chat
 MAX_MS = 600_000  # of a time limit; longer limits are lowered
@@ -82,8 +88,9 @@ STREAM_OPTIONS = {"include_usage": FLAG}
 class CompletionRequest:
     """What a client asks for, in a dialect or by our own API. Nobody changes it.
 
-    `fields` has the applicable fields of our own API, `messages` ([{"role", "content"}]), `extra` ([{"filename",
-    "text"}]), `indent` (characters), `prompt_ms` and `predict_ms` (0: no limit)."""
+    `fields` has the applicable fields of our own API, `messages` ([{"role", "content"}]), `extra`
+    ([{"filename", "text"}]), `indent` (characters), `prompt_ms` and `predict_ms` (0: no limit).
+    """
 
     kind: str  # "infill", "completion" or "chat"; "" for our own API
     fields: dict[str, Any]
@@ -97,12 +104,14 @@ class CompletionRequest:
     guest: int = 0  # the most places of a client that gets only what the others leave; 0: no guest
     session: str = ""  # unique across clients; "" without one
     limit: float = math.inf  # bytes of text events that the client can take
-    ahead: bool = False  # nobody waits: a backend reads the prompt into its cache when it has nothing else to do
+    # nobody waits: a backend reads the prompt into its cache when it has nothing else to do
+    ahead: bool = False
 
     @property
     def file(self) -> str:
-        """A name for the session, or else for the file, in a dialect together with its client. The backend that last
-        served it probably has the beginning of the prompt in its cache."""
+        """A name for the session, or else for the file, in a dialect together with its client. The
+        backend that last served it probably has the beginning of the prompt in its cache.
+        """
         filename = self.fields.get("filename") or ""
         return self.session or (f"{self.client} {filename}" if self.kind else filename)
 
@@ -113,8 +122,9 @@ LONE = re.compile(
 
 
 def present(value: Any) -> Any:
-    """A JSON value without null members, at every depth. 16.0 becomes 16, because some languages write integers like
-    this. Half an emoji becomes U+FFFD, because an editor may cut one in two."""
+    """A JSON value without null members, at every depth. 16.0 becomes 16, because some languages
+    write integers like this. Half an emoji becomes U+FFFD, because an editor may cut one in two.
+    """
     if isinstance(value, dict):
         return {name: present(one) for name, one in value.items() if one is not None}
     if isinstance(value, list):
@@ -136,7 +146,9 @@ def read_texts(members: Mapping[str, Any], name: str) -> list[str]:
 def read_sampling(
     read: Mapping[str, Any], stops: list[str], temperature: float = 0.0, limit: int = DEFAULT_TOKENS
 ) -> dict[str, Any]:
-    """The fields of our API that every request has. `temperature` and `limit` (tokens) are the defaults."""
+    """The fields of our API that every request has. `temperature` and `limit` (tokens) are the
+    defaults.
+    """
     limits = (read[name] for name in ("max_completion_tokens", "max_tokens", "n_predict"))
     limit = next((given for given in limits if given is not None), limit)
     top_p, seed = read["top_p"], read["seed"]
@@ -154,7 +166,9 @@ def read_sampling(
 
 
 def read_stops(members: Mapping[str, Any], special: bool = False) -> list[str]:
-    """`stop` as a list, without the names of special tokens, which our text contains only if it is about them."""
+    """`stop` as a list, without the names of special tokens, which our text contains only if it is
+    about them.
+    """
     stops = [
         stop
         for stop in read_texts(members, "stop")
@@ -173,8 +187,9 @@ def read_prompt(members: Mapping[str, Any]) -> str:
 
 
 def read_messages(value: Any) -> list[dict[str, str]]:
-    """`messages` with the roles that a chat template knows, and only text as content. Parts of a content are joined by
-    line ends."""
+    """`messages` with the roles that a chat template knows, and only text as content. Parts of a
+    content are joined by line ends.
+    """
     roles = read_objects(value, "messages", 1, MAX_MESSAGES, MESSAGE)
     messages = []
     for number, (entry, role) in enumerate(zip(value, roles, strict=True)):
@@ -199,9 +214,10 @@ def wants_usage(members: Mapping[str, Any]) -> bool:
     )
 
 
-# ---------------------------------------------------------------------------------- fill-in-the-middle tokens
+# ------------------------------------------------------------------------ fill-in-the-middle tokens
 
-# The marks before the prefix, before the suffix and at the prompt's end, by family. Codestral has no mark at the end.
+# The marks before the prefix, before the suffix and at the prompt's end, by family. Codestral has
+# no mark at the end.
 FIM = (
     ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),  # Qwen, CodeGemma
     ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),  # StarCoder, Granite, Refact
@@ -229,8 +245,9 @@ SPECIAL = re.compile(
     r"|\[/?(?:INST|PREFIX|SUFFIX|MIDDLE)\]"
 )
 
-# Layouts of models that predict the next edit: Sweep's, and the two of Zed's Zeta. Their marks are the model's, and the
-# client cuts the answer itself. A text that only mentions such a mark has none of these layouts.
+# Layouts of models that predict the next edit: Sweep's, and the two of Zed's Zeta. Their marks are
+# the model's, and the client cuts the answer itself. A text that only mentions such a mark has none
+# of these layouts.
 NEXT_EDIT = re.compile(
     r"\A\s*+(?:<\|repo_name\|>[^\n]*\n)?<\|file_sep\|>.*^<\|file_sep\|>(?:original|current|updated)/"
     r"|\A\s*+<\[fim-suffix\]>(?>.*?<\[fim-prefix\]>)(?>.*?(?:<filename>|^<<<<<<< CURRENT|<\|\w+\|>))"
@@ -241,11 +258,12 @@ NEXT_EDIT = re.compile(
 
 
 def split_fim(prompt: str) -> tuple[str, str, str, list[dict[str, str]]] | None:
-    """(prefix, suffix, file name, [{"filename", "text"}] of other files) of a prompt that a client has written with a
-    family's tokens; None for any other prompt.
+    """(prefix, suffix, file name, [{"filename", "text"}] of other files) of a prompt that a client
+    has written with a family's tokens; None for any other prompt.
 
-    Prefix and suffix may come in either order. A text that only mentions the tokens, such as this file, is not split:
-    the last token must end the prompt, or precede the prefix in a prompt whose usual place for the prefix is blank.
+    Prefix and suffix may come in either order. A text that only mentions the tokens, such as this
+    file, is not split: the last token must end the prompt, or precede the prefix in a prompt whose
+    usual place for the prefix is blank.
 
     >>> split_fim("<PRE> def f():\\n    return  <SUF>\\n\\nf() <MID>")
     ('def f():\\n    return ', '\\n\\nf()', '', [])
@@ -291,7 +309,7 @@ def split_files(preamble: str) -> tuple[str, list[dict[str, str]]]:
     return filename, extra
 
 
-# ---------------------------------------------------------------------------------------- reading requests
+# --------------------------------------------------------------------------------- reading requests
 
 
 def read_code(
@@ -318,8 +336,9 @@ def read_code(
 def ask_text(
     request: CompletionRequest, prefix: str, suffix: str, infill: bool, **more: Any
 ) -> CompletionRequest:
-    """Ask for a completion, or for an infill if the client does. At the end of a file there is no gap: the text before
-    the cursor is completed."""
+    """Ask for a completion, or for an infill if the client does. At the end of a file there is no
+    gap: the text before the cursor is completed.
+    """
     mode = "infill" if suffix.strip() or not prefix else "complete"
     more |= {"suffix": suffix} if mode == "infill" else {}
     fields = request.fields | more | {"prompt": prefix, "mode": mode}
@@ -329,7 +348,9 @@ def ask_text(
 def ask_prompt(
     request: CompletionRequest, prompt: str, suffix: str, infill: bool
 ) -> CompletionRequest:
-    """Like `ask_text`, for a prompt that may carry fill-in-the-middle tokens, or have a layout of its own."""
+    """Like `ask_text`, for a prompt that may carry fill-in-the-middle tokens, or have a layout of
+    its own.
+    """
     if not suffix and NEXT_EDIT.match(prompt):
         return ask_text(request, prompt, "", infill=False, stop_at="none", special=True)
     split = None if suffix else split_fim(prompt)
@@ -341,7 +362,9 @@ def ask_prompt(
 
 
 def read_completion(members: Mapping[str, Any]) -> CompletionRequest:
-    """POST /v1/completions and /completion: a text to complete. `prompt` may carry fill-in-the-middle tokens."""
+    """POST /v1/completions and /completion: a text to complete. `prompt` may carry
+    fill-in-the-middle tokens.
+    """
     members = present(members)
     read, prompt = read_fields(members, TEXT_FIELDS), read_prompt(members)
     infill = "suffix" in members  # at the end of a file, the suffix is empty
@@ -349,7 +372,9 @@ def read_completion(members: Mapping[str, Any]) -> CompletionRequest:
 
 
 def read_infill(members: Mapping[str, Any]) -> CompletionRequest:
-    """POST /infill: llama-server's completion between two texts. `prompt` continues `input_prefix`."""
+    """POST /infill: llama-server's completion between two texts. `prompt` continues
+    `input_prefix`.
+    """
     members = present(members)
     read, prompt = read_fields(members, INFILL_FIELDS), read_prompt(members)
     files = read_objects(members.get("input_extra", []), "input_extra", 0, MAX_EXTRAS, EXTRA)
@@ -376,7 +401,7 @@ def read_chat(members: Mapping[str, Any]) -> CompletionRequest:
     return CompletionRequest("chat", fields, read["stream"], wants_usage(members))
 
 
-# ------------------------------------------------------------------------------------------------ replies
+# ------------------------------------------------------------------------------------------ replies
 
 # A native token event, as cm4d relays it. Its JSON string goes into other events unchanged.
 TOKEN_TEXT = re.compile(rb'data: \{"token": ("(?:[^"\\]|\\.)*+"), "total_tokens": [0-9]+\}\n\n')
@@ -402,8 +427,9 @@ def usage(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Reply:
-    """The answer to one request in its dialect; here OpenAI's completion of a text: {"id", "object", "choices", …}.
-    `begun` is the value of the pair "started": {"model", "n_ctx", …}."""
+    """The answer to one request in its dialect; here OpenAI's completion of a text: {"id",
+    "object", "choices", …}. `begun` is the value of the pair "started": {"model", "n_ctx", …}.
+    """
 
     prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
 
@@ -489,7 +515,9 @@ class LlamaReply(Reply):
         return sse_block(self.whole("", result))
 
     def whole(self, text: str, result: Mapping[str, Any]) -> bytes:
-        """The answer's members, or those that `response_fields` names: "timings/prompt_n" names one in `timings`."""
+        """The answer's members, or those that `response_fields` names: "timings/prompt_n" names one
+        in `timings`.
+        """
         read, written = result.get("prompt_tokens", 0), result.get("total_tokens", 0)
         answer = {
             "content": text,
@@ -519,8 +547,10 @@ class LlamaReply(Reply):
 
 
 def marks(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Members of our own: `type_through` if an earlier completion answered, `replaced` if a newer request took over,
-    `preempted` if a guest made room, `unsure` if lines are not shown; and how sure the model is."""
+    """Members of our own: `type_through` if an earlier completion answered, `replaced` if a newer
+    request took over, `preempted` if a guest made room, `unsure` if lines are not shown; and how
+    sure the model is.
+    """
     reason = result.get("finish_reason")
     given = {
         name: result[name]
@@ -550,7 +580,7 @@ def timings(result: Mapping[str, Any]) -> dict[str, Any]:
     return figures
 
 
-# ------------------------------------------------------------------------------------ errors, models, props
+# ---------------------------------------------------------------------------- errors, models, props
 
 
 ERROR_TYPES = {
@@ -566,12 +596,16 @@ def write_error(error: HttpError) -> dict[str, Any]:
 
 
 def write_model(model_id: str, created: int) -> dict[str, Any]:
-    """An entry of OpenAI's list of models. llama.vscode concludes from `owned_by` that /props exists."""
+    """An entry of OpenAI's list of models. llama.vscode concludes from `owned_by` that /props
+    exists.
+    """
     return {"id": model_id, "object": "model", "created": created, "owned_by": "llamacpp"}
 
 
 def write_props(model_id: str, n_ctx: int, places: int) -> dict[str, Any]:
-    """llama-server's /props, as far as editors read it. Our chat template is the model's own and is not reported."""
+    """llama-server's /props, as far as editors read it. Our chat template is the model's own and is
+    not reported.
+    """
     return {
         "default_generation_settings": {"n_ctx": n_ctx},
         "total_slots": places,
@@ -583,7 +617,7 @@ def write_props(model_id: str, n_ctx: int, places: int) -> dict[str, Any]:
     }
 
 
-# ------------------------------------------------------------------------------------ asking other engines
+# ----------------------------------------------------------------------------- asking other engines
 
 MAX_N_CTX = 10**7  # tokens; the longest contexts have a million
 LENGTH, N_CTX = (
@@ -595,7 +629,8 @@ LLAMA_MORE = {
     "timings_per_token": True,
     "return_progress": True,
 }  # counts even if we hang up, and signs of life
-# Without this list, the last event would include the whole prompt, and might be longer than we accept.
+# Without this list, the last event would include the whole prompt, and might be longer than we
+# accept.
 LLAMA_LAST = ["content", "stop", "stop_type", "tokens_evaluated", "tokens_predicted", "timings"]
 
 
@@ -611,7 +646,9 @@ class Wanted:
 
 
 def write_sampling(wanted: Wanted, limit: str, most_stops: int | None = None) -> dict[str, Any]:
-    """The members that every request has. `limit` is the engine's name for the maximum number of tokens."""
+    """The members that every request has. `limit` is the engine's name for the maximum number of
+    tokens.
+    """
     fields = wanted.fields
     given = {name: fields[name] for name in ("temperature", "top_p", "seed") if name in fields}
     if given.get("top_p", 0) >= 1:
@@ -641,7 +678,9 @@ def write_files(fields: Mapping[str, Any]) -> str:
 
 
 def write_text_completion(wanted: Wanted) -> dict[str, Any]:
-    """POST /v1/completions. A gap is written with the model's marks, or as `suffix` if the model has none."""
+    """POST /v1/completions. A gap is written with the model's marks, or as `suffix` if the model
+    has none.
+    """
     fields, members = wanted.fields, write_openai(wanted)
     text, suffix = fields["prompt"], fields.get("suffix")
     if suffix is not None and wanted.fim:
@@ -652,8 +691,9 @@ def write_text_completion(wanted: Wanted) -> dict[str, Any]:
 
 
 def write_chat(wanted: Wanted) -> dict[str, Any]:
-    """POST /v1/chat/completions. The beginning that we write for the answer to an instruction is left out: many
-    engines would not continue it."""
+    """POST /v1/chat/completions. The beginning that we write for the answer to an instruction is
+    left out: many engines would not continue it.
+    """
     messages = wanted.fields["messages"]
     begun = wanted.fields["mode"] == "instruct" and messages[-1]["role"] == "assistant"
     return write_openai(wanted) | {"messages": messages[:-1] if begun else messages}
@@ -683,8 +723,9 @@ FINISH_REASONS = {
 
 
 def read_engine_event(members: Mapping[str, Any]) -> tuple[str, str | None]:
-    """(text, reason) of an event of OpenAI's two calls or of llama-server's own. The reason is None before the end of
-    the text, then "stop", "length", or "error" if the text is incomplete. A model's thoughts are not part of the text.
+    """(text, reason) of an event of OpenAI's two calls or of llama-server's own. The reason is None
+    before the end of the text, then "stop", "length", or "error" if the text is incomplete. A
+    model's thoughts are not part of the text.
     """
     choices = members.get("choices")
     choice = members_of(choices[0]) if isinstance(choices, list) and choices else members
@@ -703,8 +744,9 @@ COUNTS = frozenset(
 
 
 def read_counts(members: Mapping[str, Any]) -> dict[str, Any]:
-    """The counts in an event, not yet checked, under the names of our own done event: from OpenAI's `usage`,
-    llama-server's `timings`, and the numbers beside them."""
+    """The counts in an event, not yet checked, under the names of our own done event: from OpenAI's
+    `usage`, llama-server's `timings`, and the numbers beside them.
+    """
     used, timed = members_of(members.get("usage")), members_of(members.get("timings"))
     cached, read = timed.get("cache_n"), timed.get("prompt_n")
     whole = cached + read if type(cached) is type(read) is int else None
@@ -724,11 +766,11 @@ def read_counts(members: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_listed(members: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The names in OpenAI's list of models, each with its `n_ctx` if the engine reports one. Such an engine has its
-    model in memory as long as it runs, and does not say so.
+    """The names in OpenAI's list of models, each with its `n_ctx` if the engine reports one. Such
+    an engine has its model in memory as long as it runs, and does not say so.
 
-    >>> read_listed({"data": [{"id": "org/Qwen2.5-Coder-7B", "max_model_len": 8192}, {"id": "other"}]})
-    {'org/Qwen2.5-Coder-7B': {'loaded': True, 'n_ctx': 8192}, 'other': {'loaded': True}}
+    >>> read_listed({"data": [{"id": "org/Qwen2.5-Coder-7B", "max_model_len": 8192}, {"id":
+    "other"}]}) {'org/Qwen2.5-Coder-7B': {'loaded': True, 'n_ctx': 8192}, 'other': {'loaded': True}}
     """
     listed: dict[str, dict[str, Any]] = {}
     entries = members.get("data")
@@ -748,16 +790,18 @@ def read_props(members: Mapping[str, Any]) -> dict[str, Any]:
     return {"n_ctx": n_ctx} if N_CTX.accepts(n_ctx) else {}
 
 
-# OpenAI's and vLLM's sentences. Their count of the prompt is ignored: later vLLMs stop counting at the first token that
-# does not fit.
+# OpenAI's and vLLM's sentences. Their count of the prompt is ignored: later vLLMs stop counting at
+# the first token that does not fit.
 OVERFLOW = re.compile(
     r"(?:context length is (?:only )?(?=\d+ tokens)|greater than max_model_len=)(\d{1,8})\b"
 )
 
 
 def read_overflow(error: Any) -> dict[str, int] | None:
-    """Parse an engine's `error`. If the error says that the prompt is too long: the given ones of {"n_ctx",
-    "prompt_tokens"}, else None. llama-server sends members; OpenAI and vLLM send a sentence, which may be misread."""
+    """Parse an engine's `error`. If the error says that the prompt is too long: the given ones of
+    {"n_ctx", "prompt_tokens"}, else None. llama-server sends members; OpenAI and vLLM send a
+    sentence, which may be misread.
+    """
     members = members_of(error)
     sentence = OVERFLOW.search(text_of(members.get("message", error)))
     n_ctx, counted = (
@@ -773,12 +817,14 @@ def read_overflow(error: Any) -> dict[str, int] | None:
     return lengths | ({"prompt_tokens": counted} if LENGTH.accepts(counted) else {})
 
 
-# ---------------------------------------------------------------------------------------------- the dialects
+# ------------------------------------------------------------------------------------- the dialects
 
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """One kind of request, in both directions. An engine is asked at the first of `paths`; clients use all of them."""
+    """One kind of request, in both directions. An engine is asked at the first of `paths`; clients
+    use all of them.
+    """
 
     paths: tuple[str, ...]
     read: Callable[[Mapping[str, Any]], CompletionRequest]

@@ -1,7 +1,7 @@
 """Who gets a place at which backend, and when: the Pi's only owner of places.
 
-`decide` is the whole policy: one pure function. `Dispatcher` carries out what it decides, for completions that clients
-await and for prompts that are read ahead.
+`decide` is the whole policy: one pure function. `Dispatcher` carries out what it decides, for
+completions that clients await and for prompts that are read ahead.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from cerebrum.pi.dialects import PREEMPTED, CompletionRequest
 from cerebrum.pi.fleet import Fleet, Options
 from cerebrum_common import HttpError, internal_error, log
 
-# ------------------------------------------------------------------------------------ policy: the decision
+# ----------------------------------------------------------------------------- policy: the decision
 
 BUSY_SECONDS, MAX_BUSY_SECONDS = (
     0.1,
@@ -61,7 +61,9 @@ class State:
     )  # a guest, and when it got and left a place
 
     def running(self, backends: Sequence[Backend]) -> list[Attempt]:
-        """The attempts that take a place at these backends: not those that are being ended or that read ahead."""
+        """The attempts that take a place at these backends: not those that are being ended or that
+        read ahead.
+        """
         holders = (attempt for attempt, backend in self.places.items() if backend in backends)
         return [attempt for attempt in holders if not (attempt.makes_room or attempt.request.ahead)]
 
@@ -75,7 +77,9 @@ class State:
         return sum(max(0.0, left - max(begun, now - SHARE_OF_SECONDS)) for _, begun, left in visits)
 
     def load(self, backend: Backend) -> float:
-        """How busy a backend is, as a share of its limit. Requests that are being ended still count."""
+        """How busy a backend is, as a share of its limit. Requests that are being ended still
+        count.
+        """
         holders = (attempt for attempt, place in self.places.items() if place is backend)
         return sum(not attempt.request.ahead for attempt in holders) / backend.limit
 
@@ -128,8 +132,9 @@ def decide(state: State, completion: Completion, now: float) -> Decision:
         able = [backend for backend in able if backend.reads_ahead]
         if not able or state.line:
             return Wait(math.inf) if able else nobody(state.fleet, options)
-    # 4. May any of them be asked? Those in trouble only if there are no others. A trial's end is worth waiting for:
-    #    somebody who types ends one trial after the other. A guest's trial makes room.
+    # 4. May any of them be asked? Those in trouble only if there are no others. A trial's end is
+    #    worth waiting for: somebody who types ends one trial after the other. A guest's trial makes
+    #    room.
     usable = [backend for backend in able if backend.breaker.admits]
     usable = [backend for backend in usable if not backend.breaker.trouble] or usable
     if not usable:
@@ -166,8 +171,10 @@ def place_for(
 def who_makes_room(
     state: State, completion: Completion, options: Options, usable: Sequence[Backend], now: float
 ) -> Attempt | None:
-    """The guest's attempt to end for this completion, None if it would get no place without guests either: one of the
-    guest who has held places for longest in the last minute, rather no infill, and the newest, which loses least."""
+    """The guest's attempt to end for this completion, None if it would get no place without guests
+    either: one of the guest who has held places for longest in the last minute, rather no infill,
+    and the newest, which loses least.
+    """
 
     def finds_place_without(ended: Sequence[Attempt]) -> bool:
         places = {
@@ -203,8 +210,9 @@ def who_tries(state: State, able: Sequence[Backend]) -> Attempt | None:
 def choose(
     state: State, request: CompletionRequest, options: Options, free: Sequence[Backend]
 ) -> Assign | None:
-    """The best model that one of these backends has, at the one that probably has the beginning of the prompt in its
-    cache, or else at the least busy one."""
+    """The best model that one of these backends has, at the one that probably has the beginning of
+    the prompt in its cache, or else at the least busy one.
+    """
     last = state.served.get(request.file)
     for model, having in options:
         if best := [backend for backend in free if backend in having]:
@@ -217,8 +225,9 @@ def is_idle(state: State, backend: Backend) -> bool:
 
 
 def busy_until(completion: Completion) -> float:
-    """When to ask the backends again that answered 429 to a dialect's request; infinity if none did. Our own API passes
-    a 429 on."""
+    """When to ask the backends again that answered 429 to a dialect's request; infinity if none
+    did. Our own API passes a 429 on.
+    """
     refused = [
         one.left for one in completion.attempts if one.error and one.error.code == "RATE_LIMIT"
     ]
@@ -228,8 +237,9 @@ def busy_until(completion: Completion) -> float:
 
 
 def is_tried(completion: Completion, backend: str, model: str, is_pausing: bool) -> bool:
-    """Whether another attempt with this model at this backend would be in vain: the backend has failed this completion,
-    could not load this model, or was busy a moment ago."""
+    """Whether another attempt with this model at this backend would be in vain: the backend has
+    failed this completion, could not load this model, or was busy a moment ago.
+    """
     for attempt in completion.attempts:
         if attempt.backend == backend and attempt.error:
             code = attempt.error.code
@@ -248,8 +258,10 @@ def places_taken(state: State, backend: Backend, session: str) -> int:
 
 
 def is_fair(state: State, completion: Completion, usable: Sequence[Backend], now: float) -> bool:
-    """Whether a completion leaves a place for editors. After a recent infill, chats and plain completions leave one for
-    infills, and one client's infills leave one for another client's. Requests of our own API take any place."""
+    """Whether a completion leaves a place for editors. After a recent infill, chats and plain
+    completions leave one for infills, and one client's infills leave one for another client's.
+    Requests of our own API take any place.
+    """
     kind, client = completion.request.kind, completion.client
     editors = {one for one, seen in state.editors.items() if now - seen < EDITOR_SECONDS}
     if not kind or not editors - ({client} if kind == "infill" else set()):
@@ -263,8 +275,10 @@ def is_fair(state: State, completion: Completion, usable: Sequence[Backend], now
 
 
 def is_left(state: State, completion: Completion, usable: Sequence[Backend], now: float) -> bool:
-    """Whether the others leave a place to a guest: nobody else waits, and after a recent completion of somebody else,
-    guests together leave one place. A guest has no more than its own number of places."""
+    """Whether the others leave a place to a guest: nobody else waits, and after a recent completion
+    of somebody else, guests together leave one place. A guest has no more than its own number of
+    places.
+    """
     request = completion.request
     if not request.guest:
         return True
@@ -285,9 +299,10 @@ def is_left(state: State, completion: Completion, usable: Sequence[Backend], now
 def whose_turn(
     state: State, running: Mapping[str, int], completion: Completion
 ) -> tuple[bool, int, float, bool]:
-    """The lower, the sooner a completion that waits gets a place: guests come last; then people take turns, those with
-    the fewest places first, then those who have had no turn or whose last one is the longest ago; of one person's,
-    infills come first."""
+    """The lower, the sooner a completion that waits gets a place: guests come last; then people
+    take turns, those with the fewest places first, then those who have had no turn or whose last
+    one is the longest ago; of one person's, infills come first.
+    """
     request, client = completion.request, completion.client
     return (
         request.guest > 0,
@@ -325,10 +340,11 @@ def nobody(fleet: Fleet, options: Options) -> HttpError:
     )
 
 
-# -------------------------------------------------------------------------------------------- the dispatcher
+# ----------------------------------------------------------------------------------- the dispatcher
 
 ENDING_SECONDS = 1.0  # for a completion that makes room to leave its place
-MAX_SERVED = 512  # sessions and files with the backend that served them last, and clients with their last turn
+# sessions and files with the backend that served them last, and clients with their last turn
+MAX_SERVED = 512
 MAX_AHEAD = 4  # prompts to be read ahead, one of each client
 
 
@@ -381,7 +397,9 @@ class Dispatcher:
     # Places.
 
     async def enter(self, completion: Completion) -> Attempt:
-        """Give a completion a place; it must `hold` the place at once. HttpError if there is none for it."""
+        """Give a completion a place; it must `hold` the place at once. HttpError if there is none
+        for it.
+        """
         await self.state.fleet.know()
         while True:
             match decide(self.state, completion, time.monotonic()):
@@ -397,8 +415,9 @@ class Dispatcher:
 
     @contextlib.asynccontextmanager
     async def hold(self, attempt: Attempt) -> AsyncIterator[Backend]:
-        """Hold a place for as long as the context lasts. A backend never works on more requests than its limit: an
-        older request, which this one replaces, leaves first."""
+        """Hold a place for as long as the context lasts. A backend never works on more requests
+        than its limit: an older request, which this one replaces, leaves first.
+        """
         places, backend = self.state.places, self.state.places[attempt]
         try:
             with contextlib.suppress(
@@ -420,8 +439,9 @@ class Dispatcher:
             self._leave(attempt)
 
     async def _wait_in_line(self, completion: Completion, until: float) -> Attempt | None:
-        """The attempt that `advance` has begun for this completion, or None after a while. HttpError if it found that
-        no backend may be asked any more."""
+        """The attempt that `advance` has begun for this completion, or None after a while.
+        HttpError if it found that no backend may be asked any more.
+        """
         called = self.state.line[completion] = asyncio.get_running_loop().create_future()
         try:
             await asyncio.wait([called], timeout=until - time.monotonic())
@@ -434,7 +454,9 @@ class Dispatcher:
             self.state.line.pop(completion, None)
 
     def advance(self) -> None:
-        """Give free places to those that wait, in turns. If nobody waits, idle backends read ahead."""
+        """Give free places to those that wait, in turns. If nobody waits, idle backends read
+        ahead.
+        """
         state, waiting = self.state, [*self.state.line]
         running = Counter(
             attempt.completion.client for attempt in state.running([*state.places.values()])
@@ -459,8 +481,9 @@ class Dispatcher:
                 self._begin_reading(completion, decision)
 
     def _assign(self, completion: Completion, model: str, backend: Backend) -> Attempt:
-        """Begin an attempt: take the place, and end the requests that it replaces, those of its session and the one
-        that reads ahead there."""
+        """Begin an attempt: take the place, and end the requests that it replaces, those of its
+        session and the one that reads ahead there.
+        """
         state, session, file = self.state, completion.request.session, completion.request.file
         for other, where in [*state.places.items()]:
             if other.request.session == session != "" or (other.request.ahead and where is backend):
@@ -487,7 +510,9 @@ class Dispatcher:
             )
 
     def _preempt(self, attempt: Attempt) -> None:
-        """End a guest's attempt. One that ends within its guest's share of the minute comes first among guests."""
+        """End a guest's attempt. One that ends within its guest's share of the minute comes first
+        among guests.
+        """
         state, completion, now = self.state, attempt.completion, time.monotonic()
         if state.guest_seconds(completion.client, now) < SHARE_SECONDS:
             state.turns[completion.client] = -math.inf  # before guests who have had no turn
@@ -512,8 +537,10 @@ class Dispatcher:
     # Reading ahead.
 
     def read_ahead(self, request: CompletionRequest) -> None:
-        """Queue a prompt to be read into a backend's cache. Only the newest of each client is kept. Reading stops when
-        the backend gets a request, and the prompt is queued again: the backend keeps the part that it has read."""
+        """Queue a prompt to be read into a backend's cache. Only the newest of each client is kept.
+        Reading stops when the backend gets a request, and the prompt is queued again: the backend
+        keeps the part that it has read.
+        """
         self._queue(Completion(replace(request, session="", ahead=True)))
         self.advance()
 

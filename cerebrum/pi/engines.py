@@ -1,11 +1,12 @@
 """Translates the streams of engines other than vpsd into the pairs of a native stream.
 
-`translate` reads the answer, a `Translator` parses its events. The Translator also ends the text where the requested
-piece is complete, which these engines do not do.
+`translate` reads the answer, a `Translator` parses its events. The Translator also ends the text
+where the requested piece is complete, which these engines do not do.
 
     >>> fields = {"prompt": "def f(n):\\n", "language": "python", "mode": "complete"}
     >>> translator = Translator(fields, [])
-    >>> list(translator.feed(b'data: {"choices": [{"text": "    return n\\\\n\\\\nf(1)"}]}\\n\\n', 0.0))
+    >>> event = b'data: {"choices": [{"text": "    return n\\\\n\\\\nf(1)"}]}\\n\\n'
+    >>> list(translator.feed(event, 0.0))
     [('text', b'data: {"token": "    return n\\\\n", "total_tokens": 1}\\n\\n'),
      ('done', {'finish_reason': 'block', 'total_tokens': 1})]
 """
@@ -27,9 +28,10 @@ from cerebrum.text.languages import BY_NAME, LANGUAGES
 from cerebrum.text.prompt import find_statement
 from cerebrum_common import HttpError
 
-# ------------------------------------------------------------------------------ the events of other engines
+# ---------------------------------------------------------------------- the events of other engines
 
-# Special tokens that an engine may leak. Each of them ends a text, unless the prompt itself contains it.
+# Special tokens that an engine may leak. Each of them ends a text, unless the prompt itself
+# contains it.
 MARKS = (
     "<|endoftext|>", "<|im_end|>", "<|im_start|>", "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|fim_pad|>",
     "<|file_sep|>", "<|repo_name|>", "<\uff5cend\u2581of\u2581sentence\uff5c>",
@@ -37,8 +39,8 @@ MARKS = (
 
 
 MAX_STOP_CHARS = 2000  # no answer has a longer stop string
-# What of a prompt's end and of a suffix is followed: the Pi has one thread for all. Of some 2,000 cases in Python of
-# tests/bench/ending.py, 3 end elsewhere than with 16,000.
+# What of a prompt's end and of a suffix is followed: the Pi has one thread for all. Of some 2,000
+# cases in Python of tests/bench/ending.py, 3 end elsewhere than with 16,000.
 NEAR_CHARS = 8000
 
 
@@ -51,8 +53,9 @@ def end_of(prompt: str, language: str) -> str:
 
 
 class Characters:
-    """Joins the parts of characters that an engine has split: halves of a surrogate pair, or bytes of UTF-8 (as the
-    lone surrogates of Python's "surrogateescape")."""
+    """Joins the parts of characters that an engine has split: halves of a surrogate pair, or bytes
+    of UTF-8 (as the lone surrogates of Python's "surrogateescape").
+    """
 
     def __init__(self) -> None:
         self.bytes = codecs.getincrementaldecoder("utf-8")("replace")
@@ -70,8 +73,10 @@ class Characters:
 
 
 class Translator:
-    """Turns another engine's stream into the pairs of a native stream. ("done", …) comes last: at the engine's own end,
-    or earlier, where the requested piece is complete. `fields` are those of vpsd's request."""
+    """Turns another engine's stream into the pairs of a native stream. ("done", …) comes last: at
+    the engine's own end, or earlier, where the requested piece is complete. `fields` are those of
+    vpsd's request.
+    """
 
     def __init__(self, fields: Mapping[str, Any], marks: Sequence[str]) -> None:
         # 3 MB that a Pi without other engines need not load
@@ -110,15 +115,17 @@ class Translator:
         self.done = False
 
     def feed(self, block: bytes, now: float) -> Iterator[Pair]:
-        """The pairs of a block of whole events, up to the pair "done". The block came at `now` (seconds, monotonic).
-        BackendFailure for an event that is an error or not JSON."""
+        """The pairs of a block of whole events, up to the pair "done". The block came at `now`
+        (seconds, monotonic). BackendFailure for an event that is an error or not JSON.
+        """
         for event in block.split(b"\n\n"):
             if event and not self.done:
                 yield from self._event(event, now)
 
     def end(self) -> Pair:
-        """The last pair, at the end of the stream. BackendFailure if the engine gave no reason for the end of its text:
-        the text may have been cut."""
+        """The last pair, at the end of the stream. BackendFailure if the engine gave no reason for
+        the end of its text: the text may have been cut.
+        """
         if self.reason is None:
             if not self.heard:  # llama_cpp.server ends like this if the prompt is too long
                 raise HttpError(
@@ -187,7 +194,8 @@ class Translator:
         return "done", {"finish_reason": reason, **counts}
 
 
-READING_SECONDS = 180.0  # without progress of another engine, which is silent while it loads a model or reads a prompt
+# without progress of another engine, which is silent while it loads a model or reads a prompt
+READING_SECONDS = 180.0
 ALIVE_SECONDS = 5.0  # the silence of another engine after which the client gets a comment
 COUNTS_SECONDS = 2.0  # the wait after another engine's last text for its token counts
 
@@ -195,9 +203,11 @@ COUNTS_SECONDS = 2.0  # the wait after another engine's last text for its token 
 async def translate(
     client: Upstream, answer: Answer, translator: Translator
 ) -> AsyncGenerator[Pair, None]:
-    """The counterpart of `relay` for another engine. The engine may send its head only after reading the prompt, and it
-    sends no comments: during its silence, ("idle", None) comes every ALIVE_SECONDS or a little later. Once the engine
-    has ended its text, the text is complete, whatever follows."""
+    """The counterpart of `relay` for another engine. The engine may send its head only after
+    reading the prompt, and it sends no comments: during its silence, ("idle", None) comes every
+    ALIVE_SECONDS or a little later. Once the engine has ended its text, the text is complete,
+    whatever follows.
+    """
     events, now = Events(), asyncio.get_running_loop().time
     while not await client.begin(answer, ALIVE_SECONDS, upstream.EVENT_STREAM):
         yield "idle", None

@@ -1,4 +1,6 @@
-"""All backends: the list, the models that they have, and the probes that keep their state up to date."""
+"""All backends: the list, the models that they have, and the probes that keep their state up to
+date.
+"""
 
 from __future__ import annotations
 
@@ -31,12 +33,14 @@ def rank_models(
     present: Collection[str] | None,
     any_language: bool = False,
 ) -> list[str]:
-    """The ids, best first, of the models that serve the language and are `present` on a backend. The models that
-    [prefer] lists for the mode come first, then the others in the table's order. A chat counts as an instruction.
+    """The ids, best first, of the models that serve the language and are `present` on a backend.
+    The models that [prefer] lists for the mode come first, then the others in the table's order. A
+    chat counts as an instruction.
 
-    With `any_language`, a language that no present model serves goes to any of them. Without it, the only id may be a
-    missing model's, the smallest: a backend's 404 says which file is missing and how to get it. No preferences count
-    until the backends' models are known (None)."""
+    With `any_language`, a language that no present model serves goes to any of them. Without it,
+    the only id may be a missing model's, the smallest: a backend's 404 says which file is missing
+    and how to get it. No preferences count until the backends' models are known (None).
+    """
     here = [model for model in catalog if present is None or model.id in present]
     serving = [model.id for model in here if language in model.languages]
     if not language or (any_language and not serving):
@@ -68,8 +72,9 @@ class Fleet:
     def replace(
         self, configs: Sequence[BackendConfig], catalog: Sequence[Model], prefer: Preferences
     ) -> None:
-        """Replace the backends. A backend whose id and API stay keeps its state; running requests continue.
-        ConfigError if the settings cannot be used; then nothing has changed."""
+        """Replace the backends. A backend whose id and API stay keeps its state; running requests
+        continue. ConfigError if the settings cannot be used; then nothing has changed.
+        """
         backends = [Backend(config, catalog) for config in configs]
         known = {(backend.id, backend.config.api): backend for backend in self.backends}
         for number, new in enumerate(backends):
@@ -104,7 +109,9 @@ class Fleet:
 
     @property
     def models(self) -> dict[str, dict[str, Any]] | None:
-        """Model metadata, taken from the first backend that lists the model; None until the first list comes."""
+        """Model metadata, taken from the first backend that lists the model; None until the first
+        list comes.
+        """
         lists = [backend.models for backend in self.backends if backend.models is not None]
         return (
             {id: about for models in reversed(lists) for id, about in models.items()}
@@ -120,7 +127,9 @@ class Fleet:
     # Probing.
 
     async def probe_forever(self, probed: Callable[[], object]) -> None:
-        """Keep each backend's state up to date: probe every 5 s, and when woken. Call `probed` after each probe."""
+        """Keep each backend's state up to date: probe every 5 s, and when woken. Call `probed`
+        after each probe.
+        """
         async with asyncio.TaskGroup() as group:
             watched = set[Backend]()
             while True:

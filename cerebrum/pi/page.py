@@ -1,4 +1,5 @@
-"""The Pi's web page, as a response with the headers that confine it to its own script, style and server.
+"""The Pi's web page, as a response with the headers that confine it to its own script, style and
+server.
 
 Pure: no file, no socket, no clock. Standard library only.
 """
@@ -13,7 +14,9 @@ from cerebrum_common import Response
 
 
 def sources(tag: bytes, text: bytes) -> str:
-    """The sources of one kind that a Content-Security-Policy allows: the page's own, by their hashes."""
+    """The sources of one kind that a Content-Security-Policy allows: the page's own, by their
+    hashes.
+    """
     inline = re.findall(rb"<%b>(.*?)</%b>" % (tag, tag), text, re.S)
     digests = (hashlib.sha256(one).digest() for one in inline)
     return (

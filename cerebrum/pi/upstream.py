@@ -1,10 +1,12 @@
-"""The Pi's HTTP client for backends: their settings, one request and its answer, and the events of our own vpsd.
+"""The Pi's HTTP client for backends: their settings, one request and its answer, and the events of
+our own vpsd.
 
-A backend is not trusted. Inexact framing is refused, and so are a vpsd's inexact JSON and a stream that ends without
-its done event. Only error texts of our own backends reach a client. The circuit breaker counts only `BackendFailure`.
+A backend is not trusted. Inexact framing is refused, and so are a vpsd's inexact JSON and a stream
+that ends without its done event. Only error texts of our own backends reach a client. The circuit
+breaker counts only `BackendFailure`.
 
-An `Upstream` owns its spare connection; every other connection belongs to the one request it was opened for. `Loop`
-owns the cache of resolved names. Standard library only.
+An `Upstream` owns its spare connection; every other connection belongs to the one request it was
+opened for. `Loop` owns the cache of resolved names. Standard library only.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ from cerebrum.pi.dialects import APIS, LENGTH, MAX_N_CTX, read_overflow
 from cerebrum.settings import ConfigError, Environment, read_table
 from cerebrum_common import HttpError, request_id_var, sse_event
 
-# --------------------------------------------------------------------------------------- configuration
+# ------------------------------------------------------------------------------------ configuration
 
 URL = re.compile(
     r"(https?)://([A-Za-z0-9.\-_]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::([0-9]{1,5}))?(/[A-Za-z0-9._~/\-]*)?"
@@ -64,7 +66,9 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class BackendConfig:
-    """One backend. `key` is sent to this backend only; `key_env` names the environment variable that holds the key."""
+    """One backend. `key` is sent to this backend only; `key_env` names the environment variable
+    that holds the key.
+    """
 
     id: str
     endpoint: Endpoint
@@ -74,7 +78,8 @@ class BackendConfig:
     max_concurrent: int = 2
     ca_file: str = ""  # of a private certificate authority
     n_ctx: int = 0  # tokens; 0: as the backend reports
-    infill: str = "fim"  # for an "openai" backend: use the model's FIM marks if it has any, or the "suffix" member
+    # for an "openai" backend: use the model's FIM marks if it has any, or the "suffix" member
+    infill: str = "fim"
 
     @property
     def variable(self) -> str:
@@ -87,7 +92,9 @@ class BackendConfig:
         return self.api == "openai" and self.endpoint.tls
 
     def parse(self, body: bytes) -> dict[str, Any]:
-        """Parse the backend's JSON object: vpsd's strictly, another engine's leniently. HttpError if it is none."""
+        """Parse the backend's JSON object: vpsd's strictly, another engine's leniently. HttpError
+        if it is none.
+        """
         return parse_json(body) if self.api == "cerebrum" else parse_leniently(body)
 
 
@@ -156,11 +163,13 @@ def _read_backend(table: Any, where: str, environ: Environment) -> BackendConfig
     return BackendConfig(endpoint=endpoint, key=environ.key(given["key_env"]), **given)
 
 
-# ------------------------------------------------------------------------------------------- refusals
+# ----------------------------------------------------------------------------------------- refusals
 
 
 class BackendFailure(HttpError):
-    """A backend, or the network to it, is at fault: 503, counted by the breaker. `reason` is in our own words."""
+    """A backend, or the network to it, is at fault: 503, counted by the breaker. `reason` is in our
+    own words.
+    """
 
     def __init__(self, reason: str) -> None:
         super().__init__("VPS_UNAVAILABLE", f"VPS backend is unavailable ({reason})")
@@ -172,7 +181,9 @@ LATE, NO_ANSWER = "it did not answer in time", "it closed the connection without
 
 @contextlib.contextmanager
 def blamed(reason: str) -> Iterator[None]:
-    """Turn every error of the backend or the network into BackendFailure: no exception's own text reaches a client."""
+    """Turn every error of the backend or the network into BackendFailure: no exception's own text
+    reaches a client.
+    """
     try:
         yield
     except BackendFailure:
@@ -188,7 +199,9 @@ def blamed(reason: str) -> Iterator[None]:
 
 
 class TooLong(HttpError):
-    """A prompt exceeds the context: 400, and `extra` has `n_ctx` and `prompt_tokens` if the backend reports them."""
+    """A prompt exceeds the context: 400, and `extra` has `n_ctx` and `prompt_tokens` if the backend
+    reports them.
+    """
 
     def __init__(
         self,
@@ -199,11 +212,14 @@ class TooLong(HttpError):
 
 
 class Unusable(HttpError):
-    """A backend is up, but refuses our key or its host, or is still loading: not counted by its breaker."""
+    """A backend is up, but refuses our key or its host, or is still loading: not counted by its
+    breaker.
+    """
 
 
 MAX_MESSAGE_CHARACTERS = 2000  # of a backend's error message that is passed on
-PASSED_ON = frozenset(  # codes of the VPS that mean something to the client; all others become VPS_UNAVAILABLE
+# codes of the VPS that mean something to the client; all others become VPS_UNAVAILABLE
+PASSED_ON = frozenset(
     {
         "INVALID_REQUEST",
         "MODEL_NOT_FOUND",
@@ -247,7 +263,9 @@ def our_error(members: Mapping[str, Any], key: str) -> HttpError | None:
 
 
 def refusal(status: int, body: bytes, config: BackendConfig) -> HttpError:
-    """The client's error if a backend answers with this status. BackendFailure if no working backend would."""
+    """The client's error if a backend answers with this status. BackendFailure if no working
+    backend would.
+    """
     members, key_env = dict[str, Any](), config.variable
     with contextlib.suppress(HttpError):
         members = config.parse(body)
@@ -264,8 +282,10 @@ def refusal(status: int, body: bytes, config: BackendConfig) -> HttpError:
 
 
 def engine_refusal(status: int, error: Any, key_env: str) -> HttpError:
-    """`refusal` for another engine. A client never gets the engine's own text, which may contain a path or a key. For
-    an overlong prompt the error has the same members as vpsd's, so that the prompt is fitted again."""
+    """`refusal` for another engine. A client never gets the engine's own text, which may contain a
+    path or a key. For an overlong prompt the error has the same members as vpsd's, so that the
+    prompt is fitted again.
+    """
     if status in (401, 403):
         return Unusable(
             "VPS_UNAVAILABLE", f"VPS backend refuses our key: expected the right one in {key_env}"
@@ -286,8 +306,9 @@ def engine_refusal(status: int, error: Any, key_env: str) -> HttpError:
 
 
 def parse_leniently(data: bytes) -> dict[str, Any]:
-    """Parse an engine's JSON object; HttpError if `data` is anything else. Bytes that are not UTF-8 become lone
-    surrogates, since an engine may cut its text inside a character."""
+    """Parse an engine's JSON object; HttpError if `data` is anything else. Bytes that are not UTF-8
+    become lone surrogates, since an engine may cut its text inside a character.
+    """
     with contextlib.suppress(ValueError, RecursionError):
         value = json.loads(data.decode("utf-8", "surrogateescape"))
         if isinstance(value, dict):
@@ -296,8 +317,9 @@ def parse_leniently(data: bytes) -> dict[str, Any]:
 
 
 def read_tokens(answer: bytes) -> bytes:
-    """The integers of `{"tokens": [1, 2]}` with commas between them, unparsed: there can be a million, which a parser
-    reads in a second. HttpError for any other answer."""
+    """The integers of `{"tokens": [1, 2]}` with commas between them, unparsed: there can be a
+    million, which a parser reads in a second. HttpError for any other answer.
+    """
     packed = answer.translate(None, b" \n")
     tokens = packed[11:-2]
     is_list = packed == b'{"tokens":[%b]}' % tokens and not tokens.translate(None, b"0123456789,")
@@ -306,12 +328,13 @@ def read_tokens(answer: bytes) -> bytes:
     return tokens
 
 
-# ----------------------------------------------------------------------------------------- HTTP answers
+# ------------------------------------------------------------------------------------- HTTP answers
 
 
 def parse_answer(block: bytes, kind: str) -> tuple[int, BodyDecoder]:
-    """Parse a whole response head into status and body. HttpError or BackendFailure if the head is not exact HTTP/1.x,
-    or if a 200 has a Content-Encoding or another media type than `kind`."""
+    """Parse a whole response head into status and body. HttpError or BackendFailure if the head is
+    not exact HTTP/1.x, or if a 200 has a Content-Encoding or another media type than `kind`.
+    """
     first, *lines = block[:-4].split(b"\r\n")
     match = STATUS_LINE.fullmatch(first)
     if not match:
@@ -328,7 +351,7 @@ def parse_answer(block: bytes, kind: str) -> tuple[int, BodyDecoder]:
     return status, BodyDecoder(0 if status in (204, 304) else length, chunked)
 
 
-# --------------------------------------------------------------------------------------------- results
+# ------------------------------------------------------------------------------------------ results
 
 COUNT = Field(int, 0, 10**9)
 SECONDS = Field(float, 0, 10**9)
@@ -346,10 +369,11 @@ OURS |= {"done", "token", "error", "message", "code"}
 
 
 def read_result(done: Mapping[str, Any]) -> dict[str, Any]:
-    """The members of a done event that may be passed on: none in OURS, and none of a wrong type or range.
+    """The members of a done event that may be passed on: none in OURS, and none of a wrong type or
+    range.
 
-    >>> read_result({"done": True, "model": "lies", "total_tokens": "3", "prompt_tokens": 5, "ttft": 0.25})
-    {'prompt_tokens': 5, 'ttft': 0.25}
+    >>> read_result({"done": True, "model": "lies", "total_tokens": "3", "prompt_tokens": 5, "ttft":
+    0.25}) {'prompt_tokens': 5, 'ttft': 0.25}
     """
     return {
         name: value
@@ -358,11 +382,12 @@ def read_result(done: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-# ------------------------------------------------------------------------------- the events of our own backends
+# ------------------------------------------------------------------- the events of our own backends
 
-# Nearly all traffic is runs of token events exactly as vpsd writes them, which are relayed untouched. Any other valid
-# event is parsed, which costs microseconds. Comments right behind it are dropped: it shows well enough that the backend
-# is alive. The possessive `++` keeps the regex from backtracking into a long run.
+# Nearly all traffic is runs of token events exactly as vpsd writes them, which are relayed
+# untouched. Any other valid event is parsed, which costs microseconds. Comments right behind it are
+# dropped: it shows well enough that the backend is alive. The possessive `++` keeps the regex from
+# backtracking into a long run.
 TOKEN_EVENT = (
     rb'data: \{"token": "(?:[^"\\\x00-\x1f\x7f-\xff]++|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*+"'
     rb', "total_tokens": (?:0|[1-9][0-9]{0,8})\}\n\n'
@@ -373,7 +398,9 @@ MAX_EVENT_BYTES = 262_144  # one SSE event; a token event has 60
 
 
 class Events:
-    """Cuts a stream that arrives in any split into blocks of whole SSE events. Line ends may be LF or CRLF."""
+    """Cuts a stream that arrives in any split into blocks of whole SSE events. Line ends may be LF
+    or CRLF.
+    """
 
     def __init__(self) -> None:
         self._rest = bytearray()  # the beginning of an event
@@ -381,9 +408,10 @@ class Events:
         self.inside = False  # an event has begun and has not ended
 
     def feed(self, data: bytes) -> bytes:
-        """The events that `data` completes, with LF line ends, or b"". BackendFailure for an event that is too long.
-        `data` is at most one read, which is shorter than the limit. So only the first event of a block can be too long,
-        and raising loses no other event."""
+        """The events that `data` completes, with LF line ends, or b"". BackendFailure for an event
+        that is too long. `data` is at most one read, which is shorter than the limit. So only the
+        first event of a block can be too long, and raising loses no other event.
+        """
         if self._cr or b"\r" in data:
             data = self._cr + data
             self._cr = b"\r" if data.endswith(b"\r") else b""
@@ -404,8 +432,10 @@ Pair = tuple[str, Any]  # (kind, value); `Gateway.complete` lists the kinds
 
 
 def take_apart(block: bytes, key: str) -> Iterator[Pair]:
-    """Split a block of whole events into pairs; ("done", dict) holds the members as the backend sent them. Raises the
-    error that an error event reports, and BackendFailure for an event that is not JSON."""
+    """Split a block of whole events into pairs; ("done", dict) holds the members as the backend
+    sent them. Raises the error that an error event reports, and BackendFailure for an event that is
+    not JSON.
+    """
     for tokens, event in TOKENS_OR_EVENT.findall(block):
         if pair := ("text", tokens) if tokens else read_event(event, key):
             yield pair
@@ -419,7 +449,9 @@ def data_of(event: bytes) -> bytes:
 
 
 def read_event(event: bytes, key: str) -> Pair | None:
-    """Parse one event, without its final line ends, into a pair as in `take_apart`; None for an unknown event."""
+    """Parse one event, without its final line ends, into a pair as in `take_apart`; None for an
+    unknown event.
+    """
     data = data_of(event)
     if not data:
         return ("idle", None) if event.startswith(b":") else None
@@ -453,15 +485,17 @@ def text_event(text: str, number: int = 1) -> bytes:
     return sse_event({"token": text, "total_tokens": number})
 
 
-# ---------------------------------------------------------------------------------- IO: asking backends
+# ------------------------------------------------------------------------------ IO: asking backends
 
-CONNECT_SECONDS = 5.0  # Tailscale over a bad uplink needs two; the client should not wait longer for a dead backend
+# Tailscale over a bad uplink needs two; the client should not wait longer for a dead backend
+CONNECT_SECONDS = 5.0
 HEAD_SECONDS = 10.0  # our own backend sends its head before it loads a model or reads a prompt
 IDLE_SECONDS = 30.0  # between two reads of a stream: our own backend sends a comment every 5 s
 SPARE_SECONDS = 8.0  # until an unused spare connection is closed; vpsd closes it after 10
 NAME_SECONDS = 60.0  # for which the addresses of a name are cached
 RACE_SECONDS = 0.25  # until the next address of a name is tried in parallel (RFC 8305)
-STREAM_SECONDS = 7200.0  # for a whole stream: 2,048 tokens at half a token per second, plus the queue before them
+# for a whole stream: 2,048 tokens at half a token per second, plus the queue before them
+STREAM_SECONDS = 7200.0
 ASIDE_SECONDS = 2.0  # /health and /v1/models, which are answered in milliseconds
 LOAD_SECONDS = 120.0  # for an answer that waits until a model is loaded
 ENDED, BROKEN, EXPIRED = (
@@ -477,8 +511,10 @@ MAX_JSON_BYTES = (
 
 
 class Loop(asyncio.SelectorEventLoop):
-    """An event loop that looks up each name in a daemon thread of its own and caches the addresses. asyncio joins its
-    own threads at the end, so a hanging resolver would keep the daemon from stopping."""
+    """An event loop that looks up each name in a daemon thread of its own and caches the addresses.
+    asyncio joins its own threads at the end, so a hanging resolver would keep the daemon from
+    stopping.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -516,8 +552,9 @@ class Loop(asyncio.SelectorEventLoop):
 
 
 class Reader(asyncio.Protocol):
-    """Buffers the bytes of a connection until they are read. Beyond READ_BYTES the transport pauses. A StreamReader
-    would copy each token twice, and drop the bytes that came before a reset."""
+    """Buffers the bytes of a connection until they are read. Beyond READ_BYTES the transport
+    pauses. A StreamReader would copy each token twice, and drop the bytes that came before a reset.
+    """
 
     transport: asyncio.Transport  # once connected
 
@@ -532,8 +569,10 @@ class Reader(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
 
     def watch(self, idle: float) -> None:
-        """Cut the connection once a read has waited for `idle` seconds, or after STREAM_SECONDS. There is one timer,
-        rescheduled only when it fires: asyncio.timeout around each read would cost more than the read itself."""
+        """Cut the connection once a read has waited for `idle` seconds, or after STREAM_SECONDS.
+        There is one timer, rescheduled only when it fires: asyncio.timeout around each read would
+        cost more than the read itself.
+        """
         if not self.end:  # otherwise no read waits
             self._timer = self._loop.call_later(
                 idle, self._check, idle, self._loop.time() + STREAM_SECONDS
@@ -591,8 +630,10 @@ class Reader(asyncio.Protocol):
 
 
 class Answer:
-    """A backend's answer to one request. Owns nothing: `Upstream.send` closes the connection. If the backend closes it
-    without a byte, `again` sends the request on a new one; None: the request is not sent again."""
+    """A backend's answer to one request. Owns nothing: `Upstream.send` closes the connection. If
+    the backend closes it without a byte, `again` sends the request on a new one; None: the request
+    is not sent again.
+    """
 
     def __init__(self, reader: Reader, again: Callable[[], Awaitable[Reader]] | None) -> None:
         self.status = 0
@@ -612,8 +653,9 @@ class Answer:
         self.reader.cut()
 
     async def read_head(self, kind: str) -> None:
-        """Read the head, skipping heads with status 1xx. HttpError or BackendFailure as in `parse_answer`. After a
-        cancelled call, the next call resumes at the same place."""
+        """Read the head, skipping heads with status 1xx. HttpError or BackendFailure as in
+        `parse_answer`. After a cancelled call, the next call resumes at the same place.
+        """
         while self.status < 200:
             while (end := scan_head(self._ahead, self._scanned)) is None:
                 self._scanned = len(self._ahead)
@@ -632,7 +674,9 @@ class Answer:
                 raise BackendFailure(f"it answered {self.status}")
 
     async def read(self) -> bytes:
-        """The next piece of the payload, b"" once the body is complete. BackendFailure at the first fault."""
+        """The next piece of the payload, b"" once the body is complete. BackendFailure at the first
+        fault.
+        """
         body = self.body
         while not (body.fault or body.done):
             data, self._ahead = self._ahead, b""
@@ -648,7 +692,9 @@ class Answer:
         return b""
 
     async def read_all(self, limit: int) -> bytes:
-        """The whole body. BackendFailure over `limit` bytes, or if more bytes came after the body."""
+        """The whole body. BackendFailure over `limit` bytes, or if more bytes came after the
+        body.
+        """
         whole = bytearray()
         while piece := await self.read():
             whole += piece
@@ -663,9 +709,11 @@ EVENT_STREAM, JSON = "text/event-stream", "application/json"
 
 
 class Upstream:
-    """Sends requests to one backend, each on its own connection, so that a late answer can never reach another request.
-    A POST leaves a spare connection for the next one, which saves a round trip, or three with TLS. An unused spare is
-    closed after SPARE_SECONDS. ConfigError if `ca_file` holds no certificates."""
+    """Sends requests to one backend, each on its own connection, so that a late answer can never
+    reach another request. A POST leaves a spare connection for the next one, which saves a round
+    trip, or three with TLS. An unused spare is closed after SPARE_SECONDS. ConfigError if `ca_file`
+    holds no certificates.
+    """
 
     def __init__(self, config: BackendConfig) -> None:
         self._config = config
@@ -721,9 +769,11 @@ class Upstream:
     async def send(
         self, path: str, body: Mapping[str, Any] | None, idle: float
     ) -> AsyncIterator[Answer]:
-        """Send one request, a GET if it has no body, and yield its unread answer. `idle` is for `Reader.watch`. A
-        request is sent once more only if the backend closes a spare connection just as the request goes out: its one
-        effect is its answer, which nobody got (RFC 9110, section 9.2.2)."""
+        """Send one request, a GET if it has no body, and yield its unread answer. `idle` is for
+        `Reader.watch`. A request is sent once more only if the backend closes a spare connection
+        just as the request goes out: its one effect is its answer, which nobody got (RFC 9110,
+        section 9.2.2).
+        """
 
         async def write(reader: Reader | None = None) -> Reader:
             reader = reader or await self._connect()
@@ -748,8 +798,9 @@ class Upstream:
                 self._keeper = asyncio.create_task(self._keep_spare())
 
     async def begin(self, answer: Answer, seconds: float, kind: str) -> bool:
-        """Read the head of a 200 with this media type. False if no head has come after `seconds`: call again.
-        HttpError if the backend refuses, BackendFailure if its answer is malformed."""
+        """Read the head of a 200 with this media type. False if no head has come after `seconds`:
+        call again. HttpError if the backend refuses, BackendFailure if its answer is malformed.
+        """
         body = b""
         try:
             async with asyncio.timeout(seconds):
@@ -771,8 +822,10 @@ class Upstream:
         body: Mapping[str, Any] | None = None,
         parse: Callable[[bytes], Any] | None = None,
     ) -> Any:
-        """The JSON object at `path`, or the one for which a body is posted: then the head may take LOAD_SECONDS,
-        because the backend may have to load a model first. `parse` reads another value than `BackendConfig.parse`."""
+        """The JSON object at `path`, or the one for which a body is posted: then the head may take
+        LOAD_SECONDS, because the backend may have to load a model first. `parse` reads another
+        value than `BackendConfig.parse`.
+        """
         seconds = ASIDE_SECONDS if body is None else LOAD_SECONDS
         async with self.send(path, body, max(IDLE_SECONDS, seconds)) as answer:
             if not await self.begin(answer, seconds, JSON):
@@ -828,9 +881,11 @@ class Upstream:
 
 
 async def relay(client: Upstream, answer: Answer, key: str) -> AsyncGenerator[Pair, None]:
-    """The events of one of our own backends as pairs: ("begun", None) first, ("done", members of the event) last.
-    The done event is held until the framing of the body has ended as well: whether a stream counts as finished must not
-    depend on how its bytes were split. Every other end is a BackendFailure."""
+    """The events of one of our own backends as pairs: ("begun", None) first, ("done", members of
+    the event) last. The done event is held until the framing of the body has ended as well: whether
+    a stream counts as finished must not depend on how its bytes were split. Every other end is a
+    BackendFailure.
+    """
     events = Events()
     done: dict[str, Any] | None = None
     if not await client.begin(answer, HEAD_SECONDS, EVENT_STREAM):

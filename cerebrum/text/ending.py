@@ -1,17 +1,20 @@
 """Where a completion ends: at stop strings, and when the requested piece is complete.
 
-In: the text that a model writes, in any pieces. Out: the part that the client gets, and why it ends (`Ending`).
+In: the text that a model writes, in any pieces. Out: the part that the client gets, and why it ends
+(`Ending`).
 
     >>> from cerebrum.text.ending import Ending
-    >>> Ending("complete", "python", "def f(n):\\n", None, "auto").feed("    return n\\n\\nprint(f(1))\\n")
+    >>> ending = Ending("complete", "python", "def f(n):\\n", None, "auto")
+    >>> ending.feed("    return n\\n\\nprint(f(1))\\n")
     ('    return n\\n', 'block')
 
-The model's own end is always believed. A text that goes on is followed with a `Scanner`, which knows where a string, a
-comment or a bracket is open, and ends with the block that was asked for (`LineBlock`, `BracketBlock`) or where the
-suffix follows (`Gap`). A completion in an unknown language that cannot be guessed ends at two blank lines.
+The model's own end is always believed. A text that goes on is followed with a `Scanner`, which
+knows where a string, a comment or a bracket is open, and ends with the block that was asked for
+(`LineBlock`, `BracketBlock`) or where the suffix follows (`Gap`). A completion in an unknown
+language that cannot be guessed ends at two blank lines.
 
-No text is refused, however odd, and the cost of a text is at most its length times a constant. The module is pure: no
-socket, no clock, no environment. Standard library only.
+No text is refused, however odd, and the cost of a text is at most its length times a constant. The
+module is pure: no socket, no clock, no environment. Standard library only.
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ from cerebrum.text.languages import BY_NAME, LANGUAGES, NOTHING, Language, in_st
 from cerebrum.text.scanner import COMPOUND, LINE_CHARS, PAIRS, Scanner
 from cerebrum.text.stages import Blanks, Indent, Repeat, Stage, StopStrings, Typed, columns_of
 
-# Limits. tests/bench/ending.py has no helpers, no chats and few comments in column 0: 0 % of its cases depend on these.
+# Limits. tests/bench/ending.py has no helpers, no chats and few comments in column 0: 0 % of its
+# cases depend on these.
 NAME_CHARS = 100  # a function with a longer name is not recognized as a helper
 COMMENT_CHARS = (
     200  # a longer comment is not waited for: more often than not it is outside the block
@@ -87,7 +91,8 @@ def guess(prompt: str, suffix: str) -> Language | None:
 
 
 def due_columns(prompt: str, column: int, opened: int | None) -> int:
-    """The final indentation of a line typed up to `column`: that of the line above, or whole levels more.
+    """The final indentation of a line typed up to `column`: that of the line above, or whole levels
+    more.
 
     `opened` is the indentation of a header right above, or None.
     """
@@ -101,7 +106,9 @@ def due_columns(prompt: str, column: int, opened: int | None) -> int:
 
 
 def is_announced(language: Language, prompt: str) -> bool:
-    """Whether the line right above the cursor's is a comment or a decorator: what it announces is asked for."""
+    """Whether the line right above the cursor's is a comment or a decorator: what it announces is
+    asked for.
+    """
     above, _, line = prompt.rpartition("\n")
     above = above.rpartition("\n")[2].strip()
     starts = (*language.comment_starts, "@", "#[") + ("[",) * language.directives
@@ -110,7 +117,8 @@ def is_announced(language: Language, prompt: str) -> bool:
 
 
 class Block(Stage):
-    """Lines up to the end of a block, and of the helpers: functions below it that it calls and nothing else defines.
+    """Lines up to the end of a block, and of the helpers: functions below it that it calls and
+    nothing else defines.
 
     A subclass decides where a line begins (`outside`) and where it ends (`ended`).
     """
@@ -130,7 +138,9 @@ class Block(Stage):
         self.called, self.defined = set[str](), set(self.helper.findall(prompt))  # functions
 
     def outside(self, word: str) -> str | None:
-        """The reason to end before the line that begins with `word`; "" for none; None while that is undecided."""
+        """The reason to end before the line that begins with `word`; "" for none; None while that
+        is undecided.
+        """
         raise NotImplementedError
 
     def ended(self, line: str) -> str | None:
@@ -193,7 +203,9 @@ class Block(Stage):
 
 
 def continues(word: str) -> str | None:
-    """`outside` for the line after a block that may have an `else`: "" for such a clause, None while it may be one."""
+    """`outside` for the line after a block that may have an `else`: "" for such a clause, None
+    while it may be one.
+    """
     if re.match(rf"(?:{CLAUSES})\W", word):
         return ""
     return None if any(clause.startswith(word) for clause in CLAUSES.split("|")) else "block"
@@ -202,13 +214,14 @@ def continues(word: str) -> str | None:
 class LineBlock(Block):
     """Blocks by indentation: ends before the first line outside the requested block.
 
-    That block is the outermost function open at the cursor (a class is completed method by method). Without one, it is
-    the outermost other block; without any, in Python, the first definition that the model writes. Below a comment or a
-    decorator in a class it is the next member. A statement begun outside all blocks ends at a blank line. If only white
-    space precedes the cursor in its line, the indentation of the first line written shows which blocks are open. Except
-    in Python, a closing line at the block's own indentation belongs to it. In Scala, a typed line begins a block if no
-    function is open. A less indented comment below a blank line waits for the next line of code and is inside if that
-    is.
+    That block is the outermost function open at the cursor (a class is completed method by method).
+    Without one, it is the outermost other block; without any, in Python, the first definition that
+    the model writes. Below a comment or a decorator in a class it is the next member. A statement
+    begun outside all blocks ends at a blank line. If only white space precedes the cursor in its
+    line, the indentation of the first line written shows which blocks are open. Except in Python, a
+    closing line at the block's own indentation belongs to it. In Scala, a typed line begins a block
+    if no function is open. A less indented comment below a blank line waits for the next line of
+    code and is inside if that is.
     """
 
     def __init__(self, scanner: Scanner, prompt: str) -> None:
@@ -227,7 +240,8 @@ class LineBlock(Block):
             False  # the text since `mark` is a comment, inside if the next line of code is
         )
         last = prompt.rstrip().rpartition("\n")[2]
-        # The block is a statement outside all blocks, or the next member of a class, of which no deeper line has come.
+        # The block is a statement outside all blocks, or the next member of a class, of which no
+        # deeper line has come.
         self.statement = not language.imports.match(last) and not last.startswith("#!")
         self.member = is_announced(language, prompt) and bool(language.defines.search(prompt))
         head = scanner.head.strip()
@@ -313,16 +327,17 @@ class LineBlock(Block):
 class BracketBlock(Block):
     """Blocks in braces: ends after the line that completes the goal.
 
-    The goal is the outermost open block that is not a container: a function with everything in it. Without one, it is
-    the statement or signature in progress, or what a comment or decorator above the cursor announces; then the
-    innermost class, impl or namespace; then the first function or class that the model writes. Closing brackets on
-    their own lines after the block belong to it.
+    The goal is the outermost open block that is not a container: a function with everything in it.
+    Without one, it is the statement or signature in progress, or what a comment or decorator above
+    the cursor announces; then the innermost class, impl or namespace; then the first function or
+    class that the model writes. Closing brackets on their own lines after the block belong to it.
     """
 
     def __init__(self, scanner: Scanner, prompt: str) -> None:
         super().__init__(scanner, prompt)
-        # The goal: a "block", a "call" with a block among its arguments, a "statement" or a "directive". It is complete
-        # when no more than `depth` brackets are open; with `clauses`, an `else` or the like may go on with it.
+        # The goal: a "block", a "call" with a block among its arguments, a "statement" or a
+        # "directive". It is complete when no more than `depth` brackets are open; with `clauses`,
+        # an `else` or the like may go on with it.
         self.goal, self.depth, self.clauses = "", 0, False  # "": it has not begun
         self.complete = False  # the goal is complete, but the next line may still belong to it
         self.conditionals = len(scanner.conditionals)  # around the goal
@@ -372,7 +387,9 @@ class BracketBlock(Block):
 
     @property
     def _may_go_on(self) -> bool:
-        """Whether the line after the goal may use its value: in a statement or a call without a semicolon."""
+        """Whether the line after the goal may use its value: in a statement or a call without a
+        semicolon.
+        """
         return self.goal in ("statement", "call") and self.scanner.language.line_ends
 
     def ended(self, line: str) -> str | None:
@@ -407,9 +424,11 @@ class BracketBlock(Block):
 
 
 class StatementBlock(Block):
-    """SQL: ends with the line in which the statement at the cursor ends, or the next one if the cursor is in none.
+    """SQL: ends with the line in which the statement at the cursor ends, or the next one if the
+    cursor is in none.
 
-    A blank line may end a statement without a semicolon, unless the line below goes on with a clause.
+    A blank line may end a statement without a semicolon, unless the line below goes on with a
+    clause.
     """
 
     complete = False  # the statement may have ended, but the next line may still belong to it
@@ -434,7 +453,8 @@ class StatementBlock(Block):
 
 
 class Fences(Stage):
-    """A chat's answer: the code in its first fenced block, or all of it if it has none or begins like code.
+    """A chat's answer: the code in its first fenced block, or all of it if it has none or begins
+    like code.
 
     `begun` is the start of the answer, which the model was given to continue.
     """
@@ -452,7 +472,8 @@ class Fences(Stage):
             0  # spaces at the start of the line that still belong to the fence's own indentation
         )
         self.in_code = True  # the line does not start inside a string or comment
-        # Some line was not blank, before the block or now inside it. None: only comments or headings have come.
+        # Some line was not blank, before the block or now inside it. None: only comments or
+        # headings have come.
         self.begun: bool | None = False
         self.read = 0  # characters that went in
         self.feed(begun)
@@ -492,7 +513,9 @@ class Fences(Stage):
             self._before(self.cut(self.mark))
 
     def _before(self, line: str) -> None:
-        """Decide whether a line of chatter is the fence that opens the block, or code without a fence."""
+        """Decide whether a line of chatter is the fence that opens the block, or code without a
+        fence.
+        """
         if match := FENCE.fullmatch(line.strip()):
             self.fence, self.text, self.mark, self.begun = match[1], [], 0, False
             self.start = self.read
@@ -586,7 +609,9 @@ class Fences(Stage):
 
 
 def starts_in_docstring(prompt: str, quotes: str) -> bool:
-    """Whether the prompt's first triple quotes close a docstring, in which the prompt then begins."""
+    """Whether the prompt's first triple quotes close a docstring, in which the prompt then
+    begins.
+    """
     above, _, after = prompt.partition(quotes)
     above = re.sub(r"\b[bfruBFRU]{1,2}$", "", above)
     before = above.rstrip()
@@ -620,14 +645,16 @@ def scan(language: Language, prompt: str) -> Scanner:
 
 
 class Ending:
-    """Ends a completion at a stop string or when the requested piece is complete, however its text is split.
+    """Ends a completion at a stop string or when the requested piece is complete, however its text
+    is split.
 
-    The reasons: "block", the requested block is complete; "repeat", the model is starting over; "stop", the suffix, a
-    fence or one of the strings `stops` follows. `mode` is "complete", "infill" or "instruct". `prompt` is the text
-    before the completion; in a chat, the start of the answer that the model was given. `stop_at` "none" turns off all
-    but the stop strings and the removal of a chat's fences. An `indent` above 0 ends the completion before a line that
-    is indented less. An unknown language is guessed: an infill ends by the suffix in any case, a completion before two
-    blank lines if its prompt defines nothing.
+    The reasons: "block", the requested block is complete; "repeat", the model is starting over;
+    "stop", the suffix, a fence or one of the strings `stops` follows. `mode` is "complete",
+    "infill" or "instruct". `prompt` is the text before the completion; in a chat, the start of the
+    answer that the model was given. `stop_at` "none" turns off all but the stop strings and the
+    removal of a chat's fences. An `indent` above 0 ends the completion before a line that is
+    indented less. An unknown language is guessed: an infill ends by the suffix in any case, a
+    completion before two blank lines if its prompt defines nothing.
     """
 
     def __init__(
@@ -674,12 +701,15 @@ class Ending:
 
     @property
     def start(self) -> int:
-        """Where the client's text begins in the model's, in characters: behind what precedes a chat's code."""
+        """Where the client's text begins in the model's, in characters: behind what precedes a
+        chat's code.
+        """
         return sum(stage.start for stage in self.stages)
 
     def feed(self, text: str, probability: float = 1.0) -> tuple[str, str | None]:
-        """(text that may be sent now, why the completion is over or None). `probability`: of the token that adds this
-        text, 1.0 if it is unknown."""
+        """(text that may be sent now, why the completion is over or None). `probability`: of the
+        token that adds this text, 1.0 if it is unknown.
+        """
         if self.gap:
             self.gap.bits = -math.log2(max(probability, LEAST_PROBABILITY))
         text, stopped = self.stops.feed(text)
@@ -694,7 +724,9 @@ class Ending:
         return text, reason
 
     def flush(self, whole: bool = True) -> str:
-        """The text left to send when no more tokens come. `whole`: the model has ended, max_tokens did not cut it."""
+        """The text left to send when no more tokens come. `whole`: the model has ended, max_tokens
+        did not cut it.
+        """
         text = ""
         for stage in (self.stops, *self.stages):
             text, why = stage.feed(text)

@@ -1,7 +1,7 @@
 """Where an infill ends: where its text meets the suffix, or where the suffix could follow.
 
-`Meeting` compares the text with the suffix; `Gap` decides. Both read one character at a time, as each stage does. Pure;
-standard library only.
+`Meeting` compares the text with the suffix; `Gap` decides. Both read one character at a time, as
+each stage does. Pure; standard library only.
 """
 
 from __future__ import annotations
@@ -13,19 +13,24 @@ from cerebrum.text.languages import LANGUAGES
 from cerebrum.text.scanner import CHANGES, LINE_CHARS, PAIRS, Scanner, after_blank
 from cerebrum.text.stages import Stage, borders_of, columns_of, matched
 
-# What each is worth, by tests/bench/ending.py in Python, JavaScript, TypeScript, Rust, C, C++ and Go: the percentage of
-# the gaps of two to six lines, or the ones named, that end elsewhere with another value. No gap of that benchmark ends
-# within a line, so the three numbers for such gaps rest on the cases in tests/text/test_ending.py.
+# What each is worth, by tests/bench/ending.py in Python, JavaScript, TypeScript, Rust, C, C++ and
+# Go: the percentage of the gaps of two to six lines, or the ones named, that end elsewhere with
+# another value. No gap of that benchmark ends within a line, so the three numbers for such gaps
+# rest on the cases in tests/text/test_ending.py.
 MEET_LINES = 6  # compared at most of the suffix; with 3, 2.4 % more are cut of a model that runs on
-MEET_CHARS = 7  # the compared lines have at least this many, unless the suffix has fewer; without, 0.5 % more are cut
-END_WEIGHT = 6  # letters and digits in one line at the text's end; without, 0.6 % more of Java, C#, shell are cut
-AHEAD_CHARS = 330  # written while the suffix is awaited, white space not counted; with 250, 1.9 % more are cut
+# the compared lines have at least this many, unless the suffix has fewer; without, 0.5 % more are
+# cut
+MEET_CHARS = 7
+# letters and digits in one line at the text's end; without, 0.6 % more of Java, C#, shell are cut
+END_WEIGHT = 6
+# written while the suffix is awaited, white space not counted; with 250, 1.9 % more are cut
+AHEAD_CHARS = 330
 REST_AHEAD_CHARS = 80  # the same, if the suffix begins with the rest of the cursor's line ...
 WRITTEN_AHEAD_CHARS = 12  # ... after the model has written that rest ...
 REST_CHARS = 3  # ... which has at least so many: shorter ones, as );, end many lines
-# The surprise in bits that the text written meanwhile may cost, if the tokens' probabilities are known: behind a missed
-# end the model is often unsure. A gap above whole lines goes on more often, so it gets more. Chosen by
-# tests/bench/waste.py.
+# The surprise in bits that the text written meanwhile may cost, if the tokens' probabilities are
+# known: behind a missed end the model is often unsure. A gap above whole lines goes on more often,
+# so it gets more. Chosen by tests/bench/waste.py.
 DOUBT_IN_LINE, DOUBT_AT_LINE_END, DOUBT_OF_LINES = 4.0, 3.0, 6.0
 # Limits to what is searched; longer searches end no gap elsewhere.
 CLOSERS_CHARS = (
@@ -48,11 +53,13 @@ def lines_of(text: str) -> list[Line]:
 
 
 class Meeting:
-    """Finds where a text begins to agree with the suffix: where it has the suffix's first lines, the `goal`.
+    """Finds where a text begins to agree with the suffix: where it has the suffix's first lines,
+    the `goal`.
 
-    As many lines are compared as are found nowhere else around the cursor. White space within lines and blank lines do
-    not count, but indentation does. A remark that a model adds to a line does not count either. With `in_line`, the
-    suffix begins with the rest of the cursor's line, which may be the end of any line of the text.
+    As many lines are compared as are found nowhere else around the cursor. White space within lines
+    and blank lines do not count, but indentation does. A remark that a model adds to a line does
+    not count either. With `in_line`, the suffix begins with the rest of the cursor's line, which
+    may be the end of any line of the text.
     """
 
     def __init__(self, prompt: str, suffix: str, in_line: bool, remark: str) -> None:
@@ -71,7 +78,8 @@ class Meeting:
         ]
         around = above + lines[1:]
         self.goal, self.sure = lines[:MEET_LINES], False
-        # A short suffix is compared whole, but the rest of a line alone, as ), is found in any text.
+        # A short suffix is compared whole, but the rest of a line alone, as ), is found in any
+        # text.
         for size in range(1, len(self.goal) + 1):
             goal = lines[:size]
             long = sum(len(text) for _, text in goal) >= MEET_CHARS or (
@@ -115,7 +123,9 @@ class Meeting:
         return max(place - self.blanks, self.places[-self.size - 1] + 1)
 
     def step(self, char: str, text: list[str]) -> int | None:
-        """Read the last character of the text; if the whole goal stands there now, return where it begins."""
+        """Read the last character of the text; if the whole goal stands there now, return where it
+        begins.
+        """
         if char == "\n":
             if self.line:
                 self.found = self._matches(text, self.is_line)
@@ -157,19 +167,23 @@ class Meeting:
         return min([self.start(text), *begun])
 
     def at_end(self, text: list[str]) -> tuple[int, int]:
-        """(lines of the goal that the text ends with, where they begin); the last line may be cut off."""
+        """(lines of the goal that the text ends with, where they begin); the last line may be cut
+        off.
+        """
         found = self._matches(text, self.may_be) if self.line else self.found
         return found[0] if found else (0, 0)
 
 
 class Gap(Stage):
-    """An infill: ends where the text meets the suffix or, if they do not meet, where the suffix could follow.
+    """An infill: ends where the text meets the suffix or, if they do not meet, where the suffix
+    could follow.
 
-    Each event has its rule: the text meets the suffix (in `step`), a line begins (`on_start`), a line ends (`on_line`),
-    the text leaves the cursor's surroundings (`on_leaving`), the model writes no more (`flush`). The rules note in
-    `enough` where the infill could end. What the model writes behind that place is sent if the model meets the suffix
-    before the `patience` or the `doubt` is used up, or ends by itself: many gaps go on after a line that could have
-    ended them, so waiting is worth its tokens. A client in a hurry sets `predict_ms`.
+    Each event has its rule: the text meets the suffix (in `step`), a line begins (`on_start`), a
+    line ends (`on_line`), the text leaves the cursor's surroundings (`on_leaving`), the model
+    writes no more (`flush`). The rules note in `enough` where the infill could end. What the model
+    writes behind that place is sent if the model meets the suffix before the `patience` or the
+    `doubt` is used up, or ends by itself: many gaps go on after a line that could have ended them,
+    so waiting is worth its tokens. A client in a hurry sets `predict_ms`.
     """
 
     inner = (
@@ -186,7 +200,8 @@ class Gap(Stage):
         super().__init__()
         self.scanner = scanner
         self.meeting = Meeting(prompt, suffix, self.in_line, scanner.language.line_comment)
-        # Around the cursor: its literal, the open brackets, and how many of these the suffix closes.
+        # Around the cursor: its literal, the open brackets, and how many of these the suffix
+        # closes.
         self.literal, self.depth, self.unmatched = (
             scanner.closer,
             len(scanner.stack),
@@ -251,7 +266,9 @@ class Gap(Stage):
             self.enough = place
 
     def has_left(self) -> bool:
-        """Whether the text has closed a bracket that the suffix closes, or one from outside the text."""
+        """Whether the text has closed a bracket that the suffix closes, or one from outside the
+        text.
+        """
         return (
             len(self.scanner.stack) < self.closed_below or self.scanner.unmatched > self.unmatched
         )
@@ -279,8 +296,10 @@ class Gap(Stage):
 
 
 class GapOfLines(Gap):
-    """A gap above whole lines. The suffix could follow the first line that leaves no bracket or header open and is not
-    indented less than the suffix, and the text above a line that is indented less than cursor and suffix."""
+    """A gap above whole lines. The suffix could follow the first line that leaves no bracket or
+    header open and is not indented less than the suffix, and the text above a line that is indented
+    less than cursor and suffix.
+    """
 
     def __init__(self, scanner: Scanner, prompt: str, suffix: str) -> None:
         super().__init__(scanner, prompt, suffix)
@@ -325,8 +344,10 @@ class GapOfLines(Gap):
 
 
 class GapInLine(Gap):
-    """A gap that ends within a line: the suffix begins with the rest of the cursor's line. It could follow a line that
-    lacks this rest and leaves no bracket open, or replace a rest that the model has written itself."""
+    """A gap that ends within a line: the suffix begins with the rest of the cursor's line. It could
+    follow a line that lacks this rest and leaves no bracket open, or replace a rest that the model
+    has written itself.
+    """
 
     in_line = True
     patience = REST_AHEAD_CHARS

@@ -1,4 +1,5 @@
-"""The syntax of each language, for preparing prompts and ending completions, and a guess of a text's language.
+"""The syntax of each language, for preparing prompts and ending completions, and a guess of a
+text's language.
 
     >>> from cerebrum.text.languages import LANGUAGES, guess_language
     >>> LANGUAGES["python"].line_comment, LANGUAGES["go"].endings
@@ -6,9 +7,9 @@
     >>> guess_language("", "#!/usr/bin/env python3\\nimport os\\n")
     'python'
 
-A language is a row of `LANGUAGES`. Its patterns are compiled at their first use, and search whole files from strangers.
-Each repetition is bounded, or cannot match the same characters as its neighbours, so any line costs a few hundred steps
-plus its length. Pure; standard library only.
+A language is a row of `LANGUAGES`. Its patterns are compiled at their first use, and search whole
+files from strangers. Each repetition is bounded, or cannot match the same characters as its
+neighbours, so any line costs a few hundred steps plus its length. Pure; standard library only.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-# ------------------------------------------------------------------------------------------------------------ languages
+# ---------------------------------------------------------------------------------------- languages
 
 NOTHING = re.compile(r"(?!)")
 ANYTHING = re.compile(r"")
@@ -31,7 +32,8 @@ _MODIFIERS = (
     r"|verride)|p(?:artial|rivate|rotected|ublic)|re(?:adonly|cord|quired)|s(?:ealed|tatic|uspend)|typedef|unsafe)"
     r"[ \t]+){0,6}"
 )
-# Behind the keyword: type parameters, Go's receiver or a generator's star, what the name belongs to, and the name.
+# Behind the keyword: type parameters, Go's receiver or a generator's star, what the name belongs
+# to, and the name.
 _NAME = (
     r"(?:[ \t]*<[^<>\n]{0,80}>)?(?:[ \t]+|[ \t]*\*[ \t]*)(?:\([^()\n]{0,120}\)[ \t]*)?"
     r"[&*]?(?:[\w<>?]{1,60}(?:\.|::?)){0,4}([\w$]+)"
@@ -56,10 +58,11 @@ _CLOSINGS = str.maketrans("[({<", "])}>")
 class Language:
     """The parts of a language's syntax that preparing a prompt and ending a completion need.
 
-    `blocks` names the limits of a block: "braces"; "brackets", braces and square brackets, where the innermost pair is
-    completed; "statements", the semicolons of SQL; "indent", indentation below a colon; "lines", indentation, a closing
-    line and blank lines; "offside", the same with parentheses that span lines; "tree", "lines" where the innermost
-    block is completed. Keywords are alternatives of a pattern.
+    `blocks` names the limits of a block: "braces"; "brackets", braces and square brackets, where
+    the innermost pair is completed; "statements", the semicolons of SQL; "indent", indentation
+    below a colon; "lines", indentation, a closing line and blank lines; "offside", the same with
+    parentheses that span lines; "tree", "lines" where the innermost block is completed. Keywords
+    are alternatives of a pattern.
     """
 
     uses: str = ""  # the start of a line that imports
@@ -70,7 +73,9 @@ class Language:
     function: str = ""  # the keyword that defines functions, if calls may precede the definition
     names: str = ""  # keywords that define other names, not indented
     also: str = ""  # other starts of lines that define a name: the last group that took part
-    clauses: str = ""  # keywords of unindented lines that still belong to a definition; SQL: starts of lines that go on
+    # keywords of unindented lines that still belong to a definition; SQL: starts of lines that go
+    # on
+    clauses: str = ""
     closers: str = ""  # starts of lines that close a block
     openers: str = "(?!)"  # ends of lines that open a block by indentation
     line_comment: str = "//"  # "" if there is none
@@ -108,7 +113,9 @@ class Language:
 
     @property
     def literals(self) -> list[tuple[str, str]]:
-        """(opening, closing) of each string. `[=[`, `#"` and `r#"` end with `]=]`, `"#` and `"#`."""
+        """(opening, closing) of each string. `[=[`, `#"` and `r#"` end with `]=]`, `"#` and
+        `"#`.
+        """
         mirrored = {
             opening: opening.lstrip("$@Rr")[::-1].translate(_CLOSINGS)
             for opening in self.strings + self.texts
@@ -337,7 +344,8 @@ LANGUAGES: dict[str, Language] = {
                         endings=(".mk", ".mak"), filenames=("makefile", "gnumakefile"),
                         aliases=("make", "makefile-gmake")),
 }  # fmt: skip
-# Scala without braces, and its signs: headers, words, end markers, cases below match, two lines below "=".
+# Scala without braces, and its signs: headers, words, end markers, cases below match, two lines
+# below "=".
 SCALA_UNBRACED = replace(
     LANGUAGES["scala"], types="class|object|trait|enum|given|extension|package", names="", blocks="offside",
     openers=r"(?:[:={]|=>|<-|\b(?:catch|do|else|finally|for|if|match|return|then|try|while|with|yield))$",
@@ -351,7 +359,8 @@ _UNBRACED = re.compile(
     re.M,
 )
 _BRACE_LINE = re.compile(r"^[ \t]*\{[ \t]*\r?$", re.M)
-# Files in these languages may accompany code in any other, so they do not count when guessing the code's language.
+# Files in these languages may accompany code in any other, so they do not count when guessing the
+# code's language.
 BESIDE_CODE = frozenset({"dockerfile", "json", "makefile", "markdown", "toml", "yaml"})
 HEADER_CHARS = 400  # of a text, where a plugin writes its modeline
 FENCED_CHARS = 200_000  # of a text's end: is a fence open there?
@@ -362,11 +371,13 @@ BY_ENDING = {ending: name for name, language in LANGUAGES.items() for ending in 
 BY_NAME = {
     alias: name for name, language in LANGUAGES.items() for alias in (name, *language.aliases)
 }
-# The interpreter's name without its version: /usr/bin/python3.11 -u, or the command that /usr/bin/env -S starts.
+# The interpreter's name without its version: /usr/bin/python3.11 -u, or the command that
+# /usr/bin/env -S starts.
 SHEBANG = re.compile(
     r"#![ \t]*(?:\S*/env[ \t]+(?:(?:-\S*|\w+=\S*)[ \t]+)*)?(?:\S*/)?([A-Za-z+]+)[0-9.]*(?:\s|$)"
 )
-# Lines that editor plugins write above the text: `# language: python`, `// Path: src/main.rs`, `# sum.py`.
+# Lines that editor plugins write above the text: `# language: python`, `// Path: src/main.rs`, `#
+# sum.py`.
 MODELINE = re.compile(
     r"^(?:#|//|--|/\*|<!--)[ \t]*(?:(?:language|filetype)[:=][ \t]*([\w+#]+)"
     r"|(?:path|file|filename):[ \t]*(\S+)|([\w./\\-]{1,200}\.\w{1,4})[ \t]*\r?$)",
@@ -376,11 +387,11 @@ OPENED = re.compile(r"^[ \t]*(?:`{3,}+|~{3,}+)[ \t]*+([\w+#-]*+)[^\n`]*+$", re.M
 
 
 def guess_language(filename: str, text: str, others: Sequence[str] = ()) -> str:
-    """Guess the language of a text from its file name, its shebang or modeline, the fence open at its end, or the names
-    of the other files sent with it; "" if none of them shows a language.
+    """Guess the language of a text from its file name, its shebang or modeline, the fence open at
+    its end, or the names of the other files sent with it; "" if none of them shows a language.
 
-    >>> guess_language("", "#!/usr/bin/env python3\\nimport os\\n"), guess_language("", "x = 1", ["a.rs", "b.rs"])
-    ('python', 'rust')
+    >>> guess_language("", "#!/usr/bin/env python3\\nimport os\\n"), guess_language("", "x = 1",
+    ["a.rs", "b.rs"]) ('python', 'rust')
     """
     if name := language_of_file(filename):
         return name
@@ -403,7 +414,8 @@ def guess_language(filename: str, text: str, others: Sequence[str] = ()) -> str:
 def in_style(language: Language, prompt: str, suffix: str) -> Language:
     """The row for the style of the text around a cursor: Scala is written with braces or without.
 
-    Without a suffix, the indentation shows the blocks in either style, unless an opening brace has a line of its own.
+    Without a suffix, the indentation shows the blocks in either style, unless an opening brace has
+    a line of its own.
     """
     if language is not LANGUAGES["scala"]:
         return language

@@ -1,6 +1,8 @@
-"""Prepares source code for a model: detects what a prompt asks for, and selects the parts of a long file to send.
+"""Prepares source code for a model: detects what a prompt asks for, and selects the parts of a long
+file to send.
 
-In: a request's fields. Out: the mode to ask in (`detect_mode`) and a prompt that fits the context (`prepare`).
+In: a request's fields. Out: the mode to ask in (`detect_mode`) and a prompt that fits the context
+(`prepare`).
 
     >>> from cerebrum.text.prompt import detect_mode, prepare
     >>> detect_mode({"language": "python", "prompt": "Write a stack"})
@@ -9,8 +11,8 @@ In: a request's fields. Out: the mode to ask in (`detect_mode`) and a prompt tha
     >>> prepare(fields, "complete", budget=1000, ratio=3.0).kept["parts"]
     ['imports', 'window']
 
-No text is refused, however odd, and the cost of a text is at most its length times a constant. A language that is not
-in `LANGUAGES` is prepared like C. Pure, standard library only.
+No text is refused, however odd, and the cost of a text is at most its length times a constant. A
+language that is not in `LANGUAGES` is prepared like C. Pure, standard library only.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from typing import Any
 from cerebrum.text.languages import BY_NAME, LANGUAGES, Language
 from cerebrum_common import HttpError
 
-# --------------------------------------------------------------------------------------------------------- ways to ask
+# -------------------------------------------------------------------------------------- ways to ask
 
 LINE_CHARACTERS = 400  # a longer first line is not a plain instruction
 COMMENT_CHARACTERS = 8000  # nor a longer comment
@@ -40,8 +42,8 @@ VERBS = (
     "|reorder|replace|restructure|reverse|review|rewrite|show|shorten|simplify|solve|sort|split|summari[sz]e|swap|tell"
     "|test|transform|translate|turn|update|use|validate|vectorize|wrap|write"
 )
-# In most languages no line begins with one of these verbs and a word. A text may be SQL in another language's string,
-# so the lookahead leaves out `create table` and `explain select`.
+# In most languages no line begins with one of these verbs and a word. A text may be SQL in another
+# language's string, so the lookahead leaves out `create table` and `explain select`.
 PLAIN_VERBS = (
     "(?:code|create|debug|describe|document|explain|generate|implement|improve|optimi[sz]e|refactor|rewrite|simplify"
     "|translate|write) (?!(?:analyze|database|function|index|materialized|or|schema|select|table|temporary|trigger|type"
@@ -56,7 +58,8 @@ ASKS = re.compile(
     re.IGNORECASE,
 )
 ASKS_PLAINLY = re.compile(PLAIN_VERBS, re.IGNORECASE)
-# Most comments above code begin with a verb, too. An instruction asks to change "this" or something "in this function".
+# Most comments above code begin with a verb, too. An instruction asks to change "this" or something
+# "in this function".
 THINGS = r"(?:class|code|component|file|function|loop|method|module|program|query|script|snippet|struct|tests?|type)"
 EDITS = re.compile(
     r"(?!.*\b(?:later|once|when|someday|todo)\b)(?:please )?(?:refactor\b"
@@ -72,14 +75,18 @@ OPEN_END = re.compile(r"(?:[:{(\[,\\=+*/%&|<.-]|=>|\b(?:and|or|not|in|return|els
 
 
 def syntax(name: str) -> Language:
-    """The syntax of a language. A language that models.toml adds gets C's syntax, which most languages resemble."""
+    """The syntax of a language. A language that models.toml adds gets C's syntax, which most
+    languages resemble.
+    """
     return LANGUAGES[BY_NAME.get(name.lower(), "c")]
 
 
 def detect_mode(fields: Mapping[str, Any]) -> str:
-    """ "complete", "infill" or "instruct": from the field `mode`, or else from the other fields and the prompt.
+    """ "complete", "infill" or "instruct": from the field `mode`, or else from the other fields and
+    the prompt.
 
-    A prompt that could be code or an instruction is completed. HttpError 400 names the field that contradicts another.
+    A prompt that could be code or an instruction is completed. HttpError 400 names the field that
+    contradicts another.
     """
     mode, prompt = fields.get("mode") or "auto", fields.get("prompt") or ""
     suffix, instruction = fields.get("suffix") or "", fields.get("instruction") or ""
@@ -108,10 +115,12 @@ def detect_mode(fields: Mapping[str, Any]) -> str:
 
 
 def split_instruction(prompt: str, language: Language) -> tuple[str, str] | None:
-    """(instruction, code) if the prompt is plainly an instruction, alone or above code; otherwise None.
+    """(instruction, code) if the prompt is plainly an instruction, alone or above code; otherwise
+    None.
 
-    `Write a stack` gives ("Write a stack", ""). `# Make this async` above a whole function gives the comment and the
-    function. Above a signature without a body it gives None: that comment is about code still to be written.
+    `Write a stack` gives ("Write a stack", ""). `# Make this async` above a whole function gives
+    the comment and the function. Above a signature without a body it gives None: that comment is
+    about code still to be written.
     """
     text = prompt.strip()
     first = text.partition("\n")[0].rstrip()
@@ -141,7 +150,9 @@ def _leading_comment(text: str, language: Language) -> tuple[str, str]:
 
 
 def _is_whole(code: str, language: Language) -> bool:
-    """Whether `code` has two lines or more and stops where a block may end, not where a person would type on."""
+    """Whether `code` has two lines or more and stops where a block may end, not where a person
+    would type on.
+    """
     end = code.rstrip()
     if (
         "\n" not in end.strip()
@@ -156,15 +167,17 @@ def _is_whole(code: str, language: Language) -> bool:
     )
 
 
-# --------------------------------------------------------------------------------------------------- weight of a text
+# --------------------------------------------------------------------------------- weight of a text
 
 FIRST_RATIO = 3.0  # weight per token, until a backend has reported a model's counts
 MIN_RATIO, MAX_RATIO = 0.75, 3.5  # with Qwen, one file in fifty is below 3.5
-# The weight of a character by its kind, in fifths: a regression of Qwen's token counts over files in five languages.
-# Most words are one token whatever their length; each digit is one, and many signs are; indentation is nearly free.
+# The weight of a character by its kind, in fifths: a regression of Qwen's token counts over files
+# in five languages. Most words are one token whatever their length; each digit is one, and many
+# signs are; indentation is nearly free.
 FIFTHS = {b"a": 3, b"A": 5, b"0": 32, b"+": 11, b" ": 10, b"  ": -16, b"\n": 8, b"\xff": 10}
 KINDS = bytes(
-    code if chr(code) in " \n"  # control characters fall through to the digits' kind: they cost as much
+    # control characters fall through to the digits' kind: they cost as much
+    code if chr(code) in " \n"
     else b"a"[0] if chr(code) in string.ascii_lowercase + "\t\r"
     else b"A"[0] if chr(code) in string.ascii_uppercase
     else b"+"[0] if chr(code) in string.punctuation
@@ -176,11 +189,12 @@ KINDS = bytes(
 
 @dataclass(slots=True)
 class Ratio:
-    """Weight per token of each model's prompts, learned from the token counts that a backend reports.
+    """Weight per token of each model's prompts, learned from the token counts that a backend
+    reports.
 
-    An estimate that is too high gets a prompt refused; one that is too low only leaves out some lines. So a lower
-    observation counts at once, a higher one by a sixteenth. `get` moves in steps of a quarter, because a new ratio
-    moves the window, and then the backend must prefill it again.
+    An estimate that is too high gets a prompt refused; one that is too low only leaves out some
+    lines. So a lower observation counts at once, a higher one by a sixteenth. `get` moves in steps
+    of a quarter, because a new ratio moves the window, and then the backend must prefill it again.
     """
 
     low: dict[str, float] = field(default_factory=dict)  # the estimate for each model
@@ -202,17 +216,19 @@ class Ratio:
 
 
 def weigh(text: str) -> int:
-    """The size of a text in characters of average code. Divided by a ratio, it gives the text's tokens."""
+    """The size of a text in characters of average code. Divided by a ratio, it gives the text's
+    tokens.
+    """
     kinds = text.encode("utf-8", "replace").translate(KINDS)
     return -(-sum(kinds.count(kind) * fifths for kind, fifths in FIFTHS.items()) // 5)
 
 
-# ---------------------------------------------------------------------------------------------------- fitting a prompt
+# --------------------------------------------------------------------------------- fitting a prompt
 
 LEFT_OUT = "... lines left out"
 MAX_IMPORTS, MAX_IMPORT_CHARACTERS = 1000, 4000
-# What is searched of a longer file, from its start, and from the cursor for the names that the imports serve: what the
-# Pi spends on one request keeps all others waiting.
+# What is searched of a longer file, from its start, and from the cursor for the names that the
+# imports serve: what the Pi spends on one request keeps all others waiting.
 IMPORTS_CHARACTERS, DEFINITIONS_CHARACTERS, NAMES_CHARACTERS = 100_000, 200_000, 20_000
 IMPORTS_SHARE = 8  # the imports of a long file get an eighth of the room
 LINE_START = re.compile(
@@ -223,7 +239,8 @@ LINE_START = re.compile(
 DOCSTRING_MARK = '"""'
 # The template's tokens besides the text: special tokens, and a system message of its own.
 TEMPLATE_TOKENS = {"complete": 4, "infill": 16, "instruct": 64, "chat": 32}
-SUFFIX_SHARE = 8  # the suffix gets an eighth of the room: where it follows the prefix, each key prefills it again
+# the suffix gets an eighth of the room: where it follows the prefix, each key prefills it again
+SUFFIX_SHARE = 8
 SPARE_STEPS = (
     16  # the room that a short file leaves for the suffix shrinks only now and then while one types
 )
@@ -232,7 +249,8 @@ MIN_FRESH = 600  # weight, about 200 tokens: with less text around the cursor a 
 EXTRA_SHARE = 3  # other files' texts get a third of the room at most
 MESSAGE_WEIGHT = 18  # a template's tokens around one message
 MAX_TURNS = 99  # vpsd takes a hundred messages
-CODE_FIRST = 2000  # weight: longer code goes before the instruction, so the next instruction on it finds it prefilled
+# weight: longer code goes before the instruction, so the next instruction on it finds it prefilled
+CODE_FIRST = 2000
 ADDED = re.compile(r"\A[)\]}>\"'`;:,]+(?=\r?\n|\Z)")
 NAME = re.compile(r"[^\W\d]\w+")
 
@@ -255,11 +273,13 @@ def fits(text: str, room: int) -> bool:
 
 
 def fit(text: str, language: Language, room: int) -> tuple[str, dict[str, Any]]:
-    """The imports of `text` and a window up to its end, which weigh at most `room`, and a summary as in `prepare`.
+    """The imports of `text` and a window up to its end, which weigh at most `room`, and a summary
+    as in `prepare`.
 
-    While someone types at the end, only the end of the prompt may change: whatever follows the first change must be
-    prefilled again. So the window starts at the first statement behind a multiple of `step`, and the imports depend on
-    the text before another multiple. A text that fits stays unchanged.
+    While someone types at the end, only the end of the prompt may change: whatever follows the
+    first change must be prefilled again. So the window starts at the first statement behind a
+    multiple of `step`, and the imports depend on the text before another multiple. A text that fits
+    stays unchanged.
     """
     if fits(text, room):
         return text, {"parts": ["all"]}
@@ -285,8 +305,9 @@ def fit(text: str, language: Language, room: int) -> tuple[str, dict[str, Any]]:
 
 
 def choose_imports(text: str, language: Language, stop: int, room: int) -> list[tuple[int, int]]:
-    """The imports before `stop` that fit into their share of the room: first those of names in the text before `stop`
-    that the window will hold."""
+    """The imports before `stop` that fit into their share of the room: first those of names in the
+    text before `stop` that the window will hold.
+    """
     used = set(NAME.findall(text, max(0, stop - min(room, NAMES_CHARACTERS)), stop))
     found = sorted(
         find_imports(text, language, stop),
@@ -314,7 +335,9 @@ def find_imports(text: str, language: Language, stop: int) -> Iterator[tuple[int
 
 
 def find_statement(text: str, language: Language, start: int, stop: int) -> int:
-    """The start of the first of the least indented statements in the range; if none, of a line; else `start`."""
+    """The start of the first of the least indented statements in the range; if none, of a line;
+    else `start`.
+    """
     comment = language.block_comment
     inside = ""  # the closing mark of a docstring or comment in which the range begins
     if language.indented:
@@ -354,12 +377,14 @@ def prepare(
 ) -> Prepared:
     """vpsd's fields for a request, with a prompt of about `budget` tokens at most.
 
-    `mode` comes from `detect_mode`, or is "chat"; `ratio` from the model's `Ratio`. A text that fits is sent unchanged,
-    byte for byte. `kept` describes the text sent: `{"characters": 8120, "of": 102400, "parts": ["imports", "window"],
-    "lines": 158}`, where `lines` is the window's. If nothing is left out, `parts` is ["all"].
+    `mode` comes from `detect_mode`, or is "chat"; `ratio` from the model's `Ratio`. A text that
+    fits is sent unchanged, byte for byte. `kept` describes the text sent: `{"characters": 8120,
+    "of": 102400, "parts": ["imports", "window"], "lines": 158}`, where `lines` is the window's. If
+    nothing is left out, `parts` is ["all"].
 
-    `max_fresh` limits the tokens to prefill. `cached` holds texts that the backend has prefilled; the longest start
-    that the prompt shares with one of them does not count. `layout` is that of the model's gaps, see `arrange_gap`.
+    `max_fresh` limits the tokens to prefill. `cached` holds texts that the backend has prefilled;
+    the longest start that the prompt shares with one of them does not count. `layout` is that of
+    the model's gaps, see `arrange_gap`.
     """
     room = max(int((budget - TEMPLATE_TOKENS[mode]) * ratio), 0)
     if mode == "chat":
@@ -402,16 +427,18 @@ def prepare_instruction(fields: Mapping[str, Any], room: int) -> Prepared:
     fence = f"{ticks}{fields['language']}\n"
     block = f"{fence}{sent}" + "\n" * (not sent.endswith("\n")) + ticks if code else ""
     text = "\n\n".join(filter(None, [instructed, block][:: -1 if weigh(sent) > CODE_FIRST else 1]))
-    # Starting the answer with its fence keeps a model from chatting first. Asking for "the code alone" would do so too,
-    # but then a small model leaves out the comments and steps that get the code right.
+    # Starting the answer with its fence keeps a model from chatting first. Asking for "the code
+    # alone" would do so too, but then a small model leaves out the comments and steps that get the
+    # code right.
     messages = [{"role": "user", "content": text}, {"role": "assistant", "content": fence}]
     kept = {"characters": len(sent) + len(instructed), "of": len(code) + len(instruction), **kept}
     return Prepared({"mode": "instruct", "messages": messages}, kept, weigh(text))
 
 
 def end_of_named(code: str, language: Language, instruction: str, room: int) -> int:
-    """Where the text to fit into `room` ends: half of it below the first definition of the longest name that the
-    instruction has; if it names none, at the end of the code."""
+    """Where the text to fit into `room` ends: half of it below the first definition of the longest
+    name that the instruction has; if it names none, at the end of the code.
+    """
     words, found = set(NAME.findall(instruction)), dict[str, int]()
     for match in language.defines.finditer(code, 0, DEFINITIONS_CHARACTERS):
         if (name := match[match.lastindex or 0]) in words:
@@ -476,11 +503,13 @@ def prepare_text(
 
 
 def arrange_gap(layout: str, marks: Sequence[Any], prefix: Any, suffix: Any) -> list[Any]:
-    """The marks of a gap (before the prefix, before the suffix, last) and its texts, in the order of the layout.
+    """The marks of a gap (before the prefix, before the suffix, last) and its texts, in the order
+    of the layout.
 
-    The layouts are those of Bavarian et al., "Efficient Training of Language Models to Fill in the Middle" (2022). In
-    "spmv2" the prefix's own mark has no text: for the model, the prefix is the beginning of the middle. The prompt then
-    ends with the text before the cursor, so each key that is typed there only adds to the prompt.
+    The layouts are those of Bavarian et al., "Efficient Training of Language Models to Fill in the
+    Middle" (2022). In "spmv2" the prefix's own mark has no text: for the model, the prefix is the
+    beginning of the middle. The prompt then ends with the text before the cursor, so each key that
+    is typed there only adds to the prompt.
     """
     before, after, middle = marks
     parts = {
@@ -491,9 +520,10 @@ def arrange_gap(layout: str, marks: Sequence[Any], prefix: Any, suffix: Any) -> 
 
 
 def steady_suffix(suffix: str) -> str:
-    """A suffix without the brackets and quotes that end the cursor's line. Editors add them while one types, and with
-    the suffix first, whatever changes it makes the model read everything again. The model writes them itself, and the
-    completion ends there."""
+    """A suffix without the brackets and quotes that end the cursor's line. Editors add them while
+    one types, and with the suffix first, whatever changes it makes the model read everything again.
+    The model writes them itself, and the completion ends there.
+    """
     return ADDED.sub("", suffix, count=1)
 
 
@@ -503,8 +533,10 @@ def read_first(suffix: str, layout: str) -> str:
 
 
 def fit_extra(extra: Sequence[Mapping[str, str]], room: int) -> list[Mapping[str, str]]:
-    """The last of other files' texts that fit, in their order. The room does not depend on the file's own text: these
-    texts precede it, and a prompt whose start changes must be prefilled again."""
+    """The last of other files' texts that fit, in their order. The room does not depend on the
+    file's own text: these texts precede it, and a prompt whose start changes must be prefilled
+    again.
+    """
     weights = (weigh(render_extra([entry])) for entry in reversed(extra))
     return list(extra[len(extra) - count_fitting(weights, room) :])
 
@@ -529,10 +561,11 @@ def common_length(one: str, other: str) -> int:
 
 
 def prepare_chat(messages: Sequence[Mapping[str, str]], room: int) -> Prepared:
-    """A chat: its system message, and as many of its latest messages as fit. `messages` in `kept` is [sent, given].
+    """A chat: its system message, and as many of its latest messages as fit. `messages` in `kept`
+    is [sent, given].
 
-    Messages are left out four at a time, if enough of them remain. The messages after the gap move forward, so a
-    backend must prefill them again; this way it does so only every other turn.
+    Messages are left out four at a time, if enough of them remain. The messages after the gap move
+    forward, so a backend must prefill them again; this way it does so only every other turn.
     """
     system, turns = list(messages[:1]), list(messages[1:])
     if system[0]["role"] != "system" or not turns:
@@ -568,7 +601,9 @@ def prepare_chat(messages: Sequence[Mapping[str, str]], room: int) -> Prepared:
 
 
 def fit_ends(text: str, room: int) -> str:
-    """The start and the end of a text that is too long: people paste code and ask about it before or after the code."""
+    """The start and the end of a text that is too long: people paste code and ask about it before
+    or after the code.
+    """
     if fits(text, room):
         return text
     half = max(0, (room - weigh(LEFT_OUT) - 2) // 2)

@@ -1,8 +1,9 @@
 """Follows source code: its strings, comments, brackets and blocks, in any language of languages.py.
 
-A `Scanner` tracks the end of the text fed so far: inside a literal or a comment, at which depth of brackets, below
-which less indented lines. All it knows of a language is the language's row in languages.py. No text is refused, however
-odd, and the cost of a text is at most its length times a constant. Pure; standard library only.
+A `Scanner` tracks the end of the text fed so far: inside a literal or a comment, at which depth of
+brackets, below which less indented lines. All it knows of a language is the language's row in
+languages.py. No text is refused, however odd, and the cost of a text is at most its length times a
+constant. Pure; standard library only.
 """
 
 from __future__ import annotations
@@ -12,12 +13,18 @@ from typing import NamedTuple
 
 from cerebrum.text.languages import Language
 
-# ------------------------------------------------------------------------------------------------------- following code
+# ----------------------------------------------------------------------------------- following code
 
-WORD_CHARS = 8  # enough for the longest word in QUOTE_AFTER, RAW_BEFORE and REGEX_BEFORE and the character before it
-HEAD_CHARS = 1000  # kept of a statement; a longer one keeps the first half of these and its newest characters
-STRAY_BRACKETS = 20  # unclosed brackets of other kinds that a closing bracket may skip; a correct program has none
-NESTED = 60  # of #if, those that are followed, and open brackets around their branches; C's standard promises 63 #if
+# enough for the longest word in QUOTE_AFTER, RAW_BEFORE and REGEX_BEFORE and the character before
+# it
+WORD_CHARS = 8
+# kept of a statement; a longer one keeps the first half of these and its newest characters
+HEAD_CHARS = 1000
+# unclosed brackets of other kinds that a closing bracket may skip; a correct program has none
+STRAY_BRACKETS = 20
+# of #if, those that are followed, and open brackets around their branches; C's standard promises 63
+# #if
+NESTED = 60
 OPENER_CHARS = 6  # the longest opening of a literal
 TAIL_CHARS = 18  # the longest end of a literal: C++'s )name" with 16 characters in its name
 LINE_CHARS = 500  # the part of a line that comparisons use
@@ -25,7 +32,8 @@ PAIRS = {")": "(", "]": "[", "}": "{"}
 COMPOUND = re.compile(
     r"(?:async\s+)?(?:def|class|if|elif|else|for|while|with|try|except|finally|match|case)\b"
 )
-# The code before a quote that opens a string right after a letter, before a C++ raw string, and before a regex.
+# The code before a quote that opens a string right after a letter, before a C++ raw string, and
+# before a regex.
 QUOTE_AFTER = re.compile(
     r"(?<!\w)(?:and|br?|case|else|fr?|i[fns]|l|not|or|r[bf]?|return|u8?)$", re.IGNORECASE
 )
@@ -36,7 +44,8 @@ REGEX_BEFORE = re.compile(
 CONDITION = re.compile(r"(?<![\w.])(?:if|while|for|with)\s*$")
 BRANCH = re.compile(r"[ \t]*(if|el|endif)")
 HERE = re.compile(r"(?<!<)<<[^<\n]\Z")  # no <<<
-# SQL. The word that ends before the last character, unless it is part of a name, and that character unless it is blank.
+# SQL. The word that ends before the last character, unless it is part of a name, and that character
+# unless it is blank.
 TOKENS = re.compile(r"(?<![\w.@])\w+(?=\W\Z)|[^\w \t\r]\Z")
 TOKENS_CHARS = 40  # of the statement's end, searched for TOKENS and DOLLARS
 # BEGIN and END open and close no block if one of these follows.
@@ -45,14 +54,17 @@ NO_BEGIN = re.compile(
     r"|tran(?:saction)?|work)\Z"
 )
 NO_END = re.compile(r"(?:if|loop|while|repeat|for|case)\Z")
-# The $$ or $tag$ that opens a literal: not at the start of a statement, nor behind END or DELIMITER.
+# The $$ or $tag$ that opens a literal: not at the start of a statement, nor behind END or
+# DELIMITER.
 DOLLARS = re.compile(r"(?i)\S(?<!\bend)(?<!\bdelimiter)\s*(?<![\w$])(\$(?:[a-z_]\w*)?\$)\Z")
 # A line that ends a batch of statements or is a command to the client.
 BATCH = re.compile(r"(?i)(?!\s*delimiter\b).*(?://|\$\$)\s*|\s*(?:go|/)\s*|.*\\.*")
-# A blank line ends no statement that may still get its WHERE, nor WITH or INSERT alone, nor one that has to go on.
+# A blank line ends no statement that may still get its WHERE, nor WITH or INSERT alone, nor one
+# that has to go on.
 CHANGES = re.compile(r"(?i)\b(?:update|delete|merge)\b")
 PREFACE = re.compile(
-    r"(?is)(?:\s*\{\{[^}]*+\}\})?\s*(?:with|insert)\b(?!.*\)\s*(?:select|values)\b)"  # dbt has its settings in braces
+    # dbt has its settings in braces
+    r"(?is)(?:\s*\{\{[^}]*+\}\})?\s*(?:with|insert)\b(?!.*\)\s*(?:select|values)\b)"
 )
 UNFINISHED = re.compile(
     r"(?i)(?:[-+,=<>/|({}&.:$]|\n\)|\b(?:all|and|as|by|do|else|except|from|having|in|intersect|into|is|join|not|on|or"
@@ -80,7 +92,9 @@ def run_of(others: set[str]) -> re.Pattern[str]:
 
 
 class Literals:
-    """Follows the strings and comments of a text; a subclass reads the code between them (`_in_code`)."""
+    """Follows the strings and comments of a text; a subclass reads the code between them
+    (`_in_code`).
+    """
 
     def __init__(self, language: Language) -> None:
         self.language = language
@@ -91,7 +105,8 @@ class Literals:
         literals = [*language.literals, *((mark, mark) for mark in language.ambiguous)]
         self.openers = sorted(self.comments + literals, key=lambda pair: -len(pair[0]))
         self.opener_ends = {opener[-1] for opener, _ in self.openers}
-        # Characters that cannot change the state inside a literal or comment: no ends, escapes, R"( of C++, $$ of SQL.
+        # Characters that cannot change the state inside a literal or comment: no ends, escapes, R"(
+        # of C++, $$ of SQL.
         self.run = run_of(
             {closer[-1] for _, closer in self.openers} | set("\n($" + language.escape)
         )
@@ -131,7 +146,9 @@ class Literals:
         self.line = ""
 
     def _opening(self) -> tuple[str, str] | None:
-        """(opener, closer) completed by the last character, in code or by extending a shorter opener (" to \"\"\")."""
+        """(opener, closer) completed by the last character, in code or by extending a shorter
+        opener (" to \"\"\").
+        """
         for opener, closer in self.openers:
             if not self.tail.endswith(opener):
                 continue
@@ -143,7 +160,9 @@ class Literals:
         return None
 
     def _opens(self, opener: str) -> bool:
-        """Whether an opener in code opens a literal or comment, and is not an operator or part of a word."""
+        """Whether an opener in code opens a literal or comment, and is not an operator or part of a
+        word.
+        """
         language, before = self.language, self.tail[: -len(opener)][-1:]
         if opener == "#" and language.directives:
             return self.starting
@@ -152,7 +171,8 @@ class Literals:
         if opener in ("'", '"') and before == language.escape:
             return False
         if opener == "'" and (before.isalnum() or before == "_") and not language.commands:
-            # An apostrophe in JSX or a digit separator in C++, unless a prefix or a keyword precedes it.
+            # An apostrophe in JSX or a digit separator in C++, unless a prefix or a keyword
+            # precedes it.
             return QUOTE_AFTER.search(self.head[-WORD_CHARS:]) is not None
         if opener == 'R"':
             return RAW_BEFORE.search(self.head[-WORD_CHARS:]) is not None
@@ -222,7 +242,9 @@ class Literals:
 
 
 class Scanner(Literals):
-    """Follows source code one character at a time: its strings, comments, brackets, statements and blocks."""
+    """Follows source code one character at a time: its strings, comments, brackets, statements and
+    blocks.
+    """
 
     def __init__(self, language: Language, text: str = "") -> None:
         super().__init__(language)
@@ -233,10 +255,12 @@ class Scanner(Literals):
         self.code_run = words if self.statements else run_of(self.opener_ends | set("()[]{}\n;:<"))
         self.token = ""  # SQL: the last word, in lower case, or sign
         self.unmatched = 0  # closing brackets whose partner is not in the text
-        # Of each #if without its #endif: `stack` before its branches and, from the second one on, behind the first.
+        # Of each #if without its #endif: `stack` before its branches and, from the second one on,
+        # behind the first.
         self.conditionals: list[list[list[Bracket]]] = []
-        # By lines: (indentation, code) of the last whole statement and of the less indented lines around it. In Python,
-        # only those that open a block; `fresh`: the innermost of them has no body yet, though perhaps a docstring.
+        # By lines: (indentation, code) of the last whole statement and of the less indented lines
+        # around it. In Python, only those that open a block; `fresh`: the innermost of them has no
+        # body yet, though perhaps a docstring.
         self.blocks: list[tuple[int, str]] = []
         self.fresh = False
         self.feed(text)
@@ -256,7 +280,9 @@ class Scanner(Literals):
 
     @property
     def opened(self) -> int | None:
-        """The indentation of the header just before this point, if it opened a block that has no body yet."""
+        """The indentation of the header just before this point, if it opened a block that has no
+        body yet.
+        """
         if not self.by_lines:
             openings = ("{", "[") if self.language.blocks == "brackets" else ("{",)
             return self.stack[-1].indent if self.stack and self.last in openings else None
@@ -273,7 +299,9 @@ class Scanner(Literals):
         return [block for block in self.blocks if block[0] < indent]
 
     def feed(self, text: str) -> None:
-        """Read a text. Runs of characters that only continue a statement or a literal are read at once."""
+        """Read a text. Runs of characters that only continue a statement or a literal are read at
+        once.
+        """
         at = 0
         while at < len(text):
             if (
@@ -384,7 +412,9 @@ class Scanner(Literals):
             self.head = ""
 
     def _directive(self) -> None:
-        """A line of the preprocessor has ended. Of the branches of an #if, the brackets of the first one count."""
+        """A line of the preprocessor has ended. Of the branches of an #if, the brackets of the
+        first one count.
+        """
         match, now = BRANCH.match(self.line), self.stack[:NESTED]
         self.line = ""
         if match and match[1] == "if":
@@ -396,7 +426,9 @@ class Scanner(Literals):
             self.stack[:] = places[match[1] == "endif"]
 
     def _token(self, token: str) -> None:
-        """SQL: follow the blocks, from BEGIN or CASE to END. The token behind one of these shows what it means."""
+        """SQL: follow the blocks, from BEGIN or CASE to END. The token behind one of these shows
+        what it means.
+        """
         before, self.token = self.token, token
         if before == "begin" and not NO_BEGIN.match(token):
             self.stack.append(Bracket(before, "", self.indent))

@@ -1,8 +1,9 @@
 """The stages that a completion passes through, and those of them that know no syntax.
 
-A stage reads one character at a time, so the outcome does not depend on how tokens split the text. It decides how much
-of the text may go out (`safe`) and whether the completion is over (`reason`; then `safe` is where it ends). Text that
-is not decided yet waits, usually only the start of a line. Pure; standard library only.
+A stage reads one character at a time, so the outcome does not depend on how tokens split the text.
+It decides how much of the text may go out (`safe`) and whether the completion is over (`reason`;
+then `safe` is where it ends). Text that is not decided yet waits, usually only the start of a line.
+Pure; standard library only.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from collections.abc import Sequence
 
 from cerebrum.text.scanner import after_blank
 
-# Against models that go round in circles. tests/bench/ending.py has none: 0 % of its cases depend on these.
+# Against models that go round in circles. tests/bench/ending.py has none: 0 % of its cases depend
+# on these.
 REPEATED_LINES = 12  # a model that writes the same line this often in a row is starting over ...
 REPEATED_DATA = 24  # ... unless the line is data (it ends with a comma) or only closes something
 REPEATED_COPIES = 4  # the same for a block of two or more lines
@@ -22,7 +24,9 @@ LIGHT = re.compile(r".*,$|\W*$|</[\w:-]+>$|\s*(?:end|fi|done)\W*$")
 
 
 class Stage:
-    """Text goes in and comes out, until there is a `reason` to end. All positions count characters of `text`."""
+    """Text goes in and comes out, until there is a `reason` to end. All positions count characters
+    of `text`.
+    """
 
     start = 0  # where `text` begins in all that went in
 
@@ -56,15 +60,17 @@ class Stage:
         return out, self.reason
 
     def flush(self, whole: bool) -> str:
-        """The text left to send when no more tokens come: the model has ended (`whole`) or may write no more."""
+        """The text left to send when no more tokens come: the model has ended (`whole`) or may
+        write no more.
+        """
         return self.cut(self.sent)
 
 
 class StopStrings(Stage):
     """Ends the text before the first stop string, and holds back the possible start of one.
 
-    The first complete stop string counts, however tokens split the text; of two at the same place, the longer. Each has
-    its own Knuth-Morris-Pratt search. No stop string may be empty.
+    The first complete stop string counts, however tokens split the text; of two at the same place,
+    the longer. Each has its own Knuth-Morris-Pratt search. No stop string may be empty.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -87,7 +93,9 @@ class StopStrings(Stage):
 
 
 def matched(text: str, borders: list[int], size: int, char: str) -> int:
-    """The length of a match with the start of a text, which was `size`, after one more character."""
+    """The length of a match with the start of a text, which was `size`, after one more
+    character.
+    """
     while size and (size == len(text) or text[size] != char):
         size = borders[size - 1]
     return size + (text[size] == char)
@@ -104,7 +112,8 @@ def borders_of(text: str) -> list[int]:
 class Typed(Stage):
     """Removes the indentation already typed, which models often repeat.
 
-    The cursor is in `column`, below white space alone; the line needs indentation up to the column `due`.
+    The cursor is in `column`, below white space alone; the line needs indentation up to the column
+    `due`.
     """
 
     def __init__(self, column: int, due: int) -> None:
@@ -145,7 +154,9 @@ class Blanks(Stage):
 
 
 class Indent(Stage):
-    """Ends before the first line, except the cursor's own, that is indented by fewer than `least` characters."""
+    """Ends before the first line, except the cursor's own, that is indented by fewer than `least`
+    characters.
+    """
 
     def __init__(self, least: int, whole: bool) -> None:
         super().__init__()
@@ -170,9 +181,11 @@ class Indent(Stage):
 
 
 class Repeat(Stage):
-    """The last stage: ends a text that repeats the same line or block of lines, indentation included.
+    """The last stage: ends a text that repeats the same line or block of lines, indentation
+    included.
 
-    Two copies go out. Later ones wait: enough copies end the text after the second copy; a differing line frees them.
+    Two copies go out. Later ones wait: enough copies end the text after the second copy; a
+    differing line frees them.
     """
 
     def __init__(self) -> None:

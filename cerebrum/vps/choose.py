@@ -1,9 +1,11 @@
-"""Predict how fast each model would be on this machine, without its file, and choose the best with quick hints.
+"""Predict how fast each model would be on this machine, without its file, and choose the best with
+quick hints.
 
-A *hint* is what an editor shows while somebody types: a few new tokens are read, a line or two is written.
+A *hint* is what an editor shows while somebody types: a few new tokens are read, a line or two is
+written.
 
-A model is imitated by a *sample*: a part of its layers and the same part of its vocabulary, with its shapes and the
-types of a Q4_K_M file. A sample's times are that part of the model's.
+A model is imitated by a *sample*: a part of its layers and the same part of its vocabulary, with
+its shapes and the types of a Q4_K_M file. A sample's times are that part of the model's.
 """
 
 from __future__ import annotations
@@ -31,8 +33,9 @@ Matrix = tuple[
 
 
 def matrices(shape: Mapping[str, int], layers: int, vocabulary: int) -> list[Matrix]:
-    """The matrices of a model of this shape (models.toml), with this many layers and tokens. A Q4_K_M file has about
-    half of attn_v and ffn_down in Q6_K."""
+    """The matrices of a model of this shape (models.toml), with this many layers and tokens. A
+    Q4_K_M file has about half of attn_v and ffn_down in Q6_K.
+    """
     width, forward = shape["width"], shape["feed_forward"]
     heads, keys = shape["heads"] * shape["head"], shape["kv_heads"] * shape["head"]
     count, suffix = ((shape["experts"],), "_exps") if shape["experts"] else ((), "")
@@ -56,8 +59,9 @@ def matrices(shape: Mapping[str, int], layers: int, vocabulary: int) -> list[Mat
 def write_sample(
     path: Path, shape: Mapping[str, int], weights: Sequence[Matrix], layers: int
 ) -> None:
-    """A model of these matrices, for llama.cpp's architecture of the plain transformer. OSError if the disk is too
-    small."""
+    """A model of these matrices, for llama.cpp's architecture of the plain transformer. OSError if
+    the disk is too small.
+    """
     writer, random, width = (
         pypi().GGUFWriter(path, "llama"),
         np.random.default_rng(1),
@@ -120,8 +124,10 @@ class Speed(NamedTuple):
 
 
 def predict(shape: Mapping[str, int], settings: Settings, folder: Path) -> Speed:
-    """The speed of a model of this shape here, with the types and the attention that are faster, as `tune` will find
-    them. Samples are written to `folder`. ModelError if llama.cpp fails, OSError if the disk is too small."""
+    """The speed of a model of this shape here, with the types and the attention that are faster, as
+    `tune` will find them. Samples are written to `folder`. ModelError if llama.cpp fails, OSError
+    if the disk is too small.
+    """
     whole = matrices(shape, shape["layers"], shape["vocabulary"])
     samples = shape["layers"] * SAMPLE_WEIGHTS / sum(math.prod(size) for _, _, size in whole)
     layers = min(shape["layers"], 2 * math.ceil(samples / 2))
@@ -148,8 +154,9 @@ def predict_all(
     report: Callable[[int], None],
     complain: Callable[[Model, Exception], None],
 ) -> Speeds:
-    """The speed of each model that has a shape and can be measured. `report` gets the number of models that are done,
-    `complain` each failure. TuneError while a model is being tuned."""
+    """The speed of each model that has a shape and can be measured. `report` gets the number of
+    models that are done, `complain` each failure. TuneError while a model is being tuned.
+    """
     speeds = list[tuple[Model, Speed | None]]()
     with alone_in(settings.state_dir / "tuned") as folder:  # a tuning would spoil the measurements
         for model in models:
@@ -164,12 +171,14 @@ def predict_all(
     return speeds
 
 
-# -------------------------------------------------------------------------------------------- the choice
+# --------------------------------------------------------------------------------------- the choice
 
 
 def best_of(speeds: Speeds, most_seconds: float) -> Model | None:
-    """The first model whose hint takes `most_seconds` at most, else the one with the quickest hint; None if no speed is
-    known. Models with less than half of the languages that another one has do not count."""
+    """The first model whose hint takes `most_seconds` at most, else the one with the quickest hint;
+    None if no speed is known. Models with less than half of the languages that another one has do
+    not count.
+    """
     most = max((len(model.languages) for model, _ in speeds), default=0)
     hints = [
         (speed.hint, model) for model, speed in speeds if speed and 2 * len(model.languages) >= most

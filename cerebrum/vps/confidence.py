@@ -1,4 +1,6 @@
-"""How sure a model is of what it writes: the mean probability of the tokens of each line. Pure: no model, no clock."""
+"""How sure a model is of what it writes: the mean probability of the tokens of each line. Pure: no
+model, no clock.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,12 @@ Judged = tuple[
 
 
 class Confidence:
-    """Follows one completion: the tokens that the model writes, and the text that the client gets of them.
+    """Follows one completion: the tokens that the model writes, and the text that the client gets
+    of them.
 
-    A token belongs to the line in which it begins, and so does the one that ends the line or the completion: how sure
-    the model is that nothing follows is a part of it. Blank lines belong to the line below them.
+    A token belongs to the line in which it begins, and so does the one that ends the line or the
+    completion: how sure the model is that nothing follows is a part of it. Blank lines belong to
+    the line below them.
     """
 
     def __init__(self) -> None:
@@ -30,7 +34,9 @@ class Confidence:
         self._judged = list[Judged]()  # the client's complete lines
 
     def add(self, text: str, probability: float) -> float:
-        """A token, which adds this text. The least mean of the lines that it ends; 1.0 if there are none."""
+        """A token, which adds this text. The least mean of the lines that it ends; 1.0 if there are
+        none.
+        """
         self._starts.append(len(self._written))
         self._probabilities.append(probability)
         end, self._written = len(self._written), self._written + text
@@ -42,8 +48,9 @@ class Confidence:
         return least
 
     def send(self, text: str, begin: int) -> list[Judged]:
-        """The client gets this text next. Returns the lines that it completes. The client's text is the model's from
-        `begin` on, line by line, without some of the indentation."""
+        """The client gets this text next. Returns the lines that it completes. The client's text is
+        the model's from `begin` on, line by line, without some of the indentation.
+        """
         self._begin = begin
         self._known, self._end = max(self._known, begin), max(self._end, begin)
         done = len(self._judged)
@@ -77,7 +84,9 @@ class Confidence:
         return [(self._mean(self._known, self._end), self._sent)] if self._is_begun() else []
 
     def result(self) -> dict[str, float]:
-        """The means of the first line and of the whole text, as the client has them; nothing without a token."""
+        """The means of the first line and of the whole text, as the client has them; nothing
+        without a token.
+        """
         if not self._starts:
             return {}
         whole = self._mean(self._begin, self._end)
@@ -85,7 +94,9 @@ class Confidence:
         return {"confidence": first, "text_confidence": whole}
 
     def _mean(self, begin: int, end: int) -> float:
-        """Of the tokens that begin from `begin` to `end`, or else of the one that reaches beyond both."""
+        """Of the tokens that begin from `begin` to `end`, or else of the one that reaches beyond
+        both.
+        """
         first, last = (
             bisect.bisect_left(self._starts, begin),
             bisect.bisect_right(self._starts, end),

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 
 from cerebrum.vps.llama import common_prefix
 
-# --------------------------------------------------------------------------------------- policy: drafts
+# ----------------------------------------------------------------------------------- policy: drafts
 
 GRAM = 3  # this many tokens must repeat before the tokens that followed them are drafted
-MAX_CHANGE = 8  # most old or new tokens of a change in a copy; after a longer change the copy is searched for anew
+# most old or new tokens of a change in a copy; after a longer change the copy is searched for anew
+MAX_CHANGE = 8
 NEAR = 48  # after a change the copy usually continues within this many tokens
 ALIKE = 32  # tokens that are compared before two places
 LENGTHS = (
@@ -30,15 +31,18 @@ RETRY = 64
 
 
 class Gain:
-    """Whether drafts save time, by their length and the number of streams. Owned by a worker and kept across requests.
+    """Whether drafts save time, by their length and the number of streams. Owned by a worker and
+    kept across requests.
 
-    A draft is judged by the decodes without drafts just before it, because a machine with neighbours changes its speed.
+    A draft is judged by the decodes without drafts just before it, because a machine with
+    neighbours changes its speed.
     """
 
     def __init__(self) -> None:
         self.plain: dict[int, float] = {}  # seconds for a token lately, by the number of streams
         self.age = Counter[int]()  # drafts since then
-        # Of the latest drafts by streams and length: the seconds, and those that the tokens would have taken plainly.
+        # Of the latest drafts by streams and length: the seconds, and those that the tokens would
+        # have taken plainly.
         self.seen: dict[tuple[int, int], deque[tuple[float, float]]] = defaultdict(
             lambda: deque(maxlen=SEEN)
         )
@@ -58,8 +62,9 @@ class Gain:
             self.age[streams] += 1
 
     def pays(self, streams: int, length: int) -> bool:
-        """Whether to make a draft of this length: such drafts saved time, or had few trials. After RETRY of one answer
-        the other comes once."""
+        """Whether to make a draft of this length: such drafts saved time, or had few trials. After
+        RETRY of one answer the other comes once.
+        """
         seen = self.seen[streams, length]
         if streams not in self.plain:
             return False
@@ -77,11 +82,12 @@ class Gain:
 
 
 class Drafter:
-    """Proposes the next tokens of one sequence by looking up what followed the same tokens before: in the sequence
-    itself, or in an earlier sequence with the same prefix.
+    """Proposes the next tokens of one sequence by looking up what followed the same tokens before:
+    in the sequence itself, or in an earlier sequence with the same prefix.
 
-    A copy with changes continues after each change. `changes` maps replaced tokens to their replacements, and the same
-    change is expected wherever the same tokens are copied again, as in a rename.
+    A copy with changes continues after each change. `changes` maps replaced tokens to their
+    replacements, and the same change is expected wherever the same tokens are copied again, as in a
+    rename.
     """
 
     def __init__(self, tokens: Sequence[int], guide: Sequence[int] = ()) -> None:
@@ -143,7 +149,9 @@ class Drafter:
         self.changed_from, self.done = len(self.tokens) - self.done, 0
 
     def _changed(self, place: int) -> tuple[int, ...]:
-        """The tokens at `place` that are expected to be changed; the most if several changes begin alike."""
+        """The tokens at `place` that are expected to be changed; the most if several changes begin
+        alike.
+        """
         for length in range(MAX_CHANGE, 0, -1) if self.changes else ():
             old = tuple(self.tokens[place : place + length])
             if old in self.changes:
@@ -151,7 +159,9 @@ class Drafter:
         return ()
 
     def _next(self, place: int, done: int) -> tuple[int | None, int, int]:
-        """The token expected at `place` after `done` tokens of a change there, and then the next place and `done`."""
+        """The token expected at `place` after `done` tokens of a change there, and then the next
+        place and `done`.
+        """
         if place in (self.own, len(self.tokens)):  # the end of a sequence
             return None, place, 0
         if old := self._changed(place):
@@ -161,8 +171,9 @@ class Drafter:
         return self.tokens[place], place + 1, 0
 
     def _search(self) -> None:
-        """Find the place after an earlier occurrence of the latest tokens: soon after the place just lost, which shows
-        how the copy was changed, or else the one with the most tokens alike."""
+        """Find the place after an earlier occurrence of the latest tokens: soon after the place
+        just lost, which shows how the copy was changed, or else the one with the most tokens alike.
+        """
         end, lost = len(self.tokens), self.at
         places = [
             place for place in self.index.get(tuple(self.tokens[-GRAM:]), ())[-16:] if place != end
@@ -177,8 +188,10 @@ class Drafter:
             self.streak = self._matched(self.at)
 
     def _remember_change(self, lost: int) -> None:
-        """Expect the same change wherever the copy has the replaced tokens again: those from `lost` to `at`, without
-        the last ones, which matched. An insertion or deletion is remembered together with the token after it."""
+        """Expect the same change wherever the copy has the replaced tokens again: those from `lost`
+        to `at`, without the last ones, which matched. An insertion or deletion is remembered
+        together with the token after it.
+        """
         fewer = min(self.at - lost, len(self.tokens) - self.changed_from)
         matched = min(self._matched(self.at), fewer - 1)
         old, new = (

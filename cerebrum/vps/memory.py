@@ -1,7 +1,7 @@
 """How much memory a model takes, how much there is, and which context fits.
 
-llama.cpp itself reports what a model takes: it makes the model and its context without allocating them. It ends the
-process at some headers, so a child process reads each file first.
+llama.cpp itself reports what a model takes: it makes the model and its context without allocating
+them. It ends the process at some headers, so a child process reads each file first.
 """
 
 from __future__ import annotations
@@ -45,8 +45,9 @@ Parts = dict[
 
 
 def shorter(settings: Settings) -> list[Settings]:
-    """These settings with less memory, the best first: a shorter context of MIN_FIT_TOKENS or more, then fewer
-    sequences."""
+    """These settings with less memory, the best first: a shorter context of MIN_FIT_TOKENS or more,
+    then fewer sequences.
+    """
     least = min(MIN_FIT_TOKENS, settings.n_ctx)
     step = FIT_STEP_TOKENS * max(1, (settings.n_ctx - least) // (FIT_STEPS * FIT_STEP_TOKENS))
     lengths = [settings.n_ctx, *reversed(range(least, settings.n_ctx, step))]
@@ -59,8 +60,9 @@ def shorter(settings: Settings) -> list[Settings]:
 def fit(
     settings: Settings, free: float, need: Callable[[Sequence[Settings]], Sequence[Parts]]
 ) -> tuple[Settings, Parts]:
-    """The settings with the longest context that fits into `free` bytes, and what they take. `need` returns what each
-    of several settings takes. If nothing fits, the least settings."""
+    """The settings with the longest context that fits into `free` bytes, and what they take. `need`
+    returns what each of several settings takes. If nothing fits, the least settings.
+    """
     for forms in ([settings], shorter(settings)):
         for form, parts in zip(forms, need(forms), strict=True):
             if sum(parts.values()) <= free:
@@ -75,7 +77,7 @@ def check_memory(available_mb: float, least_mb: float) -> None:
         raise HttpError("RESOURCE_EXHAUSTED", figures)
 
 
-# ---------------------------------------------------------------------------------------- IO: the machine
+# ---------------------------------------------------------------------------------- IO: the machine
 
 
 def available_mb() -> float:
@@ -85,8 +87,9 @@ def available_mb() -> float:
 def cgroup_left_bytes(
     table: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
 ) -> float:
-    """Bytes that the MemoryMax= of our unit still allows; infinity without a limit. The kernel's file cache does not
-    count as used, since the kernel gives it back."""
+    """Bytes that the MemoryMax= of our unit still allows; infinity without a limit. The kernel's
+    file cache does not count as used, since the kernel gives it back.
+    """
     try:
         group = root / table.read_text().rpartition("0::/")[2].strip()
         limit = int((group / "memory.max").read_text())
@@ -96,7 +99,7 @@ def cgroup_left_bytes(
         return math.inf
 
 
-# ------------------------------------------------------------------------------------------ IO: llama.cpp
+# ------------------------------------------------------------------------------------ IO: llama.cpp
 
 HEADER_BYTES = 32 << 20  # a large vocabulary takes 15 MB
 OUTPUT_NAME = (13).to_bytes(8, "little") + b"output.weight"  # in a header a name follows its length
@@ -122,8 +125,9 @@ FATAL = (signal.SIGABRT, signal.SIGSEGV, signal.SIGFPE, signal.SIGBUS, signal.SI
 
 
 def accepts(path: Path) -> bool:
-    """Whether llama.cpp accepts the header of a model file; a child process asks. ModelError if llama.cpp ends that
-    process, OSError if something else does, such as too little memory."""
+    """Whether llama.cpp accepts the header of a model file; a child process asks. ModelError if
+    llama.cpp ends that process, OSError if something else does, such as too little memory.
+    """
     root = Path(__file__).resolve().parents[2]
     status = subprocess.run(
         [sys.executable, "-c", READ_HEADER, path.absolute()], cwd=root
@@ -136,7 +140,9 @@ def accepts(path: Path) -> bool:
 
 
 def needed(path: Path, forms: Sequence[Settings]) -> list[Parts]:
-    """What a model file takes with each of these settings. OSError or ModelError if the file cannot be used."""
+    """What a model file takes with each of these settings. OSError or ModelError if the file cannot
+    be used.
+    """
     with _asking:  # two threads that ask about one file would both wait for llama.cpp
         stamp = file_stamp(path)
         known = forms[0].state_dir / "verified" / f"{path.name}.{stamp}.{llama_cpp.__version__}"
@@ -183,7 +189,9 @@ def _needed(path: Path, _stamp: str, forms: tuple[Settings, ...]) -> list[Parts]
 
 
 def read_header(path: str) -> int:
-    """Let llama.cpp make the model, its vocabulary and a context. Returns the status for `accepts`."""
+    """Let llama.cpp make the model, its vocabulary and a context. Returns the status for
+    `accepts`.
+    """
     try:
         model = load_model(Path(path), weights=False)
     except (ModelError, OSError):

@@ -1,7 +1,7 @@
 """The models in memory: loading and unloading them, and room for them.
 
-Everything here is on the event loop. A model is an `Instance` from the start of its load until its memory is free
-again. `room_for` and `removable` decide, `Pool` acts.
+Everything here is on the event loop. A model is an `Instance` from the start of its load until its
+memory is free again. `room_for` and `removable` decide, `Pool` acts.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ State = Enum("State", "LOADING READY LEAVING")
 
 @dataclass(eq=False)
 class Instance:
-    """A model whose worker has memory. Whoever uses the model or waits for its load is in `users`."""
+    """A model whose worker has memory. Whoever uses the model or waits for its load is in
+    `users`.
+    """
 
     model: Model
     worker: Worker
@@ -69,8 +71,9 @@ how_loaded = operator.attrgetter("file", "sha256", "fim", "fim_layout")
 
 
 def remove_unlisted(state_dir: Path, models: Sequence[Model]) -> None:
-    """Remove the saved prompts and tuned files of models that are not among these. Another process may be tuning, in a
-    folder whose name begins with a dot."""
+    """Remove the saved prompts and tuned files of models that are not among these. Another process
+    may be tuning, in a folder whose name begins with a dot.
+    """
     kept = {name for model in models for name in (model.id, model.file)}
     for path in (*state_dir.glob("kv/*"), *state_dir.glob("tuned/[!.]*")):
         if path.name.removesuffix(".json") not in kept:
@@ -80,12 +83,13 @@ def remove_unlisted(state_dir: Path, models: Sequence[Model]) -> None:
                 path.unlink()
 
 
-# ------------------------------------------------------------------------------------------ policy: room
+# ------------------------------------------------------------------------------------- policy: room
 
 
 def removable(instances: Collection[Instance], spared: str = "") -> list[Instance]:
-    """The instances that make room, in this order: those that are leaving, then the idle ones of other models than
-    `spared`, the least recently used first."""
+    """The instances that make room, in this order: those that are leaving, then the idle ones of
+    other models than `spared`, the least recently used first.
+    """
     leaving = [one for one in instances if one.state is State.LEAVING]
     idle = [one for one in instances if one.idle and one.model.id != spared]
     return leaving + sorted(idle, key=lambda one: one.last_used)
@@ -94,8 +98,9 @@ def removable(instances: Collection[Instance], spared: str = "") -> list[Instanc
 def room_for(
     model: str, parts: Parts, free_mb: float, reserve_mb: float, instances: Collection[Instance]
 ) -> list[Instance]:
-    """The instances to unload for a model that takes the memory of `parts`; none if it fits into `free_mb`. HttpError
-    503 with the figures if it would not fit without all of them."""
+    """The instances to unload for a model that takes the memory of `parts`; none if it fits into
+    `free_mb`. HttpError 503 with the figures if it would not fit without all of them.
+    """
     need, going = sum(parts.values()) / MB, list[Instance]()
     for one in removable(instances):
         if need <= free_mb + sum(one.estimate for one in going) / MB:
@@ -131,11 +136,14 @@ class Pool:
         self.starting: dict[
             str, asyncio.Task[HttpError | None]
         ] = {}  # loads that have no worker yet, by model
-        # Models that could not be loaded: the reason, the file's stamp, and the monotonic time of the next try.
+        # Models that could not be loaded: the reason, the file's stamp, and the monotonic time of
+        # the next try.
         self.failures: dict[str, tuple[str, str, float]] = {}
 
     def configure(self, models: Sequence[Model], min_free_mb: float, idle_minutes: float) -> None:
-        """Apply models and limits. A loaded model whose entry has changed is unloaded once it is idle."""
+        """Apply models and limits. A loaded model whose entry has changed is unloaded once it is
+        idle.
+        """
         self.models = {model.id: model for model in models}
         self.tallies = {model_id: ModelTally() for model_id in self.models} | self.tallies
         self.min_free_mb, self.idle_seconds = min_free_mb, 60 * idle_minutes
@@ -151,7 +159,9 @@ class Pool:
         }
 
     def listed(self, model_id: str) -> Model:
-        """The model of models.toml with this id, or HttpError 404 MODEL_NOT_FOUND, which names the known ids."""
+        """The model of models.toml with this id, or HttpError 404 MODEL_NOT_FOUND, which names the
+        known ids.
+        """
         if model_id not in self.models:
             known = ", ".join(self.models)
             raise HttpError(
@@ -160,8 +170,9 @@ class Pool:
         return self.models[model_id]
 
     def refusal(self, model: Model) -> HttpError | None:
-        """The error if the model cannot be used, else None: its file is missing, or loading it has failed recently, and
-        each attempt would read a large file."""
+        """The error if the model cannot be used, else None: its file is missing, or loading it has
+        failed recently, and each attempt would read a large file.
+        """
         path = self.folder / model.file
         if model.id in self.ready:
             return None  # a loaded model needs no file any more
@@ -186,8 +197,9 @@ class Pool:
     async def acquire(
         self, user: object, model_id: str, progress: Callable[[int], None]
     ) -> Instance:
-        """The model's instance, after loading it if needed; HttpError if the load fails. `progress` gets percentages.
-        `release` must follow in any case."""
+        """The model's instance, after loading it if needed; HttpError if the load fails. `progress`
+        gets percentages. `release` must follow in any case.
+        """
         while (instance := self.instances.get(model_id)) is None or instance.state is State.LEAVING:
             if instance:
                 await asyncio.wait([instance.freed])
@@ -212,15 +224,19 @@ class Pool:
             self._retire(instance)
 
     def _retire(self, instance: Instance) -> None:
-        """Unload an idle instance if models.toml now says otherwise how to load its model, or no longer lists it."""
+        """Unload an idle instance if models.toml now says otherwise how to load its model, or no
+        longer lists it.
+        """
         new, old = self.models.get(instance.model.id), instance.model
         if instance.idle and (not new or how_loaded(new) != how_loaded(old)):
             log.info("model %s: unloaded, models.toml has changed", old.id)
             instance.leave()
 
     def _start_load(self, model: Model) -> asyncio.Task[HttpError | None]:
-        """The task that starts to load the model and returns the error if it cannot. The task outlives the users that
-        wait for it: while somebody types, no completion lives as long as a load takes."""
+        """The task that starts to load the model and returns the error if it cannot. The task
+        outlives the users that wait for it: while somebody types, no completion lives as long as a
+        load takes.
+        """
 
         async def load() -> HttpError | None:
             try:
@@ -247,7 +263,9 @@ class Pool:
             self.failures[model.id] = error.message, stamp, time.monotonic() + LOAD_AGAIN_SECONDS
 
     async def choose(self, model: Model) -> Choice:
-        """What would be loaded of the model if all idle models were unloaded. HttpError if the file cannot be used."""
+        """What would be loaded of the model if all idle models were unloaded. HttpError if the file
+        cannot be used.
+        """
         free_mb = (
             self._free_mb() + sum(one.estimate for one in removable(self.instances.values())) / MB
         )
@@ -264,7 +282,9 @@ class Pool:
             raise refusal from None
 
     async def measure(self) -> None:
-        """Let llama.cpp say what each model takes, half a second for a file, before a request has to wait for it."""
+        """Let llama.cpp say what each model takes, half a second for a file, before a request has
+        to wait for it.
+        """
         for model in list(self.models.values()):
             with contextlib.suppress(HttpError):  # the file is missing or damaged
                 await self.choose(model)
@@ -284,7 +304,8 @@ class Pool:
         path = self.folder / model.file
         loader = Loader(model.id, path, settings, model.sha256, tuned, model.fim, model.fim_layout)
         worker = Worker(loader, self.baton, tally)
-        worker.start()  # before anything waits for the worker's end, since even a thread can fail to start
+        # before anything waits for the worker's end, since even a thread can fail to start
+        worker.start()
         ready, ending = asyncio.wrap_future(worker.ready), asyncio.wrap_future(worker.ending)
         instance = Instance(
             model, worker, sum(parts.values()), ready, asyncio.create_task(self._reap(worker))
@@ -307,7 +328,9 @@ class Pool:
         self.instances[model.id] = instance
 
     async def _reap(self, worker: Worker) -> None:
-        """Forget the worker when it has ended, for whatever reason, and return its memory to the system."""
+        """Forget the worker when it has ended, for whatever reason, and return its memory to the
+        system.
+        """
         await asyncio.wait([asyncio.wrap_future(worker.ended)])
         worker.join()  # returns at once
         worker.model = None
@@ -319,7 +342,9 @@ class Pool:
     # Memory.
 
     def _free_mb(self) -> float:
-        """Megabytes free for one more model, after the reserve and the expected growth of loaded models."""
+        """Megabytes free for one more model, after the reserve and the expected growth of loaded
+        models.
+        """
         used = resident_bytes() - self.bare_bytes
         untouched = max(0, sum(instance.estimate for instance in self.instances.values()) - used)
         return min(available_mb() - self.min_free_mb, cgroup_left_bytes() / MB) - untouched / MB
@@ -333,8 +358,9 @@ class Pool:
         return bool(removable(self.instances.values(), wanted) or self._saving())
 
     async def relieve(self, wanted: str) -> None:
-        """While available memory is below the reserve, unload idle models other than the wanted one, then drop saved
-        prompts; HttpError 503 if that is not enough."""
+        """While available memory is below the reserve, unload idle models other than the wanted
+        one, then drop saved prompts; HttpError 503 if that is not enough.
+        """
         while available_mb() < self.min_free_mb and (
             going := removable(self.instances.values(), wanted)
         ):
@@ -349,15 +375,18 @@ class Pool:
     # Unloading.
 
     async def _unload(self, instance: Instance) -> float:
-        """Stop an instance, wait until it is gone, and return the megabytes that the process gave back."""
+        """Stop an instance, wait until it is gone, and return the megabytes that the process gave
+        back.
+        """
         before = resident_bytes()
         instance.leave()
         await asyncio.wait([instance.freed])  # which goes on if this wait is cancelled
         return round(max(0, before - resident_bytes()) / MB, 1)
 
     async def unload(self, model_id: str) -> float | None:
-        """Unload a model, or stop its load, and return the megabytes freed. None if there was nothing to unload;
-        HttpError 409 if a request uses the model or waits for it."""
+        """Unload a model, or stop its load, and return the megabytes freed. None if there was
+        nothing to unload; HttpError 409 if a request uses the model or waits for it.
+        """
         if load := self.starting.get(model_id):
             await asyncio.wait([load])
         instance = self.instances.get(model_id)
@@ -368,7 +397,9 @@ class Pool:
         return await self._unload(instance)
 
     async def unload_unused(self) -> dict[str, float]:
-        """Unload models that were unused for the configured minutes. Returns megabytes freed, by model."""
+        """Unload models that were unused for the configured minutes. Returns megabytes freed, by
+        model.
+        """
         freed: dict[str, float] = {}
         while (
             unused := self.unused()

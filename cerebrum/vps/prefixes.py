@@ -1,4 +1,6 @@
-"""Keeps computed sequences in a context, in memory and on disk, and finds the longest prefix of a new prompt."""
+"""Keeps computed sequences in a context, in memory and on disk, and finds the longest prefix of a
+new prompt.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ STORE_SECONDS = 3.0  # after this long without a request, idle sequences are sto
 
 @dataclass(slots=True)
 class Parked:
-    """A sequence outside the context: its tokens, and llama.cpp's serialised KV state for exactly these tokens."""
+    """A sequence outside the context: its tokens, and llama.cpp's serialised KV state for exactly
+    these tokens.
+    """
 
     tokens: list[int]
     state: bytes | memoryview
@@ -29,10 +33,11 @@ class Parked:
 
 
 class PrefixStore:
-    """Recent sequences within a budget of bytes; the least recently used one is dropped first. Owned by one worker.
+    """Recent sequences within a budget of bytes; the least recently used one is dropped first.
+    Owned by one worker.
 
-    With `whole`, a sequence cannot be cut: its beginnings are kept beside it, and it serves only prompts that go on
-    with it.
+    With `whole`, a sequence cannot be cut: its beginnings are kept beside it, and it serves only
+    prompts that go on with it.
     """
 
     def __init__(self, budget: int, whole: bool = False) -> None:
@@ -52,7 +57,9 @@ class PrefixStore:
         return (new if self.whole else new[: len(old)]) == old
 
     def covers(self, tokens: list[int]) -> bool:
-        """Whether an entry can stand for a sequence of `tokens`. If so, the entry counts as just used."""
+        """Whether an entry can stand for a sequence of `tokens`. If so, the entry counts as just
+        used.
+        """
         for place, entry in enumerate(self.entries):
             if self._replaces(entry.tokens, tokens):
                 self._touch(place)
@@ -60,8 +67,9 @@ class PrefixStore:
         return False
 
     def make_room(self, tokens: list[int], size: int) -> bool:
-        """Drop the entries that `tokens` extend, then the least recently used until `size` bytes more are within the
-        budget. False, with nothing dropped, if that is impossible."""
+        """Drop the entries that `tokens` extend, then the least recently used until `size` bytes
+        more are within the budget. False, with nothing dropped, if that is impossible.
+        """
         if size > self.budget:
             return False
         self.entries = [old for old in self.entries if not self._replaces(tokens, old.tokens)]
@@ -89,14 +97,18 @@ class PrefixStore:
 
 
 class Sequences:
-    """The sequences of a model: in the slots of its context, running or idle, and in the store. Owned by one worker."""
+    """The sequences of a model: in the slots of its context, running or idle, and in the store.
+    Owned by one worker.
+    """
 
     def __init__(self, model: Llama, count: int, budget: int) -> None:
         self.model, self.store = model, PrefixStore(budget, model.recurrent)
         self.slots = [Slot(i) for i in range(count)]
 
     def place(self, prompt: list[int], free: list[Slot]) -> tuple[Slot, list[int]]:
-        """One of the free slots, with the longest known prefix of the prompt, and the sequence that has this prefix."""
+        """One of the free slots, with the longest known prefix of the prompt, and the sequence that
+        has this prefix.
+        """
         entry, stored = self.store.best(prompt)
         # A running recurrent state goes on and cannot be shared.
         near = free if self.model.recurrent else self.slots
@@ -123,7 +135,8 @@ class Sequences:
                 return self.place(prompt, free)
             slot.tokens = entry.tokens[:]
         elif not in_place and live >= MIN_PREFIX:
-            # A copy between separate caches takes memory for a while: not more than saved prompts may.
+            # A copy between separate caches takes memory for a while: not more than saved prompts
+            # may.
             fits = self.model.unified or self.model.state_size(nearest) <= self.store.budget
             if fits and self.model.copy_prefix(nearest, slot, live):
                 slot.tokens = nearest.tokens[:]
@@ -131,8 +144,10 @@ class Sequences:
         return slot, guide
 
     def is_coming(self, prompt: list[int], low: bool) -> bool:
-        """Whether a running prefill will soon hold more of this prompt than any slot or stored sequence does now. One
-        of low priority may take long, and only another of low priority waits for it."""
+        """Whether a running prefill will soon hold more of this prompt than any slot or stored
+        sequence does now. One of low priority may take long, and only another of low priority waits
+        for it.
+        """
         if self.model.recurrent:
             return False  # a state cannot be shared
         have = max(
@@ -152,15 +167,18 @@ class Sequences:
             self.cut(slot, len(slot.tokens) * self.store.budget // size)
 
     def keep(self, slot: Slot) -> None:
-        """Copy the slot's sequence to the store, if it is within the budget. Room is made first: both would take memory
-        together."""
+        """Copy the slot's sequence to the store, if it is within the budget. Room is made first:
+        both would take memory together.
+        """
         if len(slot.tokens) < MIN_PREFIX or self.store.covers(slot.tokens):
             return
         if self.store.make_room(slot.tokens, self.model.state_size(slot) + 4 * len(slot.tokens)):
             self.store.add(Parked(slot.tokens[:], self.model.save(slot)))
 
     def park(self, slot: Slot) -> None:
-        """Move an idle slot's sequence to the store, so that only running sequences occupy KV cells."""
+        """Move an idle slot's sequence to the store, so that only running sequences occupy KV
+        cells.
+        """
         self.keep(slot)
         self.cut(slot, 0)
 
@@ -176,7 +194,9 @@ KV_MAGIC = b"cerebrum-kv-4\n"
 
 
 def encode_parked(entry: Parked, key: str) -> tuple[bytes, bytes | memoryview]:
-    """A file in two parts: magic, sha256 of the rest, a line with key and number of tokens, tokens as int32; state."""
+    """A file in two parts: magic, sha256 of the rest, a line with key and number of tokens, tokens
+    as int32; state.
+    """
     head = f"{key} {len(entry.tokens)}\n".encode() + array("i", entry.tokens).tobytes()
     digest = hashlib.sha256(head)
     digest.update(entry.state)
@@ -184,7 +204,9 @@ def encode_parked(entry: Parked, key: str) -> tuple[bytes, bytes | memoryview]:
 
 
 def decode_parked(data: bytes, key: str) -> Parked:
-    """The entry in a file made for `key`; ValueError if the file is damaged, truncated, or made for another key."""
+    """The entry in a file made for `key`; ValueError if the file is damaged, truncated, or made for
+    another key.
+    """
     start = len(KV_MAGIC) + 32
     if (
         not data.startswith(KV_MAGIC)
@@ -202,8 +224,9 @@ def decode_parked(data: bytes, key: str) -> Parked:
 def save_parked(
     folder: Path, key: str, entries: Sequence[Parked], tick: Callable[[], object] = bool
 ) -> None:
-    """Write a model's parked sequences, the most recently used last, and remove all other files of the folder. `tick`
-    is called before each write."""
+    """Write a model's parked sequences, the most recently used last, and remove all other files of
+    the folder. `tick` is called before each write.
+    """
     files = {folder / f"{order:04d}.kv": entry for order, entry in enumerate(entries)}
     try:
         for path, entry in files.items():
@@ -216,7 +239,9 @@ def save_parked(
 
 
 def load_parked(folder: Path, key: str, budget: int) -> Iterator[Parked]:
-    """Read parked sequences back, the least recently used first. A damaged, foreign or oversized file is removed."""
+    """Read parked sequences back, the least recently used first. A damaged, foreign or oversized
+    file is removed.
+    """
     for path in sorted(folder.glob("*")):
         try:
             if path.stat().st_size > budget:

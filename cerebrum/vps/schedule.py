@@ -1,4 +1,5 @@
-"""The cost of a decode on this machine, how much of a prompt is read at once, and which worker decodes next.
+"""The cost of a decode on this machine, how much of a prompt is read at once, and which worker
+decodes next.
 
 `Costs` are measured when a model is loaded, and adjusted from then on. The policy is pure.
 """
@@ -13,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 from cerebrum.vps.llama import MAX_CHUNK, Llama, ModelError, Slot
 
-# ------------------------------------------------------------------------------------- policy: schedule
+# --------------------------------------------------------------------------------- policy: schedule
 
 MEASURED_TOKENS = 16
 LEARN_FROM_TOKENS = 24  # the time of smaller decodes varies too much
@@ -21,16 +22,17 @@ LEARNING_RATE = 0.3
 MIN_SLOWDOWN, MAX_SLOWDOWN = 0.5, 8.0  # limits the effect of a single odd decode
 PAUSE_SECONDS = 0.25  # longest pause of a running stream while a chunk of another prompt is read
 PAUSE_TOKENS = 6  # the time of this many of its own tokens may pass too, if that is longer
-# Longest chunk when no stream is running; a longer piece is aborted when another request comes. Progress is reported
-# after each chunk, but short chunks are read slower.
+# Longest chunk when no stream is running; a longer piece is aborted when another request comes.
+# Progress is reported after each chunk, but short chunks are read slower.
 PREFILL_SECONDS = 4.0
 
 
 class Costs:
-    """Seconds of one `llama_decode` by its number of tokens: a line through those of one token and of MEASURED_TOKENS.
+    """Seconds of one `llama_decode` by its number of tokens: a line through those of one token and
+    of MEASURED_TOKENS.
 
-    `slowdown` is the measured time of chunks divided by that. It grows with the length of the contexts, and matters
-    where a chunk has a time limit.
+    `slowdown` is the measured time of chunks divided by that. It grows with the length of the
+    contexts, and matters where a chunk has a time limit.
     """
 
     def __init__(self, one: float, many: float) -> None:
@@ -49,7 +51,9 @@ class Costs:
         return self.one + self.more * (tokens - 1)
 
     def longest(self, seconds: float) -> int:
-        """Tokens of the longest chunk that will take at most `seconds`: at least 1, at most MAX_CHUNK."""
+        """Tokens of the longest chunk that will take at most `seconds`: at least 1, at most
+        MAX_CHUNK.
+        """
         return max(1, min(MAX_CHUNK, 1 + int((seconds / self.slowdown - self.one) / self.more)))
 
 
@@ -63,11 +67,13 @@ def chunk_size(
 ) -> int:
     """How many of a prompt's `missing` tokens to read next.
 
-    While streams are running, the pause allowed to the fastest stream limits the chunk; `token_seconds` is the time of
-    one token of that stream, infinity without a stream. Otherwise the chunk is at most twice as long as the shortest
-    prompt being read (`reading` lists the missing tokens of each prompt, including this one). A short prompt then does
-    not wait for a long one, and two prompts of similar length are read in one decode. A prompt that is read alone comes
-    in whole pieces of `piece` tokens, since the weights are read once for each piece, whatever its length.
+    While streams are running, the pause allowed to the fastest stream limits the chunk;
+    `token_seconds` is the time of one token of that stream, infinity without a stream. Otherwise
+    the chunk is at most twice as long as the shortest prompt being read (`reading` lists the
+    missing tokens of each prompt, including this one). A short prompt then does not wait for a long
+    one, and two prompts of similar length are read in one decode. A prompt that is read alone comes
+    in whole pieces of `piece` tokens, since the weights are read once for each piece, whatever its
+    length.
     """
     if token_seconds < math.inf:
         return min(missing, share_size(costs, token_seconds))
@@ -80,9 +86,9 @@ def chunk_size(
 class Baton:
     """A lock shared by the workers of one process: only its holder computes.
 
-    llama.cpp's threads spin, so two models that compute at once on two cores would crawl. A worker holds the baton for
-    one decode; the workers that wait get the baton in the order of asking. `active` maps each decoder with running
-    sequences to its seconds per token.
+    llama.cpp's threads spin, so two models that compute at once on two cores would crawl. A worker
+    holds the baton for one decode; the workers that wait get the baton in the order of asking.
+    `active` maps each decoder with running sequences to its seconds per token.
     """
 
     def __init__(self) -> None:
@@ -109,7 +115,9 @@ class Baton:
                 self.active[worker] = token_seconds
 
     def fastest_other(self, worker: object) -> float:
-        """Seconds per token of the fastest other worker that waits while this one computes; infinity if none waits."""
+        """Seconds per token of the fastest other worker that waits while this one computes;
+        infinity if none waits.
+        """
         with self._turn:
             return min(
                 (seconds for other, seconds in self.active.items() if other is not worker),
@@ -118,8 +126,9 @@ class Baton:
 
 
 def measure_costs(model: Llama, baton: Baton, give_up: Callable[[], bool]) -> Costs:
-    """The costs of a model that was just loaded. ModelError if llama.cpp fails or `give_up` returns True. Another model
-    may decode between two measurements."""
+    """The costs of a model that was just loaded. ModelError if llama.cpp fails or `give_up` returns
+    True. Another model may decode between two measurements.
+    """
     slot, least = Slot(0), dict[int, float]()
     for size in (1, 1, 1, MEASURED_TOKENS, MEASURED_TOKENS):
         if give_up():

@@ -1,4 +1,5 @@
-"""A model's tokens, and what a request's prompt is in them: plain text, the text around a gap, or a chat.
+"""A model's tokens, and what a request's prompt is in them: plain text, the text around a gap, or a
+chat.
 
 A `Vocabulary` only reads the model. So other threads may use it too, while it is `in_use`.
 """
@@ -21,16 +22,16 @@ from cerebrum.text.prompt import arrange_gap, steady_suffix
 from cerebrum_common import HttpError
 
 api: Any = _llama  # ctypes: its signatures are C's, and its type stubs do not pass strict checking
-# ---------------------------------------------------------------------------------------------------- policy
+# ------------------------------------------------------------------------------------------- policy
 
 
 @dataclass(frozen=True, slots=True)
 class CompletionRequest:
     """One completion as a caller requests it. The caller has checked the ranges.
 
-    The caller gives either `prompt` or `messages`, pairs of a role (system, user, assistant) and a text. A `suffix`
-    makes the request fill-in-the-middle. With `heal` the prompt's last token may be unfinished. `extra` has the name
-    and text of other files.
+    The caller gives either `prompt` or `messages`, pairs of a role (system, user, assistant) and a
+    text. A `suffix` makes the request fill-in-the-middle. With `heal` the prompt's last token may
+    be unfinished. `extra` has the name and text of other files.
     """
 
     prompt: str | None = None
@@ -60,40 +61,46 @@ class CompletionRequest:
 
 
 def begun_answer(messages: Sequence[tuple[str, str]]) -> str:
-    """The text of the last message if it is the assistant's, else empty. The model continues this text."""
+    """The text of the last message if it is the assistant's, else empty. The model continues this
+    text.
+    """
     role, content = messages[-1]
     return content if role == "assistant" else ""
 
 
-# The word before the cursor, with the preceding character that tokenizers merge into it; or the white space, the sign
-# or the underscores before the cursor. Long words and scripts without spaces are left alone, because every healed token
-# costs a decode.
+# The word before the cursor, with the preceding character that tokenizers merge into it; or the
+# white space, the sign or the underscores before the cursor. Long words and scripts without spaces
+# are left alone, because every healed token costs a decode.
 UNFINISHED = re.compile(
     r"(?:[^\r\n\w]|_)?(?<![^\W\d_])[A-Za-z]{1,24}\Z|[ \t]+\Z|[!-/:-@\[-^`{-~]\Z|_{1,24}\Z"
 )
 
 
 def heal_from(prompt: str) -> int:
-    """The start of the text that the model writes again in tokens of its own choice ("token healing").
+    """The start of the text that the model writes again in tokens of its own choice ("token
+    healing").
 
-    A model seldom writes `ort` after the tokens of `imp`, because in its training text ` import` is one token.
+    A model seldom writes `ort` after the tokens of `imp`, because in its training text ` import` is
+    one token.
     """
     match = UNFINISHED.search(prompt, max(0, len(prompt) - 64))
     return match.start() if match else len(prompt)
 
 
-# Marks that some files do not declare as control tokens: CodeLlama's end, StarCoder's and CodeGemma's next file.
+# Marks that some files do not declare as control tokens: CodeLlama's end, StarCoder's and
+# CodeGemma's next file.
 END_MARK = re.compile(
     r"\u2581?<(?:EOT|PRE|SUF|MID)>|<\|?file_sep(?:arator)?\|?>|<\|?(?:repo|file)_?name\|?>|<\|?fim_\w+\|?>"
 )
 FILE_MARKS = ("<|file_sep|>", "<file_sep>", "<|file_separator|>")  # before a file's name
 APART = "\x01"  # SentencePiece knows it as a byte
 MAX_PIECE_BYTES = 4096  # no known token is longer than a few hundred bytes
-# The texts of many models are split by std::regex, which recurses for each character of a match. A match of 22,000
-# characters overflows a thread's stack of 8 MB, and a match may consist of two runs. SentencePiece takes minutes for a
-# megabyte of line ends.
+# The texts of many models are split by std::regex, which recurses for each character of a match. A
+# match of 22,000 characters overflows a thread's stack of 8 MB, and a match may consist of two
+# runs. SentencePiece takes minutes for a megabyte of line ends.
 MAX_RUN = 4096  # characters
-# What a match or a run consists of: visible characters; white space, as llama.cpp knows it; words with single spaces.
+# What a match or a run consists of: visible characters; white space, as llama.cpp knows it; words
+# with single spaces.
 RUNS = [
     re.compile(f"{kind}{{1,{MAX_RUN}}}")
     for kind in (r"[\S\x1c-\x1f]", r"[^\S\x1c-\x1f]", r"[A-Za-z \x80-\U0010ffff]")
@@ -101,14 +108,16 @@ RUNS = [
 
 
 def cut_runs(text: str) -> list[str]:
-    """The text in pieces: cut behind each MAX_RUN characters of one kind, of which code has no such run."""
+    """The text in pieces: cut behind each MAX_RUN characters of one kind, of which code has no such
+    run.
+    """
     runs = itertools.chain(*(run.finditer(text) for run in RUNS))
     cuts = {run.end() for run in runs if len(run[0]) == MAX_RUN}
     places = [0, *sorted(cuts | {len(text)})]
     return [text[start:end] for start, end in itertools.pairwise(places)]
 
 
-# --------------------------------------------------------------------------------------- IO: llama.cpp
+# ------------------------------------------------------------------------------------ IO: llama.cpp
 
 
 def metadata(model: Any, key: str) -> str:
@@ -121,19 +130,22 @@ def metadata(model: Any, key: str) -> str:
 class Vocabulary:
     """The tokens of one loaded model, given by its llama_model pointer.
 
-    `fim` names the marks of a gap if the file names none, `layout` is their order, see `arrange_gap`.
+    `fim` names the marks of a gap if the file names none, `layout` is their order, see
+    `arrange_gap`.
     """
 
     def __init__(self, model: Any, fim: Sequence[str] = (), layout: str = "psm") -> None:
         self.model, self.vocab = model, api.llama_model_get_vocab(model)
         self.piece: Callable[[int], bytes] = functools.cache(self._piece)
         self.is_end: Callable[[int], bool] = functools.cache(self._is_end)
-        # While the model is being unloaded, a thread may still encode the prompt of a client that has left.
+        # While the model is being unloaded, a thread may still encode the prompt of a client that
+        # has left.
         self.users, self.closed, self._idle = 0, False, threading.Condition()
         self.kind = api.llama_vocab_type(self.vocab)
         spaces = metadata(model, "tokenizer.ggml.add_space_prefix") != "false"
         self.dummy_space = spaces and self.kind == api.LLAMA_VOCAB_TYPE_SPM
-        # The marks before the text above a gap, before the one below it, and at the end; -1 for none.
+        # The marks before the text above a gap, before the one below it, and at the end; -1 for
+        # none.
         names = ("pre", "suf", "mid")
         self.fim = [int(getattr(api, f"llama_vocab_fim_{name}")(self.vocab)) for name in names]
         if min(self.fim) < 0 and fim:
@@ -144,7 +156,9 @@ class Vocabulary:
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[Vocabulary]:
-        """The model is not freed meanwhile. Several threads may use it. HttpError 503 if it has been freed."""
+        """The model is not freed meanwhile. Several threads may use it. HttpError 503 if it has
+        been freed.
+        """
         with self._idle:
             if self.closed:
                 raise HttpError("SHUTTING_DOWN", "the model has just been unloaded")
@@ -169,7 +183,9 @@ class Vocabulary:
         return buffer.raw[: max(0, size)]
 
     def _is_end(self, token: int) -> bool:
-        """Whether a completion ends with this token: the model's own ends, and every mark that is no part of a text."""
+        """Whether a completion ends with this token: the model's own ends, and every mark that is
+        no part of a text.
+        """
         text = (api.llama_vocab_get_text(self.vocab, token) or b"").decode("utf-8", "replace")
         kinds = (
             api.llama_vocab_is_eog(self.vocab, token),
@@ -178,8 +194,10 @@ class Vocabulary:
         return any(kinds) or END_MARK.fullmatch(text) is not None
 
     def tokenize(self, text: str | bytes, first: bool, special: bool = False) -> list[int]:
-        """Text to tokens. `first` adds the tokens that the model expects at the beginning of a text. With `special`,
-        the names of control tokens in the text become those tokens. Long runs of one kind are tokenized in pieces."""
+        """Text to tokens. `first` adds the tokens that the model expects at the beginning of a
+        text. With `special`, the names of control tokens in the text become those tokens. Long runs
+        of one kind are tokenized in pieces.
+        """
         head, *rest = [text] if isinstance(text, bytes) else cut_runs(text)
         data = head.encode() if isinstance(head, str) else head
         room = len(data) + 8
@@ -189,8 +207,9 @@ class Vocabulary:
         return [*tokens[: max(0, count)], *itertools.chain(*parts)]
 
     def tokenize_part(self, text: str | bytes, special: bool = False) -> list[int]:
-        """A text that follows other tokens. SentencePiece would put a space before it, so it is tokenized behind a
-        character that merges with nothing."""
+        """A text that follows other tokens. SentencePiece would put a space before it, so it is
+        tokenized behind a character that merges with nothing.
+        """
         if not self.dummy_space or not text:
             return self.tokenize(text, False, special)
         text = text.decode(errors="replace") if isinstance(text, bytes) else text
@@ -204,9 +223,11 @@ class Vocabulary:
         return tokens[0] if len(tokens) == 1 else -1
 
     def encode(self, request: CompletionRequest) -> tuple[list[int], bytes, int]:
-        """A request's prompt as tokens (plain, fill-in-the-middle or chat), the end of its text that is left out for
-        healing, and the number of tokens up to the cursor. Users' input is text, never control tokens, unless the
-        request is `special`. HttpError 400 if a suffix is given and the model has no fill-in-the-middle tokens."""
+        """A request's prompt as tokens (plain, fill-in-the-middle or chat), the end of its text
+        that is left out for healing, and the number of tokens up to the cursor. Users' input is
+        text, never control tokens, unless the request is `special`. HttpError 400 if a suffix is
+        given and the model has no fill-in-the-middle tokens.
+        """
         with self.in_use():
             if request.messages:
                 return self._encode_chat(request.messages), b"", 0
@@ -246,9 +267,11 @@ class Vocabulary:
         return tokens, cursor
 
     def _encode_files(self, request: CompletionRequest) -> list[int]:
-        """Other files' texts, each after the model's file mark and the file's name; then the mark and the name of the
-        request's own file. A model without the mark gets the texts alone. The mark before a repository's name is not
-        used: with it, Qwen2.5-Coder completed the gaps beside other files worse."""
+        """Other files' texts, each after the model's file mark and the file's name; then the mark
+        and the name of the request's own file. A model without the mark gets the texts alone. The
+        mark before a repository's name is not used: with it, Qwen2.5-Coder completed the gaps
+        beside other files worse.
+        """
         mark, name = self.file_mark, request.filename
         files = [text if mark < 0 else f"{name}\n{text}" for name, text in request.extra]
         if name and mark >= 0 and (files or request.suffix is not None):
@@ -259,9 +282,11 @@ class Vocabulary:
         return [*itertools.chain(*parts)]
 
     def _encode_chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
-        """Apply the chat template to placeholders, then replace these by the messages: the template's own text may
-        contain control tokens, the messages may not. If the last message is the assistant's, the answer begins with
-        that message. A base model, which has no template, goes on with the messages as a text."""
+        """Apply the chat template to placeholders, then replace these by the messages: the
+        template's own text may contain control tokens, the messages may not. If the last message is
+        the assistant's, the answer begins with that message. A base model, which has no template,
+        goes on with the messages as a text.
+        """
         begun = begun_answer(messages)
         messages = messages[: len(messages) - bool(begun)]
         template: bytes = api.llama_model_chat_template(self.model, None) or b""
@@ -297,7 +322,9 @@ class Vocabulary:
         return tokens + self.tokenize_part(shown, special=True) + self.tokenize_part(begun)
 
     def _apply(self, template: bytes, roles: Sequence[str]) -> bytes:
-        """The chat template's text for messages of these roles, with numbered placeholders as contents."""
+        """The chat template's text for messages of these roles, with numbered placeholders as
+        contents.
+        """
         turns = [
             api.llama_chat_message(role.encode(), b"\x01%d\x02" % n) for n, role in enumerate(roles)
         ]

@@ -1,4 +1,5 @@
-"""A thread that owns one loaded model, schedules completions, drafts tokens and keeps prefixes. To try without HTTP:
+"""A thread that owns one loaded model, schedules completions, drafts tokens and keeps prefixes. To
+try without HTTP:
 
     import pathlib, queue
     from cerebrum.vps.llama import Settings, start_library
@@ -8,18 +9,20 @@
     worker = Worker(Loader("qwen", pathlib.Path("model.gguf"), Settings()))
     worker.start()
     events, batch = queue.SimpleQueue(), [{}]
-    worker.submit(worker.prepare(Job(CompletionRequest("def fibonacci(n):", language="python"), events.put)))
+    request = CompletionRequest("def fibonacci(n):", language="python")
+    worker.submit(worker.prepare(Job(request, events.put)))
     while "done" not in batch[-1]:
         batch = events.get()
         print(*(event.get("token", "") for event in batch), sep="", end="", flush=True)
 
 Who owns what
-- One `Worker` thread for each loaded model owns that model's llama context. Other threads only tokenize and abort with
-  it. They add a `Job` to the worker's waiting ones. The worker's thread passes events to the job's `deliver`, and every
-  submitted job gets a last event. A flag cancels a job. A byte that llama.cpp's abort callback reads aborts a running
-  `llama_decode`.
-- A worker schedules sequences. A sequence occupies a slot of the KV cache while it runs, and then until the slot is
-  needed. Then the worker parks the sequence in a `PrefixStore` as bytes; unloading writes these bytes to disk.
+- One `Worker` thread for each loaded model owns that model's llama context. Other threads only
+  tokenize and abort with it. They add a `Job` to the worker's waiting ones. The worker's thread
+  passes events to the job's `deliver`, and every submitted job gets a last event. A flag cancels a
+  job. A byte that llama.cpp's abort callback reads aborts a running `llama_decode`.
+- A worker schedules sequences. A sequence occupies a slot of the KV cache while it runs, and then
+  until the slot is needed. Then the worker parks the sequence in a `PrefixStore` as bytes;
+  unloading writes these bytes to disk.
 - A `Baton` lets one model decode at a time.
 """
 
@@ -71,7 +74,8 @@ from cerebrum.vps.schedule import (
 from cerebrum.vps.vocabulary import CompletionRequest, begun_answer
 from cerebrum_common import HttpError, log, request_id_var
 
-# A step has hung after the longer of STEP_SECONDS (a step takes a few) and SLOWEST times the decode's expected time.
+# A step has hung after the longer of STEP_SECONDS (a step takes a few) and SLOWEST times the
+# decode's expected time.
 STEP_SECONDS, SLOWEST = 120.0, 20.0
 DOUBT_TEMPERATURE = (
     0.5  # up to this one, the probability of a token says how sure the model is of it
@@ -81,7 +85,8 @@ RESUME_BACKLOG = 64  # the reader of the deliveries calls `Worker.wake` when thi
 GIVE_WAY_SECONDS = (
     0.05  # until a run whose prompt stands still looks again whether another model still works
 )
-# {"token", "total_tokens"}, {"confidence", "characters"}, {"progress": {"stage", "done", "total"}} or {"done": True, …}
+# {"token", "total_tokens"}, {"confidence", "characters"}, {"progress": {"stage", "done", "total"}}
+# or {"done": True, …}
 Event = dict[str, Any]
 Deliver = Callable[[list[Event | HttpError]], object]
 
@@ -89,8 +94,9 @@ Deliver = Callable[[list[Event | HttpError]], object]
 class Job:
     """A request on its way through a worker.
 
-    The worker's thread calls `deliver` with lists of events; the job's last event is a done event or an HttpError. The
-    thread pauses the job while `unread()` is MAX_BACKLOG or more. Only other threads set `cancelled`.
+    The worker's thread calls `deliver` with lists of events; the job's last event is a done event
+    or an HttpError. The thread pauses the job while `unread()` is MAX_BACKLOG or more. Only other
+    threads set `cancelled`.
     """
 
     def __init__(
@@ -111,8 +117,9 @@ class Job:
         self.request_id = request_id_var.get()
 
     def prepare(self, model: Llama) -> None:
-        """Tokenize the prompt, and read it for the completion's end. HttpError 400 with the counts if the prompt does
-        not fit into the context."""
+        """Tokenize the prompt, and read it for the completion's end. HttpError 400 with the counts
+        if the prompt does not fit into the context.
+        """
         request, turns = self.request, self.request.messages
         self.prompt, self.heal, self.before = model.vocabulary.encode(request)
         count, n_ctx = len(self.prompt), model.n_ctx
@@ -140,8 +147,9 @@ class Job:
 
 @dataclass(slots=True)
 class ModelTally(Tally):
-    """Totals of a model's completions and decodes, kept when the model is unloaded. The worker's thread writes all
-    fields except the three about loads."""
+    """Totals of a model's completions and decodes, kept when the model is unloaded. The worker's
+    thread writes all fields except the three about loads.
+    """
 
     drafts: int = 0  # decodes that checked a draft
     decodes: int = 0  # calls of llama_decode
@@ -189,8 +197,9 @@ class Run:
         return token
 
     def feed(self, piece: bytes) -> str | None:
-        """Put the text that the client may have into the outbox. Returns why the completion has ended (None: it goes
-        on). Bytes wait until their character is whole."""
+        """Put the text that the client may have into the outbox. Returns why the completion has
+        ended (None: it goes on). Bytes wait until their character is whole.
+        """
         written, threshold, mean = (
             self.characters.decode(piece),
             self.job.request.min_confidence,
@@ -247,7 +256,9 @@ class Run:
 
 @dataclass(slots=True)
 class Work:
-    """One sequence's part in the next decode: tokens to append, the last `outputs` of them with logits."""
+    """One sequence's part in the next decode: tokens to append, the last `outputs` of them with
+    logits.
+    """
 
     run: Run
     tokens: list[int]
@@ -255,9 +266,11 @@ class Work:
 
 
 class Decoder:
-    """What the next `llama_decode` computes for each running sequence, and what becomes of its result.
+    """What the next `llama_decode` computes for each running sequence, and what becomes of its
+    result.
 
-    Owned by a worker; every call is from its thread. `stop(seconds)` is asked before a decode that should take so long.
+    Owned by a worker; every call is from its thread. `stop(seconds)` is asked before a decode that
+    should take so long.
     """
 
     def __init__(
@@ -293,14 +306,16 @@ class Decoder:
             self.tally.cached_tokens += job.cached
         slot.run = Run(job, slot, guide)
         if self.model.recurrent and self.sequences.store.budget:
-            # A later prompt has this one's beginning, or all of it; its last token may be another one.
+            # A later prompt has this one's beginning, or all of it; its last token may be another
+            # one.
             slot.run.marks = [
                 mark for mark in (job.before - 1, len(job.prompt) - 1) if mark >= MIN_PREFIX
             ]
 
     def turn(self, runs: list[Run]) -> bool:
-        """Decode the next work of every run, together. False if there is none: prompts of low priority are read only
-        while no other request needs the CPU."""
+        """Decode the next work of every run, together. False if there is none: prompts of low
+        priority are read only while no other request needs the CPU.
+        """
         is_busy = not all(run.job.low for run in runs) or self.baton.fastest_other(self) < math.inf
         runs = [run for run in runs if not (is_busy and run.job.low and run.prefilling)]
         works: list[Work] = []
@@ -323,7 +338,8 @@ class Decoder:
             ]
             # What is read of low priority must end soon when another request comes.
             pace = self._pace(own=run.job.low or len(reading) < len(runs))
-            # An infill is often given up for the next key, and a micro-batch that is not done is lost.
+            # An infill is often given up for the next key, and a micro-batch that is not done is
+            # lost.
             short = run.hurried or self.model.recurrent or run.job.request.mode == "infill"
             piece = 1 if short else self.model.micro_batch
             size = chunk_size(stop - len(slot.tokens), reading, pace, self.costs, piece)
@@ -336,7 +352,9 @@ class Decoder:
         return Work(run, [run.pending, *draft], 1 + len(draft))
 
     def _pace(self, own: bool) -> float:
-        """Seconds per token of the fastest stream that waits for a decode, in this model (if `own`) or another."""
+        """Seconds per token of the fastest stream that waits for a decode, in this model (if `own`)
+        or another.
+        """
         return min(self.costs(1) if own else math.inf, self.baton.fastest_other(self))
 
     def _draft(self, run: Run, runs: list[Run]) -> list[int]:
@@ -356,7 +374,9 @@ class Decoder:
         return run.drafter.draft(room)
 
     def _step(self, works: list[Work]) -> float:
-        """Run one llama_decode and handle its result for each sequence. Returns the seconds; 0.0 if it was not done."""
+        """Run one llama_decode and handle its result for each sequence. Returns the seconds; 0.0 if
+        it was not done.
+        """
         self.model.abort_flag[0] = b"\x00"
         try:
             self.running = [work.run for work in works]
@@ -400,7 +420,8 @@ class Decoder:
             if self.model.recurrent:  # nobody knows how far the state has gone
                 self.sequences.cut(slot, 0)
             elif run.prefilling:  # the tokens read before the abort stay useful as a prefix
-                # The prompt's last token is left out: its logits are missing, so it must be decoded again.
+                # The prompt's last token is left out: its logits are missing, so it must be decoded
+                # again.
                 read = min(self.model.computed(slot) - len(slot.tokens), len(work.tokens) - 1)
                 slot.tokens += work.tokens[: max(0, read)]
                 self.tally.prompt_tokens += max(0, read)
@@ -411,8 +432,9 @@ class Decoder:
                 self.fail(run, HttpError("INTERNAL_ERROR", "the model could not be evaluated"))
 
     def _continue(self, run: Run, tokens: list[int]) -> None:
-        """Drop what was decoded behind the slot's tokens. If `tokens`, those of the run, cannot all be kept, the run
-        reads them again."""
+        """Drop what was decoded behind the slot's tokens. If `tokens`, those of the run, cannot all
+        be kept, the run reads them again.
+        """
         self.sequences.cut(run.slot, len(run.slot.tokens))
         if run.pending is not None and len(run.slot.tokens) < len(tokens):
             run.prompt, run.pending = [*tokens, run.pending], None
@@ -507,8 +529,9 @@ class Decoder:
             self.release(run, error.code)
 
     def release(self, run: Run, reason: str = "") -> None:
-        """Make the slot idle again. Its sequence stays as a prefix for later prompts. Without a reason, the job has not
-        ended: it gives way, and starts again."""
+        """Make the slot idle again. Its sequence stays as a prefix for later prompts. Without a
+        reason, the job has not ended: it gives way, and starts again.
+        """
         run.slot.run = None
         tally = self.tally
         tally.prompt_seconds += (run.first_token or time.monotonic()) - run.started
@@ -528,7 +551,9 @@ class Decoder:
 
 @dataclass(slots=True)
 class Loader:
-    """Loads a model: the tuned file or the published one. `path`, `settings` and `encoding` are then those in use."""
+    """Loads a model: the tuned file or the published one. `path`, `settings` and `encoding` are
+    then those in use.
+    """
 
     model_id: str
     path: Path
@@ -542,8 +567,9 @@ class Loader:
     done: float = 0.0  # the share of the file that has been read
 
     def open(self, beat: Callable[[], bool]) -> Llama:
-        """Load the tuned file, or the published one if there is no tuned file or loading it fails. `beat` is called now
-        and then, and returns whether to give up."""
+        """Load the tuned file, or the published one if there is no tuned file or loading it fails.
+        `beat` is called now and then, and returns whether to give up.
+        """
 
         def progress(done: float) -> bool:
             self.done = done
@@ -579,9 +605,9 @@ class Loader:
 class Worker(threading.Thread):
     """Owns one model's llama context, from load to unload.
 
-    The thread settles three futures: `ready` when the model is loaded (or with an HttpError if loading failed),
-    `ending` when it does no more work, and `ended` when everything is freed. Every submitted job gets a last event,
-    whatever happens.
+    The thread settles three futures: `ready` when the model is loaded (or with an HttpError if
+    loading failed), `ending` when it does no more work, and `ended` when everything is freed. Every
+    submitted job gets a last event, whatever happens.
     """
 
     def __init__(
@@ -625,8 +651,9 @@ class Worker(threading.Thread):
         return decoder.sequences.store.size if (decoder := self.decoder) else 0
 
     def prepare(self, job: Job) -> Job:
-        """`Job.prepare`, once the model is loaded. A megabyte of text takes a second, so an event loop must use a
-        thread."""
+        """`Job.prepare`, once the model is loaded. A megabyte of text takes a second, so an event
+        loop must use a thread.
+        """
         self.ready.result()
         assert self.model
         job.prepare(self.model)
@@ -651,14 +678,18 @@ class Worker(threading.Thread):
         job.deliver([self._farewell])
 
     def cancel(self, job: Job) -> None:
-        """Cancel a job whose client has left. Abort a running decode that has only cancelled jobs."""
+        """Cancel a job whose client has left. Abort a running decode that has only cancelled
+        jobs.
+        """
         job.cancelled = True
         self.wake()
         self._abort_if(lambda run: run.job.cancelled)
 
     def give_way(self, job: Job) -> None:
-        """Abort a running decode that only reads prompts, of low priority or in a long chunk: another request has come,
-        this job. The micro-batches that are done stay, but for a recurrent model, which would have to begin again."""
+        """Abort a running decode that only reads prompts, of low priority or in a long chunk:
+        another request has come, this job. The micro-batches that are done stay, but for a
+        recurrent model, which would have to begin again.
+        """
         if (decoder := self.decoder) and not decoder.model.recurrent:
             is_long, prompt = decoder.is_long, job.prompt
 
@@ -678,19 +709,24 @@ class Worker(threading.Thread):
             decoder.model.abort()
 
     def shed(self, size: int) -> Future[None]:
-        """Drop the least recently used parked sequences, of `size` bytes or more, or all. The future is set after that,
-        but never if the thread ends before."""
+        """Drop the least recently used parked sequences, of `size` bytes or more, or all. The
+        future is set after that, but never if the thread ends before.
+        """
         done = Future[None]()
         self.sheds.append((size, done))
         self.wake()
         return done
 
     def wake(self) -> None:
-        """Make the thread look at its jobs, for instance when the client of a paused job has read on."""
+        """Make the thread look at its jobs, for instance when the client of a paused job has read
+        on.
+        """
         self._alarm.set()
 
     def stop(self) -> None:
-        """Make the thread end soon, without waiting for it. The thread first saves its sequences to disk."""
+        """Make the thread end soon, without waiting for it. The thread first saves its sequences to
+        disk.
+        """
         self.stopping = True
         self.wake()
         if self.model:
@@ -699,7 +735,9 @@ class Worker(threading.Thread):
     # -- the thread
 
     def _beat(self, seconds: float = 0.0) -> bool:
-        """Note progress for the watchdog; the next step may take `seconds`. Returns whether to stop."""
+        """Note progress for the watchdog; the next step may take `seconds`. Returns whether to
+        stop.
+        """
         self.due = time.monotonic() + max(STEP_SECONDS, SLOWEST * seconds)
         return self.stopping
 
@@ -732,7 +770,8 @@ class Worker(threading.Thread):
                 done.set_result(None)
             self._start_jobs(decoder)
             if self._alarm.is_set():
-                continue  # more jobs may have come while a sequence was parked, which takes milliseconds
+                # more jobs may have come while a sequence was parked, which takes milliseconds
+                continue
             # Without those whose clients do not keep up.
             runs = [
                 slot.run for slot in self.slots if slot.run and slot.run.job.unread() < MAX_BACKLOG
@@ -795,7 +834,9 @@ class Worker(threading.Thread):
         return self.decoder
 
     def _close(self) -> None:
-        """Answer every job, save the parked sequences, free the model. Each step runs even if an earlier one fails."""
+        """Answer every job, save the parked sequences, free the model. Each step runs even if an
+        earlier one fails.
+        """
         with self._door:
             self._closed = True
         self.baton.note(self.decoder, None)
@@ -830,8 +871,9 @@ class Worker(threading.Thread):
             log.exception("model %s: %s failed", self.model_id, step)
 
     def _start_jobs(self, decoder: Decoder) -> None:
-        """Drop cancelled jobs, and start waiting ones while there are slots: those of low priority last, the oldest
-        first."""
+        """Drop cancelled jobs, and start waiting ones while there are slots: those of low priority
+        last, the oldest first.
+        """
         for slot in self.slots:
             if slot.run and slot.run.job.cancelled:
                 decoder.release(slot.run, CANCELLED)
@@ -859,8 +901,9 @@ class Worker(threading.Thread):
                 job.deliver([HttpError("INTERNAL_ERROR", "internal error; see the log")])
 
     def _slots_for(self, job: Job) -> list[Slot]:
-        """The idle slots. If there are none, a job of normal priority gets one in which a prompt of low priority is
-        being read; a completion that has begun to write keeps its slot."""
+        """The idle slots. If there are none, a job of normal priority gets one in which a prompt of
+        low priority is being read; a completion that has begun to write keeps its slot.
+        """
         idle = [slot for slot in self.slots if not slot.run]
         if idle or job.low:
             return idle
@@ -870,8 +913,9 @@ class Worker(threading.Thread):
         ]
 
     def _rest(self, sequences: Sequences) -> None:
-        """Wait for the alarm. Idle sequences are stored only after STORE_SECONDS of quiet, because storing 3,500 tokens
-        takes a fifth of a second and no request should wait for the storing."""
+        """Wait for the alarm. Idle sequences are stored only after STORE_SECONDS of quiet, because
+        storing 3,500 tokens takes a fifth of a second and no request should wait for the storing.
+        """
         if self._alarm.wait(STORE_SECONDS):
             return
         for slot in self.slots:

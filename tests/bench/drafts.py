@@ -1,11 +1,13 @@
-"""The gain from the drafter's memory of changes, when files of the standard library are written again with a change.
+"""The gain from the drafter's memory of changes, when files of the standard library are written
+again with a change.
 
     python tests/bench/drafts.py [--model qwen_0_5b]
 
-Nothing is generated: the drafter gets the tokens of the changed file, by the tokenizer of --model, as if a model had
-chosen them. The time of each decode comes from a table measured with a 1.5B on two cores (Intel with AMX), so every
-machine gets the same result. Prints one line of JSON with, for each kind of change, the tokens/s without drafts, with a
-drafter that forgets every change, and with the real drafter. `ratio` is the last figure over the one before.
+Nothing is generated: the drafter gets the tokens of the changed file, by the tokenizer of --model,
+as if a model had chosen them. The time of each decode comes from a table measured with a 1.5B on
+two cores (Intel with AMX), so every machine gets the same result. Prints one line of JSON with, for
+each kind of change, the tokens/s without drafts, with a drafter that forgets every change, and with
+the real drafter. `ratio` is the last figure over the one before.
 """
 
 from __future__ import annotations

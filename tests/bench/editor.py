@@ -1,17 +1,19 @@
 """Someone types in an editor: what llama.vim asks for, through both daemons, with real weights.
 
-    python tests/bench/editor.py [--seconds 60] [--keys 6] [--model qwen_0_5b] [--suggest often] [--file PATH]
+    python tests/bench/editor.py [--seconds 60] [--keys 6] [--model qwen_0_5b] [--suggest often]
+        [--file PATH]
 
 Prints one line of JSON:
 
-    typing        A file, by default of the standard library, is typed, --keys characters a second, with pauses as
-                  people make them. Each key asks for an infill and abandons the request before it. (llama.vim waits
-                  for its running request.) `seen`: answers with text that came before the next key, `right`: those
-                  whose first line is what is typed next; `after_pause_ms`: from the last key before a pause to its
-                  answer; `errors`: answers other than 200
-    keys          milliseconds to one token after each key of a line that nobody could predict, typed between 120 lines
-                  and 60 lines: with llama.vim's limit for the prompt (500 ms), and without a limit. `computed`: prompt
-                  tokens read for a key, median
+    typing        A file, by default of the standard library, is typed, --keys characters a second,
+                  with pauses as people make them. Each key asks for an infill and abandons the
+                  request before it. (llama.vim waits for its running request.) `seen`: answers with
+                  text that came before the next key, `right`: those whose first line is what is
+                  typed next; `after_pause_ms`: from the last key before a pause to its answer;
+                  `errors`: answers other than 200
+    keys          milliseconds to one token after each key of a line that nobody could predict,
+                  typed between 120 lines and 60 lines: with llama.vim's limit for the prompt (500
+                  ms), and without a limit. `computed`: prompt tokens read for a key, median
 """
 
 from __future__ import annotations

@@ -1,23 +1,28 @@
-"""Where completions end, measured by an oracle: a "model" that writes the text that really stands there.
+"""Where completions end, measured by an oracle: a "model" that writes the text that really stands
+there.
 
-    python tests/bench/ending.py [--seed 1] [--cases 300] [--languages python,go] [--show 3] [FOLDER ...]
+    python tests/bench/ending.py [--seed 1] [--cases 300] [--languages python,go] [--show 3]
+        [FOLDER ...]
 
-Reads real files below the folders (default: the standard library, the installed packages and the sources that
-`make test-slow` fetches) and prints one line of JSON per language, from --cases of each kind. --show prints so many
-wrong cases of a language, --only those whose kind and model (as in member_on) match a pattern. Needs pygments, which
-says what is a string or a comment; the ends of definitions come from the indentation, not from the code under test. A
-definition of SQL is a statement of several lines, up to its semicolon or, in a file without any, up to the file's end,
-and `header` ends somewhere in it. The kinds of cases:
+Reads real files below the folders (default: the standard library, the installed packages and the
+sources that `make test-slow` fetches) and prints one line of JSON per language, from --cases of
+each kind. --show prints so many wrong cases of a language, --only those whose kind and model (as in
+member_on) match a pattern. Needs pygments, which says what is a string or a comment; the ends of
+definitions come from the indentation, not from the code under test. A definition of SQL is a
+statement of several lines, up to its semicolon or, in a file without any, up to the file's end, and
+`header` ends somewhere in it. The kinds of cases:
 
     header  the prompt ends at the header of a definition; the rest of the definition is missing
     member  the prompt ends at a comment or decorator above a definition; the definition is missing
-    line    the prompt ends somewhere in a line or in its indentation; the rest of the line is missing
+    line    the prompt ends somewhere in a line or in its indentation; the rest of the line is
+            missing
     lines   the same, and one to five more lines are missing; half of them are whole lines
 
-The model ends by itself after the missing piece (`own`), runs on with the text that follows in the file (`on`), or,
-in a gap, runs on with text from elsewhere (`astray`). Each figure is the percentage of cases: `cut` lost some of the
-piece, `late` got more than the piece. `chars` is the mean number of surplus characters of a late case. White space
-does not count, nor do comments and closing brackets that come along.
+The model ends by itself after the missing piece (`own`), runs on with the text that follows in the
+file (`on`), or, in a gap, runs on with text from elsewhere (`astray`). Each figure is the
+percentage of cases: `cut` lost some of the piece, `late` got more than the piece. `chars` is the
+mean number of surplus characters of a late case. White space does not count, nor do comments and
+closing brackets that come along.
 """
 
 from __future__ import annotations
@@ -152,7 +157,9 @@ class Source(Peer):
         return None
 
     def end_of(self, number: int) -> int | None:
-        """The number of the last line of the definition that begins at a line; None if that is not clear."""
+        """The number of the last line of the definition that begins at a line; None if that is not
+        clear.
+        """
         if self.language == "sql":
             return self.end_of_statement(number)
         first, last, closed = self.lines[number], number, False

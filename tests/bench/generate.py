@@ -1,12 +1,14 @@
-"""What vpsd adds to llama.cpp by its HTTP, scheduler and Python: one stream against a bare llama_decode loop.
+"""What vpsd adds to llama.cpp by its HTTP, scheduler and Python: one stream against a bare
+llama_decode loop.
 
     python tests/bench/generate.py [--model qwen_0_5b] [--tokens 128] [--rounds 7] [--threads N]
 
-All use the same library, threads, prompts and greedy choice. Each runs in a process of its own (--bare is the loop's),
-in turn, and each round has a new prompt; --quick has two short ones, to see whether it works. Prints one line of JSON:
-tokens/s counted from the first token, and their share of the bare loop's (medians). `ratio` should reach 0.97. It is of
-a vpsd without drafts, because drafts would hide the overhead measured here. `ratio_drafts` is of a vpsd with its
-defaults; `draft_tokens` counts the tokens that it drafted, few in text that hardly repeats.
+All use the same library, threads, prompts and greedy choice. Each runs in a process of its own
+(--bare is the loop's), in turn, and each round has a new prompt; --quick has two short ones, to see
+whether it works. Prints one line of JSON: tokens/s counted from the first token, and their share of
+the bare loop's (medians). `ratio` should reach 0.97. It is of a vpsd without drafts, because drafts
+would hide the overhead measured here. `ratio_drafts` is of a vpsd with its defaults; `draft_tokens`
+counts the tokens that it drafted, few in text that hardly repeats.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ from cerebrum.vps.vocabulary import api
 
 
 def bare_loop(path: str, threads: int) -> None:
-    """Read `[prompt, tokens]` lines and write `[tokens/s, text]` lines: llama_decode and an argmax, nothing else."""
+    """Read `[prompt, tokens]` lines and write `[tokens/s, text]` lines: llama_decode and an argmax,
+    nothing else.
+    """
     start_library()
     model = api.llama_model_load_from_file(path.encode(), api.llama_model_default_params())
     vocab, params = api.llama_model_get_vocab(model), api.llama_context_default_params()

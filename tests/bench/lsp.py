@@ -1,13 +1,15 @@
-"""What the language server adds to an answer of the Pi, and how soon a cancelled request frees the Pi.
+"""What the language server adds to an answer of the Pi, and how soon a cancelled request frees the
+Pi.
 
     python tests/bench/lsp.py [--model qwen_0_5b]
 
 Prints one line of JSON:
 
-    added      milliseconds of an answer, median and 90 %: asked directly, by /infill of a Pi that answers at once, and
-               in turns through the language server, in a file of 60 KB; and the difference of the medians
-    cancelled  milliseconds from $/cancelRequest until the real Pi has no request any more, median and worst; the VPS
-               was reading a prompt
+    added      milliseconds of an answer, median and 90 %: asked directly, by /infill of a Pi that
+               answers at once, and in turns through the language server, in a file of 60 KB; and
+               the difference of the medians
+    cancelled  milliseconds from $/cancelRequest until the real Pi has no request any more, median
+               and worst; the VPS was reading a prompt
 """
 
 from __future__ import annotations

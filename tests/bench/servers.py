@@ -1,4 +1,5 @@
-"""What benchmarks share: their options, the daemons and llama-server as processes, a client for each, and prompts.
+"""What benchmarks share: their options, the daemons and llama-server as processes, a client for
+each, and prompts.
 
 It sets the path to the harness of the tests, so a benchmark imports it before that.
 """
@@ -28,11 +29,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from engines import Engine, free_port, started
 from harness import FILES, KEY, MODELS, Daemon, daemon, link_tuned
 
-SPIN = "GOMP_SPINCOUNT"  # importing the engine sets it in this process, but a server must choose its own
+# importing the engine sets it in this process, but a server must choose its own
+SPIN = "GOMP_SPINCOUNT"
 
 
 def parser_of(doc: str | None, **defaults: Any) -> argparse.ArgumentParser:
-    """A parser with an option for each of the defaults, of its type. The benchmark's docstring explains them."""
+    """A parser with an option for each of the defaults, of its type. The benchmark's docstring
+    explains them.
+    """
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -71,7 +75,9 @@ def cpu_ns(pid: int) -> int:
 
 @dataclass
 class Result:
-    """One completion as its client saw it. `marks` has (seconds since the request, tokens so far) for each event."""
+    """One completion as its client saw it. `marks` has (seconds since the request, tokens so far)
+    for each event.
+    """
 
     marks: list[tuple[float, int]] = field(default_factory=list)
     text: str = ""
@@ -193,8 +199,9 @@ def vpsd(
     published: bool = False,
     **more: str,
 ) -> Iterator[Server]:
-    """vpsd with the model loaded, from its tuned file if that is given, or as `published` with the settings that were
-    found for that. Its state is below `folder / name`: two of one name share it."""
+    """vpsd with the model loaded, from its tuned file if that is given, or as `published` with the
+    settings that were found for that. Its state is below `folder / name`: two of one name share it.
+    """
     if tuned:
         link_tuned(folder / name, tuned, published)
     settings = {"MODELS_DIR": str(MODELS), "THREADS": str(threads), "MAX_CPU_PERCENT": "100"}
@@ -239,7 +246,9 @@ def ratio(ours: list[float], others: list[float]) -> float:
 
 
 def together(*calls: Callable[[], Result]) -> list[Result]:
-    """The results of calls that run at the same time, each in a thread. Their `marks` count from the same moment."""
+    """The results of calls that run at the same time, each in a thread. Their `marks` count from
+    the same moment.
+    """
     with ThreadPoolExecutor(len(calls)) as pool:
         return [future.result() for future in [pool.submit(call) for call in calls]]
 
@@ -263,7 +272,8 @@ class Question(str):
 def prose(number: int) -> Question:
     """A prompt whose answer hardly repeats itself, a different one for each number.
 
-    It is a question, because a small model that merely continues prose at temperature 0 soon repeats itself.
+    It is a question, because a small model that merely continues prose at temperature 0 soon
+    repeats itself.
     """
     subject = SUBJECTS[number % len(SUBJECTS)]
     kind = ("story", "poem without rhymes", "letter to a friend", "scene of a play")[
@@ -303,13 +313,17 @@ def source(number: int) -> list[str]:
 
 
 def code(number: int) -> str:
-    """A prompt that is the beginning of code: some lines of the standard library, a different place for each number."""
+    """A prompt that is the beginning of code: some lines of the standard library, a different place
+    for each number.
+    """
     lines = source(number)
     end = 30 + 7 * number % max(1, len(lines) - 40)
     return "\n".join(lines[max(0, end - 40) : end]) + "\n"
 
 
 def copying(number: int, lines: int) -> str:
-    """A prompt that asks for a file of the standard library with one change. `lines` is the length of the file."""
+    """A prompt that asks for a file of the standard library with one change. `lines` is the length
+    of the file.
+    """
     file = "\n".join(source(number)[:lines])
     return f"A file:\n```python\n{file}\n```\nThe same file, whole, with `self` renamed to `this`:\n```python\n"

@@ -1,22 +1,28 @@
-"""How well does the model's confidence tell right lines from wrong ones, and which threshold is right?
+"""How well does the model's confidence tell right lines from wrong ones, and which threshold is
+right?
 
-    python tests/bench/sure.py FILE.jsonl [REPOSITORY…] [--model qwen_1_5b] [--kinds line,dot] [--cases 300]
-    python tests/bench/sure.py FILE.jsonl --learn REPOSITORY,… [--model qwen_1_5b]       # the report
+    python tests/bench/sure.py FILE.jsonl [REPOSITORY…] [--model qwen_1_5b]
+        [--kinds line,dot] [--cases 300]
+    python tests/bench/sure.py FILE.jsonl --learn REPOSITORY,… [--model qwen_1_5b]   # the report
 
-REPOSITORY is a folder with a git repository, bare or not; its files are those that were added in or after 2025, so they
-are newer than the models. An answer goes into FILE.jsonl, and a later run asks only for what is missing. Kinds:
+REPOSITORY is a folder with a git repository, bare or not; its files are those that were added in or
+after 2025, so they are newer than the models. An answer goes into FILE.jsonl, and a later run asks
+only for what is missing. Kinds:
 
-    line      a line is cut where a word begins, up to three times, with 40 lines above and 11 below; right if the first
-              line of the answer is the rest of the line
+    line      a line is cut where a word begins, up to three times, with 40 lines above and 11
+              below; right if the first line of the answer is the rest of the line
     dot       the same, behind a dot
     complete  the same as `line`, without the text below
-    gap       two to five whole lines are missing; each line of the answer, right if it and those above are the file's
-    solution  two to five lines, missing from HumanEval's solutions (no repository); right if the tests pass
+    gap       two to five whole lines are missing; each line of the answer, right if it and those
+              above are the file's
+    solution  two to five lines, missing from HumanEval's solutions (no repository); right if the
+              tests pass
 
-The report is one line of JSON. The repositories of --learn (by the names of their folders) give the thresholds: the
-highest that keep 99, 97 and 90 % of the right lines of kind `line`. All others are judged by them: for each kind and
-language the lines, the right ones, the area under the curve, and for each threshold the share of the right and of
-the wrong lines that it hides, with 95 % intervals (Wilson).
+The report is one line of JSON. The repositories of --learn (by the names of their folders) give the
+thresholds: the highest that keep 99, 97 and 90 % of the right lines of kind `line`. All others are
+judged by them: for each kind and language the lines, the right ones, the area under the curve, and
+for each threshold the share of the right and of the wrong lines that it hides, with 95 % intervals
+(Wilson).
 """
 
 from __future__ import annotations
@@ -49,7 +55,7 @@ CUTS = {"dot": re.compile(r"\w\.(?=[A-Za-z_])"), "line": re.compile(r"(?<!\w)(?=
 KEPT = {"often": 0.99, "normal": 0.97, "seldom": 0.9}  # of the right lines
 
 
-# ------------------------------------------------------------------------------------------- the cases
+# ---------------------------------------------------------------------------------------- the cases
 
 
 def git(repository: str, *arguments: str) -> str:
@@ -58,7 +64,9 @@ def git(repository: str, *arguments: str) -> str:
 
 
 def cases(repository: str, kind: str) -> Iterator[list[dict[str, Any]]]:
-    """For one line after the other requests, each with what is `expected` and a `key`; always the same ones."""
+    """For one line after the other requests, each with what is `expected` and a `key`; always the
+    same ones.
+    """
     added = git(
         repository,
         "log",
@@ -105,7 +113,9 @@ def cases(repository: str, kind: str) -> Iterator[list[dict[str, Any]]]:
 def cuts(
     lines: list[str], number: int, kind: str, generator: random.Random
 ) -> tuple[int, list[int]] | None:
-    """How many lines are missing from this one on, and at which characters of it; None if it is not fit for a case."""
+    """How many lines are missing from this one on, and at which characters of it; None if it is not
+    fit for a case.
+    """
     line, size = lines[number], generator.randint(2, 5) if kind == "gap" else 1
     gap = lines[number : number + size]
     if (
@@ -132,7 +142,7 @@ def case_of(lines: list[str], number: int, size: int, cut: int, kind: str) -> di
     }
 
 
-# ------------------------------------------------------------------------------------------- the answers
+# -------------------------------------------------------------------------------------- the answers
 
 
 def stream(tiers: Tiers, **body: Any) -> tuple[str, list[tuple[float, int]]]:
@@ -201,7 +211,7 @@ def ask(options: argparse.Namespace, known: set[str]) -> Iterator[dict[str, Any]
                     yield row | {"kind": kind, "lines": answer(tiers, case, kind)}
 
 
-# ------------------------------------------------------------------------------------------- the report
+# --------------------------------------------------------------------------------------- the report
 
 Lines = list[tuple[bool, float]]
 

@@ -1,17 +1,21 @@
-"""What infills waste: texts of real models, recorded once, and replayed through any rule for their end in seconds.
+"""What infills waste: texts of real models, recorded once, and replayed through any rule for their
+end in seconds.
 
-    python tests/bench/waste.py FILE.jsonl --record REPOSITORY,… [--model qwen_1_5b] [--items 160] [--half report]
+    python tests/bench/waste.py FILE.jsonl --record REPOSITORY,… [--model qwen_1_5b]
+        [--items 160] [--half report]
     python tests/bench/waste.py FILE.jsonl [--model qwen_1_5b] [--half report]
 
-Recording asks the model for the gaps of HumanEval's solutions and of --items places in real new code (files of 2025 and
-later, as in sure.py), each as one line, several lines and a span. Natural ends are off: the text goes on where the
-model would have ended, until today's `Ending` has ended it. Each token has its probability, that of all ends, that of
-the suffix's first token, and that of the first token of its first line. What is in FILE.jsonl is not asked for again.
+Recording asks the model for the gaps of HumanEval's solutions and of --items places in real new
+code (files of 2025 and later, as in sure.py), each as one line, several lines and a span. Natural
+ends are off: the text goes on where the model would have ended, until today's `Ending` has ended
+it. Each token has its probability, that of all ends, that of the suffix's first token, and that of
+the first token of its first line. What is in FILE.jsonl is not asked for again.
 
-The report replays the texts through `Ending` as the daemon does, where a natural end ends the text: with a wait in
-characters alone, as behind engines without probabilities, and with probabilities. For each kind: the tokens generated,
-the share of them that is returned, and how many texts are right, by HumanEval's tests or exactly the missing text in
-real code. --half: the texts that the constants were chosen by ("choose") or those that judge them ("report").
+The report replays the texts through `Ending` as the daemon does, where a natural end ends the text:
+with a wait in characters alone, as behind engines without probabilities, and with probabilities.
+For each kind: the tokens generated, the share of them that is returned, and how many texts are
+right, by HumanEval's tests or exactly the missing text in real code. --half: the texts that the
+constants were chosen by ("choose") or those that judge them ("report").
 """
 
 from __future__ import annotations
@@ -41,11 +45,13 @@ KINDS = ("one", "several", "spans")
 SEQUENCES, CONTEXT, MAX_TOKENS = 8, 1536, 160
 ABOVE, BELOW, PLACES_EACH = 24, 11, 2  # lines around a gap; places in a file
 
-# ---------------------------------------------------------------------------------------------- the gaps
+# ----------------------------------------------------------------------------------------- the gaps
 
 
 def pieces_of(lines: list[str], number: int, chance: random.Random) -> dict[str, tuple[int, int]]:
-    """Where gaps of each kind begin and end, in characters from this line on; those that are fit."""
+    """Where gaps of each kind begin and end, in characters from this line on; those that are
+    fit.
+    """
     found, line = dict[str, tuple[int, int]](), lines[number].rstrip("\n")
     width, size = indentation(line), chance.randint(2, 5)
     begins = [
@@ -143,13 +149,14 @@ def of_repository(repository: str) -> Iterator[dict[str, Any]]:
                 break
 
 
-# --------------------------------------------------------------------------------------------- recording
+# ---------------------------------------------------------------------------------------- recording
 
 
 @dataclass
 class Reading:
-    """A text on its way. `tokens`: (text, its probability, that of all ends, that of the suffix's first token, that of
-    the first token of its first line behind the indentation)."""
+    """A text on its way. `tokens`: (text, its probability, that of all ends, that of the suffix's
+    first token, that of the first token of its first line behind the indentation).
+    """
 
     case: dict[str, Any]
     prompt: list[int]
@@ -198,7 +205,9 @@ def begin(model: Llama, case: dict[str, Any]) -> Reading:
 
 
 def record(model: Llama, cases: list[dict[str, Any]]) -> Iterator[Reading]:
-    """Several texts at a time. A slot that is free keeps its tokens for a prompt with the same beginning."""
+    """Several texts at a time. A slot that is free keeps its tokens for a prompt with the same
+    beginning.
+    """
     ids = range(model.n_vocab)
     ends = np.array([token for token in ids if model.vocabulary.is_end(token)])
     free, running = (
@@ -242,7 +251,9 @@ def record(model: Llama, cases: list[dict[str, Any]]) -> Iterator[Reading]:
 
 
 def half_of(key: str) -> str:
-    """A rule is chosen by a part of HumanEval's problems and of the places, and judged by the others."""
+    """A rule is chosen by a part of HumanEval's problems and of the places, and judged by the
+    others.
+    """
     place = key.rpartition(" ")[0]
     if place.startswith("HumanEval/"):
         return "choose" if int(place.removeprefix("HumanEval/")) < 64 else "report"
@@ -275,7 +286,7 @@ def record_all(options: argparse.Namespace, known: set[str]) -> None:
                 print(f"{number} of {len(cases)}", file=sys.stderr)
 
 
-# --------------------------------------------------------------------------------------------- replaying
+# ---------------------------------------------------------------------------------------- replaying
 
 
 def replay(row: dict[str, Any], probabilities: bool) -> tuple[int, str]:

@@ -1,9 +1,10 @@
-"""The Pi's API as an OpenAPI 3.1 document, made from the tables that check requests: what the tests of requests and
-responses validate against, and what schemathesis makes its requests from.
+"""The Pi's API as an OpenAPI 3.1 document, made from the tables that check requests: what the tests
+of requests and responses validate against, and what schemathesis makes its requests from.
 
-A request's schema comes from the `Field` tables, and allows some requests that the Pi refuses, such as one with a
-`suffix` and an `instruction`. A response's schema comes from an example, with the members that a client may rely on.
-OpenAPI 3.1 does not define the schema of a stream; here it describes one event, like the `itemSchema` of 3.2.
+A request's schema comes from the `Field` tables, and allows some requests that the Pi refuses, such
+as one with a `suffix` and an `instruction`. A response's schema comes from an example, with the
+members that a client may rely on. OpenAPI 3.1 does not define the schema of a stream; here it
+describes one event, like the `itemSchema` of 3.2.
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ def object_of(fields: Mapping[str, Field], nullable: bool = False, **more: Schem
 
 
 def like(example: Any) -> Schema:
-    """The schema of a value like the example; None is like any. A member whose name ends with "?" may be missing."""
+    """The schema of a value like the example; None is like any. A member whose name ends with "?"
+    may be missing.
+    """
     if isinstance(example, list):
         return {"type": "array", "items": like(example[0])}
     if not isinstance(example, Mapping):
@@ -93,8 +96,13 @@ RESULT = {"language": "python", "model": "qwen_7b", "total_tokens": 4, "inferenc
           "mode": "complete", "finish_reason?": "stop", "prompt_tokens?": 16, "ttft?": 0.1, "backend?": "vps",
           "confidence?": 0.8, "text_confidence?": 0.8,
           "kept?": {"characters": 8120, "of": 102400, "parts": ["latest"]}}  # fmt: skip
-EVENTS = ({"token": "a", "total_tokens": 1}, {"progress": {"stage": "load", "done": 1, "total": 2}},
-          {"done": True, **RESULT}, {"error": True, "message": "why", "code": "VPS_UNAVAILABLE"})  # fmt: skip
+EVENTS = (
+    {"token": "a", "total_tokens": 1},
+    {"progress": {"stage": "load", "done": 1, "total": 2}},
+    # fmt: skip
+    {"done": True, **RESULT},
+    {"error": True, "message": "why", "code": "VPS_UNAVAILABLE"},
+)
 EVENT = STRING | {
     "contentMediaType": "application/json",
     "contentSchema": {"anyOf": [*map(like, EVENTS)]},
@@ -102,9 +110,19 @@ EVENT = STRING | {
 STATE = {"id": "vps", "available": True, "message": ""}
 USED = {"completions": 1, "tokens": 64, "seconds": 1.5, "accepted": 1}
 CLIENT = {"name": "anna", **USED, "today": USED}
-STATS = {"uptime": 1.5, "requests_total": 1, "requests_active": 0, "vps_available": True,
-         "vps_response_time_ms": None, "memory_mb": 25.5, "load_avg": [0.5], "backends": [STATE],
-         "by_confidence": [{"from": 0.8, "suggested": 1, "accepted": 1}], "clients": [CLIENT]}  # fmt: skip
+STATS = {
+    "uptime": 1.5,
+    "requests_total": 1,
+    "requests_active": 0,
+    "vps_available": True,
+    "vps_response_time_ms": None,
+    "memory_mb": 25.5,
+    "load_avg": [0.5],
+    "backends": [STATE],
+    # fmt: skip
+    "by_confidence": [{"from": 0.8, "suggested": 1, "accepted": 1}],
+    "clients": [CLIENT],
+}
 LISTED = {"id": "qwen_7b", "name": "Qwen 7B", "languages": ["python"], "parameters": "7B", "quantization": "Q4",
           "available": True, "backends": ["vps"], "loaded?": True, "n_ctx?": 4096}  # fmt: skip
 MODEL = dialects.write_model("qwen_7b", 1)

@@ -1,7 +1,8 @@
-"""Other engines behind the Pi: their table, the requests that they get, and how their streams are read.
+"""Other engines behind the Pi: their table, the requests that they get, and how their streams are
+read.
 
-The streams have the shapes that llama-server, llama_cpp.server and vLLM really send. Each is read whole and in any
-split, and ends for the client like a stream of a backend of our own.
+The streams have the shapes that llama-server, llama_cpp.server and vLLM really send. Each is read
+whole and in any split, and ends for the client like a stream of a backend of our own.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def test_the_examples_of_a_module_are_true(name: str) -> None:
     assert doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE).failed == 0
 
 
-# ------------------------------------------------------------------------------------------------ the table
+# ---------------------------------------------------------------------------------------- the table
 
 ATTIC = {"id": "attic", "url": "http://100.64.0.1:9000"}
 
@@ -137,7 +138,7 @@ def test_which_model_a_backend_has(listed: list[str], name: str | None) -> None:
     assert find_models([MODEL], listed) == ({} if name is None else {"m": name})
 
 
-# -------------------------------------------------------------------------------------- requests of engines
+# ------------------------------------------------------------------------------ requests of engines
 
 ASKED = {
     "max_tokens": 64,
@@ -327,7 +328,7 @@ def test_a_refusal_of_an_engine(
     assert not any(secret in error.message for secret in ("/srv", "Traceback"))
 
 
-# ---------------------------------------------------------------------------------------- streams of engines
+# ------------------------------------------------------------------------------- streams of engines
 
 # A fake text of a def whose body is whole before the model goes on.
 PIECES = ("    return", " a + b", "\n", "\n", "print(add(1, 2))", "\n")
@@ -526,7 +527,7 @@ def test_progress_is_passed_on_if_asked_for() -> None:
     assert list(Translator(BASE, []).feed(event, 0.0)) == []
 
 
-# ------------------------------------------------------------------------------- engines behind a real gateway
+# -------------------------------------------------------------------- engines behind a real gateway
 
 LISTED = answer(200, {"object": "list", "data": [{"id": "qwen_0_5b", "max_model_len": 2048}]})
 VLLM = (
@@ -718,8 +719,9 @@ async def test_an_engine_that_makes_no_progress_for_too_long_has_failed(
 async def test_an_engine_that_thinks_or_is_silent_is_not_given_up(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Meanwhile its client gets comments, which keep the connection alive: before the head, which comes once the prompt
-    has been read, between thoughts, and before the text."""
+    """Meanwhile its client gets comments, which keep the connection alive: before the head, which
+    comes once the prompt has been read, between thoughts, and before the text.
+    """
     monkeypatch.setattr(engines, "ALIVE_SECONDS", 0.02)
     thought, gates = chunk(chat_chunk(reasoning_content="hm")), [asyncio.Event() for _ in range(12)]
     steps = [step for gate in gates[1:] for step in (gate.wait, thought)]
@@ -752,7 +754,9 @@ async def test_an_engine_that_thinks_or_is_silent_is_not_given_up(
 async def test_a_prompt_that_an_engine_finds_too_long_is_fitted_again(
     told: Any, message: str, n_ctx: int
 ) -> None:
-    """Once, although what a refusal says may be misread. A length in a known sentence counts until the next list."""
+    """Once, although what a refusal says may be misread. A length in a known sentence counts until
+    the next list.
+    """
     refused, prompt = (
         answer(400, {"error": {"message": message, "code": "context_length_exceeded"}}),
         "x = 1\n" * 300,
@@ -898,7 +902,8 @@ async def test_no_other_engine_gets_a_prompt_that_it_would_have_to_heal(
         assert backend.completions[0]["prompt"] == written
 
 
-# A class of many methods, where quotes and brackets in texts stand for nothing: (head, method, cursor, text, piece).
+# A class of many methods, where quotes and brackets in texts stand for nothing: (head, method,
+# cursor, text, piece).
 LONG_CLASSES = {
     "python": (
         "class A:\n",

@@ -1,4 +1,6 @@
-"""The circuit breaker, a pure state machine whose clock is a number here: all transitions and non-transitions."""
+"""The circuit breaker, a pure state machine whose clock is a number here: all transitions and
+non-transitions.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ def test_the_third_failure_in_a_row_opens(outcomes: tuple[str, ...], failures: l
 
 
 def test_requests_that_fail_together_count_once_unless_each_has_waited():
-    """Such as the streams of one replica of several; a token of the others shows that the backend works."""
+    """Such as the streams of one replica of several; a token of the others shows that the backend
+    works.
+    """
     breaker = Breaker()
     together, living = [breaker.admit(0.0) for _ in range(8)], breaker.admit(0.0)
     for now, request in enumerate(together, 1):

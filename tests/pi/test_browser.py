@@ -1,7 +1,8 @@
-"""The Pi's page in a real browser: Debian's Chromium, driven by playwright, and axe-core for accessibility.
+"""The Pi's page in a real browser: Debian's Chromium, driven by playwright, and axe-core for
+accessibility.
 
-A script stands for the VPS, so every text is exact.
-Each visit also asserts that the page logs no error, opens no dialog, and sends no request to another origin.
+A script stands for the VPS, so every text is exact. Each visit also asserts that the page logs no
+error, opens no dialog, and sends no request to another origin.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ A = chunk(token("a", 1))
 
 
 def completion(*pieces: Any, **more: Any) -> list[Any]:
-    """A script of the VPS. A piece that is no string is a step of its own, such as an event's `wait`."""
+    """A script of the VPS. A piece that is no string is a step of its own, such as an event's
+    `wait`.
+    """
     told = {
         "model": "qwen_0_5b",
         "total_tokens": 2,
@@ -53,7 +56,7 @@ def completion(*pieces: Any, **more: Any) -> list[Any]:
     return [CHUNKED, *steps, chunk(event(done=True, **told)) + b"0\r\n\r\n"]
 
 
-# ---------------------------------------------------------------------------------------------- the browser
+# -------------------------------------------------------------------------------------- the browser
 
 
 @dataclass
@@ -125,7 +128,9 @@ class Visit:
         await self.press("Enter")
 
     async def instruct(self, text: str, instruction: str, offers: str = "") -> None:
-        """Ask for a change of `text`, and wait until it is proposed and this button has the focus, if any."""
+        """Ask for a change of `text`, and wait until it is proposed and this button has the focus,
+        if any.
+        """
         await self.write(text)
         await self.find("#instruction").fill(instruction)
         await self.press("Enter")
@@ -133,14 +138,18 @@ class Visit:
             await self.offers(offers)
 
     async def ask(self, text: str, at: int | None = None, mark: str = "") -> None:
-        """Complete `text` at its end or where asked, and wait until `mark` is marked, if there is one."""
+        """Complete `text` at its end or where asked, and wait until `mark` is marked, if there is
+        one.
+        """
         await self.write(text, at)
         await self.press("Control+Enter")
         if mark:
             await self.see("#mark", mark)
 
     async def complete(self, text: str, pending: str) -> None:
-        """Complete `text` at its end, and wait until `pending` is marked and the stream has ended."""
+        """Complete `text` at its end, and wait until `pending` is marked and the stream has
+        ended.
+        """
         await self.ask(text, mark=pending)
         await self.ended()
 
@@ -203,7 +212,9 @@ async def visiting(
     context: dict[str, Any] | None = None,
     **config: Any,
 ) -> AsyncIterator[Visit]:
-    """Open the page, and `wait` until it knows the state of the VPS, which completes "a + b" by default."""
+    """Open the page, and `wait` until it knows the state of the VPS, which completes "a + b" by
+    default.
+    """
     async with contextlib.AsyncExitStack() as stack:
         backend = await stack.enter_async_context(Backend(scripts or [completion("a + b")]))
         pi = await stack.enter_async_context(pi_for(backend.port, **config))
@@ -261,7 +272,7 @@ def axe() -> str:
     return source.read_text()
 
 
-# ----------------------------------------------------------------------------------------------- completing
+# --------------------------------------------------------------------------------------- completing
 
 
 async def test_a_completion_streams_in_is_marked_and_accepted(chrome: Any) -> None:
@@ -381,7 +392,7 @@ async def test_a_user_who_scrolls_keeps_the_position(chrome: Any) -> None:
         )
 
 
-# ---------------------------------------------------------------------------------------------- instructing
+# -------------------------------------------------------------------------------------- instructing
 
 
 async def test_an_instruction_shows_its_diff_before_it_is_taken(chrome: Any) -> None:
@@ -492,11 +503,13 @@ async def test_lines_are_compared(chrome: Any) -> None:
         assert [sign for sign, _ in rows] == ["-"] * 3000 + ["+"] * 3000
 
 
-# --------------------------------------------------------------------------------------------------- errors
+# ------------------------------------------------------------------------------------------- errors
 
 
 async def test_the_vps_dies_in_mid_stream_and_then_the_pi(chrome: Any) -> None:
-    """The error comes before the cut, so that the page can read it. The Pi's own end has no event."""
+    """The error comes before the cut, so that the page can read it. The Pi's own end has no
+    event.
+    """
     gate = asyncio.Event()
     async with visiting(chrome, [CHUNKED, A, gate.wait], [CHUNKED, A, HANG]) as visit:
         async with visit.page.expect_response("**/v1/complete/stream") as answered:
@@ -523,7 +536,9 @@ async def test_the_vps_dies_in_mid_stream_and_then_the_pi(chrome: Any) -> None:
 
 
 async def test_a_stream_that_falls_silent(chrome: Any) -> None:
-    """The Pi sends a comment from time to time. Without any, its connection is lost, whatever the network says."""
+    """The Pi sends a comment from time to time. Without any, its connection is lost, whatever the
+    network says.
+    """
     async with visiting(
         chrome, [CHUNKED, A, HANG], before=lambda visit: visit.page.clock.install()
     ) as visit:
@@ -669,7 +684,7 @@ async def test_hostile_texts_are_text(chrome: Any) -> None:
         assert await visit.find("img, script:not(:last-child)").count() == 0
 
 
-# ----------------------------------------------------------------------------------------- files, settings
+# ---------------------------------------------------------------------------------- files, settings
 
 
 async def test_files_are_opened_by_dropping_and_by_button(chrome: Any, tmp_path: Path) -> None:
@@ -782,7 +797,7 @@ async def test_a_browser_without_storage_and_a_number_that_is_being_typed(chrome
         assert visit.backend.completions[0]["max_tokens"] == 64
 
 
-# --------------------------------------------------------------------------------------------- the keyboard
+# ------------------------------------------------------------------------------------- the keyboard
 
 
 async def test_tab_indents(chrome: Any) -> None:
@@ -846,7 +861,9 @@ async def test_every_control_is_reached_by_tab(chrome: Any) -> None:
 
 
 async def check_looks(visit: Visit, size: tuple[int, int]) -> None:
-    """Axe-core has no complaint, nothing is wider than the screen, and a phone's controls are large enough to touch."""
+    """Axe-core has no complaint, nothing is wider than the screen, and a phone's controls are large
+    enough to touch.
+    """
     found = await visit.page.evaluate("axe.run()")
     assert [
         (rule["id"], [node["html"] for node in rule["nodes"]]) for rule in found["violations"]
@@ -969,7 +986,9 @@ async def test_the_settings_for_an_editor_have_the_address_and_the_key(
 
 
 async def test_the_state_is_asked_for_every_five_seconds(chrome: Any) -> None:
-    """Less often while the Pi does not answer. The list of models is fetched only after a change."""
+    """Less often while the Pi does not answer. The list of models is fetched only after a
+    change.
+    """
     async with visiting(chrome, before=lambda visit: visit.page.clock.install()) as visit:
 
         def times() -> int:

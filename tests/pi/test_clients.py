@@ -1,7 +1,7 @@
 """Other people's clients against the Pi: openai (Python and node), llm, curl.
 
-`make test-clients` installs them. Where a test asserts an exact text, a script stands for the VPS; the tests with
-`weights` in their name ask both daemons and the 0.5B.
+`make test-clients` installs them. Where a test asserts an exact text, a script stands for the VPS;
+the tests with `weights` in their name ask both daemons and the 0.5B.
 """
 
 from __future__ import annotations
@@ -91,8 +91,9 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pi]:
 
 
 def completes_the_sum(text: str) -> bool:
-    """Whether `text` completes PREFIX and LINE to a function that adds. Text behind the function does not count: the Pi
-    knows where it ends only if it knows the language."""
+    """Whether `text` completes PREFIX and LINE to a function that adds. Text behind the function
+    does not count: the Pi knows where it ends only if it knows the language.
+    """
     names: dict[str, Any] = {}
     exec(PREFIX + LINE + text.partition("\n\n")[0], names)
     return bool(names["add"](20, 3) == 23)

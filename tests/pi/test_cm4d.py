@@ -1,4 +1,6 @@
-"""cm4d from its client's side: configuration, endpoints and errors of the API text, places, sessions, a process."""
+"""cm4d from its client's side: configuration, endpoints and errors of the API text, places,
+sessions, a process.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,7 @@ REQUEST_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[0-9a-f]{4}-[0-9a
 PATHS = ("/v1/complete", "/v1/complete/stream")
 
 
-# ---------------------------------------------------------------------------------------- configuration
+# ------------------------------------------------------------------------------------ configuration
 
 
 def test_defaults():
@@ -133,7 +135,7 @@ def test_a_key_in_key_env_is_not_shown(tmp_path: Path, caplog: pytest.LogCapture
     assert refused.endswith("the right one in the variable of key_env")
 
 
-# --------------------------------------------------------------------------------------------- requests
+# ----------------------------------------------------------------------------------------- requests
 
 GOOD_FIELDS = {"prompt": "x =", "language": "python"}
 EDITOR = GOOD_FIELDS | {"session": "editor"}
@@ -213,7 +215,7 @@ def test_an_empty_prompt_is_allowed_beside_a_suffix_or_an_instruction(
     assert read_completion({"prompt": "", "language": "go", **more}, SHIPPED)["mode"] == mode
 
 
-# ----------------------------------------------------------------------------------------- the endpoints
+# ------------------------------------------------------------------------------------ the endpoints
 
 
 async def test_complete_has_the_fields_of_the_text_and_the_vps():
@@ -347,7 +349,7 @@ async def test_every_answer_has_the_request_id_and_the_vps_gets_it():
             assert backend.asked[-1][1]["x-request-id"] == reply.one("X-Request-ID")
 
 
-# ----------------------------------------------------------------------------------------------- places
+# ------------------------------------------------------------------------------------------- places
 
 
 TOKEN_A = chunk(token("a", 1))
@@ -372,7 +374,7 @@ async def test_a_client_that_leaves_frees_its_place_and_the_vps(path: str, hang:
         assert pi.gateway.fleet.first.breaker.failures == 0
 
 
-# --------------------------------------------------------------------------------------------- sessions
+# ----------------------------------------------------------------------------------------- sessions
 
 
 def check_superseded(reply: Reply, path: str, begun: bool) -> None:
@@ -387,8 +389,10 @@ def check_superseded(reply: Reply, path: str, begun: bool) -> None:
 @pytest.mark.parametrize("hang", HANGS)
 @pytest.mark.parametrize("by", ["the Pi", "the VPS"])
 async def test_a_newer_completion_of_a_session_ends_the_older(hang: str, path: str, by: str):
-    """The Pi needs no VPS for this: one that hangs keeps neither the older completion nor its place. Two Pis with the
-    same client are one client to the VPS, so it ends the older request itself, which is no failure."""
+    """The Pi needs no VPS for this: one that hangs keeps neither the older completion nor its
+    place. Two Pis with the same client are one client to the VPS, so it ends the older request
+    itself, which is no failure.
+    """
     async with (
         Backend([HANGS[hang], GOOD]) as vps,
         pi_for(vps.port, max_concurrent=1) as pi,
@@ -509,7 +513,8 @@ async def test_any_language_that_models_toml_names_may_be_asked_for(tmp_path: Pa
         assert refused == f'language: expected one of {listed}, got the string "abap"'
 
 
-# The ids of VS Code's documentation; then those that only Neovim, lsp-mode of Emacs, eglot or Helix sends.
+# The ids of VS Code's documentation; then those that only Neovim, lsp-mode of Emacs, eglot or Helix
+# sends.
 EDITORS = {
     **dict.fromkeys((
         "abap", "bat", "bibtex", "clojure", "coffeescript", "cuda-cpp", "diff", "fsharp", "git-commit", "git-rebase",
@@ -539,7 +544,9 @@ def test_editors_names_of_a_language_are_known():
 
 
 async def test_a_long_prompt_is_fitted_and_refitted_once_before_the_first_token():
-    """An event may say that it is too long: vpsd begins its answer before it has loaded the model, which counts."""
+    """An event may say that it is too long: vpsd begins its answer before it has loaded the model,
+    which counts.
+    """
     long, told = (
         "".join(f"value_{n} = {n}\n" for n in range(4000)),
         {"prompt_tokens": 4000, "n_ctx": 1024},
@@ -573,7 +580,7 @@ async def test_a_long_prompt_is_fitted_and_refitted_once_before_the_first_token(
         assert len(backend.completions) == 7
 
 
-# ------------------------------------------------------------------------------------- a real process
+# ----------------------------------------------------------------------------------- a real process
 
 
 async def test_from_start_to_stop(tmp_path: Path):

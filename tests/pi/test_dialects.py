@@ -1,4 +1,6 @@
-"""OpenAI's and llama-server's dialects, without a socket: what a request asks for, and each answer byte for byte."""
+"""OpenAI's and llama-server's dialects, without a socket: what a request asks for, and each answer
+byte for byte.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,7 @@ BASES: dict[str, dict[str, Any]] = {name: {"prompt": "x"} for name in ALL} | {
 }
 
 
-# ------------------------------------------------------------------------------------- what a request asks for
+# -------------------------------------------------------------------------- what a request asks for
 
 
 PLAIN = {
@@ -331,7 +333,7 @@ def test_what_cannot_be_served_is_named(name: str, members: dict[str, Any], wher
     )
 
 
-# ------------------------------------------------------------------------------------------- fill-in-the-middle
+# ------------------------------------------------------------------------------- fill-in-the-middle
 
 
 def split(
@@ -436,7 +438,7 @@ def test_what_precedes_the_marks(
     assert split_fim(f"{preamble}<fim_suffix>s<fim_prefix>p<fim_middle>") == expected
 
 
-# ----------------------------------------------------------------------------------------------------- replies
+# ------------------------------------------------------------------------------------------ replies
 
 BEGUN = {"model": "m", "n_ctx": 4096, "kept": {"characters": 3, "of": 3, "parts": ["all"]}}
 RESULT = {"finish_reason": "block", "total_tokens": 4, "prompt_tokens": 10, "cached_tokens": 6}

@@ -162,7 +162,8 @@ GUEST = {"kind": "infill", "guest": 3}
         ({"kind": "chat", "running": FULL}, f"wait {WAIT_SECONDS['chat']}"),
         ({"kind": "infill", "running": FULL, "asked": NOW - 1}, f"wait {PATIENCE - 1}"),
         ({"kind": "infill", "running": FULL, "asked": NOW - PATIENCE}, "RATE_LIMIT"),
-        # A newer request of a session gets the place of the older one; so does anybody if that is being ended.
+        # A newer request of a session gets the place of the older one; so does anybody if that is
+        # being ended.
         ({"session": "s", "running": ["a - s", "a -", "b -", "b -"]}, "big@a"),
         ({"session": "t", "running": ["a - s", "a -", "b -", "b -"]}, "RATE_LIMIT"),
         ({"running": ["a -", "b -", "b -"], "superseded": ["a - s"]}, "big@a"),
@@ -179,7 +180,8 @@ GUEST = {"kind": "infill", "guest": 3}
         ({"kind": "infill", "running": ["a infill me"] * 2 + ["b infill me"], "editors": {"you": 5}}, "wait 3.0"),
         ({"kind": "infill", "running": ["a infill me"] * 2 + ["b infill me"], "editors": {"me": 5}}, "big@b"),
         ({"kind": "infill", "running": ["a infill me"] * 2 + ["b infill you"], "editors": {"you": 5}}, "big@b"),
-        # Breakers. A backend in trouble is asked if there is no other; a trial's end is worth waiting for.
+        # Breakers. A backend in trouble is asked if there is no other; a trial's end is worth
+        # waiting for.
         ({"health": {"a": OPEN}}, "big@b"),
         ({"health": {"a": TROUBLE}}, "big@b"),
         ({"health": {"a": TROUBLE, "b": OPEN}}, "big@a"),
@@ -209,7 +211,8 @@ GUEST = {"kind": "infill", "guest": 3}
         (ALONE | {"attempts": [("a", "big", TOO_MANY)], "now": NOW + 0.11}, "big@a"),
         ({"attempts": [("a", "big", TOO_MANY)], "kind": "infill", "running": ["b -", "b -"]}, f"wait {BUSY_SECONDS}"),
         (ALONE | {"attempts": [("a", "big", TOO_MANY)] * 9, "asked": NOW - 2.5}, "RATE_LIMIT"),
-        # Reading ahead waits for an idle backend of a kind that costs nothing, and for those that wait.
+        # Reading ahead waits for an idle backend of a kind that costs nothing, and for those that
+        # wait.
         ({"kind": "infill", "ahead": True}, "big@a"),
         ({"kind": "infill", "ahead": True, "running": ["a -"]}, "big@b"),
         ({"kind": "infill", "ahead": True, "running": ["a -", "b -"]}, "wait inf"),
@@ -224,7 +227,8 @@ GUEST = {"kind": "infill", "guest": 3}
         ({"kind": "infill", "ahead": True, "api": {"a": "openai"}}, "big@b"),
         ({"kind": "infill", "ahead": True, "api": {"a": "llama.cpp"}}, "big@a"),
         ({"kind": "infill", "ahead": True, "api": {"a": "openai", "b": "openai"}}, "VPS_UNAVAILABLE"),
-        # A guest has so many places, and only what the others leave: nobody else waits, and one place stays free.
+        # A guest has so many places, and only what the others leave: nobody else waits, and one
+        # place stays free.
         (GUEST, "big@a"),
         (GUEST | {"guest": 1, "running": ["a - me"]}, "wait 3.0"),
         (GUEST | {"guest": 1, "running": ["a - tom"]}, "big@b"),
@@ -236,7 +240,8 @@ GUEST = {"kind": "infill", "guest": 3}
         (GUEST | {"in_line": True}, "wait 3.0"),
         ({"guest": 1, "session": "me", "running": ["a - me"]}, "big@b"),  # which ends the older one
         ({"kind": "infill", "running": ["a - me", "a - tom", "b - me"], "in_line": True}, "big@b"),
-        # Guests make room for everybody else: first those who have had most of the last minute, and the newest.
+        # Guests make room for everybody else: first those who have had most of the last minute, and
+        # the newest.
         ({"running": ["a - tom", "a chat tom", "b -", "b -"]}, "end a chat tom"),
         ({"running": ["a chat tom", "a infill tom", "b -", "b -"]}, "end a chat tom"),
         ({"running": ["a - tom", "a - tim", "b -", "b -"]}, "end a - tom"),
@@ -281,7 +286,9 @@ def test_a_guests_seconds() -> None:
 
 
 def test_people_take_turns() -> None:
-    """Those who wait, in the order in which they would get places: name, kind, places held, seconds since a turn."""
+    """Those who wait, in the order in which they would get places: name, kind, places held, seconds
+    since a turn.
+    """
     state, held = (
         State(Fleet(), turns={"anna": NOW - 5, "ben": NOW - 9, "tim": -math.inf}),
         {"dora": 1},

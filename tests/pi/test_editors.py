@@ -1,7 +1,8 @@
-"""The load that editors make: a request per keystroke, most of them abandoned, several clients at a time.
+"""The load that editors make: a request per keystroke, most of them abandoned, several clients at a
+time.
 
-The VPS is scripted: what is tested is which requests reach it, which of them share a completion, who waits for whom,
-and what is served without it.
+The VPS is scripted: what is tested is which requests reach it, which of them share a completion,
+who waits for whom, and what is served without it.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ async def in_line(pi: Pi) -> None:
     await until(lambda: len(pi.gateway.dispatcher.state.line) == 1)
 
 
-# ------------------------------------------------------------------------------------------- replaced
+# ----------------------------------------------------------------------------------------- replaced
 
 
 BEGUN = [CHUNKED, chunk(token("urn", 1)), HANG]
@@ -166,7 +167,7 @@ def test_is_typed_on(one: tuple[str, ...], other: tuple[str, ...], same: bool):
     )
 
 
-# --------------------------------------------------------------------------------------------- shared
+# ------------------------------------------------------------------------------------------- shared
 
 
 async def test_identical_requests_share_one_completion():
@@ -288,7 +289,7 @@ async def test_a_reader_that_does_not_read_delays_nobody():
         deaf.transport.abort()
 
 
-# --------------------------------------------------------------------------------------------- places
+# ------------------------------------------------------------------------------------------- places
 
 
 @asynccontextmanager
@@ -348,7 +349,9 @@ async def test_whoever_waits_too_long_gets_a_clear_answer(
 
 
 async def test_a_dialects_request_waits_while_the_vps_is_busy(monkeypatch: pytest.MonkeyPatch):
-    """Another Pi may have taken its places. Our own API's clients get its 429 at once, as they are promised."""
+    """Another Pi may have taken its places. Our own API's clients get its 429 at once, as they are
+    promised.
+    """
     busy = error(429, "RATE_LIMIT", "expected at most 2 requests at a time")
     async with Backend([[busy], [busy], GOOD, [busy]]) as backend, pi_for(backend.port) as pi:
         assert (await infill(pi)).json["content"] == "ab"
@@ -412,7 +415,9 @@ def half_open(pi: Pi) -> None:
 
 
 async def test_after_an_outage_a_user_who_types_starves_nobody():
-    """Each key ends the trial of the one before. Another person's chat waits, and becomes a trial in its turn."""
+    """Each key ends the trial of the one before. Another person's chat waits, and becomes a trial
+    in its turn.
+    """
     keys = 12
     async with Backend([[HANG], [HANG], GOOD, [HANG]]) as backend, pi_for(backend.port) as pi:
         half_open(pi)
@@ -455,7 +460,7 @@ async def test_a_trial_that_succeeds_admits_the_jobs_that_wait_for_its_end(
             assert (await waiting).status == 200
 
 
-# --------------------------------------------------------------------------------------------- warm-ups
+# ----------------------------------------------------------------------------------------- warm-ups
 
 WARM_UP = {
     "input_prefix": "",
@@ -516,7 +521,7 @@ async def test_a_warm_up_that_ends_before_it_begins_leaves_room_for_the_next():
         await until(lambda: not pi.reads_ahead())
 
 
-# ----------------------------------------------------------------------------------------- type-through
+# ------------------------------------------------------------------------------------- type-through
 
 
 async def test_what_the_user_types_as_predicted_is_served_without_the_vps():
@@ -557,7 +562,9 @@ AGAIN: list[tuple[dict[str, Any], dict[str, Any], int]] = [
 async def test_another_request_is_not_served_from_it(
     first: dict[str, Any], then: dict[str, Any], computed: int
 ):
-    """Nor is text of chance, except where the client asks for caching; and nobody gets another client's."""
+    """Nor is text of chance, except where the client asks for caching; and nobody gets another
+    client's.
+    """
     async with Backend([script("urn", " a")]) as backend, pi_for(backend.port) as pi:
         await infill(pi, **first)
         await infill(pi, **{"prompt": "    retu", **then})
@@ -671,7 +678,7 @@ def test_what_is_kept_is_bounded():
     assert (kept.completion, sum(map(sys.getsizeof, parts)) < 33_000) == (None, True)
 
 
-# --------------------------------------------------------------------------------- the time for a prompt
+# ---------------------------------------------------------------------------- the time for a prompt
 
 
 def word(number: int) -> str:
@@ -692,7 +699,9 @@ TOLD = {"prompt_tokens": 200, "cached_tokens": 190, "ttft": 0.1}
 
 
 async def test_a_prompt_is_cut_to_what_can_be_read_in_time_and_read_whole_later():
-    """As long as no speed is known, 100 tokens a second. In 3 seconds 300, a quarter for the suffix."""
+    """As long as no speed is known, 100 tokens a second. In 3 seconds 300, a quarter for the
+    suffix.
+    """
     async with Backend([script("a", **TOLD)]) as backend, pi_for(backend.port) as pi:
         await infill(pi, **IN_TIME)
         await until(lambda: len(backend.completions) == 2 and not pi.reads_ahead())

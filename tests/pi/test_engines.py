@@ -1,8 +1,10 @@
-"""Real engines behind a real Pi: llama-server and llama_cpp.server. `make test-scale` runs the same tests with vLLM.
+"""Real engines behind a real Pi: llama-server and llama_cpp.server. `make test-scale` runs the same
+tests with vLLM.
 
-`make test-engines` installs and builds them. Both are processes, and run the 0.5B at temperature 0. What a model says
-cannot be asserted to the letter, since kernels differ between machines. But it completes a function to one that
-computes the right numbers, and what follows the function must not be there.
+`make test-engines` installs and builds them. Both are processes, and run the 0.5B at temperature 0.
+What a model says cannot be asserted to the letter, since kernels differ between machines. But it
+completes a function to one that computes the right numbers, and what follows the function must not
+be there.
 """
 
 from __future__ import annotations
@@ -42,12 +44,14 @@ CHAT = [{"role": "user", "content": "Write a Python function add(a, b) that retu
 NUMBER = itertools.count()  # makes a prompt one that no engine has in its cache
 
 
-# --------------------------------------------------------------------------------------------- the engines
+# -------------------------------------------------------------------------------------- the engines
 
 
 @dataclass(frozen=True)
 class Kind:
-    """An engine: how to start it, how to configure the Pi for it, and how to see that it is idle."""
+    """An engine: how to start it, how to configure the Pi for it, and how to see that it is
+    idle.
+    """
 
     name: str
     api: str
@@ -99,7 +103,7 @@ def had(context: AbstractContextManager[Engine], stack: ExitStack) -> Engine:
         pytest.skip(str(reason))
 
 
-# -------------------------------------------------------------------------------------------------- the Pi
+# ------------------------------------------------------------------------------------------- the Pi
 
 
 @dataclass
@@ -147,7 +151,9 @@ class Pi:
 
 
 class Stream(threading.Thread):
-    """A client of a stream, in a thread. `clean` is None until it has ended, and False if the body was cut."""
+    """A client of a stream, in a thread. `clean` is None until it has ended, and False if the body
+    was cut.
+    """
 
     def __init__(self, pi: Pi, path: str = "/v1/complete/stream", **fields: Any) -> None:
         super().__init__(daemon=True)
@@ -200,7 +206,9 @@ class Stream(threading.Thread):
 def start_pi(
     folder: Path, tables: dict[str, dict[str, Any]], ready: bool = True, **keys: str
 ) -> Iterator[Pi]:
-    """A Pi with a backend for each table. The keys of all are KEY, unless `keys` has another one."""
+    """A Pi with a backend for each table. The keys of all are KEY, unless `keys` has another
+    one.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     variables = {id: f"KEY_OF_{id.upper()}" for id in tables}
     lines = ["[[models]]", *(f"{name} = {json.dumps(value)}" for name, value in CATALOG.items())]
@@ -242,7 +250,7 @@ def brief() -> dict[str, Any]:
     return endless() | {"max_tokens": 3}
 
 
-# ------------------------------------------------------------------------------- one engine, and all it does
+# ---------------------------------------------------------------------- one engine, and all it does
 
 
 @pytest.fixture(
@@ -437,8 +445,9 @@ def test_a_wrong_key(kind: Kind, engine: Engine, tmp_path: Path) -> None:
 
 
 def test_death_and_return(kind: Kind, engine: Engine, tmp_path: Path) -> None:
-    """Killed while it streams: an error event and a cut, and the other backend serves the next request. Without that
-    one there is a 503. Started again, it is used again."""
+    """Killed while it streams: an error event and a cut, and the other backend serves the next
+    request. Without that one there is a 503. Started again, it is used again.
+    """
     with ExitStack() as stack, ExitStack() as life_of_spare:
         spare = life_of_spare.enter_context(in_a_thread(Backend()))
         tables = {"one": table_of(kind, engine), "two": table_of_spare(spare)}
@@ -473,8 +482,10 @@ SHORT = [(LLAMA_SERVER, {}), pytest.param(LLAMA_CPP, {"n_ctx": 512}, marks=NIGHT
 def test_a_prompt_is_fitted_to_a_short_context(
     short: Kind, more: dict[str, int], tmp_path: Path
 ) -> None:
-    """The Pi knows the length from llama-server's /props. llama_cpp.server does not report it, so the table does. The
-    answer has its room, also once the Pi has learned how the engine counts tokens."""
+    """The Pi knows the length from llama-server's /props. llama_cpp.server does not report it, so
+    the table does. The answer has its room, also once the Pi has learned how the engine counts
+    tokens.
+    """
     start: Any = short.start
     prompt = (
         "".join(f"def f{n}(a, b):\n    return a * {n} + b\n\n\n" for n in range(100)) + FIBONACCI

@@ -1,6 +1,7 @@
 """150 clients, and five backends that fail now and then: what must hold for each request.
 
-Every prompt has a mark of its own, and each text names its backend and its mark. The Pi chooses the backend.
+Every prompt has a mark of its own, and each text names its backend and its mark. The Pi chooses the
+backend.
 """
 
 from __future__ import annotations
@@ -63,7 +64,9 @@ def text_of(backend: str, mark: str) -> str:
 
 @dataclass
 class Engine(Backend):
-    """A backend. Two of five answers have a fault. `seen` has what happened to each mark, in order."""
+    """A backend. Two of five answers have a fault. `seen` has what happened to each mark, in
+    order.
+    """
 
     id: str = ""
     api: str = "cerebrum"
@@ -131,7 +134,9 @@ class Engine(Backend):
 
 
 def request_of(number: int, mark: str) -> tuple[str, dict[str, Any]]:
-    """The path and the body of a client's request: our own API or a chat, as a stream or in one piece."""
+    """The path and the body of a client's request: our own API or a chat, as a stream or in one
+    piece.
+    """
     if number % 4 > 1:
         return "/v1/chat/completions", {
             "messages": [{"role": "user", "content": mark}],
@@ -161,8 +166,9 @@ def read_answer(reply: Reply) -> tuple[str, bool, str]:
 
 
 def check_answer(reply: Reply, mark: str, seen: list[tuple[str, str]]) -> None:
-    """A client gets the whole text of one backend, or an error. Before the head an error is a status, later an event
-    and a cut."""
+    """A client gets the whole text of one backend, or an error. Before the head an error is a
+    status, later an event and a cut.
+    """
     text, ended, code = read_answer(reply)
     told = [id for what, id in seen if what == "token"]
     assert ended != bool(code)
@@ -176,7 +182,9 @@ def check_answer(reply: Reply, mark: str, seen: list[tuple[str, str]]) -> None:
 
 
 def check_way(seen: list[tuple[str, str]]) -> None:
-    """After the first token nobody else sees a request, and before it nobody sees it twice without a reason."""
+    """After the first token nobody else sees a request, and before it nobody sees it twice without
+    a reason.
+    """
     whats = [what for what, _ in seen]
     assert "token" not in whats or "asked" not in whats[whats.index("token") :]
     for engine in {id for _, id in seen}:

@@ -223,7 +223,9 @@ async def test_what_runs_with_a_revoked_common_key_ends() -> None:
 
 
 async def test_nothing_is_read_ahead_for_a_revoked_client(tmp_path: Path) -> None:
-    """Neither what a backend reads nor what waits for it. `superseded`: a completion has just taken its turn."""
+    """Neither what a backend reads nor what waits for it. `superseded`: a completion has just taken
+    its turn.
+    """
     keys = tmp_path / "client-keys"
     keys.write_text(f"ben {BEN}\n")
     for superseded in (False, True):
@@ -366,7 +368,7 @@ async def test_two_places_that_come_at_once_go_to_two_people() -> None:
         await until(lambda: not vps.running)
 
 
-# ------------------------------------------------------------------------------------------------ guests
+# ------------------------------------------------------------------------------------------- guests
 
 CHATS, TOKENIZE = "/v1/chat/completions", "/tokenize"
 GUESTS = HOUSE | {TOM: Client("tom", 2), TIM: Client("tim", 1)}
@@ -601,7 +603,7 @@ async def test_bodies_and_tokens_of_a_guest_leave_room_for_others(
         )
 
 
-# ------------------------------------------------------------------------------------------------ https
+# -------------------------------------------------------------------------------------------- https
 
 
 def curl(

@@ -1,8 +1,8 @@
-"""The language server in real editors, against both daemons with real weights: Neovim, Emacs with lsp-mode, and Helix,
-from Debian's unstable, in a terminal; and the client of VS Code's extensions.
+"""The language server in real editors, against both daemons with real weights: Neovim, Emacs with
+lsp-mode, and Helix, from Debian's unstable, in a terminal; and the client of VS Code's extensions.
 
-The editors run in a Debian of their own, since no stable one has versions that know ghost text. Only making it needs a
-network, and it is made once.
+The editors run in a Debian of their own, since no stable one has versions that know ghost text.
+Only making it needs a network, and it is made once.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ class Terminal:
         self.sent = folder / "home/sent"
         self.tmux = ["tmux", "-S", str(folder / "tmux"), "-f", "/dev/null"]
         settings = {"HOME": HOME, "TERM": "xterm-256color", "LANG": "C.UTF-8"}
-        machine = f"--machine=editor-{os.getpid()}-{command[0]}"  # of a name that no earlier run has left behind
+        # of a name that no earlier run has left behind
+        machine = f"--machine=editor-{os.getpid()}-{command[0]}"
         nspawn = [
             "systemd-nspawn",
             "--quiet",
@@ -247,7 +248,8 @@ LUA, LISP, TOML = (
     ("docs/editors.md", "return accepts\n"),
     ("docs/editors.md", "its menu.\n"),
 )
-EDITING = {  # its settings and their file, its options, the keys that ask, that accept, that leave, that save
+# its settings and their file, its options, the keys that ask, that accept, that leave, that save
+EDITING = {
     "nvim": (LUA, "nvim/init.lua", [], ["j", "A", "a"], ["Tab"], ["Escape"], [":w", "Enter"]),
     "emacs": (LISP, "emacs/init.el", ["-nw", "--no-splash"], ["C-n", "C-e", "a"], ["Tab"], [], ["C-x", "C-s"]),
     "hx": (TOML, "helix/languages.toml", [], ["j", "A", "a", "C-x"], ["Tab", "Enter"], ["Escape"], [":w", "Enter"]),

@@ -1,4 +1,6 @@
-"""The document of openapi.py: that it is valid and complete, and that real requests and responses are as it says."""
+"""The document of openapi.py: that it is valid and complete, and that real requests and responses
+are as it says.
+"""
 
 from __future__ import annotations
 
@@ -160,10 +162,11 @@ async def test_an_error_has_the_described_form(path: str, host: str) -> None:
 @pytest.mark.clients
 @pytest.mark.nightly
 def test_schemathesis_finds_nothing(tmp_path: Path) -> None:
-    """Thousands of requests made from the document, valid and invalid, and each response held against it.
+    """Thousands of requests made from the document, valid and invalid, and each response held
+    against it.
 
-    The document allows some requests that are refused. Some requests are left out: the method QUERY, which gets 501
-    whatever the path, and those that schemathesis_hooks.py names.
+    The document allows some requests that are refused. Some requests are left out: the method
+    QUERY, which gets 501 whatever the path, and those that schemathesis_hooks.py names.
     """
     pytest.importorskip("schemathesis")
     (tmp_path / "openapi.json").write_text(json.dumps(DOCUMENT))

@@ -1,4 +1,6 @@
-"""The page as the Pi sends it, and the counts of the last half hour that it shows. test_browser.py opens the page."""
+"""The page as the Pi sends it, and the counts of the last half hour that it shows. test_browser.py
+opens the page.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ FILE = ROOT / "cerebrum/pi/page.html"
 MAX_BYTES = 47_000
 
 
-# ------------------------------------------------------------------------------------------------ the page
+# ----------------------------------------------------------------------------------------- the page
 
 
 def test_the_page_is_small_and_has_nothing_from_elsewhere() -> None:
@@ -126,7 +128,7 @@ async def test_its_requests_fill_no_log(tmp_path: Path) -> None:
         assert started.stdout().count("GET /v1/activity 401") == 1
 
 
-# ------------------------------------------------------------------------------------------ the last half hour
+# ------------------------------------------------------------------------------- the last half hour
 
 
 def test_the_history_is_one_of_steps_and_forgets() -> None:

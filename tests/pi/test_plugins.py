@@ -1,8 +1,9 @@
-"""Editors' plugins, replayed: each sends the fields that the plugin sends, and reads the answer as the plugin does.
+"""Editors' plugins, replayed: each sends the fields that the plugin sends, and reads the answer as
+the plugin does.
 
-The plugins are llama.vim, llama.vscode, Zed, Continue, minuet, codecompanion, Tabby and Twinny. What they send and read
-comes from their sources. The Pi is a process, and a script stands for the VPS, so every text is exact.
-tests/pi/test_clients.py sends the same requests to real weights.
+The plugins are llama.vim, llama.vscode, Zed, Continue, minuet, codecompanion, Tabby and Twinny.
+What they send and read comes from their sources. The Pi is a process, and a script stands for the
+VPS, so every text is exact. tests/pi/test_clients.py sends the same requests to real weights.
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ class Pi:
         return response.json()
 
     def events(self, path: str, body: Any) -> list[Any]:
-        """The members of each event of a stream, and "[DONE]", as plugins read them that look for "data: "."""
+        """The members of each event of a stream, and "[DONE]", as plugins read them that look for
+        "data: ".
+        """
         response = self.post(path, body)
         kind = response.headers["content-type"].split(";")[0]
         assert (response.status_code, kind) == (200, "text/event-stream"), response.text
@@ -98,7 +101,7 @@ def pi(shared_pi: Pi) -> Pi:
     return shared_pi
 
 
-# ----------------------------------------------------------------------------------- what each plugin sends
+# --------------------------------------------------------------------------- what each plugin sends
 
 TIMINGS = [
     f"{part}_{what}"
@@ -234,7 +237,7 @@ def test_a_plugin(pi: Pi, name: str) -> None:
     assert (response.status_code, response.json()) == (503, {"error": wrong})
 
 
-# ------------------------------------------------------------------------------ what only some of them read
+# ---------------------------------------------------------------------- what only some of them read
 
 
 def test_the_figures_that_llama_vim_and_llama_vscode_show(pi: Pi) -> None:
@@ -295,7 +298,7 @@ def test_llama_vim_warms_and_instructs(tmp_path: Path) -> None:
         assert TURNS in [sent.get("messages") for sent in pi.backend.completions]
 
 
-# ------------------------------------------------------------------------------------- the language server
+# ------------------------------------------------------------------------------ the language server
 
 FENCED = "Here it is:\n\n```abap\nb = 1.\n```\n\nI renamed `a`.\n"
 CHANGED: list[
@@ -321,7 +324,9 @@ REFUSED = [  # a text, the VPS's reason, what the user is told
 
 
 def test_the_language_server_changes_text_in_any_language(pi: Pi, tmp_path: Path) -> None:
-    """In a language that the Pi does not know by a chat, which may say more than the code. Only a whole text counts."""
+    """In a language that the Pi does not know by a chat, which may say more than the code. Only a
+    whole text counts.
+    """
     with editing(tmp_path, pi.url) as editor:
         editor.start()
         for language, text, reason, changed, known in CHANGED:

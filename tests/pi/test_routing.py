@@ -1,4 +1,6 @@
-"""Which of several backends gets a request, and what happens when it fails. `test_dispatcher.py` has the decision."""
+"""Which of several backends gets a request, and what happens when it fails. `test_dispatcher.py`
+has the decision.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ def listing(*ids: str) -> bytes:
 
 @contextlib.asynccontextmanager
 async def fleet(*backends: Backend, places: Sequence[int] = (), **config: Any) -> AsyncIterator[Pi]:
-    """A Pi in front of these backends, which are named a, b, c, … Each writes its name, if no script is given."""
+    """A Pi in front of these backends, which are named a, b, c, … Each writes its name, if no
+    script is given.
+    """
     async with contextlib.AsyncExitStack() as stack:
         configs = []
         for name, backend, limit in zip(
@@ -89,7 +93,7 @@ def forgive(pi: Pi) -> None:
     pi.gateway.fleet.backends[0].breaker.trouble = ""
 
 
-# ------------------------------------------------------------------------------------------------ who is asked
+# ------------------------------------------------------------------------------------- who is asked
 
 
 async def test_the_least_busy_one_or_the_first() -> None:
@@ -188,7 +192,7 @@ async def test_each_gets_its_own_key_alone_and_none_with_health() -> None:
             assert all("authorization" not in headers for _, headers, _ in backend.asked)
 
 
-# ------------------------------------------------------------------------------------------------- models
+# ------------------------------------------------------------------------------------------- models
 
 
 async def test_the_best_model_that_some_backend_has() -> None:
@@ -211,7 +215,7 @@ async def test_the_best_model_that_some_backend_has() -> None:
             )
 
 
-# ------------------------------------------------------------------------------------------------ failures
+# ----------------------------------------------------------------------------------------- failures
 
 FAILURES: dict[str, list[Any]] = {
     "resets": [RESET],
@@ -345,7 +349,9 @@ async def test_a_request_that_fails_over_gives_its_first_place_back() -> None:
 async def test_an_editor_waits_for_the_others_for_the_rest_of_its_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """If they have no place, the failure is reported, not 429: the backend that has failed has a free place."""
+    """If they have no place, the failure is reported, not 429: the backend that has failed has a
+    free place.
+    """
     monkeypatch.setitem(completion.WAIT_SECONDS, "infill", 0.3)
     one, two = Backend([[RESET]]), Backend([HANGING, script("b")])
     async with fleet(one, two, places=(1, 1)) as pi:
@@ -454,7 +460,7 @@ async def test_the_tokens_of_a_text_come_from_the_next_backend_if_the_first_fail
         assert (len(one.completions), len(two.completions)) == (2, 1)
 
 
-# ------------------------------------------------------------------------------------------------ reading ahead
+# ------------------------------------------------------------------------------------ reading ahead
 
 WARM_UP = {
     "input_prefix": "x",
@@ -483,7 +489,7 @@ async def test_a_request_stops_what_its_own_backend_reads_ahead_and_no_other() -
         await until(one.left.is_set, seconds=20)  # less than IDLE_SECONDS
 
 
-# ------------------------------------------------------------------------------------------- new settings
+# ------------------------------------------------------------------------------------- new settings
 
 
 async def test_new_settings_keep_what_runs_and_what_is_known() -> None:

@@ -1,7 +1,8 @@
-"""vLLM itself behind a real Pi, from a start to more clients than it has sequences. `make test-scale` installs it.
+"""vLLM itself behind a real Pi, from a start to more clients than it has sequences. `make
+test-scale` installs it.
 
-What vLLM's model says is the 0.5B's, at temperature 0. `test_engines.py` has the details, with a program that answers
-as vLLM does.
+What vLLM's model says is the 0.5B's, at temperature 0. `test_engines.py` has the details, with a
+program that answers as vLLM does.
 """
 
 from __future__ import annotations

@@ -204,7 +204,9 @@ async def test_another_engine_says_nothing_and_hides_nothing() -> None:
 
 
 async def typed(pi: Pi, text: str, **more: Any) -> tuple[str, bool, bool]:
-    """The answer once the user has typed this: its text, and whether it is unsure or a prediction."""
+    """The answer once the user has typed this: its text, and whether it is unsure or a
+    prediction.
+    """
     answer = (await infill(pi, prompt="    ret" + text, cache_prompt=True, **more)).json
     return answer["content"], "unsure" in answer, "type_through" in answer
 

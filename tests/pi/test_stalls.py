@@ -1,7 +1,9 @@
-"""No accepted body keeps the Pi's event loop from everything else: the longest time between two of its ticks.
+"""No accepted body keeps the Pi's event loop from everything else: the longest time between two of
+its ticks.
 
-The test counts this process's CPU time, all threads together: programs beside it take time as well, and a thread that
-holds the interpreter's lock stops the others. tests/bench/prepare.py prints wall time.
+The test counts this process's CPU time, all threads together: programs beside it take time as well,
+and a thread that holds the interpreter's lock stops the others. tests/bench/prepare.py prints wall
+time.
 """
 
 from __future__ import annotations
@@ -84,7 +86,9 @@ async def stall(pi: Pi, path: str, body: bytes, clock: Callable[[], float]) -> t
 
 
 async def stalls(clock: Callable[[], float] = time.process_time) -> dict[str, tuple[float, int]]:
-    """For each of BODIES the median of the seconds, and the status. The engine takes 131,072 tokens."""
+    """For each of BODIES the median of the seconds, and the status. The engine takes 131,072
+    tokens.
+    """
     text = {"text": "a", "delta": {"content": "a"}}
     said = chunk(event(choices=[text])) + chunk(
         event(choices=[text | {"finish_reason": "stop"}], stop=True)

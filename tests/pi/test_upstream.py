@@ -1,6 +1,7 @@
 """The other side of the Pi: what a broken or lying VPS can do, and what the Pi's client sees of it.
 
-One table of scripts; each row runs whole and byte by byte, through the stream and through the collected endpoint.
+One table of scripts; each row runs whole and byte by byte, through the stream and through the
+collected endpoint.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ def length_of(payload: bytes, claimed: int | None = None) -> bytes:
     return head(200, f"Content-Length: {len(payload) if claimed is None else claimed}") + payload
 
 
-# A fault before the first event is the client's 503, which the breaker counts: (script, part of the message).
+# A fault before the first event is the client's 503, which the breaker counts: (script, part of the
+# message).
 FAILED: dict[str, tuple[list[Any], str]] = {
     "reset before any byte": ([RESET], "without an answer"),
     "closed before any byte": ([], "without an answer"),
@@ -253,14 +255,18 @@ async def test_before_the_first_event(name: str, split: bool):
 
 
 def joined(script: list[Any]) -> list[Any]:
-    """The script with its writes joined, so a fault arrives in the same read as the good events before it."""
+    """The script with its writes joined, so a fault arrives in the same read as the good events
+    before it.
+    """
     return [b"".join(step for step in script if step is not RESET), *[RESET] * (RESET in script)]
 
 
 @pytest.mark.parametrize("how", ["writes", "one write", "bytes"])
 @pytest.mark.parametrize("name", BROKEN)
 async def test_broken(name: str, how: str):
-    """All whole events before the fault, then the error, then the cut, for every split of the bytes."""
+    """All whole events before the fault, then the error, then the cut, for every split of the
+    bytes.
+    """
     script, before, part = BROKEN[name]
     script = joined(script) if how == "one write" else script
     async with (
@@ -303,7 +309,7 @@ async def test_whole(name: str, split: bool):
         assert (await pi.complete()).json["completion"] == "ab"
 
 
-# ---------------------------------------------------------------------------------------- connections
+# -------------------------------------------------------------------------------------- connections
 
 
 async def test_a_completion_leaves_a_connection_for_the_next(monkeypatch: pytest.MonkeyPatch):
@@ -351,7 +357,8 @@ async def test_a_spare_connection_that_the_backend_has_ended_or_written_to_is_no
         assert (await pi.complete()).status == 200
 
 
-# What a used spare gets, what the next connection gets, the client's status, the requests, and the breaker's failures.
+# What a used spare gets, what the next connection gets, the client's status, the requests, and the
+# breaker's failures.
 SENT_AGAIN: list[tuple[list[Any], Any, int, int, int]] = [
     ([], GOOD, 200, 3, 0),
     ([RESET], GOOD, 200, 3, 0),
@@ -569,7 +576,8 @@ async def test_a_stall_ends_at_the_idle_deadline(monkeypatch: pytest.MonkeyPatch
 
 
 IDLE, MOST = upstream.IDLE_SECONDS, upstream.STREAM_SECONDS
-# When the current read began to wait, when that is looked at, and when it is looked at again; None: it is cut.
+# When the current read began to wait, when that is looked at, and when it is looked at again; None:
+# it is cut.
 WAITS = [
     (math.inf, 10 * IDLE, IDLE),  # nobody is reading
     (10 * IDLE, 10.9 * IDLE, 0.1 * IDLE),
@@ -638,7 +646,7 @@ async def test_a_vps_that_restarts_is_found_again(monkeypatch: pytest.MonkeyPatc
             assert pi.gateway.fleet.first.breaker.state == "closed"
 
 
-# ---------------------------------------------------------------------------------------------- pure
+# --------------------------------------------------------------------------------------------- pure
 
 
 @pytest.mark.parametrize("size", [1 << 20, 1000])
@@ -691,7 +699,9 @@ def test_json_of_a_list_of_models_that_lies():
 
 @pytest.mark.parametrize("late", [False, True])
 async def test_an_answer_that_is_cut_is_not_asked_for_again(late: bool) -> None:
-    """Nor is one whose spare connection had ended, and whose request goes out again at this moment."""
+    """Nor is one whose spare connection had ended, and whose request goes out again at this
+    moment.
+    """
     first, second = BackendReader(), BackendReader()
     first.transport = second.transport = Mock()
     first.end = ENDED

@@ -1,4 +1,6 @@
-"""Real files in every language, and what pygments says of them: for test_syntaxes.py and tests/bench/ending.py."""
+"""Real files in every language, and what pygments says of them: for test_syntaxes.py and
+tests/bench/ending.py.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ LEXERS = {"shell": "bash", "dockerfile": "docker"}  # pygments' names
 
 
 def fetch_sources() -> str:
-    """Unpack the original sources of PACKAGES below SOURCES. Returns why Debian's archive cannot be reached, or ""."""
+    """Unpack the original sources of PACKAGES below SOURCES. Returns why Debian's archive cannot be
+    reached, or "".
+    """
     done, lists = SOURCES / f"done-{'-'.join(PACKAGES)}", SOURCES / "lists"
     if done.exists():
         return ""
@@ -60,7 +64,9 @@ def fetch_sources() -> str:
 
 
 def files_of(folders: list[str], language: str, least: int, most: int) -> list[Path]:
-    """Files of a language below the folders, by their names, with more than `least` bytes and fewer than `most`."""
+    """Files of a language below the folders, by their names, with more than `least` bytes and fewer
+    than `most`.
+    """
     return [
         path
         for folder in folders
@@ -85,7 +91,9 @@ class Peer:
 
     @property
     def sure(self) -> bool:
-        """It has understood the text. It does not know MySQL's quotes in SQL, and takes text in Markdown for code."""
+        """It has understood the text. It does not know MySQL's quotes in SQL, and takes text in
+        Markdown for code.
+        """
         return not any(kind in Error for _, _, kind in self.tokens)
 
     def inside(self, place: int) -> bool:

@@ -1,4 +1,6 @@
-"""Where a completion ends: what a model writes after a prompt and where that is cut, however tokens split the text."""
+"""Where a completion ends: what a model writes after a prompt and where that is cut, however tokens
+split the text.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,9 @@ from cerebrum.text.languages import LANGUAGES
 from cerebrum.text.stages import StopStrings
 
 Outcome = tuple[str, str | None]  # everything that is sent, and why it ends
-# Each case is a text: the prompt up to «, the part to keep up to », what the model writes after that, and for an infill
-# the suffix after ‖. Its head names the language, the reason to end and what the case shows.
+# Each case is a text: the prompt up to «, the part to keep up to », what the model writes after
+# that, and for an infill the suffix after ‖. Its head names the language, the reason to end and
+# what the case shows.
 CALLS = "".join(
     f"print(add({', '.join(map(str, range(first, first + 28)))}))\n"
     for first in (3, 31, 101, 201, 301)
@@ -317,7 +320,8 @@ ANSWERS = [
     ("python end: a shell command alone", "Run:\n```bash\n«ls\n»```"),
 ]
 
-# (title, the start of the answer that the model is given, what it writes, what is sent and why it ends)
+# (title, the start of the answer that the model is given, what it writes, what is sent and why it
+# ends)
 BEGUN = [
     ("a fence", "```python\n", "x = 1\n```\nThat is it.", ("x = 1\n", "stop")),
     ("a fence after chatter", "Sure:\n```python\n", "x = 1\n```", ("x = 1\n", None)),
@@ -445,7 +449,9 @@ def test_an_answer(case: tuple[str, str, str, Outcome]) -> None:
 
 
 HALF = [(f"word{number} ", 0.5) for number in range(9)]  # each costs a bit
-DOUBTS = [  # prompt, suffix, tokens, what is sent, and how many tokens are read before that is known (0: it goes on)
+# prompt, suffix, tokens, what is sent, and how many tokens are read before that is known (0: it
+# goes on)
+DOUBTS = [
     ("x = ", "\ny = 2\n", [("1", 0.9), ("\n", 0.9), *HALF], "1", 6),
     ("x = ", "\ny = 2\n", [("1", 0.001), ("\n", 0.001), *HALF], "1", 6),
     ("x = ", "\ny = 2\n", [("1", 0.9), ("\n", 0.9), *((word, 0.9) for word, _ in HALF)], "1", 0),
@@ -524,7 +530,8 @@ def test_off(language: str | None) -> None:
     )
 
 
-# (title, language, prompt, suffix or None, indent, what the model writes, what is sent and why it ends)
+# (title, language, prompt, suffix or None, indent, what the model writes, what is sent and why it
+# ends)
 LEAST_INDENTS = [
     (
         "a line that is indented less",
@@ -645,7 +652,7 @@ def test_any_split(asked: Any, pieces: list[str]) -> None:
     assert run(Ending(*asked), list(text)) == whole
 
 
-# -------------------------------------------------------------------------------------------- stop strings
+# ------------------------------------------------------------------------------------- stop strings
 
 
 def splits(text: str) -> Iterator[list[str]]:

@@ -1,5 +1,6 @@
-"""The table of languages: which lines import, define or comment, and that no line is expensive to search. And which
-language a text is in whose client does not say so."""
+"""The table of languages: which lines import, define or comment, and that no line is expensive to
+search. And which language a text is in whose client does not say so.
+"""
 
 from __future__ import annotations
 
@@ -246,7 +247,7 @@ def test_no_line_is_expensive() -> None:
                 )  # 40 times the slowest
 
 
-# ----------------------------------------------------------------------------------------- guessing a language
+# ------------------------------------------------------------------------------ guessing a language
 
 # By a file's name.
 FILENAMES = [
@@ -262,7 +263,8 @@ FILENAMES = [
     ("C:\\app\\Dockerfile", "dockerfile"), ("web.dockerfile", "dockerfile"), ("Containerfile", "dockerfile"),
     ("Makefile", "makefile"), ("rules.mk", "makefile"), ("a.R", "r"), ("a.pm", "perl"),
 ]  # fmt: skip
-# By the text before the cursor: its shebang, what a plugin writes above it, or the fence that is open at its end.
+# By the text before the cursor: its shebang, what a plugin writes above it, or the fence that is
+# open at its end.
 TEXTS = {
     "python": [
         "#!/usr/bin/env python3\n", "#!/usr/bin/env python3\r\nimport os\r\n", "#! /usr/local/bin/python3.11 -u\n",

@@ -26,8 +26,9 @@ from cerebrum_common import HttpError
 
 PYTHON_FILE = Path(argparse.__file__).read_text("utf-8")
 
-# Prompts that are code, and those that are instructions, by language. A person would take those below "wrong" the other
-# way. They err towards complete, but for the last; `mode` or `instruction` corrects them.
+# Prompts that are code, and those that are instructions, by language. A person would take those
+# below "wrong" the other way. They err towards complete, but for the last; `mode` or `instruction`
+# corrects them.
 FUNCTION = "def get(url):\n    return requests.get(url).text\n"
 COMPLETE = {
     "python": [
@@ -160,7 +161,7 @@ def test_fields_that_contradict_are_named(fields: dict[str, Any], message: str) 
     assert caught.value.status == 400
 
 
-# --------------------------------------------------------------------------------------------- fitting
+# ------------------------------------------------------------------------------------------ fitting
 
 
 def prepared(
@@ -363,8 +364,9 @@ def test_the_layouts_of_a_gap(layout: str, text: str) -> None:
 
 @pytest.mark.parametrize("lines", [60, 240, 1200])
 def test_typing_adds_to_a_prompt_that_has_the_suffix_first(lines: int) -> None:
-    """Whether the file is short, just fits or is long: what is read for all keys together is little more than what is
-    read once."""
+    """Whether the file is short, just fits or is long: what is read for all keys together is little
+    more than what is read once.
+    """
     file = PYTHON_FILE.splitlines(keepends=True)
     above, below = "".join(file[:lines]), "".join(file[lines : lines + 400])
     read, before = 0, ""
@@ -379,8 +381,9 @@ def test_typing_adds_to_a_prompt_that_has_the_suffix_first(lines: int) -> None:
 
 
 def test_what_is_read_in_time_of_a_prompt_that_has_the_suffix_first() -> None:
-    """A new file: a quarter of the time is the suffix's. A file whose suffix has been read: all of the time is for the
-    text above. A file that has been read up to the cursor: nothing is left out."""
+    """A new file: a quarter of the time is the suffix's. A file whose suffix has been read: all of
+    the time is for the text above. A file that has been read up to the cursor: nothing is left out.
+    """
     fields = {"prompt": PYTHON_FILE[:8000], "suffix": PYTHON_FILE[8000:9000], "language": "python"}
 
     def sent(*cached: str) -> tuple[int, int, bool]:
@@ -400,7 +403,7 @@ def test_what_is_read_in_time_of_a_prompt_that_has_the_suffix_first() -> None:
     assert sent(whole[:-200]) == (weigh(fields["prompt"]), weigh(fields["suffix"]), False)
 
 
-# ----------------------------------------------------------------------------------------------- ratio
+# -------------------------------------------------------------------------------------------- ratio
 
 
 def ratios_after(*counts: tuple[int, int]) -> list[float]:

@@ -1,4 +1,6 @@
-"""Where completions end in the languages after the first seven, and in real files of all, cut at random places."""
+"""Where completions end in the languages after the first seven, and in real files of all, cut at
+random places.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,8 @@ from cerebrum.text.ending import Ending
 from cerebrum.text.languages import LANGUAGES
 from cerebrum.text.prompt import prepare
 
-# As in test_ending.py: the prompt up to «, the part to keep up to », what the model writes behind it, and for an infill
-# the suffix after ‖.
+# As in test_ending.py: the prompt up to «, the part to keep up to », what the model writes behind
+# it, and for an infill the suffix after ‖.
 ROWS = [
     ("java block: a member of a record",
      "record Point(int x, int y) {\n  double size() {\n«    return x + y;\n  }\n»\n  int z() {}"),
@@ -616,7 +618,7 @@ def test_an_instruction_about_a_text_with_fences() -> None:
     check("instruct", "markdown", begun["content"], "", f"{text}````\nThat is it.", (text, "stop"))
 
 
-# --------------------------------------------------------------------------------------------- real files
+# --------------------------------------------------------------------------------------- real files
 
 FILES, CUTS, MAX_FILE_BYTES = 40, 10, 60_000
 REST_CHARS = 6000  # that a model would write behind a cut
@@ -652,7 +654,9 @@ OFTEN = ("python", "javascript", "typescript", "rust", "c", "cpp", "go")
     [pytest.param(name, marks=() if name in OFTEN else pytest.mark.nightly) for name in LANGUAGES],
 )
 def test_real_files(language: str) -> None:
-    """Cut at random places, with the rest of the file as what a model writes: no end is inside a string or comment."""
+    """Cut at random places, with the rest of the file as what a model writes: no end is inside a
+    string or comment.
+    """
     if reason := fetch_sources():
         pytest.skip(reason)
     files = files_of([str(SOURCES)], language, 200, MAX_FILE_BYTES)

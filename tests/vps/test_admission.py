@@ -20,11 +20,12 @@ from cerebrum.vps.memory import check_memory
 from cerebrum_common import HttpError
 from vpsd import CpuMeter, check_cpu, load_config, parse_inference
 
-# ------------------------------------------------------------------------------------------- the request
+# -------------------------------------------------------------------------------------- the request
 
 BASE = {"model": "m", "prompt": "p"}
 SAID = {"role": "user", "content": "x"}
-# A value that each field refuses, and the field's rule. tests/test_common.py has the values that a rule refuses.
+# A value that each field refuses, and the field's rule. tests/test_common.py has the values that a
+# rule refuses.
 RULES: dict[str, tuple[Any, str]] = {
     "model": ("", "a string from 1 to 200 characters"),
     "prompt": ("", "a non-empty string"),
@@ -107,7 +108,7 @@ def test_request(given: dict[str, Any], read: dict[str, Any]) -> None:
     assert parse_inference(TALK) == BASE | DEFAULTS | told
 
 
-# --------------------------------------------------------------------------------------------- admission
+# ---------------------------------------------------------------------------------------- admission
 
 
 def config(**more: str) -> vpsd.Config:
@@ -152,7 +153,8 @@ def test_cpu_meter_counts_others_without_ourselves(monkeypatch: pytest.MonkeyPat
 
 
 def test_cpu_meter_lets_niced_programs_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = namedtuple("times", "user nice system idle iowait irq softirq steal guest guest_nice")  # type: ignore[misc]
+    # type: ignore[misc]
+    times = namedtuple("times", "user nice system idle iowait irq softirq steal guest guest_nice")
     readings = iter([times(*[0.0] * 10), times(10.0, 70.0, 5.0, 15.0, *[0.0] * 6)])
     monkeypatch.setattr(vpsd.psutil, "cpu_times", lambda: next(readings))
     own = SimpleNamespace(cpu_times=lambda: SimpleNamespace(user=0.0, system=0.0))
@@ -162,7 +164,7 @@ def test_cpu_meter_lets_niced_programs_work(monkeypatch: pytest.MonkeyPatch) -> 
     assert (meter.system_percent, meter.others_percent) == (85.0, 15.0)
 
 
-# ------------------------------------------------------------------------------------------------ config
+# ------------------------------------------------------------------------------------------- config
 
 
 @pytest.mark.parametrize(

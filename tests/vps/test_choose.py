@@ -118,7 +118,7 @@ def test_a_sample_has_enough_weights(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert all(choose.SAMPLE_WEIGHTS <= size < 1.3e9 for size in sizes.values()), sizes
 
 
-# -------------------------------------------------------------------------------------------- the choice
+# --------------------------------------------------------------------------------------- the choice
 
 URL = '\nsources = [{kind = "url", url = "http://x"}]\n'
 ENTRY = '[[models]]\nid = "{0}"\nname = "M"\nlanguages = {1}\nparameters = "{2}B"\nquantization = "Q4"\n'
@@ -151,7 +151,9 @@ PREDICT = choose.predict
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Any:
-    """`vpsd.py choose` with a models.toml, on a machine where a model's speed depends on its size."""
+    """`vpsd.py choose` with a models.toml, on a machine where a model's speed depends on its
+    size.
+    """
     memory = type("Memory", (), {"total": 64 << 30, "available": 16 << 30})
     monkeypatch.setattr(choose, "predict", lambda shape, *_: SPEEDS[shape["layers"]])
     monkeypatch.setattr(vpsd.psutil, "virtual_memory", memory)

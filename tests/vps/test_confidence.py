@@ -1,4 +1,6 @@
-"""How sure the model is of each line: by hand, and by the probabilities of a plain loop over the real model."""
+"""How sure the model is of each line: by hand, and by the probabilities of a plain loop over the
+real model.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,8 @@ TWO = [
 ]  # begins the next one; the last ends the text
 
 CASES: list[tuple[str, list[tuple[str, float]], list[str], list[list[tuple[float, int]]], tuple[float, float]]] = [
-    # name, tokens, texts that are sent, the lines that each of them and the end complete, the result
+    # name, tokens, texts that are sent, the lines that each of them and the end complete, the
+    # result
     ("nothing", [("", 0.3)], [], [[]], (0.3, 0.3)),
     ("one line", [A, B, ("", 0.5)], ["a", " ="], [[], [], [(0.7, 3)]], (0.7, 0.7)),
     ("a line end of a token", [A, B, C, ("b", 1.0)], ["a = 1\n", "b"], [[(0.6, 6)], [], [(1.0, 7)]], (0.6, 0.7)),
@@ -114,7 +117,9 @@ def mixed_case(rng: random.Random) -> tuple[CompletionRequest, str, int]:
 def judge(
     client: str, written: str, begin: int, tokens: list[tuple[int, float]]
 ) -> tuple[list[tuple[float, int]], list[float]]:
-    """The lines and the result. Of the client's lines and the model's, only the indentation differs."""
+    """The lines and the result. Of the client's lines and the model's, only the indentation
+    differs.
+    """
 
     def mean_from(first: int, last: int) -> float:
         some = [sure for place, sure in tokens if first <= place <= last]
@@ -155,7 +160,8 @@ def test_each_line_has_the_mean_of_its_own_tokens() -> None:
                 run.confidence.add("", run.probability)
                 break
             reason, written = run.feed(piece.encode()), written + piece
-        Decoder._finish(SimpleNamespace(release=lambda *_: None), run, reason or "stop", not reason)  # type: ignore[arg-type]
+        # type: ignore[arg-type]
+        Decoder._finish(SimpleNamespace(release=lambda *_: None), run, reason or "stop", not reason)
         events: list[Any] = run.outbox
         client = "".join(event.get("token", "") for event in events)
         judged = [
@@ -185,7 +191,9 @@ def test_an_unlikely_token_is_no_doubt_at_a_high_temperature(
 def test_a_completion_that_ends_unsure_has_no_more_text_than_one_that_goes_on(
     first: float, text: str, judged: list[Any]
 ) -> None:
-    """The unsure line itself comes, unless the suffix could follow before it: it stays a prediction."""
+    """The unsure line itself comes, unless the suffix could follow before it: it stays a
+    prediction.
+    """
     asked = CompletionRequest("def f(a):\n    x = ", suffix="\n    return x\n", mode="infill", language="python",
                               min_confidence=0.5)  # fmt: skip
     job = Job(asked, lambda _: None)
@@ -202,7 +210,8 @@ def test_a_completion_that_ends_unsure_has_no_more_text_than_one_that_goes_on(
         if ends[-1]:
             break
     assert (ends.pop(), {*ends}) == ("unsure", {None})
-    Decoder._finish(SimpleNamespace(release=lambda *_: None), run, "unsure")  # type: ignore[arg-type]
+    # type: ignore[arg-type]
+    Decoder._finish(SimpleNamespace(release=lambda *_: None), run, "unsure")
     events: list[Any] = run.outbox
     assert "".join(event.get("token", "") for event in events) == text
     assert [tuple(event.values()) for event in events if "characters" in event] == judged
@@ -218,7 +227,8 @@ def test_logits_that_are_no_numbers() -> None:
 PROMPT = "def fibonacci(n):\n    "
 
 
-def test_the_confidence_is_that_of_a_plain_loop(real: Vps, real_reference: Reference) -> None:  # noqa: F811
+# noqa: F811
+def test_the_confidence_is_that_of_a_plain_loop(real: Vps, real_reference: Reference) -> None:
     """With drafts, too: the second answer drafts the first, which the plain loop does not."""
     pieces, _ = real_reference.greedy(real_reference.tokenize(PROMPT), 40)
     ends = [number for number, piece in enumerate(pieces) if b"\n" in piece]

@@ -1,9 +1,11 @@
-"""What a text costs grows with its length and not with its square, whatever a user sends or a model writes.
+"""What a text costs grows with its length and not with its square, whatever a user sends or a model
+writes.
 
-Each entry point reads each hostile text twice, the second one four times as long, and the CPU time is compared. A
-quadratic step makes that 16 times as much; the tests allow 8, or 6 where only a part of a step is quadratic. Of short
-texts, where less of the time is quadratic, they allow 5, and look again at longer ones. So does each regular expression
-of the product, with texts made from its own parts.
+Each entry point reads each hostile text twice, the second one four times as long, and the CPU time
+is compared. A quadratic step makes that 16 times as much; the tests allow 8, or 6 where only a part
+of a step is quadratic. Of short texts, where less of the time is quadratic, they allow 5, and look
+again at longer ones. So does each regular expression of the product, with texts made from its own
+parts.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ SLOW = (
 MODES = ("complete", "infill", "instruct")
 MAX_GROWTH = 8.0
 FLOOR_SECONDS = 0.003  # a shorter time tells nothing
-CHARACTERS = 1000  # of the shorter text; a step that is quadratic in Python or in a regular expression shows here
+# of the shorter text; a step that is quadratic in Python or in a regular expression shows here
+CHARACTERS = 1000
 FEW, MAX_OF_FEW = CHARACTERS // 4, 5.0  # and begins to show here
 MANY_CHARACTERS, MAX_COPY_GROWTH = (
     50_000,
@@ -115,7 +118,9 @@ def begin(language: str, text: str) -> None:
 
 
 def endings(language: str) -> list[Ending]:
-    """Below a header, in a statement, and in the block of an answer; every other one is of another mode."""
+    """Below a header, in a statement, and in the block of an answer; every other one is of another
+    mode.
+    """
     header, suffix = (
         "def f(x):\n" if language == "python" else "function f(x) {\n",
         "zz = yy\n}\nzzz\n",
@@ -160,8 +165,9 @@ def seconds(work: Work, language: str, text: str) -> float:
 def growth(
     work: Work, language: str, text: Callable[[int], str], size: int, most: float = MAX_GROWTH
 ) -> float:
-    """How many times the cost of a text that of a text four times as long is: the best of several tries, because a busy
-    machine only adds time. Not exact below `most`."""
+    """How many times the cost of a text that of a text four times as long is: the best of several
+    tries, because a busy machine only adds time. Not exact below `most`.
+    """
     short, long = text(size), text(4 * size)
     four, one = seconds(work, language, long), FLOOR_SECONDS
     for _ in range(4):
@@ -210,14 +216,15 @@ def test_no_character_copies_what_is_there(work: Work) -> None:
     assert growth(work, "python", text, MANY_CHARACTERS, MAX_COPY_GROWTH) < MAX_COPY_GROWTH
 
 
-# ----------------------------------------------------------------------------------------------- regular expressions
+# ------------------------------------------------------------------------------ regular expressions
 
 ROOT = Path(__file__).parents[2]
 MORE_CHARACTERS = 3 * CHARACTERS  # a step that the regular expression itself makes is short
 PADS = (" ", "\t", "\n", "a", "(", '"', "a ", "a\n", "a(", "\n ")
 TAIL = "\0`"  # behind them, what seldom matches
 USE = re.compile(r"(\w+)\.(search|match|fullmatch|finditer|findall|sub|split)\(")
-# A quarter of the longest text that the caller gives to a pattern that would be expensive for a longer one.
+# A quarter of the longest text that the caller gives to a pattern that would be expensive for a
+# longer one.
 AT_MOST = {"INITIALIZER": HEAD_CHARS // 16, "UNFINISHED": 16, "WORD": 25}
 # These read our own page, the operator's own .env, and a block that ends with the end of an event.
 LEFT_OUT = {"SCRIPT", "STYLE", "_read_env", "TOKENS_OR_EVENT"}
@@ -282,7 +289,9 @@ def words(nodes: Iterable[Any]) -> Iterator[str]:
 
 
 def patterns_in(value: Any, name: str) -> Iterator[tuple[str, re.Pattern[Any]]]:
-    """The compiled patterns in a value, each with the name of the constant or field that holds it."""
+    """The compiled patterns in a value, each with the name of the constant or field that holds
+    it.
+    """
     if isinstance(value, re.Pattern):
         yield name, value
     elif is_dataclass(value) and not isinstance(value, type):
@@ -294,7 +303,9 @@ def patterns_in(value: Any, name: str) -> Iterator[tuple[str, re.Pattern[Any]]]:
 
 
 def patterns_of_the_product() -> dict[tuple[re.Pattern[Any], str], str]:
-    """Where each (pattern, method that is called) is: the constants of all modules, and what is written in a call."""
+    """Where each (pattern, method that is called) is: the constants of all modules, and what is
+    written in a call.
+    """
     paths = [*ROOT.glob("*.py"), *ROOT.glob("cerebrum/**/*.py")]
     texts, found = (
         {path: path.read_text() for path in paths},
@@ -347,7 +358,9 @@ def drive(pattern: re.Pattern[Any], method: str) -> Work:
 def worst(
     pattern: re.Pattern[Any], method: str, size: int, pads: Iterable[str]
 ) -> tuple[float, str, str]:
-    """(growth, start, what is repeated) of the first text that is too expensive, or of the most expensive one."""
+    """(growth, start, what is repeated) of the first text that is too expensive, or of the most
+    expensive one.
+    """
     work, grown = drive(pattern, method), [(0.0, "", "")]
     for start, unit in hostile(pattern, pads):
         text = repeated(unit, start)

@@ -1,4 +1,6 @@
-"""Tuning: what is tried, chosen, written, and used. Times are scripted here; the slow tests measure."""
+"""Tuning: what is tried, chosen, written, and used. Times are scripted here; the slow tests
+measure.
+"""
 
 from __future__ import annotations
 
@@ -51,8 +53,9 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Script:
-    """Stands for the measurements: a model's seconds follow from its types of matrices, its settings, and, if it is a
-    whole file, its name in `whole`."""
+    """Stands for the measurements: a model's seconds follow from its types of matrices, its
+    settings, and, if it is a whole file, its name in `whole`.
+    """
 
     def __init__(
         self, costs: Mapping[str, float], factor: Any = lambda _: 1.0, whole: Any = None
@@ -161,7 +164,7 @@ def lab(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lab
     return lab
 
 
-# ------------------------------------------------------------------------------------- what can change
+# ---------------------------------------------------------------------------------- what can change
 
 
 def tensor(name: str, kind: str, rows: int = 32) -> Tensor:
@@ -196,7 +199,9 @@ def test_only_matrices_that_are_multiplied_change() -> None:
 
 
 def test_a_sample_has_the_kinds_of_layers_that_the_model_has() -> None:
-    """Of 24 layers every third has the larger type: one in three of the sample then has it, or nearly."""
+    """Of 24 layers every third has the larger type: one in three of the sample then has it, or
+    nearly.
+    """
     tensors = [tensor(f"blk.{i}.ffn_down.weight", "Q4_K" if i % 3 else "Q6_K") for i in range(24)]
     assert sorted(i % 3 == 0 for i in encoding.sample_layers(tensors)) == [
         False,
@@ -207,7 +212,7 @@ def test_a_sample_has_the_kinds_of_layers_that_the_model_has() -> None:
     assert [encoding.sample_layers(tensors[:few]) for few in (3, 1)] == [[0, 1, 2], [0]]
 
 
-# -------------------------------------------------------------------------------------------- the choice
+# --------------------------------------------------------------------------------------- the choice
 
 
 def test_the_fastest_types_are_chosen_and_written(lab: Lab) -> None:
@@ -393,7 +398,7 @@ def test_the_table() -> None:
     ]
 
 
-# ------------------------------------------------------------------------------------ what must not happen
+# ----------------------------------------------------------------------------- what must not happen
 
 
 def test_the_figures_are_told_before_the_file_is_used_and_a_dry_run_changes_nothing(
@@ -465,7 +470,7 @@ def test_only_one_process_tunes(lab: Lab) -> None:
             lab.tune()
 
 
-# ----------------------------------------------------------------------------------------- what is used
+# ------------------------------------------------------------------------------------- what is used
 
 HERE = {"cpu": encoding.cpu_features(), "cpus": len(os.sched_getaffinity(0)), "threads": 2}
 PASSPORT = {
@@ -510,7 +515,9 @@ def test_a_tuned_file_is_used_only_where_it_was_made(lab: Lab, change: Any, reas
 
 
 def test_a_file_that_is_replaced_or_gone_is_untuned(lab: Lab, tmp_path: Path) -> None:
-    """Whatever its content is, if no sha256 is known. So it is tuned again, and no load reads all of it in vain."""
+    """Whatever its content is, if no sha256 is known. So it is tuned again, and no load reads all
+    of it in vain.
+    """
     copied = replace(lab, published=shutil.copy(lab.published, tmp_path / "m.gguf"))
     copied.tune(path=copied.published)
     assert copied.found()[1] == ""
@@ -537,7 +544,7 @@ def test_only_what_llama_cpp_uses_of_a_cpu_counts(monkeypatch: pytest.MonkeyPatc
     encoding.cpu_features.cache_clear()
 
 
-# --------------------------------------------------------------------------------------- the real thing
+# ----------------------------------------------------------------------------------- the real thing
 
 
 def vpsd(home: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
@@ -580,7 +587,9 @@ def test_a_busy_machine_is_not_measured(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_llama_cpp_measures_each_family(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also one whose layers depend on their place, so that there is no sample, and one that cannot be cut."""
+    """Also one whose layers depend on their place, so that there is no sample, and one that cannot
+    be cut.
+    """
     for name in ("READ_SECONDS", "DECODE_SECONDS"):
         monkeypatch.setattr(encoding, name, 1e-9)
     start_library()

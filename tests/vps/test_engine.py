@@ -52,7 +52,7 @@ ONE, MANY = (
 )  # seconds of one decode of one token and of MEASURED_TOKENS: a 0.5B on an AMD EPYC
 
 
-# ------------------------------------------------------------------------------------------ the schedule
+# ------------------------------------------------------------------------------------- the schedule
 
 
 def test_costs() -> None:
@@ -124,7 +124,8 @@ def test_the_chunk_size_bounds_the_pause_of_a_running_stream() -> None:
     assert share_size(slow, slow(1)) == slow.longest(6 * 0.5)
     delayed.slowdown = 4.0
     assert share_size(delayed, delayed(1)) == table.longest(schedule.PAUSE_SECONDS / 4) < beside
-    # A prompt alone comes in whole pieces, at least in one, unless it could not be aborted between pieces.
+    # A prompt alone comes in whole pieces, at least in one, unless it could not be aborted between
+    # pieces.
     most = table.longest(schedule.PREFILL_SECONDS / 4)
     sizes = [
         chunk_size(10_000, [10_000], math.inf, one, size)
@@ -150,7 +151,7 @@ def test_the_chunk_size_bounds_the_pause_of_a_running_stream() -> None:
     assert beside < half
 
 
-# ---------------------------------------------------------------------------------------------- drafts
+# ------------------------------------------------------------------------------------------- drafts
 
 
 def test_a_draft_is_as_long_as_the_streak_and_fills_a_decode() -> None:
@@ -165,7 +166,9 @@ def test_a_draft_is_as_long_as_the_streak_and_fills_a_decode() -> None:
 
 
 def decode_with(drafter: Drafter, target: list[int], limit: int = 15) -> tuple[int, int, int]:
-    """Produce `target` with drafts, as the worker does. Returns (decodes, drafted tokens, accepted tokens)."""
+    """Produce `target` with drafts, as the worker does. Returns (decodes, drafted tokens, accepted
+    tokens).
+    """
     place = decodes = drafted = accepted = 0
     while place < len(target):
         draft = drafter.propose(min(limit, len(target) - place - 1))
@@ -241,7 +244,8 @@ def tokens_of(text: str) -> list[int]:
     return tokens
 
 
-# What the prompt holds, what has been written since, what is proposed then, the changes learned, and the streak.
+# What the prompt holds, what has been written since, what is proposed then, the changes learned,
+# and the streak.
 ALIKE = "A 7 6 B 7 5 C 7 6 D 7 5 E 7 F"
 WITH_CHANGES: dict[str, tuple[str, str, str, Any, int]] = {
     "one that may be repeated": ("A 7 B 7 C 7 D", "A 8 B:19", "B19: 8 C:1", {(7,): [8]}, 35),
@@ -320,7 +324,7 @@ def test_drafter_stays_before_the_end_of_its_source() -> None:
         assert drafter.tokens == tokens
 
 
-# -------------------------------------------------------------------------------------------- prefixes
+# ----------------------------------------------------------------------------------------- prefixes
 
 
 def test_common_prefix() -> None:
@@ -432,7 +436,7 @@ def test_parked_files_are_read_in_order_and_bad_ones_removed(tmp_path: Path) -> 
     assert list(load_parked(tmp_path / "none", "key", 1000)) == []
 
 
-# ------------------------------------------------------------------------------------------------ text
+# --------------------------------------------------------------------------------------------- text
 
 
 def started(*stops: str) -> Run:
@@ -445,7 +449,8 @@ def started(*stops: str) -> Run:
 def fed(run: Run, pieces: Sequence[bytes]) -> tuple[str, str | None]:
     """The text for the client after these pieces, and why the completion has ended."""
     reason = next(filter(None, map(run.feed, pieces)), None)
-    return "".join(event["token"] for event in run.outbox if "token" in event), reason  # type: ignore[operator]
+    # type: ignore[operator]
+    return "".join(event["token"] for event in run.outbox if "token" in event), reason
 
 
 def test_characters_and_stop_strings_over_every_split_of_their_bytes() -> None:
@@ -480,7 +485,7 @@ def test_the_text_that_is_left_to_healing() -> None:
     ]
 
 
-# ---------------------------------------------------------------------------------------------- memory
+# ------------------------------------------------------------------------------------------- memory
 
 
 @pytest.mark.parametrize(
@@ -512,7 +517,7 @@ def test_the_longest_context_that_fits(
     assert replace(got, n_ctx=n_ctx, sequences=sequences) == given
 
 
-# ----------------------------------------------------------------------------------------------- baton
+# -------------------------------------------------------------------------------------------- baton
 
 
 def test_baton_is_passed_on_in_the_order_of_requests() -> None:
@@ -539,7 +544,7 @@ def test_baton_is_passed_on_in_the_order_of_requests() -> None:
             raise ZeroDivisionError
 
 
-# ------------------------------------------------------------------------------------------- files of ours
+# ------------------------------------------------------------------------------------ files of ours
 
 
 def test_a_file_is_replaced_in_one_step_or_not_at_all(
@@ -561,7 +566,9 @@ def test_a_file_is_replaced_in_one_step_or_not_at_all(
 
 
 class Measured:
-    """Stands for a model, with a clock of its own: a decode takes 10 ms, and each token in it 30 ms."""
+    """Stands for a model, with a clock of its own: a decode takes 10 ms, and each token in it 30
+    ms.
+    """
 
     n_vocab = 1000
 
@@ -617,11 +624,13 @@ def test_digest_is_checked_once_for_an_unchanged_file(tmp_path: Path) -> None:
         check()
 
 
-# ---------------------------------------------------------------------------------------------- worker
+# ------------------------------------------------------------------------------------------- worker
 
 
 class ScriptedLlama:
-    """Stands for a model. It writes the letters a, b, c, …, and fails in the call that `fails` names."""
+    """Stands for a model. It writes the letters a, b, c, …, and fails in the call that `fails`
+    names.
+    """
 
     def __init__(self, *_: Any) -> None:
         self.vocabulary = self
@@ -899,7 +908,9 @@ def test_a_fault_while_a_request_is_set_up_ends_it_alone(worker: Worker, monkeyp
 def test_a_worker_is_due_only_while_it_works_and_saves_when_it_rests(
     worker: Worker, monkeypatch: Any
 ) -> None:
-    """An idle worker may rest for ever, and one that decodes has a multiple of what the decode costs."""
+    """An idle worker may rest for ever, and one that decodes has a multiple of what the decode
+    costs.
+    """
     monkeypatch.setattr(vps_worker, "STORE_SECONDS", 0.01)
     worker.wake()  # it may be waiting for the usual time
     wait_until(lambda: worker.due == math.inf, "the worker rests")
@@ -1018,8 +1029,8 @@ def test_a_prompt_of_low_priority_is_read_while_nobody_else_needs_the_cpu(worker
 def script(worker: Worker, arrivals: dict[str, Any]) -> list[str]:
     """The first letter and the size of each part of all decodes to come.
 
-    `arrivals` has functions that are called during a decode: that of "l2" during the second one that begins with l. A
-    decode that is aborted has read 20 tokens of a prompt.
+    `arrivals` has functions that are called during a decode: that of "l2" during the second one
+    that begins with l. A decode that is aborted has read 20 tokens of a prompt.
     """
     model: Any = worker.model
     real, log = model.decode, list[str]()
@@ -1141,7 +1152,9 @@ def test_a_completion_of_low_priority_that_has_begun_keeps_its_sequence(
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_one_of_two_prompts_of_low_priority_gives_way(worker: Worker, fails: bool) -> None:
-    """The other one stands still. If the first cannot be saved, the normal job fails, and both go on."""
+    """The other one stands still. If the first cannot be saved, the normal job fails, and both go
+    on.
+    """
     model: Any = worker.model
     asked = dict[str, Ask]()
 

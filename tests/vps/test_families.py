@@ -1,4 +1,6 @@
-"""Other families than Qwen's, as tiny random models: whatever was asked before, the text is that of a greedy loop."""
+"""Other families than Qwen's, as tiny random models: whatever was asked before, the text is that of
+a greedy loop.
+"""
 
 from __future__ import annotations
 
@@ -87,7 +89,9 @@ def edit(draw: random.Random, text: str) -> str:
 def test_the_text_is_that_of_a_greedy_loop(
     family: str, seed: int, rounds: int, models: Path, tmp_path: Path
 ) -> None:
-    """Ask for completions as an editor might, with edits, cancels and restarts, and compare each text."""
+    """Ask for completions as an editor might, with edits, cancels and restarts, and compare each
+    text.
+    """
     path, draw, compared = models / f"{family}.gguf", random.Random(f"{family} {seed}"), 0
     # Flash attention rounds more, and differently for different batches.
     plain = Settings(
@@ -147,7 +151,7 @@ def test_files_in_turns_stay_in_their_slots_where_they_are_too_large_to_be_saved
     assert read == [2400, 2400, 6, 6]  # each has 1.2 MB of state
 
 
-# ------------------------------------------------------------------------------------------------ marks and ends
+# ----------------------------------------------------------------------------------- marks and ends
 
 
 ONE = Settings(threads=1, n_ctx=64, sequences=1, micro_batch=16)
@@ -358,7 +362,7 @@ def test_a_chat_by_family(
             assert tokens.count(families.vocabulary(families.MARKED[family])[0].index(END)) == 2
 
 
-# ------------------------------------------------------------------------------------------- hostile texts
+# ------------------------------------------------------------------------------------ hostile texts
 
 # A stack overflow would end this process. WordPiece and T5 do not keep a text as it is.
 TOKENIZE_RUNS = """
@@ -413,7 +417,9 @@ def test_no_text_overflows_the_stack(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.nightly
 def test_no_megabyte_overflows_the_stack(tmp_path: Path) -> None:
-    """Of each vocabulary that llama.cpp's sources have. SentencePiece would take minutes for its line ends."""
+    """Of each vocabulary that llama.cpp's sources have. SentencePiece would take minutes for its
+    line ends.
+    """
     wanted = f"llama-cpp-python=={llama_cpp.__version__}"
     pip = [
         sys.executable,
@@ -446,12 +452,14 @@ def test_only_hostile_texts_are_cut() -> None:
         assert cut_runs("".join(pieces)) == pieces
 
 
-# ------------------------------------------------------------------------------------------------ memory
+# ------------------------------------------------------------------------------------------- memory
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_memory_by_family(family: str, models: Path, tmp_path: Path) -> None:
-    """The sizes of what llama.cpp really allocates, from its log, are those that it reports without allocating."""
+    """The sizes of what llama.cpp really allocates, from its log, are those that it reports without
+    allocating.
+    """
     kv_type = "q8_0" if family == "dense" else "f16"
     settings = Settings(threads=1, n_ctx=1024, micro_batch=64, kv_type=kv_type, state_dir=tmp_path)
     need, longer = needed(models / f"{family}.gguf", [settings, replace(settings, n_ctx=2048)])

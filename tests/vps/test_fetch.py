@@ -22,7 +22,7 @@ from cerebrum.vps import llama
 from cerebrum.vps.fetch import FetchError, fetch
 from cerebrum_common import Model
 
-# ------------------------------------------------------------------------------------------------- fetch
+# -------------------------------------------------------------------------------------------- fetch
 
 with tempfile.TemporaryDirectory() as folder:
     DATA = families.make(Path(folder) / "m.gguf", families.FAMILIES["dense"]).read_bytes()
@@ -32,7 +32,9 @@ BARE = {"sha256": "", "size": 0}  # a model of which models.toml has only the ad
 
 
 class Publisher(BaseHTTPRequestHandler):
-    """Serves DATA and ranges of it, as the publisher's site does. The path chooses how it misbehaves."""
+    """Serves DATA and ranges of it, as the publisher's site does. The path chooses how it
+    misbehaves.
+    """
 
     asked: list[tuple[str, str | None]]
 

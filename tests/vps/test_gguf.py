@@ -22,7 +22,7 @@ from cerebrum.vps.memory import needed
 
 MODEL = FILES["qwen_0_5b"]
 
-# ------------------------------------------------------------------------------------------- transcoding
+# -------------------------------------------------------------------------------------- transcoding
 
 
 def random_blocks(count: int, seed: int) -> npt.NDArray[np.uint8]:
@@ -35,7 +35,8 @@ def random_blocks(count: int, seed: int) -> npt.NDArray[np.uint8]:
 
 
 def weights(rows: npt.NDArray[Any], kind: str) -> npt.NDArray[np.float32]:
-    return quants.dequantize(rows, GGMLQuantizationType[kind]).reshape(-1, 32)  # type: ignore[no-any-return]
+    # type: ignore[no-any-return]
+    return quants.dequantize(rows, GGMLQuantizationType[kind]).reshape(-1, 32)
 
 
 def test_only_the_scales_are_rounded() -> None:
@@ -71,7 +72,7 @@ def test_other_types_become_q8_0_through_floats(source: str, half: slice) -> Non
     ).all()  # half a step, and the rounding of d to fp16
 
 
-# ------------------------------------------------------------------------------------------------ copies
+# ------------------------------------------------------------------------------------------- copies
 
 
 @pytest.fixture(scope="module")

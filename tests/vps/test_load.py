@@ -1,6 +1,7 @@
 """Time and load: deadlines, limits and the ends of connections, with small deadlines.
 
-Nothing here sleeps to wait for something: it waits for the other side's bytes, for an event or for the end.
+Nothing here sleeps to wait for something: it waits for the other side's bytes, for an event or for
+the end.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ async def ends(reader: asyncio.StreamReader) -> None:
         assert await reader.read() == b""
 
 
-# ----------------------------------------------------------------------------------------------- deadlines
+# ---------------------------------------------------------------------------------------- deadlines
 
 
 EXPECTING = sized(BODY, "Expect: 100-continue")[: -len(BODY)]
@@ -88,7 +89,9 @@ async def test_silence_closes_silently(
 
 
 async def test_the_end_lingers_for_an_unread_body() -> None:
-    """A client that sends all of a refused body before it reads still gets the answer, not a reset."""
+    """A client that sends all of a refused body before it reads still gets the answer, not a
+    reset.
+    """
 
     def client(port: int) -> bytes:
         with socket.create_connection(("127.0.0.1", port), PATIENCE) as peer:
@@ -104,7 +107,7 @@ async def test_the_end_lingers_for_an_unread_body() -> None:
         assert b" 413 " in await asyncio.to_thread(client, port)
 
 
-# ------------------------------------------------------------------------------------------ slow readers
+# ------------------------------------------------------------------------------------- slow readers
 
 
 Handle = Callable[[Any, Request], Awaitable[Response]]
@@ -238,7 +241,7 @@ async def test_a_pipelined_flood_is_answered_in_order_and_fairly() -> None:
         assert answered == sent
 
 
-# ---------------------------------------------------------------------------------------- who goes, who stays
+# ------------------------------------------------------------------------------ who goes, who stays
 
 
 class Slow:
@@ -350,7 +353,7 @@ async def test_a_stop_lets_a_request_finish_or_ends_it_with_an_error(finishes: b
         await stopping
 
 
-# ------------------------------------------------------------------------------------------------- limits
+# ------------------------------------------------------------------------------------------- limits
 
 
 def upload(size: int, framing: str, key: bool = True) -> bytes:
@@ -482,7 +485,7 @@ async def test_a_refused_request_whose_client_leaves_is_logged_once(
     assert line.startswith("POST /v1/complete 401 ")
 
 
-# --------------------------------------------------------------------------------- the daemons under attack
+# ------------------------------------------------------------------------- the daemons under attack
 
 
 @pytest.mark.parametrize(
@@ -491,7 +494,9 @@ async def test_a_refused_request_whose_client_leaves_is_logged_once(
 def test_a_flood_of_bodies_costs_a_fraction_of_their_size(
     tmp_path: Path, framing: str, statuses: set[int]
 ) -> None:
-    """200 connections send 1 MiB each, and /health answers in the middle. This Pi has two places and no VPS."""
+    """200 connections send 1 MiB each, and /health answers in the middle. This Pi has two places
+    and no VPS.
+    """
     raw = upload(1_048_000, framing, key=401 not in statuses)
 
     async def attack(port: int) -> set[int]:

@@ -1,14 +1,15 @@
 """vpsd as a process: each endpoint, each error, and the promises of the engine.
 
-Most tests share one daemon, `vps`, whose model is a small random one in the place of the 0.5B: what is cached, batched,
-cancelled or drafted can be seen on it as well, and it takes a tenth of the time. What a text means is tested on the
-0.5B itself, `real`; most of these tests are slow. A prompt that must be new to the cache contains a number of its own.
-The reference is a plain loop over llama_decode in this process, one token at a time.
+Most tests share one daemon, `vps`, whose model is a small random one in the place of the 0.5B: what
+is cached, batched, cancelled or drafted can be seen on it as well, and it takes a tenth of the
+time. What a text means is tested on the 0.5B itself, `real`; most of these tests are slow. A prompt
+that must be new to the cache contains a number of its own. The reference is a plain loop over
+llama_decode in this process, one token at a time.
 
-llama.cpp rounds differently for different batch sizes, so a near-tie between the two likeliest tokens may fall the
-other way. Their gap moved by up to 0.22 (0.5B, a batch of 48 against single tokens). Of 24 texts of 96 tokens, 8
-differed with drafts, each after a gap of at most 0.068; none differed without drafts. A text may leave the reference
-only after a gap below TIE.
+llama.cpp rounds differently for different batch sizes, so a near-tie between the two likeliest
+tokens may fall the other way. Their gap moved by up to 0.22 (0.5B, a batch of 48 against single
+tokens). Of 24 texts of 96 tokens, 8 differed with drafts, each after a gap of at most 0.068; none
+differed without drafts. A text may leave the reference only after a gap below TIE.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ IDLE_PERCENT = (
 )
 IDLE_SECONDS = 0.1
 
-# ------------------------------------------------------------------------------------------- the client
+# --------------------------------------------------------------------------------------- the client
 
 
 class Cut(Exception):
@@ -188,10 +189,12 @@ class Vps:
 
 
 def changed(change: str = "", quicker: float = 40) -> list[str]:
-    """A command that runs vpsd after this change, with the costs of decoding of a quiet machine, not measured ones.
+    """A command that runs vpsd after this change, with the costs of decoding of a quiet machine,
+    not measured ones.
 
-    The schedule of two streams and the length of drafts then do not depend on the other load of this machine. The costs
-    are divided until they are below those of any machine, and corrected while decoding.
+    The schedule of two streams and the length of drafts then do not depend on the other load of
+    this machine. The costs are divided until they are below those of any machine, and corrected
+    while decoding.
     """
     table = f"{ONE / quicker}, {MANY / quicker}"
     costs = f"from cerebrum.vps import schedule, worker; worker.measure_costs = lambda *_: schedule.Costs({table})"
@@ -276,7 +279,7 @@ def new_prompt(tokens: int = 64) -> str:
     return f"# list {number}: " + ", ".join(f"{n:x}" for n in numbers)
 
 
-# ----------------------------------------------------------------------------------------- the reference
+# ------------------------------------------------------------------------------------ the reference
 
 
 class Reference(families.Reference):
@@ -302,7 +305,8 @@ class Reference(families.Reference):
         same = prefixes.common_prefix(got, wanted)
         starts = list(itertools.accumulate(map(len, pieces), initial=0))
         last = max(number for number, start in enumerate(starts) if start <= same)
-        # A token "be" in place of "b" shows only after the "b", where the reference continues without "e".
+        # A token "be" in place of "b" shows only after the "b", where the reference continues
+        # without "e".
         ends = range(same + 1, min(same + 9, len(got) + 1))
         longer = [
             number
@@ -330,7 +334,7 @@ def real_reference() -> Iterator[Reference]:
         yield reference
 
 
-# ------------------------------------------------------------------------------------------ the endpoints
+# ------------------------------------------------------------------------------------ the endpoints
 
 
 def test_health_alone_needs_no_key(vps: Vps) -> None:
@@ -490,7 +494,7 @@ def test_errors(vps: Vps) -> None:
     assert vps.active() == 0
 
 
-# ----------------------------------------------------------------------------------------------- the text
+# ----------------------------------------------------------------------------------------- the text
 
 CODE = '''\
 def parse(line):
@@ -588,7 +592,9 @@ RETURN = {"prompt": "def area(width, height):\n    retu", "heal": True}
 def test_how_the_real_model_goes_on(
     real: Vps, real_reference: Reference, fields: Any, start: str, left: str
 ) -> None:
-    """The model writes the word at the cursor in its own tokens, and the part that is there already is not repeated."""
+    """The model writes the word at the cursor in its own tokens, and the part that is there already
+    is not repeated.
+    """
     body, raw = (
         real.complete(**{**fields, "heal": heal}, max_tokens=8) for heal in (bool(left), False)
     )
@@ -699,7 +705,7 @@ def test_the_context_is_filled_exactly(small: Vps, reference: Reference) -> None
     reference.check(prompt, body["completion"], 6)
 
 
-# ---------------------------------------------------------------------------------------------- prefixes
+# ----------------------------------------------------------------------------------------- prefixes
 
 
 def test_of_a_known_prompt_only_the_new_part_is_computed(vps: Vps, reference: Reference) -> None:
@@ -782,7 +788,7 @@ def test_an_earlier_answer_is_drafted_again(vps: Vps, small: Vps, reference: Ref
         assert stats["draft_tokens"] >= stats["accepted_tokens"] >= again["accepted_tokens"]
 
 
-# ------------------------------------------------------------------------------------------ cancellation
+# ------------------------------------------------------------------------------------- cancellation
 
 
 @pytest.mark.parametrize("stage", ["prefill", "decode"])
@@ -815,7 +821,7 @@ def test_a_prefill_for_two_goes_on_for_the_one_that_stays(
             reference.check(prompt + stayer, stays.text(), 4)
 
 
-# ---------------------------------------------------------------------------------- sessions and limits
+# ------------------------------------------------------------------------------ sessions and limits
 
 
 def test_a_newer_request_of_a_session_replaces_the_older(vps: Vps) -> None:
@@ -843,7 +849,7 @@ def test_a_third_request_at_a_time_is_refused(vps: Vps) -> None:
         assert vps.active() == 2
 
 
-# ------------------------------------------------------------------------------------- loading, unloading
+# ------------------------------------------------------------------------------- loading, unloading
 
 
 def test_unload(real: Vps) -> None:
@@ -967,7 +973,7 @@ def test_a_model_that_does_not_fit(tmp_path: Path) -> None:
             assert message.endswith(f" MB are free beside the reserve of {reserve} MB")
 
 
-# ------------------------------------------------------------------------------------------- SIGTERM
+# ------------------------------------------------------------------------------------------ SIGTERM
 
 
 def test_sigterm_lets_a_short_stream_end_and_ends_a_long_one_with_an_error(
@@ -1021,7 +1027,7 @@ def test_a_tuned_file_is_used(tmp_path: Path, models: Path, reference: Reference
         assert f"model {SMALL} loaded (tuned: Q5_0 to Q8_0)" in tuned.process.stdout()
 
 
-# --------------------------------------------------------------------------------------------- slow tests
+# --------------------------------------------------------------------------------------- slow tests
 
 
 @pytest.mark.slow
@@ -1042,7 +1048,8 @@ def test_two_models_at_once(tmp_path: Path, real_reference: Reference) -> None:
         assert vps.model(LARGE)["memory_mb"] > 1.5 * vps.model(SMALL)["memory_mb"]
 
 
-# Room for one of them, by what this process takes: what the machine has available changes by itself.
+# Room for one of them, by what this process takes: what the machine has available changes by
+# itself.
 ROOM_FOR_ONE = (
     "from cerebrum.vps import pool; from cerebrum.metrics import resident_bytes; "
     "vpsd.available_mb = pool.available_mb = lambda: 3000 - resident_bytes() / 2**20"
