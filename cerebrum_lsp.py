@@ -400,7 +400,8 @@ class Call:
 
 LOCAL = "http://127.0.0.1:7000"  # this machine, as long as no url is set
 NO_URL = (
-    "no url is set. Set CEREBRUM_URL, or the client's setting url, to the Pi's address, such as http://pi.local:7000. "
+    "no url is set. Set CEREBRUM_URL, or the client's setting url, to the Pi's address, such as "
+    "http://pi.local:7000. "
     f"Until then this machine is asked ({LOCAL})"
 )
 

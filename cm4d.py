@@ -114,7 +114,8 @@ class Tls:
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             raise ConfigError(
-                f"CEREBRUM_CM4_TLS_CERT, CEREBRUM_CM4_TLS_KEY: expected PEM files that fit each other: {reason}"
+                f"CEREBRUM_CM4_TLS_CERT, CEREBRUM_CM4_TLS_KEY: expected PEM files that fit each "
+                f"other: {reason}"
             ) from None
 
 
@@ -321,7 +322,8 @@ class Gateway:
         """
         if self.config.clients is not None and not config.access.needs_key:
             raise ConfigError(
-                "CEREBRUM_CM4_KEYS_FILE: expected the file, it has gone; an empty one lets nobody in"
+                "CEREBRUM_CM4_KEYS_FILE: expected the file, it has gone; an empty one lets "
+                "nobody in"
             )
         self.fleet.replace(config.backends, config.models, config.prefer)
         self.config = config
@@ -775,15 +777,19 @@ METRICS = {
                lambda pi: len(pi.dispatcher.state.line)),
         Metric("cerebrum_shared_total", "Requests that shared a completion.", "broadcasts.shared", "shared"),
         Metric("cerebrum_replaced_total", "Infills that a newer one replaced.", "broadcasts.replaced", "replaced"),
-        Metric("cerebrum_type_through_total", "Requests that the rest of an earlier completion answered.",
+        Metric("cerebrum_type_through_total", "Requests that the rest of an earlier completion "
+                                              "answered.",
                "broadcasts.type_through", "type_through"),
-        Metric("cerebrum_accepted_completions_total", "Completions that users accepted, as editors report.",
+        Metric("cerebrum_accepted_completions_total", "Completions that users accepted, as editors "
+                                                      "report.",
                "counting.accepted", "accepted"),
         Metric("cerebrum_accepted_characters_total", "Characters of these completions.",
                "counting.accepted_characters", "accepted_characters"),
-        Metric("cerebrum_infills_suggested_total", "Infills with a text, by the confidence of their first line.",
+        Metric("cerebrum_infills_suggested_total", "Infills with a text, by the confidence of "
+                                                   "their first line.",
                lambda pi: pi.counting.by_band("suggested"), labels=("from",)),
-        Metric("cerebrum_infills_accepted_total", "Those of them that users accepted, as editors report.",
+        Metric("cerebrum_infills_accepted_total", "Those of them that users accepted, as editors "
+                                                  "report.",
                lambda pi: pi.counting.by_band("accepted"), labels=("from",)),
         Metric("cerebrum_reloads_total", "How often the settings were read again.", "reconfigured"),
     ),
@@ -791,14 +797,17 @@ METRICS = {
         *COMPLETIONS,
         Metric("cerebrum_tokens_total", "Tokens of completions that have ended.", "tokens"),
         Metric("cerebrum_prompt_tokens_total", "Tokens of prompts that backends computed.", "prompt_tokens"),
-        Metric("cerebrum_prompt_tokens_cached_total", "Tokens of prompts that were in a cache.", "cached_tokens"),
+        Metric("cerebrum_prompt_tokens_cached_total", "Tokens of prompts that were in a "
+                                                      "cache.", "cached_tokens"),
         Metric("cerebrum_draft_tokens_total", "Tokens that drafts proposed.", "draft_tokens"),
         Metric("cerebrum_accepted_tokens_total", "Tokens of drafts that were accepted.", "accepted_tokens"),
     ),
     "client": (
-        Metric("cerebrum_client_completions_total", "Completions that ended, by the name of a key.", "completions"),
+        Metric("cerebrum_client_completions_total", "Completions that ended, by the name of "
+                                                    "a key.", "completions"),
         Metric("cerebrum_client_tokens_total", "Tokens of these completions.", "tokens"),
-        Metric("cerebrum_client_seconds_total", "Time in which these completions held a place.", "seconds"),
+        Metric("cerebrum_client_seconds_total", "Time in which these completions held a "
+                                                "place.", "seconds"),
         Metric("cerebrum_client_accepted_total", "Completions that its user accepted.", "accepted"),
     ),
     "backend": (  # read from a backend's entry in /v1/stats

@@ -388,7 +388,8 @@ def tune_command(options: argparse.Namespace, config: Config) -> None:
     outcome = tune_model(model, config, sys.stdout, dry_run=options.dry_run)
     if not options.dry_run and outcome.tuned:
         print(
-            f"{model.id}: used from its next load on; {PYTHON} vpsd.py tune {model.id} --remove goes back"
+            f"{model.id}: used from its next load on; {PYTHON} vpsd.py tune {model.id} --remove "
+            f"goes back"
         )
 
 
@@ -421,7 +422,8 @@ def wait_for_quiet() -> None:
             break
     else:
         raise TuneError(
-            f"expected other programs to use at most {MAX_BUSY_PERCENT} % of the CPU, got {busy:.0f} %"
+            f"expected other programs to use at most {MAX_BUSY_PERCENT} % of the CPU, got "
+            f"{busy:.0f} %"
         )
 
 
@@ -815,15 +817,19 @@ METRICS: Table = {
     "model": (
         *COMPLETIONS,
         Metric("llamacpp:prompt_tokens_total", "Tokens of prompts that were computed.", "prompt_tokens"),
-        Metric("llamacpp:prompt_tokens_cached_total", "Tokens of prompts that were in the cache.", "cached_tokens"),
+        Metric("llamacpp:prompt_tokens_cached_total", "Tokens of prompts that were in the "
+                                                      "cache.", "cached_tokens"),
         Metric("llamacpp:prompt_seconds_total", "Time in which prompts were read.", "prompt_seconds"),
         Metric("llamacpp:tokens_predicted_total", "Tokens that were generated.", "tokens"),
-        Metric("llamacpp:tokens_predicted_seconds_total", "Time in which tokens were generated.", "token_seconds"),
+        Metric("llamacpp:tokens_predicted_seconds_total", "Time in which tokens were "
+                                                          "generated.", "token_seconds"),
         Metric("llamacpp:n_decode_total", "Calls of llama_decode.", "decodes"),
-        Metric("llamacpp:n_busy_slots_per_decode", "Mean number of sequences in a call of llama_decode.",
+        Metric("llamacpp:n_busy_slots_per_decode", "Mean number of sequences in a call of "
+                                                   "llama_decode.",
                lambda of: of.decoded_sequences / (of.decodes or math.inf)),
         Metric("llamacpp:spec_decode_num_draft_tokens_total", "Drafted tokens.", "draft_tokens", "draft_tokens"),
-        Metric("llamacpp:spec_decode_num_accepted_tokens_total", "Tokens of drafts that the model accepted.",
+        Metric("llamacpp:spec_decode_num_accepted_tokens_total", "Tokens of drafts that the model "
+                                                                 "accepted.",
                "accepted_tokens", "accepted_tokens"),
         Metric("llamacpp:spec_decode_num_drafts_total", "Drafts that the model checked.", "drafts"),
         Metric("cerebrum_model_loads_total", "How often it was loaded.", "loads"),

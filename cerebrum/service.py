@@ -129,7 +129,8 @@ def _log_file(path: str) -> Any:
             if self.reason and not before:
                 with contextlib.suppress(OSError):
                     print(
-                        f"CEREBRUM_LOG_FILE: cannot write {path}: {self.reason}; going on without it",
+                        f"CEREBRUM_LOG_FILE: cannot write {path}: {self.reason}; going on "
+                        f"without it",
                         flush=True,
                     )
 

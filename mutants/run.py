@@ -36,9 +36,11 @@ VPS = "tests/vps/test_engine.py tests/vps/test_families.py tests/vps/test_vpsd.p
 # The tests that know each file. The first that fails ends the run, so the quickest come first.
 ROOMS = {
     "cerebrum/http.py": "tests/test_wire.py tests/vps/test_load.py tests/test_metrics.py",
-    "cerebrum/pi/dispatcher.py": f"tests/pi/test_dispatcher.py {PI} tests/pi/test_cm4d.py tests/pi/test_backends.py",
+    "cerebrum/pi/dispatcher.py": f"tests/pi/test_dispatcher.py {PI} tests/pi/test_cm4d.py "
+    f"tests/pi/test_backends.py",
     "cerebrum/pi/broadcast.py": PI,
-    "cerebrum/pi/upstream.py": "tests/pi/test_upstream.py tests/pi/test_cm4d.py tests/pi/test_backends.py",
+    "cerebrum/pi/upstream.py": "tests/pi/test_upstream.py tests/pi/test_cm4d.py "
+    "tests/pi/test_backends.py",
     "cerebrum/pi/dialects.py": "tests/pi/test_dialects.py tests/pi/test_plugins.py "
     "tests/pi/test_routing.py tests/pi/test_backends.py",
     "cerebrum/text/ending.py": "tests/text/test_ending.py tests/text/test_syntaxes.py",

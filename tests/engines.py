@@ -116,7 +116,8 @@ def _run(command: list[str]) -> None:
         end = "\n".join(result.stdout.decode(errors="replace").splitlines()[-8:])
         program = " ".join(Path(word).name for word in command[:4])
         raise Unavailable(
-            f"llama-server cannot be built: `{program} …` failed with status {result.returncode}:\n{end}"
+            f"llama-server cannot be built: `{program} …` failed with status "
+            f"{result.returncode}:\n{end}"
         )
 
 

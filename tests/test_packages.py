@@ -31,7 +31,8 @@ from cerebrum_common import VERSION
 
 # What the page takes for granted and what its steps install. The container has no network.
 PACKAGES = (
-    "avahi-daemon avahi-utils build-essential ca-certificates cmake curl dbus debhelper dh-python g++ help2man "
+    "avahi-daemon avahi-utils build-essential ca-certificates cmake curl dbus debhelper dh-python "
+    "g++ help2man "
     "iproute2 libnss-mdns make python3 python3-psutil python3-venv systemd-sysv"
 )
 SUITE = "trixie"
@@ -309,8 +310,8 @@ def test_setup_is_roots_and_again_changes_nothing(cerebrum: Machine) -> None:
     nobody = "setpriv --reuid=nobody --clear-groups"
     said = cerebrum.fails(f"{nobody} cerebrum-cm4 setup")
     assert (
-        said
-        == "cerebrum-cm4: expected to run as root, got user nobody; please run:  sudo cerebrum-cm4 setup"
+        said == "cerebrum-cm4: expected to run as root, got user nobody; please run:  sudo "
+        "cerebrum-cm4 setup"
     )
     assert cerebrum.run(f"{nobody} cerebrum-backend --help").startswith("Usage: ")
     before = everything_set(cerebrum)
@@ -517,7 +518,8 @@ def test_an_address_is_taken_before_it_is_up_and_a_persons_limit_of_memory_stays
     cerebrum.run("ip address add 100.64.0.3/32 dev lo")
     assert cerebrum.status("http://100.64.0.3:9001/health") == "200"
     cerebrum.run(
-        "ip address delete 100.64.0.3/32 dev lo; cerebrum-backend setup --listen 100.64.0.1 </dev/null"
+        "ip address delete 100.64.0.3/32 dev lo; cerebrum-backend setup --listen 100.64.0.1 "
+        "</dev/null"
     )
     assert cerebrum.status(f"{BACKEND}/health") == "200"
     assert cerebrum.fails("cerebrum-backend setup --listen vps").endswith(
@@ -771,7 +773,8 @@ def test_an_installation_by_hand_is_taken_over(way: str) -> None:
             address = "[Socket]\nListenStream=\nListenStream=100.64.0.1:9000\n"
             machine.run(f"install -D /dev/stdin {listen}", stdin=address)
             machine.run(
-                "echo CEREBRUM_MAX_CPU_PERCENT=100 >/opt/cerebrum-backend/.env; chown cerebrum: /opt/*/.env"
+                "echo CEREBRUM_MAX_CPU_PERCENT=100 >/opt/cerebrum-backend/.env; chown cerebrum: "
+                "/opt/*/.env"
             )
             key = machine.run(f"cp {KEY} key; cat {KEY}")
             machine.run("cd cerebrum\n" + on_the_pi.replace("useradd", "true"), stdin=key)
@@ -804,7 +807,8 @@ def test_an_installation_by_hand_is_taken_over(way: str) -> None:
         kept = ["backend/env", "backend/models.mine.toml", "cm4/env"] if way == "the oldest" else []
         assert own == [f"/etc/cerebrum-{file}" for file in kept]
         machine.run(
-            "rm -r /opt/cerebrum-pi /opt/cerebrum-backend; systemctl restart cerebrum-backend cerebrum-cm4"
+            "rm -r /opt/cerebrum-pi /opt/cerebrum-backend; systemctl restart cerebrum-backend "
+            "cerebrum-cm4"
         )
         until(lambda: health(machine)[0] == 200, "the Pi sees the VPS without the folders in /opt")
         machine.run("cerebrum-cm4 setup </dev/null")

@@ -1450,7 +1450,8 @@ def test_where_nothing_can_be_measured_the_smallest_model_is_offered(vps: Vps) -
     )  # fmt: skip
     assert (
         said[-1]
-        == "FAIL  models    not fetched: large; to try again:  sudo cerebrum-backend setup --model ID"
+        == "FAIL  models    not fetched: large; to try again:  sudo cerebrum-backend setup "
+        "--model ID"
     )
     (vps.folder / "fetch-fails").unlink()
     status, said = vps.run("setup", typed="\n")

@@ -48,7 +48,8 @@ from cerebrum_common import HttpError, request_id_var, sse_event
 # ------------------------------------------------------------------------------------ configuration
 
 URL = re.compile(
-    r"(https?)://([A-Za-z0-9.\-_]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::([0-9]{1,5}))?(/[A-Za-z0-9._~/\-]*)?"
+    r"(https?)://([A-Za-z0-9.\-_]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])"
+    r"(?::([0-9]{1,5}))?(/[A-Za-z0-9._~/\-]*)?"
 )
 MAX_PLACES = 64  # concurrent requests to one backend
 

@@ -323,11 +323,13 @@ class Outcome:
         if self.agreement is not None:
             tokens = AGREEMENT_TOKENS - AGREEMENT_SKIP
             lines.append(
-                f"same likeliest token as the published file after {self.agreement:.1%} of {tokens} tokens of code"
+                f"same likeliest token as the published file after {self.agreement:.1%} of "
+                f"{tokens} tokens of code"
             )
         if not self.tuned:
             lines.append(
-                f"nothing is {MIN_GAIN:.0%} faster here than the published file, which is used as it is"
+                f"nothing is {MIN_GAIN:.0%} faster here than the published file, which is used "
+                f"as it is"
             )
         return "\n".join(lines)
 
@@ -498,7 +500,8 @@ class Tuner:
         """TuneError or OSError with the figures if the memory or the disk is too small."""
         if (need := self.memory({}, self.settings)) > self.room:
             raise TuneError(
-                f"expected {need / MB:.0f} MB of memory beside the reserve, got {self.room / MB:.0f} MB"
+                f"expected {need / MB:.0f} MB of memory beside the reserve, got "
+                f"{self.room / MB:.0f} MB"
             )
         check_disk(
             self.folder.parent, 3 * self.path.stat().st_size // 2

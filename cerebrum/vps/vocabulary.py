@@ -90,7 +90,8 @@ def heal_from(prompt: str) -> int:
 # Marks that some files do not declare as control tokens: CodeLlama's end, StarCoder's and
 # CodeGemma's next file.
 END_MARK = re.compile(
-    r"\u2581?<(?:EOT|PRE|SUF|MID)>|<\|?file_sep(?:arator)?\|?>|<\|?(?:repo|file)_?name\|?>|<\|?fim_\w+\|?>"
+    r"\u2581?<(?:EOT|PRE|SUF|MID)>|<\|?file_sep(?:arator)?\|?>|<\|?(?:repo|file)_?name\|?>"
+    r"|<\|?fim_\w+\|?>"
 )
 FILE_MARKS = ("<|file_sep|>", "<file_sep>", "<|file_separator|>")  # before a file's name
 APART = "\x01"  # SentencePiece knows it as a byte

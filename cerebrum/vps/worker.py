@@ -827,7 +827,8 @@ class Worker(threading.Thread):
             self.model, sequences, costs, self.baton, self.tally, self._beat, settings.draft
         )
         log.info(
-            "model %s loaded (%s): %d MB; decode of 1/16 tokens %.1f/%.1f ms; %d sequences restored",
+            "model %s loaded (%s): %d MB; decode of 1/16 tokens %.1f/%.1f ms; %d sequences "
+            "restored",
             self.model_id, loader.encoding, self.memory_bytes // MB, *(costs(n) * 1e3 for n in (1, 16)),
             len(sequences.store.entries),
         )  # fmt: skip

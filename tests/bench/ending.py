@@ -77,7 +77,8 @@ WORDS = (
 )  # whose headers end with anything
 # SQL: a statement's first line and its last one, and the words around a body.
 STATEMENT = re.compile(
-    r"(?i)(?:alter|comment|create|declare|delete|do|drop|grant|insert|merge|select|update|with)\b|\{\{"
+    r"(?i)(?:alter|comment|create|declare|delete|do|drop|grant|insert|merge|select|update"
+    r"|with)\b|\{\{"
 )
 OVER = re.compile(r"(?i)(?:;|\\g\w*(?:\s+\w+)?|\bend\s*(?://|\$\$))$")
 BODY = re.compile(r"(?i)(?:^(?:as\s+)?begin\b(?!\s*;|\s+tran|.*;)|.\bbegin$|\bcase\b)")
@@ -354,7 +355,8 @@ def measure(
                         show -= 1
                         marked = f"{case.prompt[-300:]}«{case.piece}»{case.after[:200]}"
                         print(
-                            f"--- {language} {kind} {model} {result}\n{marked}\n  sent: {sent[-200:]!r}\n"
+                            f"--- {language} {kind} {model} {result}\n{marked}\n"
+                            f"  sent: {sent[-200:]!r}\n"
                         )
         other = source.text[source.lines[len(source.lines) // 2].start :][:MORE_CHARS]
     summary: dict[str, object] = {"language": language}

@@ -255,8 +255,10 @@ def together(*calls: Callable[[], Result]) -> list[Result]:
 
 SUBJECTS = (
     "a lighthouse keeper, a lame mule and the first snow", "how glass is blown on an island",
-    "the night train from Lisbon", "two beekeepers who do not agree", "a map that was drawn wrong on purpose",
-    "the smell of rain on a tin roof", "a clock that strikes thirteen", "an orchard behind the prison wall",
+    "the night train from Lisbon", "two beekeepers who do not agree", "a map that was drawn wrong "
+                                                                      "on purpose",
+    "the smell of rain on a tin roof", "a clock that strikes thirteen", "an orchard behind the "
+                                                                        "prison wall",
     "the last speaker of a language", "bread, salt and a borrowed coat", "the cartographer's youngest daughter",
     "a violin found in a drained canal",
 )  # fmt: skip
@@ -280,7 +282,8 @@ def prose(number: int) -> Question:
         number // len(SUBJECTS) % 4
     ]
     return Question(
-        f"Write a {kind} about {subject}, in {5 + number} long sentences that all begin differently."
+        f"Write a {kind} about {subject}, in {5 + number} long sentences that all begin "
+        f"differently."
     )
 
 

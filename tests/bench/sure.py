@@ -102,7 +102,8 @@ def cases(repository: str, kind: str) -> Iterator[list[dict[str, Any]]]:
             for number, (size, places) in islice(fit, MAX_LINES):
                 yield [
                     {
-                        "key": f"{PurePosixPath(repository).name.removesuffix('.git')} {path} {number} {place} {kind}",
+                        "key": f"{PurePosixPath(repository).name.removesuffix('.git')} {path} "
+                        f"{number} {place} {kind}",
                         "language": language,
                     }
                     | case_of(lines, number, size, place, kind)

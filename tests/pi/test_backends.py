@@ -236,7 +236,8 @@ REFUSALS = [
         (4096, 0),
     ),
     (
-        f"'max_tokens' is too large: 512. {MAXIMUM} and your request has 4000 input tokens (512 > …",
+        f"'max_tokens' is too large: 512. {MAXIMUM} and your request has 4000 input tokens "
+        f"(512 > …",
         {},
         (4096, 0),
     ),
@@ -422,7 +423,8 @@ STREAMS = {
     "a mark that leaks": stream(text_chunk("1<|end"), text_chunk("oftext|>Human:"), total_tokens=2),
     "a mark that the prompt has, too": stream(text_chunk(" '<|im_end|>'", "stop"), text=" '<|im_end|>'",
         asked={"prompt": "end = '<|im_end|>'\nx ="}),
-    "a character in two events": stream(text_chunk("a"), b'data: {"choices": [{"text": "\xe2\x82"}]}\n\n',
+    "a character in two events": stream(text_chunk("a"), b'data: {"choices": [{"text": '
+                                                         b'"\xe2\x82"}]}\n\n',
         b'data: {"choices": [{"text": "\xac"}]}\n\n', text_chunk("b", "stop"), text="a\u20acb", total_tokens=4),
     "half of a character": stream(b'data: {"choices": [{"text": "\xe2"}]}\n\n', text_chunk("x", "stop"), text="\ufffdx",
         total_tokens=2),
@@ -907,7 +909,8 @@ async def test_no_other_engine_gets_a_prompt_that_it_would_have_to_heal(
 LONG_CLASSES = {
     "python": (
         "class A:\n",
-        '    def f(self):\n        """Say "it\'s {".\n\n        def x():\n        """\n        return [1, "("]\n\n',
+        '    def f(self):\n        """Say "it\'s {".\n\n        def x():\n        """\n'
+        '        return [1, "("]\n\n',
         "    def g(self):\n",
         "        return 1\n\n    def h(self):\n",
         "        return 1\n",

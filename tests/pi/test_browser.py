@@ -165,7 +165,8 @@ class Visit:
     async def drop(self, name: str, content: bytes) -> None:
         carried = await self.page.evaluate_handle(
             "([name, bytes]) => { const carried = new DataTransfer();"
-            " carried.items.add(new File([Uint8Array.from(bytes, c => c.charCodeAt())], name)); return carried }",
+            " carried.items.add(new File([Uint8Array.from(bytes, c => c.charCodeAt())], name)); "
+            "return carried }",
             [name, content.decode("latin-1")],
         )
         await self.page.dispatch_event("#editor", "drop", {"dataTransfer": carried})

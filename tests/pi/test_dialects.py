@@ -455,8 +455,10 @@ COUNTS = b'"usage":{"prompt_tokens":10,"completion_tokens":4,"total_tokens":14,"
 TEXT_HEAD = b'{"id":"cmpl-42","object":"text_completion","created":7,"model":"m","choices":['
 CHAT_HEAD = b'{"id":"chatcmpl-42","object":"chat.completion","created":7,"model":"m","choices":['
 TIMINGS = (
-    b'{"cache_n":6,"prompt_n":4,"prompt_ms":250.0,"prompt_per_token_ms":62.5,"prompt_per_second":16.0,'
-    b'"predicted_n":4,"predicted_ms":1000.0,"predicted_per_token_ms":250.0,"predicted_per_second":4.0}'
+    b'{"cache_n":6,"prompt_n":4,"prompt_ms":250.0,"prompt_per_token_ms":62.5,'
+    b'"prompt_per_second":16.0,'
+    b'"predicted_n":4,"predicted_ms":1000.0,"predicted_per_token_ms":250.0,'
+    b'"predicted_per_second":4.0}'
 )
 
 
@@ -499,7 +501,8 @@ def test_llama(name: str) -> None:
     reply = reply_to(name, stop="q")
     answer = (
         b'{"content":"%b","stop":true,"model":"m","tokens_predicted":4,"tokens_evaluated":10,'
-        b'"generation_settings":{"n_ctx":4096},"truncated":false,"stop_type":"eos","tokens_cached":14,"timings":%b}'
+        b'"generation_settings":{"n_ctx":4096},"truncated":false,"stop_type":"eos",'
+        b'"tokens_cached":14,"timings":%b}'
     )
     assert reply.whole("x\ny", RESULT) == answer % (rb"x\ny", TIMINGS)
     assert reply.begin() == b""
@@ -628,10 +631,14 @@ def test_errors(code: str) -> None:
 
 
 NEXT_EDITS = [
-    "<|file_sep|>a.py\nx = 1\n<|file_sep|>original/a.py\ny\n<|file_sep|>current/a.py\nyz\n<|file_sep|>updated/a.py\n",
-    "<[fim-suffix]>\nrest\n<[fim-prefix]><filename>a.py\n<|marker_1|>x\n<|user_cursor|><|marker_2|><[fim-middle]>",
-    "<[fim-suffix]>\nrest\n<[fim-prefix]><filename>a.py\n<<<<<<< CURRENT\nx\n=======\n<[fim-middle]>",
-    "### Instruction:\nEdit\n### User Excerpt:\n<|editable_region_start|>\nx\n<|editable_region_end|>\n### Response:\n",
+    "<|file_sep|>a.py\nx = 1\n<|file_sep|>original/a.py\ny\n<|file_sep|>current/a.py\nyz\n"
+    "<|file_sep|>updated/a.py\n",
+    "<[fim-suffix]>\nrest\n<[fim-prefix]><filename>a.py\n<|marker_1|>x\n"
+    "<|user_cursor|><|marker_2|><[fim-middle]>",
+    "<[fim-suffix]>\nrest\n<[fim-prefix]><filename>a.py\n<<<<<<< CURRENT\nx\n=======\n"
+    "<[fim-middle]>",
+    "### Instruction:\nEdit\n### User Excerpt:\n<|editable_region_start|>\nx\n"
+    "<|editable_region_end|>\n### Response:\n",
 ]
 
 

@@ -65,7 +65,8 @@ BODIES |= {
     "stop": (CODE, filled(b'{"prompt":"a","stop":"', b"a", b'"}'), 200),
     "messages": (CHAT, dump(messages=[{"role": "user", "content": "x" * 900}] * 1000), 200),
     "files": (INFILL, dump(input_extra=[{"filename": "a.py", "text": PYTHON[:3800]}] * 256, input_prefix="a"), 200),
-    "marks": (CODE, filled(b'{"prompt":"', rb"<|file_sep|>a\n", b'<|fim_prefix|><|fim_suffix|>b<|fim_middle|>"}'), 200),
+    "marks": (CODE, filled(b'{"prompt":"', rb"<|file_sep|>a\n", b'<|fim_prefix|><|fim_suffix|>'
+                                                                b'b<|fim_middle|>"}'), 200),
     "python": (NATIVE, dump(language="python", prompt=PYTHON), 200),
     "data": (CODE, dump(filename="a.json", prompt=DATA), 200),
     "gap": (INFILL, dump(filename="a.py", input_prefix=PYTHON[:200_000], input_suffix=PYTHON[200_000:]), 200),

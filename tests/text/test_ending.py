@@ -33,18 +33,22 @@ ROWS = [
     ("python block: a docstring with a call",
      "def f():\n«    '''Like resume().'''\n    return 1\n»\n\ndef resume():\n    pass"),
     ("python block: docstring first", 'def f():\n    """Doc.\n\n    x"""\n«    return 1\n»x = f()'),
-    ("python block: the whole function", "def f(xs):\n  for x in xs:\n«    print(x)\n  return 1\n»\ny = 1"),
+    ("python block: the whole function", "def f(xs):\n  for x in xs:\n«    print(x)\n  return 1\n"
+                                         "»\ny = 1"),
     ("python block: a class",
-     "class A:\n  x = 1\n«\n  def f(self):\n    return 1\n\n  def g(self):\n    return 2\n»\nclass B:"),
+     "class A:\n  x = 1\n«\n  def f(self):\n    return 1\n\n  def g(self):\n    return 2\n»\n"
+     "class B:"),
     ("python block: comments at column 0 below blank lines",
      "def f():\n«    x = 1\n\n# note\n# more\n\n    return g(x)\n"
      "\n# what it calls\ndef g(x):\n    return x\n»\n# Tests\nf()"),
     ("python end: a comment below a blank line, last", "def f():\n«    return 1\n»\n# Tests\n"),
-    ("python block: a header with a comment", "def f(x):  # why\n    if x:\n«        g()\n    return 1\n»\nf()"),
+    ("python block: a header with a comment", "def f(x):  # why\n    if x:\n«        g()\n"
+                                              "    return 1\n»\nf()"),
     ("python block: else", "if a:\n«    b()\nelif c:\n    d()\nelse:\n    e()\n»\nelsewhere = 1"),
     ("python block: try", "try:\n«    b()\nexcept E:\n    d()\nfinally:\n    e()\n»\nf()"),
     ("python block: helpers",
-     "def f(x):\n«  return g(x) + g(1)\n\n\ndef g(x):\n  return h(x)\n\nasync def h(x):\n  return x\n»\ndef k(x):"),
+     "def f(x):\n«  return g(x) + g(1)\n\n\ndef g(x):\n  return h(x)\n\nasync def h(x):\n"
+     "  return x\n»\ndef k(x):"),
     ("rust block: a helper that it calls",
      "fn f(x: i32) -> u8 {\n«  g(x)\n}\n\nfn g(x: i32) -> u8 {\n  x\n}\n»\nfn main() {"),
     ("python block: a window that starts in a docstring",
@@ -57,26 +61,35 @@ ROWS = [
     ("python block: after a comment",
      "# The gcd\n«import math\n\ndef gcd(a, b):\n    return math.gcd(a, b)\n»\nprint(1)"),
     ("python block: a decorator",
-     "class A:\n  x = 1\n\n  @property\n«  def f(self):\n    return 1\n»\n  def g(self):\n    return 2"),
+     "class A:\n  x = 1\n\n  @property\n«  def f(self):\n    return 1\n»\n  def g(self):\n"
+     "    return 2"),
     ("python block: a member and a comment",
-     "class A:\n  x = 1\n\n  # sum\n«  def f(self):\n    return 1\n»\n  def g(self):\n    return 2"),
+     "class A:\n  x = 1\n\n  # sum\n«  def f(self):\n    return 1\n»\n  def g(self):\n"
+     "    return 2"),
     ("python block: a blank line above the member",
-     "class A:\n  x = 1\n\n  # sum\n«\n  def f(self):\n    return 1\n»\n  def g(self):\n    return 2"),
-    ("python block: repeated lines before the end", "def f():\n«    a()\n    a()\n    a()\n    a()\n»x = 1"),
+     "class A:\n  x = 1\n\n  # sum\n«\n  def f(self):\n    return 1\n»\n  def g(self):\n"
+     "    return 2"),
+    ("python block: repeated lines before the end", "def f():\n«    a()\n    a()\n    a()\n"
+                                                    "    a()\n»x = 1"),
     ("python block: no body comes", 'def f():\n    """Doc."""\n«»\n\ndef g():\n    pass'),
     ("python stop: a fence", "def f():\n«    return 1\n»```\n\nThis function"),
     ("python block: typed indentation again", "def f():\n    x = 1\n    «    return x\n»\nf()"),
-    ("javascript block: a callback", "app.get('/', (req, res) => {\n«  res.send({a: 1});\n});\n»\napp.listen();"),
-    ("javascript block: an expression", "const f = (xs, k) =>« xs.reduce((a, x) => {\n  return a;\n}, {});\n»\nf();"),
+    ("javascript block: a callback", "app.get('/', (req, res) => {\n«  res.send({a: 1});\n});\n»\n"
+                                     "app.listen();"),
+    ("javascript block: an expression", "const f = (xs, k) =>« xs.reduce((a, x) => {\n  return a;\n"
+                                        "}, {});\n»\nf();"),
     ("javascript block: a chain of calls",
      "fetch(u)\n .then(r => {\n«  g(r);\n })\n .catch(e => {\n  h(e);\n });\n»\nf();"),
     ("javascript block: an inner callback",
      "function f(a) {\n  a.map(x => {\n«    g(x);\n  });\n  return a;\n}\n»\nf([]);"),
-    ("javascript block: the class's end comes along", "class A {\n  f() {\n«    return 1;\n  }\n}\n»\nnew A();"),
+    ("javascript block: the class's end comes along", "class A {\n  f() {\n«    return 1;\n  }\n}\n"
+                                                      "»\nnew A();"),
     ("javascript block: else on a new line", "if (a) {\n«  b();\n}\nelse {\n  c();\n}\n»d();"),
     ("javascript block: if and else without braces", "if (x)\n«  y();\nelse\n  z();\n»\nf();"),
-    ("javascript block: an if in a loop, without braces", "for (const a of b)\n«  if (a)\n    f(a);\n»\ng();"),
-    ("javascript block: import, no semicolon", 'import a from "a"\n«\nfunction f() {\n  return a;\n}\n»\nf();'),
+    ("javascript block: an if in a loop, without braces", "for (const a of b)\n«  if (a)\n"
+                                                          "    f(a);\n»\ng();"),
+    ("javascript block: import, no semicolon", 'import a from "a"\n«\nfunction f() {\n  return a;\n'
+                                               '}\n»\nf();'),
     ("javascript block: an if without semicolons", "if (x)« return\n»const y = 2"),
     ("javascript block: a loop without braces", "for (;;)«\n  g();\n»\nf();"),
     ("javascript block: no semicolons", "const x =« f(1) // one\n»const y = 2"),
@@ -87,31 +100,39 @@ ROWS = [
     ("java block: a member after a comment",
      "class A {\n  /** Sum. */\n«  int sum() {\n    return 1;\n  }\n»\n  int g() { return 2; }\n}"),
     ("rust block: lifetimes, characters and raw strings",
-     "fn f<'a>(x: &'a str) -> &'a str {\n«    let c = '{'; let d = '\\'';\n    'l: loop { break 'l; }\n"
-     '    let a = r"\\"; let b = r#"}"}"#; let e = r###"}"##"###;\n    "two\nlines}"\n}\n»\nfn g() {'),
+     "fn f<'a>(x: &'a str) -> &'a str {\n«    let c = '{'; let d = '\\'';\n"
+     "    'l: loop { break 'l; }\n"
+     '    let a = r"\\"; let b = r#"}"}"#; let e = r###"}"##"###;\n    "two\nlines}"\n}\n»\n'
+     'fn g() {'),
     ("rust block: an impl's method",
      "impl A {\n  fn f(&self) -> i32 {\n«    match x { 1 => 2, _ => 3 }\n  }\n}\n»\nfn main() {}"),
     ("rust block: a signature in progress", "fn f(x: i32)« -> i32 {\n    x + 1\n}\n»\nfn main() {"),
     ("c block: directives, characters",
-     "int f(char c) {\n«#define A { // don't\n  if (c == '{' || c == '\"') { return 1; }\n}\n»\nint main() {"),
+     "int f(char c) {\n«#define A { // don't\n  if (c == '{' || c == '\"') { return 1; }\n}\n»\n"
+     "int main() {"),
     ("c block: a brace on its own line",
      "int f(int x)\n«{\n  if (x)\n  {\n    return 1;\n  }\n  return 0;\n}\n»\nint main()"),
     ("c block: a typedef", "typedef struct {\n«    int x;\n} point;\n»\nint main() {"),
     ("c block: after includes",
-     "#include <stdio.h>\n\n«struct a {\n  int x;\n};\n\nint f() {\n  return 1;\n}\n»\nint main() {"),
+     "#include <stdio.h>\n\n«struct a {\n  int x;\n};\n\nint f() {\n  return 1;\n}\n»\n"
+     "int main() {"),
     ("c block: a macro over lines", "#define M(a) \\\n«    do { a; } while (0)\n»int f() {"),
     ("c stop: a fence right behind", "int f() {\n«    return 1;\n}»```\n\nThis"),
     ("cpp block: a class",
      "template <typename T>\nclass Queue {\n«public:\n    void push(T x) { items.push_back(x); }\n"
      "private:\n    std::vector<T> items;\n};\n»\nint main() {"),
-    ("cpp block: in a namespace", "namespace a {\n\nint f() {\n«  return 1;\n}\n\n}  // namespace a\n»\nint main() {"),
-    ("cpp block: an initializer list", "A::A(int x)\n«    : a{x},\n      b(x)\n{\n    c = x;\n}\n»\nint f() {"),
+    ("cpp block: in a namespace", "namespace a {\n\nint f() {\n«  return 1;\n}\n\n"
+                                  "}  // namespace a\n»\nint main() {"),
+    ("cpp block: an initializer list", "A::A(int x)\n«    : a{x},\n      b(x)\n{\n    c = x;\n}\n"
+                                       "»\nint f() {"),
     ("go block: a method of go",
      'type S struct {\n\tx int\n}\n\nfunc (s *S) X() int {\n«\tt := `}` + "}"\n'
      "\tfor _, c := range t {\n\t\tif c == '}' {\n\t\t\treturn\n\t\t}\n\t}\n}\n»\nfunc g() {"),
-    ("go block: a package", 'package main\n«\nimport "fmt"\n\nfunc main() {\n\tfmt.Println(1)\n}\n»\nfunc f() {'),
+    ("go block: a package", 'package main\n«\nimport "fmt"\n\nfunc main() {\n\tfmt.Println(1)\n}\n'
+                            '»\nfunc f() {'),
     ("go block: a variable", "var x =« f(1)\n»var y = 2"),
-    ("kotlin block: package, no semicolon", "package a\n«\nimport b.C\n\nfun f() {\n    C()\n}\n»\nfun g() {"),
+    ("kotlin block: package, no semicolon", "package a\n«\nimport b.C\n\nfun f() {\n    C()\n}\n»\n"
+                                            "fun g() {"),
     ("kotlin block: below a class without a body",
      "class Empty\n\nfun f() {\n  if (x) {\n«    g()\n  }\n  h()\n}\n»\nfun k() {}"),
     ("shell end: a shebang", "#!/bin/bash\n«\nset -e\n\nf() {\n    echo 1\n}\n\nf\n»"),
@@ -120,11 +141,14 @@ ROWS = [
     ("python stop: within a string", 'x = "hello« world»"\ny = 1\n‖"\ny = 1'),
     ("python stop: an opening bracket", "encoding_m«ap = »{\n    1: 2}\n‖{\n    1: 2}"),
     ("python stop: a header", "def f():\n    «if x:»\n        return 1\n‖\n        return 1"),
-    ("python stop: the suffix at once", "def f():\n«»    return the_value_of(x)\n‖    return the_value_of(x)"),
+    ("python stop: the suffix at once", "def f():\n«»    return the_value_of(x)\n"
+                                        "‖    return the_value_of(x)"),
     ("python stop: brackets", "x = 1\n«y = f(\n    1,\n)»\nz = 3\n‖\nz = 3"),
     ("python stop: indentation again", "def f():\n    x = 1\n    «    return x»\n\nf()\n‖\n\nf()"),
-    ("javascript stop: a block", "function f(x) {\n«  if (x) {\n    g();\n  }\n»}\n\nf();\n‖}\n\nf();"),
-    ("javascript stop: a block to close", "function f(x) {\n«  if (x) {\n    g();\n  }\n}»\n\nf();\n‖\n\nf();"),
+    ("javascript stop: a block", "function f(x) {\n«  if (x) {\n    g();\n  }\n»}\n\nf();\n‖}\n"
+                                 "\nf();"),
+    ("javascript stop: a block to close", "function f(x) {\n«  if (x) {\n    g();\n  }\n}»\n\n"
+                                          "f();\n‖\n\nf();"),
     ("go end: an argument", 'fmt.Println(«f(x), "a)"»)\n}\n‖)'),
     ("python block: the last line's rest, written again",
      "def f(a, b):\n    «retu»rn a\n\n# Test it\nprint(f(3, 5))\n‖rn a"),
@@ -134,35 +158,45 @@ ROWS = [
      "def f(a, b):\n  «return a + b»\n\nprint(f(1, 2))  # Output: 3‖\n\nprint(f(1, 2))"),
     ("python stop: a remark, and more",
      "def f(a, b):\n  «return a + b»\n\nprint(f(1, 2))  # 3\nprint(f(3, 4))\n‖\n\nprint(f(1, 2))"),
-    ("python end: more than a remark", "def f(a, b):\n  return «a + b\n\n\nprint(f(1, 2)) + 1\n»‖\n\n\nprint(f(1, 2))"),
+    ("python end: more than a remark", "def f(a, b):\n  return «a + b\n\n\nprint(f(1, 2)) + 1\n»‖\n"
+                                       "\n\nprint(f(1, 2))"),
     ("python end: a closed string", 'print("«hello»")‖")'),
     ("python stop: a closed string, and more", 'print("«hello»")\nprint("world")\n‖")'),
     ("python end: the call's second string", 'print("a", "«b", "c»")‖")'),
     ("go end: the type in aligned columns", "type A struct {\n\tNa«me»‖     string\n}"),
     ("python stop: several lines",
-     "def f(xs):\n  total = su«m(xs)\n  count = len(xs)\n  return total / »max(count, 1)\n‖max(count, 1)"),
+     "def f(xs):\n  total = su«m(xs)\n  count = len(xs)\n  return total / »max(count, 1)\n"
+     "‖max(count, 1)"),
     ("python stop: a rest that comes twice", "x = f(a«, 1)\ny = g(b»)\nz = h(c)\n‖)\nz = h(c)"),
-    ("python stop: a word begun in the gap", "import os\n«import lo»gging\nimport sys\n‖gging\nimport sys"),
-    ("python stop: blank lines and spaces differ", "a = so«me»=thing(1)\n\nb = other(2)\n‖ = thing(1)\nb = other(2)"),
+    ("python stop: a word begun in the gap", "import os\n«import lo»gging\nimport sys\n‖gging\n"
+                                             "import sys"),
+    ("python stop: blank lines and spaces differ", "a = so«me»=thing(1)\n\nb = other(2)\n"
+                                                   "‖ = thing(1)\nb = other(2)"),
     ("python stop: indentation half typed",
-     "def f(x):\n  if x:\n    a = «g(x)\n  »  return a + 1\n  return 2\n‖  return a + 1\n  return 2"),
+     "def f(x):\n  if x:\n    a = «g(x)\n  »  return a + 1\n  return 2\n‖  return a + 1\n"
+     "  return 2"),
     ("python stop: lines of a call",
      "x = dict(\n  a=1,\n«  b=two(\n    2,\n  ),\n»  cc=three(3),\n)\n‖  cc=three(3),\n)"),
     ("python stop: lines that begin alike",
-     "self.eq(a, 1)\n«self.eq(b, 2)\nself.eq(c, 3)\n»self.eq(dd, 4)\n‖self.eq(dd, 4)\nself.eq(ee, 5)"),
+     "self.eq(a, 1)\n«self.eq(b, 2)\nself.eq(c, 3)\n»self.eq(dd, 4)\n‖self.eq(dd, 4)\n"
+     "self.eq(ee, 5)"),
     ("python end: a blank line in the block",
      "def f(a):\n  x = «a + 1\n\n  y = compute_another(x)\n  return y»‖\n\nprint(f(1))"),
     ("python stop: a fence below a gap",
-     "def f(xs):\n  a = «[x for x in xs if x]\n  return a»\n```\n\nThis keeps\n‖\n  return [min(a)]"),
-    ("python stop: a fence below an example", "def f(xs):\n  y = []\n«  return xs\n»\nprint(f(1))\n```\n‖  return y"),
+     "def f(xs):\n  a = «[x for x in xs if x]\n  return a»\n```\n\nThis keeps\n‖\n"
+     "  return [min(a)]"),
+    ("python stop: a fence below an example", "def f(xs):\n  y = []\n«  return xs\n»\nprint(f(1))\n"
+                                              "```\n‖  return y"),
     ("python end: a fence in a docstring",
-     "def f():\n«    '''Doc.\n\n    ```\n    f()\n    ```\n    '''\n    return 1\n»‖\ndef g():\n    pass"),
+     "def f():\n«    '''Doc.\n\n    ```\n    f()\n    ```\n    '''\n    return 1\n»‖\ndef g():\n"
+     "    pass"),
     ("python block: a short rest, and other lines below it",
      "env['CONTENT_LENGTH'«] »= ''\nenv['SCRIPT_FILENAME'] = self.path\n"
      "env['REMOTE_ADDR'] = self.client_address[0]\n‖=''\nenv['SCRIPT_NAME'] = ''"),
     ("python stop: an import like the next",
      "import sys\n«import os»\nimport re\nimport stat\n‖\nimport re\nimport stat"),
-    ("python stop: an if with else in a gap", "if level:\n«    a()\nelse:\n    b()»\n\nc()\n‖\nc()"),
+    ("python stop: an if with else in a gap", "if level:\n«    a()\nelse:\n    b()»\n\nc()\n"
+                                              "‖\nc()"),
     ("go stop: several lines",
      "func f(xs []int) int {\n\ts«um := 0\n\tfor _, x := range xs {\n"
      "\t\tsum +»= x * weight\n\t}\n‖= x * weight\n\t}\n\treturn 1"),
@@ -170,22 +204,31 @@ ROWS = [
     ("none stop: a bracket", "puts f(«a, g(b)»)\ny = 1\n‖)\ny = 1"),
     ("none block: a body",
      "void f(int x) {«\n    g(x);\n»}\n\nvoid h() {\n    another();\n"
-     "    and_another_one(that, is, longer, than, the, rest, of, the, line, may, wait, for, it);\n‖}\n\nint main() {"),
-    ("none stop: lifetimes", "fn f<'a>(x: &'a str) -> &'a str {\n  let y = cut(«x, size(x)»);\n  y\n}\n‖);\n  y\n}"),
-    ("none stop: a fence of a text's own", "# Title\n```sh\n«make test»\n```\n\nThen run it.\n‖\n```\n\nThen run it."),
+     "    and_another_one(that, is, longer, than, the, rest, of, the, line, may, wait, for, it);\n"
+     "‖}\n\nint main() {"),
+    ("none stop: lifetimes", "fn f<'a>(x: &'a str) -> &'a str {\n  let y = cut(«x, size(x)»);\n"
+                             "  y\n}\n‖);\n  y\n}"),
+    ("none stop: a fence of a text's own", "# Title\n```sh\n«make test»\n```\n\nThen run it.\n‖\n"
+                                           "```\n\nThen run it."),
     ("none stop: indentation in tabs", "all: x\n\t«make y»\n\tmake zzz\n‖\n\tmake zzz"),
-    ("python stop: CRLF, a line", "def f():\r\n    x = 1\r\n«    y = 2»\r\n    return x\r\n‖\r\n    return x\r\n"),
+    ("python stop: CRLF, a line", "def f():\r\n    x = 1\r\n«    y = 2»\r\n    return x\r\n‖\r\n"
+                                  "    return x\r\n"),
     ("python stop: CRLF, a whole line", "x = 1\r\n«y = 2\r\n»return x\r\n‖return x\r\n"),
     ("python stop: many blank lines", "x = 1\n«y = 2»\n\n  z = 3\nw‖" + "\n" * 50 + "  z = 3\n"),
     ("python block: a long comment below a blank line", "def f():\n«    return 1\n»\n" + 3 * f"# {90 * '-'}\n"),
-    ("python block: within the brackets of a header", f"if f(\na,\n«b,\n»{CALLS}‖c,\n):\n    g()\n"),
-    ("python end: entries between brackets that the editor has closed", f"c = {{«\n{VALUES}»‖}}\n\nprint(c)"),
-    ("javascript end: a long body before its bracket", f"function f(a) {{\n«{VALUES}»‖}}\n\nfunction g() {{"),
-    ("python end: a long rest of a function", f"def f(a):\n    «{VALUES.lstrip()}»‖\n\ndef g():\n    pass"),
+    ("python block: within the brackets of a header", f"if f(\na,\n«b,\n»{CALLS}‖c,\n):\n"
+                                                      f"    g()\n"),
+    ("python end: entries between brackets that the editor has closed", f"c = {{«\n{VALUES}»‖}}\n\n"
+                                                                        f"print(c)"),
+    ("javascript end: a long body before its bracket", f"function f(a) {{\n«{VALUES}»‖}}\n\n"
+                                                       f"function g() {{"),
+    ("python end: a long rest of a function", f"def f(a):\n    «{VALUES.lstrip()}»‖\n\ndef g():\n"
+                                              f"    pass"),
     ("python block: a blank line at the end of the cursor's block",
      f"def add(a, b):\n    return «a + b»\n\n{CALLS}‖\n\n\nprint(add(1, 2))\n"),
     ("python block: a comment outside the block of the gap",
-     f"def f(x):\n    x = x.strip()\n«    return x == x[::-1]\n»\n# Test it\nprint(f(''))\n{CALLS}‖    return True"),
+     f"def f(x):\n    x = x.strip()\n«    return x == x[::-1]\n»\n# Test it\nprint(f(''))\n"
+     f"{CALLS}‖    return True"),
     ("javascript block: a model that never comes to the suffix",
      f"function f(x) {{\n«  if (x) {{\n    a()\n  }}\n»{CALLS}‖  done(x)\n}}\n"),
     # Without a language that we know.

@@ -28,7 +28,8 @@ LINES = {
     "typescript": [
         "export interface «Bill» {", "type «Id» = string | number", "export const enum «Color» {", "enum «Color» {",
         "export abstract class «Shape» {", "declare function «load»(url: string): Promise<void>",
-        "  private async «load»<T>(url: string): Promise<T> {", "  protected override «area»(): number {",
+        "  private async «load»<T>(url: string): Promise<T> {", "  protected override «area»(): "
+                                                                "number {",
         "namespace «Shop» {", "declare module 'x' {",
     ],
     "rust": [
@@ -51,9 +52,11 @@ LINES = {
         "class «Bill» : public Item {", "template <typename T> class «Stack» {",
         "template <typename T, template <class> class C> struct «Box» {", "enum class «Color» {", "namespace «shop» {",
         "namespace «shop»", "using «Id» = std::uint64_t;",
-        "std::vector<std::pair<int, int>> «pairs_of»(const Bill& b) {", "void Bill::«add»(Item item) {",
+        "std::vector<std::pair<int, int>> «pairs_of»(const Bill& b) {", "void Bill::«add»(Item "
+                                                                        "item) {",
         "Bill::«Bill»(long net) : net_(net) {", "Bill::«~Bill»() {", "    virtual «~Bill»() {",
-        "    int «size»() const noexcept {", "constexpr auto «twice»(auto x) -> decltype(x) {", "class Forward;",
+        "    int «size»() const noexcept {", "constexpr auto «twice»(auto x) -> "
+                                             "decltype(x) {", "class Forward;",
         "    throw Error(a)", "    delete find(a)",
     ],
     "go": [
@@ -63,8 +66,10 @@ LINES = {
     ],
     "java": [
         "public class «Account» extends Base<String> {", "public final class «Bill»",
-        "interface «Shape» permits Circle {", "public enum «Color» {", "record «Point»(int x, int y) {",
-        '@SuppressWarnings("x") class «Loud» {', "    public static Map<String, List<Integer>> «of»(int a) {",
+        "interface «Shape» permits Circle {", "public enum «Color» {", "record «Point»(int x, "
+                                                                       "int y) {",
+        '@SuppressWarnings("x") class «Loud» {', "    public static Map<String, List<Integer>> "
+                                                 "«of»(int a) {",
         "    private static <T extends Comparable<T>> T «max»(List<T> items) {", "    public «Account»(String owner) {",
         "    @Override public int «size»() {", "    int declared(int a);", "    return call(a) {",
         "    } else if (a) {", "    else if (a) {", "    int x = call(a);", "    new Thread(() -> {",
@@ -72,7 +77,8 @@ LINES = {
     ],
     "csharp": [
         "public sealed class «Bill» : Item", "public record struct «Point»(int X, int Y);", "struct «Pair» {",
-        "    public async Task<int> «LoadAsync»(string url)", "    public int «Twice»(int x) => 2 * x;",
+        "    public async Task<int> «LoadAsync»(string url)", "    public int «Twice»(int x) => "
+                                                              "2 * x;",
         "    public string «Name» { get; set; }", "    public int «Total» => lines.Sum();",
         "    foreach (var x in y) {", "    var x = Call(a);", "    await Call(a) {",
     ],
@@ -87,8 +93,10 @@ LINES = {
         "// fun main() {",
     ],
     "swift": [
-        "public final class «Account»: Base {", "struct «Point»<T> {", "extension «Account»: Equatable {",
-        "    class func «shared»() -> Account {", "    @discardableResult func «add»(_ x: Int) -> Int {",
+        "public final class «Account»: Base {", "struct «Point»<T> {", "extension «Account»: "
+                                                                       "Equatable {",
+        "    class func «shared»() -> Account {", "    @discardableResult func «add»(_ x: Int) "
+                                                  "-> Int {",
         "let «limit» = 3", "    let local = 3", "    functional()",
     ],
     "scala": ["final case class «Point»(x: Int)", "  def «f»[A](a: A): A = {", "val «limit» = 3", "  val local = 3"],
@@ -120,7 +128,8 @@ LINES = {
     "haskell": ["data «Shape» = Circle", "«total» :: Int -> Int", "  where x = 3"],
     "sql": [
         "CREATE TABLE «bills» (", "create or replace function shop.«total»(x int)",
-        'CREATE UNIQUE INDEX IF NOT EXISTS "«by» name" ON a (b);', "CREATE TEMPORARY VIEW `«v»` AS", "SELECT a FROM b;",
+        'CREATE UNIQUE INDEX IF NOT EXISTS "«by» name" ON a (b);', "CREATE TEMPORARY VIEW "
+                                                                   "`«v»` AS", "SELECT a FROM b;",
         "-- CREATE TABLE a",
     ],
     "html": ["<div id='a'>"],
@@ -286,7 +295,8 @@ TEXTS = {
     ],
     "cpp": ["// language: C++\n"],
     "go": [
-        "-- filetype=go\n", "<!-- filename: a.go -->\n", "```rs\nfn f() {}\n```\nand\n```go\n", "```go\r\nx := 1\r\n",
+        "-- filetype=go\n", "<!-- filename: a.go -->\n", "```rs\nfn f() {}\n```\nand\n"
+                                                         "```go\n", "```go\r\nx := 1\r\n",
     ],
     "rust": ["// Path: src/main.rs\nfn main() {", "# language: cobol\n# path: a.rs\n"],
     "csharp": ["```c#\n", "# language: C#\n"],

@@ -33,17 +33,22 @@ FUNCTION = "def get(url):\n    return requests.get(url).text\n"
 COMPLETE = {
     "python": [
         "def fibonacci(n):",
-        'def has_close(numbers, threshold):\n    """Check if any two numbers are close.\n    """\n', "# Sort the list",
-        "# Write a function that sorts a list\ndef sort_list(items):", "# Refactor this to use async\n",
-        "# Refactor this to use async\ndef get(url):\n", '# Rewrite this recursively\ndef f(x):\n    """The sum."""\n',
+        'def has_close(numbers, threshold):\n    """Check if any two numbers are close.\n'
+        '    """\n', "# Sort the list",
+        "# Write a function that sorts a list\ndef sort_list(items):", "# Refactor this to use "
+                                                                       "async\n",
+        "# Refactor this to use async\ndef get(url):\n", '# Rewrite this recursively\ndef f(x):\n'
+                                                         '    """The sum."""\n',
         "# Convert Celsius to Fahrenheit\ndef convert(c):\n    return c * 9 / 5 + 32\n",
         "# Update this when adding a model\nMODELS = [\n    1,\n]\n",
         "# Use this function to parse dates\ndef parse(x):\n    return x\n",
         "# TODO: refactor this to use async\n" + FUNCTION, "# Fix this later\n" + FUNCTION,
-        "# Fix this when the API changes\n" + FUNCTION, "# Convert this to a string\ntext = str(value)\n",
+        "# Fix this when the API changes\n" + FUNCTION, "# Convert this to a string\n"
+                                                        "text = str(value)\n",
         "# Copyright 2024 The Authors\n# Licensed under the MIT license\nimport os\nimport sys\n",
         "#!/usr/bin/env python3\nimport sys\n\ndef main():\n    pass\n", '"""Explain this module."""\nimport os\n',
-        "import os\n# Refactor this to use async\n" + FUNCTION, "print(the_list)\nsort(a, b)\nfind = 3\n",
+        "import os\n# Refactor this to use async\n" + FUNCTION, "print(the_list)\nsort(a, b)\n"
+                                                                "find = 3\n",
         "return a if b else c", "query = '''\nSELECT a FROM b", "select name from users",
         "CREATE TABLE users (id INT, name TEXT)", "explain select * from users", "\n\n",
         "for a in the_list:\n    print(a)\n",
@@ -60,11 +65,14 @@ COMPLETE = {
     ],
     "cpp": ["delete this;"],
     "rust": [
-        "use my::module;\nuse the::other;", "/// Converts this type into a string.\npub fn to_s(x: u8) -> String {",
+        "use my::module;\nuse the::other;", "/// Converts this type into a string.\n"
+                                            "pub fn to_s(x: u8) -> String {",
     ],
-    "go": ['package main\n\nimport "fmt"\n\nfunc main() {', "// Package foo does this.\npackage foo\n\nfunc A() {}\n"],
+    "go": ['package main\n\nimport "fmt"\n\nfunc main() {', "// Package foo does this.\n"
+                                                            "package foo\n\nfunc A() {}\n"],
     "javascript": [
-        "// Convert this to TypeScript\nfunction add(a, b) {", "describe('a thing', () => {\n  it('works', () => {",
+        "// Convert this to TypeScript\nfunction add(a, b) {", "describe('a thing', () => {\n"
+                                                               "  it('works', () => {",
         "delete a.b\nlet the = 1",
     ],
     "typescript": [
@@ -86,10 +94,14 @@ INSTRUCT = {
         "How do I read a file line by line?", "What does this function return?\n\n" + FUNCTION,
         "I need a class for matrices", "Create a class Stack with push and pop",
         "Given a list of integers, return the two that add up to a target", "A function that returns the n-th prime",
-        "Python function to check if a number is prime", "Write a function add(a, b):\n- it adds\n- it never fails",
-        "\n  Sort a list of tuples by the second element\n", "Refactor this to use async:\n\n" + FUNCTION,
-        "# Refactor this to use async\n" + FUNCTION, "# Refactor this to use async\n# and aiohttp.\n\n" + FUNCTION,
-        "# Refactor this to use async\n" + FUNCTION.rstrip(), "# Please simplify this code\n" + FUNCTION,
+        "Python function to check if a number is prime", "Write a function add(a, b):\n- it adds\n"
+                                                         "- it never fails",
+        "\n  Sort a list of tuples by the second element\n", "Refactor this to use "
+                                                             "async:\n\n" + FUNCTION,
+        "# Refactor this to use async\n" + FUNCTION, "# Refactor this to use async\n"
+                                                     "# and aiohttp.\n\n" + FUNCTION,
+        "# Refactor this to use async\n" + FUNCTION.rstrip(), "# Please simplify this "
+                                                              "code\n" + FUNCTION,
         "# Add type hints\n" + FUNCTION, "# Add error handling to this function\n" + FUNCTION,
         "# Make it faster\n" + FUNCTION, "# Fix the bug in this function\n" + FUNCTION,
         "# Convert this to a dataclass\nclass A:\n    def __init__(self):\n        self.a = 1\n",
@@ -100,7 +112,8 @@ INSTRUCT = {
         "// Convert this to TypeScript\nfunction add(a, b) {\n  return a + b\n}\n",
         "/* Convert this to TypeScript */\nfunction add(a, b) {\n  return a + b\n}\n",
     ],
-    "typescript": ["/**\n * Rewrite this with async/await.\n */\nfunction f() {\n  return g().then(h)\n}"],
+    "typescript": ["/**\n * Rewrite this with async/await.\n */\nfunction f() {\n"
+                   "  return g().then(h)\n}"],
     "rust": ["// Make this function generic\nfn add(a: u8, b: u8) -> u8 {\n    a + b\n}\n"],
     "c": ["// Optimize the loop below\nfor (int i = 0; i < n; i++) {\n    s += a[i];\n}\n"],
     "cpp": ["Write a C++ program that uses std::vector"],

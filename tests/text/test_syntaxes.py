@@ -21,26 +21,35 @@ from cerebrum.text.prompt import prepare
 ROWS = [
     ("java block: a member of a record",
      "record Point(int x, int y) {\n  double size() {\n«    return x + y;\n  }\n»\n  int z() {}"),
-    ("java end: an infill", "class A {\n    int twice(int x) {\n        return «2 * x;»\n    }\n}‖\n    }\n}"),
+    ("java end: an infill", "class A {\n    int twice(int x) {\n        return «2 * x;»\n    }\n"
+                            "}‖\n    }\n}"),
     ("C# block: another name", "class A {\n  int F() {\n«    return 1;\n  }\n»\n  int G"),
     ("kotlin block: a method",
-     "class A(val b: String) : Base() {\n  fun f(): Int {\n«    return xs.sumOf { it.net }\n  }\n»\n  fun g() {}"),
-    ("kotlin block: when", 'fun f(x: Int) = when (x) {\n«  1 -> "one"\n  else -> {\n    "many"\n  }\n}\n»\nfun g() {}'),
-    ("kotlin block: a chain", "fun f() {}\n\nval names = users\n«  .map { it.name }\n  .sorted()\n»\nfun g() {}"),
+     "class A(val b: String) : Base() {\n  fun f(): Int {\n«    return xs.sumOf { it.net }\n  }\n"
+     "»\n  fun g() {}"),
+    ("kotlin block: when", 'fun f(x: Int) = when (x) {\n«  1 -> "one"\n  else -> {\n    "many"\n'
+                           '  }\n}\n»\nfun g() {}'),
+    ("kotlin block: a chain", "fun f() {}\n\nval names = users\n«  .map { it.name }\n  .sorted()\n"
+                              "»\nfun g() {}"),
     ("swift block: members",
      "struct A: Codable {\n  let id: Int\n«  let name: String\n"
      "\n  enum Keys: String {\n    case id\n  }\n}\n»\nfunc f() {}"),
-    ("php block: without its opening tag", "function f($x) {\n«    return $x + 1;\n}\n»\necho f(1);"),
+    ("php block: without its opening tag", "function f($x) {\n«    return $x + 1;\n}\n»\n"
+                                           "echo f(1);"),
     ("ruby block: a definition in one line",
      "class A\n  def a = 1\n  def b(x) = x\n\n  def c\n«    3\n  end\n»\n  def d"),
     ("ruby block: a script ends at a blank line",
      '# print it\n«each("a.txt") do |line|\n\n  puts line\nend\n»\nputs "done"'),
-    ("ruby block: describe", 'describe Account do\n  it "adds" do\n«    expect(2).to eq(2)\n  end\n»\n  it "fails" do'),
+    ("ruby block: describe", 'describe Account do\n  it "adds" do\n«    expect(2).to eq(2)\n  end\n'
+                             '»\n  it "fails" do'),
     ("ruby end: an infill", "def twice(x)\n  «2 * x»\nend\nputs‖\nend\nputs twice(2)"),
     ("lua block: an argument",
-     'describe("f", function()\n  it("works", function()\n«    assert(f)\n  end)\nend)\n»\ndescribe("g", function()'),
-    ("shell block: a script ends at a blank line", "# count lines\n«wc -l -- *.txt |\n    sort -n\n»\necho ready"),
-    ("sql block: a table", "CREATE TABLE bills (\n«  id integer,\n  note text DEFAULT ';'\n);\n»\nCREATE TABLE more ("),
+     'describe("f", function()\n  it("works", function()\n«    assert(f)\n  end)\nend)\n»\n'
+     'describe("g", function()'),
+    ("shell block: a script ends at a blank line", "# count lines\n«wc -l -- *.txt |\n    sort -n\n"
+                                                   "»\necho ready"),
+    ("sql block: a table", "CREATE TABLE bills (\n«  id integer,\n  note text DEFAULT ';'\n);\n»\n"
+                           "CREATE TABLE more ("),
     ("sql block: a statement up to a blank line",
      "SELECT «name, CASE WHEN total > 100 THEN 'a;b' ELSE 'it''s' END\n"
      "FROM customers -- it's\nORDER BY total;\n»\nSELECT 1;"),
@@ -48,50 +57,64 @@ ROWS = [
     ("html block: the innermost element",
      "<body>\n  <ul class=\"it's\">\n    <li>One</li>\n"
      "«    <li>It's two <br> or <b>more</b></li>\n    <!-- </ul> -->\n  </ul>\n»  <p>Next</p>"),
-    ("html end: an infill", "<table>\n  <tr>\n«    <td>a</td>\n»  </tr>\n  <tr>‖  </tr>\n  <tr>\n    <td>x</td>"),
+    ("html end: an infill", "<table>\n  <tr>\n«    <td>a</td>\n»  </tr>\n  <tr>‖  </tr>\n  <tr>\n"
+                            "    <td>x</td>"),
     ("css block: a rule",
      "p { margin: 0; }\n.menu > li {\n«  color: red; /* } */\n"
      '  background: url(https://a.org/a;b.png) "}";\n}\n»\n.menu { }'),
-    ("css block: the first rule", "/* links that were visited */\n«a:visited {\n  color: purple;\n}\n»\nb { }"),
+    ("css block: the first rule", "/* links that were visited */\n«a:visited {\n  color: purple;\n"
+                                  "}\n»\nb { }"),
     ("json block: the innermost object",
      '{\n  "name": "a",\n  "scripts": {\n«    "test": "echo \\"}\\"",\n'
      '    "build": "make {a,b}"\n  },\n»  "dependencies": {'),
     ("json block: the innermost array", '{\n  "files": [\n«    "a",\n    "b"\n  ],\n»  "more": 1'),
-    ("json end: an infill of an array", '{\n  "a": [\n«    1,\n    2\n»  ],\n  "z": 2\n}‖  ],\n  "b": 2\n}'),
+    ("json end: an infill of an array", '{\n  "a": [\n«    1,\n    2\n»  ],\n  "z": 2\n}‖  ],\n'
+                                        '  "b": 2\n}'),
     ("json end: an infill", '{\n  "a": «1,\n  "b": 2»,\n  "c": 3‖,\n  "c": 3\n}'),
     ("yaml block: the innermost mapping",
      'services:\n  web:\n    image: nginx\n«    ports:\n      - "80:80"\n'
      "    command: echo it's \"fine\" # don't\n»  db:\n    image: postgres"),
     ("yaml block: a text in a block",
      "jobs:\n  test:\n    steps:\n«      - run: |\n          if true; then\n\n"
-     "          echo \"it's\n          fi\n        env: {A: \"b: c\"}\n      - name: two\n»  more: 1"),
+     "          echo \"it's\n          fi\n        env: {A: \"b: c\"}\n      - name: two\n"
+     "»  more: 1"),
     ("yaml block: up to the next document", "a:\n«  b: 1\n»---\nc: 1"),
-    ("yaml block: top level ends at a blank line", 'version: 3\n«name: test\non: [push, "pull\n  request"]\n»\njobs:'),
+    ("yaml block: top level ends at a blank line", 'version: 3\n«name: test\non: [push, "pull\n'
+                                                   '  request"]\n»\njobs:'),
     ("dockerfile block: up to a blank line",
      "FROM debian:13\n«RUN apt-get update && \\\n    # it's a comment\n\n"
      "    apt-get install -y curl \"a b\" && \\\n    echo 'don'\n»\nCMD [\"a\"]"),
     ("markdown block: a paragraph", "# Use\n«It runs\nby `make`.\n»\n## More"),
-    ("toml block: a table", "[package]\n«version = \"0.1\"\ntext = \"\"\"\n[x]\n\nit's\"\"\"\n»\n[dependencies]"),
+    ("toml block: a table", "[package]\n«version = \"0.1\"\ntext = \"\"\"\n[x]\n\nit's\"\"\"\n»\n"
+                            "[dependencies]"),
     ("makefile block: a recipe", "all: a b\n«\tcc -o it's a.c\n»\nclean:"),
     ("scala block: a method",
      'class Bill(val net: Int) {\n  def total() = {\n«    s"${net} }"\n  }\n»\n  def close() = {}'),
     ("scala block: a body below =",
      "def f(x: Int): Int =\n«  val y = g('{', '\"', 'a)\n\n  y * 2\nend f\n»\ndef h(x: Int) = 1\n"),
     ("scala block: behind =", "object X:\n  def f: Int = «1\n»\n  def g = 2\n"),
-    ("scala block: branches of a script", "if x then\n«  g()\n\n  h()\nelse if y then\n  k()\nelse\n  z\n»\nh(1)\n"),
-    ("scala block: an object", "object X:\n«  val y = 1\n\n  def f(x: Int) =\n    y\n»\nobject Y:\n  val z = 1\n"),
+    ("scala block: branches of a script", "if x then\n«  g()\n\n  h()\nelse if y then\n  k()\n"
+                                          "else\n  z\n»\nh(1)\n"),
+    ("scala block: an object", "object X:\n«  val y = 1\n\n  def f(x: Int) =\n    y\n»\nobject Y:\n"
+                               "  val z = 1\n"),
     ("scala block: cases",
-     "def f(x: Int): String = x match\n«  case 1 => \"a\"\n  case _ =>\n    try g()\n    finally h()\n»\ndef z = 1\n"),
+     "def f(x: Int): String = x match\n«  case 1 => \"a\"\n  case _ =>\n    try g()\n"
+     "    finally h()\n»\ndef z = 1\n"),
     ("scala block: the outer function",
-     "object A:\n  private[a] def f(y: Int): Int =\n    def go(z: Int) =\n«      z\n    go(y)\n»\n  def g = 1\n"),
-    ("scala block: a signature", "def f(\n«    x: Int,\n    y: Int\n): Int =\n  x + y\n»\ndef g = 1\n"),
-    ("scala block: an extension", "extension (x: Int)\n«  def f = x\n\n  def g =\n    1\n»\n@main def h() = 2\n"),
+     "object A:\n  private[a] def f(y: Int): Int =\n    def go(z: Int) =\n«      z\n    go(y)\n»\n"
+     "  def g = 1\n"),
+    ("scala block: a signature", "def f(\n«    x: Int,\n    y: Int\n): Int =\n  x + y\n»\n"
+                                 "def g = 1\n"),
+    ("scala block: an extension", "extension (x: Int)\n«  def f = x\n\n  def g =\n    1\n»\n"
+                                  "@main def h() = 2\n"),
     ("scala block: an argument below a colon",
      "def f(xs: Xs) =\n«  xs.map: x =>\n    x + 1\n  .filter(\n    _ > 1\n\n  )\n»\ndef g = 1\n"),
     ("scala block: a body without braces in braces",
-     "class A {\n  def f(y: Int): Int =\n«    val z = y\n    z + y\n»\n  def g = {\n    1\n  }\n}\n"),
+     "class A {\n  def f(y: Int): Int =\n«    val z = y\n    z + y\n»\n  def g = {\n    1\n"
+     "  }\n}\n"),
     ("scala block: a body in braces without braces around",
-     "object A:\n  def f(y: Int) = {\n«    if (y > 1) {\n      1\n    } else {\n      2\n    }\n  }\n»\n  def g = 1\n"),
+     "object A:\n  def f(y: Int) = {\n«    if (y > 1) {\n      1\n    } else {\n      2\n    }\n"
+     "  }\n»\n  def g = 1\n"),
     ("scala block: else below a brace",
      "class A {\n  val x = if (a) {\n«    1\n  }\n  else {\n    2\n  }\n»\n  def g = 1\n}\n"),
     ("scala block: braces on lines of their own",
@@ -101,34 +124,46 @@ ROWS = [
      "object A:\n  /** Sum. */\n«  def f(x: Int): Int =\n    val y = 1\n\n    y\n»\n  def g = 1\n"),
     ("scala block: a helper", "def f(x: Int) =\n«  h(x)\n\ndef h(x: Int) =\n  2\n»\ndef g = 1\n"),
     ("dart block: a method",
-     "class Bill {\n  int total(int net) {\n«    return \"\"\"it's }\"\"\".length;\n  }\n»\n  int other() {}"),
-    ("perl block: code", "sub total {\n«    my ($net) = @_;\n    return \"it's }\" if $net =~ /}/;\n}\n»\nsub other {"),
-    ("r block: a function", "total <- function(net) {\n«  if (net > 0) {\n    \"it's }\" # }\n  }\n}\n»\nother <- 1"),
+     "class Bill {\n  int total(int net) {\n«    return \"\"\"it's }\"\"\".length;\n  }\n»\n"
+     "  int other() {}"),
+    ("perl block: code", "sub total {\n«    my ($net) = @_;\n"
+                         "    return \"it's }\" if $net =~ /}/;\n}\n»\nsub other {"),
+    ("r block: a function", "total <- function(net) {\n«  if (net > 0) {\n    \"it's }\" # }\n  }\n"
+                            "}\n»\nother <- 1"),
     ("zig block: a function of a type",
      "const Bill = struct {\n    fn total(net: u8) u8 {\n«        const a =\n"
      "            \\\\ it's \"}\n        ;\n        return '}';\n    }\n»\n    fn other() void {}"),
-    ("powershell block: code", "function Total($net) {\n«    <# it's } #>\n    if ($net) { 'C:\\' }\n}\n»\nTotal 1"),
+    ("powershell block: code", "function Total($net) {\n«    <# it's } #>\n"
+                               "    if ($net) { 'C:\\' }\n}\n»\nTotal 1"),
     ("powershell block: backticks and here-strings",
-     'function F {\n«  $a = "C:\\Temp\\"\n  $b = "`"}" + @"\nit\'s "x" } "@\n"@\n  $c = @\'\n"} `\n\'@\n}\n»\nF\n'),
+     'function F {\n«  $a = "C:\\Temp\\"\n  $b = "`"}" + @"\nit\'s "x" } "@\n"@\n  $c = @\'\n"} `\n'
+     '\'@\n}\n»\nF\n'),
     ("powershell block: a line that goes on", "$a = «Get-Item `\n  -Path b\n»$c = 1\n"),
     ("c block: one brace in each branch of a conditional",
-     "int f() {\n«#ifdef A\n  if (a) {\n#elif B\n  if (b) {\n# if C\n    g(\n# else\n    h(\n# endif\n"
+     "int f() {\n«#ifdef A\n  if (a) {\n#elif B\n  if (b) {\n# if C\n    g(\n# else\n    h(\n"
+     "# endif\n"
      "    1);\n#else\n  {\n#endif\n    i();\n  }\n}\n»\nint g() {\n}\n"),
     ("c block: a header in each branch",
-     "/* f */\n«#ifdef A\nint f(int a) {\n#else\nint f(long a) {\n#endif\n  return a;\n}\n»\nint g() {\n}\n"),
+     "/* f */\n«#ifdef A\nint f(int a) {\n#else\nint f(long a) {\n#endif\n  return a;\n}\n»\n"
+     "int g() {\n}\n"),
     ("c block: a body's end in each branch",
      "int f() {\n«#ifdef A\n  return 1;\n}\n#else\n  return 2;\n}\n#endif\n»int g() {\n}\n"),
     ("c block: a cursor in a branch",
-     "int f() {\n#ifdef A\n  if (a) {\n«#else\n  if (b) {\n#endif\n    g();\n  }\n}\n»\nint g() {\n}\n"),
+     "int f() {\n#ifdef A\n  if (a) {\n«#else\n  if (b) {\n#endif\n    g();\n  }\n}\n»\n"
+     "int g() {\n}\n"),
     ("csharp block: one brace in each branch",
-     "class A {\n  int F() {\n«#if A\n    if (a) {\n#else\n    if (b) {\n#endif\n    }\n  }\n»\n  int G() {"),
+     "class A {\n  int F() {\n«#if A\n    if (a) {\n#else\n    if (b) {\n#endif\n    }\n  }\n»\n"
+     "  int G() {"),
     ("dockerfile block: here-documents",
-     "FROM a\n«RUN <<-'EOF' cat && cat <<\"END\" > /x\na\n\n\tEOF\n\nb\nEND\nRUN <<X\n\nc\nX\n»\nCMD d\n"),
+     "FROM a\n«RUN <<-'EOF' cat && cat <<\"END\" > /x\na\n\n\tEOF\n\nb\nEND\nRUN <<X\n\nc\nX\n»\n"
+     "CMD d\n"),
     ("dockerfile block: in a here-document", "FROM a\nRUN <<EOF\n«b\n\nc\nEOF\n»\nCMD d\n"),
     ("makefile block: define in define",
-     "A = 1\n«override define B =\na\n\n define C\n\nc\nendef # C\n\nb # it's\nendef\nD = 2\n»\nall: x\n"),
+     "A = 1\n«override define B =\na\n\n define C\n\nc\nendef # C\n\nb # it's\nendef\nD = 2\n»\n"
+     "all: x\n"),
     ("makefile block: in a define", "define A\n«a\n\nb\nendef\n»\nall: x\n"),
-    ("julia block: code", "function f(net)\n«  #= it's\n  end =#\n  for x in net\n    y = x'\n  end\nend\n»\nother()"),
+    ("julia block: code", "function f(net)\n«  #= it's\n  end =#\n  for x in net\n    y = x'\n"
+                          "  end\nend\n»\nother()"),
     ("elixir block: code",
      "defmodule A do\n  def f(x) do\n«    if x, do: \"it's\", else: 'b'\n  end\n»\n  def other do"),
     ("haskell block: equations",
@@ -553,33 +588,47 @@ def test_ends(case: tuple[str, str]) -> None:
 GAPS = [
     # The suffix begins like something in the middle of a line, or at another indentation.
     ("python", "def f(x):\n«    if x:\n        return 1\n    y = 2\n»    return y\n"),
-    ("java", "class A {\n  int f(int x) {\n«    // return 2 x\n    int y = x * 2;\n»    return y;\n  }\n}\n"),
-    ("kotlin", "fun f(x: Int): Int {\n«    if (x < 0) return 0\n    val y = x * 2\n»    return y\n}\n"),
-    ("shell", 'f() {\n«    if [ -z "$1" ]; then\n        return 1\n    fi\n    y=2\n»    return 0\n}\n'),
-    ("ruby", "def index\n«  respond_to do |format|\n    format.html\n»    format.json { a }\n  end\nend\n"),
+    ("java", "class A {\n  int f(int x) {\n«    // return 2 x\n    int y = x * 2;\n»    return y;\n"
+             "  }\n}\n"),
+    ("kotlin", "fun f(x: Int): Int {\n«    if (x < 0) return 0\n    val y = x * 2\n"
+               "»    return y\n}\n"),
+    ("shell", 'f() {\n«    if [ -z "$1" ]; then\n        return 1\n    fi\n    y=2\n'
+              '»    return 0\n}\n'),
+    ("ruby", "def index\n«  respond_to do |format|\n    format.html\n»    format.json { a }\n"
+             "  end\nend\n"),
     ("yaml", "steps:\n«      - uses: checkout\n      - name: Set up\n»        uses: setup\n"),
     # What follows the block that the gap begins with.
-    ("java", "class A {\n  void f() {\n«    if (x) {\n      throw e;\n    }\n    y = 2;\n»    print(y);\n  }\n"),
+    ("java", "class A {\n  void f() {\n«    if (x) {\n      throw e;\n    }\n    y = 2;\n"
+             "»    print(y);\n  }\n"),
     ("ruby", "def f(x)\n«  unless x\n    a\n  end\n  y = 2\n»  puts y\nend\n"),
-    ("javascript", "function f(x) {\n«  if (x) {\n    a()\n  }\n  else {\n    b()\n  }\n  let y = 2\n»  print(y)\n}\n"),
-    ("python", "def f(x):\n«    for a in x:\n        b(a)\n    else:\n        c()\n    y = 2\n»    print(y)\n"),
-    ("css", ".a {\n  color: red;\n}\n\n«.b {\n  color: blue;\n}\n.c {\n  margin: 0;\n}\n».d {\n  margin: 1px;\n}\n"),
+    ("javascript", "function f(x) {\n«  if (x) {\n    a()\n  }\n  else {\n    b()\n  }\n"
+                   "  let y = 2\n»  print(y)\n}\n"),
+    ("python", "def f(x):\n«    for a in x:\n        b(a)\n    else:\n        c()\n    y = 2\n"
+               "»    print(y)\n"),
+    ("css", ".a {\n  color: red;\n}\n\n«.b {\n  color: blue;\n}\n.c {\n  margin: 0;\n}\n».d {\n"
+            "  margin: 1px;\n}\n"),
     ("json", '{\n«  "name": "app",\n  "version": "1",\n»  "versions": []\n}\n'),
     # Headers of closures and blocks with parameters.
     ("ruby", "def a\n  xs.each «do |x|\n    puts x\n  end»\n  y\nend\n"),
-    ("swift", "func f() {\n    items.forEach { item in\n«        print(item)\n    }\n»    done()\n}\n"),
+    ("swift", "func f() {\n    items.forEach { item in\n«        print(item)\n    }\n"
+              "»    done()\n}\n"),
     # The cursor is in the brackets of a header.
     ("shell", 'f() {\n    if [ -n «"$1" ]; then\n        echo 1\n    fi»\n    echo 2\n}\n'),
     ("lua", "function f(t)\n  if check(«t) then\n    a()\n  end»\n  b()\nend\n"),
     # Lines that go on.
-    ("java", "void f() {\n«  var names = users.stream()\n    .filter(u -> u.age > 18)\n    .toList();\n»  f(names);\n"),
-    ("dockerfile", 'FROM a\nRUN apt-get update «&& \\\n    apt-get install -y curl»\n\nCMD ["x"]\n'),
+    ("java", "void f() {\n«  var names = users.stream()\n    .filter(u -> u.age > 18)\n"
+             "    .toList();\n»  f(names);\n"),
+    ("dockerfile", 'FROM a\nRUN apt-get update «&& \\\n    apt-get install -y curl»\n\n'
+                   'CMD ["x"]\n'),
     # The suffix is outside of the block that the cursor is in.
-    ("java", "void f() {\n  if (x == null) {\n    throw new Illeg«alArgumentException();\n  }»\n  h();\n}\n"),
+    ("java", "void f() {\n  if (x == null) {\n    throw new Illeg«alArgumentException();\n  }»\n"
+             "  h();\n}\n"),
     ("cpp", "namespace a {\nvoid f() {\n    g(«1);\n}»\nvoid h() {\n}\n}\n"),
     ("javascript", "switch (x) {\n  case 1:\n    a(«1);»\n  case 2:\n    b();\n}\n"),
-    ("scala", "object A:\n  def f(x: Expr[Int]) =\n«    '{ $x + g(1) }\n\n  def g(x: Int) =\n    h(1)\n»  val y = 1\n"),
-    ("c", "int f() {\n  if (z) {\n«#if A\n  if (a) {\n#else\n  if (b) {\n#endif\n    g(1);\n  }\n»  h(1);\n  }\n}\n"),
+    ("scala", "object A:\n  def f(x: Expr[Int]) =\n«    '{ $x + g(1) }\n\n  def g(x: Int) =\n"
+              "    h(1)\n»  val y = 1\n"),
+    ("c", "int f() {\n  if (z) {\n«#if A\n  if (a) {\n#else\n  if (b) {\n#endif\n    g(1);\n  }\n"
+          "»  h(1);\n  }\n}\n"),
     # Paragraphs.
     ("markdown", "# A\n\n«First paragraph here.\n\nSecond one here.\n\n»## B\n\nText\n"),
 ]  # fmt: skip
