@@ -21,53 +21,66 @@ import re
 import string
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, islice, takewhile
 from typing import Any
 
 from cerebrum.text.languages import BY_NAME, LANGUAGES, Language
 from cerebrum_common import HttpError
 
+Fields = Mapping[str, Any]  # of a request
+Kept = dict[str, Any]  # what is sent of a text, see `prepare`
+
 # -------------------------------------------------------------------------------------- ways to ask
 
 LINE_CHARACTERS = 400  # a longer first line is not a plain instruction
 COMMENT_CHARACTERS = 8000  # nor a longer comment
+COMMENT_LINES = 20
 DETERMINER = (
     r"(?:an?|the|this|these|that|those|me|my|our|some|all|any|each|every|it|two|three|your)"
 )
 VERBS = (
-    "add|build|calculate|change|check|clean|complete|compute|convert|count|create|debug|define|describe|design|develop"
-    "|document|explain|extract|find|finish|fix|format|generate|get|give|help|implement|improve|insert|list|make|merge"
-    "|migrate|modernize|modify|move|optimi[sz]e|parse|port|print|produce|provide|read|reduce|refactor|remove|rename"
-    "|reorder|replace|restructure|reverse|review|rewrite|show|shorten|simplify|solve|sort|split|summari[sz]e|swap|tell"
-    "|test|transform|translate|turn|update|use|validate|vectorize|wrap|write"
+    "add|build|calculate|change|check|clean|complete|compute|convert|count|create|debug|define"
+    "|describe|design|develop|document|explain|extract|find|finish|fix|format|generate|get|give"
+    "|help|implement|improve|insert|list|make|merge|migrate|modernize|modify|move|optimi[sz]e|parse"
+    "|port|print|produce|provide|read|reduce|refactor|remove|rename|reorder|replace|restructure"
+    "|reverse|review|rewrite|show|shorten|simplify|solve|sort|split|summari[sz]e|swap|tell|test"
+    "|transform|translate|turn|update|use|validate|vectorize|wrap|write"
 )
 # In most languages no line begins with one of these verbs and a word. A text may be SQL in another
 # language's string, so the lookahead leaves out `create table` and `explain select`.
 PLAIN_VERBS = (
-    "(?:code|create|debug|describe|document|explain|generate|implement|improve|optimi[sz]e|refactor|rewrite|simplify"
-    "|translate|write) (?!(?:analyze|database|function|index|materialized|or|schema|select|table|temporary|trigger|type"
+    "(?:code|create|debug|describe|document|explain|generate|implement|improve|optimi[sz]e|refactor"
+    "|rewrite|simplify|translate|write) (?!(?:analyze|database|function|index|materialized|or"
+    "|schema|select|table|temporary|trigger|type"
     r"|unique|user|view)\b)[\w`\"']"
 )
 ASKS = re.compile(
-    r"(?:please|can you|could you|would you|will you|i (?:want|need|would like)|i'd like|help me|you are an?)\b"
+    r"(?:please|can you|could you|would you|will you|i (?:want|need|would like)|i'd like|help me"
+    r"|you are an?)\b"
     r"|(?:how|what|why|when|where|which|is there|are there|does|do i|should i)\b.*\?$"
     rf"|given {DETERMINER}\b.*\b(?:return|write|find|compute|print|count|determine|implement)\b"
-    r"|(?:an? |the )?(?:[\w+#]+ )?(?:function|program|script|class|method|module|code|snippet) (?:for|that|to|which) \w"
+    r"|(?:an? |the )?(?:[\w+#]+ )?(?:function|program|script|class|method|module|code|snippet)"
+    r" (?:for|that|to|which) \w"
     rf"|(?:{VERBS})(?: up)? {DETERMINER} ",
     re.IGNORECASE,
 )
 ASKS_PLAINLY = re.compile(PLAIN_VERBS, re.IGNORECASE)
 # Most comments above code begin with a verb, too. An instruction asks to change "this" or something
 # "in this function".
-THINGS = r"(?:class|code|component|file|function|loop|method|module|program|query|script|snippet|struct|tests?|type)"
+THINGS = (
+    r"(?:class|code|component|file|function|loop|method|module|program|query|script|snippet|struct"
+    r"|tests?|type)"
+)
 EDITS = re.compile(
     r"(?!.*\b(?:later|once|when|someday|todo)\b)(?:please )?(?:refactor\b"
-    r"|(?:clean up|complete|convert|debug|document|explain|finish|fix|improve|make|migrate|modernize|optimi[sz]e|port"
+    r"|(?:clean up|complete|convert|debug|document|explain|finish|fix|improve|make|migrate"
+    r"|modernize|optimi[sz]e|port"
     r"|restructure|review|rewrite|shorten|simplify|speed up|test|translate|turn|vectorize)"
     r" (?:this|these|the following)\b"
     rf"|(?!use\b)(?:{VERBS}) .{{0,80}}\b(?:(?:this|these|the following) {THINGS}|{THINGS} below)\b"
-    r"|make it |add (?:comments|docstrings?|error handling|logging|type (?:annotations|hints)|(?:unit )?tests)\b)",
+    r"|make it |add (?:comments|docstrings?|error handling|logging|type (?:annotations|hints)"
+    r"|(?:unit )?tests)\b)",
     re.IGNORECASE,
 )
 COMMAND = re.compile(r"[A-Z]{2,}\b")  # in capitals, as in SQL or a Dockerfile
@@ -81,37 +94,38 @@ def syntax(name: str) -> Language:
     return LANGUAGES[BY_NAME.get(name.lower(), "c")]
 
 
-def detect_mode(fields: Mapping[str, Any]) -> str:
+def detect_mode(fields: Fields) -> str:
     """ "complete", "infill" or "instruct": from the field `mode`, or else from the other fields and
     the prompt.
 
     A prompt that could be code or an instruction is completed. HttpError 400 names the field that
     contradicts another.
     """
-    mode, prompt = fields.get("mode") or "auto", fields.get("prompt") or ""
-    suffix, instruction = fields.get("suffix") or "", fields.get("instruction") or ""
+    prompt = fields.get("prompt") or ""
+    suffix = fields.get("suffix") or ""
+    instruction = fields.get("instruction") or ""
     given = f"got {len(instruction or suffix)} characters"
     if suffix and instruction:
-        raise HttpError("INVALID_REQUEST", f"instruction: expected nothing beside suffix, {given}")
+        raise invalid(f"instruction: expected nothing beside suffix, {given}")
+    mode = fields.get("mode") or "auto"
     if mode == "auto" and suffix.strip():
         mode = "infill"
     elif mode == "auto":
-        asks = instruction or split_instruction(prompt, syntax(fields["language"]))
-        mode = "instruct" if asks else "complete"
+        is_asked = instruction or split_instruction(prompt, syntax(fields["language"]))
+        mode = "instruct" if is_asked else "complete"
     elif suffix and mode != "infill":
-        raise HttpError("INVALID_REQUEST", f"suffix: expected nothing with mode {mode}, {given}")
+        raise invalid(f"suffix: expected nothing with mode {mode}, {given}")
     elif instruction and mode != "instruct":
-        raise HttpError(
-            "INVALID_REQUEST", f"instruction: expected nothing with mode {mode}, {given}"
-        )
+        raise invalid(f"instruction: expected nothing with mode {mode}, {given}")
     if mode == "infill" and fields.get("suffix") is None:
-        raise HttpError(
-            "INVALID_REQUEST",
-            "suffix: expected the text after the cursor with mode infill, got nothing",
-        )
+        raise invalid("suffix: expected the text after the cursor with mode infill, got nothing")
     if mode != "infill" and not prompt and not instruction:
-        raise HttpError("INVALID_REQUEST", 'prompt: expected a non-empty string, got the string ""')
+        raise invalid('prompt: expected a non-empty string, got the string ""')
     return mode
+
+
+def invalid(message: str) -> HttpError:
+    return HttpError("INVALID_REQUEST", message)
 
 
 def split_instruction(prompt: str, language: Language) -> tuple[str, str] | None:
@@ -124,47 +138,61 @@ def split_instruction(prompt: str, language: Language) -> tuple[str, str] | None
     """
     text = prompt.strip()
     first = text.partition("\n")[0].rstrip()
-    asks = len(first) <= LINE_CHARACTERS and not first.endswith((";", "{", "(", "="))
-    asks = asks and bool(ASKS.match(first) or (not language.commands and ASKS_PLAINLY.match(first)))
-    asks = asks and not (language.commands and COMMAND.match(first))
-    if asks and (
-        first == text or language is not LANGUAGES["markdown"]
-    ):  # longer Markdown may begin so
+    is_prose = language is LANGUAGES["markdown"]  # of several lines, it may begin with such a line
+    if asks(first, language) and (first == text or not is_prose):
         return prompt, ""
     comment, code = _leading_comment(prompt.lstrip(), language)
-    return (comment, code) if EDITS.match(comment) and _is_whole(code, language) else None
+    if EDITS.match(comment) and _is_whole(code, language):
+        return comment, code
+    return None
+
+
+def asks(line: str, language: Language) -> bool:
+    """Whether a line is plainly an instruction, not code."""
+    if len(line) > LINE_CHARACTERS or line.endswith((";", "{", "(", "=")):
+        return False
+    if language.commands:
+        return bool(ASKS.match(line)) and not COMMAND.match(line)
+    return bool(ASKS.match(line) or ASKS_PLAINLY.match(line))
 
 
 def _leading_comment(text: str, language: Language) -> tuple[str, str]:
-    """The comment at the start of the text, without its comment marks, and the text after it."""
-    if language.block_comment and text.startswith(language.block_comment[0]):
-        comment, _, code = text.partition(language.block_comment[1])
-        comment = "" if len(comment) > COMMENT_CHARACTERS else comment
-        return " ".join(comment.replace("*", " ").lstrip("/").split()), code.lstrip("\r\n")
+    """The comment at the start of the text, without its comment marks, and the text after it. A
+    long comment counts as empty.
+    """
+    block = language.block_comment
+    if block and text.startswith(block[0]):
+        comment, _, code = text.partition(block[1])
+        words = comment.replace("*", " ").lstrip("/").split()
+        if len(comment) > COMMENT_CHARACTERS:
+            words = []
+        return " ".join(words), code.lstrip("\r\n")
+    mark = language.line_comment
     lines, end = list[str](), 0
-    while language.line_comment and text.startswith(language.line_comment, end) and len(lines) < 20:
-        stop = text.find("\n", end) + 1 or len(text)
-        lines.append(text[end:stop].strip().lstrip(language.line_comment[0]).strip())
-        end = stop
-    return "" if end > COMMENT_CHARACTERS else " ".join(lines), text[end:]
+    while mark and text.startswith(mark, end):
+        start, end = end, line_end(text, end)
+        lines.append(text[start:end].strip().lstrip(mark[0]).strip())
+        if len(lines) == COMMENT_LINES:
+            break
+    comment = "" if end > COMMENT_CHARACTERS else " ".join(lines)
+    return comment, text[end:]
 
 
 def _is_whole(code: str, language: Language) -> bool:
     """Whether `code` has two lines or more and stops where a block may end, not where a person
     would type on.
     """
-    end = code.rstrip()
-    if (
-        "\n" not in end.strip()
-        or OPEN_END.search(end[-10:])
-        or code[len(end) :].rpartition("\n")[2]
-    ):
+    text = code.rstrip()
+    if "\n" not in text.strip() or OPEN_END.search(text[-10:]):
         return False
-    if language.indented and end.endswith(('"""', "'''")):
+    if code[len(text) :].rpartition("\n")[2]:
+        return False  # the indentation of a line to be typed
+    if language.indented and text.endswith(('"""', "'''")):
         return False  # a docstring and no body yet
-    return all(
-        code.count(opening) <= code.count(closing) for opening, closing in ("{}", "()", "[]")
-    )
+    for opening, closing in ("{}", "()", "[]"):
+        if code.count(opening) > code.count(closing):
+            return False
+    return True
 
 
 # --------------------------------------------------------------------------------- weight of a text
@@ -175,16 +203,24 @@ MIN_RATIO, MAX_RATIO = 0.75, 3.5  # with Qwen, one file in fifty is below 3.5
 # in five languages. Most words are one token whatever their length; each digit is one, and many
 # signs are; indentation is nearly free.
 FIFTHS = {b"a": 3, b"A": 5, b"0": 32, b"+": 11, b" ": 10, b"  ": -16, b"\n": 8, b"\xff": 10}
-KINDS = bytes(
-    # control characters fall through to the digits' kind: they cost as much
-    code if chr(code) in " \n"
-    else b"a"[0] if chr(code) in string.ascii_lowercase + "\t\r"
-    else b"A"[0] if chr(code) in string.ascii_uppercase
-    else b"+"[0] if chr(code) in string.punctuation
-    else b"0"[0] if code < 128
-    else 0xFF
-    for code in range(256)
-)  # fmt: skip
+MAX_CHARS_PER_WEIGHT = 3  # deep indentation has two and a half
+
+
+def kind_of(byte: int) -> int:
+    """The key of FIFTHS for a byte of UTF-8."""
+    char = chr(byte)
+    if char in " \n":
+        return byte
+    if char in string.ascii_lowercase + "\t\r":
+        return ord("a")
+    if char in string.ascii_uppercase:
+        return ord("A")
+    if char in string.punctuation:
+        return ord("+")
+    return ord("0") if byte < 128 else 0xFF  # a control character costs as much as a digit
+
+
+KINDS = bytes(map(kind_of, range(256)))
 
 
 @dataclass(slots=True)
@@ -206,12 +242,13 @@ class Ratio:
     def learn(self, model: str, weight: int, tokens: int) -> None:
         if tokens < 256:
             return  # mostly the chat template's own tokens
-        old, new = self.low.get(model, FIRST_RATIO), weight / tokens
-        low = min(max(new if new < old else old + (new - old) / 16, MIN_RATIO), MAX_RATIO)
+        low = self.low.get(model, FIRST_RATIO)
+        seen = weight / tokens
+        low = seen if seen < low else low + (seen - low) / 16
+        low = min(max(low, MIN_RATIO), MAX_RATIO)
         self.low[model] = low
-        if (
-            not 0 <= low - self.get(model) < 0.4
-        ):  # wider than a step, so that the value cannot flap between two
+        # 0.4 is wider than a step, so that the value cannot flap between two.
+        if not 0 <= low - self.get(model) < 0.4:
             self.given[model] = int(low * 4) / 4
 
 
@@ -220,30 +257,36 @@ def weigh(text: str) -> int:
     tokens.
     """
     kinds = text.encode("utf-8", "replace").translate(KINDS)
-    return -(-sum(kinds.count(kind) * fifths for kind, fifths in FIFTHS.items()) // 5)
+    fifths = sum(kinds.count(kind) * weight for kind, weight in FIFTHS.items())
+    return -(-fifths // 5)
 
 
 # --------------------------------------------------------------------------------- fitting a prompt
 
+# A room is the weight that a text may have.
 LEFT_OUT = "... lines left out"
-MAX_IMPORTS, MAX_IMPORT_CHARACTERS = 1000, 4000
+MAX_IMPORTS = 1000
+MAX_IMPORT_CHARACTERS = 4000
 # What is searched of a longer file, from its start, and from the cursor for the names that the
 # imports serve: what the Pi spends on one request keeps all others waiting.
-IMPORTS_CHARACTERS, DEFINITIONS_CHARACTERS, NAMES_CHARACTERS = 100_000, 200_000, 20_000
+IMPORTS_CHARACTERS = 100_000
+DEFINITIONS_CHARACTERS = 200_000
+NAMES_CHARACTERS = 20_000
 IMPORTS_SHARE = 8  # the imports of a long file get an eighth of the room
+MIN_STEP = 16  # characters between the places where a window may start
 LINE_START = re.compile(
-    r"^[ \t]*(?!\Z|[\s)}\]{#&|.?:+*]|//|/\*|(?:el(?:se|if|sif|seif)|except|finally|catch|case|default|and|or"
+    r"^[ \t]*(?!\Z|[\s)}\]{#&|.?:+*]|//|/\*"
+    r"|(?:el(?:se|if|sif|seif)|except|finally|catch|case|default|and|or"
     r"|rescue|ensure|end|fi|done|esac|then|do)\b|</)",
     re.M,
 )
 DOCSTRING_MARK = '"""'
 # The template's tokens besides the text: special tokens, and a system message of its own.
 TEMPLATE_TOKENS = {"complete": 4, "infill": 16, "instruct": 64, "chat": 32}
-# the suffix gets an eighth of the room: where it follows the prefix, each key prefills it again
+# The suffix gets an eighth of the room: where it follows the prefix, each key prefills it again.
 SUFFIX_SHARE = 8
-SPARE_STEPS = (
-    16  # the room that a short file leaves for the suffix shrinks only now and then while one types
-)
+# While one types, the room that a short file leaves for the suffix shrinks only now and then.
+SPARE_STEPS = 16
 SUFFIX_FRESH = 4  # the suffix gets a fourth of the weight that may be prefilled anew
 MIN_FRESH = 600  # weight, about 200 tokens: with less text around the cursor a model can only guess
 EXTRA_SHARE = 3  # other files' texts get a third of the room at most
@@ -255,101 +298,131 @@ ADDED = re.compile(r"\A[)\]}>\"'`;:,]+(?=\r?\n|\Z)")
 NAME = re.compile(r"[^\W\d]\w+")
 
 
+Span = tuple[int, int]  # the start and the end of a part of a text
+File = Mapping[str, str]  # another file: {"filename", "text"}
+Message = Mapping[str, str]  # of a chat: {"role", "content"}
+
+
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """A request for vpsd."""
 
     body: dict[str, Any]  # vpsd's fields: `mode`, and `prompt`, `suffix`, `extra` or `messages`
-    kept: dict[str, Any]  # the parts of the user's text that it holds, see `prepare`
+    kept: Kept  # the parts of the user's text that it holds, see `prepare`
     weight: int  # of its text, for `Ratio`
     above: str = ""  # its text up to the cursor, in the order in which the backend reads it
-    cut: bool = (
-        False  # the text was cut to limit the prefill; otherwise there would be room for more
-    )
+    # The text was cut to limit the prefill; otherwise there would be room for more.
+    cut: bool = False
 
 
 def fits(text: str, room: int) -> bool:
-    return len(text) <= 3 * room and weigh(text) <= room
+    return len(text) <= MAX_CHARS_PER_WEIGHT * room and weigh(text) <= room
 
 
-def fit(text: str, language: Language, room: int) -> tuple[str, dict[str, Any]]:
+def fit(text: str, language: Language, room: int) -> tuple[str, Kept]:
     """The imports of `text` and a window up to its end, which weigh at most `room`, and a summary
     as in `prepare`.
 
     While someone types at the end, only the end of the prompt may change: whatever follows the
     first change must be prefilled again. So the window starts at the first statement behind a
-    multiple of `step`, and the imports depend on the text before another multiple. A text that fits
+    multiple of a step, and the imports depend on the text before another multiple. A text that fits
     stays unchanged.
     """
     if fits(text, room):
         return text, {"parts": ["all"]}
-    step = 1 << max(4, (room // 4).bit_length() - 1)
-    while step > 16 and weigh(text[(len(text) // step - 1) * step :][:step]) > room // 3:
-        step //= 2  # digits or rare characters
-    mark = language.remark(LEFT_OUT) + ("\r\n" if "\r\n" in text[:4096] else "\n")
+    step = window_step(text, room)
     imports = choose_imports(text, language, len(text) // step * step, room)
-    for_imports = sum(weigh(text[start:end]) for start, end in imports)
-    grid = range(
-        max(0, len(text) - 3 * room) // step * step, len(text), step
-    )  # a character weighs a third at least
-    place = bisect_left(
-        grid, for_imports + weigh(mark) - room, key=lambda position: -weigh(text[position:])
-    )
-    if place == len(grid):
-        return fit_start(text[: -3 * room - 1 : -1], room)[::-1], {"parts": ["window"]}
-    window = find_statement(text, language, grid[place], grid[place] + step // 2)
-    head = "".join(text[start:end] for start, end in sorted(imports) if end <= window)
-    lines = text.count("\n", window) + (not text.endswith("\n"))
-    kept = {"parts": ["imports"] * bool(head) + ["window"], "lines": lines}
-    return head + mark + text[window:], kept
+    mark = language.remark(LEFT_OUT) + ("\r\n" if "\r\n" in text[:4096] else "\n")
+    import_weight = sum(weigh(text[start:end]) for start, end in imports)
+    start = window_start(text, step, room - import_weight - weigh(mark))
+    if start is None:
+        return fit_end(text, room), {"parts": ["window"]}
+    start = find_statement(text, language, start, start + step // 2)
+    above = [text[first:end] for first, end in sorted(imports) if end <= start]
+    window = text[start:]
+    lines = window.count("\n") + (not text.endswith("\n"))
+    parts = ["imports", "window"] if above else ["window"]
+    return "".join(above) + mark + window, {"parts": parts, "lines": lines}
 
 
-def choose_imports(text: str, language: Language, stop: int, room: int) -> list[tuple[int, int]]:
+def window_step(text: str, room: int) -> int:
+    """The distance between the places where a window may start: a power of two, about a quarter of
+    the room, and less if the end of the text has digits or rare characters, which weigh more.
+    """
+    step = 1 << max(4, (room // 4).bit_length() - 1)
+    while step > MIN_STEP:
+        start = (len(text) // step - 1) * step
+        if weigh(text[start:][:step]) <= room // 3:
+            break
+        step //= 2
+    return step
+
+
+def window_start(text: str, step: int, room: int) -> int | None:
+    """The first multiple of `step` from which on the text fits into the room; None if there is
+    none.
+    """
+    first = max(0, len(text) - MAX_CHARS_PER_WEIGHT * room) // step * step
+    starts = range(first, len(text), step)
+    found = bisect_left(starts, -room, key=lambda start: -weigh(text[start:]))
+    return starts[found] if found < len(starts) else None
+
+
+def choose_imports(text: str, language: Language, stop: int, room: int) -> list[Span]:
     """The imports before `stop` that fit into their share of the room: first those of names in the
     text before `stop` that the window will hold.
     """
-    used = set(NAME.findall(text, max(0, stop - min(room, NAMES_CHARACTERS)), stop))
-    found = sorted(
-        find_imports(text, language, stop),
-        key=lambda one: used.isdisjoint(NAME.findall(text, *one)),
-    )
-    return found[
-        : count_fitting((weigh(text[start:end]) for start, end in found), room // IMPORTS_SHARE)
-    ]
+    near = max(0, stop - min(room, NAMES_CHARACTERS))
+    used = set(NAME.findall(text, near, stop))
+    imports = list(find_imports(text, language, stop))
+    imports.sort(key=lambda span: used.isdisjoint(NAME.findall(text, *span)))
+    weights = (weigh(text[start:end]) for start, end in imports)
+    return imports[: count_fitting(weights, room // IMPORTS_SHARE)]
 
 
-def find_imports(text: str, language: Language, stop: int) -> Iterator[tuple[int, int]]:
+def find_imports(text: str, language: Language, stop: int) -> Iterator[Span]:
     """Where the imports before `stop` start and end, each with all its lines."""
-    end, stop = 0, min(stop, IMPORTS_CHARACTERS)
+    stop = min(stop, IMPORTS_CHARACTERS)
+    end = 0
     for match in islice(language.imports.finditer(text, 0, stop), MAX_IMPORTS):
-        if match.start() < end:
+        start = match.start()
+        if start < end:
             continue
         end = line_end(text, match.end())
-        line = text[match.start() : end]
+        line = text[start:end]
         for opening, closing in ("()", "{}"):
             if line.count(opening) > line.count(closing):
-                found = text.find(closing, end, min(end + MAX_IMPORT_CHARACTERS, stop))
-                end = line_end(text, found) if found >= 0 else end
-        if end - match.start() <= MAX_IMPORT_CHARACTERS:
-            yield match.start(), end
+                closed = text.find(closing, end, min(end + MAX_IMPORT_CHARACTERS, stop))
+                end = line_end(text, closed) if closed >= 0 else end
+        if end - start <= MAX_IMPORT_CHARACTERS:
+            yield start, end
 
 
 def find_statement(text: str, language: Language, start: int, stop: int) -> int:
     """The start of the first of the least indented statements in the range; if none, of a line;
     else `start`.
     """
-    comment = language.block_comment
-    inside = ""  # the closing mark of a docstring or comment in which the range begins
+    if closing := closing_mark(text, language, start):
+        end = text.find(closing, start, stop)
+        if end >= 0:
+            start = min(line_end(text, end), stop)
+    statements = LINE_START.finditer(text, start, stop)
+    least = min(statements, key=lambda match: len(match[0]), default=None)
+    if least:
+        return least.start()
+    return text.find("\n", start, stop) + 1 or start
+
+
+def closing_mark(text: str, language: Language, position: int) -> str:
+    """The end of the docstring or block comment that the position is in; "" outside of them."""
     if language.indented:
-        inside = DOCSTRING_MARK if text.count(DOCSTRING_MARK, 0, start) % 2 else ""
-    elif comment and text.rfind(comment[0], 0, start) > text.rfind(comment[1], 0, start):
-        inside = comment[1]
-    if inside and (end := text.find(inside, start, stop)) >= 0:
-        start = min(line_end(text, end), stop)
-    found = min(
-        LINE_START.finditer(text, start, stop), key=lambda match: len(match[0]), default=None
-    )
-    return found.start() if found else text.find("\n", start, stop) + 1 or start
+        is_inside = text.count(DOCSTRING_MARK, 0, position) % 2
+        return DOCSTRING_MARK if is_inside else ""
+    if not language.block_comment:
+        return ""
+    opening, closing = language.block_comment
+    is_inside = text.rfind(opening, 0, position) > text.rfind(closing, 0, position)
+    return closing if is_inside else ""
 
 
 def line_end(text: str, position: int) -> int:
@@ -360,14 +433,20 @@ def fit_start(text: str, room: int) -> str:
     """The start of `text` that weighs at most `room`: whole lines, unless the first is too long."""
     if fits(text, room):
         return text
-    text = text[: 3 * max(room, 0)]
+    text = text[: MAX_CHARS_PER_WEIGHT * max(room, 0)]
     while (weight := weigh(text)) > room:
         text = text[: len(text) * room // weight]
     return text[: text.rfind("\n") + 1] or text
 
 
+def fit_end(text: str, room: int) -> str:
+    """The same of the end of `text`; room is at least 0."""
+    end = text[max(0, len(text) - MAX_CHARS_PER_WEIGHT * room) :]
+    return fit_start(end[::-1], room)[::-1]
+
+
 def prepare(
-    fields: Mapping[str, Any],
+    fields: Fields,
     mode: str,
     budget: int,
     ratio: float,
@@ -386,120 +465,186 @@ def prepare(
     the longest start that the prompt shares with one of them does not count. `layout` is that of
     the model's gaps, see `arrange_gap`.
     """
-    room = max(int((budget - TEMPLATE_TOKENS[mode]) * ratio), 0)
+
+    def room_of(tokens: int) -> int:
+        return int((tokens - TEMPLATE_TOKENS[mode]) * ratio)
+
+    room = max(room_of(budget), 0)
     if mode == "chat":
         return prepare_chat(fields["messages"], room)
     if mode == "instruct":
         prepared = prepare_instruction(fields, room)
     else:
-        fresh_room = (
-            None
-            if max_fresh is None
-            else max(int((max_fresh - TEMPLATE_TOKENS[mode]) * ratio), MIN_FRESH)
-        )
+        fresh_room = None if max_fresh is None else max(room_of(max_fresh), MIN_FRESH)
         prepared = prepare_text(fields, mode, room, fresh_room, cached, layout)
     if fields.get("filename"):
         prepared.body["filename"] = fields["filename"]
     return prepared
 
 
-def prepare_instruction(fields: Mapping[str, Any], room: int) -> Prepared:
+def prepare_instruction(fields: Fields, room: int) -> Prepared:
     """An instruction, and its code in a fence."""
-    language, prompt = syntax(fields["language"]), fields.get("prompt") or ""
-    instruction, code = fields.get("instruction") or "", prompt
-    if not instruction:
-        instruction, code = split_instruction(prompt, language) or (prompt, "")
-        if not code and not fits(
-            instruction, room
-        ):  # then the lines after its first are probably code
-            instruction, _, code = instruction.strip().partition("\n")
-    instructed = fit_start(instruction.strip(), room // 2 if code else room)
+    language = syntax(fields["language"])
+    given, code = instruction_of(fields, language, room)
+    instruction = given.strip()
+    instructed = fit_start(instruction, room // 2 if code else room)
     room -= weigh(instructed)
-    near = code if fits(code, room) else code[: end_of_named(code, language, instructed, room)]
+    near = code
+    if not fits(code, room):
+        near = code[: end_of_named(code, language, instructed, room)]
     sent, kept = fit(near, language, room)
     if sent == near != code:
         kept["parts"] = ["window"]
-    if len(instructed) < len(instruction.strip()):
-        kept["parts"] = ["instruction", *(part for part in kept["parts"] if part != "all")]
-    ticks = (
-        max(["``", *re.findall("``+", sent)], key=len) + "`"
-    )  # a longer fence than those in the code
+    if len(instructed) < len(instruction):
+        kept["parts"] = ["instruction", *cut_parts(kept)]
+    # A fence must be longer than those in the code.
+    ticks = max(["``", *re.findall("``+", sent)], key=len) + "`"
     fence = f"{ticks}{fields['language']}\n"
-    block = f"{fence}{sent}" + "\n" * (not sent.endswith("\n")) + ticks if code else ""
-    text = "\n\n".join(filter(None, [instructed, block][:: -1 if weigh(sent) > CODE_FIRST else 1]))
+    end = "" if sent.endswith("\n") else "\n"
+    paragraphs = [instructed, f"{fence}{sent}{end}{ticks}"] if code else [instructed]
+    if weigh(sent) > CODE_FIRST:
+        paragraphs.reverse()
+    text = "\n\n".join(filter(None, paragraphs))
     # Starting the answer with its fence keeps a model from chatting first. Asking for "the code
     # alone" would do so too, but then a small model leaves out the comments and steps that get the
     # code right.
     messages = [{"role": "user", "content": text}, {"role": "assistant", "content": fence}]
-    kept = {"characters": len(sent) + len(instructed), "of": len(code) + len(instruction), **kept}
+    characters = len(sent) + len(instructed)
+    kept = {"characters": characters, "of": len(code) + len(given), **kept}
     return Prepared({"mode": "instruct", "messages": messages}, kept, weigh(text))
+
+
+def instruction_of(fields: Fields, language: Language, room: int) -> tuple[str, str]:
+    """The instruction of a request, and the code that it is about."""
+    prompt = fields.get("prompt") or ""
+    if instruction := fields.get("instruction"):
+        return instruction, prompt
+    instruction, code = split_instruction(prompt, language) or (prompt, "")
+    if not code and not fits(instruction, room):  # the lines after its first are probably code
+        instruction, _, code = instruction.strip().partition("\n")
+    return instruction, code
+
+
+def cut_parts(kept: Kept) -> list[str]:
+    """The parts, without "all": something else is left out."""
+    return [part for part in kept["parts"] if part != "all"]
 
 
 def end_of_named(code: str, language: Language, instruction: str, room: int) -> int:
     """Where the text to fit into `room` ends: half of it below the first definition of the longest
     name that the instruction has; if it names none, at the end of the code.
     """
-    words, found = set(NAME.findall(instruction)), dict[str, int]()
+    words = set(NAME.findall(instruction))
+    named = dict[str, int]()
     for match in language.defines.finditer(code, 0, DEFINITIONS_CHARACTERS):
-        if (name := match[match.lastindex or 0]) in words:
-            found.setdefault(name, match.start())
-    return line_end(code, max(room, found[max(found, key=len)] + room // 2)) if found else len(code)
+        name = match[match.lastindex or 0]
+        if name in words:
+            named.setdefault(name, match.start())
+    if not named:
+        return len(code)
+    longest = max(named, key=len)
+    return line_end(code, max(room, named[longest] + room // 2))
+
+
+# ------------------------------------------------------------------------- the text around a cursor
+
+
+@dataclass(frozen=True, slots=True)
+class Excerpt:
+    """The text around a cursor that is sent."""
+
+    extra: list[File]  # other files' texts, which the backend reads first
+    before: str  # the text up to the cursor
+    after: str  # and behind it
+    kept: Kept  # the parts of `before`, see `prepare`
+    cut: bool = False  # to limit the prefill
 
 
 def prepare_text(
-    fields: Mapping[str, Any],
+    fields: Fields,
     mode: str,
     room: int,
     fresh_room: int | None,
     cached: Sequence[str],
     layout: str,
 ) -> Prepared:
-    """The text around the cursor, after the texts of other files if there are any."""
-    language, prompt, suffix = (
-        syntax(fields["language"]),
-        fields.get("prompt") or "",
-        fields.get("suffix") or "",
-    )
+    """The text around the cursor, after the texts of other files if there are any.
+
+    Takes as much as fits into the room: of other files' texts, then of the suffix, then of the text
+    before the cursor. If `fresh_room` limits what is prefilled, takes less of each.
+    """
+    prompt = fields.get("prompt") or ""
+    suffix = fields.get("suffix") or ""
     if fields.get("special"):  # a layout of the model's own, of which nothing may be left out
-        size = {"characters": len(prompt), "of": len(prompt), "parts": ["all"]}
-        return Prepared({"mode": mode, "prompt": prompt}, size, weigh(prompt), prompt)
+        kept = {"characters": len(prompt), "of": len(prompt), "parts": ["all"]}
+        return Prepared({"mode": mode, "prompt": prompt}, kept, weigh(prompt), prompt)
+    language = syntax(fields["language"])
     extra = fit_extra(fields.get("extra") or (), room // EXTRA_SHARE)
-    above = render_extra(extra)
-    room -= weigh(above)
-    step, spare = max(1, room // SPARE_STEPS), room - weigh(prompt[: 3 * room])
-    after = suffix if mode == "infill" else ""
-    if not fits(after, spare):
-        after = fit_start(after, max(room // SUFFIX_SHARE, spare // step * step))
-    sent, kept = fit(prompt, language, room - weigh(after))
-    cut = False
+    room -= weigh(render_extra(extra))
+    after = fit_suffix(suffix, prompt, room) if mode == "infill" else ""
+    before, kept = fit(prompt, language, room - weigh(after))
+    sent = Excerpt(extra, before, after, kept)
     if fresh_room is not None:
-        start = above + read_first(after, layout)
-        read = max((common_length(start + sent, text) for text in cached), default=0)
-        fresh, for_after, last = (
-            weigh((start + sent)[read:]),
-            fresh_room // SUFFIX_FRESH,
-            layout == "psm",
-        )
-        cut = fresh > fresh_room - for_after * last
-        if not last and read >= len(start):  # the backend has read the suffix: it stays
-            for_after = 0
-        if cut:
-            sent, kept = fit(prompt, language, fresh_room - for_after)
-        if last:  # the suffix is read last: it gets what the prompt leaves
-            after = fit_start(after, fresh_room - (weigh(sent) if cut else fresh))
-        elif cut and for_after:
-            after = fit_start(after, for_after)
-        if cut and read < len(above):
-            above, extra = "", []
-    if len(after) < len(suffix):
-        kept["parts"] = [*(part for part in kept["parts"] if part != "all"), "suffix"]
-    body: dict[str, Any] = {"mode": mode, "prompt": sent, "heal": True}
-    body |= {"suffix": after} if mode == "infill" else {}
-    body |= {"extra": extra} if extra else {}
-    kept = {"characters": len(sent) + len(after), "of": len(prompt) + len(suffix), **kept}
-    return Prepared(
-        body, kept, weigh(above + sent + after), above + read_first(after, layout) + sent, cut
-    )
+        sent = limit_prefill(sent, prompt, language, fresh_room, cached, layout)
+
+    body: dict[str, Any] = {"mode": mode, "prompt": sent.before, "heal": True}
+    if mode == "infill":
+        body["suffix"] = sent.after
+    if sent.extra:
+        body["extra"] = sent.extra
+    characters = len(sent.before) + len(sent.after)
+    kept = {"characters": characters, "of": len(prompt) + len(suffix), **sent.kept}
+    if len(sent.after) < len(suffix):
+        kept["parts"] = [*cut_parts(kept), "suffix"]
+    files = render_extra(sent.extra)
+    weight = weigh(files + sent.before + sent.after)
+    above = files + read_first(sent.after, layout) + sent.before
+    return Prepared(body, kept, weight, above, sent.cut)
+
+
+def fit_suffix(suffix: str, prompt: str, room: int) -> str:
+    """The start of the suffix, for the room that the prompt leaves, and for its share at least."""
+    spare = room - weigh(prompt[: MAX_CHARS_PER_WEIGHT * room])
+    if fits(suffix, spare):
+        return suffix
+    step = max(1, room // SPARE_STEPS)
+    return fit_start(suffix, max(room // SUFFIX_SHARE, spare // step * step))
+
+
+def limit_prefill(
+    whole: Excerpt,
+    prompt: str,
+    language: Language,
+    fresh_room: int,
+    cached: Sequence[str],
+    layout: str,
+) -> Excerpt:
+    """The part of an excerpt of which the backend must prefill at most `fresh_room`.
+
+    The backend reads the suffix last or first, and the text before the cursor is cut or not. If it
+    is cut, other files' texts stay only if the backend has read them all.
+    """
+    files = render_extra(whole.extra)
+    first = files + read_first(whole.after, layout)  # is read before the prefix
+    above = first + whole.before
+    read = max((common_length(above, text) for text in cached), default=0)
+    fresh = weigh(above[read:])
+    for_suffix = fresh_room // SUFFIX_FRESH
+    if layout == "psm":  # the suffix is last: it gets what the text before the cursor leaves
+        if fresh <= fresh_room - for_suffix:
+            return replace(whole, after=fit_start(whole.after, fresh_room - fresh))
+        before, kept = fit(prompt, language, fresh_room - for_suffix)
+        after = fit_start(whole.after, fresh_room - weigh(before))
+    elif fresh <= fresh_room:
+        return whole
+    elif read >= len(first):  # the backend has read the suffix: it stays
+        before, kept = fit(prompt, language, fresh_room)
+        after = whole.after
+    else:
+        before, kept = fit(prompt, language, fresh_room - for_suffix)
+        after = fit_start(whole.after, for_suffix)
+    extra = whole.extra if read >= len(files) else []
+    return Excerpt(extra, before, after, kept, cut=True)
 
 
 def arrange_gap(layout: str, marks: Sequence[Any], prefix: Any, suffix: Any) -> list[Any]:
@@ -512,11 +657,11 @@ def arrange_gap(layout: str, marks: Sequence[Any], prefix: Any, suffix: Any) -> 
     is typed there only adds to the prompt.
     """
     before, after, middle = marks
-    parts = {
-        "psm": [before, prefix, after, suffix, middle],
-        "spm": [after, suffix, before, prefix, middle],
-    }
-    return parts.get(layout, [before, after, suffix, middle, prefix])
+    if layout == "psm":
+        return [before, prefix, after, suffix, middle]
+    if layout == "spm":
+        return [after, suffix, before, prefix, middle]
+    return [before, after, suffix, middle, prefix]
 
 
 def steady_suffix(suffix: str) -> str:
@@ -528,11 +673,13 @@ def steady_suffix(suffix: str) -> str:
 
 
 def read_first(suffix: str, layout: str) -> str:
-    """What of the suffix a backend reads before the prefix."""
-    return {"spm": suffix, "spmv2": steady_suffix(suffix)}.get(layout, "")
+    """The part of the suffix that a backend reads before the prefix."""
+    if layout == "spmv2":
+        return steady_suffix(suffix)
+    return suffix if layout == "spm" else ""
 
 
-def fit_extra(extra: Sequence[Mapping[str, str]], room: int) -> list[Mapping[str, str]]:
+def fit_extra(extra: Sequence[File], room: int) -> list[File]:
     """The last of other files' texts that fit, in their order. The room does not depend on the
     file's own text: these texts precede it, and a prompt whose start changes must be prefilled
     again.
@@ -543,61 +690,77 @@ def fit_extra(extra: Sequence[Mapping[str, str]], room: int) -> list[Mapping[str
 
 def count_fitting(weights: Iterable[int], room: int) -> int:
     """How many of the first weights fit into the room together."""
-    return sum(1 for _ in takewhile(lambda total: total <= room, accumulate(weights)))
+    fitting = takewhile(lambda total: total <= room, accumulate(weights))
+    return len(list(fitting))
 
 
-def render_extra(extra: Sequence[Mapping[str, str]]) -> str:
+def render_extra(extra: Sequence[File]) -> str:
     """Other files' texts as one, to weigh and to compare."""
     return "".join(f"{entry['filename']}\n{entry['text']}\n" for entry in extra)
 
 
-def common_length(one: str, other: str) -> int:
+def common_length(text: str, other: str) -> int:
     """The length of the longest start that two texts share."""
-    low, high = 0, min(len(one), len(other))
+    low = 0
+    high = min(len(text), len(other))
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle - 1)
+        if text[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
     return low
 
 
-def prepare_chat(messages: Sequence[Mapping[str, str]], room: int) -> Prepared:
+# ------------------------------------------------------------------------------------------- a chat
+
+
+def prepare_chat(messages: Sequence[Message], room: int) -> Prepared:
     """A chat: its system message, and as many of its latest messages as fit. `messages` in `kept`
     is [sent, given].
-
-    Messages are left out four at a time, if enough of them remain. The messages after the gap move
-    forward, so a backend must prefill them again; this way it does so only every other turn.
     """
-    system, turns = list(messages[:1]), list(messages[1:])
+    system, turns = messages[:1], messages[1:]
     if system[0]["role"] != "system" or not turns:
-        system, turns = [], list(messages)
+        system, turns = [], messages
     system = [
         {**message, "content": fit_start(message["content"], room // 2)} for message in system
     ]
-    room -= sum(weigh(message["content"]) + MESSAGE_WEIGHT for message in system)
-    last = {**turns[-1], "content": fit_ends(turns[-1]["content"], room - MESSAGE_WEIGHT)}
-    room -= weigh(last["content"]) + MESSAGE_WEIGHT
-    texts = [turn["content"] for turn in turns[-2 : -1 - MAX_TURNS : -1]]
-    # A character weighs more than a third: to weigh a text that is longer would only take time.
-    earlier = (
-        weigh(text) + MESSAGE_WEIGHT if len(text) <= 3 * room else room + 1 for text in texts
-    )
-    taken = 1 + count_fitting(earlier, room)
-    left_out = len(turns) - taken
-    rounded = -(-left_out // 4) * 4
-    start = rounded if 2 * (len(turns) - rounded) >= taken else left_out
-    if 0 < start < len(turns) - 1 and turns[start]["role"] == "assistant":
-        start += 1  # an answer without its question
+    room -= sum(map(weigh_message, system))
+    text = fit_ends(turns[-1]["content"], room - MESSAGE_WEIGHT)
+    last = {**turns[-1], "content": text}
+    start = first_turn(turns, room - weigh_message(last))
     sent = [*system, *turns[start:-1], last]
-    size, of = (sum(len(message["content"]) for message in some) for some in (sent, messages))
-    kept = {
-        "characters": size,
-        "of": of,
-        "parts": ["all"] if size == of else ["system"] * len(system) + ["latest"],
-    }
+    size = sum(len(message["content"]) for message in sent)
+    given = sum(len(message["content"]) for message in messages)
+    parts = ["all"] if size == given else ["system"] * len(system) + ["latest"]
+    kept = {"characters": size, "of": given, "parts": parts}
     if len(sent) < len(messages):
         kept["messages"] = [len(sent), len(messages)]
-    weight = sum(weigh(message["content"]) + MESSAGE_WEIGHT for message in sent)
-    return Prepared({"mode": "complete", "stop_at": "none", "messages": sent}, kept, weight)
+    body = {"mode": "complete", "stop_at": "none", "messages": sent}
+    return Prepared(body, kept, sum(map(weigh_message, sent)))
+
+
+def first_turn(turns: Sequence[Message], room: int) -> int:
+    """The index of the first turn to send, if those before the last one have this room.
+
+    Turns are left out four at a time, if enough of them remain. The turns after the gap move
+    forward, so a backend must prefill them again; this way it does so only every other turn.
+    """
+    latest = turns[-2 : -1 - MAX_TURNS : -1]
+    # To weigh a text that cannot fit would only take time.
+    short = takewhile(lambda turn: len(turn["content"]) <= MAX_CHARS_PER_WEIGHT * room, latest)
+    taken = 1 + count_fitting(map(weigh_message, short), room)
+    start = len(turns) - taken
+    rounded = -(-start // 4) * 4
+    if 2 * (len(turns) - rounded) >= taken:
+        start = rounded
+    if 0 < start < len(turns) - 1 and turns[start]["role"] == "assistant":
+        start += 1  # an answer without its question
+    return start
+
+
+def weigh_message(message: Message) -> int:
+    return weigh(message["content"]) + MESSAGE_WEIGHT
 
 
 def fit_ends(text: str, room: int) -> str:
@@ -607,6 +770,4 @@ def fit_ends(text: str, room: int) -> str:
     if fits(text, room):
         return text
     half = max(0, (room - weigh(LEFT_OUT) - 2) // 2)
-    return (
-        f"{fit_start(text, half)}\n{LEFT_OUT}\n{fit_start(text[: -3 * half - 1 : -1], half)[::-1]}"
-    )
+    return f"{fit_start(text, half)}\n{LEFT_OUT}\n{fit_end(text, half)}"
