@@ -15,8 +15,8 @@ once; until it is back, completions are empty.
 
 Threads: the main thread reads the messages; it alone changes the documents and the settings. A
 request that asks the Pi gets a thread of its own and a copy of the text. `Client`, `Pi` and
-`Suggestions` have a lock each, for what the threads share; of `Calls.running` a thread takes a call
-in one step.
+`Suggestions` have a lock each, for what the threads share. `set.remove` on `Calls.running` is
+atomic, so only one thread answers a call.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 VERSION = "1.1.0"  # of Cerebrum
 
+Object = dict[str, Any]  # of JSON
+
 # ----------------------------------------------------------------------------------------- settings
 
 
@@ -58,15 +60,21 @@ class Settings:
     tokens: int = 128  # a completion has at most so many
     read_ms: int = 500  # limits what is read for an automatic request; 0: no limit
     off: tuple[str, ...] = ()  # ids of languages that get no completions
-    suggest: str = (
-        "normal"  # how readily a completion is shown that nobody asked for: one of SUGGEST
-    )
+    suggest: str = "normal"  # how readily a completion is shown unasked: one of SUGGEST
     completion: bool = False  # serve textDocument/completion, for clients without inline completion
     has_gone: bool = False  # not for users: one of GONE was set somewhere
 
 
-KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", tuple: "a list of texts",
-         list: "a list", dict: "an object", type(None): "null"}  # fmt: skip
+KINDS = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    tuple: "a list of texts",
+    list: "a list",
+    dict: "an object",
+    type(None): "null",
+}
 MAX_TOKENS = 2048
 SUGGEST = ("always", "often", "normal", "seldom", "never")
 GONE = {"suggest_in_comments", "suggest_in_strings"}  # users may still have them
@@ -76,44 +84,46 @@ GONE_WARNING = (
 
 
 def read_settings(given: Any, settings: Settings) -> Settings:
-    """Apply a JSON object of settings. Unknown names are ignored, since clients send others'
-    settings too.
+    """Apply a JSON object of settings; BadSettings if one of them cannot be used. Unknown names are
+    ignored, since clients send others' settings too.
     """
-    if isinstance(
-        given, dict
-    ):  # clients that share one object among servers have a section for each
+    if isinstance(given, dict):
+        # Clients that share one object among servers have a section for each.
         given = given.get("cerebrum", given)
     if given is None:
         return settings
     if not isinstance(given, dict):
         raise BadSettings(f"expected an object of settings, got {kind_of(given)}")
-    changed: dict[str, Any] = {"has_gone": settings.has_gone or bool(GONE & given.keys())}
-    for one in fields(Settings):
-        if (value := given.get(one.name)) is None:
-            continue
-        kind = type(one.default)
-        if (
-            kind is tuple
-            and isinstance(value, list)
-            and all(isinstance(item, str) for item in value)
-        ):
-            value = tuple(value)
-        if type(value) is not kind:
-            raise BadSettings(f"expected {KINDS[kind]} for {one.name}, got {kind_of(value)}")
-        changed[one.name] = value
-    if changed.get("url", settings.url).rstrip("/") != settings.url.rstrip("/"):
+    has_gone = settings.has_gone or bool(GONE & given.keys())
+    changed = {"has_gone": has_gone, **members_of(given)}
+    url = changed.get("url", settings.url)
+    if url.rstrip("/") != settings.url.rstrip("/"):
         changed.setdefault("key", "")  # a project's settings must not send the user's key elsewhere
     settings = replace(settings, **changed)
-    try:
-        address = urllib.parse.urlsplit(url := settings.url or LOCAL)
-        if (
-            not re.fullmatch("(?i)https?://[!-~]+", url)
-            or not address.hostname
-            or address.port == 0
-        ):
-            raise ValueError
-    except ValueError:  # also of a port that is no number
-        raise BadSettings("expected a url such as http://pi.local:7000") from None
+    check(settings)
+    return settings
+
+
+def members_of(given: Mapping[str, Any]) -> Object:
+    """The settings that an object has, each of the right kind."""
+    members: Object = {}
+    for setting in fields(Settings):
+        value = given.get(setting.name)
+        if value is None:
+            continue
+        kind = type(setting.default)
+        is_texts = isinstance(value, list) and all(isinstance(item, str) for item in value)
+        if kind is tuple and is_texts:
+            value = tuple(value)
+        if type(value) is not kind:
+            raise BadSettings(f"expected {KINDS[kind]} for {setting.name}, got {kind_of(value)}")
+        members[setting.name] = value
+    return members
+
+
+def check(settings: Settings) -> None:
+    if not is_url(settings.url or LOCAL):
+        raise BadSettings("expected a url such as http://pi.local:7000")
     if not 1 <= settings.tokens <= MAX_TOKENS:
         raise BadSettings(f"expected tokens from 1 to {MAX_TOKENS}, got {settings.tokens}")
     if settings.read_ms < 0:
@@ -122,7 +132,15 @@ def read_settings(given: Any, settings: Settings) -> Settings:
         raise BadSettings(f"expected one of {', '.join(SUGGEST)} for suggest")
     if not re.fullmatch(r"[!-~]*", settings.key):
         raise BadSettings("expected a key of visible ASCII characters")
-    return settings
+
+
+def is_url(text: str) -> bool:
+    try:
+        url = urllib.parse.urlsplit(text)
+        is_address = url.hostname and url.port != 0
+    except ValueError:  # also of a port that is no number
+        return False
+    return bool(is_address and re.fullmatch("(?i)https?://[!-~]+", text))
 
 
 def kind_of(value: Any) -> str:
@@ -141,37 +159,44 @@ def read_file(folder: Path) -> Any:
             return tomllib.loads(toml.read_text("utf-8"))
     except ImportError:
         if toml.exists() and not plain.exists():
-            raise BadSettings(
-                "expected lsp.json, as this Python cannot read lsp.toml; 3.11 can"
-            ) from None
-    return json.loads(plain.read_text("utf-8")) if plain.exists() else None
+            message = "expected lsp.json, as this Python cannot read lsp.toml; 3.11 can"
+            raise BadSettings(message) from None
+    if plain.exists():
+        return json.loads(plain.read_text("utf-8"))
+    return None
 
 
-VARIABLES = {
-    "url": "CEREBRUM_URL",
-    "key": "CEREBRUM_CM4_API_KEY",
-}  # the others are CEREBRUM_LSP_TOKENS and so on
+# The others are CEREBRUM_LSP_TOKENS and so on.
+VARIABLES = {"url": "CEREBRUM_URL", "key": "CEREBRUM_CM4_API_KEY"}
 
 
-def read_variables(environment: Mapping[str, str]) -> dict[str, Any]:
-    """The settings of the environment: texts, lists with commas, and otherwise JSON."""
-    given: dict[str, Any] = {}
-    for name in (*(one.name for one in fields(Settings)), *GONE):
-        if text := environment.get(VARIABLES.get(name, f"CEREBRUM_LSP_{name.upper()}")):
-            given[name] = text.split(",") if name == "off" else text
-            if name not in ("off", *VARIABLES):
-                with contextlib.suppress(ValueError):
-                    given[name] = json.loads(text)
+def read_variables(environment: Mapping[str, str]) -> Object:
+    """The settings of the environment."""
+    given: Object = {}
+    names = [setting.name for setting in fields(Settings)]
+    for name in (*names, *GONE):
+        variable = VARIABLES.get(name, f"CEREBRUM_LSP_{name.upper()}")
+        if text := environment.get(variable):
+            given[name] = parse_variable(name, text)
     return given
 
 
+def parse_variable(name: str, text: str) -> Any:
+    """The value of a setting: a text, a list with commas, or else JSON."""
+    if name == "off":
+        return text.split(",")
+    if name in VARIABLES:
+        return text
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
 def first_settings(environment: Mapping[str, str]) -> tuple[Settings, list[str]]:
-    """The settings of the file, and above them those of the environment; and the faults of
-    either.
-    """
-    folder = (
-        Path(environment.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")) / "cerebrum"
-    )
+    """The settings of the file, which those of the environment override, and the faults of both."""
+    home = environment.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+    folder = Path(home) / "cerebrum"
     settings, faults = Settings(), []
     sources: dict[str, Callable[[], Any]] = {
         f"the settings in {folder}": lambda: read_file(folder),
@@ -202,6 +227,11 @@ def utf16_units(text: str) -> int:
     return len(text) + len(encoded.translate(None, SHORTER_THAN_4))
 
 
+def unix(text: str) -> str:
+    """The text with the line ends that the model knows."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 @dataclass(frozen=True)
 class Gap:
     """A cursor in a file: the place where text is missing."""
@@ -212,23 +242,33 @@ class Gap:
 
 
 class Suggestion(NamedTuple):
-    """A completion, how sure the model is of its first line, if that is known, and whether unsure
-    lines are missing.
-    """
+    """A completion."""
 
     text: str = ""
-    confidence: float | None = None
-    unsure: bool = False
+    confidence: float | None = None  # of its first line, if it is known
+    unsure: bool = False  # lines that the model is unsure of are missing
+
+    def after(self, typed: str) -> Suggestion:
+        """The rest of it, once its beginning has been typed."""
+        confidence = None if "\n" in typed else self.confidence
+        return Suggestion(self.text[len(typed) :], confidence, self.unsure)
+
+
+Position = tuple[int, int]  # LSP's: the line, and UTF-16 units of it
 
 
 class Document:
-    """An open text, as lines with their ends. A position is LSP's: the line, and UTF-16 units of
-    it.
-    """
+    """An open text, as lines with their ends."""
 
     def __init__(self, uri: str, language: str, version: int, text: str) -> None:
-        self.uri, self.language, self.version = uri, language, version
+        self.uri = uri
+        self.language = language
+        self.version = version
         self.lines: list[str] = LINE.findall(text)
+
+    def line(self, number: int) -> str:
+        """A line with its end; "" behind the last one."""
+        return self.lines[number] if number < len(self.lines) else ""
 
     def locate(self, line: int, units: int) -> tuple[int, int]:
         """The line, and the code points before the position. A position behind an end means that
@@ -247,44 +287,42 @@ class Document:
                 most = middle - 1
         return line, column
 
-    def clamp(self, position: tuple[int, int]) -> tuple[int, int]:
+    def clamp(self, position: Position) -> Position:
         """The position, or the end that it is behind."""
         line, column = self.locate(*position)
-        return line, utf16_units("".join(self.lines[line : line + 1])[:column])
+        return line, utf16_units(self.line(line)[:column])
 
-    def between(self, start: tuple[int, int], end: tuple[int, int]) -> str:
+    def between(self, start: Position, end: Position) -> str:
         """The text between two positions."""
-        (first, column), (last, after) = self.locate(*start), self.locate(*end)
-        lines = self.lines[first : last + 1]
-        return "".join(lines)[column : sum(map(len, lines[: last - first])) + after]
+        first, column = self.locate(*start)
+        last, after = self.locate(*end)
+        lines = [*self.lines[first:last], self.line(last)[:after]]
+        return "".join(lines)[column:]
 
-    def gap(self, start: tuple[int, int], end: tuple[int, int], inserted: str = "") -> Gap:
-        """The gap behind `inserted`, which stands for the text between two positions. It has the
-        model's line ends.
-        """
-        before, after = self.between((0, 0), start), self.between(end, (len(self.lines), 0))
-        texts = (
-            text.replace("\r\n", "\n").replace("\r", "\n") for text in (before + inserted, after)
-        )
-        return Gap(self.uri, *texts)
+    def gap(self, start: Position, end: Position, inserted: str = "") -> Gap:
+        """The gap behind `inserted`, which stands for the text between two positions."""
+        before = self.between((0, 0), start) + inserted
+        after = self.between(end, (len(self.lines), 0))
+        return Gap(self.uri, unix(before), unix(after))
 
     def line_end(self, near: str = "") -> str:
         """The first line end of a text, if it has one, or else of the document."""
-        found = LINE_END.search(near + "".join(self.lines[:1]))
+        found = LINE_END.search(near + self.line(0))
         return found[0] if found else "\n"
 
-    def edit(self, start: tuple[int, int], end: tuple[int, int], text: str) -> None:
+    def edit(self, start: Position, end: Position, text: str) -> None:
         """Replace the text between two positions. The line before is read again, since \\r and \\n
         may meet.
         """
         first, column = self.locate(*start)
         last, after = max(self.locate(*end), (first, column))
-        head = (
-            "".join(self.lines[max(0, first - 1) : first])
-            + "".join(self.lines[first : first + 1])[:column]
-        )
-        tail = "".join(self.lines[last : last + 1])[after:]
-        self.lines[max(0, first - 1) : last + 1] = LINE.findall(head + text + tail)
+        before = max(0, first - 1)
+        head = "".join(self.lines[before:first]) + self.line(first)[:column]
+        tail = self.line(last)[after:]
+        self.lines[before : last + 1] = LINE.findall(head + text + tail)
+
+
+Key = tuple[str, int, int]  # the uri of a gap, and the hashes of its texts
 
 
 class Suggestions:
@@ -294,39 +332,41 @@ class Suggestions:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        # The uri, the hash of the text after the gap, the hash and length of the text before it,
-        # and the completion. Copies of the texts would be tens of megabytes for a large file.
-        self.found: deque[tuple[str, int, int, int, Suggestion]] = deque(maxlen=self.MAX_FOUND)
+        # For each completion its gap (see `key_of`), and the length of the text before that.
+        self.found: deque[tuple[Key, int, Suggestion]] = deque(maxlen=self.MAX_FOUND)
         self.seconds: deque[float] = deque([0.4], maxlen=8)  # a guess, until there are answers
 
     def add(self, gap: Gap, found: Suggestion, seconds: float) -> None:
+        length = len(gap.before)
         with self.lock:
-            self.found.append((gap.uri, hash(gap.after), hash(gap.before), len(gap.before), found))
+            self.found.append((self.key_of(gap, length), length, found))
             self.seconds.append(seconds)
 
     def rest(self, gap: Gap) -> Suggestion | None:
-        """What is left of a completion whose beginning has been typed or accepted; None if nothing
-        fits.
+        """The rest of a completion whose beginning has been typed or accepted; None if there is
+        none.
         """
         with self.lock:
-            for uri, after, before, length, found in reversed(self.found):
-                text, typed = found.text, gap.before[length:]
-                fits = uri == gap.uri and text.startswith(typed) and (text != typed or not typed)
-                if fits and (after, before) == (hash(gap.after), hash(gap.before[:length])):
-                    confidence = (
-                        found.confidence if "\n" not in typed else None
-                    )  # of its first line
-                    return found._replace(text=text[len(typed) :], confidence=confidence)
+            for key, length, found in reversed(self.found):
+                typed = gap.before[length:]
+                is_whole = typed and typed == found.text
+                if is_whole or not found.text.startswith(typed):
+                    continue
+                if key == self.key_of(gap, length):
+                    return found.after(typed)
         return None
 
-    def pause(self) -> float:
-        """Seconds of silence before an automatic request: the slower the Pi, the more it pays to
-        wait for text.
+    def key_of(self, gap: Gap, length: int) -> Key:
+        """Identifies the gap before something was typed, when the text before it had this length.
+        Copies of the texts would take tens of megabytes for a large file.
         """
+        return gap.uri, hash(gap.after), hash(gap.before[:length])
+
+    def pause(self) -> float:
+        """Seconds without a key before an automatic request: longer for a slow Pi."""
         with self.lock:
-            return min(
-                max(MIN_PAUSE_SECONDS, PAUSE_SHARE * median(self.seconds)), MAX_PAUSE_SECONDS
-            )
+            seconds = PAUSE_SHARE * median(self.seconds)
+        return min(max(MIN_PAUSE_SECONDS, seconds), MAX_PAUSE_SECONDS)
 
 
 MIN_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 0.03, 0.4  # fast typists leave 0.1 s between keys
@@ -376,8 +416,9 @@ class Call:
     def __init__(self, request_id: Any, lane: Any = None, pause: float = 0.0) -> None:
         self.request_id = request_id
         self.lane = lane  # the method and the document of a completion
-        self.pause = pause  # seconds; 0: the user asked for a completion now
-        self.is_waiting = pause > 0  # for a newer request of its lane
+        self.pause = pause  # seconds
+        self.is_automatic = pause > 0  # else the user asked for a completion now
+        self.is_waiting = self.is_automatic  # a newer request of its lane may end it
         self.ended = threading.Event()
         self.socket: socket.socket | None = None
 
@@ -412,22 +453,20 @@ class Pi:
     def __init__(self, settings: Settings, client: Client) -> None:
         self.settings, self.client = settings, client
         self.lock = threading.Lock()  # of `away_until`
-        # by time.monotonic(): no automatic request before; 0: not away, as far as the user knows
+        # By time.monotonic(): no automatic request before. 0: not away, as far as the user knows.
         self.away_until = 0.0
-        self.without_url = (
-            itertools.count()
-        )  # numbers of the requests without a url; `next` is atomic
+        # Numbers of the requests without a url; `next` is atomic.
+        self.without_url = itertools.count()
 
-    def ask(self, call: Call, path: str, body: Any) -> dict[str, Any]:
+    def ask(self, call: Call, path: str, body: Any) -> Object:
         """POST the body, and return the answer's JSON. PiError, or Ended."""
         settings = self.settings
         if not settings.url and next(self.without_url) == 0:
             self.client.show(3, NO_URL)
         url = urllib.parse.urlsplit(settings.url or LOCAL)
+        host = url.hostname or ""
         kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
-        connection = kind(
-            url.hostname or "", url.port or kind.default_port, timeout=CONNECT_SECONDS
-        )
+        connection = kind(host, url.port or kind.default_port, timeout=CONNECT_SECONDS)
         headers = {"Content-Type": "application/json", "User-Agent": f"cerebrum-lsp/{VERSION}"}
         if settings.key:
             headers["Authorization"] = f"Bearer {settings.key}"
@@ -439,35 +478,18 @@ class Pi:
             connection.request("POST", url.path.rstrip("/") + path, json.dumps(body), headers)
             response = connection.getresponse()
             content = response.read()
-        except (
-            OSError,
-            ValueError,
-            http.client.HTTPException,
-        ) as error:  # ValueError: a name that cannot be looked up
-            if (
-                call.socket
-            ):  # a connection that never came about is news even if nobody waits for it any more
+        # ValueError: a name that cannot be looked up
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            # A connection that never came about is news even if nobody waits for it any more.
+            if call.socket:
                 call.check()
             reason = getattr(error, "strerror", None) or type(error).__name__
-            raise PiError(0, f"the Pi at {url.hostname} does not answer ({reason})") from None
+            raise PiError(0, f"the Pi at {host} does not answer ({reason})") from None
         finally:
             connection.close()
-        try:
-            answer = json.loads(content)
-        except ValueError:
-            answer = None
-        if not isinstance(answer, dict):
-            raise PiError(
-                response.status,
-                f"expected the Pi at {url.hostname}, got an answer that is not JSON",
-            )
-        if response.status != 200:
-            nested = answer.get("error")  # the dialects' form of an error
-            message = (nested if isinstance(nested, dict) else answer).get("message")
-            raise PiError(response.status, f"the Pi answers {response.status}: {message}")
-        answer.setdefault(
-            "kept", {"parts": [response.getheader("X-Cerebrum-Kept", "all")]}
-        )  # of a chat
+        answer = read_answer(host, response.status, content)
+        # The answer of a chat lacks this member.
+        answer.setdefault("kept", {"parts": [response.getheader("X-Cerebrum-Kept", "all")]})
         return answer
 
     def note_success(self) -> None:
@@ -477,20 +499,36 @@ class Pi:
     def note_failure(self) -> bool:
         """True if the user does not know yet that the Pi is away."""
         with self.lock:
-            is_news, self.away_until = not self.away_until, time.monotonic() + AWAY_SECONDS
+            is_news = not self.away_until
+            self.away_until = time.monotonic() + AWAY_SECONDS
         return is_news
+
+
+def read_answer(host: str, status: int, content: bytes) -> Object:
+    """The JSON object of an answer of the Pi; PiError if it is another answer or an error."""
+    try:
+        answer = json.loads(content)
+    except ValueError:
+        answer = None
+    if not isinstance(answer, dict):
+        raise PiError(status, f"expected the Pi at {host}, got an answer that is not JSON")
+    if status != 200:
+        nested = answer.get("error")  # the dialects' form of an error
+        message = (nested if isinstance(nested, dict) else answer).get("message")
+        raise PiError(status, f"the Pi answers {status}: {message}")
+    return answer
 
 
 # ----------------------------------------------------------------------- IO: messages of the client
 
-PARSE_ERROR, INVALID_REQUEST, METHOD_NOT_FOUND, INVALID_PARAMS, INTERNAL_ERROR = (
-    -32700,
-    -32600,
-    -32601,
-    -32602,
-    -32603,
-)
-NOT_INITIALIZED, REQUEST_CANCELLED, REQUEST_FAILED = -32002, -32800, -32803
+PARSE_ERROR = -32700
+INVALID_REQUEST = -32600
+METHOD_NOT_FOUND = -32601
+INVALID_PARAMS = -32602
+INTERNAL_ERROR = -32603
+NOT_INITIALIZED = -32002
+REQUEST_CANCELLED = -32800
+REQUEST_FAILED = -32803
 CANCELLED = {"error": {"code": REQUEST_CANCELLED, "message": "cancelled"}}
 MAX_HEADER_BYTES = 4096
 LENGTH = re.compile(rb"content-length[ \t]*:[ \t]*([0-9]{1,9})[ \t]*\r?\n", re.IGNORECASE)
@@ -508,20 +546,7 @@ def read_message(stream: BinaryIO) -> Any:
     """The next message's JSON. EOFError at the end of the stream; ProtocolError if the message
     cannot be read, after which the next call finds the next message.
     """
-    length, lines = None, 0
-    while line := stream.readline(MAX_HEADER_BYTES):
-        if found := LENGTH.search(
-            line
-        ):  # not at its beginning after a body whose length was not known
-            length = int(found[1])
-        elif line in (b"\r\n", b"\n"):
-            if length is not None:
-                break
-            if lines:
-                raise ProtocolError(PARSE_ERROR, "expected the header Content-Length")
-        lines += 1
-    else:
-        raise EOFError
+    length = read_length(stream)
     data = stream.read(length)
     if len(data) < length:
         raise EOFError
@@ -531,22 +556,38 @@ def read_message(stream: BinaryIO) -> Any:
         raise ProtocolError(PARSE_ERROR, "expected JSON in UTF-8") from None
 
 
+def read_length(stream: BinaryIO) -> int:
+    """Read a message's header, and return the bytes of its body."""
+    length = None
+    is_first = True
+    while line := stream.readline(MAX_HEADER_BYTES):
+        # `search`: the line begins with the body before, if the length of that was not known.
+        if found := LENGTH.search(line):
+            length = int(found[1])
+        elif line in (b"\r\n", b"\n"):
+            if length is not None:
+                return length
+            if not is_first:
+                raise ProtocolError(PARSE_ERROR, "expected the header Content-Length")
+        is_first = False
+    raise EOFError
+
+
 class Client:
     """The editor. Any thread may send it messages."""
 
     def __init__(self, stream: BinaryIO) -> None:
-        self.stream, self.lock, self.numbers = stream, threading.Lock(), itertools.count(1)
-        self.reactions: dict[
-            Any, Callable[[Any], None]
-        ] = {}  # by the id of a request without a response
+        self.stream = stream
+        self.lock = threading.Lock()
+        self.numbers = itertools.count(1)
+        # By the id of a request without a response.
+        self.reactions: dict[Any, Callable[[Any], None]] = {}
         self.show_once = functools.cache(self.show)  # for the main thread
 
     def send(self, **members: Any) -> None:
         data = json.dumps({"jsonrpc": "2.0", **members}, separators=(",", ":")).encode("ascii")
-        with (
-            self.lock,
-            contextlib.suppress(OSError, ValueError),
-        ):  # an editor that has gone needs no message
+        # An editor that has gone needs no message.
+        with self.lock, contextlib.suppress(OSError, ValueError):
             self.stream.write(b"Content-Length: %d\r\n\r\n%s" % (len(data), data))
             self.stream.flush()
 
@@ -560,12 +601,11 @@ class Client:
 
     def show(self, level: int, message: str) -> None:
         """Show a message to the user: 1 is an error, 2 a warning, 3 information."""
-        self.send(
-            method="window/showMessage", params={"type": level, "message": f"Cerebrum: {message}"}
-        )
+        params = {"type": level, "message": f"Cerebrum: {message}"}
+        self.send(method="window/showMessage", params=params)
 
 
-def outcome(work: Callable[[], Any]) -> dict[str, Any]:
+def outcome(work: Callable[[], Any]) -> Object:
     """The members of a response: the result of this work, or its error."""
     try:
         return {"result": work()}
@@ -594,31 +634,39 @@ def get(value: Any, path: str, kind: type, *default: Any) -> Any:
     if value is None and default:
         return default[0]
     if type(value) is not kind:
-        raise ProtocolError(
-            INVALID_PARAMS, f"expected {KINDS[kind]} for {path}, got {kind_of(value)}"
-        )
+        message = f"expected {KINDS[kind]} for {path}, got {kind_of(value)}"
+        raise ProtocolError(INVALID_PARAMS, message)
     return value
 
 
 # The question to a chat, for a language that the Pi does not know. The 0.5B follows it best with
 # the code at its end; without the second sentence it explains at length, and may answer with an
 # example of the code's use.
-ASK_FOR_CODE = "{instruction}\nAnswer with the changed code alone, in one fenced block.\n\n```{language}\n{prompt}\n```"
+ASK_FOR_CODE = """{instruction}
+Answer with the changed code alone, in one fenced block.
+
+```{language}
+{prompt}
+```"""
 
 
 def lacks(answer: Any) -> str:
     """Why the answer to an instruction may lack code that it would replace; "" if it is whole."""
-    reason = answer.get("finish_reason", "stop")
     if get(answer, "kept.parts", list, []) != ["all"]:
         return "the text is too long for the model"
+    reason = answer.get("finish_reason", "stop")
     if reason == "length":
         return f"the answer is longer than {MAX_TOKENS} tokens"
+    if reason == "repeat":
+        return "the model began to repeat itself"
     if reason not in ("stop", "block"):
-        return "the model began to repeat itself" if reason == "repeat" else "the answer broke off"
-    return "" if get(answer, "completion", str).strip() else "the answer is not one block of code"
+        return "the answer broke off"
+    if not get(answer, "completion", str).strip():
+        return "the answer is not one block of code"
+    return ""
 
 
-def block_of(answer: Any) -> dict[str, Any]:
+def block_of(answer: Any) -> Object:
     """A chat's answer in the form of /v1/complete's. Unless it has one whole block of code,
     `completion` is empty.
     """
@@ -631,40 +679,41 @@ def block_of(answer: Any) -> dict[str, Any]:
     return {**answer, "completion": parts[2] if is_one else "", "finish_reason": reason}
 
 
-def accepted(found: Suggestion) -> dict[str, Any]:
+def accepted(found: Suggestion) -> Object:
     """The command that the client runs when its user has accepted this completion."""
     argument = {"characters": len(found.text), "confidence": found.confidence}
     return {"title": "accepted", "command": ACCEPTED, "arguments": [argument]}
 
 
-def position(value: Any, path: str) -> tuple[int, int]:
+def position(value: Any, path: str) -> Position:
     """The line and the character of a position."""
     line, character = get(value, "line", int), get(value, "character", int)
-    if min(line, character) < 0:
-        raise ProtocolError(
-            INVALID_PARAMS, f"expected numbers of 0 or more for {path}, got {min(line, character)}"
-        )
+    least = min(line, character)
+    if least < 0:
+        message = f"expected numbers of 0 or more for {path}, got {least}"
+        raise ProtocolError(INVALID_PARAMS, message)
     return line, character
 
 
-def positions(holder: Any) -> tuple[tuple[int, int], tuple[int, int]]:
+def positions(holder: Any) -> tuple[Position, Position]:
     """The two positions of this holder's range, in order."""
-    start, end = sorted(
-        position(get(holder, path, dict), path) for path in ("range.start", "range.end")
-    )
-    return start, end
+    start = position(get(holder, "range.start", dict), "range.start")
+    end = position(get(holder, "range.end", dict), "range.end")
+    return min(start, end), max(start, end)
 
 
-def span(*ends: tuple[int, int]) -> dict[str, dict[str, int]]:
+def span(start: Position, end: Position) -> dict[str, dict[str, int]]:
     """A range from one position to another, as LSP writes it."""
-    start, end = ({"line": line, "character": character} for line, character in ends)
-    return {"start": start, "end": end}
+    first = {"line": start[0], "character": start[1]}
+    last = {"line": end[0], "character": end[1]}
+    return {"start": first, "end": last}
 
 
 # ------------------------------------------------------------------------------- state: the session
 
 PREDICT_MS = 1500  # a completion that has a line ends after this time
 BUSY = (409, 429)  # statuses that pass by themselves
+NO_COMPLETION = "expected a completion, got another answer: the url is perhaps not the Pi's"
 TRIGGERS = [*" .,:;=([{<\"'/"]  # of textDocument/completion, beside letters
 WORD = re.compile(r"\w*\Z")
 MAX_WORD = 100  # characters
@@ -677,24 +726,27 @@ class Calls:
     """
 
     def __init__(self, client: Client) -> None:
-        self.client, self.running = client, set[Call]()
+        self.client = client
+        self.running = set[Call]()
 
     def start(self, call: Call, work: Callable[[Call], Any]) -> Any:
         """Respond with the result of `work` in a thread."""
+
+        def run() -> None:
+            self.respond(call, outcome(lambda: work(call)))
+
         self.running.add(call)
-        threading.Thread(
-            target=lambda: self.respond(call, outcome(lambda: work(call))), daemon=True
-        ).start()
+        threading.Thread(target=run, daemon=True).start()
         return LATER
 
-    def respond(self, call: Call, response: dict[str, Any]) -> None:
+    def respond(self, call: Call, response: Object) -> None:
         """Respond before the thread has ended: its connection may be slow to come about."""
         with contextlib.suppress(KeyError):  # another thread has responded
             self.running.remove(call)
             self.client.send(id=call.request_id, **response)
             call.end()
 
-    def end(self, is_meant: Callable[[Call], bool], response: dict[str, Any]) -> None:
+    def end(self, is_meant: Callable[[Call], bool], response: Object) -> None:
         for call in [*self.running]:
             if is_meant(call):
                 self.respond(call, response)
@@ -707,27 +759,27 @@ class Documents:
         self.by_uri: dict[str, Document] = {}
 
     def find(self, params: Any) -> Document:
-        if not (document := self.by_uri.get(get(params, "textDocument.uri", str))):
+        document = self.by_uri.get(get(params, "textDocument.uri", str))
+        if not document:
             raise ProtocolError(INVALID_PARAMS, "expected a document that is open")
         return document
 
     def open(self, params: Any) -> None:
-        uri, text = get(params, "textDocument.uri", str), get(params, "textDocument.text", str)
-        language, version = (
-            get(params, "textDocument.languageId", str, ""),
-            get(params, "textDocument.version", int, 0),
-        )
+        uri = get(params, "textDocument.uri", str)
+        text = get(params, "textDocument.text", str)
+        language = get(params, "textDocument.languageId", str, "")
+        version = get(params, "textDocument.version", int, 0)
         self.by_uri[uri] = Document(uri, language, version, text)
 
     def change(self, params: Any) -> None:
         document = self.find(params)
         del self.by_uri[document.uri]  # until all is done: after a bad change the text is unknown
-        for one in get(params, "contentChanges", list):
-            text = get(one, "text", str)
-            if get(one, "range", dict, None) is None:
+        for change in get(params, "contentChanges", list):
+            text = get(change, "text", str)
+            if get(change, "range", dict, None) is None:
                 document.lines = LINE.findall(text)
             else:
-                document.edit(*positions(one), text)
+                document.edit(*positions(change), text)
         document.version = get(params, "textDocument.version", int, document.version)
         self.by_uri[document.uri] = document
 
@@ -739,17 +791,22 @@ class Completions:
     """Text for a cursor: what is left of a suggestion, or else the Pi's answer."""
 
     def __init__(self, client: Client, documents: Documents, calls: Calls, pi: Pi) -> None:
-        self.client, self.documents, self.calls, self.pi = client, documents, calls, pi
+        self.client = client
+        self.documents = documents
+        self.calls = calls
+        self.pi = pi
         self.suggestions = Suggestions()
 
     def inline(self, params: Any, request_id: Any) -> Any:
         document = self.documents.find(params)
         start = end = position(get(params, "position", dict), "position")
-        chosen, inserted = get(params, "context.selectedCompletionInfo", dict, None), ""
-        if chosen:  # what the editor's own menu would insert
-            inserted, (start, end) = get(chosen, "text", str), positions(chosen)
+        inserted = ""
+        if chosen := get(params, "context.selectedCompletionInfo", dict, None):
+            # What the editor's own menu would insert.
+            inserted = get(chosen, "text", str)
+            start, end = positions(chosen)
 
-        def items(found: Suggestion) -> dict[str, Any]:
+        def items(found: Suggestion) -> Object:
             item = {
                 "insertText": inserted + found.text,
                 "range": span(start, end),
@@ -758,9 +815,8 @@ class Completions:
             return {"items": [item] if found.text else []}
 
         is_automatic = get(params, "context.triggerKind", int, 2) != 1
-        call = Call(
-            request_id, ("inline", document.uri), self.suggestions.pause() if is_automatic else 0.0
-        )
+        pause = self.suggestions.pause() if is_automatic else 0.0
+        call = Call(request_id, ("inline", document.uri), pause)
         return self.complete(call, document, document.gap(start, end, inserted), items)
 
     def menu(self, params: Any, request_id: Any) -> Any:
@@ -770,48 +826,50 @@ class Completions:
         """
         document = self.documents.find(params)
         end = document.clamp(position(get(params, "position", dict), "position"))
-        gap, (line, units) = document.gap(end, end), end
+        gap = document.gap(end, end)
         word = WORD.search(gap.before[-MAX_WORD:])[0]  # type: ignore[index]  # it always matches
+        line, units = end
         start = line, max(0, units - utf16_units(word))
 
-        def items(found: Suggestion) -> dict[str, Any]:
-            text = found.text
+        def items(found: Suggestion) -> Object:
+            text = word + found.text
+            label = text.strip().partition("\n")[0]
+            block = f"```{document.language}\n{text}\n```"
+            new_text = LINE_END.sub(document.line_end(), text)
+            edit = {"range": span(start, end), "newText": new_text}
             entry = {
-                "label": (word + text).strip().partition("\n")[0],
+                "label": label,
                 "detail": "Cerebrum",
-                "documentation": {
-                    "kind": "markdown",
-                    "value": f"```{document.language}\n{word}{text}\n```",
-                },
-                "filterText": word + text,
+                "documentation": {"kind": "markdown", "value": block},
+                "filterText": text,
                 "sortText": "\0",
                 "preselect": True,
-                "textEdit": {
-                    "range": span(start, end),
-                    "newText": LINE_END.sub(document.line_end(), word + text),
-                },
+                "textEdit": edit,
                 "command": accepted(found),
             }
-            return {"isIncomplete": True, "items": [entry] if text.strip() else []}
+            return {"isIncomplete": True, "items": [entry] if found.text.strip() else []}
 
-        return self.complete(
-            Call(request_id, ("menu", document.uri), self.suggestions.pause()), document, gap, items
-        )
+        call = Call(request_id, ("menu", document.uri), self.suggestions.pause())
+        return self.complete(call, document, gap, items)
 
     def complete(
         self, call: Call, document: Document, gap: Gap, items: Callable[[Suggestion], Any]
     ) -> Any:
+        """Respond with the items of a suggestion, at once or in a thread."""
+
+        def is_outdated(older: Call) -> bool:
+            return older.is_waiting and older.lane == call.lane
+
         # The Pi itself ends a computation that is of no use any more.
-        self.calls.end(
-            lambda older: older.is_waiting and older.lane == call.lane,
-            {"result": items(Suggestion())},
-        )
+        nothing = items(Suggestion())
+        self.calls.end(is_outdated, {"result": nothing})
         if document.language in self.pi.settings.off:
-            return items(Suggestion())
-        if (rest := self.rest(call, gap)) is not None:
+            return nothing
+        rest = self.rest(call, gap)
+        if rest is not None:
             return items(rest)
-        if call.pause and time.monotonic() < self.pi.away_until:
-            return items(Suggestion())
+        if call.is_automatic and time.monotonic() < self.pi.away_until:
+            return nothing
 
         def work(call: Call) -> Any:
             call.wait()
@@ -821,38 +879,40 @@ class Completions:
         return self.calls.start(call, work)
 
     def rest(self, call: Call, gap: Gap) -> Suggestion | None:
-        """What is left of a suggestion. Who asks, where nothing was suggested or lines are missing,
-        asks the Pi.
+        """The rest of a suggestion. A manual request ignores an empty or shortened one and asks the
+        Pi.
         """
         rest = self.suggestions.rest(gap)
-        return rest if call.pause or (rest and rest.text and not rest.unsure) else None
+        if call.is_automatic or (rest and rest.text and not rest.unsure):
+            return rest
+        return None
 
     def infill(self, call: Call, gap: Gap) -> Suggestion:
-        """The Pi's text for the gap, without one if it has none now. Ended, if the call was
-        ended.
-        """
+        """The Pi's text for the gap, "" if it has none now. Ended, if the call was ended."""
+        settings = self.pi.settings
         before, after = sent(gap)
+        name = os.path.basename(urllib.parse.unquote(gap.uri))
         body = {
             "input_prefix": before,
             "input_suffix": after,
-            "filename": os.path.basename(urllib.parse.unquote(gap.uri)),
-            "n_predict": self.pi.settings.tokens,
-            "t_max_prompt_ms": self.pi.settings.read_ms if call.pause else 0,
+            "filename": name,
+            "n_predict": settings.tokens,
+            "t_max_prompt_ms": settings.read_ms if call.is_automatic else 0,
             "t_max_predict_ms": PREDICT_MS,
             "cache_prompt": True,
-            "suggest": self.pi.settings.suggest if call.pause else "always",
+            "suggest": settings.suggest if call.is_automatic else "always",
         }
         began = time.monotonic()
         try:
             answer = self.pi.ask(call, "/infill", body)
-            if not isinstance(text := answer.get("content"), str):
-                raise PiError(
-                    200,
-                    "expected a completion, got another answer: the url is perhaps not the Pi's",
-                )
+            text = answer.get("content")
+            if not isinstance(text, str):
+                raise PiError(200, NO_COMPLETION)
         except PiError as error:
-            if error.status not in BUSY and (self.pi.note_failure() or not call.pause):
-                self.client.show(2, str(error))
+            if error.status not in BUSY:
+                is_news = self.pi.note_failure()
+                if is_news or not call.is_automatic:
+                    self.client.show(2, str(error))
             return Suggestion()
         self.pi.note_success()
         found = Suggestion(text, answer.get("confidence"), bool(answer.get("unsure")))
@@ -865,11 +925,15 @@ class Commands:
     """What the client asks for by `workspace/executeCommand`."""
 
     def __init__(self, client: Client, documents: Documents, calls: Calls, pi: Pi) -> None:
-        self.client, self.documents, self.calls, self.pi = client, documents, calls, pi
+        self.client = client
+        self.documents = documents
+        self.calls = calls
+        self.pi = pi
         self.has_versions = False  # the client checks the version that an edit is for
 
     def execute(self, params: Any, request_id: Any) -> Any:
-        command, arguments = get(params, "command", str), get(params, "arguments", list, [])
+        command = get(params, "command", str)
+        arguments = get(params, "arguments", list, [])
         argument = arguments[0] if arguments else None
         if command == ACCEPTED:
             return self.report(argument, request_id)
@@ -879,10 +943,8 @@ class Commands:
 
     def report(self, argument: Any, request_id: Any) -> Any:
         """Have the Pi count what the user accepted: {"characters", "confidence"}."""
-        body = {
-            "characters": get(argument, "characters", int),
-            "confidence": argument.get("confidence"),
-        }
+        characters = get(argument, "characters", int)
+        body = {"characters": characters, "confidence": argument.get("confidence")}
 
         def work(call: Call) -> None:
             with contextlib.suppress(PiError):  # only a count
@@ -894,10 +956,12 @@ class Commands:
         """Change a range of a document as instructed: {"uri", "range", "instruction"}."""
         document = self.documents.find({"textDocument": argument})
         start, end = positions(argument)
-        old, version, selection = [*document.lines], document.version, document.between(start, end)
+        lines = [*document.lines]
+        version = document.version
+        selection = document.between(start, end)
         line_end = document.line_end(selection)
         body = {
-            "prompt": LINE_END.sub("\n", selection),
+            "prompt": unix(selection),
             "instruction": get(argument, "instruction", str),
             "language": document.language,
             "max_tokens": MAX_TOKENS,
@@ -905,33 +969,36 @@ class Commands:
         }
 
         def work(call: Call) -> None:
-            try:
-                answer = self.pi.ask(call, "/v1/complete", body)
-            except PiError as error:
-                if "400: language: " not in str(error):
-                    raise
-                messages = [{"role": "user", "content": ASK_FOR_CODE.format_map(body)}]
-                answer = block_of(
-                    self.pi.ask(call, "/v1/chat/completions", body | {"messages": messages})
-                )
+            answer = self.ask(call, body)
             if lacking := lacks(answer):
                 raise PiError(200, f"{lacking}; nothing was changed")
-            if document.lines != old or self.documents.by_uri.get(document.uri) is not document:
+            is_open = self.documents.by_uri.get(document.uri) is document
+            if document.lines != lines or not is_open:
                 raise PiError(200, "the text has changed meanwhile; nothing was changed")
             text = LINE_END.sub(line_end, answer["completion"].rstrip("\r\n"))
             text += selection[len(selection.rstrip("\r\n")) :]
-            edits = [{"range": span(start, end), "newText": text}]
-            versioned = {"textDocument": {"uri": document.uri, "version": version}, "edits": edits}
-            edit = (
-                {"documentChanges": [versioned]}
-                if self.has_versions
-                else {"changes": {document.uri: edits}}
-            )
-            self.client.request(
-                "workspace/applyEdit", {"label": "Cerebrum", "edit": edit}, self.applied
-            )
+            self.apply(document.uri, version, {"range": span(start, end), "newText": text})
 
         return self.calls.start(Call(request_id), work)
+
+    def ask(self, call: Call, body: Object) -> Object:
+        """Ask for a completion, or ask a chat in a language that the Pi does not know."""
+        try:
+            return self.pi.ask(call, "/v1/complete", body)
+        except PiError as error:
+            if "400: language: " not in str(error):
+                raise
+        messages = [{"role": "user", "content": ASK_FOR_CODE.format_map(body)}]
+        return block_of(self.pi.ask(call, "/v1/chat/completions", {**body, "messages": messages}))
+
+    def apply(self, uri: str, version: int, change: Object) -> None:
+        """Have the client change a document."""
+        edit: Object = {"changes": {uri: [change]}}
+        if self.has_versions:
+            document = {"uri": uri, "version": version}
+            edit = {"documentChanges": [{"textDocument": document, "edits": [change]}]}
+        params = {"label": "Cerebrum", "edit": edit}
+        self.client.request("workspace/applyEdit", params, self.applied)
 
     def applied(self, result: Any) -> None:
         if not get(result, "applied", bool, False):
@@ -942,8 +1009,11 @@ class Server:
     """One editor's session: its beginning and end, its settings, and who handles which message."""
 
     def __init__(self, client: Client, settings: Settings, faults: list[str]) -> None:
-        self.client, self.pi, self.faults = client, Pi(settings, client), faults
-        self.documents, self.calls = Documents(), Calls(client)
+        self.client = client
+        self.faults = faults
+        self.pi = Pi(settings, client)
+        self.documents = Documents()
+        self.calls = Calls(client)
         self.completions = Completions(client, self.documents, self.calls, self.pi)
         self.commands = Commands(client, self.documents, self.calls, self.pi)
         self.is_ready = self.is_stopping = False
@@ -972,20 +1042,21 @@ class Server:
                     raise EOFError
                 self.handle(message)
             except ProtocolError as error:
-                self.client.send(
-                    id=error.request_id, error={"code": error.code, "message": str(error)}
-                )
+                fault = {"code": error.code, "message": str(error)}
+                self.client.send(id=error.request_id, error=fault)
             except EOFError:
                 return 0 if self.is_stopping else 1
 
     def handle(self, message: Any) -> None:
         if not isinstance(message, dict):
             raise ProtocolError(INVALID_REQUEST, f"expected a JSON object, got {kind_of(message)}")
-        request_id, method = message.get("id"), message.get("method")
-        if "method" not in message and ("result" in message or "error" in message):
+        request_id = message.get("id")
+        is_response = "result" in message or "error" in message
+        if "method" not in message and is_response:
             if react := self.client.reactions.pop(str(request_id), None):
                 outcome(lambda: react(message.get("result")))
             return
+        method = message.get("method")
         is_valid = type(request_id) in (int, str)
         if not isinstance(method, str) or ("id" in message and not is_valid):
             expected = "expected a method, and an id that is a number or text"
@@ -999,26 +1070,27 @@ class Server:
 
     def run(self, method: str, params: Any, request_id: Any) -> Any:
         if request_id is None:
-            if (notified := self.notifications.get(method)) and self.is_ready:
+            notified = self.notifications.get(method)
+            if notified and self.is_ready:
                 notified(params)
             return None
-        if not self.is_ready and method != "initialize":
+        is_first = method == "initialize"
+        if not self.is_ready and not is_first:
             raise ProtocolError(NOT_INITIALIZED, f"expected initialize, got {method}")
-        if self.is_stopping or (self.is_ready and method == "initialize"):
-            raise ProtocolError(
-                INVALID_REQUEST,
-                f"{method} came {'after shutdown' if self.is_stopping else 'twice'}",
-            )
-        if not (requested := self.requests.get(method)):
+        if self.is_stopping:
+            raise ProtocolError(INVALID_REQUEST, f"{method} came after shutdown")
+        if self.is_ready and is_first:
+            raise ProtocolError(INVALID_REQUEST, "initialize came twice")
+        requested = self.requests.get(method)
+        if not requested:
             raise ProtocolError(METHOD_NOT_FOUND, f"unknown method {method}")
         return requested(params, request_id)
 
     def initialize(self, params: Any, _request_id: Any) -> Any:
         able = get(params, "capabilities", dict, {})
         self.has_configuration = get(able, "workspace.configuration", bool, False)
-        self.commands.has_versions = get(
-            able, "workspace.workspaceEdit.documentChanges", bool, False
-        )
+        versions = "workspace.workspaceEdit.documentChanges"
+        self.commands.has_versions = get(able, versions, bool, False)
         for fault in self.faults:
             self.client.show(1, fault)
         self.configure(get(params, "initializationOptions", dict, None))
@@ -1031,10 +1103,8 @@ class Server:
         }
         if self.pi.settings.completion:
             capabilities["completionProvider"] = {"triggerCharacters": TRIGGERS}
-        return {
-            "capabilities": capabilities,
-            "serverInfo": {"name": "cerebrum", "version": VERSION},
-        }
+        info = {"name": "cerebrum", "version": VERSION}
+        return {"capabilities": capabilities, "serverInfo": info}
 
     def configure(self, given: Any) -> None:
         """Apply the client's settings; bad ones are shown to the user and change nothing."""
