@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hmac
 import io
 import itertools
@@ -56,39 +57,31 @@ from cerebrum_common import (
 
 MAX_TARGET_BYTES = 8192  # RFC 9112 section 3 asks for at least 8,000
 MAX_LINE_BYTES = MAX_TARGET_BYTES + 32  # the target, a method and a version
-MAX_HEAD_BYTES = (
-    32_768  # curl with a handful of cookies sends 2 KiB; the whole head is held in memory
-)
+MAX_HEAD_BYTES = 32_768  # curl with a handful of cookies sends 2 KiB; the head is held in memory
 MAX_HEADERS = 100  # no known client sends 30
 MAX_BODY_BYTES = 1 << 20  # the longest source file that is sent as a prompt
-MAX_BODIES_BYTES = (
-    16 << 20
-)  # all connections together; parsing one body can cost 20 times its size for a moment
+# Of all connections together; parsing one body can cost 20 times its size for a moment.
+MAX_BODIES_BYTES = 16 << 20
 MAX_TRAILER_BYTES = 8192  # trailers are dropped, so the limit only bounds memory
 MAX_CHUNK_LINE_BYTES = 256  # 16 digits of a chunk size, and room for an ignored extension
 MAX_PIPELINED_BYTES = 65_536  # read while a request runs, only to notice when its client leaves
-MAX_CONNECTIONS = (
-    256  # 30 KiB each when idle, 0.1 with TLS, up to 0.3 MiB under attack; the unit allows 256 MB
-)
-MAX_ACCEPTS = (
-    64  # sockets accepted at a time; with the limits above, well below the usual 1,024 open files
-)
+# 30 KiB each when idle, 0.1 MiB with TLS, up to 0.3 MiB under attack; the unit allows 256 MB.
+MAX_CONNECTIONS = 256
+# Sockets accepted at a time; with the limits above, well below the usual 1,024 open files.
+MAX_ACCEPTS = 64
 READ_BYTES = 65_536  # one read of a socket; also the StreamReader's limit
 WRITE_BUFFER_BYTES = 65_536  # held for a client that does not read, before its stream pauses
-HEAD_SECONDS = 10.0  # for a whole head, from its first byte: one byte a second is refused
+REQUEST_HEAD_SECONDS = 10.0  # for a whole head, from its first byte: a byte a second is refused
 BODY_SECONDS = 30.0  # for a whole body: 1 MiB at 35 KB/s
 IDLE_SECONDS = 60.0  # until a connection's first or next request begins
-WRITE_SECONDS = (
-    30.0  # a client that reads nothing, or whose network acknowledges nothing, for this long is cut
-)
-KEEPALIVE_IDLE_SECONDS = (
-    10  # without a packet from a client, before the kernel starts to probe the connection
-)
-KEEPALIVE_PROBE_SECONDS = (
-    5  # between two probes: the client is cut after WRITE_SECONDS, when four are lost
-)
+# A client that reads nothing, or whose network acknowledges nothing, for this long is cut.
+WRITE_SECONDS = 30.0
+# Without a packet from a client, before the kernel starts to probe the connection.
+KEEPALIVE_IDLE_SECONDS = 10
+# Between two probes: the client is cut after WRITE_SECONDS, when four are lost.
+KEEPALIVE_PROBE_SECONDS = 5
 FAREWELL_SECONDS = 2.0  # for the last errors to reach their clients when the daemon stops
-# between a stream's error and the cut, when a browser drops all bytes its page has not read
+# Between a stream's error and the cut, when a browser drops all bytes its page has not read.
 PAGE_SECONDS = 0.1
 LINGER_SECONDS = 1.0  # for the client to read the last answer, before a reset could destroy it
 
@@ -122,8 +115,17 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._\-]{1,128}")
 HEADER_NAMES = re.compile(rb"(?=.{1,1024}\Z)%b(?:,[ \t]*%b)*" % (TOKEN, TOKEN))
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"})
 SINGLE_HEADERS = frozenset(
-    {"host", "content-length", "content-type", "content-encoding", "transfer-encoding", "x-api-key"}
-    | {"authorization", "origin", "expect"}
+    {
+        "host",
+        "content-length",
+        "content-type",
+        "content-encoding",
+        "transfer-encoding",
+        "x-api-key",
+        "authorization",
+        "origin",
+        "expect",
+    }
 )
 
 
@@ -178,10 +180,8 @@ def parse_request_line(line: bytes) -> tuple[str, str, str, str]:
     if version not in ("HTTP/1.1", "HTTP/1.0"):
         raise malformed(f"expected HTTP/1.1 or HTTP/1.0, got {version}", "VERSION_NOT_SUPPORTED")
     if method not in METHODS:
-        raise malformed(
-            f"expected one of {', '.join(sorted(METHODS))}, got {describe(method)}",
-            "NOT_IMPLEMENTED",
-        )
+        expected = ", ".join(sorted(METHODS))
+        raise malformed(f"expected one of {expected}, got {describe(method)}", "NOT_IMPLEMENTED")
     if len(target) > MAX_TARGET_BYTES:
         raise malformed(
             f"expected a request target of at most {MAX_TARGET_BYTES} bytes", "URI_TOO_LONG"
@@ -203,10 +203,9 @@ def parse_target(target: str) -> tuple[str, str]:
         raise malformed(
             "expected a request target that is a path of RFC 3986 characters and %XX escapes"
         )
-    path = "/" + path.lstrip("/").removesuffix(
-        "/"
-    )  # people add a slash to URLs; an escaped %2F stays
-    octets = re.sub(rb"%(..)", lambda escape: bytes.fromhex(escape[1].decode()), path.encode())
+    # People add a slash to URLs; an escaped %2F stays.
+    path = "/" + path.lstrip("/").removesuffix("/")
+    octets = re.sub(rb"%(..)", _octet, path.encode())
     try:
         path = octets.decode("utf-8")
     except UnicodeDecodeError:
@@ -214,6 +213,10 @@ def parse_target(target: str) -> tuple[str, str]:
     if re.search(r"[\x00-\x1f\x7f]", path):
         raise malformed("expected no control characters in the path")
     return path, authority
+
+
+def _octet(escape: re.Match[bytes]) -> bytes:
+    return bytes.fromhex(escape[1].decode())
 
 
 def host_name(value: str) -> str:
@@ -239,7 +242,8 @@ def parse_headers(lines: Sequence[bytes]) -> dict[str, str]:
         match = HEADER_LINE.fullmatch(line)
         if not match:
             raise malformed("expected header lines of the form 'Name: value'")
-        name, value = match[1].decode("ascii").lower(), match[2].rstrip(b" \t").decode("latin-1")
+        name = match[1].decode("ascii").lower()
+        value = match[2].rstrip(b" \t").decode("latin-1")
         if name in headers and name in SINGLE_HEADERS:
             raise malformed(f"expected at most one {name} header, got several")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
@@ -250,7 +254,8 @@ def parse_framing(version: str, headers: Mapping[str, str]) -> tuple[int | None,
     """The framing of the body: (Content-Length or None, chunked). RFC 9112 section 6; any ambiguity
     is refused.
     """
-    length, coding = headers.get("content-length"), headers.get("transfer-encoding")
+    length = headers.get("content-length")
+    coding = headers.get("transfer-encoding")
     if length is not None and not CONTENT_LENGTH.fullmatch(length):
         raise malformed(
             f"expected one Content-Length of 1 to 20 decimal digits, got {describe(length)}"
@@ -259,17 +264,14 @@ def parse_framing(version: str, headers: Mapping[str, str]) -> tuple[int | None,
         return (None if length is None else int(length)), False
     if length is not None or version == "HTTP/1.0":
         raise malformed("expected no Transfer-Encoding beside a Content-Length or in HTTP/1.0")
-    if (codings := coding.lower()) != "chunked":
+    codings = coding.lower()
+    if codings != "chunked":
         # RFC 9112 section 6.3: unless `chunked` comes last, the body has no known length, and the
         # answer is 400.
-        code = (
-            "NOT_IMPLEMENTED"
-            if codings.rpartition(",")[2].strip(" \t") == "chunked"
-            else "INVALID_REQUEST"
-        )
-        raise malformed(
-            f"expected the Transfer-Encoding 'chunked' alone, got {describe(coding)}", code
-        )
+        last = codings.rpartition(",")[2].strip(" \t")
+        code = "NOT_IMPLEMENTED" if last == "chunked" else "INVALID_REQUEST"
+        message = f"expected the Transfer-Encoding 'chunked' alone, got {describe(coding)}"
+        raise malformed(message, code)
     return None, True
 
 
@@ -284,8 +286,9 @@ def parse_request(block: bytes) -> Head:
     length, chunked = parse_framing(version, headers)
     wanted = headers.get("x-request-id", "")
     request_id = wanted if REQUEST_ID.fullmatch(wanted) else str(uuid.uuid4())
-    options = {option.strip(" \t").lower() for option in headers.get("connection", "").split(",")}
-    keep_alive = version == "HTTP/1.1" and "close" not in options
+    options = headers.get("connection", "").lower().split(",")
+    wants_close = "close" in [option.strip(" \t") for option in options]
+    keep_alive = version == "HTTP/1.1" and not wants_close
     return Head(
         method, path, version, headers, host, authority, length, chunked, request_id, keep_alive
     )
@@ -314,16 +317,18 @@ class BodyDecoder:
         self.done = length == 0
         self.may_end = length is None and not chunked  # at any byte, with the connection
         self.fault: HttpError | None = None
-        # the bytes after the body; before its end an incomplete size line, line end or trailer
-        # section
+        # The bytes after the body; before its end an incomplete size line, line end or trailer
+        # section.
         self.rest = b""
-        self._left = (
-            0 if chunked else sys.maxsize if length is None else length
-        )  # payload until the next `_step`
-        self._step = (
-            BodyDecoder._size if chunked else BodyDecoder._end
-        )  # parses the element after that payload
-        self._limit, self._total = limit, 0
+        # Payload bytes until the next `_step`, which parses the element after them.
+        if chunked:
+            self._left = 0
+            self._step = BodyDecoder._size
+        else:
+            self._left = sys.maxsize if length is None else length
+            self._step = BodyDecoder._end
+        self._limit = limit
+        self._total = 0
 
     def feed(self, data: bytes) -> bytes:
         """The payload in `data`, up to the end of the body or its fault."""
@@ -381,7 +386,8 @@ class BodyDecoder:
 
     def _trailers(self, buffer: bytes, at: int) -> int | None:
         # The CRLF before the section makes it end with an empty line also if there are no trailers.
-        lines, end, _ = (b"\r\n" + buffer[at : at + MAX_TRAILER_BYTES]).partition(b"\r\n\r\n")
+        section = b"\r\n" + buffer[at : at + MAX_TRAILER_BYTES]
+        lines, end, _ = section.partition(b"\r\n\r\n")
         if FORBIDDEN_IN_HEAD.search(lines + end):
             raise malformed("expected trailers with CRLF line ends and no control characters")
         if not end:
@@ -398,12 +404,9 @@ def encode_head(status: int, headers: Sequence[tuple[str, str]]) -> bytes:
     """Encode a response head. ValueError for a line end in a header, which would start another
     header.
     """
-    lines = [
-        f"HTTP/1.1 {status} {common.REASONS[status]}",
-        *(f"{name}: {value}" for name, value in headers),
-    ]
-    text = "\r\n".join(lines)
-    if text.count("\n") != len(headers) or text.count("\r") != len(headers):
+    lines = [f"{name}: {value}" for name, value in headers]
+    text = "\r\n".join([f"HTTP/1.1 {status} {common.REASONS[status]}", *lines])
+    if not text.count("\r") == text.count("\n") == len(headers):
         raise ValueError("a response header contains a line end")
     return text.encode("latin-1") + b"\r\n\r\n"
 
@@ -422,9 +425,8 @@ class Access:
     keys: tuple[str, ...] = ()
     hosts: frozenset[str] = frozenset()
     origins: frozenset[str] = frozenset()
-    named: Mapping[str, str] | None = (
-        None  # the clients' names by their keys; without any, nobody has such a key
-    )
+    # The clients' names by their keys; without any, nobody has such a key.
+    named: Mapping[str, str] | None = None
     guests: frozenset[str] = frozenset()  # clients who get what the others leave
     scheme: str = "http"  # of our own origin; `Server` sets it
 
@@ -436,48 +438,52 @@ class Access:
         """The client's name, "" without one. HttpError 421, 403 or 401 if this request may not be
         answered. Keys are compared in constant time.
         """
-        # After DNS rebinding, a browser sends the foreign name as Host. A browser sends an
-        # authority only to a proxy, where a short LAN name is harmless: nobody can register a short
-        # name.
-        for host in (head.host, head.authority if "." in head.authority else ""):
-            if host and host not in self.hosts and not is_ip_literal(host):
-                message = (
-                    "expected a Host that is an IP address, localhost, or in CEREBRUM_ALLOWED_HOSTS"
-                )
-                raise HttpError("MISDIRECTED_REQUEST", f"{message}, got {describe(host)}")
+        self._check_host(head.host)
+        # A browser sends an authority only to a proxy, where a short LAN name is harmless: nobody
+        # can register a short name.
+        if "." in head.authority:
+            self._check_host(head.authority)
         if "origin" in head.headers and not self.allows_origin(head):
-            got = describe(head.headers["origin"])
-            raise HttpError(
-                "FORBIDDEN",
-                f"expected an Origin that is listed in CEREBRUM_ALLOWED_ORIGINS, got {got}",
-            )
+            expected = "expected an Origin that is listed in CEREBRUM_ALLOWED_ORIGINS"
+            raise HttpError("FORBIDDEN", f"{expected}, got {describe(head.headers['origin'])}")
         if public or head.is_preflight or not self.needs_key:
             return ""
-        given = head.headers.get("x-api-key", "")
-        if not given and head.headers.get("authorization", "")[:7].lower() == "bearer ":
-            given = head.headers["authorization"][7:].strip(" ")
-        data, named = given.encode("latin-1"), self.named or {}
-        if not (
-            found := [
-                key
-                for key in (*self.keys, *named)
-                if hmac.compare_digest(data, key.encode("utf-8"))
-            ]
-        ):
+        given = key_of(head).encode("latin-1")
+        named = self.named or {}
+        keys = (*self.keys, *named)
+        found = [key for key in keys if hmac.compare_digest(given, key.encode("utf-8"))]
+        if not found:
+            expected = "expected the API key in the header X-API-Key"
             challenge = (("WWW-Authenticate", "Bearer"),)  # RFC 9110 section 15.5.2 requires one
-            raise HttpError(
-                "UNAUTHORIZED", "expected the API key in the header X-API-Key", headers=challenge
-            )
+            raise HttpError("UNAUTHORIZED", expected, headers=challenge)
         return named.get(found[0], "")
 
+    def _check_host(self, name: str) -> None:
+        """HttpError for the name of another host, which a browser sends after DNS rebinding."""
+        if not name or name in self.hosts or is_ip_literal(name):
+            return
+        expected = "expected a Host that is an IP address, localhost, or in CEREBRUM_ALLOWED_HOSTS"
+        raise HttpError("MISDIRECTED_REQUEST", f"{expected}, got {describe(name)}")
+
     def allows_origin(self, head: Head) -> bool:
-        origin, host = head.headers.get("origin", "").lower(), head.headers.get("host", "").lower()
+        origin = head.headers.get("origin", "").lower()
+        host = head.headers.get("host", "").lower()
         return origin in self.origins or origin == f"{self.scheme}://{host}"
+
+
+def key_of(head: Head) -> str:
+    """The key in a request's headers, "" without one."""
+    if key := head.headers.get("x-api-key", ""):
+        return key
+    scheme, _, token = head.headers.get("authorization", "").partition(" ")
+    return token.strip(" ") if scheme.lower() == "bearer" else ""
 
 
 def is_ip_literal(host: str) -> bool:
     """Whether `host` is an IPv4 address or a bracketed IPv6 address. DNS rebinding needs a name."""
-    family, text = (socket.AF_INET6, host[1:-1]) if host.startswith("[") else (socket.AF_INET, host)
+    family, text = socket.AF_INET, host
+    if host.startswith("["):
+        family, text = socket.AF_INET6, host[1:-1]
     try:
         socket.inet_pton(family, text)
     except OSError:
@@ -501,7 +507,8 @@ class Connection:
         self.buffer = bytearray()
         self.transport = writer.transport
         self.transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
-        self.address = str((writer.get_extra_info("peername") or ("?",))[0])
+        peer = writer.get_extra_info("peername") or ("?",)
+        self.address = str(peer[0])
         self.idle = True  # between two requests: a shutdown may close the connection
         self.exchange: Exchange | None = None  # the current or last one
 
@@ -510,7 +517,7 @@ class Connection:
         connections.
         """
         try:
-            await self.writer.start_tls(tls, ssl_handshake_timeout=HEAD_SECONDS)
+            await self.writer.start_tls(tls, ssl_handshake_timeout=REQUEST_HEAD_SECONDS)
         except OSError as error:
             # The traceback refers to the future that holds this error. Only the garbage collector
             # would find that circle, with asyncio's buffer of the connection in it, and a flood of
@@ -521,12 +528,9 @@ class Connection:
         self.transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
 
     def rank(self, crowd: Mapping[str, int]) -> tuple[bool, int]:
-        """The lower, the sooner the connection makes room. `crowd` counts the connections by
-        address.
-        """
-        is_at_work = (
-            self.exchange is not None and self.exchange.task is not None and not self.exchange.ended
-        )
+        """Sort key: the smallest is closed first. `crowd` counts the connections by address."""
+        exchange = self.exchange
+        is_at_work = bool(exchange and exchange.task and not exchange.ended)
         return is_at_work, -crowd[self.address]
 
     async def fill(self) -> bool:
@@ -552,7 +556,7 @@ class Connection:
                     if not await self.fill():
                         return None
             self.idle = False
-            async with asyncio.timeout(HEAD_SECONDS):
+            async with asyncio.timeout(REQUEST_HEAD_SECONDS):
                 scanned = 0
                 while (end := scan_request(self.buffer, scanned)) is None:
                     scanned = len(self.buffer)
@@ -562,15 +566,15 @@ class Connection:
         except TimeoutError:
             if self.idle:
                 return None
-            raise malformed(
-                f"expected a whole request head within {HEAD_SECONDS:g} s", "TIMEOUT"
-            ) from None
+            message = f"expected a whole request head within {REQUEST_HEAD_SECONDS:g} s"
+            raise malformed(message, "TIMEOUT") from None
 
-    async def read_body(self, head: Head, sink: Callable[[bytes], None] = lambda _: None) -> None:
+    async def read_body(self, head: Head, sink: Callable[[bytes], None] | None = None) -> None:
         """Pass the body to `sink` piece by piece as it arrives, or drop it; ClientGone if the
         connection ends early.
         """
-        decoder = BodyDecoder(head.length if head.has_body else 0, head.chunked, MAX_BODY_BYTES)
+        length = head.length if head.has_body else 0
+        decoder = BodyDecoder(length, head.chunked, MAX_BODY_BYTES)
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 while not decoder.done:
@@ -579,7 +583,8 @@ class Connection:
                     piece = decoder.feed(self.take(READ_BYTES))
                     if decoder.fault:
                         raise decoder.fault
-                    sink(piece)
+                    if sink:
+                        sink(piece)
         except TimeoutError:
             raise malformed(f"expected a whole body within {BODY_SECONDS:g} s", "TIMEOUT") from None
         self.buffer[:0] = decoder.rest
@@ -592,9 +597,8 @@ class Connection:
             while len(self.buffer) < MAX_PIPELINED_BYTES:
                 if not await self.fill():
                     return
-            await (
-                asyncio.get_running_loop().create_future()
-            )  # buffer full: only a write can find the client gone
+            # The buffer is full: only a write can find the client gone.
+            await asyncio.get_running_loop().create_future()
 
     async def write(self, data: bytes) -> None:
         """Send, waiting only if the client is behind."""
@@ -621,9 +625,8 @@ class Connection:
         answer on its way.
         """
         with contextlib.suppress(OSError):
-            self.transport.set_write_buffer_limits(
-                high=1
-            )  # 0 would stop a TLS transport that has nothing to send
+            # 0 would stop a TLS transport that has nothing to send.
+            self.transport.set_write_buffer_limits(high=1)
             await self.drain()
             half = self.writer.can_write_eof()
             async with asyncio.timeout(LINGER_SECONDS if half else WRITE_SECONDS):
@@ -631,9 +634,9 @@ class Connection:
                     self.writer.write_eof()
                     while await self.reader.read(READ_BYTES):
                         pass
-                # TLS says good-bye behind bytes that `drain` does not know of, and has no
-                # half-close
                 else:
+                    # TLS has no half-close, and says good-bye behind bytes that `drain` does not
+                    # know of.
                     self.writer.close()
                     await self.writer.wait_closed()
 
@@ -650,9 +653,8 @@ class Exchange:
         self.client = ""  # the name of the client's key
         self.public = True  # needs no key, or the need is not known yet
         self.route: Route | None = None  # some route of the requested path; None until matched
-        self.frame: Callable[[bytes], bytes] | None = (
-            None  # encodes an event for sending; None until a stream begins
-        )
+        # Encodes an event for sending; None until a stream begins.
+        self.frame: Callable[[bytes], bytes] | None = None
         self.task: asyncio.Task[None] | None = None  # calls the handler and sends its answer
         self.verdict: HttpError | None = None  # the error for which `end` cancelled the task
         self.notes: dict[str, Any] = {}  # from the handler, for the log
@@ -672,11 +674,9 @@ class Exchange:
         """Send a whole response; a HEAD request gets its head alone."""
         headers, body = list(response.headers), b""
         if response.status != 204:
-            body = (
-                response.body
-                if isinstance(response.body, bytes)
-                else json.dumps(response.body).encode("ascii")
-            )
+            body = response.body
+            if not isinstance(body, bytes):
+                body = json.dumps(body).encode("ascii")
             headers += [("Content-Type", response.kind), ("Content-Length", str(len(body)))]
         if self.head and self.head.method == "HEAD":
             body = b""
@@ -689,23 +689,19 @@ class Exchange:
         """
         self.keep = self.keep and not error.close
         self.reason = f" {error.code}: {error.message}"
-        foreign = (
-            self.route
-            and self.route.foreign_error
-            and common.compact(self.route.foreign_error(error))
-        )
+        foreign = b""
+        if self.route and self.route.foreign_error:
+            foreign = common.compact(self.route.foreign_error(error))
         if self.frame is None:
-            return await self.send(
-                Response(foreign or common.error_body(error), error.status, headers=error.headers)
-            )
+            body = foreign or common.error_body(error)
+            await self.send(Response(body, error.status, headers=error.headers))
+            return
         self.keep = False
-        await self.connection.write(
-            self.frame(common.sse_block(foreign) if foreign else common.error_event(error))
-        )
+        event = common.sse_block(foreign) if foreign else common.error_event(error)
+        await self.connection.write(self.frame(event))
         self.log(error.status)
         if self.head and "origin" in self.head.headers:
             await asyncio.sleep(PAGE_SECONDS)
-        return None
 
     async def stream(self, response: Response) -> None:
         """Send events as they come: as chunks, or in HTTP/1.0 until the connection ends. The head
@@ -721,9 +717,8 @@ class Exchange:
             headers += [("X-Accel-Buffering", "no")]  # an nginx in front would buffer the tokens
             headers += [("Transfer-Encoding", "chunked")] if chunked else []
             frame = self.frame = chunk if chunked else bytes
-            await connection.write(
-                self._encode_head(response.status, headers) + (frame(block) if block else b"")
-            )
+            first = frame(block) if block else b""
+            await connection.write(self._encode_head(response.status, headers) + first)
             async for event in events:
                 if block := render(event):  # an empty chunk would end the body
                     await connection.write(frame(block))
@@ -731,23 +726,17 @@ class Exchange:
         self.log(response.status)
 
     def _encode_head(self, status: int, more: Sequence[tuple[str, str]]) -> bytes:
-        headers = [
-            ("Date", time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())),
-            ("X-Request-ID", request_id_var.get()),
-            ("Cache-Control", "no-store"),
-            *more,
-        ]
-        if (
-            self.head
-            and "origin" in self.head.headers
-            and self.server.access.allows_origin(self.head)
-        ):
-            headers += [
-                ("Access-Control-Allow-Origin", self.head.headers["origin"]),
-                ("Vary", "Origin"),
-            ]
+        date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
+        headers = [("Date", date), ("X-Request-ID", request_id_var.get())]
+        headers += [("Cache-Control", "no-store"), *more]
+        head = self.head
+        if head and "origin" in head.headers and self.server.access.allows_origin(head):
+            origin = head.headers["origin"]
+            headers += [("Access-Control-Allow-Origin", origin), ("Vary", "Origin")]
             headers.append(("Access-Control-Expose-Headers", "X-Request-ID, X-Cerebrum-Kept"))
-        return encode_head(status, headers if self.keep else [*headers, ("Connection", "close")])
+        if not self.keep:
+            headers.append(("Connection", "close"))
+        return encode_head(status, headers)
 
     def log(self, status: int) -> None:
         """Log and count a request once: `POST /v1/complete 200 1.23s model=qwen_7b tokens=42
@@ -757,9 +746,11 @@ class Exchange:
         if self.ended:
             return
         self.ended = True
-        self.server.answered[self.route.path if self.route else "other", status] += 1
+        path = self.route.path if self.route else "other"
+        self.server.answered[path, status] += 1
         what = f"{self.head.method} {self.head.path}" if self.head else "- -"
-        level = logging.DEBUG if self.route and self.route.quiet and status < 400 else logging.INFO
+        is_quiet = self.route and self.route.quiet and status < 400
+        level = logging.DEBUG if is_quiet else logging.INFO
         notes = "".join(f" {name}={value}" for name, value in self.notes.items())
         seconds = time.perf_counter() - self.started
         log.log(
@@ -807,38 +798,22 @@ class Server:
         """Listen on `sockets`, or on the address if there are none; OSError if that fails. Returns
         the port.
         """
-        places: list[dict[str, Any]] = [{"sock": one} for one in sockets] or [
-            {"host": host, "port": port}
-        ]
         self._tls = tls
         self.access = replace(self.access, scheme="https" if tls else "http")
         sslproto.SSLProtocol.max_size = READ_BYTES  # asyncio would take 256 KiB for each connection
-        for place in places:
+        addresses: list[dict[str, Any]] = [{"sock": given} for given in sockets]
+        for address in addresses or [{"host": host, "port": port}]:
             listener = await asyncio.start_server(
-                self._accept, limit=READ_BYTES, backlog=MAX_ACCEPTS, **place
+                self._accept, limit=READ_BYTES, backlog=MAX_ACCEPTS, **address
             )
             self._listeners.append(listener)
-        listening = [one for listener in self._listeners for one in listener.sockets]
-        for one in listening:
-            # asyncio accepts `backlog` connections at a time. The kernel's own queue should be
-            # longer.
-            with one.dup() as twin:
-                twin.listen(1024)
-                # asyncio reads whatever the kernel holds, up to 256 KiB per connection, despite the
-                # reader's limit.
-                twin.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, READ_BYTES)
-                # A client that lost its network must not keep its place for long. Keepalive finds
-                # the loss when nothing is being sent; TCP_USER_TIMEOUT bounds both cases and
-                # overrides TCP_KEEPCNT (man 7 tcp).
-                twin.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-                twin.setsockopt(
-                    socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1000 * WRITE_SECONDS)
-                )
-                twin.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_SECONDS)
-                twin.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_PROBE_SECONDS)
-        bound, port = listening[0].getsockname()[:2]
-        host = bound if sockets else host
-        self.url = f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+            for listening in listener.sockets:
+                set_options(listening)
+        bound, port = self._listeners[0].sockets[0].getsockname()[:2]
+        name = bound if sockets else host
+        if ":" in name:
+            name = f"[{name}]"
+        self.url = f"{self.access.scheme}://{name}:{port}"
         return int(port)
 
     def use(self, access: Access) -> None:
@@ -848,11 +823,12 @@ class Server:
         self.access = access = replace(access, scheme=self.access.scheme)
         for connection in self.connections.values():
             exchange = connection.exchange
-            if exchange and exchange.head:
-                try:
-                    access.check(exchange.head, exchange.public)
-                except HttpError as error:
-                    exchange.end(error)
+            if not exchange or not exchange.head:
+                continue
+            try:
+                access.check(exchange.head, exchange.public)
+            except HttpError as error:
+                exchange.end(error)
 
     async def stop(self, grace: float) -> None:
         """Stop listening, and let running answers end within `grace` seconds. Requests on kept
@@ -861,16 +837,19 @@ class Server:
         self.stopping = True
         for listener in self._listeners:
             listener.close()
-        if busy := [task for task, connection in self.connections.items() if not connection.idle]:
-            await asyncio.wait(busy, timeout=grace)
+        await self._wait_idle(grace)
         for connection in self.connections.values():
             if connection.exchange:
                 connection.exchange.end(shutting_down())
-        if busy := [task for task, connection in self.connections.items() if not connection.idle]:
-            await asyncio.wait(busy, timeout=FAREWELL_SECONDS)
+        await self._wait_idle(FAREWELL_SECONDS)
         for task in self.connections:
             task.cancel()
         await asyncio.gather(*self.connections, return_exceptions=True)
+
+    async def _wait_idle(self, seconds: float) -> None:
+        busy = [task for task, connection in self.connections.items() if not connection.idle]
+        if busy:
+            await asyncio.wait(busy, timeout=seconds)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection, task = Connection(reader, writer), asyncio.current_task()
@@ -896,8 +875,9 @@ class Server:
         """Close a connection, so that no client can keep others out: one that waits for its client
         if possible, the oldest of the address that has most of them.
         """
-        crowd = Counter(one.address for one in self.connections.values())
-        task = min(self.connections, key=lambda one: self.connections[one].rank(crowd))
+        crowd = Counter(connection.address for connection in self.connections.values())
+        ranks = {task: connection.rank(crowd) for task, connection in self.connections.items()}
+        task = min(ranks, key=ranks.__getitem__)
         connection = self.connections.pop(task)
         if connection.exchange:
             connection.transport.abort()
@@ -927,9 +907,8 @@ class Server:
             if exchange.head:  # the daemon stops, and the client does not read the error
                 exchange.log(503)
             raise
-        await asyncio.sleep(
-            0
-        )  # a flood of pipelined requests must not keep the event loop to itself
+        # A flood of pipelined requests must not keep the event loop to itself.
+        await asyncio.sleep(0)
         return exchange.keep and not self.stopping
 
     async def _answer(self, exchange: Exchange, head: Head) -> None:
@@ -940,18 +919,7 @@ class Server:
                 raise shutting_down()
             check_body(head, route)
         except HttpError as error:
-            # The error is known before the body has come: answer now, then discard the body.
-            exchange.keep = (
-                exchange.keep and not head.expects and (head.length or 0) <= MAX_BODY_BYTES
-            )
-            await exchange.fail(error)
-            if exchange.keep:
-                with contextlib.suppress(
-                    HttpError, ClientGone
-                ):  # the request has been answered already
-                    exchange.keep = False
-                    await connection.read_body(head)
-                    exchange.keep = True
+            await self._refuse(exchange, head, error)
             return
         if head.expects:
             await connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -964,15 +932,35 @@ class Server:
             self.bodies[client] += body.write(piece)
 
         try:
-            await (connection.read_body(head, hold) if route.json else connection.read_body(head))
-            whole, notes, answered = body.getvalue(), exchange.notes, self.answered
+            await connection.read_body(head, hold if route.json else None)
             request = Request(
-                head, whole, parameter, connection.address, client, exchange.end, notes, answered
+                head,
+                body.getvalue(),
+                parameter,
+                connection.address,
+                client,
+                exchange.end,
+                exchange.notes,
+                self.answered,
             )
-            await (self._watch if route.json else self._call)(exchange, route, request)
+            call = self._watch if route.json else self._call
+            await call(exchange, route, request)
         finally:
             self.bodies[client] -= body.tell()
             self.bodies += Counter()  # forget those who hold nothing
+
+    async def _refuse(self, exchange: Exchange, head: Head, error: HttpError) -> None:
+        """Answer with an error that is known before the body has come, then discard the body."""
+        is_short = (head.length or 0) <= MAX_BODY_BYTES
+        exchange.keep = exchange.keep and not head.expects and is_short
+        await exchange.fail(error)
+        if not exchange.keep:
+            return
+        exchange.keep = False
+        # The request has been answered already, whatever is wrong with its body.
+        with contextlib.suppress(HttpError, ClientGone):
+            await exchange.connection.read_body(head)
+            exchange.keep = True
 
     def _route(self, head: Head, exchange: Exchange) -> tuple[Route, str]:
         """The route and its path parameter. The key is checked first, on the same path: a stranger
@@ -984,27 +972,13 @@ class Server:
         if client := self.access.check(head, exchange.public):
             exchange.client = exchange.notes["client"] = client
         if not methods and head.path != "*":
-            raise HttpError(
-                "NOT_FOUND", f"expected a path of this API, got {json.dumps(head.path[:100])}"
-            )
+            got = json.dumps(head.path[:100])
+            raise HttpError("NOT_FOUND", f"expected a path of this API, got {got}")
         if head.method == "OPTIONS":
-            allow = common.allowed(methods or set(itertools.chain(*self.routes.values())))
-            return Route("OPTIONS", head.path, lambda _, request: self._options(request, allow)), ""
+            offered = methods or set(itertools.chain(*self.routes.values()))
+            handler = functools.partial(answer_options, common.allowed(offered))
+            return Route("OPTIONS", head.path, handler), ""
         return common.match(methods, head.method), parameter
-
-    async def _options(self, request: Request, allow: str) -> Response:
-        headers = [("Allow", allow)]
-        if request.head.is_preflight:
-            names = "Content-Type, X-API-Key, X-Request-ID, Authorization"
-            asked = request.head.headers.get("access-control-request-headers", "")
-            names += (
-                f", {asked}" if HEADER_NAMES.fullmatch(asked.encode("latin-1")) else ""
-            )  # needed by openai-node
-            headers += [
-                ("Access-Control-Allow-Methods", allow),
-                ("Access-Control-Allow-Headers", names),
-            ]
-        return Response(status=204, headers=tuple(headers))
 
     async def _watch(self, exchange: Exchange, route: Route, request: Request) -> None:
         """Call the handler, and cancel it when its client leaves."""
@@ -1024,26 +998,56 @@ class Server:
         """Call the handler and send what it returns. Any exception becomes an answer here."""
         exchange.task = asyncio.current_task()
         try:
-            self.access.check(
-                request.head, exchange.public
-            )  # the key may have been revoked while the body came
+            # The key may have been revoked while the body came.
+            self.access.check(request.head, exchange.public)
             response = await route.handler(self.state, request)
             exchange.keep = exchange.keep and not self.stopping
             # Nothing is awaited between the handler's return and the start of its events, so no
             # cancel can intervene.
-            await (
-                exchange.send(response) if response.events is None else exchange.stream(response)
-            )
+            if response.events is None:
+                await exchange.send(response)
+            else:
+                await exchange.stream(response)
         except ClientGone:
             raise
         except asyncio.CancelledError:
             if exchange.verdict is None:
                 raise
             await exchange.fail(exchange.verdict)
+        except HttpError as error:
+            await exchange.fail(error)
         except Exception as exception:
-            await exchange.fail(
-                exception if isinstance(exception, HttpError) else internal_error(exception)
-            )
+            await exchange.fail(internal_error(exception))
+
+
+def set_options(listening: socket.socket) -> None:
+    # asyncio accepts `backlog` connections at a time. The kernel's own queue should be longer.
+    with listening.dup() as twin:
+        twin.listen(1024)
+        # asyncio reads whatever the kernel holds, up to 256 KiB per connection, despite the
+        # reader's limit.
+        twin.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, READ_BYTES)
+        # A client that lost its network must not keep its place for long. Keepalive finds the loss
+        # when nothing is being sent; TCP_USER_TIMEOUT bounds both cases and overrides TCP_KEEPCNT
+        # (man 7 tcp).
+        twin.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        timeout = round(1000 * WRITE_SECONDS)
+        twin.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout)
+        twin.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_SECONDS)
+        twin.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_PROBE_SECONDS)
+
+
+async def answer_options(allow: str, _state: Any, request: Request) -> Response:
+    """The handler of OPTIONS on a path that allows these methods."""
+    headers = [("Allow", allow)]
+    if request.head.is_preflight:
+        names = "Content-Type, X-API-Key, X-Request-ID, Authorization"
+        asked = request.head.headers.get("access-control-request-headers", "")
+        if HEADER_NAMES.fullmatch(asked.encode("latin-1")):
+            names += f", {asked}"  # needed by openai-node
+        headers.append(("Access-Control-Allow-Methods", allow))
+        headers.append(("Access-Control-Allow-Headers", names))
+    return Response(status=204, headers=tuple(headers))
 
 
 def has_room(bodies: Counter[str], client: str, guests: Collection[str], size: int) -> bool:
@@ -1061,20 +1065,15 @@ def check_body(head: Head, route: Route) -> None:
     """HttpError if the head announces a body that the route does not take."""
     expect = head.headers.get("expect", "100-continue")
     if expect.lower() != "100-continue":
-        raise malformed(
-            f"expected the Expect 100-continue or none, got {describe(expect)}",
-            "EXPECTATION_FAILED",
-        )
+        message = f"expected the Expect 100-continue or none, got {describe(expect)}"
+        raise malformed(message, "EXPECTATION_FAILED")
     if head.length is not None and head.length > MAX_BODY_BYTES:
-        raise malformed(
-            f"expected a body of at most {MAX_BODY_BYTES} bytes, got {head.length}",
-            "PAYLOAD_TOO_LARGE",
-        )
+        message = f"expected a body of at most {MAX_BODY_BYTES} bytes, got {head.length}"
+        raise malformed(message, "PAYLOAD_TOO_LARGE")
     if head.has_body and "content-encoding" in head.headers:
         got = describe(head.headers["content-encoding"])
-        raise HttpError(
-            "UNSUPPORTED_MEDIA_TYPE", f"expected a body without Content-Encoding, got {got}"
-        )
+        message = f"expected a body without Content-Encoding, got {got}"
+        raise HttpError("UNSUPPORTED_MEDIA_TYPE", message)
     if not route.json:
         return
     if not head.chunked and head.length is None:
@@ -1082,9 +1081,8 @@ def check_body(head: Head, route: Route) -> None:
     kind = head.headers.get("content-type", "")
     if not route.foreign_error and not JSON_TYPE.fullmatch(kind):
         got = describe(kind) if kind else "none"
-        raise HttpError(
-            "UNSUPPORTED_MEDIA_TYPE", f"expected the Content-Type application/json, got {got}"
-        )
+        message = f"expected the Content-Type application/json, got {got}"
+        raise HttpError("UNSUPPORTED_MEDIA_TYPE", message)
 
 
 JSON_TYPE = re.compile(

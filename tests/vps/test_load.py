@@ -43,7 +43,7 @@ EXPECTING = sized(BODY, "Expect: 100-continue")[: -len(BODY)]
 
 @pytest.mark.parametrize("begun", [b"\r\n", get()[:-1], sized(BODY)[:-1], EXPECTING])
 async def test_a_slow_request(monkeypatch: pytest.MonkeyPatch, begun: bytes) -> None:
-    for name in ("BODY_SECONDS" if b"POST" in begun else "HEAD_SECONDS", "LINGER_SECONDS"):
+    for name in ("BODY_SECONDS" if b"POST" in begun else "REQUEST_HEAD_SECONDS", "LINGER_SECONDS"):
         monkeypatch.setattr(cerebrum_http, name, SOON)
     async with serving() as (server, port), connect(port) as (reader, writer):
         writer.write(begun.replace(b"@POST", b"/v1/complete"))
@@ -61,7 +61,7 @@ async def test_a_slow_request(monkeypatch: pytest.MonkeyPatch, begun: bytes) -> 
 async def test_a_head_at_one_byte_a_time_ends_at_a_total_deadline(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cerebrum_http, "HEAD_SECONDS", 0.2)
+    monkeypatch.setattr(cerebrum_http, "REQUEST_HEAD_SECONDS", 0.2)
     async with serving() as (_, port), connect(port) as (reader, writer):
         started = time.monotonic()
         answer = asyncio.create_task(read_reply(reader))
@@ -77,7 +77,7 @@ async def test_silence_closes_silently(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(cerebrum_http, "IDLE_SECONDS", SOON)
-    monkeypatch.setattr(cerebrum_http, "HEAD_SECONDS", 2 * PATIENCE)
+    monkeypatch.setattr(cerebrum_http, "REQUEST_HEAD_SECONDS", 2 * PATIENCE)
     async with serving() as (_, port):
         for answers in (0, 2):
             async with connect(port) as (reader, writer):
