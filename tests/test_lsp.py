@@ -44,9 +44,9 @@ INVOKED, AUTOMATIC = 1, 2
 # What real editors announce, as far as the server reads it: eglot of Emacs 29.1 (as VS Code 1.65)
 # and Neovim 0.10.
 EGLOT: dict[str, Any] = {
-    "workspace": {"configuration": True, "workspaceEdit": {"documentChanges": True}}
+    "workspace": {"configuration": True, "workspaceEdit": {"documentChanges": True}},
+    "general": {"positionEncodings": ["utf-32", "utf-8", "utf-16"]},
 }
-EGLOT |= {"general": {"positionEncodings": ["utf-32", "utf-8", "utf-16"]}}
 NEOVIM = {
     "workspace": {"configuration": True, "workspaceEdit": {}},
     "general": {"positionEncodings": ["utf-16"]},
@@ -73,8 +73,14 @@ class Pi(Backend):
         line, headers, body = self.asked[-1]
         return line.split(" ")[1], json.loads(body), headers
 
+    def body(self) -> dict[str, Any]:
+        return self.hears()[1]
 
-def place(line: Any, character: int, uri: Any = URI) -> dict[str, Any]:
+    def key(self) -> str | None:
+        return self.hears()[2].get("authorization")
+
+
+def cursor(line: Any, character: int, uri: Any = URI) -> dict[str, Any]:
     return {"textDocument": {"uri": uri}, "position": {"line": line, "character": character}}
 
 
@@ -83,14 +89,10 @@ class Editor:
 
     def __init__(self, environment: dict[str, str], setup: str = "pass") -> None:
         """`setup` is run by the server before it starts."""
-        code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import cerebrum_lsp; {setup}"
-        command = [
-            sys.executable,
-            "-c",
-            f"{code}; sys.argv[:] = ['']; sys.exit(cerebrum_lsp.main())",
-        ]
+        code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import cerebrum_lsp; {setup}; "
+        code += "sys.argv[:] = ['']; sys.exit(cerebrum_lsp.main())"
         pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-        self.process = subprocess.Popen(command, env=environment, **pipes)
+        self.process = subprocess.Popen([sys.executable, "-c", code], env=environment, **pipes)
         self.numbers = itertools.count(1)
         self.came: Queue[Any] = Queue()
         threading.Thread(target=self._read, daemon=True).start()
@@ -134,12 +136,25 @@ class Editor:
 
     def shown(self) -> str:
         """The next message to the user."""
-        return str(self.called("window/showMessage")["params"]["message"]).removeprefix(
-            "Cerebrum: "
-        )
+        message = self.called("window/showMessage")["params"]["message"]
+        return str(message).removeprefix("Cerebrum: ")
+
+    def until(self, *numbers: int) -> tuple[list[Any], list[Any]]:
+        """What is shown to the user until these requests have been answered, and their results."""
+        shown, results = [], []
+        while len(results) < len(numbers):
+            message = self.next()
+            if message.get("id") in numbers:
+                results.append(message["result"])
+            elif message.get("method") == "window/showMessage":
+                shown.append(message["params"])
+        return shown, results
 
     def answer(self, number: Any) -> Any:
         return self.next(lambda message: message.get("id") == number and "method" not in message)
+
+    def error(self, number: Any) -> Any:
+        return self.answer(number)["error"]
 
     def ask(self, method: str, params: Any = None) -> Any:
         answer = self.answer(self.request(method, params))
@@ -147,9 +162,8 @@ class Editor:
         return answer["result"]
 
     def start(self, options: Any = None, text: str | None = None, **capabilities: Any) -> Any:
-        found = self.ask(
-            "initialize", {"capabilities": capabilities, "initializationOptions": options}
-        )
+        params = {"capabilities": capabilities, "initializationOptions": options}
+        found = self.ask("initialize", params)
         self.tell("initialized", {})
         if text is not None:
             self.open(text)
@@ -164,18 +178,22 @@ class Editor:
         document = {"uri": URI, "version": version}
         self.tell("textDocument/didChange", {"textDocument": document, "contentChanges": [change]})
 
+    def configure(self, settings: Any) -> None:
+        self.tell("workspace/didChangeConfiguration", {"settings": settings})
+
     def at(self, line: int, character: int, kind: int = INVOKED, **context: Any) -> int:
         context["triggerKind"] = kind
-        return self.request(
-            "textDocument/inlineCompletion", {**place(line, character), "context": context}
-        )
+        params = {**cursor(line, character), "context": context}
+        return self.request("textDocument/inlineCompletion", params)
+
+    def items(self, line: int, character: int, kind: int = INVOKED, **context: Any) -> Any:
+        return self.answer(self.at(line, character, kind, **context))["result"]["items"]
 
     def ghost(self, line: int, character: int, kind: int = INVOKED) -> str:
-        answer = self.answer(self.at(line, character, kind))
-        return "".join(item["insertText"] for item in answer["result"]["items"])
+        return "".join(item["insertText"] for item in self.items(line, character, kind))
 
     def menu(self, line: int, character: int) -> Any:
-        (item,) = self.ask("textDocument/completion", place(line, character))["items"]
+        (item,) = self.ask("textDocument/completion", cursor(line, character))["items"]
         return item
 
     def command(self, name: str, argument: Any) -> int:
@@ -196,10 +214,9 @@ def pi() -> Iterator[Pi]:
 
 @contextlib.contextmanager
 def editing(folder: Path, url: str, setup: str = "pass", **environment: str) -> Iterator[Editor]:
-    editor = Editor(
-        {"CEREBRUM_URL": url, "XDG_CONFIG_HOME": str(folder), "HOME": str(folder), **environment},
-        setup,
-    )
+    home = str(folder)
+    usual = {"CEREBRUM_URL": url, "XDG_CONFIG_HOME": home, "HOME": home}
+    editor = Editor(usual | environment, setup)
     try:
         yield editor
     finally:
@@ -216,31 +233,40 @@ def editor(pi: Pi, tmp_path: Path) -> Iterator[Editor]:
 # --------------------------------------------------------------------------------------- ghost text
 
 
+ABLE = {
+    "positionEncoding": "utf-16",
+    "textDocumentSync": {"openClose": True, "change": 2},
+    "executeCommandProvider": {"commands": ["cerebrum.accepted", "cerebrum.instruct"]},
+    "inlineCompletionProvider": {},
+}
+INFILL = {
+    "input_prefix": "def add(é, 😀):\n    return ",
+    "input_suffix": "\n",
+    "filename": "sum.py",
+    "n_predict": 128,
+    "t_max_prompt_ms": 0,
+    "t_max_predict_ms": 1500,
+    "cache_prompt": True,
+    "suggest": "always",
+}
+
+
 def test_ghost_text(editor: Editor, pi: Pi) -> None:
-    able = {"positionEncoding": "utf-16", "textDocumentSync": {"openClose": True, "change": 2}}
-    able |= {"executeCommandProvider": {"commands": ["cerebrum.accepted", "cerebrum.instruct"]}}
-    assert editor.start()["capabilities"] == able | {"inlineCompletionProvider": {}}
+    assert editor.start()["capabilities"] == ABLE
     editor.open("def add(é, 😀):\r\n    return \r\n")
     pi.says(content="a + b", confidence=0.75)
     shown = {"characters": 5, "confidence": 0.75}
     command = {"title": "accepted", "command": "cerebrum.accepted", "arguments": [shown]}
     item = {"insertText": "a + b", "range": span((1, 11), (1, 11)), "command": command}
-    assert editor.answer(editor.at(1, 11))["result"] == {"items": [item]}
-    path, body, headers = pi.hears()
-    assert (path, headers.get("authorization")) == ("/infill", None)
-    around = {
-        "input_prefix": "def add(é, 😀):\n    return ",
-        "input_suffix": "\n",
-        "filename": "sum.py",
-    }
-    limits = {"n_predict": 128, "t_max_prompt_ms": 0, "t_max_predict_ms": 1500}
-    assert body == {**around, **limits, "cache_prompt": True, "suggest": "always"}
+    assert editor.items(1, 11) == [item]
+    assert pi.hears()[:2] == ("/infill", INFILL)
+    assert pi.key() is None
 
 
 def test_what_nobody_asked_for_is_shown_as_readily_as_is_set(editor: Editor, pi: Pi) -> None:
     editor.start({"suggest": "seldom"}, text="x = ")
     assert editor.ghost(0, 1, AUTOMATIC) == "a + b"
-    assert pi.hears()[1]["suggest"] == "seldom"
+    assert pi.body()["suggest"] == "seldom"
 
 
 GONE = (
@@ -252,11 +278,7 @@ GONE = (
 def test_settings_that_are_gone_get_one_warning_and_the_others_count(
     pi: Pi, tmp_path: Path, source: str
 ) -> None:
-    old: dict[str, Any] = {
-        "suggest": "seldom",
-        "suggest_in_comments": "never",
-        "suggest_in_strings": 1,
-    }
+    old = {"suggest": "seldom", "suggest_in_comments": "never", "suggest_in_strings": 1}
     variables = {f"CEREBRUM_LSP_{name.upper()}": str(value) for name, value in old.items()}
     configured(tmp_path, "lsp.json", json.dumps(old if source == "file" else {}))
     given = {"cerebrum": old} if source == "client" else None
@@ -265,15 +287,10 @@ def test_settings_that_are_gone_get_one_warning_and_the_others_count(
         editor.request("initialize", {"capabilities": {}, "initializationOptions": given})
         editor.open("x = ")
         for change in changes:
-            editor.tell("workspace/didChangeConfiguration", {"settings": change})
-        number, came = editor.at(0, 1, AUTOMATIC), [editor.next()]
-        while came[-1].get("id") != number:
-            came.append(editor.next())
-        shown = [
-            message["params"] for message in came if message.get("method") == "window/showMessage"
-        ]
+            editor.configure(change)
+        shown, _ = editor.until(editor.at(0, 1, AUTOMATIC))
         assert shown == [{"type": 2, "message": f"Cerebrum: {GONE}"}]
-        body = pi.hears()[1]
+        body = pi.body()
         assert {name: body[name] for name in body if "suggest" in name} == {"suggest": "seldom"}
 
 
@@ -284,19 +301,13 @@ def test_what_is_typed_of_a_suggestion_asks_nothing(editor: Editor, pi: Pi) -> N
     assert (editor.ghost(0, 7, AUTOMATIC), len(pi.asked)) == (" b", 1)
     editor.type(0, 7, "c", 3)
     assert (editor.ghost(0, 8, AUTOMATIC), len(pi.asked)) == ("a + b", 2)
-    chosen = {
-        "text": "print",
-        "range": span((0, 2), (0, 4)),
-    }  # in the editor's menu counts as typed
-    (item,) = editor.answer(editor.at(0, 4, selectedCompletionInfo=chosen))["result"]["items"]
+    chosen = {"text": "print", "range": span((0, 2), (0, 4))}  # in the editor's menu: as if typed
+    (item,) = editor.items(0, 4, selectedCompletionInfo=chosen)
     assert (item["insertText"], item["range"]) == ("printa + b", chosen["range"])
-    assert pi.hears()[1]["input_prefix"] == "x print"
+    assert pi.body()["input_prefix"] == "x print"
     pi.says(content="")
-    assert [editor.ghost(0, 1, AUTOMATIC), editor.ghost(0, 1, AUTOMATIC), len(pi.asked)] == [
-        "",
-        "",
-        4,
-    ]
+    assert [editor.ghost(0, 1, AUTOMATIC), editor.ghost(0, 1, AUTOMATIC)] == ["", ""]
+    assert len(pi.asked) == 4
     pi.says(content="1")
     assert editor.ghost(0, 1, INVOKED) == "1"  # who asks where nothing was suggested
 
@@ -308,17 +319,16 @@ def test_a_newer_request_ends_one_that_waits_and_none_that_the_user_made(
     older, newer = editor.at(0, 3, AUTOMATIC), editor.at(0, 2, AUTOMATIC)
     assert editor.answer(older)["result"] == {"items": []}
     assert editor.answer(newer)["result"]["items"][0]["insertText"] == "a + b"
-    assert not cerebrum_lsp.Call(
-        1
-    ).is_waiting  # one that the user made, even before its thread runs
+    # One that the user made does not wait, even before its thread runs.
+    assert not cerebrum_lsp.Call(1).is_waiting
     end = threading.Event()
     pi.scripts = [[wait_for(end), answer(200, {"content": "1"})]]
     numbers = {editor.at(0, 4), editor.at(0, 1)}
     wait_until(lambda: len(pi.asked) == 3, "both ask")
     end.set()
-    came = [editor.next() for _ in numbers]
-    assert {one["id"] for one in came} == numbers
-    assert [one["result"]["items"][0]["insertText"] for one in came] == ["1"] * 2
+    came = {message["id"]: message["result"]["items"] for message in (editor.next(), editor.next())}
+    assert came.keys() == numbers
+    assert [item["insertText"] for (item,) in came.values()] == ["1", "1"]
 
 
 def test_a_completion_for_a_client_without_ghost_text(editor: Editor, pi: Pi) -> None:
@@ -333,25 +343,25 @@ def test_a_completion_for_a_client_without_ghost_text(editor: Editor, pi: Pi) ->
     assert editor.menu(0, 4)["textEdit"]["newText"] == "value\r\n"
     assert editor.ghost(0, 4) == "lue\n"
     editor.open("a" * 200_000)
-    assert (
-        editor.menu(0, 200_000)["textEdit"]["range"]["start"]["character"]
-        == 200_000 - cerebrum_lsp.MAX_WORD
-    )
+    start = (0, 200_000 - cerebrum_lsp.MAX_WORD)
+    assert editor.menu(0, 200_000)["textEdit"]["range"] == span(start, (0, 200_000))
 
 
-def test_a_suggestion_is_kept_for_its_place_alone() -> None:
+RESTS = [  # the text before and after a cursor, and what is left of a + b
+    ("x = ", "\n", Suggestion("a + b", 0.5)),
+    ("x = a ", "\n", Suggestion("+ b", 0.5)),
+    ("x = a + b", "\n", None),
+    ("x = b", "\n", None),
+    ("x = ", "", None),
+    ("x =", "\n", None),
+]
+
+
+def test_a_suggestion_is_kept_for_its_gap_alone() -> None:
     kept = Suggestions()
     kept.add(Gap(URI, "x = ", "\n"), Suggestion("a + b", 0.5), 2.0)
-    rests = [
-        ("x = ", "\n"),
-        ("x = a ", "\n"),
-        ("x = a + b", "\n"),
-        ("x = b", "\n"),
-        ("x = ", ""),
-        ("x =", "\n"),
-    ]
-    found = [kept.rest(Gap(URI, *around)) for around in rests]
-    assert found == [Suggestion("a + b", 0.5), Suggestion("+ b", 0.5), None, None, None, None]
+    for before, after, rest in RESTS:
+        assert kept.rest(Gap(URI, before, after)) == rest
     assert kept.rest(Gap("file:///other", "x = ", "\n")) is None
 
 
@@ -366,13 +376,8 @@ def test_the_pause_follows_the_response_time() -> None:
 def test_a_long_text_begins_at_the_same_place_for_many_keys() -> None:
     text = "".join(f"{number:09}\n" for number in range(30_000))
     most, step = cerebrum_lsp.MAX_BODY_TEXT, cerebrum_lsp.MAX_BODY_TEXT // 4
-    begins = {
-        most: 0,
-        most + 1: step,
-        most + step - 1: step,
-        most + step: step,
-        most + step + 1: 2 * step,
-    }
+    begins = {most: 0, most + 1: step, most + step - 1: step, most + step: step}
+    begins[most + step + 1] = 2 * step
     for end, begin in begins.items():
         assert cerebrum_lsp.sent(Gap(URI, text[:end], text)) == (text[begin:end], text[:most])
 
@@ -384,13 +389,13 @@ def test_a_cancelled_request_frees_the_pi(editor: Editor, pi: Pi) -> None:
     editor.start(text="x = ")
     number = editor.at(0, 4, AUTOMATIC)
     editor.tell("$/cancelRequest", {"id": number})  # while it waits
-    assert editor.answer(number)["error"] == {"code": -32800, "message": "cancelled"}
+    assert editor.error(number) == {"code": -32800, "message": "cancelled"}
     left = threading.Event()
     pi.scripts = [[HANG, left.set]]
     number = editor.at(0, 4)
     wait_until(lambda: pi.asked, "the Pi is asked")
     editor.tell("$/cancelRequest", {"id": number})
-    assert editor.answer(number)["error"]["code"] == -32800
+    assert editor.error(number)["code"] == -32800
     assert left.wait(PATIENCE)
     editor.tell("$/cancelRequest", {"id": number})  # it has been answered
     editor.tell("$/cancelRequest", {"id": [1]})
@@ -416,7 +421,7 @@ def test_the_confidence_of_the_first_line_is_not_that_of_the_rest(editor: Editor
     for character, typed, sure in ((4, "", 0.75), (4, "1", 0.75), (5, "\n", None)):
         editor.type(0, character, typed)
         line, at = (1, 0) if typed == "\n" else (0, character + len(typed))
-        (item,) = editor.answer(editor.at(line, at))["result"]["items"]
+        (item,) = editor.items(line, at)
         assert item["command"]["arguments"][0]["confidence"] == sure
     assert len(pi.asked) == 1
 
@@ -434,6 +439,15 @@ SELECTED = {"uri": URI, "instruction": "rename a to total", "range": span((1, 0)
 NOTHING = "; nothing was changed"
 
 
+INSTRUCTED = {
+    "prompt": "a=1\n",
+    "instruction": "rename a to total",
+    "language": "javascriptreact",
+    "max_tokens": 2048,
+    "temperature": 0.0,
+}
+
+
 def instructed(text: Any, reason: str = "stop", kept: Any = ("all",)) -> dict[str, Any]:
     return {"completion": text, "finish_reason": reason, "kept": {"parts": kept}}
 
@@ -443,26 +457,20 @@ def test_an_instruction_changes_the_selection(editor: Editor, pi: Pi, able: dict
     """A client that knows versions gets the one that the change is for. Its range may be
     backwards.
     """
-    assert (
-        editor.start(**able)["capabilities"]["positionEncoding"] == "utf-16"
-    )  # whatever else a client offers
+    # Whatever else a client offers.
+    assert editor.start(**able)["capabilities"]["positionEncoding"] == "utf-16"
     editor.open("let b\na=1\nb=2\n", "javascriptreact")
     pi.says(**instructed("total=1"))
-    places = SELECTED["range"]
-    backwards = {"start": places["end"], "end": places["start"]}
+    selected = SELECTED["range"]
+    backwards = {"start": selected["end"], "end": selected["start"]}
     number = editor.command("cerebrum.instruct", {**SELECTED, "range": backwards})
     asked = editor.called("workspace/applyEdit")
-    edits = [{"range": places, "newText": "total=1\n"}]
-    versioned = {"documentChanges": [{"textDocument": {"uri": URI, "version": 1}, "edits": edits}]}
-    assert asked["params"]["edit"] == (versioned if able is EGLOT else {"changes": {URI: edits}})
+    edits = [{"range": selected, "newText": "total=1\n"}]
+    versioned = [{"textDocument": {"uri": URI, "version": 1}, "edits": edits}]
+    changed = {"documentChanges": versioned} if able is EGLOT else {"changes": {URI: edits}}
+    assert asked["params"]["edit"] == changed
     assert editor.answer(number)["result"] is None
-    path, body, _ = pi.hears()
-    expected = {
-        "prompt": "a=1\n",
-        "instruction": "rename a to total",
-        "language": "javascriptreact",
-    }
-    assert (path, body) == ("/v1/complete", {**expected, "max_tokens": 2048, "temperature": 0.0})
+    assert pi.hears()[:2] == ("/v1/complete", INSTRUCTED)
     editor.send(id=asked["id"], result={"applied": False})
     assert editor.shown() == "the editor did not apply the change"
 
@@ -483,10 +491,8 @@ def test_an_instruction_overwrites_nothing_with_less_and_no_newer_text(
     editor.start(text="x\na\nb\n")
     for said, reason in LACKING:
         pi.says(**said)
-        assert (
-            editor.answer(editor.command("cerebrum.instruct", SELECTED))["error"]["message"]
-            == reason + NOTHING
-        )
+        fault = editor.error(editor.command("cerebrum.instruct", SELECTED))
+        assert fault["message"] == reason + NOTHING
     end, count = threading.Event(), len(pi.asked)
     pi.scripts = [[wait_for(end), answer(200, instructed("total\n"))]]
     number = editor.command("cerebrum.instruct", SELECTED)
@@ -494,10 +500,8 @@ def test_an_instruction_overwrites_nothing_with_less_and_no_newer_text(
     editor.type(0, 0, "y")
     assert "error" in editor.answer(editor.request("made/up"))  # so the change has been read
     end.set()
-    assert editor.answer(number)["error"] == {
-        "code": -32803,
-        "message": f"the text has changed meanwhile{NOTHING}",
-    }
+    message = f"the text has changed meanwhile{NOTHING}"
+    assert editor.error(number) == {"code": -32803, "message": message}
 
 
 LINE_ENDS = [  # a text, the selection, the answer, what replaces the selection
@@ -545,13 +549,7 @@ def test_away_is_told_once_and_again_if_the_user_asks(editor: Editor, pi: Pi) ->
     message = {"type": 2, "message": "Cerebrum: the Pi answers 503: no backend"}
     for kind, news, asked in ((AUTOMATIC, 1, 1), (AUTOMATIC, 0, 1), (INVOKED, 1, 2)):
         number = editor.at(0, 4, kind)
-        for _ in range(news):
-            assert editor.next() == {
-                "jsonrpc": "2.0",
-                "method": "window/showMessage",
-                "params": message,
-            }
-        assert editor.next() == {"jsonrpc": "2.0", "id": number, "result": {"items": []}}
+        assert editor.until(number) == ([message] * news, [{"items": []}])
         assert len(pi.asked) == asked
     pi.says(content="1")
     assert [editor.ghost(0, 4), editor.ghost(0, 3, AUTOMATIC)] == ["1", "1"]
@@ -573,10 +571,10 @@ def test_a_connection_that_fails_is_news_even_after_a_cancellation() -> None:
     job.end()
     with socket.create_server(("127.0.0.1", 0)) as gone:
         settings = Settings(url=f"http://127.0.0.1:{gone.getsockname()[1]}")
-    with pytest.raises(
-        cerebrum_lsp.PiError, match=r"^the Pi at 127.0.0.1 does not answer \(Connection refused\)$"
-    ):
-        cerebrum_lsp.Pi(settings, cerebrum_lsp.Client(BytesIO())).ask(job, "/infill", {})
+    pi = cerebrum_lsp.Pi(settings, cerebrum_lsp.Client(BytesIO()))
+    message = r"^the Pi at 127.0.0.1 does not answer \(Connection refused\)$"
+    with pytest.raises(cerebrum_lsp.PiError, match=message):
+        pi.ask(job, "/infill", {})
 
 
 REPLIES: list[tuple[int, Any, list[str]]] = [  # a reply, what the user is told
@@ -584,10 +582,14 @@ REPLIES: list[tuple[int, Any, list[str]]] = [  # a reply, what the user is told
     (
         200,
         {"text": "a"},
-        ["expected a completion, got another answer: the url is perhaps not the Pi's"],
+        ["Cerebrum: expected a completion, got another answer: the url is perhaps not the Pi's"],
     ),
-    (200, [1], ["expected the Pi at 127.0.0.1, got an answer that is not JSON"]),
-    (401, {"error": {"message": "expected a key"}}, ["the Pi answers 401: expected a key"]),
+    (200, [1], ["Cerebrum: expected the Pi at 127.0.0.1, got an answer that is not JSON"]),
+    (
+        401,
+        {"error": {"message": "expected a key"}},
+        ["Cerebrum: the Pi answers 401: expected a key"],
+    ),
 ]
 
 
@@ -599,10 +601,10 @@ def test_what_is_no_pi_is_told_without_the_key_and_a_busy_one_is_not(
         assert editor.process.stderr
         for status, reply, told in REPLIES:
             pi.scripts = [[answer(status, reply)]]
-            number = editor.at(0, 4)
-            assert [editor.shown() for _ in told] == told
-            assert editor.next() == {"jsonrpc": "2.0", "id": number, "result": {"items": []}}
-        assert pi.hears()[2]["authorization"] == "Bearer secret"
+            shown, results = editor.until(editor.at(0, 4))
+            assert [message["message"] for message in shown] == told
+            assert results == [{"items": []}]
+        assert pi.key() == "Bearer secret"
         assert editor.stop() == 0
         assert "secret" not in f"{editor.process.stderr.read()!r} {Settings(key='secret')}"
 
@@ -633,48 +635,36 @@ BAD_PARAMS: list[tuple[Any, Any, str]] = [
 ]
 
 
+UNKNOWN = ["workspace/didChangeWatchedFiles", "$/setTrace", "textDocument/didSave", "made/up"]
+
+
 def test_bad_input_gets_the_protocols_error_and_the_server_lives(editor: Editor, pi: Pi) -> None:
-    number = editor.at(0, 0)
     message = "expected initialize, got textDocument/inlineCompletion"
-    assert editor.next() == {
-        "jsonrpc": "2.0",
-        "id": number,
-        "error": {"code": -32002, "message": message},
-    }
+    assert editor.error(editor.at(0, 0)) == {"code": -32002, "message": message}
     editor.tell("textDocument/didOpen", 5)  # before initialize: dropped
     editor.start()
     for data, request_id, code in RAW:
         editor.write(data)
         answered = editor.next()
-        assert (data[:60], answered["id"], answered["error"]["code"]) == (
-            data[:60],
-            request_id,
-            code,
-        )
+        assert (answered["id"], answered["error"]["code"]) == (request_id, code), data[:60]
     fault = cerebrum_lsp.outcome(lambda: int("the user's code"))
     assert fault == {"error": {"code": -32603, "message": "internal error (ValueError)"}}
-    assert editor.answer(editor.request("workspace/symbol", {}))["error"]["code"] == -32601
+    assert editor.error(editor.request("workspace/symbol", {}))["code"] == -32601
     twice = {"code": -32600, "message": "initialize came twice"}
-    assert editor.answer(editor.request("initialize", {}))["error"] == twice
+    assert editor.error(editor.request("initialize", {})) == twice
     editor.open("x = ")
     for uri, line, message in BAD_PARAMS:
-        number = editor.request("textDocument/inlineCompletion", place(line, 0, uri))
-        assert editor.answer(number)["error"] == {"code": -32602, "message": message}
-    for method in (
-        "workspace/didChangeWatchedFiles",
-        "$/setTrace",
-        "textDocument/didSave",
-        "made/up",
-    ):
+        number = editor.request("textDocument/inlineCompletion", cursor(line, 0, uri))
+        assert editor.error(number) == {"code": -32602, "message": message}
+    for method in UNKNOWN:
         editor.tell(method, {"anything": 1})
     assert editor.ghost(0, 4) == "a + b"
-    editor.tell(
-        "textDocument/didChange", {"textDocument": {"uri": URI}, "contentChanges": [{"text": 5}]}
-    )
+    change = {"textDocument": {"uri": URI}, "contentChanges": [{"text": 5}]}
+    editor.tell("textDocument/didChange", change)
     logged = editor.next()
     assert (logged["method"], logged["params"]["type"]) == ("window/logMessage", 4)
     assert "expected text for text, got a whole number" in logged["params"]["message"]
-    assert editor.answer(editor.at(0, 4))["error"]["message"] == "expected a document that is open"
+    assert editor.error(editor.at(0, 4))["message"] == "expected a document that is open"
     assert editor.stop() == 0
 
 
@@ -691,9 +681,9 @@ def test_shutdown_ends_a_request_that_runs(editor: Editor, pi: Pi) -> None:
     number = editor.at(0, 4)
     pi.hears()
     stopped = editor.request("shutdown")
-    assert editor.answer(number)["error"]["code"] == -32800
+    assert editor.error(number)["code"] == -32800
     assert editor.answer(stopped)["result"] is None
-    assert editor.answer(editor.at(0, 4))["error"]["code"] == -32600
+    assert editor.error(editor.at(0, 4))["code"] == -32600
     editor.tell("exit")
     assert editor.process.wait(PATIENCE) == 0
 
@@ -708,55 +698,46 @@ def configured(folder: Path, name: str, text: str) -> Path:
     return folder / "cerebrum"
 
 
+NOT_A_NUMBER = "expected a whole number for tokens, got text"
+
+
 def test_settings_come_from_the_file_the_environment_and_the_client(pi: Pi, tmp_path: Path) -> None:
     configured(tmp_path, "lsp.toml", f'url = "{pi.url}/"\ntokens = 7\nkey = "of-the-file"\n')
     with editing(tmp_path, pi.url) as editor:
         editor.start({"tokens": 9, "read_ms": 250, "off": ["markdown"]}, "x = ", **NEOVIM)
         assert editor.ghost(0, 4, AUTOMATIC) == "a + b"
-        _, body, headers = pi.hears()
-        assert (body["n_predict"], body["t_max_prompt_ms"], headers["authorization"]) == (
-            9,
-            250,
-            "Bearer of-the-file",
-        )
-        editor.tell(
-            "workspace/didChangeConfiguration",
-            {"settings": {"cerebrum": {"tokens": 11}, "python": {}}},
-        )
+        body = pi.body()
+        assert (body["n_predict"], body["t_max_prompt_ms"]) == (9, 250)
+        assert pi.key() == "Bearer of-the-file"
+        editor.configure({"cerebrum": {"tokens": 11}, "python": {}})
         editor.ghost(0, 3)
-        assert pi.hears()[1]["n_predict"] == 11
-        editor.tell("workspace/didChangeConfiguration", {"settings": {"tokens": "many"}})
-        message = "Cerebrum: expected a whole number for tokens, got text"
-        assert editor.next()["params"] == {"type": 1, "message": message}
-        editor.tell("workspace/didChangeConfiguration", {"settings": None})
+        assert pi.body()["n_predict"] == 11
+        editor.configure({"tokens": "many"})
+        assert editor.next()["params"] == {"type": 1, "message": f"Cerebrum: {NOT_A_NUMBER}"}
+        editor.configure(None)
         asked = editor.next()
-        assert (asked["method"], asked["params"]) == (
-            "workspace/configuration",
-            {"items": [{"section": "cerebrum"}]},
-        )
+        assert asked["method"] == "workspace/configuration"
+        assert asked["params"] == {"items": [{"section": "cerebrum"}]}
         editor.send(id=asked["id"], result=[{"tokens": 13}])
         editor.ghost(0, 2)
-        assert pi.hears()[1]["n_predict"] == 13
+        assert pi.body()["n_predict"] == 13
         editor.open("# Notes", "markdown")
         assert (editor.ghost(0, 7), len(pi.asked)) == ("", 3)
 
 
 def test_a_key_goes_only_to_the_url_that_it_came_with() -> None:
     before = Settings("http://pi:7000", "secret")
-    sent = {
-        "http://elsewhere:7000": "",
-        "http://pi:7001": "",
-        "http://pi:7000/": "secret",
-        None: "secret",
-    }
-    assert {url: read_settings({"url": url, "key": None}, before).key for url in sent} == sent
-    assert (
-        read_settings({"url": "http://elsewhere:7000", "key": "its-own"}, before).key == "its-own"
-    )
+    for url in ("http://elsewhere:7000", "http://pi:7001"):
+        assert read_settings({"url": url, "key": None}, before).key == ""
+        assert read_settings({"url": url, "key": "its-own"}, before).key == "its-own"
+    for url in ("http://pi:7000/", None):
+        assert read_settings({"url": url, "key": None}, before).key == "secret"
 
 
-NO_URL = "no url is set. Set CEREBRUM_URL, or the client's setting url, to the Pi's address, such as http://pi.local:7000. "
-NO_URL += "Until then this machine is asked (http://127.0.0.1:7000)"
+NO_URL = (
+    "no url is set. Set CEREBRUM_URL, or the client's setting url, to the Pi's address, such as "
+    "http://pi.local:7000. Until then this machine is asked (http://127.0.0.1:7000)"
+)
 
 
 def test_without_a_url_the_user_is_told_once_and_this_machine_is_tried(
@@ -764,27 +745,15 @@ def test_without_a_url_the_user_is_told_once_and_this_machine_is_tried(
 ) -> None:
     """Not before a request: some clients send their settings after `initialize`."""
     assert cerebrum_lsp.LOCAL == "http://127.0.0.1:7000"
-    with editing(
-        tmp_path, "", f"cerebrum_lsp.LOCAL = {pi.url!r}", CEREBRUM_CM4_API_KEY="secret"
-    ) as editor:
+    setup = f"cerebrum_lsp.LOCAL = {pi.url!r}"
+    with editing(tmp_path, "", setup, CEREBRUM_CM4_API_KEY="secret") as editor:
         editor.start(text="x = ")
-        numbers = [
-            editor.at(0, 4),
-            editor.command("cerebrum.accepted", {"characters": 1}),
-            editor.at(0, 2),
-        ]
-        came: list[Any] = []
-        while numbers:
-            came.append(editor.next())
-            numbers = [number for number in numbers if number != came[-1].get("id")]
-        assert (pi.hears()[2]["authorization"], len(pi.asked)) == ("Bearer secret", 3)
-        editor.tell(
-            "workspace/didChangeConfiguration",
-            {"settings": {"url": pi.url.replace("127.0.0.1", "localhost")}},
-        )
+        counted = editor.command("cerebrum.accepted", {"characters": 1})
+        told, _ = editor.until(editor.at(0, 4), counted, editor.at(0, 2))
+        assert told == [{"type": 3, "message": f"Cerebrum: {NO_URL}"}]
+        assert (pi.key(), len(pi.asked)) == ("Bearer secret", 3)
+        editor.configure({"url": pi.url.replace("127.0.0.1", "localhost")})
         assert (editor.ghost(0, 1), editor.came.empty()) == ("a + b", True)
-    told = [message["params"] for message in came if message.get("method") == "window/showMessage"]
-    assert told == [{"type": 3, "message": f"Cerebrum: {NO_URL}"}]
 
 
 def test_https(tmp_path: Path) -> None:
@@ -798,41 +767,36 @@ def test_https(tmp_path: Path) -> None:
             editor.start(text="x = ")
             editor.at(0, 4)
             assert "CERTIFICATE_VERIFY_FAILED" in editor.shown()
-        with editing(
-            tmp_path, url, SSL_CERT_FILE=files[0], CEREBRUM_CM4_API_KEY="secret"
-        ) as editor:
+        trusted = {"SSL_CERT_FILE": files[0], "CEREBRUM_CM4_API_KEY": "secret"}
+        with editing(tmp_path, url, **trusted) as editor:
             editor.start(text="x = ")
-            assert (editor.ghost(0, 4), pi.hears()[2]["authorization"]) == (
-                "a + b",
-                "Bearer secret",
-            )
+            assert (editor.ghost(0, 4), pi.key()) == ("a + b", "Bearer secret")
+
+
+ENVIRONMENT = {
+    "XDG_CONFIG_HOME": "/nowhere",
+    "CEREBRUM_URL": "http://[::1]:1",
+    "CEREBRUM_CM4_API_KEY": "12",
+    "CEREBRUM_LSP_TOKENS": "64",
+    "CEREBRUM_LSP_OFF": "markdown,text",
+    "CEREBRUM_LSP_COMPLETION": "true",
+}
 
 
 def test_settings_of_the_environment() -> None:
-    given = {
-        "XDG_CONFIG_HOME": "/nowhere",
-        "CEREBRUM_URL": "http://[::1]:1",
-        "CEREBRUM_CM4_API_KEY": "12",
-    }
-    given |= {
-        "CEREBRUM_LSP_TOKENS": "64",
-        "CEREBRUM_LSP_OFF": "markdown,text",
-        "CEREBRUM_LSP_COMPLETION": "true",
-    }
     expected = Settings("http://[::1]:1", "12", 64, off=("markdown", "text"), completion=True)
-    assert first_settings(given) == (expected, [])
-    wrong = ["the environment: expected a whole number for tokens, got text"]
-    assert first_settings(given | {"CEREBRUM_LSP_TOKENS": "many"}) == (Settings(), wrong)
+    assert first_settings(ENVIRONMENT) == (expected, [])
+    wrong = ENVIRONMENT | {"CEREBRUM_LSP_TOKENS": "many"}
+    assert first_settings(wrong) == (Settings(), [f"the environment: {NOT_A_NUMBER}"])
 
 
 URL_EXPECTED = "expected a url such as http://pi.local:7000"
 GIVEN: list[tuple[Any, str]] = [
     ([], "expected an object of settings, got a list"),
     ({"cerebrum": 5}, "expected an object of settings, got a whole number"),
-    *(
-        ({"url": bad}, URL_EXPECTED)
-        for bad in ("http://pi local:7000", "ftp://pi", "http://pi:99999")
-    ),
+    ({"url": "http://pi local:7000"}, URL_EXPECTED),
+    ({"url": "ftp://pi"}, URL_EXPECTED),
+    ({"url": "http://pi:99999"}, URL_EXPECTED),
     ({"tokens": 0}, "expected tokens from 1 to 2048, got 0"),
     ({"tokens": True}, "expected a whole number for tokens, got true or false"),
     ({"read_ms": -1}, "expected read_ms of 0 or more, got -1"),
@@ -856,11 +820,10 @@ def test_a_file_of_settings_that_cannot_be_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = configured(tmp_path, "lsp.toml", "tokens = ")
-    environment, here = {"XDG_CONFIG_HOME": str(tmp_path)}, f"the settings in {folder}: expected "
-    assert first_settings(environment) == (
-        Settings(),
-        [here + "a file of TOML or JSON, got one that cannot be read"],
-    )
+    environment = {"XDG_CONFIG_HOME": str(tmp_path)}
+    here = f"the settings in {folder}: expected "
+    message = "a file of TOML or JSON, got one that cannot be read"
+    assert first_settings(environment) == (Settings(), [here + message])
     configured(tmp_path, "lsp.toml", "tokens = 7")
     assert first_settings(environment) == (Settings(tokens=7), [])
     monkeypatch.setitem(sys.modules, "tomllib", None)  # as in Python 3.9
@@ -879,23 +842,21 @@ def test_a_bad_file_is_told_and_the_rest_works(pi: Pi, tmp_path: Path) -> None:
         assert editor.ghost(0, 4) == "a + b"
 
 
+USAGE = "Usage: cerebrum_lsp.py"
+OPTIONS = [("--help", 0, USAGE), ("--version", 0, "cerebrum_lsp.py 1."), ("--port", 2, USAGE)]
+
+
 def test_options() -> None:
-    usage, file = "Usage: cerebrum_lsp.py", str(ROOT / "cerebrum_lsp.py")
-    for option, status, says in (
-        ("--help", 0, usage),
-        ("--version", 0, "cerebrum_lsp.py 1."),
-        ("--port", 2, usage),
-    ):
-        done = subprocess.run(
-            [sys.executable, file, option], capture_output=True, text=True, timeout=PATIENCE
-        )
+    for option, status, says in OPTIONS:
+        command = [sys.executable, str(ROOT / "cerebrum_lsp.py"), option]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
         assert (done.returncode, done.stdout[: len(says)]) == (status, says)
 
 
 # ------------------------------------------------------------------------------------ the documents
 
 
-PLACES = [  # behind an end, in a character, or in disorder
+EDITS = [  # behind an end, in a character, or in disorder
     ((0, 99), (0, 99), "ab!\r\n😀c"),
     ((9, 9), (9, 9), "ab\r\n😀c!"),
     ((1, 1), (1, 9), "ab\r\n!"),
@@ -905,7 +866,7 @@ PLACES = [  # behind an end, in a character, or in disorder
 
 
 def test_odd_positions() -> None:
-    for start, end, left in PLACES:
+    for start, end, left in EDITS:
         document = Document(URI, "python", 0, "ab\r\n😀c")
         document.edit(start, end, "!")
         assert "".join(document.lines) == left
@@ -918,15 +879,16 @@ def test_2000_edits() -> None:
     text = "one\ntwo 😀\r\n"
     document = Document(URI, "python", 0, text)
     for _ in range(2_000):
-        places = []
+        cursors = []
         for _ in range(2):
             offset = rng.randint(0, len(text))
             if 0 < offset < len(text) and text[offset - 1 : offset + 1] == "\r\n":
                 offset += 1
             before = text[:offset].replace("\r\n", "\n").replace("\r", "\n")
-            units = len(before.rpartition("\n")[2].encode("utf-16-le", "surrogatepass")) // 2
-            places.append((offset, (before.count("\n"), units)))
-        (start, first), (end, last) = sorted(places)
+            line = before.rpartition("\n")[2]
+            units = len(line.encode("utf-16-le", "surrogatepass")) // 2
+            cursors.append((offset, (before.count("\n"), units)))
+        (start, first), (end, last) = sorted(cursors)
         if end - start > 40:
             end, last = start, first
         piece = rng.choice(pieces)
@@ -951,13 +913,16 @@ MEGABYTES = [
 @pytest.mark.parametrize("text", MEGABYTES)
 def test_a_megabyte_is_edited_and_asked_about_in_20_ms(text: str) -> None:
     """The CPU time of an edit and of a request at the end, the best of five."""
-    document, seconds = Document(URI, "python", 0, text), list[tuple[float, float]]()
-    end = len(document.lines) - 1, len(document.lines[-1].rstrip().encode("utf-16-le")) // 2
+    document = Document(URI, "python", 0, text)
+    edits, requests = [], []
+    units = len(document.lines[-1].rstrip().encode("utf-16-le")) // 2
+    end = len(document.lines) - 1, units
     for _ in range(5):
         began = time.thread_time()
         document.edit(end, end, "")
         edited = time.thread_time()
         gap = document.gap(end, end)
-        seconds.append((edited - began, time.thread_time() - edited))
-    assert max(map(min, zip(*seconds, strict=True))) <= 0.02, seconds
+        edits.append(edited - began)
+        requests.append(time.thread_time() - edited)
+    assert max(min(edits), min(requests)) <= 0.02
     assert gap.before + gap.after == text.replace("\r\n", "\n")
