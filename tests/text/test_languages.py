@@ -4,310 +4,740 @@ search. And which language a text is in whose client does not say so.
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import pytest
 
 from cerebrum.text.languages import LANGUAGES, guess_language
 
-# Lines with the name that they define between « and »; the others define nothing.
+# A language's lines, with the name that they define between « and »; the others define nothing. ⇥
+# stands for a tab, ⏎ for a line end.
 LINES = {
-    "python": [
-        "def «f»(n):", "    async def «fetch»(self):", "class «Stack»(Generic[T]):", "\tdef «tabbed»(self):",
-        "«LIMIT» = 3", "«names»: dict[str, int] = {}", "type «Pair» = tuple[int, int]", "«café» = 1", "«define» = 1",
-        "    local = 3", "a == b", "a.b = c", "f(x=1)", "return x", "# def f():", "classify(x)",
-    ],
-    "javascript": [
-        "function «add»(a, b) {", "  function «inner»() {", "async function «load»() {", "function* «items»() {",
-        "function *«items»() {", "export default class «Cart» extends Base {", "export default function «App»() {",
-        "export const «add» = (a, b) => a + b", "const «$» = require('jquery')", "let «count» = 0", "  «render»() {",
-        "  async #«load»(url, { retry = 3 } = {}) {", "  static «of»(...items) {", "  get «size»() {",
-        "  const local = 1", "  *[Symbol.iterator]() {", "  if (a) {", "  while (next()) {", "  it('works', () => {",
-        "  foo(function () {", "functional()", "// function add() {",
-    ],
-    "typescript": [
-        "export interface «Bill» {", "type «Id» = string | number", "export const enum «Color» {", "enum «Color» {",
-        "export abstract class «Shape» {", "declare function «load»(url: string): Promise<void>",
-        "  private async «load»<T>(url: string): Promise<T> {", "  protected override «area»(): "
-                                                                "number {",
-        "namespace «Shop» {", "declare module 'x' {",
-    ],
-    "rust": [
-        "fn «main»() {", "pub(crate) async fn «load»(url: &str) -> Result<()> {", 'pub unsafe extern "C" fn «call»() {',
-        "    const fn «zero»() -> u8 {", "pub struct «Bill»<'a> {", "enum «Color» {", "pub trait «Shape»: Sized {",
-        "type «Id» = u64;", "const «LIMIT»: usize = 3;", "static mut «COUNT»: u8 = 0;", "macro_rules! «square» {",
-        "mod «tests» {", "impl «Bill» {", "impl<'a, T: Into<u8>> From<T> for «Bill»<'a> {",
-        "impl fmt::Display for shop::«Bill» {", "    let x = 3;", "// fn main() {", "fnord(x);",
-    ],
-    "c": [
-        "#define «MAX»(a, b) ((a) > (b))", "#  define «LIMIT» 3", "int «main»(void) {",
-        "static inline const char *«name_of»(struct bill *b)", "struct «bill» {", "struct «bill»",
-        "typedef struct «node» {", "typedef struct {\n    long net;\n} «bill_t»;", "typedef unsigned long «word_t»;",
-        "enum «color» { RED, GREEN };", "union «value» {", "«add_up»(long a, long b)\n{",
-        "int «one»(void) { return 1; }", "int declared(int a);", "struct bill *pointer;", "struct bill value = {0};",
-        "    return call(a, b)", "    else if (a) {", "    if (a) {", "    call(a);", "    x = call(a,",
-        "    while (call(a)) {", "/* int main(void) { */",
-    ],
-    "cpp": [
-        "class «Bill» : public Item {", "template <typename T> class «Stack» {",
-        "template <typename T, template <class> class C> struct «Box» {", "enum class «Color» {", "namespace «shop» {",
-        "namespace «shop»", "using «Id» = std::uint64_t;",
-        "std::vector<std::pair<int, int>> «pairs_of»(const Bill& b) {", "void Bill::«add»(Item "
-                                                                        "item) {",
-        "Bill::«Bill»(long net) : net_(net) {", "Bill::«~Bill»() {", "    virtual «~Bill»() {",
-        "    int «size»() const noexcept {", "constexpr auto «twice»(auto x) -> "
-                                             "decltype(x) {", "class Forward;",
-        "    throw Error(a)", "    delete find(a)",
-    ],
-    "go": [
-        "func «main»() {", "func (b *Bill) «Total»() int {", "func «Map»[T any](items []T) []T {",
-        "type «Bill» struct {", "type «ID» = uint64", 'var «ErrGone» = errors.New("gone")', "const «Limit» = 3",
-        "\tx := 3", "const (", "\tvar local int", "// func main() {",
-    ],
-    "java": [
-        "public class «Account» extends Base<String> {", "public final class «Bill»",
-        "interface «Shape» permits Circle {", "public enum «Color» {", "record «Point»(int x, "
-                                                                       "int y) {",
-        '@SuppressWarnings("x") class «Loud» {', "    public static Map<String, List<Integer>> "
-                                                 "«of»(int a) {",
-        "    private static <T extends Comparable<T>> T «max»(List<T> items) {", "    public «Account»(String owner) {",
-        "    @Override public int «size»() {", "    int declared(int a);", "    return call(a) {",
-        "    } else if (a) {", "    else if (a) {", "    int x = call(a);", "    new Thread(() -> {",
-        "// class Account {",
-    ],
-    "csharp": [
-        "public sealed class «Bill» : Item", "public record struct «Point»(int X, int Y);", "struct «Pair» {",
-        "    public async Task<int> «LoadAsync»(string url)", "    public int «Twice»(int x) => "
-                                                              "2 * x;",
-        "    public string «Name» { get; set; }", "    public int «Total» => lines.Sum();",
-        "    foreach (var x in y) {", "    var x = Call(a);", "    await Call(a) {",
-    ],
-    "shell": [
-        "«greet»() {", "function «greet» {", "  «inner» () {", "export «PATH»=/bin", "«LIMIT»=3", "readonly «NAME»=x",
-        "echo a", "if [ x = y ]; then", "# greet() {",
-    ],
-    "kotlin": [
-        "data class «Point»(val x: Int, val y: Int)", "sealed interface «Shape» {", "object «Registry» {",
-        "typealias «Id» = Long", "    override suspend fun «load»(url: String): Int {",
-        "fun <T> List<T>.«second»(): T = this[1]", "const val «LIMIT» = 3", "    val local = 3", "    function(x)",
-        "// fun main() {",
-    ],
-    "swift": [
-        "public final class «Account»: Base {", "struct «Point»<T> {", "extension «Account»: "
-                                                                       "Equatable {",
-        "    class func «shared»() -> Account {", "    @discardableResult func «add»(_ x: Int) "
-                                                  "-> Int {",
-        "let «limit» = 3", "    let local = 3", "    functional()",
-    ],
-    "scala": ["final case class «Point»(x: Int)", "  def «f»[A](a: A): A = {", "val «limit» = 3", "  val local = 3"],
-    "dart": ["abstract class «Shape» {", "  Future<int> «load»(String url) async {", "    return total(a);"],
-    "php": [
-        "final class «Bill» extends Item", "abstract class «Shape» {", "trait «Loud» {",
-        "function &«total»(array $lines): int {", "    public static function «of»(int $a): self",
-        "    $f = function ($x) {", "    return total($a);", "# function f() {",
-    ],
-    "perl": ["sub «total» {", "our %«rates» = ("],
-    "r": ["«total» <- function(x) {", "«limit» = 3"],
-    "zig": ["pub fn «main»() !void {", "const «Point» = struct {", "    const local = 3;"],
-    "powershell": ["function «Total»($x) {", "class «Bill» {"],
-    "css": [
-        ".«menu» > li {", "#«top»:hover {", "@mixin «wide»($x) {", "  «--accent»: red;", "«$width»: 3px;", "a:hover {",
-        "  color: red;",
-    ],
-    "json": ['  "name": "a",', "{"],
-    "ruby": [
-        "def «balance»", "  def self.«of»(a)", "class Shop::«Bill» < Item", "module «Shop»", "«LIMIT» = 3",
-        "define_method(:a) do", "  x = 3", "  A == B", "# def f",
-    ],
-    "lua": [
-        "function M.«f»(a)", "local function «g»()", "function Account:«close»()", "M.«h» = function(a)",
-        "local «limit» = 3", "  local inner = 3", "functional()", "-- function f()",
-    ],
-    "julia": ["function «total»(x)", "mutable struct «Bill»", "const «LIMIT» = 3"],
-    "elixir": ["defmodule Shop.«Bill» do", "  def «total»(x) do", "  defp «rate»(x) do"],
-    "haskell": ["data «Shape» = Circle", "«total» :: Int -> Int", "  where x = 3"],
-    "sql": [
-        "CREATE TABLE «bills» (", "create or replace function shop.«total»(x int)",
-        'CREATE UNIQUE INDEX IF NOT EXISTS "«by» name" ON a (b);', "CREATE TEMPORARY VIEW "
-                                                                   "`«v»` AS", "SELECT a FROM b;",
-        "-- CREATE TABLE a",
-    ],
-    "html": ["<div id='a'>"],
-    "yaml": ["«services»:", "«on»: push", "  web:", "- a: b", "a:b"],
-    "toml": ["[«tool.ruff»]", "[[«models»]]", "x = [1]"],
-    "markdown": ["## «Deploy it»", "#hashtag", "text # more"],
-    "dockerfile": ["FROM golang:1 AS «build»", "ARG «VERSION»=3", "ENV «PATH» /bin", "FROM debian", "RUN from a as b"],
-    "makefile": ["«build/%.o»: %.c", "«CFLAGS» += -O2", "\tcc -o a: b"],
-}  # fmt: skip
+    "python": """
+def «f»(n):
+    async def «fetch»(self):
+class «Stack»(Generic[T]):
+⇥def «tabbed»(self):
+«LIMIT» = 3
+«names»: dict[str, int] = {}
+type «Pair» = tuple[int, int]
+«café» = 1
+«define» = 1
+    local = 3
+a == b
+a.b = c
+f(x=1)
+return x
+# def f():
+classify(x)
+""",
+    "javascript": """
+function «add»(a, b) {
+  function «inner»() {
+async function «load»() {
+function* «items»() {
+function *«items»() {
+export default class «Cart» extends Base {
+export default function «App»() {
+export const «add» = (a, b) => a + b
+const «$» = require('jquery')
+let «count» = 0
+  «render»() {
+  async #«load»(url, { retry = 3 } = {}) {
+  static «of»(...items) {
+  get «size»() {
+  const local = 1
+  *[Symbol.iterator]() {
+  if (a) {
+  while (next()) {
+  it('works', () => {
+  foo(function () {
+functional()
+// function add() {
+""",
+    "typescript": """
+export interface «Bill» {
+type «Id» = string | number
+export const enum «Color» {
+enum «Color» {
+export abstract class «Shape» {
+declare function «load»(url: string): Promise<void>
+  private async «load»<T>(url: string): Promise<T> {
+  protected override «area»(): number {
+namespace «Shop» {
+declare module 'x' {
+""",
+    "rust": """
+fn «main»() {
+pub(crate) async fn «load»(url: &str) -> Result<()> {
+pub unsafe extern "C" fn «call»() {
+    const fn «zero»() -> u8 {
+pub struct «Bill»<'a> {
+enum «Color» {
+pub trait «Shape»: Sized {
+type «Id» = u64;
+const «LIMIT»: usize = 3;
+static mut «COUNT»: u8 = 0;
+macro_rules! «square» {
+mod «tests» {
+impl «Bill» {
+impl<'a, T: Into<u8>> From<T> for «Bill»<'a> {
+impl fmt::Display for shop::«Bill» {
+    let x = 3;
+// fn main() {
+fnord(x);
+""",
+    "c": """
+#define «MAX»(a, b) ((a) > (b))
+#  define «LIMIT» 3
+int «main»(void) {
+static inline const char *«name_of»(struct bill *b)
+struct «bill» {
+struct «bill»
+typedef struct «node» {
+typedef struct {⏎    long net;⏎} «bill_t»;
+typedef unsigned long «word_t»;
+enum «color» { RED, GREEN };
+union «value» {
+«add_up»(long a, long b)⏎{
+int «one»(void) { return 1; }
+int declared(int a);
+struct bill *pointer;
+struct bill value = {0};
+    return call(a, b)
+    else if (a) {
+    if (a) {
+    call(a);
+    x = call(a,
+    while (call(a)) {
+/* int main(void) { */
+""",
+    "cpp": """
+class «Bill» : public Item {
+template <typename T> class «Stack» {
+template <typename T, template <class> class C> struct «Box» {
+enum class «Color» {
+namespace «shop» {
+namespace «shop»
+using «Id» = std::uint64_t;
+std::vector<std::pair<int, int>> «pairs_of»(const Bill& b) {
+void Bill::«add»(Item item) {
+Bill::«Bill»(long net) : net_(net) {
+Bill::«~Bill»() {
+    virtual «~Bill»() {
+    int «size»() const noexcept {
+constexpr auto «twice»(auto x) -> decltype(x) {
+class Forward;
+    throw Error(a)
+    delete find(a)
+""",
+    "go": """
+func «main»() {
+func (b *Bill) «Total»() int {
+func «Map»[T any](items []T) []T {
+type «Bill» struct {
+type «ID» = uint64
+var «ErrGone» = errors.New("gone")
+const «Limit» = 3
+⇥x := 3
+const (
+⇥var local int
+// func main() {
+""",
+    "java": """
+public class «Account» extends Base<String> {
+public final class «Bill»
+interface «Shape» permits Circle {
+public enum «Color» {
+record «Point»(int x, int y) {
+@SuppressWarnings("x") class «Loud» {
+    public static Map<String, List<Integer>> «of»(int a) {
+    private static <T extends Comparable<T>> T «max»(List<T> items) {
+    public «Account»(String owner) {
+    @Override public int «size»() {
+    int declared(int a);
+    return call(a) {
+    } else if (a) {
+    else if (a) {
+    int x = call(a);
+    new Thread(() -> {
+// class Account {
+""",
+    "csharp": """
+public sealed class «Bill» : Item
+public record struct «Point»(int X, int Y);
+struct «Pair» {
+    public async Task<int> «LoadAsync»(string url)
+    public int «Twice»(int x) => 2 * x;
+    public string «Name» { get; set; }
+    public int «Total» => lines.Sum();
+    foreach (var x in y) {
+    var x = Call(a);
+    await Call(a) {
+""",
+    "shell": """
+«greet»() {
+function «greet» {
+  «inner» () {
+export «PATH»=/bin
+«LIMIT»=3
+readonly «NAME»=x
+echo a
+if [ x = y ]; then
+# greet() {
+""",
+    "kotlin": """
+data class «Point»(val x: Int, val y: Int)
+sealed interface «Shape» {
+object «Registry» {
+typealias «Id» = Long
+    override suspend fun «load»(url: String): Int {
+fun <T> List<T>.«second»(): T = this[1]
+const val «LIMIT» = 3
+    val local = 3
+    function(x)
+// fun main() {
+""",
+    "swift": """
+public final class «Account»: Base {
+struct «Point»<T> {
+extension «Account»: Equatable {
+    class func «shared»() -> Account {
+    @discardableResult func «add»(_ x: Int) -> Int {
+let «limit» = 3
+    let local = 3
+    functional()
+""",
+    "scala": """
+final case class «Point»(x: Int)
+  def «f»[A](a: A): A = {
+val «limit» = 3
+  val local = 3
+""",
+    "dart": """
+abstract class «Shape» {
+  Future<int> «load»(String url) async {
+    return total(a);
+""",
+    "php": """
+final class «Bill» extends Item
+abstract class «Shape» {
+trait «Loud» {
+function &«total»(array $lines): int {
+    public static function «of»(int $a): self
+    $f = function ($x) {
+    return total($a);
+# function f() {
+""",
+    "perl": """
+sub «total» {
+our %«rates» = (
+""",
+    "r": """
+«total» <- function(x) {
+«limit» = 3
+""",
+    "zig": """
+pub fn «main»() !void {
+const «Point» = struct {
+    const local = 3;
+""",
+    "powershell": """
+function «Total»($x) {
+class «Bill» {
+""",
+    "css": """
+.«menu» > li {
+#«top»:hover {
+@mixin «wide»($x) {
+  «--accent»: red;
+«$width»: 3px;
+a:hover {
+  color: red;
+""",
+    "json": """
+  "name": "a",
+{
+""",
+    "ruby": """
+def «balance»
+  def self.«of»(a)
+class Shop::«Bill» < Item
+module «Shop»
+«LIMIT» = 3
+define_method(:a) do
+  x = 3
+  A == B
+# def f
+""",
+    "lua": """
+function M.«f»(a)
+local function «g»()
+function Account:«close»()
+M.«h» = function(a)
+local «limit» = 3
+  local inner = 3
+functional()
+-- function f()
+""",
+    "julia": """
+function «total»(x)
+mutable struct «Bill»
+const «LIMIT» = 3
+""",
+    "elixir": """
+defmodule Shop.«Bill» do
+  def «total»(x) do
+  defp «rate»(x) do
+""",
+    "haskell": """
+data «Shape» = Circle
+«total» :: Int -> Int
+  where x = 3
+""",
+    "sql": """
+CREATE TABLE «bills» (
+create or replace function shop.«total»(x int)
+CREATE UNIQUE INDEX IF NOT EXISTS "«by» name" ON a (b);
+CREATE TEMPORARY VIEW `«v»` AS
+SELECT a FROM b;
+-- CREATE TABLE a
+""",
+    "html": """
+<div id='a'>
+""",
+    "yaml": """
+«services»:
+«on»: push
+  web:
+- a: b
+a:b
+""",
+    "toml": """
+[«tool.ruff»]
+[[«models»]]
+x = [1]
+""",
+    "markdown": """
+## «Deploy it»
+#hashtag
+text # more
+""",
+    "dockerfile": """
+FROM golang:1 AS «build»
+ARG «VERSION»=3
+ENV «PATH» /bin
+FROM debian
+RUN from a as b
+""",
+    "makefile": """
+«build/%.o»: %.c
+«CFLAGS» += -O2
+⇥cc -o a: b
+""",
+}
 # Lines that import begin with «.
 IMPORTS = {
-    "python": [
-        "«import os", "«import a.b as c, d", "«from x import y", "«from . import z", "«from .a.b import (",
-        "    import os", "important = 1", "from_x = 1", "from the beginning of time", "# import os", "x = imports()",
-    ],
-    "javascript": [
-        "«import fs from 'fs'", "«import {", "«import 'x.css'", "«const a = require('a')", "«export * from './b'",
-        "import('x').then(f)", "import.meta.url", "important()", "const a = b", "export const a = 1", "// import a",
-    ],
-    "typescript": ["«import type { A } from './a'", "«import A = require('a')", "export interface From {"],
-    "rust": [
-        "«use std::fmt;", "«pub use a::b;", "«pub(crate) use a::{", "«extern crate serde;", "«mod tests;",
-        "«pub mod a;", "mod tests {", "user(x);", "    use super::*;", "// use a;",
-    ],
-    "c": [
-        "«#include <stdio.h>", '«#  include "a.h"', "«#import <a.h>", "#define include 1", "// #include <a.h>",
-        "include(a);", "#ifdef A",
-    ],
-    "cpp": ["«using namespace std;", "«using std::vector;", "«import std;", "using Id = int;", "using_it(a);"],
-    "go": ['«import "fmt"', "«import (", "«package main", '«import f "x"', '\tx = "a"', "imported := 1", "packages()"],
-    "java": ["«import java.util.List;", "«import static a.B.c;", "«package a.b;", "important();", "// import a;"],
-    "csharp": [
-        "«using System;", "«global using A = B.C;", "«using static A;", "«namespace A.B;", "using (var a = b) {",
-        "using var a = b();", "namespace A {",
-    ],
-    "kotlin": ["«import a.b.*", "«package a", "importance = 1", "    import a"],
-    "swift": ["«import Foundation", "«@testable import A", "imported()", "// import A"],
-    "php": [
-        "«<?php", "«use A\\B;", "«namespace A;", "«require_once 'a.php';", "«include 'b';", "user();", "    use Loud;",
-        "function () use ($a) {",
-    ],
-    "css": ["«@import 'a';", '«@charset "utf-8";', "«@use 'b';", "@media print {", "a { }"],
-    "ruby": ["«require 'a'", "«require_relative 'b'", "«include Loud", "required = 1", "  include Loud"],
-    "lua": ["«local a = require 'b'", '«require("c")', "«local a, b = require 'd'", "local a = b", "required()"],
-    "shell": ["«source a.sh", "«. ./b.sh", "«set -e", "sources=1", "settle", "./run.sh"],
-    "sql": ["«USE shop;", "«set x = 1;", "«\\connect a", "SELECT 1;", "users"],
-    "makefile": ["«include a.mk", "«-include b", "included = 1"],
-    "scala": ["«import a.b.C", "«package a", "imports()"],
-    "dart": ["«import 'a.dart';", "«part of b;", "imported();"],
-    "perl": ["«use strict;", "«require a;", "used();"],
-    "r": ["«library(dplyr)", "«source('a.R')", "libraries <- 1"],
-    "powershell": ["«Import-Module A", "«. ./a.ps1", "Important"],
-    "julia": ["«using A", "«import B: c", "user()"],
-    "elixir": ["«alias A.B", "«use C", "used = 1"],
-    "haskell": ["«import qualified Data.Map as M", "«module A where", "imported = 1"],
-}  # fmt: skip
+    "python": """
+«import os
+«import a.b as c, d
+«from x import y
+«from . import z
+«from .a.b import (
+    import os
+important = 1
+from_x = 1
+from the beginning of time
+# import os
+x = imports()
+""",
+    "javascript": """
+«import fs from 'fs'
+«import {
+«import 'x.css'
+«const a = require('a')
+«export * from './b'
+import('x').then(f)
+import.meta.url
+important()
+const a = b
+export const a = 1
+// import a
+""",
+    "typescript": """
+«import type { A } from './a'
+«import A = require('a')
+export interface From {
+""",
+    "rust": """
+«use std::fmt;
+«pub use a::b;
+«pub(crate) use a::{
+«extern crate serde;
+«mod tests;
+«pub mod a;
+mod tests {
+user(x);
+    use super::*;
+// use a;
+""",
+    "c": """
+«#include <stdio.h>
+«#  include "a.h"
+«#import <a.h>
+#define include 1
+// #include <a.h>
+include(a);
+#ifdef A
+""",
+    "cpp": """
+«using namespace std;
+«using std::vector;
+«import std;
+using Id = int;
+using_it(a);
+""",
+    "go": """
+«import "fmt"
+«import (
+«package main
+«import f "x"
+⇥x = "a"
+imported := 1
+packages()
+""",
+    "java": """
+«import java.util.List;
+«import static a.B.c;
+«package a.b;
+important();
+// import a;
+""",
+    "csharp": """
+«using System;
+«global using A = B.C;
+«using static A;
+«namespace A.B;
+using (var a = b) {
+using var a = b();
+namespace A {
+""",
+    "kotlin": """
+«import a.b.*
+«package a
+importance = 1
+    import a
+""",
+    "swift": """
+«import Foundation
+«@testable import A
+imported()
+// import A
+""",
+    "php": r"""
+«<?php
+«use A\B;
+«namespace A;
+«require_once 'a.php';
+«include 'b';
+user();
+    use Loud;
+function () use ($a) {
+""",
+    "css": """
+«@import 'a';
+«@charset "utf-8";
+«@use 'b';
+@media print {
+a { }
+""",
+    "ruby": """
+«require 'a'
+«require_relative 'b'
+«include Loud
+required = 1
+  include Loud
+""",
+    "lua": """
+«local a = require 'b'
+«require("c")
+«local a, b = require 'd'
+local a = b
+required()
+""",
+    "shell": """
+«source a.sh
+«. ./b.sh
+«set -e
+sources=1
+settle
+./run.sh
+""",
+    "sql": r"""
+«USE shop;
+«set x = 1;
+«\connect a
+SELECT 1;
+users
+""",
+    "makefile": """
+«include a.mk
+«-include b
+included = 1
+""",
+    "scala": """
+«import a.b.C
+«package a
+imports()
+""",
+    "dart": """
+«import 'a.dart';
+«part of b;
+imported();
+""",
+    "perl": """
+«use strict;
+«require a;
+used();
+""",
+    "r": """
+«library(dplyr)
+«source('a.R')
+libraries <- 1
+""",
+    "powershell": """
+«Import-Module A
+«. ./a.ps1
+Important
+""",
+    "julia": """
+«using A
+«import B: c
+user()
+""",
+    "elixir": """
+«alias A.B
+«use C
+used = 1
+""",
+    "haskell": """
+«import qualified Data.Map as M
+«module A where
+imported = 1
+""",
+}
+
+
+def cases(table: str) -> list[str]:
+    lines = table.strip("\n").replace("⇥", "\t").split("\n")
+    return [line.replace("⏎", "\n") for line in lines]
 
 
 @pytest.mark.parametrize("name", LANGUAGES)
 def test_definitions(name: str) -> None:
-    for marked in LINES[name]:
-        before, *defined = marked.replace("»", "«").split("«")
-        line = before + "".join(defined)
-        for text in (line, f"{line}\n", f"\n\n{line}\nx\n", f"{line}\r\n".replace("\n{", "\r\n{")):
+    for case in cases(LINES[name]):
+        before, *marked = case.replace("»", "«").split("«")
+        defined = marked[0] if marked else None
+        line = before + "".join(marked)
+        windows = f"{line}\r\n".replace("\n{", "\r\n{")
+        for text in (line, f"{line}\n", f"\n\n{line}\nx\n", windows):
             match = LANGUAGES[name].defines.search(text)
-            assert (match and match[match.lastindex or 0]) == (defined[0] if defined else None), (
-                line
-            )
+            assert (match and match[match.lastindex or 0]) == defined, line
             assert match is None or not text[: match.start()].strip("\r\n"), line
 
 
 @pytest.mark.parametrize("name", IMPORTS)
 def test_imports(name: str) -> None:
-    for marked in IMPORTS[name]:
-        line, imports = marked.removeprefix("«"), marked.startswith("«")
-        assert (LANGUAGES[name].imports.match(line) is not None) == imports, line
-        assert (LANGUAGES[name].imports.search(f"x\n{line}\n") is not None) == imports, line
+    pattern = LANGUAGES[name].imports
+    for case in cases(IMPORTS[name]):
+        line, imports = case.removeprefix("«"), case.startswith("«")
+        assert bool(pattern.match(line)) == imports, line
+        assert bool(pattern.search(f"x\n{line}\n")) == imports, line
+
+
+ENDS = {"[=[": "]=]", '##"': '"##', 'r#"': '"#', '$@"': '"', "$'": "'", '"""': '"""'}
 
 
 def test_the_ends_of_strings() -> None:
-    ends = {"[=[": "]=]", '##"': '"##', 'r#"': '"#', '$@"': '"', "$'": "'", '"""': '"""'}
-    found = {opening: end for language in LANGUAGES.values() for opening, end in language.literals}
-    assert {opening: found[opening] for opening in ends} == ends
+    found = dict[str, str]()
+    for language in LANGUAGES.values():
+        found |= dict(language.literals)
+    assert found | ENDS == found
 
 
 def test_no_name_means_two_languages() -> None:
+    words, files = [*LANGUAGES], list[str]()
     for language in LANGUAGES.values():
         assert {*language.raw} <= {*language.strings, *language.texts}
         assert language.blocks in ("braces", "brackets", "statements", "indent", "lines", "tree")
-    words = [alias for name, language in LANGUAGES.items() for alias in (name, *language.aliases)]
-    files = [
-        file for language in LANGUAGES.values() for file in (*language.endings, *language.filenames)
-    ]
+        words += language.aliases
+        files += [*language.endings, *language.filenames]
     for names in (words, files):
         assert sorted(names) == sorted({name.lower() for name in names})
 
 
 HOSTILE = [
-    "a", "a ", "a(", "(a", "((", "<", "template<", "template <> ", "::", "a::", "* ", "& ", "typedef {", "typedef ",
-    "export ", "const ", "  static ", " foo(", "  a((b)", "pub(crate) ", "impl<", "impl a for ", "import ", "from ",
-    "x: ", "from a import b", "# define", "\t", " ", "struct a ", "func (a) ", "enum class ", "int a(", "int a b ",
-    "using a", "async ", "create table ", "fun ", "public ", "@a(b) ", "local a", "x.", "def ", "#a", "class A b",
-    "--a", "unsafe ", "/*", "//", "\\", "\"", "{", "}", "=", "[", ".", "é", "\0",
-]  # fmt: skip
+    "a",
+    "a ",
+    "a(",
+    "(a",
+    "((",
+    "<",
+    "template<",
+    "template <> ",
+    "::",
+    "a::",
+    "* ",
+    "& ",
+    "typedef {",
+    "typedef ",
+    "export ",
+    "const ",
+    "  static ",
+    " foo(",
+    "  a((b)",
+    "pub(crate) ",
+    "impl<",
+    "impl a for ",
+    "import ",
+    "from ",
+    "x: ",
+    "from a import b",
+    "# define",
+    "\t",
+    " ",
+    "struct a ",
+    "func (a) ",
+    "enum class ",
+    "int a(",
+    "int a b ",
+    "using a",
+    "async ",
+    "create table ",
+    "fun ",
+    "public ",
+    "@a(b) ",
+    "local a",
+    "x.",
+    "def ",
+    "#a",
+    "class A b",
+    "--a",
+    "unsafe ",
+    "/*",
+    "//",
+    "\\",
+    '"',
+    "{",
+    "}",
+    "=",
+    "[",
+    ".",
+    "é",
+    "\0",
+]
 
 
 def test_no_line_is_expensive() -> None:
-    patterns = {
-        pattern
-        for language in LANGUAGES.values()
-        for pattern in (language.defines, language.imports)
-    }
+    patterns = {language.defines for language in LANGUAGES.values()}
+    patterns |= {language.imports for language in LANGUAGES.values()}
     for unit in HOSTILE:
         line = unit * (5_000 // len(unit))
         texts = [line, f"int {line}", f"typedef struct {{{line}"]
-        for text in (*texts, "\n".join([line[:300]] * 40), "\n".join([line[:30]] * 400)):
-            for pattern in patterns:
-                started = time.thread_time()
-                sum(1 for _ in pattern.finditer(text))
-                assert time.thread_time() - started < 0.15, (
-                    unit,
-                    len(text),
-                    pattern,
-                )  # 40 times the slowest
+        texts += ["\n".join([line[:300]] * 40), "\n".join([line[:30]] * 400)]
+        for text, pattern in itertools.product(texts, patterns):
+            started = time.thread_time()
+            sum(1 for _ in pattern.finditer(text))
+            seconds = time.thread_time() - started
+            assert seconds < 0.15, (unit, len(text), pattern)  # 40 times the slowest
 
 
 # ------------------------------------------------------------------------------ guessing a language
 
-# By a file's name.
-FILENAMES = [
-    ("a.py", "python"), ("/home/me/a.pyi", "python"), ("a.pyw", "python"), ("A.PY", "python"), ("a.js", "javascript"),
-    ("a.test.jsx", "javascript"), ("a.mjs", "javascript"), ("a.cjs", "javascript"), ("a.ts", "typescript"),
-    ("a.d.ts", "typescript"), ("a.tsx", "typescript"), ("a.mts", "typescript"), ("src/main.rs", "rust"), ("a.c", "c"),
-    ("a.h", "c"), ("a.cpp", "cpp"), ("a.cc", "cpp"), ("a.hxx", "cpp"), ("C:\\src\\a.go", "go"), ("src/A.java", "java"),
-    ("Program.cs", "csharp"), ("build.gradle.kts", "kotlin"), ("a.swift", "swift"), ("index.php", "php"),
-    ("a.rb", "ruby"), ("/home/me/Gemfile", "ruby"), ("Gemfile.lock", ""), ("dockerfiles", ""), ("a.", ""), ("go", ""),
-    ("src.d/c", ""), ("a.py.orig", ""), ("a.lua", "lua"), ("run.sh", "shell"), ("/home/me/.bashrc", "shell"),
-    ("a.SQL", "sql"), ("index.htm", "html"), ("a.scss", "css"), ("package.json", "json"),
-    (".github/workflows/ci.yml", "yaml"), ("Cargo.toml", "toml"), ("README.md", "markdown"),
-    ("C:\\app\\Dockerfile", "dockerfile"), ("web.dockerfile", "dockerfile"), ("Containerfile", "dockerfile"),
-    ("Makefile", "makefile"), ("rules.mk", "makefile"), ("a.R", "r"), ("a.pm", "perl"),
-]  # fmt: skip
+# A language's files.
+FILENAMES = {
+    "python": "a.py /home/me/a.pyi a.pyw A.PY",
+    "javascript": "a.js a.test.jsx a.mjs a.cjs",
+    "typescript": "a.ts a.d.ts a.tsx a.mts",
+    "rust": "src/main.rs",
+    "c": "a.c a.h",
+    "cpp": "a.cpp a.cc a.hxx",
+    "go": r"C:\src\a.go",
+    "java": "src/A.java",
+    "csharp": "Program.cs",
+    "kotlin": "build.gradle.kts",
+    "swift": "a.swift",
+    "php": "index.php",
+    "ruby": "a.rb /home/me/Gemfile",
+    "": "Gemfile.lock dockerfiles a. go src.d/c a.py.orig",
+    "lua": "a.lua",
+    "shell": "run.sh /home/me/.bashrc",
+    "sql": "a.SQL",
+    "html": "index.htm",
+    "css": "a.scss",
+    "json": "package.json",
+    "yaml": ".github/workflows/ci.yml",
+    "toml": "Cargo.toml",
+    "markdown": "README.md",
+    "dockerfile": r"C:\app\Dockerfile web.dockerfile Containerfile",
+    "makefile": "Makefile rules.mk",
+    "r": "a.R",
+    "perl": "a.pm",
+}
 # By the text before the cursor: its shebang, what a plugin writes above it, or the fence that is
 # open at its end.
 TEXTS = {
     "python": [
-        "#!/usr/bin/env python3\n", "#!/usr/bin/env python3\r\nimport os\r\n", "#! /usr/local/bin/python3.11 -u\n",
-        "#!python\n", "# language: python\n", "# sum.py\ndef add(a, b):", "# license: MIT\n# language: python\n",
+        "#!/usr/bin/env python3\n",
+        "#!/usr/bin/env python3\r\nimport os\r\n",
+        "#! /usr/local/bin/python3.11 -u\n",
+        "#!python\n",
+        "# language: python\n",
+        "# sum.py\ndef add(a, b):",
+        "# license: MIT\n# language: python\n",
         "Some text\n```python\nx = 1\n",
     ],
     "typescript": [
-        "#!/usr/bin/env -S deno run --allow-net\n", "#!/usr/bin/env bun\n", "// src/sum.test.ts\r\nlet x",
-        "# file: x.ts\n", "~~~ts\n",
+        "#!/usr/bin/env -S deno run --allow-net\n",
+        "#!/usr/bin/env bun\n",
+        "// src/sum.test.ts\r\nlet x",
+        "# file: x.ts\n",
+        "~~~ts\n",
     ],
     "javascript": ["#!/usr/bin/env A=1 node\n", "# Language: JavaScript\n"],
     "shell": ["#!/opt/python/bin/bash\n", "#!/bin/sh\n"],
     "ruby": ["#!/usr/bin/env ruby\n"],
     "lua": ["#!/usr/bin/lua5.4\n"],
     "": [
-        "#!/usr/bin/awk\n", "#!/usr/bin/env", "#!", "x\n#!/usr/bin/env python3\n", "# see sum.py\nx", "x\n# a.rs",
-        "# language: cobol\n", "language: python\n", "```python\nx = 1\n```\n", "```\nx = 1\n", "```cobol\n",
+        "#!/usr/bin/awk\n",
+        "#!/usr/bin/env",
+        "#!",
+        "x\n#!/usr/bin/env python3\n",
+        "# see sum.py\nx",
+        "x\n# a.rs",
+        "# language: cobol\n",
+        "language: python\n",
+        "```python\nx = 1\n```\n",
+        "```\nx = 1\n",
+        "```cobol\n",
         "a ```python\n",
     ],
     "cpp": ["// language: C++\n"],
     "go": [
-        "-- filetype=go\n", "<!-- filename: a.go -->\n", "```rs\nfn f() {}\n```\nand\n"
-                                                         "```go\n", "```go\r\nx := 1\r\n",
+        "-- filetype=go\n",
+        "<!-- filename: a.go -->\n",
+        "```rs\nfn f() {}\n```\nand\n```go\n",
+        "```go\r\nx := 1\r\n",
     ],
     "rust": ["// Path: src/main.rs\nfn main() {", "# language: cobol\n# path: a.rs\n"],
     "csharp": ["```c#\n", "# language: C#\n"],
     "kotlin": ["```kotlin\n"],
     "sql": ["-- filetype=sql\n"],
     "html": ["<!-- filename: a.html -->\n"],
-}  # fmt: skip
+}
 # (the file's name, the text before the cursor, the names of other files, the language)
 GUESSES: list[tuple[str, str, list[str], str]] = [
-    *((name, "", [], language) for name, language in FILENAMES),
-    *(("", text, [], language) for language, texts in TEXTS.items() for text in texts),
     ("", "", [], ""),
     ("run", "#!/usr/bin/python", [], "python"),
     ("", "import os\n\ndef g(x):\n    os.c", ["a.py"], "python"),
@@ -324,6 +754,10 @@ GUESSES: list[tuple[str, str, list[str], str]] = [
     ("notes.md", "```rust\n", ["a.c"], "markdown"),
     ("", "x = 1", ["a.json", "b.json", "c.rb"], "ruby"),
 ]
+for language, names in FILENAMES.items():
+    GUESSES += [(name, "", [], language) for name in names.split()]
+for language, texts in TEXTS.items():
+    GUESSES += [("", text, [], language) for text in texts]
 
 
 @pytest.mark.parametrize(("filename", "text", "others", "language"), GUESSES, ids=str)
