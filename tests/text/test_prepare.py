@@ -33,77 +33,108 @@ FUNCTION = "def get(url):\n    return requests.get(url).text\n"
 COMPLETE = {
     "python": [
         "def fibonacci(n):",
-        'def has_close(numbers, threshold):\n    """Check if any two numbers are close.\n'
-        '    """\n', "# Sort the list",
-        "# Write a function that sorts a list\ndef sort_list(items):", "# Refactor this to use "
-                                                                       "async\n",
-        "# Refactor this to use async\ndef get(url):\n", '# Rewrite this recursively\ndef f(x):\n'
-                                                         '    """The sum."""\n',
+        'def has_close(numbers, threshold):\n    """Check if any two numbers are close.\n    """\n',
+        "# Sort the list",
+        "# Write a function that sorts a list\ndef sort_list(items):",
+        "# Refactor this to use async\n",
+        "# Refactor this to use async\ndef get(url):\n",
+        '# Rewrite this recursively\ndef f(x):\n    """The sum."""\n',
         "# Convert Celsius to Fahrenheit\ndef convert(c):\n    return c * 9 / 5 + 32\n",
         "# Update this when adding a model\nMODELS = [\n    1,\n]\n",
         "# Use this function to parse dates\ndef parse(x):\n    return x\n",
-        "# TODO: refactor this to use async\n" + FUNCTION, "# Fix this later\n" + FUNCTION,
-        "# Fix this when the API changes\n" + FUNCTION, "# Convert this to a string\n"
-                                                        "text = str(value)\n",
+        "# TODO: refactor this to use async\n" + FUNCTION,
+        "# Fix this later\n" + FUNCTION,
+        "# Fix this when the API changes\n" + FUNCTION,
+        "# Convert this to a string\ntext = str(value)\n",
         "# Copyright 2024 The Authors\n# Licensed under the MIT license\nimport os\nimport sys\n",
-        "#!/usr/bin/env python3\nimport sys\n\ndef main():\n    pass\n", '"""Explain this module."""\nimport os\n',
-        "import os\n# Refactor this to use async\n" + FUNCTION, "print(the_list)\nsort(a, b)\n"
-                                                                "find = 3\n",
-        "return a if b else c", "query = '''\nSELECT a FROM b", "select name from users",
-        "CREATE TABLE users (id INT, name TEXT)", "explain select * from users", "\n\n",
+        "#!/usr/bin/env python3\nimport sys\n\ndef main():\n    pass\n",
+        '"""Explain this module."""\nimport os\n',
+        "import os\n# Refactor this to use async\n" + FUNCTION,
+        "print(the_list)\nsort(a, b)\nfind = 3\n",
+        "return a if b else c",
+        "query = '''\nSELECT a FROM b",
+        "select name from users",
+        "CREATE TABLE users (id INT, name TEXT)",
+        "explain select * from users",
+        "\n\n",
         "for a in the_list:\n    print(a)\n",
         # wrong:
         "#!/usr/bin/env python3\n# Refactor this to use async\n" + FUNCTION,
-        FUNCTION + "# Refactor the above to use async\n", "编写一个对列表排序的函数", "fizzbuzz in python",
+        FUNCTION + "# Refactor the above to use async\n",
+        "编写一个对列表排序的函数",
+        "fizzbuzz in python",
         "Return the sum of two numbers",
     ],
     "c": [
-        "#define MAX(a, b) ((a) > (b) ? (a) : (b))\n", "/* Convert this to bytes */\nint f(",
+        "#define MAX(a, b) ((a) > (b) ? (a) : (b))\n",
+        "/* Convert this to bytes */\nint f(",
         "// Reads all of the input\nint read_all(void) {\n    return 1;\n}\n",
         # wrong:
         "# Refactor this to use realloc\nint f(void) {\n    return 1;\n}\n",
     ],
     "cpp": ["delete this;"],
     "rust": [
-        "use my::module;\nuse the::other;", "/// Converts this type into a string.\n"
-                                            "pub fn to_s(x: u8) -> String {",
+        "use my::module;\nuse the::other;",
+        "/// Converts this type into a string.\npub fn to_s(x: u8) -> String {",
     ],
-    "go": ['package main\n\nimport "fmt"\n\nfunc main() {', "// Package foo does this.\n"
-                                                            "package foo\n\nfunc A() {}\n"],
+    "go": [
+        'package main\n\nimport "fmt"\n\nfunc main() {',
+        "// Package foo does this.\npackage foo\n\nfunc A() {}\n",
+    ],
     "javascript": [
-        "// Convert this to TypeScript\nfunction add(a, b) {", "describe('a thing', () => {\n"
-                                                               "  it('works', () => {",
+        "// Convert this to TypeScript\nfunction add(a, b) {",
+        "describe('a thing', () => {\n  it('works', () => {",
         "delete a.b\nlet the = 1",
     ],
     "typescript": [
         "export abstract class that extends Base {",
         "/**\n * Make this configurable later.\n */\nexport function f() {\n  return 1\n}\n",
     ],
-    "markdown": ["How do I install it?\n\nRun ", "# Title\n\nWrite a "],
-    "sql": ["CREATE PROCEDURE foo()", "create extension if not exists", "EXPLAIN ALL a", "describe users"],
+    "markdown": [
+        "How do I install it?\n\nRun ",
+        "# Title\n\nWrite a ",
+    ],
+    "sql": [
+        "CREATE PROCEDURE foo()",
+        "create extension if not exists",
+        "EXPLAIN ALL a",
+        "describe users",
+    ],
     "dockerfile": ["ADD a b"],
     "yaml": ["generate foo: x"],
-    "shell": ["find . -name '*.txt'", "make install"],
+    "shell": [
+        "find . -name '*.txt'",
+        "make install",
+    ],
     "html": ["<p>Write a letter"],
-}  # fmt: skip
+}
 INSTRUCT = {
     "python": [
-        "Write a function that reverses a string", "Write Python code to parse a CSV file", "Write quicksort",
-        "Explain this code:\n\n" + FUNCTION, "Explain what `yield from` does",
-        "Please add type hints to this:\n" + FUNCTION, "Can you write a web server?",
-        "How do I read a file line by line?", "What does this function return?\n\n" + FUNCTION,
-        "I need a class for matrices", "Create a class Stack with push and pop",
-        "Given a list of integers, return the two that add up to a target", "A function that returns the n-th prime",
-        "Python function to check if a number is prime", "Write a function add(a, b):\n- it adds\n"
-                                                         "- it never fails",
-        "\n  Sort a list of tuples by the second element\n", "Refactor this to use "
-                                                             "async:\n\n" + FUNCTION,
-        "# Refactor this to use async\n" + FUNCTION, "# Refactor this to use async\n"
-                                                     "# and aiohttp.\n\n" + FUNCTION,
-        "# Refactor this to use async\n" + FUNCTION.rstrip(), "# Please simplify this "
-                                                              "code\n" + FUNCTION,
-        "# Add type hints\n" + FUNCTION, "# Add error handling to this function\n" + FUNCTION,
-        "# Make it faster\n" + FUNCTION, "# Fix the bug in this function\n" + FUNCTION,
+        "Write a function that reverses a string",
+        "Write Python code to parse a CSV file",
+        "Write quicksort",
+        "Explain this code:\n\n" + FUNCTION,
+        "Explain what `yield from` does",
+        "Please add type hints to this:\n" + FUNCTION,
+        "Can you write a web server?",
+        "How do I read a file line by line?",
+        "What does this function return?\n\n" + FUNCTION,
+        "I need a class for matrices",
+        "Create a class Stack with push and pop",
+        "Given a list of integers, return the two that add up to a target",
+        "A function that returns the n-th prime",
+        "Python function to check if a number is prime",
+        "Write a function add(a, b):\n- it adds\n- it never fails",
+        "\n  Sort a list of tuples by the second element\n",
+        "Refactor this to use async:\n\n" + FUNCTION,
+        "# Refactor this to use async\n" + FUNCTION,
+        "# Refactor this to use async\n# and aiohttp.\n\n" + FUNCTION,
+        "# Refactor this to use async\n" + FUNCTION.rstrip(),
+        "# Please simplify this code\n" + FUNCTION,
+        "# Add type hints\n" + FUNCTION,
+        "# Add error handling to this function\n" + FUNCTION,
+        "# Make it faster\n" + FUNCTION,
+        "# Fix the bug in this function\n" + FUNCTION,
         "# Convert this to a dataclass\nclass A:\n    def __init__(self):\n        self.a = 1\n",
         # wrong:
         "# Convert this to a string\ntext = str(value)\nprint(text)\n",
@@ -112,43 +143,48 @@ INSTRUCT = {
         "// Convert this to TypeScript\nfunction add(a, b) {\n  return a + b\n}\n",
         "/* Convert this to TypeScript */\nfunction add(a, b) {\n  return a + b\n}\n",
     ],
-    "typescript": ["/**\n * Rewrite this with async/await.\n */\nfunction f() {\n"
-                   "  return g().then(h)\n}"],
+    "typescript": [
+        "/**\n * Rewrite this with async/await.\n */\nfunction f() {\n  return g().then(h)\n}"
+    ],
     "rust": ["// Make this function generic\nfn add(a: u8, b: u8) -> u8 {\n    a + b\n}\n"],
     "c": ["// Optimize the loop below\nfor (int i = 0; i < n; i++) {\n    s += a[i];\n}\n"],
     "cpp": ["Write a C++ program that uses std::vector"],
     "go": ["Translate this Python to Go:\n\nprint('hi')\nprint('ho')\n"],
     "markdown": ["Write a README for a shop"],
-    "sql": ["Write a query that lists all customers", "explain this query"],
+    "sql": [
+        "Write a query that lists all customers",
+        "explain this query",
+    ],
     "dockerfile": ["Add a user"],
     "shell": ["Find all files that are larger than 1 GB"],
     "ruby": ["# Refactor this\ndef f\n  1\nend\n"],
     "lua": ["-- Refactor this function\nfunction f()\nend\n"],
     "css": ["/* Simplify this */\na {\n  color: red;\n}\n"],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("prompts", "mode"), [(COMPLETE, "complete"), (INSTRUCT, "instruct")])
 def test_the_mode_of_a_prompt(prompts: dict[str, list[str]], mode: str) -> None:
-    found = {
-        text: detect_mode({"language": name, "prompt": text})
-        for name, texts in prompts.items()
-        for text in texts
-    }
-    assert {text: other for text, other in found.items() if other != mode} == {}
+    for language, texts in prompts.items():
+        found = {text: detect_mode({"language": language, "prompt": text}) for text in texts}
+        assert found == dict.fromkeys(texts, mode)
 
 
 DECIDED: list[Any] = [
     ({"prompt": "def f(", "suffix": "):\n    return 1\n"}, "infill"),
-    ({"prompt": "Write a stack", "suffix": "\nx = 1\n"}, "infill"), ({"prompt": "", "suffix": "x = 1\n"}, "infill"),
-    ({"prompt": "def f(", "suffix": ""}, "complete"), ({"prompt": "def f(", "suffix": "\n"}, "complete"),
+    ({"prompt": "Write a stack", "suffix": "\nx = 1\n"}, "infill"),
+    ({"prompt": "", "suffix": "x = 1\n"}, "infill"),
+    ({"prompt": "def f(", "suffix": ""}, "complete"),
+    ({"prompt": "def f(", "suffix": "\n"}, "complete"),
     ({"prompt": "def f(", "suffix": "", "mode": "infill"}, "infill"),
     ({"prompt": FUNCTION, "instruction": "Make this async"}, "instruct"),
-    ({"prompt": "", "instruction": "Write a stack"}, "instruct"), ({"prompt": "def f(", "instruction": ""}, "complete"),
-    ({"prompt": "def f(", "mode": "auto"}, "complete"), ({"prompt": "def f(", "mode": "instruct"}, "instruct"),
+    ({"prompt": "", "instruction": "Write a stack"}, "instruct"),
+    ({"prompt": "def f(", "instruction": ""}, "complete"),
+    ({"prompt": "def f(", "mode": "auto"}, "complete"),
+    ({"prompt": "def f(", "mode": "instruct"}, "instruct"),
     ({"prompt": "Write a stack", "mode": "complete"}, "complete"),
     ({"prompt": "Write a stack", "mode": None, "suffix": None, "instruction": None}, "instruct"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("fields", "mode"), DECIDED)
@@ -156,18 +192,18 @@ def test_fields_decide_before_the_prompt(fields: dict[str, Any], mode: str) -> N
     assert detect_mode({"language": "python", **fields}) == mode
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"prompt": "a", "mode": "infill"}, "suffix: "),
-        ({"prompt": "a", "mode": "complete", "suffix": "b"}, "suffix: .*got 1 "),
-        ({"prompt": "a", "mode": "instruct", "suffix": "b"}, "suffix: "),
-        ({"prompt": "a", "mode": "complete", "instruction": "do"}, "instruction: "),
-        ({"prompt": "a", "suffix": "b", "instruction": "do"}, "instruction: .*got 2 "),
-        ({"prompt": "", "mode": "complete"}, "prompt: "),
-        ({"prompt": "", "mode": "instruct"}, "prompt: "),
-    ],
-)
+CONTRADICTIONS = [
+    ({"prompt": "a", "mode": "infill"}, "suffix: "),
+    ({"prompt": "a", "mode": "complete", "suffix": "b"}, "suffix: .*got 1 "),
+    ({"prompt": "a", "mode": "instruct", "suffix": "b"}, "suffix: "),
+    ({"prompt": "a", "mode": "complete", "instruction": "do"}, "instruction: "),
+    ({"prompt": "a", "suffix": "b", "instruction": "do"}, "instruction: .*got 2 "),
+    ({"prompt": "", "mode": "complete"}, "prompt: "),
+    ({"prompt": "", "mode": "instruct"}, "prompt: "),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), CONTRADICTIONS)
 def test_fields_that_contradict_are_named(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(HttpError, match=message) as caught:
         detect_mode({"language": "python", **fields})
@@ -183,9 +219,22 @@ def prepared(
     return prepare({"language": language, "prompt": text, **more}, mode, budget, 3.0)
 
 
-def shared(one: str, other: str) -> float:
-    """The part of `other` that a cache of `one` saves."""
-    return common_length(one, other) / len(other)
+def sent(text: str, **more: Any) -> str:
+    return str(prepared(text, **more).body["prompt"])
+
+
+def instructed(text: str, instruction: str | None = None) -> tuple[str, list[str]]:
+    """The message to a model, and the parts that are kept."""
+    result = prepared(text, mode="instruct", instruction=instruction)
+    question, answer = result.body["messages"]
+    assert answer == {"role": "assistant", "content": "```python\n"}
+    assert question["role"] == "user"
+    return question["content"], result.kept["parts"]
+
+
+def shared(text: str, other: str) -> float:
+    """The part of `other` that a cache of `text` saves."""
+    return common_length(text, other) / len(other)
 
 
 @pytest.mark.parametrize("prompt", ["x", FUNCTION, "\r\n\ta = '漢字'\r\n", "\n" * 500])
@@ -198,29 +247,22 @@ def test_what_fits_is_sent_unchanged(prompt: str) -> None:
     assert result.kept["parts"] == ["all"]
 
 
-@pytest.mark.parametrize(
-    ("prompt", "instruction", "content"),
-    [
-        ("Write a stack", None, "Write a stack"),
-        (FUNCTION, "Make this async", f"Make this async\n\n```python\n{FUNCTION}```"),
-        (f"# Make this async\n{FUNCTION}", None, f"Make this async\n\n```python\n{FUNCTION}```"),
-        ("x = 1", " Explain\n", "Explain\n\n```python\nx = 1\n```"),
-        ("", "Write a stack", "Write a stack"),
-        (
-            60 * FUNCTION,
-            "Make this async",
-            f"```python\n{60 * FUNCTION}```\n\nMake this async",
-        ),  # long code first
-    ],
-)
+LONG_CODE = 60 * FUNCTION  # goes before the instruction
+INSTRUCTIONS = [
+    ("Write a stack", None, "Write a stack"),
+    (FUNCTION, "Make this async", f"Make this async\n\n```python\n{FUNCTION}```"),
+    (f"# Make this async\n{FUNCTION}", None, f"Make this async\n\n```python\n{FUNCTION}```"),
+    ("x = 1", " Explain\n", "Explain\n\n```python\nx = 1\n```"),
+    ("", "Write a stack", "Write a stack"),
+    (LONG_CODE, "Make this async", f"```python\n{LONG_CODE}```\n\nMake this async"),
+]
+
+
+@pytest.mark.parametrize(("prompt", "instruction", "content"), INSTRUCTIONS)
 def test_an_instruction_is_answered_by_code(
     prompt: str, instruction: str | None, content: str
 ) -> None:
-    turns = prepared(prompt, mode="instruct", instruction=instruction).body["messages"]
-    assert turns == [
-        {"role": "user", "content": content},
-        {"role": "assistant", "content": "```python\n"},
-    ]
+    assert instructed(prompt, instruction)[0] == content
 
 
 # The imports of a file, and a statement that fills it.
@@ -249,10 +291,9 @@ def test_a_long_file_keeps_its_imports_and_a_window_of_whole_statements(language
     imports, statement = LONG[language]
     text = "".join([imports, "\n", *(statement % n for n in range(2000)), "cursor"])
     result = prepared(text, language, budget=1200)
-    head, mark, window = result.body["prompt"].partition(
-        LANGUAGES[language].remark("... lines left out") + "\n"
-    )
-    assert (head, bool(mark)) == (imports, True)
+    mark = LANGUAGES[language].remark("... lines left out") + "\n"
+    head, found, window = result.body["prompt"].partition(mark)
+    assert (head, found) == (imports, mark)
     assert text.endswith(window)
     number = re.search(r"\d+", window)
     assert number
@@ -264,11 +305,9 @@ def test_a_long_file_keeps_its_imports_and_a_window_of_whole_statements(language
 
 
 def test_imports_of_names_near_the_cursor_are_first() -> None:
-    imports = [f"import module_{n}\n" for n in range(400)]
-    text = "".join(
-        [*imports, *("x = 1\n" for _ in range(2000)), "module_333.run()\nmodule_222.run()\n" * 40]
-    )
-    head = prepared(text).body["prompt"].partition("# ...")[0].splitlines()
+    imports = "".join(f"import module_{n}\n" for n in range(400))
+    near = "module_333.run()\nmodule_222.run()\n" * 40
+    head = sent(imports + "x = 1\n" * 2000 + near).partition("# ...")[0].splitlines()
     assert {"import module_222", "import module_333"} < set(head)
     assert len(head) < 100
 
@@ -288,38 +327,36 @@ def test_an_infill_keeps_both_sides_of_the_cursor() -> None:
 
 def test_an_instruction_on_a_long_file_gets_what_it_names() -> None:
     text = PYTHON_FILE + "\n\nx = 1\n" * 3000
-    result = prepared(text, mode="instruct", instruction="Let FileType open gzip files as well")
-    message, _ = result.body["messages"]
-    assert "class FileType(object):" in message["content"]
-    assert "Let FileType open gzip files as well" in message["content"]
-    assert result.kept["parts"] == ["imports", "window"]
-    top = prepared(
-        f"def first():\n    pass\n\n\n{text}", mode="instruct", instruction="Document first"
-    )
-    assert top.body["messages"][0]["content"].startswith("```python\ndef first():\n    pass\n")
-    assert top.kept["parts"] == ["window"]
-    huge = prepared("", mode="instruct", instruction="Write a stack. " * 60_000)
-    assert huge.body["messages"][0]["content"].startswith("Write a stack. Write")
-    assert huge.kept["parts"] == ["instruction"]
+    asked = "Let FileType open gzip files as well"
+    content, parts = instructed(text, asked)
+    assert "class FileType(object):" in content
+    assert asked in content
+    assert parts == ["imports", "window"]
+    content, parts = instructed(f"def first():\n    pass\n\n\n{text}", "Document first")
+    assert content.startswith("```python\ndef first():\n    pass\n")
+    assert parts == ["window"]
+    content, parts = instructed("", "Write a stack. " * 60_000)
+    assert content.startswith("Write a stack. Write")
+    assert parts == ["instruction"]
 
 
 def test_an_instruction_line_over_a_long_file_is_split_from_it() -> None:
     asked = "Refactor this to use asyncio:"
     text = f"{asked}\n\n{PYTHON_FILE}"
     assert detect_mode({"prompt": text, "language": "python"}) == "instruct"
-    result = prepared(text, mode="instruct")
-    assert result.body["messages"][0]["content"].endswith(f"{PYTHON_FILE[-300:]}```\n\n{asked}")
-    assert result.kept["parts"][-1] == "window"
+    content, parts = instructed(text)
+    assert content.endswith(f"{PYTHON_FILE[-300:]}```\n\n{asked}")
+    assert parts[-1] == "window"
 
 
 def test_someone_typing_keeps_the_cache() -> None:
-    lines = PYTHON_FILE.splitlines(keepends=True)[:1800]
-    prompts = [prepared("".join(lines[:count])).body["prompt"] for count in range(1700, 1800)]
+    lines = PYTHON_FILE.splitlines(keepends=True)
+    prompts = [sent("".join(lines[:count])) for count in range(1700, 1800)]
     saved = sorted(itertools.starmap(shared, itertools.pairwise(prompts)))
     assert sum(saved) / len(saved) > 0.95
     assert saved[5] > 0.9  # 95 of 100 lines; at the others the window moves
     typed = "".join(lines[:1700])
-    keys = [prepared(typed[:-count]).body["prompt"] for count in range(60, 0, -1)]
+    keys = [sent(typed[:-count]) for count in range(60, 0, -1)]
     assert sum(itertools.starmap(shared, itertools.pairwise(keys))) / 59 > 0.97
 
 
@@ -351,28 +388,32 @@ def test_odd_texts_fit(name: str, language: str) -> None:
 
 
 def test_any_cut_of_real_files_fits() -> None:
-    chance, files = (
-        random.Random(7),
-        [Path(argparse.__file__), Path(ast.__file__), Path(random.__file__)],
-    )
+    chance = random.Random(7)
+    files = [Path(module.__file__) for module in (argparse, ast, random)]
     for _ in range(60):
         text = chance.choice(files).read_text("utf-8")
         start = chance.randrange(len(text) // 2)
         stop = chance.randrange(start, len(text))
         budget = chance.choice([300, 900, 2000, 3500])
         language = chance.choice(["python", "c", "go"])
-        result = prepared(text[start:stop], language, "infill", budget, suffix=text[stop:])
+        prompt = text[start:stop]
+        result = prepared(prompt, language, "infill", budget, suffix=text[stop:])
         assert result.weight <= (budget - 16) * 3
-        assert result.body["prompt"].endswith(text[start:stop].rpartition("\n")[2][-40:])
+        assert result.body["prompt"].endswith(prompt.rpartition("\n")[2][-40:])
         assert text[stop:].startswith(result.body["suffix"])
 
 
-@pytest.mark.parametrize(
-    ("layout", "text"),
-    [("psm", "<pre>a<suf>b<mid>"), ("spm", "<suf>b<pre>a<mid>"), ("spmv2", "<pre><suf>b<mid>a")],
-)
-def test_the_layouts_of_a_gap(layout: str, text: str) -> None:
-    assert "".join(arrange_gap(layout, ("<pre>", "<suf>", "<mid>"), "a", "b")) == text
+LAYOUTS = {
+    "psm": "<pre>a<suf>b<mid>",
+    "spm": "<suf>b<pre>a<mid>",
+    "spmv2": "<pre><suf>b<mid>a",
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_layouts_of_a_gap(layout: str) -> None:
+    text = "".join(arrange_gap(layout, ("<pre>", "<suf>", "<mid>"), "a", "b"))
+    assert text == LAYOUTS[layout]
 
 
 @pytest.mark.parametrize("lines", [60, 240, 1200])
@@ -381,7 +422,8 @@ def test_typing_adds_to_a_prompt_that_has_the_suffix_first(lines: int) -> None:
     more than what is read once.
     """
     file = PYTHON_FILE.splitlines(keepends=True)
-    above, below = "".join(file[:lines]), "".join(file[lines : lines + 400])
+    above = "".join(file[:lines])
+    below = "".join(file[lines : lines + 400])
     read, before = 0, ""
     for end in range(200):
         fields = {"prompt": above + PYTHON_FILE[:end], "suffix": below, "language": "python"}
@@ -399,21 +441,22 @@ def test_what_is_read_in_time_of_a_prompt_that_has_the_suffix_first() -> None:
     """
     fields = {"prompt": PYTHON_FILE[:8000], "suffix": PYTHON_FILE[8000:9000], "language": "python"}
 
-    def sent(*cached: str) -> tuple[int, int, bool]:
+    def weights(*cached: str) -> tuple[int, int, bool]:
         result = prepare(fields, "infill", 6000, 3.0, 416, cached, "spmv2")
-        assert result.above == result.body["suffix"] + result.body["prompt"]
-        return weigh(result.body["prompt"]), weigh(result.body["suffix"]), result.cut
+        prompt, suffix = result.body["prompt"], result.body["suffix"]
+        assert result.above == suffix + prompt
+        return weigh(prompt), weigh(suffix), result.cut
 
     whole = fields["suffix"] + fields["prompt"]
-    new, suffix, cut = sent()
+    new, suffix, cut = weights()
     assert cut
     assert 600 < new <= 900
     assert 200 < suffix <= 300
-    prompt, suffix, cut = sent(fields["suffix"] + "another text")
+    prompt, suffix, cut = weights(fields["suffix"] + "another text")
     assert cut
     assert new < prompt <= 1200
     assert suffix == weigh(fields["suffix"])
-    assert sent(whole[:-200]) == (weigh(fields["prompt"]), weigh(fields["suffix"]), False)
+    assert weights(whole[:-200]) == (weigh(fields["prompt"]), weigh(fields["suffix"]), False)
 
 
 # -------------------------------------------------------------------------------------------- ratio
@@ -430,21 +473,16 @@ def ratios_after(*counts: tuple[int, int]) -> list[float]:
 
 
 def test_the_ratio_falls_at_once_rises_slowly_in_steps_and_does_not_flap() -> None:
-    assert ratios_after((100, 100), (2000, 1000), (10, 1000)) == [
-        3.0,
-        2.0,
-        0.75,
-    ]  # the first prompt is too short
+    # The first prompt is too short.
+    assert ratios_after((100, 100), (2000, 1000), (10, 1000)) == [3.0, 2.0, 0.75]
     rising = ratios_after(*[(4000, 1000)] * 200)
     assert (rising, set(rising)) == (sorted(rising), {3.0, 3.25})
     wavering = ratios_after(*((3240 + n % 3 * 20, 1000) for n in range(200)))
-    assert sum(one != other for one, other in itertools.pairwise(wavering)) <= 2
+    assert len(list(itertools.groupby(wavering))) <= 3
 
 
 def test_nothing_is_left_out_of_a_layout_of_the_models_own() -> None:
     prompt = "<|file_sep|>original/a.py\n" + "x = 1\n" * 5000
-    result = prepare(
-        {"prompt": prompt, "language": "python", "special": True}, "complete", 100, 3.0
-    )
+    result = prepared(prompt, budget=100, special=True)
     assert result.body == {"mode": "complete", "prompt": prompt}
     assert result.kept == {"characters": len(prompt), "of": len(prompt), "parts": ["all"]}
