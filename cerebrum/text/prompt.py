@@ -247,7 +247,7 @@ class Ratio:
         low = seen if seen < low else low + (seen - low) / 16
         low = min(max(low, MIN_RATIO), MAX_RATIO)
         self.low[model] = low
-        # 0.4 is wider than a step, so that the value cannot flap between two.
+        # 0.4 is wider than a step, so that `get` cannot flap between two values.
         if not 0 <= low - self.get(model) < 0.4:
             self.given[model] = int(low * 4) / 4
 
@@ -264,6 +264,7 @@ def weigh(text: str) -> int:
 # --------------------------------------------------------------------------------- fitting a prompt
 
 # A room is the weight that a text may have.
+
 LEFT_OUT = "... lines left out"
 MAX_IMPORTS = 1000
 MAX_IMPORT_CHARACTERS = 4000
@@ -338,18 +339,20 @@ def fit(text: str, language: Language, room: int) -> tuple[str, Kept]:
     if start is None:
         return fit_end(text, room), {"parts": ["window"]}
     start = find_statement(text, language, start, start + step // 2)
-    above = [text[first:end] for first, end in sorted(imports) if end <= start]
     window = text[start:]
+    head = [text[first:end] for first, end in sorted(imports) if end <= start]
+    parts = ["imports", "window"] if head else ["window"]
     lines = window.count("\n") + (not text.endswith("\n"))
-    parts = ["imports", "window"] if above else ["window"]
-    return "".join(above) + mark + window, {"parts": parts, "lines": lines}
+    return "".join(head) + mark + window, {"parts": parts, "lines": lines}
 
 
 def window_step(text: str, room: int) -> int:
-    """The distance between the places where a window may start: a power of two, about a quarter of
-    the room, and less if the end of the text has digits or rare characters, which weigh more.
+    """The characters between the places where a window may start: a power of two, up to a quarter
+    of the room. Less if the last step of the text weighs much, as digits and rare characters do.
     """
-    step = 1 << max(4, (room // 4).bit_length() - 1)
+    step = MIN_STEP
+    while 2 * step <= room // 4:
+        step *= 2
     while step > MIN_STEP:
         start = (len(text) // step - 1) * step
         if weigh(text[start:][:step]) <= room // 3:
@@ -359,8 +362,8 @@ def window_step(text: str, room: int) -> int:
 
 
 def window_start(text: str, step: int, room: int) -> int | None:
-    """The first multiple of `step` from which on the text fits into the room; None if there is
-    none.
+    """The first multiple of `step` from which on the text fits into the room; None if not even the
+    last one does.
     """
     first = max(0, len(text) - MAX_CHARS_PER_WEIGHT * room) // step * step
     starts = range(first, len(text), step)
@@ -440,7 +443,7 @@ def fit_start(text: str, room: int) -> str:
 
 
 def fit_end(text: str, room: int) -> str:
-    """The same of the end of `text`; room is at least 0."""
+    """The end of `text` that weighs at most `room`, cut like `fit_start`. `room` is at least 0."""
     end = text[max(0, len(text) - MAX_CHARS_PER_WEIGHT * room) :]
     return fit_start(end[::-1], room)[::-1]
 
@@ -555,7 +558,7 @@ class Excerpt:
 
     extra: list[File]  # other files' texts, which the backend reads first
     before: str  # the text up to the cursor
-    after: str  # and behind it
+    after: str  # the text behind it
     kept: Kept  # the parts of `before`, see `prepare`
     cut: bool = False  # to limit the prefill
 
@@ -730,10 +733,10 @@ def prepare_chat(messages: Sequence[Message], room: int) -> Prepared:
     last = {**turns[-1], "content": text}
     start = first_turn(turns, room - weigh_message(last))
     sent = [*system, *turns[start:-1], last]
-    size = sum(len(message["content"]) for message in sent)
+    characters = sum(len(message["content"]) for message in sent)
     given = sum(len(message["content"]) for message in messages)
-    parts = ["all"] if size == given else ["system"] * len(system) + ["latest"]
-    kept = {"characters": size, "of": given, "parts": parts}
+    parts = ["all"] if characters == given else ["system"] * len(system) + ["latest"]
+    kept = {"characters": characters, "of": given, "parts": parts}
     if len(sent) < len(messages):
         kept["messages"] = [len(sent), len(messages)]
     body = {"mode": "complete", "stop_at": "none", "messages": sent}
