@@ -118,8 +118,6 @@ class Completion:
         """Until when a dialect's request waits for a place. A request of our own API never
         waits.
         """
-        if self.request.ahead:
-            return math.inf
         return self.requested + WAIT_SECONDS[self.request.kind] if self.request.kind else -math.inf
 
     @property

@@ -1,7 +1,7 @@
 """Who gets a place at which backend, and when: the Pi's only owner of places.
 
-`decide` is the whole policy: one pure function. `Dispatcher` carries out what it decides, for
-completions that clients await and for prompts that are read ahead.
+The policy is two pure functions: `decide` for completions that clients await, `decide_reading` for
+prompts that are read ahead. `Dispatcher` carries out what they decide.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SHARE_SECONDS, SHARE_OF_SECONDS = (
 
 @dataclass(slots=True)
 class State:
-    """All that `decide` reads. `Dispatcher` writes it, and `Fleet` its backends."""
+    """All that the decisions read. `Dispatcher` writes it, and `Fleet` its backends."""
 
     fleet: Fleet
     places: dict[Attempt, Backend] = field(
@@ -113,7 +113,7 @@ def decide(state: State, completion: Completion, now: float) -> Decision:
     """What happens now to a completion that has no place."""
     request, deadline = completion.request, completion.deadline
     may_wait, resume = now < deadline, busy_until(completion)
-    may_preempt = not (request.guest or request.ahead)
+    may_preempt = not request.guest
     until = resume if now < resume <= deadline else deadline
     # 1. Which models may answer, best first, and which backends have each of them?
     options = state.fleet.who_may(request.fields, any_language=bool(request.kind))
@@ -122,50 +122,63 @@ def decide(state: State, completion: Completion, now: float) -> Decision:
     options = [
         (model, [one for one in having if not tried(one.id, model)]) for model, having in options
     ]
-    able = [
-        backend
-        for backend in state.fleet.backends
-        if any(backend in having for _, having in options)
-    ]
-    # 3. Reading ahead must cost nothing, and nobody may wait for a place meanwhile.
-    if request.ahead:
-        able = [backend for backend in able if backend.reads_ahead]
-        if not able or state.line:
-            return Wait(math.inf) if able else nobody(state.fleet, options)
-    # 4. May any of them be asked? Those in trouble only if there are no others. A trial's end is
-    #    worth waiting for: somebody who types ends one trial after the other. A guest's trial makes
-    #    room.
-    usable = [backend for backend in able if backend.breaker.admits]
-    usable = [backend for backend in usable if not backend.breaker.trouble] or usable
+    able = backends_of(state.fleet, options)
+    # 3. May any of them be asked? A trial's end is worth waiting for: somebody who types ends one
+    #    trial after the other. A guest's trial makes room.
+    usable = which_admit(able)
     if not usable:
         if may_preempt and (guest := who_tries(state, able)):
             return Preempt(guest)
         if may_wait and (until == resume or any(backend.breaker.trial for backend in able)):
             return Wait(until)
         return completion.failure or nobody(state.fleet, options)
-    # 5. Is a place free, and may this client take it? It ends the older requests of its session.
-    #    A prompt is read where its next request will go, once that backend has nothing else to do.
-    chosen = place_for(state, completion, options, usable, now)
-    if chosen and (not request.ahead or is_idle(state, chosen.backend)):
+    # 4. Is a place free, and may this client take it? It ends the older requests of its session.
+    if chosen := place_for(state, completion, options, usable, now):
         return chosen
-    # 6. Guests make room for everybody else.
+    # 5. Guests make room for everybody else.
     if may_preempt and (guest := who_makes_room(state, completion, options, usable, now)):
         return Preempt(guest)
-    # 7. A dialect's request waits; one of our own API gets 429 at once, as docs/api.md promises.
+    # 6. A dialect's request waits; one of our own API gets 429 at once, as docs/api.md promises.
     return Wait(until) if may_wait else completion.failure or all_taken(state, request.guest)
+
+
+def decide_reading(state: State, request: CompletionRequest) -> Assign | Wait | None:
+    """What happens now to a prompt that is to be read ahead; None if no backend will read it.
+    Reading must cost nothing, and nobody may wait for a place meanwhile. The prompt is read where
+    the next request of its file will go, once that backend has nothing else to do.
+    """
+    options = state.fleet.who_may(request.fields, any_language=bool(request.kind))
+    readers = [backend for backend in backends_of(state.fleet, options) if backend.reads_ahead]
+    if not readers:
+        return None
+    if not state.line:
+        chosen = best_place(state, request, options, which_admit(readers))
+        if chosen and is_idle(state, chosen.backend):
+            return chosen
+    return Wait(math.inf)
+
+
+def backends_of(fleet: Fleet, options: Options) -> list[Backend]:
+    """The backends that have one of these models."""
+    having = {backend for _, backends in options for backend in backends}
+    return [backend for backend in fleet.backends if backend in having]
+
+
+def which_admit(backends: Sequence[Backend]) -> list[Backend]:
+    """The backends that may be asked; those in trouble only if there are no others."""
+    admitting = [backend for backend in backends if backend.breaker.admits]
+    return [backend for backend in admitting if not backend.breaker.trouble] or admitting
 
 
 def place_for(
     state: State, completion: Completion, options: Options, usable: Sequence[Backend], now: float
 ) -> Assign | None:
-    """A free place that this client may take. Reading ahead takes no place."""
+    """A free place that this client may take."""
     request = completion.request
-    if request.ahead:
-        return choose(state, request, options, usable)
     if not (is_fair(state, completion, usable, now) and is_left(state, completion, usable, now)):
         return None
     free = [one for one in usable if places_taken(state, one, request.session) < one.limit]
-    return choose(state, request, options, free)
+    return best_place(state, request, options, free)
 
 
 def who_makes_room(
@@ -207,7 +220,7 @@ def who_tries(state: State, able: Sequence[Backend]) -> Attempt | None:
     )
 
 
-def choose(
+def best_place(
     state: State, request: CompletionRequest, options: Options, free: Sequence[Backend]
 ) -> Assign | None:
     """The best model that one of these backends has, at the one that probably has the beginning of
@@ -364,7 +377,7 @@ class Dispatcher:
         self._count_work = (
             count_work  # called with the model and the result of a prompt that was read ahead
         )
-        self.ahead: dict[str, Completion] = {}  # prompts to be read ahead, by client
+        self.ahead: dict[str, CompletionRequest] = {}  # prompts to be read ahead, by client
 
     @property
     def active(self) -> int:
@@ -473,12 +486,12 @@ class Dispatcher:
                     waiting.append(completion)
                 case HttpError() as error:
                     state.line.pop(completion).set_exception(error)
-        for completion in [*self.ahead.values()]:
-            decision = decide(state, completion, time.monotonic())
+        for request in [*self.ahead.values()]:
+            decision = decide_reading(state, request)
             if not isinstance(decision, Wait):
-                del self.ahead[completion.client]
+                del self.ahead[request.client]
             if isinstance(decision, Assign):
-                self._begin_reading(completion, decision)
+                self._begin_reading(Completion(request), decision)
 
     def _assign(self, completion: Completion, model: str, backend: Backend) -> Attempt:
         """Begin an attempt: take the place, and end the requests that it replaces, those of its
@@ -541,7 +554,7 @@ class Dispatcher:
         Reading stops when the backend gets a request, and the prompt is queued again: the backend
         keeps the part that it has read.
         """
-        self._queue(Completion(replace(request, session="", ahead=True)))
+        self._queue(replace(request, session="", ahead=True))
         self.advance()
 
     def end_reading(self) -> None:
@@ -552,9 +565,9 @@ class Dispatcher:
                 attempt.reason = ""  # it makes no room any more, so it is not queued again
                 attempt.completion.end(HttpError("UNAUTHORIZED", "the keys have changed"))
 
-    def _queue(self, completion: Completion) -> None:
-        self.ahead.pop(completion.client, None)
-        self.ahead[completion.client] = completion
+    def _queue(self, request: CompletionRequest) -> None:
+        self.ahead.pop(request.client, None)
+        self.ahead[request.client] = request
         if len(self.ahead) > MAX_AHEAD:
             del self.ahead[next(iter(self.ahead))]
 
@@ -581,5 +594,5 @@ class Dispatcher:
         if task.cancelled() and not attempt.makes_room:
             self.ahead.clear()  # the daemon stops, or the keys have changed
         if attempt.makes_room and attempt.completion.client not in self.ahead:
-            self._queue(Completion(attempt.request))
+            self._queue(attempt.request)
         self._leave(attempt)

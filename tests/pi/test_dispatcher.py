@@ -23,6 +23,7 @@ from cerebrum.pi.dispatcher import (
     State,
     Wait,
     decide,
+    decide_reading,
     whose_turn,
 )
 from cerebrum.pi.fleet import Fleet
@@ -115,13 +116,16 @@ def decided(
         state.line[Completion(replace(completion.request, guest=0))] = asyncio.Future(
             loop=asyncio.new_event_loop()
         )
-    decision = decide(state, completion, now)
+    request = completion.request
+    decision = decide_reading(state, request) if ahead else decide(state, completion, now)
     if isinstance(decision, Assign):
         return f"{decision.model}@{decision.backend.id}"
     if isinstance(decision, Preempt):
         place = [*state.places].index(decision.guest)
         return f"end {(*running, *superseded)[place]}"
-    return f"wait {decision.until - now:.1f}" if isinstance(decision, Wait) else decision.code
+    if isinstance(decision, Wait):
+        return f"wait {decision.until - now:.1f}"
+    return decision.code if decision else "never"
 
 
 TOO_MANY, MISSING = HttpError("RATE_LIMIT", "busy"), HttpError("MODEL_LOAD_FAILED", "no file")
@@ -226,7 +230,7 @@ GUEST = {"kind": "infill", "guest": 3}
         ({"kind": "infill", "ahead": True, "health": {"a": HALF_OPEN, "b": OPEN}}, "wait inf"),
         ({"kind": "infill", "ahead": True, "api": {"a": "openai"}}, "big@b"),
         ({"kind": "infill", "ahead": True, "api": {"a": "llama.cpp"}}, "big@a"),
-        ({"kind": "infill", "ahead": True, "api": {"a": "openai", "b": "openai"}}, "VPS_UNAVAILABLE"),
+        ({"kind": "infill", "ahead": True, "api": {"a": "openai", "b": "openai"}}, "never"),
         # A guest has so many places, and only what the others leave: nobody else waits, and one
         # place stays free.
         (GUEST, "big@a"),
