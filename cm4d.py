@@ -285,14 +285,12 @@ class Gateway:
         self.warn_once = functools.cache(log.warning)
         self.fleet = Fleet()
         self.fleet.replace(config.backends, config.models, config.prefer)
-        self.dispatcher = Dispatcher(
-            self.fleet, lambda model, result: self.counting.work(model, result)
-        )
-        self.broadcasts = Broadcasts(
-            self.dispatcher, self.complete, self.beginning, self.count_typed
-        )
-        self.counting = Counting(self.broadcasts)
+        self.counting = Counting()
         self.counting.configure(config.models, config.names)
+        self.dispatcher = Dispatcher(self.fleet, self.counting.work)
+        self.broadcasts = Broadcasts(
+            self.dispatcher, self.complete, self.beginning, self.counting.typed
+        )
         self.tokenizing = asyncio.Semaphore(MAX_TOKENIZING)
         self.tokenizers = weakref.WeakValueDictionary[
             str, asyncio.Lock
@@ -344,12 +342,18 @@ class Gateway:
         async with own, contextlib.nullcontext() if rank is own else rank, self.tokenizing:
             yield
 
-    def count_typed(self, client: str) -> None:
-        self.counting.typed(client)
+    @property
+    def requests(self) -> int:
+        """Completions that were asked for, computed or not."""
+        return self.counting.started + self.broadcasts.shared + self.broadcasts.type_through
+
+    def sample(self) -> None:
+        """Bring the last half hour's counts up to date."""
+        self.counting.sample(self.requests)
 
     def probed(self) -> None:
         """A backend was probed. It may be back, so those that wait may get a place."""
-        self.counting.sample()
+        self.sample()
         self.dispatcher.advance()
 
     async def complete(self, completion: Completion) -> AsyncGenerator[Pair, None]:
@@ -437,7 +441,7 @@ class Gateway:
             and attempt.size
             and done.get("confidence", -1) >= (attempt.threshold or 0)
         ):
-            self.counting.band(done["confidence"])["suggested"] += 1
+            self.counting.suggested(done["confidence"])
         if (
             attempt.sent.text.cut and request.kind != "chat"
         ):  # read it all later, so that the next one need not be cut
@@ -711,8 +715,8 @@ async def activity(gateway: Gateway, request: Request) -> Response:
     the last half hour. Each number of `requests`, `failed` and `tokens` covers `step_s` seconds,
     the last one the current step so far.
     """
-    fleet, counting = gateway.fleet, gateway.counting
-    counting.sample()
+    fleet = gateway.fleet
+    gateway.sample()
     loaded = dict.fromkeys(id for backend in fleet.backends for id in backend.models_loaded)
     away = [
         f"{one.id} is away: {one.breaker.message}"
@@ -723,7 +727,7 @@ async def activity(gateway: Gateway, request: Request) -> Response:
         "vps_message": fleet.message,
         "models_loaded": [*loaded],
         "notes": away,
-        **counting.history.describe(),
+        **gateway.counting.history.describe(),
     }
     return Response({"timestamp": common.timestamp(), **statistics(gateway), **more})
 
@@ -769,7 +773,7 @@ METRICS = {
         Metric("cerebrum_build_info", "Which daemon this is; always 1.",
                lambda _: {("cm4d", common.VERSION): 1}, labels=("daemon", "version")),
         Metric("cerebrum_completions_started_total", "Requests for a completion.",
-               "counting.requests", "requests_total"),
+               "requests", "requests_total"),
         Metric("cerebrum_completions_failed_total", "Completions that failed.", "counting.failed"),
         Metric("cerebrum_completions_active", "Completions that hold a place.",
                "dispatcher.active", "requests_active"),

@@ -48,7 +48,7 @@ NOTHING_SENT = Fitted({}, Prepared({}, {}, 0), 0, 0)
 @dataclass(slots=True, eq=False)
 class Attempt:
     """One try at one backend. Its `Backend` writes what was sent, what came and how to `cut` it,
-    `Dispatcher` how its place ended.
+    `Dispatcher` how its place ended. `Gateway.complete` drops what was sent once it has failed.
     """
 
     completion: Completion

@@ -15,7 +15,6 @@ from typing import Any
 
 from cerebrum.fields import Field
 from cerebrum.metrics import CANCELLED, Tally
-from cerebrum.pi.broadcast import Broadcasts
 from cerebrum.pi.completion import SUPERSEDED, Completion
 from cerebrum_common import HttpError, Model
 
@@ -102,12 +101,9 @@ class People:
 
 
 class Counting:
-    """Owns the totals of completions. `broadcasts` counts those that it serves without a
-    backend.
-    """
+    """Owns the totals of completions, but for those that `Broadcasts` answers without a backend."""
 
-    def __init__(self, broadcasts: Broadcasts) -> None:
-        self._broadcasts = broadcasts
+    def __init__(self) -> None:
         self.started = self.failed = 0  # completions that were computed, and those that failed
         self.accepted = self.accepted_characters = (
             0  # completions that editors' users accepted, and their length
@@ -124,11 +120,6 @@ class Counting:
         self.people.configure(names)
 
     @property
-    def requests(self) -> int:
-        """Completions that were asked for, computed or not."""
-        return self.started + self._broadcasts.shared + self._broadcasts.type_through
-
-    @property
     def tokens(self) -> int:
         """Tokens that came, also of completions that still run."""
         running = sum(one.attempts[-1].tokens for one in self.running if one.attempts)
@@ -138,23 +129,30 @@ class Counting:
         """One of the counts by confidence, by the lower end of the band."""
         return {(f"{band['from']:g}",): band[name] for band in self.by_confidence}
 
-    def band(self, confidence: float) -> dict[str, float]:
-        return next(band for band in reversed(self.by_confidence) if confidence >= band["from"])
+    def _count_band(self, name: str, confidence: float) -> None:
+        band = next(band for band in reversed(self.by_confidence) if confidence >= band["from"])
+        band[name] += 1
+
+    def suggested(self, confidence: float) -> None:
+        """Count an infill with a text, by the confidence of its first line."""
+        self._count_band("suggested", confidence)
 
     def accept(
         self, client: str, characters: int, confidence: float | None = None
     ) -> dict[str, int]:
         """Count a completion that a client accepted, and return the totals."""
         if confidence is not None:
-            self.band(confidence)["accepted"] += 1
+            self._count_band("accepted", confidence)
         self.people.add(client, Usage(accepted=1))
         self.accepted += 1
         self.accepted_characters += characters
         return {"accepted": self.accepted, "accepted_characters": self.accepted_characters}
 
-    def sample(self) -> None:
-        """Bring `history` up to date."""
-        self.history.sample(time.monotonic(), (self.requests, self.failed, self.tokens))
+    def sample(self, requests: int) -> None:
+        """Bring `history` up to date. `requests`: completions that were asked for, computed or
+        not.
+        """
+        self.history.sample(time.monotonic(), (requests, self.failed, self.tokens))
 
     @contextlib.asynccontextmanager
     async def completion(self, completion: Completion) -> AsyncIterator[None]:

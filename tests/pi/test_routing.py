@@ -513,7 +513,7 @@ async def test_new_settings_keep_what_runs_and_what_is_known() -> None:
         assert pi.gateway.dispatcher.active == 0
         assert reply.events[-1]["backend"] == "a"  # which is no longer in models.toml
         assert await answered(pi, prompt="y =") == "b"
-        gateway.counting.sample()
+        gateway.sample()
         assert sum(gateway.counting.history.describe()["tokens"]) == gateway.counting.tokens == 2
         probes = [backend.probes for backend in (old[0], old[2])]
         for backend in (*old, new):
