@@ -80,12 +80,12 @@ from cerebrum.pi.backend import Backend
 from cerebrum.pi.breaker import BREAKER_OPEN, BREAKER_STATES
 from cerebrum.pi.broadcast import Broadcasts, Subscriber
 from cerebrum.pi.completion import NOTHING_SENT, RETRIED, Attempt, Completion
-from cerebrum.pi.confidence import shown
 from cerebrum.pi.counting import ACCEPTED, Counting
 from cerebrum.pi.dialects import PREEMPTED, CompletionRequest
 from cerebrum.pi.dispatcher import Dispatcher
 from cerebrum.pi.fleet import Fleet
 from cerebrum.pi.page import page_of
+from cerebrum.pi.shown import shown
 from cerebrum.pi.upstream import BackendConfig, Loop, Pair
 from cerebrum.service import Service, make_parser, prompt_of, set_up_logging
 from cerebrum.settings import Client, ConfigError, Environment, load_catalog, read_environment
