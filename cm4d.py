@@ -377,46 +377,56 @@ class Gateway:
         are released when the generator ends or is closed; a generator that was never started holds
         nothing.
         """
-        begun: dict[str, Any] = {}
         if self.config.log_prompts:
             log.info("prompt: %s", prompt_of(completion.request.fields))
+        begun: dict[str, Any] = {}
         async with self.counting.completion(completion):
             while True:
                 attempt = await self.dispatcher.enter(completion)
                 try:
-                    async with (
-                        self.dispatcher.hold(attempt) as backend,
-                        contextlib.aclosing(backend.answer(attempt)) as pairs,
-                    ):
-                        has_spoken = False
+                    async with contextlib.aclosing(self._answer(attempt)) as pairs:
                         async for kind, value in pairs:
-                            if (not begun or kind == "begun") and begun != (
-                                now := self.beginning(completion)
-                            ):
-                                begun = now
-                                yield "started", begun
-                            if kind == "text" and not has_spoken:
-                                has_spoken = True
-                                # a trial has succeeded: others waited for its end
-                                self.dispatcher.advance()
-                            elif kind == "done":
-                                value = self._result(attempt, value)
-                            if kind != "begun":
-                                yield kind, value
+                            if kind == "started":
+                                if value == begun:
+                                    continue
+                                begun = value
+                            yield kind, value
                     return
                 except HttpError as error:
-                    if attempt.reason != PREEMPTED:
-                        if not attempt.may_be_repeated(error):
-                            raise
-                    elif attempt.tokens or not attempt.again:
-                        if not begun:
-                            yield "started", self.beginning(completion)
-                        yield "done", self._result(attempt, {"finish_reason": PREEMPTED})
-                        return
-                    attempt.sent, error.__traceback__ = (
-                        NOTHING_SENT,
-                        None,
-                    )  # both hold the prompt as it was sent
+                    if not attempt.may_be_repeated(error):
+                        raise
+                    # Both hold the prompt as it was sent.
+                    error.__traceback__ = None
+                    attempt.sent = NOTHING_SENT
+
+    async def _answer(self, attempt: Attempt) -> AsyncGenerator[Pair, None]:
+        """The pairs of one attempt. "started" comes first, and again once the backend has read the
+        prompt: it may have been cut meanwhile. A preempted attempt that is not repeated ends like a
+        whole answer.
+        """
+        completion = attempt.completion
+        has_begun = has_spoken = False
+        try:
+            async with (
+                self.dispatcher.hold(attempt) as backend,
+                contextlib.aclosing(backend.answer(attempt)) as pairs,
+            ):
+                async for kind, value in pairs:
+                    if kind == "begun" or not has_begun:
+                        has_begun = True
+                        yield "started", self.beginning(completion)
+                    if kind == "text" and not has_spoken:
+                        has_spoken = True
+                        self.dispatcher.advance()  # others may have waited for the end of a trial
+                    elif kind == "done":
+                        value = self._result(attempt, value)
+                    if kind != "begun":
+                        yield kind, value
+        except HttpError as error:
+            if attempt.reason != PREEMPTED or attempt.may_be_repeated(error):
+                raise
+            yield "started", self.beginning(completion)
+            yield "done", self._result(attempt, {"finish_reason": PREEMPTED})
 
     def beginning(self, completion: Completion) -> dict[str, Any]:
         """The value of the pair "started"."""
@@ -430,34 +440,29 @@ class Gateway:
         """Count the work of a whole answer, and return its result: our own members, then the
         backend's.
         """
-        request, kept, spent = (
-            attempt.request,
-            attempt.sent.text.kept,
-            time.monotonic() - attempt.completion.started,
-        )
+        request, text = attempt.request, attempt.sent.text
         self.counting.work(attempt.model, done)
-        if (
-            request.kind == "infill"
-            and attempt.size
-            and done.get("confidence", -1) >= (attempt.threshold or 0)
-        ):
-            self.counting.suggested(done["confidence"])
-        if (
-            attempt.sent.text.cut and request.kind != "chat"
-        ):  # read it all later, so that the next one need not be cut
+        confidence = done.get("confidence", -1)
+        if request.kind == "infill" and attempt.size and confidence >= (attempt.threshold or 0):
+            self.counting.suggested(confidence)
+        if text.cut and request.kind != "chat":
+            # Read it all later, so that the next prompt of this file need not be cut.
             fields = request.fields | {"max_tokens": 0, "prompt_ms": 0}
             self.dispatcher.read_ahead(replace(request, fields=fields))
-        ours = {
+        spent = time.monotonic() - attempt.completion.started
+        result = {
             "language": request.fields["language"],
             "model": attempt.model,
             "total_tokens": done.pop("total_tokens", attempt.tokens),
             "inference_time": round(float(done.pop("inference_time", spent)), 3),
-            "timestamp": common.timestamp(),
-            "mode": request.fields["mode"],
         }
+        result |= {"timestamp": common.timestamp(), "mode": request.fields["mode"]}
         if len(self.fleet.backends) > 1:
-            ours["backend"] = attempt.backend
-        return ours | done | ({"kept": kept} if kept else {})
+            result["backend"] = attempt.backend
+        result |= done
+        if text.kept:
+            result["kept"] = text.kept
+        return result
 
 
 # ----------------------------------------------------------------------------------------- handlers

@@ -84,8 +84,10 @@ class Attempt:
         """Whether another attempt may follow this error. After the first token nothing is sent
         again; a prompt that is too long may fit into another backend's context.
         """
-        if self.tokens or self.makes_room:
+        if self.tokens:
             return False
+        if self.makes_room:
+            return self.again
         return isinstance(error, TooLong) or error.status in RETRIED
 
 
