@@ -76,6 +76,11 @@ class Attempt:
         return self.completion.request
 
     @property
+    def code(self) -> str:
+        """The code of its error; "" without one."""
+        return self.error.code if self.error else ""
+
+    @property
     def makes_room(self) -> bool:
         """Whether it is being ended for another request, which gets its place."""
         return self.reason in (SUPERSEDED, PREEMPTED)

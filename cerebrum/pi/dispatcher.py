@@ -12,9 +12,9 @@ import functools
 import math
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from cerebrum.fields import describe
 from cerebrum.pi.backend import Backend
@@ -26,81 +26,75 @@ from cerebrum_common import HttpError, internal_error, log
 
 # ----------------------------------------------------------------------------- policy: the decision
 
-BUSY_SECONDS, MAX_BUSY_SECONDS = (
-    0.1,
-    1.0,
-)  # pause before a dialect's request asks a busy backend again; it doubles
+BUSY_SECONDS = 0.1  # pause before a dialect's request asks a busy backend again; it doubles
+MAX_BUSY_SECONDS = 1.0
 EDITOR_SECONDS = 60.0  # for this long after an infill, a place is kept for the next one
-SHARE_SECONDS, SHARE_OF_SECONDS = (
-    10.0,
-    60.0,
-)  # a guest's share of each minute, which other guests respect
+SHARE_SECONDS = 10.0  # a guest's share of each minute, which other guests respect
+SHARE_OF_SECONDS = 60.0
 
 
 @dataclass(slots=True)
 class State:
-    """All that the decisions read. `Dispatcher` writes it, and `Fleet` its backends."""
+    """All that the decisions read. `Dispatcher` writes it, and `Fleet` its backends. Times are
+    monotonic seconds.
+    """
 
     fleet: Fleet
-    places: dict[Attempt, Backend] = field(
-        default_factory=dict
-    )  # maybe at a backend that has left models.toml
-    line: dict[Completion, asyncio.Future[Attempt]] = field(
-        default_factory=dict
-    )  # in order of arrival
-    editors: dict[str, float] = field(
-        default_factory=dict
-    )  # the time of each client's last infill, but for guests
+    # The attempts that hold a place, maybe at a backend that has left models.toml.
+    places: dict[Attempt, Backend] = field(default_factory=dict)
+    # The completions that wait for a place, in order of arrival.
+    line: dict[Completion, asyncio.Future[Attempt]] = field(default_factory=dict)
+    # When each client, but for guests, last asked for an infill.
+    editors: dict[str, float] = field(default_factory=dict)
     turns: dict[str, float] = field(default_factory=dict)  # when each client last got a place
     regular: float = -math.inf  # when a client that is no guest last got a place
-    served: dict[str, Backend] = field(
-        default_factory=dict
-    )  # the last backend of each `CompletionRequest.file`
-    visits: list[tuple[str, float, float]] = field(
-        default_factory=list
-    )  # a guest, and when it got and left a place
+    # The last backend of each `CompletionRequest.file`.
+    served: dict[str, Backend] = field(default_factory=dict)
+    # A guest, and when it got and left a place, within the last minute.
+    visits: list[tuple[str, float, float]] = field(default_factory=list)
+
+    @property
+    def answering(self) -> dict[Attempt, Backend]:
+        """The attempts that hold a place for a client: not those that read ahead."""
+        places = self.places.items()
+        return {attempt: backend for attempt, backend in places if not attempt.request.ahead}
 
     def running(self, backends: Sequence[Backend]) -> list[Attempt]:
         """The attempts that take a place at these backends: not those that are being ended or that
         read ahead.
         """
-        holders = (attempt for attempt, backend in self.places.items() if backend in backends)
-        return [attempt for attempt in holders if not (attempt.makes_room or attempt.request.ahead)]
+        holders = [attempt for attempt, where in self.answering.items() if where in backends]
+        return [attempt for attempt in holders if not attempt.makes_room]
 
     def guest_seconds(self, client: str, now: float) -> float:
         """How long a guest has held places in the last minute; two places at a time count twice."""
-        visits = [visit for visit in self.visits if visit[0] == client]
-        holders = (
-            one for one in self.places if one.completion.client == client and not one.request.ahead
-        )
-        visits += [(client, one.begun, now) for one in holders]
-        return sum(max(0.0, left - max(begun, now - SHARE_OF_SECONDS)) for _, begun, left in visits)
+        visits = [*self.visits]
+        visits += [(attempt.completion.client, attempt.begun, now) for attempt in self.answering]
+        spans = [(begun, left) for name, begun, left in visits if name == client]
+        since = now - SHARE_OF_SECONDS
+        return sum(max(0.0, left - max(begun, since)) for begun, left in spans)
 
     def load(self, backend: Backend) -> float:
         """How busy a backend is, as a share of its limit. Requests that are being ended still
         count.
         """
-        holders = (attempt for attempt, place in self.places.items() if place is backend)
-        return sum(not attempt.request.ahead for attempt in holders) / backend.limit
+        return sum(where is backend for where in self.answering.values()) / backend.limit
 
 
-@dataclass(frozen=True, slots=True)
-class Assign:
+class Assign(NamedTuple):
     """A place at this backend, for an answer by this model."""
 
     model: str
     backend: Backend
 
 
-@dataclass(frozen=True, slots=True)
-class Wait:
+class Wait(NamedTuple):
     """Ask again when a place becomes free, at the latest at this time (monotonic seconds)."""
 
     until: float
 
 
-@dataclass(frozen=True, slots=True)
-class Preempt:
+class Preempt(NamedTuple):
     """End this completion of a guest, and decide again."""
 
     guest: Attempt
@@ -109,19 +103,38 @@ class Preempt:
 Decision = Assign | Preempt | Wait | HttpError  # an error ends the completion
 
 
+class Claim(NamedTuple):
+    """A completion that has no place, and the backends that may be asked for one."""
+
+    state: State
+    completion: Completion
+    options: Options
+    usable: Sequence[Backend]
+    now: float
+
+    @property
+    def running(self) -> list[Attempt]:
+        """The attempts that take a place at these backends."""
+        return self.state.running(self.usable)
+
+    @property
+    def limit(self) -> int:
+        """How many completions these backends take at a time."""
+        return limit_of(self.usable)
+
+
 def decide(state: State, completion: Completion, now: float) -> Decision:
     """What happens now to a completion that has no place."""
     request, deadline = completion.request, completion.deadline
-    may_wait, resume = now < deadline, busy_until(completion)
-    may_preempt = not request.guest
-    until = resume if now < resume <= deadline else deadline
+    may_wait, may_preempt = now < deadline, not request.guest
+    # Backends that have answered 429 are asked again at the end of a pause.
+    resume = busy_until(completion)
+    is_pausing = now < resume
+    until = resume if is_pausing and resume <= deadline else deadline
     # 1. Which models may answer, best first, and which backends have each of them?
     options = state.fleet.who_may(request.fields, any_language=bool(request.kind))
     # 2. What has failed this completion is not asked again.
-    tried = functools.partial(is_tried, completion, is_pausing=now < resume)
-    options = [
-        (model, [one for one in having if not tried(one.id, model)]) for model, having in options
-    ]
+    options = untried(completion, options, is_pausing)
     able = backends_of(state.fleet, options)
     # 3. May any of them be asked? A trial's end is worth waiting for: somebody who types ends one
     #    trial after the other. A guest's trial makes room.
@@ -133,10 +146,11 @@ def decide(state: State, completion: Completion, now: float) -> Decision:
             return Wait(until)
         return completion.failure or nobody(state.fleet, options)
     # 4. Is a place free, and may this client take it? It ends the older requests of its session.
-    if chosen := place_for(state, completion, options, usable, now):
-        return chosen
+    claim = Claim(state, completion, options, usable, now)
+    if place := place_for(claim):
+        return place
     # 5. Guests make room for everybody else.
-    if may_preempt and (guest := who_makes_room(state, completion, options, usable, now)):
+    if may_preempt and (guest := who_makes_room(claim)):
         return Preempt(guest)
     # 6. A dialect's request waits; one of our own API gets 429 at once, as docs/api.md promises.
     return Wait(until) if may_wait else completion.failure or all_taken(state, request.guest)
@@ -151,16 +165,43 @@ def decide_reading(state: State, request: CompletionRequest) -> Assign | Wait | 
     readers = [backend for backend in backends_of(state.fleet, options) if backend.reads_ahead]
     if not readers:
         return None
-    if not state.line:
-        chosen = best_place(state, request, options, which_admit(readers))
-        if chosen and is_idle(state, chosen.backend):
-            return chosen
+    place = best_place(state, request, options, which_admit(readers))
+    if place and is_idle(state, place.backend) and not state.line:
+        return place
     return Wait(math.inf)
+
+
+def untried(completion: Completion, options: Options, is_pausing: bool) -> Options:
+    """The options without the backends that have failed this completion, or that were busy until
+    now, and without the models that a backend could not load.
+    """
+    failed, without = set[str](), set[tuple[str, str]]()
+    for attempt in completion.attempts:
+        if attempt.code in WITHOUT_MODEL:
+            without.add((attempt.backend, attempt.model))
+        elif attempt.code and (is_pausing or attempt.code != "RATE_LIMIT"):
+            failed.add(attempt.backend)
+    left = list[tuple[str, Sequence[Backend]]]()
+    for model, backends in options:
+        able = [backend for backend in backends if backend.id not in failed]
+        left.append((model, [one for one in able if (one.id, model) not in without]))
+    return left
+
+
+def busy_until(completion: Completion) -> float:
+    """When to ask the backends again that answered 429 to a dialect's request; infinity if none
+    did. Our own API passes a 429 on.
+    """
+    refused = [attempt for attempt in completion.attempts if attempt.code == "RATE_LIMIT"]
+    if not refused or not completion.request.kind:
+        return math.inf
+    pause = BUSY_SECONDS * 2.0 ** (len(refused) - 1)
+    return refused[-1].left + min(pause, MAX_BUSY_SECONDS)
 
 
 def backends_of(fleet: Fleet, options: Options) -> list[Backend]:
     """The backends that have one of these models."""
-    having = {backend for _, backends in options for backend in backends}
+    having = set[Backend]().union(*(backends for _, backends in options))
     return [backend for backend in fleet.backends if backend in having]
 
 
@@ -170,54 +211,17 @@ def which_admit(backends: Sequence[Backend]) -> list[Backend]:
     return [backend for backend in admitting if not backend.breaker.trouble] or admitting
 
 
-def place_for(
-    state: State, completion: Completion, options: Options, usable: Sequence[Backend], now: float
-) -> Assign | None:
+def place_for(claim: Claim) -> Assign | None:
     """A free place that this client may take."""
-    request = completion.request
-    if not (is_fair(state, completion, usable, now) and is_left(state, completion, usable, now)):
+    if not is_fair(claim) or not is_left(claim):
         return None
-    free = [one for one in usable if places_taken(state, one, request.session) < one.limit]
-    return best_place(state, request, options, free)
-
-
-def who_makes_room(
-    state: State, completion: Completion, options: Options, usable: Sequence[Backend], now: float
-) -> Attempt | None:
-    """The guest's attempt to end for this completion, None if it would get no place without guests
-    either: one of the guest who has held places for longest in the last minute, rather no infill,
-    and the newest, which loses least.
-    """
-
-    def finds_place_without(ended: Sequence[Attempt]) -> bool:
-        places = {
-            attempt: backend for attempt, backend in state.places.items() if attempt not in ended
-        }
-        return (
-            place_for(replace(state, places=places), completion, options, usable, now) is not None
-        )
-
-    if not finds_place_without([one for one in state.places if one.request.guest]):
-        return None
-    guests = [one for one in state.running(usable) if one.request.guest and not one.last]
-    enough = [one for one in guests if finds_place_without([one])]
-
-    def order(one: Attempt) -> tuple[float, bool, float]:
-        return (
-            state.guest_seconds(one.completion.client, now),
-            one.request.kind != "infill",
-            one.begun,
-        )
-
-    return max(enough or guests, key=order, default=None)
-
-
-def who_tries(state: State, able: Sequence[Backend]) -> Attempt | None:
-    """A guest's attempt that is the trial of one of these backends."""
-    trials = [backend.breaker.trial for backend in able]
-    return next(
-        (one for one in state.running(able) if one.request.guest and one.admission in trials), None
-    )
+    request = claim.completion.request
+    free = list[Backend]()
+    for backend in claim.usable:
+        running = claim.state.running([backend])
+        if len(of_others(running, request.session)) < backend.limit:
+            free.append(backend)
+    return best_place(claim.state, request, claim.options, free)
 
 
 def best_place(
@@ -233,112 +237,112 @@ def best_place(
     return None
 
 
+def of_others(attempts: Sequence[Attempt], session: str) -> list[Attempt]:
+    """The attempts that a new request of this session does not end."""
+    return [one for one in attempts if not session or one.request.session != session]
+
+
 def is_idle(state: State, backend: Backend) -> bool:
     return backend.breaker.state == "closed" and backend not in state.places.values()
 
 
-def busy_until(completion: Completion) -> float:
-    """When to ask the backends again that answered 429 to a dialect's request; infinity if none
-    did. Our own API passes a 429 on.
+def who_makes_room(claim: Claim) -> Attempt | None:
+    """The guest's attempt to end for this completion; None if it would get no place without guests
+    either. If one end is enough, only such attempts count. First comes the guest who has held
+    places for longest in the last minute; of this guest's attempts, those that are no infill; and
+    of these the newest, which loses least.
     """
-    refused = [
-        one.left for one in completion.attempts if one.error and one.error.code == "RATE_LIMIT"
-    ]
-    if not refused or not completion.request.kind:
-        return math.inf
-    return refused[-1] + min(BUSY_SECONDS * 2.0 ** (len(refused) - 1), MAX_BUSY_SECONDS)
+
+    def finds_place_without(ended: Sequence[Attempt]) -> bool:
+        held = state.places.items()
+        places = {attempt: backend for attempt, backend in held if attempt not in ended}
+        return place_for(claim._replace(state=replace(state, places=places))) is not None
+
+    def order(guest: Attempt) -> tuple[float, bool, float]:
+        seconds = state.guest_seconds(guest.completion.client, claim.now)
+        return seconds, guest.request.kind != "infill", guest.begun
+
+    state = claim.state
+
+    if not finds_place_without(guests_of(state.places)):
+        return None
+    guests = [guest for guest in guests_of(claim.running) if not guest.last]
+    enough = [guest for guest in guests if finds_place_without([guest])]
+    return max(enough or guests, key=order, default=None)
 
 
-def is_tried(completion: Completion, backend: str, model: str, is_pausing: bool) -> bool:
-    """Whether another attempt with this model at this backend would be in vain: the backend has
-    failed this completion, could not load this model, or was busy a moment ago.
-    """
-    for attempt in completion.attempts:
-        if attempt.backend == backend and attempt.error:
-            code = attempt.error.code
-            if (
-                attempt.model == model
-                if code in WITHOUT_MODEL
-                else is_pausing or code != "RATE_LIMIT"
-            ):
-                return True
-    return False
+def guests_of(attempts: Iterable[Attempt]) -> list[Attempt]:
+    return [attempt for attempt in attempts if attempt.request.guest]
 
 
-def places_taken(state: State, backend: Backend, session: str) -> int:
-    """The places of a backend that a request of this session does not get."""
-    return sum(not session or one.request.session != session for one in state.running([backend]))
+def who_tries(state: State, able: Sequence[Backend]) -> Attempt | None:
+    """A guest's attempt that is the trial of one of these backends."""
+    trials = [backend.breaker.trial for backend in able]
+    guests = guests_of(state.running(able))
+    return next((guest for guest in guests if guest.admission in trials), None)
 
 
-def is_fair(state: State, completion: Completion, usable: Sequence[Backend], now: float) -> bool:
+def limit_of(backends: Sequence[Backend]) -> int:
+    return sum(backend.limit for backend in backends)
+
+
+def is_fair(claim: Claim) -> bool:
     """Whether a completion leaves a place for editors. After a recent infill, chats and plain
     completions leave one for infills, and one client's infills leave one for another client's.
     Requests of our own API take any place.
     """
-    kind, client = completion.request.kind, completion.client
-    editors = {one for one, seen in state.editors.items() if now - seen < EDITOR_SECONDS}
-    if not kind or not editors - ({client} if kind == "infill" else set()):
-        return True
-    running = [attempt.completion for attempt in state.running(usable)]
+    kind, client = claim.completion.request.kind, claim.completion.client
+    since = claim.now - EDITOR_SECONDS
+    editors = {name for name, seen in claim.state.editors.items() if seen > since}
     if kind == "infill":
-        alike = [one for one in running if one.request.kind == "infill" and one.client == client]
-    else:
-        alike = [one for one in running if one.request.kind in ("chat", "completion")]
-    return len(alike) < max(1, sum(backend.limit for backend in usable) - 1)
+        editors.discard(client)
+    if not kind or not editors:
+        return True
+    kinds = ("infill",) if kind == "infill" else ("chat", "completion")
+    running = [attempt for attempt in claim.running if attempt.request.kind in kinds]
+    if kind == "infill":
+        running = [attempt for attempt in running if attempt.completion.client == client]
+    return len(running) < max(1, claim.limit - 1)
 
 
-def is_left(state: State, completion: Completion, usable: Sequence[Backend], now: float) -> bool:
-    """Whether the others leave a place to a guest: nobody else waits, and after a recent completion
-    of somebody else, guests together leave one place. A guest has no more than its own number of
-    places.
+def is_left(claim: Claim) -> bool:
+    """Whether a guest may start: no regular client waits, guests leave one place free for a minute
+    after a regular completion, and this guest is below its limit.
     """
+    state, completion = claim.state, claim.completion
     request = completion.request
     if not request.guest:
         return True
-    guests = [one for one in state.running(state.fleet.backends) if one.request.guest]
-    guests = [
-        one for one in guests if not request.session or one.request.session != request.session
-    ]
-    own = sum(one.completion.client == completion.client for one in guests)
-    spared = now - state.regular < EDITOR_SECONDS
-    most = max(1, sum(backend.limit for backend in usable) - spared)
-    return (
-        own < request.guest
-        and len(guests) < most
-        and all(other.request.guest for other in state.line)
-    )
+    if not all(other.request.guest for other in state.line):
+        return False
+    guests = of_others(guests_of(state.running(state.fleet.backends)), request.session)
+    own = [guest for guest in guests if guest.completion.client == completion.client]
+    spared = claim.now - state.regular < EDITOR_SECONDS
+    return len(own) < request.guest and len(guests) < max(1, claim.limit - spared)
 
 
 def whose_turn(
     state: State, running: Mapping[str, int], completion: Completion
 ) -> tuple[bool, int, float, bool]:
-    """The lower, the sooner a completion that waits gets a place: guests come last; then people
+    """Sort key of those that wait: the smallest gets the next place. Guests come last; then people
     take turns, those with the fewest places first, then those who have had no turn or whose last
     one is the longest ago; of one person's, infills come first.
     """
     request, client = completion.request, completion.client
-    return (
-        request.guest > 0,
-        running[client],
-        state.turns.get(client, 0.0),
-        request.kind != "infill",
-    )
+    last_turn = state.turns.get(client, 0.0)
+    return request.guest > 0, running[client], last_turn, request.kind != "infill"
 
 
 def all_taken(state: State, guest: int) -> HttpError:
     if guest:
-        return HttpError(
-            "RATE_LIMIT",
-            f"expected at most {guest} completions at a time, and a place that others leave",
-        )
-    there = [
-        backend for backend in state.fleet.backends if backend.available
-    ] or state.fleet.backends
-    limit = sum(backend.limit for backend in there)
+        expected = f"expected at most {guest} completions at a time, and a place that others leave"
+        return HttpError("RATE_LIMIT", expected)
+    known = state.fleet.backends
+    there = [backend for backend in known if backend.available] or known
+    limit = limit_of(there)
     kept = "" if len(state.running(there)) >= limit else ", one of them for an editor"
-    return HttpError(
-        "RATE_LIMIT", f"expected at most {limit} completions at a time{kept}; try again later"
-    )
+    expected = f"expected at most {limit} completions at a time{kept}; try again later"
+    return HttpError("RATE_LIMIT", expected)
 
 
 def nobody(fleet: Fleet, options: Options) -> HttpError:
@@ -348,48 +352,45 @@ def nobody(fleet: Fleet, options: Options) -> HttpError:
     if unknown := [backend.breaker.message for backend in fleet.backends if backend.models is None]:
         return HttpError("VPS_UNAVAILABLE", next(filter(None, unknown), NEVER_ASKED))
     expected, got = ", ".join(fleet.models or ()), describe(options[0][0])
-    return HttpError(
-        "MODEL_NOT_FOUND", f"expected a model that a backend has ({expected or 'none'}), got {got}"
-    )
+    message = f"expected a model that a backend has ({expected or 'none'}), got {got}"
+    return HttpError("MODEL_NOT_FOUND", message)
 
 
 # ----------------------------------------------------------------------------------- the dispatcher
 
 ENDING_SECONDS = 1.0  # for a completion that makes room to leave its place
-# sessions and files with the backend that served them last, and clients with their last turn
-MAX_SERVED = 512
+MAX_SERVED = 512  # files with the backend that served them last, and clients with their last turn
 MAX_AHEAD = 4  # prompts to be read ahead, one of each client
 
 
-def remember(table: dict[str, Any], key: str, value: Any) -> None:
-    """Set the newest of at most MAX_SERVED entries."""
+def remember(table: dict[str, Any], key: str, value: Any, limit: int) -> None:
+    """Set the newest of at most `limit` entries."""
     table.pop(key, None)
     table[key] = value
-    if len(table) > MAX_SERVED:
+    if len(table) > limit:
         del table[next(iter(table))]
 
 
 class Dispatcher:
-    """Sole owner of the line, of the places, and of the prompts to be read ahead."""
+    """Sole owner of the line, of the places, and of the prompts to be read ahead. `count_work` is
+    called with the model and the result of each prompt that was read ahead.
+    """
 
     def __init__(self, fleet: Fleet, count_work: Callable[[str, Mapping[str, Any]], None]) -> None:
         self.state = State(fleet)
-        self._count_work = (
-            count_work  # called with the model and the result of a prompt that was read ahead
-        )
         self.ahead: dict[str, CompletionRequest] = {}  # prompts to be read ahead, by client
+        self._count_work = count_work
 
     @property
     def active(self) -> int:
         """Completions that hold a place."""
-        return sum(not attempt.request.ahead for attempt in self.state.places)
+        return len(self.state.answering)
 
     def saw_editor(self, client: str) -> None:
         """A client asks for infills, so a place is kept for its next one."""
-        now, editors = time.monotonic(), self.state.editors
-        self.state.editors = {
-            one: seen for one, seen in editors.items() if now - seen < EDITOR_SECONDS
-        } | {client: now}
+        now, known = time.monotonic(), self.state.editors.items()
+        self.state.editors = {name: seen for name, seen in known if now - seen < EDITOR_SECONDS}
+        self.state.editors[client] = now
 
     def hand_over(self, completion: Completion, client: str) -> None:
         """The client of this completion has left, but another one still reads it."""
@@ -399,9 +400,8 @@ class Dispatcher:
     def reconfigured(self) -> None:
         """The list of backends has changed."""
         state, backends = self.state, self.state.fleet.backends
-        state.served = {
-            file: backend for file, backend in state.served.items() if backend in backends
-        }
+        served = state.served.items()
+        state.served = {file: backend for file, backend in served if backend in backends}
         for attempt, backend in [*state.places.items()]:
             if attempt.request.ahead and backend not in backends:
                 self._supersede(attempt)
@@ -416,8 +416,8 @@ class Dispatcher:
         await self.state.fleet.know()
         while True:
             match decide(self.state, completion, time.monotonic()):
-                case Assign(model, backend):
-                    return self._assign(completion, model, backend)
+                case Assign() as place:
+                    return self._assign(completion, place)
                 case HttpError() as error:
                     raise error
                 case Preempt(guest):
@@ -431,17 +431,12 @@ class Dispatcher:
         """Hold a place for as long as the context lasts. A backend never works on more requests
         than its limit: an older request, which this one replaces, leaves first.
         """
-        places, backend = self.state.places, self.state.places[attempt]
+        backend = self.state.places[attempt]
         try:
-            with contextlib.suppress(
-                TimeoutError
-            ):  # they are cut, but a client may be slow to take its last text
+            # They are cut, but a client may be slow to take its last text.
+            with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(ENDING_SECONDS):
-                    for other in [
-                        one for one, where in places.items() if where is backend and one.makes_room
-                    ]:
-                        if other is not attempt:
-                            await other.ended.wait()
+                    await self._wait_for_room(attempt, backend)
             if attempt.makes_room:
                 raise HttpError("RATE_LIMIT", "somebody else needs the place")
             yield backend
@@ -450,6 +445,13 @@ class Dispatcher:
             raise
         finally:
             self._leave(attempt)
+
+    async def _wait_for_room(self, attempt: Attempt, backend: Backend) -> None:
+        """Wait until all others that are being ended have left this backend."""
+        here = [other for other, where in self.state.places.items() if where is backend]
+        for other in [other for other in here if other.makes_room]:
+            if other is not attempt:
+                await other.ended.wait()
 
     async def _wait_in_line(self, completion: Completion, until: float) -> Attempt | None:
         """The attempt that `advance` has begun for this completion, or None after a while.
@@ -471,64 +473,61 @@ class Dispatcher:
         ahead.
         """
         state, waiting = self.state, [*self.state.line]
-        running = Counter(
-            attempt.completion.client for attempt in state.running([*state.places.values()])
-        )
+        holders = state.running([*state.places.values()])
+        running = Counter(attempt.completion.client for attempt in holders)
         while waiting:
             completion = min(waiting, key=functools.partial(whose_turn, state, running))
             waiting.remove(completion)
             match decide(state, completion, time.monotonic()):
-                case Assign(model, backend):
+                case Assign() as place:
                     running[completion.client] += 1
-                    state.line.pop(completion).set_result(self._assign(completion, model, backend))
+                    state.line.pop(completion).set_result(self._assign(completion, place))
                 case Preempt(guest):
                     self._preempt(guest)
                     waiting.append(completion)
                 case HttpError() as error:
                     state.line.pop(completion).set_exception(error)
-        for request in [*self.ahead.values()]:
-            decision = decide_reading(state, request)
-            if not isinstance(decision, Wait):
-                del self.ahead[request.client]
-            if isinstance(decision, Assign):
-                self._begin_reading(Completion(request), decision)
+        self._advance_reading()
 
-    def _assign(self, completion: Completion, model: str, backend: Backend) -> Attempt:
+    def _assign(self, completion: Completion, place: Assign) -> Attempt:
         """Begin an attempt: take the place, and end the requests that it replaces, those of its
         session and the one that reads ahead there.
         """
-        state, session, file = self.state, completion.request.session, completion.request.file
+        state, backend = self.state, place.backend
+        request = completion.request
         for other, where in [*state.places.items()]:
-            if other.request.session == session != "" or (other.request.ahead and where is backend):
+            is_older = other.request.session == request.session != ""
+            if is_older or (other.request.ahead and where is backend):
                 self._supersede(other)
         for older in completion.attempts:
-            if older.backend == backend.id and older.error and older.error.code in WITHOUT_MODEL:
+            if older.backend == backend.id and older.code in WITHOUT_MODEL:
                 backend.forget(older.model)
         now = time.monotonic()
-        attempt = Attempt(completion, backend.id, model, backend.breaker.admit(now))
+        attempt = Attempt(completion, backend.id, place.model, backend.breaker.admit(now))
         completion.attempts.append(attempt)
         state.places[attempt] = backend
-        if not completion.request.ahead:
-            remember(state.turns, completion.client, now)
-            state.regular = state.regular if completion.request.guest else now
-        if file:
-            remember(state.served, file, backend)
+        if not request.ahead:
+            remember(state.turns, completion.client, now, MAX_SERVED)
+            if not request.guest:
+                state.regular = now
+        if request.file:
+            remember(state.served, request.file, backend, MAX_SERVED)
         return attempt
 
     def _supersede(self, attempt: Attempt) -> None:
         if not attempt.makes_room:
             attempt.reason = SUPERSEDED
-            attempt.completion.end(
-                HttpError(SUPERSEDED, "a newer request of this session took its place")
-            )
+            message = "a newer request of this session took its place"
+            attempt.completion.end(HttpError(SUPERSEDED, message))
 
     def _preempt(self, attempt: Attempt) -> None:
         """End a guest's attempt. One that ends within its guest's share of the minute comes first
         among guests.
         """
-        state, completion, now = self.state, attempt.completion, time.monotonic()
-        if state.guest_seconds(completion.client, now) < SHARE_SECONDS:
-            state.turns[completion.client] = -math.inf  # before guests who have had no turn
+        state, completion = self.state, attempt.completion
+        client, now = completion.client, time.monotonic()
+        if state.guest_seconds(client, now) < SHARE_SECONDS:
+            state.turns[client] = -math.inf  # before guests who have had no turn
             attempt.again = bool(attempt.request.kind)  # our own API never waits
             completion.requested = now
         attempt.reason = PREEMPTED
@@ -537,11 +536,11 @@ class Dispatcher:
 
     def _leave(self, attempt: Attempt) -> None:
         """Give the place of an attempt back."""
-        state = self.state
+        state, request = self.state, attempt.request
         del state.places[attempt]
         attempt.admission.left()
         attempt.left = now = time.monotonic()
-        if attempt.request.guest and not attempt.request.ahead:
+        if request.guest and not request.ahead:
             state.visits = [visit for visit in state.visits if now - visit[2] < SHARE_OF_SECONDS]
             state.visits.append((attempt.completion.client, attempt.begun, now))
         attempt.ended.set()
@@ -554,7 +553,8 @@ class Dispatcher:
         Reading stops when the backend gets a request, and the prompt is queued again: the backend
         keeps the part that it has read.
         """
-        self._queue(replace(request, session="", ahead=True))
+        ahead = replace(request, session="", ahead=True)
+        remember(self.ahead, request.client, ahead, MAX_AHEAD)
         self.advance()
 
     def end_reading(self) -> None:
@@ -565,19 +565,21 @@ class Dispatcher:
                 attempt.reason = ""  # it makes no room any more, so it is not queued again
                 attempt.completion.end(HttpError("UNAUTHORIZED", "the keys have changed"))
 
-    def _queue(self, request: CompletionRequest) -> None:
-        self.ahead.pop(request.client, None)
-        self.ahead[request.client] = request
-        if len(self.ahead) > MAX_AHEAD:
-            del self.ahead[next(iter(self.ahead))]
+    def _advance_reading(self) -> None:
+        """Begin to read the prompts for which a backend is idle."""
+        for client, request in [*self.ahead.items()]:
+            decision = decide_reading(self.state, request)
+            if not isinstance(decision, Wait):
+                del self.ahead[client]
+            if isinstance(decision, Assign):
+                self._begin_reading(Completion(request), decision)
 
     def _begin_reading(self, completion: Completion, place: Assign) -> None:
-        attempt = self._assign(completion, place.model, place.backend)
+        attempt = self._assign(completion, place)
         task = asyncio.create_task(self._read(place.backend, attempt))
         completion.end = lambda _: task.cancel()
-        task.add_done_callback(
-            functools.partial(self._has_read, attempt)
-        )  # even if it never begins
+        # Called even if the task never begins.
+        task.add_done_callback(functools.partial(self._has_read, attempt))
 
     async def _read(self, backend: Backend, attempt: Attempt) -> None:
         try:
@@ -591,8 +593,9 @@ class Dispatcher:
             internal_error(exception)
 
     def _has_read(self, attempt: Attempt, task: asyncio.Task[None]) -> None:
+        request = attempt.request
+        if attempt.makes_room and request.client not in self.ahead:
+            remember(self.ahead, request.client, request, MAX_AHEAD)
         if task.cancelled() and not attempt.makes_room:
             self.ahead.clear()  # the daemon stops, or the keys have changed
-        if attempt.makes_room and attempt.completion.client not in self.ahead:
-            self._queue(attempt.request)
         self._leave(attempt)
