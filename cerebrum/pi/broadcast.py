@@ -28,13 +28,12 @@ from cerebrum_common import HttpError, internal_error
 
 MAX_TYPED_CHARS = 1024  # typed while a completion is computed, accepted suggestions included
 MAX_RETYPED_CHARS = 8  # of a word that the user corrects meanwhile
-TAIL_CHARS = (
-    1024  # of the text before the cursor: if these are equal, two cursors are at the same place
-)
+# Of the text before a cursor. Two cursors with an equal end of this length are the same one.
+CURSOR_CHARS = 1024
 MAX_FINISHED = 32  # completions remembered, of at most MAX_FINISHED_CHARS each
 MAX_FINISHED_CHARS = 2048
 # The answer to one request can begin the answer to another only if these fields are equal in both.
-ALIKE = ("mode", "suffix", "model", "language", "filename", "min_confidence", *SAMPLED_BY)
+EQUAL_FIELDS = ("mode", "suffix", "model", "language", "filename", "min_confidence", *SAMPLED_BY)
 
 
 def is_typed_on(older: Mapping[str, Any], newer: Mapping[str, Any]) -> bool:
@@ -44,15 +43,21 @@ def is_typed_on(older: Mapping[str, Any], newer: Mapping[str, Any]) -> bool:
     """
     if older["filename"] != newer["filename"]:
         return False
-    suffixes = (fields.get("suffix") or "" for fields in (older, newer))
-    # The text below the cursor's line, or else the rest of this line, which changes if an editor
-    # closes a bracket.
-    one, other = ((suffix.partition("\n")[2] or suffix)[:TAIL_CHARS] for suffix in suffixes)
-    if not (one.startswith(other) or other.startswith(one)) or bool(one) != bool(other):
+    above, above_newer = older["prompt"], newer["prompt"]
+    below, below_newer = text_below(older), text_below(newer)
+    if bool(below) != bool(below_newer):
         return False
-    return nearly_continues(older["prompt"], newer["prompt"]) or nearly_continues(
-        newer["prompt"], older["prompt"]
-    )
+    if not (below.startswith(below_newer) or below_newer.startswith(below)):
+        return False
+    return nearly_continues(above, above_newer) or nearly_continues(above_newer, above)
+
+
+def text_below(fields: Mapping[str, Any]) -> str:
+    """The beginning of the text below the cursor's line, or else of the rest of this line, which
+    changes if an editor closes a bracket.
+    """
+    suffix = fields.get("suffix") or ""
+    return (suffix.partition("\n")[2] or suffix)[:CURSOR_CHARS]
 
 
 def nearly_continues(text: str, longer: str) -> bool:
@@ -60,50 +65,49 @@ def nearly_continues(text: str, longer: str) -> bool:
     of the last line may differ if the line's beginning is equal. An editor's window moves, so
     `longer` may begin later.
 
-    >>> nearly_continues("import os\\nx = fo", "import os\\nx = bar()"), nearly_continues("a\\nx",
-    "a\\ny = ") (True, False)
+    >>> nearly_continues("import os\\nx = fo", "import os\\nx = bar()")
+    True
+    >>> nearly_continues("a\\nx", "a\\ny = ")
+    False
     """
     line = text[text.rfind("\n") + 1 :]
     retyped = min(MAX_RETYPED_CHARS, max(0, len(line.lstrip()) - 1))
     for end in range(len(text), len(text) - retyped - 1, -1):
-        tail = text[max(0, end - TAIL_CHARS) : end]
+        tail = text[max(0, end - CURSOR_CHARS) : end]
         start = max(0, len(longer) - len(tail) - MAX_TYPED_CHARS)
-        if (
-            longer.rfind(tail, start) >= 0
-            if len(tail) == TAIL_CHARS
-            else not start and longer.startswith(tail)
-        ):
+        if len(tail) == CURSOR_CHARS:
+            continues = longer.rfind(tail, start) >= 0
+        else:
+            continues = not start and longer.startswith(tail)
+        if continues:
             return True
     return False
 
 
-def alike(fields: Mapping[str, Any]) -> bytes:
-    """A digest of the ALIKE fields of a request."""
-    return hashlib.sha256(
-        repr([fields.get(name) for name in ALIKE]).encode("utf-8", "replace")
-    ).digest()
+def digest_of(fields: Mapping[str, Any]) -> bytes:
+    """A digest of the EQUAL_FIELDS of a request."""
+    values = repr([fields.get(name) for name in EQUAL_FIELDS])
+    return hashlib.sha256(values.encode("utf-8", "replace")).digest()
 
 
 def typed_of(earlier: str, text: str, prompt: str, omitted: int = 0) -> int:
     """How many characters of `text`, the completion of the prompt `earlier`, precede the cursor in
-    another prompt; 0 if the two cursors are at different places. The ends of the prompts decide,
-    since an editor's window moves: `earlier` needs no more than TAIL_CHARS, after `omitted`
+    another prompt; 0 if the two cursors are in different gaps. The ends of the prompts decide,
+    since an editor's window moves: `earlier` needs no more than CURSOR_CHARS, after `omitted`
     characters. In a text that repeats itself, the lengths decide.
 
     >>> typed_of("def f():\\n    ret", "urn 1", "def f():\\n    return")
     3
     """
-    tail, before, typed = (
-        prompt[-TAIL_CHARS:],
-        earlier[-TAIL_CHARS:],
-        len(prompt) - len(earlier) - omitted,
-    )
+    tail, before = prompt[-CURSOR_CHARS:], earlier[-CURSOR_CHARS:]
+    typed = len(prompt) - len(earlier) - omitted
     if 0 <= typed <= len(text) and (before + text[:typed]).endswith(tail):
         return typed
-    if len(tail) < TAIL_CHARS:  # a whole prompt, which must agree from its first character
+    if len(tail) < CURSOR_CHARS:  # a whole prompt, which must agree from its first character
         return 0
-    place = (before + text).find(tail, max(0, len(before) + 1 - TAIL_CHARS))
-    return max(0, place + TAIL_CHARS - len(before)) if place >= 0 else 0
+    start = max(0, len(before) + 1 - CURSOR_CHARS)
+    found = (before + text).find(tail, start)
+    return max(0, found + CURSOR_CHARS - len(before)) if found >= 0 else 0
 
 
 # --------------------------------------------------------------------------- policy: who reads what
@@ -116,7 +120,7 @@ class Broadcast:
     prompt's end, for the clients who got it.
     """
 
-    alike: bytes
+    digest: bytes  # of the request, by `digest_of`
     prompt: str  # or its end
     omitted: int = 0  # characters of the prompt before this end
     pairs: list[Pair] = field(default_factory=list)
@@ -136,12 +140,10 @@ class Broadcast:
         return self.task is not None and not self.task.done()
 
     def is_like(self, other: Broadcast) -> bool:
-        """Whether another finished one has the same text for the same place."""
-        return (self.alike, self.prompt, self.pairs[:2]) == (
-            other.alike,
-            other.prompt,
-            other.pairs[:2],
-        )
+        """Whether another finished one has the same text for the same gap."""
+        if (self.digest, self.prompt) != (other.digest, other.prompt):
+            return False
+        return self.pairs[:2] == other.pairs[:2]
 
 
 def predicts(request: CompletionRequest) -> bool:
@@ -149,24 +151,30 @@ def predicts(request: CompletionRequest) -> bool:
     return request.kind != "chat" and (request.caching or request.fields["temperature"] == 0)
 
 
-def place_in(
+def may_share(request: CompletionRequest, running: CompletionRequest) -> bool:
+    """Whether the answer to a running request is one to an equal request. Samples must differ, and
+    guests do not hold the places of others.
+    """
+    fields = request.fields
+    if fields["temperature"] > 0 and fields["seed"] is None:
+        return False
+    return running.fields == fields and bool(running.guest) == bool(request.guest)
+
+
+def typed_in(
     broadcast: Broadcast, request: CompletionRequest, digest: bytes, is_reader: bool
 ) -> int | None:
     """The number of characters of a broadcast's text that precede the request's cursor: 0 if the
-    broadcast runs for an equal request; None if its text is no answer. `digest`: the request's, as
-    `alike` makes it. `is_reader`: the same editor reads the running broadcast, or the same client
-    got the whole text of the finished one.
+    broadcast runs for an equal request; None if its text is no answer. `digest`: the request's.
+    `is_reader`: the same editor reads the running broadcast, or the same client got the whole text
+    of the finished one.
     """
     running = broadcast.completion
     if running:
-        is_sample = (
-            request.fields["temperature"] > 0 and request.fields["seed"] is None
-        )  # samples must differ
-        same_rank = bool(running.request.guest) == bool(request.guest)
-        if running.request.fields == request.fields and same_rank and not is_sample:
+        if may_share(request, running.request):
             return 0
         is_reader = is_reader and request.kind == "infill"
-    if not is_reader or not predicts(request) or broadcast.alike != digest:
+    if not is_reader or not predicts(request) or broadcast.digest != digest:
         return None
     text = broadcast.text
     typed = typed_of(broadcast.prompt, text, request.fields["prompt"], broadcast.omitted)
@@ -179,25 +187,21 @@ def finished(broadcast: Broadcast) -> Broadcast | None:
     another answer.
     """
     assert broadcast.completion
-    text, (_, result) = broadcast.text, broadcast.pairs[-1]
-    begun = [value for kind, value in broadcast.pairs if kind == "started"][-1]
-    reason, judged = (
-        result.get("finish_reason", "stop"),
-        [pair for pair in broadcast.pairs if pair[0] == "judged"],
-    )
-    is_cut = reason in CUT or (
-        broadcast.completion.request.kind == "completion" and reason == "length"
-    )
-    if is_cut or not 1 < len(text) <= MAX_FINISHED_CHARS:
+    result = broadcast.pairs[-1][1]
+    reason = result.get("finish_reason", "stop")
+    if reason == "length" and broadcast.completion.request.kind == "completion":
         return None
-    done = {
-        "model": begun["model"],
-        "finish_reason": reason,
-    }  # of an answer without a backend there are no figures
+    text = broadcast.text
+    if reason in CUT or not 1 < len(text) <= MAX_FINISHED_CHARS:
+        return None
+    begun = [value for kind, value in broadcast.pairs if kind == "started"][-1]
+    judged = [pair for pair in broadcast.pairs if pair[0] == "judged"]
+    # An answer without a backend has no figures.
+    done = {"model": begun["model"], "finish_reason": reason}
     done |= {name: result[name] for name in ("confidence", "text_confidence") if name in result}
     pairs = [("started", begun), ("text", text_event(text)), *judged, ("done", done)]
-    omitted = max(0, len(broadcast.prompt) - TAIL_CHARS)
-    return Broadcast(broadcast.alike, broadcast.prompt[omitted:], omitted, pairs)
+    omitted = max(0, len(broadcast.prompt) - CURSOR_CHARS)
+    return Broadcast(broadcast.digest, broadcast.prompt[omitted:], omitted, pairs)
 
 
 # --------------------------------------------------------------------------- following a completion
@@ -209,13 +213,13 @@ class Subscriber:
     """
 
     def __init__(self, broadcasts: Broadcasts, completion: Completion, editor: str) -> None:
-        self.broadcasts, self.completion, self.editor = broadcasts, completion, editor
+        self.broadcasts, self.completion = broadcasts, completion
+        self.editor = editor
         self.request = completion.request
         self.broadcast: Broadcast | None = None  # once it has joined
         self.at = 0  # pairs read
-        self.typed = self.skip = (
-            0  # characters of the text that the client typed before; those not yet read
-        )
+        self.typed = 0  # characters of the text that the client typed before
+        self.skip = 0  # those of them that are not yet read
         self.woken = asyncio.Event()
         self.replaced = False  # the user has typed on, and the editor has asked again
 
@@ -252,24 +256,32 @@ class Subscriber:
 
     def _next(self, broadcast: Broadcast) -> Pair:
         kind, value = broadcast.pairs[self.at]
-        texts = [
-            text
-            for _, text in takewhile(lambda pair: pair[0] == "text", broadcast.pairs[self.at :])
-        ]
-        self.at += len(texts) or 1
-        if texts:
-            value = b"".join(texts)
-        if texts and self.skip:
-            text = read_text(value)
-            rest, self.skip = text[self.skip :], max(0, self.skip - len(text))
-            value = text_event(rest) if rest else b""
-        elif kind == "done" and self.typed:
-            value = value | {"type_through": True}
-            if "\n" in self.typed_text:
-                value.pop("confidence", None)  # of a line that is typed
+        if kind == "text":
+            return kind, self._unread_text(broadcast)
+        self.at += 1
         if kind == "done":
+            if self.typed:
+                value = value | {"type_through": True}
+                if "\n" in self.typed_text:
+                    value.pop("confidence", None)  # of a line that is typed
             self.broadcasts.keep(self)
         return kind, value
+
+    def _unread_text(self, broadcast: Broadcast) -> bytes:
+        """The events with text that come next, without what the client has typed."""
+        unread = takewhile(lambda pair: pair[0] == "text", broadcast.pairs[self.at :])
+        events = [value for _, value in unread]
+        self.at += len(events)
+        if not self.skip:
+            return b"".join(events)
+        text = read_text(b"".join(events))
+        rest = text[self.skip :]
+        self.skip = max(0, self.skip - len(text))
+        return text_event(rest) if rest else b""
+
+
+Compute = Callable[[Completion], AsyncGenerator[Pair, None]]
+Beginning = Callable[[Completion], dict[str, Any]]
 
 
 class Broadcasts:
@@ -281,11 +293,13 @@ class Broadcasts:
     def __init__(
         self,
         dispatcher: Dispatcher,
-        compute: Callable[[Completion], AsyncGenerator[Pair, None]],
-        beginning: Callable[[Completion], dict[str, Any]],
+        compute: Compute,
+        beginning: Beginning,
         count_typed: Callable[[str], object],
     ) -> None:
-        self._dispatcher, self._compute, self.beginning = dispatcher, compute, beginning
+        self._dispatcher = dispatcher
+        self._compute = compute
+        self.beginning = beginning
         self._count_typed = count_typed
         self.type_through = self.shared = self.replaced = 0  # requests that ended this way
         self.subscribers: list[Subscriber] = []
@@ -297,50 +311,55 @@ class Broadcasts:
         self.subscribers.append(subscriber)
         if request.kind == "infill" and not request.guest:
             self._dispatcher.saw_editor(request.client)
-        own = Broadcast(alike(request.fields), request.fields["prompt"], completion=completion)
-        is_ahead = request.fields["max_tokens"] == 0
-        if is_ahead or request.fields.get("min_confidence") == "never":
-            if is_ahead:
-                self._dispatcher.read_ahead(request)
-            else:
-                self._replace_older(subscriber, ahead=False)
-            reason = "length" if is_ahead else "unsure"
-            own.pairs += [
-                ("started", self.beginning(completion)),
-                ("done", {"finish_reason": reason}),
-            ]
-            return own
-        subscriber.broadcast = broadcast = self._find(subscriber, own.alike) or own
-        if broadcast is own:
+        own = Broadcast(digest_of(request.fields), request.fields["prompt"], completion=completion)
+        if request.fields["max_tokens"] == 0:
+            self._dispatcher.read_ahead(request)
+            return self._without_text(own, completion, "length")
+        if request.fields.get("min_confidence") == "never":
+            self._replace_older(subscriber, ahead=False)
+            return self._without_text(own, completion, "unsure")
+        found = self._find(subscriber, own.digest)
+        if found:
+            self._share(found, subscriber)
+        else:
             own.task = asyncio.create_task(self._run(own, completion))
-        elif subscriber.typed:
+        subscriber.broadcast = broadcast = found or own
+        self._replace_older(subscriber, ahead=not broadcast.completion)
+        return broadcast
+
+    def _without_text(self, own: Broadcast, completion: Completion, reason: str) -> Broadcast:
+        """Answer at once, without a backend."""
+        done = {"finish_reason": reason}
+        own.pairs += [("started", self.beginning(completion)), ("done", done)]
+        return own
+
+    def _share(self, broadcast: Broadcast, subscriber: Subscriber) -> None:
+        """Count another reader of a broadcast."""
+        completion, running = subscriber.completion, broadcast.completion
+        client = subscriber.request.client
+        if subscriber.typed:
             self.type_through += 1
         else:
             self.shared += 1
-        if broadcast.completion:
-            broadcast.completion.requested = (
-                completion.started
-            )  # it may wait for a place as long as the first one
-            if broadcast is not own:
-                broadcast.completion.clients.append(request.client)
+        if running:
+            running.clients.append(client)
+            running.requested = completion.started  # it waits for a place from now on
         else:
-            self._count_typed(request.client)
+            self._count_typed(client)
             completion.notes |= {"model": broadcast.pairs[0][1]["model"], "tokens": 0}
-        self._replace_older(subscriber, ahead=not broadcast.completion)
-        return broadcast
 
     def _find(self, subscriber: Subscriber, digest: bytes) -> Broadcast | None:
         """A finished completion whose text the client has begun to type, or a running one of an
         equal request, or one whose text begins with what the user has typed since the editor asked
         for it.
         """
-        request = subscriber.request
-        known = [(one, request.client in one.clients) for one in reversed(self.finished)]
+        client, editor = subscriber.request.client, subscriber.editor
+        known = [(finished, client in finished.clients) for finished in reversed(self.finished)]
         for other in self.subscribers:
             if other.broadcast and other.broadcast.is_open:
-                known.append((other.broadcast, other.editor == subscriber.editor))
+                known.append((other.broadcast, other.editor == editor))
         for broadcast, is_reader in known:
-            typed = place_in(broadcast, request, digest, is_reader)
+            typed = typed_in(broadcast, subscriber.request, digest, is_reader)
             if typed is not None:
                 subscriber.typed = subscriber.skip = typed
                 return broadcast
@@ -371,20 +390,18 @@ class Broadcasts:
         `ahead`, infills that continue the newer prompt go on: an editor asks ahead for the text
         after a completion that it shows.
         """
+        if subscriber.request.kind != "infill":
+            return
         newer = subscriber.request.fields
-        for other in [*self.subscribers]:
+        infills = [other for other in self.subscribers if other.request.kind == "infill"]
+        for other in [other for other in infills if other.editor == subscriber.editor]:
             older = other.request.fields
-            of_editor = (
-                subscriber.request.kind == other.request.kind == "infill"
-                and other.editor == subscriber.editor
-            )
             goes_on = older == newer or (ahead and older["prompt"].startswith(newer["prompt"]))
-            if of_editor and not goes_on and is_typed_on(older, newer):
+            if not goes_on and is_typed_on(older, newer):
                 self.replaced += 1
                 other.replaced = True
-                self.leave(
-                    other
-                )  # ends its completion at once if nobody else reads it: a client may be slow
+                # Ends its completion at once if nobody else reads it: a client may be slow.
+                self.leave(other)
                 other.woken.set()
 
     def leave(self, subscriber: Subscriber) -> None:
@@ -409,8 +426,9 @@ class Broadcasts:
         if not broadcast or not broadcast.task or not predicts(request):
             return
         if not broadcast.kept and (kept := finished(broadcast)):
-            broadcast.kept = next((one for one in self.finished if one.is_like(kept)), kept)
-            if broadcast.kept is kept:
+            known = next((old for old in self.finished if old.is_like(kept)), None)
+            broadcast.kept = known or kept
+            if not known:
                 self.finished.append(kept)
         if broadcast.kept:
             broadcast.kept.clients.add(request.client)

@@ -5,66 +5,57 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import AsyncGenerator, Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from cerebrum.pi.dialects import CUT
 from cerebrum.pi.upstream import Pair, read_text, text_event
 
 
-@dataclass(slots=True)
 class Held:
-    """The text of a completion that is not shown yet: the line that waits for its confidence, and
-    the line end before it. Positions count the characters of the whole text, its typed beginning
-    included.
+    """The text of a completion, of which the client has the beginning. A line waits for its
+    confidence, and its line end for the next line. All counts are characters of the text.
     """
 
-    threshold: float  # a line of less confidence is hidden, and all lines after it
-    typed: str  # the beginning of the text that the user has typed
-    text: str = ""  # behind the last line shown and its line end
-    line_end: str = ""  # of the last line shown
-    shown: int = 0  # position up to which the text is shown or typed
-    judged: int = 0  # position up to which the lines are judged
-    is_hiding: bool = False  # a line was hidden
-    tokens: int = 1  # that came so far
-
-    def __post_init__(self) -> None:
-        self.shown = len(self.typed)
+    def __init__(self, threshold: float, typed: str) -> None:
+        self._threshold = threshold  # the first line of less confidence is hidden, and all below it
+        self._typed = self._text = typed  # the text begins with what the user has typed
+        self._shown = len(typed)
+        self._judged = 0
+        self.hidden: int | None = None  # the count before the first hidden line
+        self._tokens = 1  # that came
 
     def add(self, events: bytes) -> None:
-        """Hold the text of these token events."""
-        self.text += read_text(events)
+        """Add the text of these token events."""
+        self._text += read_text(events)
         last = events[:-2].rpartition(b"\n\n")[2]
-        self.tokens = json.loads(last.removeprefix(b"data: "))["total_tokens"]
+        self._tokens = json.loads(last.removeprefix(b"data: "))["total_tokens"]
 
-    def judge(self, confidence: float, end: int) -> str:
-        """The text to show now that the line which ends at this position is judged. A line that the
-        user has begun to type is not hidden.
+    def judge(self, confidence: float, end: int) -> bytes:
+        """An event with the text to show now that the line up to `end` is judged; b"" if there is
+        none. A line that the user has begun to type is not hidden.
         """
-        typed = self.typed[self.judged :]
-        self.judged = end
-        if self.is_hiding or not self.text or end <= self.shown:
-            return ""
-        if confidence < self.threshold and not typed.strip():
-            self.is_hiding = True
-            return ""
-        size = end - self.shown
-        text = self.line_end + self.text[:size]
-        self.text = self.text[size:]
-        self.shown = end
-        line = text.removesuffix("\n").removesuffix("\r")
-        self.line_end = text[len(line) :]
-        return line
+        begin, self._judged = self._judged, end
+        line = self._text[self._shown : end]
+        if not line or self.hidden is not None:
+            return b""
+        if confidence < self._threshold and not self._typed[begin:].strip():
+            self.hidden = begin
+            return b""
+        return self._show(line.removesuffix("\n").removesuffix("\r"))
 
-    def rest(self, fields: Mapping[str, Any]) -> str:
-        """The text to show at the end of the completion that the request of these fields gets."""
-        if not self.is_hiding:
-            return self.line_end + self.text
-        prompt, suffix = fields["prompt"].removesuffix(self.typed), fields.get("suffix") or ""
-        return self.line_end if is_gap_of_lines(prompt, suffix) else ""
+    def end(self, prompt: str, suffix: str) -> bytes:
+        """An event with the text to show at the end; b"" if there is none. `prompt`, `suffix`: the
+        text before and after the cursor. In a gap of whole lines, the line end before a hidden line
+        is shown.
+        """
+        above = prompt.removesuffix(self._typed)
+        if self.hidden is not None and not is_gap_of_lines(above, suffix):
+            return b""
+        return self._show(self._text[self._shown : self.hidden])
 
-    def event(self, text: str) -> Pair:
-        return "text", text_event(text, self.tokens)
+    def _show(self, text: str) -> bytes:
+        self._shown += len(text)
+        return text_event(text, self._tokens) if text else b""
 
 
 async def shown(
@@ -72,28 +63,28 @@ async def shown(
 ) -> AsyncGenerator[Pair, None]:
     """The pairs of `Gateway.complete` without "judged". With a threshold, hold each line until its
     confidence arrives, and its line end until the next line is shown; hide the text from the first
-    unsure line on. `fields`: of the request. `typed()`: the beginning of the text that the user has
-    already typed.
+    unsure line on. `fields`: of the request. `typed()`: what the user has already typed of the
+    text.
     """
-    held: Held | None = None  # None: everything is shown
+    held: Held | None = None  # None: show everything at once
     async with contextlib.aclosing(pairs):
         async for kind, value in pairs:
             if kind == "started":
                 threshold = value["threshold"]
                 held = Held(threshold, typed()) if threshold else None
-                yield kind, value
             elif kind == "judged":
                 if held and (line := held.judge(*value)):
-                    yield held.event(line)
+                    yield "text", line
+                continue
             elif kind == "text" and value and held:
                 held.add(value)
-                yield "idle", None
+                kind, value = "idle", None
             elif kind == "done" and held and value.get("finish_reason") not in CUT:
-                if rest := held.rest(fields):
-                    yield held.event(rest)
-                yield kind, value | {"finish_reason": "unsure"} if held.is_hiding else value
-            else:
-                yield kind, value
+                if rest := held.end(fields["prompt"], fields.get("suffix") or ""):
+                    yield "text", rest
+                if held.hidden is not None:
+                    value = value | {"finish_reason": "unsure"}
+            yield kind, value
 
 
 def is_gap_of_lines(prompt: str, suffix: str) -> bool:

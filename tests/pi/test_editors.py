@@ -618,7 +618,7 @@ def finish(prompt: str, text: str, **more: Any) -> broadcast.Broadcast | None:
         "infill", {"prompt": prompt, "suffix": "", "temperature": 0.0, **more}
     )
     running = broadcast.Broadcast(
-        broadcast.alike(request.fields), prompt, completion=Completion(request)
+        broadcast.digest_of(request.fields), prompt, completion=Completion(request)
     )
     running.pairs = [("started", {"model": "m"}), ("text", upstream.text_event(text)), ("done", {})]
     return broadcast.finished(running)
@@ -663,9 +663,9 @@ def test_typed_of(asked: str, text: str, prompt: str, typed: int):
     kept = finish(asked, text + "!")  # with the end of a long prompt
     assert kept
     request = CompletionRequest("infill", {"prompt": prompt, "suffix": "", "temperature": 0.0})
-    assert broadcast.place_in(kept, request, broadcast.alike(request.fields), is_reader=True) == (
-        typed or None
-    )
+    assert broadcast.typed_in(
+        kept, request, broadcast.digest_of(request.fields), is_reader=True
+    ) == (typed or None)
 
 
 def test_what_is_kept_is_bounded():
@@ -674,7 +674,7 @@ def test_what_is_kept_is_bounded():
     large = "\N{SMILING FACE WITH SUNGLASSES}" * 100_000
     kept = finish(large, large[: broadcast.MAX_FINISHED_CHARS], filename=large, stop=[large])
     assert kept
-    parts = (kept.prompt, kept.alike, *(value for kind, value in kept.pairs if kind == "text"))
+    parts = (kept.prompt, kept.digest, *(value for kind, value in kept.pairs if kind == "text"))
     assert (kept.completion, sum(map(sys.getsizeof, parts)) < 33_000) == (None, True)
 
 
