@@ -31,8 +31,8 @@ from __future__ import annotations
 
 import sys
 
-# noqa: UP036 (Debian 11 has 3.9, which fails less clearly at an import below)
-if sys.version_info < (3, 11):
+# Debian 11 has 3.9, which fails less clearly at an import below.
+if sys.version_info < (3, 11):  # noqa: UP036
     print("cm4d.py: expected Python 3.11 or newer, got", sys.version.split()[0], file=sys.stderr)
     sys.exit(2)
 
@@ -46,6 +46,7 @@ import asyncio
 import contextlib
 import functools
 import hashlib
+import itertools
 import math
 import ssl
 import time
@@ -57,10 +58,12 @@ from collections.abc import (
     Awaitable,
     Callable,
     Collection,
+    Iterator,
     Mapping,
     Sequence,
 )
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 import cerebrum_common as common
@@ -85,8 +88,8 @@ from cerebrum.pi.dialects import PREEMPTED, CompletionRequest
 from cerebrum.pi.dispatcher import Dispatcher
 from cerebrum.pi.fleet import Fleet
 from cerebrum.pi.page import page_of
-from cerebrum.pi.shown import shown
-from cerebrum.pi.upstream import BackendConfig, Loop, Pair
+from cerebrum.pi.shown import Pairs, shown
+from cerebrum.pi.upstream import BackendConfig, Loop
 from cerebrum.service import Service, make_parser, prompt_of, set_up_logging
 from cerebrum.settings import Client, ConfigError, Environment, load_catalog, read_environment
 from cerebrum.text.languages import BY_NAME, LANGUAGES, guess_language
@@ -94,7 +97,11 @@ from cerebrum.text.prompt import detect_mode
 from cerebrum_common import HttpError, Model, Request, Response, Route, compact, log
 
 HERE = Path(__file__).resolve().parent
+Members = dict[str, Any]  # of a JSON object
 # ------------------------------------------------------------------------------------ configuration
+
+
+TLS = "CEREBRUM_CM4_TLS_CERT, CEREBRUM_CM4_TLS_KEY"
 
 
 class Tls:
@@ -108,23 +115,19 @@ class Tls:
     def load(self, certificate: str, key: str) -> None:
         """Use this certificate from the next connection on."""
         try:
-            self.context.load_cert_chain(
-                certificate, key, password=b""
-            )  # never ask for one at the terminal
+            # With a password, OpenSSL never asks for one at the terminal.
+            self.context.load_cert_chain(certificate, key, password=b"")
         except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            system = error.strerror if isinstance(error, OSError) else ""
             raise ConfigError(
-                f"CEREBRUM_CM4_TLS_CERT, CEREBRUM_CM4_TLS_KEY: expected PEM files that fit each "
-                f"other: {reason}"
+                f"{TLS}: expected PEM files that fit each other: {system or error}"
             ) from None
 
 
 def read_tls(environ: Environment) -> Tls | None:
     certificate, key = environ.text("CEREBRUM_CM4_TLS_CERT"), environ.text("CEREBRUM_CM4_TLS_KEY")
     if bool(certificate) != bool(key):
-        raise ConfigError(
-            "CEREBRUM_CM4_TLS_CERT, CEREBRUM_CM4_TLS_KEY: expected both or neither, got one"
-        )
+        raise ConfigError(f"{TLS}: expected both or neither, got one")
     return Tls(certificate, key) if certificate else None
 
 
@@ -150,12 +153,10 @@ class Config:
 
     @property
     def access(self) -> Access:
-        named = (
-            None
-            if self.clients is None
-            else {key: client.name for key, client in self.clients.items()}
-        )
-        guests = frozenset(client.name for client in self.names.values() if client.places)
+        named: dict[str, str] | None = None
+        if self.clients is not None:
+            named = {key: client.name for key, client in self.clients.items()}
+        guests = frozenset(name for name, client in self.names.items() if client.places)
         return Access(self.client_keys, own_names(self.hosts), self.origins, named, guests)
 
     @property
@@ -172,25 +173,31 @@ def load_config(environ: Environment) -> Config:
     bad key's first.
     """
     client_keys, clients = environ.keys("CEREBRUM_CM4_API_KEY"), environ.clients(*CLIENTS)
-    logs = HERE / "logs"
     path = Path(environ.text("CEREBRUM_MODELS_FILE", str(HERE / "models.toml"))).expanduser()
     catalog = load_catalog(path, LANGUAGES)
     max_concurrent = environ.integer("CEREBRUM_MAX_CONCURRENT", 2, 1, upstream.MAX_PLACES)
+    backends = upstream.read_backends(catalog.backends, environ, max_concurrent)
+    listening: Members = {
+        "host": environ.host("CEREBRUM_CM4_HOST", "0.0.0.0"),
+        "port": environ.integer("CEREBRUM_CM4_PORT", 7000, 0, 65535),
+        "hosts": environ.names("CEREBRUM_ALLOWED_HOSTS"),
+        "origins": environ.names("CEREBRUM_ALLOWED_ORIGINS"),
+    }
+    folder = HERE / "logs"
+    log_file = str(folder / "cerebrum.log") if folder.is_dir() else ""
+    logging: Members = {
+        "log_level": environ.log_level(),
+        "log_file": environ.text("CEREBRUM_LOG_FILE", log_file),
+        "log_prompts": environ.integer("CEREBRUM_LOG_PROMPTS", 0, 0, 1) == 1,
+    }
     return Config(
-        backends=upstream.read_backends(catalog.backends, environ, max_concurrent),
+        backends=backends,
         models=catalog.models,
         prefer=catalog.prefer,
-        host=environ.host("CEREBRUM_CM4_HOST", "0.0.0.0"),
-        port=environ.integer("CEREBRUM_CM4_PORT", 7000, 0, 65535),
         client_keys=client_keys,
         clients=clients,
-        hosts=environ.names("CEREBRUM_ALLOWED_HOSTS"),
-        origins=environ.names("CEREBRUM_ALLOWED_ORIGINS"),
-        log_level=environ.log_level(),
-        log_file=environ.text(
-            "CEREBRUM_LOG_FILE", str(logs / "cerebrum.log") if logs.is_dir() else ""
-        ),
-        log_prompts=environ.integer("CEREBRUM_LOG_PROMPTS", 0, 0, 1) == 1,
+        **listening,
+        **logging,
         tls=read_tls(environ),
     )
 
@@ -219,7 +226,7 @@ FIELDS = {
 FIELDS_WITHOUT_PROMPT = FIELDS | {"prompt": Field(str, 0, required=True)}
 
 
-def read_completion(members: Mapping[str, Any], models: Collection[Model]) -> dict[str, Any]:
+def read_completion(members: Mapping[str, Any], models: Collection[Model]) -> Members:
     """The checked fields of a completion. HttpError 400 names a bad field, 404 a model that is not
     in models.toml. An alias of a language becomes the name that models.toml lists.
     """
@@ -230,12 +237,10 @@ def read_completion(members: Mapping[str, Any], models: Collection[Model]) -> di
         fields["language"] = BY_NAME.get(given)
     if fields["language"] not in languages:
         raise wrong("language", f"one of {', '.join(languages)}", given)
-    ids = [model.id for model in models]
-    if fields["model"] is not None and fields["model"] not in ids:
-        raise HttpError(
-            "MODEL_NOT_FOUND",
-            f"model: expected one of {', '.join(ids)}, got {describe(fields['model'])}",
-        )
+    ids, asked = [model.id for model in models], fields["model"]
+    if asked is not None and asked not in ids:
+        message = f"model: expected one of {', '.join(ids)}, got {describe(asked)}"
+        raise HttpError("MODEL_NOT_FOUND", message)
     return fields | {"mode": detect_mode(fields)}
 
 
@@ -246,26 +251,29 @@ def session_of(client: str, session: str | None) -> str:
     return hashlib.sha256(f"{client} {session}".encode()).hexdigest() if session else ""
 
 
-def native_fields(wanted: CompletionRequest, models: Collection[Model]) -> dict[str, Any]:
+# The fields that a dialect's request may lack.
+NOT_IN_A_DIALECT: Members = {
+    "prompt": "",
+    "filename": "",
+    "extra": (),
+    "stop_at": "auto",
+    "progress": False,
+}
+
+
+def native_fields(wanted: CompletionRequest, models: Collection[Model]) -> Members:
     """Convert a dialect's request to the fields that `Gateway.complete` reads. A request may name a
     model by an alias; an unknown name counts as no name. The language, except for a chat, is
     guessed from the text and the file names.
     """
-    unsaid: dict[str, Any] = {
-        "prompt": "",
-        "filename": "",
-        "extra": [],
-        "stop_at": "auto",
-        "progress": False,
-    }
-    fields = unsaid | wanted.fields
-    others = [entry["filename"] for entry in fields["extra"]]
-    ids = {name: model.id for model in models for name in (*model.aliases, model.id)}
-    language = (
-        ""
-        if wanted.kind == "chat"
-        else guess_language(fields["filename"], fields["prompt"], others)
-    )
+    fields = NOT_IN_A_DIALECT | wanted.fields
+    ids = dict[str, str]()
+    for model in models:
+        ids |= dict.fromkeys((*model.aliases, model.id), model.id)
+    language = ""
+    if wanted.kind != "chat":
+        others = [entry["filename"] for entry in fields["extra"]]
+        language = guess_language(fields["filename"], fields["prompt"], others)
     return fields | {"language": language, "model": ids.get(fields["model"])}
 
 
@@ -292,9 +300,8 @@ class Gateway:
             self.dispatcher, self.complete, self.beginning, self.counting.typed
         )
         self.tokenizing = asyncio.Semaphore(MAX_TOKENIZING)
-        self.tokenizers = weakref.WeakValueDictionary[
-            str, asyncio.Lock
-        ]()  # who tokenizes; guests also share ""
+        # A lock for each client that tokenizes, and "" for all guests.
+        self.tokenizers = weakref.WeakValueDictionary[str, asyncio.Lock]()
         self.page: Response | None = None  # everything else works without it
         try:
             self.page = page_of((HERE / "cerebrum/pi/page.html").read_bytes())
@@ -319,17 +326,15 @@ class Gateway:
         used; then nothing has changed.
         """
         if self.config.clients is not None and not config.access.needs_key:
-            raise ConfigError(
-                "CEREBRUM_CM4_KEYS_FILE: expected the file, it has gone; an empty one lets "
-                "nobody in"
-            )
+            message = "expected the file, it has gone; an empty one lets nobody in"
+            raise ConfigError(f"CEREBRUM_CM4_KEYS_FILE: {message}")
         self.fleet.replace(config.backends, config.models, config.prefer)
         self.config = config
         self.reconfigured += 1
         self.counting.configure(config.models, config.names)
         self.dispatcher.reconfigured()
 
-    def who(self, request: Request) -> dict[str, Any]:
+    def who(self, request: Request) -> Members:
         """The fields of a CompletionRequest that say who asks."""
         named = self.config.names.get(request.client)
         return {"client": request.client, "guest": named.places if named else 0}
@@ -337,10 +342,20 @@ class Gateway:
     @contextlib.asynccontextmanager
     async def turn_to_tokenize(self, request: Request) -> AsyncIterator[None]:
         """A person tokenizes one text at a time, and so do all guests together."""
-        own = self.tokenizers.setdefault(request.client, asyncio.Lock())
-        rank = self.tokenizers.setdefault("", asyncio.Lock()) if self.who(request)["guest"] else own
-        async with own, contextlib.nullcontext() if rank is own else rank, self.tokenizing:
+        names = [request.client]
+        if self.who(request)["guest"]:
+            names.append("")
+        async with contextlib.AsyncExitStack() as turns:
+            for name in names:
+                lock = self.tokenizers.setdefault(name, asyncio.Lock())
+                await turns.enter_async_context(lock)
+            await turns.enter_async_context(self.tokenizing)
             yield
+
+    @property
+    def uptime(self) -> float:
+        """In seconds."""
+        return round(time.monotonic() - self.started, 1)
 
     @property
     def requests(self) -> int:
@@ -356,7 +371,7 @@ class Gateway:
         self.sample()
         self.dispatcher.advance()
 
-    async def complete(self, completion: Completion) -> AsyncGenerator[Pair, None]:
+    async def complete(self, completion: Completion) -> Pairs:
         """One completion as pairs of (kind, value), independent of the client's API and of the
         backend's:
 
@@ -379,7 +394,7 @@ class Gateway:
         """
         if self.config.log_prompts:
             log.info("prompt: %s", prompt_of(completion.request.fields))
-        begun: dict[str, Any] = {}
+        begun: Members = {}
         async with self.counting.completion(completion):
             while True:
                 attempt = await self.dispatcher.enter(completion)
@@ -399,7 +414,7 @@ class Gateway:
                     error.__traceback__ = None
                     attempt.sent = NOTHING_SENT
 
-    async def _answer(self, attempt: Attempt) -> AsyncGenerator[Pair, None]:
+    async def _answer(self, attempt: Attempt) -> Pairs:
         """The pairs of one attempt. "started" comes first, and again once the backend has read the
         prompt: it may have been cut meanwhile. A preempted attempt that is not repeated ends like a
         whole answer.
@@ -428,34 +443,34 @@ class Gateway:
             yield "started", self.beginning(completion)
             yield "done", self._result(attempt, {"finish_reason": PREEMPTED})
 
-    def beginning(self, completion: Completion) -> dict[str, Any]:
+    def beginning(self, completion: Completion) -> Members:
         """The value of the pair "started"."""
         model = completion.model or self.fleet.route(completion.request.fields)
         attempt = completion.attempt
-        sent, threshold = (attempt.sent, attempt.threshold) if attempt else (NOTHING_SENT, None)
+        sent = attempt.sent if attempt else NOTHING_SENT
         n_ctx = sent.n_ctx or self.fleet.n_ctx(model)
+        threshold = attempt.threshold if attempt else None
         return {"model": model, "n_ctx": n_ctx, "kept": sent.text.kept, "threshold": threshold}
 
-    def _result(self, attempt: Attempt, done: dict[str, Any]) -> dict[str, Any]:
+    def _result(self, attempt: Attempt, done: Members) -> Members:
         """Count the work of a whole answer, and return its result: our own members, then the
         backend's.
         """
         request, text = attempt.request, attempt.sent.text
         self.counting.work(attempt.model, done)
         confidence = done.get("confidence", -1)
-        if request.kind == "infill" and attempt.size and confidence >= (attempt.threshold or 0):
+        is_suggested = request.kind == "infill" and attempt.size
+        if is_suggested and confidence >= (attempt.threshold or 0):
             self.counting.suggested(confidence)
         if text.cut and request.kind != "chat":
             # Read it all later, so that the next prompt of this file need not be cut.
             fields = request.fields | {"max_tokens": 0, "prompt_ms": 0}
             self.dispatcher.read_ahead(replace(request, fields=fields))
         spent = time.monotonic() - attempt.completion.started
-        result = {
-            "language": request.fields["language"],
-            "model": attempt.model,
-            "total_tokens": done.pop("total_tokens", attempt.tokens),
-            "inference_time": round(float(done.pop("inference_time", spent)), 3),
-        }
+        seconds = float(done.pop("inference_time", spent))
+        result: Members = {"language": request.fields["language"], "model": attempt.model}
+        result["total_tokens"] = done.pop("total_tokens", attempt.tokens)
+        result["inference_time"] = round(seconds, 3)
         result |= {"timestamp": common.timestamp(), "mode": request.fields["mode"]}
         if len(self.fleet.backends) > 1:
             result["backend"] = attempt.backend
@@ -472,12 +487,12 @@ async def health(gateway: Gateway, request: Request) -> Response:
     """GET /health: the backends' state, from the last probe and the traffic. `vps_available`: at
     least one backend is available. A 503 says what is wrong.
     """
-    fleet, uptime = gateway.fleet, round(time.monotonic() - gateway.started, 1)
-    backends = [
-        {"id": one.id, "available": one.available, "message": one.breaker.message}
-        for one in fleet.backends
-    ]
-    state = {"vps_available": fleet.available, "uptime": uptime, "backends": backends}
+    fleet = gateway.fleet
+    backends = list[Members]()
+    for backend in fleet.backends:
+        message = backend.breaker.message
+        backends.append({"id": backend.id, "available": backend.available, "message": message})
+    state = {"vps_available": fleet.available, "uptime": gateway.uptime, "backends": backends}
     if fleet.available:
         return Response({"status": "healthy", "timestamp": common.timestamp(), **state})
     raise HttpError("VPS_UNAVAILABLE", fleet.message, extra={"status": "unhealthy", **state})
@@ -486,9 +501,10 @@ async def health(gateway: Gateway, request: Request) -> Response:
 def read_native(gateway: Gateway, request: Request, is_whole: bool = False) -> Completion:
     """A request of our own API, for an answer in one piece or for a stream."""
     fields = read_completion(parse_json(request.body), gateway.config.models)
-    fields, limit = (
-        (fields | {"progress": False}, MAX_COLLECTED_BYTES) if is_whole else (fields, math.inf)
-    )
+    limit = math.inf
+    if is_whole:
+        fields["progress"] = False
+        limit = MAX_COLLECTED_BYTES
     session = session_of(request.client, fields["session"])
     wanted = CompletionRequest("", fields, session=session, limit=limit, **gateway.who(request))
     return Completion(wanted, request.end, request.notes)
@@ -519,7 +535,7 @@ async def complete(gateway: Gateway, request: Request) -> Response:
     return Response({"completion": text, **result})
 
 
-async def collect(pairs: AsyncGenerator[Pair, None]) -> tuple[dict[str, Any], str, dict[str, Any]]:
+async def collect(pairs: Pairs) -> tuple[Members, str, Members]:
     """A completion in one piece: the value of its last pair "started", its text, and its result."""
     begun, texts, result = {}, list[bytes](), {}
     async with contextlib.aclosing(pairs):
@@ -536,10 +552,8 @@ async def collect(pairs: AsyncGenerator[Pair, None]) -> tuple[dict[str, Any], st
 async def page(gateway: Gateway, request: Request) -> Response:
     """GET /: a web page for people, which uses this API."""
     if not gateway.page:
-        raise HttpError(
-            "NOT_FOUND",
-            "expected the file cerebrum/pi/page.html, got none; the API works without it",
-        )
+        message = "expected the file cerebrum/pi/page.html, got none; the API works without it"
+        raise HttpError("NOT_FOUND", message)
     return gateway.page
 
 
@@ -550,9 +564,8 @@ async def language_server(gateway: Gateway, request: Request) -> Response:
     try:
         text = (HERE / "cerebrum_lsp.py").read_bytes()
     except OSError:
-        raise HttpError(
-            "NOT_FOUND", "expected the file cerebrum_lsp.py beside cm4d.py, got none"
-        ) from None
+        message = "expected the file cerebrum_lsp.py beside cm4d.py, got none"
+        raise HttpError("NOT_FOUND", message) from None
     return Response(text, kind="text/x-python; charset=utf-8")
 
 
@@ -569,46 +582,49 @@ async def models(gateway: Gateway, request: Request) -> Response:
     those with a known syntax. `data` is OpenAI's list: the models that some backend has, or all
     models while no backend has listed any.
     """
-    models, listed = gateway.config.models, list[dict[str, Any]]()
-    for model in models:
-        having = [
-            one
-            for one in gateway.fleet.backends
-            if one.available and one.models and model.id in one.models
-        ]
-        about = {
-            name: getattr(model, name)
-            for name in ("id", "name", "languages", "parameters", "quantization")
-        }
-        about |= {"available": bool(having), "backends": [backend.id for backend in having]}
-        listed.append(about | ((having[0].models or {})[model.id] if having else {}))
-    served = common.served_languages(models)
-    languages: list[dict[str, Any]] = []
+    catalog, fleet = gateway.config.models, gateway.fleet
+    here = fleet.models or [model.id for model in catalog]
+    entries = [describe_model(model, fleet.backends) for model in catalog]
+    listed: Members = {"models": entries, "vps_available": fleet.available}
+    listed |= {"languages": describe_languages(catalog), "prefer": gateway.config.prefer}
+    ids = [model.id for model in catalog if model.id in here]
+    data = [dialects.write_model(id, gateway.created) for id in ids]
+    return Response(compact(listed | {"object": "list", "data": data}))
+
+
+def describe_model(model: Model, backends: Sequence[Backend]) -> Members:
+    """A model's entry in /v1/models."""
+    names = ("id", "name", "languages", "parameters", "quantization")
+    entry = {name: getattr(model, name) for name in names}
+    ids, reported = list[str](), Members()
+    for backend in backends:
+        if backend.available and backend.models and model.id in backend.models:
+            ids.append(backend.id)
+            reported = reported or backend.models[model.id]
+    return entry | {"available": bool(ids), "backends": ids} | reported
+
+
+def describe_languages(catalog: Collection[Model]) -> list[Members]:
+    """The member `languages` of /v1/models."""
+    served = common.served_languages(catalog)
+    entries = list[Members]()
     for name in dict.fromkeys([*served, *LANGUAGES]):
         syntax = LANGUAGES.get(BY_NAME.get(name.lower(), ""))
-        endings, filenames = (syntax.endings, syntax.filenames) if syntax else ((), ())
-        languages.append(
-            {"id": name, "endings": endings, "filenames": filenames, "served": name in served}
-        )
-    here = [
-        model for model in models if not gateway.fleet.models or model.id in gateway.fleet.models
-    ]
-    data = [dialects.write_model(model.id, gateway.created) for model in here]
-    ours = {"models": listed, "vps_available": gateway.fleet.available, "languages": languages}
-    return Response(
-        compact(ours | {"prefer": gateway.config.prefer, "object": "list", "data": data})
-    )
+        entry: Members = {"id": name, "endings": (), "filenames": ()}
+        if syntax:
+            entry |= {"endings": syntax.endings, "filenames": syntax.filenames}
+        entries.append(entry | {"served": name in served})
+    return entries
 
 
 async def model(gateway: Gateway, request: Request) -> Response:
     """GET /v1/models/{id}: one model, as OpenAI lists it."""
     ids = [model.id for model in gateway.config.models]
-    if request.parameter not in ids:
-        raise HttpError(
-            "MODEL_NOT_FOUND",
-            f"expected one of {', '.join(ids)}, got {describe(request.parameter)}",
-        )
-    return Response(compact(dialects.write_model(request.parameter, gateway.created)))
+    id = request.parameter
+    if id not in ids:
+        message = f"expected one of {', '.join(ids)}, got {describe(id)}"
+        raise HttpError("MODEL_NOT_FOUND", message)
+    return Response(compact(dialects.write_model(id, gateway.created)))
 
 
 async def props(gateway: Gateway, request: Request) -> Response:
@@ -622,26 +638,22 @@ async def tokenize(gateway: Gateway, request: Request) -> Response:
     """POST /tokenize: a text's tokens, in the model that answers a request without a model name."""
     fields = read_fields(dialects.present(parse_json(request.body)), dialects.TOKENIZE)
     model = gateway.fleet.route({})
-    having = [
-        one
-        for one in gateway.fleet.backends
-        if one.has(model) and (not one.api or one.api.tokenize)
-    ]
-    fault = HttpError(
-        "VPS_UNAVAILABLE",
-        BREAKER_OPEN if having else "expected a backend that counts tokens, got none",
-    )
+    having = [backend for backend in gateway.fleet.backends if backend.has(model)]
+    counting = [backend for backend in having if not backend.api or backend.api.tokenize]
+    lacking = BREAKER_OPEN if counting else "expected a backend that counts tokens, got none"
+    fault = HttpError("VPS_UNAVAILABLE", lacking)
     async with gateway.turn_to_tokenize(request):
-        for backend in sorted(having, key=lambda one: not one.available):
-            if backend.breaker.admits:
-                try:
-                    return Response(b'{"tokens":[%b]}' % await backend.tokenize(model, fields))
-                except HttpError as error:
-                    if error.status not in RETRIED:
-                        raise
-                    fault = error
-                finally:
-                    gateway.dispatcher.advance()  # it may have been a trial
+        for backend in sorted(counting, key=lambda backend: not backend.available):
+            if not backend.breaker.admits:
+                continue
+            try:
+                return Response(b'{"tokens":[%b]}' % await backend.tokenize(model, fields))
+            except HttpError as error:
+                if error.status not in RETRIED:
+                    raise
+                fault = error
+            finally:
+                gateway.dispatcher.advance()  # it may have been a trial
     raise fault
 
 
@@ -655,27 +667,26 @@ def speaking(dialect: dialects.Dialect) -> Callable[[Gateway, Request], Awaitabl
         wanted = dialect.read(members)
         fields = native_fields(wanted, gateway.config.models)
         wanted = replace(wanted, fields=fields, limit=MAX_COLLECTED_BYTES, **gateway.who(request))
-        editor = f"{request.client} {request.address} {request.head.headers.get('user-agent', '')}"
+        head, now = request.head, int(time.time())
+        editor = f"{request.client} {request.address} {head.headers.get('user-agent', '')}"
         subscriber = Subscriber(gateway.broadcasts, Completion(wanted, notes=request.notes), editor)
         pairs = shown(subscriber.pairs(), fields, lambda: subscriber.typed_text)
-        reply_to = functools.partial(
-            dialect.reply, wanted, request.head.request_id, int(time.time())
-        )
-        if not wanted.stream:
-            begun, text, result = await collect(pairs)
-            whole = text if result.get("finish_reason") != "replaced" else ""
-            return Response(
-                reply_to(begun).whole(whole, result), headers=kept_headers(begun["kept"])
-            )
+        reply_to = functools.partial(dialect.reply, wanted, head.request_id, now)
         response = Response()
-        response.events = dialect_stream(pairs, reply_to, response)
-        return response
+        if wanted.stream:
+            response.events = dialect_stream(pairs, reply_to, response)
+            return response
+        begun, text, result = await collect(pairs)
+        if result.get("finish_reason") == "replaced":
+            text = ""
+        body = reply_to(begun).whole(text, result)
+        return Response(body, headers=kept_headers(begun["kept"]))
 
     return handle
 
 
 async def dialect_stream(
-    whole: AsyncGenerator[Pair, None],
+    whole: Pairs,
     reply_to: Callable[[Mapping[str, Any]], dialects.Reply],
     response: Response,
 ) -> AsyncGenerator[bytes, None]:
@@ -703,8 +714,10 @@ def kept_headers(kept: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     """
     if not kept or kept["parts"] == ["all"]:
         return ()
-    messages = "{} of {} messages, ".format(*kept["messages"]) if "messages" in kept else ""
-    return (("X-Cerebrum-Kept", f"{messages}{kept['characters']} of {kept['of']} characters"),)
+    said = f"{kept['characters']} of {kept['of']} characters"
+    if "messages" in kept:
+        said = "{} of {} messages, ".format(*kept["messages"]) + said
+    return (("X-Cerebrum-Kept", said),)
 
 
 async def stats(gateway: Gateway, request: Request) -> Response:
@@ -722,55 +735,44 @@ async def activity(gateway: Gateway, request: Request) -> Response:
     """
     fleet = gateway.fleet
     gateway.sample()
-    loaded = dict.fromkeys(id for backend in fleet.backends for id in backend.models_loaded)
-    away = [
-        f"{one.id} is away: {one.breaker.message}"
-        for one in fleet.backends
-        if fleet.available and one.breaker.message
-    ]
-    more = {
-        "vps_message": fleet.message,
-        "models_loaded": [*loaded],
-        "notes": away,
-        **gateway.counting.history.describe(),
-    }
-    return Response({"timestamp": common.timestamp(), **statistics(gateway), **more})
+    loaded = itertools.chain.from_iterable(backend.models_loaded for backend in fleet.backends)
+    away = [backend for backend in fleet.backends if fleet.available and backend.breaker.message]
+    members = Members(timestamp=common.timestamp(), **statistics(gateway))
+    members |= {"vps_message": fleet.message, "models_loaded": [*dict.fromkeys(loaded)]}
+    members["notes"] = [f"{backend.id} is away: {backend.breaker.message}" for backend in away]
+    return Response(members | gateway.counting.history.describe())
 
 
-def statistics(gateway: Gateway) -> dict[str, Any]:
+def statistics(gateway: Gateway) -> Members:
     """The members of /v1/stats."""
-    measured, first = subjects(gateway), gateway.fleet.first
-    return {
-        "uptime": round(time.monotonic() - gateway.started, 1),
-        **write_stats(METRICS, measured),
-        "vps_available": gateway.fleet.available,
-        "vps_response_time_ms": first.response_ms,
-        "memory_mb": round(resident_bytes() / 2**20, 1),
-        "load_avg": [round(load, 2) for load in os.getloadavg()],
-        "breaker": measured["backend"][first.id]["breaker"],
-        "backends": [*measured["backend"].values()],
-        "by_confidence": gateway.counting.by_confidence,
-        "clients": gateway.counting.people.describe(),
-    }
+    fleet, measured = gateway.fleet, subjects(gateway)
+    backends = measured["backend"]
+    members: Members = {"uptime": gateway.uptime, **write_stats(METRICS, measured)}
+    members["vps_available"] = fleet.available
+    members["vps_response_time_ms"] = fleet.first.response_ms
+    members["memory_mb"] = round(resident_bytes() / 2**20, 1)
+    members["load_avg"] = [round(load, 2) for load in os.getloadavg()]
+    members["breaker"] = backends[fleet.first.id].breaker
+    members["backends"] = [vars(backend) for backend in backends.values()]
+    members["by_confidence"] = gateway.counting.by_confidence
+    members["clients"] = gateway.counting.people.describe()
+    return members
 
 
-def describe_backend(backend: Backend, active: int) -> dict[str, Any]:
+def describe_backend(backend: Backend, active: int) -> SimpleNamespace:
     """A backend's entry in /v1/stats. `active`: completions that hold a place there."""
-    return {
-        "id": backend.id,
-        "api": backend.config.api,
-        "available": backend.available,
-        "message": backend.breaker.message,
-        "response_time_ms": backend.response_ms,
-        "requests_total": backend.requests_total,
-        "requests_active": active,
-        "requests_failed": backend.requests_failed,
-        "max_concurrent": backend.limit,
-        "tokens_total": backend.tokens,
-        "models": list(backend.models or ()),
-        "models_loaded": backend.models_loaded,
-        "breaker": backend.breaker.describe(time.monotonic()),
-    }
+    entry = SimpleNamespace(id=backend.id, api=backend.config.api, available=backend.available)
+    entry.message = backend.breaker.message
+    entry.response_time_ms = backend.response_ms
+    entry.requests_total = backend.requests_total
+    entry.requests_active = active
+    entry.requests_failed = backend.requests_failed
+    entry.max_concurrent = backend.limit
+    entry.tokens_total = backend.tokens
+    entry.models = list(backend.models or ())
+    entry.models_loaded = backend.models_loaded
+    entry.breaker = backend.breaker.describe(time.monotonic())
+    return entry
 
 
 METRICS = {
@@ -784,75 +786,78 @@ METRICS = {
                "dispatcher.active", "requests_active"),
         Metric("cerebrum_completions_waiting", "Completions that wait for a place.",
                lambda pi: len(pi.dispatcher.state.line)),
-        Metric("cerebrum_shared_total", "Requests that shared a completion.", "broadcasts.shared", "shared"),
-        Metric("cerebrum_replaced_total", "Infills that a newer one replaced.", "broadcasts.replaced", "replaced"),
-        Metric("cerebrum_type_through_total", "Requests that the rest of an earlier completion "
-                                              "answered.",
+        Metric("cerebrum_shared_total", "Requests that shared a completion.",
+               "broadcasts.shared", "shared"),
+        Metric("cerebrum_replaced_total", "Infills that a newer one replaced.",
+               "broadcasts.replaced", "replaced"),
+        Metric("cerebrum_type_through_total",
+               "Requests that the rest of an earlier completion answered.",
                "broadcasts.type_through", "type_through"),
-        Metric("cerebrum_accepted_completions_total", "Completions that users accepted, as editors "
-                                                      "report.",
+        Metric("cerebrum_accepted_completions_total",
+               "Completions that users accepted, as editors report.",
                "counting.accepted", "accepted"),
         Metric("cerebrum_accepted_characters_total", "Characters of these completions.",
                "counting.accepted_characters", "accepted_characters"),
-        Metric("cerebrum_infills_suggested_total", "Infills with a text, by the confidence of "
-                                                   "their first line.",
+        Metric("cerebrum_infills_suggested_total",
+               "Infills with a text, by the confidence of their first line.",
                lambda pi: pi.counting.by_band("suggested"), labels=("from",)),
-        Metric("cerebrum_infills_accepted_total", "Those of them that users accepted, as editors "
-                                                  "report.",
+        Metric("cerebrum_infills_accepted_total",
+               "Those of them that users accepted, as editors report.",
                lambda pi: pi.counting.by_band("accepted"), labels=("from",)),
         Metric("cerebrum_reloads_total", "How often the settings were read again.", "reconfigured"),
     ),
     "model": (
         *COMPLETIONS,
         Metric("cerebrum_tokens_total", "Tokens of completions that have ended.", "tokens"),
-        Metric("cerebrum_prompt_tokens_total", "Tokens of prompts that backends computed.", "prompt_tokens"),
-        Metric("cerebrum_prompt_tokens_cached_total", "Tokens of prompts that were in a "
-                                                      "cache.", "cached_tokens"),
+        Metric("cerebrum_prompt_tokens_total", "Tokens of prompts that backends computed.",
+               "prompt_tokens"),
+        Metric("cerebrum_prompt_tokens_cached_total", "Tokens of prompts that were in a cache.",
+               "cached_tokens"),
         Metric("cerebrum_draft_tokens_total", "Tokens that drafts proposed.", "draft_tokens"),
-        Metric("cerebrum_accepted_tokens_total", "Tokens of drafts that were accepted.", "accepted_tokens"),
+        Metric("cerebrum_accepted_tokens_total", "Tokens of drafts that were accepted.",
+               "accepted_tokens"),
     ),
     "client": (
-        Metric("cerebrum_client_completions_total", "Completions that ended, by the name of "
-                                                    "a key.", "completions"),
+        Metric("cerebrum_client_completions_total",
+               "Completions that ended, by the name of a key.", "completions"),
         Metric("cerebrum_client_tokens_total", "Tokens of these completions.", "tokens"),
-        Metric("cerebrum_client_seconds_total", "Time in which these completions held a "
-                                                "place.", "seconds"),
+        Metric("cerebrum_client_seconds_total", "Time in which these completions held a place.",
+               "seconds"),
         Metric("cerebrum_client_accepted_total", "Completions that its user accepted.", "accepted"),
     ),
     "backend": (  # read from a backend's entry in /v1/stats
-        Metric("cerebrum_backend_up", "Whether it is available.", lambda one: one["available"]),
-        Metric("cerebrum_backend_places", "Completions that it takes at a time.", lambda one: one["max_concurrent"]),
-        Metric("cerebrum_backend_active", "Completions that hold a place.", lambda one: one["requests_active"]),
-        Metric("cerebrum_backend_models", "Models that it has.", lambda one: len(one["models"])),
-        Metric("cerebrum_backend_models_loaded", "Models in its memory.", lambda one: len(one["models_loaded"])),
-        Metric("cerebrum_backend_requests_total", "Requests sent to it.", lambda one: one["requests_total"]),
-        Metric("cerebrum_backend_failures_total", "Requests that failed there.", lambda one: one["requests_failed"]),
-        Metric("cerebrum_backend_tokens_total", "Tokens that came from there.", lambda one: one["tokens_total"]),
+        Metric("cerebrum_backend_up", "Whether it is available.", "available"),
+        Metric("cerebrum_backend_places", "Completions that it takes at a time.",
+               "max_concurrent"),
+        Metric("cerebrum_backend_active", "Completions that hold a place.", "requests_active"),
+        Metric("cerebrum_backend_models", "Models that it has.",
+               lambda backend: len(backend.models)),
+        Metric("cerebrum_backend_models_loaded", "Models in its memory.",
+               lambda backend: len(backend.models_loaded)),
+        Metric("cerebrum_backend_requests_total", "Requests sent to it.", "requests_total"),
+        Metric("cerebrum_backend_failures_total", "Requests that failed there.",
+               "requests_failed"),
+        Metric("cerebrum_backend_tokens_total", "Tokens that came from there.", "tokens_total"),
         Metric("cerebrum_backend_probe_seconds", "Time of the last good probe.",
-               lambda one: None if one["response_time_ms"] is None else one["response_time_ms"] / 1000),
+               lambda backend: backend.response_time_ms and backend.response_time_ms / 1000),
         Metric("cerebrum_breaker_state", "1 for the state of its circuit breaker.",
-               lambda one: {(state,): one["breaker"]["state"] == state for state in BREAKER_STATES}, labels=("state",)),
-        Metric("cerebrum_breaker_opens_total", "How often its breaker opened.", lambda one: one["breaker"]["opens"]),
+               lambda backend: {(state,): backend.breaker["state"] == state
+                                for state in BREAKER_STATES}, labels=("state",)),
+        Metric("cerebrum_breaker_opens_total", "How often its breaker opened.",
+               lambda backend: backend.breaker["opens"]),
     ),
 }  # fmt: skip
 
 
-def subjects(gateway: Gateway) -> dict[str, dict[str, Any]]:
+def subjects(gateway: Gateway) -> dict[str, Members]:
     """The objects that the rows of METRICS read."""
-    active = Counter(
-        attempt.backend for attempt in gateway.dispatcher.state.places if not attempt.request.ahead
-    )
-    backends = {
-        backend.id: describe_backend(backend, active[backend.id])
-        for backend in gateway.fleet.backends
-    }
-    counting = gateway.counting
-    return {
-        "": {"": gateway},
-        "model": counting.tallies,
-        "client": counting.people.total,
-        "backend": backends,
-    }
+    counting, places = gateway.counting, gateway.dispatcher.state.answering
+    active = Counter(backend.id for backend in places.values())
+    backends = Members()
+    for backend in gateway.fleet.backends:
+        backends[backend.id] = describe_backend(backend, active[backend.id])
+    measured = Members({"": {"": gateway}, "model": counting.tallies})
+    return measured | {"client": counting.people.total, "backend": backends}
 
 
 async def metrics(gateway: Gateway, request: Request) -> Response:
@@ -862,6 +867,15 @@ async def metrics(gateway: Gateway, request: Request) -> Response:
 
 
 # ------------------------------------------------------------------------------------------- routes
+
+
+def dialect_routes() -> Iterator[Route]:
+    """The routes of completions in the dialects."""
+    for dialect in dialects.DIALECTS:
+        handler = speaking(dialect)
+        for path in dialect.paths:
+            yield Route("POST", path, handler, json=True, foreign_error=dialects.write_error)
+
 
 ROUTES = (
     Route("GET", "/", page, open=True),
@@ -874,15 +888,9 @@ ROUTES = (
     Route("GET", "/v1/stats", stats),
     Route("GET", "/v1/activity", activity, quiet=True),
     Route("GET", "/metrics", metrics, quiet=True),
-    *(
-        Route("POST", path, speaking(dialect), json=True, foreign_error=dialects.write_error)
-        for dialect in dialects.DIALECTS
-        for path in dialect.paths
-    ),
-    *(
-        Route("GET", f"{path}/{{id}}", model, foreign_error=dialects.write_error)
-        for path in ("/v1/models", "/models")
-    ),
+    *dialect_routes(),
+    Route("GET", "/v1/models/{id}", model, foreign_error=dialects.write_error),
+    Route("GET", "/models/{id}", model, foreign_error=dialects.write_error),
     Route("GET", "/models", models),
     Route("GET", "/props", props, foreign_error=dialects.write_error),
     Route("POST", "/tokenize", tokenize, json=True, foreign_error=dialects.write_error),
@@ -914,16 +922,15 @@ async def serve(environ: Environment, config: Config) -> int:
             config.tls.load(*new.tls.files)
         set_up_logging(new.log_level, new.log_file)
         warn_of(new)
-        tls = (
-            ("CEREBRUM_CM4_TLS_CERT", "CEREBRUM_CM4_TLS_KEY")
-            if bool(config.tls) != bool(new.tls)
-            else ()
-        )
-        environ.warn_of_changes(known, ("CEREBRUM_CM4_HOST", "CEREBRUM_CM4_PORT", *tls))
+        unchanged = ["CEREBRUM_CM4_HOST", "CEREBRUM_CM4_PORT"]
+        if bool(config.tls) != bool(new.tls):
+            unchanged += TLS.split(", ")
+        environ.warn_of_changes(known, unchanged)
 
     service = Service(reload, gateway.fleet.stuck)
+    tls = config.tls.context if config.tls else None
     try:
-        await server.start(config.host, config.port, tls=config.tls.context if config.tls else None)
+        await server.start(config.host, config.port, tls=tls)
     except OSError as error:
         log.error("cannot listen on %s port %d: %s", config.host, config.port, error.strerror)
         return 1  # systemd tries again: an interface may come up late at boot
@@ -939,9 +946,8 @@ def warn_of(config: Config) -> None:
     """Log which backends will refuse us."""
     for backend in config.backends:
         if not backend.key and (backend.key_env or backend.api == "cerebrum"):
-            log.warning(
-                "%s: %s is not set: it will refuse every completion", backend.id, backend.variable
-            )
+            message = "%s: %s is not set: it will refuse every completion"
+            log.warning(message, backend.id, backend.variable)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -949,7 +955,10 @@ def main(arguments: Sequence[str]) -> int:
     itself.
     """
     if arguments:
-        about = "Cerebrum's daemon for the Raspberry Pi. Without an option it serves until it gets SIGTERM."
+        about = (
+            "Cerebrum's daemon for the Raspberry Pi. Without an option it serves until it gets "
+            "SIGTERM."
+        )
         make_parser("cm4d", about).parse_args(arguments)
         from cerebrum.check import check_pi  # loaded only for an option
 

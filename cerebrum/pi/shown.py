@@ -10,6 +10,8 @@ from typing import Any
 from cerebrum.pi.dialects import CUT
 from cerebrum.pi.upstream import Pair, read_text, text_event
 
+Pairs = AsyncGenerator[Pair, None]
+
 
 class Held:
     """The text of a completion, of which the client has the beginning. A line waits for its
@@ -58,9 +60,7 @@ class Held:
         return text_event(text, self._tokens) if text else b""
 
 
-async def shown(
-    pairs: AsyncGenerator[Pair, None], fields: Mapping[str, Any], typed: Callable[[], str] = str
-) -> AsyncGenerator[Pair, None]:
+async def shown(pairs: Pairs, fields: Mapping[str, Any], typed: Callable[[], str] = str) -> Pairs:
     """The pairs of `Gateway.complete` without "judged". With a threshold, hold each line until its
     confidence arrives, and its line end until the next line is shown; hide the text from the first
     unsure line on. `fields`: of the request. `typed()`: what the user has already typed of the
