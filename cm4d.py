@@ -537,7 +537,8 @@ async def complete(gateway: Gateway, request: Request) -> Response:
 
 async def collect(pairs: Pairs) -> tuple[Members, str, Members]:
     """A completion in one piece: the value of its last pair "started", its text, and its result."""
-    begun, texts, result = {}, list[bytes](), {}
+    texts = list[bytes]()
+    begun, result = Members(), Members()
     async with contextlib.aclosing(pairs):
         async for kind, value in pairs:
             if kind == "started":

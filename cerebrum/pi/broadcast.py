@@ -24,6 +24,8 @@ from cerebrum.pi.dispatcher import Dispatcher
 from cerebrum.pi.upstream import Pair, read_text, text_event
 from cerebrum_common import HttpError, internal_error
 
+Fields = Mapping[str, Any]  # of a request
+
 # ---------------------------------------------------------------------------------- policy: editors
 
 MAX_TYPED_CHARS = 1024  # typed while a completion is computed, accepted suggestions included
@@ -36,7 +38,7 @@ MAX_FINISHED_CHARS = 2048
 EQUAL_FIELDS = ("mode", "suffix", "model", "language", "filename", "min_confidence", *SAMPLED_BY)
 
 
-def is_typed_on(older: Mapping[str, Any], newer: Mapping[str, Any]) -> bool:
+def is_typed_on(older: Fields, newer: Fields) -> bool:
     """Whether two infills come from one place where a user types: the text before one cursor nearly
     continues the text before the other, and the lines below are the same. Two gaps of one file do
     not match, nor a program's two texts.
@@ -52,7 +54,7 @@ def is_typed_on(older: Mapping[str, Any], newer: Mapping[str, Any]) -> bool:
     return nearly_continues(above, above_newer) or nearly_continues(above_newer, above)
 
 
-def text_below(fields: Mapping[str, Any]) -> str:
+def text_below(fields: Fields) -> str:
     """The beginning of the text below the cursor's line, or else of the rest of this line, which
     changes if an editor closes a bracket.
     """
@@ -84,7 +86,7 @@ def nearly_continues(text: str, longer: str) -> bool:
     return False
 
 
-def digest_of(fields: Mapping[str, Any]) -> bytes:
+def digest_of(fields: Fields) -> bytes:
     """A digest of the EQUAL_FIELDS of a request."""
     values = repr([fields.get(name) for name in EQUAL_FIELDS])
     return hashlib.sha256(values.encode("utf-8", "replace")).digest()

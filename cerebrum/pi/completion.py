@@ -133,6 +133,11 @@ class Completion:
         return self.attempts[-1] if self.attempts else None
 
     @property
+    def tokens(self) -> int:
+        """Of its last attempt."""
+        return self.attempts[-1].tokens if self.attempts else 0
+
+    @property
     def model(self) -> str:
         return self.attempts[-1].model if self.attempts else ""
 

@@ -18,43 +18,41 @@ from cerebrum.metrics import CANCELLED, Tally
 from cerebrum.pi.completion import SUPERSEDED, Completion
 from cerebrum_common import HttpError, Model
 
-STEP_SECONDS, STEPS = 30, 60  # half an hour
+HISTORY_STEP_SECONDS = 30
+HISTORY_STEPS = 60  # half an hour
 # What an editor reports: the length, and the confidence that came with the completion.
 ACCEPTED = {"characters": Field(int, 1, 10**6, required=True), "confidence": Field(float, 0, 1)}
 BANDS = (0.0, 0.2, 0.4, 0.6, 0.8)  # of confidence, each up to the next
-SERIES = (
-    "requests",
-    "failed",
-    "tokens",
-)  # completions that began, those that ended with an error, tokens
+# Completions that began, those that ended with an error, tokens.
+SERIES = ("requests", "failed", "tokens")
 
 
 class History:
-    """The counts in each of the last STEPS steps of STEP_SECONDS: differences between the totals
-    given to `sample`.
+    """The counts in each of the last HISTORY_STEPS steps: differences between the totals given to
+    `sample`.
     """
 
     def __init__(self, now: float) -> None:
-        self._step = int(now // STEP_SECONDS)
-        self._totals = deque(
-            [(0,) * len(SERIES)] * (STEPS + 1), maxlen=STEPS + 1
-        )  # at the end of each step
+        self._step = int(now // HISTORY_STEP_SECONDS)
+        size, nothing = HISTORY_STEPS + 1, (0,) * len(SERIES)
+        self._totals = deque([nothing] * size, maxlen=size)  # at the end of each step
 
     def sample(self, now: float, totals: tuple[int, ...]) -> None:
         """Record the totals of SERIES at `now` (seconds, monotonic)."""
-        step = int(now // STEP_SECONDS)
-        self._totals.extend([self._totals[-1]] * min(step - self._step, STEPS + 1))
-        self._step, self._totals[-1] = step, totals
+        step = int(now // HISTORY_STEP_SECONDS)
+        passed = min(step - self._step, HISTORY_STEPS + 1)
+        self._totals.extend([self._totals[-1]] * passed)
+        self._totals[-1] = totals
+        self._step = step
 
     def describe(self) -> dict[str, Any]:
         """`{"step_s": 30, "requests": [...], "failed": [...], "tokens": [...]}`, the oldest step
         first.
         """
-        steps = (
-            [new - old for old, new in pairwise(totals)]
-            for totals in zip(*self._totals, strict=True)
-        )
-        return {"step_s": STEP_SECONDS, **dict(zip(SERIES, steps, strict=True))}
+        described: dict[str, Any] = {"step_s": HISTORY_STEP_SECONDS}
+        for name, totals in zip(SERIES, zip(*self._totals, strict=True), strict=True):
+            described[name] = [new - old for old, new in pairwise(totals)]
+        return described
 
 
 @dataclass(slots=True)
@@ -81,22 +79,24 @@ class People:
 
     def add(self, name: str, used: Usage) -> None:
         """Count what a client has used, if it has a name."""
-        for table in (self.total, self._of_today()) if name in self.total else ():
-            old = table.setdefault(name, Usage())
-            table[name] = Usage(*(a + b for a, b in zip(astuple(old), astuple(used), strict=True)))
+        if name not in self.total:
+            return
+        for table in (self.total, self._of_today()):
+            sums = zip(astuple(table.get(name, Usage())), astuple(used), strict=True)
+            table[name] = Usage(*map(sum, sums))
 
     def describe(self) -> list[dict[str, Any]]:
         """The member `clients` of /v1/stats."""
-        today, nothing = self._of_today(), Usage()
-        named = self.total.items()
-        return [
-            {"name": name, **asdict(used), "today": asdict(today.get(name, nothing))}
-            for name, used in named
-        ]
+        today, entries = self._of_today(), list[dict[str, Any]]()
+        for name, used in self.total.items():
+            entry = {"name": name, **asdict(used)}
+            entries.append(entry | {"today": asdict(today.get(name, Usage()))})
+        return entries
 
     def _of_today(self) -> dict[str, Usage]:
-        if self._day != date.today():
-            self._day, self._today = date.today(), {}
+        today = date.today()
+        if self._day != today:
+            self._day, self._today = today, {}
         return self._today
 
 
@@ -105,9 +105,8 @@ class Counting:
 
     def __init__(self) -> None:
         self.started = self.failed = 0  # completions that were computed, and those that failed
-        self.accepted = self.accepted_characters = (
-            0  # completions that editors' users accepted, and their length
-        )
+        # Completions that editors' users accepted, and their length.
+        self.accepted = self.accepted_characters = 0
         self.tallies: dict[str, Tally] = {}  # by model
         self.running: set[Completion] = set()
         self.by_confidence = [{"from": least, "suggested": 0, "accepted": 0} for least in BANDS]
@@ -122,8 +121,8 @@ class Counting:
     @property
     def tokens(self) -> int:
         """Tokens that came, also of completions that still run."""
-        running = sum(one.attempts[-1].tokens for one in self.running if one.attempts)
-        return running + sum(tally.tokens for tally in self.tallies.values())
+        ended = sum(tally.tokens for tally in self.tallies.values())
+        return ended + sum(completion.tokens for completion in self.running)
 
     def by_band(self, name: str) -> dict[tuple[str], float]:
         """One of the counts by confidence, by the lower end of the band."""
@@ -169,33 +168,35 @@ class Counting:
         finally:
             self.running.discard(completion)
             completion.notes |= completion.figures()
-            tokens = sum(attempt.tokens for attempt in completion.attempts)
-            seconds = sum(attempt.left - attempt.begun for attempt in completion.attempts)
-            self._share(completion.clients, tokens, seconds)
-            tally, last = (
-                self.tallies.setdefault(completion.model or "none", Tally()),
-                completion.attempt,
-            )
-            tally.end((last and last.reason) or reason)
-            if last and last.first:
-                tally.tokens += last.tokens
-                # The time of the last token is known only for a whole answer.
-                until, tokens = (last.last, last.tokens) if last.last else (last.first, 1)
-                tally.spoke(last.first - completion.started, until - completion.started, tokens)
+            self._share(completion)
+            self._tally(completion, reason)
+
+    def _tally(self, completion: Completion, reason: str) -> None:
+        """Count the end of a completion for its model."""
+        tally = self.tallies.setdefault(completion.model or "none", Tally())
+        attempt = completion.attempt
+        tally.end((attempt and attempt.reason) or reason)
+        if attempt and attempt.first:
+            tally.tokens += attempt.tokens
+            until, tokens = attempt.last, attempt.tokens
+            if not until:  # the time of the last token is known only for a whole answer
+                until, tokens = attempt.first, 1
+            tally.spoke(attempt.first - completion.started, until - completion.started, tokens)
 
     def typed(self, client: str) -> None:
         """Count a completion that the rest of an earlier one has answered."""
         self.people.add(client, Usage(completions=1))
 
-    def _share(self, clients: Sequence[str], tokens: int, seconds: float) -> None:
+    def _share(self, completion: Completion) -> None:
         """Count a completion for each of its clients, who divide the tokens and the seconds
         evenly.
         """
-        among = len(clients)
-        for number, client in enumerate(clients):
-            part = (
-                tokens * (number + 1) // among - tokens * number // among
-            )  # whole tokens, with the right sum
+        tokens = sum(attempt.tokens for attempt in completion.attempts)
+        seconds = sum(attempt.left - attempt.begun for attempt in completion.attempts)
+        among = len(completion.clients)
+        for number, client in enumerate(completion.clients, 1):
+            # Whole tokens, with the right sum.
+            part = tokens * number // among - tokens * (number - 1) // among
             self.people.add(client, Usage(1, part, round(seconds / among, 3)))
 
     def work(self, model: str, result: Mapping[str, Any]) -> None:

@@ -184,7 +184,8 @@ def untried(completion: Completion, options: Options, is_pausing: bool) -> Optio
     left = list[tuple[str, Sequence[Backend]]]()
     for model, backends in options:
         able = [backend for backend in backends if backend.id not in failed]
-        left.append((model, [one for one in able if (one.id, model) not in without]))
+        able = [backend for backend in able if (backend.id, model) not in without]
+        left.append((model, able))
     return left
 
 
@@ -258,7 +259,7 @@ def who_makes_room(claim: Claim) -> Attempt | None:
         places = {attempt: backend for attempt, backend in held if attempt not in ended}
         return place_for(claim._replace(state=replace(state, places=places))) is not None
 
-    def order(guest: Attempt) -> tuple[float, bool, float]:
+    def order(guest: Attempt) -> tuple[float, ...]:
         seconds = state.guest_seconds(guest.completion.client, claim.now)
         return seconds, guest.request.kind != "infill", guest.begun
 
@@ -317,13 +318,15 @@ def is_left(claim: Claim) -> bool:
         return False
     guests = of_others(guests_of(state.running(state.fleet.backends)), request.session)
     own = [guest for guest in guests if guest.completion.client == completion.client]
+    if len(own) >= request.guest:
+        return False
     spared = claim.now - state.regular < EDITOR_SECONDS
-    return len(own) < request.guest and len(guests) < max(1, claim.limit - spared)
+    return len(guests) < max(1, claim.limit - spared)
 
 
 def whose_turn(
     state: State, running: Mapping[str, int], completion: Completion
-) -> tuple[bool, int, float, bool]:
+) -> tuple[float, ...]:
     """Sort key of those that wait: the smallest gets the next place. Guests come last; then people
     take turns, those with the fewest places first, then those who have had no turn or whose last
     one is the longest ago; of one person's, infills come first.
@@ -351,9 +354,9 @@ def nobody(fleet: Fleet, options: Options) -> HttpError:
         return HttpError("VPS_UNAVAILABLE", BREAKER_OPEN)
     if unknown := [backend.breaker.message for backend in fleet.backends if backend.models is None]:
         return HttpError("VPS_UNAVAILABLE", next(filter(None, unknown), NEVER_ASKED))
-    expected, got = ", ".join(fleet.models or ()), describe(options[0][0])
-    message = f"expected a model that a backend has ({expected or 'none'}), got {got}"
-    return HttpError("MODEL_NOT_FOUND", message)
+    known, (model, _) = ", ".join(fleet.models or ()), options[0]
+    expected = f"expected a model that a backend has ({known or 'none'})"
+    return HttpError("MODEL_NOT_FOUND", f"{expected}, got {describe(model)}")
 
 
 # ----------------------------------------------------------------------------------- the dispatcher

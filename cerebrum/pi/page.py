@@ -12,34 +12,33 @@ import re
 
 from cerebrum_common import Response
 
+POLICY = (
+    "default-src 'none'; script-src %s; style-src %s; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'"
+)
+HEADERS = (
+    ("X-Content-Type-Options", "nosniff"),
+    ("X-Frame-Options", "DENY"),
+    ("Referrer-Policy", "no-referrer"),
+    ("Cross-Origin-Resource-Policy", "same-origin"),
+)
+
 
 def sources(tag: bytes, text: bytes) -> str:
     """The sources of one kind that a Content-Security-Policy allows: the page's own, by their
     hashes.
     """
-    inline = re.findall(rb"<%b>(.*?)</%b>" % (tag, tag), text, re.S)
-    digests = (hashlib.sha256(one).digest() for one in inline)
-    return (
-        " ".join(
-            f"'sha256-{binascii.b2a_base64(digest, newline=False).decode()}'" for digest in digests
-        )
-        or "'none'"
-    )
+    allowed = list[str]()
+    for inline in re.findall(rb"<%b>(.*?)</%b>" % (tag, tag), text, re.S):
+        digest = binascii.b2a_base64(hashlib.sha256(inline).digest(), newline=False)
+        allowed.append(f"'sha256-{digest.decode()}'")
+    return " ".join(allowed) or "'none'"
 
 
 def page_of(text: bytes) -> Response:
     """The response with this HTML."""
     text = text.replace(b"\r\n", b"\n")  # as browsers read it before they hash
-    policy = (
-        f"default-src 'none'; script-src {sources(b'script', text)}; style-src {sources(b'style', text)}; "
-        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-        "require-trusted-types-for 'script'"
-    )
-    headers = (
-        ("Content-Security-Policy", policy),
-        ("X-Content-Type-Options", "nosniff"),
-        ("X-Frame-Options", "DENY"),
-        ("Referrer-Policy", "no-referrer"),
-        ("Cross-Origin-Resource-Policy", "same-origin"),
-    )
+    policy = POLICY % (sources(b"script", text), sources(b"style", text))
+    headers = (("Content-Security-Policy", policy), *HEADERS)
     return Response(text, headers=headers, kind="text/html; charset=utf-8")

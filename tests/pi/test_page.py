@@ -18,7 +18,7 @@ from scripted import CHUNKED, GOOD, HANG, MODELS, Backend, answer, chunk, error,
 
 import cm4d
 from cerebrum.pi import fleet as pi_fleet
-from cerebrum.pi.counting import STEP_SECONDS, STEPS, History
+from cerebrum.pi.counting import HISTORY_STEP_SECONDS, HISTORY_STEPS, History
 from cerebrum.pi.page import page_of
 from cerebrum.text.languages import LANGUAGES
 
@@ -134,13 +134,13 @@ async def test_its_requests_fill_no_log(tmp_path: Path) -> None:
 def test_the_history_is_one_of_steps_and_forgets() -> None:
     history = History(now=1000.0)
     history.sample(1000.0, (1, 0, 10))
-    history.sample(1000.0 + STEP_SECONDS, (1, 1, 40))
-    history.sample(1000.0 + 3 * STEP_SECONDS, (4, 1, 40))
+    history.sample(1000.0 + HISTORY_STEP_SECONDS, (1, 1, 40))
+    history.sample(1000.0 + 3 * HISTORY_STEP_SECONDS, (4, 1, 40))
     told = history.describe()
-    assert (told["step_s"], told["failed"], STEPS) == (30, [0] * 57 + [1, 0, 0], 60)
+    assert (told["step_s"], told["failed"], HISTORY_STEPS) == (30, [0] * 57 + [1, 0, 0], 60)
     assert told["requests"] == [0] * 56 + [1, 0, 0, 3]
     assert told["tokens"] == [0] * 56 + [10, 30, 0, 0]
-    history.sample(1000.0 + 60 * STEP_SECONDS, (5, 1, 40))
+    history.sample(1000.0 + 60 * HISTORY_STEP_SECONDS, (5, 1, 40))
     assert history.describe()["requests"] == [0, 0, 3] + [0] * 56 + [1]
     history.sample(10**9, (5, 1, 40))
     assert history.describe()["requests"] == [0] * 60
