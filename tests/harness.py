@@ -233,15 +233,19 @@ class Client:
     async def get(self, path: str, **headers: str) -> Reply:
         return await self.ask("GET", path, **headers)
 
+    async def post(self, path: str, body: Any, **headers: str) -> Reply:
+        return await self.ask("POST", path, body, **headers)
+
+    async def stats(self) -> dict[str, Any]:
+        members: dict[str, Any] = (await self.get("/v1/stats")).json
+        return members
+
     async def stream(self, **more: Any) -> Reply:
-        return await self.ask(
-            "POST", "/v1/complete/stream", {"prompt": "x =", "language": "python", **more}
-        )
+        body = {"prompt": "x =", "language": "python", **more}
+        return await self.post("/v1/complete/stream", body)
 
     async def complete(self, **more: Any) -> Reply:
-        return await self.ask(
-            "POST", "/v1/complete", {"prompt": "x =", "language": "python", **more}
-        )
+        return await self.post("/v1/complete", {"prompt": "x =", "language": "python", **more})
 
 
 # ------------------------------------------------------------------------------------------ daemons

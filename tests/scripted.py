@@ -29,7 +29,7 @@ from typing import Any, TypeVar
 from harness import KEY, PATIENCE, SHIPPED, Client, until
 
 from cerebrum.http import Server
-from cerebrum.pi.completion import Attempt
+from cerebrum.pi.completion import Attempt, Completion
 from cerebrum.pi.upstream import BackendConfig, parse_url
 from cm4d import ROUTES, Config, Gateway
 
@@ -310,6 +310,16 @@ class Pi(Client):
             if place is known
         ]
 
+    @property
+    def active(self) -> int:
+        """Completions that hold a place."""
+        return self.gateway.dispatcher.active
+
+    @property
+    def line(self) -> dict[Completion, Any]:
+        """Completions that wait for a place."""
+        return self.gateway.dispatcher.state.line
+
     def reads_ahead(self, backend: int = 0) -> bool:
         return any(attempt.request.ahead for attempt in self.at(backend))
 
@@ -352,3 +362,10 @@ async def pi_for(
         for known in gateway.fleet.backends:
             known.upstream.close()
     assert gateway.dispatcher.active == 0, "a slot was not given back"
+
+
+@contextlib.asynccontextmanager
+async def pi_with(*scripts: Sequence[Any], **config: Any) -> AsyncIterator[tuple[Pi, Backend]]:
+    """A Pi, and its only VPS, which plays these scripts."""
+    async with Backend(scripts or (GOOD,)) as backend, pi_for(backend.port, **config) as pi:
+        yield pi, backend

@@ -148,7 +148,8 @@ def test_openai_streams_a_completion(client: Any, pi: Pi) -> None:
         chunks += stream
     assert len({(chunk.id, chunk.created, chunk.model, chunk.object) for chunk in chunks}) == 1
     counts = chunks.pop()
-    assert (counts.choices, counts.usage.to_dict()) == ([], COUNTS)
+    assert counts.choices == []
+    assert counts.usage.to_dict() == COUNTS
     texts = [
         (chunk.choices[0].text, chunk.choices[0].finish_reason, chunk.usage) for chunk in chunks
     ]
@@ -163,7 +164,9 @@ def test_openai_chats(client: Any, pi: Pi) -> None:
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
     assert whole == whole | {"object": "chat.completion", "choices": [choice], "usage": COUNTS}
     (sent,) = pi.backend.completions
-    assert (sent["messages"], sent["max_tokens"], sent["stop_at"]) == (CHAT_SENT, 50, "none")
+    assert sent["messages"] == CHAT_SENT
+    assert sent["max_tokens"] == 50
+    assert sent["stop_at"] == "none"
     stream = client.chat.completions.create(model="", messages=CHAT, stream=True)
     deltas = [
         (chunk.choices[0].delta.to_dict(), chunk.choices[0].finish_reason) for chunk in stream
@@ -191,14 +194,13 @@ def test_openai_raises_the_errors_of_a_bad_request(openai: Any, client: Any, pi:
     ) as caught:
         client.chat.completions.create(model="", messages=[{"role": "user", "content": [IMAGE]}])
     error = caught.value
-    assert (error.status_code, error.code, error.type) == (
-        400,
-        "INVALID_REQUEST",
-        "invalid_request_error",
-    )
+    assert error.status_code == 400
+    assert error.code == "INVALID_REQUEST"
+    assert error.type == "invalid_request_error"
     with pytest.raises(openai.NotFoundError) as missed:
         client.models.retrieve("gpt-4")
-    assert (missed.value.code, missed.value.type) == ("MODEL_NOT_FOUND", "not_found_error")
+    assert missed.value.code == "MODEL_NOT_FOUND"
+    assert missed.value.type == "not_found_error"
     with pytest.raises(openai.NotFoundError):  # a path that the Pi does not have
         client.embeddings.create(model="", input="text")
     assert pi.backend.completions == []
@@ -209,7 +211,8 @@ def test_openai_raises_authentication_error(openai: Any, tmp_path: Path) -> None
         stranger = client_of(openai, pi.url + "/v1", "another-key")
         with pytest.raises(openai.AuthenticationError) as caught:
             stranger.chat.completions.create(model="", messages=CHAT, stream=True)
-        assert (caught.value.code, caught.value.type) == ("UNAUTHORIZED", "authentication_error")
+        assert caught.value.code == "UNAUTHORIZED"
+        assert caught.value.type == "authentication_error"
         with pytest.raises(openai.AuthenticationError):
             stranger.models.list()
         assert pi.backend.completions == []
@@ -262,12 +265,16 @@ def test_llm(pi: Pi, tmp_path: Path) -> None:
         done = subprocess.run(
             command, env=home, cwd=tmp_path, input="", capture_output=True, text=True
         )
-        assert (done.returncode, done.stderr, done.stdout) == (0, "", TEXT + "\n")
-    said, more = {"role": "user", "content": "Add."}, {"role": "user", "content": "And subtract."}
+        assert done.returncode == 0
+        assert done.stderr == ""
+        assert done.stdout == TEXT + "\n"
+    said = {"role": "user", "content": "Add."}
+    more = {"role": "user", "content": "And subtract."}
     first, second, third = pi.backend.completions
     assert first["messages"] == [{"role": "system", "content": "You help."}, said]
     assert second["messages"][-3:] == [said, {"role": "assistant", "content": TEXT}, more]
-    assert (third["mode"], third["prompt"]) == ("complete", PREFIX)
+    assert third["mode"] == "complete"
+    assert third["prompt"] == PREFIX
 
 
 NODE = """
@@ -304,13 +311,12 @@ def test_node_openai(pi: Pi) -> None:
     done = subprocess.run(
         command, cwd=CACHE, input=NODE, capture_output=True, text=True
     )  # CACHE has its packages
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0
+    assert done.stderr == ""
     said = json.loads(done.stdout)
-    assert (said["text"], said["pieces"], said["streamed"]) == (
-        [TEXT, COUNTS],
-        [*PIECES, ""],
-        [TEXT, 10],
-    )
+    assert said["text"] == [TEXT, COUNTS]
+    assert said["pieces"] == [*PIECES, ""]
+    assert said["streamed"] == [TEXT, 10]
     assert said["chat"] == {"role": "assistant", "content": TEXT}
     assert said["error"] == ["NotFoundError", 404, "MODEL_NOT_FOUND", "not_found_error"]
 
@@ -319,7 +325,8 @@ def curl(*options: str) -> str:
     done = subprocess.run(
         [needs("curl"), "-sS", "--noproxy", "*", *options], capture_output=True, timeout=PATIENCE
     )
-    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.returncode == 0
+    assert done.stderr == b""
     return done.stdout.decode()
 
 
@@ -345,7 +352,8 @@ def test_curl(pi: Pi, options: list[str]) -> None:
         "-N", *options, "-d", json.dumps(body | {"stream": True}), pi.url + "/v1/completions"
     )
     *events, done, nothing = streamed.split("\n\n")
-    assert (done, nothing) == ("data: [DONE]", "")
+    assert done == "data: [DONE]"
+    assert nothing == ""
     assert [json.loads(event.removeprefix("data: "))["choices"][0]["text"] for event in events] == [
         *PIECES,
         "",

@@ -346,7 +346,8 @@ IN_TURN = [
 
 
 def test_people_take_turns() -> None:
-    state, held = State(Fleet(), turns=TURNS), Counter(dora=1)
+    state = State(Fleet(), turns=TURNS)
+    held = Counter(dora=1)
     waiting = list[Completion]()
     for name, kind in sorted(IN_TURN):
         request = CompletionRequest(kind, {}, client=name, guest=name in ("tom", "tim"))

@@ -243,11 +243,9 @@ def test_helix(debian: Path, warm: Pi, tmp_path: Path) -> None:
 
 
 CRLF = TEXT.replace("\n", "\r\n")
-LUA, LISP, TOML = (
-    ("README.md", "Tab accepts\n"),
-    ("docs/editors.md", "return accepts\n"),
-    ("docs/editors.md", "its menu.\n"),
-)
+LUA = ("README.md", "Tab accepts\n")
+LISP = ("docs/editors.md", "return accepts\n")
+TOML = ("docs/editors.md", "its menu.\n")
 # its settings and their file, its options, the keys that ask, that accept, that leave, that save
 EDITING = {
     "nvim": (LUA, "nvim/init.lua", [], ["j", "A", "a"], ["Tab"], ["Escape"], [":w", "Enter"]),
@@ -305,7 +303,8 @@ def test_vscodes_client(warm: Pi, tmp_path: Path) -> None:
     done = subprocess.run(
         command, cwd=CACHE, env=environment, capture_output=True, text=True, timeout=PATIENCE
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0
+    assert done.stderr == ""
     said = json.loads(done.stdout)
     assert said["first"] == said["first"][0] + said["second"], "what was typed of it was not kept"
     assert completes_the_sum(said["text"].removeprefix(PREFIX + "    return "))

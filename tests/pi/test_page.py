@@ -14,7 +14,19 @@ from typing import Any
 
 import pytest
 from harness import KEY, ROOT, Client, daemon, until
-from scripted import CHUNKED, GOOD, HANG, MODELS, Backend, answer, chunk, error, pi_for, token
+from scripted import (
+    CHUNKED,
+    GOOD,
+    HANG,
+    MODELS,
+    Backend,
+    answer,
+    chunk,
+    error,
+    pi_for,
+    pi_with,
+    token,
+)
 
 import cm4d
 from cerebrum.pi import fleet as pi_fleet
@@ -32,12 +44,10 @@ MAX_BYTES = 47_000
 def test_the_page_is_small_and_has_nothing_from_elsewhere() -> None:
     text = FILE.read_text("utf-8")
     assert len(text.encode()) <= MAX_BYTES
-    assert (
-        text.count("<script"),
-        text.count("<style"),
-        text.count("<script>"),
-        text.count("<style>"),
-    ) == (1, 1, 1, 1)
+    assert text.count("<script") == 1
+    assert text.count("<style") == 1
+    assert text.count("<script>") == 1
+    assert text.count("<style>") == 1
     assert (
         re.findall(r"https?:(?!//www\.w3\.org/)", text) == []
     )  # but for the name of SVG's namespace
@@ -64,13 +74,15 @@ def test_the_settings_for_editors_are_those_of_the_documents() -> None:
         r'<pre title="[^"]+"(?: class=lsp)?>\n(.*?)</pre>', FILE.read_text("utf-8"), re.S
     )
     written = [block.replace("http://pi.local:7000", "ADDRESS") for block in settings_for_editors()]
-    assert (sorted(map(html.unescape, shown)), len(shown)) == (sorted(written), 10)
+    assert sorted(map(html.unescape, shown)) == sorted(written)
+    assert len(shown) == 10
 
 
 async def test_the_page_is_confined_and_needs_no_key_nor_does_the_language_server() -> None:
-    async with Backend() as backend, pi_for(backend.port, client_keys=("k",)) as pi:
+    async with pi_with(client_keys=("k",)) as (pi, _):
         reply = await pi.get("/")
-        assert (reply.status, reply.one("content-type")) == (200, "text/html; charset=utf-8")
+        assert reply.status == 200
+        assert reply.one("content-type") == "text/html; charset=utf-8"
         assert reply.body == FILE.read_bytes()
         policy = {"connect-src 'self'", "img-src data:", "require-trusted-types-for 'script'"}
         policy |= {
@@ -86,14 +98,13 @@ async def test_the_page_is_confined_and_needs_no_key_nor_does_the_language_serve
         names = ("x-content-type-options", "x-frame-options", "referrer-policy")
         assert [reply.one(name) for name in names] == ["nosniff", "DENY", "no-referrer"]
         head = await pi.ask("HEAD", "/")
-        assert (head.status, head.body, head.one("content-length")) == (
-            200,
-            b"",
-            str(len(reply.body)),
-        )
-        assert (await pi.ask("POST", "/", {})).status == 405
+        assert head.status == 200
+        assert head.body == b""
+        assert head.one("content-length") == str(len(reply.body))
+        assert (await pi.post("/", {})).status == 405
         server = await pi.get("/cerebrum_lsp.py")
-        assert (server.status, server.body) == (200, (ROOT / "cerebrum_lsp.py").read_bytes())
+        assert server.status == 200
+        assert server.body == (ROOT / "cerebrum_lsp.py").read_bytes()
         assert server.one("content-type") == "text/x-python; charset=utf-8"
 
 
@@ -101,10 +112,11 @@ async def test_without_its_files_the_daemon_lives(
     monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     monkeypatch.setattr(cm4d, "HERE", Path("/nonexistent"))
-    async with Backend() as backend, pi_for(backend.port) as pi:
+    async with pi_with() as (pi, _):
         for path in ("/", "/cerebrum_lsp.py"):
             reply = await pi.get(path)
-            assert (reply.status, reply.json["code"]) == (404, "NOT_FOUND")
+            assert reply.status == 404
+            assert reply.json["code"] == "NOT_FOUND"
             assert reply.json["message"].startswith("expected the file cerebrum")
         assert (await pi.complete()).status == 200
     logged = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
@@ -137,7 +149,9 @@ def test_the_history_is_one_of_steps_and_forgets() -> None:
     history.sample(1000.0 + HISTORY_STEP_SECONDS, (1, 1, 40))
     history.sample(1000.0 + 3 * HISTORY_STEP_SECONDS, (4, 1, 40))
     told = history.describe()
-    assert (told["step_s"], told["failed"], HISTORY_STEPS) == (30, [0] * 57 + [1, 0, 0], 60)
+    assert told["step_s"] == 30
+    assert told["failed"] == [0] * 57 + [1, 0, 0]
+    assert HISTORY_STEPS == 60
     assert told["requests"] == [0] * 56 + [1, 0, 0, 3]
     assert told["tokens"] == [0] * 56 + [10, 30, 0, 0]
     history.sample(1000.0 + 60 * HISTORY_STEP_SECONDS, (5, 1, 40))
@@ -156,33 +170,35 @@ async def test_activity() -> None:
     async with Backend(scripts, health=health) as backend, pi_for(backend.port) as pi:
         before = (await pi.get("/v1/activity")).json
         assert before["requests"] == before["failed"] == before["tokens"] == [0] * 60
-        assert (before["vps_message"], before["models_loaded"], before["notes"]) == (
-            "",
-            ["qwen_0_5b"],
-            [],
-        )
+        assert before["vps_message"] == ""
+        assert before["models_loaded"] == ["qwen_0_5b"]
+        assert before["notes"] == []
         assert [(await pi.complete()).status for _ in range(2)] == [200, 500]
         reader, writer = await pi.open("POST", "/v1/complete/stream", ASKED)
         await reader.readuntil(b'"total_tokens": 1}')
         after = (await pi.get("/v1/activity")).json
-        assert (sum(after["requests"]), sum(after["failed"]), sum(after["tokens"])) == (3, 1, 3)
-        assert (after["requests_total"], after["requests_active"]) == (3, 1)
-        assert (await pi.get("/v1/stats")).json.keys() < after.keys()
+        assert sum(after["requests"]) == 3
+        assert sum(after["failed"]) == 1
+        assert sum(after["tokens"]) == 3
+        assert after["requests_total"] == 3
+        assert after["requests_active"] == 1
+        assert (await pi.stats()).keys() < after.keys()
         writer.close()
-        await until(lambda: not pi.gateway.dispatcher.active)
+        await until(lambda: not pi.active)
         assert sum((await pi.get("/v1/activity")).json["tokens"]) == 3, (
             "tokens of a request that has ended are lost"
         )
 
 
 async def test_a_request_that_was_superseded_has_not_failed() -> None:
-    async with Backend([BEGUN, GOOD]) as backend, pi_for(backend.port) as pi:
+    async with pi_with(BEGUN, GOOD) as (pi, _):
         _, writer = await pi.open("POST", "/v1/complete/stream", ASKED | {"session": "s"})
-        await until(lambda: pi.gateway.dispatcher.active and pi.at(0)[0].tokens)
+        await until(lambda: pi.active and pi.at(0)[0].tokens)
         assert (await pi.complete(session="s")).status == 200
         writer.close()
         told = (await pi.get("/v1/activity")).json
-        assert (sum(told["requests"]), sum(told["failed"])) == (2, 0)
+        assert sum(told["requests"]) == 2
+        assert sum(told["failed"]) == 0
 
 
 async def test_models_have_what_the_vps_reports(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +213,8 @@ async def test_models_have_what_the_vps_reports(monkeypatch: pytest.MonkeyPatch)
         small, middle, large = (models[id] for id in ("qwen_0_5b", "qwen_1_5b", "qwen_7b"))
         assert small == small | known | {"available": True}
         assert "path" not in small, "a path of the VPS leaks"
-        assert (middle["loaded"], middle.get("memory_mb")) == (False, None)
+        assert not middle["loaded"]
+        assert middle.get("memory_mb") is None
         assert large.keys() & {"loaded", "encoding", "path"} == set()
         assert told["prefer"] == {"infill": ["qwen_0_5b"]}
         languages = {entry["id"]: entry for entry in told["languages"]}
@@ -219,10 +236,10 @@ async def test_models_have_what_the_vps_reports(monkeypatch: pytest.MonkeyPatch)
 async def test_what_users_accept_is_counted() -> None:
     async with pi_for(1, probing=False) as pi:
         for characters, counts in (12, (1, 12)), (5, (2, 17)):
-            told = (await pi.ask("POST", "/v1/accepted", {"characters": characters})).json
+            told = (await pi.post("/v1/accepted", {"characters": characters})).json
             assert (told["accepted"], told["accepted_characters"]) == counts
-        assert (await pi.ask("POST", "/v1/accepted", {"characters": 0})).status == 400
-        assert (await pi.get("/v1/stats")).json.items() >= told.items()
+        assert (await pi.post("/v1/accepted", {"characters": 0})).status == 400
+        assert (await pi.stats()).items() >= told.items()
         metrics = re.findall(
             rb"^cerebrum_accepted_(\w+ \d+)$", (await pi.get("/metrics")).body, re.M
         )

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 from harness import SHIPPED
-from scripted import CHUNKED, HANG, Backend, Pi, chunk, event, pi_for, token
+from scripted import CHUNKED, HANG, Backend, Pi, chunk, event, pi_for, pi_with, token
 from test_backends import LISTED, VLLM, engine
-from test_editors import data, infill, stats
+from test_editors import data, infill
 
 from cerebrum.pi.shown import shown
 from cerebrum.pi.upstream import read_text, text_event
@@ -30,10 +30,8 @@ def script(*lines: tuple[str, float], reason: str = "block", **done: Any) -> lis
         judged = [event(confidence=confidence, characters=end)] if confidence >= 0 else []
         pieces += map(chunk, [token(text, number), *judged])
     figures = {"confidence": lines[0][1], "text_confidence": 0.7, **done}
-    last = event(
-        done=True, total_tokens=len(lines), inference_time=0.25, finish_reason=reason, **figures
-    )
-    return [*pieces, chunk(last), b"0\r\n\r\n"]
+    figures |= {"total_tokens": len(lines), "inference_time": 0.25, "finish_reason": reason}
+    return [*pieces, chunk(event(done=True, **figures)), b"0\r\n\r\n"]
 
 
 THREE = ("a = 1\n", 0.9), ("    b = 2\n", 0.6), ("    c", 0.4)
@@ -55,43 +53,40 @@ async def test_lines_below_the_threshold_are_not_shown(
 ) -> None:
     asked = {**CODE, **({} if least is None else {"min_confidence": least})}
     async with Backend([script(*THREE)], split=split) as backend, pi_for(backend.port) as pi:
-        whole = (await pi.ask("POST", "/v1/complete", asked)).json
-        assert (whole["completion"], whole["finish_reason"], whole["confidence"]) == (
-            text,
-            reason,
-            0.9,
-        )
-        *tokens, done = data(await pi.ask("POST", "/v1/complete/stream", asked))
-        assert ("".join(one["token"] for one in tokens), done["finish_reason"]) == (text, reason)
+        whole = (await pi.post("/v1/complete", asked)).json
+        assert whole["completion"] == text
+        assert whole["finish_reason"] == reason
+        assert whole["confidence"] == 0.9
+        *tokens, done = data(await pi.post("/v1/complete/stream", asked))
+        assert "".join(one["token"] for one in tokens) == text
+        assert done["finish_reason"] == reason
         assert [one["total_tokens"] for one in tokens] == [1, 2, 3][: len(tokens)]
         assert [body.get("min_confidence") for body in backend.completions] == [least or None] * 2
 
 
-LIES = [
-    ("no judgement", [("a\nb", -1.0)], "a\nb"),
-    ("one that is too long", [("a\n", 0.9), ("b", -1.0)], "a\nb"),
-    ("half a line is judged", [("a", 0.9), ("b\nc", 0.1)], "a"),
-]
+LIES = {
+    "no judgement": ([("a\nb", -1.0)], "a\nb"),
+    "one that is too long": ([("a\n", 0.9), ("b", -1.0)], "a\nb"),
+    "half a line is judged": ([("a", 0.9), ("b\nc", 0.1)], "a"),
+}
+ODD = (
+    event(confidence=2, characters=1),
+    event(confidence="1", characters=1),
+    event(confidence=0.5, characters=-1),
+)
 
 
-@pytest.mark.parametrize(("lines", "text"), [one[1:] for one in LIES], ids=[one[0] for one in LIES])
-async def test_text_that_was_not_judged_is_shown(lines: list[tuple[str, float]], text: str) -> None:
-    odd = [
-        event(confidence=2, characters=1),
-        event(confidence="1", characters=1),
-        event(confidence=0.5, characters=-1),
-    ]
+@pytest.mark.parametrize("name", LIES)
+async def test_text_that_was_not_judged_is_shown(name: str) -> None:
+    lines, text = LIES[name]
     lies = script(*lines, confidence="sure", text_confidence=3)
-    steps = [CHUNKED, *map(chunk, odd), *lies[1:]]
-    async with Backend([steps]) as backend, pi_for(backend.port) as pi:
-        reply = (await pi.ask("POST", "/v1/complete", {**CODE, "min_confidence": 0.5})).json
-        assert (reply["completion"], "confidence" in reply, "text_confidence" in reply) == (
-            text,
-            False,
-            False,
-        )
+    async with pi_with([CHUNKED, *map(chunk, ODD), *lies[1:]]) as (pi, _):
+        reply = (await pi.post("/v1/complete", {**CODE, "min_confidence": 0.5})).json
+        assert reply["completion"] == text
+        assert not {"confidence", "text_confidence"} & reply.keys()
 
 
+SURE = script(("x", 0.9))
 WORDS = [
     ({}, 0.3),
     ({"suggest": "always"}, None),
@@ -104,9 +99,12 @@ WORDS = [
 async def test_a_word_means_a_threshold_of_the_model(
     more: dict[str, str], least: float | None
 ) -> None:
-    async with Backend([script(("x", 0.9))]) as backend, pi_for(backend.port, models=MODELS) as pi:
+    async with pi_with(SURE, models=MODELS) as (pi, backend):
         assert (await infill(pi, filename="a.py", **more)).json["content"] == "x"
         assert backend.completions[0].get("min_confidence") == least
+
+
+GONE: dict[str, Any] = {"suggest_in_comments": "never", "suggest_in_strings": 1}
 
 
 async def test_members_that_are_gone_count_for_nothing_and_are_logged_once(
@@ -114,39 +112,35 @@ async def test_members_that_are_gone_count_for_nothing_and_are_logged_once(
 ) -> None:
     """Older clients send them. The cursor is in a comment, and 1 was refused."""
     caplog.set_level("WARNING")
-    olds: list[dict[str, Any]] = [{"suggest_in_comments": "never"}, {"suggest_in_strings": 1}]
-    async with Backend([script(("x", 0.9))]) as backend, pi_for(backend.port, models=MODELS) as pi:
-        for number, one in enumerate([{}, *olds]):
-            prompt = f"    # the {number} "
-            assert (await infill(pi, filename="a.py", prompt=prompt, **one)).json["content"] == "x"
-            assert len(caplog.messages) == (one in olds)
+    async with pi_with(SURE, models=MODELS) as (pi, backend):
+        for count, more in enumerate([{}, *({name: GONE[name]} for name in GONE)]):
+            reply = await infill(pi, filename="a.py", prompt=f"    # the {count} ", **more)
+            assert reply.json["content"] == "x"
+            assert len(caplog.messages) == bool(count)
         assert [body["min_confidence"] for body in backend.completions] == [0.3] * 3
-    ignored = (
-        "suggest_in_comments or suggest_in_strings, which are ignored: suggest takes their place"
-    )
+    names = "suggest_in_comments or suggest_in_strings"
+    ignored = f"{names}, which are ignored: suggest takes their place"
     assert caplog.messages == [f"a client sends {ignored}"]
 
 
+WRONG: list[dict[str, Any]] = [{"suggest": "perhaps"}, {"suggest": 1}, {"min_confidence": 1.01}]
+
+
 async def test_never_asks_nobody_and_a_wrong_word_is_refused() -> None:
-    async with Backend([script(("x", 0.9))]) as backend, pi_for(backend.port, models=MODELS) as pi:
+    async with pi_with(SURE, models=MODELS) as (pi, backend):
         reply = await infill(pi, suggest="never")
-        assert (reply.status, reply.json["content"], reply.json["unsure"], backend.completions) == (
-            200,
-            "",
-            True,
-            [],
-        )
-        wrong: list[dict[str, Any]] = [
-            {"suggest": "perhaps"},
-            {"suggest": 1},
-            {"min_confidence": 1.01},
-        ]
-        assert [(await infill(pi, **members)).status for members in wrong] == [400] * 3
-    async with Backend([[HANG]]) as backend, pi_for(backend.port, models=MODELS) as pi:
+        assert reply.status == 200
+        assert reply.json["content"] == ""
+        assert reply.json["unsure"]
+        assert backend.completions == []
+        for members in WRONG:
+            assert (await infill(pi, **members)).status == 400
+    async with pi_with([HANG], models=MODELS) as (pi, backend):
         older = infill(pi)
         await backend.begun.wait()
         await infill(pi, prompt="    retu", suggest="never")
-        assert ((await older).json["content"], (await stats(pi))["replaced"]) == ("", 1)
+        assert (await older).json["content"] == ""
+        assert (await pi.stats())["replaced"] == 1
 
 
 def said(text: str) -> tuple[str, Any]:
@@ -156,50 +150,45 @@ def said(text: str) -> tuple[str, Any]:
 TWO = [said("a\n"), ("judged", (0.9, 2)), said("b"), ("judged", (0.1, 3))]
 DOS = [said("a\r\n"), ("judged", (0.9, 3)), said("b"), ("judged", (0.1, 4))]
 TYPED = [said("c"), ("judged", (0.9, 2)), ("judged", (0.1, 4))]
-PAIRS: list[tuple[str, list[Any], tuple[str, str, str], str, str]] = [
-    ("a line end of its own", TWO, ("x = ", "", ""), "a", "unsure"),
-    ("a gap of whole lines", TWO, ("x\n", "", "c\n"), "a\n", "unsure"),
-    ("of which one is typed", [said("b"), *TWO[1::2]], ("x\n", "a\n", "c\n"), "", "unsure"),
-    ("a gap that ends in its line", TWO, ("x\n", "", "\nc\n"), "a", "unsure"),
-    ("a gap within a line", TWO, ("x = f(", "", ")\n"), "a", "unsure"),
-    ("both characters of a line end", DOS, ("", "", ""), "a", "unsure"),
-    ("typed into the second line", TYPED, ("x", "a\nb", ""), "c", "stop"),
-    ("a replaced one", [said("a")], ("", "", ""), "", "replaced"),
-    ("a replaced one that was judged", TWO, ("", "", ""), "a", "replaced"),
-    ("no threshold", [said("a\n"), said("b")], ("", "", ""), "a\nb", "stop"),
-]
+PAIRS: dict[str, tuple[list[Any], tuple[str, str, str], str, str]] = {
+    "a line end of its own": (TWO, ("x = ", "", ""), "a", "unsure"),
+    "a gap of whole lines": (TWO, ("x\n", "", "c\n"), "a\n", "unsure"),
+    "of which one is typed": ([said("b"), *TWO[1::2]], ("x\n", "a\n", "c\n"), "", "unsure"),
+    "a gap that ends in its line": (TWO, ("x\n", "", "\nc\n"), "a", "unsure"),
+    "a gap within a line": (TWO, ("x = f(", "", ")\n"), "a", "unsure"),
+    "both characters of a line end": (DOS, ("", "", ""), "a", "unsure"),
+    "typed into the second line": (TYPED, ("x", "a\nb", ""), "c", "stop"),
+    "a replaced one": ([said("a")], ("", "", ""), "", "replaced"),
+    "a replaced one that was judged": (TWO, ("", "", ""), "a", "replaced"),
+    "no threshold": ([said("a\n"), said("b")], ("", "", ""), "a\nb", "stop"),
+}
 
 
-@pytest.mark.parametrize(
-    ("pairs", "gap", "text", "reason"), [one[1:] for one in PAIRS], ids=[one[0] for one in PAIRS]
-)
-async def test_what_a_client_gets_of_the_pairs(
-    pairs: Any, gap: tuple[str, str, str], text: str, reason: str
-) -> None:
-    above, typed, below = gap
+@pytest.mark.parametrize("name", PAIRS)
+async def test_what_a_client_gets_of_the_pairs(name: str) -> None:
+    pairs, (above, typed, below), text, reason = PAIRS[name]
 
     async def given() -> Any:
-        yield (
-            "started",
-            {"threshold": 0.5 if "judged" in dict(pairs) or reason == "replaced" else None},
-        )
+        yield "started", {"threshold": None if name == "no threshold" else 0.5}
         for pair in pairs:
             yield pair
         yield "done", {"finish_reason": reason if reason == "replaced" else "stop"}
 
-    got = [
-        pair
-        async for pair in shown(given(), {"prompt": above + typed, "suffix": below}, lambda: typed)
-    ]
-    assert {kind for kind, _ in got} <= {"started", "idle", "text", "done"}
-    assert "".join(read_text(value) for kind, value in got if kind == "text") == text
-    assert got[-1] == ("done", {"finish_reason": reason})
+    texts, kinds = b"", set[str]()
+    gap = {"prompt": above + typed, "suffix": below}
+    async for kind, value in shown(given(), gap, lambda: typed):
+        kinds.add(kind)
+        texts += value if kind == "text" else b""
+    assert kinds <= {"started", "idle", "text", "done"}
+    assert read_text(texts) == text
+    assert (kind, value) == ("done", {"finish_reason": reason})
 
 
 async def test_another_engine_says_nothing_and_hides_nothing() -> None:
     async with Backend([VLLM], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
-        reply = (await pi.ask("POST", "/v1/complete", {**CODE, "min_confidence": 1})).json
-        assert (reply["completion"], "confidence" in reply) == ("1 + 2", False)
+        reply = (await pi.post("/v1/complete", {**CODE, "min_confidence": 1})).json
+        assert reply["completion"] == "1 + 2"
+        assert "confidence" not in reply
         assert "min_confidence" not in json.loads(backend.asked[-1][2])
 
 
@@ -214,17 +203,14 @@ async def typed(pi: Pi, text: str, **more: Any) -> tuple[str, bool, bool]:
 async def test_a_hidden_line_is_shown_once_its_first_characters_are_typed() -> None:
     """One that follows a shown line, too; without another inference."""
     lines = script(("urn a\n", 0.9), ("    b = 2", 0.2), reason="unsure")
-    async with Backend([lines]) as backend, pi_for(backend.port, models=MODELS) as pi:
+    async with pi_with(lines, models=MODELS) as (pi, backend):
         assert await typed(pi, "") == ("urn a", True, False)
         assert await typed(pi, "urn") == (" a", True, True)
         for indented in ("urn a", "urn a\n", "urn a\n    "):  # which an editor does by itself
             assert await typed(pi, indented) == ("", True, True)
         assert await typed(pi, "urn a\n    b") == (" = 2", True, True)
         assert len(backend.completions) == 1
-    async with (
-        Backend([script(("urn a", 0.2), reason="unsure")]) as backend,
-        pi_for(backend.port, models=MODELS) as pi,
-    ):
+    async with pi_with(script(("urn a", 0.2), reason="unsure"), models=MODELS) as (pi, backend):
         assert await typed(pi, "") == ("", True, False)
         assert await typed(pi, "u") == ("rn a", True, True)
         assert len(backend.completions) == 1
@@ -234,28 +220,38 @@ async def test_a_hidden_line_is_shown_once_its_first_characters_are_typed() -> N
         assert len(backend.completions) == 2
 
 
+BANDS = [
+    {"from": 0.0, "suggested": 0, "accepted": 0},
+    {"from": 0.2, "suggested": 1, "accepted": 0},
+    {"from": 0.4, "suggested": 0, "accepted": 0},
+    {"from": 0.6, "suggested": 0, "accepted": 0},
+    {"from": 0.8, "suggested": 2, "accepted": 1},
+]
+
+
 async def test_suggested_and_accepted_are_counted_by_confidence() -> None:
-    scripts = [script((f"x{number}", sure)) for number, sure in enumerate((0.1, 0.35, 0.85, 1.0))]
-    async with Backend(scripts) as backend, pi_for(backend.port, models=MODELS) as pi:
+    scripts = [script(("x", sure)) for sure in (0.1, 0.35, 0.85, 1.0)]
+    async with pi_with(*scripts, models=MODELS) as (pi, _):
         for number in range(4):
             await infill(pi, prompt=f"    y{number} = ")
-        for body in ({"characters": 3, "confidence": 0.85}, {"characters": 3}):
-            assert (await pi.ask("POST", "/v1/accepted", body)).status == 200
-        assert (
-            await pi.ask("POST", "/v1/accepted", {"characters": 3, "confidence": 1.5})
-        ).status == 400
-        bands = (await stats(pi))["by_confidence"]
-        assert [one["from"] for one in bands] == [0.0, 0.2, 0.4, 0.6, 0.8]
-        assert [(one["suggested"], one["accepted"]) for one in bands] == [
-            (0, 0),
-            (1, 0),
-            (0, 0),
-            (0, 0),
-            (2, 1),
-        ]
+        for confidence, status in ((0.85, 200), (None, 200), (1.5, 400)):
+            body = {"characters": 3, "confidence": confidence}
+            assert (await pi.post("/v1/accepted", body)).status == status
+        assert (await pi.stats())["by_confidence"] == BANDS
         metrics = (await pi.get("/metrics")).body
         assert b'cerebrum_infills_suggested_total{from="0.8"} 2\n' in metrics
         assert b'cerebrum_infills_accepted_total{from="0.8"} 1\n' in metrics
+
+
+THRESHOLDS: dict[Any, float | None] = {
+    "always": None,
+    "often": None,
+    "normal": 0.5,
+    "seldom": None,
+    0.2: 0.2,
+    0.0: None,
+    None: None,
+}
 
 
 def test_a_models_thresholds_are_read_and_checked(tmp_path: Any) -> None:
@@ -265,16 +261,8 @@ def test_a_models_thresholds_are_read_and_checked(tmp_path: Any) -> None:
     path = tmp_path / "models.toml"
     path.write_text(entry + "min_confidence = {normal = 0.5}\n")
     (model,) = load_catalog(path, []).models
-    wanted = {
-        "always": None,
-        "often": None,
-        "normal": 0.5,
-        "seldom": None,
-        0.2: 0.2,
-        0.0: None,
-        None: None,
-    }
-    assert {one: threshold_of([model], "a", one) for one in wanted} == wanted
+    for wanted, threshold in THRESHOLDS.items():
+        assert threshold_of([model], "a", wanted) == threshold
     assert threshold_of([model], "forgotten by now", "normal") is None
     for wrong in ("0.5", "{normal = 2}", "{sometimes = 0.1}", '{often = "a"}'):
         path.write_text(f"{entry}min_confidence = {wrong}\n")
