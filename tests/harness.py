@@ -118,6 +118,11 @@ class Reply:
             json.loads(part[6:]) if part.startswith(b"data: ") else part.decode() for part in parts
         ]
 
+    @property
+    def said(self) -> str:
+        """The token or the code of each event, with spaces between them."""
+        return " ".join(event.get("token", event.get("code", "")) for event in self.events)
+
 
 async def read_reply(reader: asyncio.StreamReader, method: str = "GET") -> Reply:
     """The next response to `method`, whatever its framing; AssertionError where it is not strictly

@@ -22,11 +22,19 @@ import socket
 import ssl
 import struct
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Sequence,
+)
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from harness import KEY, PATIENCE, SHIPPED, Client, until
+from harness import KEY, PATIENCE, SHIPPED, Client, Reply, until
 
 from cerebrum.http import Server
 from cerebrum.pi.completion import Attempt, Completion
@@ -86,6 +94,11 @@ def script(*pieces: Any, **done: Any) -> list[Any]:
         **done,
     }
     return [*steps, chunk(event(**end)), b"0\r\n\r\n"]
+
+
+def gated(gate: asyncio.Event) -> list[Any]:
+    """GOOD, but for its head not before the gate opens."""
+    return [CHUNKED, gate.wait, *GOOD[1:]]
 
 
 def answer(status: int, members: Any) -> bytes:
@@ -369,3 +382,8 @@ async def pi_with(*scripts: Sequence[Any], **config: Any) -> AsyncIterator[tuple
     """A Pi, and its only VPS, which plays these scripts."""
     async with Backend(scripts or (GOOD,)) as backend, pi_for(backend.port, **config) as pi:
         yield pi, backend
+
+
+async def statuses(*asked: Awaitable[Reply]) -> list[int]:
+    """The statuses of these answers, once all have come."""
+    return [reply.status for reply in await asyncio.gather(*asked)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import random
 import re
 import subprocess
@@ -393,10 +394,10 @@ async def test_a_user_who_scrolls_keeps_the_position(chrome: Any) -> None:
             "letterSpacing",
             "lineHeight",
         ]
-        read = "(it, names) => [...names.map(name => getComputedStyle(it)[name]), it.getBoundingClientRect().toJSON()]"
-        assert await editor.evaluate(read, metrics) == await visit.find(".mirror").evaluate(
-            read, metrics
-        )
+        styles = "names.map(name => getComputedStyle(it)[name])"
+        read = f"(it, names) => [...{styles}, it.getBoundingClientRect().toJSON()]"
+        mirror = await visit.find(".mirror").evaluate(read, metrics)
+        assert await editor.evaluate(read, metrics) == mirror
 
 
 # -------------------------------------------------------------------------------------- instructing
@@ -491,20 +492,17 @@ async def test_lines_are_compared(chrome: Any) -> None:
     """Both texts can be made from the rows."""
     chance = random.Random(7)
     texts = ["", "a", "a\n", "\n", "a\nb\nc", "b\nc\nd\n"]
-    texts += [
-        "".join(chance.choice("ab\n") for _ in range(chance.randrange(30))) for _ in range(20)
-    ]
+    for _ in range(20):
+        texts.append("".join(chance.choices("ab\n", k=chance.randrange(30))))
     async with visiting(chrome) as visit:
-        pairs = [(one, other) for one in texts for other in texts]
-        answers = await visit.page.evaluate(
-            "pairs => pairs.map(([one, other]) => diffLines(one, other))", pairs
-        )
-        for (one, other), rows in zip(pairs, answers, strict=True):
-            before, after = (
-                [line for sign, line in rows if sign in signs] for signs in (" -", " +")
-            )
-            assert before == one.splitlines(True)
-            assert after == other.splitlines(True)
+        pairs = [*itertools.product(texts, texts)]
+        compare = "pairs => pairs.map(([one, other]) => diffLines(one, other))"
+        answers = await visit.page.evaluate(compare, pairs)
+        for (old, new), rows in zip(pairs, answers, strict=True):
+            before = [line for sign, line in rows if sign in " -"]
+            after = [line for sign, line in rows if sign in " +"]
+            assert before == old.splitlines(True)
+            assert after == new.splitlines(True)
         shortest = await visit.page.evaluate("diffLines('a\\nb\\nc\\nd', 'a\\nc\\nx\\nd')")
         assert [sign for sign, _ in shortest] == [" ", "-", " ", "+", " "]
         large = ["\n".join(f"{name}{n}" for n in range(3000)) for name in "xy"]
@@ -624,8 +622,8 @@ async def test_stages_and_the_time(chrome: Any) -> None:
             gate.set()
         await visit.see_part("#stage", "Writing, 12 tokens")
         writing.set()
-        time = "128 tokens in 18.2 s: 9.1 s loading qwen_0_5b, 4.0 s waiting and reading 700 of 900 tokens,"
-        time += " then 12.1 tokens/s."
+        time = "128 tokens in 18.2 s: 9.1 s loading qwen_0_5b, 4.0 s waiting and reading 700 of"
+        time += " 900 tokens, then 12.1 tokens/s."
         await visit.see("#outcome", time)
         await expect(visit.find("#work")).to_be_hidden()
         await visit.see_part("#slow", f"Your last request: {time}")
@@ -635,7 +633,8 @@ async def test_stages_and_the_time(chrome: Any) -> None:
 
 
 async def test_a_key_is_asked_for_and_kept_in_this_tab(chrome: Any) -> None:
-    stores = "[{...sessionStorage}, Object.entries(localStorage).filter(([, value]) => /wrong|key/.test(value))]"
+    wrong = "Object.entries(localStorage).filter(([, value]) => /wrong|key/.test(value))"
+    stores = f"[{{...sessionStorage}}, {wrong}]"
     async with visiting(chrome, wait=False, client_keys=(KEY,)) as visit:
         form = visit.find("#key-form")
         await visit.offers("key")
@@ -728,19 +727,19 @@ async def test_files_are_opened_by_dropping_and_by_button(chrome: Any, tmp_path:
         await expect(visit.find("#language")).to_have_value("python")
 
 
+# A file, its text as it is changed (None: not at all), the file as it is saved.
+SAVED = (
+    (b"\xef\xbb\xbfa\r\nb\nc\r\n", None, b"\xef\xbb\xbfa\r\nb\nc\r\n"),
+    (b"a\r\nb\nc\r\nd\re", "a\nB\nnew\nc\nd\ne\n", b"a\r\nB\nnew\nc\r\nd\re\r"),
+    (b"a\r\nb", "new\na\nb\nc\n", b"new\r\na\r\nb\r\nc\r\n"),
+    (b"a\nb\r\n", "", b""),
+    (b"", "a\n", b"a\n"),
+)
+
+
 async def test_a_saved_file_has_every_byte_that_was_not_changed(chrome: Any) -> None:
     async with visiting(chrome) as visit:
-        for (
-            content,
-            text,
-            saved,
-        ) in (  # a file, its text as it is changed (None: not at all), the file as it is saved
-            (b"\xef\xbb\xbfa\r\nb\nc\r\n", None, b"\xef\xbb\xbfa\r\nb\nc\r\n"),
-            (b"a\r\nb\nc\r\nd\re", "a\nB\nnew\nc\nd\ne\n", b"a\r\nB\nnew\nc\r\nd\re\r"),
-            (b"a\r\nb", "new\na\nb\nc\n", b"new\r\na\r\nb\r\nc\r\n"),
-            (b"a\nb\r\n", "", b""),
-            (b"", "a\n", b"a\n"),
-        ):
+        for content, text, saved in SAVED:
             await visit.drop("a.py", content)
             await visit.see_part("#outcome", "a.py is open.")
             if text is not None:
@@ -750,18 +749,20 @@ async def test_a_saved_file_has_every_byte_that_was_not_changed(chrome: Any) -> 
             await visit.click("new")
 
 
+WRONG_FILES = (
+    ("a", b"#" * (2 << 20), "is larger than 700 KB"),
+    ("b", b"# \xe4", "is not a file of UTF-8 text"),
+    ("c", b"a\0b", "is not a file of UTF-8 text"),
+)
+
+
 async def test_files_that_cannot_be_opened(chrome: Any) -> None:
     python = {"id": "python", "endings": [".py"], "filenames": [], "served": True}
     java = {"id": "java", "endings": [".java"], "filenames": [], "served": False}
     told = {"models": [], "languages": [python, java]}
     async with visiting(chrome, before=lambda visit: visit.fake("models", told)) as visit:
         await visit.write("x = 1\n")
-        large, other = "is larger than 700 KB", "is not a file of UTF-8 text"
-        for name, content, is_wrong in (
-            ("a", b"#" * (2 << 20), large),
-            ("b", b"# \xe4", other),
-            ("c", b"a\0b", other),
-        ):
+        for name, content, is_wrong in WRONG_FILES:
             await visit.drop(name, content)
             await visit.see("#error", f"{name} {is_wrong}; it was not opened.")
             await visit.holds("x = 1\n")
@@ -805,7 +806,8 @@ async def test_settings_are_sent_and_remembered(chrome: Any) -> None:
 
 async def test_a_browser_without_storage_and_a_number_that_is_being_typed(chrome: Any) -> None:
     refuse = "{ get() { throw new DOMException('no', 'SecurityError') } }"
-    forbid = f"for (const area of ['localStorage', 'sessionStorage']) Object.defineProperty(window, area, {refuse})"
+    areas = "['localStorage', 'sessionStorage']"
+    forbid = f"for (const area of {areas}) Object.defineProperty(window, area, {refuse})"
     async with visiting(chrome, before=lambda visit: visit.page.add_init_script(forbid)) as visit:
         await visit.write(CODE)
         await visit.find("#tokens").focus()
@@ -817,21 +819,20 @@ async def test_a_browser_without_storage_and_a_number_that_is_being_typed(chrome
 # ------------------------------------------------------------------------------------- the keyboard
 
 
+# A text, where the cursor is (None: at its end), the keys, the text then.
+INDENTED = (
+    ("ab", None, ["Tab"], "ab  "),
+    ("if x:\n    a\n\nb\n", None, ["Control+a", "Tab"], "    if x:\n        a\n\n    b\n"),
+    ("    a\n\n  b\n", None, ["Control+a", "Shift+Tab"], "a\n\nb\n"),
+    ("    a\n\n  b\n", None, ["Control+a", "Shift+Tab", "Control+z"], "    a\n\n  b\n"),
+    ("\nabc", 0, ["Tab", "Shift+Tab", "Shift+Tab"], "\nabc"),
+    ("if x:\n\ta", None, ["Tab"], "if x:\n\ta\t"),
+)
+
+
 async def test_tab_indents(chrome: Any) -> None:
     async with visiting(chrome) as visit:
-        for (
-            text,
-            at,
-            keys,
-            expected,
-        ) in (  # a text, where the cursor is (None: at its end), the keys, the text then
-            ("ab", None, ["Tab"], "ab  "),
-            ("if x:\n    a\n\nb\n", None, ["Control+a", "Tab"], "    if x:\n        a\n\n    b\n"),
-            ("    a\n\n  b\n", None, ["Control+a", "Shift+Tab"], "a\n\nb\n"),
-            ("    a\n\n  b\n", None, ["Control+a", "Shift+Tab", "Control+z"], "    a\n\n  b\n"),
-            ("\nabc", 0, ["Tab", "Shift+Tab", "Shift+Tab"], "\nabc"),
-            ("if x:\n\ta", None, ["Tab"], "if x:\n\ta\t"),
-        ):
+        for text, at, keys, expected in INDENTED:
             await visit.write(text, at)
             await visit.press(*keys, holds=expected)
         assert await visit.focused() == "editor"

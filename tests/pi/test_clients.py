@@ -284,7 +284,8 @@ const client = new OpenAI({ baseURL: url + "/v1", apiKey: "none", maxRetries: 0 
 const said = { pieces: [] }
 const text = await client.completions.create({ model: "", prompt: prefix, suffix })
 said.text = [text.choices[0].text, text.usage]
-for await (const chunk of await client.completions.create({ model: "", prompt: prefix, stream: true })) {
+const stream = await client.completions.create({ model: "", prompt: prefix, stream: true })
+for await (const chunk of stream) {
   said.pieces.push(chunk.choices[0].text)
 }
 const chat = { model: "", messages: [{ role: "user", content: "Add." }] }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -26,9 +27,11 @@ from scripted import (
     answer,
     chunk,
     error,
+    gated,
     pi_for,
     pi_with,
     script,
+    statuses,
     token,
 )
 
@@ -50,11 +53,7 @@ CHAT = {"messages": [{"role": "user", "content": "hello"}]}
 
 def data(reply: Reply) -> list[Any]:
     """The JSON of each event of a stream in a dialect; "[DONE]" as it is."""
-    lines = [
-        line.removeprefix("data: ")
-        for line in reply.body.decode().split("\n\n")
-        if line.startswith("data: ")
-    ]
+    lines = re.findall(r"(?m)^data: (.*)", reply.body.decode())
     return [line if line == "[DONE]" else json.loads(line) for line in lines]
 
 
@@ -84,9 +83,10 @@ async def in_line(pi: Pi) -> None:
 BEGUN = [CHUNKED, chunk(token("urn", 1)), HANG]
 
 
-@pytest.mark.parametrize(
-    ("hang", "stream"), [([HANG], False), ([CHUNKED, HANG], False), (BEGUN, False), (BEGUN, True)]
-)
+HANGS = [([HANG], False), ([CHUNKED, HANG], False), (BEGUN, False), (BEGUN, True)]
+
+
+@pytest.mark.parametrize(("hang", "stream"), HANGS)
 async def test_a_newer_infill_of_the_file_ends_the_older_one_quietly(
     hang: list[Any], stream: bool, caplog: Any
 ):
@@ -112,9 +112,10 @@ async def test_a_newer_infill_of_the_file_ends_the_older_one_quietly(
 OTHER_TEXT = {"input_prefix": "import os\n", "prompt": "x", "input_suffix": "os.abort()\n"}
 
 
-@pytest.mark.parametrize(
-    ("older", "newer"), [({"filename": "a.py"}, {"filename": "b.py"}), ({}, OTHER_TEXT)]
-)
+OTHERS = [({"filename": "a.py"}, {"filename": "b.py"}), ({}, OTHER_TEXT)]
+
+
+@pytest.mark.parametrize(("older", "newer"), OTHERS)
 async def test_an_infill_of_another_file_client_or_editor_ends_nothing(
     older: dict[str, Any], newer: dict[str, Any]
 ):
@@ -132,44 +133,38 @@ async def test_an_infill_of_another_file_client_or_editor_ends_nothing(
 
 
 IMPORTS = "import os\n\n"
-TEXTS = [
-    ("typed", ("a = 1\nb", "c\n", ""), ("a = 1\nb = 2", "c\n", ""), True),
-    ("deleted", ("a = 1\nb = 2", "c\n", ""), ("a", "c\n", ""), True),
-    (
-        "the window moved",
+TEXTS = {
+    "typed": (("a = 1\nb", "c\n", ""), ("a = 1\nb = 2", "c\n", ""), True),
+    "deleted": (("a = 1\nb = 2", "c\n", ""), ("a", "c\n", ""), True),
+    "the window moved": (
         ("a" * 3000 + "\nb\n", "d\ne\n", ""),
         ("a" * 2000 + "\nb\nc\n", "d\ne\nf\n", ""),
         True,
     ),
-    ("a word corrected", ("a = 1\nb = fo", "c\n", ""), ("a = 1\nb = bar", "c\n", ""), True),
-    ("a bracket closed by the editor", ("f", "\nc\n", ""), ("f(", ")\nc\n", ""), True),
-    (
-        "nothing in common",
+    "a word corrected": (("a = 1\nb = fo", "c\n", ""), ("a = 1\nb = bar", "c\n", ""), True),
+    "a bracket closed by the editor": (("f", "\nc\n", ""), ("f(", ")\nc\n", ""), True),
+    "nothing in common": (
         ("import os\nx = 1\n", "y = 2\n", ""),
         ("#include <x>\n", "y = 2\n", ""),
         False,
     ),
-    (
-        "another function",
+    "another function": (
         (f"{IMPORTS}def a():\n    ", "", ""),
         (f"{IMPORTS}def b():\n    ", "", ""),
         False,
     ),
-    ("another name", (f"{IMPORTS}a = ", "", ""), (f"{IMPORTS}b = ", "", ""), False),
-    ("two gaps of one text", ("a\nb = ", "\nc = 2\n", ""), ("a\nb = 1\nc = ", "\n", ""), False),
-    ("two gaps far apart", ("a\n", "", ""), ("a\n" + "b" * 2000, "", ""), False),
-    ("one is empty", ("", "\n", ""), ("x = 1\n", "y\n", ""), False),
-    ("one has a name", ("a\n", "", "x.py"), ("a\n", "", ""), False),
-]
+    "another name": ((f"{IMPORTS}a = ", "", ""), (f"{IMPORTS}b = ", "", ""), False),
+    "two gaps of one text": (("a\nb = ", "\nc = 2\n", ""), ("a\nb = 1\nc = ", "\n", ""), False),
+    "two gaps far apart": (("a\n", "", ""), ("a\n" + "b" * 2000, "", ""), False),
+    "one is empty": (("", "\n", ""), ("x = 1\n", "y\n", ""), False),
+    "one has a name": (("a\n", "", "x.py"), ("a\n", "", ""), False),
+}
 
 
-@pytest.mark.parametrize(
-    ("one", "other", "same"), [case[1:] for case in TEXTS], ids=[case[0] for case in TEXTS]
-)
-def test_is_typed_on(one: tuple[str, ...], other: tuple[str, ...], same: bool):
-    first, second = (
-        dict(zip(("prompt", "suffix", "filename"), texts, strict=True)) for texts in (one, other)
-    )
+@pytest.mark.parametrize("name", TEXTS)
+def test_is_typed_on(name: str):
+    *gaps, same = TEXTS[name]
+    first, second = (dict(zip(("prompt", "suffix", "filename"), gap, strict=True)) for gap in gaps)
     assert broadcast.is_typed_on(first, second) == same
     assert broadcast.is_typed_on(second, first) == same
 
@@ -229,7 +224,7 @@ async def test_which_requests_share_a_completion(
     first: dict[str, Any], second: dict[str, Any], computed: int
 ):
     go = asyncio.Event()
-    async with pi_with([CHUNKED, go.wait, *GOOD[1:]]) as (pi, backend):
+    async with pi_with(gated(go)) as (pi, backend):
         asked = [start(pi, "/completion", body) for body in (first, second)]
         await until(
             lambda: len(pi.gateway.broadcasts.subscribers) == 2 and backend.running == computed
@@ -312,7 +307,7 @@ async def test_chats_leave_a_place_for_an_editor_that_was_seen_lately(
     monkeypatch: pytest.MonkeyPatch,
 ):
     go = asyncio.Event()
-    async with pi_with(GOOD, [HANG], GOOD, [CHUNKED, go.wait, *GOOD[1:]]) as (pi, backend):
+    async with pi_with(GOOD, [HANG], GOOD, gated(go)) as (pi, backend):
         await infill(pi)
         async with busy(pi, backend, CHATS, CHAT):
             waiting = start(pi, CHATS, {**CHAT, "seed": 5})
@@ -427,7 +422,7 @@ async def test_after_an_outage_a_user_who_types_starves_nobody():
             await until(lambda n=n: pi.gateway.broadcasts.replaced == n)
         assert (await chat).json["choices"][0]["message"]["content"] == "ab"
         await until(lambda: pi.gateway.fleet.first.breaker.state == "closed")
-        assert [reply.status for reply in await asyncio.gather(*typed[:-1])] == [200] * (keys - 1)
+        assert await statuses(*typed[:-1]) == [200] * (keys - 1)
         typed[-1].cancel()
         await until(lambda: not pi.active)
 
@@ -467,7 +462,7 @@ WARM_UP |= {"input_extra": [{"filename": "b.py", "text": "import os\n"}], "t_max
 
 async def test_a_warm_up_is_answered_at_once_and_read_when_nothing_else_is_to_do():
     go = asyncio.Event()
-    async with pi_with([CHUNKED, go.wait, *GOOD[1:]], script(prompt_tokens=7)) as (pi, backend):
+    async with pi_with(gated(go), script(prompt_tokens=7)) as (pi, backend):
         running = infill(pi)
         await backend.begun.wait()
         for number in range(3):
@@ -612,45 +607,41 @@ def finish(prompt: str, text: str, **more: Any) -> broadcast.Broadcast | None:
 LINES = [
     f"line {number}\n" for number in range(400)
 ]  # an editor sends a fixed number of them before the cursor
-TYPED = [
-    ("typed", "a = ", "b\nc", "a = b", 1),
-    ("typed in a long text", "".join(LINES[:300]), "a\nbc\n", "".join([*LINES[:300], "a"]), 1),
-    (
-        "a line, and the window moved",
+TYPED = {
+    "typed": ("a = ", "b\nc", "a = b", 1),
+    "typed in a long text": ("".join(LINES[:300]), "a\nbc\n", "".join([*LINES[:300], "a"]), 1),
+    "a line, and the window moved": (
         "".join(LINES[:300]),
         "a\nbc\n",
         "".join([*LINES[1:300], "a\nb"]),
         3,
     ),
-    ("where a line is missing", "".join(LINES[:300]), "a\nbc\n", "".join([*LINES[1:299], "a"]), 0),
-    ("more than all", "a = ", "b", "a = bc", 0),
-    ("nothing", "a = ", "b", "a = ", 0),
-    ("something before", "a = ", "bc", "xa = b", 0),
-    ("two periods", "0, " * 600, "0, " * 4, "0, " * 602, 6),
-    ("nothing of a period", "0, " * 600, "0, " * 4, "0, " * 600, 0),
-    (
-        "a line of equal ones, and the window has moved by two",
+    "where a line is missing": ("".join(LINES[:300]), "a\nbc\n", "".join([*LINES[1:299], "a"]), 0),
+    "more than all": ("a = ", "b", "a = bc", 0),
+    "nothing": ("a = ", "b", "a = ", 0),
+    "something before": ("a = ", "bc", "xa = b", 0),
+    "two periods": ("0, " * 600, "0, " * 4, "0, " * 602, 6),
+    "nothing of a period": ("0, " * 600, "0, " * 4, "0, " * 600, 0),
+    "a line of equal ones, and the window has moved by two": (
         "x\n" * 2000,
         "x\n" * 9,
         "x\n" * 1999,
         2,
     ),
-    ("more of a period than was foretold", "0, " * 600, "0, " * 4, "0, " * 605, 3),
-    ("white space alone", " " * 2000, " " * 500, " " * 3000, 1),
-]
+    "more of a period than was foretold": ("0, " * 600, "0, " * 4, "0, " * 605, 3),
+    "white space alone": (" " * 2000, " " * 500, " " * 3000, 1),
+}
 
 
-@pytest.mark.parametrize(
-    ("asked", "text", "prompt", "typed"), [case[1:] for case in TYPED], ids=[c[0] for c in TYPED]
-)
-def test_typed_of(asked: str, text: str, prompt: str, typed: int):
+@pytest.mark.parametrize("name", TYPED)
+def test_typed_of(name: str):
+    asked, text, prompt, typed = TYPED[name]
     assert broadcast.typed_of(asked, text, prompt) == typed
     kept = finish(asked, text + "!")  # with the end of a long prompt
     assert kept
     request = CompletionRequest("infill", {"prompt": prompt, "suffix": "", "temperature": 0.0})
-    assert broadcast.typed_in(
-        kept, request, broadcast.digest_of(request.fields), is_reader=True
-    ) == (typed or None)
+    digest = broadcast.digest_of(request.fields)
+    assert broadcast.typed_in(kept, request, digest, is_reader=True) == (typed or None)
 
 
 def test_what_is_kept_is_bounded():
@@ -783,10 +774,10 @@ async def test_a_chat_that_is_too_long_keeps_the_system_turn_and_the_latest_and_
         assert sent[0] == messages[0]
         assert sent[1:] == messages[-len(sent) + 1 :]
         assert sent[1]["role"] == "user"
-        size, of = (sum(len(message["content"]) for message in some) for some in (sent, messages))
-        assert (
-            reply.one("X-Cerebrum-Kept") == f"{len(sent)} of 22 messages, {size} of {of} characters"
-        )
+        size = sum(len(message["content"]) for message in sent)
+        of = sum(len(message["content"]) for message in messages)
+        kept = f"{len(sent)} of 22 messages, {size} of {of} characters"
+        assert reply.one("X-Cerebrum-Kept") == kept
         assert 5 <= len(sent) <= 12
         whole = await start(pi, CHATS, {"messages": messages[:3], "stream": True})
         assert whole.all("X-Cerebrum-Kept") == []

@@ -249,8 +249,10 @@ TOML = ("docs/editors.md", "its menu.\n")
 # its settings and their file, its options, the keys that ask, that accept, that leave, that save
 EDITING = {
     "nvim": (LUA, "nvim/init.lua", [], ["j", "A", "a"], ["Tab"], ["Escape"], [":w", "Enter"]),
-    "emacs": (LISP, "emacs/init.el", ["-nw", "--no-splash"], ["C-n", "C-e", "a"], ["Tab"], [], ["C-x", "C-s"]),
-    "hx": (TOML, "helix/languages.toml", [], ["j", "A", "a", "C-x"], ["Tab", "Enter"], ["Escape"], [":w", "Enter"]),
+    "emacs": (LISP, "emacs/init.el", ["-nw", "--no-splash"], ["C-n", "C-e", "a"],
+              ["Tab"], [], ["C-x", "C-s"]),
+    "hx": (TOML, "helix/languages.toml", [], ["j", "A", "a", "C-x"],
+           ["Tab", "Enter"], ["Escape"], [":w", "Enter"]),
 }  # fmt: skip
 
 
