@@ -167,7 +167,7 @@ async def test_a_revoked_client_ends_and_the_others_go_on() -> None:
         gate.set()
         assert (await asked[1]).events[-1]["done"]
         assert (await ask(pi, ANNA)).status == 401
-        assert await figures(pi, BEN) == {"benjamin": [0, 0, 0]}
+        assert await figures(pi, BEN) == "benjamin 0 0 0"
         with pytest.raises(
             ConfigError, match="CEREBRUM_CM4_KEYS_FILE: expected the file, it has gone"
         ):
@@ -687,7 +687,7 @@ def test_a_flood_of_failed_handshakes_takes_little_memory(tmp_path: Path) -> Non
         assert pi.peak_rss_kb() < 100_000
 
 
-WRONG = [
+WRONG_SETTINGS = [
     ({"TLS_CERT": "/x"}, "expected both or neither, got one"),
     ({"TLS_CERT": "/x", "TLS_KEY": "/y"}, "expected PEM files that fit each other"),
     ({"KEYS_FILE": "/none"}, "cm4d.py: CEREBRUM_CM4_KEYS_FILE: expected a file, got none at this"),
@@ -695,7 +695,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("given", "wrong"), WRONG)
+@pytest.mark.parametrize(("given", "wrong"), WRONG_SETTINGS)
 def test_wrong_settings(given: Mapping[str, str], wrong: str, tmp_path: Path) -> None:
     variables = {f"CEREBRUM_CM4_{name}": value for name, value in given.items()}
     refused = run_to_the_end("cm4d", tmp_path, **variables)
