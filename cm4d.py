@@ -415,9 +415,9 @@ class Gateway:
                     attempt.sent = NOTHING_SENT
 
     async def _answer(self, attempt: Attempt) -> Pairs:
-        """The pairs of one attempt. "started" comes first, and again once the backend has read the
-        prompt: it may have been cut meanwhile. A preempted attempt that is not repeated ends like a
-        whole answer.
+        """The pairs of one attempt. "started" comes first, and again when the backend responds: the
+        prompt may have been fitted again meanwhile. A preempted attempt that is not repeated ends
+        like a whole answer.
         """
         completion = attempt.completion
         has_begun = has_spoken = False

@@ -39,9 +39,9 @@ EQUAL_FIELDS = ("mode", "suffix", "model", "language", "filename", "min_confiden
 
 
 def is_typed_on(older: Fields, newer: Fields) -> bool:
-    """Whether two infills come from one place where a user types: the text before one cursor nearly
-    continues the text before the other, and the lines below are the same. Two gaps of one file do
-    not match, nor a program's two texts.
+    """Whether a user has typed between two infills: the text before one cursor nearly continues the
+    text before the other, and the lines below are the same. Two gaps of one file do not match, nor
+    do two texts of a program.
     """
     if older["filename"] != newer["filename"]:
         return False
@@ -117,9 +117,9 @@ def typed_of(earlier: str, text: str, prompt: str, omitted: int = 0) -> int:
 
 @dataclass(slots=True, eq=False)
 class Broadcast:
-    """One completion for all clients that ask for it. A running one keeps all pairs but "idle" and
-    "progress", so that a late client gets the whole text. A finished one keeps its text and its
-    prompt's end, for the clients who got it.
+    """One completion for all clients that ask for it. While it runs, it keeps all pairs but "idle"
+    and "progress", so that a late client gets the whole text. A finished one keeps its text and the
+    end of its prompt, for the clients who got the text.
     """
 
     digest: bytes  # of the request, by `digest_of`
@@ -356,7 +356,7 @@ class Broadcasts:
         for it.
         """
         client, editor = subscriber.request.client, subscriber.editor
-        known = [(finished, client in finished.clients) for finished in reversed(self.finished)]
+        known = [(old, client in old.clients) for old in reversed(self.finished)]
         for other in self.subscribers:
             if other.broadcast and other.broadcast.is_open:
                 known.append((other.broadcast, other.editor == editor))

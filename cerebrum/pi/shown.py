@@ -21,10 +21,10 @@ class Held:
     def __init__(self, threshold: float, typed: str) -> None:
         self._threshold = threshold  # the first line of less confidence is hidden, and all below it
         self._typed = self._text = typed  # the text begins with what the user has typed
-        self._shown = len(typed)
-        self._judged = 0
-        self.hidden: int | None = None  # the count before the first hidden line
-        self._tokens = 1  # that came
+        self._shown = len(typed)  # what the client has
+        self._judged = 0  # the lines whose confidence has come
+        self._hidden: int | None = None  # what comes before the first hidden line
+        self._tokens = 1  # tokens that came
 
     def add(self, events: bytes) -> None:
         """Add the text of these token events."""
@@ -38,10 +38,10 @@ class Held:
         """
         begin, self._judged = self._judged, end
         line = self._text[self._shown : end]
-        if not line or self.hidden is not None:
+        if not line or self._hidden is not None:
             return b""
         if confidence < self._threshold and not self._typed[begin:].strip():
-            self.hidden = begin
+            self._hidden = begin
             return b""
         return self._show(line.removesuffix("\n").removesuffix("\r"))
 
@@ -51,9 +51,13 @@ class Held:
         is shown.
         """
         above = prompt.removesuffix(self._typed)
-        if self.hidden is not None and not is_gap_of_lines(above, suffix):
+        if self._hidden is not None and not is_gap_of_lines(above, suffix):
             return b""
-        return self._show(self._text[self._shown : self.hidden])
+        return self._show(self._text[self._shown : self._hidden])
+
+    def result(self, done: dict[str, Any]) -> dict[str, Any]:
+        """The result of the completion; its reason says if a line was hidden."""
+        return done if self._hidden is None else done | {"finish_reason": "unsure"}
 
     def _show(self, text: str) -> bytes:
         self._shown += len(text)
@@ -82,8 +86,7 @@ async def shown(pairs: Pairs, fields: Mapping[str, Any], typed: Callable[[], str
             elif kind == "done" and held and value.get("finish_reason") not in CUT:
                 if rest := held.end(fields["prompt"], fields.get("suffix") or ""):
                     yield "text", rest
-                if held.hidden is not None:
-                    value = value | {"finish_reason": "unsure"}
+                value = held.result(value)
             yield kind, value
 
 
