@@ -61,7 +61,10 @@ def texts(reply: Reply) -> list[str]:
     """The texts of a stream of OpenAI's, which ends with "[DONE]"."""
     *parts, done = data(reply)
     assert done == "[DONE]"
-    return [choice["text"] for part in parts for choice in part["choices"]]
+    found = list[str]()
+    for part in parts:
+        found += [choice["text"] for choice in part["choices"]]
+    return found
 
 
 def start(pi: Pi, path: str, body: dict[str, Any], **headers: str) -> asyncio.Task[Reply]:
