@@ -24,7 +24,7 @@ import re
 from collections.abc import Sequence
 
 from cerebrum.text.gap import Gap, gap_of
-from cerebrum.text.languages import BY_NAME, LANGUAGES, NOTHING, Language, in_style
+from cerebrum.text.languages import BY_NAME, LANGUAGES, Language, in_style
 from cerebrum.text.scanner import COMPOUND, LINE_CHARS, PAIRS, Scanner
 from cerebrum.text.stages import Blanks, Indent, Repeat, Stage, StopStrings, Typed, columns_of
 
@@ -37,11 +37,12 @@ COMMENT_CHARS = (
 FUNCTION = re.compile(r"(?:@?[a-z]\w*(?:\[\w*\])?\s+){0,6}def\b")
 DEFINITION = re.compile(r"(?:async\s+)?(?:def|class)\b")
 CONTROL = re.compile(
-    r"(?:^|\n)[^\S\n]*(?:else\s+)?(?:if|else|for|while|do|switch|try|match|loop|unsafe|select|when|foreach|elseif|guard|repeat"
-    r"|using|lock|synchronized|defer)\b[^\n]*$"
+    r"(?:^|\n)[^\S\n]*(?:else\s+)?(?:if|else|for|while|do|switch|try|match|loop|unsafe|select|when"
+    r"|foreach|elseif|guard|repeat|using|lock|synchronized|defer)\b[^\n]*$"
 )
 CODE = re.compile(
-    r"\n *(?:(?:def|class|if|for|while|with|elif|except) .*:|return .*|from \S+ import .*|[\w.]+ = .*|[\w.]+\(.*\))\n"
+    r"\n *(?:(?:def|class|if|for|while|with|elif|except) .*:|return .*|from \S+ import .*"
+    r"|[\w.]+ = .*|[\w.]+\(.*\))\n"
 )
 CALL = re.compile(rf"(?:(?<=self\.)|(?<=this\.)|(?<![\w.]))(\w{{1,{NAME_CHARS}}})\(")
 CLAUSES = "else|elif|elseif|except|finally|catch|while"  # continue a statement after its block
@@ -54,8 +55,11 @@ BESIDE = frozenset(
 )
 # A sentence, or Markdown's emphasis, quotation or item of a list; but no assignment and no mapping.
 PROSE = re.compile(
-    r"(?:[A-Z][a-z'\u0080-\uffff]*[ ,!]+[\w\"'`(*]|[*>`\u0080-\uffff]|- (?!\w+:)|\d+[.)] ).*[^;{}]|[A-Z][a-z]+:"
+    r"(?:[A-Z][a-z'\u0080-\uffff]*[ ,!]+[\w\"'`(*]|[*>`\u0080-\uffff]|- (?!\w+:)|\d+[.)] ).*[^;{}]"
+    r"|[A-Z][a-z]+:"
 )
+# The states of `Fences`: see there.
+BEFORE, BLOCK = ("blank", "headed", "chatter"), ("opened", "inside")
 HEADING = re.compile(r"#{1,6}[ \t]")  # a comment or, in an answer, a heading
 HEADER = re.compile(r"\S[^\n]*[:{][ \t]*\r?\n")  # of a block in column 0
 FENCE = re.compile(r"(`{3,}+|~{3,}+)([^`\n]*+)")
@@ -66,10 +70,13 @@ GUESS_CHARS = (
 )
 GUESSES = {  # lines like the header of a definition, found in few other languages and in no prose
     "python": r"(?:async[ \t]+)?(?:def[ \t]+\w+\(|class[ \t]+\w+[(:])[^\n]{0,300}:",
-    "rust": r"(?:pub(?:\([^)\n]{0,40}\))?[ \t]+)?(?:(?:async|unsafe)[ \t]+)?(?:fn[ \t]+\w+|impl\b)[^\n;]{0,300}\{",
+    "rust": r"(?:pub(?:\([^)\n]{0,40}\))?[ \t]+)?(?:(?:async|unsafe)[ \t]+)?"
+    r"(?:fn[ \t]+\w+|impl\b)[^\n;]{0,300}\{",
     "go": r"func[ \t]+[^\n]{0,300}\{",
-    "javascript": r"(?:export[ \t]+)?(?:default[ \t]+)?(?:async[ \t]+)?(?:function\b|class[ \t]+\w+)[^\n]{0,300}\{",
-    "c": r"(?!(?:if|for|while|switch|else)\b)[A-Za-z_][\w*&:<> \t]{0,100}[ \t*&]\w+\([^;\n{}]{0,300}\)[ \t]*\{",
+    "javascript": r"(?:export[ \t]+)?(?:default[ \t]+)?(?:async[ \t]+)?"
+    r"(?:function\b|class[ \t]+\w+)[^\n]{0,300}\{",
+    "c": r"(?!(?:if|for|while|switch|else)\b)[A-Za-z_][\w*&:<> \t]{0,100}[ \t*&]"
+    r"\w+\([^;\n{}]{0,300}\)[ \t]*\{",
 }
 HEADERS = {
     name: re.compile(rf"^[ \t]{{0,200}}{header}[ \t]*\r?$", re.M)
@@ -116,11 +123,47 @@ def is_announced(language: Language, prompt: str) -> bool:
     return not line.strip() and (above.startswith(starts) or above.endswith(ends))
 
 
-class Block(Stage):
-    """Lines up to the end of a block, and of the helpers: functions below it that it calls and
-    nothing else defines.
+# Where a line is that begins below a block. UNDECIDED: it may be either, by what has come of it.
+INSIDE, OUTSIDE = "inside", "outside"
+UNDECIDED = "undecided"
 
-    A subclass decides where a line begins (`outside`) and where it ends (`ended`).
+
+class Helpers:
+    """The functions that a block calls and nothing defines: they may follow the block."""
+
+    def __init__(self, keyword: str, prompt: str) -> None:
+        self.keyword = keyword
+        self.header = re.compile(
+            rf"\b(?:(?:async|export|local|pub|static|suspend)\s+){{0,4}}{keyword}\s+"
+            rf"(\w{{1,{NAME_CHARS}}})\s*[(<]"
+        )
+        self.code: list[str] = []  # the characters of the line's code
+        self.called = set[str]()
+        self.defined = set(self.header.findall(prompt))
+
+    def end_line(self) -> None:
+        code = "".join(self.code)
+        self.code.clear()
+        self.defined.update(self.header.findall(code))
+        self.called.update(CALL.findall(code))
+        self.called -= self.defined
+
+    def side_of(self, word: str) -> str:
+        """INSIDE for a line that begins with `word` and defines a function that is called."""
+        if match := self.header.match(word):
+            return INSIDE if match[1] in self.called else OUTSIDE
+        if not re.fullmatch(r"[\w ]{1,200}", word):
+            return OUTSIDE
+        name = word.partition(f"{self.keyword} ")[2].lstrip()  # as much of it as has come
+        fits = any(called.startswith(name) for called in self.called)
+        return UNDECIDED if fits else OUTSIDE
+
+
+class Block(Stage):
+    """Lines up to the end of a block and of its `Helpers`.
+
+    A subclass decides to which side of the block's end a line belongs (`side_of`), and whether the
+    block is over when a line has ended (`read_line`).
     """
 
     def __init__(self, scanner: Scanner, prompt: str) -> None:
@@ -128,87 +171,82 @@ class Block(Stage):
         self.scanner = scanner
         # The line so far, including the prompt's part of it, without its indentation.
         self.line = prompt.rpartition("\n")[2].lstrip()[:LINE_CHARS]
-        self.held = scanner.starting  # the line is held back: it may turn out to be outside
+        self.held = scanner.starting  # the line waits: it may turn out to be outside
         self.mark = 0  # the end of the last line that is not blank, where the completion ends
-        self.ticks = 0  # backticks in a row: a fence is no code in any language but Markdown
+        self.ticks = 0  # backticks in a row
         function = scanner.language.function
-        header = rf"\b(?:(?:async|export|local|pub|static|suspend)\s+){{0,4}}{function}\s+(\w{{1,{NAME_CHARS}}})\s*[(<]"
-        self.helper = re.compile(header) if function else NOTHING
-        self.code: list[str] = []  # the line's code
-        self.called, self.defined = set[str](), set(self.helper.findall(prompt))  # functions
+        self.helpers = Helpers(function, prompt) if function else None
 
-    def outside(self, word: str) -> str | None:
-        """The reason to end before the line that begins with `word`; "" for none; None while that
-        is undecided.
-        """
+    def side_of(self, word: str) -> str:
+        """INSIDE, OUTSIDE or UNDECIDED, for the line that begins with `word`."""
         raise NotImplementedError
 
-    def ended(self, line: str) -> str | None:
-        """The reason to end with this line, or None."""
+    def read_line(self, line: str) -> bool:
+        """Read a line that is inside; whether the block ends with it."""
         raise NotImplementedError
 
     def step(self, char: str) -> None:
-        language = self.scanner.language
-        ticks = (
-            char == "`"
-            and (self.ticks or not self.scanner.closer)
-            and language is not LANGUAGES["markdown"]
-        )
-        self.ticks = self.ticks + 1 if ticks else 0
-        self.scanner.step(char)
-        if language.function and not self.scanner.closer:
-            self.code.append(char)
-        reason: str | None = ""
+        scanner = self.scanner
+        if char == "`" and self._may_be_fence():
+            self.ticks += 1
+        else:
+            self.ticks = 0
+        scanner.step(char)
+        if self.helpers and not scanner.closer:
+            self.helpers.code.append(char)
         if self.ticks == len("```"):
             self.end("stop", self.mark if self.held else len(self.text) - self.ticks)
-        elif (
-            char == "\n"
-            and not self.scanner.closer
-            and (self.scanner.starting or not self.scanner.by_lines)
-        ):
-            line, held, self.line, self.held = self.line.rstrip(), self.held, "", True
-            if held and line:  # the line is complete: decide now
-                reason = self.outside(f"{line}\n")
-            if reason == "":  # the line is inside; None: a comment that waits
-                self.mark = len(self.text) if line else self.mark
-                code = "".join(self.code)
-                self.code.clear()
-                self.defined.update(self.helper.findall(code))
-                self.called = (self.called | set(CALL.findall(code))) - self.defined
-                reason = self.ended(line)
+            return
+        if char == "\n" and not scanner.closer and (scanner.starting or not scanner.by_lines):
+            over = self._end_line()
         else:
-            if char == "\n":
-                self.line = ""
-            elif len(self.line) < LINE_CHARS and (self.line or not char.isspace()):
-                self.line += char
-            if self.held and not self.ticks and (word := self.line.rstrip()):
-                reason = self.outside(word)
-                self.held = reason != ""
-            if not self.held:
-                self.safe = len(self.text) - self.ticks
-        if reason:
-            self.end(reason, self.mark)
+            over = self._extend_line(char)
+        if over:
+            self.end("block", self.mark)
 
-    def helps(self, word: str) -> str | None:
-        """`outside` for the line after a whole function: "" if it defines a missing one."""
-        if match := self.helper.match(word):
-            return "" if match[1] in self.called else "block"
-        begun = word.partition(f"{self.scanner.language.function} ")[
-            2
-        ].lstrip()  # the start of the function's name
-        may_help = re.fullmatch(r"[\w ]{1,200}", word) and any(
-            name.startswith(begun) for name in self.called
-        )
-        return None if may_help else "block"
+    def _may_be_fence(self) -> bool:
+        """A fence is no code in any language but Markdown."""
+        in_code = self.ticks > 0 or not self.scanner.closer
+        return in_code and self.scanner.language is not LANGUAGES["markdown"]
+
+    def _end_line(self) -> bool:
+        line, held = self.line.rstrip(), self.held
+        self.line, self.held = "", True
+        if held and line:
+            side = self.side_of(f"{line}\n")  # the line is complete: decide now
+            if side != INSIDE:
+                return side == OUTSIDE  # else a comment that waits for the next line
+        if line:
+            self.mark = len(self.text)
+        if self.helpers:
+            self.helpers.end_line()
+        return self.read_line(line)
+
+    def _extend_line(self, char: str) -> bool:
+        if char == "\n":
+            self.line = ""
+        elif len(self.line) < LINE_CHARS and (self.line or not char.isspace()):
+            self.line += char
+        if self.held and not self.ticks and (word := self.line.rstrip()):
+            side = self.side_of(word)
+            if side == OUTSIDE:
+                return True
+            self.held = side == UNDECIDED
+        if not self.held:
+            self.safe = len(self.text) - self.ticks
+        return False
+
+    def side_below(self, word: str) -> str:
+        """`side_of` for the line below a whole function."""
+        return self.helpers.side_of(word) if self.helpers else OUTSIDE
 
 
-def continues(word: str) -> str | None:
-    """`outside` for the line after a block that may have an `else`: "" for such a clause, None
-    while it may be one.
-    """
+def continues(word: str) -> str:
+    """`side_of` for the line below a block that may have an `else`."""
     if re.match(rf"(?:{CLAUSES})\W", word):
-        return ""
-    return None if any(clause.startswith(word) for clause in CLAUSES.split("|")) else "block"
+        return INSIDE
+    begun = any(clause.startswith(word) for clause in CLAUSES.split("|"))
+    return UNDECIDED if begun else OUTSIDE
 
 
 class LineBlock(Block):
@@ -226,102 +264,118 @@ class LineBlock(Block):
 
     def __init__(self, scanner: Scanner, prompt: str) -> None:
         super().__init__(scanner, prompt)
-        language = scanner.language
-        self.base: int | None = (
-            None  # lines indented no deeper are outside; -1: none is; None: not known yet
-        )
+        self.prompt = prompt
+        # What is completed; "" until a line shows which blocks are open. A "function" may have
+        # helpers, a "compound" statement of Python an `else`. A "member" of a class, a "statement"
+        # outside all blocks, a "script" up to its first definition. "closed": the line closes it.
+        self.goal = ""
+        self.base = -1  # lines that are indented deeper belong to the goal
         self.level = 0  # indentation of the line that begins
-        self.top = 0  # with `base` -1: the indentation of the statement being completed
-        self.clauses = False  # an `else` or the like may go on with the block
         self.blank = False  # the last line was blank
-        self.closed = False  # a closing line has been written
         self.begun = False  # some line is code, and no decorator
-        self.waiting = (
-            False  # the text since `mark` is a comment, inside if the next line of code is
-        )
-        last = prompt.rstrip().rpartition("\n")[2]
-        # The block is a statement outside all blocks, or the next member of a class, of which no
-        # deeper line has come.
-        self.statement = not language.imports.match(last) and not last.startswith("#!")
-        self.member = is_announced(language, prompt) and bool(language.defines.search(prompt))
-        head = scanner.head.strip()
-        if (head and scanner.brackets) or (scanner.fresh and language.indented):
-            blocks = scanner.enclosing(scanner.indent) if head else scanner.blocks
-            begun = scanner.last == "{" or not language.imports.match(head)
+        self.waiting = False  # the text since `mark` is a comment that waits for the next line
+        language, head = scanner.language, scanner.head.strip()
+        if head and scanner.brackets:
+            blocks = scanner.enclosing(scanner.indent)
             if language.indented:
-                begun = COMPOUND.match(head) is not None
-            self._choose([*blocks, (scanner.indent, head)] if begun else blocks, bool(head))
+                begins = COMPOUND.match(head) is not None
+            else:
+                begins = scanner.last == "{" or not language.imports.match(head)
+            self._choose([*blocks, (scanner.indent, head)] if begins else blocks, typed=True)
+        elif scanner.fresh and language.indented:
+            self._choose(scanner.blocks, typed=False)
 
     def _choose(self, blocks: list[tuple[int, str]], typed: bool) -> None:
+        """Choose the goal among the open blocks; `typed`: the cursor's line has begun."""
         scanner, language = self.scanner, self.scanner.language
         functions = [block for block in blocks if FUNCTION.match(block[1])]
         others = [block for block in blocks if not language.containers.match(block[1])]
-        nothing = (
-            scanner.indent - 1,
-            "def",
-        )  # a prompt from the middle of a file may lack the block's header
-        self.base, header = (functions or others or blocks[-1:] or [nothing])[0]
-        self.top = scanner.indent
-        self.member = self.member and not functions and not others and not typed
-        if self.member:
-            self.base = scanner.indent
-        self.clauses = language.indented and not DEFINITION.match(header)
-        self.statement = self.statement and self.base == -1 and (typed or not language.indented)
+        chosen = functions or others
+        if not chosen and not typed and self._is_member_announced():
+            self.goal, self.base = "member", scanner.indent
+            return
+        chosen = chosen or blocks[-1:]
+        if chosen:
+            self.base, header = chosen[0]
+            compound = language.indented and not DEFINITION.match(header)
+            self.goal = "compound" if compound else "function"
+        elif scanner.indent:  # a prompt from the middle of a file lacks the block's header
+            self.goal, self.base = "function", scanner.indent - 1
+        else:
+            begun = (typed or not language.indented) and self._ends_in_statement()
+            self.goal = "statement" if begun else "script"
 
-    def ended(self, line: str) -> str | None:
-        blocks, language, self.blank = self.scanner.blocks, self.scanner.language, not line
-        self.begun |= bool(line) and not line.startswith(("@", *language.comment_starts))
-        if (
-            self.base == -1
-            and self.scanner.brackets
-            and blocks
-            and language.defines.match(blocks[0][1])
-        ):
-            self.base, self.clauses = 0, False
-        return "block" if self.closed else None
+    def _is_member_announced(self) -> bool:
+        language = self.scanner.language
+        return is_announced(language, self.prompt) and bool(language.defines.search(self.prompt))
 
-    def outside(self, word: str) -> str | None:
+    def _ends_in_statement(self) -> bool:
+        last = self.prompt.rstrip().rpartition("\n")[2]
+        return not self.scanner.language.imports.match(last) and not last.startswith("#!")
+
+    def read_line(self, line: str) -> bool:
+        scanner, language = self.scanner, self.scanner.language
+        self.blank = not line
+        if line and not line.startswith(("@", *language.comment_starts)):
+            self.begun = True
+        outside = self.goal in ("statement", "script")  # of all blocks
+        if outside and scanner.brackets and self._is_in_definition():
+            self.goal, self.base = "function", 0
+        return self.goal == "closed"
+
+    def _is_in_definition(self) -> bool:
+        blocks = self.scanner.blocks
+        return bool(blocks) and self.scanner.language.defines.match(blocks[0][1]) is not None
+
+    def side_of(self, word: str) -> str:
         scanner, language = self.scanner, self.scanner.language
         self.waiting = False
-        if scanner.in_comment and (self.base is None or not self.blank):
-            return ""  # a comment right below code belongs to it
+        if scanner.in_comment and (not self.goal or not self.blank):
+            return INSIDE  # a comment right below code belongs to it
         if any(opener != word and opener.startswith(word) for opener, _ in scanner.comments):
-            return None
-        if self.base is None:
-            self._choose(scanner.enclosing(scanner.indent), False)
-        assert self.base is not None
+            return UNDECIDED
+        if not self.goal:
+            self._choose(scanner.enclosing(scanner.indent), typed=False)
         if word[-1] != "\n":
             self.level = scanner.indent
         if self.level > self.base:
-            self.member = self.member and not self.begun
-            over = self.statement and self.level <= self.top and self.mark and self.blank
-            return self._closes(word) if over else ""
+            return self._side_of_deeper(word)
         comment = self.blank and word.startswith(language.comment_starts)
         if comment and len(self.text) - self.mark < COMMENT_CHARS:
             self.waiting = True
-            return None
-        if self.level < self.base:
-            return "block"
-        if self.member and (not self.begun or not self.blank):
-            return ""
-        if language.indented:
-            return "" if word[0] in PAIRS else continues(word) if self.clauses else self.helps(word)
-        return self._closes(word)
+            return UNDECIDED
+        return OUTSIDE if self.level < self.base else self._side_at_base(word)
+
+    def _side_of_deeper(self, word: str) -> str:
+        if self.goal == "member" and self.begun:
+            self.goal = "function"
+        over = self.goal == "statement" and self.level == 0 and self.blank and self.mark
+        return self._side_of_closing(word) if over else INSIDE
+
+    def _side_at_base(self, word: str) -> str:
+        if self.goal == "member" and (not self.begun or not self.blank):
+            return INSIDE
+        if not self.scanner.language.indented:
+            return self._side_of_closing(word)
+        if word[0] in PAIRS:
+            return INSIDE
+        return continues(word) if self.goal == "compound" else self.side_below(word)
+
+    def _side_of_closing(self, word: str) -> str:
+        """`side_of` for a line that may close the block, continue it, or be the next thing."""
+        if re.fullmatch(r"[\w<]{1,20}", word):
+            return UNDECIDED
+        language = self.scanner.language
+        if re.match(rf"(?:{language.clauses or '(?!)'})(?!\w)", word):
+            return INSIDE
+        if word[0] in PAIRS or (language.closers and re.match(language.closers, word)):
+            if self.level == self.base:
+                self.goal = "closed"
+            return INSIDE
+        return self.side_below(word) if self.scanner.brackets else OUTSIDE
 
     def flush(self, whole: bool) -> str:
         return self.cut(self.sent, self.mark if self.waiting else None)
-
-    def _closes(self, word: str) -> str | None:
-        """`outside` for a line that may close the block, continue it, or be the next thing."""
-        if re.fullmatch(r"[\w<]{1,20}", word):
-            return None
-        language = self.scanner.language
-        if re.match(rf"(?:{language.clauses or '(?!)'})(?!\w)", word):
-            return ""
-        if word[0] in PAIRS or (language.closers and re.match(language.closers, word)):
-            self.closed = self.level == self.base
-            return ""
-        return self.helps(word) if self.scanner.brackets else "block"
 
 
 class BracketBlock(Block):
@@ -335,17 +389,16 @@ class BracketBlock(Block):
 
     def __init__(self, scanner: Scanner, prompt: str) -> None:
         super().__init__(scanner, prompt)
-        # The goal: a "block", a "call" with a block among its arguments, a "statement" or a
-        # "directive". It is complete when no more than `depth` brackets are open; with `clauses`,
-        # an `else` or the like may go on with it.
-        self.goal, self.depth, self.clauses = "", 0, False  # "": it has not begun
+        # A "block", a "call" with a block among its arguments, a "statement" or a "directive"; "":
+        # it has not begun.
+        self.goal = ""
+        self.depth = 0  # the goal is complete when no more brackets are open
+        self.clauses = False  # an `else` or the like may go on with it
         self.complete = False  # the goal is complete, but the next line may still belong to it
         self.conditionals = len(scanner.conditionals)  # around the goal
         language, stack, head = scanner.language, scanner.stack, scanner.head.strip()
         braces = [depth for depth, bracket in enumerate(stack) if bracket.kind == "{"]
         things = [depth for depth in braces if not language.containers.search(stack[depth].header)]
-        imported = bool(head) and language.imports.match(head.rpartition("\n")[2]) is not None
-        begun = bool(head) and not imported and not (braces and scanner.is_over)
         announced = is_announced(language, prompt) and bool(
             braces or language.defines.search(prompt)
         )
@@ -357,7 +410,7 @@ class BracketBlock(Block):
             ("\\\n", "\\\r\n")
         ):
             self.goal, self.depth = "directive", len(braces)
-        elif begun or announced or scanner.in_parens:
+        elif announced or scanner.in_parens or self._has_begun(head, bool(braces)):
             self.goal, self.depth = "statement", braces[-1] + 1 if braces else 0
             self.clauses = CONTROL.search(head) is not None
             if announced and not head.startswith(("@", "#[", "[")):
@@ -365,25 +418,33 @@ class BracketBlock(Block):
         elif braces:
             self._choose(braces[-1])
 
+    def _has_begun(self, head: str, in_braces: bool) -> bool:
+        """Whether the cursor is in a statement, and not in an import."""
+        if not head or self.scanner.language.imports.match(head.rpartition("\n")[2]):
+            return False
+        return not (in_braces and self.scanner.is_over)
+
     def _choose(self, depth: int) -> None:
         """Choose the block at `stack[depth]`; if it is an argument of a call, choose the call."""
-        stack, self.goal, self.depth = self.scanner.stack, "block", depth
+        stack = self.scanner.stack
+        self.goal, self.depth = "block", depth
         while self.depth and stack[self.depth - 1].kind in "([":
-            self.goal, self.depth = "call", self.depth - 1
+            self.goal = "call"
+            self.depth -= 1
         self.clauses = CONTROL.search(stack[depth].header) is not None
 
     def step(self, char: str) -> None:
         super().step(char)
-        stack, language = self.scanner.stack, self.scanner.language
-        if not self.goal and char in "{[" and len(stack) == 1:
-            header = stack[0].header
-            defines = (
-                stack[0].kind == "{"
-                and language.definition.search(header)
-                and not CONTROL.search(header)
-            )
-            if defines or language.blocks == "brackets":
-                self._choose(0)
+        if not self.goal and char in "{[" and len(self.scanner.stack) == 1 and self._begins():
+            self._choose(0)
+
+    def _begins(self) -> bool:
+        """Whether the one bracket that is open begins the goal."""
+        language, bracket = self.scanner.language, self.scanner.stack[0]
+        if language.blocks == "brackets":
+            return True
+        defines = bracket.kind == "{" and language.definition.search(bracket.header)
+        return bool(defines) and not CONTROL.search(bracket.header)
 
     @property
     def _may_go_on(self) -> bool:
@@ -392,35 +453,39 @@ class BracketBlock(Block):
         """
         return self.goal in ("statement", "call") and self.scanner.language.line_ends
 
-    def ended(self, line: str) -> str | None:
+    def read_line(self, line: str) -> bool:
         scanner = self.scanner
-        if (
-            not self.goal
-            or len(scanner.stack) > self.depth
-            or len(scanner.conditionals) > self.conditionals
-        ):
-            return None
+        inside = len(scanner.stack) > self.depth or len(scanner.conditionals) > self.conditionals
+        if not self.goal or inside:
+            return False
         if self.goal == "directive":
-            return "block"
+            return True
         if line.startswith(("@", "#[")):
-            return None
-        if (
-            self.goal == "statement"
-            and scanner.last not in ("}", ";")
-            and not (scanner.is_over and scanner.last)
-        ):
-            return "block" if not line and self.mark else None
+            return False
+        if self.goal == "statement" and not self._has_ended():
+            return not line and self.mark > 0
         self.complete = True
-        goes_on = self._may_go_on and scanner.last != ";"
-        return None if scanner.stack or self.clauses or goes_on or self.called else "block"
+        if scanner.stack or self.clauses or (self.helpers and self.helpers.called):
+            return False
+        return not self._may_go_on or scanner.last == ";"
 
-    def outside(self, word: str) -> str | None:
+    def _has_ended(self) -> bool:
+        """Whether the statement has ended with its line."""
+        last = self.scanner.last
+        return last in ("}", ";") or (last != "" and self.scanner.is_over)
+
+    def side_of(self, word: str) -> str:
         if not self.complete:
-            return ""
-        goes_on = word[0] in PAIRS or word[0] == "{" or (word[0] in GOES_ON and self._may_go_on)
-        reason = "" if goes_on else continues(word) if self.clauses else self.helps(word)
-        self.complete = reason != ""
-        return reason
+            return INSIDE
+        side = self._side_of_next(word)
+        self.complete = side != INSIDE
+        return side
+
+    def _side_of_next(self, word: str) -> str:
+        """`side_of` for the line below the goal."""
+        if word[0] in ("{", *PAIRS) or (word[0] in GOES_ON and self._may_go_on):
+            return INSIDE
+        return continues(word) if self.clauses else self.side_below(word)
 
 
 class StatementBlock(Block):
@@ -433,23 +498,77 @@ class StatementBlock(Block):
 
     complete = False  # the statement may have ended, but the next line may still belong to it
 
-    def ended(self, line: str) -> str | None:
+    def read_line(self, line: str) -> bool:
         scanner = self.scanner
         if scanner.head.strip() or scanner.stack or not scanner.last:
-            return None
-        if line:
-            return "block"
-        scanner.last = ""
-        self.complete = self.mark > 0
-        return None
+            return False
+        if not line:
+            scanner.last = ""
+            self.complete = self.mark > 0
+        return line != ""
 
-    def outside(self, word: str) -> str | None:
+    def side_of(self, word: str) -> str:
         if not self.complete:
-            return ""
+            return INSIDE
         if re.match(r"\w{1,20}\Z|[-/*]", word):
-            return None  # a comment waits for the line below it
+            return UNDECIDED  # a comment waits for the line below it
         self.complete = False
-        return "" if re.match(self.scanner.language.clauses, word) else "block"
+        return INSIDE if re.match(self.scanner.language.clauses, word) else OUTSIDE
+
+
+class Fenced:
+    """The code behind an opening fence: which of its lines is the closing one.
+
+    `margin`: in a list, the fence and all its lines are indented by so many spaces.
+    """
+
+    def __init__(self, scanner: Scanner | None, fence: str = "```", margin: int = 0) -> None:
+        self.scanner = scanner
+        self.fence, self.margin = fence, margin
+        self.left = margin  # spaces at the start of the line that still belong to the margin
+        self.line = ""  # the line so far, without its indentation
+        self.nested = 0  # blocks within this one that are open
+        self.in_code = True  # the line does not start inside a string or comment
+
+    def step(self, char: str) -> bool:
+        """Read a character; False if it belongs to the margin."""
+        if char == " " and self.left:
+            self.left -= 1
+            return False
+        self.left = self.margin if char == "\n" else 0
+        if self.scanner:
+            self.scanner.step(char)
+        if len(self.line) < LINE_CHARS and (self.line or not char.isspace()):
+            self.line += char
+        return True
+
+    def end_line(self) -> bool:
+        """Whether the line that has ended closes the block."""
+        if self.is_fence:
+            if self.is_bare and not self.nested:
+                return True
+            self.nested += -1 if self.is_bare else 1
+        return False
+
+    def begin_line(self) -> None:
+        self.line = ""
+        self.in_code = self.scanner is None or not self.scanner.closer
+
+    @property
+    def may_be_fence(self) -> bool:
+        """Whether the line so far may become a fence, or is one."""
+        line = self.line.rstrip()
+        return self.in_code and (self.fence.startswith(line) or line.startswith(self.fence))
+
+    @property
+    def is_fence(self) -> bool:
+        return self.in_code and self.line.startswith(self.fence)
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether the line is a fence with no language behind it."""
+        line = self.line.rstrip()
+        return line.startswith(self.fence) and not line.strip(self.fence[0])
 
 
 class Fences(Stage):
@@ -462,150 +581,138 @@ class Fences(Stage):
     def __init__(self, language: Language | None, begun: str) -> None:
         super().__init__()
         self.language = language
-        self.scanner = Scanner(language) if language else None
-        self.state = "before"  # the block, "inside" it, in a block "beside" it, or "thinking"
-        self.beside, self.beside_start = "", 0  # the first block beside it
-        self.fence, self.margin, self.nested = "```", 0, 0
+        # Before the block: "blank", if only blank lines have come, "headed", if only comments or
+        # headings, or "chatter". "thinking"; "beside", in a block that is not the code. In the
+        # block: "opened", if no line of it has come, or "inside".
+        self.state = "blank"
+        self.fenced = Fenced(Scanner(language) if language else None)
+        self.beside: tuple[str, int] | None = None  # the first block beside it, and its `start`
         self.mark = 0  # where the line starts
-        self.line = ""  # the block's line so far, without its indentation
-        self.left = (
-            0  # spaces at the start of the line that still belong to the fence's own indentation
-        )
-        self.in_code = True  # the line does not start inside a string or comment
-        # Some line was not blank, before the block or now inside it. None: only comments or
-        # headings have come.
-        self.begun: bool | None = False
         self.read = 0  # characters that went in
         self.feed(begun)
         if self.state == "beside":
-            self.state = "inside"
-        elif self.state == "before" or self.reason:  # `begun` has no block that is still open
-            self.state, self.reason, self.mark, self.text, self.line, self.begun = (
-                "before",
-                None,
-                0,
-                [],
-                "",
-                False,
-            )
-            self.beside = ""
+            self.state = "opened"
+        elif self.reason or self.state in BEFORE:  # `begun` has no block that is still open
+            self._restart("blank")
+            self.reason, self.beside = None, None
+            self.fenced.line = ""
         self.sent = self.safe = len(self.text)
         self.read = self.start = 0
 
+    def _restart(self, state: str) -> None:
+        """Forget the text up to here."""
+        self.state, self.text = state, []
+        self.mark, self.start = 0, self.read
+
     def step(self, char: str) -> None:
         self.read += 1
-        if self.state == "inside":
+        if self.state in BLOCK:
             self._inside(char)
         elif char == ">" and self.cut(-len("</think>")) == "</think>":
-            self.state, self.text, self.mark, self.begun = "before", [], 0, False
-            self.safe, self.sent, self.start = 0, 0, self.read
-        elif self.state == "thinking" or (
-            char == ">" and len(self.text) < 80 and self.cut(0).strip() == "<think>"
-        ):
+            self._restart("blank")
+            self.safe = self.sent = 0
+        elif self.state == "thinking" or (char == ">" and self._is_thinking()):
             self.state = "thinking"
         elif self.state == "beside":
-            if char == "\n" and self.cut(self.mark).strip() == self.fence:
-                if not self.beside:
-                    self.beside, self.beside_start = self.cut(0, self.mark), self.start
-                self.state, self.text, self.start = "before", [], self.read
-            self.mark = len(self.text) if char == "\n" else self.mark
+            if char == "\n":
+                self._beside()
         elif char == "\n" or len(self.text) >= CHATTER_CHARS:
             self._before(self.cut(self.mark))
+
+    def _is_thinking(self) -> bool:
+        return len(self.text) < 80 and self.cut(0).strip() == "<think>"
+
+    def _beside(self) -> None:
+        """A line of a block beside the code has ended."""
+        if self.cut(self.mark).strip() != self.fenced.fence:
+            self.mark = len(self.text)
+            return
+        text = self.cut(0, self.mark)
+        if text and not self.beside:
+            self.beside = text, self.start
+        self._restart("blank")
 
     def _before(self, line: str) -> None:
         """Decide whether a line of chatter is the fence that opens the block, or code without a
         fence.
         """
         if match := FENCE.fullmatch(line.strip()):
-            self.fence, self.text, self.mark, self.begun = match[1], [], 0, False
-            self.start = self.read
-            self.left = self.margin = len(line) - len(line.lstrip())
-            name = match[2].strip().lower()
-            other = self.language and self.language is not LANGUAGES[BY_NAME.get(name, "shell")]
-            self.state = "beside" if other and name in BESIDE else "inside"
+            margin = len(line) - len(line.lstrip())
+            self.fenced = Fenced(self.fenced.scanner, match[1], margin)
+            self._restart("beside" if self._is_beside(match[2]) else "opened")
             return
         self.mark = len(self.text)
         starts = self.language.comment_starts if self.language else ()
-        unsure = not self.begun and HEADING.match(line) is not None and line.startswith(starts)
-        code = not self.begun and not unsure and self._is_code(line.rstrip())
-        if line.strip():
-            self.begun = None if unsure else True
-        if self.mark >= CHATTER_CHARS or code:
-            self.state, self.safe = "inside", self.mark
-            self.line = "" if line.endswith("\n") else line.lstrip()[:LINE_CHARS]
-            if self.scanner:
-                self.scanner.feed(self.cut(0))
+        code = False
+        if self.state != "chatter" and line.strip():
+            unsure = HEADING.match(line) is not None and line.startswith(starts)
+            code = not unsure and self._is_code(line.rstrip())
+            self.state = "headed" if unsure else "chatter"
+        if code or self.mark >= CHATTER_CHARS:
+            self.state = "inside" if self.state == "chatter" else "opened"
+            self.safe = self.mark
+            self.fenced.line = "" if line.endswith("\n") else line.lstrip()[:LINE_CHARS]
+            if self.fenced.scanner:
+                self.fenced.scanner.feed(self.cut(0))
+
+    def _is_beside(self, name: str) -> bool:
+        """Whether a block in the language of this name is not the code that was asked for."""
+        name = name.strip().lower()
+        known = LANGUAGES[BY_NAME.get(name, "shell")]
+        return name in BESIDE and self.language is not None and self.language is not known
 
     def _is_code(self, line: str) -> bool:
         language = self.language
         if not language or not line or PROSE.fullmatch(line):
             return False
-        starts = (
-            *language.comment_starts,
-            "@",
-            "#include",
-            "#define",
-            *(language.block_comment or ())[:1],
-        )
-        known = language.imports.match(line) or (
-            not language.commands and language.defines.match(line)
-        )
-        return (
-            self.begun is None
-            or line.startswith(starts)
-            or line.endswith(("{", "}", ";"))
-            or bool(known)
-        )
+        opener = (language.block_comment or ())[:1]
+        starts = (*language.comment_starts, "@", "#include", "#define", *opener)
+        if self.state == "headed" or line.startswith(starts) or line.endswith(("{", "}", ";")):
+            return True
+        defines = not language.commands and language.defines.match(line)
+        return bool(language.imports.match(line) or defines)
 
     def _inside(self, char: str) -> None:
-        if char == " " and self.left:
-            self.left -= 1
+        fenced = self.fenced
+        if not fenced.step(char):
             self.text.pop()
-            return  # in a list, the fence and all its lines are indented
-        self.left = self.margin if char == "\n" else 0
-        if self.scanner:
-            self.scanner.step(char)
-        if len(self.line) < LINE_CHARS and (self.line or not char.isspace()):
-            self.line += char
-        line = self.line.rstrip()
-        if char != "\n":
-            if not (self.in_code and (self.fence.startswith(line) or line.startswith(self.fence))):
+        elif char != "\n":
+            if not fenced.may_be_fence:
                 self.safe = len(self.text)
-            return
-        if self.in_code and line.startswith(self.fence):
-            if (
-                not self._closes(line) and not self.begun
-            ):  # the model repeats the opening that it was given
-                self.line, self.mark, self.safe, self.begun = (
-                    "",
-                    len(self.text),
-                    len(self.text),
-                    True,
-                )
-                self.sent, self.start = self.safe, self.read
-                return
-            if not self.nested and self._closes(line):
-                self.end("stop", self.mark)
-                return
-            self.nested += -1 if self._closes(line) else 1
-        self.line, self.begun = "", self.begun or bool(line)
-        self.mark = self.safe = len(self.text)
-        self.in_code = self.scanner is None or not self.scanner.closer
+        elif fenced.is_fence and self.state == "opened" and not fenced.is_bare:
+            self._open_again()
+        elif fenced.end_line():
+            self.end("stop", self.mark)
+        else:
+            if fenced.line.strip():
+                self.state = "inside"
+            fenced.begin_line()
+            self.mark = self.safe = len(self.text)
 
-    def _closes(self, line: str) -> bool:
-        return line.startswith(self.fence) and not line.strip(self.fence[0])
+    def _open_again(self) -> None:
+        """The model repeats the opening fence that it was given."""
+        self.state, self.fenced.line = "inside", ""
+        self.mark = self.safe = self.sent = len(self.text)
+        self.start = self.read
 
     def flush(self, whole: bool) -> str:
-        last = self.line.rstrip()
-        even = (
-            len(re.findall(r"^[ \t]*```", self.cut(0, self.mark), re.M)) % 2 == 0
-        )  # no block within this one is open
-        closes = self._closes(last) or (last == "```" and even)
-        closed = self.state == "inside" and self.in_code and not self.nested and closes
-        if self.state == "beside" or (self.state == "before" and self.beside):
-            self.start = self.beside_start if self.beside else self.start
-            return self.beside or self.cut(0).removesuffix(self.fence)
-        return "" if closed or self.state == "thinking" else super().flush(whole)
+        if self.beside and self.state in ("beside", *BEFORE):
+            text, self.start = self.beside
+            return text
+        if self.state == "beside":
+            return self.cut(0).removesuffix(self.fenced.fence)
+        if self.state == "thinking" or (self.state in BLOCK and self._is_closing()):
+            return ""
+        return super().flush(whole)
+
+    def _is_closing(self) -> bool:
+        """Whether the line so far closes the block."""
+        fenced = self.fenced
+        if not fenced.in_code or fenced.nested:
+            return False
+        fences = re.findall(r"^[ \t]*```", self.cut(0, self.mark), re.M)
+        even = len(fences) % 2 == 0  # no block within this one is open
+        return fenced.is_bare or (fenced.line.rstrip() == "```" and even)
 
 
 def starts_in_docstring(prompt: str, quotes: str) -> bool:
@@ -632,16 +739,35 @@ def scan(language: Language, prompt: str) -> Scanner:
     prompt = next((quotes for quotes in marks if starts_in_docstring(prompt, quotes)), "") + prompt
     scanner = Scanner(language, prompt)
     if scanner.opener in language.texts and scanner.closer:
-        headers = (
-            one.start()
-            for one in language.defines.finditer(prompt)
-            if HEADER.match(prompt, one.start())
-        )
-        again = Scanner(
-            language, prompt[max(headers, default=0) :]
-        )  # in code: a quote above was misread
-        return scanner if again.closer else again
+        starts = (definition.start() for definition in language.defines.finditer(prompt))
+        header = max((start for start in starts if HEADER.match(prompt, start)), default=0)
+        again = Scanner(language, prompt[header:])
+        return scanner if again.closer else again  # in code: a quote above was misread
     return scanner
+
+
+def block_of(scanner: Scanner, prompt: str) -> Block:
+    if scanner.statements:
+        return StatementBlock(scanner, prompt)
+    return LineBlock(scanner, prompt) if scanner.by_lines else BracketBlock(scanner, prompt)
+
+
+def code_stages(syntax: Language | None, prompt: str, suffix: str, infill: bool) -> list[Stage]:
+    """The stages that end the code at a cursor."""
+    known = syntax or guess(prompt, suffix if infill else "")
+    if not known:
+        return [Blanks()]
+    scanner = code = scan(in_style(known, prompt, suffix), prompt)
+    if scanner.closer.startswith("$"):  # SQL: `code` is the body of a function
+        code = Scanner(known, prompt.rpartition(scanner.closer)[2])
+    if code.statements and not code.head.strip():
+        code.last = ""  # nothing of the next statement has come
+    stages = list[Stage]()
+    if code.starting and code.indent:
+        due = due_columns(prompt, code.indent, code.opened)
+        stages.append(Typed(code.indent, due))
+    stages.append(gap_of(code, prompt, suffix) if infill else block_of(scanner, prompt))
+    return stages
 
 
 class Ending:
@@ -669,35 +795,19 @@ class Ending:
     ) -> None:
         syntax = LANGUAGES.get(BY_NAME.get((language or "").lower(), ""))
         suffix = suffix or ""
-        gap = mode == "infill" and suffix.strip()
+        infill = mode == "infill" and suffix.strip() != ""
         self.stops = StopStrings(stops)
-        self.gap: Gap | None = None
-        self.stages: list[Stage] = [Fences(syntax, prompt)] if mode == "instruct" else []
-        if stop_at == "none":
-            return
-        if mode != "instruct":
-            if known := syntax or guess(prompt, suffix if gap else ""):
-                scanner = code = scan(in_style(known, prompt, suffix), prompt)
-                if scanner.closer.startswith("$"):
-                    code = Scanner(
-                        known, prompt.rpartition(scanner.closer)[2]
-                    )  # the body of a function
-                if code.statements and not code.head.strip():
-                    code.last = ""  # nothing of the next statement has come
-                if code.starting and code.indent:
-                    self.stages.append(
-                        Typed(code.indent, due_columns(prompt, code.indent, code.opened))
-                    )
-                block: type[Block] = LineBlock if scanner.by_lines else BracketBlock
-                if scanner.statements:
-                    block = StatementBlock
-                self.gap = gap_of(code, prompt, suffix) if gap else None
-                self.stages.append(self.gap or block(scanner, prompt))
-            else:
-                self.stages.append(Blanks())
-        if indent > 0:
-            self.stages.append(Indent(indent, whole=not gap or prompt[-1:] in ("", "\n")))
-        self.stages.append(Repeat())
+        self.stages: list[Stage] = []
+        if mode == "instruct":
+            self.stages.append(Fences(syntax, prompt))
+        elif stop_at != "none":
+            self.stages += code_stages(syntax, prompt, suffix, infill)
+        if stop_at != "none":
+            if indent > 0:
+                whole = not infill or prompt[-1:] in ("", "\n")
+                self.stages.append(Indent(indent, whole))
+            self.stages.append(Repeat())
+        self.gap = next((stage for stage in self.stages if isinstance(stage, Gap)), None)
 
     @property
     def start(self) -> int:

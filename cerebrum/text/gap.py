@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import NamedTuple
 
 from cerebrum.text.languages import LANGUAGES
 from cerebrum.text.scanner import CHANGES, LINE_CHARS, PAIRS, Scanner, after_blank
@@ -18,8 +19,8 @@ from cerebrum.text.stages import Stage, borders_of, columns_of, matched
 # another value. No gap of that benchmark ends within a line, so the three numbers for such gaps
 # rest on the cases in tests/text/test_ending.py.
 MEET_LINES = 6  # compared at most of the suffix; with 3, 2.4 % more are cut of a model that runs on
-# the compared lines have at least this many, unless the suffix has fewer; without, 0.5 % more are
-# cut
+# The compared lines have at least this many, unless the suffix has fewer; without, 0.5 % more are
+# cut.
 MEET_CHARS = 7
 # letters and digits in one line at the text's end; without, 0.6 % more of Java, C#, shell are cut
 END_WEIGHT = 6
@@ -48,123 +49,143 @@ def line_of(line: str) -> Line:
 
 def lines_of(text: str) -> list[Line]:
     """The first lines of a text, blank ones left out; at least one if the text is not blank."""
-    text = text[text.rfind("\n", 0, len(text) - len(text.lstrip())) + 1 :]
+    blank = len(text) - len(text.lstrip())
+    text = text[text.rfind("\n", 0, blank) + 1 :]
     return [line_of(line) for line in text.split("\n", GOAL_LINES)[:GOAL_LINES] if line.strip()]
 
 
-class Meeting:
-    """Finds where a text begins to agree with the suffix: where it has the suffix's first lines,
-    the `goal`.
+class Goal:
+    """The suffix's first lines, as many as are found nowhere else around the cursor.
 
-    As many lines are compared as are found nowhere else around the cursor. White space within lines
-    and blank lines do not count, but indentation does. A remark that a model adds to a line does
-    not count either. With `in_line`, the suffix begins with the rest of the cursor's line, which
-    may be the end of any line of the text.
+    White space within lines and blank lines do not count, but indentation does. With `in_line`,
+    the suffix begins with the rest of the cursor's line.
     """
 
-    def __init__(self, prompt: str, suffix: str, in_line: bool, remark: str) -> None:
+    def __init__(self, prompt: str, suffix: str, in_line: bool) -> None:
         rest, _, after = suffix.partition("\n")
         self.in_line = in_line
-        self.whole = not in_line and bool(
-            rest.strip()
-        )  # whole lines are missing, line ends included
-        lines = (
-            [(0, line_of(rest)[1]), *lines_of(after)]
-            if in_line
-            else lines_of(suffix if self.whole else after)
-        )
-        above = [
-            line_of(line) for line in prompt[-MEET_CHARS_BEFORE:].split("\n")[:-1] if line.strip()
-        ]
-        around = above + lines[1:]
-        self.goal, self.sure = lines[:MEET_LINES], False
+        # Whole lines are missing, line ends included.
+        self.whole = not in_line and rest.strip() != ""
+        lines = lines_of(suffix if self.whole else after)
+        if in_line:
+            lines.insert(0, (0, line_of(rest)[1]))
+        above = prompt[-MEET_CHARS_BEFORE:].split("\n")[:-1]
+        around = [line_of(line) for line in above if line.strip()] + lines[1:]
+        unique = (size for size in range(1, MEET_LINES + 1) if self._is_unique(lines, size, around))
+        size = next(unique, 0)
+        self.sure = size > 0  # the lines are found nowhere else
+        self.lines = lines[: size or MEET_LINES]
+        self.first = self.lines[0][1]
+        # It may begin in the middle of a line.
+        self.within = in_line or (self.whole and len(self.lines) > 1)
+        self.blanks = in_line * (len(rest) - len(rest.lstrip()))  # before the rest of the line
+
+    def _is_unique(self, lines: list[Line], size: int, around: list[Line]) -> bool:
+        """Whether the first lines are enough to know the suffix by."""
+        goal = lines[:size]
         # A short suffix is compared whole, but the rest of a line alone, as ), is found in any
         # text.
-        for size in range(1, len(self.goal) + 1):
-            goal = lines[:size]
-            long = sum(len(text) for _, text in goal) >= MEET_CHARS or (
-                size == len(lines) and size > in_line
-            )
-            if long and all(goal != around[at : at + size] for at in range(len(around))):
-                self.goal, self.sure = goal, True  # found nowhere else
-                break
-        self.first = self.goal[0][1]
-        self.within = in_line or (
-            self.whole and len(self.goal) > 1
-        )  # it may begin in the middle of a line
-        self.blanks = in_line * (len(rest) - len(rest.lstrip()))  # before the rest of the line
-        self.weight = sum(map(str.isalnum, self.first))  # letters and digits
+        whole = size == len(lines) and size > self.in_line
+        if not whole and sum(len(text) for _, text in goal) < MEET_CHARS:
+            return False
+        return all(goal != around[at : at + size] for at in range(len(around)))
+
+
+class Meeting:
+    """Finds where a text begins to agree with the suffix: where it has the lines of the `goal`.
+
+    A remark that a model adds to a line does not count. The rest of the cursor's line may be the
+    end of any line of the text.
+    """
+
+    def __init__(self, goal: Goal, prompt: str, remark: str) -> None:
+        self.goal = goal
         self.remark = remark or "\n"  # what begins one; no line has a line end
         self.indent, self.line = line_of(prompt.rpartition("\n")[2])  # of the text so far
-        if self.line and not in_line:
+        if self.line and not goal.in_line:
             self.indent = -1  # a line that begins in the prompt is none of the suffix's
         self.edge = 0  # where the text would be cut if the suffix began with this line
-        self.borders = borders_of(self.first)
-        self.size = 0  # characters of `first` that the line so far ends with
-        self.places = [
-            -1
-        ]  # of the line end above, and of the line's characters that are not white space
-        self.found: list[
-            tuple[int, int]
-        ] = []  # (lines of the goal above, where their first begins), longest first
+        self.borders = borders_of(goal.first)
+        self.size = 0  # characters of the goal's first line that the line so far ends with
+        # Of the line end above, and of the line's characters that are not white space.
+        self.places = [-1]
+        # (lines of the goal above, where their first begins), longest first.
+        self.found: list[tuple[int, int]] = []
 
     def has_first(self) -> bool:
         """Whether the line so far is, or ends with, the first line of the goal."""
-        ends = self.within and self.size == len(self.first)
-        return ends if self.in_line else self.is_line(0) or (ends and self.line != self.first)
+        goal = self.goal
+        ends = goal.within and self.size == len(goal.first)
+        if goal.in_line:
+            return ends
+        return self.is_line(0) or (ends and self.line != goal.first)
 
     def start(self, text: list[str]) -> int:
         """Where the first line of the goal may begin; the text's end if it cannot yet."""
-        if not self.in_line and self.may_be(0):
+        if not self.goal.in_line and self.may_be(0):
             return self.edge
-        if not self.within:
+        if not self.goal.within:
             return len(text)
         place = self.places[-self.size] if self.size else len(text)
-        return max(place - self.blanks, self.places[-self.size - 1] + 1)
+        return max(place - self.goal.blanks, self.places[-self.size - 1] + 1)
 
     def step(self, char: str, text: list[str]) -> int | None:
         """Read the last character of the text; if the whole goal stands there now, return where it
         begins.
         """
         if char == "\n":
-            if self.line:
-                self.found = self._matches(text, self.is_line)
-            if self.line or self.whole:
-                self.edge = len(text) if self.whole else len(text) - 1 - (text[-2:-1] == ["\r"])
-            self.line, self.indent, self.size, self.places = "", 0, 0, [len(text) - 1]
-            return self.found[0][1] if self.found and self.found[0][0] == len(self.goal) else None
+            return self._end_line(text)
         if not char.isspace():
-            self.line += char if len(self.line) < LINE_CHARS else ""
-            self.size = matched(self.first, self.borders, self.size, char)
+            if len(self.line) < LINE_CHARS:
+                self.line += char
+            self.size = matched(self.goal.first, self.borders, self.size, char)
             self.places.append(len(text) - 1)
         elif not self.line:
             self.indent = after_blank(self.indent, char)
         return None
 
+    def _end_line(self, text: list[str]) -> int | None:
+        if self.line:
+            self.found = self._matches(text, self.is_line)
+        if self.goal.whole:
+            self.edge = len(text)
+        elif self.line:
+            self.edge = len(text) - 1 - (text[-2:-1] == ["\r"])
+        self.line, self.indent = "", 0
+        self.size, self.places = 0, [len(text) - 1]
+        size, place = self.found[0] if self.found else (0, 0)
+        return place if size == len(self.goal.lines) else None
+
     def is_line(self, number: int) -> bool:
         """Whether the line so far is this line of the goal."""
-        indent, line = self.goal[number]
-        return self.indent == indent and f"{self.line}\n".startswith(
-            (line + "\n", line + self.remark)
-        )
+        indent, line = self.goal.lines[number]
+        if self.indent != indent:
+            return False
+        return f"{self.line}\n".startswith((f"{line}\n", line + self.remark))
 
     def may_be(self, number: int) -> bool:
         """Whether the line so far may become this line of the goal."""
-        indent, line = self.goal[number]
+        if not self.line:
+            return True
+        indent, line = self.goal.lines[number]
         line += self.remark
-        return not self.line or (self.indent == indent and line.startswith(self.line[: len(line)]))
+        return self.indent == indent and line.startswith(self.line[: len(line)])
+
+    def _unfinished(self, agrees: Callable[[int], bool]) -> list[tuple[int, int]]:
+        """Those of `found` whose next line agrees with the line so far."""
+        most = len(self.goal.lines)
+        return [(size, place) for size, place in self.found if size < most and agrees(size)]
 
     def _matches(self, text: list[str], agrees: Callable[[int], bool]) -> list[tuple[int, int]]:
         """`found` with the line so far."""
-        found = [
-            (size + 1, at) for size, at in self.found if size < len(self.goal) and agrees(size)
-        ]
-        return [*found, (1, self.start(text))] if self.has_first() else found
+        found = [(size + 1, place) for size, place in self._unfinished(agrees)]
+        if self.has_first():
+            found.append((1, self.start(text)))
+        return found
 
     def held(self, text: list[str]) -> int:
         """Text from here on may turn out to be the suffix."""
-        begun = [at for size, at in self.found if size < len(self.goal) and self.may_be(size)]
-        return min([self.start(text), *begun])
+        return min([self.start(text), *(place for _, place in self._unfinished(self.may_be))])
 
     def at_end(self, text: list[str]) -> tuple[int, int]:
         """(lines of the goal that the text ends with, where they begin); the last line may be cut
@@ -172,6 +193,22 @@ class Meeting:
         """
         found = self._matches(text, self.may_be) if self.line else self.found
         return found[0] if found else (0, 0)
+
+
+class Surroundings(NamedTuple):
+    """What is open at the cursor."""
+
+    literal: str  # the end of its literal or comment, "" in code
+    depth: int  # open brackets, ...
+    closed_below: int  # ... of which the suffix closes so many
+    unmatched: int  # closing brackets above whose partner is not in the prompt
+
+
+def surroundings_of(scanner: Scanner, suffix: str) -> Surroundings:
+    depth, below = len(scanner.stack), 0
+    if not scanner.closer:
+        below = Scanner(scanner.language, suffix[:CLOSERS_CHARS]).unmatched
+    return Surroundings(scanner.closer, depth, min(depth, below), scanner.unmatched)
 
 
 class Gap(Stage):
@@ -186,33 +223,23 @@ class Gap(Stage):
     so waiting is worth its tokens. A client in a hurry sets `predict_ms`.
     """
 
-    inner = (
-        False  # the text is in a block that ends before the suffix, so all of it belongs to the gap
-    )
+    # The text is in a block that ends before the suffix, so all of it belongs to the gap.
+    inner = False
     in_line = False  # the suffix begins with the rest of the cursor's line
-    patience = (
-        AHEAD_CHARS  # characters left before the infill ends at `enough`, white space not counted
-    )
+    # Characters left before the infill ends at `enough`, white space not counted.
+    patience = AHEAD_CHARS
     doubt = DOUBT_IN_LINE  # bits left before it ends there
     bits = 0.0  # the surprise of the token that is being read, until it counts
 
     def __init__(self, scanner: Scanner, prompt: str, suffix: str) -> None:
         super().__init__()
         self.scanner = scanner
-        self.meeting = Meeting(prompt, suffix, self.in_line, scanner.language.line_comment)
-        # Around the cursor: its literal, the open brackets, and how many of these the suffix
-        # closes.
-        self.literal, self.depth, self.unmatched = (
-            scanner.closer,
-            len(scanner.stack),
-            scanner.unmatched,
-        )
-        closers = 0 if self.literal else Scanner(scanner.language, suffix[:CLOSERS_CHARS]).unmatched
-        self.closed_below = min(self.depth, closers)
+        goal = Goal(prompt, suffix, self.in_line)
+        self.meeting = Meeting(goal, prompt, scanner.language.line_comment)
+        self.cursor = surroundings_of(scanner, suffix)
         self.enough: int | None = None  # the infill could end here ...
-        self.left: int | None = (
-            None  # ... or at most here: a bracket or a line does not belong to the gap
-        )
+        # ... or at most here: a bracket or a line does not belong to the gap.
+        self.left: int | None = None
 
     def on_start(self) -> None:
         """A line begins: its first character that is not white space has come."""
@@ -228,31 +255,19 @@ class Gap(Stage):
             self.could_end(place)
 
     def step(self, char: str) -> None:
-        scanner, meeting, begun = self.scanner, self.meeting, bool(self.meeting.line)
-        scanner.step(char)
+        meeting, begun = self.meeting, self.meeting.line != ""
+        self.scanner.step(char)
         place = meeting.step(char, self.text)
-        if place is not None and meeting.sure:
-            self.end("stop", place)
-            return
         if place is not None:
+            if meeting.goal.sure:
+                self.end("stop", place)
+                return
             self.could_end(place)
-        if char == "\n" and begun:
-            self.on_line()
+        if char == "\n":
+            if begun:
+                self.on_line()
         elif not char.isspace():
-            if not begun:
-                self.on_start()
-            if char in PAIRS and not scanner.closer and self.has_left():
-                self.on_leaving(len(self.text) - 1 if begun else meeting.edge)
-            if self.enough is not None and not self.inner:
-                self.patience -= 1
-                self.doubt -= self.bits
-                self.bits = 0.0
-            if (
-                meeting.line == "```"
-                and scanner.closer in ("", "`")
-                and scanner.language is not LANGUAGES["markdown"]
-            ):
-                self.end("stop", meeting.edge if self.left is None else self.left)
+            self._read(char, begun)
         if self.reason:
             return
         if min(self.patience, self.doubt) < 0 and self.enough is not None:
@@ -260,6 +275,24 @@ class Gap(Stage):
         elif char not in "\r`":  # perhaps part of a line end that the suffix has, or of a fence
             place = meeting.held(self.text)
             self.safe = max(self.safe, place if self.enough is None else min(place, self.enough))
+
+    def _read(self, char: str, begun: bool) -> None:
+        """Read a character that is not white space; `begun`: not the first one of its line."""
+        meeting, scanner = self.meeting, self.scanner
+        if not begun:
+            self.on_start()
+        if char in PAIRS and not scanner.closer and self.has_left():
+            self.on_leaving(len(self.text) - 1 if begun else meeting.edge)
+        if self.enough is not None and not self.inner:
+            self.patience -= 1
+            self.doubt -= self.bits
+            self.bits = 0.0
+        if meeting.line == "```" and self._may_be_fence():
+            self.end("stop", meeting.edge if self.left is None else self.left)
+
+    def _may_be_fence(self) -> bool:
+        scanner = self.scanner
+        return scanner.closer in ("", "`") and scanner.language is not LANGUAGES["markdown"]
 
     def could_end(self, place: int) -> None:
         if self.enough is None or self.inner:
@@ -269,30 +302,28 @@ class Gap(Stage):
         """Whether the text has closed a bracket that the suffix closes, or one from outside the
         text.
         """
-        return (
-            len(self.scanner.stack) < self.closed_below or self.scanner.unmatched > self.unmatched
-        )
+        scanner, cursor = self.scanner, self.cursor
+        return len(scanner.stack) < cursor.closed_below or scanner.unmatched > cursor.unmatched
 
     def is_suffix(self, lines: int) -> bool:
         """Whether a text that ends with so many lines of the goal has come to the suffix."""
-        return lines > 1 or (lines == 1 and self.meeting.weight >= END_WEIGHT)
+        weight = sum(map(str.isalnum, self.meeting.goal.first))  # letters and digits
+        return lines > 1 or (lines == 1 and weight >= END_WEIGHT)
 
     def flush(self, whole: bool) -> str:
         lines, place = self.meeting.at_end(self.text)
-        end = (
-            place
-            if self.is_suffix(lines)
-            else self.enough
-            if not whole
-            else self.left
-            if self.has_left()
-            else None
-        )
+        end = place if self.is_suffix(lines) else self._end_of_rest(whole)
         if end is not None:
             return self.cut(self.sent, max(end, self.sent))
         text = self.cut(0).rstrip(" \t")
-        newline = self.meeting.whole and bool(text.strip()) and not text.endswith("\n")
+        newline = self.meeting.goal.whole and bool(text.strip()) and not text.endswith("\n")
         return self.cut(self.sent) + "\n" * newline
+
+    def _end_of_rest(self, whole: bool) -> int | None:
+        """Where a text ends that has not come to the suffix; None: all of it belongs to the gap."""
+        if not whole:
+            return self.enough
+        return self.left if self.has_left() else None
 
 
 class GapOfLines(Gap):
@@ -303,44 +334,54 @@ class GapOfLines(Gap):
 
     def __init__(self, scanner: Scanner, prompt: str, suffix: str) -> None:
         super().__init__(scanner, prompt, suffix)
-        first, below = prompt.rpartition("\n")[2], self.meeting.goal[0]
-        self.doubt = DOUBT_AT_LINE_END if first.strip() else DOUBT_OF_LINES
-        above = line_of(first if first.strip() else prompt.rstrip().rpartition("\n")[2])
-        # Lines of a block comment are indented by one space more than the code.
-        self.above, self.below = (indent - line.startswith("*") for indent, line in (above, below))
+        first = prompt.rpartition("\n")[2]
+        typed = first.strip() != ""
+        self.doubt = DOUBT_AT_LINE_END if typed else DOUBT_OF_LINES
+        below = self.meeting.goal.lines[0]
+        self.above = indent_of(line_of(first if typed else prompt.rstrip().rpartition("\n")[2]))
+        self.below = indent_of(below)
         self.indent = scanner.indent  # of the line
         self.mark: int | None = None  # the end of the last line that is not blank
         # SQL: the suffix may be a new statement.
         self.new = scanner.statements and not re.match(scanner.language.clauses, suffix.lstrip())
-        closes = below[1][0] in PAIRS and bool(scanner.stack) and not self.literal
-        self.inner = closes or (
-            scanner.by_lines and bool(first.strip()) and self.indent > self.below
-        )
+        self.inner = scanner.by_lines and typed and self.indent > self.below
+        if below[1][0] in PAIRS and scanner.stack and not self.cursor.literal:
+            self.inner = True
 
     def on_start(self) -> None:
         scanner = self.scanner
         if scanner.closer and scanner.since:
             return  # inside a literal
         self.indent = scanner.indent
-        if not scanner.in_parens:
-            if scanner.by_lines:
-                self.inner = self.indent > self.below and (self.inner or self.mark is None)
-            if self.mark is not None and self.indent < min(self.above, self.below):
-                self.on_leaving(self.mark)
+        if scanner.in_parens:
+            return
+        if scanner.by_lines:
+            self.inner = self.indent > self.below and (self.inner or self.mark is None)
+        if self.mark is not None and self.indent < min(self.above, self.below):
+            self.on_leaving(self.mark)
 
     def on_line(self) -> None:
-        self.mark, scanner, opened = self.meeting.edge, self.scanner, self.scanner.opened
-        if scanner.closer or self.has_left():
-            fits = bool(self.literal and scanner.closer)
-        elif len(scanner.stack) > self.depth and not scanner.language.enclosed:
-            fits = False
-        elif opened is None:
-            over = scanner.statements and scanner.last and not scanner.head.strip()
-            fits = over or self.below <= self.indent or scanner.in_parens
-        else:
-            fits = opened < self.below
-        if fits and not (self.new and CHANGES.search(scanner.head)):
+        self.mark = self.meeting.edge
+        if self._fits() and not (self.new and CHANGES.search(self.scanner.head)):
             self.could_end(self.mark)
+
+    def _fits(self) -> bool:
+        """Whether the suffix fits below the line that has ended."""
+        scanner, opened = self.scanner, self.scanner.opened
+        if scanner.closer or self.has_left():
+            return scanner.closer != "" and self.cursor.literal != ""
+        if len(scanner.stack) > self.cursor.depth and not scanner.language.enclosed:
+            return False
+        if opened is not None:
+            return opened < self.below
+        if scanner.in_parens or self.below <= self.indent:
+            return True
+        return scanner.statements and scanner.last != "" and not scanner.head.strip()
+
+
+def indent_of(line: Line) -> int:
+    """Its indentation; lines of a block comment are indented by one space more than the code."""
+    return line[0] - line[1].startswith("*")
 
 
 class GapInLine(Gap):
@@ -353,29 +394,29 @@ class GapInLine(Gap):
     patience = REST_AHEAD_CHARS
 
     def on_line(self) -> None:
+        scanner, rest = self.scanner, self.meeting.goal.first
         lines, written = self.meeting.found[-1] if self.meeting.found else (0, 0)
-        closes = (
-            self.meeting.first[0] in PAIRS and self.scanner.stack
-        )  # the rest closes what the cursor is in
         if lines == 1 and self._has_closed():
             self.end("stop", written)
-        elif lines == 1 and len(self.meeting.first) >= REST_CHARS:
-            self.enough, self.patience = written, min(self.patience, WRITTEN_AHEAD_CHARS)
-        elif not closes and len(self.scanner.stack) <= self.depth and not self.scanner.closer:
+        elif lines == 1 and len(rest) >= REST_CHARS:
+            self.enough = written
+            self.patience = min(self.patience, WRITTEN_AHEAD_CHARS)
+        elif rest[0] in PAIRS and scanner.stack:
+            return  # the rest closes what the cursor is in
+        elif len(scanner.stack) <= self.cursor.depth and not scanner.closer:
             self.could_end(self.meeting.edge)
 
     def _has_closed(self) -> bool:
         """Whether the text has closed the literal around the cursor, which the suffix closes."""
-        return (
-            bool(self.literal)
-            and not self.scanner.closer
-            and self.meeting.first.startswith(self.literal)
-        )
+        literal = self.cursor.literal
+        closes = literal != "" and self.meeting.goal.first.startswith(literal)
+        return closes and not self.scanner.closer
 
     def is_suffix(self, lines: int) -> bool:
-        rest = self.meeting.first
-        closes = rest[0] in "\"'`)]}" or (rest.isalnum() and len(rest) < REST_CHARS)
-        return super().is_suffix(lines) or (lines == 1 and (self._has_closed() or not closes))
+        if lines != 1 or super().is_suffix(lines) or self._has_closed():
+            return lines > 0
+        rest = self.meeting.goal.first
+        return rest[0] not in "\"'`)]}" and (not rest.isalnum() or len(rest) >= REST_CHARS)
 
 
 def gap_of(scanner: Scanner, prompt: str, suffix: str) -> Gap:
