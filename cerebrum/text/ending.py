@@ -275,7 +275,7 @@ class LineBlock(Block):
         self.begun = False  # some line is code, and no decorator
         self.waiting = False  # the text since `mark` is a comment that waits for the next line
         language, head = scanner.language, scanner.head.strip()
-        if head and scanner.brackets:
+        if head and scanner.language.brackets:
             blocks = scanner.enclosing(scanner.indent)
             if language.indented:
                 begins = COMPOUND.match(head) is not None
@@ -319,7 +319,7 @@ class LineBlock(Block):
         if line and not line.startswith(("@", *language.comment_starts)):
             self.begun = True
         outside = self.goal in ("statement", "script")  # of all blocks
-        if outside and scanner.brackets and self._is_in_definition():
+        if outside and scanner.language.brackets and self._is_in_definition():
             self.goal, self.base = "function", 0
         return self.goal == "closed"
 
@@ -332,7 +332,7 @@ class LineBlock(Block):
         self.waiting = False
         if scanner.in_comment and (not self.goal or not self.blank):
             return INSIDE  # a comment right below code belongs to it
-        if any(opener != word and opener.startswith(word) for opener, _ in scanner.comments):
+        if any(opener != word and opener.startswith(word) for opener, _ in language.comments):
             return UNDECIDED
         if not self.goal:
             self._choose(scanner.enclosing(scanner.indent), typed=False)
@@ -372,7 +372,7 @@ class LineBlock(Block):
             if self.level == self.base:
                 self.goal = "closed"
             return INSIDE
-        return self.side_below(word) if self.scanner.brackets else OUTSIDE
+        return self.side_below(word) if self.scanner.language.brackets else OUTSIDE
 
     def flush(self, whole: bool) -> str:
         return self.cut(self.sent, self.mark if self.waiting else None)

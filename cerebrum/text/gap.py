@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from cerebrum.text.languages import LANGUAGES
 from cerebrum.text.scanner import CHANGES, LINE_CHARS, PAIRS, Scanner, after_blank
-from cerebrum.text.stages import Stage, borders_of, columns_of, matched
+from cerebrum.text.stages import Search, Stage, columns_of
 
 # What each is worth, by tests/bench/ending.py in Python, JavaScript, TypeScript, Rust, C, C++ and
 # Go: the percentage of the gaps of two to six lines, or the ones named, that end elsewhere with
@@ -105,8 +105,7 @@ class Meeting:
         if self.line and not goal.in_line:
             self.indent = -1  # a line that begins in the prompt is none of the suffix's
         self.edge = 0  # where the text would be cut if the suffix began with this line
-        self.borders = borders_of(goal.first)
-        self.size = 0  # characters of the goal's first line that the line so far ends with
+        self.search = Search(goal.first)  # in the line so far
         # Of the line end above, and of the line's characters that are not white space.
         self.places = [-1]
         # (lines of the goal above, where their first begins), longest first.
@@ -115,7 +114,7 @@ class Meeting:
     def has_first(self) -> bool:
         """Whether the line so far is, or ends with, the first line of the goal."""
         goal = self.goal
-        ends = goal.within and self.size == len(goal.first)
+        ends = goal.within and self.search.size == len(goal.first)
         if goal.in_line:
             return ends
         return self.is_line(0) or (ends and self.line != goal.first)
@@ -126,8 +125,9 @@ class Meeting:
             return self.edge
         if not self.goal.within:
             return len(text)
-        place = self.places[-self.size] if self.size else len(text)
-        return max(place - self.goal.blanks, self.places[-self.size - 1] + 1)
+        size = self.search.size
+        place = self.places[-size] if size else len(text)
+        return max(place - self.goal.blanks, self.places[-size - 1] + 1)
 
     def step(self, char: str, text: list[str]) -> int | None:
         """Read the last character of the text; if the whole goal stands there now, return where it
@@ -138,7 +138,7 @@ class Meeting:
         if not char.isspace():
             if len(self.line) < LINE_CHARS:
                 self.line += char
-            self.size = matched(self.goal.first, self.borders, self.size, char)
+            self.search.step(char)
             self.places.append(len(text) - 1)
         elif not self.line:
             self.indent = after_blank(self.indent, char)
@@ -152,7 +152,8 @@ class Meeting:
         elif self.line:
             self.edge = len(text) - 1 - (text[-2:-1] == ["\r"])
         self.line, self.indent = "", 0
-        self.size, self.places = 0, [len(text) - 1]
+        self.search.size = 0
+        self.places = [len(text) - 1]
         size, place = self.found[0] if self.found else (0, 0)
         return place if size == len(self.goal.lines) else None
 

@@ -54,6 +54,9 @@ _METHOD = (  # its type, what it belongs to and its name
 _CLOSINGS = str.maketrans("[({<", "])}>")
 
 
+Delimiters = tuple[str, str]  # (opening, closing)
+
+
 @dataclass(frozen=True)
 class Language:
     """The parts of a language's syntax that preparing a prompt and ending a completion need.
@@ -79,18 +82,15 @@ class Language:
     closers: str = ""  # starts of lines that close a block
     openers: str = "(?!)"  # ends of lines that open a block by indentation
     line_comment: str = "//"  # "" if there is none
-    block_comment: tuple[str, str] | None = ("/*", "*/")
-    other_comments: tuple[tuple[str, str], ...] = ()  # (opening, closing)
+    block_comment: Delimiters | None = ("/*", "*/")
+    other_comments: tuple[Delimiters, ...] = ()
     strings: tuple[str, ...] = ('"', "'")  # openings of strings that end with their line
     texts: tuple[str, ...] = ()  # openings of strings that may contain a line end
     raw: tuple[str, ...] = ()  # openings of strings without escapes
     escape: str = "\\"  # the character before an escaped one
-    closings: tuple[
-        tuple[str, str], ...
-    ] = ()  # (opening, closing) of strings that do not close as they open
-    ambiguous: str = (
-        ""  # openings with two meanings: / of a regex or a division, ' of a char or a lifetime
-    )
+    closings: tuple[Delimiters, ...] = ()  # of strings that do not close as they open
+    # openings with two meanings: / of a regex or a division, ' of a char or a lifetime
+    ambiguous: str = ""
     blocks: str = "braces"
     line_ends: bool = False  # a statement ends with its line, without a semicolon
     directives: bool = False  # a line that starts with # belongs to the preprocessor
@@ -112,7 +112,7 @@ class Language:
         return self.blocks not in ("braces", "brackets", "statements")
 
     @property
-    def literals(self) -> list[tuple[str, str]]:
+    def literals(self) -> list[Delimiters]:
         """(opening, closing) of each string. `[=[`, `#"` and `r#"` end with `]=]`, `"#` and
         `"#`.
         """
@@ -121,6 +121,47 @@ class Language:
             for opening in self.strings + self.texts
         }
         return list((mirrored | dict(self.closings)).items())
+
+    @cached_property
+    def comments(self) -> list[Delimiters]:
+        """(opening, closing) of each comment."""
+        line = [(self.line_comment, "\n")] if self.line_comment else []
+        block = [self.block_comment] if self.block_comment else []
+        directives = [("#", "\n")] * self.directives
+        return [*line, *block, *self.other_comments, *directives]
+
+    @cached_property
+    def delimiters(self) -> list[Delimiters]:
+        """(opening, closing) of each comment and literal, the longest openings first."""
+        ambiguous = [(mark, mark) for mark in self.ambiguous]
+        pairs = [*self.comments, *self.literals, *ambiguous]
+        return sorted(pairs, key=lambda pair: -len(pair[0]))
+
+    @cached_property
+    def opening_ends(self) -> set[str]:
+        """The last characters of openings."""
+        return {opening[-1] for opening, _ in self.delimiters}
+
+    @cached_property
+    def brackets(self) -> str:
+        """The brackets that span lines."""
+        if self.blocks in ("lines", "tree"):
+            return ""
+        return "()[]" if self.blocks in ("offside", "statements") else "()[]{}"
+
+    @cached_property
+    def code_run(self) -> re.Pattern[str]:
+        """Matches characters of code that only continue a statement."""
+        if self.blocks == "statements":
+            return re.compile(r"\w{2,}")
+        return _run_of(self.opening_ends | set("()[]{}\n;:<"))
+
+    @cached_property
+    def literal_run(self) -> re.Pattern[str]:
+        """Matches characters that only continue a literal or comment: no ends, escapes, R"( of C++,
+        $$ of SQL.
+        """
+        return _run_of({closing[-1] for _, closing in self.delimiters} | set("\n($" + self.escape))
 
     @property
     def comment_starts(self) -> tuple[str, ...]:
@@ -163,6 +204,11 @@ class Language:
         if self.line_comment or not self.block_comment:
             return f"{self.line_comment} {text}"
         return "{0} {2} {1}".format(*self.block_comment, text)
+
+
+def _run_of(others: set[str]) -> re.Pattern[str]:
+    """A pattern for a run of characters except these."""
+    return re.compile(f"[^{re.escape(''.join(sorted(others)))}]{{2,}}")
 
 
 def _any(*patterns: str) -> str:
@@ -390,8 +436,10 @@ def guess_language(filename: str, text: str, others: Sequence[str] = ()) -> str:
     """Guess the language of a text from its file name, its shebang or modeline, the fence open at
     its end, or the names of the other files sent with it; "" if none of them shows a language.
 
-    >>> guess_language("", "#!/usr/bin/env python3\\nimport os\\n"), guess_language("", "x = 1",
-    ["a.rs", "b.rs"]) ('python', 'rust')
+    >>> guess_language("", "#!/usr/bin/env python3\\nimport os\\n")
+    'python'
+    >>> guess_language("", "x = 1", ["a.rs", "b.rs"])
+    'rust'
     """
     if name := language_of_file(filename):
         return name

@@ -86,174 +86,30 @@ def after_blank(column: int, blank: str) -> int:
     return column + 1 if blank == " " else column + 8 - column % 8
 
 
-def run_of(others: set[str]) -> re.Pattern[str]:
-    """A pattern for a run of characters except these."""
-    return re.compile(f"[^{re.escape(''.join(sorted(others)))}]{{2,}}")
-
-
-class Literals:
-    """Follows the strings and comments of a text; a subclass reads the code between them
-    (`_in_code`).
-    """
-
-    def __init__(self, language: Language) -> None:
-        self.language = language
-        self.statements = language.blocks == "statements"
-        self.comments = [(language.line_comment, "\n")] if language.line_comment else []
-        self.comments += [*filter(None, [language.block_comment]), *language.other_comments]
-        self.comments += [("#", "\n")] * language.directives
-        literals = [*language.literals, *((mark, mark) for mark in language.ambiguous)]
-        self.openers = sorted(self.comments + literals, key=lambda pair: -len(pair[0]))
-        self.opener_ends = {opener[-1] for opener, _ in self.openers}
-        # Characters that cannot change the state inside a literal or comment: no ends, escapes, R"(
-        # of C++, $$ of SQL.
-        self.run = run_of(
-            {closer[-1] for _, closer in self.openers} | set("\n($" + language.escape)
-        )
-        # The literal or comment that the text is in. `since` counts the characters since it opened.
-        self.opener = self.closer = ""  # "" in code
-        self.since = self.escaped_at = 0  # `since` of the last escaped character
-        self.escaped = False  # after a backslash or the language's `escape`
-        self.line = ""  # of a here-document or a directive: the line so far
-        self.terminators: list[str] = []  # the lines that end the here-documents below this line
-        self.tail = ""  # the last characters of the text
-        # The statement so far: its code, its last character and the one before.
-        self.head, self.last, self.previous = "", "", ""
-        self.condition = ""  # `head` up to the parentheses of an if, if those came last
-        self.stack: list[Bracket] = []  # open brackets
-        self.starting, self.indent = (
-            True,
-            0,
-        )  # only white space since a line (by lines: a statement) began; its columns
-
-    def _in_code(self, char: str) -> None:
-        """Read a character of code."""
-        raise NotImplementedError
-
-    def _add(self, code: str) -> None:
-        self.head = (
-            self.head if len(self.head) < HEAD_CHARS else self.head[: HEAD_CHARS // 2]
-        ) + code
-
-    @property
-    def in_comment(self) -> bool:
-        return (self.opener, self.closer) in self.comments
-
-    def _enter(self, opener: str, closer: str) -> None:
-        """Enter a literal or a comment after the last character."""
-        self.opener, self.closer, self.since, self.escaped_at = opener, closer, 0, 0
-        self.escaped = self.starting = False
-        self.line = ""
-
-    def _opening(self) -> tuple[str, str] | None:
-        """(opener, closer) completed by the last character, in code or by extending a shorter
-        opener (" to \"\"\").
-        """
-        for opener, closer in self.openers:
-            if not self.tail.endswith(opener):
-                continue
-            if self.closer:
-                if self.since < len(opener) and opener[: -self.since].endswith(self.opener):
-                    return opener, closer
-            elif self._opens(opener):
-                return opener, closer
-        return None
-
-    def _opens(self, opener: str) -> bool:
-        """Whether an opener in code opens a literal or comment, and is not an operator or part of a
-        word.
-        """
-        language, before = self.language, self.tail[: -len(opener)][-1:]
-        if opener == "#" and language.directives:
-            return self.starting
-        if opener == "#":  # not $#, ${#x}, ${x##y} or a part of a URL
-            return not before or not (before.isalnum() or before in "_${/#")
-        if opener in ("'", '"') and before == language.escape:
-            return False
-        if opener == "'" and (before.isalnum() or before == "_") and not language.commands:
-            # An apostrophe in JSX or a digit separator in C++, unless a prefix or a keyword
-            # precedes it.
-            return QUOTE_AFTER.search(self.head[-WORD_CHARS:]) is not None
-        if opener == 'R"':
-            return RAW_BEFORE.search(self.head[-WORD_CHARS:]) is not None
-        if opener == "/":  # not behind a string, nor behind the braces of JSX
-            value = self.last == '"' or (self.last == "}" and not self.starting)
-            return not value and REGEX_BEFORE.search(self.head.rstrip()[-WORD_CHARS:]) is not None
-        return True
-
-    def _in_literal(self, char: str) -> None:
-        language, comment = self.language, self.in_comment
-        if self.opener == "<<":
-            self._in_here_document(char)
-            return
-        if self.opener == "#":
-            self.line = (self.line + char)[:LINE_CHARS]
-        if (
-            self.since == 2
-            and self.opener == "'" in language.ambiguous
-            and char != "'"
-            and self.tail[-2] != "\\"
-        ):
-            self.closer = ""  # a lifetime
-            self._in_code(char)
-            return
-        if self.escaped:
-            self.escaped, self.escaped_at = False, self.since
-        elif (
-            char == language.escape
-            and self.opener not in language.raw
-            and (not comment or language.directives)
-        ):
-            self.escaped = True
-        elif self.opener == 'R"' and char == "(" and self.closer == '"':
-            self.closer = f'){self.tail[-self.since : -1]}"'  # R"name( ends with )name"
-        elif self.tail.endswith(self.closer) and self.since - self.escaped_at >= len(self.closer):
-            self._leave(char, comment)
-        elif char == "\n" and not comment and self.opener not in language.texts:
-            self.closer = ""  # an unclosed string ends with its line
-            self._in_code(char)
-
-    def _in_here_document(self, char: str) -> None:
-        if char != "\n":
-            self.line = (self.line + char)[:LINE_CHARS]
-            return
-        line, self.line = self.line, ""
-        if self.closer == "<":
-            self.terminators = [
-                name[2] for name in re.finditer(f"<<{self.language.here_document}", f"<<{line}")
-            ]
-        elif line.strip() == self.closer:
-            del self.terminators[0]
-        self.closer = self.terminators[0] if self.terminators else ""
-        if not self.closer:
-            self._in_code(char)
-
-    def _leave(self, char: str, comment: bool) -> None:
-        """The literal or comment ends with this character."""
-        if self.since > len(
-            self.closer
-        ):  # one more quote makes a triple quote only after an empty string
-            self.tail = ""
-        if not comment:
-            self.last = '"'
-        self.closer = ""
-        if char == "\n":
-            self._in_code(char)
-
-
-class Scanner(Literals):
+class Scanner:
     """Follows source code one character at a time: its strings, comments, brackets, statements and
     blocks.
     """
 
     def __init__(self, language: Language, text: str = "") -> None:
-        super().__init__(language)
+        self.language = language
         self.by_lines = language.by_lines
-        spanning = {"lines": "", "tree": "", "offside": "()[]", "statements": "()[]"}
-        self.brackets = spanning.get(language.blocks, "()[]{}")  # that span lines
-        words = re.compile(r"\w{2,}")
-        self.code_run = words if self.statements else run_of(self.opener_ends | set("()[]{}\n;:<"))
+        self.statements = language.blocks == "statements"
+        self.tail = ""  # the last characters of the text
+        # The literal or comment that the text is in: its two ends, "" in code.
+        self.opener = self.closer = ""
+        self.since = 0  # characters since it opened
+        self.escaped = False  # after a backslash or the language's `escape`
+        self.escaped_at = 0  # `since` of the last escaped character
+        self.line = ""  # of a here-document or a directive: the line so far
+        self.terminators: list[str] = []  # the lines that end the here-documents below this line
+        # The statement so far: its code, its last character and the one before.
+        self.head = self.last = self.previous = ""
+        self.condition = ""  # `head` up to the parentheses of an if, if those came last
         self.token = ""  # SQL: the last word, in lower case, or sign
+        # Only white space since a line (by lines: a statement) began; its columns.
+        self.starting, self.indent = True, 0
+        self.stack: list[Bracket] = []  # open brackets
         self.unmatched = 0  # closing brackets whose partner is not in the text
         # Of each #if without its #endif: `stack` before its branches and, from the second one on,
         # behind the first.
@@ -266,32 +122,34 @@ class Scanner(Literals):
         self.feed(text)
 
     @property
+    def in_comment(self) -> bool:
+        return (self.opener, self.closer) in self.language.comments
+
+    @property
     def in_parens(self) -> bool:
         return bool(self.stack) and self.stack[-1].kind[0] in "(["
 
     @property
     def is_over(self) -> bool:
         """Whether the statement has ended with its line, in a language without semicolons."""
-        head = self.head.strip()
+        language, head = self.language, self.head.strip()
         if head.endswith("else") or (self.condition and head == self.condition.strip()):
             return False  # the statement of an if, a loop or an else is missing
-        goes_on = (*",=(&|+?.:<*/-", self.language.escape)
-        return self.language.line_ends and self.starting and self.last not in goes_on
+        goes_on = self.last in (*",=(&|+?.:<*/-", language.escape)
+        return language.line_ends and self.starting and not goes_on
 
     @property
     def opened(self) -> int | None:
         """The indentation of the header just before this point, if it opened a block that has no
         body yet.
         """
+        language, head = self.language, self.head.strip()
         if not self.by_lines:
-            openings = ("{", "[") if self.language.blocks == "brackets" else ("{",)
+            openings = ("{", "[") if language.blocks == "brackets" else ("{",)
             return self.stack[-1].indent if self.stack and self.last in openings else None
-        if self.language.indented and self.head.strip():
-            return (
-                self.indent
-                if self.last == ":" and not self.stack and COMPOUND.match(self.head.strip())
-                else None
-            )
+        if language.indented and head:
+            opens = self.last == ":" and not self.stack and COMPOUND.match(head)
+            return self.indent if opens else None
         return self.blocks[-1][0] if self.fresh else None
 
     def enclosing(self, indent: int) -> list[tuple[int, str]]:
@@ -302,61 +160,171 @@ class Scanner(Literals):
         """Read a text. Runs of characters that only continue a statement or a literal are read at
         once.
         """
+        literal_run, code_run = self.language.literal_run, self.language.code_run
         at = 0
         while at < len(text):
-            if (
-                not self.closer
-                and not self.starting
-                and self.last != "<"
-                and (run := self.code_run.match(text, at))
-            ):
-                self._add(run[0])
-                code = self.last + "".join(run[0].split())
-                self.previous, self.last = (
-                    code[-2:-1] if len(code) > 1 else self.previous,
-                    code[-1:],
-                )
-            elif (
-                self.since > OPENER_CHARS
-                and self.closer
-                and not self.escaped
-                and (run := self.run.match(text, at))
-            ):
-                self.line = (self.line + run[0])[:LINE_CHARS]
+            run = None
+            if self.closer:
+                if self.since > OPENER_CHARS and not self.escaped:
+                    run = literal_run.match(text, at)
+            elif not self.starting and self.last != "<":
+                run = code_run.match(text, at)
+            if run:
+                self._read_run(run[0])
+                at = run.end()
             else:
                 self.step(text[at])
                 at += 1
-                continue
-            self.tail = (self.tail + run[0])[-TAIL_CHARS:]
-            self.since += len(run[0])
-            at = run.end()
+
+    def _read_run(self, run: str) -> None:
+        self.tail = (self.tail + run)[-TAIL_CHARS:]
+        self.since += len(run)
+        if self.closer:
+            self.line = (self.line + run)[:LINE_CHARS]
+            return
+        self._add(run)
+        code = self.last + "".join(run.split())
+        if len(code) > 1:
+            self.previous = code[-2]
+        self.last = code[-1:]
 
     def step(self, char: str) -> None:
         """Read a character."""
+        language = self.language
         self.tail = self.tail[1 - TAIL_CHARS :] + char
         self.since += 1
-        here = self.language.here_document and not self.closer and HERE.search(self.tail)
+        here = language.here_document and not self.closer and HERE.search(self.tail)
         if here and "((" not in self.head:  # no shift in arithmetic
             self._enter("<<", "<")  # first the rest of the line
             self.line = char
-        elif char in self.opener_ends and (pair := self._opening()):
+        elif char in language.opening_ends and (pair := self._opening()):
             begun = pair[0][:-1]
-            if not self.closer and pair in self.comments and begun and self.head.endswith(begun):
-                self.head, self.last = self.head[: -len(begun)], self.previous  # not code
+            comment = not self.closer and pair in language.comments
+            if comment and begun and self.head.endswith(begun):
+                self.head = self.head[: -len(begun)]  # not code
+                self.last = self.previous
             self._enter(*pair)
         elif self.closer:
             self._in_literal(char)
         else:
             self._in_code(char)
 
+    def _add(self, code: str) -> None:
+        if len(self.head) >= HEAD_CHARS:
+            self.head = self.head[: HEAD_CHARS // 2]
+        self.head += code
+
+    # Strings and comments.
+
+    def _enter(self, opener: str, closer: str) -> None:
+        """Enter a literal or a comment after the last character."""
+        self.opener, self.closer = opener, closer
+        self.since = self.escaped_at = 0
+        self.escaped = self.starting = False
+        self.line = ""
+
+    def _opening(self) -> tuple[str, str] | None:
+        """(opener, closer) completed by the last character, in code or by extending a shorter
+        opener (" to \"\"\").
+        """
+        for opener, closer in self.language.delimiters:
+            if not self.tail.endswith(opener):
+                continue
+            if self.closer:
+                opens = self.since < len(opener) and opener[: -self.since].endswith(self.opener)
+            else:
+                opens = self._opens(opener)
+            if opens:
+                return opener, closer
+        return None
+
+    def _opens(self, opener: str) -> bool:
+        """Whether an opener in code opens a literal or comment, and is not an operator or part of a
+        word.
+        """
+        language, before = self.language, self.tail[: -len(opener)][-1:]
+        word = self.head[-WORD_CHARS:]
+        if opener == "#" and language.directives:
+            return self.starting
+        if opener == "#":  # not $#, ${#x}, ${x##y} or a part of a URL
+            return not before or not (before.isalnum() or before in "_${/#")
+        if opener in ("'", '"') and before == language.escape:
+            return False
+        if opener == "'" and (before.isalnum() or before == "_") and not language.commands:
+            # An apostrophe in JSX or a digit separator in C++, unless a prefix or a keyword
+            # precedes it.
+            return QUOTE_AFTER.search(word) is not None
+        if opener == 'R"':
+            return RAW_BEFORE.search(word) is not None
+        if opener == "/":  # not behind a string, nor behind the braces of JSX
+            value = self.last == '"' or (self.last == "}" and not self.starting)
+            return not value and REGEX_BEFORE.search(self.head.rstrip()[-WORD_CHARS:]) is not None
+        return True
+
+    def _in_literal(self, char: str) -> None:
+        if self.opener == "<<":
+            self._in_here_document(char)
+            return
+        if self.opener == "#":
+            self.line = (self.line + char)[:LINE_CHARS]
+        if self.since == 2 and self._is_lifetime(char):
+            self.closer = ""
+            self._in_code(char)
+        elif self._is_escape(char):
+            return
+        elif self.opener == 'R"' and char == "(" and self.closer == '"':
+            self.closer = f'){self.tail[-self.since : -1]}"'  # R"name( ends with )name"
+        elif self.tail.endswith(self.closer) and self.since - self.escaped_at >= len(self.closer):
+            self._leave(char)
+        elif char == "\n" and not self.in_comment and self.opener not in self.language.texts:
+            self.closer = ""  # an unclosed string ends with its line
+            self._in_code(char)
+
+    def _is_lifetime(self, char: str) -> bool:
+        """Whether the second character behind a quote shows that it opens none of Rust's."""
+        ambiguous = self.opener == "'" and "'" in self.language.ambiguous
+        return ambiguous and char != "'" and self.tail[-2] != "\\"
+
+    def _is_escape(self, char: str) -> bool:
+        """Whether a character of a literal is escaped, or escapes the next one."""
+        if self.escaped:
+            self.escaped, self.escaped_at = False, self.since
+            return True
+        language = self.language
+        if char == language.escape and self.opener not in language.raw:
+            self.escaped = language.directives or not self.in_comment
+        return self.escaped
+
+    def _in_here_document(self, char: str) -> None:
+        if char != "\n":
+            self.line = (self.line + char)[:LINE_CHARS]
+            return
+        line, self.line = self.line, ""
+        if self.closer == "<":
+            names = re.finditer(f"<<{self.language.here_document}", f"<<{line}")
+            self.terminators = [name[2] for name in names]
+        elif line.strip() == self.closer:
+            del self.terminators[0]
+        self.closer = self.terminators[0] if self.terminators else ""
+        if not self.closer:
+            self._in_code(char)
+
+    def _leave(self, char: str) -> None:
+        """The literal or comment ends with this character."""
+        # One more quote makes a triple quote only after an empty string.
+        if self.since > len(self.closer):
+            self.tail = ""
+        if not self.in_comment:
+            self.last = '"'
+        self.closer = ""
+        if char == "\n":
+            self._in_code(char)
+
+    # Code.
+
     def _in_code(self, char: str) -> None:
-        if self.statements:
-            code = self.head[-TOKENS_CHARS:] + char
-            for token in TOKENS.findall(code):
-                self._token(token.lower())
-            if char == "$" and (tag := DOLLARS.search(code)):
-                self._enter("'", tag[1])  # a string, but for its end
-                return
+        if self.statements and self._in_statement(char):
+            return
         if char == "\n":
             self._newline()
             return
@@ -364,15 +332,26 @@ class Scanner(Literals):
             self.indent = after_blank(self.indent, char)
             return
         self.starting = False
-        if char in self.brackets:
+        if char in self.language.brackets:
             self._bracket(char)
-            char = ")" if char == "}" == self.head[-1:] else char  # no block ends
+            if char == "}" == self.head[-1:]:
+                char = ")"  # no block ends
         elif char == ";" and not self.by_lines and not self.in_parens:
             self.head = ""
         else:
             self._add(char)
         if char not in " \t\r":
             self.previous, self.last = self.last, char
+
+    def _in_statement(self, char: str) -> bool:
+        """SQL: read the word or sign that ends before this character; whether it opens a string."""
+        code = self.head[-TOKENS_CHARS:] + char
+        for token in TOKENS.findall(code):
+            self._token(token.lower())
+        tag = DOLLARS.search(code) if char == "$" else None
+        if tag:
+            self._enter("'", tag[1])  # a string, but for its end
+        return tag is not None
 
     def _bracket(self, char: str) -> None:
         if char in PAIRS:
@@ -387,7 +366,8 @@ class Scanner(Literals):
 
     def _opener_of(self, char: str) -> int | None:
         """The place in the stack of the bracket that `char` closes; a stray ) closes no block."""
-        for depth in range(len(self.stack) - 1, max(-1, len(self.stack) - 1 - STRAY_BRACKETS), -1):
+        top = len(self.stack) - 1
+        for depth in range(top, max(-1, top - STRAY_BRACKETS), -1):
             kind = self.stack[depth].kind
             if kind[-1] == PAIRS[char]:
                 return depth
@@ -445,11 +425,10 @@ class Scanner(Literals):
             self.stack.clear()
             self.head = ""
         elif blank and not self.stack:
-            end = self.head[-TOKENS_CHARS:]
-            unfinished = (
-                CHANGES.search(self.head) or PREFACE.match(self.head) or UNFINISHED.search(end)
-            )
-            self.head = self.head if unfinished else ""
+            unfinished = CHANGES.search(self.head) or PREFACE.match(self.head)
+            unfinished = unfinished or UNFINISHED.search(self.head[-TOKENS_CHARS:])
+            if not unfinished:
+                self.head = ""
         elif not self.head.endswith("\n"):
             self._add("\n")
 
@@ -461,13 +440,8 @@ class Scanner(Literals):
             self.starting, self.indent = True, 0
             if self.statements:
                 self._line_of_statement(blank)
-            elif (
-                not self.in_parens and self.head
-            ):  # a header may take several lines, but no blank one
-                if self.head.endswith("\n") or self.last == ":":  # the colon of a label
-                    self.head = ""
-                else:
-                    self._add("\n")
+            elif self.head and not self.in_parens:
+                self._line_of_header()
             return
         if self.language.enclosed:
             self._enclose()
@@ -475,6 +449,15 @@ class Scanner(Literals):
             self.last = self.last.strip("\\")
         else:
             self._line_of_block()
+
+    def _line_of_header(self) -> None:
+        """In braces: a header may take several lines, but no blank one, nor a label with its
+        colon.
+        """
+        if self.head.endswith("\n") or self.last == ":":
+            self.head = ""
+        else:
+            self._add("\n")
 
     def _enclose(self) -> None:
         """A line has ended; perhaps it opens or closes a text, which is followed like a bracket."""
@@ -489,12 +472,12 @@ class Scanner(Literals):
     def _line_of_block(self) -> None:
         """By lines: a statement has ended."""
         head = self.head.strip()
-        if (
-            head and head.lower() != "r"
-        ):  # not a comment or a docstring, which may have the prefix r
-            self.fresh = (
-                self.last == head[-1] and re.search(self.language.openers, head) is not None
-            )
+        # Not a comment or a docstring, which may have the prefix r.
+        if head and head.lower() != "r":
+            opens = re.search(self.language.openers, head) is not None
+            self.fresh = opens and self.last == head[-1]
             self.blocks = self.enclosing(self.indent)
-            self.blocks += [(self.indent, head)] * (self.fresh or not self.language.indented)
-        self.starting, self.indent, self.head, self.last = True, 0, "", ""
+            if self.fresh or not self.language.indented:
+                self.blocks.append((self.indent, head))
+        self.starting, self.indent = True, 0
+        self.head = self.last = ""

@@ -31,9 +31,8 @@ class Stage:
     start = 0  # where `text` begins in all that went in
 
     def __init__(self) -> None:
-        self.text: list[
-            str
-        ] = []  # a list of characters: += on a string attribute would copy the string each time
+        # Its characters: += on a string attribute would copy the string each time.
+        self.text: list[str] = []
         self.safe = 0  # text before this position may be sent
         self.sent = 0  # text before this position has been sent
         self.reason: str | None = None
@@ -66,47 +65,50 @@ class Stage:
         return self.cut(self.sent)
 
 
+class Search:
+    """How much of a string a text ends with, by Knuth, Morris and Pratt."""
+
+    def __init__(self, string: str) -> None:
+        self.string = string
+        self.size = 0  # characters of the string that the text ends with
+        self.borders = [0]
+        for char in string[1:]:
+            self.borders.append(self._longer(self.borders[-1], char))
+
+    def step(self, char: str) -> None:
+        self.size = self._longer(self.size, char)
+
+    def _longer(self, size: int, char: str) -> int:
+        """`size` after one more character. `borders` has for each prefix of the string the length
+        of the longest shorter prefix that it ends with.
+        """
+        string = self.string
+        while size and (size == len(string) or string[size] != char):
+            size = self.borders[size - 1]
+        return size + (string[size] == char)
+
+
 class StopStrings(Stage):
     """Ends the text before the first stop string, and holds back the possible start of one.
 
     The first complete stop string counts, however tokens split the text; of two at the same place,
-    the longer. Each has its own Knuth-Morris-Pratt search. No stop string may be empty.
+    the longer. No stop string may be empty.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
         super().__init__()
-        self.stops = [(stop, borders_of(stop)) for stop in stops]
-        self.sizes = [0] * len(self.stops)  # of each string: how much of it the text ends with
+        self.searches = [Search(stop) for stop in stops]
 
     def step(self, char: str) -> None:
-        self.sizes = [
-            matched(*stop, size, char) for stop, size in zip(self.stops, self.sizes, strict=True)
-        ]
-        self.safe = len(self.text) - max(self.sizes, default=0)
-        complete = [
-            size
-            for (stop, _), size in zip(self.stops, self.sizes, strict=True)
-            if size == len(stop)
-        ]
+        held = complete = 0
+        for search in self.searches:
+            search.step(char)
+            held = max(held, search.size)
+            if search.size == len(search.string):
+                complete = max(complete, search.size)
+        self.safe = len(self.text) - held
         if complete:
-            self.end("stop", len(self.text) - max(complete))
-
-
-def matched(text: str, borders: list[int], size: int, char: str) -> int:
-    """The length of a match with the start of a text, which was `size`, after one more
-    character.
-    """
-    while size and (size == len(text) or text[size] != char):
-        size = borders[size - 1]
-    return size + (text[size] == char)
-
-
-def borders_of(text: str) -> list[int]:
-    """For each prefix of a text: the length of the longest shorter prefix that it ends with."""
-    borders = [0]
-    for char in text[1:]:
-        borders.append(matched(text, borders, borders[-1], char))
-    return borders
+            self.end("stop", len(self.text) - complete)
 
 
 class Typed(Stage):
@@ -118,7 +120,8 @@ class Typed(Stage):
 
     def __init__(self, column: int, due: int) -> None:
         super().__init__()
-        self.column, self.due, self.starting = column, due, True
+        self.column, self.due = column, due
+        self.starting = True
 
     def step(self, char: str) -> None:
         if self.starting and char in " \t":
@@ -192,9 +195,8 @@ class Repeat(Stage):
         super().__init__()
         self.line: list[str] = []  # the characters of the line so far
         self.lines: list[str] = []  # those that are not blank
-        self.runs = [0] * (
-            PERIOD_LINES + 1
-        )  # runs[n]: consecutive lines that each equal the line n before
+        # runs[n]: consecutive lines that each equal the line n before.
+        self.runs = [0] * (PERIOD_LINES + 1)
         self.hold: int | None = None  # where the third copy may have begun
 
     def step(self, char: str) -> None:
