@@ -26,10 +26,12 @@ NOTHING = re.compile(r"(?!)")
 ANYTHING = re.compile(r"")
 # Words before the keyword of a definition.
 _MODIFIERS = (
-    r"(?:template[ \t]*<[^\n;]{0,200}>[ \t]+)?(?:(?:@[\w.]{1,40}(?:\([^()\n]{0,80}\))?|pub(?:\([^()\n]{0,40}\))?"
-    r"|extern(?:[ \t]+\"\w+\")?|a(?:bstract|ctual|nnotation|sync)|c(?:ase|lass|onst|onvenience)|d(?:ata|eclare|efault)"
-    r"|e(?:num|xport|xternal)|f(?:inal|ileprivate)|in(?:fix|line|ner|ternal)|l(?:azy|ocal)|mut(?:able|ating)|o(?:pen"
-    r"|verride)|p(?:artial|rivate|rotected|ublic)|re(?:adonly|cord|quired)|s(?:ealed|tatic|uspend)|typedef|unsafe)"
+    r"(?:template[ \t]*<[^\n;]{0,200}>[ \t]+)?(?:(?:@[\w.]{1,40}(?:\([^()\n]{0,80}\))?"
+    r"|pub(?:\([^()\n]{0,40}\))?|extern(?:[ \t]+\"\w+\")?|a(?:bstract|ctual|nnotation|sync)"
+    r"|c(?:ase|lass|onst|onvenience)|d(?:ata|eclare|efault)|e(?:num|xport|xternal)"
+    r"|f(?:inal|ileprivate)|in(?:fix|line|ner|ternal)|l(?:azy|ocal)|mut(?:able|ating)"
+    r"|o(?:pen|verride)|p(?:artial|rivate|rotected|ublic)|re(?:adonly|cord|quired)"
+    r"|s(?:ealed|tatic|uspend)|typedef|unsafe)"
     r"[ \t]+){0,6}"
 )
 # Behind the keyword: type parameters, Go's receiver or a generator's star, what the name belongs
@@ -39,8 +41,8 @@ _NAME = (
     r"[&*]?(?:[\w<>?]{1,60}(?:\.|::?)){0,4}([\w$]+)"
 )
 _NO_STATEMENT = (
-    r"(?!(?:await|case|catch|co_\w+|delete|do|else|for|foreach|goto|if|import|in|lock|new|package|return|switch|throw|try"
-    r"|typedef|using|while|yield)\b)"
+    r"(?!(?:await|case|catch|co_\w+|delete|do|else|for|foreach|goto|if|import|in|lock|new|package"
+    r"|return|switch|throw|try|typedef|using|while|yield)\b)"
 )
 _ARGUMENTS = (
     r"[ \t]*\([^;\n]{0,300}(?:\{|=>|\r?$)"  # of a definition: no semicolon follows on the line
@@ -48,7 +50,8 @@ _ARGUMENTS = (
 _METHOD = (  # its type, what it belongs to and its name
     rf"[ \t]{{0,200}}{_NO_STATEMENT}"
     r"[A-Za-z_@][\w.:<>,*&?@ \t\[\]]{0,160}[ \t*&](?:[\w<>]{1,60}::){0,3}"
-    rf"(?!(?:if|for|while|switch|return|sizeof|catch|defined)\b)(~?[A-Za-z_]\w{{0,80}})(?:<[^<>\n]{{0,80}}>)?"
+    r"(?!(?:if|for|while|switch|return|sizeof|catch|defined)\b)"
+    r"(~?[A-Za-z_]\w{0,80})(?:<[^<>\n]{0,80}>)?"
     rf"(?:{_ARGUMENTS}|[ \t]*(?:=>|\{{[ \t]*(?:get|set|init)\b))"
 )
 _CLOSINGS = str.maketrans("[({<", "])}>")
@@ -70,9 +73,8 @@ class Language:
 
     uses: str = ""  # the start of a line that imports
     types: str = ""  # keywords of definitions whose members are completed one at a time
-    data: str = (
-        ""  # the same, but the definition is no completion by itself: a function usually follows
-    )
+    # the same, but the definition is no completion by itself: a function usually follows
+    data: str = ""
     function: str = ""  # the keyword that defines functions, if calls may precede the definition
     names: str = ""  # keywords that define other names, not indented
     also: str = ""  # other starts of lines that define a name: the last group that took part
@@ -95,9 +97,8 @@ class Language:
     line_ends: bool = False  # a statement ends with its line, without a semicolon
     directives: bool = False  # a line that starts with # belongs to the preprocessor
     here_document: str = ""  # behind <<: group 2 is the line that ends the text below
-    enclosed: str = (
-        ""  # lines around a text that blank lines do not end; group 1 in the first of them
-    )
+    # lines around a text that blank lines do not end; group 1 in the first of them
+    enclosed: str = ""
     commands: bool = False  # lines of code begin with verbs, as instructions do
     endings: tuple[str, ...] = ()  # of file names, in lower case
     filenames: tuple[str, ...] = ()  # whole file names, in lower case
@@ -166,9 +167,8 @@ class Language:
     @property
     def comment_starts(self) -> tuple[str, ...]:
         """The possible starts of a comment line, for `str.startswith`."""
-        return tuple(
-            filter(None, [self.line_comment, *(opening for opening, _ in self.other_comments[:1])])
-        )
+        others = tuple(opening for opening, _ in self.other_comments[:1])
+        return (self.line_comment, *others) if self.line_comment else others
 
     @cached_property
     def imports(self) -> re.Pattern[str]:
@@ -217,18 +217,23 @@ def _any(*patterns: str) -> str:
 
 
 _JS = Language(
-    uses=r"import\b(?![ \t]*[(.])|export\b[^\n]{0,300}\bfrom\b|(?:const|let|var)\b[^\n]{0,300}\brequire[ \t]*\(",
+    uses=r"import\b(?![ \t]*[(.])|export\b[^\n]{0,300}\bfrom\b"
+         r"|(?:const|let|var)\b[^\n]{0,300}\brequire[ \t]*\(",
     types=r"class|interface|namespace|module|(?:describe|context|suite)(?=\()", function="function",
     names="const|let|var|type|enum",
-    also=r"[ \t]+(?:\w{1,20}[ \t]+){0,4}[*#]?(?!(?:if|for|while|switch|catch|function|return|await|with)\b)([\w$]+)"
-         r"[ \t]*(?:<[^\n()]{0,80}>)?\((?:[^()\n]|\([^()\n]{0,80}\)){0,160}\)[^()\n;=]{0,100}\{[ \t]*\r?$",
+    also=r"[ \t]+(?:\w{1,20}[ \t]+){0,4}[*#]?"
+         r"(?!(?:if|for|while|switch|catch|function|return|await|with)\b)([\w$]+)"
+         r"[ \t]*(?:<[^\n()]{0,80}>)?\((?:[^()\n]|\([^()\n]{0,80}\)){0,160}\)"
+         r"[^()\n;=]{0,100}\{[ \t]*\r?$",
     texts=("`",), ambiguous="/", line_ends=True,
 )  # fmt: skip
 _CPP = Language(
-    uses=r"[ \t]*#[ \t]*(?:include|import)\b|using[ \t]+namespace\b|using[ \t]+[\w:]+[ \t]*;|import[ \t]",
+    uses=r"[ \t]*#[ \t]*(?:include|import)\b|using[ \t]+namespace\b|using[ \t]+[\w:]+[ \t]*;"
+         r"|import[ \t]",
     types=r"(?:class|namespace|extern)\b(?=[^()=;{]{0,200}(?:\{|$))",
     data=r"(?:struct|union)\b(?=[^()=;{]{0,200}(?:\{|$))", names=r"enum|concept|using",
-    also=rf"[ \t]*#[ \t]*define[ \t]+(\w+)|typedef\b[^\n;{{]{{0,80}}\{{[^{{}}]{{0,1500}}\}}[ \t]*(\w+)[ \t]*;"
+    also=rf"[ \t]*#[ \t]*define[ \t]+(\w+)"
+         rf"|typedef\b[^\n;{{]{{0,80}}\{{[^{{}}]{{0,1500}}\}}[ \t]*(\w+)[ \t]*;"
          rf"|typedef[ \t][^\n;({{]{{0,160}}\b(\w+)[ \t]*;|{_METHOD}"
          rf"|[A-Za-z_][\w<>]{{0,80}}::(~?[A-Za-z_]\w{{0,80}}){_ARGUMENTS}"
          r"|([A-Za-z_]\w{0,80})[ \t]?\([^;\n{}]{0,200}\)[ \t]*\r?\n\{",
@@ -239,7 +244,8 @@ _LUA_RAW = ("[[", "[=[", "[==[")
 _PLAIN = Language(line_comment="#", block_comment=None, strings=(), blocks="lines")  # not code
 LANGUAGES: dict[str, Language] = {
     "python": Language(
-        uses=r"import[ \t]+\w|from[ \t]+[\w.]+[ \t]+import\b", types="class", function="def", names="type",
+        uses=r"import[ \t]+\w|from[ \t]+[\w.]+[ \t]+import\b",
+        types="class", function="def", names="type",
         also=r"(\w+)[ \t]*(?::[^=\n]{1,200})?=(?!=)", blocks="indent", openers=":$",
         line_comment="#", block_comment=None, texts=('"""', "'''"),
         endings=(".py", ".pyi", ".pyw"), aliases=("py", "python3"),
@@ -249,13 +255,17 @@ LANGUAGES: dict[str, Language] = {
     "typescript": replace(_JS, endings=(".ts", ".tsx", ".mts", ".cts"),
                           aliases=("ts", "tsx", "typescriptreact", "deno", "bun")),
     "rust": Language(
-        uses=r"(?:pub(?:\([^)\n]{0,40}\))?[ \t]+)?(?:use|extern[ \t]+crate|mod[ \t]+\w+[ \t]*;)(?:[ \t]|\r?$)",
-        types=r"impl\b(?:<[^\n{]{0,160}>)?(?:[^\n{]{0,160}[ \t]for\b)?|trait|mod|extern", function="fn",
+        uses=r"(?:pub(?:\([^)\n]{0,40}\))?[ \t]+)?"
+             r"(?:use|extern[ \t]+crate|mod[ \t]+\w+[ \t]*;)(?:[ \t]|\r?$)",
+        types=r"impl\b(?:<[^\n{]{0,160}>)?(?:[^\n{]{0,160}[ \t]for\b)?|trait|mod|extern",
+        function="fn",
         names=r"struct|enum|union|type|static(?:[ \t]+mut)?|const|macro_rules!",
-        strings=(), texts=(*_RUST_RAW, '"'), raw=_RUST_RAW, ambiguous="'", endings=(".rs",), aliases=("rs",),
+        strings=(), texts=(*_RUST_RAW, '"'), raw=_RUST_RAW, ambiguous="'", endings=(".rs",),
+        aliases=("rs",),
     ),
     "c": replace(_CPP, endings=(".c", ".h")),
-    "cpp": replace(_CPP, texts=('R"',), raw=('R"',), endings=(".cpp", ".cc", ".cxx", ".hpp", ".hh", ".hxx"),
+    "cpp": replace(_CPP, texts=('R"',), raw=('R"',),
+                   endings=(".cpp", ".cc", ".cxx", ".hpp", ".hh", ".hxx"),
                    aliases=("c++", "cc")),
     "go": Language(  # no types: Go's methods stand on their own
         uses=r"import\b|package[ \t]", function="func", names="type|var|const",
@@ -268,30 +278,35 @@ LANGUAGES: dict[str, Language] = {
     "csharp": Language(
         uses=r"(?:global[ \t]+)?using[ \t]+[\w.=: \t]{1,200};|namespace[ \t][\w. \t]{1,200};",
         types="class|interface|enum|record|struct|namespace", also=_METHOD,
-        strings=('$"', '"', "'"), texts=('""""', '"""', '$@"', '@$"', '@"'), raw=('""""', '"""', '$@"', '@$"', '@"'),
+        strings=('$"', '"', "'"), texts=('""""', '"""', '$@"', '@$"', '@"'),
+        raw=('""""', '"""', '$@"', '@$"', '@"'),
         directives=True, endings=(".cs", ".csx"), aliases=("c#", "cs", "c-sharp"),
     ),
     "shell": Language(
         uses=r"(?:source|\.|set)[ \t]+[^\s]",
         also=r"[ \t]{0,200}(?:function[ \t]+([\w:.-]{1,80})|([\w:.-]{1,80})[ \t]*\(\))"
              r"|(?:(?:export|readonly|declare(?:[ \t]+-\w+)?)[ \t]+)?([A-Z_][A-Z0-9_]*)=",
-        clauses="else|elif|then|do", closers=r"(?:fi|done|esac)\b", line_comment="#", block_comment=None,
-        strings=(), texts=("$'", '"', "'"), raw=("'",), here_document=r"-?[ \t]*\\?(['\"]?)([A-Za-z_]\w{0,80})\1",
+        clauses="else|elif|then|do", closers=r"(?:fi|done|esac)\b", line_comment="#",
+        block_comment=None, strings=(), texts=("$'", '"', "'"), raw=("'",),
+        here_document=r"-?[ \t]*\\?(['\"]?)([A-Za-z_]\w{0,80})\1",
         blocks="lines", commands=True, endings=(".sh", ".bash", ".zsh", ".ksh"),
         filenames=(".bashrc", ".bash_profile", ".profile", ".zshrc"),
         aliases=("bash", "sh", "shellscript", "zsh", "ksh", "dash"),
     ),
     "kotlin": Language(
-        uses=r"(?:import|package)[ \t]", types="class|interface|object", function="fun", names="val|var|typealias",
+        uses=r"(?:import|package)[ \t]",
+        types="class|interface|object", function="fun", names="val|var|typealias",
         texts=('"""',), raw=('"""',), line_ends=True, endings=(".kt", ".kts"), aliases=("kt",),
     ),
     "swift": Language(
-        uses=r"(?:@testable[ \t]+)?import[ \t]", types="class|struct|enum|extension|protocol|actor", function="func",
+        uses=r"(?:@testable[ \t]+)?import[ \t]",
+        types="class|struct|enum|extension|protocol|actor", function="func",
         names="let|var|typealias", strings=('##"', '#"', '"'), texts=('##"""', '#"""', '"""'),
         raw=('##"""', '#"""', '##"', '#"'), line_ends=True, endings=(".swift",),
     ),
     "scala": Language(
-        uses=r"(?:import|package)[ \t]", types="class|object|trait", function="def", names="val|var|type|enum|given",
+        uses=r"(?:import|package)[ \t]",
+        types="class|object|trait", function="def", names="val|var|type|enum|given",
         strings=('"',), texts=('"""',), raw=('"""',), ambiguous="'", line_ends=True,
         endings=(".scala", ".sc", ".sbt"),
     ),
@@ -302,7 +317,8 @@ LANGUAGES: dict[str, Language] = {
     "php": Language(
         uses=r"<\?php\b|(?:use|namespace)[ \t]+[\w\\]|(?:require|include)(?:_once)?\b",
         types="class|interface|trait|enum|namespace", function="function", names="const",
-        strings=(), texts=('"', "'", "`"), other_comments=(("# ", "\n"),), endings=(".php", ".phtml"),
+        strings=(), texts=('"', "'", "`"), other_comments=(("# ", "\n"),),
+        endings=(".php", ".phtml"),
     ),
     "perl": Language(
         uses=r"(?:use|require|package)[ \t]", function="sub", also=r"(?:my|our)[ \t]+[$@%](\w+)",
@@ -310,22 +326,29 @@ LANGUAGES: dict[str, Language] = {
         strings=(), texts=('"', "'"), ambiguous="/", endings=(".pl", ".pm", ".t"), aliases=("pl",),
     ),
     "r": Language(
-        uses=r"(?:library|require|source)\(", also=r"([\w.]{1,80})[ \t]*(?:<-|=(?!=))", line_comment="#",
-        block_comment=None, strings=(), texts=('"', "'", "`"), line_ends=True, endings=(".r",), aliases=("rscript",),
+        uses=r"(?:library|require|source)\(",
+        also=r"([\w.]{1,80})[ \t]*(?:<-|=(?!=))", line_comment="#",
+        block_comment=None, strings=(), texts=('"', "'", "`"), line_ends=True, endings=(".r",),
+        aliases=("rscript",),
     ),
     "zig": Language(
-        types=r"(?:const|var)[ \t]+\w+[ \t]*=[ \t]*(?:(?:extern|packed)[ \t]+)?(?:struct|enum|union)", function="fn",
-        names="const|var", block_comment=None, other_comments=(("\\\\", "\n"),), endings=(".zig", ".zon"),
+        types=r"(?:const|var)[ \t]+\w+[ \t]*=[ \t]*(?:(?:extern|packed)[ \t]+)?"
+              r"(?:struct|enum|union)", function="fn", names="const|var",
+        block_comment=None, other_comments=(("\\\\", "\n"),), endings=(".zig", ".zon"),
     ),
     "powershell": Language(
-        uses=r"(?i:using|import-module|\.)[ \t]", types="class|enum|(?:Describe|Context|InModuleScope)(?=[ \t])",
-        function="function", line_comment="#", block_comment=("<#", "#>"), line_ends=True, commands=True,
+        uses=r"(?i:using|import-module|\.)[ \t]",
+        types="class|enum|(?:Describe|Context|InModuleScope)(?=[ \t])",
+        function="function", line_comment="#", block_comment=("<#", "#>"), line_ends=True,
+        commands=True,
         strings=(), texts=("@'", '@"', '"', "'"), raw=("@'", "'"), escape="`",
-        closings=(("@'", "\n'@"), ('@"', '\n"@')), endings=(".ps1", ".psm1", ".psd1"), aliases=("pwsh", "ps1"),
+        closings=(("@'", "\n'@"), ('@"', '\n"@')), endings=(".ps1", ".psm1", ".psd1"),
+        aliases=("pwsh", "ps1"),
     ),
     "css": Language(
         uses=r"@(?:import|charset|use|forward|namespace)\b", line_comment="",
-        also=r"[ \t]{0,200}(?:(?:[.#]|@mixin[ \t]+)([\w-]{1,80})[^\n{};]{0,200}\{|((?:--|\$)[\w-]{1,80})[ \t]*:)",
+        also=r"[ \t]{0,200}(?:(?:[.#]|@mixin[ \t]+)([\w-]{1,80})[^\n{};]{0,200}\{"
+             r"|((?:--|\$)[\w-]{1,80})[ \t]*:)",
         endings=(".css", ".scss", ".less"), aliases=("scss", "less"),
     ),
     "json": Language(
@@ -334,58 +357,72 @@ LANGUAGES: dict[str, Language] = {
     ),
     "ruby": Language(
         uses=r"(?:require|require_relative|load|include|using)\b", function="def",
-        types=r"class|module|(?:\w{1,80}\.)?(?:describe|context|feature|namespace)", also=r"([A-Z]\w*)[ \t]*=(?![=~])",
+        types=r"class|module|(?:\w{1,80}\.)?(?:describe|context|feature|namespace)",
+        also=r"([A-Z]\w*)[ \t]*=(?![=~])",
         clauses="rescue|ensure|else|elsif|when|in", closers=r"end\b", blocks="lines",
         line_comment="#", block_comment=("=begin", "=end"), strings=('"', "'", "`"),
         here_document=r"[~-]?(['\"`]?)([A-Z_]\w{0,80})\1",
-        endings=(".rb", ".rake", ".gemspec", ".ru"), filenames=("rakefile", "gemfile"), aliases=("rb",),
+        endings=(".rb", ".rake", ".gemspec", ".ru"), filenames=("rakefile", "gemfile"),
+        aliases=("rb",),
     ),
     "lua": Language(
         uses=r"(?:local[ \t]+[\w, \t]{1,80}=[ \t]*)?require\b", function="function", names="local",
-        also=r"(?:\w{1,80}\.){0,3}(\w{1,80})[ \t]*=[ \t]*function\b", clauses="else|elseif", closers=r"(?:end|until)\b",
-        line_comment="--", block_comment=("--[[", "]]"), texts=_LUA_RAW, raw=_LUA_RAW, blocks="lines",
-        endings=(".lua",),
+        also=r"(?:\w{1,80}\.){0,3}(\w{1,80})[ \t]*=[ \t]*function\b",
+        clauses="else|elseif", closers=r"(?:end|until)\b",
+        line_comment="--", block_comment=("--[[", "]]"), texts=_LUA_RAW, raw=_LUA_RAW,
+        blocks="lines", endings=(".lua",),
     ),
     "julia": Language(
         uses=r"(?:using|import|include)\b", types="module|baremodule", function="function",
         names="struct|type|macro|const", clauses="else|elseif|catch|finally", closers=r"end\b",
-        line_comment="#", block_comment=("#=", "=#"), texts=('"""',), blocks="lines", endings=(".jl",), aliases=("jl",),
+        line_comment="#", block_comment=("#=", "=#"), texts=('"""',), blocks="lines",
+        endings=(".jl",), aliases=("jl",),
     ),
     "elixir": Language(
-        uses=r"(?:import|alias|use|require)[ \t]", types="defmodule|defimpl|defprotocol|describe", function="def",
-        also=r"[ \t]{0,200}(?:defp|defmacrop?|defguardp?)[ \t]+(\w+)", clauses="else|rescue|catch|after",
+        uses=r"(?:import|alias|use|require)[ \t]",
+        types="defmodule|defimpl|defprotocol|describe", function="def",
+        also=r"[ \t]{0,200}(?:defp|defmacrop?|defguardp?)[ \t]+(\w+)",
+        clauses="else|rescue|catch|after",
         closers=r"end\b", line_comment="#", block_comment=None, texts=('"""',), blocks="lines",
         endings=(".ex", ".exs"), aliases=("ex", "exs"),
     ),
     "haskell": Language(
-        uses=r"(?:import|module)[ \t]", names="data|newtype|type|class|instance", also=r"([a-z]\w{0,80}'?)[ \t]*::",
-        line_comment="--", block_comment=("{-", "-}"), strings=('"',), ambiguous="'", blocks="lines",
-        endings=(".hs",), aliases=("hs",),
+        uses=r"(?:import|module)[ \t]",
+        names="data|newtype|type|class|instance", also=r"([a-z]\w{0,80}'?)[ \t]*::",
+        line_comment="--", block_comment=("{-", "-}"), strings=('"',), ambiguous="'",
+        blocks="lines", endings=(".hs",), aliases=("hs",),
     ),
     "sql": Language(
         uses=r"(?i:use|set|\\connect|\\i|attach)\b",
-        also=r"(?i:create[ \t]+(?:\w+[ \t]+){0,4}(?:table|view|function|procedure|trigger|index|type|schema)[ \t]+"
+        also=r"(?i:create[ \t]+(?:\w+[ \t]+){0,4}"
+             r"(?:table|view|function|procedure|trigger|index|type|schema)[ \t]+"
              r"(?:if[ \t]+not[ \t]+exists[ \t]+)?(?:[\w\"`\[\]]{1,80}\.)?[\"`\[]?(\w+))",
-        clauses=r"(?i)[^\w\\-]|(?:and|as|cross|else|end|except|fetch|for|from|full|group|having|inner|intersect|join"
-                r"|language|lateral|left|limit|natural|offset|on|or|order|outer|qualify|returning|returns|right|set|then"
-                r"|union|using|values|when|where|window)\b",
+        clauses=r"(?i)[^\w\\-]|(?:and|as|cross|else|end|except|fetch|for|from|full|group|having"
+                r"|inner|intersect|join|language|lateral|left|limit|natural|offset|on|or|order"
+                r"|outer|qualify|returning|returns|right|set|then|union|using|values|when|where"
+                r"|window)\b",
         line_comment="--", other_comments=(("{#", "#}"),), blocks="statements",
         strings=(), texts=('"', "'", "`"), raw=('"', "'", "`"), commands=True,
         endings=(".sql",), aliases=("mysql", "postgresql", "postgres", "sqlite", "plpgsql", "tsql"),
     ),
-    "html": replace(_PLAIN, line_comment="", block_comment=("<!--", "-->"), blocks="tree", closers="</",
-                    endings=(".html", ".htm", ".xhtml"), aliases=("htm", "xhtml", "mhtml")),
+    "html": replace(_PLAIN, line_comment="", block_comment=("<!--", "-->"), blocks="tree",
+                    closers="</", endings=(".html", ".htm", ".xhtml"),
+                    aliases=("htm", "xhtml", "mhtml")),
     "yaml": replace(_PLAIN, also=r"([\w.-]{1,80}):(?:[ \t]|\r?$)", blocks="tree", commands=True,
-                    endings=(".yaml", ".yml"), aliases=("yml", "dockercompose", "yaml.docker-compose")),
-    "toml": replace(_PLAIN, also=r"\[{1,2}([^\]\n]{1,120})\]", strings=('"', "'"), texts=('"""', "'''"),
-                    raw=("'''", "'"), endings=(".toml",), filenames=("pipfile",)),
+                    endings=(".yaml", ".yml"),
+                    aliases=("yml", "dockercompose", "yaml.docker-compose")),
+    "toml": replace(_PLAIN, also=r"\[{1,2}([^\]\n]{1,120})\]", strings=('"', "'"),
+                    texts=('"""', "'''"), raw=("'''", "'"), endings=(".toml",),
+                    filenames=("pipfile",)),
     "markdown": replace(_PLAIN, also=r"#{1,6}[ \t]+([^\r\n]{1,200})\r?$", line_comment="",
-                        block_comment=("<!--", "-->"), endings=(".md", ".markdown", ".mdx"), aliases=("md", "mdx")),
-    "dockerfile": replace(_PLAIN, also=r"(?i:FROM[ \t]+\S{1,200}[ \t]+AS|ARG|ENV)[ \t]+([\w.-]+)", commands=True,
-                          here_document=r"-?(['\"]?)([A-Za-z_]\w{0,80})\1",
-                          endings=(".dockerfile",), filenames=("dockerfile", "containerfile"), aliases=("docker",)),
-    "makefile": replace(_PLAIN, uses=r"-?include\b", also=r"([\w.%/-]{1,80})[ \t]*(?::|[?+]?=)", clauses="else",
-                        closers=r"(?:endif|endef)\b", commands=True,
+                        block_comment=("<!--", "-->"), endings=(".md", ".markdown", ".mdx"),
+                        aliases=("md", "mdx")),
+    "dockerfile": replace(_PLAIN, also=r"(?i:FROM[ \t]+\S{1,200}[ \t]+AS|ARG|ENV)[ \t]+([\w.-]+)",
+                          commands=True, here_document=r"-?(['\"]?)([A-Za-z_]\w{0,80})\1",
+                          endings=(".dockerfile",), filenames=("dockerfile", "containerfile"),
+                          aliases=("docker",)),
+    "makefile": replace(_PLAIN, uses=r"-?include\b", also=r"([\w.%/-]{1,80})[ \t]*(?::|[?+]?=)",
+                        clauses="else", closers=r"(?:endif|endef)\b", commands=True,
                         enclosed=r"\s*(?:(?:(?:export|override|private)\s+)*(define)\s|endef\b)",
                         endings=(".mk", ".mak"), filenames=("makefile", "gnumakefile"),
                         aliases=("make", "makefile-gmake")),
@@ -393,12 +430,15 @@ LANGUAGES: dict[str, Language] = {
 # Scala without braces, and its signs: headers, words, end markers, cases below match, two lines
 # below "=".
 SCALA_UNBRACED = replace(
-    LANGUAGES["scala"], types="class|object|trait|enum|given|extension|package", names="", blocks="offside",
-    openers=r"(?:[:={]|=>|<-|\b(?:catch|do|else|finally|for|if|match|return|then|try|while|with|yield))$",
+    LANGUAGES["scala"], types="class|object|trait|enum|given|extension|package", names="",
+    blocks="offside",
+    openers=r"(?:[:={]|=>|<-"
+            r"|\b(?:catch|do|else|finally|for|if|match|return|then|try|while|with|yield))$",
     clauses=r"catch|do|else|finally|then|yield|\}", closers=r"end[ \t]+\w",
 )  # fmt: skip
 _UNBRACED = re.compile(
-    rf"^[ \t]{{0,200}}(?:{_MODIFIERS}(?:(?:class|object|trait|package)\b[^\n{{}}]{{0,300}}:[ \t]*\r?$|(?:enum|given)\b)"
+    rf"^[ \t]{{0,200}}(?:{_MODIFIERS}"
+    r"(?:(?:class|object|trait|package)\b[^\n{}]{0,300}:[ \t]*\r?$|(?:enum|given)\b)"
     r"|(?:else[ \t]+)?if\b[^\n]{0,300}\bthen\b|(?:then|extension)\b|end[ \t]+\w+[ \t]*\r?$"
     r"|import[ \t][\w.]{1,200}\.\*)|\b(?:match|catch)[ \t]*\r?\n\s{0,200}case\b|[(\[]using[ \t]"
     r"|=[ \t]*\r?\n([ \t]{1,200})\S[^\n]{0,300}[\w)\]\"]\r?\n\1(?!(?:else|match|yield)\b)\w",
@@ -410,13 +450,13 @@ _BRACE_LINE = re.compile(r"^[ \t]*\{[ \t]*\r?$", re.M)
 BESIDE_CODE = frozenset({"dockerfile", "json", "makefile", "markdown", "toml", "yaml"})
 HEADER_CHARS = 400  # of a text, where a plugin writes its modeline
 FENCED_CHARS = 200_000  # of a text's end: is a fence open there?
-BY_FILENAME = {
-    filename: name for name, language in LANGUAGES.items() for filename in language.filenames
-}
-BY_ENDING = {ending: name for name, language in LANGUAGES.items() for ending in language.endings}
-BY_NAME = {
-    alias: name for name, language in LANGUAGES.items() for alias in (name, *language.aliases)
-}
+BY_FILENAME = dict[str, str]()
+BY_ENDING = dict[str, str]()
+BY_NAME = dict[str, str]()
+for _name, _language in LANGUAGES.items():
+    BY_FILENAME |= dict.fromkeys(_language.filenames, _name)
+    BY_ENDING |= dict.fromkeys(_language.endings, _name)
+    BY_NAME |= dict.fromkeys((_name, *_language.aliases), _name)
 # The interpreter's name without its version: /usr/bin/python3.11 -u, or the command that
 # /usr/bin/env -S starts.
 SHEBANG = re.compile(
@@ -446,16 +486,14 @@ def guess_language(filename: str, text: str, others: Sequence[str] = ()) -> str:
     if (match := SHEBANG.match(text)) and (name := BY_NAME.get(match[1].lower(), "")):
         return name
     for match in MODELINE.finditer(text, 0, text.rfind("\n", 0, HEADER_CHARS) + 1):
-        if name := BY_NAME.get((match[1] or "").lower(), "") or language_of_file(
-            match[2] or match[3] or ""
-        ):
+        named = BY_NAME.get((match[1] or "").lower(), "")
+        if name := named or language_of_file(match[2] or match[3] or ""):
             return name
     fences = OPENED.findall(text[-FENCED_CHARS:])
     if len(fences) % 2 and (name := BY_NAME.get(fences[-1].lower(), "")):
         return name
-    counts = Counter(
-        name for other in others if (name := language_of_file(other)) and name not in BESIDE_CODE
-    )
+    known = [language_of_file(other) for other in others]
+    counts = Counter(name for name in known if name and name not in BESIDE_CODE)
     return counts.most_common(1)[0][0] if counts else ""
 
 
