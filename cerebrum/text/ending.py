@@ -25,7 +25,7 @@ from collections.abc import Sequence
 
 from cerebrum.text.gap import Gap, gap_of
 from cerebrum.text.languages import BY_NAME, LANGUAGES, Language, in_style
-from cerebrum.text.scanner import COMPOUND, LINE_CHARS, PAIRS, Scanner
+from cerebrum.text.scanner import COMPOUND, LINE_CHARS, PAIRS, LineScanner, Scanner, scanner_of
 from cerebrum.text.stages import Blanks, Indent, Repeat, Stage, StopStrings, Typed, columns_of
 
 # Limits. tests/bench/ending.py has no helpers, no chats and few comments in column 0: 0 % of its
@@ -262,8 +262,9 @@ class LineBlock(Block):
     code and is inside if that is.
     """
 
-    def __init__(self, scanner: Scanner, prompt: str) -> None:
+    def __init__(self, scanner: LineScanner, prompt: str) -> None:
         super().__init__(scanner, prompt)
+        self.scanner: LineScanner = scanner
         self.prompt = prompt
         # What is completed; "" until a line shows which blocks are open. A "function" may have
         # helpers, a "compound" statement of Python an `else`. A "member" of a class, a "statement"
@@ -585,7 +586,7 @@ class Fences(Stage):
         # headings, or "chatter". "thinking"; "beside", in a block that is not the code. In the
         # block: "opened", if no line of it has come, or "inside".
         self.state = "blank"
-        self.fenced = Fenced(Scanner(language) if language else None)
+        self.fenced = Fenced(scanner_of(language) if language else None)
         self.beside: tuple[str, int] | None = None  # the first block beside it, and its `start`
         self.mark = 0  # where the line starts
         self.read = 0  # characters that went in
@@ -737,11 +738,11 @@ def scan(language: Language, prompt: str) -> Scanner:
     """A scanner at the prompt's end."""
     marks = ('"""', "'''") if language.indented else ()
     prompt = next((quotes for quotes in marks if starts_in_docstring(prompt, quotes)), "") + prompt
-    scanner = Scanner(language, prompt)
+    scanner = scanner_of(language, prompt)
     if scanner.opener in language.texts and scanner.closer:
         starts = (definition.start() for definition in language.defines.finditer(prompt))
         header = max((start for start in starts if HEADER.match(prompt, start)), default=0)
-        again = Scanner(language, prompt[header:])
+        again = scanner_of(language, prompt[header:])
         return scanner if again.closer else again  # in code: a quote above was misread
     return scanner
 
@@ -749,7 +750,9 @@ def scan(language: Language, prompt: str) -> Scanner:
 def block_of(scanner: Scanner, prompt: str) -> Block:
     if scanner.statements:
         return StatementBlock(scanner, prompt)
-    return LineBlock(scanner, prompt) if scanner.by_lines else BracketBlock(scanner, prompt)
+    if isinstance(scanner, LineScanner):
+        return LineBlock(scanner, prompt)
+    return BracketBlock(scanner, prompt)
 
 
 def code_stages(syntax: Language | None, prompt: str, suffix: str, infill: bool) -> list[Stage]:
@@ -759,7 +762,7 @@ def code_stages(syntax: Language | None, prompt: str, suffix: str, infill: bool)
         return [Blanks()]
     scanner = code = scan(in_style(known, prompt, suffix), prompt)
     if scanner.closer.startswith("$"):  # SQL: `code` is the body of a function
-        code = Scanner(known, prompt.rpartition(scanner.closer)[2])
+        code = scanner_of(known, prompt.rpartition(scanner.closer)[2])
     if code.statements and not code.head.strip():
         code.last = ""  # nothing of the next statement has come
     stages = list[Stage]()

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from cerebrum.text.languages import LANGUAGES
-from cerebrum.text.scanner import CHANGES, LINE_CHARS, PAIRS, Scanner, after_blank
+from cerebrum.text.scanner import CHANGES, LINE_CHARS, PAIRS, Scanner, after_blank, scanner_of
 from cerebrum.text.stages import Search, Stage, columns_of
 
 # What each is worth, by tests/bench/ending.py in Python, JavaScript, TypeScript, Rust, C, C++ and
@@ -71,8 +71,8 @@ class Goal:
             lines.insert(0, (0, line_of(rest)[1]))
         above = prompt[-MEET_CHARS_BEFORE:].split("\n")[:-1]
         around = [line_of(line) for line in above if line.strip()] + lines[1:]
-        unique = (size for size in range(1, MEET_LINES + 1) if self._is_unique(lines, size, around))
-        size = next(unique, 0)
+        sizes = range(1, min(MEET_LINES, len(lines)) + 1)
+        size = next((size for size in sizes if self._is_unique(lines, size, around)), 0)
         self.sure = size > 0  # the lines are found nowhere else
         self.lines = lines[: size or MEET_LINES]
         self.first = self.lines[0][1]
@@ -208,7 +208,7 @@ class Surroundings(NamedTuple):
 def surroundings_of(scanner: Scanner, suffix: str) -> Surroundings:
     depth, below = len(scanner.stack), 0
     if not scanner.closer:
-        below = Scanner(scanner.language, suffix[:CLOSERS_CHARS]).unmatched
+        below = scanner_of(scanner.language, suffix[:CLOSERS_CHARS]).unmatched
     return Surroundings(scanner.closer, depth, min(depth, below), scanner.unmatched)
 
 
@@ -216,7 +216,7 @@ class Gap(Stage):
     """An infill: ends where the text meets the suffix or, if they do not meet, where the suffix
     could follow.
 
-    Each event has its rule: the text meets the suffix (in `step`), a line begins (`on_start`), a
+    Each event has its rule: the text meets the suffix (`on_meeting`), a line begins (`on_start`), a
     line ends (`on_line`), the text leaves the cursor's surroundings (`on_leaving`), the model
     writes no more (`flush`). The rules note in `enough` where the infill could end. What the model
     writes behind that place is sent if the model meets the suffix before the `patience` or the
@@ -242,6 +242,13 @@ class Gap(Stage):
         # ... or at most here: a bracket or a line does not belong to the gap.
         self.left: int | None = None
 
+    def on_meeting(self, place: int) -> None:
+        """The text has had all lines of the goal, from a place on."""
+        if self.meeting.goal.sure:
+            self.end("stop", place)
+        else:
+            self.could_end(place)
+
     def on_start(self) -> None:
         """A line begins: its first character that is not white space has come."""
 
@@ -260,14 +267,8 @@ class Gap(Stage):
         self.scanner.step(char)
         place = meeting.step(char, self.text)
         if place is not None:
-            if meeting.goal.sure:
-                self.end("stop", place)
-                return
-            self.could_end(place)
-        if char == "\n":
-            if begun:
-                self.on_line()
-        elif not char.isspace():
+            self.on_meeting(place)
+        if not self.reason:
             self._read(char, begun)
         if self.reason:
             return
@@ -278,8 +279,12 @@ class Gap(Stage):
             self.safe = max(self.safe, place if self.enough is None else min(place, self.enough))
 
     def _read(self, char: str, begun: bool) -> None:
-        """Read a character that is not white space; `begun`: not the first one of its line."""
+        """`begun`: some character of the line that is not white space has come before."""
         meeting, scanner = self.meeting, self.scanner
+        if char == "\n" and begun:
+            self.on_line()
+        if char.isspace():
+            return
         if not begun:
             self.on_start()
         if char in PAIRS and not scanner.closer and self.has_left():

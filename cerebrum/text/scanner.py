@@ -87,11 +87,12 @@ def after_blank(column: int, blank: str) -> int:
 
 
 class Scanner:
-    """Follows source code one character at a time: its strings, comments, brackets, statements and
-    blocks.
+    """Follows source code one character at a time: its strings, comments, brackets and statements.
+
+    `scanner_of` makes the one for a language.
     """
 
-    def __init__(self, language: Language, text: str = "") -> None:
+    def __init__(self, language: Language) -> None:
         self.language = language
         self.by_lines = language.by_lines
         self.statements = language.blocks == "statements"
@@ -106,7 +107,6 @@ class Scanner:
         # The statement so far: its code, its last character and the one before.
         self.head = self.last = self.previous = ""
         self.condition = ""  # `head` up to the parentheses of an if, if those came last
-        self.token = ""  # SQL: the last word, in lower case, or sign
         # Only white space since a line (by lines: a statement) began; its columns.
         self.starting, self.indent = True, 0
         self.stack: list[Bracket] = []  # open brackets
@@ -114,12 +114,6 @@ class Scanner:
         # Of each #if without its #endif: `stack` before its branches and, from the second one on,
         # behind the first.
         self.conditionals: list[list[list[Bracket]]] = []
-        # By lines: (indentation, code) of the last whole statement and of the less indented lines
-        # around it. In Python, only those that open a block; `fresh`: the innermost of them has no
-        # body yet, though perhaps a docstring.
-        self.blocks: list[tuple[int, str]] = []
-        self.fresh = False
-        self.feed(text)
 
     @property
     def in_comment(self) -> bool:
@@ -143,18 +137,8 @@ class Scanner:
         """The indentation of the header just before this point, if it opened a block that has no
         body yet.
         """
-        language, head = self.language, self.head.strip()
-        if not self.by_lines:
-            openings = ("{", "[") if language.blocks == "brackets" else ("{",)
-            return self.stack[-1].indent if self.stack and self.last in openings else None
-        if language.indented and head:
-            opens = self.last == ":" and not self.stack and COMPOUND.match(head)
-            return self.indent if opens else None
-        return self.blocks[-1][0] if self.fresh else None
-
-    def enclosing(self, indent: int) -> list[tuple[int, str]]:
-        """The open blocks around a statement at this indentation."""
-        return [block for block in self.blocks if block[0] < indent]
+        openings = ("{", "[") if self.language.blocks == "brackets" else ("{",)
+        return self.stack[-1].indent if self.stack and self.last in openings else None
 
     def feed(self, text: str) -> None:
         """Read a text. Runs of characters that only continue a statement or a literal are read at
@@ -323,8 +307,6 @@ class Scanner:
     # Code.
 
     def _in_code(self, char: str) -> None:
-        if self.statements and self._in_statement(char):
-            return
         if char == "\n":
             self._newline()
             return
@@ -342,16 +324,6 @@ class Scanner:
             self._add(char)
         if char not in " \t\r":
             self.previous, self.last = self.last, char
-
-    def _in_statement(self, char: str) -> bool:
-        """SQL: read the word or sign that ends before this character; whether it opens a string."""
-        code = self.head[-TOKENS_CHARS:] + char
-        for token in TOKENS.findall(code):
-            self._token(token.lower())
-        tag = DOLLARS.search(code) if char == "$" else None
-        if tag:
-            self._enter("'", tag[1])  # a string, but for its end
-        return tag is not None
 
     def _bracket(self, char: str) -> None:
         if char in PAIRS:
@@ -405,59 +377,52 @@ class Scanner:
                 self.conditionals.append(places[:2])
             self.stack[:] = places[match[1] == "endif"]
 
-    def _token(self, token: str) -> None:
-        """SQL: follow the blocks, from BEGIN or CASE to END. The token behind one of these shows
-        what it means.
-        """
-        before, self.token = self.token, token
-        if before == "begin" and not NO_BEGIN.match(token):
-            self.stack.append(Bracket(before, "", self.indent))
-        elif before == "end" and not NO_END.match(token) and not self.in_parens:
-            del self.stack[-1:]
-        if token == "case" and before != "end":
-            self.stack.append(Bracket(token, "", self.indent))
-        while token == ";" and self.stack and self.stack[-1].kind != "begin":
-            self.stack.pop()  # never closed, or a CASE of statements
-
-    def _line_of_statement(self, blank: bool) -> None:
-        """SQL: a line has ended, and perhaps the statement."""
-        if BATCH.fullmatch(self.head.rpartition("\n")[2]):
-            self.stack.clear()
-            self.head = ""
-        elif blank and not self.stack:
-            unfinished = CHANGES.search(self.head) or PREFACE.match(self.head)
-            unfinished = unfinished or UNFINISHED.search(self.head[-TOKENS_CHARS:])
-            if not unfinished:
-                self.head = ""
-        elif not self.head.endswith("\n"):
-            self._add("\n")
-
     def _newline(self) -> None:
         if self.opener == "#" and self.language.directives:
             self._directive()
-        if not self.by_lines:
-            blank = self.starting
-            self.starting, self.indent = True, 0
-            if self.statements:
-                self._line_of_statement(blank)
-            elif self.head and not self.in_parens:
-                self._line_of_header()
+        self._end_line()
+
+    def _end_line(self) -> None:
+        """A header may take several lines, but no blank one, nor a label with its colon."""
+        self.starting, self.indent = True, 0
+        if not self.head or self.in_parens:
             return
+        if self.head.endswith("\n") or self.last == ":":
+            self.head = ""
+        else:
+            self._add("\n")
+
+
+class LineScanner(Scanner):
+    """Follows a language whose blocks are lines."""
+
+    def __init__(self, language: Language) -> None:
+        super().__init__(language)
+        # (indentation, code) of the last whole statement and of the less indented lines around it.
+        # In Python, only those that open a block.
+        self.blocks: list[tuple[int, str]] = []
+        # The innermost block has no body yet, though perhaps a docstring.
+        self.fresh = False
+
+    @property
+    def opened(self) -> int | None:
+        head = self.head.strip()
+        if self.language.indented and head:
+            opens = self.last == ":" and not self.stack and COMPOUND.match(head)
+            return self.indent if opens else None
+        return self.blocks[-1][0] if self.fresh else None
+
+    def enclosing(self, indent: int) -> list[tuple[int, str]]:
+        """The open blocks around a statement at this indentation."""
+        return [block for block in self.blocks if block[0] < indent]
+
+    def _end_line(self) -> None:
         if self.language.enclosed:
             self._enclose()
         if self.stack or self.last == "\\":
             self.last = self.last.strip("\\")
         else:
-            self._line_of_block()
-
-    def _line_of_header(self) -> None:
-        """In braces: a header may take several lines, but no blank one, nor a label with its
-        colon.
-        """
-        if self.head.endswith("\n") or self.last == ":":
-            self.head = ""
-        else:
-            self._add("\n")
+            self._end_statement()
 
     def _enclose(self) -> None:
         """A line has ended; perhaps it opens or closes a text, which is followed like a bracket."""
@@ -469,8 +434,7 @@ class Scanner:
         if self.stack:
             self.head = ""
 
-    def _line_of_block(self) -> None:
-        """By lines: a statement has ended."""
+    def _end_statement(self) -> None:
         head = self.head.strip()
         # Not a comment or a docstring, which may have the prefix r.
         if head and head.lower() != "r":
@@ -481,3 +445,58 @@ class Scanner:
                 self.blocks.append((self.indent, head))
         self.starting, self.indent = True, 0
         self.head = self.last = ""
+
+
+class StatementScanner(Scanner):
+    """Follows SQL, with blocks from BEGIN or CASE to END."""
+
+    token = ""  # the last word, in lower case, or sign
+
+    def _in_code(self, char: str) -> None:
+        code = self.head[-TOKENS_CHARS:] + char
+        for token in TOKENS.findall(code):
+            self._read_token(token.lower())
+        if char == "$" and (tag := DOLLARS.search(code)):
+            self._enter("'", tag[1])  # a string, but for its end
+        else:
+            super()._in_code(char)
+
+    def _read_token(self, token: str) -> None:
+        """The token behind BEGIN or END shows what that means."""
+        before, self.token = self.token, token
+        if before == "begin" and not NO_BEGIN.match(token):
+            self.stack.append(Bracket(before, "", self.indent))
+        elif before == "end" and not NO_END.match(token) and not self.in_parens:
+            del self.stack[-1:]
+        if token == "case" and before != "end":
+            self.stack.append(Bracket(token, "", self.indent))
+        while token == ";" and self.stack and self.stack[-1].kind != "begin":
+            self.stack.pop()  # never closed, or a CASE of statements
+
+    def _end_line(self) -> None:
+        """Perhaps the statement has ended with its line."""
+        blank = self.starting
+        self.starting, self.indent = True, 0
+        if BATCH.fullmatch(self.head.rpartition("\n")[2]):
+            self.stack.clear()
+            self.head = ""
+        elif not blank or self.stack:
+            if not self.head.endswith("\n"):
+                self._add("\n")
+        elif not self._is_unfinished():
+            self.head = ""
+
+    def _is_unfinished(self) -> bool:
+        """Whether a blank line does not end the statement."""
+        begins = CHANGES.search(self.head) or PREFACE.match(self.head)
+        return bool(begins or UNFINISHED.search(self.head[-TOKENS_CHARS:]))
+
+
+def scanner_of(language: Language, text: str = "") -> Scanner:
+    """A scanner at the end of a text."""
+    kind = LineScanner if language.by_lines else Scanner
+    if language.blocks == "statements":
+        kind = StatementScanner
+    scanner = kind(language)
+    scanner.feed(text)
+    return scanner
