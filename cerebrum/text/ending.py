@@ -26,14 +26,22 @@ from collections.abc import Sequence
 from cerebrum.text.gap import Gap, gap_of
 from cerebrum.text.languages import BY_NAME, LANGUAGES, Language, in_style
 from cerebrum.text.scanner import COMPOUND, LINE_CHARS, PAIRS, LineScanner, Scanner, scanner_of
-from cerebrum.text.stages import Blanks, Indent, Repeat, Stage, StopStrings, Typed, columns_of
+from cerebrum.text.stages import (
+    Blanks,
+    Indent,
+    Repeat,
+    Stage,
+    StopStrings,
+    Typed,
+    columns_of,
+    last_line,
+)
 
 # Limits. tests/bench/ending.py has no helpers, no chats and few comments in column 0: 0 % of its
 # cases depend on these.
 NAME_CHARS = 100  # a function with a longer name is not recognized as a helper
-COMMENT_CHARS = (
-    200  # a longer comment is not waited for: more often than not it is outside the block
-)
+# A longer comment is not waited for: more often than not it is outside the block.
+COMMENT_CHARS = 200
 FUNCTION = re.compile(r"(?:@?[a-z]\w*(?:\[\w*\])?\s+){0,6}def\b")
 DEFINITION = re.compile(r"(?:async\s+)?(?:def|class)\b")
 CONTROL = re.compile(
@@ -46,9 +54,8 @@ CODE = re.compile(
 )
 CALL = re.compile(rf"(?:(?<=self\.)|(?<=this\.)|(?<![\w.]))(\w{{1,{NAME_CHARS}}})\(")
 CLAUSES = "else|elif|elseif|except|finally|catch|while"  # continue a statement after its block
-GOES_ON = tuple(
-    ".?&|+:=,"
-)  # a line that starts so continues the one above, in languages without semicolons
+# A line that starts so continues the one above, in languages without semicolons.
+GOES_ON = ".?&|+:=,"
 # An answer's blocks in these are not the code, unless there are no others.
 BESIDE = frozenset(
     {"bash", "sh", "shell", "console", "json", "text", "plaintext", "output", "powershell", "zsh"}
@@ -58,16 +65,16 @@ PROSE = re.compile(
     r"(?:[A-Z][a-z'\u0080-\uffff]*[ ,!]+[\w\"'`(*]|[*>`\u0080-\uffff]|- (?!\w+:)|\d+[.)] ).*[^;{}]"
     r"|[A-Z][a-z]+:"
 )
-# The states of `Fences`: see there.
-BEFORE, BLOCK = ("blank", "headed", "chatter"), ("opened", "inside")
+# States of `Fences`: before the block, and in it.
+BEFORE = ("blank", "headed", "chatter")
+BLOCK = ("opened", "inside")
 HEADING = re.compile(r"#{1,6}[ \t]")  # a comment or, in an answer, a heading
 HEADER = re.compile(r"\S[^\n]*[:{][ \t]*\r?\n")  # of a block in column 0
 FENCE = re.compile(r"(`{3,}+|~{3,}+)([^`\n]*+)")
 CHATTER_CHARS = 4000  # a chat's answer without a fence in this many characters has none
 LEAST_PROBABILITY = 1e-4  # of a token
-GUESS_CHARS = (
-    4000  # of the prompt's end and of the suffix, read to guess the syntax and the indentation
-)
+# Of the prompt's end and of the suffix, read to guess the syntax and the indentation.
+GUESS_CHARS = 4000
 GUESSES = {  # lines like the header of a definition, found in few other languages and in no prose
     "python": r"(?:async[ \t]+)?(?:def[ \t]+\w+\(|class[ \t]+\w+[(:])[^\n]{0,300}:",
     "rust": r"(?:pub(?:\([^)\n]{0,40}\))?[ \t]+)?(?:(?:async|unsafe)[ \t]+)?"
@@ -103,12 +110,17 @@ def due_columns(prompt: str, column: int, opened: int | None) -> int:
 
     `opened` is the indentation of a header right above, or None.
     """
-    above = columns_of(prompt.rstrip().rpartition("\n")[2]) if opened is None else opened
-    if opened is None and column <= above:
-        return above
-    widths = (columns_of(line) for line in prompt[-GUESS_CHARS:].split("\n")[1:] if line.strip())
-    tabs = prompt[prompt.rfind("\n") + 1 :].startswith("\t")
-    step = 8 if tabs else min((width for width in widths if width > 1), default=4)
+    above = opened
+    if above is None:
+        above = columns_of(last_line(prompt.rstrip()))
+        if column <= above:
+            return above
+    if last_line(prompt).startswith("\t"):
+        step = 8
+    else:
+        lines = prompt[-GUESS_CHARS:].split("\n")[1:]
+        widths = [columns_of(line) for line in lines if line.strip()]
+        step = min((width for width in widths if width > 1), default=4)
     return above + max(1, -((above - column) // step)) * step
 
 
@@ -117,14 +129,15 @@ def is_announced(language: Language, prompt: str) -> bool:
     asked for.
     """
     above, _, line = prompt.rpartition("\n")
-    above = above.rpartition("\n")[2].strip()
+    above = last_line(above).strip()
     starts = (*language.comment_starts, "@", "#[") + ("[",) * language.directives
     ends = (language.block_comment or ())[1:]
     return not line.strip() and (above.startswith(starts) or above.endswith(ends))
 
 
 # Where a line is that begins below a block. UNDECIDED: it may be either, by what has come of it.
-INSIDE, OUTSIDE = "inside", "outside"
+INSIDE = "inside"
+OUTSIDE = "outside"
 UNDECIDED = "undecided"
 
 
@@ -168,13 +181,13 @@ class Block(Stage):
 
     def __init__(self, scanner: Scanner, prompt: str) -> None:
         super().__init__()
-        self.scanner = scanner
+        self.scanner, self.language = scanner, scanner.language
         # The line so far, including the prompt's part of it, without its indentation.
-        self.line = prompt.rpartition("\n")[2].lstrip()[:LINE_CHARS]
+        self.line = last_line(prompt).lstrip()[:LINE_CHARS]
         self.held = scanner.starting  # the line waits: it may turn out to be outside
         self.mark = 0  # the end of the last line that is not blank, where the completion ends
         self.ticks = 0  # backticks in a row
-        function = scanner.language.function
+        function = self.language.function
         self.helpers = Helpers(function, prompt) if function else None
 
     def side_of(self, word: str) -> str:
@@ -207,7 +220,7 @@ class Block(Stage):
     def _may_be_fence(self) -> bool:
         """A fence is no code in any language but Markdown."""
         in_code = self.ticks > 0 or not self.scanner.closer
-        return in_code and self.scanner.language is not LANGUAGES["markdown"]
+        return in_code and self.language is not LANGUAGES["markdown"]
 
     def _end_line(self) -> bool:
         line, held = self.line.rstrip(), self.held
@@ -275,20 +288,24 @@ class LineBlock(Block):
         self.blank = False  # the last line was blank
         self.begun = False  # some line is code, and no decorator
         self.waiting = False  # the text since `mark` is a comment that waits for the next line
-        language, head = scanner.language, scanner.head.strip()
-        if head and scanner.language.brackets:
+        language, head = self.language, scanner.head.strip()
+        if head and self.language.brackets:
             blocks = scanner.enclosing(scanner.indent)
-            if language.indented:
-                begins = COMPOUND.match(head) is not None
-            else:
-                begins = scanner.last == "{" or not language.imports.match(head)
-            self._choose([*blocks, (scanner.indent, head)] if begins else blocks, typed=True)
+            if self._begins_block(head):
+                blocks.append((scanner.indent, head))
+            self._choose(blocks, typed=True)
         elif scanner.fresh and language.indented:
             self._choose(scanner.blocks, typed=False)
 
+    def _begins_block(self, head: str) -> bool:
+        """Whether the cursor's line begins a block."""
+        if self.language.indented:
+            return COMPOUND.match(head) is not None
+        return self.scanner.last == "{" or not self.language.imports.match(head)
+
     def _choose(self, blocks: list[tuple[int, str]], typed: bool) -> None:
         """Choose the goal among the open blocks; `typed`: the cursor's line has begun."""
-        scanner, language = self.scanner, self.scanner.language
+        scanner, language = self.scanner, self.language
         functions = [block for block in blocks if FUNCTION.match(block[1])]
         others = [block for block in blocks if not language.containers.match(block[1])]
         chosen = functions or others
@@ -307,29 +324,28 @@ class LineBlock(Block):
             self.goal = "statement" if begun else "script"
 
     def _is_member_announced(self) -> bool:
-        language = self.scanner.language
+        language = self.language
         return is_announced(language, self.prompt) and bool(language.defines.search(self.prompt))
 
     def _ends_in_statement(self) -> bool:
-        last = self.prompt.rstrip().rpartition("\n")[2]
-        return not self.scanner.language.imports.match(last) and not last.startswith("#!")
+        last = last_line(self.prompt.rstrip())
+        return not self.language.imports.match(last) and not last.startswith("#!")
 
     def read_line(self, line: str) -> bool:
-        scanner, language = self.scanner, self.scanner.language
         self.blank = not line
-        if line and not line.startswith(("@", *language.comment_starts)):
+        if line and not line.startswith(("@", *self.language.comment_starts)):
             self.begun = True
         outside = self.goal in ("statement", "script")  # of all blocks
-        if outside and scanner.language.brackets and self._is_in_definition():
+        if outside and self.language.brackets and self._is_in_definition():
             self.goal, self.base = "function", 0
         return self.goal == "closed"
 
     def _is_in_definition(self) -> bool:
         blocks = self.scanner.blocks
-        return bool(blocks) and self.scanner.language.defines.match(blocks[0][1]) is not None
+        return bool(blocks) and self.language.defines.match(blocks[0][1]) is not None
 
     def side_of(self, word: str) -> str:
-        scanner, language = self.scanner, self.scanner.language
+        scanner, language = self.scanner, self.language
         self.waiting = False
         if scanner.in_comment and (not self.goal or not self.blank):
             return INSIDE  # a comment right below code belongs to it
@@ -356,7 +372,7 @@ class LineBlock(Block):
     def _side_at_base(self, word: str) -> str:
         if self.goal == "member" and (not self.begun or not self.blank):
             return INSIDE
-        if not self.scanner.language.indented:
+        if not self.language.indented:
             return self._side_of_closing(word)
         if word[0] in PAIRS:
             return INSIDE
@@ -366,14 +382,14 @@ class LineBlock(Block):
         """`side_of` for a line that may close the block, continue it, or be the next thing."""
         if re.fullmatch(r"[\w<]{1,20}", word):
             return UNDECIDED
-        language = self.scanner.language
+        language = self.language
         if re.match(rf"(?:{language.clauses or '(?!)'})(?!\w)", word):
             return INSIDE
         if word[0] in PAIRS or (language.closers and re.match(language.closers, word)):
             if self.level == self.base:
                 self.goal = "closed"
             return INSIDE
-        return self.side_below(word) if self.scanner.language.brackets else OUTSIDE
+        return self.side_below(word) if self.language.brackets else OUTSIDE
 
     def flush(self, whole: bool) -> str:
         return self.cut(self.sent, self.mark if self.waiting else None)
@@ -397,19 +413,18 @@ class BracketBlock(Block):
         self.clauses = False  # an `else` or the like may go on with it
         self.complete = False  # the goal is complete, but the next line may still belong to it
         self.conditionals = len(scanner.conditionals)  # around the goal
-        language, stack, head = scanner.language, scanner.stack, scanner.head.strip()
+        language, stack = self.language, scanner.stack
+        head = scanner.head.strip()
         braces = [depth for depth, bracket in enumerate(stack) if bracket.kind == "{"]
         things = [depth for depth in braces if not language.containers.search(stack[depth].header)]
-        announced = is_announced(language, prompt) and bool(
-            braces or language.defines.search(prompt)
-        )
+        announced = is_announced(language, prompt)
+        if announced and not braces:
+            announced = language.defines.search(prompt) is not None
         if language.blocks == "brackets" and stack:
             self.goal, self.depth = "block", len(stack) - 1
         elif things:
             self._choose(things[0])
-        elif (scanner.opener, scanner.closer) == ("#", "\n") and prompt.endswith(
-            ("\\\n", "\\\r\n")
-        ):
+        elif self._is_in_directive(prompt):
             self.goal, self.depth = "directive", len(braces)
         elif announced or scanner.in_parens or self._has_begun(head, bool(braces)):
             self.goal, self.depth = "statement", braces[-1] + 1 if braces else 0
@@ -419,9 +434,13 @@ class BracketBlock(Block):
         elif braces:
             self._choose(braces[-1])
 
+    def _is_in_directive(self, prompt: str) -> bool:
+        opened = self.scanner.opener == "#" and self.scanner.closer == "\n"
+        return opened and prompt.endswith(("\\\n", "\\\r\n"))
+
     def _has_begun(self, head: str, in_braces: bool) -> bool:
         """Whether the cursor is in a statement, and not in an import."""
-        if not head or self.scanner.language.imports.match(head.rpartition("\n")[2]):
+        if not head or self.language.imports.match(last_line(head)):
             return False
         return not (in_braces and self.scanner.is_over)
 
@@ -441,7 +460,7 @@ class BracketBlock(Block):
 
     def _begins(self) -> bool:
         """Whether the one bracket that is open begins the goal."""
-        language, bracket = self.scanner.language, self.scanner.stack[0]
+        language, bracket = self.language, self.scanner.stack[0]
         if language.blocks == "brackets":
             return True
         defines = bracket.kind == "{" and language.definition.search(bracket.header)
@@ -452,7 +471,7 @@ class BracketBlock(Block):
         """Whether the line after the goal may use its value: in a statement or a call without a
         semicolon.
         """
-        return self.goal in ("statement", "call") and self.scanner.language.line_ends
+        return self.goal in ("statement", "call") and self.language.line_ends
 
     def read_line(self, line: str) -> bool:
         scanner = self.scanner
@@ -514,7 +533,7 @@ class StatementBlock(Block):
         if re.match(r"\w{1,20}\Z|[-/*]", word):
             return UNDECIDED  # a comment waits for the line below it
         self.complete = False
-        return INSIDE if re.match(self.scanner.language.clauses, word) else OUTSIDE
+        return INSIDE if re.match(self.language.clauses, word) else OUTSIDE
 
 
 class Fenced:
@@ -723,15 +742,13 @@ def starts_in_docstring(prompt: str, quotes: str) -> bool:
     above, _, after = prompt.partition(quotes)
     above = re.sub(r"\b[bfruBFRU]{1,2}$", "", above)
     before = above.rstrip()
-    opens = before[-1:] in ("", *":=([{,\\") or (
-        before[-1] != "." and above[len(before) :].strip("\n") == " "
-    )
-    behind, _, below = after.partition("\n")
-    return (
-        not opens
-        and not behind.strip()
-        and CODE.search("\n" + below.partition(quotes)[0]) is not None
-    )
+    opens = before[-1:] in ("", *":=([{,\\")
+    if not opens and before[-1] != ".":
+        opens = above[len(before) :].strip("\n") == " "
+    rest, _, below = after.partition("\n")
+    if opens or rest.strip():
+        return False
+    return CODE.search("\n" + below.partition(quotes)[0]) is not None
 
 
 def scan(language: Language, prompt: str) -> Scanner:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from cerebrum.text.languages import LANGUAGES
 from cerebrum.text.scanner import CHANGES, LINE_CHARS, PAIRS, Scanner, after_blank, scanner_of
-from cerebrum.text.stages import Search, Stage, columns_of
+from cerebrum.text.stages import Search, Stage, columns_of, last_line
 
 # What each is worth, by tests/bench/ending.py in Python, JavaScript, TypeScript, Rust, C, C++ and
 # Go: the percentage of the gaps of two to six lines, or the ones named, that end elsewhere with
@@ -32,11 +32,12 @@ REST_CHARS = 3  # ... which has at least so many: shorter ones, as );, end many 
 # The surprise in bits that the text written meanwhile may cost, if the tokens' probabilities are
 # known: behind a missed end the model is often unsure. A gap above whole lines goes on more often,
 # so it gets more. Chosen by tests/bench/waste.py.
-DOUBT_IN_LINE, DOUBT_AT_LINE_END, DOUBT_OF_LINES = 4.0, 3.0, 6.0
+DOUBT_IN_LINE = 4.0
+DOUBT_AT_LINE_END = 3.0
+DOUBT_OF_LINES = 6.0
 # Limits to what is searched; longer searches end no gap elsewhere.
-CLOSERS_CHARS = (
-    4000  # of the suffix, for closing brackets; without the search, 0.8 % more are sent late
-)
+# Of the suffix, for closing brackets; without the search, 0.8 % more are sent late.
+CLOSERS_CHARS = 4000
 MEET_CHARS_BEFORE = 3000  # of the prompt's end, for lines like the suffix's first ones
 GOAL_LINES = 40  # of the suffix, for the same
 
@@ -51,7 +52,8 @@ def lines_of(text: str) -> list[Line]:
     """The first lines of a text, blank ones left out; at least one if the text is not blank."""
     blank = len(text) - len(text.lstrip())
     text = text[text.rfind("\n", 0, blank) + 1 :]
-    return [line_of(line) for line in text.split("\n", GOAL_LINES)[:GOAL_LINES] if line.strip()]
+    lines = text.split("\n", GOAL_LINES)[:GOAL_LINES]
+    return [line_of(line) for line in lines if line.strip()]
 
 
 class Goal:
@@ -101,7 +103,7 @@ class Meeting:
     def __init__(self, goal: Goal, prompt: str, remark: str) -> None:
         self.goal = goal
         self.remark = remark or "\n"  # what begins one; no line has a line end
-        self.indent, self.line = line_of(prompt.rpartition("\n")[2])  # of the text so far
+        self.indent, self.line = line_of(last_line(prompt))  # of the text so far
         if self.line and not goal.in_line:
             self.indent = -1  # a line that begins in the prompt is none of the suffix's
         self.edge = 0  # where the text would be cut if the suffix began with this line
@@ -340,11 +342,11 @@ class GapOfLines(Gap):
 
     def __init__(self, scanner: Scanner, prompt: str, suffix: str) -> None:
         super().__init__(scanner, prompt, suffix)
-        first = prompt.rpartition("\n")[2]
+        first = last_line(prompt)
         typed = first.strip() != ""
         self.doubt = DOUBT_AT_LINE_END if typed else DOUBT_OF_LINES
         below = self.meeting.goal.lines[0]
-        self.above = indent_of(line_of(first if typed else prompt.rstrip().rpartition("\n")[2]))
+        self.above = indent_of(line_of(first if typed else last_line(prompt.rstrip())))
         self.below = indent_of(below)
         self.indent = scanner.indent  # of the line
         self.mark: int | None = None  # the end of the last line that is not blank
@@ -426,5 +428,5 @@ class GapInLine(Gap):
 
 
 def gap_of(scanner: Scanner, prompt: str, suffix: str) -> Gap:
-    in_line = prompt.rpartition("\n")[2] and suffix.partition("\n")[0].strip()
+    in_line = last_line(prompt) and suffix.partition("\n")[0].strip()
     return GapInLine(scanner, prompt, suffix) if in_line else GapOfLines(scanner, prompt, suffix)

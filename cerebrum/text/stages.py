@@ -135,6 +135,10 @@ class Typed(Stage):
         self.safe = len(self.text)
 
 
+def last_line(text: str) -> str:
+    return text.rpartition("\n")[2]
+
+
 def columns_of(line: str) -> int:
     """The indentation of a line in columns."""
     return len(line[: len(line) - len(line.lstrip(" \t"))].expandtabs(8))

@@ -27,15 +27,16 @@ closing brackets that come along.
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 import re
 import sys
 import sysconfig
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import servers
 from pygments.token import Comment, String
@@ -53,7 +54,9 @@ FOLDERS = [PATHS["stdlib"], PATHS["purelib"], str(SOURCES)]
 MIN_CHARS, MAX_CHARS = 500, 30_000  # of a file
 CASES_PER_FILE = 4
 GAPS = ("line", "lines")
-PROMPT_CHARS, SUFFIX_CHARS, MORE_CHARS = 14_000, 4_000, 1_500
+KINDS = ("header", "member", *GAPS)
+PROMPT_CHARS, SUFFIX_CHARS = 14_000, 4_000
+MORE_CHARS = 1_500
 MAX_PIECE = 6_000
 TOKEN = re.compile(r"\s?\w{1,6}|\s+|\W")
 CLOSER = re.compile(
@@ -65,16 +68,8 @@ CLAUSE = re.compile(
 )
 IGNORED = re.compile(r"#|\w+:\s*$|(?:case|default|public|private|protected)\b[^(]*:|\?>|@\w+$")
 DEEP_ENDS = ("{", ":")  # the last character of a header
-WORDS = (
-    "ruby",
-    "lua",
-    "julia",
-    "elixir",
-    "haskell",
-    "shell",
-    "html",
-    "yaml",
-)  # whose headers end with anything
+# Their headers end with anything.
+WORDS = ("ruby", "lua", "julia", "elixir", "haskell", "shell", "html", "yaml")
 # SQL: a statement's first line and its last one, and the words around a body.
 STATEMENT = re.compile(
     r"(?i)(?:alter|comment|create|declare|delete|do|drop|grant|insert|merge|select|update"
@@ -84,9 +79,14 @@ OVER = re.compile(r"(?i)(?:;|\\g\w*(?:\s+\w+)?|\bend\s*(?://|\$\$))$")
 BODY = re.compile(r"(?i)(?:^(?:as\s+)?begin\b(?!\s*;|\s+tran|.*;)|.\bbegin$|\bcase\b)")
 BODY_END = re.compile(r"(?i)\bend\b(?!\s+(?:if|loop|while|repeat|case|for)\b)")
 UNCLOSED = ("python", "haskell", "yaml")  # whose blocks end without a closing line
-UNBRACED = re.compile(
-    r"(?:=|:|=>|\b(?:do|else|match|then|try|with|yield))$"
-)  # the end of such a block's header in Scala
+# The end of such a block's header in Scala.
+UNBRACED = re.compile(r"(?:=|:|=>|\b(?:do|else|match|then|try|with|yield))$")
+
+
+# SQL: what a line has beside its code, the opening of a literal, a body's begin.
+BESIDE = re.compile(r"--.*|'[^'\n]*'|\"[^\"\n]*\"")
+TAG = re.compile(r"\$\w*\$")
+BEGUN = re.compile(r"(?i)\b(?:begin\b(?!\s*;|\s+tran)|case\b)")
 
 
 class Line(NamedTuple):
@@ -103,58 +103,68 @@ class Case(NamedTuple):
     after: str
 
 
+def is_remark(kind: Any) -> bool:
+    return kind in Comment and kind not in Comment.Preproc and kind not in Comment.PreprocFile
+
+
+def is_inside(kind: Any) -> bool:
+    """Whether a line that begins in such a token is none of the code."""
+    if kind in Comment.Single or kind in Comment.Preproc:
+        return False
+    return kind in String or kind in Comment
+
+
 class Source(Peer):
     """A file with what pygments says of it."""
 
     def __init__(self, language: str, text: str) -> None:
         super().__init__(language, text)
         self.language, self.syntax = language, LANGUAGES[language]
-        self.comment, inside = bytearray(len(text)), bytearray(len(text))
-        for start, stop, kind in self.tokens:
-            if kind in Comment and not (kind in Comment.Preproc or kind in Comment.PreprocFile):
-                self.comment[start:stop] = b"\1" * (stop - start)
-            if kind in String or (
-                kind in Comment and kind not in Comment.Single and kind not in Comment.Preproc
-            ):
-                inside[start:stop] = b"\1" * (stop - start)
-        self.lines, place = list[Line](), 0
+        self.comment = self._marked(is_remark)
+        inside = self._marked(is_inside)
+        self.lines = list[Line]()
+        place = 0
         for line in text.splitlines(keepends=True):
-            body, indent = line.strip(), len(line) - len(line.lstrip())
+            indent = len(line) - len(line.lstrip())
             columns = len(line[:indent].expandtabs(8))
-            code = (
-                bool(body)
-                and not (place and inside[place - 1])
-                and not self.comment[place + indent]
-            )
-            self.lines.append(Line(place, body, columns, code))
+            begins_inside = place and inside[place - 1]
+            code = line.strip() and not begins_inside and not self.comment[place + indent]
+            self.lines.append(Line(place, line.strip(), columns, bool(code)))
             place += len(line)
+
+    def _marked(self, wanted: Callable[[Any], bool]) -> bytearray:
+        """1 for each character in a token of the kinds that are wanted."""
+        marked = bytearray(len(self.text))
+        for start, stop, kind in self.tokens:
+            if wanted(kind):
+                marked[start:stop] = b"\1" * (stop - start)
+        return marked
 
     def depth_of(self, number: int) -> int:
         """How many bodies are open above a line of SQL."""
         above = "\n".join(line.text for line in self.lines[:number] if line.code)
-        words = len(re.findall(r"(?i)\b(?:begin\b(?!\s*;|\s+tran)|case\b)", above)) - len(
-            BODY_END.findall(above)
-        )
-        return words + len(re.findall(r"\$\w*\$", above)) % 2
+        bodies = len(BEGUN.findall(above)) - len(BODY_END.findall(above))
+        return bodies + len(TAG.findall(above)) % 2
 
     def end_of_statement(self, number: int) -> int | None:
         """`end_of` for SQL."""
         if ";" not in self.text:
             return max(place for place, line in enumerate(self.lines) if line.text)
-        depth, tag, seen = 0, "", ""  # open blocks, the opening of the literal, the code
+        depth = 0  # open blocks
+        tag = ""  # the opening of the literal
+        seen = ""  # the code
         for place, line in enumerate(self.lines[number:], number):
-            code = re.sub(r"--.*|'[^'\n]*'|\"[^\"\n]*\"", "", line.text).strip()
+            code = BESIDE.sub("", line.text).strip()
             seen += code + "\n"
-            for found in re.findall(r"\$\w*\$", code):
-                tag = found if not tag else "" if found == tag else tag
-            depth += 0 if tag else len(BODY.findall(code)) - len(BODY_END.findall(code))
-            if OVER.search(code) and not tag and depth <= 0:
-                whole = (
-                    depth == 0
-                    and seen.count("(") == seen.count(")")
-                    and not re.search("['\"]", seen)
-                )
-                return place if whole and place > number else None
+            for found in TAG.findall(code):
+                if not tag or found == tag:
+                    tag = "" if tag else found
+            if tag:
+                continue
+            depth += len(BODY.findall(code)) - len(BODY_END.findall(code))
+            if depth <= 0 and OVER.search(code):
+                closed = seen.count("(") == seen.count(")") and not re.search("['\"]", seen)
+                return place if depth == 0 and closed and place > number else None
         return None
 
     def end_of(self, number: int) -> int | None:
@@ -163,28 +173,23 @@ class Source(Peer):
         """
         if self.language == "sql":
             return self.end_of_statement(number)
-        first, last, closed = self.lines[number], number, False
+        first, last = self.lines[number], number
+        closed = False
         for place, line in enumerate(self.lines[number + 1 :], number + 1):
             if not line.code or (IGNORED.match(line.text) and line.indent <= first.indent):
                 continue
             if line.indent > first.indent and not closed:
                 last = place
-            elif line.indent == first.indent and (
-                (CLOSER.match(line.text) and not closed)
-                or (line.text == "{" and last == number)
-                or (CLAUSE.match(line.text) and self.language != "go")
-            ):
-                last, closed = (
-                    place,
-                    CLOSER.match(line.text) is not None and not line.text.endswith(DEEP_ENDS),
-                )
-            else:
+                continue
+            closes = CLOSER.match(line.text) is not None
+            clause = CLAUSE.match(line.text) and self.language != "go"
+            opens = line.text == "{" and last == number
+            if line.indent != first.indent or not (opens or clause or (closes and not closed)):
                 break
-        ends = (
-            self.language in UNCLOSED
-            or self._is_unbraced(first)
-            or CLOSER.match(self.lines[last].text)
-        )
+            last = place
+            closed = closes and not line.text.endswith(DEEP_ENDS)
+        unclosed = self.language in UNCLOSED or self._is_unbraced(first)
+        ends = unclosed or CLOSER.match(self.lines[last].text)
         return last if ends and last > number else None
 
     def _is_unbraced(self, line: Line) -> bool:
@@ -194,82 +199,69 @@ class Source(Peer):
         """Whether a line begins a definition or block that a completion at its end completes."""
         line = self.lines[number]
         if self.language == "sql":
-            above = next((above.text for above in reversed(self.lines[:number]) if above.code), ";")
-            begins = (
-                line.code
-                and line.indent == 0
-                and STATEMENT.match(line.text)
-                and self.depth_of(number) == 0
-            )
-            return bool(begins and OVER.search(above))
+            return self._is_statement(number)
         below = self.lines[number + 1].text if number + 1 < len(self.lines) else ""
-        opens = (
-            line.text.endswith(DEEP_ENDS)
-            or self.language in WORDS
-            or below == "{"
-            or self._is_unbraced(line)
-        )
-        if (
-            not line.code
-            or not opens
-            or CLOSER.match(line.text)
-            or CLAUSE.match(line.text)
-            or IGNORED.match(line.text)
-        ):
+        opens = line.text.endswith(DEEP_ENDS) or self.language in WORDS
+        if not line.code or not (opens or below == "{" or self._is_unbraced(line)):
+            return False
+        if any(pattern.match(line.text) for pattern in (CLOSER, CLAUSE, IGNORED)):
             return False
         level = line.indent
         for above in reversed(self.lines[:number]):
-            if above.code and above.indent < level and not IGNORED.match(above.text):
-                if above.text == "{":
-                    continue
-                if not self.syntax.containers.search(above.text):
-                    return False
-                level = above.indent
+            outer = above.code and above.indent < level and above.text != "{"
+            if not outer or IGNORED.match(above.text):
+                continue
+            if not self.syntax.containers.search(above.text):
+                return False
+            level = above.indent
         return level == 0
+
+    def _is_statement(self, number: int) -> bool:
+        line = self.lines[number]
+        above = next((above.text for above in reversed(self.lines[:number]) if above.code), ";")
+        begins = line.code and line.indent == 0 and STATEMENT.match(line.text)
+        return bool(begins and self.depth_of(number) == 0 and OVER.search(above))
+
+    def _is_announced(self, number: int) -> bool:
+        """Whether a comment or a decorator is right above a definition."""
+        line, above = self.lines[number], self.lines[number - 1]
+        end = above.start + len(self._line(number - 1)) - 2
+        comment = above.indent == line.indent and self.comment[end]
+        announced = comment or (above.code and above.text.startswith("@"))
+        return bool(announced and self.syntax.defines.match(self._line(number)))
 
     def definitions(self, kind: str, chance: random.Random) -> Iterator[Case]:
         numbers = list(range(self.language != "sql", len(self.lines) - 1))
         for number in chance.sample(numbers, len(numbers)):
             if not self.is_header(number) or (last := self.end_of(number)) is None:
                 continue
-            line, above, end = (
-                self.lines[number],
-                self.lines[number - 1],
-                self.lines[last + 1 : last + 2],
-            )
-            place = (
-                line.start if kind == "member" else line.start + len(self._line(number).rstrip())
-            )
-            stop = end[0].start if end else len(self.text)
-            annotated = (
-                above.indent == line.indent
-                and (self.comment[above.start + len(self._line(number - 1)) - 2])
-            )
-            if kind == "member" and not (annotated or (above.code and above.text.startswith("@"))):
+            if kind == "member" and not self._is_announced(number):
                 continue
-            if kind == "member" and not self.syntax.defines.match(self._line(number)):
-                continue
-            if kind == "header" and chance.random() < 0.5:
-                place = self.lines[number + 1].start
-                if self.language == "sql":
-                    place = self.lines[chance.randint(number + 1, last)].start
-            yield self._case(kind, place, stop)
+            place = self.lines[number].start
+            if kind == "header":
+                place += len(self._line(number).rstrip())
+                if chance.random() < 0.5:
+                    below = number + 1
+                    if self.language == "sql":
+                        below = chance.randint(below, last)
+                    place = self.lines[below].start
+            end = self.lines[last + 1 : last + 2]
+            yield self._case(kind, place, end[0].start if end else len(self.text))
 
     def gaps(self, kind: str, chance: random.Random) -> Iterator[Case]:
         for _ in range(4 * CASES_PER_FILE):
-            number, count = (
-                chance.randrange(len(self.lines)),
-                1 if kind == "line" else chance.randint(2, 6),
-            )
-            last, line = number + count - 1, self.lines[number]
+            number = chance.randrange(len(self.lines))
+            last = number if kind == "line" else number + chance.randint(1, 5)
+            line = self.lines[number]
             if last + 1 >= len(self.lines) or not line.text or not self.lines[last].text:
                 continue
             place = stop = line.start
             if kind == "lines" and chance.random() < 0.5:
                 stop = self.lines[last + 1].start
             else:
+                whole = self._line(number)
                 column = chance.choice((0, chance.randrange(len(line.text))))
-                place += len(self._line(number)) - len(self._line(number).lstrip()) + column
+                place += len(whole) - len(whole.lstrip()) + column
                 stop = self.lines[last + 1].start - 1
             yield self._case(kind, place, stop)
 
@@ -278,13 +270,10 @@ class Source(Peer):
         return self.text[start : self.text.find("\n", start) + 1]
 
     def _case(self, kind: str, place: int, stop: int) -> Case:
-        first = self.text.find("\n", place - PROMPT_CHARS) + 1 if place > PROMPT_CHARS else 0
-        return Case(
-            kind,
-            self.text[first:place],
-            self.text[place:stop],
-            self.text[stop : stop + SUFFIX_CHARS],
-        )
+        text = self.text
+        first = text.find("\n", place - PROMPT_CHARS) + 1 if place > PROMPT_CHARS else 0
+        after = text[stop : stop + SUFFIX_CHARS]
+        return Case(kind, text[first:place], text[place:stop], after)
 
 
 def weigh(text: str) -> int:
@@ -293,86 +282,84 @@ def weigh(text: str) -> int:
 
 def judge(source: Source, case: Case, sent: str) -> tuple[int, int]:
     """(characters lost, characters too many)."""
-    lost, more = weigh(case.piece) - weigh(sent), sent[len(case.piece) :]
+    lost = weigh(case.piece) - weigh(sent)
     if case.kind in GAPS:
         return max(lost, 0), max(-lost, 0)
-    starts = (source.syntax.line_comment or "\0", "/*", "*", "#", "@")
-    lines = ONLY_CLOSERS.sub("", more).split("\n")
-    return max(lost, 0), weigh(
-        "".join(line for line in lines if not line.lstrip().startswith(starts))
-    )
+    remarks = (source.syntax.line_comment or "\0", "/*", "*", "#", "@")
+    more = ONLY_CLOSERS.sub("", sent[len(case.piece) :]).split("\n")
+    code = [line for line in more if not line.lstrip().startswith(remarks)]
+    return max(lost, 0), weigh("".join(code))
 
 
 def sources(folders: list[str], language: str, chance: random.Random) -> Iterator[Source]:
     found = files_of(folders, language, MIN_CHARS, MAX_CHARS)
     for path in chance.sample(found, len(found)):
         text = path.read_text("utf-8", "replace")
-        if "\r" not in text and "\ufffd" not in text and max(map(len, text.split("\n"))) < 400:
-            source = Source(language, text)
-            if (
-                source.sure or language == "sql"
-            ):  # pygments does not know its $$, nor the braces of dbt
-                yield source
+        if "\r" in text or "\ufffd" in text or max(map(len, text.split("\n"))) >= 400:
+            continue
+        source = Source(language, text)
+        # pygments does not know SQL's $$, nor the braces of dbt.
+        if source.sure or language == "sql":
+            yield source
 
 
-def measure(
-    language: str, folders: list[str], seed: int, cases: int, show: int, only: str
-) -> dict[str, object]:
-    chance, other = (
-        random.Random(f"{seed} {language}"),
-        "\n".join(f"other{n} = elsewhere({n})" for n in range(60)),
-    )
-    results: dict[str, dict[str, list[tuple[int, int]]]] = defaultdict(lambda: defaultdict(list))
-    for source in sources(folders, language, chance):
-        missing = [
-            kind for kind in ("header", "member", *GAPS) if len(results[kind]["own"]) < cases
-        ]
+def texts_of(case: Case, other: str) -> dict[str, str]:
+    """What each model writes."""
+    texts = {"own": case.piece, "on": case.piece + case.after[:MORE_CHARS]}
+    if case.kind in GAPS:
+        line = case.prompt.rpartition("\n")[2]
+        indent = " " * (len(line) - len(line.lstrip()))
+        lines = [case.piece.rstrip(), *(indent + line for line in other.split("\n"))]
+        texts["astray"] = "\n".join(lines)
+    return texts
+
+
+def cases_of(source: Source, kind: str, chance: random.Random) -> Iterator[Case]:
+    find = source.gaps if kind in GAPS else source.definitions
+    for number, case in enumerate(find(kind, chance)):
+        if number == CASES_PER_FILE:
+            return
+        if case.piece.strip() and len(case.piece) <= MAX_PIECE:
+            yield case
+
+
+def summary_of(pairs: list[tuple[int, int]]) -> dict[str, float]:
+    cut = sum(lost > 0 for lost, _ in pairs)
+    late = [surplus for _, surplus in pairs if surplus]
+    return {
+        "cases": len(pairs),
+        "cut": round(100 * cut / len(pairs), 2),
+        "late": round(100 * len(late) / len(pairs), 2),
+        "chars": round(sum(late) / max(1, len(late))),
+    }
+
+
+def measure(language: str, options: argparse.Namespace) -> dict[str, object]:
+    chance, show = random.Random(f"{options.seed} {language}"), options.show
+    other = "\n".join(f"other{n} = elsewhere({n})" for n in range(60))
+    results = defaultdict[str, list[tuple[int, int]]](list)  # by kind and model
+    for source in sources(options.folders, language, chance):
+        have = {kind: len(results.get(f"{kind}_own", ())) for kind in KINDS}
+        missing = [kind for kind in KINDS if have[kind] < options.cases]
         if not missing:
             break
         for kind in missing:
-            find = source.gaps if kind in GAPS else source.definitions
-            for number, case in enumerate(find(kind, chance)):
-                if number == CASES_PER_FILE:
-                    break
-                if not case.piece.strip() or len(case.piece) > MAX_PIECE:
-                    continue
-                texts = {"own": case.piece, "on": case.piece + case.after[:MORE_CHARS]}
-                if kind in GAPS:
-                    line = case.prompt.rpartition("\n")[2]
-                    indent = " " * (len(line) - len(line.lstrip()))
-                    texts["astray"] = (
-                        case.piece.rstrip()
-                        + "\n"
-                        + "\n".join(indent + x for x in other.split("\n"))
-                    )
-                for model, text in texts.items():
+            for case in cases_of(source, kind, chance):
+                for model, text in texts_of(case, other).items():
+                    name = f"{kind}_{model}"
                     mode, suffix = ("infill", case.after) if kind in GAPS else ("complete", None)
                     ending = Ending(mode, language, case.prompt, suffix, "auto")
                     sent, _ = run(ending, TOKEN.findall(text))
                     result = judge(source, case, sent)
-                    results[kind][model].append(result)
-                    if show and any(result) and re.search(only, f"{kind}_{model}"):
+                    results[name].append(result)
+                    if show and any(result) and re.search(options.only, name):
                         show -= 1
                         marked = f"{case.prompt[-300:]}«{case.piece}»{case.after[:200]}"
-                        print(
-                            f"--- {language} {kind} {model} {result}\n{marked}\n"
-                            f"  sent: {sent[-200:]!r}\n"
-                        )
+                        print(f"--- {language} {name} {result}\n{marked}")
+                        print(f"  sent: {sent[-200:]!r}\n")
         other = source.text[source.lines[len(source.lines) // 2].start :][:MORE_CHARS]
-    summary: dict[str, object] = {"language": language}
-    for kind, models in results.items():
-        for model, pairs in ((model, pairs) for model, pairs in models.items() if pairs):
-            late, cut = (
-                [surplus for _, surplus in pairs if surplus],
-                sum(lost > 0 for lost, _ in pairs),
-            )
-            share = {
-                name: round(100 * count / len(pairs), 2)
-                for name, count in (("cut", cut), ("late", len(late)))
-            }
-            chars = round(sum(late) / len(late)) if late else 0
-            summary[f"{kind}_{model}"] = {"cases": len(pairs), **share, "chars": chars}
-    return summary
+    found = {name: summary_of(pairs) for name, pairs in results.items() if pairs}
+    return {"language": language, **found}
 
 
 def main() -> None:
@@ -382,10 +369,7 @@ def main() -> None:
     parser.add_argument("folders", nargs="*", default=FOLDERS)
     options = parser.parse_args()
     for language in options.languages.split(","):
-        found = measure(
-            language, options.folders, options.seed, options.cases, options.show, options.only
-        )
-        print(json.dumps(found), flush=True)
+        print(json.dumps(measure(language, options)), flush=True)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ import random
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import accumulate, islice, zip_longest
+from itertools import accumulate, chain, islice, zip_longest
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -42,111 +42,106 @@ from cerebrum.vps.llama import MAX_CHUNK, Llama, Settings, Slot, common_prefix
 from cerebrum.vps.vocabulary import CompletionRequest
 
 KINDS = ("one", "several", "spans")
-SEQUENCES, CONTEXT, MAX_TOKENS = 8, 1536, 160
-ABOVE, BELOW, PLACES_EACH = 24, 11, 2  # lines around a gap; places in a file
+SEQUENCES, CONTEXT = 8, 1536
+MAX_TOKENS = 160
+ABOVE, BELOW = 24, 11  # lines around a gap
+PLACES_EACH = 2  # places in a file
+
+Ends = tuple[int, int]  # where a gap begins and ends, in characters from its first line on
 
 # ----------------------------------------------------------------------------------------- the gaps
 
 
-def pieces_of(lines: list[str], number: int, chance: random.Random) -> dict[str, tuple[int, int]]:
-    """Where gaps of each kind begin and end, in characters from this line on; those that are
-    fit.
-    """
-    found, line = dict[str, tuple[int, int]](), lines[number].rstrip("\n")
+def pieces_of(lines: list[str], number: int, chance: random.Random) -> dict[str, Ends]:
+    """The ends of gaps of each kind that begin in this line; those that are fit."""
+    line, below = lines[number].rstrip("\n"), lines[number:]
     width, size = indentation(line), chance.randint(2, 5)
-    begins = [
-        width,
-        width,
-        *(at for at in range(width + 1, len(line) - 3) if not line[at - 1].isalnum()),
-    ]
-    found["one"] = chance.choice(begins), len(line)
-    gap = "".join(lines[number : number + size])
-    if all(one.strip() for one in lines[number : number + size]) and number + size < len(lines):
-        found["several"] = chance.choice((0, width)), len(gap) - chance.choice((0, 1))
-    span = "".join(lines[number : number + chance.randint(1, 3)])
-    if len(span.rstrip()) > width + 8:
-        first, last = sorted(chance.sample(range(width, len(span.rstrip()) - 1), 2))
+    words = [at for at in range(width + 1, len(line) - 3) if not line[at - 1].isalnum()]
+    found = {"one": (chance.choice([width, width, *words]), len(line))}
+    if all(row.strip() for row in below[:size]) and size < len(below):
+        start = chance.choice((0, width))
+        found["several"] = start, len("".join(below[:size])) - chance.choice((0, 1))
+    span = "".join(below[: chance.randint(1, 3)]).rstrip()
+    if len(span) > width + 8:
+        first, last = sorted(chance.sample(range(width, len(span) - 1), 2))
         found["spans"] = first, last
-    return {kind: ends for kind, ends in found.items() if gap_text(lines, number, ends).strip()}
+    text = "".join(below)
+    return {kind: ends for kind, ends in found.items() if text[slice(*ends)].strip()}
 
 
-def gap_text(lines: list[str], number: int, ends: tuple[int, int]) -> str:
-    return "".join(lines[number:])[slice(*ends)]
+def case_of(key: str, kind: str, language: str, text: str, ends: Ends) -> dict[str, Any]:
+    """What is asked to fill a gap of a text."""
+    start, stop = ends
+    return {
+        "key": f"{key} {kind}",
+        "kind": kind,
+        "language": language,
+        "prompt": text[:start],
+        "suffix": text[stop:],
+        "expected": text[start:stop],
+    }
 
 
 def of_human_eval() -> Iterator[dict[str, Any]]:
     """Gaps whose lack the problem's tests notice."""
     for task in problems():
-        chance = random.Random(f"waste {task['task_id']}")
+        key = task["task_id"]
+        chance = random.Random(f"waste {key}")
         text = task["prompt"] + task["canonical_solution"]
         lines, first = text.splitlines(keepends=True), task["prompt"].count("\n")
         numbers = [number for number in range(first, len(lines)) if len(lines[number].strip()) >= 6]
         for kind in KINDS:
             for number in chance.sample(numbers, len(numbers)):
                 ends = pieces_of(lines, number, chance).get(kind)
-                start = sum(map(len, lines[:number]))
-                if ends and not passes(task, text[: start + ends[0]] + text[start + ends[1] :]):
-                    yield {
-                        "key": f"{task['task_id']} {kind}",
-                        "kind": kind,
-                        "language": "python",
-                        "prompt": text[: start + ends[0]],
-                        "suffix": text[start + ends[1] :],
-                        "expected": text[start + ends[0] : start + ends[1]],
-                    }
+                if not ends:
+                    continue
+                above = sum(map(len, lines[:number]))
+                case = case_of(key, kind, "python", text, (above + ends[0], above + ends[1]))
+                if not passes(task, case["prompt"] + case["suffix"]):
+                    yield case
                     break
 
 
-def of_repository(repository: str) -> Iterator[dict[str, Any]]:
-    """Gaps in the files that were added in or after 2025; those of one place come together."""
-    added = git(
-        repository,
-        "log",
-        f"--since={SINCE}",
-        "--diff-filter=A",
-        "--format=",
-        "--name-only",
-        "-M100%",
-    )
-    rows = (
-        row.split(maxsplit=4) for row in git(repository, "ls-tree", "-r", "-l", "HEAD").splitlines()
-    )
+def files_since_2025(repository: str) -> list[str]:
+    """The files that were added since then, in an order of chance."""
+    options = (f"--since={SINCE}", "--diff-filter=A", "--format=", "--name-only", "-M100%")
+    added = git(repository, "log", *options).splitlines()
+    listed = git(repository, "ls-tree", "-r", "-l", "HEAD").splitlines()
+    rows = [row.split(maxsplit=4) for row in listed]
     sizes = {row[4]: int(row[3]) for row in rows if row[3].isdigit()}
-    paths = sorted(
-        {path for path in added.splitlines() if 1500 < sizes.get(path, 0) < MAX_FILE_BYTES}
-    )
+    fit = {path for path in added if 1500 < sizes.get(path, 0) < MAX_FILE_BYTES}
+    paths = sorted(fit)
     random.Random(2).shuffle(paths)
-    name = PurePosixPath(repository).parent.name or PurePosixPath(repository).name
-    for path in paths:
-        language = LANGUAGES.get(PurePosixPath(path).suffix)
-        if not language or UNUSUAL.search(path):
+    return paths
+
+
+def of_file(name: str, path: str, language: str, lines: list[str]) -> Iterator[dict[str, Any]]:
+    """Gaps at PLACES_EACH places, those of one place together."""
+    chance, places = random.Random(f"waste {path}"), 0
+    for number in chance.sample(range(len(lines)), len(lines)):
+        if not 20 <= number < len(lines) - 8 or not 8 <= len(lines[number].strip()) <= 100:
             continue
-        lines = (
-            git(repository, "show", f"HEAD:{path}").replace("\r\n", "\n").splitlines(keepends=True)
-        )
-        chance, places = random.Random(f"waste {path}"), 0
-        for number in chance.sample(range(len(lines)), len(lines)):
-            if not 20 <= number < len(lines) - 8 or not 8 <= len(lines[number].strip()) <= 100:
-                continue
-            pieces = pieces_of(lines, number, chance)
-            if len(pieces) < len(KINDS):
-                continue
-            above, below = (
-                "".join(lines[max(0, number - ABOVE) : number]),
-                "".join(lines[number : number + 5 + BELOW]),
-            )
-            for kind, ends in pieces.items():
-                yield {
-                    "key": f"{name} {path} {number} {kind}",
-                    "kind": kind,
-                    "language": language,
-                    "prompt": above + below[: ends[0]],
-                    "suffix": below[ends[1] :],
-                    "expected": below[slice(*ends)],
-                }
-            places += 1
-            if places == PLACES_EACH:
-                break
+        pieces = pieces_of(lines, number, chance)
+        if len(pieces) < len(KINDS):
+            continue
+        above = "".join(lines[max(0, number - ABOVE) : number])
+        text = above + "".join(lines[number : number + 5 + BELOW])
+        for kind, (start, stop) in pieces.items():
+            ends = (len(above) + start, len(above) + stop)
+            yield case_of(f"{name} {path} {number}", kind, language, text, ends)
+        places += 1
+        if places == PLACES_EACH:
+            return
+
+
+def of_repository(repository: str) -> Iterator[dict[str, Any]]:
+    """Gaps in the files that were added in or after 2025."""
+    name = PurePosixPath(repository).parent.name or PurePosixPath(repository).name
+    for path in files_since_2025(repository):
+        language = LANGUAGES.get(PurePosixPath(path).suffix)
+        if language and not UNUSUAL.search(path):
+            text = git(repository, "show", f"HEAD:{path}").replace("\r\n", "\n")
+            yield from of_file(name, path, language, text.splitlines(keepends=True))
 
 
 # ---------------------------------------------------------------------------------------- recording
@@ -204,30 +199,35 @@ def begin(model: Llama, case: dict[str, Any]) -> Reading:
     return Reading(case, tokens, heal, ending, (first, begins))
 
 
+def read_prompt(model: Llama, slot: Slot, prompt: list[int]) -> int:
+    """The place of the prompt's last token in the last batch."""
+    kept = model.reusable(slot.tokens, prompt)
+    model.trim(slot, kept)
+    slot.tokens = slot.tokens[:kept]
+    last = 0
+    while left := prompt[len(slot.tokens) :][:MAX_CHUNK]:
+        assert model.decode([(slot, left, 1)]) == 0
+        slot.tokens += left
+        last = len(left) - 1
+    return last
+
+
 def record(model: Llama, cases: list[dict[str, Any]]) -> Iterator[Reading]:
     """Several texts at a time. A slot that is free keeps its tokens for a prompt with the same
     beginning.
     """
     ids = range(model.n_vocab)
     ends = np.array([token for token in ids if model.vocabulary.is_end(token)])
-    free, running = (
-        [Slot(number) for number in range(SEQUENCES)],
-        dict[int, tuple[Slot, Reading, int]](),
-    )
+    free = [Slot(number) for number in range(SEQUENCES)]
+    running = dict[int, tuple[Slot, Reading, int]]()
     waiting = iter(cases)
     while True:
         while free and (case := next(waiting, None)):
             reading = begin(model, case)
-            slot = max(free, key=lambda one: common_prefix(one.tokens, reading.prompt))
-            kept = model.reusable(slot.tokens, reading.prompt)
+            slot = max(free, key=lambda slot: common_prefix(slot.tokens, reading.prompt))
             if len(reading.prompt) + MAX_TOKENS > CONTEXT:
                 continue
-            model.trim(slot, kept)
-            slot.tokens = slot.tokens[:kept]
-            while left := reading.prompt[len(slot.tokens) :][:MAX_CHUNK]:
-                assert model.decode([(slot, left, 1)]) == 0
-                slot.tokens += left
-                last = len(left) - 1
+            last = read_prompt(model, slot, reading.prompt)
             free.remove(slot)
             token = reading.add(model, last, ends)
             if token is None:
@@ -261,26 +261,18 @@ def half_of(key: str) -> str:
 
 
 def record_all(options: argparse.Namespace, known: set[str]) -> None:
-    repositories = options.record.split(",")
-    turns = zip_longest(*(of_repository(repository) for repository in repositories))
-    real = (case for turn in turns for case in turn if case)
-    real = islice(real, options.items * len(KINDS))
-    found = (case for pair in zip_longest(real, of_human_eval()) for case in pair if case)
-    cases = [
-        case
-        for case in found
-        if case["key"] not in known and options.half in ("", half_of(case["key"]))
-    ]
+    turns = zip_longest(*map(of_repository, options.record.split(",")))
+    real = filter(None, chain.from_iterable(turns))
+    pairs = zip_longest(islice(real, options.items * len(KINDS)), of_human_eval())
+    new = [case for case in chain.from_iterable(pairs) if case and case["key"] not in known]
+    cases = [case for case in new if options.half in ("", half_of(case["key"]))]
     settings = Settings(n_ctx=CONTEXT, sequences=SEQUENCES)
     model = Llama(servers.weights_of(options.model), settings, lambda _: True)
     with options.file.open("a") as out:
         for number, reading in enumerate(record(model, cases)):
-            row = reading.case | {
-                "model": options.model,
-                "read": len(reading.prompt),
-                "end": reading.end,
-            }
-            out.write(json.dumps(row | {"tokens": reading.tokens}) + "\n")
+            row = reading.case | {"model": options.model, "read": len(reading.prompt)}
+            row |= {"end": reading.end, "tokens": reading.tokens}
+            out.write(json.dumps(row) + "\n")
             out.flush()
             if number % 50 == 0:
                 print(f"{number} of {len(cases)}", file=sys.stderr)
@@ -291,7 +283,8 @@ def record_all(options: argparse.Namespace, known: set[str]) -> None:
 
 def replay(row: dict[str, Any], probabilities: bool) -> tuple[int, str]:
     """How many tokens the daemon would have generated, and the text that it would have returned."""
-    ending, sent = Ending("infill", row["language"], row["prompt"], row["suffix"], "auto"), ""
+    ending = Ending("infill", row["language"], row["prompt"], row["suffix"], "auto")
+    sent = ""
     for number, (text, probability, *_) in enumerate(row["tokens"]):
         if number == row["end"]:
             return number + 1, sent + ending.flush()
@@ -305,11 +298,8 @@ def replay(row: dict[str, Any], probabilities: bool) -> tuple[int, str]:
 def returned(row: dict[str, Any], text: str) -> int:
     """How many of the tokens have a part in this text."""
     ends = accumulate(len(token[0]) for token in row["tokens"])
-    return (
-        next((number for number, end in enumerate(ends, 1) if end >= len(text)), len(row["tokens"]))
-        if text
-        else 0
-    )
+    before = sum(end < len(text) for end in ends)
+    return min(before + 1, len(row["tokens"])) if text else 0
 
 
 def is_right(row: dict[str, Any], text: str, tasks: Mapping[str, dict[str, str]]) -> bool:
@@ -318,32 +308,40 @@ def is_right(row: dict[str, Any], text: str, tasks: Mapping[str, dict[str, str]]
     return bool(text.rstrip() == row["expected"].rstrip())
 
 
+def figures(rows: list[dict[str, Any]], probabilities: bool) -> tuple[dict[str, Any], list[bool]]:
+    """How the texts end, and which of them are right."""
+    tasks = {task["task_id"]: task for task in problems()}
+    generated = kept = 0
+    right = list[bool]()
+    for row in rows:
+        count, text = replay(row, probabilities)
+        generated += count
+        kept += min(count, returned(row, text))
+        right.append(is_right(row, text, tasks))
+    found = {
+        "generated": round(generated / max(1, len(rows)), 1),
+        "share": round(kept / max(1, generated), 3),
+        "right": sum(right),
+    }
+    return found, right
+
+
 def report(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """For each kind: the texts as they end without and with probabilities."""
-    tasks, table = {task["task_id"]: task for task in problems()}, dict[str, Any]()
+    table = dict[str, Any]()
     for kind in KINDS:
         found = [row for row in rows if row["kind"] == kind]
-        right = list[list[bool]]()
-        table[kind] = {"items": len(found)}
-        for name, probabilities in (("by_characters", False), ("by_doubt", True)):
-            texts = [replay(row, probabilities) for row in found]
-            generated, kept = sum(count for count, _ in texts), 0
-            kept = sum(
-                min(count, returned(row, text))
-                for row, (count, text) in zip(found, texts, strict=True)
-            )
-            right.append(
-                [is_right(row, text, tasks) for row, (_, text) in zip(found, texts, strict=True)]
-            )
-            table[kind][name] = {
-                "generated": round(generated / max(1, len(found)), 1),
-                "share": round(kept / max(1, generated), 3),
-                "right": sum(right[-1]),
-            }
-        was, now = (table[kind][name]["generated"] for name in ("by_characters", "by_doubt"))
-        changes = [old - new for old, new in zip(*right, strict=True)]
-        table[kind] |= {"ratio": round(now / max(0.1, was), 2)}
-        table[kind] |= {"newly_wrong": changes.count(1), "newly_right": changes.count(-1)}
+        was, right = figures(found, probabilities=False)
+        now, still = figures(found, probabilities=True)
+        changes = [old - new for old, new in zip(right, still, strict=True)]
+        table[kind] = {
+            "items": len(found),
+            "by_characters": was,
+            "by_doubt": now,
+            "ratio": round(now["generated"] / max(0.1, was["generated"]), 2),
+            "newly_wrong": changes.count(1),
+            "newly_right": changes.count(-1),
+        }
     return table
 
 
@@ -351,21 +349,16 @@ def main() -> None:
     parser = servers.parser_of(__doc__, model="qwen_0_5b", record="", items=160, half="")
     parser.add_argument("file", type=Path)
     options = parser.parse_args()
-    rows = (
-        [json.loads(line) for line in options.file.read_text().splitlines()]
-        if options.file.exists()
-        else []
-    )
+    rows = list[dict[str, Any]]()
+    if options.file.exists():
+        rows = [json.loads(line) for line in options.file.read_text().splitlines()]
     rows = [row for row in rows if row["model"] == options.model]
     if options.record:
         record_all(options, {row["key"] for row in rows})
         return
     chosen = [row for row in rows if options.half in ("", half_of(row["key"]))]
-    print(
-        json.dumps(
-            {"benchmark": "waste", "model": options.model, "half": options.half, **report(chosen)}
-        )
-    )
+    name = {"benchmark": "waste", "model": options.model, "half": options.half}
+    print(json.dumps(name | report(chosen)))
 
 
 if __name__ == "__main__":
