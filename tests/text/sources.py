@@ -18,10 +18,22 @@ from cerebrum.text.languages import LANGUAGES, language_of_file
 SOURCES = MODELS.parent / "sources"
 # Debian's source packages; together they have files in every language, 27 MB packed.
 PACKAGES = (
-    "thrift", "flatbuffers", "jekyll", "capistrano", "phpmyadmin", "icinga2", "docker-compose", "ansible-lint",
-    "lua-penlight",
+    "thrift", "flatbuffers", "jekyll", "capistrano", "phpmyadmin", "icinga2", "docker-compose",
+    "ansible-lint", "lua-penlight",
 )  # fmt: skip
 LEXERS = {"shell": "bash", "dockerfile": "docker"}  # pygments' names
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=SOURCES, capture_output=True, text=True, errors="replace")
+
+
+def stanzas() -> str:
+    """This machine's archives, for packages of sources."""
+    files = sorted(Path("/etc/apt/sources.list.d").glob("*.sources"))
+    found = "\n\n".join(file.read_text() for file in files).split("\n\n")
+    used = [stanza for stanza in found if "URIs: http" in stanza]
+    return "\n\n".join(used).replace("Types: deb\n", "Types: deb-src\n") + "\n"
 
 
 def fetch_sources() -> str:
@@ -34,30 +46,18 @@ def fetch_sources() -> str:
     if not shutil.which("apt-get"):
         return "needs apt-get"
     (lists / "partial").mkdir(parents=True, exist_ok=True)
-    texts = [file.read_text() for file in sorted(Path("/etc/apt/sources.list.d").glob("*.sources"))]
-    stanzas = [stanza for stanza in "\n\n".join(texts).split("\n\n") if "URIs: http" in stanza]
     listed = SOURCES / "debian.sources"
-    listed.write_text("\n\n".join(stanzas).replace("Types: deb\n", "Types: deb-src\n") + "\n")
-    places = {"Etc::sourcelist": listed, "Etc::sourceparts": "-", "State::Lists": lists}
-    options = [
-        *(f"-oDir::{name}={place}" for name, place in places.items()),
-        f"-oDir::Cache={SOURCES}",
-    ]
-    updated = subprocess.run(
-        ["apt-get", "update", "-q", *options], cwd=SOURCES, capture_output=True, text=True
-    )
+    listed.write_text(stanzas())
+    options = [f"-oDir::Cache={SOURCES}", f"-oDir::Etc::sourcelist={listed}"]
+    options += ["-oDir::Etc::sourceparts=-", f"-oDir::State::Lists={lists}"]
+    updated = run("apt-get", "update", "-q", *options)
     if updated.returncode:
         return f"Debian's archive cannot be reached: {updated.stderr[-200:]}"
     for package in PACKAGES:  # an archive may lack one
-        command = ["apt-get", "source", "-q", "--tar-only", "--download-only", *options, package]
-        subprocess.run(command, cwd=SOURCES, capture_output=True)
+        run("apt-get", "source", "-q", "--tar-only", "--download-only", *options, package)
     archives = list(SOURCES.glob("*.orig*.tar.*"))
     for archive in archives:
-        subprocess.run(
-            ["tar", "xf", archive, "--one-top-level", "--no-same-owner"],
-            cwd=SOURCES,
-            capture_output=True,
-        )
+        run("tar", "xf", str(archive), "--one-top-level", "--no-same-owner")
     if len(archives) == len(PACKAGES):
         done.touch()
     return ""
@@ -67,14 +67,14 @@ def files_of(folders: list[str], language: str, least: int, most: int) -> list[P
     """Files of a language below the folders, by their names, with more than `least` bytes and fewer
     than `most`.
     """
-    return [
-        path
-        for folder in folders
-        for path in sorted(Path(folder).rglob("*"))
-        if language_of_file(path.name) == language
-        and path.is_file()
-        and least < path.stat().st_size < most
-    ]
+    found = list[Path]()
+    for folder in folders:
+        for path in sorted(Path(folder).rglob("*")):
+            if language_of_file(path.name) != language or not path.is_file():
+                continue
+            if least < path.stat().st_size < most:
+                found.append(path)
+    return found
 
 
 class Peer:
@@ -83,10 +83,8 @@ class Peer:
     def __init__(self, language: str, text: str) -> None:
         self.line_comment, self.text = LANGUAGES[language].line_comment, text
         lexer = get_lexer_by_name(LEXERS.get(language, language), stripnl=False, ensurenl=False)
-        self.tokens = [
-            (start, start + len(value), kind)
-            for start, kind, value in lexer.get_tokens_unprocessed(text)
-        ]
+        tokens = lexer.get_tokens_unprocessed(text)
+        self.tokens = [(start, start + len(value), kind) for start, kind, value in tokens]
         self.starts = [start for start, _, _ in self.tokens]
 
     @property
@@ -107,5 +105,6 @@ class Peer:
             return False
         if start < place < end:
             return kind in String or kind in Comment
-        following = self.tokens[number + 1][2] if number + 1 < len(self.tokens) else None
-        return kind in String and following in String and self.text[place - 1] == "\n"
+        following = self.tokens[number + 1 : number + 2]
+        goes_on = kind in String and self.text[place - 1] == "\n"
+        return goes_on and bool(following) and following[0][2] in String

@@ -18,158 +18,624 @@ from cerebrum.text.prompt import prepare
 
 # As in test_ending.py: the prompt up to «, the part to keep up to », what the model writes behind
 # it, and for an infill the suffix after ‖.
-ROWS = [
-    ("java block: a member of a record",
-     "record Point(int x, int y) {\n  double size() {\n«    return x + y;\n  }\n»\n  int z() {}"),
-    ("java end: an infill", "class A {\n    int twice(int x) {\n        return «2 * x;»\n    }\n"
-                            "}‖\n    }\n}"),
-    ("C# block: another name", "class A {\n  int F() {\n«    return 1;\n  }\n»\n  int G"),
-    ("kotlin block: a method",
-     "class A(val b: String) : Base() {\n  fun f(): Int {\n«    return xs.sumOf { it.net }\n  }\n"
-     "»\n  fun g() {}"),
-    ("kotlin block: when", 'fun f(x: Int) = when (x) {\n«  1 -> "one"\n  else -> {\n    "many"\n'
-                           '  }\n}\n»\nfun g() {}'),
-    ("kotlin block: a chain", "fun f() {}\n\nval names = users\n«  .map { it.name }\n  .sorted()\n"
-                              "»\nfun g() {}"),
-    ("swift block: members",
-     "struct A: Codable {\n  let id: Int\n«  let name: String\n"
-     "\n  enum Keys: String {\n    case id\n  }\n}\n»\nfunc f() {}"),
-    ("php block: without its opening tag", "function f($x) {\n«    return $x + 1;\n}\n»\n"
-                                           "echo f(1);"),
-    ("ruby block: a definition in one line",
-     "class A\n  def a = 1\n  def b(x) = x\n\n  def c\n«    3\n  end\n»\n  def d"),
-    ("ruby block: a script ends at a blank line",
-     '# print it\n«each("a.txt") do |line|\n\n  puts line\nend\n»\nputs "done"'),
-    ("ruby block: describe", 'describe Account do\n  it "adds" do\n«    expect(2).to eq(2)\n  end\n'
-                             '»\n  it "fails" do'),
-    ("ruby end: an infill", "def twice(x)\n  «2 * x»\nend\nputs‖\nend\nputs twice(2)"),
-    ("lua block: an argument",
-     'describe("f", function()\n  it("works", function()\n«    assert(f)\n  end)\nend)\n»\n'
-     'describe("g", function()'),
-    ("shell block: a script ends at a blank line", "# count lines\n«wc -l -- *.txt |\n    sort -n\n"
-                                                   "»\necho ready"),
-    ("sql block: a table", "CREATE TABLE bills (\n«  id integer,\n  note text DEFAULT ';'\n);\n»\n"
-                           "CREATE TABLE more ("),
-    ("sql block: a statement up to a blank line",
-     "SELECT «name, CASE WHEN total > 100 THEN 'a;b' ELSE 'it''s' END\n"
-     "FROM customers -- it's\nORDER BY total;\n»\nSELECT 1;"),
-    ("sql block: CRLF, and no semicolon", "SELECT a\r\n«FROM b\r\n»\r\nSELECT 2\r\n"),
-    ("html block: the innermost element",
-     "<body>\n  <ul class=\"it's\">\n    <li>One</li>\n"
-     "«    <li>It's two <br> or <b>more</b></li>\n    <!-- </ul> -->\n  </ul>\n»  <p>Next</p>"),
-    ("html end: an infill", "<table>\n  <tr>\n«    <td>a</td>\n»  </tr>\n  <tr>‖  </tr>\n  <tr>\n"
-                            "    <td>x</td>"),
-    ("css block: a rule",
-     "p { margin: 0; }\n.menu > li {\n«  color: red; /* } */\n"
-     '  background: url(https://a.org/a;b.png) "}";\n}\n»\n.menu { }'),
-    ("css block: the first rule", "/* links that were visited */\n«a:visited {\n  color: purple;\n"
-                                  "}\n»\nb { }"),
-    ("json block: the innermost object",
-     '{\n  "name": "a",\n  "scripts": {\n«    "test": "echo \\"}\\"",\n'
-     '    "build": "make {a,b}"\n  },\n»  "dependencies": {'),
-    ("json block: the innermost array", '{\n  "files": [\n«    "a",\n    "b"\n  ],\n»  "more": 1'),
-    ("json end: an infill of an array", '{\n  "a": [\n«    1,\n    2\n»  ],\n  "z": 2\n}‖  ],\n'
-                                        '  "b": 2\n}'),
-    ("json end: an infill", '{\n  "a": «1,\n  "b": 2»,\n  "c": 3‖,\n  "c": 3\n}'),
-    ("yaml block: the innermost mapping",
-     'services:\n  web:\n    image: nginx\n«    ports:\n      - "80:80"\n'
-     "    command: echo it's \"fine\" # don't\n»  db:\n    image: postgres"),
-    ("yaml block: a text in a block",
-     "jobs:\n  test:\n    steps:\n«      - run: |\n          if true; then\n\n"
-     "          echo \"it's\n          fi\n        env: {A: \"b: c\"}\n      - name: two\n"
-     "»  more: 1"),
-    ("yaml block: up to the next document", "a:\n«  b: 1\n»---\nc: 1"),
-    ("yaml block: top level ends at a blank line", 'version: 3\n«name: test\non: [push, "pull\n'
-                                                   '  request"]\n»\njobs:'),
-    ("dockerfile block: up to a blank line",
-     "FROM debian:13\n«RUN apt-get update && \\\n    # it's a comment\n\n"
-     "    apt-get install -y curl \"a b\" && \\\n    echo 'don'\n»\nCMD [\"a\"]"),
-    ("markdown block: a paragraph", "# Use\n«It runs\nby `make`.\n»\n## More"),
-    ("toml block: a table", "[package]\n«version = \"0.1\"\ntext = \"\"\"\n[x]\n\nit's\"\"\"\n»\n"
-                            "[dependencies]"),
-    ("makefile block: a recipe", "all: a b\n«\tcc -o it's a.c\n»\nclean:"),
-    ("scala block: a method",
-     'class Bill(val net: Int) {\n  def total() = {\n«    s"${net} }"\n  }\n»\n  def close() = {}'),
-    ("scala block: a body below =",
-     "def f(x: Int): Int =\n«  val y = g('{', '\"', 'a)\n\n  y * 2\nend f\n»\ndef h(x: Int) = 1\n"),
-    ("scala block: behind =", "object X:\n  def f: Int = «1\n»\n  def g = 2\n"),
-    ("scala block: branches of a script", "if x then\n«  g()\n\n  h()\nelse if y then\n  k()\n"
-                                          "else\n  z\n»\nh(1)\n"),
-    ("scala block: an object", "object X:\n«  val y = 1\n\n  def f(x: Int) =\n    y\n»\nobject Y:\n"
-                               "  val z = 1\n"),
-    ("scala block: cases",
-     "def f(x: Int): String = x match\n«  case 1 => \"a\"\n  case _ =>\n    try g()\n"
-     "    finally h()\n»\ndef z = 1\n"),
-    ("scala block: the outer function",
-     "object A:\n  private[a] def f(y: Int): Int =\n    def go(z: Int) =\n«      z\n    go(y)\n»\n"
-     "  def g = 1\n"),
-    ("scala block: a signature", "def f(\n«    x: Int,\n    y: Int\n): Int =\n  x + y\n»\n"
-                                 "def g = 1\n"),
-    ("scala block: an extension", "extension (x: Int)\n«  def f = x\n\n  def g =\n    1\n»\n"
-                                  "@main def h() = 2\n"),
-    ("scala block: an argument below a colon",
-     "def f(xs: Xs) =\n«  xs.map: x =>\n    x + 1\n  .filter(\n    _ > 1\n\n  )\n»\ndef g = 1\n"),
-    ("scala block: a body without braces in braces",
-     "class A {\n  def f(y: Int): Int =\n«    val z = y\n    z + y\n»\n  def g = {\n    1\n"
-     "  }\n}\n"),
-    ("scala block: a body in braces without braces around",
-     "object A:\n  def f(y: Int) = {\n«    if (y > 1) {\n      1\n    } else {\n      2\n    }\n"
-     "  }\n»\n  def g = 1\n"),
-    ("scala block: else below a brace",
-     "class A {\n  val x = if (a) {\n«    1\n  }\n  else {\n    2\n  }\n»\n  def g = 1\n}\n"),
-    ("scala block: braces on lines of their own",
-     "class A\n{\n  def f(): Int =\n«  {\n    1\n  }\n»\n  def g = 1\n}\n"),
-    ("scala block: the first definition", "import a.b\n«\nobject X:\n  def f = 1\n»\nobject Y:\n"),
-    ("scala block: a member",
-     "object A:\n  /** Sum. */\n«  def f(x: Int): Int =\n    val y = 1\n\n    y\n»\n  def g = 1\n"),
-    ("scala block: a helper", "def f(x: Int) =\n«  h(x)\n\ndef h(x: Int) =\n  2\n»\ndef g = 1\n"),
-    ("dart block: a method",
-     "class Bill {\n  int total(int net) {\n«    return \"\"\"it's }\"\"\".length;\n  }\n»\n"
-     "  int other() {}"),
-    ("perl block: code", "sub total {\n«    my ($net) = @_;\n"
-                         "    return \"it's }\" if $net =~ /}/;\n}\n»\nsub other {"),
-    ("r block: a function", "total <- function(net) {\n«  if (net > 0) {\n    \"it's }\" # }\n  }\n"
-                            "}\n»\nother <- 1"),
-    ("zig block: a function of a type",
-     "const Bill = struct {\n    fn total(net: u8) u8 {\n«        const a =\n"
-     "            \\\\ it's \"}\n        ;\n        return '}';\n    }\n»\n    fn other() void {}"),
-    ("powershell block: code", "function Total($net) {\n«    <# it's } #>\n"
-                               "    if ($net) { 'C:\\' }\n}\n»\nTotal 1"),
-    ("powershell block: backticks and here-strings",
-     'function F {\n«  $a = "C:\\Temp\\"\n  $b = "`"}" + @"\nit\'s "x" } "@\n"@\n  $c = @\'\n"} `\n'
-     '\'@\n}\n»\nF\n'),
-    ("powershell block: a line that goes on", "$a = «Get-Item `\n  -Path b\n»$c = 1\n"),
-    ("c block: one brace in each branch of a conditional",
-     "int f() {\n«#ifdef A\n  if (a) {\n#elif B\n  if (b) {\n# if C\n    g(\n# else\n    h(\n"
-     "# endif\n"
-     "    1);\n#else\n  {\n#endif\n    i();\n  }\n}\n»\nint g() {\n}\n"),
-    ("c block: a header in each branch",
-     "/* f */\n«#ifdef A\nint f(int a) {\n#else\nint f(long a) {\n#endif\n  return a;\n}\n»\n"
-     "int g() {\n}\n"),
-    ("c block: a body's end in each branch",
-     "int f() {\n«#ifdef A\n  return 1;\n}\n#else\n  return 2;\n}\n#endif\n»int g() {\n}\n"),
-    ("c block: a cursor in a branch",
-     "int f() {\n#ifdef A\n  if (a) {\n«#else\n  if (b) {\n#endif\n    g();\n  }\n}\n»\n"
-     "int g() {\n}\n"),
-    ("csharp block: one brace in each branch",
-     "class A {\n  int F() {\n«#if A\n    if (a) {\n#else\n    if (b) {\n#endif\n    }\n  }\n»\n"
-     "  int G() {"),
-    ("dockerfile block: here-documents",
-     "FROM a\n«RUN <<-'EOF' cat && cat <<\"END\" > /x\na\n\n\tEOF\n\nb\nEND\nRUN <<X\n\nc\nX\n»\n"
-     "CMD d\n"),
-    ("dockerfile block: in a here-document", "FROM a\nRUN <<EOF\n«b\n\nc\nEOF\n»\nCMD d\n"),
-    ("makefile block: define in define",
-     "A = 1\n«override define B =\na\n\n define C\n\nc\nendef # C\n\nb # it's\nendef\nD = 2\n»\n"
-     "all: x\n"),
-    ("makefile block: in a define", "define A\n«a\n\nb\nendef\n»\nall: x\n"),
-    ("julia block: code", "function f(net)\n«  #= it's\n  end =#\n  for x in net\n    y = x'\n"
-                          "  end\nend\n»\nother()"),
-    ("elixir block: code",
-     "defmodule A do\n  def f(x) do\n«    if x, do: \"it's\", else: 'b'\n  end\n»\n  def other do"),
-    ("haskell block: equations",
-     "f :: Int -> Int\n«f n\n  | n > 0 = f' 'a'\n  | otherwise = 0 {- it's -}\n»\nother = 1"),
-]  # fmt: skip
-LONG = r'''
+CRLF = "sql block: CRLF, and no semicolon", "SELECT a\r\n«FROM b\r\n»\r\nSELECT 2\r\n"
+TEXTS = r'''
+=== java block: a member of a record
+record Point(int x, int y) {
+  double size() {
+«    return x + y;
+  }
+»
+  int z() {}
+=== java end: an infill
+class A {
+    int twice(int x) {
+        return «2 * x;»
+    }
+}‖
+    }
+}
+=== C# block: another name
+class A {
+  int F() {
+«    return 1;
+  }
+»
+  int G
+=== kotlin block: a method
+class A(val b: String) : Base() {
+  fun f(): Int {
+«    return xs.sumOf { it.net }
+  }
+»
+  fun g() {}
+=== kotlin block: when
+fun f(x: Int) = when (x) {
+«  1 -> "one"
+  else -> {
+    "many"
+  }
+}
+»
+fun g() {}
+=== kotlin block: a chain
+fun f() {}
+
+val names = users
+«  .map { it.name }
+  .sorted()
+»
+fun g() {}
+=== swift block: members
+struct A: Codable {
+  let id: Int
+«  let name: String
+
+  enum Keys: String {
+    case id
+  }
+}
+»
+func f() {}
+=== php block: without its opening tag
+function f($x) {
+«    return $x + 1;
+}
+»
+echo f(1);
+=== ruby block: a definition in one line
+class A
+  def a = 1
+  def b(x) = x
+
+  def c
+«    3
+  end
+»
+  def d
+=== ruby block: a script ends at a blank line
+# print it
+«each("a.txt") do |line|
+
+  puts line
+end
+»
+puts "done"
+=== ruby block: describe
+describe Account do
+  it "adds" do
+«    expect(2).to eq(2)
+  end
+»
+  it "fails" do
+=== ruby end: an infill
+def twice(x)
+  «2 * x»
+end
+puts‖
+end
+puts twice(2)
+=== lua block: an argument
+describe("f", function()
+  it("works", function()
+«    assert(f)
+  end)
+end)
+»
+describe("g", function()
+=== shell block: a script ends at a blank line
+# count lines
+«wc -l -- *.txt |
+    sort -n
+»
+echo ready
+=== sql block: a table
+CREATE TABLE bills (
+«  id integer,
+  note text DEFAULT ';'
+);
+»
+CREATE TABLE more (
+=== sql block: a statement up to a blank line
+SELECT «name, CASE WHEN total > 100 THEN 'a;b' ELSE 'it''s' END
+FROM customers -- it's
+ORDER BY total;
+»
+SELECT 1;
+=== html block: the innermost element
+<body>
+  <ul class="it's">
+    <li>One</li>
+«    <li>It's two <br> or <b>more</b></li>
+    <!-- </ul> -->
+  </ul>
+»  <p>Next</p>
+=== html end: an infill
+<table>
+  <tr>
+«    <td>a</td>
+»  </tr>
+  <tr>‖  </tr>
+  <tr>
+    <td>x</td>
+=== css block: a rule
+p { margin: 0; }
+.menu > li {
+«  color: red; /* } */
+  background: url(https://a.org/a;b.png) "}";
+}
+»
+.menu { }
+=== css block: the first rule
+/* links that were visited */
+«a:visited {
+  color: purple;
+}
+»
+b { }
+=== json block: the innermost object
+{
+  "name": "a",
+  "scripts": {
+«    "test": "echo \"}\"",
+    "build": "make {a,b}"
+  },
+»  "dependencies": {
+=== json block: the innermost array
+{
+  "files": [
+«    "a",
+    "b"
+  ],
+»  "more": 1
+=== json end: an infill of an array
+{
+  "a": [
+«    1,
+    2
+»  ],
+  "z": 2
+}‖  ],
+  "b": 2
+}
+=== json end: an infill
+{
+  "a": «1,
+  "b": 2»,
+  "c": 3‖,
+  "c": 3
+}
+=== yaml block: the innermost mapping
+services:
+  web:
+    image: nginx
+«    ports:
+      - "80:80"
+    command: echo it's "fine" # don't
+»  db:
+    image: postgres
+=== yaml block: a text in a block
+jobs:
+  test:
+    steps:
+«      - run: |
+          if true; then
+
+          echo "it's
+          fi
+        env: {A: "b: c"}
+      - name: two
+»  more: 1
+=== yaml block: up to the next document
+a:
+«  b: 1
+»---
+c: 1
+=== yaml block: top level ends at a blank line
+version: 3
+«name: test
+on: [push, "pull
+  request"]
+»
+jobs:
+=== dockerfile block: up to a blank line
+FROM debian:13
+«RUN apt-get update && \
+    # it's a comment
+
+    apt-get install -y curl "a b" && \
+    echo 'don'
+»
+CMD ["a"]
+=== markdown block: a paragraph
+# Use
+«It runs
+by `make`.
+»
+## More
+=== toml block: a table
+[package]
+«version = "0.1"
+text = """
+[x]
+
+it's"""
+»
+[dependencies]
+=== makefile block: a recipe
+all: a b
+«	cc -o it's a.c
+»
+clean:
+=== scala block: a method
+class Bill(val net: Int) {
+  def total() = {
+«    s"${net} }"
+  }
+»
+  def close() = {}
+=== scala block: a body below =
+def f(x: Int): Int =
+«  val y = g('{', '"', 'a)
+
+  y * 2
+end f
+»
+def h(x: Int) = 1
+
+=== scala block: behind =
+object X:
+  def f: Int = «1
+»
+  def g = 2
+
+=== scala block: branches of a script
+if x then
+«  g()
+
+  h()
+else if y then
+  k()
+else
+  z
+»
+h(1)
+
+=== scala block: an object
+object X:
+«  val y = 1
+
+  def f(x: Int) =
+    y
+»
+object Y:
+  val z = 1
+
+=== scala block: cases
+def f(x: Int): String = x match
+«  case 1 => "a"
+  case _ =>
+    try g()
+    finally h()
+»
+def z = 1
+
+=== scala block: the outer function
+object A:
+  private[a] def f(y: Int): Int =
+    def go(z: Int) =
+«      z
+    go(y)
+»
+  def g = 1
+
+=== scala block: a signature
+def f(
+«    x: Int,
+    y: Int
+): Int =
+  x + y
+»
+def g = 1
+
+=== scala block: an extension
+extension (x: Int)
+«  def f = x
+
+  def g =
+    1
+»
+@main def h() = 2
+
+=== scala block: an argument below a colon
+def f(xs: Xs) =
+«  xs.map: x =>
+    x + 1
+  .filter(
+    _ > 1
+
+  )
+»
+def g = 1
+
+=== scala block: a body without braces in braces
+class A {
+  def f(y: Int): Int =
+«    val z = y
+    z + y
+»
+  def g = {
+    1
+  }
+}
+
+=== scala block: a body in braces without braces around
+object A:
+  def f(y: Int) = {
+«    if (y > 1) {
+      1
+    } else {
+      2
+    }
+  }
+»
+  def g = 1
+
+=== scala block: else below a brace
+class A {
+  val x = if (a) {
+«    1
+  }
+  else {
+    2
+  }
+»
+  def g = 1
+}
+
+=== scala block: braces on lines of their own
+class A
+{
+  def f(): Int =
+«  {
+    1
+  }
+»
+  def g = 1
+}
+
+=== scala block: the first definition
+import a.b
+«
+object X:
+  def f = 1
+»
+object Y:
+
+=== scala block: a member
+object A:
+  /** Sum. */
+«  def f(x: Int): Int =
+    val y = 1
+
+    y
+»
+  def g = 1
+
+=== scala block: a helper
+def f(x: Int) =
+«  h(x)
+
+def h(x: Int) =
+  2
+»
+def g = 1
+
+=== dart block: a method
+class Bill {
+  int total(int net) {
+«    return """it's }""".length;
+  }
+»
+  int other() {}
+=== perl block: code
+sub total {
+«    my ($net) = @_;
+    return "it's }" if $net =~ /}/;
+}
+»
+sub other {
+=== r block: a function
+total <- function(net) {
+«  if (net > 0) {
+    "it's }" # }
+  }
+}
+»
+other <- 1
+=== zig block: a function of a type
+const Bill = struct {
+    fn total(net: u8) u8 {
+«        const a =
+            \\ it's "}
+        ;
+        return '}';
+    }
+»
+    fn other() void {}
+=== powershell block: code
+function Total($net) {
+«    <# it's } #>
+    if ($net) { 'C:\' }
+}
+»
+Total 1
+=== powershell block: backticks and here-strings
+function F {
+«  $a = "C:\Temp\"
+  $b = "`"}" + @"
+it's "x" } "@
+"@
+  $c = @'
+"} `
+'@
+}
+»
+F
+
+=== powershell block: a line that goes on
+$a = «Get-Item `
+  -Path b
+»$c = 1
+
+=== c block: one brace in each branch of a conditional
+int f() {
+«#ifdef A
+  if (a) {
+#elif B
+  if (b) {
+# if C
+    g(
+# else
+    h(
+# endif
+    1);
+#else
+  {
+#endif
+    i();
+  }
+}
+»
+int g() {
+}
+
+=== c block: a header in each branch
+/* f */
+«#ifdef A
+int f(int a) {
+#else
+int f(long a) {
+#endif
+  return a;
+}
+»
+int g() {
+}
+
+=== c block: a body's end in each branch
+int f() {
+«#ifdef A
+  return 1;
+}
+#else
+  return 2;
+}
+#endif
+»int g() {
+}
+
+=== c block: a cursor in a branch
+int f() {
+#ifdef A
+  if (a) {
+«#else
+  if (b) {
+#endif
+    g();
+  }
+}
+»
+int g() {
+}
+
+=== csharp block: one brace in each branch
+class A {
+  int F() {
+«#if A
+    if (a) {
+#else
+    if (b) {
+#endif
+    }
+  }
+»
+  int G() {
+=== dockerfile block: here-documents
+FROM a
+«RUN <<-'EOF' cat && cat <<"END" > /x
+a
+
+	EOF
+
+b
+END
+RUN <<X
+
+c
+X
+»
+CMD d
+
+=== dockerfile block: in a here-document
+FROM a
+RUN <<EOF
+«b
+
+c
+EOF
+»
+CMD d
+
+=== makefile block: define in define
+A = 1
+«override define B =
+a
+
+ define C
+
+c
+endef # C
+
+b # it's
+endef
+D = 2
+»
+all: x
+
+=== makefile block: in a define
+define A
+«a
+
+b
+endef
+»
+all: x
+
+=== julia block: code
+function f(net)
+«  #= it's
+  end =#
+  for x in net
+    y = x'
+  end
+end
+»
+other()
+=== elixir block: code
+defmodule A do
+  def f(x) do
+«    if x, do: "it's", else: 'b'
+  end
+»
+  def other do
+=== haskell block: equations
+f :: Int -> Int
+«f n
+  | n > 0 = f' 'a'
+  | otherwise = 0 {- it's -}
+»
+other = 1
 === java block: a method
 /**
  * A class of the bank's.
@@ -579,62 +1045,230 @@ CREATE TABLE x (a int);
 )
 
 
-@pytest.mark.parametrize("case", cases(ROWS, LONG), ids=title)
+@pytest.mark.parametrize("case", [CRLF, *cases(TEXTS)], ids=title)
 def test_ends(case: tuple[str, str]) -> None:
     check_case(case)
 
 
 # (language, prompt«gap»suffix): a model that runs on with the suffix.
-GAPS = [
-    # The suffix begins like something in the middle of a line, or at another indentation.
-    ("python", "def f(x):\n«    if x:\n        return 1\n    y = 2\n»    return y\n"),
-    ("java", "class A {\n  int f(int x) {\n«    // return 2 x\n    int y = x * 2;\n»    return y;\n"
-             "  }\n}\n"),
-    ("kotlin", "fun f(x: Int): Int {\n«    if (x < 0) return 0\n    val y = x * 2\n"
-               "»    return y\n}\n"),
-    ("shell", 'f() {\n«    if [ -z "$1" ]; then\n        return 1\n    fi\n    y=2\n'
-              '»    return 0\n}\n'),
-    ("ruby", "def index\n«  respond_to do |format|\n    format.html\n»    format.json { a }\n"
-             "  end\nend\n"),
-    ("yaml", "steps:\n«      - uses: checkout\n      - name: Set up\n»        uses: setup\n"),
-    # What follows the block that the gap begins with.
-    ("java", "class A {\n  void f() {\n«    if (x) {\n      throw e;\n    }\n    y = 2;\n"
-             "»    print(y);\n  }\n"),
-    ("ruby", "def f(x)\n«  unless x\n    a\n  end\n  y = 2\n»  puts y\nend\n"),
-    ("javascript", "function f(x) {\n«  if (x) {\n    a()\n  }\n  else {\n    b()\n  }\n"
-                   "  let y = 2\n»  print(y)\n}\n"),
-    ("python", "def f(x):\n«    for a in x:\n        b(a)\n    else:\n        c()\n    y = 2\n"
-               "»    print(y)\n"),
-    ("css", ".a {\n  color: red;\n}\n\n«.b {\n  color: blue;\n}\n.c {\n  margin: 0;\n}\n».d {\n"
-            "  margin: 1px;\n}\n"),
-    ("json", '{\n«  "name": "app",\n  "version": "1",\n»  "versions": []\n}\n'),
-    # Headers of closures and blocks with parameters.
-    ("ruby", "def a\n  xs.each «do |x|\n    puts x\n  end»\n  y\nend\n"),
-    ("swift", "func f() {\n    items.forEach { item in\n«        print(item)\n    }\n"
-              "»    done()\n}\n"),
-    # The cursor is in the brackets of a header.
-    ("shell", 'f() {\n    if [ -n «"$1" ]; then\n        echo 1\n    fi»\n    echo 2\n}\n'),
-    ("lua", "function f(t)\n  if check(«t) then\n    a()\n  end»\n  b()\nend\n"),
-    # Lines that go on.
-    ("java", "void f() {\n«  var names = users.stream()\n    .filter(u -> u.age > 18)\n"
-             "    .toList();\n»  f(names);\n"),
-    ("dockerfile", 'FROM a\nRUN apt-get update «&& \\\n    apt-get install -y curl»\n\n'
-                   'CMD ["x"]\n'),
-    # The suffix is outside of the block that the cursor is in.
-    ("java", "void f() {\n  if (x == null) {\n    throw new Illeg«alArgumentException();\n  }»\n"
-             "  h();\n}\n"),
-    ("cpp", "namespace a {\nvoid f() {\n    g(«1);\n}»\nvoid h() {\n}\n}\n"),
-    ("javascript", "switch (x) {\n  case 1:\n    a(«1);»\n  case 2:\n    b();\n}\n"),
-    ("scala", "object A:\n  def f(x: Expr[Int]) =\n«    '{ $x + g(1) }\n\n  def g(x: Int) =\n"
-              "    h(1)\n»  val y = 1\n"),
-    ("c", "int f() {\n  if (z) {\n«#if A\n  if (a) {\n#else\n  if (b) {\n#endif\n    g(1);\n  }\n"
-          "»  h(1);\n  }\n}\n"),
-    # Paragraphs.
-    ("markdown", "# A\n\n«First paragraph here.\n\nSecond one here.\n\n»## B\n\nText\n"),
-]  # fmt: skip
+GAPS = r"""
+=== python
+def f(x):
+«    if x:
+        return 1
+    y = 2
+»    return y
+
+=== java
+class A {
+  int f(int x) {
+«    // return 2 x
+    int y = x * 2;
+»    return y;
+  }
+}
+
+=== kotlin
+fun f(x: Int): Int {
+«    if (x < 0) return 0
+    val y = x * 2
+»    return y
+}
+
+=== shell
+f() {
+«    if [ -z "$1" ]; then
+        return 1
+    fi
+    y=2
+»    return 0
+}
+
+=== ruby
+def index
+«  respond_to do |format|
+    format.html
+»    format.json { a }
+  end
+end
+
+=== yaml
+steps:
+«      - uses: checkout
+      - name: Set up
+»        uses: setup
+
+=== java
+class A {
+  void f() {
+«    if (x) {
+      throw e;
+    }
+    y = 2;
+»    print(y);
+  }
+
+=== ruby
+def f(x)
+«  unless x
+    a
+  end
+  y = 2
+»  puts y
+end
+
+=== javascript
+function f(x) {
+«  if (x) {
+    a()
+  }
+  else {
+    b()
+  }
+  let y = 2
+»  print(y)
+}
+
+=== python
+def f(x):
+«    for a in x:
+        b(a)
+    else:
+        c()
+    y = 2
+»    print(y)
+
+=== css
+.a {
+  color: red;
+}
+
+«.b {
+  color: blue;
+}
+.c {
+  margin: 0;
+}
+».d {
+  margin: 1px;
+}
+
+=== json
+{
+«  "name": "app",
+  "version": "1",
+»  "versions": []
+}
+
+=== ruby
+def a
+  xs.each «do |x|
+    puts x
+  end»
+  y
+end
+
+=== swift
+func f() {
+    items.forEach { item in
+«        print(item)
+    }
+»    done()
+}
+
+=== shell
+f() {
+    if [ -n «"$1" ]; then
+        echo 1
+    fi»
+    echo 2
+}
+
+=== lua
+function f(t)
+  if check(«t) then
+    a()
+  end»
+  b()
+end
+
+=== java
+void f() {
+«  var names = users.stream()
+    .filter(u -> u.age > 18)
+    .toList();
+»  f(names);
+
+=== dockerfile
+FROM a
+RUN apt-get update «&& \
+    apt-get install -y curl»
+
+CMD ["x"]
+
+=== java
+void f() {
+  if (x == null) {
+    throw new Illeg«alArgumentException();
+  }»
+  h();
+}
+
+=== cpp
+namespace a {
+void f() {
+    g(«1);
+}»
+void h() {
+}
+}
+
+=== javascript
+switch (x) {
+  case 1:
+    a(«1);»
+  case 2:
+    b();
+}
+
+=== scala
+object A:
+  def f(x: Expr[Int]) =
+«    '{ $x + g(1) }
+
+  def g(x: Int) =
+    h(1)
+»  val y = 1
+
+=== c
+int f() {
+  if (z) {
+«#if A
+  if (a) {
+#else
+  if (b) {
+#endif
+    g(1);
+  }
+»  h(1);
+  }
+}
+
+=== markdown
+# A
+
+«First paragraph here.
+
+Second one here.
+
+»## B
+
+Text
+
+"""
 
 
-@pytest.mark.parametrize(("language", "text"), GAPS)
+@pytest.mark.parametrize(("language", "text"), cases(GAPS))
 def test_gaps(language: str, text: str) -> None:
     prompt, gap, suffix = text.replace("»", "«").split("«")
     for pieces in ([gap + suffix], list(gap + suffix)):
@@ -644,32 +1278,29 @@ def test_gaps(language: str, text: str) -> None:
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_an_instruction_about_each_language(language: str) -> None:
     """Its answer is code alone, in any language, even between fences of shells."""
-    sent = prepare(
-        {"language": language, "prompt": "x\n", "instruction": "y"}, "instruct", 1000, 3.0
-    )
-    asked, begun = sent.body["messages"]
-    assert (asked["content"], begun["content"]) == (
-        f"y\n\n```{language}\nx\n```",
-        f"```{language}\n",
-    )
+    asked = {"language": language, "prompt": "x\n", "instruction": "y"}
+    question, begun = prepare(asked, "instruct", 1000, 3.0).body["messages"]
+    assert question["content"] == f"y\n\n```{language}\nx\n```"
+    assert begun["content"] == f"```{language}\n"
     before = f"Here:\n```{language}\n"
-    check("instruct", language, "", "", f"{before}x\n```\n", ("x\n", "stop"), len(before))
+    chat = "instruct", language, "", "", "auto"
+    check(chat, f"{before}x\n```\n", ("x\n", "stop"), len(before))
 
 
 def test_an_instruction_about_a_text_with_fences() -> None:
     """Its answer does not end at the first of them."""
     text = "# Use\n\n```\nmake run\n```\n\nThe `x` is below.\n\n```\nx\n```\nEnd.\n"
-    sent = prepare(
-        {"language": "markdown", "prompt": text, "instruction": "y"}, "instruct", 1000, 3.0
-    )
-    asked, begun = sent.body["messages"]
-    assert asked["content"] == f"y\n\n````markdown\n{text}````"
-    check("instruct", "markdown", begun["content"], "", f"{text}````\nThat is it.", (text, "stop"))
+    asked = {"language": "markdown", "prompt": text, "instruction": "y"}
+    question, begun = prepare(asked, "instruct", 1000, 3.0).body["messages"]
+    assert question["content"] == f"y\n\n````markdown\n{text}````"
+    chat = "instruct", "markdown", begun["content"], "", "auto"
+    check(chat, f"{text}````\nThat is it.", (text, "stop"))
 
 
 # --------------------------------------------------------------------------------------- real files
 
-FILES, CUTS, MAX_FILE_BYTES = 40, 10, 60_000
+FILES, CUTS = 40, 10
+MAX_FILE_BYTES = 60_000
 REST_CHARS = 6000  # that a model would write behind a cut
 
 
@@ -687,7 +1318,9 @@ def cuts(
             place = chance.randrange(len(text))
             line = text.rfind("\n", 0, place) + 1
             # Indentation that is typed already is not sent again, so the end would be elsewhere.
-            yield path, text, place if text[line:place].strip() else line, peer
+            if not text[line:place].strip():
+                place = line
+            yield path, text, place, peer
         chosen += 1
         if chosen == FILES:
             return
@@ -697,11 +1330,11 @@ def cuts(
 OFTEN = ("python", "javascript", "typescript", "rust", "c", "cpp", "go")
 
 
+SELDOM = [pytest.param(name, marks=pytest.mark.nightly) for name in LANGUAGES if name not in OFTEN]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "language",
-    [pytest.param(name, marks=() if name in OFTEN else pytest.mark.nightly) for name in LANGUAGES],
-)
+@pytest.mark.parametrize("language", [*OFTEN, *SELDOM])
 def test_real_files(language: str) -> None:
     """Cut at random places, with the rest of the file as what a model writes: no end is inside a
     string or comment.
@@ -711,14 +1344,15 @@ def test_real_files(language: str) -> None:
     files = files_of([str(SOURCES)], language, 200, MAX_FILE_BYTES)
     if len(files) < 5:
         pytest.skip(f"only {len(files)} files of {language} in the sources that could be fetched")
-    ends, wrong = 0, []
+    ends = 0
+    wrong = []
     for path, text, place, peer in cuts(files, language, random.Random(language)):
-        out, reason = Ending("complete", language, text[:place], None, "auto").feed(
-            text[place : place + REST_CHARS]
-        )
+        ending = Ending("complete", language, text[:place], None, "auto")
+        out, reason = ending.feed(text[place : place + REST_CHARS])
         if reason == "block":
+            end = place + len(out)
             ends += 1
-            if peer.inside(place + len(out)):
-                wrong.append((path.name, place, text[place + len(out) - 80 : place + len(out)]))
+            if peer.inside(end):
+                wrong.append((path.name, place, text[end - 80 : end]))
     assert wrong == []
     assert ends >= 10, "hardly any completion ended"
