@@ -42,6 +42,7 @@ MEET_CHARS_BEFORE = 3000  # of the prompt's end, for lines like the suffix's fir
 GOAL_LINES = 40  # of the suffix, for the same
 
 Line = tuple[int, str]  # (indentation in columns, text without its white space)
+Found = list[tuple[int, int]]  # (lines of the goal above, where their first begins), longest first
 
 
 def line_of(line: str) -> Line:
@@ -110,8 +111,7 @@ class Meeting:
         self.search = Search(goal.first)  # in the line so far
         # Of the line end above, and of the line's characters that are not white space.
         self.places = [-1]
-        # (lines of the goal above, where their first begins), longest first.
-        self.found: list[tuple[int, int]] = []
+        self.found: Found = []
 
     def has_first(self) -> bool:
         """Whether the line so far is, or ends with, the first line of the goal."""
@@ -174,12 +174,12 @@ class Meeting:
         line += self.remark
         return self.indent == indent and line.startswith(self.line[: len(line)])
 
-    def _unfinished(self, agrees: Callable[[int], bool]) -> list[tuple[int, int]]:
+    def _unfinished(self, agrees: Callable[[int], bool]) -> Found:
         """Those of `found` whose next line agrees with the line so far."""
         most = len(self.goal.lines)
         return [(size, place) for size, place in self.found if size < most and agrees(size)]
 
-    def _matches(self, text: list[str], agrees: Callable[[int], bool]) -> list[tuple[int, int]]:
+    def _matches(self, text: list[str], agrees: Callable[[int], bool]) -> Found:
         """`found` with the line so far."""
         found = [(size + 1, place) for size, place in self._unfinished(agrees)]
         if self.has_first():
@@ -278,7 +278,9 @@ class Gap(Stage):
             self.end("block", self.enough)
         elif char not in "\r`":  # perhaps part of a line end that the suffix has, or of a fence
             place = meeting.held(self.text)
-            self.safe = max(self.safe, place if self.enough is None else min(place, self.enough))
+            if self.enough is not None:
+                place = min(place, self.enough)
+            self.safe = max(self.safe, place)
 
     def _read(self, char: str, begun: bool) -> None:
         """`begun`: some character of the line that is not white space has come before."""
@@ -324,8 +326,8 @@ class Gap(Stage):
         if end is not None:
             return self.cut(self.sent, max(end, self.sent))
         text = self.cut(0).rstrip(" \t")
-        newline = self.meeting.goal.whole and bool(text.strip()) and not text.endswith("\n")
-        return self.cut(self.sent) + "\n" * newline
+        lacks_end = text.strip() != "" and not text.endswith("\n")
+        return self.cut(self.sent) + "\n" * (self.meeting.goal.whole and lacks_end)
 
     def _end_of_rest(self, whole: bool) -> int | None:
         """Where a text ends that has not come to the suffix; None: all of it belongs to the gap."""
@@ -351,7 +353,8 @@ class GapOfLines(Gap):
         self.indent = scanner.indent  # of the line
         self.mark: int | None = None  # the end of the last line that is not blank
         # SQL: the suffix may be a new statement.
-        self.new = scanner.statements and not re.match(scanner.language.clauses, suffix.lstrip())
+        clause = re.match(scanner.language.clauses, suffix.lstrip())
+        self.new = scanner.statements and not clause
         self.inner = scanner.by_lines and typed and self.indent > self.below
         if below[1][0] in PAIRS and scanner.stack and not self.cursor.literal:
             self.inner = True

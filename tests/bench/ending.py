@@ -358,8 +358,8 @@ def measure(language: str, options: argparse.Namespace) -> dict[str, object]:
                         print(f"--- {language} {name} {result}\n{marked}")
                         print(f"  sent: {sent[-200:]!r}\n")
         other = source.text[source.lines[len(source.lines) // 2].start :][:MORE_CHARS]
-    found = {name: summary_of(pairs) for name, pairs in results.items() if pairs}
-    return {"language": language, **found}
+    names = sorted(results, key=lambda name: KINDS.index(name.partition("_")[0]))
+    return {"language": language, **{name: summary_of(results[name]) for name in names}}
 
 
 def main() -> None:
