@@ -279,9 +279,14 @@ class LineBlock(Block):
         super().__init__(scanner, prompt)
         self.scanner: LineScanner = scanner
         self.prompt = prompt
-        # What is completed; "" until a line shows which blocks are open. A "function" may have
-        # helpers, a "compound" statement of Python an `else`. A "member" of a class, a "statement"
-        # outside all blocks, a "script" up to its first definition. "closed": the line closes it.
+        # What is completed:
+        #   ""           not known until the first line shows which blocks are open
+        #   "function"   or another block, which `Helpers` may follow
+        #   "compound"   a statement of Python, which an `else` may follow
+        #   "member"     the next one of a class
+        #   "statement"  outside all blocks
+        #   "script"     lines outside all blocks, up to the first definition
+        #   "closed"     a block that ends with the line being read
         self.goal = ""
         self.base = -1  # lines that are indented deeper belong to the goal
         self.level = 0  # indentation of the line that begins
@@ -289,7 +294,7 @@ class LineBlock(Block):
         self.begun = False  # some line is code, and no decorator
         self.waiting = False  # the text since `mark` is a comment that waits for the next line
         language, head = self.language, scanner.head.strip()
-        if head and self.language.brackets:
+        if head and language.brackets:
             blocks = scanner.enclosing(scanner.indent)
             if self._begins_block(head):
                 blocks.append((scanner.indent, head))
@@ -406,8 +411,8 @@ class BracketBlock(Block):
 
     def __init__(self, scanner: Scanner, prompt: str) -> None:
         super().__init__(scanner, prompt)
-        # A "block", a "call" with a block among its arguments, a "statement" or a "directive"; "":
-        # it has not begun.
+        # What is completed: a "block", a "call" with a block among its arguments, a "statement" or
+        # a "directive"; "" if it has not begun.
         self.goal = ""
         self.depth = 0  # the goal is complete when no more brackets are open
         self.clauses = False  # an `else` or the like may go on with it
@@ -601,9 +606,14 @@ class Fences(Stage):
     def __init__(self, language: Language | None, begun: str) -> None:
         super().__init__()
         self.language = language
-        # Before the block: "blank", if only blank lines have come, "headed", if only comments or
-        # headings, or "chatter". "thinking"; "beside", in a block that is not the code. In the
-        # block: "opened", if no line of it has come, or "inside".
+        # Where the answer is:
+        #   "blank"     before the block, nothing but blank lines has come
+        #   "headed"    before it, nothing but comments or headings
+        #   "chatter"   before it, below another line
+        #   "thinking"  in the model's thoughts
+        #   "beside"    in a block that is not the code
+        #   "opened"    in the block, above its first line
+        #   "inside"    in the block
         self.state = "blank"
         self.fenced = Fenced(scanner_of(language) if language else None)
         self.beside: tuple[str, int] | None = None  # the first block beside it, and its `start`
