@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import sys
 
-# noqa: UP036 (Debian 11 has 3.9, which fails less clearly at an import below)
 if sys.version_info < (3, 11):
     print("cm4d.py: expected Python 3.11 or newer, got", sys.version.split()[0], file=sys.stderr)
     sys.exit(2)
@@ -79,14 +78,24 @@ from cerebrum.pi import dialects, upstream
 from cerebrum.pi.backend import Backend
 from cerebrum.pi.breaker import BREAKER_OPEN, BREAKER_STATES
 from cerebrum.pi.broadcast import Broadcasts, Subscriber
-from cerebrum.pi.completion import NOTHING_SENT, RETRIED, Attempt, Completion
+from cerebrum.pi.completion import (
+    DEFAULT_TOKENS,
+    MAX_TOKENS,
+    NOTHING_SENT,
+    PREEMPTED,
+    RETRIED,
+    Attempt,
+    Completion,
+    CompletionRequest,
+    Pair,
+    read_text,
+)
 from cerebrum.pi.confidence import shown
 from cerebrum.pi.counting import ACCEPTED, Counting
-from cerebrum.pi.dialects import PREEMPTED, CompletionRequest
 from cerebrum.pi.dispatcher import Dispatcher
 from cerebrum.pi.fleet import Fleet
 from cerebrum.pi.page import page_of
-from cerebrum.pi.upstream import BackendConfig, Loop, Pair
+from cerebrum.pi.upstream import BackendConfig, Loop
 from cerebrum.service import Service, make_parser, prompt_of, set_up_logging
 from cerebrum.settings import Client, ConfigError, Environment, load_catalog, read_environment
 from cerebrum.text.languages import BY_NAME, LANGUAGES, guess_language
@@ -200,7 +209,7 @@ def load_config(environ: Environment) -> Config:
 FIELDS = {
     "prompt": Field(str, 1, required=True),
     "language": Field(str, 1, required=True),
-    "max_tokens": Field(int, 1, dialects.MAX_TOKENS, dialects.DEFAULT_TOKENS),
+    "max_tokens": Field(int, 1, MAX_TOKENS, DEFAULT_TOKENS),
     "temperature": Field(float, 0, 1, 0.4),
     "top_p": Field(float, 0, 1, above_low=True),
     "seed": Field(int, 0, 2**32 - 2),
@@ -521,7 +530,7 @@ async def collect(pairs: AsyncGenerator[Pair, None]) -> tuple[dict[str, Any], st
                 texts.append(value)
             elif kind == "done":
                 result = value
-    return begun, upstream.read_text(b"".join(texts)), result
+    return begun, read_text(b"".join(texts)), result
 
 
 async def page(gateway: Gateway, request: Request) -> Response:
@@ -613,11 +622,7 @@ async def tokenize(gateway: Gateway, request: Request) -> Response:
     """POST /tokenize: a text's tokens, in the model that answers a request without a model name."""
     fields = read_fields(dialects.present(parse_json(request.body)), dialects.TOKENIZE)
     model = gateway.fleet.route({})
-    having = [
-        one
-        for one in gateway.fleet.backends
-        if one.has(model) and (not one.api or one.api.tokenize)
-    ]
+    having = [one for one in gateway.fleet.backends if one.has(model) and one.kind.tokenize_path]
     fault = HttpError(
         "VPS_UNAVAILABLE",
         BREAKER_OPEN if having else "expected a backend that counts tokens, got none",
@@ -922,7 +927,7 @@ async def serve(environ: Environment, config: Config) -> int:
     failed = await service.run(asyncio.create_task(gateway.fleet.probe_forever(gateway.probed)))
     await server.stop(DRAIN_SECONDS)
     for backend in gateway.fleet.backends:
-        backend.upstream.close()
+        backend.kind.client.close()
     return int(failed)  # systemd restarts the daemon after a 1
 
 

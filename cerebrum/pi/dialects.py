@@ -1,10 +1,7 @@
-"""Other people's dialects: OpenAI's API and llama.cpp's, as editors and tools speak them, and as
-other engines do.
+"""Other people's dialects: OpenAI's API and llama.cpp's, as editors and tools speak them.
 
 A `Dialect` reads a client's request into a `CompletionRequest`, with fields like those of our own
-API, and writes the answer in the client's format (`Reply`), whole or as a stream. For a backend it
-writes the fields of vpsd's request as the engine's; `read_engine_event` and its neighbours read
-what the engine answers.
+API, and writes the answer in the client's format (`Reply`), whole or as a stream.
 
     >>> body = {"input_prefix": "def add(a, b):\\n", "prompt": "    return ", "input_suffix": "\\n"}
     >>> request = INFILL.read(body)
@@ -16,30 +13,27 @@ what the engine answers.
 
 Clients' requests are read leniently: unknown fields are ignored, a null field counts as absent, a
 limit above ours is lowered, and of several completions the first is returned. HttpError 400 names a
-field that cannot be served. From an engine, only members of the right type count; the rest is
-absent.
+field that cannot be served.
 
 Pure: no socket, no clock, no state. Standard library only. The formats come from the clients'
 sources (llama.vim, llama.vscode, Zed, Continue, minuet, codecompanion, Tabby, the openai packages),
-from the documentation of OpenAI, llama-server, vLLM, SGLang, TGI and Ollama, and from the answers
-of llama-server and of llama-cpp-python's server.
+and from the documentation of OpenAI, llama-server and Ollama.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cerebrum.fields import Field, members_of, read_fields, read_object, read_objects, wrong
-from cerebrum.text.prompt import arrange_gap
+from cerebrum.fields import Field, read_fields, read_object, read_objects, wrong
+from cerebrum.pi.completion import CUT, DEFAULT_TOKENS, MAX_TOKENS, CompletionRequest
 from cerebrum_common import SUGGEST, HttpError, compact, sse_block
 
 # ----------------------------------------------------------------------------------------- requests
 
-MAX_TOKENS, DEFAULT_TOKENS = 2048, 512  # of a completion; a limit above MAX_TOKENS is lowered to it
 # beside the names of special tokens; OpenAI allows 4, Continue sends about 20 with these names
 MAX_STOPS = 16
 MAX_EXTRAS = 256  # texts of other files; llama.vim sends 16
@@ -82,38 +76,6 @@ EXTRA = {"filename": FILE_NAME, "text": TEXT}
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 MESSAGE = {"role": Field(str, required=True, choices=tuple(ROLES))}
 STREAM_OPTIONS = {"include_usage": FLAG}
-
-
-@dataclass(frozen=True, slots=True)
-class CompletionRequest:
-    """What a client asks for, in a dialect or by our own API. Nobody changes it.
-
-    `fields` has the applicable fields of our own API, `messages` ([{"role", "content"}]), `extra`
-    ([{"filename", "text"}]), `indent` (characters), `prompt_ms` and `predict_ms` (0: no limit).
-    """
-
-    kind: str  # "infill", "completion" or "chat"; "" for our own API
-    fields: dict[str, Any]
-    stream: bool = False
-    usage: bool = False  # the stream ends with token counts
-    caching: bool = False  # the client accepts the text of an earlier completion
-    only: tuple[str, ...] | None = (
-        None  # the members of the answer that the client wants; None: all
-    )
-    client: str = ""  # the name of the client's key, or else its address
-    guest: int = 0  # the most places of a client that gets only what the others leave; 0: no guest
-    session: str = ""  # unique across clients; "" without one
-    limit: float = math.inf  # bytes of text events that the client can take
-    # nobody waits: a backend reads the prompt into its cache when it has nothing else to do
-    ahead: bool = False
-
-    @property
-    def file(self) -> str:
-        """A name for the session, or else for the file, in a dialect together with its client. The
-        backend that last served it probably has the beginning of the prompt in its cache.
-        """
-        filename = self.fields.get("filename") or ""
-        return self.session or (f"{self.client} {filename}" if self.kind else filename)
 
 
 LONE = re.compile(
@@ -405,8 +367,6 @@ def read_chat(members: Mapping[str, Any]) -> CompletionRequest:
 
 # A native token event, as cm4d relays it. Its JSON string goes into other events unchanged.
 TOKEN_TEXT = re.compile(rb'data: \{"token": ("(?:[^"\\]|\\.)*+"), "total_tokens": [0-9]+\}\n\n')
-PREEMPTED = "preempted"  # a guest's completion has made room for somebody else's
-CUT = frozenset({"replaced", PREEMPTED})  # finish reasons of a text that ends wherever it was
 SLOT = "\x00"  # placeholder for this string; no id or name has this character
 
 
@@ -617,249 +577,21 @@ def write_props(model_id: str, n_ctx: int, places: int) -> dict[str, Any]:
     }
 
 
-# ----------------------------------------------------------------------------- asking other engines
-
-MAX_N_CTX = 10**7  # tokens; the longest contexts have a million
-LENGTH, N_CTX = (
-    Field(int, 1, MAX_N_CTX),
-    Field(int, 128, MAX_N_CTX),
-)  # of a prompt and of a context, in tokens
-OPENAI_STOPS = 4  # OpenAI refuses a fifth; the Pi looks for all of them itself
-LLAMA_MORE = {
-    "timings_per_token": True,
-    "return_progress": True,
-}  # counts even if we hang up, and signs of life
-# Without this list, the last event would include the whole prompt, and might be longer than we
-# accept.
-LLAMA_LAST = ["content", "stop", "stop_type", "tokens_evaluated", "tokens_predicted", "timings"]
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """A request to a backend. `fields` are those of vpsd's `POST /v1/inference/stream`."""
-
-    fields: Mapping[str, Any]
-    model: str  # the backend's name for the model
-    fim: Sequence[str] = ()  # the model's marks, if the prompt is to be written with them
-    layout: str = "psm"  # their order, see `arrange_gap`
-    room: int = MAX_TOKENS  # tokens left in the context for the answer
-
-
-def write_sampling(wanted: Wanted, limit: str, most_stops: int | None = None) -> dict[str, Any]:
-    """The members that every request has. `limit` is the engine's name for the maximum number of
-    tokens.
-    """
-    fields = wanted.fields
-    given = {name: fields[name] for name in ("temperature", "top_p", "seed") if name in fields}
-    if given.get("top_p", 0) >= 1:
-        del given["top_p"]  # 1 leaves all tokens; TGI refuses 1
-    if stops := fields.get(
-        "stop"
-    ):  # some engines refuse an empty list; in others it replaces the model's own stops
-        given["stop"] = stops[:most_stops]
-    return {
-        "model": wanted.model,
-        "stream": True,
-        limit: min(fields["max_tokens"], max(1, wanted.room)),
-        **given,
-    }
-
-
-def write_openai(wanted: Wanted) -> dict[str, Any]:
-    """The members of both of OpenAI's requests."""
-    return write_sampling(wanted, "max_tokens", OPENAI_STOPS) | {
-        "stream_options": {"include_usage": True}
-    }
-
-
-def write_files(fields: Mapping[str, Any]) -> str:
-    """Other files' texts, which precede the file itself."""
-    return "".join(f"{entry['text'].rstrip(chr(10))}\n" for entry in fields.get("extra", ()))
-
-
-def write_text_completion(wanted: Wanted) -> dict[str, Any]:
-    """POST /v1/completions. A gap is written with the model's marks, or as `suffix` if the model
-    has none.
-    """
-    fields, members = wanted.fields, write_openai(wanted)
-    text, suffix = fields["prompt"], fields.get("suffix")
-    if suffix is not None and wanted.fim:
-        text = "".join(arrange_gap(wanted.layout, wanted.fim, text, suffix))
-    elif suffix is not None:
-        members["suffix"] = suffix
-    return members | {"prompt": write_files(fields) + text}
-
-
-def write_chat(wanted: Wanted) -> dict[str, Any]:
-    """POST /v1/chat/completions. The beginning that we write for the answer to an instruction is
-    left out: many engines would not continue it.
-    """
-    messages = wanted.fields["messages"]
-    begun = wanted.fields["mode"] == "instruct" and messages[-1]["role"] == "assistant"
-    return write_openai(wanted) | {"messages": messages[:-1] if begun else messages}
-
-
-def write_llama(wanted: Wanted) -> dict[str, Any]:
-    """POST /completion, or POST /infill for a gap."""
-    fields, members = wanted.fields, write_sampling(wanted, "n_predict") | LLAMA_MORE
-    members |= {"cache_prompt": True, "response_fields": LLAMA_LAST}
-    if "suffix" not in fields:
-        return members | {"prompt": write_files(fields) + fields["prompt"]}
-    gap = {"input_prefix": fields["prompt"], "input_suffix": fields["suffix"], "prompt": ""}
-    return members | gap | {"input_extra": list(fields.get("extra", ()))}
-
-
-def text_of(value: Any) -> str:
-    return value if isinstance(value, str) else ""
-
-
-FINISH_REASONS = {
-    "length": "length",
-    "limit": "length",
-    "content_filter": "length",
-    "error": "error",
-    "abort": "error",
-}
-
-
-def read_engine_event(members: Mapping[str, Any]) -> tuple[str, str | None]:
-    """(text, reason) of an event of OpenAI's two calls or of llama-server's own. The reason is None
-    before the end of the text, then "stop", "length", or "error" if the text is incomplete. A
-    model's thoughts are not part of the text.
-    """
-    choices = members.get("choices")
-    choice = members_of(choices[0]) if isinstance(choices, list) and choices else members
-    delta = members_of(choice.get("delta", choice.get("message", choice)))
-    reason = text_of(choice.get("finish_reason"))
-    if choice.get("stop") is True:  # the last event of llama-server
-        reason = text_of(choice.get("stop_type")) or "stop"
-    text = text_of(choice.get("text")) or text_of(delta.get("content"))
-    return text, FINISH_REASONS.get(reason, "stop") if reason else None
-
-
-MILLISECONDS = Field(float, 0, 10**12)
-COUNTS = frozenset(
-    ("usage", "timings", "tokens_predicted")
-)  # an event with one of these reports counts
-
-
-def read_counts(members: Mapping[str, Any]) -> dict[str, Any]:
-    """The counts in an event, not yet checked, under the names of our own done event: from OpenAI's
-    `usage`, llama-server's `timings`, and the numbers beside them.
-    """
-    used, timed = members_of(members.get("usage")), members_of(members.get("timings"))
-    cached, read = timed.get("cache_n"), timed.get("prompt_n")
-    whole = cached + read if type(cached) is type(read) is int else None
-    counts = {
-        "prompt_tokens": members.get("tokens_evaluated", used.get("prompt_tokens", whole)),
-        "total_tokens": members.get(
-            "tokens_predicted", used.get("completion_tokens", timed.get("predicted_n"))
-        ),
-        "cached_tokens": members_of(used.get("prompt_tokens_details")).get("cached_tokens", cached),
-        "tokens_per_second": timed.get("predicted_per_second"),
-        "draft_tokens": timed.get("draft_n"),
-        "accepted_tokens": timed.get("draft_n_accepted"),
-    }
-    if MILLISECONDS.accepts(timed.get("prompt_ms")):
-        counts["ttft"] = timed["prompt_ms"] / 1000
-    return {name: value for name, value in counts.items() if value is not None}
-
-
-def read_listed(members: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The names in OpenAI's list of models, each with its `n_ctx` if the engine reports one. Such
-    an engine has its model in memory as long as it runs, and does not say so.
-
-    >>> read_listed({"data": [{"id": "org/Qwen2.5-Coder-7B", "max_model_len": 8192}, {"id":
-    "other"}]}) {'org/Qwen2.5-Coder-7B': {'loaded': True, 'n_ctx': 8192}, 'other': {'loaded': True}}
-    """
-    listed: dict[str, dict[str, Any]] = {}
-    entries = members.get("data")
-    for entry in entries if isinstance(entries, list) else []:
-        if isinstance(entry, dict) and isinstance(entry.get("id"), str):
-            n_ctx = entry.get("max_model_len")  # of vLLM and SGLang; Ray has it in `metadata`
-            n_ctx = n_ctx or members_of(entry.get("metadata")).get("max_request_context_length")
-            listed[entry["id"]] = {"loaded": True} | (
-                {"n_ctx": n_ctx} if N_CTX.accepts(n_ctx) else {}
-            )
-    return listed
-
-
-def read_props(members: Mapping[str, Any]) -> dict[str, Any]:
-    """The `n_ctx` of one slot, from llama-server's /props."""
-    n_ctx = members_of(members.get("default_generation_settings")).get("n_ctx")
-    return {"n_ctx": n_ctx} if N_CTX.accepts(n_ctx) else {}
-
-
-# OpenAI's and vLLM's sentences. Their count of the prompt is ignored: later vLLMs stop counting at
-# the first token that does not fit.
-OVERFLOW = re.compile(
-    r"(?:context length is (?:only )?(?=\d+ tokens)|greater than max_model_len=)(\d{1,8})\b"
-)
-
-
-def read_overflow(error: Any) -> dict[str, int] | None:
-    """Parse an engine's `error`. If the error says that the prompt is too long: the given ones of
-    {"n_ctx", "prompt_tokens"}, else None. llama-server sends members; OpenAI and vLLM send a
-    sentence, which may be misread.
-    """
-    members = members_of(error)
-    sentence = OVERFLOW.search(text_of(members.get("message", error)))
-    n_ctx, counted = (
-        members.get("n_ctx", int(sentence[1]) if sentence else 0),
-        members.get("n_prompt_tokens"),
-    )
-    lengths = {"n_ctx": n_ctx} if N_CTX.accepts(n_ctx) else {}
-    if not lengths and "context_length_exceeded" not in (
-        members.get("code"),
-        members.get("type"),
-    ):  # OpenAI's code
-        return None
-    return lengths | ({"prompt_tokens": counted} if LENGTH.accepts(counted) else {})
-
-
 # ------------------------------------------------------------------------------------- the dialects
 
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """One kind of request, in both directions. An engine is asked at the first of `paths`; clients
-    use all of them.
-    """
+    """One kind of request that clients send."""
 
     paths: tuple[str, ...]
     read: Callable[[Mapping[str, Any]], CompletionRequest]
     reply: type[Reply]
-    write: Callable[[Wanted], dict[str, Any]]
 
 
 # Some clients put /v1 before their paths only if the user's URL ends with /v1.
-OPENAI_TEXT = Dialect(
-    ("/v1/completions", "/completions"), read_completion, Reply, write_text_completion
-)
-OPENAI_CHAT = Dialect(
-    ("/v1/chat/completions", "/chat/completions"), read_chat, ChatReply, write_chat
-)
-COMPLETION = Dialect(("/completion",), read_completion, LlamaReply, write_llama)
-INFILL = Dialect(("/infill",), read_infill, LlamaReply, write_llama)
+OPENAI_TEXT = Dialect(("/v1/completions", "/completions"), read_completion, Reply)
+OPENAI_CHAT = Dialect(("/v1/chat/completions", "/chat/completions"), read_chat, ChatReply)
+COMPLETION = Dialect(("/completion",), read_completion, LlamaReply)
+INFILL = Dialect(("/infill",), read_infill, LlamaReply)
 DIALECTS = (OPENAI_TEXT, OPENAI_CHAT, COMPLETION, INFILL)
-
-
-@dataclass(frozen=True, slots=True)
-class Api:
-    """The calls of another kind of engine."""
-
-    complete: Dialect
-    infill: Dialect
-    chat: Dialect
-    health: str  # shows without cost that the engine is up
-    props: str = ""  # reports the context's length
-    tokenize: str = ""
-    warms: bool = False  # reading a prompt ahead costs nothing
-
-
-LLAMA_CHAT = replace(OPENAI_CHAT, write=lambda wanted: write_chat(wanted) | LLAMA_MORE)
-# An `openai` backend may charge for each token, or count each request.
-APIS = {
-    "llama.cpp": Api(COMPLETION, INFILL, LLAMA_CHAT, "/health", "/props", "/tokenize", warms=True),
-    "openai": Api(OPENAI_TEXT, OPENAI_TEXT, OPENAI_CHAT, "/v1/models"),
-}

@@ -19,8 +19,14 @@ from typing import Any
 from cerebrum.fields import describe
 from cerebrum.pi.backend import Backend
 from cerebrum.pi.breaker import BREAKER_OPEN, NEVER_ASKED
-from cerebrum.pi.completion import SUPERSEDED, WITHOUT_MODEL, Attempt, Completion
-from cerebrum.pi.dialects import PREEMPTED, CompletionRequest
+from cerebrum.pi.completion import (
+    PREEMPTED,
+    SUPERSEDED,
+    WITHOUT_MODEL,
+    Attempt,
+    Completion,
+    CompletionRequest,
+)
 from cerebrum.pi.fleet import Fleet, Options
 from cerebrum_common import HttpError, internal_error, log
 
@@ -129,7 +135,7 @@ def decide(state: State, completion: Completion, now: float) -> Decision:
     ]
     # 3. Reading ahead must cost nothing, and nobody may wait for a place meanwhile.
     if request.ahead:
-        able = [backend for backend in able if backend.reads_ahead]
+        able = [backend for backend in able if backend.kind.reads_ahead]
         if not able or state.line:
             return Wait(math.inf) if able else nobody(state.fleet, options)
     # 4. May any of them be asked? Those in trouble only if there are no others. A trial's end is

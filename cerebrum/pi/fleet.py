@@ -85,7 +85,7 @@ class Fleet:
         self.backends, self._catalog, self._prefer = backends, catalog, prefer
         for backend in removed:
             backend.wake.set()  # ends its probing
-            backend.upstream.close()
+            backend.kind.client.close()
         self._replaced.set()
 
     # State.
@@ -187,5 +187,7 @@ class Fleet:
             )
         options = [(id, [backend for backend in self.backends if backend.has(id)]) for id in ids]
         if not any(having for _, having in options):  # vpsd says what is missing, and how to get it
-            options = [(ids[0], [backend for backend in self.backends if backend.api is None])]
+            options = [
+                (ids[0], [backend for backend in self.backends if backend.kind.takes_our_ids])
+            ]
         return options

@@ -21,13 +21,22 @@ from harness import SHIPPED, until
 from scripted import CHUNKED, HANG, RESET, Backend, answer, backend_at, chunk, head, pi_for
 
 from cerebrum import pi as pi_package
-from cerebrum.pi import backend as pi_backend
-from cerebrum.pi import engines, upstream
+from cerebrum.pi import engines
 from cerebrum.pi import fleet as pi_fleet
 from cerebrum.pi.backend import find_models
-from cerebrum.pi.dialects import APIS, OPENAI_TEXT, Wanted, read_overflow, read_props
-from cerebrum.pi.engines import NEAR_CHARS, Translator, end_of
-from cerebrum.pi.upstream import BackendFailure, Endpoint, Events, engine_refusal, read_backends
+from cerebrum.pi.completion import read_text
+from cerebrum.pi.engines import (
+    NEAR_CHARS,
+    Engine,
+    LlamaServer,
+    OpenAI,
+    Translator,
+    end_of,
+    read_overflow,
+    read_props,
+)
+from cerebrum.pi.kind import Wanted
+from cerebrum.pi.upstream import BackendConfig, BackendFailure, Endpoint, parse_url, read_backends
 from cerebrum.settings import ConfigError, Environment
 from cerebrum.text.ending import Ending
 from cerebrum_common import HttpError, Model
@@ -48,7 +57,7 @@ def test_the_examples_of_a_module_are_true(name: str) -> None:
 ATTIC = {"id": "attic", "url": "http://100.64.0.1:9000"}
 
 
-def read(*tables: Any, **variables: str) -> tuple[upstream.BackendConfig, ...]:
+def read(*tables: Any, **variables: str) -> tuple[BackendConfig, ...]:
     return read_backends(tables, Environment(variables), 3)
 
 
@@ -180,35 +189,34 @@ LLAMA_GAP = {
     "prompt": "",
     "input_extra": GAP["extra"],
 }
+TEXT_PATH, CHAT_PATH = "/v1/completions", "/v1/chat/completions"
+MARKED = f"import os\n{FIM[0]}x ={FIM[1]}\ny{FIM[2]}"
+# The engine, the fields, the model's marks, and the path and the body that ask for them.
 REQUESTS = [
-    ("openai", "complete", ASKED, FIM, OPENAI | {"prompt": "x ="}),
-    ("openai", "complete", PLAIN, FIM, UNSTOPPED | {"prompt": "x ="}),
-    (
-        "openai",
-        "infill",
-        GAP,
-        FIM,
-        OPENAI | {"prompt": f"import os\n{FIM[0]}x ={FIM[1]}\ny{FIM[2]}"},
-    ),
-    ("openai", "infill", GAP, (), OPENAI | {"prompt": "import os\nx =", "suffix": "\ny"}),
-    ("openai", "chat", INSTRUCT, FIM, OPENAI | SAMPLED | {"messages": SAID[:1]}),
-    ("openai", "chat", CHAT, FIM, OPENAI | SAMPLED | {"messages": SAID}),
-    ("llama.cpp", "complete", ASKED, FIM, LLAMA | {"prompt": "x ="}),
-    ("llama.cpp", "infill", GAP, FIM, LLAMA | LLAMA_GAP),
-    ("llama.cpp", "chat", INSTRUCT, FIM, OPENAI | LIVE | SAMPLED | {"messages": SAID[:1]}),
+    (OpenAI, ASKED, FIM, TEXT_PATH, OPENAI | {"prompt": "x ="}),
+    (OpenAI, PLAIN, FIM, TEXT_PATH, UNSTOPPED | {"prompt": "x ="}),
+    (OpenAI, GAP, FIM, TEXT_PATH, OPENAI | {"prompt": MARKED}),
+    (OpenAI, GAP, (), TEXT_PATH, OPENAI | {"prompt": "import os\nx =", "suffix": "\ny"}),
+    (OpenAI, INSTRUCT, FIM, CHAT_PATH, OPENAI | SAMPLED | {"messages": SAID[:1]}),
+    (OpenAI, CHAT, FIM, CHAT_PATH, OPENAI | SAMPLED | {"messages": SAID}),
+    (LlamaServer, ASKED, FIM, "/completion", LLAMA | {"prompt": "x ="}),
+    (LlamaServer, GAP, FIM, "/infill", LLAMA | LLAMA_GAP),
+    (LlamaServer, INSTRUCT, FIM, CHAT_PATH, OPENAI | LIVE | SAMPLED | {"messages": SAID[:1]}),
 ]
+GPU = BackendConfig("gpu", parse_url("http://gpu", "url"), "openai", key_env="GPU_KEY")
 
 
-@pytest.mark.parametrize(("api", "kind", "asked", "fim", "body"), REQUESTS)
+@pytest.mark.parametrize(("engine", "asked", "marks", "path", "body"), REQUESTS)
 def test_what_an_engine_is_asked(
-    api: str, kind: str, asked: dict[str, Any], fim: Sequence[str], body: Any
+    engine: type[Engine], asked: dict[str, Any], marks: Sequence[str], path: str, body: Any
 ) -> None:
-    assert getattr(APIS[api], kind).write(Wanted(asked, "org/M", fim)) == body
+    assert engine(GPU, []).write(Wanted(asked, "org/M", marks)) == (path, body)
 
 
-def test_an_answer_must_fit_into_the_context() -> None:
-    assert OPENAI_TEXT.write(Wanted(ASKED, "m", room=50))["max_tokens"] == 50
-    assert OPENAI_TEXT.write(Wanted(ASKED, "m", room=-50))["max_tokens"] == 1
+@pytest.mark.parametrize(("room", "most"), [(50, 50), (-50, 1)])
+def test_an_answer_must_fit_into_the_context(room: int, most: int) -> None:
+    _, body = OpenAI(GPU, []).write(Wanted(ASKED, "m", room=room))
+    assert body["max_tokens"] == most
 
 
 LONG_MESSAGE = "This model's maximum context length is 512 tokens. However, you requested 900 tokens (800 in …)."
@@ -320,7 +328,7 @@ def test_the_length_of_the_context_in_props(told: Any, n_ctx: int) -> None:
 def test_a_refusal_of_an_engine(
     status: int, body: Any, code: str, says: str, counted: bool
 ) -> None:
-    error = engine_refusal(status, body.get("error"), "GPU_KEY")
+    error = OpenAI(GPU, []).refusal(status, body)
     assert (error.code, says in error.message, isinstance(error, BackendFailure)) == (
         code,
         True,
@@ -455,18 +463,17 @@ BASE = {"prompt": "x =", "mode": "complete"}
 def translate(name: str, cut: int) -> tuple[str, dict[str, Any]]:
     """The text and the result of a stream that is read in pieces of `cut` bytes."""
     asked, stream, _, _ = STREAMS[name]
-    translator, events = Translator(BASE | asked, []), Events()
-    pairs = []
+    translator, pairs = Translator(BASE | asked, []), list[Any]()
     for start in range(0, len(stream), cut):
-        pairs += translator.feed(events.feed(stream[start : start + cut]), 0.0)
+        pairs += translator.feed(stream[start : start + cut], 0.0)
     if not translator.done:
-        pairs += translator.feed(events.feed(b"\n\n"), 0.0)
+        pairs += translator.feed(b"\n\n", 0.0)
     if not translator.done:
         pairs.append(translator.end())
     (result,) = [value for kind, value in pairs if kind == "done"]
     assert pairs[-1] == ("done", result)
     assert {kind for kind, _ in pairs} <= {"text", "done"}
-    return upstream.read_text(b"".join(value for kind, value in pairs if kind == "text")), result
+    return read_text(b"".join(value for kind, value in pairs if kind == "text")), result
 
 
 @pytest.mark.parametrize("cut", [1, 7, 1 << 20])
@@ -702,18 +709,18 @@ async def test_what_follows_a_whole_text_is_not_waited_for(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
-    ("module", "script", "part"),
+    ("script", "part"),
     [
-        (pi_backend, [HANG], "did not answer in time"),
-        (pi_backend, [CHUNKED, HANG], "stopped in the middle of its answer"),
-        (engines, [CHUNKED, *ALIVE], "did not answer in time"),
+        ([HANG], "did not answer in time"),
+        ([CHUNKED, HANG], "stopped in the middle of its answer"),
+        ([CHUNKED, *ALIVE], "did not answer in time"),
     ],
 )
 async def test_an_engine_that_makes_no_progress_for_too_long_has_failed(
-    module: Any, script: list[Any], part: str, monkeypatch: pytest.MonkeyPatch
+    script: list[Any], part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engines, "ALIVE_SECONDS", 0.02)
-    monkeypatch.setattr(module, "READING_SECONDS", 0.1)
+    monkeypatch.setattr(engines, "ALIVE_SECONDS", 1.0)
+    monkeypatch.setattr(engines, "READING_SECONDS", 0.1)
     async with Backend([script], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
         assert part in (await pi.complete()).json["message"]
 
@@ -896,7 +903,7 @@ async def test_no_other_engine_gets_a_prompt_that_it_would_have_to_heal(
     layout: str, written: str
 ) -> None:
     async with Backend([VLLM], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
-        fim = pi.gateway.fleet.first.fim
+        fim = pi.gateway.fleet.first.kind.fim
         fim["qwen_0_5b"] = replace(
             fim["qwen_0_5b"], fim=("<pre>", "<suf>", "<mid>"), fim_layout=layout
         )

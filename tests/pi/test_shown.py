@@ -12,8 +12,8 @@ from scripted import CHUNKED, HANG, Backend, Pi, chunk, event, pi_for, token
 from test_backends import LISTED, VLLM, engine
 from test_editors import data, infill, stats
 
+from cerebrum.pi.completion import read_text, text_event
 from cerebrum.pi.confidence import shown
-from cerebrum.pi.upstream import read_text, text_event
 from cerebrum.settings import load_catalog
 from cerebrum_common import threshold_of
 

@@ -37,14 +37,13 @@ from scripted import (
     pi_for,
 )
 
-from cerebrum.pi import breaker, upstream
+from cerebrum.pi import breaker, native, upstream
 from cerebrum.pi import fleet as pi_fleet
-from cerebrum.pi.backend import read_models
+from cerebrum.pi.native import MAX_MESSAGE_CHARACTERS, read_models
 from cerebrum.pi.upstream import (
     ENDED,
     EXPIRED,
     MAX_EVENT_BYTES,
-    MAX_MESSAGE_CHARACTERS,
     Answer,
     BackendFailure,
     Events,
@@ -350,7 +349,7 @@ async def test_a_spare_connection_that_the_backend_has_ended_or_written_to_is_no
         await until(lambda: backend.waiting)
         (writer,) = backend.waiting
         writer.write(last)
-        spare = pi.gateway.fleet.first.upstream._spare
+        spare = pi.gateway.fleet.first.kind.client._spare
         if closes:
             writer.close()
         await until(lambda: spare and (spare.end if closes else spare.unread))
@@ -379,7 +378,7 @@ async def test_a_spare_connection_that_closes_as_the_request_goes_out(
     monkeypatch: pytest.MonkeyPatch,
 ):
     """The request is sent again, once, and only if nobody can have had an answer."""
-    monkeypatch.setattr(upstream, "HEAD_SECONDS", 0.5)
+    monkeypatch.setattr(native, "BEGIN_SECONDS", 0.5)
     async with Backend([GOOD, fault, then]) as backend, pi_for(backend.port) as pi:
         assert (await pi.complete()).status == 200
         await until(lambda: backend.waiting)
@@ -561,7 +560,7 @@ LATE: list[tuple[list[Any], str]] = [
 async def test_a_head_must_come_before_the_deadline(
     script: list[Any], part: str, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(upstream, "HEAD_SECONDS", 0.15)
+    monkeypatch.setattr(native, "BEGIN_SECONDS", 0.15)
     async with Backend([script]) as backend, pi_for(backend.port) as pi:
         check_error(await pi.stream(), 503, UNAVAILABLE, part)
         await backend.left.wait()  # the connection is gone: a late answer has nowhere to go
