@@ -9,10 +9,10 @@ import logging
 import re
 import sys
 import time
-from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from typing import Any
 
-from cerebrum.fields import printable
+from cerebrum.fields import JsonObject, Members, printable
 from cerebrum.pi.breaker import Admission, Breaker
 from cerebrum.pi.completion import (
     DEFAULT_TOKENS,
@@ -48,12 +48,12 @@ def find_models(models: Sequence[Model], listed: Collection[str]) -> dict[str, s
     files = {FOLDER.split(name)[-1].removesuffix(".gguf"): name for name in reversed([*listed])}
     found = {}
     for model in models:
-        names = [name for name in (model.id, *model.aliases) if name in listed]
-        file = model.file.removesuffix(".gguf")
-        if file and file in files:
-            names.append(files[file])
-        if names:
-            found[model.id] = names[0]
+        names = [model.id, *model.aliases]
+        if model.file:
+            names.append(files.get(model.file.removesuffix(".gguf"), model.id))
+        known = [name for name in names if name in listed]
+        if known:
+            found[model.id] = known[0]
     return found
 
 
@@ -73,27 +73,20 @@ REFIT = 0.95
 SPARE = 1.1
 
 
-def prompt_budget(n_ctx: int, max_tokens: int) -> int:
-    """The largest prompt in tokens. An answer gets at most three quarters of the context, however
-    long it may be.
-
-    >>> prompt_budget(4096, 512), prompt_budget(2048, 2048)
-    (3576, 504)
-    """
-    return max(n_ctx - max_tokens, n_ctx // 4) - MARGIN_TOKENS
-
-
 def budget_of(request: CompletionRequest, n_ctx: int) -> int:
-    """The largest prompt for a request, in tokens."""
+    """The largest prompt for a request, in tokens. An answer gets at most three quarters of the
+    context, however long it may be.
+    """
     # In the dialects, a limit below the default leaves no more room for the prompt: a warm-up, with
     # its limit of 0, must send the same text as the request that follows.
     least = DEFAULT_TOKENS if request.kind else 0
     # A chat's answer is short, whatever its limit.
     longest = n_ctx // 4 if request.kind == "chat" else n_ctx
-    return prompt_budget(n_ctx, min(max(request.fields["max_tokens"], least), longest))
+    answer = min(max(request.fields["max_tokens"], least), longest)
+    return int(max(n_ctx - answer, n_ctx // 4) - MARGIN_TOKENS)
 
 
-def passed_fields(attempt: Attempt) -> dict[str, Any]:
+def passed_fields(attempt: Attempt) -> JsonObject:
     """vpsd's fields for an attempt, beside those of its text."""
     request, fields = attempt.request, attempt.request.fields
     passed = {name: fields[name] for name in PASSED_TO_BACKENDS if fields.get(name) is not None}
@@ -176,7 +169,7 @@ class Prompts:
         estimated = attempt.sent.text.weight / self.ratio.get(attempt.model)
         return estimated / PLAUSIBLE <= counted <= estimated * PLAUSIBLE
 
-    def learn(self, attempt: Attempt, result: Mapping[str, Any]) -> None:
+    def learn(self, attempt: Attempt, result: Members) -> None:
         """Learn from a complete answer: the weight per token, the reading speed, and the text that
         was read.
         """
@@ -234,7 +227,7 @@ class Backend:
         self.breaker = Breaker()
         # By our id of a model: the reported fields, with `n_ctx` (None until the first list), and
         # the backend's name.
-        self.models: dict[str, dict[str, Any]] | None = None
+        self.models: dict[str, JsonObject] | None = None
         self.names: dict[str, str] = {}
         self.models_loaded: list[str] = []  # in its memory, by the last successful probe
         self.answering = set[Attempt]()  # that it answers now
@@ -406,8 +399,7 @@ class Backend:
         layout = self.kind.layout(model, (self.models or {}).get(model, {}))
         sent = self.prompts.fit(attempt, self.n_ctx(model), layout, refused)
         attempt.sent = sent
-        name = self.names.get(model, model)
-        return Wanted(sent.fields, name, self.kind.marks(model), layout, sent.room)
+        return Wanted(sent.fields, model, self.names.get(model, model), sent.room)
 
     def _take(self, attempt: Attempt, kind: str, value: Any) -> Any:
         """Count a pair that came, and return its value: of a result, what a backend may set."""
@@ -434,7 +426,7 @@ class Backend:
         if had_trouble and not self.breaker.trouble:
             log.info("%s: VPS backend is available", self.id)
 
-    def _finish(self, attempt: Attempt, done: Mapping[str, Any]) -> dict[str, Any]:
+    def _finish(self, attempt: Attempt, done: Members) -> JsonObject:
         """Learn from a whole answer, and return its result, without what no backend may set."""
         result = read_result(done)
         attempt.last = time.monotonic()
@@ -470,7 +462,7 @@ class Backend:
             log.warning("%s: %s; the breaker is %s", self.id, error.message, breaker.state)
             self.wake.set()  # probe at once to see whether the backend is gone
 
-    async def tokenize(self, model: str, fields: Mapping[str, Any]) -> bytes:
+    async def tokenize(self, model: str, fields: Members) -> bytes:
         """The tokens of a text, as `read_tokens` returns them. `fields` are those of llama-server's
         /tokenize. The breaker must admit it.
         """

@@ -8,10 +8,11 @@ import asyncio
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from cerebrum.fields import JsonObject, Members
 from cerebrum.pi.breaker import Admission
 from cerebrum.pi.upstream import BackendFailure, TooLong
 from cerebrum.text.prompt import Prepared
@@ -42,7 +43,7 @@ class CompletionRequest:
     """
 
     kind: str  # "infill", "completion" or "chat"; "" for our own API
-    fields: dict[str, Any]
+    fields: JsonObject
     stream: bool = False
     usage: bool = False  # the stream ends with token counts
     caching: bool = False  # the client accepts the text of an earlier completion
@@ -88,7 +89,7 @@ def read_text(events: bytes) -> str:
 class Fitted:
     """A request's text as a backend gets it."""
 
-    fields: Mapping[str, Any]  # of vpsd's POST /v1/inference/stream
+    fields: Members  # of vpsd's POST /v1/inference/stream
     text: Prepared
     n_ctx: int  # the context in tokens that it was fitted to
     room: int  # tokens left there for the answer
@@ -151,7 +152,7 @@ class Completion:
     request: CompletionRequest
     # Ends the client's request with this error, whatever it awaits.
     end: Callable[[HttpError], object] = lambda _: None
-    notes: dict[str, Any] = field(default_factory=dict)  # for the request's line in the log
+    notes: JsonObject = field(default_factory=dict)  # for the request's line in the log
     client: str = ""  # whose share of the places it takes: one who still reads it
     clients: list[str] = field(default_factory=list)  # of all requests that it answers
     attempts: list[Attempt] = field(default_factory=list)
@@ -193,12 +194,12 @@ class Completion:
         reported = [error for error in errors if not isinstance(error, BackendFailure)]
         return next(reversed(reported or errors), None)
 
-    def figures(self) -> dict[str, Any]:
+    def figures(self) -> JsonObject:
         """Its model, its tokens, and the seconds to the first token, for the log."""
         last = self.attempt
         if not last:
             return {}
-        figures: dict[str, Any] = {"model": last.model}
+        figures: JsonObject = {"model": last.model}
         if last.first:
             figures |= {"tokens": last.tokens, "ttft": f"{last.first - self.started:.2f}s"}
         return figures

@@ -24,11 +24,19 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cerebrum.fields import Field, read_fields, read_object, read_objects, wrong
+from cerebrum.fields import (
+    Field,
+    JsonObject,
+    Members,
+    read_fields,
+    read_object,
+    read_objects,
+    wrong,
+)
 from cerebrum.pi.completion import CUT, DEFAULT_TOKENS, MAX_TOKENS, CompletionRequest
 from cerebrum_common import SUGGEST, HttpError, compact, sse_block
 
@@ -41,11 +49,17 @@ MAX_MESSAGES = 1000  # of a chat
 MAX_MS = 600_000  # of a time limit; longer limits are lowered
 ANY_SEED = 2**32 - 1  # llama.cpp's value for no seed
 MIN_TOP_P = 0.01  # OpenAI allows 0; either value leaves only the likeliest token
-TEXT, INTEGER, FLAG = Field(str, default=""), Field(int, -math.inf), Field(bool, default=False)
+TEXT = Field(str, default="")
+FLAG = Field(bool, default=False)
+INTEGER = Field(int, -math.inf)
+LIMIT = Field(int, -math.inf, default=0)  # milliseconds
 MAX_NAME = 1000
 FILE_NAME = Field(str, 0, MAX_NAME, "")  # of a file
 GONE = {"suggest_in_comments", "suggest_in_strings"}  # older clients still send them
-GONE_WARNING = "a client sends suggest_in_comments or suggest_in_strings, which are ignored: suggest takes their place"
+GONE_WARNING = (
+    "a client sends suggest_in_comments or suggest_in_strings, which are ignored: "
+    "suggest takes their place"
+)
 CHAT_FIELDS = {
     "model": TEXT,
     "temperature": Field(float, 0, 100),  # OpenAI allows 2; values above 1 are lowered
@@ -57,16 +71,17 @@ CHAT_FIELDS = {
     "n_predict": INTEGER,  # llama.vim sends it to /v1/chat/completions, too
     "min_confidence": Field(float, 0, 1),
 }
-CODE_FIELDS = CHAT_FIELDS | {
+CODE_FIELDS = {
+    **CHAT_FIELDS,
     "cache_prompt": FLAG,
     "n_indent": Field(int, 0, 1000, 0),
-    "t_max_prompt_ms": Field(int, -math.inf, default=0),
-    "t_max_predict_ms": Field(int, -math.inf, default=0),
+    "t_max_prompt_ms": LIMIT,
+    "t_max_predict_ms": LIMIT,
     "filename": FILE_NAME,
     "suggest": Field(str, choices=SUGGEST),
 }
-TEXT_FIELDS = CODE_FIELDS | {"suffix": TEXT}
-INFILL_FIELDS = CODE_FIELDS | {"input_prefix": TEXT, "input_suffix": TEXT}
+TEXT_FIELDS = {**CODE_FIELDS, "suffix": TEXT}
+INFILL_FIELDS = {**CODE_FIELDS, "input_prefix": TEXT, "input_suffix": TEXT}
 TOKENIZE = {"content": TEXT, "add_special": FLAG, "parse_special": Field(bool, default=True)}
 PART = {
     "type": Field(str, default="text", choices=("text", "input_text", "output_text")),
@@ -78,9 +93,8 @@ MESSAGE = {"role": Field(str, required=True, choices=tuple(ROLES))}
 STREAM_OPTIONS = {"include_usage": FLAG}
 
 
-LONE = re.compile(
-    "[\ud800-\udfff]"
-)  # half of a character beyond U+FFFF; the JSON decoder has joined whole pairs
+# Half of a character beyond U+FFFF; the JSON decoder has joined whole pairs.
+LONE = re.compile("[\ud800-\udfff]")
 
 
 def present(value: Any) -> Any:
@@ -88,15 +102,15 @@ def present(value: Any) -> Any:
     write integers like this. Half an emoji becomes U+FFFD, because an editor may cut one in two.
     """
     if isinstance(value, dict):
-        return {name: present(one) for name, one in value.items() if one is not None}
+        return {name: present(member) for name, member in value.items() if member is not None}
     if isinstance(value, list):
-        return [present(one) for one in value]
+        return [present(item) for item in value]
     if isinstance(value, str):
         return value if value.isascii() else LONE.sub("\ufffd", value)
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def read_texts(members: Mapping[str, Any], name: str) -> list[str]:
+def read_texts(members: Members, name: str) -> list[str]:
     """A member that is a string or an array of strings, as a list; empty without this member."""
     value = members.get(name, [])
     texts = [value] if isinstance(value, str) else value
@@ -106,42 +120,44 @@ def read_texts(members: Mapping[str, Any], name: str) -> list[str]:
 
 
 def read_sampling(
-    read: Mapping[str, Any], stops: list[str], temperature: float = 0.0, limit: int = DEFAULT_TOKENS
-) -> dict[str, Any]:
+    read: Members, stops: list[str], temperature: float = 0.0, limit: int = DEFAULT_TOKENS
+) -> JsonObject:
     """The fields of our API that every request has. `temperature` and `limit` (tokens) are the
     defaults.
     """
-    limits = (read[name] for name in ("max_completion_tokens", "max_tokens", "n_predict"))
+    limits = [read[name] for name in ("max_completion_tokens", "max_tokens", "n_predict")]
     limit = next((given for given in limits if given is not None), limit)
+    if read["temperature"] is not None:
+        temperature = min(read["temperature"], 1.0)
     top_p, seed = read["top_p"], read["seed"]
+    if top_p is not None:
+        top_p = max(top_p, MIN_TOP_P)
+    if seed is not None:
+        seed = None if seed < 0 or seed == ANY_SEED else seed % ANY_SEED
     return {
         "model": read["model"],
         "max_tokens": MAX_TOKENS if limit < 0 else min(limit, MAX_TOKENS),
-        "temperature": temperature
-        if read["temperature"] is None
-        else min(read["temperature"], 1.0),
-        "top_p": None if top_p is None else max(top_p, MIN_TOP_P),
-        "seed": None if seed is None or seed < 0 or seed == ANY_SEED else seed % ANY_SEED,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
         "stop": stops,
         "min_confidence": read["min_confidence"],
     }
 
 
-def read_stops(members: Mapping[str, Any], special: bool = False) -> list[str]:
+def read_stops(members: Members, special: bool = False) -> list[str]:
     """`stop` as a list, without the names of special tokens, which our text contains only if it is
     about them.
     """
-    stops = [
-        stop
-        for stop in read_texts(members, "stop")
-        if stop and (special or not SPECIAL.fullmatch(stop))
-    ]
+    stops = [stop for stop in read_texts(members, "stop") if stop]
+    if not special:
+        stops = [stop for stop in stops if not SPECIAL.fullmatch(stop)]
     if len(stops) > MAX_STOPS:
         raise wrong("stop", f"at most {MAX_STOPS} strings", stops)
     return stops
 
 
-def read_prompt(members: Mapping[str, Any]) -> str:
+def read_prompt(members: Members) -> str:
     texts = read_texts(members, "prompt") or [""]
     if len(texts) > 1:
         raise wrong("prompt", "one string", texts)
@@ -155,25 +171,26 @@ def read_messages(value: Any) -> list[dict[str, str]]:
     roles = read_objects(value, "messages", 1, MAX_MESSAGES, MESSAGE)
     messages = []
     for number, (entry, role) in enumerate(zip(value, roles, strict=True)):
+        where = f"messages[{number}]"
         if entry.get("tool_calls", []) != []:
-            raise wrong(f"messages[{number}].tool_calls", "nothing", entry["tool_calls"])
-        content, where = entry.get("content", ""), f"messages[{number}].content"
-        if isinstance(content, list):
-            content = "\n".join(
-                part["text"] for part in read_objects(content, where, 0, MAX_MESSAGES, PART)
-            )
-        if not isinstance(content, str):
-            raise wrong(where, "a string, or an array of text parts", content)
+            raise wrong(f"{where}.tool_calls", "nothing", entry["tool_calls"])
+        content = read_content(entry.get("content", ""), f"{where}.content")
         messages.append({"role": ROLES[role["role"]], "content": content})
     return messages
 
 
-def wants_usage(members: Mapping[str, Any]) -> bool:
-    return bool(
-        read_object(members.get("stream_options", {}), "stream_options", STREAM_OPTIONS)[
-            "include_usage"
-        ]
-    )
+def read_content(content: Any, where: str) -> str:
+    if isinstance(content, list):
+        parts = read_objects(content, where, 0, MAX_MESSAGES, PART)
+        return "\n".join(part["text"] for part in parts)
+    if not isinstance(content, str):
+        raise wrong(where, "a string, or an array of text parts", content)
+    return content
+
+
+def wants_usage(members: Members) -> bool:
+    options = members.get("stream_options", {})
+    return bool(read_object(options, "stream_options", STREAM_OPTIONS)["include_usage"])
 
 
 # ------------------------------------------------------------------------ fill-in-the-middle tokens
@@ -194,15 +211,15 @@ FIM = (
     ("<[fim-prefix]>", "<[fim-suffix]>", "<[fim-middle]>"),  # Seed-Coder
     ("[PREFIX]", "[SUFFIX]", ""),  # Codestral
 )
-FILE_MARK = re.compile(
-    r"<\|?file_sep(?:arator)?\|?>|<filename>"
-)  # before a name, and a text on the next line
+# Before a name, and a text on the next line.
+FILE_MARK = re.compile(r"<\|?file_sep(?:arator)?\|?>|<filename>")
 UNUSED = re.compile(  # at the prompt's beginning: a begin-of-text token, and a repository's name
     r"(?:<s>|<bos>|<\|begin_of_text\|>|<\|endoftext\|>|<\uff5cbegin\u2581of\u2581sentence\uff5c>)?"
     r"\s*(?:(?:<\|repo_name\|>|<repo_name>|<reponame>)[^\n<]*)?\n?"
 )
 SPECIAL = re.compile(
-    r"</?s>|<\|[A-Za-z_]{2,30}\|>|<\uff5c[^<>\n]{2,40}\uff5c>|<fim[_-][a-z]{3,10}>|<(?:file_sep|repo_name)>"
+    r"</?s>|<\|[A-Za-z_]{2,30}\|>|<\uff5c[^<>\n]{2,40}\uff5c>"
+    r"|<fim[_-][a-z]{3,10}>|<(?:file_sep|repo_name)>"
     r"|<\[fim-[a-z]+\]>|<(?:EOT|PRE|SUF|MID|bos|eos|end_of_turn|filename|reponame)>"
     r"|\[/?(?:INST|PREFIX|SUFFIX|MIDDLE)\]"
 )
@@ -212,8 +229,8 @@ SPECIAL = re.compile(
 # of these layouts.
 NEXT_EDIT = re.compile(
     r"\A\s*+(?:<\|repo_name\|>[^\n]*\n)?<\|file_sep\|>.*^<\|file_sep\|>(?:original|current|updated)/"
-    r"|\A\s*+<\[fim-suffix\]>(?>.*?<\[fim-prefix\]>)(?>.*?(?:<filename>|^<<<<<<< CURRENT|<\|\w+\|>))"
-    r"(?>.*<\[fim-middle\]>)[^\n]*\Z"
+    r"|\A\s*+<\[fim-suffix\]>(?>.*?<\[fim-prefix\]>)"
+    r"(?>.*?(?:<filename>|^<<<<<<< CURRENT|<\|\w+\|>))(?>.*<\[fim-middle\]>)[^\n]*\Z"
     r"|\A### Instruction:(?>.*?^<\|editable_region_start\|>)(?>.*^### Response:)\s*\Z",
     re.M | re.S,
 )
@@ -231,43 +248,55 @@ def split_fim(prompt: str) -> tuple[str, str, str, list[dict[str, str]]] | None:
     ('def f():\\n    return ', '\\n\\nf()', '', [])
     """
     for before, after, middle in FIM:
-        start = min(prompt.find(before), prompt.find(after))
-        if start < 0:
-            continue
-        preamble, body, behind = prompt[:start], prompt[start:], ""
-        if middle:
-            body, found, behind = body.rpartition(middle)
-            if not found:
-                continue
-        elif UNUSED.sub("", preamble, count=1):
-            continue
-        first, second = (before, after) if body.startswith(before) else (after, before)
-        one, found, two = body[len(first) :].partition(second)
-        prefix, suffix = (one, two) if first == before else (two, one)
-        if not found or (behind.strip() and prefix.strip()):
-            continue
-        if (
-            before == "<PRE>"
-        ):  # this family writes a space after the first and the last mark, and before the others
-            prefix, suffix = prefix.removeprefix(" ").removesuffix(" "), suffix.removesuffix(" ")
-            behind = behind.removeprefix(" ")
-        prefix = (
-            prefix if prefix.strip() else behind or prefix
-        )  # behind a prefix is a template's last line end
-        return prefix, suffix, *split_files(preamble)
+        if parts := split_by(prompt, before, after, middle):
+            preamble, prefix, suffix = parts
+            return prefix, suffix, *split_files(preamble)
     return None
+
+
+def split_by(prompt: str, before: str, after: str, middle: str) -> tuple[str, str, str] | None:
+    """(preamble, prefix, suffix) of a prompt with the marks of one family, else None."""
+    start = min(prompt.find(before), prompt.find(after))
+    if start < 0:
+        return None
+    preamble, body = prompt[:start], prompt[start:]
+    behind = ""
+    if middle:
+        body, found, behind = body.rpartition(middle)
+        if not found:
+            return None
+    elif UNUSED.sub("", preamble, count=1):
+        return None
+    if body.startswith(before):
+        prefix, found, suffix = body.removeprefix(before).partition(after)
+    else:
+        suffix, found, prefix = body.removeprefix(after).partition(before)
+    if not found or (behind.strip() and prefix.strip()):
+        return None
+    # CodeLlama's family writes a space after the first and the last mark, and before the others.
+    if before == "<PRE>":
+        prefix = prefix.removeprefix(" ").removesuffix(" ")
+        suffix = suffix.removesuffix(" ")
+        behind = behind.removeprefix(" ")
+    # Behind a prefix is only a template's last line end.
+    if not prefix.strip():
+        prefix = behind or prefix
+    return preamble, prefix, suffix
 
 
 def split_files(preamble: str) -> tuple[str, list[dict[str, str]]]:
     """Parse the text before the first mark: the name of the file itself, and other files."""
     loose, *files = FILE_MARK.split(UNUSED.sub("", preamble, count=1))
-    extra, filename = [{"filename": "", "text": loose}] if loose.strip() else [], ""
+    filename, extra = "", []
+    if loose.strip():
+        extra.append({"filename": "", "text": loose})
     for file in files[-MAX_EXTRAS:]:
         name, _, text = file.partition("\n")
+        name = name[:MAX_NAME]
         if text.strip():
-            extra.append({"filename": name[:MAX_NAME], "text": text})
+            extra.append({"filename": name, "text": text})
         else:
-            filename = name[:MAX_NAME]
+            filename = name
     return filename, extra
 
 
@@ -275,23 +304,21 @@ def split_files(preamble: str) -> tuple[str, list[dict[str, str]]]:
 
 
 def read_code(
-    members: Mapping[str, Any], read: Mapping[str, Any], prompt: str, suggest: str = "always"
+    members: Members, read: Members, prompt: str, suggest: str = "always"
 ) -> CompletionRequest:
-    """A request for code, without its text. `suggest`: unless it says how readily it is shown."""
+    """A request for code, without its text. `suggest` is the default if the request sets none."""
     stops = read_stops(members, special=bool(NEXT_EDIT.match(prompt)))
-    limits = {
-        name: min(max(0, read[f"t_max_{name}"]), MAX_MS) for name in ("prompt_ms", "predict_ms")
-    }
-    fields = (
-        read_sampling(read, stops)
-        | limits
-        | {"indent": read["n_indent"], "filename": read["filename"]}
-    )
-    if read["min_confidence"] is None:
+    fields = read_sampling(read, stops)
+    for name in ("prompt_ms", "predict_ms"):
+        fields[name] = min(max(0, read[f"t_max_{name}"]), MAX_MS)
+    fields["indent"] = read["n_indent"]
+    fields["filename"] = read["filename"]
+    if fields["min_confidence"] is None:
         fields["min_confidence"] = read["suggest"] or suggest
     only = tuple(read_texts(members, "response_fields")) if "response_fields" in members else None
+    usage = wants_usage(members)
     return CompletionRequest(
-        "completion", fields, read["stream"], wants_usage(members), read["cache_prompt"], only
+        "completion", fields, read["stream"], usage, read["cache_prompt"], only
     )
 
 
@@ -301,9 +328,9 @@ def ask_text(
     """Ask for a completion, or for an infill if the client does. At the end of a file there is no
     gap: the text before the cursor is completed.
     """
-    mode = "infill" if suffix.strip() or not prefix else "complete"
-    more |= {"suffix": suffix} if mode == "infill" else {}
-    fields = request.fields | more | {"prompt": prefix, "mode": mode}
+    fields = request.fields | more | {"prompt": prefix, "mode": "complete"}
+    if suffix.strip() or not prefix:
+        fields |= {"suffix": suffix, "mode": "infill"}
     return replace(request, kind="infill" if infill else "completion", fields=fields)
 
 
@@ -313,17 +340,19 @@ def ask_prompt(
     """Like `ask_text`, for a prompt that may carry fill-in-the-middle tokens, or have a layout of
     its own.
     """
-    if not suffix and NEXT_EDIT.match(prompt):
-        return ask_text(request, prompt, "", infill=False, stop_at="none", special=True)
-    split = None if suffix else split_fim(prompt)
-    if not split:
+    if suffix:
         return ask_text(request, prompt, suffix, infill)
+    if NEXT_EDIT.match(prompt):
+        return ask_text(request, prompt, "", infill=False, stop_at="none", special=True)
+    split = split_fim(prompt)
+    if not split:
+        return ask_text(request, prompt, "", infill)
     prefix, suffix, filename, extra = split
     filename = filename or request.fields["filename"]
     return ask_text(request, prefix, suffix, infill=True, filename=filename, extra=extra)
 
 
-def read_completion(members: Mapping[str, Any]) -> CompletionRequest:
+def read_completion(members: Members) -> CompletionRequest:
     """POST /v1/completions and /completion: a text to complete. `prompt` may carry
     fill-in-the-middle tokens.
     """
@@ -333,32 +362,28 @@ def read_completion(members: Mapping[str, Any]) -> CompletionRequest:
     return ask_prompt(read_code(members, read, prompt), prompt, read["suffix"], infill)
 
 
-def read_infill(members: Mapping[str, Any]) -> CompletionRequest:
+def read_infill(members: Members) -> CompletionRequest:
     """POST /infill: llama-server's completion between two texts. `prompt` continues
     `input_prefix`.
     """
     members = present(members)
     read, prompt = read_fields(members, INFILL_FIELDS), read_prompt(members)
     files = read_objects(members.get("input_extra", []), "input_extra", 0, MAX_EXTRAS, EXTRA)
+    extra = [file for file in files if file["text"]]
     # llama.vim's key for "complete now" sends the same as its automatic requests.
-    request, extra = (
-        read_code(members, read, prompt, "often"),
-        [file for file in files if file["text"]],
-    )
-    return ask_text(
-        request, read["input_prefix"] + prompt, read["input_suffix"], infill=True, extra=extra
-    )
+    request = read_code(members, read, prompt, "often")
+    prefix = read["input_prefix"] + prompt
+    return ask_text(request, prefix, read["input_suffix"], infill=True, extra=extra)
 
 
-def read_chat(members: Mapping[str, Any]) -> CompletionRequest:
+def read_chat(members: Members) -> CompletionRequest:
     """POST /v1/chat/completions: OpenAI's chat."""
     members = present(members)
     read = read_fields(members, CHAT_FIELDS)
     if members.get("tools", []) != [] and members.get("tool_choice") != "none":
         raise wrong("tools", 'nothing, or tool_choice "none"', members["tools"])
-    fields = read_sampling(
-        read, read_stops(members), temperature=0.4, limit=MAX_TOKENS
-    )  # an answer ends by itself
+    # The limit is the highest: an answer ends by itself.
+    fields = read_sampling(read, read_stops(members), temperature=0.4, limit=MAX_TOKENS)
     fields |= {"messages": read_messages(members.get("messages", [])), "mode": "chat"}
     return CompletionRequest("chat", fields, read["stream"], wants_usage(members))
 
@@ -370,20 +395,23 @@ TOKEN_TEXT = re.compile(rb'data: \{"token": ("(?:[^"\\]|\\.)*+"), "total_tokens"
 SLOT = "\x00"  # placeholder for this string; no id or name has this character
 
 
-def sse(data: Mapping[str, Any]) -> bytes:
+def sse(data: Members) -> bytes:
     return sse_block(compact(data))
 
 
-def finish_reason(result: Mapping[str, Any]) -> str:
+def finish_reason(result: Members) -> str:
     """OpenAI's finish reason: "length" if a limit cut the text, else "stop"."""
     return "length" if result.get("finish_reason") in ("length", *CUT) else "stop"
 
 
-def usage(result: Mapping[str, Any]) -> dict[str, Any]:
+def usage(result: Members) -> JsonObject:
     read, written = result.get("prompt_tokens", 0), result.get("total_tokens", 0)
-    cached = {"cached_tokens": result.get("cached_tokens", 0)}
-    counts = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
-    return counts | {"prompt_tokens_details": cached}
+    return {
+        "prompt_tokens": read,
+        "completion_tokens": written,
+        "total_tokens": read + written,
+        "prompt_tokens_details": {"cached_tokens": result.get("cached_tokens", 0)},
+    }
 
 
 class Reply:
@@ -391,13 +419,18 @@ class Reply:
     "object", "choices", …}. `begun` is the value of the pair "started": {"model", "n_ctx", …}.
     """
 
-    prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
+    prefix, whole_object = "cmpl", "text_completion"
+    chunk_object = whole_object
 
     def __init__(
-        self, request: CompletionRequest, request_id: str, created: int, begun: Mapping[str, Any]
+        self, request: CompletionRequest, request_id: str, created: int, begun: Members
     ) -> None:
-        self.request, self.id, self.created, self.begun = request, request_id, created, begun
-        self.template = sse(self.chunk(SLOT)).replace(compact(SLOT), rb"\1")  # for `TOKEN_TEXT.sub`
+        self.request = request
+        self.id = f"{self.prefix}-{request_id}"
+        self.created = created
+        self.begun = begun
+        # For `TOKEN_TEXT.sub`.
+        self.template = sse(self.chunk(SLOT)).replace(compact(SLOT), rb"\1")
 
     def begin(self) -> bytes:
         """The events before the first text."""
@@ -407,59 +440,53 @@ class Reply:
         """The events for a block of whole native token events."""
         return TOKEN_TEXT.sub(self.template, tokens)
 
-    def frame(
-        self, kind: str, *choices: dict[str, Any], reason: str | None = None, **more: Any
-    ) -> dict[str, Any]:
-        head = {
-            "id": f"{self.prefix}-{self.id}",
+    def frame(self, kind: str, choices: list[JsonObject]) -> JsonObject:
+        return {
+            "id": self.id,
             "object": kind,
             "created": self.created,
             "model": self.begun["model"],
+            "choices": choices,
         }
-        filled = [
-            {"index": 0, **choice, "logprobs": None, "finish_reason": reason} for choice in choices
-        ]
-        return {**head, "choices": filled, **more}
 
-    def part(self, text: str, whole: bool = False) -> dict[str, Any]:
+    def choice(self, part: JsonObject, reason: str | None = None) -> list[JsonObject]:
+        """`choices` with the one that there is."""
+        return [{"index": 0, **part, "logprobs": None, "finish_reason": reason}]
+
+    def part(self, text: str, whole: bool = False) -> JsonObject:
         """A choice's member: the whole text, a piece of it, or "" after the last piece."""
         return {"text": text}
 
-    def chunk(self, text: str) -> dict[str, Any]:
+    def chunk(self, text: str) -> JsonObject:
         """The event for a piece of text."""
-        return self.frame(self.chunk_object, self.part(text))
+        return self.frame(self.chunk_object, self.choice(self.part(text)))
 
-    def end(self, result: Mapping[str, Any]) -> bytes:
+    def end(self, result: Members) -> bytes:
         """The events after the last text, for a native result."""
-        last = sse(
-            self.frame(
-                self.chunk_object, self.part(""), reason=finish_reason(result), **marks(result)
-            )
-        )
-        counts = (
-            sse(self.frame(self.chunk_object, usage=usage(result))) if self.request.usage else b""
-        )
-        return last + counts + sse_block(b"[DONE]")
+        choices = self.choice(self.part(""), finish_reason(result))
+        events = sse(self.frame(self.chunk_object, choices) | own_members(result))
+        if self.request.usage:
+            events += sse(self.frame(self.chunk_object, []) | {"usage": usage(result)})
+        return events + sse_block(b"[DONE]")
 
-    def whole(self, text: str, result: Mapping[str, Any]) -> bytes:
+    def whole(self, text: str, result: Members) -> bytes:
         """The answer in one piece."""
-        more = {"usage": usage(result), **marks(result)}
-        return compact(
-            self.frame(
-                self.whole_object, self.part(text, whole=True), reason=finish_reason(result), **more
-            )
-        )
+        choices = self.choice(self.part(text, whole=True), finish_reason(result))
+        answer = self.frame(self.whole_object, choices) | {"usage": usage(result)}
+        return compact(answer | own_members(result))
 
 
 class ChatReply(Reply):
     """OpenAI's chat.completion, and chat.completion.chunk."""
 
-    prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    prefix, whole_object = "chatcmpl", "chat.completion"
+    chunk_object = "chat.completion.chunk"
 
     def begin(self) -> bytes:
-        return sse(self.frame(self.chunk_object, {"delta": {"role": "assistant", "content": ""}}))
+        choices = self.choice({"delta": {"role": "assistant", "content": ""}})
+        return sse(self.frame(self.chunk_object, choices))
 
-    def part(self, text: str, whole: bool = False) -> dict[str, Any]:
+    def part(self, text: str, whole: bool = False) -> JsonObject:
         if whole:
             return {"message": {"role": "assistant", "content": text}}
         return {"delta": {"content": text} if text else {}}
@@ -468,13 +495,13 @@ class ChatReply(Reply):
 class LlamaReply(Reply):
     """llama-server's own form: {"content", "stop", …}."""
 
-    def chunk(self, text: str) -> dict[str, Any]:
+    def chunk(self, text: str) -> JsonObject:
         return {"content": text, "stop": False}
 
-    def end(self, result: Mapping[str, Any]) -> bytes:
+    def end(self, result: Members) -> bytes:
         return sse_block(self.whole("", result))
 
-    def whole(self, text: str, result: Mapping[str, Any]) -> bytes:
+    def whole(self, text: str, result: Members) -> bytes:
         """The answer's members, or those that `response_fields` names: "timings/prompt_n" names one
         in `timings`.
         """
@@ -486,83 +513,85 @@ class LlamaReply(Reply):
             "tokens_predicted": written,
             "tokens_evaluated": read,
             "generation_settings": {"n_ctx": self.begun["n_ctx"]},
-            "truncated": bool(self.begun.get("kept"))
-            and self.begun["kept"].get("parts") != ["all"],
-            "stop_type": "limit" if finish_reason(result) == "length" else "eos",
-            "tokens_cached": read + written,
-            "timings": timings(result),
-            **marks(result),
         }
+        kept = self.begun.get("kept") or {}
+        answer["truncated"] = kept.get("parts", ["all"]) != ["all"]
+        answer["stop_type"] = "limit" if finish_reason(result) == "length" else "eos"
+        answer["tokens_cached"] = read + written
+        answer["timings"] = timings(result)
+        answer |= own_members(result)
         if self.request.only is None:
             return compact(answer)
+        # llama.vim would keep empty content, and show nothing at this place again.
         if "replaced" in answer or ("preempted" in answer and not text):
-            del answer[
-                "content"
-            ]  # llama.vim would keep empty content, and show nothing at this place again
+            del answer["content"]
         for outer in ("generation_settings", "timings"):
             answer |= {f"{outer}/{name}": value for name, value in answer[outer].items()}
-        return compact(
-            {name: answer[name] for name in (*sorted(CUT), *self.request.only) if name in answer}
-        )
+        names = [*sorted(CUT), *self.request.only]
+        return compact({name: answer[name] for name in names if name in answer})
 
 
-def marks(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Members of our own: `type_through` if an earlier completion answered, `replaced` if a newer
-    request took over, `preempted` if a guest made room, `unsure` if lines are not shown; and how
-    sure the model is.
+def own_members(result: Members) -> JsonObject:
+    """Members that other servers do not have: `type_through` if an earlier completion answered,
+    `replaced` if a newer request took over, `preempted` if a guest made room, `unsure` if lines are
+    not shown; and how sure the model is.
     """
+    names = ("type_through", "confidence", "text_confidence")
+    members = {name: result[name] for name in names if name in result}
     reason = result.get("finish_reason")
-    given = {
-        name: result[name]
-        for name in ("type_through", "confidence", "text_confidence")
-        if name in result
-    }
-    return given | {name: True for name in (*CUT, "unsure") if name == reason}
+    if reason in (*CUT, "unsure"):
+        members[reason] = True
+    return members
 
 
-def timings(result: Mapping[str, Any]) -> dict[str, Any]:
+def timings(result: Members) -> JsonObject:
     """llama-server's `timings`, in milliseconds."""
-    seconds, written, cached = (
-        result.get("ttft") or 0.0,
-        result.get("total_tokens", 0),
-        result.get("cached_tokens", 0),
-    )
+    seconds = result.get("ttft") or 0.0
+    loading, whole = result.get("load_time") or 0.0, result.get("inference_time") or 0.0
+    cached = result.get("cached_tokens", 0)
     read = result.get("prompt_tokens", 0) - cached
-    rest = max(
-        0.0, (result.get("inference_time") or 0.0) - (result.get("load_time") or 0.0) - seconds
-    )
-    figures: dict[str, Any] = {"cache_n": cached}
-    for name, count, spent in (("prompt", read, seconds), ("predicted", written, rest)):
-        figures[f"{name}_n"] = count
-        figures[f"{name}_ms"] = round(1000 * spent, 3)
-        figures[f"{name}_per_token_ms"] = round(1000 * spent / count, 3) if count else 0.0
-        figures[f"{name}_per_second"] = round(count / spent, 3) if spent else 0.0
-    return figures
+    written = result.get("total_tokens", 0)
+    predicting = max(0.0, whole - loading - seconds)
+    read_ahead = {"cache_n": cached}
+    return read_ahead | timing("prompt", read, seconds) | timing("predicted", written, predicting)
+
+
+def timing(name: str, count: int, seconds: float) -> JsonObject:
+    return {
+        f"{name}_n": count,
+        f"{name}_ms": round(1000 * seconds, 3),
+        f"{name}_per_token_ms": round(1000 * seconds / count, 3) if count else 0.0,
+        f"{name}_per_second": round(count / seconds, 3) if seconds else 0.0,
+    }
 
 
 # ---------------------------------------------------------------------------- errors, models, props
 
 
 ERROR_TYPES = {
-    401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error",
-    500: "server_error", 503: "unavailable_error",
-}  # fmt: skip
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "unavailable_error",
+}
 
 
-def write_error(error: HttpError) -> dict[str, Any]:
+def write_error(error: HttpError) -> JsonObject:
     """`{"error": {"message", "type", "param", "code"}}`, in a response or in a stream."""
     kind = ERROR_TYPES.get(error.status, "invalid_request_error")
     return {"error": {"message": error.message, "type": kind, "param": None, "code": error.code}}
 
 
-def write_model(model_id: str, created: int) -> dict[str, Any]:
+def write_model(model_id: str, created: int) -> JsonObject:
     """An entry of OpenAI's list of models. llama.vscode concludes from `owned_by` that /props
     exists.
     """
     return {"id": model_id, "object": "model", "created": created, "owned_by": "llamacpp"}
 
 
-def write_props(model_id: str, n_ctx: int, places: int) -> dict[str, Any]:
+def write_props(model_id: str, n_ctx: int, places: int) -> JsonObject:
     """llama-server's /props, as far as editors read it. Our chat template is the model's own and is
     not reported.
     """
@@ -585,7 +614,7 @@ class Dialect:
     """One kind of request that clients send."""
 
     paths: tuple[str, ...]
-    read: Callable[[Mapping[str, Any]], CompletionRequest]
+    read: Callable[[Members], CompletionRequest]
     reply: type[Reply]
 
 

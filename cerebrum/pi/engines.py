@@ -25,12 +25,12 @@ import json
 import math
 import re
 from abc import abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from typing import Any
 
-from cerebrum.fields import Field, members_of
+from cerebrum.fields import Field, JsonObject, Members, items_of, members_of
 from cerebrum.pi.completion import MAX_TOKENS, Pair, text_event
-from cerebrum.pi.kind import COUNT, Kind, Streamed, Wanted, read_result
+from cerebrum.pi.kind import COUNT, Kind, Models, Streamed, Wanted, read_result
 from cerebrum.pi.upstream import (
     EVENT_STREAM,
     LATE,
@@ -59,7 +59,7 @@ LLAMA_MORE = {"timings_per_token": True, "return_progress": True}
 LLAMA_LAST = ["content", "stop", "stop_type", "tokens_evaluated", "tokens_predicted", "timings"]
 
 
-def write_sampling(wanted: Wanted, limit: str, most_stops: int | None = None) -> dict[str, Any]:
+def write_sampling(wanted: Wanted, limit: str, most_stops: int | None = None) -> JsonObject:
     """The members that every request has. `limit` is the engine's name for the maximum number of
     tokens.
     """
@@ -75,32 +75,32 @@ def write_sampling(wanted: Wanted, limit: str, most_stops: int | None = None) ->
     return members
 
 
-def write_openai(wanted: Wanted) -> dict[str, Any]:
+def write_openai(wanted: Wanted) -> JsonObject:
     """The members of both of OpenAI's requests."""
     usage = {"stream_options": {"include_usage": True}}
     return write_sampling(wanted, "max_tokens", OPENAI_STOPS) | usage
 
 
-def write_files(fields: Mapping[str, Any]) -> str:
+def write_files(fields: Members) -> str:
     """Other files' texts, which precede the file itself."""
     texts = (entry["text"].rstrip("\n") for entry in fields.get("extra", ()))
     return "".join(f"{text}\n" for text in texts)
 
 
-def write_text_completion(wanted: Wanted) -> dict[str, Any]:
-    """POST /v1/completions. A gap is written with the model's marks, or as `suffix` if the model
-    has none.
+def write_text_completion(wanted: Wanted, marks: Sequence[str], layout: str) -> JsonObject:
+    """POST /v1/completions. A gap is written with the model's `marks` in this layout, or as
+    `suffix` if the model has none.
     """
     fields, members = wanted.fields, write_openai(wanted)
     text, suffix = fields["prompt"], fields.get("suffix")
-    if suffix is not None and wanted.marks:
-        text = "".join(arrange_gap(wanted.layout, wanted.marks, text, suffix))
+    if suffix is not None and marks:
+        text = "".join(arrange_gap(layout, marks, text, suffix))
     elif suffix is not None:
         members["suffix"] = suffix
     return members | {"prompt": write_files(fields) + text}
 
 
-def write_chat(wanted: Wanted) -> dict[str, Any]:
+def write_chat(wanted: Wanted) -> JsonObject:
     """POST /v1/chat/completions. The beginning that we write for the answer to an instruction is
     left out: many engines would not continue it.
     """
@@ -110,7 +110,7 @@ def write_chat(wanted: Wanted) -> dict[str, Any]:
     return write_openai(wanted) | {"messages": messages}
 
 
-def write_llama(wanted: Wanted) -> dict[str, Any]:
+def write_llama(wanted: Wanted) -> JsonObject:
     """POST /completion, or POST /infill for a gap."""
     fields = wanted.fields
     members = write_sampling(wanted, "n_predict") | LLAMA_MORE
@@ -124,7 +124,7 @@ def write_llama(wanted: Wanted) -> dict[str, Any]:
 # --------------------------------------------------------------------------------- what they answer
 
 
-def parse_leniently(data: bytes) -> dict[str, Any]:
+def parse_leniently(data: bytes) -> JsonObject:
     """Parse an engine's JSON object; HttpError if `data` is anything else. Bytes that are not UTF-8
     become lone surrogates, since an engine may cut its text inside a character.
     """
@@ -148,13 +148,13 @@ FINISH_REASONS = {
 }
 
 
-def read_engine_event(members: Mapping[str, Any]) -> tuple[str, str | None]:
+def read_engine_event(members: Members) -> tuple[str, str | None]:
     """(text, reason) of an event of OpenAI's two calls or of llama-server's own. The reason is None
     before the end of the text, then "stop", "length", or "error" if the text is incomplete. A
     model's thoughts are not part of the text.
     """
-    choices = members.get("choices")
-    choice = members_of(choices[0]) if isinstance(choices, list) and choices else members
+    choices = items_of(members.get("choices"))
+    choice = members_of(choices[0]) if choices else members
     delta = members_of(choice.get("delta", choice.get("message", choice)))
     text = text_of(choice.get("text")) or text_of(delta.get("content"))
     reason = text_of(choice.get("finish_reason"))
@@ -168,37 +168,35 @@ MILLISECONDS = Field(float, 0, 10**12)
 COUNTS = frozenset({"usage", "timings", "tokens_predicted"})
 
 
-def read_counts(members: Mapping[str, Any]) -> dict[str, Any]:
+def read_counts(members: Members) -> JsonObject:
     """The counts in an event, not yet checked, under the names of our own done event: from OpenAI's
     `usage`, llama-server's `timings`, and the numbers beside them.
     """
     used, timed = members_of(members.get("usage")), members_of(members.get("timings"))
-    cached, fresh, written = timed.get("cache_n"), timed.get("prompt_n"), timed.get("predicted_n")
+    cached, fresh = timed.get("cache_n"), timed.get("prompt_n")
     whole = cached + fresh if type(cached) is type(fresh) is int else None
+    written = used.get("completion_tokens", timed.get("predicted_n"))
     details = members_of(used.get("prompt_tokens_details"))
-    counts = {
-        "prompt_tokens": members.get("tokens_evaluated", used.get("prompt_tokens", whole)),
-        "total_tokens": members.get("tokens_predicted", used.get("completion_tokens", written)),
-        "cached_tokens": details.get("cached_tokens", cached),
-        "tokens_per_second": timed.get("predicted_per_second"),
-        "draft_tokens": timed.get("draft_n"),
-        "accepted_tokens": timed.get("draft_n_accepted"),
-    }
+    counts = {"prompt_tokens": members.get("tokens_evaluated", used.get("prompt_tokens", whole))}
+    counts["total_tokens"] = members.get("tokens_predicted", written)
+    counts["cached_tokens"] = details.get("cached_tokens", cached)
+    counts["tokens_per_second"] = timed.get("predicted_per_second")
+    counts["draft_tokens"] = timed.get("draft_n")
+    counts["accepted_tokens"] = timed.get("draft_n_accepted")
     if MILLISECONDS.accepts(timed.get("prompt_ms")):
         counts["ttft"] = timed["prompt_ms"] / 1000
     return {name: value for name, value in counts.items() if value is not None}
 
 
-def read_listed(members: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def read_listed(members: Members) -> Models:
     """The names in OpenAI's list of models, each with its `n_ctx` if the engine reports one. Such
     an engine has its model in memory as long as it runs, and does not say so.
 
     >>> read_listed({"data": [{"id": "org/Qwen2.5-Coder-7B", "max_model_len": 8192}, {"id": "m"}]})
     {'org/Qwen2.5-Coder-7B': {'loaded': True, 'n_ctx': 8192}, 'm': {'loaded': True}}
     """
-    listed = dict[str, dict[str, Any]]()
-    entries = members.get("data")
-    for entry in map(members_of, entries if isinstance(entries, list) else ()):
+    listed = Models()
+    for entry in map(members_of, items_of(members.get("data"))):
         if isinstance(entry.get("id"), str):
             n_ctx = entry.get("max_model_len")  # of vLLM and SGLang; Ray has it in `metadata`
             n_ctx = n_ctx or members_of(entry.get("metadata")).get("max_request_context_length")
@@ -206,12 +204,12 @@ def read_listed(members: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return listed
 
 
-def read_props(members: Mapping[str, Any]) -> dict[str, Any]:
+def read_props(members: Members) -> JsonObject:
     """The `n_ctx` of one slot, from llama-server's /props."""
     return read_n_ctx(members_of(members.get("default_generation_settings")).get("n_ctx"))
 
 
-def read_n_ctx(value: Any) -> dict[str, Any]:
+def read_n_ctx(value: Any) -> JsonObject:
     """{"n_ctx": …} with the length of a context, {} if the value is none."""
     return {"n_ctx": value} if N_CTX.accepts(value) else {}
 
@@ -240,7 +238,7 @@ def read_overflow(error: Any) -> dict[str, int] | None:
     return lengths
 
 
-# ----------------------------------------------------------------------------------- what they write
+# ---------------------------------------------------------------------------------- what they write
 
 # Special tokens that an engine may leak. Each of them ends a text, unless the prompt itself
 # contains it.
@@ -297,7 +295,7 @@ class Translator:
     vpsd's request; `marks` are the special tokens of the model.
     """
 
-    def __init__(self, fields: Mapping[str, Any], marks: Sequence[str]) -> None:
+    def __init__(self, fields: Members, marks: Sequence[str]) -> None:
         # 3 MB that a Pi without other engines need not load
         from cerebrum.text.ending import Ending
 
@@ -321,7 +319,7 @@ class Translator:
         self.most = fields.get("max_tokens") or MAX_TOKENS
         self.limit = fields.get("predict_ms", 0) / 1000  # seconds; 0: none
         self.progress = fields.get("progress", False)
-        self.counting: Mapping[str, Any] = {}  # the last event that counts tokens
+        self.counting: Members = {}  # the last event that counts tokens
         self.tokens = 0  # events with text; an engine may put several tokens into one
         self.began = 0.0  # when the first event with text came
         self.has_line = False  # a line end has been generated
@@ -406,7 +404,7 @@ class Translator:
         return "done", {"finish_reason": reason, **counts}
 
 
-def read_progress(members: Mapping[str, Any]) -> Iterator[Pair]:
+def read_progress(members: Members) -> Iterator[Pair]:
     """The pair "progress" if an event has llama-server's, in tokens of the prompt."""
     progress = members_of(members.get("prompt_progress"))
     read, total = progress.get("processed"), progress.get("total")
@@ -491,12 +489,19 @@ async def read_rest(answer: Answer, translator: Translator) -> None:
 # ---------------------------------------------------------------------------------------- the kinds
 
 
+REFUSALS = {
+    404: ("MODEL_NOT_FOUND", "VPS backend does not have this model, or does not know this call"),
+    429: ("RATE_LIMIT", "VPS backend has too many requests; try again later"),
+}
+
+
 class Engine(Kind):
     """What llama-server and OpenAI's API have in common. A client never gets the engine's own error
     texts, which may contain a path or a key.
     """
 
     health_path = ""  # shows without cost that the engine is up
+    parse = staticmethod(parse_leniently)
 
     def __init__(self, config: BackendConfig, catalog: Sequence[Model]) -> None:
         super().__init__(config, catalog)
@@ -504,25 +509,19 @@ class Engine(Kind):
         self.fim = {model.id: model for model in catalog if writes_gaps and model.fim}
 
     @abstractmethod
-    def write(self, wanted: Wanted) -> tuple[str, dict[str, Any]]:
+    def write(self, wanted: Wanted) -> tuple[str, JsonObject]:
         """The path and the body of a request."""
 
     def key_header(self, path: str) -> str:
         return f"Authorization: Bearer {self.config.key}" if self.config.key else ""
 
-    def parse(self, body: bytes) -> dict[str, Any]:
-        return parse_leniently(body)
-
-    def refusal(self, status: int, members: Mapping[str, Any]) -> HttpError:
+    def refusal(self, status: int, members: Members) -> HttpError:
         error = members.get("error")
         if status in (401, 403):
             where = f"expected the right one in {self.config.variable}"
             return Unusable("VPS_UNAVAILABLE", f"VPS backend refuses our key: {where}")
-        if status == 404:
-            fault = "does not have this model, or does not know this call"
-            return HttpError("MODEL_NOT_FOUND", f"VPS backend {fault}")
-        if status == 429:
-            return HttpError("RATE_LIMIT", "VPS backend has too many requests; try again later")
+        if status in REFUSALS:
+            return HttpError(*REFUSALS[status])
         lengths = read_overflow(error) if status in (400, 413, 422) else None
         if lengths is not None:
             return TooLong(lengths)
@@ -539,13 +538,14 @@ class Engine(Kind):
             if error.code != "RATE_LIMIT":  # a 429 proves that the backend is up
                 raise
 
-    async def list_models(self) -> dict[str, dict[str, Any]]:
+    async def list_models(self) -> Models:
         return read_listed(await self.get("/v1/models"))
 
     def marks(self, model: str) -> Sequence[str]:
+        """The special tokens around the parts of a gap, if the Pi writes the whole prompt."""
         return self.fim[model].fim if model in self.fim else ()
 
-    def layout(self, model: str, about: Mapping[str, Any]) -> str:
+    def layout(self, model: str, about: Members) -> str:
         """With "spmv2", a prompt ends in the middle of a line; other engines would not heal its
         last token.
         """
@@ -555,9 +555,9 @@ class Engine(Kind):
     async def ask(self, wanted: Wanted) -> AsyncIterator[Streamed]:
         path, body = self.write(wanted)
         await asyncio.sleep(0)  # following a long text takes a turn of the event loop by itself
-        translator = Translator(wanted.fields, [mark.strip() for mark in wanted.marks])
+        translator = Translator(wanted.fields, [mark.strip() for mark in self.marks(wanted.model)])
         async with (
-            self.send(path, body, READING_SECONDS) as answer,
+            self.client.send(path, body, READING_SECONDS) as answer,
             contextlib.aclosing(translate(self, answer, translator)) as pairs,
         ):
             yield answer, pairs
@@ -570,14 +570,14 @@ class LlamaServer(Engine):
     health_path = "/health"
     tokenize_path = "/tokenize"
 
-    def write(self, wanted: Wanted) -> tuple[str, dict[str, Any]]:
+    def write(self, wanted: Wanted) -> tuple[str, JsonObject]:
         if "messages" in wanted.fields:
             return "/v1/chat/completions", write_chat(wanted) | LLAMA_MORE
         path = "/infill" if "suffix" in wanted.fields else "/completion"
         return path, write_llama(wanted)
 
-    async def list_models(self) -> dict[str, dict[str, Any]]:
-        listed, props = await super().list_models(), dict[str, Any]()
+    async def list_models(self) -> Models:
+        listed, props = await super().list_models(), JsonObject()
         with contextlib.suppress(HttpError):  # the server's /props can be turned off
             props = read_props(await self.get("/props"))
         return {name: props | about for name, about in listed.items()}
@@ -588,7 +588,8 @@ class OpenAI(Engine):
 
     health_path = "/v1/models"
 
-    def write(self, wanted: Wanted) -> tuple[str, dict[str, Any]]:
+    def write(self, wanted: Wanted) -> tuple[str, JsonObject]:
         if "messages" in wanted.fields:
             return "/v1/chat/completions", write_chat(wanted)
-        return "/v1/completions", write_text_completion(wanted)
+        marks, layout = self.marks(wanted.model), self.layout(wanted.model, {})
+        return "/v1/completions", write_text_completion(wanted, marks, layout)

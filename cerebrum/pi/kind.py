@@ -1,4 +1,5 @@
-"""What the kinds of backends have in common: vpsd (native.py), llama-server and OpenAI (engines.py).
+"""What the kinds of backends have in common. The kinds are vpsd (native.py), llama-server and
+OpenAI (engines.py).
 
 A `Kind` asks one backend in its own language and answers in the Pi's: pairs, errors for clients,
 tables of models. It owns the HTTP client. What is known about the backend belongs to `Backend`.
@@ -12,12 +13,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
-from cerebrum.fields import Field
+from cerebrum.fields import Field, JsonObject, Members
 from cerebrum.pi import upstream
 from cerebrum.pi.completion import MAX_TOKENS, Pair
 from cerebrum.pi.upstream import (
@@ -43,13 +44,14 @@ MAX_JSON_BYTES = 1 << 20
 class Wanted:
     """A completion that is asked of a backend."""
 
-    fields: Mapping[str, Any]  # of vpsd's POST /v1/inference/stream
-    name: str  # the backend's name for the model
-    marks: Sequence[str] = ()  # around a gap, if the Pi writes the whole prompt
-    layout: str = "psm"  # the order of a gap's parts, see `arrange_gap`
+    fields: Members  # of vpsd's POST /v1/inference/stream
+    model: str  # our id
+    name: str  # the backend's name for it
     room: int = MAX_TOKENS  # tokens left in the context for the answer
 
 
+Models = dict[str, JsonObject]  # by name: {"n_ctx", "loaded", …}
+Parsed = TypeVar("Parsed")
 Streamed = tuple[Answer, AsyncGenerator[Pair, None]]
 
 
@@ -59,16 +61,14 @@ class Kind(ABC):
     # What backends of a kind can do; a kind overrides what differs.
     takes_our_ids = False  # it knows our ids of models, and says how to get a missing model
     answers_aside = False  # it answers other requests while it generates, without disturbing it
-    counts_exactly = (
-        False  # it counts tokens as it reads them, and cuts no answer that might not fit
-    )
+    counts_exactly = False  # it reports the tokens that it reads, and cuts no answer
     judges_lines = False  # it says how sure its model is of each line
     reads_ahead = False  # reading a prompt ahead costs nothing
     tokenize_path = ""  # "" if it counts no tokens for others
 
     def __init__(self, config: BackendConfig, catalog: Sequence[Model]) -> None:
         self.config = config
-        self.client = Upstream(config)
+        self.client = Upstream(config, self.key_header)
 
     # How a kind speaks.
 
@@ -76,12 +76,10 @@ class Kind(ABC):
     def key_header(self, path: str) -> str:
         """The header line that carries our key; "" to send none."""
 
-    @abstractmethod
-    def parse(self, body: bytes) -> dict[str, Any]:
-        """Parse a JSON object. HttpError if it is none."""
+    parse: Callable[[bytes], JsonObject]  # a JSON object; HttpError if it is none
 
     @abstractmethod
-    def refusal(self, status: int, members: Mapping[str, Any]) -> HttpError:
+    def refusal(self, status: int, members: Members) -> HttpError:
         """The client's error if the backend answers with this status and these members.
         BackendFailure if no working backend would.
         """
@@ -95,15 +93,11 @@ class Kind(ABC):
         """
 
     @abstractmethod
-    async def list_models(self) -> dict[str, dict[str, Any]]:
-        """Its names of models, each with what it reports about the model: {"n_ctx", "loaded", …}."""
-
-    def marks(self, model: str) -> Sequence[str]:
-        """The marks with which the Pi writes a gap for this model; none if the backend does."""
-        return ()
+    async def list_models(self) -> Models:
+        """The models that it has, by its names for them."""
 
     @abstractmethod
-    def layout(self, model: str, about: Mapping[str, Any]) -> str:
+    def layout(self, model: str, about: Members) -> str:
         """How a gap's prompt is laid out for a model that the backend reports so, see
         `arrange_gap`.
         """
@@ -116,17 +110,11 @@ class Kind(ABC):
         unread.
         """
 
-    def tokenize_body(self, name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    def tokenize_body(self, name: str, fields: Members) -> JsonObject:
         """The body of a request for a text's tokens; `fields` are those of llama-server's."""
         return dict(fields)
 
     # What all kinds share.
-
-    def send(
-        self, path: str, body: Mapping[str, Any] | None, idle: float
-    ) -> AbstractAsyncContextManager[Answer]:
-        """As `Upstream.send`, with our key."""
-        return self.client.send(path, body, idle, self.key_header(path))
 
     async def begin(self, answer: Answer, seconds: float, media: str) -> bool:
         """Read the head of a 200 with this media type. False if no head has come after `seconds`:
@@ -144,36 +132,32 @@ class Kind(ABC):
         except TimeoutError:
             if answer.status < 200:
                 return False
-        members = dict[str, Any]()
+        members = JsonObject()
         with contextlib.suppress(HttpError):
             members = self.parse(body)
         raise self.refusal(answer.status, members)
 
-    async def get(self, path: str, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    async def get(self, path: str, limit: int = MAX_JSON_BYTES) -> JsonObject:
         """The JSON object at `path`, in at most `limit` bytes."""
-        members: dict[str, Any] = await self._fetch(path, None, ASIDE_SECONDS, limit, self.parse)
-        return members
+        return await self._fetch(path, None, ASIDE_SECONDS, limit, self.parse)
 
-    async def tokenize(self, name: str, fields: Mapping[str, Any]) -> bytes:
+    async def tokenize(self, name: str, fields: Members) -> bytes:
         """The tokens of a text, as `read_tokens` returns them. The backend may have to load the
         model first.
         """
         body, limit = self.tokenize_body(name, fields), MAX_TOKENS_BYTES
-        tokens: bytes = await self._fetch(
-            self.tokenize_path, body, LOAD_SECONDS, limit, read_tokens
-        )
-        return tokens
+        return await self._fetch(self.tokenize_path, body, LOAD_SECONDS, limit, read_tokens)
 
     async def _fetch(
         self,
         path: str,
-        body: Mapping[str, Any] | None,
+        body: Members | None,
         seconds: float,
         limit: int,
-        parse: Callable[[bytes], Any],
-    ) -> Any:
+        parse: Callable[[bytes], Parsed],
+    ) -> Parsed:
         """An answer in one piece, whose head may take `seconds`."""
-        async with self.send(path, body, max(upstream.IDLE_SECONDS, seconds)) as answer:
+        async with self.client.send(path, body, max(upstream.IDLE_SECONDS, seconds)) as answer:
             if not await self.begin(answer, seconds, JSON):
                 raise BackendFailure(LATE)
             with blamed("its answer is not JSON"):
@@ -181,7 +165,7 @@ class Kind(ABC):
                     return parse(await answer.read_all(limit))
 
 
-# ---------------------------------------------------------------------------------- what they answer
+# --------------------------------------------------------------------------------- what they answer
 
 COUNT = Field(int, 0, 10**9)
 SECONDS = Field(float, 0, 10**9)
@@ -220,7 +204,7 @@ OURS = frozenset(
 )
 
 
-def read_result(done: Mapping[str, Any]) -> dict[str, Any]:
+def read_result(done: Members) -> JsonObject:
     """The members of a done event that may be passed on: none in OURS, and none of a wrong type or
     range.
 
@@ -228,7 +212,7 @@ def read_result(done: Mapping[str, Any]) -> dict[str, Any]:
     >>> read_result(done)
     {'prompt_tokens': 5}
     """
-    result = dict[str, Any]()
+    result = JsonObject()
     for name, value in done.items():
         field = RESULT_FIELDS.get(name)
         if name not in OURS and (field is None or field.accepts(value)):

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator
 
-from cerebrum.fields import Field, members_of, parse_json
+from cerebrum.fields import Field, JsonObject, Members, items_of, members_of, parse_json
 from cerebrum.pi import upstream
 from cerebrum.pi.completion import Pair, text_event
-from cerebrum.pi.kind import COUNT, MAX_ERROR_BYTES, SHARE, Kind, Streamed, Wanted
+from cerebrum.pi.kind import COUNT, MAX_ERROR_BYTES, SHARE, Kind, Models, Streamed, Wanted
 from cerebrum.pi.upstream import (
     EVENT_STREAM,
     LATE,
@@ -40,19 +39,18 @@ LISTED = {
 }
 
 
-def read_models(answer: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def read_models(answer: Members) -> Models:
     """Parse vpsd's /v1/models: for each available model, the valid ones of the LISTED fields.
 
     >>> away = {"id": "n", "available": False}
     >>> read_models({"models": [{"id": "m", "loaded": False, "path": "/x"}, away]})
     {'m': {'loaded': False}}
     """
-    models = dict[str, dict[str, Any]]()
-    entries = answer.get("models")
-    for entry in map(members_of, entries if isinstance(entries, list) else ()):
+    models = Models()
+    for entry in map(members_of, items_of(answer.get("models"))):
         id = entry.get("id")
         if isinstance(id, str) and entry.get("available") is not False:
-            valid = (name for name, field in LISTED.items() if field.accepts(entry.get(name)))
+            valid = [name for name in LISTED if LISTED[name].accepts(entry.get(name))]
             models[id] = {name: entry[name] for name in valid}
     return models
 
@@ -62,7 +60,7 @@ def read_models(answer: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 MAX_MESSAGE_CHARACTERS = 2000  # of a backend's error message that is passed on
 # codes of the VPS that mean something to the client; all others become VPS_UNAVAILABLE
 PASSED_ON = frozenset(
-    {
+    [
         "INVALID_REQUEST",
         "MODEL_NOT_FOUND",
         "SUPERSEDED",
@@ -73,7 +71,7 @@ PASSED_ON = frozenset(
         "RESOURCE_EXHAUSTED",
         "SHUTTING_DOWN",
         "VPS_UNAVAILABLE",
-    }
+    ]
 )
 EXPLAINED = {
     401: "VPS backend refuses our key: {} of the Pi and CEREBRUM_API_KEY of the VPS do not match",
@@ -84,7 +82,7 @@ ERROR_CODE = Field(str, pattern=r"[A-Z][A-Z_]{0,63}")
 CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]+")
 
 
-def our_error(members: Mapping[str, Any], key: str) -> HttpError | None:
+def our_error(members: Members, key: str) -> HttpError | None:
     """The client's error if this JSON object has the error format of our daemons, else None."""
     message, code = members.get("message"), members.get("code", "")
     is_ours = members.get("error") is True and isinstance(message, str)
@@ -166,15 +164,13 @@ class Vpsd(Kind):
 
     takes_our_ids = answers_aside = counts_exactly = judges_lines = reads_ahead = True
     tokenize_path = "/v1/tokenize"
+    parse = staticmethod(parse_json)
 
     def key_header(self, path: str) -> str:
         key = self.config.key
         return f"X-API-Key: {key}" if key and path != "/health" else ""
 
-    def parse(self, body: bytes) -> dict[str, Any]:
-        return parse_json(body)
-
-    def refusal(self, status: int, members: Mapping[str, Any]) -> HttpError:
+    def refusal(self, status: int, members: Members) -> HttpError:
         error = our_error(members, self.config.key)
         if error is None or status < 400:
             return BackendFailure(f"it answered {status}, without Cerebrum's form of an error")
@@ -183,25 +179,25 @@ class Vpsd(Kind):
         return error
 
     async def ask_health(self) -> list[str]:
-        loaded = (await self.get("/health", MAX_ERROR_BYTES)).get("models_loaded")
-        return [id for id in loaded if isinstance(id, str)] if isinstance(loaded, list) else []
+        health = await self.get("/health", MAX_ERROR_BYTES)
+        return [id for id in items_of(health.get("models_loaded")) if isinstance(id, str)]
 
-    async def list_models(self) -> dict[str, dict[str, Any]]:
+    async def list_models(self) -> Models:
         return read_models(await self.get("/v1/models"))
 
-    def layout(self, model: str, about: Mapping[str, Any]) -> str:
+    def layout(self, model: str, about: Members) -> str:
         return str(about.get("fim_layout", "psm"))
 
     @contextlib.asynccontextmanager
     async def ask(self, wanted: Wanted) -> AsyncIterator[Streamed]:
         body = {"model": wanted.name, **wanted.fields}
         async with (
-            self.send("/v1/inference/stream", body, upstream.IDLE_SECONDS) as answer,
+            self.client.send("/v1/inference/stream", body, upstream.IDLE_SECONDS) as answer,
             contextlib.aclosing(self._relay(answer)) as pairs,
         ):
             yield answer, pairs
 
-    def tokenize_body(self, name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    def tokenize_body(self, name: str, fields: Members) -> JsonObject:
         return {
             "text": fields["content"],
             "first": fields["add_special"],
@@ -219,7 +215,7 @@ class Vpsd(Kind):
             raise BackendFailure(LATE)
         yield "begun", None
         events = Events()
-        done: dict[str, Any] | None = None
+        done: JsonObject | None = None
         while payload := await answer.read():
             for kind, value in read_payload(payload, events, self.config.key):
                 if done is not None and kind in ("text", "done"):

@@ -22,7 +22,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cerebrum.fields import Field
+from cerebrum.fields import Field, Members
 from cerebrum.http import (
     READ_BYTES,
     STATUS_LINE,
@@ -307,7 +307,7 @@ class Loop(asyncio.SelectorEventLoop):
     def forget_names(self) -> None:
         self._names = {key: found for key, found in self._names.items() if not found.done()}
 
-    def _look_up(self, key: tuple[Any, ...], how: Mapping[str, Any]) -> None:
+    def _look_up(self, key: tuple[Any, ...], how: Members) -> None:
         try:
             found: list[Any] | OSError = socket.getaddrinfo(*key[:2], **how)
         except OSError as error:
@@ -486,12 +486,14 @@ class Answer:
 class Upstream:
     """Sends requests to one backend, each on its own connection, so that a late answer can never
     reach another request. A POST leaves a spare connection for the next one, which saves a round
-    trip, or three with TLS. An unused spare is closed after SPARE_SECONDS. ConfigError if `ca_file`
-    holds no certificates.
+    trip, or three with TLS. An unused spare is closed after SPARE_SECONDS. `key_header` returns
+    the header line that carries our key to a path, or "". ConfigError if `ca_file` holds no
+    certificates.
     """
 
-    def __init__(self, config: BackendConfig) -> None:
+    def __init__(self, config: BackendConfig, key_header: Callable[[str], str]) -> None:
         self._config = config
+        self._key_header = key_header
         self._tls: ssl.SSLContext | None = None
         if config.endpoint.tls:
             try:
@@ -539,9 +541,7 @@ class Upstream:
         return spare
 
     @contextlib.asynccontextmanager
-    async def send(
-        self, path: str, body: Mapping[str, Any] | None, idle: float, key_header: str = ""
-    ) -> AsyncIterator[Answer]:
+    async def send(self, path: str, body: Members | None, idle: float) -> AsyncIterator[Answer]:
         """Send one request, a GET if it has no body, and yield its unread answer. `idle` is for
         `Reader.watch`. A request is sent once more only if the backend closes a spare connection
         just as the request goes out: its one effect is its answer, which nobody got (RFC 9110,
@@ -551,7 +551,7 @@ class Upstream:
         async def write(reader: Reader | None = None) -> Reader:
             reader = reader or await self._connect()
             reader.watch(idle)
-            reader.transport.write(self._encode(path, body, key_header))
+            reader.transport.write(self._encode(path, body))
             return reader
 
         leaves_spare = body is not None
@@ -592,7 +592,7 @@ class Upstream:
         )
         return reader
 
-    def _encode(self, path: str, body: Mapping[str, Any] | None, key_header: str) -> bytes:
+    def _encode(self, path: str, body: Members | None) -> bytes:
         endpoint, request_id = self._config.endpoint, request_id_var.get()
         method = "GET" if body is None else "POST"
         lines = [
@@ -600,7 +600,7 @@ class Upstream:
             f"Host: {endpoint.authority}",
             "Connection: close",
         ]
-        if key_header:
+        if key_header := self._key_header(path):
             lines.append(key_header)
         if request_id != "-":
             lines.append(f"X-Request-ID: {request_id}")
