@@ -108,7 +108,7 @@ TIMINGS = [
     for part in ("prompt", "predicted")
     for what in ("n", "ms", "per_token_ms", "per_second")
 ]
-LLAMA_VSCODE: dict[str, Any] = {
+LLAMA_VSCODE = {
     "id_slot": 0, "input_prefix": PREFIX, "input_suffix": SUFFIX, "input_extra": [OTHER], "prompt": LINE,
     "n_predict": 128, "n_cmpl": 3, "top_k": 40, "top_p": 0.99, "stream": False, "cache_prompt": True, "n_indent": 4,
     "samplers": ["top_k", "top_p", "infill"], "t_max_prompt_ms": 500, "t_max_predict_ms": 2500,
@@ -178,7 +178,7 @@ CONTINUE_GAP = GAP | {
 }
 CONTINUE_GAP |= {"stop": ["/src/", "#- coding: utf-8", "```"]}
 # The path and the body of a request, and what the VPS is asked for it.
-REQUESTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+REQUESTS = {
     "llama.vim": ("/infill", LLAMA_VIM, LLAMA_GAP | {"top_p": 0.9, "predict_ms": 1000}),
     "llama.vscode": ("/infill", LLAMA_VSCODE, LLAMA_GAP | {"top_p": 0.99, "predict_ms": 2500}),
     "zed": ("/v1/completions", ZED, GAP | {"max_tokens": 64, "temperature": 0.0, "stop": []}),
@@ -301,9 +301,7 @@ def test_llama_vim_warms_and_instructs(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------ the language server
 
 FENCED = "Here it is:\n\n```abap\nb = 1.\n```\n\nI renamed `a`.\n"
-CHANGED: list[
-    tuple[str, str, str, str, Any]
-] = [  # the language, the VPS's text, its reason, what comes, what the VPS gets
+CHANGED = [  # the language, the VPS's text, its reason, what comes, what the VPS gets
     ("shellscript", "b=1\n", "block", "b=1\n", "shell"),
     ("typescriptreact", "b=1\n", "block", "b=1\n", "typescript"),
     ("abap", FENCED, "stop", "b = 1.\n", None),
