@@ -449,7 +449,7 @@ async def translate(
 async def translate_text(answer: Answer, translator: Translator) -> AsyncGenerator[Pair, None]:
     """The pairs of the events up to the engine's end of its text, or the end of the answer."""
     now = asyncio.get_running_loop().time
-    begun = told = now()  # `told`: when the client last got something
+    begun = sent = now()  # `sent`: when the client last got something
     while not translator.done and translator.reason is None:
         piece = await read_within(answer, ALIVE_SECONDS)
         came = now()
@@ -457,15 +457,15 @@ async def translate_text(answer: Answer, translator: Translator) -> AsyncGenerat
         if is_over:
             piece = b"\n\n"  # some engines omit the last blank line
         for pair in translator.feed(piece or b"", came):
-            told = now()
+            sent = now()
             yield pair
         if is_over:
             return
         # An engine that sends nothing but comments makes no progress.
         if came - max(begun, translator.heard) > READING_SECONDS:
             raise BackendFailure(LATE)
-        if now() - told >= ALIVE_SECONDS:
-            told = now()
+        if now() - sent >= ALIVE_SECONDS:
+            sent = now()
             yield "idle", None
 
 

@@ -56,7 +56,7 @@ MODULES = [module.name for module in pkgutil.iter_modules(pi_package.__path__)]
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_the_examples_of_a_module_are_true(name: str) -> None:
+def test_the_examples_of_a_module_are_true(name: str):
     module = importlib.import_module(f"cerebrum.pi.{name}")
     assert doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE).failed == 0
 
@@ -79,7 +79,7 @@ def read(*tables: Any, **variables: str) -> tuple[BackendConfig, ...]:
     return read_backends(tables, Environment(variables), 3)
 
 
-def test_a_table() -> None:
+def test_a_table():
     attic, gpu = read(ATTIC, GPU, GPU_KEY="secret", CEREBRUM_API_KEY="other")
     address = Endpoint("100.64.0.1", 9000, "100.64.0.1:9000", "", False)
     assert attic == BackendConfig("attic", address, "cerebrum", key="", max_concurrent=2)
@@ -89,7 +89,7 @@ def test_a_table() -> None:
     )
 
 
-def test_without_a_table_there_is_one_vps() -> None:
+def test_without_a_table_there_is_one_vps():
     (vps,) = read(CEREBRUM_VPS_URL="http://vps:1", CEREBRUM_API_KEY="k")
     address = Endpoint("vps", 1, "vps:1", "", False)
     assert vps == BackendConfig("vps", address, "cerebrum", "k", "CEREBRUM_API_KEY", 3)
@@ -115,7 +115,7 @@ BAD_TABLES = [
 
 
 @pytest.mark.parametrize(("tables", "says"), BAD_TABLES)
-def test_a_bad_table(tables: list[Any], says: str) -> None:
+def test_a_bad_table(tables: list[Any], says: str):
     with pytest.raises(ConfigError) as caught:
         read(*tables, BAD="two words")
     assert str(caught.value).startswith(says)
@@ -136,7 +136,7 @@ LISTS = [
 
 
 @pytest.mark.parametrize(("listed", "name"), LISTS)
-def test_which_model_a_backend_has(listed: list[str], name: str | None) -> None:
+def test_which_model_a_backend_has(listed: list[str], name: str | None):
     assert find_models([MODEL], listed) == ({} if name is None else {"m": name})
 
 
@@ -209,13 +209,13 @@ CONFIG = BackendConfig("gpu", parse_url("http://gpu", "url"), "openai", key_env=
 @pytest.mark.parametrize(("kind", "asked", "marks", "path", "body"), REQUESTS)
 def test_what_an_engine_is_asked(
     kind: type[Engine], asked: Any, marks: tuple[str, ...], path: str, body: Any
-) -> None:
+):
     asking = kind(CONFIG, [replace(MODEL, fim=marks)])
     assert asking.write(Wanted(asked, "m", "org/M")) == (path, body)
 
 
 @pytest.mark.parametrize(("room", "most"), [(50, 50), (-50, 1)])
-def test_an_answer_must_fit_into_the_context(room: int, most: int) -> None:
+def test_an_answer_must_fit_into_the_context(room: int, most: int):
     _, body = OpenAI(CONFIG, []).write(Wanted(ASKED, "m", "org/M", room))
     assert body["max_tokens"] == most
 
@@ -275,7 +275,7 @@ OVERFLOWS = [
 
 
 @pytest.mark.parametrize(("message", "more", "lengths"), OVERFLOWS)
-def test_how_engines_say_that_a_prompt_is_too_long(message: Any, more: Any, lengths: Any) -> None:
+def test_how_engines_say_that_a_prompt_is_too_long(message: Any, more: Any, lengths: Any):
     assert read_overflow({"message": message, **more}) == lengths
 
 
@@ -288,7 +288,7 @@ PROPS = [
 
 
 @pytest.mark.parametrize(("settings", "length"), PROPS)
-def test_the_length_of_the_context_in_props(settings: Any, length: Any) -> None:
+def test_the_length_of_the_context_in_props(settings: Any, length: Any):
     assert read_props({"default_generation_settings": settings, "n_ctx": 700}) == length
 
 
@@ -314,9 +314,7 @@ REFUSALS = [
 
 
 @pytest.mark.parametrize(("status", "body", "code", "says", "counted"), REFUSALS)
-def test_a_refusal_of_an_engine(
-    status: int, body: Any, code: str, says: str, counted: bool
-) -> None:
+def test_a_refusal_of_an_engine(status: int, body: Any, code: str, says: str, counted: bool):
     error = OpenAI(CONFIG, []).refusal(status, body)
     assert (error.code, isinstance(error, BackendFailure)) == (code, counted)
     assert says in error.message
@@ -538,7 +536,7 @@ def translate(name: str, cut: int) -> tuple[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("cut", [1, 7, 1 << 20])
 @pytest.mark.parametrize("name", STREAMS)
-def test_a_stream_of_an_engine(name: str, cut: int) -> None:
+def test_a_stream_of_an_engine(name: str, cut: int):
     *_, text, result = STREAMS[name]
     assert translate(name, cut) == (text, result)
 
@@ -559,20 +557,20 @@ FAILING = [
 
 
 @pytest.mark.parametrize(("stream", "message"), FAILING)
-def test_a_stream_that_fails(stream: bytes, message: str) -> None:
+def test_a_stream_that_fails(stream: bytes, message: str):
     translator = Translator(BASE, [])
     with pytest.raises(BackendFailure) as caught:
         [*translator.feed(stream, 0.0), translator.end()]
     assert caught.value.message == f"VPS backend is unavailable ({message})"
 
 
-def test_an_event_that_says_that_the_prompt_is_too_long() -> None:
+def test_an_event_that_says_that_the_prompt_is_too_long():
     with pytest.raises(TooLong) as caught:
         list(Translator(BASE, []).feed(data(LONG), 0.0))
     assert caught.value.extra == {"n_ctx": 512}
 
 
-def test_a_limit_of_time_counts_once_a_line_has_ended() -> None:
+def test_a_limit_of_time_counts_once_a_line_has_ended():
     translator = Translator(BASE | {"predict_ms": 500}, [])
     pairs = [*translator.feed(text_chunk("1"), 10.0), *translator.feed(text_chunk("2"), 10.9)]
     assert {kind for kind, _ in pairs} == {"text"}
@@ -590,7 +588,7 @@ PROGRESSES = [
 
 
 @pytest.mark.parametrize(("wanted", "progress", "pairs"), PROGRESSES)
-def test_progress_is_passed_on_if_asked_for(wanted: bool, progress: Any, pairs: Any) -> None:
+def test_progress_is_passed_on_if_asked_for(wanted: bool, progress: Any, pairs: Any):
     event = data({"content": "", "stop": False, "prompt_progress": progress})
     assert list(Translator(BASE | {"progress": wanted}, []).feed(event, 0.0)) == pairs
 
@@ -645,9 +643,7 @@ def listing(**about: Any) -> bytes:
 
 @pytest.mark.parametrize("split", [False, True], ids=["whole", "bytes"])
 @pytest.mark.parametrize(("api", "script", "text", "tokens", "path"), ANSWERED)
-async def test_a_completion(
-    api: str, script: Any, text: str, tokens: int, path: str, split: bool
-) -> None:
+async def test_a_completion(api: str, script: Any, text: str, tokens: int, path: str, split: bool):
     async with pi_before(script, api=api, split=split) as (pi, backend):
         reply = await pi.stream()
         *events, done = reply.events
@@ -672,7 +668,7 @@ RESULT = {
 }
 
 
-async def test_the_model_of_an_engine() -> None:
+async def test_the_model_of_an_engine():
     async with pi_before() as (pi, backend):
         models = (await pi.get("/v1/models")).json["models"]
         (known,) = [model for model in models if model.get("loaded")]
@@ -701,9 +697,7 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(("script", "part", "counted"), FAULTS)
-async def test_a_fault_before_the_first_token_or_behind_it(
-    script: Any, part: str, counted: bool
-) -> None:
+async def test_a_fault_before_the_first_token_or_behind_it(script: Any, part: str, counted: bool):
     async with pi_before(script, probing=False) as (pi, backend):
         reply = await pi.complete()
         assert part in reply.json["message"]
@@ -714,7 +708,7 @@ async def test_a_fault_before_the_first_token_or_behind_it(
 
 async def test_an_engine_at_work_is_probed_only_if_its_breaker_is_open(
     monkeypatch: pytest.MonkeyPatch,
-) -> None:
+):
     """Otherwise it would get no request until its running answers have ended."""
     monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 0.01)
     go = asyncio.Event()
@@ -748,7 +742,7 @@ FOLLOWED = [
 ENDLESS = [CHUNKED, *(chunk(text_chunk(piece)) for piece in PIECES[:5]), HANG]
 
 
-async def test_what_follows_a_whole_text_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_follows_a_whole_text_is_not_waited_for(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(engines, "COUNTS_SECONDS", 0.05)
     async with pi_before(*FOLLOWED, ENDLESS) as (pi, backend):
         for _ in FOLLOWED:
@@ -771,7 +765,7 @@ SILENT = [
 @pytest.mark.parametrize(("script", "part"), SILENT)
 async def test_an_engine_that_makes_no_progress_for_too_long_has_failed(
     script: list[Any], part: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+):
     monkeypatch.setattr(engines, "ALIVE_SECONDS", 1.0)
     monkeypatch.setattr(engines, "READING_SECONDS", 0.1)
     async with pi_before(script) as (pi, _):
@@ -780,7 +774,7 @@ async def test_an_engine_that_makes_no_progress_for_too_long_has_failed(
 
 async def test_an_engine_that_thinks_or_is_silent_is_not_given_up(
     monkeypatch: pytest.MonkeyPatch,
-) -> None:
+):
     """Meanwhile its client gets comments, which keep the connection alive: before the head, which
     comes once the prompt has been read, between thoughts, and before the text.
     """
@@ -819,7 +813,7 @@ TOO_LONG = [
 @pytest.mark.parametrize(("about", "message", "n_ctx"), TOO_LONG)
 async def test_a_prompt_that_an_engine_finds_too_long_is_fitted_again(
     about: Any, message: str, n_ctx: int
-) -> None:
+):
     """Once, although what a refusal says may be misread. A length in a known sentence counts until
     the next list.
     """
@@ -839,7 +833,7 @@ async def test_a_prompt_that_an_engine_finds_too_long_is_fitted_again(
         assert len(backend.completions) == 4
 
 
-async def test_an_impossible_count_teaches_nothing() -> None:
+async def test_an_impossible_count_teaches_nothing():
     counted = text_chunk("1", "stop", usage={"prompt_tokens": 999_999, "completion_tokens": 1})
     async with pi_before([CHUNKED, chunk(counted)]) as (pi, _):
         reply = await pi.complete(prompt="x = 1\n" * 100)
@@ -847,7 +841,7 @@ async def test_an_impossible_count_teaches_nothing() -> None:
         assert pi.gateway.fleet.first.prompts.ratio.get("qwen_0_5b") == 3.0
 
 
-async def test_a_list_that_is_not_strict_and_an_engine_that_asks_for_patience() -> None:
+async def test_a_list_that_is_not_strict_and_an_engine_that_asks_for_patience():
     listed = b'{"object": "list", "object": "list", "score": NaN, "data": [{"id": "qwen_0_5b"}]}'
     lines = (f"Content-Length: {len(listed)}", "Content-Encoding: identity")
     whole = head(200, *lines, kind="application/json") + listed
@@ -871,7 +865,7 @@ CONTEXTS = [
 
 
 @pytest.mark.parametrize(("api", "about", "table", "n_ctx"), CONTEXTS)
-async def test_the_length_of_the_context(api: str, about: Any, table: Any, n_ctx: int) -> None:
+async def test_the_length_of_the_context(api: str, about: Any, table: Any, n_ctx: int):
     props = answer(200, {"default_generation_settings": {"n_ctx": 512}})
     async with (
         Backend(models=listing(**about), props=props) as backend,
@@ -882,7 +876,7 @@ async def test_the_length_of_the_context(api: str, about: Any, table: Any, n_ctx
 
 async def test_an_engine_that_does_not_list_its_models_is_away(
     monkeypatch: pytest.MonkeyPatch,
-) -> None:
+):
     """Each probe asks for the list again."""
     monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 0.02)
     broken = answer(500, {"error": "Traceback"})
@@ -896,7 +890,7 @@ async def test_an_engine_that_does_not_list_its_models_is_away(
 
 async def test_an_engine_with_none_of_our_models_is_logged(
     caplog: pytest.LogCaptureFixture,
-) -> None:
+):
     listed = answer(200, {"data": [{"id": "org/Other"}, {"id": "one"}]})
     async with pi_before(models=listed) as (pi, backend):
         reply = await pi.complete()
@@ -908,7 +902,7 @@ async def test_an_engine_with_none_of_our_models_is_logged(
     assert "gpu: expected a model of models.toml, got one, org/Other" in caplog.text
 
 
-async def test_the_tokens_of_a_text_come_from_llama_server() -> None:
+async def test_the_tokens_of_a_text_come_from_llama_server():
     fields = {"content": "a b", "add_special": True}
     async with pi_before([answer(200, {"tokens": [1, 2]})], api="llama.cpp") as (pi, backend):
         reply = await pi.ask("POST", "/tokenize", fields)
@@ -934,7 +928,7 @@ MARKS = {
 }
 
 
-def test_the_marks_of_the_models_that_ship() -> None:
+def test_the_marks_of_the_models_that_ship():
     marks = {model.id: (model.fim, model.fim_layout) for model in SHIPPED}
     assert marks == marks | MARKS
 
@@ -943,9 +937,7 @@ LAYOUTS = [("spmv2", "<pre>a<suf>b<mid>"), ("spm", "<suf>b<pre>a<mid>")]
 
 
 @pytest.mark.parametrize(("layout", "written"), LAYOUTS)
-async def test_no_other_engine_gets_a_prompt_that_it_would_have_to_heal(
-    layout: str, written: str
-) -> None:
+async def test_no_other_engine_gets_a_prompt_that_it_would_have_to_heal(layout: str, written: str):
     async with pi_before(VLLM) as (pi, backend):
         fim, marks = pi.gateway.fleet.first.kind.fim, ("<pre>", "<suf>", "<mid>")
         fim["qwen_0_5b"] = replace(fim["qwen_0_5b"], fim=marks, fim_layout=layout)
@@ -976,7 +968,7 @@ LONG_CLASSES = {
 
 @pytest.mark.parametrize("language", LONG_CLASSES)
 @pytest.mark.parametrize("more", range(0, 110, 10))
-def test_only_the_end_of_a_long_file_is_followed(language: str, more: int) -> None:
+def test_only_the_end_of_a_long_file_is_followed(language: str, more: int):
     """From a statement on, wherever the limit falls."""
     head, method, cursor, text, piece = LONG_CLASSES[language]
     prompt = head + 200 * method + " " * more + "\n" + cursor

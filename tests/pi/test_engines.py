@@ -305,7 +305,7 @@ def check_result(result: Any, kind: Kind) -> None:
     assert kind is not LLAMA_CPP or "prompt_tokens" not in result, "it tells none"
 
 
-def test_complete(kind: Kind, pi: Pi) -> None:
+def test_complete(kind: Kind, pi: Pi):
     """The body of a function, and nothing behind it."""
     for text, result in pi.both(prompt=FIBONACCI, max_tokens=100):
         assert (result["mode"], result["finish_reason"]) == ("complete", "block"), (text, result)
@@ -315,7 +315,7 @@ def test_complete(kind: Kind, pi: Pi) -> None:
         check_result(result, kind)
 
 
-def test_infill(kind: Kind, pi: Pi) -> None:
+def test_infill(kind: Kind, pi: Pi):
     for text, result in pi.both(prompt=PREFIX + LINE, suffix=SUFFIX, max_tokens=48):
         assert result["mode"] == "infill"
         assert result["finish_reason"] != "length", text
@@ -324,7 +324,7 @@ def test_infill(kind: Kind, pi: Pi) -> None:
         check_result(result, kind)
 
 
-def test_instruct(kind: Kind, pi: Pi) -> None:
+def test_instruct(kind: Kind, pi: Pi):
     """Code alone: no fence, no chatter."""
     instruction = "Write a function add(a, b) that returns the sum of two numbers."
     for text, result in pi.both(prompt="", instruction=instruction, max_tokens=200):
@@ -336,19 +336,19 @@ def test_instruct(kind: Kind, pi: Pi) -> None:
         check_result(result, kind)
 
 
-def test_limit(pi: Pi) -> None:
+def test_limit(pi: Pi):
     """A text that the limit of tokens ends."""
     for _, result in pi.both(**brief()):
         assert (result["finish_reason"], result["total_tokens"]) == ("length", 3)
 
 
-def test_stop(pi: Pi) -> None:
+def test_stop(pi: Pi):
     """A client's own end, which is not in the text."""
     for text, _ in pi.both(prompt="1\n2\n3\n4\n", stop_at="none", max_tokens=60, stop=["\n8"]):
         assert text.strip() == "5\n6\n7"
 
 
-def test_chat_as_openai_does(pi: Pi) -> None:
+def test_chat_as_openai_does(pi: Pi):
     body = {"model": "", "messages": CHAT, "max_tokens": 80, "temperature": 0}
     whole = pi.answer("/v1/chat/completions", body)
     (choice,) = whole["choices"]
@@ -366,7 +366,7 @@ def test_chat_as_openai_does(pi: Pi) -> None:
     assert usage["usage"]["completion_tokens"] > 0
 
 
-def test_infill_as_llama_cpp_does(pi: Pi) -> None:
+def test_infill_as_llama_cpp_does(pi: Pi):
     body = {"input_prefix": PREFIX, "prompt": LINE, "input_suffix": SUFFIX}
     body |= {"n_predict": 32, "temperature": 0}
     answer = pi.answer("/infill", body)
@@ -380,7 +380,7 @@ def test_infill_as_llama_cpp_does(pi: Pi) -> None:
         assert given["tokens_predicted"] > 0
 
 
-def test_models_health_and_statistics(kind: Kind, pi: Pi) -> None:
+def test_models_health_and_statistics(kind: Kind, pi: Pi):
     (model,) = pi.get("/v1/models")["models"]
     about = {"id": MODEL, "available": True, "backends": ["one"], "n_ctx": 4096}
     assert model == model | about
@@ -398,7 +398,7 @@ def test_models_health_and_statistics(kind: Kind, pi: Pi) -> None:
     assert after["response_time_ms"] > 0
 
 
-def test_a_client_that_leaves_ends_the_work(kind: Kind, engine: Engine, pi: Pi) -> None:
+def test_a_client_that_leaves_ends_the_work(kind: Kind, engine: Engine, pi: Pi):
     before = pi.stats("one")
     stream = Stream(pi, **endless())
     stream.wait_for_tokens(5)
@@ -413,7 +413,7 @@ def test_a_client_that_leaves_ends_the_work(kind: Kind, engine: Engine, pi: Pi) 
     assert pi.complete(**brief())["total_tokens"] == 3
 
 
-def test_a_wrong_key(kind: Kind, engine: Engine, tmp_path: Path) -> None:
+def test_a_wrong_key(kind: Kind, engine: Engine, tmp_path: Path):
     """The variable is named, and no key: neither ours nor the right one."""
     tables = {"one": table_of(kind, engine)}
     with start_pi(tmp_path / "alone", tables, ready=False, one="another-key") as pi:
@@ -436,7 +436,7 @@ def test_a_wrong_key(kind: Kind, engine: Engine, tmp_path: Path) -> None:
         assert pi.get("/health")["status"] == "healthy"
 
 
-def test_death_and_return(kind: Kind, engine: Engine, tmp_path: Path) -> None:
+def test_death_and_return(kind: Kind, engine: Engine, tmp_path: Path):
     """Killed while it streams: an error event and a cut, and the other backend serves the next
     request. Without that one there is a 503. Started again, it is used again.
     """
@@ -468,9 +468,7 @@ SHORT = [(LLAMA_SERVER, {}), pytest.param(LLAMA_CPP, {"n_ctx": 512}, marks=NIGHT
 
 
 @pytest.mark.parametrize(("short", "more"), SHORT, ids=str)
-def test_a_prompt_is_fitted_to_a_short_context(
-    short: Kind, more: dict[str, int], tmp_path: Path
-) -> None:
+def test_a_prompt_is_fitted_to_a_short_context(short: Kind, more: dict[str, int], tmp_path: Path):
     """The Pi knows the length from llama-server's /props. llama_cpp.server does not report it, so
     the table does. The answer has its room, also once the Pi has learned how the engine counts
     tokens.

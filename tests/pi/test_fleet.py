@@ -176,7 +176,7 @@ def check_way(seen: list[tuple[str, str]]) -> None:
         assert set(ends[:-1]) <= REPEATED
 
 
-async def test_no_request_is_lost_or_sent_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_no_request_is_lost_or_sent_twice(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(fleet, "PROBE_SECONDS", 0.05)
     monkeypatch.setattr(breaker, "OPEN_SECONDS", 0.1)
     kinds = {"own": 4, "other": 2, "visitor": 3, "openai": 4, "llama.cpp": 1}

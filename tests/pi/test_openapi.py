@@ -45,7 +45,7 @@ def validate(value: Any, schema: Mapping[str, Any]) -> None:
     Draft202012Validator(schema).validate(value)
 
 
-def test_the_document_is_valid_and_has_each_route() -> None:
+def test_the_document_is_valid_and_has_each_route():
     OpenAPIV31SpecValidator(DOCUMENT).validate()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert DOCUMENT["info"]["version"] == VERSION == project["version"]
@@ -67,7 +67,7 @@ CHECKED = dict.fromkeys(itertools.chain(*(table.values() for table in TABLES)))
 
 
 @pytest.mark.parametrize("field", CHECKED)
-def test_a_field_accepts_what_its_schema_says(field: Field) -> None:
+def test_a_field_accepts_what_its_schema_says(field: Field):
     for nullable in (False, True):
         schema = Draft202012Validator(schema_of(field, nullable))
         for value in VALUES:
@@ -102,7 +102,7 @@ MORE["/v1/complete/stream"] = MORE["/v1/complete"]
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize("path", MORE)
-async def test_a_post_is_answered_as_described(path: str, stream: bool) -> None:
+async def test_a_post_is_answered_as_described(path: str, stream: bool):
     schema = OPERATIONS["POST", path]["requestBody"]["content"]["application/json"]["schema"]
     asked = MORE[path] | ({"stream": stream} if "stream" in schema["properties"] else {})
     validate(asked, schema)
@@ -120,7 +120,7 @@ async def test_a_post_is_answered_as_described(path: str, stream: bool) -> None:
 
 
 @pytest.mark.parametrize("path", [path for method, path in OPERATIONS if method == "GET"])
-async def test_a_get_is_answered_as_described(path: str) -> None:
+async def test_a_get_is_answered_as_described(path: str):
     entry = {"id": "qwen_0_5b", "loaded": True, "encoding": "published", "n_ctx": 4096}
     entry["memory_mb"] = 980.5
     models = answer(200, {"models": [entry]})
@@ -134,7 +134,7 @@ async def test_a_get_is_answered_as_described(path: str) -> None:
 # The second is refused before the route is known.
 @pytest.mark.parametrize("host", ["localhost", "x.example"])
 @pytest.mark.parametrize("path", ["/v1/complete", "/v1/chat/completions"])
-async def test_an_error_has_the_described_form(path: str, host: str) -> None:
+async def test_an_error_has_the_described_form(path: str, host: str):
     async with pi_for(1, probing=False, client_keys=("k",)) as pi:
         reply = await pi.ask("POST", path, {}, Host=host, X_API_Key="k")
         validate(reply.json, content_of("POST", path, "default")["application/json"]["schema"])
@@ -150,7 +150,7 @@ async def test_an_error_has_the_described_form(path: str, host: str) -> None:
 
 @pytest.mark.clients
 @pytest.mark.nightly
-def test_schemathesis_finds_nothing(tmp_path: Path) -> None:
+def test_schemathesis_finds_nothing(tmp_path: Path):
     """Thousands of requests made from the document, valid and invalid, and each response held
     against it.
 
