@@ -148,16 +148,18 @@ class Prompts:
             return None, []
         speed = self.speed.get(model, FIRST_SPEED)
         reader = (request.client, model)
-        return int(speed * limit / 1000), [text for whose, text in self._read if whose == reader]
+        cached = [text for whose, text in self._read if whose == reader]
+        return int(speed * limit / 1000), cached
 
     def _refit(self, attempt: Attempt, counted: int) -> tuple[float, int]:
         """(weight per token, the most tokens) for a retry after a backend has counted too many
         tokens. If the count is not plausible, the prompt becomes a quarter shorter.
         """
-        weight, ratio = attempt.sent.text.weight, self.ratio.get(attempt.model)
+        weight = attempt.sent.text.weight
         if self._is_plausible(attempt, counted):
             self.ratio.learn(attempt.model, weight, counted)
             return max(REFIT * weight / counted, MIN_RATIO), sys.maxsize
+        ratio = self.ratio.get(attempt.model)
         return max(REFIT * ratio, MIN_RATIO), int(0.75 * weight / ratio)
 
     def _is_plausible(self, attempt: Attempt, counted: int) -> bool:
@@ -173,7 +175,8 @@ class Prompts:
         """Learn from a complete answer: the weight per token, the reading speed, and the text that
         was read.
         """
-        request, model, text = attempt.request, attempt.model, attempt.sent.text
+        request, model = attempt.request, attempt.model
+        text = attempt.sent.text
         counted, seconds = result.get("prompt_tokens", 0), result.get("ttft") or 0.0
         if not self._is_plausible(attempt, counted):
             return
@@ -263,10 +266,11 @@ class Backend:
         return self.kind.takes_our_ids if self.models is None else model in self.models
 
     def n_ctx(self, model: str) -> int:
-        known = (self.models or {}).get(model)
-        if known:
-            return int(known["n_ctx"])
-        return self.config.n_ctx or DEFAULT_N_CTX
+        return int(self._about(model).get("n_ctx") or self.config.n_ctx or DEFAULT_N_CTX)
+
+    def _about(self, model: str) -> JsonObject:
+        """What the backend reports about a model; {} if the model is unknown."""
+        return (self.models or {}).get(model, {})
 
     # Probing.
 
@@ -281,7 +285,8 @@ class Backend:
         """Update the breaker, `response_ms` and `models`. A busy backend is left alone: its answer
         shows that it is up.
         """
-        breaker, self.probed = self.breaker, time.monotonic()
+        breaker = self.breaker
+        self.probed = time.monotonic()
         breaker.expire(self.probed)
         if self._is_busy and breaker.state == "closed":
             return
@@ -396,7 +401,7 @@ class Backend:
         if self.kind.judges_lines:
             wish = attempt.request.fields.get("min_confidence")
             attempt.threshold = threshold_of(self._catalog, model, wish)
-        layout = self.kind.layout(model, (self.models or {}).get(model, {}))
+        layout = self.kind.layout(model, self._about(model))
         sent = self.prompts.fit(attempt, self.n_ctx(model), layout, refused)
         attempt.sent = sent
         return Wanted(sent.fields, model, self.names.get(model, model), sent.room)
@@ -442,7 +447,7 @@ class Backend:
         if error.code in WITHOUT_MODEL:
             self._models_until = 0.0
             self.wake.set()
-        known, n_ctx = (self.models or {}).get(attempt.model), error.extra.get("n_ctx", 0)
+        known, n_ctx = self._about(attempt.model), error.extra.get("n_ctx", 0)
         if known and isinstance(error, TooLong) and 0 < n_ctx < attempt.sent.n_ctx:
             known["n_ctx"] = n_ctx  # until the next list
 

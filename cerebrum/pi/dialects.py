@@ -466,7 +466,8 @@ class Reply:
         choices = self.choice(self.part(""), finish_reason(result))
         events = sse(self.frame(self.chunk_object, choices) | own_members(result))
         if self.request.usage:
-            events += sse(self.frame(self.chunk_object, []) | {"usage": usage(result)})
+            counts = {"usage": usage(result)}
+            events += sse(self.frame(self.chunk_object, []) | counts)
         return events + sse_block(b"[DONE]")
 
     def whole(self, text: str, result: Members) -> bytes:
@@ -581,7 +582,8 @@ ERROR_TYPES = {
 def write_error(error: HttpError) -> JsonObject:
     """`{"error": {"message", "type", "param", "code"}}`, in a response or in a stream."""
     kind = ERROR_TYPES.get(error.status, "invalid_request_error")
-    return {"error": {"message": error.message, "type": kind, "param": None, "code": error.code}}
+    members = {"message": error.message, "type": kind, "param": None, "code": error.code}
+    return {"error": members}
 
 
 def write_model(model_id: str, created: int) -> JsonObject:

@@ -275,16 +275,14 @@ class Characters:
     """
 
     def __init__(self) -> None:
+        self.pairs = codecs.getincrementaldecoder("utf-16-le")("surrogatepass")
         self.bytes = codecs.getincrementaldecoder("utf-8")("replace")
-        self.half = ""  # the first half of a pair
 
     def feed(self, text: str) -> str:
-        if text.isascii() and not self.half and not self.bytes.getstate()[0]:
+        rest = self.pairs.getstate()[0] or self.bytes.getstate()[0]
+        if text.isascii() and not rest:
             return text  # as nearly always
-        text, self.half = self.half + text, ""
-        if "\ud800" <= text[-1:] <= "\udbff":
-            text, self.half = text[:-1], text[-1]
-        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
+        text = self.pairs.decode(text.encode("utf-16-le", "surrogatepass"))
         escaped = re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", text)
         return self.bytes.decode(escaped.encode("utf-8", "surrogateescape"))
 
@@ -305,15 +303,9 @@ class Translator:
         stops = [stop for stop in fields.get("stop", ()) if len(stop) <= MAX_STOP_CHARS]
         stops += [token for token in {*SPECIAL_TOKENS, *marks} if token not in asked]
         language = fields.get("language", "")
-        self.ending = Ending(
-            fields["mode"],
-            language,
-            end_of(prompt, language),
-            suffix[:NEAR_CHARS],
-            fields.get("stop_at", "auto"),
-            fields.get("indent", 0),
-            stops,
-        )
+        near = (end_of(prompt, language), suffix[:NEAR_CHARS])
+        stop_at, indent = fields.get("stop_at", "auto"), fields.get("indent", 0)
+        self.ending = Ending(fields["mode"], language, *near, stop_at, indent, stops)
         self.events = Events()
         self.characters = Characters()
         self.most = fields.get("max_tokens") or MAX_TOKENS
@@ -321,7 +313,7 @@ class Translator:
         self.progress = fields.get("progress", False)
         self.counting: Members = {}  # the last event that counts tokens
         self.tokens = 0  # events with text; an engine may put several tokens into one
-        self.began = 0.0  # when the first event with text came
+        self.deadline = math.inf  # of the text; it ends with a whole line
         self.has_line = False  # a line end has been generated
         self.heard = -math.inf  # when the last event came
         self.reason: str | None = None  # why the engine ended its text; None before its end
@@ -377,14 +369,15 @@ class Translator:
         if text and self.tokens == self.most:
             text, reason = "", "length"
         if text:
-            self.began = self.began if self.tokens else now
+            if self.limit and not self.tokens:
+                self.deadline = now + self.limit
             self.tokens += 1
             self.has_line = self.has_line or "\n" in text
             text = self.characters.feed(text)
         text, ended = self.ending.feed(text)
         if not ended and reason:
             text += self.ending.flush(whole=reason == "stop")
-        elif not ended and self._is_overdue(now):
+        elif not ended and self.has_line and now > self.deadline:
             text += self.ending.flush(whole=False)
             ended = "length"
         if text:
@@ -392,10 +385,6 @@ class Translator:
         self.reason = reason
         if ended:
             yield self._done(ended)
-
-    def _is_overdue(self, now: float) -> bool:
-        """Whether the time for the answer is over. It ends with a whole line."""
-        return bool(self.limit) and self.has_line and now - self.began > self.limit
 
     def _done(self, reason: str) -> Pair:
         self.done = True
@@ -555,7 +544,8 @@ class Engine(Kind):
     async def ask(self, wanted: Wanted) -> AsyncIterator[Streamed]:
         path, body = self.write(wanted)
         await asyncio.sleep(0)  # following a long text takes a turn of the event loop by itself
-        translator = Translator(wanted.fields, [mark.strip() for mark in self.marks(wanted.model)])
+        marks = [mark.strip() for mark in self.marks(wanted.model)]
+        translator = Translator(wanted.fields, marks)
         async with (
             self.client.send(path, body, READING_SECONDS) as answer,
             contextlib.aclosing(translate(self, answer, translator)) as pairs,

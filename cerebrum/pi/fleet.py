@@ -52,7 +52,8 @@ def rank_models(
     if present is None:
         return ids
     preferred = prefer.get("instruct" if mode == "chat" else mode, ())
-    return [*dict.fromkeys([*(id for id in preferred if id in ids), *ids])]
+    first = [id for id in preferred if id in ids]
+    return [*dict.fromkeys([*first, *ids])]
 
 
 def first_there(backends: Sequence[Backend]) -> Backend:
@@ -182,8 +183,8 @@ class Fleet:
             ids = [fields["model"]]
         else:
             ids = rank_models(self._catalog, self._prefer, fields, self.models, any_language)
-        options = [(id, [each for each in self.backends if each.has(id)]) for id in ids]
+        options = [(id, [backend for backend in self.backends if backend.has(id)]) for id in ids]
         if any(having for _, having in options):
             return options
         # A kind that takes our ids says what is missing, and how to get it.
-        return [(ids[0], [each for each in self.backends if each.kind.takes_our_ids])]
+        return [(ids[0], [backend for backend in self.backends if backend.kind.takes_our_ids])]

@@ -92,8 +92,8 @@ def our_error(members: Members, key: str) -> HttpError | None:
     if key:  # it goes before the cut, which could leave half of it
         message = message.replace(key, "***")
     message = message[:MAX_MESSAGE_CHARACTERS]
-    given = (name for name in ("prompt_tokens", "n_ctx") if LENGTH.accepts(members.get(name)))
-    lengths = {name: members[name] for name in given}
+    names = ("prompt_tokens", "n_ctx")
+    lengths = {name: members[name] for name in names if LENGTH.accepts(members.get(name))}
     if code == "INVALID_REQUEST" and len(lengths) == 2:
         return TooLong(lengths, message)
     return HttpError(code if code in PASSED_ON else "VPS_UNAVAILABLE", message, extra=lengths)

@@ -118,8 +118,8 @@ class Engine(Backend):
     def _event(self, path: str, text: str, reason: str | None = None) -> bytes:
         if path == "/completion":
             return event(content=text, stop=bool(reason))
-        told = {"text": text} if path == "/v1/completions" else {"delta": {"content": text}}
-        return event(choices=[{"index": 0, "finish_reason": reason, **told}])
+        said = {"text": text} if path == "/v1/completions" else {"delta": {"content": text}}
+        return event(choices=[{"index": 0, "finish_reason": reason, **said}])
 
 
 def request_of(number: int, mark: str) -> tuple[str, dict[str, Any]]:
@@ -154,15 +154,15 @@ def check_answer(reply: Reply, mark: str, seen: list[tuple[str, str]]) -> None:
     status, later an event and a cut.
     """
     text, ended, code = read_answer(reply)
-    told = [id for what, id in seen if what == "token"]
+    spoke = [id for what, id in seen if what == "token"]
     assert ended != bool(code)
     if ended:
-        assert (reply.status, reply.clean, text) == (200, True, text_of(told[0], mark))
-        assert seen[-1] == ("finished", told[0])
+        assert (reply.status, reply.clean, text) == (200, True, text_of(spoke[0], mark))
+        assert seen[-1] == ("finished", spoke[0])
     else:
         assert (reply.status, reply.clean) in ((ERRORS[code], True), (200, False))
-        assert text_of(told[0], mark).startswith(text) if told else not text
-        assert not told or seen[-1][0] in AMID
+        assert text_of(spoke[0], mark).startswith(text) if spoke else not text
+        assert not spoke or seen[-1][0] in AMID
 
 
 def check_way(seen: list[tuple[str, str]]) -> None:
