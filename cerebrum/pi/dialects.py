@@ -260,12 +260,10 @@ def split_by(prompt: str, before: str, after: str, middle: str) -> tuple[str, st
     if start < 0:
         return None
     preamble, body = prompt[:start], prompt[start:]
-    behind = ""
-    if middle:
-        body, found, behind = body.rpartition(middle)
-        if not found:
-            return None
-    elif UNUSED.sub("", preamble, count=1):
+    if not middle and UNUSED.sub("", preamble, count=1):
+        return None
+    body, found, behind = body.rpartition(middle) if middle else (body, body, "")
+    if not found:
         return None
     if body.startswith(before):
         prefix, found, suffix = body.removeprefix(before).partition(after)

@@ -143,15 +143,14 @@ FINISH_REASONS = {
     "length": "length",
     "limit": "length",
     "content_filter": "length",
-    "error": "error",
-    "abort": "error",
 }
+FAILURES = ("error", "abort")
 
 
 def read_engine_event(members: Members) -> tuple[str, str | None]:
     """(text, reason) of an event of OpenAI's two calls or of llama-server's own. The reason is None
-    before the end of the text, then "stop", "length", or "error" if the text is incomplete. A
-    model's thoughts are not part of the text.
+    before the end of the text, then "stop" or "length". BackendFailure if the text is incomplete.
+    A model's thoughts are not part of the text.
     """
     choices = items_of(members.get("choices"))
     choice = members_of(choices[0]) if choices else members
@@ -160,6 +159,8 @@ def read_engine_event(members: Members) -> tuple[str, str | None]:
     reason = text_of(choice.get("finish_reason"))
     if choice.get("stop") is True:  # the last event of llama-server
         reason = text_of(choice.get("stop_type")) or "stop"
+    if reason in FAILURES:
+        raise BackendFailure("it gave up")
     return text, FINISH_REASONS.get(reason, "stop") if reason else None
 
 
@@ -363,8 +364,6 @@ class Translator:
         raise BackendFailure("it reported an error")
 
     def _text(self, text: str, reason: str | None, now: float) -> Iterator[Pair]:
-        if reason == "error":
-            raise BackendFailure("it gave up")
         # An event has at least one token, so this engine ignores its limit.
         if text and self.tokens == self.most:
             text, reason = "", "length"
