@@ -76,6 +76,9 @@ SPARE = 1.1
 def budget_of(request: CompletionRequest, n_ctx: int) -> int:
     """The largest prompt for a request, in tokens. An answer gets at most three quarters of the
     context, however long it may be.
+
+    >>> [budget_of(CompletionRequest("", {"max_tokens": most}), 4096) for most in (512, 4000)]
+    [3576, 1016]
     """
     # In the dialects, a limit below the default leaves no more room for the prompt: a warm-up, with
     # its limit of 0, must send the same text as the request that follows.
