@@ -59,7 +59,7 @@ PLAINLY = {"timeout": PATIENCE, "trust_env": False}
 
 
 @dataclass(frozen=True)
-class Kind:
+class EngineKind:
     """An engine: how to start it, how to configure the Pi for it, and how to see that it is
     idle.
     """
@@ -97,9 +97,9 @@ def slots_are_free(engine: Engine) -> bool:
     return not any(slot["is_processing"] for slot in slots)
 
 
-LLAMA_SERVER = Kind("llama-server", "llama.cpp", start_llama_server, slots_are_free)
+LLAMA_SERVER = EngineKind("llama-server", "llama.cpp", start_llama_server, slots_are_free)
 # A second request would end the first one.
-LLAMA_CPP = Kind("llama_cpp.server", "openai", start_llama_cpp, rests, places=1, counts=False)
+LLAMA_CPP = EngineKind("llama_cpp.server", "openai", start_llama_cpp, rests, places=1, counts=False)
 
 
 def had(context: AbstractContextManager[Engine], stack: ExitStack) -> Engine:
@@ -239,7 +239,7 @@ def backend(engine: Engine, api: str, **more: Any) -> Any:
     return {"url": engine.url, "api": api, **more}
 
 
-def table_of(kind: Kind, engine: Engine) -> Any:
+def table_of(kind: EngineKind, engine: Engine) -> Any:
     return backend(engine, kind.api, max_concurrent=kind.places)
 
 
@@ -265,13 +265,13 @@ KINDS = [LLAMA_SERVER, pytest.param(LLAMA_CPP, marks=NIGHTLY)]
 
 
 @pytest.fixture(scope="module", params=KINDS, ids=str)
-def kind(request: pytest.FixtureRequest) -> Kind:
-    assert isinstance(request.param, Kind)
+def kind(request: pytest.FixtureRequest) -> EngineKind:
+    assert isinstance(request.param, EngineKind)
     return request.param
 
 
 @pytest.fixture(scope="module")
-def shared_engine(kind: Kind, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+def shared_engine(kind: EngineKind, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     with ExitStack() as stack:
         yield had(kind.start(tmp_path_factory.mktemp("engine") / "engine"), stack)
 
@@ -284,7 +284,7 @@ def engine(shared_engine: Engine) -> Engine:
 
 
 @pytest.fixture
-def pi(kind: Kind, engine: Engine, tmp_path: Path) -> Iterator[Pi]:
+def pi(kind: EngineKind, engine: Engine, tmp_path: Path) -> Iterator[Pi]:
     with start_pi(tmp_path / "pi", {"one": table_of(kind, engine)}) as pi:
         yield pi
 
@@ -295,7 +295,7 @@ def run_code(code: str) -> Any:
     return names
 
 
-def check_result(result: Any, kind: Kind) -> None:
+def check_result(result: Any, kind: EngineKind) -> None:
     """A result has the figures that its engine reports, and no others."""
     assert result == result | {"model": MODEL, "language": "python"}
     assert "backend" not in result
@@ -305,7 +305,7 @@ def check_result(result: Any, kind: Kind) -> None:
     assert kind is not LLAMA_CPP or "prompt_tokens" not in result, "it tells none"
 
 
-def test_complete(kind: Kind, pi: Pi):
+def test_complete(kind: EngineKind, pi: Pi):
     """The body of a function, and nothing behind it."""
     for text, result in pi.both(prompt=FIBONACCI, max_tokens=100):
         assert (result["mode"], result["finish_reason"]) == ("complete", "block"), (text, result)
@@ -315,7 +315,7 @@ def test_complete(kind: Kind, pi: Pi):
         check_result(result, kind)
 
 
-def test_infill(kind: Kind, pi: Pi):
+def test_infill(kind: EngineKind, pi: Pi):
     for text, result in pi.both(prompt=PREFIX + LINE, suffix=SUFFIX, max_tokens=48):
         assert result["mode"] == "infill"
         assert result["finish_reason"] != "length", text
@@ -324,7 +324,7 @@ def test_infill(kind: Kind, pi: Pi):
         check_result(result, kind)
 
 
-def test_instruct(kind: Kind, pi: Pi):
+def test_instruct(kind: EngineKind, pi: Pi):
     """Code alone: no fence, no chatter."""
     instruction = "Write a function add(a, b) that returns the sum of two numbers."
     for text, result in pi.both(prompt="", instruction=instruction, max_tokens=200):
@@ -380,7 +380,7 @@ def test_infill_as_llama_cpp_does(pi: Pi):
         assert given["tokens_predicted"] > 0
 
 
-def test_models_health_and_statistics(kind: Kind, pi: Pi):
+def test_models_health_and_statistics(kind: EngineKind, pi: Pi):
     (model,) = pi.get("/v1/models")["models"]
     about = {"id": MODEL, "available": True, "backends": ["one"], "n_ctx": 4096}
     assert model == model | about
@@ -398,7 +398,7 @@ def test_models_health_and_statistics(kind: Kind, pi: Pi):
     assert after["response_time_ms"] > 0
 
 
-def test_a_client_that_leaves_ends_the_work(kind: Kind, engine: Engine, pi: Pi):
+def test_a_client_that_leaves_ends_the_work(kind: EngineKind, engine: Engine, pi: Pi):
     before = pi.stats("one")
     stream = Stream(pi, **endless())
     stream.wait_for_tokens(5)
@@ -413,7 +413,7 @@ def test_a_client_that_leaves_ends_the_work(kind: Kind, engine: Engine, pi: Pi):
     assert pi.complete(**brief())["total_tokens"] == 3
 
 
-def test_a_wrong_key(kind: Kind, engine: Engine, tmp_path: Path):
+def test_a_wrong_key(kind: EngineKind, engine: Engine, tmp_path: Path):
     """The variable is named, and no key: neither ours nor the right one."""
     tables = {"one": table_of(kind, engine)}
     with start_pi(tmp_path / "alone", tables, ready=False, one="another-key") as pi:
@@ -436,7 +436,7 @@ def test_a_wrong_key(kind: Kind, engine: Engine, tmp_path: Path):
         assert pi.get("/health")["status"] == "healthy"
 
 
-def test_death_and_return(kind: Kind, engine: Engine, tmp_path: Path):
+def test_death_and_return(kind: EngineKind, engine: Engine, tmp_path: Path):
     """Killed while it streams: an error event and a cut, and the other backend serves the next
     request. Without that one there is a 503. Started again, it is used again.
     """
@@ -468,7 +468,9 @@ SHORT = [(LLAMA_SERVER, {}), pytest.param(LLAMA_CPP, {"n_ctx": 512}, marks=NIGHT
 
 
 @pytest.mark.parametrize(("short", "more"), SHORT, ids=str)
-def test_a_prompt_is_fitted_to_a_short_context(short: Kind, more: dict[str, int], tmp_path: Path):
+def test_a_prompt_is_fitted_to_a_short_context(
+    short: EngineKind, more: dict[str, int], tmp_path: Path
+):
     """The Pi knows the length from llama-server's /props. llama_cpp.server does not report it, so
     the table does. The answer has its room, also once the Pi has learned how the engine counts
     tokens.
