@@ -82,9 +82,18 @@ from cerebrum.pi import dialects, upstream
 from cerebrum.pi.backend import Backend
 from cerebrum.pi.breaker import BREAKER_OPEN, BREAKER_STATES
 from cerebrum.pi.broadcast import Broadcasts, Subscriber
-from cerebrum.pi.completion import NOTHING_SENT, RETRIED, Attempt, Completion
+from cerebrum.pi.completion import (
+    DEFAULT_TOKENS,
+    MAX_TOKENS,
+    NOTHING_SENT,
+    PREEMPTED,
+    RETRIED,
+    Attempt,
+    Completion,
+    CompletionRequest,
+    read_text,
+)
 from cerebrum.pi.counting import ACCEPTED, Counting
-from cerebrum.pi.dialects import PREEMPTED, CompletionRequest
 from cerebrum.pi.dispatcher import Dispatcher
 from cerebrum.pi.fleet import Fleet
 from cerebrum.pi.page import page_of
@@ -207,7 +216,7 @@ def load_config(environ: Environment) -> Config:
 FIELDS = {
     "prompt": Field(str, 1, required=True),
     "language": Field(str, 1, required=True),
-    "max_tokens": Field(int, 1, dialects.MAX_TOKENS, dialects.DEFAULT_TOKENS),
+    "max_tokens": Field(int, 1, MAX_TOKENS, DEFAULT_TOKENS),
     "temperature": Field(float, 0, 1, 0.4),
     "top_p": Field(float, 0, 1, above_low=True),
     "seed": Field(int, 0, 2**32 - 2),
@@ -547,7 +556,7 @@ async def collect(pairs: Pairs) -> tuple[Members, str, Members]:
                 texts.append(value)
             elif kind == "done":
                 result = value
-    return begun, upstream.read_text(b"".join(texts)), result
+    return begun, read_text(b"".join(texts)), result
 
 
 async def page(gateway: Gateway, request: Request) -> Response:
@@ -640,7 +649,7 @@ async def tokenize(gateway: Gateway, request: Request) -> Response:
     fields = read_fields(dialects.present(parse_json(request.body)), dialects.TOKENIZE)
     model = gateway.fleet.route({})
     having = [backend for backend in gateway.fleet.backends if backend.has(model)]
-    counting = [backend for backend in having if not backend.api or backend.api.tokenize]
+    counting = [backend for backend in having if backend.kind.tokenize_path]
     lacking = BREAKER_OPEN if counting else "expected a backend that counts tokens, got none"
     fault = HttpError("VPS_UNAVAILABLE", lacking)
     async with gateway.turn_to_tokenize(request):
@@ -939,7 +948,7 @@ async def serve(environ: Environment, config: Config) -> int:
     failed = await service.run(asyncio.create_task(gateway.fleet.probe_forever(gateway.probed)))
     await server.stop(DRAIN_SECONDS)
     for backend in gateway.fleet.backends:
-        backend.upstream.close()
+        backend.kind.client.close()
     return int(failed)  # systemd restarts the daemon after a 1
 
 

@@ -293,9 +293,7 @@ async def ask_backend(config: Any, models: Sequence[Model], make: Make) -> tuple
     await backend.probe()
     if config.api == "cerebrum" and not backend.breaker.trouble:
         with contextlib.suppress(HttpError):
-            version = str(
-                (await backend.upstream.get("/v1/stats", MAX_BYTES)).get("version", version)
-            )
+            version = str((await backend.kind.get("/v1/stats", MAX_BYTES)).get("version", version))
     return backend, version, backend.breaker.trouble
 
 

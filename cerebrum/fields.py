@@ -18,6 +18,9 @@ from typing import Any
 
 from cerebrum_common import HttpError
 
+JsonObject = dict[str, Any]
+Members = Mapping[str, Any]  # a JSON object that is only read
+
 MAX_JSON_DEPTH = 64  # requests are flat; without this limit the C scanner ends in a RecursionError
 # commas, colons and opening brackets; a chat of 1,000 messages in parts has half as many
 MAX_JSON_MARKS = 20_000
@@ -101,6 +104,11 @@ def _refuse_depth(value: Any) -> None:
 def members_of(value: Any) -> Mapping[str, Any]:
     """The members of a JSON object; none of any other value."""
     return value if isinstance(value, dict) else {}
+
+
+def items_of(value: Any) -> list[Any]:
+    """The items of a JSON array; none of any other value."""
+    return value if isinstance(value, list) else []
 
 
 SHOWN = re.compile(r"[A-Za-z0-9._:+#/\-]{0,40}")  # ids and choices

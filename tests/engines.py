@@ -34,14 +34,22 @@ OPTIONS = [
     "LLAMA_CURL=OFF",
     "LLAMA_OPENSSL=OFF",
     "LLAMA_USE_PREBUILT_UI=OFF",
-]
-OPTIONS += [
     "BUILD_SHARED_LIBS=OFF",
     "LLAMA_BUILD_TESTS=OFF",
     "LLAMA_BUILD_EXAMPLES=OFF",
     "LLAMA_BUILD_UI=OFF",
 ]
+# What llama_cpp.server needs.
+PACKAGES = (
+    "uvicorn",
+    "fastapi",
+    "sse_starlette",
+    "starlette_context",
+    "pydantic_settings",
+    "llama_cpp",
+)
 JOBS = 2  # a file can need 1 GB of memory
+FAULT = "llama-server cannot be built"
 INSTALL = "please run: ./run.sh setup nightly"
 
 
@@ -60,7 +68,7 @@ def llama_server_binary() -> Path:
     if not binary.exists():
         for tool in ("cmake", "c++"):
             if not shutil.which(tool):
-                raise Unavailable(f"llama-server cannot be built: {tool} is not installed")
+                raise Unavailable(f"{FAULT}: {tool} is not installed")
         try:
             CACHE.mkdir(parents=True, exist_ok=True)
             # Beside the binary, so that the finished file is moved there in one step; an
@@ -68,7 +76,7 @@ def llama_server_binary() -> Path:
             with tempfile.TemporaryDirectory(prefix="build-", dir=CACHE) as folder:
                 _build(_fetch(Path(folder)), Path(folder) / "build").replace(binary)
         except OSError as error:  # such as a full disk
-            raise Unavailable(f"llama-server cannot be built: {error}") from error
+            raise Unavailable(f"{FAULT}: {error}") from error
     return binary
 
 
@@ -76,22 +84,13 @@ def _fetch(folder: Path) -> Path:
     """The folder of llama.cpp's sources, below `folder`. pip checks the sum before anything of the
     file is used.
     """
-    (folder / "wanted.txt").write_text(f"{SOURCES} --hash=sha256:{SHA256}\n")
+    wanted = folder / "wanted.txt"
+    wanted.write_text(f"{SOURCES} --hash=sha256:{SHA256}\n")
     name = SOURCES.partition("=")[0]
     # Without --no-binary it would be a wheel, which has a binary of somebody else.
     pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--quiet"]
-    _run(
-        [
-            *pip,
-            "--no-deps",
-            "--no-binary",
-            name,
-            "-d",
-            str(folder),
-            "-r",
-            str(folder / "wanted.txt"),
-        ]
-    )
+    options = ["--no-deps", "--no-binary", name, "-d", str(folder), "-r", str(wanted)]
+    run([*pip, *options], FAULT)
     (tarball,) = folder.glob("*.tar.gz")
     shutil.unpack_archive(tarball, folder)
     (sources,) = folder.glob("*/llama.cpp")
@@ -100,37 +99,31 @@ def _fetch(folder: Path) -> Path:
 
 def _build(sources: Path, folder: Path) -> Path:
     """The finished program, which has been started once."""
-    _run(["cmake", "-S", str(sources), "-B", str(folder), *(f"-D{option}" for option in OPTIONS)])
-    _run(["cmake", "--build", str(folder), "--target", "llama-server", "-j", str(JOBS)])
+    options = [f"-D{option}" for option in OPTIONS]
+    run(["cmake", "-S", str(sources), "-B", str(folder), *options], FAULT)
+    run(["cmake", "--build", str(folder), "--target", "llama-server", "-j", str(JOBS)], FAULT)
     built = folder / "bin/llama-server"
-    _run([str(built), "--version"])
+    run([str(built), "--version"], FAULT)
     return built
 
 
-def _run(command: list[str]) -> None:
-    """Run a step of the build, silently; Unavailable with the end of its output if it fails."""
+def run(command: list[str], fault: str) -> None:
+    """Run a step of an installation, silently; Unavailable with the end of its output if it
+    fails.
+    """
     result = subprocess.run(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     if result.returncode:
         end = "\n".join(result.stdout.decode(errors="replace").splitlines()[-8:])
-        program = " ".join(Path(word).name for word in command[:4])
-        raise Unavailable(
-            f"llama-server cannot be built: `{program} …` failed with status "
-            f"{result.returncode}:\n{end}"
-        )
+        program = " ".join(Path(word).name for word in command[:5])
+        status = f"failed with status {result.returncode}"
+        raise Unavailable(f"{fault}: `{program} …` {status}:\n{end}")
 
 
 def llama_cpp_server_version() -> str:
     """The version of llama-cpp-python, whose server has what it needs; Unavailable otherwise."""
-    for package in (
-        "uvicorn",
-        "fastapi",
-        "sse_starlette",
-        "starlette_context",
-        "pydantic_settings",
-        "llama_cpp",
-    ):
+    for package in PACKAGES:
         if not importlib.util.find_spec(package):
             raise Unavailable(f"llama_cpp.server needs {package}; {INSTALL}")
     return importlib.metadata.version("llama-cpp-python")
@@ -151,7 +144,10 @@ class Engine:
         key: str,
         patience: float = 0.0,
     ) -> None:
-        self.name, self.folder, self.port, self.key = name, folder, port, key
+        self.name = name
+        self.folder = folder
+        self.port = port
+        self.key = key
         self.patience = patience or PATIENCE  # seconds until it answers
         self.daemon: Daemon
         self._command = command  # of a port
@@ -171,23 +167,22 @@ class Engine:
     def start(self) -> None:
         """Start it, and wait until it answers."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        (
-            self.folder / "stderr"
-        ).touch()  # of Daemon; both servers log to either stream, so here they are one
-        environment = {
-            "PATH": os.environ["PATH"],
-            "HOME": str(self.folder),
-            "PYTHONUNBUFFERED": "1",
-        }
+        # Of Daemon; both servers log to either stream, so here they are one.
+        (self.folder / "stderr").touch()
+        environment = {"PATH": os.environ["PATH"], "HOME": str(self.folder)}
+        environment["PYTHONUNBUFFERED"] = "1"
         output = os.memfd_create(self.name)
         process = subprocess.Popen(
-            self._command(self.port), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-            env=environment, cwd=self.folder,
-        )  # fmt: skip
-        self.daemon = Daemon(self.name, process, self.folder, output)
-        pattern = (
-            r"(?:listening|Uvicorn running|Starting vLLM server) on http://127\.0\.0\.1:(\d+)\b"
+            self._command(self.port),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            cwd=self.folder,
         )
+        self.daemon = Daemon(self.name, process, self.folder, output)
+        said = "(?:listening|Uvicorn running|Starting vLLM server)"
+        pattern = said + r" on http://127\.0\.0\.1:(\d+)\b"
         self.port = self.daemon.port = int(self.daemon.wait_for_line(pattern, self.patience)[1])
         wait_until(self._lists_models, f"{self.name} lists its models")
 
@@ -215,20 +210,10 @@ def llama_server(folder: Path, model: Path, key: str, context: int = 4096) -> It
     whole path of its model. With a thread for each core it is ten times slower as soon as another
     program computes.
     """
-    given = [
-        str(llama_server_binary()),
-        "--host",
-        "127.0.0.1",
-        "-m",
-        str(model),
-        "--offline",
-        "--api-key",
-        key,
-    ]
-    given += ["-c", str(2 * context), "-np", "2", "--no-kv-unified", "-t", "1"]
-    with started(
-        Engine("llama-server", folder, lambda port: [*given, "--port", str(port)], 0, key)
-    ) as engine:
+    given = [str(llama_server_binary()), "--host", "127.0.0.1", "-m", str(model), "--offline"]
+    given += ["--api-key", key, "-c", str(2 * context), "-np", "2", "--no-kv-unified", "-t", "1"]
+    server = Engine("llama-server", folder, lambda port: [*given, "--port", str(port)], 0, key)
+    with started(server) as engine:
         yield engine
 
 
@@ -243,9 +228,8 @@ def llama_cpp_server(
     # By default it computes the logits of every token of a prompt: several times slower, and 600 kB
     # a token.
     given += ["--logits_all", "false"]
-    with started(
-        Engine("llama_cpp.server", folder, lambda port: [*given, "--port", str(port)], 0, key)
-    ) as engine:
+    server = Engine("llama_cpp.server", folder, lambda port: [*given, "--port", str(port)], 0, key)
+    with started(server) as engine:
         yield engine
 
 
@@ -259,14 +243,14 @@ def started(engine: Engine) -> Iterator[Engine]:
         engine.kill()
 
 
+FINDERS = {"llama-server": llama_server_binary, "llama_cpp.server": llama_cpp_server_version}
+
+
 def main() -> None:
     # SystemExit lets the build's folder be removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     have = []
-    for what, find in (
-        ("llama-server", llama_server_binary),
-        ("llama_cpp.server", llama_cpp_server_version),
-    ):
+    for what, find in FINDERS.items():
         try:
             have.append(f"{what}: {find()}")
         except Unavailable as reason:

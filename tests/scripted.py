@@ -373,7 +373,7 @@ async def pi_for(
             await asyncio.gather(task, return_exceptions=True)
         await server.stop(0)
         for known in gateway.fleet.backends:
-            known.upstream.close()
+            known.kind.client.close()
     assert gateway.dispatcher.active == 0, "a slot was not given back"
 
 

@@ -14,13 +14,11 @@ import math
 from typing import Any
 
 FAILURES_TO_OPEN = 3  # consecutive
-OPEN_SECONDS, MAX_OPEN_SECONDS = (
-    5.0,
-    60.0,
-)  # the first pause and the longest; each failed trial doubles the pause
-TRIAL_SECONDS = (
-    180.0  # until a trial's first token: a 7B model loads in 30 s and reads 4,000 tokens in 100 s
-)
+# The first pause and the longest; each failed trial doubles the pause.
+OPEN_SECONDS = 5.0
+MAX_OPEN_SECONDS = 60.0
+# Until a trial's first token: a 7B model loads in 30 s and reads 4,000 tokens in 100 s.
+TRIAL_SECONDS = 180.0
 BREAKER_STATES = ("closed", "open", "half-open")
 NEVER_ASKED = "VPS backend has not been asked yet"
 BREAKER_OPEN = "VPS backend is unavailable (circuit breaker open)"
@@ -41,9 +39,8 @@ class Breaker:
         self.failures = 0  # consecutive
         self.opens = 0  # in total
         self.changed = -math.inf  # when the state changed
-        self.last_failure = (
-            -math.inf
-        )  # when the last failure came that may have been the cause of others
+        # When the last failure came that may have been the cause of others.
+        self.last_failure = -math.inf
         self.trial: Admission | None = None  # half-open: the only request that was admitted
         self._pause = 0.0  # seconds; 0 while closed
         self._until = 0.0  # open: the pause's end; half-open: the trial's deadline
@@ -83,7 +80,9 @@ class Breaker:
         self.change("open", now)
 
     def change(self, state: str, now: float) -> None:
-        self.state, self.changed, self.trial = state, now, None
+        self.state = state
+        self.changed = now
+        self.trial = None
         if state == "closed":
             self._pause = 0.0
 
@@ -93,13 +92,8 @@ class Breaker:
 
     def describe(self, now: float) -> dict[str, Any]:
         """The breaker's entry in /v1/stats."""
-        retry = round(self.retry_in(now), 3)
-        return {
-            "state": self.state,
-            "failures": self.failures,
-            "opens": self.opens,
-            "retry_in_s": retry,
-        }
+        figures = {"state": self.state, "failures": self.failures, "opens": self.opens}
+        return figures | {"retry_in_s": round(self.retry_in(now), 3)}
 
 
 class Admission:
@@ -115,7 +109,9 @@ class Admission:
         """A valid token arrived, or a whole answer without any."""
         breaker = self.breaker
         if self.heard >= breaker.changed:
-            self.heard, breaker.failures, breaker.trouble = now, 0, ""
+            self.heard = now
+            breaker.failures = 0
+            breaker.trouble = ""
             if breaker.state == "half-open":
                 breaker.change("closed", now)
 

@@ -17,11 +17,16 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
 
-from cerebrum.pi.backend import SAMPLED_BY
-from cerebrum.pi.completion import Completion
-from cerebrum.pi.dialects import CUT, CompletionRequest
+from cerebrum.pi.completion import (
+    CUT,
+    SAMPLED_BY,
+    Completion,
+    CompletionRequest,
+    Pair,
+    read_text,
+    text_event,
+)
 from cerebrum.pi.dispatcher import Dispatcher
-from cerebrum.pi.upstream import Pair, read_text, text_event
 from cerebrum_common import HttpError, internal_error
 
 Fields = Mapping[str, Any]  # of a request

@@ -1,42 +1,95 @@
-"""A completion on its way: a request, and the attempts to answer it. Plain data; each class says
-who writes it.
+"""What a client asks for, the completion on its way, and the attempts to answer it. Plain data;
+each class says who writes it. A completion's text travels as pairs, the last of them its result.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from cerebrum.fields import JsonObject, Members
 from cerebrum.pi.breaker import Admission
-from cerebrum.pi.dialects import PREEMPTED, CompletionRequest
 from cerebrum.pi.upstream import BackendFailure, TooLong
 from cerebrum.text.prompt import Prepared
-from cerebrum_common import HttpError
+from cerebrum_common import HttpError, sse_event
 
-WAIT_SECONDS = {
-    "infill": 3.0,
-    "completion": 30.0,
-    "chat": 30.0,
-}  # for a place; minuet gives up after 3 s
+# Limits of a completion, in tokens. A client's limit above MAX_TOKENS is lowered to it.
+MAX_TOKENS = 2048
+DEFAULT_TOKENS = 512
+SAMPLED_BY = ("max_tokens", "temperature", "top_p", "seed", "stop")
+# How long a dialect's request waits for a place, in seconds: minuet gives up after 3.
+WAIT_SECONDS = {"infill": 3.0, "completion": 30.0, "chat": 30.0}
 WITHOUT_MODEL = frozenset({"MODEL_NOT_FOUND", "MODEL_LOAD_FAILED"})  # another model may do better
-RETRIED = frozenset(
-    {404, 429, 500, 503}
-)  # another backend may do better; every other error is about the request
-FINISHED = frozenset(
-    {"stop", "length", "block", "repeat", "unsure"}
-)  # reasons of a completion that ends by itself
+# Another backend may do better; every other error is about the request.
+RETRIED = frozenset({404, 429, 500, 503})
+# Reasons of a completion that ends by itself.
+FINISHED = frozenset({"stop", "length", "block", "repeat", "unsure"})
 SUPERSEDED = "SUPERSEDED"
+PREEMPTED = "preempted"  # a guest's completion has made room for somebody else's
+CUT = frozenset({"replaced", PREEMPTED})  # finish reasons of a text that ends wherever it was
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionRequest:
+    """What a client asks for, in a dialect or by our own API. Nobody changes it.
+
+    `fields` has the applicable fields of our own API, `messages` ([{"role", "content"}]), `extra`
+    ([{"filename", "text"}]), `indent` (characters), `prompt_ms` and `predict_ms` (0: no limit).
+    """
+
+    kind: str  # "infill", "completion" or "chat"; "" for our own API
+    fields: JsonObject
+    stream: bool = False
+    usage: bool = False  # the stream ends with token counts
+    caching: bool = False  # the client accepts the text of an earlier completion
+    # The members of the answer that the client wants; None: all.
+    only: tuple[str, ...] | None = None
+    client: str = ""  # the name of the client's key, or else its address
+    guest: int = 0  # the most places of a client that gets only what the others leave; 0: no guest
+    session: str = ""  # unique across clients; "" without one
+    limit: float = math.inf  # bytes of text events that the client can take
+    # Nobody waits: a backend reads the prompt into its cache when it has nothing else to do.
+    ahead: bool = False
+
+    @property
+    def file(self) -> str:
+        """A name for the session, or else for the file, in a dialect together with its client. The
+        backend that last served it probably has the beginning of the prompt in its cache.
+        """
+        filename = self.fields.get("filename") or ""
+        if self.session:
+            return self.session
+        return f"{self.client} {filename}" if self.kind else filename
+
+
+# -------------------------------------------------------------------------------------------- pairs
+
+Pair = tuple[str, Any]  # (kind, value); `Gateway.complete` lists the kinds
+
+
+def text_event(text: str, number: int = 1) -> bytes:
+    """The value of a pair "text": a native token event, with `number` as its `total_tokens`."""
+    return sse_event({"token": text, "total_tokens": number})
+
+
+def read_text(events: bytes) -> str:
+    """The text in a block of whole native token events."""
+    return "".join(json.loads(event[6:])["token"] for event in events.split(b"\n\n")[:-1])
+
+
+# ----------------------------------------------------------------------------------------- attempts
 
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
     """A request's text as a backend gets it."""
 
-    fields: Mapping[str, Any]  # of vpsd's POST /v1/inference/stream
+    fields: Members  # of vpsd's POST /v1/inference/stream
     text: Prepared
     n_ctx: int  # the context in tokens that it was fitted to
     room: int  # tokens left there for the answer
@@ -48,7 +101,8 @@ NOTHING_SENT = Fitted({}, Prepared({}, {}, 0), 0, 0)
 @dataclass(slots=True, eq=False)
 class Attempt:
     """One try at one backend. Its `Backend` writes what was sent, what came and how to `cut` it,
-    `Dispatcher` how its place ended. `Gateway.complete` drops what was sent once it has failed.
+    `Dispatcher` how its place ended; the reason of the end is written by both. After a failure,
+    `Gateway` drops the prompt that was sent.
     """
 
     completion: Completion
@@ -66,9 +120,8 @@ class Attempt:
     begun: float = field(default_factory=time.monotonic)
     left: float = 0.0  # when it gave its place back
     ended: asyncio.Event = field(default_factory=asyncio.Event)  # set at that time
-    cut: Callable[[], object] = lambda: (
-        None
-    )  # closes its connection to the backend, once there is one
+    # Closes its connection to the backend, once there is one.
+    cut: Callable[[], object] = lambda: None
     again: bool = False  # preempted too early: unless it has text, the completion starts again
 
     @property
@@ -98,26 +151,25 @@ class Attempt:
 
 @dataclass(slots=True, eq=False)
 class Completion:
-    """A request on its way. `Dispatcher` writes the client and the attempts, `Broadcasts` who else
-    asks for it; both write when it was last requested. `Counting` and `Broadcasts` add notes. Times
-    are monotonic seconds.
+    """A request on its way. `Dispatcher` writes the client and the attempts, and how to end what it
+    reads ahead; `Broadcasts` who else asks for it; both write when it was last requested.
+    `Counting` and `Broadcasts` add notes. Times are monotonic seconds.
     """
 
     request: CompletionRequest
-    end: Callable[[HttpError], object] = lambda _: (
-        None
-    )  # ends the client's request with this error, whatever it awaits
-    notes: dict[str, Any] = field(default_factory=dict)  # for the request's line in the log
+    # Ends the client's request with this error, whatever it awaits.
+    end: Callable[[HttpError], object] = lambda _: None
+    notes: JsonObject = field(default_factory=dict)  # for the request's line in the log
     client: str = ""  # whose share of the places it takes: one who still reads it
     clients: list[str] = field(default_factory=list)  # of all requests that it answers
     attempts: list[Attempt] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
-    requested: float = (
-        0.0  # when the last client that shares it asked, or when it had to start again
-    )
+    # When the last client that shares it asked, or when it had to start again.
+    requested: float = 0.0
 
     def __post_init__(self) -> None:
-        self.client, self.requested = self.request.client, self.started
+        self.client = self.request.client
+        self.requested = self.started
         self.clients.append(self.client)
 
     @property
@@ -147,17 +199,15 @@ class Completion:
         failure.
         """
         errors = [attempt.error for attempt in self.attempts if attempt.error]
-        errors = [error for error in errors if not isinstance(error, BackendFailure)] or errors
-        return errors[-1] if errors else None
+        reported = [error for error in errors if not isinstance(error, BackendFailure)]
+        return next(reversed(reported or errors), None)
 
-    def figures(self) -> dict[str, Any]:
+    def figures(self) -> JsonObject:
         """Its model, its tokens, and the seconds to the first token, for the log."""
         last = self.attempt
         if not last:
             return {}
-        spoke = (
-            {"tokens": last.tokens, "ttft": f"{last.first - self.started:.2f}s"}
-            if last.first
-            else {}
-        )
-        return {"model": last.model, **spoke}
+        figures: JsonObject = {"model": last.model}
+        if last.first:
+            figures |= {"tokens": last.tokens, "ttft": f"{last.first - self.started:.2f}s"}
+        return figures

@@ -1,10 +1,7 @@
-"""Other people's dialects: OpenAI's API and llama.cpp's, as editors and tools speak them, and as
-other engines do.
+"""Other people's dialects: OpenAI's API and llama.cpp's, as editors and tools speak them.
 
 A `Dialect` reads a client's request into a `CompletionRequest`, with fields like those of our own
-API, and writes the answer in the client's format (`Reply`), whole or as a stream. For a backend it
-writes the fields of vpsd's request as the engine's; `read_engine_event` and its neighbours read
-what the engine answers.
+API, and writes the answer in the client's format (`Reply`), whole or as a stream.
 
     >>> body = {"input_prefix": "def add(a, b):\\n", "prompt": "    return ", "input_suffix": "\\n"}
     >>> request = INFILL.read(body)
@@ -16,30 +13,35 @@ what the engine answers.
 
 Clients' requests are read leniently: unknown fields are ignored, a null field counts as absent, a
 limit above ours is lowered, and of several completions the first is returned. HttpError 400 names a
-field that cannot be served. From an engine, only members of the right type count; the rest is
-absent.
+field that cannot be served.
 
 Pure: no socket, no clock, no state. Standard library only. The formats come from the clients'
 sources (llama.vim, llama.vscode, Zed, Continue, minuet, codecompanion, Tabby, the openai packages),
-from the documentation of OpenAI, llama-server, vLLM, SGLang, TGI and Ollama, and from the answers
-of llama-server and of llama-cpp-python's server.
+and from the documentation of OpenAI, llama-server and Ollama.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cerebrum.fields import Field, members_of, read_fields, read_object, read_objects, wrong
-from cerebrum.text.prompt import arrange_gap
+from cerebrum.fields import (
+    Field,
+    JsonObject,
+    Members,
+    read_fields,
+    read_object,
+    read_objects,
+    wrong,
+)
+from cerebrum.pi.completion import CUT, DEFAULT_TOKENS, MAX_TOKENS, CompletionRequest
 from cerebrum_common import SUGGEST, HttpError, compact, sse_block
 
 # ----------------------------------------------------------------------------------------- requests
 
-MAX_TOKENS, DEFAULT_TOKENS = 2048, 512  # of a completion; a limit above MAX_TOKENS is lowered to it
 # beside the names of special tokens; OpenAI allows 4, Continue sends about 20 with these names
 MAX_STOPS = 16
 MAX_EXTRAS = 256  # texts of other files; llama.vim sends 16
@@ -47,11 +49,17 @@ MAX_MESSAGES = 1000  # of a chat
 MAX_MS = 600_000  # of a time limit; longer limits are lowered
 ANY_SEED = 2**32 - 1  # llama.cpp's value for no seed
 MIN_TOP_P = 0.01  # OpenAI allows 0; either value leaves only the likeliest token
-TEXT, INTEGER, FLAG = Field(str, default=""), Field(int, -math.inf), Field(bool, default=False)
+TEXT = Field(str, default="")
+FLAG = Field(bool, default=False)
+INTEGER = Field(int, -math.inf)
+LIMIT = Field(int, -math.inf, default=0)  # milliseconds
 MAX_NAME = 1000
 FILE_NAME = Field(str, 0, MAX_NAME, "")  # of a file
 GONE = {"suggest_in_comments", "suggest_in_strings"}  # older clients still send them
-GONE_WARNING = "a client sends suggest_in_comments or suggest_in_strings, which are ignored: suggest takes their place"
+GONE_WARNING = (
+    "a client sends suggest_in_comments or suggest_in_strings, which are ignored: "
+    "suggest takes their place"
+)
 CHAT_FIELDS = {
     "model": TEXT,
     "temperature": Field(float, 0, 100),  # OpenAI allows 2; values above 1 are lowered
@@ -63,16 +71,17 @@ CHAT_FIELDS = {
     "n_predict": INTEGER,  # llama.vim sends it to /v1/chat/completions, too
     "min_confidence": Field(float, 0, 1),
 }
-CODE_FIELDS = CHAT_FIELDS | {
+CODE_FIELDS = {
+    **CHAT_FIELDS,
     "cache_prompt": FLAG,
     "n_indent": Field(int, 0, 1000, 0),
-    "t_max_prompt_ms": Field(int, -math.inf, default=0),
-    "t_max_predict_ms": Field(int, -math.inf, default=0),
+    "t_max_prompt_ms": LIMIT,
+    "t_max_predict_ms": LIMIT,
     "filename": FILE_NAME,
     "suggest": Field(str, choices=SUGGEST),
 }
-TEXT_FIELDS = CODE_FIELDS | {"suffix": TEXT}
-INFILL_FIELDS = CODE_FIELDS | {"input_prefix": TEXT, "input_suffix": TEXT}
+TEXT_FIELDS = {**CODE_FIELDS, "suffix": TEXT}
+INFILL_FIELDS = {**CODE_FIELDS, "input_prefix": TEXT, "input_suffix": TEXT}
 TOKENIZE = {"content": TEXT, "add_special": FLAG, "parse_special": Field(bool, default=True)}
 PART = {
     "type": Field(str, default="text", choices=("text", "input_text", "output_text")),
@@ -84,41 +93,8 @@ MESSAGE = {"role": Field(str, required=True, choices=tuple(ROLES))}
 STREAM_OPTIONS = {"include_usage": FLAG}
 
 
-@dataclass(frozen=True, slots=True)
-class CompletionRequest:
-    """What a client asks for, in a dialect or by our own API. Nobody changes it.
-
-    `fields` has the applicable fields of our own API, `messages` ([{"role", "content"}]), `extra`
-    ([{"filename", "text"}]), `indent` (characters), `prompt_ms` and `predict_ms` (0: no limit).
-    """
-
-    kind: str  # "infill", "completion" or "chat"; "" for our own API
-    fields: dict[str, Any]
-    stream: bool = False
-    usage: bool = False  # the stream ends with token counts
-    caching: bool = False  # the client accepts the text of an earlier completion
-    only: tuple[str, ...] | None = (
-        None  # the members of the answer that the client wants; None: all
-    )
-    client: str = ""  # the name of the client's key, or else its address
-    guest: int = 0  # the most places of a client that gets only what the others leave; 0: no guest
-    session: str = ""  # unique across clients; "" without one
-    limit: float = math.inf  # bytes of text events that the client can take
-    # nobody waits: a backend reads the prompt into its cache when it has nothing else to do
-    ahead: bool = False
-
-    @property
-    def file(self) -> str:
-        """A name for the session, or else for the file, in a dialect together with its client. The
-        backend that last served it probably has the beginning of the prompt in its cache.
-        """
-        filename = self.fields.get("filename") or ""
-        return self.session or (f"{self.client} {filename}" if self.kind else filename)
-
-
-LONE = re.compile(
-    "[\ud800-\udfff]"
-)  # half of a character beyond U+FFFF; the JSON decoder has joined whole pairs
+# Half of a character beyond U+FFFF; the JSON decoder has joined whole pairs.
+LONE = re.compile("[\ud800-\udfff]")
 
 
 def present(value: Any) -> Any:
@@ -126,15 +102,15 @@ def present(value: Any) -> Any:
     write integers like this. Half an emoji becomes U+FFFD, because an editor may cut one in two.
     """
     if isinstance(value, dict):
-        return {name: present(one) for name, one in value.items() if one is not None}
+        return {name: present(member) for name, member in value.items() if member is not None}
     if isinstance(value, list):
-        return [present(one) for one in value]
+        return [present(item) for item in value]
     if isinstance(value, str):
         return value if value.isascii() else LONE.sub("\ufffd", value)
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def read_texts(members: Mapping[str, Any], name: str) -> list[str]:
+def read_texts(members: Members, name: str) -> list[str]:
     """A member that is a string or an array of strings, as a list; empty without this member."""
     value = members.get(name, [])
     texts = [value] if isinstance(value, str) else value
@@ -144,42 +120,44 @@ def read_texts(members: Mapping[str, Any], name: str) -> list[str]:
 
 
 def read_sampling(
-    read: Mapping[str, Any], stops: list[str], temperature: float = 0.0, limit: int = DEFAULT_TOKENS
-) -> dict[str, Any]:
+    read: Members, stops: list[str], temperature: float = 0.0, limit: int = DEFAULT_TOKENS
+) -> JsonObject:
     """The fields of our API that every request has. `temperature` and `limit` (tokens) are the
     defaults.
     """
-    limits = (read[name] for name in ("max_completion_tokens", "max_tokens", "n_predict"))
+    limits = [read[name] for name in ("max_completion_tokens", "max_tokens", "n_predict")]
     limit = next((given for given in limits if given is not None), limit)
+    if read["temperature"] is not None:
+        temperature = min(read["temperature"], 1.0)
     top_p, seed = read["top_p"], read["seed"]
+    if top_p is not None:
+        top_p = max(top_p, MIN_TOP_P)
+    if seed is not None:
+        seed = None if seed < 0 or seed == ANY_SEED else seed % ANY_SEED
     return {
         "model": read["model"],
         "max_tokens": MAX_TOKENS if limit < 0 else min(limit, MAX_TOKENS),
-        "temperature": temperature
-        if read["temperature"] is None
-        else min(read["temperature"], 1.0),
-        "top_p": None if top_p is None else max(top_p, MIN_TOP_P),
-        "seed": None if seed is None or seed < 0 or seed == ANY_SEED else seed % ANY_SEED,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
         "stop": stops,
         "min_confidence": read["min_confidence"],
     }
 
 
-def read_stops(members: Mapping[str, Any], special: bool = False) -> list[str]:
+def read_stops(members: Members, special: bool = False) -> list[str]:
     """`stop` as a list, without the names of special tokens, which our text contains only if it is
     about them.
     """
-    stops = [
-        stop
-        for stop in read_texts(members, "stop")
-        if stop and (special or not SPECIAL.fullmatch(stop))
-    ]
+    stops = [stop for stop in read_texts(members, "stop") if stop]
+    if not special:
+        stops = [stop for stop in stops if not SPECIAL.fullmatch(stop)]
     if len(stops) > MAX_STOPS:
         raise wrong("stop", f"at most {MAX_STOPS} strings", stops)
     return stops
 
 
-def read_prompt(members: Mapping[str, Any]) -> str:
+def read_prompt(members: Members) -> str:
     texts = read_texts(members, "prompt") or [""]
     if len(texts) > 1:
         raise wrong("prompt", "one string", texts)
@@ -193,25 +171,26 @@ def read_messages(value: Any) -> list[dict[str, str]]:
     roles = read_objects(value, "messages", 1, MAX_MESSAGES, MESSAGE)
     messages = []
     for number, (entry, role) in enumerate(zip(value, roles, strict=True)):
+        where = f"messages[{number}]"
         if entry.get("tool_calls", []) != []:
-            raise wrong(f"messages[{number}].tool_calls", "nothing", entry["tool_calls"])
-        content, where = entry.get("content", ""), f"messages[{number}].content"
-        if isinstance(content, list):
-            content = "\n".join(
-                part["text"] for part in read_objects(content, where, 0, MAX_MESSAGES, PART)
-            )
-        if not isinstance(content, str):
-            raise wrong(where, "a string, or an array of text parts", content)
+            raise wrong(f"{where}.tool_calls", "nothing", entry["tool_calls"])
+        content = read_content(entry.get("content", ""), f"{where}.content")
         messages.append({"role": ROLES[role["role"]], "content": content})
     return messages
 
 
-def wants_usage(members: Mapping[str, Any]) -> bool:
-    return bool(
-        read_object(members.get("stream_options", {}), "stream_options", STREAM_OPTIONS)[
-            "include_usage"
-        ]
-    )
+def read_content(content: Any, where: str) -> str:
+    if isinstance(content, list):
+        parts = read_objects(content, where, 0, MAX_MESSAGES, PART)
+        return "\n".join(part["text"] for part in parts)
+    if not isinstance(content, str):
+        raise wrong(where, "a string, or an array of text parts", content)
+    return content
+
+
+def wants_usage(members: Members) -> bool:
+    options = members.get("stream_options", {})
+    return bool(read_object(options, "stream_options", STREAM_OPTIONS)["include_usage"])
 
 
 # ------------------------------------------------------------------------ fill-in-the-middle tokens
@@ -232,15 +211,15 @@ FIM = (
     ("<[fim-prefix]>", "<[fim-suffix]>", "<[fim-middle]>"),  # Seed-Coder
     ("[PREFIX]", "[SUFFIX]", ""),  # Codestral
 )
-FILE_MARK = re.compile(
-    r"<\|?file_sep(?:arator)?\|?>|<filename>"
-)  # before a name, and a text on the next line
+# Before a name, and a text on the next line.
+FILE_MARK = re.compile(r"<\|?file_sep(?:arator)?\|?>|<filename>")
 UNUSED = re.compile(  # at the prompt's beginning: a begin-of-text token, and a repository's name
     r"(?:<s>|<bos>|<\|begin_of_text\|>|<\|endoftext\|>|<\uff5cbegin\u2581of\u2581sentence\uff5c>)?"
     r"\s*(?:(?:<\|repo_name\|>|<repo_name>|<reponame>)[^\n<]*)?\n?"
 )
 SPECIAL = re.compile(
-    r"</?s>|<\|[A-Za-z_]{2,30}\|>|<\uff5c[^<>\n]{2,40}\uff5c>|<fim[_-][a-z]{3,10}>|<(?:file_sep|repo_name)>"
+    r"</?s>|<\|[A-Za-z_]{2,30}\|>|<\uff5c[^<>\n]{2,40}\uff5c>"
+    r"|<fim[_-][a-z]{3,10}>|<(?:file_sep|repo_name)>"
     r"|<\[fim-[a-z]+\]>|<(?:EOT|PRE|SUF|MID|bos|eos|end_of_turn|filename|reponame)>"
     r"|\[/?(?:INST|PREFIX|SUFFIX|MIDDLE)\]"
 )
@@ -250,8 +229,8 @@ SPECIAL = re.compile(
 # of these layouts.
 NEXT_EDIT = re.compile(
     r"\A\s*+(?:<\|repo_name\|>[^\n]*\n)?<\|file_sep\|>.*^<\|file_sep\|>(?:original|current|updated)/"
-    r"|\A\s*+<\[fim-suffix\]>(?>.*?<\[fim-prefix\]>)(?>.*?(?:<filename>|^<<<<<<< CURRENT|<\|\w+\|>))"
-    r"(?>.*<\[fim-middle\]>)[^\n]*\Z"
+    r"|\A\s*+<\[fim-suffix\]>(?>.*?<\[fim-prefix\]>)"
+    r"(?>.*?(?:<filename>|^<<<<<<< CURRENT|<\|\w+\|>))(?>.*<\[fim-middle\]>)[^\n]*\Z"
     r"|\A### Instruction:(?>.*?^<\|editable_region_start\|>)(?>.*^### Response:)\s*\Z",
     re.M | re.S,
 )
@@ -269,43 +248,53 @@ def split_fim(prompt: str) -> tuple[str, str, str, list[dict[str, str]]] | None:
     ('def f():\\n    return ', '\\n\\nf()', '', [])
     """
     for before, after, middle in FIM:
-        start = min(prompt.find(before), prompt.find(after))
-        if start < 0:
-            continue
-        preamble, body, behind = prompt[:start], prompt[start:], ""
-        if middle:
-            body, found, behind = body.rpartition(middle)
-            if not found:
-                continue
-        elif UNUSED.sub("", preamble, count=1):
-            continue
-        first, second = (before, after) if body.startswith(before) else (after, before)
-        one, found, two = body[len(first) :].partition(second)
-        prefix, suffix = (one, two) if first == before else (two, one)
-        if not found or (behind.strip() and prefix.strip()):
-            continue
-        if (
-            before == "<PRE>"
-        ):  # this family writes a space after the first and the last mark, and before the others
-            prefix, suffix = prefix.removeprefix(" ").removesuffix(" "), suffix.removesuffix(" ")
-            behind = behind.removeprefix(" ")
-        prefix = (
-            prefix if prefix.strip() else behind or prefix
-        )  # behind a prefix is a template's last line end
-        return prefix, suffix, *split_files(preamble)
+        if parts := split_by(prompt, before, after, middle):
+            preamble, prefix, suffix = parts
+            return prefix, suffix, *split_files(preamble)
     return None
+
+
+def split_by(prompt: str, before: str, after: str, middle: str) -> tuple[str, str, str] | None:
+    """(preamble, prefix, suffix) of a prompt with the marks of one family, else None."""
+    start = min(prompt.find(before), prompt.find(after))
+    if start < 0:
+        return None
+    preamble, body = prompt[:start], prompt[start:]
+    if not middle and UNUSED.sub("", preamble, count=1):
+        return None
+    body, found, behind = body.rpartition(middle) if middle else (body, body, "")
+    if not found:
+        return None
+    if body.startswith(before):
+        prefix, found, suffix = body.removeprefix(before).partition(after)
+    else:
+        suffix, found, prefix = body.removeprefix(after).partition(before)
+    if not found or (behind.strip() and prefix.strip()):
+        return None
+    # CodeLlama's family writes a space after the first and the last mark, and before the others.
+    if before == "<PRE>":
+        prefix = prefix.removeprefix(" ").removesuffix(" ")
+        suffix = suffix.removesuffix(" ")
+        behind = behind.removeprefix(" ")
+    # Behind a prefix is only a template's last line end.
+    if not prefix.strip():
+        prefix = behind or prefix
+    return preamble, prefix, suffix
 
 
 def split_files(preamble: str) -> tuple[str, list[dict[str, str]]]:
     """Parse the text before the first mark: the name of the file itself, and other files."""
     loose, *files = FILE_MARK.split(UNUSED.sub("", preamble, count=1))
-    extra, filename = [{"filename": "", "text": loose}] if loose.strip() else [], ""
+    filename, extra = "", []
+    if loose.strip():
+        extra.append({"filename": "", "text": loose})
     for file in files[-MAX_EXTRAS:]:
         name, _, text = file.partition("\n")
+        name = name[:MAX_NAME]
         if text.strip():
-            extra.append({"filename": name[:MAX_NAME], "text": text})
+            extra.append({"filename": name, "text": text})
         else:
-            filename = name[:MAX_NAME]
+            filename = name
     return filename, extra
 
 
@@ -313,23 +302,21 @@ def split_files(preamble: str) -> tuple[str, list[dict[str, str]]]:
 
 
 def read_code(
-    members: Mapping[str, Any], read: Mapping[str, Any], prompt: str, suggest: str = "always"
+    members: Members, read: Members, prompt: str, suggest: str = "always"
 ) -> CompletionRequest:
-    """A request for code, without its text. `suggest`: unless it says how readily it is shown."""
+    """A request for code, without its text. `suggest` is the default if the request sets none."""
     stops = read_stops(members, special=bool(NEXT_EDIT.match(prompt)))
-    limits = {
-        name: min(max(0, read[f"t_max_{name}"]), MAX_MS) for name in ("prompt_ms", "predict_ms")
-    }
-    fields = (
-        read_sampling(read, stops)
-        | limits
-        | {"indent": read["n_indent"], "filename": read["filename"]}
-    )
-    if read["min_confidence"] is None:
+    fields = read_sampling(read, stops)
+    for name in ("prompt_ms", "predict_ms"):
+        fields[name] = min(max(0, read[f"t_max_{name}"]), MAX_MS)
+    fields["indent"] = read["n_indent"]
+    fields["filename"] = read["filename"]
+    if fields["min_confidence"] is None:
         fields["min_confidence"] = read["suggest"] or suggest
     only = tuple(read_texts(members, "response_fields")) if "response_fields" in members else None
+    usage = wants_usage(members)
     return CompletionRequest(
-        "completion", fields, read["stream"], wants_usage(members), read["cache_prompt"], only
+        "completion", fields, read["stream"], usage, read["cache_prompt"], only
     )
 
 
@@ -339,9 +326,9 @@ def ask_text(
     """Ask for a completion, or for an infill if the client does. At the end of a file there is no
     gap: the text before the cursor is completed.
     """
-    mode = "infill" if suffix.strip() or not prefix else "complete"
-    more |= {"suffix": suffix} if mode == "infill" else {}
-    fields = request.fields | more | {"prompt": prefix, "mode": mode}
+    fields = request.fields | more | {"prompt": prefix, "mode": "complete"}
+    if suffix.strip() or not prefix:
+        fields |= {"suffix": suffix, "mode": "infill"}
     return replace(request, kind="infill" if infill else "completion", fields=fields)
 
 
@@ -351,17 +338,19 @@ def ask_prompt(
     """Like `ask_text`, for a prompt that may carry fill-in-the-middle tokens, or have a layout of
     its own.
     """
-    if not suffix and NEXT_EDIT.match(prompt):
-        return ask_text(request, prompt, "", infill=False, stop_at="none", special=True)
-    split = None if suffix else split_fim(prompt)
-    if not split:
+    if suffix:
         return ask_text(request, prompt, suffix, infill)
+    if NEXT_EDIT.match(prompt):
+        return ask_text(request, prompt, "", infill=False, stop_at="none", special=True)
+    split = split_fim(prompt)
+    if not split:
+        return ask_text(request, prompt, "", infill)
     prefix, suffix, filename, extra = split
     filename = filename or request.fields["filename"]
     return ask_text(request, prefix, suffix, infill=True, filename=filename, extra=extra)
 
 
-def read_completion(members: Mapping[str, Any]) -> CompletionRequest:
+def read_completion(members: Members) -> CompletionRequest:
     """POST /v1/completions and /completion: a text to complete. `prompt` may carry
     fill-in-the-middle tokens.
     """
@@ -371,32 +360,28 @@ def read_completion(members: Mapping[str, Any]) -> CompletionRequest:
     return ask_prompt(read_code(members, read, prompt), prompt, read["suffix"], infill)
 
 
-def read_infill(members: Mapping[str, Any]) -> CompletionRequest:
+def read_infill(members: Members) -> CompletionRequest:
     """POST /infill: llama-server's completion between two texts. `prompt` continues
     `input_prefix`.
     """
     members = present(members)
     read, prompt = read_fields(members, INFILL_FIELDS), read_prompt(members)
     files = read_objects(members.get("input_extra", []), "input_extra", 0, MAX_EXTRAS, EXTRA)
+    extra = [file for file in files if file["text"]]
     # llama.vim's key for "complete now" sends the same as its automatic requests.
-    request, extra = (
-        read_code(members, read, prompt, "often"),
-        [file for file in files if file["text"]],
-    )
-    return ask_text(
-        request, read["input_prefix"] + prompt, read["input_suffix"], infill=True, extra=extra
-    )
+    request = read_code(members, read, prompt, "often")
+    prefix = read["input_prefix"] + prompt
+    return ask_text(request, prefix, read["input_suffix"], infill=True, extra=extra)
 
 
-def read_chat(members: Mapping[str, Any]) -> CompletionRequest:
+def read_chat(members: Members) -> CompletionRequest:
     """POST /v1/chat/completions: OpenAI's chat."""
     members = present(members)
     read = read_fields(members, CHAT_FIELDS)
     if members.get("tools", []) != [] and members.get("tool_choice") != "none":
         raise wrong("tools", 'nothing, or tool_choice "none"', members["tools"])
-    fields = read_sampling(
-        read, read_stops(members), temperature=0.4, limit=MAX_TOKENS
-    )  # an answer ends by itself
+    # The limit is the highest: an answer ends by itself.
+    fields = read_sampling(read, read_stops(members), temperature=0.4, limit=MAX_TOKENS)
     fields |= {"messages": read_messages(members.get("messages", [])), "mode": "chat"}
     return CompletionRequest("chat", fields, read["stream"], wants_usage(members))
 
@@ -405,25 +390,26 @@ def read_chat(members: Mapping[str, Any]) -> CompletionRequest:
 
 # A native token event, as cm4d relays it. Its JSON string goes into other events unchanged.
 TOKEN_TEXT = re.compile(rb'data: \{"token": ("(?:[^"\\]|\\.)*+"), "total_tokens": [0-9]+\}\n\n')
-PREEMPTED = "preempted"  # a guest's completion has made room for somebody else's
-CUT = frozenset({"replaced", PREEMPTED})  # finish reasons of a text that ends wherever it was
 SLOT = "\x00"  # placeholder for this string; no id or name has this character
 
 
-def sse(data: Mapping[str, Any]) -> bytes:
+def sse(data: Members) -> bytes:
     return sse_block(compact(data))
 
 
-def finish_reason(result: Mapping[str, Any]) -> str:
+def finish_reason(result: Members) -> str:
     """OpenAI's finish reason: "length" if a limit cut the text, else "stop"."""
     return "length" if result.get("finish_reason") in ("length", *CUT) else "stop"
 
 
-def usage(result: Mapping[str, Any]) -> dict[str, Any]:
+def usage(result: Members) -> JsonObject:
     read, written = result.get("prompt_tokens", 0), result.get("total_tokens", 0)
-    cached = {"cached_tokens": result.get("cached_tokens", 0)}
-    counts = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
-    return counts | {"prompt_tokens_details": cached}
+    return {
+        "prompt_tokens": read,
+        "completion_tokens": written,
+        "total_tokens": read + written,
+        "prompt_tokens_details": {"cached_tokens": result.get("cached_tokens", 0)},
+    }
 
 
 class Reply:
@@ -431,13 +417,18 @@ class Reply:
     "object", "choices", …}. `begun` is the value of the pair "started": {"model", "n_ctx", …}.
     """
 
-    prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
+    prefix, whole_object = "cmpl", "text_completion"
+    chunk_object = whole_object
 
     def __init__(
-        self, request: CompletionRequest, request_id: str, created: int, begun: Mapping[str, Any]
+        self, request: CompletionRequest, request_id: str, created: int, begun: Members
     ) -> None:
-        self.request, self.id, self.created, self.begun = request, request_id, created, begun
-        self.template = sse(self.chunk(SLOT)).replace(compact(SLOT), rb"\1")  # for `TOKEN_TEXT.sub`
+        self.request = request
+        self.id = f"{self.prefix}-{request_id}"
+        self.created = created
+        self.begun = begun
+        # For `TOKEN_TEXT.sub`.
+        self.template = sse(self.chunk(SLOT)).replace(compact(SLOT), rb"\1")
 
     def begin(self) -> bytes:
         """The events before the first text."""
@@ -447,59 +438,54 @@ class Reply:
         """The events for a block of whole native token events."""
         return TOKEN_TEXT.sub(self.template, tokens)
 
-    def frame(
-        self, kind: str, *choices: dict[str, Any], reason: str | None = None, **more: Any
-    ) -> dict[str, Any]:
-        head = {
-            "id": f"{self.prefix}-{self.id}",
+    def frame(self, kind: str, choices: list[JsonObject]) -> JsonObject:
+        return {
+            "id": self.id,
             "object": kind,
             "created": self.created,
             "model": self.begun["model"],
+            "choices": choices,
         }
-        filled = [
-            {"index": 0, **choice, "logprobs": None, "finish_reason": reason} for choice in choices
-        ]
-        return {**head, "choices": filled, **more}
 
-    def part(self, text: str, whole: bool = False) -> dict[str, Any]:
+    def choice(self, part: JsonObject, reason: str | None = None) -> list[JsonObject]:
+        """`choices` with the one that there is."""
+        return [{"index": 0, **part, "logprobs": None, "finish_reason": reason}]
+
+    def part(self, text: str, whole: bool = False) -> JsonObject:
         """A choice's member: the whole text, a piece of it, or "" after the last piece."""
         return {"text": text}
 
-    def chunk(self, text: str) -> dict[str, Any]:
+    def chunk(self, text: str) -> JsonObject:
         """The event for a piece of text."""
-        return self.frame(self.chunk_object, self.part(text))
+        return self.frame(self.chunk_object, self.choice(self.part(text)))
 
-    def end(self, result: Mapping[str, Any]) -> bytes:
+    def end(self, result: Members) -> bytes:
         """The events after the last text, for a native result."""
-        last = sse(
-            self.frame(
-                self.chunk_object, self.part(""), reason=finish_reason(result), **marks(result)
-            )
-        )
-        counts = (
-            sse(self.frame(self.chunk_object, usage=usage(result))) if self.request.usage else b""
-        )
-        return last + counts + sse_block(b"[DONE]")
+        choices = self.choice(self.part(""), finish_reason(result))
+        events = sse(self.frame(self.chunk_object, choices) | own_members(result))
+        if self.request.usage:
+            counts = {"usage": usage(result)}
+            events += sse(self.frame(self.chunk_object, []) | counts)
+        return events + sse_block(b"[DONE]")
 
-    def whole(self, text: str, result: Mapping[str, Any]) -> bytes:
+    def whole(self, text: str, result: Members) -> bytes:
         """The answer in one piece."""
-        more = {"usage": usage(result), **marks(result)}
-        return compact(
-            self.frame(
-                self.whole_object, self.part(text, whole=True), reason=finish_reason(result), **more
-            )
-        )
+        choices = self.choice(self.part(text, whole=True), finish_reason(result))
+        answer = self.frame(self.whole_object, choices) | {"usage": usage(result)}
+        return compact(answer | own_members(result))
 
 
 class ChatReply(Reply):
     """OpenAI's chat.completion, and chat.completion.chunk."""
 
-    prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    prefix, whole_object = "chatcmpl", "chat.completion"
+    chunk_object = "chat.completion.chunk"
 
     def begin(self) -> bytes:
-        return sse(self.frame(self.chunk_object, {"delta": {"role": "assistant", "content": ""}}))
+        choices = self.choice({"delta": {"role": "assistant", "content": ""}})
+        return sse(self.frame(self.chunk_object, choices))
 
-    def part(self, text: str, whole: bool = False) -> dict[str, Any]:
+    def part(self, text: str, whole: bool = False) -> JsonObject:
         if whole:
             return {"message": {"role": "assistant", "content": text}}
         return {"delta": {"content": text} if text else {}}
@@ -508,13 +494,13 @@ class ChatReply(Reply):
 class LlamaReply(Reply):
     """llama-server's own form: {"content", "stop", …}."""
 
-    def chunk(self, text: str) -> dict[str, Any]:
+    def chunk(self, text: str) -> JsonObject:
         return {"content": text, "stop": False}
 
-    def end(self, result: Mapping[str, Any]) -> bytes:
+    def end(self, result: Members) -> bytes:
         return sse_block(self.whole("", result))
 
-    def whole(self, text: str, result: Mapping[str, Any]) -> bytes:
+    def whole(self, text: str, result: Members) -> bytes:
         """The answer's members, or those that `response_fields` names: "timings/prompt_n" names one
         in `timings`.
         """
@@ -526,83 +512,86 @@ class LlamaReply(Reply):
             "tokens_predicted": written,
             "tokens_evaluated": read,
             "generation_settings": {"n_ctx": self.begun["n_ctx"]},
-            "truncated": bool(self.begun.get("kept"))
-            and self.begun["kept"].get("parts") != ["all"],
-            "stop_type": "limit" if finish_reason(result) == "length" else "eos",
-            "tokens_cached": read + written,
-            "timings": timings(result),
-            **marks(result),
         }
+        kept = self.begun.get("kept") or {}
+        answer["truncated"] = kept.get("parts", ["all"]) != ["all"]
+        answer["stop_type"] = "limit" if finish_reason(result) == "length" else "eos"
+        answer["tokens_cached"] = read + written
+        answer["timings"] = timings(result)
+        answer |= own_members(result)
         if self.request.only is None:
             return compact(answer)
+        # llama.vim would keep empty content, and show nothing at this place again.
         if "replaced" in answer or ("preempted" in answer and not text):
-            del answer[
-                "content"
-            ]  # llama.vim would keep empty content, and show nothing at this place again
+            del answer["content"]
         for outer in ("generation_settings", "timings"):
             answer |= {f"{outer}/{name}": value for name, value in answer[outer].items()}
-        return compact(
-            {name: answer[name] for name in (*sorted(CUT), *self.request.only) if name in answer}
-        )
+        names = [*sorted(CUT), *self.request.only]
+        return compact({name: answer[name] for name in names if name in answer})
 
 
-def marks(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Members of our own: `type_through` if an earlier completion answered, `replaced` if a newer
-    request took over, `preempted` if a guest made room, `unsure` if lines are not shown; and how
-    sure the model is.
+def own_members(result: Members) -> JsonObject:
+    """Members that other servers do not have: `type_through` if an earlier completion answered,
+    `replaced` if a newer request took over, `preempted` if a guest made room, `unsure` if lines are
+    not shown; and how sure the model is.
     """
+    names = ("type_through", "confidence", "text_confidence")
+    members = {name: result[name] for name in names if name in result}
     reason = result.get("finish_reason")
-    given = {
-        name: result[name]
-        for name in ("type_through", "confidence", "text_confidence")
-        if name in result
-    }
-    return given | {name: True for name in (*CUT, "unsure") if name == reason}
+    if reason in (*CUT, "unsure"):
+        members[reason] = True
+    return members
 
 
-def timings(result: Mapping[str, Any]) -> dict[str, Any]:
+def timings(result: Members) -> JsonObject:
     """llama-server's `timings`, in milliseconds."""
-    seconds, written, cached = (
-        result.get("ttft") or 0.0,
-        result.get("total_tokens", 0),
-        result.get("cached_tokens", 0),
-    )
+    seconds = result.get("ttft") or 0.0
+    loading, whole = result.get("load_time") or 0.0, result.get("inference_time") or 0.0
+    cached = result.get("cached_tokens", 0)
     read = result.get("prompt_tokens", 0) - cached
-    rest = max(
-        0.0, (result.get("inference_time") or 0.0) - (result.get("load_time") or 0.0) - seconds
-    )
-    figures: dict[str, Any] = {"cache_n": cached}
-    for name, count, spent in (("prompt", read, seconds), ("predicted", written, rest)):
-        figures[f"{name}_n"] = count
-        figures[f"{name}_ms"] = round(1000 * spent, 3)
-        figures[f"{name}_per_token_ms"] = round(1000 * spent / count, 3) if count else 0.0
-        figures[f"{name}_per_second"] = round(count / spent, 3) if spent else 0.0
-    return figures
+    written = result.get("total_tokens", 0)
+    predicting = max(0.0, whole - loading - seconds)
+    read_ahead = {"cache_n": cached}
+    return read_ahead | timing("prompt", read, seconds) | timing("predicted", written, predicting)
+
+
+def timing(name: str, count: int, seconds: float) -> JsonObject:
+    return {
+        f"{name}_n": count,
+        f"{name}_ms": round(1000 * seconds, 3),
+        f"{name}_per_token_ms": round(1000 * seconds / count, 3) if count else 0.0,
+        f"{name}_per_second": round(count / seconds, 3) if seconds else 0.0,
+    }
 
 
 # ---------------------------------------------------------------------------- errors, models, props
 
 
 ERROR_TYPES = {
-    401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error",
-    500: "server_error", 503: "unavailable_error",
-}  # fmt: skip
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "unavailable_error",
+}
 
 
-def write_error(error: HttpError) -> dict[str, Any]:
+def write_error(error: HttpError) -> JsonObject:
     """`{"error": {"message", "type", "param", "code"}}`, in a response or in a stream."""
     kind = ERROR_TYPES.get(error.status, "invalid_request_error")
-    return {"error": {"message": error.message, "type": kind, "param": None, "code": error.code}}
+    members = {"message": error.message, "type": kind, "param": None, "code": error.code}
+    return {"error": members}
 
 
-def write_model(model_id: str, created: int) -> dict[str, Any]:
+def write_model(model_id: str, created: int) -> JsonObject:
     """An entry of OpenAI's list of models. llama.vscode concludes from `owned_by` that /props
     exists.
     """
     return {"id": model_id, "object": "model", "created": created, "owned_by": "llamacpp"}
 
 
-def write_props(model_id: str, n_ctx: int, places: int) -> dict[str, Any]:
+def write_props(model_id: str, n_ctx: int, places: int) -> JsonObject:
     """llama-server's /props, as far as editors read it. Our chat template is the model's own and is
     not reported.
     """
@@ -617,249 +606,21 @@ def write_props(model_id: str, n_ctx: int, places: int) -> dict[str, Any]:
     }
 
 
-# ----------------------------------------------------------------------------- asking other engines
-
-MAX_N_CTX = 10**7  # tokens; the longest contexts have a million
-LENGTH, N_CTX = (
-    Field(int, 1, MAX_N_CTX),
-    Field(int, 128, MAX_N_CTX),
-)  # of a prompt and of a context, in tokens
-OPENAI_STOPS = 4  # OpenAI refuses a fifth; the Pi looks for all of them itself
-LLAMA_MORE = {
-    "timings_per_token": True,
-    "return_progress": True,
-}  # counts even if we hang up, and signs of life
-# Without this list, the last event would include the whole prompt, and might be longer than we
-# accept.
-LLAMA_LAST = ["content", "stop", "stop_type", "tokens_evaluated", "tokens_predicted", "timings"]
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """A request to a backend. `fields` are those of vpsd's `POST /v1/inference/stream`."""
-
-    fields: Mapping[str, Any]
-    model: str  # the backend's name for the model
-    fim: Sequence[str] = ()  # the model's marks, if the prompt is to be written with them
-    layout: str = "psm"  # their order, see `arrange_gap`
-    room: int = MAX_TOKENS  # tokens left in the context for the answer
-
-
-def write_sampling(wanted: Wanted, limit: str, most_stops: int | None = None) -> dict[str, Any]:
-    """The members that every request has. `limit` is the engine's name for the maximum number of
-    tokens.
-    """
-    fields = wanted.fields
-    given = {name: fields[name] for name in ("temperature", "top_p", "seed") if name in fields}
-    if given.get("top_p", 0) >= 1:
-        del given["top_p"]  # 1 leaves all tokens; TGI refuses 1
-    if stops := fields.get(
-        "stop"
-    ):  # some engines refuse an empty list; in others it replaces the model's own stops
-        given["stop"] = stops[:most_stops]
-    return {
-        "model": wanted.model,
-        "stream": True,
-        limit: min(fields["max_tokens"], max(1, wanted.room)),
-        **given,
-    }
-
-
-def write_openai(wanted: Wanted) -> dict[str, Any]:
-    """The members of both of OpenAI's requests."""
-    return write_sampling(wanted, "max_tokens", OPENAI_STOPS) | {
-        "stream_options": {"include_usage": True}
-    }
-
-
-def write_files(fields: Mapping[str, Any]) -> str:
-    """Other files' texts, which precede the file itself."""
-    return "".join(f"{entry['text'].rstrip(chr(10))}\n" for entry in fields.get("extra", ()))
-
-
-def write_text_completion(wanted: Wanted) -> dict[str, Any]:
-    """POST /v1/completions. A gap is written with the model's marks, or as `suffix` if the model
-    has none.
-    """
-    fields, members = wanted.fields, write_openai(wanted)
-    text, suffix = fields["prompt"], fields.get("suffix")
-    if suffix is not None and wanted.fim:
-        text = "".join(arrange_gap(wanted.layout, wanted.fim, text, suffix))
-    elif suffix is not None:
-        members["suffix"] = suffix
-    return members | {"prompt": write_files(fields) + text}
-
-
-def write_chat(wanted: Wanted) -> dict[str, Any]:
-    """POST /v1/chat/completions. The beginning that we write for the answer to an instruction is
-    left out: many engines would not continue it.
-    """
-    messages = wanted.fields["messages"]
-    begun = wanted.fields["mode"] == "instruct" and messages[-1]["role"] == "assistant"
-    return write_openai(wanted) | {"messages": messages[:-1] if begun else messages}
-
-
-def write_llama(wanted: Wanted) -> dict[str, Any]:
-    """POST /completion, or POST /infill for a gap."""
-    fields, members = wanted.fields, write_sampling(wanted, "n_predict") | LLAMA_MORE
-    members |= {"cache_prompt": True, "response_fields": LLAMA_LAST}
-    if "suffix" not in fields:
-        return members | {"prompt": write_files(fields) + fields["prompt"]}
-    gap = {"input_prefix": fields["prompt"], "input_suffix": fields["suffix"], "prompt": ""}
-    return members | gap | {"input_extra": list(fields.get("extra", ()))}
-
-
-def text_of(value: Any) -> str:
-    return value if isinstance(value, str) else ""
-
-
-FINISH_REASONS = {
-    "length": "length",
-    "limit": "length",
-    "content_filter": "length",
-    "error": "error",
-    "abort": "error",
-}
-
-
-def read_engine_event(members: Mapping[str, Any]) -> tuple[str, str | None]:
-    """(text, reason) of an event of OpenAI's two calls or of llama-server's own. The reason is None
-    before the end of the text, then "stop", "length", or "error" if the text is incomplete. A
-    model's thoughts are not part of the text.
-    """
-    choices = members.get("choices")
-    choice = members_of(choices[0]) if isinstance(choices, list) and choices else members
-    delta = members_of(choice.get("delta", choice.get("message", choice)))
-    reason = text_of(choice.get("finish_reason"))
-    if choice.get("stop") is True:  # the last event of llama-server
-        reason = text_of(choice.get("stop_type")) or "stop"
-    text = text_of(choice.get("text")) or text_of(delta.get("content"))
-    return text, FINISH_REASONS.get(reason, "stop") if reason else None
-
-
-MILLISECONDS = Field(float, 0, 10**12)
-COUNTS = frozenset(
-    ("usage", "timings", "tokens_predicted")
-)  # an event with one of these reports counts
-
-
-def read_counts(members: Mapping[str, Any]) -> dict[str, Any]:
-    """The counts in an event, not yet checked, under the names of our own done event: from OpenAI's
-    `usage`, llama-server's `timings`, and the numbers beside them.
-    """
-    used, timed = members_of(members.get("usage")), members_of(members.get("timings"))
-    cached, read = timed.get("cache_n"), timed.get("prompt_n")
-    whole = cached + read if type(cached) is type(read) is int else None
-    counts = {
-        "prompt_tokens": members.get("tokens_evaluated", used.get("prompt_tokens", whole)),
-        "total_tokens": members.get(
-            "tokens_predicted", used.get("completion_tokens", timed.get("predicted_n"))
-        ),
-        "cached_tokens": members_of(used.get("prompt_tokens_details")).get("cached_tokens", cached),
-        "tokens_per_second": timed.get("predicted_per_second"),
-        "draft_tokens": timed.get("draft_n"),
-        "accepted_tokens": timed.get("draft_n_accepted"),
-    }
-    if MILLISECONDS.accepts(timed.get("prompt_ms")):
-        counts["ttft"] = timed["prompt_ms"] / 1000
-    return {name: value for name, value in counts.items() if value is not None}
-
-
-def read_listed(members: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The names in OpenAI's list of models, each with its `n_ctx` if the engine reports one. Such
-    an engine has its model in memory as long as it runs, and does not say so.
-
-    >>> read_listed({"data": [{"id": "org/Qwen2.5-Coder-7B", "max_model_len": 8192}, {"id":
-    "other"}]}) {'org/Qwen2.5-Coder-7B': {'loaded': True, 'n_ctx': 8192}, 'other': {'loaded': True}}
-    """
-    listed: dict[str, dict[str, Any]] = {}
-    entries = members.get("data")
-    for entry in entries if isinstance(entries, list) else []:
-        if isinstance(entry, dict) and isinstance(entry.get("id"), str):
-            n_ctx = entry.get("max_model_len")  # of vLLM and SGLang; Ray has it in `metadata`
-            n_ctx = n_ctx or members_of(entry.get("metadata")).get("max_request_context_length")
-            listed[entry["id"]] = {"loaded": True} | (
-                {"n_ctx": n_ctx} if N_CTX.accepts(n_ctx) else {}
-            )
-    return listed
-
-
-def read_props(members: Mapping[str, Any]) -> dict[str, Any]:
-    """The `n_ctx` of one slot, from llama-server's /props."""
-    n_ctx = members_of(members.get("default_generation_settings")).get("n_ctx")
-    return {"n_ctx": n_ctx} if N_CTX.accepts(n_ctx) else {}
-
-
-# OpenAI's and vLLM's sentences. Their count of the prompt is ignored: later vLLMs stop counting at
-# the first token that does not fit.
-OVERFLOW = re.compile(
-    r"(?:context length is (?:only )?(?=\d+ tokens)|greater than max_model_len=)(\d{1,8})\b"
-)
-
-
-def read_overflow(error: Any) -> dict[str, int] | None:
-    """Parse an engine's `error`. If the error says that the prompt is too long: the given ones of
-    {"n_ctx", "prompt_tokens"}, else None. llama-server sends members; OpenAI and vLLM send a
-    sentence, which may be misread.
-    """
-    members = members_of(error)
-    sentence = OVERFLOW.search(text_of(members.get("message", error)))
-    n_ctx, counted = (
-        members.get("n_ctx", int(sentence[1]) if sentence else 0),
-        members.get("n_prompt_tokens"),
-    )
-    lengths = {"n_ctx": n_ctx} if N_CTX.accepts(n_ctx) else {}
-    if not lengths and "context_length_exceeded" not in (
-        members.get("code"),
-        members.get("type"),
-    ):  # OpenAI's code
-        return None
-    return lengths | ({"prompt_tokens": counted} if LENGTH.accepts(counted) else {})
-
-
 # ------------------------------------------------------------------------------------- the dialects
 
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """One kind of request, in both directions. An engine is asked at the first of `paths`; clients
-    use all of them.
-    """
+    """One kind of request that clients send."""
 
     paths: tuple[str, ...]
-    read: Callable[[Mapping[str, Any]], CompletionRequest]
+    read: Callable[[Members], CompletionRequest]
     reply: type[Reply]
-    write: Callable[[Wanted], dict[str, Any]]
 
 
 # Some clients put /v1 before their paths only if the user's URL ends with /v1.
-OPENAI_TEXT = Dialect(
-    ("/v1/completions", "/completions"), read_completion, Reply, write_text_completion
-)
-OPENAI_CHAT = Dialect(
-    ("/v1/chat/completions", "/chat/completions"), read_chat, ChatReply, write_chat
-)
-COMPLETION = Dialect(("/completion",), read_completion, LlamaReply, write_llama)
-INFILL = Dialect(("/infill",), read_infill, LlamaReply, write_llama)
+OPENAI_TEXT = Dialect(("/v1/completions", "/completions"), read_completion, Reply)
+OPENAI_CHAT = Dialect(("/v1/chat/completions", "/chat/completions"), read_chat, ChatReply)
+COMPLETION = Dialect(("/completion",), read_completion, LlamaReply)
+INFILL = Dialect(("/infill",), read_infill, LlamaReply)
 DIALECTS = (OPENAI_TEXT, OPENAI_CHAT, COMPLETION, INFILL)
-
-
-@dataclass(frozen=True, slots=True)
-class Api:
-    """The calls of another kind of engine."""
-
-    complete: Dialect
-    infill: Dialect
-    chat: Dialect
-    health: str  # shows without cost that the engine is up
-    props: str = ""  # reports the context's length
-    tokenize: str = ""
-    warms: bool = False  # reading a prompt ahead costs nothing
-
-
-LLAMA_CHAT = replace(OPENAI_CHAT, write=lambda wanted: write_chat(wanted) | LLAMA_MORE)
-# An `openai` backend may charge for each token, or count each request.
-APIS = {
-    "llama.cpp": Api(COMPLETION, INFILL, LLAMA_CHAT, "/health", "/props", "/tokenize", warms=True),
-    "openai": Api(OPENAI_TEXT, OPENAI_TEXT, OPENAI_CHAT, "/v1/models"),
-}

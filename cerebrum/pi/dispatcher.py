@@ -19,8 +19,14 @@ from typing import Any, NamedTuple
 from cerebrum.fields import describe
 from cerebrum.pi.backend import Backend
 from cerebrum.pi.breaker import BREAKER_OPEN, NEVER_ASKED
-from cerebrum.pi.completion import SUPERSEDED, WITHOUT_MODEL, Attempt, Completion
-from cerebrum.pi.dialects import PREEMPTED, CompletionRequest
+from cerebrum.pi.completion import (
+    PREEMPTED,
+    SUPERSEDED,
+    WITHOUT_MODEL,
+    Attempt,
+    Completion,
+    CompletionRequest,
+)
 from cerebrum.pi.fleet import Fleet, Options
 from cerebrum_common import HttpError, internal_error, log
 
@@ -162,7 +168,7 @@ def decide_reading(state: State, request: CompletionRequest) -> Assign | Wait | 
     the next request of its file will go, once that backend has nothing else to do.
     """
     options = state.fleet.who_may(request.fields, any_language=bool(request.kind))
-    readers = [backend for backend in backends_of(state.fleet, options) if backend.reads_ahead]
+    readers = [backend for backend in backends_of(state.fleet, options) if backend.kind.reads_ahead]
     if not readers:
         return None
     place = best_place(state, request, options, which_admit(readers))

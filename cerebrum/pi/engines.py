@@ -1,7 +1,8 @@
-"""Translates the streams of engines other than vpsd into the pairs of a native stream.
+"""Other engines than vpsd: llama-server, and whatever speaks OpenAI's API.
 
-`translate` reads the answer, a `Translator` parses its events. The Translator also ends the text
-where the requested piece is complete, which these engines do not do.
+Their requests are written from the fields of vpsd's request, and `translate` turns what they stream
+into the pairs of a native stream. A `Translator` parses the events; it also ends the text where the
+requested piece is complete, which these engines do not do.
 
     >>> fields = {"prompt": "def f(n):\\n", "language": "python", "mode": "complete"}
     >>> translator = Translator(fields, [])
@@ -9,6 +10,10 @@ where the requested piece is complete, which these engines do not do.
     >>> list(translator.feed(event, 0.0))
     [('text', b'data: {"token": "    return n\\\\n", "total_tokens": 1}\\n\\n'),
      ('done', {'finish_reason': 'block', 'total_tokens': 1})]
+
+From an engine, only members of the right type count; the rest is absent. The formats come from the
+documentation of OpenAI, llama-server, vLLM, SGLang and TGI, and from the answers of llama-server
+and of llama-cpp-python's server.
 """
 
 from __future__ import annotations
@@ -16,28 +21,240 @@ from __future__ import annotations
 import asyncio
 import codecs
 import contextlib
+import json
+import math
 import re
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from typing import Any
 
-from cerebrum.fields import members_of
-from cerebrum.pi import upstream
-from cerebrum.pi.dialects import COUNTS, MAX_TOKENS, read_counts, read_engine_event, read_overflow
-from cerebrum.pi.upstream import Answer, BackendFailure, Events, Pair, TooLong, Upstream, text_event
+from cerebrum.fields import Field, JsonObject, Members, items_of, members_of
+from cerebrum.pi.completion import MAX_TOKENS, Pair, text_event
+from cerebrum.pi.kind import COUNT, Kind, Models, Streamed, Wanted, read_result
+from cerebrum.pi.upstream import (
+    EVENT_STREAM,
+    LATE,
+    LENGTH,
+    N_CTX,
+    Answer,
+    BackendConfig,
+    BackendFailure,
+    Events,
+    TooLong,
+    Unusable,
+    blamed,
+    data_of,
+)
 from cerebrum.text.languages import BY_NAME, LANGUAGES
-from cerebrum.text.prompt import find_statement
-from cerebrum_common import HttpError
+from cerebrum.text.prompt import arrange_gap, find_statement
+from cerebrum_common import HttpError, Model
 
-# ---------------------------------------------------------------------- the events of other engines
+# ------------------------------------------------------------------------------ what they are asked
+
+OPENAI_STOPS = 4  # OpenAI refuses a fifth; the Pi looks for all of them itself
+# Counts even if we hang up, and signs of life.
+LLAMA_MORE = {"timings_per_token": True, "return_progress": True}
+# Without this list, the last event would include the whole prompt, and might be longer than we
+# accept.
+LLAMA_LAST = ["content", "stop", "stop_type", "tokens_evaluated", "tokens_predicted", "timings"]
+
+
+def write_sampling(wanted: Wanted, limit: str, most_stops: int | None = None) -> JsonObject:
+    """The members that every request has. `limit` is the engine's name for the maximum number of
+    tokens.
+    """
+    fields = wanted.fields
+    most = min(fields["max_tokens"], max(1, wanted.room))
+    members = {"model": wanted.name, "stream": True, limit: most}
+    members |= {name: fields[name] for name in ("temperature", "top_p", "seed") if name in fields}
+    if members.get("top_p", 0) >= 1:
+        del members["top_p"]  # 1 leaves all tokens; TGI refuses 1
+    # Some engines refuse an empty list; in others it replaces the model's own stops.
+    if stops := fields.get("stop"):
+        members["stop"] = stops[:most_stops]
+    return members
+
+
+def write_openai(wanted: Wanted) -> JsonObject:
+    """The members of both of OpenAI's requests."""
+    usage = {"stream_options": {"include_usage": True}}
+    return write_sampling(wanted, "max_tokens", OPENAI_STOPS) | usage
+
+
+def write_files(fields: Members) -> str:
+    """Other files' texts, which precede the file itself."""
+    texts = (entry["text"].rstrip("\n") for entry in fields.get("extra", ()))
+    return "".join(f"{text}\n" for text in texts)
+
+
+def write_text_completion(wanted: Wanted, marks: Sequence[str], layout: str) -> JsonObject:
+    """POST /v1/completions. A gap is written with the model's `marks` in this layout, or as
+    `suffix` if the model has none.
+    """
+    fields, members = wanted.fields, write_openai(wanted)
+    text, suffix = fields["prompt"], fields.get("suffix")
+    if suffix is not None and marks:
+        text = "".join(arrange_gap(layout, marks, text, suffix))
+    elif suffix is not None:
+        members["suffix"] = suffix
+    return members | {"prompt": write_files(fields) + text}
+
+
+def write_chat(wanted: Wanted) -> JsonObject:
+    """POST /v1/chat/completions. The beginning that we write for the answer to an instruction is
+    left out: many engines would not continue it.
+    """
+    messages = wanted.fields["messages"]
+    if wanted.fields["mode"] == "instruct" and messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    return write_openai(wanted) | {"messages": messages}
+
+
+def write_llama(wanted: Wanted) -> JsonObject:
+    """POST /completion, or POST /infill for a gap."""
+    fields = wanted.fields
+    members = write_sampling(wanted, "n_predict") | LLAMA_MORE
+    members |= {"cache_prompt": True, "response_fields": LLAMA_LAST}
+    if "suffix" not in fields:
+        return members | {"prompt": write_files(fields) + fields["prompt"]}
+    gap = {"input_prefix": fields["prompt"], "input_suffix": fields["suffix"], "prompt": ""}
+    return members | gap | {"input_extra": list(fields.get("extra", ()))}
+
+
+# --------------------------------------------------------------------------------- what they answer
+
+
+def parse_leniently(data: bytes) -> JsonObject:
+    """Parse an engine's JSON object; HttpError if `data` is anything else. Bytes that are not UTF-8
+    become lone surrogates, since an engine may cut its text inside a character.
+    """
+    with contextlib.suppress(ValueError, RecursionError):
+        value = json.loads(data.decode("utf-8", "surrogateescape"))
+        if isinstance(value, dict):
+            return value
+    raise HttpError("INVALID_REQUEST", "expected a JSON object")
+
+
+def text_of(value: Any) -> str:
+    return value if isinstance(value, str) else ""
+
+
+FINISH_REASONS = {
+    "length": "length",
+    "limit": "length",
+    "content_filter": "length",
+}
+FAILURES = ("error", "abort")
+
+
+def read_engine_event(members: Members) -> tuple[str, str | None]:
+    """(text, reason) of an event of OpenAI's two calls or of llama-server's own. The reason is None
+    before the end of the text, then "stop" or "length". BackendFailure if the text is incomplete.
+    A model's thoughts are not part of the text.
+    """
+    choices = items_of(members.get("choices"))
+    choice = members_of(choices[0]) if choices else members
+    delta = members_of(choice.get("delta", choice.get("message", choice)))
+    text = text_of(choice.get("text")) or text_of(delta.get("content"))
+    reason = text_of(choice.get("finish_reason"))
+    if choice.get("stop") is True:  # the last event of llama-server
+        reason = text_of(choice.get("stop_type")) or "stop"
+    if reason in FAILURES:
+        raise BackendFailure("it gave up")
+    return text, FINISH_REASONS.get(reason, "stop") if reason else None
+
+
+MILLISECONDS = Field(float, 0, 10**12)
+# An event with one of these reports counts.
+COUNTS = frozenset({"usage", "timings", "tokens_predicted"})
+
+
+def read_counts(members: Members) -> JsonObject:
+    """The counts in an event, not yet checked, under the names of our own done event: from OpenAI's
+    `usage`, llama-server's `timings`, and the numbers beside them.
+    """
+    used, timed = members_of(members.get("usage")), members_of(members.get("timings"))
+    cached, fresh = timed.get("cache_n"), timed.get("prompt_n")
+    whole = cached + fresh if type(cached) is type(fresh) is int else None
+    written = used.get("completion_tokens", timed.get("predicted_n"))
+    details = members_of(used.get("prompt_tokens_details"))
+    counts = {"prompt_tokens": members.get("tokens_evaluated", used.get("prompt_tokens", whole))}
+    counts["total_tokens"] = members.get("tokens_predicted", written)
+    counts["cached_tokens"] = details.get("cached_tokens", cached)
+    counts["tokens_per_second"] = timed.get("predicted_per_second")
+    counts["draft_tokens"] = timed.get("draft_n")
+    counts["accepted_tokens"] = timed.get("draft_n_accepted")
+    if MILLISECONDS.accepts(timed.get("prompt_ms")):
+        counts["ttft"] = timed["prompt_ms"] / 1000
+    return {name: value for name, value in counts.items() if value is not None}
+
+
+def read_listed(members: Members) -> Models:
+    """The names in OpenAI's list of models, each with its `n_ctx` if the engine reports one. Such
+    an engine has its model in memory as long as it runs, and does not say so.
+
+    >>> read_listed({"data": [{"id": "org/Qwen2.5-Coder-7B", "max_model_len": 8192}, {"id": "m"}]})
+    {'org/Qwen2.5-Coder-7B': {'loaded': True, 'n_ctx': 8192}, 'm': {'loaded': True}}
+    """
+    listed = Models()
+    for entry in map(members_of, items_of(members.get("data"))):
+        if isinstance(entry.get("id"), str):
+            n_ctx = entry.get("max_model_len")  # of vLLM and SGLang; Ray has it in `metadata`
+            n_ctx = n_ctx or members_of(entry.get("metadata")).get("max_request_context_length")
+            listed[entry["id"]] = {"loaded": True} | read_n_ctx(n_ctx)
+    return listed
+
+
+def read_props(members: Members) -> JsonObject:
+    """The `n_ctx` of one slot, from llama-server's /props."""
+    return read_n_ctx(members_of(members.get("default_generation_settings")).get("n_ctx"))
+
+
+def read_n_ctx(value: Any) -> JsonObject:
+    """{"n_ctx": …} with the length of a context, {} if the value is none."""
+    return {"n_ctx": value} if N_CTX.accepts(value) else {}
+
+
+# OpenAI's and vLLM's sentences. Their count of the prompt is ignored: later vLLMs stop counting at
+# the first token that does not fit.
+OVERFLOW = re.compile(
+    r"(?:context length is (?:only )?(?=\d+ tokens)|greater than max_model_len=)(\d{1,8})\b"
+)
+
+
+def read_overflow(error: Any) -> dict[str, int] | None:
+    """Parse an engine's `error`. If the error says that the prompt is too long: the given ones of
+    {"n_ctx", "prompt_tokens"}, else None. llama-server sends members; OpenAI and vLLM send a
+    sentence, which may be misread.
+    """
+    members = members_of(error)
+    sentence = OVERFLOW.search(text_of(members.get("message", error)))
+    lengths = read_n_ctx(members.get("n_ctx", int(sentence[1]) if sentence else 0))
+    codes = (members.get("code"), members.get("type"))
+    if not lengths and "context_length_exceeded" not in codes:  # OpenAI's code
+        return None
+    counted = members.get("n_prompt_tokens")
+    if LENGTH.accepts(counted):
+        lengths["prompt_tokens"] = counted
+    return lengths
+
+
+# ---------------------------------------------------------------------------------- what they write
 
 # Special tokens that an engine may leak. Each of them ends a text, unless the prompt itself
 # contains it.
-MARKS = (
-    "<|endoftext|>", "<|im_end|>", "<|im_start|>", "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|fim_pad|>",
-    "<|file_sep|>", "<|repo_name|>", "<\uff5cend\u2581of\u2581sentence\uff5c>",
-)  # fmt: skip
-
-
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_end|>",
+    "<|im_start|>",
+    "<|fim_prefix|>",
+    "<|fim_suffix|>",
+    "<|fim_middle|>",
+    "<|fim_pad|>",
+    "<|file_sep|>",
+    "<|repo_name|>",
+    "<\uff5cend\u2581of\u2581sentence\uff5c>",
+)
 MAX_STOP_CHARS = 2000  # no answer has a longer stop string
 # What of a prompt's end and of a suffix is followed: the Pi has one thread for all. Of some 2,000
 # cases in Python of tests/bench/ending.py, 3 end elsewhere than with 16,000.
@@ -46,7 +263,8 @@ NEAR_CHARS = 8000
 
 def end_of(prompt: str, language: str) -> str:
     """The last NEAR_CHARS of a prompt, from a statement on where the language's syntax is known."""
-    start, syntax = len(prompt) - NEAR_CHARS, LANGUAGES.get(BY_NAME.get(language.lower(), ""))
+    start = len(prompt) - NEAR_CHARS
+    syntax = LANGUAGES.get(BY_NAME.get(language.lower(), ""))
     if start > 0 and syntax:
         start = find_statement(prompt, syntax, start, start + NEAR_CHARS // 2)
     return prompt[max(0, start) :]
@@ -58,16 +276,14 @@ class Characters:
     """
 
     def __init__(self) -> None:
+        self.pairs = codecs.getincrementaldecoder("utf-16-le")("surrogatepass")
         self.bytes = codecs.getincrementaldecoder("utf-8")("replace")
-        self.half = ""  # the first half of a pair
 
     def feed(self, text: str) -> str:
-        if text.isascii() and not self.half and not self.bytes.getstate()[0]:
+        rest = self.pairs.getstate()[0] or self.bytes.getstate()[0]
+        if text.isascii() and not rest:
             return text  # as nearly always
-        text, self.half = self.half + text, ""
-        if "\ud800" <= text[-1:] <= "\udbff":
-            text, self.half = text[:-1], text[-1]
-        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
+        text = self.pairs.decode(text.encode("utf-16-le", "surrogatepass"))
         escaped = re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", text)
         return self.bytes.decode(escaped.encode("utf-8", "surrogateescape"))
 
@@ -75,50 +291,41 @@ class Characters:
 class Translator:
     """Turns another engine's stream into the pairs of a native stream. ("done", …) comes last: at
     the engine's own end, or earlier, where the requested piece is complete. `fields` are those of
-    vpsd's request.
+    vpsd's request; `marks` are the special tokens of the model.
     """
 
-    def __init__(self, fields: Mapping[str, Any], marks: Sequence[str]) -> None:
+    def __init__(self, fields: Members, marks: Sequence[str]) -> None:
         # 3 MB that a Pi without other engines need not load
         from cerebrum.text.ending import Ending
 
+        prompt, suffix = fields.get("prompt", ""), fields.get("suffix", "")
         turns = fields.get("messages") or ()
-        given = [
-            fields.get("prompt", ""),
-            fields.get("suffix", ""),
-            *(turn["content"] for turn in turns),
-        ]
-        marks = [mark for mark in {*MARKS, *marks} if not any(mark in text for text in given)]
+        asked = "\n".join([prompt, suffix, *(turn["content"] for turn in turns)])
         stops = [stop for stop in fields.get("stop", ()) if len(stop) <= MAX_STOP_CHARS]
-        language, suffix = fields.get("language", ""), fields.get("suffix", "")[:NEAR_CHARS]
-        where = (
-            fields["mode"],
-            language,
-            end_of(given[0], language),
-            suffix,
-            fields.get("stop_at", "auto"),
-        )
-        self.ending = Ending(*where, fields.get("indent", 0), [*stops, *marks])
+        stops += [token for token in {*SPECIAL_TOKENS, *marks} if token not in asked]
+        language = fields.get("language", "")
+        near = (end_of(prompt, language), suffix[:NEAR_CHARS])
+        stop_at, indent = fields.get("stop_at", "auto"), fields.get("indent", 0)
+        self.ending = Ending(fields["mode"], language, *near, stop_at, indent, stops)
+        self.events = Events()
         self.characters = Characters()
         self.most = fields.get("max_tokens") or MAX_TOKENS
         self.limit = fields.get("predict_ms", 0) / 1000  # seconds; 0: none
         self.progress = fields.get("progress", False)
-        self.counting: Mapping[str, Any] = {}  # the last event that counts tokens
+        self.counting: Members = {}  # the last event that counts tokens
         self.tokens = 0  # events with text; an engine may put several tokens into one
-        self.began = 0.0  # when the first event with text came
+        self.deadline = math.inf  # of the text; it ends with a whole line
         self.has_line = False  # a line end has been generated
-        self.heard = False  # an event came
-        self.lived = (
-            0.0  # when the last event came; once the engine has ended its text, when it did
-        )
+        self.heard = -math.inf  # when the last event came
         self.reason: str | None = None  # why the engine ended its text; None before its end
         self.done = False
 
-    def feed(self, block: bytes, now: float) -> Iterator[Pair]:
-        """The pairs of a block of whole events, up to the pair "done". The block came at `now`
-        (seconds, monotonic). BackendFailure for an event that is an error or not JSON.
+    def feed(self, piece: bytes, now: float) -> Iterator[Pair]:
+        """The pairs of the events that a piece of the stream completes, up to the pair "done". The
+        piece came at `now` (seconds, monotonic). BackendFailure for an event that is an error or
+        not JSON.
         """
-        for event in block.split(b"\n\n"):
+        for event in self.events.feed(piece).split(b"\n\n"):
             if event and not self.done:
                 yield from self._event(event, now)
 
@@ -126,61 +333,52 @@ class Translator:
         """The last pair, at the end of the stream. BackendFailure if the engine gave no reason for
         the end of its text: the text may have been cut.
         """
-        if self.reason is None:
-            if not self.heard:  # llama_cpp.server ends like this if the prompt is too long
-                raise HttpError(
-                    "VPS_UNAVAILABLE", "VPS backend answered nothing; a lower n_ctx of it may help"
-                )
-            raise BackendFailure("it ended without saying that it is done")
-        return self._done(self.reason)
+        if self.reason is not None:
+            return self._done(self.reason)
+        if self.heard == -math.inf:  # llama_cpp.server ends like this if the prompt is too long
+            raise HttpError(
+                "VPS_UNAVAILABLE", "VPS backend answered nothing; a lower n_ctx of it may help"
+            )
+        raise BackendFailure("it ended without saying that it is done")
 
     def _event(self, event: bytes, now: float) -> Iterator[Pair]:
-        data = upstream.data_of(event)
+        data = data_of(event)
         if data.strip() in (b"", b"[DONE]"):
             return
-        with upstream.blamed("it sent an event that is not JSON"):
-            members = upstream.parse_leniently(data)
+        with blamed("it sent an event that is not JSON"):
+            members = parse_leniently(data)
         if error := members.get("error"):
-            if not self.tokens and (lengths := read_overflow(error)) is not None:
-                raise TooLong(lengths)
-            raise BackendFailure("it reported an error")
+            self._fail(error)
         if any(members.get(name) is not None for name in COUNTS):
             self.counting = members
-        self.heard = True
+        self.heard = now
         if self.reason is None:
-            self.lived = now
             yield from self._text(*read_engine_event(members), now)
         if self.progress and not self.tokens:
-            progress = members_of(
-                members.get("prompt_progress")
-            )  # llama-server's, in tokens of the prompt
-            read, total = progress.get("processed"), progress.get("total")
-            if upstream.COUNT.accepts(read) and upstream.COUNT.accepts(total):
-                yield "progress", {"stage": "prefill", "done": read, "total": total}
+            yield from read_progress(members)
+
+    def _fail(self, error: Any) -> None:
+        lengths = None if self.tokens else read_overflow(error)
+        if lengths is not None:
+            raise TooLong(lengths)
+        raise BackendFailure("it reported an error")
 
     def _text(self, text: str, reason: str | None, now: float) -> Iterator[Pair]:
-        if reason == "error":
-            raise BackendFailure("it gave up")
-        if (
-            text and self.tokens == self.most
-        ):  # an event has at least one token: the engine ignores its limit
+        # An event has at least one token, so this engine ignores its limit.
+        if text and self.tokens == self.most:
             text, reason = "", "length"
         if text:
-            self.began = self.began if self.tokens else now
+            if self.limit and not self.tokens:
+                self.deadline = now + self.limit
             self.tokens += 1
             self.has_line = self.has_line or "\n" in text
             text = self.characters.feed(text)
         text, ended = self.ending.feed(text)
-        if (
-            not ended
-            and not reason
-            and self.limit
-            and self.has_line
-            and now - self.began > self.limit
-        ):
-            ended, text = "length", text + self.ending.flush(whole=False)
-        elif reason and not ended:
+        if not ended and reason:
             text += self.ending.flush(whole=reason == "stop")
+        elif not ended and self.has_line and now > self.deadline:
+            text += self.ending.flush(whole=False)
+            ended = "length"
         if text:
             yield "text", text_event(text, self.tokens)
         self.reason = reason
@@ -189,10 +387,20 @@ class Translator:
 
     def _done(self, reason: str) -> Pair:
         self.done = True
-        counts = upstream.read_result(read_counts(self.counting))
+        counts = read_result(read_counts(self.counting))
         counts["total_tokens"] = counts.get("total_tokens") or self.tokens
         return "done", {"finish_reason": reason, **counts}
 
+
+def read_progress(members: Members) -> Iterator[Pair]:
+    """The pair "progress" if an event has llama-server's, in tokens of the prompt."""
+    progress = members_of(members.get("prompt_progress"))
+    read, total = progress.get("processed"), progress.get("total")
+    if COUNT.accepts(read) and COUNT.accepts(total):
+        yield "progress", {"stage": "prefill", "done": read, "total": total}
+
+
+# ---------------------------------------------------------------------------------------- translate
 
 # without progress of another engine, which is silent while it loads a model or reads a prompt
 READING_SECONDS = 180.0
@@ -201,44 +409,176 @@ COUNTS_SECONDS = 2.0  # the wait after another engine's last text for its token 
 
 
 async def translate(
-    client: Upstream, answer: Answer, translator: Translator
+    kind: Kind, answer: Answer, translator: Translator
 ) -> AsyncGenerator[Pair, None]:
-    """The counterpart of `relay` for another engine. The engine may send its head only after
-    reading the prompt, and it sends no comments: during its silence, ("idle", None) comes every
-    ALIVE_SECONDS or a little later. Once the engine has ended its text, the text is complete,
-    whatever follows.
+    """The pairs of an engine's answer: ("begun", None) first, ("done", …) last. While the engine is
+    silent, ("idle", None) comes every ALIVE_SECONDS or a little later. HttpError if it refuses,
+    BackendFailure if its text breaks off.
     """
-    events, now = Events(), asyncio.get_running_loop().time
-    while not await client.begin(answer, ALIVE_SECONDS, upstream.EVENT_STREAM):
+    # 1. The head, which may come only after the engine has read the prompt.
+    while not await kind.begin(answer, ALIVE_SECONDS, EVENT_STREAM):
         yield "idle", None
     yield "begun", None
-    spoke = translator.lived = now()  # `spoke`: when the client last got something
-    while not translator.done:
-        data = None
-        try:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(COUNTS_SECONDS if translator.reason else ALIVE_SECONDS):
-                    data = await answer.read()
-            came = now()
-            block = (
-                b"" if data is None else events.feed(data or b"\n\n")
-            )  # some engines omit the last blank line
-            for pair in translator.feed(block, came):
-                spoke = now()
+    try:
+        # 2. The text, until the requested piece is complete or the engine ends it.
+        async with contextlib.aclosing(translate_text(answer, translator)) as pairs:
+            async for pair in pairs:
                 yield pair
-        except BackendFailure:
-            if not translator.reason:
-                raise
-            came, data = now(), b""
-        silence = came - translator.lived
-        if not translator.done and (
-            data == b"" or (translator.reason and silence >= COUNTS_SECONDS)
-        ):
-            yield translator.end()
-        elif (
-            not translator.reason and silence > READING_SECONDS
-        ):  # the engine sends nothing but comments
-            raise BackendFailure(upstream.LATE)
-        elif now() - spoke >= ALIVE_SECONDS:
-            spoke = now()
+        # 3. What follows the engine's own end: token counts, if it sends any.
+        if not translator.done:
+            await read_rest(answer, translator)
+    except BackendFailure:
+        if translator.reason is None:
+            raise  # else the text is whole, whatever followed it
+    if not translator.done:
+        yield translator.end()
+
+
+async def translate_text(answer: Answer, translator: Translator) -> AsyncGenerator[Pair, None]:
+    """The pairs of the events up to the engine's end of its text, or the end of the answer."""
+    now = asyncio.get_running_loop().time
+    begun = sent = now()  # `sent`: when the client last got something
+    while not translator.done and translator.reason is None:
+        piece = await read_within(answer, ALIVE_SECONDS)
+        came = now()
+        is_over = piece == b""
+        if is_over:
+            piece = b"\n\n"  # some engines omit the last blank line
+        for pair in translator.feed(piece or b"", came):
+            sent = now()
+            yield pair
+        if is_over:
+            return
+        # An engine that sends nothing but comments makes no progress.
+        if came - max(begun, translator.heard) > READING_SECONDS:
+            raise BackendFailure(LATE)
+        if now() - sent >= ALIVE_SECONDS:
+            sent = now()
             yield "idle", None
+
+
+async def read_within(answer: Answer, seconds: float) -> bytes | None:
+    """The next piece of an answer, b"" at its end, None if nothing comes in time."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            return await answer.read()
+    return None
+
+
+async def read_rest(answer: Answer, translator: Translator) -> None:
+    """Read the events that follow a whole text, for at most COUNTS_SECONDS."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(COUNTS_SECONDS):
+            while piece := await answer.read():
+                list(translator.feed(piece, 0.0))
+            list(translator.feed(b"\n\n", 0.0))
+
+
+# ---------------------------------------------------------------------------------------- the kinds
+
+
+REFUSALS = {
+    404: ("MODEL_NOT_FOUND", "VPS backend does not have this model, or does not know this call"),
+    429: ("RATE_LIMIT", "VPS backend has too many requests; try again later"),
+}
+
+
+class Engine(Kind):
+    """What llama-server and OpenAI's API have in common. A client never gets the engine's own error
+    texts, which may contain a path or a key.
+    """
+
+    health_path = ""  # shows without cost that the engine is up
+    parse = staticmethod(parse_leniently)
+
+    def __init__(self, config: BackendConfig, catalog: Sequence[Model]) -> None:
+        super().__init__(config, catalog)
+        writes_gaps = config.infill == "fim"
+        self.fim = {model.id: model for model in catalog if writes_gaps and model.fim}
+
+    @abstractmethod
+    def write(self, wanted: Wanted) -> tuple[str, JsonObject]:
+        """The path and the body of a request."""
+
+    def key_header(self, path: str) -> str:
+        return f"Authorization: Bearer {self.config.key}" if self.config.key else ""
+
+    def refusal(self, status: int, members: Members) -> HttpError:
+        error = members.get("error")
+        if status in (401, 403):
+            where = f"expected the right one in {self.config.variable}"
+            return Unusable("VPS_UNAVAILABLE", f"VPS backend refuses our key: {where}")
+        if status in REFUSALS:
+            return HttpError(*REFUSALS[status])
+        lengths = read_overflow(error) if status in (400, 413, 422) else None
+        if lengths is not None:
+            return TooLong(lengths)
+        if status == 503 and members_of(error).get("message") == "Loading model":
+            return Unusable("VPS_UNAVAILABLE", "VPS backend is loading its model")
+        if status not in range(400, 500) and status != 501:
+            return BackendFailure(f"it answered {status}")
+        return HttpError("VPS_UNAVAILABLE", f"VPS backend refuses the request ({status})")
+
+    async def ask_health(self) -> None:
+        try:
+            await self.get(self.health_path)
+        except HttpError as error:
+            if error.code != "RATE_LIMIT":  # a 429 proves that the backend is up
+                raise
+
+    async def list_models(self) -> Models:
+        return read_listed(await self.get("/v1/models"))
+
+    def marks(self, model: str) -> Sequence[str]:
+        """The special tokens around the parts of a gap, if the Pi writes the whole prompt."""
+        return self.fim[model].fim if model in self.fim else ()
+
+    def layout(self, model: str, about: Members) -> str:
+        """With "spmv2", a prompt ends in the middle of a line; other engines would not heal its
+        last token.
+        """
+        return "spm" if model in self.fim and self.fim[model].fim_layout == "spm" else "psm"
+
+    @contextlib.asynccontextmanager
+    async def ask(self, wanted: Wanted) -> AsyncIterator[Streamed]:
+        path, body = self.write(wanted)
+        await asyncio.sleep(0)  # following a long text takes a turn of the event loop by itself
+        marks = [mark.strip() for mark in self.marks(wanted.model)]
+        translator = Translator(wanted.fields, marks)
+        async with (
+            self.client.send(path, body, READING_SECONDS) as answer,
+            contextlib.aclosing(translate(self, answer, translator)) as pairs,
+        ):
+            yield answer, pairs
+
+
+class LlamaServer(Engine):
+    """llama-server, asked by its own calls, but for a chat."""
+
+    reads_ahead = True
+    health_path = "/health"
+    tokenize_path = "/tokenize"
+
+    def write(self, wanted: Wanted) -> tuple[str, JsonObject]:
+        if "messages" in wanted.fields:
+            return "/v1/chat/completions", write_chat(wanted) | LLAMA_MORE
+        path = "/infill" if "suffix" in wanted.fields else "/completion"
+        return path, write_llama(wanted)
+
+    async def list_models(self) -> Models:
+        listed, props = await super().list_models(), JsonObject()
+        with contextlib.suppress(HttpError):  # the server's /props can be turned off
+            props = read_props(await self.get("/props"))
+        return {name: props | about for name, about in listed.items()}
+
+
+class OpenAI(Engine):
+    """Whatever speaks OpenAI's API. It may charge for each token, or count each request."""
+
+    health_path = "/v1/models"
+
+    def write(self, wanted: Wanted) -> tuple[str, JsonObject]:
+        if "messages" in wanted.fields:
+            return "/v1/chat/completions", write_chat(wanted)
+        marks, layout = self.marks(wanted.model), self.layout(wanted.model, {})
+        return "/v1/completions", write_text_completion(wanted, marks, layout)

@@ -9,9 +9,10 @@ import contextlib
 import random
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
 
+from cerebrum.fields import Members
 from cerebrum.pi.backend import Backend
+from cerebrum.pi.kind import Models
 from cerebrum.pi.upstream import BackendConfig
 from cerebrum_common import Model
 
@@ -20,39 +21,39 @@ PAID_PROBE_SECONDS = 120.0  # for a cloud service, which counts requests
 STUCK_SECONDS = 300.0  # without progress of a probe, which takes a minute at most
 
 Preferences = Mapping[str, Sequence[str]]  # ids of models, by mode
-Options = Sequence[
-    tuple[str, Sequence[Backend]]
-]  # models, best first, each with the backends that have it
+# Models, best first, each with the backends that have it.
+Options = Sequence[tuple[str, Sequence[Backend]]]
 
 
 def rank_models(
     catalog: Sequence[Model],
     prefer: Preferences,
-    language: str,
-    mode: str,
+    fields: Members,
     present: Collection[str] | None,
     any_language: bool = False,
 ) -> list[str]:
-    """The ids, best first, of the models that serve the language and are `present` on a backend.
-    The models that [prefer] lists for the mode come first, then the others in the table's order. A
-    chat counts as an instruction.
+    """The ids, best first, of the models that serve a request's language and are `present` on a
+    backend. The models that [prefer] lists for the request's mode come first, then the others in
+    the table's order. A chat counts as an instruction.
 
     With `any_language`, a language that no present model serves goes to any of them. Without it,
     the only id may be a missing model's, the smallest: a backend's 404 says which file is missing
     and how to get it. No preferences count until the backends' models are known (None).
     """
+    language, mode = fields.get("language", ""), fields.get("mode", "")
     here = [model for model in catalog if present is None or model.id in present]
-    serving = [model.id for model in here if language in model.languages]
+    serving = [model for model in here if language in model.languages]
     if not language or (any_language and not serving):
-        serving = [model.id for model in here]
+        serving = here
     if not serving:
-        return [
-            next(
-                (model for model in reversed(catalog) if language in model.languages), catalog[-1]
-            ).id
-        ]
-    preferred = () if present is None else prefer.get("instruct" if mode == "chat" else mode, ())
-    return [*dict.fromkeys([*(id for id in preferred if id in serving), *serving])]
+        missing = [model for model in catalog if language in model.languages]
+        return [(missing or catalog)[-1].id]
+    ids = [model.id for model in serving]
+    if present is None:
+        return ids
+    preferred = prefer.get("instruct" if mode == "chat" else mode, ())
+    first = [id for id in preferred if id in ids]
+    return [*dict.fromkeys([*first, *ids])]
 
 
 def first_there(backends: Sequence[Backend]) -> Backend:
@@ -82,10 +83,12 @@ class Fleet:
                 old.adopt(new)
                 backends[number] = old
         removed = [backend for backend in self.backends if backend not in backends]
-        self.backends, self._catalog, self._prefer = backends, catalog, prefer
+        self.backends = backends
+        self._catalog = catalog
+        self._prefer = prefer
         for backend in removed:
             backend.wake.set()  # ends its probing
-            backend.upstream.close()
+            backend.kind.client.close()
         self._replaced.set()
 
     # State.
@@ -108,16 +111,17 @@ class Fleet:
         return "; ".join(named) if len(named) > 1 else self.first.breaker.message
 
     @property
-    def models(self) -> dict[str, dict[str, Any]] | None:
+    def models(self) -> Models | None:
         """Model metadata, taken from the first backend that lists the model; None until the first
         list comes.
         """
         lists = [backend.models for backend in self.backends if backend.models is not None]
-        return (
-            {id: about for models in reversed(lists) for id, about in models.items()}
-            if lists
-            else None
-        )
+        if not lists:
+            return None
+        models: Models = {}
+        for listed in reversed(lists):
+            models |= listed
+        return models
 
     def n_ctx(self, model: str) -> int:
         """The model's context at the first backend that has it, preferably an available one."""
@@ -144,9 +148,8 @@ class Fleet:
             backend.wake.clear()
             await backend.probe()
             probed()
-            delay = (
-                PAID_PROBE_SECONDS if backend.config.is_paid else PROBE_SECONDS
-            ) * random.uniform(0.8, 1.2)
+            usual = PAID_PROBE_SECONDS if backend.config.is_paid else PROBE_SECONDS
+            delay = usual * random.uniform(0.8, 1.2)
             delay = min(delay, backend.breaker.retry_in(time.monotonic()) or delay)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(delay):
@@ -160,32 +163,28 @@ class Fleet:
     def stuck(self, now: float) -> str:
         """A message that names a backend whose probe hangs; "" if there is none."""
         stuck = [backend.id for backend in self.backends if now - backend.probed > STUCK_SECONDS]
-        return (
-            f"the probe of {stuck[0]} has made no progress for {STUCK_SECONDS:g} s" if stuck else ""
-        )
+        if not stuck:
+            return ""
+        return f"the probe of {stuck[0]} has made no progress for {STUCK_SECONDS:g} s"
 
     # Routing.
 
-    def route(self, fields: Mapping[str, Any]) -> str:
+    def route(self, fields: Members) -> str:
         """The id of the requested model, or of the best one, preferably on an available backend."""
         options = self.who_may(fields, any_language=True)
-        there = (model for model, having in options if any(backend.available for backend in having))
-        return next(there, options[0][0])
+        for model, having in options:
+            if any(backend.available for backend in having):
+                return model
+        return options[0][0]
 
-    def who_may(self, fields: Mapping[str, Any], any_language: bool) -> Options:
+    def who_may(self, fields: Members, any_language: bool) -> Options:
         """The models that may answer and their backends, judged by the lists of models alone."""
-        model, language, mode = (
-            fields.get("model"),
-            fields.get("language", ""),
-            fields.get("mode", ""),
-        )
-        if model is not None:
-            ids = [model]
+        if fields.get("model") is not None:
+            ids = [fields["model"]]
         else:
-            ids = rank_models(
-                self._catalog, self._prefer, language, mode, self.models, any_language
-            )
+            ids = rank_models(self._catalog, self._prefer, fields, self.models, any_language)
         options = [(id, [backend for backend in self.backends if backend.has(id)]) for id in ids]
-        if not any(having for _, having in options):  # vpsd says what is missing, and how to get it
-            options = [(ids[0], [backend for backend in self.backends if backend.api is None])]
-        return options
+        if any(having for _, having in options):
+            return options
+        # A kind that takes our ids says what is missing, and how to get it.
+        return [(ids[0], [backend for backend in self.backends if backend.kind.takes_our_ids])]

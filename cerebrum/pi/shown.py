@@ -7,8 +7,7 @@ import json
 from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
 
-from cerebrum.pi.dialects import CUT
-from cerebrum.pi.upstream import Pair, read_text, text_event
+from cerebrum.pi.completion import CUT, Pair, read_text, text_event
 
 Pairs = AsyncGenerator[Pair, None]
 

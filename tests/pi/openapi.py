@@ -24,29 +24,32 @@ from cerebrum_common import HttpError, Route
 from cm4d import FIELDS_WITHOUT_PROMPT, ROUTES
 
 Schema = dict[str, Any]
-TYPES: dict[type, str] = {str: "string", int: "integer", float: "number", bool: "boolean"}
-STRING: Schema = {"type": "string"}
+TYPES = {str: "string", int: "integer", float: "number", bool: "boolean"}
+STRING = {"type": "string"}
 
 
 def schema_of(field: Field, nullable: bool = False) -> Schema:
     """The schema of `field`. With `nullable`, null is accepted too and counts as absent."""
-    null, schema = ["null"] * nullable, Schema()
+    null = ["null"] * nullable
     if field.kind is list:
-        lengths = {"minItems": field.low, "maxItems": field.high}
-        return {
-            "type": ["string", "array", *null],
-            "minLength": 1,
-            "items": STRING | {"minLength": 1},
-            **lengths,
-        }
+        texts = {"type": ["string", "array", *null], "minLength": 1}
+        texts |= {"items": STRING | {"minLength": 1}}
+        return texts | {"minItems": field.low, "maxItems": field.high}
+    kind = TYPES[field.kind]
+    schema = {"type": [kind, "null"] if nullable else kind}
     if field.choices:
         schema["enum"] = [*field.choices, *[None] * nullable]
     elif field.kind is not bool:
-        low, high = ("minLength", "maxLength") if field.kind is str else ("minimum", "maximum")
-        limits = {"exclusiveMinimum" if field.above_low else low: field.low, high: field.high}
-        schema |= {name: limit for name, limit in limits.items() if math.isfinite(limit)}
-    default = {} if field.default is None else {"default": field.default}
-    return {"type": [TYPES[field.kind], *null] if null else TYPES[field.kind], **schema, **default}
+        schema |= limits_of(field)
+    if field.default is not None:
+        schema["default"] = field.default
+    return schema
+
+
+def limits_of(field: Field) -> Schema:
+    low, high = ("minLength", "maxLength") if field.kind is str else ("minimum", "maximum")
+    limits = {"exclusiveMinimum" if field.above_low else low: field.low, high: field.high}
+    return {name: limit for name, limit in limits.items() if math.isfinite(limit)}
 
 
 def object_of(fields: Mapping[str, Field], nullable: bool = False, **more: Schema) -> Schema:
@@ -60,20 +63,19 @@ def like(example: Any) -> Schema:
     """The schema of a value like the example; None is like any. A member whose name ends with "?"
     may be missing.
     """
+    if example is None:
+        return {}
     if isinstance(example, list):
         return {"type": "array", "items": like(example[0])}
     if not isinstance(example, Mapping):
-        return {} if example is None else {"type": TYPES[type(example)]}
+        return {"type": TYPES[type(example)]}
     properties = {name.rstrip("?"): like(value) for name, value in example.items()}
-    return {
-        "type": "object",
-        "properties": properties,
-        "required": [name for name in example if name[-1] != "?"],
-    }
+    required = [name for name in example if not name.endswith("?")]
+    return {"type": "object", "properties": properties, "required": required}
 
 
 # Members of the dialects' requests that no `Field` checks.
-TEXTS: Schema = {"type": ["string", "array", "null"], "items": STRING}
+TEXTS = {"type": ["string", "array", "null"], "items": STRING}
 PROMPT = {"prompt": TEXTS | {"maxItems": 1}, "stop": TEXTS}
 LLAMA = PROMPT | {"response_fields": TEXTS}
 EXTRA = {
@@ -92,18 +94,29 @@ REQUESTS = {
     dialects.INFILL: object_of(dialects.INFILL_FIELDS, True, **LLAMA, input_extra=EXTRA),
 }
 
-RESULT = {"language": "python", "model": "qwen_7b", "total_tokens": 4, "inference_time": 0.25, "timestamp": "",
-          "mode": "complete", "finish_reason?": "stop", "prompt_tokens?": 16, "ttft?": 0.1, "backend?": "vps",
-          "confidence?": 0.8, "text_confidence?": 0.8,
-          "kept?": {"characters": 8120, "of": 102400, "parts": ["latest"]}}  # fmt: skip
+RESULT = {
+    "language": "python",
+    "model": "qwen_7b",
+    "total_tokens": 4,
+    "inference_time": 0.25,
+    "timestamp": "",
+    "mode": "complete",
+    "finish_reason?": "stop",
+    "prompt_tokens?": 16,
+    "ttft?": 0.1,
+    "backend?": "vps",
+    "confidence?": 0.8,
+    "text_confidence?": 0.8,
+    "kept?": {"characters": 8120, "of": 102400, "parts": ["latest"]},
+}
 EVENTS = (
     {"token": "a", "total_tokens": 1},
     {"progress": {"stage": "load", "done": 1, "total": 2}},
-    # fmt: skip
     {"done": True, **RESULT},
     {"error": True, "message": "why", "code": "VPS_UNAVAILABLE"},
 )
-EVENT = STRING | {
+EVENT = {
+    "type": "string",
     "contentMediaType": "application/json",
     "contentSchema": {"anyOf": [*map(like, EVENTS)]},
 }
@@ -119,14 +132,22 @@ STATS = {
     "memory_mb": 25.5,
     "load_avg": [0.5],
     "backends": [STATE],
-    # fmt: skip
     "by_confidence": [{"from": 0.8, "suggested": 1, "accepted": 1}],
     "clients": [CLIENT],
 }
-LISTED = {"id": "qwen_7b", "name": "Qwen 7B", "languages": ["python"], "parameters": "7B", "quantization": "Q4",
-          "available": True, "backends": ["vps"], "loaded?": True, "n_ctx?": 4096}  # fmt: skip
+LISTED = {
+    "id": "qwen_7b",
+    "name": "Qwen 7B",
+    "languages": ["python"],
+    "parameters": "7B",
+    "quantization": "Q4",
+    "available": True,
+    "backends": ["vps"],
+    "loaded?": True,
+    "n_ctx?": 4096,
+}
 MODEL = dialects.write_model("qwen_7b", 1)
-ANSWERS: dict[str, Any] = {  # by the last part of a path
+ANSWERS = {  # by the last part of a path
     "health": {
         "status": "healthy",
         "timestamp": "",
@@ -156,59 +177,69 @@ ANSWERS: dict[str, Any] = {  # by the last part of a path
     "accepted": {"accepted": 1, "accepted_characters": 12},
 }
 TEXT_FILES = {"/": "text/html", "/cerebrum_lsp.py": "text/x-python", "/metrics": "text/plain"}
-KEYS = {"X-API-Key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
-        "Bearer": {"type": "http", "scheme": "bearer"}}  # fmt: skip
+KEYS = {
+    "X-API-Key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+    "Bearer": {"type": "http", "scheme": "bearer"},
+}
 
 
-def content_of(route: Route) -> dict[str, Any]:
+def content_of(route: Route) -> Schema:
     """The content of a route's response with status 200."""
     last = route.path.rpartition("/")[2]
     if route.path in TEXT_FILES:
         return {TEXT_FILES[route.path]: {"schema": STRING}}
     whole = {"application/json": {"schema": like(ANSWERS.get(last, {}))}}
-    data = EVENT if last == "stream" else STRING
-    stream = {"text/event-stream": {"schema": {"type": "object", "properties": {"data": data}}}}
-    return whole if last in ANSWERS else stream if last == "stream" else stream | whole
+    if last in ANSWERS:
+        return whole
+    properties = {"data": EVENT if last == "stream" else STRING}
+    stream = {"text/event-stream": {"schema": {"type": "object", "properties": properties}}}
+    return stream if last == "stream" else stream | whole
 
 
-def write_openapi() -> dict[str, Any]:
-    """The document of a Pi that needs a key and has the models of models.toml."""
-    named = {"enum": [model.id for model in SHIPPED]}
-    languages = STRING | {"examples": common.served_languages(SHIPPED)}
-    native = object_of(FIELDS_WITHOUT_PROMPT, language=languages, model=named)
-    requests = {path: schema for dialect, schema in REQUESTS.items() for path in dialect.paths}
-    requests |= {
-        "/v1/accepted": object_of(ACCEPTED, True),
-        "/tokenize": object_of(dialects.TOKENIZE, True),
+NATIVE = object_of(
+    FIELDS_WITHOUT_PROMPT,
+    language=STRING | {"examples": common.served_languages(SHIPPED)},
+    model={"enum": [model.id for model in SHIPPED]},
+)
+BODIES = {
+    "/v1/accepted": object_of(ACCEPTED, True),
+    "/tokenize": object_of(dialects.TOKENIZE, True),
+}
+for dialect, schema in REQUESTS.items():
+    BODIES |= dict.fromkeys(dialect.paths, schema)
+OUR_ERROR = like(common.error_body(HttpError("NOT_FOUND", "")))
+FOREIGN_ERROR = like(dialects.write_error(HttpError("NOT_FOUND", "")))
+CODES = [f"{status} {code}" for code, status in common.STATUSES.items()]
+
+
+def operation_of(route: Route) -> Schema:
+    # An error has our own form also before the route is known.
+    error = {"anyOf": [FOREIGN_ERROR, OUR_ERROR]} if route.foreign_error else OUR_ERROR
+    failed = {
+        "description": "One of " + ", ".join(CODES),
+        "content": {"application/json": {"schema": error}},
     }
-    ours, foreign = (
-        like(write(HttpError("NOT_FOUND", "")))
-        for write in (common.error_body, dialects.write_error)
-    )
-    errors = "One of " + ", ".join(f"{status} {code}" for code, status in common.STATUSES.items())
-    paths: dict[str, dict[str, Any]] = {}
+    answered = {"description": "OK", "content": content_of(route)}
+    operation = {
+        "operationId": re.sub(r"\W+", "_", f"{route.method}{route.path}").strip("_").lower(),
+        "responses": {"200": answered, "default": failed},
+    }
+    if route.open:
+        operation["security"] = []
+    if "{id}" in route.path:
+        place = {"name": "id", "in": "path", "required": True, "schema": STRING}
+        operation["parameters"] = [place]
+    if route.json:
+        content = {"application/json": {"schema": BODIES.get(route.path, NATIVE)}}
+        operation["requestBody"] = {"required": True, "content": content}
+    return operation
+
+
+def write_openapi() -> Schema:
+    """The document of a Pi that needs a key and has the models of models.toml."""
+    paths = Schema()
     for route in ROUTES:
-        error = (
-            {"anyOf": [foreign, ours]} if route.foreign_error else ours
-        )  # ours also before the route is known
-        failed = {"description": errors, "content": {"application/json": {"schema": error}}}
-        operation: dict[str, Any] = {
-            "operationId": re.sub(r"\W+", "_", f"{route.method}{route.path}").strip("_").lower(),
-            "responses": {
-                "200": {"description": "OK", "content": content_of(route)},
-                "default": failed,
-            },
-        }
-        if route.open:
-            operation["security"] = []
-        if "{id}" in route.path:
-            operation["parameters"] = [
-                {"name": "id", "in": "path", "required": True, "schema": STRING}
-            ]
-        if route.json:
-            content = {"application/json": {"schema": requests.get(route.path, native)}}
-            operation["requestBody"] = {"required": True, "content": content}
-        paths.setdefault(route.path, {})[route.method.lower()] = operation
+        paths.setdefault(route.path, {})[route.method.lower()] = operation_of(route)
     return {
         "openapi": "3.1.0",
         "info": {"title": "Cerebrum", "version": common.VERSION},

@@ -8,37 +8,55 @@ whole and in any split, and ends for the client like a stream of a backend of ou
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import doctest
 import importlib
 import json
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from harness import SHIPPED, until
-from scripted import CHUNKED, HANG, RESET, Backend, answer, backend_at, chunk, head, pi_for
+from scripted import CHUNKED, HANG, RESET, Backend, Pi, answer, backend_at, chunk, head, pi_for
 
 from cerebrum import pi as pi_package
-from cerebrum.pi import backend as pi_backend
-from cerebrum.pi import engines, upstream
+from cerebrum.pi import engines
 from cerebrum.pi import fleet as pi_fleet
 from cerebrum.pi.backend import find_models
-from cerebrum.pi.dialects import APIS, OPENAI_TEXT, Wanted, read_overflow, read_props
-from cerebrum.pi.engines import NEAR_CHARS, Translator, end_of
-from cerebrum.pi.upstream import BackendFailure, Endpoint, Events, engine_refusal, read_backends
+from cerebrum.pi.completion import read_text
+from cerebrum.pi.engines import (
+    NEAR_CHARS,
+    Engine,
+    LlamaServer,
+    OpenAI,
+    Translator,
+    end_of,
+    read_overflow,
+    read_props,
+)
+from cerebrum.pi.kind import Wanted
+from cerebrum.pi.upstream import (
+    BackendConfig,
+    BackendFailure,
+    Endpoint,
+    TooLong,
+    parse_url,
+    read_backends,
+)
 from cerebrum.settings import ConfigError, Environment
 from cerebrum.text.ending import Ending
-from cerebrum_common import HttpError, Model
+from cerebrum_common import Model
 
 FIM = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 
 
-@pytest.mark.parametrize(
-    "name", [module.name for module in pkgutil.iter_modules(pi_package.__path__)]
-)
-def test_the_examples_of_a_module_are_true(name: str) -> None:
+MODULES = [module.name for module in pkgutil.iter_modules(pi_package.__path__)]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_examples_of_a_module_are_true(name: str):
     module = importlib.import_module(f"cerebrum.pi.{name}")
     assert doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE).failed == 0
 
@@ -46,74 +64,58 @@ def test_the_examples_of_a_module_are_true(name: str) -> None:
 # ---------------------------------------------------------------------------------------- the table
 
 ATTIC = {"id": "attic", "url": "http://100.64.0.1:9000"}
+GPU = {
+    "id": "gpu",
+    "url": "https://gpu.lan/llm/v1/",
+    "api": "openai",
+    "key_env": "GPU_KEY",
+    "max_concurrent": 16,
+    "n_ctx": 8192,
+    "infill": "suffix",
+}
 
 
-def read(*tables: Any, **variables: str) -> tuple[upstream.BackendConfig, ...]:
+def read(*tables: Any, **variables: str) -> tuple[BackendConfig, ...]:
     return read_backends(tables, Environment(variables), 3)
 
 
-def test_a_table() -> None:
-    gpu = {
-        "id": "gpu",
-        "url": "https://gpu.lan/llm/v1/",
-        "api": "openai",
-        "key_env": "GPU_KEY",
-        "max_concurrent": 16,
-    }
-    attic, other = read(
-        ATTIC, gpu | {"n_ctx": 8192, "infill": "suffix"}, GPU_KEY="secret", CEREBRUM_API_KEY="other"
+def test_a_table():
+    attic, gpu = read(ATTIC, GPU, GPU_KEY="secret", CEREBRUM_API_KEY="other")
+    address = Endpoint("100.64.0.1", 9000, "100.64.0.1:9000", "", False)
+    assert attic == BackendConfig("attic", address, "cerebrum", key="", max_concurrent=2)
+    address = Endpoint("gpu.lan", 443, "gpu.lan", "/llm", True)
+    assert gpu == BackendConfig(
+        "gpu", address, "openai", "secret", "GPU_KEY", 16, n_ctx=8192, infill="suffix"
     )
-    assert attic.endpoint == Endpoint("100.64.0.1", 9000, "100.64.0.1:9000", "", False)
-    assert (attic.id, attic.api, attic.key, attic.key_env, attic.max_concurrent) == (
-        "attic",
-        "cerebrum",
-        "",
-        "",
-        2,
-    )
-    assert other.endpoint == Endpoint("gpu.lan", 443, "gpu.lan", "/llm", True)
-    assert (other.key, other.max_concurrent, other.n_ctx, other.infill) == (
-        "secret",
-        16,
-        8192,
-        "suffix",
-    )
-    (vps,) = read(CEREBRUM_VPS_URL="http://vps:1", CEREBRUM_API_KEY="k")  # without a table
-    assert (vps.id, vps.api, vps.key, vps.max_concurrent) == ("vps", "cerebrum", "k", 3)
-    assert vps.endpoint == Endpoint("vps", 1, "vps:1", "", False)
 
 
-@pytest.mark.parametrize(
-    ("tables", "says"),
-    [
-        ([7], "backend 1: expected a table, got something else"),
-        ([{"id": "a b"}], "backend 1: id: expected a string of the form "),
-        ([{"id": "a"}], "backend 1: url: expected a string, got nothing"),
-        (
-            [ATTIC, ATTIC | {"url": "ftp://x"}],
-            "backend 2: url: expected http://HOST[:PORT] or https://HOST[:PORT], ",
-        ),
-        (
-            [ATTIC | {"api": "vllm"}],
-            "backend 1: api: expected one of cerebrum, llama.cpp, openai, got the string",
-        ),
-        (
-            [ATTIC | {"n_ctx": True}],
-            "backend 1: n_ctx: expected an integer from 0 to 1e+07, got the boolean true",
-        ),
-        (
-            [ATTIC | {"max_concurent": 2}],
-            "backend 1: expected one of id, url, api, key_env, ca_file, infill, ",
-        ),
-        (
-            [ATTIC | {"ca_file": "/a.pem"}],
-            "backend 1: ca_file: expected a url with https for '/a.pem'",
-        ),
-        ([ATTIC, ATTIC], "backends: expected every id once"),
-        ([ATTIC | {"key_env": "BAD"}], "BAD: expected printable ASCII without spaces"),
-    ],
-)
-def test_a_bad_table(tables: list[Any], says: str) -> None:
+def test_without_a_table_there_is_one_vps():
+    (vps,) = read(CEREBRUM_VPS_URL="http://vps:1", CEREBRUM_API_KEY="k")
+    address = Endpoint("vps", 1, "vps:1", "", False)
+    assert vps == BackendConfig("vps", address, "cerebrum", "k", "CEREBRUM_API_KEY", 3)
+
+
+BAD_URL = "backend 2: url: expected http://HOST[:PORT] or https://HOST[:PORT], "
+BAD_API = "backend 1: api: expected one of cerebrum, llama.cpp, openai, got the string"
+BAD_N_CTX = "backend 1: n_ctx: expected an integer from 0 to 1e+07, got the boolean true"
+BAD_NAME = "backend 1: expected one of id, url, api, key_env, ca_file, infill, "
+BAD_CA = "backend 1: ca_file: expected a url with https for '/a.pem'"
+BAD_TABLES = [
+    ([7], "backend 1: expected a table, got something else"),
+    ([{"id": "a b"}], "backend 1: id: expected a string of the form "),
+    ([{"id": "a"}], "backend 1: url: expected a string, got nothing"),
+    ([ATTIC, ATTIC | {"url": "ftp://x"}], BAD_URL),
+    ([ATTIC | {"api": "vllm"}], BAD_API),
+    ([ATTIC | {"n_ctx": True}], BAD_N_CTX),
+    ([ATTIC | {"max_concurent": 2}], BAD_NAME),
+    ([ATTIC | {"ca_file": "/a.pem"}], BAD_CA),
+    ([ATTIC, ATTIC], "backends: expected every id once"),
+    ([ATTIC | {"key_env": "BAD"}], "BAD: expected printable ASCII without spaces"),
+]
+
+
+@pytest.mark.parametrize(("tables", "says"), BAD_TABLES)
+def test_a_bad_table(tables: list[Any], says: str):
     with pytest.raises(ConfigError) as caught:
         read(*tables, BAD="two words")
     assert str(caught.value).startswith(says)
@@ -121,7 +123,7 @@ def test_a_bad_table(tables: list[Any], says: str) -> None:
 
 
 MODEL = Model("m", "M", ("python",), "7B", "Q4", "m-q4.gguf", aliases=("org/M", "m:7b"))
-LISTS: list[tuple[list[str], str | None]] = [
+LISTS = [
     (["m"], "m"),
     (["other", "org/M"], "org/M"),
     (["m:7b", "org/M"], "org/M"),
@@ -134,7 +136,7 @@ LISTS: list[tuple[list[str], str | None]] = [
 
 
 @pytest.mark.parametrize(("listed", "name"), LISTS)
-def test_which_model_a_backend_has(listed: list[str], name: str | None) -> None:
+def test_which_model_a_backend_has(listed: list[str], name: str | None):
     assert find_models([MODEL], listed) == ({} if name is None else {"m": name})
 
 
@@ -147,13 +149,14 @@ ASKED = {
     "mode": "complete",
     "prompt": "x =",
 }
-GAP = ASKED | {
-    "mode": "infill",
-    "suffix": "\ny",
-    "extra": [{"filename": "b.py", "text": "import os"}],
-}
+OTHER_FILES = [{"filename": "b.py", "text": "import os"}]
+GAP = {**ASKED, "mode": "infill", "suffix": "\ny", "extra": OTHER_FILES}
 SAID = [{"role": "user", "content": "add"}, {"role": "assistant", "content": "```python\n"}]
-CHAT = {name: value for name, value in ASKED.items() if name != "prompt"} | {
+CHAT = {
+    "max_tokens": 64,
+    "temperature": 0,
+    "stop": ["a", "b", "c", "d", "e"],
+    "mode": "complete",
     "messages": SAID,
     "seed": 7,
     "top_p": 0.9,
@@ -161,98 +164,105 @@ CHAT = {name: value for name, value in ASKED.items() if name != "prompt"} | {
 INSTRUCT = CHAT | {"mode": "instruct"}
 PLAIN = ASKED | {"stop": [], "top_p": 1.0}
 COMMON = {"model": "org/M", "stream": True, "temperature": 0}
-UNSTOPPED = COMMON | {"max_tokens": 64, "stream_options": {"include_usage": True}}
+UNSTOPPED = {**COMMON, "max_tokens": 64, "stream_options": {"include_usage": True}}
 OPENAI = UNSTOPPED | {"stop": ["a", "b", "c", "d"]}
 SAMPLED = {"seed": 7, "top_p": 0.9}
 LIVE = {"timings_per_token": True, "return_progress": True}
-LLAMA = COMMON | LIVE | {"n_predict": 64, "stop": ["a", "b", "c", "d", "e"], "cache_prompt": True}
-LLAMA["response_fields"] = [
-    "content",
-    "stop",
-    "stop_type",
-    "tokens_evaluated",
-    "tokens_predicted",
-    "timings",
-]
+LLAMA = {
+    **COMMON,
+    **LIVE,
+    "n_predict": 64,
+    "stop": ["a", "b", "c", "d", "e"],
+    "cache_prompt": True,
+    "response_fields": [
+        "content",
+        "stop",
+        "stop_type",
+        "tokens_evaluated",
+        "tokens_predicted",
+        "timings",
+    ],
+}
 LLAMA_GAP = {
     "input_prefix": "x =",
     "input_suffix": "\ny",
     "prompt": "",
-    "input_extra": GAP["extra"],
+    "input_extra": OTHER_FILES,
 }
+TEXT_PATH, CHAT_PATH = "/v1/completions", "/v1/chat/completions"
+MARKED = f"import os\n{FIM[0]}x ={FIM[1]}\ny{FIM[2]}"
+# The engine, the fields, the model's marks, and the path and the body that ask for them.
 REQUESTS = [
-    ("openai", "complete", ASKED, FIM, OPENAI | {"prompt": "x ="}),
-    ("openai", "complete", PLAIN, FIM, UNSTOPPED | {"prompt": "x ="}),
-    (
-        "openai",
-        "infill",
-        GAP,
-        FIM,
-        OPENAI | {"prompt": f"import os\n{FIM[0]}x ={FIM[1]}\ny{FIM[2]}"},
-    ),
-    ("openai", "infill", GAP, (), OPENAI | {"prompt": "import os\nx =", "suffix": "\ny"}),
-    ("openai", "chat", INSTRUCT, FIM, OPENAI | SAMPLED | {"messages": SAID[:1]}),
-    ("openai", "chat", CHAT, FIM, OPENAI | SAMPLED | {"messages": SAID}),
-    ("llama.cpp", "complete", ASKED, FIM, LLAMA | {"prompt": "x ="}),
-    ("llama.cpp", "infill", GAP, FIM, LLAMA | LLAMA_GAP),
-    ("llama.cpp", "chat", INSTRUCT, FIM, OPENAI | LIVE | SAMPLED | {"messages": SAID[:1]}),
+    (OpenAI, ASKED, FIM, TEXT_PATH, OPENAI | {"prompt": "x ="}),
+    (OpenAI, PLAIN, FIM, TEXT_PATH, UNSTOPPED | {"prompt": "x ="}),
+    (OpenAI, GAP, FIM, TEXT_PATH, OPENAI | {"prompt": MARKED}),
+    (OpenAI, GAP, (), TEXT_PATH, OPENAI | {"prompt": "import os\nx =", "suffix": "\ny"}),
+    (OpenAI, INSTRUCT, FIM, CHAT_PATH, OPENAI | SAMPLED | {"messages": SAID[:1]}),
+    (OpenAI, CHAT, FIM, CHAT_PATH, OPENAI | SAMPLED | {"messages": SAID}),
+    (LlamaServer, ASKED, FIM, "/completion", LLAMA | {"prompt": "x ="}),
+    (LlamaServer, GAP, FIM, "/infill", LLAMA | LLAMA_GAP),
+    (LlamaServer, INSTRUCT, FIM, CHAT_PATH, OPENAI | LIVE | SAMPLED | {"messages": SAID[:1]}),
 ]
+CONFIG = BackendConfig("gpu", parse_url("http://gpu", "url"), "openai", key_env="GPU_KEY")
 
 
-@pytest.mark.parametrize(("api", "kind", "asked", "fim", "body"), REQUESTS)
+@pytest.mark.parametrize(("kind", "asked", "marks", "path", "body"), REQUESTS)
 def test_what_an_engine_is_asked(
-    api: str, kind: str, asked: dict[str, Any], fim: Sequence[str], body: Any
-) -> None:
-    assert getattr(APIS[api], kind).write(Wanted(asked, "org/M", fim)) == body
+    kind: type[Engine], asked: Any, marks: tuple[str, ...], path: str, body: Any
+):
+    asking = kind(CONFIG, [replace(MODEL, fim=marks)])
+    assert asking.write(Wanted(asked, "m", "org/M")) == (path, body)
 
 
-def test_an_answer_must_fit_into_the_context() -> None:
-    assert OPENAI_TEXT.write(Wanted(ASKED, "m", room=50))["max_tokens"] == 50
-    assert OPENAI_TEXT.write(Wanted(ASKED, "m", room=-50))["max_tokens"] == 1
+@pytest.mark.parametrize(("room", "most"), [(50, 50), (-50, 1)])
+def test_an_answer_must_fit_into_the_context(room: int, most: int):
+    _, body = OpenAI(CONFIG, []).write(Wanted(ASKED, "m", "org/M", room))
+    assert body["max_tokens"] == most
 
 
-LONG_MESSAGE = "This model's maximum context length is 512 tokens. However, you requested 900 tokens (800 in …)."
+LONG_MESSAGE = (
+    "This model's maximum context length is 512 tokens. "
+    "However, you requested 900 tokens (800 in …)."
+)
 LONG = {"error": {"message": LONG_MESSAGE}}
 MAXIMUM = "This model's maximum context length is 4096 tokens"
-REFUSALS = [
+AT_4096 = {"n_ctx": 4096}
+# What engines say, with which members beside it, and the lengths that count; None: another error.
+OVERFLOWS = [
+    # llama-server
     (
         "request (1180 tokens) exceeds …",
         {"n_prompt_tokens": 1180, "n_ctx": 512},
-        (512, 1180),
-    ),  # llama-server
+        {"n_ctx": 512, "prompt_tokens": 1180},
+    ),
     (
         f"{MAXIMUM}. However, you requested 5000 tokens (4488 in the messages, 512 in the …",
         {},
-        (4096, 0),
+        AT_4096,
     ),
     (
         f"{MAXIMUM}, however you requested 5097 tokens (1000 in your prompt; 4097 for the …",
         {},
-        (4096, 0),
+        AT_4096,
     ),
     (
         f"{MAXIMUM}. However, your prompt contains at least 4097 input tokens, which exceeds …",
         {},
-        (4096, 0),
+        AT_4096,
     ),
-    (
-        f"'max_tokens' is too large: 512. {MAXIMUM} and your request has 4000 input tokens "
-        f"(512 > …",
-        {},
-        (4096, 0),
-    ),
+    (f"'max_tokens' is too large: 512. {MAXIMUM} and your request has 4000 input …", {}, AT_4096),
     (
         "You passed 3585 input tokens, but the model's context length is only 4096 tokens, …",
         {},
-        (4096, 0),
+        AT_4096,
     ),
-    ("maximum context length is 4096 tokens", {}, (4096, 0)),
+    ("maximum context length is 4096 tokens", {}, AT_4096),
     (
         "max_tokens=5000 cannot be greater than max_model_len=4096. Please request fewer …",
         {},
-        (4096, 0),
+        AT_4096,
     ),
-    ("It exceeds the context window.", {"code": "context_length_exceeded"}, (0, 0)),
+    ("It exceeds the context window.", {"code": "context_length_exceeded"}, {}),
     ("The input (5000 tokens) is longer than the model's context length (4096 tokens).", {}, None),
     ("temperature must be <= 2", {}, None),
     ("the context length is 16 tokens", {}, None),
@@ -260,72 +270,54 @@ REFUSALS = [
     (5, {}, None),
     ("x", {"n_ctx": True, "n_prompt_tokens": 800}, None),
     ("x", {"n_ctx": 10**9, "n_prompt_tokens": 800}, None),
-    ("x", {"n_ctx": 512, "n_prompt_tokens": "800"}, (512, 0)),
+    ("x", {"n_ctx": 512, "n_prompt_tokens": "800"}, {"n_ctx": 512}),
 ]
 
 
-@pytest.mark.parametrize(("message", "more", "told"), REFUSALS)
-def test_how_engines_say_that_a_prompt_is_too_long(
-    message: Any, more: Any, told: tuple[int, int] | None
-) -> None:
-    lengths = {"n_ctx": told[0], "prompt_tokens": told[1]} if told else {}
-    expected = {name: length for name, length in lengths.items() if length}
-    assert read_overflow({"message": message, **more}) == (None if told is None else expected)
+@pytest.mark.parametrize(("message", "more", "lengths"), OVERFLOWS)
+def test_how_engines_say_that_a_prompt_is_too_long(message: Any, more: Any, lengths: Any):
+    assert read_overflow({"message": message, **more}) == lengths
 
 
-@pytest.mark.parametrize(
-    ("told", "n_ctx"), [({"n_ctx": 512}, 512), (1, 0), ({"n_ctx": True}, 0), ({"n_ctx": 7}, 0)]
-)
-def test_the_length_of_the_context_in_props(told: Any, n_ctx: int) -> None:
-    assert read_props({"default_generation_settings": told, "n_ctx": 700}) == (
-        {"n_ctx": n_ctx} if n_ctx else {}
-    )
+PROPS = [
+    ({"n_ctx": 512}, {"n_ctx": 512}),
+    (1, {}),
+    ({"n_ctx": True}, {}),
+    ({"n_ctx": 7}, {}),
+]
 
 
-@pytest.mark.parametrize(
-    ("status", "body", "code", "says", "counted"),
-    [
-        (
-            401,
-            {"error": "x"},
-            "VPS_UNAVAILABLE",
-            "refuses our key: expected the right one in GPU_KEY",
-            False,
-        ),
-        (403, {}, "VPS_UNAVAILABLE", "refuses our key: expected the right one in GPU_KEY", False),
-        (404, {}, "MODEL_NOT_FOUND", "does not have this model", False),
-        (429, {}, "RATE_LIMIT", "has too many requests", False),
-        (400, LONG, "INVALID_REQUEST", "expected a shorter prompt", False),
-        (
-            400,
-            {"error": {"message": "/srv/key"}},
-            "VPS_UNAVAILABLE",
-            "refuses the request (400)",
-            False,
-        ),
-        (422, {"detail": []}, "VPS_UNAVAILABLE", "refuses the request (422)", False),
-        (501, {}, "VPS_UNAVAILABLE", "refuses the request (501)", False),
-        (
-            503,
-            {"error": {"message": "Loading model"}},
-            "VPS_UNAVAILABLE",
-            "is loading its model",
-            False,
-        ),
-        (500, {"error": "Traceback"}, "VPS_UNAVAILABLE", "is unavailable (it answered 500)", True),
-        (503, {}, "VPS_UNAVAILABLE", "is unavailable (it answered 503)", True),
-        (307, {}, "VPS_UNAVAILABLE", "is unavailable (it answered 307)", True),
-    ],
-)
-def test_a_refusal_of_an_engine(
-    status: int, body: Any, code: str, says: str, counted: bool
-) -> None:
-    error = engine_refusal(status, body.get("error"), "GPU_KEY")
-    assert (error.code, says in error.message, isinstance(error, BackendFailure)) == (
-        code,
-        True,
-        counted,
-    )
+@pytest.mark.parametrize(("settings", "length"), PROPS)
+def test_the_length_of_the_context_in_props(settings: Any, length: Any):
+    assert read_props({"default_generation_settings": settings, "n_ctx": 700}) == length
+
+
+OUR_KEY = "refuses our key: expected the right one in GPU_KEY"
+LOADING = {"error": {"message": "Loading model"}}
+UNAVAILABLE = "VPS_UNAVAILABLE"
+# The status and the body of a refusal; the client's code, part of the message, and whether the
+# breaker counts it.
+REFUSALS = [
+    (401, {"error": "x"}, UNAVAILABLE, OUR_KEY, False),
+    (403, {}, UNAVAILABLE, OUR_KEY, False),
+    (404, {}, "MODEL_NOT_FOUND", "does not have this model", False),
+    (429, {}, "RATE_LIMIT", "has too many requests", False),
+    (400, LONG, "INVALID_REQUEST", "expected a shorter prompt", False),
+    (400, {"error": {"message": "/srv/key"}}, UNAVAILABLE, "refuses the request (400)", False),
+    (422, {"detail": []}, UNAVAILABLE, "refuses the request (422)", False),
+    (501, {}, UNAVAILABLE, "refuses the request (501)", False),
+    (503, LOADING, UNAVAILABLE, "is loading its model", False),
+    (500, {"error": "Traceback"}, UNAVAILABLE, "is unavailable (it answered 500)", True),
+    (503, {}, UNAVAILABLE, "is unavailable (it answered 503)", True),
+    (307, {}, UNAVAILABLE, "is unavailable (it answered 307)", True),
+]
+
+
+@pytest.mark.parametrize(("status", "body", "code", "says", "counted"), REFUSALS)
+def test_a_refusal_of_an_engine(status: int, body: Any, code: str, says: str, counted: bool):
+    error = OpenAI(CONFIG, []).refusal(status, body)
+    assert (error.code, isinstance(error, BackendFailure)) == (code, counted)
+    assert says in error.message
     assert not any(secret in error.message for secret in ("/srv", "Traceback"))
 
 
@@ -341,9 +333,8 @@ def data(members: Any) -> bytes:
 
 
 def text_chunk(text: str, reason: str | None = None, **more: Any) -> bytes:
-    return data(
-        {"choices": [{"text": text, "index": 0, "logprobs": None, "finish_reason": reason}], **more}
-    )
+    choice = {"text": text, "index": 0, "logprobs": None, "finish_reason": reason}
+    return data({"choices": [choice], **more})
 
 
 def chat_chunk(reason: str | None = None, /, **delta: Any) -> bytes:
@@ -351,16 +342,8 @@ def chat_chunk(reason: str | None = None, /, **delta: Any) -> bytes:
 
 
 def llama_chunk(text: str, count: int, **more: Any) -> bytes:
-    return data(
-        {
-            "index": 0,
-            "content": text,
-            "stop": False,
-            "tokens_predicted": count,
-            "tokens_evaluated": 9,
-            **more,
-        }
-    )
+    counts = {"tokens_predicted": count, "tokens_evaluated": 9}
+    return data({"index": 0, "content": text, "stop": False, **counts, **more})
 
 
 TIMINGS = {
@@ -386,68 +369,151 @@ LAST = {
 
 def stream(*events: bytes, text: str = "1", asked: Any = None, **result: Any) -> Any:
     """The request, what an engine streams, the text that a client gets, and the result."""
-    return (
-        asked or {},
-        b"".join(events),
-        text,
-        {"finish_reason": "stop", "total_tokens": 1} | result,
-    )
+    result = {"finish_reason": "stop", "total_tokens": 1} | result
+    return asked or {}, b"".join(events), text, result
 
 
 ONE = text_chunk("1", "stop")
 IN_FILE = {"prompt": "def add(a, b):\n", "language": "python"}
 SAYING = {"messages": SAID[:1], "stop_at": "none"}
 COUNTED = {"prompt_tokens": 9, "cached_tokens": 4, "ttft": 0.25, "tokens_per_second": 20.0}
-LENGTH: dict[str, Any] = {"finish_reason": "length", "total_tokens": 2}
+LENGTH = {"finish_reason": "length", "total_tokens": 2}
 NINE = {"prompt_tokens": 9, "total_tokens": 3}
 STREAMS = {
-    "vLLM's text with its usage": stream(text_chunk("1"), text_chunk(" + 2", "stop"), USAGE, END, text="1 + 2", **NINE),
-    "a text that its limit cuts": stream(text_chunk("1"), text_chunk("2", "length"), END, text="12", **LENGTH),
+    "vLLM's text with its usage": stream(
+        text_chunk("1"), text_chunk(" + 2", "stop"), USAGE, END, text="1 + 2", **NINE
+    ),
+    "a text that its limit cuts": stream(
+        text_chunk("1"), text_chunk("2", "length"), END, text="12", **LENGTH
+    ),
     "no [DONE]": stream(text_chunk("1", "eos_token")),
     "no blank line at its end": stream((ONE + END)[:-2]),
-    "odd counts": stream(text_chunk("1", "stop", usage={"prompt_tokens": -1, "completion_tokens": "3"})),
-    "nulls and members of other types": stream(data({"choices": None, "error": None}), data({"choices": [7]}),
-        data({"choices": [{}]}), text_chunk("1"),
-        data({"choices": [{"text": None, "finish_reason": "stop"}], "usage": None})),
-    "comments and events that nobody knows": stream(b": ping\n\nevent: x\nid: 1\n\n", data({"news": 1}), ONE),
-    "more than was asked for": stream(*map(text_chunk, "1234"), text="12", asked={"max_tokens": 2}, **LENGTH),
-    "an empty count behind the real one": stream(ONE, USAGE, data({"choices": [], "usage": None}), END, **NINE),
-    "huge numbers": stream(llama_chunk("1", 1, timings=TIMINGS | {"prompt_ms": 10**400}), data(LAST), prompt_tokens=9,
-        total_tokens=2),
+    "odd counts": stream(
+        text_chunk("1", "stop", usage={"prompt_tokens": -1, "completion_tokens": "3"})
+    ),
+    "nulls and members of other types": stream(
+        data({"choices": None, "error": None}),
+        data({"choices": [7]}),
+        data({"choices": [{}]}),
+        text_chunk("1"),
+        data({"choices": [{"text": None, "finish_reason": "stop"}], "usage": None}),
+    ),
+    "comments and events that nobody knows": stream(
+        b": ping\n\nevent: x\nid: 1\n\n", data({"news": 1}), ONE
+    ),
+    "more than was asked for": stream(
+        *map(text_chunk, "1234"), text="12", asked={"max_tokens": 2}, **LENGTH
+    ),
+    "an empty count behind the real one": stream(
+        ONE, USAGE, data({"choices": [], "usage": None}), END, **NINE
+    ),
+    "huge numbers": stream(
+        llama_chunk("1", 1, timings=TIMINGS | {"prompt_ms": 10**400}),
+        data(LAST),
+        prompt_tokens=9,
+        total_tokens=2,
+    ),
     "no text at all": stream(text_chunk("", "stop"), END, text="", total_tokens=0),
-    "the natural end": stream(*map(text_chunk, PIECES), text=BODY, asked=IN_FILE, finish_reason="block",
-        total_tokens=5),
-    "a gap that meets its suffix": stream(text_chunk("2, 3"), text_chunk("]\ny = 2"), text_chunk("\n"), text="2, 3",
-        total_tokens=3, asked={"prompt": "x = [1, ", "suffix": "]\ny = 2\n", "mode": "infill", "language": "python"}),
-    "a stop over two events": stream(text_chunk("1E"), text_chunk("ND2"), asked={"stop": ["END"]}, total_tokens=2),
+    "the natural end": stream(
+        *map(text_chunk, PIECES), text=BODY, asked=IN_FILE, finish_reason="block", total_tokens=5
+    ),
+    "a gap that meets its suffix": stream(
+        text_chunk("2, 3"),
+        text_chunk("]\ny = 2"),
+        text_chunk("\n"),
+        text="2, 3",
+        total_tokens=3,
+        asked={
+            "prompt": "x = [1, ",
+            "suffix": "]\ny = 2\n",
+            "mode": "infill",
+            "language": "python",
+        },
+    ),
+    "a stop over two events": stream(
+        text_chunk("1E"), text_chunk("ND2"), asked={"stop": ["END"]}, total_tokens=2
+    ),
     "a mark that leaks": stream(text_chunk("1<|end"), text_chunk("oftext|>Human:"), total_tokens=2),
-    "a mark that the prompt has, too": stream(text_chunk(" '<|im_end|>'", "stop"), text=" '<|im_end|>'",
-        asked={"prompt": "end = '<|im_end|>'\nx ="}),
-    "a character in two events": stream(text_chunk("a"), b'data: {"choices": [{"text": '
-                                                         b'"\xe2\x82"}]}\n\n',
-        b'data: {"choices": [{"text": "\xac"}]}\n\n', text_chunk("b", "stop"), text="a\u20acb", total_tokens=4),
-    "half of a character": stream(b'data: {"choices": [{"text": "\xe2"}]}\n\n', text_chunk("x", "stop"), text="\ufffdx",
-        total_tokens=2),
-    "a surrogate pair": stream(text_chunk("\ud83d\udc80"), text_chunk("", "stop"), text="\U0001f480"),
-    "half of one in each of two events": stream(text_chunk("\ud83d"), text_chunk("\ude00", "stop"), text="\U0001f600",
-        total_tokens=2),
+    "a mark that the prompt has, too": stream(
+        text_chunk(" '<|im_end|>'", "stop"),
+        text=" '<|im_end|>'",
+        asked={"prompt": "end = '<|im_end|>'\nx ="},
+    ),
+    "a character in two events": stream(
+        text_chunk("a"),
+        b'data: {"choices": [{"text": "\xe2\x82"}]}\n\n',
+        b'data: {"choices": [{"text": "\xac"}]}\n\n',
+        text_chunk("b", "stop"),
+        text="a\u20acb",
+        total_tokens=4,
+    ),
+    "half of a character": stream(
+        b'data: {"choices": [{"text": "\xe2"}]}\n\n',
+        text_chunk("x", "stop"),
+        text="\ufffdx",
+        total_tokens=2,
+    ),
+    "a surrogate pair": stream(
+        text_chunk("\ud83d\udc80"), text_chunk("", "stop"), text="\U0001f480"
+    ),
+    "half of one in each of two events": stream(
+        text_chunk("\ud83d"), text_chunk("\ude00", "stop"), text="\U0001f600", total_tokens=2
+    ),
     "half of one": stream(text_chunk("\ude00x", "stop"), text="\ufffdx"),
-    "a chat": stream(chat_chunk(role="assistant", content=""), chat_chunk(content="Hi"), chat_chunk(content="!"),
-        chat_chunk("stop"), USAGE, END, text="Hi!", asked=SAYING, **NINE),
-    "the code of an instruction alone": stream(chat_chunk(content="Here you are:\n\n```py"),
-        chat_chunk(content="thon\nx = 1\n``"), chat_chunk(content="`\nBye"), chat_chunk(content="."), text="x = 1\n",
-        total_tokens=3, asked={"messages": SAID, "mode": "instruct", "language": "python"}),
+    "a chat": stream(
+        chat_chunk(role="assistant", content=""),
+        chat_chunk(content="Hi"),
+        chat_chunk(content="!"),
+        chat_chunk("stop"),
+        USAGE,
+        END,
+        text="Hi!",
+        asked=SAYING,
+        **NINE,
+    ),
+    "the code of an instruction alone": stream(
+        chat_chunk(content="Here you are:\n\n```py"),
+        chat_chunk(content="thon\nx = 1\n``"),
+        chat_chunk(content="`\nBye"),
+        chat_chunk(content="."),
+        text="x = 1\n",
+        total_tokens=3,
+        asked={"messages": SAID, "mode": "instruct", "language": "python"},
+    ),
     "a chat in one piece": stream(
-        data({"choices": [{"message": {"content": "Hi"}, "finish_reason": "stop"}], "usage": {"prompt_tokens": 3}}),
-        text="Hi", asked=SAYING, prompt_tokens=3),
-    "llama-server": stream(llama_chunk("1", 1), llama_chunk("2", 2), data({**LAST, "timings": TIMINGS}), text="12",
-        total_tokens=2, **COUNTED),
-    "llama-server at its limit": stream(llama_chunk("1", 1), data(LAST | {"stop_type": "limit"}), **LENGTH,
-        prompt_tokens=9),
+        data(
+            {
+                "choices": [{"message": {"content": "Hi"}, "finish_reason": "stop"}],
+                "usage": {"prompt_tokens": 3},
+            }
+        ),
+        text="Hi",
+        asked=SAYING,
+        prompt_tokens=3,
+    ),
+    "llama-server": stream(
+        llama_chunk("1", 1),
+        llama_chunk("2", 2),
+        data({**LAST, "timings": TIMINGS}),
+        text="12",
+        total_tokens=2,
+        **COUNTED,
+    ),
+    "llama-server at its limit": stream(
+        llama_chunk("1", 1), data(LAST | {"stop_type": "limit"}), **LENGTH, prompt_tokens=9
+    ),
     "llama-server before its end": stream(
-        *(llama_chunk(piece, n, timings=TIMINGS | {"predicted_n": n}) for n, piece in enumerate(PIECES, 1)), text=BODY,
-        asked=IN_FILE, finish_reason="block", total_tokens=5, **COUNTED),
-}  # fmt: skip
+        *(
+            llama_chunk(piece, n, timings=TIMINGS | {"predicted_n": n})
+            for n, piece in enumerate(PIECES, 1)
+        ),
+        text=BODY,
+        asked=IN_FILE,
+        finish_reason="block",
+        total_tokens=5,
+        **COUNTED,
+    ),
+}
 
 BASE = {"prompt": "x =", "mode": "complete"}
 
@@ -455,78 +521,76 @@ BASE = {"prompt": "x =", "mode": "complete"}
 def translate(name: str, cut: int) -> tuple[str, dict[str, Any]]:
     """The text and the result of a stream that is read in pieces of `cut` bytes."""
     asked, stream, _, _ = STREAMS[name]
-    translator, events = Translator(BASE | asked, []), Events()
-    pairs = []
+    translator, pairs = Translator(BASE | asked, []), list[Any]()
     for start in range(0, len(stream), cut):
-        pairs += translator.feed(events.feed(stream[start : start + cut]), 0.0)
+        pairs += translator.feed(stream[start : start + cut], 0.0)
     if not translator.done:
-        pairs += translator.feed(events.feed(b"\n\n"), 0.0)
+        pairs += translator.feed(b"\n\n", 0.0)
     if not translator.done:
         pairs.append(translator.end())
-    (result,) = [value for kind, value in pairs if kind == "done"]
-    assert pairs[-1] == ("done", result)
-    assert {kind for kind, _ in pairs} <= {"text", "done"}
-    return upstream.read_text(b"".join(value for kind, value in pairs if kind == "text")), result
+    *texts, (last, result) = pairs
+    assert last == "done"
+    assert {kind for kind, _ in texts} <= {"text"}
+    return read_text(b"".join(value for _, value in texts)), result
 
 
 @pytest.mark.parametrize("cut", [1, 7, 1 << 20])
 @pytest.mark.parametrize("name", STREAMS)
-def test_a_stream_of_an_engine(name: str, cut: int) -> None:
+def test_a_stream_of_an_engine(name: str, cut: int):
     *_, text, result = STREAMS[name]
     assert translate(name, cut) == (text, result)
 
 
-@pytest.mark.parametrize(
-    ("stream", "message"),
-    [
-        (text_chunk("1"), "it ended without saying that it is done"),
-        (
-            text_chunk("1") + END,
-            "it ended without saying that it is done",
-        ),  # llama_cpp.server, cut by another request
-        (data({"error": {"message": "boom at /srv/x.py", "code": 500}}), "it reported an error"),
-        (data({"error": "boom", "error_type": "overloaded"}), "it reported an error"),
-        (text_chunk("1", "abort"), "it gave up"),
-        (b"data: {oops\n\n", "it sent an event that is not JSON"),
-        (b"data: 1\n\n", "it sent an event that is not JSON"),
-        (b"data: " + b"[" * 100_000 + b"\n\n", "it sent an event that is not JSON"),
-    ],
-)
-def test_a_stream_that_fails(stream: bytes, message: str) -> None:
+BOOM = {"message": "boom at /srv/x.py", "code": 500}
+UNFINISHED = "it ended without saying that it is done"
+NOT_JSON = "it sent an event that is not JSON"
+FAILING = [
+    (text_chunk("1"), UNFINISHED),
+    (text_chunk("1") + END, UNFINISHED),  # llama_cpp.server, cut by another request
+    (data({"error": BOOM}), "it reported an error"),
+    (data({"error": "boom", "error_type": "overloaded"}), "it reported an error"),
+    (text_chunk("1", "abort"), "it gave up"),
+    (b"data: {oops\n\n", NOT_JSON),
+    (b"data: 1\n\n", NOT_JSON),
+    (b"data: " + b"[" * 100_000 + b"\n\n", NOT_JSON),
+]
+
+
+@pytest.mark.parametrize(("stream", "message"), FAILING)
+def test_a_stream_that_fails(stream: bytes, message: str):
     translator = Translator(BASE, [])
     with pytest.raises(BackendFailure) as caught:
         [*translator.feed(stream, 0.0), translator.end()]
     assert caught.value.message == f"VPS backend is unavailable ({message})"
 
 
-def test_an_event_that_says_that_the_prompt_is_too_long() -> None:
-    with pytest.raises(HttpError) as caught:
+def test_an_event_that_says_that_the_prompt_is_too_long():
+    with pytest.raises(TooLong) as caught:
         list(Translator(BASE, []).feed(data(LONG), 0.0))
-    assert (caught.value.code, caught.value.extra) == ("INVALID_REQUEST", {"n_ctx": 512})
+    assert caught.value.extra == {"n_ctx": 512}
 
 
-def test_a_limit_of_time_counts_once_a_line_has_ended() -> None:
+def test_a_limit_of_time_counts_once_a_line_has_ended():
     translator = Translator(BASE | {"predict_ms": 500}, [])
-    assert list(translator.feed(text_chunk("1"), 10.0))[-1][0] == "text"
-    assert list(translator.feed(text_chunk("2"), 10.9))[-1][0] == "text"
+    pairs = [*translator.feed(text_chunk("1"), 10.0), *translator.feed(text_chunk("2"), 10.9)]
+    assert {kind for kind, _ in pairs} == {"text"}
     done = {"finish_reason": "length", "total_tokens": 3}
     assert list(translator.feed(text_chunk("3\n"), 11.0))[-1] == ("done", done)
 
 
-def test_progress_is_passed_on_if_asked_for() -> None:
-    event = data(
-        {
-            "content": "",
-            "stop": False,
-            "prompt_progress": {"total": 90, "cache": 0, "processed": 64},
-        }
-    )
-    odd = data({"content": "", "stop": False, "prompt_progress": {"total": "x"}})
-    wanted = Translator(BASE | {"progress": True}, [])
-    assert list(wanted.feed(event + odd, 0.0)) == [
-        ("progress", {"stage": "prefill", "done": 64, "total": 90})
-    ]
-    assert list(Translator(BASE, []).feed(event, 0.0)) == []
+PROGRESS = {"total": 90, "cache": 0, "processed": 64}
+READ = ("progress", {"stage": "prefill", "done": 64, "total": 90})
+PROGRESSES = [
+    (True, PROGRESS, [READ]),
+    (True, {"total": "x"}, []),
+    (False, PROGRESS, []),
+]
+
+
+@pytest.mark.parametrize(("wanted", "progress", "pairs"), PROGRESSES)
+def test_progress_is_passed_on_if_asked_for(wanted: bool, progress: Any, pairs: Any):
+    event = data({"content": "", "stop": False, "prompt_progress": progress})
+    assert list(Translator(BASE | {"progress": wanted}, []).feed(event, 0.0)) == pairs
 
 
 # -------------------------------------------------------------------- engines behind a real gateway
@@ -557,8 +621,20 @@ ALIVE = [
 ] * 500  # it keeps the connection alive, no more
 
 
-def engine(port: int, api: str = "openai", **more: Any) -> Any:
+def engine(port: int, api: str = "openai", **more: Any) -> BackendConfig:
     return backend_at(port, "gpu", api=api, key="gpu-key", key_env="GPU_KEY", **more)
+
+
+@contextlib.asynccontextmanager
+async def pi_before(
+    *scripts: Any, api: str = "openai", probing: bool = True, **more: Any
+) -> AsyncIterator[tuple[Pi, Backend]]:
+    """A Pi with one engine, which plays these scripts."""
+    async with (
+        Backend(scripts, **{"models": LISTED, **more}) as backend,
+        pi_for(engine(backend.port, api), probing=probing) as pi,
+    ):
+        yield pi, backend
 
 
 def listing(**about: Any) -> bytes:
@@ -567,88 +643,62 @@ def listing(**about: Any) -> bytes:
 
 @pytest.mark.parametrize("split", [False, True], ids=["whole", "bytes"])
 @pytest.mark.parametrize(("api", "script", "text", "tokens", "path"), ANSWERED)
-async def test_a_completion(
-    api: str, script: Any, text: str, tokens: int, path: str, split: bool
-) -> None:
-    async with (
-        Backend([script], models=LISTED, split=split) as backend,
-        pi_for(engine(backend.port, api)) as pi,
-    ):
+async def test_a_completion(api: str, script: Any, text: str, tokens: int, path: str, split: bool):
+    async with pi_before(script, api=api, split=split) as (pi, backend):
         reply = await pi.stream()
         *events, done = reply.events
-        assert (reply.status, reply.clean, "".join(event["token"] for event in events)) == (
-            200,
-            True,
-            text,
-        )
-        assert {name: value for name, value in done.items() if name not in ("timestamp", "inference_time")} == {
-            "done": True, "language": "python", "model": "qwen_0_5b", "mode": "complete", "finish_reason": "stop",
-            "kept": {"characters": 3, "of": 3, "parts": ["all"]}, "prompt_tokens": 9, "total_tokens": tokens,
-        }  # fmt: skip
+        assert (reply.status, reply.clean) == (200, True)
+        assert "".join(event["token"] for event in events) == text
+        del done["timestamp"], done["inference_time"]
+        assert done == RESULT | {"total_tokens": tokens}
         assert (await pi.complete()).json["completion"] == text
         line, headers, body = backend.asked[-1]
         assert (line, json.loads(body)["model"]) == (f"POST {path} HTTP/1.1", "qwen_0_5b")
         assert (headers["authorization"], "x-api-key" in headers) == ("Bearer gpu-key", False)
-        (one,) = [
-            model for model in (await pi.get("/v1/models")).json["models"] if model.get("loaded")
-        ]
-        assert (one["id"], one["available"], one["n_ctx"], one["backends"]) == (
-            "qwen_0_5b",
-            True,
-            2048,
-            ["gpu"],
-        )
+
+
+RESULT = {
+    "done": True,
+    "language": "python",
+    "model": "qwen_0_5b",
+    "mode": "complete",
+    "finish_reason": "stop",
+    "kept": {"characters": 3, "of": 3, "parts": ["all"]},
+    "prompt_tokens": 9,
+}
+
+
+async def test_the_model_of_an_engine():
+    async with pi_before() as (pi, backend):
+        models = (await pi.get("/v1/models")).json["models"]
+        (known,) = [model for model in models if model.get("loaded")]
+        about = {"id": "qwen_0_5b", "available": True, "n_ctx": 2048, "backends": ["gpu"]}
+        assert known == known | about
         assert (await pi.get("/v1/activity")).json["models_loaded"] == ["qwen_0_5b"]
         asked = len(backend.asked)
         await pi.gateway.fleet.first.probe()
         assert len(backend.asked) == asked + 1, "the list was asked for again"
 
 
-@pytest.mark.parametrize(
-    ("script", "part", "counted"),
-    [
-        (
-            [answer(200, {"error": {"message": "boom"}})],
-            "(its answer is not of the type that was asked for)",
-            True,
-        ),
-        (
-            [CHUNKED, chunk(data({"error": {"message": "boom"}})), b"0\r\n\r\n"],
-            "(it reported an error)",
-            True,
-        ),
-        (
-            [CHUNKED, chunk(text_chunk("1")), chunk(data({"error": "boom"})), HANG],
-            "(it reported an error)",
-            True,
-        ),
-        (
-            [CHUNKED, chunk(END), b"0\r\n\r\n"],
-            "VPS backend answered nothing; a lower n_ctx of it may help",
-            False,
-        ),
-        (
-            [
-                head(401, "Content-Encoding: gzip", "Content-Length: 2", kind="text/html")
-                + b"\x1f\x8b"
-            ],
-            "our key",
-            False,
-        ),
-        (
-            [head(404, "Content-Length: 200000", kind="text/html") + b"x" * 200_000],
-            "not have this model",
-            False,
-        ),
-    ],
-)
-async def test_a_fault_before_the_first_token_or_behind_it(
-    script: Any, part: str, counted: bool
-) -> None:
-    async with (
-        Backend([script], models=LISTED) as backend,
-        pi_for(engine(backend.port), probing=False) as pi,
-    ):
+ERROR = {"error": {"message": "boom"}}
+REPORTED = "(it reported an error)"
+NO_STREAM = "(its answer is not of the type that was asked for)"
+NOTHING = "VPS backend answered nothing; a lower n_ctx of it may help"
+PACKED = head(401, "Content-Encoding: gzip", "Content-Length: 2", kind="text/html") + b"\x1f\x8b"
+LONG_PAGE = head(404, "Content-Length: 200000", kind="text/html") + b"x" * 200_000
+FAULTS = [
+    ([answer(200, ERROR)], NO_STREAM, True),
+    ([CHUNKED, chunk(data(ERROR)), b"0\r\n\r\n"], REPORTED, True),
+    ([CHUNKED, chunk(text_chunk("1")), chunk(data({"error": "boom"})), HANG], REPORTED, True),
+    ([CHUNKED, chunk(END), b"0\r\n\r\n"], NOTHING, False),
+    ([PACKED], "our key", False),
+    ([LONG_PAGE], "not have this model", False),
+]
+
+
+@pytest.mark.parametrize(("script", "part", "counted"), FAULTS)
+async def test_a_fault_before_the_first_token_or_behind_it(script: Any, part: str, counted: bool):
+    async with pi_before(script, probing=False) as (pi, backend):
         reply = await pi.complete()
         assert part in reply.json["message"]
         assert "boom" not in reply.json["message"]
@@ -658,15 +708,13 @@ async def test_a_fault_before_the_first_token_or_behind_it(
 
 async def test_an_engine_at_work_is_probed_only_if_its_breaker_is_open(
     monkeypatch: pytest.MonkeyPatch,
-) -> None:
+):
     """Otherwise it would get no request until its running answers have ended."""
     monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 0.01)
     go = asyncio.Event()
-    async with (
-        Backend([[CHUNKED, go.wait, *VLLM[1:]]], models=LISTED) as backend,
-        pi_for(engine(backend.port)) as pi,
-    ):
-        running, first = asyncio.create_task(pi.complete()), pi.gateway.fleet.first
+    async with pi_before([CHUNKED, go.wait, *VLLM[1:]]) as (pi, backend):
+        running = asyncio.create_task(pi.complete())
+        first = pi.gateway.fleet.first
         await until(lambda: backend.begun.is_set() and first.answering)
         asked, probes = len(backend.asked), pi.probes
         first.wake.set()
@@ -680,91 +728,99 @@ async def test_an_engine_at_work_is_probed_only_if_its_breaker_is_open(
         assert (await running).status == 200
 
 
-async def test_what_follows_a_whole_text_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+WHOLE = [CHUNKED, chunk(text_chunk("1", "stop"))]
+BROKEN_EVENT = chunk(text_chunk("1", "stop") + b"data: {oops\n\n")
+LATE_ERROR = chunk(text_chunk("1", "stop") + data({"error": "boom"}) + text_chunk("2"))
+FOLLOWED = [
+    [*WHOLE, HANG],
+    [*WHOLE, RESET],
+    WHOLE,
+    [*WHOLE, *ALIVE],
+    [CHUNKED, LATE_ERROR, HANG],
+    [CHUNKED, BROKEN_EVENT, HANG],
+]
+ENDLESS = [CHUNKED, *(chunk(text_chunk(piece)) for piece in PIECES[:5]), HANG]
+
+
+async def test_what_follows_a_whole_text_is_not_waited_for(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(engines, "COUNTS_SECONDS", 0.05)
-    whole = [CHUNKED, chunk(text_chunk("1", "stop"))]
-    faults = [data({"error": "boom"}) + text_chunk("2"), b"data: {oops\n\n"]
-    scripts = [[*whole, HANG], [*whole, RESET], whole, [*whole, *ALIVE]]
-    scripts += [[CHUNKED, chunk(text_chunk("1", "stop") + fault), HANG] for fault in faults]
-    scripts += [[CHUNKED, *(chunk(text_chunk(piece)) for piece in PIECES[:5]), HANG]]
-    async with Backend(scripts, models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
-        for _ in scripts[:-1]:
-            reply = await pi.complete()
-            assert (reply.status, reply.json["completion"], reply.json["finish_reason"]) == (
-                200,
-                "1",
-                "stop",
-            )
-        reply = await pi.complete(prompt="def add(a, b):\n")  # the natural end
-        assert (reply.json["completion"], reply.json["finish_reason"]) == (BODY, "block")
+    async with pi_before(*FOLLOWED, ENDLESS) as (pi, backend):
+        for _ in FOLLOWED:
+            result = (await pi.complete()).json
+            assert (result["completion"], result["finish_reason"]) == ("1", "stop")
+        result = (await pi.complete(prompt="def add(a, b):\n")).json  # the natural end
+        assert (result["completion"], result["finish_reason"]) == (BODY, "block")
         await until(lambda: not backend.running)
-        assert (pi.gateway.fleet.first.breaker.failures, pi.gateway.dispatcher.active) == (0, 0)
+        assert pi.gateway.fleet.first.breaker.failures == 0
+        assert pi.gateway.dispatcher.active == 0
 
 
-@pytest.mark.parametrize(
-    ("module", "script", "part"),
-    [
-        (pi_backend, [HANG], "did not answer in time"),
-        (pi_backend, [CHUNKED, HANG], "stopped in the middle of its answer"),
-        (engines, [CHUNKED, *ALIVE], "did not answer in time"),
-    ],
-)
+SILENT = [
+    ([HANG], "did not answer in time"),
+    ([CHUNKED, HANG], "stopped in the middle of its answer"),
+    ([CHUNKED, *ALIVE], "did not answer in time"),
+]
+
+
+@pytest.mark.parametrize(("script", "part"), SILENT)
 async def test_an_engine_that_makes_no_progress_for_too_long_has_failed(
-    module: Any, script: list[Any], part: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(engines, "ALIVE_SECONDS", 0.02)
-    monkeypatch.setattr(module, "READING_SECONDS", 0.1)
-    async with Backend([script], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
+    script: list[Any], part: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(engines, "ALIVE_SECONDS", 1.0)
+    monkeypatch.setattr(engines, "READING_SECONDS", 0.1)
+    async with pi_before(script) as (pi, _):
         assert part in (await pi.complete()).json["message"]
 
 
 async def test_an_engine_that_thinks_or_is_silent_is_not_given_up(
     monkeypatch: pytest.MonkeyPatch,
-) -> None:
+):
     """Meanwhile its client gets comments, which keep the connection alive: before the head, which
     comes once the prompt has been read, between thoughts, and before the text.
     """
     monkeypatch.setattr(engines, "ALIVE_SECONDS", 0.02)
-    thought, gates = chunk(chat_chunk(reasoning_content="hm")), [asyncio.Event() for _ in range(12)]
-    steps = [step for gate in gates[1:] for step in (gate.wait, thought)]
-    end = [chunk(chat_chunk("stop", content="```\nx = 1\n```")), b"0\r\n\r\n"]
-    script = [gates[0].wait, CHUNKED, *steps, *end]
-    async with Backend([script], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
+    thought = chunk(chat_chunk(reasoning_content="hm"))
+    gates = [asyncio.Event() for _ in range(12)]
+    script = [gates[0].wait, CHUNKED]
+    for gate in gates[1:]:
+        script += [gate.wait, thought]
+    script += [chunk(chat_chunk("stop", content="```\nx = 1\n```")), b"0\r\n\r\n"]
+    async with pi_before(script) as (pi, _):
         body = {"prompt": "x", "instruction": "y", "language": "python"}
         reader, writer = await pi.open("POST", "/v1/complete/stream", body)
         for gate in gates:
             await reader.readuntil(b"\n\n\r\n")  # a comment
-            monkeypatch.setattr(
-                engines, "READING_SECONDS", 0.2
-            )  # less than the thoughts take together
+            # Less than the thoughts take together.
+            monkeypatch.setattr(engines, "READING_SECONDS", 0.2)
             gate.set()
         assert b'"token": "x = 1' in await reader.read()
         writer.close()
 
 
-@pytest.mark.parametrize(
-    ("told", "message", "n_ctx"),
-    [
-        ({}, LONG_MESSAGE, 512),
-        ({}, "invalid stop: the context window 16 chars", 4096),
-        ({}, "the context length is 9000 tokens", 4096),
-        ({}, "maximum context length is 1000 tokens, and you requested 900000 input tokens", 1000),
-        ({"max_model_len": 2048}, "maximum context length is 1000 tokens", 1000),
-        ({"max_model_len": 2048}, "Your input exceeds the context window of this model.", 2048),
-    ],
-)
+MISREAD = "maximum context length is 1000 tokens, and you requested 900000 input tokens"
+WINDOW = "Your input exceeds the context window of this model."
+# What a list reports, what a refusal says, and the length that counts.
+TOO_LONG = [
+    ({}, LONG_MESSAGE, 512),
+    ({}, "invalid stop: the context window 16 chars", 4096),
+    ({}, "the context length is 9000 tokens", 4096),
+    ({}, MISREAD, 1000),
+    ({"max_model_len": 2048}, "maximum context length is 1000 tokens", 1000),
+    ({"max_model_len": 2048}, WINDOW, 2048),
+]
+
+
+@pytest.mark.parametrize(("about", "message", "n_ctx"), TOO_LONG)
 async def test_a_prompt_that_an_engine_finds_too_long_is_fitted_again(
-    told: Any, message: str, n_ctx: int
-) -> None:
+    about: Any, message: str, n_ctx: int
+):
     """Once, although what a refusal says may be misread. A length in a known sentence counts until
     the next list.
     """
-    refused, prompt = (
-        answer(400, {"error": {"message": message, "code": "context_length_exceeded"}}),
-        "x = 1\n" * 300,
-    )
+    fault = {"message": message, "code": "context_length_exceeded"}
+    refused, prompt = answer(400, {"error": fault}), "x = 1\n" * 300
     async with (
-        Backend([[refused], VLLM, [refused]], models=listing(**told)) as backend,
+        Backend([[refused], VLLM, [refused]], models=listing(**about)) as backend,
         Backend() as own,
         pi_for(engine(backend.port), backend_at(own.port, "own")) as pi,
     ):
@@ -777,66 +833,54 @@ async def test_a_prompt_that_an_engine_finds_too_long_is_fitted_again(
         assert len(backend.completions) == 4
 
 
-async def test_an_impossible_count_teaches_nothing() -> None:
+async def test_an_impossible_count_teaches_nothing():
     counted = text_chunk("1", "stop", usage={"prompt_tokens": 999_999, "completion_tokens": 1})
-    async with (
-        Backend([[CHUNKED, chunk(counted)]], models=LISTED) as backend,
-        pi_for(engine(backend.port)) as pi,
-    ):
-        assert (await pi.complete(prompt="x = 1\n" * 100)).json["prompt_tokens"] == 999_999
+    async with pi_before([CHUNKED, chunk(counted)]) as (pi, _):
+        reply = await pi.complete(prompt="x = 1\n" * 100)
+        assert reply.json["prompt_tokens"] == 999_999
         assert pi.gateway.fleet.first.prompts.ratio.get("qwen_0_5b") == 3.0
 
 
-async def test_a_list_that_is_not_strict_and_an_engine_that_asks_for_patience() -> None:
+async def test_a_list_that_is_not_strict_and_an_engine_that_asks_for_patience():
     listed = b'{"object": "list", "object": "list", "score": NaN, "data": [{"id": "qwen_0_5b"}]}'
-    whole = (
-        head(
-            200,
-            f"Content-Length: {len(listed)}",
-            "Content-Encoding: identity",
-            kind="application/json",
-        )
-        + listed
-    )
-    async with Backend([VLLM], models=whole) as backend, pi_for(engine(backend.port)) as pi:
+    lines = (f"Content-Length: {len(listed)}", "Content-Encoding: identity")
+    whole = head(200, *lines, kind="application/json") + listed
+    async with pi_before(VLLM, models=whole) as (pi, backend):
         assert (await pi.complete()).status == 200
-        assert (
-            "that a backend has (qwen_0_5b), got"
-            in (await pi.complete(model="qwen_7b")).json["message"]
-        )
+        missing = await pi.complete(model="qwen_7b")
+        assert "that a backend has (qwen_0_5b), got" in missing.json["message"]
         backend.models = answer(429, {})
         await pi.gateway.fleet.first.probe()
         assert pi.gateway.fleet.available
 
 
-@pytest.mark.parametrize(
-    ("api", "told", "table", "n_ctx"),
-    [
-        ("openai", {"max_model_len": 1000}, {}, 1000),
-        ("openai", {"metadata": {"max_request_context_length": 1000}}, {}, 1000),
-        ("openai", {"max_model_len": 1000}, {"n_ctx": 500}, 500),
-        ("openai", {"max_model_len": "long"}, {}, 4096),
-        ("llama.cpp", {}, {}, 512),
-    ],
-)
-async def test_the_length_of_the_context(
-    api: str, told: dict[str, Any], table: dict[str, Any], n_ctx: int
-) -> None:
+# The engine, what its list reports, our settings, and the length that counts.
+CONTEXTS = [
+    ("openai", {"max_model_len": 1000}, {}, 1000),
+    ("openai", {"metadata": {"max_request_context_length": 1000}}, {}, 1000),
+    ("openai", {"max_model_len": 1000}, {"n_ctx": 500}, 500),
+    ("openai", {"max_model_len": "long"}, {}, 4096),
+    ("llama.cpp", {}, {}, 512),
+]
+
+
+@pytest.mark.parametrize(("api", "about", "table", "n_ctx"), CONTEXTS)
+async def test_the_length_of_the_context(api: str, about: Any, table: Any, n_ctx: int):
     props = answer(200, {"default_generation_settings": {"n_ctx": 512}})
     async with (
-        Backend(models=listing(**told), props=props) as vps,
-        pi_for(engine(vps.port, api, **table)) as pi,
+        Backend(models=listing(**about), props=props) as backend,
+        pi_for(engine(backend.port, api, **table)) as pi,
     ):
         assert pi.gateway.fleet.n_ctx("qwen_0_5b") == n_ctx
 
 
 async def test_an_engine_that_does_not_list_its_models_is_away(
     monkeypatch: pytest.MonkeyPatch,
-) -> None:
+):
     """Each probe asks for the list again."""
     monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 0.02)
     broken = answer(500, {"error": "Traceback"})
-    async with Backend([VLLM], models=broken) as backend, pi_for(engine(backend.port)) as pi:
+    async with pi_before(VLLM, models=broken) as (pi, backend):
         for reply in (await pi.get("/health"), await pi.complete()):
             assert reply.json["message"] == "VPS backend is unavailable (it answered 500)"
         backend.models = LISTED
@@ -846,60 +890,57 @@ async def test_an_engine_that_does_not_list_its_models_is_away(
 
 async def test_an_engine_with_none_of_our_models_is_logged(
     caplog: pytest.LogCaptureFixture,
-) -> None:
+):
     listed = answer(200, {"data": [{"id": "org/Other"}, {"id": "one"}]})
-    async with Backend(models=listed) as backend, pi_for(engine(backend.port)) as pi:
+    async with pi_before(models=listed) as (pi, backend):
         reply = await pi.complete()
+        fault = "expected a model that a backend has (none)"
+        message = f'{fault}, got the string "{SHIPPED[-1].id}"'
         assert (reply.status, reply.json["code"]) == (404, "MODEL_NOT_FOUND")
-        assert (
-            reply.json["message"]
-            == f'expected a model that a backend has (none), got the string "{SHIPPED[-1].id}"'
-        )
+        assert reply.json["message"] == message
         assert backend.completions == []
     assert "gpu: expected a model of models.toml, got one, org/Other" in caplog.text
 
 
-async def test_the_tokens_of_a_text_come_from_llama_server() -> None:
-    script = [answer(200, {"tokens": [1, 2]})]
-    async with (
-        Backend([script], models=LISTED) as backend,
-        pi_for(engine(backend.port, "llama.cpp")) as pi,
-    ):
-        reply = await pi.ask("POST", "/tokenize", {"content": "a b", "add_special": True})
+async def test_the_tokens_of_a_text_come_from_llama_server():
+    fields = {"content": "a b", "add_special": True}
+    async with pi_before([answer(200, {"tokens": [1, 2]})], api="llama.cpp") as (pi, backend):
+        reply = await pi.ask("POST", "/tokenize", fields)
         assert (reply.status, reply.json) == (200, {"tokens": [1, 2]})
         line, _, body = backend.asked[-1]
         assert line == "POST /tokenize HTTP/1.1"
-        assert json.loads(body) == {"content": "a b", "add_special": True, "parse_special": True}
-    async with Backend(models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
-        reply = await pi.ask("POST", "/tokenize", {"content": "a b"})
+        assert json.loads(body) == fields | {"parse_special": True}
+    async with pi_before() as (pi, _):
+        reply = await pi.ask("POST", "/tokenize", fields)
         assert (reply.status, reply.json["error"]["code"]) == (503, "VPS_UNAVAILABLE")
 
 
-def test_the_marks_of_the_models_that_ship() -> None:
+FIM_OF_STARCODER = ("<fim_prefix>", "<fim_suffix>", "<fim_middle>")
+MARKS = {
+    "qwen_0_5b": (FIM, "spmv2"),
+    "qwen_1_5b": (FIM, "spmv2"),
+    "qwen_7b": (FIM, "spmv2"),
+    "codellama_7b": (("<PRE> ", " <SUF>", " <MID>"), "psm"),
+    "mellum_4b": (FIM_OF_STARCODER, "spm"),
+    "mellum2_12b": (FIM_OF_STARCODER, "spm"),
+    "granite_3b": (FIM, "psm"),  # with the text below first it fills no gaps
+    "granite_h_tiny": (FIM, "psm"),
+}
+
+
+def test_the_marks_of_the_models_that_ship():
     marks = {model.id: (model.fim, model.fim_layout) for model in SHIPPED}
-    assert marks["qwen_0_5b"] == marks["qwen_1_5b"] == marks["qwen_7b"] == (FIM, "spmv2")
-    assert marks["codellama_7b"] == (("<PRE> ", " <SUF>", " <MID>"), "psm")
-    assert (
-        marks["mellum_4b"]
-        == marks["mellum2_12b"]
-        == (("<fim_prefix>", "<fim_suffix>", "<fim_middle>"), "spm")
-    )
-    assert marks["granite_3b"] == marks["granite_h_tiny"] == (FIM, "psm"), (
-        "with the text below first it fills no gaps"
-    )
+    assert marks == marks | MARKS
 
 
-@pytest.mark.parametrize(
-    ("layout", "written"), [("spmv2", "<pre>a<suf>b<mid>"), ("spm", "<suf>b<pre>a<mid>")]
-)
-async def test_no_other_engine_gets_a_prompt_that_it_would_have_to_heal(
-    layout: str, written: str
-) -> None:
-    async with Backend([VLLM], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
-        fim = pi.gateway.fleet.first.fim
-        fim["qwen_0_5b"] = replace(
-            fim["qwen_0_5b"], fim=("<pre>", "<suf>", "<mid>"), fim_layout=layout
-        )
+LAYOUTS = [("spmv2", "<pre>a<suf>b<mid>"), ("spm", "<suf>b<pre>a<mid>")]
+
+
+@pytest.mark.parametrize(("layout", "written"), LAYOUTS)
+async def test_no_other_engine_gets_a_prompt_that_it_would_have_to_heal(layout: str, written: str):
+    async with pi_before(VLLM) as (pi, backend):
+        fim, marks = pi.gateway.fleet.first.kind.fim, ("<pre>", "<suf>", "<mid>")
+        fim["qwen_0_5b"] = replace(fim["qwen_0_5b"], fim=marks, fim_layout=layout)
         await pi.complete(prompt="a", suffix="b", language="python")
         assert backend.completions[0]["prompt"] == written
 
@@ -927,10 +968,11 @@ LONG_CLASSES = {
 
 @pytest.mark.parametrize("language", LONG_CLASSES)
 @pytest.mark.parametrize("more", range(0, 110, 10))
-def test_only_the_end_of_a_long_file_is_followed(language: str, more: int) -> None:
+def test_only_the_end_of_a_long_file_is_followed(language: str, more: int):
     """From a statement on, wherever the limit falls."""
     head, method, cursor, text, piece = LONG_CLASSES[language]
     prompt = head + 200 * method + " " * more + "\n" + cursor
-    assert len(prompt) > NEAR_CHARS >= len(end_of(prompt, language))
-    ending = Ending("complete", language, end_of(prompt, language), None, "auto")
+    end = end_of(prompt, language)
+    assert len(prompt) > NEAR_CHARS >= len(end)
+    ending = Ending("complete", language, end, None, "auto")
     assert ending.feed(text) == (piece, "block")

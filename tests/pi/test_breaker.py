@@ -15,6 +15,7 @@ from cerebrum.pi.breaker import (
 )
 
 GONE = "it is gone"
+OPEN = {"state": "open", "failures": 3, "opens": 1, "retry_in_s": 4.0}
 TWICE = ("failed", "failed", "succeeded") * 2
 OUTCOMES = [(("failed",) * 3, [1, 2, 3]), (TWICE, [1, 2, 0, 1, 2, 0]), (("failed", "left"), [1, 1])]
 
@@ -43,9 +44,8 @@ def test_the_third_failure_in_a_row_opens(outcomes: tuple[str, ...], failures: l
         more = {"failed": (now, GONE), "succeeded": (now,), "left": ()}[outcome]
         getattr(breaker.admit(now), outcome)(*more)
         seen.append((breaker.state, breaker.failures))
-    assert seen == [
-        ("open" if count == FAILURES_TO_OPEN else "closed", count) for count in failures
-    ]
+    expected = [("open" if count == FAILURES_TO_OPEN else "closed", count) for count in failures]
+    assert seen == expected
     assert breaker.message == (GONE if failures[-1] else "")
 
 
@@ -54,7 +54,7 @@ def test_requests_that_fail_together_count_once_unless_each_has_waited():
     works.
     """
     breaker = Breaker()
-    together, living = [breaker.admit(0.0) for _ in range(8)], breaker.admit(0.0)
+    *together, living = [breaker.admit(0.0) for _ in range(9)]
     for now, request in enumerate(together, 1):
         request.failed(now, GONE)
     assert (breaker.state, breaker.failures) == ("closed", 1)
@@ -73,7 +73,7 @@ def test_an_open_one_admits_nothing_until_a_good_health_after_the_pause():
     breaker.expire(1000.0)
     breaker.healthy(OPEN_SECONDS - 0.001)
     assert not breaker.admits
-    assert breaker.describe(1.0) == {"state": "open", "failures": 3, "opens": 1, "retry_in_s": 4.0}
+    assert breaker.describe(1.0) == OPEN
     breaker.healthy(OPEN_SECONDS)
     assert breaker.state == "half-open"
 
@@ -94,12 +94,8 @@ def test_a_token_of_the_only_trial_closes_it_and_forgets_the_pause():
     trial = breaker.admit(5.0)
     assert not breaker.admits
     trial.succeeded(5.5)
-    assert breaker.describe(5.5) == {
-        "state": "closed",
-        "failures": 0,
-        "opens": 1,
-        "retry_in_s": 0.0,
-    }
+    closed = {"state": "closed", "failures": 0, "opens": 1, "retry_in_s": 0.0}
+    assert breaker.describe(5.5) == closed
     trial.succeeded(5.7)  # the trial goes on as a request of the closed state
     trial.failed(6.0, GONE)
     assert (breaker.state, breaker.failures) == ("closed", 1)
@@ -109,7 +105,8 @@ def test_a_token_of_the_only_trial_closes_it_and_forgets_the_pause():
 
 
 def test_failed_trials_double_the_pause_up_to_a_minute():
-    breaker, now, pauses = opened(), 0.0, []
+    breaker, pauses = opened(), list[float]()
+    now = 0.0
     for _ in range(6):
         pauses.append(breaker.retry_in(now))
         now += pauses[-1]
@@ -139,7 +136,7 @@ def test_late_results_of_an_older_state_count_for_nothing():
         breaker.admit(now).failed(now, GONE)
     slow[0].succeeded(1.0)
     slow[1].failed(1.0, GONE)
-    assert breaker.describe(1.0) == {"state": "open", "failures": 3, "opens": 1, "retry_in_s": 4.0}
+    assert breaker.describe(1.0) == OPEN
     breaker.healthy(5.0)
     trial = breaker.admit(5.0)
     slow[1].failed(5.5, GONE)

@@ -37,7 +37,7 @@ from test_plugins import (
     start_pi,
 )
 
-from cerebrum.pi import upstream
+from cerebrum.pi import kind
 
 pytestmark = pytest.mark.clients
 
@@ -226,7 +226,7 @@ def test_openai_lists_models_without_a_vps(openai: Any, tmp_path: Path) -> None:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         with daemon("cm4d", tmp_path, CEREBRUM_CM4_API_KEY="", CEREBRUM_VPS_URL=url) as started:
             client = client_of(openai, f"http://127.0.0.1:{started.port}/v1")
-            client = client.with_options(timeout=upstream.ASIDE_SECONDS)  # as asking the VPS takes
+            client = client.with_options(timeout=kind.ASIDE_SECONDS)  # as asking the VPS takes
             assert "qwen_0_5b" in [model.id for model in client.models.list()]
 
 

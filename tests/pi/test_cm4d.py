@@ -9,7 +9,6 @@ import re
 import signal
 import socket
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,8 @@ from scripted import (
 )
 
 from cerebrum.pi import fleet as pi_fleet
-from cerebrum.pi.upstream import BackendConfig, Endpoint, refusal
+from cerebrum.pi.backend import KINDS
+from cerebrum.pi.upstream import BackendConfig, Endpoint
 from cerebrum.settings import ConfigError, Environment, load_catalog
 from cerebrum.text.languages import LANGUAGES
 from cerebrum_common import HttpError
@@ -129,7 +129,7 @@ def test_a_key_in_key_env_is_not_shown(tmp_path: Path, caplog: pytest.LogCapture
     )
     config = load_config(Environment({"CEREBRUM_MODELS_FILE": str(tmp_path / "models.toml")}))
     warn_of(config)
-    refused = refusal(401, b"{}", replace(config.backends[0], api="openai")).message
+    refused = KINDS["openai"](config.backends[0], []).refusal(401, {}).message
     assert caplog.messages == [
         "a: the variable of key_env is not set: it will refuse every completion"
     ]

@@ -13,8 +13,13 @@ import pytest
 from scripted import backend_at
 
 from cerebrum.pi.breaker import Breaker
-from cerebrum.pi.completion import SUPERSEDED, WAIT_SECONDS, Attempt, Completion
-from cerebrum.pi.dialects import CompletionRequest
+from cerebrum.pi.completion import (
+    SUPERSEDED,
+    WAIT_SECONDS,
+    Attempt,
+    Completion,
+    CompletionRequest,
+)
 from cerebrum.pi.dispatcher import (
     BUSY_SECONDS,
     EDITOR_SECONDS,

@@ -35,10 +35,11 @@ from scripted import (
     token,
 )
 
-from cerebrum.pi import breaker, broadcast, completion, dispatcher, upstream
+from cerebrum.pi import breaker, broadcast, completion, dispatcher
 from cerebrum.pi import fleet as pi_fleet
-from cerebrum.pi.completion import Completion
-from cerebrum.pi.dialects import INFILL, CompletionRequest
+from cerebrum.pi import kind as pi_kind
+from cerebrum.pi.completion import Completion, CompletionRequest, text_event
+from cerebrum.pi.dialects import INFILL
 from cm4d import native_fields
 
 FILE = {
@@ -603,7 +604,7 @@ def finish(prompt: str, text: str, **more: Any) -> broadcast.Broadcast | None:
     running = broadcast.Broadcast(
         broadcast.digest_of(request.fields), prompt, completion=Completion(request)
     )
-    running.pairs = [("started", {"model": "m"}), ("text", upstream.text_event(text)), ("done", {})]
+    running.pairs = [("started", {"model": "m"}), ("text", text_event(text)), ("done", {})]
     return broadcast.finished(running)
 
 
@@ -732,11 +733,11 @@ async def test_a_client_that_moves_about_in_a_file_does_not_displace_others():
     ):
         prompts = pi.gateway.fleet.first.prompts
         await infill(pi, input_suffix="mine = 1\n")
-        prompts._read = [("10.0.0.9", *entry[1:]) for entry in prompts._read]
+        prompts._read = [(("10.0.0.9", model), text) for (_, model), text in prompts._read]
         for place in range(20):
             await infill(pi, input_suffix=f"place = {place}\n")
-        assert [entry[0] for entry in prompts._read] == ["10.0.0.9", *["127.0.0.1"] * 4]
-        assert prompts._read[-1][2].startswith("place = 19\n")
+        assert [client for (client, _), _ in prompts._read] == ["10.0.0.9", *["127.0.0.1"] * 4]
+        assert prompts._read[-1][1].startswith("place = 19\n")
 
 
 @pytest.mark.parametrize("chunks", [3, 16])
@@ -815,7 +816,7 @@ async def test_counting_tokens_opens_the_breaker_of_a_dead_vps_and_waits_for_no_
         replies = [await start(pi, "/tokenize", {"content": "a b"}) for _ in range(4)]
         assert [reply.status for reply in replies] == [503] * 4
         assert replies[-1].json["error"]["message"] == breaker.BREAKER_OPEN
-    monkeypatch.setattr(upstream, "LOAD_SECONDS", 0.3)
+    monkeypatch.setattr(pi_kind, "LOAD_SECONDS", 0.3)
     monkeypatch.setattr(breaker, "FAILURES_TO_OPEN", 1)
     async with pi_with([HANG]) as (pi, backend):
         people = [pi.from_address(f"127.0.0.{number}") for number in range(2, 8)]

@@ -35,21 +35,16 @@ from scripted import (
 
 from cerebrum.pi import breaker, fleet
 
-CLIENTS, AT_ONCE, SEED = 150, 40, 1
+CLIENTS = 150
+AT_ONCE = 40
+SEED = 1
 PACE = 0.002  # seconds between two tokens
-BEFORE = (
-    "resets",
-    "closes",
-    "an error event",
-    "503",
-    "429",
-)  # faults before the first token, and behind it
+# Faults before the first token, and behind it.
+BEFORE = ("resets", "closes", "an error event", "503", "429")
 AMID = ("resets amid", "an error event amid")
-REPEATED = {
-    "resets",
-    "closes",
-    "429",
-}  # the same backend may get the request again: no byte came, or it was busy
+# The same backend may get the request again: no byte came, or it was busy.
+REPEATED = {"resets", "closes", "429"}
+CODES = {"503": "RESOURCE_EXHAUSTED", "429": "RATE_LIMIT"}
 ERRORS = {"RATE_LIMIT": 429, "VPS_UNAVAILABLE": 503, "RESOURCE_EXHAUSTED": 503}
 LISTED = {
     "cerebrum": MODELS,
@@ -77,60 +72,54 @@ class Engine(Backend):
 
     def script(self, path: str, body: bytes) -> Iterator[Any]:
         (mark,) = {found.decode() for found in re.findall(rb"mark-\d+-\d+", body)}
-        seen, ended = self.seen[mark], False
+        seen, end = self.seen[mark], "gone"
         chance = random.Random(f"{SEED} {self.id} {mark} {len(seen)}")
         fault = chance.choice((*BEFORE, *AMID)) if chance.random() < 0.4 else ""
         seen.append(("asked", self.id))
         self.busy.add(mark)
         self.most_busy = max(self.most_busy, len(self.busy))
         try:
-            *steps, last = self._steps(fault, path, re.findall(r" ?\S+", text_of(self.id, mark)))
+            words = re.findall(r" ?\S+", text_of(self.id, mark))
+            *steps, last = self._steps(fault, path, words)
             for number, step in enumerate(steps):
                 if number == 1:  # behind the head
                     seen.append(("token", self.id))
                 yield step
                 yield lambda: asyncio.sleep(PACE)
-            ended = True
+            end = fault or "finished"
         finally:
             self.busy.discard(mark)  # as vpsd does, before its last chunk
-            seen.append((fault or "finished" if ended else "gone", self.id))
+            seen.append((end, self.id))
         yield last
 
     def _steps(self, fault: str, path: str, words: list[str]) -> list[Any]:
         own = self.api == "cerebrum"
-        if fault in ("503", "429"):
-            code = {"503": "RESOURCE_EXHAUSTED", "429": "RATE_LIMIT"}[fault]
-            return [
-                error(int(fault), code) if own else answer(int(fault), {"error": {"message": "no"}})
-            ]
-        wrong = (
-            event(error=True, message="no", code="RESOURCE_EXHAUSTED")
-            if own
-            else event(error={"code": 500})
-        )
-        end = (
-            event(done=True, finish_reason="stop")
-            if own
-            else self._event(path, "", "stop") + b"data: [DONE]\n\n"
-        )
-        said = [
-            chunk(token(word, n) if own else self._event(path, word))
-            for n, word in enumerate(words, 1)
-        ]
+        if fault in CODES:
+            body = answer(int(fault), {"error": {"message": "no"}})
+            return [error(int(fault), CODES[fault]) if own else body]
+        if own:
+            wrong = event(error=True, message="no", code="RESOURCE_EXHAUSTED")
+            said = [token(word, n) for n, word in enumerate(words, 1)]
+            end = event(done=True, finish_reason="stop")
+        else:
+            wrong = event(error={"code": 500})
+            said = [self._event(path, word) for word in words]
+            end = self._event(path, "", "stop") + b"data: [DONE]\n\n"
+        chunks = [chunk(piece) for piece in said]
         return {
             "resets": [RESET],
             "closes": [b""],
             "an error event": [CHUNKED + chunk(wrong)],
-            "resets amid": [CHUNKED, *said[:2], RESET],
-            "an error event amid": [CHUNKED, *said[:2], chunk(wrong)],
-            "": [CHUNKED, *said, chunk(end) + b"0\r\n\r\n"],
+            "resets amid": [CHUNKED, *chunks[:2], RESET],
+            "an error event amid": [CHUNKED, *chunks[:2], chunk(wrong)],
+            "": [CHUNKED, *chunks, chunk(end) + b"0\r\n\r\n"],
         }[fault]
 
     def _event(self, path: str, text: str, reason: str | None = None) -> bytes:
         if path == "/completion":
             return event(content=text, stop=bool(reason))
-        told = {"text": text} if path == "/v1/completions" else {"delta": {"content": text}}
-        return event(choices=[{"index": 0, "finish_reason": reason, **told}])
+        said = {"text": text} if path == "/v1/completions" else {"delta": {"content": text}}
+        return event(choices=[{"index": 0, "finish_reason": reason, **said}])
 
 
 def request_of(number: int, mark: str) -> tuple[str, dict[str, Any]]:
@@ -138,17 +127,16 @@ def request_of(number: int, mark: str) -> tuple[str, dict[str, Any]]:
     piece.
     """
     if number % 4 > 1:
-        return "/v1/chat/completions", {
-            "messages": [{"role": "user", "content": mark}],
-            "stream": number % 4 == 2,
-        }
+        messages = [{"role": "user", "content": mark}]
+        return "/v1/chat/completions", {"messages": messages, "stream": number % 4 == 2}
     body = {"prompt": f"# {mark}\nx =", "language": "python", "mode": "complete", "stop_at": "none"}
     return ("/v1/complete/stream", "/v1/complete")[number % 4], body
 
 
 def read_answer(reply: Reply) -> tuple[str, bool, str]:
     """The text of an answer, whether it is whole, and the code of its error."""
-    text, ended, code = "", False, ""
+    text = code = ""
+    ended = False
     for data in re.findall(rb"^(?:data: )?({.*)$", reply.body, re.MULTILINE):
         members = json.loads(data)
         choice = members.get("choices", [{}])[0]
@@ -156,12 +144,8 @@ def read_answer(reply: Reply) -> tuple[str, bool, str]:
             code = (wrong if isinstance(wrong, dict) else members)["code"]
         said = choice.get("delta") or choice.get("message") or {}
         text += members.get("token") or members.get("completion") or said.get("content") or ""
-        ended = (
-            ended
-            or "done" in members
-            or "completion" in members
-            or bool(choice.get("finish_reason"))
-        )
+        if choice.get("finish_reason") or not members.keys().isdisjoint({"done", "completion"}):
+            ended = True
     return text, ended, code
 
 
@@ -170,15 +154,15 @@ def check_answer(reply: Reply, mark: str, seen: list[tuple[str, str]]) -> None:
     status, later an event and a cut.
     """
     text, ended, code = read_answer(reply)
-    told = [id for what, id in seen if what == "token"]
+    spoke = [id for what, id in seen if what == "token"]
     assert ended != bool(code)
     if ended:
-        assert (reply.status, reply.clean, text) == (200, True, text_of(told[0], mark))
-        assert seen[-1] == ("finished", told[0])
+        assert (reply.status, reply.clean, text) == (200, True, text_of(spoke[0], mark))
+        assert seen[-1] == ("finished", spoke[0])
     else:
         assert (reply.status, reply.clean) in ((ERRORS[code], True), (200, False))
-        assert text_of(told[0], mark).startswith(text) if told else not text
-        assert not told or seen[-1][0] in AMID
+        assert text_of(spoke[0], mark).startswith(text) if spoke else not text
+        assert not spoke or seen[-1][0] in AMID
 
 
 def check_way(seen: list[tuple[str, str]]) -> None:
@@ -192,27 +176,31 @@ def check_way(seen: list[tuple[str, str]]) -> None:
         assert set(ends[:-1]) <= REPEATED
 
 
-async def test_no_request_is_lost_or_sent_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+def check_request(reply: Reply, mark: str, seen: list[tuple[str, str]]) -> None:
+    # A token of the visitor may never have come.
+    if "gone" not in [what for what, _ in seen]:
+        check_answer(reply, mark, seen)
+        check_way(seen)
+
+
+async def test_no_request_is_lost_or_sent_twice(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(fleet, "PROBE_SECONDS", 0.05)
     monkeypatch.setattr(breaker, "OPEN_SECONDS", 0.1)
     kinds = {"own": 4, "other": 2, "visitor": 3, "openai": 4, "llama.cpp": 1}
-    seen, replies, done = (
-        defaultdict[str, list[tuple[str, str]]](list),
-        dict[str, Reply](),
-        list[int](),
-    )
-    engines = {
-        id: Engine(id=id, api=id if id in LISTED else "cerebrum", places=places)
-        for id, places in kinds.items()
-    }
+    seen = defaultdict[str, list[tuple[str, str]]](list)
+    replies, done = dict[str, Reply](), list[int]()
+    engines = {}
+    for id, places in kinds.items():
+        api = id if id in LISTED else "cerebrum"
+        models = answer(200, LISTED[api])
+        engines[id] = Engine(id=id, api=api, places=places, models=models, seen=seen)
     visitor = engines["visitor"]
     async with contextlib.AsyncExitStack() as stack:
         for engine in engines.values():
-            engine.models, engine.seen = answer(200, LISTED[engine.api]), seen
             await stack.enter_async_context(engine)
         configs = [
-            backend_at(one.port, id, api=one.api, max_concurrent=one.places)
-            for id, one in engines.items()
+            backend_at(engine.port, engine.id, api=engine.api, max_concurrent=engine.places)
+            for engine in engines.values()
         ]
         pi = await stack.enter_async_context(pi_for(*configs))
         gate = asyncio.Semaphore(AT_ONCE)
@@ -234,21 +222,15 @@ async def test_no_request_is_lost_or_sent_twice(monkeypatch: pytest.MonkeyPatch)
             await visitor.__aenter__()
 
         await asyncio.gather(visit(), *map(client, range(CLIENTS)))
-        await until(
-            lambda: not (pi.gateway.dispatcher.active or any(one.busy for one in engines.values()))
-        )
+        await until(lambda: not any(engine.busy for engine in engines.values()))
+        await until(lambda: not pi.gateway.dispatcher.active)
         state = pi.gateway.dispatcher.state
         assert (state.places, state.line, pi.gateway.broadcasts.subscribers) == ({}, {}, [])
     for mark, reply in replies.items():
-        if "gone" not in [
-            what for what, _ in seen[mark]
-        ]:  # a token of the visitor may never have come
-            check_answer(reply, mark, seen[mark])
-            check_way(seen[mark])
-    assert [one.id for one in engines.values() if one.most_busy > one.places] == []
-    whats = {what for way in seen.values() for what, _ in way}
+        check_request(reply, mark, seen[mark])
+    assert all(engine.most_busy <= engine.places for engine in engines.values())
+    whats = {what for what, _ in itertools.chain(*seen.values())}
     assert len(whats & {*BEFORE, *AMID}) > 4, "the simulation shows less than it seems to"
     assert "gone" in whats
-    assert sum(len({id for _, id in way}) > 1 for way in seen.values()) > 5, (
-        "few were asked elsewhere"
-    )
+    moved = [way for way in seen.values() if len({id for _, id in way}) > 1]
+    assert len(moved) > 5, "few were asked elsewhere"

@@ -57,8 +57,7 @@ from cerebrum.check import has_health
 from cerebrum.http import MAX_CONNECTIONS, WRITE_SECONDS
 from cerebrum.pi import dispatcher
 from cerebrum.pi.breaker import Breaker
-from cerebrum.pi.completion import Attempt, Completion
-from cerebrum.pi.dialects import CompletionRequest
+from cerebrum.pi.completion import Attempt, Completion, CompletionRequest
 from cerebrum.pi.upstream import Upstream
 from cerebrum.settings import Client, ConfigError, Environment
 from cerebrum_common import HttpError

@@ -33,8 +33,7 @@ from scripted import (
 
 from cerebrum.pi import breaker, completion
 from cerebrum.pi import fleet as pi_fleet
-from cerebrum.pi.completion import Completion
-from cerebrum.pi.dialects import CompletionRequest
+from cerebrum.pi.completion import Completion, CompletionRequest
 from cerebrum.pi.upstream import BackendConfig, parse_url
 from cerebrum.settings import ConfigError
 

@@ -28,39 +28,31 @@ def metric(engine: Engine, name: str) -> float:
 
 
 @pytest.mark.scale
-def test_vllm_behind_the_pi(tmp_path: Path) -> None:
+def test_vllm_behind_the_pi(tmp_path: Path):
     with scale.vllm(tmp_path / "vllm", KEY, "--max-num-seqs", str(SEQUENCES)) as engine:
         table = backend(engine, "openai", max_concurrent=PLACES, n_ctx=8192)
         with start_pi(tmp_path / "stranger", {"one": table}, ready=False, one="another-key") as pi:
             assert "KEY_OF_ONE" in pi.refused(**brief())["message"]
         with start_pi(tmp_path / "pi", {"one": table}) as pi:
             for above in (0, 200):
-                lines = (
-                    f"def f{number}(a, b):\n    return a * {number} + b\n\n\n"
-                    for number in range(above)
-                )
+                lines = [f"def f{n}(a, b):\n    return a * {n} + b\n\n\n" for n in range(above)]
                 stream = Stream(pi, prompt="".join(lines) + FIBONACCI, max_tokens=64).end()
                 assert (stream.clean, stream.last["finish_reason"]) == (True, "block"), stream.last
                 assert run_code(FIBONACCI + stream.text)["fibonacci"](10) == 55, stream.text
             (model,) = pi.get("/v1/models")["models"]
-            assert model["n_ctx"] == scale.CONTEXT, (
-                "the table is wrong; what the engine says is believed"
-            )
+            # The table is wrong; what the engine says is believed.
+            assert model["n_ctx"] == scale.CONTEXT
             leaving = Stream(pi, **endless())
             leaving.wait_for_tokens(5)
             leaving.leave()
             wait_until(lambda: metric(engine, "num_requests_running") == 0, "its sequence has gone")
             streams = [Stream(pi, **endless() | {"max_tokens": 60}) for _ in range(PLACES)]
-            wait_until(
-                lambda: metric(engine, "num_requests_waiting") == PLACES - SEQUENCES,
-                "the others wait in vLLM",
-            )
+            others = PLACES - SEQUENCES
+            wait_until(lambda: metric(engine, "num_requests_waiting") == others, "others wait")
             assert pi.post("/v1/complete", {"language": "python", **brief()}).status_code == 429
             for stream in streams:
                 stream.end()
                 assert (stream.clean, stream.last["finish_reason"]) == (True, "length"), stream.last
                 assert stream.last["total_tokens"] == 60
-            assert (pi.stats("one")["requests_failed"], pi.stats("one")["breaker"]["failures"]) == (
-                0,
-                0,
-            )
+            stats = pi.stats("one")
+            assert (stats["requests_failed"], stats["breaker"]["failures"]) == (0, 0)

@@ -12,8 +12,8 @@ from scripted import CHUNKED, HANG, Backend, Pi, chunk, event, pi_for, pi_with, 
 from test_backends import LISTED, VLLM, engine
 from test_editors import data, infill
 
+from cerebrum.pi.completion import read_text, text_event
 from cerebrum.pi.shown import shown
-from cerebrum.pi.upstream import read_text, text_event
 from cerebrum.settings import load_catalog
 from cerebrum_common import threshold_of
 

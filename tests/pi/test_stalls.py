@@ -25,7 +25,7 @@ from scripted import CHUNKED, Backend, Pi, answer, backend_at, chunk, event, pi_
 
 from cerebrum.fields import MAX_JSON_MARKS, parse_json
 from cerebrum.http import MAX_BODY_BYTES
-from cerebrum.pi.upstream import read_tokens
+from cerebrum.pi.kind import read_tokens
 from cerebrum_common import HttpError
 
 MAX_STALL_SECONDS = 0.05

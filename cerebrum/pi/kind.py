@@ -1,0 +1,232 @@
+"""What the kinds of backends have in common. The kinds are vpsd (native.py), llama-server and
+OpenAI (engines.py).
+
+A `Kind` asks one backend in its own language and answers in the Pi's: pairs, errors for clients,
+tables of models. It owns the HTTP client. What is known about the backend belongs to `Backend`.
+
+A backend is not trusted: of its results only members of the right type and range are passed on, and
+none that the Pi writes itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import TypeVar
+
+from cerebrum.fields import Field, JsonObject, Members
+from cerebrum.pi import upstream
+from cerebrum.pi.completion import MAX_TOKENS, Pair
+from cerebrum.pi.upstream import (
+    JSON,
+    LATE,
+    Answer,
+    BackendConfig,
+    BackendFailure,
+    Upstream,
+    blamed,
+)
+from cerebrum_common import HttpError, Model
+
+ASIDE_SECONDS = 2.0  # /health and /v1/models, which are answered in milliseconds
+LOAD_SECONDS = 120.0  # for an answer that waits until a model is loaded
+MAX_ERROR_BYTES = 65_536  # an error's JSON
+MAX_TOKENS_BYTES = 8 << 20  # the tokens of 1 MiB of text
+# /v1/models, where a cloud lists hundreds of models; or an answer that is not streamed
+MAX_JSON_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A completion that is asked of a backend."""
+
+    fields: Members  # of vpsd's POST /v1/inference/stream
+    model: str  # our id
+    name: str  # the backend's name for it
+    room: int = MAX_TOKENS  # tokens left in the context for the answer
+
+
+Models = dict[str, JsonObject]  # by name: {"n_ctx", "loaded", …}
+Parsed = TypeVar("Parsed")
+Streamed = tuple[Answer, AsyncGenerator[Pair, None]]
+
+
+class Kind(ABC):
+    """One backend of some kind, asked in its own language."""
+
+    # What backends of a kind can do; a kind overrides what differs.
+    takes_our_ids = False  # it knows our ids of models, and says how to get a missing model
+    answers_aside = False  # it answers other requests while it generates, without disturbing it
+    counts_exactly = False  # it reports the tokens that it reads, and cuts no answer
+    judges_lines = False  # it says how sure its model is of each line
+    reads_ahead = False  # reading a prompt ahead costs nothing
+    tokenize_path = ""  # "" if it counts no tokens for others
+
+    def __init__(self, config: BackendConfig, catalog: Sequence[Model]) -> None:
+        self.config = config
+        self.client = Upstream(config, self.key_header)
+
+    # How a kind speaks.
+
+    @abstractmethod
+    def key_header(self, path: str) -> str:
+        """The header line that carries our key; "" to send none."""
+
+    parse: Callable[[bytes], JsonObject]  # a JSON object; HttpError if it is none
+
+    @abstractmethod
+    def refusal(self, status: int, members: Members) -> HttpError:
+        """The client's error if the backend answers with this status and these members.
+        BackendFailure if no working backend would.
+        """
+
+    # What a kind reports about itself.
+
+    @abstractmethod
+    async def ask_health(self) -> list[str] | None:
+        """The ids of the models in its memory; None: all that it lists. HttpError if it is not
+        well.
+        """
+
+    @abstractmethod
+    async def list_models(self) -> Models:
+        """The models that it has, by its names for them."""
+
+    @abstractmethod
+    def layout(self, model: str, about: Members) -> str:
+        """How a gap's prompt is laid out for a model that the backend reports so, see
+        `arrange_gap`.
+        """
+
+    # How a kind is asked.
+
+    @abstractmethod
+    def ask(self, wanted: Wanted) -> AbstractAsyncContextManager[Streamed]:
+        """Send a request for a completion, and yield its answer with the pairs in it, both
+        unread.
+        """
+
+    def tokenize_body(self, name: str, fields: Members) -> JsonObject:
+        """The body of a request for a text's tokens; `fields` are those of llama-server's."""
+        return dict(fields)
+
+    # What all kinds share.
+
+    async def begin(self, answer: Answer, seconds: float, media: str) -> bool:
+        """Read the head of a 200 with this media type. False if no head has come after `seconds`:
+        call again. HttpError if the backend refuses, BackendFailure if its answer is malformed.
+        """
+        body = b""
+        try:
+            async with asyncio.timeout(seconds):
+                with blamed("its answer is not HTTP/1.1"):
+                    await answer.read_head(media)
+                if answer.status == 200:
+                    return True
+                with contextlib.suppress(BackendFailure):  # the status may be enough
+                    body = await answer.read_all(MAX_ERROR_BYTES)
+        except TimeoutError:
+            if answer.status < 200:
+                return False
+        members = JsonObject()
+        with contextlib.suppress(HttpError):
+            members = self.parse(body)
+        raise self.refusal(answer.status, members)
+
+    async def get(self, path: str, limit: int = MAX_JSON_BYTES) -> JsonObject:
+        """The JSON object at `path`, in at most `limit` bytes."""
+        return await self._fetch(path, None, ASIDE_SECONDS, limit, self.parse)
+
+    async def tokenize(self, name: str, fields: Members) -> bytes:
+        """The tokens of a text, as `read_tokens` returns them. The backend may have to load the
+        model first.
+        """
+        body, limit = self.tokenize_body(name, fields), MAX_TOKENS_BYTES
+        return await self._fetch(self.tokenize_path, body, LOAD_SECONDS, limit, read_tokens)
+
+    async def _fetch(
+        self,
+        path: str,
+        body: Members | None,
+        seconds: float,
+        limit: int,
+        parse: Callable[[bytes], Parsed],
+    ) -> Parsed:
+        """An answer in one piece, whose head may take `seconds`."""
+        async with self.client.send(path, body, max(upstream.IDLE_SECONDS, seconds)) as answer:
+            if not await self.begin(answer, seconds, JSON):
+                raise BackendFailure(LATE)
+            with blamed("its answer is not JSON"):
+                async with asyncio.timeout(ASIDE_SECONDS):
+                    return parse(await answer.read_all(limit))
+
+
+# --------------------------------------------------------------------------------- what they answer
+
+COUNT = Field(int, 0, 10**9)
+SECONDS = Field(float, 0, 10**9)
+SHARE = Field(float, 0, 1)
+RESULT_FIELDS = {
+    "total_tokens": COUNT,
+    "prompt_tokens": COUNT,
+    "cached_tokens": COUNT,
+    "draft_tokens": COUNT,
+    "accepted_tokens": COUNT,
+    "inference_time": SECONDS,
+    "load_time": SECONDS,
+    "ttft": SECONDS,
+    "tokens_per_second": SECONDS,
+    "confidence": SHARE,
+    "text_confidence": SHARE,
+    "finish_reason": Field(str, 1, 40),
+}
+# Members that we write into results and errors ourselves: no backend may set them.
+OURS = frozenset(
+    [
+        "completion",
+        "language",
+        "model",
+        "timestamp",
+        "mode",
+        "kept",
+        "backend",
+        "type_through",
+        "done",
+        "token",
+        "error",
+        "message",
+        "code",
+    ]
+)
+
+
+def read_result(done: Members) -> JsonObject:
+    """The members of a done event that may be passed on: none in OURS, and none of a wrong type or
+    range.
+
+    >>> done = {"done": True, "model": "lies", "total_tokens": "3", "prompt_tokens": 5}
+    >>> read_result(done)
+    {'prompt_tokens': 5}
+    """
+    result = JsonObject()
+    for name, value in done.items():
+        field = RESULT_FIELDS.get(name)
+        if name not in OURS and (field is None or field.accepts(value)):
+            result[name] = value
+    return result
+
+
+def read_tokens(answer: bytes) -> bytes:
+    """The integers of `{"tokens": [1, 2]}` with commas between them, unparsed: there can be a
+    million, which a parser reads in a second. HttpError for any other answer.
+    """
+    packed = answer.translate(None, b" \n")
+    tokens = packed[11:-2]
+    is_list = packed == b'{"tokens":[%b]}' % tokens and not tokens.translate(None, b"0123456789,")
+    if not is_list or (tokens and b",," in b",%b," % tokens):
+        raise HttpError("INVALID_REQUEST", "expected tokens")
+    return tokens
