@@ -72,7 +72,9 @@ def meaning(source: str) -> str:
 def draw(path: str, count: int, seed: int) -> list[tuple[int, str, str]]:
     """(number of the copy, line, new line) of `count` mutants, each on a line of its own."""
     source = (ROOT / path).read_text()
-    lines, plain, nodes = source.split("\n"), meaning(source), walk(get_ast(source))
+    lines = source.split("\n")
+    plain = meaning(source)
+    nodes = walk(get_ast(source))
     chances = list[tuple[str, int]]()
     for name in chosen():
         with contextlib.suppress(

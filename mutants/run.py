@@ -119,7 +119,9 @@ class Runner:
     """
 
     def __init__(self, folder: Path, results: Path) -> None:
-        self.results, self.trees, self.limits = results, SimpleQueue[Path](), dict[str, float]()
+        self.results = results
+        self.trees = SimpleQueue[Path]()
+        self.limits = dict[str, float]()
         results.parent.mkdir(parents=True, exist_ok=True)
         results.touch()
         self.known = dict(line.rsplit("\t", 1) for line in results.read_text().splitlines())
@@ -136,7 +138,8 @@ class Runner:
         for tests in {
             mutant.tests for mutant in mutants if mutant.key() not in self.known
         } - self.limits.keys():
-            tree, begun = self.trees.get(), time.monotonic()
+            tree = self.trees.get()
+            begun = time.monotonic()
             if not passes(tree, tests):
                 sys.exit(f"{tests}: they fail without a mutant")
             self.limits[tests] = SLOWER * (time.monotonic() - begun) + 20

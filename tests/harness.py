@@ -431,7 +431,8 @@ def settings(
     if not inherited:
         path = os.environ["PATH"]
         inherited = {"PATH": path, "HOME": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
-    models, state = folder / "models", folder / "state"
+    models = folder / "models"
+    state = folder / "state"
     folders = {"CEREBRUM_MODELS_DIR": str(models), "CEREBRUM_STATE_DIR": str(state)}
     return {**inherited, **SETTINGS, **folders, **more}
 
@@ -440,7 +441,8 @@ def certificate(
     folder: Path, name: str, names: str = "DNS:localhost,IP:127.0.0.1"
 ) -> Mapping[str, str]:
     """The Pi's settings for a fresh certificate of this machine."""
-    cert, key = str(folder / f"{name}.crt"), str(folder / f"{name}.key")
+    cert = str(folder / f"{name}.crt")
+    key = str(folder / f"{name}.key")
     request = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 1"
     subject = ["-subj", f"/CN={name}", "-addext", f"subjectAltName={names}"]
     command = [*request.split(), *subject, "-out", cert, "-keyout", key]

@@ -75,7 +75,8 @@ GOOD = (CHUNKED, chunk(token("a", 1)), chunk(token("b", 2)), chunk(DONE), b"0\r\
 
 def script(*pieces: Any, **done: Any) -> list[Any]:
     """A script of these tokens. A piece that is no string is a step of its own, such as a gate."""
-    steps, count = [CHUNKED], 0
+    steps = [CHUNKED]
+    count = 0
     for piece in pieces:
         if isinstance(piece, str):
             count += 1
@@ -213,7 +214,8 @@ class Backend:
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
     ) -> None:
-        playing, begun = asyncio.current_task(), False
+        playing = asyncio.current_task()
+        begun = False
         assert playing is not None
         if session:
             if older := self._sessions.get(session):

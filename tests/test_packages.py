@@ -139,7 +139,8 @@ def make_debian(suite: str) -> Path:
     """A Debian that was never booted, and in /wheels what pip needs. Only this needs a network."""
     with (ROOT / "pyproject.toml").open("rb") as file:
         requirements = tomllib.load(file)["project"]["dependencies"]
-    recipe, debian = "\n".join([PACKAGES, *requirements]), DEBIANS / suite
+    recipe = "\n".join([PACKAGES, *requirements])
+    debian = DEBIANS / suite
     complete = debian / "complete"
     if complete.exists() and complete.read_text() == recipe:
         return debian
@@ -258,7 +259,9 @@ def test_the_steps(cerebrum: Machine) -> None:
         assert "FAIL" not in said
     *tokens, done = map(json.loads, re.findall(r"data: (\{.*\})", answer))
     assert {"token" in event for event in tokens} == {True}
-    assert (done["done"], done["language"], done["model"]) == (True, "rust", cerebrum.model)
+    assert done["done"]
+    assert done["language"] == "rust"
+    assert done["model"] == cerebrum.model
     rooms = "/usr/lib/cerebrum-cm4/cerebrum/vps /usr/lib/cerebrum-backend/cerebrum/pi"
     assert cerebrum.run(f"ls -d {rooms}", check=False) == ""
     units = cerebrum.run("ls /lib/systemd/system/cerebrum-*").split()
@@ -358,7 +361,8 @@ def test_the_key_is_for_the_daemons_alone(cerebrum: Machine) -> None:
 
 
 def test_the_log_is_for_adm(cerebrum: Machine) -> None:
-    log, somebody = "/var/log/cerebrum/cerebrum.log", "setpriv --reuid=nobody --regid=nogroup"
+    log = "/var/log/cerebrum/cerebrum.log"
+    somebody = "setpriv --reuid=nobody --regid=nogroup"
     modes = cerebrum.run(f"stat -c '%a %U %G' /var/log/cerebrum {log}")
     assert modes == "2750 cerebrum adm\n640 cerebrum adm"
     assert "Permission denied" in cerebrum.fails(f"{somebody} --clear-groups cat {log}")
@@ -406,7 +410,8 @@ def test_a_daemon_that_hangs_is_restarted(cerebrum: Machine, unit: str) -> None:
 
 @pytest.mark.parametrize("unit", DAEMONS)
 def test_a_reload_keeps_the_process(cerebrum: Machine, unit: str) -> None:
-    processes, reloads = pids(cerebrum), cerebrum.journal(unit).count("] reloaded")
+    processes = pids(cerebrum)
+    reloads = cerebrum.journal(unit).count("] reloaded")
     cerebrum.run(f"systemctl reload {unit}.service")
     assert pids(cerebrum) == processes
     assert cerebrum.show(unit, "ActiveState") == "active"
@@ -423,7 +428,8 @@ def test_the_pi_alone_and_a_connection_that_starts_the_backend(cerebrum: Machine
     stop(cerebrum, "cerebrum-backend")
     cerebrum.run("systemctl restart cerebrum-cm4")  # comes back when READY=1 has been sent
     status, body = cerebrum.health()
-    assert (status, body["vps_available"]) == (503, False)
+    assert status == 503
+    assert not body["vps_available"]
     stop(cerebrum, "cerebrum-cm4")
     assert "PermissionError" not in cerebrum.journal("cerebrum-cm4")
     cerebrum.run("systemctl start cerebrum-backend.socket cerebrum-cm4")
@@ -474,12 +480,14 @@ def seconds(text: str) -> float:
 
 def test_the_limit_of_memory_follows_the_models(cerebrum: Machine) -> None:
     """And systemd reads it while the daemon runs."""
-    limit, processes = cerebrum.limit(), pids(cerebrum)
+    limit = cerebrum.limit()
+    processes = pids(cerebrum)
     fetch = "cerebrum-backend fetch --no-tune"
     cerebrum.run(f"{OWN_SOURCES}; {fetch} qwen_1_5b; {WHOLE_AGAIN}")
     assert 1 << 30 < cerebrum.limit() - limit < 3 << 30
     cerebrum.run(f"rm {MODELS_OF_DAEMON}/*1.5b*; {fetch} {MODEL}")
-    assert (cerebrum.limit(), pids(cerebrum)) == (limit, processes)
+    assert cerebrum.limit() == limit
+    assert pids(cerebrum) == processes
 
 
 @pytest.mark.packages
@@ -489,7 +497,8 @@ def test_an_address_is_taken_before_it_is_up_and_a_persons_limit_of_memory_stays
     """The former as at boot, before Tailscale is up."""
     drop_in = "/etc/systemd/system/cerebrum-backend.service.d/memory.conf"
     cerebrum.run(f"cp {drop_in} /root; printf '[Service]\\nMemoryMax=5G\\n' >{drop_in}")
-    setup, elsewhere = "cerebrum-backend setup --listen", "http://100.64.0.3:9001/health"
+    setup = "cerebrum-backend setup --listen"
+    elsewhere = "http://100.64.0.3:9001/health"
     cerebrum.run(f"{setup} 100.64.0.3:9001 </dev/null")
     assert cerebrum.limit() == 5 << 30
     cerebrum.run(f"mv /root/memory.conf {drop_in}; systemctl daemon-reload")
@@ -525,7 +534,8 @@ curl -sN {PI}/v1/complete/stream -H 'Content-Type: application/json' -d '{{
 
 def test_the_upgrade(cerebrum: Machine) -> None:
     """No connection is refused by the backend, and no stream is lost."""
-    before, kept = pids(cerebrum), everything_set(cerebrum)
+    before = pids(cerebrum)
+    kept = everything_set(cerebrum)
     newer(cerebrum, "1.1.1")
     cerebrum.run(REQUESTS)
     until(lambda: "data:" in cerebrum.run("cat /tmp/stream"), "the stream begins")
@@ -571,7 +581,8 @@ with zipfile.ZipFile(old) as source, zipfile.ZipFile(new, "w") as target:
 def test_another_llama_cpp_is_built_while_the_old_one_serves(cerebrum: Machine) -> None:
     """At first it cannot be built."""
     newer(cerebrum, "1.1.4", "sed -i s/==0.3.36/==0.3.99/ pyproject.toml")
-    before, install = pids(cerebrum)[0], "apt install ./cerebrum-backend.deb"
+    before = pids(cerebrum)[0]
+    install = "apt install ./cerebrum-backend.deb"
     assert "llama.cpp is built in the background" in cerebrum.run(install)
     fails = {"SubState": "auto-restart", "Result": "exit-code"}
     until(lambda: cerebrum.is_in("cerebrum-llama", **fails), "pip finds no package")
@@ -649,14 +660,18 @@ def test_an_upgrade_keeps_the_speed(cerebrum: Machine) -> None:
         changes = ", ".join(f"{old} to {new}" for old, new in types.items())
         return f"tuned: {changes}" if changes else "published"
 
-    before, age = starts(), f"sed -i s/0.3.36/0.3.35/ {passport}"
-    assert (tune(), starts()) == (tuned(), before)
+    before = starts()
+    age = f"sed -i s/0.3.36/0.3.35/ {passport}"
+    assert tune() == tuned()
+    assert starts() == before
     cerebrum.run(age)
-    assert (tuned(), starts()) == (tune(), before)
+    assert tuned() == tune()
+    assert starts() == before
     cerebrum.run(age)
     newer(cerebrum, "1.1.6")
     cerebrum.run("apt install ./cerebrum-backend.deb")
-    assert (tuned(), starts()) == (tune(), before + 1)  # by the upgrade
+    assert tuned() == tune()
+    assert starts() == before + 1  # by the upgrade
     cerebrum.run(f"{age}; echo CEREBRUM_MIN_FREE_MB=1000000 >>{SETTINGS[0]}")
     stop(cerebrum, "cerebrum-backend")
     cerebrum.run("systemctl start cerebrum-llama")
@@ -667,7 +682,8 @@ def test_an_upgrade_keeps_the_speed(cerebrum: Machine) -> None:
     assert untuned()
     start = "systemctl start cerebrum-backend.socket cerebrum-backend"
     cerebrum.run(f"sed -i '$d' {SETTINGS[0]}; {start}")
-    assert (tuned(), starts()) == (tune(), before + 2)
+    assert tuned() == tune()
+    assert starts() == before + 2
     cerebrum.wait_for_the_pi()
 
 
@@ -784,7 +800,8 @@ def test_the_packages_are_whole_and_reproducible_and_lintian_is_silent(tmp_path:
     assert sorted(packages) == names
     assert built("077") == packages
     checked = subprocess.run(["lintian", *names], cwd=dist, capture_output=True, text=True)
-    assert (checked.returncode, checked.stdout) == (0, "")
+    assert checked.returncode == 0
+    assert checked.stdout == ""
     for package in names:
         subprocess.run(["dpkg-deb", "-x", package, tmp_path], cwd=dist, check=True)
     for name, daemon in (("cm4", "cm4d"), ("backend", "vpsd")):

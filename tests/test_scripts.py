@@ -183,7 +183,8 @@ class Repl:
         """What a conversation of these lines prints, and its complaints."""
         typed = "\n".join([*lines, ""])
         status, out, err = self.run(os.fsencode(typed))
-        assert (status, [*self.folder.glob("cerebrum.*")]) == (0, [])
+        assert status == 0
+        assert not [*self.folder.glob("cerebrum.*")]
         return out, complaints(err)
 
     def terminal(self, *args: str, **variables: str) -> Terminal:
@@ -265,7 +266,8 @@ def test_the_pi_is_found_if_it_is_the_only_one(repl: Repl) -> None:
     assert repl.run(b"x", "-") == (0, "x", "")
     announce(repl.tools, f"pi.local:{found}", "desk.local:192.0.2.8:7001")
     status, out, err = repl.run(b"x", "-")
-    assert (status, out) == (1, "")
+    assert status == 1
+    assert out == ""
     assert {found, "192.0.2.8:7001;"} < set(err.splitlines()[0].split())
 
 
@@ -304,7 +306,8 @@ def test_the_request_with_a_key_that_no_command_line_has(repl: Repl) -> None:
     assert repl.run(prompt.encode() + b"\n", *options.split())[0] == 0
     ((line, headers, _),) = repl.backend.asked
     assert line == "POST /v1/complete/stream HTTP/1.1"
-    assert (headers["content-type"], headers["x-api-key"]) == ("application/json", "hush hush")
+    assert headers["content-type"] == "application/json"
+    assert headers["x-api-key"] == "hush hush"
     fields = {"language": "go", "model": "tiny", "max_tokens": 7, "temperature": 0.5}
     assert repl.asked == [{"mode": "auto", "progress": True, "prompt": prompt, **fields}]
     assert b"/v1/complete/stream" in seen
@@ -465,8 +468,10 @@ def test_what_the_server_lists(
 
 
 def test_last_and_save(repl: Repl) -> None:
-    here, taken = repl.folder, repl.file("taken.py", "mine\n")
-    saved, fifo = here / "out.py", here / "fifo"
+    here = repl.folder
+    taken = repl.file("taken.py", "mine\n")
+    saved = here / "out.py"
+    fifo = here / "fifo"
     os.mkfifo(fifo)
     repl.answers(completion("\n    return '\\n'  \n\n"))
     good = [":last", f":save {saved}", f":save {taken}", f":save! {taken}"]
@@ -488,7 +493,8 @@ def test_last_and_save(repl: Repl) -> None:
 
 
 def test_a_file_is_completed_at_its_end_and_keeps_its_links_mode_and_owner(repl: Repl) -> None:
-    folder, link = repl.folder / "folder", repl.folder / "a link.rs"
+    folder = repl.folder / "folder"
+    link = repl.folder / "a link.rs"
     folder.mkdir()
     real = write(folder / "real.rs", "fn f() {\r\n\t// é\n")
     real.chmod(0o750)
@@ -501,12 +507,15 @@ def test_a_file_is_completed_at_its_end_and_keeps_its_links_mode_and_owner(repl:
     assert repl.converse(f":file {link}", ":write", ":lang") == (shown, [])
     (body,) = repl.asked
     assert body["prompt"] == "fn f() {\r\n\t// é\n"
-    assert (body["mode"], body["language"], "suffix" in body) == ("complete", "rust", False)
+    assert body["mode"] == "complete"
+    assert body["language"] == "rust"
+    assert "suffix" not in body
     assert real.read_bytes() == "fn f() {\r\n\t// é\n}\n".encode()
     after = real.stat()
     for kept in ("st_mode", "st_uid", "st_gid"):
         assert getattr(after, kept) == getattr(before, kept)
-    assert (link.is_symlink(), os.listdir(folder)) == (True, ["real.rs"])
+    assert link.is_symlink()
+    assert os.listdir(folder) == ["real.rs"]
 
 
 NAMES = [  # a file, its size, the language and the most tokens that are asked for
@@ -528,7 +537,8 @@ def test_a_files_name_sets_the_language_and_its_length_the_tokens(repl: Repl) ->
         typed.append(f":do @{path} it")
     repl.converse(*typed)
     for body, (*_, language, tokens) in zip(repl.asked, NAMES, strict=True):
-        assert (body["language"], body["max_tokens"]) == (language, tokens)
+        assert body["language"] == language
+        assert body["max_tokens"] == tokens
 
 
 GAPS = [  # file, line, text before the gap, text after it
@@ -550,7 +560,8 @@ def test_a_gap_is_filled(repl: Repl, text: str, line: int, before: str, after: s
     shown = f"{FILL}\n{SUMMARY}\nwrote {path}\n"
     assert repl.converse(f":infill {path}:{line}", ":write") == (shown, [])
     (body,) = repl.asked
-    assert (body.get("prompt", ""), body.get("suffix", "")) == (before, after)
+    assert body.get("prompt", "") == before
+    assert body.get("suffix", "") == after
     gap = ("infill", "x.py") if after else ("complete", None)
     assert (body["mode"], body.get("filename")) == gap
     filled = FILL.replace("\n", "\r\n") if "\r" in text else FILL
@@ -618,7 +629,8 @@ def test_what_is_no_text_is_left_alone(repl: Repl, command: str, data: bytes, wh
 
 
 def test_a_file_that_changed_meanwhile_or_may_only_be_read_is_not_replaced(repl: Repl) -> None:
-    path, fixed = repl.file("x.py", "one\n"), repl.file("y.py", "x")
+    path = repl.file("x.py", "one\n")
+    fixed = repl.file("y.py", "x")
     fixed.chmod(0o444)
     edit = partial(path.write_text, "edited\n")
     repl.answers([edit, *completion("two\n")], completion("y"))
@@ -627,7 +639,8 @@ def test_a_file_that_changed_meanwhile_or_may_only_be_read_is_not_replaced(repl:
     status, _, err = repl.run(typed.encode(), before=bound if os.geteuid() == 0 else ())
     changed = f"{path} has changed since it was read"
     unwritable = f"{fixed}: not writable; the file is unchanged"
-    assert (status, complaints(err)) == (0, [changed, unwritable])
+    assert status == 0
+    assert complaints(err) == [changed, unwritable]
     assert texts(path, fixed) == ["edited\n", "x"]
 
 
@@ -673,7 +686,8 @@ def test_half_an_answer_is_the_last_result_and_belongs_to_its_file(
     repl.answers(completion("A\n"), BROKEN_OFF, instructed("whole\n"))
     typed = f":file {a}|:file {b}|:write|:last|:do finish it|:write"
     out, err = repl.converse(*typed.split("|"))
-    broken, unfit = "the stream broke off before its end", "made from a result that is not whole"
+    broken = "the stream broke off before its end"
+    unfit = "made from a result that is not whole"
     assert err == [broken, NOT_WHOLE, unfit + REFUSES, NOT_WHOLE]
     assert "block]\nhalf\nb\nhalfwhole\n" in out
     assert repl.prompts() == ["a\n", "b\n", "b\nhalf"]
@@ -764,7 +778,8 @@ def test_ctrl_c_stops_the_generation_and_neither_the_repl_nor_the_last_result(
     repl: Repl, a_and_b: tuple[Path, Path]
 ) -> None:
     a, b = a_and_b
-    asked, left = threading.Event(), threading.Event()
+    asked = threading.Event()
+    left = threading.Event()
     hanging = [head(), asked.set, HANG, left.set]
     repl.answers(completion("A\n"), hanging)
     screen = repl.terminal()
@@ -919,7 +934,8 @@ def keygen(*args: str | Path, **given: str) -> tuple[int, str, str]:
 def test_a_key_is_32_random_bytes() -> None:
     keys = {keygen() for _ in range(2)}
     for status, out, err in keys:
-        assert (status, err) == (0, "")
+        assert status == 0
+        assert err == ""
         assert re.fullmatch(r"[A-Za-z0-9_-]{43}\n", out)
     assert len(keys) == 2
 
@@ -951,7 +967,8 @@ def test_a_key_is_written_before_the_one_that_is_there(
     assert keygen("--write", str(path)) == (0, f"key set in: {path}\n", "")
     text = path.read_bytes().decode("latin-1")
     assert re.sub(r"(?m)^(CEREBRUM_API_KEY=|)[A-Za-z0-9_-]{43}(?=,|$)", r"\1K", text) == after
-    assert (mode(path), os.listdir(tmp_path)) == (0o600, [name])
+    assert mode(path) == 0o600
+    assert os.listdir(tmp_path) == [name]
 
 
 TWO_KEYS = "TWO: expected one key at most, got two: --set the one that stays, then --write again"
@@ -996,7 +1013,8 @@ CARRIED = ["k-_1=\n", "k-_1=", "CEREBRUM_CM4_API_KEY=k-_1=,old\r\n", "k-_1=\nnex
 
 @pytest.mark.parametrize("stdin", CARRIED)
 def test_a_key_is_carried_over(tmp_path: Path, stdin: str) -> None:
-    real, env = write(tmp_path / "real", "CEREBRUM_API_KEY=older,old\nA=1\n"), tmp_path / ".env"
+    real = write(tmp_path / "real", "CEREBRUM_API_KEY=older,old\nA=1\n")
+    env = tmp_path / ".env"
     env.symlink_to("real")
     credential = write(tmp_path / NAME, "old\n")
     said = f"key set in: {env} {credential}\n"
@@ -1021,7 +1039,9 @@ def test_a_full_disk_loses_no_key(small_disk: Path) -> None:
     fill(small_disk / "rest")
     for args in (f"--write {path}", "--client ben", "--revoke anna"):
         status, out, err = keygen(*args.split(), CEREBRUM_CM4_KEYS_FILE=str(path))
-        assert (status, out, "No space left on device" in err) == (1, "", True)
+        assert status == 1
+        assert out == ""
+        assert "No space left on device" in err
         assert path.read_text() == keys
     assert sorted(os.listdir(small_disk)) == [".env", "rest"]
 
@@ -1032,8 +1052,10 @@ SPY = '{{ echo "CALL {tool} $*"; env; }} >>{log}\nexec {path} "$@"'
 def test_a_key_is_on_no_command_line_and_on_the_disk_before_it_replaces_a_file(
     tmp_path: Path,
 ) -> None:
-    env, credential = tmp_path / ".env", tmp_path / NAME
-    clients, log = tmp_path / "client-keys", tmp_path / "log"
+    env = tmp_path / ".env"
+    credential = tmp_path / NAME
+    clients = tmp_path / "client-keys"
+    log = tmp_path / "log"
     tools = "base64 chown head mktemp mv readlink rm sync tr"
     for tool in tools.split():
         spy = SPY.format(tool=tool, log=log, path=shutil.which(tool))
@@ -1056,7 +1078,8 @@ def test_a_key_is_on_no_command_line_and_on_the_disk_before_it_replaces_a_file(
 
 def test_clients_get_keys_and_lose_them(tmp_path: Path) -> None:
     """The script with a daemon's settings beside it, and the file that they name behind a link."""
-    script, file = shutil.copy(KEYGEN, tmp_path), tmp_path / "client-keys"
+    script = shutil.copy(KEYGEN, tmp_path)
+    file = tmp_path / "client-keys"
     given = "CEREBRUM_CM4_PORT=7001\nCEREBRUM_CM4_TLS_CERT='/etc/pi.pem'\n"
     settings = write(tmp_path / ".env", given)
     daemon, other = (1234, 1235) if os.geteuid() == 0 else [os.geteuid()] * 2
@@ -1070,20 +1093,26 @@ def test_clients_get_keys_and_lose_them(tmp_path: Path) -> None:
     assert re.fullmatch("key:     [A-Za-z0-9_-]{43}", key)
     assert setting.startswith("setting: CEREBRUM_URL and CEREBRUM_CM4_API_KEY ")
     new = f"{file} is new: while it exists, all clients need a key\n"
-    assert (status, err) == (0, new + apply)
+    assert status == 0
+    assert err == new + apply
     status, out, err = called(script, "--client", "gast.2", "1")
-    assert (status, err) == (0, apply)
+    assert status == 0
+    assert err == apply
     of_anna = f"anna {key.split()[1]}\n"
     assert file.read_text() == f"{of_anna}gast.2 {out.split()[3]} 1\n"
-    assert (owner(file), mode(file)) == (daemon, 0o600)
+    assert owner(file) == daemon
+    assert mode(file) == 0o600
     write(file, "# ours\n\n" + file.read_text().rstrip())
     os.chown(file, other, -1)
     assert called(script, "--revoke", "gast.2") == (0, "", apply)
-    assert (file.read_text(), owner(file)) == (f"# ours\n\n{of_anna}", other)
-    assert (file.is_symlink(), os.listdir(tmp_path / "etc")) == (True, ["keys"])
+    assert file.read_text() == f"# ours\n\n{of_anna}"
+    assert owner(file) == other
+    assert file.is_symlink()
+    assert os.listdir(tmp_path / "etc") == ["keys"]
     write(file, "\ufeffanna k1\r\nben k2\n")  # from an editor on Windows
     status, _, err = called(script, "--client", "anna")
-    assert (status, "anna has a key already" in err) == (1, True)
+    assert status == 1
+    assert "anna has a key already" in err
     assert called(script, "--revoke", "anna")[0] == 0
     assert file.read_text() == "ben k2\n"
 
@@ -1111,7 +1140,8 @@ def test_the_address_for_a_client_is_one_of_the_certificate(
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a file away")
 def test_a_client_before_setup_gets_a_file_of_the_daemons_user(tmp_path: Path) -> None:
     """With stand-ins, as this machine need not have the user."""
-    script, log = shutil.copy(KEYGEN, tmp_path), tmp_path / "log"
+    script = shutil.copy(KEYGEN, tmp_path)
+    log = tmp_path / "log"
     (tmp_path / ".env").symlink_to("gone/env")  # as in the package
     for tool in ("id", "chown"):
         program(tmp_path / "bin" / tool, f'echo "{tool} $*" >>{log}')
@@ -1137,7 +1167,8 @@ def test_make_deb_names_the_packages_that_it_lacks(tmp_path: Path) -> None:
     status, _, err = called("make", "-C", ROOT, "deb", PATH=str(tmp_path))
     lacks = "build-essential dh-python help2man"
     said = f"missing system packages; please run:  sudo apt-get install {lacks}"
-    assert (status, err.splitlines()[0]) == (2, said)
+    assert status == 2
+    assert err.splitlines()[0] == said
 
 
 OUTDATED = [  # what the old Python lacks, the signal that ends it, how often it is replaced
@@ -1154,7 +1185,8 @@ def test_a_venv_of_another_python_or_cpu_is_made_anew(
 ) -> None:
     """Each Python is a script that records its arguments. The new one works."""
     script = shutil.copy(RUN, tmp_path)
-    log, installed = tmp_path / "log", tmp_path / ".venv/installed-run.txt"
+    log = tmp_path / "log"
+    installed = tmp_path / ".venv/installed-run.txt"
     old = tmp_path / ".venv/bin/python"
     dies = f"kill -{signal} $$" if signal else "exit 1"
     program(old, f"echo old $* >>{log}\ncase $* in *{lacks}*) {dies} ;; esac")
@@ -1166,7 +1198,8 @@ def test_a_venv_of_another_python_or_cpu_is_made_anew(
         old.unlink()
         old.symlink_to(tmp_path / "gone")
     status, _, err = called(script, "setup", PATH=path_with(tmp_path))
-    assert (status, "Illegal" in err) == (0, False), err
+    assert status == 0, err
+    assert "Illegal" not in err, err
     assert installed.exists()
     calls = log.read_text()
     for call in ("new -m venv --clear .venv\n", "new -m pip cache remove llama_cpp_python\n"):
@@ -1198,7 +1231,8 @@ def test_settings_are_those_that_the_daemons_read(tmp_path: Path) -> None:
         settings += "CEREBRUM_CM4_HOST='0.0.0.0'\nexport CEREBRUM_API_KEY=\"k\"\n"
         write(tmp_path / ".env", settings)
         status, out, err = called(tmp_path / "run.sh", PATH=path_with(tmp_path))
-    assert (status, out) == (0, "pass\n\n"), err
+    assert status == 0, err
+    assert out == "pass\n\n", err
     got = f"vpsd.py {port}  \ncm4d.py  {port} 0.0.0.0\nhttp://127.0.0.1:7/health\n"
     assert (tmp_path / "log").read_text() == got
 
@@ -1218,13 +1252,15 @@ def builds(log: Path) -> str:
 
 
 def test_a_build_that_is_killed_leaves_nothing_in_the_temporary_folder(tmp_path: Path) -> None:
-    log, temporary = tmp_path / "log", tmp_path / "tmp"
+    log = tmp_path / "log"
+    temporary = tmp_path / "tmp"
     temporary.mkdir()
     script = shutil.copy(RUN, tmp_path)
     does = f"case $* in *pip\\ install*) {builds(log)} ;; '- run') echo llama ;; esac"
     program(tmp_path / ".venv/bin/python", does)
     tree = killed_build(log, script, "setup", TMPDIR=str(temporary))
-    assert (tree.parent.exists(), os.listdir(temporary)) == (False, [])
+    assert not tree.parent.exists()
+    assert not os.listdir(temporary)
 
 
 # ----------------------------------------------------------------------------------------- setup.sh
@@ -1330,13 +1366,15 @@ def test_where_nothing_can_be_measured_the_smallest_model_is_offered(vps: Vps) -
     """If there is no model in the end, the last line says so."""
     vps.say(**{"choose-fails": "", "fetch-fails": ""})
     status, said = vps.run("setup", typed="large\n")
-    assert (status, vps.called("vpsd fetch [^;]*")) == (1, ["vpsd fetch large"])
+    assert status == 1
+    assert vps.called("vpsd fetch [^;]*") == ["vpsd fetch large"]
     assert vps.called("systemctl restart") == ["systemctl restart"]
     again = "to try again:  sudo cerebrum-backend setup --model ID"
     assert said[-1] == f"FAIL  models    not fetched: large; {again}"
     (vps.folder / "fetch-fails").unlink()
     status, said = vps.run("setup", typed="\n")
-    assert (status, vps.called("vpsd fetch [^;]*")) == (0, ["vpsd fetch tiny"])
+    assert status == 0
+    assert vps.called("vpsd fetch [^;]*") == ["vpsd fetch tiny"]
     assert "no speed is known; the smallest model is tiny" in said
     assert said[-1].startswith("http://127.0.0.1:9000 ")
 
@@ -1391,10 +1429,12 @@ assert (os.environ["CEREBRUM_VPS_URL"], key) == ("http://vps:9000", "the-key\\n"
 @needs_root
 def test_the_pi_is_set_up_by_one_line_that_the_backend_takes(tmp_path: Path) -> None:
     """With all paths below a folder. Whatever the backend does not take changes nothing."""
-    script, library = installed("cerebrum-cm4", tmp_path), tmp_path / "usr/lib/cerebrum-cm4"
+    script = installed("cerebrum-cm4", tmp_path)
+    library = tmp_path / "usr/lib/cerebrum-cm4"
     write(library / "cm4d.py", CHECK)
     shutil.copy(KEYGEN, library)
-    log, key = tmp_path / "log", tmp_path / "etc/credstore/CEREBRUM_API_KEY"
+    log = tmp_path / "log"
+    key = tmp_path / "etc/credstore/CEREBRUM_API_KEY"
     old = "A=1\nCEREBRUM_VPS_URL=http://old:9000\n"
     settings = write(tmp_path / "etc/cerebrum-cm4/env", old)
 
@@ -1413,13 +1453,16 @@ def test_the_pi_is_set_up_by_one_line_that_the_backend_takes(tmp_path: Path) -> 
         "ftp://vps the-key",
     ):
         assert setup(f"{refused}\n") == (1, False)
-        assert (settings.read_text(), key.exists()) == (old, False)
+        assert settings.read_text() == old
+        assert not key.exists()
     new = old.replace("old", "vps")
     for typed in ("http://vps:9000 the-key\n", "\n\n"):  # an empty answer keeps what is set
         assert setup(typed) == (0, True)
         assert "runuser -u cerebrum -- " in log.read_text()  # root runs none of its files
         assert texts(settings, key) == [new, "the-key\n"]
-        assert (mode(settings), mode(key), mode(key.parent)) == (0o600, 0o600, 0o700)
+        assert mode(settings) == 0o600
+        assert mode(key) == 0o600
+        assert mode(key.parent) == 0o700
         write(settings, f"{new.rstrip()} the-key\n")  # the line, pasted whole
 
 
@@ -1427,8 +1470,10 @@ def test_the_pi_is_set_up_by_one_line_that_the_backend_takes(tmp_path: Path) -> 
 def test_an_installation_by_hand_is_taken_over_however_its_paths_are_written(
     tmp_path: Path,
 ) -> None:
-    script, old = installed("cerebrum-backend", tmp_path), tmp_path / "opt/cerebrum-backend"
-    models, new = old / "models", tmp_path / "var/lib/cerebrum-backend/models"
+    script = installed("cerebrum-backend", tmp_path)
+    old = tmp_path / "opt/cerebrum-backend"
+    models = old / "models"
+    new = tmp_path / "var/lib/cerebrum-backend/models"
     models.mkdir(parents=True)
     for file in (old / "vpsd.py", models / "a.gguf"):
         write(file, "")
@@ -1436,7 +1481,8 @@ def test_an_installation_by_hand_is_taken_over_however_its_paths_are_written(
     lines = 'A={0}\nB="{0}"\nC=\'{0}/\' \r\nD={1}-mine\nE="{1}/mine"\n'
     write(old / ".env", lines.format(models, models))
     status, _, err = called(script, "configure", PATH=path_with(tmp_path))
-    assert (status, os.listdir(new)) == (0, ["a.gguf"]), err
+    assert status == 0, err
+    assert os.listdir(new) == ["a.gguf"], err
     kept = lines.format(new, models)
     assert (tmp_path / "etc/cerebrum-backend/env").read_bytes() == kept.encode()
 
@@ -1454,18 +1500,21 @@ print(vpsd.load_config(environ).engine.state_dir)
 @needs_root
 @pytest.mark.parametrize("setting", ["", "CEREBRUM_STATE_DIR=/data"])
 def test_the_commands_use_the_daemons_state(setting: str, tmp_path: Path) -> None:
-    script, library = installed("cerebrum-backend", tmp_path), tmp_path / "usr/lib/cerebrum-backend"
+    script = installed("cerebrum-backend", tmp_path)
+    library = tmp_path / "usr/lib/cerebrum-backend"
     program(tmp_path / "opt/cerebrum-backend/venv/bin/python", f'exec {sys.executable} "$@"')
     write(library / ".env", setting)
     write(library / "vpsd.py", PRINT_STATE)
     status, out, _ = called(script, "memory", PATH=path_with(tmp_path))
     systemds = f"{tmp_path}/var/lib/cerebrum"
-    assert (status, out.strip()) == (0, setting.partition("=")[2] or systemds)
+    assert status == 0
+    assert out.strip() == setting.partition("=")[2] or systemds
 
 
 @needs_root
 def test_a_build_of_the_package_that_is_killed_leaves_nothing(tmp_path: Path) -> None:
-    script, log = installed("cerebrum-backend", tmp_path), tmp_path / "tree"
+    script = installed("cerebrum-backend", tmp_path)
+    log = tmp_path / "tree"
     python = tmp_path / "opt/cerebrum-backend/venv/bin/python"
     program(python, f"case $* in *pip\\ install*) {builds(log)} ;; *gguf) exit 1 ;; esac")
     tree = killed_build(log, script, "build", PATH=path_with(tmp_path))

@@ -98,7 +98,8 @@ class Bench:
         settings = llama.Settings()
         if options.threads:
             settings = replace(settings, threads=options.threads, fixed_threads=True)
-        found, reason = None, "as asked"
+        found = None
+        reason = "as asked"
         if not options.published:
             found, reason = find_tuned(self.weights, settings)
         self.encoding = found.encoding if found else f"published: {reason}"
@@ -108,7 +109,8 @@ class Bench:
         self._servers = dict[str, Server]()
 
     def ours(self, name: str = "vpsd", published: bool = False, **more: str) -> Server:
-        model, threads = self.options.model, self.options.threads
+        model = self.options.model
+        threads = self.options.threads
         server = vpsd(self.folder, name, model, threads, self.tuned, published, **more)
         return self._start(name, server)
 
@@ -118,7 +120,8 @@ class Bench:
         return self._servers[key]
 
     def theirs(self, mode: str = "", file: Path | None = None) -> Server | None:
-        binary, threads = self.options.llama_server, self.options.threads
+        binary = self.options.llama_server
+        threads = self.options.threads
         if not binary:
             return None
         file = file or self.weights
@@ -227,7 +230,8 @@ def rewriting(bench: Bench, server: Server, number: int, tokens: int = 1024) -> 
 
 def rate_of_mode(bench: Bench, mode: str) -> float:
     """Of writing a file again that is not among those that are measured later."""
-    binary, threads = bench.options.llama_server, bench.options.threads
+    binary = bench.options.llama_server
+    threads = bench.options.threads
     with llama_server(bench.folder, binary, bench.weights, threads, *mode.split()) as candidate:
         return rewriting(bench, candidate, 8, 400).rate
 
@@ -295,19 +299,22 @@ def idle_since(pid: int, begin: float) -> float:
     """Wait until a server that was busy at `begin` is idle. It is so from the first of 5 successive
     readings, 2 ms apart, in which no thread did any work.
     """
-    quiet, idle = 0, begin
+    quiet = 0
+    idle = begin
     busy = servers.cpu_ns(pid)
     while quiet < 5:
         time.sleep(0.002)
         before, busy = busy, servers.cpu_ns(pid)
         quiet += 1
         if busy - before >= 500_000:
-            quiet, idle = 0, time.perf_counter()
+            quiet = 0
+            idle = time.perf_counter()
     return idle
 
 
 def cancel(bench: Bench) -> dict[str, Any]:
-    server, times = bench.ours(), list[float]()
+    server = bench.ours()
+    times = list[float]()
     for _ in range(bench.rounds):
         prompt = words(next(bench.numbers), 2000 // bench.share)
         with server.events(prompt, 8, progress=True) as events:
@@ -323,7 +330,8 @@ def pause(bench: Bench) -> dict[str, Any]:
     def measure(server: Server, number: int) -> float:
         with server.events(words(9000 + number, 100), 2000) as events:
             marks = [next(events) and time.perf_counter() for _ in range(4)]
-            prompt, others = words(number, 1000 // bench.share), list[Result]()
+            prompt = words(number, 1000 // bench.share)
+            others = list[Result]()
             other = threading.Thread(target=lambda: others.append(server.complete(prompt, 1)))
             other.start()
             while not others and next(events, None):
@@ -335,9 +343,11 @@ def pause(bench: Bench) -> dict[str, Any]:
 
 
 def restart(bench: Bench) -> dict[str, Any]:
-    count, length = 1 if bench.options.quick else 5, 2000 // bench.share
+    count = 1 if bench.options.quick else 5
+    length = 2000 // bench.share
     prompts = [words(next(bench.numbers), length) for _ in range(count)]
-    model, threads = bench.options.model, bench.options.threads
+    model = bench.options.model
+    threads = bench.options.threads
     runs = list[list[Result]]()
     for _ in range(2):
         with vpsd(bench.folder, "restart", model, threads, bench.tuned) as server:
@@ -353,7 +363,8 @@ def restart(bench: Bench) -> dict[str, Any]:
 
 
 def loss(bench: Bench) -> dict[str, Any]:
-    sides, drafts = {"drafts": bench.ours(), "plain": bench.plain()}, Drafts()
+    sides = {"drafts": bench.ours(), "plain": bench.plain()}
+    drafts = Drafts()
 
     def measure(server: Server, number: int) -> float:
         result = server.complete(prose(number), bench.tokens)
@@ -375,7 +386,8 @@ def leads_where_left(result: Result, pieces: Iterable[bytes], leads: list[float]
 
 
 def ties(bench: Bench) -> dict[str, Any]:
-    sides, drafts = {"drafts": bench.ours(), "plain": bench.plain()}, Drafts()
+    sides = {"drafts": bench.ours(), "plain": bench.plain()}
+    drafts = Drafts()
     loop = Reference(bench.weights)
     gaps = {name: list[float]() for name in sides}
     differ = 0

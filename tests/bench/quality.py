@@ -164,11 +164,13 @@ def shares_of(count: int, counts: dict[str, int]) -> dict[str, float]:
 
 
 def complete(tiers: Tiers, tasks: list[Problem]) -> dict[str, Any]:
-    passed, reasons = Counter[str](), Counter[str]()
+    passed = Counter[str]()
+    reasons = Counter[str]()
     tokens = raw_tokens = 0
     for task in tasks:
         body = {"prompt": task["prompt"], "max_tokens": MAX_TOKENS}
-        raw, ours = tiers.raw(**body), tiers.complete(mode="complete", **body)
+        raw = tiers.raw(**body)
+        ours = tiers.complete(mode="complete", **body)
         answers = {"raw_pass_1": raw["completion"], "pass_1": ours["completion"]}
         answers["raw_cut_pass_1"] = cut_at_stops(raw["completion"])
         for name, text in answers.items():
@@ -236,7 +238,8 @@ def gaps(count: int) -> Iterator[Gap]:
     folder = Path(sysconfig.get_path("stdlib"))
     files = sorted(path for path in folder.rglob("*.py") if 3000 < path.stat().st_size < 60_000)
     files = [path for path in files if NO_SOURCES.isdisjoint(path.parts)]
-    generator, made = random.Random(1), 0
+    generator = random.Random(1)
+    made = 0
     while made < count:
         if gap := make_gap(generator.choice(files), made, generator):
             made += 1
@@ -254,7 +257,8 @@ def make_gap(path: Path, number: int, generator: random.Random) -> Gap | None:
     heads = [part.lineno for part in parts if not is_docstring(part)]
     if not heads:
         return None
-    lines, line = source.splitlines(keepends=True), generator.choice(heads) - 1
+    lines = source.splitlines(keepends=True)
+    line = generator.choice(heads) - 1
     part = part_of_line(lines[line].rstrip("\n"), number, generator)
     if not part:
         return None
@@ -262,7 +266,8 @@ def make_gap(path: Path, number: int, generator: random.Random) -> Gap | None:
     begin, end = (starts[line] + column for column in part)
     prefix = source[starts[max(0, line - LINES_BEFORE)] : begin]
     suffix = "".join(source[end:].splitlines(keepends=True)[:LINES_AFTER])
-    first, last = starts[node.lineno - 1], starts[node.end_lineno or node.lineno]
+    first = starts[node.lineno - 1]
+    last = starts[node.end_lineno or node.lineno]
     around = (source[first:begin], source[end:last])
     tree = tree_of(source[first:last])
     if tree is None or tree_of("".join(around)) == tree:
@@ -297,7 +302,8 @@ def infill(tiers: Tiers, count: int) -> dict[str, Any]:
     tokens = 0
     for gap in gaps(count):
         body = {"prompt": gap.prefix, "suffix": gap.suffix, "max_tokens": LINE_TOKENS}
-        raw, ours = tiers.raw(**body), tiers.complete(**body)
+        raw = tiers.raw(**body)
+        ours = tiers.complete(**body)
         text = raw["completion"]
         found["raw_limited"] += raw["finish_reason"] == "length"
         found["best"] += any(gap.is_filled(text[:size]) for size in range(len(text) + 1))
@@ -315,7 +321,8 @@ def several_lines(solution: str, generator: random.Random) -> tuple[int, int] | 
     size = generator.randint(2, min(5, len(code) - 1))
     first = generator.randrange(len(code) - size + 1)
     starts = list(itertools.accumulate(map(len, lines), initial=0))
-    begin, end = starts[code[first]], starts[code[first + size - 1] + 1]
+    begin = starts[code[first]]
+    end = starts[code[first + size - 1] + 1]
     begin += generator.choice((0, indentation(lines[code[first]])))
     return begin, end - generator.choice((0, 1))
 
@@ -334,7 +341,8 @@ def solution_gaps(tasks: list[Problem], kind: str) -> Iterator[tuple[Problem, st
         if not gap:
             continue
         begin, end = gap
-        before, after = task["prompt"] + solution[:begin], solution[end:]
+        before = task["prompt"] + solution[:begin]
+        after = solution[end:]
         if solution[begin:end].strip() and not passes(task, before + after):
             yield task, before, after
 
@@ -346,7 +354,8 @@ def solutions(tiers: Tiers, tasks: list[Problem]) -> dict[str, Any]:
         gaps = tokens = 0
         for task, before, after in solution_gaps(tasks, kind):
             body = {"prompt": before, "suffix": after, "max_tokens": SPAN_TOKENS}
-            ours, generic = tiers.complete(**body), tiers.unknown(**body)
+            ours = tiers.complete(**body)
+            generic = tiers.unknown(**body)
             gaps += 1
             right["right"] += passes(task, before + ours["completion"] + after)
             right["right_unknown"] += passes(task, before + generic["completion"] + after)
@@ -359,14 +368,16 @@ def solutions(tiers: Tiers, tasks: list[Problem]) -> dict[str, Any]:
 def waste(tiers: Tiers, count: int) -> dict[str, Any]:
     from waste import KINDS, of_human_eval  # which imports this module
 
-    cases, result = [*of_human_eval()], {}
+    cases = [*of_human_eval()]
+    result = {}
     tasks = {task["task_id"]: task for task in problems()}
     for kind in KINDS:
         found = [case for case in cases if case["kind"] == kind][:count]
         right = generated = returned = 0
         seconds = 0.0
         for case in found:
-            prompt, suffix = case["prompt"], case["suffix"]
+            prompt = case["prompt"]
+            suffix = case["suffix"]
             begin = time.perf_counter()
             ours = tiers.complete(prompt=prompt, suffix=suffix)
             seconds += time.perf_counter() - begin

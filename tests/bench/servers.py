@@ -101,7 +101,8 @@ class Result:
     @property
     def rate(self) -> float:
         """Tokens/s, counted from the first token."""
-        (begin, first), (end, last) = self.marks[0], self.marks[-1]
+        begin, first = self.marks[0]
+        end, last = self.marks[-1]
         return (last - first) / max(1e-9, end - begin)
 
 
@@ -138,7 +139,8 @@ class Server:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
         path, body = self.request(prompt, tokens, stop, more)
         connection.request("POST", path, json.dumps(body), HEADERS)
-        plug, answer = connection.sock, connection.getresponse()
+        plug = connection.sock
+        answer = connection.getresponse()
         if answer.status != 200:
             raise SystemExit(f"{path}: {answer.status} {answer.read()[:500]!r}")
         lines = iter(answer.readline, b"")
@@ -151,7 +153,8 @@ class Server:
             connection.close()
 
     def complete(self, prompt: str, tokens: int, stop: str = "", **more: Any) -> Result:
-        result, count = Result(), 0
+        result = Result()
+        count = 0
         begin = time.perf_counter()
         with self.events(prompt, tokens, stop, **more) as events:
             for event in events:
@@ -274,7 +277,8 @@ def prose(number: int) -> Question:
 
 def words(number: int, count: int) -> str:
     """Text of about `count` tokens in which nothing repeats, a different one for each number."""
-    factor, numbers = 7919 * (number + 3), range(1, round(count / 4.74) + 1)
+    factor = 7919 * (number + 3)
+    numbers = range(1, round(count / 4.74) + 1)
     text = " ".join(f"{(factor * i + number) % 99_991:x}" for i in numbers)
     return f"# {number}: {text}"
 

@@ -201,7 +201,8 @@ def confidences(lines: Lines, wanted: bool) -> list[float]:
 def area(lines: Lines) -> float:
     """Under the curve: how often a right line is surer than a wrong one."""
     wins = 0.0
-    right, wrong = confidences(lines, True), confidences(lines, False)
+    right = confidences(lines, True)
+    wrong = confidences(lines, False)
     for sure in right:
         wins += (bisect_left(wrong, sure) + bisect_right(wrong, sure)) / 2
     return round(wins / max(1, len(right) * len(wrong)), 3)
@@ -210,7 +211,8 @@ def area(lines: Lines) -> float:
 def hidden(lines: Lines, wanted: bool, least: float) -> list[float]:
     """The share of the right or the wrong lines that a threshold hides, and its interval."""
     judged = confidences(lines, wanted)
-    n, z = max(1, len(judged)), 1.96
+    n = max(1, len(judged))
+    z = 1.96
     share = bisect_left(judged, least) / n
     middle = share + z * z / (2 * n)
     spread = z * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
@@ -228,7 +230,8 @@ def thresholds(lines: Lines) -> dict[str, float]:
 def report(rows: list[Row], learn: list[str]) -> dict[str, Any]:
     groups: dict[str, Lines] = defaultdict(list)
     for row in rows:
-        kind, lines = row["kind"], row["lines"]
+        kind = row["kind"]
+        lines = row["lines"]
         if row["key"].split()[0] not in learn:
             groups[kind] += lines
             groups[f"{kind} of {row['language']}"] += lines
@@ -240,7 +243,8 @@ def report(rows: list[Row], learn: list[str]) -> dict[str, Any]:
         figures: dict[str, Any] = {"lines": len(lines), "area": area(lines)}
         figures["right"] = len(confidences(lines, True))
         for word, least in words.items():
-            right, wrong = hidden(lines, True, least), hidden(lines, False, least)
+            right = hidden(lines, True, least)
+            wrong = hidden(lines, False, least)
             figures[word] = {"right": right, "wrong": wrong}
         table[name] = figures
     return table
