@@ -254,21 +254,21 @@ class Client:
 # ------------------------------------------------------------------------------------------ daemons
 
 
+@dataclass(eq=False)
 class Daemon:
     """A running program that serves HTTP on `port`. Its stdout goes to a file in memory, so no pipe
     can be full.
     """
 
-    def __init__(
-        self, name: str, process: subprocess.Popen[bytes], folder: Path, output: int
-    ) -> None:
-        self.name = name
-        self.process = process
-        self.folder = folder
-        self.port = 0
-        self.start_seconds = 0.0
-        self._output = output
-        weakref.finalize(self, os.close, output)
+    name: str
+    process: subprocess.Popen[bytes]
+    folder: Path
+    output: int  # the file's descriptor
+    port: int = 0
+    start_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        weakref.finalize(self, os.close, self.output)
 
     def wait_for_line(self, pattern: str, seconds: float = PATIENCE) -> re.Match[str]:
         """Block until a line of stdout matches; AssertionError if the program ends before, or never
@@ -291,8 +291,8 @@ class Daemon:
         )
 
     def stdout(self) -> str:
-        size = os.fstat(self._output).st_size
-        return os.pread(self._output, size, 0).decode(errors="replace")
+        size = os.fstat(self.output).st_size
+        return os.pread(self.output, size, 0).decode(errors="replace")
 
     def stderr(self) -> str:
         return (self.folder / "stderr").read_text(errors="replace")
@@ -370,8 +370,8 @@ def reload(process: subprocess.Popen[bytes], folder: Path) -> tuple[int, str]:
     """What `systemctl reload` runs: its exit status, and what it says. `folder` is the daemon's
     RUNTIME_DIRECTORY.
     """
-    environment = {"MAINPID": str(process.pid), "RUNTIME_DIRECTORY": str(folder)}
-    command = [sys.executable, "-I", "-S", str(ROOT / "cerebrum/reload.py")]
+    environment = {"MAINPID": f"{process.pid}", "RUNTIME_DIRECTORY": f"{folder}"}
+    command = [sys.executable, "-I", "-S", f"{ROOT}/cerebrum/reload.py"]
     done = subprocess.run(command, env=environment, **CAPTURED)
     return done.returncode, done.stdout + done.stderr
 
@@ -403,7 +403,7 @@ def command_of(name: str, python: str = sys.executable) -> list[str]:
     # cm4d runs without site-packages, as on the Pi. vpsd gets no ResourceWarning: llama_cpp leaves
     # a file open.
     options = ["-s", "-S", "-W", "always::ResourceWarning"] if name == "cm4d" else []
-    return [python, "-u", *options, str(ROOT / f"{name}.py")]
+    return [python, "-u", *options, f"{ROOT}/{name}.py"]
 
 
 SETTINGS = {
@@ -430,10 +430,8 @@ def settings(
     """
     if not inherited:
         path = os.environ["PATH"]
-        inherited = {"PATH": path, "HOME": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
-    models = folder / "models"
-    state = folder / "state"
-    folders = {"CEREBRUM_MODELS_DIR": str(models), "CEREBRUM_STATE_DIR": str(state)}
+        inherited = {"PATH": path, "HOME": f"{folder}", "PYTHONDONTWRITEBYTECODE": "1"}
+    folders = {"CEREBRUM_MODELS_DIR": f"{folder}/models", "CEREBRUM_STATE_DIR": f"{folder}/state"}
     return {**inherited, **SETTINGS, **folders, **more}
 
 
@@ -441,8 +439,8 @@ def certificate(
     folder: Path, name: str, names: str = "DNS:localhost,IP:127.0.0.1"
 ) -> Mapping[str, str]:
     """The Pi's settings for a fresh certificate of this machine."""
-    cert = str(folder / f"{name}.crt")
-    key = str(folder / f"{name}.key")
+    cert = f"{folder}/{name}.crt"
+    key = f"{folder}/{name}.key"
     request = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 1"
     subject = ["-subj", f"/CN={name}", "-addext", f"subjectAltName={names}"]
     command = [*request.split(), *subject, "-out", cert, "-keyout", key]

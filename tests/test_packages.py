@@ -81,7 +81,7 @@ class Machine:
 
     def run(self, command: str, check: bool = True, stdin: str = "") -> str:
         environ = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "LANG": "C.UTF-8"}
-        inside = [*self.enter, "-ec", "cd /root\n" + command]
+        inside = [*self.enter, "-ec", f"cd /root\n{command}"]
         given = {"env": environ, "input": stdin, "timeout": DEADLINE_S}
         done = subprocess.run(inside, capture_output=True, text=True, **given)
         assert done.returncode == 0 or not check, f"{command}: {done.stdout}{done.stderr}"
@@ -193,7 +193,7 @@ def booted(name: str, suite: str = SUITE) -> Iterator[Machine]:
     finally:
         # The overlay goes too, so nothing needs a clean shutdown. Everything in there dies with its
         # init.
-        killed = subprocess.run(["pkill", "-KILL", "--parent", str(process.pid)])
+        killed = subprocess.run(["pkill", "-KILL", "--parent", f"{process.pid}"])
         if killed.returncode:
             process.kill()
         process.wait(DEADLINE_S)
@@ -390,7 +390,7 @@ def test_both_survive_a_kill(cerebrum: Machine) -> None:
     for unit in DAEMONS:
         restarts = int(cerebrum.show(unit, "NRestarts")) + 1
         cerebrum.run(f"systemctl kill --signal=KILL {unit}.service")
-        restarted = partial(cerebrum.is_in, unit, NRestarts=str(restarts), ActiveState="active")
+        restarted = partial(cerebrum.is_in, unit, NRestarts=f"{restarts}", ActiveState="active")
         until(restarted, f"{unit} restarts once")
     cerebrum.wait_for_the_pi()
     assert cerebrum.run(FIBONACCI) == said
@@ -805,8 +805,8 @@ def test_the_packages_are_whole_and_reproducible_and_lintian_is_silent(tmp_path:
     for package in names:
         subprocess.run(["dpkg-deb", "-x", package, tmp_path], cwd=dist, check=True)
     for name, daemon in (("cm4", "cm4d"), ("backend", "vpsd")):
-        command = [sys.executable, "-u", str(tmp_path / f"usr/lib/cerebrum-{name}/{daemon}.py")]
-        catalog = str(tmp_path / f"etc/cerebrum-{name}/models.toml")
+        command = [sys.executable, "-u", f"{tmp_path}/usr/lib/cerebrum-{name}/{daemon}.py"]
+        catalog = f"{tmp_path}/etc/cerebrum-{name}/models.toml"
         environment = settings(tmp_path, CEREBRUM_MODELS_FILE=catalog)
         with program(daemon, command, tmp_path / name, environment):
             pass

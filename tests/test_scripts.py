@@ -24,6 +24,7 @@ import termios
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,9 @@ from scripted import HANG, Backend, answer, error, event, head, in_a_thread, tok
 import vpsd
 from cerebrum.text.languages import LANGUAGES
 
-REPL = str(ROOT / "cerebrum_repl.sh")
-KEYGEN = str(ROOT / "generate_api_key.sh")
-RUN = str(ROOT / "run.sh")
+REPL = f"{ROOT}/cerebrum_repl.sh"
+KEYGEN = f"{ROOT}/generate_api_key.sh"
+RUN = f"{ROOT}/run.sh"
 
 # ------------------------------------------------------------------------------------------ backend
 
@@ -132,17 +133,19 @@ class Terminal:
         os.close(self.master)
 
 
+@dataclass
 class Repl:
     """The REPL in `env`, whose PATH has only what the REPL needs, and the Pi that it asks."""
 
-    def __init__(self, backend: Backend, folder: Path, stack: contextlib.ExitStack) -> None:
-        self.backend = backend
-        self.folder = folder
-        self.stack = stack
-        self.url = f"http://127.0.0.1:{backend.port}"
-        self.tools = folder / "tools"
+    backend: Backend
+    folder: Path
+    stack: contextlib.ExitStack
+
+    def __post_init__(self) -> None:
+        self.url = f"http://127.0.0.1:{self.backend.port}"
+        self.tools = self.folder / "tools"
         self.tools.mkdir()
-        home = folder / "home"
+        home = self.folder / "home"
         home.mkdir()
         needed = "bash curl cat cmp diff grep head mkdir mktemp rm sed stty tail touch tr wc"
         programs = {tool: shutil.which(tool) for tool in needed.split()}
@@ -150,7 +153,7 @@ class Repl:
         for tool, path in programs.items():
             (self.tools / tool).symlink_to(os.path.realpath(path or tool))
         self.env = {"LANG": "C.UTF-8", "TERM": "xterm", "CEREBRUM_URL": self.url}
-        self.env |= {"PATH": str(self.tools), "HOME": str(home), "TMPDIR": str(folder)}
+        self.env |= {"PATH": f"{self.tools}", "HOME": f"{home}", "TMPDIR": f"{self.folder}"}
 
     def file(self, name: str, text: str | bytes) -> Path:
         return write(self.folder / name, text)
@@ -194,7 +197,7 @@ class Repl:
 
 def complaints(err: str) -> list[str]:
     """The messages on stderr, without the program's name before each."""
-    first, *messages = ("\n" + err).split("\ncerebrum_repl.sh: ")
+    first, *messages = f"\n{err}".split("\ncerebrum_repl.sh: ")
     assert first.strip() == ""
     return [message.removesuffix("\n") for message in messages]
 
@@ -318,7 +321,7 @@ def test_each_token_is_printed_before_the_next_one_is_made(repl: Repl) -> None:
     printed = [threading.Event() for _ in range(3)]
     script: Script = [head()]
     for number, shown in enumerate(printed):
-        script += [token(str(number), number + 1), wait_for(shown)]
+        script += [token(f"{number}", number + 1), wait_for(shown)]
     repl.answers([*script, done()])
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE}
     with subprocess.Popen([REPL, "-"], env=repl.env, **pipes) as process:
@@ -443,7 +446,7 @@ ONE_LOADED = {"models": [{"id": "a", "loaded": True}]}
 NO_LIST = "/v1/models: expected an answer of Cerebrum, got something else"
 KEY_REFUSED = error(401, "UNAUTHORIZED", "no\x1b[1m key")
 LISTS = [  # commands, what the server answers, what is shown, what is said
-    (":model middle\n:model", answer(200, LISTED), "model: middle\n" + SHOWN, []),
+    (":model middle\n:model", answer(200, LISTED), f"model: middle\n{SHOWN}", []),
     (":model", answer(200, ONE_LOADED), "  a  loaded\nmodel: auto\n", []),
     (":model", answer(200, {"models": [{"id": "a"}]}), "  a  on the VPS\nmodel: auto\n", []),
     (":model", answer(200, {"models": []}), "model: auto\n", []),
@@ -451,7 +454,7 @@ LISTS = [  # commands, what the server answers, what is shown, what is said
     (":lang\n:lang go", answer(200, LISTED), "c go\nlanguage: python\nlanguage: go\n", []),
     (":stats", answer(200, STATS), STATS_SHOWN, []),
     (":lang", KEY_REFUSED, "language: python\n", ["UNAUTHORIZED: no[1m key"]),
-    (":model", head(kind="text/html") + b"<html>", "model: auto\n", ["{url}" + NO_LIST]),
+    (":model", head(kind="text/html") + b"<html>", "model: auto\n", [f"{{url}}{NO_LIST}"]),
     (":stats", b"", "", ["curl: (52) Empty reply from server"]),
 ]
 
@@ -595,11 +598,11 @@ def test_a_file_and_a_completion_are_changed_by_instructions(repl: Repl) -> None
 REFUSES = ", so :write will refuse it"
 OF_A_PART = "made from a part of the text, which is too long for the model"
 UNFIT = [  # an answer that is not written, what is said
-    (instructed("on", finish_reason="length", kept=ALL), "cut off at 512 tokens" + REFUSES),
+    (instructed("on", finish_reason="length", kept=ALL), f"cut off at 512 tokens{REFUSES}"),
     (instructed("on", finish_reason="stop", kept=PART), OF_A_PART + REFUSES),
-    (instructed("on", finish_reason="repeat"), "the model began to repeat itself" + REFUSES),
-    (instructed("on", finish_reason="preempted"), "the answer broke off" + REFUSES),
-    (instructed(" \n"), "the answer is empty" + REFUSES),
+    (instructed("on", finish_reason="repeat"), f"the model began to repeat itself{REFUSES}"),
+    (instructed("on", finish_reason="preempted"), f"the answer broke off{REFUSES}"),
+    (instructed(" \n"), f"the answer is empty{REFUSES}"),
     (FAILED_MIDWAY, "VPS_UNAVAILABLE: backend died"),
 ]
 
@@ -719,7 +722,7 @@ def test_a_disk_loses_no_file_and_a_temporary_directory_no_result_that_it_cannot
     assert os.listdir(small_disk) == ["x.py"]
     path.unlink()
     other = repl.file("y.py", "x" * 10_000)
-    repl.env["TMPDIR"] = str(small_disk)
+    repl.env["TMPDIR"] = f"{small_disk}"
     status, _, err = repl.run(f":file {other}\n:write\n".encode())
     room = f"cerebrum_repl.sh: no room for the whole result in {small_disk}\n"
     assert status == 0
@@ -867,7 +870,7 @@ def test_progress_is_shown_and_gone_before_the_first_token(repl: Repl) -> None:
     screen.enter("x")
     for label in ("waiting for a free slot", "loading the model, 25 %", "reading the prompt, 50 %"):
         assert screen.expect(f"\r\x1b[K{label}") == ""
-    assert screen.expect("token") == "\r\x1b[K" + MAGENTA
+    assert screen.expect("token") == f"\r\x1b[K{MAGENTA}"
 
 
 def test_a_model_is_coloured_and_cannot_control_the_terminal(repl: Repl) -> None:
@@ -884,7 +887,7 @@ def test_a_model_is_coloured_and_cannot_control_the_terminal(repl: Repl) -> None
     screen.enter(f":infill {path}:1")
     assert screen.expect("[3 tokens") == f"{MAGENTA}1{PLAIN}{MAGENTA}\r\n\r\n{PLAIN}\r\n"
     screen.enter(":last")
-    assert screen.expect("\x1b[?2004h" + PROMPT) == "a = 1\r\n\r\n\r\nb\r\n\r\n"
+    assert screen.expect(f"\x1b[?2004h{PROMPT}") == "a = 1\r\n\r\n\r\nb\r\n\r\n"
     screen.type(":write\r")
     screen.expect(f"wrote {path}")
     assert path.read_text() == "a = 1\n\n\nb\n\n"
@@ -964,7 +967,7 @@ def test_a_key_is_written_before_the_one_that_is_there(
     path = tmp_path / name
     if before is not None:
         write(path, before.encode("latin-1")).chmod(0o644)
-    assert keygen("--write", str(path)) == (0, f"key set in: {path}\n", "")
+    assert keygen("--write", path) == (0, f"key set in: {path}\n", "")
     text = path.read_bytes().decode("latin-1")
     assert re.sub(r"(?m)^(CEREBRUM_API_KEY=|)[A-Za-z0-9_-]{43}(?=,|$)", r"\1K", text) == after
     assert mode(path) == 0o600
@@ -1026,7 +1029,7 @@ def test_a_key_is_carried_over(tmp_path: Path, stdin: str) -> None:
 
 def test_a_typed_key_is_not_shown(tmp_path: Path) -> None:
     env = tmp_path / ".env"
-    with contextlib.closing(Terminal([KEYGEN, "--set", str(env)], dict(os.environ))) as screen:
+    with contextlib.closing(Terminal([KEYGEN, "--set", f"{env}"], dict(os.environ))) as screen:
         screen.expect("key (not shown): ")
         screen.type("hush-hush\r")
         assert screen.expect(f"key set in: {env}\r\n") == "\r\n"
@@ -1038,7 +1041,7 @@ def test_a_full_disk_loses_no_key(small_disk: Path) -> None:
     path = write(small_disk / ".env", keys)
     fill(small_disk / "rest")
     for args in (f"--write {path}", "--client ben", "--revoke anna"):
-        status, out, err = keygen(*args.split(), CEREBRUM_CM4_KEYS_FILE=str(path))
+        status, out, err = keygen(*args.split(), CEREBRUM_CM4_KEYS_FILE=f"{path}")
         assert status == 1
         assert out == ""
         assert "No space left on device" in err
@@ -1060,7 +1063,7 @@ def test_a_key_is_on_no_command_line_and_on_the_disk_before_it_replaces_a_file(
     for tool in tools.split():
         spy = SPY.format(tool=tool, log=log, path=shutil.which(tool))
         program(tmp_path / "bin" / tool, spy)
-    spied = {"PATH": path_with(tmp_path), "CEREBRUM_CM4_KEYS_FILE": str(clients)}
+    spied = {"PATH": path_with(tmp_path), "CEREBRUM_CM4_KEYS_FILE": f"{clients}"}
     assert keygen("--set", env, credential, stdin="the-old-key", **spied)[0] == 0
     for args in (f"--write {env} {credential}", "--client anna", "--client ben", "--revoke ben"):
         assert keygen(*args.split(), **spied)[0] == 0
@@ -1164,7 +1167,7 @@ def test_an_old_python_is_refused_in_one_line(tmp_path: Path) -> None:
 def test_make_deb_names_the_packages_that_it_lacks(tmp_path: Path) -> None:
     for tool in ("make", "sh", "dh"):
         (tmp_path / tool).symlink_to(shutil.which(tool) or "/bin/true")
-    status, _, err = called("make", "-C", ROOT, "deb", PATH=str(tmp_path))
+    status, _, err = called("make", "-C", ROOT, "deb", PATH=f"{tmp_path}")
     lacks = "build-essential dh-python help2man"
     said = f"missing system packages; please run:  sudo apt-get install {lacks}"
     assert status == 2
@@ -1258,7 +1261,7 @@ def test_a_build_that_is_killed_leaves_nothing_in_the_temporary_folder(tmp_path:
     script = shutil.copy(RUN, tmp_path)
     does = f"case $* in *pip\\ install*) {builds(log)} ;; '- run') echo llama ;; esac"
     program(tmp_path / ".venv/bin/python", does)
-    tree = killed_build(log, script, "setup", TMPDIR=str(temporary))
+    tree = killed_build(log, script, "setup", TMPDIR=f"{temporary}")
     assert not tree.parent.exists()
     assert not os.listdir(temporary)
 
@@ -1324,7 +1327,7 @@ class Vps:
         for tool, does in STAND_INS.items():
             scripts[f"bin/{tool}"] = f'echo "{tool} $*" >>FOLDER/log\n{does}'
         for name, text in scripts.items():
-            program(folder / name, text.replace("FOLDER", str(folder)))
+            program(folder / name, text.replace("FOLDER", f"{folder}"))
         (folder / "models").mkdir()
         self.say(used="[not set]\n")
 
@@ -1350,9 +1353,9 @@ def vps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Vps:
     if os.geteuid() != 0:
         pytest.skip("only root may set up a daemon")
     catalog = write(tmp_path / "models.toml", ENTRY.format("large") + ENTRY.format("tiny"))
-    monkeypatch.setenv("CEREBRUM_MODELS_DIR", str(tmp_path))
-    monkeypatch.setenv("CEREBRUM_MODELS_FILE", str(catalog))
-    monkeypatch.setenv("CEREBRUM_STATE_DIR", str(tmp_path / "state"))
+    monkeypatch.setenv("CEREBRUM_MODELS_DIR", f"{tmp_path}")
+    monkeypatch.setenv("CEREBRUM_MODELS_FILE", f"{catalog}")
+    monkeypatch.setenv("CEREBRUM_STATE_DIR", f"{tmp_path}/state")
     vps = Vps(tmp_path / "vps")
     for name in ("", "tiny.gguf"):
         if name:

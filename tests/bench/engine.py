@@ -50,7 +50,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -83,13 +83,16 @@ def in_turn(sides: Sides, count: int) -> Iterable[tuple[str, Server]]:
     return list(sides.items())[:: 1 if count % 2 else -1]
 
 
+@dataclass
 class Bench:
     """The options, the running servers, and the folder for their files."""
 
-    def __init__(self, options: Any, folder: Path, stack: ExitStack) -> None:
-        self.options = options
-        self.folder = folder
-        self.stack = stack
+    options: Any
+    folder: Path
+    stack: ExitStack
+
+    def __post_init__(self) -> None:
+        options = self.options
         self.weights = servers.weights_of(options.model)
         self.rounds = 2 if options.quick else options.rounds
         self.tokens = 24 if options.quick else 128

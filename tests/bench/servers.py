@@ -185,7 +185,7 @@ def both(stack: contextlib.ExitStack, folder: Path, models: Path = MODELS) -> tu
     def start(name: str, **more: str) -> Daemon:
         return stack.enter_context(daemon(name, folder / name, inherited=inherited(), **more))
 
-    vps = start("vpsd", CEREBRUM_MODELS_DIR=str(models), **EASY)
+    vps = start("vpsd", CEREBRUM_MODELS_DIR=f"{models}", **EASY)
     url = f"http://127.0.0.1:{vps.port}"
     return vps, start("cm4d", CEREBRUM_VPS_URL=url, CEREBRUM_CM4_API_KEY="")
 
@@ -205,7 +205,7 @@ def vpsd(
     """
     if tuned:
         link_tuned(folder / name, tuned, published)
-    settings = {"MODELS_DIR": str(MODELS), "THREADS": str(threads), "MAX_CPU_PERCENT": "100"}
+    settings = {"MODELS_DIR": f"{MODELS}", "THREADS": f"{threads}", "MAX_CPU_PERCENT": "100"}
     more = {f"CEREBRUM_{key}": value for key, value in settings.items()} | more
     with daemon("vpsd", folder / name, inherited=inherited(), **more) as started:
         server = Server(started.process.pid, started.port, model)
@@ -219,7 +219,7 @@ def llama_server(
 ) -> Iterator[Server]:
     """llama-server with these options, and its defaults for everything else."""
     environment = [f"{name}={value}" for name, value in {**inherited(), **more}.items()]
-    program = [str(Path(binary).resolve()), "-m", str(file)]
+    program = [f"{Path(binary).resolve()}", "-m", f"{file}"]
 
     def command(port: int) -> list[str]:
         given = f"-t {threads} -c 8192 -np 2 --port {port}"
