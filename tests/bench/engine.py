@@ -4,39 +4,38 @@
         [--quick]
 
 vpsd uses the model's tuned file, if this user has one (`vpsd.py tune`); `encoding` names it.
-llama-server uses the published file. What comes from the encoding alone is seen by `published`,
-vpsd with the published file and the settings found beside it, and by `llama_server_tuned`,
-llama-server with the tuned one. --published leaves out the tuned file and its settings. With --spin
-llama-server's threads spin as briefly as vpsd's. --quick has few and short rounds, to see whether
-everything works. A text that ends by itself counts for nobody.
+llama-server uses the published file. Two more sides show what the encoding alone does: `published`
+is vpsd with the published file and the settings found beside it, `llama_server_tuned` is
+llama-server with the tuned file. --published leaves out the tuned file and its settings. With
+--spin llama-server's threads spin as briefly as vpsd's. --quick has few and short rounds, to see
+whether everything works. A text that ends by itself counts for no side.
 
 Prints one line of JSON. Each part is a median over rounds with different prompts; `ratio` is vpsd's
 figure over llama-server's, `ratio_published` that of vpsd with the published file, and so on.
-Without --llama-server the parts that need it are left out. The last column is the target, for the
-0.5B and the 1.5B on a CPU with VNNI or AMX.
+Without --llama-server the parts that need it are left out. Targets are in brackets: two are for the
+0.5B and the 1.5B, on a CPU with VNNI or AMX.
 
-    one       tokens/s of one stream that goes on with code; `plain` is vpsd without drafts    >=
-              1.4, >= 1.3
+    one       tokens/s of one stream that continues code; `plain` is vpsd without drafts
+              [>= 1.4, >= 1.3]
     prose     the same with prose, the answer to a question
     long      the same after a prompt of 1,500 tokens
-    two       tokens/s of two streams of code at once, added up                 >= 1.6, >= 1.3
-    two_prose    the same with prose
-    new       ms to the first token of a prompt of 1,000 tokens that was never seen    <= 0.4, <=
-              0.9
+    two       tokens/s of two streams of code at once, added up [>= 1.6, >= 1.3]
+    two_prose the same with prose
+    new       ms to the first token of a prompt of 1,000 tokens that was never seen [<= 0.4, <= 0.9]
     rewrite   tokens/s of writing a file of 70 lines again, the first time and the second, against
-              llama-server's default (>= 2.2), the fastest of its n-gram modes (>= 1.0), and vpsd
-              with the published file (>= 1.25)
-    ttft      ms to the first token of a prompt that was just answered, and of the same with one
-              line more   <= 1.0
+              llama-server's default [>= 2.2], the fastest of its n-gram modes [>= 1.0], and vpsd
+              with the published file [>= 1.25]
+    ttft      ms to the first token of a prompt that was just answered, and of the same prompt with
+              one more line [<= 1.0]
     cancel    ms until the cores are idle, after a client left while its prompt of 2,000 tokens was
-              read     <= 100
+              read [<= 100]
     pause     ms, the longest pause of a running stream while another prompt of 1,000 tokens is read
     restart   ms to the first token of a prompt of 2,000 tokens: computed, and restored after a
-              restart      >= 50 x
-    loss      tokens/s of text that hardly repeats, with drafts over without    >= 0.98
-    ties      the number of greedy texts that differ with and without drafts. `gaps` has, where a
-              text leaves the path of a plain greedy loop, the lead in logits of the loop's token:
-              small leads are near-ties
+              restart [>= 50 x]
+    loss      tokens/s of text that hardly repeats, with drafts over without [>= 0.98]
+    ties      the number of greedy texts that differ with and without drafts. `gaps` lists, for each
+              text that leaves the path of a plain greedy loop, the lead in logits of the loop's
+              token there: small leads are near-ties
 """
 
 from __future__ import annotations
