@@ -14,37 +14,25 @@ import argparse
 import ast
 import contextlib
 import random
+import re
+from functools import cache
 
 from cosmic_ray.ast import get_ast
 from cosmic_ray.mutating import MutationVisitor
 from cosmic_ray.plugins import get_operator, operator_names
 from run import ROOMS, ROOT, list_of
 
-# Of the operators that replace one operator by each other one, these are enough.
-TWINS = "Add_Sub Sub_Add Mul_Div FloorDiv_Mul Mod_FloorDiv Eq_NotEq NotEq_Eq Lt_LtE LtE_Lt Gt_GtE GtE_Gt Is_IsNot IsNot_Is"
-SKIPPED = ("Replace", "VariableReplacer", "VariableInserter", "NumberReplacer")
-
-
-def chosen() -> list[str]:
-    twins = [
-        f"core/Replace{kind}Operator_{twin}"
-        for kind in ("Binary", "Comparison")
-        for twin in TWINS.split()
-    ]
-    plain = [
-        name for name in operator_names() if not name.removeprefix("core/").startswith(SKIPPED)
-    ]
-    words = [
-        f"core/Replace{word}"
-        for word in ("TrueWithFalse", "FalseWithTrue", "AndWithOr", "OrWithAnd")
-    ]
-    words += [
-        "core/ReplaceBreakWithContinue",
-        "core/ReplaceContinueWithBreak",
-        "core/NumberReplacer",
-    ]
-    words += [f"core/ReplaceUnaryOperator_Delete_{name}" for name in ("Not", "USub")]
-    return [name for name in operator_names() if name in {*twins, *plain, *words}]
+# cosmic-ray's operators. Of those that replace one operator by each other one, these are enough.
+CHOSEN = re.compile(r"""(?x) core/ (
+    Replace(Binary|Comparison)Operator_(
+        Add_Sub | Sub_Add | Mul_Div | FloorDiv_Mul | Mod_FloorDiv | Eq_NotEq | NotEq_Eq
+        | Lt_LtE | LtE_Lt | Gt_GtE | GtE_Gt | Is_IsNot | IsNot_Is)
+    | Replace(TrueWithFalse | FalseWithTrue | AndWithOr | OrWithAnd)
+    | Replace(BreakWithContinue | ContinueWithBreak)
+    | ReplaceUnaryOperator_Delete_(Not | USub)
+    | NumberReplacer
+    | (?!Replace | VariableReplacer | VariableInserter) .*
+)""")
 
 
 class Bare(ast.NodeTransformer):
@@ -65,6 +53,7 @@ class Bare(ast.NodeTransformer):
     visit_AsyncFunctionDef = visit_FunctionDef  # type: ignore[assignment]
 
 
+@cache
 def meaning(source: str) -> str:
     return ast.dump(Bare().visit(ast.parse(source)))
 
@@ -72,44 +61,61 @@ def meaning(source: str) -> str:
 def draw(path: str, count: int, seed: int) -> list[tuple[int, str, str]]:
     """(number of the copy, line, new line) of `count` mutants, each on a line of its own."""
     source = (ROOT / path).read_text()
-    lines, plain, nodes = source.split("\n"), meaning(source), walk(get_ast(source))
-    chances = list[tuple[str, int]]()
-    for name in chosen():
-        with contextlib.suppress(
-            AttributeError
-        ):  # an operator that cannot read this file makes no mutants of it
-            positions = sum(len([*get_operator(name)().mutation_positions(node)]) for node in nodes)
-            chances += [(name, occurrence) for occurrence in range(positions)]
+    lines = source.split("\n")
+    chances = chances_in(source)
     random.Random(f"{seed} {path}").shuffle(chances)
     found = dict[int, str]()
     for name, occurrence in chances:
         mutated = MutationVisitor.mutate_code(source, get_operator(name)(), occurrence)
-        new = mutated.split("\n") if mutated else lines
-        changed = [
-            number
-            for number, pair in enumerate(zip(lines, new, strict=False))
-            if pair[0] != pair[1]
-        ]
-        if len(changed) == 1 and len(new) == len(lines) and changed[0] not in found:
-            with contextlib.suppress(SyntaxError):
-                if meaning("\n".join(new)) != plain:
-                    found[changed[0]] = new[changed[0]]
+        number = changed_line(source, mutated or source)
+        if number is not None and number not in found:
+            found[number] = mutated.split("\n")[number]
         if len(found) == count:
             break
-    return [
-        (1 + lines[:number].count(lines[number]), lines[number], found[number])
-        for number in sorted(found)
-    ]
+    copies = {number: 1 + lines[:number].count(lines[number]) for number in sorted(found)}
+    return [(copy, lines[number], found[number]) for number, copy in copies.items()]
+
+
+def chances_in(source: str) -> list[tuple[str, int]]:
+    """(name of an operator, number of a place where it applies)."""
+    nodes = walk(get_ast(source))
+    chances = list[tuple[str, int]]()
+    for name in filter(CHOSEN.fullmatch, operator_names()):
+        operator = get_operator(name)()
+        # An operator that cannot read this file makes no mutants of it.
+        with contextlib.suppress(AttributeError):
+            places = sum(len([*operator.mutation_positions(node)]) for node in nodes)
+            chances += [(name, occurrence) for occurrence in range(places)]
+    return chances
+
+
+def changed_line(source: str, mutated: str) -> int | None:
+    """The number of the only line that differs; None if others differ too, if the meaning is the
+    same or if it is no Python.
+    """
+    old = source.split("\n")
+    new = mutated.split("\n")
+    if len(new) != len(old):
+        return None
+    changed = [number for number, line in enumerate(new) if line != old[number]]
+    if len(changed) != 1:
+        return None
+    with contextlib.suppress(SyntaxError):
+        if meaning(mutated) != meaning(source):
+            return changed[0]
+    return None
 
 
 def walk(node: object) -> list[object]:
-    return [node, *(one for child in getattr(node, "children", ()) for one in walk(child))]
+    nodes = [node]
+    for child in getattr(node, "children", ()):
+        nodes += walk(child)
+    return nodes
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--count", type=int, default=60)
     parser.add_argument("files", nargs="*", default=list(ROOMS))

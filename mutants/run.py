@@ -37,7 +37,7 @@ VPS = "tests/vps/test_engine.py tests/vps/test_families.py tests/vps/test_vpsd.p
 ROOMS = {
     "cerebrum/http.py": "tests/test_wire.py tests/vps/test_load.py tests/test_metrics.py",
     "cerebrum/pi/dispatcher.py": f"tests/pi/test_dispatcher.py {PI} tests/pi/test_cm4d.py "
-    f"tests/pi/test_backends.py",
+    "tests/pi/test_backends.py",
     "cerebrum/pi/broadcast.py": PI,
     "cerebrum/pi/upstream.py": "tests/pi/test_upstream.py tests/pi/test_cm4d.py "
     "tests/pi/test_backends.py",
@@ -70,42 +70,39 @@ def list_of(path: str) -> Path:
     return LISTS / f"{path.replace('/', '.')}.tsv"
 
 
+def rows_of(file: Path) -> list[list[str]]:
+    return [line.split("\t") for line in file.read_text().splitlines()]
+
+
 def lists() -> dict[str, list[Mutant]]:
     found = dict[str, list[Mutant]]()
     for path, tests in ROOMS.items():
-        rows = [line.split("\t") for line in list_of(path).read_text().splitlines()]
+        rows = rows_of(list_of(path))
         found[path] = [Mutant(path, int(copy), line, new, tests) for copy, line, new in rows]
     for file in sorted((LISTS / "by_hand").glob("*.tsv")):
-        rows = [
-            [part.replace("⇥", "\t") for part in line.split("\t")]
-            for line in file.read_text().splitlines()
-        ]
-        found[file.stem] = [
-            Mutant(path, int(copy), line, new, tests) for path, copy, line, new, tests in rows
-        ]
+        found[file.stem] = []
+        for row in rows_of(file):
+            path, copy, line, new, tests = (field.replace("⇥", "\t") for field in row)
+            found[file.stem].append(Mutant(path, int(copy), line, new, tests))
     return found
 
 
 def mutated(source: str, mutant: Mutant) -> str | None:
     """None if the line has gone."""
     lines = source.split("\n")
-    places = [number for number, one in enumerate(lines) if one == mutant.line]
-    if len(places) < mutant.copy:
+    copies = [number for number, line in enumerate(lines) if line == mutant.line]
+    if len(copies) < mutant.copy:
         return None
-    lines[places[mutant.copy - 1]] = mutant.new
+    lines[copies[mutant.copy - 1]] = mutant.new
     return "\n".join(lines)
 
 
 def passes(tree: Path, tests: str, seconds: float | None = None) -> bool:
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests.split()]
-    with subprocess.Popen(
-        command,
-        cwd=tree,
-        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    ) as process:
+    environ = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    options = {"cwd": tree, "env": environ, "start_new_session": True}
+    with subprocess.Popen(command, **silent, **options) as process:
         try:
             return process.wait(seconds) == 0
         except subprocess.TimeoutExpired:
@@ -119,68 +116,69 @@ class Runner:
     """
 
     def __init__(self, folder: Path, results: Path) -> None:
-        self.results, self.trees, self.limits = results, SimpleQueue[Path](), dict[str, float]()
+        self.results = results
+        self.trees = SimpleQueue[Path]()
+        self.limits = dict[str, float]()
         results.parent.mkdir(parents=True, exist_ok=True)
         results.touch()
-        self.known = dict(line.rsplit("\t", 1) for line in results.read_text().splitlines())
+        lines = results.read_text().splitlines()
+        self.known = dict(line.rsplit("\t", 1) for line in lines)
+        ignored = shutil.ignore_patterns(*NOT_COPIED)
         for number in range(WORKERS):
-            self.trees.put(
-                Path(
-                    shutil.copytree(
-                        ROOT, folder / str(number), ignore=shutil.ignore_patterns(*NOT_COPIED)
-                    )
-                )
-            )
+            tree = shutil.copytree(ROOT, folder / str(number), ignore=ignored)
+            self.trees.put(Path(tree))
 
     def run(self, mutants: list[Mutant]) -> Counter[str]:
-        for tests in {
-            mutant.tests for mutant in mutants if mutant.key() not in self.known
-        } - self.limits.keys():
-            tree, begun = self.trees.get(), time.monotonic()
-            if not passes(tree, tests):
-                sys.exit(f"{tests}: they fail without a mutant")
-            self.limits[tests] = SLOWER * (time.monotonic() - begun) + 20
-            self.trees.put(tree)
+        needed = {mutant.tests for mutant in mutants if mutant.key() not in self.known}
+        for tests in needed - self.limits.keys():
+            self.limits[tests] = self.limit_of(tests)
         with ThreadPoolExecutor(WORKERS) as pool:
             return Counter(pool.map(self.outcome, mutants))
 
+    def limit_of(self, tests: str) -> float:
+        """The seconds that these tests may take with a mutant."""
+        tree = self.trees.get()
+        begun = time.monotonic()
+        if not passes(tree, tests):
+            sys.exit(f"{tests}: they fail without a mutant")
+        self.trees.put(tree)
+        return SLOWER * (time.monotonic() - begun) + 20
+
     def outcome(self, mutant: Mutant) -> str:
         source = (ROOT / mutant.path).read_text()
-        if (new := mutated(source, mutant)) is None:
+        new = mutated(source, mutant)
+        if new is None:
             return "gone"
-        if mutant.key() not in self.known:
+        key = mutant.key()
+        if key not in self.known:
             tree = self.trees.get()
-            (tree / mutant.path).write_text(new)
+            file = tree / mutant.path
+            file.write_text(new)
             survived = passes(tree, mutant.tests, self.limits[mutant.tests])
-            (tree / mutant.path).write_text(source)
+            file.write_text(source)
             self.trees.put(tree)
-            self.known[mutant.key()] = "survived" if survived else "caught"
+            self.known[key] = "survived" if survived else "caught"
             with self.results.open("a") as results:
-                results.write(f"{mutant.key()}\t{self.known[mutant.key()]}\n")
-        if self.known[mutant.key()] == "survived":
-            print(
-                f"{mutant.path}: survived\n- {mutant.line.strip()}\n+ {mutant.new.strip()}",
-                flush=True,
-            )
-        return self.known[mutant.key()]
+                results.write(f"{key}\t{self.known[key]}\n")
+        if self.known[key] == "survived":
+            change = f"- {mutant.line.strip()}\n+ {mutant.new.strip()}"
+            print(f"{mutant.path}: survived\n{change}", flush=True)
+        return self.known[key]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     parser.add_argument("--results", type=Path, default=ROOT / ".run/mutants.tsv")
-    parser.add_argument(
-        "lists", nargs="*", metavar="LIST", help="a file of the product, or a name of by_hand"
-    )
+    what = "a file of the product, or a name of by_hand"
+    parser.add_argument("lists", nargs="*", metavar="LIST", help=what)
     options = parser.parse_args()
+    chosen = lists()
+    if options.lists:
+        chosen = {name: mutants for name, mutants in chosen.items() if name in options.lists}
     with tempfile.TemporaryDirectory() as folder:
         runner = Runner(Path(folder), options.results)
-        table = {
-            name: runner.run(found)
-            for name, found in lists().items()
-            if name in options.lists or not options.lists
-        }
+        table = {name: runner.run(mutants) for name, mutants in chosen.items()}
     print("\n| list | caught | survived | gone |\n|---|---|---|---|")
     for name, counts in table.items():
         print(f"| `{name}` | {counts['caught']} | {counts['survived']} | {counts['gone']} |")

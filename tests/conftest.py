@@ -31,10 +31,10 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     """Run a test that is a coroutine, up to a deadline."""
     if not inspect.iscoroutinefunction(pyfuncitem.obj):
         return None
-    arguments = {
-        name: pyfuncitem.funcargs[name] for name in inspect.signature(pyfuncitem.obj).parameters
-    }
+    fixtures = pyfuncitem.funcargs
+    parameters = inspect.signature(pyfuncitem.obj).parameters
+    scenario = pyfuncitem.obj(**{name: fixtures[name] for name in parameters})
     seconds = SLOW_SECONDS if pyfuncitem.get_closest_marker("slow") else PATIENCE
-    runner = pyfuncitem.funcargs.get("runner")
-    (runner.run if runner else asyncio.run)(asyncio.wait_for(pyfuncitem.obj(**arguments), seconds))
+    run = fixtures["runner"].run if "runner" in fixtures else asyncio.run
+    run(asyncio.wait_for(scenario, seconds))
     return True

@@ -36,6 +36,8 @@ T = TypeVar("T")
 KEY = "the-key-of-the-tests"
 PATIENCE = 120.0  # seconds; a test that waits longer has found a hang, even on a crowded machine
 POLL_SECONDS = 0.002
+# Options of subprocess.run.
+CAPTURED: dict[str, Any] = {"capture_output": True, "text": True, "timeout": PATIENCE}
 MODELS = Path(os.environ.get("CEREBRUM_MODELS_DIR") or "~/.cache/cerebrum/models").expanduser()
 SHIPPED = load_catalog(ROOT / "models.toml", LANGUAGES).models
 FILES = {model.id: MODELS / model.file for model in SHIPPED}
@@ -50,10 +52,14 @@ async def until(
     `seconds`.
     """
     deadline = time.monotonic() + seconds
-    while not (value := await asked if inspect.iscoroutine(asked := condition()) else asked):
+    while True:
+        value = condition()
+        if inspect.iscoroutine(value):
+            value = await value
+        if value:
+            return value
         _check_deadline(deadline, what)
         await asyncio.sleep(POLL_SECONDS)
-    return value
 
 
 def wait_until(
@@ -114,9 +120,7 @@ class Reply:
         """The JSON of each event, and the text of each comment."""
         parts = self.body.split(b"\n\n")
         assert parts.pop() == b"", "half an event"
-        return [
-            json.loads(part[6:]) if part.startswith(b"data: ") else part.decode() for part in parts
-        ]
+        return [_event(part) for part in parts]
 
     @property
     def said(self) -> str:
@@ -124,31 +128,39 @@ class Reply:
         return " ".join(event.get("token", event.get("code", "")) for event in self.events)
 
 
+def _event(part: bytes) -> Any:
+    if part.startswith(b"data: "):
+        return json.loads(part[6:])
+    return part.decode()
+
+
 async def read_reply(reader: asyncio.StreamReader, method: str = "GET") -> Reply:
-    """The next response to `method`, whatever its framing; AssertionError where it is not strictly
+    """The next response to `method`, whatever its framing. AssertionError if it breaks a rule of
     HTTP.
 
     asyncio.IncompleteReadError if there is none, or if its body is shorter than its Content-Length.
     """
-    first, *lines = (await reader.readuntil(b"\r\n\r\n"))[:-4].split(b"\r\n")
+    head = await reader.readuntil(b"\r\n\r\n")
+    first, *lines = head[:-4].split(b"\r\n")
     match = STATUS.fullmatch(first)
     assert match, first
-    reply = Reply(int(match[1]), [_header(line) for line in lines], b"")
-    if reply.status == 100:
+    status = int(match[1])
+    if status == 100:
         assert not lines, lines
         reply = await read_reply(reader, method)
         return replace(reply, interim=reply.interim + 1)
-    if method == "HEAD" or reply.status == 204:
+    reply = Reply(status, [_header(line) for line in lines], b"")
+    if method == "HEAD" or status == 204:
         return reply
     if reply.all("Transfer-Encoding"):
         assert reply.one("Transfer-Encoding") == "chunked"
         assert not reply.all("Content-Length")
         body, clean = await _read_chunks(reader)
-    elif reply.all("Content-Length"):
-        body, clean = await reader.readexactly(int(reply.one("Content-Length"))), True
-    else:
-        body, clean = await reader.read(), True
-    return replace(reply, body=body, clean=clean)
+        return replace(reply, body=body, clean=clean)
+    if not reply.all("Content-Length"):
+        return replace(reply, body=await reader.read())
+    length = int(reply.one("Content-Length"))
+    return replace(reply, body=await reader.readexactly(length))
 
 
 def _header(line: bytes) -> tuple[str, str]:
@@ -194,13 +206,12 @@ async def ask(port: int, raw: bytes, method: str = "GET") -> Reply:
 
 
 def post(path: str, body: bytes, *headers: str) -> bytes:
-    lines = [
-        f"POST {path} HTTP/1.1",
-        "Host: localhost",
-        f"X-API-Key: {KEY}",
-        "Content-Type: application/json",
-    ]
-    return "\r\n".join([*lines, f"Content-Length: {len(body)}", *headers, "", ""]).encode() + body
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nX-API-Key: {KEY}"
+    own = f"Content-Type: application/json\r\nContent-Length: {len(body)}"
+    return "\r\n".join([head, own, *headers, "", ""]).encode() + body
+
+
+SHORT = {"prompt": "x =", "language": "python"}  # the fields of a completion
 
 
 @dataclass(kw_only=True)
@@ -214,16 +225,16 @@ class Client:
         self, method: str, path: str, body: Any = None, **headers: str
     ) -> tuple[Any, Any]:
         """Send a request, and return the reader and the writer of its connection."""
-        local = (self.address, 0)
-        reader, writer = await asyncio.open_connection(
-            "127.0.0.1", self.port, limit=1 << 16, local_addr=local
-        )
-        payload = b"" if body is None else json.dumps(body).encode()
+        options = {"limit": 1 << 16, "local_addr": (self.address, 0)}
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port, **options)
+        payload = b""
         lines = [f"{method} {path} HTTP/1.1", "Host: 127.0.0.1", "Connection: close"]
         lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
         if body is not None:
+            payload = json.dumps(body).encode()
             lines += ["Content-Type: application/json", f"Content-Length: {len(payload)}"]
-        writer.write("\r\n".join([*lines, "", ""]).encode() + payload)
+        head = "\r\n".join([*lines, "", ""])
+        writer.write(head.encode() + payload)
         return reader, writer
 
     async def ask(self, method: str, path: str, body: Any = None, **headers: str) -> Reply:
@@ -246,49 +257,54 @@ class Client:
         return members
 
     async def stream(self, **more: Any) -> Reply:
-        body = {"prompt": "x =", "language": "python", **more}
-        return await self.post("/v1/complete/stream", body)
+        return await self.post("/v1/complete/stream", SHORT | more)
 
     async def complete(self, **more: Any) -> Reply:
-        return await self.post("/v1/complete", {"prompt": "x =", "language": "python", **more})
+        return await self.post("/v1/complete", SHORT | more)
 
 
 # ------------------------------------------------------------------------------------------ daemons
 
 
+@dataclass(eq=False)
 class Daemon:
     """A running program that serves HTTP on `port`. Its stdout goes to a file in memory, so no pipe
     can be full.
     """
 
-    def __init__(
-        self, name: str, process: subprocess.Popen[bytes], folder: Path, output: int
-    ) -> None:
-        self.name, self.process, self.folder, self._output = name, process, folder, output
-        self.port, self.start_seconds = 0, 0.0
-        weakref.finalize(self, os.close, output)
+    name: str
+    process: subprocess.Popen[bytes]
+    folder: Path
+    output: int  # the file's descriptor
+    port: int = 0
+    start_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        weakref.finalize(self, os.close, self.output)
 
     def wait_for_line(self, pattern: str, seconds: float = PATIENCE) -> re.Match[str]:
         """Block until a line of stdout matches; AssertionError if the program ends before, or never
         prints one.
         """
 
-        def found() -> tuple[re.Match[str] | None] | None:
+        def found() -> re.Match[str] | str | None:
             ended = self.process.poll() is not None
-            lines = self.stdout().split("\n")[:-1]
-            match = next((match for line in lines if (match := re.search(pattern, line))), None)
-            return (match,) if match or ended else None
+            for line in self.stdout().split("\n")[:-1]:
+                if match := re.search(pattern, line):
+                    return match
+            return "ended" if ended else None
 
         with contextlib.suppress(TimeoutError):
-            (match,) = wait_until(found, seconds=seconds)
-            if match:
+            match = wait_until(found, seconds=seconds)
+            if isinstance(match, re.Match):
                 return match
         raise AssertionError(
             f"{self.name} printed no line like {pattern!r}, but:\n{self.stdout()}{self.stderr()}"
         )
 
     def stdout(self) -> str:
-        return os.pread(self._output, os.fstat(self._output).st_size, 0).decode(errors="replace")
+        size = os.fstat(self.output).st_size
+        return os.pread(self.output, size, 0).decode(errors="replace")
 
     def stderr(self) -> str:
         return (self.folder / "stderr").read_text(errors="replace")
@@ -297,11 +313,8 @@ class Daemon:
         """Errors and tracebacks in the log, and all of stderr: only a fault of the daemon prints
         any.
         """
-        bad = [
-            line
-            for line in self.stdout().splitlines()
-            if " - ERROR - " in line or "Traceback" in line
-        ]
+        lines = self.stdout().splitlines()
+        bad = [line for line in lines if re.search(" - ERROR - |Traceback", line)]
         return "\n".join(bad) + self.stderr()
 
     def rss_kb(self, line: str = "VmRSS:") -> int:
@@ -323,14 +336,15 @@ def program(
 ) -> Iterator[Daemon]:
     """Start a program and wait for its line `listening on http://HOST:PORT`; end it by SIGTERM."""
     folder.mkdir(parents=True, exist_ok=True)
-    began, output = time.perf_counter(), os.memfd_create(name)
+    began = time.perf_counter()
+    output = os.memfd_create(name)
     with (folder / "stderr").open("wb") as stderr:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=stderr, env=environment, cwd=folder
-        )
+        pipes = {"stdout": output, "stderr": stderr}
+        process = subprocess.Popen(command, env=environment, cwd=folder, **pipes)
     started = Daemon(name, process, folder, output)
     try:
-        started.port = int(started.wait_for_line(r"listening on https?://[^ ]*:(\d+)$")[1])
+        line = started.wait_for_line(r"listening on https?://[^ ]*:(\d+)$")
+        started.port = int(line[1])
         started.start_seconds = time.perf_counter() - began
         yield started
         process.terminate()
@@ -368,11 +382,9 @@ def reload(process: subprocess.Popen[bytes], folder: Path) -> tuple[int, str]:
     """What `systemctl reload` runs: its exit status, and what it says. `folder` is the daemon's
     RUNTIME_DIRECTORY.
     """
-    environment = {"MAINPID": str(process.pid), "RUNTIME_DIRECTORY": str(folder)}
-    command = [sys.executable, "-I", "-S", str(ROOT / "cerebrum/reload.py")]
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=PATIENCE
-    )
+    environment = {"MAINPID": f"{process.pid}", "RUNTIME_DIRECTORY": f"{folder}"}
+    command = [sys.executable, "-I", "-S", f"{ROOT}/cerebrum/reload.py"]
+    done = subprocess.run(command, env=environment, **CAPTURED)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -380,32 +392,43 @@ def link_tuned(folder: Path, tuned: Path, published: bool = False) -> None:
     """Let the vpsd of this folder use a tuned file of another state, or only its settings with the
     `published` file.
     """
-    place, passport = folder / "state/tuned", tuned.with_name(f"{tuned.name}.json")
-    place.mkdir(parents=True, exist_ok=True)
+    state = folder / "state/tuned"
+    state.mkdir(parents=True, exist_ok=True)
+    passport = tuned.with_name(f"{tuned.name}.json")
     if published:
-        (place / passport.name).write_text(
-            json.dumps(json.loads(passport.read_text()) | {"types": {}})
-        )
+        only_settings = json.loads(passport.read_text()) | {"types": {}}
+        (state / passport.name).write_text(json.dumps(only_settings))
         return
     for file in (tuned, passport):
-        if file.exists() and not (place / file.name).exists():
-            (place / file.name).symlink_to(file)
+        link = state / file.name
+        if file.exists() and not link.exists():
+            link.symlink_to(file)
 
 
 def run_to_the_end(name: str, folder: Path, **more: str) -> subprocess.CompletedProcess[str]:
     """A daemon that refuses to start. See `settings`."""
     environment = settings(folder, None, **more)
-    command = command_of(name)
-    return subprocess.run(
-        command, env=environment, cwd=folder, capture_output=True, text=True, timeout=PATIENCE
-    )
+    return subprocess.run(command_of(name), env=environment, cwd=folder, **CAPTURED)
 
 
 def command_of(name: str, python: str = sys.executable) -> list[str]:
     # cm4d runs without site-packages, as on the Pi. vpsd gets no ResourceWarning: llama_cpp leaves
     # a file open.
     options = ["-s", "-S", "-W", "always::ResourceWarning"] if name == "cm4d" else []
-    return [python, "-u", *options, str(ROOT / f"{name}.py")]
+    return [python, "-u", *options, f"{ROOT}/{name}.py"]
+
+
+SETTINGS = {
+    "CEREBRUM_API_KEY": KEY,
+    "CEREBRUM_CM4_API_KEY": KEY,
+    "CEREBRUM_CM4_HOST": "127.0.0.1",
+    "CEREBRUM_VPS_HOST": "127.0.0.1",
+    "CEREBRUM_CM4_PORT": "0",
+    "CEREBRUM_VPS_PORT": "0",
+    "CEREBRUM_VPS_URL": "http://127.0.0.1:1",  # nobody listens on port 1
+    "CEREBRUM_LOG_LEVEL": "INFO",
+    "CEREBRUM_LOG_FILE": "",
+}
 
 
 def settings(
@@ -417,46 +440,24 @@ def settings(
     nothing of the caller's environment reaches the daemon but its PATH; a benchmark passes its own.
     `more` overrides both.
     """
-    return {
-        **(
-            inherited
-            or {"PATH": os.environ["PATH"], "HOME": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
-        ),
-        "CEREBRUM_API_KEY": KEY,
-        "CEREBRUM_CM4_API_KEY": KEY,
-        "CEREBRUM_CM4_HOST": "127.0.0.1",
-        "CEREBRUM_VPS_HOST": "127.0.0.1",
-        "CEREBRUM_CM4_PORT": "0",
-        "CEREBRUM_VPS_PORT": "0",
-        "CEREBRUM_VPS_URL": "http://127.0.0.1:1",  # nobody listens on port 1
-        "CEREBRUM_MODELS_DIR": str(folder / "models"),
-        "CEREBRUM_STATE_DIR": str(folder / "state"),
-        "CEREBRUM_LOG_LEVEL": "INFO",
-        "CEREBRUM_LOG_FILE": "",
-        **more,
-    }
+    if not inherited:
+        path = os.environ["PATH"]
+        inherited = {"PATH": path, "HOME": f"{folder}", "PYTHONDONTWRITEBYTECODE": "1"}
+    folders = {"CEREBRUM_MODELS_DIR": f"{folder}/models", "CEREBRUM_STATE_DIR": f"{folder}/state"}
+    return {**inherited, **SETTINGS, **folders, **more}
 
 
 def certificate(
     folder: Path, name: str, names: str = "DNS:localhost,IP:127.0.0.1"
 ) -> Mapping[str, str]:
     """The Pi's settings for a fresh certificate of this machine."""
-    files = folder / f"{name}.crt", folder / f"{name}.key"
-    command = [
-        "openssl",
-        "req",
-        "-x509",
-        "-newkey",
-        "ec",
-        "-pkeyopt",
-        "ec_paramgen_curve:P-256",
-        "-nodes",
-    ]
-    command += ["-days", "1", "-subj", f"/CN={name}", "-addext", f"subjectAltName={names}"]
-    subprocess.run(
-        [*command, "-out", files[0], "-keyout", files[1]], check=True, capture_output=True
-    )
-    return {"CEREBRUM_CM4_TLS_CERT": str(files[0]), "CEREBRUM_CM4_TLS_KEY": str(files[1])}
+    cert = f"{folder}/{name}.crt"
+    key = f"{folder}/{name}.key"
+    request = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 1"
+    subject = ["-subj", f"/CN={name}", "-addext", f"subjectAltName={names}"]
+    command = [*request.split(), *subject, "-out", cert, "-keyout", key]
+    subprocess.run(command, check=True, capture_output=True)
+    return {"CEREBRUM_CM4_TLS_CERT": cert, "CEREBRUM_CM4_TLS_KEY": key}
 
 
 @contextlib.contextmanager

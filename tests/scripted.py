@@ -69,31 +69,29 @@ def head(status: int = 200, *more: str, kind: str = "text/event-stream") -> byte
 
 
 CHUNKED = head(200, "Transfer-Encoding: chunked")
-DONE = event(
-    done=True,
-    model="qwen_0_5b",
-    total_tokens=2,
-    inference_time=0.25,
-    finish_reason="stop",
-    prompt_tokens=5,
-)
+END = {
+    "done": True,
+    "model": "qwen_0_5b",
+    "total_tokens": 2,
+    "inference_time": 0.25,
+    "finish_reason": "stop",
+    "prompt_tokens": 5,
+}
+DONE = event(**END)
 GOOD = (CHUNKED, chunk(token("a", 1)), chunk(token("b", 2)), chunk(DONE), b"0\r\n\r\n")
 
 
 def script(*pieces: Any, **done: Any) -> list[Any]:
     """A script of these tokens. A piece that is no string is a step of its own, such as a gate."""
-    steps, count = [CHUNKED], 0
+    steps = [CHUNKED]
+    count = 0
     for piece in pieces:
-        count += isinstance(piece, str)
-        steps.append(chunk(token(piece, count)) if isinstance(piece, str) else piece)
-    end = {
-        "done": True,
-        "total_tokens": count,
-        "inference_time": 0.25,
-        "finish_reason": "stop",
-        **done,
-    }
-    return [*steps, chunk(event(**end)), b"0\r\n\r\n"]
+        if isinstance(piece, str):
+            count += 1
+            piece = chunk(token(piece, count))
+        steps.append(piece)
+    end = {"done": True, "total_tokens": count, "inference_time": 0.25, "finish_reason": "stop"}
+    return [*steps, chunk(event(**{**end, **done})), b"0\r\n\r\n"]
 
 
 def gated(gate: asyncio.Event) -> list[Any]:
@@ -108,9 +106,8 @@ def answer(status: int, members: Any) -> bytes:
 
 
 def error(status: int, code: str, message: str = "says the VPS", **more: Any) -> bytes:
-    return answer(
-        status, {"error": True, "message": message, "code": code, "timestamp": "2025-12-25", **more}
-    )
+    members = {"error": True, "message": message, "code": code, "timestamp": "2025-12-25"}
+    return answer(status, members | more)
 
 
 SUPERSEDED: dict[str, Any] = {
@@ -126,7 +123,8 @@ HEALTH: dict[str, Any] = {"status": "healthy", "models_loaded": []}
 
 @dataclass
 class Backend:
-    """The n-th completion gets the n-th script, and all further ones the last.
+    """The n-th completion gets the n-th script, and all further ones the last. A GET gets the field
+    that is named like the last part of its path.
 
     `asked` has the request line, the headers and the body of each request.
     """
@@ -145,9 +143,8 @@ class Backend:
     running: int = 0  # completions that are being answered
     most_running: int = 0
     begun: asyncio.Event = field(default_factory=asyncio.Event)  # a completion was asked for
-    left: asyncio.Event = field(
-        default_factory=asyncio.Event
-    )  # the connection of a completion has ended
+    # The connection of a completion has ended.
+    left: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def completions(self) -> list[dict[str, Any]]:
@@ -155,15 +152,12 @@ class Backend:
         return [json.loads(body) for line, _, body in self.asked if line.startswith("POST ")]
 
     async def __aenter__(self) -> Backend:
-        self._tasks: set[asyncio.Task[Any]] = set()
-        self.waiting: set[asyncio.StreamWriter] = (
-            set()
-        )  # connections on which nothing was asked yet
+        self._tasks = set[asyncio.Task[Any]]()
+        self.waiting = set[asyncio.StreamWriter]()  # connections on which nothing was asked yet
         self.connections = 0
-        self._sessions: dict[str, asyncio.Task[None]] = {}  # the newest completion of each
-        self._server = await asyncio.start_server(
-            self._accept, "127.0.0.1", self.port, ssl=self.tls
-        )
+        self._sessions = dict[str, asyncio.Task[None]]()  # the newest completion of each
+        place = ("127.0.0.1", self.port)
+        self._server = await asyncio.start_server(self._accept, *place, ssl=self.tls)
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 
@@ -183,38 +177,43 @@ class Backend:
         self._tasks.discard(task)
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.connections += 1
-        self.waiting.add(writer)
-        try:
-            asked = await reader.readuntil(b"\r\n\r\n")
-        finally:
-            self.waiting.discard(writer)
-        first, *lines = asked.decode().split("\r\n")[:-2]
-        headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
-        body = await reader.readexactly(int(headers.get("content-length", "0")))
-        self.asked.append((first, headers, body))
+        first, body = await self._read(reader, writer)
         method, path, _ = first.split(" ")
         if method == "GET":
-            told = {
-                "/health": self.health,
-                "/v1/models": self.models,
-                "/v1/stats": self.stats,
-                "/props": self.props,
-            }
-            writer.write(told[path])
+            writer.write(getattr(self, path.rpartition("/")[2]))
             return
         if path == "/v1/tokenize" and self.tokens:
             writer.write(self.tokens)
             return
         script = self.script(path, body)
+        session = str(json.loads(body).get("session", ""))
         self.begun.set()
         self.running += 1
         self.most_running = max(self.most_running, self.running)
         try:
-            await self._play(script, str(json.loads(body).get("session", "")), reader, writer)
+            await self._play(script, session, reader, writer)
         finally:
             self.running -= 1
             self.left.set()
+
+    async def _read(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> tuple[str, bytes]:
+        """Read a request into `asked`; return its first line and its body."""
+        self.connections += 1
+        self.waiting.add(writer)
+        try:
+            head = await reader.readuntil(b"\r\n\r\n")
+        finally:
+            self.waiting.discard(writer)
+        first, *lines = head.decode().split("\r\n")[:-2]
+        headers = dict[str, str]()
+        for line in lines:
+            name, value = line.split(": ", 1)
+            headers[name.lower()] = value
+        body = await reader.readexactly(int(headers.get("content-length", "0")))
+        self.asked.append((first, headers, body))
+        return first, body
 
     def script(self, path: str, body: bytes) -> Iterable[Any]:
         """The steps that answer the completion that came last."""
@@ -228,7 +227,8 @@ class Backend:
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
     ) -> None:
-        playing, begun = asyncio.current_task(), False
+        playing = asyncio.current_task()
+        begun = False
         assert playing is not None
         if session:
             if older := self._sessions.get(session):
@@ -241,12 +241,8 @@ class Backend:
         except asyncio.CancelledError as cancelled:
             if cancelled.args != ("superseded",):
                 raise
-            told = (
-                chunk(event(**SUPERSEDED))
-                if begun
-                else error(409, "SUPERSEDED", SUPERSEDED["message"])
-            )
-            writer.write(told)
+            whole = error(409, "SUPERSEDED", SUPERSEDED["message"])
+            writer.write(chunk(event(**SUPERSEDED)) if begun else whole)
         finally:
             if self._sessions.get(session) is playing:
                 del self._sessions[session]
@@ -266,18 +262,24 @@ class Backend:
             if inspect.isawaitable(result):
                 await result
         else:
-            if isinstance(step, Flood):
-                pieces: Iterable[bytes] = itertools.repeat(step.piece, step.count)
-            else:
-                pieces = [step[i : i + 1] for i in range(len(step))] if self.split else [step]
-            for piece in pieces:
-                if writer.transport.is_closing():
-                    raise ConnectionResetError
-                writer.write(piece)
-                await writer.drain()
-                self.sent += len(piece)
-                if self.split:
-                    await asyncio.sleep(0)  # let the other side read
+            await self._send(self._pieces(step), writer)
+
+    def _pieces(self, step: bytes | Flood) -> Iterable[bytes]:
+        if isinstance(step, Flood):
+            return itertools.repeat(step.piece, step.count)
+        if self.split:
+            return [step[i : i + 1] for i in range(len(step))]
+        return [step]
+
+    async def _send(self, pieces: Iterable[bytes], writer: asyncio.StreamWriter) -> None:
+        for piece in pieces:
+            if writer.transport.is_closing():
+                raise ConnectionResetError
+            writer.write(piece)
+            await writer.drain()
+            self.sent += len(piece)
+            if self.split:
+                await asyncio.sleep(0)  # let the other side read
 
 
 Threaded = TypeVar("Threaded", bound=contextlib.AbstractAsyncContextManager[Any])
@@ -316,12 +318,9 @@ class Pi(Client):
 
     def at(self, backend: int) -> list[Attempt]:
         """The attempts that hold a place at the backend with this number."""
-        known = self.gateway.fleet.backends[backend]
-        return [
-            attempt
-            for attempt, place in self.gateway.dispatcher.state.places.items()
-            if place is known
-        ]
+        asked = self.gateway.fleet.backends[backend]
+        places = self.gateway.dispatcher.state.places
+        return [attempt for attempt, holder in places.items() if holder is asked]
 
     @property
     def active(self) -> int:
@@ -345,9 +344,8 @@ def backend_at(
     port: int, id: str = "vps", origin: str = "http://127.0.0.1", **more: Any
 ) -> BackendConfig:
     """The configuration of a backend, by default of one on this machine."""
-    return BackendConfig(
-        id=id, endpoint=parse_url(f"{origin}:{port}", "url"), **{"key": KEY, **more}
-    )
+    endpoint = parse_url(f"{origin}:{port}", "url")
+    return BackendConfig(id=id, endpoint=endpoint, **{"key": KEY, **more})
 
 
 @contextlib.asynccontextmanager
@@ -358,22 +356,26 @@ async def pi_for(
     once.
     """
     own = {"max_concurrent": max_concurrent, "key_env": "CEREBRUM_API_KEY"}
-    configs = [backend_at(one, **own) if isinstance(one, int) else one for one in backends]
+    configs = [
+        backend_at(backend, **own) if isinstance(backend, int) else backend for backend in backends
+    ]
     gateway = Gateway(Config(**{"backends": tuple(configs), "models": SHIPPED, **config}))
     server = Server(gateway, ROUTES, gateway.config.access)
-    task = asyncio.create_task(gateway.fleet.probe_forever(gateway.probed)) if probing else None
+    tasks = set[asyncio.Task[None]]()
+    if probing:
+        tasks.add(asyncio.create_task(gateway.fleet.probe_forever(gateway.probed)))
     pi = Pi(gateway=gateway, server=server, port=await server.start("127.0.0.1", 0))
     try:
         if probing:
             await until(lambda: pi.probes > 0)
         yield pi
     finally:
-        if task:
+        for task in tasks:
             task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         await server.stop(0)
-        for known in gateway.fleet.backends:
-            known.kind.client.close()
+        for backend in gateway.fleet.backends:
+            backend.kind.client.close()
     assert gateway.dispatcher.active == 0, "a slot was not given back"
 
 

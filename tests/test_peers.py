@@ -52,24 +52,29 @@ def use(port: int, peer: Peer) -> None:
     """All that a client may do, by http.client: to the server itself, or through a proxy."""
     client = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
 
-    def send(method: str, path: str, body: Any = None, **more: str) -> http.client.HTTPResponse:
-        client.request(method, path, body, {**HEADERS, "Host": "localhost", **more})
+    def get(path: str, method: str = "GET", **more: str) -> http.client.HTTPResponse:
+        client.request(method, path, headers={**HEADERS, "Host": "localhost", **more})
+        return client.getresponse()
+
+    def post(path: str, body: Any) -> http.client.HTTPResponse:
+        client.request("POST", path, body, {**HEADERS, "Host": "localhost"})
         return client.getresponse()
 
     for _ in range(10):
-        assert json.load(send("GET", "/v1/models"))["path"] == "/v1/models"
-    assert send("HEAD", "/health").read() == b""
-    assert json.load(send("GET", "/nothing"))["code"] == "NOT_FOUND"
-    assert json.load(send("GET", "/v1/models", **{"X-API-Key": "wrong"}))["code"] == "UNAUTHORIZED"
+        assert json.load(get("/v1/models"))["path"] == "/v1/models"
+    assert get("/health", "HEAD").read() == b""
+    assert json.load(get("/nothing"))["code"] == "NOT_FOUND"
+    assert json.load(get("/v1/models", **{"X-API-Key": "wrong"}))["code"] == "UNAUTHORIZED"
     body = json.dumps({"a": "x" * 500_000}).encode()
     for sent in (body, iter([body[:9], body[9:]])):
-        assert json.load(send("POST", "/v1/complete", sent)) == json.loads(body)
-    response = send("GET", "/health", **{"X-Request-ID": "mine"})
+        assert json.load(post("/v1/complete", sent)) == json.loads(body)
+    response = get("/health", **{"X-Request-ID": "mine"})
     assert response.read()
     assert response.headers.get_all("X-Request-ID") == ["mine"]
-    assert len(send("POST", "/v1/complete/stream", '{"count": 500}').read().split(b"\n\n")) == 502
+    events = post("/v1/complete/stream", '{"count": 500}').read()
+    assert events.count(b"\n\n") == 501
     peer.left.clear()
-    endless = send("POST", "/v1/complete/stream", '{"count": 0}')
+    endless = post("/v1/complete/stream", '{"count": 0}')
     assert endless.readline().startswith(b"data: ")
     endless.close()
     client.close()
@@ -84,43 +89,38 @@ def test_http_client(peer: Peer) -> None:
 
 
 def test_curl(peer: Peer) -> None:
-    program, url = needs("curl"), f"http://127.0.0.1:{peer.port}"
-    headers = [option for name, value in HEADERS.items() for option in ("-H", f"{name}: {value}")]
+    program = needs("curl")
+    url = f"http://127.0.0.1:{peer.port}"
+    command = [program, "-sS"]
+    for name, value in HEADERS.items():
+        command += ["-H", f"{name}: {value}"]
 
     def curl(path: str, *options: str, stdin: bytes = b"") -> str:
-        command = [program, "-sS", *headers, *options, url + path]
-        done = subprocess.run(command, input=stdin, capture_output=True, timeout=PATIENCE)
-        assert (done.returncode, done.stderr) == (0, b"")
+        asking = [*command, *options, url + path]
+        done = subprocess.run(asking, input=stdin, capture_output=True, timeout=PATIENCE)
+        assert done.returncode == 0
+        assert done.stderr == b""
         return done.stdout.decode()
 
-    what = ("-o", "/dev/null", "-w", "%{http_code} %{http_version} %{num_connects} ")
-    assert curl("/health", *what, *what[:2], f"{url}/v1/models") == "200 1.1 1 200 1.1 0 ", (
-        "it keeps its connection"
-    )
+    silent = ("-o", "/dev/null")
+    shown = ("-w", "%{http_code} %{http_version} %{num_connects} ")
+    both = curl("/health", *silent, *shown, *silent, f"{url}/v1/models")
+    assert both == "200 1.1 1 200 1.1 0 ", "it keeps its connection"
     out = curl("/v1/complete/stream", "-0", "-i", "-d", '{"count": 2}')
-    assert ("Transfer-Encoding" in out, "Connection: close" in out) == (False, True)
+    assert "Transfer-Encoding" not in out
+    assert "Connection: close" in out
     assert out.endswith('data: {"done": true}\n\n')
     assert json.loads(curl("/v1/unload/qwen_7b", "-X", "POST"))["parameter"] == "qwen_7b"
 
-    waits, body = (
-        ("-H", "Expect: 100-continue", "--data-binary", "@-"),
-        b'{"a": "%b"}' % (b"x" * 900_000),
-    )
+    waits = ("-H", "Expect: 100-continue", "--data-binary", "@-")
+    body = b'{"a": "%b"}' % (b"x" * 900_000)
     chunked = curl("/v1/complete", "-H", "Transfer-Encoding: chunked", *waits, stdin=body)
     assert json.loads(chunked) == json.loads(body)
     assert curl("/v1/complete", "-w", "%{size_upload}", *waits, stdin=b"{}") == "{}2"
+    refused = (*silent, "-w", "%{http_code} %{size_upload}", "--data-binary", "@-")
     for expect in ("Expect: 100-continue", "Expect:"):
-        options = (
-            "-o",
-            "/dev/null",
-            "-w",
-            "%{http_code} %{size_upload}",
-            "-H",
-            expect,
-            "--data-binary",
-            "@-",
-        )
-        status, sent = curl("/v1/complete", *options, stdin=b"x" * 8_000_000).split()
+        printed = curl("/v1/complete", *refused, "-H", expect, stdin=b"x" * 8_000_000)
+        status, sent = printed.split()
         assert status == "413"
         assert int(sent) < 8_000_000 or expect == "Expect:"
 
@@ -130,8 +130,8 @@ def test_curl(peer: Peer) -> None:
 NGINX = """
 daemon off; master_process off; pid {folder}/pid; error_log stderr warn; events {{}}
 http {{
-  access_log off; client_body_temp_path {folder}/1; proxy_temp_path {folder}/2; fastcgi_temp_path {folder}/3;
-  uwsgi_temp_path {folder}/4; scgi_temp_path {folder}/5;
+  access_log off; client_body_temp_path {folder}/1; proxy_temp_path {folder}/2;
+  fastcgi_temp_path {folder}/3; uwsgi_temp_path {folder}/4; scgi_temp_path {folder}/5;
   upstream cerebrum {{ server 127.0.0.1:{backend}; keepalive 4; }}
   server {{
     listen 127.0.0.1:{port}; client_max_body_size 2m;
@@ -146,8 +146,11 @@ http {{
 
 @pytest.mark.parametrize("version", ["1.1", "1.0"])
 def test_behind_nginx(peer: Peer, tmp_path: Path, version: str) -> None:
-    program, config, port = needs("nginx"), tmp_path / "nginx.conf", free_port()
-    config.write_text(NGINX.format(folder=tmp_path, backend=peer.port, port=port, version=version))
+    program = needs("nginx")
+    port = free_port()
+    config = tmp_path / "nginx.conf"
+    places = {"folder": tmp_path, "backend": peer.port, "port": port}
+    config.write_text(NGINX.format(version=version, **places))
 
     def listening() -> bool:
         assert process.poll() is None, "nginx has ended"
@@ -155,7 +158,7 @@ def test_behind_nginx(peer: Peer, tmp_path: Path, version: str) -> None:
             return True
         return False
 
-    with subprocess.Popen([program, "-p", str(tmp_path), "-c", str(config)]) as process:
+    with subprocess.Popen([program, "-p", tmp_path, "-c", config]) as process:
         try:
             wait_until(listening, "nginx listens")
             use(port, peer)

@@ -49,10 +49,13 @@ def tokenizer(model: str) -> Callable[[str], list[int]]:
 
 def seconds_of(drafter: Drafter, target: list[int]) -> float:
     """The time of all decodes that write `target`, with the worker's way of drafting."""
-    gain, position, spent = Gain(), 1, 0.0
+    gain = Gain()
+    position = 1
+    spent = 0.0
     drafter.advance(target[0])
     while position < len(target):
-        draft, begin = drafter.draft(MAX_DRAFT), position
+        begin = position
+        draft = drafter.draft(MAX_DRAFT)
         if draft and not gain.pays(1, len(draft)):
             draft = []
         for drafted in [*draft, None]:
@@ -61,8 +64,9 @@ def seconds_of(drafter: Drafter, target: list[int]) -> float:
             position += 1
             if token != drafted or position == len(target):
                 break
-        spent += SECONDS[len(draft) + 1]
-        gain.learn(1, len(draft), position - begin, SECONDS[len(draft) + 1])
+        seconds = SECONDS[len(draft) + 1]
+        spent += seconds
+        gain.learn(1, len(draft), position - begin, seconds)
     return spent
 
 
@@ -70,7 +74,8 @@ def main() -> None:
     tokenize = tokenizer(parser_of(__doc__, model="qwen_0_5b").parse_args().model)
     found = {}
     for name, change in CHANGES.items():
-        tokens, seconds = 0, {Forgetful: 0.0, Drafter: 0.0}
+        tokens = 0
+        seconds = {Forgetful: 0.0, Drafter: 0.0}
         for number in range(FILE_COUNT):
             prompt = copying(number, LINES)
             source = prompt.partition("```python\n")[2].partition("\n```")[0]
@@ -78,13 +83,12 @@ def main() -> None:
             tokens += len(target)
             for kind in seconds:
                 seconds[kind] += seconds_of(kind(tokenize(prompt)), target)
-        rates = {
-            "plain": 1 / SECONDS[1],
-            "forgetful": tokens / seconds[Forgetful],
-            "drafter": tokens / seconds[Drafter],
+        found[name] = {
+            "plain": round(1 / SECONDS[1], 1),
+            "forgetful": round(tokens / seconds[Forgetful], 1),
+            "drafter": round(tokens / seconds[Drafter], 1),
+            "ratio": round(seconds[Forgetful] / seconds[Drafter], 3),
         }
-        found[name] = {kind: round(rate, 1) for kind, rate in rates.items()}
-        found[name]["ratio"] = round(seconds[Forgetful] / seconds[Drafter], 3)
     print(json.dumps(found))
 
 

@@ -39,7 +39,22 @@ LINES_BEFORE, LINES_AFTER = 64, 32
 PAUSES = 8  # characters typed on average between two pauses
 PAUSE_SECONDS = 1.5
 KEY_LINES = 3
-FILE = "textwrap.py"
+FILE = Path(sysconfig.get_path("stdlib")) / "textwrap.py"
+LETTERS = "abcdefghiklmnoprstuvw"
+OPTIONS = {
+    "seconds": 60.0,
+    "keys": 6.0,
+    "model": "qwen_0_5b",
+    "suggest": "often",
+    "file": str(FILE),
+}
+# What each request of llama.vim has.
+LLAMA_VIM: dict[str, Any] = {
+    "n_predict": 64,
+    "t_max_predict_ms": 1000,
+    "cache_prompt": True,
+    "temperature": 0,
+}
 
 
 @dataclass
@@ -60,22 +75,11 @@ class Infill:
     def __post_init__(self) -> None:
         self.began = time.perf_counter()
         self.connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
-        lines = self.before.splitlines(keepends=True)
-        body = {
-            "input_prefix": "".join(lines[-self.lines_before : -1]),
-            "prompt": lines[-1] if lines else "",
-        }
-        body |= {
-            "input_suffix": "".join(self.after.splitlines(keepends=True)[: self.lines_after]),
-            "model": self.model,
-        }
-        body |= {
-            "n_predict": 64,
-            "t_max_predict_ms": 1000,
-            "cache_prompt": True,
-            "temperature": 0,
-            **self.more,
-        }
+        before = self.before.splitlines(keepends=True)[-self.lines_before :]
+        after = self.after.splitlines(keepends=True)[: self.lines_after]
+        body = {"model": self.model, "input_suffix": "".join(after), **LLAMA_VIM, **self.more}
+        body["prompt"] = before.pop() if before else ""
+        body["input_prefix"] = "".join(before)
         self.connection.request("POST", "/infill", json.dumps(body), {"User-Agent": "llama.vim"})
         self.thread = threading.Thread(target=self._read)
         self.thread.start()
@@ -85,7 +89,8 @@ class Infill:
             response = self.connection.getresponse()
             answer = json.loads(response.read())
             self.seconds = time.perf_counter() - self.began
-            self.status, self.answer = response.status, answer
+            self.status = response.status
+            self.answer = answer
 
     def result(self) -> Infill:
         self.thread.join()
@@ -99,22 +104,35 @@ class Infill:
     def text(self) -> str:
         return str(self.answer.get("content", ""))
 
+    def is_right(self, source: str) -> bool:
+        """Whether the first line of the answer is what is typed next in `source`."""
+        first = self.text.partition("\n")[0]
+        return source.startswith(f"{first}\n", len(self.before))
 
-def typing(port: int, pi: Daemon, options: argparse.Namespace) -> dict[str, Any]:
+
+def typed_part(source: str) -> tuple[int, int]:
+    """Of our own file two methods are typed, of another one the middle third of its lines."""
+    methods = [source.find(f"\n    def {name}(") for name in ("_split", "_wrap_chunks")]
+    if -1 not in methods:
+        return methods[0], methods[1]
+    lines = source.splitlines(keepends=True)
+    count = source.count("\n")
+    return len("".join(lines[: count // 3])), len("".join(lines[: count * 2 // 3]))
+
+
+def typing(pi: Daemon, options: argparse.Namespace) -> dict[str, Any]:
     source = Path(options.file).read_text()
-    # Of our own file two methods are typed, of another one the middle third of its lines.
-    middle = [
-        len("".join(source.splitlines(keepends=True)[: source.count("\n") * third // 3]))
-        for third in (1, 2)
-    ]
-    places = [source.find(f"\n    def {name}(") for name in ("_split", "_wrap_chunks")]
-    position, end_of_gap = middle if -1 in places else places
-    after, model, more = source[end_of_gap:], options.model, {"suggest": options.suggest}
-    generator, end, memory = random.Random(1), time.monotonic() + options.seconds, pi.rss_kb()
-    requests, pauses = list[Infill](), list[float]()
+    position, end_of_gap = typed_part(source)
+    after = source[end_of_gap:]
+    more = {"suggest": options.suggest}
+    generator = random.Random(1)
+    end = time.monotonic() + options.seconds
+    memory = pi.rss_kb()
+    requests = list[Infill]()
+    pauses = list[float]()
     while time.monotonic() < end and position < len(source) - 100:
         position += 1
-        last = Infill(port, model, source[:position], after, more)
+        last = Infill(pi.port, options.model, source[:position], after, more)
         requests.append(last)
         if generator.random() < 1 / PAUSES:
             pauses.append(1000 * last.result().seconds)
@@ -127,9 +145,7 @@ def typing(port: int, pi: Daemon, options: argparse.Namespace) -> dict[str, Any]
     return {
         "keys": len(answers),
         "seen": len(seen),
-        "right": sum(
-            source.startswith(one.text.partition("\n")[0] + "\n", len(one.before)) for one in seen
-        ),
+        "right": sum(answer.is_right(source) for answer in seen),
         "type_through": sum("type_through" in answer.answer for answer in seen),
         "errors": sum(answer.status not in (0, 200) for answer in answers),
         "after_pause_ms": round(statistics.median(pauses), 1),
@@ -137,46 +153,48 @@ def typing(port: int, pi: Daemon, options: argparse.Namespace) -> dict[str, Any]
     }
 
 
+def unforeseen_line(generator: random.Random) -> str:
+    words = list[str]()
+    for _ in range(5):
+        letters = generator.choices(LETTERS, k=generator.randint(3, 9))
+        words.append("".join(letters))
+    return "        {} = self.{}({}[{}:], {})\n".format(*words)
+
+
 def keys(port: int, model: str, limit_ms: int) -> dict[str, Any]:
-    lines = (Path(sysconfig.get_path("stdlib")) / FILE).read_text().splitlines(keepends=True)
-    before, after = "".join(lines[80:200]), "".join(lines[200:260])
-    generator, times, computed = random.Random(limit_ms), [], []
+    lines = FILE.read_text().splitlines(keepends=True)
+    before = "".join(lines[80:200])
+    after = "".join(lines[200:260])
+    more = {"n_predict": 1, "t_max_prompt_ms": limit_ms}
+    generator = random.Random(limit_ms)
+    times = list[float]()
+    computed = list[int]()
     for _ in range(KEY_LINES):
-        words = [
-            "".join(generator.choices("abcdefghiklmnoprstuvw", k=generator.randint(3, 9)))
-            for _ in range(5)
-        ]
-        line = "        {} = self.{}({}[{}:], {})\n".format(*words)
+        line = unforeseen_line(generator)
         for typed in range(8, len(line)):
-            more = {"n_predict": 1, "t_max_prompt_ms": limit_ms}
-            asked = Infill(
-                port, model, before + line[:typed], after, more, lines_before=121, lines_after=60
-            ).result()
-            times.append(1000 * asked.seconds)
+            asked = Infill(port, model, before + line[:typed], after, more, 121, 60).result()
+            times.append(round(1000 * asked.seconds, 1))
             computed.append(asked.answer["timings"]["prompt_n"])
         before += line
     times.sort()
-    places = {"p50_ms": len(times) // 2, "p90_ms": len(times) * 9 // 10, "worst_ms": len(times) - 1}
-    found = {name: round(times[place], 1) for name, place in places.items()}
-    return {"keys": len(times), **found, "computed": statistics.median(computed)}
+    return {
+        "keys": len(times),
+        "p50_ms": times[len(times) // 2],
+        "p90_ms": times[len(times) * 9 // 10],
+        "worst_ms": times[-1],
+        "computed": statistics.median(computed),
+    }
 
 
 def main() -> None:
-    file = str(Path(sysconfig.get_path("stdlib")) / FILE)
-    given: dict[str, Any] = {
-        "seconds": 60.0,
-        "keys": 6.0,
-        "model": "qwen_0_5b",
-        "suggest": "often",
-        "file": file,
-    }
-    options = servers.parser_of(__doc__, **given).parse_args()
+    options = servers.parser_of(__doc__, **OPTIONS).parse_args()
     servers.weights_of(options.model)
     with contextlib.ExitStack() as stack:
-        _, pi = servers.both(stack, Path(stack.enter_context(tempfile.TemporaryDirectory())))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        _, pi = servers.both(stack, folder)
         Infill(pi.port, options.model, "x", "").result()  # loads the model
-        result = {"keys": {str(limit): keys(pi.port, options.model, limit) for limit in (500, 0)}}
-        result["typing"] = typing(pi.port, pi, options)
+        by_limit = {f"{limit}": keys(pi.port, options.model, limit) for limit in (500, 0)}
+        result = {"keys": by_limit, "typing": typing(pi, options)}
     print(json.dumps({"benchmark": "editor", "model": options.model, **result}))
 
 

@@ -4,39 +4,38 @@
         [--quick]
 
 vpsd uses the model's tuned file, if this user has one (`vpsd.py tune`); `encoding` names it.
-llama-server uses the published file. What comes from the encoding alone is seen by `published`,
-vpsd with the published file and the settings found beside it, and by `llama_server_tuned`,
-llama-server with the tuned one. --published leaves out the tuned file and its settings. With --spin
-llama-server's threads spin as briefly as vpsd's. --quick has few and short rounds, to see whether
-everything works. A text that ends by itself counts for nobody.
+llama-server uses the published file. Two more sides show what the encoding alone does: `published`
+is vpsd with the published file and the settings found beside it, `llama_server_tuned` is
+llama-server with the tuned file. --published leaves out the tuned file and its settings. With
+--spin llama-server's threads spin as briefly as vpsd's. --quick has few and short rounds, to see
+whether everything works. A text that ends by itself counts for no side.
 
 Prints one line of JSON. Each part is a median over rounds with different prompts; `ratio` is vpsd's
 figure over llama-server's, `ratio_published` that of vpsd with the published file, and so on.
-Without --llama-server the parts that need it are left out. The last column is the target, for the
-0.5B and the 1.5B on a CPU with VNNI or AMX.
+Without --llama-server the parts that need it are left out. Targets are in brackets: two are for the
+0.5B and the 1.5B, on a CPU with VNNI or AMX.
 
-    one       tokens/s of one stream that goes on with code; `plain` is vpsd without drafts    >=
-              1.4, >= 1.3
+    one       tokens/s of one stream that continues code; `plain` is vpsd without drafts
+              [>= 1.4, >= 1.3]
     prose     the same with prose, the answer to a question
     long      the same after a prompt of 1,500 tokens
-    two       tokens/s of two streams of code at once, added up                 >= 1.6, >= 1.3
-    two_prose    the same with prose
-    new       ms to the first token of a prompt of 1,000 tokens that was never seen    <= 0.4, <=
-              0.9
+    two       tokens/s of two streams of code at once, added up [>= 1.6, >= 1.3]
+    two_prose the same with prose
+    new       ms to the first token of a prompt of 1,000 tokens that was never seen [<= 0.4, <= 0.9]
     rewrite   tokens/s of writing a file of 70 lines again, the first time and the second, against
-              llama-server's default (>= 2.2), the fastest of its n-gram modes (>= 1.0), and vpsd
-              with the published file (>= 1.25)
-    ttft      ms to the first token of a prompt that was just answered, and of the same with one
-              line more   <= 1.0
+              llama-server's default [>= 2.2], the fastest of its n-gram modes [>= 1.0], and vpsd
+              with the published file [>= 1.25]
+    ttft      ms to the first token of a prompt that was just answered, and of the same prompt with
+              one more line [<= 1.0]
     cancel    ms until the cores are idle, after a client left while its prompt of 2,000 tokens was
-              read     <= 100
+              read [<= 100]
     pause     ms, the longest pause of a running stream while another prompt of 1,000 tokens is read
     restart   ms to the first token of a prompt of 2,000 tokens: computed, and restored after a
-              restart      >= 50 x
-    loss      tokens/s of text that hardly repeats, with drafts over without    >= 0.98
-    ties      the number of greedy texts that differ with and without drafts. `gaps` has, where a
-              text leaves the path of a plain greedy loop, the lead in logits of the loop's token:
-              small leads are near-ties
+              restart [>= 50 x]
+    loss      tokens/s of text that hardly repeats, with drafts over without [>= 0.98]
+    ties      the number of greedy texts that differ with and without drafts. `gaps` lists, for each
+              text that leaves the path of a plain greedy loop, the lead in logits of the loop's
+              token there: small leads are near-ties
 """
 
 from __future__ import annotations
@@ -47,9 +46,10 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -57,104 +57,90 @@ from typing import Any
 
 import servers
 from families import Reference
-from servers import (
-    Question,
-    Result,
-    Server,
-    code,
-    copying,
-    llama_server,
-    prose,
-    ratio,
-    together,
-    vpsd,
-    words,
-)
+from servers import Question, Result, Server, code, copying, llama_server, prose, ratio, vpsd, words
 
 from cerebrum.vps import llama
 from cerebrum.vps.encoding import cpu_name, find_tuned, tuned_path
 
 NGRAM_MODES = (
-    ("--spec-type", "ngram-simple"),
-    (
-        "--spec-type",
-        "ngram-simple",
-        "--spec-ngram-simple-size-n",
-        "4",
-        "--spec-ngram-simple-size-m",
-        "32",
-    ),
-    ("--spec-type", "ngram-map-k"),
-    (
-        "--spec-type",
-        "ngram-map-k",
-        "--spec-ngram-map-k-size-n",
-        "4",
-        "--spec-ngram-map-k-size-m",
-        "32",
-    ),
-    ("--spec-type", "ngram-map-k4v"),
-    ("--spec-type", "ngram-mod"),
-    ("--spec-type", "ngram-mod", "--spec-ngram-mod-n-match", "12", "--spec-ngram-mod-n-min", "8"),
-    ("--spec-type", "ngram-cache"),
+    "--spec-type ngram-simple",
+    "--spec-type ngram-simple --spec-ngram-simple-size-n 4 --spec-ngram-simple-size-m 32",
+    "--spec-type ngram-map-k",
+    "--spec-type ngram-map-k --spec-ngram-map-k-size-n 4 --spec-ngram-map-k-size-m 32",
+    "--spec-type ngram-map-k4v",
+    "--spec-type ngram-mod",
+    "--spec-type ngram-mod --spec-ngram-mod-n-match 12 --spec-ngram-mod-n-min 8",
+    "--spec-type ngram-cache",
 )
+Sides = dict[str, Server]
+Rates = dict[str, list[float]]
+Measure = Callable[[Server, int], float]  # of a prompt's number
 
 
+def in_turn(sides: Sides, count: int) -> Iterable[tuple[str, Server]]:
+    """The sides in their order, every other time in reverse."""
+    return list(sides.items())[:: 1 if count % 2 else -1]
+
+
+@dataclass
 class Bench:
     """The options, the running servers, and the folder for their files."""
 
-    def __init__(self, options: Any, folder: Path, stack: ExitStack) -> None:
-        self.options, self.folder, self.stack = options, folder, stack
+    options: Any
+    folder: Path
+    stack: ExitStack
+
+    def __post_init__(self) -> None:
+        options = self.options
         self.weights = servers.weights_of(options.model)
-        # `share` divides the lengths of prompts.
-        self.rounds, self.tokens, self.share = (
-            (2, 24, 8) if options.quick else (options.rounds, 128, 1)
-        )
-        self.numbers = iter(range(10_000))
+        self.rounds = 2 if options.quick else options.rounds
+        self.tokens = 24 if options.quick else 128
+        self.share = 8 if options.quick else 1  # divides the lengths of prompts
+        self.numbers = itertools.count()
         settings = llama.Settings()
         if options.threads:
             settings = replace(settings, threads=options.threads, fixed_threads=True)
-        found, reason = (
-            find_tuned(self.weights, settings) if not options.published else (None, "as asked")
-        )
-        options.threads = found.settings.threads if found else settings.threads
+        found = None
+        reason = "as asked"
+        if not options.published:
+            found, reason = find_tuned(self.weights, settings)
         self.encoding = found.encoding if found else f"published: {reason}"
         self.tuned = tuned_path(settings.state_dir, self.weights) if found else None
         self.has_weights = found is not None and found.path == self.tuned
-        self._servers: dict[tuple[str, ...], Server] = {}
+        options.threads = (found.settings if found else settings).threads
+        self._servers = dict[str, Server]()
 
     def ours(self, name: str = "vpsd", published: bool = False, **more: str) -> Server:
-        model, threads = self.options.model, self.options.threads
-        return self._start(
-            ("vpsd", name), vpsd(self.folder, name, model, threads, self.tuned, published, **more)
-        )
+        model = self.options.model
+        threads = self.options.threads
+        server = vpsd(self.folder, name, model, threads, self.tuned, published, **more)
+        return self._start(name, server)
 
-    def _start(self, key: tuple[str, ...], server: AbstractContextManager[Server]) -> Server:
+    def _start(self, key: str, server: AbstractContextManager[Server]) -> Server:
         if key not in self._servers:
             self._servers[key] = self.stack.enter_context(server)
         return self._servers[key]
 
-    def theirs(self, *options: str, file: Path | None = None) -> Server | None:
-        binary, threads = self.options.llama_server, self.options.threads
+    def theirs(self, mode: str = "", file: Path | None = None) -> Server | None:
+        binary = self.options.llama_server
+        threads = self.options.threads
         if not binary:
             return None
-        file, more = (
-            file or self.weights,
-            {servers.SPIN: os.environ[servers.SPIN]} if self.options.spin else {},
-        )
-        return self._start(
-            (str(file), *options),
-            llama_server(self.folder, binary, file, threads, *options, **more),
-        )
+        file = file or self.weights
+        more = {servers.SPIN: os.environ[servers.SPIN]} if self.options.spin else {}
+        server = llama_server(self.folder, binary, file, threads, *mode.split(), **more)
+        return self._start(f"{file} {mode}", server)
 
-    def sides(self, plain: bool = False, encodings: bool = False) -> dict[str, Server]:
+    def sides(self, plain: bool = False, encodings: bool = False) -> Sides:
         """The servers to compare: vpsd; vpsd without drafts if `plain`; llama-server if its path
         was given; with `encodings` also vpsd with the published file, and llama-server with the
         tuned one.
         """
-        theirs, sides = self.theirs(), {"vpsd": self.ours()}
-        sides |= {"plain": self.plain()} if plain else {}
-        sides |= {"llama_server": theirs} if theirs else {}
+        sides = {"vpsd": self.ours()}
+        if plain:
+            sides["plain"] = self.plain()
+        if theirs := self.theirs():
+            sides["llama_server"] = theirs
         if encodings and self.has_weights:
             sides["published"] = self.published()
             if same := self.theirs(file=self.tuned):
@@ -167,130 +153,124 @@ class Bench:
     def published(self) -> Server:
         return self.ours("published", published=True)
 
-    def rounds_of(
-        self, sides: dict[str, Server], measure: Callable[[Server, int], float], rounds: int
-    ) -> dict[str, list[float]]:
-        """The values of `measure(server, number)` by side, in turns, every other time in reverse,
-        after a round to warm up. A number for which a side has 0.0, because a text ended by itself,
-        counts for no side.
+    def rounds_of(self, sides: Sides, measure: Measure, rounds: int) -> Rates:
+        """The values of `measure(server, number)` by side, in turns, after a round to warm up. A
+        number for which a side has 0.0, because a text ended by itself, counts for no side.
         """
-        values: dict[str, list[float]] = {name: [] for name in sides}
+        values = {name: list[float]() for name in sides}
         for count in range(-1, 4 * rounds):
             number = next(self.numbers)
-            found = {
-                name: measure(sides[name], number)
-                for name in list(sides)[:: 1 if count % 2 else -1]
-            }
+            found = {name: measure(server, number) for name, server in in_turn(sides, count)}
             if count >= 0 and all(found.values()):
                 for name, value in found.items():
                     values[name].append(value)
-            if len(next(iter(values.values()))) == rounds:
+            if min(map(len, values.values())) == rounds:
                 break
         return values
 
-    def compare(
-        self,
-        measure: Callable[[Server, int], float],
-        scale: float = 1.0,
-        plain: bool = False,
-        encodings: bool = False,
-    ) -> dict[str, Any]:
-        """The medians of `measure(server, number) * scale` for all sides."""
-        sides = self.sides(plain, encodings)
-        values = self.rounds_of(sides, measure, self.rounds)
-        found: dict[str, Any] = {
-            name: round(scale * median(list_), 2) for name, list_ in values.items()
-        }
-        for name in set(values) - {"llama_server"} if "llama_server" in values else ():
-            found["ratio" if name == "vpsd" else f"ratio_{name}"] = ratio(
-                values[name], values["llama_server"]
-            )
+    def compare(self, measure: Measure, scale: float = 1.0, **which: bool) -> dict[str, Any]:
+        """The medians of `measure(server, number) * scale` for all sides. `which`: see `sides`."""
+        values = self.rounds_of(self.sides(**which), measure, self.rounds)
+        found = {side: round(scale * median(values[side]), 2) for side in values}
+        if theirs := values.pop("llama_server", None):
+            found["ratio"] = ratio(values.pop("vpsd"), theirs)
+            found |= {f"ratio_{side}": ratio(values[side], theirs) for side in values}
         return found
 
 
 def rate(results: Sequence[Result], tokens: int) -> float:
     """Tokens/s of completions that run together, added up; 0.0 if one of them ended by itself."""
-    if any(
-        result.tokens < tokens - 2 for result in results
-    ):  # the last ones may have no text of their own
+    # The last ones may have no text of their own.
+    if any(result.tokens < tokens - 2 for result in results):
         return 0.0
     # While all of them write: a server may let one begin before it has read the other's prompt.
-    begin, end = (
-        max(result.marks[0][0] for result in results),
-        min(result.marks[-1][0] for result in results),
-    )
-    counts = [
-        [count for moment, count in result.marks if begin <= moment <= end] for result in results
-    ]
-    return (
-        sum(count[-1] - count[0] for count in counts if count) / (end - begin)
-        if begin < end
-        else 0.0
-    )
+    begin = max(result.marks[0][0] for result in results)
+    end = min(result.marks[-1][0] for result in results)
+    if begin >= end:
+        return 0.0
+    written = 0
+    for result in results:
+        if counts := [count for moment, count in result.marks if begin <= moment <= end]:
+            written += counts[-1] - counts[0]
+    return written / (end - begin)
+
+
+class Drafts(Counter[str]):
+    """Tokens that were drafted, and those of them that were accepted."""
+
+    def count(self, result: Result) -> None:
+        for name in ("draft_tokens", "accepted_tokens"):
+            self[name] += result.done.get(name, 0)
 
 
 def streams(bench: Bench, ask: Callable[[int], str], count: int = 1) -> dict[str, Any]:
-    drafted = 0
+    drafts = Drafts()
 
     def measure(server: Server, number: int) -> float:
-        nonlocal drafted
         prompts = [ask(count * number + place) for place in range(count)]
-        results = together(*(partial(server.complete, prompt, bench.tokens) for prompt in prompts))
-        drafted += sum(result.done.get("draft_tokens", 0) for result in results)
+        calls = [partial(server.complete, prompt, bench.tokens) for prompt in prompts]
+        results = servers.together(*calls)
+        for result in results:
+            drafts.count(result)
         return rate(results, bench.tokens)
 
-    return bench.compare(measure, plain=True, encodings=True) | {"draft_tokens": drafted}
+    found = bench.compare(measure, plain=True, encodings=True)
+    return found | {"draft_tokens": drafts["draft_tokens"]}
 
 
 def long(bench: Bench) -> dict[str, Any]:
-    return streams(
-        bench, lambda number: Question(f"{words(number, 1500 // bench.share)}\n{prose(number)}")
-    )
+    def ask(number: int) -> str:
+        return Question(f"{words(number, 1500 // bench.share)}\n{prose(number)}")
+
+    return streams(bench, ask)
 
 
 def rewriting(bench: Bench, server: Server, number: int, tokens: int = 1024) -> Result:
-    return server.complete(copying(number, 70 // bench.share), tokens // bench.share, stop="```")
+    prompt = copying(number, 70 // bench.share)
+    return server.complete(prompt, tokens // bench.share, stop="```")
 
 
-def rate_of_mode(bench: Bench, mode: tuple[str, ...]) -> float:
+def rate_of_mode(bench: Bench, mode: str) -> float:
     """Of writing a file again that is not among those that are measured later."""
-    binary, threads = bench.options.llama_server, bench.options.threads
-    with llama_server(bench.folder, binary, bench.weights, threads, *mode) as candidate:
+    binary = bench.options.llama_server
+    threads = bench.options.threads
+    with llama_server(bench.folder, binary, bench.weights, threads, *mode.split()) as candidate:
         return rewriting(bench, candidate, 8, 400).rate
+
+
+def rewriting_rates(bench: Bench, sides: Sides, drafts: Drafts) -> Rates:
+    """Tokens/s by side and turn, `vpsd_first` and so on. `drafts` counts those of vpsd."""
+    rates = Rates()
+    for count in range(min(bench.rounds, 8)):
+        for side, server in in_turn(sides, count):
+            for turn in ("first", "again"):
+                result = rewriting(bench, server, count)
+                rates.setdefault(f"{side}_{turn}", []).append(result.rate)
+                if side == "vpsd":
+                    drafts.count(result)
+    return rates
 
 
 def rewrite(bench: Bench) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    sides = bench.sides() | ({"published": bench.published()} if bench.has_weights else {})
+    others = {"llama_server": "default"}
+    sides = bench.sides()
+    if bench.has_weights:
+        sides["published"] = bench.published()
     if bench.options.llama_server:
         modes = {mode: rate_of_mode(bench, mode) for mode in NGRAM_MODES}
-        found["ngram_modes"] = {
-            " ".join(mode[1::2]): round(rate, 1) for mode, rate in modes.items()
-        }
         best = max(modes, key=lambda mode: modes[mode])
-        found["best_mode"], sides["ngram"] = " ".join(best), bench.theirs(*best)
-    rates: dict[str, list[float]] = {}
-    accepted = drafted = 0
-    for count in range(min(bench.rounds, 8)):
-        for name in list(sides)[:: 1 if count % 2 else -1]:
-            for turn in ("first", "again"):
-                result = rewriting(bench, sides[name], count)
-                rates.setdefault(f"{name}_{turn}", []).append(result.rate)
-                if name == "vpsd":
-                    drafted += result.done["draft_tokens"]
-                    accepted += result.done["accepted_tokens"]
-    found |= {name: round(median(list_), 1) for name, list_ in rates.items()}
-    for turn in ("first", "again"):
-        for side, word in (
-            ("llama_server", "default"),
-            ("ngram", "ngram"),
-            ("published", "published"),
-        ):
-            if f"{side}_{turn}" in rates:
-                found[f"ratio_{word}_{turn}"] = ratio(
-                    rates[f"vpsd_{turn}"], rates[f"{side}_{turn}"]
-                )
-    return found | {"draft_tokens": drafted, "accepted_tokens": accepted}
+        sides["ngram"] = bench.theirs(best)
+        rounded = {" ".join(mode.split()[1::2]): round(modes[mode], 1) for mode in modes}
+        found = {"ngram_modes": rounded, "best_mode": best}
+    drafts = Drafts()
+    rates = rewriting_rates(bench, sides, drafts)
+    found |= {name: round(median(values), 1) for name, values in rates.items()}
+    for name, values in rates.items():
+        side, _, turn = name.rpartition("_")
+        if side != "vpsd":
+            found[f"ratio_{others.get(side, side)}_{turn}"] = ratio(rates[f"vpsd_{turn}"], values)
+    return found | drafts
 
 
 def ttft(bench: Bench) -> dict[str, Any]:
@@ -304,10 +284,9 @@ def ttft(bench: Bench) -> dict[str, Any]:
             known[kind] = result.done["prompt_tokens"] - result.done["cached_tokens"]
         return result.ttft
 
-    kinds = {"repeated": "", "extended": " and one more line of it\n"}
-    times = {
-        kind: bench.compare(partial(first_token, kind, more), 1000) for kind, more in kinds.items()
-    }
+    times = {}
+    for kind, more in (("repeated", ""), ("extended", " and one more line of it\n")):
+        times[kind] = bench.compare(partial(first_token, kind, more), 1000)
     return times | {"computed": known}
 
 
@@ -318,24 +297,34 @@ def new(bench: Bench) -> dict[str, Any]:
     return bench.compare(first_token, 1000, encodings=True)
 
 
-def cancel(bench: Bench) -> dict[str, Any]:
-    """The server is idle from the first of 5 successive readings, 2 ms apart, in which no thread
-    did any work.
+def idle_since(pid: int, begin: float) -> float:
+    """Wait until a server that was busy at `begin` is idle. It is so from the first of 5 successive
+    readings, 2 ms apart, in which no thread did any work.
     """
-    server, times = bench.ours(), []
+    quiet = 0
+    idle = begin
+    busy = servers.cpu_ns(pid)
+    while quiet < 5:
+        time.sleep(0.002)
+        before, busy = busy, servers.cpu_ns(pid)
+        quiet += 1
+        if busy - before >= 500_000:
+            quiet = 0
+            idle = time.perf_counter()
+    return idle
+
+
+def cancel(bench: Bench) -> dict[str, Any]:
+    server = bench.ours()
+    times = list[float]()
     for _ in range(bench.rounds):
         prompt = words(next(bench.numbers), 2000 // bench.share)
         with server.events(prompt, 8, progress=True) as events:
-            next(event for event in events if event.get("progress", {}).get("stage") == "prefill")
+            while next(events).get("progress", {}).get("stage") != "prefill":
+                pass
             time.sleep(0.1)  # into the first chunk
             begin = time.perf_counter()
-        quiet, idle, busy = 0, begin, servers.cpu_ns(server.pid)
-        while quiet < 5:
-            time.sleep(0.002)
-            before, busy = busy, servers.cpu_ns(server.pid)
-            quiet = quiet + 1 if busy - before < 500_000 else 0
-            idle = idle if quiet else time.perf_counter()
-        times.append(1000 * (idle - begin))
+        times.append(1000 * (idle_since(server.pid, begin) - begin))
     return {"ms": round(median(times), 1), "worst_ms": round(max(times), 1)}
 
 
@@ -343,7 +332,8 @@ def pause(bench: Bench) -> dict[str, Any]:
     def measure(server: Server, number: int) -> float:
         with server.events(words(9000 + number, 100), 2000) as events:
             marks = [next(events) and time.perf_counter() for _ in range(4)]
-            prompt, others = words(number, 1000 // bench.share), list[Result]()
+            prompt = words(number, 1000 // bench.share)
+            others = list[Result]()
             other = threading.Thread(target=lambda: others.append(server.complete(prompt, 1)))
             other.start()
             while not others and next(events, None):
@@ -355,20 +345,19 @@ def pause(bench: Bench) -> dict[str, Any]:
 
 
 def restart(bench: Bench) -> dict[str, Any]:
-    prompts = [
-        words(next(bench.numbers), 2000 // bench.share)
-        for _ in range(1 if bench.options.quick else 5)
-    ]
+    count = 1 if bench.options.quick else 5
+    length = 2000 // bench.share
+    prompts = [words(next(bench.numbers), length) for _ in range(count)]
+    model = bench.options.model
+    threads = bench.options.threads
     runs = list[list[Result]]()
     for _ in range(2):
-        with vpsd(
-            bench.folder, "restart", bench.options.model, bench.options.threads, bench.tuned
-        ) as server:
+        with vpsd(bench.folder, "restart", model, threads, bench.tuned) as server:
             runs.append([server.complete(prompt, 4) for prompt in prompts])
-    computed, known = ([result.ttft for result in results] for results in runs)
+    computed, known = ([1000 * result.ttft for result in results] for results in runs)
     return {
-        "computed_ms": round(1000 * median(computed), 1),
-        "known_ms": round(1000 * median(known), 1),
+        "computed_ms": round(median(computed), 1),
+        "known_ms": round(median(known), 1),
         "ratio": round(ratio(computed, known), 1),
         "prompt_tokens": runs[1][0].done["prompt_tokens"],
         "cached_tokens": [result.done["cached_tokens"] for result in runs[1]],
@@ -376,75 +365,77 @@ def restart(bench: Bench) -> dict[str, Any]:
 
 
 def loss(bench: Bench) -> dict[str, Any]:
-    sides, drafted, accepted = {"drafts": bench.ours(), "plain": bench.plain()}, 0, 0
+    sides = {"drafts": bench.ours(), "plain": bench.plain()}
+    drafts = Drafts()
 
     def measure(server: Server, number: int) -> float:
-        nonlocal drafted, accepted
         result = server.complete(prose(number), bench.tokens)
-        drafted += result.done["draft_tokens"]
-        accepted += result.done["accepted_tokens"]
+        drafts.count(result)
         return result.rate
 
     rates = bench.rounds_of(sides, measure, 2 * bench.rounds)
-    return {
-        "ratio": ratio(rates["drafts"], rates["plain"]),
-        "draft_tokens": drafted,
-        "accepted_tokens": accepted,
-    }
+    return {"ratio": ratio(rates["drafts"], rates["plain"]), **drafts}
+
+
+def leads_where_left(result: Result, pieces: Iterable[bytes], leads: list[float]) -> list[float]:
+    """Where a text leaves the path of the loop, the lead of the loop's token; nothing if it does
+    not.
+    """
+    path = zip(itertools.accumulate(pieces), leads[: result.done["total_tokens"]], strict=False)
+    text = result.text.encode()
+    left = (round(lead, 3) for start, lead in path if not text.startswith(start))
+    return list(itertools.islice(left, 1))
 
 
 def ties(bench: Bench) -> dict[str, Any]:
-    drafting, plain, differ, drafted = bench.ours(), bench.plain(), 0, 0
-    loop, gaps = Reference(bench.weights), {"drafts": list[float](), "plain": list[float]()}
+    sides = {"drafts": bench.ours(), "plain": bench.plain()}
+    drafts = Drafts()
+    loop = Reference(bench.weights)
+    gaps = {name: list[float]() for name in sides}
+    differ = 0
     numbers = range(4 if bench.options.quick else 16)
-    for prompt in (
-        *(prose(500 + number) for number in numbers),
-        *(copying(number, 20) for number in numbers),
-    ):
-        results = {
-            "drafts": drafting.complete(prompt, bench.tokens),
-            "plain": plain.complete(prompt, bench.tokens),
-        }
-        drafted += results["drafts"].done["draft_tokens"]
-        differ += results["drafts"].text != results["plain"].text
+    prompts = [prose(500 + number) for number in numbers]
+    prompts += [copying(number, 20) for number in numbers]
+    for prompt in prompts:
         chat = isinstance(prompt, Question)
-        pieces, leads = loop.greedy(
-            loop.tokenize(prompt.chat_ml() if chat else prompt, chat), bench.tokens
-        )
-        for name, result in results.items():
-            path = zip(
-                itertools.accumulate(pieces), leads[: result.done["total_tokens"]], strict=False
-            )
-            gaps[name] += [
-                round(lead, 3) for text, lead in path if not result.text.encode().startswith(text)
-            ][:1]
-    return {"texts": 2 * len(numbers), "differ": differ, "gaps": gaps, "draft_tokens": drafted}
+        tokens = loop.tokenize(prompt.chat_ml() if chat else prompt, chat)
+        pieces, leads = loop.greedy(tokens, bench.tokens)
+        texts = set[str]()
+        for name, server in sides.items():
+            result = server.complete(prompt, bench.tokens)
+            drafts.count(result)
+            texts.add(result.text)
+            gaps[name] += leads_where_left(result, pieces, leads)
+        differ += len(texts) == 2
+    drafted = drafts["draft_tokens"]
+    return {"texts": len(prompts), "differ": differ, "gaps": gaps, "draft_tokens": drafted}
 
 
+WHOLE_PARTS = (long, rewrite, new, ttft, cancel, pause, restart, loss, ties)
 PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "one": partial(streams, ask=code),
     "prose": partial(streams, ask=prose),
     "two": partial(streams, ask=code, count=2),
     "two_prose": partial(streams, ask=prose, count=2),
-    **{
-        part.__name__: part
-        for part in (long, rewrite, new, ttft, cancel, pause, restart, loss, ties)
-    },
+    **{part.__name__: part for part in WHOLE_PARTS},
+}
+OPTIONS = {
+    "llama_server": "",
+    "model": "qwen_0_5b",
+    "only": ",".join(PARTS),
+    "rounds": 5,
+    "threads": 0,
+    "published": False,
+    "spin": False,
+    "quick": False,
 }
 
 
 def main() -> None:
-    what, how = (
-        {"llama_server": "", "model": "qwen_0_5b", "only": ",".join(PARTS)},
-        {"rounds": 5, "threads": 0},
-    )
-    options = servers.parser_of(
-        __doc__, **what, **how, published=False, spin=False, quick=False
-    ).parse_args()
+    options = servers.parser_of(__doc__, **OPTIONS).parse_args()
     found: dict[str, Any] = {"benchmark": "engine", "model": options.model, "cpu": cpu_name()}
-    found |= (
-        {} if options.llama_server else {"llama_server": "skipped: --llama-server was not given"}
-    )
+    if not options.llama_server:
+        found["llama_server"] = "skipped: --llama-server was not given"
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         bench = Bench(options, Path(folder), stack)
         found |= {"threads": options.threads, "encoding": bench.encoding}

@@ -15,13 +15,15 @@ import itertools
 import json
 import logging
 import os
+import statistics
 import sys
 import time
 import timeit
+from collections.abc import Iterator
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "pi"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "pi"))
 import test_stalls
 
 from cerebrum.text.prompt import common_length, prepare
@@ -37,22 +39,23 @@ def prepared(prompt: str) -> str:
 
 
 def milliseconds(prompt: str, runs: int) -> float:
-    return round(min(timeit.repeat(lambda: prepared(prompt), number=1, repeat=runs)) * 1000, 2)
+    seconds = timeit.repeat(lambda: prepared(prompt), number=1, repeat=runs)
+    return round(1000 * min(seconds), 2)
 
 
-def shared(one: str, other: str) -> float:
-    return common_length(one, other) / len(other)
+def shares(file: str) -> Iterator[float]:
+    """Of each prompt, the part that equals the start of the prompt before it."""
+    lines = file.splitlines(keepends=True)[:2000]
+    counts = range(len(lines) - 300, len(lines))
+    prompts = (prepared("".join(lines[:count])) for count in counts)
+    for before, prompt in itertools.pairwise(prompts):
+        yield common_length(before, prompt) / len(prompt)
 
 
 def main() -> None:
     text = "".join(FILES)
-    found: list[float] = []
-    for lines in (file.splitlines(keepends=True)[:2000] for file in FILES):
-        prompts = (
-            prepared("".join(lines[:count])) for count in range(len(lines) - 300, len(lines))
-        )
-        found += itertools.starmap(shared, itertools.pairwise(prompts))
-    found.sort()
+    found = sorted(itertools.chain.from_iterable(map(shares, FILES)))
+    large = [share for share in found if share >= 0.9]
     logging.disable()
     stalls = asyncio.run(test_stalls.stalls(time.perf_counter))
     result = {
@@ -60,10 +63,10 @@ def main() -> None:
         "ms_100_kb": milliseconds(text[:100_000], 30),
         "ms_1_mib": milliseconds((text * 3)[: 1 << 20], 5),
         "ms_1_mib_of_empty_lines": milliseconds("\n" * (1 << 20), 3),
-        "shared_mean": round(sum(found) / len(found), 4),
+        "shared_mean": round(statistics.mean(found), 4),
         "shared_median": round(found[len(found) // 2], 4),
         "stall_ms": {name: round(1000 * seconds, 1) for name, (seconds, _) in stalls.items()},
-        "lines_that_share_90_percent": round(sum(share >= 0.9 for share in found) / len(found), 4),
+        "lines_that_share_90_percent": round(len(large) / len(found), 4),
         "targets": {"ms_100_kb": 10, "stall_ms": 50, "shared_mean": 0.9},
     }
     print(json.dumps(result))

