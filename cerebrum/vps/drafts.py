@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
 
-from cerebrum.vps.llama import common_prefix
+from cerebrum.vps.tokens import common_prefix
 
 # ----------------------------------------------------------------------------------- policy: drafts
 

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from cerebrum.vps.tokens import common_prefix
 from cerebrum.vps.vocabulary import CompletionRequest, Vocabulary, api, metadata
 
 MB = 1 << 20
@@ -113,15 +114,6 @@ def start_library() -> None:
 
 
 ABORTED = 2  # returned by llama_decode after the abort callback has returned true
-
-
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """The length of the longest common prefix of `a` and `b`, two sequences of one type."""
-    limit = min(len(a), len(b))
-    start = 0
-    while start < limit and a[start : start + 64] == b[start : start + 64]:
-        start += 64
-    return next((place for place in range(start, limit) if a[place] != b[place]), limit)
 
 
 def load_model(

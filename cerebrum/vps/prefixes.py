@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cerebrum.vps.llama import Llama, Slot, common_prefix, write_atomically
+from cerebrum.vps.llama import Llama, Slot, write_atomically
+from cerebrum.vps.tokens import common_prefix
 from cerebrum_common import log
 
 MIN_PREFIX = 16  # tokens; a shorter sequence is computed faster than it is stored and restored

@@ -3,7 +3,8 @@ try without HTTP:
 
     import pathlib, queue
     from cerebrum.vps.llama import Settings, start_library
-    from cerebrum.vps.vocabulary import CompletionRequest
+    from cerebrum.vps.tokens import common_prefix
+from cerebrum.vps.vocabulary import CompletionRequest
     from cerebrum.vps.worker import Job, Loader, Worker
     start_library()
     worker = Worker(Loader("qwen", pathlib.Path("model.gguf"), Settings()))
@@ -58,7 +59,6 @@ from cerebrum.vps.llama import (
     Settings,
     Slot,
     check_digest,
-    common_prefix,
     file_stamp,
     llama_log,
 )
@@ -71,6 +71,7 @@ from cerebrum.vps.schedule import (
     measure_costs,
     share_size,
 )
+from cerebrum.vps.tokens import common_prefix
 from cerebrum.vps.vocabulary import CompletionRequest, begun_answer
 from cerebrum_common import HttpError, log, request_id_var
 

@@ -38,7 +38,8 @@ from quality import indentation, passes, problems
 from sure import LANGUAGES, MAX_FILE_BYTES, SINCE, UNUSUAL, git
 
 from cerebrum.text.ending import Ending
-from cerebrum.vps.llama import MAX_CHUNK, Llama, Settings, Slot, common_prefix
+from cerebrum.vps.llama import MAX_CHUNK, Llama, Settings, Slot
+from cerebrum.vps.tokens import common_prefix
 from cerebrum.vps.vocabulary import CompletionRequest
 
 KINDS = ("one", "several", "spans")

@@ -30,7 +30,7 @@ from cerebrum.vps import drafts, llama, prefixes, schedule
 from cerebrum.vps import worker as vps_worker
 from cerebrum.vps.drafts import Drafter, Gain
 from cerebrum.vps.encoding import TunedFile
-from cerebrum.vps.llama import MAX_CHUNK, MAX_DRAFT, MB, common_prefix
+from cerebrum.vps.llama import MAX_CHUNK, MAX_DRAFT, MB
 from cerebrum.vps.memory import Parts, fit
 from cerebrum.vps.prefixes import (
     Parked,
@@ -42,6 +42,7 @@ from cerebrum.vps.prefixes import (
     save_parked,
 )
 from cerebrum.vps.schedule import Baton, Costs, chunk_size, share_size
+from cerebrum.vps.tokens import common_prefix
 from cerebrum.vps.vocabulary import CompletionRequest, heal_from
 from cerebrum.vps.worker import Job, Loader, Run, Worker
 from cerebrum_common import HttpError
