@@ -154,12 +154,13 @@ class Sequences:
         have = max(
             self.store.best(prompt)[1], *(common_prefix(slot.tokens, prompt) for slot in self.slots)
         )
-        return any(
-            min(common_prefix(run.prompt, prompt), len(prompt) - 1)
-            > max(have, len(run.slot.tokens)) + MIN_PREFIX
-            for run in (slot.run for slot in self.slots)
-            if run and run.prefilling and (low or not run.job.low)
-        )
+        for slot in self.slots:
+            run = slot.run
+            if run and run.prefilling and (low or not run.low):
+                coming = min(common_prefix(run.prompt, prompt), len(prompt) - 1)
+                if coming > max(have, len(slot.tokens)) + MIN_PREFIX:
+                    return True
+        return False
 
     def cut_to_budget(self, slot: Slot) -> None:
         """Cut a sequence to what the store can hold of it; a recurrent state cannot be cut."""

@@ -186,6 +186,10 @@ class Run:
         self.outbox: list[Event | HttpError] = []
 
     @property
+    def low(self) -> bool:
+        return self.job.low
+
+    @property
     def prefilling(self) -> bool:
         return self.pending is None
 
@@ -298,6 +302,21 @@ class Decoder:
             False  # the current llama_decode takes more than PREFILL_SECONDS; read by other threads
         )
 
+    @property
+    def runs(self) -> list[Run]:
+        """The jobs that have a slot, in the order of the slots."""
+        slots = self.sequences.slots
+        return [slot.run for slot in slots if isinstance(slot.run, Run)]
+
+    def yielding(self) -> Run | None:
+        """The run that gives its slot to a job of normal priority: one of low priority whose prompt
+        is being read. A completion that has begun to write keeps its slot.
+        """
+        for run in self.runs:
+            if run.low and run.prefilling and not run.first_token:
+                return run
+        return None
+
     def start(self, job: Job, free: list[Slot]) -> None:
         """Give the job a slot; what the slot lacks of its prompt is prefilled."""
         slot, guide = self.sequences.place(job.prompt, free)
@@ -305,11 +324,11 @@ class Decoder:
         if job.cached is None:  # else the job itself has read these tokens, before it gave way
             job.cached = len(slot.tokens)
             self.tally.cached_tokens += job.cached
-        slot.run = Run(job, slot, guide)
+        slot.run = run = Run(job, slot, guide)
         if self.model.recurrent and self.sequences.store.budget:
             # A later prompt has this one's beginning, or all of it; its last token may be another
             # one.
-            slot.run.marks = [
+            run.marks = [
                 mark for mark in (job.before - 1, len(job.prompt) - 1) if mark >= MIN_PREFIX
             ]
 
@@ -317,8 +336,8 @@ class Decoder:
         """Decode the next work of every run, together. False if there is none: prompts of low
         priority are read only while no other request needs the CPU.
         """
-        is_busy = not all(run.job.low for run in runs) or self.baton.fastest_other(self) < math.inf
-        runs = [run for run in runs if not (is_busy and run.job.low and run.prefilling)]
+        is_busy = not all(run.low for run in runs) or self.baton.fastest_other(self) < math.inf
+        runs = [run for run in runs if not (is_busy and run.low and run.prefilling)]
         works: list[Work] = []
         for run in runs:
             with self._blamed_on(run):
@@ -338,7 +357,7 @@ class Decoder:
                 len(other.prompt) - len(other.slot.tokens) for other in runs if other.prefilling
             ]
             # What is read of low priority must end soon when another request comes.
-            pace = self._pace(own=run.job.low or len(reading) < len(runs))
+            pace = self._pace(own=run.low or len(reading) < len(runs))
             # An infill is often given up for the next key, and a micro-batch that is not done is
             # lost.
             short = run.hurried or self.model.recurrent or run.job.request.mode == "infill"
@@ -696,7 +715,7 @@ class Worker(threading.Thread):
 
             def is_in_the_way(run: Run) -> bool:
                 waited_for = common_prefix(run.prompt, prompt) >= MIN_PREFIX
-                return run.prefilling and (run.job.low or (is_long and not waited_for))
+                return run.prefilling and (run.low or (is_long and not waited_for))
 
             self._abort_if(is_in_the_way)
 
@@ -774,12 +793,8 @@ class Worker(threading.Thread):
                 # more jobs may have come while a sequence was parked, which takes milliseconds
                 continue
             # Without those whose clients do not keep up.
-            runs = [
-                slot.run for slot in self.slots if slot.run and slot.run.job.unread() < MAX_BACKLOG
-            ]
-            self.baton.note(
-                decoder, decoder.costs(1) if not all(run.job.low for run in runs) else None
-            )
+            runs = [run for run in decoder.runs if run.job.unread() < MAX_BACKLOG]
+            self.baton.note(decoder, decoder.costs(1) if not all(run.low for run in runs) else None)
             if not runs:
                 self._rest(decoder.sequences)
             elif not decoder.turn(runs):
@@ -842,10 +857,10 @@ class Worker(threading.Thread):
         with self._door:
             self._closed = True
         self.baton.note(self.decoder, None)
-        for slot in self.slots:
-            with self._logged("ending a request"):
-                if slot.run and self.decoder:
-                    self.decoder.fail(slot.run, self._end)
+        if decoder := self.decoder:
+            for run in decoder.runs:
+                with self._logged("ending a request"):
+                    decoder.fail(run, self._end)
         for job in self.waiting:
             with self._logged("refusing a request"):
                 job.deliver([self._farewell])
@@ -876,43 +891,36 @@ class Worker(threading.Thread):
         """Drop cancelled jobs, and start waiting ones while there are slots: those of low priority
         last, the oldest first.
         """
-        for slot in self.slots:
-            if slot.run and slot.run.job.cancelled:
-                decoder.release(slot.run, CANCELLED)
+        for run in decoder.runs:
+            if run.job.cancelled:
+                decoder.release(run, CANCELLED)
         for job in sorted(self.waiting, key=lambda job: (job.low, job.submitted)):
-            slots = self._slots_for(job)
-            if not job.cancelled and (
-                not slots or decoder.sequences.is_coming(job.prompt, job.low)
-            ):
-                continue
-            self.waiting.remove(job)
             if job.cancelled:
+                self.waiting.remove(job)
                 self.tally.end(CANCELLED)
                 continue
-            try:
-                if run := slots[0].run:
-                    decoder.sequences.cut_to_budget(run.slot)
-                    decoder.release(run)
-                    run.job.progress("queued", 0, 1)
-                    self.waiting.append(run.job)
-                decoder.start(job, slots)
-            except Exception:
-                log.exception("request %s could not be started", job.request_id)
-                for slot in slots:  # any of them may be half prepared
-                    decoder.sequences.cut(slot, 0)
-                job.deliver([HttpError("INTERNAL_ERROR", "internal error; see the log")])
+            slots = [slot for slot in self.slots if not slot.run]
+            yielding = None if slots or job.low else decoder.yielding()
+            if yielding:
+                slots = [yielding.slot]
+            if slots and not decoder.sequences.is_coming(job.prompt, job.low):
+                self.waiting.remove(job)
+                self._start(job, slots, yielding, decoder)
 
-    def _slots_for(self, job: Job) -> list[Slot]:
-        """The idle slots. If there are none, a job of normal priority gets one in which a prompt of
-        low priority is being read; a completion that has begun to write keeps its slot.
-        """
-        idle = [slot for slot in self.slots if not slot.run]
-        if idle or job.low:
-            return idle
-        runs = [slot.run for slot in self.slots]
-        return [run.slot for run in runs if run.job.low and run.prefilling and not run.first_token][
-            :1
-        ]
+    def _start(self, job: Job, slots: list[Slot], yielding: Run | None, decoder: Decoder) -> None:
+        """Start the job in one of the slots, after the run that yields its slot has left it."""
+        try:
+            if yielding:
+                decoder.sequences.cut_to_budget(yielding.slot)
+                decoder.release(yielding)
+                yielding.job.progress("queued", 0, 1)
+                self.waiting.append(yielding.job)
+            decoder.start(job, slots)
+        except Exception:
+            log.exception("request %s could not be started", job.request_id)
+            for slot in slots:  # any of them may be half prepared
+                decoder.sequences.cut(slot, 0)
+            job.deliver([HttpError("INTERNAL_ERROR", "internal error; see the log")])
 
     def _rest(self, sequences: Sequences) -> None:
         """Wait for the alarm. Idle sequences are stored only after STORE_SECONDS of quiet, because
