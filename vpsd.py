@@ -71,6 +71,7 @@ from cerebrum.settings import ConfigError, Environment, load_catalog, read_envir
 from cerebrum.text.languages import LANGUAGES
 from cerebrum.vps.encoding import Outcome, TuneError, find_tuned, remove_tuned, tune
 from cerebrum.vps.fetch import Bar, FetchError, digest_with_bar, fetch, is_whole
+from cerebrum.vps.job import Event, Job
 from cerebrum.vps.llama import (
     KV_TYPES,
     MAX_SEED,
@@ -84,7 +85,7 @@ from cerebrum.vps.llama import (
 from cerebrum.vps.memory import available_mb, check_memory, fit, needed
 from cerebrum.vps.pool import Pool
 from cerebrum.vps.vocabulary import CompletionRequest
-from cerebrum.vps.worker import RESUME_BACKLOG, Event, Job, Worker
+from cerebrum.vps.worker import RESUME_BACKLOG, Worker
 from cerebrum_common import HttpError, Model, Request, Response, Route, log
 
 HERE = Path(__file__).resolve().parent

@@ -49,6 +49,8 @@ ROOMS = {
     "cerebrum/vps/schedule.py": "tests/vps/test_engine.py",
     "cerebrum/vps/prefixes.py": VPS,
     "cerebrum/vps/worker.py": VPS,
+    "cerebrum/vps/decoder.py": VPS,
+    "cerebrum/vps/job.py": VPS,
     "cerebrum_lsp.py": "tests/test_lsp.py",
 }
 SLOWER, WORKERS = 5, 2

@@ -17,9 +17,10 @@ from test_engine import ScriptedLlama
 from test_vpsd import Reference, Vps, real, real_reference  # noqa: F401 (fixtures)
 
 from cerebrum.vps.confidence import Confidence
+from cerebrum.vps.decoder import Decoder
+from cerebrum.vps.job import Job, Run
 from cerebrum.vps.llama import Llama, Slot
 from cerebrum.vps.vocabulary import CompletionRequest
-from cerebrum.vps.worker import Decoder, Job, Run
 
 A, B, C = ("a", 0.9), (" =", 0.7), (" 1\n", 0.2)  # a token ends a line, or
 LATER = ("```\n", 0.1)  # what precedes the client's text

@@ -27,9 +27,11 @@ from test_ending import splits
 
 import vpsd
 from cerebrum.vps import drafts, llama, prefixes, schedule
+from cerebrum.vps import job as vps_job
 from cerebrum.vps import worker as vps_worker
 from cerebrum.vps.drafts import Drafter, Gain
 from cerebrum.vps.encoding import TunedFile
+from cerebrum.vps.job import Event, Job, Run
 from cerebrum.vps.llama import MAX_CHUNK, MAX_DRAFT, MB
 from cerebrum.vps.memory import Parts, fit
 from cerebrum.vps.prefixes import (
@@ -44,7 +46,7 @@ from cerebrum.vps.prefixes import (
 from cerebrum.vps.schedule import Baton, Costs, chunk_size, share_size
 from cerebrum.vps.tokens import common_prefix
 from cerebrum.vps.vocabulary import CompletionRequest, heal_from
-from cerebrum.vps.worker import Job, Loader, Run, Worker
+from cerebrum.vps.worker import Loader, Worker
 from cerebrum_common import HttpError
 
 ONE, MANY = (
@@ -696,7 +698,7 @@ class Ask:
     """A job for a worker, and its events."""
 
     def __init__(self, prompt: str, **more: Any) -> None:
-        self.events: queue.SimpleQueue[list[vps_worker.Event | HttpError]] = queue.SimpleQueue()
+        self.events: queue.SimpleQueue[list[Event | HttpError]] = queue.SimpleQueue()
         self.job = Job(
             CompletionRequest(prompt, stop_at="none", temperature=0, **more), self.events.put
         )
@@ -876,14 +878,14 @@ def test_caches_are_kept_apart_by_file_and_settings(
 
 
 def test_a_fault_while_a_request_is_set_up_ends_it_alone(worker: Worker, monkeypatch: Any) -> None:
-    real = vps_worker.Sampler
+    real = vps_job.Sampler
 
-    def sampler(request: CompletionRequest) -> vps_worker.Sampler:
+    def sampler(request: CompletionRequest) -> vps_job.Sampler:
         if request.prompt == "bad":
             raise RecursionError("of the sampler")
         return real(request)
 
-    monkeypatch.setattr(vps_worker, "Sampler", sampler)
+    monkeypatch.setattr(vps_job, "Sampler", sampler)
     model: Any = worker.model
     model.hold.clear()
     beside = ask(worker, "x", max_tokens=3)

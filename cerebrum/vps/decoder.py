@@ -1,0 +1,345 @@
+"""What a model decodes next: each running completion's part of a `llama_decode`, and what becomes
+of its result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from cerebrum.metrics import Tally
+from cerebrum.vps.drafts import Drafter, Gain
+from cerebrum.vps.job import Job, Run
+from cerebrum.vps.llama import ABORTED, MAX_CHUNK, MAX_DRAFT, Llama, Slot
+from cerebrum.vps.prefixes import MIN_PREFIX, Sequences
+from cerebrum.vps.schedule import PREFILL_SECONDS, Baton, Costs, chunk_size, share_size
+from cerebrum_common import HttpError, log
+
+
+@dataclass(slots=True)
+class ModelTally(Tally):
+    """Totals of a model's completions and decodes, kept when the model is unloaded. The worker's
+    thread writes all fields except the three about loads.
+    """
+
+    drafts: int = 0  # decodes that checked a draft
+    decodes: int = 0  # calls of llama_decode
+    decoded_sequences: int = 0  # sequences per decode, summed over all decodes
+    prompt_seconds: float = 0.0  # from the start of each completion to its first token
+    token_seconds: float = 0.0  # from the first token of each completion to its last
+    loads: int = 0
+    failed_loads: int = 0
+    load_seconds: float = 0.0  # of the successful loads
+
+
+@dataclass(slots=True)
+class Work:
+    """One sequence's part in the next decode: tokens to append, the last `outputs` of them with
+    logits.
+    """
+
+    run: Run
+    tokens: list[int]
+    outputs: int
+
+
+class Decoder:
+    """What the next `llama_decode` computes for each running sequence, and what becomes of its
+    result.
+
+    Owned by a worker; every call is from its thread. `stop(seconds)` is asked before a decode that
+    should take so long.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        sequences: Sequences,
+        costs: Costs,
+        baton: Baton,
+        tally: ModelTally,
+        stop: Callable[[float], bool],
+        drafting: bool,
+    ) -> None:
+        self.model, self.sequences, self.costs, self.baton, self.tally = (
+            model,
+            sequences,
+            costs,
+            baton,
+            tally,
+        )
+        self.stop, self.gain, self.words = stop, Gain(), model.vocabulary
+        self.drafting = drafting and model.max_draft > 0
+        self.running: list[Run] = []  # sequences in the current llama_decode; read by other threads
+        self.is_long = (
+            False  # the current llama_decode takes more than PREFILL_SECONDS; read by other threads
+        )
+
+    @property
+    def runs(self) -> list[Run]:
+        """The jobs that have a slot, in the order of the slots."""
+        slots = self.sequences.slots
+        return [slot.run for slot in slots if isinstance(slot.run, Run)]
+
+    def yielding(self) -> Run | None:
+        """The run that gives its slot to a job of normal priority: one of low priority whose prompt
+        is being read. A completion that has begun to write keeps its slot.
+        """
+        for run in self.runs:
+            if run.low and run.prefilling and not run.first_token:
+                return run
+        return None
+
+    def start(self, job: Job, free: list[Slot]) -> None:
+        """Give the job a slot; what the slot lacks of its prompt is prefilled."""
+        slot, guide = self.sequences.place(job.prompt, free)
+        job.progress("prefill", len(slot.tokens), len(job.prompt))
+        if job.cached is None:  # else the job itself has read these tokens, before it gave way
+            job.cached = len(slot.tokens)
+            self.tally.cached_tokens += job.cached
+        slot.run = run = Run(job, slot, guide)
+        if self.model.recurrent and self.sequences.store.budget:
+            # A later prompt has this one's beginning, or all of it; its last token may be another
+            # one.
+            run.marks = [
+                mark for mark in (job.before - 1, len(job.prompt) - 1) if mark >= MIN_PREFIX
+            ]
+
+    def turn(self, runs: list[Run]) -> bool:
+        """Decode the next work of every run, together. False if there is none: prompts of low
+        priority are read only while no other request needs the CPU.
+        """
+        is_busy = not all(run.low for run in runs) or self.baton.fastest_other(self) < math.inf
+        runs = [run for run in runs if not (is_busy and run.low and run.prefilling)]
+        works: list[Work] = []
+        for run in runs:
+            with self._blamed_on(run):
+                works.append(self.next_work(run, runs))
+        lengths, before = {len(work.tokens) - 1 for work in works}, self.tally.tokens
+        writing = not any(work.run.prefilling for work in works)
+        seconds = self._step(works)
+        for length in lengths - {0} or {0} if writing else ():
+            self.gain.learn(len(runs), length, self.tally.tokens - before, seconds)
+        return bool(runs)
+
+    def next_work(self, run: Run, runs: list[Run]) -> Work:
+        prompt, slot = run.prompt, run.slot
+        if run.pending is None:
+            stop = min((mark for mark in run.marks if mark > len(slot.tokens)), default=len(prompt))
+            reading = [
+                len(other.prompt) - len(other.slot.tokens) for other in runs if other.prefilling
+            ]
+            # What is read of low priority must end soon when another request comes.
+            pace = self._pace(own=run.low or len(reading) < len(runs))
+            # An infill is often given up for the next key, and a micro-batch that is not done is
+            # lost.
+            short = run.hurried or self.model.recurrent or run.job.request.mode == "infill"
+            piece = 1 if short else self.model.micro_batch
+            size = chunk_size(stop - len(slot.tokens), reading, pace, self.costs, piece)
+            end = len(slot.tokens) + min(size, MAX_CHUNK // len(runs))
+            outputs = int(end == len(prompt) and run.job.max_tokens > 0)
+            return Work(run, prompt[len(slot.tokens) : end], outputs)
+        draft = self._draft(run, runs)
+        if draft and not self.gain.pays(len(runs), len(draft)):
+            draft = []
+        return Work(run, [run.pending, *draft], 1 + len(draft))
+
+    def _pace(self, own: bool) -> float:
+        """Seconds per token of the fastest stream that waits for a decode, in this model (if `own`)
+        or another.
+        """
+        return min(self.costs(1) if own else math.inf, self.baton.fastest_other(self))
+
+    def _draft(self, run: Run, runs: list[Run]) -> list[int]:
+        beside = len(runs) > 1
+        # llama.cpp takes tokens back wrongly from one of several recurrent states in a batch.
+        if not self.drafting or run.heal or (beside and self.model.recurrent):
+            return []
+        pace = self._pace(own=beside)
+        room = min(
+            self.model.max_draft,
+            run.job.max_tokens - run.generated - 1,
+            self.model.n_ctx - len(run.slot.tokens) - 2,
+            MAX_CHUNK // len(runs) - 1,
+            share_size(self.costs, pace) - 1 if pace < math.inf else MAX_DRAFT,
+        )
+        assert run.drafter
+        return run.drafter.draft(room)
+
+    def _step(self, works: list[Work]) -> float:
+        """Run one llama_decode and handle its result for each sequence. Returns the seconds; 0.0 if
+        it was not done.
+        """
+        self.model.abort_flag[0] = b"\x00"
+        try:
+            self.running = [work.run for work in works]
+            if self.stop(0.0) or all(run.job.cancelled for run in self.running):
+                return 0.0
+            size = sum(len(work.tokens) for work in works)
+            self.is_long = self.costs(size) * self.costs.slowdown > PREFILL_SECONDS
+            with self.baton:
+                if self.stop(self.costs(size)):
+                    return 0.0
+                begin = time.perf_counter()
+                code = self.model.decode(
+                    [(work.run.slot, work.tokens, work.outputs) for work in works]
+                )
+                seconds = time.perf_counter() - begin
+        finally:
+            self.running = []
+        if code:
+            self._after_failure(works, code)
+            return 0.0
+        self.costs.learn(size, seconds)
+        self.tally.decodes += 1
+        self.tally.decoded_sequences += len(works)
+        base = 0
+        for work in works:
+            with self._blamed_on(work.run):
+                if work.run.prefilling:
+                    self._after_prefill(work, base)
+                else:
+                    self._after_decode(work, base)
+            base += len(work.tokens)
+        for work in works:
+            work.run.flush()
+        return time.perf_counter() - begin
+
+    def _after_failure(self, works: list[Work], code: int) -> None:
+        """Handle a decode that was aborted or that llama.cpp could not do."""
+        for work in works:
+            run, slot = work.run, work.run.slot
+            tokens = slot.tokens[:]
+            if self.model.recurrent:  # nobody knows how far the state has gone
+                self.sequences.cut(slot, 0)
+            elif run.prefilling:  # the tokens read before the abort stay useful as a prefix
+                # The prompt's last token is left out: its logits are missing, so it must be decoded
+                # again.
+                read = min(self.model.computed(slot) - len(slot.tokens), len(work.tokens) - 1)
+                slot.tokens += work.tokens[: max(0, read)]
+                self.tally.prompt_tokens += max(0, read)
+                run.hurried = True
+            self._continue(run, tokens)
+            if code != ABORTED:
+                log.error("llama_decode answered %d", code)
+                self.fail(run, HttpError("INTERNAL_ERROR", "the model could not be evaluated"))
+
+    def _continue(self, run: Run, tokens: list[int]) -> None:
+        """Drop what was decoded behind the slot's tokens. If `tokens`, those of the run, cannot all
+        be kept, the run reads them again.
+        """
+        self.sequences.cut(run.slot, len(run.slot.tokens))
+        if run.pending is not None and len(run.slot.tokens) < len(tokens):
+            run.prompt, run.pending = [*tokens, run.pending], None
+
+    @contextlib.contextmanager
+    def _blamed_on(self, run: Run) -> Iterator[None]:
+        """An exception in the work for one request ends that request alone."""
+        try:
+            yield
+        except Exception:
+            log.exception("request %s", run.job.request_id)
+            self.fail(run, HttpError("INTERNAL_ERROR", "internal error; see the log"))
+            self.sequences.cut(run.slot, 0)  # its tokens and its cells may no longer agree
+
+    def _after_prefill(self, work: Work, base: int) -> None:
+        run, slot = work.run, work.run.slot
+        slot.tokens += work.tokens
+        self.tally.prompt_tokens += len(work.tokens)
+        run.job.progress("prefill", len(slot.tokens), len(run.prompt))
+        if len(slot.tokens) in run.marks:
+            self.sequences.keep(slot)
+        if len(slot.tokens) < len(run.prompt):
+            return
+        if not work.outputs:
+            self._finish(run, "length")
+            return
+        run.job.progress("decode", 0, run.job.max_tokens)
+        run.pending = run.sample(self.model, base + len(work.tokens) - 1)
+        ended = self._emit(run, run.pending)
+        run.flush()
+        if not ended:  # only now: a Drafter takes a millisecond for each thousand tokens
+            run.drafter = Drafter(run.prompt, run.guide)
+            run.drafter.advance(run.pending)
+
+    def _after_decode(self, work: Work, base: int) -> None:
+        """Accept drafted tokens as long as each equals the model's own choice at its position."""
+        run, slot, drafted = work.run, work.run.slot, len(work.tokens) - 1
+        accepted = 0
+        for i, token in enumerate(work.tokens):
+            slot.tokens.append(token)
+            run.pending = run.sample(self.model, base + i)
+            if self._emit(run, run.pending) or i == drafted or run.pending != work.tokens[i + 1]:
+                break
+            accepted += 1
+        if drafted:
+            self._continue(run, slot.tokens[:])
+            run.drafted += drafted
+            run.accepted += accepted
+            self.tally.drafts += 1
+            self.tally.draft_tokens += drafted
+            self.tally.accepted_tokens += accepted
+
+    def _emit(self, run: Run, token: int) -> bool:
+        """Account for one sampled token; True if the completion ends with it."""
+        run.last_token = time.monotonic()
+        if not run.generated:
+            run.first_token = run.last_token
+        if self.words.is_end(token):
+            run.confidence.add("", run.probability)
+            self._finish(run, "stop")
+            return True
+        piece = self.words.piece(token)
+        known = min(len(piece), len(run.heal))
+        run.heal, piece = run.heal[known:], piece[known:]
+        counts = (
+            bool(piece) or not known
+        )  # a token that only repeats the healed text does not count
+        run.generated += counts
+        self.tally.tokens += counts
+        if run.drafter:
+            run.drafter.advance(token)
+        reason = run.feed(piece)
+        full = len(run.slot.tokens) + 1 >= self.model.n_ctx
+        run.has_line = run.has_line or b"\n" in piece
+        limit = run.job.request.predict_ms
+        late = limit > 0 and run.has_line and 1000 * (run.last_token - run.first_token) > limit
+        cut = not reason and (run.generated >= run.job.max_tokens or full or late)
+        if reason := "length" if cut else reason:
+            self._finish(run, reason, flush=cut or reason == "unsure")
+        return reason is not None
+
+    def _finish(self, run: Run, reason: str, flush: bool = True) -> None:
+        if flush:
+            run.send(run.ending.flush(reason == "stop"))
+        run.judge(run.confidence.last())
+        run.outbox.append(run.result(reason))
+        self.release(run, reason)
+
+    def fail(self, run: Run, error: HttpError) -> None:
+        if run.slot.run is run:  # otherwise it has had its last event
+            run.outbox.append(error)
+            self.release(run, error.code)
+
+    def release(self, run: Run, reason: str = "") -> None:
+        """Make the slot idle again. Its sequence stays as a prefix for later prompts. Without a
+        reason, the job has not ended: it gives way, and starts again.
+        """
+        run.slot.run = None
+        tally = self.tally
+        tally.prompt_seconds += (run.first_token or time.monotonic()) - run.started
+        if run.first_token:
+            tally.token_seconds += run.last_token - run.first_token
+            tally.spoke(
+                run.first_token - run.job.submitted,
+                run.last_token - run.job.submitted,
+                run.generated,
+            )
+        if reason:
+            tally.end(reason)
+        run.slot.used = time.monotonic()
+        run.sampler.close()
+        run.flush()
