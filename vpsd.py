@@ -14,8 +14,8 @@ vpsd refuses to start without a key. It also refuses a model that does not fit i
 request while other programs use the CPU, more concurrent requests than configured, and a prompt
 that does not fit into the context.
 
-Who owns what: the event loop owns the sockets and all bookkeeping of `Engine`. A request is a
-`Completion`, which holds its place from `Engine.admit` to `Engine.finish`. A model is an `Instance`
+Who owns what: the event loop owns the sockets and all bookkeeping of `Engine`. A request is an
+`Admission`, which holds its place from `Engine.admit` to `Engine.finish`. A model is an `Instance`
 of the `Pool` (cerebrum/vps/pool.py) from the start of its load until its memory is free again; its
 `Worker` (cerebrum/vps/worker.py) is a thread that owns the llama context. A completion crosses over
 as a `Job`, whose events come back to the loop; other calls only tokenize.
@@ -84,7 +84,7 @@ from cerebrum.vps.llama import (
 )
 from cerebrum.vps.memory import available_mb, check_memory, fit, needed
 from cerebrum.vps.pool import Pool
-from cerebrum.vps.vocabulary import CompletionRequest
+from cerebrum.vps.vocabulary import GenerationRequest
 from cerebrum.vps.worker import RESUME_BACKLOG, Worker
 from cerebrum_common import HttpError, Model, Request, Response, Route, log
 
@@ -182,39 +182,30 @@ NEEDS_RESTART = [f"CEREBRUM_{name}" for name in READ_ONCE.split()]
 # ------------------------------------------------------------------------------ policy: the request
 
 MAX_TOKENS = 2048
-FIELDS = {
+FIELDS = {  # of a `GenerationRequest`, which has their meaning and defaults
     "model": Field(str, 1, 200, required=True),
     "prompt": Field(str, 1),
-    "max_tokens": Field(int, 0, MAX_TOKENS, 512),  # 0: only read the prompt into the cache
-    "temperature": Field(float, 0, 1, 0.4),
-    "top_p": Field(float, 0, 1, 0.95, above_low=True),
+    "max_tokens": Field(int, 0, MAX_TOKENS),
+    "temperature": Field(float, 0, 1),
+    "top_p": Field(float, 0, 1, above_low=True),
     "seed": Field(int, 0, MAX_SEED),
-    "stop": Field(list, 0, 16, []),
+    "stop": Field(list, 0, 16),
     "suffix": Field(str),
-    "filename": Field(str, 0, 1000, ""),
+    "filename": Field(str, 0, 1000),
     "language": Field(str, choices=tuple(LANGUAGES)),
     "mode": Field(str, choices=("complete", "infill", "instruct")),
-    "stop_at": Field(str, default="auto", choices=("auto", "none")),
-    "predict_ms": Field(
-        int, 0, 600_000, 0
-    ),  # ends a completion that takes longer and has a line end; 0: no limit
-    "min_confidence": Field(float, 0, 1),  # the completion ends behind a less sure line
-    "indent": Field(
-        int, 0, 1000, 0
-    ),  # characters; the completion ends before a line that is indented less
-    "heal": Field(bool, default=False),  # the word at the end of `prompt` may be unfinished
-    "special": Field(
-        bool, default=False
-    ),  # the names of control tokens in `prompt` are these tokens
-    "progress": Field(bool, default=False),
-    "priority": Field(
-        str, default="normal", choices=("normal", "low")
-    ),  # low: its prompt is read in idle moments
+    "stop_at": Field(str, choices=("auto", "none")),
+    "predict_ms": Field(int, 0, 600_000),
+    "min_confidence": Field(float, 0, 1),
+    "indent": Field(int, 0, 1000),
+    "heal": Field(bool),
+    "special": Field(bool),
+    "progress": Field(bool),
+    "priority": Field(str, choices=("normal", "low")),
     "session": Field(str, 1, 200),
 }
-FIELDS_WITHOUT_PROMPT = FIELDS | {
-    "prompt": Field(str)
-}  # at the start of a file there is nothing before the cursor
+# At the start of a file there is nothing before the cursor.
+FIELDS_AROUND_A_GAP = FIELDS | {"prompt": Field(str)}
 MAX_EXTRAS = 256  # texts of other files
 MESSAGE = {
     "role": Field(str, choices=("system", "user", "assistant"), required=True),
@@ -224,42 +215,38 @@ EXTRA = {"filename": Field(str, 0, 1000, ""), "text": Field(str, 1, required=Tru
 TOKENIZE = {
     "model": Field(str, 1, 200, required=True),
     "text": Field(str, required=True),
-    "first": Field(
-        bool, default=False
-    ),  # add the tokens that the model expects at the beginning of a text
+    # Add the tokens that the model expects at the beginning of a text.
+    "first": Field(bool, default=False),
     "special": Field(bool, default=False),  # read the names of control tokens as control tokens
 }
 
 
-def parse_inference(members: Mapping[str, Any]) -> dict[str, Any]:
-    """Check a request body and return its fields, with `messages` (or None) and `extra` as pairs.
-    Without a `mode`, the other fields imply the mode.
-    """
-    around = members.get("suffix") is not None or members.get("extra")
-    fields = read_fields(members, FIELDS_WITHOUT_PROMPT if around else FIELDS)
-    fields["messages"] = None
+def parse_inference(members: Mapping[str, Any]) -> GenerationRequest:
+    """Check a request body. Without a `mode`, the other fields imply the mode."""
+    is_gap = members.get("suffix") is not None or members.get("extra")
+    values = read_fields(members, FIELDS_AROUND_A_GAP if is_gap else FIELDS)
+    fields = {name: value for name, value in values.items() if value is not None}
     if "messages" in members:
         messages = read_objects(members["messages"], "messages", 1, 100, MESSAGE)
         fields["messages"] = [(message["role"], message["content"]) for message in messages]
-    if (fields["prompt"] is None) == (fields["messages"] is None):
+    if ("prompt" in fields) == ("messages" in fields):
         raise HttpError(
             "INVALID_REQUEST", "prompt: expected a non-empty string, or messages instead of it"
         )
-    if fields["messages"] and fields["suffix"] is not None:
+    if "messages" in fields and "suffix" in fields:
         raise HttpError(
             "INVALID_REQUEST", "suffix: expected only beside prompt, not beside messages"
         )
     extra = read_objects(members.get("extra", []), "extra", 0, MAX_EXTRAS, EXTRA)
     fields["extra"] = [(entry["filename"], entry["text"]) for entry in extra]
-    if not fields["mode"]:
-        fields["mode"] = (
-            "instruct"
-            if fields["messages"]
-            else "complete"
-            if fields["suffix"] is None
-            else "infill"
-        )
-    return fields
+    fields.setdefault("mode", implied_mode(fields))
+    return GenerationRequest(**fields)
+
+
+def implied_mode(fields: Mapping[str, Any]) -> str:
+    if "messages" in fields:
+        return "instruct"
+    return "infill" if "suffix" in fields else "complete"
 
 
 # -------------------------------------------------------------------------------- policy: admission
@@ -457,25 +444,22 @@ def tune_model(model: Model, config: Config, output: TextIO, *, dry_run: bool = 
 # --------------------------------------------------------------------------------------- the engine
 
 KEEPALIVE_SECONDS = 5.0  # a silent stream sends a comment this often
-HEAD_SECONDS = 2.0  # how long a stream's status waits for the first event, which may be an error
+FIRST_EVENT_SECONDS = (
+    2.0  # how long a stream's status waits for the first event, which may be an error
+)
 SAMPLE_SECONDS = 1.0  # between two readings of the CPU meter
 CLEANUP_SECONDS = 30.0  # between two searches for unused models
 DRAIN_SECONDS = 30.0  # how long running requests may take to end after SIGTERM
 
 
-class Completion:
+class Admission:
     """An admitted request: its job, and the queue of the job's events. Lives on the event loop."""
 
-    def __init__(
-        self, model: str, session: str | None, request: CompletionRequest, notes: dict[str, Any]
-    ) -> None:
+    def __init__(self, request: GenerationRequest, notes: dict[str, Any]) -> None:
         loop = asyncio.get_running_loop()
-        self.model, self.session, self.notes = (
-            model,
-            session,
-            notes,
-        )  # notes: for the request's line in the log
-        self.notes["model"] = model
+        self.model = request.model
+        self.notes = notes  # for the request's line in the log
+        self.notes["model"] = self.model
         self.events: asyncio.Queue[list[Event | HttpError]] = asyncio.Queue()
         self.worker: Worker | None = None  # once the job is handed over
         self.starter: asyncio.Task[None] | None = None  # takes the job to the worker
@@ -506,9 +490,15 @@ class Completion:
                 self.notes.setdefault("ttft", f"{time.monotonic() - self.job.submitted:.2f}s")
         if "done" not in event:
             return event
-        known = {"done": True, "language": self.job.request.language or "", "model": self.model}
-        figures = {name: event[name] for name in ("total_tokens", "inference_time")}
-        return known | figures | {"timestamp": common.timestamp()} | event
+        known = {
+            "done": True,
+            "language": self.job.request.language or "",
+            "model": self.model,
+            "total_tokens": event["total_tokens"],
+            "inference_time": event["inference_time"],
+            "timestamp": common.timestamp(),
+        }
+        return known | event
 
 
 class Engine:
@@ -517,7 +507,7 @@ class Engine:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.pool = Pool(config.models_dir, config.engine, f"{PYTHON} vpsd.py fetch")
-        self.completions: dict[Completion, None] = {}
+        self.admissions: dict[Admission, None] = {}  # in the order of their coming
         self.tokenizer = ThreadPoolExecutor(
             1
         )  # for /v1/tokenize, so that no prompt waits for a thread
@@ -544,64 +534,65 @@ class Engine:
         ]
         return f"model {stuck[0]}: the worker makes no progress" if stuck else ""
 
-    def admit(self, fields: dict[str, Any], notes: dict[str, Any]) -> Completion:
+    def admit(self, request: GenerationRequest, notes: dict[str, Any]) -> Admission:
         """Start a request, which ends the older request of its session. HttpError, before anything
         ends: unknown model, all places taken, or too little memory or CPU.
         """
-        request = {
-            name: value for name, value in fields.items() if name not in ("model", "session")
-        }
-        model, session = fields["model"], fields["session"]
-        self.pool.check(model)
-        older = [other for other in self.completions if session and other.session == session]
-        if len(self.completions) - len(older) >= (places := self.config.engine.sequences):
+        self.pool.check(request.model)
+        older = self._of_session(request.session)
+        places = self.config.engine.sequences
+        if len(self.admissions) - len(older) >= places:
             raise HttpError("RATE_LIMIT", f"expected at most {places} requests at a time")
-        if not self.pool.can_relieve(model):
+        if not self.pool.can_relieve(request.model):
             check_memory(available_mb(), self.config.min_free_mb)
         check_cpu(self.cpu.others_percent, self.config.max_cpu_percent)
-        completion = Completion(model, session, CompletionRequest(**request), notes)
+        admission = Admission(request, notes)
         if self.config.log_prompts:
-            log.info("prompt: %s", prompt_of(fields))
-        self.completions[completion] = None
+            log.info("prompt: %s", prompt_of(dataclasses.asdict(request)))
+        self.admissions[admission] = None
         for old in older:
             self.finish(old)
-            old.events.put_nowait(
-                [HttpError("SUPERSEDED", "a newer request of this session took its place")]
-            )
+            superseded = HttpError("SUPERSEDED", "a newer request of this session took its place")
+            old.events.put_nowait([superseded])
         self.requests_total += 1
-        completion.starter = asyncio.create_task(self._start(completion))
-        return completion
+        admission.starter = asyncio.create_task(self._start(admission))
+        return admission
 
-    async def _start(self, completion: Completion) -> None:
-        """Take the completion to its worker. An error on the way becomes the completion's last
-        event.
-        """
-        job = completion.job
+    def _of_session(self, session: str | None) -> list[Admission]:
+        if not session:
+            return []
+        return [other for other in self.admissions if other.job.request.session == session]
+
+    async def _start(self, admission: Admission) -> None:
+        """Take the request to its worker. An error on the way becomes the last event."""
+        job = admission.job
         try:
-            await self.pool.relieve(completion.model)
+            await self.pool.relieve(admission.model)
             progress = functools.partial(job.progress, "loading", total=100)
-            worker = (await self.pool.acquire(completion, completion.model, progress)).worker
+            instance = await self.pool.acquire(admission, admission.model, progress)
+            worker = instance.worker
             await asyncio.to_thread(worker.prepare, job)
-            completion.worker = worker
+            admission.worker = worker
             worker.submit(job)
-            for instance in self.pool.instances.values() if not job.low else ():
-                instance.worker.give_way(job)
+            if not job.low:
+                for instance in self.pool.instances.values():
+                    instance.worker.give_way(job)
         except HttpError as error:
-            completion.events.put_nowait([error])
+            admission.events.put_nowait([error])
         except Exception as exception:
-            completion.events.put_nowait([common.internal_error(exception)])
+            admission.events.put_nowait([common.internal_error(exception)])
 
-    def finish(self, completion: Completion) -> None:
+    def finish(self, admission: Admission) -> None:
         """The completion has ended or its client has left: free its place, and stop any work for
         its job.
         """
-        self.completions.pop(completion, None)
-        completion.job.cancelled = True
-        if completion.starter:
-            completion.starter.cancel()
-        self.pool.release(completion, completion.model)
-        if completion.worker:
-            completion.worker.cancel(completion.job)
+        self.admissions.pop(admission, None)
+        admission.job.cancelled = True
+        if admission.starter:
+            admission.starter.cancel()
+        self.pool.release(admission, admission.model)
+        if admission.worker:
+            admission.worker.cancel(admission.job)
 
     async def tokenize(self, fields: Mapping[str, Any]) -> list[int]:
         """The tokens of a text; loads the model if needed. Takes no place, since the model computes
@@ -630,8 +621,8 @@ class Engine:
 
     async def stop(self) -> None:
         """End all requests, and unload all models."""
-        for completion in list(self.completions):
-            self.finish(completion)
+        for admission in list(self.admissions):
+            self.finish(admission)
         await self.pool.stop()
 
 
@@ -663,7 +654,7 @@ async def inference(engine: Engine, request: Request) -> Response:
 
 
 async def inference_stream(engine: Engine, request: Request) -> Response:
-    """POST /v1/inference/stream. An error within HEAD_SECONDS is a status, a later error is an
+    """POST /v1/inference/stream. An error within FIRST_EVENT_SECONDS is a status, a later error is an
     event.
     """
     return Response(events=events_of(engine, request), render=write_events)
@@ -678,19 +669,17 @@ async def events_of(engine: Engine, request: Request) -> AsyncGenerator[list[Eve
     events. HttpError if the completion is refused or fails. Ends early if a worker hangs: the Pi
     then counts a failure of this backend.
     """
-    completion, patience = (
-        engine.admit(parse_inference(parse_json(request.body)), request.notes),
-        HEAD_SECONDS,
-    )
+    admission = engine.admit(parse_inference(parse_json(request.body)), request.notes)
+    patience = FIRST_EVENT_SECONDS
     try:
         while True:
             batch: list[Event] = []
-            for event in await completion.next_events(patience):
+            for event in await admission.next_events(patience):
                 if isinstance(event, HttpError):
                     if batch:
                         yield batch
                     raise event
-                batch.append(completion.annotate(event))
+                batch.append(admission.annotate(event))
             if not batch and engine.stuck(time.monotonic()):
                 return
             yield batch
@@ -698,7 +687,7 @@ async def events_of(engine: Engine, request: Request) -> AsyncGenerator[list[Eve
                 return
             patience = KEEPALIVE_SECONDS
     finally:
-        engine.finish(completion)
+        engine.finish(admission)
 
 
 async def tokenize(engine: Engine, request: Request) -> Response:
@@ -786,7 +775,7 @@ def running(worker: Worker) -> int:
 
 
 def waiting(engine: Engine, model: str) -> int:
-    admitted = sum(completion.model == model for completion in engine.completions)
+    admitted = sum(admission.model == model for admission in engine.admissions)
     instance = engine.pool.instances.get(model)
     return max(0, admitted - (running(instance.worker) if instance else 0))
 
@@ -805,7 +794,7 @@ METRICS: Table = {
                lambda _: psutil.virtual_memory().available, "memory_available_mb", MB),
         Metric("cerebrum_completions_started_total", "Admitted completions.", "requests_total", "requests_total"),
         Metric("cerebrum_completions_active", "Completions that hold a place.",
-               lambda vps: len(vps.completions), "requests_active"),
+               lambda vps: len(vps.admissions), "requests_active"),
         Metric("cerebrum_places", "Completions that may run at a time.", "config.engine.sequences"),
         of_workers("cerebrum_model_loaded", "Whether it is in memory.", lambda _: 1, "models_loaded"),
         of_workers("cerebrum_model_memory_bytes", "Memory of a loaded model and its saved prompts.",

@@ -11,7 +11,7 @@ from cerebrum.text.ending import Ending
 from cerebrum.vps.confidence import Confidence, Judged
 from cerebrum.vps.drafts import Drafter
 from cerebrum.vps.llama import Llama, Sampler, Slot
-from cerebrum.vps.vocabulary import CompletionRequest, begun_answer
+from cerebrum.vps.vocabulary import GenerationRequest, begun_answer
 from cerebrum_common import HttpError, request_id_var
 
 DOUBT_TEMPERATURE = 0.5  # above it unlikely tokens are chance, and no doubt of the model
@@ -30,7 +30,7 @@ class Job:
     """
 
     def __init__(
-        self, request: CompletionRequest, deliver: Deliver, unread: Callable[[], int] = lambda: 0
+        self, request: GenerationRequest, deliver: Deliver, unread: Callable[[], int] = lambda: 0
     ) -> None:
         self.request, self.deliver, self.unread = request, deliver, unread
         self.low = request.priority == "low"

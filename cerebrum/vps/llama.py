@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from cerebrum.vps.tokens import common_prefix
-from cerebrum.vps.vocabulary import CompletionRequest, Vocabulary, api, metadata
+from cerebrum.vps.vocabulary import GenerationRequest, Vocabulary, api, metadata
 
 MB = 1 << 20
 # ---------------------------------------------------------------------------- settings and requests
@@ -355,7 +355,7 @@ class Sampler:
     text only where the batches are the same.
     """
 
-    def __init__(self, request: CompletionRequest) -> None:
+    def __init__(self, request: GenerationRequest) -> None:
         self.greedy = request.temperature == 0
         self.chain = None
         if self.greedy:

@@ -4,14 +4,14 @@ try without HTTP:
     import pathlib, queue
     from cerebrum.vps.llama import Settings, start_library
     from cerebrum.vps.tokens import common_prefix
-from cerebrum.vps.vocabulary import CompletionRequest
+from cerebrum.vps.vocabulary import GenerationRequest
     from cerebrum.vps.job import Job
     from cerebrum.vps.worker import Loader, Worker
     start_library()
     worker = Worker(Loader("qwen", pathlib.Path("model.gguf"), Settings()))
     worker.start()
     events, batch = queue.SimpleQueue(), [{}]
-    request = CompletionRequest("def fibonacci(n):", language="python")
+    request = GenerationRequest("def fibonacci(n):", language="python")
     worker.submit(worker.prepare(Job(request, events.put)))
     while "done" not in batch[-1]:
         batch = events.get()

@@ -40,7 +40,7 @@ from sure import LANGUAGES, MAX_FILE_BYTES, SINCE, UNUSUAL, git
 from cerebrum.text.ending import Ending
 from cerebrum.vps.llama import MAX_CHUNK, Llama, Settings, Slot
 from cerebrum.vps.tokens import common_prefix
-from cerebrum.vps.vocabulary import CompletionRequest
+from cerebrum.vps.vocabulary import GenerationRequest
 
 KINDS = ("one", "several", "spans")
 SEQUENCES, CONTEXT, MAX_TOKENS = 8, 1536, 160
@@ -194,7 +194,7 @@ class Reading:
 
 def begin(model: Llama, case: dict[str, Any]) -> Reading:
     prompt, suffix = case["prompt"], case["suffix"]
-    request = CompletionRequest(
+    request = GenerationRequest(
         prompt=prompt, suffix=suffix, language=case["language"], mode="infill", heal=True
     )
     tokens, heal, _ = model.vocabulary.encode(request)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections import namedtuple
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -82,10 +83,10 @@ def test_bad_request(body: dict[str, Any], message: str) -> None:
 
 
 DEFAULTS = {
-    "messages": None, "max_tokens": 512, "temperature": 0.4, "top_p": 0.95, "seed": None, "stop": [], "suffix": None,
-    "filename": "", "language": None, "mode": "complete", "stop_at": "auto", "indent": 0, "heal": False,
-    "special": False, "progress": False, "priority": "normal", "session": None, "extra": [], "predict_ms": 0,
-    "min_confidence": None,
+    "messages": None, "max_tokens": 512, "temperature": 0.4, "top_p": 0.95, "seed": None,
+    "stop": (), "suffix": None, "filename": "", "language": None, "mode": "complete",
+    "stop_at": "auto", "indent": 0, "heal": False, "special": False, "progress": False,
+    "priority": "normal", "session": None, "extra": [], "predict_ms": 0, "min_confidence": None,
 }  # fmt: skip
 
 
@@ -101,11 +102,14 @@ DEFAULTS = {
     ],
 )
 def test_request(given: dict[str, Any], read: dict[str, Any]) -> None:
-    fields = parse_inference(BASE | given | {"unknown": 1})
-    assert fields == BASE | DEFAULTS | given | read
-    assert isinstance(fields["temperature"], float)
-    told = {"prompt": None, "messages": [("user", "x")], "mode": "instruct"}
-    assert parse_inference(TALK) == BASE | DEFAULTS | told
+    request = parse_inference(BASE | given | {"unknown": 1})
+    assert asdict(request) == BASE | DEFAULTS | given | read
+    assert isinstance(request.temperature, float)
+
+
+def test_a_request_of_messages() -> None:
+    read = {"prompt": None, "messages": [("user", "x")], "mode": "instruct"}
+    assert asdict(parse_inference(TALK)) == BASE | DEFAULTS | read
 
 
 # ---------------------------------------------------------------------------------------- admission

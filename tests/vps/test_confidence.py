@@ -20,7 +20,7 @@ from cerebrum.vps.confidence import Confidence
 from cerebrum.vps.decoder import Decoder
 from cerebrum.vps.job import Job, Run
 from cerebrum.vps.llama import Llama, Slot
-from cerebrum.vps.vocabulary import CompletionRequest
+from cerebrum.vps.vocabulary import GenerationRequest
 
 A, B, C = ("a", 0.9), (" =", 0.7), (" 1\n", 0.2)  # a token ends a line, or
 LATER = ("```\n", 0.1)  # what precedes the client's text
@@ -97,14 +97,14 @@ WORDS = [
 ]
 TALK = ["x", "x = 1 is it", "  x", "", "  ", "return x", "Sure!"]  # begins like the code
 ASKED = [
-    CompletionRequest("def f():\n    ", language="python", stop=("é",)),
-    CompletionRequest("def f():\n\t", stop_at="none"),
-    CompletionRequest("def f():\n    ", suffix="    return z\n", mode="infill", language="python"),
-    *[CompletionRequest("x", messages=[("user", "x")], mode="instruct")] * 3,
+    GenerationRequest("def f():\n    ", language="python", stop=("é",)),
+    GenerationRequest("def f():\n\t", stop_at="none"),
+    GenerationRequest("def f():\n    ", suffix="    return z\n", mode="infill", language="python"),
+    *[GenerationRequest("x", messages=[("user", "x")], mode="instruct")] * 3,
 ]
 
 
-def mixed_case(rng: random.Random) -> tuple[CompletionRequest, str, int]:
+def mixed_case(rng: random.Random) -> tuple[GenerationRequest, str, int]:
     """A request, what a model writes, and where the client's text begins in it."""
     asked, lines = rng.choice(ASKED), rng.choices(WORDS, k=rng.randint(0, 6))
     if asked.mode != "instruct":
@@ -176,7 +176,7 @@ def test_each_line_has_the_mean_of_its_own_tokens() -> None:
 def test_an_unlikely_token_is_no_doubt_at_a_high_temperature(
     temperature: float, reason: str | None
 ) -> None:
-    asked = CompletionRequest(
+    asked = GenerationRequest(
         "x = ", suffix="\ny = 2\n", mode="infill", language="python", temperature=temperature
     )
     job = Job(asked, lambda _: None)
@@ -195,7 +195,7 @@ def test_a_completion_that_ends_unsure_has_no_more_text_than_one_that_goes_on(
     """The unsure line itself comes, unless the suffix could follow before it: it stays a
     prediction.
     """
-    asked = CompletionRequest("def f(a):\n    x = ", suffix="\n    return x\n", mode="infill", language="python",
+    asked = GenerationRequest("def f(a):\n    x = ", suffix="\n    return x\n", mode="infill", language="python",
                               min_confidence=0.5)  # fmt: skip
     job = Job(asked, lambda _: None)
     job.prepare(ScriptedLlama())  # type: ignore[arg-type]

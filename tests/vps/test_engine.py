@@ -45,7 +45,7 @@ from cerebrum.vps.prefixes import (
 )
 from cerebrum.vps.schedule import Baton, Costs, chunk_size, share_size
 from cerebrum.vps.tokens import common_prefix
-from cerebrum.vps.vocabulary import CompletionRequest, heal_from
+from cerebrum.vps.vocabulary import GenerationRequest, heal_from
 from cerebrum.vps.worker import Loader, Worker
 from cerebrum_common import HttpError
 
@@ -650,7 +650,7 @@ class ScriptedLlama:
         if self.fails == place:
             raise MemoryError(f"no memory for {place}")
 
-    def encode(self, request: CompletionRequest) -> tuple[list[int], bytes, int]:
+    def encode(self, request: GenerationRequest) -> tuple[list[int], bytes, int]:
         return [ord(char) for char in request.prompt or ""], b"", 0
 
     reusable = llama.Llama.reusable
@@ -700,7 +700,7 @@ class Ask:
     def __init__(self, prompt: str, **more: Any) -> None:
         self.events: queue.SimpleQueue[list[Event | HttpError]] = queue.SimpleQueue()
         self.job = Job(
-            CompletionRequest(prompt, stop_at="none", temperature=0, **more), self.events.put
+            GenerationRequest(prompt, stop_at="none", temperature=0, **more), self.events.put
         )
 
     def outcome(self) -> tuple[str, Any]:
@@ -781,7 +781,7 @@ def test_a_long_chunk_gives_way_to_another_request_once(worker: Worker) -> None:
     model.hold.clear()
     long = ask(worker, "l" * 1000, max_tokens=1)
     assert model.decoding.wait(PATIENCE)
-    same = Job(CompletionRequest("l" * 1000), lambda _: None)
+    same = Job(GenerationRequest("l" * 1000), lambda _: None)
     worker.prepare(same)
     for job in (long.job, same):  # neither to itself nor to one that waits for what it reads
         worker.give_way(job)
@@ -880,7 +880,7 @@ def test_caches_are_kept_apart_by_file_and_settings(
 def test_a_fault_while_a_request_is_set_up_ends_it_alone(worker: Worker, monkeypatch: Any) -> None:
     real = vps_job.Sampler
 
-    def sampler(request: CompletionRequest) -> vps_job.Sampler:
+    def sampler(request: GenerationRequest) -> vps_job.Sampler:
         if request.prompt == "bad":
             raise RecursionError("of the sampler")
         return real(request)

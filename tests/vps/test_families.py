@@ -39,7 +39,7 @@ from cerebrum.vps.llama import (
 )
 from cerebrum.vps.memory import accepts, needed
 from cerebrum.vps.prefixes import Parked, Sequences
-from cerebrum.vps.vocabulary import CompletionRequest, Vocabulary, api, cut_runs
+from cerebrum.vps.vocabulary import GenerationRequest, Vocabulary, api, cut_runs
 from cerebrum.vps.worker import Loader, Worker
 from cerebrum_common import HttpError
 
@@ -196,7 +196,7 @@ def test_marks_that_end_a_completion(
         ] == ends
 
 
-GAP = CompletionRequest("def f(x):\n  ", suffix="  return x\n")
+GAP = GenerationRequest("def f(x):\n  ", suffix="  return x\n")
 
 
 @pytest.mark.parametrize(
@@ -315,7 +315,7 @@ def test_a_gap_without_marks(models: Path) -> None:
     ("family", "mark"), [("qwen", "<|file_sep|>"), ("starcoder", "<file_sep>")]
 )
 def test_other_files(family: str, mark: str, models: Path) -> None:
-    request = CompletionRequest("y = ", filename="b.py", extra=[("a.py", "x = 1")])
+    request = GenerationRequest("y = ", filename="b.py", extra=[("a.py", "x = 1")])
     with opened(models / f"{family}.gguf") as model:
         assert (
             named(model, model.vocabulary.encode(request)[0])
@@ -329,7 +329,7 @@ def test_a_layout_of_the_models_own_is_read_mark_by_mark(models: Path) -> None:
     with opened(models / "qwen.gguf") as model:
         for special, count in ((True, 2), (False, 0)):
             tokens = model.vocabulary.encode(
-                CompletionRequest(text, special=special, heal=special)
+                GenerationRequest(text, special=special, heal=special)
             )[0]
             assert (named(model, tokens), tokens.count(mark)) == (text, count)
 
@@ -356,7 +356,7 @@ def test_a_chat_by_family(
     family: str, messages: list[tuple[str, str]], text: str, models: Path
 ) -> None:
     with opened(models / f"{family}.gguf") as model:
-        tokens = model.vocabulary.encode(CompletionRequest(messages=messages))[0]
+        tokens = model.vocabulary.encode(GenerationRequest(messages=messages))[0]
         assert named(model, tokens) == text
         if family == "qwen":  # what a user writes is text
             assert tokens.count(families.vocabulary(families.MARKED[family])[0].index(END)) == 2
