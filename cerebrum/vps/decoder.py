@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from cerebrum.metrics import Tally
 from cerebrum.vps.drafts import Drafter, Gain
 from cerebrum.vps.job import Job, Run
-from cerebrum.vps.llama import ABORTED, MAX_CHUNK, MAX_DRAFT, Llama, Slot
+from cerebrum.vps.llama import ABORTED, MAX_CHUNK, Llama, Slot
 from cerebrum.vps.prefixes import MIN_PREFIX, Sequences
 from cerebrum.vps.schedule import PREFILL_SECONDS, Baton, Costs, chunk_size, share_size
 from cerebrum_common import HttpError, log
@@ -38,7 +38,7 @@ class ModelTally(Tally):
 @dataclass(slots=True)
 class Work:
     """One sequence's part in the next decode: tokens to append, the last `outputs` of them with
-    logits.
+    logits. If the run is not prefilling, all but the first token are a draft.
     """
 
     run: Run
@@ -64,25 +64,23 @@ class Decoder:
         stop: Callable[[float], bool],
         drafting: bool,
     ) -> None:
-        self.model, self.sequences, self.costs, self.baton, self.tally = (
-            model,
-            sequences,
-            costs,
-            baton,
-            tally,
-        )
-        self.stop, self.gain, self.words = stop, Gain(), model.vocabulary
+        self.model = model
+        self.sequences = sequences
+        self.costs = costs
+        self.baton = baton
+        self.tally = tally
+        self.stop = stop
+        self.gain = Gain()
         self.drafting = drafting and model.max_draft > 0
-        self.running: list[Run] = []  # sequences in the current llama_decode; read by other threads
-        self.is_long = (
-            False  # the current llama_decode takes more than PREFILL_SECONDS; read by other threads
-        )
+        # Other threads read these two: the sequences in the current llama_decode, and whether it
+        # takes more than PREFILL_SECONDS.
+        self.running: list[Run] = []
+        self.is_long = False
 
     @property
     def runs(self) -> list[Run]:
         """The jobs that have a slot, in the order of the slots."""
-        slots = self.sequences.slots
-        return [slot.run for slot in slots if isinstance(slot.run, Run)]
+        return [slot.run for slot in self.sequences.slots if isinstance(slot.run, Run)]
 
     def yielding(self) -> Run | None:
         """The run that gives its slot to a job of normal priority: one of low priority whose prompt
@@ -95,7 +93,7 @@ class Decoder:
 
     def start(self, job: Job, free: list[Slot]) -> None:
         """Give the job a slot; what the slot lacks of its prompt is prefilled."""
-        slot, guide = self.sequences.place(job.prompt, free)
+        slot, guide = self.sequences.take_slot(job.prompt, free)
         job.progress("prefill", len(slot.tokens), len(job.prompt))
         if job.cached is None:  # else the job itself has read these tokens, before it gave way
             job.cached = len(slot.tokens)
@@ -104,70 +102,85 @@ class Decoder:
         if self.model.recurrent and self.sequences.store.budget:
             # A later prompt has this one's beginning, or all of it; its last token may be another
             # one.
-            run.marks = [
-                mark for mark in (job.before - 1, len(job.prompt) - 1) if mark >= MIN_PREFIX
-            ]
+            lengths = job.before - 1, len(job.prompt) - 1
+            run.checkpoints = [length for length in lengths if length >= MIN_PREFIX]
+
+    # -- the next decode
 
     def turn(self, runs: list[Run]) -> bool:
         """Decode the next work of every run, together. False if there is none: prompts of low
         priority are read only while no other request needs the CPU.
         """
+        # 1. Whose work is it?
         is_busy = not all(run.low for run in runs) or self.baton.fastest_other(self) < math.inf
-        runs = [run for run in runs if not (is_busy and run.low and run.prefilling)]
+        if is_busy:
+            runs = [run for run in runs if not (run.low and run.prefilling)]
+        # 2. What does each need?
         works: list[Work] = []
         for run in runs:
             with self._blamed_on(run):
                 works.append(self.next_work(run, runs))
-        lengths, before = {len(work.tokens) - 1 for work in works}, self.tally.tokens
-        writing = not any(work.run.prefilling for work in works)
+        is_prefilling = any(work.run.prefilling for work in works)
+        drafted = {len(work.tokens) - 1 for work in works}
+        # 3. Decode it.
+        generated = self.tally.tokens
         seconds = self._step(works)
-        for length in lengths - {0} or {0} if writing else ():
-            self.gain.learn(len(runs), length, self.tally.tokens - before, seconds)
+        generated = self.tally.tokens - generated
+        # 4. Did the drafts save time?
+        if not is_prefilling:
+            for length in drafted - {0} or {0}:
+                self.gain.learn(len(runs), length, generated, seconds)
         return bool(runs)
 
     def next_work(self, run: Run, runs: list[Run]) -> Work:
-        prompt, slot = run.prompt, run.slot
         if run.pending is None:
-            stop = min((mark for mark in run.marks if mark > len(slot.tokens)), default=len(prompt))
-            reading = [
-                len(other.prompt) - len(other.slot.tokens) for other in runs if other.prefilling
-            ]
-            # What is read of low priority must end soon when another request comes.
-            pace = self._pace(own=run.low or len(reading) < len(runs))
-            # An infill is often given up for the next key, and a micro-batch that is not done is
-            # lost.
-            short = run.hurried or self.model.recurrent or run.job.request.mode == "infill"
-            piece = 1 if short else self.model.micro_batch
-            size = chunk_size(stop - len(slot.tokens), reading, pace, self.costs, piece)
-            end = len(slot.tokens) + min(size, MAX_CHUNK // len(runs))
-            outputs = int(end == len(prompt) and run.job.max_tokens > 0)
-            return Work(run, prompt[len(slot.tokens) : end], outputs)
+            return self._next_chunk(run, runs)
         draft = self._draft(run, runs)
         if draft and not self.gain.pays(len(runs), len(draft)):
             draft = []
         return Work(run, [run.pending, *draft], 1 + len(draft))
 
+    def _next_chunk(self, run: Run, runs: list[Run]) -> Work:
+        """The tokens of the prompt to read next, up to a checkpoint or the end."""
+        begin = len(run.slot.tokens)
+        ahead = [length for length in run.checkpoints if length > begin]
+        stop = min(ahead, default=len(run.prompt))
+        prefilling = [other for other in runs if other.prefilling]
+        missing = [len(other.prompt) - len(other.slot.tokens) for other in prefilling]
+        # A chunk of low priority must end soon when another request comes.
+        pace = self._pace(own=run.low or len(prefilling) < len(runs))
+        # An infill is often given up for the next key, and an unfinished micro-batch is lost.
+        is_short = run.hurried or self.model.recurrent or run.job.request.mode == "infill"
+        piece = 1 if is_short else self.model.micro_batch
+        size = chunk_size(stop - begin, missing, pace, self.costs, piece)
+        end = begin + min(size, MAX_CHUNK // len(runs))
+        is_last = end == len(run.prompt)
+        outputs = int(is_last and run.job.max_tokens > 0)
+        return Work(run, run.prompt[begin:end], outputs)
+
     def _pace(self, own: bool) -> float:
         """Seconds per token of the fastest stream that waits for a decode, in this model (if `own`)
         or another.
         """
-        return min(self.costs(1) if own else math.inf, self.baton.fastest_other(self))
+        other = self.baton.fastest_other(self)
+        return min(self.costs(1), other) if own else other
 
     def _draft(self, run: Run, runs: list[Run]) -> list[int]:
         beside = len(runs) > 1
         # llama.cpp takes tokens back wrongly from one of several recurrent states in a batch.
         if not self.drafting or run.heal or (beside and self.model.recurrent):
             return []
-        pace = self._pace(own=beside)
-        room = min(
+        limits = [
             self.model.max_draft,
             run.job.max_tokens - run.generated - 1,
             self.model.n_ctx - len(run.slot.tokens) - 2,
             MAX_CHUNK // len(runs) - 1,
-            share_size(self.costs, pace) - 1 if pace < math.inf else MAX_DRAFT,
-        )
+        ]
+        pace = self._pace(own=beside)
+        if pace < math.inf:
+            limits.append(share_size(self.costs, pace) - 1)
         assert run.drafter
-        return run.drafter.draft(room)
+        return run.drafter.draft(min(limits))
 
     def _step(self, works: list[Work]) -> float:
         """Run one llama_decode and handle its result for each sequence. Returns the seconds; 0.0 if
@@ -180,13 +193,12 @@ class Decoder:
                 return 0.0
             size = sum(len(work.tokens) for work in works)
             self.is_long = self.costs(size) * self.costs.slowdown > PREFILL_SECONDS
+            parts = [(work.run.slot, work.tokens, work.outputs) for work in works]
             with self.baton:
                 if self.stop(self.costs(size)):
                     return 0.0
                 begin = time.perf_counter()
-                code = self.model.decode(
-                    [(work.run.slot, work.tokens, work.outputs) for work in works]
-                )
+                code = self.model.decode(parts)
                 seconds = time.perf_counter() - begin
         finally:
             self.running = []
@@ -196,7 +208,13 @@ class Decoder:
         self.costs.learn(size, seconds)
         self.tally.decodes += 1
         self.tally.decoded_sequences += len(works)
-        base = 0
+        self._after_success(works)
+        return time.perf_counter() - begin
+
+    # -- its result
+
+    def _after_success(self, works: list[Work]) -> None:
+        base = 0  # batch position of the work's first token
         for work in works:
             with self._blamed_on(work.run):
                 if work.run.prefilling:
@@ -206,7 +224,6 @@ class Decoder:
             base += len(work.tokens)
         for work in works:
             work.run.flush()
-        return time.perf_counter() - begin
 
     def _after_failure(self, works: list[Work], code: int) -> None:
         """Handle a decode that was aborted or that llama.cpp could not do."""
@@ -218,9 +235,10 @@ class Decoder:
             elif run.prefilling:  # the tokens read before the abort stay useful as a prefix
                 # The prompt's last token is left out: its logits are missing, so it must be decoded
                 # again.
-                read = min(self.model.computed(slot) - len(slot.tokens), len(work.tokens) - 1)
-                slot.tokens += work.tokens[: max(0, read)]
-                self.tally.prompt_tokens += max(0, read)
+                computed = self.model.computed(slot) - len(slot.tokens)
+                read = work.tokens[: max(0, min(computed, len(work.tokens) - 1))]
+                slot.tokens += read
+                self.tally.prompt_tokens += len(read)
                 run.hurried = True
             self._continue(run, tokens)
             if code != ABORTED:
@@ -250,7 +268,7 @@ class Decoder:
         slot.tokens += work.tokens
         self.tally.prompt_tokens += len(work.tokens)
         run.job.progress("prefill", len(slot.tokens), len(run.prompt))
-        if len(slot.tokens) in run.marks:
+        if len(slot.tokens) in run.checkpoints:
             self.sequences.keep(slot)
         if len(slot.tokens) < len(run.prompt):
             return
@@ -259,15 +277,16 @@ class Decoder:
             return
         run.job.progress("decode", 0, run.job.max_tokens)
         run.pending = run.sample(self.model, base + len(work.tokens) - 1)
-        ended = self._emit(run, run.pending)
+        has_ended = self._emit(run, run.pending)
         run.flush()
-        if not ended:  # only now: a Drafter takes a millisecond for each thousand tokens
+        if not has_ended:  # only now: a Drafter takes a millisecond for each thousand tokens
             run.drafter = Drafter(run.prompt, run.guide)
             run.drafter.advance(run.pending)
 
     def _after_decode(self, work: Work, base: int) -> None:
         """Accept drafted tokens as long as each equals the model's own choice at its position."""
-        run, slot, drafted = work.run, work.run.slot, len(work.tokens) - 1
+        run, slot = work.run, work.run.slot
+        drafted = len(work.tokens) - 1
         accepted = 0
         for i, token in enumerate(work.tokens):
             slot.tokens.append(token)
@@ -288,29 +307,26 @@ class Decoder:
         run.last_token = time.monotonic()
         if not run.generated:
             run.first_token = run.last_token
-        if self.words.is_end(token):
+        vocabulary = self.model.vocabulary
+        if vocabulary.is_end(token):
             run.confidence.add("", run.probability)
             self._finish(run, "stop")
             return True
-        piece = self.words.piece(token)
-        known = min(len(piece), len(run.heal))
-        run.heal, piece = run.heal[known:], piece[known:]
-        counts = (
-            bool(piece) or not known
-        )  # a token that only repeats the healed text does not count
-        run.generated += counts
-        self.tally.tokens += counts
+        piece = vocabulary.piece(token)
+        new = run.drop_healed(piece)
+        if new or not piece:  # a token that only repeats the healed text does not count
+            run.generated += 1
+            self.tally.tokens += 1
         if run.drafter:
             run.drafter.advance(token)
-        reason = run.feed(piece)
-        full = len(run.slot.tokens) + 1 >= self.model.n_ctx
-        run.has_line = run.has_line or b"\n" in piece
-        limit = run.job.request.predict_ms
-        late = limit > 0 and run.has_line and 1000 * (run.last_token - run.first_token) > limit
-        cut = not reason and (run.generated >= run.job.max_tokens or full or late)
-        if reason := "length" if cut else reason:
-            self._finish(run, reason, flush=cut or reason == "unsure")
-        return reason is not None
+        is_full = len(run.slot.tokens) + 1 >= self.model.n_ctx
+        if reason := run.feed(new):
+            self._finish(run, reason, flush=reason == "unsure")
+        elif is_full or run.is_spent():
+            self._finish(run, "length")
+        else:
+            return False
+        return True
 
     def _finish(self, run: Run, reason: str, flush: bool = True) -> None:
         if flush:
@@ -332,12 +348,9 @@ class Decoder:
         tally = self.tally
         tally.prompt_seconds += (run.first_token or time.monotonic()) - run.started
         if run.first_token:
+            submitted = run.job.submitted
             tally.token_seconds += run.last_token - run.first_token
-            tally.spoke(
-                run.first_token - run.job.submitted,
-                run.last_token - run.job.submitted,
-                run.generated,
-            )
+            tally.spoke(run.first_token - submitted, run.last_token - submitted, run.generated)
         if reason:
             tally.end(reason)
         run.slot.used = time.monotonic()

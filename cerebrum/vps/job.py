@@ -14,7 +14,8 @@ from cerebrum.vps.llama import Llama, Sampler, Slot
 from cerebrum.vps.vocabulary import GenerationRequest, begun_answer
 from cerebrum_common import HttpError, request_id_var
 
-DOUBT_TEMPERATURE = 0.5  # above it unlikely tokens are chance, and no doubt of the model
+# Up to this temperature an unlikely token is doubt of the model, above it chance.
+DOUBT_TEMPERATURE = 0.5
 # {"token", "total_tokens"}, {"confidence", "characters"}, {"progress": {"stage", "done", "total"}}
 # or {"done": True, …}
 Event = dict[str, Any]
@@ -32,15 +33,16 @@ class Job:
     def __init__(
         self, request: GenerationRequest, deliver: Deliver, unread: Callable[[], int] = lambda: 0
     ) -> None:
-        self.request, self.deliver, self.unread = request, deliver, unread
+        self.request = request
+        self.deliver = deliver
+        self.unread = unread
         self.low = request.priority == "low"
         self.prompt: list[int] = []
         self.ending: Ending | None = None  # of the completion, once the job is prepared
         self.max_tokens = request.max_tokens
         self.before = 0  # tokens of the prompt up to the cursor
-        self.cached: int | None = (
-            None  # tokens of the prompt that the cache had when the job first got a slot
-        )
+        # Tokens of the prompt that the cache had when the job first got a slot.
+        self.cached: int | None = None
         self.heal = b""  # the completion's first bytes, which the client already has
         self.cancelled = False
         self.started = self.submitted = time.monotonic()
@@ -50,7 +52,7 @@ class Job:
         """Tokenize the prompt, and read it for the completion's end. HttpError 400 with the counts
         if the prompt does not fit into the context.
         """
-        request, turns = self.request, self.request.messages
+        request = self.request
         self.prompt, self.heal, self.before = model.vocabulary.encode(request)
         count, n_ctx = len(self.prompt), model.n_ctx
         if not 0 < count < n_ctx:
@@ -60,15 +62,14 @@ class Job:
                 extra={"prompt_tokens": count, "n_ctx": n_ctx},
             )
         self.max_tokens = min(request.max_tokens, n_ctx - count)
-        begun = (
-            begun_answer(turns)
-            if turns
-            else ""
-            if request.mode == "instruct"
-            else request.prompt or ""
-        )
-        where = request.mode, request.language, begun, request.suffix, request.stop_at
+        where = request.mode, request.language, self._begun(), request.suffix, request.stop_at
         self.ending = Ending(*where, request.indent, request.stop)
+
+    def _begun(self) -> str:
+        """The text that the completion goes on with."""
+        if self.request.messages:
+            return begun_answer(self.request.messages)
+        return "" if self.request.mode == "instruct" else self.request.prompt or ""
 
     def progress(self, stage: str, done: int, total: int) -> None:
         if self.request.progress:
@@ -80,22 +81,26 @@ class Run:
 
     def __init__(self, job: Job, slot: Slot, guide: list[int]) -> None:
         assert job.ending, "the job was prepared"
-        self.job, self.slot, self.guide, self.heal = job, slot, guide, job.heal
-        self.prompt = job.prompt  # and what has been generated, if its cells were lost
-        self.marks: list[
-            int
-        ] = []  # lengths of the prompt at which a recurrent state is worth keeping
-        self.characters, self.ending = codecs.getincrementaldecoder("utf-8")("replace"), job.ending
-        self.sampler, self.confidence = Sampler(job.request), Confidence()
+        self.job = job
+        self.slot = slot
+        self.guide = guide  # an earlier sequence with the same beginning, for drafts
+        self.prompt = job.prompt  # and the generated tokens, if their cells were lost
+        self.heal = job.heal
+        # Lengths of the prompt at which a recurrent state is worth keeping.
+        self.checkpoints: list[int] = []
+        self.characters = codecs.getincrementaldecoder("utf-8")("replace")
+        self.ending = job.ending
+        self.sampler = Sampler(job.request)
+        self.confidence = Confidence()
         self.probability = 1.0  # of the latest token
-        self.drafter: Drafter | None = None
+        self.drafter: Drafter | None = None  # once a token has been generated
         self.pending: int | None = None  # sampled, not yet decoded
         self.generated = self.drafted = self.accepted = 0
-        self.started, self.first_token, self.last_token = time.monotonic(), 0.0, 0.0
+        self.started = time.monotonic()
+        self.first_token = self.last_token = 0.0
         self.has_line = False  # a line end has been generated
-        self.hurried = (
-            False  # its reading was aborted for another request, so it is read in short chunks
-        )
+        # Its reading was aborted for another request, so it is read in short chunks.
+        self.hurried = False
         self.outbox: list[Event | HttpError] = []
 
     @property
@@ -114,27 +119,35 @@ class Run:
         self.probability = model.probability(index, token)
         return token
 
+    def drop_healed(self, piece: bytes) -> bytes:
+        """A token's bytes without those that the client already has."""
+        healed = min(len(piece), len(self.heal))
+        self.heal = self.heal[healed:]
+        return piece[healed:]
+
     def feed(self, piece: bytes) -> str | None:
         """Put the text that the client may have into the outbox. Returns why the completion has
         ended (None: it goes on). Bytes wait until their character is whole.
         """
-        written, threshold, mean = (
-            self.characters.decode(piece),
-            self.job.request.min_confidence,
-            1.0,
-        )
+        request = self.job.request
+        written = self.characters.decode(piece)
+        self.has_line = self.has_line or b"\n" in piece
+        least = 1.0  # of the lines that this token ends
         if piece:  # not only healed
-            mean = self.confidence.add(written, self.probability)
-        # At higher temperatures, unlikely tokens are chance and no doubt.
-        is_doubt = self.job.request.temperature <= DOUBT_TEMPERATURE
+            least = self.confidence.add(written, self.probability)
+        is_doubt = request.temperature <= DOUBT_TEMPERATURE
         text, reason = self.ending.feed(written, self.probability if is_doubt else 1.0)
         self.send(text)
-        can_end = (
-            self.job.request.mode != "instruct"
-        )  # the first line of such an answer may be a fence
-        return reason or (
-            "unsure" if can_end and threshold is not None and mean < threshold else None
-        )
+        if reason or request.min_confidence is None:
+            return reason
+        can_end = request.mode != "instruct"  # the first line of such an answer may be a fence
+        return "unsure" if can_end and least < request.min_confidence else None
+
+    def is_spent(self) -> bool:
+        """Whether the request's tokens or its time are used up."""
+        limit_ms = self.job.request.predict_ms
+        is_late = 1000 * (self.last_token - self.first_token) > limit_ms > 0
+        return self.generated >= self.job.max_tokens or (is_late and self.has_line)
 
     def send(self, text: str) -> None:
         if text:
@@ -154,19 +167,19 @@ class Run:
 
     def result(self, reason: str) -> Event:
         """The done event."""
-        job, span = self.job, self.last_token - self.first_token
-        return {
-            "done": True,
-            "total_tokens": self.generated,
-            "inference_time": round(time.monotonic() - job.started, 3),
-            "mode": job.request.mode,
-            "finish_reason": reason,
-            "prompt_tokens": len(job.prompt),
-            "cached_tokens": job.cached,
-            "load_time": round(job.submitted - job.started, 4),
-            "ttft": round(self.first_token - job.submitted, 4) if self.first_token else None,
-            "tokens_per_second": round((self.generated - 1) / span, 2) if span > 0 else None,
-            "draft_tokens": self.drafted,
-            "accepted_tokens": self.accepted,
-            **self.confidence.result(),
-        }
+        job = self.job
+        event: Event = {"done": True, "total_tokens": self.generated}
+        event["inference_time"] = round(time.monotonic() - job.started, 3)
+        event["mode"] = job.request.mode
+        event["finish_reason"] = reason
+        event["prompt_tokens"] = len(job.prompt)
+        event["cached_tokens"] = job.cached
+        event["load_time"] = round(job.submitted - job.started, 4)
+        event["ttft"] = event["tokens_per_second"] = None
+        if self.first_token:
+            event["ttft"] = round(self.first_token - job.submitted, 4)
+        if (seconds := self.last_token - self.first_token) > 0:
+            event["tokens_per_second"] = round((self.generated - 1) / seconds, 2)
+        event["draft_tokens"] = self.drafted
+        event["accepted_tokens"] = self.accepted
+        return event | self.confidence.result()

@@ -106,7 +106,7 @@ class Sequences:
         self.model, self.store = model, PrefixStore(budget, model.recurrent)
         self.slots = [Slot(i) for i in range(count)]
 
-    def place(self, prompt: list[int], free: list[Slot]) -> tuple[Slot, list[int]]:
+    def take_slot(self, prompt: list[int], free: list[Slot]) -> tuple[Slot, list[int]]:
         """One of the free slots, with the longest known prefix of the prompt, and the sequence that
         has this prefix.
         """
@@ -133,7 +133,7 @@ class Sequences:
             if not self.model.restore(slot, entry.state):
                 self.cut(slot, 0)
                 self.store.entries.remove(entry)
-                return self.place(prompt, free)
+                return self.take_slot(prompt, free)
             slot.tokens = entry.tokens[:]
         elif not in_place and live >= MIN_PREFIX:
             # A copy between separate caches takes memory for a while: not more than saved prompts

@@ -22,6 +22,7 @@ Who owns what
   tokenize and abort with it. They add a `Job` to the worker's waiting ones. The worker's thread
   passes events to the job's `deliver`, and every submitted job gets a last event. A flag cancels a
   job. A byte that llama.cpp's abort callback reads aborts a running `llama_decode`.
+- The worker's `Decoder` says what a decode computes, and handles its result.
 - A worker schedules sequences. A sequence occupies a slot of the KV cache while it runs, and then
   until the slot is needed. Then the worker parks the sequence in a `PrefixStore` as bytes;
   unloading writes these bytes to disk.
@@ -56,19 +57,25 @@ from cerebrum.vps.llama import (
     file_stamp,
     llama_log,
 )
-from cerebrum.vps.prefixes import MIN_PREFIX, STORE_SECONDS, Sequences, load_parked, save_parked
+from cerebrum.vps.prefixes import (
+    MIN_PREFIX,
+    STORE_SECONDS,
+    PrefixStore,
+    Sequences,
+    load_parked,
+    save_parked,
+)
 from cerebrum.vps.schedule import Baton, measure_costs
 from cerebrum.vps.tokens import common_prefix
 from cerebrum_common import HttpError, log
 
-# A step has hung after the longer of STEP_SECONDS (a step takes a few) and SLOWEST times the
+# A step has hung after the longer of HUNG_SECONDS (a step takes a few) and SLOWEST times the
 # decode's expected time.
-STEP_SECONDS, SLOWEST = 120.0, 20.0
+HUNG_SECONDS, SLOWEST = 120.0, 20.0
 MAX_BACKLOG = 256  # a job pauses when its client has this many deliveries unread
 RESUME_BACKLOG = 64  # the reader of the deliveries calls `Worker.wake` when this few are left
-GIVE_WAY_SECONDS = (
-    0.05  # until a run whose prompt stands still looks again whether another model still works
-)
+# Until a run whose prompt stands still looks again whether another model still works.
+GIVE_WAY_SECONDS = 0.05
 
 
 @dataclass(slots=True)
@@ -101,23 +108,33 @@ class Loader:
             try:
                 check_digest(self.path, tuned.source, self.settings.state_dir, beat)
                 model = Llama(tuned.path, tuned.settings, progress, self.fim, self.layout)
-                self.path, self.settings, self.encoding = tuned.path, tuned.settings, tuned.encoding
-                return model
             except (ModelError, OSError) as error:
                 if beat():
                     raise
-                log.warning(
-                    "model %s", untuned(self.model_id, f"its tuned file cannot be used: {error}")
-                )
+                reason = f"its tuned file cannot be used: {error}"
+                log.warning("model %s", untuned(self.model_id, reason))
+            else:
+                self.path = tuned.path
+                self.settings = tuned.settings
+                self.encoding = tuned.encoding
+                return model
         check_digest(self.path, self.sha256, self.settings.state_dir, beat)
         return Llama(self.path, self.settings, progress, self.fim, self.layout)
 
     def set_key(self, model: Llama) -> None:
         """`key`, of all that a saved state depends on."""
         settings = self.settings
-        params = f"{settings.sequences} {settings.kv_type} {settings.micro_batch} {settings.uses_flash_attention}"
-        key = f"{file_stamp(self.path)} {llama_cpp.__version__} {model.n_ctx} {model.unified} {params}"
-        self.key = hashlib.sha256(key.encode()).hexdigest()
+        parts = (
+            file_stamp(self.path),
+            llama_cpp.__version__,
+            model.n_ctx,
+            model.unified,
+            settings.sequences,
+            settings.kv_type,
+            settings.micro_batch,
+            settings.uses_flash_attention,
+        )
+        self.key = hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()
 
     @property
     def kv_dir(self) -> Path:
@@ -136,7 +153,8 @@ class Worker(threading.Thread):
         self, loader: Loader, baton: Baton | None = None, tally: ModelTally | None = None
     ) -> None:
         super().__init__(name=f"worker-{loader.model_id}", daemon=True)
-        self.loader, self.model_id = loader, loader.model_id
+        self.loader = loader
+        self.model_id = loader.model_id
         self.baton = baton or Baton()
         self.ready: Future[None] = Future()
         self.ending: Future[None] = Future()
@@ -145,13 +163,11 @@ class Worker(threading.Thread):
         self.memory_bytes = 0  # resident memory that loading added
         self.model: Llama | None = None
         self.decoder: Decoder | None = None  # once the model is loaded
-        self.waiting: list[
-            Job
-        ] = []  # other threads append, the thread removes, and appends those that give way
+        # Other threads append; the thread removes, and appends those that give way.
+        self.waiting: list[Job] = []
         self.tally = tally or ModelTally()
-        self.sheds: list[
-            tuple[int, Future[None]]
-        ] = []  # a queue: other threads append, the thread removes
+        # Bytes to drop of the parked sequences; other threads append, the thread removes.
+        self.sheds: list[tuple[int, Future[None]]] = []
         self.due = math.inf  # deadline of the current step; monotonic; written by the thread
         self._alarm = threading.Event()  # something has changed that the thread should look at
         self._door = threading.Lock()  # guards `_closed`, after which no job begins to wait
@@ -165,12 +181,14 @@ class Worker(threading.Thread):
 
     @property
     def slots(self) -> list[Slot]:
-        return decoder.sequences.slots if (decoder := self.decoder) else []
+        decoder = self.decoder
+        return decoder.sequences.slots if decoder else []
 
     @property
     def stored_bytes(self) -> int:
         """Memory of the parked sequences."""
-        return decoder.sequences.store.size if (decoder := self.decoder) else 0
+        decoder = self.decoder
+        return decoder.sequences.store.size if decoder else 0
 
     def prepare(self, job: Job) -> Job:
         """`Job.prepare`, once the model is loaded. A megabyte of text takes a second, so an event
@@ -208,26 +226,28 @@ class Worker(threading.Thread):
         self._abort_if(lambda run: run.job.cancelled)
 
     def give_way(self, job: Job) -> None:
-        """Abort a running decode that only reads prompts, of low priority or in a long chunk:
-        another request has come, this job. The micro-batches that are done stay, but for a
-        recurrent model, which would have to begin again.
+        """Abort a decode that only reads low-priority prompts or a long chunk: `job` has come.
+        Finished micro-batches are kept, except by recurrent models, which would begin again and
+        are not aborted.
         """
-        if (decoder := self.decoder) and not decoder.model.recurrent:
-            is_long, prompt = decoder.is_long, job.prompt
+        decoder = self.decoder
+        if not decoder or decoder.model.recurrent:
+            return
+        is_long = decoder.is_long
 
-            def is_in_the_way(run: Run) -> bool:
-                waited_for = common_prefix(run.prompt, prompt) >= MIN_PREFIX
-                return run.prefilling and (run.low or (is_long and not waited_for))
+        def is_in_the_way(run: Run) -> bool:
+            if not run.prefilling:
+                return False
+            is_waited_for = common_prefix(run.prompt, job.prompt) >= MIN_PREFIX
+            return run.low or (is_long and not is_waited_for)
 
-            self._abort_if(is_in_the_way)
+        self._abort_if(is_in_the_way)
 
     def _abort_if(self, is_meant: Callable[[Run], bool]) -> None:
         """Abort a running decode that is for such runs alone."""
-        if (
-            (decoder := self.decoder)
-            and (running := decoder.running)
-            and all(map(is_meant, running))
-        ):
+        decoder = self.decoder
+        running = decoder.running if decoder else []
+        if decoder and running and all(map(is_meant, running)):
             decoder.model.abort()
 
     def shed(self, size: int) -> Future[None]:
@@ -260,7 +280,7 @@ class Worker(threading.Thread):
         """Note progress for the watchdog; the next step may take `seconds`. Returns whether to
         stop.
         """
-        self.due = time.monotonic() + max(STEP_SECONDS, SLOWEST * seconds)
+        self.due = time.monotonic() + max(HUNG_SECONDS, SLOWEST * seconds)
         return self.stopping
 
     def run(self) -> None:
@@ -286,49 +306,42 @@ class Worker(threading.Thread):
             self._alarm.clear()  # before looking, so that no change is missed
             if self._beat():
                 return
-            while self.sheds:
-                size, done = self.sheds.pop()
-                decoder.sequences.store.shrink(self.stored_bytes - size)
-                done.set_result(None)
+            self._shed(decoder.sequences.store)
             self._start_jobs(decoder)
             if self._alarm.is_set():
                 # more jobs may have come while a sequence was parked, which takes milliseconds
                 continue
             # Without those whose clients do not keep up.
             runs = [run for run in decoder.runs if run.job.unread() < MAX_BACKLOG]
-            self.baton.note(decoder, decoder.costs(1) if not all(run.low for run in runs) else None)
+            is_low = all(run.low for run in runs)
+            self.baton.note(decoder, None if is_low else decoder.costs(1))
             if not runs:
                 self._rest(decoder.sequences)
             elif not decoder.turn(runs):
                 self._alarm.wait(GIVE_WAY_SECONDS)
 
+    def _shed(self, store: PrefixStore) -> None:
+        while self.sheds:
+            size, done = self.sheds.pop()
+            store.shrink(store.size - size)
+            done.set_result(None)
+
     def _failure(self, error: Exception) -> HttpError:
         """Log why the worker ends early, and return the error for its clients."""
-        model = self.model_id
+        name = f"model {self.model_id}"
         if self.ready.done():
             self.stopping = True
-            log.error(
-                "model %s: the worker failed; the next request loads the model again",
-                model,
-                exc_info=error,
-            )
-            return HttpError(
-                "INTERNAL_ERROR", f"model {model} failed and is loaded again; see the log"
-            )
+            happens = "the worker failed; the next request loads the model again"
+            log.error("%s: %s", name, happens, exc_info=error)
+            return HttpError("INTERNAL_ERROR", f"{name} failed and is loaded again; see the log")
         if self.stopping:
-            return HttpError("SHUTTING_DOWN", f"model {model}: loading was given up")
+            return HttpError("SHUTTING_DOWN", f"{name}: loading was given up")
         if isinstance(error, ModelError):
-            log.error(
-                "model %s: %s; llama.cpp said: %s",
-                model,
-                error,
-                " | ".join(llama_log.lines)[-1000:],
-            )
-            return HttpError(
-                "MODEL_LOAD_FAILED", f"model {model} ({self.loader.path.name}): {error}"
-            )
-        log.error("model %s: loading failed", model, exc_info=error)
-        return HttpError("MODEL_LOAD_FAILED", f"model {model}: loading failed; see the log")
+            said = " | ".join(llama_log.lines)[-1000:]
+            log.error("%s: %s; llama.cpp said: %s", name, error, said)
+            return HttpError("MODEL_LOAD_FAILED", f"{name} ({self.loader.path.name}): {error}")
+        log.error("%s: loading failed", name, exc_info=error)
+        return HttpError("MODEL_LOAD_FAILED", f"{name}: loading failed; see the log")
 
     def _load(self) -> Decoder:
         loader, before = self.loader, resident_bytes()
@@ -337,19 +350,23 @@ class Worker(threading.Thread):
         costs = measure_costs(self.model, self.baton, self._beat)
         settings = loader.settings
         sequences = Sequences(self.model, settings.sequences, settings.cache_mb * MB)
-        for entry in load_parked(loader.kv_dir, loader.key, sequences.store.budget):
+        store = sequences.store
+        for entry in load_parked(loader.kv_dir, loader.key, store.budget):
             self._beat()
-            sequences.store.add(entry)
-        self.memory_bytes = max(0, resident_bytes() - before - sequences.store.size)
+            store.add(entry)
+        self.memory_bytes = max(0, resident_bytes() - before - store.size)
         self.decoder = Decoder(
             self.model, sequences, costs, self.baton, self.tally, self._beat, settings.draft
         )
+        decode_ms = f"{1000 * costs(1):.1f}/{1000 * costs(16):.1f}"
         log.info(
-            "model %s loaded (%s): %d MB; decode of 1/16 tokens %.1f/%.1f ms; %d sequences "
-            "restored",
-            self.model_id, loader.encoding, self.memory_bytes // MB, *(costs(n) * 1e3 for n in (1, 16)),
-            len(sequences.store.entries),
-        )  # fmt: skip
+            "model %s loaded (%s): %d MB; decode of 1/16 tokens %s ms; %d sequences restored",
+            self.model_id,
+            loader.encoding,
+            self.memory_bytes // MB,
+            decode_ms,
+            len(store.entries),
+        )
         return self.decoder
 
     def _close(self) -> None:
@@ -358,29 +375,28 @@ class Worker(threading.Thread):
         """
         with self._door:
             self._closed = True
-        self.baton.note(self.decoder, None)
-        if decoder := self.decoder:
+        decoder = self.decoder
+        self.baton.note(decoder, None)
+        if decoder:
             for run in decoder.runs:
                 with self._logged("ending a request"):
                     decoder.fail(run, self._end)
         for job in self.waiting:
             with self._logged("refusing a request"):
                 job.deliver([self._farewell])
-        if self.decoder:
+        if decoder:
             with self._logged("saving parked sequences"):
-                for slot in self.slots:
-                    self._beat()
-                    self.decoder.sequences.park(slot)
-                save_parked(
-                    self.loader.kv_dir,
-                    self.loader.key,
-                    self.decoder.sequences.store.entries,
-                    self._beat,
-                )
+                self._save(decoder.sequences)
         self.decoder = None
         if self.model:
             with self._logged("freeing the model"):
                 self.model.close()
+
+    def _save(self, sequences: Sequences) -> None:
+        for slot in sequences.slots:
+            self._beat()
+            sequences.park(slot)
+        save_parked(self.loader.kv_dir, self.loader.key, sequences.store.entries, self._beat)
 
     @contextlib.contextmanager
     def _logged(self, step: str) -> Iterator[None]:

@@ -921,7 +921,7 @@ def test_a_worker_is_due_only_while_it_works_and_saves_when_it_rests(
     for number, (prompt, step_seconds, slowest) in enumerate(
         (("abc" * 9, 100.0, 1.0), ("xyz" * 9, 1.0, 1e6)), 1
     ):
-        monkeypatch.setattr(vps_worker, "STEP_SECONDS", step_seconds)
+        monkeypatch.setattr(vps_worker, "HUNG_SECONDS", step_seconds)
         monkeypatch.setattr(vps_worker, "SLOWEST", slowest)
         model.hold.clear()
         model.decoding.clear()
