@@ -198,7 +198,7 @@ def test_drafter_follows_an_earlier_sequence() -> None:
     """From the end of its prompt, or of another prompt."""
     answer = FILE[200:]
     drafter = Drafter(FILE[:200], FILE[:200] + answer)
-    assert (drafter.propose(10), drafter.streak) == (answer[:10], drafts.ALIKE)
+    assert (drafter.propose(10), drafter.streak) == (answer[:10], drafts.MAX_MATCH)
     assert decode_with(drafter, answer) == (13, 187, 187)  # 200 tokens, 16 at a time
     drafter = Drafter([*FILE[:100], 3, 4, 5], [*FILE[:100], 1, 2, *FILE[100:]])
     assert drafter.propose(10) == []
