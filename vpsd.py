@@ -473,7 +473,7 @@ class Admission:
 
     def __init__(self, request: GenerationRequest, notes: dict[str, Any]) -> None:
         loop = asyncio.get_running_loop()
-        self.model = request.model
+        self.model, self.session = request.model, request.session
         self.notes = notes  # for the request's line in the log
         self.notes["model"] = self.model
         self.events: asyncio.Queue[list[Event | HttpError]] = asyncio.Queue()
@@ -552,7 +552,8 @@ class Engine:
         ends: unknown model, all places taken, or too little memory or CPU.
         """
         self.pool.check(request.model)
-        older = self._of_session(request.session)
+        session = request.session
+        older = [other for other in self.admissions if session and other.session == session]
         places = self.config.engine.sequences
         if len(self.admissions) - len(older) >= places:
             raise HttpError("RATE_LIMIT", f"expected at most {places} requests at a time")
@@ -570,11 +571,6 @@ class Engine:
         self.requests_total += 1
         admission.starter = asyncio.create_task(self._start(admission))
         return admission
-
-    def _of_session(self, session: str | None) -> list[Admission]:
-        if not session:
-            return []
-        return [other for other in self.admissions if other.job.request.session == session]
 
     async def _start(self, admission: Admission) -> None:
         """Take the request to its worker. An error on the way becomes the last event."""
@@ -644,14 +640,12 @@ class Engine:
 
 async def health(engine: Engine, _request: Request) -> Response:
     """GET /health, without a key."""
-    cpu_percent = round(engine.cpu.system_percent, 1)
-    memory_mb = round(available_mb(), 1)
     return Response(
         {
             "status": "healthy",
             "timestamp": common.timestamp(),
-            "cpu_percent": cpu_percent,
-            "memory_available_mb": memory_mb,
+            "cpu_percent": round(engine.cpu.system_percent, 1),
+            "memory_available_mb": round(available_mb(), 1),
             "models_loaded": list(engine.pool.ready),
         }
     )

@@ -8,7 +8,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cerebrum.metrics import Tally
 from cerebrum.vps.drafts import Drafter, Gain
@@ -46,6 +46,7 @@ class Work:
     outputs: int
 
 
+@dataclass(eq=False)
 class Decoder:
     """What the next `llama_decode` computes for each running sequence, and what becomes of its
     result.
@@ -54,28 +55,18 @@ class Decoder:
     should take so long.
     """
 
-    def __init__(
-        self,
-        model: Llama,
-        sequences: Sequences,
-        costs: Costs,
-        baton: Baton,
-        tally: ModelTally,
-        stop: Callable[[float], bool],
-        drafting: bool,
-    ) -> None:
-        self.model = model
-        self.sequences = sequences
-        self.costs = costs
-        self.baton = baton
-        self.tally = tally
-        self.stop = stop
-        self.gain = Gain()
-        self.drafting = drafting and model.max_draft > 0
-        # Other threads read these two: the sequences in the current llama_decode, and whether it
-        # takes more than PREFILL_SECONDS.
-        self.running: list[Run] = []
-        self.is_long = False
+    model: Llama
+    sequences: Sequences
+    costs: Costs
+    baton: Baton
+    tally: ModelTally
+    stop: Callable[[float], bool]
+    drafting: bool
+    gain: Gain = field(default_factory=Gain)
+    # Other threads read these two: the sequences in the current llama_decode, and whether it takes
+    # more than PREFILL_SECONDS.
+    running: list[Run] = field(default_factory=list)
+    is_long: bool = False
 
     @property
     def runs(self) -> list[Run]:
@@ -86,10 +77,8 @@ class Decoder:
         """The run that gives its slot to a job of normal priority: one of low priority whose prompt
         is being read. A completion that has begun to write keeps its slot.
         """
-        for run in self.runs:
-            if run.low and run.prefilling and not run.first_token:
-                return run
-        return None
+        reading = [run for run in self.runs if run.prefilling and not run.first_token]
+        return next((run for run in reading if run.low), None)
 
     def start(self, job: Job, free: list[Slot]) -> None:
         """Give the job a slot; what the slot lacks of its prompt is prefilled."""

@@ -370,14 +370,14 @@ class Sampler:
         seed = request.seed
         if seed is None:
             seed = int.from_bytes(os.urandom(4), "little") % MAX_SEED
-        self._add(api.llama_sampler_init_top_k(40))
-        self._add(api.llama_sampler_init_top_p(request.top_p, 1))
-        self._add(api.llama_sampler_init_min_p(0.05, 1))
-        self._add(api.llama_sampler_init_temp(request.temperature))
-        self._add(api.llama_sampler_init_dist(seed))
-
-    def _add(self, sampler: Any) -> None:
-        api.llama_sampler_chain_add(self.chain, sampler)
+        for sampler in (
+            api.llama_sampler_init_top_k(40),
+            api.llama_sampler_init_top_p(request.top_p, 1),
+            api.llama_sampler_init_min_p(0.05, 1),
+            api.llama_sampler_init_temp(request.temperature),
+            api.llama_sampler_init_dist(seed),
+        ):
+            api.llama_sampler_chain_add(self.chain, sampler)
 
     def sample(self, model: Llama, index: int) -> int:
         if self.greedy:

@@ -94,7 +94,7 @@ END_TOKEN = re.compile(
 )
 FILE_TOKENS = ("<|file_sep|>", "<file_sep>", "<|file_separator|>")  # before a file's name
 APART = "\x01"  # SentencePiece knows it as a byte
-PLACEHOLDER = b"\x01%d\x02"  # a message's number, where its text belongs in a chat
+PLACEHOLDER = "\x01%d\x02"  # a message's number, where its text belongs in a chat
 MAX_PIECE_BYTES = 4096  # no known token is longer than a few hundred bytes
 # The texts of many models are split by std::regex, which recurses for each character of a match. A
 # match of 22,000 characters overflows a thread's stack of 8 MB, and a match may consist of two
@@ -229,14 +229,12 @@ class Vocabulary:
         tokens: list[int] = buffer[: max(0, count)]
         return tokens
 
-    def tokenize_part(self, text: str | bytes, special: bool = False) -> list[int]:
+    def tokenize_part(self, text: str, special: bool = False) -> list[int]:
         """A text that follows other tokens. SentencePiece would put a space before it, so it is
         tokenized behind a character that merges with nothing.
         """
         if not self.dummy_space or not text:
             return self.tokenize(text, False, special)
-        if isinstance(text, bytes):
-            text = text.decode(errors="replace")
         apart = self.tokenize(APART, False)
         return self.tokenize(APART + text, False, special)[len(apart) :]
 
@@ -341,21 +339,20 @@ class Vocabulary:
         rest += self._no_thoughts(template, begun)
         return tokens + self.tokenize_part(rest, special=True) + self.tokenize_part(begun)
 
-    def _no_thoughts(self, template: bytes, begun: str) -> bytes:
+    def _no_thoughts(self, template: bytes, begun: str) -> str:
         """What makes a model answer at once instead of thinking first."""
         if b"<|channel|>" in template:  # gpt-oss
-            return b"<|channel|>final<|message|>"
+            return "<|channel|>final<|message|>"
         if b"</think>" not in template or self.token_of("<think>") < 0:
-            return b""
-        is_thinking = begun.lstrip().startswith("<think>")
-        return b"" if is_thinking else b"<think>\n\n</think>\n\n"
+            return ""
+        return "" if begun.lstrip().startswith("<think>") else "<think>\n\n</think>\n\n"
 
-    def _apply(self, template: bytes, messages: Sequence[tuple[str, str]]) -> bytes:
+    def _apply(self, template: bytes, messages: Sequence[tuple[str, str]]) -> str:
         """The chat template's text for messages of these roles, with numbered placeholders as
         contents.
         """
         turns = [
-            api.llama_chat_message(role.encode(), PLACEHOLDER % number)
+            api.llama_chat_message(role.encode(), (PLACEHOLDER % number).encode())
             for number, (role, _) in enumerate(messages)
         ]
         chat = (api.llama_chat_message * len(turns))(*turns)
@@ -364,4 +361,4 @@ class Vocabulary:
             size = api.llama_chat_apply_template(name, chat, len(turns), True, buffer, len(buffer))
             if size >= 0:
                 break
-        return buffer.raw[:size]
+        return buffer.raw[:size].decode(errors="replace")

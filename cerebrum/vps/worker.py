@@ -194,17 +194,18 @@ class Worker(threading.Thread):
         """`Job.prepare`, once the model is loaded. A megabyte of text takes a second, so an event
         loop must use a thread.
         """
-        self.ready.result()
-        assert self.model
-        job.prepare(self.model)
+        job.prepare(self._loaded())
         return job
 
     def tokenize(self, text: str, first: bool, special: bool) -> list[int]:
         """`Vocabulary.tokenize`, once the model is loaded."""
+        with self._loaded().vocabulary.in_use() as vocabulary:
+            return vocabulary.tokenize(text, first, special)
+
+    def _loaded(self) -> Llama:
         self.ready.result()
         assert self.model
-        with self.model.vocabulary.in_use() as words:
-            return words.tokenize(text, first, special)
+        return self.model
 
     def submit(self, job: Job) -> None:
         """Hand over a prepared job; its events begin to arrive."""
