@@ -117,23 +117,26 @@ class Sequences:
 
         The prefix stays where it is, or comes from the store, or from another slot.
         """
+        # 1. Which sequence has the longest prefix? A running recurrent state goes on and cannot be
+        # shared.
         entry, stored = self.store.best(prompt)
-        # A running recurrent state goes on and cannot be shared.
         candidates = free if self.model.recurrent else self.slots
         nearest = max(candidates, key=lambda slot: self.model.reusable(slot.tokens, prompt))
         live = self.model.reusable(nearest.tokens, prompt)
         guide = entry.tokens[:] if entry and stored > live else nearest.tokens[:]
         if stored <= live or stored < MIN_PREFIX:
-            entry = None
-        # Trimming the nearest sequence would lose more tokens than it keeps.
+            entry = None  # not worth restoring
+        # 2. Which slot? The nearest, unless trimming it would lose more tokens than it keeps and
+        # another can have a copy.
         loses = len(nearest.tokens) > 2 * live
         slot = min(free, key=lambda slot: slot.used)
         if nearest in free and not entry and (self.model.unified or not loses):
             slot = nearest
         stays = slot is nearest and not entry
-        # Apart from the others, a slot's idle cells slow none of them.
+        # 3. Park the idle sequences. Apart from the others, a slot's idle cells slow none of them.
         idle = free if self.model.unified else [slot]
         self._park_all(idle, but=slot if stays else None, cut=loses)
+        # 4. Bring the prefix to the slot.
         if entry:
             if not self.model.restore(slot, entry.state):
                 self.cut(slot, 0)

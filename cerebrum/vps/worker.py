@@ -2,10 +2,9 @@
 try without HTTP:
 
     import pathlib, queue
-    from cerebrum.vps.llama import Settings, start_library
-    from cerebrum.vps.tokens import common_prefix
-from cerebrum.vps.vocabulary import GenerationRequest
     from cerebrum.vps.job import Job
+    from cerebrum.vps.llama import Settings, start_library
+    from cerebrum.vps.vocabulary import GenerationRequest
     from cerebrum.vps.worker import Loader, Worker
     start_library()
     worker = Worker(Loader("qwen", pathlib.Path("model.gguf"), Settings()))
@@ -22,7 +21,7 @@ Who owns what
   tokenize and abort with it. They add a `Job` to the worker's waiting ones. The worker's thread
   passes events to the job's `deliver`, and every submitted job gets a last event. A flag cancels a
   job. A byte that llama.cpp's abort callback reads aborts a running `llama_decode`.
-- The worker's `Decoder` says what a decode computes, and handles its result.
+- The worker's `Decoder` decides what each decode computes, and handles the result.
 - A worker schedules sequences. A sequence occupies a slot of the KV cache while it runs, and then
   until the slot is needed. Then the worker parks the sequence in a `PrefixStore` as bytes;
   unloading writes these bytes to disk.
