@@ -126,8 +126,8 @@ class Sequences:
         guide = entry.tokens[:] if entry and stored > live else nearest.tokens[:]
         if stored <= live or stored < MIN_PREFIX:
             entry = None  # not worth restoring
-        # 2. Which slot? The nearest, unless trimming it would lose more tokens than it keeps and
-        # another can have a copy.
+        # 2. Which slot? The nearest; but if caches are separate and trimming it would lose more
+        # tokens than it keeps, another gets a copy.
         loses = len(nearest.tokens) > 2 * live
         slot = min(free, key=lambda slot: slot.used)
         if nearest in free and not entry and (self.model.unified or not loses):
