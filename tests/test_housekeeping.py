@@ -31,7 +31,7 @@ from cerebrum.vps.llama import MB, ModelError, Settings
 from cerebrum.vps.pool import Instance
 from cerebrum.vps.worker import Loader
 from cerebrum_common import SSE_COMMENT, HttpError
-from vpsd import Completion, Engine, events_of, load_config
+from vpsd import Admission, Engine, events_of, load_config
 
 A, B, C = "qwen_0_5b", "qwen_1_5b", "qwen_7b"
 CATALOG = {"CEREBRUM_MODELS_FILE": str(ROOT / "models.toml")}
@@ -97,7 +97,7 @@ class House:
     def file(self, model: str = A) -> Path:
         return self.folder / self.pool.models[model].file
 
-    def ask(self, model: str = A, **more: Any) -> Completion:
+    def ask(self, model: str = A, **more: Any) -> Admission:
         return self.engine.admit(vpsd.parse_inference({"model": model, "prompt": "x", **more}), {})
 
     def refuses(self, model: str = A, **more: Any) -> HttpError:
@@ -105,7 +105,7 @@ class House:
             self.ask(model, **more)
         return refused.value
 
-    async def loaded(self, model: str = A) -> Completion:
+    async def loaded(self, model: str = A) -> Admission:
         """A completion that has reached its worker."""
         completion = self.ask(model)
         await until(lambda: model in self.pool.instances)
@@ -124,7 +124,7 @@ class House:
         self.engine.finish(await self.loaded(model))
         return self.worker(model)
 
-    async def error(self, completion: Completion) -> HttpError:
+    async def error(self, completion: Admission) -> HttpError:
         """The error that ends this completion."""
         events = await completion.next_events(PATIENCE)
         assert isinstance(events[-1], HttpError)
@@ -173,7 +173,7 @@ def house(
         if not worker.ended.done():
             worker.ended.set_result(None)
     runner.run(asyncio.wait_for(house.engine.stop(), PATIENCE))
-    assert (house.pool.instances, house.engine.completions) == ({}, {})
+    assert (house.pool.instances, house.engine.admissions) == ({}, {})
 
 
 # ----------------------------------------------------------------------------------- what is loaded
@@ -356,7 +356,7 @@ async def test_a_load_that_nobody_waits_for_can_be_stopped(house: House, why: st
     worker.end(HttpError("SHUTTING_DOWN", "given up"))
     result = await stopping
     assert A not in house.pool.instances
-    if isinstance(result, Completion):
+    if isinstance(result, Admission):
         house.engine.finish(result)
 
 
@@ -508,7 +508,7 @@ async def test_a_stream_sends_the_events_before_an_error_first(house: House) -> 
     error, stream = HttpError("INTERNAL_ERROR", "fault"), events_of(house.engine, request_for())
     answer = asyncio.ensure_future(anext(stream))
     await house.begun()
-    (completion,) = house.engine.completions
+    (completion,) = house.engine.admissions
     completion.events.put_nowait([{"token": "x", "total_tokens": 1}, error])
     assert vpsd.write_events(await answer) == b'data: {"token": "x", "total_tokens": 1}\n\n'
     with pytest.raises(HttpError) as raised:
@@ -523,7 +523,7 @@ async def test_a_newer_request_replaces_the_older_of_its_session_unless_it_is_re
     house.engine.cpu.others_percent = 100.0
     for model, code in ((A, "RESOURCE_EXHAUSTED"), ("unknown", "MODEL_NOT_FOUND")):
         assert house.refuses(model, session="s").code == code
-    assert (list(house.engine.completions), older.job.cancelled) == ([older, other], False)
+    assert (list(house.engine.admissions), older.job.cancelled) == ([older, other], False)
     house.engine.cpu.others_percent = 0.0
     newer = house.ask(session="s")
     assert (await house.error(older)).code == "SUPERSEDED"
@@ -533,7 +533,7 @@ async def test_a_newer_request_replaces_the_older_of_its_session_unless_it_is_re
 
 async def test_a_worker_that_has_hung_is_noticed_and_left(house: House) -> None:
     house.patch(vpsd, "KEEPALIVE_SECONDS", 0.01)
-    house.patch(vpsd, "HEAD_SECONDS", 0.01)
+    house.patch(vpsd, "FIRST_EVENT_SECONDS", 0.01)
     await house.idle()
     answer = asyncio.ensure_future(vpsd.inference(house.engine, request_for()))
     async with contextlib.aclosing(events_of(house.engine, request_for())) as stream:

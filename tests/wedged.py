@@ -22,7 +22,7 @@ import vpsd
 from cerebrum.vps import llama
 from cerebrum.vps import worker as vps_worker
 
-vps_worker.STEP_SECONDS = 3.0
+vps_worker.HUNG_SECONDS = 3.0
 
 
 class Wedged(llama.Llama):

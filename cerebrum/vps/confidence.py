@@ -7,9 +7,8 @@ from __future__ import annotations
 import bisect
 import re
 
-Judged = tuple[
-    float, int
-]  # a line's mean, and where it ends: characters of the text that the client has
+# A line's mean, and where it ends: characters of the text that the client has.
+Judged = tuple[float, int]
 
 
 class Confidence:
@@ -22,14 +21,12 @@ class Confidence:
     """
 
     def __init__(self) -> None:
-        self._written = ""  # by the model; all places below are in this text
-        self._starts, self._probabilities = (
-            list[int](),
-            list[float](),
-        )  # where each token begins, and its probability
+        self._written = ""  # by the model; all positions below are in this text
+        self._starts = list[int]()  # where each token begins
+        self._probabilities = list[float]()  # of each token
         self._line = 0  # where the model's unfinished line begins
         self._begin = self._end = 0  # of the client's text
-        self._known = 0  # where the client's lines that are not judged yet begin
+        self._client_line = 0  # where the client's lines that are not judged yet begin
         self._sent = 0  # characters of the client's text
         self._judged = list[Judged]()  # the client's complete lines
 
@@ -37,51 +34,63 @@ class Confidence:
         """A token, which adds this text. The least mean of the lines that it ends; 1.0 if there are
         none.
         """
-        self._starts.append(len(self._written))
+        start = len(self._written)
+        self._starts.append(start)
         self._probabilities.append(probability)
-        end, self._written = len(self._written), self._written + text
+        self._written += text
         least = 1.0
-        while (end := self._written.find("\n", end) + 1) > 0:
+        end = self._written.find("\n", start) + 1
+        while end:
             if self._written[self._line : end].strip():
                 least = min(least, self._mean(self._line, end - 1))
                 self._line = end
+            end = self._written.find("\n", end) + 1
         return least
 
     def send(self, text: str, begin: int) -> list[Judged]:
-        """The client gets this text next. Returns the lines that it completes. The client's text is
-        the model's from `begin` on, line by line, without some of the indentation.
+        """Record that the client gets this text; return the lines that it completes.
+
+        The client's text is the model's from `begin` on, where its code block begins. The client's
+        lines may lack indentation: the margin of the block, or what stands in the file already.
         """
         self._begin = begin
-        self._known, self._end = max(self._known, begin), max(self._end, begin)
-        done = len(self._judged)
+        self._client_line = max(self._client_line, begin)
+        self._end = max(self._end, begin)
+        judged_before = len(self._judged)
         for part in re.findall(r"\n|[^\n]+", text):
             self._sent += len(part)
             if part == "\n":
                 self._end_line()
-            elif self._is_begun():
-                self._end += len(part)
-            elif word := part.lstrip():  # indentation has no place before its line has a word
-                self._end = self._written.index(word, self._end) + len(word)
-        return self._judged[done:]
+            else:
+                self._end = self._end_of(part)
+        return self._judged[judged_before:]
+
+    def _end_of(self, part: str) -> int:
+        """Where the next part of the client's line ends in the model's text."""
+        if self._has_word():
+            return self._end + len(part)
+        word = part.lstrip()  # the indentation before it may be shorter than the model's
+        return self._written.index(word, self._end) + len(word) if word else self._end
 
     def _end_line(self) -> None:
         lines = self.last()
-        end = self._written.find("\n", self._end) + 1
-        if (
-            end and not self._written[self._end : end].strip()
-        ):  # `Gap` adds a line end that the model has not written
-            self._end = end
+        after = self._written.find("\n", self._end) + 1
+        # Without a line end there, `Gap` has added one that the model has not written.
+        if after and not self._written[self._end : after].strip():
+            self._end = after
         if lines:
             self._judged += lines
-            self._known = self._end
+            self._client_line = self._end
 
-    def _is_begun(self) -> bool:
+    def _has_word(self) -> bool:
         """Whether the client's unfinished line has more than white space."""
-        return bool(self._written[self._known : self._end].strip())
+        return bool(self._written[self._client_line : self._end].strip())
 
     def last(self) -> list[Judged]:
         """The unfinished line at the end of the client's text, unless it is blank."""
-        return [(self._mean(self._known, self._end), self._sent)] if self._is_begun() else []
+        if not self._has_word():
+            return []
+        return [(self._mean(self._client_line, self._end), self._sent)]
 
     def result(self) -> dict[str, float]:
         """The means of the first line and of the whole text, as the client has them; nothing
@@ -97,9 +106,8 @@ class Confidence:
         """Of the tokens that begin from `begin` to `end`, or else of the one that reaches beyond
         both.
         """
-        first, last = (
-            bisect.bisect_left(self._starts, begin),
-            bisect.bisect_right(self._starts, end),
-        )
-        some = self._probabilities[first:last] or self._probabilities[last - 1 : last]
-        return round(sum(some) / len(some), 4)
+        first = bisect.bisect_left(self._starts, begin)
+        after = bisect.bisect_right(self._starts, end)
+        first = min(first, after - 1)
+        tokens = self._probabilities[first:after]
+        return round(sum(tokens) / len(tokens), 4)

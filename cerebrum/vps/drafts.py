@@ -8,23 +8,19 @@ from __future__ import annotations
 from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
 
-from cerebrum.vps.llama import common_prefix
+from cerebrum.vps.tokens import common_prefix
 
 # ----------------------------------------------------------------------------------- policy: drafts
 
 GRAM = 3  # this many tokens must repeat before the tokens that followed them are drafted
-# most old or new tokens of a change in a copy; after a longer change the copy is searched for anew
+RECENT = 16  # latest occurrences of a gram that are looked at
+# Most old or new tokens of a change in a copy. After a longer change the copy is searched for anew.
 MAX_CHANGE = 8
 NEAR = 48  # after a change the copy usually continues within this many tokens
-ALIKE = 32  # tokens that are compared before two places
-LENGTHS = (
-    0,
-    3,
-    7,
-    15,
-    31,
-    63,
-)  # of drafts: with the token before it, 28 to 31 tokens take as long as 32
+MAX_MATCH = 32  # tokens that are compared before two positions
+MAX_CREDIT = 16  # of the tokens before a change, these many count for the streak after it
+# Of drafts. With the token before it, a decode of 28 to 31 tokens takes as long as one of 32.
+LENGTHS = (0, 3, 7, 15, 31, 63)
 SEEN, TRIALS = 50, 8  # drafts by which a length is judged: at most, at least
 FRESH = 4  # of them behind a decode without drafts: later the machine may have another speed
 RETRY = 64
@@ -39,46 +35,48 @@ class Gain:
     """
 
     def __init__(self) -> None:
-        self.plain: dict[int, float] = {}  # seconds for a token lately, by the number of streams
-        self.age = Counter[int]()  # drafts since then
-        # Of the latest drafts by streams and length: the seconds, and those that the tokens would
-        # have taken plainly.
-        self.seen: dict[tuple[int, int], deque[tuple[float, float]]] = defaultdict(
+        # By the number of streams: recent seconds per token without drafts, and the drafts since.
+        self.plain: dict[int, float] = {}
+        self.age = Counter[int]()
+        # By streams and length, for each of the latest drafts: its seconds, and the seconds that
+        # its tokens would have taken without it.
+        self.trials: dict[tuple[int, int], deque[tuple[float, float]]] = defaultdict(
             lambda: deque(maxlen=SEEN)
         )
-        self.passed = Counter[
-            tuple[int, int, bool]
-        ]()  # how often such a draft was made, or not made
+        self.verdicts = Counter[tuple[int, int, bool]]()  # how often each was followed
 
     def learn(self, streams: int, length: int, tokens: int, seconds: float) -> None:
         """Count a decode with a draft of this length, 0 for none, that wrote `tokens`."""
-        if not length and tokens:
-            self.plain[streams] = (
-                3 * self.plain.get(streams, seconds / tokens) + seconds / tokens
-            ) / 4
+        if not tokens:
+            return
+        if not length:
+            pace = seconds / tokens
+            self.plain[streams] = (3 * self.plain.get(streams, pace) + pace) / 4
             self.age[streams] = 0
-        elif tokens and self.age[streams] < FRESH:
-            self.seen[streams, length].append((seconds, tokens * self.plain[streams]))
+        elif self.age[streams] < FRESH:
+            self.trials[streams, length].append((seconds, tokens * self.plain[streams]))
             self.age[streams] += 1
 
     def pays(self, streams: int, length: int) -> bool:
-        """Whether to make a draft of this length: such drafts saved time, or had few trials. After
-        RETRY of one answer the other comes once.
+        """Whether to make a draft of this length. After every RETRY equal answers return the
+        opposite once, so that an outdated verdict is tested again.
         """
-        seen = self.seen[streams, length]
         if streams not in self.plain:
-            return False
-        judged = len(seen) >= TRIALS
-        faster = (
-            sum(drafted - plain for drafted, plain in seen) <= 0
-            if judged
-            else self.age[streams] < FRESH
-        )
-        self.passed[streams, length, faster] += 1
-        if self.passed[streams, length, faster] > RETRY:
-            self.passed[streams, length, faster] = 0
-            return not faster
-        return faster
+            return False  # there is nothing to compare with
+        verdict = self._saves(streams, length)
+        case = streams, length, verdict
+        self.verdicts[case] += 1
+        if self.verdicts[case] <= RETRY:
+            return verdict
+        self.verdicts[case] = 0
+        return not verdict
+
+    def _saves(self, streams: int, length: int) -> bool:
+        """Whether such drafts saved time. With too few trials: whether a new one can be judged."""
+        trials = self.trials[streams, length]
+        if len(trials) < TRIALS:
+            return self.age[streams] < FRESH
+        return sum(drafted - plain for drafted, plain in trials) <= 0
 
 
 class Drafter:
@@ -91,41 +89,36 @@ class Drafter:
     """
 
     def __init__(self, tokens: Sequence[int], guide: Sequence[int] = ()) -> None:
-        self.tokens, self.own = (
-            [*guide, *tokens],
-            len(guide),
-        )  # the earlier sequence, then from `own` on this one
-        self.index: dict[
-            tuple[int, ...], list[int]
-        ] = {}  # places that follow each run of GRAM tokens
+        self.tokens = [*guide, *tokens]  # the earlier sequence, then from `own` on this one
+        self.own = len(guide)
+        self.index: dict[tuple[int, ...], list[int]] = {}  # positions that follow each gram
         common = common_prefix(tokens, guide)
-        for place in (
-            *range(max(GRAM, common), self.own + 1),
-            *range(self.own + GRAM, len(self.tokens) + 1),
-        ):
-            self._add(place)
-        self.at = -1  # place of the token expected next, -1 for none
-        self.streak = (
-            0  # consecutive tokens the draft predicted correctly; after a change some are credited
-        )
+        for position in range(max(GRAM, common), self.own + 1):
+            self._add(position)
+        for position in range(self.own + GRAM, len(self.tokens) + 1):
+            self._add(position)
+        self.at = -1  # position of the token expected next, -1 for none
+        # Number of consecutive tokens predicted correctly. After a change some are credited.
+        self.streak = 0
         self.before_change = 0  # the streak before the latest mismatch
-        self.changed_from = 0  # place where the latest change began
+        self.changed_from = 0  # position where the latest change began
         self.changes: dict[tuple[int, ...], list[int]] = {}
         self.done = 0  # tokens already seen of the change expected at `at`
         if len(guide) > common == len(tokens):
-            self.at, self.streak = common, min(common, ALIKE)
+            self.at, self.streak = common, min(common, MAX_MATCH)
         elif len(tokens) >= GRAM:
             self._search()
 
-    def _add(self, place: int) -> None:
-        self.index.setdefault(tuple(self.tokens[place - GRAM : place]), []).append(place)
+    def _add(self, position: int) -> None:
+        gram = tuple(self.tokens[position - GRAM : position])
+        self.index.setdefault(gram, []).append(position)
 
-    def _begin(self, place: int) -> int:
-        """Where the sequence begins that ends at `place` or goes on there."""
-        return self.own if place > self.own else 0
+    def _begin(self, position: int) -> int:
+        """Where the sequence begins that ends at `position` or goes on there."""
+        return self.own if position > self.own else 0
 
     def advance(self, token: int) -> None:
-        """Append `token` to the sequence, and update the place of the next token."""
+        """Append `token` to the sequence, and update the position of the next token."""
         if self.streak:
             self._follow(token)
         self.tokens.append(token)
@@ -136,56 +129,67 @@ class Drafter:
 
     def _follow(self, token: int) -> None:
         """Move past `token` if it was expected; otherwise the streak ends."""
-        expected, place, done = self._next(self.at, self.done)
+        expected, position, done = self._next(self.at, self.done)
         if token == expected:
-            self.streak, self.at, self.done = self.streak + 1, place, done
+            self.streak += 1
+            self.at, self.done = position, done
             return
         if old := self._changed(self.at):
             del self.changes[old]
             if token == old[0] and not self.done:  # this time the copy kept the old token
-                self.streak, self.at = self.streak + 1, self.at + 1
+                self.streak += 1
+                self.at += 1
                 return
         self.before_change, self.streak = self.streak, 0
         self.changed_from, self.done = len(self.tokens) - self.done, 0
 
-    def _changed(self, place: int) -> tuple[int, ...]:
-        """The tokens at `place` that are expected to be changed; the most if several changes begin
-        alike.
+    def _changed(self, position: int) -> tuple[int, ...]:
+        """The tokens at `position` that are expected to be changed; the most if several changes
+        begin alike.
         """
-        for length in range(MAX_CHANGE, 0, -1) if self.changes else ():
-            old = tuple(self.tokens[place : place + length])
-            if old in self.changes:
-                return old
+        if self.changes:
+            for length in range(MAX_CHANGE, 0, -1):
+                old = tuple(self.tokens[position : position + length])
+                if old in self.changes:
+                    return old
         return ()
 
-    def _next(self, place: int, done: int) -> tuple[int | None, int, int]:
-        """The token expected at `place` after `done` tokens of a change there, and then the next
-        place and `done`.
+    def _next(self, position: int, done: int) -> tuple[int | None, int, int]:
+        """The token expected at `position` after `done` tokens of a change there, and then the next
+        position and `done`.
         """
-        if place in (self.own, len(self.tokens)):  # the end of a sequence
-            return None, place, 0
-        if old := self._changed(place):
+        if position in (self.own, len(self.tokens)):  # the end of a sequence
+            return None, position, 0
+        if old := self._changed(position):
             new = self.changes[old]
-            last = done + 1 == len(new)
-            return new[done], place + len(old) if last else place, 0 if last else done + 1
-        return self.tokens[place], place + 1, 0
+            if done + 1 < len(new):
+                return new[done], position, done + 1
+            return new[done], position + len(old), 0
+        return self.tokens[position], position + 1, 0
 
     def _search(self) -> None:
-        """Find the place after an earlier occurrence of the latest tokens: soon after the place
-        just lost, which shows how the copy was changed, or else the one with the most tokens alike.
+        """Find the position after an earlier occurrence of the latest tokens: soon after the
+        position just lost, which shows how the copy was changed, or else the one with the longest
+        match.
         """
-        end, lost = len(self.tokens), self.at
-        places = [
-            place for place in self.index.get(tuple(self.tokens[-GRAM:]), ())[-16:] if place != end
-        ]
-        alike = [place for place in places if lost >= 0 and self._begin(place) == self._begin(lost)]
-        if soon := [place for place in alike if 0 < place - lost <= NEAR]:
+        lost = self.at
+        gram = tuple(self.tokens[-GRAM:])
+        found = self.index.get(gram, [])[-RECENT:]
+        found = [position for position in found if position != len(self.tokens)]
+        soon = [position for position in found if self._is_soon(position, lost)]
+        if soon:
             self.at = min(soon)
             self._remember_change(lost)
-            self.streak = self._matched(self.at) + min(self.before_change, 16)
-        elif places:
-            self.at = max(places, key=lambda place: (self._matched(place), place))
+            self.streak = self._matched(self.at) + min(self.before_change, MAX_CREDIT)
+        elif found:
+            self.at = max(found, key=lambda position: (self._matched(position), position))
             self.streak = self._matched(self.at)
+
+    def _is_soon(self, position: int, lost: int) -> bool:
+        """Whether a copy lost at `lost` may continue at `position`, in the same sequence."""
+        if lost < 0 or not 0 < position - lost <= NEAR:
+            return False
+        return self._begin(position) == self._begin(lost)
 
     def _remember_change(self, lost: int) -> None:
         """Expect the same change wherever the copy has the replaced tokens again: those from `lost`
@@ -194,31 +198,28 @@ class Drafter:
         """
         fewer = min(self.at - lost, len(self.tokens) - self.changed_from)
         matched = min(self._matched(self.at), fewer - 1)
-        old, new = (
-            self.tokens[lost : self.at - matched],
-            self.tokens[self.changed_from : len(self.tokens) - matched],
-        )
+        old = self.tokens[lost : self.at - matched]
+        new = self.tokens[self.changed_from : len(self.tokens) - matched]
         if max(len(old), len(new)) <= MAX_CHANGE:
             self.changes[tuple(old)] = new
 
-    def _matched(self, place: int) -> int:
-        """How many of the latest tokens also precede `place`."""
-        limit = min(ALIKE, len(self.tokens) - self.own, place - self._begin(place))
-        pairs = zip(
-            reversed(self.tokens[-limit:]),
-            reversed(self.tokens[place - limit : place]),
-            strict=True,
-        )
-        return next((count for count, (one, other) in enumerate(pairs) if one != other), limit)
+    def _matched(self, position: int) -> int:
+        """How many of the latest tokens also precede `position`."""
+        end = len(self.tokens)
+        limit = min(MAX_MATCH, end - self.own, position - self._begin(position))
+        for count in range(1, limit + 1):
+            if self.tokens[end - count] != self.tokens[position - count]:
+                return count - 1
+        return limit
 
     def propose(self, limit: int) -> list[int]:
         """At most `limit` tokens that may come next. `streak` indicates how likely they are."""
         if self.streak < GRAM:
             return []
-        place, done = self.at, self.done
+        position, done = self.at, self.done
         tokens: list[int] = []
         while len(tokens) < limit:
-            token, place, done = self._next(place, done)
+            token, position, done = self._next(position, done)
             if token is None:
                 break
             tokens.append(token)
@@ -227,4 +228,5 @@ class Drafter:
     def draft(self, room: int) -> list[int]:
         """The tokens to check next, at most `room`, and about as many as were right before."""
         tokens = self.propose(min(room, self.streak))
-        return tokens[: max(length for length in LENGTHS if length <= len(tokens))]
+        length = max(length for length in LENGTHS if length <= len(tokens))
+        return tokens[:length]

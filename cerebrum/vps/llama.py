@@ -1,5 +1,5 @@
 """llama.cpp through the ctypes API of llama-cpp-python: settings, a model with its sequences,
-sampling.
+sampling; and the files that a worker reads and writes.
 
 A model belongs to the thread that loaded it. Shortcut: a model's jinja chat template is never run
 (CVE-2024-34359); llama.cpp's own table of templates is used.
@@ -19,14 +19,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from cerebrum.vps.vocabulary import CompletionRequest, Vocabulary, api, metadata
+from cerebrum.vps.tokens import common_prefix
+from cerebrum.vps.vocabulary import GenerationRequest, Vocabulary, api, metadata
 
 MB = 1 << 20
-# ---------------------------------------------------------------------------- settings and requests
+# ----------------------------------------------------------------------------------------- settings
 
 KV_TYPES = {"f16": api.GGML_TYPE_F16, "q8_0": api.GGML_TYPE_Q8_0}
 MAX_SEED = 2**32 - 2  # 2**32 - 1 asks llama.cpp for a random seed
@@ -42,29 +43,29 @@ def usable_cores() -> int:
     """Number of physical cores among the CPUs that this process may use. A second thread on a core
     usually only makes llama.cpp wait.
     """
-    folders = [
-        Path(f"/sys/devices/system/cpu/cpu{cpu}/topology") for cpu in os.sched_getaffinity(0)
-    ]
-    siblings = [folder / "thread_siblings_list" for folder in folders]
-    return len({path.read_text() if path.exists() else path for path in siblings})
+    cores = set[str]()
+    for cpu in os.sched_getaffinity(0):
+        path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        cores.add(path.read_text() if path.exists() else str(cpu))
+    return len(cores)
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How models are run. All workers of a process use the same settings."""
+    """How a model is run: as configured, but for a context that fits into memory, and for what
+    `tune` found.
+    """
 
     threads: int = field(default_factory=usable_cores)
     n_ctx: int = 4096  # tokens of one sequence, its prompt and completion together
     sequences: int = 2  # at a time
     kv_type: str = "f16"  # of the KV cache; q8_0 takes half the memory
-    micro_batch: int = (
-        256  # tokens of a chunk that are computed together; their attention takes memory
-    )
+    micro_batch: int = 256  # tokens of a chunk computed together; their attention takes memory
     flash_attention: bool = True
     fixed_threads: bool = False  # the user chose the number of threads
     cache_mb: int = 256  # of parked sequences, in memory and on disk
     draft: bool = True
-    # Calibration, parked sequences, tuned files.
+    # Of parked sequences, tuned files, and notes of verified files.
     state_dir: Path = field(default_factory=lambda: Path("~/.local/state/cerebrum").expanduser())
 
     @property
@@ -115,15 +116,6 @@ def start_library() -> None:
 ABORTED = 2  # returned by llama_decode after the abort callback has returned true
 
 
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """The length of the longest common prefix of `a` and `b`, two sequences of one type."""
-    limit = min(len(a), len(b))
-    start = 0
-    while start < limit and a[start : start + 64] == b[start : start + 64]:
-        start += 64
-    return next((place for place in range(start, limit) if a[place] != b[place]), limit)
-
-
 def load_model(
     path: Path, progress: Callable[[float], bool] | None = None, weights: bool = True
 ) -> Any:
@@ -164,27 +156,35 @@ def context_params(model: Any, settings: Settings) -> Any:
     params.n_threads = params.n_threads_batch = settings.threads
     params.flash_attn_type = FLASH_ATTENTION[settings.uses_flash_attention]
     params.type_k = params.type_v = KV_TYPES[settings.kv_type]
-    # Unified, sequences share a micro-batch, and a prefix without copying it. But LongRoPE chooses
-    # its factors by the size of all sequences together; cells that two sequences share never leave
-    # a window, which would fill up; and idle cells slow the running sequences, so they are in the
-    # way where they are too large to be parked.
-    heads = int(api.llama_model_n_layer(model)) * int(api.llama_model_n_head_kv(model))
-    head = int(api.llama_model_n_embd(model)) // max(1, int(api.llama_model_n_head(model)))
-    size = (
-        0 if is_recurrent(model) else 4 * n_ctx * heads * head
-    )  # of a sequence's K and V, two bytes each
-    large = 0 < settings.cache_mb * MB < size
-    architecture = metadata(model, "general.architecture")
-    original = int(metadata(model, f"{architecture}.rope.scaling.original_context_length") or 0)
-    params.kv_unified = not (
-        api.llama_model_n_swa(model) or large or n_ctx <= original < params.n_ctx
-    )
-    params.swa_full = (
-        False  # layers with a sliding window keep only the window, not the whole context
-    )
+    params.kv_unified = can_share_cells(model, settings, n_ctx)
+    params.swa_full = False  # layers with a sliding window keep only the window
     params.n_rs_seq = ROLLBACK
     params.no_perf = True
     return params
+
+
+def can_share_cells(model: Any, settings: Settings, n_ctx: int) -> bool:
+    """Whether one KV cache serves all sequences. They then share a micro-batch, and a prefix
+    without copying it.
+    """
+    # Cells that two sequences share never leave a sliding window, which would fill up.
+    if api.llama_model_n_swa(model):
+        return False
+    # LongRoPE chooses its factors by the size of all sequences together.
+    architecture = metadata(model, "general.architecture")
+    original = int(metadata(model, f"{architecture}.rope.scaling.original_context_length") or 0)
+    if n_ctx <= original < n_ctx * settings.sequences:
+        return False
+    # Idle cells slow the running sequences, so they are in the way if too large to be parked.
+    if is_recurrent(model):
+        return True
+    heads = int(api.llama_model_n_layer(model)) * int(api.llama_model_n_head_kv(model))
+    width = int(api.llama_model_n_embd(model)) // max(1, int(api.llama_model_n_head(model)))
+    size = 4 * n_ctx * heads * width  # of a sequence's K and V, two bytes each
+    return not 0 < settings.cache_mb * MB < size
+
+
+BYTES = ctypes.POINTER(ctypes.c_uint8)
 
 
 class Llama:
@@ -206,9 +206,7 @@ class Llama:
         self.n_vocab = int(api.llama_vocab_n_tokens(self.vocabulary.vocab))
         self.logits_row = ctypes.c_float * self.n_vocab
         self._scratch = np.empty(self.n_vocab, np.float32)
-        self.window = int(
-            api.llama_model_n_swa(self.model)
-        )  # tokens of a sliding window; 0: there is none
+        self.window = int(api.llama_model_n_swa(self.model))  # tokens; 0: no sliding window
         # A recurrent state can take back only its last few tokens, right after they were decoded.
         self.recurrent = is_recurrent(self.model)
         # llama.cpp calls the abort callback for every graph node, and a Python function would take
@@ -288,17 +286,18 @@ class Llama:
         may cover a part of `start` or go beyond it. Only the likeliest tokens and the tokenizer's
         own choice are checked and can stay.
         """
-        row, words = self.logits(index), self.vocabulary
+        row = self.logits(index)
         likeliest = np.argpartition(row, -HEAL_CANDIDATES)[-HEAL_CANDIDATES:].tolist()
-        pieces = [
-            (token, words.piece(token)) for token in likeliest + words.tokenize(start, False)[:1]
-        ]
-        fits = [
-            token for token, piece in pieces if piece and piece[: len(start)] == start[: len(piece)]
-        ]
-        kept = row[fits]
+        candidates = likeliest + self.vocabulary.tokenize(start, False)[:1]
+
+        def fits(token: int) -> bool:
+            piece = self.vocabulary.piece(token)
+            return bool(piece) and piece[: len(start)] == start[: len(piece)]
+
+        fitting = list(filter(fits, candidates))
+        kept = row[fitting]
         row.fill(-np.inf)
-        row[fits] = kept
+        row[fitting] = kept
 
     def computed(self, slot: Slot) -> int:
         """Number of tokens in the slot's KV cells. After an abort they include the decode's
@@ -311,9 +310,9 @@ class Llama:
         continued: a recurrent state has gone further, or a sliding window lacks cells.
         """
         done = bool(api.llama_memory_seq_rm(self.memory, slot.id, length, -1))
-        first = (
-            int(api.llama_memory_seq_pos_min(self.memory, slot.id)) if self.window and length else 0
-        )
+        if not self.window or not length:
+            return done
+        first = int(api.llama_memory_seq_pos_min(self.memory, slot.id))
         return done and 0 <= first <= max(0, length - self.window)
 
     def reusable(self, tokens: list[int], prompt: list[int]) -> int:
@@ -325,9 +324,8 @@ class Llama:
 
     def copy_prefix(self, source: Slot, target: Slot, length: int) -> bool:
         """Let the empty `target` share the first cells of `source`; False if llama.cpp cannot."""
-        if (
-            not self.unified
-        ):  # llama.cpp would copy only at the next decode, when the source may be another sequence
+        # llama.cpp would copy only at the next decode, when the source may be another sequence.
+        if not self.unified:
             return self.restore(target, self.save(source))
         api.llama_memory_seq_cp(self.memory, source.id, target.id, 0, length)
         return True
@@ -341,17 +339,17 @@ class Llama:
         it again.
         """
         state = np.empty(self.state_size(slot), np.uint8)
-        data = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-        return state[: api.llama_state_seq_get_data(self.context, data, len(state), slot.id)].data
+        data = state.ctypes.data_as(BYTES)
+        size = api.llama_state_seq_get_data(self.context, data, len(state), slot.id)
+        return state[:size].data
 
     def restore(self, slot: Slot, state: bytes | memoryview) -> bool:
         """Fill the empty slot with a state that `save` returned for any slot; False if llama.cpp
         rejects the state.
         """
-        data = np.frombuffer(state, np.uint8).ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-        return int(api.llama_state_seq_set_data(self.context, data, len(state), slot.id)) == len(
-            state
-        )
+        data = np.frombuffer(state, np.uint8).ctypes.data_as(BYTES)
+        read = int(api.llama_state_seq_set_data(self.context, data, len(state), slot.id))
+        return read == len(state)
 
 
 class Sampler:
@@ -363,17 +361,15 @@ class Sampler:
     text only where the batches are the same.
     """
 
-    def __init__(self, request: CompletionRequest) -> None:
+    def __init__(self, request: GenerationRequest) -> None:
         self.greedy = request.temperature == 0
         self.chain = None
         if self.greedy:
             return
         self.chain = api.llama_sampler_chain_init(api.llama_sampler_chain_default_params())
-        seed = (
-            request.seed
-            if request.seed is not None
-            else int.from_bytes(os.urandom(4), "little") % MAX_SEED
-        )
+        seed = request.seed
+        if seed is None:
+            seed = int.from_bytes(os.urandom(4), "little") % MAX_SEED
         for sampler in (
             api.llama_sampler_init_top_k(40),
             api.llama_sampler_init_top_p(request.top_p, 1),
@@ -394,6 +390,20 @@ class Sampler:
             api.llama_sampler_free(chain)
 
 
+class Running(Protocol):
+    """What a slot knows of the completion that runs in it."""
+
+    prompt: list[int]
+
+    @property
+    def low(self) -> bool:
+        """Whether it has low priority."""
+
+    @property
+    def prefilling(self) -> bool:
+        """Whether its prompt is still being read."""
+
+
 @dataclass(slots=True)
 class Slot:
     """A sequence id of the context, and the tokens whose KV it holds. `used` orders idle slots by
@@ -402,7 +412,7 @@ class Slot:
 
     id: int
     tokens: list[int] = field(default_factory=list)
-    run: Any = None  # the worker's Run
+    run: Running | None = None  # None: the slot is idle
     used: float = 0.0
 
 
@@ -464,10 +474,10 @@ def check_disk(folder: Path, need: int) -> None:
     beside them.
     """
     need += SPARE_DISK
-    if (free := shutil.disk_usage(folder).free) < need:
-        raise OSError(
-            f"expected {need / MB:.0f} MB of free disk in {folder}, got {free / MB:.0f} MB"
-        )
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        expected = f"expected {need / MB:.0f} MB of free disk in {folder}"
+        raise OSError(f"{expected}, got {free / MB:.0f} MB")
 
 
 def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
@@ -475,9 +485,8 @@ def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
     alone.
     """
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    temporary = path.with_name(
-        f".{path.name}"
-    )  # a fixed name, so that the next write replaces a killed process's file
+    # A fixed name, so that the next write replaces a killed process's file.
+    temporary = path.with_name(f".{path.name}")
     try:
         with open(temporary, "wb", opener=partial(os.open, mode=0o600)) as file:
             file.writelines(parts)

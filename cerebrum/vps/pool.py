@@ -22,11 +22,12 @@ from pathlib import Path
 import cerebrum_common as common
 from cerebrum.fields import describe
 from cerebrum.metrics import resident_bytes
+from cerebrum.vps.decoder import ModelTally
 from cerebrum.vps.encoding import Choice, choose_file, untuned
 from cerebrum.vps.llama import MB, ModelError, Settings, file_stamp
 from cerebrum.vps.memory import Parts, available_mb, cgroup_left_bytes, check_memory
 from cerebrum.vps.schedule import Baton
-from cerebrum.vps.worker import Loader, ModelTally, Worker
+from cerebrum.vps.worker import Loader, Worker
 from cerebrum_common import HttpError, Model, log
 
 LOAD_TICK_SECONDS = 0.25  # how often a load's progress is reported

@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cerebrum.vps.llama import Llama, Slot, common_prefix, write_atomically
+from cerebrum.vps.llama import Llama, Slot, write_atomically
+from cerebrum.vps.tokens import common_prefix
 from cerebrum_common import log
 
 MIN_PREFIX = 16  # tokens; a shorter sequence is computed faster than it is stored and restored
+TOKEN_BYTES = 4
 STORE_SECONDS = 3.0  # after this long without a request, idle sequences are stored
 
 
@@ -29,7 +31,7 @@ class Parked:
 
     @property
     def size(self) -> int:
-        return len(self.state) + 4 * len(self.tokens)
+        return len(self.state) + TOKEN_BYTES * len(self.tokens)
 
 
 class PrefixStore:
@@ -48,21 +50,22 @@ class PrefixStore:
     def size(self) -> int:
         return sum(entry.size for entry in self.entries)
 
-    def _touch(self, place: int) -> Parked:
-        """The entry at this place, which counts as just used."""
-        self.entries.append(self.entries.pop(place))
-        return self.entries[-1]
+    def _touch(self, entry: Parked) -> None:
+        """Count the entry as just used."""
+        self.entries = [other for other in self.entries if other is not entry]
+        self.entries.append(entry)
 
     def _replaces(self, new: list[int], old: list[int]) -> bool:
+        """Whether a sequence of the tokens `new` serves every prompt that `old` serves."""
         return (new if self.whole else new[: len(old)]) == old
 
     def covers(self, tokens: list[int]) -> bool:
         """Whether an entry can stand for a sequence of `tokens`. If so, the entry counts as just
         used.
         """
-        for place, entry in enumerate(self.entries):
+        for entry in self.entries:
             if self._replaces(entry.tokens, tokens):
-                self._touch(place)
+                self._touch(entry)
                 return True
         return False
 
@@ -89,11 +92,14 @@ class PrefixStore:
     def best(self, prompt: list[int]) -> tuple[Parked | None, int]:
         """The entry with the longest useful prefix of `prompt`, and the length of that prefix."""
         best, length = None, 0
-        for place, entry in enumerate(self.entries):
+        for entry in self.entries:
             common = common_prefix(entry.tokens, prompt)
-            if common > length and (not self.whole or common == len(entry.tokens) < len(prompt)):
-                best, length = place, common
-        return None if best is None else self._touch(best), length
+            is_useful = not self.whole or common == len(entry.tokens) < len(prompt)
+            if is_useful and common > length:
+                best, length = entry, common
+        if best:
+            self._touch(best)
+        return best, length
 
 
 class Sequences:
@@ -105,43 +111,58 @@ class Sequences:
         self.model, self.store = model, PrefixStore(budget, model.recurrent)
         self.slots = [Slot(i) for i in range(count)]
 
-    def place(self, prompt: list[int], free: list[Slot]) -> tuple[Slot, list[int]]:
-        """One of the free slots, with the longest known prefix of the prompt, and the sequence that
-        has this prefix.
+    def take_slot(self, prompt: list[int], free: list[Slot]) -> tuple[Slot, list[int]]:
+        """Prepare one of the free slots for the prompt, so that it holds the longest known prefix.
+        Returns the slot, and the whole sequence that has this prefix.
+
+        The prefix stays where it is, or comes from the store, or from another slot.
         """
+        # 1. Which sequence has the longest prefix? A running recurrent state goes on and cannot be
+        # shared.
         entry, stored = self.store.best(prompt)
-        # A running recurrent state goes on and cannot be shared.
-        near = free if self.model.recurrent else self.slots
-        nearest = max(near, key=lambda slot: self.model.reusable(slot.tokens, prompt))
+        candidates = free if self.model.recurrent else self.slots
+        nearest = max(candidates, key=lambda slot: self.model.reusable(slot.tokens, prompt))
         live = self.model.reusable(nearest.tokens, prompt)
-        source = entry if entry and stored > live else nearest
-        guide = source.tokens[:]
-        from_store = stored > live and stored >= MIN_PREFIX
-        loses = len(nearest.tokens) > 2 * live  # trimming it would lose more tokens than it keeps
-        stays = nearest in free and not from_store and (self.model.unified or not loses)
-        slot = nearest if stays else min(free, key=lambda slot: slot.used)
-        in_place = slot is nearest and not from_store
-        for other in free:
-            if other is not slot and not self.model.unified:
-                continue  # apart from the others, its idle cells slow none of them
-            if other is not slot or not in_place:
-                self.park(other)
-            elif loses:
-                self.keep(slot)
-        if entry and from_store:
+        guide = entry.tokens[:] if entry and stored > live else nearest.tokens[:]
+        if stored <= live or stored < MIN_PREFIX:
+            entry = None  # not worth restoring
+        # 2. Which slot? The nearest; but if caches are separate and trimming it would lose more
+        # tokens than it keeps, another gets a copy.
+        loses = len(nearest.tokens) > 2 * live
+        slot = min(free, key=lambda slot: slot.used)
+        if nearest in free and not entry and (self.model.unified or not loses):
+            slot = nearest
+        stays = slot is nearest and not entry
+        # 3. Park the idle sequences. Apart from the others, a slot's idle cells slow none of them.
+        idle = free if self.model.unified else [slot]
+        self._park_all(idle, but=slot if stays else None, cut=loses)
+        # 4. Bring the prefix to the slot.
+        if entry:
             if not self.model.restore(slot, entry.state):
                 self.cut(slot, 0)
                 self.store.entries.remove(entry)
-                return self.place(prompt, free)
+                return self.take_slot(prompt, free)
             slot.tokens = entry.tokens[:]
-        elif not in_place and live >= MIN_PREFIX:
-            # A copy between separate caches takes memory for a while: not more than saved prompts
-            # may.
-            fits = self.model.unified or self.model.state_size(nearest) <= self.store.budget
-            if fits and self.model.copy_prefix(nearest, slot, live):
-                slot.tokens = nearest.tokens[:]
+        elif not stays and live >= MIN_PREFIX:
+            self._copy(nearest, slot, live)
         self.cut(slot, self.model.reusable(slot.tokens, prompt))
         return slot, guide
+
+    def _park_all(self, idle: list[Slot], but: Slot | None, cut: bool) -> None:
+        """Park the idle sequences but one, which is stored first if it will be `cut`."""
+        for slot in idle:
+            if slot is not but:
+                self.park(slot)
+            elif cut:
+                self.keep(slot)
+
+    def _copy(self, source: Slot, target: Slot, length: int) -> None:
+        """Copy a prefix, if there is memory: a copy between separate caches takes some for a while,
+        and may take no more than the saved prompts.
+        """
+        fits = self.model.unified or self.model.state_size(source) <= self.store.budget
+        if fits and self.model.copy_prefix(source, target, length):
+            target.tokens = source.tokens[:]
 
     def is_coming(self, prompt: list[int], low: bool) -> bool:
         """Whether a running prefill will soon hold more of this prompt than any slot or stored
@@ -150,19 +171,24 @@ class Sequences:
         """
         if self.model.recurrent:
             return False  # a state cannot be shared
-        have = max(
-            self.store.best(prompt)[1], *(common_prefix(slot.tokens, prompt) for slot in self.slots)
-        )
-        return any(
-            min(common_prefix(run.prompt, prompt), len(prompt) - 1)
-            > max(have, len(run.slot.tokens)) + MIN_PREFIX
-            for run in (slot.run for slot in self.slots)
-            if run and run.prefilling and (low or not run.job.low)
-        )
+        _, have = self.store.best(prompt)
+        for slot in self.slots:
+            have = max(have, common_prefix(slot.tokens, prompt))
+        for slot in self.slots:
+            run = slot.run
+            if run and run.prefilling and (low or not run.low):
+                coming = min(common_prefix(run.prompt, prompt), len(prompt) - 1)
+                if coming > max(have, len(slot.tokens)) + MIN_PREFIX:
+                    return True
+        return False
+
+    def _size(self, slot: Slot) -> int:
+        """Bytes that the slot's sequence would take in the store."""
+        return self.model.state_size(slot) + TOKEN_BYTES * len(slot.tokens)
 
     def cut_to_budget(self, slot: Slot) -> None:
         """Cut a sequence to what the store can hold of it; a recurrent state cannot be cut."""
-        size = self.model.state_size(slot) + 4 * len(slot.tokens)
+        size = self._size(slot)
         if size > self.store.budget and not self.model.recurrent:
             self.cut(slot, len(slot.tokens) * self.store.budget // size)
 
@@ -172,7 +198,7 @@ class Sequences:
         """
         if len(slot.tokens) < MIN_PREFIX or self.store.covers(slot.tokens):
             return
-        if self.store.make_room(slot.tokens, self.model.state_size(slot) + 4 * len(slot.tokens)):
+        if self.store.make_room(slot.tokens, self._size(slot)):
             self.store.add(Parked(slot.tokens[:], self.model.save(slot)))
 
     def park(self, slot: Slot) -> None:
@@ -197,7 +223,8 @@ def encode_parked(entry: Parked, key: str) -> tuple[bytes, bytes | memoryview]:
     """A file in two parts: magic, sha256 of the rest, a line with key and number of tokens, tokens
     as int32; state.
     """
-    head = f"{key} {len(entry.tokens)}\n".encode() + array("i", entry.tokens).tobytes()
+    head = f"{key} {len(entry.tokens)}\n".encode()
+    head += array("i", entry.tokens).tobytes()
     digest = hashlib.sha256(head)
     digest.update(entry.state)
     return KV_MAGIC + digest.digest() + head, entry.state
@@ -208,17 +235,16 @@ def decode_parked(data: bytes, key: str) -> Parked:
     another key.
     """
     start = len(KV_MAGIC) + 32
-    if (
-        not data.startswith(KV_MAGIC)
-        or hashlib.sha256(memoryview(data)[start:]).digest() != data[start - 32 : start]
-    ):
+    digest = hashlib.sha256(memoryview(data)[start:]).digest()
+    if data[:start] != KV_MAGIC + digest:
         raise ValueError("damaged")
-    begin = data.index(b"\n", start) + 1
-    made_for, count = data[start:begin].decode().split()
+    tokens_start = data.index(b"\n", start) + 1
+    made_for, count = data[start:tokens_start].decode().split()
     if made_for != key:
         raise ValueError("made for another model, context or library")
-    end = begin + 4 * int(count)
-    return Parked(array("i", data[begin:end]).tolist(), memoryview(data)[end:])
+    state_start = tokens_start + TOKEN_BYTES * int(count)
+    tokens = array("i", data[tokens_start:state_start]).tolist()
+    return Parked(tokens, memoryview(data)[state_start:])
 
 
 def save_parked(

@@ -28,33 +28,35 @@ PREFILL_SECONDS = 4.0
 
 
 class Costs:
-    """Seconds of one `llama_decode` by its number of tokens: a line through those of one token and
-    of MEASURED_TOKENS.
+    """Seconds of one `llama_decode` by its number of tokens: a straight line through the times of
+    one token and of MEASURED_TOKENS.
 
-    `slowdown` is the measured time of chunks divided by that. It grows with the length of the
-    contexts, and matters where a chunk has a time limit.
+    `slowdown` is the real time of chunks divided by that. It grows with the length of the contexts,
+    and matters where a chunk has a time limit.
     """
 
-    def __init__(self, one: float, many: float) -> None:
-        self.one = one
-        # A point that was measured on a busy machine must not make long chunks cheap.
-        self.more = max(many - one, one) / (MEASURED_TOKENS - 1)
+    def __init__(self, first: float, many: float) -> None:
+        self.first = first  # of a decode of one token
+        # Of each further token. A point that was measured on a busy machine must not make long
+        # chunks cheap.
+        self.further = max(many - first, first) / (MEASURED_TOKENS - 1)
         self.slowdown = 1.0
 
     def learn(self, tokens: int, seconds: float) -> None:
         """Adjust the slowdown: a decode of `tokens` took `seconds`."""
         if tokens >= LEARN_FROM_TOKENS:
-            seen = min(max(seconds / self(tokens), MIN_SLOWDOWN), MAX_SLOWDOWN)
-            self.slowdown += LEARNING_RATE * (seen - self.slowdown)
+            slowdown = min(max(seconds / self(tokens), MIN_SLOWDOWN), MAX_SLOWDOWN)
+            self.slowdown += LEARNING_RATE * (slowdown - self.slowdown)
 
     def __call__(self, tokens: int) -> float:
-        return self.one + self.more * (tokens - 1)
+        return self.first + self.further * (tokens - 1)
 
     def longest(self, seconds: float) -> int:
         """Tokens of the longest chunk that will take at most `seconds`: at least 1, at most
         MAX_CHUNK.
         """
-        return max(1, min(MAX_CHUNK, 1 + int((seconds / self.slowdown - self.one) / self.more)))
+        further = int((seconds / self.slowdown - self.first) / self.further)
+        return max(1, min(MAX_CHUNK, 1 + further))
 
 
 def share_size(costs: Costs, token_seconds: float) -> int:
@@ -119,10 +121,8 @@ class Baton:
         infinity if none waits.
         """
         with self._turn:
-            return min(
-                (seconds for other, seconds in self.active.items() if other is not worker),
-                default=math.inf,
-            )
+            others = [pace for other, pace in self.active.items() if other is not worker]
+            return min(others, default=math.inf)
 
 
 def measure_costs(model: Llama, baton: Baton, give_up: Callable[[], bool]) -> Costs:
@@ -133,11 +133,12 @@ def measure_costs(model: Llama, baton: Baton, give_up: Callable[[], bool]) -> Co
     for size in (1, 1, 1, MEASURED_TOKENS, MEASURED_TOKENS):
         if give_up():
             raise ModelError("cancelled")
-        tokens = [7919 * place % model.n_vocab for place in range(size)]  # of many experts
+        tokens = [7919 * number % model.n_vocab for number in range(size)]  # of many experts
         with baton:
             begin = time.perf_counter()
             code = model.decode([(slot, tokens, size)])
-            least[size] = min(time.perf_counter() - begin, least.get(size, math.inf))
+            seconds = time.perf_counter() - begin
+        least[size] = min(seconds, least.get(size, math.inf))
         model.trim(slot, 0)
         if code:
             raise ModelError("llama.cpp cannot evaluate this model")

@@ -26,35 +26,34 @@ api: Any = _llama  # ctypes: its signatures are C's, and its type stubs do not p
 
 
 @dataclass(frozen=True, slots=True)
-class CompletionRequest:
-    """One completion as a caller requests it. The caller has checked the ranges.
+class GenerationRequest:
+    """One completion as a client requests it: the fields of POST /v1/inference and their defaults.
+    vpsd.py has their ranges, and checks them.
 
-    The caller gives either `prompt` or `messages`, pairs of a role (system, user, assistant) and a
-    text. A `suffix` makes the request fill-in-the-middle. With `heal` the prompt's last token may
-    be unfinished. `extra` has the name and text of other files.
+    Either `prompt` or `messages` is given. A `suffix` makes the request fill-in-the-middle.
     """
 
     prompt: str | None = None
-    messages: Sequence[tuple[str, str]] | None = None
+    messages: Sequence[tuple[str, str]] | None = None  # roles (system, user, assistant) and texts
+    model: str = ""
+    session: str | None = None  # a newer request of the same session takes this one's place
     suffix: str | None = None
     filename: str = ""
-    extra: Sequence[tuple[str, str]] = ()
+    extra: Sequence[tuple[str, str]] = ()  # names and texts of other files
     language: str | None = None
     mode: str = "complete"  # or infill, instruct
     stop_at: str = "auto"  # or none
     indent: int = 0  # characters; the completion ends before a line that is indented less
     stop: Sequence[str] = ()
     max_tokens: int = 512  # 0 only reads the prompt into the cache
-    predict_ms: int = (
-        0  # a completion with a line end stops this long after its first token; 0: no limit
-    )
-    min_confidence: float | None = (
-        None  # ends behind a less sure line; each line's event says how sure; None: neither
-    )
+    # A completion with a line end stops this long after its first token; 0: no limit.
+    predict_ms: int = 0
+    # The completion ends behind a less sure line, and events say how sure the model is of each.
+    min_confidence: float | None = None
     temperature: float = 0.4
     top_p: float = 0.95
     seed: int | None = None  # of the random numbers, at a temperature above 0
-    heal: bool = False
+    heal: bool = False  # the prompt's last token may be unfinished
     special: bool = False  # the names of control tokens in the prompt are these tokens
     progress: bool = False
     priority: str = "normal"  # or low: the prompt is read while no other request needs the CPU
@@ -87,14 +86,15 @@ def heal_from(prompt: str) -> int:
     return match.start() if match else len(prompt)
 
 
-# Marks that some files do not declare as control tokens: CodeLlama's end, StarCoder's and
+# Tokens that some files do not declare as control tokens: CodeLlama's end, StarCoder's and
 # CodeGemma's next file.
-END_MARK = re.compile(
+END_TOKEN = re.compile(
     r"\u2581?<(?:EOT|PRE|SUF|MID)>|<\|?file_sep(?:arator)?\|?>|<\|?(?:repo|file)_?name\|?>"
     r"|<\|?fim_\w+\|?>"
 )
-FILE_MARKS = ("<|file_sep|>", "<file_sep>", "<|file_separator|>")  # before a file's name
+FILE_TOKENS = ("<|file_sep|>", "<file_sep>", "<|file_separator|>")  # before a file's name
 APART = "\x01"  # SentencePiece knows it as a byte
+PLACEHOLDER = "\x01%d\x02"  # a message's number, where its text belongs in a chat
 MAX_PIECE_BYTES = 4096  # no known token is longer than a few hundred bytes
 # The texts of many models are split by std::regex, which recurses for each character of a match. A
 # match of 22,000 characters overflows a thread's stack of 8 MB, and a match may consist of two
@@ -109,13 +109,24 @@ RUNS = [
 
 
 def cut_runs(text: str) -> list[str]:
-    """The text in pieces: cut behind each MAX_RUN characters of one kind, of which code has no such
-    run.
+    """The text in pieces: cut behind each MAX_RUN characters of one kind. Code has no such run."""
+    ends = {len(text)}
+    for pattern in RUNS:
+        ends |= {run.end() for run in pattern.finditer(text) if len(run[0]) == MAX_RUN}
+    return [text[start:end] for start, end in itertools.pairwise([0, *sorted(ends)])]
+
+
+def merge_turns(messages: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The messages of users and assistant in turn: neighbours are one message, and the system is
+    the user.
     """
-    runs = itertools.chain(*(run.finditer(text) for run in RUNS))
-    cuts = {run.end() for run in runs if len(run[0]) == MAX_RUN}
-    places = [0, *sorted(cuts | {len(text)})]
-    return [text[start:end] for start, end in itertools.pairwise(places)]
+    merged: list[tuple[str, str]] = []
+    for role, text in messages:
+        role = "assistant" if role == "assistant" else "user"
+        if merged and merged[-1][0] == role:
+            text = f"{merged.pop()[1]}\n\n{text}"
+        merged.append((role, text))
+    return merged
 
 
 # ------------------------------------------------------------------------------------ IO: llama.cpp
@@ -131,29 +142,33 @@ def metadata(model: Any, key: str) -> str:
 class Vocabulary:
     """The tokens of one loaded model, given by its llama_model pointer.
 
-    `fim` names the marks of a gap if the file names none, `layout` is their order, see
+    `fim` names the fill-in-the-middle tokens if the file names none, `layout` is their order, see
     `arrange_gap`.
     """
 
     def __init__(self, model: Any, fim: Sequence[str] = (), layout: str = "psm") -> None:
-        self.model, self.vocab = model, api.llama_model_get_vocab(model)
+        self.model = model
+        self.vocab = api.llama_model_get_vocab(model)
         self.piece: Callable[[int], bytes] = functools.cache(self._piece)
         self.is_end: Callable[[int], bool] = functools.cache(self._is_end)
         # While the model is being unloaded, a thread may still encode the prompt of a client that
         # has left.
-        self.users, self.closed, self._idle = 0, False, threading.Condition()
+        self.users = 0
+        self.closed = False
+        self._idle = threading.Condition()
         self.kind = api.llama_vocab_type(self.vocab)
         spaces = metadata(model, "tokenizer.ggml.add_space_prefix") != "false"
         self.dummy_space = spaces and self.kind == api.LLAMA_VOCAB_TYPE_SPM
-        # The marks before the text above a gap, before the one below it, and at the end; -1 for
-        # none.
-        names = ("pre", "suf", "mid")
-        self.fim = [int(getattr(api, f"llama_vocab_fim_{name}")(self.vocab)) for name in names]
+        # The tokens before the prefix, before the suffix and before the middle; -1 for none.
+        readers = (api.llama_vocab_fim_pre, api.llama_vocab_fim_suf, api.llama_vocab_fim_mid)
+        self.fim = [int(read(self.vocab)) for read in readers]
         if min(self.fim) < 0 and fim:
-            self.fim = [self.mark(name) if name else -1 for name in fim]
-        # Without a last mark, nothing would part the suffix from the prefix behind it.
-        self.layout = layout if layout != "spmv2" or self.fim[2] >= 0 else "psm"
-        self.file_mark = max(int(api.llama_vocab_fim_sep(self.vocab)), *map(self.mark, FILE_MARKS))
+            self.fim = [self.token_of(name) if name else -1 for name in fim]
+        if layout == "spmv2" and self.fim[2] < 0:
+            layout = "psm"  # nothing would part the suffix from the prefix behind it
+        self.layout = layout
+        declared = int(api.llama_vocab_fim_sep(self.vocab))
+        self.file_token = max(declared, *map(self.token_of, FILE_TOKENS))
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[Vocabulary]:
@@ -184,46 +199,53 @@ class Vocabulary:
         return buffer.raw[: max(0, size)]
 
     def _is_end(self, token: int) -> bool:
-        """Whether a completion ends with this token: the model's own ends, and every mark that is
+        """Whether a completion ends with this token: the model's own ends, and every token that is
         no part of a text.
         """
-        text = (api.llama_vocab_get_text(self.vocab, token) or b"").decode("utf-8", "replace")
-        kinds = (
-            api.llama_vocab_is_eog(self.vocab, token),
-            api.llama_vocab_is_control(self.vocab, token),
-        )
-        return any(kinds) or END_MARK.fullmatch(text) is not None
+        if api.llama_vocab_is_eog(self.vocab, token) or api.llama_vocab_is_control(
+            self.vocab, token
+        ):
+            return True
+        text: bytes = api.llama_vocab_get_text(self.vocab, token) or b""
+        return END_TOKEN.fullmatch(text.decode("utf-8", "replace")) is not None
 
     def tokenize(self, text: str | bytes, first: bool, special: bool = False) -> list[int]:
         """Text to tokens. `first` adds the tokens that the model expects at the beginning of a
         text. With `special`, the names of control tokens in the text become those tokens. Long runs
         of one kind are tokenized in pieces.
         """
-        head, *rest = [text] if isinstance(text, bytes) else cut_runs(text)
-        data = head.encode() if isinstance(head, str) else head
-        room = len(data) + 8
-        tokens = (api.llama_token * room)()
-        count = api.llama_tokenize(self.vocab, data, len(data), tokens, room, first, special)
-        parts = (self.tokenize_part(piece, special) for piece in rest)
-        return [*tokens[: max(0, count)], *itertools.chain(*parts)]
+        if isinstance(text, bytes):
+            return self._tokenize(text, first, special)
+        head, *rest = cut_runs(text)
+        tokens = self._tokenize(head.encode(), first, special)
+        for piece in rest:
+            tokens += self.tokenize_part(piece, special)
+        return tokens
 
-    def tokenize_part(self, text: str | bytes, special: bool = False) -> list[int]:
+    def _tokenize(self, text: bytes, first: bool, special: bool) -> list[int]:
+        room = len(text) + 8
+        buffer = (api.llama_token * room)()
+        count = api.llama_tokenize(self.vocab, text, len(text), buffer, room, first, special)
+        tokens: list[int] = buffer[: max(0, count)]
+        return tokens
+
+    def tokenize_part(self, text: str, special: bool = False) -> list[int]:
         """A text that follows other tokens. SentencePiece would put a space before it, so it is
         tokenized behind a character that merges with nothing.
         """
         if not self.dummy_space or not text:
             return self.tokenize(text, False, special)
-        text = text.decode(errors="replace") if isinstance(text, bytes) else text
-        return self.tokenize(APART + text, False, special)[len(self.tokenize(APART, False)) :]
+        apart = self.tokenize(APART, False)
+        return self.tokenize(APART + text, False, special)[len(apart) :]
 
-    def mark(self, name: str) -> int:
-        """The token that is written so, -1 if there is none."""
+    def token_of(self, name: str) -> int:
+        """The control token of this name, -1 if there is none."""
         if self.kind == api.LLAMA_VOCAB_TYPE_NONE:
             return -1  # a sample of `tune`, where llama.cpp would end the process
         tokens = self.tokenize(name.strip(), False, special=True)
         return tokens[0] if len(tokens) == 1 else -1
 
-    def encode(self, request: CompletionRequest) -> tuple[list[int], bytes, int]:
+    def encode(self, request: GenerationRequest) -> tuple[list[int], bytes, int]:
         """A request's prompt as tokens (plain, fill-in-the-middle or chat), the end of its text
         that is left out for healing, and the number of tokens up to the cursor. Users' input is
         text, never control tokens, unless the request is `special`. HttpError 400 if a suffix is
@@ -243,15 +265,16 @@ class Vocabulary:
             tokens, before = self._encode_text(request, prompt)
             return tokens, b"", before
 
-    def _encode_text(self, request: CompletionRequest, prompt: str) -> tuple[list[int], int]:
+    def _encode_text(self, request: GenerationRequest, prompt: str) -> tuple[list[int], int]:
         """(tokens, how many of them precede the cursor)."""
-        start, files = self.tokenize("", True), self._encode_files(request)
+        files = self._encode_files(request)
+        if request.suffix is None and not files:
+            tokens = self.tokenize(prompt, True)
+            return tokens, len(tokens)
+        tokens = [*self.tokenize("", True), *files]
+        text = self.tokenize_part(prompt)
         if request.suffix is None:
-            tokens = (
-                [*start, *files, *self.tokenize_part(prompt)]
-                if files
-                else self.tokenize(prompt, True)
-            )
+            tokens += text
             return tokens, len(tokens)
         before, after, middle = self.fim
         if min(before, after) < 0:
@@ -259,28 +282,33 @@ class Vocabulary:
                 "INVALID_REQUEST",
                 "suffix: expected a model with fill-in-the-middle tokens, got one without",
             )
-        tokens, cursor = [*start, *files], 0
-        marks, text = [[before], [after], [middle] * (middle >= 0)], self.tokenize_part(prompt)
-        suffix = steady_suffix(request.suffix) if self.layout == "spmv2" else request.suffix
-        for part in arrange_gap(self.layout, marks, text, self.tokenize_part(suffix)):
+        fim = [before], [after], [middle] * (middle >= 0)
+        spmv2 = self.layout == "spmv2"
+        suffix = steady_suffix(request.suffix) if spmv2 else request.suffix
+        cursor = 0
+        for part in arrange_gap(self.layout, fim, text, self.tokenize_part(suffix)):
             tokens += part
-            cursor = len(tokens) if part is text else cursor
+            if part is text:
+                cursor = len(tokens)
         return tokens, cursor
 
-    def _encode_files(self, request: CompletionRequest) -> list[int]:
-        """Other files' texts, each after the model's file mark and the file's name; then the mark
-        and the name of the request's own file. A model without the mark gets the texts alone. The
-        mark before a repository's name is not used: with it, Qwen2.5-Coder completed the gaps
+    def _encode_files(self, request: GenerationRequest) -> list[int]:
+        """Other files' texts, each after the model's file token and the file's name; then the token
+        and the name of the request's own file. A model without the token gets the texts alone. The
+        token before a repository's name is not used: with it, Qwen2.5-Coder completed the gaps
         beside other files worse.
         """
-        mark, name = self.file_mark, request.filename
-        files = [text if mark < 0 else f"{name}\n{text}" for name, text in request.extra]
-        if name and mark >= 0 and (files or request.suffix is not None):
-            files.append(name)
-        parts = [
-            [mark] * (mark >= 0) + self.tokenize_part(file.rstrip("\n") + "\n") for file in files
-        ]
-        return [*itertools.chain(*parts)]
+        if self.file_token < 0:
+            before, files = [], [text for _, text in request.extra]
+        else:
+            before = [self.file_token]
+            files = [f"{name}\n{text}" for name, text in request.extra]
+            if request.filename and (files or request.suffix is not None):
+                files.append(request.filename)
+        tokens: list[int] = []
+        for file in files:
+            tokens += before + self.tokenize_part(file.rstrip("\n") + "\n")
+        return tokens
 
     def _encode_chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
         """Apply the chat template to placeholders, then replace these by the messages: the
@@ -289,45 +317,43 @@ class Vocabulary:
         goes on with the messages as a text.
         """
         begun = begun_answer(messages)
-        messages = messages[: len(messages) - bool(begun)]
+        if begun:
+            messages = messages[:-1]
         template: bytes = api.llama_model_chat_template(self.model, None) or b""
-        if not template and self.mark("<|im_start|>") < 0:
-            return self.tokenize("\n\n".join([*(text for _, text in messages), begun]), True)
-        shown = self._apply(template, [role for role, _ in messages])
-        if any(
-            b"\x01%d\x02" % n not in shown for n in range(len(messages))
-        ):  # the template drops a role
-            turns = itertools.groupby(
-                messages, lambda message: "assistant" if message[0] == "assistant" else "user"
-            )
-            messages = [(role, "\n\n".join(text for _, text in turn)) for role, turn in turns]
-            shown = self._apply(template, [role for role, _ in messages])
+        if not template and self.token_of("<|im_start|>") < 0:
+            texts = [text for _, text in messages]
+            return self.tokenize("\n\n".join([*texts, begun]), True)
+        rest = self._apply(template, messages)
+        if any(PLACEHOLDER % number not in rest for number in range(len(messages))):
+            messages = merge_turns(messages)  # since the template drops a role
+            rest = self._apply(template, messages)
         tokens: list[int] = []
-        for number, (_, content) in enumerate(messages):
-            glue, found, shown = shown.partition(b"\x01%d\x02" % number)
-            tokens += (
-                self.tokenize_part(glue, special=True)
-                if number
-                else self.tokenize(glue, True, special=True)
-            )
-            tokens += self.tokenize_part(content) if found else []
-        # What makes a model answer at once instead of thinking first.
-        if b"<|channel|>" in template:  # gpt-oss
-            shown += b"<|channel|>final<|message|>"
-        elif (
-            b"</think>" in template
-            and self.mark("<think>") >= 0
-            and not begun.lstrip().startswith("<think>")
-        ):
-            shown += b"<think>\n\n</think>\n\n"
-        return tokens + self.tokenize_part(shown, special=True) + self.tokenize_part(begun)
+        for number, (_, text) in enumerate(messages):
+            before, found, rest = rest.partition(PLACEHOLDER % number)
+            if number:
+                tokens += self.tokenize_part(before, special=True)
+            else:
+                tokens += self.tokenize(before, True, special=True)
+            if found:
+                tokens += self.tokenize_part(text)
+        rest += self._no_thoughts(template, begun)
+        return tokens + self.tokenize_part(rest, special=True) + self.tokenize_part(begun)
 
-    def _apply(self, template: bytes, roles: Sequence[str]) -> bytes:
+    def _no_thoughts(self, template: bytes, begun: str) -> str:
+        """What makes a model answer at once instead of thinking first."""
+        if b"<|channel|>" in template:  # gpt-oss
+            return "<|channel|>final<|message|>"
+        if b"</think>" not in template or self.token_of("<think>") < 0:
+            return ""
+        return "" if begun.lstrip().startswith("<think>") else "<think>\n\n</think>\n\n"
+
+    def _apply(self, template: bytes, messages: Sequence[tuple[str, str]]) -> str:
         """The chat template's text for messages of these roles, with numbered placeholders as
         contents.
         """
         turns = [
-            api.llama_chat_message(role.encode(), b"\x01%d\x02" % n) for n, role in enumerate(roles)
+            api.llama_chat_message(role.encode(), (PLACEHOLDER % number).encode())
+            for number, (role, _) in enumerate(messages)
         ]
         chat = (api.llama_chat_message * len(turns))(*turns)
         buffer = ctypes.create_string_buffer(4096 + 128 * len(turns))
@@ -335,4 +361,4 @@ class Vocabulary:
             size = api.llama_chat_apply_template(name, chat, len(turns), True, buffer, len(buffer))
             if size >= 0:
                 break
-        return buffer.raw[:size]
+        return buffer.raw[:size].decode(errors="replace")

@@ -38,8 +38,9 @@ from quality import indentation, passes, problems
 from sure import LANGUAGES, MAX_FILE_BYTES, SINCE, UNUSUAL, git
 
 from cerebrum.text.ending import Ending
-from cerebrum.vps.llama import MAX_CHUNK, Llama, Settings, Slot, common_prefix
-from cerebrum.vps.vocabulary import CompletionRequest
+from cerebrum.vps.llama import MAX_CHUNK, Llama, Settings, Slot
+from cerebrum.vps.tokens import common_prefix
+from cerebrum.vps.vocabulary import GenerationRequest
 
 KINDS = ("one", "several", "spans")
 SEQUENCES, CONTEXT = 8, 1536
@@ -188,7 +189,7 @@ class Reading:
 
 def begin(model: Llama, case: dict[str, Any]) -> Reading:
     prompt, suffix = case["prompt"], case["suffix"]
-    request = CompletionRequest(
+    request = GenerationRequest(
         prompt=prompt, suffix=suffix, language=case["language"], mode="infill", heal=True
     )
     tokens, heal, _ = model.vocabulary.encode(request)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections import namedtuple
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -50,17 +51,15 @@ BAD_FIELDS = {
     f"{name}: expected {rule}, got {describe(value)}": {name: value}
     for name, (value, rule) in RULES.items()
 }
+MESSAGES = "expected an array of 1 to 100 objects"
 BAD_REQUESTS: list[tuple[dict[str, Any], str]] = [
     *((BASE | field, message) for message, field in BAD_FIELDS.items()),
     ({}, "model: expected a string from 1 to 200 characters, got nothing"),
     ({"model": "m"}, "prompt: expected a non-empty string, or messages instead of it"),
     (BASE | TALK, "prompt: expected a non-empty string, or messages instead of it"),
     (TALK | {"suffix": "s"}, "suffix: expected only beside prompt, not beside messages"),
-    (
-        TALK | {"messages": [SAID] * 101},
-        "messages: expected an array of 1 to 100 objects, got an array of 101",
-    ),
-    (TALK | {"messages": None}, "messages: expected an array of 1 to 100 objects, got null"),
+    (TALK | {"messages": [SAID] * 101}, f"messages: {MESSAGES}, got an array of 101"),
+    (TALK | {"messages": None}, f"messages: {MESSAGES}, got null"),
     (
         TALK | {"messages": [{"role": "user"}]},
         "messages[0].content: expected a string, got nothing",
@@ -82,30 +81,33 @@ def test_bad_request(body: dict[str, Any], message: str) -> None:
 
 
 DEFAULTS = {
-    "messages": None, "max_tokens": 512, "temperature": 0.4, "top_p": 0.95, "seed": None, "stop": [], "suffix": None,
-    "filename": "", "language": None, "mode": "complete", "stop_at": "auto", "indent": 0, "heal": False,
-    "special": False, "progress": False, "priority": "normal", "session": None, "extra": [], "predict_ms": 0,
-    "min_confidence": None,
+    "messages": None, "max_tokens": 512, "temperature": 0.4, "top_p": 0.95, "seed": None,
+    "stop": (), "suffix": None, "filename": "", "language": None, "mode": "complete",
+    "stop_at": "auto", "indent": 0, "heal": False, "special": False, "progress": False,
+    "priority": "normal", "session": None, "extra": [], "predict_ms": 0, "min_confidence": None,
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("given", "read"),
-    [
-        ({}, {}),
-        ({"stop": "x"}, {"stop": ["x"]}),
-        ({"temperature": 1, "max_tokens": 0, "seed": 2**32 - 2}, {"temperature": 1.0}),
-        ({"suffix": ""}, {"mode": "infill"}),
-        ({"suffix": "", "mode": "complete"}, {}),
-        ({"prompt": "", "extra": [{"text": "x"}]}, {"extra": [("", "x")]}),
-    ],
-)
+GOOD_REQUESTS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({}, {}),
+    ({"stop": "x"}, {"stop": ["x"]}),
+    ({"temperature": 1, "max_tokens": 0, "seed": 2**32 - 2}, {"temperature": 1.0}),
+    ({"suffix": ""}, {"mode": "infill"}),
+    ({"suffix": "", "mode": "complete"}, {}),
+    ({"prompt": "", "extra": [{"text": "x"}]}, {"extra": [("", "x")]}),
+]
+
+
+@pytest.mark.parametrize(("given", "read"), GOOD_REQUESTS)
 def test_request(given: dict[str, Any], read: dict[str, Any]) -> None:
-    fields = parse_inference(BASE | given | {"unknown": 1})
-    assert fields == BASE | DEFAULTS | given | read
-    assert isinstance(fields["temperature"], float)
-    told = {"prompt": None, "messages": [("user", "x")], "mode": "instruct"}
-    assert parse_inference(TALK) == BASE | DEFAULTS | told
+    request = parse_inference(BASE | given | {"unknown": 1})
+    assert asdict(request) == BASE | DEFAULTS | given | read
+    assert isinstance(request.temperature, float)
+
+
+def test_a_request_of_messages() -> None:
+    read = {"prompt": None, "messages": [("user", "x")], "mode": "instruct"}
+    assert asdict(parse_inference(TALK)) == BASE | DEFAULTS | read
 
 
 # ---------------------------------------------------------------------------------------- admission
@@ -122,25 +124,19 @@ BUSY = "expected other programs to use at most 70 % of the CPU, got 71 %"
 
 
 def test_a_busy_machine() -> None:
-    checks: list[Any] = [
-        (check_memory, 1024.0, 1023.0, LITTLE_MEMORY),
-        (check_cpu, 70.0, 71.0, BUSY),
-    ]
-    for check, enough, too_little, message in checks:
+    memory = check_memory, 1024.0, 1023.0, LITTLE_MEMORY
+    cpu = check_cpu, 70.0, 71.0, BUSY
+    for check, enough, too_little, message in (memory, cpu):
         check(enough, enough)
         with pytest.raises(HttpError) as caught:
             check(too_little, enough)
-        assert (caught.value.status, caught.value.code, caught.value.message) == (
-            503,
-            "RESOURCE_EXHAUSTED",
-            message,
-        )
+        assert (caught.value.status, caught.value.code) == (503, "RESOURCE_EXHAUSTED")
+        assert caught.value.message == message
 
 
 def test_cpu_meter_counts_others_without_ourselves(monkeypatch: pytest.MonkeyPatch) -> None:
-    readings = iter(
-        [(100.0, 50.0, 10.0), (120.0, 55.0, 20.0), (120.0, 55.0, 20.0), (140.0, 55.0, 45.0)]
-    )
+    second = (120.0, 55.0, 20.0)
+    readings = iter([(100.0, 50.0, 10.0), second, second, (140.0, 55.0, 45.0)])
     monkeypatch.setattr(CpuMeter, "_read", staticmethod(lambda: next(readings)))
     meter = CpuMeter()
     assert (meter.system_percent, meter.others_percent) == (0.0, 0.0)
@@ -153,7 +149,6 @@ def test_cpu_meter_counts_others_without_ourselves(monkeypatch: pytest.MonkeyPat
 
 
 def test_cpu_meter_lets_niced_programs_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    # type: ignore[misc]
     times = namedtuple("times", "user nice system idle iowait irq softirq steal guest guest_nice")
     readings = iter([times(*[0.0] * 10), times(10.0, 70.0, 5.0, 15.0, *[0.0] * 6)])
     monkeypatch.setattr(vpsd.psutil, "cpu_times", lambda: next(readings))
@@ -167,27 +162,24 @@ def test_cpu_meter_lets_niced_programs_work(monkeypatch: pytest.MonkeyPatch) -> 
 # ------------------------------------------------------------------------------------------- config
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        ("CEREBRUM_VPS_PORT", "65536", "expected a number from 0 to 65535, got '65536'"),
-        ("CEREBRUM_THREADS", "0", "expected a number from 1 to 256, got '0'"),
-        ("CEREBRUM_N_CTX", "100", "expected a number from 256 to 131072, got '100'"),
-        ("CEREBRUM_KV_TYPE", "q4_0", "expected one of f16, q8_0, got 'q4_0'"),
-        ("CEREBRUM_CACHE_MB", "-1", "expected a number from 0 to 65536, got '-1'"),
-        ("CEREBRUM_DRAFT", "2", "expected a number from 0 to 1, got '2'"),
-        ("CEREBRUM_DRAFT", "0.5", "expected an integer, got 0.5"),
-        ("CEREBRUM_MAX_CONCURRENT", "0", "expected a number from 1 to 16, got '0'"),
-        ("CEREBRUM_MAX_CPU_PERCENT", "101", "expected a number from 1 to 100, got '101'"),
-        ("CEREBRUM_MIN_FREE_MB", "1e3", "expected a number from 0 to 1.04858e+06, got '1e3'"),
-        ("CEREBRUM_IDLE_MINUTES", "-1", "expected a number from 0 to 1.04858e+06, got '-1'"),
-        (
-            "CEREBRUM_MODELS_FILE",
-            "/none.toml",
-            "/none.toml: [Errno 2] No such file or directory: '/none.toml'",
-        ),
-    ],
-)
+NO_FILE = "[Errno 2] No such file or directory: '/none.toml'"
+WRONG = [
+    ("CEREBRUM_VPS_PORT", "65536", "expected a number from 0 to 65535, got '65536'"),
+    ("CEREBRUM_THREADS", "0", "expected a number from 1 to 256, got '0'"),
+    ("CEREBRUM_N_CTX", "100", "expected a number from 256 to 131072, got '100'"),
+    ("CEREBRUM_KV_TYPE", "q4_0", "expected one of f16, q8_0, got 'q4_0'"),
+    ("CEREBRUM_CACHE_MB", "-1", "expected a number from 0 to 65536, got '-1'"),
+    ("CEREBRUM_DRAFT", "2", "expected a number from 0 to 1, got '2'"),
+    ("CEREBRUM_DRAFT", "0.5", "expected an integer, got 0.5"),
+    ("CEREBRUM_MAX_CONCURRENT", "0", "expected a number from 1 to 16, got '0'"),
+    ("CEREBRUM_MAX_CPU_PERCENT", "101", "expected a number from 1 to 100, got '101'"),
+    ("CEREBRUM_MIN_FREE_MB", "1e3", "expected a number from 0 to 1.04858e+06, got '1e3'"),
+    ("CEREBRUM_IDLE_MINUTES", "-1", "expected a number from 0 to 1.04858e+06, got '-1'"),
+    ("CEREBRUM_MODELS_FILE", "/none.toml", f"/none.toml: {NO_FILE}"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "message"), WRONG)
 def test_config_names_the_wrong_variable(name: str, value: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         config(**{name: value})
@@ -199,10 +191,8 @@ def test_a_user_without_a_home_needs_a_folder_for_the_state(
 ) -> None:
     monkeypatch.delenv("HOME")
     monkeypatch.setattr("pwd.getpwuid", lambda _: {}[0])
-    with pytest.raises(
-        ConfigError,
-        match=r"^CEREBRUM_STATE_DIR: expected a folder, got '~/.*there is no such home$",
-    ):
+    message = r"^CEREBRUM_STATE_DIR: expected a folder, got '~/.*there is no such home$"
+    with pytest.raises(ConfigError, match=message):
         config()
     assert config(CEREBRUM_STATE_DIR="/state").engine.state_dir == Path("/state")
 
@@ -211,8 +201,11 @@ def test_config_defaults() -> None:
     defaults = config()
     assert (defaults.host, defaults.port, defaults.access.keys) == ("127.0.0.1", 9000, ())
     engine = defaults.engine
-    assert (engine.n_ctx, engine.sequences, engine.draft, engine.kv_type) == (4096, 2, True, "f16")
-    assert (defaults.max_cpu_percent, defaults.min_free_mb, defaults.idle_minutes) == (70, 1024, 60)
+    assert (engine.n_ctx, engine.sequences) == (4096, 2)
+    assert (engine.draft, engine.kv_type) == (True, "f16")
+    assert (defaults.max_cpu_percent, defaults.min_free_mb) == (70, 1024)
+    assert (defaults.idle_minutes, defaults.hint_seconds) == (60, 5)
+    assert (defaults.log_level, defaults.log_file, defaults.log_prompts) == ("INFO", "", False)
     assert 1 <= engine.threads <= 256
     assert [model.id for model in defaults.models] == list(FILES)
 
@@ -223,11 +216,9 @@ NO_KEY = "vpsd: CEREBRUM_API_KEY: expected a key, got none; make one with ./gene
 
 def test_command_line(tmp_path: Path) -> None:
     copy_program("vpsd", tmp_path)  # because a .env may lie beside the original
-    environment, command = (
-        {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"},
-        [sys.executable, tmp_path / "vpsd.py"],
-    )
+    options: Any = {"capture_output": True, "text": True, "timeout": PATIENCE}
+    options["env"] = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    command = [sys.executable, tmp_path / "vpsd.py"]
     for arguments, code, message in ((["fetch", "x"], 1, UNKNOWN), ([], 2, NO_KEY)):
-        end = {"env": environment, "capture_output": True, "text": True, "timeout": PATIENCE}
-        done: Any = subprocess.run([*command, *arguments], **end)
-        assert (done.returncode, done.stdout, done.stderr.strip()) == (code, "", message)
+        ended: Any = subprocess.run([*command, *arguments], **options)
+        assert (ended.returncode, ended.stdout, ended.stderr.strip()) == (code, "", message)

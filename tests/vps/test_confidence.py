@@ -17,49 +17,52 @@ from test_engine import ScriptedLlama
 from test_vpsd import Reference, Vps, real, real_reference  # noqa: F401 (fixtures)
 
 from cerebrum.vps.confidence import Confidence
+from cerebrum.vps.decoder import Decoder
+from cerebrum.vps.job import Job, Run
 from cerebrum.vps.llama import Llama, Slot
-from cerebrum.vps.vocabulary import CompletionRequest
-from cerebrum.vps.worker import Decoder, Job, Run
+from cerebrum.vps.vocabulary import GenerationRequest
 
-A, B, C = ("a", 0.9), (" =", 0.7), (" 1\n", 0.2)  # a token ends a line, or
+A, B = ("a", 0.9), (" =", 0.7)  # tokens and their probabilities
+C = (" 1\n", 0.2)  # a token ends a line, or
 LATER = ("```\n", 0.1)  # what precedes the client's text
-TWO = [
-    A,
-    B,
-    (" 1", 0.8),
-    ("\n    ", 0.4),
-    ("b", 1.0),
-    ("", 0.6),
-]  # begins the next one; the last ends the text
+# The last but two begins the next line; the last ends the text.
+TWO = [A, B, (" 1", 0.8), ("\n    ", 0.4), ("b", 1.0), ("", 0.6)]
 
-CASES: list[tuple[str, list[tuple[str, float]], list[str], list[list[tuple[float, int]]], tuple[float, float]]] = [
-    # name, tokens, texts that are sent, the lines that each of them and the end complete, the
-    # result
-    ("nothing", [("", 0.3)], [], [[]], (0.3, 0.3)),
-    ("one line", [A, B, ("", 0.5)], ["a", " ="], [[], [], [(0.7, 3)]], (0.7, 0.7)),
-    ("a line end of a token", [A, B, C, ("b", 1.0)], ["a = 1\n", "b"], [[(0.6, 6)], [], [(1.0, 7)]], (0.6, 0.7)),
-    ("two lines", TWO, ["a = 1", "\n    b"], [[], [(0.7, 6)], [(0.8, 11)]], (0.7, 0.7333)),
-    ("blank lines", [("\n", 0.2), ("\n", 0.4), A, ("\n", 0.5)], ["\n\na"], [[], [(0.5, 3)]], (0.5, 0.5)),
-    ("a text cut in its first line", TWO, ["a ="], [[], [(0.8, 3)]], (0.8, 0.8)),
-    ("a text that begins later", [LATER, *TWO], ["a = 1\n"], [[(0.7, 6)], []], (0.7, 0.7)),
-    ("a fence that has its beginning", [LATER, ("t", 0.9), (" = 1\n", 0.7)], ["t", " = 1\n"],
-     [[], [(0.8, 6)], []], (0.8, 0.8)),
-    ("a block in a list", [("  a\n", 0.9), ("  b\n", 0.5), ("  c\n", 0.1)], ["a\n", "b\nc"],
-     [[(0.9, 2)], [(0.5, 4)], [(0.1, 5)]], (0.9, 0.5)),
-    ("typed indentation", [("  ", 0.2), ("a", 0.6), ("", 1.0)], ["a"], [[], [(0.6, 1)]], (0.6, 0.6)),
-    ("a line within a token", [("a", 0.9), ("\n b", 0.3)], ["a", "\n b"], [[], [(0.6, 2)], [(0.3, 4)]], (0.6, 0.6)),
-    ("half a character", [("", 0.5), ("é", 0.7)], ["é"], [[], [(0.6, 1)]], (0.6, 0.6)),
-]  # fmt: skip
+FENCE = [LATER, ("t", 0.9), (" = 1\n", 0.7)]
+LIST = [("  a\n", 0.9), ("  b\n", 0.5), ("  c\n", 0.1)]
+BLANK = [("\n", 0.2), ("\n", 0.4), A, ("\n", 0.5)]
+WITHIN = [("a", 0.9), ("\n b", 0.3)]
+# By name: tokens, texts that are sent, the lines that each of them and the end complete, the
+# result.
+CASES: dict[str, tuple[Any, list[str], Any, tuple[float, float]]] = {
+    "nothing": ([("", 0.3)], [], [[]], (0.3, 0.3)),
+    "one line": ([A, B, ("", 0.5)], ["a", " ="], [[], [], [(0.7, 3)]], (0.7, 0.7)),
+    "a line end of a token": (
+        [A, B, C, ("b", 1.0)], ["a = 1\n", "b"], [[(0.6, 6)], [], [(1.0, 7)]], (0.6, 0.7),
+    ),
+    "two lines": (TWO, ["a = 1", "\n    b"], [[], [(0.7, 6)], [(0.8, 11)]], (0.7, 0.7333)),
+    "blank lines": (BLANK, ["\n\na"], [[], [(0.5, 3)]], (0.5, 0.5)),
+    "a text cut in its first line": (TWO, ["a ="], [[], [(0.8, 3)]], (0.8, 0.8)),
+    "a text that begins later": ([LATER, *TWO], ["a = 1\n"], [[(0.7, 6)], []], (0.7, 0.7)),
+    "a fence that has its beginning": (
+        FENCE, ["t", " = 1\n"], [[], [(0.8, 6)], []], (0.8, 0.8),
+    ),
+    "a block in a list": (
+        LIST, ["a\n", "b\nc"], [[(0.9, 2)], [(0.5, 4)], [(0.1, 5)]], (0.9, 0.5),
+    ),
+    "typed indentation": (
+        [("  ", 0.2), ("a", 0.6), ("", 1.0)], ["a"], [[], [(0.6, 1)]], (0.6, 0.6),
+    ),
+    "a line within a token": (
+        WITHIN, ["a", "\n b"], [[], [(0.6, 2)], [(0.3, 4)]], (0.6, 0.6),
+    ),
+    "half a character": ([("", 0.5), ("é", 0.7)], ["é"], [[], [(0.6, 1)]], (0.6, 0.6)),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("tokens", "sent", "judged", "result"),
-    [case[1:] for case in CASES],
-    ids=[one[0] for one in CASES],
-)
-def test_the_lines_of_a_text(
-    tokens: list[tuple[str, float]], sent: list[str], judged: list[Any], result: tuple[float, float]
-) -> None:
+@pytest.mark.parametrize("case", CASES)
+def test_the_lines_of_a_text(case: str) -> None:
+    tokens, sent, judged, result = CASES[case]
     sure = Confidence()
     for token in tokens:
         sure.add(*token)
@@ -70,45 +73,31 @@ def test_the_lines_of_a_text(
 
 def test_the_least_sure_of_the_lines_that_a_token_ends() -> None:
     sure = Confidence()
-    assert [sure.add(*token) for token in (A, C, ("\n", 0.1), ("b\nc\n", 0.5))] == [
-        1.0,
-        0.55,
-        1.0,
-        0.3,
-    ]
+    for token, least in ((A, 1.0), (C, 0.55), (("\n", 0.1), 1.0), (("b\nc\n", 0.5), 0.3)):
+        assert sure.add(*token) == least
 
 
 WORDS = [
-    "x",
-    "x = 1",
-    "x  ",
-    "",
-    "  ",
-    "    ",
-    "\t",
-    "    y = x",
-    "\tx",
-    "return x",
-    "é",
-    "`x`",
-    "\r",
-    "x\r",
+    *("x", "x = 1", "x  ", "", "  ", "    ", "\t"),
+    *("    y = x", "\tx", "return x", "é", "`x`", "\r", "x\r"),
 ]
 TALK = ["x", "x = 1 is it", "  x", "", "  ", "return x", "Sure!"]  # begins like the code
 ASKED = [
-    CompletionRequest("def f():\n    ", language="python", stop=("é",)),
-    CompletionRequest("def f():\n\t", stop_at="none"),
-    CompletionRequest("def f():\n    ", suffix="    return z\n", mode="infill", language="python"),
-    *[CompletionRequest("x", messages=[("user", "x")], mode="instruct")] * 3,
+    GenerationRequest("def f():\n    ", language="python", stop=("é",)),
+    GenerationRequest("def f():\n\t", stop_at="none"),
+    GenerationRequest("def f():\n    ", suffix="    return z\n", mode="infill", language="python"),
+    *[GenerationRequest("x", messages=[("user", "x")], mode="instruct")] * 3,
 ]
 
 
-def mixed_case(rng: random.Random) -> tuple[CompletionRequest, str, int]:
+def mixed_case(rng: random.Random) -> tuple[GenerationRequest, str, int]:
     """A request, what a model writes, and where the client's text begins in it."""
     asked, lines = rng.choice(ASKED), rng.choices(WORDS, k=rng.randint(0, 6))
     if asked.mode != "instruct":
-        return asked, "".join(rng.choices("  \t", k=rng.choice([0, 0, 4, 8]))) + "\n".join(lines), 0
-    margin, talk = " " * rng.choice([0, 0, 2, 4]), rng.choices(TALK, k=rng.randint(0, 3))
+        indentation = "".join(rng.choices("  \t", k=rng.choice([0, 0, 4, 8])))
+        return asked, indentation + "\n".join(lines), 0
+    margin = " " * rng.choice([0, 0, 2, 4])
+    talk = rng.choices(TALK, k=rng.randint(0, 3))
     before = "".join(f"{line}\n" for line in [*talk, f"{margin}```"])
     after = rng.choice(["", "\n", f"\n{margin}```\nx\n"])
     return asked, before + "\n".join(margin + line for line in lines) + after, len(before)
@@ -122,25 +111,31 @@ def judge(
     """
 
     def mean_from(first: int, last: int) -> float:
-        some = [sure for place, sure in tokens if first <= place <= last]
-        return round(mean(some or [[sure for place, sure in tokens if place <= last][-1]]), 4)
+        until_last = [token for token in tokens if token[0] <= last]
+        inside = [sure for start, sure in until_last if first <= start]
+        return round(mean(inside or [until_last[-1][1]]), 4)
 
-    lines, first, at, end, sent = list[tuple[float, int]](), begin, begin, begin, 0
+    lines, sent = list[tuple[float, int]](), 0
+    first = start = end = begin
     both = [re.findall(r"[^\n]*\n|[^\n]+", text) for text in (client, written[begin:])]
     for own, line in zip(*both, strict=False):
         sent += len(own)
-        last = (
-            at + len(line.removesuffix("\n"))
-            if "\n" in own
-            else at + line.index(own.strip()) + len(own.lstrip())
-        )
-        at += len(line)
-        end = at if "\n" in own else last if own.strip() else end
-        if own.strip():
+        word = own.strip()
+        if "\n" in own:
+            last = start + len(line.removesuffix("\n"))
+            end = start + len(line)
+        else:
+            last = start + line.index(word) + len(own.lstrip())
+            end = last if word else end
+        start += len(line)
+        if word:
             lines.append((mean_from(first, last), sent))
-            first = at
+            first = start
     whole = mean_from(begin, end) if client else mean_from(0, 0)
     return lines, [lines[0][0] if lines else whole, whole]
+
+
+NO_SLOT: Any = SimpleNamespace(release=lambda *_: None)
 
 
 def test_each_line_has_the_mean_of_its_own_tokens() -> None:
@@ -150,7 +145,8 @@ def test_each_line_has_the_mean_of_its_own_tokens() -> None:
         asked, text, begin = mixed_case(rng)
         job = Job(replace(asked, min_confidence=0.0), lambda _: None)
         job.prepare(ScriptedLlama())  # type: ignore[arg-type]
-        run, written, reason, tokens = Run(job, Slot(0), []), "", None, list[tuple[int, float]]()
+        run, tokens = Run(job, Slot(0), []), list[tuple[int, float]]()
+        written, reason = "", None
         most = rng.choice([1, 4, 40])
         while not reason:
             piece = text[len(written) :][: rng.randint(1, most)]
@@ -160,8 +156,7 @@ def test_each_line_has_the_mean_of_its_own_tokens() -> None:
                 run.confidence.add("", run.probability)
                 break
             reason, written = run.feed(piece.encode()), written + piece
-        # type: ignore[arg-type]
-        Decoder._finish(SimpleNamespace(release=lambda *_: None), run, reason or "stop", not reason)
+        Decoder._finish(NO_SLOT, run, reason or "stop", not reason)
         events: list[Any] = run.outbox
         client = "".join(event.get("token", "") for event in events)
         judged = [
@@ -175,9 +170,8 @@ def test_each_line_has_the_mean_of_its_own_tokens() -> None:
 def test_an_unlikely_token_is_no_doubt_at_a_high_temperature(
     temperature: float, reason: str | None
 ) -> None:
-    asked = CompletionRequest(
-        "x = ", suffix="\ny = 2\n", mode="infill", language="python", temperature=temperature
-    )
+    asked = GenerationRequest("x = ", suffix="\ny = 2\n", mode="infill", language="python")
+    asked = replace(asked, temperature=temperature)
     job = Job(asked, lambda _: None)
     job.prepare(ScriptedLlama())  # type: ignore[arg-type]
     run = Run(job, Slot(0), [])
@@ -185,50 +179,46 @@ def test_an_unlikely_token_is_no_doubt_at_a_high_temperature(
     assert [run.feed(piece) for piece in (b"1", b"\n", b"z = 5")] == [None, None, reason]
 
 
-@pytest.mark.parametrize(
-    ("first", "text", "judged"), [(0.9, "a + 1", [(0.9, 5)]), (0.3, "a + 1", [(0.3, 5)])]
-)
+@pytest.mark.parametrize("first", [0.9, 0.3])
 def test_a_completion_that_ends_unsure_has_no_more_text_than_one_that_goes_on(
-    first: float, text: str, judged: list[Any]
+    first: float,
 ) -> None:
     """The unsure line itself comes, unless the suffix could follow before it: it stays a
     prediction.
     """
-    asked = CompletionRequest("def f(a):\n    x = ", suffix="\n    return x\n", mode="infill", language="python",
-                              min_confidence=0.5)  # fmt: skip
+    begin, end = "def f(a):\n    x = ", "\n    return x\n"
+    asked = GenerationRequest(begin, suffix=end, mode="infill", language="python")
+    asked = replace(asked, min_confidence=0.5)
     job = Job(asked, lambda _: None)
     job.prepare(ScriptedLlama())  # type: ignore[arg-type]
     run, ends = Run(job, Slot(0), []), list[str | None]()
-    for piece, probability in (
-        (b"a + 1", first),
-        (b"\n", first),
-        (b"    y = 2", 0.2),
-        (b"\n", 0.2),
-    ):
-        run.probability = probability
+    pieces = (b"a + 1", b"\n", b"    y = 2", b"\n")
+    for piece, run.probability in zip(pieces, (first, first, 0.2, 0.2), strict=True):
         ends.append(run.feed(piece))
         if ends[-1]:
             break
     assert (ends.pop(), {*ends}) == ("unsure", {None})
-    # type: ignore[arg-type]
-    Decoder._finish(SimpleNamespace(release=lambda *_: None), run, "unsure")
+    Decoder._finish(NO_SLOT, run, "unsure")
     events: list[Any] = run.outbox
-    assert "".join(event.get("token", "") for event in events) == text
-    assert [tuple(event.values()) for event in events if "characters" in event] == judged
+    assert "".join(event.get("token", "") for event in events) == "a + 1"
+    assert [event for event in events if "characters" in event] == [
+        {"confidence": first, "characters": 5}
+    ]
 
 
 def test_logits_that_are_no_numbers() -> None:
-    model = SimpleNamespace(
-        logits=lambda _: np.array([np.nan, 1.0], np.float32), _scratch=np.empty(2, np.float32)
-    )
-    assert Llama.probability(model, 0, 0) == 0.0  # type: ignore[arg-type]
+    row = np.array([np.nan, 1.0], np.float32)
+    model: Any = SimpleNamespace(logits=lambda _: row, _scratch=np.empty(2, np.float32))
+    assert Llama.probability(model, 0, 0) == 0.0
 
 
 PROMPT = "def fibonacci(n):\n    "
 
 
-# noqa: F811
-def test_the_confidence_is_that_of_a_plain_loop(real: Vps, real_reference: Reference) -> None:
+def test_the_confidence_is_that_of_a_plain_loop(
+    real: Vps,  # noqa: F811
+    real_reference: Reference,  # noqa: F811
+) -> None:
     """With drafts, too: the second answer drafts the first, which the plain loop does not."""
     pieces, _ = real_reference.greedy(real_reference.tokenize(PROMPT), 40)
     ends = [number for number, piece in enumerate(pieces) if b"\n" in piece]
@@ -245,9 +235,8 @@ def test_the_confidence_is_that_of_a_plain_loop(real: Vps, real_reference: Refer
     ]
     text = "".join(event.get("token", "") for event in events)
     begun = bool(text.rpartition("\n")[2].strip())
-    assert [end for _, end in lines] == [i + 1 for i, char in enumerate(text) if char == "\n"] + [
-        len(text)
-    ] * begun
+    ends = [i for i, char in enumerate(text, 1) if char == "\n"] + [len(text)] * begun
+    assert [end for _, end in lines] == ends
     assert (lines[0][0], events[-1]["finish_reason"]) == (answer["confidence"], "length")
 
 

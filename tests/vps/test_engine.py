@@ -14,6 +14,7 @@ import random
 import struct
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,10 +28,12 @@ from test_ending import splits
 
 import vpsd
 from cerebrum.vps import drafts, llama, prefixes, schedule
+from cerebrum.vps import job as vps_job
 from cerebrum.vps import worker as vps_worker
 from cerebrum.vps.drafts import Drafter, Gain
 from cerebrum.vps.encoding import TunedFile
-from cerebrum.vps.llama import MAX_CHUNK, MAX_DRAFT, MB, common_prefix
+from cerebrum.vps.job import Event, Job, Run
+from cerebrum.vps.llama import MAX_CHUNK, MAX_DRAFT, MB
 from cerebrum.vps.memory import Parts, fit
 from cerebrum.vps.prefixes import (
     Parked,
@@ -42,14 +45,13 @@ from cerebrum.vps.prefixes import (
     save_parked,
 )
 from cerebrum.vps.schedule import Baton, Costs, chunk_size, share_size
-from cerebrum.vps.vocabulary import CompletionRequest, heal_from
-from cerebrum.vps.worker import Job, Loader, Run, Worker
+from cerebrum.vps.tokens import common_prefix
+from cerebrum.vps.vocabulary import GenerationRequest, heal_from
+from cerebrum.vps.worker import Loader, Worker
 from cerebrum_common import HttpError
 
-ONE, MANY = (
-    0.0147,
-    0.082,
-)  # seconds of one decode of one token and of MEASURED_TOKENS: a 0.5B on an AMD EPYC
+# Seconds of a decode of one token and of MEASURED_TOKENS: a 0.5B on an AMD EPYC.
+ONE, MANY = 0.0147, 0.082
 
 
 # ------------------------------------------------------------------------------------- the schedule
@@ -64,16 +66,16 @@ def test_costs() -> None:
         assert Costs(busy, 16.0)(16) == 2 * busy
 
 
-@pytest.mark.parametrize(
-    ("tokens", "seconds", "slowdown"),
-    [
-        (32, 0.2, 1.3),  # twice the calibrated time: the slowdown follows by 30 %
-        (32, 0.05, 0.85),
-        (32, 100.0, 3.1),  # one odd decode counts as at most 8 times the usual time
-        (32, 0.0, 0.85),  # one odd decode counts as at least half of the usual time
-        (4, 100.0, 1.0),  # too few tokens to learn from
-    ],
-)
+SLOWDOWNS = [
+    (32, 0.2, 1.3),  # twice the measured time: the slowdown follows by 30 %
+    (32, 0.05, 0.85),
+    (32, 100.0, 3.1),  # one odd decode counts as at most 8 times the usual time
+    (32, 0.0, 0.85),  # one odd decode counts as at least half of the usual time
+    (4, 100.0, 1.0),  # too few tokens to learn from
+]
+
+
+@pytest.mark.parametrize(("tokens", "seconds", "slowdown"), SLOWDOWNS)
 def test_costs_learn_the_real_time_of_chunks(tokens: int, seconds: float, slowdown: float) -> None:
     table = Costs(0.007, 0.052)
     table.learn(tokens, seconds)
@@ -87,12 +89,13 @@ def test_drafts_are_made_while_they_pay_and_tried_again(tokens: int, best: bool)
     gain, made = Gain(), list[bool]()
     for turn in range(4 * (drafts.RETRY + 1)):
         made.append(gain.pays(2, 7))
-        pace = 0.03 if turn // 37 % 2 else 0.02
-        gain.learn(
-            2, 7 * made[-1], 2 * tokens if made[-1] else 2, pace * (3 if made[-1] else 1) * 2
-        )
+        seconds = 0.06 if turn // 37 % 2 else 0.04
+        if made[-1]:
+            gain.learn(2, 7, 2 * tokens, 3 * seconds)
+        else:
+            gain.learn(2, 0, 2, seconds)
         if turn % 5 == 0:
-            gain.learn(2, 0, 2, 2 * pace)  # a turn in which nothing repeats
+            gain.learn(2, 0, 2, seconds)  # a turn in which nothing repeats
     assert made[:10] == [False, *[True] * drafts.FRESH] * 2
     assert made[20:].count(not best) in (3, 4)
     assert not gain.pays(1, 7)  # with one stream there is nothing to compare with
@@ -114,10 +117,10 @@ def test_a_draft_that_is_seldom_right_may_pay() -> None:
 
 
 def test_the_chunk_size_bounds_the_pause_of_a_running_stream() -> None:
-    table, delayed, piece = Costs(ONE, MANY), Costs(ONE, MANY), 256
-    assert chunk_size(10, [10], math.inf, table, piece) == 10
-    assert chunk_size(10_000, [10_000], math.inf, table, piece) == MAX_CHUNK
-    beside = chunk_size(10_000, [10_000], table(1), table, piece)
+    table, delayed = Costs(ONE, MANY), Costs(ONE, MANY)
+    assert chunk_size(10, [10], math.inf, table, 256) == 10
+    assert chunk_size(10_000, [10_000], math.inf, table, 256) == MAX_CHUNK
+    beside = chunk_size(10_000, [10_000], table(1), table, 256)
     assert beside == share_size(table, table(1))
     assert table(beside) <= schedule.PAUSE_SECONDS < table(beside + 1)
     slow = Costs(0.5, 2.0)  # a 7B: six of its own tokens take longer than the pause
@@ -127,27 +130,15 @@ def test_the_chunk_size_bounds_the_pause_of_a_running_stream() -> None:
     # A prompt alone comes in whole pieces, at least in one, unless it could not be aborted between
     # pieces.
     most = table.longest(schedule.PREFILL_SECONDS / 4)
-    sizes = [
-        chunk_size(10_000, [10_000], math.inf, one, size)
-        for one in (delayed, slow)
-        for size in (100, 256, 1)
-    ]
-    assert sizes == [200, 256, most, 100, 256, slow.longest(schedule.PREFILL_SECONDS)]
+    longest = slow.longest(schedule.PREFILL_SECONDS)
+    for costs, sizes in ((delayed, [200, 256, most]), (slow, [100, 256, longest])):
+        for piece, size in zip((100, 256, 1), sizes, strict=True):
+            assert chunk_size(10_000, [10_000], math.inf, costs, piece) == size
     assert 200 < most < 256
     # Two prompts share a chunk unless the shorter would wait.
-    assert [chunk_size(missing, [70, 40], math.inf, table, piece) for missing in (70, 40)] == [
-        70,
-        40,
-    ]
-    assert [chunk_size(missing, [900, 40], math.inf, table, piece) for missing in (900, 40)] == [
-        80,
-        40,
-    ]
     half = table.longest(schedule.PREFILL_SECONDS / 2)
-    assert [chunk_size(missing, [900, 800], math.inf, table, piece) for missing in (900, 800)] == [
-        half,
-        half,
-    ]
+    for missing, sizes in (([70, 40], [70, 40]), ([900, 40], [80, 40]), ([900, 800], [half] * 2)):
+        assert [chunk_size(own, missing, math.inf, table, 256) for own in missing] == sizes
     assert beside < half
 
 
@@ -159,7 +150,8 @@ def test_a_draft_is_as_long_as_the_streak_and_fills_a_decode() -> None:
     for token in FILE[:70]:
         drafter.advance(token)
         lengths.append(len(drafter.draft(MAX_DRAFT)))
-    assert lengths == [0, 0, *[3] * 4, *[7] * 8, *[15] * 16, *[31] * 32, *[63] * 8]
+    assert Counter(lengths) == {0: 2, 3: 4, 7: 8, 15: 16, 31: 32, 63: 8}
+    assert lengths == sorted(lengths)
     rooms = {0: 0, 2: 0, 3: 3, 6: 3, 7: 7, 14: 7, 15: 15}
     assert {room: len(drafter.draft(room)) for room in rooms} == rooms
     assert drafter.draft(15) == FILE[70:85]
@@ -169,14 +161,16 @@ def decode_with(drafter: Drafter, target: list[int], limit: int = 15) -> tuple[i
     """Produce `target` with drafts, as the worker does. Returns (decodes, drafted tokens, accepted
     tokens).
     """
-    place = decodes = drafted = accepted = 0
-    while place < len(target):
-        draft = drafter.propose(min(limit, len(target) - place - 1))
-        right = common_prefix(draft, target[place:])
-        for token in target[place : place + right + 1]:
+    decodes = drafted = accepted = 0
+    while target:
+        draft = drafter.propose(min(limit, len(target) - 1))
+        right = common_prefix(draft, target)
+        for token in target[: right + 1]:
             drafter.advance(token)
-        place += right + 1
-        decodes, drafted, accepted = decodes + 1, drafted + len(draft), accepted + right
+        target = target[right + 1 :]
+        decodes += 1
+        drafted += len(draft)
+        accepted += right
     return decodes, drafted, accepted
 
 
@@ -195,19 +189,21 @@ def test_drafter_follows_an_earlier_sequence() -> None:
     """From the end of its prompt, or of another prompt."""
     answer = FILE[200:]
     drafter = Drafter(FILE[:200], FILE[:200] + answer)
-    assert (drafter.propose(10), drafter.streak) == (answer[:10], drafts.ALIKE)
+    assert (drafter.propose(10), drafter.streak) == (answer[:10], drafts.MAX_MATCH)
     assert decode_with(drafter, answer) == (13, 187, 187)  # 200 tokens, 16 at a time
-    drafter = Drafter([*FILE[:100], 3, 4, 5], [*FILE[:100], 1, 2, *FILE[100:]])
+    begin, rest = FILE[:100], FILE[100:]
+    drafter = Drafter([*begin, 3, 4, 5], [*begin, 1, 2, *rest])
     assert drafter.propose(10) == []
-    assert decode_with(drafter, FILE[100:])[2] >= 270
-    assert decode_with(Drafter(FILE[:200]), FILE[200:]) == (200, 0, 0)  # nothing repeats
-    decode_with(drafter := Drafter([*FILE[:60], 5, 5, 5, 5]), [900, 901, 902, *FILE[:50]])
+    assert decode_with(drafter, rest)[2] >= 270
+    assert decode_with(Drafter(FILE[:200]), answer) == (200, 0, 0)  # nothing repeats
+    drafter = Drafter([*FILE[:60], 5, 5, 5, 5])
+    decode_with(drafter, [900, 901, 902, *FILE[:50]])
     assert drafter.propose(10) == FILE[50:60]  # it does not follow itself
 
 
 def test_drafter_of_a_short_prompt() -> None:
-    for prompt, guide in itertools.product(([], [1], [1, 2], [1, 2, 4]), ([], [9, 8, 1, 2, 3, 4])):
-        drafter = Drafter(prompt, guide)
+    for length, guide in itertools.product(range(4), ([], [9, 8, 1, 2, 3, 4])):
+        drafter = Drafter([1, 2, 4][:length], guide)
         assert drafter.propose(10) == []
         for token in (7, 7, 7, 7):
             drafter.advance(token)
@@ -222,8 +218,10 @@ def drafter_of(source: list[int], target: list[int]) -> Drafter:
 
 @pytest.mark.parametrize(("old", "new"), [([7], [8]), ([7, 6], [8, 9, 10])])
 def test_drafter_expects_the_same_change_again(old: list[int], new: list[int]) -> None:
-    parts = [FILE[start : start + 40] for start in range(0, 400, 40)]
-    source, target = ([token for part in parts for token in (*part, *end)] for end in (old, new))
+    source, target = list[int](), list[int]()
+    for part in PARTS.values():
+        source += [*part, *old]
+        target += [*part, *new]
     begun = 40 + len(new) + 3  # the first change, and the tokens that confirm its end
     drafter, rest = drafter_of(source, target[:begun]), target[begun:]
     assert drafter.propose(len(rest) - len(new)) == rest[: len(rest) - len(new)]
@@ -238,9 +236,10 @@ def tokens_of(text: str) -> list[int]:
     tokens: list[int] = []
     for word in text.split():
         start, _, stop = word[1:].rpartition(":")
-        tokens += (
-            [int(word)] if word.isdecimal() else PARTS[word[0]][int(start or 0) : int(stop or 40)]
-        )
+        if word.isdecimal():
+            tokens.append(int(word))
+        else:
+            tokens += PARTS[word[0]][int(start or 0) : int(stop or 40)]
     return tokens
 
 
@@ -328,9 +327,10 @@ def test_drafter_stays_before_the_end_of_its_source() -> None:
 
 
 def test_common_prefix() -> None:
-    for same in ([*range(length)] for length in (0, 1, 63, 64, 65, 200)):
-        pairs = ((same, same), ([*same, 1], [*same, 2]), ([*same, 1], same), (same, [*same, 1]))
-        assert [common_prefix(*pair) for pair in pairs] == [len(same)] * 4
+    for length in (0, 1, 63, 64, 65, 200):
+        same = [*range(length)]
+        for ends in itertools.product(([], [-1]), ([], [-2])):
+            assert common_prefix(*(same + end for end in ends)) == length
 
 
 def parked(*tokens: int, size: int = 100) -> Parked:
@@ -363,12 +363,10 @@ def test_store_drops_an_entry_that_a_new_one_extends() -> None:
     assert (kept(store), store.size) == ([[1, 3], [1, 2, 3]], 200)
     store.add(parked(1, 3, size=50))  # the same tokens again
     assert (kept(store), store.size) == ([[1, 2, 3], [1, 3]], 150)
-    assert [store.covers(tokens) for tokens in ([1, 2], [1, 2, 3], [1, 2, 3, 4], [2])] == [
-        True,
-        True,
-        False,
-        False,
-    ]
+    assert store.covers([1, 2])
+    assert store.covers([1, 2, 3])
+    assert not store.covers([1, 2, 3, 4])
+    assert not store.covers([2])
     store.add(parked(1, 2, 4, 5))
     entry, length = store.best([1, 2, 4, 9])
     assert (entry and entry.tokens, length) == ([1, 2, 4, 5], 3)
@@ -399,17 +397,12 @@ ENTRY = Parked([1, 2, 151_643, 7], b"the state of four tokens")
 def test_parked_with_any_byte_changed_or_missing_is_refused() -> None:
     data = b"".join(encode_parked(ENTRY, "key"))
     assert decode_parked(data, "key") == ENTRY
-    for place, byte in enumerate(data):
-        rest = data[place + 1 :]
-        for end in (
-            bytes([byte ^ 1]) + rest,
-            bytes([byte ^ 0x80]) + rest,
-            rest,
-            b"",
-            data[place:] + b"\0",
-        ):
+    for number, byte in enumerate(data):
+        begin, rest = data[:number], data[number + 1 :]
+        changed = [begin + bytes([byte ^ bit]) + rest for bit in (1, 0x80)]
+        for damaged in (*changed, begin + rest, begin, data + b"\0"):
             with pytest.raises(ValueError, match="damaged"):
-                decode_parked(data[:place] + end, "key")
+                decode_parked(damaged, "key")
 
 
 def test_parked_files_are_read_in_order_and_bad_ones_removed(tmp_path: Path) -> None:
@@ -418,12 +411,15 @@ def test_parked_files_are_read_in_order_and_bad_ones_removed(tmp_path: Path) -> 
     save_parked(folder, "key", entries)
     names = sorted(path.name for path in folder.iterdir())
     assert list(load_parked(folder, "key", 1000)) == entries
-    assert (folder.stat().st_mode & 0o077, (folder / names[0]).stat().st_mode & 0o077) == (0, 0)
+    for path in (folder, folder / names[0]):
+        assert path.stat().st_mode & 0o077 == 0
 
-    (folder / names[3]).write_bytes(b"")
-    (folder / names[4]).write_bytes((folder / names[5]).read_bytes()[:-1])
-    (folder / names[6]).write_bytes(b"".join(encode_parked(entries[6], "other")))
-    (folder / names[7]).write_bytes(b"".join(encode_parked(Parked([7], bytes(1000)), "key")))
+    whole = (folder / names[5]).read_bytes()
+    foreign = encode_parked(entries[6], "other")
+    large = encode_parked(Parked([7], bytes(1000)), "key")
+    bad = (b"", whole[:-1], whole, b"".join(foreign), b"".join(large))
+    for name, data in zip(names[3:], bad, strict=False):
+        (folder / name).write_bytes(data)
     (folder / "foreign.txt").write_text("hello")
     rest = struct.pack("<I", 10) + b'["a list"]'
     (folder / "9999.kv").write_bytes(prefixes.KV_MAGIC + hashlib.sha256(rest).digest() + rest)
@@ -454,14 +450,12 @@ def fed(run: Run, pieces: Sequence[bytes]) -> tuple[str, str | None]:
 
 
 def test_characters_and_stop_strings_over_every_split_of_their_bytes() -> None:
-    for text, stops, whole, ends in (
-        ("aé€😀", (), "aé€😀", None),
-        ("ab→€c", ("→€",), "ab", "stop"),
-    ):
-        for pieces in splits(text.encode()):
-            run = started(*stops)
-            out, reason = fed(run, pieces)
-            assert (out + ("" if reason else run.ending.flush()), reason) == (whole, ends)
+    for pieces in splits("aé€😀".encode()):
+        run = started()
+        text, reason = fed(run, pieces)
+        assert (text + run.ending.flush(), reason) == ("aé€😀", None)
+    for pieces in splits("ab→€c".encode()):
+        assert fed(started("→€"), pieces) == ("ab", "stop")
 
 
 def test_the_end_of_a_text() -> None:
@@ -473,35 +467,35 @@ def test_the_end_of_a_text() -> None:
 
 
 HEALED = [  # what is behind the bar is left to healing
-    "import| nump", "x = self|.nam", "x = self.first|_nam", "f|(wid", "x = 'übe|", "# 漢字|", "def f():\n|    ",
-    "x =| ", "x = 12|", "def f(n)|:", "x = f|(", "x = f(|)", "os|.", "area_of|_", "is|__", "# 漢字。|", "def f():\n|",
-    "|word", "|   ", "|", "x =| " + "a" * 24, "x = " + "a" * 25 + "|",
+    "import| nump", "x = self|.nam", "x = self.first|_nam", "f|(wid", "x = 'übe|", "# 漢字|",
+    "def f():\n|    ", "x =| ", "x = 12|", "def f(n)|:", "x = f|(", "x = f(|)", "os|.",
+    "area_of|_", "is|__", "# 漢字。|", "def f():\n|", "|word", "|   ", "|",
+    "x =| " + "a" * 24, "x = " + "a" * 25 + "|",
 ]  # fmt: skip
 
 
 def test_the_text_that_is_left_to_healing() -> None:
-    assert [heal_from(text.replace("|", "")) for text in HEALED] == [
-        text.index("|") for text in HEALED
-    ]
+    for text in HEALED:
+        assert heal_from(text.replace("|", "")) == text.index("|"), text
 
 
 # ------------------------------------------------------------------------------------------- memory
 
 
-@pytest.mark.parametrize(
-    ("n_ctx", "sequences", "free_mb", "fitted"),
-    [
-        (4096, 2, 8096, (4096, 2)),
-        (4096, 2, 8095, (3840, 2)),
-        (4096, 2, 6048, (2048, 2)),
-        (4096, 2, 6047, (3840, 1)),
-        (4096, 2, 0, (2048, 1)),  # which does not fit either
-        (3000, 1, 5300, (2560, 1)),
-        (1000, 2, 5000, (1000, 2)),  # a context that a person has set is not shortened below 2,048
-        (1000, 2, 0, (1000, 1)),
-        (131_072, 1, 36_000, (57_600, 1)),  # in steps of a sixteenth
-    ],
-)
+FITTED = [  # context, sequences, free megabytes; context and sequences that fit
+    (4096, 2, 8096, (4096, 2)),
+    (4096, 2, 8095, (3840, 2)),
+    (4096, 2, 6048, (2048, 2)),
+    (4096, 2, 6047, (3840, 1)),
+    (4096, 2, 0, (2048, 1)),  # which does not fit either
+    (3000, 1, 5300, (2560, 1)),
+    (1000, 2, 5000, (1000, 2)),  # a context that a person has set is not shortened below 2,048
+    (1000, 2, 0, (1000, 1)),
+    (131_072, 1, 36_000, (57_600, 1)),  # in steps of a sixteenth
+]
+
+
+@pytest.mark.parametrize(("n_ctx", "sequences", "free_mb", "fitted"), FITTED)
 def test_the_longest_context_that_fits(
     n_ctx: int, sequences: int, free_mb: int, fitted: tuple[int, int]
 ) -> None:
@@ -521,7 +515,8 @@ def test_the_longest_context_that_fits(
 
 
 def test_baton_is_passed_on_in_the_order_of_requests() -> None:
-    baton, order, threads = Baton(), list[int](), list[threading.Thread]()
+    baton = Baton()
+    order, threads = list[int](), list[threading.Thread]()
 
     def take(number: int) -> None:
         with baton:
@@ -592,11 +587,8 @@ def test_the_costs_of_a_model_are_measured_when_it_is_warm(monkeypatch: pytest.M
     model: Any = Measured(monkeypatch)
     model.cold_seconds = 5.0
     costs = schedule.measure_costs(model, Baton(), lambda: False)
-    assert (model.sizes, costs(1), costs(16)) == (
-        [1, 1, 1, 16, 16],
-        pytest.approx(0.04),
-        pytest.approx(0.49),
-    )
+    assert model.sizes == [1, 1, 1, 16, 16]
+    assert (costs(1), costs(16)) == pytest.approx((0.04, 0.49))
     with pytest.raises(llama.ModelError, match="cancelled"):
         schedule.measure_costs(model, Baton(), lambda: len(model.sizes) == 8)
 
@@ -634,20 +626,21 @@ class ScriptedLlama:
 
     def __init__(self, *_: Any) -> None:
         self.vocabulary = self
-        self.n_ctx, self.fails, self.recurrent, self.max_draft = 4096, "", False, MAX_DRAFT
-        self.abort_flag, self.micro_batch = [b"\x00"], 256
-        self.closed, self.saved = False, 0
-        self.hold, self.decoding = (
-            threading.Event(),
-            threading.Event(),
-        )  # a decode waits for one, sets the other
+        self.n_ctx, self.micro_batch = 4096, 256
+        self.max_draft = MAX_DRAFT
+        self.recurrent = self.closed = False
+        self.fails = ""
+        self.abort_flag = [b"\x00"]
+        self.saved = 0
+        # A decode sets the second event, then waits for the first.
+        self.hold, self.decoding = threading.Event(), threading.Event()
         self.hold.set()
 
     def _fail(self, place: str) -> None:
         if self.fails == place:
             raise MemoryError(f"no memory for {place}")
 
-    def encode(self, request: CompletionRequest) -> tuple[list[int], bytes, int]:
+    def encode(self, request: GenerationRequest) -> tuple[list[int], bytes, int]:
         return [ord(char) for char in request.prompt or ""], b"", 0
 
     reusable = llama.Llama.reusable
@@ -656,7 +649,8 @@ class ScriptedLlama:
         self._fail("decode")
         self.decoding.set()
         assert self.hold.wait(PATIENCE)
-        self.next = [(token - 96) % 26 + 97 for _, tokens, _ in parts for token in tokens]
+        read = itertools.chain.from_iterable(tokens for _, tokens, _ in parts)
+        self.next = [(token - 96) % 26 + 97 for token in read]
         return 0
 
     def greedy(self, index: int) -> int:
@@ -695,9 +689,9 @@ class Ask:
     """A job for a worker, and its events."""
 
     def __init__(self, prompt: str, **more: Any) -> None:
-        self.events: queue.SimpleQueue[list[vps_worker.Event | HttpError]] = queue.SimpleQueue()
+        self.events: queue.SimpleQueue[list[Event | HttpError]] = queue.SimpleQueue()
         self.job = Job(
-            CompletionRequest(prompt, stop_at="none", temperature=0, **more), self.events.put
+            GenerationRequest(prompt, stop_at="none", temperature=0, **more), self.events.put
         )
 
     def outcome(self) -> tuple[str, Any]:
@@ -765,8 +759,8 @@ def ask(worker: Worker, prompt: str, **more: Any) -> Ask:
 
 def test_a_long_chunk_gives_way_to_another_request_once(worker: Worker) -> None:
     """What was read of it stays, and from then on its chunks are short."""
-    model, decoder, sizes = worker.model, worker.decoder, list[list[int]]()
-    real = model.decode
+    model, decoder = worker.model, worker.decoder
+    sizes, real = list[list[int]](), model.decode
     model.computed = lambda slot: len(slot.tokens) + 100
 
     def decode(parts: Any) -> int:
@@ -778,7 +772,7 @@ def test_a_long_chunk_gives_way_to_another_request_once(worker: Worker) -> None:
     model.hold.clear()
     long = ask(worker, "l" * 1000, max_tokens=1)
     assert model.decoding.wait(PATIENCE)
-    same = Job(CompletionRequest("l" * 1000), lambda _: None)
+    same = Job(GenerationRequest("l" * 1000), lambda _: None)
     worker.prepare(same)
     for job in (long.job, same):  # neither to itself nor to one that waits for what it reads
         worker.give_way(job)
@@ -797,7 +791,8 @@ def test_drafts_follow_the_seconds_that_they_took(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is drafted here is never right, and a decode takes a second for each token."""
-    model, decoder, now, sizes = worker.model, worker.decoder, [0.0], list[int]()
+    model, decoder = worker.model, worker.decoder
+    now, sizes = [0.0], list[int]()
     decoder.drafting, real = True, model.decode
     monkeypatch.setattr(vps_worker.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(Drafter, "draft", lambda *_: [0] * 3)
@@ -818,19 +813,15 @@ TUNED = "tuned: Q4_K to Q4_1"
 WEIGHTS_SUM = hashlib.sha256(b"weights").hexdigest()
 
 
-@pytest.mark.parametrize(
-    ("broken", "source", "loaded", "warning"),
-    [
-        ("", "", [("tuned", 128)], ""),
-        ("tuned", "", [("tuned", 128), ("m.gguf", 256)], "llama.cpp cannot load this file"),
-        (
-            "",
-            "0" * 64,
-            [("m.gguf", 256)],
-            f"expected sha256 {'0' * 64}, got {WEIGHTS_SUM}; fetch it again",
-        ),
-    ],
-)
+WRONG_SUM = f"expected sha256 {'0' * 64}, got {WEIGHTS_SUM}; fetch it again"
+LOADED: list[tuple[str, str, Any, str]] = [
+    ("", "", [("tuned", 128)], ""),
+    ("tuned", "", [("tuned", 128), ("m.gguf", 256)], "llama.cpp cannot load this file"),
+    ("", "0" * 64, [("m.gguf", 256)], WRONG_SUM),
+]
+
+
+@pytest.mark.parametrize(("broken", "source", "loaded", "warning"), LOADED)
 def test_a_tuned_file_is_loaded_if_it_can_be(
     tmp_path: Path, loads: Loads, caplog: Any, broken: str, source: str, loaded: Any, warning: str
 ) -> None:
@@ -844,11 +835,13 @@ def test_a_tuned_file_is_loaded_if_it_can_be(
     assert loads.loaded == loaded
     assert (worker.loader.path.name, worker.loader.settings.micro_batch) == loaded[-1]
     assert worker.loader.encoding == ("published" if warning else TUNED)
-    told = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    mend = "`vpsd.py tune m` finds its fastest encoding"
-    assert told == [
-        f"model m runs untuned: its tuned file cannot be used: {warning}: {mend}"
-    ] * bool(warning)
+    logged = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    if warning:
+        reason = f"its tuned file cannot be used: {warning}"
+        mend = "`vpsd.py tune m` finds its fastest encoding"
+        assert logged == [f"model m runs untuned: {reason}: {mend}"]
+    else:
+        assert logged == []
 
 
 @pytest.mark.usefixtures("loads")
@@ -856,33 +849,31 @@ def test_caches_are_kept_apart_by_file_and_settings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings, keys = llama.Settings(state_dir=tmp_path / "state"), set()
-    cases = [
-        ("m.gguf", {}),
-        ("tuned", {}),
-        ("tuned", {"micro_batch": 128}),
-        ("tuned", {"flash_attention": True}),
-    ]
-    for name, other in cases:
+
+    def load(name: str, **other: Any) -> None:
         (tmp_path / name).write_bytes(name.encode())
         with running(Worker(Loader("m", tmp_path / name, replace(settings, **other)))) as worker:
             keys.add(worker.loader.key)
-    monkeypatch.setattr(
-        ScriptedLlama, "unified", False
-    )  # as a larger or smaller cache of prompts may make it
-    with running(worker := Worker(Loader("m", tmp_path / name, replace(settings, **other)))):
-        keys.add(worker.loader.key)
+
+    load("m.gguf")
+    load("tuned")
+    load("tuned", micro_batch=128)
+    load("tuned", flash_attention=True)
+    # As a larger or smaller cache of prompts may make it.
+    monkeypatch.setattr(ScriptedLlama, "unified", False)
+    load("tuned", flash_attention=True)
     assert len(keys) == 5
 
 
 def test_a_fault_while_a_request_is_set_up_ends_it_alone(worker: Worker, monkeypatch: Any) -> None:
-    real = vps_worker.Sampler
+    real = vps_job.Sampler
 
-    def sampler(request: CompletionRequest) -> vps_worker.Sampler:
+    def sampler(request: GenerationRequest) -> vps_job.Sampler:
         if request.prompt == "bad":
             raise RecursionError("of the sampler")
         return real(request)
 
-    monkeypatch.setattr(vps_worker, "Sampler", sampler)
+    monkeypatch.setattr(vps_job, "Sampler", sampler)
     model: Any = worker.model
     model.hold.clear()
     beside = ask(worker, "x", max_tokens=3)
@@ -891,12 +882,8 @@ def test_a_fault_while_a_request_is_set_up_ends_it_alone(worker: Worker, monkeyp
     model.hold.set()
     assert bad.error() == "INTERNAL_ERROR"
     text, last = beside.outcome()
-    assert (text, last["finish_reason"], last["total_tokens"], last["prompt_tokens"]) == (
-        "yza",
-        "length",
-        3,
-        1,
-    )
+    assert (text, last["finish_reason"]) == ("yza", "length")
+    assert (last["total_tokens"], last["prompt_tokens"]) == (3, 1)
     assert waiting.outcome()[0] == "de"
     model.fails = "piece"  # with one token
     assert ask(worker, "x").error() == "INTERNAL_ERROR"
@@ -915,10 +902,9 @@ def test_a_worker_is_due_only_while_it_works_and_saves_when_it_rests(
     worker.wake()  # it may be waiting for the usual time
     wait_until(lambda: worker.due == math.inf, "the worker rests")
     model: Any = worker.model
-    for number, (prompt, step_seconds, slowest) in enumerate(
-        (("abc" * 9, 100.0, 1.0), ("xyz" * 9, 1.0, 1e6)), 1
-    ):
-        monkeypatch.setattr(vps_worker, "STEP_SECONDS", step_seconds)
+    cases = ("abc" * 9, 100.0, 1.0), ("xyz" * 9, 1.0, 1e6)
+    for saved, (prompt, hung_seconds, slowest) in enumerate(cases, 1):
+        monkeypatch.setattr(vps_worker, "HUNG_SECONDS", hung_seconds)
         monkeypatch.setattr(vps_worker, "SLOWEST", slowest)
         model.hold.clear()
         model.decoding.clear()
@@ -928,10 +914,10 @@ def test_a_worker_is_due_only_while_it_works_and_saves_when_it_rests(
         due, now = worker.due, time.monotonic()
         model.hold.set()
         asked.outcome()
-        allowed = max(step_seconds, slowest * worker.decoder.costs(len(prompt)))
+        allowed = max(hung_seconds, slowest * worker.decoder.costs(len(prompt)))
         assert began + allowed <= due <= now + allowed
         wait_until(lambda: worker.due == math.inf, "the worker rests")
-        assert model.saved == number
+        assert model.saved == saved
 
 
 def test_saved_prompts_are_dropped_on_request(worker: Worker) -> None:
@@ -939,9 +925,9 @@ def test_saved_prompts_are_dropped_on_request(worker: Worker) -> None:
     decoder.sequences.store = store = PrefixStore(1000)
     for token in (1, 2, 3):
         store.add(parked(token))
-    for size, left in ((0, [[1], [2], [3]]), (150, [[3]]), (150, [])):
+    for size, left in ((0, [1, 2, 3]), (150, [3]), (150, [])):
         worker.shed(size).result(PATIENCE)
-        assert kept(store) == left
+        assert kept(store) == [[token] for token in left]
 
 
 @pytest.mark.parametrize("fails", ["decode", "save", "close"])
@@ -956,12 +942,10 @@ def test_a_worker_that_fails_answers_all_requests_and_ends(worker: Worker, fails
         worker.stop()
     model.hold.set()
     worker.ended.result(PATIENCE)
-    assert [asked.error() for asked in running] == [
-        "INTERNAL_ERROR" if fails == "decode" else "SHUTTING_DOWN"
-    ] * 2
-    assert [asked.error() for asked in (waiting, ask(worker, "z"))] == [
-        "SHUTTING_DOWN"
-    ] * 2  # nothing of these is lost
+    code = "INTERNAL_ERROR" if fails == "decode" else "SHUTTING_DOWN"
+    assert [asked.error() for asked in running] == [code] * 2
+    for asked in (waiting, ask(worker, "z")):  # nothing of these is lost
+        assert asked.error() == "SHUTTING_DOWN"
     assert model.closed
 
 
@@ -970,10 +954,8 @@ def test_any_fault_of_a_load_is_reported(tmp_path: Path, loads: Loads) -> None:
     worker = Worker(Loader("m", tmp_path / "m.gguf", llama.Settings(state_dir=tmp_path)))
     worker.start()
     error: Any = worker.ready.exception(PATIENCE)
-    assert (error.code, error.message) == (
-        "MODEL_LOAD_FAILED",
-        "model m: loading failed; see the log",
-    )
+    assert error.code == "MODEL_LOAD_FAILED"
+    assert error.message == "model m: loading failed; see the log"
     worker.ended.result(PATIENCE)
 
 
@@ -1000,12 +982,15 @@ def test_a_chunk_is_short_and_low_priority_waits_while_another_model_is_generati
 def test_a_prompt_of_low_priority_is_read_while_nobody_else_needs_the_cpu(worker: Worker) -> None:
     model: Any = worker.model
     model.hold.clear()
-    model.abort, sizes, aborted = lambda: aborted.append(1), [], []
+    sizes, aborted = list[list[int]](), list[int]()
+    model.abort = lambda: aborted.append(1)
     real = model.decode
-    model.decode = lambda parts: (
-        sizes.append([len(tokens) for _, tokens, _ in parts]),
-        real(parts),
-    )[1]
+
+    def decode(parts: Any) -> int:
+        sizes.append([len(tokens) for _, tokens, _ in parts])
+        return int(real(parts))
+
+    model.decode = decode
     low = ask(worker, "l" * 1100, max_tokens=1, priority="low")
     assert model.decoding.wait(PATIENCE)
     normal = ask(worker, "x", max_tokens=3)
@@ -1034,9 +1019,8 @@ def script(worker: Worker, arrivals: dict[str, Any]) -> list[str]:
     """
     model: Any = worker.model
     real, log = model.decode, list[str]()
-    worker.decoder.costs.learn = lambda *_: (
-        None
-    )  # the sizes must not depend on this machine's speed
+    # The sizes must not depend on this machine's speed.
+    worker.decoder.costs.learn = lambda *_: None
 
     def decode(parts: Any) -> int:
         log.append(" ".join(f"{chr(tokens[0])}{len(tokens)}" for _, tokens, _ in parts))
@@ -1067,9 +1051,9 @@ def test_a_prompt_of_low_priority_gives_up_the_only_sequence(
     asked = dict[str, Ask]()
 
     def arrive(prompt: str, **more: Any) -> None:
-        asked[prompt[0]] = one = ask(worker, prompt, max_tokens=1, **more)
-        if not one.job.low:
-            worker.give_way(one.job)
+        asked[prompt[0]] = arrival = ask(worker, prompt, max_tokens=1, **more)
+        if not arrival.job.low:
+            worker.give_way(arrival.job)
 
     def first() -> None:
         for letter in "kc":
@@ -1087,11 +1071,8 @@ def test_a_prompt_of_low_priority_gives_up_the_only_sequence(
     assert " ".join(log) == SIZES[recurrent]
     assert (stages.count("queued"), stages[-1]) == (3, "decode")
     tally = worker.tally
-    assert (event["cached_tokens"], tally.cached_tokens, tally.prompt_tokens) == (
-        0,
-        0,
-        150 + 30 + 3 * 17,
-    )
+    assert event["cached_tokens"] == tally.cached_tokens == 0
+    assert tally.prompt_tokens == 150 + 30 + 3 * 17
     assert tally.ended == {"length": 5, "CANCELLED": 1}
 
 
@@ -1184,11 +1165,8 @@ async def test_texts_to_tokenize_take_no_threads_from_prompts(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not even if their clients leave, which ends no thread that tokenizes already."""
-    engine, gate, begun = (
-        vpsd.Engine(config(CEREBRUM_MIN_FREE_MB="0")),
-        threading.Event(),
-        list[str](),
-    )
+    engine = vpsd.Engine(config(CEREBRUM_MIN_FREE_MB="0"))
+    gate, begun = threading.Event(), list[str]()
 
     def tokenize(text: str, *_: bool) -> list[int]:
         begun.append(text)
@@ -1201,20 +1179,16 @@ async def test_texts_to_tokenize_take_no_threads_from_prompts(
     monkeypatch.setattr(worker, "tokenize", tokenize)
     for name, stub in (("check", lambda _model: None), ("acquire", acquire)):
         monkeypatch.setattr(engine.pool, name, stub)
-    texts = [
-        {"model": "m", "text": str(number), "first": False, "special": False}
-        for number in range(40)
-    ]
-    tasks = [asyncio.create_task(engine.tokenize(text)) for text in texts]
+    given = {"model": "m", "first": False, "special": False}
+    asked = [engine.tokenize({**given, "text": str(number)}) for number in range(40)]
+    tasks = [asyncio.create_task(tokens) for tokens in asked]
     try:
         for task in tasks[:30]:
             await until(lambda: begun)
             task.cancel()
-        completion = engine.admit(
-            vpsd.parse_inference({"model": "m", "prompt": "a", "max_tokens": 1, "temperature": 0}),
-            {},
-        )
-        assert (await completion.next_events(PATIENCE))[0] == {"token": "b", "total_tokens": 1}
+        request = GenerationRequest("a", model="m", max_tokens=1, temperature=0)
+        admission = engine.admit(request, {})
+        assert (await admission.next_events(PATIENCE))[0] == {"token": "b", "total_tokens": 1}
         assert begun == ["0"]
     finally:
         gate.set()

@@ -65,9 +65,8 @@ from cerebrum_common import VERSION
 SMALL, LARGE = "qwen_0_5b", "qwen_1_5b"
 TIE = 0.25  # see above
 TIE_OF_THE_STAND_IN = 0.02
-IDLE_PERCENT = (
-    30.0  # of one core, over IDLE_SECONDS: the event loop and the questions of the test itself
-)
+# Of one core, over IDLE_SECONDS: the event loop and the questions of the test itself.
+IDLE_PERCENT = 30.0
 IDLE_SECONDS = 0.1
 
 # --------------------------------------------------------------------------------------- the client
@@ -99,9 +98,8 @@ class Stream:
             assert self.answer.readline() == b"\n"
             if line != b": keep-alive\n":
                 yield json.loads(line.removeprefix(b"data: "))
-        if (
-            self.answer.chunk_left is not None
-        ):  # http.client clears this at the last chunk, and raises nothing
+        # http.client clears this at the last chunk, and raises nothing.
+        if self.answer.chunk_left is not None:
             raise Cut
 
     def wait_for_event(self, name: str) -> dict[str, Any]:
@@ -109,10 +107,9 @@ class Stream:
 
     def wait_for_prefill(self, done: int = 0) -> int:
         """Wait until at least so many tokens of the prompt are known or read; their number."""
-        told = (event["progress"] for event in self.events() if "progress" in event)
-        return int(
-            next(one["done"] for one in told if one["stage"] == "prefill" and one["done"] >= done)
-        )
+        stages = (event["progress"] for event in self.events() if "progress" in event)
+        known = (stage["done"] for stage in stages if stage["stage"] == "prefill")
+        return int(next(count for count in known if count >= done))
 
     def text(self) -> str:
         """The text that is still to come."""
@@ -131,9 +128,8 @@ class Vps:
     def ask(
         self, method: str, path: str, body: Any = None, headers: dict[str, str] = HEADERS
     ) -> tuple[int, Any]:
-        with contextlib.closing(
-            http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
-        ) as connection:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
+        with contextlib.closing(connection):
             connection.request(method, path, None if body is None else json.dumps(body), headers)
             answer = connection.getresponse()
             return answer.status, json.loads(answer.read())
@@ -176,7 +172,8 @@ class Vps:
         return list(self.get("/health")["models_loaded"])
 
     def model(self, model_id: str = SMALL) -> dict[str, Any]:
-        return next(model for model in self.get("/v1/models")["models"] if model["id"] == model_id)
+        models = self.get("/v1/models")["models"]
+        return next(model for model in models if model["id"] == model_id)
 
     def active(self) -> int:
         return int(self.get("/v1/stats")["requests_active"])
@@ -196,10 +193,16 @@ def changed(change: str = "", quicker: float = 40) -> list[str]:
     this machine. The costs are divided until they are below those of any machine, and corrected
     while decoding.
     """
-    table = f"{ONE / quicker}, {MANY / quicker}"
-    costs = f"from cerebrum.vps import schedule, worker; worker.measure_costs = lambda *_: schedule.Costs({table})"
-    code = f"import sys; sys.path.insert(0, {str(vpsd.HERE)!r}); import vpsd; {costs}; {change or 'pass'}"
-    return [sys.executable, "-u", "-c", f"{code}; sys.exit(vpsd.main([]))"]
+    code = f"""
+import sys
+sys.path.insert(0, {str(vpsd.HERE)!r})
+import vpsd
+from cerebrum.vps import schedule, worker
+worker.measure_costs = lambda *_: schedule.Costs({ONE / quicker}, {MANY / quicker})
+{change}
+sys.exit(vpsd.main([]))
+"""
+    return [sys.executable, "-u", "-c", code]
 
 
 @contextlib.contextmanager
@@ -231,10 +234,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = families.make(folder / FILES[SMALL].name, families.STAND_IN).read_bytes()
     (entry,) = (model for model in SHIPPED if model.id == SMALL)
     catalog = (vpsd.HERE / "models.toml").read_text()
-    for old, new in (
-        (entry.sha256, hashlib.sha256(data).hexdigest()),
-        (f"{entry.size:_}", str(len(data))),
-    ):
+    digest = hashlib.sha256(data).hexdigest()
+    for old, new in ((entry.sha256, digest), (f"{entry.size:_}", str(len(data)))):
         assert catalog.count(old) == 1
         catalog = catalog.replace(old, new)
     (folder / "models.toml").write_text(catalog)
@@ -263,9 +264,8 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vps]:
 def _free(request: pytest.FixtureRequest) -> Iterator[None]:
     """A test leaves no request that takes a place of the next one's."""
     yield
-    for used in [
-        request.getfixturevalue(name) for name in ("vps", "real") if name in request.fixturenames
-    ]:
+    for name in {"vps", "real"} & {*request.fixturenames}:
+        used = request.getfixturevalue(name)
         wait_until(lambda used=used: used.active() == 0)
 
 
@@ -337,16 +337,13 @@ def real_reference() -> Iterator[Reference]:
 # ------------------------------------------------------------------------------------ the endpoints
 
 
+HEALTH = ["status", "timestamp", "cpu_percent", "memory_available_mb", "models_loaded"]
+
+
 def test_health_alone_needs_no_key(vps: Vps) -> None:
     vps.complete("a", max_tokens=1)
     status, body = vps.ask("GET", "/health", headers={})
-    assert list(body) == [
-        "status",
-        "timestamp",
-        "cpu_percent",
-        "memory_available_mb",
-        "models_loaded",
-    ]
+    assert list(body) == HEALTH
     assert (status, body["status"], body["models_loaded"]) == (200, "healthy", [SMALL])
     assert 0 <= body["cpu_percent"] <= 100
     assert body["memory_available_mb"] > 0
@@ -366,17 +363,16 @@ def test_models(vps: Vps, models: Path) -> None:
         "available": True,
         "n_ctx": 2048,
         "encoding": "published",
+        "fim_layout": "spmv2",
     }
-    described["fim_layout"] = "spmv2"
     assert list(small) == [*described, "memory_mb", "last_used"]
     assert described.items() <= small.items()
     others_mb = vps.process.rss_kb() / 1024 - small["memory_mb"]
     assert 0 < others_mb < 200  # Python, numpy, llama.cpp itself
     assert len(small["last_used"]) == len("2025-12-25T11:55:00.000000")
     assert list(listed["codellama_7b"]) == list(described)
-    assert [model["fim_layout"] for model in listed.values()] == [
-        model.fim_layout for model in SHIPPED
-    ]
+    layouts = [model["fim_layout"] for model in listed.values()]
+    assert layouts == [model.fim_layout for model in SHIPPED]
     assert listed["codellama_7b"]["loaded"] is listed["codellama_7b"]["available"] is False
 
 
@@ -385,20 +381,16 @@ def test_a_completion_that_nobody_waits_for_is_counted(vps: Vps) -> None:
         request = urllib.request.Request(f"http://127.0.0.1:{vps.port}/metrics")
         request.add_header("Authorization", f"Bearer {KEY}")
         with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
-            pairs = (
-                line.rpartition(" ")
-                for line in answer.read().decode().splitlines()
-                if line[0] != "#"
-            )
-        return {name.replace(f'model="{SMALL}"', ""): float(value) for name, _, value in pairs}
+            text = answer.read().decode().replace(f'model="{SMALL}"', "")
+        pairs = (line.rpartition(" ") for line in text.splitlines() if line[0] != "#")
+        return {name: float(value) for name, _, value in pairs}
 
     before, ended = read(), 'cerebrum_completions_ended_total{,reason="CANCELLED"}'
     with vps.stream(new_prompt(), max_tokens=500) as stream:
         event = next(event for event in stream.events() if event.get("total_tokens", 0) >= 3)
         running = read()
-        assert (
-            running["llamacpp:requests_processing{}"] == running["cerebrum_completions_active"] == 1
-        )
+        assert running["llamacpp:requests_processing{}"] == 1
+        assert running["cerebrum_completions_active"] == 1
     wait_until(lambda: read().get(ended, 0) == before.get(ended, 0) + 1)
     grown = {name: value - before.get(name, 0) for name, value in read().items()}
     assert grown["llamacpp:requests_processing{}"] == 0
@@ -407,24 +399,30 @@ def test_a_completion_that_nobody_waits_for_is_counted(vps: Vps) -> None:
     assert grown["cerebrum_time_to_first_token_seconds_count{}"] == 1
 
 
+COUNTS = {"models_loaded", "requests_total", "requests_active", "draft_tokens", "accepted_tokens"}
+FIGURES = {
+    "memory_total_mb",
+    "memory_available_mb",
+    "memory_used_mb",
+    "cpu_percent",
+    "cpu_percent_others",
+    "uptime",
+}
+
+
 def test_stats(vps: Vps) -> None:
     stats = vps.get("/v1/stats")
     assert stats.pop("version") == VERSION
-    counts = {
-        "models_loaded",
-        "requests_total",
-        "requests_active",
-        "draft_tokens",
-        "accepted_tokens",
-    }
-    memory = {"memory_total_mb", "memory_available_mb", "memory_used_mb"}
-    assert stats.keys() == counts | memory | {"cpu_percent", "cpu_percent_others", "uptime"}
-    assert all(type(value) is (int if name in counts else float) for name, value in stats.items())
-    assert stats["memory_used_mb"] == pytest.approx(
-        stats["memory_total_mb"] - stats["memory_available_mb"], abs=0.2
-    )
+    assert stats.keys() == COUNTS | FIGURES
+    for name, value in stats.items():
+        assert type(value) is (int if name in COUNTS else float)
+    used_mb = stats["memory_total_mb"] - stats["memory_available_mb"]
+    assert stats["memory_used_mb"] == pytest.approx(used_mb, abs=0.2)
     vps.complete(new_prompt(), max_tokens=1)
     assert vps.get("/v1/stats")["requests_total"] == stats["requests_total"] + 1
+
+
+DONE = ["done", "language", "model", "total_tokens", "inference_time", "timestamp"]
 
 
 def test_the_answer_and_the_stream_of_a_completion(vps: Vps, reference: Reference) -> None:
@@ -438,47 +436,34 @@ def test_the_answer_and_the_stream_of_a_completion(vps: Vps, reference: Referenc
     with vps.stream("def hello():", max_tokens=8, progress=True) as stream:
         *events, done = stream.events()
     stages = [event["progress"] for event in events if "progress" in event]
-    assert [stage["stage"] for stage in stages if stage["done"] == 0] == [
-        "queued",
-        "decode",
-    ]  # it knows the prompt
-    assert [stage["total"] for stage in stages if stage["stage"] == "prefill"] == [
-        body["prompt_tokens"]
-    ] * 2
+    begun = [stage["stage"] for stage in stages if stage["done"] == 0]
+    assert begun == ["queued", "decode"]  # it knows the prompt
+    totals = [stage["total"] for stage in stages if stage["stage"] == "prefill"]
+    assert totals == [body["prompt_tokens"]] * 2
     tokens = [event for event in events if "progress" not in event]
-    assert all(list(event) == ["token", "total_tokens"] and event["token"] for event in tokens)
+    for event in tokens:
+        assert list(event) == ["token", "total_tokens"]
+        assert event["token"]
     counts = [event["total_tokens"] for event in tokens]
     assert counts == sorted(set(counts))
     assert "".join(event["token"] for event in tokens) == body["completion"]
-    assert list(done)[:6] == [
-        "done",
-        "language",
-        "model",
-        "total_tokens",
-        "inference_time",
-        "timestamp",
-    ]
-    assert (done["done"], done["model"], done["total_tokens"], done["finish_reason"]) == (
-        True,
-        SMALL,
-        8,
-        "length",
-    )
+    assert list(done)[:6] == DONE
+    assert (done["done"], done["model"]) == (True, SMALL)
+    assert (done["total_tokens"], done["finish_reason"]) == (8, "length")
 
 
 NOTHING = "model: expected a string from 1 to 200 characters, got nothing"
 UNKNOWN = f'model: expected one of {", ".join(FILES)}, got the string "gpt"'
-MISSING = "model codellama_7b: the file codellama-7b.Q4_K_M.gguf is missing; in the backend's folder on the VPS run: "
+MISSING = (
+    "model codellama_7b: the file codellama-7b.Q4_K_M.gguf is missing; "
+    "in the backend's folder on the VPS run: "
+)
+TOO_LONG = "prompt: expected 1 to 2047 tokens, got 2048"
 ERRORS: list[tuple[Any, int, str, str]] = [
     ({}, 400, "INVALID_REQUEST", NOTHING),
     ({"model": "gpt", "prompt": "x"}, 404, "MODEL_NOT_FOUND", UNKNOWN),
     ({"model": "codellama_7b", "prompt": "x"}, 404, "MODEL_NOT_FOUND", MISSING),
-    (
-        {"model": SMALL, "prompt": "#" * 2048},
-        400,
-        "INVALID_REQUEST",
-        "prompt: expected 1 to 2047 tokens, got 2048",
-    ),
+    ({"model": SMALL, "prompt": "#" * 2048}, 400, "INVALID_REQUEST", TOO_LONG),
 ]
 
 
@@ -557,7 +542,10 @@ INFILL: dict[str, Any] = {
     "filename": "main.py",
     "extra": BESIDE,
 }
-READ = f"<|file_sep|>area.py\n{AREA}\n<|file_sep|>\nX = 1\n<|file_sep|>main.py\n<|fim_prefix|><|fim_suffix|>\n"
+READ = (
+    f"<|file_sep|>area.py\n{AREA}\n<|file_sep|>\nX = 1\n<|file_sep|>main.py\n"
+    "<|fim_prefix|><|fim_suffix|>\n"
+)
 
 
 def test_what_the_model_reads(vps: Vps, reference: Reference) -> None:
@@ -578,35 +566,34 @@ CIRCLE = INFILL | {"prompt": "from area import area_of_", "heal": True}
 RETURN = {"prompt": "def area(width, height):\n    retu", "heal": True}
 
 
-@pytest.mark.parametrize(
-    ("fields", "start", "left"),
-    [
-        (ADD, "a + b", " "),
-        (WIDTH, "th * height", " wid"),
-        pytest.param(NUMPY, "y", " nump", marks=pytest.mark.slow),
-        pytest.param(INFILL, "_of_circle", "", marks=pytest.mark.slow),
-        pytest.param(CIRCLE, "circle", "_", marks=pytest.mark.slow),
-        pytest.param(RETURN, "rn width * height", " retu", marks=pytest.mark.slow),
-    ],
-)
+GOES_ON = [
+    (ADD, "a + b", " "),
+    (WIDTH, "th * height", " wid"),
+    pytest.param(NUMPY, "y", " nump", marks=pytest.mark.slow),
+    pytest.param(INFILL, "_of_circle", "", marks=pytest.mark.slow),
+    pytest.param(CIRCLE, "circle", "_", marks=pytest.mark.slow),
+    pytest.param(RETURN, "rn width * height", " retu", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("fields", "start", "left"), GOES_ON)
 def test_how_the_real_model_goes_on(
     real: Vps, real_reference: Reference, fields: Any, start: str, left: str
 ) -> None:
     """The model writes the word at the cursor in its own tokens, and the part that is there already
     is not repeated.
     """
-    body, raw = (
-        real.complete(**{**fields, "heal": heal}, max_tokens=8) for heal in (bool(left), False)
-    )
-    assert (body["completion"][: len(start)], body["total_tokens"]) == (start, 8)
+    raw = real.complete(**(fields | {"heal": False}), max_tokens=8)
+    body = real.complete(**(fields | {"heal": bool(left)}), max_tokens=8)
+    assert body["completion"].startswith(start)
+    assert body["total_tokens"] == 8
     assert raw["prompt_tokens"] - body["prompt_tokens"] == len(real_reference.tokenize(left))
 
 
 def test_other_files_alone_warm_the_cache(vps: Vps) -> None:
     extra = [{"filename": "a.py", "text": new_prompt()}]
-    assert vps.complete("", suffix="", extra=extra, max_tokens=0)["cached_tokens"] <= len(
-        "?a.py\n?"
-    )
+    warm = vps.complete("", suffix="", extra=extra, max_tokens=0)
+    assert warm["cached_tokens"] <= len("?a.py\n?")
     body = vps.complete("x = ", suffix="\n", extra=extra, max_tokens=1)
     assert body["cached_tokens"] >= body["prompt_tokens"] - len("?\n???\n?x = ")
 
@@ -623,10 +610,8 @@ def test_tokenize(vps: Vps, reference: Reference) -> None:
         assert answer(text=text, **more) == {"tokens": reference.tokenize(text, **more)}
         assert (vps.loaded(), vps.active()) == ([SMALL], 0)
     assert answer(text="") == {"tokens": []}
-    assert [answer()["code"], answer(model="x", text="")["code"]] == [
-        "INVALID_REQUEST",
-        "MODEL_NOT_FOUND",
-    ]
+    assert answer()["code"] == "INVALID_REQUEST"
+    assert answer(model="x", text="")["code"] == "MODEL_NOT_FOUND"
 
 
 def test_a_limit_of_time_counts_from_the_first_line_end(vps: Vps) -> None:
@@ -637,15 +622,10 @@ def test_a_limit_of_time_counts_from_the_first_line_end(vps: Vps) -> None:
     short = vps.complete(f"# {number}", max_tokens=100, predict_ms=1)
     assert whole["completion"].startswith(short["completion"])
     assert first < len(short["completion"])
-    assert (whole["total_tokens"], short["total_tokens"] < 100, short["finish_reason"]) == (
-        100,
-        True,
-        "length",
-    )
-    assert (
-        vps.complete(f"# {number}", max_tokens=first // 4, predict_ms=1)["total_tokens"]
-        == first // 4
-    )
+    assert whole["total_tokens"] == 100 > short["total_tokens"]
+    assert short["finish_reason"] == "length"
+    shorter = vps.complete(f"# {number}", max_tokens=first // 4, predict_ms=1)
+    assert shorter["total_tokens"] == first // 4
 
 
 @pytest.mark.slow
@@ -671,12 +651,8 @@ def test_stop_strings(vps: Vps) -> None:
     text = vps.complete(prompt, max_tokens=24)["completion"]
     late, later = text[10:13], text[12:16]
     assert 0 < text.index(late) < text.index(later)
-    for stop, end in (
-        ([later], later),
-        (late, late),
-        (["nothing", later, late], late),
-        ([text[0]], text[0]),
-    ):
+    stops: list[Any] = [[later], late, ["nothing", later, late], [text[0]]]
+    for stop, end in zip(stops, (later, late, late, text[0]), strict=True):
         body = vps.complete(prompt, max_tokens=24, stop=stop)
         assert (body["completion"], body["finish_reason"]) == (text[: text.index(end)], "stop")
     with vps.stream(prompt, max_tokens=24, stop=late) as stream:
@@ -696,11 +672,8 @@ def small(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vp
 def test_the_context_is_filled_exactly(small: Vps, reference: Reference) -> None:
     prompt = "#" * 250
     body = small.complete(prompt, max_tokens=100)
-    assert (body["finish_reason"], body["prompt_tokens"], body["total_tokens"]) == (
-        "length",
-        250,
-        6,
-    )
+    assert body["finish_reason"] == "length"
+    assert (body["prompt_tokens"], body["total_tokens"]) == (250, 6)
     assert small.model()["n_ctx"] == 256
     reference.check(prompt, body["completion"], 6)
 
@@ -715,9 +688,8 @@ def test_of_a_known_prompt_only_the_new_part_is_computed(vps: Vps, reference: Re
     assert warm["cached_tokens"] < warm["prompt_tokens"] // 2
     for _ in range(2):
         body = vps.complete(prompt, max_tokens=4)
-        assert (
-            body["cached_tokens"] == body["prompt_tokens"] - 1
-        )  # the last token is decoded for its logits
+        # The last token is decoded for its logits.
+        assert body["cached_tokens"] == body["prompt_tokens"] - 1
         reference.check(prompt, body["completion"], 4)
         for _ in range(3):  # need its slot
             vps.complete(new_prompt(), max_tokens=1)
@@ -742,16 +714,16 @@ def test_two_requests_at_once_compute_their_common_prefix_once(
 
 
 def test_a_short_common_prefix_is_reused_in_its_slot(vps: Vps, reference: Reference) -> None:
-    one, two = (f"# kept: {end}" for end in ("a, b, c, d, e, f, g, h, i, j, k, l", "1"))
-    first, second = reference.tokenize(one), reference.tokenize(two)
+    long, short = "# kept: a, b, c, d, e, f, g, h, i, j, k, l", "# kept: 1"
+    first, second = reference.tokenize(long), reference.tokenize(short)
     common = prefixes.common_prefix(first, second)
     assert 3 < common < prefixes.MIN_PREFIX < len(first)
-    vps.complete(one, max_tokens=40)
-    body = vps.complete(two, max_tokens=8)
+    vps.complete(long, max_tokens=40)
+    body = vps.complete(short, max_tokens=8)
     assert body["cached_tokens"] == common
     reference.check(second, body["completion"], 8)
     # Stored before the second request overwrote most of it.
-    assert vps.complete(one, max_tokens=1)["cached_tokens"] == len(first) - 1
+    assert vps.complete(long, max_tokens=1)["cached_tokens"] == len(first) - 1
 
 
 def test_a_short_request_and_one_that_is_cancelled_beside_a_long_one(
@@ -816,9 +788,10 @@ def test_a_prefill_for_two_goes_on_for_the_one_that_stays(
         one.wait_for_prefill()
         with vps.stream(prompt + " two", max_tokens=4, progress=True) as two:
             assert two.wait_for_event("progress")["progress"]["stage"] == "queued"
-            leaves, stays, stayer = (one, two, " two") if leaver == "one" else (two, one, " one")
+            leaves, stays = (one, two) if leaver == "one" else (two, one)
             leaves.close()
-            reference.check(prompt + stayer, stays.text(), 4)
+            end = " two" if stays is two else " one"
+            reference.check(prompt + end, stays.text(), 4)
 
 
 # ------------------------------------------------------------------------------ sessions and limits
@@ -841,11 +814,8 @@ def test_a_newer_request_of_a_session_replaces_the_older(vps: Vps) -> None:
 
 def test_a_third_request_at_a_time_is_refused(vps: Vps) -> None:
     with vps.begun(), vps.begun():
-        assert vps.refusal(new_prompt()) == (
-            429,
-            "RATE_LIMIT",
-            "expected at most 2 requests at a time",
-        )
+        refusal = vps.refusal(new_prompt())
+        assert refusal == (429, "RATE_LIMIT", "expected at most 2 requests at a time")
         assert vps.active() == 2
 
 
@@ -910,6 +880,15 @@ def test_warm_sequences_outlive_the_process(
         assert vps.complete(other, max_tokens=1)["cached_tokens"] > 50
 
 
+ENTRY = """[[models]]
+id = "{0}"
+name = "x"
+parameters = "x"
+quantization = "x"
+file = "{0}.gguf"
+"""
+
+
 def test_files_that_cannot_be_loaded(tmp_path: Path, models: Path, reference: Reference) -> None:
     whole = models / FILES[SMALL].name
     head = whole.read_bytes()[: 8 << 20]
@@ -921,14 +900,12 @@ def test_files_that_cannot_be_loaded(tmp_path: Path, models: Path, reference: Re
     (folder / "directory.gguf").mkdir(parents=True)
     for name, data in files.items():
         (folder / f"{name}.gguf").write_bytes(data)
-    families.write_header(
-        folder / "odd.gguf", families.Family("llama", layers=513)
-    )  # ends the process that reads it
+    # It ends the process that reads it.
+    families.write_header(folder / "odd.gguf", families.Family("llama", layers=513))
     for name in ("good", "othersum"):
         (folder / f"{name}.gguf").symlink_to(whole)
     missing = ("directory", "missing")
-    entry = '[[models]]\nid = "{0}"\nname = "x"\nparameters = "x"\nquantization = "x"\nfile = "{0}.gguf"\n'
-    entries = [entry.format(name) for name in (*files, *missing, "odd", "good", "othersum")]
+    entries = [ENTRY.format(name) for name in (*files, *missing, "odd", "good", "othersum")]
     (folder / "models.toml").write_text("".join(entries) + f'sha256 = "{"0" * 64}"\n')
     with start(tmp_path, folder, faults=True) as vps:
         for name in (*files, "odd", "othersum"):
@@ -939,9 +916,8 @@ def test_files_that_cannot_be_loaded(tmp_path: Path, models: Path, reference: Re
             assert vps.refusal("x", model=name)[:2] == (404, "MODEL_NOT_FOUND")
         assert vps.active() == 0
         assert vps.process.rss_kb() < 300 << 10  # no memory of theirs is left
-        reference.check(
-            PROMPTS[0], vps.complete(PROMPTS[0], model="good", max_tokens=8)["completion"], 8
-        )
+        body = vps.complete(PROMPTS[0], model="good", max_tokens=8)
+        reference.check(PROMPTS[0], body["completion"], 8)
     assert vps.process.stdout().count("Traceback") == 0
     (told,) = set(vps.process.stderr().splitlines())  # by the process that read the odd one
     assert re.search(r"GGML_ASSERT\(.*\) failed$", told)
@@ -951,9 +927,8 @@ def test_too_little_memory_to_start_work(tmp_path: Path, models: Path) -> None:
     with start(tmp_path, models, CEREBRUM_MIN_FREE_MB="1000000") as vps:
         status, code, message = vps.refusal("x")
         assert (status, code, vps.loaded()) == (503, "RESOURCE_EXHAUSTED", [])
-        assert float(message.split()[-2]) == pytest.approx(
-            psutil.virtual_memory().available / vps_llama.MB, rel=0.5
-        )
+        available_mb = psutil.virtual_memory().available / vps_llama.MB
+        assert float(message.split()[-2]) == pytest.approx(available_mb, rel=0.5)
 
 
 @pytest.mark.skipif(

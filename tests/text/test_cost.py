@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import ast
 import importlib
+import itertools
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from re import _parser  # there is no public one
@@ -58,17 +59,20 @@ WIDE = "\U0001f600"  # a character that makes Python use four bytes for each cha
 
 # What is repeated, and what stands before it once.
 UNITS = [
-    "#", "/", "(", ")", "[", "]", "{", "}", '"', "'", "`", "\\", ";", ",", "<", "@", "~", "-", "=", " ", "\t", "\n",
-    "\r\n", "\0", "a", "A", "0", "é", "漢", "\U0001f600", "a ", "a'", "a/ ", "/ ", "'a ", "//", "/*", "*/\n", "/* */",
-    '"""', "'''", "```", "```\n", "```x\n", "``` ", "~~~\n", "{}", "[]", "()", "({", "[)", "a(", "a()\n", "a:\n", "a\n",
-    "a, ", "  a\n", "    \n", "\n\n \n", "# a\n", "// a\n", "#  ", "//  ", "# Example usage:\n", "if ", "else if ",
-    "else ", "def ", "def f(", "def f(x):\n  g(x)\n", "function ", "function f(){", "fn f(", "class ", "impl<",
-    "x=", "x = 1\n", "import a\n", "import (\n", "from a ", "typedef ", "template<", "a::", "::", "${", "`${", 'R"',
-    'R"a(', 'r#"', "please ", "x" * 300 + "\n", "return 1\n\n", "async ", "#if a {\n",
+    "#", "/", "(", ")", "[", "]", "{", "}", '"', "'", "`", "\\", ";", ",", "<", "@", "~", "-",
+    "=", " ", "\t", "\n", "\r\n", "\0", "a", "A", "0", "é", "漢", "\U0001f600", "a ", "a'", "a/ ",
+    "/ ", "'a ", "//", "/*", "*/\n", "/* */", '"""', "'''", "```", "```\n", "```x\n", "``` ",
+    "~~~\n", "{}", "[]", "()", "({", "[)", "a(", "a()\n", "a:\n", "a\n", "a, ", "  a\n", "    \n",
+    "\n\n \n", "# a\n", "// a\n", "#  ", "//  ", "# Example usage:\n", "if ", "else if ",
+    "else ", "def ", "def f(", "def f(x):\n  g(x)\n", "function ", "function f(){", "fn f(",
+    "class ", "impl<", "x=", "x = 1\n", "import a\n", "import (\n", "from a ", "typedef ",
+    "template<", "a::", "::", "${", "`${", 'R"', 'R"a(', 'r#"',
+    "please ", "x" * 300 + "\n", "return 1\n\n", "async ", "#if a {\n",
 ]  # fmt: skip
 MORE_UNITS = [  # of languages beside the first seven
     "end ", "end\n", "do |x| ", "%w[", "#{", "<<A", "<<A\n", "A\n", "case a in ",
-    "create procedure is ", "create ", "is ", "begin ", "$a$", "<a>", "</a>", "<script>", "- a: |\n", "a: &b ",
+    "create procedure is ", "create ", "is ", "begin ", "$a$", "<a>", "</a>", "<script>",
+    "- a: |\n", "a: &b ",
     "--[==[", "\\(", "--- ", "````a\n", "RUN a \\\n",
 ]  # fmt: skip
 STARTS = ("", "a", "function", "f'", "# Make this ", "// Make this ", "\n/*")
@@ -182,30 +186,27 @@ def repeated(unit: str, start: str = "") -> Callable[[int], str]:
     return lambda size: start + unit * (size // len(unit) + 1)
 
 
-TRIED = [(work, language) for work in (ask, fit, begin, end) for language in QUICK] + [
-    (stop, "python")
-]
-LATER = [(work, language) for work in (ask, fit, begin, end) for language in SLOW]
+WORKS = (ask, fit, begin, end)
+NIGHTLY = pytest.mark.slow, pytest.mark.nightly
+TRIED = [*itertools.product(WORKS, QUICK), (stop, "python")]
+TRIED += [pytest.param(*each, marks=NIGHTLY) for each in itertools.product(WORKS, SLOW)]
 
 
 @pytest.mark.parametrize(
-    ("work", "language"),
-    TRIED + [pytest.param(*one, marks=(pytest.mark.slow, pytest.mark.nightly)) for one in LATER],
-    ids=lambda part: getattr(part, "__name__", part),
+    ("work", "language"), TRIED, ids=lambda part: getattr(part, "__name__", part)
 )
 def test_no_text_is_expensive(work: Work, language: str) -> None:
     units = UNITS if language in QUICK else UNITS + MORE_UNITS
-    texts = {(unit, ""): repeated(unit) for unit in units} | {
-        ("many names", ""): many_names,
-        ("deep", ""): deep,
-    }
-    if work in (ask, fit):  # the others take text character by character
-        texts |= {(unit, start): repeated(unit, start) for unit in units for start in STARTS}
-    suspect = [
-        name
-        for name, text in texts.items()
-        if growth(work, language, text, FEW, MAX_OF_FEW) > MAX_OF_FEW
-    ]
+    # The others take text character by character.
+    starts = ("", *STARTS) if work in (ask, fit) else ("",)
+    cases = itertools.product(units, starts)
+    texts = {(unit, start): repeated(unit, start) for unit, start in cases}
+    texts |= {("many names", ""): many_names, ("deep", ""): deep}
+
+    def is_suspect(name: tuple[str, str]) -> bool:
+        return growth(work, language, texts[name], FEW, MAX_OF_FEW) > MAX_OF_FEW
+
+    suspect = list(filter(is_suspect, texts))
     grown = {name: growth(work, language, texts[name], CHARACTERS) for name in suspect}
     assert {name: times for name, times in grown.items() if times > MAX_GROWTH} == {}
 
@@ -248,20 +249,23 @@ def sample(nodes: Iterable[Any]) -> str:
     for node in nodes:
         kind, value = str(node[0]), node[1]
         if kind == "IN":
-            known = [
-                av if str(op) == "LITERAL" else av[0]
-                for op, av in value
-                if str(op) in ("LITERAL", "RANGE")
-            ]
-            blank = "CATEGORY_SPACE" in str(value)
-            text += (
-                " " if blank else chr(known[0]) if known and str(value[0][0]) != "NEGATE" else "a"
-            )
+            text += sample_of_set(value)
         elif parts := inside(node):
             text += sample(parts[0])
         else:
             text += chr(value) if kind == "LITERAL" else "a" * (kind in ("ANY", "NOT_LITERAL"))
     return text
+
+
+def sample_of_set(parts: Sequence[Any]) -> str:
+    """A character of a set: a blank, the first that is named, or else an a."""
+    if "CATEGORY_SPACE" in str(parts):
+        return " "
+    if str(parts[0][0]) != "NEGATE":
+        for kind, value in parts:
+            if str(kind) in ("LITERAL", "RANGE"):
+                return chr(value if str(kind) == "LITERAL" else value[0])
+    return "a"
 
 
 def repetitions(nodes: Iterable[Any], before: str = "") -> Iterator[tuple[str, str]]:
@@ -307,29 +311,33 @@ def patterns_of_the_product() -> dict[tuple[re.Pattern[Any], str], str]:
     written in a call.
     """
     paths = [*ROOT.glob("*.py"), *ROOT.glob("cerebrum/**/*.py")]
-    texts, found = (
-        {path: path.read_text() for path in paths},
-        dict[tuple[re.Pattern[Any], str], str](),
-    )
+    texts = {path: path.read_text() for path in paths}
+    found = dict[tuple[re.Pattern[Any], str], str]()
     called = defaultdict[str, set[str]](set)
-    for name, method in (use for text in texts.values() for use in USE.findall(text)):
-        called[name].add(method)
+    for text in texts.values():
+        for name, method in USE.findall(text):
+            called[name].add(method)
     for path, text in texts.items():
         module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
         for constant, value in vars(module).items():
             for name, pattern in patterns_in(value, constant):
                 for method in called[name] or {"search"}:
                     found.setdefault((pattern, method), name)
-        for function in (
-            node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)
-        ):
+        for source, method, name in written_patterns(text):
+            found.setdefault((re.compile(source), method), name)
+    return found
+
+
+def written_patterns(text: str) -> Iterator[tuple[str, str, str]]:
+    """(pattern, method, function around it) of each pattern that is written in a call."""
+    for function in ast.walk(ast.parse(text)):
+        if isinstance(function, ast.FunctionDef):
             for node in ast.walk(function):
                 match node:
                     case ast.Call(
                         ast.Attribute(ast.Name("re"), method), [ast.Constant(source), *_]
                     ):
-                        found.setdefault((re.compile(source), method), function.name)
-    return found
+                        yield source, method, function.name
 
 
 def hostile(pattern: re.Pattern[Any], pads: Iterable[str]) -> Iterator[tuple[str, str]]:
@@ -340,7 +348,7 @@ def hostile(pattern: re.Pattern[Any], pads: Iterable[str]) -> Iterator[tuple[str
     tree = _parser.parse(source, pattern.flags)
     found, named = {*repetitions(tree)}, [*words(tree)]
     units = {*pads, *named, "".join(named), *(unit for _, unit in found)} - {""}
-    return ((start, unit) for start in {"", *(one for one, _ in found)} for unit in units)
+    return itertools.product({"", *(start for start, _ in found)}, units)
 
 
 def drive(pattern: re.Pattern[Any], method: str) -> Work:
@@ -364,10 +372,8 @@ def worst(
     work, grown = drive(pattern, method), [(0.0, "", "")]
     for start, unit in hostile(pattern, pads):
         text = repeated(unit, start)
-        for characters in (
-            size // 16,
-            size,
-        ):  # what is cubic would take minutes for the longer text
+        # What is cubic would take minutes for the longer text.
+        for characters in (size // 16, size):
             times = growth(work, "", lambda size, text=text: text(size) + TAIL, characters)
             if times > MAX_GROWTH:
                 return times, start, unit
@@ -375,23 +381,22 @@ def worst(
     return max(grown)
 
 
-@pytest.mark.parametrize(
-    "pads", [PADS, pytest.param((*UNITS, *MORE_UNITS), marks=pytest.mark.slow)], ids=["few", "many"]
-)
+MANY_PADS = pytest.param((*UNITS, *MORE_UNITS), marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("pads", [PADS, MANY_PADS], ids=["few", "many"])
 def test_no_pattern_is_expensive(pads: Iterable[str]) -> None:
-    patterns = {
-        one: where for one, where in patterns_of_the_product().items() if where not in LEFT_OUT
-    }
+    patterns = patterns_of_the_product()
     assert {"OPENED", "NEXT_EDIT", "HEADERS"} <= {*patterns.values()}
-    grown = {
-        (where, *one): worst(*one, AT_MOST.get(where, MORE_CHARACTERS), pads)
-        for one, where in patterns.items()
-    }
-    assert {where: found for where, found in grown.items() if found[0] > MAX_GROWTH} == {}
+    expensive = {}
+    for (pattern, method), where in patterns.items():
+        if where not in LEFT_OUT:
+            found = worst(pattern, method, AT_MOST.get(where, MORE_CHARACTERS), pads)
+            if found[0] > MAX_GROWTH:
+                expensive[where, pattern, method] = found
+    assert expensive == {}
 
 
 def test_an_expensive_pattern_is_noticed() -> None:
-    assert (
-        worst(re.compile(r"\A<a>.*<b>.*<c>\Z", re.S), "search", MORE_CHARACTERS, PADS)[0]
-        > MAX_GROWTH
-    )
+    pattern = re.compile(r"\A<a>.*<b>.*<c>\Z", re.S)
+    assert worst(pattern, "search", MORE_CHARACTERS, PADS)[0] > MAX_GROWTH

@@ -48,11 +48,8 @@ async def test_a_slow_request(monkeypatch: pytest.MonkeyPatch, begun: bytes) -> 
     async with serving() as (server, port), connect(port) as (reader, writer):
         writer.write(begun.replace(b"@POST", b"/v1/complete"))
         reply = await read_reply(reader)
-        assert (reply.status, reply.json["code"], reply.one("Connection")) == (
-            408,
-            "TIMEOUT",
-            "close",
-        )
+        assert (reply.status, reply.json["code"]) == (408, "TIMEOUT")
+        assert reply.one("Connection") == "close"
         assert await reader.read() == b""
         assert server.state.calls == []
         await until(lambda: not server.connections)  # it does not linger for ever
@@ -248,7 +245,8 @@ class Slow:
     """A handler that runs until it is released or cancelled."""
 
     def __init__(self) -> None:
-        self.begun, self.release, self.cancelled = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self.begun, self.release = asyncio.Event(), asyncio.Event()
+        self.cancelled = asyncio.Event()
 
     async def handle(self, state: Any, request: Request) -> Response:
         self.begun.set()
@@ -412,11 +410,11 @@ async def test_the_address_with_most_connections_makes_room(
         writer.transport.abort()
 
 
+UNREAD = [("/v1/complete", False, 401), ("/x", True, 404), ("/v1/unload/x", True, 200)]
+
+
 @pytest.mark.parametrize("framing", ["length", "chunks"])
-@pytest.mark.parametrize(
-    ("path", "key", "status"),
-    [("/v1/complete", False, 401), ("/x", True, 404), ("/v1/unload/x", True, 200)],
-)
+@pytest.mark.parametrize(("path", "key", "status"), UNREAD)
 async def test_a_body_that_nobody_looks_at_is_not_kept(
     framing: str, path: str, key: bool, status: int
 ) -> None:
@@ -459,11 +457,8 @@ async def test_the_bodies_of_all_connections_are_bounded(
         await until(lambda: server.bodies.total() > 95_000)
         writer2.write(raw)
         reply = await read_reply(reader2)
-        assert (reply.status, reply.json["code"], reply.one("Connection")) == (
-            503,
-            "OVERLOADED",
-            "close",
-        )
+        assert (reply.status, reply.json["code"]) == (503, "OVERLOADED")
+        assert reply.one("Connection") == "close"
         await ends(reader2)
         assert (await ask(port, HEALTH)).status == 200
         writer.write(raw[-10:])
@@ -488,9 +483,10 @@ async def test_a_refused_request_whose_client_leaves_is_logged_once(
 # ------------------------------------------------------------------------- the daemons under attack
 
 
-@pytest.mark.parametrize(
-    ("framing", "statuses"), [("length", {503, 429, 404, 0}), ("chunks", {401})]
-)
+FLOODS = [("length", {503, 429, 404, 0}), ("chunks", {401})]
+
+
+@pytest.mark.parametrize(("framing", "statuses"), FLOODS)
 def test_a_flood_of_bodies_costs_a_fraction_of_their_size(
     tmp_path: Path, framing: str, statuses: set[int]
 ) -> None:

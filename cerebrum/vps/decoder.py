@@ -1,0 +1,347 @@
+"""What a model decodes next: each running completion's part of a `llama_decode`, and what becomes
+of its result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from cerebrum.metrics import Tally
+from cerebrum.vps.drafts import Drafter, Gain
+from cerebrum.vps.job import Job, Run
+from cerebrum.vps.llama import ABORTED, MAX_CHUNK, Llama, Slot
+from cerebrum.vps.prefixes import MIN_PREFIX, Sequences
+from cerebrum.vps.schedule import PREFILL_SECONDS, Baton, Costs, chunk_size, share_size
+from cerebrum_common import HttpError, log
+
+
+@dataclass(slots=True)
+class ModelTally(Tally):
+    """Totals of a model's completions and decodes, kept when the model is unloaded. The worker's
+    thread writes all fields except the three about loads.
+    """
+
+    drafts: int = 0  # decodes that checked a draft
+    decodes: int = 0  # calls of llama_decode
+    decoded_sequences: int = 0  # sequences per decode, summed over all decodes
+    prompt_seconds: float = 0.0  # from the start of each completion to its first token
+    token_seconds: float = 0.0  # from the first token of each completion to its last
+    loads: int = 0
+    failed_loads: int = 0
+    load_seconds: float = 0.0  # of the successful loads
+
+
+@dataclass(slots=True)
+class Work:
+    """One sequence's part in the next decode: tokens to append, the last `outputs` of them with
+    logits. If the run is not prefilling, all but the first token are a draft.
+    """
+
+    run: Run
+    tokens: list[int]
+    outputs: int
+
+
+@dataclass(eq=False)
+class Decoder:
+    """What the next `llama_decode` computes for each running sequence, and what becomes of its
+    result.
+
+    Owned by a worker; every call is from its thread. `stop(seconds)` is asked before a decode that
+    should take so long.
+    """
+
+    model: Llama
+    sequences: Sequences
+    costs: Costs
+    baton: Baton
+    tally: ModelTally
+    stop: Callable[[float], bool]
+    drafting: bool
+    gain: Gain = field(default_factory=Gain)
+    # Other threads read these two: the sequences in the current llama_decode, and whether it takes
+    # more than PREFILL_SECONDS.
+    running: list[Run] = field(default_factory=list)
+    is_long: bool = False
+
+    @property
+    def runs(self) -> list[Run]:
+        """The jobs that have a slot, in the order of the slots."""
+        return [slot.run for slot in self.sequences.slots if isinstance(slot.run, Run)]
+
+    def yielding(self) -> Run | None:
+        """The run that gives its slot to a job of normal priority: one of low priority whose prompt
+        is being read. A completion that has begun to write keeps its slot.
+        """
+        reading = [run for run in self.runs if run.prefilling and not run.first_token]
+        return next((run for run in reading if run.low), None)
+
+    def start(self, job: Job, free: list[Slot]) -> None:
+        """Give the job a slot; what the slot lacks of its prompt is prefilled."""
+        slot, guide = self.sequences.take_slot(job.prompt, free)
+        job.progress("prefill", len(slot.tokens), len(job.prompt))
+        if job.cached is None:  # else the job itself has read these tokens, before it gave way
+            job.cached = len(slot.tokens)
+            self.tally.cached_tokens += job.cached
+        slot.run = run = Run(job, slot, guide)
+        if self.model.recurrent and self.sequences.store.budget:
+            # A later prompt has this one's beginning, or all of it; its last token may be another
+            # one.
+            lengths = job.before - 1, len(job.prompt) - 1
+            run.checkpoints = [length for length in lengths if length >= MIN_PREFIX]
+
+    # -- the next decode
+
+    def turn(self, runs: list[Run]) -> bool:
+        """Decode the next work of every run, together. False if there is none: prompts of low
+        priority are read only while no other request needs the CPU.
+        """
+        # 1. Whose work is it?
+        is_busy = not all(run.low for run in runs) or self.baton.fastest_other(self) < math.inf
+        if is_busy:
+            runs = [run for run in runs if not (run.low and run.prefilling)]
+        # 2. What does each need?
+        works: list[Work] = []
+        for run in runs:
+            with self._blamed_on(run):
+                works.append(self.next_work(run, runs))
+        is_prefilling = any(work.run.prefilling for work in works)
+        drafted = {len(work.tokens) - 1 for work in works}
+        # 3. Decode it.
+        generated = self.tally.tokens
+        seconds = self._step(works)
+        generated = self.tally.tokens - generated
+        # 4. Did the drafts save time?
+        if not is_prefilling:
+            for length in drafted - {0} or {0}:
+                self.gain.learn(len(runs), length, generated, seconds)
+        return bool(runs)
+
+    def next_work(self, run: Run, runs: list[Run]) -> Work:
+        if run.pending is None:
+            return self._next_chunk(run, runs)
+        draft = self._draft(run, runs)
+        if draft and not self.gain.pays(len(runs), len(draft)):
+            draft = []
+        return Work(run, [run.pending, *draft], 1 + len(draft))
+
+    def _next_chunk(self, run: Run, runs: list[Run]) -> Work:
+        """The tokens of the prompt to read next, up to a checkpoint or the end."""
+        begin = len(run.slot.tokens)
+        ahead = [length for length in run.checkpoints if length > begin]
+        stop = min(ahead, default=len(run.prompt))
+        prefilling = [other for other in runs if other.prefilling]
+        missing = [len(other.prompt) - len(other.slot.tokens) for other in prefilling]
+        # A chunk of low priority must end soon when another request comes.
+        pace = self._pace(own=run.low or len(prefilling) < len(runs))
+        # An infill is often given up for the next key, and an unfinished micro-batch is lost.
+        is_short = run.hurried or self.model.recurrent or run.job.request.mode == "infill"
+        piece = 1 if is_short else self.model.micro_batch
+        size = chunk_size(stop - begin, missing, pace, self.costs, piece)
+        end = begin + min(size, MAX_CHUNK // len(runs))
+        is_last = end == len(run.prompt)
+        outputs = int(is_last and run.job.max_tokens > 0)
+        return Work(run, run.prompt[begin:end], outputs)
+
+    def _pace(self, own: bool) -> float:
+        """Seconds per token of the fastest stream that waits for a decode, in this model (if `own`)
+        or another.
+        """
+        other = self.baton.fastest_other(self)
+        return min(self.costs(1), other) if own else other
+
+    def _draft(self, run: Run, runs: list[Run]) -> list[int]:
+        beside = len(runs) > 1
+        # llama.cpp takes tokens back wrongly from one of several recurrent states in a batch.
+        if not self.drafting or run.heal or (beside and self.model.recurrent):
+            return []
+        limits = [
+            self.model.max_draft,
+            run.job.max_tokens - run.generated - 1,
+            self.model.n_ctx - len(run.slot.tokens) - 2,
+            MAX_CHUNK // len(runs) - 1,
+        ]
+        pace = self._pace(own=beside)
+        if pace < math.inf:
+            limits.append(share_size(self.costs, pace) - 1)
+        assert run.drafter
+        return run.drafter.draft(min(limits))
+
+    def _step(self, works: list[Work]) -> float:
+        """Run one llama_decode and handle its result for each sequence. Returns the seconds; 0.0 if
+        it was not done.
+        """
+        self.model.abort_flag[0] = b"\x00"
+        try:
+            self.running = [work.run for work in works]
+            if self.stop(0.0) or all(run.job.cancelled for run in self.running):
+                return 0.0
+            size = sum(len(work.tokens) for work in works)
+            self.is_long = self.costs(size) * self.costs.slowdown > PREFILL_SECONDS
+            parts = [(work.run.slot, work.tokens, work.outputs) for work in works]
+            with self.baton:
+                if self.stop(self.costs(size)):
+                    return 0.0
+                begin = time.perf_counter()
+                code = self.model.decode(parts)
+                seconds = time.perf_counter() - begin
+        finally:
+            self.running = []
+        if code:
+            self._after_failure(works, code)
+            return 0.0
+        self.costs.learn(size, seconds)
+        self.tally.decodes += 1
+        self.tally.decoded_sequences += len(works)
+        self._after_success(works)
+        return time.perf_counter() - begin
+
+    # -- its result
+
+    def _after_success(self, works: list[Work]) -> None:
+        base = 0  # batch position of the work's first token
+        for work in works:
+            with self._blamed_on(work.run):
+                if work.run.prefilling:
+                    self._after_prefill(work, base)
+                else:
+                    self._after_decode(work, base)
+            base += len(work.tokens)
+        for work in works:
+            work.run.flush()
+
+    def _after_failure(self, works: list[Work], code: int) -> None:
+        """Handle a decode that was aborted or that llama.cpp could not do."""
+        for work in works:
+            run, slot = work.run, work.run.slot
+            tokens = slot.tokens[:]
+            if self.model.recurrent:  # nobody knows how far the state has gone
+                self.sequences.cut(slot, 0)
+            elif run.prefilling:  # the tokens read before the abort stay useful as a prefix
+                # The prompt's last token is left out: its logits are missing, so it must be decoded
+                # again.
+                computed = self.model.computed(slot) - len(slot.tokens)
+                read = work.tokens[: max(0, min(computed, len(work.tokens) - 1))]
+                slot.tokens += read
+                self.tally.prompt_tokens += len(read)
+                run.hurried = True
+            self._continue(run, tokens)
+            if code != ABORTED:
+                log.error("llama_decode answered %d", code)
+                self.fail(run, HttpError("INTERNAL_ERROR", "the model could not be evaluated"))
+
+    def _continue(self, run: Run, tokens: list[int]) -> None:
+        """Drop what was decoded behind the slot's tokens. If `tokens`, those of the run, cannot all
+        be kept, the run reads them again.
+        """
+        self.sequences.cut(run.slot, len(run.slot.tokens))
+        if run.pending is not None and len(run.slot.tokens) < len(tokens):
+            run.prompt, run.pending = [*tokens, run.pending], None
+
+    @contextlib.contextmanager
+    def _blamed_on(self, run: Run) -> Iterator[None]:
+        """An exception in the work for one request ends that request alone."""
+        try:
+            yield
+        except Exception:
+            log.exception("request %s", run.job.request_id)
+            self.fail(run, HttpError("INTERNAL_ERROR", "internal error; see the log"))
+            self.sequences.cut(run.slot, 0)  # its tokens and its cells may no longer agree
+
+    def _after_prefill(self, work: Work, base: int) -> None:
+        run, slot = work.run, work.run.slot
+        slot.tokens += work.tokens
+        self.tally.prompt_tokens += len(work.tokens)
+        run.job.progress("prefill", len(slot.tokens), len(run.prompt))
+        if len(slot.tokens) in run.checkpoints:
+            self.sequences.keep(slot)
+        if len(slot.tokens) < len(run.prompt):
+            return
+        if not work.outputs:
+            self._finish(run, "length")
+            return
+        run.job.progress("decode", 0, run.job.max_tokens)
+        run.pending = run.sample(self.model, base + len(work.tokens) - 1)
+        has_ended = self._emit(run, run.pending)
+        run.flush()
+        if not has_ended:  # only now: a Drafter takes a millisecond for each thousand tokens
+            run.drafter = Drafter(run.prompt, run.guide)
+            run.drafter.advance(run.pending)
+
+    def _after_decode(self, work: Work, base: int) -> None:
+        """Accept drafted tokens as long as each equals the model's own choice at its position."""
+        run, slot = work.run, work.run.slot
+        drafted = len(work.tokens) - 1
+        accepted = 0
+        for i, token in enumerate(work.tokens):
+            slot.tokens.append(token)
+            run.pending = run.sample(self.model, base + i)
+            if self._emit(run, run.pending) or i == drafted or run.pending != work.tokens[i + 1]:
+                break
+            accepted += 1
+        if drafted:
+            self._continue(run, slot.tokens[:])
+            run.drafted += drafted
+            run.accepted += accepted
+            self.tally.drafts += 1
+            self.tally.draft_tokens += drafted
+            self.tally.accepted_tokens += accepted
+
+    def _emit(self, run: Run, token: int) -> bool:
+        """Account for one sampled token; True if the completion ends with it."""
+        run.last_token = time.monotonic()
+        if not run.generated:
+            run.first_token = run.last_token
+        vocabulary = self.model.vocabulary
+        if vocabulary.is_end(token):
+            run.confidence.add("", run.probability)
+            self._finish(run, "stop")
+            return True
+        piece = vocabulary.piece(token)
+        new = run.drop_healed(piece)
+        if new or not piece:  # a token that only repeats the healed text does not count
+            run.generated += 1
+            self.tally.tokens += 1
+        if run.drafter:
+            run.drafter.advance(token)
+        is_full = len(run.slot.tokens) + 1 >= self.model.n_ctx
+        if reason := run.feed(new):
+            self._finish(run, reason, flush=reason == "unsure")
+        elif is_full or run.is_spent():
+            self._finish(run, "length")
+        else:
+            return False
+        return True
+
+    def _finish(self, run: Run, reason: str, flush: bool = True) -> None:
+        if flush:
+            run.send(run.ending.flush(reason == "stop"))
+        run.judge(run.confidence.last())
+        run.outbox.append(run.result(reason))
+        self.release(run, reason)
+
+    def fail(self, run: Run, error: HttpError) -> None:
+        if run.slot.run is run:  # otherwise it has had its last event
+            run.outbox.append(error)
+            self.release(run, error.code)
+
+    def release(self, run: Run, reason: str = "") -> None:
+        """Make the slot idle again. Its sequence stays as a prefix for later prompts. Without a
+        reason, the job has not ended: it gives way, and starts again.
+        """
+        run.slot.run = None
+        tally = self.tally
+        tally.prompt_seconds += (run.first_token or time.monotonic()) - run.started
+        if run.first_token:
+            submitted = run.job.submitted
+            tally.token_seconds += run.last_token - run.first_token
+            tally.spoke(run.first_token - submitted, run.last_token - submitted, run.generated)
+        if reason:
+            tally.end(reason)
+        run.slot.used = time.monotonic()
+        run.sampler.close()
+        run.flush()

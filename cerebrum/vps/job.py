@@ -1,0 +1,185 @@
+"""A completion on its way through a worker: a `Job`, and a `Run` while it has a slot."""
+
+from __future__ import annotations
+
+import codecs
+import time
+from collections.abc import Callable
+from typing import Any
+
+from cerebrum.text.ending import Ending
+from cerebrum.vps.confidence import Confidence, Judged
+from cerebrum.vps.drafts import Drafter
+from cerebrum.vps.llama import Llama, Sampler, Slot
+from cerebrum.vps.vocabulary import GenerationRequest, begun_answer
+from cerebrum_common import HttpError, request_id_var
+
+# Up to this temperature an unlikely token is doubt of the model, above it chance.
+DOUBT_TEMPERATURE = 0.5
+# {"token", "total_tokens"}, {"confidence", "characters"}, {"progress": {"stage", "done", "total"}}
+# or {"done": True, …}
+Event = dict[str, Any]
+Deliver = Callable[[list[Event | HttpError]], object]
+
+
+class Job:
+    """A request on its way through a worker.
+
+    The worker's thread calls `deliver` with lists of events; the job's last event is a done event
+    or an HttpError. The thread pauses the job while `unread()` is MAX_BACKLOG or more. Only other
+    threads set `cancelled`.
+    """
+
+    def __init__(
+        self, request: GenerationRequest, deliver: Deliver, unread: Callable[[], int] = lambda: 0
+    ) -> None:
+        self.request = request
+        self.deliver = deliver
+        self.unread = unread
+        self.low = request.priority == "low"
+        self.prompt: list[int] = []
+        self.ending: Ending | None = None  # of the completion, once the job is prepared
+        self.max_tokens = request.max_tokens
+        self.before = 0  # tokens of the prompt up to the cursor
+        # Tokens of the prompt that the cache had when the job first got a slot.
+        self.cached: int | None = None
+        self.heal = b""  # the completion's first bytes, which the client already has
+        self.cancelled = False
+        self.started = self.submitted = time.monotonic()
+        self.request_id = request_id_var.get()
+
+    def prepare(self, model: Llama) -> None:
+        """Tokenize the prompt, and read it for the completion's end. HttpError 400 with the counts
+        if the prompt does not fit into the context.
+        """
+        request = self.request
+        self.prompt, self.heal, self.before = model.vocabulary.encode(request)
+        count, n_ctx = len(self.prompt), model.n_ctx
+        if not 0 < count < n_ctx:
+            raise HttpError(
+                "INVALID_REQUEST",
+                f"prompt: expected 1 to {n_ctx - 1} tokens, got {count}",
+                extra={"prompt_tokens": count, "n_ctx": n_ctx},
+            )
+        self.max_tokens = min(request.max_tokens, n_ctx - count)
+        where = request.mode, request.language, self._begun(), request.suffix, request.stop_at
+        self.ending = Ending(*where, request.indent, request.stop)
+
+    def _begun(self) -> str:
+        """The text that the completion goes on with."""
+        if self.request.messages:
+            return begun_answer(self.request.messages)
+        return "" if self.request.mode == "instruct" else self.request.prompt or ""
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        if self.request.progress:
+            self.deliver([{"progress": {"stage": stage, "done": done, "total": total}}])
+
+
+class Run:
+    """A job in its slot: its state between decodes, and the counters for the result."""
+
+    def __init__(self, job: Job, slot: Slot, guide: list[int]) -> None:
+        assert job.ending, "the job was prepared"
+        self.job = job
+        self.slot = slot
+        self.guide = guide  # an earlier sequence with the same beginning, for drafts
+        self.prompt = job.prompt  # and the generated tokens, if their cells were lost
+        self.heal = job.heal
+        # Lengths of the prompt at which a recurrent state is worth keeping.
+        self.checkpoints: list[int] = []
+        self.characters = codecs.getincrementaldecoder("utf-8")("replace")
+        self.ending = job.ending
+        self.sampler = Sampler(job.request)
+        self.confidence = Confidence()
+        self.probability = 1.0  # of the latest token
+        self.drafter: Drafter | None = None  # once a token has been generated
+        self.pending: int | None = None  # sampled, not yet decoded
+        self.generated = self.drafted = self.accepted = 0
+        self.started = time.monotonic()
+        self.first_token = self.last_token = 0.0
+        self.has_line = False  # a line end has been generated
+        # Its reading was aborted for another request, so it is read in short chunks.
+        self.hurried = False
+        self.outbox: list[Event | HttpError] = []
+
+    @property
+    def low(self) -> bool:
+        return self.job.low
+
+    @property
+    def prefilling(self) -> bool:
+        return self.pending is None
+
+    def sample(self, model: Llama, index: int) -> int:
+        """The next token, by the logits at batch position `index`."""
+        if self.heal:
+            model.restrict(index, self.heal)
+        token = self.sampler.sample(model, index)
+        self.probability = model.probability(index, token)
+        return token
+
+    def drop_healed(self, piece: bytes) -> bytes:
+        """A token's bytes without those that the client already has."""
+        healed = min(len(piece), len(self.heal))
+        self.heal = self.heal[healed:]
+        return piece[healed:]
+
+    def feed(self, piece: bytes) -> str | None:
+        """Put the text that the client may have into the outbox. Returns why the completion has
+        ended (None: it goes on). Bytes wait until their character is whole.
+        """
+        request = self.job.request
+        written = self.characters.decode(piece)
+        self.has_line = self.has_line or b"\n" in piece
+        least = 1.0  # of the lines that this token ends
+        if piece:  # not only healed
+            least = self.confidence.add(written, self.probability)
+        is_doubt = request.temperature <= DOUBT_TEMPERATURE
+        text, reason = self.ending.feed(written, self.probability if is_doubt else 1.0)
+        self.send(text)
+        if reason or request.min_confidence is None:
+            return reason
+        can_end = request.mode != "instruct"  # the first line of such an answer may be a fence
+        return "unsure" if can_end and least < request.min_confidence else None
+
+    def is_spent(self) -> bool:
+        """Whether the request's tokens or its time are used up."""
+        limit_ms = self.job.request.predict_ms
+        is_late = 1000 * (self.last_token - self.first_token) > limit_ms > 0
+        return self.generated >= self.job.max_tokens or (is_late and self.has_line)
+
+    def send(self, text: str) -> None:
+        if text:
+            self.outbox.append({"token": text, "total_tokens": self.generated})
+            self.judge(self.confidence.send(text, self.ending.start))
+
+    def judge(self, lines: list[Judged]) -> None:
+        """Say how sure these lines are, if the client asks."""
+        if self.job.request.min_confidence is not None:
+            self.outbox += [{"confidence": mean, "characters": end} for mean, end in lines]
+
+    def flush(self) -> None:
+        """Deliver the events in the outbox."""
+        if self.outbox:
+            events, self.outbox = self.outbox, []
+            self.job.deliver(events)
+
+    def result(self, reason: str) -> Event:
+        """The done event."""
+        job = self.job
+        event: Event = {"done": True, "total_tokens": self.generated}
+        event["inference_time"] = round(time.monotonic() - job.started, 3)
+        event["mode"] = job.request.mode
+        event["finish_reason"] = reason
+        event["prompt_tokens"] = len(job.prompt)
+        event["cached_tokens"] = job.cached
+        event["load_time"] = round(job.submitted - job.started, 4)
+        event["ttft"] = event["tokens_per_second"] = None
+        if self.first_token:
+            event["ttft"] = round(self.first_token - job.submitted, 4)
+        if (seconds := self.last_token - self.first_token) > 0:
+            event["tokens_per_second"] = round((self.generated - 1) / seconds, 2)
+        event["draft_tokens"] = self.drafted
+        event["accepted_tokens"] = self.accepted
+        return event | self.confidence.result()
