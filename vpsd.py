@@ -721,7 +721,7 @@ async def models(engine: Engine, _request: Request) -> Response:
             path, encoding, n_ctx = worker.loader.path, worker.loader.encoding, worker.model.n_ctx
         elif available:
             try:
-                choice = await pool.choose(model)
+                choice = await pool.plan(model)
                 n_ctx = choice.settings.n_ctx
                 if choice.tuned:
                     path, encoding = choice.tuned.path, choice.tuned.encoding

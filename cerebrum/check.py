@@ -396,13 +396,13 @@ def check_models(report: Report, config: Any) -> None:
 
 
 def needed_mb(model: Model, config: Any, total_mb: int) -> tuple[Any, int]:
-    """The Choice of what to load of a model on a machine with `total_mb` that does nothing else,
+    """The LoadPlan of a model on a machine with `total_mb` that does nothing else,
     and its memory in MB. ModelError or OSError if the file cannot be used.
     """
-    from cerebrum.vps.encoding import choose_file
+    from cerebrum.vps.encoding import plan_load
 
     free = (total_mb - config.min_free_mb - BARE_MB - SYSTEM_MB) * MB
-    choice = choose_file(config.models_dir / model.file, config.engine, model.sha256, free)
+    choice = plan_load(config.models_dir / model.file, config.engine, model.sha256, free)
     return choice, -(-sum(choice.parts.values()) // MB)
 
 

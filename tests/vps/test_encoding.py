@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -53,51 +54,52 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Script:
-    """Stands for the measurements: a model's seconds follow from its types of matrices, its
-    settings, and, if it is a whole file, its name in `whole`.
+    """Stands for the measurements: a model's seconds follow from its types of matrices and its
+    settings. `whole` is the factor of the whole file that is compared with the published one.
     """
 
     def __init__(
         self, costs: Mapping[str, float], factor: Any = lambda _: 1.0, whole: Any = None
     ) -> None:
-        self.costs, self.factor, self.whole = costs, factor, whole or {}
+        self.costs = costs
+        self.factor = factor
+        self.whole = whole
         self.agreement = 0.99  # of the tuned file
         self.sizes: list[int] = []
         # By each comparison: the weights by their types, and micro-batch and flash attention.
-        self.compared, self.used = list[dict[Any, dict[str, int]]](), list[set[tuple[int, bool]]]()
+        self.compared = list[list[Counter[str]]]()
+        self.used = list[set[tuple[int, bool]]]()
 
     def __call__(
-        self, variants: Mapping[Any, tuple[Path, Settings]], _read: int, step: Any
-    ) -> dict[Any, Timing]:
-        found = {}
-        self.used.append(
-            {(used.micro_batch, used.flash_attention) for _, used in variants.values()}
-        )
-        self.compared.append({})
-        for name, (path, settings) in variants.items():
+        self, variants: Sequence[tuple[Path, Settings]], _read: int, step: Any
+    ) -> list[Timing]:
+        found = list[Timing]()
+        self.used.append({(used.micro_batch, used.flash_attention) for _, used in variants})
+        self.compared.append([])
+        for path, settings in variants:
             self.sizes.append(path.stat().st_size)
-            weights = self.compared[-1][name] = dict[str, int]()
-            tensors = Source(path).tensors
-            blocks = {tensor.layer for tensor in tensors} - {None}
-            assert Source(path).reader.fields["qwen2.block_count"].contents() == len(blocks)
-            unused = (
-                "token_embd.weight"
-                if any(tensor.name == "output.weight" for tensor in tensors)
-                else ""
-            )
-            for tensor in tensors:
-                if tensor.is_matrix and tensor.name != unused:
-                    size, width = GGML_QUANT_SIZES[GGMLQuantizationType[tensor.type]]
-                    weights[tensor.type] = (
-                        weights.get(tensor.type, 0) + tensor.data.nbytes // width * size
-                    )
-            seconds = (
-                sum(count * self.costs.get(type_, 1.0) for type_, count in weights.items()) / 1e9
-            )
-            seconds *= self.whole.get(name) or self.factor(settings)
-            found[name] = Timing(seconds, dict.fromkeys(encoding.DECODES, seconds))
+            weights = weights_of(Source(path))
+            self.compared[-1].append(weights)
+            spent = sum(count * self.costs.get(kind, 1.0) for kind, count in weights.items()) / 1e9
+            is_tuned = found and variants[0][0].name == "m.gguf"
+            spent *= self.whole if is_tuned and self.whole else self.factor(settings)
+            found.append(Timing(spent, dict.fromkeys(encoding.DECODES, spent)))
             step()
         return found
+
+
+def weights_of(source: Source) -> Counter[str]:
+    """The weights that are multiplied, by type."""
+    names = {tensor.name for tensor in source.tensors}
+    blocks = {tensor.layer for tensor in source.tensors} - {None}
+    assert source.reader.fields["qwen2.block_count"].contents() == len(blocks)
+    unused = "token_embd.weight" if "output.weight" in names else ""
+    weights = Counter[str]()
+    for tensor in source.tensors:
+        if tensor.is_matrix and tensor.name != unused:
+            size, width = GGML_QUANT_SIZES[GGMLQuantizationType[tensor.type]]
+            weights[tensor.type] += tensor.data.nbytes // width * size
+    return weights
 
 
 ROOM = 4 << 30
@@ -222,16 +224,13 @@ def test_the_fastest_types_are_chosen_and_written(lab: Lab) -> None:
     layers, _, whole = made.compared
     # Two layers of either kind, with an output matrix of few tokens.
     rest, attention, output = FEED * WIDTH * 2, 4 * 3 * WIDTH**2, 1024 * WIDTH
-    assert layers == {
-        0: {"Q5_0": attention, "Q4_K": rest, "Q6_K": rest + output},
-        1: {"Q8_0": attention + rest + output, "Q4_K": rest},
-        2: {"Q8_0": attention + rest + output, "Q4_1": rest},
-    }
+    assert layers == [
+        {"Q5_0": attention, "Q4_K": rest, "Q6_K": rest + output},
+        {"Q8_0": attention + rest + output, "Q4_K": rest},
+        {"Q8_0": attention + rest + output, "Q4_1": rest},
+    ]
     assert made.used[1] == set(encoding.KNOBS)
-    assert (set(whole["published"]), set(whole["tuned"])) == (
-        {"Q5_0", "Q4_K", "Q6_K"},
-        {"Q8_0", "Q4_1"},
-    )
+    assert [set(types) for types in whole] == [{"Q5_0", "Q4_K", "Q6_K"}, {"Q8_0", "Q4_1"}]
     assert outcome.published.timing.work > 2 * outcome.tuned.timing.work
     types = {"Q5_0": "Q8_0", "Q4_K": "Q4_1", "Q6_K": "Q8_0", "Q6_K (output)": "Q8_0"}
     passport = json.loads(passport_path(lab.path).read_text())
@@ -310,9 +309,7 @@ def test_what_is_chosen_is_found(
             else 1.0
         )
 
-    lab.script(
-        costs, factor=factor, whole={"tuned": whole} if whole else None
-    ).agreement = agreement
+    lab.script(costs, factor=factor, whole=whole).agreement = agreement
     assert lab.found() == NONE
     outcome, tuned = lab.tune(), chosen == FASTEST
     found, reason = find_tuned(lab.published, lab.settings, "abc")
@@ -344,7 +341,7 @@ def test_what_is_fine_already_is_left_alone(lab: Lab, tmp_path: Path, kind: str)
     made = lab.script({"F16": 4.0, "Q8_0": 2.0, "Q5_0": 1.0, "Q4_0": 0.5})
     path = families.write_quantized(tmp_path / "m.gguf", types=(kind,), output="Q8_0")
     lab.tune(path=path)
-    assert all(set(types) == {kind, "Q5_0", "Q8_0"} for types in made.compared[-1].values())
+    assert all(set(types) == {kind, "Q5_0", "Q8_0"} for types in made.compared[-1])
 
 
 def test_the_best_that_fits_into_memory_is_chosen(lab: Lab) -> None:
