@@ -38,7 +38,7 @@ from typing import Any, NamedTuple, TextIO
 
 import llama_cpp
 
-from cerebrum.vps.gguf import Source, Tensor
+from cerebrum.vps.gguf import Source, Tensor, Types
 from cerebrum.vps.llama import (
     MAX_CHUNK,
     MAX_DRAFT,
@@ -238,8 +238,6 @@ class Timing(NamedTuple):
         writing = sum(count * self.decode[size] for size, count in DECODES.items())
         return READ_TOKENS * self.read + writing
 
-
-Types = Mapping[str, str]  # of the tensors that change: new type by name
 
 
 def multiplied(tensors: Sequence[Tensor]) -> tuple[list[Tensor], Tensor | None]:
