@@ -9,17 +9,18 @@ Pure. Standard library only.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from cerebrum_common import HttpError
 
 MAX_JSON_DEPTH = 64  # requests are flat; without this limit the C scanner ends in a RecursionError
-# commas, colons and opening brackets; a chat of 1,000 messages in parts has half as many
+# Commas, colons and opening brackets: a chat of 1,000 messages in parts has half as many.
 MAX_JSON_MARKS = 20_000
 MAX_INTEGER_DIGITS = 20  # 64 bits; no field takes a larger number
 
@@ -75,26 +76,25 @@ def parse_json(body: bytes) -> dict[str, Any]:
 
 
 def _refuse_marks(body: bytes) -> None:
-    """Before the parser, which lets nothing else run: each value and each name in JSON follows one
-    of these marks.
+    """Bound the values and names of a body, each of which follows a mark. Called before the parser,
+    which lets nothing else run.
     """
-    plain = body.replace(rb"\\", b"").replace(
-        rb"\"", b""
-    )  # each quote that is left begins or ends a string
+    # Without escapes, each quote begins or ends a string.
+    plain = body.replace(rb"\\", b"").replace(rb"\"", b"")
     outside = b"".join(plain.split(b'"', 2 * MAX_JSON_MARKS)[::2])
-    if len(outside) - len(outside.translate(None, b",:[{")) > MAX_JSON_MARKS:
+    marks = len(outside) - len(outside.translate(None, b",:[{"))
+    if marks > MAX_JSON_MARKS:
         raise ValueError(f"expected at most {MAX_JSON_MARKS} commas, colons and opening brackets")
 
 
 def _refuse_depth(value: Any) -> None:
     level = [value]
     for _ in range(MAX_JSON_DEPTH + 1):  # each turn descends by one level
-        level = [item for item in level if isinstance(item, (dict, list))]
-        if not level:
+        nested: list[Iterable[Any]] = [item for item in level if isinstance(item, list)]
+        nested += [item.values() for item in level if isinstance(item, dict)]
+        if not nested:
             return
-        level = [
-            child for item in level for child in (item.values() if isinstance(item, dict) else item)
-        ]
+        level = list(itertools.chain.from_iterable(nested))
     raise RecursionError
 
 
@@ -112,8 +112,10 @@ def describe(value: Any) -> str:
     """
     if value is None:
         return "null"
-    if isinstance(value, list | dict):
-        return ("an array" if isinstance(value, list) else "an object") + f" of {len(value)}"
+    if isinstance(value, list):
+        return f"an array of {len(value)}"
+    if isinstance(value, dict):
+        return f"an object of {len(value)}"
     if isinstance(value, str) and not SHOWN.fullmatch(value):
         return f"a string of {len(value)} characters"
     kind = {bool: "boolean", int: "number", float: "number", str: "string"}.get(type(value))
@@ -129,6 +131,9 @@ def printable(text: str) -> str:
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
     )
+
+
+NOUNS = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,16 +158,16 @@ class Field:
         if self.choices:
             return "one of " + ", ".join(self.choices)
         if self.pattern:
-            return f"{'strings' if self.kind is list else 'a string'} of the form {self.pattern}"
+            noun = "strings" if self.kind is list else "a string"
+            return f"{noun} of the form {self.pattern}"
         if self.kind is list:
             return f"a string, or an array of {self.low:g} to {self.high:g} non-empty strings"
-        noun = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}[
-            self.kind
-        ]
+        noun = NOUNS[self.kind]
         if self.high == math.inf:
             return "a non-empty string" if self.kind is str and self.low == 1 else noun
         unit = " characters" if self.kind is str else ""
-        return f"{noun} {'above' if self.above_low else 'from'} {self.low:g} to {self.high:g}{unit}"
+        begin = "above" if self.above_low else "from"
+        return f"{noun} {begin} {self.low:g} to {self.high:g}{unit}"
 
     def accepts(self, value: Any) -> bool:
         kinds = (int, float) if self.kind is float else self.kind
@@ -170,22 +175,35 @@ class Field:
             return False
         size: Any = len(value) if isinstance(value, str | list) else value
         inside = self.low < size if self.above_low else self.low <= size
-        texts = value if isinstance(value, list) else [value] if isinstance(value, str) else []
-        return bool(inside and size <= self.high and all(map(self._allows, texts)))
+        if not inside or size > self.high:
+            return False
+        if isinstance(value, list):
+            return all(map(self._allows, value))
+        return not isinstance(value, str) or self._allows(value)
 
     def _allows(self, text: Any) -> bool:
         """Whether the field accepts this string or list item."""
-        if not isinstance(text, str) or (self.choices and text not in self.choices):
+        if not isinstance(text, str):
             return False
-        return (
-            bool(re.fullmatch(self.pattern, text))
-            if self.pattern
-            else self.kind is str or text != ""
-        )
+        if self.choices and text not in self.choices:
+            return False
+        if self.pattern:
+            return bool(re.fullmatch(self.pattern, text))
+        return self.kind is str or text != ""
 
 
 def wrong(name: str, expected: str, got: Any) -> HttpError:
     return HttpError("INVALID_REQUEST", f"{name}: expected {expected}, got {describe(got)}")
+
+
+def _is_unicode(value: str | list[str]) -> bool:
+    """Whether no text has a lone surrogate."""
+    text = value if isinstance(value, str) else "".join(value)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_fields(
@@ -208,14 +226,10 @@ def read_fields(
             value = [value]
         if not rule.accepts(value):
             raise wrong(where + name, rule.expected(), members[name])
-        try:
-            "".join(
-                value if isinstance(value, list) else [value if isinstance(value, str) else ""]
-            ).encode()
-        except UnicodeEncodeError:
+        if isinstance(value, str | list) and not _is_unicode(value):
             raise HttpError(
                 "INVALID_REQUEST", f"{where}{name}: expected Unicode text, got a lone surrogate"
-            ) from None
+            )
         values[name] = float(value) if rule.kind is float else value
     return values
 

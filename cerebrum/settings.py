@@ -84,8 +84,9 @@ class Environment:
         if not all(KEY.fullmatch(key) for key in keys):
             raise ConfigError(f"{name}: expected printable ASCII without spaces")
         if len(keys) > MAX_KEYS:
-            expected = "expected one key, or two while it is replaced"
-            raise ConfigError(f"{name}: {expected}, got {len(keys)}")
+            raise ConfigError(
+                f"{name}: expected one key, or two while it is replaced, got {len(keys)}"
+            )
         return keys
 
     def clients(self, name: str, default: Path, strict: bool = True) -> dict[str, Client] | None:
@@ -123,8 +124,9 @@ class Environment:
     def log_level(self) -> str:
         text = self.text("CEREBRUM_LOG_LEVEL", "INFO")
         if text.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
-            expected = "expected DEBUG, INFO, WARNING or ERROR"
-            raise ConfigError(f"CEREBRUM_LOG_LEVEL: {expected}, got {text!r}")
+            raise ConfigError(
+                f"CEREBRUM_LOG_LEVEL: expected DEBUG, INFO, WARNING or ERROR, got {text!r}"
+            )
         return text.upper()
 
     def host(self, name: str, default: str) -> str:
@@ -160,8 +162,7 @@ def _read_clients(lines: Sequence[str], where: str, strict: bool) -> dict[str, C
             if strict:
                 raise ConfigError(f"{where}: line {number}: {error}") from None
     if strict and len(clients) > MAX_CLIENTS:
-        expected = f"expected at most {MAX_CLIENTS} names"
-        raise ConfigError(f"{where}: {expected}, got {len(clients)}")
+        raise ConfigError(f"{where}: expected at most {MAX_CLIENTS} names, got {len(clients)}")
     return clients
 
 
@@ -198,7 +199,7 @@ def _read_credentials(environ: Mapping[str, str]) -> dict[str, str]:
     LoadCredential=.
     """
     folder = environ.get("CREDENTIALS_DIRECTORY")
-    values = dict[str, str]()
+    values = {}
     try:
         for path in Path(folder).iterdir() if folder else ():
             if re.fullmatch(r"[A-Z][A-Z0-9_]*", path.name):
@@ -210,13 +211,14 @@ def _read_credentials(environ: Mapping[str, str]) -> dict[str, str]:
     except FileNotFoundError:
         pass
     except OSError as error:
-        problem = f"cannot read {error.filename}: {error.strerror}"
-        raise ConfigError(f"CREDENTIALS_DIRECTORY: {problem}") from None
+        raise ConfigError(
+            f"CREDENTIALS_DIRECTORY: cannot read {error.filename}: {error.strerror}"
+        ) from None
     return values
 
 
 def _read_env(path: Path, known: Environment | None) -> dict[str, str]:
-    values = dict[str, str]()
+    values = {}
     try:
         lines = path.read_text("utf-8-sig").split("\n")
     except FileNotFoundError:
@@ -332,8 +334,9 @@ def _read_model(entry: Any, where: str, known: Collection[str]) -> Model:
     if "shape" in entry:
         shape = read_table(entry["shape"], f"{where}: shape", SHAPE)
         if not _is_sound(shape):
-            expected = "expected one that llama.cpp can compute"
-            raise ConfigError(f"{where}: shape: {expected}, got {shape}")
+            raise ConfigError(
+                f"{where}: shape: expected one that llama.cpp can compute, got {shape}"
+            )
     languages = dict[str, None]()  # each once
     for name in given["languages"]:
         languages |= dict.fromkeys(known if name == "all" else [name])

@@ -191,8 +191,10 @@ def plan_load(published: Path, settings: Settings, sha256: str, free: float) -> 
             need = sum(larger.values())
             if need <= free:
                 return LoadPlan(settings, tuned, larger, "")
-            freed = f"{free / MB:.0f} MB can be freed beside the reserve"
-            reason = f"its tuned file needs {need / MB:.0f} MB, and {freed}"
+            reason = (
+                f"its tuned file needs {need / MB:.0f} MB, and "
+                f"{free / MB:.0f} MB can be freed beside the reserve"
+            )
         except (ModelError, OSError) as error:
             reason = f"its tuned file cannot be used: {error}"
     return LoadPlan(settings, None, parts, reason)
@@ -200,8 +202,9 @@ def plan_load(published: Path, settings: Settings, sha256: str, free: float) -> 
 
 def untuned(model_id: str, reason: str) -> str:
     """The message of the log and of `--check`."""
-    mend = f"`vpsd.py tune {model_id}` finds its fastest encoding"
-    return f"{model_id} runs untuned: {reason}: {mend}"
+    return (
+        f"{model_id} runs untuned: {reason}: `vpsd.py tune {model_id}` finds its fastest encoding"
+    )
 
 
 # ------------------------------------------------------------------------------- policy: the choice
@@ -239,7 +242,6 @@ class Timing(NamedTuple):
         return READ_TOKENS * self.read + writing
 
 
-
 def multiplied(tensors: Sequence[Tensor]) -> tuple[list[Tensor], Tensor | None]:
     """The matrices that are multiplied, and which of them gives the logits."""
     matrices = {tensor.name: tensor for tensor in tensors if tensor.is_matrix}
@@ -250,7 +252,7 @@ def multiplied(tensors: Sequence[Tensor]) -> tuple[list[Tensor], Tensor | None]:
 
 def change_types(tensors: Sequence[Tensor], recipe: Mapping[str, str]) -> Types:
     """Apply a recipe."""
-    types = dict[str, str]()
+    types = {}
     for matrix in multiplied(tensors)[0]:
         new = recipe.get(matrix.type)
         if new and matrix.can_be(new):
@@ -511,8 +513,10 @@ class Tuner:
         """TuneError or OSError with the figures if the memory or the disk is too small."""
         need = self.memory({}, self.settings)
         if need > self.room:
-            expected = f"expected {need / MB:.0f} MB of memory beside the reserve"
-            raise TuneError(f"{expected}, got {self.room / MB:.0f} MB")
+            raise TuneError(
+                f"expected {need / MB:.0f} MB of memory beside the reserve, "
+                f"got {self.room / MB:.0f} MB"
+            )
         largest = 3 * self.path.stat().st_size // 2  # of a tuned file; samples take less
         check_disk(self.folder.parent, largest)
 
@@ -562,7 +566,7 @@ class Tuner:
 
     def passport(self, types: Types, settings: Settings, file: Path) -> Passport:
         matrices, output = multiplied(self.tensors)
-        changes = dict[str, str]()
+        changes = {}
         for matrix in matrices:
             if matrix.name in types:
                 old = f"{matrix.type} (output)" if matrix is output else matrix.type
@@ -678,8 +682,9 @@ def alone_in(folder: Path) -> Iterator[Path]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            message = "another process is tuning a model; expected to be the only one"
-            raise TuneError(message) from None
+            raise TuneError(
+                "another process is tuning a model; expected to be the only one"
+            ) from None
         for left in folder.glob(".work-*"):  # left by a run that was killed
             shutil.rmtree(left)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".work-") as temporary:

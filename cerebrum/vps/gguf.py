@@ -217,8 +217,9 @@ class Source:
             try:
                 content = field.contents()
             except UnicodeDecodeError:
-                expected = "expected text in UTF-8 in the header"
-                raise ModelError(f"{expected}, got other bytes in {name}") from None
+                raise ModelError(
+                    f"expected text in UTF-8 in the header, got other bytes in {name}"
+                ) from None
             item = field.types[-1] if is_array else None
             writer.add_key_value(name, content, field.types[0], item)
         for name, value in values.items():
@@ -227,7 +228,7 @@ class Source:
 
     def _sampled(self, layers: Sequence[int], vocabulary: int) -> dict[str, Tensor]:
         """The tensors of a file with only these layers and this many tokens, by name there."""
-        copies = dict[str, Tensor]()
+        copies = {}
         for tensor in self.tensors:
             name, layer = tensor.name, tensor.layer
             if layer in layers:

@@ -52,7 +52,7 @@ def shorter(settings: Settings) -> list[Settings]:
     least = min(MIN_FIT_TOKENS, most)
     step = FIT_STEP_TOKENS * max(1, (most - least) // (FIT_STEPS * FIT_STEP_TOKENS))
     lengths = [most, *reversed(range(least, most, step))]
-    found = list[Settings]()
+    found = []
     for sequences in range(settings.sequences, 0, -1):
         found += [replace(settings, sequences=sequences, n_ctx=n_ctx) for n_ctx in lengths]
     return found[1:]

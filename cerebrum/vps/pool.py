@@ -114,8 +114,7 @@ def room_for(
         return going
     figures = ", ".join(f"{name} {size / MB:.0f} MB" for name, size in parts.items())
     left = f"{max(0, most):.0f} MB are free beside the reserve of {reserve_mb:.0f} MB"
-    message = f"model {model} needs {need:.0f} MB ({figures}); {left}"
-    raise HttpError("RESOURCE_EXHAUSTED", message)
+    raise HttpError("RESOURCE_EXHAUSTED", f"model {model} needs {need:.0f} MB ({figures}); {left}")
 
 
 class Pool:
@@ -164,8 +163,9 @@ class Pool:
         """
         if model_id not in self.models:
             known = ", ".join(self.models)
-            message = f"model: expected one of {known}, got {describe(model_id)}"
-            raise HttpError("MODEL_NOT_FOUND", message)
+            raise HttpError(
+                "MODEL_NOT_FOUND", f"model: expected one of {known}, got {describe(model_id)}"
+            )
         return self.models[model_id]
 
     def refusal(self, model: Model) -> HttpError | None:
@@ -177,8 +177,10 @@ class Pool:
             return None  # a loaded model needs no file any more
         if not os.path.isfile(path):
             problem = f"model {model.id}: the file {model.file} is missing"
-            fetching = f"in the backend's folder on the VPS run: {self.fetch} {model.id}"
-            return HttpError("MODEL_NOT_FOUND", f"{problem}; {fetching}")
+            return HttpError(
+                "MODEL_NOT_FOUND",
+                f"{problem}; in the backend's folder on the VPS run: {self.fetch} {model.id}",
+            )
         message, stamp, until = self.failures.get(model.id, ("", "", 0.0))
         with contextlib.suppress(OSError):  # the file has just gone, and the next load will say so
             if time.monotonic() < until and stamp == file_stamp(path):
@@ -287,8 +289,7 @@ class Pool:
             self._remember(model, refusal)  # since each list of models asks
             raise refusal from None
         except OSError:
-            message = f"{problem}: the file cannot be read"
-            raise HttpError("MODEL_LOAD_FAILED", message) from None
+            raise HttpError("MODEL_LOAD_FAILED", f"{problem}: the file cannot be read") from None
 
     async def measure(self) -> None:
         """Let llama.cpp say what each model takes, half a second for a file, before a request has
