@@ -301,6 +301,6 @@ def threshold_of(models: Iterable[Model], id: str, wanted: float | str | None) -
     SUGGEST; None: all are.
     """
     if isinstance(wanted, str):
-        thresholds = {model.id: model.min_confidence for model in models}.get(id, {})
-        wanted = thresholds.get(wanted)
+        thresholds = {model.id: model.min_confidence for model in models}
+        wanted = thresholds.get(id, {}).get(wanted)
     return wanted or None

@@ -235,8 +235,7 @@ def has_health(host: str, port: int, member: str) -> bool:
 def check_pi(folder: Path, load: Load[PiConfig]) -> int:
     """Print all findings, and return the exit status."""
     report = Report()
-    config = read_settings(report, folder, load)
-    if config:
+    if config := read_settings(report, folder, load):
         if config.client_keys or config.clients is None:
             check_key(report, "CEREBRUM_CM4_API_KEY", config.client_keys)
         check_clients(report, config)
@@ -360,8 +359,7 @@ def check_vps(folder: Path, load: Load[VpsConfig]) -> int:
     import llama_cpp
 
     report = Report()
-    config = read_settings(report, folder, load)
-    if config:
+    if config := read_settings(report, folder, load):
         got = llama_cpp.__version__
         if got != LLAMA_CPP:
             report.add(
@@ -375,8 +373,9 @@ def check_vps(folder: Path, load: Load[VpsConfig]) -> int:
             config.access.keys,
             "`generate_api_key.sh --write FILE` makes one",
         )
-        unit = next(filter(Path.exists, SOCKET_UNITS), None)
-        if unit:  # a connection to its socket could start the daemon
+        if unit := next(
+            filter(Path.exists, SOCKET_UNITS), None
+        ):  # a connection to its socket could start the daemon
             report.add("ok", "address", f"that of systemd: `systemctl status {unit.name}` shows it")
         else:
             check_address(report, config, "CEREBRUM_VPS", "models_loaded")

@@ -192,6 +192,9 @@ class Field:
         return self.kind is str or text != ""
 
 
+Fields = Mapping[str, Field]  # by name
+
+
 def wrong(name: str, expected: str, got: Any) -> HttpError:
     return HttpError("INVALID_REQUEST", f"{name}: expected {expected}, got {describe(got)}")
 
@@ -206,9 +209,7 @@ def _is_unicode(value: str | list[str]) -> bool:
     return True
 
 
-def read_fields(
-    members: Mapping[str, Any], fields: Mapping[str, Field], where: str = ""
-) -> dict[str, Any]:
+def read_fields(members: Mapping[str, Any], fields: Fields, where: str = "") -> dict[str, Any]:
     """The checked fields of a request with defaults filled in; unknown members are ignored.
     HttpError 400 names the field, after `where`, what was expected and what was found.
     """
@@ -234,7 +235,7 @@ def read_fields(
     return values
 
 
-def read_object(value: Any, name: str, fields: Mapping[str, Field]) -> dict[str, Any]:
+def read_object(value: Any, name: str, fields: Fields) -> dict[str, Any]:
     """The checked members of an object within a request."""
     if not isinstance(value, dict):
         raise wrong(name, "an object", value)
@@ -242,7 +243,7 @@ def read_object(value: Any, name: str, fields: Mapping[str, Field]) -> dict[str,
 
 
 def read_objects(
-    value: Any, name: str, low: int, high: int, fields: Mapping[str, Field]
+    value: Any, name: str, low: int, high: int, fields: Fields
 ) -> list[dict[str, Any]]:
     """The checked members of each object in an array. HttpError 400 names the array, the index and
     the field.

@@ -275,8 +275,7 @@ class Service:
             log.exception(status)
         status = printable(status)
         notify(f"STATUS={timestamp()} {status}")  # `systemctl status` shows it
-        folder = os.environ.get("RUNTIME_DIRECTORY")
-        if folder:
+        if folder := os.environ.get("RUNTIME_DIRECTORY"):
             draft = Path(folder, "reload.part")
             with contextlib.suppress(OSError):  # reload.py then reports that no answer came
                 draft.write_text(f"{begun_ns} {status}", "utf-8")

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cerebrum.fields import Field, read_fields
+from cerebrum.fields import Field, Fields, members_of, read_fields
 from cerebrum_common import FIM_LAYOUTS, SUGGEST, HttpError, Model, log
 
 
-def read_table(table: Any, where: str, fields: Mapping[str, Field], *others: str) -> dict[str, Any]:
+def read_table(table: Any, where: str, fields: Fields, *others: str) -> dict[str, Any]:
     """The checked members of a TOML table, limited to `fields` and `others`. ConfigError says what
     is wrong.
     """
@@ -117,8 +117,7 @@ class Environment:
         """Log which of these variables have changed in `new`: the daemon uses them only at its
         start.
         """
-        changed = [name for name in names if self.text(name) != new.text(name)]
-        if changed:
+        if changed := [name for name in names if self.text(name) != new.text(name)]:
             log.warning("%s changed: restart the daemon to use it", ", ".join(changed))
 
     def log_level(self) -> str:
@@ -228,8 +227,7 @@ def _read_env(path: Path, known: Environment | None) -> dict[str, str]:
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
-        match = re.fullmatch(r"""\s*(?:export\s+)?([A-Za-z_]\w*)=(["']?)(.*?)\2\s*""", line)
-        if match:
+        if match := re.fullmatch(r"""\s*(?:export\s+)?([A-Za-z_]\w*)=(["']?)(.*?)\2\s*""", line):
             values[match[1]] = match[3]
         elif known:
             kept = {name: old for name, old in known.values.items() if name in line}
@@ -254,8 +252,7 @@ class Catalog:
         """The variables that hold keys: our own two, and each backend's `key_env`. No child process
         gets them.
         """
-        tables = [table for table in self.backends if isinstance(table, dict)]
-        named = [table.get("key_env") for table in tables]
+        named = [members_of(table).get("key_env") for table in self.backends]
         own = {"CEREBRUM_API_KEY", "CEREBRUM_CM4_API_KEY"}
         return frozenset(own.union(name for name in named if isinstance(name, str)))
 
@@ -330,7 +327,7 @@ def _read_model(entry: Any, where: str, known: Collection[str]) -> Model:
         raise ConfigError(f"{where}: sources: expected [[models.sources]], got something else")
     thresholds = entry.get("min_confidence", {})
     given["min_confidence"] = read_table(thresholds, f"{where}: min_confidence", THRESHOLDS)
-    shape: Mapping[str, int] = {}
+    shape: dict[str, Any] = {}
     if "shape" in entry:
         shape = read_table(entry["shape"], f"{where}: shape", SHAPE)
         if not _is_sound(shape):

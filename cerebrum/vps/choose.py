@@ -30,6 +30,9 @@ HINT_READ, HINT_WRITTEN = 200, 24  # tokens
 SMALL_BLOCKS = {"Q4_K": "Q5_0", "Q6_K": "Q8_0"}  # the types of rows that are no multiple of 256
 
 
+Shape = Mapping[str, int]  # of a model, as in models.toml
+
+
 class Matrix(NamedTuple):
     """A matrix of a model, or one for each expert."""
 
@@ -38,7 +41,7 @@ class Matrix(NamedTuple):
     shape: tuple[int, ...]  # the number of experts (if any), rows and columns
 
 
-def matrices(shape: Mapping[str, int], layers: int, vocabulary: int) -> list[Matrix]:
+def matrices(shape: Shape, layers: int, vocabulary: int) -> list[Matrix]:
     """The matrices of a model of this shape (models.toml), with this many layers and tokens. A
     Q4_K_M file has about half of attn_v and ffn_down in Q6_K.
     """
@@ -91,7 +94,7 @@ HEADER = {
 Arrays = dict[str, npt.NDArray[Any]]
 
 
-def small_tensors(shape: Mapping[str, int], layers: int, vocabulary: int) -> Arrays:
+def small_tensors(shape: Shape, layers: int, vocabulary: int) -> Arrays:
     """The tensors in floats: norms of ones, and random embeddings and routers, so that each token
     goes to other experts.
     """
@@ -109,9 +112,7 @@ def small_tensors(shape: Mapping[str, int], layers: int, vocabulary: int) -> Arr
     return tensors
 
 
-def write_sample(
-    path: Path, shape: Mapping[str, int], weights: Sequence[Matrix], layers: int
-) -> None:
+def write_sample(path: Path, shape: Shape, weights: Sequence[Matrix], layers: int) -> None:
     """A model of these matrices, for llama.cpp's architecture of the plain transformer. OSError if
     the disk is too small.
     """
@@ -150,7 +151,7 @@ class Speed(NamedTuple):
         return HINT_READ / READ_TOKENS * self.wait + HINT_WRITTEN / self.rate
 
 
-def predict(shape: Mapping[str, int], settings: Settings, folder: Path) -> Speed:
+def predict(shape: Shape, settings: Settings, folder: Path) -> Speed:
     """The speed of a model of this shape here, with the types and the attention that are faster, as
     `tune` will find them. Samples are written to `folder`. ModelError if llama.cpp fails, OSError
     if the disk is too small.

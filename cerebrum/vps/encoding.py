@@ -88,7 +88,7 @@ class Passport:
     threads: int
     micro_batch: int
     flash_attention: bool
-    types: Mapping[str, str]  # changed types, old to new; if empty, the published file is used
+    types: Types  # changed types, old to new; if empty, the published file is used
     size: int  # of the tuned file
     format: int = PASSPORT_FORMAT
 
@@ -250,8 +250,8 @@ def multiplied(tensors: Sequence[Tensor]) -> tuple[list[Tensor], Tensor | None]:
     return used, output
 
 
-def change_types(tensors: Sequence[Tensor], recipe: Mapping[str, str]) -> Types:
-    """Apply a recipe."""
+def change_types(tensors: Sequence[Tensor], recipe: Types) -> Types:
+    """Apply a recipe, which has the new type by the old one."""
     types = {}
     for matrix in multiplied(tensors)[0]:
         new = recipe.get(matrix.type)
@@ -330,8 +330,10 @@ class Outcome:
             compared = f"{self.agreement:.1%} of {AGREEMENT_TOKENS - AGREEMENT_SKIP} tokens of code"
             lines.append(f"same likeliest token as the published file after {compared}")
         if not self.tuned:
-            faster = f"nothing is {MIN_GAIN:.0%} faster here than the published file"
-            lines.append(f"{faster}, which is used as it is")
+            lines.append(
+                f"nothing is {MIN_GAIN:.0%} faster here than the published file, "
+                f"which is used as it is"
+            )
         return "\n".join(lines)
 
 
@@ -429,8 +431,7 @@ def agreement(
     token.
     """
     expected = likeliest(published, text, count)
-    found = likeliest(tuned, text, count)
-    pairs = zip(expected, found, strict=True)
+    pairs = zip(expected, likeliest(tuned, text, count), strict=True)
     return sum(old == new for old, new in pairs) / len(expected)
 
 

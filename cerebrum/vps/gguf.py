@@ -132,7 +132,7 @@ class Tensor:
         return np.concatenate(new_rows).reshape(self.shape(new))
 
 
-Types = Mapping[str, str]  # of the tensors that change: new type by name
+Types = Mapping[str, str]  # new ones, by the names of tensors or by the old types
 Values = Mapping[str, str | int]  # of a header, by key
 
 

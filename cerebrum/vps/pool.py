@@ -278,9 +278,8 @@ class Pool:
         """What would be loaded of the model if all idle models were unloaded. HttpError if the file
         cannot be used.
         """
-        idle_mb = megabytes(removable(self.instances.values()))
-        free = MB * (self._free_mb() + idle_mb)
         path = self.folder / model.file
+        free = MB * (self._free_mb() + megabytes(removable(self.instances.values())))
         problem = f"model {model.id} ({model.file})"
         try:
             return await asyncio.to_thread(plan_load, path, self.settings, model.sha256, free)
@@ -340,8 +339,7 @@ class Pool:
         while True:
             free_mb = self._free_mb()  # anew after each: the system changes meanwhile
             loaded = self.instances.values()
-            going = room_for(model_id, parts, free_mb, self.min_free_mb, loaded)
-            if not going:
+            if not (going := room_for(model_id, parts, free_mb, self.min_free_mb, loaded)):
                 return
             await self._unload(going[0])
 
@@ -381,8 +379,7 @@ class Pool:
         one, then drop saved prompts; HttpError 503 if that is not enough.
         """
         while available_mb() < self.min_free_mb:
-            going = removable(self.instances.values(), wanted)
-            if not going:
+            if not (going := removable(self.instances.values(), wanted)):
                 break
             await self._unload(going[0])
         for instance in self._saving():
