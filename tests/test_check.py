@@ -113,10 +113,10 @@ def vps(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
         yield started
 
 
-def test_all_is_well(vps: Daemon, tmp_path: Path) -> None:
+def test_all_is_well(vps, tmp_path):
     """As processes of their own, each beside its daemon."""
 
-    def check(name: str) -> list[str]:
+    def check(name):
         command = [*command_of(name), "--check"]
         done = subprocess.run(
             command, env=environment, stdout=subprocess.PIPE, text=True, timeout=PATIENCE
@@ -221,9 +221,7 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(("daemon", "name", "value", "found"), FAULTS)
-def test_a_fault(
-    vps: Daemon, tmp_path: Path, check: Any, daemon: str, name: str, value: str, found: list[str]
-) -> None:
+def test_a_fault(vps, tmp_path, check, daemon, name, value, found):
     (house := tmp_path / "house").write_text("anna annas-key\n")
     (bad := tmp_path / "bad").write_text(f"anna {KEY} many\n")
     value, *found = (text.format(port=vps.port, house=house, bad=bad) for text in (value, *found))
@@ -231,7 +229,7 @@ def test_a_fault(
     assert_found(check(daemon, given(tmp_path, **own), found[0].split()[1]), *found)
 
 
-def test_a_damaged_model(tmp_path: Path, check: Any) -> None:
+def test_a_damaged_model(tmp_path, check):
     for file, weights, named in (
         ("tiny", WEIGHTS + b"x", f"{SIZE} {SIZE + 1}"),
         ("tiny", DAMAGED, f"{SUM} {sha256(DAMAGED).hexdigest()}"),
@@ -245,7 +243,7 @@ def test_a_damaged_model(tmp_path: Path, check: Any) -> None:
         assert_found(damaged, f"FAIL models {file} {named} fetch")
 
 
-def test_a_model_that_is_tuned_or_not(tmp_path: Path, check: Any, capsys: Any) -> None:
+def test_a_model_that_is_tuned_or_not(tmp_path, check, capsys):
     """By --check, and by the command that tells cerebrum-llama what to tune."""
     environment = given(tmp_path)
     state, other = tmp_path / "state", tmp_path / "models/other.gguf"
@@ -263,7 +261,7 @@ def test_a_model_that_is_tuned_or_not(tmp_path: Path, check: Any, capsys: Any) -
     }
     here |= {"flash_attention": False, "size": SIZE}
 
-    def write(name: str, **changes: Any) -> None:
+    def write(name, **changes):
         fits = {
             "source": SUM,
             "file": file_stamp(tmp_path / f"models/{name}.gguf"),
@@ -271,7 +269,7 @@ def test_a_model_that_is_tuned_or_not(tmp_path: Path, check: Any, capsys: Any) -
         } | here
         passport_path(tuned[name]).write_text(json.dumps(asdict(Passport(**fits | changes))))
 
-    def found(name: str, **changes: Any) -> str:
+    def found(name, **changes):
         write(name, **changes)
         (said,) = (line for line in check("vpsd", environment, "tuned") if f"tuned {name} " in line)
         assert vpsd.main(["memory"]) == 0
@@ -305,7 +303,7 @@ def test_a_model_that_is_tuned_or_not(tmp_path: Path, check: Any, capsys: Any) -
     )
 
 
-def test_one_of_two_backends_is_away(vps: Daemon, tmp_path: Path, check: Any) -> None:
+def test_one_of_two_backends_is_away(vps, tmp_path, check):
     tables = TABLE.format("attic", f"127.0.0.1:{vps.port}") + TABLE.format("desktop", "127.0.0.1:1")
     environment = given(tmp_path, CATALOG + tables, CEREBRUM_ATTIC_KEY=KEY)
     assert_found(
@@ -317,18 +315,14 @@ def test_one_of_two_backends_is_away(vps: Daemon, tmp_path: Path, check: Any) ->
 
 
 @pytest.mark.parametrize(("stats", "has"), [({"version": "0.0.1"}, "0.0.1"), ({}, "unknown")])
-def test_a_backend_of_another_version_without_models(
-    tmp_path: Path, check: Any, stats: Any, has: str
-) -> None:
+def test_a_backend_of_another_version_without_models(tmp_path, check, stats, has):
     with in_a_thread(Backend(models=answer(200, MODELS), stats=answer(200, stats))) as backend:
         environment = given(tmp_path, CEREBRUM_VPS_URL=f"http://127.0.0.1:{backend.port}")
         assert_found(check("cm4d", environment, "version"), f"warn version vps {has} {VERSION}")
         assert_found(check("cm4d", environment, "models"), "FAIL models vps models.toml fetch")
 
 
-def test_backends_that_do_not_answer(
-    tmp_path: Path, check: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_backends_that_do_not_answer(tmp_path, check, monkeypatch):
     monkeypatch.setattr(cerebrum_check, "BACKEND_SECONDS", 0.5)
     ended = threading.Event()
     find = {"127.0.0.1": socket.getaddrinfo, "hangs": lambda *_: ended.wait()}
@@ -341,9 +335,7 @@ def test_backends_that_do_not_answer(
     assert_found(found, f"FAIL backend one {address} time", "FAIL backend two hangs:1 time")
 
 
-def test_the_credentials_of_the_units(
-    tmp_path: Path, check: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_credentials_of_the_units(tmp_path, check, monkeypatch):
     """Root reads them. Any other user is warned that keys may be there."""
     environment = given(tmp_path, CEREBRUM_API_KEY="")
     del environment["CREDENTIALS_DIRECTORY"]
@@ -358,9 +350,7 @@ def test_the_credentials_of_the_units(
     assert_found(check("vpsd", given(tmp_path, CEREBRUM_API_KEY=""), "settings"), VALID)
 
 
-def test_systemd_and_another_llama_cpp(
-    vps: Any, tmp_path: Path, check: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_systemd_and_another_llama_cpp(vps, tmp_path, check, monkeypatch):
     """Nobody connects to systemd's socket, since that could start the backend."""
     monkeypatch.setattr(
         cerebrum_check, "SOCKET_UNITS", [tmp_path / "none", tmp_path / "catalog.toml"]
@@ -372,8 +362,8 @@ def test_systemd_and_another_llama_cpp(
     assert_found(check("vpsd", environment, "packages"), wanted)
 
 
-def test_the_limit_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    def memory(min_free_mb: str) -> list[str]:
+def test_the_limit_of_memory(tmp_path, monkeypatch, capsys):
+    def memory(min_free_mb):
         monkeypatch.setenv("CEREBRUM_MIN_FREE_MB", min_free_mb)
         assert vpsd.main(["memory"]) == 0
         return str(capsys.readouterr().out).splitlines()
@@ -397,13 +387,13 @@ def test_the_limit_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
 # ------------------------------------------------------------------------------ versions, arguments
 
 
-def test_one_version() -> None:
+def test_one_version():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["version"] == VERSION == cerebrum_lsp.VERSION
     assert f"llama-cpp-python=={cerebrum_check.LLAMA_CPP}" in project["dependencies"]
 
 
-def test_the_example_lists_every_variable() -> None:
+def test_the_example_lists_every_variable():
     listed = set(re.findall(r"CEREBRUM_\w+", (ROOT / ".env.example").read_text()))
     others = {
         "CEREBRUM_CM4",
@@ -417,7 +407,7 @@ def test_the_example_lists_every_variable() -> None:
 
 
 @pytest.mark.parametrize(("name", "main"), [("cm4d", cm4d.main), ("vpsd", vpsd.main)])
-def test_version_help_and_wrong_arguments(name: str, main: Any, capsys: Any) -> None:
+def test_version_help_and_wrong_arguments(name, main, capsys):
     for argument, status, words in (
         ("--version", 0, [f"{name} {VERSION}\n"]),
         ("--help", 0, ["usage:", "--check", ".env", "models.toml", "exit status:", "  2  "]),
@@ -429,7 +419,7 @@ def test_version_help_and_wrong_arguments(name: str, main: Any, capsys: Any) -> 
         assert (ended.value.code, [word for word in words if word not in said]) == (status, [])
 
 
-def test_a_python_without_the_packages() -> None:
+def test_a_python_without_the_packages():
     command = [sys.executable, "-S", str(ROOT / "vpsd.py"), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert (done.returncode, done.stdout) == (2, "")

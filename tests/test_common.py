@@ -6,7 +6,6 @@ import ast
 import re
 import shutil
 import socket
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from cerebrum.fields import Field, describe, read_fields
 from cerebrum.http import own_names
 from cerebrum.settings import ConfigError, Environment, load_catalog, read_environment
 from cerebrum.text.languages import LANGUAGES
-from cerebrum_common import HttpError, Model, error_body, error_event, sse_event, timestamp
+from cerebrum_common import HttpError, error_body, error_event, sse_event, timestamp
 
 # ------------------------------------------------------------------------------------------- fields
 
@@ -47,7 +46,7 @@ RULES: list[
 
 
 @pytest.mark.parametrize(("rule", "good", "bad", "expected"), RULES)
-def test_fields(rule: Field, good: list[Any], bad: list[Any], expected: str) -> None:
+def test_fields(rule, good, bad, expected):
     for value in good:
         (read,) = read_fields({"x": value}, {"x": rule}).values()
         assert read == ([value] if rule.kind is list and isinstance(value, str) else value)
@@ -59,7 +58,7 @@ def test_fields(rule: Field, good: list[Any], bad: list[Any], expected: str) -> 
         assert error.value.message == f"x: expected {expected}, got {describe(value)}"
 
 
-def test_other_fields_and_surrogates() -> None:
+def test_other_fields_and_surrogates():
     assert read_fields({"y": 1}, {"x": Field(int, default=7)}) == {"x": 7}
     with pytest.raises(HttpError, match="x: expected an integer, got nothing"):
         read_fields({}, {"x": Field(int, required=True)})
@@ -68,7 +67,7 @@ def test_other_fields_and_surrogates() -> None:
             read_fields({"x": value}, {"x": Field(type(value), 0, 9)})
 
 
-def test_describe() -> None:
+def test_describe():
     prompts = [
         ("def f():", "a string of 8 characters"),
         ("a" * 99, "a string of 99 characters"),
@@ -83,7 +82,7 @@ def test_describe() -> None:
         assert describe(value) == text
 
 
-def test_shapes() -> None:
+def test_shapes():
     error = HttpError("INVALID_REQUEST", "no", extra={"n_ctx": 4})
     body = error_body(error)
     assert list(body) == ["error", "message", "code", "timestamp", "n_ctx"]
@@ -103,7 +102,7 @@ def test_shapes() -> None:
 # ------------------------------------------------------------------------------------ configuration
 
 
-def test_dotenv(tmp_path: Path) -> None:
+def test_dotenv(tmp_path):
     text = "\ufeff# comment\r\n\nA=1\nexport B='two words'\nC=\"x\"\nD=a#b \nE=\nF=it's\nG=a=b\r\n"
     (tmp_path / ".env").write_text(text, "utf-8")
     environment = read_environment({"A": "env", "E": "env"}, tmp_path)
@@ -121,7 +120,7 @@ def test_dotenv(tmp_path: Path) -> None:
     assert read_environment({"X": "1"}, tmp_path / "absent").text("X") == "1"
 
 
-def test_bad_dotenv(tmp_path: Path) -> None:
+def test_bad_dotenv(tmp_path):
     for line in ("A", "A = 1", "1A=1", "=1", "A B=1", "\x85A"):
         (tmp_path / ".env").write_text("X=1\n" + line + "\n", "utf-8")
         with pytest.raises(ConfigError, match=r"\.env: line 2: expected NAME=value"):
@@ -133,7 +132,7 @@ def test_bad_dotenv(tmp_path: Path) -> None:
             read_environment({}, folder)
 
 
-def test_environment() -> None:
+def test_environment():
     environment = Environment({"N": "1.5", "I": "7", "L": " a, B ,,", "Z": ""})
     assert environment.number("N", 0, 0, 2) == 1.5
     assert environment.integer("I", 0, 0, 9) == 7
@@ -147,7 +146,7 @@ def test_environment() -> None:
         environment.integer("N", 0, 0, 10)
 
 
-def test_the_first_place_that_has_a_variable_wins(tmp_path: Path) -> None:
+def test_the_first_place_that_has_a_variable_wins(tmp_path):
     (tmp_path / ".env").write_text(
         "CEREBRUM_A=env-file\nCEREBRUM_B=env-file\nCEREBRUM_C=env-file\n"
     )
@@ -174,7 +173,7 @@ def test_the_first_place_that_has_a_variable_wins(tmp_path: Path) -> None:
     assert read_environment(environ, tmp_path).text("CEREBRUM_C") == "environment"
 
 
-def test_keys() -> None:
+def test_keys():
     for text, keys in (
         ("", ()),
         ("one", ("one",)),
@@ -196,7 +195,7 @@ GOOD = '[[models]]\nid = "m"\nname = "M"\nparameters = "1B"\nquantization = "Q4"
 GOOD += 'languages = ["python"]\n'
 
 
-def test_the_table_of_models() -> None:
+def test_the_table_of_models():
     served = {model.id: model.languages for model in SHIPPED}
     assert list(served).index("codellama_7b") < list(served).index("qwen_7b")
     assert served.pop("codellama_7b") == ("rust", "c", "cpp", "go")
@@ -207,7 +206,7 @@ def test_the_table_of_models() -> None:
 
 
 @pytest.mark.parametrize("model", SHIPPED, ids=lambda model: model.id)
-def test_a_shape_has_as_many_weights_as_the_publisher_counts(model: Model) -> None:
+def test_a_shape_has_as_many_weights_as_the_publisher_counts(model):
     layers, width, heads, kv_heads, head, feed_forward, vocabulary, experts, used = (
         model.shape.values()
     )
@@ -282,7 +281,7 @@ BAD: list[tuple[str | bytes | None, str]] = [  # a models.toml, and what is said
 
 
 @pytest.mark.parametrize(("text", "says"), BAD)
-def test_bad_models(tmp_path: Path, text: str | bytes | None, says: str) -> None:
+def test_bad_models(tmp_path, text, says):
     path = tmp_path / "models.toml"
     if text is not None:
         path.write_bytes(text.encode() if isinstance(text, str) else text)
@@ -291,7 +290,7 @@ def test_bad_models(tmp_path: Path, text: str | bytes | None, says: str) -> None
     assert str(error.value).startswith(f"CEREBRUM_MODELS_FILE: {path}: ")
 
 
-def test_preferences_and_any_language_may_be_named(tmp_path: Path) -> None:
+def test_preferences_and_any_language_may_be_named(tmp_path):
     path = tmp_path / "models.toml"
     other = GOOD.replace('"m"', '"n"').replace(
         '["python"]', '["python", "haskell", "c#", "objective-c", "F90"]'
@@ -309,7 +308,7 @@ def test_preferences_and_any_language_may_be_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["cm4d.py", "vpsd.py"])
-def test_a_daemon_can_be_read_by_the_python_that_it_refuses(name: str) -> None:
+def test_a_daemon_can_be_read_by_the_python_that_it_refuses(name):
     """Debian 11's Python 3.9 has to come as far as the line that says which one is expected."""
     source = (ROOT / name).read_text()
     ast.parse(source, feature_version=(3, 8))

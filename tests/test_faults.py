@@ -261,7 +261,7 @@ def cable() -> Iterator[Cable]:
         pytest.skip(f"needs network namespaces: {error.stderr.strip()}")
 
 
-async def test_a_cable_is_cut(cable: Cable, measured: Path, tmp_path: Path) -> None:
+async def test_a_cable_is_cut(cable, measured, tmp_path):
     """With three things under way at once, since each side waits half a minute for the other
     one.
     """
@@ -341,7 +341,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
-async def test_the_disk_is_full(disk: Path, tmp_path: Path) -> None:
+async def test_the_disk_is_full(disk, tmp_path):
     """Logs, measurements and caches are given up, completions are not; with room again, all is
     written again.
     """
@@ -354,7 +354,7 @@ async def test_the_disk_is_full(disk: Path, tmp_path: Path) -> None:
         client,
     ):
 
-        async def complete(request_id: str) -> None:
+        async def complete(request_id):
             reply = await client.ask(
                 "POST", "/v1/complete", fields(max_tokens=4), X_Request_ID=request_id
             )
@@ -387,7 +387,7 @@ FAKETIME = next(iter(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1")), No
 
 
 @pytest.mark.skipif(not FAKETIME, reason="needs libfaketime")
-async def test_the_clock_jumps(folder: Path) -> None:
+async def test_the_clock_jumps(folder):
     """As when a Pi without a clock of its own hears of the time. Both daemons serve meanwhile."""
     clock = folder / "clock"
     clock.write_text("+0")
@@ -439,17 +439,17 @@ async def test_the_clock_jumps(folder: Path) -> None:
 # -------------------------------------------------------------------------------------------- files
 
 
-async def test_a_model_file_is_damaged_while_it_is_served(folder: Path) -> None:
+async def test_a_model_file_is_damaged_while_it_is_served(folder):
     (folder / "models").mkdir()
     file = Path(shutil.copy(WEIGHTS, folder / "models"))
     middle = WEIGHTS.stat().st_size // 2
 
-    def damage() -> None:
+    def damage():
         with file.open("r+b") as opened:
             opened.seek(middle)
             opened.write(random.Random(1).randbytes(1 << 20))
 
-    def damage_in_secret() -> None:
+    def damage_in_secret():
         """The time of writing can be set back; that of the last change cannot."""
         stamp = file.stat()
         damage()
@@ -457,7 +457,7 @@ async def test_a_model_file_is_damaged_while_it_is_served(folder: Path) -> None:
 
     with both(folder, CEREBRUM_MODELS_DIR=str(file.parent)) as (vps, _, client):
 
-        async def outcome() -> str:
+        async def outcome():
             reply = (await client.complete(**fields(max_tokens=16))).json
             assert str(folder) not in str(reply)
             return str(reply.get("completion") or reply["code"])
@@ -482,7 +482,7 @@ async def test_a_model_file_is_damaged_while_it_is_served(folder: Path) -> None:
 # -------------------------------------------------------------------------- what goes wrong in vpsd
 
 
-async def test_one_request_is_found_on_both_sides_by_its_id(folder: Path) -> None:
+async def test_one_request_is_found_on_both_sides_by_its_id(folder):
     with both(folder, GOOD_DECODES="8", THEN="fail", CEREBRUM_DRAFT="0") as (vps, pi, client):
         fault = rf"model={SMALL} tokens=\d+ ttft=Ns [A-Z_]+: the model could not be evaluated"
         for request_id, more, status, theirs, says in (
@@ -517,7 +517,7 @@ async def test_one_request_is_found_on_both_sides_by_its_id(folder: Path) -> Non
 
 
 @pytest.mark.alone  # a busy machine makes no progress either
-async def test_a_wedged_worker_is_noticed(folder: Path) -> None:
+async def test_a_wedged_worker_is_noticed(folder):
     """It may load, measure and read for long. test_service.py has what the watchdog makes of it."""
     shutil.rmtree(folder / "state")  # so it measures
     given = {
@@ -578,7 +578,7 @@ def holdings(process: Daemon) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("requests", [2_000, pytest.param(11_000, marks=pytest.mark.nightly)])
-async def test_thousands_of_requests_leave_nothing(folder: Path, requests: int) -> None:
+async def test_thousands_of_requests_leave_nothing(folder, requests):
     models = folder / "models"
     models.mkdir()
     (models / WEIGHTS.name).symlink_to(WEIGHTS)  # the only one, so also that of the dialects
@@ -595,9 +595,7 @@ async def test_thousands_of_requests_leave_nothing(folder: Path, requests: int) 
     ):
         sent: dict[str, str] = {}  # what each request was to become, by its id
 
-        async def serve(
-            client: Client, draw: random.Random, numbers: Iterator[int], phase: str
-        ) -> None:
+        async def serve(client, draw, numbers, phase):
             for number in numbers:
                 request_id = f"soak.{phase}.{number}"
                 if (
@@ -618,7 +616,7 @@ async def test_thousands_of_requests_leave_nothing(folder: Path, requests: int) 
                 assert (reply.status, reply.clean) == (status, True), (path, body, reply.body)
                 sent[request_id] = f"{method} {path} {status}"
 
-        async def many(count: int, phase: str) -> None:
+        async def many(count, phase):
             numbers = iter(range(count))
             async with asyncio.TaskGroup() as group:
                 for n in range(CLIENTS):
@@ -666,7 +664,7 @@ async def test_thousands_of_requests_leave_nothing(folder: Path, requests: int) 
 
 
 @pytest.mark.parametrize("kills", [4, pytest.param(12, marks=pytest.mark.nightly)])
-async def test_the_vps_is_killed_at_any_moment(folder: Path, kills: int) -> None:
+async def test_the_vps_is_killed_at_any_moment(folder, kills):
     """The next one starts, uses nothing that was half written, and leaves nothing of it."""
     draw, state = random.Random(9), folder / "state"
     for number, moment in zip(

@@ -189,7 +189,7 @@ def tuned_file(folder: Path, model: str = A) -> TunedFile:
     )
 
 
-async def test_a_model_is_loaded_from_its_tuned_file_or_the_log_says_why_not(house: House) -> None:
+async def test_a_model_is_loaded_from_its_tuned_file_or_the_log_says_why_not(house):
     tuned, why = tuned_file(house.folder), "it was tuned for cpus 4, here it is 2"
     found = {house.file(): (tuned, ""), house.file(B): (None, why)}
     house.patch(
@@ -202,10 +202,8 @@ async def test_a_model_is_loaded_from_its_tuned_file_or_the_log_says_why_not(hou
 
 
 @pytest.mark.parametrize("damaged", [False, True])
-async def test_a_tuned_file_that_does_not_fit_or_is_damaged_is_not_used(
-    house: House, damaged: bool
-) -> None:
-    def needed(path: Path, _: Any) -> Any:
+async def test_a_tuned_file_that_does_not_fit_or_is_damaged_is_not_used(house, damaged):
+    def needed(path, _):
         if path == tuned.path and damaged:
             raise ModelError("it is damaged")
         return [{"weights": (9 if path == tuned.path else 1) * MB}]
@@ -221,8 +219,8 @@ async def test_a_tuned_file_that_does_not_fit_or_is_damaged_is_not_used(
     assert house.warnings() == [untuned(B, why), untuned(A, why)]
 
 
-async def test_a_model_that_does_not_fit_gets_a_shorter_context(house: House) -> None:
-    async def listed() -> dict[str, tuple[int, bool]]:
+async def test_a_model_that_does_not_fit_gets_a_shorter_context(house):
+    async def listed():
         # type: ignore[arg-type]
         entries: Any = (await vpsd.models(house.engine, SimpleNamespace())).body
         return {entry["id"]: (entry["n_ctx"], entry["available"]) for entry in entries["models"]}
@@ -252,12 +250,10 @@ async def test_a_model_that_does_not_fit_gets_a_shorter_context(house: House) ->
 
 
 @pytest.mark.parametrize("place", ["prepare", "_load", "relieve"])
-async def test_any_fault_on_the_way_becomes_a_response(
-    house: House, monkeypatch: Any, place: str
-) -> None:
+async def test_any_fault_on_the_way_becomes_a_response(house, monkeypatch, place):
     fault = FileNotFoundError(2, "gone", "/secret")
 
-    async def fail(*_: Any, **__: Any) -> None:
+    async def fail(*_, **__):
         raise fault
 
     if place == "prepare":
@@ -274,7 +270,7 @@ async def test_any_fault_on_the_way_becomes_a_response(
     monkeypatch.undo()
 
 
-async def test_a_model_file_that_vanishes_is_a_load_that_failed(house: House) -> None:
+async def test_a_model_file_that_vanishes_is_a_load_that_failed(house):
     house.patch(encoding, "needed", memory.needed)
     completion, file = house.ask(), house.file()
     file.unlink()
@@ -298,7 +294,7 @@ class Block:
         return None, ""
 
 
-async def test_a_load_is_finished_though_its_client_has_left(house: House) -> None:
+async def test_a_load_is_finished_though_its_client_has_left(house):
     completion, before = house.ask(), time.monotonic()
     worker = await house.begun()
     house.engine.finish(completion)
@@ -309,7 +305,7 @@ async def test_a_load_is_finished_though_its_client_has_left(house: House) -> No
     assert await house.idle() is worker
 
 
-async def test_requests_that_replace_each_other_start_one_load(house: House) -> None:
+async def test_requests_that_replace_each_other_start_one_load(house):
     """Even if each of them leaves before the worker starts."""
     block = Block(house)
     for _ in range(3):
@@ -324,7 +320,7 @@ async def test_requests_that_replace_each_other_start_one_load(house: House) -> 
 
 
 @pytest.mark.parametrize("stopped", ["daemon", "load"])
-async def test_a_load_that_has_not_begun_can_be_stopped(house: House, stopped: str) -> None:
+async def test_a_load_that_has_not_begun_can_be_stopped(house, stopped):
     block, completion = Block(house), house.ask()
     await until(lambda: block.reached)
     if stopped == "daemon":
@@ -342,7 +338,7 @@ async def test_a_load_that_has_not_begun_can_be_stopped(house: House, stopped: s
 
 
 @pytest.mark.parametrize("why", ["unload", "memory"])
-async def test_a_load_that_nobody_waits_for_can_be_stopped(house: House, why: str) -> None:
+async def test_a_load_that_nobody_waits_for_can_be_stopped(house, why):
     house.room = 1
     waiting = house.ask()
     worker = await house.begun()
@@ -361,9 +357,9 @@ async def test_a_load_that_nobody_waits_for_can_be_stopped(house: House, why: st
 
 
 async def test_a_file_that_could_not_be_loaded_is_not_read_again_for_each_request(
-    house: House,
-) -> None:
-    async def fail() -> None:
+    house,
+):
+    async def fail():
         """For the client that waits, and for one that comes while the load fails."""
         waiting, worker = house.ask(), await house.begun()
         worker.ending.set_result(None)
@@ -387,7 +383,7 @@ async def test_a_file_that_could_not_be_loaded_is_not_read_again_for_each_reques
     assert not house.pool.refusal(house.pool.models[A])
 
 
-async def test_a_loaded_model_needs_no_file(house: House) -> None:
+async def test_a_loaded_model_needs_no_file(house):
     worker = await house.idle()
     house.file().unlink()
     await house.idle()
@@ -400,7 +396,7 @@ async def test_a_loaded_model_needs_no_file(house: House) -> None:
 # ------------------------------------------------------------------------------------------- memory
 
 
-async def test_two_requests_both_wait_for_the_idle_model_that_makes_room(house: House) -> None:
+async def test_two_requests_both_wait_for_the_idle_model_that_makes_room(house):
     idle = await house.idle()
     house.patch(pool, "available_mb", lambda: (1 << 20) * (A not in house.pool.instances))
     completions = [house.ask(B), house.ask(B)]
@@ -414,10 +410,10 @@ async def test_two_requests_both_wait_for_the_idle_model_that_makes_room(house: 
         house.engine.finish(completion)
 
 
-async def test_saved_prompts_are_dropped_before_a_request_is_refused(house: House) -> None:
+async def test_saved_prompts_are_dropped_before_a_request_is_refused(house):
     worker, dropped, available = await house.idle(), list[int](), 900
 
-    def shed(size: int) -> Future[None]:
+    def shed(size):
         nonlocal available
         dropped.append(size)
         available, worker.stored_bytes, done = available + 130, 0, Future[None]()
@@ -455,7 +451,7 @@ ROOM: list[tuple[float, str]] = [  # megabytes that are free, which go for a mod
 ]
 
 
-def test_room_for_a_model() -> None:
+def test_room_for_a_model():
     parts = {"weights": 600 * MB, "kv": 400 * MB}
     for free, going in ROOM:
         assert [one.model.id for one in pool.room_for("x", parts, free, 50, HELD)] == [*going]
@@ -482,7 +478,7 @@ LIMITS += [
 ]
 
 
-def test_the_limit_of_the_service_counts(patch: Callable[..., None], tmp_path: Path) -> None:
+def test_the_limit_of_the_service_counts(patch, tmp_path):
     """A model that does not fit into MemoryMax= is refused. The kernel would end the daemon."""
     (tmp_path / "table").write_text(
         "1:name=systemd:/x\n0::/system.slice/cerebrum-backend.service\n"
@@ -504,7 +500,7 @@ def request_for(model: str = A) -> Any:
     return SimpleNamespace(body=json.dumps({"model": model, "prompt": "x"}).encode(), notes={})
 
 
-async def test_a_stream_sends_the_events_before_an_error_first(house: House) -> None:
+async def test_a_stream_sends_the_events_before_an_error_first(house):
     error, stream = HttpError("INTERNAL_ERROR", "fault"), events_of(house.engine, request_for())
     answer = asyncio.ensure_future(anext(stream))
     await house.begun()
@@ -517,8 +513,8 @@ async def test_a_stream_sends_the_events_before_an_error_first(house: House) -> 
 
 
 async def test_a_newer_request_replaces_the_older_of_its_session_unless_it_is_refused(
-    house: House,
-) -> None:
+    house,
+):
     older, other = house.ask(session="s"), house.ask(session="t")
     house.engine.cpu.others_percent = 100.0
     for model, code in ((A, "RESOURCE_EXHAUSTED"), ("unknown", "MODEL_NOT_FOUND")):
@@ -531,7 +527,7 @@ async def test_a_newer_request_replaces_the_older_of_its_session_unless_it_is_re
         house.engine.finish(completion)
 
 
-async def test_a_worker_that_has_hung_is_noticed_and_left(house: House) -> None:
+async def test_a_worker_that_has_hung_is_noticed_and_left(house):
     house.patch(vpsd, "KEEPALIVE_SECONDS", 0.01)
     house.patch(vpsd, "HEAD_SECONDS", 0.01)
     await house.idle()
@@ -551,7 +547,7 @@ async def test_a_worker_that_has_hung_is_noticed_and_left(house: House) -> None:
 
 
 @pytest.mark.parametrize("by_hand", [False, True])
-async def test_a_request_during_a_clean_up_keeps_its_model(house: House, by_hand: bool) -> None:
+async def test_a_request_during_a_clean_up_keeps_its_model(house, by_hand):
     first, second = await house.idle(A), await house.idle(B)
     cleanup = (
         vpsd.cleanup(house.engine, SimpleNamespace()) if by_hand else house.pool.unload_unused()
@@ -566,7 +562,7 @@ async def test_a_request_during_a_clean_up_keeps_its_model(house: House, by_hand
     house.engine.finish(completion)
 
 
-async def test_the_cpu_is_watched_while_a_model_is_unloaded(house: House) -> None:
+async def test_the_cpu_is_watched_while_a_model_is_unloaded(house):
     house.patch(vpsd, "SAMPLE_SECONDS", 0.0)
     house.patch(vpsd, "CLEANUP_SECONDS", 0.0)
     worker, samples = await house.idle(), list[int]()
@@ -584,12 +580,10 @@ async def test_the_cpu_is_watched_while_a_model_is_unloaded(house: House) -> Non
 
 
 @pytest.mark.parametrize("task", ["watch_cpu", "clean_up"])
-def test_housekeeping_that_fails_ends_the_daemon(
-    patch: Callable[..., None], tmp_path: Path, task: str
-) -> None:
+def test_housekeeping_that_fails_ends_the_daemon(patch, tmp_path, task):
     """systemd starts it again. With a frozen CPU meter, every request could be refused."""
 
-    async def fail(_: Any) -> None:
+    async def fail(_):
         raise OSError(5, "of /proc")
 
     patch(Engine, task, fail)
@@ -601,7 +595,7 @@ def test_housekeeping_that_fails_ends_the_daemon(
     assert asyncio.run(served) == 1
 
 
-async def test_new_settings_take_models_and_let_go_on_what_runs(house: House) -> None:
+async def test_new_settings_take_models_and_let_go_on_what_runs(house):
     house.room = 3
     engine, running, idle = house.engine, await house.loaded(A), await house.idle(B)
     models = (
@@ -627,7 +621,7 @@ async def test_new_settings_take_models_and_let_go_on_what_runs(house: House) ->
     engine.finish(again)
 
 
-async def test_a_model_that_is_listed_no_more_is_unloaded(house: House) -> None:
+async def test_a_model_that_is_listed_no_more_is_unloaded(house):
     fewer = tuple(model for model in house.engine.config.models if model.id not in (A, B))
     worker, waiting = await house.idle(), house.ask(B)
     loading = await house.begun(B)
@@ -640,9 +634,7 @@ async def test_a_model_that_is_listed_no_more_is_unloaded(house: House) -> None:
 
 
 @pytest.mark.parametrize("change", [{"fim": ("<a>", "<b>", "<c>")}, {"fim_layout": "spm"}])
-async def test_new_marks_of_a_gap_reach_a_loaded_model(
-    house: House, change: dict[str, Any]
-) -> None:
+async def test_new_marks_of_a_gap_reach_a_loaded_model(house, change):
     worker, model = await house.idle(), replace(house.pool.models[A], **change)
     house.reconfigure(models=(model,))
     assert worker.stopping
@@ -652,7 +644,7 @@ async def test_new_marks_of_a_gap_reach_a_loaded_model(
     assert (loader.fim, loader.layout) == (model.fim, model.fim_layout)
 
 
-async def test_what_was_kept_of_a_model_goes_when_it_is_listed_no_more(house: House) -> None:
+async def test_what_was_kept_of_a_model_goes_when_it_is_listed_no_more(house):
     """But not because its file or a disk is missing."""
     state, models, file = house.folder / "state", house.engine.config.models, house.file().name
     names = (
@@ -669,7 +661,7 @@ async def test_what_was_kept_of_a_model_goes_when_it_is_listed_no_more(house: Ho
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
 
-    def left() -> list[Path]:
+    def left():
         return sorted(path for path in state.glob("*/**/*") if path.is_file())
 
     completion, worker = await house.loaded(), house.worker()
@@ -686,7 +678,7 @@ async def test_what_was_kept_of_a_model_goes_when_it_is_listed_no_more(house: Ho
     await until(lambda: left() == sorted(others))
 
 
-async def test_a_clock_that_jumps_unloads_nothing(house: House) -> None:
+async def test_a_clock_that_jumps_unloads_nothing(house):
     await house.idle()
     house.reconfigure(idle_minutes=1)
     now = time.time()

@@ -14,7 +14,6 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -90,7 +89,7 @@ def check_agreement(samples: Samples, stats: dict[str, Any]) -> None:
 # ---------------------------------------------------------------------------------------- the table
 
 
-def test_a_row_is_a_metric_and_a_member_of_the_statistics() -> None:
+def test_a_row_is_a_metric_and_a_member_of_the_statistics():
     assert doctest.testmod(metrics).failed == 0
     histogram = Histogram((0.1, 1.0))
     for value in (0.0, 0.1, 0.1000001, 1.0, 1e9):
@@ -132,7 +131,7 @@ def test_a_row_is_a_metric_and_a_member_of_the_statistics() -> None:
 # --------------------------------------------------------------------------------- the Pi, scripted
 
 
-async def test_the_pi_counts_what_it_does() -> None:
+async def test_the_pi_counts_what_it_does():
     work = {"prompt_tokens": 9, "cached_tokens": 6, "draft_tokens": 3, "accepted_tokens": 2}
     whole = event(done=True, total_tokens=4, finish_reason="block", **work)
     lies = {"prompt_tokens": 1, "cached_tokens": 5, "draft_tokens": -1, "accepted_tokens": "2"}
@@ -194,7 +193,7 @@ async def test_the_pi_counts_what_it_does() -> None:
         assert (stats["requests_total"], stats["breaker"]["state"]) == (6, "closed")
 
 
-async def test_the_breaker_that_opens_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_breaker_that_opens_is_seen(monkeypatch):
     monkeypatch.setattr(breaker, "OPEN_SECONDS", 60.0)
     async with Backend([[RESET]]) as backend, pi_for(backend.port) as pi:
         assert [(await pi.complete()).status for _ in range(4)] == [503] * 4
@@ -260,8 +259,8 @@ def traffic(pi: Daemon) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_both_agree_with_their_statistics_and_with_each_other(
-    daemons: tuple[Daemon, Daemon],
-) -> None:
+    daemons,
+):
     pi, vps = daemons
     results = traffic(pi)
     ours, theirs = (read(ask(one.port, "/metrics")) for one in daemons)
@@ -326,9 +325,7 @@ def test_both_agree_with_their_statistics_and_with_each_other(
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("promtool"), reason="expected Debian's package prometheus")
-def test_promtool_accepts_the_metrics_and_the_queries_of_the_docs(
-    daemons: Any, tmp_path: Path
-) -> None:
+def test_promtool_accepts_the_metrics_and_the_queries_of_the_docs(daemons, tmp_path):
     queries = re.findall(
         r"^\| `([^`]+\[\d+[mh]\][^`]*)` \|", (ROOT / "docs/operate.md").read_text(), re.M
     )

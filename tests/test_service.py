@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 from harness import HEALTH, ROOT, Client, command_of, daemon, reload, settings, until
@@ -45,7 +44,7 @@ def _logger() -> Iterator[None]:
     request_id_var.set("-")
 
 
-def test_log_form(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_form(tmp_path, capsys, monkeypatch):
     path = tmp_path / "logs" / "cerebrum.log"
     monkeypatch.setattr(time, "time", lambda: 1_766_664_000.9)
     monkeypatch.setenv("TZ", "Pacific/Kiritimati")  # 14 hours ahead; the log is in UTC
@@ -75,7 +74,7 @@ OUTSIDE = {
 
 
 @pytest.mark.parametrize("text", OUTSIDE)
-def test_outside_text_stays_on_its_line(tmp_path: Path, capsys: Any, text: str) -> None:
+def test_outside_text_stays_on_its_line(tmp_path, capsys, text):
     set_up_logging("INFO", str(tmp_path / "log"))
     log.info("%s", text)
     log.error("internal error", exc_info=ValueError(text))
@@ -88,7 +87,7 @@ def test_outside_text_stays_on_its_line(tmp_path: Path, capsys: Any, text: str) 
     assert [line for line in rest if not line.startswith("    ") or not line.isprintable()] == []
 
 
-def test_notify_in_an_abstract_socket_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_notify_in_an_abstract_socket_or_none(monkeypatch):
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.bind(f"\0cerebrum-{os.getpid()}")
         monkeypatch.setenv("NOTIFY_SOCKET", f"@cerebrum-{os.getpid()}")
@@ -100,9 +99,7 @@ def test_notify_in_an_abstract_socket_or_none(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("full", [True, False], ids=["full", "removed"])
-def test_a_log_file_is_made_again_after_it_is_removed(
-    tmp_path: Path, capsys: Any, full: bool
-) -> None:
+def test_a_log_file_is_made_again_after_it_is_removed(tmp_path, capsys, full):
     file = tmp_path / "cerebrum.log"
     if full:
         file.symlink_to("/dev/full")
@@ -126,7 +123,7 @@ def test_a_log_file_is_made_again_after_it_is_removed(
     assert "x.log: Not a directory; going on without it" in capsys.readouterr().out
 
 
-def test_the_log_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_log_is_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr("cerebrum.service.MAX_LOG_BYTES", 1000)
     set_up_logging("INFO", str(tmp_path / "log"))
     for number in range(200):
@@ -138,9 +135,7 @@ def test_the_log_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     )
 
 
-def test_requests_are_not_written_twice(
-    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_requests_are_not_written_twice(tmp_path, capsys, monkeypatch):
     output = os.fstat(1)
     monkeypatch.setenv("JOURNAL_STREAM", f"{output.st_dev}:{output.st_ino}")
     set_up_logging("INFO", str(tmp_path / "log"))
@@ -182,13 +177,11 @@ def systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
         yield heard
 
 
-async def test_the_watchdog_is_fed_only_while_nothing_is_stuck(
-    systemd: Any, monkeypatch: Any, caplog: Any
-) -> None:
+async def test_the_watchdog_is_fed_only_while_nothing_is_stuck(systemd, monkeypatch, caplog):
     monkeypatch.setenv("WATCHDOG_USEC", "20000")
     asked: list[float] = []
 
-    def stuck(now: float) -> str:
+    def stuck(now):
         asked.append(now)
         return "a worker hangs" if len(asked) > 3 else ""
 
@@ -201,9 +194,7 @@ async def test_the_watchdog_is_fed_only_while_nothing_is_stuck(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_reloads_and_the_end(
-    systemd: Any, caplog: Any, monkeypatch: Any, tmp_path: Path, number: signal.Signals
-) -> None:
+def test_reloads_and_the_end(systemd, caplog, monkeypatch, tmp_path, number):
     monkeypatch.setenv("RUNTIME_DIRECTORY", str(tmp_path))
     caplog.set_level(logging.INFO)
     faults = [
@@ -214,12 +205,12 @@ def test_reloads_and_the_end(
     ]
     reloads, outcomes = list[None](), list[str]()
 
-    def reload() -> None:
+    def reload():
         reloads.append(None)
         if fault := faults[len(reloads) - 1]:
             raise fault
 
-    async def scenario() -> None:
+    async def scenario():
         running = asyncio.create_task(Service(reload, lambda now: "").run())
         for count in range(1, 5):
             os.kill(os.getpid(), signal.SIGHUP)
@@ -243,10 +234,8 @@ def test_reloads_and_the_end(
     assert outcomes == expected
 
 
-async def test_a_reason_that_has_no_encoding_is_an_answer_too(
-    tmp_path: Path, monkeypatch: Any
-) -> None:
-    def reload() -> None:
+async def test_a_reason_that_has_no_encoding_is_an_answer_too(tmp_path, monkeypatch):
+    def reload():
         raise ConfigError("/\udc80")
 
     set_up_logging("CRITICAL", "")  # pytest-xdist cannot send such a text
@@ -256,9 +245,9 @@ async def test_a_reason_that_has_no_encoding_is_an_answer_too(
 
 
 async def test_a_daemon_whose_probing_fails_ends_with_an_error(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    async def fail(*_: object) -> None:
+    monkeypatch,
+):
+    async def fail(*_):
         raise OSError(5, "of /proc")
 
     monkeypatch.setattr(pi_fleet.Fleet, "probe_forever", fail)
@@ -267,7 +256,7 @@ async def test_a_daemon_whose_probing_fails_ends_with_an_error(
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd")
-def test_the_units_are_well_formed_and_locked_down() -> None:
+def test_the_units_are_well_formed_and_locked_down():
     version = subprocess.run(
         ["systemd-analyze", "--version"], stdout=subprocess.PIPE, text=True
     ).stdout
@@ -297,22 +286,20 @@ def test_the_units_are_well_formed_and_locked_down() -> None:
 @pytest.mark.parametrize(
     ("name", "key", "later"), [("cm4d", "CM4_API_KEY", "CM4_PORT"), ("vpsd", "API_KEY", "N_CTX")]
 )
-async def test_a_reload_takes_keys_and_level_if_they_are_right(
-    tmp_path: Path, name: str, key: str, later: str
-) -> None:
+async def test_a_reload_takes_keys_and_level_if_they_are_right(tmp_path, name, key, later):
     variable = f"CEREBRUM_{key}"
     credentials = tmp_path / "credentials"
     credentials.mkdir()
     (credentials / variable).write_text("one\n")
 
-    async def statuses() -> list[int]:
+    async def statuses():
         client = Client(port=process.port)
         return [
             (await client.get("/v1/stats", X_API_Key=key)).status
             for key in ("one", "two", "not-used")
         ]
 
-    async def reloaded(keys: str, said: str = "") -> list[int]:
+    async def reloaded(keys, said=""):
         (credentials / variable).write_text(keys)
         stays = "not reloaded, the old settings stay but for the keys that can be read: "
         expected = (1, f"{stays}{said}\n") if said else (0, "")
@@ -345,9 +332,7 @@ async def test_a_reload_takes_keys_and_level_if_they_are_right(
 
 
 @pytest.mark.parametrize("fault", ["ends", "hangs", "answers an older one"])
-def test_a_reload_without_an_answer_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
-) -> None:
+def test_a_reload_without_an_answer_fails(tmp_path, monkeypatch, fault):
     does = {
         "ends": "sys.exit(1)",
         "hangs": "0",
@@ -366,7 +351,7 @@ def test_a_reload_without_an_answer_fails(
     assert said == ("not reloaded: the daemon has ended" if fault == "ends" else late)
 
 
-def test_reloads_at_the_same_time_all_get_an_answer(tmp_path: Path) -> None:
+def test_reloads_at_the_same_time_all_get_an_answer(tmp_path):
     """Beside a flood of signals from others, and with an answer that began after they were asked
     for.
     """
@@ -380,7 +365,7 @@ def test_reloads_at_the_same_time_all_get_an_answer(tmp_path: Path) -> None:
         assert {one.result() for one in asked} == {(0, "")}
 
 
-def test_a_daemon_takes_the_socket_of_its_supervisor(tmp_path: Path) -> None:
+def test_a_daemon_takes_the_socket_of_its_supervisor(tmp_path):
     """As systemd passes it: open before the daemon runs, and on while it is restarted."""
     code = (
         "import os, sys; os.dup2(int(sys.argv[1]), 3); os.environ['LISTEN_PID'] = str(os.getpid())"
@@ -412,7 +397,7 @@ def test_a_daemon_takes_the_socket_of_its_supervisor(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("wanted", ["0", "1"])
-async def test_prompts_are_logged_only_if_wanted(tmp_path: Path, wanted: str) -> None:
+async def test_prompts_are_logged_only_if_wanted(tmp_path, wanted):
     async with Backend() as backend:
         given = {"CEREBRUM_VPS_URL": f"http://127.0.0.1:{backend.port}", "CEREBRUM_CM4_API_KEY": ""}
         with daemon("cm4d", tmp_path, **given, CEREBRUM_LOG_PROMPTS=wanted) as process:

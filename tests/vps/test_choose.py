@@ -85,16 +85,14 @@ SAMPLES = [
 
 
 @pytest.mark.parametrize(("shape", "layer", "better", "down"), SAMPLES, ids=["dense", "experts"])
-def test_a_sample_is_a_part_of_the_model(
-    shape: Any, layer: Any, better: str, down: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_sample_is_a_part_of_the_model(shape, layer, better, down, tmp_path, monkeypatch):
     """llama.cpp computes it. Its times become the whole model's, those of the faster types."""
     seen = list[dict[str, Any]]()
     times = iter([0.004, 0.005, 0.006, 0.003])
     real = encoding.opened
 
     @contextlib.contextmanager
-    def opened(path: Path, settings: Settings) -> Iterator[Any]:
+    def opened(path, settings):
         seen.append(types_of(path))
         with real(path, settings) as model:
             assert set(encoding.measure(model, 8).decode) == set(DECODES)
@@ -121,7 +119,7 @@ def test_a_sample_is_a_part_of_the_model(
     assert not tuned
 
 
-def test_a_sample_has_enough_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sample_has_enough_weights(tmp_path, monkeypatch):
     """So that it does not stay in a CPU's cache; a small model is measured whole."""
     made = list[tuple[Any, int]]()
     without_samples(monkeypatch, lambda _path, _shape, *sample: made.append(sample))
@@ -198,9 +196,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Any:
     return run
 
 
-def test_the_first_whose_hints_are_quick_enough_is_chosen(
-    run: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_first_whose_hints_are_quick_enough_is_chosen(run, monkeypatch):
     """Not the one that has a language more, nor the one that has few."""
     assert run(catalog(*MODELS)) == (0, TABLE.replace("\n  here ", "\n* here "), "")
     for seconds, chosen in {"7.2": "slow", "7.1": "here", "1.5": "last"}.items():
@@ -209,16 +205,14 @@ def test_the_first_whose_hints_are_quick_enough_is_chosen(
         assert re.findall(r"^\* (\w+)", out, re.M) == [chosen]
 
 
-def test_a_tuning_begins_only_when_all_are_measured(
-    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tuning_begins_only_when_all_are_measured(run, tmp_path, monkeypatch):
     """It would spoil what was measured, and its samples take the disk."""
     lock = tmp_path / "state/tuned/.lock"
     lock.parent.mkdir(parents=True)
     begun = list[bool]()
     show = Bar.show
 
-    def tune(bar: Bar, done: int, last: bool = False) -> None:
+    def tune(bar, done, last=False):
         show(bar, done, last)
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(tuning, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -235,7 +229,7 @@ def test_a_tuning_begins_only_when_all_are_measured(
     assert measured == ["  few", "* slow", "  here", "  last"]
 
 
-def test_choose_can_fetch(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choose_can_fetch(run, tmp_path, monkeypatch):
     fetched = list[str]()
     monkeypatch.setattr(vpsd, "fetch_model", lambda model, _config: fetched.append(model.id))
     assert run(catalog(*MODELS), "--fetch")[0] == 0
@@ -248,15 +242,13 @@ def test_choose_can_fetch(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 NOTHING = "vpsd choose: expected a speed for at least one model, got none\n"
 
 
-def test_without_a_shape_a_model_has_no_speed(run: Any) -> None:
+def test_without_a_shape_a_model_has_no_speed(run):
     bare = re.sub("shape = .*", "", catalog(MODELS[-1]))
     row = "  last           1B            0.9 GB         ?               ?        ?         ?"
     assert run(bare, "--fetch") == (1, f"{TABLE.splitlines()[0]}\n{row}\n", NOTHING)
 
 
-def test_a_full_disk_measures_and_leaves_nothing(
-    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_measures_and_leaves_nothing(run, tmp_path, monkeypatch):
     monkeypatch.setattr(choose, "predict", PREDICT)
     with disk_of("1m", tmp_path / "state") as state:
         status, out, err = run(catalog(*MODELS[-3:]))
@@ -267,10 +259,8 @@ def test_a_full_disk_measures_and_leaves_nothing(
     assert (status, out.count("?"), "*" in out) == (1, 11, False)
 
 
-def test_a_model_that_cannot_be_measured_is_named(
-    run: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(shape: dict[str, int], *_: Any) -> Speed:
+def test_a_model_that_cannot_be_measured_is_named(run, monkeypatch):
+    def fail(shape, *_):
         if shape["layers"] == 2:
             raise ModelError("llama.cpp cannot load this file")
         return Speed(9.0, 1.0)

@@ -179,7 +179,7 @@ def tensor(name: str, kind: str, rows: int = 32) -> Tensor:
     )
 
 
-def test_only_matrices_that_are_multiplied_change() -> None:
+def test_only_matrices_that_are_multiplied_change():
     layer = [tensor("blk.0.ffn_up.weight", "Q4_K"), tensor("blk.1.ffn_up.weight", "Q6_K")]
     others = [
         tensor("blk.0.attn_norm.weight", "F32", 1),
@@ -200,7 +200,7 @@ def test_only_matrices_that_are_multiplied_change() -> None:
     assert encoding.change_types([*layer, *others], encoding.TO_Q8_0) == tied
 
 
-def test_a_sample_has_the_kinds_of_layers_that_the_model_has() -> None:
+def test_a_sample_has_the_kinds_of_layers_that_the_model_has():
     """Of 24 layers every third has the larger type: one in three of the sample then has it, or
     nearly.
     """
@@ -217,7 +217,7 @@ def test_a_sample_has_the_kinds_of_layers_that_the_model_has() -> None:
 # --------------------------------------------------------------------------------------- the choice
 
 
-def test_the_fastest_types_are_chosen_and_written(lab: Lab) -> None:
+def test_the_fastest_types_are_chosen_and_written(lab):
     made = lab.script(FASTER, factor=lambda used: 0.9 if used.micro_batch == 512 else 1.0)
     told: list[tuple[str, int, int]] = []
     outcome = lab.tune(told=lambda *step: told.append(step))
@@ -257,9 +257,7 @@ def test_the_fastest_types_are_chosen_and_written(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize(("layers", "types"), [(1, ("Q4_K",)), (3, ("Q4_K", "Q6_K"))])
-def test_a_tied_output_matrix_and_few_layers(
-    lab: Lab, tmp_path: Path, layers: int, types: Sequence[str]
-) -> None:
+def test_a_tied_output_matrix_and_few_layers(lab, tmp_path, layers, types):
     lab.script({**FASTER, "Q6_K": 3.0})
     path = families.write_quantized(tmp_path / "m.gguf", layers, output="", types=types)
     assert lab.tune(path=path).tuned
@@ -294,15 +292,15 @@ HARDLY = 1 - encoding.MIN_GAIN + 0.001
     ],
 )
 def test_what_is_chosen_is_found(
-    lab: Lab,
-    costs: Any,
-    quicker: Any,
-    whole: float | None,
-    agreement: float,
-    chosen: str,
-    changed: Any,
-) -> None:
-    def factor(used: Settings) -> float:
+    lab,
+    costs,
+    quicker,
+    whole,
+    agreement,
+    chosen,
+    changed,
+):
+    def factor(used):
         return (
             0.9
             if quicker and all(getattr(used, name) == value for name, value in quicker.items())
@@ -337,14 +335,14 @@ def test_what_is_chosen_is_found(
 
 
 @pytest.mark.parametrize("kind", ["F16", "Q8_0"])
-def test_what_is_fine_already_is_left_alone(lab: Lab, tmp_path: Path, kind: str) -> None:
+def test_what_is_fine_already_is_left_alone(lab, tmp_path, kind):
     made = lab.script({"F16": 4.0, "Q8_0": 2.0, "Q5_0": 1.0, "Q4_0": 0.5})
     path = families.write_quantized(tmp_path / "m.gguf", types=(kind,), output="Q8_0")
     lab.tune(path=path)
     assert all(set(types) == {kind, "Q5_0", "Q8_0"} for types in made.compared[-1])
 
 
-def test_the_best_that_fits_into_memory_is_chosen(lab: Lab) -> None:
+def test_the_best_that_fits_into_memory_is_chosen(lab):
     changed = lambda outcome: set(outcome.passport.types.items())  # noqa: E731
     best = lab.tune(ROOM)
     smaller = lab.tune(best.tuned.memory - 10_000)
@@ -357,7 +355,7 @@ def test_the_best_that_fits_into_memory_is_chosen(lab: Lab) -> None:
         lab.tune(smaller.published.memory - MB)
 
 
-def test_more_threads_are_tried_unless_the_user_chose(lab: Lab) -> None:
+def test_more_threads_are_tried_unless_the_user_chose(lab):
     lab.monkeypatch.setattr(encoding, "cpus", lambda: 4)
     lab.script(FASTER, factor=lambda used: 0.8 if used.threads == 4 else 1.0)
     assert lab.tune().passport.threads == 2
@@ -376,7 +374,7 @@ micro-batch                              256         128
 same likeliest token as the published file after 98.4% of 256 tokens of code"""
 
 
-def test_the_table() -> None:
+def test_the_table():
     before, after = (
         Timing(0.004, {1: 0.03, 4: 0.05, 16: 0.1}),
         Timing(0.001, {1: 0.02, 4: 0.025, 16: 0.05}),
@@ -399,8 +397,8 @@ def test_the_table() -> None:
 
 
 def test_the_figures_are_told_before_the_file_is_used_and_a_dry_run_changes_nothing(
-    lab: Lab,
-) -> None:
+    lab,
+):
     assert lab.tune(dry_run=True).tuned
     assert lab.left() == []
     output, told = io.StringIO(), list[str]()
@@ -408,7 +406,7 @@ def test_the_figures_are_told_before_the_file_is_used_and_a_dry_run_changes_noth
     assert f"{lab.tune(output=output).table()}\n" == told[0]
 
 
-def test_too_little_disk_is_told_with_the_figures(lab: Lab) -> None:
+def test_too_little_disk_is_told_with_the_figures(lab):
     made = lab.script(FASTER)
     lab.monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(free=MB))
     with pytest.raises(OSError, match=r"expected 1\d\d MB of free disk in .*tuned, got 1 MB"):
@@ -416,12 +414,12 @@ def test_too_little_disk_is_told_with_the_figures(lab: Lab) -> None:
     assert (made.compared, lab.left()) == ([], [])
 
 
-def test_a_disk_that_fills_up_leaves_what_was_there(lab: Lab) -> None:
+def test_a_disk_that_fills_up_leaves_what_was_there(lab):
     made = lab.script(FASTER)
     lab.tune()
     real, before = Tensor.convert, lab.path.read_bytes()
 
-    def convert(self: Tensor, new: str) -> Any:
+    def convert(self, new):
         if len(made.compared) == 5:  # the samples have been compared
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(self, new)
@@ -432,11 +430,11 @@ def test_a_disk_that_fills_up_leaves_what_was_there(lab: Lab) -> None:
     assert (lab.left(), lab.path.read_bytes()) == (["m.gguf", "m.gguf.json"], before)
 
 
-def test_a_disk_that_is_full_at_the_end_is_as_before(lab: Lab, tmp_path: Path) -> None:
+def test_a_disk_that_is_full_at_the_end_is_as_before(lab, tmp_path):
     class Filler(io.StringIO):
         """The table is printed when the tuned file is written, but not yet in place."""
 
-        def write(self, _text: str) -> int:
+        def write(self, _text):
             with (tmp_path / "disk/other").open("wb") as other:
                 os.posix_fallocate(other.fileno(), 0, shutil.disk_usage(tmp_path / "disk").free)
             return 0
@@ -448,7 +446,7 @@ def test_a_disk_that_is_full_at_the_end_is_as_before(lab: Lab, tmp_path: Path) -
         assert full.left() == []
 
 
-def test_what_a_killed_run_left_is_removed(lab: Lab) -> None:
+def test_what_a_killed_run_left_is_removed(lab):
     half = lab.path.parent / ".work-abc/tuned"
     half.parent.mkdir(parents=True)
     half.write_bytes(b"half")
@@ -457,7 +455,7 @@ def test_what_a_killed_run_left_is_removed(lab: Lab) -> None:
     assert lab.left() == ["m.gguf", "m.gguf.json"]
 
 
-def test_only_one_process_tunes(lab: Lab) -> None:
+def test_only_one_process_tunes(lab):
     lab.path.parent.mkdir(parents=True)
     with lab.path.with_name(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -497,7 +495,7 @@ NO_PASSPORT = "its passport is not of this version"
         ("a folder", "its passport cannot be read (Is a directory)"),
     ],
 )
-def test_a_tuned_file_is_used_only_where_it_was_made(lab: Lab, change: Any, reason: str) -> None:
+def test_a_tuned_file_is_used_only_where_it_was_made(lab, change, reason):
     passport = passport_path(lab.path)
     passport.parent.mkdir(parents=True)
     lab.path.write_bytes(b"GGUF")
@@ -511,7 +509,7 @@ def test_a_tuned_file_is_used_only_where_it_was_made(lab: Lab, change: Any, reas
     assert (found is None, why) == (bool(reason), reason)
 
 
-def test_a_file_that_is_replaced_or_gone_is_untuned(lab: Lab, tmp_path: Path) -> None:
+def test_a_file_that_is_replaced_or_gone_is_untuned(lab, tmp_path):
     """Whatever its content is, if no sha256 is known. So it is tuned again, and no load reads all
     of it in vain.
     """
@@ -528,8 +526,8 @@ def test_a_file_that_is_replaced_or_gone_is_untuned(lab: Lab, tmp_path: Path) ->
     assert find_tuned(copied.published, copied.settings, "abc") == (None, INCOMPLETE)
 
 
-def test_only_what_llama_cpp_uses_of_a_cpu_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    def features_of(flags: str, used: bytes) -> str:
+def test_only_what_llama_cpp_uses_of_a_cpu_counts(monkeypatch):
+    def features_of(flags, used):
         encoding.cpu_features.cache_clear()
         monkeypatch.setattr(Path, "read_text", lambda _path: f"model name : A\nflags : {flags}\n")
         monkeypatch.setattr(api, "llama_print_system_info", lambda: used)
@@ -552,7 +550,7 @@ def vpsd(home: Path, *arguments: str, **more: str) -> subprocess.CompletedProces
     )
 
 
-def test_the_command_tells_what_is_wrong(tmp_path: Path) -> None:
+def test_the_command_tells_what_is_wrong(tmp_path):
     missing = vpsd(tmp_path, "tune", "codellama_7b")
     assert (missing.returncode, missing.stdout) == (1, "")
     assert missing.stderr.startswith(
@@ -565,7 +563,7 @@ def test_the_command_tells_what_is_wrong(tmp_path: Path) -> None:
     )
 
 
-def test_a_busy_machine_is_not_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_busy_machine_is_not_measured(monkeypatch, tmp_path):
     loads = iter([80.0] * backend.QUIET_SECONDS)
     monkeypatch.setattr(backend.psutil, "cpu_percent", lambda _seconds: next(loads))
     given = {
@@ -581,9 +579,7 @@ def test_a_busy_machine_is_not_measured(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)
-def test_llama_cpp_measures_each_family(
-    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_llama_cpp_measures_each_family(family, tmp_path, monkeypatch):
     """Also one whose layers depend on their place, so that there is no sample, and one that cannot
     be cut.
     """
@@ -599,7 +595,7 @@ def test_llama_cpp_measures_each_family(
 
 @pytest.mark.alone
 @pytest.mark.slow
-def test_a_real_model_is_tuned_once_and_says_the_same(tmp_path: Path) -> None:
+def test_a_real_model_is_tuned_once_and_says_the_same(tmp_path):
     settings = Settings(state_dir=tmp_path / "state")
     too_large = vpsd(
         tmp_path, "fetch", "qwen_0_5b", CEREBRUM_MIN_FREE_MB="1000000"

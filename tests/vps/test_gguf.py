@@ -44,7 +44,7 @@ def weights(rows: npt.NDArray[Any], kind: str) -> Any:
     return quants.dequantize(rows, GGMLQuantizationType[kind]).reshape(-1, 32)
 
 
-def test_only_the_scales_are_rounded() -> None:
+def test_only_the_scales_are_rounded():
     data = random_blocks(1024, 2)
     expected = weights(data, "Q4_K")
     got = weights(transcode(data, "Q4_K", "Q4_1"), "Q4_1")
@@ -60,7 +60,7 @@ def test_only_the_scales_are_rounded() -> None:
     assert np.array_equal(weights(new, "Q4_1"), weights(exact, "Q4_K"))
 
 
-def test_a_scale_that_fp16_cannot_hold_is_refused() -> None:
+def test_a_scale_that_fp16_cannot_hold_is_refused():
     blocks = random_blocks(8, 4)
     blocks[:, :2] = halves(60_000, 8, 1)
     with pytest.raises(ModelError, match="a scale of the weights is beyond the range of fp16"):
@@ -68,7 +68,7 @@ def test_a_scale_that_fp16_cannot_hold_is_refused() -> None:
 
 
 @pytest.mark.parametrize(("source", "half"), [("Q5_0", slice(0, 2)), ("Q6_K", slice(-2, None))])
-def test_other_types_become_q8_0_through_floats(source: str, half: slice) -> None:
+def test_other_types_become_q8_0_through_floats(source, half):
     _, width = GGML_QUANT_SIZES[GGMLQuantizationType[source]]
     data = np.random.default_rng(5).integers(0, 256, (16, width), np.uint8)
     data[:, half] = halves(0.01, 16, 1)
@@ -95,9 +95,7 @@ def is_same(tensor: Tensor, kind: str, data: npt.NDArray[Any]) -> bool:
     return tensor.type == kind and np.array_equal(tensor.data, data)
 
 
-def test_some_layers_in_other_types_and_fewer_rows(
-    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_some_layers_in_other_types_and_fewer_rows(source, tmp_path, monkeypatch):
     monkeypatch.setattr(gguf_module, "PIECE_BYTES", 256 * 100)  # some tensors have several pieces
     told = list[tuple[int, int]]()
     values: dict[str, str | int] = {"a.text": "first", "qwen2.block_count": 2}
@@ -129,7 +127,7 @@ def write(path: Path, alignment: int, **tensors: npt.NDArray[Any]) -> Source:
     return Source(path)
 
 
-def test_the_alignment_of_the_source_is_not_that_of_the_copy(tmp_path: Path) -> None:
+def test_the_alignment_of_the_source_is_not_that_of_the_copy(tmp_path):
     source = write(tmp_path / "old", 4096, one__weight=np.arange(8.0), two__weight=np.arange(9.0))
     source.write(tmp_path / "new", {}, {"a.text": "new"})
     assert b"general.alignment" not in (tmp_path / "new").read_bytes()
@@ -138,7 +136,7 @@ def test_the_alignment_of_the_source_is_not_that_of_the_copy(tmp_path: Path) -> 
     assert second.data.tolist() == [*range(9)]
 
 
-def test_only_what_is_as_long_as_the_vocabulary_is_cut(tmp_path: Path) -> None:
+def test_only_what_is_as_long_as_the_vocabulary_is_cut(tmp_path):
     embeddings = {
         "token_embd__weight": np.ones((10, 32)),
         "position_embd__weight": np.ones((20, 32)),
@@ -149,18 +147,18 @@ def test_only_what_is_as_long_as_the_vocabulary_is_cut(tmp_path: Path) -> None:
     assert [tensor.data.shape for tensor in copies] == [(4, 32), (20, 32), (4,)]
 
 
-def test_rows_that_are_not_whole_blocks() -> None:
+def test_rows_that_are_not_whole_blocks():
     tensor = Tensor("blk.0.x.weight", "F16", np.zeros((4, 48), np.float16))
     assert (tensor.can_be("Q4_0"), tensor.can_be("F16")) == (False, True)
 
 
-def test_a_full_disk_has_a_number(source: Source) -> None:
+def test_a_full_disk_has_a_number(source):
     with pytest.raises(OSError, match="No space left on device") as error:
         source.write(Path("/dev/full"), {}, None, [0], 64)
     assert error.value.errno == errno.ENOSPC
 
 
-def test_a_source_that_is_cut_short_is_told(tmp_path: Path) -> None:
+def test_a_source_that_is_cut_short_is_told(tmp_path):
     path = families.write_quantized(tmp_path / "m.gguf", layers=1)
     for size in (path.stat().st_size - 100, 1000, 30):
         os.truncate(path, size)
@@ -168,9 +166,7 @@ def test_a_source_that_is_cut_short_is_told(tmp_path: Path) -> None:
             Source(path)
 
 
-def test_without_the_package_that_writes_files(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_without_the_package_that_writes_files(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "gguf", None)
     gguf_module.pypi.cache_clear()
     expected = "expected PyPI's gguf, which is not installed: pip install gguf"
