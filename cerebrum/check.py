@@ -64,7 +64,7 @@ RENAMED = {"CEREBRUM_MIN_TOKENS_PER_SECOND": "CEREBRUM_HINT_SECONDS takes its pl
 
 
 class Config(Protocol):
-    """What both daemons' settings have."""
+    """What the checks read of both daemons' settings."""
 
     @property
     def host(self) -> str: ...
@@ -75,6 +75,8 @@ class Config(Protocol):
 
 
 class PiConfig(Config, Protocol):
+    """What the checks read of cm4d's Config."""
+
     @property
     def client_keys(self) -> Sequence[str]: ...
     @property
@@ -86,6 +88,8 @@ class PiConfig(Config, Protocol):
 
 
 class VpsConfig(Config, Protocol):
+    """What the checks read of vpsd's Config."""
+
     @property
     def access(self) -> Access: ...
     @property

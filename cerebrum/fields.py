@@ -21,7 +21,7 @@ from cerebrum_common import HttpError
 
 MAX_JSON_DEPTH = 64  # requests are flat; without this limit the C scanner ends in a RecursionError
 # Commas, colons and opening brackets: a chat of 1,000 messages in parts has half as many.
-MAX_JSON_MARKS = 20_000
+MAX_DELIMITERS = 20_000
 MAX_INTEGER_DIGITS = 20  # 64 bits; no field takes a larger number
 
 
@@ -52,10 +52,10 @@ DECODER = json.JSONDecoder(
 
 def parse_json(body: bytes) -> dict[str, Any]:
     """Parse a body as a JSON object: strict RFC 8259, UTF-8 without a BOM, no repeated names,
-    finite numbers, at most 64 levels and MAX_JSON_MARKS. HttpError 400 says what is wrong.
+    finite numbers, at most 64 levels and MAX_DELIMITERS. HttpError 400 says what is wrong.
     """
     try:
-        _refuse_marks(body)
+        _bound_delimiters(body)
         value = DECODER.decode(body.decode("utf-8"))
         _refuse_depth(value)
     except UnicodeDecodeError:
@@ -75,16 +75,16 @@ def parse_json(body: bytes) -> dict[str, Any]:
     return value
 
 
-def _refuse_marks(body: bytes) -> None:
-    """Bound the values and names of a body, each of which follows a mark. Called before the parser,
-    which lets nothing else run.
+def _bound_delimiters(body: bytes) -> None:
+    """Bound the values and names of a body, each of which follows a delimiter. Called before the
+    parser, which lets nothing else run.
     """
     # Without escapes, each quote begins or ends a string.
     plain = body.replace(rb"\\", b"").replace(rb"\"", b"")
-    outside = b"".join(plain.split(b'"', 2 * MAX_JSON_MARKS)[::2])
-    marks = len(outside) - len(outside.translate(None, b",:[{"))
-    if marks > MAX_JSON_MARKS:
-        raise ValueError(f"expected at most {MAX_JSON_MARKS} commas, colons and opening brackets")
+    outside = b"".join(plain.split(b'"', 2 * MAX_DELIMITERS)[::2])
+    delimiters = len(outside) - len(outside.translate(None, b",:[{"))
+    if delimiters > MAX_DELIMITERS:
+        raise ValueError(f"expected at most {MAX_DELIMITERS} commas, colons and opening brackets")
 
 
 def _refuse_depth(value: Any) -> None:

@@ -23,7 +23,7 @@ import pytest
 from harness import ask, post
 from scripted import CHUNKED, Backend, Pi, answer, backend_at, chunk, event, pi_for
 
-from cerebrum.fields import MAX_JSON_MARKS, parse_json
+from cerebrum.fields import MAX_DELIMITERS, parse_json
 from cerebrum.http import MAX_BODY_BYTES
 from cerebrum.pi.upstream import read_tokens
 from cerebrum_common import HttpError
@@ -57,8 +57,8 @@ NESTED = b"[" * 60 + b"]" * 60 + b","
 ARRAYS = {"objects": b"{},", "zeros": b"0,", "strings": b'"",', "arrays": b"[[[[]]]],"}
 BODIES = {name: (CODE, filled(b'{"x":[', unit, b"]}"), 400) for name, unit in ARRAYS.items()}
 BODIES |= {
-    "most values": (CODE, b'{"prompt":"a","x":[' + b"{}," * (MAX_JSON_MARKS // 2 - 4) + b"0]}", 200),
-    "nested": (CODE, b'{"prompt":"a","x":[' + NESTED * (MAX_JSON_MARKS // 61 - 1) + b"0]}", 200),
+    "most values": (CODE, b'{"prompt":"a","x":[' + b"{}," * (MAX_DELIMITERS // 2 - 4) + b"0]}", 200),
+    "nested": (CODE, b'{"prompt":"a","x":[' + NESTED * (MAX_DELIMITERS // 61 - 1) + b"0]}", 200),
     "line ends": (CODE, filled(b'{"prompt":"', rb"\n", b'"}'), 200),
     "tabs": (CODE, filled(b'{"prompt":"', rb"\t", b'"}'), 200),
     "letters": (CODE, filled(b'{"prompt":"', b"a", b'"}'), 200),
@@ -110,7 +110,7 @@ async def stalls(clock: Callable[[], float] = time.process_time) -> dict[str, tu
     return found
 
 
-WITHIN = MAX_JSON_MARKS - 3  # and three around them
+WITHIN = MAX_DELIMITERS - 3  # and three around them
 MARKED = [
     ("0," * WITHIN + "0", True),
     ("0," * WITHIN + "0,0", False),
@@ -120,9 +120,9 @@ MARKED = [
     ("{}," * (WITHIN // 2) + "[0,0]", False),
     (r'"\\",' * WITHIN + "0", True),
     (r'"\\",' * WITHIN + "0,0", False),
-    (json.dumps("[{,:" * MAX_JSON_MARKS), True),
-    (json.dumps('"\\' * MAX_JSON_MARKS), True),
-    (json.dumps('"\\,"' * MAX_JSON_MARKS), True),
+    (json.dumps("[{,:" * MAX_DELIMITERS), True),
+    (json.dumps('"\\' * MAX_DELIMITERS), True),
+    (json.dumps('"\\,"' * MAX_DELIMITERS), True),
 ]
 
 

@@ -87,7 +87,7 @@ SAMPLES = [
 @pytest.mark.parametrize(("shape", "layer", "better", "down"), SAMPLES, ids=["dense", "experts"])
 def test_a_sample_is_a_part_of_the_model(shape, layer, better, down, tmp_path, monkeypatch):
     """llama.cpp computes it. Its times become the whole model's, those of the faster types."""
-    seen = list[dict[str, Any]]()
+    seen = []
     times = iter([0.004, 0.005, 0.006, 0.003])
     real = encoding.opened
 
@@ -121,7 +121,7 @@ def test_a_sample_is_a_part_of_the_model(shape, layer, better, down, tmp_path, m
 
 def test_a_sample_has_enough_weights(tmp_path, monkeypatch):
     """So that it does not stay in a CPU's cache; a small model is measured whole."""
-    made = list[tuple[Any, int]]()
+    made = []
     without_samples(monkeypatch, lambda _path, _shape, *sample: made.append(sample))
     script_times(monkeypatch, itertools.repeat(1.0), 1.0)
     for model in SHIPPED:
@@ -173,7 +173,7 @@ PREDICT = choose.predict
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Any:
+def run(tmp_path, monkeypatch, capsys) -> Any:
     """`vpsd.py choose` with a models.toml, on a machine where a model's speed depends on its
     size.
     """
@@ -187,7 +187,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Any:
     start_library()  # which keeps llama.cpp's log off stderr
     make(tmp_path / "here.gguf", FAMILIES["dense"])
 
-    def run(text: str, *options: str) -> tuple[int, str, str]:
+    def run(text, *options):
         (tmp_path / "models.toml").write_text(text)
         status = vpsd.main(["choose", *options])
         out, err = capsys.readouterr()
@@ -209,7 +209,7 @@ def test_a_tuning_begins_only_when_all_are_measured(run, tmp_path, monkeypatch):
     """It would spoil what was measured, and its samples take the disk."""
     lock = tmp_path / "state/tuned/.lock"
     lock.parent.mkdir(parents=True)
-    begun = list[bool]()
+    begun = []
     show = Bar.show
 
     def tune(bar, done, last=False):
@@ -230,7 +230,7 @@ def test_a_tuning_begins_only_when_all_are_measured(run, tmp_path, monkeypatch):
 
 
 def test_choose_can_fetch(run, tmp_path, monkeypatch):
-    fetched = list[str]()
+    fetched = []
     monkeypatch.setattr(vpsd, "fetch_model", lambda model, _config: fetched.append(model.id))
     assert run(catalog(*MODELS), "--fetch")[0] == 0
     assert fetched == ["here"]

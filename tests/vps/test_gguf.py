@@ -83,7 +83,7 @@ def test_other_types_become_q8_0_through_floats(source, half):
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+def source(tmp_path_factory) -> Source:
     return Source(families.write_quantized(tmp_path_factory.mktemp("source") / "m.gguf"))
 
 
@@ -97,7 +97,7 @@ def is_same(tensor: Tensor, kind: str, data: npt.NDArray[Any]) -> bool:
 
 def test_some_layers_in_other_types_and_fewer_rows(source, tmp_path, monkeypatch):
     monkeypatch.setattr(gguf_module, "PIECE_BYTES", 256 * 100)  # some tensors have several pieces
-    told = list[tuple[int, int]]()
+    told = []
     values: dict[str, str | int] = {"a.text": "first", "qwen2.block_count": 2}
     types = {"output.weight": "Q8_0", "blk.4.ffn_down.weight": "Q4_1"}
     path = tmp_path / "a"
