@@ -4,7 +4,9 @@ events.
 Every error is an `HttpError` with a code; `STATUSES` maps each code to its HTTP status. A daemon's
 API is a table of `Route` entries, and its languages come from its `Model` entries.
 
-Pure but for the clock in timestamps: no socket, no file, no environment. Standard library only.
+No socket, no file, no environment; but timestamps read the clock, and `internal_error` writes to
+the log. The only state is in `log`, whose handlers `service.set_up_logging` sets, and in
+`request_id_var`, which cerebrum/http.py sets in the task of each request. Standard library only.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from itertools import chain
 from typing import Any
 
 VERSION = "1.1.0"  # of all files that are copied together; pyproject.toml has the same
@@ -26,15 +29,35 @@ log = logging.getLogger("cerebrum")
 # Every error code of either daemon and its HTTP status. The first code of a status also names its
 # reason phrase.
 STATUSES = {
-    "INVALID_REQUEST": 400, "UNAUTHORIZED": 401, "FORBIDDEN": 403, "NOT_FOUND": 404, "MODEL_NOT_FOUND": 404,
-    "METHOD_NOT_ALLOWED": 405, "TIMEOUT": 408, "SUPERSEDED": 409, "MODEL_BUSY": 409, "LENGTH_REQUIRED": 411,
-    "PAYLOAD_TOO_LARGE": 413, "URI_TOO_LONG": 414, "UNSUPPORTED_MEDIA_TYPE": 415, "EXPECTATION_FAILED": 417,
-    "MISDIRECTED_REQUEST": 421, "RATE_LIMIT": 429, "HEADERS_TOO_LARGE": 431, "INTERNAL_ERROR": 500,
-    "MODEL_LOAD_FAILED": 500, "NOT_IMPLEMENTED": 501, "OVERLOADED": 503, "VPS_UNAVAILABLE": 503,
-    "RESOURCE_EXHAUSTED": 503, "SHUTTING_DOWN": 503, "VERSION_NOT_SUPPORTED": 505,
-}  # fmt: skip
-REASONS = {status: code.replace("_", " ").title() for code, status in reversed(STATUSES.items())}
-REASONS |= {200: "OK", 204: "No Content"}
+    "INVALID_REQUEST": 400,
+    "UNAUTHORIZED": 401,
+    "FORBIDDEN": 403,
+    "NOT_FOUND": 404,
+    "MODEL_NOT_FOUND": 404,
+    "METHOD_NOT_ALLOWED": 405,
+    "TIMEOUT": 408,
+    "SUPERSEDED": 409,
+    "MODEL_BUSY": 409,
+    "LENGTH_REQUIRED": 411,
+    "PAYLOAD_TOO_LARGE": 413,
+    "URI_TOO_LONG": 414,
+    "UNSUPPORTED_MEDIA_TYPE": 415,
+    "EXPECTATION_FAILED": 417,
+    "MISDIRECTED_REQUEST": 421,
+    "RATE_LIMIT": 429,
+    "HEADERS_TOO_LARGE": 431,
+    "INTERNAL_ERROR": 500,
+    "MODEL_LOAD_FAILED": 500,
+    "NOT_IMPLEMENTED": 501,
+    "OVERLOADED": 503,
+    "VPS_UNAVAILABLE": 503,
+    "RESOURCE_EXHAUSTED": 503,
+    "SHUTTING_DOWN": 503,
+    "VERSION_NOT_SUPPORTED": 505,
+}
+REASONS = {200: "OK", 204: "No Content"}
+for code, status in STATUSES.items():
+    REASONS.setdefault(status, code.replace("_", " ").title())
 Headers = tuple[tuple[str, str], ...]
 
 
@@ -54,8 +77,10 @@ class HttpError(Exception):
         headers: Headers = (),
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.code = STATUSES[code], message, code
-        self.close, self.extra, self.headers = close, extra, headers
+        self.status = STATUSES[code]
+        self.message, self.code = message, code
+        self.close = close
+        self.extra, self.headers = extra, headers
 
 
 def internal_error(exception: Exception) -> HttpError:
@@ -70,11 +95,8 @@ def internal_error(exception: Exception) -> HttpError:
 
 def timestamp(ago: float = 0.0) -> str:
     """The UTC time `ago` seconds before now, as `2025-12-25T12:00:00.000000`."""
-    return (
-        (datetime.now(UTC) - timedelta(seconds=ago))
-        .replace(tzinfo=None)
-        .isoformat(timespec="microseconds")
-    )
+    time = datetime.now(UTC) - timedelta(seconds=ago)
+    return time.replace(tzinfo=None).isoformat(timespec="microseconds")
 
 
 def error_body(error: HttpError) -> dict[str, Any]:
@@ -123,10 +145,8 @@ class Head:
     @property
     def is_preflight(self) -> bool:
         """Whether this is a browser's CORS preflight, which never carries the key."""
-        return (
-            self.method == "OPTIONS"
-            and {"origin", "access-control-request-method"} <= self.headers.keys()
-        )
+        asked = {"origin", "access-control-request-method"}
+        return self.method == "OPTIONS" and asked <= self.headers.keys()
 
 
 @dataclass(slots=True)
@@ -168,9 +188,8 @@ def compact(data: Any) -> bytes:
     return json.dumps(data, separators=(",", ":")).encode("ascii")
 
 
-SSE_COMMENT = (
-    b": keep-alive\n\n"  # not ": ping", which ends the stream in the editor plugin Continue
-)
+# Not ": ping", which ends the stream in the editor plugin Continue.
+SSE_COMMENT = b": keep-alive\n\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,31 +242,26 @@ def match(methods: Mapping[str, Route], method: str) -> Route:
     has.
     """
     route = methods.get("GET" if method == "HEAD" else method)
-    if not route:
-        allow = allowed(methods)
-        raise HttpError(
-            "METHOD_NOT_ALLOWED",
-            f"expected one of {allow}, got {method}",
-            headers=(("Allow", allow),),
-        )
-    return route
+    if route:
+        return route
+    allow = allowed(methods)
+    message = f"expected one of {allow}, got {method}"
+    raise HttpError("METHOD_NOT_ALLOWED", message, headers=(("Allow", allow),))
 
 
 def allowed(methods: Iterable[str]) -> str:
     """The value of the header Allow for routes of these methods."""
-    return ", ".join(sorted({*methods, "OPTIONS", *(["HEAD"] if "GET" in methods else [])}))
+    names = {"OPTIONS", *methods}
+    if "GET" in names:
+        names.add("HEAD")
+    return ", ".join(sorted(names))
 
 
 # ------------------------------------------------------------------------------------------- models
 
 FIM_LAYOUTS = ("psm", "spm", "spmv2")  # see `arrange_gap`
-SUGGEST = (
-    "always",
-    "often",
-    "normal",
-    "seldom",
-    "never",
-)  # how readily an editor shows what was not asked for
+# How readily an editor shows what was not asked for.
+SUGGEST = ("always", "often", "normal", "seldom", "never")
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,7 +293,7 @@ class Model:
 
 def served_languages(models: Iterable[Model]) -> list[str]:
     """The languages that the models list, each once, in the order of models.toml."""
-    return list(dict.fromkeys(language for model in models for language in model.languages))
+    return list(dict.fromkeys(chain.from_iterable(model.languages for model in models)))
 
 
 def threshold_of(models: Iterable[Model], id: str, wanted: float | str | None) -> float | None:
@@ -287,7 +301,6 @@ def threshold_of(models: Iterable[Model], id: str, wanted: float | str | None) -
     SUGGEST; None: all are.
     """
     if isinstance(wanted, str):
-        wanted = next(
-            (model.min_confidence.get(wanted) for model in models if model.id == id), None
-        )
+        thresholds = {model.id: model.min_confidence for model in models}
+        wanted = thresholds.get(id, {}).get(wanted)
     return wanted or None

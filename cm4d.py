@@ -972,7 +972,7 @@ def main(arguments: Sequence[str]) -> int:
         make_parser("cm4d", about).parse_args(arguments)
         from cerebrum.check import check_pi  # loaded only for an option
 
-        return check_pi(HERE, load_config, Backend)
+        return check_pi(HERE, load_config)
     try:
         environ = read_environment(os.environ, HERE)
         config = load_config(environ)

@@ -727,10 +727,10 @@ async def describe_model(pool: Pool, model: Model) -> dict[str, Any]:
         n_ctx = instance.worker.model.n_ctx
     elif available:
         try:
-            choice = await pool.choose(model)
-            n_ctx = choice.settings.n_ctx
-            if choice.tuned:
-                path, encoding = choice.tuned.path, choice.tuned.encoding
+            plan = await pool.plan(model)
+            n_ctx = plan.settings.n_ctx
+            if plan.tuned:
+                path, encoding = plan.tuned.path, plan.tuned.encoding
         except HttpError:  # the file is damaged
             available = False
     entry: dict[str, Any] = {

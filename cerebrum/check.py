@@ -9,8 +9,9 @@ The exit status is 1 if there is a FAIL, else 0. A check changes nothing, prints
 beside the running daemon. Requests to other machines end within seconds. Wrong settings end the
 check, since the rest depends on them.
 
-The daemons pass their own `load_config` and `Backend`, because no module imports a daemon. Standard
-library only, except for the VPS's part.
+The daemons pass their own `load_config`, because no module imports a daemon; `PiConfig` and
+`VpsConfig` are what a check reads of their Config. Standard library only, except for the VPS's
+part.
 """
 
 from __future__ import annotations
@@ -20,29 +21,36 @@ import contextlib
 import errno
 import http.client
 import logging
+import math
 import os
 import re
 import socket
 import ssl
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from cerebrum.fields import printable
-from cerebrum.settings import ConfigError, Environment, read_environment
+from cerebrum.settings import Client, ConfigError, Environment, read_environment
 from cerebrum_common import VERSION, HttpError, Model, log
 
-Load = Callable[[Environment], Any]  # load_config: raises ConfigError
-Make = Callable[[Any, Sequence[Model]], Any]  # cm4d's Backend
+if TYPE_CHECKING:
+    from cerebrum.http import Access
+    from cerebrum.pi.backend import Backend
+    from cerebrum.pi.upstream import BackendConfig
+    from cerebrum.vps.encoding import LoadPlan
+    from cerebrum.vps.llama import Settings
+
 MB = 1 << 20
 ASK_SECONDS = 5.0  # for an answer from this machine
 BACKEND_SECONDS = 15.0  # for answers from all backends, which are asked at the same time
 MAX_BYTES = 1 << 16
 CREDENTIALS = Path("/etc/credstore")  # where the units' LoadCredential= looks
 SOCKET_UNITS = [
-    Path(f"/{place}/systemd/system/cerebrum-backend.socket") for place in ("etc", "usr/lib")
+    Path("/etc/systemd/system/cerebrum-backend.socket"),
+    Path("/usr/lib/systemd/system/cerebrum-backend.socket"),
 ]
 SET_KEY = "`generate_api_key.sh --set FILE` sets it"
 MIN_KEY_CHARACTERS = 16  # generate_api_key.sh makes 43
@@ -50,12 +58,50 @@ PI_MB = 64  # of memory: cm4d takes 36, its clients need more
 BARE_MB = 150  # memory of vpsd without a model: 90 at its start, plus connections
 SYSTEM_MB = 250  # memory that a small Debian takes, with Tailscale
 SPARE_MB = 512  # for memory that a model's estimate leaves out, and for reading its file
-LLAMA_CPP = (
-    "0.3.36"  # the version of llama-cpp-python whose C structures cerebrum/vps/llama.py knows
-)
-
-
+# The version of llama-cpp-python whose C structures cerebrum/vps/llama.py knows.
+LLAMA_CPP = "0.3.36"
 RENAMED = {"CEREBRUM_MIN_TOKENS_PER_SECOND": "CEREBRUM_HINT_SECONDS takes its place"}
+
+
+class Config(Protocol):
+    """What the checks read of both daemons' settings."""
+
+    @property
+    def host(self) -> str: ...
+    @property
+    def port(self) -> int: ...
+    @property
+    def models(self) -> Sequence[Model]: ...
+
+
+class PiConfig(Config, Protocol):
+    """What the checks read of cm4d's Config."""
+
+    @property
+    def client_keys(self) -> Sequence[str]: ...
+    @property
+    def clients(self) -> Mapping[str, Client] | None: ...
+    @property
+    def tls(self) -> object: ...
+    @property
+    def backends(self) -> Sequence[BackendConfig]: ...
+
+
+class VpsConfig(Config, Protocol):
+    """What the checks read of vpsd's Config."""
+
+    @property
+    def access(self) -> Access: ...
+    @property
+    def engine(self) -> Settings: ...
+    @property
+    def models_dir(self) -> Path: ...
+    @property
+    def min_free_mb(self) -> float: ...
+
+
+C = TypeVar("C", bound=Config)
+Load = Callable[[Environment], C]  # load_config: raises ConfigError
 
 
 class Report:
@@ -65,7 +111,8 @@ class Report:
 
     def add(self, level: str, name: str, text: str) -> None:
         """`level` is "ok", "warn" or "FAIL"."""
-        self.status |= level == "FAIL"
+        if level == "FAIL":
+            self.status = 1
         print(f"{level:<5} {name:<9} {printable(text)}", flush=True)
 
 
@@ -88,9 +135,9 @@ def begin(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
 # ------------------------------------------------------------------------------------ both machines
 
 
-def read_settings(report: Report, folder: Path, load: Load) -> Any:
+def read_settings(report: Report, folder: Path, load: Load[C]) -> C | None:
     """The daemon's Config; None if a setting is wrong."""
-    given, place = dict(os.environ), (folder / ".env").resolve()  # a link in the packages
+    given = dict(os.environ)
     if os.access(CREDENTIALS, os.R_OK | os.X_OK):
         given.setdefault("CREDENTIALS_DIRECTORY", str(CREDENTIALS))
     elif CREDENTIALS.is_dir() and "CREDENTIALS_DIRECTORY" not in given:
@@ -99,22 +146,21 @@ def read_settings(report: Report, folder: Path, load: Load) -> Any:
             "settings",
             f"{CREDENTIALS} cannot be read and may hold keys: run this as root (sudo)",
         )
+    env_file = (folder / ".env").resolve()  # a link in the packages
     try:
         environ = read_environment(given, folder)
         config = load(environ)
     except ConfigError as error:
         report.add(
-            "FAIL", "settings", f"{error}: correct it in the environment, {place} or models.toml"
+            "FAIL", "settings", f"{error}: correct it in the environment, {env_file} or models.toml"
         )
         return None
-    report.add("ok", "settings", f"those of the environment, {place} and models.toml are valid")
+    report.add("ok", "settings", f"those of the environment, {env_file} and models.toml are valid")
     with contextlib.suppress(OSError):
-        known = {
-            *re.findall(r"CEREBRUM_\w+", (folder / ".env.example").read_text()),
-            "CEREBRUM_URL",
-        }  # the REPL's
-        named = {one.key_env for one in getattr(config, "backends", ())}
-        for name in sorted(environ.values.keys() - known - named):
+        example = (folder / ".env.example").read_text()
+        known = {*re.findall(r"CEREBRUM_\w+", example), "CEREBRUM_URL"}  # the REPL's
+        known |= {backend.key_env for backend in getattr(config, "backends", ())}
+        for name in sorted(environ.values.keys() - known):
             if name.startswith("CEREBRUM_"):
                 mend = RENAMED.get(name, ".env.example lists all variables")
                 report.add("warn", "settings", f"nothing reads {name}: {mend}")
@@ -126,11 +172,8 @@ def check_key(report: Report, name: str, keys: Sequence[str], missing: str = "")
     key is optional.
     """
     if not any(keys):
-        report.add(
-            "FAIL" if missing else "ok",
-            "key",
-            f"{name} is not set: {missing or 'clients need none'}",
-        )
+        level = "FAIL" if missing else "ok"
+        report.add(level, "key", f"{name} is not set: {missing or 'clients need none'}")
     elif any(len(key) < MIN_KEY_CHARACTERS for key in keys):
         report.add(
             "warn",
@@ -141,10 +184,11 @@ def check_key(report: Report, name: str, keys: Sequence[str], missing: str = "")
         report.add("ok", "key", f"{name} is set")
 
 
-def check_address(report: Report, host: str, port: int, prefix: str, mark: str) -> None:
-    """Check that the daemon can listen on this address, or already does: only its /health has the
-    member `mark`.
+def check_address(report: Report, config: Config, prefix: str, member: str) -> None:
+    """Check that the daemon can listen on its address, or already does: only its /health has the
+    `member`.
     """
+    host, port = config.host, config.port
     address: Any = (host,)
     try:
         found = begin(socket.getaddrinfo, host, port, 0, socket.SOCK_STREAM, 0, socket.AI_PASSIVE)
@@ -152,15 +196,14 @@ def check_address(report: Report, host: str, port: int, prefix: str, mark: str) 
             socket.create_server(address, family=family).close()
     except (OSError, UnicodeError) as error:  # the look-up's TimeoutError is an OSError
         if getattr(error, "errno", 0) != errno.EADDRINUSE:
-            reason = (getattr(error, "strerror", "") or "no address is known for it").partition(
-                " (while"
-            )[0]
+            problem = getattr(error, "strerror", "") or "no address is known for it"
+            reason = problem.partition(" (while")[0]
             report.add(
                 "FAIL",
                 "address",
                 f"{host} port {port}: {reason}: correct {prefix}_HOST or {prefix}_PORT",
             )
-        elif has_health(address[0], port, mark):
+        elif has_health(address[0], port, member):
             report.add("ok", "address", f"our daemon answers on {host} port {port}")
         else:
             report.add(
@@ -176,9 +219,7 @@ def has_health(host: str, port: int, member: str) -> bool:
     """Whether the answer to GET /health at an address of this machine has this member, with TLS or
     without.
     """
-    unchecked = (
-        ssl._create_unverified_context()
-    )  # this machine's own certificate names another host
+    unchecked = ssl._create_unverified_context()  # our own certificate names another host
     plain = http.client.HTTPConnection(host, port, timeout=ASK_SECONDS)
     secure = http.client.HTTPSConnection(host, port, timeout=ASK_SECONDS, context=unchecked)
     for connection in (plain, secure):
@@ -195,42 +236,34 @@ def has_health(host: str, port: int, member: str) -> bool:
 # ------------------------------------------------------------------------------------------- the Pi
 
 
-def check_pi(folder: Path, load: Load, make: Make) -> int:
+def check_pi(folder: Path, load: Load[PiConfig]) -> int:
     """Print all findings, and return the exit status."""
     report = Report()
     if config := read_settings(report, folder, load):
         if config.client_keys or config.clients is None:
             check_key(report, "CEREBRUM_CM4_API_KEY", config.client_keys)
         check_clients(report, config)
-        needed = {
-            one.variable: [one.key]
-            for one in config.backends
-            if one.key_env or one.api == "cerebrum"
-        }
-        for name in sorted(needed):
-            check_key(report, name, needed[name], SET_KEY)
-        check_address(report, config.host, config.port, "CEREBRUM_CM4", "vps_available")
-        available = (
-            int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) // 1024
-        )
-        wanted = "" if available >= PI_MB else f", expected {PI_MB}: end other programs"
-        report.add("warn" if wanted else "ok", "memory", f"{available:,} MB are available{wanted}")
-        check_backends(report, config, make)
+        keyed = [b for b in config.backends if b.key_env or b.api == "cerebrum"]
+        keys = {backend.variable: backend.key for backend in keyed}
+        for name in sorted(keys):
+            check_key(report, name, [keys[name]], SET_KEY)
+        check_address(report, config, "CEREBRUM_CM4", "vps_available")
+        check_memory(report)
+        check_backends(report, config)
     return report.status
 
 
-def check_clients(report: Report, config: Any) -> None:
+def check_clients(report: Report, config: PiConfig) -> None:
     """Check who else can see the clients' keys."""
     if config.clients is not None:
-        short = [
-            client.name for key, client in config.clients.items() if len(key) < MIN_KEY_CHARACTERS
-        ]
-        told = f"{len(config.clients)} clients have names: {', '.join(config.names) or 'none yet'}"
-        report.add(
-            "warn" if short else "ok",
-            "key",
-            told + "".join(f"; the key of {name} is short" for name in short),
-        )
+        finding = f"{len(config.clients)} clients have names: "
+        finding += ", ".join(client.name for client in config.clients.values()) or "none yet"
+        level = "ok"
+        for key, client in config.clients.items():
+            if len(key) < MIN_KEY_CHARACTERS:
+                level = "warn"
+                finding += f"; the key of {client.name} is short"
+        report.add(level, "key", finding)
     if (config.client_keys or config.clients) and not config.tls:
         report.add(
             "warn",
@@ -239,111 +272,135 @@ def check_clients(report: Report, config: Any) -> None:
         )
 
 
-def check_backends(report: Report, config: Any, make: Make) -> None:
+def check_memory(report: Report) -> None:
+    table = Path("/proc/meminfo").read_text()
+    available = int(table.split("MemAvailable:")[1].split()[0]) // 1024
+    finding = f"{available:,} MB are available"
+    if available >= PI_MB:
+        report.add("ok", "memory", finding)
+    else:
+        report.add("warn", "memory", f"{finding}, expected {PI_MB}: end other programs")
+
+
+class Probe(NamedTuple):
+    """One backend's answers."""
+
+    backend: Backend | None  # None if it cannot be asked
+    version: str
+    trouble: str  # why the backend cannot serve a completion, "" if it can
+
+
+def check_backends(report: Report, config: PiConfig) -> None:
     """Check that each backend can be reached and takes our key, and check its version and models. A
     fault is a FAIL only if no other backend can serve a completion.
     """
     log.addHandler(logging.NullHandler())  # a probe's log lines come as findings
     answers = [
-        (one, begin(asyncio.run, ask_backend(one, config.models, make))) for one in config.backends
+        begin(asyncio.run, ask_backend(backend, config.models)) for backend in config.backends
     ]
-    wait((future for _, future in answers), BACKEND_SECONDS)
-    seen = []
-    for one, future in answers:
+    wait(answers, BACKEND_SECONDS)
+    probes = []
+    for answer in answers:
         try:
-            seen.append((one, *future.result(0.0)))
+            probes.append(answer.result(0.0))
         except Exception as error:  # from the look-up or the certificates, or TimeoutError
             reason = getattr(error, "strerror", None) or str(error) or "it did not answer in time"
-            seen.append((one, None, "", reason))
-    lacking = (
-        "warn" if any(backend.models for _, backend, _, trouble in seen if not trouble) else "FAIL"
-    )
-    for one, backend, version, trouble in seen:
-        if trouble:
-            mend = SET_KEY if "our key" in trouble else "look whether it runs and has this address"
-            report.add(
-                lacking, "backend", f"{one.id} ({one.endpoint.authority}): {trouble}: {mend}"
-            )
-            continue
-        taken = " and takes our key" if one.key else ""
-        report.add("ok", "backend", f"{one.id} answers in {backend.response_ms or 0:.0f} ms{taken}")
-        if one.api == "cerebrum" and version != VERSION:
-            report.add(
-                "warn",
-                "version",
-                f"{one.id} has {version}, this is {VERSION}: copy all files of one version",
-            )
-        if backend.models:
-            report.add("ok", "models", f"{one.id} has {', '.join(backend.models)}")
-        else:
-            mend = (
-                "`vpsd.py fetch` there gets one"
-                if one.api == "cerebrum"
-                else "list its names as `aliases`"
-            )
-            report.add(lacking, "models", f"{one.id} has no model of models.toml: {mend}")
+            probes.append(Probe(None, "", reason))
+    served = any(probe.backend.models for probe in probes if probe.backend and not probe.trouble)
+    lacking = "warn" if served else "FAIL"
+    for settings, probe in zip(config.backends, probes, strict=True):
+        report_backend(report, settings, probe, lacking)
 
 
-async def ask_backend(config: Any, models: Sequence[Model], make: Make) -> tuple[Any, str, str]:
-    """Probe a backend once. Returns the Backend, its version, and its trouble, "" if none."""
-    socket.getaddrinfo(
-        config.endpoint.host, config.endpoint.port
-    )  # asyncio would wait for a look-up that hangs
-    backend, version = make(config, models), "an unknown version"
+def report_backend(report: Report, config: BackendConfig, probe: Probe, lacking: str) -> None:
+    """Report what a backend answered. `lacking` is the level of a backend that serves nothing."""
+    id, backend = config.id, probe.backend
+    if not backend or probe.trouble:
+        mend = "look whether it runs and has this address"
+        if "our key" in probe.trouble:
+            mend = SET_KEY
+        report.add(
+            lacking, "backend", f"{id} ({config.endpoint.authority}): {probe.trouble}: {mend}"
+        )
+        return
+    taken = " and takes our key" if config.key else ""
+    report.add("ok", "backend", f"{id} answers in {backend.response_ms or 0:.0f} ms{taken}")
+    is_vpsd = config.api == "cerebrum"
+    if is_vpsd and probe.version != VERSION:
+        report.add(
+            "warn",
+            "version",
+            f"{id} has {probe.version}, this is {VERSION}: copy all files of one version",
+        )
+    if backend.models:
+        report.add("ok", "models", f"{id} has {', '.join(backend.models)}")
+    else:
+        mend = "`vpsd.py fetch` there gets one" if is_vpsd else "list its names as `aliases`"
+        report.add(lacking, "models", f"{id} has no model of models.toml: {mend}")
+
+
+async def ask_backend(config: BackendConfig, models: Sequence[Model]) -> Probe:
+    from cerebrum.pi.backend import Backend
+
+    # Here, since asyncio would wait for a look-up that hangs.
+    socket.getaddrinfo(config.endpoint.host, config.endpoint.port)
+    backend = Backend(config, models)
     await backend.probe()
-    if config.api == "cerebrum" and not backend.breaker.trouble:
+    trouble = backend.breaker.trouble
+    version = "an unknown version"
+    if config.api == "cerebrum" and not trouble:
         with contextlib.suppress(HttpError):
-            version = str((await backend.kind.get("/v1/stats", MAX_BYTES)).get("version", version))
-    return backend, version, backend.breaker.trouble
+            stats = await backend.kind.get("/v1/stats", MAX_BYTES)
+            version = str(stats.get("version", version))
+    return Probe(backend, version, trouble)
 
 
 # ------------------------------------------------------------------------------------------ the VPS
 
 
-def check_vps(folder: Path, load: Load) -> int:
+def check_vps(folder: Path, load: Load[VpsConfig]) -> int:
     """Print all findings, and return the exit status."""
     import llama_cpp
 
     report = Report()
     if config := read_settings(report, folder, load):
-        if (got := llama_cpp.__version__) != LLAMA_CPP:
+        got = llama_cpp.__version__
+        if got != LLAMA_CPP:
             report.add(
                 "warn",
                 "packages",
                 f"pip install llama-cpp-python=={LLAMA_CPP}: its C API differs from {got}",
             )
-        mend = "`generate_api_key.sh --write FILE` makes one"
-        check_key(report, "CEREBRUM_API_KEY", config.access.keys, mend)
+        check_key(
+            report,
+            "CEREBRUM_API_KEY",
+            config.access.keys,
+            "`generate_api_key.sh --write FILE` makes one",
+        )
         if unit := next(
             filter(Path.exists, SOCKET_UNITS), None
-        ):  # a connection there could start the daemon
+        ):  # a connection to its socket could start the daemon
             report.add("ok", "address", f"that of systemd: `systemctl status {unit.name}` shows it")
         else:
-            check_address(report, config.host, config.port, "CEREBRUM_VPS", "models_loaded")
+            check_address(report, config, "CEREBRUM_VPS", "models_loaded")
         check_state(report, config.engine.state_dir)
         check_models(report, config)
     return report.status
 
 
 def check_state(report: Report, folder: Path) -> None:
-    place = next(place for place in (folder, *folder.absolute().parents) if os.path.exists(place))
-    fits = place.is_dir() and os.access(place, os.W_OK | os.X_OK)
-    finding = (
-        f"{folder} can be written"
-        if fits
-        else f"{place} cannot be written: CEREBRUM_STATE_DIR names the folder"
-    )
-    report.add("ok" if fits else "FAIL", "state", finding)
+    paths = (folder, *folder.absolute().parents)
+    parent = next(path for path in paths if os.path.exists(path))
+    if parent.is_dir() and os.access(parent, os.W_OK | os.X_OK):
+        report.add("ok", "state", f"{folder} can be written")
+    else:
+        report.add(
+            "FAIL", "state", f"{parent} cannot be written: CEREBRUM_STATE_DIR names the folder"
+        )
 
 
-def check_models(report: Report, config: Any) -> None:
+def check_models(report: Report, config: VpsConfig) -> None:
     """Check that the model files are whole and readable, fit into memory, and are tuned."""
-    import psutil
-
-    from cerebrum.vps.encoding import untuned
-    from cerebrum.vps.fetch import digest_with_bar
-    from cerebrum.vps.llama import ModelError
-
     here = [model for model in config.models if (config.models_dir / model.file).is_file()]
     if not here:
         report.add(
@@ -351,84 +408,102 @@ def check_models(report: Report, config: Any) -> None:
             "models",
             f"{config.models_dir} has none of models.toml: `vpsd.py fetch` gets one",
         )
-    total, available = psutil.virtual_memory()[:2]
-    most, free = (max(0, round(size / MB - config.min_free_mb)) for size in (total, available))
     for model in here:
-        try:
-            path = config.models_dir / model.file
-            size = path.stat().st_size
-            if model.size not in (0, size):
-                raise ModelError(f"expected {model.size} bytes, got {size}")
-            if model.sha256 and (got := digest_with_bar(path)) != model.sha256:
-                raise ModelError(f"expected sha256 {model.sha256}, got {got}")
-            choice, need = needed_mb(model, config, total // MB)
-        except (ModelError, OSError) as error:
-            report.add(
-                "FAIL", "models", f"{model.id}: {error}: `vpsd.py fetch {model.id}` gets it again"
-            )
-            continue
-        report.add(
-            "ok",
-            "models",
-            f"{model.id} is {'whole' if model.sha256 else 'readable'}, {size / MB:,.0f} MB",
-        )
-        level, mend = "ok", ""
-        if need > most:
-            level, mend = (
-                "FAIL",
-                ": choose a smaller model or CEREBRUM_N_CTX, or CEREBRUM_KV_TYPE=q8_0",
-            )
-        elif need > free:
-            level, mend = "warn", ": end other programs, unless it is loaded already"
-        beside = f"{free:,} of {most:,} MB are available beside CEREBRUM_MIN_FREE_MB"
-        with_context = (
-            "" if choice.settings == config.engine else f" with {choice.settings.context}"
-        )
-        report.add(level, "memory", f"{model.id} needs {need:,} MB{with_context}, {beside}{mend}")
-        fastest = (
-            choice.tuned and f"{model.id} has the fastest encoding here: {choice.tuned.encoding}"
-        )
-        report.add(
-            "ok" if fastest else "warn", "tuned", fastest or untuned(model.id, choice.reason)
-        )
+        check_model(report, config, model)
 
 
-def needed_mb(model: Model, config: Any, total_mb: int) -> tuple[Any, int]:
-    """The Choice of what to load of a model on a machine with `total_mb` that does nothing else,
-    and its memory in MB. ModelError or OSError if the file cannot be used.
+def check_model(report: Report, config: VpsConfig, model: Model) -> None:
+    import psutil
+
+    from cerebrum.vps.encoding import untuned
+    from cerebrum.vps.llama import ModelError
+
+    total, available = psutil.virtual_memory()[:2]
+    try:
+        size = size_of_model(model, config.models_dir / model.file)
+        plan, need = needed_mb(model, config, total // MB)
+    except (ModelError, OSError) as error:
+        report.add(
+            "FAIL", "models", f"{model.id}: {error}: `vpsd.py fetch {model.id}` gets it again"
+        )
+        return
+    state = "whole" if model.sha256 else "readable"
+    report.add("ok", "models", f"{model.id} is {state}, {size / MB:,.0f} MB")
+    most, free = (max(0, round(bytes / MB - config.min_free_mb)) for bytes in (total, available))
+    level = "ok"
+    mend = ""
+    if need > most:
+        level = "FAIL"
+        mend = ": choose a smaller model or CEREBRUM_N_CTX, or CEREBRUM_KV_TYPE=q8_0"
+    elif need > free:
+        level = "warn"
+        mend = ": end other programs, unless it is loaded already"
+    beside = f"{free:,} of {most:,} MB are available beside CEREBRUM_MIN_FREE_MB"
+    context = "" if plan.settings == config.engine else f" with {plan.settings.context}"
+    report.add(level, "memory", f"{model.id} needs {need:,} MB{context}, {beside}{mend}")
+    if plan.tuned:
+        finding = f"{model.id} has the fastest encoding here: {plan.tuned.encoding}"
+        report.add("ok", "tuned", finding)
+    else:
+        report.add("warn", "tuned", untuned(model.id, plan.reason))
+
+
+def size_of_model(model: Model, path: Path) -> int:
+    """The bytes of a model's file. ModelError if its size or sha256 is wrong, OSError if it cannot
+    be read.
     """
-    from cerebrum.vps.encoding import choose_file
+    from cerebrum.vps.fetch import digest_with_bar
+    from cerebrum.vps.llama import ModelError
+
+    size = path.stat().st_size
+    if model.size not in (0, size):
+        raise ModelError(f"expected {model.size} bytes, got {size}")
+    if model.sha256:
+        got = digest_with_bar(path)
+        if got != model.sha256:
+            raise ModelError(f"expected sha256 {model.sha256}, got {got}")
+    return size
+
+
+def needed_mb(model: Model, config: VpsConfig, total_mb: int) -> tuple[LoadPlan, int]:
+    """What is loaded of a model on a machine with `total_mb` that does nothing else, and its memory
+    in MB. ModelError or OSError if the file cannot be used.
+    """
+    from cerebrum.vps.encoding import plan_load
 
     free = (total_mb - config.min_free_mb - BARE_MB - SYSTEM_MB) * MB
-    choice = choose_file(config.models_dir / model.file, config.engine, model.sha256, free)
-    return choice, -(-sum(choice.parts.values()) // MB)
+    plan = plan_load(config.models_dir / model.file, config.engine, model.sha256, free)
+    return plan, math.ceil(sum(plan.parts.values()) / MB)
 
 
-def memory_limit(config: Any, total_mb: int) -> list[str]:
+def memory_limit(config: VpsConfig, total_mb: int) -> list[str]:
     """The output of `vpsd.py memory`: MemoryMax= in MB for `total_mb` of memory, then comments,
     read by setup.sh.
     """
     from cerebrum.vps.encoding import find_tuned
     from cerebrum.vps.llama import ModelError
 
-    most = max(BARE_MB + SPARE_MB, total_mb - round(config.min_free_mb))
-    needs, comments = list[int](), list[str]()
+    bare = BARE_MB + SPARE_MB
+    most = max(bare, total_mb - round(config.min_free_mb))
+    needs = []
+    comments = []
     for model in config.models:
         with contextlib.suppress(ModelError, OSError):  # the file is missing or damaged
-            need = needed_mb(model, config, total_mb)[1]
+            _, need = needed_mb(model, config, total_mb)
             needs.append(need)
             # Not by `needed_mb`: a tuned file that does not fit would not fit after another tuning
             # either.
-            mark = (
-                ""
-                if find_tuned(config.models_dir / model.file, config.engine, model.sha256)[0]
-                else ", untuned"
+            tuned, _ = find_tuned(config.models_dir / model.file, config.engine, model.sha256)
+            untuned = "" if tuned else ", untuned"
+            comments.append(
+                f"# {model.id}: {need} MB with its prompts (CEREBRUM_CACHE_MB){untuned}"
             )
-            comments.append(f"# {model.id}: {need} MB with its prompts (CEREBRUM_CACHE_MB){mark}")
-    if not needs:
-        comments = [
-            f"# no model is here; the smallest is {model.id}" for model in config.models[-1:]
-        ]
-    limit = min(most, sum(needs) + BARE_MB + SPARE_MB) if needs else most
-    beside = f"# beside models: {BARE_MB + SPARE_MB} MB; at most {most} MB: {total_mb} without CEREBRUM_MIN_FREE_MB"
+    limit = most
+    if needs:
+        limit = min(most, sum(needs) + bare)
+    elif config.models:
+        comments = [f"# no model is here; the smallest is {config.models[-1].id}"]
+    beside = (
+        f"# beside models: {bare} MB; at most {most} MB: {total_mb} without CEREBRUM_MIN_FREE_MB"
+    )
     return [str(limit), *comments, beside]

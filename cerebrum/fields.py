@@ -9,10 +9,11 @@ Pure. Standard library only.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +23,8 @@ JsonObject = dict[str, Any]
 Members = Mapping[str, Any]  # a JSON object that is only read
 
 MAX_JSON_DEPTH = 64  # requests are flat; without this limit the C scanner ends in a RecursionError
-# commas, colons and opening brackets; a chat of 1,000 messages in parts has half as many
-MAX_JSON_MARKS = 20_000
+# Commas, colons and opening brackets: a chat of 1,000 messages in parts has half as many.
+MAX_DELIMITERS = 20_000
 MAX_INTEGER_DIGITS = 20  # 64 bits; no field takes a larger number
 
 
@@ -54,10 +55,10 @@ DECODER = json.JSONDecoder(
 
 def parse_json(body: bytes) -> dict[str, Any]:
     """Parse a body as a JSON object: strict RFC 8259, UTF-8 without a BOM, no repeated names,
-    finite numbers, at most 64 levels and MAX_JSON_MARKS. HttpError 400 says what is wrong.
+    finite numbers, at most 64 levels and MAX_DELIMITERS. HttpError 400 says what is wrong.
     """
     try:
-        _refuse_marks(body)
+        _bound_delimiters(body)
         value = DECODER.decode(body.decode("utf-8"))
         _refuse_depth(value)
     except UnicodeDecodeError:
@@ -77,27 +78,26 @@ def parse_json(body: bytes) -> dict[str, Any]:
     return value
 
 
-def _refuse_marks(body: bytes) -> None:
-    """Before the parser, which lets nothing else run: each value and each name in JSON follows one
-    of these marks.
+def _bound_delimiters(body: bytes) -> None:
+    """Bound the values and names of a body, each of which follows a delimiter. Called before the
+    parser, which lets nothing else run.
     """
-    plain = body.replace(rb"\\", b"").replace(
-        rb"\"", b""
-    )  # each quote that is left begins or ends a string
-    outside = b"".join(plain.split(b'"', 2 * MAX_JSON_MARKS)[::2])
-    if len(outside) - len(outside.translate(None, b",:[{")) > MAX_JSON_MARKS:
-        raise ValueError(f"expected at most {MAX_JSON_MARKS} commas, colons and opening brackets")
+    # Without escapes, each quote begins or ends a string.
+    plain = body.replace(rb"\\", b"").replace(rb"\"", b"")
+    outside = b"".join(plain.split(b'"', 2 * MAX_DELIMITERS)[::2])
+    delimiters = len(outside) - len(outside.translate(None, b",:[{"))
+    if delimiters > MAX_DELIMITERS:
+        raise ValueError(f"expected at most {MAX_DELIMITERS} commas, colons and opening brackets")
 
 
 def _refuse_depth(value: Any) -> None:
     level = [value]
     for _ in range(MAX_JSON_DEPTH + 1):  # each turn descends by one level
-        level = [item for item in level if isinstance(item, (dict, list))]
-        if not level:
+        nested: list[Iterable[Any]] = [item for item in level if isinstance(item, list)]
+        nested += [item.values() for item in level if isinstance(item, dict)]
+        if not nested:
             return
-        level = [
-            child for item in level for child in (item.values() if isinstance(item, dict) else item)
-        ]
+        level = list(itertools.chain.from_iterable(nested))
     raise RecursionError
 
 
@@ -120,8 +120,10 @@ def describe(value: Any) -> str:
     """
     if value is None:
         return "null"
-    if isinstance(value, list | dict):
-        return ("an array" if isinstance(value, list) else "an object") + f" of {len(value)}"
+    if isinstance(value, list):
+        return f"an array of {len(value)}"
+    if isinstance(value, dict):
+        return f"an object of {len(value)}"
     if isinstance(value, str) and not SHOWN.fullmatch(value):
         return f"a string of {len(value)} characters"
     kind = {bool: "boolean", int: "number", float: "number", str: "string"}.get(type(value))
@@ -137,6 +139,9 @@ def printable(text: str) -> str:
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
     )
+
+
+NOUNS = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,16 +166,16 @@ class Field:
         if self.choices:
             return "one of " + ", ".join(self.choices)
         if self.pattern:
-            return f"{'strings' if self.kind is list else 'a string'} of the form {self.pattern}"
+            noun = "strings" if self.kind is list else "a string"
+            return f"{noun} of the form {self.pattern}"
         if self.kind is list:
             return f"a string, or an array of {self.low:g} to {self.high:g} non-empty strings"
-        noun = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}[
-            self.kind
-        ]
+        noun = NOUNS[self.kind]
         if self.high == math.inf:
             return "a non-empty string" if self.kind is str and self.low == 1 else noun
         unit = " characters" if self.kind is str else ""
-        return f"{noun} {'above' if self.above_low else 'from'} {self.low:g} to {self.high:g}{unit}"
+        begin = "above" if self.above_low else "from"
+        return f"{noun} {begin} {self.low:g} to {self.high:g}{unit}"
 
     def accepts(self, value: Any) -> bool:
         kinds = (int, float) if self.kind is float else self.kind
@@ -178,27 +183,41 @@ class Field:
             return False
         size: Any = len(value) if isinstance(value, str | list) else value
         inside = self.low < size if self.above_low else self.low <= size
-        texts = value if isinstance(value, list) else [value] if isinstance(value, str) else []
-        return bool(inside and size <= self.high and all(map(self._allows, texts)))
+        if not inside or size > self.high:
+            return False
+        if isinstance(value, list):
+            return all(map(self._allows, value))
+        return not isinstance(value, str) or self._allows(value)
 
     def _allows(self, text: Any) -> bool:
         """Whether the field accepts this string or list item."""
-        if not isinstance(text, str) or (self.choices and text not in self.choices):
+        if not isinstance(text, str):
             return False
-        return (
-            bool(re.fullmatch(self.pattern, text))
-            if self.pattern
-            else self.kind is str or text != ""
-        )
+        if self.choices and text not in self.choices:
+            return False
+        if self.pattern:
+            return bool(re.fullmatch(self.pattern, text))
+        return self.kind is str or text != ""
+
+
+Fields = Mapping[str, Field]  # by name
 
 
 def wrong(name: str, expected: str, got: Any) -> HttpError:
     return HttpError("INVALID_REQUEST", f"{name}: expected {expected}, got {describe(got)}")
 
 
-def read_fields(
-    members: Mapping[str, Any], fields: Mapping[str, Field], where: str = ""
-) -> dict[str, Any]:
+def _is_unicode(value: str | list[str]) -> bool:
+    """Whether no text has a lone surrogate."""
+    text = value if isinstance(value, str) else "".join(value)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def read_fields(members: Mapping[str, Any], fields: Fields, where: str = "") -> dict[str, Any]:
     """The checked fields of a request with defaults filled in; unknown members are ignored.
     HttpError 400 names the field, after `where`, what was expected and what was found.
     """
@@ -216,19 +235,15 @@ def read_fields(
             value = [value]
         if not rule.accepts(value):
             raise wrong(where + name, rule.expected(), members[name])
-        try:
-            "".join(
-                value if isinstance(value, list) else [value if isinstance(value, str) else ""]
-            ).encode()
-        except UnicodeEncodeError:
+        if isinstance(value, str | list) and not _is_unicode(value):
             raise HttpError(
                 "INVALID_REQUEST", f"{where}{name}: expected Unicode text, got a lone surrogate"
-            ) from None
+            )
         values[name] = float(value) if rule.kind is float else value
     return values
 
 
-def read_object(value: Any, name: str, fields: Mapping[str, Field]) -> dict[str, Any]:
+def read_object(value: Any, name: str, fields: Fields) -> dict[str, Any]:
     """The checked members of an object within a request."""
     if not isinstance(value, dict):
         raise wrong(name, "an object", value)
@@ -236,7 +251,7 @@ def read_object(value: Any, name: str, fields: Mapping[str, Field]) -> dict[str,
 
 
 def read_objects(
-    value: Any, name: str, low: int, high: int, fields: Mapping[str, Field]
+    value: Any, name: str, low: int, high: int, fields: Fields
 ) -> list[dict[str, Any]]:
     """The checked members of each object in an array. HttpError 400 names the array, the index and
     the field.

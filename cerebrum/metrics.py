@@ -35,41 +35,16 @@ STARTED = time.monotonic()
 # Upper bounds in seconds. A small model answers from its cache in 50 ms; a 7B loads in 30 s and
 # reads 4,000 tokens in 100 s. Each further bound adds a line per model to a scrape.
 FIRST_TOKEN_SECONDS = (
-    0.05,
-    0.1,
-    0.2,
-    0.3,
-    0.5,
-    0.75,
-    1.0,
-    1.5,
-    2.0,
-    3.0,
-    5.0,
-    10.0,
-    20.0,
-    30.0,
-    60.0,
-    120.0,
+    *(0.05, 0.1, 0.2, 0.3, 0.5, 0.75),
+    *(1.0, 1.5, 2.0, 3.0, 5.0),
+    *(10.0, 20.0, 30.0, 60.0, 120.0),
 )
 # With drafts the 0.5B takes a few milliseconds per token; a 7B on two slow cores takes a second.
 TOKEN_SECONDS = (
-    0.002,
-    0.005,
-    0.01,
-    0.015,
-    0.02,
-    0.03,
-    0.04,
-    0.05,
-    0.075,
-    0.1,
-    0.15,
-    0.2,
-    0.3,
-    0.5,
-    1.0,
-    2.0,
+    *(0.002, 0.005),
+    *(0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075),
+    *(0.1, 0.15, 0.2, 0.3, 0.5),
+    *(1.0, 2.0),
 )
 
 
@@ -86,7 +61,8 @@ class Histogram:
     """
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
-        self.bounds, self.sum = bounds, 0.0
+        self.bounds = bounds
+        self.sum = 0.0
         self._counts = [0] * (len(bounds) + 1)  # per interval; the last interval has no upper bound
 
     def observe(self, value: float) -> None:
@@ -95,7 +71,8 @@ class Histogram:
 
     def cumulative(self) -> list[tuple[float, int]]:
         """(bound, number of values up to it), up to infinity."""
-        return list(zip((*self.bounds, math.inf), accumulate(self._counts[:]), strict=True))
+        bounds = (*self.bounds, math.inf)
+        return list(zip(bounds, accumulate(self._counts[:]), strict=True))
 
 
 CANCELLED = "CANCELLED"  # the end of a completion that nobody waits for any more
@@ -110,15 +87,11 @@ class Tally:
     tokens: int = 0  # of answers
     draft_tokens: int = 0  # proposed by drafts
     accepted_tokens: int = 0  # draft tokens that were right
-    first_token: Histogram = field(
-        default_factory=lambda: Histogram(FIRST_TOKEN_SECONDS)
-    )  # in seconds
-    per_token: Histogram = field(
-        default_factory=lambda: Histogram(TOKEN_SECONDS)
-    )  # mean per further token
-    ended: dict[str, int] = field(
-        default_factory=dict
-    )  # completions, by finish reason or error code
+    # Seconds: to the first token, and the mean of each further one.
+    first_token: Histogram = field(default_factory=lambda: Histogram(FIRST_TOKEN_SECONDS))
+    per_token: Histogram = field(default_factory=lambda: Histogram(TOKEN_SECONDS))
+    # Completions, by finish reason or error code.
+    ended: dict[str, int] = field(default_factory=dict)
 
     def end(self, reason: str) -> None:
         self.ended[reason] = self.ended.get(reason, 0) + 1
@@ -151,23 +124,30 @@ class Metric(NamedTuple):
     unit: float = 0
     labels: tuple[str, ...] = ()
 
-    def samples(
-        self, label: str, subjects: Mapping[str, Any]
-    ) -> Iterator[tuple[str, dict[str, Any], float]]:
-        """Yield (ending of the name, labels, number). `subjects` are the row's subjects, by the
-        value of `label`.
-        """
+    def samples(self, label: str, subjects: Mapping[str, Any]) -> Iterator[Sample]:
+        """The samples of the row's subjects, which are given by the value of `label`."""
         read = attrgetter(self.read) if isinstance(self.read, str) else self.read
         for key, subject in subjects.items():
             found = read(subject)
-            for values, number in (found if isinstance(found, Mapping) else {(): found}).items():
+            if not isinstance(found, Mapping):
+                found = {(): found}
+            for values, number in found.items():
                 labels = {label: key} | dict(zip(self.labels, values, strict=True))
                 if isinstance(number, Histogram):
-                    for bound, count in number.cumulative():
-                        yield "_bucket", labels | {"le": f"{bound:g}".replace("inf", "+Inf")}, count
-                    yield from (("_sum", labels, number.sum), ("_count", labels, count))
+                    yield from _samples_of(number, labels)
                 elif number is not None:
                     yield "", labels, number
+
+
+Sample = tuple[str, dict[str, Any], float]  # ending of the metric's name, labels, number
+
+
+def _samples_of(histogram: Histogram, labels: dict[str, Any]) -> Iterator[Sample]:
+    for bound, count in histogram.cumulative():
+        text = "+Inf" if bound == math.inf else f"{bound:g}"
+        yield "_bucket", labels | {"le": text}, count
+    yield "_sum", labels, histogram.sum
+    yield "_count", labels, count
 
 
 Table = Mapping[str, Sequence[Metric]]  # rows by the label of their subjects; "": a single subject
@@ -178,52 +158,95 @@ def write_metrics(table: Table, subjects: Subjects) -> bytes:
     """The body of /metrics, or a part of it. All digits of a float are written, so a sum never
     decreases.
     """
-    lines = []
-    for row, label in ((row, label) for label, rows in table.items() for row in rows):
-        for number, (ending, labels, value) in enumerate(row.samples(label, subjects[label])):
-            if not number:
-                kind = (
-                    "histogram" if ending else "counter" if row.name.endswith("_total") else "gauge"
-                )
-                lines += [f"# HELP {row.name} {row.about}", f"# TYPE {row.name} {kind}"]
-            pairs = ",".join(f'{name}="{text}"' for name, text in labels.items() if name)
-            lines.append(f"{row.name}{ending}{f'{{{pairs}}}' if pairs else ''} {+value}")
+    lines = list[str]()
+    for label, rows in table.items():
+        for row in rows:
+            lines += _lines_of(row, list(row.samples(label, subjects[label])))
     return "".join(f"{line}\n" for line in lines).encode()
+
+
+def _lines_of(row: Metric, samples: Sequence[Sample]) -> Iterator[str]:
+    if not samples:
+        return
+    kind = "counter" if row.name.endswith("_total") else "gauge"
+    if samples[0][0]:
+        kind = "histogram"
+    yield f"# HELP {row.name} {row.about}"
+    yield f"# TYPE {row.name} {kind}"
+    for ending, labels, value in samples:
+        pairs = ",".join(f'{name}="{text}"' for name, text in labels.items() if name)
+        braced = f"{{{pairs}}}" if pairs else ""
+        yield f"{row.name}{ending}{braced} {+value}"
 
 
 def write_stats(table: Table, subjects: Subjects) -> dict[str, float]:
     """The table's members of /v1/stats."""
-    rows = ((row, label) for label, rows in table.items() for row in rows if row.stats)
-    sums = (
-        (row, sum(number for _, _, number in row.samples(label, subjects[label])))
-        for row, label in rows
-    )
-    return {row.stats: round(total / row.unit, 1) if row.unit else total for row, total in sums}
+    members = {}
+    for label, rows in table.items():
+        for row in rows:
+            if row.stats:
+                total = sum(number for _, _, number in row.samples(label, subjects[label]))
+                members[row.stats] = round(total / row.unit, 1) if row.unit else total
+    return members
 
 
 # ---------------------------------------------------------------------- rows that both daemons have
 
 COMPLETIONS = (  # read from a Tally
-    Metric("cerebrum_completions_ended_total", "Completions by finish reason, error code, or CANCELLED.",
-           lambda tally: {(reason,): count for reason, count in tally.ended.copy().items()}, labels=("reason",)),
-    Metric("cerebrum_time_to_first_token_seconds",
-           "Time to the first token: on the Pi from the request, on the VPS from the start with a loaded model.",
-           "first_token"),
-    Metric("cerebrum_time_per_token_seconds", "Mean time of each further token of a completion.", "per_token"),
-)  # fmt: skip
-# read from `Server.answered`; process metrics have the names that other client libraries use
+    Metric(
+        "cerebrum_completions_ended_total",
+        "Completions by finish reason, error code, or CANCELLED.",
+        lambda tally: {(reason,): count for reason, count in tally.ended.copy().items()},
+        labels=("reason",),
+    ),
+    Metric(
+        "cerebrum_time_to_first_token_seconds",
+        "Time to the first token: on the Pi from the request, on the VPS from the start with a "
+        "loaded model.",
+        "first_token",
+    ),
+    Metric(
+        "cerebrum_time_per_token_seconds",
+        "Mean time of each further token of a completion.",
+        "per_token",
+    ),
+)
+# Read from `Server.answered`; process metrics have the names that other client libraries use.
 SERVER = {
     "": (
-        Metric("cerebrum_http_requests_total", "Requests by path of their route and status in the log, such as 499.",
-               lambda answered: answered, labels=("path", "code")),
-        Metric("process_cpu_seconds_total", "CPU time of the process.", lambda _: time.process_time()),
-        Metric("process_resident_memory_bytes", "Resident memory of the process.", lambda _: resident_bytes()),
-        Metric("process_start_time_seconds", "Start of the process, by the clock as it is now.",
-               lambda _: round(time.time() - time.monotonic() + STARTED, 1)),
-        Metric("process_open_fds", "Open files of the process.", lambda _: len(os.listdir("/proc/self/fd")) - 1),
-        Metric("process_max_fds", "Most files that the process may open.", lambda _: os.sysconf("SC_OPEN_MAX")),
+        Metric(
+            "cerebrum_http_requests_total",
+            "Requests by path of their route and status in the log, such as 499.",
+            lambda answered: answered,
+            labels=("path", "code"),
+        ),
+        Metric(
+            "process_cpu_seconds_total",
+            "CPU time of the process.",
+            lambda _: time.process_time(),
+        ),
+        Metric(
+            "process_resident_memory_bytes",
+            "Resident memory of the process.",
+            lambda _: resident_bytes(),
+        ),
+        Metric(
+            "process_start_time_seconds",
+            "Start of the process, by the clock as it is now.",
+            lambda _: round(time.time() - time.monotonic() + STARTED, 1),
+        ),
+        Metric(
+            "process_open_fds",
+            "Open files of the process.",
+            lambda _: len(os.listdir("/proc/self/fd")) - 1,
+        ),
+        Metric(
+            "process_max_fds",
+            "Most files that the process may open.",
+            lambda _: os.sysconf("SC_OPEN_MAX"),
+        ),
     )
-}  # fmt: skip
+}
 
 
 def resident_bytes() -> int:

@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 
-# below the units' TimeoutStartSec, after which systemd would end this program without a reason
+# Below the units' TimeoutStartSec, after which systemd would end this program without a reason.
 SECONDS = 20.0
 POLL_SECONDS = 0.05
 

@@ -66,6 +66,15 @@ class LogFormatter(logging.Formatter):
         )
 
 
+def _is_journal() -> bool:
+    """Whether standard output is systemd's journal; see systemd.exec(5)."""
+    try:
+        stdout = os.fstat(1)
+    except OSError:  # it is closed
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{stdout.st_dev}:{stdout.st_ino}"
+
+
 def set_up_logging(level: str, file: str) -> None:
     """Log to standard output and to `file` (empty: no file). Another call reopens the file.
 
@@ -78,14 +87,10 @@ def set_up_logging(level: str, file: str) -> None:
     if file:
         log_file = _log_file(file)
         handlers.append(log_file)
-        with contextlib.suppress(OSError):  # standard output is closed
-            place = os.fstat(1)
-            if (
-                os.environ.get("JOURNAL_STREAM") == f"{place.st_dev}:{place.st_ino}"
-            ):  # see systemd.exec(5)
-                output.addFilter(
-                    lambda record: log_file.reason or not getattr(record, "is_request", False)
-                )
+        if _is_journal():
+            output.addFilter(
+                lambda record: log_file.reason or not getattr(record, "is_request", False)
+            )
     for handler in handlers:
         handler.setFormatter(LogFormatter())
     old = log.handlers
@@ -101,11 +106,8 @@ MAX_LOGGED_CHARS = 10_000  # of a prompt
 
 def prompt_of(fields: Mapping[str, Any]) -> str:
     """The texts of a request as JSON, for CEREBRUM_LOG_PROMPTS."""
-    texts = {
-        name: fields[name]
-        for name in ("prompt", "suffix", "instruction", "messages")
-        if fields.get(name)
-    }
+    names = ("prompt", "suffix", "instruction", "messages")
+    texts = {name: fields[name] for name in names if fields.get(name)}
     return json.dumps(texts, ensure_ascii=False)[:MAX_LOGGED_CHARS]
 
 
@@ -121,18 +123,13 @@ def _log_file(path: str) -> Any:
 
         def emit(self, record: logging.LogRecord) -> None:
             before, self.reason = self.reason, ""
-            if (
-                self.stream and not os.fstat(self.stream.fileno()).st_nlink
-            ):  # somebody has removed the file
-                self.close()
+            if self.stream and not os.fstat(self.stream.fileno()).st_nlink:
+                self.close()  # somebody has removed the file
             super().emit(record)
             if self.reason and not before:
+                problem = f"CEREBRUM_LOG_FILE: cannot write {path}: {self.reason}"
                 with contextlib.suppress(OSError):
-                    print(
-                        f"CEREBRUM_LOG_FILE: cannot write {path}: {self.reason}; going on "
-                        f"without it",
-                        flush=True,
-                    )
+                    print(f"{problem}; going on without it", flush=True)
 
         def handleError(self, record: logging.LogRecord) -> None:
             error = sys.exc_info()[1]
@@ -155,13 +152,15 @@ FEEDS = 4  # per watchdog timeout: some may be late on a busy machine
 
 def notify(*lines: str) -> None:
     """Send lines such as `READY=1` to systemd, if systemd started us; see sd_notify(3)."""
-    if path := os.environ.get("NOTIFY_SOCKET"):
-        with (
-            contextlib.suppress(OSError),
-            socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifier,
-        ):
-            notifier.connect("\0" + path[1:] if path.startswith("@") else path)
-            notifier.send("\n".join(lines).encode())
+    path = os.environ.get("NOTIFY_SOCKET")
+    if not path:
+        return
+    with (
+        contextlib.suppress(OSError),
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifier,
+    ):
+        notifier.connect("\0" + path[1:] if path.startswith("@") else path)
+        notifier.send("\n".join(lines).encode())
 
 
 def passed_sockets(environ: Mapping[str, str]) -> list[socket.socket]:
@@ -169,7 +168,7 @@ def passed_sockets(environ: Mapping[str, str]) -> list[socket.socket]:
     if environ.get("LISTEN_PID") != str(os.getpid()):
         return []
     count = int(environ.get("LISTEN_FDS", "0"))
-    return [socket.socket(fileno=number) for number in range(FIRST_SOCKET, FIRST_SOCKET + count)]
+    return [socket.socket(fileno=FIRST_SOCKET + number) for number in range(count)]
 
 
 # ------------------------------------------------------------------------------------------ options
@@ -225,7 +224,8 @@ class Service:
     """
 
     def __init__(self, reload: Callable[[], None], stuck: Callable[[float], str]) -> None:
-        self._reload, self._stuck = reload, stuck
+        self._reload = reload
+        self._stuck = stuck
         self._signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
         self._feeding: asyncio.Task[None] | None = None
         loop = asyncio.get_running_loop()
@@ -262,7 +262,8 @@ class Service:
         return bool(ended)
 
     def _reload_settings(self) -> None:
-        begun_ns, status = time.monotonic_ns(), "reloaded"
+        begun_ns = time.monotonic_ns()
+        status = "reloaded"
         try:
             self._reload()
             log.info(status)
@@ -281,9 +282,8 @@ class Service:
                 draft.replace(Path(folder, "reload"))
 
     async def _feed(self) -> None:
-        seconds = (
-            int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6 / FEEDS
-        )  # see sd_watchdog_enabled(3)
+        timeout = int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6  # see sd_watchdog_enabled(3)
+        seconds = timeout / FEEDS
         logged = ""
         while True:
             reason = self._stuck(time.monotonic())

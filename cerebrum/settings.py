@@ -10,23 +10,24 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cerebrum.fields import Field, read_fields
+from cerebrum.fields import Field, Fields, members_of, read_fields
 from cerebrum_common import FIM_LAYOUTS, SUGGEST, HttpError, Model, log
 
 
-def read_table(table: Any, where: str, fields: Mapping[str, Field], *others: str) -> dict[str, Any]:
+def read_table(table: Any, where: str, fields: Fields, *others: str) -> dict[str, Any]:
     """The checked members of a TOML table, limited to `fields` and `others`. ConfigError says what
     is wrong.
     """
     if not isinstance(table, dict):
         raise ConfigError(f"{where}: expected a table, got something else")
-    for name in sorted(table.keys() - {*fields, *others}):
-        raise ConfigError(f"{where}: expected one of {', '.join((*fields, *others))}, got {name!r}")
+    known = (*fields, *others)
+    for name in sorted(table.keys() - set(known)):
+        raise ConfigError(f"{where}: expected one of {', '.join(known)}, got {name!r}")
     try:
         return read_fields(table, fields)
     except HttpError as error:
@@ -41,13 +42,12 @@ class ConfigError(ValueError):
     """A setting that keeps a daemon from starting; the message names the variable."""
 
 
-KEY = re.compile(
-    r"[!-+\--~]+"
-)  # printable ASCII but for space and comma; a header can carry the key as it is
+# Printable ASCII but for space and comma: a header can carry the key as it is.
+KEY = re.compile(r"[!-+\--~]+")
 MAX_KEYS = 2  # a forgotten old key should not stay valid
-HOST = re.compile(
-    r"[A-Za-z0-9.\-_]{1,255}|[0-9A-Fa-f:.]{2,45}(%[A-Za-z0-9.\-_]{1,32})?"
-)  # a name or an address
+# A name or an address.
+HOST = re.compile(r"[A-Za-z0-9.\-_]{1,255}|[0-9A-Fa-f:.]{2,45}(%[A-Za-z0-9.\-_]{1,32})?")
+# NAME KEY [PLACES], with one space between two words.
 CLIENT = re.compile(rf"([A-Za-z0-9._-]{{1,32}}) ({KEY.pattern})(?: ([0-9]{{1,2}}))?")
 MAX_CLIENTS, MAX_CLIENT_PLACES = 32, 64
 
@@ -77,7 +77,8 @@ class Environment:
         """The key in this variable, or two during a rotation, separated by a comma: the new one,
         then the old one.
         """
-        if not (text := self.text(name)):
+        text = self.text(name)
+        if not text:
             return ()
         keys = tuple(key.strip() for key in text.split(","))
         if not all(KEY.fullmatch(key) for key in keys):
@@ -92,10 +93,8 @@ class Environment:
         """The named clients, by their keys, in the file that this variable names or in the default
         one; None if there is no such file. If not `strict`, wrong lines are skipped.
         """
-        if re.search(r"\s", self.text(name)):
-            raise ConfigError(
-                f"{name}: expected the path of a file, got a text with spaces"
-            )  # perhaps the keys
+        if re.search(r"\s", self.text(name)):  # perhaps the keys
+            raise ConfigError(f"{name}: expected the path of a file, got a text with spaces")
         try:
             path = Path(self.text(name, str(default))).expanduser()
             lines = path.read_text("utf-8-sig").split("\n")
@@ -108,27 +107,7 @@ class Environment:
         except (OSError, ValueError, RuntimeError) as error:
             reason = getattr(error, "strerror", "expected the path of a file in UTF-8")
             raise ConfigError(f"{name}: cannot read the file: {reason}") from None
-        found = dict[str, Client]()
-        for number, line in enumerate(lines, 1):
-            if not (words := line.split()) or words[0].startswith("#"):
-                continue
-            match = CLIENT.fullmatch(" ".join(words))
-            if (
-                not match or not 1 <= int(match[3] or 1) <= MAX_CLIENT_PLACES
-            ):  # never show the line: it has a key
-                fault = "expected NAME KEY [PLACES], got something else"
-            elif match[2] in found or any(match[1] == one.name for one in found.values()):
-                fault = "expected each name and each key once"
-            else:
-                found[match[2]] = Client(match[1], int(match[3] or 0))
-                continue
-            if strict:
-                raise ConfigError(f"{name}: {path}: line {number}: {fault}")
-        if strict and len(found) > MAX_CLIENTS:
-            raise ConfigError(
-                f"{name}: {path}: expected at most {MAX_CLIENTS} names, got {len(found)}"
-            )
-        return found
+        return _read_clients(lines, f"{name}: {path}", strict)
 
     def key(self, name: str) -> str:
         """The key to send: the new one of two, "" if there is none."""
@@ -157,9 +136,8 @@ class Environment:
 
     def names(self, name: str) -> frozenset[str]:
         """A comma-separated list."""
-        return frozenset(
-            part.strip().lower() for part in self.text(name).split(",") if part.strip()
-        )
+        parts = self.text(name).split(",")
+        return frozenset(part.strip().lower() for part in parts if part.strip())
 
     def number(self, name: str, default: float, low: float, high: float) -> float:
         text = self.text(name, str(default))
@@ -174,6 +152,35 @@ class Environment:
         return int(value)
 
 
+def _read_clients(lines: Sequence[str], where: str, strict: bool) -> dict[str, Client]:
+    clients = dict[str, Client]()
+    for number, line in enumerate(lines, 1):
+        try:
+            _add_client(clients, line)
+        except ConfigError as error:
+            if strict:
+                raise ConfigError(f"{where}: line {number}: {error}") from None
+    if strict and len(clients) > MAX_CLIENTS:
+        raise ConfigError(f"{where}: expected at most {MAX_CLIENTS} names, got {len(clients)}")
+    return clients
+
+
+def _add_client(clients: dict[str, Client], line: str) -> None:
+    """Add the client of a line of the file, if it has one. ConfigError says what is wrong; it never
+    shows the line, which has a key.
+    """
+    words = line.split()
+    if not words or words[0].startswith("#"):
+        return
+    match = CLIENT.fullmatch(" ".join(words))
+    if not match or not 1 <= int(match[3] or 1) <= MAX_CLIENT_PLACES:
+        raise ConfigError("expected NAME KEY [PLACES], got something else")
+    name, key, places = match.groups("0")
+    if key in clients or name in {client.name for client in clients.values()}:
+        raise ConfigError("expected each name and each key once")
+    clients[key] = Client(name, int(places))
+
+
 def read_environment(
     environ: Mapping[str, str], folder: Path, known: Environment | None = None
 ) -> Environment:
@@ -182,24 +189,24 @@ def read_environment(
     optional, and a `#` inside a value is part of the value. With `known`, a wrong line is skipped;
     what it may have set keeps its value there.
     """
-    return Environment(
-        {**_read_env(folder / ".env", known), **environ, **_read_credentials(environ)}
-    )
+    file = _read_env(folder / ".env", known)
+    return Environment({**file, **environ, **_read_credentials(environ)})
 
 
 def _read_credentials(environ: Mapping[str, str]) -> dict[str, str]:
     """Variables from files of the same names, which systemd passes through the unit's
     LoadCredential=.
     """
-    folder, values = environ.get("CREDENTIALS_DIRECTORY"), dict[str, str]()
+    folder = environ.get("CREDENTIALS_DIRECTORY")
+    values = {}
     try:
         for path in Path(folder).iterdir() if folder else ():
             if re.fullmatch(r"[A-Z][A-Z0-9_]*", path.name):
-                values[path.name] = path.read_text("utf-8", "replace").strip()
-                if not values[
-                    path.name
-                ]:  # after a full disk, say; an empty key must not turn authentication off
+                value = path.read_text("utf-8", "replace").strip()
+                # After a full disk, say; an empty key must not turn authentication off.
+                if not value:
                     raise ConfigError(f"{path.name}: expected a value in {path}, got an empty file")
+                values[path.name] = value
     except FileNotFoundError:
         pass
     except OSError as error:
@@ -210,7 +217,7 @@ def _read_credentials(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _read_env(path: Path, known: Environment | None) -> dict[str, str]:
-    values = dict[str, str]()
+    values = {}
     try:
         lines = path.read_text("utf-8-sig").split("\n")
     except FileNotFoundError:
@@ -220,11 +227,11 @@ def _read_env(path: Path, known: Environment | None) -> dict[str, str]:
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
-        match = re.fullmatch(r"""\s*(?:export\s+)?([A-Za-z_]\w*)=(["']?)(.*?)\2\s*""", line)
-        if match:
+        if match := re.fullmatch(r"""\s*(?:export\s+)?([A-Za-z_]\w*)=(["']?)(.*?)\2\s*""", line):
             values[match[1]] = match[3]
         elif known:
-            values = {**{name: old for name, old in known.values.items() if name in line}, **values}
+            kept = {name: old for name, old in known.values.items() if name in line}
+            values = kept | values
         else:
             raise ConfigError(f"{path}: line {number}: expected NAME=value")
     return values
@@ -245,18 +252,17 @@ class Catalog:
         """The variables that hold keys: our own two, and each backend's `key_env`. No child process
         gets them.
         """
-        named = [table.get("key_env") for table in self.backends if isinstance(table, dict)]
-        own = "CEREBRUM_API_KEY", "CEREBRUM_CM4_API_KEY"
-        return frozenset(own).union(name for name in named if isinstance(name, str))
+        named = [members_of(table).get("key_env") for table in self.backends]
+        own = {"CEREBRUM_API_KEY", "CEREBRUM_CM4_API_KEY"}
+        return frozenset(own.union(name for name in named if isinstance(name, str)))
 
 
 MODES = ("complete", "infill", "instruct")
 MODEL = {
     "id": Field(str, required=True, pattern=r"[A-Za-z0-9._\-]+"),
     **dict.fromkeys(("name", "parameters", "quantization"), Field(str, 1, required=True)),
-    "file": Field(
-        str, default="", pattern=r"(?:[^./\\\x00-\x1f][^/\\\x00-\x1f]*)?"
-    ),  # joined to a folder's path
+    # Joined to a folder's path.
+    "file": Field(str, default="", pattern=r"(?:[^./\\\x00-\x1f][^/\\\x00-\x1f]*)?"),
     "sha256": Field(str, default="", pattern=r"(?:[0-9a-f]{64})?"),
     **dict.fromkeys(("size", "memory_mb"), Field(int, default=0)),
     "languages": Field(list, default=[], pattern=r"[A-Za-z0-9+#._\-]{1,40}"),
@@ -265,11 +271,9 @@ MODEL = {
     "fim_layout": Field(str, default="psm", choices=FIM_LAYOUTS),
 }
 THRESHOLDS = dict.fromkeys(SUGGEST[1:-1], Field(float, 0, 1))
+SIZES = ("layers", "width", "heads", "kv_heads", "head", "feed_forward", "vocabulary")
 SHAPE = {
-    **dict.fromkeys(
-        ("layers", "width", "heads", "kv_heads", "head"), Field(int, 1, 999_999, required=True)
-    ),
-    **dict.fromkeys(("feed_forward", "vocabulary"), Field(int, 1, 999_999, required=True)),
+    **dict.fromkeys(SIZES, Field(int, 1, 999_999, required=True)),
     **dict.fromkeys(("experts", "used"), Field(int, 0, 999_999, 0)),
 }
 
@@ -283,59 +287,57 @@ def load_catalog(path: Path, known: Collection[str]) -> Catalog:
         entries, backends = table.get("models"), table.get("backends", [])
         if not isinstance(entries, list) or not entries:
             raise ConfigError("expected at least one [[models]]")
-        models = tuple(
+        models = [
             _read_model(entry, f"model {number}", known) for number, entry in enumerate(entries, 1)
-        )
-        wanted = Field(list, default=[], choices=tuple(model.id for model in models))
+        ]
+        ids = tuple(model.id for model in models)
+        wanted = Field(list, default=[], choices=ids)
         prefer = read_table(table.get("prefer", {}), "prefer", dict.fromkeys(MODES, wanted))
         if not isinstance(backends, list):
             raise ConfigError("backends: expected [[backends]], got something else")
-        names = [name for model in models for name in (model.id, *model.aliases)]
+        names = list(ids)
+        for model in models:
+            names += model.aliases
         if len(set(names)) != len(names):
             raise ConfigError("expected every id and alias once")
     except (OSError, ValueError) as error:
         raise ConfigError(f"CEREBRUM_MODELS_FILE: {path}: {error}") from None
-    return Catalog(
-        models, {mode: tuple(ids) for mode, ids in prefer.items() if ids}, tuple(backends)
-    )
+    preferred = {mode: tuple(wanted) for mode, wanted in prefer.items() if wanted}
+    return Catalog(tuple(models), preferred, tuple(backends))
 
 
 def _is_sound(shape: Mapping[str, int]) -> bool:
     """Whether llama.cpp can compute a model of this shape; otherwise it would end the process."""
-    heads, experts, used = shape["heads"], shape["experts"], shape["used"]
-    rows = (
-        shape["width"],
-        shape["feed_forward"],
-        heads * shape["head"],
-    )  # each of whole blocks of 32 weights
-    fits = (
-        heads % shape["kv_heads"] == 0
-        and shape["head"] % 2 == 0
-        and all(row % 32 == 0 for row in rows)
-    )
-    return fits and (0 < used <= experts or used == experts == 0)
+    heads, head = shape["heads"], shape["head"]
+    if heads % shape["kv_heads"] or head % 2:
+        return False
+    rows = (shape["width"], shape["feed_forward"], heads * head)
+    if any(row % 32 for row in rows):  # each row has whole blocks of 32 weights
+        return False
+    experts, used = shape["experts"], shape["used"]
+    return 0 < used <= experts or used == experts == 0
 
 
 def _read_model(entry: Any, where: str, known: Collection[str]) -> Model:
     given = read_table(entry, where, MODEL, "sources", "min_confidence", "shape")
     if not given["file"] and not given["aliases"]:
         raise ConfigError(f"{where}: file: expected a name, or aliases instead, got nothing")
-    given["sources"] = entry.get("sources", [])
-    if not isinstance(given["sources"], list) or not all(
-        isinstance(source, dict) for source in given["sources"]
-    ):
+    sources = entry.get("sources", [])
+    if not isinstance(sources, list) or not all(isinstance(source, dict) for source in sources):
         raise ConfigError(f"{where}: sources: expected [[models.sources]], got something else")
-    values: dict[str, Any] = {
-        name: tuple(one) if isinstance(one, list) else one for name, one in given.items()
-    }
-    values["min_confidence"] = read_table(
-        entry.get("min_confidence", {}), f"{where}: min_confidence", THRESHOLDS
-    )
-    values["shape"] = shape = (
-        read_table(entry["shape"], f"{where}: shape", SHAPE) if "shape" in entry else {}
-    )
-    if shape and not _is_sound(shape):
-        raise ConfigError(f"{where}: shape: expected one that llama.cpp can compute, got {shape}")
-    named = (one for name in given["languages"] for one in (known if name == "all" else [name]))
-    values["languages"] = tuple(dict.fromkeys(named))
-    return Model(**values)
+    thresholds = entry.get("min_confidence", {})
+    given["min_confidence"] = read_table(thresholds, f"{where}: min_confidence", THRESHOLDS)
+    shape: dict[str, Any] = {}
+    if "shape" in entry:
+        shape = read_table(entry["shape"], f"{where}: shape", SHAPE)
+        if not _is_sound(shape):
+            raise ConfigError(
+                f"{where}: shape: expected one that llama.cpp can compute, got {shape}"
+            )
+    languages = dict[str, None]()  # each once
+    for name in given["languages"]:
+        languages |= dict.fromkeys(known if name == "all" else [name])
+    given["languages"] = languages
+    for name in ("languages", "aliases", "fim"):
+        given[name] = tuple(given[name])
+    return Model(**given, sources=tuple(sources), shape=shape)

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import families
 import llama_cpp
@@ -39,7 +38,14 @@ with tempfile.TemporaryDirectory() as folder:
 DAMAGED = WEIGHTS[:-1] + b"x"
 SIZE, SUM = len(WEIGHTS), sha256(WEIGHTS).hexdigest()
 MEMORY = psutil.virtual_memory()._replace(total=4000 << 20, available=3000 << 20)
-MODEL = '[[models]]\nid = "{0}"\nname = "{0}"\nparameters = "0B"\nquantization = "Q4"\nfile = "{0}.gguf"\n'
+MODEL = """
+[[models]]
+id = "{0}"
+name = "{0}"
+parameters = "0B"
+quantization = "Q4"
+file = "{0}.gguf"
+"""
 CATALOG = f'{MODEL.format("tiny")}size = {SIZE}\nsha256 = "{SUM}"\n{MODEL.format("other")}'
 TABLE = '[[backends]]\nid = "{}"\nurl = "http://{}"\nkey_env = "CEREBRUM_ATTIC_KEY"\n'
 ENV = ROOT / ".env"
@@ -60,27 +66,21 @@ def given(folder: Path, catalog: str = CATALOG, **more: str) -> dict[str, str]:
     (folder / "models").mkdir(exist_ok=True)
     (folder / "models/tiny.gguf").write_bytes(WEIGHTS)
     (folder / "catalog.toml").write_text(catalog)
-    own = {
-        "CEREBRUM_MODELS_FILE": str(folder / "catalog.toml"),
-        "CREDENTIALS_DIRECTORY": str(folder / "none"),
-    }
-    return settings(folder, None, **own, **more)
+    more["CEREBRUM_MODELS_FILE"] = str(folder / "catalog.toml")
+    return settings(folder, None, CREDENTIALS_DIRECTORY=str(folder / "none"), **more)
 
 
 @pytest.fixture
-def check(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Callable[..., list[str]]:
+def check(monkeypatch, capsys) -> Callable[..., list[str]]:
     """Run `--check` in this process, on a machine of MEMORY: the lines about `subject`."""
 
-    def check(name: str, environment: dict[str, str], subject: str) -> list[str]:
+    def check(name, environment, subject):
         monkeypatch.setattr(psutil, "virtual_memory", lambda: MEMORY)
-        others = {
-            name: value for name, value in os.environ.items() if not name.startswith("CEREBRUM_")
-        }
+        others = {name: os.environ[name] for name in os.environ if "CEREBRUM_" not in name}
         monkeypatch.setattr(os, "environ", others | environment)
         status = {"cm4d": cm4d, "vpsd": vpsd}[name].main(["--check"])
-        return [
-            line for line in lines_of(capsys.readouterr().out, status) if line.split()[1] == subject
-        ]
+        lines = lines_of(capsys.readouterr().out, status)
+        return [line for line in lines if line.split()[1] == subject]
 
     return check
 
@@ -98,25 +98,25 @@ def assert_found(lines: list[str], *expected: str) -> None:
     """Each finding has the expected level and subject, and names the further words: a variable, a
     file, a figure.
     """
-    assert [line.split()[:2] for line in lines] == [finding.split()[:2] for finding in expected]
+    assert len(lines) == len(expected), lines
     for line, finding in zip(lines, expected, strict=True):
-        words = [rf"(?<![\w.,]){re.escape(word)}(?!\w|,\d)" for word in finding.split()]
-        assert [word for word in words if not re.search(word, line)] == [], line
+        assert line.split()[:2] == finding.split()[:2]
+        for word in finding.split():
+            assert re.search(rf"(?<![\w.,]){re.escape(word)}(?!\w|,\d)", line), (word, line)
 
 
 @pytest.fixture(scope="module")
-def vps(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+def vps(tmp_path_factory) -> Iterator[Daemon]:
     folder = tmp_path_factory.mktemp("vps")
-    with daemon(
-        "vpsd", folder, CEREBRUM_MODELS_FILE=given(folder)["CEREBRUM_MODELS_FILE"]
-    ) as started:
+    catalog = given(folder)["CEREBRUM_MODELS_FILE"]
+    with daemon("vpsd", folder, CEREBRUM_MODELS_FILE=catalog) as started:
         yield started
 
 
-def test_all_is_well(vps: Daemon, tmp_path: Path) -> None:
+def test_all_is_well(vps, tmp_path):
     """As processes of their own, each beside its daemon."""
 
-    def check(name: str) -> list[str]:
+    def check(name):
         command = [*command_of(name), "--check"]
         done = subprocess.run(
             command, env=environment, stdout=subprocess.PIPE, text=True, timeout=PATIENCE
@@ -124,30 +124,16 @@ def test_all_is_well(vps: Daemon, tmp_path: Path) -> None:
         return lines_of(done.stdout, done.returncode)
 
     with daemon("cm4d", tmp_path / "pi") as pi:
-        own = {
-            "CEREBRUM_VPS_URL": f"http://127.0.0.1:{vps.port}",
-            "CEREBRUM_VPS_PORT": str(vps.port),
-        }
-        environment = given(
-            tmp_path, **own, CEREBRUM_CM4_PORT=str(pi.port), CEREBRUM_MIN_FREE_MB="0"
-        )
+        ports = {"CEREBRUM_VPS_PORT": str(vps.port), "CEREBRUM_CM4_PORT": str(pi.port)}
+        url = f"http://127.0.0.1:{vps.port}"
+        environment = given(tmp_path, **ports, CEREBRUM_VPS_URL=url, CEREBRUM_MIN_FREE_MB="0")
         before = sorted(tmp_path.rglob("*"))
-        address, further = (
-            f"ok address 127.0.0.1 {pi.port}",
-            ["ok memory MB", "ok backend vps ms", "ok models tiny"],
-        )
-        assert_found(check("cm4d"), VALID, CM4_KEY, IN_CLEAR, OUR_KEY, address, *further)
-        address, state = f"ok address 127.0.0.1 {vps.port}", f"ok state {tmp_path}/state"
-        assert_found(
-            check("vpsd"),
-            VALID,
-            OUR_KEY,
-            address,
-            state,
-            "ok models tiny MB",
-            f"ok {NEEDS}",
-            UNTUNED,
-        )
+        address = f"ok address 127.0.0.1 {pi.port}"
+        backend = ("ok memory MB", "ok backend vps ms", "ok models tiny")
+        assert_found(check("cm4d"), VALID, CM4_KEY, IN_CLEAR, OUR_KEY, address, *backend)
+        places = (f"ok address 127.0.0.1 {vps.port}", f"ok state {tmp_path}/state")
+        model = ("ok models tiny MB", f"ok {NEEDS}", UNTUNED)
+        assert_found(check("vpsd"), VALID, OUR_KEY, *places, *model)
         assert sorted(tmp_path.rglob("*")) == before, "a check changes nothing"
 
 
@@ -221,17 +207,17 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(("daemon", "name", "value", "found"), FAULTS)
-def test_a_fault(
-    vps: Daemon, tmp_path: Path, check: Any, daemon: str, name: str, value: str, found: list[str]
-) -> None:
-    (house := tmp_path / "house").write_text("anna annas-key\n")
-    (bad := tmp_path / "bad").write_text(f"anna {KEY} many\n")
+def test_a_fault(vps, tmp_path, check, daemon, name, value, found):
+    house, bad = tmp_path / "house", tmp_path / "bad"
+    house.write_text("anna annas-key\n")
+    bad.write_text(f"anna {KEY} many\n")
     value, *found = (text.format(port=vps.port, house=house, bad=bad) for text in (value, *found))
     own = {"CEREBRUM_VPS_URL": f"http://127.0.0.1:{vps.port}", f"CEREBRUM_{name}": value}
-    assert_found(check(daemon, given(tmp_path, **own), found[0].split()[1]), *found)
+    subject = found[0].split()[1]
+    assert_found(check(daemon, given(tmp_path, **own), subject), *found)
 
 
-def test_a_damaged_model(tmp_path: Path, check: Any) -> None:
+def test_a_damaged_model(tmp_path, check):
     for file, weights, named in (
         ("tiny", WEIGHTS + b"x", f"{SIZE} {SIZE + 1}"),
         ("tiny", DAMAGED, f"{SUM} {sha256(DAMAGED).hexdigest()}"),
@@ -239,96 +225,82 @@ def test_a_damaged_model(tmp_path: Path, check: Any) -> None:
     ):
         environment = given(tmp_path)
         (tmp_path / f"models/{file}.gguf").write_bytes(weights)
-        damaged = [
-            line for line in check("vpsd", environment, "models") if not line.startswith("ok ")
-        ]
+        lines = check("vpsd", environment, "models")
+        damaged = [line for line in lines if not line.startswith("ok ")]
         assert_found(damaged, f"FAIL models {file} {named} fetch")
 
 
-def test_a_model_that_is_tuned_or_not(tmp_path: Path, check: Any, capsys: Any) -> None:
+PASSPORT = {
+    "source": SUM,
+    "library": llama_cpp.__version__,
+    "cpu": cpu_features(),
+    "cpus": cpus(),
+    "threads": 1,
+    "micro_batch": 256,
+    "flash_attention": False,
+    "types": {},
+    "size": SIZE,
+}
+
+
+def test_a_model_that_is_tuned_or_not(tmp_path, check, capsys):
     """By --check, and by the command that tells cerebrum-llama what to tune."""
     environment = given(tmp_path)
     state, other = tmp_path / "state", tmp_path / "models/other.gguf"
     other.write_bytes(WEIGHTS)  # of which models.toml has no sha256
-    tuned = {
-        name: tuned_path(state, tmp_path / f"models/{name}.gguf") for name in ("tiny", "other")
-    }
-    tuned["tiny"].parent.mkdir(parents=True)
-    here = {
-        "library": llama_cpp.__version__,
-        "cpu": cpu_features(),
-        "cpus": cpus(),
-        "threads": 1,
-        "micro_batch": 256,
-    }
-    here |= {"flash_attention": False, "size": SIZE}
+    (state / "tuned").mkdir(parents=True)
 
-    def write(name: str, **changes: Any) -> None:
-        fits = {
-            "source": SUM,
-            "file": file_stamp(tmp_path / f"models/{name}.gguf"),
-            "types": {},
-        } | here
-        passport_path(tuned[name]).write_text(json.dumps(asdict(Passport(**fits | changes))))
+    def write(name, **changes):
+        published = tmp_path / f"models/{name}.gguf"
+        fits = PASSPORT | {"file": file_stamp(published)} | changes
+        passport = passport_path(tuned_path(state, published))
+        passport.write_text(json.dumps(asdict(Passport(**fits))))
 
-    def found(name: str, **changes: Any) -> str:
+    def found(name, **changes):
         write(name, **changes)
-        (said,) = (line for line in check("vpsd", environment, "tuned") if f"tuned {name} " in line)
+        lines = check("vpsd", environment, "tuned")
+        (said,) = (line for line in lines if f"tuned {name} " in line)
         assert vpsd.main(["memory"]) == 0
-        untuned = (
-            f"# {name}: 264 MB with its prompts (CEREBRUM_CACHE_MB), untuned\n"
-            in capsys.readouterr().out
-        )
-        assert untuned == said.startswith("warn ")
-        return str(said)
+        untuned = f"# {name}: 264 MB with its prompts (CEREBRUM_CACHE_MB), untuned\n"
+        assert (untuned in capsys.readouterr().out) == said.startswith("warn ")
+        return said
+
+    def untuned(name, why):
+        mend = f"`vpsd.py tune {name}` finds its fastest encoding"
+        return f"warn tuned {name} runs untuned: {why}: {mend}"
 
     write("other")
-    assert found("tiny") == "ok tuned tiny has the fastest encoding here: published"
-    mend = "`vpsd.py tune {}` finds its fastest encoding"
-    gone = f"runs untuned: its tuned file is missing or cut short: {mend}"
-    assert found("tiny", types={"Q4_K": "Q4_1"}) == f"warn tuned tiny {gone.format('tiny')}"
-    tuned["tiny"].write_bytes(WEIGHTS)
-    assert (
-        found("tiny", types={"Q4_K": "Q4_1"})
-        == "ok tuned tiny has the fastest encoding here: tuned: Q4_K to Q4_1"
-    )
+    fastest = "has the fastest encoding here:"
+    assert found("tiny") == f"ok tuned tiny {fastest} published"
+    changed = {"Q4_K": "Q4_1"}
+    gone = untuned("tiny", "its tuned file is missing or cut short")
+    assert found("tiny", types=changed) == gone
+    (state / "tuned/tiny.gguf").write_bytes(WEIGHTS)
+    assert found("tiny", types=changed) == f"ok tuned tiny {fastest} tuned: Q4_K to Q4_1"
     why = f"it was tuned for library 0.3.35, here it is {llama_cpp.__version__}"
-    assert (
-        found("tiny", library="0.3.35")
-        == f"warn tuned tiny runs untuned: {why}: {mend.format('tiny')}"
-    )
-    assert found("other") == "ok tuned other has the fastest encoding here: published"
+    assert found("tiny", library="0.3.35") == untuned("tiny", why)
+    assert found("other") == f"ok tuned other {fastest} published"
     why = f"it was tuned for file 1.2, here it is {file_stamp(other)}"
-    assert (
-        found("other", file="1.2")
-        == f"warn tuned other runs untuned: {why}: {mend.format('other')}"
-    )
+    assert found("other", file="1.2") == untuned("other", why)
 
 
-def test_one_of_two_backends_is_away(vps: Daemon, tmp_path: Path, check: Any) -> None:
+def test_one_of_two_backends_is_away(vps, tmp_path, check):
     tables = TABLE.format("attic", f"127.0.0.1:{vps.port}") + TABLE.format("desktop", "127.0.0.1:1")
     environment = given(tmp_path, CATALOG + tables, CEREBRUM_ATTIC_KEY=KEY)
-    assert_found(
-        check("cm4d", environment, "backend"),
-        "ok backend attic",
-        "warn backend desktop 127.0.0.1:1",
-    )
+    found = check("cm4d", environment, "backend")
+    assert_found(found, "ok backend attic", "warn backend desktop 127.0.0.1:1")
     assert_found(check("cm4d", environment, "settings"), VALID)
 
 
 @pytest.mark.parametrize(("stats", "has"), [({"version": "0.0.1"}, "0.0.1"), ({}, "unknown")])
-def test_a_backend_of_another_version_without_models(
-    tmp_path: Path, check: Any, stats: Any, has: str
-) -> None:
+def test_a_backend_of_another_version_without_models(tmp_path, check, stats, has):
     with in_a_thread(Backend(models=answer(200, MODELS), stats=answer(200, stats))) as backend:
         environment = given(tmp_path, CEREBRUM_VPS_URL=f"http://127.0.0.1:{backend.port}")
         assert_found(check("cm4d", environment, "version"), f"warn version vps {has} {VERSION}")
         assert_found(check("cm4d", environment, "models"), "FAIL models vps models.toml fetch")
 
 
-def test_backends_that_do_not_answer(
-    tmp_path: Path, check: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_backends_that_do_not_answer(tmp_path, check, monkeypatch):
     monkeypatch.setattr(cerebrum_check, "BACKEND_SECONDS", 0.5)
     ended = threading.Event()
     find = {"127.0.0.1": socket.getaddrinfo, "hangs": lambda *_: ended.wait()}
@@ -341,9 +313,7 @@ def test_backends_that_do_not_answer(
     assert_found(found, f"FAIL backend one {address} time", "FAIL backend two hangs:1 time")
 
 
-def test_the_credentials_of_the_units(
-    tmp_path: Path, check: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_credentials_of_the_units(tmp_path, check, monkeypatch):
     """Root reads them. Any other user is warned that keys may be there."""
     environment = given(tmp_path, CEREBRUM_API_KEY="")
     del environment["CREDENTIALS_DIRECTORY"]
@@ -352,19 +322,15 @@ def test_the_credentials_of_the_units(
     (tmp_path / "credstore/CEREBRUM_API_KEY").write_text(KEY)
     assert_found(check("vpsd", environment, "key"), OUR_KEY)
     monkeypatch.setattr(os, "access", lambda *_: False)
-    assert_found(
-        check("vpsd", environment, "settings"), f"warn settings {tmp_path}/credstore sudo", VALID
-    )
+    found = check("vpsd", environment, "settings")
+    assert_found(found, f"warn settings {tmp_path}/credstore sudo", VALID)
     assert_found(check("vpsd", given(tmp_path, CEREBRUM_API_KEY=""), "settings"), VALID)
 
 
-def test_systemd_and_another_llama_cpp(
-    vps: Any, tmp_path: Path, check: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_systemd_and_another_llama_cpp(vps, tmp_path, check, monkeypatch):
     """Nobody connects to systemd's socket, since that could start the backend."""
-    monkeypatch.setattr(
-        cerebrum_check, "SOCKET_UNITS", [tmp_path / "none", tmp_path / "catalog.toml"]
-    )
+    units = [tmp_path / "none", tmp_path / "catalog.toml"]
+    monkeypatch.setattr(cerebrum_check, "SOCKET_UNITS", units)
     monkeypatch.setattr(llama_cpp, "__version__", "0.0.1")
     environment = given(tmp_path, CEREBRUM_VPS_PORT=str(vps.port))
     assert_found(check("vpsd", environment, "address"), "ok address catalog.toml")
@@ -372,8 +338,8 @@ def test_systemd_and_another_llama_cpp(
     assert_found(check("vpsd", environment, "packages"), wanted)
 
 
-def test_the_limit_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    def memory(min_free_mb: str) -> list[str]:
+def test_the_limit_of_memory(tmp_path, monkeypatch, capsys):
+    def memory(min_free_mb):
         monkeypatch.setenv("CEREBRUM_MIN_FREE_MB", min_free_mb)
         assert vpsd.main(["memory"]) == 0
         return str(capsys.readouterr().out).splitlines()
@@ -385,9 +351,8 @@ def test_the_limit_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     beside = "# beside models: 662 MB; at most 3000 MB: 4000 without CEREBRUM_MIN_FREE_MB"
     tiny = "# tiny: 264 MB with its prompts (CEREBRUM_CACHE_MB)"
     assert memory("1000") == ["926", f"{tiny}, untuned", beside]
-    monkeypatch.setattr(
-        encoding, "find_tuned", lambda path, used, _: (TunedFile(path, used, SUM, ""), "")
-    )
+    tuned = TunedFile(tmp_path, None, SUM, "")
+    monkeypatch.setattr(encoding, "find_tuned", lambda *_: (tuned, ""))
     assert memory("1000") == ["926", tiny, beside]
     assert memory("4000")[0] == "662"  # never less than the process needs
     (tmp_path / "models/tiny.gguf").unlink()
@@ -397,27 +362,24 @@ def test_the_limit_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
 # ------------------------------------------------------------------------------ versions, arguments
 
 
-def test_one_version() -> None:
+def test_one_version():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["version"] == VERSION == cerebrum_lsp.VERSION
     assert f"llama-cpp-python=={cerebrum_check.LLAMA_CPP}" in project["dependencies"]
 
 
-def test_the_example_lists_every_variable() -> None:
+def test_the_example_lists_every_variable():
     listed = set(re.findall(r"CEREBRUM_\w+", (ROOT / ".env.example").read_text()))
-    others = {
-        "CEREBRUM_CM4",
-        "CEREBRUM_VPS",
-        "CEREBRUM_URL",
-        OLD_NAME,
-    }  # two prefixes in check.py; the REPL's own
+    # Two prefixes in check.py; the REPL's own.
+    others = {"CEREBRUM_CM4", "CEREBRUM_VPS", "CEREBRUM_URL", OLD_NAME}
     files = [*ROOT.glob("*.py"), *(ROOT / "cerebrum").rglob("*.py")]
-    read = {name for file in files for name in re.findall(r'"(CEREBRUM_\w+)"', file.read_text())}
+    sources = "".join(file.read_text() for file in files)
+    read = set(re.findall(r'"(CEREBRUM_\w+)"', sources))
     assert {"CEREBRUM_LOG_LEVEL"} <= read <= listed | others
 
 
 @pytest.mark.parametrize(("name", "main"), [("cm4d", cm4d.main), ("vpsd", vpsd.main)])
-def test_version_help_and_wrong_arguments(name: str, main: Any, capsys: Any) -> None:
+def test_version_help_and_wrong_arguments(name, main, capsys):
     for argument, status, words in (
         ("--version", 0, [f"{name} {VERSION}\n"]),
         ("--help", 0, ["usage:", "--check", ".env", "models.toml", "exit status:", "  2  "]),
@@ -429,7 +391,7 @@ def test_version_help_and_wrong_arguments(name: str, main: Any, capsys: Any) -> 
         assert (ended.value.code, [word for word in words if word not in said]) == (status, [])
 
 
-def test_a_python_without_the_packages() -> None:
+def test_a_python_without_the_packages():
     command = [sys.executable, "-S", str(ROOT / "vpsd.py"), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert (done.returncode, done.stdout) == (2, "")

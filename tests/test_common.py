@@ -6,7 +6,6 @@ import ast
 import re
 import shutil
 import socket
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,15 +15,14 @@ from cerebrum.fields import Field, describe, read_fields
 from cerebrum.http import own_names
 from cerebrum.settings import ConfigError, Environment, load_catalog, read_environment
 from cerebrum.text.languages import LANGUAGES
-from cerebrum_common import HttpError, Model, error_body, error_event, sse_event, timestamp
+from cerebrum_common import HttpError, error_body, error_event, sse_event, timestamp
 
 # ------------------------------------------------------------------------------------------- fields
 
 
 TEXTS = "a string, or an array of 0 to 2 non-empty strings"
-RULES: list[
-    tuple[Field, list[Any], list[Any], str]
-] = [  # a rule, what it takes, what it refuses, what it expects
+# A rule, what it takes, what it refuses, what it expects.
+RULES: list[tuple[Field, list[Any], list[Any], str]] = [
     (Field(str), ["", "a"], [None, 1, True, ["a"]], "a string"),
     (Field(str, 1), ["a"], [""], "a non-empty string"),
     (Field(str, 0, 3), ["", "abc"], ["abcd"], "a string from 0 to 3 characters"),
@@ -47,7 +45,7 @@ RULES: list[
 
 
 @pytest.mark.parametrize(("rule", "good", "bad", "expected"), RULES)
-def test_fields(rule: Field, good: list[Any], bad: list[Any], expected: str) -> None:
+def test_fields(rule, good, bad, expected):
     for value in good:
         (read,) = read_fields({"x": value}, {"x": rule}).values()
         assert read == ([value] if rule.kind is list and isinstance(value, str) else value)
@@ -59,7 +57,7 @@ def test_fields(rule: Field, good: list[Any], bad: list[Any], expected: str) -> 
         assert error.value.message == f"x: expected {expected}, got {describe(value)}"
 
 
-def test_other_fields_and_surrogates() -> None:
+def test_other_fields_and_surrogates():
     assert read_fields({"y": 1}, {"x": Field(int, default=7)}) == {"x": 7}
     with pytest.raises(HttpError, match="x: expected an integer, got nothing"):
         read_fields({}, {"x": Field(int, required=True)})
@@ -68,34 +66,31 @@ def test_other_fields_and_surrogates() -> None:
             read_fields({"x": value}, {"x": Field(type(value), 0, 9)})
 
 
-def test_describe() -> None:
-    prompts = [
-        ("def f():", "a string of 8 characters"),
-        ("a" * 99, "a string of 99 characters"),
-    ]  # messages are logged
-    values = [
-        (None, "null"),
-        (True, "the boolean true"),
-        (1.5, "the number 1.5"),
-        ("q_1.5b", 'the string "q_1.5b"'),
-    ]
-    for value, text in (*prompts, *values, ([1, 2], "an array of 2"), ({}, "an object of 0")):
+DESCRIBED = [
+    ("def f():", "a string of 8 characters"),  # a prompt: messages are logged
+    ("a" * 99, "a string of 99 characters"),
+    (None, "null"),
+    (True, "the boolean true"),
+    (1.5, "the number 1.5"),
+    ("q_1.5b", 'the string "q_1.5b"'),
+    ([1, 2], "an array of 2"),
+    ({}, "an object of 0"),
+]
+
+
+def test_describe():
+    for value, text in DESCRIBED:
         assert describe(value) == text
 
 
-def test_shapes() -> None:
+def test_shapes():
     error = HttpError("INVALID_REQUEST", "no", extra={"n_ctx": 4})
     body = error_body(error)
     assert list(body) == ["error", "message", "code", "timestamp", "n_ctx"]
-    assert re.fullmatch(
-        r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{6}", body["timestamp"]
-    )
-    assert len(timestamp()) == 26
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}", body["timestamp"], re.A)
     assert timestamp(60.0) < timestamp()
-    assert (
-        error_event(error)
-        == b'data: {"error": true, "message": "no", "code": "INVALID_REQUEST", "n_ctx": 4}\n\n'
-    )
+    sent = b'data: {"error": true, "message": "no", "code": "INVALID_REQUEST", "n_ctx": 4}\n\n'
+    assert error_event(error) == sent
     assert sse_event({"token": "ä\n\u2028"}) == b'data: {"token": "\\u00e4\\n\\u2028"}\n\n'
     assert {"localhost", socket.gethostname().lower(), "x"} <= own_names(["X"])
 
@@ -103,25 +98,18 @@ def test_shapes() -> None:
 # ------------------------------------------------------------------------------------ configuration
 
 
-def test_dotenv(tmp_path: Path) -> None:
+def test_dotenv(tmp_path):
     text = "\ufeff# comment\r\n\nA=1\nexport B='two words'\nC=\"x\"\nD=a#b \nE=\nF=it's\nG=a=b\r\n"
     (tmp_path / ".env").write_text(text, "utf-8")
     environment = read_environment({"A": "env", "E": "env"}, tmp_path)
-    expected = {
-        "A": "env",
-        "B": "two words",
-        "C": "x",
-        "D": "a#b",
-        "E": "env",
-        "F": "it's",
-        "G": "a=b",
-    }
-    assert {name: environment.text(name) for name in expected} == expected
+    expected = {"B": "two words", "C": "x", "D": "a#b", "F": "it's", "G": "a=b"}
+    for name, value in {**expected, "A": "env", "E": "env"}.items():
+        assert environment.text(name) == value
     assert read_environment({}, tmp_path).text("E", "default") == "default"
     assert read_environment({"X": "1"}, tmp_path / "absent").text("X") == "1"
 
 
-def test_bad_dotenv(tmp_path: Path) -> None:
+def test_bad_dotenv(tmp_path):
     for line in ("A", "A = 1", "1A=1", "=1", "A B=1", "\x85A"):
         (tmp_path / ".env").write_text("X=1\n" + line + "\n", "utf-8")
         with pytest.raises(ConfigError, match=r"\.env: line 2: expected NAME=value"):
@@ -133,7 +121,7 @@ def test_bad_dotenv(tmp_path: Path) -> None:
             read_environment({}, folder)
 
 
-def test_environment() -> None:
+def test_environment():
     environment = Environment({"N": "1.5", "I": "7", "L": " a, B ,,", "Z": ""})
     assert environment.number("N", 0, 0, 2) == 1.5
     assert environment.integer("I", 0, 0, 9) == 7
@@ -147,45 +135,37 @@ def test_environment() -> None:
         environment.integer("N", 0, 0, 10)
 
 
-def test_the_first_place_that_has_a_variable_wins(tmp_path: Path) -> None:
-    (tmp_path / ".env").write_text(
-        "CEREBRUM_A=env-file\nCEREBRUM_B=env-file\nCEREBRUM_C=env-file\n"
-    )
+def test_the_first_place_that_has_a_variable_wins(tmp_path):
+    (tmp_path / ".env").write_text("CEREBRUM_A=file\nCEREBRUM_B=file\nCEREBRUM_C=file\n")
     credentials, runtime = tmp_path / "credentials", tmp_path / "runtime"
-    for place in (credentials, runtime):
-        place.mkdir()
-        (place / "CEREBRUM_C").write_text(f"{place.name}\n")
-        (place / "not.a.variable").write_text(place.name)
+    for folder in (credentials, runtime):
+        folder.mkdir()
+        (folder / "CEREBRUM_C").write_text(f"{folder.name}\n")
+        (folder / "not.a.variable").write_text(folder.name)
     environ = {"CEREBRUM_B": "environment", "CEREBRUM_C": "environment"}
     environ |= {"CREDENTIALS_DIRECTORY": str(credentials), "RUNTIME_DIRECTORY": str(runtime)}
     read = read_environment(environ, tmp_path)
-    assert [read.text(f"CEREBRUM_{name}") for name in "ABC"] == [
-        "env-file",
-        "environment",
-        "credentials",
-    ]
+    for name, value in {"A": "file", "B": "environment", "C": "credentials"}.items():
+        assert read.text(f"CEREBRUM_{name}") == value
     assert "not.a.variable" not in read.values
     (credentials / "CEREBRUM_E").touch()  # as a full disk leaves it
-    with pytest.raises(
-        ConfigError, match=r"^CEREBRUM_E: expected a value in .*, got an empty file$"
-    ):
+    message = r"^CEREBRUM_E: expected a value in .*, got an empty file$"
+    with pytest.raises(ConfigError, match=message):
         read_environment(environ, tmp_path)
     shutil.rmtree(credentials)
     assert read_environment(environ, tmp_path).text("CEREBRUM_C") == "environment"
 
 
-def test_keys() -> None:
-    for text, keys in (
-        ("", ()),
-        ("one", ("one",)),
-        ("new,old", ("new", "old")),
-        (" new , old ", ("new", "old")),
-    ):
+KEYS = {"": (), "one": ("one",), "new,old": ("new", "old"), " new , old ": ("new", "old")}
+BAD_KEYS = ("two words", "zwölf", "a,b\x00", " , ", "a,")
+
+
+def test_keys():
+    for text, keys in KEYS.items():
         assert Environment({"K": text}).keys("K") == keys
-    bad = dict.fromkeys(
-        ("two words", "zwölf", "a,b\x00", " , ", "a,"), "printable ASCII without spaces"
-    )
-    for text, says in {**bad, "a,b,c": "one key, or two while it is replaced, got 3"}.items():
+    bad = dict.fromkeys(BAD_KEYS, "printable ASCII without spaces")
+    bad["a,b,c"] = "one key, or two while it is replaced, got 3"
+    for text, says in bad.items():
         with pytest.raises(ConfigError, match=rf"^K: expected {says}$"):
             Environment({"K": text}).keys("K")
 
@@ -196,35 +176,34 @@ GOOD = '[[models]]\nid = "m"\nname = "M"\nparameters = "1B"\nquantization = "Q4"
 GOOD += 'languages = ["python"]\n'
 
 
-def test_the_table_of_models() -> None:
+def test_the_table_of_models():
     served = {model.id: model.languages for model in SHIPPED}
     assert list(served).index("codellama_7b") < list(served).index("qwen_7b")
     assert served.pop("codellama_7b") == ("rust", "c", "cpp", "go")
     assert set(served.values()) == {tuple(LANGUAGES)}, "each of the others serves every language"
-    assert SHIPPED[-1] == min(SHIPPED, key=lambda model: model.memory_mb), (
-        "the default model is the smallest"
-    )
+    smallest = min(model.memory_mb for model in SHIPPED)
+    assert SHIPPED[-1].memory_mb == smallest, "the default model is the smallest"
 
 
 @pytest.mark.parametrize("model", SHIPPED, ids=lambda model: model.id)
-def test_a_shape_has_as_many_weights_as_the_publisher_counts(model: Model) -> None:
-    layers, width, heads, kv_heads, head, feed_forward, vocabulary, experts, used = (
-        model.shape.values()
-    )
+def test_a_shape_has_as_many_weights_as_the_publisher_counts(model):
+    layers, width, heads, kv_heads, head, feed, vocabulary, *experts = model.shape.values()
     attention = 2 * width * head * (heads + kv_heads)
-    for published, count in zip(
-        model.parameters.replace("B", "").split("-A"), (experts, used), strict=False
-    ):
-        weights = (
-            layers * (attention + 3 * width * feed_forward * max(1, count)) + width * vocabulary
-        )
+    parameters = model.parameters.replace("B", "").split("-A")  # of all experts, and of used ones
+    for published, count in zip(parameters, experts, strict=False):
+        layer = attention + 3 * width * feed * max(1, count)
+        weights = layers * layer + width * vocabulary
         rounding = 0.5 / 10 ** len(published.partition(".")[2])  # the publishers round 3.4 to 3
         assert weights / 1e9 == pytest.approx(float(published), rel=0.12, abs=rounding)
 
 
 FORM = "expected a string of the form"
-SHAPE = "shape = {{layers = 2, width = {0}, heads = 4, kv_heads = {1}, head = 32, feed_forward = 64, vocabulary = 99, "
-SHAPE += "experts = {2}, used = {3}}}"
+NO_LANGUAGE = "model 1: languages: expected strings of the form"
+SHAPE = (
+    "shape = {{layers = 2, width = {0}, heads = 4, kv_heads = {1}, head = 32, feed_forward = 64, "
+    "vocabulary = 99, experts = {2}, used = {3}}}\n"
+)
+UNSOUND = "model 1: shape: expected one that llama.cpp can compute, got {'layers': 2"
 BAD: list[tuple[str | bytes | None, str]] = [  # a models.toml, and what is said of it
     (None, "No such file"),
     (b"\xff", "'utf-8' codec can't decode"),
@@ -250,15 +229,13 @@ BAD: list[tuple[str | bytes | None, str]] = [  # a models.toml, and what is said
         "model 1: fim: expected a string, or an array of 3 to 3 non-empty strings",
     ),
     (GOOD + 'alias = "a"\n', "model 1: expected one of id, name, parameters, "),
-    (GOOD.replace('["python"]', '["a b"]'), "model 1: languages: expected strings of the form"),
-    (GOOD.replace('["python"]', "[[]]"), "model 1: languages: expected strings of the form"),
-    *(
-        (
-            f"{GOOD}{SHAPE.format(*numbers)}\n",
-            "model 1: shape: expected one that llama.cpp can compute, got {'layers': 2",
-        )
-        for numbers in ((64, 3, 0, 0), (64, 2, 4, 0), (64, 2, 0, 4), (64, 2, 2, 4), (100, 2, 0, 0))
-    ),
+    (GOOD.replace('["python"]', '["a b"]'), NO_LANGUAGE),
+    (GOOD.replace('["python"]', "[[]]"), NO_LANGUAGE),
+    (GOOD + SHAPE.format(64, 3, 0, 0), UNSOUND),
+    (GOOD + SHAPE.format(64, 2, 4, 0), UNSOUND),
+    (GOOD + SHAPE.format(64, 2, 0, 4), UNSOUND),
+    (GOOD + SHAPE.format(64, 2, 2, 4), UNSOUND),
+    (GOOD + SHAPE.format(100, 2, 0, 0), UNSOUND),
     (GOOD + "shape = 5\n", "model 1: shape: expected a table, got something else"),
     (
         GOOD + "shape = {layers = 0}\n",
@@ -282,7 +259,7 @@ BAD: list[tuple[str | bytes | None, str]] = [  # a models.toml, and what is said
 
 
 @pytest.mark.parametrize(("text", "says"), BAD)
-def test_bad_models(tmp_path: Path, text: str | bytes | None, says: str) -> None:
+def test_bad_models(tmp_path, text, says):
     path = tmp_path / "models.toml"
     if text is not None:
         path.write_bytes(text.encode() if isinstance(text, str) else text)
@@ -291,11 +268,10 @@ def test_bad_models(tmp_path: Path, text: str | bytes | None, says: str) -> None
     assert str(error.value).startswith(f"CEREBRUM_MODELS_FILE: {path}: ")
 
 
-def test_preferences_and_any_language_may_be_named(tmp_path: Path) -> None:
+def test_preferences_and_any_language_may_be_named(tmp_path):
     path = tmp_path / "models.toml"
-    other = GOOD.replace('"m"', '"n"').replace(
-        '["python"]', '["python", "haskell", "c#", "objective-c", "F90"]'
-    )
+    named = '["python", "haskell", "c#", "objective-c", "F90"]'
+    other = GOOD.replace('"m"', '"n"').replace('["python"]', named)
     every = GOOD.replace('"m"', '"all"').replace('["python"]', '["cobol", "rust", "all"]')
     path.write_text(GOOD + other + every + '[prefer]\ninfill = ["n", "m"]\ncomplete = []\n')
     catalog = load_catalog(path, ["python", "rust"])
@@ -309,10 +285,11 @@ def test_preferences_and_any_language_may_be_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["cm4d.py", "vpsd.py"])
-def test_a_daemon_can_be_read_by_the_python_that_it_refuses(name: str) -> None:
+def test_a_daemon_can_be_read_by_the_python_that_it_refuses(name):
     """Debian 11's Python 3.9 has to come as far as the line that says which one is expected."""
     source = (ROOT / name).read_text()
     ast.parse(source, feature_version=(3, 8))
     before, check, _ = source.partition("\nif sys.version_info < (3, 11):")
     imports = ["from __future__ import annotations", "import sys"]
-    assert (re.findall("^(?:import|from) .*", before, re.M), bool(check)) == (imports, True)
+    assert check
+    assert re.findall("^(?:import|from) .*", before, re.M) == imports

@@ -31,9 +31,11 @@ MAY = {
     "cerebrum/fields.py": set[str](),
     "cerebrum/check.py": {
         "cerebrum.fields",
+        "cerebrum.http",  # for a type
         "cerebrum.settings",
-        "cerebrum.vps",
-    },  # the latter: --check, on the VPS
+        "cerebrum.pi",  # on the Pi, and for types
+        "cerebrum.vps",  # on the VPS, and for types
+    },
     "cerebrum/text": set[str](),
     "cerebrum/pi": {
         "cerebrum.fields",

@@ -14,7 +14,6 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,14 +36,12 @@ def read(text: str) -> Samples:
     """The value of each sample, by its name and the values of its labels in the order of the
     labels' names.
     """
-    samples = [
-        sample for family in text_string_to_metric_families(text) for sample in family.samples
-    ]
-    found = {
-        (one.name, *(value for _, value in sorted(one.labels.items()))): one.value
-        for one in samples
-    }
-    assert len(found) == len(samples), "a sample is there twice"
+    found: Samples = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            key = (sample.name, *(sample.labels[name] for name in sorted(sample.labels)))
+            assert key not in found, "a sample is there twice"
+            found[key] = sample.value
     return found
 
 
@@ -55,73 +52,80 @@ def of(samples: Samples, name: str) -> dict[tuple[str, ...], float]:
 
 async def scrape(pi: Pi) -> Samples:
     reply = await pi.get("/metrics")
-    assert (reply.status, reply.one("Content-Type")) == (
-        200,
-        "text/plain; version=0.0.4; charset=utf-8",
-    )
+    assert reply.status == 200
+    assert reply.one("Content-Type") == "text/plain; version=0.0.4; charset=utf-8"
     return read(reply.body.decode())
+
+
+# Metrics and members of /v1/stats, and of a backend there, with the same number.
+OF_STATS = {
+    "completions_started_total": "requests_total",
+    "completions_active": "requests_active",
+    "shared_total": "shared",
+    "replaced_total": "replaced",
+    "type_through_total": "type_through",
+}
+OF_BACKEND = {
+    "backend_up": "available",
+    "backend_places": "max_concurrent",
+    "backend_active": "requests_active",
+    "backend_tokens_total": "tokens_total",
+    "tokens_total": "tokens_total",
+    "backend_requests_total": "requests_total",
+    "backend_failures_total": "requests_failed",
+}
 
 
 def check_agreement(samples: Samples, stats: dict[str, Any]) -> None:
     """That the Pi's /metrics and /v1/stats report the same, with one backend."""
-    (one,) = stats["backends"]
-    names = {"completions_started_total": "requests_total", "completions_active": "requests_active"}
-    names |= {f"{name}_total": name for name in ("shared", "replaced", "type_through")}
-    expected = {metric: stats[name] for metric, name in names.items()}
-    names = {
-        "up": "available",
-        "places": "max_concurrent",
-        "active": "requests_active",
-        "tokens_total": "tokens_total",
-    }
-    names |= {"requests_total": "requests_total", "failures_total": "requests_failed"}
-    expected |= {f"backend_{metric}": one[name] for metric, name in names.items()}
-    expected |= {f"backend_{name}": len(one[name]) for name in ("models", "models_loaded")}
-    expected |= {
-        "tokens_total": one["tokens_total"],
-        "breaker_opens_total": one["breaker"]["opens"],
-    }
-    assert {
-        metric: sum(of(samples, f"cerebrum_{metric}").values()) for metric in expected
-    } == expected
-    assert of(samples, "cerebrum_breaker_state") == {(one["id"], one["breaker"]["state"]): 1}
+    (backend,) = stats["backends"]
+    expected = {metric: stats[name] for metric, name in OF_STATS.items()}
+    expected |= {metric: backend[name] for metric, name in OF_BACKEND.items()}
+    for name in ("models", "models_loaded"):
+        expected[f"backend_{name}"] = len(backend[name])
+    breaker = backend["breaker"]
+    expected["breaker_opens_total"] = breaker["opens"]
+    for metric, number in expected.items():
+        assert sum(of(samples, f"cerebrum_{metric}").values()) == number, metric
+    assert of(samples, "cerebrum_breaker_state") == {(backend["id"], breaker["state"]): 1}
 
 
 # ---------------------------------------------------------------------------------------- the table
 
 
-def test_a_row_is_a_metric_and_a_member_of_the_statistics() -> None:
-    assert doctest.testmod(metrics).failed == 0
-    histogram = Histogram((0.1, 1.0))
-    for value in (0.0, 0.1, 0.1000001, 1.0, 1e9):
-        histogram.observe(value)
-    rows = (
+TABLE = {
+    "model": (
         Metric("size_bytes", "Size.", "size", "size_mb", 2**20),
-        Metric(
-            "kinds_total",
-            "Kinds.",
-            lambda _: {("a", 1): 2, ("b", 3): 4},
-            "kinds",
-            labels=("kind", "code"),
-        ),
-        Metric("time_seconds", "Time.", lambda _: histogram),
-        Metric("nothing", "Nothing now.", lambda _: None),
+        Metric("kinds_total", "Kinds.", "kinds", "kinds", labels=("kind", "code")),
+        Metric("time_seconds", "Time.", "time"),
+        Metric("nothing", "Nothing now.", "nothing"),
     )
-    table, things = {"model": rows}, {"model": {"m": SimpleNamespace(size=2**20 / 3)}}
-    assert write_stats(table, things) == {"size_mb": 0.3, "kinds": 6}
-    text = write_metrics(table, things).decode()
+}
+KINDS = {("a", 1): 2, ("b", 3): 4}
+OBSERVED = (0.0, 0.1, 0.1000001, 1.0, 1e9)
+SAMPLES = {
+    ("size_bytes", "m"): 2**20 / 3,
+    ("kinds_total", "1", "a", "m"): 2,
+    ("kinds_total", "3", "b", "m"): 4,
+    ("time_seconds_bucket", "0.1", "m"): 2,
+    ("time_seconds_bucket", "1", "m"): 4,
+    ("time_seconds_bucket", "+Inf", "m"): 5,
+    ("time_seconds_sum", "m"): sum(OBSERVED),
+    ("time_seconds_count", "m"): 5,
+}
+
+
+def test_a_row_is_a_metric_and_a_member_of_the_statistics():
+    assert doctest.testmod(metrics).failed == 0
+    subject = SimpleNamespace(size=2**20 / 3, kinds=KINDS, time=Histogram((0.1, 1.0)), nothing=None)
+    for value in OBSERVED:
+        subject.time.observe(value)
+    subjects = {"model": {"m": subject}}
+    assert write_stats(TABLE, subjects) == {"size_mb": 0.3, "kinds": 6}
+    text = write_metrics(TABLE, subjects).decode()
     kinds = ["size_bytes gauge", "kinds_total counter", "time_seconds histogram"]
     assert re.findall("^# TYPE (.*)", text, re.M) == kinds
-    assert read(text) == {
-        ("size_bytes", "m"): 2**20 / 3,
-        ("kinds_total", "1", "a", "m"): 2,
-        ("kinds_total", "3", "b", "m"): 4,
-        ("time_seconds_bucket", "0.1", "m"): 2,
-        ("time_seconds_bucket", "1", "m"): 4,
-        ("time_seconds_bucket", "+Inf", "m"): 5,
-        ("time_seconds_sum", "m"): sum((0.0, 0.1, 0.1000001, 1.0, 1e9)),
-        ("time_seconds_count", "m"): 5,
-    }
+    assert read(text) == SAMPLES
     tally = Tally()
     tally.spoke(0.5, 0.5, tokens=1)  # one token alone has no time per token
     tally.spoke(1.0, 3.0, tokens=5)
@@ -132,34 +136,60 @@ def test_a_row_is_a_metric_and_a_member_of_the_statistics() -> None:
 # --------------------------------------------------------------------------------- the Pi, scripted
 
 
-async def test_the_pi_counts_what_it_does() -> None:
+ANSWERED = {
+    ("200", "/v1/complete"): 2,
+    ("400", "/v1/complete"): 1,
+    ("405", "/v1/complete"): 1,
+    ("500", "/v1/complete"): 1,
+    ("200", "/v1/complete/stream"): 1,
+    ("499", "/v1/complete/stream"): 1,
+    ("503", "/v1/complete/stream"): 1,
+    ("200", "/v1/models/{id}"): 1,
+    ("404", "/v1/models/{id}"): 1,
+    ("200", "/metrics"): 2,
+    ("404", "other"): 1,
+}
+ENDED = ("stop", "block", "other", "MODEL_LOAD_FAILED", "CANCELLED", "VPS_UNAVAILABLE")
+COUNTED = {
+    "tokens_total": 2 + 4 + 2 + 1 + 1,
+    "prompt_tokens_total": 5 + 3,
+    "prompt_tokens_cached_total": 6 + 5,
+    "draft_tokens_total": 3,
+    "accepted_tokens_total": 2,
+    "time_to_first_token_seconds_count": 5,
+    "time_per_token_seconds_count": 3,
+}
+
+
+async def test_the_pi_counts_what_it_does():
     work = {"prompt_tokens": 9, "cached_tokens": 6, "draft_tokens": 3, "accepted_tokens": 2}
     whole = event(done=True, total_tokens=4, finish_reason="block", **work)
     lies = {"prompt_tokens": 1, "cached_tokens": 5, "draft_tokens": -1, "accepted_tokens": "2"}
     lying = event(done=True, total_tokens=2, finish_reason="x\n" * 9, **lies)
     begun = [CHUNKED, chunk(token("a", 1))]
-    answers = [
-        [*begun, *map(chunk, then), b"0\r\n\r\n"]
-        for then in ((token("bcd", 4), whole), (token("b", 2), lying))
+    end = b"0\r\n\r\n"
+    scripts = [
+        GOOD,
+        [*begun, chunk(token("bcd", 4)), chunk(whole), end],
+        [*begun, chunk(token("b", 2)), chunk(lying), end],
+        [error(500, "MODEL_LOAD_FAILED")],
+        [*begun, HANG],
+        begun,
     ]
-    scripts = [GOOD, *answers, [error(500, "MODEL_LOAD_FAILED")], [*begun, HANG], begun]
-    body = {"prompt": "x =", "language": "python"}
+    stream = ("POST", "/v1/complete/stream", {"prompt": "x =", "language": "python"})
     async with Backend(scripts) as backend, pi_for(backend.port) as pi:
         assert (await scrape(pi))["cerebrum_http_requests_total", "200", "/v1/complete/stream"] == 0
-        asked = [
-            (await method()).status for method in (pi.complete, pi.complete, pi.stream, pi.complete)
-        ]
-        assert asked == [200, 200, 200, 500]
-        reader, writer = await pi.open("POST", "/v1/complete/stream", body)
+        for method in (pi.complete, pi.complete, pi.stream):
+            assert (await method()).status == 200
+        assert (await pi.complete()).status == 500
+        reader, writer = await pi.open(*stream)
         await reader.readuntil(b"total_tokens")
         assert (await scrape(pi))["cerebrum_completions_active",] == 1
         writer.transport.abort()
         await until(lambda: not pi.gateway.dispatcher.active)
-        # An error behind the beginning of a stream counts once. A page gets some time to read it,
-        # and leaves in that.
-        reader, writer = await pi.open(
-            "POST", "/v1/complete/stream", body, Origin="http://127.0.0.1"
-        )
+        # An error behind the beginning of a stream counts once. A page gets some time to read the
+        # error, and leaves meanwhile.
+        reader, writer = await pi.open(*stream, Origin="http://127.0.0.1")
         await reader.readuntil(b"VPS_UNAVAILABLE")
         writer.transport.abort()
         await until(lambda: not pi.server.connections)
@@ -168,46 +198,25 @@ async def test_the_pi_counts_what_it_does() -> None:
             await pi.get(path)
         pi.gateway.reconfigure(pi.gateway.config)  # keeps the numbers
         samples, stats = await scrape(pi), (await pi.get("/v1/stats")).json
-        assert of(samples, "cerebrum_http_requests_total") == {
-            ("200", "/v1/complete"): 2, ("400", "/v1/complete"): 1, ("405", "/v1/complete"): 1,
-            ("500", "/v1/complete"): 1, ("200", "/v1/complete/stream"): 1, ("499", "/v1/complete/stream"): 1,
-            ("503", "/v1/complete/stream"): 1, ("200", "/v1/models/{id}"): 1, ("404", "/v1/models/{id}"): 1,
-            ("200", "/metrics"): 2, ("404", "other"): 1,
-        }  # fmt: skip
-        ends = ("stop", "block", "other", "MODEL_LOAD_FAILED", "CANCELLED", "VPS_UNAVAILABLE")
-        assert of(samples, "cerebrum_completions_ended_total") == dict.fromkeys(
-            ((SMALL, how) for how in ends), 1
-        )
-        counted = (
-            "tokens",
-            "prompt_tokens",
-            "prompt_tokens_cached",
-            "draft_tokens",
-            "accepted_tokens",
-        )
-        numbers = [samples[f"cerebrum_{name}_total", SMALL] for name in counted]
-        assert numbers == [2 + 4 + 2 + 1 + 1, 5 + 3, 6 + 5, 3, 2]
-        assert samples["cerebrum_time_to_first_token_seconds_count", SMALL] == 5
-        assert samples["cerebrum_time_per_token_seconds_count", SMALL] == 3
+        assert of(samples, "cerebrum_http_requests_total") == ANSWERED
+        ended = of(samples, "cerebrum_completions_ended_total")
+        assert ended == {(SMALL, reason): 1 for reason in ENDED}
+        for name, number in COUNTED.items():
+            assert samples[f"cerebrum_{name}", SMALL] == number, name
         assert samples["cerebrum_reloads_total",] == 1
         check_agreement(samples, stats)
         assert (stats["requests_total"], stats["breaker"]["state"]) == (6, "closed")
 
 
-async def test_the_breaker_that_opens_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_breaker_that_opens_is_seen(monkeypatch):
     monkeypatch.setattr(breaker, "OPEN_SECONDS", 60.0)
     async with Backend([[RESET]]) as backend, pi_for(backend.port) as pi:
         assert [(await pi.complete()).status for _ in range(4)] == [503] * 4
         samples = await scrape(pi)
-        assert (
-            samples["cerebrum_breaker_state", "vps", "closed"]
-            == samples["cerebrum_backend_up", "vps"]
-            == 0
-        )
-        ended = {
-            (SMALL, "VPS_UNAVAILABLE"): 3,
-            ("none", "VPS_UNAVAILABLE"): 1,
-        }  # at last nobody was asked
+        assert samples["cerebrum_breaker_state", "vps", "closed"] == 0
+        assert samples["cerebrum_backend_up", "vps"] == 0
+        # At last nobody was asked.
+        ended = {(SMALL, "VPS_UNAVAILABLE"): 3, ("none", "VPS_UNAVAILABLE"): 1}
         assert of(samples, "cerebrum_completions_ended_total") == ended
         stats = (await pi.get("/v1/stats")).json
         check_agreement(samples, stats)
@@ -226,15 +235,14 @@ def ask(port: int, path: str, body: Any = None) -> str:
 
 
 @pytest.fixture(scope="module")
-def daemons(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Daemon, Daemon]]:
+def daemons(tmp_path_factory) -> Iterator[tuple[Daemon, Daemon]]:
     if not FILES[SMALL].exists():
         pytest.skip(f"{FILES[SMALL]} is missing: vpsd.py fetch")
     folder, models = tmp_path_factory.mktemp("daemons"), tmp_path_factory.mktemp("models")
     (models / FILES[SMALL].name).symlink_to(FILES[SMALL])
+    given = {"CEREBRUM_MODELS_DIR": str(models), "CEREBRUM_MAX_CPU_PERCENT": "100"}
     with (
-        daemon(
-            "vpsd", folder / "vps", CEREBRUM_MODELS_DIR=str(models), CEREBRUM_MAX_CPU_PERCENT="100"
-        ) as vps,
+        daemon("vpsd", folder / "vps", **given) as vps,
         daemon("cm4d", folder / "pi", CEREBRUM_VPS_URL=f"http://127.0.0.1:{vps.port}") as pi,
     ):
         pi.wait_for_line("VPS backend is available")
@@ -243,42 +251,36 @@ def daemons(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Daemon, 
 
 def traffic(pi: Daemon) -> list[dict[str, Any]]:
     """Completions that repeat themselves, so that something is drafted and cached."""
-    lines = "".join(
-        f"    total = total + items[{number}].price * items[{number}].count\n"
-        for number in range(8)
-    )
-    body = {
-        "prompt": f"def total(items):\n    total = 0\n{lines}",
-        "language": "python",
-        "temperature": 0,
-    }
-    return [
-        json.loads(ask(pi.port, "/v1/complete", body | {"max_tokens": 40, "stop_at": "none"}))
-        for _ in range(2)
-    ]
+    prompt = "def total(items):\n    total = 0\n"
+    for number in range(8):
+        prompt += f"    total = total + items[{number}].price * items[{number}].count\n"
+    body = {"prompt": prompt, "language": "python", "max_tokens": 40}
+    body |= {"temperature": 0, "stop_at": "none"}
+    return [json.loads(ask(pi.port, "/v1/complete", body)) for _ in range(2)]
+
+
+OF_VPS = {
+    "cerebrum_completions_started_total": "requests_total",
+    "llamacpp:spec_decode_num_draft_tokens_total": "draft_tokens",
+    "llamacpp:spec_decode_num_accepted_tokens_total": "accepted_tokens",
+}
 
 
 @pytest.mark.slow
 def test_both_agree_with_their_statistics_and_with_each_other(
-    daemons: tuple[Daemon, Daemon],
-) -> None:
+    daemons,
+):
     pi, vps = daemons
     results = traffic(pi)
-    ours, theirs = (read(ask(one.port, "/metrics")) for one in daemons)
+    ours, theirs = (read(ask(daemon.port, "/metrics")) for daemon in daemons)
     check_agreement(ours, json.loads(ask(pi.port, "/v1/stats")))
     stats = json.loads(ask(vps.port, "/v1/stats"))
     assert (stats["models_loaded"], stats["requests_active"]) == (1, 0)
-    for metric, number in {
-        "cerebrum_completions_started_total": stats["requests_total"],
-        "cerebrum_memory_total_bytes": psutil.virtual_memory().total,
-        "llamacpp:spec_decode_num_draft_tokens_total": stats["draft_tokens"],
-        "llamacpp:spec_decode_num_accepted_tokens_total": stats["accepted_tokens"],
-    }.items():
-        assert sum(of(theirs, metric).values()) == number, metric
-    assert (theirs["cerebrum_model_loaded", SMALL], theirs["cerebrum_completions_active",]) == (
-        1,
-        0,
-    )
+    for metric, member in OF_VPS.items():
+        assert sum(of(theirs, metric).values()) == stats[member], metric
+    assert theirs["cerebrum_memory_total_bytes",] == psutil.virtual_memory().total
+    assert theirs["cerebrum_model_loaded", SMALL] == 1
+    assert theirs["cerebrum_completions_active",] == 0
     assert theirs["llamacpp:n_busy_slots_per_decode", SMALL] == 1
     assert stats["memory_total_mb"] == round(psutil.virtual_memory().total / 2**20, 1)
     assert stats["draft_tokens"] >= stats["accepted_tokens"] > 0
@@ -289,23 +291,17 @@ def test_both_agree_with_their_statistics_and_with_each_other(
         (prompt - cached, "prompt_tokens", "prompt_tokens"),
         (cached, "prompt_tokens_cached", "prompt_tokens_cached"),
     ):
-        assert (
-            ours[f"cerebrum_{of_pi}_total", SMALL]
-            == theirs[f"llamacpp:{of_vps}_total", SMALL]
-            == expected
-        )
-    for one, samples in zip(daemons, (ours, theirs), strict=True):
+        assert ours[f"cerebrum_{of_pi}_total", SMALL] == expected
+        assert theirs[f"llamacpp:{of_vps}_total", SMALL] == expected
+    for server, samples in ((pi, ours), (vps, theirs)):
         assert sum(of(samples, "cerebrum_completions_ended_total").values()) == len(results)
-        process = psutil.Process(one.process.pid)
-        assert samples["process_start_time_seconds",] == pytest.approx(
-            process.create_time(), abs=10
-        )
-        assert samples["process_resident_memory_bytes",] == pytest.approx(
-            process.memory_info().rss, rel=0.1
-        )
-        assert samples["process_cpu_seconds_total",] == pytest.approx(
-            sum(process.cpu_times()[:2]), rel=0.1, abs=1
-        )
+        process = psutil.Process(server.process.pid)
+        started = pytest.approx(process.create_time(), abs=10)
+        assert samples["process_start_time_seconds",] == started
+        resident = pytest.approx(process.memory_info().rss, rel=0.1)
+        assert samples["process_resident_memory_bytes",] == resident
+        spent = pytest.approx(sum(process.cpu_times()[:2]), rel=0.1, abs=1)
+        assert samples["process_cpu_seconds_total",] == spent
         assert 0 < samples["process_open_fds",] < samples["process_max_fds",]
 
     # The numbers outlive the model.
@@ -314,10 +310,8 @@ def test_both_agree_with_their_statistics_and_with_each_other(
     gone = read(ask(vps.port, "/metrics"))
     for name in ("model_loaded", "model_memory_bytes", "prompt_cache_bytes"):
         assert gone[f"cerebrum_{name}", SMALL] == 0
-    for key in (
-        ("llamacpp:tokens_predicted_total", SMALL),
-        ("cerebrum_completions_ended_total", SMALL, "length"),
-    ):
+    predicted = ("llamacpp:tokens_predicted_total", SMALL)
+    for key in (predicted, ("cerebrum_completions_ended_total", SMALL, "length")):
         assert gone[key] == theirs[key] > 0
     traffic(pi)
     loads = "cerebrum_model_loads_total", SMALL
@@ -326,28 +320,20 @@ def test_both_agree_with_their_statistics_and_with_each_other(
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("promtool"), reason="expected Debian's package prometheus")
-def test_promtool_accepts_the_metrics_and_the_queries_of_the_docs(
-    daemons: Any, tmp_path: Path
-) -> None:
-    queries = re.findall(
-        r"^\| `([^`]+\[\d+[mh]\][^`]*)` \|", (ROOT / "docs/operate.md").read_text(), re.M
-    )
+def test_promtool_accepts_the_metrics_and_the_queries_of_the_docs(daemons, tmp_path):
+    docs = (ROOT / "docs/operate.md").read_text()
+    queries = re.findall(r"^\| `([^`]+\[\d+[mh]\][^`]*)` \|", docs, re.M)
     assert len(queries) == 5
     rules = [{"record": "x", "expr": query} for query in queries]
-    metrics = [ask(one.port, "/metrics") for one in daemons]
-    (file := tmp_path / "rules.yml").write_text(
-        json.dumps({"groups": [{"name": "docs", "rules": rules}]})
-    )
+    file = tmp_path / "rules.yml"
+    file.write_text(json.dumps({"groups": [{"name": "docs", "rules": rules}]}))
     subprocess.run(["promtool", "check", "rules", file], check=True, capture_output=True)
-    for name in {
-        name for query in queries for name in re.findall(r"(?:cerebrum_|llamacpp:)\w+", query)
-    }:
-        assert any(re.search(rf"^{name}[{{ ]", text, re.M) for text in metrics), name
+    metrics = [ask(daemon.port, "/metrics") for daemon in daemons]
+    for name in re.findall(r"(?:cerebrum_|llamacpp:)\w+", "\n".join(queries)):
+        assert re.search(rf"^{name}[{{ ]", "".join(metrics), re.M), name
+    command = ["promtool", "check", "metrics"]
     for text in metrics:
-        checked = subprocess.run(
-            ["promtool", "check", "metrics"], input=text, capture_output=True, text=True
-        )
+        checked = subprocess.run(command, input=text, capture_output=True, text=True)
         foreign = sorted(set(re.findall(r"llamacpp:\w+", text)))
-        assert checked.stderr.splitlines() == [
-            f"{name} metric names should not contain ':'" for name in foreign
-        ]
+        expected = [f"{name} metric names should not contain ':'" for name in foreign]
+        assert checked.stderr.splitlines() == expected

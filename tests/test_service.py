@@ -15,8 +15,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 from harness import HEALTH, ROOT, Client, command_of, daemon, reload, settings, until
@@ -45,7 +45,7 @@ def _logger() -> Iterator[None]:
     request_id_var.set("-")
 
 
-def test_log_form(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_form(tmp_path, capsys, monkeypatch):
     path = tmp_path / "logs" / "cerebrum.log"
     monkeypatch.setattr(time, "time", lambda: 1_766_664_000.9)
     monkeypatch.setenv("TZ", "Pacific/Kiritimati")  # 14 hours ahead; the log is in UTC
@@ -58,11 +58,8 @@ def test_log_form(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) 
     finally:
         monkeypatch.undo()
         time.tzset()
-    assert (
-        capsys.readouterr().out
-        == path.read_text()
-        == "2025-12-25 12:00:00 - INFO - [65652caa] POST /x\n"
-    )
+    line = "2025-12-25 12:00:00 - INFO - [65652caa] POST /x\n"
+    assert capsys.readouterr().out == path.read_text() == line
 
 
 OUTSIDE = {
@@ -75,7 +72,7 @@ OUTSIDE = {
 
 
 @pytest.mark.parametrize("text", OUTSIDE)
-def test_outside_text_stays_on_its_line(tmp_path: Path, capsys: Any, text: str) -> None:
+def test_outside_text_stays_on_its_line(tmp_path, capsys, text):
     set_up_logging("INFO", str(tmp_path / "log"))
     log.info("%s", text)
     log.error("internal error", exc_info=ValueError(text))
@@ -85,10 +82,12 @@ def test_outside_text_stays_on_its_line(tmp_path: Path, capsys: Any, text: str) 
     assert second.endswith(" - ERROR - [-] internal error")
     assert rest.pop() == ""
     assert "ValueError: " in rest[0]
-    assert [line for line in rest if not line.startswith("    ") or not line.isprintable()] == []
+    for line in rest:
+        assert line.startswith("    ")
+        assert line.isprintable()
 
 
-def test_notify_in_an_abstract_socket_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_notify_in_an_abstract_socket_or_none(monkeypatch):
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.bind(f"\0cerebrum-{os.getpid()}")
         monkeypatch.setenv("NOTIFY_SOCKET", f"@cerebrum-{os.getpid()}")
@@ -99,10 +98,16 @@ def test_notify_in_an_abstract_socket_or_none(monkeypatch: pytest.MonkeyPatch) -
     notify("READY=1")
 
 
+def last_words(text: str) -> list[str]:
+    return [line.rpartition(" ")[2] for line in text.splitlines()]
+
+
+def logged(file: Path) -> list[str]:
+    return last_words(file.read_text())
+
+
 @pytest.mark.parametrize("full", [True, False], ids=["full", "removed"])
-def test_a_log_file_is_made_again_after_it_is_removed(
-    tmp_path: Path, capsys: Any, full: bool
-) -> None:
+def test_a_log_file_is_made_again_after_it_is_removed(tmp_path, capsys, full):
     file = tmp_path / "cerebrum.log"
     if full:
         file.symlink_to("/dev/full")
@@ -111,69 +116,54 @@ def test_a_log_file_is_made_again_after_it_is_removed(
     log.info("two")
     file.unlink()
     log.info("three")
-    said = [
-        line
-        for line in capsys.readouterr().out.splitlines()
-        if not line.endswith((" one", " two", " three"))
-    ]
-    reported = (
-        f"CEREBRUM_LOG_FILE: cannot write {file}: No space left on device; going on without it"
-    )
-    assert said == [reported] * full  # once, not for each line
-    assert [line.rpartition(" ")[2] for line in file.read_text().splitlines()] == ["three"]
+    said = re.findall("^CEREBRUM_LOG_FILE: .*", capsys.readouterr().out, re.M)
+    reported = f"cannot write {file}: No space left on device; going on without it"
+    assert said == [f"CEREBRUM_LOG_FILE: {reported}"] * full  # once, not for each line
+    assert logged(file) == ["three"]
     set_up_logging("INFO", str(file / "x.log"))
     log.info("four")
     assert "x.log: Not a directory; going on without it" in capsys.readouterr().out
 
 
-def test_the_log_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_log_is_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr("cerebrum.service.MAX_LOG_BYTES", 1000)
     set_up_logging("INFO", str(tmp_path / "log"))
     for number in range(200):
         log.info("line %d", number)
     sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
-    assert (sorted(sizes), max(sizes.values()) <= 1000) == (
-        ["log", "log.1", "log.2", "log.3"],
-        True,
-    )
+    assert sorted(sizes) == ["log", "log.1", "log.2", "log.3"]
+    assert max(sizes.values()) <= 1000
 
 
-def test_requests_are_not_written_twice(
-    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_requests_are_not_written_twice(tmp_path, capsys, monkeypatch):
     output = os.fstat(1)
     monkeypatch.setenv("JOURNAL_STREAM", f"{output.st_dev}:{output.st_ino}")
     set_up_logging("INFO", str(tmp_path / "log"))
-    log.info("a request", extra={"is_request": True})
-    log.info("something else")
-    assert [line[-9:] for line in capsys.readouterr().out.splitlines()] == ["hing else"]
-    assert [line[-9:] for line in (tmp_path / "log").read_text().splitlines()] == [
-        "a request",
-        "hing else",
-    ]
-    (tmp_path / "log").unlink()
-    (tmp_path / "log").symlink_to("/dev/full")
+    file = tmp_path / "log"
+    log.info("request", extra={"is_request": True})
+    log.info("else")
+    assert last_words(capsys.readouterr().out) == ["else"]
+    assert logged(file) == ["request", "else"]
+    file.unlink()
+    file.symlink_to("/dev/full")
     for number in range(3):  # while the file cannot be written, the journal has the requests
-        log.info("request %d", number, extra={"is_request": True})
-    assert [line[-9:] for line in capsys.readouterr().out.splitlines()[1:]] == [
-        "request 1",
-        "request 2",
-    ]
+        log.info("%d", number, extra={"is_request": True})
+    assert last_words(capsys.readouterr().out)[1:] == ["1", "2"]
 
 
 # ---------------------------------------------------------------------------------- a daemon's life
 
 
 @pytest.fixture
-def systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[str]]]:
+def systemd(tmp_path, monkeypatch) -> Iterator[Callable[[], list[str]]]:
     """What a daemon has told its supervisor."""
-    path, said = tmp_path / "notify", list[str]()
+    path, said = tmp_path / "notify", []
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as hearing:
         hearing.bind(str(path))
         hearing.setblocking(False)
         monkeypatch.setenv("NOTIFY_SOCKET", str(path))
 
-        def heard() -> list[str]:
+        def heard():
             with contextlib.suppress(BlockingIOError):
                 while True:
                     said.append(hearing.recv(1000).decode())
@@ -182,48 +172,39 @@ def systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
         yield heard
 
 
-async def test_the_watchdog_is_fed_only_while_nothing_is_stuck(
-    systemd: Any, monkeypatch: Any, caplog: Any
-) -> None:
+async def test_the_watchdog_is_fed_only_while_nothing_is_stuck(systemd, monkeypatch, caplog):
     monkeypatch.setenv("WATCHDOG_USEC", "20000")
-    asked: list[float] = []
+    asked = []
 
-    def stuck(now: float) -> str:
+    def stuck(now):
         asked.append(now)
         return "a worker hangs" if len(asked) > 3 else ""
 
-    assert await Service(lambda: None, stuck).run(
-        asyncio.create_task(until(lambda: len(asked) >= 10))
-    )
-    assert systemd() == ["READY=1", "WATCHDOG=1", "WATCHDOG=1", "WATCHDOG=1", "STOPPING=1"]
+    ended = asyncio.create_task(until(lambda: len(asked) >= 10))
+    assert await Service(lambda: None, stuck).run(ended)
+    assert systemd() == ["READY=1", *["WATCHDOG=1"] * 3, "STOPPING=1"]
     errors = [record.message for record in caplog.records if record.levelno >= logging.ERROR]
     assert errors == ["a worker hangs", "a task of the daemon has ended"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_reloads_and_the_end(
-    systemd: Any, caplog: Any, monkeypatch: Any, tmp_path: Path, number: signal.Signals
-) -> None:
+def test_reloads_and_the_end(systemd, caplog, monkeypatch, tmp_path, number):
     monkeypatch.setenv("RUNTIME_DIRECTORY", str(tmp_path))
     caplog.set_level(logging.INFO)
-    faults = [
-        None,
-        ConfigError("CEREBRUM_X: expected a number, got 'x'"),
-        ValueError("a fault of ours"),
-        None,
-    ]
-    reloads, outcomes = list[None](), list[str]()
+    wrong = ConfigError("CEREBRUM_X: expected a number, got 'x'")
+    faults = [None, wrong, ValueError("a fault of ours"), None]
+    outcomes = []
 
-    def reload() -> None:
-        reloads.append(None)
-        if fault := faults[len(reloads) - 1]:
+    def reload():
+        if fault := faults.pop(0):
             raise fault
 
-    async def scenario() -> None:
+    async def scenario():
         running = asyncio.create_task(Service(reload, lambda now: "").run())
-        for count in range(1, 5):
+        while faults:
+            left = len(faults)
             os.kill(os.getpid(), signal.SIGHUP)
-            await until(lambda count=count: len(reloads) == count)
+            await until(lambda left=left: len(faults) < left)
             outcomes.append((tmp_path / "reload").read_text().partition(" ")[2])
         os.kill(os.getpid(), number)
         await running
@@ -235,18 +216,15 @@ def test_reloads_and_the_end(
     finally:
         signal.signal(number, before)
     stays = "not reloaded, the old settings stay but for the keys that can be read"
-    wrong = f"{stays}: CEREBRUM_X: expected a number, got 'x'"
-    expected = ["reloaded", wrong, stays, "reloaded"]
+    expected = ["reloaded", f"{stays}: {wrong}", stays, "reloaded"]
     statuses = [re.sub("^STATUS=[^ ]+ ", "", line) for line in systemd()]
     assert statuses == ["READY=1", *expected, "STOPPING=1"]
     assert [record.getMessage() for record in caplog.records] == [*expected, "stopping"]
     assert outcomes == expected
 
 
-async def test_a_reason_that_has_no_encoding_is_an_answer_too(
-    tmp_path: Path, monkeypatch: Any
-) -> None:
-    def reload() -> None:
+async def test_a_reason_that_has_no_encoding_is_an_answer_too(tmp_path, monkeypatch):
+    def reload():
         raise ConfigError("/\udc80")
 
     set_up_logging("CRITICAL", "")  # pytest-xdist cannot send such a text
@@ -256,9 +234,9 @@ async def test_a_reason_that_has_no_encoding_is_an_answer_too(
 
 
 async def test_a_daemon_whose_probing_fails_ends_with_an_error(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    async def fail(*_: object) -> None:
+    monkeypatch,
+):
+    async def fail(*_):
         raise OSError(5, "of /proc")
 
     monkeypatch.setattr(pi_fleet.Fleet, "probe_forever", fail)
@@ -267,28 +245,21 @@ async def test_a_daemon_whose_probing_fails_ends_with_an_error(
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd")
-def test_the_units_are_well_formed_and_locked_down() -> None:
-    version = subprocess.run(
-        ["systemd-analyze", "--version"], stdout=subprocess.PIPE, text=True
-    ).stdout
-    if int(version.split()[1]) < 254:
+def test_the_units_are_well_formed_and_locked_down():
+    def analyze(*arguments):
+        command = ["systemd-analyze", *arguments]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    if int(analyze("--version").stdout.split()[1]) < 254:
         pytest.skip("an older systemd lacks some settings and counts otherwise")
-    units = [
-        str(path)
-        for path in sorted((ROOT / "systemd").iterdir())
-        if path.suffix in (".service", ".socket")
-    ]
-    verified = subprocess.run(
-        ["systemd-analyze", "verify", "--man=no", *units], capture_output=True, text=True
-    )
+    units = [*(ROOT / "systemd").glob("*.service"), *(ROOT / "systemd").glob("*.socket")]
+    verified = analyze("verify", "--man=no", *units)
     assert [line for line in verified.stderr.splitlines() if "is not executable" not in line] == []
-    analyze = ["systemd-analyze", "security", "--offline=true"]
-    for unit, points in (
-        ("cerebrum-backend", 4),
-        ("cerebrum-cm4", 11),
-    ):  # points of systemd-analyze's 100
-        command = [*analyze, f"--threshold={points}", str(ROOT / f"systemd/{unit}.service")]
-        assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0, unit
+    # Points of systemd-analyze's 100.
+    for unit, points in {"cerebrum-backend": 4, "cerebrum-cm4": 11}.items():
+        file = ROOT / f"systemd/{unit}.service"
+        rated = analyze("security", "--offline=true", f"--threshold={points}", file)
+        assert rated.returncode == 0, unit
 
 
 # ------------------------------------------------------------------------------------- both daemons
@@ -297,22 +268,17 @@ def test_the_units_are_well_formed_and_locked_down() -> None:
 @pytest.mark.parametrize(
     ("name", "key", "later"), [("cm4d", "CM4_API_KEY", "CM4_PORT"), ("vpsd", "API_KEY", "N_CTX")]
 )
-async def test_a_reload_takes_keys_and_level_if_they_are_right(
-    tmp_path: Path, name: str, key: str, later: str
-) -> None:
+async def test_a_reload_takes_keys_and_level_if_they_are_right(tmp_path, name, key, later):
     variable = f"CEREBRUM_{key}"
     credentials = tmp_path / "credentials"
     credentials.mkdir()
     (credentials / variable).write_text("one\n")
 
-    async def statuses() -> list[int]:
-        client = Client(port=process.port)
-        return [
-            (await client.get("/v1/stats", X_API_Key=key)).status
-            for key in ("one", "two", "not-used")
-        ]
+    async def statuses():
+        stats = partial(Client(port=process.port).get, "/v1/stats")
+        return [(await stats(X_API_Key=key)).status for key in ("one", "two", "not-used")]
 
-    async def reloaded(keys: str, said: str = "") -> list[int]:
+    async def reloaded(keys, said=""):
         (credentials / variable).write_text(keys)
         stays = "not reloaded, the old settings stay but for the keys that can be read: "
         expected = (1, f"{stays}{said}\n") if said else (0, "")
@@ -326,9 +292,8 @@ async def test_a_reload_takes_keys_and_level_if_they_are_right(
     with daemon(name, tmp_path, **given) as process:
         assert await statuses() == [200, 401, 401]
         assert await reloaded("two,one\n") == [200, 200, 401]
-        assert await reloaded(
-            "th ree\n", f"{variable}: expected printable ASCII without spaces"
-        ) == [200, 200, 401]
+        wrong = f"{variable}: expected printable ASCII without spaces"
+        assert await reloaded("th ree\n", wrong) == [200, 200, 401]
         models.unlink()
         gone = f"CEREBRUM_MODELS_FILE: {models}: [Errno 2] No such file or directory: '{models}'"
         assert await reloaded("one", gone) == [200, 401, 401]
@@ -338,23 +303,27 @@ async def test_a_reload_takes_keys_and_level_if_they_are_right(
         assert await reloaded("two") == [401, 200, 401]
         assert (await Client(port=process.port).get("/health")).status in (200, 503)
         await asyncio.to_thread(process.wait_for_line, "GET /health")
-        assert (
-            f"WARNING - [-] CEREBRUM_{later} changed: restart the daemon to use it\n"
-            in process.stdout()
-        )
+        changed = f"WARNING - [-] CEREBRUM_{later} changed: restart the daemon to use it\n"
+        assert changed in process.stdout()
 
 
-@pytest.mark.parametrize("fault", ["ends", "hangs", "answers an older one"])
-def test_a_reload_without_an_answer_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
-) -> None:
-    does = {
-        "ends": "sys.exit(1)",
-        "hangs": "0",
-        "answers an older one": "open('reload', 'w').write('7 reloaded')",
-    }
-    code = f"import signal, sys, time; signal.signal(signal.SIGHUP, lambda *_: {does[fault]}); print(flush=True)"
-    command = [sys.executable, "-c", code + "; [time.sleep(1) for _ in range(999)]"]
+RELOADER = """
+import signal, sys, time
+signal.signal(signal.SIGHUP, lambda *_: {})
+print(flush=True)
+while True:
+    time.sleep(1)
+"""
+RELOADS = {
+    "ends": "sys.exit(1)",
+    "hangs": "0",
+    "answers an older one": "open('reload', 'w').write('7 reloaded')",
+}
+
+
+@pytest.mark.parametrize("fault", RELOADS)
+def test_a_reload_without_an_answer_fails(tmp_path, monkeypatch, fault):
+    command = [sys.executable, "-c", RELOADER.format(RELOADS[fault])]
     monkeypatch.setattr("cerebrum.reload.SECONDS", 120.0 if fault == "ends" else 0.2)
     monkeypatch.setenv("RUNTIME_DIRECTORY", str(tmp_path))
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE) as process:
@@ -363,10 +332,11 @@ def test_a_reload_without_an_answer_fails(
         said = reload_command.main()
         process.kill()
     late = "not reloaded: expected an answer within 0.2 s, got none; does the daemon hang?"
-    assert said == ("not reloaded: the daemon has ended" if fault == "ends" else late)
+    ended = "not reloaded: the daemon has ended"
+    assert said == (ended if fault == "ends" else late)
 
 
-def test_reloads_at_the_same_time_all_get_an_answer(tmp_path: Path) -> None:
+def test_reloads_at_the_same_time_all_get_an_answer(tmp_path):
     """Beside a flood of signals from others, and with an answer that began after they were asked
     for.
     """
@@ -377,49 +347,49 @@ def test_reloads_at_the_same_time_all_get_an_answer(tmp_path: Path) -> None:
         asked = [pool.submit(reload, pi.process, tmp_path) for _ in range(8)]
         for _ in range(20):
             pi.process.send_signal(signal.SIGHUP)
-        assert {one.result() for one in asked} == {(0, "")}
+        assert {answer.result() for answer in asked} == {(0, "")}
 
 
-def test_a_daemon_takes_the_socket_of_its_supervisor(tmp_path: Path) -> None:
+STARTER = """
+import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.environ["LISTEN_PID"] = str(os.getpid())
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+def test_a_daemon_takes_the_socket_of_its_supervisor(tmp_path):
     """As systemd passes it: open before the daemon runs, and on while it is restarted."""
-    code = (
-        "import os, sys; os.dup2(int(sys.argv[1]), 3); os.environ['LISTEN_PID'] = str(os.getpid())"
-    )
-    code += "; os.execv(sys.argv[2], sys.argv[2:])"
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
         early = socket.create_connection(("127.0.0.1", port))  # nobody serves it yet
         early.sendall(HEALTH)
-        given = {
-            "env": settings(tmp_path, LISTEN_FDS="1", CEREBRUM_VPS_HOST="192.0.2.1"),
-            "stdout": subprocess.PIPE,
-        }
-        command = [sys.executable, "-c", code, str(listening.fileno()), *command_of("vpsd")]
+        number = listening.fileno()
+        environment = settings(tmp_path, LISTEN_FDS="1", CEREBRUM_VPS_HOST="192.0.2.1")
+        started = {"env": environment, "stdout": subprocess.PIPE, "pass_fds": [number]}
+        command = [sys.executable, "-c", STARTER, str(number), *command_of("vpsd")]
         for _ in range(2):
-            with subprocess.Popen(command, pass_fds=[listening.fileno()], **given) as process:
-                assert (
-                    f"listening on http://127.0.0.1:{port}\n".encode() in process.stdout.readline()
-                )
+            with subprocess.Popen(command, **started) as process:
+                line = f"listening on http://127.0.0.1:{port}\n"
+                assert line.encode() in process.stdout.readline()
                 assert early.recv(15) == b"HTTP/1.1 200 OK"
                 early.close()
                 process.terminate()
-            early = socket.create_connection(
-                ("127.0.0.1", port)
-            )  # refused if the socket were closed
+            # Refused if the socket were closed.
+            early = socket.create_connection(("127.0.0.1", port))
             early.sendall(HEALTH)
         early.close()
     assert passed_sockets({"LISTEN_PID": "1", "LISTEN_FDS": "1"}) == []  # of another process
 
 
 @pytest.mark.parametrize("wanted", ["0", "1"])
-async def test_prompts_are_logged_only_if_wanted(tmp_path: Path, wanted: str) -> None:
+async def test_prompts_are_logged_only_if_wanted(tmp_path, wanted):
     async with Backend() as backend:
         given = {"CEREBRUM_VPS_URL": f"http://127.0.0.1:{backend.port}", "CEREBRUM_CM4_API_KEY": ""}
         with daemon("cm4d", tmp_path, **given, CEREBRUM_LOG_PROMPTS=wanted) as process:
             asked = {"prompt": "def my_secret():\n", "suffix": "zwölf", "language": "python"}
-            await Client(port=process.port).ask(
-                "POST", "/v1/complete/stream", asked, X_Request_ID="the-id"
-            )
+            client = Client(port=process.port)
+            await client.ask("POST", "/v1/complete/stream", asked, X_Request_ID="the-id")
             await asyncio.to_thread(process.wait_for_line, "the-id.* 200 ")
             prompts = re.findall(r"\[the-id\] (prompt: .*)", process.stdout())
             shown = r'prompt: {"prompt": "def my_secret():\n", "suffix": "zwölf"}'

@@ -14,9 +14,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from cerebrum.vps.encoding import FAITHFUL, READ_TOKENS, alone_in, measure, opened
 from cerebrum.vps.gguf import pypi
@@ -27,83 +28,110 @@ SAMPLE_WEIGHTS = 350_000_000  # at least, 200 MB: less would stay in the caches 
 SAMPLE_TOKENS = 512  # read by each
 HINT_READ, HINT_WRITTEN = 200, 24  # tokens
 SMALL_BLOCKS = {"Q4_K": "Q5_0", "Q6_K": "Q8_0"}  # the types of rows that are no multiple of 256
-Matrix = tuple[
-    str, str, tuple[int, ...]
-]  # name, type, and the number of experts (if any), rows and columns
 
 
-def matrices(shape: Mapping[str, int], layers: int, vocabulary: int) -> list[Matrix]:
+Shape = Mapping[str, int]  # of a model, as in models.toml
+
+
+class Matrix(NamedTuple):
+    """A matrix of a model, or one for each expert."""
+
+    name: str
+    type: str
+    shape: tuple[int, ...]  # the number of experts (if any), rows and columns
+
+
+def matrices(shape: Shape, layers: int, vocabulary: int) -> list[Matrix]:
     """The matrices of a model of this shape (models.toml), with this many layers and tokens. A
     Q4_K_M file has about half of attn_v and ffn_down in Q6_K.
     """
     width, forward = shape["width"], shape["feed_forward"]
-    heads, keys = shape["heads"] * shape["head"], shape["kv_heads"] * shape["head"]
-    count, suffix = ((shape["experts"],), "_exps") if shape["experts"] else ((), "")
-    found: list[Matrix] = [("output", "Q6_K", (vocabulary, width))]
-    for layer, better in zip(range(layers), ("Q4_K", "Q6_K") * layers, strict=False):
-        of_layer: list[Matrix] = [
-            ("attn_q", "Q4_K", (heads, width)),
-            ("attn_k", "Q4_K", (keys, width)),
-            ("attn_v", better, (keys, width)),
-            ("attn_output", "Q4_K", (width, heads)),
-            (f"ffn_gate{suffix}", "Q4_K", (*count, forward, width)),
-            (f"ffn_up{suffix}", "Q4_K", (*count, forward, width)),
-            (f"ffn_down{suffix}", better, (*count, width, forward)),
-        ]
-        found += [(f"blk.{layer}.{name}", kind, size) for name, kind, size in of_layer]
-    return [
-        (name, SMALL_BLOCKS[kind] if size[-1] % 256 else kind, size) for name, kind, size in found
-    ]
+    heads = shape["heads"] * shape["head"]
+    keys = shape["kv_heads"] * shape["head"]
+    count: tuple[int, ...] = ()
+    suffix = ""
+    if shape["experts"]:
+        count = (shape["experts"],)
+        suffix = "_exps"
+    shapes: dict[str, tuple[int, ...]] = {
+        "attn_q": (heads, width),
+        "attn_k": (keys, width),
+        "attn_v": (keys, width),
+        "attn_output": (width, heads),
+    }
+    for name in ("ffn_gate", "ffn_up"):
+        shapes[f"{name}{suffix}"] = (*count, forward, width)
+    down = f"ffn_down{suffix}"
+    shapes[down] = (*count, width, forward)
+    better = ("attn_v", down)
+    found = [matrix_of("output", "Q6_K", (vocabulary, width))]
+    for layer in range(layers):
+        for name, size in shapes.items():
+            kind = "Q6_K" if layer % 2 and name in better else "Q4_K"
+            found.append(matrix_of(f"blk.{layer}.{name}", kind, size))
+    return found
 
 
-def write_sample(
-    path: Path, shape: Mapping[str, int], weights: Sequence[Matrix], layers: int
-) -> None:
+def matrix_of(name: str, kind: str, shape: tuple[int, ...]) -> Matrix:
+    """A matrix of this type, or of the one for rows that are no multiple of 256."""
+    return Matrix(name, SMALL_BLOCKS[kind] if shape[-1] % 256 else kind, shape)
+
+
+# The header's numbers by their names in models.toml.
+HEADER = {
+    "embedding_length": "width",
+    "feed_forward_length": "feed_forward",
+    "attention.head_count": "heads",
+    "attention.head_count_kv": "kv_heads",
+    "attention.key_length": "head",
+    "attention.value_length": "head",
+    "rope.dimension_count": "head",
+    "expert_count": "experts",
+    "expert_used_count": "used",
+}
+
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+def small_tensors(shape: Shape, layers: int, vocabulary: int) -> Arrays:
+    """The tensors in floats: norms of ones, and random embeddings and routers, so that each token
+    goes to other experts.
+    """
+    random = np.random.default_rng(1)
+    width, experts = shape["width"], shape["experts"]
+    ones = np.ones(width, np.float32)
+    rows = random.normal(size=(1009, width)).astype(np.float16)
+    tensors: Arrays = {"token_embd": np.resize(rows, (vocabulary, width)), "output_norm": ones}
+    for layer in range(layers):
+        tensors[f"blk.{layer}.attn_norm"] = ones
+        tensors[f"blk.{layer}.ffn_norm"] = ones
+        if experts:
+            router = random.normal(size=(experts, width))
+            tensors[f"blk.{layer}.ffn_gate_inp"] = router.astype(np.float32)
+    return tensors
+
+
+def write_sample(path: Path, shape: Shape, weights: Sequence[Matrix], layers: int) -> None:
     """A model of these matrices, for llama.cpp's architecture of the plain transformer. OSError if
     the disk is too small.
     """
-    writer, random, width = (
-        pypi().GGUFWriter(path, "llama"),
-        np.random.default_rng(1),
-        shape["width"],
-    )
-    vocabulary, ones = weights[0][2][0], np.ones(width, np.float32)
-    numbers = {
-        "block_count": layers,
-        "context_length": 1 << 15,
-        "vocab_size": vocabulary,
-        "embedding_length": width,
-        "feed_forward_length": shape["feed_forward"],
-        "attention.head_count": shape["heads"],
-        "attention.head_count_kv": shape["kv_heads"],
-        "expert_count": shape["experts"],
-        "expert_used_count": shape["used"],
-        **dict.fromkeys(
-            ("attention.key_length", "attention.value_length", "rope.dimension_count"),
-            shape["head"],
-        ),
-    }
-    for name, number in numbers.items():
-        writer.add_uint32(f"llama.{name}", number)
+    writer = pypi().GGUFWriter(path, "llama")
+    vocabulary = weights[0].shape[0]
+    for name, source in HEADER.items():
+        writer.add_uint32(f"llama.{name}", shape[source])
+    writer.add_uint32("llama.block_count", layers)
+    writer.add_uint32("llama.vocab_size", vocabulary)
+    writer.add_uint32("llama.context_length", 1 << 15)
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_tokenizer_model("no_vocab")
-    # Random, so that each token goes to other experts.
-    rows = random.normal(size=(1009, width)).astype(np.float16)
-    tensors = {"token_embd": np.resize(rows, (vocabulary, width)), "output_norm": ones}
-    for layer in range(layers):
-        tensors |= dict.fromkeys((f"blk.{layer}.attn_norm", f"blk.{layer}.ffn_norm"), ones)
-        if shape["experts"]:
-            tensors[f"blk.{layer}.ffn_gate_inp"] = random.normal(
-                size=(shape["experts"], width)
-            ).astype(np.float32)
-    for name, values in tensors.items():
+    for name, values in small_tensors(shape, layers, vocabulary).items():
         writer.add_tensor(f"{name}.weight", values)
-    for name, kind, size in weights:
-        raw = pypi().GGMLQuantizationType[kind]
-        data = np.zeros(
-            pypi().quants.quant_shape_to_byte_shape(size, raw), np.uint8
-        )  # no kernel looks at them
-        writer.add_tensor(f"{name}.weight", data, raw_dtype=raw)
+    for matrix in weights:
+        kind = pypi().GGMLQuantizationType[matrix.type]
+        size = pypi().quants.quant_shape_to_byte_shape(matrix.shape, kind)
+        zeros = np.zeros(size, np.uint8)  # take as long to compute as any other weights
+        writer.add_tensor(f"{matrix.name}.weight", zeros, raw_dtype=kind)
     check_disk(path.parent, sum(tensor.nbytes for tensor in writer.tensors[0].values()))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -123,21 +151,25 @@ class Speed(NamedTuple):
         return HINT_READ / READ_TOKENS * self.wait + HINT_WRITTEN / self.rate
 
 
-def predict(shape: Mapping[str, int], settings: Settings, folder: Path) -> Speed:
+def predict(shape: Shape, settings: Settings, folder: Path) -> Speed:
     """The speed of a model of this shape here, with the types and the attention that are faster, as
     `tune` will find them. Samples are written to `folder`. ModelError if llama.cpp fails, OSError
     if the disk is too small.
     """
     whole = matrices(shape, shape["layers"], shape["vocabulary"])
-    samples = shape["layers"] * SAMPLE_WEIGHTS / sum(math.prod(size) for _, _, size in whole)
-    layers = min(shape["layers"], 2 * math.ceil(samples / 2))
-    part, times = layers / shape["layers"], []
+    weights = sum(math.prod(matrix.shape) for matrix in whole)
+    least = shape["layers"] * SAMPLE_WEIGHTS / weights  # layers
+    layers = min(shape["layers"], 2 * math.ceil(least / 2))
+    part = layers / shape["layers"]
     published = matrices(shape, layers, round(shape["vocabulary"] * part))
     path = folder / "sample.gguf"
+    times = []
     for types in ({}, FAITHFUL):
-        path.unlink(missing_ok=True)  # the one before
-        weights = [(name, types.get(kind, kind), size) for name, kind, size in published]
-        write_sample(path, shape, weights, layers)
+        path.unlink(missing_ok=True)  # of the types before
+        changed = [
+            matrix._replace(type=types.get(matrix.type, matrix.type)) for matrix in published
+        ]
+        write_sample(path, shape, changed, layers)
         for used in (settings, replace(settings, flash_attention=False)):
             with opened(path, used) as model:
                 times.append(measure(model, SAMPLE_TOKENS))
@@ -180,23 +212,27 @@ def best_of(speeds: Speeds, most_seconds: float) -> Model | None:
     not count.
     """
     most = max((len(model.languages) for model, _ in speeds), default=0)
-    hints = [
-        (speed.hint, model) for model, speed in speeds if speed and 2 * len(model.languages) >= most
-    ]
-    quickest = min(hints, key=lambda pair: pair[0], default=(0.0, None))[1]
-    return next((model for seconds, model in hints if seconds <= most_seconds), quickest)
+    best, best_seconds = None, math.inf
+    for model, speed in speeds:
+        if not speed or 2 * len(model.languages) < most:
+            continue
+        if speed.hint <= most_seconds:
+            return model
+        if speed.hint < best_seconds:
+            best, best_seconds = model, speed.hint
+    return best
 
 
 def table(speeds: Speeds, best: Model | None) -> list[str]:
     """One model a line; `*` marks the best."""
-    lines = [
-        f"{'memory':>37} {'tokens/s':>9} {f'first of {READ_TOKENS:,}':>15} {'hint':>8} {'file':>9}"
-    ]
+    first = f"first of {READ_TOKENS:,}"
+    lines = [f"{'memory':>37} {'tokens/s':>9} {first:>15} {'hint':>8} {'file':>9}"]
     for model, speed in speeds:
-        name = f"{'*' if model is best else ' '} {model.id:<14} {model.parameters:<10}{model.memory_mb / 1e3:>7.1f} GB"
+        mark = "*" if model is best else " "
+        memory = f"{model.memory_mb / 1e3:>7.1f} GB"
         figures = f"{'?':>9} {'?':>15} {'?':>8}"
         if speed:
             figures = f"{speed.rate:>9.1f} {speed.wait:>13.1f} s {speed.hint:>6.1f} s"
         size = f"{model.size / 1e9:.1f} GB" if model.size else "?"
-        lines.append(f"{name} {figures} {size:>9}")
+        lines.append(f"{mark} {model.id:<14} {model.parameters:<10}{memory} {figures} {size:>9}")
     return lines

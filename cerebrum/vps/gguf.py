@@ -24,10 +24,9 @@ import numpy.typing as npt
 
 from cerebrum.vps.llama import ModelError
 
-PIECE_BYTES = 1 << 22  # or weights, of a type without blocks: transcoded at once, by one thread
-Rows = npt.NDArray[
-    Any
-]  # of a tensor: (n, weights), or (n, bytes of its blocks) where the type has blocks
+PIECE_BYTES = 1 << 22  # transcoded at once, by one thread; or weights, of a type without blocks
+# Of a tensor: (n, weights), or (n, bytes of its blocks) where the type has blocks.
+Rows = npt.NDArray[Any]
 
 
 @functools.cache
@@ -51,16 +50,21 @@ def q4_k_to_q4_1(rows: Rows) -> Rows:
     share byte j.
     """
     blocks = rows.reshape(-1, 144)
-    factors = np.ascontiguousarray(blocks[:, :4]).view("<f2").astype(np.float32)
-    steps, least = pypi().quants.Q4_K.get_scale_min(np.ascontiguousarray(blocks[:, 4:16]))
+    head = np.ascontiguousarray(blocks[:, :16])
+    factors = np.ascontiguousarray(head[:, :4]).view("<f2").astype(np.float32)
+    codes = np.ascontiguousarray(head[:, 4:])
+    steps, least = pypi().quants.Q4_K.get_scale_min(codes)
+    scales = factors[:, :1] * steps
+    minima = -factors[:, 1:] * least
     with np.errstate(over="ignore"):
-        scales = np.stack((factors[:, :1] * steps, -factors[:, 1:] * least), axis=-1).astype("<f2")
-    if not np.isfinite(scales).all():
+        halves = np.stack((scales, minima), axis=-1).astype("<f2")
+    if not np.isfinite(halves).all():
         raise ModelError("a scale of the weights is beyond the range of fp16")
     pairs = blocks[:, 16:].reshape(-1, 4, 32)
-    values = np.stack((pairs & 15, pairs >> 4), axis=2).reshape(-1, 8, 32)
-    packed = values[..., :16] | values[..., 16:] << np.uint8(4)
-    return np.concatenate((scales.view(np.uint8), packed), axis=-1).reshape(len(rows), -1)
+    weights = np.stack((pairs & 15, pairs >> 4), axis=2).reshape(-1, 8, 32)
+    packed = weights[..., :16] | weights[..., 16:] << np.uint8(4)
+    new_blocks = np.concatenate((halves.view(np.uint8), packed), axis=-1)
+    return new_blocks.reshape(len(rows), -1)
 
 
 def transcode(rows: Rows, old: str, new: str) -> Rows:
@@ -68,7 +72,8 @@ def transcode(rows: Rows, old: str, new: str) -> Rows:
     if (old, new) == ("Q4_K", "Q4_1"):
         return q4_k_to_q4_1(rows)
     kinds, quants = pypi().GGMLQuantizationType, pypi().quants
-    converted: Rows = quants.quantize(quants.dequantize(rows, kinds[old]), kinds[new])
+    weights = quants.dequantize(rows, kinds[old])
+    converted: Rows = quants.quantize(weights, kinds[new])
     return converted
 
 
@@ -92,15 +97,12 @@ class Tensor:
 
     def shape(self, new: str) -> tuple[int, ...]:
         """The shape of `data` in another type."""
-        kinds, quants = pypi().GGMLQuantizationType, pypi().quants
+        weights = self.data.shape
         if new == self.type:
-            return self.data.shape
-        blocks = self.data.dtype == np.uint8
-        weights = (
-            quants.quant_shape_from_byte_shape(self.data.shape, kinds[self.type])
-            if blocks
-            else self.data.shape
-        )
+            return weights
+        kinds, quants = pypi().GGMLQuantizationType, pypi().quants
+        if self.data.dtype == np.uint8:  # blocks
+            weights = quants.quant_shape_from_byte_shape(weights, kinds[self.type])
         shape: tuple[int, ...] = quants.quant_shape_to_byte_shape(weights, kinds[new])
         return shape
 
@@ -116,15 +118,30 @@ class Tensor:
         return self.data.nbytes if new == self.type else math.prod(self.shape(new))
 
     def convert(self, new: str) -> Rows:
-        """`data` in another type. By pieces, because floats take up to eight times as much
+        """`data` in another type, converted by pieces: floats take up to eight times as much
         memory.
         """
+        if new == self.type:
+            return self.data
         rows = self.data.reshape(-1, self.data.shape[-1])
         step = max(1, PIECE_BYTES // rows.shape[1])
+        pieces = [rows[start : start + step] for start in range(0, len(rows), step)]
+        convert = functools.partial(transcode, old=self.type, new=new)
         with ThreadPoolExecutor() as pool:
-            pieces = [rows[start : start + step] for start in range(0, len(rows), step)]
-            new_rows = list(pool.map(lambda piece: transcode(piece, self.type, new), pieces))
+            new_rows = list(pool.map(convert, pieces))
         return np.concatenate(new_rows).reshape(self.shape(new))
+
+
+Types = Mapping[str, str]  # new ones, by the names of tensors or by the old types
+Values = Mapping[str, str | int]  # of a header, by key
+
+
+def silent(_done: int, _total: int) -> None:
+    """Report no progress."""
+
+
+# Keys of a header that gguf's writer adds by itself.
+MADE_BY_WRITER = ("GGUF.", "general.architecture", "general.alignment")
 
 
 class Source:
@@ -144,75 +161,81 @@ class Source:
         except (ValueError, IndexError, KeyError, TypeError, OverflowError):
             raise ModelError("the file is damaged or cut short") from None
         self.tensors = [
-            Tensor(one.name, one.tensor_type.name, one.data) for one in self.reader.tensors
+            Tensor(read.name, read.tensor_type.name, read.data) for read in self.reader.tensors
         ]
         self.architecture: str = self.reader.fields["general.architecture"].contents()
-        self.vocabulary = next(
-            (len(one.data) for one in self.tensors if one.name == "token_embd.weight"), 0
-        )
+        rows = {tensor.name: len(tensor.data) for tensor in self.tensors}
+        self.vocabulary = rows.get("token_embd.weight", 0)
 
     def write(
         self,
         path: Path,
-        types: Mapping[str, str],
-        values: Mapping[str, str | int] | None = None,
+        types: Types,
+        values: Values | None = None,
         layers: Sequence[int] | None = None,
         vocabulary: int = 0,
-        report: Callable[[int, int], None] = lambda _done, _total: None,
+        report: Callable[[int, int], None] = silent,
     ) -> None:
         """Write a copy in which some tensors have other `types` and the header has these values.
 
         With `layers`, it has only these layers, a smaller `vocabulary`, and no tokenizer.
         `report(done, total)` counts tensors. ModelError if the header cannot be copied.
         """
-        kinds, values = pypi().GGUFValueType, values or {}
+        if layers is None:
+            copies = {tensor.name: tensor for tensor in self.tensors}
+        else:
+            copies = self._sampled(layers, vocabulary)
         writer = pypi().GGUFWriter(path, self.architecture)
-        left_out = (
-            "GGUF.",
-            "general.architecture",
-            "general.alignment",
-            *([] if layers is None else ["tokenizer."]),
-        )
+        self._add_header(writer, values or {}, has_tokenizer=layers is None)
+        for name, tensor in copies.items():
+            kind = types.get(tensor.name, tensor.type)
+            raw = pypi().GGMLQuantizationType[kind]
+            dtype = tensor.data.dtype if kind == tensor.type else np.dtype(np.uint8)
+            writer.add_tensor_info(name, tensor.shape(kind), dtype, tensor.size(kind), raw)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for done, tensor in enumerate(copies.values(), 1):
+            data = tensor.convert(types.get(tensor.name, tensor.type))
+            try:
+                writer.write_tensor_data(data)
+            except OSError as error:  # numpy's has no number
+                number = error.errno or errno.ENOSPC
+                raise OSError(number, os.strerror(number)) from None
+            report(done, len(copies))
+        writer.close()
+
+    def _add_header(self, writer: Any, values: Values, has_tokenizer: bool) -> None:
+        """Copy the header's values but those in `values`, which are added."""
+        kinds = pypi().GGUFValueType
+        left_out = MADE_BY_WRITER if has_tokenizer else (*MADE_BY_WRITER, "tokenizer.")
         for name, field in self.reader.fields.items():
-            kind, item = field.types[0], field.types[-1]
-            empty = kind == kinds.ARRAY and not field.data  # gguf does not write it
+            is_array = field.types[0] == kinds.ARRAY
+            empty = is_array and not field.data  # gguf does not write it
             if empty or name.startswith(left_out) or name in values:
                 continue
             try:
-                writer.add_key_value(
-                    name, field.contents(), kind, item if kind == kinds.ARRAY else None
-                )
+                content = field.contents()
             except UnicodeDecodeError:
                 raise ModelError(
                     f"expected text in UTF-8 in the header, got other bytes in {name}"
                 ) from None
+            item = field.types[-1] if is_array else None
+            writer.add_key_value(name, content, field.types[0], item)
         for name, value in values.items():
-            writer.add_key_value(
-                name, value, kinds.STRING if isinstance(value, str) else kinds.UINT32
-            )
-        parts = []
+            kind = kinds.STRING if isinstance(value, str) else kinds.UINT32
+            writer.add_key_value(name, value, kind)
+
+    def _sampled(self, layers: Sequence[int], vocabulary: int) -> dict[str, Tensor]:
+        """The tensors of a file with only these layers and this many tokens, by name there."""
+        copies = {}
         for tensor in self.tensors:
-            name, kind = tensor.name, types.get(tensor.name, tensor.type)
-            if layers is not None and tensor.layer is None and len(tensor.data) == self.vocabulary:
+            name, layer = tensor.name, tensor.layer
+            if layer in layers:
+                name = name.replace(f"blk.{layer}.", f"blk.{layers.index(layer)}.", 1)
+            elif layer is not None:
+                continue
+            elif len(tensor.data) == self.vocabulary:
                 tensor = replace(tensor, data=tensor.data[:vocabulary])
-            elif layers is not None and tensor.layer is not None:
-                if tensor.layer not in layers:
-                    continue
-                name = name.replace(f"blk.{tensor.layer}.", f"blk.{layers.index(tensor.layer)}.", 1)
-            raw = pypi().GGMLQuantizationType[kind]
-            dtype = tensor.data.dtype if kind == tensor.type else np.dtype(np.uint8)
-            writer.add_tensor_info(name, tensor.shape(kind), dtype, tensor.size(kind), raw)
-            parts.append((tensor, kind))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for done, (tensor, kind) in enumerate(parts, 1):
-            data = tensor.data if kind == tensor.type else tensor.convert(kind)
-            try:
-                writer.write_tensor_data(data)
-            except OSError as error:  # numpy's has no number
-                raise OSError(
-                    error.errno or errno.ENOSPC, error.strerror or os.strerror(errno.ENOSPC)
-                ) from None
-            report(done, len(parts))
-        writer.close()
+            copies[name] = tensor
+        return copies

@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import llama_cpp
 import psutil
@@ -39,35 +40,35 @@ MIN_FIT_TOKENS = 2048  # a shorter context holds too little of a file beside its
 FIT_STEP_TOKENS = 256  # llama.cpp rounds a context up to this
 FIT_STEPS = 16  # contexts of different length that are tried
 
-Parts = dict[
-    str, int
-]  # bytes that a model takes in time: weights, KV cache, compute buffers and saved prompts
+# Bytes that a model takes in time, by what they are for: `weights`, `kv`, `compute` and `prompts`.
+Parts = dict[str, int]
 
 
 def shorter(settings: Settings) -> list[Settings]:
     """These settings with less memory, the best first: a shorter context of MIN_FIT_TOKENS or more,
     then fewer sequences.
     """
-    least = min(MIN_FIT_TOKENS, settings.n_ctx)
-    step = FIT_STEP_TOKENS * max(1, (settings.n_ctx - least) // (FIT_STEPS * FIT_STEP_TOKENS))
-    lengths = [settings.n_ctx, *reversed(range(least, settings.n_ctx, step))]
-    forms = [
-        (sequences, n_ctx) for sequences in range(settings.sequences, 0, -1) for n_ctx in lengths
-    ]
-    return [replace(settings, sequences=sequences, n_ctx=n_ctx) for sequences, n_ctx in forms[1:]]
+    most = settings.n_ctx
+    least = min(MIN_FIT_TOKENS, most)
+    step = FIT_STEP_TOKENS * max(1, (most - least) // (FIT_STEPS * FIT_STEP_TOKENS))
+    lengths = [most, *reversed(range(least, most, step))]
+    found = []
+    for sequences in range(settings.sequences, 0, -1):
+        found += [replace(settings, sequences=sequences, n_ctx=n_ctx) for n_ctx in lengths]
+    return found[1:]
 
 
 def fit(
     settings: Settings, free: float, need: Callable[[Sequence[Settings]], Sequence[Parts]]
 ) -> tuple[Settings, Parts]:
-    """The settings with the longest context that fits into `free` bytes, and what they take. `need`
-    returns what each of several settings takes. If nothing fits, the least settings.
+    """The settings with the longest context that fits into `free` bytes, and what they take; if
+    nothing fits, the smallest settings. `need` returns what each of several settings takes.
     """
-    for forms in ([settings], shorter(settings)):
-        for form, parts in zip(forms, need(forms), strict=True):
+    for candidates in ([settings], shorter(settings)):
+        for candidate, parts in zip(candidates, need(candidates), strict=True):
             if sum(parts.values()) <= free:
-                return form, parts
-    return form, parts
+                return candidate, parts
+    return candidate, parts
 
 
 def check_memory(available_mb: float, least_mb: float) -> None:
@@ -93,8 +94,10 @@ def cgroup_left_bytes(
     try:
         group = root / table.read_text().rpartition("0::/")[2].strip()
         limit = int((group / "memory.max").read_text())
-        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        return limit - int((group / "memory.current").read_text()) + int(counts["file"])
+        used = int((group / "memory.current").read_text())
+        lines = (group / "memory.stat").read_text().splitlines()
+        counts = dict(line.split() for line in lines)
+        return limit - used + int(counts["file"])
     except (OSError, ValueError, KeyError):  # "max" is no limit; an older kernel has no such files
         return math.inf
 
@@ -104,10 +107,9 @@ def cgroup_left_bytes(
 HEADER_BYTES = 32 << 20  # a large vocabulary takes 15 MB
 OUTPUT_NAME = (13).to_bytes(8, "little") + b"output.weight"  # in a header a name follows its length
 # In llama.cpp's log: of a KV cache or of recurrent states, and of the compute buffers.
-KV_SIZE_MB, COMPUTE_SIZE_MB = (
-    re.compile(rf"{name} = +([\d.]+) MiB") for name in (": size", "compute buffer size")
-)
-
+KV_SIZE_MB = re.compile(r": size = +([\d.]+) MiB")
+COMPUTE_SIZE_MB = re.compile(r"compute buffer size = +([\d.]+) MiB")
+Q8_0_BLOCK_BYTES = 34  # for 32 weights
 
 READ_HEADER = """
 import os, signal, sys
@@ -129,9 +131,8 @@ def accepts(path: Path) -> bool:
     llama.cpp ends that process, OSError if something else does, such as too little memory.
     """
     root = Path(__file__).resolve().parents[2]
-    status = subprocess.run(
-        [sys.executable, "-c", READ_HEADER, path.absolute()], cwd=root
-    ).returncode
+    command = [sys.executable, "-c", READ_HEADER, str(path.absolute())]
+    status = subprocess.run(command, cwd=root).returncode
     if -status in FATAL:
         raise ModelError("llama.cpp ends the process at the header of this file")
     if status not in (0, REFUSED):
@@ -154,38 +155,36 @@ def needed(path: Path, forms: Sequence[Settings]) -> list[Parts]:
 
 @functools.lru_cache(64)  # a large vocabulary takes half a second
 def _needed(path: Path, _stamp: str, forms: tuple[Settings, ...]) -> list[Parts]:
-    model, needs = load_model(path, weights=False), []
+    model = load_model(path, weights=False)
     try:
         vocabulary = api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))
         weights = path.stat().st_size
         with path.open("rb") as file:
-            if OUTPUT_NAME not in file.read(
-                HEADER_BYTES
-            ):  # llama.cpp may repack a copy of the embedding
-                weights += vocabulary * api.llama_model_n_embd(model) * 34 // 32  # bytes in Q8_0
-        for form in forms:
-            llama_log.lines.clear()
-            api.llama_free(api.llama_init_from_model(model, context_params(model, form)))
-            log = "\n".join(llama_log.lines)
-            kv, compute = (
-                sum(map(float, size.findall(log))) for size in (KV_SIZE_MB, COMPUTE_SIZE_MB)
-            )
-            if not compute:
-                raise ModelError("llama.cpp cannot make a context for this model")
-            logits = 2 * 4 * form.sequences * (MAX_DRAFT + 1) * vocabulary  # in two buffers
-            compute = math.ceil(compute * MB) + logits
-            needs.append(
-                {
-                    "weights": weights,
-                    "kv": math.ceil(kv * MB),
-                    "compute": compute,
-                    "prompts": form.cache_mb * MB,
-                }
-            )
+            header = file.read(HEADER_BYTES)
+        if OUTPUT_NAME not in header:  # llama.cpp may repack a copy of the embedding, as Q8_0
+            weights += vocabulary * api.llama_model_n_embd(model) * Q8_0_BLOCK_BYTES // 32
+        return [{"weights": weights, **_beside_weights(model, vocabulary, form)} for form in forms]
     finally:
         api.llama_model_free(model)
         ctypes.CDLL(None).malloc_trim(0)
-    return needs
+
+
+def _beside_weights(model: Any, vocabulary: int, settings: Settings) -> Parts:
+    """The bytes of a model's context, from what llama.cpp logs when it makes one."""
+    llama_log.lines.clear()
+    api.llama_free(api.llama_init_from_model(model, context_params(model, settings)))
+    log = "\n".join(llama_log.lines)
+    kv_mb = sum(map(float, KV_SIZE_MB.findall(log)))
+    compute_mb = sum(map(float, COMPUTE_SIZE_MB.findall(log)))
+    if not compute_mb:
+        raise ModelError("llama.cpp cannot make a context for this model")
+    outputs = settings.sequences * (MAX_DRAFT + 1)
+    logits = 2 * 4 * outputs * vocabulary  # floats, in two buffers
+    return {
+        "kv": math.ceil(kv_mb * MB),
+        "compute": math.ceil(compute_mb * MB) + logits,
+        "prompts": settings.cache_mb * MB,
+    }
 
 
 def read_header(path: str) -> int:

@@ -23,7 +23,7 @@ import cerebrum_common as common
 from cerebrum.fields import describe
 from cerebrum.metrics import resident_bytes
 from cerebrum.vps.decoder import ModelTally
-from cerebrum.vps.encoding import Choice, choose_file, untuned
+from cerebrum.vps.encoding import LoadPlan, plan_load, untuned
 from cerebrum.vps.llama import MB, ModelError, Settings, file_stamp
 from cerebrum.vps.memory import Parts, available_mb, cgroup_left_bytes, check_memory
 from cerebrum.vps.schedule import Baton
@@ -31,9 +31,8 @@ from cerebrum.vps.worker import Loader, Worker
 from cerebrum_common import HttpError, Model, log
 
 LOAD_TICK_SECONDS = 0.25  # how often a load's progress is reported
-LOAD_AGAIN_SECONDS = (
-    300.0  # a file that failed to load is tried again after this time, or when it changes
-)
+# A file that failed to load is tried again after this time, or when it changes.
+LOAD_AGAIN_SECONDS = 300.0
 
 State = Enum("State", "LOADING READY LEAVING")
 
@@ -46,16 +45,13 @@ class Instance:
 
     model: Model
     worker: Worker
-    estimate: (
-        int  # bytes that the model will use in time: attention's buffers fill as contexts grow
-    )
+    estimate: int  # bytes it will use in time: attention's buffers fill as contexts grow
     ready: asyncio.Future[None]  # the worker's `ready`, as a future of the loop
     freed: asyncio.Task[None]  # ends when all of the model's memory is free
     state: State = State.LOADING
     users: set[object] = field(default_factory=set)
-    last_used: float = field(
-        default_factory=time.monotonic
-    )  # a clock that jumps must not unload a model
+    # Monotonic: a clock that jumps must not unload a model.
+    last_used: float = field(default_factory=time.monotonic)
 
     @property
     def idle(self) -> bool:
@@ -68,6 +64,7 @@ class Instance:
             self.worker.stop()
 
 
+# What of a model's entry a loaded model depends on.
 how_loaded = operator.attrgetter("file", "sha256", "fim", "fim_layout")
 
 
@@ -75,7 +72,7 @@ def remove_unlisted(state_dir: Path, models: Sequence[Model]) -> None:
     """Remove the saved prompts and tuned files of models that are not among these. Another process
     may be tuning, in a folder whose name begins with a dot.
     """
-    kept = {name for model in models for name in (model.id, model.file)}
+    kept = {model.id for model in models} | {model.file for model in models}
     for path in (*state_dir.glob("kv/*"), *state_dir.glob("tuned/[!.]*")):
         if path.name.removesuffix(".json") not in kept:
             log.info("%s: removed, models.toml does not list its model", path)
@@ -91,9 +88,14 @@ def removable(instances: Collection[Instance], spared: str = "") -> list[Instanc
     """The instances that make room, in this order: those that are leaving, then the idle ones of
     other models than `spared`, the least recently used first.
     """
-    leaving = [one for one in instances if one.state is State.LEAVING]
-    idle = [one for one in instances if one.idle and one.model.id != spared]
-    return leaving + sorted(idle, key=lambda one: one.last_used)
+    leaving = [instance for instance in instances if instance.state is State.LEAVING]
+    idle = [instance for instance in instances if instance.idle and instance.model.id != spared]
+    return leaving + sorted(idle, key=operator.attrgetter("last_used"))
+
+
+def megabytes(instances: Collection[Instance]) -> float:
+    """The estimated memory of these instances."""
+    return sum(instance.estimate for instance in instances) / MB
 
 
 def room_for(
@@ -102,29 +104,27 @@ def room_for(
     """The instances to unload for a model that takes the memory of `parts`; none if it fits into
     `free_mb`. HttpError 503 with the figures if it would not fit without all of them.
     """
-    need, going = sum(parts.values()) / MB, list[Instance]()
-    for one in removable(instances):
-        if need <= free_mb + sum(one.estimate for one in going) / MB:
+    need = sum(parts.values()) / MB
+    going = list[Instance]()
+    for instance in removable(instances):
+        if need <= free_mb + megabytes(going):
             break
-        going.append(one)
-    if need > (most := free_mb + sum(one.estimate for one in going) / MB):
-        figures = ", ".join(f"{name} {size / MB:.0f} MB" for name, size in parts.items())
-        left = f"{max(0, most):.0f} MB are free beside the reserve of {reserve_mb:.0f} MB"
-        raise HttpError(
-            "RESOURCE_EXHAUSTED", f"model {model} needs {need:.0f} MB ({figures}); {left}"
-        )
-    return going
+        going.append(instance)
+    most = free_mb + megabytes(going)
+    if need <= most:
+        return going
+    figures = ", ".join(f"{name} {size / MB:.0f} MB" for name, size in parts.items())
+    left = f"{max(0, most):.0f} MB are free beside the reserve of {reserve_mb:.0f} MB"
+    raise HttpError("RESOURCE_EXHAUSTED", f"model {model} needs {need:.0f} MB ({figures}); {left}")
 
 
 class Pool:
     """The models in memory and on the way there, and the memory that is left."""
 
     def __init__(self, folder: Path, settings: Settings, fetch: str) -> None:
-        self.folder, self.settings, self.fetch = (
-            folder,
-            settings,
-            fetch,
-        )  # the command that downloads a model
+        self.folder = folder
+        self.settings = settings
+        self.fetch = fetch  # the command that downloads a model
         with contextlib.suppress(OSError):  # then each start checks all files again
             (settings.state_dir / "verified").mkdir(parents=True, exist_ok=True, mode=0o700)
         self.models: Mapping[str, Model] = {}  # of models.toml
@@ -134,9 +134,8 @@ class Pool:
         self.baton = Baton()
         self.bare_bytes = resident_bytes()  # of this process without a model
         self.loading = asyncio.Lock()  # memory is checked for one load at a time
-        self.starting: dict[
-            str, asyncio.Task[HttpError | None]
-        ] = {}  # loads that have no worker yet, by model
+        # Loads that have no worker yet, by model.
+        self.starting: dict[str, asyncio.Task[HttpError | None]] = {}
         # Models that could not be loaded: the reason, the file's stamp, and the monotonic time of
         # the next try.
         self.failures: dict[str, tuple[str, str, float]] = {}
@@ -147,7 +146,8 @@ class Pool:
         """
         self.models = {model.id: model for model in models}
         self.tallies = {model_id: ModelTally() for model_id in self.models} | self.tallies
-        self.min_free_mb, self.idle_seconds = min_free_mb, 60 * idle_minutes
+        self.min_free_mb = min_free_mb
+        self.idle_seconds = 60 * idle_minutes
         remove_unlisted(self.settings.state_dir, models)
         for instance in self.instances.values():
             self._retire(instance)
@@ -155,9 +155,8 @@ class Pool:
     @property
     def ready(self) -> dict[str, Instance]:
         """The loaded models."""
-        return {
-            model_id: one for model_id, one in self.instances.items() if one.state is State.READY
-        }
+        loaded = self.instances.items()
+        return {id: instance for id, instance in loaded if instance.state is State.READY}
 
     def listed(self, model_id: str) -> Model:
         """The model of models.toml with this id, or HttpError 404 MODEL_NOT_FOUND, which names the
@@ -178,9 +177,10 @@ class Pool:
         if model.id in self.ready:
             return None  # a loaded model needs no file any more
         if not os.path.isfile(path):
-            fetching = f"in the backend's folder on the VPS run: {self.fetch} {model.id}"
+            problem = f"model {model.id}: the file {model.file} is missing"
             return HttpError(
-                "MODEL_NOT_FOUND", f"model {model.id}: the file {model.file} is missing; {fetching}"
+                "MODEL_NOT_FOUND",
+                f"{problem}; in the backend's folder on the VPS run: {self.fetch} {model.id}",
             )
         message, stamp, until = self.failures.get(model.id, ("", "", 0.0))
         with contextlib.suppress(OSError):  # the file has just gone, and the next load will say so
@@ -201,21 +201,30 @@ class Pool:
         """The model's instance, after loading it if needed; HttpError if the load fails. `progress`
         gets percentages. `release` must follow in any case.
         """
-        while (instance := self.instances.get(model_id)) is None or instance.state is State.LEAVING:
-            if instance:
-                await asyncio.wait([instance.freed])
-                self.check(model_id)  # its load may just have failed
-            elif error := await asyncio.shield(self._start_load(self.listed(model_id))):
-                raise error
+        instance = await self._instance(model_id)
         instance.users.add(user)
         reported = -1
         while not instance.ready.done():
-            if (percent := round(100 * instance.worker.loader.done)) > reported:
+            percent = round(100 * instance.worker.loader.done)
+            if percent > reported:
                 reported = percent
                 progress(percent)
             await asyncio.wait([instance.ready], timeout=LOAD_TICK_SECONDS)
         instance.ready.result()
         return instance
+
+    async def _instance(self, model_id: str) -> Instance:
+        """The model's instance, as soon as there is one that is not leaving."""
+        while True:
+            instance = self.instances.get(model_id)
+            if not instance:
+                if error := await asyncio.shield(self._start_load(self.listed(model_id))):
+                    raise error
+            elif instance.state is State.LEAVING:
+                await asyncio.wait([instance.freed])
+                self.check(model_id)  # its load may just have failed
+            else:
+                return instance
 
     def release(self, user: object, model_id: str) -> None:
         instance = self.instances.get(model_id)
@@ -225,11 +234,13 @@ class Pool:
             self._retire(instance)
 
     def _retire(self, instance: Instance) -> None:
-        """Unload an idle instance if models.toml now says otherwise how to load its model, or no
-        longer lists it.
+        """Unload an idle instance if models.toml no longer lists its model, or changes how to
+        load it.
         """
-        new, old = self.models.get(instance.model.id), instance.model
-        if instance.idle and (not new or how_loaded(new) != how_loaded(old)):
+        old = instance.model
+        new = self.models.get(old.id)
+        changed = not new or how_loaded(new) != how_loaded(old)
+        if changed and instance.idle:
             log.info("model %s: unloaded, models.toml has changed", old.id)
             instance.leave()
 
@@ -261,26 +272,24 @@ class Pool:
         """Remember a failed load for `refusal`."""
         with contextlib.suppress(OSError):  # the file has gone
             stamp = file_stamp(self.folder / model.file)
-            self.failures[model.id] = error.message, stamp, time.monotonic() + LOAD_AGAIN_SECONDS
+            again = time.monotonic() + LOAD_AGAIN_SECONDS
+            self.failures[model.id] = error.message, stamp, again
 
-    async def choose(self, model: Model) -> Choice:
+    async def plan(self, model: Model) -> LoadPlan:
         """What would be loaded of the model if all idle models were unloaded. HttpError if the file
         cannot be used.
         """
-        free_mb = (
-            self._free_mb() + sum(one.estimate for one in removable(self.instances.values())) / MB
-        )
         path = self.folder / model.file
+        free = MB * (self._free_mb() + megabytes(removable(self.instances.values())))
+        problem = f"model {model.id} ({model.file})"
         try:
-            return await asyncio.to_thread(
-                choose_file, path, self.settings, model.sha256, free_mb * MB
-            )
-        except (ModelError, OSError) as error:
-            reason = str(error) if isinstance(error, ModelError) else "the file cannot be read"
-            refusal = HttpError("MODEL_LOAD_FAILED", f"model {model.id} ({model.file}): {reason}")
-            if isinstance(error, ModelError):
-                self._remember(model, refusal)  # since each list of models asks
+            return await asyncio.to_thread(plan_load, path, self.settings, model.sha256, free)
+        except ModelError as error:
+            refusal = HttpError("MODEL_LOAD_FAILED", f"{problem}: {error}")
+            self._remember(model, refusal)  # since each list of models asks
             raise refusal from None
+        except OSError:
+            raise HttpError("MODEL_LOAD_FAILED", f"{problem}: the file cannot be read") from None
 
     async def measure(self) -> None:
         """Let llama.cpp say what each model takes, half a second for a file, before a request has
@@ -288,29 +297,27 @@ class Pool:
         """
         for model in list(self.models.values()):
             with contextlib.suppress(HttpError):  # the file is missing or damaged
-                await self.choose(model)
+                await self.plan(model)
 
     async def _load(self, model: Model) -> None:
         """Start to load a model; HttpError if it does not fit into memory or cannot be read."""
-        settings, tuned, parts, reason = await self.choose(model)
+        settings, tuned, parts, reason = await self.plan(model)
         if settings != self.settings:
             log.warning("model %s: memory allows only %s", model.id, settings.context)
         if reason:
             log.warning("model %s", untuned(model.id, reason))
-        while going := room_for(
-            model.id, parts, self._free_mb(), self.min_free_mb, self.instances.values()
-        ):
-            await self._unload(going[0])
-        begun, tally = time.monotonic(), self.tallies[model.id]
+        await self._make_room(model.id, parts)
+        begun = time.monotonic()
+        tally = self.tallies[model.id]
         path = self.folder / model.file
         loader = Loader(model.id, path, settings, model.sha256, tuned, model.fim, model.fim_layout)
         worker = Worker(loader, self.baton, tally)
         # before anything waits for the worker's end, since even a thread can fail to start
         worker.start()
-        ready, ending = asyncio.wrap_future(worker.ready), asyncio.wrap_future(worker.ending)
-        instance = Instance(
-            model, worker, sum(parts.values()), ready, asyncio.create_task(self._reap(worker))
-        )
+        ready = asyncio.wrap_future(worker.ready)
+        ending = asyncio.wrap_future(worker.ending)
+        freed = asyncio.create_task(self._reap(worker))
+        instance = Instance(model, worker, sum(parts.values()), ready, freed)
 
         def loaded(future: asyncio.Future[None]) -> None:
             error = future.exception()  # marks it as retrieved, even if nobody waits
@@ -328,8 +335,17 @@ class Pool:
         ending.add_done_callback(lambda _: instance.leave())  # if the worker ends by itself
         self.instances[model.id] = instance
 
+    async def _make_room(self, model_id: str, parts: Parts) -> None:
+        """Unload instances until the model fits into memory; HttpError 503 if it cannot."""
+        while True:
+            free_mb = self._free_mb()  # anew after each: the system changes meanwhile
+            loaded = self.instances.values()
+            if not (going := room_for(model_id, parts, free_mb, self.min_free_mb, loaded)):
+                return
+            await self._unload(going[0])
+
     async def _reap(self, worker: Worker) -> None:
-        """Forget the worker when it has ended, for whatever reason, and return its memory to the
+        """When the worker has ended, for whatever reason, forget it and return its memory to the
         system.
         """
         await asyncio.wait([asyncio.wrap_future(worker.ended)])
@@ -346,13 +362,14 @@ class Pool:
         """Megabytes free for one more model, after the reserve and the expected growth of loaded
         models.
         """
-        used = resident_bytes() - self.bare_bytes
-        untouched = max(0, sum(instance.estimate for instance in self.instances.values()) - used)
-        return min(available_mb() - self.min_free_mb, cgroup_left_bytes() / MB) - untouched / MB
+        used_mb = (resident_bytes() - self.bare_bytes) / MB
+        growth_mb = max(0.0, megabytes(self.instances.values()) - used_mb)
+        beside_reserve_mb = available_mb() - self.min_free_mb
+        return min(beside_reserve_mb, cgroup_left_bytes() / MB) - growth_mb
 
     def _saving(self) -> list[Instance]:
         """The instances with saved prompts, which can be dropped."""
-        return [one for one in self.ready.values() if one.worker.stored_bytes]
+        return [instance for instance in self.ready.values() if instance.worker.stored_bytes]
 
     def can_relieve(self, wanted: str) -> bool:
         """Whether `relieve` could free any memory."""
@@ -362,14 +379,15 @@ class Pool:
         """While available memory is below the reserve, unload idle models other than the wanted
         one, then drop saved prompts; HttpError 503 if that is not enough.
         """
-        while available_mb() < self.min_free_mb and (
-            going := removable(self.instances.values(), wanted)
-        ):
+        while available_mb() < self.min_free_mb:
+            if not (going := removable(self.instances.values(), wanted)):
+                break
             await self._unload(going[0])
         for instance in self._saving():
-            if (missing := self.min_free_mb - available_mb()) > 0:
-                done = asyncio.wrap_future(instance.worker.shed(math.ceil(missing * MB)))
-                await asyncio.wait([done, instance.freed], return_when=asyncio.FIRST_COMPLETED)
+            missing_mb = self.min_free_mb - available_mb()
+            if missing_mb > 0:
+                shed = asyncio.wrap_future(instance.worker.shed(math.ceil(missing_mb * MB)))
+                await asyncio.wait([shed, instance.freed], return_when=asyncio.FIRST_COMPLETED)
                 ctypes.CDLL(None).malloc_trim(0)
         check_memory(available_mb(), self.min_free_mb)
 
@@ -402,20 +420,17 @@ class Pool:
         model.
         """
         freed: dict[str, float] = {}
-        while (
-            unused := self.unused()
-        ):  # listed anew each time, since a request may have come meanwhile
-            freed[unused[0].model.id] = await self._unload(unused[0])
-            log.info(
-                "model %s: unloaded, %g idle minutes are over",
-                unused[0].model.id,
-                self.idle_seconds / 60,
-            )
+        while unused := self.unused():  # anew, since a request may have come meanwhile
+            model_id = unused[0].model.id
+            freed[model_id] = await self._unload(unused[0])
+            minutes = self.idle_seconds / 60
+            log.info("model %s: unloaded, %g idle minutes are over", model_id, minutes)
         return freed
 
     def unused(self) -> list[Instance]:
         limit = time.monotonic() - self.idle_seconds
-        return [one for one in self.ready.values() if one.idle and one.last_used <= limit]
+        idle = [instance for instance in self.ready.values() if instance.idle]
+        return [instance for instance in idle if instance.last_used <= limit]
 
     async def stop(self) -> None:
         """End all loads, and unload all models. Their workers save the parked sequences."""

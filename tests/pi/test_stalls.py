@@ -23,7 +23,7 @@ import pytest
 from harness import ask, post
 from scripted import CHUNKED, Backend, Pi, answer, backend_at, chunk, event, pi_for
 
-from cerebrum.fields import MAX_JSON_MARKS, parse_json
+from cerebrum.fields import MAX_DELIMITERS, parse_json
 from cerebrum.http import MAX_BODY_BYTES
 from cerebrum.pi.kind import read_tokens
 from cerebrum_common import HttpError
@@ -57,8 +57,8 @@ PART = {"filename": "a.py", "text": PYTHON[:3800]}
 MARKS = rb"<|file_sep|>a\n", b'<|fim_prefix|><|fim_suffix|>b<|fim_middle|>"}'
 HALVES = {"input_prefix": PYTHON[:200_000], "input_suffix": PYTHON[200_000:]}
 FASTER = "Speed up the method parse_args"
-HALF_OF_THEM = b"{}," * (MAX_JSON_MARKS // 2 - 4)
-MOST_NESTED = NESTED * (MAX_JSON_MARKS // 61 - 1)
+HALF_OF_THEM = b"{}," * (MAX_DELIMITERS // 2 - 4)
+MOST_NESTED = NESTED * (MAX_DELIMITERS // 61 - 1)
 BODIES = {
     **{name: (CODE, filled(b'{"x":[', unit, b"]}"), 400) for name, unit in ARRAYS.items()},
     "most values": (CODE, b'{"prompt":"a","x":[' + HALF_OF_THEM + b"0]}", 200),
@@ -110,7 +110,7 @@ async def stalls(clock: Callable[[], float] = time.process_time) -> dict[str, tu
     return found
 
 
-WITHIN = MAX_JSON_MARKS - 3  # and three around them
+WITHIN = MAX_DELIMITERS - 3  # and three around them
 MARKED = [
     ("0," * WITHIN + "0", True),
     ("0," * WITHIN + "0,0", False),
@@ -120,9 +120,9 @@ MARKED = [
     ("{}," * (WITHIN // 2) + "[0,0]", False),
     (r'"\\",' * WITHIN + "0", True),
     (r'"\\",' * WITHIN + "0,0", False),
-    (json.dumps("[{,:" * MAX_JSON_MARKS), True),
-    (json.dumps('"\\' * MAX_JSON_MARKS), True),
-    (json.dumps('"\\,"' * MAX_JSON_MARKS), True),
+    (json.dumps("[{,:" * MAX_DELIMITERS), True),
+    (json.dumps('"\\' * MAX_DELIMITERS), True),
+    (json.dumps('"\\,"' * MAX_DELIMITERS), True),
 ]
 
 

