@@ -256,11 +256,17 @@ class Llama:
 
     def restrict(self, index: int, start: bytes) -> None:
         """Exclude every token at batch position `index` that contradicts the text `start`. A token may cover a part of
-        `start` or go beyond it. Only the likeliest tokens and the tokenizer's own choice are checked and can stay."""
+        `start` or go beyond it. Only the likeliest tokens and the tokenizer's own choice are checked and can stay.
+
+        White space is covered as the tokenizer would, but for its last character, which may belong to the next word: a
+        model that has begun to indent a line space by space may write spaces for ever."""
         row, words = self.logits(index), self.vocabulary
         likeliest = np.argpartition(row, -HEAL_CANDIDATES)[-HEAL_CANDIDATES:].tolist()
-        pieces = [(token, words.piece(token)) for token in likeliest + words.tokenize(start, False)[:1]]
+        own = words.tokenize(start, False)[0]
+        least = len(words.piece(own)) - 1 if start.isspace() else 1
+        pieces = [(token, words.piece(token)) for token in [*likeliest, own]]
         fits = [token for token, piece in pieces if piece and piece[: len(start)] == start[: len(piece)]]
+        fits = [token for token in fits if len(words.piece(token)) >= least]
         kept = row[fits]
         row.fill(-np.inf)
         row[fits] = kept

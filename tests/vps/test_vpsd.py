@@ -463,6 +463,12 @@ def test_what_the_model_reads(vps: Vps, reference: Reference) -> None:
 ADD = {"prompt": "def add(a, b):\n    return ", "suffix": "\n\nprint(add(1, 2))\n", "heal": True}
 NUMPY = {"prompt": "import os\nimport nump", "heal": True}
 WIDTH = {"prompt": "def area(width, height):\n    return wid", "suffix": "\n\nprint(area(3, 4))\n", "heal": True}
+BRANCH = {
+    "prompt": "def f(x):\n    y = 0\n    for c in x:\n        if c > 3:\n            y += 1\n        else:\n"
+    + " " * 20,
+    "suffix": "\n    return y\n",
+    "heal": True,
+}  # a model that indents it space by space goes on with spaces for ever
 CIRCLE = INFILL | {"prompt": "from area import area_of_", "heal": True}
 RETURN = {"prompt": "def area(width, height):\n    retu", "heal": True}
 
@@ -472,6 +478,7 @@ RETURN = {"prompt": "def area(width, height):\n    retu", "heal": True}
     [
         (ADD, "a + b", " "),
         (WIDTH, "th * height", " wid"),
+        (BRANCH, "y -= 1\n", " " * 20),
         pytest.param(NUMPY, "y", " nump", marks=pytest.mark.slow),
         pytest.param(INFILL, "_of_circle", "", marks=pytest.mark.slow),
         pytest.param(CIRCLE, "circle", "_", marks=pytest.mark.slow),
