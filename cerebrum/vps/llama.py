@@ -285,16 +285,23 @@ class Llama:
         """Exclude every token at batch position `index` that contradicts the text `start`. A token
         may cover a part of `start` or go beyond it. Only the likeliest tokens and the tokenizer's
         own choice are checked and can stay.
+
+        White space is covered as the tokenizer covers it, except for its last character, which may
+        belong to the next word. A model that has begun to indent a line space by space may go on
+        with spaces until its limit.
         """
         row = self.logits(index)
         likeliest = np.argpartition(row, -HEAL_CANDIDATES)[-HEAL_CANDIDATES:].tolist()
-        candidates = likeliest + self.vocabulary.tokenize(start, False)[:1]
+        own = self.vocabulary.tokenize(start, False)[0]
+        least = 1
+        if start.isspace():
+            least = max(1, len(self.vocabulary.piece(own)) - 1)
 
         def fits(token: int) -> bool:
             piece = self.vocabulary.piece(token)
-            return bool(piece) and piece[: len(start)] == start[: len(piece)]
+            return len(piece) >= least and piece[: len(start)] == start[: len(piece)]
 
-        fitting = list(filter(fits, candidates))
+        fitting = list(filter(fits, [*likeliest, own]))
         kept = row[fitting]
         row.fill(-np.inf)
         row[fitting] = kept

@@ -562,6 +562,12 @@ WIDTH = {
     "suffix": "\n\nprint(area(3, 4))\n",
     "heal": True,
 }
+BRANCH = {  # a model that indents it space by space goes on with spaces until its limit
+    "prompt": "def f(x):\n    y = 0\n    for c in x:\n        if c > 3:\n            y += 1\n"
+    "        else:\n                    ",
+    "suffix": "\n    return y\n",
+    "heal": True,
+}
 CIRCLE = INFILL | {"prompt": "from area import area_of_", "heal": True}
 RETURN = {"prompt": "def area(width, height):\n    retu", "heal": True}
 
@@ -569,6 +575,7 @@ RETURN = {"prompt": "def area(width, height):\n    retu", "heal": True}
 GOES_ON = [
     (ADD, "a + b", " "),
     (WIDTH, "th * height", " wid"),
+    (BRANCH, "y -= 1\n", " " * 20),
     pytest.param(NUMPY, "y", " nump", marks=pytest.mark.slow),
     pytest.param(INFILL, "_of_circle", "", marks=pytest.mark.slow),
     pytest.param(CIRCLE, "circle", "_", marks=pytest.mark.slow),
