@@ -537,8 +537,17 @@ def holdings(process: Daemon) -> tuple[int, int]:
     return len(list((proc / "fd").iterdir())), len(list((proc / "task").iterdir()))
 
 
+async def leave(client, request_id, seconds):
+    """Ask for a completion, and leave after this time."""
+    body = fields(prompt=f"{request_id}\n1\n2\n", max_tokens=64)
+    asked = "POST", "/v1/complete/stream", body
+    _, writer = await client.open(*asked, X_Request_ID=request_id)
+    await asyncio.sleep(seconds)
+    writer.close()  # not a reset, which would overtake the request
+
+
 @pytest.mark.parametrize("requests", [2_000, pytest.param(11_000, marks=pytest.mark.nightly)])
-async def test_thousands_of_requests_leave_nothing(folder, requests):
+async def test_thousands_of_requests_leave_nothing(folder, requests):  # noqa: C901, a scenario
     models = folder / "models"
     models.mkdir()
     (models / WEIGHTS.name).symlink_to(WEIGHTS)  # the only one, so also that of the dialects
@@ -558,11 +567,7 @@ async def test_thousands_of_requests_leave_nothing(folder, requests):
                 if number % ABORTED == 0:
                     # At a random moment, before its answer or in the middle of it.
                     sent[request_id] = "aborted"
-                    body = fields(prompt=f"{request_id}\n1\n2\n", max_tokens=64)
-                    asked = "POST", "/v1/complete/stream", body
-                    _, writer = await client.open(*asked, X_Request_ID=request_id)
-                    await asyncio.sleep(draw.random() / 4)
-                    writer.close()  # not a reset, which would overtake the request
+                    await leave(client, request_id, draw.random() / 4)
                     continue
                 ((method, path, body, status),) = draw.choices(KINDS, OFTEN)
                 reply = await client.ask(method, path, body, X_Request_ID=request_id)
@@ -596,17 +601,22 @@ async def test_thousands_of_requests_leave_nothing(folder, requests):
 
         for process in (pi, vps):
             await until(lambda process=process: process.stdout().endswith("\n"))
-        line = r"\[(soak\.\S+)\] ([A-Z]+ /\S* \d{3}) "
-        ours = re.findall(line, pi.stdout())
-        theirs = Counter(id for id, _ in re.findall(line, vps.stdout()))
-        logged = dict(ours)
-        assert len(ours) == len(logged)  # each once
-        assert logged.keys() == sent.keys()
-        assert set(theirs.values()) == {1}
-        for id, what in sent.items():
-            assert what in ("aborted", logged[id])
-            assert id in theirs or not re.fullmatch("POST /v1/complete(/stream)? 200", what)
-        assert vps.complaints() == pi.complaints() == ""
+        check_log(sent, pi, vps)
+
+
+def check_log(sent, pi, vps):
+    """Each request stands once in the Pi's log, and once in the VPS's if it came so far."""
+    line = r"\[(soak\.\S+)\] ([A-Z]+ /\S* \d{3}) "
+    ours = re.findall(line, pi.stdout())
+    theirs = Counter(id for id, _ in re.findall(line, vps.stdout()))
+    logged = dict(ours)
+    assert len(ours) == len(logged)  # each once
+    assert logged.keys() == sent.keys()
+    assert set(theirs.values()) == {1}
+    for id, what in sent.items():
+        assert what in ("aborted", logged[id])
+        assert id in theirs or not re.fullmatch("POST /v1/complete(/stream)? 200", what)
+    assert vps.complaints() == pi.complaints() == ""
 
 
 # ------------------------------------------------------------------------------------------ kill -9

@@ -9,6 +9,7 @@ import re
 import signal
 import socket
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +102,7 @@ PASTED: list[tuple[dict[str, str], str]] = [  # variables, and the backends of m
     ({"CEREBRUM_VPS_URL": SECRET}, ""),
     *(
         ({}, TABLE.replace(old, new))
-        for old in ("http://a", '"a"')
-        for new in (LINE, f'"{SECRET} "', f'["{SECRET}"]')
+        for old, new in product(("http://a", '"a"'), (LINE, f'"{SECRET} "', f'["{SECRET}"]'))
     ),
     *(({}, TABLE + f'{name} = "{SECRET}"') for name in ("api", "n_ctx", "infill", "key")),
     *(({}, TABLE + f'key_env = "{text}"') for text in (f"{SECRET}-", f"{SECRET} ")),
