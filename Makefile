@@ -46,13 +46,14 @@ test-nightly: ## run all tests that take too long for each change, test-packages
 	$(PYTHON) vpsd.py fetch --no-tune qwen_1_5b
 	$(PYTHON) -m pytest -m "nightly or packages"
 
-lint: ## run ruff, mypy --strict, vermin and shellcheck
+lint: ## run ruff, mypy --strict, vermin and shellcheck, and print how much a statement says
 	@./run.sh setup test
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 	.venv/bin/vermin --quiet --target=3.9- --violations --eval-annotations cerebrum_lsp.py
 	shellcheck $(SCRIPTS)
+	$(PYTHON) tests/test_house.py
 
 # One after another, since two at a time would disturb each other.
 bench: ## run the benchmarks without llama-server, one line of JSON each
