@@ -30,10 +30,10 @@ REST_AHEAD_CHARS = 80  # the same, if the suffix begins with the rest of the cur
 WRITTEN_AHEAD_CHARS = 12  # ... after the model has written that rest ...
 REST_CHARS = 3  # ... which has at least so many: shorter ones, as );, end many lines
 # The surprise in bits that the text written meanwhile may cost, if the tokens' probabilities are
-# known: behind a missed end the model is often unsure. A gap above whole lines goes on more often,
-# so it gets more. Chosen by tests/bench/waste.py.
+# known: behind a missed end the model is often unsure. A text that has left the surroundings of the
+# cursor may cost none, nor one that has ended a line which was begun before it, nor one that has
+# written the rest of the cursor's line itself. Chosen by tests/bench/waste.py.
 DOUBT_IN_LINE = 4.0
-DOUBT_AT_LINE_END = 3.0
 DOUBT_OF_LINES = 6.0
 # Limits to what is searched; longer searches end no gap elsewhere.
 # Of the suffix, for closing brackets; without the search, 0.8 % more are sent late.
@@ -293,6 +293,8 @@ class Gap(Stage):
             self.on_start()
         if char in PAIRS and not scanner.closer and self.has_left():
             self.on_leaving(len(self.text) - 1 if begun else meeting.edge)
+            if not self.in_line:  # there the bracket may be the suffix's own
+                self.doubt = 0.0
         if self.enough is not None and not self.inner:
             self.patience -= 1
             self.doubt -= self.bits
@@ -346,11 +348,12 @@ class GapOfLines(Gap):
         super().__init__(scanner, prompt, suffix)
         first = last_line(prompt)
         typed = first.strip() != ""
-        self.doubt = DOUBT_AT_LINE_END if typed else DOUBT_OF_LINES
+        self.doubt = 0.0 if typed else DOUBT_OF_LINES
         below = self.meeting.goal.lines[0]
         self.above = indent_of(line_of(first if typed else last_line(prompt.rstrip())))
         self.below = indent_of(below)
         self.indent = scanner.indent  # of the line
+        self.floor = min(self.above, floor_of(suffix))
         self.mark: int | None = None  # the end of the last line that is not blank
         # SQL: the suffix may be a new statement.
         clause = re.match(scanner.language.clauses, suffix.lstrip())
@@ -370,6 +373,8 @@ class GapOfLines(Gap):
             self.inner = self.indent > self.below and (self.inner or self.mark is None)
         if self.mark is not None and self.indent < min(self.above, self.below):
             self.on_leaving(self.mark)
+            if self.indent < self.floor:
+                self.doubt = 0.0
 
     def on_line(self) -> None:
         self.mark = self.meeting.edge
@@ -390,6 +395,13 @@ class GapOfLines(Gap):
         return scanner.statements and scanner.last != "" and not scanner.head.strip()
 
 
+def floor_of(suffix: str) -> int:
+    """Lines that are indented less have left the block of the suffix's first lines. At the end of a
+    file these are lines at the margin.
+    """
+    return min((indent for indent, _ in lines_of(suffix)[:MEET_LINES]), default=1)
+
+
 def indent_of(line: Line) -> int:
     """Its indentation; lines of a block comment are indented by one space more than the code."""
     return line[0] - line[1].startswith("*")
@@ -404,14 +416,28 @@ class GapInLine(Gap):
     in_line = True
     patience = REST_AHEAD_CHARS
 
+    def __init__(self, scanner: Scanner, prompt: str, suffix: str) -> None:
+        super().__init__(scanner, prompt, suffix)
+        line = last_line(prompt)
+        self.doubt = DOUBT_IN_LINE if line.strip() else DOUBT_OF_LINES
+        self.floor = min(columns_of(line), floor_of(suffix.partition("\n")[2]))
+
+    def on_start(self) -> None:
+        scanner = self.scanner
+        inside = scanner.in_parens or (scanner.closer and scanner.since)
+        if scanner.indent < self.floor and not inside:
+            self.on_leaving(self.meeting.edge)
+            self.doubt = 0.0
+
     def on_line(self) -> None:
         scanner, rest = self.scanner, self.meeting.goal.first
         lines, written = self.meeting.found[-1] if self.meeting.found else (0, 0)
         if lines == 1 and self._has_closed():
             self.end("stop", written)
-        elif lines == 1 and len(rest) >= REST_CHARS:
-            self.enough = written
-            self.patience = min(self.patience, WRITTEN_AHEAD_CHARS)
+        elif lines == 1:
+            self.enough, self.doubt = written, 0.0
+            if len(rest) >= REST_CHARS:
+                self.patience = min(self.patience, WRITTEN_AHEAD_CHARS)
         elif rest[0] in PAIRS and scanner.stack:
             return  # the rest closes what the cursor is in
         elif len(scanner.stack) <= self.cursor.depth and not scanner.closer:

@@ -1390,21 +1390,39 @@ def test_an_answer(case: tuple[str, str, str, Outcome]) -> None:
 HALF = [(f"word{number} ", 0.5) for number in range(9)]  # each costs a bit
 # prompt, suffix, tokens, what is sent, and how many tokens are read before that is known (0: it
 # goes on)
+LINE = [("1", 0.9), ("\n", 0.9)]
+DEDENT = [(" * c", 0.9), ("\n", 0.9), ("print", 0.9)]
 DOUBTS = [
-    ("x = ", "\ny = 2\n", [("1", 0.9), ("\n", 0.9), *HALF], "1", 6),
-    ("x = ", "\ny = 2\n", [("1", 0.001), ("\n", 0.001), *HALF], "1", 6),
-    ("x = ", "\ny = 2\n", [("1", 0.9), ("\n", 0.9), *((word, 0.9) for word, _ in HALF)], "1", 0),
-    ("x = ", "\ny = 2\n", [("1", 0.9), ("\n", 0.9), ("z ", 0.0)], "1", 3),
+    ("x = ", "\ny = 2\n", [*LINE, *HALF], "1", 3),
+    ("x = ", "\ny = 2\n", [("1", 0.001), ("\n", 0.001), *HALF], "1", 3),
+    ("x = ", "\ny = 2\n", [*LINE, *((word, 1.0) for word, _ in HALF)], "1", 0),
+    ("x = ", "\ny = 2\n", [*LINE, ("z ", 0.0)], "1", 3),
     ("a = 1\n", "y = 2\n", [("x = 1", 0.9), ("\n", 0.9), *HALF], "x = 1\n", 9),
     ("    ", "\ny = 2\n", [("x = 1", 0.9), ("\n", 0.9), *HALF], "x = 1", 9),
-    ("a = (", ")\ny = 2\n", [("1, ", 0.9), ("2)", 0.9), ("\n", 0.9), *HALF], "1, 2", 7),
+    ("a = b", " + 1\ny = 2\n", [("", 0.9), ("\n", 0.9), *HALF], "", 7),
+    # The rest of the line, written by the model itself.
+    ("a = (", ")\ny = 2\n", [("1, ", 0.9), ("2)", 0.9), ("\n", 0.9), *HALF], "1, 2", 4),
     (
         "def f():\n    if x:\n        ",
         "\n\nf()\n",
-        [("a()", 0.9), ("\n        ", 0.9), *HALF[:8]],
+        [("a()", 0.9), ("\n        ", 0.9), *HALF],
         "a()",
         0,
     ),
+    # Text that has left the block of the cursor.
+    ("if a:\n    a = b", "\n    f(a)\n", DEDENT, " * c", 3),
+    (
+        "if a:\n    a = 1\n",
+        "    f(a)\n",
+        [("    b = 2", 0.9), ("\n", 0.9), ("print", 0.9)],
+        "    b = 2\n",
+        3,
+    ),
+    ("if a:\n    a = b", " + 1\n    f(a)\n", DEDENT, " * c", 3),
+    ("if a:\n    a = b", " + 1\n", DEDENT, " * c", 3),
+    # The suffix has lines that are indented as little.
+    ("if a:\n    a = b", " + 1\n    f(a)\nb\n", DEDENT, " * c", 0),
+    ("if a:\n    a = b", " + 1\nf(a)\n", DEDENT, " * c", 0),
 ]
 
 
