@@ -43,6 +43,16 @@ ROOMS = {
     "tests/pi/test_backends.py",
     "cerebrum/pi/dialects.py": "tests/pi/test_dialects.py tests/pi/test_plugins.py "
     "tests/pi/test_routing.py tests/pi/test_backends.py",
+    **dict.fromkeys(
+        (
+            "cerebrum/pi/completion.py",
+            "cerebrum/pi/engines.py",
+            "cerebrum/pi/kind.py",
+            "cerebrum/pi/native.py",
+        ),
+        "tests/pi/test_backends.py tests/pi/test_upstream.py tests/pi/test_routing.py",
+    ),
+    "cerebrum/text/languages.py": "tests/text/test_ending.py tests/text/test_syntaxes.py",
     "cerebrum/text/ending.py": "tests/text/test_ending.py tests/text/test_syntaxes.py",
     "cerebrum/text/scanner.py": "tests/text/test_ending.py tests/text/test_syntaxes.py",
     "cerebrum/vps/drafts.py": "tests/vps/test_engine.py",

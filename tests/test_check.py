@@ -351,8 +351,11 @@ def test_the_limit_of_memory(tmp_path, monkeypatch, capsys):
     beside = "# beside models: 662 MB; at most 3000 MB: 4000 without CEREBRUM_MIN_FREE_MB"
     tiny = "# tiny: 264 MB with its prompts (CEREBRUM_CACHE_MB)"
     assert memory("1000") == ["926", f"{tiny}, untuned", beside]
-    tuned = TunedFile(tmp_path, None, SUM, "")
-    monkeypatch.setattr(encoding, "find_tuned", lambda *_: (tuned, ""))
+
+    def find_tuned(path, settings, _sha256):
+        return TunedFile(path, settings, SUM, ""), ""
+
+    monkeypatch.setattr(encoding, "find_tuned", find_tuned)
     assert memory("1000") == ["926", tiny, beside]
     assert memory("4000")[0] == "662"  # never less than the process needs
     (tmp_path / "models/tiny.gguf").unlink()

@@ -12,6 +12,7 @@ import tokenize
 from collections.abc import Iterator, Sequence
 from graphlib import TopologicalSorter
 from importlib.util import resolve_name
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -166,7 +167,7 @@ def statements(file: Path) -> Iterator[Statement]:
 
 def figures(files: Sequence[Path]) -> tuple[int, tuple[float, int, float, int]]:
     """All tokens, and the four figures of the statements that are no data."""
-    found = [statement for file in files for statement in statements(file)]
+    found = list(chain.from_iterable(map(statements, files)))
     sizes = sorted(statement.tokens for statement in found if not statement.is_data) or [0]
     total = sum(statement.tokens for statement in found)
     mean = round(sum(sizes) / len(sizes), 2)

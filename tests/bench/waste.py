@@ -13,8 +13,9 @@ the first token of its first line. What is in FILE.jsonl is not asked for again.
 
 The report replays the texts through `Ending` as the daemon does, where a natural end ends the text:
 with a wait in characters alone, as behind engines without probabilities, and with probabilities.
-For each kind: the tokens generated, the share of them that is returned, and how many texts are
-right, by HumanEval's tests or exactly the missing text in real code. --half: the texts that the
+For each kind: the tokens generated, the share of them that is returned, the tokens until the first
+and the last character of a stream go out, and how many texts are right, by HumanEval's tests or
+exactly the missing text in real code. --half: the texts that the
 constants were chosen by ("choose") or those that judge them ("report").
 """
 
@@ -30,7 +31,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate, chain, islice, zip_longest
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import servers
@@ -282,18 +283,35 @@ def record_all(options: argparse.Namespace, known: set[str]) -> None:
 # ---------------------------------------------------------------------------------------- replaying
 
 
-def replay(row: dict[str, Any], probabilities: bool) -> tuple[int, str]:
-    """How many tokens the daemon would have generated, and the text that it would have returned."""
+class Replay(NamedTuple):
+    """What the daemon would have generated and returned."""
+
+    generated: int  # tokens
+    text: str
+    first: int  # tokens before the first character went out ...
+    last: int  # ... and the last
+
+
+def pieces(row: dict[str, Any], probabilities: bool) -> Iterator[str]:
+    """What goes out after each token."""
     ending = Ending("infill", row["language"], row["prompt"], row["suffix"], "auto")
-    sent = ""
     for number, (text, probability, *_) in enumerate(row["tokens"]):
         if number == row["end"]:
-            return number + 1, sent + ending.flush()
+            yield ending.flush()
+            return
         out, reason = ending.feed(text, probability if probabilities else 1.0)
-        sent += out
+        if reason or number + 1 < len(row["tokens"]):
+            yield out
+        else:
+            yield out + ending.flush(whole=False)
         if reason:
-            return number + 1, sent
-    return len(row["tokens"]), sent + ending.flush(whole=False)
+            return
+
+
+def replay(row: dict[str, Any], probabilities: bool) -> Replay:
+    out = list(pieces(row, probabilities))
+    sent = [number for number, piece in enumerate(out, 1) if piece] or [0]
+    return Replay(len(out), "".join(out), sent[0], sent[-1])
 
 
 def returned(row: dict[str, Any], text: str) -> int:
@@ -312,19 +330,20 @@ def is_right(row: dict[str, Any], text: str, tasks: Mapping[str, dict[str, str]]
 def figures(rows: list[dict[str, Any]], probabilities: bool) -> tuple[dict[str, Any], list[bool]]:
     """How the texts end, and which of them are right."""
     tasks = {task["task_id"]: task for task in problems()}
-    generated = kept = 0
-    right = list[bool]()
-    for row in rows:
-        count, text = replay(row, probabilities)
-        generated += count
-        kept += min(count, returned(row, text))
-        right.append(is_right(row, text, tasks))
-    found = {
+    replays = [replay(row, probabilities) for row in rows]
+    pairs = list(zip(rows, replays, strict=True))
+    right = [is_right(row, found.text, tasks) for row, found in pairs]
+    kept = sum(min(found.generated, returned(row, found.text)) for row, found in pairs)
+    generated = sum(found.generated for found in replays)
+    shown = [found for found in replays if found.text]
+    result = {
         "generated": round(generated / max(1, len(rows)), 1),
         "share": round(kept / max(1, generated), 3),
+        "first": round(sum(found.first for found in shown) / max(1, len(shown)), 1),
+        "last": round(sum(found.last for found in shown) / max(1, len(shown)), 1),
         "right": sum(right),
     }
-    return found, right
+    return result, right
 
 
 def report(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -179,9 +179,9 @@ def test_an_unlikely_token_is_no_doubt_at_a_high_temperature(
     assert [run.feed(piece) for piece in (b"1", b"\n", b"z = 5")] == [None, None, reason]
 
 
-@pytest.mark.parametrize("first", [0.9, 0.3])
+@pytest.mark.parametrize(("first", "reason"), [(0.9, "block"), (0.3, "unsure")])
 def test_a_completion_that_ends_unsure_has_no_more_text_than_one_that_goes_on(
-    first: float,
+    first: float, reason: str
 ) -> None:
     """The unsure line itself comes, unless the suffix could follow before it: it stays a
     prediction.
@@ -197,8 +197,8 @@ def test_a_completion_that_ends_unsure_has_no_more_text_than_one_that_goes_on(
         ends.append(run.feed(piece))
         if ends[-1]:
             break
-    assert (ends.pop(), {*ends}) == ("unsure", {None})
-    Decoder._finish(NO_SLOT, run, "unsure")
+    assert (ends.pop(), {*ends}) == (reason, {None})
+    Decoder._finish(NO_SLOT, run, reason)
     events: list[Any] = run.outbox
     assert "".join(event.get("token", "") for event in events) == "a + 1"
     assert [event for event in events if "characters" in event] == [
