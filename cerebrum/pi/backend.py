@@ -82,7 +82,7 @@ def budget_of(request: CompletionRequest, n_ctx: int) -> int:
     """
     # In the dialects, a limit below the default leaves no more room for the prompt: a warm-up, with
     # its limit of 0, must send the same text as the request that follows.
-    least = DEFAULT_TOKENS if request.kind else 0
+    least = DEFAULT_TOKENS if request.in_dialect else 0
     # A chat's answer is short, whatever its limit.
     longest = n_ctx // 4 if request.kind == "chat" else n_ctx
     answer = min(max(request.fields["max_tokens"], least), longest)

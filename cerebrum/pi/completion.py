@@ -57,6 +57,10 @@ class CompletionRequest:
     ahead: bool = False
 
     @property
+    def in_dialect(self) -> bool:
+        return self.kind != ""
+
+    @property
     def file(self) -> str:
         """A name for the session, or else for the file, in a dialect together with its client. The
         backend that last served it probably has the beginning of the prompt in its cache.
@@ -64,7 +68,7 @@ class CompletionRequest:
         filename = self.fields.get("filename") or ""
         if self.session:
             return self.session
-        return f"{self.client} {filename}" if self.kind else filename
+        return f"{self.client} {filename}" if self.in_dialect else filename
 
 
 # -------------------------------------------------------------------------------------------- pairs

@@ -34,7 +34,9 @@ from cerebrum_common import HttpError, internal_error, log
 
 BUSY_SECONDS = 0.1  # pause before a dialect's request asks a busy backend again; it doubles
 MAX_BUSY_SECONDS = 1.0
-EDITOR_SECONDS = 60.0  # for this long after an infill, a place is kept for the next one
+# For this long after an infill, a place is kept for the next one; and after a regular client
+# has got a place, guests leave one free.
+EDITOR_SECONDS = 60.0
 SHARE_SECONDS = 10.0  # a guest's share of each minute, which other guests respect
 SHARE_OF_SECONDS = 60.0
 
@@ -135,15 +137,15 @@ def decide(state: State, completion: Completion, now: float) -> Decision:
     may_wait, may_preempt = now < deadline, not request.guest
     # Backends that have answered 429 are asked again at the end of a pause.
     resume = busy_until(completion)
-    is_pausing = now < resume
+    is_pausing = now < resume  # also if none has answered 429
     until = resume if is_pausing and resume <= deadline else deadline
     # 1. Which models may answer, best first, and which backends have each of them?
-    options = state.fleet.who_may(request.fields, any_language=bool(request.kind))
-    # 2. What has failed this completion is not asked again.
+    options = state.fleet.who_may(request.fields, any_language=request.in_dialect)
+    # 2. What has failed this completion is not asked again, but for a 429 after its pause.
     options = untried(completion, options, is_pausing)
     able = backends_of(state.fleet, options)
-    # 3. May any of them be asked? A trial's end is worth waiting for: somebody who types ends one
-    #    trial after the other. A guest's trial makes room.
+    # 3. May any of them be asked? A trial may end at any moment, since each key that somebody types
+    #    replaces the request before: so wait for it. A guest's trial makes room.
     usable = which_admit(able)
     if not usable:
         if may_preempt and (guest := who_tries(state, able)):
@@ -151,14 +153,16 @@ def decide(state: State, completion: Completion, now: float) -> Decision:
         if may_wait and (until == resume or any(backend.breaker.trial for backend in able)):
             return Wait(until)
         return completion.failure or nobody(state.fleet, options)
-    # 4. Is a place free, and may this client take it? It ends the older requests of its session.
+    # 4. Is a place free, and may this client take it? `place_for` does not count the older requests
+    #    of its session; `_assign` ends them.
     claim = Claim(state, completion, options, usable, now)
     if place := place_for(claim):
         return place
     # 5. Guests make room for everybody else.
     if may_preempt and (guest := who_makes_room(claim)):
         return Preempt(guest)
-    # 6. A dialect's request waits; one of our own API gets 429 at once, as docs/api.md promises.
+    # 6. A dialect's request waits; one of our own API gets its last failure, or 429, at once, as
+    #    docs/api.md promises.
     return Wait(until) if may_wait else completion.failure or all_taken(state, request.guest)
 
 
@@ -167,7 +171,7 @@ def decide_reading(state: State, request: CompletionRequest) -> Assign | Wait | 
     Reading must cost nothing, and nobody may wait for a place meanwhile. The prompt is read where
     the next request of its file will go, once that backend has nothing else to do.
     """
-    options = state.fleet.who_may(request.fields, any_language=bool(request.kind))
+    options = state.fleet.who_may(request.fields, any_language=request.in_dialect)
     readers = [backend for backend in backends_of(state.fleet, options) if backend.kind.reads_ahead]
     if not readers:
         return None
@@ -178,8 +182,8 @@ def decide_reading(state: State, request: CompletionRequest) -> Assign | Wait | 
 
 
 def untried(completion: Completion, options: Options, is_pausing: bool) -> Options:
-    """The options without the backends that have failed this completion, or that were busy until
-    now, and without the models that a backend could not load.
+    """The options without the backends that have failed this completion, or that answered 429 and
+    whose pause is not over, and without the models that a backend could not load.
     """
     failed, without = set[str](), set[tuple[str, str]]()
     for attempt in completion.attempts:
@@ -200,7 +204,7 @@ def busy_until(completion: Completion) -> float:
     did. Our own API passes a 429 on.
     """
     refused = [attempt for attempt in completion.attempts if attempt.code == "RATE_LIMIT"]
-    if not refused or not completion.request.kind:
+    if not refused or not completion.request.in_dialect:
         return math.inf
     pause = BUSY_SECONDS * 2.0 ** (len(refused) - 1)
     return refused[-1].left + min(pause, MAX_BUSY_SECONDS)
@@ -537,7 +541,7 @@ class Dispatcher:
         client, now = completion.client, time.monotonic()
         if state.guest_seconds(client, now) < SHARE_SECONDS:
             state.turns[client] = -math.inf  # before guests who have had no turn
-            attempt.again = bool(attempt.request.kind)  # our own API never waits
+            attempt.again = attempt.request.in_dialect  # our own API never waits
             completion.requested = now
         attempt.reason = PREEMPTED
         attempt.admission.left()

@@ -317,7 +317,7 @@ class Translator:
         self.deadline = math.inf  # of the text; it ends with a whole line
         self.has_line = False  # a line end has been generated
         self.heard = -math.inf  # when the last event came
-        self.reason: str | None = None  # why the engine ended its text; None before its end
+        self.engine_reason: str | None = None  # why the engine ended its text; None before its end
         self.done = False
 
     def feed(self, piece: bytes, now: float) -> Iterator[Pair]:
@@ -329,12 +329,12 @@ class Translator:
             if event and not self.done:
                 yield from self._event(event, now)
 
-    def end(self) -> Pair:
+    def last_pair(self) -> Pair:
         """The last pair, at the end of the stream. BackendFailure if the engine gave no reason for
         the end of its text: the text may have been cut.
         """
-        if self.reason is not None:
-            return self._done(self.reason)
+        if self.engine_reason is not None:
+            return self._done(self.engine_reason)
         if self.heard == -math.inf:  # llama_cpp.server ends like this if the prompt is too long
             raise HttpError(
                 "VPS_UNAVAILABLE", "VPS backend answered nothing; a lower n_ctx of it may help"
@@ -352,7 +352,7 @@ class Translator:
         if any(members.get(name) is not None for name in COUNTS):
             self.counting = members
         self.heard = now
-        if self.reason is None:
+        if self.engine_reason is None:
             yield from self._text(*read_engine_event(members), now)
         if self.progress and not self.tokens:
             yield from read_progress(members)
@@ -381,7 +381,7 @@ class Translator:
             ended = "length"
         if text:
             yield "text", text_event(text, self.tokens)
-        self.reason = reason
+        self.engine_reason = reason
         if ended:
             yield self._done(ended)
 
@@ -402,7 +402,8 @@ def read_progress(members: Members) -> Iterator[Pair]:
 
 # ---------------------------------------------------------------------------------------- translate
 
-# without progress of another engine, which is silent while it loads a model or reads a prompt
+# An engine that makes no progress for this long has failed: it is silent while it loads a model or
+# reads a prompt.
 READING_SECONDS = 180.0
 ALIVE_SECONDS = 5.0  # the silence of another engine after which the client gets a comment
 COUNTS_SECONDS = 2.0  # the wait after another engine's last text for its token counts
@@ -411,9 +412,9 @@ COUNTS_SECONDS = 2.0  # the wait after another engine's last text for its token 
 async def translate(
     kind: Kind, answer: Answer, translator: Translator
 ) -> AsyncGenerator[Pair, None]:
-    """The pairs of an engine's answer: ("begun", None) first, ("done", …) last. While the engine is
-    silent, ("idle", None) comes every ALIVE_SECONDS or a little later. HttpError if it refuses,
-    BackendFailure if its text breaks off.
+    """The pairs of an engine's answer: ("begun", None) once it answers, ("done", …) last. While the
+    engine is silent, also before "begun", ("idle", None) comes every ALIVE_SECONDS or a little
+    later. HttpError if it refuses, BackendFailure if its text breaks off.
     """
     # 1. The head, which may come only after the engine has read the prompt.
     while not await kind.begin(answer, ALIVE_SECONDS, EVENT_STREAM):
@@ -428,17 +429,17 @@ async def translate(
         if not translator.done:
             await read_rest(answer, translator)
     except BackendFailure:
-        if translator.reason is None:
+        if translator.engine_reason is None:
             raise  # else the text is whole, whatever followed it
     if not translator.done:
-        yield translator.end()
+        yield translator.last_pair()
 
 
 async def translate_text(answer: Answer, translator: Translator) -> AsyncGenerator[Pair, None]:
     """The pairs of the events up to the engine's end of its text, or the end of the answer."""
     now = asyncio.get_running_loop().time
     begun = sent = now()  # `sent`: when the client last got something
-    while not translator.done and translator.reason is None:
+    while not translator.done and translator.engine_reason is None:
         piece = await read_within(answer, ALIVE_SECONDS)
         came = now()
         is_over = piece == b""
@@ -470,7 +471,7 @@ async def read_rest(answer: Answer, translator: Translator) -> None:
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(COUNTS_SECONDS):
             while piece := await answer.read():
-                list(translator.feed(piece, 0.0))
+                list(translator.feed(piece, 0.0))  # for its counts; the pairs are dropped
             list(translator.feed(b"\n\n", 0.0))
 
 

@@ -14,15 +14,16 @@ Pairs = AsyncGenerator[Pair, None]
 
 class Held:
     """The text of a completion, of which the client has the beginning. A line waits for its
-    confidence, and its line end for the next line. All counts are characters of the text.
+    confidence, and its line end for the next line. Counts, except `_tokens`, and positions are
+    characters of the text.
     """
 
     def __init__(self, threshold: float, typed: str) -> None:
         self._threshold = threshold  # the first line of less confidence is hidden, and all below it
         self._typed = self._text = typed  # the text begins with what the user has typed
         self._shown = len(typed)  # what the client has
-        self._judged = 0  # the lines whose confidence has come
-        self._hidden: int | None = None  # what comes before the first hidden line
+        self._judged = 0  # where the judged lines end
+        self._hidden: int | None = None  # where the first hidden line begins; None: none is hidden
         self._tokens = 1  # tokens that came
 
     def add(self, events: bytes) -> None:
@@ -72,7 +73,7 @@ async def shown(pairs: Pairs, fields: Mapping[str, Any], typed: Callable[[], str
     held: Held | None = None  # None: show everything at once
     async with contextlib.aclosing(pairs):
         async for kind, value in pairs:
-            if kind == "started":
+            if kind == "started":  # again if another backend takes over
                 threshold = value["threshold"]
                 held = Held(threshold, typed()) if threshold else None
             elif kind == "judged":
@@ -81,7 +82,8 @@ async def shown(pairs: Pairs, fields: Mapping[str, Any], typed: Callable[[], str
                 continue
             elif kind == "text" and value and held:
                 held.add(value)
-                kind, value = "idle", None
+                kind, value = "idle", None  # the text is held, but the backend is alive
+            # A completion cut off shows nothing more.
             elif kind == "done" and held and value.get("finish_reason") not in CUT:
                 if rest := held.end(fields["prompt"], fields.get("suffix") or ""):
                     yield "text", rest

@@ -71,7 +71,8 @@ BLOCK = ("opened", "inside")
 HEADING = re.compile(r"#{1,6}[ \t]")  # a comment or, in an answer, a heading
 HEADER = re.compile(r"\S[^\n]*[:{][ \t]*\r?\n")  # of a block in column 0
 FENCE = re.compile(r"(`{3,}+|~{3,}+)([^`\n]*+)")
-CHATTER_CHARS = 4000  # a chat's answer without a fence in this many characters has none
+# The answer to an instruction without a fence in this many characters has none.
+CHATTER_CHARS = 4000
 LEAST_PROBABILITY = 1e-4  # of a token
 # Of the prompt's end and of the suffix, read to guess the syntax and the indentation.
 GUESS_CHARS = 4000
@@ -265,14 +266,15 @@ def continues(word: str) -> str:
 class LineBlock(Block):
     """Blocks by indentation: ends before the first line outside the requested block.
 
-    That block is the outermost function open at the cursor (a class is completed method by method).
-    Without one, it is the outermost other block; without any, in Python, the first definition that
-    the model writes. Below a comment or a decorator in a class it is the next member. A statement
-    begun outside all blocks ends at a blank line. If only white space precedes the cursor in its
-    line, the indentation of the first line written shows which blocks are open. Except in Python, a
-    closing line at the block's own indentation belongs to it. In Scala, a typed line begins a block
-    if no function is open. A less indented comment below a blank line waits for the next line of
-    code and is inside if that is.
+    That block is the outermost function open at the cursor. Without one, it is the outermost block
+    that is no container, as a class is; else the rest of the innermost container or, below a
+    comment or a decorator, its next member; outside all blocks, in Python and Scala, all through
+    the first definition that the model writes. A statement begun outside all blocks ends at a blank
+    line. If only white space precedes the cursor in its line, the indentation of the first line
+    written shows which blocks are open. Except in Python, a closing line at the block's own
+    indentation belongs to it. In Scala, a typed line begins a block if no function is open. Below a
+    blank line, a comment that is not indented deeper than the block's header waits for the next
+    line of code and is inside if that is.
     """
 
     def __init__(self, scanner: LineScanner, prompt: str) -> None:
@@ -285,16 +287,18 @@ class LineBlock(Block):
         #   "compound"   a statement of Python, which an `else` may follow
         #   "member"     the next one of a class
         #   "statement"  outside all blocks
-        #   "script"     lines outside all blocks, up to the first definition
+        #   "script"     lines outside all blocks, through the first definition in Python and Scala
         #   "closed"     a block that ends with the line being read
         self.goal = ""
-        self.base = -1  # lines that are indented deeper belong to the goal
+        # Lines that are indented deeper belong to the goal; -1 outside all blocks, where every line
+        # is deeper.
+        self.base = -1
         self.level = 0  # indentation of the line that begins
         self.blank = False  # the last line was blank
         self.begun = False  # some line is code, and no decorator
         self.waiting = False  # the text since `mark` is a comment that waits for the next line
         language, head = self.language, scanner.head.strip()
-        if head and language.brackets:
+        if head and language.brackets:  # Python or Scala
             blocks = scanner.enclosing(scanner.indent)
             if self._begins_block(head):
                 blocks.append((scanner.indent, head))
@@ -350,14 +354,17 @@ class LineBlock(Block):
         return bool(blocks) and self.language.defines.match(blocks[0][1]) is not None
 
     def side_of(self, word: str) -> str:
+        """As in `Block`; may also settle the goal."""
         scanner, language = self.scanner, self.language
         self.waiting = False
         if scanner.in_comment and (not self.goal or not self.blank):
-            return INSIDE  # a comment right below code belongs to it
+            # A comment right below code belongs to it, and so does one in the first line.
+            return INSIDE
         if any(opener != word and opener.startswith(word) for opener, _ in language.comments):
-            return UNDECIDED
+            return UNDECIDED  # it may become a comment
         if not self.goal:
             self._choose(scanner.enclosing(scanner.indent), typed=False)
+        # At a line's end the scanner has already left the line, and `level` is kept.
         if word[-1] != "\n":
             self.level = scanner.indent
         if self.level > self.base:
@@ -371,8 +378,8 @@ class LineBlock(Block):
     def _side_of_deeper(self, word: str) -> str:
         if self.goal == "member" and self.begun:
             self.goal = "function"
-        over = self.goal == "statement" and self.level == 0 and self.blank and self.mark
-        return self._side_of_closing(word) if over else INSIDE
+        may_be_over = self.goal == "statement" and self.level == 0 and self.blank and self.mark
+        return self._side_of_closing(word) if may_be_over else INSIDE
 
     def _side_at_base(self, word: str) -> str:
         if self.goal == "member" and (not self.begun or not self.blank):
@@ -597,8 +604,9 @@ class Fenced:
 
 
 class Fences(Stage):
-    """A chat's answer: the code in its first fenced block, or all of it if it has none or begins
-    like code.
+    """The answer to an instruction: the code in the first fenced block that is not a shell command,
+    an output or the like (`BESIDE`), behind the model's thoughts. Without one, it is the first
+    block; without any block, or if the answer begins like code, all of the answer.
 
     `begun` is the start of the answer, which the model was given to continue.
     """
@@ -608,7 +616,7 @@ class Fences(Stage):
         self.language = language
         # Where the answer is:
         #   "blank"     before the block, nothing but blank lines has come
-        #   "headed"    before it, nothing but comments or headings
+        #   "headed"    before it, nothing but lines that may be a comment or a heading (`# …`)
         #   "chatter"   before it, below another line
         #   "thinking"  in the model's thoughts
         #   "beside"    in a block that is not the code
@@ -616,15 +624,17 @@ class Fences(Stage):
         #   "inside"    in the block
         self.state = "blank"
         self.fenced = Fenced(scanner_of(language) if language else None)
-        self.beside: tuple[str, int] | None = None  # the first block beside it, and its `start`
-        self.mark = 0  # where the line starts
+        # The first block beside the code, and its `start`.
+        self.fallback: tuple[str, int] | None = None
+        self.line_start = 0
         self.read = 0  # characters that went in
         self.feed(begun)
         if self.state == "beside":
+            # The fence was opened for the model, so this block is the code.
             self.state = "opened"
         elif self.reason or self.state in BEFORE:  # `begun` has no block that is still open
             self._restart("blank")
-            self.reason, self.beside = None, None
+            self.reason, self.fallback = None, None
             self.fenced.line = ""
         self.sent = self.safe = len(self.text)
         self.read = self.start = 0
@@ -632,7 +642,7 @@ class Fences(Stage):
     def _restart(self, state: str) -> None:
         """Forget the text up to here."""
         self.state, self.text = state, []
-        self.mark, self.start = 0, self.read
+        self.line_start, self.start = 0, self.read
 
     def step(self, char: str) -> None:
         self.read += 1
@@ -645,42 +655,43 @@ class Fences(Stage):
             self.state = "thinking"
         elif self.state == "beside":
             if char == "\n":
-                self._beside()
+                self._end_beside_line()
         elif char == "\n" or len(self.text) >= CHATTER_CHARS:
-            self._before(self.cut(self.mark))
+            self._end_line_before(self.cut(self.line_start))
 
     def _is_thinking(self) -> bool:
         return len(self.text) < 80 and self.cut(0).strip() == "<think>"
 
-    def _beside(self) -> None:
+    def _end_beside_line(self) -> None:
         """A line of a block beside the code has ended."""
-        if self.cut(self.mark).strip() != self.fenced.fence:
-            self.mark = len(self.text)
+        if self.cut(self.line_start).strip() != self.fenced.fence:
+            self.line_start = len(self.text)
             return
-        text = self.cut(0, self.mark)
-        if text and not self.beside:
-            self.beside = text, self.start
+        text = self.cut(0, self.line_start)
+        if text and not self.fallback:
+            self.fallback = text, self.start
         self._restart("blank")
 
-    def _before(self, line: str) -> None:
+    def _end_line_before(self, line: str) -> None:
         """Decide whether a line of chatter is the fence that opens the block, or code without a
-        fence.
+        fence. A long line is decided before its end.
         """
         if match := FENCE.fullmatch(line.strip()):
             margin = len(line) - len(line.lstrip())
             self.fenced = Fenced(self.fenced.scanner, match[1], margin)
             self._restart("beside" if self._is_beside(match[2]) else "opened")
             return
-        self.mark = len(self.text)
-        starts = self.language.comment_starts if self.language else ()
-        code = False
+        self.line_start = len(self.text)
         if self.state != "chatter" and line.strip():
-            unsure = HEADING.match(line) is not None and line.startswith(starts)
-            code = not unsure and self._is_code(line.rstrip())
-            self.state = "headed" if unsure else "chatter"
-        if code or self.mark >= CHATTER_CHARS:
+            starts = self.language.comment_starts if self.language else ()
+            if HEADING.match(line) and line.startswith(starts):
+                self.state = "headed"
+            else:
+                self.state = "inside" if self._is_code(line.rstrip()) else "chatter"
+        if self.state in BEFORE and self.line_start >= CHATTER_CHARS:
             self.state = "inside" if self.state == "chatter" else "opened"
-            self.safe = self.mark
+        if self.state in BLOCK:  # without a fence: all of the text so far is code
+            self.safe = self.line_start
             self.fenced.line = "" if line.endswith("\n") else line.lstrip()[:LINE_CHARS]
             if self.fenced.scanner:
                 self.fenced.scanner.feed(self.cut(0))
@@ -688,7 +699,7 @@ class Fences(Stage):
     def _is_beside(self, name: str) -> bool:
         """Whether a block in the language of this name is not the code that was asked for."""
         name = name.strip().lower()
-        known = LANGUAGES[BY_NAME.get(name, "shell")]
+        known = LANGUAGES[BY_NAME.get(name, "shell")]  # console, output and the like are shell's
         return name in BESIDE and self.language is not None and self.language is not known
 
     def _is_code(self, line: str) -> bool:
@@ -712,22 +723,22 @@ class Fences(Stage):
         elif fenced.is_fence and self.state == "opened" and not fenced.is_bare:
             self._open_again()
         elif fenced.end_line():
-            self.end("stop", self.mark)
+            self.end("stop", self.line_start)
         else:
             if fenced.line.strip():
                 self.state = "inside"
             fenced.begin_line()
-            self.mark = self.safe = len(self.text)
+            self.line_start = self.safe = len(self.text)
 
     def _open_again(self) -> None:
         """The model repeats the opening fence that it was given."""
         self.state, self.fenced.line = "inside", ""
-        self.mark = self.safe = self.sent = len(self.text)
+        self.line_start = self.safe = self.sent = len(self.text)
         self.start = self.read
 
     def flush(self, whole: bool) -> str:
-        if self.beside and self.state in ("beside", *BEFORE):
-            text, self.start = self.beside
+        if self.fallback and self.state in ("beside", *BEFORE):
+            text, self.start = self.fallback  # `start` is for `Ending.start`
             return text
         if self.state == "beside":
             return self.cut(0).removesuffix(self.fenced.fence)
@@ -740,8 +751,9 @@ class Fences(Stage):
         fenced = self.fenced
         if not fenced.in_code or fenced.nested:
             return False
-        fences = re.findall(r"^[ \t]*```", self.cut(0, self.mark), re.M)
-        even = len(fences) % 2 == 0  # no block within this one is open
+        fences = re.findall(r"^[ \t]*```", self.cut(0, self.line_start), re.M)
+        # ``` also closes the block of a longer fence, if no block within it is open.
+        even = len(fences) % 2 == 0
         return fenced.is_bare or (fenced.line.rstrip() == "```" and even)
 
 
@@ -806,11 +818,11 @@ class Ending:
 
     The reasons: "block", the requested block is complete; "repeat", the model is starting over;
     "stop", the suffix, a fence or one of the strings `stops` follows. `mode` is "complete",
-    "infill" or "instruct". `prompt` is the text before the completion; in a chat, the start of the
-    answer that the model was given. `stop_at` "none" turns off all but the stop strings and the
-    removal of a chat's fences. An `indent` above 0 ends the completion before a line that is
-    indented less. An unknown language is guessed: an infill ends by the suffix in any case, a
-    completion before two blank lines if its prompt defines nothing.
+    "infill" or "instruct". `prompt` is the text before the completion; in the answer to an
+    instruction, the start that the model was given. `stop_at` "none" turns off all but the stop
+    strings and the removal of the fences around such an answer's code. An `indent` above 0 ends the
+    completion before a line that is indented less. An unknown language is guessed: an infill ends
+    by the suffix in any case, a completion before two blank lines if its prompt defines nothing.
     """
 
     def __init__(
@@ -841,8 +853,8 @@ class Ending:
 
     @property
     def start(self) -> int:
-        """Where the client's text begins in the model's, in characters: behind what precedes a
-        chat's code.
+        """Where the client's text begins in the model's, in characters: in the answer to an
+        instruction, behind what precedes the code.
         """
         return sum(stage.start for stage in self.stages)
 

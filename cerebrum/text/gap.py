@@ -16,8 +16,8 @@ from cerebrum.text.stages import Search, Stage, columns_of, last_line
 
 # What each is worth, by tests/bench/ending.py in Python, JavaScript, TypeScript, Rust, C, C++ and
 # Go: the percentage of the gaps of two to six lines, or the ones named, that end elsewhere with
-# another value. No gap of that benchmark ends within a line, so the three numbers for such gaps
-# rest on the cases in tests/text/test_ending.py.
+# another value. A gap that is cut ends too early. No gap of that benchmark ends within a line, so
+# the three numbers for such gaps rest on the cases in tests/text/test_ending.py.
 MEET_LINES = 6  # compared at most of the suffix; with 3, 2.4 % more are cut of a model that runs on
 # The compared lines have at least this many, unless the suffix has fewer; without, 0.5 % more are
 # cut.
@@ -68,8 +68,8 @@ class Goal:
         rest, _, after = suffix.partition("\n")
         self.in_line = in_line
         # Whole lines are missing, line ends included.
-        self.whole = not in_line and rest.strip() != ""
-        lines = lines_of(suffix if self.whole else after)
+        self.of_lines = not in_line and rest.strip() != ""
+        lines = lines_of(suffix if self.of_lines else after)
         if in_line:
             lines.insert(0, (0, line_of(rest)[1]))
         above = prompt[-MEET_CHARS_BEFORE:].split("\n")[:-1]
@@ -79,8 +79,8 @@ class Goal:
         self.sure = size > 0  # the lines are found nowhere else
         self.lines = lines[: size or MEET_LINES]
         self.first = self.lines[0][1]
-        # It may begin in the middle of a line.
-        self.within = in_line or (self.whole and len(self.lines) > 1)
+        # The first line may begin in the middle of a line of the text.
+        self.within = in_line or (self.of_lines and len(self.lines) > 1)
         self.blanks = in_line * (len(rest) - len(rest.lstrip()))  # before the rest of the line
 
     def _is_unique(self, lines: list[Line], size: int, around: list[Line]) -> bool:
@@ -88,8 +88,8 @@ class Goal:
         goal = lines[:size]
         # A short suffix is compared whole, but the rest of a line alone, as ), is found in any
         # text.
-        whole = size == len(lines) and size > self.in_line
-        if not whole and sum(len(text) for _, text in goal) < MEET_CHARS:
+        is_all = size == len(lines) and size > self.in_line
+        if not is_all and sum(len(text) for _, text in goal) < MEET_CHARS:
             return False
         return all(goal != around[at : at + size] for at in range(len(around)))
 
@@ -106,10 +106,11 @@ class Meeting:
         self.remark = remark or "\n"  # what begins one; no line has a line end
         self.indent, self.line = line_of(last_line(prompt))  # of the text so far
         if self.line and not goal.in_line:
-            self.indent = -1  # a line that begins in the prompt is none of the suffix's
-        self.edge = 0  # where the text would be cut if the suffix began with this line
+            self.indent = -1  # a line that begins in the prompt cannot be a line of the suffix
+        self.edge = 0  # where the text ends without this line
         self.search = Search(goal.first)  # in the line so far
-        # Of the line end above, and of the line's characters that are not white space.
+        # Positions in the text: of the line end above, then of each character of the line that is
+        # not white space.
         self.places = [-1]
         self.found: Found = []
 
@@ -119,6 +120,7 @@ class Meeting:
         ends = goal.within and self.search.size == len(goal.first)
         if goal.in_line:
             return ends
+        # A whole line must also have the indentation.
         return self.is_line(0) or (ends and self.line != goal.first)
 
     def start(self, text: list[str]) -> int:
@@ -129,6 +131,7 @@ class Meeting:
             return len(text)
         size = self.search.size
         place = self.places[-size] if size else len(text)
+        # The text may have fewer blanks here than the suffix.
         return max(place - self.goal.blanks, self.places[-size - 1] + 1)
 
     def step(self, char: str, text: list[str]) -> int | None:
@@ -149,7 +152,7 @@ class Meeting:
     def _end_line(self, text: list[str]) -> int | None:
         if self.line:
             self.found = self._matches(text, self.is_line)
-        if self.goal.whole:
+        if self.goal.of_lines:
             self.edge = len(text)
         elif self.line:
             self.edge = len(text) - 1 - (text[-2:-1] == ["\r"])
@@ -223,7 +226,7 @@ class Gap(Stage):
     writes no more (`flush`). The rules note in `enough` where the infill could end. What the model
     writes behind that place is sent if the model meets the suffix before the `patience` or the
     `doubt` is used up, or ends by itself: many gaps go on after a line that could have ended them,
-    so waiting is worth its tokens. A client in a hurry sets `predict_ms`.
+    so waiting is worth its tokens.
     """
 
     # The text is in a block that ends before the suffix, so all of it belongs to the gap.
@@ -241,11 +244,12 @@ class Gap(Stage):
         self.meeting = Meeting(goal, prompt, scanner.language.line_comment)
         self.cursor = surroundings_of(scanner, suffix)
         self.enough: int | None = None  # the infill could end here ...
-        # ... or at most here: a bracket or a line does not belong to the gap.
-        self.left: int | None = None
+        # ... or at most here, where the text left the cursor's surroundings (a bracket or a line
+        # does not belong to the gap); None: it has not.
+        self.left_at: int | None = None
 
     def on_meeting(self, place: int) -> None:
-        """The text has had all lines of the goal, from a place on."""
+        """The text has all lines of the goal, from this place on."""
         if self.meeting.goal.sure:
             self.end("stop", place)
         else:
@@ -260,8 +264,8 @@ class Gap(Stage):
 
     def on_leaving(self, place: int) -> None:
         """The text has left the surroundings of the cursor at a place."""
-        if self.left is None:
-            self.left, self.inner = place, False
+        if self.left_at is None:
+            self.left_at, self.inner = place, False
             self.could_end(place)
 
     def step(self, char: str) -> None:
@@ -291,7 +295,7 @@ class Gap(Stage):
             return
         if not begun:
             self.on_start()
-        if char in PAIRS and not scanner.closer and self.has_left():
+        if char in PAIRS and not scanner.closer and self.has_closed_too_much():
             self.on_leaving(len(self.text) - 1 if begun else meeting.edge)
             if not self.in_line:  # there the bracket may be the suffix's own
                 self.doubt = 0.0
@@ -300,17 +304,18 @@ class Gap(Stage):
             self.doubt -= self.bits
             self.bits = 0.0
         if meeting.line == "```" and self._may_be_fence():
-            self.end("stop", meeting.edge if self.left is None else self.left)
+            self.end("stop", meeting.edge if self.left_at is None else self.left_at)
 
     def _may_be_fence(self) -> bool:
         scanner = self.scanner
         return scanner.closer in ("", "`") and scanner.language is not LANGUAGES["markdown"]
 
     def could_end(self, place: int) -> None:
+        """The infill could end here. The first such place counts; in an inner block, the latest."""
         if self.enough is None or self.inner:
             self.enough = place
 
-    def has_left(self) -> bool:
+    def has_closed_too_much(self) -> bool:
         """Whether the text has closed a bracket that the suffix closes, or one from outside the
         text.
         """
@@ -328,14 +333,15 @@ class Gap(Stage):
         if end is not None:
             return self.cut(self.sent, max(end, self.sent))
         text = self.cut(0).rstrip(" \t")
+        # The line end before the suffix, if the model omitted it.
         lacks_end = text.strip() != "" and not text.endswith("\n")
-        return self.cut(self.sent) + "\n" * (self.meeting.goal.whole and lacks_end)
+        return self.cut(self.sent) + "\n" * (self.meeting.goal.of_lines and lacks_end)
 
     def _end_of_rest(self, whole: bool) -> int | None:
         """Where a text ends that has not come to the suffix; None: all of it belongs to the gap."""
         if not whole:
             return self.enough
-        return self.left if self.has_left() else None
+        return self.left_at if self.has_closed_too_much() else None
 
 
 class GapOfLines(Gap):
@@ -384,7 +390,7 @@ class GapOfLines(Gap):
     def _fits(self) -> bool:
         """Whether the suffix fits below the line that has ended."""
         scanner, opened = self.scanner, self.scanner.opened
-        if scanner.closer or self.has_left():
+        if scanner.closer or self.has_closed_too_much():
             return scanner.closer != "" and self.cursor.literal != ""
         if len(scanner.stack) > self.cursor.depth and not scanner.language.enclosed:
             return False

@@ -312,7 +312,8 @@ class Prepared:
     kept: Kept  # the parts of the user's text that it holds, see `prepare`
     weight: int  # of its text, for `Ratio`
     above: str = ""  # its text up to the cursor, in the order in which the backend reads it
-    # The text was cut to limit the prefill; otherwise there would be room for more.
+    # The text before the cursor was cut (not only the suffix) to limit the prefill, so reading all
+    # of it later helps.
     cut: bool = False
 
 
@@ -462,7 +463,8 @@ def prepare(
     `mode` comes from `detect_mode`, or is "chat"; `ratio` from the model's `Ratio`. A text that
     fits is sent unchanged, byte for byte. `kept` describes the text sent: `{"characters": 8120,
     "of": 102400, "parts": ["imports", "window"], "lines": 158}`, where `lines` is the window's. If
-    nothing is left out, `parts` is ["all"].
+    nothing is left out, `parts` is ["all"]; "suffix" in it says that only the suffix's beginning
+    is sent.
 
     `max_fresh` limits the tokens to prefill. `cached` holds texts that the backend has prefilled;
     the longest start that the prompt shares with one of them does not count. `layout` is that of
@@ -499,7 +501,7 @@ def prepare_instruction(fields: Fields, room: int) -> Prepared:
     if sent == near != code:
         kept["parts"] = ["window"]
     if len(instructed) < len(instruction):
-        kept["parts"] = ["instruction", *cut_parts(kept)]
+        kept["parts"] = ["instruction", *without_all(kept)]
     # A fence must be longer than those in the code.
     ticks = max(["``", *re.findall("``+", sent)], key=len) + "`"
     fence = f"{ticks}{fields['language']}\n"
@@ -528,7 +530,7 @@ def instruction_of(fields: Fields, language: Language, room: int) -> tuple[str, 
     return instruction, code
 
 
-def cut_parts(kept: Kept) -> list[str]:
+def without_all(kept: Kept) -> list[str]:
     """The parts, without "all": something else is left out."""
     return [part for part in kept["parts"] if part != "all"]
 
@@ -560,7 +562,7 @@ class Excerpt:
     before: str  # the text up to the cursor
     after: str  # the text behind it
     kept: Kept  # the parts of `before`, see `prepare`
-    cut: bool = False  # to limit the prefill
+    cut: bool = False  # `before` was cut to limit the prefill, not only `after`
 
 
 def prepare_text(
@@ -573,23 +575,25 @@ def prepare_text(
 ) -> Prepared:
     """The text around the cursor, after the texts of other files if there are any.
 
-    Takes as much as fits into the room: of other files' texts, then of the suffix, then of the text
-    before the cursor. If `fresh_room` limits what is prefilled, takes less of each.
+    Other files' texts get up to a third of the room; the suffix what the prompt leaves, at least an
+    eighth; the prompt the rest. `fresh_room` limits this further, see `limit_prefill`.
     """
     prompt = fields.get("prompt") or ""
     suffix = fields.get("suffix") or ""
-    if fields.get("special"):  # a layout of the model's own, of which nothing may be left out
+    # Written by the client with the model's special tokens; nothing of it may be left out.
+    if fields.get("special"):
         kept = {"characters": len(prompt), "of": len(prompt), "parts": ["all"]}
         return Prepared({"mode": mode, "prompt": prompt}, kept, weigh(prompt), prompt)
     language = syntax(fields["language"])
     extra = fit_extra(fields.get("extra") or (), room // EXTRA_SHARE)
     room -= weigh(render_extra(extra))
     after = fit_suffix(suffix, prompt, room) if mode == "infill" else ""
-    before, kept = fit(prompt, language, room - weigh(after))
-    sent = Excerpt(extra, before, after, kept)
+    before, window = fit(prompt, language, room - weigh(after))
+    sent = Excerpt(extra, before, after, window)
     if fresh_room is not None:
         sent = limit_prefill(sent, prompt, language, fresh_room, cached, layout)
 
+    # "heal": vpsd may rewrite the prompt's last token.
     body: dict[str, Any] = {"mode": mode, "prompt": sent.before, "heal": True}
     if mode == "infill":
         body["suffix"] = sent.after
@@ -598,11 +602,11 @@ def prepare_text(
     characters = len(sent.before) + len(sent.after)
     kept = {"characters": characters, "of": len(prompt) + len(suffix), **sent.kept}
     if len(sent.after) < len(suffix):
-        kept["parts"] = [*cut_parts(kept), "suffix"]
+        kept["parts"] = [*without_all(kept), "suffix"]
     files = render_extra(sent.extra)
     weight = weigh(files + sent.before + sent.after)
-    above = files + read_first(sent.after, layout) + sent.before
-    return Prepared(body, kept, weight, above, sent.cut)
+    up_to_cursor = files + read_first(sent.after, layout) + sent.before
+    return Prepared(body, kept, weight, up_to_cursor, sent.cut)
 
 
 def fit_suffix(suffix: str, prompt: str, room: int) -> str:
@@ -624,14 +628,14 @@ def limit_prefill(
 ) -> Excerpt:
     """The part of an excerpt of which the backend must prefill at most `fresh_room`.
 
-    The backend reads the suffix last or first, and the text before the cursor is cut or not. If it
-    is cut, other files' texts stay only if the backend has read them all.
+    The backend reads the suffix last or first, and the text before the cursor may have to be cut.
+    If it is cut, other files' texts stay only if the backend has read them all.
     """
     files = render_extra(whole.extra)
     first = files + read_first(whole.after, layout)  # is read before the prefix
-    above = first + whole.before
-    read = max((common_length(above, text) for text in cached), default=0)
-    fresh = weigh(above[read:])
+    up_to_cursor = first + whole.before
+    read = max((common_length(up_to_cursor, text) for text in cached), default=0)
+    fresh = weigh(up_to_cursor[read:])
     for_suffix = fresh_room // SUFFIX_FRESH
     if layout == "psm":  # the suffix is last: it gets what the text before the cursor leaves
         if fresh <= fresh_room - for_suffix:

@@ -53,6 +53,7 @@ class Confidence:
         The client's text is the model's from `begin` on, where its code block begins. The client's
         lines may lack indentation: the margin of the block, or what stands in the file already.
         """
+        # `begin` moves only before any text but blank lines is sent.
         self._begin = begin
         self._client_line = max(self._client_line, begin)
         self._end = max(self._end, begin)
@@ -69,11 +70,11 @@ class Confidence:
         """Where the next part of the client's line ends in the model's text."""
         if self._has_word():
             return self._end + len(part)
-        word = part.lstrip()  # the indentation before it may be shorter than the model's
-        return self._written.index(word, self._end) + len(word) if word else self._end
+        rest = part.lstrip()  # the indentation before it may be shorter than the model's
+        return self._written.index(rest, self._end) + len(rest) if rest else self._end
 
     def _end_line(self) -> None:
-        lines = self.last()
+        lines = self.unfinished()
         after = self._written.find("\n", self._end) + 1
         # Without a line end there, `Gap` has added one that the model has not written.
         if after and not self._written[self._end : after].strip():
@@ -86,7 +87,7 @@ class Confidence:
         """Whether the client's unfinished line has more than white space."""
         return bool(self._written[self._client_line : self._end].strip())
 
-    def last(self) -> list[Judged]:
+    def unfinished(self) -> list[Judged]:
         """The unfinished line at the end of the client's text, unless it is blank."""
         if not self._has_word():
             return []

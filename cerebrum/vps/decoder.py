@@ -110,14 +110,15 @@ class Decoder:
             with self._blamed_on(run):
                 works.append(self.next_work(run, runs))
         is_prefilling = any(work.run.prefilling for work in works)
-        drafted = {len(work.tokens) - 1 for work in works}
         # 3. Decode it.
-        generated = self.tally.tokens
+        before = self.tally.tokens
         seconds = self._step(works)
-        generated = self.tally.tokens - generated
         # 4. Did the drafts save time?
         if not is_prefilling:
-            for length in drafted - {0} or {0}:
+            generated = self.tally.tokens - before
+            draft_lengths = {len(work.tokens) - 1 for work in works}
+            # A decode without drafts counts as one of length 0.
+            for length in draft_lengths - {0} or {0}:
                 self.gain.learn(len(runs), length, generated, seconds)
         return bool(runs)
 
@@ -320,7 +321,7 @@ class Decoder:
     def _finish(self, run: Run, reason: str, flush: bool = True) -> None:
         if flush:
             run.send(run.ending.flush(reason == "stop"))
-        run.judge(run.confidence.last())
+        run.judge(run.confidence.unfinished())
         run.outbox.append(run.result(reason))
         self.release(run, reason)
 

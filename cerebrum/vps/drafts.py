@@ -22,8 +22,9 @@ MAX_CREDIT = 16  # of the tokens before a change, these many count for the strea
 # Of drafts. With the token before it, a decode of 28 to 31 tokens takes as long as one of 32.
 LENGTHS = (0, 3, 7, 15, 31, 63)
 SEEN, TRIALS = 50, 8  # drafts by which a length is judged: at most, at least
-FRESH = 4  # of them behind a decode without drafts: later the machine may have another speed
-RETRY = 64
+# So many drafts after a decode without one are judged: later the machine may have another speed.
+FRESH = 4
+RETRY = 64  # a verdict that was followed this often is contradicted once
 
 
 class Gain:
@@ -35,15 +36,16 @@ class Gain:
     """
 
     def __init__(self) -> None:
-        # By the number of streams: recent seconds per token without drafts, and the drafts since.
+        # By the number of streams: moving average of the seconds per token without drafts.
         self.plain: dict[int, float] = {}
-        self.age = Counter[int]()
+        self.age = Counter[int]()  # by the number of streams: drafts judged since then
         # By streams and length, for each of the latest drafts: its seconds, and the seconds that
         # its tokens would have taken without it.
         self.trials: dict[tuple[int, int], deque[tuple[float, float]]] = defaultdict(
             lambda: deque(maxlen=SEEN)
         )
-        self.verdicts = Counter[tuple[int, int, bool]]()  # how often each was followed
+        # How often each verdict was given since it was last contradicted.
+        self.verdicts = Counter[tuple[int, int, bool]]()
 
     def learn(self, streams: int, length: int, tokens: int, seconds: float) -> None:
         """Count a decode with a draft of this length, 0 for none, that wrote `tokens`."""
@@ -58,8 +60,8 @@ class Gain:
             self.age[streams] += 1
 
     def pays(self, streams: int, length: int) -> bool:
-        """Whether to make a draft of this length. After every RETRY equal answers return the
-        opposite once, so that an outdated verdict is tested again.
+        """Whether to make a draft of this length. Each verdict is contradicted once after it was
+        followed RETRY times, so that an outdated one is tested again.
         """
         if streams not in self.plain:
             return False  # there is nothing to compare with

@@ -527,7 +527,7 @@ def translate(name: str, cut: int) -> tuple[str, dict[str, Any]]:
     if not translator.done:
         pairs += translator.feed(b"\n\n", 0.0)
     if not translator.done:
-        pairs.append(translator.end())
+        pairs.append(translator.last_pair())
     *texts, (last, result) = pairs
     assert last == "done"
     assert {kind for kind, _ in texts} <= {"text"}
@@ -560,7 +560,7 @@ FAILING = [
 def test_a_stream_that_fails(stream: bytes, message: str):
     translator = Translator(BASE, [])
     with pytest.raises(BackendFailure) as caught:
-        [*translator.feed(stream, 0.0), translator.end()]
+        [*translator.feed(stream, 0.0), translator.last_pair()]
     assert caught.value.message == f"VPS backend is unavailable ({message})"
 
 

@@ -67,7 +67,7 @@ def test_the_lines_of_a_text(case: str) -> None:
     for token in tokens:
         sure.add(*token)
     begin = len(LATER[0]) * (tokens[0] == LATER)
-    assert [*(sure.send(text, begin) for text in sent), sure.last()] == judged
+    assert [*(sure.send(text, begin) for text in sent), sure.unfinished()] == judged
     assert tuple(sure.result().values()) == result
 
 
