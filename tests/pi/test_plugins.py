@@ -70,8 +70,12 @@ class Pi:
 @contextmanager
 def start_pi(folder: Path, scripts: Sequence[Any], **more: str) -> Iterator[Pi]:
     with in_a_thread(Backend(scripts)) as backend:
-        more |= {"CEREBRUM_VPS_URL": f"http://127.0.0.1:{backend.port}"}
-        with daemon("cm4d", folder, CEREBRUM_CM4_API_KEY="", **more) as started:
+        given = {
+            "CEREBRUM_VPS_URL": f"http://127.0.0.1:{backend.port}",
+            "CEREBRUM_CM4_API_KEY": "",
+            **more,
+        }
+        with daemon("cm4d", folder, **given) as started:
             pi = Pi(f"http://127.0.0.1:{started.port}", backend)
             wait_until(lambda: pi.get("/health").status_code == 200, "the Pi knows its VPS")
             yield pi
