@@ -160,9 +160,8 @@ def statements(file: Path) -> Iterator[Statement]:
             begun = count = 0
         elif token.type not in SILENT:
             begun = begun or token.start[0]
-            depth -= token.type == F_STRING[1]
             count += depth == 0
-            depth += token.type == F_STRING[0]
+            depth += (token.type == F_STRING[0]) - (token.type == F_STRING[1])
 
 
 def figures(files: Sequence[Path]) -> tuple[int, tuple[float, int, float, int]]:
