@@ -120,7 +120,7 @@ class Metric(NamedTuple):
     about: str
     read: str | Callable[[Any], Any]
     stats: str = ""  # the member's name; the member is the sum over all labels
-    # of the member, such as 2**20 for MiB of bytes; a member with a unit is rounded to a tenth
+    # Of the member, such as 2**20 for MiB of bytes; a member with a unit is rounded to a tenth.
     unit: float = 0
     labels: tuple[str, ...] = ()
 

@@ -42,7 +42,7 @@ from cerebrum_common import SUGGEST, HttpError, compact, sse_block
 
 # ----------------------------------------------------------------------------------------- requests
 
-# beside the names of special tokens; OpenAI allows 4, Continue sends about 20 with these names
+# Beside the names of special tokens; OpenAI allows 4, Continue sends about 20 with these names.
 MAX_STOPS = 16
 MAX_EXTRAS = 256  # texts of other files; llama.vim sends 16
 MAX_MESSAGES = 1000  # of a chat

@@ -58,7 +58,7 @@ def read_models(answer: Members) -> Models:
 # ------------------------------------------------------------------------------------------- errors
 
 MAX_MESSAGE_CHARACTERS = 2000  # of a backend's error message that is passed on
-# codes of the VPS that mean something to the client; all others become VPS_UNAVAILABLE
+# Codes of the VPS that mean something to the client; all others become VPS_UNAVAILABLE.
 PASSED_ON = frozenset(
     [
         "INVALID_REQUEST",

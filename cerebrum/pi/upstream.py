@@ -73,7 +73,7 @@ class BackendConfig:
     max_concurrent: int = 2
     ca_file: str = ""  # of a private certificate authority
     n_ctx: int = 0  # tokens; 0: as the backend reports
-    # for an "openai" backend: use the model's FIM marks if it has any, or the "suffix" member
+    # For an "openai" backend: use the model's FIM marks if it has any, or the "suffix" member.
     infill: str = "fim"
 
     @property
@@ -277,7 +277,7 @@ IDLE_SECONDS = 30.0  # between two reads of a stream: our own backend sends a co
 SPARE_SECONDS = 8.0  # until an unused spare connection is closed; vpsd closes it after 10
 NAME_SECONDS = 60.0  # for which the addresses of a name are cached
 RACE_SECONDS = 0.25  # until the next address of a name is tried in parallel (RFC 8305)
-# for a whole stream: 2,048 tokens at half a token per second, plus the queue before them
+# For a whole stream: 2,048 tokens at half a token per second, plus the queue before them.
 STREAM_SECONDS = 7200.0
 # Why no more bytes come, also in messages.
 ENDED = "it ended"

@@ -22,9 +22,9 @@ MEET_LINES = 6  # compared at most of the suffix; with 3, 2.4 % more are cut of 
 # The compared lines have at least this many, unless the suffix has fewer; without, 0.5 % more are
 # cut.
 MEET_CHARS = 7
-# letters and digits in one line at the text's end; without, 0.6 % more of Java, C#, shell are cut
+# Letters and digits in one line at the text's end; without, 0.6 % more of Java, C#, shell are cut.
 END_WEIGHT = 6
-# written while the suffix is awaited, white space not counted; with 250, 1.9 % more are cut
+# Written while the suffix is awaited, white space not counted; with 250, 1.9 % more are cut.
 AHEAD_CHARS = 330
 REST_AHEAD_CHARS = 80  # the same, if the suffix begins with the rest of the cursor's line ...
 WRITTEN_AHEAD_CHARS = 12  # ... after the model has written that rest ...

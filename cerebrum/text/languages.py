@@ -73,13 +73,13 @@ class Language:
 
     uses: str = ""  # the start of a line that imports
     types: str = ""  # keywords of definitions whose members are completed one at a time
-    # the same, but the definition is no completion by itself: a function usually follows
+    # The same, but the definition is no completion by itself: a function usually follows.
     data: str = ""
     function: str = ""  # the keyword that defines functions, if calls may precede the definition
     names: str = ""  # keywords that define other names, not indented
     also: str = ""  # other starts of lines that define a name: the last group that took part
-    # keywords of unindented lines that still belong to a definition; SQL: starts of lines that go
-    # on
+    # Keywords of unindented lines that still belong to a definition; SQL: starts of lines that go
+    # on.
     clauses: str = ""
     closers: str = ""  # starts of lines that close a block
     openers: str = "(?!)"  # ends of lines that open a block by indentation
@@ -91,13 +91,13 @@ class Language:
     raw: tuple[str, ...] = ()  # openings of strings without escapes
     escape: str = "\\"  # the character before an escaped one
     closings: tuple[Delimiters, ...] = ()  # of strings that do not close as they open
-    # openings with two meanings: / of a regex or a division, ' of a char or a lifetime
+    # Openings with two meanings: / of a regex or a division, ' of a char or a lifetime.
     ambiguous: str = ""
     blocks: str = "braces"
     line_ends: bool = False  # a statement ends with its line, without a semicolon
     directives: bool = False  # a line that starts with # belongs to the preprocessor
     here_document: str = ""  # behind <<: group 2 is the line that ends the text below
-    # lines around a text that blank lines do not end; group 1 in the first of them
+    # Lines around a text that blank lines do not end; group 1 in the first of them.
     enclosed: str = ""
     commands: bool = False  # lines of code begin with verbs, as instructions do
     endings: tuple[str, ...] = ()  # of file names, in lower case

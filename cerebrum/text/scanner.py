@@ -16,15 +16,15 @@ from cerebrum.text.languages import Language
 
 # ----------------------------------------------------------------------------------- following code
 
-# enough for the longest word in QUOTE_AFTER, RAW_BEFORE and REGEX_BEFORE and the character before
-# it
+# Enough for the longest word in QUOTE_AFTER, RAW_BEFORE and REGEX_BEFORE and the character before
+# it.
 WORD_CHARS = 8
-# kept of a statement; a longer one keeps the first half of these and its newest characters
+# Kept of a statement; a longer one keeps the first half of these and its newest characters.
 HEAD_CHARS = 1000
-# unclosed brackets of other kinds that a closing bracket may skip; a correct program has none
+# Unclosed brackets of other kinds that a closing bracket may skip; a correct program has none.
 STRAY_BRACKETS = 20
-# of #if, those that are followed, and open brackets around their branches; C's standard promises 63
-# #if
+# Of #if, those that are followed, and open brackets around their branches; C's standard promises 63
+# #if.
 NESTED = 60
 OPENER_CHARS = 6  # the longest opening of a literal
 TAIL_CHARS = 18  # the longest end of a literal: C++'s )name" with 16 characters in its name

@@ -109,7 +109,7 @@ def download(model: Model, part: Path) -> None:
     problems = []
     for source in model.sources:
         if not model.sha256 and source.get("kind") != "url":
-            # without a sha256 in models.toml, only the publisher's own address can be trusted
+            # Without a sha256 in models.toml, only the publisher's own address can be trusted.
             continue
         try:
             FETCHERS[source["kind"]](source, part, model.size)

@@ -82,7 +82,7 @@ class Settings:
 MAX_CHUNK = 512  # n_batch
 HEAL_CANDIDATES = 512  # likeliest tokens that are checked
 MAX_DRAFT = 63
-# drafted tokens that a recurrent model can take back, where llama.cpp keeps the states between
+# Drafted tokens that a recurrent model can take back, where llama.cpp keeps the states between.
 ROLLBACK = 4
 # ------------------------------------------------------------------------------------ IO: llama.cpp
 

@@ -312,7 +312,7 @@ class Pool:
         path = self.folder / model.file
         loader = Loader(model.id, path, settings, model.sha256, tuned, model.fim, model.fim_layout)
         worker = Worker(loader, self.baton, tally)
-        # before anything waits for the worker's end, since even a thread can fail to start
+        # Before anything waits for the worker's end, since even a thread can fail to start.
         worker.start()
         ready = asyncio.wrap_future(worker.ready)
         ending = asyncio.wrap_future(worker.ending)

@@ -309,7 +309,7 @@ class Worker(threading.Thread):
             self._shed(decoder.sequences.store)
             self._start_jobs(decoder)
             if self._alarm.is_set():
-                # more jobs may have come while a sequence was parked, which takes milliseconds
+                # More jobs may have come while a sequence was parked, which takes milliseconds.
                 continue
             # Without those whose clients do not keep up.
             runs = [run for run in decoder.runs if run.job.unread() < MAX_BACKLOG]
