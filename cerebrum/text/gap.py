@@ -29,10 +29,10 @@ AHEAD_CHARS = 330
 REST_AHEAD_CHARS = 80  # the same, if the suffix begins with the rest of the cursor's line ...
 WRITTEN_AHEAD_CHARS = 12  # ... after the model has written that rest ...
 REST_CHARS = 3  # ... which has at least so many: shorter ones, as );, end many lines
-# The surprise in bits that the text written meanwhile may cost, if the tokens' probabilities are
-# known: behind a missed end the model is often unsure. A text that has left the surroundings of the
-# cursor may cost none, nor one that has ended a line which was begun before it, nor one that has
-# written the rest of the cursor's line itself. Chosen by tests/bench/waste.py.
+# If the tokens' probabilities are known, the text written meanwhile may cost so many bits of
+# surprise: behind a missed end the model is often unsure. It may cost none where waiting never
+# paid: behind a line that was begun before the gap, behind the rest of the cursor's line that the
+# model wrote itself, and outside the block of the cursor. Chosen by tests/bench/waste.py.
 DOUBT_IN_LINE = 4.0
 DOUBT_OF_LINES = 6.0
 # Limits to what is searched; longer searches end no gap elsewhere.
@@ -234,7 +234,7 @@ class Gap(Stage):
     in_line = False  # the suffix begins with the rest of the cursor's line
     # Characters left before the infill ends at `enough`, white space not counted.
     patience = AHEAD_CHARS
-    doubt = DOUBT_IN_LINE  # bits left before it ends there
+    doubt = DOUBT_OF_LINES  # bits left before it ends there
     bits = 0.0  # the surprise of the token that is being read, until it counts
 
     def __init__(self, scanner: Scanner, prompt: str, suffix: str) -> None:
@@ -354,7 +354,8 @@ class GapOfLines(Gap):
         super().__init__(scanner, prompt, suffix)
         first = last_line(prompt)
         typed = first.strip() != ""
-        self.doubt = 0.0 if typed else DOUBT_OF_LINES
+        if typed:
+            self.doubt = 0.0
         below = self.meeting.goal.lines[0]
         self.above = indent_of(line_of(first if typed else last_line(prompt.rstrip())))
         self.below = indent_of(below)
@@ -402,8 +403,8 @@ class GapOfLines(Gap):
 
 
 def floor_of(suffix: str) -> int:
-    """Lines that are indented less have left the block of the suffix's first lines. At the end of a
-    file these are lines at the margin.
+    """The least indentation of the suffix's first lines; a line that is indented less has left
+    their block. At the end of a file 1, so that a line at the margin has left it.
     """
     return min((indent for indent, _ in lines_of(suffix)[:MEET_LINES]), default=1)
 
@@ -425,7 +426,8 @@ class GapInLine(Gap):
     def __init__(self, scanner: Scanner, prompt: str, suffix: str) -> None:
         super().__init__(scanner, prompt, suffix)
         line = last_line(prompt)
-        self.doubt = DOUBT_IN_LINE if line.strip() else DOUBT_OF_LINES
+        if line.strip():
+            self.doubt = DOUBT_IN_LINE
         self.floor = min(columns_of(line), floor_of(suffix.partition("\n")[2]))
 
     def on_start(self) -> None:
