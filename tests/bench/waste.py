@@ -8,8 +8,7 @@ end in seconds.
 Recording asks the model for the gaps of HumanEval's solutions and of --items places in real new
 code (files of 2025 and later, as in sure.py), each as one line, several lines and a span. Natural
 ends are off: the text goes on where the model would have ended, until today's `Ending` has ended
-it. Each token has its probability, that of all ends, that of the suffix's first token, and that of
-the first token of its first line. What is in FILE.jsonl is not asked for again.
+it. Each token has its probability. What is in FILE.jsonl is not asked for again.
 
 The report replays the texts through `Ending` as the daemon does, where a natural end ends the text:
 with a wait in characters alone, as behind engines without probabilities, and with probabilities.
@@ -151,16 +150,13 @@ def of_repository(repository: str) -> Iterator[dict[str, Any]]:
 
 @dataclass
 class Reading:
-    """A text on its way. `tokens`: (text, its probability, that of all ends, that of the suffix's
-    first token, that of the first token of its first line behind the indentation).
-    """
+    """A text on its way. `tokens`: (text, its probability)."""
 
     case: dict[str, Any]
     prompt: list[int]
     heal: bytes
     ending: Ending
-    suffix: tuple[int, int]  # the suffix's first token, and that of its first line
-    tokens: list[tuple[str, float, float, float, float]] = field(default_factory=list)
+    tokens: list[tuple[str, float]] = field(default_factory=list)
     end: int | None = None  # tokens before the model would have ended
     decoder: Any = field(default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace"))
 
@@ -171,19 +167,15 @@ class Reading:
         row = model.logits(index).astype(np.float64)
         chances = np.exp(row - row.max())
         chances /= chances.sum()
-        at_end = float(chances[ends].sum())
         if int(chances.argmax()) in ends.tolist() and self.end is None:
             self.end = len(self.tokens)
-        follows, begins = (round(float(chances[token]), 4) for token in self.suffix)
         chances[ends] = -1
         token = int(chances.argmax())
         piece = model.vocabulary.piece(token)
         known = min(len(piece), len(self.heal))
         self.heal, piece = self.heal[known:], piece[known:]
         text = self.decoder.decode(piece)
-        self.tokens.append(
-            (text, round(float(chances[token]), 4), round(at_end, 4), follows, begins)
-        )
+        self.tokens.append((text, round(float(chances[token]), 4)))
         _, reason = self.ending.feed(text)
         return None if reason or len(self.tokens) == MAX_TOKENS else token
 
@@ -194,11 +186,8 @@ def begin(model: Llama, case: dict[str, Any]) -> Reading:
         prompt=prompt, suffix=suffix, language=case["language"], mode="infill", heal=True
     )
     tokens, heal, _ = model.vocabulary.encode(request)
-    line = next((line for line in suffix.split("\n") if line.strip()), "\n")
-    starts = suffix or "\n", " " * (line[:1] in " \t") + line.strip() or "\n"
-    first, begins = (model.vocabulary.tokenize_part(text)[0] for text in starts)
     ending = Ending("infill", case["language"], prompt, suffix, "auto")
-    return Reading(case, tokens, heal, ending, (first, begins))
+    return Reading(case, tokens, heal, ending)
 
 
 def read_prompt(model: Llama, slot: Slot, prompt: list[int]) -> int:
@@ -295,7 +284,7 @@ class Replay(NamedTuple):
 def pieces(row: dict[str, Any], probabilities: bool) -> Iterator[str]:
     """What goes out after each token."""
     ending = Ending("infill", row["language"], row["prompt"], row["suffix"], "auto")
-    for number, (text, probability, *_) in enumerate(row["tokens"]):
+    for number, (text, probability) in enumerate(row["tokens"]):
         if number == row["end"]:
             yield ending.flush()
             return
@@ -316,7 +305,7 @@ def replay(row: dict[str, Any], probabilities: bool) -> Replay:
 
 def returned(row: dict[str, Any], text: str) -> int:
     """How many of the tokens have a part in this text."""
-    ends = accumulate(len(token[0]) for token in row["tokens"])
+    ends = accumulate(len(text) for text, _ in row["tokens"])
     before = sum(end < len(text) for end in ends)
     return min(before + 1, len(row["tokens"])) if text else 0
 
