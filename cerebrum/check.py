@@ -441,6 +441,8 @@ def check_model(report: Report, config: VpsConfig, model: Model) -> None:
     beside = f"{free:,} of {most:,} MB are available beside CEREBRUM_MIN_FREE_MB"
     context = "" if plan.settings == config.engine else f" with {plan.settings.context}"
     report.add(level, "memory", f"{model.id} needs {need:,} MB{context}, {beside}{mend}")
+    if plan.note:
+        report.add("ok", "drafts", f"{model.id}: {plan.note}")
     if plan.tuned:
         finding = f"{model.id} has the fastest encoding here: {plan.tuned.encoding}"
         report.add("ok", "tuned", finding)
@@ -469,11 +471,13 @@ def needed_mb(model: Model, config: VpsConfig, total_mb: int) -> tuple[LoadPlan,
     """What is loaded of a model on a machine with `total_mb` that does nothing else, and its memory
     in MB. ModelError or OSError if the file cannot be used.
     """
-    from cerebrum.vps.encoding import plan_load
+    from cerebrum.vps.encoding import plan_pair
 
     free = (total_mb - config.min_free_mb - BARE_MB - SYSTEM_MB) * MB
-    plan = plan_load(config.models_dir / model.file, config.engine, model.sha256, free)
-    return plan, math.ceil(sum(plan.parts.values()) / MB)
+    models = {other.id: other for other in config.models}
+    draft = models.get(model.draft)
+    plan = plan_pair(model, draft, config.models_dir, config.engine, free)
+    return plan, math.ceil(plan.bytes / MB)
 
 
 def memory_limit(config: VpsConfig, total_mb: int) -> list[str]:
@@ -489,7 +493,7 @@ def memory_limit(config: VpsConfig, total_mb: int) -> list[str]:
     comments = []
     for model in config.models:
         with contextlib.suppress(ModelError, OSError):  # the file is missing or damaged
-            _, need = needed_mb(model, config, total_mb)
+            plan, need = needed_mb(model, config, total_mb)
             needs.append(need)
             # Not by `needed_mb`: a tuned file that does not fit would not fit after another tuning
             # either.
@@ -498,6 +502,8 @@ def memory_limit(config: VpsConfig, total_mb: int) -> list[str]:
             comments.append(
                 f"# {model.id}: {need} MB with its prompts (CEREBRUM_CACHE_MB){untuned}"
             )
+            if plan.note:
+                comments.append(f"# {model.id}: {plan.note}")
     limit = most
     if needs:
         limit = min(most, sum(needs) + bare)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cerebrum.fields import Field, Fields, members_of, read_fields
+from cerebrum.fields import Field, Fields, describe, members_of, read_fields
 from cerebrum_common import FIM_LAYOUTS, SUGGEST, HttpError, Model, log
 
 
@@ -265,6 +265,7 @@ MODEL = {
     "file": Field(str, default="", pattern=r"(?:[^./\\\x00-\x1f][^/\\\x00-\x1f]*)?"),
     "sha256": Field(str, default="", pattern=r"(?:[0-9a-f]{64})?"),
     **dict.fromkeys(("size", "memory_mb"), Field(int, default=0)),
+    "draft": Field(str, default=""),
     "languages": Field(list, default=[], pattern=r"[A-Za-z0-9+#._\-]{1,40}"),
     "aliases": Field(list, default=[]),
     "fim": Field(list, 3, 3, []),
@@ -300,10 +301,20 @@ def load_catalog(path: Path, known: Collection[str]) -> Catalog:
             names += model.aliases
         if len(set(names)) != len(names):
             raise ConfigError("expected every id and alias once")
+        _check_drafts(models)
     except (OSError, ValueError) as error:
         raise ConfigError(f"CEREBRUM_MODELS_FILE: {path}: {error}") from None
     preferred = {mode: tuple(wanted) for mode, wanted in prefer.items() if wanted}
     return Catalog(tuple(models), preferred, tuple(backends))
+
+
+def _check_drafts(models: Sequence[Model]) -> None:
+    """ConfigError unless each model's draft model is another model here that has a file."""
+    for model in models:
+        others = [other.id for other in models if other.file and other is not model]
+        if model.draft and model.draft not in others:
+            expected = "expected the id of another model with a file"
+            raise ConfigError(f"{model.id}: draft: {expected}, got {describe(model.draft)}")
 
 
 def _is_sound(shape: Mapping[str, int]) -> bool:

@@ -246,6 +246,14 @@ BAD: list[tuple[str | bytes | None, str]] = [  # a models.toml, and what is said
         GOOD + "shape = {kv = 1}\n",
         "model 1: shape: expected one of layers, width, heads, kv_heads, ",
     ),
+    (
+        GOOD + 'draft = "n"\n',
+        'm: draft: expected the id of another model with a file, got the string "n"',
+    ),
+    (
+        GOOD + 'draft = "m"\n',
+        'm: draft: expected the id of another model with a file, got the string "m"',
+    ),
     ("prefer = 5\n" + GOOD, "prefer: expected a table, got something else"),
     (
         GOOD + '[prefer]\nchat = ["m"]\n',

@@ -56,6 +56,7 @@ class ScriptedWorker:
         self.due = float("inf")
         self.stopping = False
         self.model = SimpleNamespace(n_ctx=4096)
+        self.draft = None
         self.stored_bytes = self.memory_bytes = 0
         self.submitted = []
         self.fails: Exception | None = None
@@ -142,6 +143,12 @@ class House:
     def reconfigure(self, **changes: Any) -> None:
         self.engine.reconfigure(replace(self.engine.config, **changes))
 
+    def pair(self, **changes: Any) -> None:
+        """From now on A writes drafts for B. A's entry has these changes."""
+        more = {A: changes, B: {"draft": A}}
+        models = self.engine.config.models
+        self.reconfigure(models=tuple(replace(model, **more.get(model.id, {})) for model in models))
+
     def warnings(self) -> list[str]:
         """The texts of the warnings and errors in the log."""
         records = self.caplog.records
@@ -155,14 +162,15 @@ def patch(monkeypatch) -> Callable[..., None]:
 
 @pytest.fixture
 def house(runner, patch, tmp_path, caplog) -> Iterator[House]:
-    """A house in which the files of all models exist. After the test every place must be free
-    again.
+    """A house in which the files of all models exist, and none has a draft model. After the test
+    every place must be free again.
     """
     given = {**CATALOG, "CEREBRUM_IDLE_MINUTES": "0", "CEREBRUM_MODELS_DIR": str(tmp_path)}
     given["CEREBRUM_STATE_DIR"] = str(tmp_path / "state")
     config = load_config(Environment(given), Path("/nonexistent"))
     for model in config.models:
         (tmp_path / model.file).write_bytes(b"GGUF")
+    config = replace(config, models=tuple(replace(model, draft="") for model in config.models))
     ScriptedWorker.made = []
     house = House(Engine(config), tmp_path, patch, caplog)
     patch(pool, "Worker", ScriptedWorker)
@@ -242,6 +250,42 @@ async def test_a_model_that_does_not_fit_gets_a_shorter_context(house):
     assert house.warnings() == [f"model {A}: {allowed}"]
     house.patch(encoding, "needed", memory.needed)
     assert (await listed())[C] == (4096, False)  # its file is damaged
+
+
+async def test_a_draft_model_is_loaded_with_its_model_and_leaves_with_it(house):
+    house.room = 9
+    house.pair()
+    worker = await house.idle(B)
+    assert (worker.loader.draft.model_id, worker.loader.draft.path) == (A, house.file(A))
+    assert worker.loader.draft.settings.outputs == 1
+    assert list(house.pool.ready) == [B]  # it serves nobody itself
+    assert house.pool.instances[B].estimate == 2 * MB
+    house.pair(sha256="0" * 64)
+    assert worker.stopping
+
+
+@pytest.mark.parametrize(("draft", "listed"), [(True, A), (False, None)])
+async def test_the_list_of_models_says_who_writes_the_drafts(house, draft, listed):
+    async def of_b():
+        entries = (await vpsd.models(house.engine, SimpleNamespace())).body["models"]
+        return {entry["id"]: entry["draft"] for entry in entries}[B]
+
+    house.room = 9
+    house.pair()
+    assert await of_b() == A
+    worker = await house.idle(B)
+    worker.draft = draft  # whether it could be used
+    assert await of_b() == listed
+
+
+async def test_what_a_draft_model_did_is_told_by_its_model(house):
+    tally = house.pool.tallies[B]
+    assert (await vpsd.stats(house.engine, SimpleNamespace())).body["draft_models"] == {}
+    tally.ahead_steps, tally.ahead_tokens = 10, 34
+    tally.foreseeable_tokens, tally.foreseen_tokens = 40, 35
+    tally.ahead_seconds, tally.checking_seconds = 1.5, 5.0
+    figures = {"acceptance": 0.875, "tokens_per_step": 3.4, "draft_ms": 150.0, "target_ms": 500.0}
+    assert (await vpsd.stats(house.engine, SimpleNamespace())).body["draft_models"] == {B: figures}
 
 
 # --------------------------------------------------------------------------------- loads and faults
@@ -431,7 +475,7 @@ async def test_saved_prompts_are_dropped_before_a_request_is_refused(house):
 
 def held(id: str, size: int, state: str, used: float, *users: Any) -> Instance:
     """An instance of so many megabytes, in this state, which was last used then."""
-    instance = Instance(SimpleNamespace(id=id), None, size * MB, None, None, last_used=used)
+    instance = Instance(SimpleNamespace(id=id), None, None, size * MB, None, None, last_used=used)
     instance.state, instance.users = pool.State[state], {*users}
     return instance
 

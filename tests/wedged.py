@@ -33,7 +33,7 @@ class Wedged(llama.Llama):
         if (
             isinstance(worker, vps_worker.Worker)
             and worker.decoder is not None
-            and worker.decoder.running
+            and worker.decoder.compute.running
         ):
             self.left -= 1
             if self.left < 0 and os.environ["THEN"] == "fail":

@@ -19,9 +19,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from cerebrum.vps.draft_model import read_acceptance
+from cerebrum.vps.drafts import pair_rate
 from cerebrum.vps.encoding import FAITHFUL, READ_TOKENS, alone_in, measure, opened
 from cerebrum.vps.gguf import pypi
 from cerebrum.vps.llama import ModelError, Settings, check_disk
+from cerebrum.vps.schedule import Costs
 from cerebrum_common import Model
 
 SAMPLE_WEIGHTS = 350_000_000  # at least, 200 MB: less would stay in the caches of most CPUs
@@ -144,6 +147,7 @@ class Speed(NamedTuple):
 
     rate: float  # tokens a second
     wait: float  # seconds to the first token behind READ_TOKENS new ones
+    decode: Mapping[int, float] = {}  # seconds of one decode by its number of tokens
 
     @property
     def hint(self) -> float:
@@ -174,7 +178,8 @@ def predict(shape: Shape, settings: Settings, folder: Path) -> Speed:
             with opened(path, used) as model:
                 times.append(measure(model, SAMPLE_TOKENS))
     best = min(times, key=lambda timing: timing.work)
-    return Speed(part / best.decode[1], READ_TOKENS * best.read / part)
+    decode = {size: seconds / part for size, seconds in best.decode.items()}
+    return Speed(1 / decode[1], READ_TOKENS * best.read / part, decode)
 
 
 Speeds = Sequence[tuple[Model, Speed | None]]  # None: unknown
@@ -201,6 +206,28 @@ def predict_all(
                 complain(model, error)
             speeds.append((model, speed))
     return speeds
+
+
+def with_drafts(speeds: Speeds, settings: Settings, room_mb: float) -> tuple[Speeds, list[str]]:
+    """The speeds of models with their draft models, and a note on each pair that fits. A pair whose
+    acceptance this machine has not measured counts as the model alone.
+    """
+    alone = {model.id: (model, speed) for model, speed in speeds}
+    found = list[tuple[Model, Speed | None]]()
+    notes = []
+    for model, speed in speeds:
+        draft, draft_speed = alone.get(model.draft, (model, None))
+        if speed and draft_speed and model.memory_mb + draft.memory_mb <= room_mb:
+            drafts = f"the drafts of {draft.id}"
+            acceptance = read_acceptance(settings.state_dir, model.id, draft.id)
+            if acceptance:
+                rate = pair_rate(Costs(speed.decode), 1 / draft_speed.rate, acceptance)
+                speed = speed._replace(rate=rate)
+                notes.append(f"{model.id}: with {drafts}, {acceptance:.0%} of which are right here")
+            else:
+                notes.append(f"{model.id}: without {drafts}, which nobody has measured here yet")
+        found.append((model, speed))
+    return found, notes
 
 
 # --------------------------------------------------------------------------------------- the choice

@@ -7,32 +7,19 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from cerebrum.metrics import Tally
-from cerebrum.vps.drafts import Drafter, Gain
+from cerebrum.vps.compute import Compute, ModelTally
+from cerebrum.vps.draft_model import DraftModel
+from cerebrum.vps.drafts import LENGTHS, MODEL, MODEL_LENGTH, TEXT, Case, Drafter, Gain
 from cerebrum.vps.job import Job, Run
 from cerebrum.vps.llama import ABORTED, MAX_CHUNK, Llama, Slot
 from cerebrum.vps.prefixes import MIN_PREFIX, Sequences
-from cerebrum.vps.schedule import PREFILL_SECONDS, Baton, Costs, chunk_size, share_size
+from cerebrum.vps.schedule import Costs, chunk_size, share_seconds, share_size
 from cerebrum_common import HttpError, log
 
-
-@dataclass(slots=True)
-class ModelTally(Tally):
-    """Totals of a model's completions and decodes, kept when the model is unloaded. The worker's
-    thread writes all fields except the three about loads.
-    """
-
-    drafts: int = 0  # decodes that checked a draft
-    decodes: int = 0  # calls of llama_decode
-    decoded_sequences: int = 0  # sequences per decode, summed over all decodes
-    prompt_seconds: float = 0.0  # from the start of each completion to its first token
-    token_seconds: float = 0.0  # from the first token of each completion to its last
-    loads: int = 0
-    failed_loads: int = 0
-    load_seconds: float = 0.0  # of the successful loads
+IDLE_TOKENS = 64  # read at once while nobody waits; soon aborted, and then lost
 
 
 @dataclass(slots=True)
@@ -44,6 +31,9 @@ class Work:
     run: Run
     tokens: list[int]
     outputs: int
+    case: Case | None = None  # of the draft, as `Gain` judges it; None: nothing was drafted
+    # What the draft model expects: the draft, and perhaps a token that was not worth checking.
+    foreseen: list[int] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -51,22 +41,19 @@ class Decoder:
     """What the next `llama_decode` computes for each running sequence, and what becomes of its
     result.
 
-    Owned by a worker; every call is from its thread. `stop(seconds)` is asked before a decode that
-    should take so long.
+    Owned by a worker; every call is from its thread.
     """
 
     model: Llama
     sequences: Sequences
     costs: Costs
-    baton: Baton
+    compute: Compute
     tally: ModelTally
-    stop: Callable[[float], bool]
     drafting: bool
+    draft_model: DraftModel | None = None
+    # Other threads read this: whether only the draft model reads, for nobody yet.
+    is_idle: bool = False
     gain: Gain = field(default_factory=Gain)
-    # Other threads read these two: the sequences in the current llama_decode, and whether it takes
-    # more than PREFILL_SECONDS.
-    running: list[Run] = field(default_factory=list)
-    is_long: bool = False
 
     @property
     def runs(self) -> list[Run]:
@@ -100,8 +87,11 @@ class Decoder:
         """Decode the next work of every run, together. False if there is none: prompts of low
         priority are read only while no other request needs the CPU.
         """
+        ahead = self.tally.ahead_seconds
         # 1. Whose work is it?
-        is_busy = not all(run.low for run in runs) or self.baton.fastest_other(self) < math.inf
+        is_busy = (
+            not all(run.low for run in runs) or self.compute.baton.fastest_other(self) < math.inf
+        )
         if is_busy:
             runs = [run for run in runs if not (run.low and run.prefilling)]
         # 2. What does each need?
@@ -114,21 +104,119 @@ class Decoder:
         before = self.tally.tokens
         seconds = self._step(works)
         # 4. Did the drafts save time?
-        if not is_prefilling:
-            generated = self.tally.tokens - before
-            draft_lengths = {len(work.tokens) - 1 for work in works}
-            # A decode without drafts counts as one of length 0.
-            for length in draft_lengths - {0} or {0}:
-                self.gain.learn(len(runs), length, generated, seconds)
+        if not is_prefilling and seconds:
+            self._learn(
+                works, self.tally.tokens - before, self.tally.ahead_seconds - ahead, seconds
+            )
         return bool(runs)
 
+    def _learn(self, works: list[Work], tokens: int, drafted: float, seconds: float) -> None:
+        """A decode wrote `tokens` in `seconds`, after `drafted` seconds for its drafts."""
+        if all(len(work.tokens) == 1 for work in works):
+            self.gain.learn_plain(len(works), tokens, seconds)
+        cases = {work.case for work in works if work.case}
+        for case in cases:
+            self.gain.learn(case, tokens, drafted + seconds)
+        if any(work.foreseen for work in works):
+            self.tally.ahead_steps += 1
+            self.tally.ahead_tokens += tokens
+            self.tally.checking_seconds += seconds
+
     def next_work(self, run: Run, runs: list[Run]) -> Work:
+        """What to decode next of a run's prompt, or of its text with a draft."""
         if run.pending is None:
             return self._next_chunk(run, runs)
-        draft = self._draft(run, runs)
-        if draft and not self.gain.pays(len(runs), len(draft)):
-            draft = []
-        return Work(run, [run.pending, *draft], 1 + len(draft))
+        work = Work(run, [run.pending], 1)
+        if room := self._room(run, runs):
+            assert run.drafter
+            draft = run.drafter.draft(room)
+            case = len(runs), TEXT, len(draft)
+            if draft and self.gain.pays(case):
+                work.tokens += draft
+                work.case = case
+            else:
+                self._write_ahead(work, runs, room)
+            work.outputs = len(work.tokens)
+        return work
+
+    def _room(self, run: Run, runs: list[Run]) -> int:
+        """The most tokens that a draft may have; 0: none is made."""
+        beside = len(runs) > 1
+        # llama.cpp takes tokens back wrongly from one of several recurrent states in a batch.
+        if not self.drafting or run.heal or (beside and self.model.recurrent):
+            return 0
+        limits = [
+            self.model.max_draft,
+            run.job.max_tokens - run.generated - 1,
+            self.model.n_ctx - len(run.slot.tokens) - 2,
+            MAX_CHUNK // len(runs) - 1,
+        ]
+        pace = self._pace(own=beside)
+        if pace < math.inf:
+            limits.append(share_size(self.costs, pace) - 1)
+        room: int = max(0, min(limits))
+        return room
+
+    def _write_ahead(self, work: Work, runs: list[Run], room: int) -> None:
+        """Let the draft model write a draft of at most `room` tokens, as far as checking it should
+        save time.
+        """
+        length = max(length for length in LENGTHS if length <= min(room, MODEL_LENGTH))
+        case = len(runs), MODEL, length
+        draft_model = self.draft_model
+        is_reading = any(other.prefilling for other in runs)  # which takes its time already
+        if not draft_model or not length or is_reading:
+            return
+        # 1. Does it pay to read what the draft model lacks?
+        run, streams = work.run, len(runs)
+        lacking = draft_model.lacking(run.slot.id, [*run.slot.tokens, *work.tokens])
+        # Nobody knows how long the text gets; it may as well end when it is twice as long as it is.
+        tokens = min(run.generated, run.job.max_tokens - run.generated)
+        if not lacking or not draft_model.pays(self.costs, len(lacking), tokens):
+            return
+        if not self.gain.pays(case):
+            return
+        if len(lacking) <= MODEL_LENGTH + 1:
+            work.case = case  # else the seconds of this step are spent for those to come, too
+        # 2. No other stream may wait longer than for a chunk of a prompt.
+        share = share_seconds(self._pace(own=streams > 1)) / streams
+        deadline = time.perf_counter() + share
+        most = draft_model.costs.longest(share - self.costs(streams))
+        # 3. Check a token that is likely enough to be right; write the next one if it is too.
+        worth = self.gain.plain[streams]  # times the probability that all tokens are right
+        size = streams  # of the decode that checks them
+        for token, probability in draft_model.expected(run, lacking, most):
+            work.foreseen.append(token)
+            worth *= probability
+            if worth <= self.costs(size + 1) - self.costs(size) or not self._can_check(token):
+                return
+            work.tokens.append(token)
+            size += 1
+            further = draft_model.costs(1) + self.costs(size + 1)  # to write and check one more
+            is_late = time.perf_counter() + further > deadline
+            if is_late or len(work.foreseen) == length or worth <= further - self.costs(size):
+                return
+
+    def _can_check(self, token: int) -> bool:
+        """Whether a token that the draft model expects may be in a draft. The end of a text is no
+        token to decode, and an id of the padding may be none of the model.
+        """
+        assert self.draft_model
+        return token < self.draft_model.known and not self.model.vocabulary.is_end(token)
+
+    def read_idle(self) -> bool:
+        """While nobody waits for any model: let the draft model read a piece of what it lacks of
+        the idle sequences, which the next requests will go on with. False if there is nothing.
+        """
+        draft_model = self.draft_model
+        if not draft_model or self.compute.baton.active or not draft_model.pays(self.costs, 1, 1):
+            return False
+        for slot in self.sequences.slots:
+            lacking = draft_model.lacking(slot.id, slot.tokens) if slot.tokens else []
+            if len(lacking) > 1:
+                piece = lacking[:IDLE_TOKENS]
+                return draft_model.read(draft_model.slots[slot.id], piece, [])
+        return False
 
     def _next_chunk(self, run: Run, runs: list[Run]) -> Work:
         """The tokens of the prompt to read next, up to a checkpoint or the end."""
@@ -152,50 +240,22 @@ class Decoder:
         """Seconds per token of the fastest stream that waits for a decode, in this model (if `own`)
         or another.
         """
-        other = self.baton.fastest_other(self)
+        other = self.compute.baton.fastest_other(self)
         return min(self.costs(1), other) if own else other
-
-    def _draft(self, run: Run, runs: list[Run]) -> list[int]:
-        beside = len(runs) > 1
-        # llama.cpp takes tokens back wrongly from one of several recurrent states in a batch.
-        if not self.drafting or run.heal or (beside and self.model.recurrent):
-            return []
-        limits = [
-            self.model.max_draft,
-            run.job.max_tokens - run.generated - 1,
-            self.model.n_ctx - len(run.slot.tokens) - 2,
-            MAX_CHUNK // len(runs) - 1,
-        ]
-        pace = self._pace(own=beside)
-        if pace < math.inf:
-            limits.append(share_size(self.costs, pace) - 1)
-        assert run.drafter
-        return run.drafter.draft(min(limits))
 
     def _step(self, works: list[Work]) -> float:
         """Run one llama_decode and handle its result for each sequence. Returns the seconds; 0.0 if
         it was not done.
         """
-        self.model.abort_flag[0] = b"\x00"
-        try:
-            self.running = [work.run for work in works]
-            if self.stop(0.0) or all(run.job.cancelled for run in self.running):
-                return 0.0
-            size = sum(len(work.tokens) for work in works)
-            self.is_long = self.costs(size) * self.costs.slowdown > PREFILL_SECONDS
-            parts = [(work.run.slot, work.tokens, work.outputs) for work in works]
-            with self.baton:
-                if self.stop(self.costs(size)):
-                    return 0.0
-                begin = time.perf_counter()
-                code = self.model.decode(parts)
-                seconds = time.perf_counter() - begin
-        finally:
-            self.running = []
+        if not works:
+            return 0.0
+        runs = [work.run for work in works]
+        parts = [(work.run.slot, work.tokens, work.outputs) for work in works]
+        code, begin = self.compute.decode(self.model, self.costs, runs, parts)
         if code:
             self._after_failure(works, code)
+        if code != 0:
             return 0.0
-        self.costs.learn(size, seconds)
         self.tally.decodes += 1
         self.tally.decoded_sequences += len(works)
         self._after_success(works)
@@ -252,6 +312,8 @@ class Decoder:
             log.exception("request %s", run.job.request_id)
             self.fail(run, HttpError("INTERNAL_ERROR", "internal error; see the log"))
             self.sequences.cut(run.slot, 0)  # its tokens and its cells may no longer agree
+            if self.draft_model:
+                self.draft_model.cut(self.draft_model.slots[run.slot.id], 0)
 
     def _after_prefill(self, work: Work, base: int) -> None:
         run, slot = work.run, work.run.slot
@@ -281,6 +343,9 @@ class Decoder:
         for i, token in enumerate(work.tokens):
             slot.tokens.append(token)
             run.pending = run.sample(self.model, base + i)
+            if i < len(work.foreseen):
+                self.tally.foreseeable_tokens += 1
+                self.tally.foreseen_tokens += run.pending == work.foreseen[i]
             if self._emit(run, run.pending) or i == drafted or run.pending != work.tokens[i + 1]:
                 break
             accepted += 1

@@ -1,4 +1,5 @@
-"""Drafts: likely next tokens, copied from the text itself and checked by the model in one decode.
+"""Drafts: likely next tokens, which the model checks in one decode. They are copied from the text
+itself, or a small model has written them.
 
 Pure: no model, no clock.
 """
@@ -6,7 +7,7 @@ Pure: no model, no clock.
 from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from cerebrum.vps.tokens import common_prefix
 
@@ -27,9 +28,33 @@ FRESH = 4
 RETRY = 64  # a verdict that was followed this often is contradicted once
 
 
+TEXT, MODEL = "text", "model"  # sources of drafts
+MODEL_LENGTH = 15  # most tokens that a draft model writes ahead
+# The share of a 1.5B's tokens that the 0.5B of its family expected, in new code. It stands for
+# pairs that nothing is known of yet.
+USUAL_ACCEPTANCE = 0.889
+
+
+def pair_rate(costs: Callable[[int], float], draft_seconds: float, acceptance: float) -> float:
+    """Tokens a second of a model whose draft model takes `draft_seconds` for a token and is right
+    with a probability of `acceptance`. `costs` are the seconds of the model's decodes. The rate
+    without drafts if that is higher.
+    """
+    rates = []
+    tokens, likely = 0.0, 1.0
+    for length in range(MODEL_LENGTH + 1):
+        tokens += likely
+        likely *= acceptance
+        rates.append(tokens / (length * draft_seconds + costs(length + 1)))
+    return max(rates)
+
+
+Case = tuple[int, str, int]  # the number of streams, a draft's source and its length
+
+
 class Gain:
-    """Whether drafts save time, by their length and the number of streams. Owned by a worker and
-    kept across requests.
+    """Whether drafts save time, by their source, their length and the number of streams. Owned by a
+    worker and kept across requests. The length of a model's drafts is the most that it may write.
 
     A draft is judged by the decodes without drafts just before it, because a machine with
     neighbours changes its speed.
@@ -39,45 +64,51 @@ class Gain:
         # By the number of streams: moving average of the seconds per token without drafts.
         self.plain: dict[int, float] = {}
         self.age = Counter[int]()  # by the number of streams: drafts judged since then
-        # By streams and length, for each of the latest drafts: its seconds, and the seconds that
-        # its tokens would have taken without it.
-        self.trials: dict[tuple[int, int], deque[tuple[float, float]]] = defaultdict(
+        # By streams, source and length, for each of the latest drafts: its seconds, and the seconds
+        # that its tokens would have taken without it.
+        self.trials: dict[Case, deque[tuple[float, float]]] = defaultdict(
             lambda: deque(maxlen=SEEN)
         )
         # How often each verdict was given since it was last contradicted.
-        self.verdicts = Counter[tuple[int, int, bool]]()
+        self.verdicts = Counter[tuple[Case, bool]]()
 
-    def learn(self, streams: int, length: int, tokens: int, seconds: float) -> None:
-        """Count a decode with a draft of this length, 0 for none, that wrote `tokens`."""
-        if not tokens:
-            return
-        if not length:
+    def learn_plain(self, streams: int, tokens: int, seconds: float) -> None:
+        """Count a decode without a draft that wrote `tokens`."""
+        if tokens:
             pace = seconds / tokens
             self.plain[streams] = (3 * self.plain.get(streams, pace) + pace) / 4
             self.age[streams] = 0
-        elif self.age[streams] < FRESH:
-            self.trials[streams, length].append((seconds, tokens * self.plain[streams]))
+
+    def learn(self, case: Case, tokens: int, seconds: float) -> None:
+        """Count a decode with a draft, and the time that making the draft took: `tokens` were
+        written.
+        """
+        streams = case[0]
+        if tokens and self.age[streams] < FRESH:
+            self.trials[case].append((seconds, tokens * self.plain[streams]))
             self.age[streams] += 1
 
-    def pays(self, streams: int, length: int) -> bool:
-        """Whether to make a draft of this length. Each verdict is contradicted once after it was
-        followed RETRY times, so that an outdated one is tested again.
+    def pays(self, case: Case) -> bool:
+        """Whether to make such a draft. Each verdict is contradicted once after it was followed
+        RETRY times, so that an outdated one is tested again.
         """
-        if streams not in self.plain:
+        if case[0] not in self.plain:
             return False  # there is nothing to compare with
-        verdict = self._saves(streams, length)
-        case = streams, length, verdict
-        self.verdicts[case] += 1
-        if self.verdicts[case] <= RETRY:
+        verdict = self._saves(case)
+        given = case, verdict
+        self.verdicts[given] += 1
+        if self.verdicts[given] <= RETRY:
             return verdict
-        self.verdicts[case] = 0
+        self.verdicts[given] = 0
         return not verdict
 
-    def _saves(self, streams: int, length: int) -> bool:
-        """Whether such drafts saved time. With too few trials: whether a new one can be judged."""
-        trials = self.trials[streams, length]
+    def _saves(self, case: Case) -> bool:
+        """Whether such drafts saved time. With too few trials: whether a new one can be judged. A
+        draft model is only loaded if its drafts should save time.
+        """
+        trials = self.trials[case]
         if len(trials) < TRIALS:
-            return self.age[streams] < FRESH
+            return case[1] == MODEL or self.age[case[0]] < FRESH
         return sum(drafted - plain for drafted, plain in trials) <= 0
 
 

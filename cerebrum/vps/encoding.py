@@ -38,6 +38,8 @@ from typing import Any, NamedTuple, TextIO
 
 import llama_cpp
 
+from cerebrum.vps.draft_model import read_acceptance
+from cerebrum.vps.drafts import USUAL_ACCEPTANCE, pair_rate
 from cerebrum.vps.gguf import Source, Tensor, Types
 from cerebrum.vps.llama import (
     MAX_CHUNK,
@@ -54,7 +56,9 @@ from cerebrum.vps.llama import (
     write_atomically,
 )
 from cerebrum.vps.memory import Parts, fit, needed
+from cerebrum.vps.schedule import Costs
 from cerebrum.vps.vocabulary import api
+from cerebrum_common import Model
 
 # ------------------------------------------------------------------------------------- the passport
 
@@ -90,6 +94,9 @@ class Passport:
     flash_attention: bool
     types: Types  # changed types, old to new; if empty, the published file is used
     size: int  # of the tuned file
+    # Seconds of the decodes of DECODES, by the published file and the one in use; empty: unknown.
+    published: Sequence[float] = ()
+    here: Sequence[float] = ()
     format: int = PASSPORT_FORMAT
 
     @property
@@ -108,6 +115,9 @@ class TunedFile:
     settings: Settings
     source: str  # sha256 that the published file must have
     encoding: str  # in words, for messages
+    # Seconds of the decodes of DECODES, by the published file and by this one; empty: unknown.
+    published: Sequence[float] = ()
+    here: Sequence[float] = ()
 
 
 def tuned_path(state_dir: Path, published: Path) -> Path:
@@ -160,11 +170,14 @@ def find_tuned(
             return None, f"it was tuned for {name} {made_for}, here it is {here}"
     if passport.types and passport.size != file_size(path):
         return None, "its tuned file is missing or cut short"
+    chosen = {name: getattr(passport, name) for name in CHOSEN}
     tuned = TunedFile(
         path=path if passport.types else published,
-        settings=replace(settings, **{name: getattr(passport, name) for name in CHOSEN}),
+        settings=replace(settings, **chosen),
         source=passport.source,
         encoding=passport.encoding,
+        published=passport.published,
+        here=passport.here,
     )
     return tuned, ""
 
@@ -176,28 +189,142 @@ class LoadPlan(NamedTuple):
     tuned: TunedFile | None
     parts: Parts  # the memory that the model takes
     reason: str  # why the model runs untuned, "" if it does not
+    # Of the decodes of DECODES, by the file that is loaded; empty: unknown.
+    seconds: Sequence[float] = ()
+    draft: LoadPlan | None = None  # of the draft model
+    note: str = ""  # what was decided about the draft model, "" if there was nothing to decide
+
+    @property
+    def bytes(self) -> int:
+        """The memory in all."""
+        return sum(self.parts.values())
+
+    def rate(self, acceptance: float) -> float:
+        """The tokens a second to expect, if the draft model is right as often as that. Without
+        figures of its own, it is as much faster as it is smaller.
+        """
+        if not self.draft:
+            return 1 / self.seconds[0]
+        if self.draft.seconds:
+            draft_seconds = self.draft.seconds[0]
+        else:
+            smaller = self.draft.parts["weights"] / self.parts["weights"]
+            draft_seconds = smaller * self.seconds[0]
+        costs = Costs(dict(zip(DECODES, self.seconds, strict=True)))
+        return pair_rate(costs, draft_seconds, acceptance)
+
+    def worth(self, acceptance: float) -> float:
+        """Tokens a second times tokens of context."""
+        return self.rate(acceptance) * self.settings.n_ctx * self.settings.sequences
+
+    def words(self, acceptance: float) -> str:
+        file = "tuned" if self.tuned else "published"
+        rate = f"{self.rate(acceptance):.1f} tokens a second"
+        return f"{rate} by the {file} file in {self.settings.context}"
 
 
-def plan_load(published: Path, settings: Settings, sha256: str, free: float) -> LoadPlan:
-    """What to load of a model into `free` bytes of memory. The tuned file is larger; it is used
-    only if it fits with the context that the published file has. ModelError or OSError if the
-    published file cannot be used.
+Need = Callable[[Sequence[Settings]], Sequence[Parts]]  # see `fit`
+
+
+def no_draft(forms: Sequence[Settings]) -> list[Parts]:
+    """What a draft model takes where there is none."""
+    return [{} for _ in forms]
+
+
+def plan_load(
+    published: Path, settings: Settings, sha256: str, free: float, beside: Need = no_draft
+) -> LoadPlan:
+    """What to load of a model into `free` bytes of memory, if its draft model takes what `beside`
+    returns. The tuned file is larger; it is used only if it fits with the context that the
+    published file has. ModelError or OSError if the published file cannot be used.
     """
-    settings, parts = fit(settings, free, functools.partial(needed, published))
+
+    def need(path: Path, forms: Sequence[Settings]) -> list[Parts]:
+        pairs = zip(needed(path, forms), beside(forms), strict=True)
+        return [own | other for own, other in pairs]
+
+    settings, parts = fit(settings, free, functools.partial(need, published))
     tuned, reason = find_tuned(published, settings, sha256)
+    seconds: Sequence[float] = ()
     if tuned:
+        seconds = tuned.published
         try:
-            (larger,) = needed(tuned.path, [tuned.settings])
-            need = sum(larger.values())
-            if need <= free:
-                return LoadPlan(settings, tuned, larger, "")
+            (larger,) = need(tuned.path, [tuned.settings])
+            total = sum(larger.values())
+            if total <= free:
+                return LoadPlan(settings, tuned, larger, "", tuned.here)
             reason = (
-                f"its tuned file needs {need / MB:.0f} MB, and "
+                f"its tuned file needs {total / MB:.0f} MB, and "
                 f"{free / MB:.0f} MB can be freed beside the reserve"
             )
         except (ModelError, OSError) as error:
             reason = f"its tuned file cannot be used: {error}"
-    return LoadPlan(settings, None, parts, reason)
+    return LoadPlan(settings, None, parts, reason, seconds)
+
+
+def plan_pair(
+    model: Model, draft: Model | None, folder: Path, settings: Settings, free: float
+) -> LoadPlan:
+    """What to load of a model and its draft model, whose files are in `folder`. ModelError or
+    OSError if the model's published file cannot be used; its draft model is only left out.
+    """
+    path = folder / model.file
+    alone = plan_load(path, settings, model.sha256, free)
+    if not draft or not settings.draft:
+        return alone
+    file = folder / draft.file
+    small = replace(settings, cache_mb=0, outputs=1)
+
+    def with_draft(tuned: TunedFile | None) -> LoadPlan:
+        """The pair, with the draft model's tuned or published file."""
+        used = tuned.path if tuned else file
+        base = tuned.settings if tuned else small
+
+        def form_of(form: Settings) -> Settings:
+            return replace(base, n_ctx=form.n_ctx, sequences=form.sequences)
+
+        def beside(forms: Sequence[Settings]) -> list[Parts]:
+            found = needed(used, [form_of(form) for form in forms])
+            return [{"draft": sum(parts.values())} for parts in found]
+
+        plan = plan_load(path, settings, model.sha256, free, beside)
+        form = form_of(plan.settings)
+        chosen = tuned and replace(tuned, settings=form)
+        seconds: Sequence[float] = ()
+        if here:
+            seconds = here.here if tuned else here.published
+        return plan._replace(draft=LoadPlan(form, chosen, needed(used, [form])[0], "", seconds))
+
+    try:
+        here, _ = find_tuned(file, small, draft.sha256)
+        pairs = [with_draft(here), with_draft(None)] if here else [with_draft(None)]
+    except FileNotFoundError:
+        return alone._replace(note=f"{draft.id} is not here to write drafts")
+    except (ModelError, OSError) as error:
+        return alone._replace(note=f"{draft.id} writes no drafts: {error}")
+    fitting = [pair for pair in pairs if pair.bytes <= free]
+    known = read_acceptance(settings.state_dir, model.id, draft.id) or USUAL_ACCEPTANCE
+    return best_plan(alone, fitting, draft.id, known)
+
+
+def best_plan(
+    alone: LoadPlan, pairs: Sequence[LoadPlan], draft_id: str, acceptance: float
+) -> LoadPlan:
+    """A model alone or one of its pairs with a draft model, the best first: the one with the most
+    tokens a second times tokens of context. Half a context is a fair price for twice the speed.
+    Without known speeds, a pair that takes nothing from the model.
+    """
+    same = [pair for pair in pairs if pair[:2] == alone[:2]]
+    if not alone.seconds:
+        does = "writes" if same else "has no room to write"
+        return (same or [alone])[0]._replace(note=f"{draft_id} {does} drafts")
+    best = max([alone, *pairs], key=lambda plan: plan.worth(acceptance))
+    if not pairs:
+        return alone._replace(note=f"{draft_id} has no room to write drafts")
+    other = alone if best.draft else max(pairs, key=lambda plan: plan.worth(acceptance))
+    does, instead = ("writes", "without") if best.draft else ("writes no", "with")
+    expected = f"expected {best.words(acceptance)}; {instead} it {other.words(acceptance)}"
+    return best._replace(note=f"{draft_id} {does} drafts: {expected}")
 
 
 def untuned(model_id: str, reason: str) -> str:
@@ -234,6 +361,11 @@ class Timing(NamedTuple):
 
     read: float
     decode: Mapping[int, float]
+
+    @property
+    def seconds(self) -> list[float]:
+        """Of the decodes of DECODES."""
+        return [self.decode[size] for size in DECODES]
 
     @property
     def work(self) -> float:
@@ -565,20 +697,24 @@ class Tuner:
         variants = [(sample, settings) for settings in fitting]
         return fitting[self.fastest(variants, CONTEXT_TOKENS)]
 
-    def passport(self, types: Types, settings: Settings, file: Path) -> Passport:
+    def passport(
+        self, types: Types, settings: Settings, file: Path, timings: Sequence[Timing]
+    ) -> Passport:
+        """`timings` are those of the published file and of the file in use."""
         matrices, output = multiplied(self.tensors)
         changes = {}
         for matrix in matrices:
             if matrix.name in types:
                 old = f"{matrix.type} (output)" if matrix is output else matrix.type
                 changes[old] = types[matrix.name]
+        found = {name: getattr(settings, name) for name in CHOSEN} | machine()
+        found |= {"published": timings[0].seconds, "here": timings[-1].seconds}
         return Passport(
             source=self.sha256,
             file=self.stamp,
             types=dict(sorted(changes.items())),
             size=file_size(file),
-            **{name: getattr(settings, name) for name in CHOSEN},
-            **machine(),
+            **found,
         )
 
     def run(self, path: Path) -> Outcome:
@@ -606,8 +742,9 @@ class Tuner:
             pays = same >= MIN_AGREEMENT
         usual = self.form({}, published, before)
         if not pays:
-            return Outcome(usual, None, self.passport({}, self.settings, path), None)
-        passport = self.passport(types, settings, path)
+            passport = self.passport({}, self.settings, path, [before])
+            return Outcome(usual, None, passport, None)
+        passport = self.passport(types, settings, path, [before, after])
         return Outcome(usual, self.form(types, tuned, after), passport, same)
 
     def form(self, types: Types, variant: Variant, timing: Timing) -> Form:
@@ -666,6 +803,7 @@ def remove_tuned(published: Path, settings: Settings) -> bool:
             passport = json.loads(passport_path(target).read_text())
             # Kept without types, so that the model does not count as untuned.
             kept = passport | {"types": {}, "format": PASSPORT_FORMAT}
+            kept["here"] = passport.get("published", [])
             write_atomically(passport_path(target), json.dumps(kept).encode())
         except (FileNotFoundError, ValueError, TypeError):
             passport = {}

@@ -29,6 +29,7 @@ from cerebrum.vps.vocabulary import GenerationRequest, Vocabulary, api, metadata
 MB = 1 << 20
 # ----------------------------------------------------------------------------------------- settings
 
+MAX_DRAFT = 63
 KV_TYPES = {"f16": api.GGML_TYPE_F16, "q8_0": api.GGML_TYPE_Q8_0}
 MAX_SEED = 2**32 - 2  # 2**32 - 1 asks llama.cpp for a random seed
 FLASH_ATTENTION = (api.LLAMA_FLASH_ATTN_TYPE_DISABLED, api.LLAMA_FLASH_ATTN_TYPE_ENABLED)
@@ -65,6 +66,8 @@ class Settings:
     fixed_threads: bool = False  # the user chose the number of threads
     cache_mb: int = 256  # of parked sequences, in memory and on disk
     draft: bool = True
+    # Logits that a decode may give for a sequence: after one token and after each of its draft.
+    outputs: int = MAX_DRAFT + 1
     # Of parked sequences, tuned files, and notes of verified files.
     state_dir: Path = field(default_factory=lambda: Path("~/.local/state/cerebrum").expanduser())
 
@@ -81,7 +84,6 @@ class Settings:
 
 MAX_CHUNK = 512  # n_batch
 HEAL_CANDIDATES = 512  # likeliest tokens that are checked
-MAX_DRAFT = 63
 # Drafted tokens that a recurrent model can take back, where llama.cpp keeps the states between.
 ROLLBACK = 4
 # ------------------------------------------------------------------------------------ IO: llama.cpp
@@ -151,8 +153,8 @@ def context_params(model: Any, settings: Settings) -> Any:
     params.n_ctx = n_ctx * settings.sequences
     params.n_batch, params.n_ubatch = MAX_CHUNK, settings.micro_batch
     params.n_seq_max = settings.sequences
-    # One token and its draft for every slot. By default the logits buffer would take 300 MB.
-    params.n_outputs_max = settings.sequences * (MAX_DRAFT + 1)
+    # By default the logits buffer would take 300 MB.
+    params.n_outputs_max = settings.sequences * settings.outputs
     params.n_threads = params.n_threads_batch = settings.threads
     params.flash_attn_type = FLASH_ATTENTION[settings.uses_flash_attention]
     params.type_k = params.type_v = KV_TYPES[settings.kv_type]
@@ -190,7 +192,8 @@ BYTES = ctypes.POINTER(ctypes.c_uint8)
 class Llama:
     """One model and its context: the ctypes calls and nothing else.
 
-    Only its worker's thread uses it, except for its vocabulary and `abort`, which sets a byte.
+    Only its worker's thread uses it, except for its vocabulary and `abort`, which sets a byte. A
+    draft model shares the byte of its model.
     """
 
     def __init__(
@@ -200,6 +203,7 @@ class Llama:
         progress: Callable[[float], bool],
         fim: Sequence[str] = (),
         layout: str = "psm",
+        abort_flag: Any = None,
     ) -> None:
         self.model = load_model(path, progress)
         self.vocabulary = Vocabulary(self.model, fim, layout)
@@ -212,7 +216,7 @@ class Llama:
         # llama.cpp calls the abort callback for every graph node, and a Python function would take
         # the GIL each time. The C library's strlen has a matching signature, and returns 1 if a
         # string's only byte is set.
-        self.abort_flag = ctypes.create_string_buffer(2)
+        self.abort_flag = abort_flag or ctypes.create_string_buffer(2)
         self._strlen = ctypes.cast(ctypes.CDLL(None).strlen, api.ggml_abort_callback)
         self.batch = api.llama_batch_init(MAX_CHUNK, 0, 1)
         for i in range(MAX_CHUNK):
@@ -228,7 +232,7 @@ class Llama:
                 "llama.cpp cannot make a context for this model; there is too little memory"
             )
         self.memory = api.llama_get_memory(self.context)
-        self.micro_batch = settings.micro_batch
+        self.micro_batch, self.outputs = settings.micro_batch, settings.outputs
         self.max_draft = int(api.llama_n_rs_seq(self.context)) if self.recurrent else MAX_DRAFT
 
     def close(self) -> None:
@@ -242,10 +246,8 @@ class Llama:
         """Make a running `decode` end soon. Called by any thread."""
         self.abort_flag[0] = b"\x01"
 
-    def decode(self, parts: Sequence[tuple[Slot, list[int], int]]) -> int:
-        """One `llama_decode`. Each part is (slot, tokens to append, how many of the last tokens get
-        logits). Returns 0, or ABORTED; anything else is a fault.
-        """
+    def decode(self, parts: Sequence[Part]) -> int:
+        """One `llama_decode`. Returns 0, or ABORTED; anything else is a fault."""
         index = 0
         batch = self.batch
         for slot, tokens, outputs in parts:
@@ -421,6 +423,10 @@ class Slot:
     tokens: list[int] = field(default_factory=list)
     run: Running | None = None  # None: the slot is idle
     used: float = 0.0
+
+
+# Of a decode: the slot, the tokens to append to it, and how many of the last ones get logits.
+Part = tuple[Slot, list[int], int]
 
 
 # ---------------------------------------------------------------------------- IO: files of a worker

@@ -24,7 +24,6 @@ import llama_cpp
 import psutil
 
 from cerebrum.vps.llama import (
-    MAX_DRAFT,
     MB,
     ModelError,
     Settings,
@@ -178,7 +177,7 @@ def _beside_weights(model: Any, vocabulary: int, settings: Settings) -> Parts:
     compute_mb = sum(map(float, COMPUTE_SIZE_MB.findall(log)))
     if not compute_mb:
         raise ModelError("llama.cpp cannot make a context for this model")
-    outputs = settings.sequences * (MAX_DRAFT + 1)
+    outputs = settings.sequences * settings.outputs
     logits = 2 * 4 * outputs * vocabulary  # floats, in two buffers
     return {
         "kv": math.ceil(kv_mb * MB),

@@ -22,8 +22,8 @@ from pathlib import Path
 import cerebrum_common as common
 from cerebrum.fields import describe
 from cerebrum.metrics import resident_bytes
-from cerebrum.vps.decoder import ModelTally
-from cerebrum.vps.encoding import LoadPlan, plan_load, untuned
+from cerebrum.vps.compute import ModelTally
+from cerebrum.vps.encoding import LoadPlan, plan_pair, untuned
 from cerebrum.vps.llama import MB, ModelError, Settings, file_stamp
 from cerebrum.vps.memory import Parts, available_mb, cgroup_left_bytes, check_memory
 from cerebrum.vps.schedule import Baton
@@ -45,6 +45,7 @@ class Instance:
 
     model: Model
     worker: Worker
+    draft: Model | None  # the model that writes its drafts
     estimate: int  # bytes it will use in time: attention's buffers fill as contexts grow
     ready: asyncio.Future[None]  # the worker's `ready`, as a future of the loop
     freed: asyncio.Task[None]  # ends when all of the model's memory is free
@@ -65,15 +66,19 @@ class Instance:
 
 
 # What of a model's entry a loaded model depends on.
-how_loaded = operator.attrgetter("file", "sha256", "fim", "fim_layout")
+how_loaded = operator.attrgetter("file", "sha256", "fim", "fim_layout", "draft")
 
 
 def remove_unlisted(state_dir: Path, models: Sequence[Model]) -> None:
-    """Remove the saved prompts and tuned files of models that are not among these. Another process
-    may be tuning, in a folder whose name begins with a dot.
+    """Remove the saved prompts, the tuned files and the notes on drafts of models that are not
+    among these. Another process may be tuning, in a folder whose name begins with a dot.
     """
     kept = {model.id for model in models} | {model.file for model in models}
-    for path in (*state_dir.glob("kv/*"), *state_dir.glob("tuned/[!.]*")):
+    for path in (
+        *state_dir.glob("kv/*"),
+        *state_dir.glob("tuned/[!.]*"),
+        *state_dir.glob("drafts/*"),
+    ):
         if path.name.removesuffix(".json") not in kept:
             log.info("%s: removed, models.toml does not list its model", path)
             shutil.rmtree(path, ignore_errors=True)
@@ -238,8 +243,11 @@ class Pool:
         load it.
         """
         old = instance.model
-        new = self.models.get(old.id)
-        changed = not new or how_loaded(new) != how_loaded(old)
+        changed = any(
+            model.id not in self.models or how_loaded(self.models[model.id]) != how_loaded(model)
+            for model in (old, instance.draft)
+            if model
+        )
         if changed and instance.idle:
             log.info("model %s: unloaded, models.toml has changed", old.id)
             instance.leave()
@@ -279,11 +287,13 @@ class Pool:
         """What would be loaded of the model if all idle models were unloaded. HttpError if the file
         cannot be used.
         """
-        path = self.folder / model.file
         free = MB * (self._free_mb() + megabytes(removable(self.instances.values())))
         problem = f"model {model.id} ({model.file})"
+        draft = self.models.get(model.draft)
         try:
-            return await asyncio.to_thread(plan_load, path, self.settings, model.sha256, free)
+            return await asyncio.to_thread(
+                plan_pair, model, draft, self.folder, self.settings, free
+            )
         except ModelError as error:
             refusal = HttpError("MODEL_LOAD_FAILED", f"{problem}: {error}")
             self._remember(model, refusal)  # since each list of models asks
@@ -301,23 +311,23 @@ class Pool:
 
     async def _load(self, model: Model) -> None:
         """Start to load a model; HttpError if it does not fit into memory or cannot be read."""
-        settings, tuned, parts, reason = await self.plan(model)
-        if settings != self.settings:
-            log.warning("model %s: memory allows only %s", model.id, settings.context)
-        if reason:
-            log.warning("model %s", untuned(model.id, reason))
-        await self._make_room(model.id, parts)
+        plan = await self.plan(model)
+        self._log(model, plan)
+        await self._make_room(model.id, plan.parts)
         begun = time.monotonic()
         tally = self.tallies[model.id]
-        path = self.folder / model.file
-        loader = Loader(model.id, path, settings, model.sha256, tuned, model.fim, model.fim_layout)
+        loader = self._loader(model, plan)
+        draft = None
+        if plan.draft:
+            draft = self.models[model.draft]
+            loader.draft = self._loader(draft, plan.draft)
         worker = Worker(loader, self.baton, tally)
         # Before anything waits for the worker's end, since even a thread can fail to start.
         worker.start()
         ready = asyncio.wrap_future(worker.ready)
         ending = asyncio.wrap_future(worker.ending)
         freed = asyncio.create_task(self._reap(worker))
-        instance = Instance(model, worker, sum(parts.values()), ready, freed)
+        instance = Instance(model, worker, draft, plan.bytes, ready, freed)
 
         def loaded(future: asyncio.Future[None]) -> None:
             error = future.exception()  # marks it as retrieved, even if nobody waits
@@ -334,6 +344,18 @@ class Pool:
         ready.add_done_callback(loaded)
         ending.add_done_callback(lambda _: instance.leave())  # if the worker ends by itself
         self.instances[model.id] = instance
+
+    def _log(self, model: Model, plan: LoadPlan) -> None:
+        if plan.settings != self.settings:
+            log.warning("model %s: memory allows only %s", model.id, plan.settings.context)
+        if plan.reason:
+            log.warning("model %s", untuned(model.id, plan.reason))
+        if plan.note:
+            log.info("model %s: %s", model.id, plan.note)
+
+    def _loader(self, model: Model, plan: LoadPlan) -> Loader:
+        path, fim = self.folder / model.file, (model.fim, model.fim_layout)
+        return Loader(model.id, path, plan.settings, model.sha256, plan.tuned, *fim)
 
     async def _make_room(self, model_id: str, parts: Parts) -> None:
         """Unload instances until the model fits into memory; HttpError 503 if it cannot."""

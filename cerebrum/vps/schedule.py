@@ -6,17 +6,20 @@ decodes next.
 
 from __future__ import annotations
 
+import bisect
 import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
 
 from cerebrum.vps.llama import MAX_CHUNK, Llama, ModelError, Slot
 
 # --------------------------------------------------------------------------------- policy: schedule
 
-MEASURED_TOKENS = 16
+MEASURED = (1, 2, 4, 8, 16)  # tokens of the decodes that are measured
 LEARN_FROM_TOKENS = 24  # the time of smaller decodes varies too much
 LEARNING_RATE = 0.3
 MIN_SLOWDOWN, MAX_SLOWDOWN = 0.5, 8.0  # limits the effect of a single odd decode
@@ -28,18 +31,23 @@ PREFILL_SECONDS = 4.0
 
 
 class Costs:
-    """Seconds of one `llama_decode` by its number of tokens: a straight line through the times of
-    one token and of MEASURED_TOKENS.
+    """Seconds of one `llama_decode` by its number of tokens, from the times of some sizes: straight
+    lines between them, and beyond the largest. On many CPUs the second token of a decode costs far
+    more than the third.
 
     `slowdown` is the real time of chunks divided by that. It grows with the length of the contexts,
     and matters where a chunk has a time limit.
     """
 
-    def __init__(self, first: float, many: float) -> None:
-        self.first = first  # of a decode of one token
+    def __init__(self, measured: Mapping[int, float]) -> None:
+        """`measured` has the seconds by the number of tokens: one token, and more in order."""
+        self.sizes = list(measured)
+        # More tokens never take less time: another program was busy then.
+        self.seconds = np.maximum.accumulate(list(measured.values()))
+        first, many = self.seconds[0], self.seconds[-1]
         # Of each further token. A point that was measured on a busy machine must not make long
         # chunks cheap.
-        self.further = max(many - first, first) / (MEASURED_TOKENS - 1)
+        self.further = max(many - first, first) / (self.sizes[-1] - 1)
         self.slowdown = 1.0
 
     def learn(self, tokens: int, seconds: float) -> None:
@@ -48,20 +56,26 @@ class Costs:
             slowdown = min(max(seconds / self(tokens), MIN_SLOWDOWN), MAX_SLOWDOWN)
             self.slowdown += LEARNING_RATE * (slowdown - self.slowdown)
 
-    def __call__(self, tokens: int) -> float:
-        return self.first + self.further * (tokens - 1)
+    def __call__(self, tokens: float) -> float:
+        beyond = max(0, tokens - self.sizes[-1])
+        return float(np.interp(tokens, self.sizes, self.seconds) + self.further * beyond)
 
     def longest(self, seconds: float) -> int:
         """Tokens of the longest chunk that will take at most `seconds`: at least 1, at most
         MAX_CHUNK.
         """
-        further = int((seconds / self.slowdown - self.first) / self.further)
-        return max(1, min(MAX_CHUNK, 1 + further))
+        sizes = range(1, MAX_CHUNK + 1)
+        return max(1, bisect.bisect_right(sizes, seconds / self.slowdown, key=self))
+
+
+def share_seconds(token_seconds: float) -> float:
+    """How long a stream may be delayed whose tokens take `token_seconds` each."""
+    return max(PAUSE_SECONDS, PAUSE_TOKENS * token_seconds)
 
 
 def share_size(costs: Costs, token_seconds: float) -> int:
-    """The largest decode that may delay a stream whose tokens take `token_seconds` each."""
-    return costs.longest(max(PAUSE_SECONDS, PAUSE_TOKENS * token_seconds))
+    """The largest decode that may delay such a stream."""
+    return costs.longest(share_seconds(token_seconds))
 
 
 def chunk_size(
@@ -129,17 +143,17 @@ def measure_costs(model: Llama, baton: Baton, give_up: Callable[[], bool]) -> Co
     """The costs of a model that was just loaded. ModelError if llama.cpp fails or `give_up` returns
     True. Another model may decode between two measurements.
     """
-    slot, least = Slot(0), dict[int, float]()
-    for size in (1, 1, 1, MEASURED_TOKENS, MEASURED_TOKENS):
+    slot, least = Slot(0), dict.fromkeys(MEASURED, math.inf)
+    for size in (1, *MEASURED, *MEASURED):  # the first decode after a load is slow
         if give_up():
             raise ModelError("cancelled")
         tokens = [7919 * number % model.n_vocab for number in range(size)]  # of many experts
         with baton:
             begin = time.perf_counter()
-            code = model.decode([(slot, tokens, size)])
+            code = model.decode([(slot, tokens, min(size, model.outputs))])
             seconds = time.perf_counter() - begin
-        least[size] = min(seconds, least.get(size, math.inf))
+        least[size] = min(seconds, least[size])
         model.trim(slot, 0)
         if code:
             raise ModelError("llama.cpp cannot evaluate this model")
-    return Costs(least[1], least[MEASURED_TOKENS])
+    return Costs(least)

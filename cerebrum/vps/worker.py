@@ -39,11 +39,22 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import llama_cpp
 
 from cerebrum.metrics import CANCELLED, resident_bytes
-from cerebrum.vps.decoder import Decoder, ModelTally
+from cerebrum.vps.compute import Compute, ModelTally
+from cerebrum.vps.decoder import Decoder
+from cerebrum.vps.draft_model import (
+    ENOUGH_TOKENS,
+    DraftModel,
+    check_gain,
+    check_pair,
+    read_acceptance,
+    write_acceptance,
+)
+from cerebrum.vps.drafts import USUAL_ACCEPTANCE
 from cerebrum.vps.encoding import TunedFile, untuned
 from cerebrum.vps.job import Job, Run
 from cerebrum.vps.llama import (
@@ -64,7 +75,7 @@ from cerebrum.vps.prefixes import (
     load_parked,
     save_parked,
 )
-from cerebrum.vps.schedule import Baton, measure_costs
+from cerebrum.vps.schedule import Baton, Costs, measure_costs
 from cerebrum.vps.tokens import common_prefix
 from cerebrum_common import HttpError, log
 
@@ -93,10 +104,12 @@ class Loader:
     encoding: str = "published"
     key: str = ""  # of the caches on disk
     done: float = 0.0  # the share of the file that has been read
+    draft: Loader | None = None  # of the draft model
 
-    def open(self, beat: Callable[[], bool]) -> Llama:
+    def open(self, beat: Callable[[], bool], abort_flag: Any = None) -> Llama:
         """Load the tuned file, or the published one if there is no tuned file or loading it fails.
-        `beat` is called now and then, and returns whether to give up.
+        `beat` is called now and then, and returns whether to give up. A draft model gets the
+        `abort_flag` of its model.
         """
 
         def progress(done: float) -> bool:
@@ -106,7 +119,7 @@ class Loader:
         if tuned := self.tuned:
             try:
                 check_digest(self.path, tuned.source, self.settings.state_dir, beat)
-                model = Llama(tuned.path, tuned.settings, progress, self.fim, self.layout)
+                model = self._load(tuned.path, tuned.settings, progress, abort_flag)
             except (ModelError, OSError) as error:
                 if beat():
                     raise
@@ -118,7 +131,12 @@ class Loader:
                 self.encoding = tuned.encoding
                 return model
         check_digest(self.path, self.sha256, self.settings.state_dir, beat)
-        return Llama(self.path, self.settings, progress, self.fim, self.layout)
+        return self._load(self.path, self.settings, progress, abort_flag)
+
+    def _load(
+        self, path: Path, settings: Settings, progress: Callable[[float], bool], abort_flag: Any
+    ) -> Llama:
+        return Llama(path, settings, progress, self.fim, self.layout, abort_flag)
 
     def set_key(self, model: Llama) -> None:
         """`key`, of all that a saved state depends on."""
@@ -161,6 +179,7 @@ class Worker(threading.Thread):
         self.stopping = False
         self.memory_bytes = 0  # resident memory that loading added
         self.model: Llama | None = None
+        self.draft: Llama | None = None
         self.decoder: Decoder | None = None  # once the model is loaded
         # Other threads append; the thread removes, and appends those that give way.
         self.waiting: list[Job] = []
@@ -231,9 +250,11 @@ class Worker(threading.Thread):
         are not aborted.
         """
         decoder = self.decoder
+        if decoder and decoder.is_idle:
+            decoder.model.abort()
         if not decoder or decoder.model.recurrent:
             return
-        is_long = decoder.is_long
+        is_long = decoder.compute.is_long
 
         def is_in_the_way(run: Run) -> bool:
             if not run.prefilling:
@@ -246,7 +267,7 @@ class Worker(threading.Thread):
     def _abort_if(self, is_meant: Callable[[Run], bool]) -> None:
         """Abort a running decode that is for such runs alone."""
         decoder = self.decoder
-        running = decoder.running if decoder else []
+        running = decoder.compute.running if decoder else []
         if decoder and running and all(map(is_meant, running)):
             decoder.model.abort()
 
@@ -316,7 +337,7 @@ class Worker(threading.Thread):
             is_low = all(run.low for run in runs)
             self.baton.note(decoder, None if is_low else decoder.costs(1))
             if not runs:
-                self._rest(decoder.sequences)
+                self._rest(decoder)
             elif not decoder.turn(runs):
                 self._alarm.wait(GIVE_WAY_SECONDS)
 
@@ -349,6 +370,10 @@ class Worker(threading.Thread):
         loader.set_key(self.model)
         costs = measure_costs(self.model, self.baton, self._beat)
         settings = loader.settings
+        compute = Compute(self.baton, self._beat)
+        draft_model = None
+        if loader.draft:
+            draft_model = self._load_draft(self.model, costs, loader.draft, compute)
         sequences = Sequences(self.model, settings.sequences, settings.cache_mb * MB)
         store = sequences.store
         for entry in load_parked(loader.kv_dir, loader.key, store.budget):
@@ -356,18 +381,46 @@ class Worker(threading.Thread):
             store.add(entry)
         self.memory_bytes = max(0, resident_bytes() - before - store.size)
         self.decoder = Decoder(
-            self.model, sequences, costs, self.baton, self.tally, self._beat, settings.draft
+            self.model, sequences, costs, compute, self.tally, settings.draft, draft_model
         )
         decode_ms = f"{1000 * costs(1):.1f}/{1000 * costs(16):.1f}"
+        drafts = f", drafts by {loader.draft.model_id}" if draft_model and loader.draft else ""
         log.info(
-            "model %s loaded (%s): %d MB; decode of 1/16 tokens %s ms; %d sequences restored",
+            "model %s loaded (%s%s): %d MB; decode of 1/16 tokens %s ms; %d sequences restored",
             self.model_id,
             loader.encoding,
+            drafts,
             self.memory_bytes // MB,
             decode_ms,
             len(store.entries),
         )
         return self.decoder
+
+    def _load_draft(
+        self, model: Llama, costs: Costs, loader: Loader, compute: Compute
+    ) -> DraftModel | None:
+        """The draft model; None, and a line in the log, if it cannot be used or would not pay."""
+        settings = self.loader.settings
+        known = read_acceptance(settings.state_dir, self.model_id, loader.model_id)
+        try:
+            self.draft = loader.open(self._beat, model.abort_flag)
+            shared = check_pair(model, self.draft)
+            own_costs = measure_costs(self.draft, self.baton, self._beat)
+            found = DraftModel(self.draft, own_costs, compute, self.tally, settings.sequences)
+            found.known, found.usual = shared, known or USUAL_ACCEPTANCE
+            check_gain(costs, own_costs(1), found.acceptance)
+        except (ModelError, OSError) as error:
+            if self._beat():
+                raise
+            log.warning("model %s: %s writes no drafts: %s", self.model_id, loader.model_id, error)
+            self._free_draft()
+            return None
+        return found
+
+    def _free_draft(self) -> None:
+        draft, self.draft = self.draft, None
+        if draft:
+            draft.close()
 
     def _close(self) -> None:
         """Answer every job, save the parked sequences, free the model. Each step runs even if an
@@ -388,6 +441,8 @@ class Worker(threading.Thread):
             with self._logged("saving parked sequences"):
                 self._save(decoder.sequences)
         self.decoder = None
+        with self._logged("freeing the draft model"):
+            self._free_draft()
         if self.model:
             with self._logged("freeing the model"):
                 self.model.close()
@@ -397,6 +452,9 @@ class Worker(threading.Thread):
             self._beat()
             sequences.park(slot)
         save_parked(self.loader.kv_dir, self.loader.key, sequences.store.entries, self._beat)
+        if self.loader.draft and self.tally.foreseeable_tokens >= ENOUGH_TOKENS:
+            pair = self.model_id, self.loader.draft.model_id
+            write_acceptance(self.loader.settings.state_dir, *pair, self.tally.acceptance)
 
     @contextlib.contextmanager
     def _logged(self, step: str) -> Iterator[None]:
@@ -440,14 +498,19 @@ class Worker(threading.Thread):
                 decoder.sequences.cut(slot, 0)
             job.deliver([HttpError("INTERNAL_ERROR", "internal error; see the log")])
 
-    def _rest(self, sequences: Sequences) -> None:
-        """Wait for the alarm. Idle sequences are stored only after STORE_SECONDS of quiet, because
-        storing 3,500 tokens takes a fifth of a second and no request should wait for the storing.
+    def _rest(self, decoder: Decoder) -> None:
+        """Wait for the alarm, after the draft model has read what it lacks. Idle sequences are
+        stored only after STORE_SECONDS of quiet, because storing 3,500 tokens takes a fifth of a
+        second and no request should wait for the storing.
         """
+        decoder.is_idle = True
+        while not self._alarm.is_set() and decoder.read_idle():
+            self._beat()
+        decoder.is_idle = False
         if self._alarm.wait(STORE_SECONDS):
             return
         for slot in self.slots:
             if not slot.run and not self._alarm.is_set():
-                sequences.keep(slot)
+                decoder.sequences.keep(slot)
         self.due = math.inf
         self._alarm.wait()

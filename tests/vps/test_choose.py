@@ -19,6 +19,7 @@ from harness import SHIPPED, disk_of
 import vpsd
 from cerebrum.vps import choose, encoding, llama
 from cerebrum.vps.choose import Speed
+from cerebrum.vps.draft_model import write_acceptance
 from cerebrum.vps.encoding import DECODES, Timing
 from cerebrum.vps.fetch import Bar
 from cerebrum.vps.llama import ModelError, Settings, start_library
@@ -103,7 +104,8 @@ def test_a_sample_is_a_part_of_the_model(shape, layer, better, down, tmp_path, m
     # The least: two layers of eight, and so a quarter of the tokens.
     monkeypatch.setattr(choose, "SAMPLE_WEIGHTS", 1)
     monkeypatch.setattr(llama, "SPARE_DISK", 0)
-    assert choose.predict(shape, Settings(), tmp_path) == Speed(25.0, 12.0)
+    decode = dict.fromkeys(DECODES, 0.04)
+    assert choose.predict(shape, Settings(), tmp_path) == Speed(25.0, 12.0, decode)
     assert [path.name for path in tmp_path.iterdir()] == ["sample.gguf"]
     published, same, tuned, _ = seen
     assert published == same
@@ -237,6 +239,30 @@ def test_choose_can_fetch(run, tmp_path, monkeypatch):
     status, out, err = run(catalog(*MODELS[:2]), "--fetch")
     assert (status, fetched, out.count("\n*")) == (1, ["here"], 0)
     assert err == "vpsd choose: expected a model for 15360 MB of memory, got none\n"
+
+
+DRAFTED = {
+    7: Speed(2.0, 21.0, {1: 0.5, 4: 0.6, 16: 0.9}),
+    1: Speed(24.0, 5.0, {1: 1 / 24, 4: 0.1, 16: 0.2}),
+}
+SLOW_ROW = "  slow           7B            5.4 GB       {0}          21.0 s   {1} s    4.7 GB"
+
+
+def test_drafts_count_once_they_were_measured_here(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(choose, "predict", lambda shape, *_: DRAFTED[shape["layers"]])
+    pair = catalog(MODELS[-3], MODELS[-1])
+    pair = pair.replace('id = "slow"', 'id = "slow"\ndraft = "last"')
+    unknown = "slow: without the drafts of last, which nobody has measured here yet"
+    assert [run(pair)[1].splitlines()[row] for row in (1, -1)] == [
+        SLOW_ROW.format("2.0", "16.2"),
+        unknown,
+    ]
+    write_acceptance(tmp_path / "state", "slow", "last", 0.9)
+    known = "slow: with the drafts of last, 90% of which are right here"
+    assert [run(pair)[1].splitlines()[row] for row in (1, -1)] == [
+        SLOW_ROW.format("5.8", " 8.3"),
+        known,
+    ]
 
 
 NOTHING = "vpsd choose: expected a speed for at least one model, got none\n"

@@ -220,6 +220,8 @@ def test_the_fastest_types_are_chosen_and_written(lab):
     expected = PASSPORT | {"micro_batch": 512, "flash_attention": True}
     expected["types"] = encoding.FAITHFUL | {"Q6_K (output)": "Q8_0"}
     expected |= {"file": file_stamp(lab.published), "size": lab.path.stat().st_size}
+    forms = {"published": outcome.published, "here": outcome.tuned}
+    expected |= {name: [*form.timing.decode.values()] for name, form in forms.items()}
     assert json.loads(passport_path(lab.path).read_text()) == expected
     both = zip(Source(lab.published).tensors, Source(lab.path).tensors, strict=True)
     pairs = {new.name: (before.type, new.type) for before, new in both}
@@ -283,7 +285,9 @@ def test_what_is_chosen_is_found(
     outcome, tuned = lab.tune(), chosen == FASTEST
     file = lab.path if tuned else lab.published
     settings = replace(lab.settings, **changed)
-    used = TunedFile(file, settings, "abc", chosen)
+    here = outcome.tuned or outcome.published
+    seconds = [[*form.timing.decode.values()] for form in (outcome.published, here)]
+    used = TunedFile(file, settings, "abc", chosen, *seconds)
     assert find_tuned(lab.published, lab.settings, "abc") == (used, "")
     assert lab.left() == [*(["m.gguf"] if tuned else []), "m.gguf.json"]
     nothing = "nothing is 3% faster here than the published file, which is used as it is"
@@ -292,7 +296,8 @@ def test_what_is_chosen_is_found(
     assert find_tuned(lab.published, lab.settings, "def") == other
     assert encoding.remove_tuned(lab.published, lab.settings) == tuned
     # So that nothing tunes it again.
-    assert lab.found() == (TunedFile(lab.published, settings, "abc", "published"), "")
+    kept = TunedFile(lab.published, settings, "abc", "published", seconds[0], seconds[0])
+    assert lab.found() == (kept, "")
     assert lab.left() == ["m.gguf.json"]
     assert not encoding.remove_tuned(lab.published, lab.settings)
 

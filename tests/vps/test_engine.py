@@ -50,7 +50,7 @@ from cerebrum.vps.vocabulary import GenerationRequest, heal_from
 from cerebrum.vps.worker import Loader, Worker
 from cerebrum_common import HttpError
 
-# Seconds of a decode of one token and of MEASURED_TOKENS: a 0.5B on an AMD EPYC.
+# Seconds of a decode of one token and of 16: a 0.5B on an AMD EPYC.
 ONE, MANY = 0.0147, 0.082
 
 
@@ -58,12 +58,17 @@ ONE, MANY = 0.0147, 0.082
 
 
 def test_costs() -> None:
-    """They are exact at two points and linear between and beyond; a long chunk is never cheap."""
-    table = Costs(1.0, 16.0)
-    assert [table(n) for n in (1, 2, 16, 512)] == [1.0, 2.0, 16.0, 512.0]
-    assert [table.longest(seconds) for seconds in (0.5, 1.0, 7.5, 1e6)] == [1, 1, 7, MAX_CHUNK]
-    for busy in (15.0, 16.0, 1000.0):  # while one token was measured
-        assert Costs(busy, 16.0)(16) == 2 * busy
+    """They are exact where they were measured and linear between and beyond; a long chunk is never
+    cheap, and a longer one never cheaper.
+    """
+    table = Costs({1: 1.0, 2: 3.0, 4: 4.0, 16: 16.0})
+    assert [table(n) for n in (1, 2, 3, 4, 16, 512)] == [1.0, 3.0, 3.5, 4.0, 16.0, 512.0]
+    assert [table.longest(seconds) for seconds in (0.5, 2.9, 3.0, 4.0, 7.5)] == [1, 1, 2, 4, 7]
+    assert (table.longest(1e6), table.longest(math.inf)) == (MAX_CHUNK, MAX_CHUNK)
+    busy = Costs({1: 1.0, 2: 9.0, 4: 4.0, 16: 16.0})  # while two tokens were measured
+    assert [busy(n) for n in (1, 2, 4, 10, 16)] == [1.0, 9.0, 9.0, 12.5, 16.0]
+    for one in (15.0, 16.0, 1000.0):  # busy while one token was measured
+        assert Costs({1: one, 16: 16.0})(31) == max(one, 16.0) + one
 
 
 SLOWDOWNS = [
@@ -77,7 +82,7 @@ SLOWDOWNS = [
 
 @pytest.mark.parametrize(("tokens", "seconds", "slowdown"), SLOWDOWNS)
 def test_costs_learn_the_real_time_of_chunks(tokens: int, seconds: float, slowdown: float) -> None:
-    table = Costs(0.007, 0.052)
+    table = Costs({1: 0.007, 16: 0.052})
     table.learn(tokens, seconds)
     assert table.slowdown == pytest.approx(slowdown)
     assert (table(1), table(32)) == (0.007, pytest.approx(0.1))
@@ -87,43 +92,47 @@ def test_costs_learn_the_real_time_of_chunks(tokens: int, seconds: float, slowdo
 def test_drafts_are_made_while_they_pay_and_tried_again(tokens: int, best: bool) -> None:
     """A decode with a draft takes three times as long; also while a neighbour comes and goes."""
     gain, made = Gain(), list[bool]()
+    case = 2, drafts.TEXT, 7
     for turn in range(4 * (drafts.RETRY + 1)):
-        made.append(gain.pays(2, 7))
+        made.append(gain.pays(case))
         seconds = 0.06 if turn // 37 % 2 else 0.04
         if made[-1]:
-            gain.learn(2, 7, 2 * tokens, 3 * seconds)
+            gain.learn(case, 2 * tokens, 3 * seconds)
         else:
-            gain.learn(2, 0, 2, seconds)
+            gain.learn_plain(2, 2, seconds)
         if turn % 5 == 0:
-            gain.learn(2, 0, 2, seconds)  # a turn in which nothing repeats
+            gain.learn_plain(2, 2, seconds)  # a turn in which nothing repeats
     assert made[:10] == [False, *[True] * drafts.FRESH] * 2
     assert made[20:].count(not best) in (3, 4)
-    assert not gain.pays(1, 7)  # with one stream there is nothing to compare with
+    assert not gain.pays((1, drafts.TEXT, 7))  # with one stream there is nothing to compare with
 
 
 def test_a_draft_that_is_seldom_right_may_pay() -> None:
+    """Drafts are judged by their source, too."""
     gain = Gain()
+    case, other = (1, drafts.MODEL, 7), (1, drafts.TEXT, 7)
     for tokens in (8, 1, 1) * 3:  # 10 tokens in three decodes, each of the time of three
-        gain.learn(1, 0, 1, 0.02)
-        assert gain.pays(1, 7)
-        gain.learn(1, 7, tokens, 0.06)
-    assert gain.pays(1, 7)
+        gain.learn_plain(1, 1, 0.02)
+        assert gain.pays(case)
+        gain.learn(case, tokens, 0.06)
+    assert gain.pays(case)
     for _ in range(2):
-        gain.learn(1, 0, 1, 0.02)
-        gain.learn(1, 7, 1, 0.06)
-    assert not gain.pays(1, 7)
-    gain.learn(1, 7, 0, 0.0)  # an aborted one
-    assert not gain.pays(1, 7)
+        gain.learn_plain(1, 1, 0.02)
+        gain.learn(case, 1, 0.06)
+    assert not gain.pays(case)
+    gain.learn(case, 0, 0.0)  # an aborted one
+    assert not gain.pays(case)
+    assert gain.pays(other)
 
 
 def test_the_chunk_size_bounds_the_pause_of_a_running_stream() -> None:
-    table, delayed = Costs(ONE, MANY), Costs(ONE, MANY)
+    table, delayed = Costs({1: ONE, 16: MANY}), Costs({1: ONE, 16: MANY})
     assert chunk_size(10, [10], math.inf, table, 256) == 10
     assert chunk_size(10_000, [10_000], math.inf, table, 256) == MAX_CHUNK
     beside = chunk_size(10_000, [10_000], table(1), table, 256)
     assert beside == share_size(table, table(1))
     assert table(beside) <= schedule.PAUSE_SECONDS < table(beside + 1)
-    slow = Costs(0.5, 2.0)  # a 7B: six of its own tokens take longer than the pause
+    slow = Costs({1: 0.5, 16: 2.0})  # a 7B: six of its own tokens take longer than the pause
     assert share_size(slow, slow(1)) == slow.longest(6 * 0.5)
     delayed.slowdown = 4.0
     assert share_size(delayed, delayed(1)) == table.longest(schedule.PAUSE_SECONDS / 4) < beside
@@ -565,7 +574,7 @@ class Measured:
     ms.
     """
 
-    n_vocab = 1000
+    n_vocab, outputs = 1000, 16
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.sizes: list[int] = []
@@ -587,10 +596,10 @@ def test_the_costs_of_a_model_are_measured_when_it_is_warm(monkeypatch: pytest.M
     model: Any = Measured(monkeypatch)
     model.cold_seconds = 5.0
     costs = schedule.measure_costs(model, Baton(), lambda: False)
-    assert model.sizes == [1, 1, 1, 16, 16]
-    assert (costs(1), costs(16)) == pytest.approx((0.04, 0.49))
+    assert model.sizes == [1, *[1, 2, 4, 8, 16] * 2]
+    assert [costs(n) for n in (1, 4, 16)] == pytest.approx([0.04, 0.13, 0.49])
     with pytest.raises(llama.ModelError, match="cancelled"):
-        schedule.measure_costs(model, Baton(), lambda: len(model.sizes) == 8)
+        schedule.measure_costs(model, Baton(), lambda: len(model.sizes) == 13)
 
 
 def test_digest_is_checked_once_for_an_unchanged_file(tmp_path: Path) -> None:
@@ -735,7 +744,7 @@ class Loads:
 def loads(monkeypatch: pytest.MonkeyPatch) -> Loads:
     """How each worker loads its model; it measures nothing."""
     monkeypatch.setattr(vps_worker, "Llama", loads := Loads())
-    monkeypatch.setattr(vps_worker, "measure_costs", lambda *_: Costs(ONE, MANY))
+    monkeypatch.setattr(vps_worker, "measure_costs", lambda *_: Costs({1: ONE, 16: MANY}))
     return loads
 
 
@@ -768,7 +777,7 @@ def test_a_long_chunk_gives_way_to_another_request_once(worker: Worker) -> None:
         return real(parts) or (llama.ABORTED if model.abort_flag[0] == b"\x01" else 0)
 
     model.decode, model.abort = decode, lambda: model.abort_flag.__setitem__(0, b"\x01")
-    decoder.costs = Costs(0.05, 0.8)
+    decoder.costs = Costs({1: 0.05, 16: 0.8})
     model.hold.clear()
     long = ask(worker, "l" * 1000, max_tokens=1)
     assert model.decoding.wait(PATIENCE)

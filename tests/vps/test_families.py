@@ -25,6 +25,7 @@ from harness import PATIENCE, ROOT, wait_until
 from test_engine import ask, running
 
 from cerebrum.vps import memory
+from cerebrum.vps.compute import ModelTally
 from cerebrum.vps.fetch import is_whole
 from cerebrum.vps.gguf import Source
 from cerebrum.vps.llama import (
@@ -68,6 +69,8 @@ def edit(draw: random.Random, text: str) -> str:
 
 
 ROUNDS = [(0, 20), pytest.param(1, 100, marks=pytest.mark.slow)]
+# Flash attention rounds more, and differently for different batches.
+EXACT = replace(ONE, n_ctx=512, sequences=3, micro_batch=64, flash_attention=False)
 
 
 @pytest.mark.parametrize(("seed", "rounds"), ROUNDS)
@@ -75,16 +78,19 @@ ROUNDS = [(0, 20), pytest.param(1, 100, marks=pytest.mark.slow)]
 def test_the_text_is_that_of_a_greedy_loop(
     family: str, seed: int, rounds: int, models: Path, tmp_path: Path
 ) -> None:
+    path = models / f"{family}.gguf"
+    loader = Loader("tiny", path, replace(EXACT, state_dir=tmp_path))
+    check_against_a_greedy_loop(loader, rounds, random.Random(f"{family} {seed}"))
+
+
+def check_against_a_greedy_loop(loader: Loader, rounds: int, draw: random.Random) -> ModelTally:
     """Ask for completions as an editor might, with edits, cancels and restarts, and compare each
-    text.
+    text. Returns what was counted.
     """
-    path, draw = models / f"{family}.gguf", random.Random(f"{family} {seed}")
     compared = 0
-    # Flash attention rounds more, and differently for different batches.
-    plain = replace(ONE, n_ctx=512, sequences=3, micro_batch=64)
-    plain = replace(plain, flash_attention=False, state_dir=tmp_path)
-    reference = families.Reference(path, n_ctx=512, flash=False)
+    reference = families.Reference(loader.path, n_ctx=512, flash=False)
     texts = ["def f(x):\n    return x\n" * 3]
+    tally = ModelTally()
 
     def ask_some(worker: Worker) -> Iterator[bool]:
         """Whether each answer was certain: no two logits were nearly equal."""
@@ -112,12 +118,13 @@ def test_the_text_is_that_of_a_greedy_loop(
 
     while rounds > 0:
         turns = min(rounds, draw.randint(1, 20))
-        with running(Worker(Loader("tiny", path, plain))) as worker:
+        with running(Worker(replace(loader), tally=tally)) as worker:
             for _ in range(turns):
                 compared += sum(ask_some(worker))
         rounds -= turns
     reference.close()
     assert compared > 10
+    return tally
 
 
 def test_files_in_turns_stay_in_their_slots_where_they_are_too_large_to_be_saved(

@@ -198,7 +198,7 @@ import sys
 sys.path.insert(0, {str(vpsd.HERE)!r})
 import vpsd
 from cerebrum.vps import schedule, worker
-worker.measure_costs = lambda *_: schedule.Costs({ONE / quicker}, {MANY / quicker})
+worker.measure_costs = lambda *_: schedule.Costs({{1: {ONE / quicker}, 16: {MANY / quicker}}})
 {change}
 sys.exit(vpsd.main([]))
 """
@@ -364,6 +364,7 @@ def test_models(vps: Vps, models: Path) -> None:
         "n_ctx": 2048,
         "encoding": "published",
         "fim_layout": "spmv2",
+        "draft": None,
     }
     assert list(small) == [*described, "memory_mb", "last_used"]
     assert described.items() <= small.items()
@@ -413,6 +414,7 @@ FIGURES = {
 def test_stats(vps: Vps) -> None:
     stats = vps.get("/v1/stats")
     assert stats.pop("version") == VERSION
+    assert stats.pop("draft_models") == {}
     assert stats.keys() == COUNTS | FIGURES
     for name, value in stats.items():
         assert type(value) is (int if name in COUNTS else float)
@@ -1047,3 +1049,43 @@ def test_the_least_recently_used_model_makes_room(tmp_path: Path) -> None:
         vps.complete("x", max_tokens=1)
         vps.complete("x", model=LARGE, max_tokens=1)
         assert vps.loaded() == [LARGE]
+
+
+# Drafts are written to their full length, whatever they cost here.
+EAGER = """
+from cerebrum.vps import draft_model, drafts
+worker.check_gain = lambda *_: None
+draft_model.DraftModel.pays = lambda *_: True
+drafts.Gain.pays = lambda self, case: case[0] in self.plain and case[1] == drafts.MODEL
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not FILES[LARGE].exists(), reason="the 1.5B is missing: python3 vpsd.py fetch qwen_1_5b"
+)
+def test_the_small_model_writes_ahead_of_the_large_one(tmp_path: Path) -> None:
+    """The text is the large one's, with both it is two streams; both leave together."""
+    reference = Reference(FILES[LARGE], TIE)
+    with start(tmp_path, MODELS, changed(EAGER)) as vps:
+        assert vps.model(LARGE)["draft"] == SMALL
+        for prompt in (CODE, *PROMPTS[:2]):
+            body = vps.complete(prompt, model=LARGE, max_tokens=48)
+            reference.check(prompt, body["completion"], 48)
+        with vps.stream(CODE + "\n", model=LARGE, max_tokens=60) as beside:
+            events = beside.events()
+            next(events)
+            body = vps.complete(PROMPTS[0] + "\n", model=LARGE, max_tokens=24)
+            reference.check(PROMPTS[0] + "\n", body["completion"], 24)
+            assert list(events)[-1]["total_tokens"] == 60
+        with vps.stream(CODE, model=LARGE, max_tokens=500) as left:
+            next(event for event in left.events() if event.get("total_tokens", 0) >= 20)
+        vps.wait_idle()
+        figures = vps.get("/v1/stats")["draft_models"][LARGE]
+        assert figures["acceptance"] > 0.6
+        assert figures["tokens_per_step"] > 2
+        assert (vps.loaded(), vps.model(LARGE)["draft"]) == ([LARGE], SMALL)
+        both_mb = vps.model(LARGE)["memory_mb"]
+        freed = vps.unload(LARGE)[1]["memory_freed_mb"]
+        assert (vps.loaded(), freed > 1500, both_mb > 1500) == ([], True, True)
+    reference.close()

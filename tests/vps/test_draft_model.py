@@ -1,0 +1,492 @@
+"""The draft model: what it may be paired with, what it follows, when it is asked, and that it never
+changes a text.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import random
+import re
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+from harness import PATIENCE, wait_until
+from test_engine import Loads, ask, running
+from test_engine import loads as loads  # a fixture
+from test_families import EXACT, check_against_a_greedy_loop
+
+from cerebrum.vps import draft_model, encoding, schedule
+from cerebrum.vps import worker as vps_worker
+from cerebrum.vps.draft_model import DraftModel, read_acceptance, write_acceptance
+from cerebrum.vps.drafts import MODEL_LENGTH, Drafter, Gain, pair_rate
+from cerebrum.vps.encoding import TunedFile, plan_pair
+from cerebrum.vps.llama import ABORTED, MB, Settings, start_library
+from cerebrum.vps.memory import Parts
+from cerebrum.vps.schedule import Costs
+from cerebrum.vps.worker import Loader, Worker
+from cerebrum_common import Model
+
+# Seconds of decodes by their tokens, of a 7B's shapes: an Intel with AVX-512, and an AMD EPYC.
+INTEL = {1: 0.292, 2: 0.457, 4: 0.527, 8: 0.662, 16: 0.825}
+AMD = {1: 0.096, 2: 0.170, 4: 0.263, 8: 0.455, 16: 0.543}
+
+# ------------------------------------------------------------------------------------ what it saves
+
+
+@pytest.mark.parametrize(
+    ("costs", "draft_seconds", "acceptance", "gain"),
+    [
+        (INTEL, 0.031, 0.889, 1.853),
+        (INTEL, 0.031, 0.5, 1.0),  # its guesses are too bad
+        (INTEL, 0.292, 0.889, 1.0),  # it is as slow as the model
+        (INTEL, 0.031, 1.0, 3.622),
+        (AMD, 0.015, 0.889, 1.054),
+        ({1: 0.1, 16: 1.6}, 0.01, 0.889, 1.0),  # a second token costs as much as the first
+    ],
+)
+def test_the_rate_of_a_pair(
+    costs: dict[int, float], draft_seconds: float, acceptance: float, gain: float
+) -> None:
+    rate = pair_rate(Costs(costs), draft_seconds, acceptance)
+    assert rate * costs[1] == pytest.approx(gain, abs=0.005)
+
+
+# --------------------------------------------------------------------------------- what it is given
+
+
+class Cells:
+    """Stands for a draft model: remembers what is in its cells."""
+
+    n_ctx = 1024
+
+    def __init__(self) -> None:
+        self.dropped: list[int] = []
+        self.can_trim = True
+
+    def trim(self, _slot: Any, length: int) -> bool:
+        self.dropped.append(length)
+        return self.can_trim or not length
+
+
+LONG = list(range(1000))
+FOLLOWED: list[tuple[str, list[int], list[int], int]] = [
+    # what it has, the sequence, and how much of it the model keeps
+    ("nothing is known", [], [5], 0),
+    ("one token more", LONG[:9], LONG[:10], 9),
+    ("the same again", LONG[:9], LONG[:9], 8),
+    ("tokens were taken back", LONG[:9], LONG[:4], 3),
+    ("another word", LONG[:9], [*LONG[:5], 7, 7], 5),
+    ("another text", [7] * 9, LONG, 0),
+]
+
+
+@pytest.mark.parametrize(
+    ("had", "tokens", "kept"), [case[1:] for case in FOLLOWED], ids=[case[0] for case in FOLLOWED]
+)
+def test_a_sequence_is_followed(had: list[int], tokens: list[int], kept: int) -> None:
+    cells: Any = Cells()
+    follower = DraftModel(cells, Costs(INTEL), Any, Any, 1)  # type: ignore[arg-type]
+    follower.known = 1000
+    follower.slots[0].tokens = had[:]
+    assert follower.lacking(0, tokens) == tokens[kept:]
+    assert (follower.slots[0].tokens, cells.dropped) == (tokens[:kept], [kept])
+
+
+def test_what_the_draft_model_cannot_have_is_not_read() -> None:
+    """An id that only the large model has, and a text beyond its own context. Cells that cannot be
+    continued are read again.
+    """
+    cells: Any = Cells()
+    follower = DraftModel(cells, Costs(INTEL), Any, Any, 1)  # type: ignore[arg-type]
+    follower.known = 1000
+    assert follower.lacking(0, [5, 999]) == [5, 999]
+    assert follower.lacking(0, [5, 1000]) == []
+    most = [5] * (cells.n_ctx - MODEL_LENGTH - 1)
+    assert follower.lacking(0, most) == most
+    assert follower.lacking(0, [*most, 5]) == []
+    follower.slots[0].tokens = LONG[:9]
+    cells.can_trim = False
+    assert (follower.lacking(0, LONG[:8]), follower.slots[0].tokens) == (LONG[:8], [])
+
+
+# -------------------------------------------------------------------------------- the text is equal
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny models that share their tokens, and some that do not."""
+    start_library()
+    folder = tmp_path_factory.mktemp("pairs")
+    dense = families.FAMILIES["dense"]
+    made = {name: families.FAMILIES[name] for name in ("dense", "recurrent", "rollback", "window")}
+    padding = [f"<pad{number}>" for number in range(257)]
+    made["padded"] = replace(dense, plain=padding[:256], printable=True)
+    made["overfull"] = replace(dense, plain=padding)
+    made["renamed"] = replace(dense, marks=[*dense.marks[:-1], "<|other|>"])
+    made["otherwise"] = replace(dense, marks=dense.marks[::-1])
+    made["spelt"] = families.MARKED["codellama"]
+    for name, family in made.items():
+        families.make(folder / f"{name}.gguf", family)
+    families.make(folder / "another.gguf", dense, seed=2)
+    (folder / "damaged.gguf").write_bytes((folder / "dense.gguf").read_bytes()[:-5000])
+    return folder
+
+
+@pytest.fixture
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each draft is made and written to its full length, whatever it costs."""
+    monkeypatch.setattr(vps_worker, "check_gain", lambda *_: None)
+    monkeypatch.setattr(Gain, "pays", lambda self, case: case[0] in self.plain)
+    monkeypatch.setattr(DraftModel, "pays", lambda *_: True)
+    free = {1: 1e-9, 16: 2e-9}
+    monkeypatch.setattr(vps_worker, "measure_costs", lambda *_: Costs(free))
+
+
+def pair_of(folder: Path, target: str, draft: str, settings: Settings) -> Loader:
+    small = Loader(draft, folder / f"{draft}.gguf", replace(settings, cache_mb=0, outputs=1))
+    return Loader("tiny", folder / f"{target}.gguf", settings, draft=small)
+
+
+# The target, the draft model, and the share of tokens that it expects, if that is certain.
+PAIRS = [
+    ("dense", "dense", 1.0),
+    ("dense", "another", 0.0),
+    ("padded", "dense", None),
+    ("dense", "padded", None),
+    ("rollback", "dense", None),
+    ("window", "window", 0.9),
+]
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize(
+    ("seed", "rounds"), [(0, 20), pytest.param(1, 200, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize(("target", "draft", "share"), PAIRS)
+def test_the_text_is_that_of_a_greedy_loop_without_a_draft_model(
+    target: str,
+    draft: str,
+    share: float | None,
+    seed: int,
+    rounds: int,
+    models: Path,
+    tmp_path: Path,
+) -> None:
+    loader = pair_of(models, target, draft, replace(EXACT, state_dir=tmp_path))
+    draw = random.Random(f"{target} {draft} {seed}")
+    tally = check_against_a_greedy_loop(loader, rounds, draw)
+    assert tally.ahead_steps > 5
+    if share is not None:
+        assert tally.acceptance == pytest.approx(share, abs=0.1)
+    if share:
+        assert tally.ahead_tokens > 2 * tally.ahead_steps
+
+
+# ------------------------------------------------------------------------------ what may be paired
+
+REFUSED = {
+    "recurrent": "it is recurrent and cannot take back tokens",
+    "overfull": "it has \\d+ tokens instead of \\d+",
+    "renamed": "its token \\d+ is another one",
+    "otherwise": "its vocabulary is of another type, or begins and ends texts otherwise",
+    "spelt": "its vocabulary is of another type, or begins and ends texts otherwise",
+    "damaged": "llama.cpp cannot load this file; it is damaged, cut short or of an unknown kind",
+    "dense": "it is too slow on this CPU: [\\d.]+ tokens a second with it, [\\d.]+ without",
+    "missing": ".*No such file or directory.*",
+}
+
+
+@pytest.mark.parametrize("draft", REFUSED)
+def test_a_draft_model_that_is_no_use_is_left_out_with_a_line_in_the_log(
+    draft: str, models: Path, tmp_path: Path, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vps_worker, "measure_costs", lambda *_: Costs(INTEL))
+    with running(Worker(pair_of(models, "dense", draft, replace(EXACT, state_dir=tmp_path)))) as w:
+        assert (w.draft, w.decoder.draft_model) == (None, None)
+        assert ask(w, "def f", max_tokens=3).outcome()[1]["done"]
+    logged = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    (line,) = logged
+    assert re.fullmatch(f"model tiny: {draft} writes no drafts: {REFUSED[draft]}", line)
+
+
+# ----------------------------------------------------------------------------- when it is asked
+
+DRAFT = {1: 0.031, 16: 0.1}
+
+
+class Clock:
+    """The seconds that decodes take here, by their costs."""
+
+    def __init__(self, worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        self.log: list[tuple[str, int, float]] = []  # of each decode: whose, tokens, end
+        decoder = worker.decoder
+        assert decoder
+        assert decoder.draft_model
+        self.models = {"target": decoder, "draft": decoder.draft_model}
+        for name, owner in self.models.items():
+            monkeypatch.setattr(owner.model, "decode", self._decode(name, owner))
+        monkeypatch.setattr(vps_worker.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(Drafter, "draft", lambda *_: [])  # no drafts of text
+        self.before: dict[str, Any] = {"target": bool, "draft": bool}  # called before each decode
+
+    def _decode(self, name: str, owner: Any) -> Any:
+        real, costs = owner.model.decode, owner.costs
+
+        def decode(parts: Any) -> int:
+            self.before[name]()
+            size = sum(len(tokens) for _, tokens, _ in parts)
+            self.now += costs(size)
+            self.log.append((name, size, self.now))
+            aborted = owner.model.abort_flag[0] == b"\x01"
+            return ABORTED if aborted else int(real(parts))
+
+        return decode
+
+    def sizes(self, name: str) -> list[int]:
+        return [size for whose, size, _ in self.log if whose == name]
+
+
+@pytest.fixture
+def pair(
+    loads: Loads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Iterator[Worker]:
+    """A scripted model, with a draft model that is always right and as sure as `sure` says."""
+    monkeypatch.setattr(vps_worker, "check_pair", lambda *_: 1000)
+    measured = iter([Costs(INTEL), Costs(DRAFT)])
+    monkeypatch.setattr(vps_worker, "measure_costs", lambda *_: next(measured))
+    for name in ("m.gguf", "small.gguf"):
+        (tmp_path / name).write_bytes(b"weights")
+    settings = Settings(threads=1, state_dir=tmp_path)
+    small = Loader("small", tmp_path / "small.gguf", settings)
+    loader = Loader("m", tmp_path / "m.gguf", settings, draft=small)
+    with running(Worker(loader)) as worker:
+        yield worker
+
+
+def set_sure(worker: Worker, probability: float) -> None:
+    assert worker.decoder
+    assert worker.decoder.draft_model
+    worker.decoder.draft_model.model.probability = lambda *_: probability
+
+
+@pytest.mark.parametrize(
+    ("sure", "most"),
+    [
+        (0.5, 1),  # even its first token is not worth 165 ms
+        (0.6, 4),  # after the third it is not worth 31 ms more to write another
+        (0.99, 16),
+    ],
+)
+def test_it_writes_as_far_as_that_is_worth_its_time(
+    sure: float, most: int, pair: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(pair, monkeypatch)
+    set_sure(pair, sure)
+    for prompt in ("a", "k", "u", "e", "o"):
+        text, done = ask(pair, prompt, max_tokens=24).outcome()
+        assert done["total_tokens"] == 24
+        assert text == "".join(chr((ord(prompt) - 96 + i) % 26 + 97) for i in range(24))
+    sizes = clock.sizes("target")
+    assert max(sizes) == most
+    assert pair.tally.acceptance == 1.0
+    assert pair.tally.foreseeable_tokens >= pair.tally.ahead_steps
+    if most == 1:
+        assert pair.tally.draft_tokens == 0
+
+
+def test_it_is_not_asked_where_it_does_not_pay(
+    pair: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(draft_model, "ENOUGH_TOKENS", 50)
+    clock = Clock(pair, monkeypatch)
+    set_sure(pair, 0.99)
+    model = pair.decoder.draft_model.model
+    model.greedy = lambda _index: 7  # always wrong
+    for prompt in "akueo" * 8:
+        ask(pair, prompt, max_tokens=24).outcome()
+    before = len(clock.sizes("draft"))
+    assert pair.tally.acceptance == 0.0
+    ask(pair, "c", max_tokens=24).outcome()
+    assert len(clock.sizes("draft")) == before
+
+
+def test_no_other_stream_waits_longer_than_for_a_chunk(
+    pair: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(pair, monkeypatch)
+    set_sure(pair, 0.99)
+    for _ in range(8):
+        both = [ask(pair, prompt, max_tokens=25) for prompt in ("a", "k" * 100)]
+        assert [asked.outcome()[1]["total_tokens"] for asked in both] == [25, 25]
+    ends = [end for whose, _, end in clock.log if whose == "target"]
+    longest = max(after - before for before, after in itertools.pairwise(ends))
+    costs = Costs(INTEL)  # beside a chunk the running stream has a token of its own
+    assert INTEL[16] < longest < schedule.share_seconds(INTEL[1]) + costs.further
+
+
+def test_a_client_may_leave_while_it_writes(pair: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody's draft is checked, and the next request gets its text."""
+    clock = Clock(pair, monkeypatch)
+    set_sure(pair, 0.99)
+    ask(pair, "a", max_tokens=24).outcome()
+    asked: list[Any] = []
+    left: list[int] = []
+
+    def leave() -> None:
+        if len(asked) == 1 and not left and asked[0].job.cached is not None:
+            left.append(len(clock.sizes("target")))
+            pair.cancel(asked[0].job)
+
+    clock.before["draft"] = leave
+    asked.append(ask(pair, "f", max_tokens=25))
+    wait_until(lambda: left and not pair.waiting and not pair.decoder.runs, "it has left")
+    assert len(clock.sizes("target")) == left[0]
+    assert ask(pair, "f", max_tokens=24).outcome()[0] == "ghijklmnopqrstuvwxyzabcd"
+
+
+def test_while_nobody_waits_it_reads_on_and_gives_way_at_once(
+    pair: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(pair, monkeypatch)
+    set_sure(pair, 0.99)
+    model, draft = pair.decoder.model, pair.decoder.draft_model
+    reached, go_on = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        reached.set()
+        assert go_on.wait(PATIENCE)
+
+    def abort() -> None:
+        model.abort_flag[0] = b"\x01"
+
+    model.abort, draft.model.abort_flag = abort, model.abort_flag
+    clock.before["draft"] = hold
+    ask(pair, "xy" * 100, max_tokens=1).outcome()
+    assert reached.wait(PATIENCE)
+    later = ask(pair, "xy" * 99, max_tokens=1)
+    pair.give_way(later.job)
+    go_on.set()
+    assert later.outcome()[0] == "z"
+    wait_until(lambda: sum(clock.sizes("draft")) >= 64 + 198, "all is read")
+    assert clock.sizes("draft") == [64, 64, 64, 64, 6]  # the first was aborted
+    assert draft.slots[0].tokens == list(b"xy" * 99)[:-1]  # the last is read again
+
+
+# ----------------------------------------------------------------------------- what is loaded
+
+SEVEN = Model("seven", "Seven", (), "7B", "Q4", "seven.gguf", draft="half")
+HALF = Model("half", "Half", (), "0.5B", "Q4", "half.gguf")
+PUBLISHED_MB, TUNED_MB = 4460, 5142
+
+
+@dataclass
+class Vps:
+    """A machine with a 7B and a 0.5B, as llama.cpp measures them."""
+
+    folder: Path
+    seconds: dict[str, Any]  # of decodes by the published and the tuned file, by model; {}: none
+
+    def needed(self, path: Path, forms: Sequence[Settings]) -> list[Parts]:
+        path.stat()
+        found = []
+        for form in forms:
+            cells = form.n_ctx * form.sequences
+            if "half" in path.name:
+                parts = {"weights": 469, "kv": cells * 12 // 1024, "compute": 80}
+            else:
+                weights = TUNED_MB if "tuned" in path.name else PUBLISHED_MB
+                parts = {"weights": weights, "kv": cells * 56 // 1024}
+                parts |= {"compute": 230, "prompts": form.cache_mb}
+            found.append({name: size * MB for name, size in parts.items()})
+        return found
+
+    def find_tuned(self, path: Path, settings: Settings, _sha: str) -> tuple[Any, str]:
+        name = path.stem
+        if name not in self.seconds:
+            return None, "there is no tuned file"
+        published, here = self.seconds[name]
+        file = self.folder / f"tuned-{path.name}" if name == "seven" else path
+        return TunedFile(file, settings, "", "tuned", published, here), ""
+
+
+SLOW = [0.292, 0.527, 0.825]  # decodes of 1, 4 and 16 tokens by the 7B's published file
+FAST = [0.210, 0.400, 0.700]
+TINY = [0.031, 0.045, 0.071]
+TIMED = {"seven": (SLOW, FAST), "half": (TINY, TINY)}
+NO_ROOM = "half has no room to write drafts"
+PLANS: list[tuple[str, int, dict[str, Any], str, tuple[str, int, int], str]] = [
+    # free MB, what was timed; then the file, its context and sequences, and what is said
+    ("all fit", 9000, TIMED, "half", ("tuned-seven.gguf", 4096, 2),
+     "half writes drafts: expected 7.7 tokens a second by the tuned file in a context of 4,096 "
+     "tokens and 2 at a time; without it 4.8 tokens a second by the tuned file in a context of "
+     "4,096 tokens and 2 at a time"),
+    ("a VPS of 7,260 MB", 5836, TIMED, "half", ("seven.gguf", 2560, 2),
+     "half writes drafts: expected 6.5 tokens a second by the published file in a context of "
+     "2,560 tokens and 2 at a time; without it 3.4 tokens a second by the published file in a "
+     "context of 4,096 tokens and 2 at a time"),
+    ("the tuned file alone", 6100, {"seven": (SLOW, [0.1, 0.2, 0.4]), "half": (TINY, TINY)}, "",
+     ("tuned-seven.gguf", 4096, 2),
+     "half writes no drafts: expected 10.0 tokens a second by the tuned file in a context of "
+     "4,096 tokens and 2 at a time; with it 6.5 tokens a second by the published file in a "
+     "context of 4,096 tokens and 2 at a time"),
+    ("neither was timed", 9000, {}, "half", ("seven.gguf", 4096, 2), "half writes drafts"),
+    ("neither was timed, no room", 5836, {}, "", ("seven.gguf", 4096, 2), NO_ROOM),
+    ("no room at all", 5000, TIMED, "", ("seven.gguf", 2048, 1), NO_ROOM),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("free", "timed", "draft", "loaded", "note"),
+    [case[1:] for case in PLANS],
+    ids=[case[0] for case in PLANS],
+)
+def test_what_is_loaded_of_a_pair(
+    free: int,
+    timed: dict[str, Any],
+    draft: str,
+    loaded: tuple[str, int, int],
+    note: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    vps = Vps(tmp_path, timed)
+    for name in ("seven", "half", "tuned-seven"):
+        (tmp_path / f"{name}.gguf").write_bytes(b"x" * (100 if name == "half" else 1000))
+    monkeypatch.setattr(encoding, "needed", vps.needed)
+    monkeypatch.setattr(encoding, "find_tuned", vps.find_tuned)
+    settings = Settings(state_dir=tmp_path)
+    plan = plan_pair(SEVEN, HALF, tmp_path, settings, free * MB)
+    file = plan.tuned.path.name if plan.tuned else SEVEN.file
+    assert (file, plan.settings.n_ctx, plan.settings.sequences) == loaded
+    assert plan.note == note
+    assert bool(plan.draft) == bool(draft) == ("draft" in plan.parts)
+    if plan.draft:
+        assert plan.bytes <= free * MB
+        form = plan.draft.settings
+        assert (form.n_ctx, form.sequences) == loaded[1:]
+        assert (form.cache_mb, form.outputs) == (0, 1)
+    assert plan_pair(SEVEN, None, tmp_path, settings, free * MB).note == ""
+    without = replace(settings, draft=False)
+    assert plan_pair(SEVEN, HALF, tmp_path, without, free * MB).draft is None
+    (tmp_path / HALF.file).unlink()
+    assert plan_pair(SEVEN, HALF, tmp_path, settings, free * MB).note == (
+        "half is not here to write drafts"
+    )
+
+
+def test_what_was_right_here_is_known_after_a_restart(tmp_path: Path) -> None:
+    path = tmp_path / "drafts" / "seven.json"
+    assert read_acceptance(tmp_path, "seven", "half") is None
+    write_acceptance(tmp_path, "seven", "half", 0.75)
+    assert read_acceptance(tmp_path, "seven", "half") == 0.75
+    assert read_acceptance(tmp_path, "seven", "other") is None
+    for damaged in ("", "[]", "{}", '{"draft": "half", "acceptance": "much"}', "\xff"):
+        path.write_text(damaged, "latin-1")
+        assert read_acceptance(tmp_path, "seven", "half") is None
