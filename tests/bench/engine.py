@@ -33,6 +33,13 @@ Without --llama-server the parts that need it are left out. Targets are in brack
     restart   ms to the first token of a prompt of 2,000 tokens: computed, and restored after a
               restart [>= 50 x]
     loss      tokens/s of text that hardly repeats, with drafts over without [>= 0.98]
+    draft     ms a token of five gaps of 48 tokens in this project's code, with a file that writes
+              the 1.5B's text at a 7B's cost: vpsd with the 0.5B as draft model, and without drafts;
+              llama-server with this draft model. The prompts were read before. The variable
+              NEW_PYTHON names a folder of other new code [on/off <= 0.63,
+              on/llama_server_draft <= 0.91]
+    pair      seconds of whole requests to that file and its draft model, without [<= 1.03]: a
+              prompt of 1,000 tokens never seen and one key later, 12, 24 and 128 tokens to write
     ties      the number of greedy texts that differ with and without drafts. `gaps` lists, for each
               text that leaves the path of a plain greedy loop, the lead in logits of the loop's
               token there: small leads are near-ties
@@ -43,6 +50,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import sys
 import tempfile
 import threading
 import time
@@ -52,15 +60,18 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
+import numpy as np
 import servers
 from families import Reference
+from harness import FILES, ROOT
 from servers import Question, Result, Server, code, copying, llama_server, prose, ratio, vpsd, words
 
 from cerebrum.vps import llama
 from cerebrum.vps.encoding import cpu_name, find_tuned, tuned_path
+from cerebrum.vps.gguf import Source
 
 NGRAM_MODES = (
     "--spec-type ngram-simple",
@@ -411,7 +422,159 @@ def ties(bench: Bench) -> dict[str, Any]:
     return {"texts": len(prompts), "differ": differ, "gaps": gaps, "draft_tokens": drafted}
 
 
-WHOLE_PARTS = (long, rewrite, new, ttft, cancel, pause, restart, loss, ties)
+LAYERS = 5  # times the 1.5B's
+# Of new Python. By default it is this project, whose code is harder to foresee than most.
+FOLDER = Path(os.environ.get("NEW_PYTHON", ROOT / "cerebrum"))
+
+
+def write_deep(path: Path) -> None:
+    """A file of 7B's cost with the text of the 1.5B: its layers, and four copies of them that add
+    nothing, since two matrices of each are zero.
+    """
+    source = Source(FILES["qwen_1_5b"])
+    count = 1 + max(tensor.layer or 0 for tensor in source.tensors)
+    tensors = []
+    for tensor in source.tensors:
+        tensors.append(tensor)
+        is_last = any(name in tensor.name for name in ("attn_output", "ffn_down"))
+        data = np.zeros_like(tensor.data) if is_last else tensor.data
+        for copy in range(1, LAYERS if tensor.layer is not None else 1):
+            number = (tensor.layer or 0) + copy * count
+            name = tensor.name.replace(f"blk.{tensor.layer}.", f"blk.{number}.", 1)
+            tensors.append(replace(tensor, name=name, data=data))
+    source.tensors = tensors
+    source.write(path, {}, {f"{source.architecture}.block_count": LAYERS * count})
+
+
+def gap(number: int, lines: int) -> str:
+    """A gap in code that no model was trained on, as a text with Qwen's marks."""
+    files = sorted(FOLDER.rglob("*.py"))
+    long = [text for text in (file.read_text() for file in files) if text.count("\n") > 2 * lines]
+    source = long[number % len(long)].splitlines(keepends=True)
+    at = lines + 37 * number % (len(source) - 2 * lines)
+    before, after = "".join(source[at - lines : at]), "".join(source[at + 8 : at + 24])
+    return f"<|fim_prefix|>{before}<|fim_suffix|>{after}<|fim_middle|>"
+
+
+class Pairs:
+    """Servers with a file of a 7B's cost, and the 0.5B beside it."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench, self.models = bench, bench.folder / "pair"
+        self.models.mkdir(exist_ok=True)
+        self.file, self.small = self.models / "deep.gguf", self.models / "small.gguf"
+        if not self.file.exists():
+            write_deep(self.file)
+            self.small.symlink_to(FILES["qwen_0_5b"])
+        for name in ("", "small"):
+            draft = f'draft = "{name}"' if name else ""
+            (self.models / f"models{name}.toml").write_text(PAIR.format(draft))
+
+    def ours(self, name: str, draft: str = "", **more: str) -> Server:
+        settings = {
+            "MODELS_DIR": f"{self.models}",
+            "MODELS_FILE": f"{self.models}/models{draft}.toml",
+        }
+        settings |= {"N_CTX": "2048", "MAX_CONCURRENT": "1"}
+        more = {f"CEREBRUM_{key}": value for key, value in settings.items()} | more
+        threads, folder = self.bench.options.threads, self.bench.folder
+        return self.bench._start(name, vpsd(folder, name, "deep", threads, **more))
+
+    def theirs(self, mode: str = "") -> Server | None:
+        return self.bench.theirs(f"-c 2048 -np 1 {mode}", self.file)
+
+
+PAIR = """
+[[models]]
+id = "deep"
+name = "deep"
+parameters = "7B"
+quantization = "Q4"
+languages = ["all"]
+file = "deep.gguf"
+{}
+[[models]]
+id = "small"
+name = "small"
+parameters = "0.5B"
+quantization = "Q4"
+languages = ["all"]
+file = "small.gguf"
+"""
+WITH_DRAFT = "--spec-type draft-simple --spec-draft-n-max 8 --spec-draft-p-min 0.6"
+
+
+def draft(bench: Bench) -> dict[str, Any]:
+    pairs = Pairs(bench)
+    sides = {"on": pairs.ours("on", "small"), "off": pairs.ours("off", CEREBRUM_DRAFT="0")}
+    if theirs := pairs.theirs(f"-md {pairs.small} {WITH_DRAFT}"):
+        sides["llama_server_draft"] = theirs
+    found = ms_a_token(bench, sides)
+    stats = servers.ask(f"http://127.0.0.1:{sides['on'].port}/v1/stats")["draft_models"]
+    return found | stats
+
+
+def ms_a_token(bench: Bench, sides: Sides) -> dict[str, Any]:
+    """Of gaps whose prompts were read before; and the ratio to each side of the first."""
+    wanted = 1 if bench.options.quick else 5
+    times = {name: list[float]() for name in sides}
+
+    def measure(server: Server, number: int) -> float:
+        """0.0 for a text that ends early."""
+        prompt = gap(number, 30)
+        server.complete(prompt, 1, **special(server))
+        idle_since(server.pid, time.perf_counter())
+        result = server.complete(prompt, 48, **special(server))
+        return 1000 / result.rate if result.tokens >= 24 else 0.0
+
+    for number in itertools.count():
+        found = {name: measure(server, number) for name, server in in_turn(sides, number)}
+        print(number, found, file=sys.stderr, flush=True)
+        if all(found.values()):
+            for name, value in found.items():
+                times[name].append(value)
+        if len(next(iter(times.values()))) == wanted:
+            break
+    means = {name: round(fmean(values), 1) for name, values in times.items()}
+    first, *others = means
+    return means | {f"{first}/{name}": round(means[first] / means[name], 3) for name in others}
+
+
+def special(server: Server) -> dict[str, Any]:
+    """The fields that make marks of a prompt's text marks."""
+    return {"special": True, "mode": "infill"} if server.model else {}
+
+
+def pair(bench: Bench) -> dict[str, Any]:
+    pairs = Pairs(bench)
+    sides = {"on": pairs.ours("on", "small"), "off": pairs.ours("off", CEREBRUM_DRAFT="0")}
+    found: dict[str, Any] = {}
+    for tokens in (12, 24, 128):
+        ratios: dict[str, list[float]] = {"cold": [], "key": []}
+        for number in range(2 if bench.options.quick else 9):
+            seconds = {
+                name: whole_seconds(server, number, tokens)
+                for name, server in in_turn(sides, number)
+            }
+            for kind, on, off in zip(ratios, seconds["on"], seconds["off"], strict=True):
+                ratios[kind].append(on / off)
+        found |= {f"{kind}_{tokens}": round(median(values), 3) for kind, values in ratios.items()}
+    return found
+
+
+def whole_seconds(server: Server, number: int, tokens: int) -> tuple[float, float]:
+    """Of a request with a prompt of 1,000 tokens, and of the same one key later."""
+    prompt = gap(1000 * tokens + number, 95)
+    spent = []
+    for more in ("", "x"):
+        begin = time.perf_counter()
+        server.complete(prompt + more, tokens, **special(server))
+        spent.append(time.perf_counter() - begin)
+        time.sleep(0.3)  # until the next key
+    return spent[0], spent[1]
+
+
+WHOLE_PARTS = (long, rewrite, new, ttft, cancel, pause, restart, loss, ties, draft, pair)
 PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "one": partial(streams, ask=code),
     "prose": partial(streams, ask=prose),
