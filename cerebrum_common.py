@@ -271,8 +271,8 @@ class Model:
     prefix, before the suffix and before the gap, or is empty; `fim_layout` is their order, see
     `arrange_gap`. A model that only other engines have needs no `file`. `size` is in bytes. A
     `size` or `memory_mb` of 0 is unknown. `min_confidence` says what the words of SUGGEST mean.
-    `shape` has the sizes of its tensors, by the names of settings.SHAPE, or is empty. `draft` is the
-    id of a small model that writes ahead of it, or empty.
+    `shape` has the sizes of its tensors, by the names of settings.SHAPE, or is empty. `draft` is
+    the id of a small model that writes ahead of it, or empty.
     """
 
     id: str

@@ -558,6 +558,7 @@ def pair(bench: Bench) -> dict[str, Any]:
             }
             for kind, on, off in zip(ratios, seconds["on"], seconds["off"], strict=True):
                 ratios[kind].append(on / off)
+            print(tokens, number, seconds, file=sys.stderr, flush=True)
         found |= {f"{kind}_{tokens}": round(median(values), 3) for kind, values in ratios.items()}
     return found
 
