@@ -19,7 +19,7 @@ from cerebrum.vps.prefixes import MIN_PREFIX, Sequences
 from cerebrum.vps.schedule import Costs, chunk_size, share_seconds, share_size
 from cerebrum_common import HttpError, log
 
-IDLE_TOKENS = 64  # read at once while nobody waits; soon aborted, and then lost
+IDLE_TOKENS = 64  # read at once while nobody waits; a request aborts them, and they are lost
 
 
 @dataclass(slots=True)
@@ -105,9 +105,8 @@ class Decoder:
         seconds = self._step(works)
         # 4. Did the drafts save time?
         if not is_prefilling and seconds:
-            self._learn(
-                works, self.tally.tokens - before, self.tally.ahead_seconds - ahead, seconds
-            )
+            generated = self.tally.tokens - before
+            self._learn(works, generated, self.tally.ahead_seconds - ahead, seconds)
         return bool(runs)
 
     def _learn(self, works: list[Work], tokens: int, drafted: float, seconds: float) -> None:

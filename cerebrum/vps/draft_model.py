@@ -114,8 +114,7 @@ class DraftModel:
     def lacking(self, number: int, tokens: list[int]) -> list[int]:
         """What the slot of this number lacks of a sequence of `tokens`: at least one token, or none
         if this model cannot have the sequence. The slot is cut to what it has of it. The whole
-        sequence is read: with only its last 512 tokens, the 0.5B was right about 84 instead of 89 %
-        of the 1.5B's tokens, with 128 about 74 %.
+        sequence is read, since a model that reads only the end of it is right less often.
         """
         slot = self.slots[number]
         self.cut(slot, min(common_prefix(slot.tokens, tokens), len(tokens) - 1))

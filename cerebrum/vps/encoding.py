@@ -213,10 +213,6 @@ class LoadPlan(NamedTuple):
         costs = Costs(dict(zip(DECODES, self.seconds, strict=True)))
         return pair_rate(costs, draft_seconds, acceptance)
 
-    def worth(self, acceptance: float) -> float:
-        """Tokens a second times tokens of context."""
-        return self.rate(acceptance) * self.settings.n_ctx * self.settings.sequences
-
     def words(self, acceptance: float) -> str:
         file = "tuned" if self.tuned else "published"
         rate = f"{self.rate(acceptance):.1f} tokens a second"
@@ -315,16 +311,21 @@ def best_plan(
     Without known speeds, a pair that takes nothing from the model.
     """
     same = [pair for pair in pairs if pair[:2] == alone[:2]]
-    if not alone.seconds:
-        does = "writes" if same else "has no room to write"
-        return (same or [alone])[0]._replace(note=f"{draft_id} {does} drafts")
-    best = max([alone, *pairs], key=lambda plan: plan.worth(acceptance))
-    if not pairs:
+    if not pairs or not (alone.seconds or same):
         return alone._replace(note=f"{draft_id} has no room to write drafts")
-    other = alone if best.draft else max(pairs, key=lambda plan: plan.worth(acceptance))
-    does, instead = ("writes", "without") if best.draft else ("writes no", "with")
-    expected = f"expected {best.words(acceptance)}; {instead} it {other.words(acceptance)}"
-    return best._replace(note=f"{draft_id} {does} drafts: {expected}")
+    if not alone.seconds:
+        return same[0]._replace(note=f"{draft_id} writes drafts")
+
+    def worth(plan: LoadPlan) -> float:
+        return plan.rate(acceptance) * plan.settings.n_ctx * plan.settings.sequences
+
+    pair = max(pairs, key=worth)
+    with_it, without = pair.words(acceptance), alone.words(acceptance)
+    if worth(pair) > worth(alone):
+        note = f"{draft_id} writes drafts: expected {with_it}; without it {without}"
+        return pair._replace(note=note)
+    note = f"{draft_id} writes no drafts: expected {without}; with it {with_it}"
+    return alone._replace(note=note)
 
 
 def untuned(model_id: str, reason: str) -> str:

@@ -466,22 +466,27 @@ class Pairs:
         if not self.file.exists():
             write_deep(self.file)
             self.small.symlink_to(FILES["qwen_0_5b"])
-        for name in ("", "small"):
-            draft = f'draft = "{name}"' if name else ""
-            (self.models / f"models{name}.toml").write_text(PAIR.format(draft))
+        (self.models / "models.toml").write_text(PAIR)
 
-    def ours(self, name: str, draft: str = "", **more: str) -> Server:
+    def sides(self) -> Sides:
+        """vpsd with the draft model, and without drafts."""
+        return {name: self._ours(name, draft) for name, draft in (("on", "1"), ("off", "0"))}
+
+    def _ours(self, name: str, draft: str) -> Server:
         settings = {
             "MODELS_DIR": f"{self.models}",
-            "MODELS_FILE": f"{self.models}/models{draft}.toml",
+            "MODELS_FILE": f"{self.models}/models.toml",
+            "N_CTX": "2048",
+            "MAX_CONCURRENT": "1",
+            "DRAFT": draft,
         }
-        settings |= {"N_CTX": "2048", "MAX_CONCURRENT": "1"}
-        more = {f"CEREBRUM_{key}": value for key, value in settings.items()} | more
+        more = {f"CEREBRUM_{key}": value for key, value in settings.items()}
         threads, folder = self.bench.options.threads, self.bench.folder
         return self.bench._start(name, vpsd(folder, name, "deep", threads, **more))
 
-    def theirs(self, mode: str = "") -> Server | None:
-        return self.bench.theirs(f"-c 2048 -np 1 {mode}", self.file)
+    def theirs(self) -> Server | None:
+        """llama-server with the draft model."""
+        return self.bench.theirs(f"-c 2048 -np 1 -md {self.small} {WITH_DRAFT}", self.file)
 
 
 PAIR = """
@@ -492,7 +497,8 @@ parameters = "7B"
 quantization = "Q4"
 languages = ["all"]
 file = "deep.gguf"
-{}
+draft = "small"
+
 [[models]]
 id = "small"
 name = "small"
@@ -506,8 +512,8 @@ WITH_DRAFT = "--spec-type draft-simple --spec-draft-n-max 8 --spec-draft-p-min 0
 
 def draft(bench: Bench) -> dict[str, Any]:
     pairs = Pairs(bench)
-    sides = {"on": pairs.ours("on", "small"), "off": pairs.ours("off", CEREBRUM_DRAFT="0")}
-    if theirs := pairs.theirs(f"-md {pairs.small} {WITH_DRAFT}"):
+    sides = pairs.sides()
+    if theirs := pairs.theirs():
         sides["llama_server_draft"] = theirs
     found = ms_a_token(bench, sides)
     stats = servers.ask(f"http://127.0.0.1:{sides['on'].port}/v1/stats")["draft_models"]
@@ -546,8 +552,7 @@ def special(server: Server) -> dict[str, Any]:
 
 
 def pair(bench: Bench) -> dict[str, Any]:
-    pairs = Pairs(bench)
-    sides = {"on": pairs.ours("on", "small"), "off": pairs.ours("off", CEREBRUM_DRAFT="0")}
+    sides = Pairs(bench).sides()
     found: dict[str, Any] = {}
     for tokens in (12, 24, 128):
         ratios: dict[str, list[float]] = {"cold": [], "key": []}

@@ -254,10 +254,8 @@ class Clock:
 
 
 @pytest.fixture
-def pair(
-    loads: Loads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> Iterator[Worker]:
-    """A scripted model, with a draft model that is always right and as sure as `sure` says."""
+def pair(loads: Loads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Worker]:
+    """A scripted model, with a draft model that is always right; `set_sure` says how sure."""
     monkeypatch.setattr(vps_worker, "check_pair", lambda *_: 1000)
     measured = iter([Costs(INTEL), Costs(DRAFT)])
     monkeypatch.setattr(vps_worker, "measure_costs", lambda *_: next(measured))

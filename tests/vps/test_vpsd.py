@@ -1065,7 +1065,7 @@ drafts.Gain.pays = lambda self, case: case[0] in self.plain and case[1] == draft
     not FILES[LARGE].exists(), reason="the 1.5B is missing: python3 vpsd.py fetch qwen_1_5b"
 )
 def test_the_small_model_writes_ahead_of_the_large_one(tmp_path: Path) -> None:
-    """The text is the large one's, with both it is two streams; both leave together."""
+    """Each text is that of the large one alone, also of two streams; both are unloaded together."""
     reference = Reference(FILES[LARGE], TIE)
     with start(tmp_path, MODELS, changed(EAGER)) as vps:
         assert vps.model(LARGE)["draft"] == SMALL
@@ -1087,5 +1087,6 @@ def test_the_small_model_writes_ahead_of_the_large_one(tmp_path: Path) -> None:
         assert (vps.loaded(), vps.model(LARGE)["draft"]) == ([LARGE], SMALL)
         both_mb = vps.model(LARGE)["memory_mb"]
         freed = vps.unload(LARGE)[1]["memory_freed_mb"]
-        assert (vps.loaded(), freed > 1500, both_mb > 1500) == ([], True, True)
+        assert min(freed, both_mb) > 1500
+        assert vps.loaded() == []
     reference.close()
