@@ -220,7 +220,7 @@ def with_drafts(speeds: Speeds, settings: Settings, room_mb: float) -> tuple[Spe
         if speed and draft_speed and model.memory_mb + draft.memory_mb <= room_mb:
             drafts = f"the drafts of {draft.id}"
             acceptance = read_acceptance(settings.state_dir, model.id, draft.id)
-            if acceptance:
+            if acceptance is not None:
                 rate = pair_rate(Costs(speed.decode), 1 / draft_speed.rate, acceptance)
                 speed = speed._replace(rate=rate)
                 notes.append(f"{model.id}: with {drafts}, {acceptance:.0%} of which are right here")

@@ -10,6 +10,7 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from cerebrum.vps.vocabulary import Vocabulary, api
 
 LAST = -1  # the last logits of a decode
 ENOUGH_TOKENS = 1000  # show how often it is right
-MIN_GAIN = 1.05  # of the rate; for less, a second model is not worth its memory
+MIN_PAIR_GAIN = 1.05  # of the rate; for less, a second model is not worth its memory
 MAX_PADDING = 256  # ids that only one of two vocabularies has
 
 
@@ -57,7 +58,7 @@ def check_pair(model: Llama, draft: Llama) -> int:
 def check_gain(costs: Costs, draft_seconds: float, acceptance: float) -> None:
     """ModelError if a draft model that takes `draft_seconds` for a token would hardly save time."""
     alone, pair = 1 / costs(1), pair_rate(costs, draft_seconds, acceptance)
-    if pair < MIN_GAIN * alone:
+    if pair < MIN_PAIR_GAIN * alone:
         figures = f"{pair:.1f} tokens a second with it, {alone:.1f} without"
         raise ModelError(f"it is too slow on this CPU: {figures}")
 
@@ -78,24 +79,33 @@ def read_acceptance(state_dir: Path, model_id: str, draft_id: str) -> float | No
     """How often this draft model was right on this machine; None if that is unknown."""
     try:
         found = json.loads(acceptance_path(state_dir, model_id).read_text())
-        return float(found["acceptance"]) if found["draft"] == draft_id else None
-    except (OSError, ValueError, TypeError, KeyError):
+        acceptance = float(found["acceptance"])
+        is_known = found["draft"] == draft_id and 0.0 <= acceptance <= 1.0
+    except (OSError, ValueError, TypeError, KeyError, OverflowError):
         return None
+    return acceptance if is_known else None
 
 
+def expected_acceptance(state_dir: Path, model_id: str, draft_id: str) -> float:
+    """How often this draft model should be right on this machine."""
+    acceptance = read_acceptance(state_dir, model_id, draft_id)
+    return USUAL_ACCEPTANCE if acceptance is None else acceptance
+
+
+@dataclass(eq=False)
 class DraftModel:
     """A small model that follows the sequences of a large one, each in the slot of the same number.
-    `known` ids mean the same token in both. `acceptance` is how often it should be right until the
-    tally has ENOUGH_TOKENS.
+
+    Owned by the large model's worker; every call is from its thread.
     """
 
-    def __init__(
-        self, model: Llama, costs: Costs, compute: Compute, tally: ModelTally, sequences: int
-    ) -> None:
-        self.model, self.costs = model, costs
-        self.compute, self.tally = compute, tally
-        self.known, self.usual = 0, USUAL_ACCEPTANCE
-        self.slots = [Slot(number) for number in range(sequences)]
+    model: Llama
+    costs: Costs
+    compute: Compute
+    tally: ModelTally
+    known: int  # ids that mean the same token in both models
+    usual: float  # how often it should be right, until the tally has ENOUGH_TOKENS
+    slots: Sequence[Slot]
 
     @property
     def acceptance(self) -> float:

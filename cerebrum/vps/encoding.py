@@ -38,8 +38,8 @@ from typing import Any, NamedTuple, TextIO
 
 import llama_cpp
 
-from cerebrum.vps.draft_model import read_acceptance
-from cerebrum.vps.drafts import USUAL_ACCEPTANCE, pair_rate
+from cerebrum.vps.draft_model import MIN_PAIR_GAIN, expected_acceptance
+from cerebrum.vps.drafts import pair_rate
 from cerebrum.vps.gguf import Source, Tensor, Types
 from cerebrum.vps.llama import (
     MAX_CHUNK,
@@ -299,8 +299,8 @@ def plan_pair(
     except (ModelError, OSError) as error:
         return alone._replace(note=f"{draft.id} writes no drafts: {error}")
     fitting = [pair for pair in pairs if pair.bytes <= free]
-    known = read_acceptance(settings.state_dir, model.id, draft.id) or USUAL_ACCEPTANCE
-    return best_plan(alone, fitting, draft.id, known)
+    acceptance = expected_acceptance(settings.state_dir, model.id, draft.id)
+    return best_plan(alone, fitting, draft.id, acceptance)
 
 
 def best_plan(
@@ -321,7 +321,7 @@ def best_plan(
 
     pair = max(pairs, key=worth)
     with_it, without = pair.words(acceptance), alone.words(acceptance)
-    if worth(pair) > worth(alone):
+    if worth(pair) > MIN_PAIR_GAIN * worth(alone):
         note = f"{draft_id} writes drafts: expected {with_it}; without it {without}"
         return pair._replace(note=note)
     note = f"{draft_id} writes no drafts: expected {without}; with it {with_it}"

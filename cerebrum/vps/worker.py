@@ -51,10 +51,9 @@ from cerebrum.vps.draft_model import (
     DraftModel,
     check_gain,
     check_pair,
-    read_acceptance,
+    expected_acceptance,
     write_acceptance,
 )
-from cerebrum.vps.drafts import USUAL_ACCEPTANCE
 from cerebrum.vps.encoding import TunedFile, untuned
 from cerebrum.vps.job import Job, Run
 from cerebrum.vps.llama import (
@@ -401,13 +400,13 @@ class Worker(threading.Thread):
     ) -> DraftModel | None:
         """The draft model; None, and a line in the log, if it cannot be used or would not pay."""
         settings = self.loader.settings
-        known = read_acceptance(settings.state_dir, self.model_id, loader.model_id)
+        usual = expected_acceptance(settings.state_dir, self.model_id, loader.model_id)
+        slots = [Slot(number) for number in range(settings.sequences)]
         try:
             self.draft = loader.open(self._beat, model.abort_flag)
-            shared = check_pair(model, self.draft)
+            known = check_pair(model, self.draft)
             own_costs = measure_costs(self.draft, self.baton, self._beat)
-            found = DraftModel(self.draft, own_costs, compute, self.tally, settings.sequences)
-            found.known, found.usual = shared, known or USUAL_ACCEPTANCE
+            found = DraftModel(self.draft, own_costs, compute, self.tally, known, usual, slots)
             check_gain(costs, own_costs(1), found.acceptance)
         except (ModelError, OSError) as error:
             if self._beat():

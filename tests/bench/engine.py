@@ -34,10 +34,11 @@ Without --llama-server the parts that need it are left out. Targets are in brack
               restart [>= 50 x]
     loss      tokens/s of text that hardly repeats, with drafts over without [>= 0.98]
     draft     ms a token of five gaps of 48 tokens in this project's code, with a file that writes
-              the 1.5B's text at a 7B's cost: vpsd with the 0.5B as draft model, and without drafts;
-              llama-server with this draft model. The prompts were read before. The variable
-              NEW_PYTHON names a folder of other new code [on/off <= 0.63,
-              on/llama_server_draft <= 0.91]
+              the 1.5B's text at a 7B's cost: vpsd with the 0.5B as draft model (`on`), and without
+              drafts (`off`); llama-server with this draft model; then `tuned`, vpsd with the tuned
+              files of both, and llama-server without a draft model. The prompts were read before.
+              The variable NEW_PYTHON names a folder of other new code [on/off <= 0.63,
+              on/llama_server_draft <= 0.91, tuned/llama_server <= 0.45]
     pair      seconds of whole requests to that file and its draft model, without [<= 1.03]: a
               prompt of 1,000 tokens never seen and one key later, 12, 24 and 128 tokens to write
     ties      the number of greedy texts that differ with and without drafts. `gaps` lists, for each
@@ -50,6 +51,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import threading
@@ -66,7 +68,7 @@ from typing import Any
 import numpy as np
 import servers
 from families import Reference
-from harness import FILES, ROOT
+from harness import FILES, ROOT, settings
 from servers import Question, Result, Server, code, copying, llama_server, prose, ratio, vpsd, words
 
 from cerebrum.vps import llama
@@ -468,25 +470,37 @@ class Pairs:
             self.small.symlink_to(FILES["qwen_0_5b"])
         (self.models / "models.toml").write_text(PAIR)
 
-    def sides(self) -> Sides:
-        """vpsd with the draft model, and without drafts."""
-        return {name: self._ours(name, draft) for name, draft in (("on", "1"), ("off", "0"))}
+    def sides(self, names: Sequence[str]) -> Sides:
+        """The servers of these names; see `draft` at the top. Without a path of llama-server, only
+        vpsd's.
+        """
+        found = {name: self._server(name) for name in names}
+        return {name: server for name, server in found.items() if server}
 
-    def _ours(self, name: str, draft: str) -> Server:
-        settings = {
+    def _server(self, name: str) -> Server | None:
+        if name == "llama_server":
+            return self.bench.theirs(ALONE, self.file)
+        if name == "llama_server_draft":
+            return self.bench.theirs(f"{ALONE} -md {self.small} {WITH_DRAFT}", self.file)
+        return self._ours(name)
+
+    def _ours(self, name: str) -> Server:
+        bench = self.bench
+        given = {
             "MODELS_DIR": f"{self.models}",
             "MODELS_FILE": f"{self.models}/models.toml",
+            "THREADS": f"{bench.options.threads}",
             "N_CTX": "2048",
             "MAX_CONCURRENT": "1",
-            "DRAFT": draft,
+            "DRAFT": "0" if name == "off" else "1",
         }
-        more = {f"CEREBRUM_{key}": value for key, value in settings.items()}
-        threads, folder = self.bench.options.threads, self.bench.folder
-        return self.bench._start(name, vpsd(folder, name, "deep", threads, **more))
-
-    def theirs(self) -> Server | None:
-        """llama-server with the draft model."""
-        return self.bench.theirs(f"-c 2048 -np 1 -md {self.small} {WITH_DRAFT}", self.file)
+        more = {f"CEREBRUM_{key}": value for key, value in given.items()}
+        if name == "tuned":
+            environment = settings(bench.folder / name, servers.inherited(), **more)
+            for model in ("deep", "small"):
+                command = [sys.executable, f"{ROOT}/vpsd.py", "tune", model]
+                subprocess.run(command, env=environment, stdout=sys.stderr, check=True)
+        return bench._start(name, vpsd(bench.folder, name, "deep", bench.options.threads, **more))
 
 
 PAIR = """
@@ -507,17 +521,22 @@ quantization = "Q4"
 languages = ["all"]
 file = "small.gguf"
 """
+ALONE = "-c 2048 -np 1"
 WITH_DRAFT = "--spec-type draft-simple --spec-draft-n-max 8 --spec-draft-p-min 0.6"
 
 
 def draft(bench: Bench) -> dict[str, Any]:
-    pairs = Pairs(bench)
-    sides = pairs.sides()
-    if theirs := pairs.theirs():
-        sides["llama_server_draft"] = theirs
-    found = ms_a_token(bench, sides)
-    stats = servers.ask(f"http://127.0.0.1:{sides['on'].port}/v1/stats")["draft_models"]
-    return found | stats
+    found: dict[str, Any] = {}
+    groups = [("on", "off", "llama_server_draft")]
+    if not bench.options.published:
+        groups.append(("tuned", "llama_server"))
+    for names in groups:  # five servers with such files do not fit into memory
+        with ExitStack() as stack:
+            sides = Pairs(Bench(bench.options, bench.folder, stack)).sides(names)
+            found |= ms_a_token(bench, sides)
+            url = f"http://127.0.0.1:{sides[names[0]].port}/v1/stats"
+            found[f"stats_{names[0]}"] = servers.ask(url)["draft_models"]
+    return found
 
 
 def ms_a_token(bench: Bench, sides: Sides) -> dict[str, Any]:
@@ -552,7 +571,7 @@ def special(server: Server) -> dict[str, Any]:
 
 
 def pair(bench: Bench) -> dict[str, Any]:
-    sides = Pairs(bench).sides()
+    sides = Pairs(bench).sides(("on", "off"))
     found: dict[str, Any] = {}
     for tokens in (12, 24, 128):
         ratios: dict[str, list[float]] = {"cold": [], "key": []}

@@ -26,7 +26,7 @@ from cerebrum.vps import worker as vps_worker
 from cerebrum.vps.draft_model import DraftModel, read_acceptance, write_acceptance
 from cerebrum.vps.drafts import MODEL_LENGTH, Drafter, Gain, pair_rate
 from cerebrum.vps.encoding import TunedFile, plan_pair
-from cerebrum.vps.llama import ABORTED, MB, Settings, start_library
+from cerebrum.vps.llama import ABORTED, MB, Settings, Slot, start_library
 from cerebrum.vps.memory import Parts
 from cerebrum.vps.schedule import Costs
 from cerebrum.vps.worker import Loader, Worker
@@ -91,8 +91,7 @@ FOLLOWED: list[tuple[str, list[int], list[int], int]] = [
 )
 def test_a_sequence_is_followed(had: list[int], tokens: list[int], kept: int) -> None:
     cells: Any = Cells()
-    follower = DraftModel(cells, Costs(INTEL), Any, Any, 1)  # type: ignore[arg-type]
-    follower.known = 1000
+    follower = DraftModel(cells, Costs(INTEL), Any, Any, 1000, 0.9, [Slot(0)])  # type: ignore[arg-type]
     follower.slots[0].tokens = had[:]
     assert follower.lacking(0, tokens) == tokens[kept:]
     assert (follower.slots[0].tokens, cells.dropped) == (tokens[:kept], [kept])
@@ -103,8 +102,7 @@ def test_what_the_draft_model_cannot_have_is_not_read() -> None:
     continued are read again.
     """
     cells: Any = Cells()
-    follower = DraftModel(cells, Costs(INTEL), Any, Any, 1)  # type: ignore[arg-type]
-    follower.known = 1000
+    follower = DraftModel(cells, Costs(INTEL), Any, Any, 1000, 0.9, [Slot(0)])  # type: ignore[arg-type]
     assert follower.lacking(0, [5, 999]) == [5, 999]
     assert follower.lacking(0, [5, 1000]) == []
     most = [5] * (cells.n_ctx - MODEL_LENGTH - 1)
@@ -434,6 +432,11 @@ PLANS: list[tuple[str, int, dict[str, Any], str, tuple[str, int, int], str]] = [
      "half writes no drafts: expected 10.0 tokens a second by the tuned file in a context of "
      "4,096 tokens and 2 at a time; with it 6.5 tokens a second by the published file in a "
      "context of 4,096 tokens and 2 at a time"),
+    ("too little gain", 9000, {"seven": (SLOW, [0.1, 0.25, 0.5]), "half": (TINY, TINY)}, "",
+     ("tuned-seven.gguf", 4096, 2),
+     "half writes no drafts: expected 10.0 tokens a second by the tuned file in a context of "
+     "4,096 tokens and 2 at a time; with it 10.4 tokens a second by the tuned file in a context of "
+     "4,096 tokens and 2 at a time"),
     ("neither was timed", 9000, {}, "half", ("seven.gguf", 4096, 2), "half writes drafts"),
     ("neither was timed, no room", 5836, {}, "", ("seven.gguf", 4096, 2), NO_ROOM),
     ("no room at all", 5000, TIMED, "", ("seven.gguf", 2048, 1), NO_ROOM),
@@ -485,6 +488,8 @@ def test_what_was_right_here_is_known_after_a_restart(tmp_path: Path) -> None:
     write_acceptance(tmp_path, "seven", "half", 0.75)
     assert read_acceptance(tmp_path, "seven", "half") == 0.75
     assert read_acceptance(tmp_path, "seven", "other") is None
-    for damaged in ("", "[]", "{}", '{"draft": "half", "acceptance": "much"}', "\xff"):
-        path.write_text(damaged, "latin-1")
+    values = '"much"', "NaN", "-0.1", "1.5", "1" + 400 * "0", "null"
+    damaged = [f'{{"draft": "half", "acceptance": {value}}}' for value in values]
+    for text in ("", "[]", "{}", "\xff", *damaged):
+        path.write_text(text, "latin-1")
         assert read_acceptance(tmp_path, "seven", "half") is None
