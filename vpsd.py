@@ -725,13 +725,12 @@ async def describe_model(pool: Pool, model: Model) -> dict[str, Any]:
     available = pool.refusal(model) is None
     path, encoding = pool.folder / model.file, "published"
     n_ctx = pool.settings.n_ctx
-    draft = None  # the model that writes its drafts
+    draft = None
     if instance and instance.worker.model:
         loader = instance.worker.loader
         path, encoding = loader.path, loader.encoding
         n_ctx = instance.worker.model.n_ctx
-        if instance.worker.draft and loader.draft:
-            draft = loader.draft.model_id
+        draft = instance.draft.id if instance.draft else None
     elif available:
         try:
             plan = await pool.plan(model)

@@ -474,8 +474,7 @@ def needed_mb(model: Model, config: VpsConfig, total_mb: int) -> tuple[LoadPlan,
     from cerebrum.vps.encoding import plan_pair
 
     free = (total_mb - config.min_free_mb - BARE_MB - SYSTEM_MB) * MB
-    models = {other.id: other for other in config.models}
-    draft = models.get(model.draft)
+    draft = {other.id: other for other in config.models}.get(model.draft)
     plan = plan_pair(model, draft, config.models_dir, config.engine, free)
     return plan, math.ceil(plan.bytes / MB)
 
@@ -503,7 +502,7 @@ def memory_limit(config: VpsConfig, total_mb: int) -> list[str]:
                 f"# {model.id}: {need} MB with its prompts (CEREBRUM_CACHE_MB){untuned}"
             )
             if plan.note:
-                comments.append(f"# {model.id}: {plan.note}")
+                comments.append(f"# drafts for {model.id}: {plan.note}")
     limit = most
     if needs:
         limit = min(most, sum(needs) + bare)

@@ -309,11 +309,11 @@ def load_catalog(path: Path, known: Collection[str]) -> Catalog:
 
 
 def _check_drafts(models: Sequence[Model]) -> None:
-    """ConfigError unless each model's draft model is another model here that has a file."""
+    """ConfigError unless each model's draft model has a file and no draft model itself."""
+    known = [model.id for model in models if model.file and not model.draft]
     for model in models:
-        others = [other.id for other in models if other.file and other is not model]
-        if model.draft and model.draft not in others:
-            expected = "expected the id of another model with a file"
+        if model.draft and model.draft not in known:
+            expected = "expected the id of a model with a file and without a draft"
             raise ConfigError(f"{model.id}: draft: {expected}, got {describe(model.draft)}")
 
 

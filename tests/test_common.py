@@ -248,11 +248,11 @@ BAD: list[tuple[str | bytes | None, str]] = [  # a models.toml, and what is said
     ),
     (
         GOOD + 'draft = "n"\n',
-        'm: draft: expected the id of another model with a file, got the string "n"',
+        'm: draft: expected the id of a model with a file and without a draft, got the string "n"',
     ),
     (
         GOOD + 'draft = "m"\n',
-        'm: draft: expected the id of another model with a file, got the string "m"',
+        'm: draft: expected the id of a model with a file and without a draft, got the string "m"',
     ),
     ("prefer = 5\n" + GOOD, "prefer: expected a table, got something else"),
     (

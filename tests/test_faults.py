@@ -93,14 +93,48 @@ VPS = {
     "CEREBRUM_THREADS": "1",  # two threads wait for each other as soon as another program computes
 }
 
+# The programs that a setting asks for instead of vpsd.
+CHANGED = {"THEN": "wedged.py", "EAGER": "eager.py"}
+# A model that writes ahead of itself.
+PAIR = """
+[[models]]
+id = "qwen_0_5b"
+name = "0.5B"
+parameters = "0.5B"
+quantization = "Q4_K_M"
+languages = ["python"]
+file = "qwen.gguf"
+draft = "twin"
+
+[[models]]
+id = "twin"
+name = "Twin"
+parameters = "0.5B"
+quantization = "Q4_K_M"
+languages = ["python"]
+file = "twin.gguf"
+"""
+
+
+def pair_in(folder: Path) -> dict[str, str]:
+    """Make a folder with that model; the settings of its vpsd."""
+    folder.mkdir()
+    (folder / "models.toml").write_text(PAIR)
+    for name in ("qwen", "twin"):
+        (folder / f"{name}.gguf").symlink_to(WEIGHTS)
+    file = f"{folder}/models.toml"
+    return {"CEREBRUM_MODELS_DIR": f"{folder}", "CEREBRUM_MODELS_FILE": file, "EAGER": "1"}
+
 
 def vpsd(folder: Path, *inside: str, **more: str) -> contextlib.AbstractContextManager[Daemon]:
     """vpsd with the real weights; `inside` is a command that runs it somewhere else. With
-    GOOD_DECODES and THEN its llama.cpp goes wrong: see wedged.py.
+    GOOD_DECODES and THEN its llama.cpp goes wrong: see wedged.py; with EAGER see eager.py.
     """
-    wedged = [sys.executable, "-u", str(Path(__file__).with_name("wedged.py"))]
-    command = [*inside, *(wedged if "THEN" in more else command_of("vpsd"))]
-    return program("vpsd", command, folder, settings(folder, **{**VPS, **more}))
+    command = command_of("vpsd")
+    for key, name in CHANGED.items():
+        if key in more:
+            command = [sys.executable, "-u", str(Path(__file__).with_name(name))]
+    return program("vpsd", [*inside, *command], folder, settings(folder, **{**VPS, **more}))
 
 
 def cm4d(folder: Path, vps: str, **more: str) -> contextlib.AbstractContextManager[Daemon]:
@@ -516,19 +550,26 @@ CLIENTS, PLACES = 6, 12
 # 1 MB came after the first part. A leak of 1 KB in each of them would be 11 MB.
 GROWN_MB = {"cm4d": 3.0, "vpsd": 10.0}
 
-NATIVE = {"language": "python", "model": SMALL, "prompt": "1, 2, 3, ", "max_tokens": 2}
-CHAT = {"messages": [{"role": "user", "content": "1, 2, 3, "}], "max_tokens": 2, "stream": True}
-KINDS: list[tuple[str, str, Any, int]] = [
-    ("POST", "/v1/complete", NATIVE, 200),
-    ("POST", "/v1/complete/stream", NATIVE, 200),
-    ("POST", "/v1/chat/completions", CHAT, 200),
-    ("POST", "/infill", {"input_prefix": "x = ", "input_suffix": "\n", "n_predict": 2}, 200),
-    ("POST", "/v1/complete", {}, 400),
-    ("POST", "/v1/complete/stream", {**NATIVE, "model": "codellama_7b"}, 404),
-    ("PUT", "/v1/complete", None, 405),
-    *(("GET", path, None, 200) for path in ("/health", "/v1/stats", "/v1/models", "/metrics", "/")),
-]
-OFTEN = [1, 1, 1, 1, *[4] * (len(KINDS) - 4)]
+PAGES = ("/health", "/v1/stats", "/v1/models", "/metrics", "/")
+OFTEN = [1, 1, 1, 1, *[4] * (3 + len(PAGES))]  # how often each kind is asked
+
+
+def kinds_of(tokens: int) -> list[tuple[str, str, Any, int]]:
+    """Requests, and the status of each. Those that are answered with a text ask for `tokens`."""
+    native = {"language": "python", "model": SMALL, "prompt": "1, 2, 3, ", "max_tokens": tokens}
+    said = [{"role": "user", "content": "1, 2, 3, "}]
+    chat = {"messages": said, "max_tokens": tokens, "stream": True}
+    infill = {"input_prefix": "x = ", "input_suffix": "\n", "n_predict": tokens}
+    return [
+        ("POST", "/v1/complete", native, 200),
+        ("POST", "/v1/complete/stream", native, 200),
+        ("POST", "/v1/chat/completions", chat, 200),
+        ("POST", "/infill", infill, 200),
+        ("POST", "/v1/complete", {}, 400),
+        ("POST", "/v1/complete/stream", {**native, "model": "codellama_7b"}, 404),
+        ("PUT", "/v1/complete", None, 405),
+        *(("GET", path, None, 200) for path in PAGES),
+    ]
 
 
 def holdings(process: Daemon) -> tuple[int, int]:
@@ -546,11 +587,24 @@ async def leave(client, request_id, seconds):
     writer.close()  # not a reset, which would overtake the request
 
 
-@pytest.mark.parametrize("requests", [2_000, pytest.param(11_000, marks=pytest.mark.nightly)])
-async def test_thousands_of_requests_leave_nothing(folder, requests):  # noqa: C901, a scenario
-    models = folder / "models"
-    models.mkdir()
-    (models / WEIGHTS.name).symlink_to(WEIGHTS)  # the only one, so also that of the dialects
+@pytest.mark.parametrize(
+    ("requests", "is_pair"),
+    [
+        (2_000, False),
+        pytest.param(11_000, False, marks=pytest.mark.nightly),
+        pytest.param(6_000, True, marks=pytest.mark.nightly),
+    ],
+)
+async def test_thousands_of_requests_leave_nothing(  # noqa: C901, a scenario
+    folder, requests, is_pair
+):
+    models, kinds = folder / "models", kinds_of(12 if is_pair else 2)
+    if is_pair:
+        pair = pair_in(models)
+    else:
+        pair = {}
+        models.mkdir()
+        (models / WEIGHTS.name).symlink_to(WEIGHTS)  # the only one, so also that of the dialects
     given = {
         "CEREBRUM_LOG_LEVEL": "DEBUG",
         "CEREBRUM_MODELS_DIR": str(models),
@@ -558,7 +612,7 @@ async def test_thousands_of_requests_leave_nothing(folder, requests):  # noqa: C
     }
     # The warm-up fills the cache of parked sequences.
     small = {"CEREBRUM_N_CTX": "512", "CEREBRUM_CACHE_MB": "16"}
-    with both(folder, pi=given, **small, **given) as (vps, pi, _):
+    with both(folder, pi=given, **small, **{**given, **pair}) as (vps, pi, _):
         sent = {}  # what each request was to become, by its id
 
         async def serve(client, draw, numbers, phase):
@@ -569,7 +623,7 @@ async def test_thousands_of_requests_leave_nothing(folder, requests):  # noqa: C
                     sent[request_id] = "aborted"
                     await leave(client, request_id, draw.random() / 4)
                     continue
-                ((method, path, body, status),) = draw.choices(KINDS, OFTEN)
+                ((method, path, body, status),) = draw.choices(kinds, OFTEN)
                 reply = await client.ask(method, path, body, X_Request_ID=request_id)
                 assert (reply.status, reply.clean) == (status, True), (path, body, reply.body)
                 sent[request_id] = f"{method} {path} {status}"
@@ -599,6 +653,10 @@ async def test_thousands_of_requests_leave_nothing(folder, requests):  # noqa: C
             await until(is_as_before, f"{process.name} has its files")
             assert (process.rss_kb() - rss_kb) / 1024 < GROWN_MB[process.name]
 
+        drafts = (await told(vps.port))["draft_models"]
+        assert {id: figures["acceptance"] > 0.9 for id, figures in drafts.items()} == (
+            {SMALL: True} if is_pair else {}
+        )
         for process in (pi, vps):
             await until(lambda process=process: process.stdout().endswith("\n"))
         check_log(sent, pi, vps)
@@ -622,13 +680,21 @@ def check_log(sent, pi, vps):
 # ------------------------------------------------------------------------------------------ kill -9
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(12, marks=pytest.mark.nightly)])
-async def test_the_vps_is_killed_at_any_moment(folder, kills):
+@pytest.mark.parametrize(
+    ("kills", "is_pair"),
+    [
+        (4, False),
+        pytest.param(12, False, marks=pytest.mark.nightly),
+        pytest.param(12, True, marks=pytest.mark.nightly),
+    ],
+)
+async def test_the_vps_is_killed_at_any_moment(folder, kills, is_pair):
     """The next one starts, uses nothing that was half written, and leaves nothing of it."""
     draw, state = random.Random(9), folder / "state"
+    pair = pair_in(folder / "models") if is_pair else {}
     for number in range(kills):
         moment = ("load", "decode", "save")[number % 3]
-        with vpsd(folder) as vps:
+        with vpsd(folder, **pair) as vps:
             if moment != "load":
                 for n in range(3):
                     prompt = f"# {number} {n}" + LONG * 10
@@ -645,9 +711,10 @@ async def test_the_vps_is_killed_at_any_moment(folder, kills):
             vps.process.kill()
             vps.process.wait()
         assert vps.complaints() == "", moment
-    with vpsd(folder) as vps:
-        assert_done(await ask_vps(vps.port, max_tokens=4), 4)
+    with vpsd(folder, **pair) as vps:
+        assert_done(await ask_vps(vps.port, max_tokens=24), 24)
         assert vps.complaints() == ""
+        assert bool((await told(vps.port))["draft_models"]) == is_pair
     files = [path for path in state.rglob("*") if path.is_file()]
     left = {path.parent.name for path in files if path.suffix not in (".json", ".kv")}
     assert left == {"verified"}

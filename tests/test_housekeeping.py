@@ -56,7 +56,7 @@ class ScriptedWorker:
         self.due = float("inf")
         self.stopping = False
         self.model = SimpleNamespace(n_ctx=4096)
-        self.draft = None
+        self.draft = loader.draft  # what it could use of it
         self.stored_bytes = self.memory_bytes = 0
         self.submitted = []
         self.fails: Exception | None = None
@@ -264,18 +264,49 @@ async def test_a_draft_model_is_loaded_with_its_model_and_leaves_with_it(house):
     assert worker.stopping
 
 
-@pytest.mark.parametrize(("draft", "listed"), [(True, A), (False, None)])
-async def test_the_list_of_models_says_who_writes_the_drafts(house, draft, listed):
-    async def of_b():
-        entries = (await vpsd.models(house.engine, SimpleNamespace())).body["models"]
-        return {entry["id"]: entry["draft"] for entry in entries}[B]
+async def drafts_for(house: House, model: str) -> Any:
+    """Who writes drafts for it, as the list of models says."""
+    entries = (await vpsd.models(house.engine, SimpleNamespace())).body["models"]
+    return {entry["id"]: entry["draft"] for entry in entries}[model]
+
+
+async def test_a_draft_model_that_is_no_use_gives_its_memory_back(house):
+    """It is not loaded again, until its file has changed."""
+    house.room = 9
+    house.pair()
+    assert await drafts_for(house, B) == A
+    completion = house.ask(B)
+    worker = await house.begun(B)
+    assert await drafts_for(house, B) == A
+    worker.draft = None
+    worker.ready.set_result(None)
+    await until(lambda: completion.job in worker.submitted)
+    assert (await drafts_for(house, B), house.pool.instances[B].estimate) == (None, MB)
+    house.finish(completion)
+    worker.ended.set_result(None)
+    await until(lambda: B not in house.pool.instances)
+    assert await drafts_for(house, B) is None
+    assert (await house.idle(B)).loader.draft is None
+    house.worker(B).ended.set_result(None)
+    await until(lambda: B not in house.pool.instances)
+    house.file(A).write_bytes(b"GGUF, another one")
+    assert await drafts_for(house, B) == A
+    assert (await house.idle(B)).loader.draft
+
+
+async def test_models_toml_changes_while_a_pair_is_loaded(house):
+    """It is loaded as planned, and unloaded once it is idle."""
+
+    async def make_room(*_: Any) -> None:
+        models = house.engine.config.models
+        house.reconfigure(models=tuple(model for model in models if model.id != A))
 
     house.room = 9
     house.pair()
-    assert await of_b() == A
+    path = house.file(A)
+    house.patch(house.pool, "_make_room", make_room)
     worker = await house.idle(B)
-    worker.draft = draft  # whether it could be used
-    assert await of_b() == listed
+    assert (worker.loader.draft.path, worker.stopping) == (path, True)
 
 
 async def test_what_a_draft_model_did_is_told_by_its_model(house):

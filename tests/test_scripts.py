@@ -1382,6 +1382,21 @@ def test_where_nothing_can_be_measured_the_smallest_model_is_offered(vps: Vps) -
     assert said[-1].startswith("http://127.0.0.1:9000 ")
 
 
+def test_a_model_with_a_draft_model_is_fetched_once(
+    vps: Vps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    pair = f'{ENTRY.format("large")}draft = "tiny"\n{ENTRY.format("tiny")}'
+    monkeypatch.setenv("CEREBRUM_MODELS_FILE", str(write(tmp_path / "pair.toml", pair)))
+    shutil.copy(tmp_path / "tiny.gguf", tmp_path / "large.gguf")
+    write(vps.folder / "models/tiny.gguf", "")
+    assert vpsd.main(["memory"]) == 0
+    said = capsys.readouterr().out
+    assert "# drafts for large: tiny writes drafts\n" in said
+    vps.say(**{"memory-tiny.gguf": said})
+    assert vps.run("setup")[0] == 0
+    assert vps.called("vpsd fetch [^;]*") == ["vpsd fetch large", "vpsd fetch tiny"]
+
+
 @pytest.mark.parametrize("command", ["fetch tiny", "choose --fetch", "tune tiny"])
 def test_the_limit_of_memory_follows_the_models_and_commands_give_way_to_the_daemon(
     vps: Vps, command: str

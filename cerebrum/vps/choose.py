@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from cerebrum.vps.draft_model import read_acceptance
+from cerebrum.vps.draft_model import Record
 from cerebrum.vps.drafts import pair_rate
 from cerebrum.vps.encoding import FAITHFUL, READ_TOKENS, alone_in, measure, opened
 from cerebrum.vps.gguf import pypi
@@ -147,7 +147,7 @@ class Speed(NamedTuple):
 
     rate: float  # tokens a second
     wait: float  # seconds to the first token behind READ_TOKENS new ones
-    decode: Mapping[int, float] = {}  # seconds of one decode by its number of tokens
+    decode: Mapping[int, float]  # seconds of one decode by its number of tokens
 
     @property
     def hint(self) -> float:
@@ -217,9 +217,10 @@ def with_drafts(speeds: Speeds, settings: Settings, room_mb: float) -> tuple[Spe
     notes = []
     for model, speed in speeds:
         draft, draft_speed = alone.get(model.draft, (model, None))
-        if speed and draft_speed and model.memory_mb + draft.memory_mb <= room_mb:
+        fits = settings.draft and model.memory_mb + draft.memory_mb <= room_mb
+        if speed and draft_speed and fits:
             drafts = f"the drafts of {draft.id}"
-            acceptance = read_acceptance(settings.state_dir, model.id, draft.id)
+            acceptance = Record(settings.state_dir, model.id, draft.id).acceptance
             if acceptance is not None:
                 rate = pair_rate(Costs(speed.decode), 1 / draft_speed.rate, acceptance)
                 speed = speed._replace(rate=rate)

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 
 from cerebrum.metrics import Tally
 from cerebrum.vps.job import Run
-from cerebrum.vps.llama import Llama, Part
+from cerebrum.vps.llama import ABORTED, Llama, Part
 from cerebrum.vps.schedule import PREFILL_SECONDS, Baton, Costs
+from cerebrum_common import log
 
 
 @dataclass(slots=True)
@@ -51,21 +52,22 @@ class Compute:
 
     baton: Baton
     stop: Callable[[float], bool]
-    # Other threads read these two: the sequences in the current llama_decode, and whether it takes
-    # more than PREFILL_SECONDS.
+    # Other threads read these: the sequences in the current llama_decode, whether it takes more
+    # than PREFILL_SECONDS, and whether nobody needs it yet.
     running: Sequence[Run] = field(default_factory=list)
     is_long: bool = False
+    is_spare: bool = False
 
     def decode(
         self, model: Llama, costs: Costs, runs: Sequence[Run], parts: Sequence[Part]
     ) -> tuple[int | None, float]:
-        """One llama_decode for these runs; without any, for requests to come. Returns llama.cpp's
-        answer, or None if nobody waits for the result; and when the decode began.
+        """One llama_decode for these runs; without any, one that any request may abort. Returns
+        llama.cpp's answer, or None if nobody waits for the result; and when the decode began.
         """
         size = sum(len(tokens) for _, tokens, _ in parts)
         model.abort_flag[0] = b"\x00"
         try:
-            self.running = runs
+            self.running, self.is_spare = runs, not runs
             if self.stop(0.0) or (runs and all(run.job.cancelled for run in runs)):
                 return None, 0.0
             self.is_long = costs(size) * costs.slowdown > PREFILL_SECONDS
@@ -76,7 +78,9 @@ class Compute:
                 code = model.decode(parts)
                 seconds = time.perf_counter() - begin
         finally:
-            self.running = []
+            self.running, self.is_spare = [], False
         if not code:
             costs.learn(size, seconds)
+        elif code != ABORTED:
+            log.error("llama_decode answered %d", code)
         return code, begin

@@ -19,7 +19,9 @@ from cerebrum.vps.prefixes import MIN_PREFIX, Sequences
 from cerebrum.vps.schedule import Costs, chunk_size, share_seconds, share_size
 from cerebrum_common import HttpError, log
 
-IDLE_TOKENS = 64  # read at once while nobody waits; a request aborts them, and they are lost
+# A draft model reads so many at once while nobody waits for them, since a request aborts them, and
+# then they are lost.
+IDLE_TOKENS = 64
 
 
 @dataclass(slots=True)
@@ -31,7 +33,8 @@ class Work:
     run: Run
     tokens: list[int]
     outputs: int
-    case: Case | None = None  # of the draft, as `Gain` judges it; None: nothing was drafted
+    case: Case | None = None  # of the draft, as `Gain` judges it; None: it does not
+    catches_up: bool = False  # the draft model has read something for later drafts
     # What the draft model expects: the draft, and perhaps a token that was not worth checking.
     foreseen: list[int] = field(default_factory=list)
 
@@ -51,8 +54,6 @@ class Decoder:
     tally: ModelTally
     drafting: bool
     draft_model: DraftModel | None = None
-    # Other threads read this: whether only the draft model reads, for nobody yet.
-    is_idle: bool = False
     gain: Gain = field(default_factory=Gain)
 
     @property
@@ -104,7 +105,7 @@ class Decoder:
         before = self.tally.tokens
         seconds = self._step(works)
         # 4. Did the drafts save time?
-        if not is_prefilling and seconds:
+        if seconds and not is_prefilling and not any(work.catches_up for work in works):
             generated = self.tally.tokens - before
             self._learn(works, generated, self.tally.ahead_seconds - ahead, seconds)
         return bool(runs)
@@ -160,31 +161,31 @@ class Decoder:
         """Let the draft model write a draft of at most `room` tokens, as far as checking it should
         save time.
         """
+        draft_model, streams = self.draft_model, len(runs)
         length = max(length for length in LENGTHS if length <= min(room, MODEL_LENGTH))
-        case = len(runs), MODEL, length
-        draft_model = self.draft_model
         is_reading = any(other.prefilling for other in runs)  # which takes its time already
         if not draft_model or not length or is_reading:
             return
-        # 1. Does it pay to read what the draft model lacks?
-        run, streams = work.run, len(runs)
-        lacking = draft_model.lacking(run.slot.id, [*run.slot.tokens, *work.tokens])
+        # 1. Does it pay to read what the draft model lacks, and to write?
+        run, case = work.run, (streams, MODEL, length)
+        lacking = draft_model.follow(run.slot.id, [*run.slot.tokens, *work.tokens])
         # Nobody knows how long the text gets; it may as well end when it is twice as long as it is.
         tokens = min(run.generated, run.job.max_tokens - run.generated)
-        if not lacking or not draft_model.pays(self.costs, len(lacking), tokens):
+        if not lacking or not draft_model.pays(len(lacking), tokens) or not self.gain.pays(case):
             return
-        if not self.gain.pays(case):
-            return
-        if len(lacking) <= MODEL_LENGTH + 1:
-            work.case = case  # else the seconds of this step are spent for those to come, too
         # 2. No other stream may wait longer than for a chunk of a prompt.
         share = share_seconds(self._pace(own=streams > 1)) / streams
         deadline = time.perf_counter() + share
         most = draft_model.costs.longest(share - self.costs(streams))
+        if len(lacking) > min(most, IDLE_TOKENS):
+            work.catches_up = True
+            draft_model.read(run.slot.id, lacking[:most], [])
+            return
         # 3. Check a token that is likely enough to be right; write the next one if it is too.
+        work.case = case
         worth = self.gain.plain[streams]  # times the probability that all tokens are right
         size = streams  # of the decode that checks them
-        for token, probability in draft_model.expected(run, lacking, most):
+        for token, probability in draft_model.continuations(run, lacking):
             work.foreseen.append(token)
             worth *= probability
             if worth <= self.costs(size + 1) - self.costs(size) or not self._can_check(token):
@@ -208,13 +209,12 @@ class Decoder:
         the idle sequences, which the next requests will go on with. False if there is nothing.
         """
         draft_model = self.draft_model
-        if not draft_model or self.compute.baton.active or not draft_model.pays(self.costs, 1, 1):
+        if not draft_model or self.compute.baton.active:
             return False
         for slot in self.sequences.slots:
-            lacking = draft_model.lacking(slot.id, slot.tokens) if slot.tokens else []
+            lacking = draft_model.follow(slot.id, slot.tokens) if slot.tokens else []
             if len(lacking) > 1:
-                piece = lacking[:IDLE_TOKENS]
-                return draft_model.read(draft_model.slots[slot.id], piece, [])
+                return draft_model.read(slot.id, lacking[:IDLE_TOKENS], [])
         return False
 
     def _next_chunk(self, run: Run, runs: list[Run]) -> Work:
@@ -291,7 +291,6 @@ class Decoder:
                 run.hurried = True
             self._continue(run, tokens)
             if code != ABORTED:
-                log.error("llama_decode answered %d", code)
                 self.fail(run, HttpError("INTERNAL_ERROR", "the model could not be evaluated"))
 
     def _continue(self, run: Run, tokens: list[int]) -> None:
@@ -342,9 +341,8 @@ class Decoder:
         for i, token in enumerate(work.tokens):
             slot.tokens.append(token)
             run.pending = run.sample(self.model, base + i)
-            if i < len(work.foreseen):
-                self.tally.foreseeable_tokens += 1
-                self.tally.foreseen_tokens += run.pending == work.foreseen[i]
+            if self.draft_model and i < len(work.foreseen):
+                self.draft_model.count(run.pending == work.foreseen[i])
             if self._emit(run, run.pending) or i == drafted or run.pending != work.tokens[i + 1]:
                 break
             accepted += 1

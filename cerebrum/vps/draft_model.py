@@ -23,7 +23,7 @@ from cerebrum.vps.tokens import common_prefix
 from cerebrum.vps.vocabulary import Vocabulary, api
 
 LAST = -1  # the last logits of a decode
-ENOUGH_TOKENS = 1000  # show how often it is right
+ENOUGH_TOKENS = 1000  # show how often a draft model is right
 MIN_PAIR_GAIN = 1.05  # of the rate; for less, a second model is not worth its memory
 MAX_PADDING = 256  # ids that only one of two vocabularies has
 
@@ -55,41 +55,48 @@ def check_pair(model: Llama, draft: Llama) -> int:
     return fewer
 
 
-def check_gain(costs: Costs, draft_seconds: float, acceptance: float) -> None:
-    """ModelError if a draft model that takes `draft_seconds` for a token would hardly save time."""
+def saved_seconds(costs: Costs, draft_seconds: float, acceptance: float) -> float:
+    """The seconds that a draft model should save for each token, if it takes `draft_seconds` for
+    one itself. ModelError if that is hardly any.
+    """
     alone, pair = 1 / costs(1), pair_rate(costs, draft_seconds, acceptance)
     if pair < MIN_PAIR_GAIN * alone:
         figures = f"{pair:.1f} tokens a second with it, {alone:.1f} without"
         raise ModelError(f"it is too slow on this CPU: {figures}")
+    return 1 / alone - 1 / pair
 
 
-def acceptance_path(state_dir: Path, model_id: str) -> Path:
-    """Of the file that says how often a model's draft model was right on this machine."""
-    return state_dir / "drafts" / f"{model_id}.json"
+class Record:
+    """How often a model's draft model was right on this machine: of `asked` tokens, `right`. It is
+    kept in a file between loads.
+    """
 
+    def __init__(self, state_dir: Path, model_id: str, draft_id: str) -> None:
+        self.path, self.draft_id = state_dir / "drafts" / f"{model_id}.json", draft_id
+        self.asked = self.right = 0
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, OverflowError):
+            found = json.loads(self.path.read_text())
+            right, asked = int(found["right"]), int(found["asked"])
+            if found["draft"] == draft_id and 0 <= right <= asked:
+                self.asked, self.right = asked, right
 
-def write_acceptance(state_dir: Path, model_id: str, draft_id: str, acceptance: float) -> None:
-    """Remember how often a draft model was right."""
-    text = json.dumps({"draft": draft_id, "acceptance": acceptance})
-    with contextlib.suppress(OSError):  # the next load expects the usual share
-        write_atomically(acceptance_path(state_dir, model_id), text.encode())
+    @property
+    def acceptance(self) -> float | None:
+        """The share of tokens that it expected; None if too few are known."""
+        return self.right / self.asked if self.asked >= ENOUGH_TOKENS else None
 
+    @property
+    def expected(self) -> float:
+        """The share that it should expect of the next texts: the usual one at least, because a low
+        one must not keep it away for good.
+        """
+        return max(self.acceptance or 0.0, USUAL_ACCEPTANCE)
 
-def read_acceptance(state_dir: Path, model_id: str, draft_id: str) -> float | None:
-    """How often this draft model was right on this machine; None if that is unknown."""
-    try:
-        found = json.loads(acceptance_path(state_dir, model_id).read_text())
-        acceptance = float(found["acceptance"])
-        is_known = found["draft"] == draft_id and 0.0 <= acceptance <= 1.0
-    except (OSError, ValueError, TypeError, KeyError, OverflowError):
-        return None
-    return acceptance if is_known else None
-
-
-def expected_acceptance(state_dir: Path, model_id: str, draft_id: str) -> float:
-    """How often this draft model should be right on this machine."""
-    acceptance = read_acceptance(state_dir, model_id, draft_id)
-    return USUAL_ACCEPTANCE if acceptance is None else acceptance
+    def write(self) -> None:
+        """Keep it for the next loads."""
+        text = json.dumps({"draft": self.draft_id, "asked": self.asked, "right": self.right})
+        with contextlib.suppress(OSError):  # the next load knows less
+            write_atomically(self.path, text.encode())
 
 
 @dataclass(eq=False)
@@ -103,27 +110,25 @@ class DraftModel:
     costs: Costs
     compute: Compute
     tally: ModelTally
+    record: Record
     known: int  # ids that mean the same token in both models
-    usual: float  # how often it should be right, until the tally has ENOUGH_TOKENS
+    saved: float  # seconds that it should save for each token
     slots: Sequence[Slot]
 
-    @property
-    def acceptance(self) -> float:
-        """The probability that it expects the model's next token, as far as that is known."""
-        is_known = self.tally.foreseeable_tokens >= ENOUGH_TOKENS
-        return self.tally.acceptance if is_known else self.usual
+    def count(self, is_right: bool) -> None:
+        """Count a token of the large model: whether it was expected."""
+        self.tally.foreseeable_tokens += 1
+        self.tally.foreseen_tokens += is_right
+        self.record.asked += 1
+        self.record.right += is_right
 
-    def pays(self, costs: Costs, lacking: int, tokens: int) -> bool:
-        """Whether to read `lacking` tokens, to save time while `tokens` are written. `costs` are
-        those of the model that checks.
-        """
-        token_seconds = self.costs(1)
-        saved = costs(1) - 1 / pair_rate(costs, token_seconds, self.acceptance)
-        return self.costs(lacking) - token_seconds < saved * tokens
+    def pays(self, lacking: int, tokens: int) -> bool:
+        """Whether to read `lacking` tokens, to save time while `tokens` are written."""
+        return self.costs(lacking) - self.costs(1) < self.saved * tokens
 
-    def lacking(self, number: int, tokens: list[int]) -> list[int]:
-        """What the slot of this number lacks of a sequence of `tokens`: at least one token, or none
-        if this model cannot have the sequence. The slot is cut to what it has of it. The whole
+    def follow(self, number: int, tokens: list[int]) -> list[int]:
+        """Cut the slot of this number to what it has of a sequence of `tokens`, and return what it
+        lacks: at least one token, or none if this model cannot have the sequence. The whole
         sequence is read, since a model that reads only the end of it is right less often.
         """
         slot = self.slots[number]
@@ -141,21 +146,20 @@ class DraftModel:
             self.model.trim(slot, 0)
         del slot.tokens[length:]
 
-    def expected(self, run: Run, tokens: list[int], most: int) -> Iterator[tuple[int, float]]:
-        """Read what is lacking of a run, but at most so many tokens at once; then say what comes
-        next, token by token, with probabilities. Each is read when the next one is asked for.
+    def continuations(self, run: Run, tokens: list[int]) -> Iterator[tuple[int, float]]:
+        """Read what is lacking of a run, then say what comes next, token by token, with
+        probabilities. Each is read when the next one is asked for.
         """
-        slot = self.slots[run.slot.id]
-        is_read = self.read(slot, tokens[:most], [run])
-        if len(tokens) > most:
-            return
-        while is_read:
+        while self.read(run.slot.id, tokens, [run]):
             token = self.model.greedy(LAST)
             yield token, self.model.probability(LAST, token)
-            is_read = self.read(slot, [token], [run])
+            tokens = [token]
 
-    def read(self, slot: Slot, tokens: list[int], runs: Sequence[Run]) -> bool:
-        """Append these tokens to a slot, for these runs. False if that was not done."""
+    def read(self, number: int, tokens: list[int], runs: Sequence[Run]) -> bool:
+        """Append these tokens to the slot of this number, for these runs. False if that was not
+        done.
+        """
+        slot = self.slots[number]
         code, begin = self.compute.decode(self.model, self.costs, runs, [(slot, tokens, 1)])
         if code != 0:
             self.cut(slot, len(slot.tokens))

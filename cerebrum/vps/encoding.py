@@ -38,7 +38,7 @@ from typing import Any, NamedTuple, TextIO
 
 import llama_cpp
 
-from cerebrum.vps.draft_model import MIN_PAIR_GAIN, expected_acceptance
+from cerebrum.vps.draft_model import MIN_PAIR_GAIN, Record
 from cerebrum.vps.drafts import pair_rate
 from cerebrum.vps.gguf import Source, Tensor, Types
 from cerebrum.vps.llama import (
@@ -200,16 +200,13 @@ class LoadPlan(NamedTuple):
         return sum(self.parts.values())
 
     def rate(self, acceptance: float) -> float:
-        """The tokens a second to expect, if the draft model is right as often as that. Without
-        figures of its own, it is as much faster as it is smaller.
+        """The tokens a second to expect, if the draft model is right as often as that and as much
+        faster as it is smaller.
         """
         if not self.draft:
             return 1 / self.seconds[0]
-        if self.draft.seconds:
-            draft_seconds = self.draft.seconds[0]
-        else:
-            smaller = self.draft.parts["weights"] / self.parts["weights"]
-            draft_seconds = smaller * self.seconds[0]
+        smaller = self.draft.parts["weights"] / self.parts["weights"]
+        draft_seconds = smaller * self.seconds[0]
         costs = Costs(dict(zip(DECODES, self.seconds, strict=True)))
         return pair_rate(costs, draft_seconds, acceptance)
 
@@ -268,63 +265,49 @@ def plan_pair(
     alone = plan_load(path, settings, model.sha256, free)
     if not draft or not settings.draft:
         return alone
-    file = folder / draft.file
     small = replace(settings, cache_mb=0, outputs=1)
-
-    def with_draft(tuned: TunedFile | None) -> LoadPlan:
-        """The pair, with the draft model's tuned or published file."""
-        used = tuned.path if tuned else file
-        base = tuned.settings if tuned else small
+    try:
+        file = folder / draft.file
+        tuned, _ = find_tuned(file, small, draft.sha256)
+        file, small = (tuned.path, tuned.settings) if tuned else (file, small)
 
         def form_of(form: Settings) -> Settings:
-            return replace(base, n_ctx=form.n_ctx, sequences=form.sequences)
+            return replace(small, n_ctx=form.n_ctx, sequences=form.sequences)
 
         def beside(forms: Sequence[Settings]) -> list[Parts]:
-            found = needed(used, [form_of(form) for form in forms])
+            found = needed(file, [form_of(form) for form in forms])
             return [{"draft": sum(parts.values())} for parts in found]
 
-        plan = plan_load(path, settings, model.sha256, free, beside)
-        form = form_of(plan.settings)
-        chosen = tuned and replace(tuned, settings=form)
-        seconds: Sequence[float] = ()
-        if here:
-            seconds = here.here if tuned else here.published
-        return plan._replace(draft=LoadPlan(form, chosen, needed(used, [form])[0], "", seconds))
-
-    try:
-        here, _ = find_tuned(file, small, draft.sha256)
-        pairs = [with_draft(here), with_draft(None)] if here else [with_draft(None)]
+        pair = plan_load(path, settings, model.sha256, free, beside)
+        form = form_of(pair.settings)
+        (parts,) = needed(file, [form])
     except FileNotFoundError:
         return alone._replace(note=f"{draft.id} is not here to write drafts")
     except (ModelError, OSError) as error:
         return alone._replace(note=f"{draft.id} writes no drafts: {error}")
-    fitting = [pair for pair in pairs if pair.bytes <= free]
-    acceptance = expected_acceptance(settings.state_dir, model.id, draft.id)
-    return best_plan(alone, fitting, draft.id, acceptance)
-
-
-def best_plan(
-    alone: LoadPlan, pairs: Sequence[LoadPlan], draft_id: str, acceptance: float
-) -> LoadPlan:
-    """A model alone or one of its pairs with a draft model, the best first: the one with the most
-    tokens a second times tokens of context. Half a context is a fair price for twice the speed.
-    Without known speeds, a pair that takes nothing from the model.
-    """
-    same = [pair for pair in pairs if pair[:2] == alone[:2]]
-    if not pairs or not (alone.seconds or same):
-        return alone._replace(note=f"{draft_id} has no room to write drafts")
+    tuned = tuned and replace(tuned, settings=form)
+    pair = pair._replace(draft=LoadPlan(form, tuned, parts, ""))
+    # Without known speeds it must not take anything from the model.
+    if pair.bytes > free or not (alone.seconds or pair[:2] == alone[:2]):
+        return alone._replace(note=f"{draft.id} has no room to write drafts")
     if not alone.seconds:
-        return same[0]._replace(note=f"{draft_id} writes drafts")
+        return pair._replace(note=f"{draft.id} writes drafts")
+    return best_plan(alone, pair, Record(settings.state_dir, model.id, draft.id))
+
+
+def best_plan(alone: LoadPlan, pair: LoadPlan, record: Record) -> LoadPlan:
+    """A model alone or with its draft model: the one with more tokens a second times tokens of
+    context. Half a context is a fair price for twice the speed.
+    """
 
     def worth(plan: LoadPlan) -> float:
-        return plan.rate(acceptance) * plan.settings.n_ctx * plan.settings.sequences
+        return plan.rate(record.expected) * plan.settings.n_ctx * plan.settings.sequences
 
-    pair = max(pairs, key=worth)
-    with_it, without = pair.words(acceptance), alone.words(acceptance)
+    with_it, without = pair.words(record.expected), alone.words(record.expected)
     if worth(pair) > MIN_PAIR_GAIN * worth(alone):
-        note = f"{draft_id} writes drafts: expected {with_it}; without it {without}"
+        note = f"{record.draft_id} writes drafts: expected {with_it}; without it {without}"
         return pair._replace(note=note)
-    note = f"{draft_id} writes no drafts: expected {without}; with it {with_it}"
+    note = f"{record.draft_id} writes no drafts: expected {without}; with it {with_it}"
     return alone._replace(note=note)
 
 

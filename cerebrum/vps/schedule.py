@@ -42,8 +42,8 @@ class Costs:
     def __init__(self, measured: Mapping[int, float]) -> None:
         """`measured` has the seconds by the number of tokens: one token, and more in order."""
         self.sizes = list(measured)
-        # More tokens never take less time: another program was busy then.
-        self.seconds = np.maximum.accumulate(list(measured.values()))
+        # Fewer tokens never take more time: another program was busy then.
+        self.seconds = np.minimum.accumulate([*measured.values()][::-1])[::-1]
         first, many = self.seconds[0], self.seconds[-1]
         # Of each further token. A point that was measured on a busy machine must not make long
         # chunks cheap.
@@ -144,7 +144,7 @@ def measure_costs(model: Llama, baton: Baton, give_up: Callable[[], bool]) -> Co
     True. Another model may decode between two measurements.
     """
     slot, least = Slot(0), dict.fromkeys(MEASURED, math.inf)
-    for size in (1, *MEASURED, *MEASURED):  # the first decode after a load is slow
+    for size in (1, *MEASURED, 1, MEASURED[-1]):  # the first decode after a load is slow
         if give_up():
             raise ModelError("cancelled")
         tokens = [7919 * number % model.n_vocab for number in range(size)]  # of many experts

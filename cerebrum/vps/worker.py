@@ -47,12 +47,10 @@ from cerebrum.metrics import CANCELLED, resident_bytes
 from cerebrum.vps.compute import Compute, ModelTally
 from cerebrum.vps.decoder import Decoder
 from cerebrum.vps.draft_model import (
-    ENOUGH_TOKENS,
     DraftModel,
-    check_gain,
+    Record,
     check_pair,
-    expected_acceptance,
-    write_acceptance,
+    saved_seconds,
 )
 from cerebrum.vps.encoding import TunedFile, untuned
 from cerebrum.vps.job import Job, Run
@@ -244,12 +242,12 @@ class Worker(threading.Thread):
         self._abort_if(lambda run: run.job.cancelled)
 
     def give_way(self, job: Job) -> None:
-        """Abort a decode that only reads low-priority prompts or a long chunk: `job` has come.
-        Finished micro-batches are kept, except by recurrent models, which would begin again and
-        are not aborted.
+        """Abort a decode that only reads low-priority prompts or a long chunk, or what a draft
+        model may need later: `job` has come. Finished micro-batches are kept, except by recurrent
+        models, which would begin again and are not aborted.
         """
         decoder = self.decoder
-        if decoder and decoder.is_idle:
+        if decoder and decoder.compute.is_spare:
             decoder.model.abort()
         if not decoder or decoder.model.recurrent:
             return
@@ -400,21 +398,20 @@ class Worker(threading.Thread):
     ) -> DraftModel | None:
         """The draft model; None, and a line in the log, if it cannot be used or would not pay."""
         settings = self.loader.settings
-        usual = expected_acceptance(settings.state_dir, self.model_id, loader.model_id)
+        record = Record(settings.state_dir, self.model_id, loader.model_id)
         slots = [Slot(number) for number in range(settings.sequences)]
         try:
             self.draft = loader.open(self._beat, model.abort_flag)
             known = check_pair(model, self.draft)
             own_costs = measure_costs(self.draft, self.baton, self._beat)
-            found = DraftModel(self.draft, own_costs, compute, self.tally, known, usual, slots)
-            check_gain(costs, own_costs(1), found.acceptance)
+            saved = saved_seconds(costs, own_costs(1), record.expected)
         except (ModelError, OSError) as error:
             if self._beat():
                 raise
             log.warning("model %s: %s writes no drafts: %s", self.model_id, loader.model_id, error)
             self._free_draft()
             return None
-        return found
+        return DraftModel(self.draft, own_costs, compute, self.tally, record, known, saved, slots)
 
     def _free_draft(self) -> None:
         draft, self.draft = self.draft, None
@@ -437,6 +434,8 @@ class Worker(threading.Thread):
             with self._logged("refusing a request"):
                 job.deliver([self._farewell])
         if decoder:
+            if decoder.draft_model:
+                decoder.draft_model.record.write()
             with self._logged("saving parked sequences"):
                 self._save(decoder.sequences)
         self.decoder = None
@@ -451,9 +450,6 @@ class Worker(threading.Thread):
             self._beat()
             sequences.park(slot)
         save_parked(self.loader.kv_dir, self.loader.key, sequences.store.entries, self._beat)
-        if self.loader.draft and self.tally.foreseeable_tokens >= ENOUGH_TOKENS:
-            pair = self.model_id, self.loader.draft.model_id
-            write_acceptance(self.loader.settings.state_dir, *pair, self.tally.acceptance)
 
     @contextlib.contextmanager
     def _logged(self, step: str) -> Iterator[None]:
@@ -502,10 +498,8 @@ class Worker(threading.Thread):
         stored only after STORE_SECONDS of quiet, because storing 3,500 tokens takes a fifth of a
         second and no request should wait for the storing.
         """
-        decoder.is_idle = True
         while not self._alarm.is_set() and decoder.read_idle():
             self._beat()
-        decoder.is_idle = False
         if self._alarm.wait(STORE_SECONDS):
             return
         for slot in self.slots:

@@ -19,7 +19,7 @@ from harness import SHIPPED, disk_of
 import vpsd
 from cerebrum.vps import choose, encoding, llama
 from cerebrum.vps.choose import Speed
-from cerebrum.vps.draft_model import write_acceptance
+from cerebrum.vps.draft_model import Record
 from cerebrum.vps.encoding import DECODES, Timing
 from cerebrum.vps.fetch import Bar
 from cerebrum.vps.llama import ModelError, Settings, start_library
@@ -170,7 +170,12 @@ TABLE = """\
   here           2B            0.0 GB      10.0          12.0 s    4.8 s         ?
   last           1B            0.9 GB      24.0           5.0 s    2.0 s         ?
 """
-SPEEDS = {3: Speed(30.0, 3.0), 7: Speed(8.0, 21.0), 2: Speed(10.0, 12.0), 1: Speed(24.0, 5.0)}
+SPEEDS = {
+    3: Speed(30.0, 3.0, {}),
+    7: Speed(8.0, 21.0, {}),
+    2: Speed(10.0, 12.0, {}),
+    1: Speed(24.0, 5.0, {}),
+}
 PREDICT = choose.predict
 
 
@@ -257,12 +262,16 @@ def test_drafts_count_once_they_were_measured_here(run, tmp_path, monkeypatch):
         SLOW_ROW.format("2.0", "16.2"),
         unknown,
     ]
-    write_acceptance(tmp_path / "state", "slow", "last", 0.9)
+    record = Record(tmp_path / "state", "slow", "last")
+    record.asked, record.right = 1000, 900
+    record.write()
     known = "slow: with the drafts of last, 90% of which are right here"
     assert [run(pair)[1].splitlines()[row] for row in (1, -1)] == [
         SLOW_ROW.format("5.8", " 8.3"),
         known,
     ]
+    monkeypatch.setenv("CEREBRUM_DRAFT", "0")
+    assert run(pair)[1].splitlines()[1] == SLOW_ROW.format("2.0", "16.2")
 
 
 NOTHING = "vpsd choose: expected a speed for at least one model, got none\n"
@@ -289,7 +298,7 @@ def test_a_model_that_cannot_be_measured_is_named(run, monkeypatch):
     def fail(shape, *_):
         if shape["layers"] == 2:
             raise ModelError("llama.cpp cannot load this file")
-        return Speed(9.0, 1.0)
+        return Speed(9.0, 1.0, {})
 
     monkeypatch.setattr(choose, "predict", fail)
     status, out, err = run(catalog(*MODELS[-2:]))

@@ -17,18 +17,21 @@ from typing import Any
 import families
 import pytest
 from harness import PATIENCE, wait_until
-from test_engine import Loads, ask, running
+from test_engine import Ask, Loads, ask, running
 from test_engine import loads as loads  # a fixture
 from test_families import EXACT, check_against_a_greedy_loop
 
-from cerebrum.vps import draft_model, encoding, schedule
+from cerebrum.metrics import CANCELLED
+from cerebrum.vps import decoder, encoding, llama, schedule
 from cerebrum.vps import worker as vps_worker
-from cerebrum.vps.draft_model import DraftModel, read_acceptance, write_acceptance
-from cerebrum.vps.drafts import MODEL_LENGTH, Drafter, Gain, pair_rate
+from cerebrum.vps.draft_model import DraftModel, Record
+from cerebrum.vps.drafts import MODEL_LENGTH, RETRY, USUAL_ACCEPTANCE, Drafter, Gain, pair_rate
 from cerebrum.vps.encoding import TunedFile, plan_pair
+from cerebrum.vps.job import Job
 from cerebrum.vps.llama import ABORTED, MB, Settings, Slot, start_library
 from cerebrum.vps.memory import Parts
 from cerebrum.vps.schedule import Costs
+from cerebrum.vps.vocabulary import GenerationRequest
 from cerebrum.vps.worker import Loader, Worker
 from cerebrum_common import Model
 
@@ -74,6 +77,14 @@ class Cells:
         return self.can_trim or not length
 
 
+def follower_of(cells: Any) -> DraftModel:
+    """A draft model with such cells; it knows 1,000 ids."""
+    nothing: Any = None
+    record = Record(Path(), "m", "small")
+    costs, slots = Costs(INTEL), [Slot(0)]
+    return DraftModel(cells, costs, nothing, nothing, record, 1000, 0.1, slots)
+
+
 LONG = list(range(1000))
 FOLLOWED: list[tuple[str, list[int], list[int], int]] = [
     # what it has, the sequence, and how much of it the model keeps
@@ -91,9 +102,9 @@ FOLLOWED: list[tuple[str, list[int], list[int], int]] = [
 )
 def test_a_sequence_is_followed(had: list[int], tokens: list[int], kept: int) -> None:
     cells: Any = Cells()
-    follower = DraftModel(cells, Costs(INTEL), Any, Any, 1000, 0.9, [Slot(0)])  # type: ignore[arg-type]
+    follower = follower_of(cells)
     follower.slots[0].tokens = had[:]
-    assert follower.lacking(0, tokens) == tokens[kept:]
+    assert follower.follow(0, tokens) == tokens[kept:]
     assert (follower.slots[0].tokens, cells.dropped) == (tokens[:kept], [kept])
 
 
@@ -102,15 +113,15 @@ def test_what_the_draft_model_cannot_have_is_not_read() -> None:
     continued are read again.
     """
     cells: Any = Cells()
-    follower = DraftModel(cells, Costs(INTEL), Any, Any, 1000, 0.9, [Slot(0)])  # type: ignore[arg-type]
-    assert follower.lacking(0, [5, 999]) == [5, 999]
-    assert follower.lacking(0, [5, 1000]) == []
+    follower = follower_of(cells)
+    assert follower.follow(0, [5, 999]) == [5, 999]
+    assert follower.follow(0, [5, 1000]) == []
     most = [5] * (cells.n_ctx - MODEL_LENGTH - 1)
-    assert follower.lacking(0, most) == most
-    assert follower.lacking(0, [*most, 5]) == []
+    assert follower.follow(0, most) == most
+    assert follower.follow(0, [*most, 5]) == []
     follower.slots[0].tokens = LONG[:9]
     cells.can_trim = False
-    assert (follower.lacking(0, LONG[:8]), follower.slots[0].tokens) == (LONG[:8], [])
+    assert (follower.follow(0, LONG[:8]), follower.slots[0].tokens) == (LONG[:8], [])
 
 
 # -------------------------------------------------------------------------------- the text is equal
@@ -139,7 +150,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each draft is made and written to its full length, whatever it costs."""
-    monkeypatch.setattr(vps_worker, "check_gain", lambda *_: None)
+    monkeypatch.setattr(vps_worker, "saved_seconds", lambda *_: 1.0)
     monkeypatch.setattr(Gain, "pays", lambda self, case: case[0] in self.plain)
     monkeypatch.setattr(DraftModel, "pays", lambda *_: True)
     free = {1: 1e-9, 16: 2e-9}
@@ -175,7 +186,10 @@ def test_the_text_is_that_of_a_greedy_loop_without_a_draft_model(
     rounds: int,
     models: Path,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if target == "padded":  # it soon writes an id of its own: nothing is left for later
+        monkeypatch.setattr(decoder, "IDLE_TOKENS", 512)
     loader = pair_of(models, target, draft, replace(EXACT, state_dir=tmp_path))
     draw = random.Random(f"{target} {draft} {seed}")
     tally = check_against_a_greedy_loop(loader, rounds, draw)
@@ -184,6 +198,35 @@ def test_the_text_is_that_of_a_greedy_loop_without_a_draft_model(
         assert tally.acceptance == pytest.approx(share, abs=0.1)
     if share:
         assert tally.ahead_tokens > 2 * tally.ahead_steps
+
+
+@pytest.mark.usefixtures("eager")
+def test_sampled_and_healed_texts_are_those_of_the_model_alone(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A first token that is healed is not foreseen, even where the draft model could write it."""
+    monkeypatch.setattr(Drafter, "draft", lambda *_: [])  # no drafts of text
+    monkeypatch.setattr(llama, "HEAL_CANDIDATES", 64)  # of 269 tokens
+    settings = replace(EXACT, state_dir=tmp_path, cache_mb=0)
+    pair = pair_of(models, "dense", "dense", settings)
+    texts = []
+    for loader in (pair, replace(pair, draft=None)):
+        with running(Worker(loader)) as worker:
+            texts.append([])
+            for seed in range(40):
+                prompt = f"def f{seed}(x):\n    retu"
+                sampled = GenerationRequest(
+                    prompt, max_tokens=16, temperature=1.0, seed=seed, stop_at="none", heal=True
+                )
+                asked = Ask(prompt)
+                asked.job = Job(sampled, asked.events.put)
+                worker.prepare(asked.job)
+                worker.submit(asked.job)
+                texts[-1].append(asked.outcome()[0])
+        assert bool(worker.tally.ahead_steps > 40) == bool(loader.draft)
+        assert (worker.tally.accepted_tokens > 40) == bool(loader.draft)
+    assert texts[0] == texts[1]
+    assert len(set(texts[0])) > 20
 
 
 # ------------------------------------------------------------------------------ what may be paired
@@ -297,20 +340,31 @@ def test_it_writes_as_far_as_that_is_worth_its_time(
         assert pair.tally.draft_tokens == 0
 
 
-def test_it_is_not_asked_where_it_does_not_pay(
+def test_it_is_asked_less_where_it_does_not_pay(
     pair: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(draft_model, "ENOUGH_TOKENS", 50)
+    """When its drafts have been wrong, it is tried again now and then, and soon used once they are
+    right.
+    """
     clock = Clock(pair, monkeypatch)
     set_sure(pair, 0.99)
-    model = pair.decoder.draft_model.model
-    model.greedy = lambda _index: 7  # always wrong
-    for prompt in "akueo" * 8:
-        ask(pair, prompt, max_tokens=24).outcome()
-    before = len(clock.sizes("draft"))
-    assert pair.tally.acceptance == 0.0
-    ask(pair, "c", max_tokens=24).outcome()
-    assert len(clock.sizes("draft")) == before
+    draft = pair.decoder.draft_model
+    right = draft.model.greedy
+    draft.model.greedy = lambda _index: 7  # always wrong
+
+    def asked_during(completions: int) -> int:
+        before = pair.tally.ahead_steps
+        for number in range(completions):
+            assert ask(pair, "akueo"[number % 5], max_tokens=24).outcome()[1]["total_tokens"] == 24
+        return pair.tally.ahead_steps - before
+
+    asked_during(4)
+    assert pair.tally.acceptance == draft.record.right == 0
+    assert asked_during(20) <= 2 * 460 // RETRY
+    draft.model.greedy = right
+    asked_during(200)
+    assert asked_during(4) > 4
+    assert max(clock.sizes("target")) == 16
 
 
 def test_no_other_stream_waits_longer_than_for_a_chunk(
@@ -332,19 +386,41 @@ def test_a_client_may_leave_while_it_writes(pair: Worker, monkeypatch: pytest.Mo
     clock = Clock(pair, monkeypatch)
     set_sure(pair, 0.99)
     ask(pair, "a", max_tokens=24).outcome()
-    asked: list[Any] = []
     left: list[int] = []
 
     def leave() -> None:
-        if len(asked) == 1 and not left and asked[0].job.cached is not None:
+        if pair.decoder.runs and not left:
             left.append(len(clock.sizes("target")))
-            pair.cancel(asked[0].job)
+            pair.cancel(pair.decoder.runs[0].job)
 
     clock.before["draft"] = leave
-    asked.append(ask(pair, "f", max_tokens=25))
-    wait_until(lambda: left and not pair.waiting and not pair.decoder.runs, "it has left")
+    ask(pair, "f", max_tokens=25)
+    wait_until(lambda: CANCELLED in pair.tally.ended, "it has left")
     assert len(clock.sizes("target")) == left[0]
     assert ask(pair, "f", max_tokens=24).outcome()[0] == "ghijklmnopqrstuvwxyzabcd"
+
+
+def aborting(pair: Worker) -> tuple[Any, Any]:
+    """The pair's models, whose decodes can be aborted."""
+    model, draft = pair.decoder.model, pair.decoder.draft_model
+
+    def abort() -> None:
+        model.abort_flag[0] = b"\x01"
+
+    model.abort, draft.model.abort_flag = abort, model.abort_flag
+    return model, draft
+
+
+class Held:
+    """Holds the draft model's next decode until `go_on` is set."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.reached, self.go_on = threading.Event(), threading.Event()
+        clock.before["draft"] = self
+
+    def __call__(self) -> None:
+        self.reached.set()
+        assert self.go_on.wait(PATIENCE)
 
 
 def test_while_nobody_waits_it_reads_on_and_gives_way_at_once(
@@ -352,27 +428,38 @@ def test_while_nobody_waits_it_reads_on_and_gives_way_at_once(
 ) -> None:
     clock = Clock(pair, monkeypatch)
     set_sure(pair, 0.99)
-    model, draft = pair.decoder.model, pair.decoder.draft_model
-    reached, go_on = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        reached.set()
-        assert go_on.wait(PATIENCE)
-
-    def abort() -> None:
-        model.abort_flag[0] = b"\x01"
-
-    model.abort, draft.model.abort_flag = abort, model.abort_flag
-    clock.before["draft"] = hold
+    _, draft = aborting(pair)
+    held = Held(clock)
     ask(pair, "xy" * 100, max_tokens=1).outcome()
-    assert reached.wait(PATIENCE)
+    assert held.reached.wait(PATIENCE)
     later = ask(pair, "xy" * 99, max_tokens=1)
     pair.give_way(later.job)
-    go_on.set()
+    held.go_on.set()
     assert later.outcome()[0] == "z"
     wait_until(lambda: sum(clock.sizes("draft")) >= 64 + 198, "all is read")
     assert clock.sizes("draft") == [64, 64, 64, 64, 6]  # the first was aborted
     assert draft.slots[0].tokens == list(b"xy" * 99)[:-1]  # the last is read again
+
+
+def test_what_it_reads_for_later_drafts_gives_way_at_once(
+    pair: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt of which it has nothing, while its completion is being written. The text goes on."""
+    clock = Clock(pair, monkeypatch)
+    set_sure(pair, 0.99)
+    monkeypatch.setattr(pair.decoder, "read_idle", lambda: False)
+    aborting(pair)
+    held = Held(clock)
+    long = ask(pair, "xy" * 100, max_tokens=100)
+    assert held.reached.wait(PATIENCE)
+    short = ask(pair, "a", max_tokens=1)
+    pair.give_way(short.job)
+    held.go_on.set()
+    assert short.outcome()[0] == "b"
+    text = "".join(chr((25 + i) % 26 + 97) for i in range(100))
+    assert long.outcome()[0] == text
+    first, *later = clock.sizes("draft")
+    assert first > 200 > max(later[1:])  # it was aborted, and read again once it paid
 
 
 # ----------------------------------------------------------------------------- what is loaded
@@ -420,19 +507,19 @@ NO_ROOM = "half has no room to write drafts"
 PLANS: list[tuple[str, int, dict[str, Any], str, tuple[str, int, int], str]] = [
     # free MB, what was timed; then the file, its context and sequences, and what is said
     ("all fit", 9000, TIMED, "half", ("tuned-seven.gguf", 4096, 2),
-     "half writes drafts: expected 7.7 tokens a second by the tuned file in a context of 4,096 "
+     "half writes drafts: expected 8.7 tokens a second by the tuned file in a context of 4,096 "
      "tokens and 2 at a time; without it 4.8 tokens a second by the tuned file in a context of "
      "4,096 tokens and 2 at a time"),
     ("a VPS of 7,260 MB", 5836, TIMED, "half", ("seven.gguf", 2560, 2),
-     "half writes drafts: expected 6.5 tokens a second by the published file in a context of "
+     "half writes drafts: expected 6.6 tokens a second by the published file in a context of "
      "2,560 tokens and 2 at a time; without it 3.4 tokens a second by the published file in a "
      "context of 4,096 tokens and 2 at a time"),
     ("the tuned file alone", 6100, {"seven": (SLOW, [0.1, 0.2, 0.4]), "half": (TINY, TINY)}, "",
      ("tuned-seven.gguf", 4096, 2),
      "half writes no drafts: expected 10.0 tokens a second by the tuned file in a context of "
-     "4,096 tokens and 2 at a time; with it 6.5 tokens a second by the published file in a "
+     "4,096 tokens and 2 at a time; with it 6.6 tokens a second by the published file in a "
      "context of 4,096 tokens and 2 at a time"),
-    ("too little gain", 9000, {"seven": (SLOW, [0.1, 0.25, 0.5]), "half": (TINY, TINY)}, "",
+    ("too little gain", 9000, {"seven": (SLOW, [0.1, 0.32, 0.9]), "half": (TINY, TINY)}, "",
      ("tuned-seven.gguf", 4096, 2),
      "half writes no drafts: expected 10.0 tokens a second by the tuned file in a context of "
      "4,096 tokens and 2 at a time; with it 10.4 tokens a second by the tuned file in a context of "
@@ -483,13 +570,24 @@ def test_what_is_loaded_of_a_pair(
 
 
 def test_what_was_right_here_is_known_after_a_restart(tmp_path: Path) -> None:
-    path = tmp_path / "drafts" / "seven.json"
-    assert read_acceptance(tmp_path, "seven", "half") is None
-    write_acceptance(tmp_path, "seven", "half", 0.75)
-    assert read_acceptance(tmp_path, "seven", "half") == 0.75
-    assert read_acceptance(tmp_path, "seven", "other") is None
-    values = '"much"', "NaN", "-0.1", "1.5", "1" + 400 * "0", "null"
-    damaged = [f'{{"draft": "half", "acceptance": {value}}}' for value in values]
+    def recorded(draft: str = "half") -> tuple[int, int, float | None, float]:
+        record = Record(tmp_path, "seven", draft)
+        return record.asked, record.right, record.acceptance, record.expected
+
+    nothing = (0, 0, None, USUAL_ACCEPTANCE)
+    record = Record(tmp_path, "seven", "half")
+    assert recorded() == nothing
+    for asked, right, acceptance, expected in (
+        (999, 950, None, USUAL_ACCEPTANCE),
+        (1000, 950, 0.95, 0.95),
+        (1000, 0, 0.0, USUAL_ACCEPTANCE),  # the next texts may be others
+    ):
+        record.asked, record.right = asked, right
+        record.write()
+        assert recorded() == (asked, right, acceptance, expected)
+        assert recorded("other") == nothing
+    values = '"much"', "NaN", "-1", "1001", "Infinity", "null", "[]"
+    damaged = [f'{{"draft": "half", "asked": 1000, "right": {value}}}' for value in values]
     for text in ("", "[]", "{}", "\xff", *damaged):
-        path.write_text(text, "latin-1")
-        assert read_acceptance(tmp_path, "seven", "half") is None
+        record.path.write_text(text, "latin-1")
+        assert recorded() == nothing

@@ -66,9 +66,9 @@ def test_costs() -> None:
     assert [table.longest(seconds) for seconds in (0.5, 2.9, 3.0, 4.0, 7.5)] == [1, 1, 2, 4, 7]
     assert (table.longest(1e6), table.longest(math.inf)) == (MAX_CHUNK, MAX_CHUNK)
     busy = Costs({1: 1.0, 2: 9.0, 4: 4.0, 16: 16.0})  # while two tokens were measured
-    assert [busy(n) for n in (1, 2, 4, 10, 16)] == [1.0, 9.0, 9.0, 12.5, 16.0]
+    assert [busy(n) for n in (1, 2, 4, 10, 16)] == [1.0, 4.0, 4.0, 10.0, 16.0]
     for one in (15.0, 16.0, 1000.0):  # busy while one token was measured
-        assert Costs({1: one, 16: 16.0})(31) == max(one, 16.0) + one
+        assert Costs({1: one, 16: 16.0})(31) == 16.0 + min(one, 16.0)
 
 
 SLOWDOWNS = [
@@ -596,7 +596,7 @@ def test_the_costs_of_a_model_are_measured_when_it_is_warm(monkeypatch: pytest.M
     model: Any = Measured(monkeypatch)
     model.cold_seconds = 5.0
     costs = schedule.measure_costs(model, Baton(), lambda: False)
-    assert model.sizes == [1, *[1, 2, 4, 8, 16] * 2]
+    assert model.sizes == [1, 1, 2, 4, 8, 16, 1, 16]
     assert [costs(n) for n in (1, 4, 16)] == pytest.approx([0.04, 0.13, 0.49])
     with pytest.raises(llama.ModelError, match="cancelled"):
         schedule.measure_costs(model, Baton(), lambda: len(model.sizes) == 13)

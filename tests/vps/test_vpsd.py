@@ -1051,13 +1051,7 @@ def test_the_least_recently_used_model_makes_room(tmp_path: Path) -> None:
         assert vps.loaded() == [LARGE]
 
 
-# Drafts are written to their full length, whatever they cost here.
-EAGER = """
-from cerebrum.vps import draft_model, drafts
-worker.check_gain = lambda *_: None
-draft_model.DraftModel.pays = lambda *_: True
-drafts.Gain.pays = lambda self, case: case[0] in self.plain and case[1] == drafts.MODEL
-"""
+EAGER = [sys.executable, "-u", str(vpsd.HERE / "tests/eager.py")]
 
 
 @pytest.mark.slow
@@ -1067,7 +1061,7 @@ drafts.Gain.pays = lambda self, case: case[0] in self.plain and case[1] == draft
 def test_the_small_model_writes_ahead_of_the_large_one(tmp_path: Path) -> None:
     """Each text is that of the large one alone, also of two streams; both are unloaded together."""
     reference = Reference(FILES[LARGE], TIE)
-    with start(tmp_path, MODELS, changed(EAGER)) as vps:
+    with start(tmp_path, MODELS, EAGER) as vps:
         assert vps.model(LARGE)["draft"] == SMALL
         for prompt in (CODE, *PROMPTS[:2]):
             body = vps.complete(prompt, model=LARGE, max_tokens=48)
@@ -1090,3 +1084,31 @@ def test_the_small_model_writes_ahead_of_the_large_one(tmp_path: Path) -> None:
         assert min(freed, both_mb) > 1500
         assert vps.loaded() == []
     reference.close()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not FILES[LARGE].exists(), reason="the 1.5B is missing: python3 vpsd.py fetch qwen_1_5b"
+)
+@pytest.mark.parametrize(
+    ("room_mb", "drafts", "line"),
+    [
+        (3400, True, f"{SMALL} writes drafts"),
+        (2900, False, f"{SMALL} has no room to write drafts"),
+    ],
+)
+def test_a_pair_makes_room_as_one_and_takes_it_as_one(
+    room_mb: int, drafts: bool, line: str, tmp_path: Path
+) -> None:
+    """A third model is loaded in its place, and it in the third one's, as far as both fit."""
+    more = {"CEREBRUM_MIN_FREE_MB": "1000", "CEREBRUM_CACHE_MB": "64", "ROOM_MB": f"{room_mb}"}
+    with start(tmp_path, MODELS, EAGER, **more) as vps:
+        for _ in range(2):
+            vps.complete(CODE, max_tokens=1)
+            assert vps.loaded() == [SMALL]
+            vps.complete(CODE, model=LARGE, max_tokens=24)
+            assert vps.loaded() == [LARGE]
+        figures = vps.get("/v1/stats")["draft_models"]
+        assert (LARGE in figures) == drafts
+        assert vps.get("/health")["status"] == "healthy"
+        assert line in vps.process.stdout()
