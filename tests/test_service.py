@@ -298,10 +298,14 @@ async def test_a_reload_takes_keys_and_level_if_they_are_right(tmp_path, name, k
         gone = f"CEREBRUM_MODELS_FILE: {models}: [Errno 2] No such file or directory: '{models}'"
         assert await reloaded("one", gone) == [200, 401, 401]
         shutil.copy(ROOT / "models.toml", models)
-        for setting, value in {"LOG_LEVEL": "DEBUG", "N_CTX": "2048", "CM4_PORT": "1"}.items():
+        client, page = Client(port=process.port), {"Origin": "https://page", "X_API_Key": "two"}
+        assert (await client.get("/v1/stats", **page)).status == 403
+        changes = {"LOG_LEVEL": "DEBUG", "N_CTX": "2048", "CM4_PORT": "1"}
+        for setting, value in {**changes, "ALLOWED_ORIGINS": "https://page"}.items():
             (credentials / f"CEREBRUM_{setting}").write_text(value)
         assert await reloaded("two") == [401, 200, 401]
-        assert (await Client(port=process.port).get("/health")).status in (200, 503)
+        assert (await client.get("/v1/stats", **page)).status == 200
+        assert (await client.get("/health")).status in (200, 503)
         await asyncio.to_thread(process.wait_for_line, "GET /health")
         changed = f"WARNING - [-] CEREBRUM_{later} changed: restart the daemon to use it\n"
         assert changed in process.stdout()
