@@ -24,7 +24,7 @@ and has another. After the first token nothing is sent again.
 Each class says which state it owns; docs/design.md has them in one table. Everything runs on the
 event loop's thread, except name look-ups. Standard library only; cerebrum_common.py, models.toml
 and the folder cerebrum must be beside cm4d.py, but cerebrum/vps and cerebrum/pi/page.html may be
-missing, as may cerebrum_lsp.py, which the Pi only hands out.
+missing, as may cerebrum_lsp.py and the folder vscode, which the Pi only hands out.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ from cerebrum.metrics import (
     write_metrics,
     write_stats,
 )
-from cerebrum.pi import dialects, upstream
+from cerebrum.pi import dialects, upstream, vsix
 from cerebrum.pi.backend import Backend
 from cerebrum.pi.breaker import BREAKER_OPEN, BREAKER_STATES
 from cerebrum.pi.broadcast import Broadcasts, Subscriber
@@ -316,6 +316,10 @@ class Gateway:
             self.page = page_of((HERE / "cerebrum/pi/page.html").read_bytes())
         except OSError as error:
             log.warning("no page at /: cannot read page.html: %s", error.strerror)
+        self.extension = b""  # for VS Code; the Pi only hands it out
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            self.extension = vsix.pack(HERE / "vscode")
+        self.extension_sha256 = hashlib.sha256(self.extension).hexdigest() if self.extension else ""
 
     def use_keys(self, environ: Environment) -> None:
         """Apply the keys that can be read: whatever else is wrong, a revoked one must stop working.
@@ -579,6 +583,14 @@ async def language_server(gateway: Gateway, request: Request) -> Response:
     return Response(text, kind="text/x-python; charset=utf-8")
 
 
+async def extension(gateway: Gateway, request: Request) -> Response:
+    """GET /cerebrum.vsix: the extension for VS Code, of this Pi's version."""
+    if not gateway.extension:
+        message = "expected the folder vscode beside cm4d.py, got none or a damaged one"
+        raise HttpError("NOT_FOUND", message)
+    return Response(gateway.extension, kind="application/vsix")
+
+
 async def accepted(gateway: Gateway, request: Request) -> Response:
     """POST /v1/accepted: count a completion that the user of an editor has accepted."""
     read = read_fields(dialects.present(parse_json(request.body)), ACCEPTED)
@@ -741,7 +753,8 @@ async def stats(gateway: Gateway, request: Request) -> Response:
 async def activity(gateway: Gateway, request: Request) -> Response:
     """GET /v1/activity: the statistics, the reason if no backend is available, and the counts of
     the last half hour. Each number of `requests`, `failed` and `tokens` covers `step_s` seconds,
-    the last one the current step so far.
+    the last one the current step so far. `client` is who asks, `extension` the sha256 of the file
+    for VS Code.
     """
     fleet = gateway.fleet
     gateway.sample()
@@ -749,6 +762,7 @@ async def activity(gateway: Gateway, request: Request) -> Response:
     away = [backend for backend in fleet.backends if fleet.available and backend.breaker.message]
     members = Members(timestamp=common.timestamp(), **statistics(gateway))
     members |= {"vps_message": fleet.message, "models_loaded": [*dict.fromkeys(loaded)]}
+    members |= {"client": request.client, "extension": gateway.extension_sha256}
     members["notes"] = [f"{backend.id} is away: {backend.breaker.message}" for backend in away]
     return Response(members | gateway.counting.history.describe())
 
@@ -757,7 +771,8 @@ def statistics(gateway: Gateway) -> Members:
     """The members of /v1/stats."""
     fleet, measured = gateway.fleet, subjects(gateway)
     backends = measured["backend"]
-    members: Members = {"uptime": gateway.uptime, **write_stats(METRICS, measured)}
+    members: Members = {"version": common.VERSION, "uptime": gateway.uptime}
+    members |= write_stats(METRICS, measured)
     members["vps_available"] = fleet.available
     members["vps_response_time_ms"] = fleet.first.response_ms
     members["memory_mb"] = round(resident_bytes() / 2**20, 1)
@@ -772,7 +787,7 @@ def statistics(gateway: Gateway) -> Members:
 def describe_backend(backend: Backend, active: int) -> SimpleNamespace:
     """A backend's entry in /v1/stats. `active`: completions that hold a place there."""
     entry = SimpleNamespace(id=backend.id, api=backend.config.api, available=backend.available)
-    entry.message = backend.breaker.message
+    entry.message, entry.version = backend.breaker.message, backend.kind.version
     entry.response_time_ms = backend.response_ms
     entry.requests_total = backend.requests_total
     entry.requests_active = active
@@ -890,6 +905,7 @@ def dialect_routes() -> Iterator[Route]:
 ROUTES = (
     Route("GET", "/", page, open=True),
     Route("GET", "/cerebrum_lsp.py", language_server, open=True),
+    Route("GET", "/cerebrum.vsix", extension, open=True),
     Route("GET", "/health", health, open=True, quiet=True),
     Route("POST", "/v1/complete", complete, json=True),
     Route("POST", "/v1/complete/stream", complete_stream, json=True),

@@ -201,7 +201,9 @@ put_client() {
 	replace
 	if [[ $command == --client ]]; then
 		printf '%s\n' "address: $(address)" "key:     $key" \
-			"setting: CEREBRUM_URL and CEREBRUM_CM4_API_KEY for the language server and the REPL; the page shows the others"
+			"setting: CEREBRUM_URL and CEREBRUM_CM4_API_KEY for the language server and the REPL; the page shows the others" \
+			"link:    $(address)/#key=$key  shows $name's settings; it is as good as the key"
+		if type -P qrencode >/dev/null; then printf '%s' "$(address)/#key=$key" | qrencode -t UTF8; fi
 	fi
 	echo "apply it:  sudo systemctl reload cerebrum-cm4" >&2
 }

@@ -651,6 +651,7 @@ async def health(engine: Engine, _request: Request) -> Response:
             "cpu_percent": round(engine.cpu.system_percent, 1),
             "memory_available_mb": round(available_mb(), 1),
             "models_loaded": list(engine.pool.ready),
+            "version": common.VERSION,
         }
     )
 

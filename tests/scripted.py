@@ -118,7 +118,7 @@ SUPERSEDED: dict[str, Any] = {
 MODELS: dict[str, Any] = {
     "models": [{"id": "qwen_0_5b", "loaded": True, "path": "/x", "n_ctx": 4096}]
 }
-HEALTH: dict[str, Any] = {"status": "healthy", "models_loaded": []}
+HEALTH: dict[str, Any] = {"status": "healthy", "models_loaded": [], "version": "1.0.9"}
 
 
 @dataclass

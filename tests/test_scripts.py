@@ -1091,10 +1091,14 @@ def test_clients_get_keys_and_lose_them(tmp_path: Path) -> None:
     file.symlink_to("etc/keys")
     apply = "apply it:  sudo systemctl reload cerebrum-cm4\n"
     status, out, err = called(script, "--client", "anna")
-    address, key, setting = out.splitlines()
+    address, key, setting, link, *drawn = out.splitlines()
     assert address == f"address: https://{os.uname().nodename}.local:7001"
     assert re.fullmatch("key:     [A-Za-z0-9_-]{43}", key)
     assert setting.startswith("setting: CEREBRUM_URL and CEREBRUM_CM4_API_KEY ")
+    address_alone, key_alone = address.split()[1], key.split()[1]
+    shown = f"link:    {address_alone}/#key={key_alone}  shows anna's settings; "
+    assert link == f"{shown}it is as good as the key"
+    assert bool(drawn) == bool(shutil.which("qrencode"))
     new = f"{file} is new: while it exists, all clients need a key\n"
     assert status == 0
     assert err == new + apply

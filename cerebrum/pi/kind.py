@@ -68,6 +68,7 @@ class Kind(ABC):
 
     def __init__(self, config: BackendConfig, catalog: Sequence[Model]) -> None:
         self.config = config
+        self.version = ""  # as it last said; "" if it does not
         self.client = Upstream(config, self.key_header)
 
     # How a kind speaks.

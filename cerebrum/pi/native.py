@@ -156,6 +156,7 @@ def read_event(event: bytes, key: str) -> Pair | None:
 
 # --------------------------------------------------------------------------------------------- vpsd
 
+MAX_VERSION = 32  # characters
 BEGIN_SECONDS = 10.0  # vpsd sends the head of a stream before it loads a model or reads a prompt
 
 
@@ -180,6 +181,7 @@ class Vpsd(Kind):
 
     async def ask_health(self) -> list[str]:
         health = await self.get("/health", MAX_ERROR_BYTES)
+        self.version = str(health.get("version", ""))[:MAX_VERSION]
         return [id for id in items_of(health.get("models_loaded")) if isinstance(id, str)]
 
     async def list_models(self) -> Models:

@@ -167,6 +167,8 @@ ANSWERS = {  # by the last part of a path
     "activity": {
         **STATS,
         "timestamp": "",
+        "client": "",
+        "extension": "",
         "step_s": 30,
         "requests": [1],
         "failed": [0],
@@ -176,7 +178,12 @@ ANSWERS = {  # by the last part of a path
     "tokenize": {"tokens": [1]},
     "accepted": {"accepted": 1, "accepted_characters": 12},
 }
-TEXT_FILES = {"/": "text/html", "/cerebrum_lsp.py": "text/x-python", "/metrics": "text/plain"}
+TEXT_FILES = {
+    "/": "text/html",
+    "/cerebrum_lsp.py": "text/x-python",
+    "/cerebrum.vsix": "application/vsix",
+    "/metrics": "text/plain",
+}
 KEYS = {
     "X-API-Key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
     "Bearer": {"type": "http", "scheme": "bearer"},

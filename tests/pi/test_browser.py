@@ -10,10 +10,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import hashlib
 import itertools
 import random
 import re
 import subprocess
+import urllib.parse
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -946,7 +948,9 @@ async def test_the_state_of_the_pi_of_its_models_and_of_its_people(chrome: Any) 
         await visit.complete(CODE, "a + b")
         await visit.see_part("#plot-words", "1 request, none failed; ")
         assert await visit.find("#plot path.bar").count() == 1
-        await visit.see_part("#facts", "Running: 0 · up for 0 min · the VPS answers in ")
+        await visit.see_part(
+            "#facts", "Version 1.1.0 · running: 0 · up for 0 min · the VPS answers in "
+        )
         figures = r"1 completion, 0 accepted, 2 tokens, \d+\.\d s"
         await visit.see("#clients tr:nth-child(2)", re.compile(f"^anna{figures}{figures}$"))
         unused = "0 completions, 0 accepted, 0 tokens, 0.0 s"
@@ -1002,6 +1006,45 @@ async def test_the_settings_for_an_editor_have_the_address_and_the_key(
         assert copied == str(await visit.find("#recipe").text_content()).rstrip()
         assert f'CEREBRUM_CM4_API_KEY = "{KEY}"' in copied
         assert KEY not in visit.page.url + str(visit.asked) + caplog.text
+
+
+async def test_a_link_brings_a_key_and_a_greeting(chrome: Any, caplog: Any) -> None:
+    """The key leaves the address at once, stays in this tab unless the user wants more, and never
+    replaces another one unasked.
+    """
+    stores = "[{...sessionStorage}, localStorage.cerebrum?.includes('annas-key') ?? false]"
+    clients = {"annas-key": Client("anna"), "bens-key": Client("ben")}
+    async with visiting(chrome, wait=False, clients=clients) as visit:
+        await visit.page.goto(f"{visit.url}#key=annas-key")
+        await visit.is_up()
+        words = "The settings for your editor are below, with your key filled in."
+        await visit.see("#hello-words", f"Hello anna. {words}")
+        assert visit.page.url == visit.url
+        await visit.see_part("#recipe", f"curl -O {visit.url}cerebrum.vsix")
+        await visit.see_part("#recipe", "annas-key")
+        sha256 = hashlib.sha256(visit.pi.gateway.extension).hexdigest()
+        await visit.see_part("#recipe-note", f"The sha256 of cerebrum.vsix is {sha256}.")
+        address = urllib.parse.quote(visit.url[:-1], safe="")
+        link = f"vscode://cerebrum.cerebrum/connect?url={address}"
+        assert await visit.find("#vscode").get_attribute("href") == link
+        kept = {"cerebrum": '"annas-key"'}
+        assert await visit.page.evaluate(stores) == [kept, False]
+        await visit.click("keep")
+        assert await visit.page.evaluate(stores) == [kept, True]
+        await visit.page.evaluate("window.confirm = () => false")
+        await visit.page.goto(f"{visit.url}#key=bens-key")
+        await expect(visit.find("#hello")).to_be_hidden()
+        assert await visit.page.evaluate(stores) == [kept, True]
+        await visit.page.reload()
+        await visit.page.goto(f"{visit.url}#key=bens-key")
+        await visit.see("#hello-words", f"Hello ben. {words}")
+        question = "Use the key of this link instead of the one that this page has?"
+        assert visit.complaints == [question]
+        differ = "vps runs version 1.0.9, this Pi 1.1.0: update the older one."
+        await visit.see_part("#notes", differ)
+        assert not any("key" in path for path in visit.asked)
+        assert "-key" not in caplog.text
+        visit.complaints.clear()  # the question
 
 
 async def test_the_state_is_asked_for_every_five_seconds(chrome: Any) -> None:

@@ -250,7 +250,7 @@ async def test_complete_has_the_fields_of_the_text_and_the_vps():
 
 
 STATS = {
-    "uptime", "requests_total", "requests_active", "vps_available",
+    "version", "uptime", "requests_total", "requests_active", "vps_available",
     "vps_response_time_ms", "memory_mb", "load_avg", "breaker", "backends",
     "type_through", "shared", "replaced", "accepted", "accepted_characters", "clients",
     "by_confidence",
@@ -285,6 +285,7 @@ async def test_health_and_stats_and_models_while_the_vps_is_up():
             "api": "cerebrum",
             "available": True,
             "message": "",
+            "version": "1.0.9",
             "max_concurrent": 2,
         }
         assert told == {**about, **counts, "models": ["qwen_0_5b"], "models_loaded": []}

@@ -337,7 +337,7 @@ def real_reference() -> Iterator[Reference]:
 # ------------------------------------------------------------------------------------ the endpoints
 
 
-HEALTH = ["status", "timestamp", "cpu_percent", "memory_available_mb", "models_loaded"]
+HEALTH = ["status", "timestamp", "cpu_percent", "memory_available_mb", "models_loaded", "version"]
 
 
 def test_health_alone_needs_no_key(vps: Vps) -> None:

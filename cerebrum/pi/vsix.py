@@ -1,0 +1,56 @@
+"""The extension for VS Code as the one file that VS Code installs: a zip of its folder.
+
+Pure but for reading that folder. The same folder gives the same bytes on every Pi.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from pathlib import Path
+from xml.sax.saxutils import quoteattr
+
+TYPES = """<?xml version="1.0" encoding="utf-8"?>
+<Types xmlns="http://schemas.openxmlformats.org/package/2006/content-types">\
+<Default Extension="json" ContentType="application/json"/>\
+<Default Extension="js" ContentType="application/javascript"/>\
+<Default Extension="md" ContentType="text/markdown"/>\
+<Default Extension="png" ContentType="image/png"/>\
+<Default Extension="vsixmanifest" ContentType="text/xml"/></Types>
+"""
+MANIFEST = """<?xml version="1.0" encoding="utf-8"?>
+<PackageManifest Version="2.0.0" xmlns="http://schemas.microsoft.com/developer/vsx-schema/2011">\
+<Metadata><Identity Language="en-US" Id={name} Version={version} Publisher={publisher}/>\
+<DisplayName>Cerebrum</DisplayName>\
+<Description>Code completions from the Raspberry Pi at home</Description>\
+<Properties><Property Id="Microsoft.VisualStudio.Code.Engine" Value={engine}/>\
+<Property Id="Microsoft.VisualStudio.Code.ExtensionKind" Value="ui,workspace"/></Properties>\
+<Icon>extension/icon.png</Icon></Metadata>\
+<Installation><InstallationTarget Id="Microsoft.VisualStudio.Code"/></Installation><Dependencies/>\
+<Assets>\
+<Asset Type="Microsoft.VisualStudio.Code.Manifest" Path="extension/package.json" \
+Addressable="true"/>\
+<Asset Type="Microsoft.VisualStudio.Services.Content.Details" Path="extension/README.md" \
+Addressable="true"/>\
+<Asset Type="Microsoft.VisualStudio.Services.Icons.Default" Path="extension/icon.png" \
+Addressable="true"/></Assets></PackageManifest>
+"""
+
+
+def pack(folder: Path) -> bytes:
+    """The file for `code --install-extension`. OSError or ValueError if the folder is not there or
+    damaged.
+    """
+    package = json.loads((folder / "package.json").read_text("utf-8"))
+    names = {key: quoteattr(package[key]) for key in ("name", "version", "publisher")}
+    manifest = MANIFEST.format(engine=quoteattr(package["engines"]["vscode"]), **names)
+    files = {f"extension/{path.name}": path.read_bytes() for path in folder.iterdir()}
+    files |= {"[Content_Types].xml": TYPES.encode(), "extension.vsixmanifest": manifest.encode()}
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for name in sorted(files):
+            entry = zipfile.ZipInfo(name)  # stored, of 1980
+            entry.external_attr = 0o100644 << 16
+            archive.writestr(entry, files[name])
+    return packed.getvalue()

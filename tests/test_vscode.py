@@ -1,0 +1,307 @@
+"""The extension for VS Code: the file that the Pi hands out, and its code under node, with a Pi and
+a `vscode` that are played (tests/vscode).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import urllib.request
+import zipfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from engines import free_port
+from harness import (
+    FILES,
+    KEY,
+    ROOT,
+    Client,
+    copy_program,
+    daemon,
+    program,
+    settings,
+    wait_until,
+)
+from test_peers import needs
+
+from cerebrum.pi import vsix
+from cerebrum_common import VERSION
+
+FOLDER = ROOT / "vscode"
+CACHE = Path("~/.cache/cerebrum/clients").expanduser()
+PACKAGE = json.loads((FOLDER / "package.json").read_text())
+OLDEST = PACKAGE["engines"]["vscode"].removeprefix("^")
+
+
+def test_the_same_folder_gives_the_same_file_everywhere(tmp_path: Path) -> None:
+    packed = vsix.pack(FOLDER)
+    copied = tmp_path / "vscode"
+    copied.mkdir()
+    for number, path in enumerate(sorted(FOLDER.iterdir(), reverse=True)):
+        copy = Path(shutil.copyfile(path, copied / path.name))
+        copy.chmod(0o600)
+        os.utime(copy, (number, number))
+    assert vsix.pack(copied) == packed
+    with zipfile.ZipFile(io.BytesIO(packed)) as archive:
+        assert archive.testzip() is None
+        entries = archive.infolist()
+        assert {entry.compress_type for entry in entries} == {zipfile.ZIP_STORED}
+        names = [entry.filename for entry in entries]
+        assert names == sorted(names)
+        own = {f"extension/{path.name}" for path in FOLDER.iterdir()}
+        assert set(names) == own | {"[Content_Types].xml", "extension.vsixmanifest"}
+        manifest = ElementTree.fromstring(archive.read("extension.vsixmanifest"))
+        types = archive.read("[Content_Types].xml").decode()
+    for name in names:
+        assert f'Extension="{name.rpartition(".")[2]}"' in types or name.startswith("[")
+    schema = "{http://schemas.microsoft.com/developer/vsx-schema/2011}"
+    identity = manifest.find(f"{schema}Metadata/{schema}Identity")
+    assert identity is not None
+    assert dict(identity.items()) == {
+        "Language": "en-US",
+        "Id": PACKAGE["name"],
+        "Version": VERSION,
+        "Publisher": PACKAGE["publisher"],
+    }
+    assert all(asset.get("Path") in names for asset in manifest.iter(f"{schema}Asset"))
+    assert b"://127." not in packed
+
+
+async def test_the_pi_hands_it_out_without_a_key(tmp_path: Path) -> None:
+    """Without the folder, or with a damaged one, the rest works."""
+    copy_program("cm4d", tmp_path)
+    shutil.copytree(FOLDER, tmp_path / "vscode")
+    command = [sys.executable, "-u", str(tmp_path / "cm4d.py")]
+    for damage in (None, "package.json", "all"):
+        if damage == "package.json":
+            (tmp_path / "vscode/package.json").write_text("{}")
+        elif damage:
+            shutil.rmtree(tmp_path / "vscode")
+        with program("cm4d", command, tmp_path / "run", settings(tmp_path)) as pi:
+            client = Client(port=pi.port)
+            reply = await client.get("/cerebrum.vsix")
+            activity = (await client.get("/v1/activity", X_API_Key=KEY)).json
+            if damage:
+                assert (reply.status, reply.json["code"]) == (404, "NOT_FOUND")
+                assert activity["extension"] == ""
+            else:
+                assert (reply.status, reply.body) == (200, vsix.pack(FOLDER))
+
+
+# --------------------------------------------------------------------------------------- under node
+
+
+@pytest.mark.clients
+def test_its_rules() -> None:
+    node = needs("node")
+    done = subprocess.run(
+        [node, "--test", "--test-reporter=tap", str(ROOT / "tests/vscode/extension.test.cjs")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr
+
+
+@pytest.mark.clients
+def test_its_types() -> None:
+    """By the types of the oldest VS Code that it supports."""
+    npm, node = needs("npm"), needs("node")
+    wanted = ["typescript@5.9", f"@types/vscode@{OLDEST}", "@types/node@20"]
+    if not (CACHE / "node_modules/@types/vscode").exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        install = [npm, "install", "--silent", "--no-audit", "--no-fund", *wanted]
+        subprocess.run(install, cwd=CACHE, check=True)
+    options = (
+        "--noEmit --allowJs --checkJs --strict --skipLibCheck --module commonjs --target es2022"
+    )
+    roots = ["--typeRoots", f"{CACHE}/node_modules/@types", "--types", "node,vscode"]
+    files = [str(path) for path in sorted(FOLDER.glob("*.js"))]
+    compiler = CACHE / "node_modules/typescript/bin/tsc"
+    command = [node, str(compiler), *options.split(), *roots, *files]
+    done = subprocess.run(command, cwd=CACHE, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+# ----------------------------------------------------------------------------- in the real VS Code
+
+INSTALLED = Path("~/.cache/cerebrum/vscode").expanduser()
+# Of code-server, VS Code in a browser, with the node that each needs: VS Code 1.105, a year older
+# than 1.139.
+VERSIONS = {"4.105.1": "node@22", "4.139.1": "node@24"}
+CODE = "node_modules/code-server"
+NATIVE = (
+    "@vscode/spdlog",
+    "@vscode/native-watchdog",
+    "node-pty",
+    "@parcel/watcher",
+    "@vscode/fs-copyfile",
+)
+QUIET = {
+    "security.workspace.trust.enabled": False,
+    "workbench.startupEditor": "none",
+    "telemetry.telemetryLevel": "off",
+    "extensions.autoUpdate": False,
+    "http.proxy": "http://127.0.0.1:9",  # the Pi is asked in spite of it
+    "workbench.secondarySideBar.defaultVisibility": "hidden",
+    "editor.quickSuggestions": {"other": "off"},
+}
+SUM = "def add(a, b):\n    return a + b\n\n\ndef subtract(a, b):\n"
+CIRCLE = "function area(radius: number): number {\n  return\n}\n"
+CELLS = ["def double(x):\n    return 2 * x", "def triple(x):\n"]
+
+
+def install(version: str) -> Path:
+    """Install a VS Code once; the folder."""
+    npm, node = needs("npm"), needs("node")
+    place = INSTALLED / version
+    if not (place / "complete").exists():
+        place.mkdir(parents=True, exist_ok=True)
+        built = {"overrides": {"argon2": "0.44.0"}}  # older ones are built by a script
+        (place / "package.json").write_text(json.dumps(built))
+        quiet = [npm, "install", "--silent", "--no-audit", "--no-fund"]
+        packages = VERSIONS[version], "playwright-core@1.57", "node-gyp@11"
+        subprocess.run([*quiet, *packages], cwd=place, check=True)
+        bare = [*quiet, "--ignore-scripts"]
+        subprocess.run([*bare, f"code-server@{version}"], cwd=place, check=True)
+        of_vscode = place / CODE / "lib/vscode"
+        text = (of_vscode / "package.json").read_text()
+        if "parcel-bundler/" in text:  # only GitHub has this one
+            text = re.sub('"@parcel/watcher": "[^"]*"', '"@parcel/watcher": "2.5.1"', text)
+            (of_vscode / "package.json").write_text(text)
+            (of_vscode / "npm-shrinkwrap.json").unlink()
+        for folder in (of_vscode, of_vscode / "extensions"):
+            subprocess.run([*bare, "--omit=dev"], cwd=folder, check=True)
+        gyp = place / "node_modules/node-gyp/bin/node-gyp.js"
+        modules = [of_vscode / "node_modules" / name for name in NATIVE]
+        for module in filter(Path.exists, modules):
+            subprocess.run([node, str(gyp), "rebuild", "--nodedir=/usr"], cwd=module, check=True)
+        (place / "complete").touch()
+    return place
+
+
+def make_project(folder: Path) -> None:
+    folder.mkdir()
+    files = {
+        "sum.py": SUM,
+        "word.py": SUM,
+        "crlf.py": SUM.replace("\n", "\r\n").replace("def subtract", '"""😀"""\r\ndef subtract'),
+        "area.ts": CIRCLE,
+        "two.py": "a = 1\nb = 2\n",
+        "change.py": "def f(a, b):\n    return a + b\n",
+    }
+    for name, text in files.items():
+        (folder / name).write_bytes(text.encode())
+    shape: dict[str, Any] = {"nbformat": 4, "nbformat_minor": 5, "metadata": {}}
+    shape["metadata"]["language_info"] = {"name": "python"}
+    cell = {"cell_type": "code", "metadata": {}, "outputs": [], "execution_count": None}
+    cells = [{**cell, "id": f"c{n}", "source": text} for n, text in enumerate(CELLS)]
+    (folder / "book.ipynb").write_text(json.dumps({**shape, "cells": cells}))
+
+
+@contextmanager
+def code_server(place: Path, folder: Path, vsix_file: Path) -> Iterator[str]:
+    """VS Code with the extension; its address."""
+    data, extensions = folder / "data", folder / "extensions"
+    (data / "User").mkdir(parents=True)
+    (data / "User/settings.json").write_text(json.dumps(QUIET))
+    entry = [str(place / "node_modules/node/bin/node"), str(place / CODE / "out/node/entry.js")]
+    folders = ["--user-data-dir", str(data), "--extensions-dir", str(extensions)]
+    environment = {"PATH": os.environ["PATH"], "HOME": str(folder)}
+    adding = [*entry, *folders, "--install-extension", str(vsix_file)]
+    subprocess.run(adding, env=environment, check=True, capture_output=True)
+    port = free_port()
+    command = [*entry, "--auth", "none", "--bind-addr", f"127.0.0.1:{port}", *folders]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        try:
+            wait_until(lambda: is_listening(port), "VS Code listens")
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def is_listening(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.mark.clients
+@pytest.mark.nightly
+@pytest.mark.parametrize("version", VERSIONS)
+def test_in_the_real_one(version: str, tmp_path: Path) -> None:
+    chromium, place = needs("chromium"), install(version)
+    project = tmp_path / "project"
+    make_project(project)
+    weights = FILES["qwen_0_5b"]
+    easy = {"CEREBRUM_MAX_CPU_PERCENT": "100", "CEREBRUM_MIN_FREE_MB": "256"}
+    with ExitStack() as stack:
+        vps = stack.enter_context(
+            daemon("vpsd", tmp_path / "vps", CEREBRUM_MODELS_DIR=str(weights.parent), **easy)
+        )
+        given = {"CEREBRUM_VPS_URL": f"http://127.0.0.1:{vps.port}"}
+        pi = stack.enter_context(ExitStack())
+        first = pi.enter_context(daemon("cm4d", tmp_path / "pi", **given))
+        url = f"http://127.0.0.1:{first.port}"
+        file = tmp_path / "cerebrum.vsix"
+        with urllib.request.urlopen(f"{url}/cerebrum.vsix") as answer:
+            file.write_bytes(answer.read())
+        code = stack.enter_context(code_server(place, tmp_path / "code", file))
+        asked = {
+            "url": code,
+            "chromium": chromium,
+            "folder": str(project),
+            "pi": url,
+            "key": KEY,
+            "picture": os.environ.get("PICTURE", str(tmp_path / "picture.png")),
+            "instruction": "add type hints",
+            "steps": os.environ.get("STEPS", "").split() or None,
+        }
+        driver = subprocess.Popen(
+            [needs("node"), str(ROOT / "tests/vscode/real.cjs")],
+            env={**os.environ, "NODE_PATH": str(place / "node_modules")},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        stack.callback(driver.kill)
+        assert driver.stdin
+        assert driver.stdout
+        with driver.stdin as sent:
+            sent.write(json.dumps(asked))
+        seen, accepted = {}, 0
+        for line in driver.stdout:
+            step, what = json.loads(line)
+            seen[step] = what
+            if step == "stop":
+                pi.close()
+            if step == "start":
+                again = {**given, "CEREBRUM_CM4_PORT": str(first.port)}
+                stack.enter_context(daemon("cm4d", tmp_path / "pi", **again))
+    assert "failed" not in seen, seen["failed"]
+    assert seen["a wrong key"] == "Cerebrum: the Pi asks for a key, or for another one"
+    for step in ("ghost text", "crlf"):
+        assert seen[step] == "a - b"
+    assert seen["two cursors"] == []
+    assert seen["notices"] == [f"Cerebrum: no Pi answers at 127.0.0.1:{first.port} (ECONNREFUSED)"]
+    left = {path.name: path.read_bytes().decode() for path in project.iterdir()}
+    assert left["sum.py"] == SUM + "    return a - b"
+    assert left["word.py"].startswith(SUM + "    return a")
+    assert left["crlf.py"].endswith("def subtract(a, b):\r\n    return a - b")
+    assert "return " + seen["typescript"] in left["area.ts"]
+    assert json.loads(left["book.ipynb"])["cells"][1]["source"][-1] == "    return 3 * x"
+    assert left["two.py"] == "#a = 1\n#b = 2\n"
+    assert accepted == 4  # by Tab: one word of a text is not counted
+    assert "int" in left["change.py"].partition("\n")[0]

@@ -1,0 +1,418 @@
+// Tests of the extension for VS Code, with a Pi and a `vscode` that are played here.
+//
+//     node --test tests/vscode/
+"use strict";
+const assert = require("node:assert/strict");
+const http = require("node:http");
+const path = require("node:path");
+const { test } = require("node:test");
+const { activate, Desk, Document, Position, Range, Selection, Token, Uri } = require("./stub.cjs");
+
+const FOLDER = path.resolve(__dirname, "../../vscode");
+const HEALTHY = { status: "healthy", vps_available: true };
+
+/** A Pi: `answers` maps a path to the status and the body of its answer, or to a function of both sides. */
+class Pi {
+  constructor() {
+    this.asked = []; // of each request its path, its key and its body
+    this.left = 0; // requests whose client has left
+    this.answers = {
+      "/health": [200, HEALTHY],
+      "/v1/stats": [200, { version: "1.1.0" }],
+      "/infill": [200, { content: "return 1", confidence: 0.9 }],
+      "/v1/accepted": [200, {}],
+    };
+    this.server = http.createServer((request, response) => void this.answer(request, response));
+  }
+
+  async answer(request, response) {
+    let text = "";
+    for await (const part of request) text += part;
+    const asked = { path: request.url, key: request.headers.authorization ?? "", body: text ? JSON.parse(text) : null };
+    this.asked.push(asked);
+    response.on("close", () => { if (!response.writableEnded) this.left += 1; });
+    const given = this.answers[request.url] ?? [404, { error: true, message: "no such path" }];
+    if (typeof given === "function") return given(asked, response);
+    const [status, body, headers = {}] = given;
+    response.writeHead(status, headers).end(typeof body === "string" ? body : JSON.stringify(body));
+  }
+
+  /** The bodies of the requests for completions. */
+  get infills() { return this.asked.filter(({ path: asked }) => asked === "/infill").map(({ body }) => body); }
+
+  async start(port = 0) {
+    await new Promise((resolve) => this.server.listen(port, "127.0.0.1", resolve));
+    this.port = this.server.address().port;
+    this.url = `http://127.0.0.1:${this.port}`;
+    return this;
+  }
+
+  async stop() {
+    this.server.closeAllConnections();
+    await new Promise((resolve) => this.server.close(resolve));
+  }
+}
+
+/** Wait for a condition. */
+async function until(condition) {
+  const deadline = Date.now() + 10_000;
+  while (!condition()) {
+    assert.ok(Date.now() < deadline, `${condition}`);
+    await new Promise((resolve) => setTimeout(resolve, 5));
+  }
+}
+
+/** A test with a Pi, a desk, and the extension there, which knows the Pi. */
+function desk(name, run, settings = {}) {
+  test(name, async () => {
+    const pi = await new Pi().start();
+    const at = new Desk();
+    Object.assign(at.settings, { url: pi.url }, settings);
+    try {
+      at.vscode = activate(at, FOLDER);
+      await until(() => pi.asked.length >= 2 || at.settings.url !== pi.url);
+      await run(at, pi);
+    } finally {
+      await pi.stop();
+    }
+  });
+}
+
+const python = (text, uri = "file:///work/a.py") => new Document(uri, "python", text);
+const END = { triggerKind: 1 };
+const ASKED = { triggerKind: 0 };
+
+/** Ask for ghost text at the `|` of a text. */
+async function ask(at, document, context = END, token = new Token()) {
+  const offset = document.text.indexOf("|");
+  document.text = document.text.slice(0, offset) + document.text.slice(offset + 1);
+  const before = document.text.slice(0, offset).split("\n");
+  const position = new Position(before.length - 1, before.at(-1).length);
+  return at.provider.provideInlineCompletionItems(document, position, context, token);
+}
+
+const texts = (items) => items.map((item) => item.insertText);
+
+// --------------------------------------------------------------------------------------- ghost text
+
+desk("a gap is sent as it is, and its text is shown", async (at, pi) => {
+  const [item] = await ask(at, python("def f():\r\n    |\r\n\r\nf()\r\n"));
+  assert.equal(item.insertText, "return 1");
+  assert.deepEqual(item.range.start, new Position(1, 4));
+  assert.deepEqual(pi.infills, [{
+    input_prefix: "def f():\n    ", input_suffix: "\n\nf()\n", filename: "a.py", n_predict: 128,
+    t_max_prompt_ms: 500, t_max_predict_ms: 1500, cache_prompt: true, suggest: "normal",
+  }]);
+  assert.match(at.item.text, /check/);
+});
+
+desk("characters beyond 16 bits count as two", async (at, pi) => {
+  const [item] = await ask(at, python("s = '😀' + |"));
+  assert.equal(pi.infills[0].input_prefix, "s = '😀' + ");
+  assert.deepEqual(item.range.start, new Position(0, 11));
+});
+
+desk("who asks gets all that the Pi has, from all of the file", async (at, pi) => {
+  await ask(at, python("x = |"), ASKED);
+  const { suggest, t_max_prompt_ms } = pi.infills[0];
+  assert.deepEqual([suggest, t_max_prompt_ms], ["always", 0]);
+});
+
+desk("what is typed of a suggestion asks nothing", async (at, pi) => {
+  assert.deepEqual(texts(await ask(at, python("x = |"))), ["return 1"]);
+  assert.deepEqual(texts(await ask(at, python("x = ret|"))), ["urn 1"]);
+  assert.deepEqual(texts(await ask(at, python("x = return 1|"))), ["return 1"]); // all was taken
+  assert.deepEqual(pi.infills.map((body) => body.input_prefix), ["x = ", "x = return 1"]);
+});
+
+desk("an empty or shortened suggestion is asked for again by a person alone", async (at, pi) => {
+  pi.answers["/infill"] = [200, { content: "", confidence: 0.1, unsure: true }];
+  assert.deepEqual(await ask(at, python("x = |")), []);
+  assert.match(at.item.tooltip, /not sure/);
+  assert.deepEqual(await ask(at, python("x = |")), []);
+  assert.equal(pi.infills.length, 1);
+  assert.deepEqual(await ask(at, python("x = |"), ASKED), []);
+  assert.equal(pi.infills.length, 2);
+});
+
+desk("a text that was replaced by a newer request is not kept", async (at, pi) => {
+  pi.answers["/infill"] = [200, { content: "", replaced: true }];
+  await ask(at, python("x = |"));
+  await ask(at, python("x = |"));
+  assert.equal(pi.infills.length, 2);
+});
+
+desk("what VS Code's menu would insert comes first", async (at, pi) => {
+  const range = new Range(new Position(0, 4), new Position(0, 6));
+  const context = { ...END, selectedCompletionInfo: { range, text: "print" } };
+  const [item] = await ask(at, python("x = pr|"), context);
+  assert.equal(item.insertText, "printreturn 1");
+  assert.equal(item.range, range);
+  assert.equal(pi.infills[0].input_prefix, "x = print");
+});
+
+desk("a cancelled request ends at the Pi", async (at, pi) => {
+  pi.answers["/infill"] = () => {};
+  const token = new Token();
+  const items = ask(at, python("x = |"), END, token);
+  await until(() => pi.infills.length === 1);
+  token.cancel();
+  assert.deepEqual(await items, []);
+  await until(() => pi.left === 1);
+  assert.deepEqual(at.shown, []);
+});
+
+desk("a key within the pause asks nothing", async (at, pi) => {
+  const token = new Token();
+  const items = ask(at, python("x = |"), END, token);
+  token.cancel();
+  assert.deepEqual(await items, []);
+  assert.deepEqual(pi.infills, []);
+});
+
+desk("an accepted text is counted, with its confidence", async (at, pi) => {
+  const [{ command }] = await ask(at, python("x = |"));
+  await at.vscode.commands.executeCommand(command.command, ...command.arguments);
+  await until(() => pi.asked.at(-1).path === "/v1/accepted");
+  assert.deepEqual(pi.asked.at(-1).body, { characters: 8, confidence: 0.9 });
+});
+
+desk("the far ends of a long file are left out", async (at, pi) => {
+  const line = "x = 1\n";
+  await ask(at, python(`${line.repeat(20_000)}|${line.repeat(20_000)}`));
+  const { input_prefix, input_suffix } = pi.infills[0];
+  assert.deepEqual([input_prefix.length, input_suffix.length], [80_000, 80_000]);
+});
+
+// ------------------------------------------------------------------------- which texts, which names
+
+for (const [uri, name] of [
+  ["file:///work/Makefile", "Makefile"],
+  ["untitled:Untitled-1", "Untitled-1.py"],
+  ["vscode-remote://ssh/home/a.py", "a.py"],
+  ["vscode-notebook-cell:/work/study.ipynb", "study.py"],
+]) {
+  desk(`${uri} is sent as ${name}`, async (at, pi) => {
+    await ask(at, python("x = |", uri));
+    assert.equal(pi.infills[0].filename, name);
+  });
+}
+
+desk("the cells above of the same language precede a cell", async (at, pi) => {
+  const cell = (language, text) => ({ document: new Document("vscode-notebook-cell:/a.ipynb", language, text) });
+  const cells = [cell("python", "import os\n"), cell("markdown", "# A"), cell("python", "os.|"), cell("python", "last")];
+  at.books = [{ getCells: () => cells }];
+  await ask(at, cells[2].document);
+  assert.deepEqual([pi.infills[0].input_prefix, pi.infills[0].input_suffix], ["import os\n\nos.", ""]);
+});
+
+for (const uri of ["vscode-scm:input", "git:/work/a.py", "output:log", "file:///work/.env", "file:///work/deep/.env.local"]) {
+  desk(`${uri} is never sent`, async (at, pi) => {
+    assert.deepEqual(await ask(at, python("x = |", uri), ASKED), []);
+    assert.deepEqual(pi.infills, []);
+  });
+}
+
+desk("a comparison, a language and a folder that are off are not sent", async (at, pi) => {
+  at.activeTab = { input: new at.vscode.TabInputTextDiff() };
+  await ask(at, python("x = |"));
+  at.activeTab = undefined;
+  at.settings.off = ["python"];
+  await ask(at, python("x = |"));
+  at.settings.off = [];
+  at.workspace.set("off", true);
+  await ask(at, python("x = |"));
+  assert.deepEqual(pi.infills, []);
+  assert.match(at.item.tooltip, /off/);
+  at.workspace.set("off", false);
+  await ask(at, python("x = |"));
+  assert.equal(pi.infills.length, 1);
+});
+
+// ------------------------------------------------------------------------------------- the Pi, its key
+
+desk("one error is one notice, and a Pi that returns is used", async (at, pi) => {
+  await pi.stop();
+  for (const text of ["a|", "ab|", "abc|"]) assert.deepEqual(await ask(at, python(text)), []);
+  const notices = at.shown.filter((line) => line.startsWith("warning"));
+  assert.deepEqual(notices, [`warning: Cerebrum: no Pi answers at 127.0.0.1:${pi.port} (ECONNREFUSED)`]);
+  assert.match(at.item.tooltip, /no Pi/);
+  const { port } = pi;
+  Object.assign(pi, new Pi());
+  await pi.start(port);
+  assert.deepEqual(texts(await ask(at, python("abcd|"), ASKED)), ["return 1"]);
+  assert.match(at.item.text, /check/);
+});
+
+desk("a wrong key is said as such, and a busy Pi is no news", async (at, pi) => {
+  pi.answers["/infill"] = [429, { error: { message: "all places are taken" } }];
+  assert.deepEqual(await ask(at, python("x = |")), []);
+  assert.deepEqual(at.shown, []);
+  pi.answers["/infill"] = [401, { error: { message: "x" } }];
+  await ask(at, python("x = |"));
+  assert.equal(at.shown.at(-1), "warning: Cerebrum: the Pi asks for a key, or for another one");
+  assert.match(at.item.text, /key/);
+});
+
+desk("a key is a secret of its address", async (at, pi) => {
+  at.answers = [pi.url, " k1 "];
+  await at.vscode.commands.executeCommand("cerebrum.connect");
+  assert.deepEqual([...at.secrets], [[`key of ${pi.url}/`, "k1"]]);
+  assert.equal(JSON.stringify(at.settings).includes("k1"), false);
+  await ask(at, python("x = |"));
+  assert.equal(pi.asked.at(-1).key, "Bearer k1");
+  const other = await new Pi().start();
+  at.settings.url = other.url;
+  await ask(at, python("y = |"));
+  assert.equal(other.asked.at(-1).key, "");
+  await other.stop();
+});
+
+const CONNECTIONS = [
+  ["a wrong key", { "/v1/stats": [401, {}] }, "the Pi asks for a key, or for another one"],
+  ["another program", { "/health": [200, "<html>"] }, "the address is another program's: its answer is not JSON"],
+  ["another API", { "/health": [200, { ok: true }] }, "the address is another program's, not a Pi's"],
+  ["no backend", { "/health": [503, { vps_available: false, message: "x" }] }, "the Pi answers, but has no backend now"],
+];
+for (const [name, answers, problem] of CONNECTIONS) {
+  desk(`connecting says what is wrong: ${name}`, async (at, pi) => {
+    const other = await new Pi().start();
+    Object.assign(other.answers, answers);
+    at.answers = [other.url, "", undefined];
+    await at.vscode.commands.executeCommand("cerebrum.connect");
+    assert.equal(at.shown.at(-1), `warning: Cerebrum: ${problem}`);
+    assert.equal(at.settings.url, pi.url); // as before
+    at.answers = [other.url, "", "Use it anyway"];
+    await at.vscode.commands.executeCommand("cerebrum.connect");
+    assert.equal(at.settings.url, other.url);
+    await other.stop();
+  });
+}
+
+desk("a link changes nothing before the user agrees", async (at, pi) => {
+  const other = await new Pi().start();
+  const link = Uri.parse(`vscode://cerebrum.cerebrum/connect?url=${other.url}`);
+  at.answers = [undefined];
+  await at.links.handleUri(link);
+  assert.equal(at.shown.at(-1), `modal info: Cerebrum: Use ${other.url} instead of ${pi.url}?`);
+  assert.equal(at.settings.url, pi.url);
+  at.answers = [(items) => (assert.equal(items[0].title, "No"), items[1]), "k2"];
+  await at.links.handleUri(link);
+  assert.equal(at.settings.url, other.url);
+  assert.equal(at.secrets.get(`key of ${other.url}/`), "k2");
+  const shown = at.shown.length;
+  for (const bad of ["/connect?url=file:///x", "/connect?url=javascript:1", "/connect", "/other?url=http://a"]) {
+    await at.links.handleUri(Uri.parse(`vscode://cerebrum.cerebrum${bad}`));
+  }
+  assert.equal(at.shown.length, shown);
+  await other.stop();
+});
+
+desk("an extension older than the Pi says so once", async (at, pi) => {
+  pi.answers["/v1/stats"] = [200, { version: "1.10.0" }];
+  for (const key of ["a", "b"]) {
+    at.answers = [pi.url, key, undefined];
+    await at.vscode.commands.executeCommand("cerebrum.connect");
+  }
+  await until(() => at.shown.some((line) => line.includes("1.10.0")));
+  assert.equal(at.shown.filter((line) => line.includes("1.10.0")).length, 1);
+});
+
+// ------------------------------------------------------------------------------- change a selection
+
+const DONE = { done: true, finish_reason: "stop", kept: { parts: ["all"] } };
+const sse = (...events) => (_asked, response) => {
+  response.writeHead(200, { "Content-Type": "text/event-stream" });
+  for (const event of events) response.write(`data: ${JSON.stringify(event)}\n\n`);
+  response.end();
+};
+
+/** Select the text between two `|` of a document. */
+function select(at, text, uri) {
+  const [before, selected, after] = text.split("|");
+  const document = python(before + selected + after, uri);
+  const place = (offset) => {
+    const lines = document.text.slice(0, offset).split("\n");
+    return new Position(lines.length - 1, lines.at(-1).length);
+  };
+  const selection = new Selection(place(before.length), place(before.length + selected.length));
+  at.vscode.window.activeTextEditor = { document, selection };
+  return document;
+}
+
+const change = (at) => at.vscode.commands.executeCommand("cerebrum.changeSelection");
+
+desk("a selection is changed as a whole, after its difference was shown", async (at, pi) => {
+  const document = select(at, "a\r\n|b = 1\r\n|c\r\n");
+  pi.answers["/v1/complete/stream"] = sse({ token: "b = " }, { token: "2\n\n" }, DONE);
+  at.answers = ["two", (items) => {
+    assert.equal(at.tabs.length, 1);
+    assert.equal(document.text, "a\r\nb = 1\r\nc\r\n");
+    return items[0];
+  }];
+  await change(at);
+  const { prompt, instruction, language, max_tokens, temperature } = pi.asked.at(-1).body;
+  assert.deepEqual([prompt, instruction, language, max_tokens, temperature], ["b = 1\n", "two", "python", 2048, 0]);
+  assert.deepEqual(at.previews.slice(0, 2), ["b = ", "b = 2\n\n"]);
+  assert.equal(document.text.replace(/\r\n/g, "\n"), "a\nb = 2\nc\n");
+  assert.deepEqual(at.tabs, []);
+});
+
+const LACKING = [
+  [{ finish_reason: "length" }, "the answer is longer than 2048 tokens"],
+  [{ finish_reason: "repeat" }, "the model began to repeat itself"],
+  [{ finish_reason: "preempted" }, "the answer broke off"],
+  [{ kept: { parts: ["window"] } }, "the text is too long for the model"],
+];
+for (const [lacking, why] of LACKING) {
+  desk(`an answer that is not whole changes nothing: ${why}`, async (at, pi) => {
+    const document = select(at, "|b = 1|");
+    pi.answers["/v1/complete/stream"] = sse({ token: "b" }, { ...DONE, ...lacking });
+    at.answers = ["two"];
+    await change(at);
+    assert.equal(document.text, "b = 1");
+    assert.equal(at.shown.at(-1), `warning: Cerebrum: ${why}; nothing was changed`);
+    assert.deepEqual(at.tabs, []);
+  });
+}
+
+desk("a text that changed meanwhile, or a user who declines, changes nothing", async (at, pi) => {
+  pi.answers["/v1/complete/stream"] = sse({ token: "x" }, DONE);
+  for (const answer of ["Discard", (items) => { document.version += 1; return items[0]; }]) {
+    var document = select(at, "|b = 1|");
+    at.answers = ["two", answer];
+    await change(at);
+    assert.equal(document.text, "b = 1");
+  }
+  assert.equal(at.shown.at(-1), "warning: Cerebrum: the text has changed meanwhile; nothing was changed");
+});
+
+desk("a stream that breaks off, or is cancelled, changes nothing", async (at, pi) => {
+  const document = select(at, "|b = 1|");
+  pi.answers["/v1/complete/stream"] = sse({ token: "b" });
+  at.answers = ["two"];
+  await change(at);
+  assert.equal(document.text, "b = 1");
+  pi.answers["/v1/complete/stream"] = (_asked, response) => response.writeHead(200).write('data: {"token": "b"}\n\n');
+  at.cancels = (token) => void until(() => at.previews.at(-1) === "b").then(() => token.cancel());
+  at.previews = [];
+  at.answers = ["two"];
+  const shown = at.shown.length;
+  await change(at);
+  await until(() => pi.left === 1);
+  assert.equal(at.shown.filter((line) => line.startsWith("warning")).length, 1);
+  assert.ok(at.shown.length > shown);
+  assert.deepEqual([document.text, at.tabs], ["b = 1", []]);
+});
+
+desk("a language that the Pi does not know is asked for in a chat", async (at, pi) => {
+  const document = select(at, "|b = 1|");
+  pi.answers["/v1/complete/stream"] = [400, { error: true, message: "language: expected one of …" }];
+  pi.answers["/v1/chat/completions"] = (_asked, response) => {
+    const parts = ["Sure:\n```py\nb = ", "3\n```\n"].map((content) => ({ choices: [{ delta: { content }, finish_reason: null }] }));
+    sse(...parts, { choices: [{ delta: {}, finish_reason: "stop" }] })(_asked, response);
+  };
+  at.answers = ["three", "Apply"];
+  await change(at);
+  assert.equal(document.text, "b = 3");
+});

@@ -1,0 +1,206 @@
+// @ts-check
+"use strict";
+// "Change Selection": the model changes the selected code as it is told.
+
+const vscode = require("vscode");
+const { ask, PiError, read } = require("./pi");
+const { blockOf, lacks, MAX_TOKENS, unix } = require("./text");
+
+const SCHEME = "cerebrum-change";
+
+/** The texts of both sides of a difference, which are no files. */
+class Preview {
+  constructor() {
+    /** @type {Map<string, string>} */
+    this.texts = new Map();
+    this.changed = new vscode.EventEmitter();
+    this.onDidChange = this.changed.event;
+    this.count = 0;
+  }
+
+  /** @param {vscode.Uri} uri */
+  provideTextDocumentContent(uri) {
+    return this.texts.get(uri.path) ?? "";
+  }
+
+  /** @param {string} name @param {string} text */
+  add(name, text) {
+    this.count += 1;
+    const uri = vscode.Uri.from({ scheme: SCHEME, path: `/${this.count}/${name}` });
+    this.texts.set(uri.path, text);
+    return uri;
+  }
+
+  /** @param {vscode.Uri} uri @param {string} text */
+  show(uri, text) {
+    this.texts.set(uri.path, text);
+    this.changed.fire(uri);
+  }
+
+  /** Close the difference whose right side this is. @param {vscode.Uri} uri */
+  async close(uri) {
+    const tabs = vscode.window.tabGroups.all.flatMap((group) => group.tabs);
+    const isOurs = (/** @type {any} */ tab) => tab.input?.modified?.toString() === uri.toString();
+    await vscode.window.tabGroups.close(tabs.filter(isOurs));
+    this.texts.delete(uri.path);
+  }
+}
+
+// The question to a chat, for a language that the Pi does not know. Without the second sentence a
+// small model explains at length.
+const askForCode = (/** @type {any} */ { instruction, language, prompt }) =>
+  `${instruction}\nAnswer with the changed code alone, in one fenced block.\n\n` +
+  `\`\`\`${language}\n${prompt}\n\`\`\``;
+
+/**
+ * The events of a stream, as they come.
+ * @param {any} pi @param {string} path @param {object} body @param {AbortSignal} signal
+ * @param {(event: any) => void} onEvent
+ */
+async function stream(pi, path, body, signal, onEvent) {
+  let text = "";
+  /** @type {unknown} */
+  let failure;
+  const onData = (/** @type {string} */ part) => {
+    const events = (text + part).split("\n\n");
+    text = events.pop() ?? "";
+    try {
+      for (const event of events) {
+        const data = event.match(/^data: (\{.*)$/m);
+        if (data) onEvent(JSON.parse(data[1]));
+      }
+    } catch (error) {
+      failure ??= error; // the Pi cuts the connection behind an error
+    }
+  };
+  try {
+    const answer = await ask(pi, path, { body, signal, onData });
+    if (answer.status !== 200) read(answer);
+    if (!failure) return String(answer.headers["x-cerebrum-kept"] ?? "all");
+  } catch (error) {
+    failure ??= error;
+  }
+  throw failure;
+}
+
+/**
+ * The whole answer to an instruction, in the form of /v1/complete's. `onText` gets what there is of
+ * its code so far.
+ * @param {any} pi @param {any} body @param {AbortSignal} signal @param {(text: string) => void} onText
+ * @returns {Promise<any>}
+ */
+async function instruct(pi, body, signal, onText) {
+  let answer = { completion: "", finish_reason: "cut" };
+  const onEvent = (/** @type {any} */ event) => {
+    if (event.error) throw new PiError(200, event.message);
+    if (event.token) onText((answer.completion += event.token));
+    if (event.done) answer = { ...event, completion: answer.completion };
+  };
+  try {
+    await stream(pi, "/v1/complete/stream", body, signal, onEvent);
+    return answer;
+  } catch (error) {
+    if (!/400: language: /.test(String(error))) throw error;
+  }
+  return chat(pi, body, signal, onText);
+}
+
+/** @type {typeof instruct} */
+async function chat(pi, body, signal, onText) {
+  const { max_tokens, temperature } = body;
+  const messages = [{ role: "user", content: askForCode(body) }];
+  let text = "";
+  let reason = "cut";
+  const onEvent = (/** @type {any} */ event) => {
+    if (event.error) throw new PiError(200, event.error.message);
+    const choice = event.choices?.[0];
+    text += choice?.delta.content ?? "";
+    reason = event.preempted ?? choice?.finish_reason ?? reason;
+    onText(text.replace(/^[^]*?```.*\n/, "").replace(/\n```[^]*$/, ""));
+  };
+  const asked = { messages, max_tokens, temperature, stream: true };
+  const kept = await stream(pi, "/v1/chat/completions", asked, signal, onEvent);
+  return { completion: blockOf(text), finish_reason: reason, kept: { parts: [kept] } };
+}
+
+/**
+ * Ask for an instruction, show what would change, and apply it if the user wants that.
+ * @param {any} pi @param {Preview} preview
+ */
+async function changeSelection(pi, preview) {
+  const editor = vscode.window.activeTextEditor;
+  if (!editor || editor.selection.isEmpty) {
+    throw new PiError(200, "expected a selection: select the code to change");
+  }
+  const { document } = editor;
+  const { version } = document;
+  const range = new vscode.Range(editor.selection.start, editor.selection.end);
+  const selected = document.getText(range);
+  const prompt = "What to do with the selected code, for instance: add type hints";
+  const instruction = await vscode.window.showInputBox({ prompt, ignoreFocusOut: true });
+  if (!instruction?.trim()) return;
+  const name = document.uri.path.split("/").pop() ?? "";
+  const before = preview.add(name, selected);
+  const after = preview.add(name, "");
+  await vscode.commands.executeCommand("vscode.diff", before, after, `Cerebrum: ${instruction}`);
+  try {
+    const body = {
+      prompt: unix(selected),
+      instruction,
+      language: document.languageId,
+      max_tokens: MAX_TOKENS,
+      temperature: 0,
+    };
+    const answer = await withProgress(instruction, (signal) =>
+      instruct(pi, body, signal, (text) => preview.show(after, text)),
+    );
+    if (!answer) return;
+    const lacking = lacks(answer);
+    if (lacking) throw new PiError(200, `${lacking}; nothing was changed`);
+    const [end] = selected.match(/[\r\n]*$/) ?? [""];
+    const text = answer.completion.replace(/[\r\n]+$/, "") + end;
+    preview.show(after, text);
+    await offer(document, version, range, text);
+  } finally {
+    await preview.close(after);
+    preview.texts.delete(before.path);
+  }
+}
+
+/**
+ * The result of a work that the user may end; undefined if that happened.
+ * @template T
+ * @param {string} title @param {(signal: AbortSignal) => Promise<T>} work
+ * @returns {Promise<T | undefined>}
+ */
+async function withProgress(title, work) {
+  const location = vscode.ProgressLocation.Notification;
+  const options = { location, title: `Cerebrum: ${title}`, cancellable: true };
+  return vscode.window.withProgress(options, async (_progress, token) => {
+    const abort = new AbortController();
+    token.onCancellationRequested(() => abort.abort());
+    try {
+      return await work(abort.signal);
+    } catch (error) {
+      if (abort.signal.aborted) return undefined;
+      throw error;
+    }
+  });
+}
+
+/** @param {vscode.TextDocument} document @param {number} version @param {vscode.Range} range @param {string} text */
+async function offer(document, version, range, text) {
+  const chosen = await vscode.window.showInformationMessage(
+    "Cerebrum: apply this change?", "Apply", "Discard");
+  if (chosen !== "Apply") return;
+  if (document.isClosed || document.version !== version) {
+    throw new PiError(200, "the text has changed meanwhile; nothing was changed");
+  }
+  const edit = new vscode.WorkspaceEdit();
+  edit.replace(document.uri, range, text);
+  if (!(await vscode.workspace.applyEdit(edit))) {
+    throw new PiError(200, "VS Code did not apply the change");
+  }
+}
+
+module.exports = { changeSelection, Preview, SCHEME };

@@ -1,0 +1,109 @@
+// @ts-check
+"use strict";
+// Pure: texts around a cursor, suggestions and what is left of them, answers to instructions.
+
+// Characters before the cursor, and after it, that are sent: more than any context holds, and as
+// JSON less than the 1 MiB that the Pi takes.
+const MAX_TEXT = 80_000;
+const MAX_TOKENS = 2048;
+const MAX_FOUND = 16;
+const MIN_PAUSE_MS = 30;
+const MAX_PAUSE_MS = 400; // fast typists leave 100 ms between keys
+const PAUSE_SHARE = 0.2; // of the median response time
+
+/**
+ * @typedef {{uri: string, before: string, after: string}} Gap a cursor in a file
+ * @typedef {{text: string, confidence: number | null, unsure: boolean}} Suggestion
+ */
+
+/** The text with the line ends that the model knows. @param {string} text */
+const unix = (text) => text.replace(/\r\n?/g, "\n");
+
+/**
+ * The text before and after the cursor for a request. Of a long text the far ends are left out, in
+ * steps of a quarter, so that it begins at the same place for many keys and the cache stays valid.
+ * @param {Gap} gap
+ */
+function sent(gap) {
+  const step = MAX_TEXT / 4;
+  const over = Math.max(0, gap.before.length - MAX_TEXT);
+  const cut = Math.ceil(over / step) * step;
+  return { input_prefix: gap.before.slice(cut), input_suffix: gap.after.slice(0, MAX_TEXT) };
+}
+
+/** The latest suggestions, and how long the Pi took for each. */
+class Suggestions {
+  constructor() {
+    /** @type {{gap: Gap, found: Suggestion}[]} */
+    this.list = [];
+    this.times = [400]; // ms; a guess, until there are answers
+  }
+
+  /** @param {Gap} gap @param {Suggestion} found @param {number} ms */
+  add(gap, found, ms) {
+    this.list = [{ gap, found }, ...this.list.slice(0, MAX_FOUND - 1)];
+    this.times = [...this.times.slice(-7), ms];
+  }
+
+  /**
+   * The rest of a suggestion whose beginning has been typed or accepted; undefined if there is none.
+   * @param {Gap} gap
+   * @returns {Suggestion | undefined}
+   */
+  rest(gap) {
+    for (const { gap: older, found } of this.list) {
+      const isSame = older.uri === gap.uri && older.after === gap.after;
+      if (!isSame || !gap.before.startsWith(older.before)) continue;
+      const typed = gap.before.slice(older.before.length);
+      const isWhole = typed && typed === found.text;
+      if (isWhole || !found.text.startsWith(typed)) continue;
+      const confidence = typed.includes("\n") ? null : found.confidence;
+      return { ...found, text: found.text.slice(typed.length), confidence };
+    }
+    return undefined;
+  }
+
+  /** Milliseconds without a key before an automatic request: longer for a slow Pi. */
+  pause() {
+    const sorted = [...this.times].sort((a, b) => a - b);
+    const median = sorted[Math.floor(sorted.length / 2)];
+    return Math.min(Math.max(MIN_PAUSE_MS, PAUSE_SHARE * median), MAX_PAUSE_MS);
+  }
+}
+
+/**
+ * Why the answer to an instruction may lack code that it would replace; "" if it is whole.
+ * @param {any} answer
+ */
+function lacks(answer) {
+  if (answer.kept?.parts?.join() !== "all") return "the text is too long for the model";
+  const reason = answer.finish_reason ?? "stop";
+  if (reason === "length") return `the answer is longer than ${MAX_TOKENS} tokens`;
+  if (reason === "repeat") return "the model began to repeat itself";
+  if (reason !== "stop" && reason !== "block") return "the answer broke off";
+  if (!answer.completion?.trim()) return "the answer is not one block of code";
+  return "";
+}
+
+/** The one whole block of code in a chat's answer, else "". @param {string} text */
+function blockOf(text) {
+  // The text before the block, the rest of its first line, the block, the rest of its last line,
+  // the text behind it.
+  const parts = text.split(/^`{3,}(.*)\n?/m);
+  return parts.length === 5 && !parts[3].trim() ? parts[2] : "";
+}
+
+/**
+ * Whether a path matches a glob: `*` and `?` within a name, `**` across folders. A glob without a
+ * `/` is for the name alone, at any depth.
+ * @param {string} glob @param {string} path
+ */
+function matches(glob, path) {
+  const source = glob
+    .replace(/[.+^${}()|[\]\\]/g, "\\$&")
+    .replace(/\*\*\/?|\*|\?/g, (wild) => ({ "*": "[^/]*", "?": "[^/]" })[wild] ?? ".*");
+  const where = glob.includes("/") ? "(^|/)" : "(^|.*/)";
+  return new RegExp(`${where}${source}$`, "i").test(path);
+}
+
+module.exports = { blockOf, lacks, matches, MAX_TOKENS, sent, Suggestions, unix };
