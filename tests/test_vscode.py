@@ -288,6 +288,7 @@ def test_in_the_real_one(version: str, tmp_path: Path) -> None:
             step, what = json.loads(line)
             seen[step] = what
             if step == "stop":
+                accepted = first.stdout().count("POST /v1/accepted 200")
                 pi.close()
             if step == "start":
                 again = {**given, "CEREBRUM_CM4_PORT": str(first.port)}
@@ -304,7 +305,8 @@ def test_in_the_real_one(version: str, tmp_path: Path) -> None:
     assert left["word.py"].startswith(SUM + "    return a")
     assert left["crlf.py"].endswith("def subtract(a, b):\r\n    return a - b")
     assert "return " + seen["typescript"] in left["area.ts"]
-    assert json.loads(left["book.ipynb"])["cells"][1]["source"][-1] == "    return 3 * x"
+    source = "".join(json.loads(left["book.ipynb"])["cells"][1]["source"])
+    assert source.rstrip() == CELLS[1] + "    return 3 * x"
     assert left["two.py"] == "#a = 1\n#b = 2"
     assert accepted == 4  # by Tab: one word of a text is not counted
     assert "int" in left["change.py"].partition("\n")[0]

@@ -115,7 +115,7 @@ const STEPS = {
   async cursors() {
     await open("two.py");
     await keys("Control+Home");
-    await keys("Control+Alt+ArrowDown");
+    await command("Add Cursor Below");
     await type("#");
     await keys("Escape", "Escape", "Control+s");
     say("two cursors", await notices());
