@@ -60,7 +60,7 @@ ROOMS = {
     "cerebrum/vps/prefixes.py": VPS,
     "cerebrum/vps/worker.py": VPS,
     "cerebrum/vps/decoder.py": VPS,
-    "cerebrum/vps/compute.py": VPS,
+    "cerebrum/vps/compute.py": f"tests/vps/test_draft_model.py {VPS}",
     "cerebrum/vps/job.py": VPS,
     "cerebrum_lsp.py": "tests/test_lsp.py",
 }
