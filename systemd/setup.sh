@@ -128,7 +128,7 @@ setup_cm4() {
 	{ grep -v '^CEREBRUM_VPS_URL=' "$SETTINGS" 2>/dev/null || true; echo "CEREBRUM_VPS_URL=$url"; } | put_settings
 	start restart
 	echo "Cerebrum is at http://$(uname -n).local:7000/, a page for a browser. Editors use the same address."
-	echo "VS Code installs cerebrum.vsix from there, with the sha256 $(vsix | sha256sum | cut -d' ' -f1)"
+	[[ ! -e $LIB/vscode ]] || echo "VS Code installs cerebrum.vsix from there, with the sha256 $(vsix | sha256sum | cut -d' ' -f1)"
 }
 
 # have_llama: whether llama.cpp is built, in the version that vpsd needs and for this Python, with what `tune` needs.
