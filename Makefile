@@ -74,7 +74,7 @@ deb: ## build Debian packages for the Pi, the VPS and a laptop, in the folder di
 		command -v $${pair%:*} >/dev/null || set -- "$$@" $${pair#*:}; done; [ $$# = 0 ] || \
 		{ echo "missing system packages; please run:  sudo apt-get install $$*" >&2; exit 1; }
 	@rm -rf .run/deb dist/*.deb && mkdir -p .run/deb/cerebrum dist
-	@umask 022 && cp -r debian systemd cerebrum *.py *.sh models.toml pyproject.toml .env.example LICENSE .run/deb/cerebrum && \
+	@umask 022 && cp -r debian systemd cerebrum vscode *.py *.sh models.toml pyproject.toml .env.example LICENSE .run/deb/cerebrum && \
 		cd .run/deb/cerebrum && dpkg-buildpackage --build=binary --no-sign >../log 2>&1 || { tail -n 20 ../log; exit 1; }
 	@cp .run/deb/*.deb dist && ls dist/*.deb
 
