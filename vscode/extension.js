@@ -3,7 +3,7 @@
 // Completions as ghost text from the Pi at home.
 
 const vscode = require("vscode");
-const { ask, BUSY, check, PiError, read } = require("./pi");
+const { ask, BUSY, check, NO_PI, PiError, read } = require("./pi");
 const { matches, sent, Suggestions, unix } = require("./text");
 const { changeSelection, Preview, SCHEME } = require("./change");
 
@@ -190,7 +190,7 @@ class Completions {
       this.status.show("writing");
       const answer = read(await ask(await this.home.pi(), "/infill", { body, signal: abort.signal }));
       if (typeof answer.content !== "string") {
-        throw new PiError(200, "the address is another program's, not a Pi's");
+        throw new PiError(200, NO_PI);
       }
       const { content: text, confidence = null, unsure = false } = answer;
       const found = { text, confidence, unsure };
@@ -200,9 +200,10 @@ class Completions {
       this.status.show(unsure && !text ? "unsure" : "ready");
       return found;
     } catch (error) {
-      if (abort.signal.aborted) this.status.show("ready");
-      else if (error instanceof PiError && BUSY.includes(error.status)) this.status.show("ready");
-      else {
+      const isBusy = error instanceof PiError && BUSY.includes(error.status);
+      if (abort.signal.aborted || isBusy) {
+        this.status.show("ready");
+      } else {
         this.awayUntil = Date.now() + AWAY_MS;
         void this.status.fail(error, isAsked);
       }

@@ -8,6 +8,7 @@ const https = require("node:https");
 const CONNECT_MS = 5_000;
 const TIMEOUT_MS = 600_000; // a model may have to be loaded, and the Pi itself gives up in time
 const BUSY = [409, 429]; // statuses that pass by themselves
+const NO_PI = "the address is another program's, not a Pi's";
 const CERTIFICATE = /CERT|SELF_SIGNED|UNABLE_TO|ALTNAME|ERR_TLS|ERR_SSL|EPROTO/;
 
 /** The Pi did not answer as hoped. `status` is HTTP's, 0 without an answer. */
@@ -101,18 +102,18 @@ function refusal(status, found) {
 }
 
 /**
- * What stands between us and a completion: "" if nothing does. PiError says it too.
+ * The Pi's version, and the `problem` that it has, "" for none. PiError if it cannot be used.
  * @param {{url: string, key: string, version: string}} pi
  */
 async function check(pi) {
   const health = await ask(pi, "/health");
   const found = read({ ...health, status: 200 });
   if (typeof found.vps_available !== "boolean") {
-    throw new PiError(health.status, "the address is another program's, not a Pi's");
+    throw new PiError(health.status, NO_PI);
   }
   const stats = read(await ask(pi, "/v1/stats"));
   const problem = found.vps_available ? "" : "the Pi answers, but has no backend now";
   return { problem, version: String(stats.version ?? "") };
 }
 
-module.exports = { ask, BUSY, check, PiError, read };
+module.exports = { ask, BUSY, check, NO_PI, PiError, read };

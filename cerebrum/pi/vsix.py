@@ -39,8 +39,8 @@ Addressable="true"/></Assets></PackageManifest>
 
 
 def pack(folder: Path) -> bytes:
-    """The file for `code --install-extension`. OSError or ValueError if the folder is not there or
-    damaged.
+    """The file for `code --install-extension`. OSError if there is no such folder, ValueError or
+    KeyError if its package.json is damaged.
     """
     package = json.loads((folder / "package.json").read_text("utf-8"))
     names = {key: quoteattr(package[key]) for key in ("name", "version", "publisher")}
