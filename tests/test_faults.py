@@ -113,6 +113,14 @@ parameters = "0.5B"
 quantization = "Q4_K_M"
 languages = ["python"]
 file = "twin.gguf"
+
+[[models]]
+id = "codellama_7b"
+name = "not here"
+parameters = "7B"
+quantization = "Q4_K_M"
+languages = ["python"]
+file = "missing.gguf"
 """
 
 
@@ -612,7 +620,8 @@ async def test_thousands_of_requests_leave_nothing(  # noqa: C901, a scenario
     }
     # The warm-up fills the cache of parked sequences.
     small = {"CEREBRUM_N_CTX": "512", "CEREBRUM_CACHE_MB": "16"}
-    with both(folder, pi=given, **small, **{**given, **pair}) as (vps, pi, _):
+    given |= pair  # a Pi that knows more models would ask for each of them
+    with both(folder, pi=given, **small, **given) as (vps, pi, _):
         sent = {}  # what each request was to become, by its id
 
         async def serve(client, draw, numbers, phase):
