@@ -317,8 +317,10 @@ class Gateway:
         except OSError as error:
             log.warning("no page at /: cannot read page.html: %s", error.strerror)
         self.extension = b""  # for VS Code; the Pi only hands it out
-        with contextlib.suppress(OSError, ValueError, KeyError):
+        try:
             self.extension = vsix.pack(HERE / "vscode")
+        except (OSError, ValueError) as error:
+            log.warning("no extension for VS Code: %s", error)
         self.extension_sha256 = hashlib.sha256(self.extension).hexdigest() if self.extension else ""
 
     def use_keys(self, environ: Environment) -> None:
@@ -753,8 +755,8 @@ async def stats(gateway: Gateway, request: Request) -> Response:
 async def activity(gateway: Gateway, request: Request) -> Response:
     """GET /v1/activity: the statistics, the reason if no backend is available, and the counts of
     the last half hour. Each number of `requests`, `failed` and `tokens` covers `step_s` seconds,
-    the last one the current step so far. `client` is who asks, `extension` the sha256 of the file
-    for VS Code.
+    the last one the current step so far. `client` is the name of who asks, "" without one;
+    `extension` is the sha256 of the file for VS Code, "" without one.
     """
     fleet = gateway.fleet
     gateway.sample()
@@ -762,7 +764,8 @@ async def activity(gateway: Gateway, request: Request) -> Response:
     away = [backend for backend in fleet.backends if fleet.available and backend.breaker.message]
     members = Members(timestamp=common.timestamp(), **statistics(gateway))
     members |= {"vps_message": fleet.message, "models_loaded": [*dict.fromkeys(loaded)]}
-    members |= {"client": request.client, "extension": gateway.extension_sha256}
+    name = request.client if request.client in gateway.config.names else ""
+    members |= {"client": name, "extension": gateway.extension_sha256}
     members["notes"] = [f"{backend.id} is away: {backend.breaker.message}" for backend in away]
     return Response(members | gateway.counting.history.describe())
 

@@ -180,7 +180,7 @@ address() {
 
 # put_client --client|--revoke NAME [PLACES]
 put_client() {
-	local command=$1 name=${2-} places=${3-} usage='nothing' key file
+	local command=$1 name=${2-} places=${3-} usage='nothing' key file link
 	[[ $command != --client ]] || usage="a number of places from 1 to $MAX_PLACES"
 	[[ $name =~ ^[A-Za-z0-9._-]{1,32}$ ]] ||
 		die "expected a name of 1 to 32 letters, digits and ._- after $command, got '$name'" 2
@@ -200,10 +200,12 @@ put_client() {
 	fi
 	replace
 	if [[ $command == --client ]]; then
-		printf '%s\n' "address: $(address)" "key:     $key" \
+		link="$(address)/#key=$key"
+		printf '%s\n' "address: ${link%/*}" "key:     $key" \
 			"setting: CEREBRUM_URL and CEREBRUM_CM4_API_KEY for the language server and the REPL; the page shows the others" \
-			"link:    $(address)/#key=$key  shows $name's settings; it is as good as the key"
-		if type -P qrencode >/dev/null; then printf '%s' "$(address)/#key=$key" | qrencode -t UTF8; fi
+			"link:    $link"
+		if type -P qrencode >/dev/null; then printf '%s' "$link" | qrencode -t UTF8 || true; fi
+		echo "the link shows $name's settings; whoever has it has the key" >&2
 	fi
 	echo "apply it:  sudo systemctl reload cerebrum-cm4" >&2
 }

@@ -96,18 +96,8 @@ start() {
 	fi
 }
 
-# vsix: the extension for VS Code, as the Pi hands it out.
-vsix() {
-	/usr/bin/python3 -I -c '
-import sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-from cerebrum.pi import vsix
-sys.stdout.buffer.write(vsix.pack(Path(sys.argv[1]) / "vscode"))' "$LIB"
-}
-
 setup_cm4() {
-	local url=${1-} key='' old prompt
+	local url=${1-} key='' old prompt sum
 	[[ $# -lt 2 && ${1-} != -* ]] || { usage >&2; exit 2; }
 	copy_keys
 	if [[ -z $url ]]; then
@@ -128,7 +118,9 @@ setup_cm4() {
 	{ grep -v '^CEREBRUM_VPS_URL=' "$SETTINGS" 2>/dev/null || true; echo "CEREBRUM_VPS_URL=$url"; } | put_settings
 	start restart
 	echo "Cerebrum is at http://$(uname -n).local:7000/, a page for a browser. Editors use the same address."
-	[[ ! -e $LIB/vscode ]] || echo "VS Code installs cerebrum.vsix from there, with the sha256 $(vsix | sha256sum | cut -d' ' -f1)"
+	if [[ -e $LIB/vscode ]] && sum=$(/usr/bin/python3 -I "$LIB/cerebrum/pi/vsix.py" "$LIB/vscode" | sha256sum); then
+		echo "VS Code installs cerebrum.vsix from there, with the sha256 ${sum%% *}"
+	fi
 }
 
 # have_llama: whether llama.cpp is built, in the version that vpsd needs and for this Python, with what `tune` needs.

@@ -288,6 +288,24 @@ def test_the_repl_finds_the_pi(cerebrum: Machine) -> None:
     cerebrum.run("ip link delete near")
 
 
+def test_the_extension_is_one_file_and_the_pi_has_a_backup(cerebrum: Machine) -> None:
+    handed_out = cerebrum.run(f"curl -s {PI}/cerebrum.vsix | sha256sum").split()[0]
+    assert f"with the sha256 {handed_out}\n" in cerebrum.said[1] + "\n"
+    of_tools = cerebrum.run("sha256sum /usr/share/cerebrum/cerebrum.vsix").split()[0]
+    assert of_tools == handed_out
+    text = (ROOT / "docs/household.md").read_text()
+    (back_up,) = re.findall(r"## What to back up\n\n```sh\n(.*?)```", text, re.DOTALL)
+    (restore,) = re.findall(r"`(sudo tar -C / -xzf.*?)`", text, re.DOTALL)
+    before = everything_set(cerebrum)
+    cerebrum.run(back_up)
+    assert cerebrum.run("stat -c '%a %U' cerebrum-cm4.tgz") == "600 root"
+    cerebrum.run("rm -r /etc/cerebrum-cm4 /etc/credstore")
+    cerebrum.run(restore.replace("\n", " "))
+    cerebrum.run("rm cerebrum-cm4.tgz; cerebrum-cm4 setup </dev/null")
+    assert everything_set(cerebrum) == before
+    cerebrum.wait_for_the_pi()
+
+
 def everything_set(machine: Machine) -> str:
     """All that setup writes but memory.conf: a machine that is busy tunes the model in a later
     setup, and the limit follows.

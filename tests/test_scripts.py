@@ -1090,21 +1090,24 @@ def test_clients_get_keys_and_lose_them(tmp_path: Path) -> None:
     (tmp_path / "etc").mkdir()
     file.symlink_to("etc/keys")
     apply = "apply it:  sudo systemctl reload cerebrum-cm4\n"
-    status, out, err = called(script, "--client", "anna")
-    address, key, setting, link, *drawn = out.splitlines()
+    program(tmp_path / "bin/qrencode", f'cat >{tmp_path}/seen; echo "drawn $*"; exit 1')
+    path = path_with(tmp_path)
+    status, out, err = called(script, "--client", "anna", PATH=path)
+    address, key, setting, link, drawn = out.splitlines()
     assert address == f"address: https://{os.uname().nodename}.local:7001"
     assert re.fullmatch("key:     [A-Za-z0-9_-]{43}", key)
     assert setting.startswith("setting: CEREBRUM_URL and CEREBRUM_CM4_API_KEY ")
     address_alone, key_alone = address.split()[1], key.split()[1]
-    shown = f"link:    {address_alone}/#key={key_alone}  shows anna's settings; "
-    assert link == f"{shown}it is as good as the key"
-    assert bool(drawn) == bool(shutil.which("qrencode"))
+    assert link == f"link:    {address_alone}/#key={key_alone}"
+    assert drawn == "drawn -t UTF8"  # no key among its arguments
+    assert (tmp_path / "seen").read_text() == link.split()[1]
     new = f"{file} is new: while it exists, all clients need a key\n"
+    about = "the link shows {}'s settings; whoever has it has the key\n"
     assert status == 0
-    assert err == new + apply
+    assert err == new + about.format("anna") + apply
     status, out, err = called(script, "--client", "gast.2", "1")
     assert status == 0
-    assert err == apply
+    assert err == about.format("gast.2") + apply
     of_anna = f"anna {key.split()[1]}\n"
     assert file.read_text() == f"{of_anna}gast.2 {out.split()[3]} 1\n"
     assert owner(file) == daemon

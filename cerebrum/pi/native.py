@@ -181,7 +181,8 @@ class Vpsd(Kind):
 
     async def ask_health(self) -> list[str]:
         health = await self.get("/health", MAX_ERROR_BYTES)
-        self.version = str(health.get("version", ""))[:MAX_VERSION]
+        version = health.get("version")
+        self.version = version[:MAX_VERSION] if isinstance(version, str) else ""
         return [id for id in items_of(health.get("models_loaded")) if isinstance(id, str)]
 
     async def list_models(self) -> Models:

@@ -1,16 +1,30 @@
 """The extension for VS Code as the one file that VS Code installs: a zip of its folder.
 
-Pure but for reading that folder. The same folder gives the same bytes on every Pi.
+    python3 cerebrum/pi/vsix.py vscode >cerebrum.vsix
+
+Pure but for reading that folder. The same version gives the same bytes on every Pi.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import sys
 import zipfile
 from pathlib import Path
 from xml.sax.saxutils import quoteattr
 
+# Nothing else that lies in the folder, such as an editor's copy, gets into the file.
+FILES = (
+    "README.md",
+    "change.js",
+    "extension.js",
+    "icon.png",
+    "package.json",
+    "pi.js",
+    "text.js",
+    "web.js",
+)
 TYPES = """<?xml version="1.0" encoding="utf-8"?>
 <Types xmlns="http://schemas.openxmlformats.org/package/2006/content-types">\
 <Default Extension="json" ContentType="application/json"/>\
@@ -39,13 +53,16 @@ Addressable="true"/></Assets></PackageManifest>
 
 
 def pack(folder: Path) -> bytes:
-    """The file for `code --install-extension`. OSError if there is no such folder, ValueError or
-    KeyError if its package.json is damaged.
+    """The file for `code --install-extension`. OSError if one of the FILES cannot be read,
+    ValueError if package.json is damaged.
     """
     package = json.loads((folder / "package.json").read_text("utf-8"))
-    names = {key: quoteattr(package[key]) for key in ("name", "version", "publisher")}
-    manifest = MANIFEST.format(engine=quoteattr(package["engines"]["vscode"]), **names)
-    files = {f"extension/{path.name}": path.read_bytes() for path in folder.iterdir()}
+    try:
+        names = {key: quoteattr(package[key]) for key in ("name", "version", "publisher")}
+        manifest = MANIFEST.format(engine=quoteattr(package["engines"]["vscode"]), **names)
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError("package.json: expected name, version, publisher and engines") from None
+    files = {f"extension/{name}": (folder / name).read_bytes() for name in FILES}
     files |= {"[Content_Types].xml": TYPES.encode(), "extension.vsixmanifest": manifest.encode()}
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
@@ -54,3 +71,7 @@ def pack(folder: Path) -> bytes:
             entry.external_attr = 0o100644 << 16
             archive.writestr(entry, files[name])
     return packed.getvalue()
+
+
+if __name__ == "__main__":
+    sys.stdout.buffer.write(pack(Path(sys.argv[1])))

@@ -214,10 +214,11 @@ async def visiting(
     wait: bool = True,
     before: Callable[[Visit], Awaitable[None]] | None = None,
     context: dict[str, Any] | None = None,
+    fragment: str = "",
     **config: Any,
 ) -> AsyncIterator[Visit]:
-    """Open the page, and `wait` until it knows the state of the VPS, which completes "a + b" by
-    default.
+    """Open the page, with a `fragment` behind its address, and `wait` until it knows the state of
+    the VPS, which completes "a + b" by default.
     """
     async with contextlib.AsyncExitStack() as stack:
         backend = await stack.enter_async_context(Backend(scripts or [completion("a + b")]))
@@ -230,7 +231,7 @@ async def visiting(
         visit.watch()
         if before:
             await before(visit)
-        await visit.page.goto(visit.url)
+        await visit.page.goto(visit.url + fragment)
         if wait:
             await expect(visit.find("#light.up, #light.down")).to_be_visible()
         yield visit
@@ -949,7 +950,7 @@ async def test_the_state_of_the_pi_of_its_models_and_of_its_people(chrome: Any) 
         await visit.see_part("#plot-words", "1 request, none failed; ")
         assert await visit.find("#plot path.bar").count() == 1
         await visit.see_part(
-            "#facts", "Version 1.1.0 · running: 0 · up for 0 min · the VPS answers in "
+            "#facts", "Version 1.1.0, vps 1.0.9 · running: 0 · up for 0 min · the VPS answers in "
         )
         figures = r"1 completion, 0 accepted, 2 tokens, \d+\.\d s"
         await visit.see("#clients tr:nth-child(2)", re.compile(f"^anna{figures}{figures}$"))
@@ -980,7 +981,6 @@ async def test_the_settings_for_an_editor_have_the_address_and_the_key(
         ]
         editors = visit.find("#recipe-editor")
         await visit.find("#recipes summary").click()
-        await visit.see_part("#recipe", "none")
         for key, filled_in, note in (
             ("odd'key", "KEY", "Put your key in place of KEY."),
             (KEY, KEY, ""),
@@ -1009,42 +1009,96 @@ async def test_the_settings_for_an_editor_have_the_address_and_the_key(
 
 
 async def test_a_link_brings_a_key_and_a_greeting(chrome: Any, caplog: Any) -> None:
-    """The key leaves the address at once, stays in this tab unless the user wants more, and never
-    replaces another one unasked.
+    """The key leaves the address at once, stays in this tab, and never replaces another one
+    unasked.
     """
-    stores = "[{...sessionStorage}, localStorage.cerebrum?.includes('annas-key') ?? false]"
+    in_tab = "sessionStorage.cerebrum"
     clients = {"annas-key": Client("anna"), "bens-key": Client("ben")}
-    async with visiting(chrome, wait=False, clients=clients) as visit:
-        await visit.page.goto(f"{visit.url}#key=annas-key")
+    async with visiting(chrome, wait=False, clients=clients, fragment="#key=annas-key") as visit:
         await visit.is_up()
         words = "The settings for your editor are below, with your key filled in."
-        await visit.see("#hello-words", f"Hello anna. {words}")
+        await visit.see("#hello", f"Hello anna. {words}")
         assert visit.page.url == visit.url
+        assert await visit.page.evaluate(in_tab) == '"annas-key"'
+        assert "annas-key" not in await visit.page.evaluate("JSON.stringify(localStorage)")
+        await visit.find("#recipe-editor").select_option("Vim, Neovim: llama.vim")
+        await visit.see_part("#recipe", "'api_key': 'annas-key'")
+        await visit.page.evaluate("window.confirm = (words) => { window.question = words }")
+        await visit.page.goto(f"{visit.url}#key=bens-key")
+        question = "Use the key of this link instead of the one that this page has?"
+        await visit.page.wait_for_function("window.question")
+        assert await visit.page.evaluate("window.question") == question
+        assert visit.page.url == visit.url
+        assert await visit.page.evaluate(in_tab) == '"annas-key"'
+        await visit.page.goto(f"{visit.url}#key=bens-key  shows ben's settings")
+        await visit.see("#error", "The link is damaged. Please copy it again, to its end.")
+        assert visit.page.url == visit.url
+        await visit.page.reload()
+        await visit.page.goto(f"{visit.url}#key=bens-key")
+        await visit.see("#hello", f"Hello ben. {words}")
+        assert visit.complaints == [question]
+        visit.complaints.clear()
+        assert await visit.page.evaluate(in_tab) == '"bens-key"'
+        assert not any("key" in path for path in visit.asked)
+        assert "-key" not in caplog.text
+
+
+async def test_the_browser_remembers_a_key_and_forgets_it(chrome: Any) -> None:
+    """Only if it is asked to, and not one that the Pi refuses."""
+    kept = "localStorage.getItem('cerebrum-key')"
+    clients = {"annas-key": Client("anna")}
+    async with visiting(chrome, wait=False, clients=clients) as visit:
+        remember = "Remember the key in this browser"
+        for forgotten in ("null", None):
+            if forgotten is None:
+                await visit.page.evaluate("localStorage.setItem('cerebrum-key', '\"revoked\"')")
+                await visit.page.evaluate("sessionStorage.clear()")
+                await visit.page.reload()
+            await visit.enter_key("annas-key")
+            await visit.is_up()
+            await visit.find("#recipes summary").click()
+            await visit.see("#keep", remember)
+            assert "-key" not in str(await visit.page.evaluate(kept))
+            await visit.click("keep")
+            await visit.see("#keep", "Forget the key")
+            await visit.page.evaluate("sessionStorage.clear()")
+            await visit.page.reload()
+            await visit.is_up()
+            await visit.find("#recipes summary").click()
+            assert await visit.page.evaluate(kept) == '"annas-key"'
+            await visit.click("keep")
+            await visit.see("#keep", remember)
+            assert await visit.page.evaluate(kept) == "null"
+
+
+async def test_the_page_offers_vs_code_its_file_and_address(chrome: Any) -> None:
+    async with visiting(chrome, client_keys=("odd'key",), context=CLIPBOARD, wait=False) as visit:
+        await visit.enter_key("odd'key")
+        await visit.is_up()
+        await visit.find("#recipes summary").click()
         await visit.see_part("#recipe", f"curl -O {visit.url}cerebrum.vsix")
-        await visit.see_part("#recipe", "annas-key")
         sha256 = hashlib.sha256(visit.pi.gateway.extension).hexdigest()
-        await visit.see_part("#recipe-note", f"The sha256 of cerebrum.vsix is {sha256}.")
+        note = f"Then “Cerebrum: Connect” asks for {visit.url[:-1]} and the key."
+        await visit.see("#recipe-note", f"{note} The file's sha256 is {sha256}.")
         address = urllib.parse.quote(visit.url[:-1], safe="")
         link = f"vscode://cerebrum.cerebrum/connect?url={address}"
         assert await visit.find("#vscode").get_attribute("href") == link
-        kept = {"cerebrum": '"annas-key"'}
-        assert await visit.page.evaluate(stores) == [kept, False]
-        await visit.click("keep")
-        assert await visit.page.evaluate(stores) == [kept, True]
-        await visit.page.evaluate("window.confirm = () => false")
-        await visit.page.goto(f"{visit.url}#key=bens-key")
-        await expect(visit.find("#hello")).to_be_hidden()
-        assert await visit.page.evaluate(stores) == [kept, True]
-        await visit.page.reload()
-        await visit.page.goto(f"{visit.url}#key=bens-key")
-        await visit.see("#hello-words", f"Hello ben. {words}")
-        question = "Use the key of this link instead of the one that this page has?"
-        assert visit.complaints == [question]
-        differ = "vps runs version 1.0.9, this Pi 1.1.0: update the older one."
-        await visit.see_part("#notes", differ)
-        assert not any("key" in path for path in visit.asked)
-        assert "-key" not in caplog.text
-        visit.complaints.clear()  # the question
+        await visit.click("key-copy")
+        await visit.see("#recipe-copied", "Copied.")
+        assert await visit.page.evaluate("navigator.clipboard.readText()") == "odd'key"
+        await visit.see_part("#recipe", f"curl -O {visit.url}cerebrum.vsix")
+        visit.pi.gateway.extension_sha256 = ""
+        await visit.see("#recipe-note", "This Pi lacks its folder vscode.")
+
+
+async def test_the_versions_of_both_machines_are_told(chrome: Any) -> None:
+    async with visiting(chrome) as visit:
+        await visit.see_part("#facts", "Version 1.1.0, vps 1.0.9")
+        await visit.see("#notes", "vps runs version 1.0.9, this Pi 1.1.0: update the older one.")
+        told = (await visit.pi.get("/v1/activity")).json
+        told["backends"][0]["version"] = ""
+        await visit.fake("activity", told)
+        await visit.see("#notes", "vps runs an older version, this Pi 1.1.0: update the older one.")
 
 
 async def test_the_state_is_asked_for_every_five_seconds(chrome: Any) -> None:
