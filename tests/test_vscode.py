@@ -4,17 +4,19 @@ a `vscode` that are played (tests/vscode).
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
 import re
 import shutil
 import socket
+import ssl
 import subprocess
 import sys
 import urllib.request
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from harness import (
     KEY,
     ROOT,
     Client,
+    certificate,
     copy_program,
     daemon,
     program,
@@ -44,7 +47,7 @@ PACKAGE = json.loads((FOLDER / "package.json").read_text())
 OLDEST = PACKAGE["engines"]["vscode"].removeprefix("^")
 
 
-def test_the_same_folder_gives_the_same_file_everywhere(tmp_path: Path) -> None:
+def test_a_version_gives_the_same_file_everywhere(tmp_path: Path) -> None:
     packed = vsix.pack(FOLDER)
     copied = tmp_path / "vscode"
     copied.mkdir()
@@ -52,7 +55,11 @@ def test_the_same_folder_gives_the_same_file_everywhere(tmp_path: Path) -> None:
         copy = Path(shutil.copyfile(path, copied / path.name))
         copy.chmod(0o600)
         os.utime(copy, (number, number))
+    (copied / "extension.js~").write_text("an editor's copy")
+    (copied / "node_modules").mkdir()
     assert vsix.pack(copied) == packed
+    command = [sys.executable, ROOT / "cerebrum/pi/vsix.py", copied]
+    assert subprocess.run(command, check=True, capture_output=True).stdout == packed
     with zipfile.ZipFile(io.BytesIO(packed)) as archive:
         assert archive.testzip() is None
         entries = archive.infolist()
@@ -75,38 +82,81 @@ def test_the_same_folder_gives_the_same_file_everywhere(tmp_path: Path) -> None:
         "Publisher": PACKAGE["publisher"],
     }
     assert all(asset.get("Path") in names for asset in manifest.iter(f"{schema}Asset"))
-    assert b"://127." not in packed
+    for name in vsix.FILES:
+        (copied / name).write_text("{}")
+    (copied / "package.json").write_text(
+        '{"name": "n", "version": "1", "publisher": "p", "engines": {"vscode": "^1"}}'
+    )
+    expected = (
+        "8c8a0c6aa271e2347a4aa743cc91e382a7a8c46bd65a11e8ab36858a2d07a153"  # also on Python 3.13
+    )
+    assert hashlib.sha256(vsix.pack(copied)).hexdigest() == expected
 
 
 async def test_the_pi_hands_it_out_without_a_key(tmp_path: Path) -> None:
     """Without the folder, or with a damaged one, the rest works."""
     copy_program("cm4d", tmp_path)
-    shutil.copytree(FOLDER, tmp_path / "vscode")
+    folder = tmp_path / "vscode"
+    shutil.copytree(FOLDER, folder)
     command = [sys.executable, "-u", str(tmp_path / "cm4d.py")]
-    for damage in (None, "package.json", "all"):
-        if damage == "package.json":
-            (tmp_path / "vscode/package.json").write_text("{}")
-        elif damage:
-            shutil.rmtree(tmp_path / "vscode")
+    damages: list[Callable[[], object]] = [
+        lambda: None,
+        (folder / "icon.png").unlink,
+        lambda: shutil.copyfile(FOLDER / "icon.png", folder / "icon.png"),
+        lambda: (folder / "package.json").write_text("[]"),
+        lambda: (folder / "package.json").write_text('{"name": 1}'),
+        lambda: (folder / "package.json").write_text("{"),
+        lambda: shutil.rmtree(folder),
+    ]
+    for number, damage in enumerate(damages):
+        damage()
         with program("cm4d", command, tmp_path / "run", settings(tmp_path)) as pi:
             client = Client(port=pi.port)
             reply = await client.get("/cerebrum.vsix")
             activity = (await client.get("/v1/activity", X_API_Key=KEY)).json
-            if damage:
+            if number not in (0, 2):
                 assert (reply.status, reply.json["code"]) == (404, "NOT_FOUND")
                 assert activity["extension"] == ""
             else:
                 assert (reply.status, reply.body) == (200, vsix.pack(FOLDER))
+                assert activity["extension"] == hashlib.sha256(reply.body).hexdigest()
+                head = await client.ask("HEAD", "/cerebrum.vsix")
+                assert (head.status, head.body) == (200, b"")
+                assert head.one("Content-Length") == str(len(reply.body))
 
 
 # --------------------------------------------------------------------------------------- under node
 
 
+def installed(versions: Mapping[str, str]) -> Path:
+    """The folder with packages of npm, which are installed once."""
+    npm, folder = needs("npm"), CACHE / "node_modules"
+    lacking = []
+    for name, version in versions.items():
+        package = folder / name / "package.json"
+        if not package.exists() or not json.loads(package.read_text())["version"].startswith(
+            version
+        ):
+            lacking.append(f"{name}@{version}")
+    if lacking:
+        CACHE.mkdir(parents=True, exist_ok=True)
+        install = [npm, "install", "--silent", "--no-audit", "--no-fund", *lacking]
+        subprocess.run(install, cwd=CACHE, check=True)
+    return folder
+
+
 @pytest.mark.clients
-def test_its_rules() -> None:
-    node = needs("node")
+def test_its_rules(tmp_path: Path) -> None:
+    """By the node of the oldest VS Code that it supports."""
+    node = installed({"node": "22"}) / "node/bin/node"
+    trusted, strange = (
+        certificate(tmp_path, "trusted", "IP:127.0.0.2"),
+        certificate(tmp_path, "strange"),
+    )
+    files = [*trusted.values(), *strange.values()]
     done = subprocess.run(
         [node, "--test", "--test-reporter=tap", str(ROOT / "tests/vscode/extension.test.cjs")],
+        env={**os.environ, "CERTIFICATES": " ".join(files), "SSL_CERT_FILE": files[0]},
         capture_output=True,
         text=True,
         timeout=120,
@@ -117,19 +167,15 @@ def test_its_rules() -> None:
 @pytest.mark.clients
 def test_its_types() -> None:
     """By the types of the oldest VS Code that it supports."""
-    npm, node = needs("npm"), needs("node")
-    wanted = ["typescript@5.9", f"@types/vscode@{OLDEST}", "@types/node@20"]
-    if not (CACHE / "node_modules/@types/vscode").exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        install = [npm, "install", "--silent", "--no-audit", "--no-fund", *wanted]
-        subprocess.run(install, cwd=CACHE, check=True)
+    types = {"@types/vscode": OLDEST, "@types/node": "22"}
+    folder = installed({"typescript": "5.9", "node": "22", **types})
     options = (
         "--noEmit --allowJs --checkJs --strict --skipLibCheck --module commonjs --target es2022"
     )
-    roots = ["--typeRoots", f"{CACHE}/node_modules/@types", "--types", "node,vscode"]
+    roots = ["--typeRoots", f"{folder}/@types", "--types", "node,vscode"]
     files = [str(path) for path in sorted(FOLDER.glob("*.js"))]
-    compiler = CACHE / "node_modules/typescript/bin/tsc"
-    command = [node, str(compiler), *options.split(), *roots, *files]
+    compiler = f"{folder}/typescript/bin/tsc"
+    command = [f"{folder}/node/bin/node", compiler, *options.split(), *roots, *files]
     done = subprocess.run(command, cwd=CACHE, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "")
 
@@ -153,10 +199,11 @@ QUIET = {
     "workbench.startupEditor": "none",
     "telemetry.telemetryLevel": "off",
     "extensions.autoUpdate": False,
-    "http.proxy": "http://127.0.0.1:9",  # the Pi is asked in spite of it
+    "http.proxy": "http://127.0.0.1:9",  # the Pi is asked in spite of it; it is at another address
     "workbench.secondarySideBar.defaultVisibility": "hidden",
     "editor.quickSuggestions": {"other": "off"},
 }
+HOST = "127.0.0.2"  # of the Pi: 127.0.0.1 never goes by a proxy
 SUM = "def add(a, b):\n    return a + b\n\n\ndef subtract(a, b):\n"
 CIRCLE = "function area(radius: number): number {\n  return\n}\n"
 CELLS = ["def double(x):\n    return 2 * x", "def triple(x):\n"]
@@ -213,14 +260,16 @@ def make_project(folder: Path) -> None:
 
 
 @contextmanager
-def code_server(place: Path, folder: Path, vsix_file: Path) -> Iterator[str]:
-    """VS Code with the extension; its address."""
+def code_server(
+    place: Path, folder: Path, vsix_file: Path, more: Mapping[str, str], **environ: str
+) -> Iterator[str]:
+    """VS Code with an extension and more settings; its address."""
     data, extensions = folder / "data", folder / "extensions"
     (data / "User").mkdir(parents=True)
-    (data / "User/settings.json").write_text(json.dumps(QUIET))
+    (data / "User/settings.json").write_text(json.dumps({**QUIET, **more}))
     entry = [str(place / "node_modules/node/bin/node"), str(place / CODE / "out/node/entry.js")]
     folders = ["--user-data-dir", str(data), "--extensions-dir", str(extensions)]
-    environment = {"PATH": os.environ["PATH"], "HOME": str(folder)}
+    environment = {"PATH": os.environ["PATH"], "HOME": str(folder), **environ}
     adding = [*entry, *folders, "--install-extension", str(vsix_file)]
     subprocess.run(adding, env=environment, check=True, capture_output=True)
     port = free_port()
@@ -235,6 +284,33 @@ def code_server(place: Path, folder: Path, vsix_file: Path) -> Iterator[str]:
             process.wait()
 
 
+@contextmanager
+def driven(place: Path, **given: Any) -> Iterator[Iterator[tuple[str, Any]]]:
+    """Someone uses this VS Code; what is seen at each step."""
+    asked = {
+        "chromium": needs("chromium"),
+        "picture": os.environ.get("PICTURE", f"{given['folder']}.png"),
+        "steps": os.environ.get("STEPS", "").split() or None,
+        **given,
+    }
+    driver = subprocess.Popen(
+        [needs("node"), str(ROOT / "tests/vscode/real.cjs")],
+        env={**os.environ, "NODE_PATH": str(place / "node_modules")},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert driver.stdin
+    assert driver.stdout
+    try:
+        with driver.stdin as sent:
+            sent.write(json.dumps(asked))
+        yield (json.loads(line) for line in driver.stdout)
+    finally:
+        driver.kill()
+        driver.wait()
+
+
 def is_listening(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
@@ -244,7 +320,7 @@ def is_listening(port: int) -> bool:
 @pytest.mark.nightly
 @pytest.mark.parametrize("version", VERSIONS)
 def test_in_the_real_one(version: str, tmp_path: Path) -> None:
-    chromium, place = needs("chromium"), install(version)
+    place = install(version)
     project = tmp_path / "project"
     make_project(project)
     weights = FILES["qwen_0_5b"]
@@ -253,39 +329,26 @@ def test_in_the_real_one(version: str, tmp_path: Path) -> None:
         vps = stack.enter_context(
             daemon("vpsd", tmp_path / "vps", CEREBRUM_MODELS_DIR=str(weights.parent), **easy)
         )
-        given = {"CEREBRUM_VPS_URL": f"http://127.0.0.1:{vps.port}"}
+        tls = certificate(tmp_path, "pi", f"IP:{HOST}")
+        authority = tls["CEREBRUM_CM4_TLS_CERT"]
+        given = {
+            "CEREBRUM_VPS_URL": f"http://127.0.0.1:{vps.port}",
+            "CEREBRUM_CM4_HOST": HOST,
+            **tls,
+        }
         pi = stack.enter_context(ExitStack())
         first = pi.enter_context(daemon("cm4d", tmp_path / "pi", **given))
-        url = f"http://127.0.0.1:{first.port}"
+        url = f"https://{HOST}:{first.port}"
         file = tmp_path / "cerebrum.vsix"
-        with urllib.request.urlopen(f"{url}/cerebrum.vsix") as answer:
+        trusting = ssl.create_default_context(cafile=authority)
+        with urllib.request.urlopen(f"{url}/cerebrum.vsix", context=trusting) as answer:
             file.write_bytes(answer.read())
-        code = stack.enter_context(code_server(place, tmp_path / "code", file))
-        asked = {
-            "url": code,
-            "chromium": chromium,
-            "folder": str(project),
-            "pi": url,
-            "key": KEY,
-            "picture": os.environ.get("PICTURE", str(tmp_path / "picture.png")),
-            "instruction": "add type hints",
-            "steps": os.environ.get("STEPS", "").split() or None,
-        }
-        driver = subprocess.Popen(
-            [needs("node"), str(ROOT / "tests/vscode/real.cjs")],
-            env={**os.environ, "NODE_PATH": str(place / "node_modules")},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        stack.callback(driver.kill)
-        assert driver.stdin
-        assert driver.stdout
-        with driver.stdin as sent:
-            sent.write(json.dumps(asked))
+        environ = {"SSL_CERT_FILE": authority}  # of a system that trusts this CA
+        code = stack.enter_context(code_server(place, tmp_path / "code", file, {}, **environ))
+        of_pi = {"pi": url, "key": KEY, "instruction": "add type hints"}
+        steps = stack.enter_context(driven(place, url=code, folder=str(project), **of_pi))
         seen, accepted = {}, 0
-        for line in driver.stdout:
-            step, what = json.loads(line)
+        for step, what in steps:
             seen[step] = what
             if step == "stop":
                 accepted = first.stdout().count("POST /v1/accepted 200")
@@ -298,7 +361,7 @@ def test_in_the_real_one(version: str, tmp_path: Path) -> None:
     for step in ("ghost text", "crlf"):
         assert seen[step] == "a - b"
     assert seen["two cursors"] == []
-    assert seen["notices"] == [f"Cerebrum: no Pi answers at 127.0.0.1:{first.port} (ECONNREFUSED)"]
+    assert seen["notices"] == [f"Cerebrum: no Pi answers at {HOST}:{first.port} (ECONNREFUSED)"]
     # A completion at the end of a file may have line ends of its own.
     left = {path.name: path.read_bytes().decode().rstrip() for path in project.iterdir()}
     assert left["sum.py"] == SUM + "    return a - b"
@@ -309,4 +372,42 @@ def test_in_the_real_one(version: str, tmp_path: Path) -> None:
     assert source.rstrip() == CELLS[1] + "    return 3 * x"
     assert left["two.py"] == "#a = 1\n#b = 2"
     assert accepted == 4  # by Tab: one word of a text is not counted
+    undone, changed = seen["undone"]
+    assert ("int" in undone, "int" in changed) == (False, True)
+    assert seen["untitled"] == "a - b"
     assert "int" in left["change.py"].partition("\n")[0]
+
+
+LLAMA_VSCODE = INSTALLED / "llama.vscode"
+
+
+@pytest.mark.clients
+@pytest.mark.nightly
+def test_another_extension(tmp_path: Path) -> None:
+    """llama.vscode, built from a clone that somebody has put there."""
+    if not (LLAMA_VSCODE / "package.json").exists():
+        pytest.skip(f"needs a clone of llama.vscode: {LLAMA_VSCODE}")
+    place = install(max(VERSIONS))
+    file = LLAMA_VSCODE / "llama.vsix"
+    if not file.exists():
+        package = f"npx --yes @vscode/vsce@3 package --no-dependencies --skip-license -o {file}"
+        for step in ("npm install --ignore-scripts", "npm run bundle", package):
+            subprocess.run(step.split(), cwd=LLAMA_VSCODE, check=True, capture_output=True)
+    project = tmp_path / "project"
+    make_project(project)
+    weights = FILES["qwen_0_5b"]
+    easy = {"CEREBRUM_MAX_CPU_PERCENT": "100", "CEREBRUM_MIN_FREE_MB": "256"}
+    with ExitStack() as stack:
+        vps = stack.enter_context(
+            daemon("vpsd", tmp_path / "vps", CEREBRUM_MODELS_DIR=str(weights.parent), **easy)
+        )
+        given = {"CEREBRUM_VPS_URL": f"http://127.0.0.1:{vps.port}", "CEREBRUM_CM4_API_KEY": ""}
+        pi = stack.enter_context(daemon("cm4d", tmp_path / "pi", **given))
+        own = {"endpoint": f"http://127.0.0.1:{pi.port}"}
+        own |= {"ask_install_llamacpp": False, "show_info": False, "env_start_last_used": False}
+        more = {f"llama-vscode.{name}": value for name, value in own.items()}
+        code = stack.enter_context(code_server(place, tmp_path / "code", file, more))
+        asked = {"url": code, "folder": str(project), "steps": ["other"]}
+        seen = dict(stack.enter_context(driven(place, **asked)))
+    assert "failed" not in seen, seen["failed"]
+    assert seen["typescript"].startswith("Math.PI * radius")

@@ -3,7 +3,7 @@
 // "Change Selection": the model changes the selected code as it is told.
 
 const vscode = require("vscode");
-const { ask, PiError, read } = require("./pi");
+const { ask, NO_PI, PiError, read } = require("./pi");
 const { blockOf, lacks, MAX_TOKENS, unix } = require("./text");
 
 const SCHEME = "cerebrum-change";
@@ -16,6 +16,7 @@ class Preview {
     this.changed = new vscode.EventEmitter();
     this.onDidChange = this.changed.event;
     this.count = 0;
+    this.decide = (/** @type {boolean} */ _isWanted) => {}; // whether to apply the one that is shown
   }
 
   /** @param {vscode.Uri} uri */
@@ -37,12 +38,34 @@ class Preview {
     this.changed.fire(uri);
   }
 
-  /** Close the difference whose right side this is. @param {vscode.Uri} uri */
-  async close(uri) {
+  /** The tabs with the difference whose right side this is. @param {vscode.Uri} uri */
+  tabs(uri) {
     const tabs = vscode.window.tabGroups.all.flatMap((group) => group.tabs);
-    const isOurs = (/** @type {any} */ tab) => tab.input?.modified?.toString() === uri.toString();
-    await vscode.window.tabGroups.close(tabs.filter(isOurs));
-    this.texts.delete(uri.path);
+    return tabs.filter((/** @type {any} */ tab) => tab.input?.modified?.toString() === uri.toString());
+  }
+
+  /** Close a difference. @param {vscode.Uri} before @param {vscode.Uri} after its sides */
+  async close(before, after) {
+    await vscode.window.tabGroups.close(this.tabs(after));
+    this.texts.delete(before.path);
+    this.texts.delete(after.path);
+  }
+
+  /** Whether the user wants the change of a difference: its buttons, a message, or its closed tab. @param {vscode.Uri} uri */
+  async decision(uri) {
+    if (!this.tabs(uri).length) return false;
+    const message = vscode.window.showInformationMessage("Cerebrum: apply this change?", "Apply", "Discard");
+    const watch = vscode.window.tabGroups.onDidChangeTabs(() => {
+      if (!this.tabs(uri).length) this.decide(false);
+    });
+    try {
+      return await new Promise((/** @type {(isWanted: boolean) => void} */ resolve) => {
+        this.decide = resolve;
+        void message.then((chosen) => chosen && resolve(chosen === "Apply"));
+      });
+    } finally {
+      watch.dispose();
+    }
   }
 }
 
@@ -53,34 +76,32 @@ const askForCode = (/** @type {any} */ { instruction, language, prompt }) =>
   `\`\`\`${language}\n${prompt}\n\`\`\``;
 
 /**
- * The events of a stream, as they come.
+ * Ask for a stream of events; which part of the question was kept.
  * @param {any} pi @param {string} path @param {object} body @param {AbortSignal} signal
  * @param {(event: any) => void} onEvent
  */
 async function stream(pi, path, body, signal, onEvent) {
   let text = "";
-  /** @type {unknown} */
-  let failure;
   const onData = (/** @type {string} */ part) => {
     const events = (text + part).split("\n\n");
     text = events.pop() ?? "";
-    try {
-      for (const event of events) {
-        const data = event.match(/^data: (\{.*)$/m);
-        if (data) onEvent(JSON.parse(data[1]));
-      }
-    } catch (error) {
-      failure ??= error; // the Pi cuts the connection behind an error
+    for (const event of events) {
+      const data = event.match(/^data: (\{.*)$/m);
+      if (data) onEvent(parse(data[1]));
     }
   };
+  const answer = await ask(pi, path, { body, signal, onData });
+  if (answer.status !== 200) read(answer);
+  return String(answer.headers["x-cerebrum-kept"] ?? "all");
+}
+
+/** @param {string} data @returns {any} */
+function parse(data) {
   try {
-    const answer = await ask(pi, path, { body, signal, onData });
-    if (answer.status !== 200) read(answer);
-    if (!failure) return String(answer.headers["x-cerebrum-kept"] ?? "all");
-  } catch (error) {
-    failure ??= error;
+    return JSON.parse(data);
+  } catch {
+    throw new PiError(0, NO_PI);
   }
-  throw failure;
 }
 
 /**
@@ -125,16 +146,11 @@ async function chat(pi, body, signal, onText) {
 
 /**
  * Ask for an instruction, show what would change, and apply it if the user wants that.
- * @param {any} pi @param {Preview} preview
+ * @param {any} pi @param {Preview} preview @param {vscode.TextEditor} editor
  */
-async function changeSelection(pi, preview) {
-  const editor = vscode.window.activeTextEditor;
-  if (!editor || editor.selection.isEmpty) {
-    throw new PiError(200, "expected a selection: select the code to change");
-  }
-  const { document } = editor;
-  const { version } = document;
-  const range = new vscode.Range(editor.selection.start, editor.selection.end);
+async function changeSelection(pi, preview, { document, selection }) {
+  const whole = document.getText();
+  const range = new vscode.Range(selection.start, selection.end);
   const selected = document.getText(range);
   const prompt = "What to do with the selected code, for instance: add type hints";
   const instruction = await vscode.window.showInputBox({ prompt, ignoreFocusOut: true });
@@ -142,8 +158,8 @@ async function changeSelection(pi, preview) {
   const name = document.uri.path.split("/").pop() ?? "";
   const before = preview.add(name, selected);
   const after = preview.add(name, "");
-  await vscode.commands.executeCommand("vscode.diff", before, after, `Cerebrum: ${instruction}`);
   try {
+    await vscode.commands.executeCommand("vscode.diff", before, after, `Cerebrum: ${instruction}`);
     const body = {
       prompt: unix(selected),
       instruction,
@@ -160,10 +176,22 @@ async function changeSelection(pi, preview) {
     const [end] = selected.match(/[\r\n]*$/) ?? [""];
     const text = answer.completion.replace(/[\r\n]+$/, "") + end;
     preview.show(after, text);
-    await offer(document, version, range, text);
+    if (!(await preview.decision(after))) return;
+    if (document.isClosed || document.getText() !== whole) {
+      throw new PiError(200, "the text has changed meanwhile; nothing was changed");
+    }
+    await apply(document, range, text);
   } finally {
-    await preview.close(after);
-    preview.texts.delete(before.path);
+    await preview.close(before, after);
+  }
+}
+
+/** @param {vscode.TextDocument} document @param {vscode.Range} range @param {string} text */
+async function apply(document, range, text) {
+  const edit = new vscode.WorkspaceEdit();
+  edit.replace(document.uri, range, text);
+  if (!(await vscode.workspace.applyEdit(edit))) {
+    throw new PiError(200, "VS Code did not apply the change");
   }
 }
 
@@ -188,19 +216,4 @@ async function withProgress(title, work) {
   });
 }
 
-/** @param {vscode.TextDocument} document @param {number} version @param {vscode.Range} range @param {string} text */
-async function offer(document, version, range, text) {
-  const chosen = await vscode.window.showInformationMessage(
-    "Cerebrum: apply this change?", "Apply", "Discard");
-  if (chosen !== "Apply") return;
-  if (document.isClosed || document.version !== version) {
-    throw new PiError(200, "the text has changed meanwhile; nothing was changed");
-  }
-  const edit = new vscode.WorkspaceEdit();
-  edit.replace(document.uri, range, text);
-  if (!(await vscode.workspace.applyEdit(edit))) {
-    throw new PiError(200, "VS Code did not apply the change");
-  }
-}
-
-module.exports = { changeSelection, Preview, SCHEME };
+module.exports = { changeSelection, Preview, SCHEME, withProgress };

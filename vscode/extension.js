@@ -5,13 +5,15 @@
 const vscode = require("vscode");
 const { ask, BUSY, check, NO_PI, PiError, read } = require("./pi");
 const { matches, sent, Suggestions, unix } = require("./text");
-const { changeSelection, Preview, SCHEME } = require("./change");
+const { changeSelection, Preview, SCHEME, withProgress } = require("./change");
 
 const AWAY_MS = 5_000; // between two automatic requests to a Pi that does not answer
+const STUCK_MS = 500; // a connection that takes longer is waited for
 const READ_MS = 500; // limits what is read for an automatic request
 const PREDICT_MS = 1500; // a completion that has a line ends after this time
 // Of documents: not those of commit messages, comparisons, output and the like.
 const SCHEMES = ["file", "untitled", "vscode-notebook-cell", "vscode-remote", "vscode-vfs"];
+const NO_CODE = ["git-commit", "git-rebase"]; // git opens these as files
 const STATES = {
   ready: ["$(check)", "ready"],
   writing: ["$(loading~spin)", "writing"],
@@ -40,64 +42,116 @@ class Home {
   async pi() {
     const { url, version } = this;
     if (!url) throw new PiError(0, "no Pi is set: run “Cerebrum: Connect”");
-    return { url, version, key: (await this.secrets.get(secretOf(url))) ?? "" };
+    const problem = problemOf(url);
+    if (problem) throw new PiError(0, `${problem} in the setting cerebrum.url`);
+    return { url, version, key: await this.keyOf(url) };
+  }
+
+  /** @param {string} url */
+  async keyOf(url) {
+    return (await this.secrets.get(secretOf(url))) ?? "";
   }
 
   /** @param {string} url @param {string} key */
   async set(url, key) {
-    await settings().update("url", url, vscode.ConfigurationTarget.Global);
     if (key) await this.secrets.store(secretOf(url), key);
-    else await this.secrets.delete(secretOf(url));
+    await settings().update("url", url, vscode.ConfigurationTarget.Global);
   }
 }
 
 /** A key belongs to the address that it came with. @param {string} url */
 const secretOf = (url) => `key of ${new URL(url).href}`;
 
-/** @param {string} text */
+/** What is wrong with an address. One with a name before an `@` would look like another. @param {string} text */
 function problemOf(text) {
-  const isUrl = /^https?:\/\/[!-~]+$/i.test(text) && URL.canParse(text);
-  return isUrl ? undefined : "expected an address such as http://pi.local:7000";
+  if (/^https?:\/\/[!-~]{1,200}$/i.test(text) && URL.canParse(text)) {
+    const { username, password, search, hash, port } = new URL(text);
+    if (!(username || password || search || hash || port === "0")) return undefined;
+  }
+  return "expected an address such as http://pi.local:7000";
 }
 
-/** The item of the status bar, and what the user was told. */
+/** What is wrong with a key. @param {string} text */
+const problemOfKey = (text) => (/^[!-~]*$/.test(text.trim()) ? undefined : "expected visible ASCII characters");
+
+/** The item of the status bar, and what the user was told of the Pi. */
 class Status {
   constructor() {
     this.item = vscode.window.createStatusBarItem(vscode.StatusBarAlignment.Right, 100);
     this.item.name = "Cerebrum";
     this.item.command = "cerebrum.menu";
     this.log = vscode.window.createOutputChannel("Cerebrum");
-    this.told = "";
-    this.show("ready");
+    this.isOff = false; // for the text where the cursor is
+    this.writing = 0; // requests
+    /** @type {keyof typeof STATES} */
+    this.state = "ready"; // of the Pi
+    this.detail = "";
+    this.told = ""; // the trouble that the user knows of
+    this.awayUntil = 0;
+    this.draw();
     this.item.show();
   }
 
-  /** @param {keyof typeof STATES} state @param {string} [detail] */
-  show(state, detail) {
-    const [icon, words] = STATES[state];
-    this.state = state;
-    this.item.text = `${icon} Cerebrum`;
-    this.item.tooltip = `Cerebrum: ${detail ?? words}`;
-  }
-
-  /** The Pi answers. */
-  works() {
+  /** The Pi has answered. @param {keyof typeof STATES} [state] @param {string} [detail] */
+  works(state = "ready", detail = "") {
     this.told = "";
+    this.awayUntil = 0;
+    this.show(state, detail);
   }
 
-  /** One error is one notice, unless the user asked. @param {unknown} error @param {boolean} isAsked */
+  /** @param {keyof typeof STATES} state @param {string} detail */
+  show(state, detail) {
+    this.state = state;
+    this.detail = detail;
+    this.draw();
+  }
+
+  /** @param {boolean} isOff */
+  cover(isOff) {
+    this.isOff = isOff;
+    this.draw();
+  }
+
+  /** @param {number} change in the number of requests */
+  write(change) {
+    this.writing += change;
+    this.draw();
+  }
+
+  draw() {
+    const above = this.isOff ? "off" : this.writing ? "writing" : undefined;
+    const [icon, words] = STATES[above ?? this.state];
+    this.item.text = `${icon} Cerebrum`;
+    this.item.tooltip = `Cerebrum: ${above ? words : this.detail || words}`;
+  }
+
+  /** One trouble is one notice, unless the user asked. @param {unknown} error @param {boolean} isAsked */
   async fail(error, isAsked) {
-    const message = error instanceof PiError ? error.message : "internal error; see the log";
+    const message = error instanceof PiError ? plain(error.message) : "internal error; see the log";
     const detail = error instanceof PiError ? message : String(error);
     this.log.appendLine(`${new Date().toISOString()} ${detail}`);
-    this.show(error instanceof PiError && error.status === 401 ? "key" : "away", message);
-    if (message === this.told && !isAsked) return;
-    this.told = message;
-    const button = "Connect";
-    const chosen = await vscode.window.showWarningMessage(`Cerebrum: ${message}`, button);
+    const state = error instanceof PiError ? stateOf(error.status) : undefined;
+    if (state) {
+      this.awayUntil = Date.now() + AWAY_MS;
+      this.show(state, message);
+    }
+    const trouble = state ?? message; // a Pi that is away may say so in many ways
+    if (trouble === this.told && !isAsked) return;
+    this.told = trouble;
+    const buttons = state ? ["Connect"] : [];
+    const chosen = await vscode.window.showWarningMessage(`Cerebrum: ${message}`, ...buttons);
     if (chosen) await vscode.commands.executeCommand("cerebrum.connect");
   }
 }
+
+/** What a status says of the Pi. @param {number} status @returns {"key" | "away" | undefined} */
+function stateOf(status) {
+  if (status === 401) return "key";
+  return status === 0 || status >= 500 ? "away" : undefined;
+}
+
+/** A text of another machine for a message, where VS Code would make links of brackets. @param {string} text */
+const plain = (text) => text.replace(/[[\]]/g, " ").slice(0, 300);
 
 /** Ghost text: what is left of a suggestion, or else the Pi's answer. */
 class Completions {
@@ -107,7 +161,8 @@ class Completions {
     this.status = status;
     this.here = here; // what this workspace remembers
     this.suggestions = new Suggestions();
-    this.awayUntil = 0;
+    /** @type {Set<{began: number}>} */
+    this.connecting = new Set();
   }
 
   /**
@@ -116,11 +171,9 @@ class Completions {
    */
   async provideInlineCompletionItems(document, position, context, token) {
     const isAsked = context.triggerKind === vscode.InlineCompletionTriggerKind.Invoke;
-    if (this.isOff(document)) {
-      this.status.show("off");
-      return [];
-    }
-    if (this.status.state === "off") this.status.show("ready");
+    const isOff = this.isOff(document);
+    this.status.cover(isOff);
+    if (isOff) return [];
     // What VS Code's own menu would insert.
     const chosen = context.selectedCompletionInfo;
     const range = chosen?.range ?? new vscode.Range(position, position);
@@ -128,20 +181,20 @@ class Completions {
     const gap = gapOf(document, range, inserted);
     const found = await this.find(document, gap, isAsked, token);
     if (!found?.text) return [];
-    const count = { characters: found.text.length, confidence: found.confidence };
+    const count = { characters: [...found.text].length, confidence: found.confidence };
     const command = { command: "cerebrum.accepted", title: "", arguments: [count] };
     return [new vscode.InlineCompletionItem(inserted + found.text, range, command)];
   }
 
   /** @param {vscode.TextDocument} document */
   isOff(document) {
-    const tab = vscode.window.tabGroups.activeTabGroup.activeTab;
+    const input = vscode.window.tabGroups.activeTabGroup.activeTab?.input;
     return (
-      !SCHEMES.includes(document.uri.scheme) ||
-      tab?.input instanceof vscode.TabInputTextDiff ||
+      isPrivate(document) ||
+      input instanceof vscode.TabInputTextDiff ||
+      input instanceof vscode.TabInputNotebookDiff ||
       this.here.get("off", false) ||
-      settings().get("off", /** @type {string[]} */ ([])).includes(document.languageId) ||
-      isExcluded(document)
+      listOf("off").includes(document.languageId)
     );
   }
 
@@ -154,11 +207,9 @@ class Completions {
     const known = this.rest(gap, isAsked);
     if (known) return known;
     if (!isAsked) {
-      if (Date.now() < this.awayUntil) return undefined;
+      if (Date.now() < this.status.awayUntil || this.isStuck()) return undefined;
       await pause(this.suggestions.pause(), token);
       if (token.isCancellationRequested) return undefined;
-      const typed = this.rest(gap, isAsked); // of an older request that was still running
-      if (typed) return typed;
     }
     return this.infill(document, gap, isAsked, token);
   }
@@ -172,11 +223,18 @@ class Completions {
     return !isAsked || (rest?.text && !rest.unsure) ? rest : undefined;
   }
 
+  /** Whether a connection is slow to come about: more of them would only wait as well. */
+  isStuck() {
+    return [...this.connecting].some(({ began }) => Date.now() - began > STUCK_MS);
+  }
+
   /** @type {Completions["find"]} */
   async infill(document, gap, isAsked, token) {
     const abort = new AbortController();
     token.onCancellationRequested(() => abort.abort()); // the Pi stops computing
     const began = Date.now();
+    const connection = { began };
+    const onConnect = () => void this.connecting.delete(connection);
     const body = {
       ...sent(gap),
       filename: nameOf(document),
@@ -186,37 +244,36 @@ class Completions {
       cache_prompt: true,
       suggest: isAsked ? "always" : settings().get("suggest", "normal"),
     };
+    this.status.write(1);
+    this.connecting.add(connection);
     try {
-      this.status.show("writing");
-      const answer = read(await ask(await this.home.pi(), "/infill", { body, signal: abort.signal }));
-      if (typeof answer.content !== "string") {
-        throw new PiError(200, NO_PI);
-      }
+      const given = { body, signal: abort.signal, onConnect };
+      const answer = read(await ask(await this.home.pi(), "/infill", given));
+      if (typeof answer.content !== "string") throw new PiError(0, NO_PI);
       const { content: text, confidence = null, unsure = false } = answer;
       const found = { text, confidence, unsure };
       if (!answer.replaced) this.suggestions.add(gap, found, Date.now() - began);
-      this.awayUntil = 0;
-      this.status.works();
-      this.status.show(unsure && !text ? "unsure" : "ready");
+      this.status.works(unsure && !text ? "unsure" : "ready");
       return found;
     } catch (error) {
-      const isBusy = error instanceof PiError && BUSY.includes(error.status);
-      if (abort.signal.aborted || isBusy) {
-        this.status.show("ready");
-      } else {
-        this.awayUntil = Date.now() + AWAY_MS;
-        void this.status.fail(error, isAsked);
-      }
+      const isPis = error instanceof PiError;
+      const passes = isPis ? BUSY.includes(error.status) : abort.signal.aborted;
+      if (!passes) void this.status.fail(error, isAsked);
       return undefined;
+    } finally {
+      this.status.write(-1);
+      onConnect();
     }
   }
 }
 
-/** Whether a file is never sent. @param {vscode.TextDocument} document */
-function isExcluded(document) {
-  const globs = settings().get("exclude", /** @type {string[]} */ ([]));
-  const path = vscode.workspace.asRelativePath(document.uri);
-  return globs.some((glob) => matches(glob, path));
+/** A setting that is a list of texts, or one of them. @param {string} name @returns {string[]} */
+const listOf = (name) => [settings().get(name, [])].flat().map(String);
+
+/** Whether a text is never sent. @param {vscode.TextDocument} document */
+function isPrivate({ uri, languageId }) {
+  if (!SCHEMES.includes(uri.scheme) || NO_CODE.includes(languageId)) return true;
+  return listOf("exclude").some((glob) => matches(glob, uri.path));
 }
 
 /** @param {number} ms @param {vscode.CancellationToken} token */
@@ -285,10 +342,16 @@ class Commands {
   async connect(given) {
     const url = given ?? (await this.askForUrl());
     if (!url) return;
-    const prompt = `The key for ${url}; leave it empty if the Pi asks for none`;
-    const key = await vscode.window.showInputBox({ prompt, password: true, ignoreFocusOut: true });
+    const known = await this.home.keyOf(url);
+    const empty = known ? "to keep the present one" : "if the Pi asks for none";
+    const key = await vscode.window.showInputBox({
+      prompt: `The key for ${url}; leave it empty ${empty}`,
+      password: true,
+      validateInput: problemOfKey,
+      ignoreFocusOut: true,
+    });
     if (key === undefined) return;
-    const pi = { url, key: key.trim(), version: this.home.version };
+    const pi = { url, key: key.trim() || known, version: this.home.version };
     const problem = await problemWith(pi);
     if (problem) {
       const buttons = ["Try again", "Use it anyway"];
@@ -297,9 +360,13 @@ class Commands {
       if (!chosen) return;
     }
     this.isConnecting = true;
-    await this.home.set(url, pi.key);
-    this.isConnecting = false;
-    await this.look();
+    try {
+      await this.home.set(url, pi.key);
+    } finally {
+      this.isConnecting = false;
+    }
+    if (problem) this.status.show("away", problem);
+    else await this.look();
   }
 
   async askForUrl() {
@@ -317,12 +384,9 @@ class Commands {
     if (link.path !== "/connect" || problemOf(url)) return;
     const old = this.home.url;
     const question = old ? `Use ${url} instead of ${old}?` : `Use ${url}?`;
-    /** @type {vscode.MessageItem[]} */
-    const items = [{ title: "No", isCloseAffordance: true }, { title: "Yes" }];
     const options = { modal: true };
-    const chosen = await vscode.window.showInformationMessage(
-      `Cerebrum: ${question}`, options, ...items);
-    if (chosen?.title === "Yes") await this.connect(url);
+    const chosen = await vscode.window.showInformationMessage(`Cerebrum: ${question}`, options, "No", "Yes");
+    if (chosen === "Yes") await this.connect(url);
   }
 
   /** Ask the Pi how it is, so that the user sees it before the first completion. */
@@ -330,8 +394,7 @@ class Commands {
     if (this.isConnecting) return;
     try {
       const { problem, version } = await check(await this.home.pi());
-      this.status.works();
-      this.status.show(problem ? "away" : "ready", problem || undefined);
+      this.status.works(problem ? "away" : "ready", problem);
       await this.compare(version);
     } catch (error) {
       await this.status.fail(error, false);
@@ -350,20 +413,20 @@ class Commands {
   }
 
   async openPage() {
+    if (problemOf(this.home.url)) return this.connect();
     await vscode.env.openExternal(vscode.Uri.parse(this.home.url));
   }
 
   async change() {
-    try {
-      const document = vscode.window.activeTextEditor?.document;
-      if (document && isExcluded(document)) {
-        throw new PiError(200, "this file is never sent: it matches the setting cerebrum.exclude");
-      }
-      await changeSelection(await this.home.pi(), this.preview);
-      this.status.works();
-    } catch (error) {
-      await this.status.fail(error, true);
+    const editor = vscode.window.activeTextEditor;
+    if (!editor || editor.selection.isEmpty) {
+      throw new PiError(200, "expected a selection: select the code to change");
     }
+    if (isPrivate(editor.document)) {
+      throw new PiError(200, "this text is never sent; the setting cerebrum.exclude has the names of files");
+    }
+    await changeSelection(await this.home.pi(), this.preview, editor);
+    this.status.works();
   }
 
   /** @param {{characters: number, confidence: number | null}} count */
@@ -375,9 +438,9 @@ class Commands {
   async menu() {
     const language = vscode.window.activeTextEditor?.document.languageId;
     const here = this.context.workspaceState;
-    const off = settings().get("off", /** @type {string[]} */ ([]));
-    const isOff = language !== undefined && off.includes(language);
-    const others = off.filter((one) => one !== language);
+    const off = settings().inspect("off")?.globalValue ?? [];
+    const isOff = language !== undefined && listOf("off").includes(language);
+    const others = off.filter((/** @type {string} */ one) => one !== language);
     const update = (/** @type {string[]} */ value) =>
       settings().update("off", value, vscode.ConfigurationTarget.Global);
     const items = [
@@ -401,14 +464,12 @@ class Commands {
 
 /** What is wrong with a Pi, "" for nothing. @param {{url: string, key: string, version: string}} pi */
 async function problemWith(pi) {
-  const location = vscode.ProgressLocation.Notification;
-  return vscode.window.withProgress({ location, title: `Cerebrum: asking ${pi.url}` }, async () => {
-    try {
-      return (await check(pi)).problem;
-    } catch (error) {
-      return error instanceof PiError ? error.message : String(error);
-    }
-  });
+  try {
+    const checked = await withProgress(`asking ${pi.url}`, (signal) => check(pi, signal));
+    return checked ? checked.problem : "the Pi was not waited for";
+  } catch (error) {
+    return error instanceof PiError ? plain(error.message) : String(error);
+  }
 }
 
 /** Whether one version is older than another, as numbers with dots. @param {string} ours @param {string} other */
@@ -431,11 +492,22 @@ function activate(context) {
     ["changeSelection", () => commands.change()],
     ["menu", () => commands.menu()],
     ["accepted", (count) => commands.accepted(count)],
+    ["apply", () => preview.decide(true)],
+    ["discard", () => preview.decide(false)],
   ];
+  const register = (/** @type {[string, (...given: any[]) => any]} */ [name, run]) =>
+    vscode.commands.registerCommand(`cerebrum.${name}`, async (...given) => {
+      try {
+        await run(...given);
+      } catch (error) {
+        await status.fail(error, true);
+      }
+    });
   context.subscriptions.push(
     status.item,
     status.log,
-    ...known.map(([name, run]) => vscode.commands.registerCommand(`cerebrum.${name}`, run)),
+    preview.changed,
+    ...known.map(register),
     vscode.languages.registerInlineCompletionItemProvider({ pattern: "**" }, completions),
     vscode.workspace.registerTextDocumentContentProvider(SCHEME, preview),
     vscode.window.registerUriHandler({ handleUri: (link) => commands.follow(link) }),

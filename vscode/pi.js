@@ -4,12 +4,22 @@
 
 const http = require("node:http");
 const https = require("node:https");
+const tls = require("node:tls");
+const { urlToHttpOptions } = require("node:url");
 
 const CONNECT_MS = 5_000;
-const TIMEOUT_MS = 600_000; // a model may have to be loaded, and the Pi itself gives up in time
+const CHECK_MS = 10_000;
+const TIMEOUT_MS = 1_800_000; // a model may have to be loaded, and write 2,048 tokens
+const MAX_ANSWER = 4_000_000; // characters
 const BUSY = [409, 429]; // statuses that pass by themselves
 const NO_PI = "the address is another program's, not a Pi's";
-const CERTIFICATE = /CERT|SELF_SIGNED|UNABLE_TO|ALTNAME|ERR_TLS|ERR_SSL|EPROTO/;
+/** @type {[RegExp, string][]} */
+const FAULTS = [
+  [/EPROTO|ERR_SSL/, "does not speak https"],
+  [/CERT_HAS_EXPIRED/, "has a certificate that has expired"],
+  [/ALTNAME/, "has the certificate of another name"],
+  [/CERT|SELF_SIGNED|UNABLE_TO/, "has a certificate of a CA that the system does not know"],
+];
 
 /** The Pi did not answer as hoped. `status` is HTTP's, 0 without an answer. */
 class PiError extends Error {
@@ -21,59 +31,85 @@ class PiError extends Error {
 }
 
 /**
- * One request. `body` makes it a POST; `onData` gets the text of a stream as it comes.
+ * One request. `body` makes it a POST. `onData` gets the text of a stream as it comes instead of the
+ * answer, and may throw a PiError, which ends the request. PiError, or what aborted it: a connection
+ * that never came about is a PiError even if nobody waits for it any more.
  * @param {{url: string, key: string, version: string}} pi
  * @param {string} path
- * @param {{body?: object, signal?: AbortSignal, onData?: (text: string) => void}} [given]
+ * @param {{body?: object, signal?: AbortSignal, onConnect?: () => void, onData?: (text: string) => void,
+ *   limit?: number}} [given]
  * @returns {Promise<{status: number, headers: import("node:http").IncomingHttpHeaders, text: string}>}
  */
-function ask(pi, path, { body, signal, onData } = {}) {
+function ask(pi, path, { body, signal, onConnect, onData, limit = TIMEOUT_MS } = {}) {
   const url = new URL(pi.url);
+  const isTls = url.protocol === "https:";
   const json = body && JSON.stringify(body);
   /** @type {Record<string, string>} */
   const headers = { "User-Agent": `cerebrum-vscode/${pi.version}` };
   if (pi.key) headers.Authorization = `Bearer ${pi.key}`;
   if (json) headers["Content-Type"] = "application/json";
   const options = {
+    ...urlToHttpOptions(url),
+    path: url.pathname.replace(/\/$/, "") + path,
     method: json ? "POST" : "GET",
     headers,
-    signal,
-    agent: false,
-    // A proxy in VS Code's settings cannot reach the home network.
-    _vscodeProxySupport: "off",
+    agent: isTls ? new https.Agent({ ca: authorities() }) : new http.Agent(),
   };
-  const { request } = url.protocol === "https:" ? https : http;
   return new Promise((resolve, reject) => {
+    let isConnected = false;
     const fail = (/** @type {any} */ error) => {
-      clearTimeout(connecting);
-      reject(signal?.aborted ? error : new PiError(0, reasonOf(url, error)));
+      clearTimeout(timer);
+      if (error instanceof PiError || (isConnected && signal?.aborted)) return reject(error);
+      reject(new PiError(0, reasonOf(url, error)));
     };
-    const sent = request(url.origin + url.pathname.replace(/\/$/, "") + path, options, (answer) => {
+    // Not http.request: VS Code's own sends all to the proxy of its settings, which cannot reach the
+    // home network, and would see the key.
+    const sent = new http.ClientRequest(options, (answer) => {
+      let size = 0;
       let text = "";
       answer.setEncoding("utf8");
-      answer.on("data", (part) => {
-        text += part;
-        if (answer.statusCode === 200) onData?.(part);
+      answer.on("data", (/** @type {string} */ part) => {
+        size += part.length;
+        if (size > MAX_ANSWER) return sent.destroy(new PiError(0, NO_PI));
+        if (!onData || answer.statusCode !== 200) return (text += part);
+        try {
+          onData(part);
+        } catch (error) {
+          sent.destroy(/** @type {Error} */ (error));
+        }
       });
-      answer.on("end", () => resolve({ status: answer.statusCode ?? 0, headers: answer.headers, text }));
+      answer.on("end", () => {
+        clearTimeout(timer);
+        resolve({ status: answer.statusCode ?? 0, headers: answer.headers, text });
+      });
       answer.on("error", fail);
     });
-    const connecting = setTimeout(() => sent.destroy(new Error("ETIMEDOUT")), CONNECT_MS);
-    const connected = url.protocol === "https:" ? "secureConnect" : "connect";
-    sent.on("socket", (socket) => socket.once(connected, () => clearTimeout(connecting)));
-    sent.setTimeout(TIMEOUT_MS, () => sent.destroy(new Error("ETIMEDOUT")));
+    const stop = () => sent.destroy(new Error("aborted"));
+    const timeOut = () => sent.destroy(new Error("ETIMEDOUT"));
+    let timer = setTimeout(timeOut, CONNECT_MS);
+    sent.on("socket", (socket) => {
+      socket.once(isTls ? "secureConnect" : "connect", () => {
+        isConnected = true;
+        onConnect?.();
+        clearTimeout(timer);
+        timer = setTimeout(timeOut, limit);
+        if (signal?.aborted) stop();
+      });
+    });
+    signal?.addEventListener("abort", () => isConnected && stop());
     sent.on("error", fail);
     sent.end(json);
   });
 }
 
+/** The CAs that node knows, and those of the system's store, which a household's own may be in. */
+const authorities = () => [...tls.getCACertificates("default"), ...tls.getCACertificates("system")];
+
 /** @param {URL} url @param {any} error */
 function reasonOf(url, error) {
   const code = error.code ?? error.message;
-  if (CERTIFICATE.test(code)) {
-    return `the certificate of ${url.host} is not trusted (${code}): the system must know its CA`;
-  }
-  return `no Pi answers at ${url.host} (${code})`;
+  const [, fault] = FAULTS.find(([codes]) => codes.test(code)) ?? [];
+  return fault ? `the Pi at ${url.host} ${fault} (${code})` : `no Pi answers at ${url.host} (${code})`;
 }
 
 /**
@@ -88,7 +124,7 @@ function read(answer) {
     // told below
   }
   if (found === null || typeof found !== "object") {
-    throw new PiError(answer.status, "the address is another program's: its answer is not JSON");
+    throw new PiError(0, "the address is another program's: its answer is not JSON");
   }
   if (answer.status !== 200) throw refusal(answer.status, found);
   return found;
@@ -96,22 +132,23 @@ function read(answer) {
 
 /** @param {number} status @param {any} found */
 function refusal(status, found) {
-  const message = (typeof found.error === "object" ? found.error : found).message;
+  const { message = "without a reason" } = typeof found.error === "object" ? found.error : found;
   if (status === 401) return new PiError(401, "the Pi asks for a key, or for another one");
   return new PiError(status, `the Pi answers ${status}: ${message}`);
 }
 
 /**
  * The Pi's version, and the `problem` that it has, "" for none. PiError if it cannot be used.
- * @param {{url: string, key: string, version: string}} pi
+ * @param {{url: string, key: string, version: string}} pi @param {AbortSignal} [signal]
  */
-async function check(pi) {
-  const health = await ask(pi, "/health");
+async function check(pi, signal) {
+  const given = { limit: CHECK_MS, signal };
+  const health = await ask(pi, "/health", given);
   const found = read({ ...health, status: 200 });
   if (typeof found.vps_available !== "boolean") {
-    throw new PiError(health.status, NO_PI);
+    throw new PiError(0, NO_PI);
   }
-  const stats = read(await ask(pi, "/v1/stats"));
+  const stats = read(await ask(pi, "/v1/stats", given));
   const problem = found.vps_available ? "" : "the Pi answers, but has no backend now";
   return { problem, version: String(stats.version ?? "") };
 }

@@ -7,6 +7,7 @@
 const MAX_TEXT = 80_000;
 const MAX_TOKENS = 2048;
 const MAX_FOUND = 16;
+const MAX_CHARACTERS = 4_000_000; // in the texts around all remembered cursors
 const MIN_PAUSE_MS = 30;
 const MAX_PAUSE_MS = 400; // fast typists leave 100 ms between keys
 const PAUSE_SHARE = 0.2; // of the median response time
@@ -41,7 +42,9 @@ class Suggestions {
 
   /** @param {Gap} gap @param {Suggestion} found @param {number} ms */
   add(gap, found, ms) {
-    this.list = [{ gap, found }, ...this.list.slice(0, MAX_FOUND - 1)];
+    const size = gap.before.length + gap.after.length;
+    const most = Math.min(MAX_FOUND, Math.ceil(MAX_CHARACTERS / (size + 1)));
+    this.list = [{ gap, found }, ...this.list.slice(0, most - 1)];
     this.times = [...this.times.slice(-7), ms];
   }
 
@@ -66,7 +69,8 @@ class Suggestions {
   /** Milliseconds without a key before an automatic request: longer for a slow Pi. */
   pause() {
     const sorted = [...this.times].sort((a, b) => a - b);
-    const median = sorted[Math.floor(sorted.length / 2)];
+    const half = sorted.length / 2;
+    const median = (sorted[Math.ceil(half) - 1] + sorted[Math.floor(half)]) / 2;
     return Math.min(Math.max(MIN_PAUSE_MS, PAUSE_SHARE * median), MAX_PAUSE_MS);
   }
 }
@@ -94,16 +98,16 @@ function blockOf(text) {
 }
 
 /**
- * Whether a path matches a glob: `*` and `?` within a name, `**` across folders. A glob without a
- * `/` is for the name alone, at any depth.
+ * Whether a path matches a glob: `*` and `?` within a name, `**` for any folders, a `/` at the end for
+ * all in a folder. A glob without a `/` is for the name alone, in any folder.
  * @param {string} glob @param {string} path
  */
 function matches(glob, path) {
   const source = glob
+    .replace(/\/$/, "/**")
     .replace(/[.+^${}()|[\]\\]/g, "\\$&")
-    .replace(/\*\*\/?|\*|\?/g, (wild) => ({ "*": "[^/]*", "?": "[^/]" })[wild] ?? ".*");
-  const where = glob.includes("/") ? "(^|/)" : "(^|.*/)";
-  return new RegExp(`${where}${source}$`, "i").test(path);
+    .replace(/\*\*\/|\*+|\?/g, (wild) => ({ "**/": "(.*/)?", "*": "[^/]*", "?": "[^/]" })[wild] ?? ".*");
+  return new RegExp(`(^|/)${source}$`, "i").test(path);
 }
 
 module.exports = { blockOf, lacks, matches, MAX_TOKENS, sent, Suggestions, unix };

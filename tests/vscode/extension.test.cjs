@@ -3,7 +3,9 @@
 //     node --test tests/vscode/
 "use strict";
 const assert = require("node:assert/strict");
+const fs = require("node:fs");
 const http = require("node:http");
+const https = require("node:https");
 const path = require("node:path");
 const { test } = require("node:test");
 const { activate, Desk, Document, Position, Range, Selection, Token, Uri } = require("./stub.cjs");
@@ -13,7 +15,7 @@ const HEALTHY = { status: "healthy", vps_available: true };
 
 /** A Pi: `answers` maps a path to the status and the body of its answer, or to a function of both sides. */
 class Pi {
-  constructor() {
+  constructor(tls) {
     this.asked = []; // of each request its path, its key and its body
     this.left = 0; // requests whose client has left
     this.answers = {
@@ -22,7 +24,8 @@ class Pi {
       "/infill": [200, { content: "return 1", confidence: 0.9 }],
       "/v1/accepted": [200, {}],
     };
-    this.server = http.createServer((request, response) => void this.answer(request, response));
+    const answer = (request, response) => void this.answer(request, response);
+    this.server = tls ? https.createServer(tls, answer) : http.createServer(answer);
   }
 
   async answer(request, response) {
@@ -40,8 +43,8 @@ class Pi {
   /** The bodies of the requests for completions. */
   get infills() { return this.asked.filter(({ path: asked }) => asked === "/infill").map(({ body }) => body); }
 
-  async start(port = 0) {
-    await new Promise((resolve) => this.server.listen(port, "127.0.0.1", resolve));
+  async start(port = 0, host = "127.0.0.1") {
+    await new Promise((resolve) => this.server.listen(port, host, resolve));
     this.port = this.server.address().port;
     this.url = `http://127.0.0.1:${this.port}`;
     return this;
@@ -162,6 +165,39 @@ desk("a cancelled request ends at the Pi", async (at, pi) => {
   assert.deepEqual(at.shown, []);
 });
 
+desk("a connection that is slow to come about is waited for", async (at, pi) => {
+  const slow = { began: Date.now() - 1000 };
+  at.provider.connecting.add(slow);
+  assert.deepEqual(await ask(at, python("x = |")), []);
+  assert.deepEqual(pi.infills, []);
+  at.provider.connecting.delete(slow);
+  await ask(at, python("x = |"));
+  assert.equal(pi.infills.length, 1);
+  assert.equal(at.provider.connecting.size, 0);
+});
+
+test("the pause follows the Pi's speed, within limits", () => {
+  const { Suggestions } = require(`${FOLDER}/text.js`);
+  const suggestions = new Suggestions();
+  assert.equal(suggestions.pause(), 80); // a guess
+  suggestions.add({ uri: "", before: "", after: "" }, { text: "" }, 800);
+  assert.equal(suggestions.pause(), 120); // a fifth of the median
+  for (let n = 0; n < 8; n++) suggestions.add({ uri: "", before: "", after: "" }, { text: "" }, 10_000);
+  assert.equal(suggestions.pause(), 400);
+  for (let n = 0; n < 8; n++) suggestions.add({ uri: "", before: "", after: "" }, { text: "" }, 1);
+  assert.equal(suggestions.pause(), 30);
+});
+
+test("texts of large files are not kept by the dozen", () => {
+  const { Suggestions } = require(`${FOLDER}/text.js`);
+  const suggestions = new Suggestions();
+  for (let n = 0; n < 20; n++) {
+    const before = "x".repeat(n < 19 ? 100 : 3_000_000);
+    suggestions.add({ uri: `${n}`, before, after: "" }, { text: "a" }, 1);
+    assert.equal(suggestions.list.length, n < 19 ? Math.min(n + 1, 16) : 2);
+  }
+});
+
 desk("a key within the pause asks nothing", async (at, pi) => {
   const token = new Token();
   const items = ask(at, python("x = |"), END, token);
@@ -206,12 +242,52 @@ desk("the cells above of the same language precede a cell", async (at, pi) => {
   assert.deepEqual([pi.infills[0].input_prefix, pi.infills[0].input_suffix], ["import os\n\nos.", ""]);
 });
 
-for (const uri of ["vscode-scm:input", "git:/work/a.py", "output:log", "file:///work/.env", "file:///work/deep/.env.local"]) {
+const PACKAGE = require(`${FOLDER}/package.json`);
+const SETTINGS = PACKAGE.contributes.configuration.properties;
+for (const uri of [
+  "vscode-scm:input", "git:/work/a.py", "output:log", "file:///work/.env", "file:///work/deep/.env.local",
+  "file:///c:/Users/a/.ssh/id_rsa", "file:///work/prod.ENV", "file:///home/a/server.pem", "file:///home/a/.netrc",
+]) {
   desk(`${uri} is never sent`, async (at, pi) => {
+    at.settings.exclude = SETTINGS["cerebrum.exclude"].default;
     assert.deepEqual(await ask(at, python("x = |", uri), ASKED), []);
     assert.deepEqual(pi.infills, []);
+    assert.match(at.item.tooltip, /off/);
+    await ask(at, python("x = |"));
+    assert.match(at.item.tooltip, /ready/);
   });
 }
+
+desk("commit messages that are files are never sent", async (at, pi) => {
+  const uri = "file:///work/.git/COMMIT_EDITMSG";
+  await ask(at, new Document(uri, "git-commit", "x|"), ASKED);
+  assert.deepEqual(pi.infills, []);
+});
+
+for (const [glob, excluded, sent] of [
+  ["*.key", ["/a/b.key", "/b.KEY"], ["/b.key/a.py", "/bkey"]],
+  ["secrets/", ["/w/secrets/a.py", "/w/secrets/deep/a.py"], ["/w/mysecrets/a.py", "/w/secrets"]],
+  ["private/*.py", ["/w/private/a.py"], ["/w/private/deep/a.py", "/w/notprivate/a.py"]],
+  ["**/data/**/a?.py", ["/w/data/ab.py", "/w/data/deep/er/ab.py"], ["/w/data/a.py", "/w/data2/ab.py"]],
+  ["a+(b).[c]", ["/w/a+(b).[c]"], ["/w/aab.c"]],
+]) {
+  test(`the glob ${glob}`, () => {
+    const { matches } = require(`${FOLDER}/text.js`);
+    assert.deepEqual(excluded.filter((path) => !matches(glob, path)), []);
+    assert.deepEqual(sent.filter((path) => matches(glob, path)), []);
+  });
+}
+
+desk("a setting that is one text instead of a list counts as well", async (at, pi) => {
+  await ask(at, python("x = |"), ASKED);
+  assert.deepEqual(pi.infills, []);
+}, { exclude: "*.py" });
+
+test("what a folder may set", () => {
+  assert.equal(SETTINGS["cerebrum.url"].scope, "machine");
+  const { untrustedWorkspaces } = PACKAGE.capabilities;
+  assert.deepEqual(untrustedWorkspaces.restrictedConfigurations, ["cerebrum.exclude"]);
+});
 
 desk("a comparison, a language and a folder that are off are not sent", async (at, pi) => {
   at.activeTab = { input: new at.vscode.TabInputTextDiff() };
@@ -233,7 +309,12 @@ desk("a comparison, a language and a folder that are off are not sent", async (a
 
 desk("one error is one notice, and a Pi that returns is used", async (at, pi) => {
   await pi.stop();
-  for (const text of ["a|", "ab|", "abc|"]) assert.deepEqual(await ask(at, python(text)), []);
+  for (const text of ["a|", "ab|", "abc|"]) {
+    assert.deepEqual(await ask(at, python(text)), []);
+    assert.ok(at.provider.status.awayUntil > Date.now());
+    if (text !== "ab|") at.provider.status.awayUntil = 0; // some seconds later
+  }
+  assert.equal(at.shown.filter((line) => line.startsWith("log")).length, 2);
   const notices = at.shown.filter((line) => line.startsWith("warning"));
   assert.deepEqual(notices, [`warning: Cerebrum: no Pi answers at 127.0.0.1:${pi.port} (ECONNREFUSED)`]);
   assert.match(at.item.tooltip, /no Pi/);
@@ -243,6 +324,48 @@ desk("one error is one notice, and a Pi that returns is used", async (at, pi) =>
   assert.deepEqual(texts(await ask(at, python("abcd|"), ASKED)), ["return 1"]);
   assert.match(at.item.text, /check/);
 });
+
+desk("a Pi that is away says so in many ways, and is one trouble", async (at, pi) => {
+  for (const percent of [84, 91]) {
+    pi.answers["/infill"] = [503, { error: { message: `got ${percent} %, see [this](command:x)` } }];
+    await ask(at, python(`${percent}|`));
+    at.provider.status.awayUntil = 0;
+  }
+  const notices = at.shown.filter((line) => line.startsWith("warning"));
+  assert.deepEqual(notices, ["warning: Cerebrum: the Pi answers 503: got 84 %, see  this (command:x)"]);
+});
+
+desk("a connection that never came about is news even if the user has typed on", async (at, pi) => {
+  await pi.stop();
+  const token = new Token();
+  const items = ask(at, python("x = |"), ASKED, token);
+  token.cancel();
+  assert.deepEqual(await items, []);
+  assert.match(at.item.tooltip, /no Pi answers/);
+  assert.ok(at.provider.status.awayUntil > Date.now());
+});
+
+desk("an endless answer is another program's", async (at, pi) => {
+  pi.answers["/infill"] = (_asked, response) => {
+    const more = () => !response.destroyed && response.write("x".repeat(100_000), () => setImmediate(more));
+    more();
+  };
+  assert.deepEqual(await ask(at, python("x = |")), []);
+  assert.match(at.item.tooltip, /another program/);
+  await until(() => pi.left === 1);
+});
+
+for (const url of ["pi.local:7000", "http://a@b", "http://a/?x", "http://a:0", "ftp://a", `http://${"a".repeat(201)}`]) {
+  desk(`${url.slice(0, 20)} is no address`, async (at, pi) => {
+    await until(() => at.shown.length);
+    const expected = "expected an address such as http://pi.local:7000";
+    assert.deepEqual(at.shown, [`log: ${expected} in the setting cerebrum.url`, `warning: Cerebrum: ${expected} in the setting cerebrum.url`]);
+    at.answers = ["Yes"];
+    await at.links.handleUri(Uri.parse(`vscode://cerebrum.cerebrum/connect?url=${encodeURIComponent(url)}`));
+    assert.equal(at.shown.length, 2);
+    assert.deepEqual(pi.asked, []);
+  }, { url });
+}
 
 desk("a wrong key is said as such, and a busy Pi is no news", async (at, pi) => {
   pi.answers["/infill"] = [429, { error: { message: "all places are taken" } }];
@@ -257,6 +380,9 @@ desk("a wrong key is said as such, and a busy Pi is no news", async (at, pi) => 
 desk("a key is a secret of its address", async (at, pi) => {
   at.answers = [pi.url, " k1 "];
   await at.vscode.commands.executeCommand("cerebrum.connect");
+  at.answers = [pi.url, ""]; // keeps it
+  await at.vscode.commands.executeCommand("cerebrum.connect");
+  assert.equal(at.shown.at(-1), `box: The key for ${pi.url}; leave it empty to keep the present one`);
   assert.deepEqual([...at.secrets], [[`key of ${pi.url}/`, "k1"]]);
   assert.equal(JSON.stringify(at.settings).includes("k1"), false);
   await ask(at, python("x = |"));
@@ -283,11 +409,61 @@ for (const [name, answers, problem] of CONNECTIONS) {
     assert.equal(at.shown.at(-1), `warning: Cerebrum: ${problem}`);
     assert.equal(at.settings.url, pi.url); // as before
     at.answers = [other.url, "", "Use it anyway"];
+    const before = at.shown.length;
     await at.vscode.commands.executeCommand("cerebrum.connect");
     assert.equal(at.settings.url, other.url);
+    assert.equal(at.shown.slice(before).filter((line) => line.startsWith("warning")).length, 1);
+    assert.ok(at.item.tooltip.includes(problem));
     await other.stop();
   });
 }
+
+desk("connecting says that no Pi is there, and can be given up", async (at, pi) => {
+  const other = await new Pi().start();
+  await other.stop();
+  at.answers = [other.url, "", undefined];
+  await at.vscode.commands.executeCommand("cerebrum.connect");
+  assert.equal(at.shown.at(-1), `warning: Cerebrum: no Pi answers at 127.0.0.1:${other.port} (ECONNREFUSED)`);
+  pi.answers["/health"] = () => {}; // accepts, and says nothing
+  at.cancels = (token) => void until(() => pi.asked.at(-1).path === "/health").then(() => token.cancel());
+  pi.asked = [{}];
+  at.answers = [pi.url, "", undefined];
+  await at.vscode.commands.executeCommand("cerebrum.connect");
+  assert.equal(at.shown.at(-1), "warning: Cerebrum: the Pi was not waited for");
+});
+
+const [TRUSTED, TRUSTED_KEY, STRANGE, STRANGE_KEY] = (process.env.CERTIFICATES ?? "").split(" ").map((file) => file && fs.readFileSync(file));
+for (const [what, tls, host, problem] of [
+  ["of a CA that the system knows", { cert: TRUSTED, key: TRUSTED_KEY }, "127.0.0.2", ""],
+  ["of another name", { cert: TRUSTED, key: TRUSTED_KEY }, "localhost",
+    "has the certificate of another name (ERR_TLS_CERT_ALTNAME_INVALID)"],
+  ["of a CA that the system does not know", { cert: STRANGE, key: STRANGE_KEY }, "127.0.0.1",
+    "has a certificate of a CA that the system does not know (DEPTH_ZERO_SELF_SIGNED_CERT)"],
+  ["that is not there", undefined, "127.0.0.1", "does not speak https (EPROTO)"],
+]) {
+  desk(`a certificate ${what}`, async (at) => {
+    const other = await new Pi(tls).start(0, "0.0.0.0");
+    const url = `https://${host}:${other.port}`;
+    at.answers = [url, "", undefined];
+    await at.vscode.commands.executeCommand("cerebrum.connect");
+    if (problem) assert.equal(at.shown.at(-1), `warning: Cerebrum: the Pi at ${host}:${other.port} ${problem}`);
+    else assert.equal(at.settings.url, url);
+    await other.stop();
+  });
+}
+
+desk("a keyring that fails leaves the address as it was", async (at, pi) => {
+  const other = await new Pi().start();
+  at.secrets.set = () => { throw new Error("no keyring"); };
+  at.answers = [other.url, "k"];
+  await at.vscode.commands.executeCommand("cerebrum.connect");
+  assert.equal(at.settings.url, pi.url);
+  assert.equal(at.shown.at(-1), "warning: Cerebrum: internal error; see the log");
+  const before = pi.asked.length;
+  at.changed.fire({ affectsConfiguration: () => true });
+  await until(() => pi.asked.length > before); // it still looks
+  await other.stop();
+});
 
 desk("a link changes nothing before the user agrees", async (at, pi) => {
   const other = await new Pi().start();
@@ -296,7 +472,8 @@ desk("a link changes nothing before the user agrees", async (at, pi) => {
   await at.links.handleUri(link);
   assert.equal(at.shown.at(-1), `modal info: Cerebrum: Use ${other.url} instead of ${pi.url}?`);
   assert.equal(at.settings.url, pi.url);
-  at.answers = [(items) => (assert.equal(items[0].title, "No"), items[1]), "k2"];
+  // VS Code proposes the first button.
+  at.answers = [(items) => (assert.deepEqual(items, ["No", "Yes"]), items[1]), "k2"];
   await at.links.handleUri(link);
   assert.equal(at.settings.url, other.url);
   assert.equal(at.secrets.get(`key of ${other.url}/`), "k2");
@@ -309,13 +486,51 @@ desk("a link changes nothing before the user agrees", async (at, pi) => {
 });
 
 desk("an extension older than the Pi says so once", async (at, pi) => {
-  pi.answers["/v1/stats"] = [200, { version: "1.10.0" }];
-  for (const key of ["a", "b"]) {
-    at.answers = [pi.url, key, undefined];
+  at.provider.home.version = "1.9.0";
+  for (const version of ["1.8.2", "1.9.0", "", "x", "1.10.0", "1.10.0"]) {
+    pi.answers["/v1/stats"] = [200, { version }];
+    at.answers = [pi.url, "", "How to update"];
     await at.vscode.commands.executeCommand("cerebrum.connect");
   }
-  await until(() => at.shown.some((line) => line.includes("1.10.0")));
-  assert.equal(at.shown.filter((line) => line.includes("1.10.0")).length, 1);
+  const said = at.shown.filter((line) => line.startsWith("info"));
+  assert.deepEqual(said, ["info: Cerebrum: the Pi has version 1.10.0 of this extension, here is 1.9.0"]);
+  assert.equal(at.opened.length, 1);
+});
+
+desk("the status bar's menu", async (at, pi) => {
+  assert.ok(at.item.isShown);
+  at.vscode.window.activeTextEditor = { document: python("") };
+  const menu = (label) => {
+    at.answers = [label];
+    return at.vscode.commands.executeCommand(at.item.command);
+  };
+  await menu("$(globe) The Pi's page");
+  assert.deepEqual(at.opened, [Uri.parse(pi.url).toString()]);
+  await menu("$(output) Log");
+  assert.equal(at.shown.at(-1), "the log");
+  await menu("$(circle-slash) Off here");
+  assert.equal(at.workspace.get("off"), true);
+  await menu("$(check) On here");
+  assert.equal(at.workspace.get("off"), false);
+  at.own.off = ["ruby"]; // and the folder turns off others
+  at.settings.off = ["sql"];
+  await menu("$(circle-slash) Off for python");
+  assert.deepEqual(at.settings.off, ["ruby", "python"]);
+  at.own = {};
+  await menu("$(check) On for python");
+  assert.deepEqual(at.settings.off, ["ruby"]);
+  await menu("$(plug) Connect…");
+  assert.equal(at.shown.at(-1), "box: The Pi's address");
+});
+
+test("a browser without a VS Code behind it is told why it has no completions", async () => {
+  const at = new Desk();
+  const vscode = activate(at, FOLDER, "web.js");
+  await vscode.commands.executeCommand("cerebrum.connect");
+  const [first, , second] = at.shown;
+  assert.match(first, /^warning: Cerebrum needs VS Code as a program/);
+  assert.equal(second, first);
+  assert.equal(at.global.get("told"), true);
 });
 
 // ------------------------------------------------------------------------------- change a selection
@@ -378,13 +593,62 @@ for (const [lacking, why] of LACKING) {
 
 desk("a text that changed meanwhile, or a user who declines, changes nothing", async (at, pi) => {
   pi.answers["/v1/complete/stream"] = sse({ token: "x" }, DONE);
-  for (const answer of ["Discard", (items) => { document.version += 1; return items[0]; }]) {
+  for (const [answer, left] of [["Discard", "b = 1"], [(items) => { document.text += "0"; return items[0]; }, "b = 10"]]) {
     var document = select(at, "|b = 1|");
     at.answers = ["two", answer];
     await change(at);
-    assert.equal(document.text, "b = 1");
+    assert.equal(document.text, left);
   }
   assert.equal(at.shown.at(-1), "warning: Cerebrum: the text has changed meanwhile; nothing was changed");
+  assert.match(at.item.tooltip, /ready/); // the Pi is not away
+  at.refusesEdits = true;
+  document = select(at, "|b = 1|");
+  at.answers = ["two", "Apply"];
+  await change(at);
+  assert.equal(at.shown.at(-1), "warning: Cerebrum: VS Code did not apply the change");
+});
+
+desk("the buttons above the difference decide as well, and so does closing it", async (at, pi) => {
+  pi.answers["/v1/complete/stream"] = sse({ token: "x" }, DONE);
+  const cases = [
+    [() => at.vscode.commands.executeCommand("cerebrum.apply"), "x"],
+    [() => at.vscode.commands.executeCommand("cerebrum.discard"), "b = 1"],
+    [() => at.vscode.window.tabGroups.close(at.tabs), "b = 1"],
+  ];
+  for (const [decide, text] of cases) {
+    const document = select(at, "|b = 1|");
+    const asked = "info: Cerebrum: apply this change?";
+    at.shown = [];
+    at.answers = ["two", undefined]; // the message is not answered
+    const changed = change(at);
+    await until(() => at.shown.includes(asked));
+    await decide();
+    await changed;
+    assert.equal(document.text, text);
+    assert.deepEqual([at.tabs, at.preview.texts.size], [[], 0]);
+  }
+});
+
+desk("only code is changed", async (at, pi) => {
+  const asked = pi.asked.length;
+  select(at, "||b = 1");
+  await change(at);
+  assert.equal(at.shown.at(-1), "warning: Cerebrum: expected a selection: select the code to change");
+  for (const uri of ["output:log", "file:///work/.env"]) {
+    select(at, "|b = 1|", uri);
+    await change(at);
+    assert.match(at.shown.at(-1), /^warning: Cerebrum: this text is never sent/);
+  }
+  assert.equal(pi.asked.length, asked);
+});
+
+desk("a stream that is no JSON ends at once", async (at, pi) => {
+  select(at, "|b = 1|");
+  pi.answers["/v1/complete/stream"] = (_asked, response) => response.writeHead(200).write('data: {"token": \n\n');
+  at.answers = ["two"];
+  await change(at);
+  assert.equal(at.shown.at(-1), "warning: Cerebrum: the address is another program's, not a Pi's");
+  await until(() => pi.left === 1);
 });
 
 desk("a stream that breaks off, or is cancelled, changes nothing", async (at, pi) => {

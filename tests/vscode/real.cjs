@@ -1,6 +1,6 @@
 // Drives the real VS Code in Chromium: what a user does, and what she sees. Only for the tests.
 //
-//     node real.cjs < JSON      {"url", "chromium", "folder", "pi", "key", "picture"}
+//     node real.cjs < JSON      {"url", "chromium", "folder", "pi", "key", "picture", "steps"}
 //
 // Prints a line of JSON for each step: its name and what was seen.
 "use strict";
@@ -24,8 +24,7 @@ async function command(name) {
   await keys("F1");
   await page.waitForSelector(".quick-input-widget input", { timeout: PATIENCE });
   await type(name);
-  await page.waitForSelector(`.quick-input-list .monaco-list-row[aria-label*="${name}"]`, { timeout: PATIENCE });
-  await keys("Enter");
+  await page.click(`.quick-input-list .monaco-list-row[aria-label^="${name}"]`, { timeout: PATIENCE });
 }
 
 /** Type into the box that VS Code shows next, whose prompt contains a text. */
@@ -36,13 +35,17 @@ async function box(prompt, text) {
   await keys("Enter");
 }
 
-async function open(name, text = ".editor-instance .view-lines") {
+async function pick(name) {
   await keys("Control+p");
   await page.waitForSelector(".quick-input-widget input", { timeout: PATIENCE });
   await type(name);
   await page.waitForSelector(`.quick-input-list .monaco-list-row[aria-label*="${name}"]`, { timeout: PATIENCE });
   await keys("Enter");
   await until((wanted) => document.querySelector(".tab.active")?.textContent.includes(wanted), name);
+}
+
+async function open(name, text = ".editor-instance .view-lines") {
+  await pick(name);
   await page.locator(text).last().click({ timeout: PATIENCE, position: { x: 5, y: 5 } });
 }
 
@@ -63,9 +66,14 @@ const status = (wanted) => until((text) =>
     .find((label) => label.includes("Cerebrum") && RegExp(text).test(label)), wanted);
 const button = (text) => page.click(`.notification-list-item .monaco-button:has-text("${text}")`);
 
+/** Wait for an extension's item in the status bar. */
+const item = (name) => until((wanted) =>
+  [...document.querySelectorAll(".statusbar-item")].some((one) => one.textContent.includes(wanted)), name);
+
 const STEPS = {
   /** The address and a wrong key, then the right one. */
   async connect() {
+    await item("Cerebrum");
     await command("Cerebrum: Connect");
     await box("The Pi's address", given.pi);
     await box("The key for", "wrong");
@@ -96,6 +104,14 @@ const STEPS = {
     await type(" ");
     say("typescript", await ghost());
     await keys("Tab", "Control+s");
+  },
+  /** llama.vscode, which wakes for such a file, and then shows a tab. */
+  async other() {
+    await pick("area.ts");
+    await item("llama");
+    await until(() => document.querySelector(".tab.active")?.textContent.includes("Information"));
+    await page.click('.tab:has-text("area.ts")'); // the keys of the other tab are its own
+    await STEPS.typescript();
   },
   /** CRLF, and an emoji before the cursor. */
   async crlf() {
@@ -130,7 +146,27 @@ const STEPS = {
     await button("Apply");
     await until(() => !document.querySelector(".tab.active")?.textContent.includes("Cerebrum:"));
     await open("change.py");
-    await keys("Control+s");
+    /** The text of the editor, once it is another one than before. */
+    const text = (before) => until((other) => {
+      const lines = [...document.querySelectorAll(".editor-instance .view-line")];
+      const now = lines.map((line) => line.textContent.replace(/\u00a0/g, " ")).join("\n");
+      return now !== other && now;
+    }, before);
+    const changed = await text("");
+    await keys("Control+z");
+    say("undone", [await text(changed), changed]);
+    await keys("Control+Shift+z", "Control+s");
+  },
+  /** A text that is no file yet, in a language of its own. */
+  async untitled() {
+    await command("File: New Untitled Text File");
+    await command("Change Language Mode");
+    await page.waitForSelector('input[placeholder="Select Language Mode"]', { timeout: PATIENCE });
+    await type("Python");
+    await keys("Enter");
+    await type("def subtract(a, b):\nreturn "); // VS Code indents
+    say("untitled", await ghost());
+    await keys("Escape");
   },
   /** The Pi goes away, and returns: the other side does it when it reads these lines. */
   async away() {
@@ -156,9 +192,8 @@ const STEPS = {
   page = await browser.newPage({ viewport: { width: 1100, height: 700 } });
   await page.goto(`${given.url}/?folder=${given.folder}`);
   await page.waitForSelector(".monaco-workbench .statusbar-item", { timeout: PATIENCE });
-  await until(() => [...document.querySelectorAll(".statusbar-item")].some((item) => item.textContent.includes("Cerebrum")));
   for (const [name, step] of Object.entries(STEPS)) {
-    if (given.steps && !given.steps.includes(name)) continue;
+    if (given.steps ? !given.steps.includes(name) : name === "other") continue;
     try {
       await step();
     } catch (error) {

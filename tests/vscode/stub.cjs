@@ -33,6 +33,7 @@ class InlineCompletionItem {
 class TabInputTextDiff {
   constructor(original, modified) { Object.assign(this, { original, modified }); }
 }
+class TabInputNotebookDiff {}
 class WorkspaceEdit {
   constructor() { this.edits = []; }
   replace(uri, range, text) { this.edits.push({ uri, range, text }); }
@@ -72,6 +73,7 @@ class Token extends EventEmitter {
 class Desk {
   constructor() {
     this.settings = { url: "", suggest: "normal", tokens: 128, off: [], exclude: [".env*"] };
+    this.own = {}; // where a workspace has others
     this.secrets = new Map();
     this.answers = []; // to boxes and messages, the first is next
     this.shown = []; // messages, and what boxes asked
@@ -83,6 +85,7 @@ class Desk {
     this.workspace = new Map();
     this.global = new Map();
     this.changed = new EventEmitter(); // settings
+    this.tabsChanged = new EventEmitter();
     this.cancels = null; // called with the token of a progress
   }
 
@@ -104,11 +107,12 @@ function make(desk) {
     get: (name, usual) => (map.has(name) ? map.get(name) : usual),
     update: async (name, value) => void map.set(name, value),
   });
-  const item = { show() {}, dispose() {} };
+  const item = { isShown: false, show() { this.isShown = true; }, dispose() {} };
   desk.item = item;
   const secretChanged = new EventEmitter();
   const vscode = {
-    Position, Range, Selection, Uri, EventEmitter, InlineCompletionItem, TabInputTextDiff, WorkspaceEdit,
+    Position, Range, Selection, Uri, EventEmitter, InlineCompletionItem, TabInputTextDiff,
+    TabInputNotebookDiff, WorkspaceEdit,
     InlineCompletionTriggerKind: { Invoke: 0, Automatic: 1 },
     StatusBarAlignment: { Left: 1, Right: 2 },
     ConfigurationTarget: { Global: 1, Workspace: 2 },
@@ -135,7 +139,11 @@ function make(desk) {
     },
     window: {
       createStatusBarItem: () => item,
-      createOutputChannel: () => ({ appendLine: (line) => desk.shown.push(`log: ${line.slice(25)}`), show() {}, dispose() {} }),
+      createOutputChannel: () => ({
+        appendLine: (line) => desk.shown.push(`log: ${line.slice(25)}`),
+        show: () => desk.shown.push("the log"),
+        dispose() {},
+      }),
       registerUriHandler: (handler) => ((desk.links = handler), { dispose() {} }),
       showInformationMessage: message("info"),
       showWarningMessage: message("warning"),
@@ -144,7 +152,11 @@ function make(desk) {
       tabGroups: {
         get activeTabGroup() { return { activeTab: desk.activeTab }; },
         get all() { return [{ tabs: desk.tabs }]; },
-        close: async (tabs) => void (desk.tabs = desk.tabs.filter((tab) => !tabs.includes(tab))),
+        close: async (tabs) => {
+          desk.tabs = desk.tabs.filter((tab) => !tabs.includes(tab));
+          desk.tabsChanged.fire();
+        },
+        onDidChangeTabs: desk.tabsChanged.event,
       },
       withProgress: async (options, work) => {
         const token = new Token();
@@ -153,10 +165,10 @@ function make(desk) {
       },
     },
     workspace: {
-      asRelativePath: (uri) => uri.path.replace(/^\/work\//, ""),
       getConfiguration: () => ({
         ...desk.settings,
         get: (name, usual) => desk.settings[name] ?? usual,
+        inspect: (name) => ({ globalValue: desk.own[name] ?? desk.settings[name] }),
         update: async (name, value) => {
           desk.settings[name] = value;
           desk.changed.fire({ affectsConfiguration: (wanted) => wanted === `cerebrum.${name}` });
@@ -196,13 +208,13 @@ function make(desk) {
   return { vscode, context };
 }
 
-/** The extension, activated at this desk. */
-function activate(desk, folder) {
+/** The extension, or what stands in for it in a browser, activated at this desk. */
+function activate(desk, folder, file = "extension.js") {
   const { vscode, context } = make(desk);
   const load = Module._load;
   Module._load = (name, ...more) => (name === "vscode" ? vscode : load(name, ...more));
   for (const file of Object.keys(require.cache)) if (file.startsWith(folder)) delete require.cache[file];
-  const extension = require(`${folder}/extension.js`);
+  const extension = require(`${folder}/${file}`);
   Module._load = load;
   extension.activate(context);
   return vscode;
