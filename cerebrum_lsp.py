@@ -62,6 +62,7 @@ class Settings:
     off: tuple[str, ...] = ()  # ids of languages that get no completions
     suggest: str = "normal"  # how readily a completion is shown unasked: one of SUGGEST
     completion: bool = False  # serve textDocument/completion, for clients without inline completion
+    speculative: bool = True  # ask ahead for the text behind a suggestion that is shown
     has_gone: bool = False  # not for users: one of GONE was set somewhere
 
 
@@ -335,12 +336,32 @@ class Suggestions:
         # For each completion its gap (see `key_of`), and the length of the text before that.
         self.found: deque[tuple[Key, int, Suggestion]] = deque(maxlen=self.MAX_FOUND)
         self.seconds: deque[float] = deque([0.4], maxlen=8)  # a guess, until there are answers
+        self.ahead: Key | None = None  # the gap for which the Pi was asked ahead last
 
     def add(self, gap: Gap, found: Suggestion, seconds: float) -> None:
+        """Add a completion, and the seconds for it unless it was computed ahead."""
         length = len(gap.before)
+        is_ahead = self.is_ahead(gap)
         with self.lock:
             self.found.append((self.key_of(gap, length), length, found))
-            self.seconds.append(seconds)
+            if not is_ahead:
+                self.seconds.append(seconds)
+
+    def is_ahead(self, gap: Gap) -> bool:
+        """Whether the Pi was asked ahead for this gap."""
+        return self.ahead == self.key_of(gap, len(gap.before))
+
+    def behind(self, gap: Gap, found: Suggestion) -> Gap | None:
+        """The gap behind a suggestion that is shown, to ask ahead for it. None if the model is not
+        sure, or if the Pi is too slow.
+        """
+        is_sure = found.text and found.confidence is not None and not found.unsure
+        with self.lock:
+            if not is_sure or median(self.seconds) > LOOK_SECONDS:
+                return None
+        behind = replace(gap, before=gap.before + found.text)
+        self.ahead = self.key_of(behind, len(behind.before))
+        return behind
 
     def rest(self, gap: Gap) -> Suggestion | None:
         """The rest of a completion whose beginning has been typed or accepted; None if there is
@@ -362,13 +383,19 @@ class Suggestions:
         """
         return gap.uri, hash(gap.after), hash(gap.before[:length])
 
-    def pause(self) -> float:
-        """Seconds without a key before an automatic request: longer for a slow Pi."""
+    def pause(self, gap: Gap) -> float:
+        """Seconds without a key before an automatic request: longer for a slow Pi, next to none for
+        what was asked ahead.
+        """
+        if self.is_ahead(gap):
+            return NO_PAUSE_SECONDS
         with self.lock:
             seconds = PAUSE_SHARE * median(self.seconds)
         return min(max(MIN_PAUSE_SECONDS, seconds), MAX_PAUSE_SECONDS)
 
 
+LOOK_SECONDS = 1.0  # how long a person looks at a suggestion before she takes it
+NO_PAUSE_SECONDS = 0.001
 MIN_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 0.03, 0.4  # fast typists leave 0.1 s between keys
 PAUSE_SHARE = 0.2  # of the median response time
 # Characters before the cursor, and after it, that are sent: more than any context holds, and as
@@ -457,9 +484,17 @@ class Pi:
         self.away_until = 0.0
         # Numbers of the requests without a url; `next` is atomic.
         self.without_url = itertools.count()
+        # Whether the Pi knows speculative requests; None: it was not asked since it was away.
+        self.speculates: bool | None = None
 
-    def ask(self, call: Call, path: str, body: Any) -> Object:
-        """POST the body, and return the answer's JSON. PiError, or Ended."""
+    def may_speculate(self, call: Call) -> bool:
+        """Whether the Pi knows requests that take no place: an older one would give them one."""
+        if self.speculates is None:
+            self.speculates = self.ask(call, "/v1/stats").get("speculative") is True
+        return self.speculates
+
+    def ask(self, call: Call, path: str, body: Any = None) -> Object:
+        """GET a path, or POST the body, and return the answer's JSON. PiError, or Ended."""
         settings = self.settings
         if not settings.url and next(self.without_url) == 0:
             self.client.show(3, NO_URL)
@@ -475,7 +510,8 @@ class Pi:
             call.socket = connection.sock
             call.check()  # `end` may have come before there was a socket
             connection.sock.settimeout(TIMEOUT_SECONDS)
-            connection.request("POST", url.path.rstrip("/") + path, json.dumps(body), headers)
+            method, text = ("POST", json.dumps(body)) if body else ("GET", None)
+            connection.request(method, url.path.rstrip("/") + path, text, headers)
             response = connection.getresponse()
             content = response.read()
         # ValueError: a name that cannot be looked up
@@ -500,6 +536,7 @@ class Pi:
         """True if the user does not know yet that the Pi is away."""
         with self.lock:
             is_news = not self.away_until
+            self.speculates = None
             self.away_until = time.monotonic() + AWAY_SECONDS
         return is_news
 
@@ -814,10 +851,11 @@ class Completions:
             }
             return {"items": [item] if found.text else []}
 
+        gap = document.gap(start, end, inserted)
         is_automatic = get(params, "context.triggerKind", int, 2) != 1
-        pause = self.suggestions.pause() if is_automatic else 0.0
+        pause = self.suggestions.pause(gap) if is_automatic else 0.0
         call = Call(request_id, ("inline", document.uri), pause)
-        return self.complete(call, document, document.gap(start, end, inserted), items)
+        return self.complete(call, document, gap, items)
 
     def menu(self, params: Any, request_id: Any) -> Any:
         """The same for a client without inline completion, as one entry of its menu. Helix inserts
@@ -849,7 +887,7 @@ class Completions:
             }
             return {"isIncomplete": True, "items": [entry] if found.text.strip() else []}
 
-        call = Call(request_id, ("menu", document.uri), self.suggestions.pause())
+        call = Call(request_id, ("menu", document.uri), self.suggestions.pause(gap))
         return self.complete(call, document, gap, items)
 
     def complete(
@@ -887,21 +925,33 @@ class Completions:
             return rest
         return None
 
-    def infill(self, call: Call, gap: Gap) -> Suggestion:
-        """The Pi's text for the gap, "" if it has none now. Ended, if the call was ended."""
+    def body(self, gap: Gap, is_automatic: bool) -> Object:
+        """The fields of a request for a gap."""
         settings = self.pi.settings
         before, after = sent(gap)
         name = os.path.basename(urllib.parse.unquote(gap.uri))
-        body = {
-            "input_prefix": before,
-            "input_suffix": after,
-            "filename": name,
+        text = {"input_prefix": before, "input_suffix": after, "filename": name}
+        return text | {
             "n_predict": settings.tokens,
-            "t_max_prompt_ms": settings.read_ms if call.is_automatic else 0,
+            "t_max_prompt_ms": settings.read_ms if is_automatic else 0,
             "t_max_predict_ms": PREDICT_MS,
             "cache_prompt": True,
-            "suggest": settings.suggest if call.is_automatic else "always",
+            "suggest": settings.suggest if is_automatic else "always",
         }
+
+    def ask_ahead(self, gap: Gap, found: Suggestion) -> None:
+        """Have the Pi compute what follows a suggestion that is shown, in case it is taken."""
+        behind = self.suggestions.behind(gap, found)
+        call = Call(None)
+        if behind and self.pi.settings.speculative:
+            with contextlib.suppress(PiError):
+                if self.pi.may_speculate(call):
+                    body = self.body(behind, is_automatic=True)
+                    self.pi.ask(call, "/infill", {**body, "speculative": True})
+
+    def infill(self, call: Call, gap: Gap) -> Suggestion:
+        """The Pi's text for the gap, "" if it has none now. Ended, if the call was ended."""
+        body = self.body(gap, call.is_automatic)
         began = time.monotonic()
         try:
             answer = self.pi.ask(call, "/infill", body)
@@ -918,6 +968,8 @@ class Completions:
         found = Suggestion(text, answer.get("confidence"), bool(answer.get("unsure")))
         if not answer.get("replaced"):
             self.suggestions.add(gap, found, time.monotonic() - began)
+            if call.is_automatic and self.pi.settings.suggest != "always":
+                threading.Thread(target=self.ask_ahead, args=(gap, found), daemon=True).start()
         return found
 
 
@@ -1115,6 +1167,7 @@ class Server:
         if self.pi.settings.has_gone:
             self.client.show_once(2, GONE_WARNING)
         self.pi.note_success()  # the next request tries
+        self.pi.speculates = None
 
     def change_configuration(self, params: Any) -> None:
         if (given := get(params, "settings", dict, None)) is not None:

@@ -474,7 +474,7 @@ class Gateway:
         request, text = attempt.request, attempt.sent.text
         self.counting.work(attempt.model, done)
         confidence = done.get("confidence", -1)
-        is_suggested = request.kind == "infill" and attempt.size
+        is_suggested = request.kind == "infill" and attempt.size and not request.speculative
         if is_suggested and confidence >= (attempt.threshold or 0):
             self.counting.suggested(confidence)
         if text.cut and request.kind != "chat":
@@ -774,7 +774,7 @@ def statistics(gateway: Gateway) -> Members:
     """The members of /v1/stats."""
     fleet, measured = gateway.fleet, subjects(gateway)
     backends = measured["backend"]
-    members: Members = {"version": common.VERSION, "uptime": gateway.uptime}
+    members: Members = {"version": common.VERSION, "uptime": gateway.uptime, "speculative": True}
     members |= write_stats(METRICS, measured)
     members["vps_available"] = fleet.available
     members["vps_response_time_ms"] = fleet.first.response_ms

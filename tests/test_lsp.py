@@ -370,7 +370,70 @@ def test_the_pause_follows_the_response_time() -> None:
     for seconds, pause in ((0.02, 0.03), (0.5, 0.1), (30.0, 0.4)):
         for _ in range(8):
             kept.add(Gap(URI, "", ""), Suggestion(), seconds)
-        assert kept.pause() == pytest.approx(pause)
+        assert kept.pause(Gap(URI, "", "")) == pytest.approx(pause)
+
+
+def test_what_was_asked_ahead_needs_no_pause_and_says_nothing_of_the_speed() -> None:
+    kept, gap = Suggestions(), Gap(URI, "x = ", "\n")
+    found = Suggestion("a + b", 0.5)
+    behind = kept.behind(gap, found)
+    assert behind == Gap(URI, "x = a + b", "\n")
+    assert kept.pause(behind) == 0.001
+    assert kept.pause(gap) > 0.01
+    for _ in range(8):
+        kept.add(behind, found, 30.0)
+    assert kept.behind(gap, found)
+    for _ in range(8):
+        kept.add(gap, found, 30.0)
+    assert kept.behind(gap, found) is None  # it would not be ready in time
+
+
+SURE = {"content": "a + b", "confidence": 0.9}
+FOLLOWS = {"content": "\nc = 1", "confidence": 0.8}
+
+
+def test_what_follows_a_suggestion_is_asked_ahead(editor: Editor, pi: Pi) -> None:
+    editor.start(text="x = \ny")
+    pi.stats = answer(200, {"speculative": True})
+    pi.scripts = [[answer(200, members)] for members in (SURE, FOLLOWS)]
+    assert editor.ghost(0, 4, AUTOMATIC) == "a + b"
+    wait_until(lambda: len(pi.asked) == 3, "it asks ahead")
+    assert [line.split()[:2] for line, _, _ in pi.asked[1:]] == [
+        ["GET", "/v1/stats"],
+        ["POST", "/infill"],
+    ]
+    ahead = pi.body()
+    assert (ahead["input_prefix"], ahead["input_suffix"]) == ("x = a + b", "\ny")
+    assert ahead.pop("speculative") is True
+    editor.type(0, 4, "a + b")
+    assert editor.ghost(0, 9, AUTOMATIC) == "\nc = 1"
+    wait_until(lambda: len(pi.asked) == 5, "it asks ahead again")
+    accepted, next_ahead = pi.completions[2:]
+    assert accepted == ahead
+    assert next_ahead["input_prefix"] == "x = a + b\nc = 1"
+
+
+NOT_AHEAD: list[tuple[dict[str, Any], dict[str, Any], int]] = [
+    ({"content": "a + b"}, {}, AUTOMATIC),  # the backend does not say how sure it is
+    ({**SURE, "unsure": True}, {}, AUTOMATIC),
+    ({**SURE, "content": ""}, {}, AUTOMATIC),
+    (SURE, {"speculative": False}, AUTOMATIC),
+    (SURE, {"suggest": "always"}, AUTOMATIC),
+    (SURE, {}, INVOKED),
+    (SURE, {}, AUTOMATIC),  # an older Pi would give such a request a place
+]
+
+
+@pytest.mark.parametrize(("says", "options", "kind"), NOT_AHEAD, ids=str)
+def test_nothing_is_asked_ahead(
+    editor: Editor, pi: Pi, says: dict[str, Any], options: dict[str, Any], kind: int
+) -> None:
+    editor.start(options, text="x = \ny")
+    pi.says(**says)  # also to GET /v1/stats
+    assert editor.ghost(0, 4, kind) == says["content"]
+    editor.ghost(1, 1, kind)
+    wait_until(lambda: len(pi.asked) >= 2, "the next is asked")
+    assert not any("speculative" in body for body in pi.completions)
 
 
 def test_a_long_text_begins_at_the_same_place_for_many_keys() -> None:

@@ -87,6 +87,8 @@ class Status {
     this.state = "ready"; // of the Pi
     this.detail = "";
     this.told = ""; // the trouble that the user knows of
+    /** @type {boolean | undefined} */
+    this.speculates = undefined; // whether the Pi knows such requests, as far as it was asked
     this.awayUntil = 0;
     this.draw();
     this.item.show();
@@ -132,6 +134,7 @@ class Status {
     this.log.appendLine(`${new Date().toISOString()} ${detail}`);
     const state = error instanceof PiError ? stateOf(error.status) : undefined;
     if (state) {
+      this.speculates = undefined;
       this.awayUntil = Date.now() + AWAY_MS;
       this.show(state, message);
     }
@@ -208,7 +211,7 @@ class Completions {
     if (known) return known;
     if (!isAsked) {
       if (Date.now() < this.status.awayUntil || this.isStuck()) return undefined;
-      await pause(this.suggestions.pause(), token);
+      await pause(this.suggestions.pause(gap), token);
       if (token.isCancellationRequested) return undefined;
     }
     return this.infill(document, gap, isAsked, token);
@@ -223,6 +226,21 @@ class Completions {
     return !isAsked || (rest?.text && !rest.unsure) ? rest : undefined;
   }
 
+  /**
+   * Have the Pi compute what follows a suggestion that is shown, in case it is taken. An older Pi
+   * would give such a request a place.
+   * @param {vscode.TextDocument} document @param {import("./text").Gap} gap @param {Suggestion} found
+   */
+  async askAhead(document, gap, found) {
+    if (!settings().get("speculative", true) || settings().get("suggest") === "always") return;
+    const behind = this.suggestions.behind(gap, found);
+    if (!behind) return;
+    const pi = await this.home.pi();
+    this.status.speculates ??= read(await ask(pi, "/v1/stats")).speculative === true;
+    if (!this.status.speculates) return;
+    await ask(pi, "/infill", { body: { ...bodyOf(document, behind, false), speculative: true } });
+  }
+
   /** Whether a connection is slow to come about: more of them would only wait as well. */
   isStuck() {
     return [...this.connecting].some(({ began }) => Date.now() - began > STUCK_MS);
@@ -235,15 +253,7 @@ class Completions {
     const began = Date.now();
     const connection = { began };
     const onConnect = () => void this.connecting.delete(connection);
-    const body = {
-      ...sent(gap),
-      filename: nameOf(document),
-      n_predict: settings().get("tokens", 128),
-      t_max_prompt_ms: isAsked ? 0 : READ_MS,
-      t_max_predict_ms: PREDICT_MS,
-      cache_prompt: true,
-      suggest: isAsked ? "always" : settings().get("suggest", "normal"),
-    };
+    const body = bodyOf(document, gap, isAsked);
     this.status.write(1);
     this.connecting.add(connection);
     try {
@@ -252,7 +262,10 @@ class Completions {
       if (typeof answer.content !== "string") throw new PiError(0, NO_PI);
       const { content: text, confidence = null, unsure = false } = answer;
       const found = { text, confidence, unsure };
-      if (!answer.replaced) this.suggestions.add(gap, found, Date.now() - began);
+      if (!answer.replaced) {
+        this.suggestions.add(gap, found, Date.now() - began);
+        if (!isAsked) void this.askAhead(document, gap, found).catch(() => {}); // nobody waits for it
+      }
       this.status.works(unsure && !text ? "unsure" : "ready");
       return found;
     } catch (error) {
@@ -265,6 +278,19 @@ class Completions {
       onConnect();
     }
   }
+}
+
+/** The fields of a request for a gap. @param {vscode.TextDocument} document @param {import("./text").Gap} gap @param {boolean} isAsked */
+function bodyOf(document, gap, isAsked) {
+  return {
+    ...sent(gap),
+    filename: nameOf(document),
+    n_predict: settings().get("tokens", 128),
+    t_max_prompt_ms: isAsked ? 0 : READ_MS,
+    t_max_predict_ms: PREDICT_MS,
+    cache_prompt: true,
+    suggest: isAsked ? "always" : settings().get("suggest", "normal"),
+  };
 }
 
 /** A setting that is a list of texts, or one of them. @param {string} name @returns {string[]} */
@@ -392,6 +418,7 @@ class Commands {
   /** Ask the Pi how it is, so that the user sees it before the first completion. */
   async look() {
     if (this.isConnecting) return;
+    this.status.speculates = undefined;
     try {
       const { problem, version } = await check(await this.home.pi());
       this.status.works(problem ? "away" : "ready", problem);

@@ -11,6 +11,7 @@ const MAX_CHARACTERS = 4_000_000; // in the texts around all remembered cursors
 const MIN_PAUSE_MS = 30;
 const MAX_PAUSE_MS = 400; // fast typists leave 100 ms between keys
 const PAUSE_SHARE = 0.2; // of the median response time
+const LOOK_MS = 1_000; // a person looks at a suggestion so long before she takes it
 
 /**
  * @typedef {{uri: string, before: string, after: string}} Gap a cursor in a file
@@ -38,14 +39,32 @@ class Suggestions {
     /** @type {{gap: Gap, found: Suggestion}[]} */
     this.list = [];
     this.times = [400]; // ms; a guess, until there are answers
+    /** @type {Gap | undefined} */
+    this.ahead = undefined; // the gap for which the Pi was asked ahead last
   }
 
-  /** @param {Gap} gap @param {Suggestion} found @param {number} ms */
+  /** Whether the Pi was asked ahead for this gap. @param {Gap} gap */
+  isAhead({ uri, before, after }) {
+    return this.ahead?.uri === uri && this.ahead.before === before && this.ahead.after === after;
+  }
+
+  /**
+   * The gap behind a suggestion that is shown, to ask ahead for it; undefined if the model is not
+   * sure, or if the Pi is too slow.
+   * @param {Gap} gap @param {Suggestion} found
+   */
+  behind(gap, { text, confidence, unsure }) {
+    if (!text || confidence === null || unsure || this.median() > LOOK_MS) return undefined;
+    this.ahead = { ...gap, before: gap.before + text };
+    return this.ahead;
+  }
+
+  /** Add a suggestion, and the time for it unless it was computed ahead. @param {Gap} gap @param {Suggestion} found @param {number} ms */
   add(gap, found, ms) {
+    if (!this.isAhead(gap)) this.times = [...this.times.slice(-7), ms];
     const size = gap.before.length + gap.after.length;
     const most = Math.min(MAX_FOUND, Math.ceil(MAX_CHARACTERS / (size + 1)));
     this.list = [{ gap, found }, ...this.list.slice(0, most - 1)];
-    this.times = [...this.times.slice(-7), ms];
   }
 
   /**
@@ -66,12 +85,17 @@ class Suggestions {
     return undefined;
   }
 
-  /** Milliseconds without a key before an automatic request: longer for a slow Pi. */
-  pause() {
+  /** Of the Pi's times. */
+  median() {
     const sorted = [...this.times].sort((a, b) => a - b);
-    const half = sorted.length / 2;
-    const median = (sorted[Math.ceil(half) - 1] + sorted[Math.floor(half)]) / 2;
-    return Math.min(Math.max(MIN_PAUSE_MS, PAUSE_SHARE * median), MAX_PAUSE_MS);
+    const half = (sorted.length - 1) / 2;
+    return (sorted[Math.ceil(half)] + sorted[Math.floor(half)]) / 2;
+  }
+
+  /** Milliseconds without a key before an automatic request: longer for a slow Pi, none for what was asked ahead. @param {Gap} gap */
+  pause(gap) {
+    if (this.isAhead(gap)) return 0;
+    return Math.min(Math.max(MIN_PAUSE_MS, PAUSE_SHARE * this.median()), MAX_PAUSE_MS);
   }
 }
 

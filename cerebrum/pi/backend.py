@@ -368,7 +368,7 @@ class Backend:
         that has admitted the attempt.
         """
         refused: TooLong | None = None
-        self.requests_total += not attempt.request.ahead
+        self.requests_total += not attempt.request.is_spare
         answering = self.answering
         answering.add(attempt)
         try:
@@ -456,7 +456,7 @@ class Backend:
 
     def _fail(self, attempt: Attempt, error: HttpError) -> None:
         """Count and report an error that ended an attempt."""
-        if error.code != SUPERSEDED and not attempt.request.ahead:
+        if error.code != SUPERSEDED and not attempt.request.is_spare:
             self.requests_failed += 1
         self._report(attempt.admission, error)
 

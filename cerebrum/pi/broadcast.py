@@ -12,14 +12,15 @@ import asyncio
 import contextlib
 import hashlib
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any
 
 from cerebrum.pi.completion import (
     CUT,
     SAMPLED_BY,
+    SUPERSEDED,
     Completion,
     CompletionRequest,
     Pair,
@@ -91,9 +92,9 @@ def nearly_continues(text: str, longer: str) -> bool:
     return False
 
 
-def digest_of(fields: Fields) -> bytes:
-    """A digest of the EQUAL_FIELDS of a request."""
-    values = repr([fields.get(name) for name in EQUAL_FIELDS])
+def digest_of(fields: Fields, names: Iterable[str] = EQUAL_FIELDS) -> bytes:
+    """A digest of these fields of a request."""
+    values = repr([fields.get(name) for name in names])
     return hashlib.sha256(values.encode("utf-8", "replace")).digest()
 
 
@@ -129,6 +130,7 @@ class Broadcast:
 
     digest: bytes  # of the request, by `digest_of`
     prompt: str  # or its end
+    asked: bytes = b""  # a digest of all fields of an infill that it answers whenever it comes
     omitted: int = 0  # characters of the prompt before this end
     pairs: list[Pair] = field(default_factory=list)
     failure: HttpError | None = None
@@ -136,6 +138,8 @@ class Broadcast:
     task: asyncio.Task[None] | None = None  # computes it
     kept: Broadcast | None = None  # its finished form, once a client has the whole text
     clients: set[str] = field(default_factory=set)  # of a finished one: who got the whole text
+    # Of a finished speculative one whose text nobody has seen: its confidence, if that is enough.
+    unseen: float | None = None
 
     @property
     def text(self) -> str:
@@ -183,6 +187,8 @@ def typed_in(
         is_reader = is_reader and request.kind == "infill"
     if not is_reader or not predicts(request) or broadcast.digest != digest:
         return None
+    if broadcast.asked and broadcast.asked == digest_of(request.fields, request.fields):
+        return 0
     text = broadcast.text
     typed = typed_of(broadcast.prompt, text, request.fields["prompt"], broadcast.omitted)
     return typed if 0 < typed < len(text) + bool(running) else None
@@ -208,7 +214,16 @@ def finished(broadcast: Broadcast) -> Broadcast | None:
     done |= {name: result[name] for name in ("confidence", "text_confidence") if name in result}
     pairs = [("started", begun), ("text", text_event(text)), *judged, ("done", done)]
     omitted = max(0, len(broadcast.prompt) - CURSOR_CHARS)
-    return Broadcast(broadcast.digest, broadcast.prompt[omitted:], omitted, pairs)
+    kept = Broadcast(broadcast.digest, broadcast.prompt[omitted:], omitted=omitted, pairs=pairs)
+    request = broadcast.completion.request
+    # A time limit cuts elsewhere the next time.
+    is_late = reason == "length" and result["total_tokens"] < request.fields["max_tokens"]
+    if request.kind == "infill" and request.fields["temperature"] == 0 and not is_late:
+        kept.asked = digest_of(request.fields, request.fields)
+    confidence = result.get("confidence", -1)
+    if request.speculative and confidence >= (begun["threshold"] or 0):
+        kept.unseen = confidence
+    return kept
 
 
 # --------------------------------------------------------------------------- following a completion
@@ -222,13 +237,16 @@ class Subscriber:
     def __init__(self, broadcasts: Broadcasts, completion: Completion, editor: str) -> None:
         self.broadcasts, self.completion = broadcasts, completion
         self.editor = editor
-        self.request = completion.request
         self.broadcast: Broadcast | None = None  # once it has joined
         self.at = 0  # pairs read
         self.typed = 0  # characters of the text that the client typed before
         self.skip = 0  # those of them that are not yet read
         self.woken = asyncio.Event()
         self.replaced = False  # the user has typed on, and the editor has asked again
+
+    @property
+    def request(self) -> CompletionRequest:
+        return self.completion.request
 
     @property
     def typed_text(self) -> str:
@@ -238,7 +256,8 @@ class Subscriber:
     async def pairs(self) -> AsyncGenerator[Pair, None]:
         """The pairs of `Gateway.complete` but "progress", which no dialect has. Several texts, or
         several "idle", may come as one. A replaced request ends like a completion that a limit has
-        cut, because some editors would show an error to the user.
+        cut, because some editors would show an error to the user; a speculative one fails, or
+        llama.vim would remember the empty text.
         """
         try:
             broadcast = self.broadcasts.join(self)
@@ -255,6 +274,8 @@ class Subscriber:
                     await self.woken.wait()
                     if self.at == len(broadcast.pairs) and not (broadcast.failure or self.replaced):
                         yield "idle", None
+            if self.request.speculative:
+                raise HttpError(SUPERSEDED, "other requests came first")
             if not self.at:
                 yield "started", self.broadcasts.beginning(self.completion)
             yield "done", {"finish_reason": "replaced"}
@@ -289,6 +310,7 @@ class Subscriber:
 
 Compute = Callable[[Completion], AsyncGenerator[Pair, None]]
 Beginning = Callable[[Completion], dict[str, Any]]
+FIRST_MS = 250  # llama.vim's time limit for all infills but the speculative ones
 
 
 class Broadcasts:
@@ -302,7 +324,7 @@ class Broadcasts:
         dispatcher: Dispatcher,
         compute: Compute,
         beginning: Beginning,
-        count_typed: Callable[[str], object],
+        count_typed: Callable[[str, float | None], object],
     ) -> None:
         self._dispatcher = dispatcher
         self._compute = compute
@@ -316,9 +338,12 @@ class Broadcasts:
         """The broadcast that the subscriber reads: one that is there, or a new one."""
         request, completion = subscriber.request, subscriber.completion
         self.subscribers.append(subscriber)
-        if request.kind == "infill" and not request.guest:
-            self._dispatcher.saw_editor(request.client)
         own = Broadcast(digest_of(request.fields), request.fields["prompt"], completion=completion)
+        if request.speculative or self._is_llama_vims(request, own.digest):
+            completion.request = request = replace(request, speculative=True)
+            completion.end = lambda _: self._replace(subscriber)
+        elif request.kind == "infill" and not request.guest:
+            self._dispatcher.saw_editor(request.client)
         if request.fields["max_tokens"] == 0:
             self._dispatcher.read_ahead(request)
             return self._without_text(own, completion, "length")
@@ -334,6 +359,18 @@ class Broadcasts:
         self._replace_older(subscriber, ahead=not broadcast.completion)
         return broadcast
 
+    def _is_llama_vims(self, request: CompletionRequest, digest: bytes) -> bool:
+        """Whether this is certainly llama.vim's request for what follows a text that it shows."""
+        if not request.only or request.fields["predict_ms"] == FIRST_MS:
+            return False
+        prompt = request.fields["prompt"]
+        for old in self.finished:
+            if request.client in old.clients and old.digest == digest:
+                text = old.text
+                if typed_of(old.prompt, text, prompt, old.omitted) == len(text):
+                    return True
+        return False
+
     def _without_text(self, own: Broadcast, completion: Completion, reason: str) -> Broadcast:
         """Answer at once, without a backend."""
         done = {"finish_reason": reason}
@@ -348,11 +385,17 @@ class Broadcasts:
             self.type_through += 1
         else:
             self.shared += 1
+        is_awaited = not subscriber.request.speculative
         if running:
             running.clients.append(client)
             running.requested = completion.started  # it waits for a place from now on
+            if running.request.speculative and is_awaited:
+                running.clients.remove(running.client)
+                self._dispatcher.promote(running)
         else:
-            self._count_typed(client)
+            if is_awaited:
+                self._count_typed(client, broadcast.unseen)
+                broadcast.unseen = None
             completion.notes |= {"model": broadcast.pairs[0][1]["model"], "tokens": 0}
 
     def _find(self, subscriber: Subscriber, digest: bytes) -> Broadcast | None:
@@ -397,19 +440,31 @@ class Broadcasts:
         `ahead`, infills that continue the newer prompt go on: an editor asks ahead for the text
         after a completion that it shows.
         """
-        if subscriber.request.kind != "infill":
+        request = subscriber.request
+        if request.kind != "infill":
             return
-        newer = subscriber.request.fields
+        newer = request.fields
         infills = [other for other in self.subscribers if other.request.kind == "infill"]
+        if request.speculative:
+            same = [other for other in infills if other.request.client == request.client]
+            for other in same:
+                if other.request.speculative and other is not subscriber:
+                    self._replace(other)
+            return
         for other in [other for other in infills if other.editor == subscriber.editor]:
             older = other.request.fields
             goes_on = older == newer or (ahead and older["prompt"].startswith(newer["prompt"]))
             if not goes_on and is_typed_on(older, newer):
                 self.replaced += 1
-                other.replaced = True
-                # Ends its completion at once if nobody else reads it: a client may be slow.
-                self.leave(other)
-                other.woken.set()
+                self._replace(other)
+
+    def _replace(self, subscriber: Subscriber) -> None:
+        """End a request. Its completion ends at once if nobody else reads it: a client may be
+        slow.
+        """
+        subscriber.replaced = True
+        self.leave(subscriber)
+        subscriber.woken.set()
 
     def leave(self, subscriber: Subscriber) -> None:
         """Remove a subscriber that has ended or whose client has left. The last one to leave ends
@@ -435,7 +490,9 @@ class Broadcasts:
         if not broadcast.kept and (kept := finished(broadcast)):
             known = next((old for old in self.finished if old.is_like(kept)), None)
             broadcast.kept = known or kept
-            if not known:
+            if known:
+                known.asked = kept.asked
+            else:
                 self.finished.append(kept)
         if broadcast.kept:
             broadcast.kept.clients.add(request.client)

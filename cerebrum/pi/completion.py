@@ -55,6 +55,13 @@ class CompletionRequest:
     limit: float = math.inf  # bytes of text events that the client can take
     # Nobody waits: a backend reads the prompt into its cache when it has nothing else to do.
     ahead: bool = False
+    # Nobody waits yet: it is for the text behind one that the client shows, and may be accepted.
+    speculative: bool = False
+
+    @property
+    def is_spare(self) -> bool:
+        """Whether it takes no place, and ends for any request that somebody waits for."""
+        return self.ahead or self.speculative
 
     @property
     def in_dialect(self) -> bool:
@@ -155,9 +162,10 @@ class Attempt:
 
 @dataclass(slots=True, eq=False)
 class Completion:
-    """A request on its way. `Dispatcher` writes the client and the attempts, and how to end what it
-    reads ahead; `Broadcasts` who else asks for it; both write when it was last requested.
-    `Counting` and `Broadcasts` add notes. Times are monotonic seconds.
+    """A request on its way. `Dispatcher` writes the client and the attempts, how to end what it
+    reads ahead, and that somebody waits for a speculative one; `Broadcasts` who else asks for it,
+    that it is speculative and how to end it; both write when it was last requested. `Counting` and
+    `Broadcasts` add notes. Times are monotonic seconds.
     """
 
     request: CompletionRequest

@@ -183,14 +183,20 @@ class Counting:
                 until, tokens = attempt.first, 1
             tally.spoke(attempt.first - completion.started, until - completion.started, tokens)
 
-    def typed(self, client: str) -> None:
-        """Count a completion that the rest of an earlier one has answered."""
+    def typed(self, client: str, unseen: float | None) -> None:
+        """Count a completion that an earlier one has answered. `unseen`: the confidence of a text
+        that nobody has seen until now.
+        """
         self.people.add(client, Usage(completions=1))
+        if unseen is not None:
+            self.suggested(unseen)
 
     def _share(self, completion: Completion) -> None:
         """Count a completion for each of its clients, who divide the tokens and the seconds
-        evenly.
+        evenly; for nobody if nobody has waited for it.
         """
+        if completion.request.speculative:
+            return
         tokens = sum(attempt.tokens for attempt in completion.attempts)
         seconds = sum(attempt.left - attempt.begun for attempt in completion.attempts)
         among = len(completion.clients)

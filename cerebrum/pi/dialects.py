@@ -81,7 +81,12 @@ CODE_FIELDS = {
     "suggest": Field(str, choices=SUGGEST),
 }
 TEXT_FIELDS = {**CODE_FIELDS, "suffix": TEXT}
-INFILL_FIELDS = {**CODE_FIELDS, "input_prefix": TEXT, "input_suffix": TEXT}
+INFILL_FIELDS = {
+    **CODE_FIELDS,
+    "input_prefix": TEXT,
+    "input_suffix": TEXT,
+    "speculative": FLAG,
+}
 TOKENIZE = {"content": TEXT, "add_special": FLAG, "parse_special": Field(bool, default=True)}
 PART = {
     "type": Field(str, default="text", choices=("text", "input_text", "output_text")),
@@ -370,6 +375,7 @@ def read_infill(members: Members) -> CompletionRequest:
     extra = [file for file in files if file["text"]]
     # llama.vim's key for "complete now" sends the same as its automatic requests.
     request = read_code(members, read, prompt, "often")
+    request = replace(request, speculative=read["speculative"])
     prefix = read["input_prefix"] + prompt
     return ask_text(request, prefix, read["input_suffix"], infill=True, extra=extra)
 

@@ -1,7 +1,7 @@
 """Who gets a place at which backend, and when: the Pi's only owner of places.
 
-The policy is two pure functions: `decide` for completions that clients await, `decide_reading` for
-prompts that are read ahead. `Dispatcher` carries out what they decide.
+The policy is two pure functions: `decide` for completions that clients await, `decide_spare` for
+prompts that are read ahead and for speculative requests. `Dispatcher` carries out what they decide.
 """
 
 from __future__ import annotations
@@ -63,13 +63,13 @@ class State:
 
     @property
     def answering(self) -> dict[Attempt, Backend]:
-        """The attempts that hold a place for a client: not those that read ahead."""
+        """The attempts that hold a place for a client: not those for which nobody waits."""
         places = self.places.items()
-        return {attempt: backend for attempt, backend in places if not attempt.request.ahead}
+        return {attempt: backend for attempt, backend in places if not attempt.request.is_spare}
 
     def running(self, backends: Sequence[Backend]) -> list[Attempt]:
-        """The attempts that take a place at these backends: not those that are being ended or that
-        read ahead.
+        """The attempts that take a place at these backends: not those that are being ended or for
+        which nobody waits.
         """
         holders = [attempt for attempt, where in self.answering.items() if where in backends]
         return [attempt for attempt in holders if not attempt.makes_room]
@@ -166,17 +166,17 @@ def decide(state: State, completion: Completion, now: float) -> Decision:
     return Wait(until) if may_wait else completion.failure or all_taken(state, request.guest)
 
 
-def decide_reading(state: State, request: CompletionRequest) -> Assign | Wait | None:
-    """What happens now to a prompt that is to be read ahead; None if no backend will read it.
-    Reading must cost nothing, and nobody may wait for a place meanwhile. The prompt is read where
-    the next request of its file will go, once that backend has nothing else to do.
+def decide_spare(state: State, request: CompletionRequest) -> Assign | Wait | None:
+    """What happens now to a prompt that is to be read ahead, or to a speculative request; None if
+    no backend will do it. It must cost nothing, and nobody may wait for a place meanwhile. It goes
+    where the next request of its file will go, once that backend has nothing else to do.
     """
     options = state.fleet.who_may(request.fields, any_language=request.in_dialect)
     readers = [backend for backend in backends_of(state.fleet, options) if backend.kind.reads_ahead]
     if not readers:
         return None
     place = best_place(state, request, options, which_admit(readers))
-    if place and is_idle(state, place.backend) and not state.line:
+    if place and is_idle(state, place.backend, request) and not state.line:
         return place
     return Wait(math.inf)
 
@@ -253,8 +253,17 @@ def of_others(attempts: Sequence[Attempt], session: str) -> list[Attempt]:
     return [one for one in attempts if not session or one.request.session != session]
 
 
-def is_idle(state: State, backend: Backend) -> bool:
-    return backend.breaker.state == "closed" and backend not in state.places.values()
+def is_idle(state: State, backend: Backend, request: CompletionRequest) -> bool:
+    """Whether a backend has nothing else to do than what this spare request may end: a speculative
+    one ends reading, and the older one of its client. A backend that has answered is idle.
+    """
+    holders = [attempt for attempt, where in state.places.items() if where is backend]
+    if request.speculative:
+        own = [other for other in holders if other.request.client == request.client]
+        ended = [other for other in holders if other.request.ahead or other.last]
+        ended += [other for other in own if other.request.speculative]
+        holders = [other for other in holders if other not in ended]
+    return backend.breaker.state == "closed" and not holders
 
 
 def who_makes_room(claim: Claim) -> Attempt | None:
@@ -428,7 +437,7 @@ class Dispatcher:
         """
         await self.state.fleet.know()
         while True:
-            match decide(self.state, completion, time.monotonic()):
+            match self._decide(completion):
                 case Assign() as place:
                     return self._assign(completion, place)
                 case HttpError() as error:
@@ -438,6 +447,14 @@ class Dispatcher:
                 case Wait(until):
                     if attempt := await self._wait_in_line(completion, until):
                         return attempt
+
+    def _decide(self, completion: Completion) -> Decision:
+        if not completion.request.speculative:
+            return decide(self.state, completion, time.monotonic())
+        place = decide_spare(self.state, completion.request)
+        if isinstance(place, Assign):
+            return place
+        return HttpError(SUPERSEDED, "other requests come first")
 
     @contextlib.asynccontextmanager
     async def hold(self, attempt: Attempt) -> AsyncIterator[Backend]:
@@ -504,13 +521,13 @@ class Dispatcher:
 
     def _assign(self, completion: Completion, place: Assign) -> Attempt:
         """Begin an attempt: take the place, and end the requests that it replaces, those of its
-        session and the one that reads ahead there.
+        session and the spare ones there.
         """
         state, backend = self.state, place.backend
         request = completion.request
         for other, where in [*state.places.items()]:
             is_older = other.request.session == request.session != ""
-            if is_older or (other.request.ahead and where is backend):
+            if is_older or (other.request.is_spare and where is backend):
                 self._supersede(other)
         for older in completion.attempts:
             if older.backend == backend.id and older.code in WITHOUT_MODEL:
@@ -519,13 +536,23 @@ class Dispatcher:
         attempt = Attempt(completion, backend.id, place.model, backend.breaker.admit(now))
         completion.attempts.append(attempt)
         state.places[attempt] = backend
-        if not request.ahead:
-            remember(state.turns, completion.client, now, MAX_SERVED)
-            if not request.guest:
-                state.regular = now
+        if not request.is_spare:
+            self._note_turn(completion)
         if request.file:
             remember(state.served, request.file, backend, MAX_SERVED)
         return attempt
+
+    def _note_turn(self, completion: Completion) -> None:
+        """A client that waits gets a place."""
+        state, now = self.state, time.monotonic()
+        remember(state.turns, completion.client, now, MAX_SERVED)
+        if not completion.request.guest:
+            state.regular = now
+
+    def promote(self, completion: Completion) -> None:
+        """Somebody waits for this speculative completion from now on."""
+        completion.request = replace(completion.request, speculative=False)
+        self._note_turn(completion)
 
     def _supersede(self, attempt: Attempt) -> None:
         if not attempt.makes_room:
@@ -553,7 +580,7 @@ class Dispatcher:
         del state.places[attempt]
         attempt.admission.left()
         attempt.left = now = time.monotonic()
-        if request.guest and not request.ahead:
+        if request.guest and not request.is_spare:
             state.visits = [visit for visit in state.visits if now - visit[2] < SHARE_OF_SECONDS]
             state.visits.append((attempt.completion.client, attempt.begun, now))
         attempt.ended.set()
@@ -566,7 +593,7 @@ class Dispatcher:
         Reading stops when the backend gets a request, and the prompt is queued again: the backend
         keeps the part that it has read.
         """
-        ahead = replace(request, session="", ahead=True)
+        ahead = replace(request, session="", ahead=True, speculative=False)
         remember(self.ahead, request.client, ahead, MAX_AHEAD)
         self.advance()
 
@@ -581,7 +608,7 @@ class Dispatcher:
     def _advance_reading(self) -> None:
         """Begin to read the prompts for which a backend is idle."""
         for client, request in [*self.ahead.items()]:
-            decision = decide_reading(self.state, request)
+            decision = decide_spare(self.state, request)
             if not isinstance(decision, Wait):
                 del self.ahead[client]
             if isinstance(decision, Assign):

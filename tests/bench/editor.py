@@ -1,7 +1,8 @@
 """Someone types in an editor: what llama.vim asks for, through both daemons, with real weights.
 
     python tests/bench/editor.py [--seconds 60] [--keys 6] [--model qwen_0_5b] [--suggest often]
-        [--file PATH]
+        [--file PATH] [--turns 0] [--places 20] [--lines 64]
+        [--pairs 9]
 
 Prints one line of JSON:
 
@@ -14,6 +15,16 @@ Prints one line of JSON:
     keys          milliseconds to one token after each key of a line that nobody could predict,
                   typed between 120 lines and 60 lines: with llama.vim's limit for the prompt (500
                   ms), and without a limit. `computed`: prompt tokens read for a key, median
+    accepting     with --turns: as typing, but a hint that is right as a whole is taken after a
+                  second's look, in turns without (`plain`) and with (`ahead`) a speculative request
+                  for the text behind each hint that is shown. `cpu`: seconds of both daemons for
+                  each accepted character
+    next_ms       at --places of the file, each with --lines before the cursor and half as many
+                  behind it: from taking a hint after a second's look to the next hint, without
+                  and with such a request; medians of the places where the model needs up to a
+                  second for it (`fast`), and of the others (`slow`), of so many each
+    other         the time to the first token of another client's infill, with a speculative request
+                  under way over without one, median of --pairs
 """
 
 from __future__ import annotations
@@ -32,12 +43,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import servers
 from harness import PATIENCE, Daemon
 
 LINES_BEFORE, LINES_AFTER = 64, 32
 PAUSES = 8  # characters typed on average between two pauses
 PAUSE_SECONDS = 1.5
+LOOK_SECONDS = 1.0
 KEY_LINES = 3
 FILE = Path(sysconfig.get_path("stdlib")) / "textwrap.py"
 LETTERS = "abcdefghiklmnoprstuvw"
@@ -47,6 +60,10 @@ OPTIONS = {
     "model": "qwen_0_5b",
     "suggest": "often",
     "file": str(FILE),
+    "turns": 0,
+    "places": 20,
+    "lines": 64,
+    "pairs": 9,
 }
 # What each request of llama.vim has.
 LLAMA_VIM: dict[str, Any] = {
@@ -186,13 +203,151 @@ def keys(port: int, model: str, limit_ms: int) -> dict[str, Any]:
     }
 
 
+@dataclass
+class Typist:
+    """Someone who takes right hints. `is_ahead`: her editor asks ahead."""
+
+    pi: Daemon
+    vps: Daemon
+    options: argparse.Namespace
+    is_ahead: bool
+    keys: int = 0
+    seen: int = 0
+    taken: int = 0
+    characters: int = 0
+    cpu: float = 0.0
+
+    def ask(self, before: str, after: str, **more: Any) -> Infill:
+        more = {"suggest": self.options.suggest, **more}
+        lines = self.options.lines
+        return Infill(self.pi.port, self.options.model, before, after, more, lines, lines // 2)
+
+    def type(self, before: str, rest: str, after: str, generator: random.Random) -> None:
+        """Type `rest` between two texts."""
+        self.ask(before, after).result()  # the file is open
+        cpu = cpu_of(self.pi) + cpu_of(self.vps)
+        end = time.monotonic() + self.options.seconds
+        while time.monotonic() < end and rest:
+            request = self.ask(before, after)
+            interval = generator.uniform(0.5, 1.5) / self.options.keys
+            if generator.random() < 1 / PAUSES:
+                interval += PAUSE_SECONDS
+            request.thread.join(interval)
+            text = request.text
+            is_hint = bool(text.strip())
+            self.keys += 1
+            self.seen += is_hint
+            if self.is_ahead and is_hint and not request.answer.get("unsure"):
+                self.ask(before + text, after, speculative=True)
+            if is_hint and rest.startswith(text):
+                time.sleep(LOOK_SECONDS)
+                before += text
+                rest = rest.removeprefix(text)
+                self.taken += 1
+                self.characters += len(text)
+            else:
+                time.sleep(max(0.0, interval - request.seconds) if request.seconds else 0.0)
+                request.leave()
+                before, rest = before + rest[0], rest[1:]
+        self.cpu += cpu_of(self.pi) + cpu_of(self.vps) - cpu
+
+    def result(self) -> dict[str, Any]:
+        return {
+            "keys": self.keys,
+            "seen": self.seen,
+            "taken": self.taken,
+            "cpu": round(self.cpu / max(1, self.characters), 4),
+        }
+
+
+def next_hints(typist: Typist) -> dict[str, Any]:
+    options = typist.options
+    source = Path(options.file).read_text()
+    position, end_of_gap = typed_part(source)
+    step = (end_of_gap - position) // options.places
+    after = source[end_of_gap:]
+    fast, slow = list[float](), list[float]()
+    for place in range(position, position + step * options.places, step):
+        # A line that neither daemon remembers, the last whole one.
+        above, below = source[:place].rpartition("\n")[::2]
+        before = f"{above}\n# {place} {typist.is_ahead}\n{below}"
+        text = typist.ask(before, after).result().text
+        if not text.strip():
+            continue
+        behind = None
+        if typist.is_ahead:
+            behind = typist.ask(before + text, after, speculative=True)
+        time.sleep(LOOK_SECONDS)
+        taken = typist.ask(before + text, after).result()
+        needed = behind.result().seconds if behind else taken.seconds
+        if taken.text.strip():
+            times = fast if needed <= LOOK_SECONDS else slow
+            times.append(1000 * taken.seconds)
+    return {
+        "fast": round(statistics.median(fast or [0.0]), 1),
+        "slow": round(statistics.median(slow or [0.0]), 1),
+        "of": (len(fast), len(slow)),
+    }
+
+
+def cpu_of(daemon: Daemon) -> float:
+    """The seconds that a daemon has computed."""
+    used = psutil.Process(daemon.process.pid).cpu_times()
+    return float(used.user + used.system)
+
+
+def accepting(typists: dict[str, Typist], options: argparse.Namespace) -> dict[str, Any]:
+    source = Path(options.file).read_text()
+    position, end_of_gap = typed_part(source)
+    for turn in range(options.turns):
+        for typist in typists.values():
+            # Each time in a text that neither daemon remembers.
+            line = f"# {turn} {typist.is_ahead}\n"
+            parts = source[:position] + line, source[position:end_of_gap], source[end_of_gap:]
+            typist.type(*parts, random.Random(turn))
+    return {name: typist.result() for name, typist in typists.items()}
+
+
+def other(port: int, model: str, pairs: int) -> float:
+    """What a speculative request under way costs another client."""
+    lines = FILE.read_text().splitlines(keepends=True)
+    ratios = list[float]()
+    more = {"n_predict": 1, "t_max_prompt_ms": 0, "filename": "other.py"}
+    for pair in range(pairs):
+        seconds = dict[bool, float]()
+        for is_ahead in (pair % 2 == 0, pair % 2 == 1):
+            text = f"# {pair} {is_ahead}\n" + "".join(lines[160:200])
+            if is_ahead:
+                behind = "".join(lines[: 100 + pair])
+                request = Infill(port, model, behind, "", {"speculative": True})
+                time.sleep(0.3 + 0.1 * pair)  # it reads, or it writes
+            asked = Infill(port, model, text, "".join(lines[200:220]), more).result()
+            seconds[is_ahead] = asked.seconds
+            if is_ahead:
+                request.result()
+            time.sleep(0.5)
+        ratios.append(seconds[True] / seconds[False])
+    return round(statistics.median(ratios), 3)
+
+
 def main() -> None:
     options = servers.parser_of(__doc__, **OPTIONS).parse_args()
     servers.weights_of(options.model)
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        _, pi = servers.both(stack, folder)
+        vps, pi = servers.both(stack, folder)
         Infill(pi.port, options.model, "x", "").result()  # loads the model
+        if options.turns:
+            typists = {
+                "plain": Typist(pi, vps, options, is_ahead=False),
+                "ahead": Typist(pi, vps, options, is_ahead=True),
+            }
+            hints = {name: next_hints(typist) for name, typist in typists.items()}
+            result = {"next_ms": hints, "accepting": accepting(typists, options)}
+            if options.pairs:
+                result["other"] = other(pi.port, options.model, options.pairs)
+            print(json.dumps({"benchmark": "editor", "model": options.model, **result}))
+            return
         by_limit = {f"{limit}": keys(pi.port, options.model, limit) for limit in (500, 0)}
         result = {"keys": by_limit, "typing": typing(pi, options)}
     print(json.dumps({"benchmark": "editor", "model": options.model, **result}))

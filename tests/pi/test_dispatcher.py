@@ -28,7 +28,7 @@ from cerebrum.pi.dispatcher import (
     State,
     Wait,
     decide,
-    decide_reading,
+    decide_spare,
     whose_turn,
 )
 from cerebrum.pi.fleet import Fleet
@@ -147,7 +147,7 @@ def decided(case: Case) -> str:
     """`model@backend`, `end GUEST`, `wait SECONDS`, `never`, or the code of a refusal."""
     state = case.state()
     if case.ahead:
-        decision = decide_reading(state, case.request)
+        decision = decide_spare(state, case.request)
     else:
         decision = decide(state, case.completion(), case.now)
     match decision:

@@ -249,9 +249,10 @@ def text_of(members: Any) -> str:
     return "".join(choice.get("text", choice.get("content", "")) for choice in choices)
 
 
-def completed(pi: Pi, name: str) -> str:
+def completed(pi: Pi, name: str, **more: Any) -> str:
     """What a plugin gets for its request."""
     path, body, _ = REQUESTS[name]
+    body = {**body, **more}
     if not body.get("stream"):
         return text_of(pi.asked(path, body))
     events = pi.events(path, body)
@@ -267,9 +268,9 @@ def test_a_plugin(pi: Pi, name: str):
     (sent,) = pi.backend.completions
     assert sent == sent | wanted | {"model": "qwen_0_5b"}
     pi.backend.scripts = [script(*PIECES, **COUNTED, finish_reason="length")]
-    assert completed(pi, name) == TEXT
+    assert completed(pi, name, temperature=0.5) == TEXT  # another request
     pi.backend.scripts = [[error(503, "RESOURCE_EXHAUSTED", "too little memory")]]
-    response = pi.post(path, body)
+    response = pi.post(path, {**body, "temperature": 0.6})
     assert (response.status_code, response.json()) == (503, {"error": WRONG})
 
 
@@ -285,13 +286,13 @@ WRONG = {
 
 
 def test_the_figures_that_llama_vim_and_llama_vscode_show(pi: Pi):
-    response = pi.post("/infill", LLAMA_VIM)
+    response = pi.post("/infill", {**LLAMA_VIM, "temperature": 0.4})
     assert re.match(r'\A\s*{.*"content"\s*:"[^\n]*\Z', response.text), "llama.vim drops this answer"
     read = response.json()
     assert list(read) == READ
     assert (read["tokens_cached"], read["truncated"]) == (10, False)
     assert [read[f"timings/{name}"] for name in TIMINGS] == FIGURES
-    read = pi.asked("/infill", LLAMA_VSCODE)
+    read = pi.asked("/infill", {**LLAMA_VSCODE, "temperature": 0.5})
     assert (read["tokens_cached"], read["generation_settings"]["n_ctx"]) == (10, 4096)
     assert [read["timings"][name] for name in TIMINGS] == FIGURES
     assert (read["stop"], read["stop_type"], read["model"]) == (True, "eos", "qwen_0_5b")

@@ -179,14 +179,57 @@ desk("a connection that is slow to come about is waited for", async (at, pi) => 
 test("the pause follows the Pi's speed, within limits", () => {
   const { Suggestions } = require(`${FOLDER}/text.js`);
   const suggestions = new Suggestions();
-  assert.equal(suggestions.pause(), 80); // a guess
+  const here = { uri: "", before: "", after: "" };
+  assert.equal(suggestions.pause(here), 80); // a guess
   suggestions.add({ uri: "", before: "", after: "" }, { text: "" }, 800);
-  assert.equal(suggestions.pause(), 120); // a fifth of the median
+  assert.equal(suggestions.pause(here), 120); // a fifth of the median
   for (let n = 0; n < 8; n++) suggestions.add({ uri: "", before: "", after: "" }, { text: "" }, 10_000);
-  assert.equal(suggestions.pause(), 400);
+  assert.equal(suggestions.pause(here), 400);
+  assert.equal(suggestions.behind(here, { text: "a", confidence: 0.9, unsure: false }), undefined); // too slow
   for (let n = 0; n < 8; n++) suggestions.add({ uri: "", before: "", after: "" }, { text: "" }, 1);
-  assert.equal(suggestions.pause(), 30);
+  assert.equal(suggestions.pause(here), 30);
+  const behind = suggestions.behind(here, { text: "a", confidence: 0.9, unsure: false });
+  assert.deepEqual(behind, { ...here, before: "a" });
+  assert.equal(suggestions.pause(behind), 0);
+  for (let n = 0; n < 8; n++) suggestions.add(behind, { text: "" }, 10_000); // says nothing of the speed
+  assert.equal(suggestions.pause(here), 30);
 });
+
+desk("what follows a suggestion is asked ahead", async (at, pi) => {
+  pi.answers["/v1/stats"] = [200, { version: "1.1.0", speculative: true }];
+  await ask(at, python("x = |\ny"));
+  await until(() => pi.infills.length === 2);
+  const { speculative, ...ahead } = pi.infills[1];
+  assert.equal(speculative, true);
+  assert.deepEqual([ahead.input_prefix, ahead.input_suffix], ["x = return 1", "\ny"]);
+  pi.answers["/infill"] = [200, { content: "\nz = 2", confidence: 0.8 }];
+  assert.deepEqual(texts(await ask(at, python("x = return 1|\ny"))), ["\nz = 2"]);
+  await until(() => pi.infills.length === 4);
+  assert.deepEqual(pi.infills[2], ahead);
+  assert.equal(pi.infills[3].input_prefix, "x = return 1\nz = 2");
+  assert.equal(pi.asked.filter(({ path: asked }) => asked === "/v1/stats").length, 2); // and at the start
+  assert.deepEqual(at.shown, []);
+});
+
+const SURE = { content: "a", confidence: 0.9 };
+for (const [what, says, settings, context] of [
+  ["the backend does not say how sure it is", { content: "a" }, {}, END],
+  ["a line is hidden", { ...SURE, unsure: true }, {}, END],
+  ["nothing is shown", { ...SURE, content: "" }, {}, END],
+  ["the user does not want it", SURE, { speculative: false }, END],
+  ["everything is shown", SURE, { suggest: "always" }, END],
+  ["the user has asked", SURE, {}, ASKED],
+  ["the Pi is older", SURE, { older: true }, END],
+]) {
+  desk(`nothing is asked ahead if ${what}`, async (at, pi) => {
+    pi.answers["/infill"] = [200, says];
+    if (!settings.older) pi.answers["/v1/stats"] = [200, { version: "1.1.0", speculative: true }];
+    await ask(at, python("x = |"), context);
+    await ask(at, python("y = |"), context);
+    assert.deepEqual(pi.infills.filter((body) => body.speculative), []);
+    assert.equal(pi.infills.length, 2);
+  }, settings);
+}
 
 test("texts of large files are not kept by the dozen", () => {
   const { Suggestions } = require(`${FOLDER}/text.js`);

@@ -1,0 +1,237 @@
+"""Requests for the text behind a suggestion that is shown, but not accepted: they take no place,
+and what they find is there once the user accepts. The VPS is scripted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from harness import Reply, until
+from scripted import CHUNKED, GOOD, HANG, Pi, chunk, pi_with, script, token
+from test_editors import CHAT, CHATS, FILE, infill, start
+
+BEHIND = {"prompt": "    return a", "temperature": 0}
+HINT = script("urn", " a", confidence=0.9)
+NEXT = script(" + b", confidence=0.7)
+WRITING = [CHUNKED, chunk(token(" +", 1)), HANG]
+
+
+def ahead(pi: Pi, **more: Any) -> asyncio.Task[Reply]:
+    return infill(pi, **{**BEHIND, "speculative": True, **more})
+
+
+def accepted(pi: Pi, **more: Any) -> asyncio.Task[Reply]:
+    return infill(pi, **{**BEHIND, **more})
+
+
+def assert_ended(reply: Reply) -> None:
+    """It has no `content`, which llama.vim would remember."""
+    assert (reply.status, reply.json["error"]["code"]) == (409, "SUPERSEDED")
+    assert reply.json.keys() == {"error"}
+
+
+async def suggested(pi: Pi) -> int:
+    return sum(band["suggested"] for band in (await pi.stats())["by_confidence"])
+
+
+async def test_what_was_computed_ahead_is_there_when_the_text_is_accepted():
+    async with pi_with(HINT, NEXT) as (pi, backend):
+        await infill(pi)
+        assert await suggested(pi) == 1
+        pi.gateway.dispatcher.state.editors.clear()
+        first = await ahead(pi)
+        assert first.json["content"] == " + b"
+        assert await suggested(pi) == 1  # nobody has seen it
+        assert pi.gateway.dispatcher.state.editors == {}
+        for times in (1, 2):
+            reply = await accepted(pi)
+            assert reply.json["content"] == " + b"
+            assert reply.json["confidence"] == 0.7
+            assert "type_through" not in reply.json
+            assert await suggested(pi) == 2
+            assert (await pi.stats())["shared"] == times
+        assert len(backend.completions) == 2
+
+
+OTHER_FIELDS: list[dict[str, Any]] = [
+    {"input_suffix": "\n\nprint(add(1, 3))\n"},  # changed meanwhile
+    {"input_prefix": "def add(a, c):\n"},
+    {"t_max_predict_ms": 7},
+    {"n_predict": 7},
+    {"temperature": 0.1},
+    {"filename": "b.py"},
+]
+
+
+@pytest.mark.parametrize("fields", OTHER_FIELDS, ids=str)
+async def test_another_request_is_computed(fields: dict[str, Any]):
+    async with pi_with(HINT, NEXT) as (pi, backend):
+        await infill(pi)
+        await ahead(pi)
+        await accepted(pi, **fields)
+        assert len(backend.completions) == 3
+        assert (
+            await start(pi.from_address("127.0.0.2"), "/infill", {**FILE, **BEHIND})
+        ).status == 200
+        assert len(backend.completions) == 4  # nobody gets another client's
+
+
+CUT: list[dict[str, Any]] = [
+    {"finish_reason": "length", "total_tokens": 3},  # of 512: by a limit of time
+    {"finish_reason": "preempted"},
+]
+
+
+@pytest.mark.parametrize("result", CUT, ids=str)
+async def test_a_text_that_was_cut_is_no_answer_later(result: dict[str, Any]):
+    async with pi_with(script(" +", " b", **result)) as (pi, backend):
+        await ahead(pi)
+        await accepted(pi)
+        assert len(backend.completions) == 2
+
+
+async def test_a_text_that_the_limit_of_tokens_has_cut_is_one():
+    async with pi_with(script(" +", " b", finish_reason="length", total_tokens=2)) as (pi, backend):
+        await ahead(pi, n_predict=2)
+        assert (await accepted(pi, n_predict=2)).json["content"] == " + b"
+        assert len(backend.completions) == 1
+
+
+async def test_an_accepted_request_joins_the_one_that_is_being_written():
+    """With its full rank: it takes a place, and other requests do not end it."""
+    go = asyncio.Event()
+    writing = script(go.wait, " + b", confidence=0.7)
+    async with pi_with(writing, GOOD, max_concurrent=2) as (pi, backend):
+        first = ahead(pi)
+        await until(lambda: backend.running == 1)
+        assert pi.active == 0
+        joined = accepted(pi)
+        await until(lambda: pi.active == 1)
+        assert (await start(pi.from_address("127.0.0.2"), CHATS, CHAT)).status == 200
+        go.set()
+        assert [(await one).json["content"] for one in (joined, first)] == [" + b", " + b"]
+        assert len(backend.completions) == 2
+        assert await suggested(pi) == 1
+
+
+OTHERS: list[tuple[str, dict[str, Any]]] = [
+    (CHATS, CHAT),
+    ("/infill", {**FILE, "filename": "b.py"}),
+    ("/v1/complete", {"prompt": "x", "language": "python"}),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), OTHERS, ids=str)
+@pytest.mark.parametrize("hang", [[HANG], WRITING], ids=["reading", "writing"])
+async def test_any_other_request_ends_it(path: str, body: dict[str, Any], hang: list[Any]):
+    async with pi_with(hang, GOOD, max_concurrent=1) as (pi, backend):
+        first = ahead(pi)
+        await backend.begun.wait()
+        reply = await start(pi.from_address("127.0.0.2"), path, body)
+        assert reply.status == 200
+        assert_ended(await first)
+        await backend.left.wait()
+        assert backend.most_running == 1
+
+
+async def test_it_gets_no_place_beside_another_request():
+    async with pi_with([HANG], max_concurrent=2) as (pi, backend):
+        running = start(pi.from_address("127.0.0.2"), CHATS, CHAT)
+        await backend.begun.wait()
+        assert_ended(await ahead(pi))
+        assert len(backend.completions) == 1
+        running.cancel()
+        await backend.left.wait()
+
+
+async def test_typing_the_hint_ends_nothing_and_another_key_does():
+    async with pi_with(HINT, WRITING, GOOD) as (pi, backend):
+        await infill(pi)
+        first = ahead(pi)
+        await until(lambda: backend.running == 1)
+        for word in ("u", "urn", "urn "):  # one after the other
+            assert (await infill(pi, prompt=f"    ret{word}")).json["type_through"]
+        assert not first.done()
+        await infill(pi, prompt="    retx")
+        assert_ended(await first)
+
+
+async def test_a_hint_that_is_taken_word_by_word():
+    async with pi_with(HINT, NEXT) as (pi, backend):
+        await infill(pi)
+        await ahead(pi)
+        assert (await infill(pi, prompt="    return")).json["content"] == " a"
+        assert (await accepted(pi)).json["content"] == " + b"  # the last word is taken
+        assert len(backend.completions) == 2
+
+
+async def test_only_the_newest_of_a_client_goes_on():
+    async with pi_with([HANG], NEXT, HINT) as (pi, backend):
+        first = ahead(pi)
+        await backend.begun.wait()
+        assert (await ahead(pi, filename="b.py")).status == 200
+        assert_ended(await first)
+        assert backend.most_running == 1
+    async with pi_with([HANG], NEXT) as (pi, backend):
+        first = ahead(pi)
+        await backend.begun.wait()
+        assert_ended(
+            await start(pi.from_address("127.0.0.2"), "/infill", {**FILE, "speculative": True})
+        )
+        assert not first.done()  # of another client
+        first.cancel()
+        await backend.left.wait()
+
+
+async def test_it_ends_reading_ahead_which_goes_on_afterwards():
+    async with pi_with([HANG], NEXT) as (pi, backend):
+        await infill(pi, filename="c.py", n_predict=0)
+        await backend.begun.wait()
+        assert (await ahead(pi)).json["content"] == " + b"
+        await until(lambda: len(backend.completions) == 3 and not pi.reads_ahead())
+        assert [sent["max_tokens"] for sent in backend.completions] == [0, 512, 0]
+
+
+async def test_a_backend_that_costs_money_is_not_asked():
+    async with pi_with(HINT) as (pi, backend):
+        pi.gateway.fleet.first.kind.reads_ahead = False
+        assert_ended(await ahead(pi))
+        assert backend.completions == []
+
+
+FIRST = {**FILE, "t_max_predict_ms": 250, "response_fields": ["content", "tokens_cached"]}
+SECOND = {**FIRST, "prompt": "    return a", "t_max_predict_ms": 1000}
+NOT_CERTAIN: list[dict[str, Any]] = [
+    {"response_fields": None},
+    {"t_max_predict_ms": 250},  # as after a text that was accepted
+    {"prompt": "    return "},  # behind a part of it
+    {"input_suffix": "x"},
+    {"filename": "b.py"},
+]
+
+
+async def test_llama_vims_own_are_known():
+    async with pi_with(HINT, WRITING, GOOD, max_concurrent=1) as (pi, backend):
+        await start(pi, "/infill", FIRST)
+        first = start(pi, "/infill", SECOND)
+        await until(lambda: backend.running == 1)
+        assert pi.active == 0
+        assert (await start(pi.from_address("127.0.0.2"), CHATS, CHAT)).status == 200
+        assert_ended(await first)
+
+
+@pytest.mark.parametrize("fields", NOT_CERTAIN, ids=str)
+async def test_what_is_not_certainly_llama_vims_own_has_a_place(fields: dict[str, Any]):
+    async with pi_with(HINT, WRITING) as (pi, backend):
+        await start(pi, "/infill", FIRST)
+        first = start(pi, "/infill", {**SECOND, **fields})
+        await until(lambda: backend.running == 1 or first.done())
+        assert first.done() or pi.active == 1
+        first.cancel()
+
+
+async def test_a_pi_says_that_it_knows_them():
+    async with pi_with() as (pi, _):
+        assert (await pi.stats())["speculative"] is True
