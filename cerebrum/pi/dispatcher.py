@@ -255,12 +255,12 @@ def of_others(attempts: Sequence[Attempt], session: str) -> list[Attempt]:
 
 def is_idle(state: State, backend: Backend, request: CompletionRequest) -> bool:
     """Whether a backend has nothing else to do than what this spare request may end: a speculative
-    one ends reading, and the older one of its client. A backend that has answered is idle.
+    one ends reading, and the older one of its client.
     """
     holders = [attempt for attempt, where in state.places.items() if where is backend]
     if request.speculative:
         own = [other for other in holders if other.request.client == request.client]
-        ended = [other for other in holders if other.request.ahead or other.last]
+        ended = [other for other in holders if other.request.ahead]
         ended += [other for other in own if other.request.speculative]
         holders = [other for other in holders if other not in ended]
     return backend.breaker.state == "closed" and not holders

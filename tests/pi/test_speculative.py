@@ -12,6 +12,8 @@ from harness import Reply, until
 from scripted import CHUNKED, GOOD, HANG, Pi, chunk, pi_with, script, token
 from test_editors import CHAT, CHATS, FILE, infill, start
 
+from cerebrum.settings import Client
+
 BEHIND = {"prompt": "    return a", "temperature": 0}
 HINT = script("urn", " a", confidence=0.9)
 NEXT = script(" + b", confidence=0.7)
@@ -144,6 +146,37 @@ async def test_it_gets_no_place_beside_another_request():
         assert len(backend.completions) == 1
         running.cancel()
         await backend.left.wait()
+
+
+async def test_it_ends_no_request_of_its_own_client():
+    async with pi_with([HANG], max_concurrent=2) as (pi, backend):
+        running = infill(pi, filename="b.py")
+        await backend.begun.wait()
+        assert_ended(await ahead(pi))
+        assert not running.done()
+        running.cancel()
+        await backend.left.wait()
+
+
+async def test_the_same_one_twice_takes_no_place_either():
+    async with pi_with(WRITING) as (pi, backend):
+        first = ahead(pi)
+        await until(lambda: backend.running == 1)
+        second = ahead(pi)
+        assert_ended(await first)
+        assert (pi.active, second.done()) == (0, False)
+        second.cancel()
+        await backend.left.wait()
+        assert len(backend.completions) == 1
+
+
+async def test_nobody_has_used_what_nobody_has_seen():
+    bodies = [FILE, {**FILE, **BEHIND, "speculative": True}, {**FILE, **BEHIND}]
+    async with pi_with(HINT, NEXT, clients={"k": Client("anna")}) as (pi, _):
+        for body, count in zip(bodies, (1, 1, 2), strict=True):
+            assert (await start(pi, "/infill", body, X_API_Key="k")).status == 200
+            (used,) = (await pi.get("/v1/stats", X_API_Key="k")).json["clients"]
+            assert used["completions"] == count
 
 
 async def test_typing_the_hint_ends_nothing_and_another_key_does():
