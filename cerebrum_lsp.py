@@ -352,10 +352,10 @@ class Suggestions:
         return self.ahead == self.key_of(gap, len(gap.before))
 
     def behind(self, gap: Gap, found: Suggestion) -> Gap | None:
-        """The gap behind a suggestion that is shown, to ask ahead for it. None if the model is not
-        sure, or if the Pi is too slow.
+        """The gap behind a suggestion that is shown, to ask ahead for it. None if the suggestion
+        will hardly be taken, or if the Pi is too slow.
         """
-        is_sure = found.text and found.confidence is not None and not found.unsure
+        is_sure = found.text and not found.unsure and (found.confidence or 0) >= SURE
         with self.lock:
             if not is_sure or median(self.seconds) > LOOK_SECONDS:
                 return None
@@ -394,6 +394,7 @@ class Suggestions:
         return min(max(MIN_PAUSE_SECONDS, seconds), MAX_PAUSE_SECONDS)
 
 
+SURE = 0.5  # least confidence
 LOOK_SECONDS = 1.0  # how long a person looks at a suggestion before she takes it
 NO_PAUSE_SECONDS = 0.001
 MIN_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 0.03, 0.4  # fast typists leave 0.1 s between keys

@@ -417,6 +417,7 @@ NOT_AHEAD: list[tuple[dict[str, Any], dict[str, Any], int]] = [
     ({"content": "a + b"}, {}, AUTOMATIC),  # the backend does not say how sure it is
     ({**SURE, "unsure": True}, {}, AUTOMATIC),
     ({**SURE, "content": ""}, {}, AUTOMATIC),
+    ({**SURE, "confidence": 0.4}, {}, AUTOMATIC),
     (SURE, {"speculative": False}, AUTOMATIC),
     (SURE, {"suggest": "always"}, AUTOMATIC),
     (SURE, {}, INVOKED),

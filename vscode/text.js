@@ -11,6 +11,7 @@ const MAX_CHARACTERS = 4_000_000; // in the texts around all remembered cursors
 const MIN_PAUSE_MS = 30;
 const MAX_PAUSE_MS = 400; // fast typists leave 100 ms between keys
 const PAUSE_SHARE = 0.2; // of the median response time
+const SURE = 0.5; // least confidence of a suggestion that will perhaps be taken
 const LOOK_MS = 1_000; // a person looks at a suggestion so long before she takes it
 
 /**
@@ -49,12 +50,13 @@ class Suggestions {
   }
 
   /**
-   * The gap behind a suggestion that is shown, to ask ahead for it; undefined if the model is not
-   * sure, or if the Pi is too slow.
+   * The gap behind a suggestion that is shown, to ask ahead for it; undefined if the suggestion will
+   * hardly be taken, or if the Pi is too slow.
    * @param {Gap} gap @param {Suggestion} found
    */
   behind(gap, { text, confidence, unsure }) {
-    if (!text || confidence === null || unsure || this.median() > LOOK_MS) return undefined;
+    const isSure = text && !unsure && (confidence ?? 0) >= SURE;
+    if (!isSure || this.median() > LOOK_MS) return undefined;
     this.ahead = { ...gap, before: gap.before + text };
     return this.ahead;
   }

@@ -47,6 +47,8 @@ import psutil
 import servers
 from harness import PATIENCE, Daemon
 
+from cerebrum_lsp import Gap, Suggestion, Suggestions
+
 LINES_BEFORE, LINES_AFTER = 64, 32
 PAUSES = 8  # characters typed on average between two pauses
 PAUSE_SECONDS = 1.5
@@ -237,7 +239,7 @@ class Typist:
             is_hint = bool(text.strip())
             self.keys += 1
             self.seen += is_hint
-            if self.is_ahead and is_hint and not request.answer.get("unsure"):
+            if self.is_ahead and is_sure(request.answer):
                 self.ask(before + text, after, speculative=True)
             if is_hint and rest.startswith(text):
                 time.sleep(LOOK_SECONDS)
@@ -258,6 +260,13 @@ class Typist:
             "taken": self.taken,
             "cpu": round(self.cpu / max(1, self.characters), 4),
         }
+
+
+def is_sure(answer: dict[str, Any]) -> bool:
+    """Whether the language server asks ahead behind this hint."""
+    hint = answer.get("content"), answer.get("confidence"), bool(answer.get("unsure"))
+    suggestions = Suggestions()
+    return suggestions.behind(Gap("", "", ""), Suggestion(*hint)) is not None
 
 
 def next_hints(typist: Typist) -> dict[str, Any]:

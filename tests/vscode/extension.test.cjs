@@ -216,6 +216,7 @@ for (const [what, says, settings, context] of [
   ["the backend does not say how sure it is", { content: "a" }, {}, END],
   ["a line is hidden", { ...SURE, unsure: true }, {}, END],
   ["nothing is shown", { ...SURE, content: "" }, {}, END],
+  ["it will hardly be taken", { ...SURE, confidence: 0.4 }, {}, END],
   ["the user does not want it", SURE, { speculative: false }, END],
   ["everything is shown", SURE, { suggest: "always" }, END],
   ["the user has asked", SURE, {}, ASKED],
