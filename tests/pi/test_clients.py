@@ -349,9 +349,8 @@ def test_curl(pi: Pi, options: list[str]) -> None:
             json.loads(curl(*options, "-d", json.dumps(body), pi.url + path))["choices"][0]["text"]
             == TEXT
         )
-    streamed = curl(
-        "-N", *options, "-d", json.dumps(body | {"stream": True}), pi.url + "/v1/completions"
-    )
+    another = body | {"stream": True, "filename": f"{options}"}
+    streamed = curl("-N", *options, "-d", json.dumps(another), pi.url + "/v1/completions")
     *events, done, nothing = streamed.split("\n\n")
     assert done == "data: [DONE]"
     assert nothing == ""
