@@ -17,7 +17,7 @@ import sys
 import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -29,6 +29,7 @@ from harness import (
     KEY,
     ROOT,
     Client,
+    Daemon,
     certificate,
     copy_program,
     daemon,
@@ -316,6 +317,13 @@ def is_listening(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
+def vps_in(folder: Path) -> AbstractContextManager[Daemon]:
+    """A VPS that takes requests however busy VS Code keeps the machine."""
+    models = FILES["qwen_0_5b"].parent
+    easy = {"CEREBRUM_MAX_CPU_PERCENT": "100", "CEREBRUM_MIN_FREE_MB": "256"}
+    return daemon("vpsd", folder, CEREBRUM_MODELS_DIR=str(models), **easy)
+
+
 @pytest.mark.clients
 @pytest.mark.nightly
 @pytest.mark.parametrize("version", VERSIONS)
@@ -323,12 +331,8 @@ def test_in_the_real_one(version: str, tmp_path: Path) -> None:
     place = install(version)
     project = tmp_path / "project"
     make_project(project)
-    weights = FILES["qwen_0_5b"]
-    easy = {"CEREBRUM_MAX_CPU_PERCENT": "100", "CEREBRUM_MIN_FREE_MB": "256"}
     with ExitStack() as stack:
-        vps = stack.enter_context(
-            daemon("vpsd", tmp_path / "vps", CEREBRUM_MODELS_DIR=str(weights.parent), **easy)
-        )
+        vps = stack.enter_context(vps_in(tmp_path / "vps"))
         tls = certificate(tmp_path, "pi", f"IP:{HOST}")
         authority = tls["CEREBRUM_CM4_TLS_CERT"]
         given = {
@@ -395,12 +399,8 @@ def test_another_extension(tmp_path: Path) -> None:
             subprocess.run(step.split(), cwd=LLAMA_VSCODE, check=True, capture_output=True)
     project = tmp_path / "project"
     make_project(project)
-    weights = FILES["qwen_0_5b"]
-    easy = {"CEREBRUM_MAX_CPU_PERCENT": "100", "CEREBRUM_MIN_FREE_MB": "256"}
     with ExitStack() as stack:
-        vps = stack.enter_context(
-            daemon("vpsd", tmp_path / "vps", CEREBRUM_MODELS_DIR=str(weights.parent), **easy)
-        )
+        vps = stack.enter_context(vps_in(tmp_path / "vps"))
         given = {"CEREBRUM_VPS_URL": f"http://127.0.0.1:{vps.port}", "CEREBRUM_CM4_API_KEY": ""}
         pi = stack.enter_context(daemon("cm4d", tmp_path / "pi", **given))
         own = {"endpoint": f"http://127.0.0.1:{pi.port}"}
