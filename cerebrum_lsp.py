@@ -359,9 +359,11 @@ class Suggestions:
         with self.lock:
             if not is_sure or median(self.seconds) > LOOK_SECONDS:
                 return None
-        behind = replace(gap, before=gap.before + found.text)
-        self.ahead = self.key_of(behind, len(behind.before))
-        return behind
+        return replace(gap, before=gap.before + found.text)
+
+    def note_ahead(self, gap: Gap) -> None:
+        """The Pi is asked ahead for this gap."""
+        self.ahead = self.key_of(gap, len(gap.before))
 
     def rest(self, gap: Gap) -> Suggestion | None:
         """The rest of a completion whose beginning has been typed or accepted; None if there is
@@ -947,6 +949,7 @@ class Completions:
         if behind and self.pi.settings.speculative:
             with contextlib.suppress(PiError):
                 if self.pi.may_speculate(call):
+                    self.suggestions.note_ahead(behind)
                     body = self.body(behind, is_automatic=True)
                     self.pi.ask(call, "/infill", {**body, "speculative": True})
 

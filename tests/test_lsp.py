@@ -378,6 +378,8 @@ def test_what_was_asked_ahead_needs_no_pause_and_says_nothing_of_the_speed() -> 
     found = Suggestion("a + b", 0.5)
     behind = kept.behind(gap, found)
     assert behind == Gap(URI, "x = a + b", "\n")
+    assert kept.pause(behind) > 0.01
+    kept.note_ahead(behind)
     assert kept.pause(behind) == 0.001
     assert kept.pause(gap) > 0.01
     for _ in range(8):

@@ -238,6 +238,7 @@ class Completions {
     const pi = await this.home.pi();
     this.status.speculates ??= read(await ask(pi, "/v1/stats")).speculative === true;
     if (!this.status.speculates) return;
+    this.suggestions.ahead = behind;
     await ask(pi, "/infill", { body: { ...bodyOf(document, behind, false), speculative: true } });
   }
 

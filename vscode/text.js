@@ -57,8 +57,7 @@ class Suggestions {
   behind(gap, { text, confidence, unsure }) {
     const isSure = text && !unsure && (confidence ?? 0) >= SURE;
     if (!isSure || this.median() > LOOK_MS) return undefined;
-    this.ahead = { ...gap, before: gap.before + text };
-    return this.ahead;
+    return { ...gap, before: gap.before + text };
   }
 
   /** Add a suggestion, and the time for it unless it was computed ahead. @param {Gap} gap @param {Suggestion} found @param {number} ms */

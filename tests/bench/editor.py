@@ -1,8 +1,7 @@
 """Someone types in an editor: what llama.vim asks for, through both daemons, with real weights.
 
     python tests/bench/editor.py [--seconds 60] [--keys 6] [--model qwen_0_5b] [--suggest often]
-        [--file PATH] [--turns 0] [--places 20] [--lines 64]
-        [--pairs 9]
+        [--file PATH] [--turns 0] [--places 20] [--lines 64] [--pairs 9]
 
 Prints one line of JSON:
 

@@ -190,6 +190,8 @@ test("the pause follows the Pi's speed, within limits", () => {
   assert.equal(suggestions.pause(here), 30);
   const behind = suggestions.behind(here, { text: "a", confidence: 0.9, unsure: false });
   assert.deepEqual(behind, { ...here, before: "a" });
+  assert.equal(suggestions.pause(behind), 30);
+  suggestions.ahead = behind;
   assert.equal(suggestions.pause(behind), 0);
   for (let n = 0; n < 8; n++) suggestions.add(behind, { text: "" }, 10_000); // says nothing of the speed
   assert.equal(suggestions.pause(here), 30);
