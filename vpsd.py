@@ -1006,9 +1006,9 @@ def main(arguments: Sequence[str]) -> int:
     if options.check:
         if options.command:
             parser.error(f"expected --check alone, got {options.command!r} too")
-        from cerebrum.check import check_vps  # loaded only for an option
+        from cerebrum.check import check_settings, check_vps, report  # only for an option
 
-        return check_vps(HERE, load_config)
+        return report(check_settings(HERE, load_config, check_vps))
     try:
         environ = read_environment(os.environ, HERE)
         config = load_config(environ)
