@@ -61,21 +61,18 @@ def parse_json(body: bytes) -> dict[str, Any]:
         _bound_delimiters(body)
         value = DECODER.decode(body.decode("utf-8"))
         _refuse_depth(value)
+        if isinstance(value, dict):
+            return value
+        problem = f"expected a JSON object, got {describe(value)}"
     except UnicodeDecodeError:
-        raise HttpError("INVALID_REQUEST", "expected a body in UTF-8") from None
+        problem = "expected a body in UTF-8"
     except RecursionError:
-        raise HttpError(
-            "INVALID_REQUEST", f"expected JSON of at most {MAX_JSON_DEPTH} levels"
-        ) from None
+        problem = f"expected JSON of at most {MAX_JSON_DEPTH} levels"
     except json.JSONDecodeError as error:
-        raise HttpError(
-            "INVALID_REQUEST", f"expected a JSON object: {error.msg} at character {error.pos}"
-        ) from None
+        problem = f"expected a JSON object: {error.msg} at character {error.pos}"
     except ValueError as error:
-        raise HttpError("INVALID_REQUEST", f"expected a JSON object: {error}") from None
-    if not isinstance(value, dict):
-        raise HttpError("INVALID_REQUEST", f"expected a JSON object, got {describe(value)}")
-    return value
+        problem = f"expected a JSON object: {error}"
+    raise HttpError("INVALID_REQUEST", problem)
 
 
 def _bound_delimiters(body: bytes) -> None:
@@ -134,8 +131,6 @@ def printable(text: str) -> str:
     """Escape every character that could act on a terminal or forge a line: line ends, controls,
     overrides.
     """
-    if text.isprintable():
-        return text
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
     )
@@ -207,16 +202,6 @@ def wrong(name: str, expected: str, got: Any) -> HttpError:
     return HttpError("INVALID_REQUEST", f"{name}: expected {expected}, got {describe(got)}")
 
 
-def _is_unicode(value: str | list[str]) -> bool:
-    """Whether no text has a lone surrogate."""
-    text = value if isinstance(value, str) else "".join(value)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def read_fields(members: Mapping[str, Any], fields: Fields, where: str = "") -> dict[str, Any]:
     """The checked fields of a request with defaults filled in; unknown members are ignored.
     HttpError 400 names the field, after `where`, what was expected and what was found.
@@ -235,10 +220,12 @@ def read_fields(members: Mapping[str, Any], fields: Fields, where: str = "") -> 
             value = [value]
         if not rule.accepts(value):
             raise wrong(where + name, rule.expected(), members[name])
-        if isinstance(value, str | list) and not _is_unicode(value):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
             raise HttpError(
                 "INVALID_REQUEST", f"{where}{name}: expected Unicode text, got a lone surrogate"
-            )
+            ) from None
         values[name] = float(value) if rule.kind is float else value
     return values
 
