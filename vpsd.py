@@ -61,11 +61,18 @@ if __name__ == "__main__":
 
 import psutil
 
-import cerebrum_common as common
-from cerebrum import metrics
 from cerebrum.fields import Field, parse_json, read_fields, read_objects
 from cerebrum.http import Access, Server, own_names
-from cerebrum.metrics import COMPLETIONS, SERVER, Metric, Subjects, Table
+from cerebrum.metrics import (
+    COMPLETIONS,
+    CONTENT_TYPE,
+    SERVER,
+    Metric,
+    Subjects,
+    Table,
+    write_metrics,
+    write_stats,
+)
 from cerebrum.service import Service, make_parser, passed_sockets, prompt_of, set_up_logging
 from cerebrum.settings import ConfigError, Environment, load_catalog, read_environment
 from cerebrum.text.languages import LANGUAGES
@@ -87,7 +94,19 @@ from cerebrum.vps.memory import available_mb, check_memory, fit, needed
 from cerebrum.vps.pool import Pool
 from cerebrum.vps.vocabulary import GenerationRequest
 from cerebrum.vps.worker import RESUME_BACKLOG, Worker
-from cerebrum_common import HttpError, Model, Request, Response, Route, log
+from cerebrum_common import (
+    SSE_COMMENT,
+    VERSION,
+    HttpError,
+    Model,
+    Request,
+    Response,
+    Route,
+    internal_error,
+    log,
+    sse_event,
+    timestamp,
+)
 
 HERE = Path(__file__).resolve().parent
 # For messages to a person: the interpreter that has llama_cpp, as seen from the daemon's folder.
@@ -248,7 +267,9 @@ def parse_inference(members: Mapping[str, Any]) -> GenerationRequest:
     is_gap = members.get("suffix") is not None or members.get("extra")
     values = read_fields(members, FIELDS_AROUND_A_GAP if is_gap else FIELDS)
     fields = {name: value for name, value in values.items() if value is not None}
+    mode = "infill" if "suffix" in fields else "complete"
     if "messages" in members:
+        mode = "instruct"
         messages = read_objects(members["messages"], "messages", 1, 100, MESSAGE)
         fields["messages"] = [(message["role"], message["content"]) for message in messages]
     if ("prompt" in fields) == ("messages" in fields):
@@ -261,14 +282,8 @@ def parse_inference(members: Mapping[str, Any]) -> GenerationRequest:
         )
     extra = read_objects(members.get("extra", []), "extra", 0, MAX_EXTRAS, EXTRA)
     fields["extra"] = [(entry["filename"], entry["text"]) for entry in extra]
-    fields.setdefault("mode", implied_mode(fields))
+    fields.setdefault("mode", mode)
     return GenerationRequest(**fields)
-
-
-def implied_mode(fields: Mapping[str, Any]) -> str:
-    if "messages" in fields:
-        return "instruct"
-    return "infill" if "suffix" in fields else "complete"
 
 
 # -------------------------------------------------------------------------------- policy: admission
@@ -290,29 +305,19 @@ class CpuMeter:
     """
 
     def __init__(self) -> None:
+        self.process = psutil.Process()
+        self.sample()
         self.system_percent = self.others_percent = 0.0
-        self.last = self._read()
-
-    @staticmethod
-    def _read() -> tuple[float, float, float]:
-        """CPU seconds since the start, of all CPUs: (in all, idle, our own)."""
-        times = psutil.cpu_times()
-        own = psutil.Process().cpu_times()
-        # Steal went to other guests of the host: not this system's use.
-        idle = times.idle + times.iowait + times.steal
-        # A niced program, such as a build, gives way to us: its time is as free for a request as
-        # our own.
-        return sum(times[:8]), idle, own.user + own.system + times.nice
 
     def sample(self) -> None:
         """Measure the time since the previous sample."""
-        now = self._read()
-        total, idle, own = (new - old for old, new in zip(self.last, now, strict=True))
-        if total > 0:
-            busy = total - idle
-            self.system_percent = max(0.0, min(100.0, 100 * busy / total))
-            self.others_percent = max(0.0, 100 * (busy - own) / total)
-            self.last = now
+        times = psutil.cpu_times_percent()
+        own = self.process.cpu_percent() / psutil.cpu_count()
+        # Steal went to other guests of the host: not this system's use.
+        self.system_percent = max(0.0, 100 - times.idle - times.iowait - times.steal)
+        # A niced program, such as a build, gives way to us: its time is as free for a request as
+        # our own.
+        self.others_percent = max(0.0, self.system_percent - own - times.nice)
 
 
 # ------------------------------------------------------------------------------------- IO: commands
@@ -517,7 +522,7 @@ class Admission:
             "model": self.model,
             "total_tokens": event["total_tokens"],
             "inference_time": event["inference_time"],
-            "timestamp": common.timestamp(),
+            "timestamp": timestamp(),
         }
         return known | event
 
@@ -526,7 +531,6 @@ class Engine:
     """All bookkeeping of requests, on the event loop; its `Pool` has the models."""
 
     def __init__(self, config: Config) -> None:
-        self.config = config
         self.pool = Pool(config.models_dir, config.engine, f"{PYTHON} vpsd.py fetch")
         self.admissions: dict[Admission, None] = {}  # in the order of their coming
         # For /v1/tokenize, so that no prompt waits for a thread.
@@ -537,11 +541,10 @@ class Engine:
         self.reconfigure(config)
 
     def reconfigure(self, config: Config) -> None:
-        """Apply the models and limits of new settings; running requests continue. The settings of
-        llama.cpp do not change.
+        """Apply the models and limits of new settings; running requests continue. The folder of
+        models and the settings of llama.cpp stay those of the pool.
         """
-        old = self.config
-        self.config = dataclasses.replace(config, engine=old.engine, models_dir=old.models_dir)
+        self.config = config
         self.pool.configure(config.models, config.min_free_mb, config.idle_minutes)
 
     def stuck(self, now: float) -> str:
@@ -558,7 +561,7 @@ class Engine:
         self.pool.check(request.model)
         session = request.session
         older = [other for other in self.admissions if session and other.session == session]
-        places = self.config.engine.sequences
+        places = self.pool.settings.sequences
         if len(self.admissions) - len(older) >= places:
             raise HttpError("RATE_LIMIT", f"expected at most {places} requests at a time")
         if not self.pool.can_relieve(request.model):
@@ -593,7 +596,7 @@ class Engine:
         except HttpError as error:
             admission.events.put_nowait([error])
         except Exception as exception:
-            admission.events.put_nowait([common.internal_error(exception)])
+            admission.events.put_nowait([internal_error(exception)])
 
     def finish(self, admission: Admission) -> None:
         """The completion has ended or its client has left: free its place, and stop any work for
@@ -647,11 +650,11 @@ async def health(engine: Engine, _request: Request) -> Response:
     return Response(
         {
             "status": "healthy",
-            "timestamp": common.timestamp(),
+            "timestamp": timestamp(),
             "cpu_percent": round(engine.cpu.system_percent, 1),
             "memory_available_mb": round(available_mb(), 1),
             "models_loaded": list(engine.pool.ready),
-            "version": common.VERSION,
+            "version": VERSION,
         }
     )
 
@@ -677,7 +680,7 @@ async def inference_stream(engine: Engine, request: Request) -> Response:
 
 
 def write_events(batch: Sequence[Event]) -> bytes:
-    return b"".join(map(common.sse_event, batch)) or common.SSE_COMMENT
+    return b"".join(map(sse_event, batch)) or SSE_COMMENT
 
 
 async def events_of(engine: Engine, request: Request) -> AsyncGenerator[list[Event], None]:
@@ -753,7 +756,7 @@ async def describe_model(pool: Pool, model: Model) -> dict[str, Any]:
     }
     if instance:
         entry["memory_mb"] = round(memory_bytes(instance.worker) / MB, 1)
-        entry["last_used"] = common.timestamp(time.monotonic() - instance.last_used)
+        entry["last_used"] = timestamp(time.monotonic() - instance.last_used)
     return entry
 
 
@@ -766,11 +769,11 @@ async def stats(engine: Engine, _request: Request) -> Response:
     """GET /v1/stats: the specified fields, our version, other programs' use of the CPU, and the
     results of drafting; of a draft model by its model, the times for each step.
     """
-    figures: dict[str, Any] = {**metrics.write_stats(METRICS, subjects(engine))}
+    figures = write_stats(METRICS, subjects(engine))
     used_mb = figures["memory_total_mb"] - figures["memory_available_mb"]
     figures["memory_used_mb"] = round(used_mb, 1)
     figures["uptime"] = round(time.monotonic() - engine.started, 1)
-    figures["version"] = common.VERSION
+    figures["version"] = VERSION
     tallies = engine.pool.tallies.items()
     figures["draft_models"] = {id: drafting(tally) for id, tally in tallies if tally.ahead_steps}
     return Response(figures)
@@ -791,9 +794,9 @@ async def prometheus(engine: Engine, request: Request) -> Response:
     """GET /metrics: the counters of /v1/stats and more, for Prometheus. A metric that llama-server
     also has keeps llama-server's name and meaning, with the model as a label.
     """
-    server = metrics.write_metrics(SERVER, {"": {"": request.answered}})
-    own = metrics.write_metrics(METRICS, subjects(engine))
-    return Response(server + own, kind=metrics.CONTENT_TYPE)
+    server = write_metrics(SERVER, {"": {"": request.answered}})
+    own = write_metrics(METRICS, subjects(engine))
+    return Response(server + own, kind=CONTENT_TYPE)
 
 
 def of_workers(name: str, about: str, read: Callable[[Worker], int], stats: str = "") -> Metric:
@@ -822,7 +825,7 @@ def waiting(engine: Engine, model: str) -> int:
 METRICS: Table = {
     "": (
         Metric("cerebrum_build_info", "Which daemon this is; always 1.",
-               lambda _: {("vpsd", common.VERSION): 1}, labels=("daemon", "version")),
+               lambda _: {("vpsd", VERSION): 1}, labels=("daemon", "version")),
         Metric("cerebrum_cpu_ratio", "Share of all CPUs that is busy.",
                lambda vps: vps.cpu.system_percent / 100, "cpu_percent", 0.01),
         Metric("cerebrum_cpu_others_ratio", "Share of all CPUs that other programs use.",
@@ -835,7 +838,7 @@ METRICS: Table = {
                "requests_total"),
         Metric("cerebrum_completions_active", "Completions that hold a place.",
                lambda vps: len(vps.admissions), "requests_active"),
-        Metric("cerebrum_places", "Completions that may run at a time.", "config.engine.sequences"),
+        Metric("cerebrum_places", "Completions that may run at a time.", "pool.settings.sequences"),
         of_workers("cerebrum_model_loaded", "Whether it is in memory.", lambda _: 1,
                    "models_loaded"),
         of_workers("cerebrum_model_memory_bytes", "Memory of a loaded model and its saved prompts.",

@@ -385,8 +385,7 @@ def check_model(config: Config, model: Model) -> Findings:
     if plan.note:
         yield "ok", "drafts", f"{model.id}: {plan.note}"
     if plan.tuned:
-        finding = f"{model.id} has the fastest encoding here: {plan.tuned.encoding}"
-        yield "ok", "tuned", finding
+        yield "ok", "tuned", f"{model.id} has the fastest encoding here: {plan.tuned.encoding}"
     else:
         yield "warn", "tuned", untuned(model.id, plan.reason)
 
