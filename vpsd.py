@@ -480,14 +480,15 @@ DRAIN_SECONDS = 30.0  # how long running requests may take to end after SIGTERM
 class Admission:
     """An admitted request: its job, and the queue of the job's events. Lives on the event loop."""
 
+    starter: asyncio.Task[None]  # takes the job to the worker, from the end of `Engine.admit` on
+
     def __init__(self, request: GenerationRequest, notes: dict[str, Any]) -> None:
         loop = asyncio.get_running_loop()
         self.model, self.session = request.model, request.session
         self.notes = notes  # for the request's line in the log
-        self.notes["model"] = self.model
+        notes["model"] = self.model
         self.events: asyncio.Queue[list[Event | HttpError]] = asyncio.Queue()
         self.worker: Worker | None = None  # once the job is handed over
-        self.starter: asyncio.Task[None] | None = None  # takes the job to the worker
 
         def deliver(events: list[Event | HttpError]) -> None:  # called by the worker's thread
             loop.call_soon_threadsafe(self.events.put_nowait, events)
@@ -603,9 +604,7 @@ class Engine:
         its job.
         """
         self.admissions.pop(admission, None)
-        admission.job.cancelled = True
-        if admission.starter:
-            admission.starter.cancel()
+        admission.starter.cancel()
         self.pool.release(admission, admission.model)
         if admission.worker:
             admission.worker.cancel(admission.job)

@@ -108,18 +108,14 @@ def check_settings(
             "settings",
             f"{CREDENTIALS} cannot be read and may hold keys: run this as root (sudo)",
         )
-    env_file = (folder / ".env").resolve()  # a link in the packages
+    dotenv = (folder / ".env").resolve()  # a link in the packages
     try:
         environ = read_environment(given, folder)
         config = load(environ)
     except ConfigError as error:
-        yield (
-            "FAIL",
-            "settings",
-            f"{error}: correct it in the environment, {env_file} or models.toml",
-        )
+        yield "FAIL", "settings", f"{error}: correct it in the environment, {dotenv} or models.toml"
         return
-    yield "ok", "settings", f"those of the environment, {env_file} and models.toml are valid"
+    yield "ok", "settings", f"those of the environment, {dotenv} and models.toml are valid"
     with contextlib.suppress(OSError):
         example = (folder / ".env.example").read_text()
         known = {*re.findall(r"CEREBRUM_\w+", example), "CEREBRUM_URL"}  # the REPL's
@@ -153,6 +149,7 @@ def check_address(config: Config, prefix: str, member: str) -> Findings:
     `member`.
     """
     host, port = config.host, config.port
+    where = f"{host} port {port}"
     address: Any = (host,)
     try:
         found = begin(socket.getaddrinfo, host, port, 0, socket.SOCK_STREAM, 0, socket.AI_PASSIVE)
@@ -162,21 +159,13 @@ def check_address(config: Config, prefix: str, member: str) -> Findings:
         if getattr(error, "errno", 0) != errno.EADDRINUSE:
             problem = getattr(error, "strerror", "") or "no address is known for it"
             reason = problem.partition(" (while")[0]
-            yield (
-                "FAIL",
-                "address",
-                f"{host} port {port}: {reason}: correct {prefix}_HOST or {prefix}_PORT",
-            )
+            yield "FAIL", "address", f"{where}: {reason}: correct {prefix}_HOST or {prefix}_PORT"
         elif has_health(address[0], port, member):
-            yield "ok", "address", f"our daemon answers on {host} port {port}"
+            yield "ok", "address", f"our daemon answers on {where}"
         else:
-            yield (
-                "FAIL",
-                "address",
-                f"{host} port {port} is taken: `ss -ltnp 'sport = :{port}'` shows by whom",
-            )
+            yield "FAIL", "address", f"{where} is taken: `ss -ltnp 'sport = :{port}'` shows by whom"
     else:
-        yield "ok", "address", f"{host} port {port} is free"
+        yield "ok", "address", f"{where} is free"
 
 
 def has_health(host: str, port: int, member: str) -> bool:
