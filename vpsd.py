@@ -145,8 +145,8 @@ def load_config(env: Environment, folder: Path = HERE) -> Config:
     keys = env.keys("CEREBRUM_API_KEY")
     own_hosts = own_names(env.names("CEREBRUM_ALLOWED_HOSTS"))
     access = Access(keys, own_hosts, env.names("CEREBRUM_ALLOWED_ORIGINS"))
-    catalog_path = env.text("CEREBRUM_MODELS_FILE", str(folder / "models.toml"))
-    catalog = load_catalog(Path(catalog_path), LANGUAGES)
+    path = env.text("CEREBRUM_MODELS_FILE") or folder / "models.toml"
+    catalog = load_catalog(Path(path), LANGUAGES)
     models = tuple(model for model in catalog.models if model.file)  # others run elsewhere
     models_dir = read_folder(env, "CEREBRUM_MODELS_DIR", default_models_dir(env, folder))
     max_cpu_percent = env.number("CEREBRUM_MAX_CPU_PERCENT", 70, 1, 100)
@@ -162,13 +162,13 @@ def load_config(env: Environment, folder: Path = HERE) -> Config:
         models,
         models_dir,
         load_settings(env),
-        max_cpu_percent=max_cpu_percent,
-        min_free_mb=min_free_mb,
-        idle_minutes=idle_minutes,
-        hint_seconds=hint_seconds,
-        log_level=env.log_level(),
-        log_file=env.text("CEREBRUM_LOG_FILE"),
-        log_prompts=log_prompts,
+        max_cpu_percent,
+        min_free_mb,
+        idle_minutes,
+        hint_seconds,
+        env.log_level(),
+        env.text("CEREBRUM_LOG_FILE"),
+        log_prompts,
     )
 
 
@@ -415,7 +415,7 @@ def memory_command(_options: argparse.Namespace, config: Config) -> None:
     print("\n".join(memory_limit(config, psutil.virtual_memory().total // MB)))
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace, Config], None]] = {
+COMMANDS = {
     "choose": choose_command,
     "fetch": fetch_command,
     "tune": tune_command,
@@ -487,7 +487,7 @@ class Admission:
         self.model, self.session = request.model, request.session
         self.notes = notes  # for the request's line in the log
         notes["model"] = self.model
-        self.events: asyncio.Queue[list[Event | HttpError]] = asyncio.Queue()
+        self.events = asyncio.Queue[list[Event | HttpError]]()
         self.worker: Worker | None = None  # once the job is handed over
 
         def deliver(events: list[Event | HttpError]) -> None:  # called by the worker's thread
@@ -609,18 +609,17 @@ class Engine:
         if admission.worker:
             admission.worker.cancel(admission.job)
 
-    async def tokenize(self, fields: Mapping[str, Any]) -> list[int]:
+    async def tokenize(self, model: str, **arguments: Any) -> list[int]:
         """The tokens of a text; loads the model if needed. Takes no place, since the model computes
         nothing.
         """
-        model, user = fields["model"], object()
+        user = object()
         self.pool.check(model)
         loop = asyncio.get_running_loop()
         try:
             instance = await self.pool.acquire(user, model, lambda _percent: None)
-            arguments = fields["text"], fields["first"], fields["special"]
-            tokenize = instance.worker.tokenize
-            return await loop.run_in_executor(self.tokenizer, tokenize, *arguments)
+            tokenize = functools.partial(instance.worker.tokenize, **arguments)
+            return await loop.run_in_executor(self.tokenizer, tokenize)
         finally:
             self.pool.release(user, model)
 
@@ -667,8 +666,8 @@ async def inference(engine: Engine, request: Request) -> Response:
     if "done" not in event:
         reason = engine.stuck(time.monotonic()) or "the worker made no progress"
         raise HttpError("INTERNAL_ERROR", reason)
-    result = {name: value for name, value in event.items() if name not in ("done", "language")}
-    return Response({"completion": text, **result})
+    del event["done"], event["language"]
+    return Response({"completion": text, **event})
 
 
 async def inference_stream(engine: Engine, request: Request) -> Response:
@@ -711,7 +710,7 @@ async def events_of(engine: Engine, request: Request) -> AsyncGenerator[list[Eve
 async def tokenize(engine: Engine, request: Request) -> Response:
     """POST /v1/tokenize: `{"tokens": [1, 2]}` for a text."""
     fields = read_fields(parse_json(request.body), TOKENIZE)
-    return Response({"tokens": await engine.tokenize(fields)})
+    return Response({"tokens": await engine.tokenize(**fields)})
 
 
 async def models(engine: Engine, _request: Request) -> Response:
@@ -723,7 +722,7 @@ async def models(engine: Engine, _request: Request) -> Response:
     return Response({"models": [await describe_model(engine.pool, model) for model in listed]})
 
 
-async def describe_model(pool: Pool, model: Model) -> dict[str, Any]:
+async def describe_model(pool: Pool, model: Model) -> dict[str, object]:
     instance = pool.ready.get(model.id)
     available = pool.refusal(model) is None
     path, encoding = pool.folder / model.file, "published"
@@ -743,7 +742,7 @@ async def describe_model(pool: Pool, model: Model) -> dict[str, Any]:
                 path, encoding = plan.tuned.path, plan.tuned.encoding
         except HttpError:  # the file is damaged
             available = False
-    entry: dict[str, Any] = {
+    entry = {
         "id": model.id,
         "loaded": instance is not None,
         "path": str(path),
@@ -898,8 +897,9 @@ async def unload(engine: Engine, request: Request) -> Response:
     """POST /v1/unload/{id}"""
     model_id = engine.pool.listed(request.parameter).id
     freed = await engine.pool.unload(model_id)
-    unloaded = freed is not None
-    return Response({"model": model_id, "unloaded": unloaded, "memory_freed_mb": freed or 0.0})
+    return Response(
+        {"model": model_id, "unloaded": freed is not None, "memory_freed_mb": freed or 0.0}
+    )
 
 
 async def cleanup(engine: Engine, _request: Request) -> Response:
