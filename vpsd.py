@@ -39,7 +39,7 @@ import importlib.util
 import math
 import os
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +61,7 @@ if __name__ == "__main__":
 
 import psutil
 
-from cerebrum.fields import Field, parse_json, read_fields, read_objects
+from cerebrum.fields import Field, Members, parse_json, read_fields, read_objects
 from cerebrum.http import Access, Server, own_names
 from cerebrum.metrics import (
     COMPLETIONS,
@@ -262,7 +262,7 @@ TOKENIZE = {
 }
 
 
-def parse_inference(members: Mapping[str, Any]) -> GenerationRequest:
+def parse_inference(members: Members) -> GenerationRequest:
     """Check a request body. Without a `mode`, the other fields imply the mode."""
     is_gap = members.get("suffix") is not None or members.get("extra")
     values = read_fields(members, FIELDS_AROUND_A_GAP if is_gap else FIELDS)

@@ -41,7 +41,7 @@ def _integer(text: str) -> int:
     return int(text)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, Any]]) -> JsonObject:
     members = dict(pairs)
     if len(members) != len(pairs):
         raise ValueError("expected every name once in an object")
@@ -53,7 +53,7 @@ DECODER = json.JSONDecoder(
 )
 
 
-def parse_json(body: bytes) -> dict[str, Any]:
+def parse_json(body: bytes) -> JsonObject:
     """Parse a body as a JSON object: strict RFC 8259, UTF-8 without a BOM, no repeated names,
     finite numbers, at most 64 levels and MAX_DELIMITERS. HttpError 400 says what is wrong.
     """
@@ -98,7 +98,7 @@ def _refuse_depth(value: Any) -> None:
     raise RecursionError
 
 
-def members_of(value: Any) -> Mapping[str, Any]:
+def members_of(value: Any) -> Members:
     """The members of a JSON object; none of any other value."""
     return value if isinstance(value, dict) else {}
 
@@ -202,11 +202,11 @@ def wrong(name: str, expected: str, got: Any) -> HttpError:
     return HttpError("INVALID_REQUEST", f"{name}: expected {expected}, got {describe(got)}")
 
 
-def read_fields(members: Mapping[str, Any], fields: Fields, where: str = "") -> dict[str, Any]:
+def read_fields(members: Members, fields: Fields, where: str = "") -> JsonObject:
     """The checked fields of a request with defaults filled in; unknown members are ignored.
     HttpError 400 names the field, after `where`, what was expected and what was found.
     """
-    values: dict[str, Any] = {}
+    values: JsonObject = {}
     for name, rule in fields.items():
         if name not in members:
             if rule.required:
@@ -230,16 +230,14 @@ def read_fields(members: Mapping[str, Any], fields: Fields, where: str = "") -> 
     return values
 
 
-def read_object(value: Any, name: str, fields: Fields) -> dict[str, Any]:
+def read_object(value: Any, name: str, fields: Fields) -> JsonObject:
     """The checked members of an object within a request."""
     if not isinstance(value, dict):
         raise wrong(name, "an object", value)
     return read_fields(value, fields, f"{name}.")
 
 
-def read_objects(
-    value: Any, name: str, low: int, high: int, fields: Fields
-) -> list[dict[str, Any]]:
+def read_objects(value: Any, name: str, low: int, high: int, fields: Fields) -> list[JsonObject]:
     """The checked members of each object in an array. HttpError 400 names the array, the index and
     the field.
     """

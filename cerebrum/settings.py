@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cerebrum.fields import Field, Fields, describe, members_of, read_fields
+from cerebrum.fields import Field, Fields, JsonObject, describe, members_of, read_fields
 from cerebrum_common import FIM_LAYOUTS, SUGGEST, HttpError, Model, log
 
 
-def read_table(table: Any, where: str, fields: Fields, *others: str) -> dict[str, Any]:
+def read_table(table: Any, where: str, fields: Fields, *others: str) -> JsonObject:
     """The checked members of a TOML table, limited to `fields` and `others`. ConfigError says what
     is wrong.
     """
