@@ -69,7 +69,6 @@ from cerebrum.metrics import (
     SERVER,
     Metric,
     Subjects,
-    Table,
     write_metrics,
     write_stats,
 )
@@ -306,7 +305,7 @@ class CpuMeter:
 
     def __init__(self) -> None:
         self.process = psutil.Process()
-        self.sample()
+        self.sample()  # begins the first measurement
         self.system_percent = self.others_percent = 0.0
 
     def sample(self) -> None:
@@ -793,8 +792,7 @@ async def prometheus(engine: Engine, request: Request) -> Response:
     also has keeps llama-server's name and meaning, with the model as a label.
     """
     server = write_metrics(SERVER, {"": {"": request.answered}})
-    own = write_metrics(METRICS, subjects(engine))
-    return Response(server + own, kind=CONTENT_TYPE)
+    return Response(server + write_metrics(METRICS, subjects(engine)), kind=CONTENT_TYPE)
 
 
 def of_workers(name: str, about: str, read: Callable[[Worker], int], stats: str = "") -> Metric:
@@ -820,7 +818,7 @@ def waiting(engine: Engine, model: str) -> int:
     return max(0, waiting)
 
 
-METRICS: Table = {
+METRICS = {
     "": (
         Metric("cerebrum_build_info", "Which daemon this is; always 1.",
                lambda _: {("vpsd", VERSION): 1}, labels=("daemon", "version")),

@@ -60,7 +60,7 @@ LLAMA_CPP = "0.3.36"
 RENAMED = {"CEREBRUM_MIN_TOKENS_PER_SECOND": "CEREBRUM_HINT_SECONDS takes its place"}
 
 
-Config = Any  # the one of cm4d.py or of vpsd.py
+Config = Any  # the settings of cm4d.py or of vpsd.py, which nothing may import
 Findings = Iterator[tuple[str, str, str]]  # level ("ok", "warn" or "FAIL"), subject, text
 
 
