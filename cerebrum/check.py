@@ -9,8 +9,9 @@ The exit status is 1 if there is a FAIL, else 0. A check changes nothing, prints
 beside the running daemon. Requests to other machines end within seconds. Wrong settings end the
 check, since the rest depends on them.
 
-The daemons pass their own `load_config`, because no module imports a daemon. Standard library only,
-except for the VPS's part.
+The daemons pass their own `load_config`, because no module imports a daemon; `PiConfig` and
+`VpsConfig` are what a check reads of their Config. Standard library only, except for the VPS's
+part.
 """
 
 from __future__ import annotations
@@ -26,19 +27,21 @@ import re
 import socket
 import ssl
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from cerebrum.fields import printable
-from cerebrum.settings import ConfigError, Environment, read_environment
+from cerebrum.settings import Client, ConfigError, Environment, read_environment
 from cerebrum_common import VERSION, HttpError, Model, log
 
 if TYPE_CHECKING:
+    from cerebrum.http import Access
     from cerebrum.pi.backend import Backend
     from cerebrum.pi.upstream import BackendConfig
     from cerebrum.vps.encoding import LoadPlan
+    from cerebrum.vps.llama import Settings
 
 MB = 1 << 20
 ASK_SECONDS = 5.0  # for an answer from this machine
@@ -60,7 +63,44 @@ LLAMA_CPP = "0.3.36"
 RENAMED = {"CEREBRUM_MIN_TOKENS_PER_SECOND": "CEREBRUM_HINT_SECONDS takes its place"}
 
 
-Config = Any  # the settings of cm4d.py or of vpsd.py, which nothing may import
+class Config(Protocol):
+    """What the checks read of both daemons' settings."""
+
+    @property
+    def host(self) -> str: ...
+    @property
+    def port(self) -> int: ...
+    @property
+    def models(self) -> Sequence[Model]: ...
+
+
+class PiConfig(Config, Protocol):
+    """What the checks read of cm4d's Config."""
+
+    @property
+    def client_keys(self) -> Sequence[str]: ...
+    @property
+    def clients(self) -> Mapping[str, Client] | None: ...
+    @property
+    def tls(self) -> object: ...
+    @property
+    def backends(self) -> Sequence[BackendConfig]: ...
+
+
+class VpsConfig(Config, Protocol):
+    """What the checks read of vpsd's Config."""
+
+    @property
+    def access(self) -> Access: ...
+    @property
+    def engine(self) -> Settings: ...
+    @property
+    def models_dir(self) -> Path: ...
+    @property
+    def min_free_mb(self) -> float: ...
+
+
+C = TypeVar("C")  # the Config of either daemon
 Findings = Iterator[tuple[str, str, str]]  # level ("ok", "warn" or "FAIL"), subject, text
 
 
@@ -94,7 +134,7 @@ def report(findings: Findings) -> int:
 
 
 def check_settings(
-    folder: Path, load: Callable[[Environment], Config], check: Callable[[Config], Findings]
+    folder: Path, load: Callable[[Environment], C], check: Callable[[C], Findings]
 ) -> Findings:
     """Check the settings, and if they are valid, the rest: `load` is a daemon's `load_config`,
     `check` its function below.
@@ -189,7 +229,7 @@ def has_health(host: str, port: int, member: str) -> bool:
 # ------------------------------------------------------------------------------------------- the Pi
 
 
-def check_pi(config: Config) -> Findings:
+def check_pi(config: PiConfig) -> Findings:
     if config.client_keys or config.clients is None:
         yield from check_key("CEREBRUM_CM4_API_KEY", config.client_keys)
     yield from check_clients(config)
@@ -202,7 +242,7 @@ def check_pi(config: Config) -> Findings:
     yield from check_backends(config)
 
 
-def check_clients(config: Config) -> Findings:
+def check_clients(config: PiConfig) -> Findings:
     """Check who else can see the clients' keys."""
     if config.clients is not None:
         finding = f"{len(config.clients)} clients have names: "
@@ -239,7 +279,7 @@ class Probe(NamedTuple):
     trouble: str  # why the backend cannot serve a completion, "" if it can
 
 
-def check_backends(config: Config) -> Findings:
+def check_backends(config: PiConfig) -> Findings:
     """Check that each backend can be reached and takes our key, and check its version and models. A
     fault is a FAIL only if no other backend can serve a completion.
     """
@@ -305,7 +345,7 @@ async def ask_backend(config: BackendConfig, models: Sequence[Model]) -> Probe:
 # ------------------------------------------------------------------------------------------ the VPS
 
 
-def check_vps(config: Config) -> Findings:
+def check_vps(config: VpsConfig) -> Findings:
     from llama_cpp import __version__
 
     if __version__ != LLAMA_CPP:
@@ -331,7 +371,7 @@ def check_state(folder: Path) -> Findings:
         yield "FAIL", "state", f"{parent} cannot be written: CEREBRUM_STATE_DIR names the folder"
 
 
-def check_models(config: Config) -> Findings:
+def check_models(config: VpsConfig) -> Findings:
     """Check that the model files are whole and readable, fit into memory, and are tuned."""
     here = [model for model in config.models if (config.models_dir / model.file).is_file()]
     if not here:
@@ -344,7 +384,7 @@ def check_models(config: Config) -> Findings:
         yield from check_model(config, model)
 
 
-def check_model(config: Config, model: Model) -> Findings:
+def check_model(config: VpsConfig, model: Model) -> Findings:
     import psutil
 
     from cerebrum.vps.encoding import untuned
@@ -396,7 +436,7 @@ def size_of_model(model: Model, path: Path) -> int:
     return size
 
 
-def needed_mb(model: Model, config: Config, total_mb: int) -> tuple[LoadPlan, int]:
+def needed_mb(model: Model, config: VpsConfig, total_mb: int) -> tuple[LoadPlan, int]:
     """What is loaded of a model on a machine with `total_mb` that does nothing else, and its memory
     in MB. ModelError or OSError if the file cannot be used.
     """
@@ -408,7 +448,7 @@ def needed_mb(model: Model, config: Config, total_mb: int) -> tuple[LoadPlan, in
     return plan, math.ceil(plan.bytes / MB)
 
 
-def memory_limit(config: Config, total_mb: int) -> list[str]:
+def memory_limit(config: VpsConfig, total_mb: int) -> list[str]:
     """The output of `vpsd.py memory`: MemoryMax= in MB for `total_mb` of memory, then comments,
     read by setup.sh.
     """
