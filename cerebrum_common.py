@@ -96,7 +96,7 @@ def internal_error(exception: Exception) -> HttpError:
 def timestamp(ago: float = 0.0) -> str:
     """The UTC time `ago` seconds before now, as `2025-12-25T12:00:00.000000`."""
     time = datetime.now(UTC) - timedelta(seconds=ago)
-    return time.replace(tzinfo=None).isoformat(timespec="microseconds")
+    return time.strftime("%Y-%m-%dT%H:%M:%S.%f")
 
 
 def error_body(error: HttpError) -> dict[str, Any]:
@@ -178,7 +178,9 @@ def sse_block(line: bytes) -> bytes:
 
 def error_event(error: HttpError) -> bytes:
     """`data: {"error": true, "message", "code"}` and the error's `extra`."""
-    return sse_event({"error": True, "message": error.message, "code": error.code, **error.extra})
+    body = error_body(error)
+    del body["timestamp"]
+    return sse_event(body)
 
 
 def compact(data: Any) -> bytes:
@@ -202,12 +204,12 @@ class Request:
 
     head: Head
     body: bytes
-    parameter: str = ""
-    address: str = ""
-    client: str = ""
-    end: Callable[[HttpError], None] = lambda _: None
-    notes: dict[str, Any] = field(default_factory=dict)
-    answered: Mapping[tuple[str, int], int] = field(default_factory=dict)
+    parameter: str
+    address: str
+    client: str
+    end: Callable[[HttpError], None]
+    notes: dict[str, Any]
+    answered: Mapping[tuple[str, int], int]
 
 
 @dataclass(frozen=True, slots=True)

@@ -989,9 +989,9 @@ def main(arguments: Sequence[str]) -> int:
             "SIGTERM."
         )
         make_parser("cm4d", about).parse_args(arguments)
-        from cerebrum.check import check_pi  # loaded only for an option
+        from cerebrum.check import check_pi, check_settings, report  # only for an option
 
-        return check_pi(HERE, load_config)
+        return report(check_settings(HERE, load_config, check_pi))
     try:
         environ = read_environment(os.environ, HERE)
         config = load_config(environ)

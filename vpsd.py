@@ -39,7 +39,7 @@ import importlib.util
 import math
 import os
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,11 +61,17 @@ if __name__ == "__main__":
 
 import psutil
 
-import cerebrum_common as common
-from cerebrum import metrics
-from cerebrum.fields import Field, parse_json, read_fields, read_objects
+from cerebrum.fields import Field, Members, parse_json, read_fields, read_objects
 from cerebrum.http import Access, Server, own_names
-from cerebrum.metrics import COMPLETIONS, SERVER, Metric, Subjects, Table
+from cerebrum.metrics import (
+    COMPLETIONS,
+    CONTENT_TYPE,
+    SERVER,
+    Metric,
+    Subjects,
+    write_metrics,
+    write_stats,
+)
 from cerebrum.service import Service, make_parser, passed_sockets, prompt_of, set_up_logging
 from cerebrum.settings import ConfigError, Environment, load_catalog, read_environment
 from cerebrum.text.languages import LANGUAGES
@@ -87,7 +93,19 @@ from cerebrum.vps.memory import available_mb, check_memory, fit, needed
 from cerebrum.vps.pool import Pool
 from cerebrum.vps.vocabulary import GenerationRequest
 from cerebrum.vps.worker import RESUME_BACKLOG, Worker
-from cerebrum_common import HttpError, Model, Request, Response, Route, log
+from cerebrum_common import (
+    SSE_COMMENT,
+    VERSION,
+    HttpError,
+    Model,
+    Request,
+    Response,
+    Route,
+    internal_error,
+    log,
+    sse_event,
+    timestamp,
+)
 
 HERE = Path(__file__).resolve().parent
 # For messages to a person: the interpreter that has llama_cpp, as seen from the daemon's folder.
@@ -126,8 +144,8 @@ def load_config(env: Environment, folder: Path = HERE) -> Config:
     keys = env.keys("CEREBRUM_API_KEY")
     own_hosts = own_names(env.names("CEREBRUM_ALLOWED_HOSTS"))
     access = Access(keys, own_hosts, env.names("CEREBRUM_ALLOWED_ORIGINS"))
-    catalog_path = env.text("CEREBRUM_MODELS_FILE", str(folder / "models.toml"))
-    catalog = load_catalog(Path(catalog_path), LANGUAGES)
+    path = env.text("CEREBRUM_MODELS_FILE") or folder / "models.toml"
+    catalog = load_catalog(Path(path), LANGUAGES)
     models = tuple(model for model in catalog.models if model.file)  # others run elsewhere
     models_dir = read_folder(env, "CEREBRUM_MODELS_DIR", default_models_dir(env, folder))
     max_cpu_percent = env.number("CEREBRUM_MAX_CPU_PERCENT", 70, 1, 100)
@@ -143,13 +161,13 @@ def load_config(env: Environment, folder: Path = HERE) -> Config:
         models,
         models_dir,
         load_settings(env),
-        max_cpu_percent=max_cpu_percent,
-        min_free_mb=min_free_mb,
-        idle_minutes=idle_minutes,
-        hint_seconds=hint_seconds,
-        log_level=env.log_level(),
-        log_file=env.text("CEREBRUM_LOG_FILE"),
-        log_prompts=log_prompts,
+        max_cpu_percent,
+        min_free_mb,
+        idle_minutes,
+        hint_seconds,
+        env.log_level(),
+        env.text("CEREBRUM_LOG_FILE"),
+        log_prompts,
     )
 
 
@@ -243,12 +261,14 @@ TOKENIZE = {
 }
 
 
-def parse_inference(members: Mapping[str, Any]) -> GenerationRequest:
+def parse_inference(members: Members) -> GenerationRequest:
     """Check a request body. Without a `mode`, the other fields imply the mode."""
     is_gap = members.get("suffix") is not None or members.get("extra")
     values = read_fields(members, FIELDS_AROUND_A_GAP if is_gap else FIELDS)
     fields = {name: value for name, value in values.items() if value is not None}
+    mode = "infill" if "suffix" in fields else "complete"
     if "messages" in members:
+        mode = "instruct"
         messages = read_objects(members["messages"], "messages", 1, 100, MESSAGE)
         fields["messages"] = [(message["role"], message["content"]) for message in messages]
     if ("prompt" in fields) == ("messages" in fields):
@@ -261,14 +281,8 @@ def parse_inference(members: Mapping[str, Any]) -> GenerationRequest:
         )
     extra = read_objects(members.get("extra", []), "extra", 0, MAX_EXTRAS, EXTRA)
     fields["extra"] = [(entry["filename"], entry["text"]) for entry in extra]
-    fields.setdefault("mode", implied_mode(fields))
+    fields.setdefault("mode", mode)
     return GenerationRequest(**fields)
-
-
-def implied_mode(fields: Mapping[str, Any]) -> str:
-    if "messages" in fields:
-        return "instruct"
-    return "infill" if "suffix" in fields else "complete"
 
 
 # -------------------------------------------------------------------------------- policy: admission
@@ -290,29 +304,19 @@ class CpuMeter:
     """
 
     def __init__(self) -> None:
+        self.process = psutil.Process()
+        self.sample()  # begins the first measurement
         self.system_percent = self.others_percent = 0.0
-        self.last = self._read()
-
-    @staticmethod
-    def _read() -> tuple[float, float, float]:
-        """CPU seconds since the start, of all CPUs: (in all, idle, our own)."""
-        times = psutil.cpu_times()
-        own = psutil.Process().cpu_times()
-        # Steal went to other guests of the host: not this system's use.
-        idle = times.idle + times.iowait + times.steal
-        # A niced program, such as a build, gives way to us: its time is as free for a request as
-        # our own.
-        return sum(times[:8]), idle, own.user + own.system + times.nice
 
     def sample(self) -> None:
         """Measure the time since the previous sample."""
-        now = self._read()
-        total, idle, own = (new - old for old, new in zip(self.last, now, strict=True))
-        if total > 0:
-            busy = total - idle
-            self.system_percent = max(0.0, min(100.0, 100 * busy / total))
-            self.others_percent = max(0.0, 100 * (busy - own) / total)
-            self.last = now
+        times = psutil.cpu_times_percent()
+        own = self.process.cpu_percent() / psutil.cpu_count()
+        # Steal went to other guests of the host: not this system's use.
+        self.system_percent = max(0.0, 100 - times.idle - times.iowait - times.steal)
+        # A niced program, such as a build, gives way to us: its time is as free for a request as
+        # our own.
+        self.others_percent = max(0.0, self.system_percent - own - times.nice)
 
 
 # ------------------------------------------------------------------------------------- IO: commands
@@ -410,7 +414,7 @@ def memory_command(_options: argparse.Namespace, config: Config) -> None:
     print("\n".join(memory_limit(config, psutil.virtual_memory().total // MB)))
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace, Config], None]] = {
+COMMANDS = {
     "choose": choose_command,
     "fetch": fetch_command,
     "tune": tune_command,
@@ -475,14 +479,15 @@ DRAIN_SECONDS = 30.0  # how long running requests may take to end after SIGTERM
 class Admission:
     """An admitted request: its job, and the queue of the job's events. Lives on the event loop."""
 
+    starter: asyncio.Task[None]  # takes the job to the worker, from the end of `Engine.admit` on
+
     def __init__(self, request: GenerationRequest, notes: dict[str, Any]) -> None:
         loop = asyncio.get_running_loop()
         self.model, self.session = request.model, request.session
         self.notes = notes  # for the request's line in the log
-        self.notes["model"] = self.model
-        self.events: asyncio.Queue[list[Event | HttpError]] = asyncio.Queue()
+        notes["model"] = self.model
+        self.events = asyncio.Queue[list[Event | HttpError]]()
         self.worker: Worker | None = None  # once the job is handed over
-        self.starter: asyncio.Task[None] | None = None  # takes the job to the worker
 
         def deliver(events: list[Event | HttpError]) -> None:  # called by the worker's thread
             loop.call_soon_threadsafe(self.events.put_nowait, events)
@@ -517,7 +522,7 @@ class Admission:
             "model": self.model,
             "total_tokens": event["total_tokens"],
             "inference_time": event["inference_time"],
-            "timestamp": common.timestamp(),
+            "timestamp": timestamp(),
         }
         return known | event
 
@@ -526,7 +531,6 @@ class Engine:
     """All bookkeeping of requests, on the event loop; its `Pool` has the models."""
 
     def __init__(self, config: Config) -> None:
-        self.config = config
         self.pool = Pool(config.models_dir, config.engine, f"{PYTHON} vpsd.py fetch")
         self.admissions: dict[Admission, None] = {}  # in the order of their coming
         # For /v1/tokenize, so that no prompt waits for a thread.
@@ -537,11 +541,10 @@ class Engine:
         self.reconfigure(config)
 
     def reconfigure(self, config: Config) -> None:
-        """Apply the models and limits of new settings; running requests continue. The settings of
-        llama.cpp do not change.
+        """Apply the models and limits of new settings; running requests continue. The folder of
+        models and the settings of llama.cpp stay those of the pool.
         """
-        old = self.config
-        self.config = dataclasses.replace(config, engine=old.engine, models_dir=old.models_dir)
+        self.config = config
         self.pool.configure(config.models, config.min_free_mb, config.idle_minutes)
 
     def stuck(self, now: float) -> str:
@@ -558,7 +561,7 @@ class Engine:
         self.pool.check(request.model)
         session = request.session
         older = [other for other in self.admissions if session and other.session == session]
-        places = self.config.engine.sequences
+        places = self.pool.settings.sequences
         if len(self.admissions) - len(older) >= places:
             raise HttpError("RATE_LIMIT", f"expected at most {places} requests at a time")
         if not self.pool.can_relieve(request.model):
@@ -593,32 +596,29 @@ class Engine:
         except HttpError as error:
             admission.events.put_nowait([error])
         except Exception as exception:
-            admission.events.put_nowait([common.internal_error(exception)])
+            admission.events.put_nowait([internal_error(exception)])
 
     def finish(self, admission: Admission) -> None:
         """The completion has ended or its client has left: free its place, and stop any work for
         its job.
         """
         self.admissions.pop(admission, None)
-        admission.job.cancelled = True
-        if admission.starter:
-            admission.starter.cancel()
+        admission.starter.cancel()
         self.pool.release(admission, admission.model)
         if admission.worker:
             admission.worker.cancel(admission.job)
 
-    async def tokenize(self, fields: Mapping[str, Any]) -> list[int]:
+    async def tokenize(self, model: str, **arguments: Any) -> list[int]:
         """The tokens of a text; loads the model if needed. Takes no place, since the model computes
         nothing.
         """
-        model, user = fields["model"], object()
+        user = object()
         self.pool.check(model)
         loop = asyncio.get_running_loop()
         try:
             instance = await self.pool.acquire(user, model, lambda _percent: None)
-            arguments = fields["text"], fields["first"], fields["special"]
-            tokenize = instance.worker.tokenize
-            return await loop.run_in_executor(self.tokenizer, tokenize, *arguments)
+            tokenize = functools.partial(instance.worker.tokenize, **arguments)
+            return await loop.run_in_executor(self.tokenizer, tokenize)
         finally:
             self.pool.release(user, model)
 
@@ -647,11 +647,11 @@ async def health(engine: Engine, _request: Request) -> Response:
     return Response(
         {
             "status": "healthy",
-            "timestamp": common.timestamp(),
+            "timestamp": timestamp(),
             "cpu_percent": round(engine.cpu.system_percent, 1),
             "memory_available_mb": round(available_mb(), 1),
             "models_loaded": list(engine.pool.ready),
-            "version": common.VERSION,
+            "version": VERSION,
         }
     )
 
@@ -665,8 +665,8 @@ async def inference(engine: Engine, request: Request) -> Response:
     if "done" not in event:
         reason = engine.stuck(time.monotonic()) or "the worker made no progress"
         raise HttpError("INTERNAL_ERROR", reason)
-    result = {name: value for name, value in event.items() if name not in ("done", "language")}
-    return Response({"completion": text, **result})
+    del event["done"], event["language"]
+    return Response({"completion": text, **event})
 
 
 async def inference_stream(engine: Engine, request: Request) -> Response:
@@ -677,7 +677,7 @@ async def inference_stream(engine: Engine, request: Request) -> Response:
 
 
 def write_events(batch: Sequence[Event]) -> bytes:
-    return b"".join(map(common.sse_event, batch)) or common.SSE_COMMENT
+    return b"".join(map(sse_event, batch)) or SSE_COMMENT
 
 
 async def events_of(engine: Engine, request: Request) -> AsyncGenerator[list[Event], None]:
@@ -709,7 +709,7 @@ async def events_of(engine: Engine, request: Request) -> AsyncGenerator[list[Eve
 async def tokenize(engine: Engine, request: Request) -> Response:
     """POST /v1/tokenize: `{"tokens": [1, 2]}` for a text."""
     fields = read_fields(parse_json(request.body), TOKENIZE)
-    return Response({"tokens": await engine.tokenize(fields)})
+    return Response({"tokens": await engine.tokenize(**fields)})
 
 
 async def models(engine: Engine, _request: Request) -> Response:
@@ -721,7 +721,7 @@ async def models(engine: Engine, _request: Request) -> Response:
     return Response({"models": [await describe_model(engine.pool, model) for model in listed]})
 
 
-async def describe_model(pool: Pool, model: Model) -> dict[str, Any]:
+async def describe_model(pool: Pool, model: Model) -> dict[str, object]:
     instance = pool.ready.get(model.id)
     available = pool.refusal(model) is None
     path, encoding = pool.folder / model.file, "published"
@@ -741,7 +741,7 @@ async def describe_model(pool: Pool, model: Model) -> dict[str, Any]:
                 path, encoding = plan.tuned.path, plan.tuned.encoding
         except HttpError:  # the file is damaged
             available = False
-    entry: dict[str, Any] = {
+    entry = {
         "id": model.id,
         "loaded": instance is not None,
         "path": str(path),
@@ -753,7 +753,7 @@ async def describe_model(pool: Pool, model: Model) -> dict[str, Any]:
     }
     if instance:
         entry["memory_mb"] = round(memory_bytes(instance.worker) / MB, 1)
-        entry["last_used"] = common.timestamp(time.monotonic() - instance.last_used)
+        entry["last_used"] = timestamp(time.monotonic() - instance.last_used)
     return entry
 
 
@@ -766,11 +766,11 @@ async def stats(engine: Engine, _request: Request) -> Response:
     """GET /v1/stats: the specified fields, our version, other programs' use of the CPU, and the
     results of drafting; of a draft model by its model, the times for each step.
     """
-    figures: dict[str, Any] = {**metrics.write_stats(METRICS, subjects(engine))}
+    figures = write_stats(METRICS, subjects(engine))
     used_mb = figures["memory_total_mb"] - figures["memory_available_mb"]
     figures["memory_used_mb"] = round(used_mb, 1)
     figures["uptime"] = round(time.monotonic() - engine.started, 1)
-    figures["version"] = common.VERSION
+    figures["version"] = VERSION
     tallies = engine.pool.tallies.items()
     figures["draft_models"] = {id: drafting(tally) for id, tally in tallies if tally.ahead_steps}
     return Response(figures)
@@ -791,9 +791,8 @@ async def prometheus(engine: Engine, request: Request) -> Response:
     """GET /metrics: the counters of /v1/stats and more, for Prometheus. A metric that llama-server
     also has keeps llama-server's name and meaning, with the model as a label.
     """
-    server = metrics.write_metrics(SERVER, {"": {"": request.answered}})
-    own = metrics.write_metrics(METRICS, subjects(engine))
-    return Response(server + own, kind=metrics.CONTENT_TYPE)
+    server = write_metrics(SERVER, {"": {"": request.answered}})
+    return Response(server + write_metrics(METRICS, subjects(engine)), kind=CONTENT_TYPE)
 
 
 def of_workers(name: str, about: str, read: Callable[[Worker], int], stats: str = "") -> Metric:
@@ -819,10 +818,10 @@ def waiting(engine: Engine, model: str) -> int:
     return max(0, waiting)
 
 
-METRICS: Table = {
+METRICS = {
     "": (
         Metric("cerebrum_build_info", "Which daemon this is; always 1.",
-               lambda _: {("vpsd", common.VERSION): 1}, labels=("daemon", "version")),
+               lambda _: {("vpsd", VERSION): 1}, labels=("daemon", "version")),
         Metric("cerebrum_cpu_ratio", "Share of all CPUs that is busy.",
                lambda vps: vps.cpu.system_percent / 100, "cpu_percent", 0.01),
         Metric("cerebrum_cpu_others_ratio", "Share of all CPUs that other programs use.",
@@ -835,7 +834,7 @@ METRICS: Table = {
                "requests_total"),
         Metric("cerebrum_completions_active", "Completions that hold a place.",
                lambda vps: len(vps.admissions), "requests_active"),
-        Metric("cerebrum_places", "Completions that may run at a time.", "config.engine.sequences"),
+        Metric("cerebrum_places", "Completions that may run at a time.", "pool.settings.sequences"),
         of_workers("cerebrum_model_loaded", "Whether it is in memory.", lambda _: 1,
                    "models_loaded"),
         of_workers("cerebrum_model_memory_bytes", "Memory of a loaded model and its saved prompts.",
@@ -896,8 +895,9 @@ async def unload(engine: Engine, request: Request) -> Response:
     """POST /v1/unload/{id}"""
     model_id = engine.pool.listed(request.parameter).id
     freed = await engine.pool.unload(model_id)
-    unloaded = freed is not None
-    return Response({"model": model_id, "unloaded": unloaded, "memory_freed_mb": freed or 0.0})
+    return Response(
+        {"model": model_id, "unloaded": freed is not None, "memory_freed_mb": freed or 0.0}
+    )
 
 
 async def cleanup(engine: Engine, _request: Request) -> Response:
@@ -1006,9 +1006,9 @@ def main(arguments: Sequence[str]) -> int:
     if options.check:
         if options.command:
             parser.error(f"expected --check alone, got {options.command!r} too")
-        from cerebrum.check import check_vps  # loaded only for an option
+        from cerebrum.check import check_settings, check_vps, report  # only for an option
 
-        return check_vps(HERE, load_config)
+        return report(check_settings(HERE, load_config, check_vps))
     try:
         environ = read_environment(os.environ, HERE)
         config = load_config(environ)

@@ -27,7 +27,7 @@ import re
 import socket
 import ssl
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
@@ -100,20 +100,8 @@ class VpsConfig(Config, Protocol):
     def min_free_mb(self) -> float: ...
 
 
-C = TypeVar("C", bound=Config)
-Load = Callable[[Environment], C]  # load_config: raises ConfigError
-
-
-class Report:
-    """Prints findings."""
-
-    status = 0  # the exit status
-
-    def add(self, level: str, name: str, text: str) -> None:
-        """`level` is "ok", "warn" or "FAIL"."""
-        if level == "FAIL":
-            self.status = 1
-        print(f"{level:<5} {name:<9} {printable(text)}", flush=True)
+C = TypeVar("C")  # the Config of either daemon
+Findings = Iterator[tuple[str, str, str]]  # level ("ok", "warn" or "FAIL"), subject, text
 
 
 def begin(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
@@ -135,27 +123,39 @@ def begin(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
 # ------------------------------------------------------------------------------------ both machines
 
 
-def read_settings(report: Report, folder: Path, load: Load[C]) -> C | None:
-    """The daemon's Config; None if a setting is wrong."""
+def report(findings: Findings) -> int:
+    """Print findings as they come, and return the exit status."""
+    status = 0
+    for level, name, text in findings:
+        if level == "FAIL":
+            status = 1
+        print(f"{level:<5} {name:<9} {printable(text)}", flush=True)
+    return status
+
+
+def check_settings(
+    folder: Path, load: Callable[[Environment], C], check: Callable[[C], Findings]
+) -> Findings:
+    """Check the settings, and if they are valid, the rest: `load` is a daemon's `load_config`,
+    `check` its function below.
+    """
     given = dict(os.environ)
     if os.access(CREDENTIALS, os.R_OK | os.X_OK):
         given.setdefault("CREDENTIALS_DIRECTORY", str(CREDENTIALS))
     elif CREDENTIALS.is_dir() and "CREDENTIALS_DIRECTORY" not in given:
-        report.add(
+        yield (
             "warn",
             "settings",
             f"{CREDENTIALS} cannot be read and may hold keys: run this as root (sudo)",
         )
-    env_file = (folder / ".env").resolve()  # a link in the packages
+    dotenv = (folder / ".env").resolve()  # a link in the packages
     try:
         environ = read_environment(given, folder)
         config = load(environ)
     except ConfigError as error:
-        report.add(
-            "FAIL", "settings", f"{error}: correct it in the environment, {env_file} or models.toml"
-        )
-        return None
-    report.add("ok", "settings", f"those of the environment, {env_file} and models.toml are valid")
+        yield "FAIL", "settings", f"{error}: correct it in the environment, {dotenv} or models.toml"
+        return
+    yield "ok", "settings", f"those of the environment, {dotenv} and models.toml are valid"
     with contextlib.suppress(OSError):
         example = (folder / ".env.example").read_text()
         known = {*re.findall(r"CEREBRUM_\w+", example), "CEREBRUM_URL"}  # the REPL's
@@ -163,32 +163,33 @@ def read_settings(report: Report, folder: Path, load: Load[C]) -> C | None:
         for name in sorted(environ.values.keys() - known):
             if name.startswith("CEREBRUM_"):
                 mend = RENAMED.get(name, ".env.example lists all variables")
-                report.add("warn", "settings", f"nothing reads {name}: {mend}")
-    return config
+                yield "warn", "settings", f"nothing reads {name}: {mend}"
+    yield from check(config)
 
 
-def check_key(report: Report, name: str, keys: Sequence[str], missing: str = "") -> None:
+def check_key(name: str, keys: Sequence[str], missing: str = "") -> Findings:
     """Check the key of a variable. `missing` says how to set the key if there is none; "" if the
     key is optional.
     """
     if not any(keys):
         level = "FAIL" if missing else "ok"
-        report.add(level, "key", f"{name} is not set: {missing or 'clients need none'}")
+        yield level, "key", f"{name} is not set: {missing or 'clients need none'}"
     elif any(len(key) < MIN_KEY_CHARACTERS for key in keys):
-        report.add(
+        yield (
             "warn",
             "key",
             f"{name} is short enough to be guessed: generate_api_key.sh makes a better one",
         )
     else:
-        report.add("ok", "key", f"{name} is set")
+        yield "ok", "key", f"{name} is set"
 
 
-def check_address(report: Report, config: Config, prefix: str, member: str) -> None:
+def check_address(config: Config, prefix: str, member: str) -> Findings:
     """Check that the daemon can listen on its address, or already does: only its /health has the
     `member`.
     """
     host, port = config.host, config.port
+    where = f"{host} port {port}"
     address: Any = (host,)
     try:
         found = begin(socket.getaddrinfo, host, port, 0, socket.SOCK_STREAM, 0, socket.AI_PASSIVE)
@@ -198,21 +199,13 @@ def check_address(report: Report, config: Config, prefix: str, member: str) -> N
         if getattr(error, "errno", 0) != errno.EADDRINUSE:
             problem = getattr(error, "strerror", "") or "no address is known for it"
             reason = problem.partition(" (while")[0]
-            report.add(
-                "FAIL",
-                "address",
-                f"{host} port {port}: {reason}: correct {prefix}_HOST or {prefix}_PORT",
-            )
+            yield "FAIL", "address", f"{where}: {reason}: correct {prefix}_HOST or {prefix}_PORT"
         elif has_health(address[0], port, member):
-            report.add("ok", "address", f"our daemon answers on {host} port {port}")
+            yield "ok", "address", f"our daemon answers on {where}"
         else:
-            report.add(
-                "FAIL",
-                "address",
-                f"{host} port {port} is taken: `ss -ltnp 'sport = :{port}'` shows by whom",
-            )
+            yield "FAIL", "address", f"{where} is taken: `ss -ltnp 'sport = :{port}'` shows by whom"
     else:
-        report.add("ok", "address", f"{host} port {port} is free")
+        yield "ok", "address", f"{where} is free"
 
 
 def has_health(host: str, port: int, member: str) -> bool:
@@ -236,24 +229,20 @@ def has_health(host: str, port: int, member: str) -> bool:
 # ------------------------------------------------------------------------------------------- the Pi
 
 
-def check_pi(folder: Path, load: Load[PiConfig]) -> int:
-    """Print all findings, and return the exit status."""
-    report = Report()
-    if config := read_settings(report, folder, load):
-        if config.client_keys or config.clients is None:
-            check_key(report, "CEREBRUM_CM4_API_KEY", config.client_keys)
-        check_clients(report, config)
-        keyed = [b for b in config.backends if b.key_env or b.api == "cerebrum"]
-        keys = {backend.variable: backend.key for backend in keyed}
-        for name in sorted(keys):
-            check_key(report, name, [keys[name]], SET_KEY)
-        check_address(report, config, "CEREBRUM_CM4", "vps_available")
-        check_memory(report)
-        check_backends(report, config)
-    return report.status
+def check_pi(config: PiConfig) -> Findings:
+    if config.client_keys or config.clients is None:
+        yield from check_key("CEREBRUM_CM4_API_KEY", config.client_keys)
+    yield from check_clients(config)
+    keyed = [b for b in config.backends if b.key_env or b.api == "cerebrum"]
+    keys = {backend.variable: backend.key for backend in keyed}
+    for name in sorted(keys):
+        yield from check_key(name, [keys[name]], SET_KEY)
+    yield from check_address(config, "CEREBRUM_CM4", "vps_available")
+    yield from check_memory()
+    yield from check_backends(config)
 
 
-def check_clients(report: Report, config: PiConfig) -> None:
+def check_clients(config: PiConfig) -> Findings:
     """Check who else can see the clients' keys."""
     if config.clients is not None:
         finding = f"{len(config.clients)} clients have names: "
@@ -263,23 +252,23 @@ def check_clients(report: Report, config: PiConfig) -> None:
             if len(key) < MIN_KEY_CHARACTERS:
                 level = "warn"
                 finding += f"; the key of {client.name} is short"
-        report.add(level, "key", finding)
+        yield level, "key", finding
     if (config.client_keys or config.clients) and not config.tls:
-        report.add(
+        yield (
             "warn",
             "key",
             "clients' keys cross the LAN in clear: CEREBRUM_CM4_TLS_CERT encrypts them",
         )
 
 
-def check_memory(report: Report) -> None:
+def check_memory() -> Findings:
     table = Path("/proc/meminfo").read_text()
     available = int(table.split("MemAvailable:")[1].split()[0]) // 1024
     finding = f"{available:,} MB are available"
     if available >= PI_MB:
-        report.add("ok", "memory", finding)
+        yield "ok", "memory", finding
     else:
-        report.add("warn", "memory", f"{finding}, expected {PI_MB}: end other programs")
+        yield "warn", "memory", f"{finding}, expected {PI_MB}: end other programs"
 
 
 class Probe(NamedTuple):
@@ -290,7 +279,7 @@ class Probe(NamedTuple):
     trouble: str  # why the backend cannot serve a completion, "" if it can
 
 
-def check_backends(report: Report, config: PiConfig) -> None:
+def check_backends(config: PiConfig) -> Findings:
     """Check that each backend can be reached and takes our key, and check its version and models. A
     fault is a FAIL only if no other backend can serve a completion.
     """
@@ -309,34 +298,32 @@ def check_backends(report: Report, config: PiConfig) -> None:
     served = any(probe.backend.models for probe in probes if probe.backend and not probe.trouble)
     lacking = "warn" if served else "FAIL"
     for settings, probe in zip(config.backends, probes, strict=True):
-        report_backend(report, settings, probe, lacking)
+        yield from report_backend(settings, probe, lacking)
 
 
-def report_backend(report: Report, config: BackendConfig, probe: Probe, lacking: str) -> None:
+def report_backend(config: BackendConfig, probe: Probe, lacking: str) -> Findings:
     """Report what a backend answered. `lacking` is the level of a backend that serves nothing."""
     id, backend = config.id, probe.backend
     if not backend or probe.trouble:
         mend = "look whether it runs and has this address"
         if "our key" in probe.trouble:
             mend = SET_KEY
-        report.add(
-            lacking, "backend", f"{id} ({config.endpoint.authority}): {probe.trouble}: {mend}"
-        )
+        yield lacking, "backend", f"{id} ({config.endpoint.authority}): {probe.trouble}: {mend}"
         return
     taken = " and takes our key" if config.key else ""
-    report.add("ok", "backend", f"{id} answers in {backend.response_ms or 0:.0f} ms{taken}")
+    yield "ok", "backend", f"{id} answers in {backend.response_ms or 0:.0f} ms{taken}"
     is_vpsd = config.api == "cerebrum"
     if is_vpsd and probe.version != VERSION:
-        report.add(
+        yield (
             "warn",
             "version",
             f"{id} has {probe.version}, this is {VERSION}: copy all files of one version",
         )
     if backend.models:
-        report.add("ok", "models", f"{id} has {', '.join(backend.models)}")
+        yield "ok", "models", f"{id} has {', '.join(backend.models)}"
     else:
         mend = "`vpsd.py fetch` there gets one" if is_vpsd else "list its names as `aliases`"
-        report.add(lacking, "models", f"{id} has no model of models.toml: {mend}")
+        yield lacking, "models", f"{id} has no model of models.toml: {mend}"
 
 
 async def ask_backend(config: BackendConfig, models: Sequence[Model]) -> Probe:
@@ -358,61 +345,46 @@ async def ask_backend(config: BackendConfig, models: Sequence[Model]) -> Probe:
 # ------------------------------------------------------------------------------------------ the VPS
 
 
-def check_vps(folder: Path, load: Load[VpsConfig]) -> int:
-    """Print all findings, and return the exit status."""
-    import llama_cpp
+def check_vps(config: VpsConfig) -> Findings:
+    from llama_cpp import __version__
 
-    report = Report()
-    if config := read_settings(report, folder, load):
-        got = llama_cpp.__version__
-        if got != LLAMA_CPP:
-            report.add(
-                "warn",
-                "packages",
-                f"pip install llama-cpp-python=={LLAMA_CPP}: its C API differs from {got}",
-            )
-        check_key(
-            report,
-            "CEREBRUM_API_KEY",
-            config.access.keys,
-            "`generate_api_key.sh --write FILE` makes one",
-        )
-        if unit := next(
-            filter(Path.exists, SOCKET_UNITS), None
-        ):  # a connection to its socket could start the daemon
-            report.add("ok", "address", f"that of systemd: `systemctl status {unit.name}` shows it")
-        else:
-            check_address(report, config, "CEREBRUM_VPS", "models_loaded")
-        check_state(report, config.engine.state_dir)
-        check_models(report, config)
-    return report.status
+    if __version__ != LLAMA_CPP:
+        mend = f"pip install llama-cpp-python=={LLAMA_CPP}"
+        yield "warn", "packages", f"{mend}: its C API differs from {__version__}"
+    make_key = "`generate_api_key.sh --write FILE` makes one"
+    yield from check_key("CEREBRUM_API_KEY", config.access.keys, make_key)
+    # A connection to systemd's socket could start the daemon.
+    if unit := next(filter(Path.exists, SOCKET_UNITS), None):
+        yield "ok", "address", f"that of systemd: `systemctl status {unit.name}` shows it"
+    else:
+        yield from check_address(config, "CEREBRUM_VPS", "models_loaded")
+    yield from check_state(config.engine.state_dir)
+    yield from check_models(config)
 
 
-def check_state(report: Report, folder: Path) -> None:
+def check_state(folder: Path) -> Findings:
     paths = (folder, *folder.absolute().parents)
     parent = next(path for path in paths if os.path.exists(path))
     if parent.is_dir() and os.access(parent, os.W_OK | os.X_OK):
-        report.add("ok", "state", f"{folder} can be written")
+        yield "ok", "state", f"{folder} can be written"
     else:
-        report.add(
-            "FAIL", "state", f"{parent} cannot be written: CEREBRUM_STATE_DIR names the folder"
-        )
+        yield "FAIL", "state", f"{parent} cannot be written: CEREBRUM_STATE_DIR names the folder"
 
 
-def check_models(report: Report, config: VpsConfig) -> None:
+def check_models(config: VpsConfig) -> Findings:
     """Check that the model files are whole and readable, fit into memory, and are tuned."""
     here = [model for model in config.models if (config.models_dir / model.file).is_file()]
     if not here:
-        report.add(
+        yield (
             "FAIL",
             "models",
             f"{config.models_dir} has none of models.toml: `vpsd.py fetch` gets one",
         )
     for model in here:
-        check_model(report, config, model)
+        yield from check_model(config, model)
 
 
-def check_model(report: Report, config: VpsConfig, model: Model) -> None:
+def check_model(config: VpsConfig, model: Model) -> Findings:
     import psutil
 
     from cerebrum.vps.encoding import untuned
@@ -423,12 +395,10 @@ def check_model(report: Report, config: VpsConfig, model: Model) -> None:
         size = size_of_model(model, config.models_dir / model.file)
         plan, need = needed_mb(model, config, total // MB)
     except (ModelError, OSError) as error:
-        report.add(
-            "FAIL", "models", f"{model.id}: {error}: `vpsd.py fetch {model.id}` gets it again"
-        )
+        yield "FAIL", "models", f"{model.id}: {error}: `vpsd.py fetch {model.id}` gets it again"
         return
     state = "whole" if model.sha256 else "readable"
-    report.add("ok", "models", f"{model.id} is {state}, {size / MB:,.0f} MB")
+    yield "ok", "models", f"{model.id} is {state}, {size / MB:,.0f} MB"
     most, free = (max(0, round(bytes / MB - config.min_free_mb)) for bytes in (total, available))
     level = "ok"
     mend = ""
@@ -440,14 +410,13 @@ def check_model(report: Report, config: VpsConfig, model: Model) -> None:
         mend = ": end other programs, unless it is loaded already"
     beside = f"{free:,} of {most:,} MB are available beside CEREBRUM_MIN_FREE_MB"
     context = "" if plan.settings == config.engine else f" with {plan.settings.context}"
-    report.add(level, "memory", f"{model.id} needs {need:,} MB{context}, {beside}{mend}")
+    yield level, "memory", f"{model.id} needs {need:,} MB{context}, {beside}{mend}"
     if plan.note:
-        report.add("ok", "drafts", f"{model.id}: {plan.note}")
+        yield "ok", "drafts", f"{model.id}: {plan.note}"
     if plan.tuned:
-        finding = f"{model.id} has the fastest encoding here: {plan.tuned.encoding}"
-        report.add("ok", "tuned", finding)
+        yield "ok", "tuned", f"{model.id} has the fastest encoding here: {plan.tuned.encoding}"
     else:
-        report.add("warn", "tuned", untuned(model.id, plan.reason))
+        yield "warn", "tuned", untuned(model.id, plan.reason)
 
 
 def size_of_model(model: Model, path: Path) -> int:

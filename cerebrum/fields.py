@@ -41,7 +41,7 @@ def _integer(text: str) -> int:
     return int(text)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, Any]]) -> JsonObject:
     members = dict(pairs)
     if len(members) != len(pairs):
         raise ValueError("expected every name once in an object")
@@ -53,7 +53,7 @@ DECODER = json.JSONDecoder(
 )
 
 
-def parse_json(body: bytes) -> dict[str, Any]:
+def parse_json(body: bytes) -> JsonObject:
     """Parse a body as a JSON object: strict RFC 8259, UTF-8 without a BOM, no repeated names,
     finite numbers, at most 64 levels and MAX_DELIMITERS. HttpError 400 says what is wrong.
     """
@@ -61,21 +61,18 @@ def parse_json(body: bytes) -> dict[str, Any]:
         _bound_delimiters(body)
         value = DECODER.decode(body.decode("utf-8"))
         _refuse_depth(value)
+        if isinstance(value, dict):
+            return value
+        problem = f"expected a JSON object, got {describe(value)}"
     except UnicodeDecodeError:
-        raise HttpError("INVALID_REQUEST", "expected a body in UTF-8") from None
+        problem = "expected a body in UTF-8"
     except RecursionError:
-        raise HttpError(
-            "INVALID_REQUEST", f"expected JSON of at most {MAX_JSON_DEPTH} levels"
-        ) from None
+        problem = f"expected JSON of at most {MAX_JSON_DEPTH} levels"
     except json.JSONDecodeError as error:
-        raise HttpError(
-            "INVALID_REQUEST", f"expected a JSON object: {error.msg} at character {error.pos}"
-        ) from None
+        problem = f"expected a JSON object: {error.msg} at character {error.pos}"
     except ValueError as error:
-        raise HttpError("INVALID_REQUEST", f"expected a JSON object: {error}") from None
-    if not isinstance(value, dict):
-        raise HttpError("INVALID_REQUEST", f"expected a JSON object, got {describe(value)}")
-    return value
+        problem = f"expected a JSON object: {error}"
+    raise HttpError("INVALID_REQUEST", problem)
 
 
 def _bound_delimiters(body: bytes) -> None:
@@ -101,7 +98,7 @@ def _refuse_depth(value: Any) -> None:
     raise RecursionError
 
 
-def members_of(value: Any) -> Mapping[str, Any]:
+def members_of(value: Any) -> Members:
     """The members of a JSON object; none of any other value."""
     return value if isinstance(value, dict) else {}
 
@@ -134,8 +131,6 @@ def printable(text: str) -> str:
     """Escape every character that could act on a terminal or forge a line: line ends, controls,
     overrides.
     """
-    if text.isprintable():
-        return text
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
     )
@@ -207,21 +202,11 @@ def wrong(name: str, expected: str, got: Any) -> HttpError:
     return HttpError("INVALID_REQUEST", f"{name}: expected {expected}, got {describe(got)}")
 
 
-def _is_unicode(value: str | list[str]) -> bool:
-    """Whether no text has a lone surrogate."""
-    text = value if isinstance(value, str) else "".join(value)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def read_fields(members: Mapping[str, Any], fields: Fields, where: str = "") -> dict[str, Any]:
+def read_fields(members: Members, fields: Fields, where: str = "") -> JsonObject:
     """The checked fields of a request with defaults filled in; unknown members are ignored.
     HttpError 400 names the field, after `where`, what was expected and what was found.
     """
-    values: dict[str, Any] = {}
+    values: JsonObject = {}
     for name, rule in fields.items():
         if name not in members:
             if rule.required:
@@ -235,24 +220,24 @@ def read_fields(members: Mapping[str, Any], fields: Fields, where: str = "") -> 
             value = [value]
         if not rule.accepts(value):
             raise wrong(where + name, rule.expected(), members[name])
-        if isinstance(value, str | list) and not _is_unicode(value):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
             raise HttpError(
                 "INVALID_REQUEST", f"{where}{name}: expected Unicode text, got a lone surrogate"
-            )
+            ) from None
         values[name] = float(value) if rule.kind is float else value
     return values
 
 
-def read_object(value: Any, name: str, fields: Fields) -> dict[str, Any]:
+def read_object(value: Any, name: str, fields: Fields) -> JsonObject:
     """The checked members of an object within a request."""
     if not isinstance(value, dict):
         raise wrong(name, "an object", value)
     return read_fields(value, fields, f"{name}.")
 
 
-def read_objects(
-    value: Any, name: str, low: int, high: int, fields: Fields
-) -> list[dict[str, Any]]:
+def read_objects(value: Any, name: str, low: int, high: int, fields: Fields) -> list[JsonObject]:
     """The checked members of each object in an array. HttpError 400 names the array, the index and
     the field.
     """

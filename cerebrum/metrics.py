@@ -179,7 +179,7 @@ def _lines_of(row: Metric, samples: Sequence[Sample]) -> Iterator[str]:
         yield f"{row.name}{ending}{braced} {+value}"
 
 
-def write_stats(table: Table, subjects: Subjects) -> dict[str, float]:
+def write_stats(table: Table, subjects: Subjects) -> dict[str, Any]:
     """The table's members of /v1/stats."""
     members = {}
     for label, rows in table.items():

@@ -11,22 +11,22 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cerebrum.fields import Field, Fields, describe, members_of, read_fields
+from cerebrum.fields import Field, Fields, JsonObject, describe, members_of, read_fields
 from cerebrum_common import FIM_LAYOUTS, SUGGEST, HttpError, Model, log
 
 
-def read_table(table: Any, where: str, fields: Fields, *others: str) -> dict[str, Any]:
+def read_table(table: Any, where: str, fields: Fields, *others: str) -> JsonObject:
     """The checked members of a TOML table, limited to `fields` and `others`. ConfigError says what
     is wrong.
     """
     if not isinstance(table, dict):
         raise ConfigError(f"{where}: expected a table, got something else")
     known = (*fields, *others)
-    for name in sorted(table.keys() - set(known)):
+    for name in sorted(table.keys() - known):
         raise ConfigError(f"{where}: expected one of {', '.join(known)}, got {name!r}")
     try:
         return read_fields(table, fields)
@@ -71,7 +71,7 @@ class Environment:
     values: Mapping[str, str]
 
     def text(self, name: str, default: str = "") -> str:
-        return self.values.get(name, "") or default
+        return self.values.get(name) or default
 
     def keys(self, name: str) -> tuple[str, ...]:
         """The key in this variable, or two during a rotation, separated by a comma: the new one,
@@ -81,7 +81,7 @@ class Environment:
         if not text:
             return ()
         keys = tuple(key.strip() for key in text.split(","))
-        if not all(KEY.fullmatch(key) for key in keys):
+        if not all(map(KEY.fullmatch, keys)):
             raise ConfigError(f"{name}: expected printable ASCII without spaces")
         if len(keys) > MAX_KEYS:
             raise ConfigError(
@@ -96,7 +96,7 @@ class Environment:
         if re.search(r"\s", self.text(name)):  # perhaps the keys
             raise ConfigError(f"{name}: expected the path of a file, got a text with spaces")
         try:
-            path = Path(self.text(name, str(default))).expanduser()
+            path = Path(self.text(name) or default).expanduser()
             lines = path.read_text("utf-8-sig").split("\n")
             if strict and path.stat().st_mode & 0o077:
                 log.warning("%s: expected mode 600: others can read the keys", path)
@@ -244,8 +244,8 @@ class Catalog:
     """
 
     models: tuple[Model, ...]
-    prefer: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    backends: tuple[Any, ...] = ()
+    prefer: Mapping[str, tuple[str, ...]]
+    backends: tuple[Any, ...]
 
     @property
     def key_names(self) -> frozenset[str]:
@@ -338,17 +338,17 @@ def _read_model(entry: Any, where: str, known: Collection[str]) -> Model:
         raise ConfigError(f"{where}: sources: expected [[models.sources]], got something else")
     thresholds = entry.get("min_confidence", {})
     given["min_confidence"] = read_table(thresholds, f"{where}: min_confidence", THRESHOLDS)
-    shape: dict[str, Any] = {}
     if "shape" in entry:
         shape = read_table(entry["shape"], f"{where}: shape", SHAPE)
         if not _is_sound(shape):
             raise ConfigError(
                 f"{where}: shape: expected one that llama.cpp can compute, got {shape}"
             )
+        given["shape"] = shape
     languages = dict[str, None]()  # each once
     for name in given["languages"]:
         languages |= dict.fromkeys(known if name == "all" else [name])
     given["languages"] = languages
     for name in ("languages", "aliases", "fim"):
         given[name] = tuple(given[name])
-    return Model(**given, sources=tuple(sources), shape=shape)
+    return Model(**given, sources=tuple(sources))

@@ -673,7 +673,7 @@ async def test_new_settings_take_models_and_let_go_on_what_runs(house):
     (house.folder / "newer.gguf").write_bytes(b"GGUF")
     settings = replace(engine.config.engine, n_ctx=256)
     house.reconfigure(models=(other_file, renamed), idle_minutes=7, engine=settings)
-    assert (engine.config.idle_minutes, engine.config.engine.n_ctx) == (7, 4096)
+    assert (engine.config.idle_minutes, house.pool.settings.n_ctx) == (7, 4096)
     busy = house.worker()
     assert (house.pool.unused(), idle.stopping) == ([], False)  # a new name is no new model
     beside = house.ask()

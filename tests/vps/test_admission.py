@@ -135,28 +135,19 @@ def test_a_busy_machine() -> None:
 
 
 def test_cpu_meter_counts_others_without_ourselves(monkeypatch: pytest.MonkeyPatch) -> None:
-    second = (120.0, 55.0, 20.0)
-    readings = iter([(100.0, 50.0, 10.0), second, second, (140.0, 55.0, 45.0)])
-    monkeypatch.setattr(CpuMeter, "_read", staticmethod(lambda: next(readings)))
-    meter = CpuMeter()
-    assert (meter.system_percent, meter.others_percent) == (0.0, 0.0)
-    meter.sample()  # 20 CPU seconds: 5 idle, 10 our own
-    assert (meter.system_percent, meter.others_percent) == (75.0, 25.0)
-    meter.sample()  # no time has passed
-    assert (meter.system_percent, meter.others_percent) == (75.0, 25.0)
-    meter.sample()  # the two clocks tick apart, but the difference never falls below 0
-    assert (meter.system_percent, meter.others_percent) == (100.0, 0.0)
-
-
-def test_cpu_meter_lets_niced_programs_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = namedtuple("times", "user nice system idle iowait irq softirq steal guest guest_nice")
-    readings = iter([times(*[0.0] * 10), times(10.0, 70.0, 5.0, 15.0, *[0.0] * 6)])
-    monkeypatch.setattr(vpsd.psutil, "cpu_times", lambda: next(readings))
-    own = SimpleNamespace(cpu_times=lambda: SimpleNamespace(user=0.0, system=0.0))
+    times = namedtuple("times", "nice idle iowait steal")
+    second = times(5.0, 20.0, 4.0, 1.0)
+    readings = iter([times(0.0, 50.0, 0.0, 0.0), second, times(0.0, 100.0, 0.1, 0.0)])
+    monkeypatch.setattr(vpsd.psutil, "cpu_times_percent", lambda: next(readings))
+    monkeypatch.setattr(vpsd.psutil, "cpu_count", lambda: 2)
+    own = SimpleNamespace(cpu_percent=lambda: 80.0)  # of one CPU
     monkeypatch.setattr(vpsd.psutil, "Process", lambda: own)
     meter = CpuMeter()
-    meter.sample()
-    assert (meter.system_percent, meter.others_percent) == (85.0, 15.0)
+    assert (meter.system_percent, meter.others_percent) == (0.0, 0.0)
+    meter.sample()  # 40 % are our own, and 5 % those of niced programs, which may work on
+    assert (meter.system_percent, meter.others_percent) == (75.0, 30.0)
+    meter.sample()  # the figures are rounded, but none falls below 0
+    assert (meter.system_percent, meter.others_percent) == (0.0, 0.0)
 
 
 # ------------------------------------------------------------------------------------------- config

@@ -1177,7 +1177,7 @@ async def test_texts_to_tokenize_take_no_threads_from_prompts(
     engine = vpsd.Engine(config(CEREBRUM_MIN_FREE_MB="0"))
     gate, begun = threading.Event(), list[str]()
 
-    def tokenize(text: str, *_: bool) -> list[int]:
+    def tokenize(text: str) -> list[int]:
         begun.append(text)
         gate.wait(PATIENCE)
         return []
@@ -1188,8 +1188,7 @@ async def test_texts_to_tokenize_take_no_threads_from_prompts(
     monkeypatch.setattr(worker, "tokenize", tokenize)
     for name, stub in (("check", lambda _model: None), ("acquire", acquire)):
         monkeypatch.setattr(engine.pool, name, stub)
-    given = {"model": "m", "first": False, "special": False}
-    asked = [engine.tokenize({**given, "text": str(number)}) for number in range(40)]
+    asked = [engine.tokenize("m", text=str(number)) for number in range(40)]
     tasks = [asyncio.create_task(tokens) for tokens in asked]
     try:
         for task in tasks[:30]:
