@@ -53,9 +53,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import (
-    AsyncGenerator,
     AsyncIterator,
-    Awaitable,
     Callable,
     Collection,
     Iterator,
@@ -113,31 +111,23 @@ Members = dict[str, Any]  # of a JSON object
 TLS = "CEREBRUM_CM4_TLS_CERT, CEREBRUM_CM4_TLS_KEY"
 
 
-class Tls:
+def read_tls(environ: Environment) -> ssl.SSLContext | None:
     """A certificate and its key in PEM files, for https. ConfigError if they cannot be used."""
-
-    def __init__(self, certificate: str, key: str) -> None:
-        self.context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        self.files = certificate, key
-        self.load(certificate, key)
-
-    def load(self, certificate: str, key: str) -> None:
-        """Use this certificate from the next connection on."""
-        try:
-            # With a password, OpenSSL never asks for one at the terminal.
-            self.context.load_cert_chain(certificate, key, password=b"")
-        except (OSError, ValueError) as error:
-            system = error.strerror if isinstance(error, OSError) else ""
-            raise ConfigError(
-                f"{TLS}: expected PEM files that fit each other: {system or error}"
-            ) from None
-
-
-def read_tls(environ: Environment) -> Tls | None:
     certificate, key = environ.text("CEREBRUM_CM4_TLS_CERT"), environ.text("CEREBRUM_CM4_TLS_KEY")
     if bool(certificate) != bool(key):
         raise ConfigError(f"{TLS}: expected both or neither, got one")
-    return Tls(certificate, key) if certificate else None
+    if not certificate:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        # With a password, OpenSSL never asks for one at the terminal.
+        context.load_cert_chain(certificate, key, password=b"")
+    except (OSError, ValueError) as error:
+        system = error.strerror if isinstance(error, OSError) else ""
+        raise ConfigError(
+            f"{TLS}: expected PEM files that fit each other: {system or error}"
+        ) from None
+    return context
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +148,7 @@ class Config:
     log_level: str = "INFO"
     log_file: str = ""
     log_prompts: bool = False
-    tls: Tls | None = None
+    tls: ssl.SSLContext | None = None
 
     @property
     def access(self) -> Access:
@@ -513,28 +503,31 @@ async def health(gateway: Gateway, request: Request) -> Response:
     raise HttpError("VPS_UNAVAILABLE", fleet.message, extra={"status": "unhealthy", **state})
 
 
-def read_native(gateway: Gateway, request: Request, is_whole: bool = False) -> Completion:
-    """A request of our own API, for an answer in one piece or for a stream."""
+def complete_natively(gateway: Gateway, request: Request, limit: float = math.inf) -> Pairs:
+    """The pairs of a completion of our own API. `limit`: bytes of text events, if they are
+    collected.
+    """
     fields = read_completion(parse_json(request.body), gateway.config.models)
-    limit = math.inf
-    if is_whole:
-        fields["progress"] = False
-        limit = MAX_COLLECTED_BYTES
     session = session_of(request.client, fields["session"])
     wanted = CompletionRequest("", fields, session=session, limit=limit, **gateway.who(request))
-    return Completion(wanted, request.end, request.notes)
+    completion = Completion(wanted, request.end, request.notes)
+    return shown(gateway.complete(completion), fields)
 
 
 async def complete_stream(gateway: Gateway, request: Request) -> Response:
     """POST /v1/complete/stream: a completion as SSE, token by token."""
-    completion = read_native(gateway, request)
-    pairs = shown(gateway.complete(completion), completion.request.fields)
-    return Response(events=pairs, render=lambda pair: NATIVE_EVENTS[pair[0]](pair[1]))
+    return stream_of(complete_natively(gateway, request), NATIVE_EVENTS)
 
 
+def stream_of(pairs: Pairs, events: Events) -> Response:
+    """A completion as SSE."""
+    return Response(events=pairs, render=lambda pair: events[pair[0]](pair[1]))
+
+
+Events = dict[str, Callable[[Any], bytes]]  # how a pair of each kind is written as SSE
 # Pairs as native SSE. "started" has no event; it comes first, so the response head goes out once
 # the backend answers.
-NATIVE_EVENTS: dict[str, Callable[[Any], bytes]] = {
+NATIVE_EVENTS: Events = {
     "started": lambda _: b"",
     "idle": lambda _: common.SSE_COMMENT,
     "progress": lambda progress: common.sse_event({"progress": progress}),
@@ -545,24 +538,21 @@ NATIVE_EVENTS: dict[str, Callable[[Any], bytes]] = {
 
 async def complete(gateway: Gateway, request: Request) -> Response:
     """POST /v1/complete: a completion in one piece."""
-    completion = read_native(gateway, request, is_whole=True)
-    _, text, result = await collect(shown(gateway.complete(completion), completion.request.fields))
+    pairs = complete_natively(gateway, request, MAX_COLLECTED_BYTES)
+    _, text, result = await collect(pairs)
     return Response({"completion": text, **result})
 
 
 async def collect(pairs: Pairs) -> tuple[Members, str, Members]:
     """A completion in one piece: the value of its last pair "started", its text, and its result."""
     texts = list[bytes]()
-    begun, result = Members(), Members()
+    last = Members()  # the last value of each kind
     async with contextlib.aclosing(pairs):
         async for kind, value in pairs:
-            if kind == "started":
-                begun = value
-            elif kind == "text":
+            last[kind] = value
+            if kind == "text":
                 texts.append(value)
-            elif kind == "done":
-                result = value
-    return begun, read_text(b"".join(texts)), result
+    return last["started"], read_text(b"".join(texts)), last["done"]
 
 
 async def page(gateway: Gateway, request: Request) -> Response:
@@ -681,58 +671,45 @@ async def tokenize(gateway: Gateway, request: Request) -> Response:
     raise fault
 
 
-def speaking(dialect: dialects.Dialect) -> Callable[[Gateway, Request], Awaitable[Response]]:
+async def speak(dialect: dialects.Dialect, gateway: Gateway, request: Request) -> Response:
     """The handler of a dialect's completions."""
-
-    async def handle(gateway: Gateway, request: Request) -> Response:
-        members = parse_json(request.body)
-        if dialects.GONE & members.keys():
-            gateway.warn_once(dialects.GONE_WARNING)
-        wanted = dialect.read(members)
-        fields = native_fields(wanted, gateway.config.models)
-        wanted = replace(wanted, fields=fields, limit=MAX_COLLECTED_BYTES, **gateway.who(request))
-        head, now = request.head, int(time.time())
-        editor = f"{request.client} {request.address} {head.headers.get('user-agent', '')}"
-        subscriber = Subscriber(gateway.broadcasts, Completion(wanted, notes=request.notes), editor)
-        pairs = shown(subscriber.pairs(), fields, lambda: subscriber.typed_text)
-        reply_to = functools.partial(dialect.reply, wanted, head.request_id, now)
-        response = Response()
-        if wanted.stream:
-            response.events = dialect_stream(pairs, reply_to, response)
-            return response
-        begun, text, result = await collect(pairs)
-        if result.get("finish_reason") == "replaced":
-            text = ""
-        body = reply_to(begun).whole(text, result)
-        return Response(body, headers=kept_headers(begun["kept"]))
-
-    return handle
+    members = parse_json(request.body)
+    if dialects.GONE & members.keys():
+        gateway.warn_once(dialects.GONE_WARNING)
+    wanted = dialect.read(members)
+    fields = native_fields(wanted, gateway.config.models)
+    wanted = replace(wanted, fields=fields, limit=MAX_COLLECTED_BYTES, **gateway.who(request))
+    head, now = request.head, int(time.time())
+    editor = f"{request.client} {request.address} {head.headers.get('user-agent', '')}"
+    subscriber = Subscriber(gateway.broadcasts, Completion(wanted, notes=request.notes), editor)
+    pairs = shown(subscriber.pairs(), fields, lambda: subscriber.typed_text)
+    reply_to = functools.partial(dialect.reply, wanted, head.request_id, now)
+    if wanted.stream:
+        return stream_in_dialect(pairs, reply_to)
+    begun, text, result = await collect(pairs)
+    if result.get("finish_reason") == "replaced":
+        text = ""
+    body = reply_to(begun).whole(text, result)
+    return Response(body, headers=kept_headers(begun["kept"]))
 
 
-async def dialect_stream(
-    whole: Pairs,
-    reply_to: Callable[[Mapping[str, Any]], dialects.Reply],
-    response: Response,
-) -> AsyncGenerator[bytes, None]:
-    """Blocks of whole SSE events in a dialect. The first block may be empty, as in
+def stream_in_dialect(pairs: Pairs, reply_to: Callable[[Members], dialects.Reply]) -> Response:
+    """A stream of whole SSE events in a dialect. The first block may be empty, as in
     NATIVE_EVENTS.
     """
-    begun = False
-    async with contextlib.aclosing(whole) as pairs:
-        async for kind, value in pairs:
-            if kind == "started":
-                reply, response.headers = reply_to(value), kept_headers(value["kept"])
-                yield b"" if begun else reply.begin()
-                begun = True
-            elif kind == "text":
-                yield reply.text(value)
-            elif kind == "idle":
-                yield common.SSE_COMMENT
-            elif kind == "done":
-                yield reply.end(value)
+
+    def begin(begun: Members) -> bytes:
+        reply, response.headers = reply_to(begun), kept_headers(begun["kept"])
+        is_first = "done" not in events
+        events.update(text=reply.text, done=reply.end)
+        return reply.begin() if is_first else b""
+
+    events: Events = {"started": begin, "idle": NATIVE_EVENTS["idle"]}
+    response = stream_of(pairs, events)
+    return response
 
 
-def kept_headers(kept: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+def kept_headers(kept: Mapping[str, Any]) -> common.Headers:
     """A header with the part of a request that was sent, unless all was: no dialect has a member
     for this.
     """
@@ -900,7 +877,7 @@ async def metrics(gateway: Gateway, request: Request) -> Response:
 def dialect_routes() -> Iterator[Route]:
     """The routes of completions in the dialects."""
     for dialect in dialects.DIALECTS:
-        handler = speaking(dialect)
+        handler = functools.partial(speak, dialect)
         for path in dialect.paths:
             yield Route("POST", path, handler, json=True, foreign_error=dialects.write_error)
 
@@ -947,19 +924,18 @@ async def serve(environ: Environment, config: Config) -> int:
         new = load_config(known)
         gateway.reconfigure(new)
         server.use(new.access)
-        if config.tls and new.tls:
-            config.tls.load(*new.tls.files)
         set_up_logging(new.log_level, new.log_file)
         warn_of(new)
         unchanged = ["CEREBRUM_CM4_HOST", "CEREBRUM_CM4_PORT"]
-        if bool(config.tls) != bool(new.tls):
+        if config.tls and new.tls:
+            server.tls = new.tls  # from the next connection on
+        else:
             unchanged += TLS.split(", ")
         environ.warn_of_changes(known, unchanged)
 
     service = Service(reload, gateway.fleet.stuck)
-    tls = config.tls.context if config.tls else None
     try:
-        await server.start(config.host, config.port, tls=tls)
+        await server.start(config.host, config.port, tls=config.tls)
     except OSError as error:
         log.error("cannot listen on %s port %d: %s", config.host, config.port, error.strerror)
         return 1  # systemd tries again: an interface may come up late at boot
