@@ -53,7 +53,6 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import (
-    AsyncIterator,
     Callable,
     Collection,
     Iterator,
@@ -65,7 +64,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import cerebrum_common as common
-from cerebrum.fields import Field, describe, parse_json, read_fields, wrong
+from cerebrum.fields import Field, JsonObject, Members, describe, parse_json, read_fields, wrong
 from cerebrum.http import Access, Server, own_names
 from cerebrum.metrics import (
     COMPLETIONS,
@@ -99,12 +98,11 @@ from cerebrum.pi.shown import Pairs, shown
 from cerebrum.pi.upstream import BackendConfig, Loop
 from cerebrum.service import Service, make_parser, prompt_of, set_up_logging
 from cerebrum.settings import Client, ConfigError, Environment, load_catalog, read_environment
-from cerebrum.text.languages import BY_NAME, LANGUAGES, guess_language
+from cerebrum.text.languages import BY_NAME, LANGUAGES, Language, guess_language
 from cerebrum.text.prompt import detect_mode
 from cerebrum_common import HttpError, Model, Request, Response, Route, compact, log
 
 HERE = Path(__file__).resolve().parent
-Members = dict[str, Any]  # of a JSON object
 # ------------------------------------------------------------------------------------ configuration
 
 
@@ -113,7 +111,8 @@ TLS = "CEREBRUM_CM4_TLS_CERT, CEREBRUM_CM4_TLS_KEY"
 
 def read_tls(environ: Environment) -> ssl.SSLContext | None:
     """A certificate and its key in PEM files, for https. ConfigError if they cannot be used."""
-    certificate, key = environ.text("CEREBRUM_CM4_TLS_CERT"), environ.text("CEREBRUM_CM4_TLS_KEY")
+    certificate = environ.text("CEREBRUM_CM4_TLS_CERT")
+    key = environ.text("CEREBRUM_CM4_TLS_KEY")
     if bool(certificate) != bool(key):
         raise ConfigError(f"{TLS}: expected both or neither, got one")
     if not certificate:
@@ -171,12 +170,13 @@ def load_config(environ: Environment) -> Config:
     """Read the settings from the environment and models.toml. ConfigError names the bad variable, a
     bad key's first.
     """
-    client_keys, clients = environ.keys("CEREBRUM_CM4_API_KEY"), environ.clients(*CLIENTS)
+    client_keys = environ.keys("CEREBRUM_CM4_API_KEY")
+    clients = environ.clients(*CLIENTS)
     path = Path(environ.text("CEREBRUM_MODELS_FILE", str(HERE / "models.toml"))).expanduser()
     catalog = load_catalog(path, LANGUAGES)
     max_concurrent = environ.integer("CEREBRUM_MAX_CONCURRENT", 2, 1, upstream.MAX_PLACES)
     backends = upstream.read_backends(catalog.backends, environ, max_concurrent)
-    listening: Members = {
+    listening: JsonObject = {
         "host": environ.host("CEREBRUM_CM4_HOST", "0.0.0.0"),
         "port": environ.integer("CEREBRUM_CM4_PORT", 7000, 0, 65535),
         "hosts": environ.names("CEREBRUM_ALLOWED_HOSTS"),
@@ -184,7 +184,7 @@ def load_config(environ: Environment) -> Config:
     }
     folder = HERE / "logs"
     log_file = str(folder / "cerebrum.log") if folder.is_dir() else ""
-    logging: Members = {
+    logging: JsonObject = {
         "log_level": environ.log_level(),
         "log_file": environ.text("CEREBRUM_LOG_FILE", log_file),
         "log_prompts": environ.integer("CEREBRUM_LOG_PROMPTS", 0, 0, 1) == 1,
@@ -225,54 +225,38 @@ FIELDS = {
 FIELDS_WITHOUT_PROMPT = FIELDS | {"prompt": Field(str, 0, required=True)}
 
 
-def read_completion(members: Mapping[str, Any], models: Collection[Model]) -> Members:
+def read_completion(members: Members, models: Collection[Model]) -> JsonObject:
     """The checked fields of a completion. HttpError 400 names a bad field, 404 a model that is not
     in models.toml. An alias of a language becomes the name that models.toml lists.
     """
     more = members.get("suffix") or members.get("instruction")
     fields = read_fields(members, FIELDS_WITHOUT_PROMPT if more else FIELDS)
-    languages, given = common.served_languages(models), fields["language"]
+    languages = common.served_languages(models)
+    given = fields["language"]
     if given not in languages:
         fields["language"] = BY_NAME.get(given)
     if fields["language"] not in languages:
         raise wrong("language", f"one of {', '.join(languages)}", given)
-    ids, asked = [model.id for model in models], fields["model"]
+    ids = [model.id for model in models]
+    asked = fields["model"]
     if asked is not None and asked not in ids:
-        message = f"model: expected one of {', '.join(ids)}, got {describe(asked)}"
-        raise HttpError("MODEL_NOT_FOUND", message)
+        raise HttpError(
+            "MODEL_NOT_FOUND", f"model: expected one of {', '.join(ids)}, got {describe(asked)}"
+        )
     return fields | {"mode": detect_mode(fields)}
 
 
-def session_of(client: str, session: str | None) -> str:
-    """A session name that is unique across clients, or "" without a session. Two clients may choose
-    the same string, and a backend sees only the Pi's address.
-    """
-    return hashlib.sha256(f"{client} {session}".encode()).hexdigest() if session else ""
-
-
-# The fields that a dialect's request may lack.
-NOT_IN_A_DIALECT: Members = {
-    "prompt": "",
-    "filename": "",
-    "extra": (),
-    "stop_at": "auto",
-    "progress": False,
-}
-
-
-def native_fields(wanted: CompletionRequest, models: Collection[Model]) -> Members:
+def native_fields(wanted: CompletionRequest, models: Collection[Model]) -> JsonObject:
     """Convert a dialect's request to the fields that `Gateway.complete` reads. A request may name a
-    model by an alias; an unknown name counts as no name. The language, except for a chat, is
-    guessed from the text and the file names.
+    model by an alias; an unknown name counts as no name. The language is guessed from the text and
+    the file names, which a chat lacks.
     """
-    fields = NOT_IN_A_DIALECT | wanted.fields
+    fields: JsonObject = {"prompt": "", "filename": ""} | wanted.fields
     ids = dict[str, str]()
     for model in models:
         ids |= dict.fromkeys((*model.aliases, model.id), model.id)
-    language = ""
-    if wanted.kind != "chat":
-        others = [entry["filename"] for entry in fields["extra"]]
-        language = guess_language(fields["filename"], fields["prompt"], others)
+    others = [entry["filename"] for entry in fields.get("extra", ())]
+    language = guess_language(fields["filename"], fields["prompt"], others)
     return fields | {"language": language, "model": ids.get(fields["model"])}
 
 
@@ -287,7 +271,8 @@ class Gateway:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.started, self.created = time.monotonic(), int(time.time())
+        self.started = time.monotonic()
+        self.created = int(time.time())
         self.reconfigured = 0
         self.warn_once = functools.cache(log.warning)
         self.fleet = Fleet()
@@ -299,19 +284,21 @@ class Gateway:
             self.dispatcher, self.complete, self.beginning, self.counting.typed
         )
         self.tokenizing = asyncio.Semaphore(MAX_TOKENIZING)
-        # A lock for each client that tokenizes, and "" for all guests.
+        self.guest_tokenizing = asyncio.Lock()
+        # A lock for each client that tokenizes.
         self.tokenizers = weakref.WeakValueDictionary[str, asyncio.Lock]()
         self.page: Response | None = None  # everything else works without it
         try:
             self.page = page_of((HERE / "cerebrum/pi/page.html").read_bytes())
         except OSError as error:
             log.warning("no page at /: cannot read page.html: %s", error.strerror)
-        self.extension = b""  # for VS Code; the Pi only hands it out
+        self.extension = b""
+        self.extension_sha256 = ""  # for VS Code; the Pi only hands it out
         try:
             self.extension = vsix.pack(HERE / "vscode")
+            self.extension_sha256 = hashlib.sha256(self.extension).hexdigest()
         except (OSError, ValueError) as error:
             log.warning("no extension for VS Code: %s", error)
-        self.extension_sha256 = hashlib.sha256(self.extension).hexdigest() if self.extension else ""
 
     def use_keys(self, environ: Environment) -> None:
         """Apply the keys that can be read: whatever else is wrong, a revoked one must stop working.
@@ -339,23 +326,10 @@ class Gateway:
         self.counting.configure(config.models, config.names)
         self.dispatcher.reconfigured()
 
-    def who(self, request: Request) -> Members:
+    def who(self, request: Request) -> JsonObject:
         """The fields of a CompletionRequest that say who asks."""
         named = self.config.names.get(request.client)
         return {"client": request.client, "guest": named.places if named else 0}
-
-    @contextlib.asynccontextmanager
-    async def turn_to_tokenize(self, request: Request) -> AsyncIterator[None]:
-        """A person tokenizes one text at a time, and so do all guests together."""
-        names = [request.client]
-        if self.who(request)["guest"]:
-            names.append("")
-        async with contextlib.AsyncExitStack() as turns:
-            for name in names:
-                lock = self.tokenizers.setdefault(name, asyncio.Lock())
-                await turns.enter_async_context(lock)
-            await turns.enter_async_context(self.tokenizing)
-            yield
 
     @property
     def uptime(self) -> float:
@@ -369,7 +343,9 @@ class Gateway:
 
     def sample(self) -> None:
         """Bring the last half hour's counts up to date."""
-        self.counting.sample(self.requests)
+        counting = self.counting
+        totals = (self.requests, counting.failed, counting.tokens)
+        counting.history.sample(time.monotonic(), totals)
 
     def probed(self) -> None:
         """A backend was probed. It may be back, so those that wait may get a place."""
@@ -399,7 +375,7 @@ class Gateway:
         """
         if self.config.log_prompts:
             log.info("prompt: %s", prompt_of(completion.request.fields))
-        begun: Members = {}
+        begun: JsonObject = {}
         async with self.counting.completion(completion):
             while True:
                 attempt = await self.dispatcher.enter(completion)
@@ -448,7 +424,7 @@ class Gateway:
             yield "started", self.beginning(completion)
             yield "done", self._result(attempt, {"finish_reason": PREEMPTED})
 
-    def beginning(self, completion: Completion) -> Members:
+    def beginning(self, completion: Completion) -> JsonObject:
         """The value of the pair "started"."""
         model = completion.model or self.fleet.route(completion.request.fields)
         attempt = completion.attempt
@@ -457,29 +433,29 @@ class Gateway:
         threshold = attempt.threshold if attempt else None
         return {"model": model, "n_ctx": n_ctx, "kept": sent.text.kept, "threshold": threshold}
 
-    def _result(self, attempt: Attempt, done: Members) -> Members:
+    def _result(self, attempt: Attempt, done: JsonObject) -> JsonObject:
         """Count the work of a whole answer, and return its result: our own members, then the
         backend's.
         """
-        request, text = attempt.request, attempt.sent.text
+        request = attempt.request
+        text = attempt.sent.text
         self.counting.work(attempt.model, done)
         confidence = done.get("confidence", -1)
         is_suggested = request.kind == "infill" and attempt.size and not request.speculative
         if is_suggested and confidence >= (attempt.threshold or 0):
-            self.counting.suggested(confidence)
+            self.counting.count_band("suggested", confidence)
         if text.cut and request.kind != "chat":
             # Read it all later, so that the next prompt of this file need not be cut.
             fields = request.fields | {"max_tokens": 0, "prompt_ms": 0}
             self.dispatcher.read_ahead(replace(request, fields=fields))
-        spent = time.monotonic() - attempt.completion.started
-        seconds = float(done.pop("inference_time", spent))
-        result: Members = {"language": request.fields["language"], "model": attempt.model}
-        result["total_tokens"] = done.pop("total_tokens", attempt.tokens)
-        result["inference_time"] = round(seconds, 3)
+        result: JsonObject = {"language": request.fields["language"], "model": attempt.model}
+        result["total_tokens"] = attempt.tokens
+        result["inference_time"] = time.monotonic() - attempt.completion.started
         result |= {"timestamp": common.timestamp(), "mode": request.fields["mode"]}
         if len(self.fleet.backends) > 1:
             result["backend"] = attempt.backend
         result |= done
+        result["inference_time"] = round(result["inference_time"], 3)
         if text.kept:
             result["kept"] = text.kept
         return result
@@ -493,10 +469,10 @@ async def health(gateway: Gateway, request: Request) -> Response:
     least one backend is available. A 503 says what is wrong.
     """
     fleet = gateway.fleet
-    backends = list[Members]()
-    for backend in fleet.backends:
-        message = backend.breaker.message
-        backends.append({"id": backend.id, "available": backend.available, "message": message})
+    backends = [
+        {"id": backend.id, "available": backend.available, "message": backend.breaker.message}
+        for backend in fleet.backends
+    ]
     state = {"vps_available": fleet.available, "uptime": gateway.uptime, "backends": backends}
     if fleet.available:
         return Response({"status": "healthy", "timestamp": common.timestamp(), **state})
@@ -508,7 +484,11 @@ def complete_natively(gateway: Gateway, request: Request, limit: float = math.in
     collected.
     """
     fields = read_completion(parse_json(request.body), gateway.config.models)
-    session = session_of(request.client, fields["session"])
+    session = ""
+    if fields["session"]:
+        # Two clients may choose the same name, and a backend sees only the Pi's address.
+        name = f"{request.client} {fields['session']}"
+        session = hashlib.sha256(name.encode()).hexdigest()
     wanted = CompletionRequest("", fields, session=session, limit=limit, **gateway.who(request))
     completion = Completion(wanted, request.end, request.notes)
     return shown(gateway.complete(completion), fields)
@@ -543,10 +523,10 @@ async def complete(gateway: Gateway, request: Request) -> Response:
     return Response({"completion": text, **result})
 
 
-async def collect(pairs: Pairs) -> tuple[Members, str, Members]:
+async def collect(pairs: Pairs) -> tuple[JsonObject, str, JsonObject]:
     """A completion in one piece: the value of its last pair "started", its text, and its result."""
     texts = list[bytes]()
-    last = Members()  # the last value of each kind
+    last = JsonObject()  # the last value of each kind
     async with contextlib.aclosing(pairs):
         async for kind, value in pairs:
             last[kind] = value
@@ -558,8 +538,10 @@ async def collect(pairs: Pairs) -> tuple[Members, str, Members]:
 async def page(gateway: Gateway, request: Request) -> Response:
     """GET /: a web page for people, which uses this API."""
     if not gateway.page:
-        message = "expected the file cerebrum/pi/page.html, got none; the API works without it"
-        raise HttpError("NOT_FOUND", message)
+        raise HttpError(
+            "NOT_FOUND",
+            "expected the file cerebrum/pi/page.html, got none; the API works without it",
+        )
     return gateway.page
 
 
@@ -570,16 +552,18 @@ async def language_server(gateway: Gateway, request: Request) -> Response:
     try:
         text = (HERE / "cerebrum_lsp.py").read_bytes()
     except OSError:
-        message = "expected the file cerebrum_lsp.py beside cm4d.py, got none"
-        raise HttpError("NOT_FOUND", message) from None
+        raise HttpError(
+            "NOT_FOUND", "expected the file cerebrum_lsp.py beside cm4d.py, got none"
+        ) from None
     return Response(text, kind="text/x-python; charset=utf-8")
 
 
 async def extension(gateway: Gateway, request: Request) -> Response:
     """GET /cerebrum.vsix: the extension for VS Code, of this Pi's version."""
     if not gateway.extension:
-        message = "expected the folder vscode beside cm4d.py, got none or a damaged one"
-        raise HttpError("NOT_FOUND", message)
+        raise HttpError(
+            "NOT_FOUND", "expected the folder vscode beside cm4d.py, got none or a damaged one"
+        )
     return Response(gateway.extension, kind="application/vsix")
 
 
@@ -596,21 +580,23 @@ async def models(gateway: Gateway, request: Request) -> Response:
     those with a known syntax. `data` is OpenAI's list: the models that some backend has, or all
     models while no backend has listed any.
     """
-    catalog, fleet = gateway.config.models, gateway.fleet
+    catalog = gateway.config.models
+    fleet = gateway.fleet
     here = fleet.models or [model.id for model in catalog]
     entries = [describe_model(model, fleet.backends) for model in catalog]
-    listed: Members = {"models": entries, "vps_available": fleet.available}
+    listed: JsonObject = {"models": entries, "vps_available": fleet.available}
     listed |= {"languages": describe_languages(catalog), "prefer": gateway.config.prefer}
     ids = [model.id for model in catalog if model.id in here]
     data = [dialects.write_model(id, gateway.created) for id in ids]
     return Response(compact(listed | {"object": "list", "data": data}))
 
 
-def describe_model(model: Model, backends: Sequence[Backend]) -> Members:
+def describe_model(model: Model, backends: Sequence[Backend]) -> JsonObject:
     """A model's entry in /v1/models."""
     names = ("id", "name", "languages", "parameters", "quantization")
     entry = {name: getattr(model, name) for name in names}
-    ids, reported = list[str](), Members()
+    ids = list[str]()
+    reported = JsonObject()
     for backend in backends:
         if backend.available and backend.models and model.id in backend.models:
             ids.append(backend.id)
@@ -618,15 +604,13 @@ def describe_model(model: Model, backends: Sequence[Backend]) -> Members:
     return entry | {"available": bool(ids), "backends": ids} | reported
 
 
-def describe_languages(catalog: Collection[Model]) -> list[Members]:
+def describe_languages(catalog: Collection[Model]) -> list[JsonObject]:
     """The member `languages` of /v1/models."""
     served = common.served_languages(catalog)
-    entries = list[Members]()
+    entries = list[JsonObject]()
     for name in dict.fromkeys([*served, *LANGUAGES]):
-        syntax = LANGUAGES.get(BY_NAME.get(name.lower(), ""))
-        entry: Members = {"id": name, "endings": (), "filenames": ()}
-        if syntax:
-            entry |= {"endings": syntax.endings, "filenames": syntax.filenames}
+        syntax = LANGUAGES.get(BY_NAME.get(name.lower(), ""), Language())
+        entry = {"id": name, "endings": syntax.endings, "filenames": syntax.filenames}
         entries.append(entry | {"served": name in served})
     return entries
 
@@ -636,8 +620,7 @@ async def model(gateway: Gateway, request: Request) -> Response:
     ids = [model.id for model in gateway.config.models]
     id = request.parameter
     if id not in ids:
-        message = f"expected one of {', '.join(ids)}, got {describe(id)}"
-        raise HttpError("MODEL_NOT_FOUND", message)
+        raise HttpError("MODEL_NOT_FOUND", f"expected one of {', '.join(ids)}, got {describe(id)}")
     return Response(compact(dialects.write_model(id, gateway.created)))
 
 
@@ -652,11 +635,14 @@ async def tokenize(gateway: Gateway, request: Request) -> Response:
     """POST /tokenize: a text's tokens, in the model that answers a request without a model name."""
     fields = read_fields(dialects.present(parse_json(request.body)), dialects.TOKENIZE)
     model = gateway.fleet.route({})
-    having = [backend for backend in gateway.fleet.backends if backend.has(model)]
-    counting = [backend for backend in having if backend.kind.tokenize_path]
+    backends = gateway.fleet.backends
+    counting = [one for one in backends if one.kind.tokenize_path and one.has(model)]
     lacking = BREAKER_OPEN if counting else "expected a backend that counts tokens, got none"
     fault = HttpError("VPS_UNAVAILABLE", lacking)
-    async with gateway.turn_to_tokenize(request):
+    own = gateway.tokenizers.setdefault(request.client, asyncio.Lock())
+    # A person tokenizes one text at a time, and so do all guests together.
+    guests = gateway.guest_tokenizing if gateway.who(request)["guest"] else contextlib.nullcontext()
+    async with own, guests, gateway.tokenizing:
         for backend in sorted(counting, key=lambda backend: not backend.available):
             if not backend.breaker.admits:
                 continue
@@ -679,7 +665,8 @@ async def speak(dialect: dialects.Dialect, gateway: Gateway, request: Request) -
     wanted = dialect.read(members)
     fields = native_fields(wanted, gateway.config.models)
     wanted = replace(wanted, fields=fields, limit=MAX_COLLECTED_BYTES, **gateway.who(request))
-    head, now = request.head, int(time.time())
+    head = request.head
+    now = int(time.time())
     editor = f"{request.client} {request.address} {head.headers.get('user-agent', '')}"
     subscriber = Subscriber(gateway.broadcasts, Completion(wanted, notes=request.notes), editor)
     pairs = shown(subscriber.pairs(), fields, lambda: subscriber.typed_text)
@@ -699,7 +686,8 @@ def stream_in_dialect(pairs: Pairs, reply_to: Callable[[Members], dialects.Reply
     """
 
     def begin(begun: Members) -> bytes:
-        reply, response.headers = reply_to(begun), kept_headers(begun["kept"])
+        reply = reply_to(begun)
+        response.headers = kept_headers(begun["kept"])
         is_first = "done" not in events
         events.update(text=reply.text, done=reply.end)
         return reply.begin() if is_first else b""
@@ -709,7 +697,7 @@ def stream_in_dialect(pairs: Pairs, reply_to: Callable[[Members], dialects.Reply
     return response
 
 
-def kept_headers(kept: Mapping[str, Any]) -> common.Headers:
+def kept_headers(kept: Members) -> common.Headers:
     """A header with the part of a request that was sent, unless all was: no dialect has a member
     for this.
     """
@@ -739,7 +727,7 @@ async def activity(gateway: Gateway, request: Request) -> Response:
     gateway.sample()
     loaded = itertools.chain.from_iterable(backend.models_loaded for backend in fleet.backends)
     away = [backend for backend in fleet.backends if fleet.available and backend.breaker.message]
-    members = Members(timestamp=common.timestamp(), **statistics(gateway))
+    members = JsonObject(timestamp=common.timestamp(), **statistics(gateway))
     members |= {"vps_message": fleet.message, "models_loaded": [*dict.fromkeys(loaded)]}
     name = request.client if request.client in gateway.config.names else ""
     members |= {"client": name, "extension": gateway.extension_sha256}
@@ -747,11 +735,12 @@ async def activity(gateway: Gateway, request: Request) -> Response:
     return Response(members | gateway.counting.history.describe())
 
 
-def statistics(gateway: Gateway) -> Members:
+def statistics(gateway: Gateway) -> JsonObject:
     """The members of /v1/stats."""
-    fleet, measured = gateway.fleet, subjects(gateway)
+    fleet = gateway.fleet
+    measured = subjects(gateway)
     backends = measured["backend"]
-    members: Members = {"version": common.VERSION, "uptime": gateway.uptime, "speculative": True}
+    members: JsonObject = {"version": common.VERSION, "uptime": gateway.uptime, "speculative": True}
     members |= write_stats(METRICS, measured)
     members["vps_available"] = fleet.available
     members["vps_response_time_ms"] = fleet.first.response_ms
@@ -759,7 +748,8 @@ def statistics(gateway: Gateway) -> Members:
     members["load_avg"] = [round(load, 2) for load in os.getloadavg()]
     members["breaker"] = backends[fleet.first.id].breaker
     members["backends"] = [vars(backend) for backend in backends.values()]
-    members["by_confidence"] = gateway.counting.by_confidence
+    bands = gateway.counting.by_confidence.items()
+    members["by_confidence"] = [{"from": least, **band} for least, band in bands]
     members["clients"] = gateway.counting.people.describe()
     return members
 
@@ -767,7 +757,8 @@ def statistics(gateway: Gateway) -> Members:
 def describe_backend(backend: Backend, active: int) -> SimpleNamespace:
     """A backend's entry in /v1/stats. `active`: completions that hold a place there."""
     entry = SimpleNamespace(id=backend.id, api=backend.config.api, available=backend.available)
-    entry.message, entry.version = backend.breaker.message, backend.kind.version
+    entry.message = backend.breaker.message
+    entry.version = backend.kind.version
     entry.response_time_ms = backend.response_ms
     entry.requests_total = backend.requests_total
     entry.requests_active = active
@@ -803,13 +794,15 @@ METRICS = {
                "counting.accepted", "accepted"),
         Metric("cerebrum_accepted_characters_total", "Characters of these completions.",
                "counting.accepted_characters", "accepted_characters"),
+        Metric("cerebrum_reloads_total", "How often the settings were read again.", "reconfigured"),
+    ),
+    "from": (
         Metric("cerebrum_infills_suggested_total",
                "Infills with a text, by the confidence of their first line.",
-               lambda pi: pi.counting.by_band("suggested"), labels=("from",)),
+               lambda band: band["suggested"]),
         Metric("cerebrum_infills_accepted_total",
                "Those of them that users accepted, as editors report.",
-               lambda pi: pi.counting.by_band("accepted"), labels=("from",)),
-        Metric("cerebrum_reloads_total", "How often the settings were read again.", "reconfigured"),
+               lambda band: band["accepted"]),
     ),
     "model": (
         *COMPLETIONS,
@@ -854,15 +847,15 @@ METRICS = {
 }  # fmt: skip
 
 
-def subjects(gateway: Gateway) -> dict[str, Members]:
+def subjects(gateway: Gateway) -> JsonObject:
     """The objects that the rows of METRICS read."""
-    counting, places = gateway.counting, gateway.dispatcher.state.answering
-    active = Counter(backend.id for backend in places.values())
-    backends = Members()
+    counting = gateway.counting
+    active = Counter(gateway.dispatcher.state.answering.values())
+    backends = JsonObject()
     for backend in gateway.fleet.backends:
-        backends[backend.id] = describe_backend(backend, active[backend.id])
-    measured = Members({"": {"": gateway}, "model": counting.tallies})
-    return measured | {"client": counting.people.total, "backend": backends}
+        backends[backend.id] = describe_backend(backend, active[backend])
+    measured: JsonObject = {"": {"": gateway}, "model": counting.tallies, "backend": backends}
+    return measured | {"from": counting.by_confidence, "client": counting.people.total}
 
 
 async def metrics(gateway: Gateway, request: Request) -> Response:
@@ -874,12 +867,16 @@ async def metrics(gateway: Gateway, request: Request) -> Response:
 # ------------------------------------------------------------------------------------------- routes
 
 
+# A route of another API.
+foreign = functools.partial(Route, foreign_error=dialects.write_error)
+
+
 def dialect_routes() -> Iterator[Route]:
     """The routes of completions in the dialects."""
     for dialect in dialects.DIALECTS:
         handler = functools.partial(speak, dialect)
         for path in dialect.paths:
-            yield Route("POST", path, handler, json=True, foreign_error=dialects.write_error)
+            yield foreign("POST", path, handler, json=True)
 
 
 ROUTES = (
@@ -895,11 +892,11 @@ ROUTES = (
     Route("GET", "/v1/activity", activity, quiet=True),
     Route("GET", "/metrics", metrics, quiet=True),
     *dialect_routes(),
-    Route("GET", "/v1/models/{id}", model, foreign_error=dialects.write_error),
-    Route("GET", "/models/{id}", model, foreign_error=dialects.write_error),
+    foreign("GET", "/v1/models/{id}", model),
+    foreign("GET", "/models/{id}", model),
     Route("GET", "/models", models),
-    Route("GET", "/props", props, foreign_error=dialects.write_error),
-    Route("POST", "/tokenize", tokenize, json=True, foreign_error=dialects.write_error),
+    foreign("GET", "/props", props),
+    foreign("POST", "/tokenize", tokenize, json=True),
 )
 # -------------------------------------------------------------------------------------------- start
 
@@ -951,8 +948,9 @@ def warn_of(config: Config) -> None:
     """Log which backends will refuse us."""
     for backend in config.backends:
         if not backend.key and (backend.key_env or backend.api == "cerebrum"):
-            message = "%s: %s is not set: it will refuse every completion"
-            log.warning(message, backend.id, backend.variable)
+            log.warning(
+                "%s: %s is not set: it will refuse every completion", backend.id, backend.variable
+            )
 
 
 def main(arguments: Sequence[str]) -> int:

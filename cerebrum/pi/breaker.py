@@ -59,7 +59,8 @@ class Breaker:
         """Send one request; the breaker must admit it."""
         admission = Admission(self, now)
         if self.state == "half-open":
-            self.trial, self._until = admission, now + TRIAL_SECONDS
+            self.trial = admission
+            self._until = now + TRIAL_SECONDS
         return admission
 
     def expire(self, now: float) -> None:
@@ -103,7 +104,8 @@ class Admission:
     """
 
     def __init__(self, breaker: Breaker, now: float) -> None:
-        self.breaker, self.heard = breaker, now
+        self.breaker = breaker
+        self.heard = now
 
     def succeeded(self, now: float) -> None:
         """A valid token arrived, or a whole answer without any."""

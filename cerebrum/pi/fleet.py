@@ -8,11 +8,11 @@ import asyncio
 import contextlib
 import random
 import time
+from collections import ChainMap
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from cerebrum.fields import Members
 from cerebrum.pi.backend import Backend
-from cerebrum.pi.kind import Models
 from cerebrum.pi.upstream import BackendConfig
 from cerebrum_common import Model
 
@@ -40,7 +40,8 @@ def rank_models(
     the only id may be a missing model's, the smallest: a backend's 404 says which file is missing
     and how to get it. No preferences count until the backends' models are known (None).
     """
-    language, mode = fields.get("language", ""), fields.get("mode", "")
+    language = fields.get("language", "")
+    mode = fields.get("mode", "")
     here = [model for model in catalog if present is None or model.id in present]
     serving = [model for model in here if language in model.languages]
     if not language or (any_language and not serving):
@@ -76,19 +77,19 @@ class Fleet:
         """Replace the backends. A backend whose id and API stay keeps its state; running requests
         continue. ConfigError if the settings cannot be used; then nothing has changed.
         """
-        backends = [Backend(config, catalog) for config in configs]
+        wanted = [Backend(config, catalog) for config in configs]
         known = {(backend.id, backend.config.api): backend for backend in self.backends}
-        for number, new in enumerate(backends):
-            if old := known.get((new.id, new.config.api)):
+        self.backends = []
+        for new in wanted:
+            old = known.pop((new.id, new.config.api), None)
+            if old:
                 old.adopt(new)
-                backends[number] = old
-        removed = [backend for backend in self.backends if backend not in backends]
-        self.backends = backends
+            self.backends.append(old or new)
         self._catalog = catalog
         self._prefer = prefer
-        for backend in removed:
-            backend.wake.set()  # ends its probing
-            backend.kind.client.close()
+        for removed in known.values():
+            removed.wake.set()  # ends its probing
+            removed.kind.client.close()
         self._replaced.set()
 
     # State.
@@ -111,17 +112,10 @@ class Fleet:
         return "; ".join(named) if len(named) > 1 else self.first.breaker.message
 
     @property
-    def models(self) -> Models | None:
-        """Model metadata, taken from the first backend that lists the model; None until the first
-        list comes.
-        """
+    def models(self) -> Collection[str] | None:
+        """The ids of the models that some backend lists; None until the first list comes."""
         lists = [backend.models for backend in self.backends if backend.models is not None]
-        if not lists:
-            return None
-        models: Models = {}
-        for listed in reversed(lists):
-            models |= listed
-        return models
+        return ChainMap(*lists) if lists else None
 
     def n_ctx(self, model: str) -> int:
         """The model's context at the first backend that has it, preferably an available one."""
@@ -162,10 +156,10 @@ class Fleet:
 
     def stuck(self, now: float) -> str:
         """A message that names a backend whose probe hangs; "" if there is none."""
-        stuck = [backend.id for backend in self.backends if now - backend.probed > STUCK_SECONDS]
-        if not stuck:
-            return ""
-        return f"the probe of {stuck[0]} has made no progress for {STUCK_SECONDS:g} s"
+        for backend in self.backends:
+            if now - backend.probed > STUCK_SECONDS:
+                return f"the probe of {backend.id} has made no progress for {STUCK_SECONDS:g} s"
+        return ""
 
     # Routing.
 
