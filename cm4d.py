@@ -63,7 +63,6 @@ from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
-import cerebrum_common as common
 from cerebrum.fields import Field, JsonObject, Members, describe, parse_json, read_fields, wrong
 from cerebrum.http import Access, Server, own_names
 from cerebrum.metrics import (
@@ -100,7 +99,21 @@ from cerebrum.service import Service, make_parser, prompt_of, set_up_logging
 from cerebrum.settings import Client, ConfigError, Environment, load_catalog, read_environment
 from cerebrum.text.languages import BY_NAME, LANGUAGES, Language, guess_language
 from cerebrum.text.prompt import detect_mode
-from cerebrum_common import HttpError, Model, Request, Response, Route, compact, log
+from cerebrum_common import (
+    SSE_COMMENT,
+    VERSION,
+    Headers,
+    HttpError,
+    Model,
+    Request,
+    Response,
+    Route,
+    compact,
+    log,
+    served_languages,
+    sse_event,
+    timestamp,
+)
 
 HERE = Path(__file__).resolve().parent
 # ------------------------------------------------------------------------------------ configuration
@@ -176,7 +189,7 @@ def load_config(environ: Environment) -> Config:
     catalog = load_catalog(path, LANGUAGES)
     max_concurrent = environ.integer("CEREBRUM_MAX_CONCURRENT", 2, 1, upstream.MAX_PLACES)
     backends = upstream.read_backends(catalog.backends, environ, max_concurrent)
-    listening: JsonObject = {
+    more: JsonObject = {
         "host": environ.host("CEREBRUM_CM4_HOST", "0.0.0.0"),
         "port": environ.integer("CEREBRUM_CM4_PORT", 7000, 0, 65535),
         "hosts": environ.names("CEREBRUM_ALLOWED_HOSTS"),
@@ -184,7 +197,7 @@ def load_config(environ: Environment) -> Config:
     }
     folder = HERE / "logs"
     log_file = str(folder / "cerebrum.log") if folder.is_dir() else ""
-    logging: JsonObject = {
+    more |= {
         "log_level": environ.log_level(),
         "log_file": environ.text("CEREBRUM_LOG_FILE", log_file),
         "log_prompts": environ.integer("CEREBRUM_LOG_PROMPTS", 0, 0, 1) == 1,
@@ -195,8 +208,7 @@ def load_config(environ: Environment) -> Config:
         prefer=catalog.prefer,
         client_keys=client_keys,
         clients=clients,
-        **listening,
-        **logging,
+        **more,
         tls=read_tls(environ),
     )
 
@@ -231,7 +243,7 @@ def read_completion(members: Members, models: Collection[Model]) -> JsonObject:
     """
     more = members.get("suffix") or members.get("instruction")
     fields = read_fields(members, FIELDS_WITHOUT_PROMPT if more else FIELDS)
-    languages = common.served_languages(models)
+    languages = served_languages(models)
     given = fields["language"]
     if given not in languages:
         fields["language"] = BY_NAME.get(given)
@@ -270,15 +282,13 @@ class Gateway:
     """Connects the owners of state, and runs every completion; `Server` has the sockets."""
 
     def __init__(self, config: Config) -> None:
-        self.config = config
         self.started = time.monotonic()
         self.created = int(time.time())
         self.reconfigured = 0
         self.warn_once = functools.cache(log.warning)
         self.fleet = Fleet()
-        self.fleet.replace(config.backends, config.models, config.prefer)
         self.counting = Counting()
-        self.counting.configure(config.models, config.names)
+        self._use(config)
         self.dispatcher = Dispatcher(self.fleet, self.counting.work)
         self.broadcasts = Broadcasts(
             self.dispatcher, self.complete, self.beginning, self.counting.typed
@@ -300,6 +310,11 @@ class Gateway:
         except (OSError, ValueError) as error:
             log.warning("no extension for VS Code: %s", error)
 
+    def _use(self, config: Config) -> None:
+        self.fleet.replace(config.backends, config.models, config.prefer)
+        self.counting.configure(config.models, config.names)
+        self.config = config
+
     def use_keys(self, environ: Environment) -> None:
         """Apply the keys that can be read: whatever else is wrong, a revoked one must stop working.
         `load_config` says why others cannot be read.
@@ -320,10 +335,8 @@ class Gateway:
         if self.config.clients is not None and not config.access.needs_key:
             message = "expected the file, it has gone; an empty one lets nobody in"
             raise ConfigError(f"CEREBRUM_CM4_KEYS_FILE: {message}")
-        self.fleet.replace(config.backends, config.models, config.prefer)
-        self.config = config
+        self._use(config)
         self.reconfigured += 1
-        self.counting.configure(config.models, config.names)
         self.dispatcher.reconfigured()
 
     def who(self, request: Request) -> JsonObject:
@@ -375,7 +388,7 @@ class Gateway:
         """
         if self.config.log_prompts:
             log.info("prompt: %s", prompt_of(completion.request.fields))
-        begun: JsonObject = {}
+        begun = JsonObject()
         async with self.counting.completion(completion):
             while True:
                 attempt = await self.dispatcher.enter(completion)
@@ -451,7 +464,7 @@ class Gateway:
         result: JsonObject = {"language": request.fields["language"], "model": attempt.model}
         result["total_tokens"] = attempt.tokens
         result["inference_time"] = time.monotonic() - attempt.completion.started
-        result |= {"timestamp": common.timestamp(), "mode": request.fields["mode"]}
+        result |= {"timestamp": timestamp(), "mode": request.fields["mode"]}
         if len(self.fleet.backends) > 1:
             result["backend"] = attempt.backend
         result |= done
@@ -475,7 +488,7 @@ async def health(gateway: Gateway, request: Request) -> Response:
     ]
     state = {"vps_available": fleet.available, "uptime": gateway.uptime, "backends": backends}
     if fleet.available:
-        return Response({"status": "healthy", "timestamp": common.timestamp(), **state})
+        return Response({"status": "healthy", "timestamp": timestamp(), **state})
     raise HttpError("VPS_UNAVAILABLE", fleet.message, extra={"status": "unhealthy", **state})
 
 
@@ -509,10 +522,10 @@ Events = dict[str, Callable[[Any], bytes]]  # how a pair of each kind is written
 # the backend answers.
 NATIVE_EVENTS: Events = {
     "started": lambda _: b"",
-    "idle": lambda _: common.SSE_COMMENT,
-    "progress": lambda progress: common.sse_event({"progress": progress}),
+    "idle": lambda _: SSE_COMMENT,
+    "progress": lambda progress: sse_event({"progress": progress}),
     "text": bytes,
-    "done": lambda result: common.sse_event({"done": True, **result}),
+    "done": lambda result: sse_event({"done": True, **result}),
 }
 
 
@@ -582,12 +595,12 @@ async def models(gateway: Gateway, request: Request) -> Response:
     """
     catalog = gateway.config.models
     fleet = gateway.fleet
-    here = fleet.models or [model.id for model in catalog]
+    ids = [model.id for model in catalog]
+    here = fleet.models or ids
     entries = [describe_model(model, fleet.backends) for model in catalog]
     listed: JsonObject = {"models": entries, "vps_available": fleet.available}
     listed |= {"languages": describe_languages(catalog), "prefer": gateway.config.prefer}
-    ids = [model.id for model in catalog if model.id in here]
-    data = [dialects.write_model(id, gateway.created) for id in ids]
+    data = [dialects.write_model(id, gateway.created) for id in ids if id in here]
     return Response(compact(listed | {"object": "list", "data": data}))
 
 
@@ -598,15 +611,16 @@ def describe_model(model: Model, backends: Sequence[Backend]) -> JsonObject:
     ids = list[str]()
     reported = JsonObject()
     for backend in backends:
-        if backend.available and backend.models and model.id in backend.models:
+        about = (backend.models or {}).get(model.id)
+        if backend.available and about:
             ids.append(backend.id)
-            reported = reported or backend.models[model.id]
+            reported = reported or about
     return entry | {"available": bool(ids), "backends": ids} | reported
 
 
 def describe_languages(catalog: Collection[Model]) -> list[JsonObject]:
     """The member `languages` of /v1/models."""
-    served = common.served_languages(catalog)
+    served = served_languages(catalog)
     entries = list[JsonObject]()
     for name in dict.fromkeys([*served, *LANGUAGES]):
         syntax = LANGUAGES.get(BY_NAME.get(name.lower(), ""), Language())
@@ -666,11 +680,10 @@ async def speak(dialect: dialects.Dialect, gateway: Gateway, request: Request) -
     fields = native_fields(wanted, gateway.config.models)
     wanted = replace(wanted, fields=fields, limit=MAX_COLLECTED_BYTES, **gateway.who(request))
     head = request.head
-    now = int(time.time())
     editor = f"{request.client} {request.address} {head.headers.get('user-agent', '')}"
     subscriber = Subscriber(gateway.broadcasts, Completion(wanted, notes=request.notes), editor)
     pairs = shown(subscriber.pairs(), fields, lambda: subscriber.typed_text)
-    reply_to = functools.partial(dialect.reply, wanted, head.request_id, now)
+    reply_to = functools.partial(dialect.reply, wanted, head.request_id, int(time.time()))
     if wanted.stream:
         return stream_in_dialect(pairs, reply_to)
     begun, text, result = await collect(pairs)
@@ -697,7 +710,7 @@ def stream_in_dialect(pairs: Pairs, reply_to: Callable[[Members], dialects.Reply
     return response
 
 
-def kept_headers(kept: Members) -> common.Headers:
+def kept_headers(kept: Members) -> Headers:
     """A header with the part of a request that was sent, unless all was: no dialect has a member
     for this.
     """
@@ -727,7 +740,7 @@ async def activity(gateway: Gateway, request: Request) -> Response:
     gateway.sample()
     loaded = itertools.chain.from_iterable(backend.models_loaded for backend in fleet.backends)
     away = [backend for backend in fleet.backends if fleet.available and backend.breaker.message]
-    members = JsonObject(timestamp=common.timestamp(), **statistics(gateway))
+    members: JsonObject = {"timestamp": timestamp()} | statistics(gateway)
     members |= {"vps_message": fleet.message, "models_loaded": [*dict.fromkeys(loaded)]}
     name = request.client if request.client in gateway.config.names else ""
     members |= {"client": name, "extension": gateway.extension_sha256}
@@ -740,7 +753,7 @@ def statistics(gateway: Gateway) -> JsonObject:
     fleet = gateway.fleet
     measured = subjects(gateway)
     backends = measured["backend"]
-    members: JsonObject = {"version": common.VERSION, "uptime": gateway.uptime, "speculative": True}
+    members: JsonObject = {"version": VERSION, "uptime": gateway.uptime, "speculative": True}
     members |= write_stats(METRICS, measured)
     members["vps_available"] = fleet.available
     members["vps_response_time_ms"] = fleet.first.response_ms
@@ -774,7 +787,7 @@ def describe_backend(backend: Backend, active: int) -> SimpleNamespace:
 METRICS = {
     "": (
         Metric("cerebrum_build_info", "Which daemon this is; always 1.",
-               lambda _: {("cm4d", common.VERSION): 1}, labels=("daemon", "version")),
+               lambda _: {("cm4d", VERSION): 1}, labels=("daemon", "version")),
         Metric("cerebrum_completions_started_total", "Requests for a completion.",
                "requests", "requests_total"),
         Metric("cerebrum_completions_failed_total", "Completions that failed.", "counting.failed"),

@@ -48,7 +48,7 @@ class Breaker:
     @property
     def admits(self) -> bool:
         """Whether a request may be sent: any while closed, one as a trial while half-open."""
-        return self.state == "closed" or (self.state == "half-open" and not self.trial)
+        return self.state != "open" and not self.trial
 
     @property
     def message(self) -> str:

@@ -69,8 +69,8 @@ class People:
     """What each named client has used, since the start and today, by this machine's clock."""
 
     def __init__(self) -> None:
-        self.total: dict[str, Usage] = {}
-        self._today: dict[str, Usage] = {}
+        self.total = dict[str, Usage]()
+        self._today = dict[str, Usage]()
         self._day = date.today()
 
     def configure(self, names: Collection[str]) -> None:
@@ -109,8 +109,8 @@ class Counting:
         self.started = self.failed = 0  # completions that were computed, and those that failed
         # Completions that editors' users accepted, and their length.
         self.accepted = self.accepted_characters = 0
-        self.tallies: dict[str, Tally] = {}  # by model
-        self.running: set[Completion] = set()
+        self.tallies = dict[str, Tally]()  # by model
+        self.running = set[Completion]()
         self.by_confidence = {least: {"suggested": 0, "accepted": 0} for least in BANDS}
         self.history = History(time.monotonic())
         self.people = People()

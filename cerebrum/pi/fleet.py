@@ -25,38 +25,6 @@ Preferences = Mapping[str, Sequence[str]]  # ids of models, by mode
 Options = Sequence[tuple[str, Sequence[Backend]]]
 
 
-def rank_models(
-    catalog: Sequence[Model],
-    prefer: Preferences,
-    fields: Members,
-    present: Collection[str] | None,
-    any_language: bool = False,
-) -> list[str]:
-    """The ids, best first, of the models that serve a request's language and are `present` on a
-    backend. The models that [prefer] lists for the request's mode come first, then the others in
-    the table's order. A chat counts as an instruction.
-
-    With `any_language`, a language that no present model serves goes to any of them. Without it,
-    the only id may be a missing model's, the smallest: a backend's 404 says which file is missing
-    and how to get it. No preferences count until the backends' models are known (None).
-    """
-    language = fields.get("language", "")
-    mode = fields.get("mode", "")
-    here = [model for model in catalog if present is None or model.id in present]
-    serving = [model for model in here if language in model.languages]
-    if not language or (any_language and not serving):
-        serving = here
-    if not serving:
-        missing = [model for model in catalog if language in model.languages]
-        return [(missing or catalog)[-1].id]
-    ids = [model.id for model in serving]
-    if present is None:
-        return ids
-    preferred = prefer.get("instruct" if mode == "chat" else mode, ())
-    first = [id for id in preferred if id in ids]
-    return [*dict.fromkeys([*first, *ids])]
-
-
 def first_there(backends: Sequence[Backend]) -> Backend:
     """The first available backend, or else the first."""
     return next((backend for backend in backends if backend.available), backends[0])
@@ -66,9 +34,7 @@ class Fleet:
     """Owns the list of backends and the tasks that probe them."""
 
     def __init__(self) -> None:
-        self.backends: list[Backend] = []
-        self._catalog: Sequence[Model] = ()
-        self._prefer: Preferences = {}
+        self.backends = list[Backend]()
         self._replaced = asyncio.Event()
 
     def replace(
@@ -96,7 +62,7 @@ class Fleet:
 
     @property
     def available(self) -> bool:
-        return any(backend.available for backend in self.backends)
+        return self.first.available
 
     @property
     def first(self) -> Backend:
@@ -173,12 +139,36 @@ class Fleet:
 
     def who_may(self, fields: Members, any_language: bool) -> Options:
         """The models that may answer and their backends, judged by the lists of models alone."""
-        if fields.get("model") is not None:
-            ids = [fields["model"]]
-        else:
-            ids = rank_models(self._catalog, self._prefer, fields, self.models, any_language)
+        asked = fields.get("model")
+        ids = [asked] if asked else self._rank(fields, any_language)
         options = [(id, [backend for backend in self.backends if backend.has(id)]) for id in ids]
         if any(having for _, having in options):
             return options
         # A kind that takes our ids says what is missing, and how to get it.
         return [(ids[0], [backend for backend in self.backends if backend.kind.takes_our_ids])]
+
+    def _rank(self, fields: Members, any_language: bool) -> list[str]:
+        """The ids, best first, of the models that serve a request's language and are `present` on a
+        backend. The models that [prefer] lists for the request's mode come first, then the others
+        in the table's order. A chat counts as an instruction.
+
+        With `any_language`, a language that no present model serves goes to any of them. Without
+        it, the only id may be a missing model's, the smallest: a backend's 404 says which file is
+        missing and how to get it. No preferences count until the backends' models are known (None).
+        """
+        present = self.models
+        language = fields.get("language", "")
+        mode = fields.get("mode", "")
+        here = [model for model in self._catalog if present is None or model.id in present]
+        serving = [model for model in here if language in model.languages]
+        if not language or (any_language and not serving):
+            serving = here
+        if not serving:
+            missing = [model for model in self._catalog if language in model.languages]
+            return [(missing or self._catalog)[-1].id]
+        ids = [model.id for model in serving]
+        if present is None:
+            return ids
+        preferred = self._prefer.get("instruct" if mode == "chat" else mode, ())
+        first = [id for id in preferred if id in ids]
+        return [*dict.fromkeys([*first, *ids])]
