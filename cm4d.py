@@ -90,7 +90,7 @@ from cerebrum.pi.completion import (
     read_text,
 )
 from cerebrum.pi.counting import ACCEPTED, Counting
-from cerebrum.pi.dispatcher import Dispatcher
+from cerebrum.pi.dispatcher import Dispatcher, limit_of
 from cerebrum.pi.fleet import Fleet
 from cerebrum.pi.page import page_of
 from cerebrum.pi.shown import Pairs, shown
@@ -135,7 +135,7 @@ def read_tls(environ: Environment) -> ssl.SSLContext | None:
         # With a password, OpenSSL never asks for one at the terminal.
         context.load_cert_chain(certificate, key, password=b"")
     except (OSError, ValueError) as error:
-        system = error.strerror if isinstance(error, OSError) else ""
+        system = getattr(error, "strerror", "")
         raise ConfigError(
             f"{TLS}: expected PEM files that fit each other: {system or error}"
         ) from None
@@ -264,12 +264,10 @@ def native_fields(wanted: CompletionRequest, models: Collection[Model]) -> JsonO
     the file names, which a chat lacks.
     """
     fields: JsonObject = {"prompt": "", "filename": ""} | wanted.fields
-    ids = dict[str, str]()
-    for model in models:
-        ids |= dict.fromkeys((*model.aliases, model.id), model.id)
+    named = [model.id for model in models if fields["model"] in (model.id, *model.aliases)]
     others = [entry["filename"] for entry in fields.get("extra", ())]
     language = guess_language(fields["filename"], fields["prompt"], others)
-    return fields | {"language": language, "model": ids.get(fields["model"])}
+    return fields | {"language": language, "model": next(iter(named), None)}
 
 
 # -------------------------------------------------------------------------------------- the gateway
@@ -641,7 +639,7 @@ async def model(gateway: Gateway, request: Request) -> Response:
 async def props(gateway: Gateway, request: Request) -> Response:
     """GET /props: the properties of the model that answers a request without a model name."""
     model = gateway.fleet.route({})
-    places = sum(backend.limit for backend in gateway.fleet.backends)
+    places = limit_of(gateway.fleet.backends)
     return Response(compact(dialects.write_props(model, gateway.fleet.n_ctx(model), places)))
 
 
@@ -651,8 +649,10 @@ async def tokenize(gateway: Gateway, request: Request) -> Response:
     model = gateway.fleet.route({})
     backends = gateway.fleet.backends
     counting = [one for one in backends if one.kind.tokenize_path and one.has(model)]
-    lacking = BREAKER_OPEN if counting else "expected a backend that counts tokens, got none"
-    fault = HttpError("VPS_UNAVAILABLE", lacking)
+    fault = HttpError(
+        "VPS_UNAVAILABLE",
+        BREAKER_OPEN if counting else "expected a backend that counts tokens, got none",
+    )
     own = gateway.tokenizers.setdefault(request.client, asyncio.Lock())
     # A person tokenizes one text at a time, and so do all guests together.
     guests = gateway.guest_tokenizing if gateway.who(request)["guest"] else contextlib.nullcontext()

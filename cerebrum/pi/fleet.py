@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import random
 import time
 from collections import ChainMap
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -16,7 +15,7 @@ from cerebrum.pi.backend import Backend
 from cerebrum.pi.upstream import BackendConfig
 from cerebrum_common import Model
 
-PROBE_SECONDS = 5.0  # between two probes, +- 20 %
+PROBE_SECONDS = 5.0  # between two probes
 PAID_PROBE_SECONDS = 120.0  # for a cloud service, which counts requests
 STUCK_SECONDS = 300.0  # without progress of a probe, which takes a minute at most
 
@@ -109,8 +108,7 @@ class Fleet:
             await backend.probe()
             probed()
             usual = PAID_PROBE_SECONDS if backend.config.is_paid else PROBE_SECONDS
-            delay = usual * random.uniform(0.8, 1.2)
-            delay = min(delay, backend.breaker.retry_in(time.monotonic()) or delay)
+            delay = min(usual, backend.breaker.retry_in(time.monotonic()) or usual)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(delay):
                     await backend.wake.wait()
