@@ -300,8 +300,8 @@ class Gateway:
             self.page = page_of((HERE / "cerebrum/pi/page.html").read_bytes())
         except OSError as error:
             log.warning("no page at /: cannot read page.html: %s", error.strerror)
-        self.extension = b""
-        self.extension_sha256 = ""  # for VS Code; the Pi only hands it out
+        self.extension = b""  # for VS Code; the Pi only hands it out
+        self.extension_sha256 = ""
         try:
             self.extension = vsix.pack(HERE / "vscode")
             self.extension_sha256 = hashlib.sha256(self.extension).hexdigest()
@@ -495,6 +495,8 @@ def complete_natively(gateway: Gateway, request: Request, limit: float = math.in
     collected.
     """
     fields = read_completion(parse_json(request.body), gateway.config.models)
+    if limit < math.inf:
+        fields["progress"] = False  # nobody would see it
     session = ""
     if fields["session"]:
         # Two clients may choose the same name, and a backend sees only the Pi's address.
@@ -507,12 +509,8 @@ def complete_natively(gateway: Gateway, request: Request, limit: float = math.in
 
 async def complete_stream(gateway: Gateway, request: Request) -> Response:
     """POST /v1/complete/stream: a completion as SSE, token by token."""
-    return stream_of(complete_natively(gateway, request), NATIVE_EVENTS)
-
-
-def stream_of(pairs: Pairs, events: Events) -> Response:
-    """A completion as SSE."""
-    return Response(events=pairs, render=lambda pair: events[pair[0]](pair[1]))
+    pairs = complete_natively(gateway, request)
+    return Response(events=pairs, render=lambda pair: NATIVE_EVENTS[pair[0]](pair[1]))
 
 
 Events = dict[str, Callable[[Any], bytes]]  # how a pair of each kind is written as SSE
@@ -529,8 +527,7 @@ NATIVE_EVENTS: Events = {
 
 async def complete(gateway: Gateway, request: Request) -> Response:
     """POST /v1/complete: a completion in one piece."""
-    pairs = complete_natively(gateway, request, MAX_COLLECTED_BYTES)
-    _, text, result = await collect(pairs)
+    _, text, result = await collect(complete_natively(gateway, request, MAX_COLLECTED_BYTES))
     return Response({"completion": text, **result})
 
 
@@ -694,19 +691,19 @@ async def speak(dialect: dialects.Dialect, gateway: Gateway, request: Request) -
 
 
 def stream_in_dialect(pairs: Pairs, reply_to: Callable[[Members], dialects.Reply]) -> Response:
-    """A stream of whole SSE events in a dialect. The first block may be empty, as in
-    NATIVE_EVENTS.
-    """
+    """A completion as SSE in a dialect. The first block may be empty, as in NATIVE_EVENTS."""
+    response = Response(events=pairs)
+    events: Events = {"idle": NATIVE_EVENTS["idle"]}
 
     def begin(begun: Members) -> bytes:
         reply = reply_to(begun)
         response.headers = kept_headers(begun["kept"])
-        is_first = "done" not in events
+        is_first = "done" not in events  # else another backend has taken over
         events.update(text=reply.text, done=reply.end)
         return reply.begin() if is_first else b""
 
-    events: Events = {"started": begin, "idle": NATIVE_EVENTS["idle"]}
-    response = stream_of(pairs, events)
+    events["started"] = begin
+    response.render = lambda pair: events[pair[0]](pair[1])
     return response
 
 
@@ -750,16 +747,16 @@ async def activity(gateway: Gateway, request: Request) -> Response:
 
 def statistics(gateway: Gateway) -> JsonObject:
     """The members of /v1/stats."""
-    fleet = gateway.fleet
     measured = subjects(gateway)
     backends = measured["backend"]
+    first = backends[gateway.fleet.first.id]
     members: JsonObject = {"version": VERSION, "uptime": gateway.uptime, "speculative": True}
     members |= write_stats(METRICS, measured)
-    members["vps_available"] = fleet.available
-    members["vps_response_time_ms"] = fleet.first.response_ms
+    members["vps_available"] = first.available
+    members["vps_response_time_ms"] = first.response_time_ms
     members["memory_mb"] = round(resident_bytes() / 2**20, 1)
     members["load_avg"] = [round(load, 2) for load in os.getloadavg()]
-    members["breaker"] = backends[fleet.first.id].breaker
+    members["breaker"] = first.breaker
     members["backends"] = [vars(backend) for backend in backends.values()]
     bands = gateway.counting.by_confidence.items()
     members["by_confidence"] = [{"from": least, **band} for least, band in bands]

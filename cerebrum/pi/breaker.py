@@ -11,7 +11,9 @@ Pure: the caller passes in the time, in monotonic seconds. Standard library only
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import dataclass
+
+from cerebrum.fields import JsonObject
 
 FAILURES_TO_OPEN = 3  # consecutive
 # The first pause and the longest; each failed trial doubles the pause.
@@ -91,21 +93,21 @@ class Breaker:
         """Seconds until a good /health counts; 0 unless open."""
         return max(0.0, self._until - now) if self.state == "open" else 0.0
 
-    def describe(self, now: float) -> dict[str, Any]:
+    def describe(self, now: float) -> JsonObject:
         """The breaker's entry in /v1/stats."""
         figures = {"state": self.state, "failures": self.failures, "opens": self.opens}
         return figures | {"retry_in_s": round(self.retry_in(now), 3)}
 
 
+@dataclass(eq=False)
 class Admission:
     """One request that a breaker has admitted, and its results. `heard` is the time when the
     request was sent, later the time of its last token: a result that is older than a change of
     state does not count.
     """
 
-    def __init__(self, breaker: Breaker, now: float) -> None:
-        self.breaker = breaker
-        self.heard = now
+    breaker: Breaker
+    heard: float
 
     def succeeded(self, now: float) -> None:
         """A valid token arrived, or a whole answer without any."""

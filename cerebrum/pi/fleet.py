@@ -19,7 +19,6 @@ PROBE_SECONDS = 5.0  # between two probes
 PAID_PROBE_SECONDS = 120.0  # for a cloud service, which counts requests
 STUCK_SECONDS = 300.0  # without progress of a probe, which takes a minute at most
 
-Preferences = Mapping[str, Sequence[str]]  # ids of models, by mode
 # Models, best first, each with the backends that have it.
 Options = Sequence[tuple[str, Sequence[Backend]]]
 
@@ -37,10 +36,14 @@ class Fleet:
         self._replaced = asyncio.Event()
 
     def replace(
-        self, configs: Sequence[BackendConfig], catalog: Sequence[Model], prefer: Preferences
+        self,
+        configs: Sequence[BackendConfig],
+        catalog: Sequence[Model],
+        prefer: Mapping[str, Sequence[str]],
     ) -> None:
         """Replace the backends. A backend whose id and API stay keeps its state; running requests
-        continue. ConfigError if the settings cannot be used; then nothing has changed.
+        continue. `prefer`: ids of models, by mode. ConfigError if the settings cannot be used; then
+        nothing has changed.
         """
         wanted = [Backend(config, catalog) for config in configs]
         known = {(backend.id, backend.config.api): backend for backend in self.backends}
