@@ -949,8 +949,6 @@ async def serve(environ: Environment, config: Config) -> int:
     log.info("listening on %s", server.url)
     failed = await service.run(asyncio.create_task(gateway.fleet.probe_forever(gateway.probed)))
     await server.stop(DRAIN_SECONDS)
-    for backend in gateway.fleet.backends:
-        backend.kind.client.close()
     return int(failed)  # systemd restarts the daemon after a 1
 
 
@@ -968,11 +966,11 @@ def main(arguments: Sequence[str]) -> int:
     itself.
     """
     if arguments:
-        about = (
+        make_parser(
+            "cm4d",
             "Cerebrum's daemon for the Raspberry Pi. Without an option it serves until it gets "
-            "SIGTERM."
-        )
-        make_parser("cm4d", about).parse_args(arguments)
+            "SIGTERM.",
+        ).parse_args(arguments)
         from cerebrum.check import check_pi  # loaded only for an option
 
         return check_pi(HERE, load_config)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Collection, Sequence
 from datetime import date
 from itertools import pairwise
@@ -35,10 +35,9 @@ class History:
     def __init__(self, now: float) -> None:
         self._step = int(now // HISTORY_STEP_SECONDS)
         size = HISTORY_STEPS + 1
-        nothing = (0,) * len(SERIES)
-        self._totals = deque([nothing] * size, maxlen=size)  # at the end of each step
+        self._totals = deque([(0, 0, 0)] * size, maxlen=size)  # at the end of each step
 
-    def sample(self, now: float, totals: tuple[int, ...]) -> None:
+    def sample(self, now: float, totals: tuple[int, int, int]) -> None:
         """Record the totals of SERIES at `now` (seconds, monotonic)."""
         step = int(now // HISTORY_STEP_SECONDS)
         passed = min(step - self._step, HISTORY_STEPS + 1)
@@ -70,20 +69,20 @@ class People:
 
     def __init__(self) -> None:
         self.total = dict[str, Usage]()
-        self._today = dict[str, Usage]()
+        self._today = defaultdict[str, Usage](Usage)
         self._day = date.today()
 
     def configure(self, names: Collection[str]) -> None:
         self.total = {name: self.total.get(name, Usage()) for name in names}
-        self._today = {name: used for name, used in self._today.items() if name in names}
+        for gone in self._today.keys() - names:
+            del self._today[gone]
 
     def add(self, name: str, used: Usage) -> None:
         """Count what a client has used, if it has a name."""
         if name not in self.total:
             return
         for table in (self.total, self._of_today()):
-            known = table.get(name, Usage())
-            table[name] = Usage(*map(add, known, used))
+            table[name] = Usage(*map(add, table[name], used))
 
     def describe(self) -> list[JsonObject]:
         """The member `clients` of /v1/stats."""
@@ -91,14 +90,14 @@ class People:
         entries = list[JsonObject]()
         for name, used in self.total.items():
             entry = {"name": name, **used._asdict()}
-            entries.append(entry | {"today": today.get(name, Usage())._asdict()})
+            entries.append(entry | {"today": today[name]._asdict()})
         return entries
 
     def _of_today(self) -> dict[str, Usage]:
         today = date.today()
         if self._day != today:
             self._day = today
-            self._today = {}
+            self._today.clear()
         return self._today
 
 
