@@ -164,7 +164,7 @@ class Config:
 
     @property
     def access(self) -> Access:
-        named: dict[str, str] | None = None
+        named = None
         if self.clients is not None:
             named = {key: client.name for key, client in self.clients.items()}
         guests = frozenset(name for name, client in self.names.items() if client.places)
@@ -459,7 +459,7 @@ class Gateway:
             # Read it all later, so that the next prompt of this file need not be cut.
             fields = request.fields | {"max_tokens": 0, "prompt_ms": 0}
             self.dispatcher.read_ahead(replace(request, fields=fields))
-        result: JsonObject = {"language": request.fields["language"], "model": attempt.model}
+        result = {"language": request.fields["language"], "model": attempt.model}
         result["total_tokens"] = attempt.tokens
         result["inference_time"] = time.monotonic() - attempt.completion.started
         result |= {"timestamp": timestamp(), "mode": request.fields["mode"]}
@@ -513,10 +513,9 @@ async def complete_stream(gateway: Gateway, request: Request) -> Response:
     return Response(events=pairs, render=lambda pair: NATIVE_EVENTS[pair[0]](pair[1]))
 
 
-Events = dict[str, Callable[[Any], bytes]]  # how a pair of each kind is written as SSE
 # Pairs as native SSE. "started" has no event; it comes first, so the response head goes out once
 # the backend answers.
-NATIVE_EVENTS: Events = {
+NATIVE_EVENTS: dict[str, Callable[[Any], bytes]] = {
     "started": lambda _: b"",
     "idle": lambda _: SSE_COMMENT,
     "progress": lambda progress: sse_event({"progress": progress}),
@@ -693,7 +692,7 @@ async def speak(dialect: dialects.Dialect, gateway: Gateway, request: Request) -
 def stream_in_dialect(pairs: Pairs, reply_to: Callable[[Members], dialects.Reply]) -> Response:
     """A completion as SSE in a dialect. The first block may be empty, as in NATIVE_EVENTS."""
     response = Response(events=pairs)
-    events: Events = {"idle": NATIVE_EVENTS["idle"]}
+    events = {"idle": NATIVE_EVENTS["idle"]}
 
     def begin(begun: Members) -> bytes:
         reply = reply_to(begun)
