@@ -53,9 +53,6 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import (
-    AsyncGenerator,
-    AsyncIterator,
-    Awaitable,
     Callable,
     Collection,
     Iterator,
@@ -66,8 +63,7 @@ from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
-import cerebrum_common as common
-from cerebrum.fields import Field, describe, parse_json, read_fields, wrong
+from cerebrum.fields import Field, JsonObject, Members, describe, parse_json, read_fields, wrong
 from cerebrum.http import Access, Server, own_names
 from cerebrum.metrics import (
     COMPLETIONS,
@@ -94,50 +90,56 @@ from cerebrum.pi.completion import (
     read_text,
 )
 from cerebrum.pi.counting import ACCEPTED, Counting
-from cerebrum.pi.dispatcher import Dispatcher
+from cerebrum.pi.dispatcher import Dispatcher, limit_of
 from cerebrum.pi.fleet import Fleet
 from cerebrum.pi.page import page_of
 from cerebrum.pi.shown import Pairs, shown
 from cerebrum.pi.upstream import BackendConfig, Loop
 from cerebrum.service import Service, make_parser, prompt_of, set_up_logging
 from cerebrum.settings import Client, ConfigError, Environment, load_catalog, read_environment
-from cerebrum.text.languages import BY_NAME, LANGUAGES, guess_language
+from cerebrum.text.languages import BY_NAME, LANGUAGES, Language, guess_language
 from cerebrum.text.prompt import detect_mode
-from cerebrum_common import HttpError, Model, Request, Response, Route, compact, log
+from cerebrum_common import (
+    SSE_COMMENT,
+    VERSION,
+    Headers,
+    HttpError,
+    Model,
+    Request,
+    Response,
+    Route,
+    compact,
+    log,
+    served_languages,
+    sse_event,
+    timestamp,
+)
 
 HERE = Path(__file__).resolve().parent
-Members = dict[str, Any]  # of a JSON object
 # ------------------------------------------------------------------------------------ configuration
 
 
 TLS = "CEREBRUM_CM4_TLS_CERT, CEREBRUM_CM4_TLS_KEY"
 
 
-class Tls:
+def read_tls(environ: Environment) -> ssl.SSLContext | None:
     """A certificate and its key in PEM files, for https. ConfigError if they cannot be used."""
-
-    def __init__(self, certificate: str, key: str) -> None:
-        self.context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        self.files = certificate, key
-        self.load(certificate, key)
-
-    def load(self, certificate: str, key: str) -> None:
-        """Use this certificate from the next connection on."""
-        try:
-            # With a password, OpenSSL never asks for one at the terminal.
-            self.context.load_cert_chain(certificate, key, password=b"")
-        except (OSError, ValueError) as error:
-            system = error.strerror if isinstance(error, OSError) else ""
-            raise ConfigError(
-                f"{TLS}: expected PEM files that fit each other: {system or error}"
-            ) from None
-
-
-def read_tls(environ: Environment) -> Tls | None:
-    certificate, key = environ.text("CEREBRUM_CM4_TLS_CERT"), environ.text("CEREBRUM_CM4_TLS_KEY")
+    certificate = environ.text("CEREBRUM_CM4_TLS_CERT")
+    key = environ.text("CEREBRUM_CM4_TLS_KEY")
     if bool(certificate) != bool(key):
         raise ConfigError(f"{TLS}: expected both or neither, got one")
-    return Tls(certificate, key) if certificate else None
+    if not certificate:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        # With a password, OpenSSL never asks for one at the terminal.
+        context.load_cert_chain(certificate, key, password=b"")
+    except (OSError, ValueError) as error:
+        system = getattr(error, "strerror", "")
+        raise ConfigError(
+            f"{TLS}: expected PEM files that fit each other: {system or error}"
+        ) from None
+    return context
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,11 +160,11 @@ class Config:
     log_level: str = "INFO"
     log_file: str = ""
     log_prompts: bool = False
-    tls: Tls | None = None
+    tls: ssl.SSLContext | None = None
 
     @property
     def access(self) -> Access:
-        named: dict[str, str] | None = None
+        named = None
         if self.clients is not None:
             named = {key: client.name for key, client in self.clients.items()}
         guests = frozenset(name for name, client in self.names.items() if client.places)
@@ -181,12 +183,13 @@ def load_config(environ: Environment) -> Config:
     """Read the settings from the environment and models.toml. ConfigError names the bad variable, a
     bad key's first.
     """
-    client_keys, clients = environ.keys("CEREBRUM_CM4_API_KEY"), environ.clients(*CLIENTS)
+    client_keys = environ.keys("CEREBRUM_CM4_API_KEY")
+    clients = environ.clients(*CLIENTS)
     path = Path(environ.text("CEREBRUM_MODELS_FILE", str(HERE / "models.toml"))).expanduser()
     catalog = load_catalog(path, LANGUAGES)
     max_concurrent = environ.integer("CEREBRUM_MAX_CONCURRENT", 2, 1, upstream.MAX_PLACES)
     backends = upstream.read_backends(catalog.backends, environ, max_concurrent)
-    listening: Members = {
+    more: JsonObject = {
         "host": environ.host("CEREBRUM_CM4_HOST", "0.0.0.0"),
         "port": environ.integer("CEREBRUM_CM4_PORT", 7000, 0, 65535),
         "hosts": environ.names("CEREBRUM_ALLOWED_HOSTS"),
@@ -194,7 +197,7 @@ def load_config(environ: Environment) -> Config:
     }
     folder = HERE / "logs"
     log_file = str(folder / "cerebrum.log") if folder.is_dir() else ""
-    logging: Members = {
+    more |= {
         "log_level": environ.log_level(),
         "log_file": environ.text("CEREBRUM_LOG_FILE", log_file),
         "log_prompts": environ.integer("CEREBRUM_LOG_PROMPTS", 0, 0, 1) == 1,
@@ -205,8 +208,7 @@ def load_config(environ: Environment) -> Config:
         prefer=catalog.prefer,
         client_keys=client_keys,
         clients=clients,
-        **listening,
-        **logging,
+        **more,
         tls=read_tls(environ),
     )
 
@@ -235,55 +237,37 @@ FIELDS = {
 FIELDS_WITHOUT_PROMPT = FIELDS | {"prompt": Field(str, 0, required=True)}
 
 
-def read_completion(members: Mapping[str, Any], models: Collection[Model]) -> Members:
+def read_completion(members: Members, models: Collection[Model]) -> JsonObject:
     """The checked fields of a completion. HttpError 400 names a bad field, 404 a model that is not
     in models.toml. An alias of a language becomes the name that models.toml lists.
     """
     more = members.get("suffix") or members.get("instruction")
     fields = read_fields(members, FIELDS_WITHOUT_PROMPT if more else FIELDS)
-    languages, given = common.served_languages(models), fields["language"]
+    languages = served_languages(models)
+    given = fields["language"]
     if given not in languages:
         fields["language"] = BY_NAME.get(given)
     if fields["language"] not in languages:
         raise wrong("language", f"one of {', '.join(languages)}", given)
-    ids, asked = [model.id for model in models], fields["model"]
+    ids = [model.id for model in models]
+    asked = fields["model"]
     if asked is not None and asked not in ids:
-        message = f"model: expected one of {', '.join(ids)}, got {describe(asked)}"
-        raise HttpError("MODEL_NOT_FOUND", message)
+        raise HttpError(
+            "MODEL_NOT_FOUND", f"model: expected one of {', '.join(ids)}, got {describe(asked)}"
+        )
     return fields | {"mode": detect_mode(fields)}
 
 
-def session_of(client: str, session: str | None) -> str:
-    """A session name that is unique across clients, or "" without a session. Two clients may choose
-    the same string, and a backend sees only the Pi's address.
-    """
-    return hashlib.sha256(f"{client} {session}".encode()).hexdigest() if session else ""
-
-
-# The fields that a dialect's request may lack.
-NOT_IN_A_DIALECT: Members = {
-    "prompt": "",
-    "filename": "",
-    "extra": (),
-    "stop_at": "auto",
-    "progress": False,
-}
-
-
-def native_fields(wanted: CompletionRequest, models: Collection[Model]) -> Members:
+def native_fields(wanted: CompletionRequest, models: Collection[Model]) -> JsonObject:
     """Convert a dialect's request to the fields that `Gateway.complete` reads. A request may name a
-    model by an alias; an unknown name counts as no name. The language, except for a chat, is
-    guessed from the text and the file names.
+    model by an alias; an unknown name counts as no name. The language is guessed from the text and
+    the file names, which a chat lacks.
     """
-    fields = NOT_IN_A_DIALECT | wanted.fields
-    ids = dict[str, str]()
-    for model in models:
-        ids |= dict.fromkeys((*model.aliases, model.id), model.id)
-    language = ""
-    if wanted.kind != "chat":
-        others = [entry["filename"] for entry in fields["extra"]]
-        language = guess_language(fields["filename"], fields["prompt"], others)
-    return fields | {"language": language, "model": ids.get(fields["model"])}
+    fields: JsonObject = {"prompt": "", "filename": ""} | wanted.fields
+    named = [model.id for model in models if fields["model"] in (model.id, *model.aliases)]
+    others = [entry["filename"] for entry in fields.get("extra", ())]
+    language = guess_language(fields["filename"], fields["prompt"], others)
+    return fields | {"language": language, "model": next(iter(named), None)}
 
 
 # -------------------------------------------------------------------------------------- the gateway
@@ -296,20 +280,20 @@ class Gateway:
     """Connects the owners of state, and runs every completion; `Server` has the sockets."""
 
     def __init__(self, config: Config) -> None:
-        self.config = config
-        self.started, self.created = time.monotonic(), int(time.time())
+        self.started = time.monotonic()
+        self.created = int(time.time())
         self.reconfigured = 0
         self.warn_once = functools.cache(log.warning)
         self.fleet = Fleet()
-        self.fleet.replace(config.backends, config.models, config.prefer)
         self.counting = Counting()
-        self.counting.configure(config.models, config.names)
+        self._use(config)
         self.dispatcher = Dispatcher(self.fleet, self.counting.work)
         self.broadcasts = Broadcasts(
             self.dispatcher, self.complete, self.beginning, self.counting.typed
         )
         self.tokenizing = asyncio.Semaphore(MAX_TOKENIZING)
-        # A lock for each client that tokenizes, and "" for all guests.
+        self.guest_tokenizing = asyncio.Lock()
+        # A lock for each client that tokenizes.
         self.tokenizers = weakref.WeakValueDictionary[str, asyncio.Lock]()
         self.page: Response | None = None  # everything else works without it
         try:
@@ -317,11 +301,17 @@ class Gateway:
         except OSError as error:
             log.warning("no page at /: cannot read page.html: %s", error.strerror)
         self.extension = b""  # for VS Code; the Pi only hands it out
+        self.extension_sha256 = ""
         try:
             self.extension = vsix.pack(HERE / "vscode")
+            self.extension_sha256 = hashlib.sha256(self.extension).hexdigest()
         except (OSError, ValueError) as error:
             log.warning("no extension for VS Code: %s", error)
-        self.extension_sha256 = hashlib.sha256(self.extension).hexdigest() if self.extension else ""
+
+    def _use(self, config: Config) -> None:
+        self.fleet.replace(config.backends, config.models, config.prefer)
+        self.counting.configure(config.models, config.names)
+        self.config = config
 
     def use_keys(self, environ: Environment) -> None:
         """Apply the keys that can be read: whatever else is wrong, a revoked one must stop working.
@@ -343,29 +333,14 @@ class Gateway:
         if self.config.clients is not None and not config.access.needs_key:
             message = "expected the file, it has gone; an empty one lets nobody in"
             raise ConfigError(f"CEREBRUM_CM4_KEYS_FILE: {message}")
-        self.fleet.replace(config.backends, config.models, config.prefer)
-        self.config = config
+        self._use(config)
         self.reconfigured += 1
-        self.counting.configure(config.models, config.names)
         self.dispatcher.reconfigured()
 
-    def who(self, request: Request) -> Members:
+    def who(self, request: Request) -> JsonObject:
         """The fields of a CompletionRequest that say who asks."""
         named = self.config.names.get(request.client)
         return {"client": request.client, "guest": named.places if named else 0}
-
-    @contextlib.asynccontextmanager
-    async def turn_to_tokenize(self, request: Request) -> AsyncIterator[None]:
-        """A person tokenizes one text at a time, and so do all guests together."""
-        names = [request.client]
-        if self.who(request)["guest"]:
-            names.append("")
-        async with contextlib.AsyncExitStack() as turns:
-            for name in names:
-                lock = self.tokenizers.setdefault(name, asyncio.Lock())
-                await turns.enter_async_context(lock)
-            await turns.enter_async_context(self.tokenizing)
-            yield
 
     @property
     def uptime(self) -> float:
@@ -379,7 +354,9 @@ class Gateway:
 
     def sample(self) -> None:
         """Bring the last half hour's counts up to date."""
-        self.counting.sample(self.requests)
+        counting = self.counting
+        totals = (self.requests, counting.failed, counting.tokens)
+        counting.history.sample(time.monotonic(), totals)
 
     def probed(self) -> None:
         """A backend was probed. It may be back, so those that wait may get a place."""
@@ -409,7 +386,7 @@ class Gateway:
         """
         if self.config.log_prompts:
             log.info("prompt: %s", prompt_of(completion.request.fields))
-        begun: Members = {}
+        begun = JsonObject()
         async with self.counting.completion(completion):
             while True:
                 attempt = await self.dispatcher.enter(completion)
@@ -458,7 +435,7 @@ class Gateway:
             yield "started", self.beginning(completion)
             yield "done", self._result(attempt, {"finish_reason": PREEMPTED})
 
-    def beginning(self, completion: Completion) -> Members:
+    def beginning(self, completion: Completion) -> JsonObject:
         """The value of the pair "started"."""
         model = completion.model or self.fleet.route(completion.request.fields)
         attempt = completion.attempt
@@ -467,29 +444,29 @@ class Gateway:
         threshold = attempt.threshold if attempt else None
         return {"model": model, "n_ctx": n_ctx, "kept": sent.text.kept, "threshold": threshold}
 
-    def _result(self, attempt: Attempt, done: Members) -> Members:
+    def _result(self, attempt: Attempt, done: JsonObject) -> JsonObject:
         """Count the work of a whole answer, and return its result: our own members, then the
         backend's.
         """
-        request, text = attempt.request, attempt.sent.text
+        request = attempt.request
+        text = attempt.sent.text
         self.counting.work(attempt.model, done)
         confidence = done.get("confidence", -1)
         is_suggested = request.kind == "infill" and attempt.size and not request.speculative
         if is_suggested and confidence >= (attempt.threshold or 0):
-            self.counting.suggested(confidence)
+            self.counting.count_band("suggested", confidence)
         if text.cut and request.kind != "chat":
             # Read it all later, so that the next prompt of this file need not be cut.
             fields = request.fields | {"max_tokens": 0, "prompt_ms": 0}
             self.dispatcher.read_ahead(replace(request, fields=fields))
-        spent = time.monotonic() - attempt.completion.started
-        seconds = float(done.pop("inference_time", spent))
-        result: Members = {"language": request.fields["language"], "model": attempt.model}
-        result["total_tokens"] = done.pop("total_tokens", attempt.tokens)
-        result["inference_time"] = round(seconds, 3)
-        result |= {"timestamp": common.timestamp(), "mode": request.fields["mode"]}
+        result = {"language": request.fields["language"], "model": attempt.model}
+        result["total_tokens"] = attempt.tokens
+        result["inference_time"] = time.monotonic() - attempt.completion.started
+        result |= {"timestamp": timestamp(), "mode": request.fields["mode"]}
         if len(self.fleet.backends) > 1:
             result["backend"] = attempt.backend
         result |= done
+        result["inference_time"] = round(result["inference_time"], 3)
         if text.kept:
             result["kept"] = text.kept
         return result
@@ -503,32 +480,36 @@ async def health(gateway: Gateway, request: Request) -> Response:
     least one backend is available. A 503 says what is wrong.
     """
     fleet = gateway.fleet
-    backends = list[Members]()
-    for backend in fleet.backends:
-        message = backend.breaker.message
-        backends.append({"id": backend.id, "available": backend.available, "message": message})
+    backends = [
+        {"id": backend.id, "available": backend.available, "message": backend.breaker.message}
+        for backend in fleet.backends
+    ]
     state = {"vps_available": fleet.available, "uptime": gateway.uptime, "backends": backends}
     if fleet.available:
-        return Response({"status": "healthy", "timestamp": common.timestamp(), **state})
+        return Response({"status": "healthy", "timestamp": timestamp(), **state})
     raise HttpError("VPS_UNAVAILABLE", fleet.message, extra={"status": "unhealthy", **state})
 
 
-def read_native(gateway: Gateway, request: Request, is_whole: bool = False) -> Completion:
-    """A request of our own API, for an answer in one piece or for a stream."""
+def complete_natively(gateway: Gateway, request: Request, limit: float = math.inf) -> Pairs:
+    """The pairs of a completion of our own API. `limit`: bytes of text events, if they are
+    collected.
+    """
     fields = read_completion(parse_json(request.body), gateway.config.models)
-    limit = math.inf
-    if is_whole:
-        fields["progress"] = False
-        limit = MAX_COLLECTED_BYTES
-    session = session_of(request.client, fields["session"])
+    if limit < math.inf:
+        fields["progress"] = False  # nobody would see it
+    session = ""
+    if fields["session"]:
+        # Two clients may choose the same name, and a backend sees only the Pi's address.
+        name = f"{request.client} {fields['session']}"
+        session = hashlib.sha256(name.encode()).hexdigest()
     wanted = CompletionRequest("", fields, session=session, limit=limit, **gateway.who(request))
-    return Completion(wanted, request.end, request.notes)
+    completion = Completion(wanted, request.end, request.notes)
+    return shown(gateway.complete(completion), fields)
 
 
 async def complete_stream(gateway: Gateway, request: Request) -> Response:
     """POST /v1/complete/stream: a completion as SSE, token by token."""
-    completion = read_native(gateway, request)
-    pairs = shown(gateway.complete(completion), completion.request.fields)
+    pairs = complete_natively(gateway, request)
     return Response(events=pairs, render=lambda pair: NATIVE_EVENTS[pair[0]](pair[1]))
 
 
@@ -536,40 +517,38 @@ async def complete_stream(gateway: Gateway, request: Request) -> Response:
 # the backend answers.
 NATIVE_EVENTS: dict[str, Callable[[Any], bytes]] = {
     "started": lambda _: b"",
-    "idle": lambda _: common.SSE_COMMENT,
-    "progress": lambda progress: common.sse_event({"progress": progress}),
+    "idle": lambda _: SSE_COMMENT,
+    "progress": lambda progress: sse_event({"progress": progress}),
     "text": bytes,
-    "done": lambda result: common.sse_event({"done": True, **result}),
+    "done": lambda result: sse_event({"done": True, **result}),
 }
 
 
 async def complete(gateway: Gateway, request: Request) -> Response:
     """POST /v1/complete: a completion in one piece."""
-    completion = read_native(gateway, request, is_whole=True)
-    _, text, result = await collect(shown(gateway.complete(completion), completion.request.fields))
+    _, text, result = await collect(complete_natively(gateway, request, MAX_COLLECTED_BYTES))
     return Response({"completion": text, **result})
 
 
-async def collect(pairs: Pairs) -> tuple[Members, str, Members]:
+async def collect(pairs: Pairs) -> tuple[JsonObject, str, JsonObject]:
     """A completion in one piece: the value of its last pair "started", its text, and its result."""
     texts = list[bytes]()
-    begun, result = Members(), Members()
+    last = JsonObject()  # the last value of each kind
     async with contextlib.aclosing(pairs):
         async for kind, value in pairs:
-            if kind == "started":
-                begun = value
-            elif kind == "text":
+            last[kind] = value
+            if kind == "text":
                 texts.append(value)
-            elif kind == "done":
-                result = value
-    return begun, read_text(b"".join(texts)), result
+    return last["started"], read_text(b"".join(texts)), last["done"]
 
 
 async def page(gateway: Gateway, request: Request) -> Response:
     """GET /: a web page for people, which uses this API."""
     if not gateway.page:
-        message = "expected the file cerebrum/pi/page.html, got none; the API works without it"
-        raise HttpError("NOT_FOUND", message)
+        raise HttpError(
+            "NOT_FOUND",
+            "expected the file cerebrum/pi/page.html, got none; the API works without it",
+        )
     return gateway.page
 
 
@@ -580,16 +559,18 @@ async def language_server(gateway: Gateway, request: Request) -> Response:
     try:
         text = (HERE / "cerebrum_lsp.py").read_bytes()
     except OSError:
-        message = "expected the file cerebrum_lsp.py beside cm4d.py, got none"
-        raise HttpError("NOT_FOUND", message) from None
+        raise HttpError(
+            "NOT_FOUND", "expected the file cerebrum_lsp.py beside cm4d.py, got none"
+        ) from None
     return Response(text, kind="text/x-python; charset=utf-8")
 
 
 async def extension(gateway: Gateway, request: Request) -> Response:
     """GET /cerebrum.vsix: the extension for VS Code, of this Pi's version."""
     if not gateway.extension:
-        message = "expected the folder vscode beside cm4d.py, got none or a damaged one"
-        raise HttpError("NOT_FOUND", message)
+        raise HttpError(
+            "NOT_FOUND", "expected the folder vscode beside cm4d.py, got none or a damaged one"
+        )
     return Response(gateway.extension, kind="application/vsix")
 
 
@@ -606,37 +587,38 @@ async def models(gateway: Gateway, request: Request) -> Response:
     those with a known syntax. `data` is OpenAI's list: the models that some backend has, or all
     models while no backend has listed any.
     """
-    catalog, fleet = gateway.config.models, gateway.fleet
-    here = fleet.models or [model.id for model in catalog]
+    catalog = gateway.config.models
+    fleet = gateway.fleet
+    ids = [model.id for model in catalog]
+    here = fleet.models or ids
     entries = [describe_model(model, fleet.backends) for model in catalog]
-    listed: Members = {"models": entries, "vps_available": fleet.available}
+    listed: JsonObject = {"models": entries, "vps_available": fleet.available}
     listed |= {"languages": describe_languages(catalog), "prefer": gateway.config.prefer}
-    ids = [model.id for model in catalog if model.id in here]
-    data = [dialects.write_model(id, gateway.created) for id in ids]
+    data = [dialects.write_model(id, gateway.created) for id in ids if id in here]
     return Response(compact(listed | {"object": "list", "data": data}))
 
 
-def describe_model(model: Model, backends: Sequence[Backend]) -> Members:
+def describe_model(model: Model, backends: Sequence[Backend]) -> JsonObject:
     """A model's entry in /v1/models."""
     names = ("id", "name", "languages", "parameters", "quantization")
     entry = {name: getattr(model, name) for name in names}
-    ids, reported = list[str](), Members()
+    ids = list[str]()
+    reported = JsonObject()
     for backend in backends:
-        if backend.available and backend.models and model.id in backend.models:
+        about = (backend.models or {}).get(model.id)
+        if backend.available and about:
             ids.append(backend.id)
-            reported = reported or backend.models[model.id]
+            reported = reported or about
     return entry | {"available": bool(ids), "backends": ids} | reported
 
 
-def describe_languages(catalog: Collection[Model]) -> list[Members]:
+def describe_languages(catalog: Collection[Model]) -> list[JsonObject]:
     """The member `languages` of /v1/models."""
-    served = common.served_languages(catalog)
-    entries = list[Members]()
+    served = served_languages(catalog)
+    entries = list[JsonObject]()
     for name in dict.fromkeys([*served, *LANGUAGES]):
-        syntax = LANGUAGES.get(BY_NAME.get(name.lower(), ""))
-        entry: Members = {"id": name, "endings": (), "filenames": ()}
-        if syntax:
-            entry |= {"endings": syntax.endings, "filenames": syntax.filenames}
+        syntax = LANGUAGES.get(BY_NAME.get(name.lower(), ""), Language())
+        entry = {"id": name, "endings": syntax.endings, "filenames": syntax.filenames}
         entries.append(entry | {"served": name in served})
     return entries
 
@@ -646,15 +628,14 @@ async def model(gateway: Gateway, request: Request) -> Response:
     ids = [model.id for model in gateway.config.models]
     id = request.parameter
     if id not in ids:
-        message = f"expected one of {', '.join(ids)}, got {describe(id)}"
-        raise HttpError("MODEL_NOT_FOUND", message)
+        raise HttpError("MODEL_NOT_FOUND", f"expected one of {', '.join(ids)}, got {describe(id)}")
     return Response(compact(dialects.write_model(id, gateway.created)))
 
 
 async def props(gateway: Gateway, request: Request) -> Response:
     """GET /props: the properties of the model that answers a request without a model name."""
     model = gateway.fleet.route({})
-    places = sum(backend.limit for backend in gateway.fleet.backends)
+    places = limit_of(gateway.fleet.backends)
     return Response(compact(dialects.write_props(model, gateway.fleet.n_ctx(model), places)))
 
 
@@ -662,11 +643,16 @@ async def tokenize(gateway: Gateway, request: Request) -> Response:
     """POST /tokenize: a text's tokens, in the model that answers a request without a model name."""
     fields = read_fields(dialects.present(parse_json(request.body)), dialects.TOKENIZE)
     model = gateway.fleet.route({})
-    having = [backend for backend in gateway.fleet.backends if backend.has(model)]
-    counting = [backend for backend in having if backend.kind.tokenize_path]
-    lacking = BREAKER_OPEN if counting else "expected a backend that counts tokens, got none"
-    fault = HttpError("VPS_UNAVAILABLE", lacking)
-    async with gateway.turn_to_tokenize(request):
+    backends = gateway.fleet.backends
+    counting = [one for one in backends if one.kind.tokenize_path and one.has(model)]
+    fault = HttpError(
+        "VPS_UNAVAILABLE",
+        BREAKER_OPEN if counting else "expected a backend that counts tokens, got none",
+    )
+    own = gateway.tokenizers.setdefault(request.client, asyncio.Lock())
+    # A person tokenizes one text at a time, and so do all guests together.
+    guests = gateway.guest_tokenizing if gateway.who(request)["guest"] else contextlib.nullcontext()
+    async with own, guests, gateway.tokenizing:
         for backend in sorted(counting, key=lambda backend: not backend.available):
             if not backend.breaker.admits:
                 continue
@@ -681,58 +667,46 @@ async def tokenize(gateway: Gateway, request: Request) -> Response:
     raise fault
 
 
-def speaking(dialect: dialects.Dialect) -> Callable[[Gateway, Request], Awaitable[Response]]:
+async def speak(dialect: dialects.Dialect, gateway: Gateway, request: Request) -> Response:
     """The handler of a dialect's completions."""
-
-    async def handle(gateway: Gateway, request: Request) -> Response:
-        members = parse_json(request.body)
-        if dialects.GONE & members.keys():
-            gateway.warn_once(dialects.GONE_WARNING)
-        wanted = dialect.read(members)
-        fields = native_fields(wanted, gateway.config.models)
-        wanted = replace(wanted, fields=fields, limit=MAX_COLLECTED_BYTES, **gateway.who(request))
-        head, now = request.head, int(time.time())
-        editor = f"{request.client} {request.address} {head.headers.get('user-agent', '')}"
-        subscriber = Subscriber(gateway.broadcasts, Completion(wanted, notes=request.notes), editor)
-        pairs = shown(subscriber.pairs(), fields, lambda: subscriber.typed_text)
-        reply_to = functools.partial(dialect.reply, wanted, head.request_id, now)
-        response = Response()
-        if wanted.stream:
-            response.events = dialect_stream(pairs, reply_to, response)
-            return response
-        begun, text, result = await collect(pairs)
-        if result.get("finish_reason") == "replaced":
-            text = ""
-        body = reply_to(begun).whole(text, result)
-        return Response(body, headers=kept_headers(begun["kept"]))
-
-    return handle
+    members = parse_json(request.body)
+    if dialects.GONE & members.keys():
+        gateway.warn_once(dialects.GONE_WARNING)
+    wanted = dialect.read(members)
+    fields = native_fields(wanted, gateway.config.models)
+    wanted = replace(wanted, fields=fields, limit=MAX_COLLECTED_BYTES, **gateway.who(request))
+    head = request.head
+    editor = f"{request.client} {request.address} {head.headers.get('user-agent', '')}"
+    subscriber = Subscriber(gateway.broadcasts, Completion(wanted, notes=request.notes), editor)
+    pairs = shown(subscriber.pairs(), fields, lambda: subscriber.typed_text)
+    reply_to = functools.partial(dialect.reply, wanted, head.request_id, int(time.time()))
+    if wanted.stream:
+        return stream_in_dialect(pairs, reply_to)
+    begun, text, result = await collect(pairs)
+    if result.get("finish_reason") == "replaced":
+        text = ""
+    body = reply_to(begun).whole(text, result)
+    return Response(body, headers=kept_headers(begun["kept"]))
 
 
-async def dialect_stream(
-    whole: Pairs,
-    reply_to: Callable[[Mapping[str, Any]], dialects.Reply],
-    response: Response,
-) -> AsyncGenerator[bytes, None]:
-    """Blocks of whole SSE events in a dialect. The first block may be empty, as in
-    NATIVE_EVENTS.
-    """
-    begun = False
-    async with contextlib.aclosing(whole) as pairs:
-        async for kind, value in pairs:
-            if kind == "started":
-                reply, response.headers = reply_to(value), kept_headers(value["kept"])
-                yield b"" if begun else reply.begin()
-                begun = True
-            elif kind == "text":
-                yield reply.text(value)
-            elif kind == "idle":
-                yield common.SSE_COMMENT
-            elif kind == "done":
-                yield reply.end(value)
+def stream_in_dialect(pairs: Pairs, reply_to: Callable[[Members], dialects.Reply]) -> Response:
+    """A completion as SSE in a dialect. The first block may be empty, as in NATIVE_EVENTS."""
+    response = Response(events=pairs)
+    events = {"idle": NATIVE_EVENTS["idle"]}
+
+    def begin(begun: Members) -> bytes:
+        reply = reply_to(begun)
+        response.headers = kept_headers(begun["kept"])
+        is_first = "done" not in events  # else another backend has taken over
+        events.update(text=reply.text, done=reply.end)
+        return reply.begin() if is_first else b""
+
+    events["started"] = begin
+    response.render = lambda pair: events[pair[0]](pair[1])
+    return response
 
 
-def kept_headers(kept: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+def kept_headers(kept: Members) -> Headers:
     """A header with the part of a request that was sent, unless all was: no dialect has a member
     for this.
     """
@@ -762,7 +736,7 @@ async def activity(gateway: Gateway, request: Request) -> Response:
     gateway.sample()
     loaded = itertools.chain.from_iterable(backend.models_loaded for backend in fleet.backends)
     away = [backend for backend in fleet.backends if fleet.available and backend.breaker.message]
-    members = Members(timestamp=common.timestamp(), **statistics(gateway))
+    members: JsonObject = {"timestamp": timestamp()} | statistics(gateway)
     members |= {"vps_message": fleet.message, "models_loaded": [*dict.fromkeys(loaded)]}
     name = request.client if request.client in gateway.config.names else ""
     members |= {"client": name, "extension": gateway.extension_sha256}
@@ -770,19 +744,21 @@ async def activity(gateway: Gateway, request: Request) -> Response:
     return Response(members | gateway.counting.history.describe())
 
 
-def statistics(gateway: Gateway) -> Members:
+def statistics(gateway: Gateway) -> JsonObject:
     """The members of /v1/stats."""
-    fleet, measured = gateway.fleet, subjects(gateway)
+    measured = subjects(gateway)
     backends = measured["backend"]
-    members: Members = {"version": common.VERSION, "uptime": gateway.uptime, "speculative": True}
+    first = backends[gateway.fleet.first.id]
+    members: JsonObject = {"version": VERSION, "uptime": gateway.uptime, "speculative": True}
     members |= write_stats(METRICS, measured)
-    members["vps_available"] = fleet.available
-    members["vps_response_time_ms"] = fleet.first.response_ms
+    members["vps_available"] = first.available
+    members["vps_response_time_ms"] = first.response_time_ms
     members["memory_mb"] = round(resident_bytes() / 2**20, 1)
     members["load_avg"] = [round(load, 2) for load in os.getloadavg()]
-    members["breaker"] = backends[fleet.first.id].breaker
+    members["breaker"] = first.breaker
     members["backends"] = [vars(backend) for backend in backends.values()]
-    members["by_confidence"] = gateway.counting.by_confidence
+    bands = gateway.counting.by_confidence.items()
+    members["by_confidence"] = [{"from": least, **band} for least, band in bands]
     members["clients"] = gateway.counting.people.describe()
     return members
 
@@ -790,7 +766,8 @@ def statistics(gateway: Gateway) -> Members:
 def describe_backend(backend: Backend, active: int) -> SimpleNamespace:
     """A backend's entry in /v1/stats. `active`: completions that hold a place there."""
     entry = SimpleNamespace(id=backend.id, api=backend.config.api, available=backend.available)
-    entry.message, entry.version = backend.breaker.message, backend.kind.version
+    entry.message = backend.breaker.message
+    entry.version = backend.kind.version
     entry.response_time_ms = backend.response_ms
     entry.requests_total = backend.requests_total
     entry.requests_active = active
@@ -806,7 +783,7 @@ def describe_backend(backend: Backend, active: int) -> SimpleNamespace:
 METRICS = {
     "": (
         Metric("cerebrum_build_info", "Which daemon this is; always 1.",
-               lambda _: {("cm4d", common.VERSION): 1}, labels=("daemon", "version")),
+               lambda _: {("cm4d", VERSION): 1}, labels=("daemon", "version")),
         Metric("cerebrum_completions_started_total", "Requests for a completion.",
                "requests", "requests_total"),
         Metric("cerebrum_completions_failed_total", "Completions that failed.", "counting.failed"),
@@ -826,13 +803,15 @@ METRICS = {
                "counting.accepted", "accepted"),
         Metric("cerebrum_accepted_characters_total", "Characters of these completions.",
                "counting.accepted_characters", "accepted_characters"),
+        Metric("cerebrum_reloads_total", "How often the settings were read again.", "reconfigured"),
+    ),
+    "from": (
         Metric("cerebrum_infills_suggested_total",
                "Infills with a text, by the confidence of their first line.",
-               lambda pi: pi.counting.by_band("suggested"), labels=("from",)),
+               lambda band: band["suggested"]),
         Metric("cerebrum_infills_accepted_total",
                "Those of them that users accepted, as editors report.",
-               lambda pi: pi.counting.by_band("accepted"), labels=("from",)),
-        Metric("cerebrum_reloads_total", "How often the settings were read again.", "reconfigured"),
+               lambda band: band["accepted"]),
     ),
     "model": (
         *COMPLETIONS,
@@ -877,15 +856,15 @@ METRICS = {
 }  # fmt: skip
 
 
-def subjects(gateway: Gateway) -> dict[str, Members]:
+def subjects(gateway: Gateway) -> JsonObject:
     """The objects that the rows of METRICS read."""
-    counting, places = gateway.counting, gateway.dispatcher.state.answering
-    active = Counter(backend.id for backend in places.values())
-    backends = Members()
+    counting = gateway.counting
+    active = Counter(gateway.dispatcher.state.answering.values())
+    backends = JsonObject()
     for backend in gateway.fleet.backends:
-        backends[backend.id] = describe_backend(backend, active[backend.id])
-    measured = Members({"": {"": gateway}, "model": counting.tallies})
-    return measured | {"client": counting.people.total, "backend": backends}
+        backends[backend.id] = describe_backend(backend, active[backend])
+    measured: JsonObject = {"": {"": gateway}, "model": counting.tallies, "backend": backends}
+    return measured | {"from": counting.by_confidence, "client": counting.people.total}
 
 
 async def metrics(gateway: Gateway, request: Request) -> Response:
@@ -897,12 +876,16 @@ async def metrics(gateway: Gateway, request: Request) -> Response:
 # ------------------------------------------------------------------------------------------- routes
 
 
+# A route of another API.
+foreign = functools.partial(Route, foreign_error=dialects.write_error)
+
+
 def dialect_routes() -> Iterator[Route]:
     """The routes of completions in the dialects."""
     for dialect in dialects.DIALECTS:
-        handler = speaking(dialect)
+        handler = functools.partial(speak, dialect)
         for path in dialect.paths:
-            yield Route("POST", path, handler, json=True, foreign_error=dialects.write_error)
+            yield foreign("POST", path, handler, json=True)
 
 
 ROUTES = (
@@ -918,11 +901,11 @@ ROUTES = (
     Route("GET", "/v1/activity", activity, quiet=True),
     Route("GET", "/metrics", metrics, quiet=True),
     *dialect_routes(),
-    Route("GET", "/v1/models/{id}", model, foreign_error=dialects.write_error),
-    Route("GET", "/models/{id}", model, foreign_error=dialects.write_error),
+    foreign("GET", "/v1/models/{id}", model),
+    foreign("GET", "/models/{id}", model),
     Route("GET", "/models", models),
-    Route("GET", "/props", props, foreign_error=dialects.write_error),
-    Route("POST", "/tokenize", tokenize, json=True, foreign_error=dialects.write_error),
+    foreign("GET", "/props", props),
+    foreign("POST", "/tokenize", tokenize, json=True),
 )
 # -------------------------------------------------------------------------------------------- start
 
@@ -947,27 +930,24 @@ async def serve(environ: Environment, config: Config) -> int:
         new = load_config(known)
         gateway.reconfigure(new)
         server.use(new.access)
-        if config.tls and new.tls:
-            config.tls.load(*new.tls.files)
         set_up_logging(new.log_level, new.log_file)
         warn_of(new)
         unchanged = ["CEREBRUM_CM4_HOST", "CEREBRUM_CM4_PORT"]
-        if bool(config.tls) != bool(new.tls):
+        if config.tls and new.tls:
+            server.tls = new.tls  # from the next connection on
+        else:
             unchanged += TLS.split(", ")
         environ.warn_of_changes(known, unchanged)
 
     service = Service(reload, gateway.fleet.stuck)
-    tls = config.tls.context if config.tls else None
     try:
-        await server.start(config.host, config.port, tls=tls)
+        await server.start(config.host, config.port, tls=config.tls)
     except OSError as error:
         log.error("cannot listen on %s port %d: %s", config.host, config.port, error.strerror)
         return 1  # systemd tries again: an interface may come up late at boot
     log.info("listening on %s", server.url)
     failed = await service.run(asyncio.create_task(gateway.fleet.probe_forever(gateway.probed)))
     await server.stop(DRAIN_SECONDS)
-    for backend in gateway.fleet.backends:
-        backend.kind.client.close()
     return int(failed)  # systemd restarts the daemon after a 1
 
 
@@ -975,8 +955,9 @@ def warn_of(config: Config) -> None:
     """Log which backends will refuse us."""
     for backend in config.backends:
         if not backend.key and (backend.key_env or backend.api == "cerebrum"):
-            message = "%s: %s is not set: it will refuse every completion"
-            log.warning(message, backend.id, backend.variable)
+            log.warning(
+                "%s: %s is not set: it will refuse every completion", backend.id, backend.variable
+            )
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -984,11 +965,11 @@ def main(arguments: Sequence[str]) -> int:
     itself.
     """
     if arguments:
-        about = (
+        make_parser(
+            "cm4d",
             "Cerebrum's daemon for the Raspberry Pi. Without an option it serves until it gets "
-            "SIGTERM."
-        )
-        make_parser("cm4d", about).parse_args(arguments)
+            "SIGTERM.",
+        ).parse_args(arguments)
         from cerebrum.check import check_pi, check_settings, report  # only for an option
 
         return report(check_settings(HERE, load_config, check_pi))

@@ -786,7 +786,7 @@ class Server:
         self.stopping = False
         self.url = ""  # where the server listens
         self._listeners: list[asyncio.Server] = []
-        self._tls: ssl.SSLContext | None = None
+        self.tls: ssl.SSLContext | None = None
 
     async def start(
         self,
@@ -798,7 +798,7 @@ class Server:
         """Listen on `sockets`, or on the address if there are none; OSError if that fails. Returns
         the port.
         """
-        self._tls = tls
+        self.tls = tls
         self.access = replace(self.access, scheme="https" if tls else "http")
         sslproto.SSLProtocol.max_size = READ_BYTES  # asyncio would take 256 KiB for each connection
         addresses: list[dict[str, Any]] = [{"sock": given} for given in sockets]
@@ -858,8 +858,8 @@ class Server:
             self._make_room()
         self.connections[task] = connection
         try:
-            if self._tls:
-                await connection.encrypt(self._tls)
+            if self.tls:
+                await connection.encrypt(self.tls)
             while await self._serve_one(connection):
                 pass
             await connection.close()

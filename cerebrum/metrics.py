@@ -24,6 +24,7 @@ import math
 import os
 import time
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -35,17 +36,17 @@ STARTED = time.monotonic()
 # Upper bounds in seconds. A small model answers from its cache in 50 ms; a 7B loads in 30 s and
 # reads 4,000 tokens in 100 s. Each further bound adds a line per model to a scrape.
 FIRST_TOKEN_SECONDS = (
-    *(0.05, 0.1, 0.2, 0.3, 0.5, 0.75),
-    *(1.0, 1.5, 2.0, 3.0, 5.0),
-    *(10.0, 20.0, 30.0, 60.0, 120.0),
-)
+    0.05, 0.1, 0.2, 0.3, 0.5, 0.75,
+    1.0, 1.5, 2.0, 3.0, 5.0,
+    10.0, 20.0, 30.0, 60.0, 120.0,
+)  # fmt: skip
 # With drafts the 0.5B takes a few milliseconds per token; a 7B on two slow cores takes a second.
 TOKEN_SECONDS = (
-    *(0.002, 0.005),
-    *(0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075),
-    *(0.1, 0.15, 0.2, 0.3, 0.5),
-    *(1.0, 2.0),
-)
+    0.002, 0.005,
+    0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075,
+    0.1, 0.15, 0.2, 0.3, 0.5,
+    1.0, 2.0,
+)  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------- counting
@@ -61,9 +62,9 @@ class Histogram:
     """
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
-        self.bounds = bounds
+        self.bounds = (*bounds, math.inf)
         self.sum = 0.0
-        self._counts = [0] * (len(bounds) + 1)  # per interval; the last interval has no upper bound
+        self._counts = [0] * len(self.bounds)  # per interval up to a bound
 
     def observe(self, value: float) -> None:
         self._counts[bisect_left(self.bounds, value)] += 1
@@ -71,8 +72,7 @@ class Histogram:
 
     def cumulative(self) -> list[tuple[float, int]]:
         """(bound, number of values up to it), up to infinity."""
-        bounds = (*self.bounds, math.inf)
-        return list(zip(bounds, accumulate(self._counts[:]), strict=True))
+        return list(zip(self.bounds, accumulate(self._counts), strict=True))
 
 
 CANCELLED = "CANCELLED"  # the end of a completion that nobody waits for any more
@@ -91,10 +91,7 @@ class Tally:
     first_token: Histogram = field(default_factory=lambda: Histogram(FIRST_TOKEN_SECONDS))
     per_token: Histogram = field(default_factory=lambda: Histogram(TOKEN_SECONDS))
     # Completions, by finish reason or error code.
-    ended: dict[str, int] = field(default_factory=dict)
-
-    def end(self, reason: str) -> None:
-        self.ended[reason] = self.ended.get(reason, 0) + 1
+    ended: Counter[str] = field(default_factory=Counter)
 
     def spoke(self, first: float, last: float, tokens: int) -> None:
         """Record a completion whose first token came after `first` seconds, and the last of
@@ -162,7 +159,7 @@ def write_metrics(table: Table, subjects: Subjects) -> bytes:
     for label, rows in table.items():
         for row in rows:
             lines += _lines_of(row, list(row.samples(label, subjects[label])))
-    return "".join(f"{line}\n" for line in lines).encode()
+    return "".join(lines).encode()
 
 
 def _lines_of(row: Metric, samples: Sequence[Sample]) -> Iterator[str]:
@@ -171,12 +168,12 @@ def _lines_of(row: Metric, samples: Sequence[Sample]) -> Iterator[str]:
     kind = "counter" if row.name.endswith("_total") else "gauge"
     if samples[0][0]:
         kind = "histogram"
-    yield f"# HELP {row.name} {row.about}"
-    yield f"# TYPE {row.name} {kind}"
+    yield f"# HELP {row.name} {row.about}\n"
+    yield f"# TYPE {row.name} {kind}\n"
     for ending, labels, value in samples:
         pairs = ",".join(f'{name}="{text}"' for name, text in labels.items() if name)
         braced = f"{{{pairs}}}" if pairs else ""
-        yield f"{row.name}{ending}{braced} {+value}"
+        yield f"{row.name}{ending}{braced} {+value}\n"
 
 
 def write_stats(table: Table, subjects: Subjects) -> dict[str, Any]:

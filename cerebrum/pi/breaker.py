@@ -11,7 +11,9 @@ Pure: the caller passes in the time, in monotonic seconds. Standard library only
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import dataclass
+
+from cerebrum.fields import JsonObject
 
 FAILURES_TO_OPEN = 3  # consecutive
 # The first pause and the longest; each failed trial doubles the pause.
@@ -48,7 +50,7 @@ class Breaker:
     @property
     def admits(self) -> bool:
         """Whether a request may be sent: any while closed, one as a trial while half-open."""
-        return self.state == "closed" or (self.state == "half-open" and not self.trial)
+        return self.state != "open" and not self.trial
 
     @property
     def message(self) -> str:
@@ -59,7 +61,8 @@ class Breaker:
         """Send one request; the breaker must admit it."""
         admission = Admission(self, now)
         if self.state == "half-open":
-            self.trial, self._until = admission, now + TRIAL_SECONDS
+            self.trial = admission
+            self._until = now + TRIAL_SECONDS
         return admission
 
     def expire(self, now: float) -> None:
@@ -90,20 +93,21 @@ class Breaker:
         """Seconds until a good /health counts; 0 unless open."""
         return max(0.0, self._until - now) if self.state == "open" else 0.0
 
-    def describe(self, now: float) -> dict[str, Any]:
+    def describe(self, now: float) -> JsonObject:
         """The breaker's entry in /v1/stats."""
         figures = {"state": self.state, "failures": self.failures, "opens": self.opens}
         return figures | {"retry_in_s": round(self.retry_in(now), 3)}
 
 
+@dataclass(eq=False)
 class Admission:
     """One request that a breaker has admitted, and its results. `heard` is the time when the
     request was sent, later the time of its last token: a result that is older than a change of
     state does not count.
     """
 
-    def __init__(self, breaker: Breaker, now: float) -> None:
-        self.breaker, self.heard = breaker, now
+    breaker: Breaker
+    heard: float
 
     def succeeded(self, now: float) -> None:
         """A valid token arrived, or a whole answer without any."""

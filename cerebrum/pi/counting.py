@@ -6,14 +6,14 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass
+from collections import defaultdict, deque
+from collections.abc import AsyncIterator, Collection, Sequence
 from datetime import date
 from itertools import pairwise
-from typing import Any
+from operator import add
+from typing import NamedTuple
 
-from cerebrum.fields import Field
+from cerebrum.fields import Field, JsonObject, Members
 from cerebrum.metrics import CANCELLED, Tally
 from cerebrum.pi.completion import SUPERSEDED, Completion
 from cerebrum_common import HttpError, Model
@@ -22,7 +22,7 @@ HISTORY_STEP_SECONDS = 30
 HISTORY_STEPS = 60  # half an hour
 # What an editor reports: the length, and the confidence that came with the completion.
 ACCEPTED = {"characters": Field(int, 1, 10**6, required=True), "confidence": Field(float, 0, 1)}
-BANDS = (0.0, 0.2, 0.4, 0.6, 0.8)  # of confidence, each up to the next
+BANDS = (0, 0.2, 0.4, 0.6, 0.8)  # of confidence, each up to the next
 # Completions that began, those that ended with an error, tokens.
 SERIES = ("requests", "failed", "tokens")
 
@@ -34,10 +34,10 @@ class History:
 
     def __init__(self, now: float) -> None:
         self._step = int(now // HISTORY_STEP_SECONDS)
-        size, nothing = HISTORY_STEPS + 1, (0,) * len(SERIES)
-        self._totals = deque([nothing] * size, maxlen=size)  # at the end of each step
+        size = HISTORY_STEPS + 1
+        self._totals = deque([(0, 0, 0)] * size, maxlen=size)  # at the end of each step
 
-    def sample(self, now: float, totals: tuple[int, ...]) -> None:
+    def sample(self, now: float, totals: tuple[int, int, int]) -> None:
         """Record the totals of SERIES at `now` (seconds, monotonic)."""
         step = int(now // HISTORY_STEP_SECONDS)
         passed = min(step - self._step, HISTORY_STEPS + 1)
@@ -45,18 +45,17 @@ class History:
         self._totals[-1] = totals
         self._step = step
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> JsonObject:
         """`{"step_s": 30, "requests": [...], "failed": [...], "tokens": [...]}`, the oldest step
         first.
         """
-        described: dict[str, Any] = {"step_s": HISTORY_STEP_SECONDS}
+        described: JsonObject = {"step_s": HISTORY_STEP_SECONDS}
         for name, totals in zip(SERIES, zip(*self._totals, strict=True), strict=True):
             described[name] = [new - old for old, new in pairwise(totals)]
         return described
 
 
-@dataclass(slots=True)
-class Usage:
+class Usage(NamedTuple):
     """What one client has used."""
 
     completions: int = 0
@@ -69,34 +68,36 @@ class People:
     """What each named client has used, since the start and today, by this machine's clock."""
 
     def __init__(self) -> None:
-        self.total: dict[str, Usage] = {}
-        self._today: dict[str, Usage] = {}
+        self.total = dict[str, Usage]()
+        self._today = defaultdict[str, Usage](Usage)
         self._day = date.today()
 
     def configure(self, names: Collection[str]) -> None:
         self.total = {name: self.total.get(name, Usage()) for name in names}
-        self._today = {name: used for name, used in self._today.items() if name in names}
+        for gone in self._today.keys() - names:
+            del self._today[gone]
 
     def add(self, name: str, used: Usage) -> None:
         """Count what a client has used, if it has a name."""
         if name not in self.total:
             return
         for table in (self.total, self._of_today()):
-            sums = zip(astuple(table.get(name, Usage())), astuple(used), strict=True)
-            table[name] = Usage(*map(sum, sums))
+            table[name] = Usage(*map(add, table[name], used))
 
-    def describe(self) -> list[dict[str, Any]]:
+    def describe(self) -> list[JsonObject]:
         """The member `clients` of /v1/stats."""
-        today, entries = self._of_today(), list[dict[str, Any]]()
+        today = self._of_today()
+        entries = list[JsonObject]()
         for name, used in self.total.items():
-            entry = {"name": name, **asdict(used)}
-            entries.append(entry | {"today": asdict(today.get(name, Usage()))})
+            entry = {"name": name, **used._asdict()}
+            entries.append(entry | {"today": today[name]._asdict()})
         return entries
 
     def _of_today(self) -> dict[str, Usage]:
         today = date.today()
         if self._day != today:
-            self._day, self._today = today, {}
+            self._day = today
+            self._today.clear()
         return self._today
 
 
@@ -107,9 +108,9 @@ class Counting:
         self.started = self.failed = 0  # completions that were computed, and those that failed
         # Completions that editors' users accepted, and their length.
         self.accepted = self.accepted_characters = 0
-        self.tallies: dict[str, Tally] = {}  # by model
-        self.running: set[Completion] = set()
-        self.by_confidence = [{"from": least, "suggested": 0, "accepted": 0} for least in BANDS]
+        self.tallies = dict[str, Tally]()  # by model
+        self.running = set[Completion]()
+        self.by_confidence = {least: {"suggested": 0, "accepted": 0} for least in BANDS}
         self.history = History(time.monotonic())
         self.people = People()
 
@@ -124,34 +125,21 @@ class Counting:
         ended = sum(tally.tokens for tally in self.tallies.values())
         return ended + sum(completion.tokens for completion in self.running)
 
-    def by_band(self, name: str) -> dict[tuple[str], float]:
-        """One of the counts by confidence, by the lower end of the band."""
-        return {(f"{band['from']:g}",): band[name] for band in self.by_confidence}
+    def count_band(self, name: str, confidence: float) -> None:
+        """Count an infill with a text as "suggested" or "accepted", by the confidence of its first
+        line.
+        """
+        band = max(least for least in BANDS if confidence >= least)
+        self.by_confidence[band][name] += 1
 
-    def _count_band(self, name: str, confidence: float) -> None:
-        band = next(band for band in reversed(self.by_confidence) if confidence >= band["from"])
-        band[name] += 1
-
-    def suggested(self, confidence: float) -> None:
-        """Count an infill with a text, by the confidence of its first line."""
-        self._count_band("suggested", confidence)
-
-    def accept(
-        self, client: str, characters: int, confidence: float | None = None
-    ) -> dict[str, int]:
+    def accept(self, client: str, characters: int, confidence: float | None) -> dict[str, int]:
         """Count a completion that a client accepted, and return the totals."""
         if confidence is not None:
-            self._count_band("accepted", confidence)
+            self.count_band("accepted", confidence)
         self.people.add(client, Usage(accepted=1))
         self.accepted += 1
         self.accepted_characters += characters
         return {"accepted": self.accepted, "accepted_characters": self.accepted_characters}
-
-    def sample(self, requests: int) -> None:
-        """Bring `history` up to date. `requests`: completions that were asked for, computed or
-        not.
-        """
-        self.history.sample(time.monotonic(), (requests, self.failed, self.tokens))
 
     @contextlib.asynccontextmanager
     async def completion(self, completion: Completion) -> AsyncIterator[None]:
@@ -175,13 +163,13 @@ class Counting:
         """Count the end of a completion for its model."""
         tally = self.tallies.setdefault(completion.model or "none", Tally())
         attempt = completion.attempt
-        tally.end((attempt and attempt.reason) or reason)
+        tally.ended[(attempt and attempt.reason) or reason] += 1
         if attempt and attempt.first:
             tally.tokens += attempt.tokens
-            until, tokens = attempt.last, attempt.tokens
-            if not until:  # the time of the last token is known only for a whole answer
-                until, tokens = attempt.first, 1
-            tally.spoke(attempt.first - completion.started, until - completion.started, tokens)
+            # The time of the last token is known only for a whole answer.
+            tokens = attempt.tokens if attempt.last else 1
+            started = completion.started
+            tally.spoke(attempt.first - started, attempt.last - started, tokens)
 
     def typed(self, client: str, unseen: float | None) -> None:
         """Count a completion that an earlier one has answered. `unseen`: the confidence of a text
@@ -189,7 +177,7 @@ class Counting:
         """
         self.people.add(client, Usage(completions=1))
         if unseen is not None:
-            self.suggested(unseen)
+            self.count_band("suggested", unseen)
 
     def _share(self, completion: Completion) -> None:
         """Count a completion for each of its clients, who divide the tokens and the seconds
@@ -205,9 +193,10 @@ class Counting:
             part = tokens * number // among - tokens * (number - 1) // among
             self.people.add(client, Usage(1, part, round(seconds / among, 3)))
 
-    def work(self, model: str, result: Mapping[str, Any]) -> None:
+    def work(self, model: str, result: Members) -> None:
         """Count the work that a backend reports."""
-        tally, cached = self.tallies[model], result.get("cached_tokens", 0)
+        tally = self.tallies[model]
+        cached = result.get("cached_tokens", 0)
         tally.prompt_tokens += max(0, result.get("prompt_tokens", 0) - cached)
         tally.cached_tokens += cached
         tally.draft_tokens += result.get("draft_tokens", 0)

@@ -6,54 +6,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import random
 import time
+from collections import ChainMap
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from cerebrum.fields import Members
 from cerebrum.pi.backend import Backend
-from cerebrum.pi.kind import Models
 from cerebrum.pi.upstream import BackendConfig
 from cerebrum_common import Model
 
-PROBE_SECONDS = 5.0  # between two probes, +- 20 %
+PROBE_SECONDS = 5.0  # between two probes
 PAID_PROBE_SECONDS = 120.0  # for a cloud service, which counts requests
 STUCK_SECONDS = 300.0  # without progress of a probe, which takes a minute at most
 
-Preferences = Mapping[str, Sequence[str]]  # ids of models, by mode
 # Models, best first, each with the backends that have it.
 Options = Sequence[tuple[str, Sequence[Backend]]]
-
-
-def rank_models(
-    catalog: Sequence[Model],
-    prefer: Preferences,
-    fields: Members,
-    present: Collection[str] | None,
-    any_language: bool = False,
-) -> list[str]:
-    """The ids, best first, of the models that serve a request's language and are `present` on a
-    backend. The models that [prefer] lists for the request's mode come first, then the others in
-    the table's order. A chat counts as an instruction.
-
-    With `any_language`, a language that no present model serves goes to any of them. Without it,
-    the only id may be a missing model's, the smallest: a backend's 404 says which file is missing
-    and how to get it. No preferences count until the backends' models are known (None).
-    """
-    language, mode = fields.get("language", ""), fields.get("mode", "")
-    here = [model for model in catalog if present is None or model.id in present]
-    serving = [model for model in here if language in model.languages]
-    if not language or (any_language and not serving):
-        serving = here
-    if not serving:
-        missing = [model for model in catalog if language in model.languages]
-        return [(missing or catalog)[-1].id]
-    ids = [model.id for model in serving]
-    if present is None:
-        return ids
-    preferred = prefer.get("instruct" if mode == "chat" else mode, ())
-    first = [id for id in preferred if id in ids]
-    return [*dict.fromkeys([*first, *ids])]
 
 
 def first_there(backends: Sequence[Backend]) -> Backend:
@@ -65,37 +32,39 @@ class Fleet:
     """Owns the list of backends and the tasks that probe them."""
 
     def __init__(self) -> None:
-        self.backends: list[Backend] = []
-        self._catalog: Sequence[Model] = ()
-        self._prefer: Preferences = {}
+        self.backends = list[Backend]()
         self._replaced = asyncio.Event()
 
     def replace(
-        self, configs: Sequence[BackendConfig], catalog: Sequence[Model], prefer: Preferences
+        self,
+        configs: Sequence[BackendConfig],
+        catalog: Sequence[Model],
+        prefer: Mapping[str, Sequence[str]],
     ) -> None:
         """Replace the backends. A backend whose id and API stay keeps its state; running requests
-        continue. ConfigError if the settings cannot be used; then nothing has changed.
+        continue. `prefer`: ids of models, by mode. ConfigError if the settings cannot be used; then
+        nothing has changed.
         """
-        backends = [Backend(config, catalog) for config in configs]
+        wanted = [Backend(config, catalog) for config in configs]
         known = {(backend.id, backend.config.api): backend for backend in self.backends}
-        for number, new in enumerate(backends):
-            if old := known.get((new.id, new.config.api)):
+        self.backends = []
+        for new in wanted:
+            old = known.pop((new.id, new.config.api), None)
+            if old:
                 old.adopt(new)
-                backends[number] = old
-        removed = [backend for backend in self.backends if backend not in backends]
-        self.backends = backends
+            self.backends.append(old or new)
         self._catalog = catalog
         self._prefer = prefer
-        for backend in removed:
-            backend.wake.set()  # ends its probing
-            backend.kind.client.close()
+        for removed in known.values():
+            removed.wake.set()  # ends its probing
+            removed.kind.client.close()
         self._replaced.set()
 
     # State.
 
     @property
     def available(self) -> bool:
-        return any(backend.available for backend in self.backends)
+        return self.first.available
 
     @property
     def first(self) -> Backend:
@@ -111,17 +80,10 @@ class Fleet:
         return "; ".join(named) if len(named) > 1 else self.first.breaker.message
 
     @property
-    def models(self) -> Models | None:
-        """Model metadata, taken from the first backend that lists the model; None until the first
-        list comes.
-        """
+    def models(self) -> Collection[str] | None:
+        """The ids of the models that some backend lists; None until the first list comes."""
         lists = [backend.models for backend in self.backends if backend.models is not None]
-        if not lists:
-            return None
-        models: Models = {}
-        for listed in reversed(lists):
-            models |= listed
-        return models
+        return ChainMap(*lists) if lists else None
 
     def n_ctx(self, model: str) -> int:
         """The model's context at the first backend that has it, preferably an available one."""
@@ -149,8 +111,7 @@ class Fleet:
             await backend.probe()
             probed()
             usual = PAID_PROBE_SECONDS if backend.config.is_paid else PROBE_SECONDS
-            delay = usual * random.uniform(0.8, 1.2)
-            delay = min(delay, backend.breaker.retry_in(time.monotonic()) or delay)
+            delay = min(usual, backend.breaker.retry_in(time.monotonic()) or usual)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(delay):
                     await backend.wake.wait()
@@ -162,10 +123,10 @@ class Fleet:
 
     def stuck(self, now: float) -> str:
         """A message that names a backend whose probe hangs; "" if there is none."""
-        stuck = [backend.id for backend in self.backends if now - backend.probed > STUCK_SECONDS]
-        if not stuck:
-            return ""
-        return f"the probe of {stuck[0]} has made no progress for {STUCK_SECONDS:g} s"
+        for backend in self.backends:
+            if now - backend.probed > STUCK_SECONDS:
+                return f"the probe of {backend.id} has made no progress for {STUCK_SECONDS:g} s"
+        return ""
 
     # Routing.
 
@@ -179,12 +140,36 @@ class Fleet:
 
     def who_may(self, fields: Members, any_language: bool) -> Options:
         """The models that may answer and their backends, judged by the lists of models alone."""
-        if fields.get("model") is not None:
-            ids = [fields["model"]]
-        else:
-            ids = rank_models(self._catalog, self._prefer, fields, self.models, any_language)
+        asked = fields.get("model")
+        ids = [asked] if asked else self._rank(fields, any_language)
         options = [(id, [backend for backend in self.backends if backend.has(id)]) for id in ids]
         if any(having for _, having in options):
             return options
         # A kind that takes our ids says what is missing, and how to get it.
         return [(ids[0], [backend for backend in self.backends if backend.kind.takes_our_ids])]
+
+    def _rank(self, fields: Members, any_language: bool) -> list[str]:
+        """The ids, best first, of the models that serve a request's language and are `present` on a
+        backend. The models that [prefer] lists for the request's mode come first, then the others
+        in the table's order. A chat counts as an instruction.
+
+        With `any_language`, a language that no present model serves goes to any of them. Without
+        it, the only id may be a missing model's, the smallest: a backend's 404 says which file is
+        missing and how to get it. No preferences count until the backends' models are known (None).
+        """
+        present = self.models
+        language = fields.get("language", "")
+        mode = fields.get("mode", "")
+        here = [model for model in self._catalog if present is None or model.id in present]
+        serving = [model for model in here if language in model.languages]
+        if not language or (any_language and not serving):
+            serving = here
+        if not serving:
+            missing = [model for model in self._catalog if language in model.languages]
+            return [(missing or self._catalog)[-1].id]
+        ids = [model.id for model in serving]
+        if present is None:
+            return ids
+        preferred = self._prefer.get("instruct" if mode == "chat" else mode, ())
+        first = [id for id in preferred if id in ids]
+        return [*dict.fromkeys([*first, *ids])]

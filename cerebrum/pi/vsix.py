@@ -25,7 +25,7 @@ FILES = (
     "text.js",
     "web.js",
 )
-TYPES = """<?xml version="1.0" encoding="utf-8"?>
+TYPES = b"""<?xml version="1.0" encoding="utf-8"?>
 <Types xmlns="http://schemas.openxmlformats.org/package/2006/content-types">\
 <Default Extension="json" ContentType="application/json"/>\
 <Default Extension="js" ContentType="application/javascript"/>\
@@ -63,7 +63,7 @@ def pack(folder: Path) -> bytes:
     except (KeyError, TypeError, AttributeError):
         raise ValueError("package.json: expected name, version, publisher and engines") from None
     files = {f"extension/{name}": (folder / name).read_bytes() for name in FILES}
-    files |= {"[Content_Types].xml": TYPES.encode(), "extension.vsixmanifest": manifest.encode()}
+    files |= {"[Content_Types].xml": TYPES, "extension.vsixmanifest": manifest.encode()}
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
         for name in sorted(files):

@@ -404,7 +404,7 @@ class Decoder:
             tally.token_seconds += run.last_token - run.first_token
             tally.spoke(run.first_token - submitted, run.last_token - submitted, run.generated)
         if reason:
-            tally.end(reason)
+            tally.ended[reason] += 1
         run.slot.used = time.monotonic()
         run.sampler.close()
         run.flush()

@@ -468,7 +468,7 @@ class Worker(threading.Thread):
         for job in sorted(self.waiting, key=lambda job: (job.low, job.submitted)):
             if job.cancelled:
                 self.waiting.remove(job)
-                self.tally.end(CANCELLED)
+                self.tally.ended[CANCELLED] += 1
                 continue
             slots = [slot for slot in self.slots if not slot.run]
             yielding = None if slots or job.low else decoder.yielding()
