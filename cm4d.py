@@ -643,8 +643,8 @@ async def tokenize(gateway: Gateway, request: Request) -> Response:
     """POST /tokenize: a text's tokens, in the model that answers a request without a model name."""
     fields = read_fields(dialects.present(parse_json(request.body)), dialects.TOKENIZE)
     model = gateway.fleet.route({})
-    backends = gateway.fleet.backends
-    counting = [one for one in backends if one.kind.tokenize_path and one.has(model)]
+    having = [backend for backend in gateway.fleet.backends if backend.has(model)]
+    counting = [backend for backend in having if backend.kind.tokenize_path]
     fault = HttpError(
         "VPS_UNAVAILABLE",
         BREAKER_OPEN if counting else "expected a backend that counts tokens, got none",

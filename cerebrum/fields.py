@@ -220,8 +220,9 @@ def read_fields(members: Members, fields: Fields, where: str = "") -> JsonObject
             value = [value]
         if not rule.accepts(value):
             raise wrong(where + name, rule.expected(), members[name])
+        text = "".join(value) if isinstance(value, list) else str(value)
         try:
-            json.dumps(value, ensure_ascii=False).encode()
+            text.encode()
         except UnicodeEncodeError:
             raise HttpError(
                 "INVALID_REQUEST", f"{where}{name}: expected Unicode text, got a lone surrogate"
