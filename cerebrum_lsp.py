@@ -65,6 +65,18 @@ class Settings:
     speculative: bool = True  # ask ahead for the text behind a suggestion that is shown
     has_gone: bool = False  # not for users: one of GONE was set somewhere
 
+    def __post_init__(self) -> None:
+        if not is_url(self.url or LOCAL):
+            raise BadSettings("expected a url such as http://pi.local:7000")
+        if not 1 <= self.tokens <= MAX_TOKENS:
+            raise BadSettings(f"expected tokens from 1 to {MAX_TOKENS}, got {self.tokens}")
+        if self.read_ms < 0:
+            raise BadSettings(f"expected read_ms of 0 or more, got {self.read_ms}")
+        if self.suggest not in SUGGEST:
+            raise BadSettings(f"expected one of {', '.join(SUGGEST)} for suggest")
+        if not re.fullmatch(r"[!-~]*", self.key):
+            raise BadSettings("expected a key of visible ASCII characters")
+
 
 KINDS = {
     str: "text",
@@ -100,9 +112,7 @@ def read_settings(given: Any, settings: Settings) -> Settings:
     url = changed.get("url", settings.url)
     if url.rstrip("/") != settings.url.rstrip("/"):
         changed.setdefault("key", "")  # a project's settings must not send the user's key elsewhere
-    settings = replace(settings, **changed)
-    check(settings)
-    return settings
+    return replace(settings, **changed)
 
 
 def members_of(given: Mapping[str, Any]) -> Object:
@@ -120,19 +130,6 @@ def members_of(given: Mapping[str, Any]) -> Object:
             raise BadSettings(f"expected {KINDS[kind]} for {setting.name}, got {kind_of(value)}")
         members[setting.name] = value
     return members
-
-
-def check(settings: Settings) -> None:
-    if not is_url(settings.url or LOCAL):
-        raise BadSettings("expected a url such as http://pi.local:7000")
-    if not 1 <= settings.tokens <= MAX_TOKENS:
-        raise BadSettings(f"expected tokens from 1 to {MAX_TOKENS}, got {settings.tokens}")
-    if settings.read_ms < 0:
-        raise BadSettings(f"expected read_ms of 0 or more, got {settings.read_ms}")
-    if settings.suggest not in SUGGEST:
-        raise BadSettings(f"expected one of {', '.join(SUGGEST)} for suggest")
-    if not re.fullmatch(r"[!-~]*", settings.key):
-        raise BadSettings("expected a key of visible ASCII characters")
 
 
 def is_url(text: str) -> bool:
@@ -199,9 +196,9 @@ def first_settings(environment: Mapping[str, str]) -> tuple[Settings, list[str]]
     home = environment.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
     folder = Path(home) / "cerebrum"
     settings, faults = Settings(), []
-    sources: dict[str, Callable[[], Any]] = {
-        f"the settings in {folder}": lambda: read_file(folder),
-        "the environment": lambda: read_variables(environment),
+    sources = {
+        f"the settings in {folder}": functools.partial(read_file, folder),
+        "the environment": functools.partial(read_variables, environment),
     }
     for source, read in sources.items():
         try:
@@ -217,15 +214,10 @@ def first_settings(environment: Mapping[str, str]) -> tuple[Settings, list[str]]
 
 LINE_END = re.compile(r"\r\n|\r|\n")
 LINE = re.compile(r"[^\r\n]+(?:\r\n?|\n)?|\r\n?|\n")  # reads no character twice
-SHORTER_THAN_4 = bytes(range(0xF0))  # the bytes of UTF-8 that begin no character of four bytes
 
 
 def utf16_units(text: str) -> int:
-    """A character of four bytes in UTF-8 takes two units. A loop over a megabyte of characters
-    would take 0.1 s.
-    """
-    encoded = text.encode("utf-8", "surrogatepass")
-    return len(text) + len(encoded.translate(None, SHORTER_THAN_4))
+    return len(text.encode("utf-16-le", "surrogatepass")) // 2
 
 
 def unix(text: str) -> str:
@@ -248,11 +240,6 @@ class Suggestion(NamedTuple):
     text: str = ""
     confidence: float | None = None  # of its first line, if it is known
     unsure: bool = False  # lines that the model is unsure of are missing
-
-    def after(self, typed: str) -> Suggestion:
-        """The rest of it, once its beginning has been typed."""
-        confidence = None if "\n" in typed else self.confidence
-        return Suggestion(self.text[len(typed) :], confidence, self.unsure)
 
 
 Position = tuple[int, int]  # LSP's: the line, and UTF-16 units of it
@@ -277,16 +264,12 @@ class Document:
         """
         if line >= len(self.lines):
             return len(self.lines), 0
-        content = self.lines[line].rstrip("\r\n")
-        column, most = 0, len(content)
-        while column < most:  # each step counts half of what is left
-            middle = (column + most + 1) // 2
-            half = utf16_units(content[column:middle])
-            if half <= units:
-                column, units = middle, units - half
-            else:  # inside a character counts as before it
-                most = middle - 1
-        return line, column
+        before = self.lines[line].rstrip("\r\n")[:units]
+        over = utf16_units(before) - units
+        while over > 0:  # inside a character counts as before it
+            before = before[: -over // 2]  # the last ones, each of one unit or two
+            over = utf16_units(before) - units
+        return line, len(before)
 
     def clamp(self, position: Position) -> Position:
         """The position, or the end that it is behind."""
@@ -323,77 +306,56 @@ class Document:
         self.lines[before : last + 1] = LINE.findall(head + text + tail)
 
 
-Key = tuple[str, int, int]  # the uri of a gap, and the hashes of its texts
-
-
 class Suggestions:
     """The latest completions, and how long the Pi took for each. All threads use it."""
 
-    MAX_FOUND = 16
-
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        # For each completion its gap (see `key_of`), and the length of the text before that.
-        self.found: deque[tuple[Key, int, Suggestion]] = deque(maxlen=self.MAX_FOUND)
-        self.seconds: deque[float] = deque([0.4], maxlen=8)  # a guess, until there are answers
-        self.ahead: Key | None = None  # the gap for which the Pi was asked ahead last
+        # Each with its gap: for a file of a megabyte, these texts take 16 MB.
+        self.found: deque[tuple[Gap, Suggestion]] = deque(maxlen=16)
+        self.usual = 0.4  # median seconds for a completion; a guess, until there are answers
+        self.seconds = deque([self.usual], maxlen=8)
+        self.ahead: Gap | None = None  # for which the Pi was asked ahead last
 
     def add(self, gap: Gap, found: Suggestion, seconds: float) -> None:
         """Add a completion, and the seconds for it unless it was computed ahead."""
-        length = len(gap.before)
-        is_ahead = self.is_ahead(gap)
         with self.lock:
-            self.found.append((self.key_of(gap, length), length, found))
-            if not is_ahead:
+            self.found.append((gap, found))
+            if gap != self.ahead:
                 self.seconds.append(seconds)
-
-    def is_ahead(self, gap: Gap) -> bool:
-        """Whether the Pi was asked ahead for this gap."""
-        return self.ahead == self.key_of(gap, len(gap.before))
+                self.usual = median(self.seconds)
 
     def behind(self, gap: Gap, found: Suggestion) -> Gap | None:
         """The gap behind a suggestion that is shown, to ask ahead for it. None if the suggestion
         will hardly be taken, or if the Pi is too slow.
         """
         is_sure = found.text and not found.unsure and (found.confidence or 0) >= SURE
-        with self.lock:
-            if not is_sure or median(self.seconds) > LOOK_SECONDS:
-                return None
+        if not is_sure or self.usual > LOOK_SECONDS:
+            return None
         return replace(gap, before=gap.before + found.text)
-
-    def note_ahead(self, gap: Gap) -> None:
-        """The Pi is asked ahead for this gap."""
-        self.ahead = self.key_of(gap, len(gap.before))
 
     def rest(self, gap: Gap) -> Suggestion | None:
         """The rest of a completion whose beginning has been typed or accepted; None if there is
         none.
         """
         with self.lock:
-            for key, length, found in reversed(self.found):
-                typed = gap.before[length:]
+            for old, found in reversed(self.found):
+                typed = gap.before[len(old.before) :]
                 is_whole = typed and typed == found.text
                 if is_whole or not found.text.startswith(typed):
                     continue
-                if key == self.key_of(gap, length):
-                    return found.after(typed)
+                if gap == replace(old, before=old.before + typed):
+                    confidence = None if "\n" in typed else found.confidence
+                    return Suggestion(found.text[len(typed) :], confidence, found.unsure)
         return None
-
-    def key_of(self, gap: Gap, length: int) -> Key:
-        """Identifies the gap before something was typed, when the text before it had this length.
-        Copies of the texts would take tens of megabytes for a large file.
-        """
-        return gap.uri, hash(gap.after), hash(gap.before[:length])
 
     def pause(self, gap: Gap) -> float:
         """Seconds without a key before an automatic request: longer for a slow Pi, next to none for
         what was asked ahead.
         """
-        if self.is_ahead(gap):
+        if gap == self.ahead:
             return NO_PAUSE_SECONDS
-        with self.lock:
-            seconds = PAUSE_SHARE * median(self.seconds)
-        return min(max(MIN_PAUSE_SECONDS, seconds), MAX_PAUSE_SECONDS)
+        return min(max(MIN_PAUSE_SECONDS, PAUSE_SHARE * self.usual), MAX_PAUSE_SECONDS)
 
 
 SURE = 0.5  # least confidence
@@ -949,7 +911,7 @@ class Completions:
         if behind and self.pi.settings.speculative:
             with contextlib.suppress(PiError):
                 if self.pi.may_speculate(call):
-                    self.suggestions.note_ahead(behind)
+                    self.suggestions.ahead = behind
                     body = self.body(behind, is_automatic=True)
                     self.pi.ask(call, "/infill", {**body, "speculative": True})
 
