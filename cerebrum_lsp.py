@@ -15,7 +15,7 @@ once; until it is back, completions are empty.
 
 Threads: the main thread reads the messages; it alone changes the documents and the settings. A
 request that asks the Pi gets a thread of its own and a copy of the text. `Client`, `Pi` and
-`Suggestions` have a lock each, for what the threads share. `set.remove` on `Calls.running` is
+`Suggestions` have a lock each, for what the threads share. `set.remove` on `Client.running` is
 atomic, so only one thread answers a call.
 """
 
@@ -397,7 +397,7 @@ class PiError(Exception):
 
 
 class Ended(Exception):
-    """The call was ended by `Call.end`."""
+    """The call was ended by `Call.end`, and has been answered."""
 
 
 class Call:
@@ -444,7 +444,7 @@ class Pi:
 
     def __init__(self, settings: Settings, client: Client) -> None:
         self.settings, self.client = settings, client
-        self.lock = threading.Lock()  # of `away_until`
+        self.lock = threading.Lock()
         # By time.monotonic(): no automatic request before. 0: not away, as far as the user knows.
         self.away_until = 0.0
         # Numbers of the requests without a url; `next` is atomic.
@@ -493,17 +493,14 @@ class Pi:
         answer.setdefault("kept", {"parts": [response.getheader("X-Cerebrum-Kept", "all")]})
         return answer
 
-    def note_success(self) -> None:
-        with self.lock:
-            self.away_until = 0.0
-
-    def note_failure(self) -> bool:
-        """True if the user does not know yet that the Pi is away."""
+    def note_failure(self, error: PiError, call: Call) -> None:
+        """The Pi is away. Tell the user, unless she knows and did not ask for a completion now."""
         with self.lock:
             is_news = not self.away_until
             self.speculates = None
             self.away_until = time.monotonic() + AWAY_SECONDS
-        return is_news
+        if is_news or not call.is_automatic:
+            self.client.show(2, str(error))
 
 
 def read_answer(host: str, status: int, content: bytes) -> Object:
@@ -531,9 +528,17 @@ INTERNAL_ERROR = -32603
 NOT_INITIALIZED = -32002
 REQUEST_CANCELLED = -32800
 REQUEST_FAILED = -32803
-CANCELLED = {"error": {"code": REQUEST_CANCELLED, "message": "cancelled"}}
 MAX_HEADER_BYTES = 4096
+LATER = object()  # the result of a request that a thread answers
 LENGTH = re.compile(rb"content-length[ \t]*:[ \t]*([0-9]{1,9})[ \t]*\r?\n", re.IGNORECASE)
+
+
+def failure(code: int, message: str) -> Object:
+    """The members of a response that reports an error."""
+    return {"error": {"code": code, "message": message}}
+
+
+CANCELLED = failure(REQUEST_CANCELLED, "cancelled")
 
 
 class ProtocolError(Exception):
@@ -548,10 +553,7 @@ def read_message(stream: BinaryIO) -> Any:
     """The next message's JSON. EOFError at the end of the stream; ProtocolError if the message
     cannot be read, after which the next call finds the next message.
     """
-    length = read_length(stream)
-    data = stream.read(length)
-    if len(data) < length:
-        raise EOFError
+    data = stream.read(read_length(stream))
     try:
         return json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError):
@@ -576,7 +578,9 @@ def read_length(stream: BinaryIO) -> int:
 
 
 class Client:
-    """The editor. Any thread may send it messages."""
+    """The editor, and those of its requests that threads answer: whoever removes a call from
+    `running` sends its one response. Any thread may send messages.
+    """
 
     def __init__(self, stream: BinaryIO) -> None:
         self.stream = stream
@@ -584,6 +588,7 @@ class Client:
         self.numbers = itertools.count(1)
         # By the id of a request without a response.
         self.reactions: dict[Any, Callable[[Any], None]] = {}
+        self.running = set[Call]()
         self.show_once = functools.cache(self.show)  # for the main thread
 
     def send(self, **members: Any) -> None:
@@ -606,20 +611,39 @@ class Client:
         params = {"type": level, "message": f"Cerebrum: {message}"}
         self.send(method="window/showMessage", params=params)
 
+    def start(self, call: Call, work: Callable[[], Any]) -> Any:
+        """Respond with the result of `work` in a thread."""
+
+        def run() -> None:
+            self.respond(call, outcome(work))
+
+        self.running.add(call)
+        threading.Thread(target=run, daemon=True).start()
+        return LATER
+
+    def respond(self, call: Call, response: Object) -> None:
+        """Respond before the thread has ended: its connection may be slow to come about."""
+        with contextlib.suppress(KeyError):  # another thread has responded
+            self.running.remove(call)
+            self.send(id=call.request_id, **response)
+            call.end()
+
+    def end(self, is_meant: Callable[[Call], bool], response: Object) -> None:
+        for call in [*self.running]:
+            if is_meant(call):
+                self.respond(call, response)
+
 
 def outcome(work: Callable[[], Any]) -> Object:
     """The members of a response: the result of this work, or its error."""
     try:
         return {"result": work()}
-    except Ended:
-        return CANCELLED
     except ProtocolError as error:
-        code, text = error.code, str(error)
+        return failure(error.code, str(error))
     except PiError as error:
-        code, text = REQUEST_FAILED, str(error)
+        return failure(REQUEST_FAILED, str(error))
     except Exception as fault:  # its text may quote the user's code
-        code, text = INTERNAL_ERROR, f"internal error ({type(fault).__name__})"
-    return {"error": {"code": code, "message": text}}
+        return failure(INTERNAL_ERROR, f"internal error ({type(fault).__name__})")
 
 
 # ------------------------------------------------------------------------ pure: members of messages
@@ -687,8 +711,9 @@ def accepted(found: Suggestion) -> Object:
     return {"title": "accepted", "command": ACCEPTED, "arguments": [argument]}
 
 
-def position(value: Any, path: str) -> Position:
-    """The line and the character of a position."""
+def position(holder: Any, path: str) -> Position:
+    """The line and the character of the position at a dotted path."""
+    value = get(holder, path, dict)
     line, character = get(value, "line", int), get(value, "character", int)
     least = min(line, character)
     if least < 0:
@@ -699,9 +724,8 @@ def position(value: Any, path: str) -> Position:
 
 def positions(holder: Any) -> tuple[Position, Position]:
     """The two positions of this holder's range, in order."""
-    start = position(get(holder, "range.start", dict), "range.start")
-    end = position(get(holder, "range.end", dict), "range.end")
-    return min(start, end), max(start, end)
+    ends = [position(holder, path) for path in ("range.start", "range.end")]
+    return min(ends), max(ends)
 
 
 def span(start: Position, end: Position) -> dict[str, dict[str, int]]:
@@ -719,49 +743,13 @@ NO_COMPLETION = "expected a completion, got another answer: the url is perhaps n
 TRIGGERS = [*" .,:;=([{<\"'/"]  # of textDocument/completion, beside letters
 WORD = re.compile(r"\w*\Z")
 MAX_WORD = 100  # characters
-LATER = object()  # the result of a request that a thread answers
 
 
-class Calls:
-    """The requests that threads answer. Whoever removes a call from `running` sends its one
-    response.
-    """
-
-    def __init__(self, client: Client) -> None:
-        self.client = client
-        self.running = set[Call]()
-
-    def start(self, call: Call, work: Callable[[Call], Any]) -> Any:
-        """Respond with the result of `work` in a thread."""
-
-        def run() -> None:
-            self.respond(call, outcome(lambda: work(call)))
-
-        self.running.add(call)
-        threading.Thread(target=run, daemon=True).start()
-        return LATER
-
-    def respond(self, call: Call, response: Object) -> None:
-        """Respond before the thread has ended: its connection may be slow to come about."""
-        with contextlib.suppress(KeyError):  # another thread has responded
-            self.running.remove(call)
-            self.client.send(id=call.request_id, **response)
-            call.end()
-
-    def end(self, is_meant: Callable[[Call], bool], response: Object) -> None:
-        for call in [*self.running]:
-            if is_meant(call):
-                self.respond(call, response)
-
-
-class Documents:
+class Documents(dict[str, Document]):
     """The open documents, by uri."""
 
-    def __init__(self) -> None:
-        self.by_uri: dict[str, Document] = {}
-
     def find(self, params: Any) -> Document:
-        document = self.by_uri.get(get(params, "textDocument.uri", str))
+        document = self.get(get(params, "textDocument.uri", str))
         if not document:
             raise ProtocolError(INVALID_PARAMS, "expected a document that is open")
         return document
@@ -771,11 +759,11 @@ class Documents:
         text = get(params, "textDocument.text", str)
         language = get(params, "textDocument.languageId", str, "")
         version = get(params, "textDocument.version", int, 0)
-        self.by_uri[uri] = Document(uri, language, version, text)
+        self[uri] = Document(uri, language, version, text)
 
     def change(self, params: Any) -> None:
         document = self.find(params)
-        del self.by_uri[document.uri]  # until all is done: after a bad change the text is unknown
+        del self[document.uri]  # until all is done: after a bad change the text is unknown
         for change in get(params, "contentChanges", list):
             text = get(change, "text", str)
             if get(change, "range", dict, None) is None:
@@ -783,25 +771,24 @@ class Documents:
             else:
                 document.edit(*positions(change), text)
         document.version = get(params, "textDocument.version", int, document.version)
-        self.by_uri[document.uri] = document
+        self[document.uri] = document
 
     def close(self, params: Any) -> None:
-        self.by_uri.pop(get(params, "textDocument.uri", str), None)
+        self.pop(get(params, "textDocument.uri", str), None)
 
 
+@dataclass
 class Completions:
     """Text for a cursor: what is left of a suggestion, or else the Pi's answer."""
 
-    def __init__(self, client: Client, documents: Documents, calls: Calls, pi: Pi) -> None:
-        self.client = client
-        self.documents = documents
-        self.calls = calls
-        self.pi = pi
-        self.suggestions = Suggestions()
+    client: Client
+    documents: Documents
+    pi: Pi
+    suggestions: Suggestions = field(default_factory=Suggestions)
 
     def inline(self, params: Any, request_id: Any) -> Any:
         document = self.documents.find(params)
-        start = end = position(get(params, "position", dict), "position")
+        start = end = position(params, "position")
         inserted = ""
         if chosen := get(params, "context.selectedCompletionInfo", dict, None):
             # What the editor's own menu would insert.
@@ -828,7 +815,7 @@ class Completions:
         Emacs would leave a \\r in the text.
         """
         document = self.documents.find(params)
-        end = document.clamp(position(get(params, "position", dict), "position"))
+        end = document.clamp(position(params, "position"))
         gap = document.gap(end, end)
         word = WORD.search(gap.before[-MAX_WORD:])[0]  # type: ignore[index]  # it always matches
         line, units = end
@@ -865,21 +852,20 @@ class Completions:
 
         # The Pi itself ends a computation that is of no use any more.
         nothing = items(Suggestion())
-        self.calls.end(is_outdated, {"result": nothing})
+        self.client.end(is_outdated, {"result": nothing})
         if document.language in self.pi.settings.off:
             return nothing
-        rest = self.rest(call, gap)
-        if rest is not None:
+        if rest := self.rest(call, gap):
             return items(rest)
         if call.is_automatic and time.monotonic() < self.pi.away_until:
             return nothing
 
-        def work(call: Call) -> Any:
+        def work() -> Any:
             call.wait()
-            rest = self.rest(call, gap)  # of an older request that was still running
-            return items(self.infill(call, gap) if rest is None else rest)
+            # The rest of an older request's, which was still running.
+            return items(self.rest(call, gap) or self.infill(call, gap))
 
-        return self.calls.start(call, work)
+        return self.client.start(call, work)
 
     def rest(self, call: Call, gap: Gap) -> Suggestion | None:
         """The rest of a suggestion. A manual request ignores an empty or shortened one and asks the
@@ -926,11 +912,9 @@ class Completions:
                 raise PiError(200, NO_COMPLETION)
         except PiError as error:
             if error.status not in BUSY:
-                is_news = self.pi.note_failure()
-                if is_news or not call.is_automatic:
-                    self.client.show(2, str(error))
+                self.pi.note_failure(error, call)
             return Suggestion()
-        self.pi.note_success()
+        self.pi.away_until = 0.0
         found = Suggestion(text, answer.get("confidence"), bool(answer.get("unsure")))
         if not answer.get("replaced"):
             self.suggestions.add(gap, found, time.monotonic() - began)
@@ -939,15 +923,14 @@ class Completions:
         return found
 
 
+@dataclass
 class Commands:
     """What the client asks for by `workspace/executeCommand`."""
 
-    def __init__(self, client: Client, documents: Documents, calls: Calls, pi: Pi) -> None:
-        self.client = client
-        self.documents = documents
-        self.calls = calls
-        self.pi = pi
-        self.has_versions = False  # the client checks the version that an edit is for
+    client: Client
+    documents: Documents
+    pi: Pi
+    has_versions: bool = False  # the client checks the version that an edit is for
 
     def execute(self, params: Any, request_id: Any) -> Any:
         command = get(params, "command", str)
@@ -963,12 +946,13 @@ class Commands:
         """Have the Pi count what the user accepted: {"characters", "confidence"}."""
         characters = get(argument, "characters", int)
         body = {"characters": characters, "confidence": argument.get("confidence")}
+        call = Call(request_id)
 
-        def work(call: Call) -> None:
+        def work() -> None:
             with contextlib.suppress(PiError):  # only a count
                 self.pi.ask(call, "/v1/accepted", body)
 
-        return self.calls.start(Call(request_id), work)
+        return self.client.start(call, work)
 
     def instruct(self, argument: Any, request_id: Any) -> Any:
         """Change a range of a document as instructed: {"uri", "range", "instruction"}."""
@@ -985,19 +969,20 @@ class Commands:
             "max_tokens": MAX_TOKENS,
             "temperature": 0.0,
         }
+        call = Call(request_id)
 
-        def work(call: Call) -> None:
+        def work() -> None:
             answer = self.ask(call, body)
             if lacking := lacks(answer):
                 raise PiError(200, f"{lacking}; nothing was changed")
-            is_open = self.documents.by_uri.get(document.uri) is document
+            is_open = self.documents.get(document.uri) is document
             if document.lines != lines or not is_open:
                 raise PiError(200, "the text has changed meanwhile; nothing was changed")
             text = LINE_END.sub(line_end, answer["completion"].rstrip("\r\n"))
             text += selection[len(selection.rstrip("\r\n")) :]
             self.apply(document.uri, version, {"range": span(start, end), "newText": text})
 
-        return self.calls.start(Call(request_id), work)
+        return self.client.start(call, work)
 
     def ask(self, call: Call, body: Object) -> Object:
         """Ask for a completion, or ask a chat in a language that the Pi does not know."""
@@ -1030,25 +1015,24 @@ class Server:
         self.client = client
         self.faults = faults
         self.pi = Pi(settings, client)
-        self.documents = Documents()
-        self.calls = Calls(client)
-        self.completions = Completions(client, self.documents, self.calls, self.pi)
-        self.commands = Commands(client, self.documents, self.calls, self.pi)
+        documents = Documents()
+        completions = Completions(client, documents, self.pi)
+        self.commands = Commands(client, documents, self.pi)
         self.is_ready = self.is_stopping = False
         self.has_configuration = False  # the client can be asked for its settings
         self.requests: Mapping[str, Callable[[Any, Any], Any]] = {  # of params and the id
             "initialize": self.initialize,
             "shutdown": self.shutdown,
-            "textDocument/inlineCompletion": self.completions.inline,
-            "textDocument/completion": self.completions.menu,
+            "textDocument/inlineCompletion": completions.inline,
+            "textDocument/completion": completions.menu,
             "workspace/executeCommand": self.commands.execute,
         }
         self.notifications: Mapping[str, Callable[[Any], None]] = {
             "$/cancelRequest": self.cancel,
             "workspace/didChangeConfiguration": self.change_configuration,
-            "textDocument/didOpen": self.documents.open,
-            "textDocument/didChange": self.documents.change,
-            "textDocument/didClose": self.documents.close,
+            "textDocument/didOpen": documents.open,
+            "textDocument/didChange": documents.change,
+            "textDocument/didClose": documents.close,
         }
 
     def serve(self, stream: BinaryIO) -> int:
@@ -1060,8 +1044,7 @@ class Server:
                     raise EOFError
                 self.handle(message)
             except ProtocolError as error:
-                fault = {"code": error.code, "message": str(error)}
-                self.client.send(id=error.request_id, error=fault)
+                self.client.send(id=error.request_id, **failure(error.code, str(error)))
             except EOFError:
                 return 0 if self.is_stopping else 1
 
@@ -1132,7 +1115,7 @@ class Server:
             self.client.show(1, str(error))
         if self.pi.settings.has_gone:
             self.client.show_once(2, GONE_WARNING)
-        self.pi.note_success()  # the next request tries
+        self.pi.away_until = 0.0  # the next request tries
         self.pi.speculates = None
 
     def change_configuration(self, params: Any) -> None:
@@ -1146,11 +1129,11 @@ class Server:
 
     def cancel(self, params: Any) -> None:
         request_id = params.get("id") if isinstance(params, dict) else None
-        self.calls.end(lambda call: bool(call.request_id == request_id), CANCELLED)
+        self.client.end(lambda call: call.request_id == request_id, CANCELLED)
 
     def shutdown(self, _params: Any, _request_id: Any) -> None:
         self.is_stopping = True
-        self.calls.end(lambda _: True, CANCELLED)
+        self.client.end(lambda _: True, CANCELLED)
 
 
 HELP = """Usage: cerebrum_lsp.py [--stdio | --help | --version]
