@@ -1020,14 +1020,14 @@ class Server:
         self.commands = Commands(client, documents, self.pi)
         self.is_ready = self.is_stopping = False
         self.has_configuration = False  # the client can be asked for its settings
-        self.requests: Mapping[str, Callable[[Any, Any], Any]] = {  # of params and the id
+        self.requests = {  # of params and the id
             "initialize": self.initialize,
             "shutdown": self.shutdown,
             "textDocument/inlineCompletion": completions.inline,
             "textDocument/completion": completions.menu,
             "workspace/executeCommand": self.commands.execute,
         }
-        self.notifications: Mapping[str, Callable[[Any], None]] = {
+        self.notifications = {
             "$/cancelRequest": self.cancel,
             "workspace/didChangeConfiguration": self.change_configuration,
             "textDocument/didOpen": documents.open,
@@ -1039,25 +1039,24 @@ class Server:
         """Read messages until the client says `exit` or its end closes. Returns the exit status."""
         while True:
             try:
-                message = read_message(stream)
-                if isinstance(message, dict) and message.get("method") == "exit":
-                    raise EOFError
-                self.handle(message)
+                self.handle(read_message(stream))
             except ProtocolError as error:
                 self.client.send(id=error.request_id, **failure(error.code, str(error)))
             except EOFError:
                 return 0 if self.is_stopping else 1
 
     def handle(self, message: Any) -> None:
+        """Do what a message asks for. EOFError if that is to end."""
         if not isinstance(message, dict):
             raise ProtocolError(INVALID_REQUEST, f"expected a JSON object, got {kind_of(message)}")
-        request_id = message.get("id")
+        method, request_id = message.get("method"), message.get("id")
+        if method == "exit":
+            raise EOFError
         is_response = "result" in message or "error" in message
         if "method" not in message and is_response:
             if react := self.client.reactions.pop(str(request_id), None):
                 outcome(lambda: react(message.get("result")))
             return
-        method = message.get("method")
         is_valid = type(request_id) in (int, str)
         if not isinstance(method, str) or ("id" in message and not is_valid):
             expected = "expected a method, and an id that is a number or text"
@@ -1144,12 +1143,13 @@ your key, if you have one. Other settings are in ~/.config/cerebrum/lsp.toml."""
 
 
 def main() -> int:
-    if sys.argv[1:] == ["--version"]:
+    options = sys.argv[1:]
+    if options == ["--version"]:
         print("cerebrum_lsp.py", VERSION)
         return 0
-    if sys.argv[1:] not in ([], ["--stdio"]):
+    if options not in ([], ["--stdio"]):
         print(HELP)
-        return 0 if sys.argv[1:] in (["-h"], ["--help"]) else 2
+        return 0 if options in (["-h"], ["--help"]) else 2
     client = Client(sys.stdout.buffer)
     sys.stdout = sys.stderr  # nothing else may write to the editor
     return Server(client, *first_settings(os.environ)).serve(sys.stdin.buffer)
