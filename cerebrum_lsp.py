@@ -35,7 +35,7 @@ import time
 import urllib.parse
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any, BinaryIO, NamedTuple
@@ -107,7 +107,7 @@ def read_settings(given: Any, settings: Settings) -> Settings:
         return settings
     if not isinstance(given, dict):
         raise BadSettings(f"expected an object of settings, got {kind_of(given)}")
-    has_gone = settings.has_gone or bool(GONE & given.keys())
+    has_gone = settings.has_gone or not GONE.isdisjoint(given)
     changed = {"has_gone": has_gone, **members_of(given)}
     url = changed.get("url", settings.url)
     if url.rstrip("/") != settings.url.rstrip("/"):
@@ -118,17 +118,17 @@ def read_settings(given: Any, settings: Settings) -> Settings:
 def members_of(given: Mapping[str, Any]) -> Object:
     """The settings that an object has, each of the right kind."""
     members: Object = {}
-    for setting in fields(Settings):
-        value = given.get(setting.name)
+    for name, default in vars(Settings()).items():
+        value = given.get(name)
         if value is None:
             continue
-        kind = type(setting.default)
+        kind = type(default)
         is_texts = isinstance(value, list) and all(isinstance(item, str) for item in value)
         if kind is tuple and is_texts:
             value = tuple(value)
         if type(value) is not kind:
-            raise BadSettings(f"expected {KINDS[kind]} for {setting.name}, got {kind_of(value)}")
-        members[setting.name] = value
+            raise BadSettings(f"expected {KINDS[kind]} for {name}, got {kind_of(value)}")
+        members[name] = value
     return members
 
 
@@ -150,17 +150,15 @@ def read_file(folder: Path) -> Any:
     neither.
     """
     toml, plain = folder / "lsp.toml", folder / "lsp.json"
-    try:
+    with contextlib.suppress(ImportError):
         import tomllib  # novm: since Python 3.11
 
         if toml.exists():
             return tomllib.loads(toml.read_text("utf-8"))
-    except ImportError:
-        if toml.exists() and not plain.exists():
-            message = "expected lsp.json, as this Python cannot read lsp.toml; 3.11 can"
-            raise BadSettings(message) from None
     if plain.exists():
         return json.loads(plain.read_text("utf-8"))
+    if toml.exists():
+        raise BadSettings("expected lsp.json, as this Python cannot read lsp.toml; 3.11 can")
     return None
 
 
@@ -171,8 +169,7 @@ VARIABLES = {"url": "CEREBRUM_URL", "key": "CEREBRUM_CM4_API_KEY"}
 def read_variables(environment: Mapping[str, str]) -> Object:
     """The settings of the environment."""
     given: Object = {}
-    names = [setting.name for setting in fields(Settings)]
-    for name in (*names, *GONE):
+    for name in (*vars(Settings()), *GONE):
         variable = VARIABLES.get(name, f"CEREBRUM_LSP_{name.upper()}")
         if text := environment.get(variable):
             given[name] = parse_variable(name, text)
@@ -311,7 +308,7 @@ class Suggestions:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        # Each with its gap: for a file of a megabyte, these texts take 16 MB.
+        # Each with its gap: 16 copies of the text, which is little on a laptop.
         self.found: deque[tuple[Gap, Suggestion]] = deque(maxlen=16)
         self.usual = 0.4  # median seconds for a completion; a guess, until there are answers
         self.seconds = deque([self.usual], maxlen=8)
