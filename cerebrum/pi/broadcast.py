@@ -112,7 +112,7 @@ def typed_of(earlier: str, text: str, prompt: str, omitted: int = 0) -> int:
         return 0
     start = max(0, len(before) + 1 - CURSOR_CHARS)
     found = (before + text).find(tail, start)
-    return max(0, found + CURSOR_CHARS - len(before)) if found >= 0 else 0
+    return found + CURSOR_CHARS - len(before) if found >= 0 else 0
 
 
 # --------------------------------------------------------------------------- policy: who reads what
@@ -245,9 +245,9 @@ class Subscriber:
 
     async def pairs(self) -> Pairs:
         """The pairs of `Gateway.complete` but "progress", which no dialect has. Several "idle" may
-        come as one. A replaced request ends like a completion that a limit has
-        cut, because some editors would show an error to the user; a speculative one fails, or
-        llama.vim would remember the empty text.
+        come as one. A replaced request ends like a completion that a limit has cut, because some
+        editors would show an error to the user; a speculative one fails, or llama.vim would
+        remember the empty text.
         """
         try:
             broadcast = self.broadcasts.join(self)
