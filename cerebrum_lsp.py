@@ -610,12 +610,8 @@ class Client:
 
     def start(self, call: Call, work: Callable[[], Any]) -> Any:
         """Respond with the result of `work` in a thread."""
-
-        def run() -> None:
-            self.respond(call, outcome(work))
-
         self.running.add(call)
-        threading.Thread(target=run, daemon=True).start()
+        threading.Thread(target=lambda: self.respond(call, outcome(work)), daemon=True).start()
         return LATER
 
     def respond(self, call: Call, response: Object) -> None:
@@ -843,13 +839,9 @@ class Completions:
         self, call: Call, document: Document, gap: Gap, items: Callable[[Suggestion], Any]
     ) -> Any:
         """Respond with the items of a suggestion, at once or in a thread."""
-
-        def is_outdated(older: Call) -> bool:
-            return older.is_waiting and older.lane == call.lane
-
-        # The Pi itself ends a computation that is of no use any more.
         nothing = items(Suggestion())
-        self.client.end(is_outdated, {"result": nothing})
+        # The Pi itself ends a computation that is of no use any more.
+        self.client.end(lambda old: old.is_waiting and old.lane == call.lane, {"result": nothing})
         if document.language in self.pi.settings.off:
             return nothing
         if rest := self.rest(call, gap):
