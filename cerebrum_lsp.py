@@ -268,11 +268,6 @@ class Document:
             over = utf16_units(before) - units
         return line, len(before)
 
-    def clamp(self, position: Position) -> Position:
-        """The position, or the end that it is behind."""
-        line, column = self.locate(*position)
-        return line, utf16_units(self.line(line)[:column])
-
     def between(self, start: Position, end: Position) -> str:
         """The text between two positions."""
         first, column = self.locate(*start)
@@ -298,7 +293,7 @@ class Document:
         first, column = self.locate(*start)
         last, after = max(self.locate(*end), (first, column))
         before = max(0, first - 1)
-        head = "".join(self.lines[before:first]) + self.line(first)[:column]
+        head = self.between((before, 0), start)
         tail = self.line(last)[after:]
         self.lines[before : last + 1] = LINE.findall(head + text + tail)
 
@@ -808,11 +803,13 @@ class Completions:
         Emacs would leave a \\r in the text.
         """
         document = self.documents.find(params)
-        end = document.clamp(position(params, "position"))
-        gap = document.gap(end, end)
+        cursor = position(params, "position")
+        gap = document.gap(cursor, cursor)
         word = WORD.search(gap.before[-MAX_WORD:])[0]  # type: ignore[index]  # it always matches
-        line, units = end
-        start = line, max(0, units - utf16_units(word))
+        # The cursor may be behind the end of its line, or of the text.
+        line = gap.before.count("\n")
+        units = utf16_units(gap.before.rpartition("\n")[2])
+        start, end = (line, units - utf16_units(word)), (line, units)
 
         def items(found: Suggestion) -> Object:
             text = word + found.text
