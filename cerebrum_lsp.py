@@ -15,7 +15,7 @@ once; until it is back, completions are empty.
 
 Threads: the main thread reads the messages; it alone changes the documents and the settings. A
 request that asks the Pi gets a thread of its own and a copy of the text. `Client`, `Pi` and
-`Suggestions` have a lock each, for what the threads share. `set.remove` on `Calls.running` is
+`Suggestions` have a lock each, for what the threads share. `set.remove` on `Client.running` is
 atomic, so only one thread answers a call.
 """
 
@@ -35,7 +35,7 @@ import time
 import urllib.parse
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any, BinaryIO, NamedTuple
@@ -64,6 +64,18 @@ class Settings:
     completion: bool = False  # serve textDocument/completion, for clients without inline completion
     speculative: bool = True  # ask ahead for the text behind a suggestion that is shown
     has_gone: bool = False  # not for users: one of GONE was set somewhere
+
+    def __post_init__(self) -> None:
+        if not is_url(self.url or LOCAL):
+            raise BadSettings("expected a url such as http://pi.local:7000")
+        if not 1 <= self.tokens <= MAX_TOKENS:
+            raise BadSettings(f"expected tokens from 1 to {MAX_TOKENS}, got {self.tokens}")
+        if self.read_ms < 0:
+            raise BadSettings(f"expected read_ms of 0 or more, got {self.read_ms}")
+        if self.suggest not in SUGGEST:
+            raise BadSettings(f"expected one of {', '.join(SUGGEST)} for suggest")
+        if not re.fullmatch(r"[!-~]*", self.key):
+            raise BadSettings("expected a key of visible ASCII characters")
 
 
 KINDS = {
@@ -95,44 +107,29 @@ def read_settings(given: Any, settings: Settings) -> Settings:
         return settings
     if not isinstance(given, dict):
         raise BadSettings(f"expected an object of settings, got {kind_of(given)}")
-    has_gone = settings.has_gone or bool(GONE & given.keys())
+    has_gone = settings.has_gone or not GONE.isdisjoint(given)
     changed = {"has_gone": has_gone, **members_of(given)}
     url = changed.get("url", settings.url)
     if url.rstrip("/") != settings.url.rstrip("/"):
         changed.setdefault("key", "")  # a project's settings must not send the user's key elsewhere
-    settings = replace(settings, **changed)
-    check(settings)
-    return settings
+    return replace(settings, **changed)
 
 
 def members_of(given: Mapping[str, Any]) -> Object:
     """The settings that an object has, each of the right kind."""
     members: Object = {}
-    for setting in fields(Settings):
-        value = given.get(setting.name)
+    for name, default in vars(Settings()).items():
+        value = given.get(name)
         if value is None:
             continue
-        kind = type(setting.default)
+        kind = type(default)
         is_texts = isinstance(value, list) and all(isinstance(item, str) for item in value)
         if kind is tuple and is_texts:
             value = tuple(value)
         if type(value) is not kind:
-            raise BadSettings(f"expected {KINDS[kind]} for {setting.name}, got {kind_of(value)}")
-        members[setting.name] = value
+            raise BadSettings(f"expected {KINDS[kind]} for {name}, got {kind_of(value)}")
+        members[name] = value
     return members
-
-
-def check(settings: Settings) -> None:
-    if not is_url(settings.url or LOCAL):
-        raise BadSettings("expected a url such as http://pi.local:7000")
-    if not 1 <= settings.tokens <= MAX_TOKENS:
-        raise BadSettings(f"expected tokens from 1 to {MAX_TOKENS}, got {settings.tokens}")
-    if settings.read_ms < 0:
-        raise BadSettings(f"expected read_ms of 0 or more, got {settings.read_ms}")
-    if settings.suggest not in SUGGEST:
-        raise BadSettings(f"expected one of {', '.join(SUGGEST)} for suggest")
-    if not re.fullmatch(r"[!-~]*", settings.key):
-        raise BadSettings("expected a key of visible ASCII characters")
 
 
 def is_url(text: str) -> bool:
@@ -153,17 +150,15 @@ def read_file(folder: Path) -> Any:
     neither.
     """
     toml, plain = folder / "lsp.toml", folder / "lsp.json"
-    try:
+    with contextlib.suppress(ImportError):
         import tomllib  # novm: since Python 3.11
 
         if toml.exists():
             return tomllib.loads(toml.read_text("utf-8"))
-    except ImportError:
-        if toml.exists() and not plain.exists():
-            message = "expected lsp.json, as this Python cannot read lsp.toml; 3.11 can"
-            raise BadSettings(message) from None
     if plain.exists():
         return json.loads(plain.read_text("utf-8"))
+    if toml.exists():
+        raise BadSettings("expected lsp.json, as this Python cannot read lsp.toml; 3.11 can")
     return None
 
 
@@ -174,8 +169,7 @@ VARIABLES = {"url": "CEREBRUM_URL", "key": "CEREBRUM_CM4_API_KEY"}
 def read_variables(environment: Mapping[str, str]) -> Object:
     """The settings of the environment."""
     given: Object = {}
-    names = [setting.name for setting in fields(Settings)]
-    for name in (*names, *GONE):
+    for name in (*vars(Settings()), *GONE):
         variable = VARIABLES.get(name, f"CEREBRUM_LSP_{name.upper()}")
         if text := environment.get(variable):
             given[name] = parse_variable(name, text)
@@ -199,9 +193,9 @@ def first_settings(environment: Mapping[str, str]) -> tuple[Settings, list[str]]
     home = environment.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
     folder = Path(home) / "cerebrum"
     settings, faults = Settings(), []
-    sources: dict[str, Callable[[], Any]] = {
-        f"the settings in {folder}": lambda: read_file(folder),
-        "the environment": lambda: read_variables(environment),
+    sources = {
+        f"the settings in {folder}": functools.partial(read_file, folder),
+        "the environment": functools.partial(read_variables, environment),
     }
     for source, read in sources.items():
         try:
@@ -217,15 +211,10 @@ def first_settings(environment: Mapping[str, str]) -> tuple[Settings, list[str]]
 
 LINE_END = re.compile(r"\r\n|\r|\n")
 LINE = re.compile(r"[^\r\n]+(?:\r\n?|\n)?|\r\n?|\n")  # reads no character twice
-SHORTER_THAN_4 = bytes(range(0xF0))  # the bytes of UTF-8 that begin no character of four bytes
 
 
 def utf16_units(text: str) -> int:
-    """A character of four bytes in UTF-8 takes two units. A loop over a megabyte of characters
-    would take 0.1 s.
-    """
-    encoded = text.encode("utf-8", "surrogatepass")
-    return len(text) + len(encoded.translate(None, SHORTER_THAN_4))
+    return len(text.encode("utf-16-le", "surrogatepass")) // 2
 
 
 def unix(text: str) -> str:
@@ -248,11 +237,6 @@ class Suggestion(NamedTuple):
     text: str = ""
     confidence: float | None = None  # of its first line, if it is known
     unsure: bool = False  # lines that the model is unsure of are missing
-
-    def after(self, typed: str) -> Suggestion:
-        """The rest of it, once its beginning has been typed."""
-        confidence = None if "\n" in typed else self.confidence
-        return Suggestion(self.text[len(typed) :], confidence, self.unsure)
 
 
 Position = tuple[int, int]  # LSP's: the line, and UTF-16 units of it
@@ -277,21 +261,12 @@ class Document:
         """
         if line >= len(self.lines):
             return len(self.lines), 0
-        content = self.lines[line].rstrip("\r\n")
-        column, most = 0, len(content)
-        while column < most:  # each step counts half of what is left
-            middle = (column + most + 1) // 2
-            half = utf16_units(content[column:middle])
-            if half <= units:
-                column, units = middle, units - half
-            else:  # inside a character counts as before it
-                most = middle - 1
-        return line, column
-
-    def clamp(self, position: Position) -> Position:
-        """The position, or the end that it is behind."""
-        line, column = self.locate(*position)
-        return line, utf16_units(self.line(line)[:column])
+        before = self.lines[line].rstrip("\r\n")[:units]
+        over = utf16_units(before) - units
+        while over > 0:  # inside a character counts as before it
+            before = before[: -over // 2]  # the last ones, each of one unit or two
+            over = utf16_units(before) - units
+        return line, len(before)
 
     def between(self, start: Position, end: Position) -> str:
         """The text between two positions."""
@@ -318,82 +293,61 @@ class Document:
         first, column = self.locate(*start)
         last, after = max(self.locate(*end), (first, column))
         before = max(0, first - 1)
-        head = "".join(self.lines[before:first]) + self.line(first)[:column]
+        head = self.between((before, 0), start)
         tail = self.line(last)[after:]
         self.lines[before : last + 1] = LINE.findall(head + text + tail)
-
-
-Key = tuple[str, int, int]  # the uri of a gap, and the hashes of its texts
 
 
 class Suggestions:
     """The latest completions, and how long the Pi took for each. All threads use it."""
 
-    MAX_FOUND = 16
-
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        # For each completion its gap (see `key_of`), and the length of the text before that.
-        self.found: deque[tuple[Key, int, Suggestion]] = deque(maxlen=self.MAX_FOUND)
-        self.seconds: deque[float] = deque([0.4], maxlen=8)  # a guess, until there are answers
-        self.ahead: Key | None = None  # the gap for which the Pi was asked ahead last
+        # Each with its gap: 16 copies of the text, which is little on a laptop.
+        self.found: deque[tuple[Gap, Suggestion]] = deque(maxlen=16)
+        self.usual = 0.4  # median seconds for a completion; a guess, until there are answers
+        self.seconds = deque([self.usual], maxlen=8)
+        self.ahead: Gap | None = None  # for which the Pi was asked ahead last
 
     def add(self, gap: Gap, found: Suggestion, seconds: float) -> None:
         """Add a completion, and the seconds for it unless it was computed ahead."""
-        length = len(gap.before)
-        is_ahead = self.is_ahead(gap)
         with self.lock:
-            self.found.append((self.key_of(gap, length), length, found))
-            if not is_ahead:
+            self.found.append((gap, found))
+            if gap != self.ahead:
                 self.seconds.append(seconds)
-
-    def is_ahead(self, gap: Gap) -> bool:
-        """Whether the Pi was asked ahead for this gap."""
-        return self.ahead == self.key_of(gap, len(gap.before))
+                self.usual = median(self.seconds)
 
     def behind(self, gap: Gap, found: Suggestion) -> Gap | None:
         """The gap behind a suggestion that is shown, to ask ahead for it. None if the suggestion
         will hardly be taken, or if the Pi is too slow.
         """
         is_sure = found.text and not found.unsure and (found.confidence or 0) >= SURE
-        with self.lock:
-            if not is_sure or median(self.seconds) > LOOK_SECONDS:
-                return None
+        if not is_sure or self.usual > LOOK_SECONDS:
+            return None
         return replace(gap, before=gap.before + found.text)
-
-    def note_ahead(self, gap: Gap) -> None:
-        """The Pi is asked ahead for this gap."""
-        self.ahead = self.key_of(gap, len(gap.before))
 
     def rest(self, gap: Gap) -> Suggestion | None:
         """The rest of a completion whose beginning has been typed or accepted; None if there is
         none.
         """
         with self.lock:
-            for key, length, found in reversed(self.found):
-                typed = gap.before[length:]
+            for old, found in reversed(self.found):
+                typed = gap.before[len(old.before) :]
                 is_whole = typed and typed == found.text
                 if is_whole or not found.text.startswith(typed):
                     continue
-                if key == self.key_of(gap, length):
-                    return found.after(typed)
+                if gap == replace(old, before=old.before + typed):
+                    confidence = None if "\n" in typed else found.confidence
+                    return Suggestion(found.text[len(typed) :], confidence, found.unsure)
         return None
-
-    def key_of(self, gap: Gap, length: int) -> Key:
-        """Identifies the gap before something was typed, when the text before it had this length.
-        Copies of the texts would take tens of megabytes for a large file.
-        """
-        return gap.uri, hash(gap.after), hash(gap.before[:length])
 
     def pause(self, gap: Gap) -> float:
         """Seconds without a key before an automatic request: longer for a slow Pi, next to none for
         what was asked ahead.
         """
-        if self.is_ahead(gap):
+        if gap == self.ahead:
             return NO_PAUSE_SECONDS
-        with self.lock:
-            seconds = PAUSE_SHARE * median(self.seconds)
-        return min(max(MIN_PAUSE_SECONDS, seconds), MAX_PAUSE_SECONDS)
+        return min(max(MIN_PAUSE_SECONDS, PAUSE_SHARE * self.usual), MAX_PAUSE_SECONDS)
 
 
 SURE = 0.5  # least confidence
@@ -435,7 +389,7 @@ class PiError(Exception):
 
 
 class Ended(Exception):
-    """The call was ended by `Call.end`."""
+    """The call was ended by `Call.end`, and has been answered."""
 
 
 class Call:
@@ -482,7 +436,7 @@ class Pi:
 
     def __init__(self, settings: Settings, client: Client) -> None:
         self.settings, self.client = settings, client
-        self.lock = threading.Lock()  # of `away_until`
+        self.lock = threading.Lock()
         # By time.monotonic(): no automatic request before. 0: not away, as far as the user knows.
         self.away_until = 0.0
         # Numbers of the requests without a url; `next` is atomic.
@@ -531,17 +485,14 @@ class Pi:
         answer.setdefault("kept", {"parts": [response.getheader("X-Cerebrum-Kept", "all")]})
         return answer
 
-    def note_success(self) -> None:
-        with self.lock:
-            self.away_until = 0.0
-
-    def note_failure(self) -> bool:
-        """True if the user does not know yet that the Pi is away."""
+    def note_failure(self, error: PiError, call: Call) -> None:
+        """The Pi is away. Tell the user, unless she knows and did not ask for a completion now."""
         with self.lock:
             is_news = not self.away_until
             self.speculates = None
             self.away_until = time.monotonic() + AWAY_SECONDS
-        return is_news
+        if is_news or not call.is_automatic:
+            self.client.show(2, str(error))
 
 
 def read_answer(host: str, status: int, content: bytes) -> Object:
@@ -569,9 +520,17 @@ INTERNAL_ERROR = -32603
 NOT_INITIALIZED = -32002
 REQUEST_CANCELLED = -32800
 REQUEST_FAILED = -32803
-CANCELLED = {"error": {"code": REQUEST_CANCELLED, "message": "cancelled"}}
 MAX_HEADER_BYTES = 4096
+LATER = object()  # the result of a request that a thread answers
 LENGTH = re.compile(rb"content-length[ \t]*:[ \t]*([0-9]{1,9})[ \t]*\r?\n", re.IGNORECASE)
+
+
+def failure(code: int, message: str) -> Object:
+    """The members of a response that reports an error."""
+    return {"error": {"code": code, "message": message}}
+
+
+CANCELLED = failure(REQUEST_CANCELLED, "cancelled")
 
 
 class ProtocolError(Exception):
@@ -586,10 +545,7 @@ def read_message(stream: BinaryIO) -> Any:
     """The next message's JSON. EOFError at the end of the stream; ProtocolError if the message
     cannot be read, after which the next call finds the next message.
     """
-    length = read_length(stream)
-    data = stream.read(length)
-    if len(data) < length:
-        raise EOFError
+    data = stream.read(read_length(stream))
     try:
         return json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError):
@@ -614,7 +570,9 @@ def read_length(stream: BinaryIO) -> int:
 
 
 class Client:
-    """The editor. Any thread may send it messages."""
+    """The editor, and those of its requests that threads answer: whoever removes a call from
+    `running` sends its one response. Any thread may send messages.
+    """
 
     def __init__(self, stream: BinaryIO) -> None:
         self.stream = stream
@@ -622,6 +580,7 @@ class Client:
         self.numbers = itertools.count(1)
         # By the id of a request without a response.
         self.reactions: dict[Any, Callable[[Any], None]] = {}
+        self.running = set[Call]()
         self.show_once = functools.cache(self.show)  # for the main thread
 
     def send(self, **members: Any) -> None:
@@ -644,20 +603,35 @@ class Client:
         params = {"type": level, "message": f"Cerebrum: {message}"}
         self.send(method="window/showMessage", params=params)
 
+    def start(self, call: Call, work: Callable[[], Any]) -> Any:
+        """Respond with the result of `work` in a thread."""
+        self.running.add(call)
+        threading.Thread(target=lambda: self.respond(call, outcome(work)), daemon=True).start()
+        return LATER
+
+    def respond(self, call: Call, response: Object) -> None:
+        """Respond before the thread has ended: its connection may be slow to come about."""
+        with contextlib.suppress(KeyError):  # another thread has responded
+            self.running.remove(call)
+            self.send(id=call.request_id, **response)
+            call.end()
+
+    def end(self, is_meant: Callable[[Call], bool], response: Object) -> None:
+        for call in [*self.running]:
+            if is_meant(call):
+                self.respond(call, response)
+
 
 def outcome(work: Callable[[], Any]) -> Object:
     """The members of a response: the result of this work, or its error."""
     try:
         return {"result": work()}
-    except Ended:
-        return CANCELLED
     except ProtocolError as error:
-        code, text = error.code, str(error)
+        return failure(error.code, str(error))
     except PiError as error:
-        code, text = REQUEST_FAILED, str(error)
+        return failure(REQUEST_FAILED, str(error))
     except Exception as fault:  # its text may quote the user's code
-        code, text = INTERNAL_ERROR, f"internal error ({type(fault).__name__})"
-    return {"error": {"code": code, "message": text}}
+        return failure(INTERNAL_ERROR, f"internal error ({type(fault).__name__})")
 
 
 # ------------------------------------------------------------------------ pure: members of messages
@@ -725,8 +699,9 @@ def accepted(found: Suggestion) -> Object:
     return {"title": "accepted", "command": ACCEPTED, "arguments": [argument]}
 
 
-def position(value: Any, path: str) -> Position:
-    """The line and the character of a position."""
+def position(holder: Any, path: str) -> Position:
+    """The line and the character of the position at a dotted path."""
+    value = get(holder, path, dict)
     line, character = get(value, "line", int), get(value, "character", int)
     least = min(line, character)
     if least < 0:
@@ -737,9 +712,8 @@ def position(value: Any, path: str) -> Position:
 
 def positions(holder: Any) -> tuple[Position, Position]:
     """The two positions of this holder's range, in order."""
-    start = position(get(holder, "range.start", dict), "range.start")
-    end = position(get(holder, "range.end", dict), "range.end")
-    return min(start, end), max(start, end)
+    ends = [position(holder, path) for path in ("range.start", "range.end")]
+    return min(ends), max(ends)
 
 
 def span(start: Position, end: Position) -> dict[str, dict[str, int]]:
@@ -757,49 +731,13 @@ NO_COMPLETION = "expected a completion, got another answer: the url is perhaps n
 TRIGGERS = [*" .,:;=([{<\"'/"]  # of textDocument/completion, beside letters
 WORD = re.compile(r"\w*\Z")
 MAX_WORD = 100  # characters
-LATER = object()  # the result of a request that a thread answers
 
 
-class Calls:
-    """The requests that threads answer. Whoever removes a call from `running` sends its one
-    response.
-    """
-
-    def __init__(self, client: Client) -> None:
-        self.client = client
-        self.running = set[Call]()
-
-    def start(self, call: Call, work: Callable[[Call], Any]) -> Any:
-        """Respond with the result of `work` in a thread."""
-
-        def run() -> None:
-            self.respond(call, outcome(lambda: work(call)))
-
-        self.running.add(call)
-        threading.Thread(target=run, daemon=True).start()
-        return LATER
-
-    def respond(self, call: Call, response: Object) -> None:
-        """Respond before the thread has ended: its connection may be slow to come about."""
-        with contextlib.suppress(KeyError):  # another thread has responded
-            self.running.remove(call)
-            self.client.send(id=call.request_id, **response)
-            call.end()
-
-    def end(self, is_meant: Callable[[Call], bool], response: Object) -> None:
-        for call in [*self.running]:
-            if is_meant(call):
-                self.respond(call, response)
-
-
-class Documents:
+class Documents(dict[str, Document]):
     """The open documents, by uri."""
 
-    def __init__(self) -> None:
-        self.by_uri: dict[str, Document] = {}
-
     def find(self, params: Any) -> Document:
-        document = self.by_uri.get(get(params, "textDocument.uri", str))
+        document = self.get(get(params, "textDocument.uri", str))
         if not document:
             raise ProtocolError(INVALID_PARAMS, "expected a document that is open")
         return document
@@ -809,11 +747,11 @@ class Documents:
         text = get(params, "textDocument.text", str)
         language = get(params, "textDocument.languageId", str, "")
         version = get(params, "textDocument.version", int, 0)
-        self.by_uri[uri] = Document(uri, language, version, text)
+        self[uri] = Document(uri, language, version, text)
 
     def change(self, params: Any) -> None:
         document = self.find(params)
-        del self.by_uri[document.uri]  # until all is done: after a bad change the text is unknown
+        del self[document.uri]  # until all is done: after a bad change the text is unknown
         for change in get(params, "contentChanges", list):
             text = get(change, "text", str)
             if get(change, "range", dict, None) is None:
@@ -821,25 +759,24 @@ class Documents:
             else:
                 document.edit(*positions(change), text)
         document.version = get(params, "textDocument.version", int, document.version)
-        self.by_uri[document.uri] = document
+        self[document.uri] = document
 
     def close(self, params: Any) -> None:
-        self.by_uri.pop(get(params, "textDocument.uri", str), None)
+        self.pop(get(params, "textDocument.uri", str), None)
 
 
+@dataclass
 class Completions:
     """Text for a cursor: what is left of a suggestion, or else the Pi's answer."""
 
-    def __init__(self, client: Client, documents: Documents, calls: Calls, pi: Pi) -> None:
-        self.client = client
-        self.documents = documents
-        self.calls = calls
-        self.pi = pi
-        self.suggestions = Suggestions()
+    client: Client
+    documents: Documents
+    pi: Pi
+    suggestions: Suggestions = field(default_factory=Suggestions)
 
     def inline(self, params: Any, request_id: Any) -> Any:
         document = self.documents.find(params)
-        start = end = position(get(params, "position", dict), "position")
+        start = end = position(params, "position")
         inserted = ""
         if chosen := get(params, "context.selectedCompletionInfo", dict, None):
             # What the editor's own menu would insert.
@@ -866,11 +803,13 @@ class Completions:
         Emacs would leave a \\r in the text.
         """
         document = self.documents.find(params)
-        end = document.clamp(position(get(params, "position", dict), "position"))
-        gap = document.gap(end, end)
+        cursor = position(params, "position")
+        gap = document.gap(cursor, cursor)
         word = WORD.search(gap.before[-MAX_WORD:])[0]  # type: ignore[index]  # it always matches
-        line, units = end
-        start = line, max(0, units - utf16_units(word))
+        # The cursor may be behind the end of its line, or of the text.
+        line = gap.before.count("\n")
+        units = utf16_units(gap.before.rpartition("\n")[2])
+        start, end = (line, units - utf16_units(word)), (line, units)
 
         def items(found: Suggestion) -> Object:
             text = word + found.text
@@ -897,27 +836,22 @@ class Completions:
         self, call: Call, document: Document, gap: Gap, items: Callable[[Suggestion], Any]
     ) -> Any:
         """Respond with the items of a suggestion, at once or in a thread."""
-
-        def is_outdated(older: Call) -> bool:
-            return older.is_waiting and older.lane == call.lane
-
-        # The Pi itself ends a computation that is of no use any more.
         nothing = items(Suggestion())
-        self.calls.end(is_outdated, {"result": nothing})
+        # The Pi itself ends a computation that is of no use any more.
+        self.client.end(lambda old: old.is_waiting and old.lane == call.lane, {"result": nothing})
         if document.language in self.pi.settings.off:
             return nothing
-        rest = self.rest(call, gap)
-        if rest is not None:
+        if rest := self.rest(call, gap):
             return items(rest)
         if call.is_automatic and time.monotonic() < self.pi.away_until:
             return nothing
 
-        def work(call: Call) -> Any:
+        def work() -> Any:
             call.wait()
-            rest = self.rest(call, gap)  # of an older request that was still running
-            return items(self.infill(call, gap) if rest is None else rest)
+            # The rest of an older request's, which was still running.
+            return items(self.rest(call, gap) or self.infill(call, gap))
 
-        return self.calls.start(call, work)
+        return self.client.start(call, work)
 
     def rest(self, call: Call, gap: Gap) -> Suggestion | None:
         """The rest of a suggestion. A manual request ignores an empty or shortened one and asks the
@@ -949,7 +883,7 @@ class Completions:
         if behind and self.pi.settings.speculative:
             with contextlib.suppress(PiError):
                 if self.pi.may_speculate(call):
-                    self.suggestions.note_ahead(behind)
+                    self.suggestions.ahead = behind
                     body = self.body(behind, is_automatic=True)
                     self.pi.ask(call, "/infill", {**body, "speculative": True})
 
@@ -964,11 +898,9 @@ class Completions:
                 raise PiError(200, NO_COMPLETION)
         except PiError as error:
             if error.status not in BUSY:
-                is_news = self.pi.note_failure()
-                if is_news or not call.is_automatic:
-                    self.client.show(2, str(error))
+                self.pi.note_failure(error, call)
             return Suggestion()
-        self.pi.note_success()
+        self.pi.away_until = 0.0
         found = Suggestion(text, answer.get("confidence"), bool(answer.get("unsure")))
         if not answer.get("replaced"):
             self.suggestions.add(gap, found, time.monotonic() - began)
@@ -977,15 +909,14 @@ class Completions:
         return found
 
 
+@dataclass
 class Commands:
     """What the client asks for by `workspace/executeCommand`."""
 
-    def __init__(self, client: Client, documents: Documents, calls: Calls, pi: Pi) -> None:
-        self.client = client
-        self.documents = documents
-        self.calls = calls
-        self.pi = pi
-        self.has_versions = False  # the client checks the version that an edit is for
+    client: Client
+    documents: Documents
+    pi: Pi
+    has_versions: bool = False  # the client checks the version that an edit is for
 
     def execute(self, params: Any, request_id: Any) -> Any:
         command = get(params, "command", str)
@@ -1001,12 +932,13 @@ class Commands:
         """Have the Pi count what the user accepted: {"characters", "confidence"}."""
         characters = get(argument, "characters", int)
         body = {"characters": characters, "confidence": argument.get("confidence")}
+        call = Call(request_id)
 
-        def work(call: Call) -> None:
+        def work() -> None:
             with contextlib.suppress(PiError):  # only a count
                 self.pi.ask(call, "/v1/accepted", body)
 
-        return self.calls.start(Call(request_id), work)
+        return self.client.start(call, work)
 
     def instruct(self, argument: Any, request_id: Any) -> Any:
         """Change a range of a document as instructed: {"uri", "range", "instruction"}."""
@@ -1023,19 +955,20 @@ class Commands:
             "max_tokens": MAX_TOKENS,
             "temperature": 0.0,
         }
+        call = Call(request_id)
 
-        def work(call: Call) -> None:
+        def work() -> None:
             answer = self.ask(call, body)
             if lacking := lacks(answer):
                 raise PiError(200, f"{lacking}; nothing was changed")
-            is_open = self.documents.by_uri.get(document.uri) is document
+            is_open = self.documents.get(document.uri) is document
             if document.lines != lines or not is_open:
                 raise PiError(200, "the text has changed meanwhile; nothing was changed")
             text = LINE_END.sub(line_end, answer["completion"].rstrip("\r\n"))
             text += selection[len(selection.rstrip("\r\n")) :]
             self.apply(document.uri, version, {"range": span(start, end), "newText": text})
 
-        return self.calls.start(Call(request_id), work)
+        return self.client.start(call, work)
 
     def ask(self, call: Call, body: Object) -> Object:
         """Ask for a completion, or ask a chat in a language that the Pi does not know."""
@@ -1068,51 +1001,48 @@ class Server:
         self.client = client
         self.faults = faults
         self.pi = Pi(settings, client)
-        self.documents = Documents()
-        self.calls = Calls(client)
-        self.completions = Completions(client, self.documents, self.calls, self.pi)
-        self.commands = Commands(client, self.documents, self.calls, self.pi)
+        documents = Documents()
+        completions = Completions(client, documents, self.pi)
+        self.commands = Commands(client, documents, self.pi)
         self.is_ready = self.is_stopping = False
         self.has_configuration = False  # the client can be asked for its settings
-        self.requests: Mapping[str, Callable[[Any, Any], Any]] = {  # of params and the id
+        self.requests = {  # of params and the id
             "initialize": self.initialize,
             "shutdown": self.shutdown,
-            "textDocument/inlineCompletion": self.completions.inline,
-            "textDocument/completion": self.completions.menu,
+            "textDocument/inlineCompletion": completions.inline,
+            "textDocument/completion": completions.menu,
             "workspace/executeCommand": self.commands.execute,
         }
-        self.notifications: Mapping[str, Callable[[Any], None]] = {
+        self.notifications = {
             "$/cancelRequest": self.cancel,
             "workspace/didChangeConfiguration": self.change_configuration,
-            "textDocument/didOpen": self.documents.open,
-            "textDocument/didChange": self.documents.change,
-            "textDocument/didClose": self.documents.close,
+            "textDocument/didOpen": documents.open,
+            "textDocument/didChange": documents.change,
+            "textDocument/didClose": documents.close,
         }
 
     def serve(self, stream: BinaryIO) -> int:
         """Read messages until the client says `exit` or its end closes. Returns the exit status."""
         while True:
             try:
-                message = read_message(stream)
-                if isinstance(message, dict) and message.get("method") == "exit":
-                    raise EOFError
-                self.handle(message)
+                self.handle(read_message(stream))
             except ProtocolError as error:
-                fault = {"code": error.code, "message": str(error)}
-                self.client.send(id=error.request_id, error=fault)
+                self.client.send(id=error.request_id, **failure(error.code, str(error)))
             except EOFError:
                 return 0 if self.is_stopping else 1
 
     def handle(self, message: Any) -> None:
+        """Do what a message asks for. EOFError if that is to end."""
         if not isinstance(message, dict):
             raise ProtocolError(INVALID_REQUEST, f"expected a JSON object, got {kind_of(message)}")
-        request_id = message.get("id")
+        method, request_id = message.get("method"), message.get("id")
+        if method == "exit":
+            raise EOFError
         is_response = "result" in message or "error" in message
         if "method" not in message and is_response:
             if react := self.client.reactions.pop(str(request_id), None):
                 outcome(lambda: react(message.get("result")))
             return
-        method = message.get("method")
         is_valid = type(request_id) in (int, str)
         if not isinstance(method, str) or ("id" in message and not is_valid):
             expected = "expected a method, and an id that is a number or text"
@@ -1170,7 +1100,7 @@ class Server:
             self.client.show(1, str(error))
         if self.pi.settings.has_gone:
             self.client.show_once(2, GONE_WARNING)
-        self.pi.note_success()  # the next request tries
+        self.pi.away_until = 0.0  # the next request tries
         self.pi.speculates = None
 
     def change_configuration(self, params: Any) -> None:
@@ -1184,11 +1114,11 @@ class Server:
 
     def cancel(self, params: Any) -> None:
         request_id = params.get("id") if isinstance(params, dict) else None
-        self.calls.end(lambda call: bool(call.request_id == request_id), CANCELLED)
+        self.client.end(lambda call: call.request_id == request_id, CANCELLED)
 
     def shutdown(self, _params: Any, _request_id: Any) -> None:
         self.is_stopping = True
-        self.calls.end(lambda _: True, CANCELLED)
+        self.client.end(lambda _: True, CANCELLED)
 
 
 HELP = """Usage: cerebrum_lsp.py [--stdio | --help | --version]
@@ -1199,12 +1129,13 @@ your key, if you have one. Other settings are in ~/.config/cerebrum/lsp.toml."""
 
 
 def main() -> int:
-    if sys.argv[1:] == ["--version"]:
+    options = sys.argv[1:]
+    if options == ["--version"]:
         print("cerebrum_lsp.py", VERSION)
         return 0
-    if sys.argv[1:] not in ([], ["--stdio"]):
+    if options not in ([], ["--stdio"]):
         print(HELP)
-        return 0 if sys.argv[1:] in (["-h"], ["--help"]) else 2
+        return 0 if options in (["-h"], ["--help"]) else 2
     client = Client(sys.stdout.buffer)
     sys.stdout = sys.stderr  # nothing else may write to the editor
     return Server(client, *first_settings(os.environ)).serve(sys.stdin.buffer)

@@ -87,13 +87,14 @@ from cerebrum.pi.completion import (
     Attempt,
     Completion,
     CompletionRequest,
+    Pairs,
     read_text,
 )
 from cerebrum.pi.counting import ACCEPTED, Counting
 from cerebrum.pi.dispatcher import Dispatcher, limit_of
 from cerebrum.pi.fleet import Fleet
 from cerebrum.pi.page import page_of
-from cerebrum.pi.shown import Pairs, shown
+from cerebrum.pi.shown import shown
 from cerebrum.pi.upstream import BackendConfig, Loop
 from cerebrum.service import Service, make_parser, prompt_of, set_up_logging
 from cerebrum.settings import Client, ConfigError, Environment, load_catalog, read_environment

@@ -379,7 +379,7 @@ def test_what_was_asked_ahead_needs_no_pause_and_says_nothing_of_the_speed() -> 
     behind = kept.behind(gap, found)
     assert behind == Gap(URI, "x = a + b", "\n")
     assert kept.pause(behind) > 0.01
-    kept.note_ahead(behind)
+    kept.ahead = behind
     assert kept.pause(behind) == 0.001
     assert kept.pause(gap) > 0.01
     for _ in range(8):

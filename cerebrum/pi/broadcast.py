@@ -11,12 +11,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from itertools import takewhile
-from typing import Any
 
+from cerebrum.fields import Members
 from cerebrum.pi.completion import (
     CUT,
     SAMPLED_BY,
@@ -24,13 +22,12 @@ from cerebrum.pi.completion import (
     Completion,
     CompletionRequest,
     Pair,
+    Pairs,
     read_text,
     text_event,
 )
-from cerebrum.pi.dispatcher import Dispatcher
+from cerebrum.pi.dispatcher import Dispatcher, remember
 from cerebrum_common import HttpError, internal_error
-
-Fields = Mapping[str, Any]  # of a request
 
 # ---------------------------------------------------------------------------------- policy: editors
 
@@ -44,7 +41,7 @@ MAX_FINISHED_CHARS = 2048
 EQUAL_FIELDS = ("mode", "suffix", "model", "language", "filename", "min_confidence", *SAMPLED_BY)
 
 
-def is_typed_on(older: Fields, newer: Fields) -> bool:
+def is_typed_on(older: Members, newer: Members) -> bool:
     """Whether a user has typed between two infills: the text before one cursor nearly continues the
     text before the other, and the lines below are the same. Two gaps of one file do not match, nor
     do two texts of a program.
@@ -60,7 +57,7 @@ def is_typed_on(older: Fields, newer: Fields) -> bool:
     return nearly_continues(above, above_newer) or nearly_continues(above_newer, above)
 
 
-def text_below(fields: Fields) -> str:
+def text_below(fields: Members) -> str:
     """The beginning of the text below the cursor's line, or else of the rest of this line, which
     changes if an editor closes a bracket.
     """
@@ -92,7 +89,7 @@ def nearly_continues(text: str, longer: str) -> bool:
     return False
 
 
-def digest_of(fields: Fields, names: Iterable[str] = EQUAL_FIELDS) -> bytes:
+def digest_of(fields: Members, names: Iterable[str] = EQUAL_FIELDS) -> bytes:
     """A digest of these fields of a request."""
     values = repr([fields.get(name) for name in names])
     return hashlib.sha256(values.encode("utf-8", "replace")).digest()
@@ -115,7 +112,7 @@ def typed_of(earlier: str, text: str, prompt: str, omitted: int = 0) -> int:
         return 0
     start = max(0, len(before) + 1 - CURSOR_CHARS)
     found = (before + text).find(tail, start)
-    return max(0, found + CURSOR_CHARS - len(before)) if found >= 0 else 0
+    return found + CURSOR_CHARS - len(before) if found >= 0 else 0
 
 
 # --------------------------------------------------------------------------- policy: who reads what
@@ -123,9 +120,9 @@ def typed_of(earlier: str, text: str, prompt: str, omitted: int = 0) -> int:
 
 @dataclass(slots=True, eq=False)
 class Broadcast:
-    """One completion for all clients that ask for it. While it runs, it keeps all pairs but "idle"
-    and "progress", so that a late client gets the whole text. A finished one keeps its text and the
-    end of its prompt, for the clients who got the text.
+    """One completion for all clients that ask for it. While it runs, it keeps all pairs but "idle",
+    so that a late client gets the whole text. A finished one keeps its text and the end of its
+    prompt, for the clients who got the text.
     """
 
     digest: bytes  # of the request, by `digest_of`
@@ -144,17 +141,6 @@ class Broadcast:
     @property
     def text(self) -> str:
         return read_text(b"".join(value for kind, value in self.pairs if kind == "text"))
-
-    @property
-    def is_open(self) -> bool:
-        """Whether more pairs will come."""
-        return self.task is not None and not self.task.done()
-
-    def is_like(self, other: Broadcast) -> bool:
-        """Whether another finished one has the same text for the same gap."""
-        if (self.digest, self.prompt) != (other.digest, other.prompt):
-            return False
-        return self.pairs[:2] == other.pairs[:2]
 
 
 def predicts(request: CompletionRequest) -> bool:
@@ -203,14 +189,15 @@ def finished(broadcast: Broadcast) -> Broadcast | None:
     another answer.
     """
     assert broadcast.completion
-    result = broadcast.pairs[-1][1]
+    request = broadcast.completion.request
+    last = dict(broadcast.pairs)  # of each kind
+    begun, result = last["started"], last["done"]
     reason = result.get("finish_reason", "stop")
-    if reason == "length" and broadcast.completion.request.kind == "completion":
+    if reason == "length" and request.kind == "completion":
         return None
     text = broadcast.text
     if reason in CUT or not 1 < len(text) <= MAX_FINISHED_CHARS:
         return None
-    begun = [value for kind, value in broadcast.pairs if kind == "started"][-1]
     judged = [pair for pair in broadcast.pairs if pair[0] == "judged"]
     # An answer without a backend has no figures.
     done = {"model": begun["model"], "finish_reason": reason}
@@ -218,7 +205,6 @@ def finished(broadcast: Broadcast) -> Broadcast | None:
     pairs = [("started", begun), ("text", text_event(text)), *judged, ("done", done)]
     omitted = max(0, len(broadcast.prompt) - CURSOR_CHARS)
     kept = Broadcast(broadcast.digest, broadcast.prompt[omitted:], omitted=omitted, pairs=pairs)
-    request = broadcast.completion.request
     # A time limit cuts elsewhere the next time.
     is_late = reason == "length" and result["total_tokens"] < request.fields["max_tokens"]
     if request.kind == "infill" and request.fields["temperature"] == 0 and not is_late:
@@ -232,20 +218,21 @@ def finished(broadcast: Broadcast) -> Broadcast | None:
 # --------------------------------------------------------------------------- following a completion
 
 
+@dataclass(slots=True, eq=False)
 class Subscriber:
     """One client's request in a dialect, and its position in a broadcast, which others may read
     too.
     """
 
-    def __init__(self, broadcasts: Broadcasts, completion: Completion, editor: str) -> None:
-        self.broadcasts, self.completion = broadcasts, completion
-        self.editor = editor
-        self.broadcast: Broadcast | None = None  # once it has joined
-        self.at = 0  # pairs read
-        self.typed = 0  # characters of the text that the client typed before
-        self.skip = 0  # those of them that are not yet read
-        self.woken = asyncio.Event()
-        self.replaced = False  # the user has typed on, and the editor has asked again
+    broadcasts: Broadcasts
+    completion: Completion
+    editor: str
+    broadcast: Broadcast | None = None  # once it has joined
+    at: int = 0  # pairs read
+    typed: int = 0  # characters of the text that the client typed before
+    skip: int = 0  # those of them that are not yet read
+    woken: asyncio.Event = field(default_factory=asyncio.Event)
+    replaced: bool = False  # the user has typed on, and the editor has asked again
 
     @property
     def request(self) -> CompletionRequest:
@@ -256,11 +243,11 @@ class Subscriber:
         """The beginning of the text that the client has typed before."""
         return self.broadcast.text[: self.typed] if self.broadcast else ""
 
-    async def pairs(self) -> AsyncGenerator[Pair, None]:
-        """The pairs of `Gateway.complete` but "progress", which no dialect has. Several texts, or
-        several "idle", may come as one. A replaced request ends like a completion that a limit has
-        cut, because some editors would show an error to the user; a speculative one fails, or
-        llama.vim would remember the empty text.
+    async def pairs(self) -> Pairs:
+        """The pairs of `Gateway.complete` but "progress", which no dialect has. Several "idle" may
+        come as one. A replaced request ends like a completion that a limit has cut, because some
+        editors would show an error to the user; a speculative one fails, or llama.vim would
+        remember the empty text.
         """
         try:
             broadcast = self.broadcasts.join(self)
@@ -287,55 +274,45 @@ class Subscriber:
 
     def _next(self, broadcast: Broadcast) -> Pair:
         kind, value = broadcast.pairs[self.at]
-        if kind == "text":
-            return kind, self._unread_text(broadcast)
         self.at += 1
-        if kind == "done":
+        if kind == "text" and self.skip:
+            value = self._rest_of(value)
+        elif kind == "done":
             if self.typed:
                 value = value | {"type_through": True}
                 if "\n" in self.typed_text:
                     value.pop("confidence", None)  # of a line that is typed
-            self.broadcasts.keep(self)
+            self.broadcasts.keep(broadcast, self.request)
         return kind, value
 
-    def _unread_text(self, broadcast: Broadcast) -> bytes:
-        """The events with text that come next, without what the client has typed."""
-        unread = takewhile(lambda pair: pair[0] == "text", broadcast.pairs[self.at :])
-        events = [value for _, value in unread]
-        self.at += len(events)
-        if not self.skip:
-            return b"".join(events)
-        text = read_text(b"".join(events))
+    def _rest_of(self, events: bytes) -> bytes:
+        """Events with text, without what the client has typed."""
+        text = read_text(events)
         rest = text[self.skip :]
         self.skip = max(0, self.skip - len(text))
         return text_event(rest) if rest else b""
 
 
-Compute = Callable[[Completion], AsyncGenerator[Pair, None]]
-Beginning = Callable[[Completion], dict[str, Any]]
 FIRST_MS = 250  # llama.vim's time limit for all infills but the speculative ones
 
 
+@dataclass(slots=True, eq=False)
 class Broadcasts:
     """Owns all broadcasts, running and finished, and their subscribers. `compute` begins a
     completion, `beginning` returns the value of its pair "started", `count_typed` counts an answer
     without a backend for a client.
     """
 
-    def __init__(
-        self,
-        dispatcher: Dispatcher,
-        compute: Compute,
-        beginning: Beginning,
-        count_typed: Callable[[str, float | None], object],
-    ) -> None:
-        self._dispatcher = dispatcher
-        self._compute = compute
-        self.beginning = beginning
-        self._count_typed = count_typed
-        self.type_through = self.shared = self.replaced = 0  # requests that ended this way
-        self.subscribers: list[Subscriber] = []
-        self.finished: deque[Broadcast] = deque(maxlen=MAX_FINISHED)
+    dispatcher: Dispatcher
+    compute: Callable[[Completion], Pairs]
+    beginning: Callable[[Completion], Members]
+    count_typed: Callable[[str, float | None], object]
+    # Requests that ended this way.
+    type_through: int = 0
+    shared: int = 0
+    replaced: int = 0
+    subscribers: list[Subscriber] = field(default_factory=list)
+    finished: dict[str, Broadcast] = field(default_factory=dict)  # by their gap and text
 
     def join(self, subscriber: Subscriber) -> Broadcast:
         """The broadcast that the subscriber reads: one that is there, or a new one."""
@@ -346,15 +323,15 @@ class Broadcasts:
             completion.request = request = replace(request, speculative=True)
             completion.end = lambda _: self._replace(subscriber)
         elif request.kind == "infill" and not request.guest:
-            self._dispatcher.saw_editor(request.client)
+            self.dispatcher.saw_editor(request.client)
         if request.fields["max_tokens"] == 0:
-            self._dispatcher.read_ahead(request)
-            return self._without_text(own, completion, "length")
+            self.dispatcher.read_ahead(request)
+            self._answer_without_text(own, completion, "length")
+            return own
+        found = None
         if request.fields.get("min_confidence") == "never":
-            self._replace_older(subscriber, ahead=False)
-            return self._without_text(own, completion, "unsure")
-        found = self._find(subscriber, own.digest)
-        if found:
+            self._answer_without_text(own, completion, "unsure")
+        elif found := self._find(subscriber, own.digest):
             self._share(found, subscriber)
         else:
             own.task = asyncio.create_task(self._run(own, completion))
@@ -367,18 +344,17 @@ class Broadcasts:
         if not request.only or request.fields["predict_ms"] == FIRST_MS:
             return False
         prompt = request.fields["prompt"]
-        for old in self.finished:
+        for old in self.finished.values():
             if request.client in old.clients and old.digest == digest:
                 text = old.text
                 if typed_of(old.prompt, text, prompt, old.omitted) == len(text):
                     return True
         return False
 
-    def _without_text(self, own: Broadcast, completion: Completion, reason: str) -> Broadcast:
+    def _answer_without_text(self, own: Broadcast, completion: Completion, reason: str) -> None:
         """Answer at once, without a backend."""
         done = {"finish_reason": reason}
         own.pairs += [("started", self.beginning(completion)), ("done", done)]
-        return own
 
     def _share(self, broadcast: Broadcast, subscriber: Subscriber) -> None:
         """Count another reader of a broadcast."""
@@ -394,10 +370,10 @@ class Broadcasts:
             running.requested = completion.started  # it waits for a place from now on
             if running.request.speculative and is_awaited:
                 running.clients.remove(running.client)
-                self._dispatcher.promote(running)
+                self.dispatcher.promote(running)
         else:
             if is_awaited:
-                self._count_typed(client, broadcast.unseen)
+                self.count_typed(client, broadcast.unseen)
                 broadcast.unseen = None
             completion.notes |= {"model": broadcast.pairs[0][1]["model"], "tokens": 0}
 
@@ -407,10 +383,11 @@ class Broadcasts:
         for it.
         """
         client, editor = subscriber.request.client, subscriber.editor
-        known = [(old, client in old.clients) for old in reversed(self.finished)]
+        known = [(old, client in old.clients) for old in reversed(self.finished.values())]
         for other in self.subscribers:
-            if other.broadcast and other.broadcast.is_open:
-                known.append((other.broadcast, other.editor == editor))
+            running = other.broadcast
+            if running and running.task and not running.task.done():
+                known.append((running, other.editor == editor))
         for broadcast, is_reader in known:
             typed = typed_in(broadcast, subscriber.request, digest, is_reader)
             if typed is not None:
@@ -423,19 +400,18 @@ class Broadcasts:
         subscribers.
         """
         try:
-            async with contextlib.aclosing(self._compute(completion)) as pairs:
+            async with contextlib.aclosing(self.compute(completion)) as pairs:
                 async for kind, value in pairs:
-                    if kind in ("started", "text", "judged", "done"):
+                    if kind != "idle":
                         broadcast.pairs.append((kind, value))
-                    self._wake(broadcast, at_end=kind == "done")
+                    self._wake(broadcast)
         except Exception as error:
             broadcast.failure = error if isinstance(error, HttpError) else internal_error(error)
-        self._wake(broadcast, at_end=True)
+        self._wake(broadcast)
 
-    def _wake(self, broadcast: Broadcast, at_end: bool) -> None:
-        """Wake the subscribers. One that collects the whole text is woken only at the end."""
+    def _wake(self, broadcast: Broadcast) -> None:
         for subscriber in self.subscribers:
-            if subscriber.broadcast is broadcast and (at_end or subscriber.request.stream):
+            if subscriber.broadcast is broadcast:
                 subscriber.woken.set()
 
     def _replace_older(self, subscriber: Subscriber, ahead: bool) -> None:
@@ -449,9 +425,9 @@ class Broadcasts:
         newer = request.fields
         infills = [other for other in self.subscribers if other.request.kind == "infill"]
         if request.speculative:
-            same = [other for other in infills if other.request.client == request.client]
-            for other in same:
-                if other.request.speculative and other is not subscriber:
+            for other in infills:
+                is_own = other.request.client == request.client
+                if is_own and other.request.speculative and other is not subscriber:
                     self._replace(other)
             return
         for other in [other for other in infills if other.editor == subscriber.editor]:
@@ -481,21 +457,18 @@ class Broadcasts:
             return
         subscriber.completion.notes |= broadcast.completion.figures()
         if others := [other for other in self.subscribers if other.broadcast is broadcast]:
-            self._dispatcher.hand_over(broadcast.completion, others[0].request.client)
+            self.dispatcher.hand_over(broadcast.completion, others[0].request.client)
         elif broadcast.task:
             broadcast.task.cancel()
 
-    def keep(self, subscriber: Subscriber) -> None:
+    def keep(self, broadcast: Broadcast, request: CompletionRequest) -> None:
         """Remember the text that a client got as a whole, for when the user types it."""
-        broadcast, request = subscriber.broadcast, subscriber.request
-        if not broadcast or not broadcast.task or not predicts(request):
+        if not broadcast.task or not predicts(request):
             return
         if not broadcast.kept and (kept := finished(broadcast)):
-            known = next((old for old in self.finished if old.is_like(kept)), None)
-            broadcast.kept = known or kept
-            if known:
-                known.asked = kept.asked
-            else:
-                self.finished.append(kept)
+            key = str((kept.digest, kept.prompt, kept.pairs[:2]))
+            broadcast.kept = self.finished.get(key, kept)
+            broadcast.kept.asked = kept.asked
+            remember(self.finished, key, broadcast.kept, MAX_FINISHED)
         if broadcast.kept:
             broadcast.kept.clients.add(request.client)

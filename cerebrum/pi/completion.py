@@ -8,7 +8,7 @@ import asyncio
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,6 +81,7 @@ class CompletionRequest:
 # -------------------------------------------------------------------------------------------- pairs
 
 Pair = tuple[str, Any]  # (kind, value); `Gateway.complete` lists the kinds
+Pairs = AsyncGenerator[Pair, None]
 
 
 def text_event(text: str, number: int = 1) -> bytes:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import AsyncGenerator, Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
-from cerebrum.pi.completion import CUT, Pair, read_text, text_event
-
-Pairs = AsyncGenerator[Pair, None]
+from cerebrum.fields import Members
+from cerebrum.pi.completion import CUT, Pairs, read_text, text_event
 
 
 class Held:
@@ -23,7 +21,7 @@ class Held:
         self._typed = self._text = typed  # the text begins with what the user has typed
         self._shown = len(typed)  # what the client has
         self._judged = 0  # where the judged lines end
-        self._hidden: int | None = None  # where the first hidden line begins; None: none is hidden
+        self.hidden: int | None = None  # where the first hidden line begins; None: none is hidden
         self._tokens = 1  # tokens that came
 
     def add(self, events: bytes) -> None:
@@ -38,10 +36,10 @@ class Held:
         """
         begin, self._judged = self._judged, end
         line = self._text[self._shown : end]
-        if not line or self._hidden is not None:
+        if not line or self.hidden is not None:
             return b""
         if confidence < self._threshold and not self._typed[begin:].strip():
-            self._hidden = begin
+            self.hidden = begin
             return b""
         return self._show(line.removesuffix("\n").removesuffix("\r"))
 
@@ -51,20 +49,16 @@ class Held:
         is shown.
         """
         above = prompt.removesuffix(self._typed)
-        if self._hidden is not None and not is_gap_of_lines(above, suffix):
+        if self.hidden is not None and not is_gap_of_lines(above, suffix):
             return b""
-        return self._show(self._text[self._shown : self._hidden])
-
-    def result(self, done: dict[str, Any]) -> dict[str, Any]:
-        """The result of the completion; its reason says if a line was hidden."""
-        return done if self._hidden is None else done | {"finish_reason": "unsure"}
+        return self._show(self._text[self._shown : self.hidden])
 
     def _show(self, text: str) -> bytes:
         self._shown += len(text)
         return text_event(text, self._tokens) if text else b""
 
 
-async def shown(pairs: Pairs, fields: Mapping[str, Any], typed: Callable[[], str] = str) -> Pairs:
+async def shown(pairs: Pairs, fields: Members, typed: Callable[[], str] = str) -> Pairs:
     """The pairs of `Gateway.complete` without "judged". With a threshold, hold each line until its
     confidence arrives, and its line end until the next line is shown; hide the text from the first
     unsure line on. `fields`: of the request. `typed()`: what the user has already typed of the
@@ -77,17 +71,15 @@ async def shown(pairs: Pairs, fields: Mapping[str, Any], typed: Callable[[], str
                 threshold = value["threshold"]
                 held = Held(threshold, typed()) if threshold else None
             elif kind == "judged":
-                if held and (line := held.judge(*value)):
-                    yield "text", line
-                continue
+                kind, value = "text", held.judge(*value) if held else b""
             elif kind == "text" and value and held:
                 held.add(value)
                 kind, value = "idle", None  # the text is held, but the backend is alive
             # A completion cut off shows nothing more.
             elif kind == "done" and held and value.get("finish_reason") not in CUT:
-                if rest := held.end(fields["prompt"], fields.get("suffix") or ""):
-                    yield "text", rest
-                value = held.result(value)
+                yield "text", held.end(fields["prompt"], fields.get("suffix") or "")
+                if held.hidden is not None:
+                    value = value | {"finish_reason": "unsure"}
             yield kind, value
 
 
