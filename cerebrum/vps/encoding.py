@@ -40,7 +40,7 @@ import llama_cpp
 
 from cerebrum.vps.draft_model import MIN_PAIR_GAIN, Record
 from cerebrum.vps.drafts import pair_rate
-from cerebrum.vps.gguf import Source, Tensor, Types
+from cerebrum.vps.gguf import Source, Tensor, Types, Values
 from cerebrum.vps.llama import (
     MAX_CHUNK,
     MAX_DRAFT,
@@ -55,7 +55,7 @@ from cerebrum.vps.llama import (
     file_stamp,
     write_atomically,
 )
-from cerebrum.vps.memory import Parts, fit, needed
+from cerebrum.vps.memory import Need, Parts, fit, needed
 from cerebrum.vps.schedule import Costs
 from cerebrum.vps.vocabulary import api
 from cerebrum_common import Model
@@ -66,7 +66,6 @@ PASSPORT_FORMAT = 3
 CHOSEN = ("threads", "micro_batch", "flash_attention")  # settings that `tune` chooses
 
 
-@functools.cache
 def cpu_features() -> str:
     """A hash of the CPU's features that llama.cpp uses. It counts only those that it was built
     for.
@@ -74,7 +73,6 @@ def cpu_features() -> str:
     return hashlib.sha256(api.llama_print_system_info()).hexdigest()[:16]
 
 
-@functools.cache
 def cpu_name() -> str:
     names = re.findall(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     return names[0] if names else platform.machine()
@@ -171,15 +169,10 @@ def find_tuned(
     if passport.types and passport.size != file_size(path):
         return None, "its tuned file is missing or cut short"
     chosen = {name: getattr(passport, name) for name in CHOSEN}
-    tuned = TunedFile(
-        path=path if passport.types else published,
-        settings=replace(settings, **chosen),
-        source=passport.source,
-        encoding=passport.encoding,
-        published=passport.published,
-        here=passport.here,
-    )
-    return tuned, ""
+    used = replace(settings, **chosen)
+    file = path if passport.types else published
+    seconds = passport.published, passport.here
+    return TunedFile(file, used, passport.source, passport.encoding, *seconds), ""
 
 
 class LoadPlan(NamedTuple):
@@ -216,27 +209,14 @@ class LoadPlan(NamedTuple):
         return f"{rate} by the {file} file in {self.settings.context}"
 
 
-Need = Callable[[Sequence[Settings]], Sequence[Parts]]  # see `fit`
-
-
-def no_draft(forms: Sequence[Settings]) -> list[Parts]:
-    """What a draft model takes where there is none."""
-    return [{} for _ in forms]
-
-
 def plan_load(
-    published: Path, settings: Settings, sha256: str, free: float, beside: Need = no_draft
+    published: Path, settings: Settings, sha256: str, free: float, need: Need
 ) -> LoadPlan:
-    """What to load of a model into `free` bytes of memory, if its draft model takes what `beside`
-    returns. The tuned file is larger; it is used only if it fits with the context that the
-    published file has. ModelError or OSError if the published file cannot be used.
+    """What to load of a model into `free` bytes of memory. The tuned file is larger; it is used
+    only if it fits with the context that the published file has. ModelError or OSError if the
+    published file cannot be used.
     """
-
-    def need(path: Path, forms: Sequence[Settings]) -> list[Parts]:
-        pairs = zip(needed(path, forms), beside(forms), strict=True)
-        return [own | other for own, other in pairs]
-
-    settings, parts = fit(settings, free, functools.partial(need, published))
+    settings, parts = fit(published, settings, free, need)
     tuned, reason = find_tuned(published, settings, sha256)
     seconds: Sequence[float] = ()
     if tuned:
@@ -262,23 +242,23 @@ def plan_pair(
     OSError if the model's published file cannot be used; its draft model is only left out.
     """
     path = folder / model.file
-    alone = plan_load(path, settings, model.sha256, free)
+    alone = plan_load(path, settings, model.sha256, free, needed)
     if not draft or not settings.draft:
         return alone
-    small = replace(settings, cache_mb=0, outputs=1)
+    file, small = folder / draft.file, replace(settings, cache_mb=0, outputs=1)
     try:
-        file = folder / draft.file
         tuned, _ = find_tuned(file, small, draft.sha256)
         file, small = (tuned.path, tuned.settings) if tuned else (file, small)
 
         def form_of(form: Settings) -> Settings:
             return replace(small, n_ctx=form.n_ctx, sequences=form.sequences)
 
-        def beside(forms: Sequence[Settings]) -> list[Parts]:
-            found = needed(file, [form_of(form) for form in forms])
-            return [{"draft": sum(parts.values())} for parts in found]
+        def need(path: Path, forms: Sequence[Settings]) -> list[Parts]:
+            drafts = needed(file, [form_of(form) for form in forms])
+            pairs = zip(needed(path, forms), drafts, strict=True)
+            return [own | {"draft": sum(parts.values())} for own, parts in pairs]
 
-        pair = plan_load(path, settings, model.sha256, free, beside)
+        pair = plan_load(path, settings, model.sha256, free, need)
         form = form_of(pair.settings)
         (parts,) = needed(file, [form])
     except FileNotFoundError:
@@ -347,47 +327,38 @@ class Timing(NamedTuple):
     decode: Mapping[int, float]
 
     @property
-    def seconds(self) -> list[float]:
-        """Of the decodes of DECODES."""
-        return [self.decode[size] for size in DECODES]
-
-    @property
     def work(self) -> float:
         """Seconds for the work of READ_TOKENS and DECODES."""
         writing = sum(count * self.decode[size] for size, count in DECODES.items())
         return READ_TOKENS * self.read + writing
 
 
-def multiplied(tensors: Sequence[Tensor]) -> tuple[list[Tensor], Tensor | None]:
-    """The matrices that are multiplied, and which of them gives the logits."""
-    matrices = {tensor.name: tensor for tensor in tensors if tensor.is_matrix}
-    output = matrices.get("output.weight") or matrices.get("token_embd.weight")
-    used = [matrix for matrix in matrices.values() if matrix.layer is not None or matrix is output]
-    return used, output
-
-
 def change_types(tensors: Sequence[Tensor], recipe: Types) -> Types:
-    """Apply a recipe, which has the new type by the old one."""
+    """Apply a recipe, which has the new type by the old one, to the matrices that are multiplied:
+    those of the layers, and the one that gives the logits.
+    """
+    matrices = {tensor.name: tensor for tensor in tensors if tensor.is_matrix}
+    output = "output.weight" if "output.weight" in matrices else "token_embd.weight"
     types = {}
-    for matrix in multiplied(tensors)[0]:
+    for name, matrix in matrices.items():
+        is_used = matrix.layer is not None or name == output
         new = recipe.get(matrix.type)
-        if new and matrix.can_be(new):
-            types[matrix.name] = new
+        if is_used and new and matrix.can_be(new):
+            types[name] = new
     return types
 
 
 def sample_layers(tensors: Sequence[Tensor]) -> list[int]:
-    """SAMPLE_LAYERS layers in which the types of tensors are about as frequent as in the whole
-    model.
+    """About SAMPLE_LAYERS layers, in which the types of tensors are about as frequent as in the
+    whole model.
     """
     types: dict[int, list[str]] = defaultdict(list)
     for tensor in tensors:
         if tensor.layer is not None and tensor.is_matrix:
             types[tensor.layer].append(tensor.type)
-    by_types = sorted(types, key=lambda layer: (types[layer], layer))
-    count = min(SAMPLE_LAYERS, len(by_types))
-    parts = 2 * count  # two for each layer, which is taken from between them
-    return sorted(by_types[middle * len(by_types) // parts] for middle in range(1, parts, 2))
+    by_types = sorted(types, key=types.__getitem__)
+    step = max(1, len(by_types) // SAMPLE_LAYERS)
+    return sorted(by_types[step // 2 :: step])
 
 
 class Form(NamedTuple):
@@ -431,8 +402,8 @@ class Outcome:
 
     def table(self) -> str:
         here = self.tuned or self.published
-        lines = [f"{cpu_name()}; {self.passport.encoding}", ""]
-        lines.append(f"{'':34}{'published':>10}{'here':>12}")
+        head = f"{'':34}{'published':>10}{'here':>12}"
+        lines = [f"{cpu_name()}; {self.passport.encoding}", "", head]
         seconds = here.seconds()
         for name, old in self.published.seconds().items():
             new = seconds[name]
@@ -479,10 +450,10 @@ def opened(path: Path, settings: Settings) -> Iterator[Llama]:
         model.close()
 
 
-def decode(model: Llama, slot: Slot, tokens: Sequence[int], outputs: int) -> float:
+def decode(model: Llama, slot: Slot, tokens: list[int], outputs: int) -> float:
     """Append the tokens and return the seconds. ModelError if llama.cpp fails."""
     begin = time.perf_counter()
-    if model.decode([(slot, list(tokens), outputs)]):
+    if model.decode([(slot, tokens, outputs)]):
         raise ModelError("llama.cpp cannot evaluate this model")
     seconds = time.perf_counter() - begin
     slot.tokens += tokens
@@ -501,9 +472,12 @@ def measure(model: Llama, read: int) -> Timing:
     tokens = [7919 * i % model.n_vocab for i in range(read)]  # any tokens will do
     slot = Slot(0)
 
-    def fastest(chunks: Sequence[Sequence[int]], outputs: int, seconds: float, least: int) -> float:
-        """Decode the chunks for `seconds`, at least `least` times; return the shortest time."""
-        length = len(slot.tokens)
+    def fastest(
+        length: int, chunks: Sequence[list[int]], outputs: int, seconds: float, least: int
+    ) -> float:
+        """The shortest time of decoding the chunks behind `length` tokens, tried for `seconds` and
+        at least `least` times.
+        """
         spent = list[float]()
         enough = False
         while len(spent) < least or not enough:
@@ -515,14 +489,12 @@ def measure(model: Llama, read: int) -> Timing:
 
     most = max(DECODES)
     decode(model, slot, tokens[:most], most)  # the first decode after a load is slow
-    back_to(model, slot, 0)
     chunks = [tokens[start : start + MAX_CHUNK] for start in range(0, len(tokens), MAX_CHUNK)]
-    reading = fastest(chunks, 1, READ_SECONDS, 1)
+    reading = fastest(0, chunks, 1, READ_SECONDS, 1)
     times = {}
     for size in DECODES:
-        times[size] = fastest([tokens[:size]], size, DECODE_SECONDS, MIN_DECODES)
-        back_to(model, slot, len(tokens))
-    return Timing(reading / len(tokens), times)
+        times[size] = fastest(read, [tokens[:size]], size, DECODE_SECONDS, MIN_DECODES)
+    return Timing(reading / read, times)
 
 
 def likeliest(variant: Variant, text: str, count: int) -> list[int]:
@@ -582,20 +554,20 @@ class TuneError(Exception):
     """Why a model cannot be tuned now. The message says what was expected and what came."""
 
 
+@dataclass
 class Tuner:
     """One run of `tune`: the published file, the folder for the files to try, and the progress."""
 
-    def __init__(
-        self, path: Path, sha256: str, settings: Settings, folder: Path, room: int, report: Progress
-    ) -> None:
-        self.path = path
-        self.sha256 = sha256
-        self.settings = settings
-        self.folder = folder
-        self.room = room
-        self.report = report
-        self.stamp = file_stamp(path)
-        self.source = Source(path)
+    path: Path
+    sha256: str
+    settings: Settings
+    folder: Path
+    room: int
+    report: Progress
+
+    def __post_init__(self) -> None:
+        self.stamp = file_stamp(self.path)
+        self.source = Source(self.path)
         self.tensors = self.source.tensors
         self.options: list[Types] = []  # the first changes nothing
         for recipe in ({}, TO_Q8_0, FAITHFUL):
@@ -603,7 +575,8 @@ class Tuner:
             if types not in self.options:
                 self.options.append(types)
         self.layers = sample_layers(self.tensors)
-        self.candidates = [
+        settings = self.settings
+        self.candidates = [  # the first changes nothing
             replace(settings, micro_batch=size, flash_attention=flash) for size, flash in KNOBS
         ]
         if not settings.fixed_threads and cpus() != settings.threads:
@@ -641,7 +614,7 @@ class Tuner:
         """Write a file with these changes, these layers, a small vocabulary and no tokenizer."""
         path = self.folder / f"sample-{len(list(self.folder.iterdir()))}"
         architecture = self.source.architecture
-        values: dict[str, str | int] = {
+        values: Values = {
             f"{architecture}.block_count": len(layers),
             f"{architecture}.vocab_size": min(SAMPLE_VOCABULARY, self.source.vocabulary),
             "tokenizer.ggml.model": "no_vocab",
@@ -673,26 +646,22 @@ class Tuner:
             return {}, self.fastest_settings({}, self.path)
 
     def fastest_settings(self, types: Types, sample: Path) -> Settings:
-        fitting = [
-            settings
-            for settings in self.candidates
-            if settings == self.settings or self.fits(types, settings)
-        ]
+        fitting = [settings for settings in self.candidates if self.fits(types, settings)]
         variants = [(sample, settings) for settings in fitting]
         return fitting[self.fastest(variants, CONTEXT_TOKENS)]
 
     def passport(
-        self, types: Types, settings: Settings, file: Path, timings: Sequence[Timing]
+        self, types: Types, settings: Settings, file: Path, published: Timing, here: Timing
     ) -> Passport:
-        """`timings` are those of the published file and of the file in use."""
-        matrices, output = multiplied(self.tensors)
+        """The times are those of the published file and of the file in use."""
         changes = {}
-        for matrix in matrices:
-            if matrix.name in types:
-                old = f"{matrix.type} (output)" if matrix is output else matrix.type
-                changes[old] = types[matrix.name]
+        for tensor in self.tensors:
+            if tensor.name in types:
+                old = tensor.type if tensor.layer is not None else f"{tensor.type} (output)"
+                changes[old] = types[tensor.name]
         found = {name: getattr(settings, name) for name in CHOSEN} | machine()
-        found |= {"published": timings[0].seconds, "here": timings[-1].seconds}
+        found["published"] = list(published.decode.values())
+        found["here"] = list(here.decode.values())
         return Passport(
             source=self.sha256,
             file=self.stamp,
@@ -726,9 +695,9 @@ class Tuner:
             pays = same >= MIN_AGREEMENT
         usual = self.form({}, published, before)
         if not pays:
-            passport = self.passport({}, self.settings, path, [before])
+            passport = self.passport({}, self.settings, path, before, before)
             return Outcome(usual, None, passport, None)
-        passport = self.passport(types, settings, path, [before, after])
+        passport = self.passport(types, settings, path, before, after)
         return Outcome(usual, self.form(types, tuned, after), passport, same)
 
     def form(self, types: Types, variant: Variant, timing: Timing) -> Form:
@@ -776,23 +745,21 @@ def _put_in_place(path: Path, passport: Passport, target: Path) -> None:
 
 
 def remove_tuned(published: Path, settings: Settings) -> bool:
-    """Go back to the published file, with the settings that were found; False if it is in use
-    already. TuneError if a model is being tuned.
+    """Go back to the published file, with the settings that were found; False if there is no tuned
+    file. TuneError if a model is being tuned.
     """
     target = tuned_path(settings.state_dir, published)
-    if not target.parent.exists():
+    if not target.exists():
         return False
     with alone_in(target.parent):
-        try:
+        with contextlib.suppress(FileNotFoundError, ValueError, TypeError):
             passport = json.loads(passport_path(target).read_text())
             # Kept without types, so that the model does not count as untuned.
             kept = passport | {"types": {}, "format": PASSPORT_FORMAT}
             kept["here"] = passport.get("published", [])
             write_atomically(passport_path(target), json.dumps(kept).encode())
-        except (FileNotFoundError, ValueError, TypeError):
-            passport = {}
         target.unlink(missing_ok=True)
-    return bool(passport.get("types"))
+    return True
 
 
 @contextlib.contextmanager

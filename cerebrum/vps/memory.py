@@ -41,6 +41,7 @@ FIT_STEPS = 16  # contexts of different length that are tried
 
 # Bytes that a model takes in time, by what they are for: `weights`, `kv`, `compute` and `prompts`.
 Parts = dict[str, int]
+Need = Callable[[Path, Sequence[Settings]], Sequence[Parts]]  # as `needed`
 
 
 def shorter(settings: Settings) -> list[Settings]:
@@ -57,14 +58,12 @@ def shorter(settings: Settings) -> list[Settings]:
     return found[1:]
 
 
-def fit(
-    settings: Settings, free: float, need: Callable[[Sequence[Settings]], Sequence[Parts]]
-) -> tuple[Settings, Parts]:
-    """The settings with the longest context that fits into `free` bytes, and what they take; if
-    nothing fits, the smallest settings. `need` returns what each of several settings takes.
+def fit(path: Path, settings: Settings, free: float, need: Need) -> tuple[Settings, Parts]:
+    """The settings of a model file with the longest context that fits into `free` bytes, and what
+    they take; if nothing fits, the smallest settings.
     """
     for candidates in ([settings], shorter(settings)):
-        for candidate, parts in zip(candidates, need(candidates), strict=True):
+        for candidate, parts in zip(candidates, need(path, candidates), strict=True):
             if sum(parts.values()) <= free:
                 return candidate, parts
     return candidate, parts

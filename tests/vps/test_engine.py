@@ -508,13 +508,13 @@ FITTED = [  # context, sequences, free megabytes; context and sequences that fit
 def test_the_longest_context_that_fits(
     n_ctx: int, sequences: int, free_mb: int, fitted: tuple[int, int]
 ) -> None:
-    def need(forms: Sequence[llama.Settings]) -> list[Parts]:
+    def need(_: Path, forms: Sequence[llama.Settings]) -> list[Parts]:
         return [
             {"weights": 4000 * MB, "kv": form.sequences * form.n_ctx * MB // 2} for form in forms
         ]
 
     given = llama.Settings(threads=1, n_ctx=n_ctx, sequences=sequences)
-    got, parts = fit(given, free_mb * MB, need)
+    got, parts = fit(Path(), given, free_mb * MB, need)
     assert (got.n_ctx, got.sequences) == fitted
     assert parts["kv"] == fitted[0] * fitted[1] * MB // 2
     assert replace(got, n_ctx=n_ctx, sequences=sequences) == given
