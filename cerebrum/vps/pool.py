@@ -16,7 +16,6 @@ import shutil
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 
 import cerebrum_common as common
@@ -35,8 +34,6 @@ LOAD_TICK_SECONDS = 0.25  # how often a load's progress is reported
 LOAD_AGAIN_SECONDS = 300.0
 PAIR_AGAIN_SECONDS = 86_400.0  # the same of a draft model that was no use
 
-State = Enum("State", "LOADING READY LEAVING")
-
 
 @dataclass(eq=False)
 class Instance:
@@ -50,24 +47,27 @@ class Instance:
     estimate: int  # bytes it will use in time: attention's buffers fill as contexts grow
     ready: asyncio.Future[None]  # the worker's `ready`, as a future of the loop
     freed: asyncio.Task[None]  # ends when all of the model's memory is free
-    state: State = State.LOADING
+    leaving: bool = False  # its worker has to stop
     users: set[object] = field(default_factory=set)
     # Monotonic: a clock that jumps must not unload a model.
     last_used: float = field(default_factory=time.monotonic)
 
     @property
+    def loaded(self) -> bool:
+        return self.ready.done() and not self.leaving
+
+    @property
     def idle(self) -> bool:
-        return not self.users and self.state is not State.LEAVING
+        return not self.users and not self.leaving
 
     def leave(self) -> None:
         """Stop the worker, without waiting for it."""
-        if self.state is not State.LEAVING:
-            self.state = State.LEAVING
-            self.worker.stop()
+        self.leaving = True
+        self.worker.stop()
 
 
 # What of a model's entry a loaded model depends on.
-how_loaded = operator.attrgetter("file", "sha256", "fim", "fim_layout", "draft")
+how_loaded = operator.attrgetter("id", "file", "sha256", "fim", "fim_layout", "draft")
 
 
 def remove_unlisted(state_dir: Path, models: Sequence[Model]) -> None:
@@ -94,7 +94,7 @@ def removable(instances: Collection[Instance], spared: str = "") -> list[Instanc
     """The instances that make room, in this order: those that are leaving, then the idle ones of
     other models than `spared`, the least recently used first.
     """
-    leaving = [instance for instance in instances if instance.state is State.LEAVING]
+    leaving = [instance for instance in instances if instance.leaving]
     idle = [instance for instance in instances if instance.idle and instance.model.id != spared]
     return leaving + sorted(idle, key=operator.attrgetter("last_used"))
 
@@ -106,19 +106,17 @@ def megabytes(instances: Collection[Instance]) -> float:
 
 def room_for(
     model: str, parts: Parts, free_mb: float, reserve_mb: float, instances: Collection[Instance]
-) -> list[Instance]:
-    """The instances to unload for a model that takes the memory of `parts`; none if it fits into
-    `free_mb`. HttpError 503 with the figures if it would not fit without all of them.
+) -> Instance | None:
+    """The next instance to unload for a model that takes the memory of `parts`; None if the model
+    fits into `free_mb`. HttpError 503 with the figures if it would not fit without all of them.
     """
     need = sum(parts.values()) / MB
-    going = list[Instance]()
-    for instance in removable(instances):
-        if need <= free_mb + megabytes(going):
-            break
-        going.append(instance)
+    if need <= free_mb:
+        return None
+    going = removable(instances)
     most = free_mb + megabytes(going)
     if need <= most:
-        return going
+        return going[0]
     figures = ", ".join(f"{name} {size / MB:.0f} MB" for name, size in parts.items())
     left = f"{max(0, most):.0f} MB are free beside the reserve of {reserve_mb:.0f} MB"
     raise HttpError("RESOURCE_EXHAUSTED", f"model {model} needs {need:.0f} MB ({figures}); {left}")
@@ -135,7 +133,7 @@ class Pool:
             (settings.state_dir / "verified").mkdir(parents=True, exist_ok=True, mode=0o700)
         self.models: Mapping[str, Model] = {}  # of models.toml
         self.tallies: dict[str, ModelTally] = {}  # kept when a model is unloaded
-        self.min_free_mb = self.idle_seconds = 0.0
+        self.min_free_mb = self.idle_minutes = 0.0
         self.instances: dict[str, Instance] = {}
         self.baton = Baton()
         self.bare_bytes = resident_bytes()  # of this process without a model
@@ -153,7 +151,7 @@ class Pool:
         self.models = {model.id: model for model in models}
         self.tallies = {model_id: ModelTally() for model_id in self.models} | self.tallies
         self.min_free_mb = min_free_mb
-        self.idle_seconds = 60 * idle_minutes
+        self.idle_minutes = idle_minutes
         remove_unlisted(self.settings.state_dir, models)
         for instance in self.instances.values():
             self._retire(instance)
@@ -161,8 +159,8 @@ class Pool:
     @property
     def ready(self) -> dict[str, Instance]:
         """The loaded models."""
-        loaded = self.instances.items()
-        return {id: instance for id, instance in loaded if instance.state is State.READY}
+        instances = self.instances.items()
+        return {id: instance for id, instance in instances if instance.loaded}
 
     def listed(self, model_id: str) -> Model:
         """The model of models.toml with this id, or HttpError 404 MODEL_NOT_FOUND, which names the
@@ -238,7 +236,7 @@ class Pool:
             if not instance:
                 if error := await asyncio.shield(self._start_load(self.listed(model_id))):
                     raise error
-            elif instance.state is State.LEAVING:
+            elif instance.leaving:
                 await asyncio.wait([instance.freed])
                 self.check(model_id)  # its load may just have failed
             else:
@@ -255,14 +253,10 @@ class Pool:
         """Unload an idle instance if models.toml no longer lists its model, or changes how to
         load it.
         """
-        old = instance.model
-        changed = any(
-            model.id not in self.models or how_loaded(self.models[model.id]) != how_loaded(model)
-            for model in (old, instance.draft)
-            if model
-        )
-        if changed and instance.idle:
-            log.info("model %s: unloaded, models.toml has changed", old.id)
+        listed = set(map(how_loaded, self.models.values()))
+        used = {how_loaded(model) for model in (instance.model, instance.draft) if model}
+        if instance.idle and not used <= listed:
+            log.info("model %s: unloaded, models.toml has changed", instance.model.id)
             instance.leave()
 
     def _start_load(self, model: Model) -> asyncio.Task[HttpError | None]:
@@ -320,7 +314,7 @@ class Pool:
         """Let llama.cpp say what each model takes, half a second for a file, before a request has
         to wait for it.
         """
-        for model in list(self.models.values()):
+        for model in self.models.values():
             with contextlib.suppress(HttpError):  # the file is missing or damaged
                 await self.plan(model)
 
@@ -348,8 +342,6 @@ class Pool:
         def loaded(future: asyncio.Future[None]) -> None:
             error = future.exception()  # marks it as retrieved, even if nobody waits
             if not error:
-                if instance.state is State.LOADING:
-                    instance.state = State.READY
                 instance.last_used = time.monotonic()
                 if draft and not worker.draft:
                     instance.draft = None
@@ -386,7 +378,7 @@ class Pool:
             loaded = self.instances.values()
             if not (going := room_for(model_id, parts, free_mb, self.min_free_mb, loaded)):
                 return
-            await self._unload(going[0])
+            await self._unload(going)
 
     async def _reap(self, worker: Worker) -> None:
         """When the worker has ended, for whatever reason, forget it and return its memory to the
@@ -453,7 +445,7 @@ class Pool:
         if load := self.starting.get(model_id):
             await asyncio.wait([load])
         instance = self.instances.get(model_id)
-        if not instance or instance.state is State.LEAVING:
+        if not instance or instance.leaving:
             return None
         if instance.users:
             raise HttpError("MODEL_BUSY", f"model {model_id} is busy; expected an idle one")
@@ -464,17 +456,14 @@ class Pool:
         model.
         """
         freed: dict[str, float] = {}
-        while unused := self.unused():  # anew, since a request may have come meanwhile
-            model_id = unused[0].model.id
-            freed[model_id] = await self._unload(unused[0])
-            minutes = self.idle_seconds / 60
-            log.info("model %s: unloaded, %g idle minutes are over", model_id, minutes)
+        for model_id, instance in self.ready.items():
+            idle_minutes = (time.monotonic() - instance.last_used) / 60
+            if instance.idle and idle_minutes >= self.idle_minutes:
+                freed[model_id] = await self._unload(instance)
+                log.info(
+                    "model %s: unloaded, %g idle minutes are over", model_id, self.idle_minutes
+                )
         return freed
-
-    def unused(self) -> list[Instance]:
-        limit = time.monotonic() - self.idle_seconds
-        idle = [instance for instance in self.ready.values() if instance.idle]
-        return [instance for instance in idle if instance.last_used <= limit]
 
     async def stop(self) -> None:
         """End all loads, and unload all models. Their workers save the parked sequences."""
