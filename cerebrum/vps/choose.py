@@ -48,25 +48,24 @@ def matrices(shape: Shape, layers: int, vocabulary: int) -> list[Matrix]:
     """The matrices of a model of this shape (models.toml), with this many layers and tokens. A
     Q4_K_M file has about half of attn_v and ffn_down in Q6_K.
     """
-    width, forward = shape["width"], shape["feed_forward"]
+    width = shape["width"]
+    forward = shape["feed_forward"]
     heads = shape["heads"] * shape["head"]
     keys = shape["kv_heads"] * shape["head"]
-    count: tuple[int, ...] = ()
-    suffix = ""
-    if shape["experts"]:
-        count = (shape["experts"],)
-        suffix = "_exps"
-    shapes: dict[str, tuple[int, ...]] = {
+    count = (shape["experts"],) if shape["experts"] else ()
+    suffix = "_exps" if count else ""
+    up = (*count, forward, width)
+    down = (*count, width, forward)
+    shapes = {
         "attn_q": (heads, width),
         "attn_k": (keys, width),
         "attn_v": (keys, width),
         "attn_output": (width, heads),
+        f"ffn_gate{suffix}": up,
+        f"ffn_up{suffix}": up,
+        f"ffn_down{suffix}": down,
     }
-    for name in ("ffn_gate", "ffn_up"):
-        shapes[f"{name}{suffix}"] = (*count, forward, width)
-    down = f"ffn_down{suffix}"
-    shapes[down] = (*count, width, forward)
-    better = ("attn_v", down)
+    better = ("attn_v", f"ffn_down{suffix}")
     found = [matrix_of("output", "Q6_K", (vocabulary, width))]
     for layer in range(layers):
         for name, size in shapes.items():
@@ -102,7 +101,8 @@ def small_tensors(shape: Shape, layers: int, vocabulary: int) -> Arrays:
     goes to other experts.
     """
     random = np.random.default_rng(1)
-    width, experts = shape["width"], shape["experts"]
+    width = shape["width"]
+    experts = shape["experts"]
     ones = np.ones(width, np.float32)
     rows = random.normal(size=(1009, width)).astype(np.float16)
     tensors: Arrays = {"token_embd": np.resize(rows, (vocabulary, width)), "output_norm": ones}
@@ -160,12 +160,14 @@ def predict(shape: Shape, settings: Settings, folder: Path) -> Speed:
     `tune` will find them. Samples are written to `folder`. ModelError if llama.cpp fails, OSError
     if the disk is too small.
     """
-    whole = matrices(shape, shape["layers"], shape["vocabulary"])
+    all_layers = shape["layers"]
+    vocabulary = shape["vocabulary"]
+    whole = matrices(shape, all_layers, vocabulary)
     weights = sum(math.prod(matrix.shape) for matrix in whole)
-    least = shape["layers"] * SAMPLE_WEIGHTS / weights  # layers
-    layers = min(shape["layers"], 2 * math.ceil(least / 2))
-    part = layers / shape["layers"]
-    published = matrices(shape, layers, round(shape["vocabulary"] * part))
+    least = all_layers * SAMPLE_WEIGHTS / weights  # layers
+    layers = min(all_layers, 2 * math.ceil(least / 2))
+    part = layers / all_layers
+    published = matrices(shape, layers, round(vocabulary * part))
     path = folder / "sample.gguf"
     times = []
     for types in ({}, FAITHFUL):
@@ -220,13 +222,13 @@ def with_drafts(speeds: Speeds, settings: Settings, room_mb: float) -> tuple[Spe
         fits = settings.draft and model.memory_mb + draft.memory_mb <= room_mb
         if speed and draft_speed and fits:
             drafts = f"the drafts of {draft.id}"
+            note = f"{model.id}: without {drafts}, which nobody has measured here yet"
             acceptance = Record(settings.state_dir, model.id, draft.id).acceptance
             if acceptance is not None:
                 rate = pair_rate(Costs(speed.decode), 1 / draft_speed.rate, acceptance)
                 speed = speed._replace(rate=rate)
-                notes.append(f"{model.id}: with {drafts}, {acceptance:.0%} of which are right here")
-            else:
-                notes.append(f"{model.id}: without {drafts}, which nobody has measured here yet")
+                note = f"{model.id}: with {drafts}, {acceptance:.0%} of which are right here"
+            notes.append(note)
         found.append((model, speed))
     return found, notes
 
@@ -240,14 +242,14 @@ def best_of(speeds: Speeds, most_seconds: float) -> Model | None:
     not count.
     """
     most = max((len(model.languages) for model, _ in speeds), default=0)
-    best, best_seconds = None, math.inf
+    best = None
+    best_seconds = math.inf
     for model, speed in speeds:
-        if not speed or 2 * len(model.languages) < most:
-            continue
-        if speed.hint <= most_seconds:
-            return model
-        if speed.hint < best_seconds:
-            best, best_seconds = model, speed.hint
+        if speed and 2 * len(model.languages) >= most:
+            seconds = max(speed.hint, most_seconds)  # those that are quick enough are equal
+            if seconds < best_seconds:
+                best = model
+                best_seconds = seconds
     return best
 
 
