@@ -218,21 +218,20 @@ def plan_load(
     """
     settings, parts = fit(published, settings, free, need)
     tuned, reason = find_tuned(published, settings, sha256)
-    seconds: Sequence[float] = ()
-    if tuned:
-        seconds = tuned.published
-        try:
-            (larger,) = need(tuned.path, [tuned.settings])
-            total = sum(larger.values())
-            if total <= free:
-                return LoadPlan(settings, tuned, larger, "", tuned.here)
-            reason = (
-                f"its tuned file needs {total / MB:.0f} MB, and "
-                f"{free / MB:.0f} MB can be freed beside the reserve"
-            )
-        except (ModelError, OSError) as error:
-            reason = f"its tuned file cannot be used: {error}"
-    return LoadPlan(settings, None, parts, reason, seconds)
+    if not tuned:
+        return LoadPlan(settings, None, parts, reason)
+    try:
+        (larger,) = need(tuned.path, [tuned.settings])
+        total = sum(larger.values())
+        if total <= free:
+            return LoadPlan(settings, tuned, larger, "", tuned.here)
+        reason = (
+            f"its tuned file needs {total / MB:.0f} MB, and "
+            f"{free / MB:.0f} MB can be freed beside the reserve"
+        )
+    except (ModelError, OSError) as error:
+        reason = f"its tuned file cannot be used: {error}"
+    return LoadPlan(settings, None, parts, reason, tuned.published)
 
 
 def plan_pair(
@@ -245,7 +244,8 @@ def plan_pair(
     alone = plan_load(path, settings, model.sha256, free, needed)
     if not draft or not settings.draft:
         return alone
-    file, small = folder / draft.file, replace(settings, cache_mb=0, outputs=1)
+    file = folder / draft.file
+    small = replace(settings, cache_mb=0, outputs=1)
     try:
         tuned, _ = find_tuned(file, small, draft.sha256)
         file, small = (tuned.path, tuned.settings) if tuned else (file, small)
@@ -283,7 +283,8 @@ def best_plan(alone: LoadPlan, pair: LoadPlan, record: Record) -> LoadPlan:
     def worth(plan: LoadPlan) -> float:
         return plan.rate(record.expected) * plan.settings.n_ctx * plan.settings.sequences
 
-    with_it, without = pair.words(record.expected), alone.words(record.expected)
+    with_it = pair.words(record.expected)
+    without = alone.words(record.expected)
     if worth(pair) > MIN_PAIR_GAIN * worth(alone):
         note = f"{record.draft_id} writes drafts: expected {with_it}; without it {without}"
         return pair._replace(note=note)
@@ -439,15 +440,10 @@ OUTPUTS = MAX_DRAFT + 1  # logits that a decode may ask for
 Variant = tuple[Path, Settings]
 
 
-@contextlib.contextmanager
-def opened(path: Path, settings: Settings) -> Iterator[Llama]:
+def opened(path: Path, settings: Settings) -> contextlib.closing[Llama]:
     """The model with a context of one sequence that is as long as the measurements need."""
     one_long = replace(settings, n_ctx=CONTEXT_TOKENS + 2 * OUTPUTS, sequences=1)
-    model = Llama(path, one_long, lambda _: True)
-    try:
-        yield model
-    finally:
-        model.close()
+    return contextlib.closing(Llama(path, one_long, lambda _: True))
 
 
 def decode(model: Llama, slot: Slot, tokens: list[int], outputs: int) -> float:
@@ -458,12 +454,6 @@ def decode(model: Llama, slot: Slot, tokens: list[int], outputs: int) -> float:
     seconds = time.perf_counter() - begin
     slot.tokens += tokens
     return seconds
-
-
-def back_to(model: Llama, slot: Slot, length: int) -> None:
-    """Cut the sequence. A recurrent state cannot be cut, and goes on."""
-    if model.trim(slot, length):
-        del slot.tokens[length:]
 
 
 def measure(model: Llama, read: int) -> Timing:
@@ -481,7 +471,8 @@ def measure(model: Llama, read: int) -> Timing:
         spent = list[float]()
         enough = False
         while len(spent) < least or not enough:
-            back_to(model, slot, length)
+            if model.trim(slot, length):  # a recurrent state cannot be cut, and goes on
+                del slot.tokens[length:]
             spent.append(sum(decode(model, slot, chunk, outputs) for chunk in chunks))
             full = len(slot.tokens) >= model.n_ctx - OUTPUTS
             enough = full or sum(spent) >= seconds
@@ -596,9 +587,6 @@ class Tuner:
                 total += tensor.size(types[tensor.name]) - tensor.size(tensor.type)
         return total
 
-    def fits(self, types: Types, settings: Settings) -> bool:
-        return self.memory(types, settings) <= self.room
-
     def check_room(self) -> None:
         """TuneError or OSError with the figures if the memory or the disk is too small."""
         need = self.memory({}, self.settings)
@@ -636,7 +624,9 @@ class Tuner:
         """The fastest types; and micro-batch, attention and thread count for these types, in a long
         context.
         """
-        fitting = [types for types in self.options if self.fits(types, self.settings)]
+        fitting = [
+            types for types in self.options if self.memory(types, self.settings) <= self.room
+        ]
         try:
             samples = [(self.sample(types, self.layers), self.settings) for types in fitting]
             types = fitting[self.fastest(samples, SAMPLE_READ_TOKENS)]
@@ -646,7 +636,9 @@ class Tuner:
             return {}, self.fastest_settings({}, self.path)
 
     def fastest_settings(self, types: Types, sample: Path) -> Settings:
-        fitting = [settings for settings in self.candidates if self.fits(types, settings)]
+        fitting = [
+            settings for settings in self.candidates if self.memory(types, settings) <= self.room
+        ]
         variants = [(sample, settings) for settings in fitting]
         return fitting[self.fastest(variants, CONTEXT_TOKENS)]
 
@@ -683,7 +675,8 @@ class Tuner:
         timings = compare(variants, WHOLE_READ_TOKENS, self.step)
         if self.done < self.steps:  # some settings do not fit, or there is nothing to compare with
             self.report("measuring", self.steps, self.steps)
-        before, after = timings[0], timings[-1]
+        before = timings[0]
+        after = timings[-1]
         # Types must save time. Settings were chosen in a long context, where they save time; in
         # this short one they may hardly cost any.
         limit = 1 - MIN_GAIN if types else 1 + MIN_GAIN
