@@ -184,7 +184,7 @@ def predict(shape: Shape, settings: Settings, folder: Path) -> Speed:
     return Speed(1 / decode[1], READ_TOKENS * best.read / part, decode)
 
 
-Speeds = Sequence[tuple[Model, Speed | None]]  # None: unknown
+Speeds = list[tuple[Model, Speed | None]]  # None: unknown
 
 
 def predict_all(
@@ -196,7 +196,7 @@ def predict_all(
     """The speed of each model that has a shape and can be measured. `report` gets the number of
     models that are done, `complain` each failure. TuneError while a model is being tuned.
     """
-    speeds = list[tuple[Model, Speed | None]]()
+    speeds: Speeds = []
     with alone_in(settings.state_dir / "tuned") as folder:  # a tuning would spoil the measurements
         for model in models:
             report(len(speeds))
@@ -215,7 +215,7 @@ def with_drafts(speeds: Speeds, settings: Settings, room_mb: float) -> tuple[Spe
     acceptance this machine has not measured counts as the model alone.
     """
     alone = {model.id: (model, speed) for model, speed in speeds}
-    found = list[tuple[Model, Speed | None]]()
+    found: Speeds = []
     notes = []
     for model, speed in speeds:
         draft, draft_speed = alone.get(model.draft, (model, None))

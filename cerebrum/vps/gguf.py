@@ -70,7 +70,8 @@ def transcode(rows: Rows, old: str, new: str) -> Any:
     """Convert rows from one type to another."""
     if (old, new) == ("Q4_K", "Q4_1"):
         return q4_k_to_q4_1(rows)
-    kinds, quants = pypi().GGMLQuantizationType, pypi().quants
+    kinds = pypi().GGMLQuantizationType
+    quants = pypi().quants
     weights = quants.dequantize(rows, kinds[old])
     return quants.quantize(weights, kinds[new])
 
@@ -202,8 +203,7 @@ class Source:
         kinds = pypi().GGUFValueType
         left_out = MADE_BY_WRITER if has_tokenizer else (*MADE_BY_WRITER, "tokenizer.")
         for name, field in self.reader.fields.items():
-            is_array = field.types[0] == kinds.ARRAY
-            empty = is_array and not field.data  # gguf does not write it
+            empty = field.types[0] == kinds.ARRAY and not field.data  # gguf does not write it
             if empty or name.startswith(left_out) or name in values:
                 continue
             try:
@@ -212,8 +212,7 @@ class Source:
                 raise ModelError(
                     f"expected text in UTF-8 in the header, got other bytes in {name}"
                 ) from None
-            item = field.types[-1] if is_array else None
-            writer.add_key_value(name, content, field.types[0], item)
+            writer.add_key_value(name, content, field.types[0], field.types[-1])
         for name, value in values.items():
             kind = kinds.STRING if isinstance(value, str) else kinds.UINT32
             writer.add_key_value(name, value, kind)
@@ -222,7 +221,8 @@ class Source:
         """The tensors of a file with only these layers and this many tokens, by name there."""
         copies = {}
         for tensor in self.tensors:
-            name, layer = tensor.name, tensor.layer
+            name = tensor.name
+            layer = tensor.layer
             if layer in layers:
                 name = name.replace(f"blk.{layer}.", f"blk.{layers.index(layer)}.", 1)
             elif layer is not None:
