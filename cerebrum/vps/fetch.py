@@ -43,7 +43,8 @@ class Bar:
     """
 
     def __init__(self, label: str, total: int, steps: bool = False) -> None:
-        self.label, self.total = label, total
+        self.label = label
+        self.total = total
         self.steps = steps
         self.drawn = self.start = time.monotonic()
         self.terminal = sys.stderr.isatty()
@@ -240,7 +241,6 @@ def fetch_pypi(source: Source, part: Path, size: int) -> None:
             if not earlier:
                 folder.rmdir()
         raise
-    part.with_suffix(".etag").unlink(missing_ok=True)
     os.replace(folder / "tmp" / "joined", part)
     shutil.rmtree(folder)
 

@@ -181,10 +181,10 @@ class Pool:
         if model.id in self.ready:
             return None  # a loaded model needs no file any more
         if not os.path.isfile(path):
-            problem = f"model {model.id}: the file {model.file} is missing"
             return HttpError(
                 "MODEL_NOT_FOUND",
-                f"{problem}; in the backend's folder on the VPS run: {self.fetch} {model.id}",
+                f"model {model.id}: the file {model.file} is missing; "
+                f"in the backend's folder on the VPS run: {self.fetch} {model.id}",
             )
         message = self._failed(model.id, model.file)
         return HttpError("MODEL_LOAD_FAILED", message) if message else None
@@ -368,7 +368,8 @@ class Pool:
             log.info("model %s: %s", model.id, plan.note)
 
     def _loader(self, model: Model, plan: LoadPlan) -> Loader:
-        path, fim = self.folder / model.file, (model.fim, model.fim_layout)
+        path = self.folder / model.file
+        fim = model.fim, model.fim_layout
         return Loader(model.id, path, plan.settings, model.sha256, plan.tuned, *fim)
 
     async def _make_room(self, model_id: str, parts: Parts) -> None:
