@@ -45,7 +45,7 @@ Need = Callable[[Path, Sequence[Settings]], Sequence[Parts]]  # as `needed`
 
 
 def shorter(settings: Settings) -> list[Settings]:
-    """These settings with less memory, the best first: a shorter context of MIN_FIT_TOKENS or more,
+    """These settings, then with less and less memory: a shorter context of MIN_FIT_TOKENS or more,
     then fewer sequences.
     """
     most = settings.n_ctx
@@ -55,7 +55,7 @@ def shorter(settings: Settings) -> list[Settings]:
     found = []
     for sequences in range(settings.sequences, 0, -1):
         found += [replace(settings, sequences=sequences, n_ctx=n_ctx) for n_ctx in lengths]
-    return found[1:]
+    return found
 
 
 def fit(path: Path, settings: Settings, free: float, need: Need) -> tuple[Settings, Parts]:
