@@ -286,10 +286,12 @@ def best_plan(alone: LoadPlan, pair: LoadPlan, record: Record) -> LoadPlan:
     with_it = pair.words(record.expected)
     without = alone.words(record.expected)
     if worth(pair) > MIN_PAIR_GAIN * worth(alone):
-        note = f"{record.draft_id} writes drafts: expected {with_it}; without it {without}"
-        return pair._replace(note=note)
-    note = f"{record.draft_id} writes no drafts: expected {without}; with it {with_it}"
-    return alone._replace(note=note)
+        return pair._replace(
+            note=f"{record.draft_id} writes drafts: expected {with_it}; without it {without}"
+        )
+    return alone._replace(
+        note=f"{record.draft_id} writes no drafts: expected {without}; with it {with_it}"
+    )
 
 
 def untuned(model_id: str, reason: str) -> str:
@@ -353,7 +355,7 @@ def sample_layers(tensors: Sequence[Tensor]) -> list[int]:
     """About SAMPLE_LAYERS layers, in which the types of tensors are about as frequent as in the
     whole model.
     """
-    types: dict[int, list[str]] = defaultdict(list)
+    types = defaultdict(list)
     for tensor in tensors:
         if tensor.layer is not None and tensor.is_matrix:
             types[tensor.layer].append(tensor.type)
@@ -415,8 +417,10 @@ class Outcome:
         ]
         lines.append("")
         if self.agreement is not None:
-            compared = f"{self.agreement:.1%} of {AGREEMENT_TOKENS - AGREEMENT_SKIP} tokens of code"
-            lines.append(f"same likeliest token as the published file after {compared}")
+            lines.append(
+                f"same likeliest token as the published file after {self.agreement:.1%} "
+                f"of {AGREEMENT_TOKENS - AGREEMENT_SKIP} tokens of code"
+            )
         if not self.tuned:
             lines.append(
                 f"nothing is {MIN_GAIN:.0%} faster here than the published file, "
@@ -478,8 +482,7 @@ def measure(model: Llama, read: int) -> Timing:
             enough = full or sum(spent) >= seconds
         return min(spent)
 
-    most = max(DECODES)
-    decode(model, slot, tokens[:most], most)  # the first decode after a load is slow
+    decode(model, slot, tokens[:1], 1)  # the first decode after a load is slow
     chunks = [tokens[start : start + MAX_CHUNK] for start in range(0, len(tokens), MAX_CHUNK)]
     reading = fastest(0, chunks, 1, READ_SECONDS, 1)
     times = {}
@@ -642,23 +645,21 @@ class Tuner:
         variants = [(sample, settings) for settings in fitting]
         return fitting[self.fastest(variants, CONTEXT_TOKENS)]
 
-    def passport(
-        self, types: Types, settings: Settings, file: Path, published: Timing, here: Timing
-    ) -> Passport:
-        """The times are those of the published file and of the file in use."""
+    def passport(self, types: Types, published: Form, here: Form) -> Passport:
+        """`here` is the form in use, which changes these types."""
         changes = {}
         for tensor in self.tensors:
             if tensor.name in types:
                 old = tensor.type if tensor.layer is not None else f"{tensor.type} (output)"
                 changes[old] = types[tensor.name]
-        found = {name: getattr(settings, name) for name in CHOSEN} | machine()
-        found["published"] = list(published.decode.values())
-        found["here"] = list(here.decode.values())
+        found = {name: getattr(here.settings, name) for name in CHOSEN} | machine()
+        found["published"] = list(published.timing.decode.values())
+        found["here"] = list(here.timing.decode.values())
         return Passport(
             source=self.sha256,
             file=self.stamp,
             types=dict(sorted(changes.items())),
-            size=file_size(file),
+            size=here.file,
             **found,
         )
 
@@ -675,23 +676,20 @@ class Tuner:
         timings = compare(variants, WHOLE_READ_TOKENS, self.step)
         if self.done < self.steps:  # some settings do not fit, or there is nothing to compare with
             self.report("measuring", self.steps, self.steps)
-        before = timings[0]
-        after = timings[-1]
+        usual = self.form({}, published, timings[0])
+        best = self.form(types, tuned, timings[-1])
         # Types must save time. Settings were chosen in a long context, where they save time; in
         # this short one they may hardly cost any.
         limit = 1 - MIN_GAIN if types else 1 + MIN_GAIN
-        pays = tuned != published and after.work <= limit * before.work
+        pays = tuned != published and best.timing.work <= limit * usual.timing.work
         same = None
         if pays and types:
             code = Path(__file__).read_text()  # source code, as in users' prompts
             same = agreement(published, tuned, code[-8 * AGREEMENT_TOKENS :])
             pays = same >= MIN_AGREEMENT
-        usual = self.form({}, published, before)
         if not pays:
-            passport = self.passport({}, self.settings, path, before, before)
-            return Outcome(usual, None, passport, None)
-        passport = self.passport(types, settings, path, before, after)
-        return Outcome(usual, self.form(types, tuned, after), passport, same)
+            return Outcome(usual, None, self.passport({}, usual, usual), None)
+        return Outcome(usual, best, self.passport(types, usual, best), same)
 
     def form(self, types: Types, variant: Variant, timing: Timing) -> Form:
         file, settings = variant

@@ -335,7 +335,6 @@ class Pool:
         # Before anything waits for the worker's end, since even a thread can fail to start.
         worker.start()
         ready = asyncio.wrap_future(worker.ready)
-        ending = asyncio.wrap_future(worker.ending)
         freed = asyncio.create_task(self._reap(worker))
         instance = Instance(model, worker, draft, plan.bytes, ready, freed)
 
@@ -356,6 +355,7 @@ class Pool:
                 self._remember(model.id, model.file, error.message)
 
         ready.add_done_callback(loaded)
+        ending = asyncio.wrap_future(worker.ending)
         ending.add_done_callback(lambda _: instance.leave())  # if the worker ends by itself
         self.instances[model.id] = instance
 
@@ -456,7 +456,7 @@ class Pool:
         """Unload models that were unused for the configured minutes. Returns megabytes freed, by
         model.
         """
-        freed: dict[str, float] = {}
+        freed = {}
         for model_id, instance in self.ready.items():
             idle_minutes = (time.monotonic() - instance.last_used) / 60
             if instance.idle and idle_minutes >= self.idle_minutes:

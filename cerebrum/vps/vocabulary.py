@@ -295,14 +295,11 @@ class Vocabulary:
         token before a repository's name is not used: with it, Qwen2.5-Coder completed the gaps
         beside other files worse.
         """
-        if self.file_token < 0:
-            before, files = [], [text for _, text in request.extra]
-        else:
-            before = [self.file_token]
-            files = [f"{name}\n{text}" for name, text in request.extra]
-            if request.filename and (files or request.suffix is not None):
-                files.append(request.filename)
-        tokens: list[int] = []
+        before = [self.file_token] * (self.file_token >= 0)
+        files = [f"{name}\n{text}" if before else text for name, text in request.extra]
+        if before and request.filename and (files or request.suffix is not None):
+            files.append(request.filename)
+        tokens = list[int]()
         for file in files:
             tokens += before + self.tokenize_part(file.rstrip("\n") + "\n")
         return tokens
@@ -324,7 +321,7 @@ class Vocabulary:
         if any(PLACEHOLDER % number not in rest for number in range(len(messages))):
             messages = merge_turns(messages)  # since the template drops a role
             rest = self._apply(template, messages)
-        tokens: list[int] = []
+        tokens = list[int]()
         for number, (_, text) in enumerate(messages):
             before, found, rest = rest.partition(PLACEHOLDER % number)
             if number:
