@@ -32,7 +32,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -78,8 +78,7 @@ def cpu_name() -> str:
     return names[0] if names else platform.machine()
 
 
-@dataclass(frozen=True, slots=True)
-class Passport:
+class Passport(NamedTuple):
     """The source, the machine and the settings that a tuned file was made for."""
 
     source: str  # sha256 of the published file
@@ -105,8 +104,7 @@ class Passport:
         return "tuned: " + ", ".join(f"{old} to {new}" for old, new in self.types.items())
 
 
-@dataclass(frozen=True, slots=True)
-class TunedFile:
+class TunedFile(NamedTuple):
     """The model in an encoding that is faster on this machine."""
 
     path: Path  # the published file itself, if only the settings differ
@@ -222,11 +220,11 @@ def plan_load(
         return LoadPlan(settings, None, parts, reason)
     try:
         (larger,) = need(tuned.path, [tuned.settings])
-        total = sum(larger.values())
-        if total <= free:
-            return LoadPlan(settings, tuned, larger, "", tuned.here)
+        plan = LoadPlan(settings, tuned, larger, "", tuned.here)
+        if plan.bytes <= free:
+            return plan
         reason = (
-            f"its tuned file needs {total / MB:.0f} MB, and "
+            f"its tuned file needs {plan.bytes / MB:.0f} MB, and "
             f"{free / MB:.0f} MB can be freed beside the reserve"
         )
     except (ModelError, OSError) as error:
@@ -265,7 +263,7 @@ def plan_pair(
         return alone._replace(note=f"{draft.id} is not here to write drafts")
     except (ModelError, OSError) as error:
         return alone._replace(note=f"{draft.id} writes no drafts: {error}")
-    tuned = tuned and replace(tuned, settings=form)
+    tuned = tuned and tuned._replace(settings=form)
     pair = pair._replace(draft=LoadPlan(form, tuned, parts, ""))
     # Without known speeds it must not take anything from the model.
     if pair.bytes > free or not (alone.seconds or pair[:2] == alone[:2]):
@@ -394,8 +392,7 @@ class Form(NamedTuple):
         }
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """The result of `tune`, and its summary in words."""
 
     published: Form  # with the usual settings
@@ -725,7 +722,8 @@ def tune(
 def _put_in_place(path: Path, passport: Passport, target: Path) -> None:
     """Replace the tuned file at `target` and its passport; only the passport if it has no types."""
     draft = path.with_name("passport")
-    draft.write_text(json.dumps(asdict(passport)))  # before anything changes: the disk may be full
+    # Before anything changes: the disk may be full.
+    draft.write_text(json.dumps(passport._asdict()))
     passport_path(target).unlink(missing_ok=True)  # first: weights without a passport are not used
     target.unlink(missing_ok=True)
     if passport.types:

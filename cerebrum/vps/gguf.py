@@ -16,9 +16,8 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -76,8 +75,7 @@ def transcode(rows: Rows, old: str, new: str) -> Any:
     return quants.quantize(weights, kinds[new])
 
 
-@dataclass(frozen=True, slots=True)
-class Tensor:
+class Tensor(NamedTuple):
     """A tensor in a file."""
 
     name: str
@@ -228,6 +226,6 @@ class Source:
             elif layer is not None:
                 continue
             elif len(tensor.data) == self.vocabulary:
-                tensor = replace(tensor, data=tensor.data[:vocabulary])
+                tensor = tensor._replace(data=tensor.data[:vocabulary])
             copies[name] = tensor
         return copies
