@@ -22,7 +22,7 @@ import numpy.typing as npt
 from cerebrum.vps.draft_model import Record
 from cerebrum.vps.drafts import pair_rate
 from cerebrum.vps.encoding import FAITHFUL, READ_TOKENS, alone_in, measure, opened
-from cerebrum.vps.gguf import pypi
+from cerebrum.vps.gguf import Types, pypi
 from cerebrum.vps.llama import ModelError, Settings, check_disk
 from cerebrum.vps.schedule import Costs
 from cerebrum_common import Model
@@ -115,9 +115,11 @@ def small_tensors(shape: Shape, layers: int, vocabulary: int) -> Arrays:
     return tensors
 
 
-def write_sample(path: Path, shape: Shape, weights: Sequence[Matrix], layers: int) -> None:
-    """A model of these matrices, for llama.cpp's architecture of the plain transformer. OSError if
-    the disk is too small.
+def write_sample(
+    path: Path, shape: Shape, weights: Sequence[Matrix], layers: int, types: Types
+) -> None:
+    """A model of these matrices, some in other `types`, for llama.cpp's architecture of the plain
+    transformer. OSError if the disk is too small.
     """
     writer = pypi().GGUFWriter(path, "llama")
     vocabulary = weights[0].shape[0]
@@ -131,7 +133,7 @@ def write_sample(path: Path, shape: Shape, weights: Sequence[Matrix], layers: in
     for name, values in small_tensors(shape, layers, vocabulary).items():
         writer.add_tensor(f"{name}.weight", values)
     for matrix in weights:
-        kind = pypi().GGMLQuantizationType[matrix.type]
+        kind = pypi().GGMLQuantizationType[types.get(matrix.type, matrix.type)]
         size = pypi().quants.quant_shape_to_byte_shape(matrix.shape, kind)
         zeros = np.zeros(size, np.uint8)  # take as long to compute as any other weights
         writer.add_tensor(f"{matrix.name}.weight", zeros, raw_dtype=kind)
@@ -172,10 +174,7 @@ def predict(shape: Shape, settings: Settings, folder: Path) -> Speed:
     times = []
     for types in ({}, FAITHFUL):
         path.unlink(missing_ok=True)  # of the types before
-        changed = [
-            matrix._replace(type=types.get(matrix.type, matrix.type)) for matrix in published
-        ]
-        write_sample(path, shape, changed, layers)
+        write_sample(path, shape, published, layers, types)
         for used in (settings, replace(settings, flash_attention=False)):
             with opened(path, used) as model:
                 times.append(measure(model, SAMPLE_TOKENS))

@@ -53,10 +53,6 @@ class Instance:
     last_used: float = field(default_factory=time.monotonic)
 
     @property
-    def loaded(self) -> bool:
-        return self.ready.done() and not self.leaving
-
-    @property
     def idle(self) -> bool:
         return not self.users and not self.leaving
 
@@ -159,8 +155,8 @@ class Pool:
     @property
     def ready(self) -> dict[str, Instance]:
         """The loaded models."""
-        instances = self.instances.items()
-        return {id: instance for id, instance in instances if instance.loaded}
+        known = self.instances.items()
+        return {id: one for id, one in known if one.ready.done() and not one.leaving}
 
     def listed(self, model_id: str) -> Model:
         """The model of models.toml with this id, or HttpError 404 MODEL_NOT_FOUND, which names the
