@@ -251,10 +251,10 @@ def plan_pair(
         def form_of(form: Settings) -> Settings:
             return replace(small, n_ctx=form.n_ctx, sequences=form.sequences)
 
-        def need(path: Path, forms: Sequence[Settings]) -> list[Parts]:
+        def need(large: Path, forms: Sequence[Settings]) -> list[Parts]:
             drafts = needed(file, [form_of(form) for form in forms])
-            pairs = zip(needed(path, forms), drafts, strict=True)
-            return [own | {"draft": sum(parts.values())} for own, parts in pairs]
+            pairs = zip(needed(large, forms), drafts, strict=True)
+            return [own | {"draft": sum(other.values())} for own, other in pairs]
 
         pair = plan_load(path, settings, model.sha256, free, need)
         form = form_of(pair.settings)
@@ -567,7 +567,7 @@ class Tuner:
                 self.options.append(types)
         self.layers = sample_layers(self.tensors)
         settings = self.settings
-        self.candidates = [  # the first changes nothing
+        self.candidates = [  # the first are the usual ones
             replace(settings, micro_batch=size, flash_attention=flash) for size, flash in KNOBS
         ]
         if not settings.fixed_threads and cpus() != settings.threads:

@@ -154,7 +154,7 @@ class Pool:
 
     @property
     def ready(self) -> dict[str, Instance]:
-        """The loaded models."""
+        """The loaded models. One whose load fails is leaving before its `ready` is done."""
         known = self.instances.items()
         return {id: one for id, one in known if one.ready.done() and not one.leaving}
 
@@ -455,6 +455,7 @@ class Pool:
         freed = {}
         for model_id, instance in self.ready.items():
             idle_minutes = (time.monotonic() - instance.last_used) / 60
+            # Looked at only now, since a request may have come meanwhile.
             if instance.idle and idle_minutes >= self.idle_minutes:
                 freed[model_id] = await self._unload(instance)
                 log.info(
