@@ -459,7 +459,8 @@ def decode(model: Llama, slot: Slot, tokens: list[int], outputs: int) -> float:
 
 def measure(model: Llama, read: int) -> Timing:
     """Time this model: a prompt of `read` tokens, then decodes."""
-    read = min(read, model.n_ctx - OUTPUTS)
+    most = model.n_ctx - OUTPUTS
+    read = min(read, most)
     tokens = [7919 * i % model.n_vocab for i in range(read)]  # any tokens will do
     slot = Slot(0)
 
@@ -470,13 +471,10 @@ def measure(model: Llama, read: int) -> Timing:
         at least `least` times.
         """
         spent = list[float]()
-        enough = False
-        while len(spent) < least or not enough:
+        while len(spent) < least or (sum(spent) < seconds and len(slot.tokens) < most):
             if model.trim(slot, length):  # a recurrent state cannot be cut, and goes on
                 del slot.tokens[length:]
             spent.append(sum(decode(model, slot, chunk, outputs) for chunk in chunks))
-            full = len(slot.tokens) >= model.n_ctx - OUTPUTS
-            enough = full or sum(spent) >= seconds
         return min(spent)
 
     decode(model, slot, tokens[:1], 1)  # the first decode after a load is slow
