@@ -461,7 +461,7 @@ def tune_model(model: Model, config: Config, output: TextIO, *, dry_run: bool = 
     start_library()
     source = model.sha256 or digest_with_bar(path)
     room = round((available_mb() - config.min_free_mb) * MB)
-    settings, _ = fit(config.engine, room, functools.partial(needed, path))
+    settings, _ = fit(path, config.engine, room, needed)
     return tune(path, source, settings, room, report, output, dry_run)
 
 

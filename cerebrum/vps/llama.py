@@ -294,7 +294,7 @@ class Llama:
         """
         row = self.logits(index)
         likeliest = np.argpartition(row, -HEAL_CANDIDATES)[-HEAL_CANDIDATES:].tolist()
-        own = self.vocabulary.tokenize(start, False)[0]
+        own = self.vocabulary.tokenize_bytes(start, False, False)[0]
         least = 1
         if start.isspace():
             least = max(1, len(self.vocabulary.piece(own)) - 1)

@@ -41,10 +41,11 @@ FIT_STEPS = 16  # contexts of different length that are tried
 
 # Bytes that a model takes in time, by what they are for: `weights`, `kv`, `compute` and `prompts`.
 Parts = dict[str, int]
+Need = Callable[[Path, Sequence[Settings]], Sequence[Parts]]  # as `needed`
 
 
 def shorter(settings: Settings) -> list[Settings]:
-    """These settings with less memory, the best first: a shorter context of MIN_FIT_TOKENS or more,
+    """These settings, then with less and less memory: a shorter context of MIN_FIT_TOKENS or more,
     then fewer sequences.
     """
     most = settings.n_ctx
@@ -54,17 +55,15 @@ def shorter(settings: Settings) -> list[Settings]:
     found = []
     for sequences in range(settings.sequences, 0, -1):
         found += [replace(settings, sequences=sequences, n_ctx=n_ctx) for n_ctx in lengths]
-    return found[1:]
+    return found
 
 
-def fit(
-    settings: Settings, free: float, need: Callable[[Sequence[Settings]], Sequence[Parts]]
-) -> tuple[Settings, Parts]:
-    """The settings with the longest context that fits into `free` bytes, and what they take; if
-    nothing fits, the smallest settings. `need` returns what each of several settings takes.
+def fit(path: Path, settings: Settings, free: float, need: Need) -> tuple[Settings, Parts]:
+    """The settings of a model file with the longest context that fits into `free` bytes, and what
+    they take; if nothing fits, the smallest settings.
     """
     for candidates in ([settings], shorter(settings)):
-        for candidate, parts in zip(candidates, need(candidates), strict=True):
+        for candidate, parts in zip(candidates, need(path, candidates), strict=True):
             if sum(parts.values()) <= free:
                 return candidate, parts
     return candidate, parts

@@ -16,7 +16,6 @@ import shutil
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 
 import cerebrum_common as common
@@ -35,8 +34,6 @@ LOAD_TICK_SECONDS = 0.25  # how often a load's progress is reported
 LOAD_AGAIN_SECONDS = 300.0
 PAIR_AGAIN_SECONDS = 86_400.0  # the same of a draft model that was no use
 
-State = Enum("State", "LOADING READY LEAVING")
-
 
 @dataclass(eq=False)
 class Instance:
@@ -50,24 +47,23 @@ class Instance:
     estimate: int  # bytes it will use in time: attention's buffers fill as contexts grow
     ready: asyncio.Future[None]  # the worker's `ready`, as a future of the loop
     freed: asyncio.Task[None]  # ends when all of the model's memory is free
-    state: State = State.LOADING
+    leaving: bool = False  # its worker has to stop
     users: set[object] = field(default_factory=set)
     # Monotonic: a clock that jumps must not unload a model.
     last_used: float = field(default_factory=time.monotonic)
 
     @property
     def idle(self) -> bool:
-        return not self.users and self.state is not State.LEAVING
+        return not self.users and not self.leaving
 
     def leave(self) -> None:
         """Stop the worker, without waiting for it."""
-        if self.state is not State.LEAVING:
-            self.state = State.LEAVING
-            self.worker.stop()
+        self.leaving = True
+        self.worker.stop()
 
 
 # What of a model's entry a loaded model depends on.
-how_loaded = operator.attrgetter("file", "sha256", "fim", "fim_layout", "draft")
+how_loaded = operator.attrgetter("id", "file", "sha256", "fim", "fim_layout", "draft")
 
 
 def remove_unlisted(state_dir: Path, models: Sequence[Model]) -> None:
@@ -94,7 +90,7 @@ def removable(instances: Collection[Instance], spared: str = "") -> list[Instanc
     """The instances that make room, in this order: those that are leaving, then the idle ones of
     other models than `spared`, the least recently used first.
     """
-    leaving = [instance for instance in instances if instance.state is State.LEAVING]
+    leaving = [instance for instance in instances if instance.leaving]
     idle = [instance for instance in instances if instance.idle and instance.model.id != spared]
     return leaving + sorted(idle, key=operator.attrgetter("last_used"))
 
@@ -106,19 +102,17 @@ def megabytes(instances: Collection[Instance]) -> float:
 
 def room_for(
     model: str, parts: Parts, free_mb: float, reserve_mb: float, instances: Collection[Instance]
-) -> list[Instance]:
-    """The instances to unload for a model that takes the memory of `parts`; none if it fits into
-    `free_mb`. HttpError 503 with the figures if it would not fit without all of them.
+) -> Instance | None:
+    """The next instance to unload for a model that takes the memory of `parts`; None if the model
+    fits into `free_mb`. HttpError 503 with the figures if it would not fit without all of them.
     """
     need = sum(parts.values()) / MB
-    going = list[Instance]()
-    for instance in removable(instances):
-        if need <= free_mb + megabytes(going):
-            break
-        going.append(instance)
+    if need <= free_mb:
+        return None
+    going = removable(instances)
     most = free_mb + megabytes(going)
     if need <= most:
-        return going
+        return going[0]
     figures = ", ".join(f"{name} {size / MB:.0f} MB" for name, size in parts.items())
     left = f"{max(0, most):.0f} MB are free beside the reserve of {reserve_mb:.0f} MB"
     raise HttpError("RESOURCE_EXHAUSTED", f"model {model} needs {need:.0f} MB ({figures}); {left}")
@@ -135,7 +129,7 @@ class Pool:
             (settings.state_dir / "verified").mkdir(parents=True, exist_ok=True, mode=0o700)
         self.models: Mapping[str, Model] = {}  # of models.toml
         self.tallies: dict[str, ModelTally] = {}  # kept when a model is unloaded
-        self.min_free_mb = self.idle_seconds = 0.0
+        self.min_free_mb = self.idle_minutes = 0.0
         self.instances: dict[str, Instance] = {}
         self.baton = Baton()
         self.bare_bytes = resident_bytes()  # of this process without a model
@@ -153,16 +147,16 @@ class Pool:
         self.models = {model.id: model for model in models}
         self.tallies = {model_id: ModelTally() for model_id in self.models} | self.tallies
         self.min_free_mb = min_free_mb
-        self.idle_seconds = 60 * idle_minutes
+        self.idle_minutes = idle_minutes
         remove_unlisted(self.settings.state_dir, models)
         for instance in self.instances.values():
             self._retire(instance)
 
     @property
     def ready(self) -> dict[str, Instance]:
-        """The loaded models."""
-        loaded = self.instances.items()
-        return {id: instance for id, instance in loaded if instance.state is State.READY}
+        """The loaded models. One whose load fails is leaving before its `ready` is done."""
+        known = self.instances.items()
+        return {id: one for id, one in known if one.ready.done() and not one.leaving}
 
     def listed(self, model_id: str) -> Model:
         """The model of models.toml with this id, or HttpError 404 MODEL_NOT_FOUND, which names the
@@ -183,10 +177,10 @@ class Pool:
         if model.id in self.ready:
             return None  # a loaded model needs no file any more
         if not os.path.isfile(path):
-            problem = f"model {model.id}: the file {model.file} is missing"
             return HttpError(
                 "MODEL_NOT_FOUND",
-                f"{problem}; in the backend's folder on the VPS run: {self.fetch} {model.id}",
+                f"model {model.id}: the file {model.file} is missing; "
+                f"in the backend's folder on the VPS run: {self.fetch} {model.id}",
             )
         message = self._failed(model.id, model.file)
         return HttpError("MODEL_LOAD_FAILED", message) if message else None
@@ -238,7 +232,7 @@ class Pool:
             if not instance:
                 if error := await asyncio.shield(self._start_load(self.listed(model_id))):
                     raise error
-            elif instance.state is State.LEAVING:
+            elif instance.leaving:
                 await asyncio.wait([instance.freed])
                 self.check(model_id)  # its load may just have failed
             else:
@@ -255,14 +249,10 @@ class Pool:
         """Unload an idle instance if models.toml no longer lists its model, or changes how to
         load it.
         """
-        old = instance.model
-        changed = any(
-            model.id not in self.models or how_loaded(self.models[model.id]) != how_loaded(model)
-            for model in (old, instance.draft)
-            if model
-        )
-        if changed and instance.idle:
-            log.info("model %s: unloaded, models.toml has changed", old.id)
+        listed = set(map(how_loaded, self.models.values()))
+        used = {how_loaded(model) for model in (instance.model, instance.draft) if model}
+        if instance.idle and not used <= listed:
+            log.info("model %s: unloaded, models.toml has changed", instance.model.id)
             instance.leave()
 
     def _start_load(self, model: Model) -> asyncio.Task[HttpError | None]:
@@ -320,7 +310,7 @@ class Pool:
         """Let llama.cpp say what each model takes, half a second for a file, before a request has
         to wait for it.
         """
-        for model in list(self.models.values()):
+        for model in self.models.values():
             with contextlib.suppress(HttpError):  # the file is missing or damaged
                 await self.plan(model)
 
@@ -341,15 +331,12 @@ class Pool:
         # Before anything waits for the worker's end, since even a thread can fail to start.
         worker.start()
         ready = asyncio.wrap_future(worker.ready)
-        ending = asyncio.wrap_future(worker.ending)
         freed = asyncio.create_task(self._reap(worker))
         instance = Instance(model, worker, draft, plan.bytes, ready, freed)
 
         def loaded(future: asyncio.Future[None]) -> None:
             error = future.exception()  # marks it as retrieved, even if nobody waits
             if not error:
-                if instance.state is State.LOADING:
-                    instance.state = State.READY
                 instance.last_used = time.monotonic()
                 if draft and not worker.draft:
                     instance.draft = None
@@ -364,6 +351,7 @@ class Pool:
                 self._remember(model.id, model.file, error.message)
 
         ready.add_done_callback(loaded)
+        ending = asyncio.wrap_future(worker.ending)
         ending.add_done_callback(lambda _: instance.leave())  # if the worker ends by itself
         self.instances[model.id] = instance
 
@@ -376,7 +364,8 @@ class Pool:
             log.info("model %s: %s", model.id, plan.note)
 
     def _loader(self, model: Model, plan: LoadPlan) -> Loader:
-        path, fim = self.folder / model.file, (model.fim, model.fim_layout)
+        path = self.folder / model.file
+        fim = model.fim, model.fim_layout
         return Loader(model.id, path, plan.settings, model.sha256, plan.tuned, *fim)
 
     async def _make_room(self, model_id: str, parts: Parts) -> None:
@@ -386,7 +375,7 @@ class Pool:
             loaded = self.instances.values()
             if not (going := room_for(model_id, parts, free_mb, self.min_free_mb, loaded)):
                 return
-            await self._unload(going[0])
+            await self._unload(going)
 
     async def _reap(self, worker: Worker) -> None:
         """When the worker has ended, for whatever reason, forget it and return its memory to the
@@ -453,7 +442,7 @@ class Pool:
         if load := self.starting.get(model_id):
             await asyncio.wait([load])
         instance = self.instances.get(model_id)
-        if not instance or instance.state is State.LEAVING:
+        if not instance or instance.leaving:
             return None
         if instance.users:
             raise HttpError("MODEL_BUSY", f"model {model_id} is busy; expected an idle one")
@@ -463,18 +452,16 @@ class Pool:
         """Unload models that were unused for the configured minutes. Returns megabytes freed, by
         model.
         """
-        freed: dict[str, float] = {}
-        while unused := self.unused():  # anew, since a request may have come meanwhile
-            model_id = unused[0].model.id
-            freed[model_id] = await self._unload(unused[0])
-            minutes = self.idle_seconds / 60
-            log.info("model %s: unloaded, %g idle minutes are over", model_id, minutes)
+        freed = {}
+        for model_id, instance in self.ready.items():
+            idle_minutes = (time.monotonic() - instance.last_used) / 60
+            # Looked at only now, since a request may have come meanwhile.
+            if instance.idle and idle_minutes >= self.idle_minutes:
+                freed[model_id] = await self._unload(instance)
+                log.info(
+                    "model %s: unloaded, %g idle minutes are over", model_id, self.idle_minutes
+                )
         return freed
-
-    def unused(self) -> list[Instance]:
-        limit = time.monotonic() - self.idle_seconds
-        idle = [instance for instance in self.ready.values() if instance.idle]
-        return [instance for instance in idle if instance.last_used <= limit]
 
     async def stop(self) -> None:
         """End all loads, and unload all models. Their workers save the parked sequences."""

@@ -12,7 +12,7 @@ import functools
 import itertools
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,8 +149,8 @@ class Vocabulary:
     def __init__(self, model: Any, fim: Sequence[str] = (), layout: str = "psm") -> None:
         self.model = model
         self.vocab = api.llama_model_get_vocab(model)
-        self.piece: Callable[[int], bytes] = functools.cache(self._piece)
-        self.is_end: Callable[[int], bool] = functools.cache(self._is_end)
+        self.piece = functools.cache(self._piece)
+        self.is_end = functools.cache(self._is_end)
         # While the model is being unloaded, a thread may still encode the prompt of a client that
         # has left.
         self.users = 0
@@ -161,14 +161,14 @@ class Vocabulary:
         self.dummy_space = spaces and self.kind == api.LLAMA_VOCAB_TYPE_SPM
         # The tokens before the prefix, before the suffix and before the middle; -1 for none.
         readers = (api.llama_vocab_fim_pre, api.llama_vocab_fim_suf, api.llama_vocab_fim_mid)
-        self.fim = [int(read(self.vocab)) for read in readers]
+        self.fim = [read(self.vocab) for read in readers]
         if min(self.fim) < 0 and fim:
-            self.fim = [self.token_of(name) if name else -1 for name in fim]
+            self.fim = list(map(self.token_of, fim))
         if layout == "spmv2" and self.fim[2] < 0:
             layout = "psm"  # nothing would part the suffix from the prefix behind it
         self.layout = layout
-        declared = int(api.llama_vocab_fim_sep(self.vocab))
-        self.file_token = max(declared, *map(self.token_of, FILE_TOKENS))
+        declared = api.llama_vocab_fim_sep(self.vocab)
+        self.file_token: int = max(declared, *map(self.token_of, FILE_TOKENS))
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[Vocabulary]:
@@ -195,39 +195,36 @@ class Vocabulary:
     def _piece(self, token: int) -> bytes:
         """A token's bytes. Control tokens have none."""
         buffer = ctypes.create_string_buffer(MAX_PIECE_BYTES)
-        size = int(api.llama_token_to_piece(self.vocab, token, buffer, len(buffer), 0, False))
+        size = api.llama_token_to_piece(self.vocab, token, buffer, len(buffer), 0, False)
         return buffer.raw[: max(0, size)]
 
     def _is_end(self, token: int) -> bool:
         """Whether a completion ends with this token: the model's own ends, and every token that is
         no part of a text.
         """
-        if api.llama_vocab_is_eog(self.vocab, token) or api.llama_vocab_is_control(
-            self.vocab, token
-        ):
+        vocab = self.vocab
+        if api.llama_vocab_is_eog(vocab, token) or api.llama_vocab_is_control(vocab, token):
             return True
-        text: bytes = api.llama_vocab_get_text(self.vocab, token) or b""
+        text = api.llama_vocab_get_text(vocab, token) or b""
         return END_TOKEN.fullmatch(text.decode("utf-8", "replace")) is not None
 
-    def tokenize(self, text: str | bytes, first: bool, special: bool = False) -> list[int]:
+    def tokenize(self, text: str, first: bool, special: bool = False) -> list[int]:
         """Text to tokens. `first` adds the tokens that the model expects at the beginning of a
         text. With `special`, the names of control tokens in the text become those tokens. Long runs
         of one kind are tokenized in pieces.
         """
-        if isinstance(text, bytes):
-            return self._tokenize(text, first, special)
         head, *rest = cut_runs(text)
-        tokens = self._tokenize(head.encode(), first, special)
+        tokens = self.tokenize_bytes(head.encode(), first, special)
         for piece in rest:
             tokens += self.tokenize_part(piece, special)
         return tokens
 
-    def _tokenize(self, text: bytes, first: bool, special: bool) -> list[int]:
+    def tokenize_bytes(self, text: bytes, first: bool, special: bool) -> list[int]:
+        """A text without long runs, which need not be whole characters."""
         room = len(text) + 8
         buffer = (api.llama_token * room)()
         count = api.llama_tokenize(self.vocab, text, len(text), buffer, room, first, special)
-        tokens: list[int] = buffer[: max(0, count)]
-        return tokens
+        return list(buffer[: max(0, count)])
 
     def tokenize_part(self, text: str, special: bool = False) -> list[int]:
         """A text that follows other tokens. SentencePiece would put a space before it, so it is
@@ -271,7 +268,7 @@ class Vocabulary:
         if request.suffix is None and not files:
             tokens = self.tokenize(prompt, True)
             return tokens, len(tokens)
-        tokens = [*self.tokenize("", True), *files]
+        tokens = self.tokenize("", True) + files
         text = self.tokenize_part(prompt)
         if request.suffix is None:
             tokens += text
@@ -298,14 +295,11 @@ class Vocabulary:
         token before a repository's name is not used: with it, Qwen2.5-Coder completed the gaps
         beside other files worse.
         """
-        if self.file_token < 0:
-            before, files = [], [text for _, text in request.extra]
-        else:
-            before = [self.file_token]
-            files = [f"{name}\n{text}" for name, text in request.extra]
-            if request.filename and (files or request.suffix is not None):
-                files.append(request.filename)
-        tokens: list[int] = []
+        before = [self.file_token] * (self.file_token >= 0)
+        files = [f"{name}\n{text}" if before else text for name, text in request.extra]
+        if before and request.filename and (files or request.suffix is not None):
+            files.append(request.filename)
+        tokens = list[int]()
         for file in files:
             tokens += before + self.tokenize_part(file.rstrip("\n") + "\n")
         return tokens
@@ -319,7 +313,7 @@ class Vocabulary:
         begun = begun_answer(messages)
         if begun:
             messages = messages[:-1]
-        template: bytes = api.llama_model_chat_template(self.model, None) or b""
+        template = api.llama_model_chat_template(self.model, None) or b""
         if not template and self.token_of("<|im_start|>") < 0:
             texts = [text for _, text in messages]
             return self.tokenize("\n\n".join([*texts, begun]), True)
@@ -327,7 +321,7 @@ class Vocabulary:
         if any(PLACEHOLDER % number not in rest for number in range(len(messages))):
             messages = merge_turns(messages)  # since the template drops a role
             rest = self._apply(template, messages)
-        tokens: list[int] = []
+        tokens = list[int]()
         for number, (_, text) in enumerate(messages):
             before, found, rest = rest.partition(PLACEHOLDER % number)
             if number:

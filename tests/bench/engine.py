@@ -443,7 +443,7 @@ def write_deep(path: Path) -> None:
         for copy in range(1, LAYERS if tensor.layer is not None else 1):
             number = (tensor.layer or 0) + copy * count
             name = tensor.name.replace(f"blk.{tensor.layer}.", f"blk.{number}.", 1)
-            tensors.append(replace(tensor, name=name, data=data))
+            tensors.append(tensor._replace(name=name, data=data))
     source.tensors = tensors
     source.write(path, {}, {f"{source.architecture}.block_count": LAYERS * count})
 

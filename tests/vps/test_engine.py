@@ -500,6 +500,7 @@ FITTED = [  # context, sequences, free megabytes; context and sequences that fit
     (3000, 1, 5300, (2560, 1)),
     (1000, 2, 5000, (1000, 2)),  # a context that a person has set is not shortened below 2,048
     (1000, 2, 0, (1000, 1)),
+    (1000, 1, 0, (1000, 1)),  # there is nothing shorter
     (131_072, 1, 36_000, (57_600, 1)),  # in steps of a sixteenth
 ]
 
@@ -508,13 +509,14 @@ FITTED = [  # context, sequences, free megabytes; context and sequences that fit
 def test_the_longest_context_that_fits(
     n_ctx: int, sequences: int, free_mb: int, fitted: tuple[int, int]
 ) -> None:
-    def need(forms: Sequence[llama.Settings]) -> list[Parts]:
+    def need(_: Path, forms: Sequence[llama.Settings]) -> list[Parts]:
+        assert forms
         return [
             {"weights": 4000 * MB, "kv": form.sequences * form.n_ctx * MB // 2} for form in forms
         ]
 
     given = llama.Settings(threads=1, n_ctx=n_ctx, sequences=sequences)
-    got, parts = fit(given, free_mb * MB, need)
+    got, parts = fit(Path(), given, free_mb * MB, need)
     assert (got.n_ctx, got.sequences) == fitted
     assert parts["kv"] == fitted[0] * fitted[1] * MB // 2
     assert replace(got, n_ctx=n_ctx, sequences=sequences) == given

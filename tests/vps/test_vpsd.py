@@ -27,7 +27,6 @@ import sys
 import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -1000,7 +999,7 @@ def test_a_tuned_file_is_used(tmp_path: Path, models: Path, reference: Reference
     form = Passport(source, **here, micro_batch=128, flash_attention=False, types=types)
     file.parent.mkdir(parents=True)
     file.symlink_to(published)
-    passport_path(file).write_text(json.dumps(asdict(form)))
+    passport_path(file).write_text(json.dumps(form._asdict()))
     with start(tmp_path, models) as tuned:
         for _ in range(2):  # before and after it is loaded
             assert {
