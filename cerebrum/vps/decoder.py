@@ -34,7 +34,6 @@ class Work:
     tokens: list[int]
     outputs: int
     case: Case | None = None  # of the draft, as `Gain` judges it; None: it does not
-    catches_up: bool = False  # the draft model has read something for later drafts
     # What the draft model expects: the draft, and perhaps a token that was not worth checking.
     foreseen: list[int] = field(default_factory=list)
 
@@ -59,14 +58,16 @@ class Decoder:
     @property
     def runs(self) -> list[Run]:
         """The jobs that have a slot, in the order of the slots."""
-        return [slot.run for slot in self.sequences.slots if isinstance(slot.run, Run)]
+        return [slot.run for slot in self.sequences.slots if slot.run]
 
     def yielding(self) -> Run | None:
         """The run that gives its slot to a job of normal priority: one of low priority whose prompt
         is being read. A completion that has begun to write keeps its slot.
         """
-        reading = [run for run in self.runs if run.prefilling and not run.first_token]
-        return next((run for run in reading if run.low), None)
+        for run in self.runs:
+            if run.low and run.prefilling and not run.first_token:
+                return run
+        return None
 
     def start(self, job: Job, free: list[Slot]) -> None:
         """Give the job a slot; what the slot lacks of its prompt is prefilled."""
@@ -105,7 +106,7 @@ class Decoder:
         before = self.tally.tokens
         seconds = self._step(works)
         # 4. Did the drafts save time?
-        if seconds and not is_prefilling and not any(work.catches_up for work in works):
+        if seconds and not is_prefilling:
             generated = self.tally.tokens - before
             self._learn(works, generated, self.tally.ahead_seconds - ahead, seconds)
         return bool(runs)
@@ -151,11 +152,8 @@ class Decoder:
             self.model.n_ctx - len(run.slot.tokens) - 2,
             MAX_CHUNK // len(runs) - 1,
         ]
-        pace = self._pace(own=beside)
-        if pace < math.inf:
-            limits.append(share_size(self.costs, pace) - 1)
-        room: int = max(0, min(limits))
-        return room
+        limits.append(share_size(self.costs, self._pace(own=beside)) - 1)
+        return max(0, min(limits))
 
     def _write_ahead(self, work: Work, runs: list[Run], room: int) -> None:
         """Let the draft model write a draft of at most `room` tokens, as far as checking it should
@@ -178,7 +176,6 @@ class Decoder:
         deadline = time.perf_counter() + share
         most = draft_model.costs.longest(share - self.costs(streams))
         if len(lacking) > min(most, IDLE_TOKENS):
-            work.catches_up = True
             draft_model.read(run.slot.id, lacking[:most], [])
             return
         # 3. Check a token that is likely enough to be right; write the next one if it is too.
@@ -188,7 +185,11 @@ class Decoder:
         for token, probability in draft_model.continuations(run, lacking):
             work.foreseen.append(token)
             worth *= probability
-            if worth <= self.costs(size + 1) - self.costs(size) or not self._can_check(token):
+            # An id of the padding may be none of the model, and the end of a text is no token to
+            # decode.
+            if token >= draft_model.known or self.model.vocabulary.is_end(token):
+                return
+            if worth <= self.costs(size + 1) - self.costs(size):
                 return
             work.tokens.append(token)
             size += 1
@@ -196,13 +197,6 @@ class Decoder:
             is_late = time.perf_counter() + further > deadline
             if is_late or len(work.foreseen) == length or worth <= further - self.costs(size):
                 return
-
-    def _can_check(self, token: int) -> bool:
-        """Whether a token that the draft model expects may be in a draft. The end of a text is no
-        token to decode, and an id of the padding may be none of the model.
-        """
-        assert self.draft_model
-        return token < self.draft_model.known and not self.model.vocabulary.is_end(token)
 
     def read_idle(self) -> bool:
         """While nobody waits for any model: let the draft model read a piece of what it lacks of
@@ -280,12 +274,12 @@ class Decoder:
             run, slot = work.run, work.run.slot
             tokens = slot.tokens[:]
             if self.model.recurrent:  # nobody knows how far the state has gone
-                self.sequences.cut(slot, 0)
+                self.model.cut(slot, 0)
             elif run.prefilling:  # the tokens read before the abort stay useful as a prefix
                 # The prompt's last token is left out: its logits are missing, so it must be decoded
                 # again.
-                computed = self.model.computed(slot) - len(slot.tokens)
-                read = work.tokens[: max(0, min(computed, len(work.tokens) - 1))]
+                end = min(self.model.computed(slot), len(run.prompt) - 1)
+                read = run.prompt[len(slot.tokens) : end]
                 slot.tokens += read
                 self.tally.prompt_tokens += len(read)
                 run.hurried = True
@@ -297,7 +291,7 @@ class Decoder:
         """Drop what was decoded behind the slot's tokens. If `tokens`, those of the run, cannot all
         be kept, the run reads them again.
         """
-        self.sequences.cut(run.slot, len(run.slot.tokens))
+        self.model.cut(run.slot, len(run.slot.tokens))
         if run.pending is not None and len(run.slot.tokens) < len(tokens):
             run.prompt, run.pending = [*tokens, run.pending], None
 
@@ -309,9 +303,8 @@ class Decoder:
         except Exception:
             log.exception("request %s", run.job.request_id)
             self.fail(run, HttpError("INTERNAL_ERROR", "internal error; see the log"))
-            self.sequences.cut(run.slot, 0)  # its tokens and its cells may no longer agree
-            if self.draft_model:
-                self.draft_model.cut(self.draft_model.slots[run.slot.id], 0)
+            # Its tokens and its cells may no longer agree. `DraftModel.follow` sees to its own.
+            self.model.cut(run.slot, 0)
 
     def _after_prefill(self, work: Work, base: int) -> None:
         run, slot = work.run, work.run.slot

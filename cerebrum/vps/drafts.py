@@ -180,11 +180,10 @@ class Drafter:
         """The tokens at `position` that are expected to be changed; the most if several changes
         begin alike.
         """
-        if self.changes:
-            for length in range(MAX_CHANGE, 0, -1):
-                old = tuple(self.tokens[position : position + length])
-                if old in self.changes:
-                    return old
+        for length in range(MAX_CHANGE, 0, -1):
+            old = tuple(self.tokens[position : position + length])
+            if old in self.changes:
+                return old
         return ()
 
     def _next(self, position: int, done: int) -> tuple[int | None, int, int]:

@@ -72,6 +72,8 @@ class Cells:
         self.dropped: list[int] = []
         self.can_trim = True
 
+    cut = llama.Llama.cut
+
     def trim(self, _slot: Any, length: int) -> bool:
         self.dropped.append(length)
         return self.can_trim or not length

@@ -652,7 +652,7 @@ class ScriptedLlama:
     def encode(self, request: GenerationRequest) -> tuple[list[int], bytes, int]:
         return [ord(char) for char in request.prompt or ""], b"", 0
 
-    reusable = llama.Llama.reusable
+    cut = llama.Llama.cut
 
     def decode(self, parts: Any) -> int:
         self._fail("decode")
