@@ -39,12 +39,11 @@ class Confidence:
         self._probabilities.append(probability)
         self.written += text
         least = 1.0
-        end = self.written.find("\n", start) + 1
-        while end:
+        for line_end in re.finditer("\n", text):
+            end = start + line_end.end()
             if self.written[self._line : end].strip():
                 least = min(least, self._mean(self._line, end - 1))
                 self._line = end
-            end = self.written.find("\n", end) + 1
         return least
 
     def send(self, text: str, begin: int) -> list[Judged]:

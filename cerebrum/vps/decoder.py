@@ -5,7 +5,6 @@ of its result.
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -90,11 +89,8 @@ class Decoder:
         priority are read only while no other request needs the CPU.
         """
         ahead = self.tally.ahead_seconds
-        # 1. Whose work is it?
-        is_busy = (
-            not all(run.low for run in runs) or self.compute.baton.fastest_other(self) < math.inf
-        )
-        if is_busy:
+        # 1. Whose work is it? Runs of low priority alone are not active.
+        if self.compute.baton.active:
             runs = [run for run in runs if not (run.low and run.prefilling)]
         # 2. What does each need?
         works: list[Work] = []
@@ -115,8 +111,7 @@ class Decoder:
         """A decode wrote `tokens` in `seconds`, after `drafted` seconds for its drafts."""
         if all(len(work.tokens) == 1 for work in works):
             self.gain.learn_plain(len(works), tokens, seconds)
-        cases = {work.case for work in works if work.case}
-        for case in cases:
+        for case in {work.case for work in works if work.case}:
             self.gain.learn(case, tokens, drafted + seconds)
         if any(work.foreseen for work in works):
             self.tally.ahead_steps += 1
@@ -265,7 +260,6 @@ class Decoder:
                 else:
                     self._after_decode(work, base)
             base += len(work.tokens)
-        for work in works:
             work.run.flush()
 
     def _after_failure(self, works: list[Work], code: int) -> None:

@@ -7,7 +7,8 @@ Pure: no model, no clock.
 from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 
 from cerebrum.vps.tokens import common_prefix
 
@@ -97,10 +98,8 @@ class Gain:
         verdict = self._saves(case)
         given = case, verdict
         self.verdicts[given] += 1
-        if self.verdicts[given] <= RETRY:
-            return verdict
-        self.verdicts[given] = 0
-        return not verdict
+        is_test = self.verdicts[given] % (RETRY + 1) == 0
+        return verdict != is_test
 
     def _saves(self, case: Case) -> bool:
         """Whether such drafts saved time. With too few trials: whether a new one can be judged. A
@@ -162,10 +161,10 @@ class Drafter:
 
     def _follow(self, token: int) -> None:
         """Move past `token` if it was expected; otherwise the streak ends."""
-        expected, position, done = self._next(self.at, self.done)
+        expected, at, done = next(self._ahead(), (None, 0, 0))
         if token == expected:
             self.streak += 1
-            self.at, self.done = position, done
+            self.at, self.done = at, done
             return
         if old := self._changed(self.at):
             del self.changes[old]
@@ -173,8 +172,10 @@ class Drafter:
                 self.streak += 1
                 self.at += 1
                 return
-        self.before_change, self.streak = self.streak, 0
-        self.changed_from, self.done = len(self.tokens) - self.done, 0
+        self.before_change = self.streak
+        self.streak = 0
+        self.changed_from = len(self.tokens) - self.done
+        self.done = 0
 
     def _changed(self, position: int) -> tuple[int, ...]:
         """The tokens at `position` that are expected to be changed; the most if several changes
@@ -186,18 +187,20 @@ class Drafter:
                 return old
         return ()
 
-    def _next(self, position: int, done: int) -> tuple[int | None, int, int]:
-        """The token expected at `position` after `done` tokens of a change there, and then the next
-        position and `done`.
+    def _ahead(self) -> Iterator[tuple[int, int, int]]:
+        """The tokens expected next, up to the end of the sequence, each with `at` and `done` behind
+        it.
         """
-        if position in (self.own, len(self.tokens)):  # the end of a sequence
-            return None, position, 0
-        if old := self._changed(position):
-            new = self.changes[old]
-            if done + 1 < len(new):
-                return new[done], position, done + 1
-            return new[done], position + len(old), 0
-        return self.tokens[position], position + 1, 0
+        at, done = self.at, self.done
+        while at not in (self.own, len(self.tokens)):
+            old = self._changed(at) or (self.tokens[at],)
+            new = self.changes.get(old, old)
+            token = new[done]
+            done += 1
+            if done == len(new):
+                at += len(old)
+                done = 0
+            yield token, at, done
 
     def _search(self) -> None:
         """Find the position after an earlier occurrence of the latest tokens: soon after the
@@ -248,14 +251,7 @@ class Drafter:
         """At most `limit` tokens that may come next. `streak` indicates how likely they are."""
         if self.streak < GRAM:
             return []
-        position, done = self.at, self.done
-        tokens: list[int] = []
-        while len(tokens) < limit:
-            token, position, done = self._next(position, done)
-            if token is None:
-                break
-            tokens.append(token)
-        return tokens
+        return [token for token, _, _ in islice(self._ahead(), limit)]
 
     def draft(self, room: int) -> list[int]:
         """The tokens to check next, at most `room`, and about as many as were right before."""

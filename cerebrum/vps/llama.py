@@ -207,21 +207,19 @@ class Llama:
         self.model = load_model(path, progress)
         self.vocabulary = Vocabulary(self.model, fim, layout)
         self.n_vocab = int(api.llama_vocab_n_tokens(self.vocabulary.vocab))
-        self._scratch = np.empty(self.n_vocab, np.float32)
         self.window = api.llama_model_n_swa(self.model)  # tokens; 0: no sliding window
         # A recurrent state can take back only its last few tokens, right after they were decoded.
         self.recurrent = is_recurrent(self.model)
-        # llama.cpp calls the abort callback for every graph node, and a Python function would take
-        # the GIL each time. The C library's strlen has a matching signature, and returns 1 if a
-        # string's only byte is set.
         self.abort_flag = abort_flag or ctypes.create_string_buffer(2)
-        self._strlen = ctypes.cast(ctypes.CDLL(None).strlen, api.ggml_abort_callback)
         self.batch = api.llama_batch_init(MAX_CHUNK, 0, 1)
         for i in range(MAX_CHUNK):
             self.batch.n_seq_id[i] = 1
         params = context_params(self.model, settings)
         self.n_ctx, self.unified = int(params.n_ctx) // settings.sequences, params.kv_unified
-        params.abort_callback = self._strlen
+        # llama.cpp calls the abort callback for every graph node, and a Python function would take
+        # the GIL each time. The C library's strlen has a matching signature, and returns 1 if a
+        # string's only byte is set.
+        params.abort_callback = ctypes.cast(ctypes.CDLL(None).strlen, api.ggml_abort_callback)
         params.abort_callback_data = ctypes.addressof(self.abort_flag)
         self.context = api.llama_init_from_model(self.model, params)
         if not self.context:
@@ -275,8 +273,7 @@ class Llama:
         with. 0.0 if the logits are no numbers.
         """
         row = self.logits(index)
-        np.subtract(row, row[token], out=self._scratch)
-        total = float(np.exp(self._scratch, out=self._scratch).sum())
+        total = float(np.exp(row - row[token]).sum())
         return 1 / total if total >= 1 else 0.0
 
     def restrict(self, index: int, start: bytes) -> None:

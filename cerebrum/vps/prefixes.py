@@ -130,9 +130,9 @@ class Sequences:
         candidates = free if self.model.recurrent else self.slots
         nearest = max(candidates, key=lambda slot: self.store.reusable(slot.tokens, prompt))
         live = self.store.reusable(nearest.tokens, prompt)
-        guide = entry.tokens[:] if entry and stored > live else nearest.tokens[:]
         if stored <= live or stored < MIN_PREFIX:
             entry = None  # not worth restoring
+        guide = (entry or nearest).tokens[:]
         # 2. Which slot? The nearest; but if caches are separate and trimming it would lose more
         # tokens than it keeps, another gets a copy.
         loses = len(nearest.tokens) > 2 * live

@@ -341,8 +341,11 @@ class Worker(threading.Thread):
         name = f"model {self.model_id}"
         if self.ready.done():
             self.stopping = True
-            happens = "the worker failed; the next request loads the model again"
-            log.error("%s: %s", name, happens, exc_info=error)
+            log.error(
+                "%s: the worker failed; the next request loads the model again",
+                name,
+                exc_info=error,
+            )
             return HttpError("INTERNAL_ERROR", f"{name} failed and is loaded again; see the log")
         if self.stopping:
             return HttpError("SHUTTING_DOWN", f"{name}: loading was given up")
