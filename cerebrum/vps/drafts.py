@@ -55,7 +55,8 @@ Case = tuple[int, str, int]  # the number of streams, a draft's source and its l
 
 class Gain:
     """Whether drafts save time, by their source, their length and the number of streams. Owned by a
-    worker and kept across requests. The length of a model's drafts is the most that it may write.
+    worker and kept across requests. The length of a model's drafts is always MODEL_LENGTH, the most
+    that it may write.
 
     A draft is judged by the decodes without drafts just before it, because a machine with
     neighbours changes its speed.
@@ -65,11 +66,9 @@ class Gain:
         # By the number of streams: moving average of the seconds per token without drafts.
         self.plain: dict[int, float] = {}
         self.age = Counter[int]()  # by the number of streams: drafts judged since then
-        # By streams, source and length, for each of the latest drafts: its seconds, and the seconds
-        # that its tokens would have taken without it.
-        self.trials: dict[Case, deque[tuple[float, float]]] = defaultdict(
-            lambda: deque(maxlen=SEEN)
-        )
+        # By streams, source and length, for each of the latest drafts: the seconds that its tokens
+        # took longer than without it.
+        self.trials: dict[Case, deque[float]] = defaultdict(lambda: deque(maxlen=SEEN))
         # How often each verdict was given since it was last contradicted.
         self.verdicts = Counter[tuple[Case, bool]]()
 
@@ -86,29 +85,26 @@ class Gain:
         """
         streams = case[0]
         if tokens and self.age[streams] < FRESH:
-            self.trials[case].append((seconds, tokens * self.plain[streams]))
+            self.trials[case].append(seconds - tokens * self.plain[streams])
             self.age[streams] += 1
 
     def pays(self, case: Case) -> bool:
         """Whether to make such a draft. Each verdict is contradicted once after it was followed
         RETRY times, so that an outdated one is tested again.
         """
-        if case[0] not in self.plain:
+        streams, source, _ = case
+        if streams not in self.plain:
             return False  # there is nothing to compare with
-        verdict = self._saves(case)
+        trials = self.trials[case]
+        verdict = sum(trials) <= 0
+        if len(trials) < TRIALS:
+            # Too few. Can a new one be judged? A draft model is only loaded if its drafts should
+            # save time.
+            verdict = source == MODEL or self.age[streams] < FRESH
         given = case, verdict
         self.verdicts[given] += 1
         is_test = self.verdicts[given] % (RETRY + 1) == 0
         return verdict != is_test
-
-    def _saves(self, case: Case) -> bool:
-        """Whether such drafts saved time. With too few trials: whether a new one can be judged. A
-        draft model is only loaded if its drafts should save time.
-        """
-        trials = self.trials[case]
-        if len(trials) < TRIALS:
-            return case[1] == MODEL or self.age[case[0]] < FRESH
-        return sum(drafted - plain for drafted, plain in trials) <= 0
 
 
 class Drafter:
