@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from cerebrum.metrics import Tally
 from cerebrum.vps.job import Run
@@ -54,7 +54,7 @@ class Compute:
     stop: Callable[[float], bool]
     # Other threads read these: the sequences in the current llama_decode, none if nobody needs it
     # yet, and whether it takes more than PREFILL_SECONDS.
-    running: Sequence[Run] = field(default_factory=list)
+    running: Sequence[Run] = ()
     is_long: bool = False
 
     def decode(
@@ -76,7 +76,7 @@ class Compute:
                 code = model.decode(parts)
                 seconds = time.perf_counter() - begin
         finally:
-            self.running = []
+            self.running = ()
         if not code:
             costs.learn(size, seconds)
         elif code != ABORTED:

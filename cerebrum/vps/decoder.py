@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 
 from cerebrum.vps.compute import Compute, ModelTally
 from cerebrum.vps.draft_model import DraftModel
-from cerebrum.vps.drafts import LENGTHS, MODEL, MODEL_LENGTH, TEXT, Case, Drafter, Gain
+from cerebrum.vps.drafts import MODEL, MODEL_LENGTH, TEXT, Case, Drafter, Gain
 from cerebrum.vps.job import Job, Run
 from cerebrum.vps.llama import ABORTED, MAX_CHUNK, Llama, Slot
 from cerebrum.vps.prefixes import MIN_PREFIX, Sequences
-from cerebrum.vps.schedule import Costs, chunk_size, share_seconds, share_size
+from cerebrum.vps.schedule import Costs, chunk_size, share_seconds
 from cerebrum_common import HttpError, log
 
 # A draft model reads so many at once while nobody waits for them, since a request aborts them, and
@@ -76,7 +76,7 @@ class Decoder:
             job.cached = len(slot.tokens)
             self.tally.cached_tokens += job.cached
         slot.run = run = Run(job, slot, guide)
-        if self.model.recurrent and self.sequences.store.budget:
+        if self.model.recurrent:
             # A later prompt has this one's beginning, or all of it; its last token may be another
             # one.
             lengths = job.before - 1, len(job.prompt) - 1
@@ -147,7 +147,7 @@ class Decoder:
             self.model.n_ctx - len(run.slot.tokens) - 2,
             MAX_CHUNK // len(runs) - 1,
         ]
-        limits.append(share_size(self.costs, self._pace(own=beside)) - 1)
+        limits.append(self.costs.share(self._pace(own=beside)) - 1)
         return max(0, min(limits))
 
     def _write_ahead(self, work: Work, runs: list[Run], room: int) -> None:
@@ -155,12 +155,11 @@ class Decoder:
         save time.
         """
         draft_model, streams = self.draft_model, len(runs)
-        length = max(length for length in LENGTHS if length <= min(room, MODEL_LENGTH))
         is_reading = any(other.prefilling for other in runs)  # which takes its time already
-        if not draft_model or not length or is_reading:
+        if not draft_model or is_reading:
             return
         # 1. Does it pay to read what the draft model lacks, and to write?
-        run, case = work.run, (streams, MODEL, length)
+        run, case = work.run, (streams, MODEL, MODEL_LENGTH)
         lacking = draft_model.follow(run.slot.id, [*run.slot.tokens, *work.tokens])
         # Nobody knows how long the text gets; it may as well end when it is twice as long as it is.
         tokens = min(run.generated, run.job.max_tokens - run.generated)
@@ -169,12 +168,13 @@ class Decoder:
         # 2. No other stream may wait longer than for a chunk of a prompt.
         share = share_seconds(self._pace(own=streams > 1)) / streams
         deadline = time.perf_counter() + share
-        most = draft_model.costs.longest(share - self.costs(streams))
-        if len(lacking) > min(most, IDLE_TOKENS):
-            draft_model.read(run.slot.id, lacking[:most], [])
+        readable = draft_model.costs.longest(share - self.costs(streams))
+        if len(lacking) > min(readable, IDLE_TOKENS):
+            draft_model.read(run.slot.id, lacking[:readable], [])
             return
         # 3. Check a token that is likely enough to be right; write the next one if it is too.
         work.case = case
+        most = min(room, MODEL_LENGTH)
         worth = self.gain.plain[streams]  # times the probability that all tokens are right
         size = streams  # of the decode that checks them
         for token, probability in draft_model.continuations(run, lacking):
@@ -190,7 +190,7 @@ class Decoder:
             size += 1
             further = draft_model.costs(1) + self.costs(size + 1)  # to write and check one more
             is_late = time.perf_counter() + further > deadline
-            if is_late or len(work.foreseen) == length or worth <= further - self.costs(size):
+            if is_late or len(work.foreseen) == most or worth <= further - self.costs(size):
                 return
 
     def read_idle(self) -> bool:
@@ -246,12 +246,6 @@ class Decoder:
             return 0.0
         self.tally.decodes += 1
         self.tally.decoded_sequences += len(works)
-        self._after_success(works)
-        return time.perf_counter() - begin
-
-    # -- its result
-
-    def _after_success(self, works: list[Work]) -> None:
         base = 0  # batch position of the work's first token
         for work in works:
             with self._blamed_on(work.run):
@@ -261,6 +255,9 @@ class Decoder:
                     self._after_decode(work, base)
             base += len(work.tokens)
             work.run.flush()
+        return time.perf_counter() - begin
+
+    # -- its result
 
     def _after_failure(self, works: list[Work], code: int) -> None:
         """Handle a decode that was aborted or that llama.cpp could not do."""

@@ -386,8 +386,7 @@ class Sampler:
         return int(api.llama_sampler_sample(self.chain, model.context, index))
 
     def close(self) -> None:
-        if self.chain:
-            api.llama_sampler_free(self.chain)
+        api.llama_sampler_free(self.chain)  # which may be NULL
 
 
 @dataclass(slots=True)

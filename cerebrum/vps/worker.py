@@ -62,7 +62,6 @@ from cerebrum.vps.llama import (
 from cerebrum.vps.prefixes import (
     MIN_PREFIX,
     STORE_SECONDS,
-    PrefixStore,
     Sequences,
     load_parked,
     save_parked,
@@ -162,9 +161,9 @@ class Worker(threading.Thread):
         self.loader = loader
         self.model_id = loader.model_id
         self.baton = baton or Baton()
-        self.ready: Future[None] = Future()
-        self.ending: Future[None] = Future()
-        self.ended: Future[None] = Future()
+        self.ready = Future[None]()
+        self.ending = Future[None]()
+        self.ended = Future[None]()
         self.stopping = False
         self.memory_bytes = 0  # resident memory that loading added
         self.model: Llama | None = None
@@ -311,12 +310,18 @@ class Worker(threading.Thread):
             self.ended.set_result(None)
 
     def _serve(self, decoder: Decoder) -> None:
-        """The worker's loop: start new jobs, and decode what the running ones need next."""
+        """The worker's loop: drop what is to be shed, start new jobs, and decode what the running
+        ones need next.
+        """
         while True:
             self._alarm.clear()  # before looking, so that no change is missed
             if self._beat():
                 return
-            self._shed(decoder.sequences.store)
+            store = decoder.sequences.store
+            while self.sheds:
+                size, done = self.sheds.pop()
+                store.shrink(store.size - size)
+                done.set_result(None)
             self._start_jobs(decoder)
             if self._alarm.is_set():
                 # More jobs may have come while a sequence was parked, which takes milliseconds.
@@ -329,12 +334,6 @@ class Worker(threading.Thread):
                 self._rest(decoder)
             elif not decoder.turn(runs):
                 self._alarm.wait(GIVE_WAY_SECONDS)
-
-    def _shed(self, store: PrefixStore) -> None:
-        while self.sheds:
-            size, done = self.sheds.pop()
-            store.shrink(store.size - size)
-            done.set_result(None)
 
     def _failure(self, error: Exception) -> HttpError:
         """Log why the worker ends early, and return the error for its clients."""
