@@ -263,9 +263,8 @@ class Decoder:
         """Handle a decode that was aborted or that llama.cpp could not do."""
         for work in works:
             run, slot = work.run, work.run.slot
-            tokens = slot.tokens[:]
             if self.model.recurrent:  # nobody knows how far the state has gone
-                self.model.cut(slot, 0)
+                self._cut(run, 0)
             elif run.prefilling:  # the tokens read before the abort stay useful as a prefix
                 # The prompt's last token is left out: its logits are missing, so it must be decoded
                 # again.
@@ -274,15 +273,16 @@ class Decoder:
                 slot.tokens += read
                 self.tally.prompt_tokens += len(read)
                 run.hurried = True
-            self._continue(run, tokens)
+            self._cut(run, len(slot.tokens))
             if code != ABORTED:
                 self.fail(run, HttpError("INTERNAL_ERROR", "the model could not be evaluated"))
 
-    def _continue(self, run: Run, tokens: list[int]) -> None:
-        """Drop what was decoded behind the slot's tokens. If `tokens`, those of the run, cannot all
-        be kept, the run reads them again.
+    def _cut(self, run: Run, length: int) -> None:
+        """Cut the run's sequence to `length` tokens, and drop what was decoded behind them. A run
+        that has lost tokens of a text that it has begun reads them again.
         """
-        self.model.cut(run.slot, len(run.slot.tokens))
+        tokens = run.slot.tokens[:]
+        self.model.cut(run.slot, length)
         if run.pending is not None and len(run.slot.tokens) < len(tokens):
             run.prompt, run.pending = [*tokens, run.pending], None
 
@@ -331,7 +331,7 @@ class Decoder:
                 break
             accepted += 1
         if drafted:
-            self._continue(run, slot.tokens[:])
+            self._cut(run, len(slot.tokens))
             run.drafted += drafted
             run.accepted += accepted
             self.tally.drafts += 1
