@@ -76,7 +76,7 @@ class Confidence:
         lines = self.unfinished()
         after = self.written.find("\n", self._end) + 1
         # Without a line end there, `Gap` has added one that the model has not written.
-        if after and not self.written[self._end : after].strip():
+        if after and self.written[self._end : after].isspace():
             self._end = after
         if lines:
             self._judged += lines

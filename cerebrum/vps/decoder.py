@@ -14,7 +14,7 @@ from cerebrum.vps.draft_model import DraftModel
 from cerebrum.vps.drafts import MODEL, MODEL_LENGTH, TEXT, Case, Drafter, Gain
 from cerebrum.vps.job import Job, Run
 from cerebrum.vps.llama import ABORTED, MAX_CHUNK, Llama, Slot
-from cerebrum.vps.prefixes import MIN_PREFIX, Sequences
+from cerebrum.vps.prefixes import Sequences
 from cerebrum.vps.schedule import Costs, chunk_size, share_seconds
 from cerebrum_common import HttpError, log
 
@@ -31,7 +31,7 @@ class Work:
 
     run: Run
     tokens: list[int]
-    outputs: int
+    outputs: int = 1
     case: Case | None = None  # of the draft, as `Gain` judges it; None: it does not
     # What the draft model expects: the draft, and perhaps a token that was not worth checking.
     foreseen: list[int] = field(default_factory=list)
@@ -79,8 +79,7 @@ class Decoder:
         if self.model.recurrent:
             # A later prompt has this one's beginning, or all of it; its last token may be another
             # one.
-            lengths = job.before - 1, len(job.prompt) - 1
-            run.checkpoints = [length for length in lengths if length >= MIN_PREFIX]
+            run.checkpoints = [job.before - 1, len(job.prompt) - 1]
 
     # -- the next decode
 
@@ -122,7 +121,7 @@ class Decoder:
         """What to decode next of a run's prompt, or of its text with a draft."""
         if run.pending is None:
             return self._next_chunk(run, runs)
-        work = Work(run, [run.pending], 1)
+        work = Work(run, [run.pending])
         if room := self._room(run, runs):
             assert run.drafter
             draft = run.drafter.draft(room)
@@ -220,9 +219,7 @@ class Decoder:
         piece = 1 if is_short else self.model.micro_batch
         size = chunk_size(stop - begin, missing, pace, self.costs, piece)
         end = begin + min(size, MAX_CHUNK // len(runs))
-        is_last = end == len(run.prompt)
-        outputs = int(is_last and run.job.max_tokens > 0)
-        return Work(run, run.prompt[begin:end], outputs)
+        return Work(run, run.prompt[begin:end])
 
     def _pace(self, own: bool) -> float:
         """Seconds per token of the fastest stream that waits for a decode, in this model (if `own`)
@@ -306,7 +303,7 @@ class Decoder:
             self.sequences.keep(slot)
         if len(slot.tokens) < len(run.prompt):
             return
-        if not work.outputs:
+        if not run.job.max_tokens:
             self._finish(run, "length")
             return
         run.job.progress("decode", 0, run.job.max_tokens)

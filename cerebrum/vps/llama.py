@@ -464,8 +464,9 @@ def check_disk(folder: Path, need: int) -> None:
     need += SPARE_DISK
     free = shutil.disk_usage(folder).free
     if free < need:
-        expected = f"expected {need / MB:.0f} MB of free disk in {folder}"
-        raise OSError(f"{expected}, got {free / MB:.0f} MB")
+        raise OSError(
+            f"expected {need / MB:.0f} MB of free disk in {folder}, got {free / MB:.0f} MB"
+        )
 
 
 def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
