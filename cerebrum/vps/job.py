@@ -89,7 +89,7 @@ class Run:
         self.prompt = job.prompt  # and the generated tokens, if their cells were lost
         self.heal = job.heal
         # Lengths of the prompt at which a recurrent state is worth keeping.
-        self.checkpoints: list[int] = []
+        self.checkpoints = list[int]()
         self.characters = codecs.getincrementaldecoder("utf-8")("replace")
         self.ending = job.ending
         self.sampler = Sampler(job.request)

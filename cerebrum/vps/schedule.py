@@ -109,7 +109,7 @@ class Baton:
     def __init__(self) -> None:
         self.active: dict[object, float] = {}
         self._turn = threading.Condition()
-        self._queue: deque[object] = deque()  # the holder, then those that wait
+        self._queue = deque[object]()  # the holder, then those that wait
 
     def __enter__(self) -> None:
         ticket = object()
