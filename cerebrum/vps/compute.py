@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from cerebrum.metrics import Tally
 from cerebrum.vps.job import Run
@@ -52,11 +52,10 @@ class Compute:
 
     baton: Baton
     stop: Callable[[float], bool]
-    # Other threads read these: the sequences in the current llama_decode, whether it takes more
-    # than PREFILL_SECONDS, and whether nobody needs it yet.
-    running: Sequence[Run] = field(default_factory=list)
+    # Other threads read these: the sequences in the current llama_decode, none if nobody needs it
+    # yet, and whether it takes more than PREFILL_SECONDS.
+    running: Sequence[Run] = ()
     is_long: bool = False
-    is_spare: bool = False
 
     def decode(
         self, model: Llama, costs: Costs, runs: Sequence[Run], parts: Sequence[Part]
@@ -65,20 +64,19 @@ class Compute:
         llama.cpp's answer, or None if nobody waits for the result; and when the decode began.
         """
         size = sum(len(tokens) for _, tokens, _ in parts)
+        self.running = runs  # from now on, whoever wants an abort asks what it would hit
         model.abort_flag[0] = b"\x00"
         try:
-            self.running, self.is_spare = runs, not runs
-            if self.stop(0.0) or (runs and all(run.job.cancelled for run in runs)):
-                return None, 0.0
             self.is_long = costs(size) * costs.slowdown > PREFILL_SECONDS
             with self.baton:
-                if self.stop(costs(size)):
+                have_left = runs and all(run.job.cancelled for run in runs)
+                if self.stop(costs(size)) or have_left:
                     return None, 0.0
                 begin = time.perf_counter()
                 code = model.decode(parts)
                 seconds = time.perf_counter() - begin
         finally:
-            self.running, self.is_spare = [], False
+            self.running = ()
         if not code:
             costs.learn(size, seconds)
         elif code != ABORTED:

@@ -21,7 +21,7 @@ class Confidence:
     """
 
     def __init__(self) -> None:
-        self._written = ""  # by the model; all positions below are in this text
+        self.written = ""  # by the model; all positions below are in this text
         self._starts = list[int]()  # where each token begins
         self._probabilities = list[float]()  # of each token
         self._line = 0  # where the model's unfinished line begins
@@ -34,17 +34,16 @@ class Confidence:
         """A token, which adds this text. The least mean of the lines that it ends; 1.0 if there are
         none.
         """
-        start = len(self._written)
+        start = len(self.written)
         self._starts.append(start)
         self._probabilities.append(probability)
-        self._written += text
+        self.written += text
         least = 1.0
-        end = self._written.find("\n", start) + 1
-        while end:
-            if self._written[self._line : end].strip():
+        for line_end in re.finditer("\n", text):
+            end = start + line_end.end()
+            if self.written[self._line : end].strip():
                 least = min(least, self._mean(self._line, end - 1))
                 self._line = end
-            end = self._written.find("\n", end) + 1
         return least
 
     def send(self, text: str, begin: int) -> list[Judged]:
@@ -71,13 +70,13 @@ class Confidence:
         if self._has_word():
             return self._end + len(part)
         rest = part.lstrip()  # the indentation before it may be shorter than the model's
-        return self._written.index(rest, self._end) + len(rest) if rest else self._end
+        return self.written.index(rest, self._end) + len(rest) if rest else self._end
 
     def _end_line(self) -> None:
         lines = self.unfinished()
-        after = self._written.find("\n", self._end) + 1
+        after = self.written.find("\n", self._end) + 1
         # Without a line end there, `Gap` has added one that the model has not written.
-        if after and not self._written[self._end : after].strip():
+        if after and self.written[self._end : after].isspace():
             self._end = after
         if lines:
             self._judged += lines
@@ -85,7 +84,7 @@ class Confidence:
 
     def _has_word(self) -> bool:
         """Whether the client's unfinished line has more than white space."""
-        return bool(self._written[self._client_line : self._end].strip())
+        return bool(self.written[self._client_line : self._end].strip())
 
     def unfinished(self) -> list[Judged]:
         """The unfinished line at the end of the client's text, unless it is blank."""

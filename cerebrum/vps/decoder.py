@@ -5,18 +5,17 @@ of its result.
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from cerebrum.vps.compute import Compute, ModelTally
 from cerebrum.vps.draft_model import DraftModel
-from cerebrum.vps.drafts import LENGTHS, MODEL, MODEL_LENGTH, TEXT, Case, Drafter, Gain
+from cerebrum.vps.drafts import MODEL, MODEL_LENGTH, TEXT, Case, Drafter, Gain
 from cerebrum.vps.job import Job, Run
 from cerebrum.vps.llama import ABORTED, MAX_CHUNK, Llama, Slot
-from cerebrum.vps.prefixes import MIN_PREFIX, Sequences
-from cerebrum.vps.schedule import Costs, chunk_size, share_seconds, share_size
+from cerebrum.vps.prefixes import Sequences
+from cerebrum.vps.schedule import Costs, chunk_size, share_seconds
 from cerebrum_common import HttpError, log
 
 # A draft model reads so many at once while nobody waits for them, since a request aborts them, and
@@ -32,9 +31,8 @@ class Work:
 
     run: Run
     tokens: list[int]
-    outputs: int
+    outputs: int = 1
     case: Case | None = None  # of the draft, as `Gain` judges it; None: it does not
-    catches_up: bool = False  # the draft model has read something for later drafts
     # What the draft model expects: the draft, and perhaps a token that was not worth checking.
     foreseen: list[int] = field(default_factory=list)
 
@@ -59,14 +57,16 @@ class Decoder:
     @property
     def runs(self) -> list[Run]:
         """The jobs that have a slot, in the order of the slots."""
-        return [slot.run for slot in self.sequences.slots if isinstance(slot.run, Run)]
+        return [slot.run for slot in self.sequences.slots if slot.run]
 
     def yielding(self) -> Run | None:
         """The run that gives its slot to a job of normal priority: one of low priority whose prompt
         is being read. A completion that has begun to write keeps its slot.
         """
-        reading = [run for run in self.runs if run.prefilling and not run.first_token]
-        return next((run for run in reading if run.low), None)
+        for run in self.runs:
+            if run.low and run.prefilling and not run.first_token:
+                return run
+        return None
 
     def start(self, job: Job, free: list[Slot]) -> None:
         """Give the job a slot; what the slot lacks of its prompt is prefilled."""
@@ -76,11 +76,10 @@ class Decoder:
             job.cached = len(slot.tokens)
             self.tally.cached_tokens += job.cached
         slot.run = run = Run(job, slot, guide)
-        if self.model.recurrent and self.sequences.store.budget:
+        if self.model.recurrent:
             # A later prompt has this one's beginning, or all of it; its last token may be another
             # one.
-            lengths = job.before - 1, len(job.prompt) - 1
-            run.checkpoints = [length for length in lengths if length >= MIN_PREFIX]
+            run.checkpoints = [job.before - 1, len(job.prompt) - 1]
 
     # -- the next decode
 
@@ -89,14 +88,11 @@ class Decoder:
         priority are read only while no other request needs the CPU.
         """
         ahead = self.tally.ahead_seconds
-        # 1. Whose work is it?
-        is_busy = (
-            not all(run.low for run in runs) or self.compute.baton.fastest_other(self) < math.inf
-        )
-        if is_busy:
+        # 1. Whose work is it? Runs of low priority alone are not active.
+        if self.compute.baton.active:
             runs = [run for run in runs if not (run.low and run.prefilling)]
         # 2. What does each need?
-        works: list[Work] = []
+        works = list[Work]()
         for run in runs:
             with self._blamed_on(run):
                 works.append(self.next_work(run, runs))
@@ -105,7 +101,7 @@ class Decoder:
         before = self.tally.tokens
         seconds = self._step(works)
         # 4. Did the drafts save time?
-        if seconds and not is_prefilling and not any(work.catches_up for work in works):
+        if seconds and not is_prefilling:
             generated = self.tally.tokens - before
             self._learn(works, generated, self.tally.ahead_seconds - ahead, seconds)
         return bool(runs)
@@ -114,8 +110,7 @@ class Decoder:
         """A decode wrote `tokens` in `seconds`, after `drafted` seconds for its drafts."""
         if all(len(work.tokens) == 1 for work in works):
             self.gain.learn_plain(len(works), tokens, seconds)
-        cases = {work.case for work in works if work.case}
-        for case in cases:
+        for case in {work.case for work in works if work.case}:
             self.gain.learn(case, tokens, drafted + seconds)
         if any(work.foreseen for work in works):
             self.tally.ahead_steps += 1
@@ -126,7 +121,7 @@ class Decoder:
         """What to decode next of a run's prompt, or of its text with a draft."""
         if run.pending is None:
             return self._next_chunk(run, runs)
-        work = Work(run, [run.pending], 1)
+        work = Work(run, [run.pending])
         if room := self._room(run, runs):
             assert run.drafter
             draft = run.drafter.draft(room)
@@ -151,23 +146,19 @@ class Decoder:
             self.model.n_ctx - len(run.slot.tokens) - 2,
             MAX_CHUNK // len(runs) - 1,
         ]
-        pace = self._pace(own=beside)
-        if pace < math.inf:
-            limits.append(share_size(self.costs, pace) - 1)
-        room: int = max(0, min(limits))
-        return room
+        limits.append(self.costs.share(self._pace(own=beside)) - 1)
+        return max(0, min(limits))
 
     def _write_ahead(self, work: Work, runs: list[Run], room: int) -> None:
         """Let the draft model write a draft of at most `room` tokens, as far as checking it should
         save time.
         """
         draft_model, streams = self.draft_model, len(runs)
-        length = max(length for length in LENGTHS if length <= min(room, MODEL_LENGTH))
         is_reading = any(other.prefilling for other in runs)  # which takes its time already
-        if not draft_model or not length or is_reading:
+        if not draft_model or is_reading:
             return
         # 1. Does it pay to read what the draft model lacks, and to write?
-        run, case = work.run, (streams, MODEL, length)
+        run, case = work.run, (streams, MODEL, MODEL_LENGTH)
         lacking = draft_model.follow(run.slot.id, [*run.slot.tokens, *work.tokens])
         # Nobody knows how long the text gets; it may as well end when it is twice as long as it is.
         tokens = min(run.generated, run.job.max_tokens - run.generated)
@@ -176,33 +167,30 @@ class Decoder:
         # 2. No other stream may wait longer than for a chunk of a prompt.
         share = share_seconds(self._pace(own=streams > 1)) / streams
         deadline = time.perf_counter() + share
-        most = draft_model.costs.longest(share - self.costs(streams))
-        if len(lacking) > min(most, IDLE_TOKENS):
-            work.catches_up = True
-            draft_model.read(run.slot.id, lacking[:most], [])
+        readable = draft_model.costs.longest(share - self.costs(streams))
+        if len(lacking) > min(readable, IDLE_TOKENS):
+            draft_model.read(run.slot.id, lacking[:readable], [])
             return
         # 3. Check a token that is likely enough to be right; write the next one if it is too.
         work.case = case
+        most = min(room, MODEL_LENGTH)
         worth = self.gain.plain[streams]  # times the probability that all tokens are right
         size = streams  # of the decode that checks them
         for token, probability in draft_model.continuations(run, lacking):
             work.foreseen.append(token)
             worth *= probability
-            if worth <= self.costs(size + 1) - self.costs(size) or not self._can_check(token):
+            # An id of the padding may be none of the model, and the end of a text is no token to
+            # decode.
+            if token >= draft_model.known or self.model.vocabulary.is_end(token):
+                return
+            if worth <= self.costs(size + 1) - self.costs(size):
                 return
             work.tokens.append(token)
             size += 1
             further = draft_model.costs(1) + self.costs(size + 1)  # to write and check one more
             is_late = time.perf_counter() + further > deadline
-            if is_late or len(work.foreseen) == length or worth <= further - self.costs(size):
+            if is_late or len(work.foreseen) == most or worth <= further - self.costs(size):
                 return
-
-    def _can_check(self, token: int) -> bool:
-        """Whether a token that the draft model expects may be in a draft. The end of a text is no
-        token to decode, and an id of the padding may be none of the model.
-        """
-        assert self.draft_model
-        return token < self.draft_model.known and not self.model.vocabulary.is_end(token)
 
     def read_idle(self) -> bool:
         """While nobody waits for any model: let the draft model read a piece of what it lacks of
@@ -231,9 +219,7 @@ class Decoder:
         piece = 1 if is_short else self.model.micro_batch
         size = chunk_size(stop - begin, missing, pace, self.costs, piece)
         end = begin + min(size, MAX_CHUNK // len(runs))
-        is_last = end == len(run.prompt)
-        outputs = int(is_last and run.job.max_tokens > 0)
-        return Work(run, run.prompt[begin:end], outputs)
+        return Work(run, run.prompt[begin:end])
 
     def _pace(self, own: bool) -> float:
         """Seconds per token of the fastest stream that waits for a decode, in this model (if `own`)
@@ -257,12 +243,6 @@ class Decoder:
             return 0.0
         self.tally.decodes += 1
         self.tally.decoded_sequences += len(works)
-        self._after_success(works)
-        return time.perf_counter() - begin
-
-    # -- its result
-
-    def _after_success(self, works: list[Work]) -> None:
         base = 0  # batch position of the work's first token
         for work in works:
             with self._blamed_on(work.run):
@@ -271,33 +251,35 @@ class Decoder:
                 else:
                     self._after_decode(work, base)
             base += len(work.tokens)
-        for work in works:
             work.run.flush()
+        return time.perf_counter() - begin
+
+    # -- its result
 
     def _after_failure(self, works: list[Work], code: int) -> None:
         """Handle a decode that was aborted or that llama.cpp could not do."""
         for work in works:
             run, slot = work.run, work.run.slot
-            tokens = slot.tokens[:]
             if self.model.recurrent:  # nobody knows how far the state has gone
-                self.sequences.cut(slot, 0)
+                self._cut(run, 0)
             elif run.prefilling:  # the tokens read before the abort stay useful as a prefix
                 # The prompt's last token is left out: its logits are missing, so it must be decoded
                 # again.
-                computed = self.model.computed(slot) - len(slot.tokens)
-                read = work.tokens[: max(0, min(computed, len(work.tokens) - 1))]
+                end = min(self.model.computed(slot), len(run.prompt) - 1)
+                read = run.prompt[len(slot.tokens) : end]
                 slot.tokens += read
                 self.tally.prompt_tokens += len(read)
                 run.hurried = True
-            self._continue(run, tokens)
+            self._cut(run, len(slot.tokens))
             if code != ABORTED:
                 self.fail(run, HttpError("INTERNAL_ERROR", "the model could not be evaluated"))
 
-    def _continue(self, run: Run, tokens: list[int]) -> None:
-        """Drop what was decoded behind the slot's tokens. If `tokens`, those of the run, cannot all
-        be kept, the run reads them again.
+    def _cut(self, run: Run, length: int) -> None:
+        """Cut the run's sequence to `length` tokens, and drop what was decoded behind them. A run
+        that has lost tokens of a text that it has begun reads them again.
         """
-        self.sequences.cut(run.slot, len(run.slot.tokens))
+        tokens = run.slot.tokens[:]
+        self.model.cut(run.slot, length)
         if run.pending is not None and len(run.slot.tokens) < len(tokens):
             run.prompt, run.pending = [*tokens, run.pending], None
 
@@ -309,9 +291,8 @@ class Decoder:
         except Exception:
             log.exception("request %s", run.job.request_id)
             self.fail(run, HttpError("INTERNAL_ERROR", "internal error; see the log"))
-            self.sequences.cut(run.slot, 0)  # its tokens and its cells may no longer agree
-            if self.draft_model:
-                self.draft_model.cut(self.draft_model.slots[run.slot.id], 0)
+            # Its tokens and its cells may no longer agree. `DraftModel.follow` sees to its own.
+            self.model.cut(run.slot, 0)
 
     def _after_prefill(self, work: Work, base: int) -> None:
         run, slot = work.run, work.run.slot
@@ -322,7 +303,7 @@ class Decoder:
             self.sequences.keep(slot)
         if len(slot.tokens) < len(run.prompt):
             return
-        if not work.outputs:
+        if not run.job.max_tokens:
             self._finish(run, "length")
             return
         run.job.progress("decode", 0, run.job.max_tokens)
@@ -347,7 +328,7 @@ class Decoder:
                 break
             accepted += 1
         if drafted:
-            self._continue(run, slot.tokens[:])
+            self._cut(run, len(slot.tokens))
             run.drafted += drafted
             run.accepted += accepted
             self.tally.drafts += 1

@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from cerebrum.vps.compute import Compute, ModelTally
 from cerebrum.vps.drafts import MODEL_LENGTH, USUAL_ACCEPTANCE, pair_rate
@@ -20,7 +19,7 @@ from cerebrum.vps.job import Run
 from cerebrum.vps.llama import Llama, ModelError, Slot, write_atomically
 from cerebrum.vps.schedule import Costs
 from cerebrum.vps.tokens import common_prefix
-from cerebrum.vps.vocabulary import Vocabulary, api
+from cerebrum.vps.vocabulary import api
 
 LAST = -1  # the last logits of a decode
 ENOUGH_TOKENS = 1000  # show how often a draft model is right
@@ -28,12 +27,15 @@ MIN_PAIR_GAIN = 1.05  # of the rate; for less, a second model is not worth its m
 MAX_PADDING = 256  # ids that only one of two vocabularies has
 
 
-def settings_of(vocabulary: Vocabulary) -> tuple[Any, ...]:
-    """The type of a vocabulary, and what it puts around a text."""
-    vocab = vocabulary.vocab
-    ids = api.llama_vocab_bos, api.llama_vocab_eos, api.llama_vocab_eot
-    added = api.llama_vocab_get_add_bos, api.llama_vocab_get_add_eos
-    return (vocabulary.kind, *(read(vocab) for read in (*ids, *added)))
+# The type of a vocabulary, and what it puts around a text.
+VOCABULARY = (
+    api.llama_vocab_type,
+    api.llama_vocab_bos,
+    api.llama_vocab_eos,
+    api.llama_vocab_eot,
+    api.llama_vocab_get_add_bos,
+    api.llama_vocab_get_add_eos,
+)
 
 
 def check_pair(model: Llama, draft: Llama) -> int:
@@ -42,15 +44,15 @@ def check_pair(model: Llama, draft: Llama) -> int:
     """
     if draft.recurrent:
         raise ModelError("it is recurrent and cannot take back tokens")
-    ours, theirs = model.vocabulary, draft.vocabulary
-    if settings_of(ours) != settings_of(theirs):
+    ours, theirs = model.vocabulary.vocab, draft.vocabulary.vocab
+    if any(read(ours) != read(theirs) for read in VOCABULARY):
         raise ModelError("its vocabulary is of another type, or begins and ends texts otherwise")
     fewer, more = sorted((model.n_vocab, draft.n_vocab))
     if more - fewer > MAX_PADDING:
         raise ModelError(f"it has {draft.n_vocab} tokens instead of {model.n_vocab}")
     for read in (api.llama_vocab_get_text, api.llama_vocab_get_attr):
         for token in range(fewer):
-            if read(ours.vocab, token) != read(theirs.vocab, token):
+            if read(ours, token) != read(theirs, token):
                 raise ModelError(f"its token {token} is another one")
     return fewer
 
@@ -132,19 +134,10 @@ class DraftModel:
         sequence is read, since a model that reads only the end of it is right less often.
         """
         slot = self.slots[number]
-        self.cut(slot, min(common_prefix(slot.tokens, tokens), len(tokens) - 1))
+        self.model.cut(slot, min(common_prefix(slot.tokens, tokens), len(tokens) - 1))
         lacking = tokens[len(slot.tokens) :]
         fits = len(tokens) + MODEL_LENGTH < self.model.n_ctx
         return lacking if fits and max(lacking) < self.known else []
-
-    def cut(self, slot: Slot, length: int) -> None:
-        """Drop the slot's tokens from `length` on, or all if the rest could not be continued, and
-        whatever an aborted decode has left.
-        """
-        if not self.model.trim(slot, length):
-            length = 0
-            self.model.trim(slot, 0)
-        del slot.tokens[length:]
 
     def continuations(self, run: Run, tokens: list[int]) -> Iterator[tuple[int, float]]:
         """Read what is lacking of a run, then say what comes next, token by token, with
@@ -161,8 +154,7 @@ class DraftModel:
         """
         slot = self.slots[number]
         code, begin = self.compute.decode(self.model, self.costs, runs, [(slot, tokens, 1)])
-        if code != 0:
-            self.cut(slot, len(slot.tokens))
+        if code != 0:  # what it may have left in the slot, `follow` drops
             return False
         slot.tokens += tokens
         if runs:  # else nobody waited

@@ -7,7 +7,8 @@ Pure: no model, no clock.
 from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 
 from cerebrum.vps.tokens import common_prefix
 
@@ -54,7 +55,8 @@ Case = tuple[int, str, int]  # the number of streams, a draft's source and its l
 
 class Gain:
     """Whether drafts save time, by their source, their length and the number of streams. Owned by a
-    worker and kept across requests. The length of a model's drafts is the most that it may write.
+    worker and kept across requests. The length of a model's drafts is always MODEL_LENGTH, the most
+    that it may write.
 
     A draft is judged by the decodes without drafts just before it, because a machine with
     neighbours changes its speed.
@@ -64,11 +66,9 @@ class Gain:
         # By the number of streams: moving average of the seconds per token without drafts.
         self.plain: dict[int, float] = {}
         self.age = Counter[int]()  # by the number of streams: drafts judged since then
-        # By streams, source and length, for each of the latest drafts: its seconds, and the seconds
-        # that its tokens would have taken without it.
-        self.trials: dict[Case, deque[tuple[float, float]]] = defaultdict(
-            lambda: deque(maxlen=SEEN)
-        )
+        # By streams, source and length, for each of the latest drafts: the seconds that its tokens
+        # took longer than without it.
+        self.trials: dict[Case, deque[float]] = defaultdict(lambda: deque(maxlen=SEEN))
         # How often each verdict was given since it was last contradicted.
         self.verdicts = Counter[tuple[Case, bool]]()
 
@@ -85,31 +85,26 @@ class Gain:
         """
         streams = case[0]
         if tokens and self.age[streams] < FRESH:
-            self.trials[case].append((seconds, tokens * self.plain[streams]))
+            self.trials[case].append(seconds - tokens * self.plain[streams])
             self.age[streams] += 1
 
     def pays(self, case: Case) -> bool:
         """Whether to make such a draft. Each verdict is contradicted once after it was followed
         RETRY times, so that an outdated one is tested again.
         """
-        if case[0] not in self.plain:
+        streams, source, _ = case
+        if streams not in self.plain:
             return False  # there is nothing to compare with
-        verdict = self._saves(case)
+        trials = self.trials[case]
+        verdict = sum(trials) <= 0
+        if len(trials) < TRIALS:
+            # Too few. Can a new one be judged? A draft model is only loaded if its drafts should
+            # save time.
+            verdict = source == MODEL or self.age[streams] < FRESH
         given = case, verdict
         self.verdicts[given] += 1
-        if self.verdicts[given] <= RETRY:
-            return verdict
-        self.verdicts[given] = 0
-        return not verdict
-
-    def _saves(self, case: Case) -> bool:
-        """Whether such drafts saved time. With too few trials: whether a new one can be judged. A
-        draft model is only loaded if its drafts should save time.
-        """
-        trials = self.trials[case]
-        if len(trials) < TRIALS:
-            return case[1] == MODEL or self.age[case[0]] < FRESH
-        return sum(drafted - plain for drafted, plain in trials) <= 0
+        is_test = self.verdicts[given] % (RETRY + 1) == 0
+        return verdict != is_test
 
 
 class Drafter:
@@ -162,10 +157,10 @@ class Drafter:
 
     def _follow(self, token: int) -> None:
         """Move past `token` if it was expected; otherwise the streak ends."""
-        expected, position, done = self._next(self.at, self.done)
+        expected, at, done = next(self._ahead(), (None, 0, 0))
         if token == expected:
             self.streak += 1
-            self.at, self.done = position, done
+            self.at, self.done = at, done
             return
         if old := self._changed(self.at):
             del self.changes[old]
@@ -173,32 +168,35 @@ class Drafter:
                 self.streak += 1
                 self.at += 1
                 return
-        self.before_change, self.streak = self.streak, 0
-        self.changed_from, self.done = len(self.tokens) - self.done, 0
+        self.before_change = self.streak
+        self.streak = 0
+        self.changed_from = len(self.tokens) - self.done
+        self.done = 0
 
     def _changed(self, position: int) -> tuple[int, ...]:
         """The tokens at `position` that are expected to be changed; the most if several changes
         begin alike.
         """
-        if self.changes:
-            for length in range(MAX_CHANGE, 0, -1):
-                old = tuple(self.tokens[position : position + length])
-                if old in self.changes:
-                    return old
+        for length in range(MAX_CHANGE, 0, -1):
+            old = tuple(self.tokens[position : position + length])
+            if old in self.changes:
+                return old
         return ()
 
-    def _next(self, position: int, done: int) -> tuple[int | None, int, int]:
-        """The token expected at `position` after `done` tokens of a change there, and then the next
-        position and `done`.
+    def _ahead(self) -> Iterator[tuple[int, int, int]]:
+        """The tokens expected next, up to the end of the sequence, each with `at` and `done` behind
+        it.
         """
-        if position in (self.own, len(self.tokens)):  # the end of a sequence
-            return None, position, 0
-        if old := self._changed(position):
-            new = self.changes[old]
-            if done + 1 < len(new):
-                return new[done], position, done + 1
-            return new[done], position + len(old), 0
-        return self.tokens[position], position + 1, 0
+        at, done = self.at, self.done
+        while at not in (self.own, len(self.tokens)):
+            old = self._changed(at) or (self.tokens[at],)
+            new = self.changes.get(old, old)
+            token = new[done]
+            done += 1
+            if done == len(new):
+                at += len(old)
+                done = 0
+            yield token, at, done
 
     def _search(self) -> None:
         """Find the position after an earlier occurrence of the latest tokens: soon after the
@@ -249,14 +247,7 @@ class Drafter:
         """At most `limit` tokens that may come next. `streak` indicates how likely they are."""
         if self.streak < GRAM:
             return []
-        position, done = self.at, self.done
-        tokens: list[int] = []
-        while len(tokens) < limit:
-            token, position, done = self._next(position, done)
-            if token is None:
-                break
-            tokens.append(token)
-        return tokens
+        return [token for token, _, _ in islice(self._ahead(), limit)]
 
     def draft(self, room: int) -> list[int]:
         """The tokens to check next, at most `room`, and about as many as were right before."""

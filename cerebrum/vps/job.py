@@ -30,6 +30,12 @@ class Job:
     threads set `cancelled`.
     """
 
+    # What `prepare` finds.
+    prompt: list[int]
+    heal: bytes  # the completion's first bytes, which the client already has
+    before: int  # tokens of the prompt up to the cursor
+    ending: Ending  # of the completion
+
     def __init__(
         self, request: GenerationRequest, deliver: Deliver, unread: Callable[[], int] = lambda: 0
     ) -> None:
@@ -37,13 +43,9 @@ class Job:
         self.deliver = deliver
         self.unread = unread
         self.low = request.priority == "low"
-        self.prompt: list[int] = []
-        self.ending: Ending | None = None  # of the completion, once the job is prepared
         self.max_tokens = request.max_tokens
-        self.before = 0  # tokens of the prompt up to the cursor
         # Tokens of the prompt that the cache had when the job first got a slot.
         self.cached: int | None = None
-        self.heal = b""  # the completion's first bytes, which the client already has
         self.cancelled = False
         self.started = self.submitted = time.monotonic()
         self.request_id = request_id_var.get()
@@ -80,14 +82,14 @@ class Run:
     """A job in its slot: its state between decodes, and the counters for the result."""
 
     def __init__(self, job: Job, slot: Slot, guide: list[int]) -> None:
-        assert job.ending, "the job was prepared"
         self.job = job
         self.slot = slot
+        self.low = job.low
         self.guide = guide  # an earlier sequence with the same beginning, for drafts
         self.prompt = job.prompt  # and the generated tokens, if their cells were lost
         self.heal = job.heal
         # Lengths of the prompt at which a recurrent state is worth keeping.
-        self.checkpoints: list[int] = []
+        self.checkpoints = list[int]()
         self.characters = codecs.getincrementaldecoder("utf-8")("replace")
         self.ending = job.ending
         self.sampler = Sampler(job.request)
@@ -98,14 +100,9 @@ class Run:
         self.generated = self.drafted = self.accepted = 0
         self.started = time.monotonic()
         self.first_token = self.last_token = 0.0
-        self.has_line = False  # a line end has been generated
         # Its reading was aborted for another request, so it is read in short chunks.
         self.hurried = False
         self.outbox: list[Event | HttpError] = []
-
-    @property
-    def low(self) -> bool:
-        return self.job.low
 
     @property
     def prefilling(self) -> bool:
@@ -131,7 +128,6 @@ class Run:
         """
         request = self.job.request
         written = self.characters.decode(piece)
-        self.has_line = self.has_line or b"\n" in piece
         least = 1.0  # of the lines that this token ends
         if piece:  # not only healed
             least = self.confidence.add(written, self.probability)
@@ -147,7 +143,8 @@ class Run:
         """Whether the request's tokens or its time are used up."""
         limit_ms = self.job.request.predict_ms
         is_late = 1000 * (self.last_token - self.first_token) > limit_ms > 0
-        return self.generated >= self.job.max_tokens or (is_late and self.has_line)
+        has_line = "\n" in self.confidence.written
+        return self.generated >= self.job.max_tokens or (is_late and has_line)
 
     def send(self, text: str) -> None:
         if text:

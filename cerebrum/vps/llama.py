@@ -19,11 +19,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from cerebrum.vps.tokens import common_prefix
 from cerebrum.vps.vocabulary import GenerationRequest, Vocabulary, api, metadata
 
 MB = 1 << 20
@@ -32,7 +31,6 @@ MB = 1 << 20
 MAX_DRAFT = 63
 KV_TYPES = {"f16": api.GGML_TYPE_F16, "q8_0": api.GGML_TYPE_Q8_0}
 MAX_SEED = 2**32 - 2  # 2**32 - 1 asks llama.cpp for a random seed
-FLASH_ATTENTION = (api.LLAMA_FLASH_ATTN_TYPE_DISABLED, api.LLAMA_FLASH_ATTN_TYPE_ENABLED)
 
 
 def cpus() -> int:
@@ -148,7 +146,7 @@ def is_recurrent(model: Any) -> bool:
 def context_params(model: Any, settings: Settings) -> Any:
     """llama.cpp's parameters of a context for a llama_model."""
     # In a decode of more than its context, llama.cpp ends the process.
-    n_ctx = min(settings.n_ctx, max(256, int(api.llama_model_n_ctx_train(model)) or settings.n_ctx))
+    n_ctx = min(settings.n_ctx, max(256, api.llama_model_n_ctx_train(model) or settings.n_ctx))
     params = api.llama_context_default_params()
     params.n_ctx = n_ctx * settings.sequences
     params.n_batch, params.n_ubatch = MAX_CHUNK, settings.micro_batch
@@ -156,7 +154,8 @@ def context_params(model: Any, settings: Settings) -> Any:
     # By default the logits buffer would take 300 MB.
     params.n_outputs_max = settings.sequences * settings.outputs
     params.n_threads = params.n_threads_batch = settings.threads
-    params.flash_attn_type = FLASH_ATTENTION[settings.uses_flash_attention]
+    # LLAMA_FLASH_ATTN_TYPE_ENABLED is 1, _DISABLED is 0; the default lets llama.cpp choose.
+    params.flash_attn_type = settings.uses_flash_attention
     params.type_k = params.type_v = KV_TYPES[settings.kv_type]
     params.kv_unified = can_share_cells(model, settings, n_ctx)
     params.swa_full = False  # layers with a sliding window keep only the window
@@ -180,8 +179,8 @@ def can_share_cells(model: Any, settings: Settings, n_ctx: int) -> bool:
     # Idle cells slow the running sequences, so they are in the way if too large to be parked.
     if is_recurrent(model):
         return True
-    heads = int(api.llama_model_n_layer(model)) * int(api.llama_model_n_head_kv(model))
-    width = int(api.llama_model_n_embd(model)) // max(1, int(api.llama_model_n_head(model)))
+    heads = api.llama_model_n_layer(model) * api.llama_model_n_head_kv(model)
+    width = api.llama_model_n_embd(model) // max(1, api.llama_model_n_head(model))
     size = 4 * n_ctx * heads * width  # of a sequence's K and V, two bytes each
     return not 0 < settings.cache_mb * MB < size
 
@@ -208,22 +207,19 @@ class Llama:
         self.model = load_model(path, progress)
         self.vocabulary = Vocabulary(self.model, fim, layout)
         self.n_vocab = int(api.llama_vocab_n_tokens(self.vocabulary.vocab))
-        self.logits_row = ctypes.c_float * self.n_vocab
-        self._scratch = np.empty(self.n_vocab, np.float32)
-        self.window = int(api.llama_model_n_swa(self.model))  # tokens; 0: no sliding window
+        self.window = api.llama_model_n_swa(self.model)  # tokens; 0: no sliding window
         # A recurrent state can take back only its last few tokens, right after they were decoded.
         self.recurrent = is_recurrent(self.model)
-        # llama.cpp calls the abort callback for every graph node, and a Python function would take
-        # the GIL each time. The C library's strlen has a matching signature, and returns 1 if a
-        # string's only byte is set.
         self.abort_flag = abort_flag or ctypes.create_string_buffer(2)
-        self._strlen = ctypes.cast(ctypes.CDLL(None).strlen, api.ggml_abort_callback)
         self.batch = api.llama_batch_init(MAX_CHUNK, 0, 1)
         for i in range(MAX_CHUNK):
             self.batch.n_seq_id[i] = 1
         params = context_params(self.model, settings)
-        self.n_ctx, self.unified = params.n_ctx // settings.sequences, bool(params.kv_unified)
-        params.abort_callback = self._strlen
+        self.n_ctx, self.unified = int(params.n_ctx) // settings.sequences, params.kv_unified
+        # llama.cpp calls the abort callback for every graph node, and a Python function would take
+        # the GIL each time. The C library's strlen has a matching signature, and returns 1 if a
+        # string's only byte is set.
+        params.abort_callback = ctypes.cast(ctypes.CDLL(None).strlen, api.ggml_abort_callback)
         params.abort_callback_data = ctypes.addressof(self.abort_flag)
         self.context = api.llama_init_from_model(self.model, params)
         if not self.context:
@@ -238,8 +234,7 @@ class Llama:
     def close(self) -> None:
         self.vocabulary.close()
         api.llama_batch_free(self.batch)
-        if self.context:
-            api.llama_free(self.context)
+        api.llama_free(self.context)  # which may be NULL
         api.llama_model_free(self.model)
 
     def abort(self) -> None:
@@ -265,8 +260,7 @@ class Llama:
         decode.
         """
         logits = api.llama_get_logits_ith(self.context, index)
-        row: Any = self.logits_row.from_address(ctypes.addressof(logits.contents))
-        return np.frombuffer(row, np.float32)
+        return np.ctypeslib.as_array(logits, (self.n_vocab,))
 
     def greedy(self, index: int) -> int:
         """The likeliest token at batch position `index`. Of equally likely tokens the first is
@@ -279,8 +273,7 @@ class Llama:
         with. 0.0 if the logits are no numbers.
         """
         row = self.logits(index)
-        np.subtract(row, row[token], out=self._scratch)
-        total = float(np.exp(self._scratch, out=self._scratch).sum())
+        total = float(np.exp(row - row[token]).sum())
         return 1 / total if total >= 1 else 0.0
 
     def restrict(self, index: int, start: bytes) -> None:
@@ -321,15 +314,17 @@ class Llama:
         done = bool(api.llama_memory_seq_rm(self.memory, slot.id, length, -1))
         if not self.window or not length:
             return done
-        first = int(api.llama_memory_seq_pos_min(self.memory, slot.id))
+        first = api.llama_memory_seq_pos_min(self.memory, slot.id)
         return done and 0 <= first <= max(0, length - self.window)
 
-    def reusable(self, tokens: list[int], prompt: list[int]) -> int:
-        """How many first tokens of a prompt a sequence of these tokens saves. The prompt's last
-        token is computed in any case, for the logits after it.
+    def cut(self, slot: Slot, length: int) -> None:
+        """Drop the slot's tokens from `length` on, or all if the rest could not be continued, and
+        whatever an aborted decode has left.
         """
-        common = min(common_prefix(tokens, prompt), len(prompt) - 1)
-        return common if not self.recurrent or common == len(tokens) else 0
+        if not self.trim(slot, length):
+            length = 0
+            self.trim(slot, 0)
+        del slot.tokens[length:]
 
     def copy_prefix(self, source: Slot, target: Slot, length: int) -> bool:
         """Let the empty `target` share the first cells of `source`; False if llama.cpp cannot."""
@@ -371,14 +366,11 @@ class Sampler:
     """
 
     def __init__(self, request: GenerationRequest) -> None:
-        self.greedy = request.temperature == 0
         self.chain = None
-        if self.greedy:
+        if request.temperature == 0:
             return
         self.chain = api.llama_sampler_chain_init(api.llama_sampler_chain_default_params())
-        seed = request.seed
-        if seed is None:
-            seed = int.from_bytes(os.urandom(4), "little") % MAX_SEED
+        seed = api.LLAMA_DEFAULT_SEED if request.seed is None else request.seed
         for sampler in (
             api.llama_sampler_init_top_k(40),
             api.llama_sampler_init_top_p(request.top_p, 1),
@@ -389,28 +381,12 @@ class Sampler:
             api.llama_sampler_chain_add(self.chain, sampler)
 
     def sample(self, model: Llama, index: int) -> int:
-        if self.greedy:
+        if not self.chain:
             return model.greedy(index)
         return int(api.llama_sampler_sample(self.chain, model.context, index))
 
     def close(self) -> None:
-        chain, self.chain = self.chain, None
-        if chain:
-            api.llama_sampler_free(chain)
-
-
-class Running(Protocol):
-    """What a slot knows of the completion that runs in it."""
-
-    prompt: list[int]
-
-    @property
-    def low(self) -> bool:
-        """Whether it has low priority."""
-
-    @property
-    def prefilling(self) -> bool:
-        """Whether its prompt is still being read."""
+        api.llama_sampler_free(self.chain)  # which may be NULL
 
 
 @dataclass(slots=True)
@@ -421,7 +397,7 @@ class Slot:
 
     id: int
     tokens: list[int] = field(default_factory=list)
-    run: Running | None = None  # None: the slot is idle
+    run: Any = None  # the `Run` of the completion in it; None: the slot is idle
     used: float = 0.0
 
 
@@ -436,12 +412,11 @@ def file_digest(path: Path, tick: Callable[[int], None]) -> str:
     """The file's sha256. After each block `tick` gets the number of bytes read; its exceptions end
     the reading.
     """
-    digest, done = hashlib.sha256(), 0
+    digest = hashlib.sha256()
     with path.open("rb") as file:
         while data := file.read(4 * MB):
             digest.update(data)
-            done += len(data)
-            tick(done)
+            tick(file.tell())
     return digest.hexdigest()
 
 
@@ -489,8 +464,9 @@ def check_disk(folder: Path, need: int) -> None:
     need += SPARE_DISK
     free = shutil.disk_usage(folder).free
     if free < need:
-        expected = f"expected {need / MB:.0f} MB of free disk in {folder}"
-        raise OSError(f"{expected}, got {free / MB:.0f} MB")
+        raise OSError(
+            f"expected {need / MB:.0f} MB of free disk in {folder}, got {free / MB:.0f} MB"
+        )
 
 
 def write_atomically(path: Path, *parts: bytes | memoryview) -> None:

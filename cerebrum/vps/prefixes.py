@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cerebrum.vps.job import Run
 from cerebrum.vps.llama import Llama, Slot, write_atomically
 from cerebrum.vps.tokens import common_prefix
 from cerebrum_common import log
@@ -52,7 +53,7 @@ class PrefixStore:
 
     def _touch(self, entry: Parked) -> None:
         """Count the entry as just used."""
-        self.entries = [other for other in self.entries if other is not entry]
+        self.entries.remove(entry)
         self.entries.append(entry)
 
     def _replaces(self, new: list[int], old: list[int]) -> bool:
@@ -89,13 +90,19 @@ class PrefixStore:
         if self.make_room(entry.tokens, entry.size):
             self.entries.append(entry)
 
+    def reusable(self, tokens: list[int], prompt: list[int]) -> int:
+        """How many first tokens of a prompt a sequence of these tokens saves. The prompt's last
+        token is computed in any case, for the logits after it.
+        """
+        common = min(common_prefix(tokens, prompt), len(prompt) - 1)
+        return common if not self.whole or common == len(tokens) else 0
+
     def best(self, prompt: list[int]) -> tuple[Parked | None, int]:
         """The entry with the longest useful prefix of `prompt`, and the length of that prefix."""
         best, length = None, 0
         for entry in self.entries:
-            common = common_prefix(entry.tokens, prompt)
-            is_useful = not self.whole or common == len(entry.tokens) < len(prompt)
-            if is_useful and common > length:
+            common = self.reusable(entry.tokens, prompt)
+            if common > length:
                 best, length = entry, common
         if best:
             self._touch(best)
@@ -121,40 +128,35 @@ class Sequences:
         # shared.
         entry, stored = self.store.best(prompt)
         candidates = free if self.model.recurrent else self.slots
-        nearest = max(candidates, key=lambda slot: self.model.reusable(slot.tokens, prompt))
-        live = self.model.reusable(nearest.tokens, prompt)
-        guide = entry.tokens[:] if entry and stored > live else nearest.tokens[:]
+        nearest = max(candidates, key=lambda slot: self.store.reusable(slot.tokens, prompt))
+        live = self.store.reusable(nearest.tokens, prompt)
         if stored <= live or stored < MIN_PREFIX:
             entry = None  # not worth restoring
+        guide = (entry or nearest).tokens[:]
         # 2. Which slot? The nearest; but if caches are separate and trimming it would lose more
         # tokens than it keeps, another gets a copy.
         loses = len(nearest.tokens) > 2 * live
-        slot = min(free, key=lambda slot: slot.used)
-        if nearest in free and not entry and (self.model.unified or not loses):
-            slot = nearest
+        can_stay = nearest in free and not entry and (self.model.unified or not loses)
+        slot = nearest if can_stay else min(free, key=lambda slot: slot.used)
         stays = slot is nearest and not entry
         # 3. Park the idle sequences. Apart from the others, a slot's idle cells slow none of them.
         idle = free if self.model.unified else [slot]
-        self._park_all(idle, but=slot if stays else None, cut=loses)
+        for other in idle:
+            if other is not slot or not stays:
+                self.park(other)
+            elif loses:  # what will be cut is stored first
+                self.keep(other)
         # 4. Bring the prefix to the slot.
         if entry:
             if not self.model.restore(slot, entry.state):
-                self.cut(slot, 0)
+                self.model.cut(slot, 0)
                 self.store.entries.remove(entry)
                 return self.take_slot(prompt, free)
             slot.tokens = entry.tokens[:]
         elif not stays and live >= MIN_PREFIX:
             self._copy(nearest, slot, live)
-        self.cut(slot, self.model.reusable(slot.tokens, prompt))
+        self.model.cut(slot, self.store.reusable(slot.tokens, prompt))
         return slot, guide
-
-    def _park_all(self, idle: list[Slot], but: Slot | None, cut: bool) -> None:
-        """Park the idle sequences but one, which is stored first if it will be `cut`."""
-        for slot in idle:
-            if slot is not but:
-                self.park(slot)
-            elif cut:
-                self.keep(slot)
 
     def _copy(self, source: Slot, target: Slot, length: int) -> None:
         """Copy a prefix, if there is memory: a copy between separate caches takes some for a while,
@@ -175,10 +177,10 @@ class Sequences:
         for slot in self.slots:
             have = max(have, common_prefix(slot.tokens, prompt))
         for slot in self.slots:
-            run = slot.run
+            run: Run | None = slot.run
             if run and run.prefilling and (low or not run.low):
-                coming = min(common_prefix(run.prompt, prompt), len(prompt) - 1)
-                if coming > max(have, len(slot.tokens)) + MIN_PREFIX:
+                coming = self.store.reusable(run.prompt, prompt)
+                if coming > have + MIN_PREFIX:
                     return True
         return False
 
@@ -190,7 +192,7 @@ class Sequences:
         """Cut a sequence to what the store can hold of it; a recurrent state cannot be cut."""
         size = self._size(slot)
         if size > self.store.budget and not self.model.recurrent:
-            self.cut(slot, len(slot.tokens) * self.store.budget // size)
+            self.model.cut(slot, len(slot.tokens) * self.store.budget // size)
 
     def keep(self, slot: Slot) -> None:
         """Copy the slot's sequence to the store, if it is within the budget. Room is made first:
@@ -206,14 +208,7 @@ class Sequences:
         cells.
         """
         self.keep(slot)
-        self.cut(slot, 0)
-
-    def cut(self, slot: Slot, length: int) -> None:
-        """Drop the slot's tokens from `length` on, or all if the rest could not be continued."""
-        if not self.model.trim(slot, length):
-            length = 0
-            self.model.trim(slot, 0)
-        del slot.tokens[length:]
+        self.model.cut(slot, 0)
 
 
 KV_MAGIC = b"cerebrum-kv-4\n"

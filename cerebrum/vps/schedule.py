@@ -67,15 +67,14 @@ class Costs:
         sizes = range(1, MAX_CHUNK + 1)
         return max(1, bisect.bisect_right(sizes, seconds / self.slowdown, key=self))
 
+    def share(self, token_seconds: float) -> int:
+        """The largest decode that may delay a stream whose tokens take `token_seconds` each."""
+        return self.longest(share_seconds(token_seconds))
+
 
 def share_seconds(token_seconds: float) -> float:
     """How long a stream may be delayed whose tokens take `token_seconds` each."""
     return max(PAUSE_SECONDS, PAUSE_TOKENS * token_seconds)
-
-
-def share_size(costs: Costs, token_seconds: float) -> int:
-    """The largest decode that may delay such a stream."""
-    return costs.longest(share_seconds(token_seconds))
 
 
 def chunk_size(
@@ -92,7 +91,7 @@ def chunk_size(
     length.
     """
     if token_seconds < math.inf:
-        return min(missing, share_size(costs, token_seconds))
+        return min(missing, costs.share(token_seconds))
     longest = costs.longest(PREFILL_SECONDS / len(reading))
     if len(reading) == 1:
         longest = max(piece, longest - longest % piece)
@@ -110,7 +109,7 @@ class Baton:
     def __init__(self) -> None:
         self.active: dict[object, float] = {}
         self._turn = threading.Condition()
-        self._queue: deque[object] = deque()  # the holder, then those that wait
+        self._queue = deque[object]()  # the holder, then those that wait
 
     def __enter__(self) -> None:
         ticket = object()

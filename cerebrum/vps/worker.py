@@ -46,12 +46,7 @@ import llama_cpp
 from cerebrum.metrics import CANCELLED, resident_bytes
 from cerebrum.vps.compute import Compute, ModelTally
 from cerebrum.vps.decoder import Decoder
-from cerebrum.vps.draft_model import (
-    DraftModel,
-    Record,
-    check_pair,
-    saved_seconds,
-)
+from cerebrum.vps.draft_model import DraftModel, Record, check_pair, saved_seconds
 from cerebrum.vps.encoding import TunedFile, untuned
 from cerebrum.vps.job import Job, Run
 from cerebrum.vps.llama import (
@@ -67,7 +62,6 @@ from cerebrum.vps.llama import (
 from cerebrum.vps.prefixes import (
     MIN_PREFIX,
     STORE_SECONDS,
-    PrefixStore,
     Sequences,
     load_parked,
     save_parked,
@@ -113,10 +107,13 @@ class Loader:
             self.done = done
             return not beat()
 
+        def load(path: Path, settings: Settings, source: str) -> Llama:
+            check_digest(self.path, source, self.settings.state_dir, beat)
+            return Llama(path, settings, progress, self.fim, self.layout, abort_flag)
+
         if tuned := self.tuned:
             try:
-                check_digest(self.path, tuned.source, self.settings.state_dir, beat)
-                model = self._load(tuned.path, tuned.settings, progress, abort_flag)
+                model = load(tuned.path, tuned.settings, tuned.source)
             except (ModelError, OSError) as error:
                 if beat():
                     raise
@@ -127,13 +124,7 @@ class Loader:
                 self.settings = tuned.settings
                 self.encoding = tuned.encoding
                 return model
-        check_digest(self.path, self.sha256, self.settings.state_dir, beat)
-        return self._load(self.path, self.settings, progress, abort_flag)
-
-    def _load(
-        self, path: Path, settings: Settings, progress: Callable[[float], bool], abort_flag: Any
-    ) -> Llama:
-        return Llama(path, settings, progress, self.fim, self.layout, abort_flag)
+        return load(self.path, self.settings, self.sha256)
 
     def set_key(self, model: Llama) -> None:
         """`key`, of all that a saved state depends on."""
@@ -170,9 +161,9 @@ class Worker(threading.Thread):
         self.loader = loader
         self.model_id = loader.model_id
         self.baton = baton or Baton()
-        self.ready: Future[None] = Future()
-        self.ending: Future[None] = Future()
-        self.ended: Future[None] = Future()
+        self.ready = Future[None]()
+        self.ending = Future[None]()
+        self.ended = Future[None]()
         self.stopping = False
         self.memory_bytes = 0  # resident memory that loading added
         self.model: Llama | None = None
@@ -247,7 +238,7 @@ class Worker(threading.Thread):
         models, which would begin again and are not aborted.
         """
         decoder = self.decoder
-        if decoder and decoder.compute.is_spare:
+        if decoder and not decoder.compute.running:
             decoder.model.abort()
         if not decoder or decoder.model.recurrent:
             return
@@ -319,12 +310,18 @@ class Worker(threading.Thread):
             self.ended.set_result(None)
 
     def _serve(self, decoder: Decoder) -> None:
-        """The worker's loop: start new jobs, and decode what the running ones need next."""
+        """The worker's loop: drop what is to be shed, start new jobs, and decode what the running
+        ones need next.
+        """
         while True:
             self._alarm.clear()  # before looking, so that no change is missed
             if self._beat():
                 return
-            self._shed(decoder.sequences.store)
+            store = decoder.sequences.store
+            while self.sheds:
+                size, done = self.sheds.pop()
+                store.shrink(store.size - size)
+                done.set_result(None)
             self._start_jobs(decoder)
             if self._alarm.is_set():
                 # More jobs may have come while a sequence was parked, which takes milliseconds.
@@ -338,19 +335,16 @@ class Worker(threading.Thread):
             elif not decoder.turn(runs):
                 self._alarm.wait(GIVE_WAY_SECONDS)
 
-    def _shed(self, store: PrefixStore) -> None:
-        while self.sheds:
-            size, done = self.sheds.pop()
-            store.shrink(store.size - size)
-            done.set_result(None)
-
     def _failure(self, error: Exception) -> HttpError:
         """Log why the worker ends early, and return the error for its clients."""
         name = f"model {self.model_id}"
         if self.ready.done():
             self.stopping = True
-            happens = "the worker failed; the next request loads the model again"
-            log.error("%s: %s", name, happens, exc_info=error)
+            log.error(
+                "%s: the worker failed; the next request loads the model again",
+                name,
+                exc_info=error,
+            )
             return HttpError("INTERNAL_ERROR", f"{name} failed and is loaded again; see the log")
         if self.stopping:
             return HttpError("SHUTTING_DOWN", f"{name}: loading was given up")
@@ -368,9 +362,7 @@ class Worker(threading.Thread):
         costs = measure_costs(self.model, self.baton, self._beat)
         settings = loader.settings
         compute = Compute(self.baton, self._beat)
-        draft_model = None
-        if loader.draft:
-            draft_model = self._load_draft(self.model, costs, loader.draft, compute)
+        draft_model = self._load_draft(self.model, costs, compute)
         sequences = Sequences(self.model, settings.sequences, settings.cache_mb * MB)
         store = sequences.store
         for entry in load_parked(loader.kv_dir, loader.key, store.budget):
@@ -381,7 +373,7 @@ class Worker(threading.Thread):
             self.model, sequences, costs, compute, self.tally, settings.draft, draft_model
         )
         decode_ms = f"{1000 * costs(1):.1f}/{1000 * costs(16):.1f}"
-        drafts = f", drafts by {loader.draft.model_id}" if draft_model and loader.draft else ""
+        drafts = f", drafts by {draft_model.record.draft_id}" if draft_model else ""
         log.info(
             "model %s loaded (%s%s): %d MB; decode of 1/16 tokens %s ms; %d sequences restored",
             self.model_id,
@@ -393,11 +385,13 @@ class Worker(threading.Thread):
         )
         return self.decoder
 
-    def _load_draft(
-        self, model: Llama, costs: Costs, loader: Loader, compute: Compute
-    ) -> DraftModel | None:
-        """The draft model; None, and a line in the log, if it cannot be used or would not pay."""
-        settings = self.loader.settings
+    def _load_draft(self, model: Llama, costs: Costs, compute: Compute) -> DraftModel | None:
+        """The draft model, if there is one; None, and a line in the log, if it cannot be used or
+        would not pay.
+        """
+        settings, loader = self.loader.settings, self.loader.draft
+        if not loader:
+            return None
         record = Record(settings.state_dir, self.model_id, loader.model_id)
         slots = [Slot(number) for number in range(settings.sequences)]
         try:
@@ -409,14 +403,11 @@ class Worker(threading.Thread):
             if self._beat():
                 raise
             log.warning("model %s: %s writes no drafts: %s", self.model_id, loader.model_id, error)
-            self._free_draft()
+            if self.draft:
+                self.draft.close()
+            self.draft = None
             return None
         return DraftModel(self.draft, own_costs, compute, self.tally, record, known, saved, slots)
-
-    def _free_draft(self) -> None:
-        draft, self.draft = self.draft, None
-        if draft:
-            draft.close()
 
     def _close(self) -> None:
         """Answer every job, save the parked sequences, free the model. Each step runs even if an
@@ -426,21 +417,21 @@ class Worker(threading.Thread):
             self._closed = True
         decoder = self.decoder
         self.baton.note(decoder, None)
-        if decoder:
-            for run in decoder.runs:
-                with self._logged("ending a request"):
-                    decoder.fail(run, self._end)
         for job in self.waiting:
             with self._logged("refusing a request"):
                 job.deliver([self._farewell])
         if decoder:
+            for run in decoder.runs:
+                with self._logged("ending a request"):
+                    decoder.fail(run, self._end)
             if decoder.draft_model:
                 decoder.draft_model.record.write()
             with self._logged("saving parked sequences"):
                 self._save(decoder.sequences)
         self.decoder = None
-        with self._logged("freeing the draft model"):
-            self._free_draft()
+        if self.draft:
+            with self._logged("freeing the draft model"):
+                self.draft.close()
         if self.model:
             with self._logged("freeing the model"):
                 self.model.close()
@@ -490,7 +481,7 @@ class Worker(threading.Thread):
         except Exception:
             log.exception("request %s could not be started", job.request_id)
             for slot in slots:  # any of them may be half prepared
-                decoder.sequences.cut(slot, 0)
+                decoder.model.cut(slot, 0)
             job.deliver([HttpError("INTERNAL_ERROR", "internal error; see the log")])
 
     def _rest(self, decoder: Decoder) -> None:

@@ -39,6 +39,7 @@ from sure import LANGUAGES, MAX_FILE_BYTES, SINCE, UNUSUAL, git
 
 from cerebrum.text.ending import Ending
 from cerebrum.vps.llama import MAX_CHUNK, Llama, Settings, Slot
+from cerebrum.vps.prefixes import PrefixStore
 from cerebrum.vps.tokens import common_prefix
 from cerebrum.vps.vocabulary import GenerationRequest
 
@@ -192,9 +193,7 @@ def begin(model: Llama, case: dict[str, Any]) -> Reading:
 
 def read_prompt(model: Llama, slot: Slot, prompt: list[int]) -> int:
     """The place of the prompt's last token in the last batch."""
-    kept = model.reusable(slot.tokens, prompt)
-    model.trim(slot, kept)
-    slot.tokens = slot.tokens[:kept]
+    model.cut(slot, PrefixStore(0, model.recurrent).reusable(slot.tokens, prompt))
     last = 0
     while left := prompt[len(slot.tokens) :][:MAX_CHUNK]:
         assert model.decode([(slot, left, 1)]) == 0

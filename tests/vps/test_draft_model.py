@@ -72,6 +72,8 @@ class Cells:
         self.dropped: list[int] = []
         self.can_trim = True
 
+    cut = llama.Llama.cut
+
     def trim(self, _slot: Any, length: int) -> bool:
         self.dropped.append(length)
         return self.can_trim or not length
@@ -79,7 +81,7 @@ class Cells:
 
 def follower_of(cells: Any) -> DraftModel:
     """A draft model with such cells; it knows 1,000 ids."""
-    nothing: Any = None
+    nothing = None
     record = Record(Path(), "m", "small")
     costs, slots = Costs(INTEL), [Slot(0)]
     return DraftModel(cells, costs, nothing, nothing, record, 1000, 0.1, slots)
@@ -101,7 +103,7 @@ FOLLOWED: list[tuple[str, list[int], list[int], int]] = [
     ("had", "tokens", "kept"), [case[1:] for case in FOLLOWED], ids=[case[0] for case in FOLLOWED]
 )
 def test_a_sequence_is_followed(had: list[int], tokens: list[int], kept: int) -> None:
-    cells: Any = Cells()
+    cells = Cells()
     follower = follower_of(cells)
     follower.slots[0].tokens = had[:]
     assert follower.follow(0, tokens) == tokens[kept:]
@@ -112,7 +114,7 @@ def test_what_the_draft_model_cannot_have_is_not_read() -> None:
     """An id that only the large model has, and a text beyond its own context. Cells that cannot be
     continued are read again.
     """
-    cells: Any = Cells()
+    cells = Cells()
     follower = follower_of(cells)
     assert follower.follow(0, [5, 999]) == [5, 999]
     assert follower.follow(0, [5, 1000]) == []
@@ -386,7 +388,7 @@ def test_a_client_may_leave_while_it_writes(pair: Worker, monkeypatch: pytest.Mo
     clock = Clock(pair, monkeypatch)
     set_sure(pair, 0.99)
     ask(pair, "a", max_tokens=24).outcome()
-    left: list[int] = []
+    left = list[int]()
 
     def leave() -> None:
         if pair.decoder.runs and not left:

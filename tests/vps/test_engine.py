@@ -44,7 +44,7 @@ from cerebrum.vps.prefixes import (
     load_parked,
     save_parked,
 )
-from cerebrum.vps.schedule import Baton, Costs, chunk_size, share_size
+from cerebrum.vps.schedule import Baton, Costs, chunk_size
 from cerebrum.vps.tokens import common_prefix
 from cerebrum.vps.vocabulary import GenerationRequest, heal_from
 from cerebrum.vps.worker import Loader, Worker
@@ -130,12 +130,12 @@ def test_the_chunk_size_bounds_the_pause_of_a_running_stream() -> None:
     assert chunk_size(10, [10], math.inf, table, 256) == 10
     assert chunk_size(10_000, [10_000], math.inf, table, 256) == MAX_CHUNK
     beside = chunk_size(10_000, [10_000], table(1), table, 256)
-    assert beside == share_size(table, table(1))
+    assert beside == table.share(table(1))
     assert table(beside) <= schedule.PAUSE_SECONDS < table(beside + 1)
     slow = Costs({1: 0.5, 16: 2.0})  # a 7B: six of its own tokens take longer than the pause
-    assert share_size(slow, slow(1)) == slow.longest(6 * 0.5)
+    assert slow.share(slow(1)) == slow.longest(6 * 0.5)
     delayed.slowdown = 4.0
-    assert share_size(delayed, delayed(1)) == table.longest(schedule.PAUSE_SECONDS / 4) < beside
+    assert delayed.share(delayed(1)) == table.longest(schedule.PAUSE_SECONDS / 4) < beside
     # A prompt alone comes in whole pieces, at least in one, unless it could not be aborted between
     # pieces.
     most = table.longest(schedule.PREFILL_SECONDS / 4)
@@ -654,7 +654,7 @@ class ScriptedLlama:
     def encode(self, request: GenerationRequest) -> tuple[list[int], bytes, int]:
         return [ord(char) for char in request.prompt or ""], b"", 0
 
-    reusable = llama.Llama.reusable
+    cut = llama.Llama.cut
 
     def decode(self, parts: Any) -> int:
         self._fail("decode")
@@ -981,7 +981,7 @@ def test_a_chunk_is_short_and_low_priority_waits_while_another_model_is_generati
     run, slot.run = Run(normal, llama.Slot(0), []), Run(low, slot, [])
     assert len(decoder.next_work(run, [run]).tokens) == MAX_CHUNK
     worker.baton.note(other, 0.01)
-    assert len(decoder.next_work(run, [run]).tokens) == share_size(decoder.costs, 0.01) < MAX_CHUNK
+    assert len(decoder.next_work(run, [run]).tokens) == decoder.costs.share(0.01) < MAX_CHUNK
     assert not decoder.turn([slot.run])
     worker.baton.note(other, None)
     assert len(decoder.next_work(run, [run]).tokens) == MAX_CHUNK
