@@ -57,7 +57,7 @@ class Decoder:
     @property
     def runs(self) -> list[Run]:
         """The jobs that have a slot, in the order of the slots."""
-        return [slot.run for slot in self.sequences.slots if slot.run]
+        return [slot.run for slot in self.sequences.slots if isinstance(slot.run, Run)]
 
     def yielding(self) -> Run | None:
         """The run that gives its slot to a job of normal priority: one of low priority whose prompt
@@ -219,7 +219,8 @@ class Decoder:
         piece = 1 if is_short else self.model.micro_batch
         size = chunk_size(stop - begin, missing, pace, self.costs, piece)
         end = begin + min(size, MAX_CHUNK // len(runs))
-        return Work(run, run.prompt[begin:end])
+        is_last = end == len(run.prompt) and run.job.max_tokens > 0
+        return Work(run, run.prompt[begin:end], int(is_last))
 
     def _pace(self, own: bool) -> float:
         """Seconds per token of the fastest stream that waits for a decode, in this model (if `own`)

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -389,6 +389,17 @@ class Sampler:
         api.llama_sampler_free(self.chain)  # which may be NULL
 
 
+class Running(Protocol):
+    """What a slot knows of the completion that runs in it."""
+
+    low: bool  # its priority
+    prompt: list[int]
+
+    @property
+    def prefilling(self) -> bool:
+        """Whether its prompt is still being read."""
+
+
 @dataclass(slots=True)
 class Slot:
     """A sequence id of the context, and the tokens whose KV it holds. `used` orders idle slots by
@@ -397,7 +408,7 @@ class Slot:
 
     id: int
     tokens: list[int] = field(default_factory=list)
-    run: Any = None  # the `Run` of the completion in it; None: the slot is idle
+    run: Running | None = None  # None: the slot is idle
     used: float = 0.0
 
 

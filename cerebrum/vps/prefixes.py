@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cerebrum.vps.job import Run
 from cerebrum.vps.llama import Llama, Slot, write_atomically
 from cerebrum.vps.tokens import common_prefix
 from cerebrum_common import log
@@ -150,7 +149,8 @@ class Sequences:
         if entry:
             if not self.model.restore(slot, entry.state):
                 self.model.cut(slot, 0)
-                self.store.entries.remove(entry)
+                with contextlib.suppress(ValueError):  # what was parked may have taken its room
+                    self.store.entries.remove(entry)
                 return self.take_slot(prompt, free)
             slot.tokens = entry.tokens[:]
         elif not stays and live >= MIN_PREFIX:
@@ -177,7 +177,7 @@ class Sequences:
         for slot in self.slots:
             have = max(have, common_prefix(slot.tokens, prompt))
         for slot in self.slots:
-            run: Run | None = slot.run
+            run = slot.run
             if run and run.prefilling and (low or not run.low):
                 coming = self.store.reusable(run.prompt, prompt)
                 if coming > have + MIN_PREFIX:

@@ -400,6 +400,18 @@ def test_a_state_is_copied_only_where_it_is_kept_and_once_there_is_room() -> Non
     assert (model.saved, store.size) == (1, 97)
 
 
+def test_a_rejected_state_may_have_gone_already() -> None:
+    model = ScriptedLlama()
+    model.restore = lambda *_: False  # type: ignore[method-assign]
+    sequences = Sequences(model, 1, 200)  # type: ignore[arg-type]
+    slot, store = sequences.slots[0], sequences.store
+    prompt = [*range(40)]
+    store.add(Parked(prompt[:30], bytes(60)))
+    slot.tokens = [7] * 24  # parked first, with 101 bytes
+    assert sequences.take_slot(prompt, [slot]) == (slot, [])
+    assert (slot.tokens, kept(store)) == ([], [[7] * 24])
+
+
 ENTRY = Parked([1, 2, 151_643, 7], b"the state of four tokens")
 
 
