@@ -641,7 +641,7 @@ class Exchange:
         """Cancel the work on this request and answer with `error` instead, unless the answer is
         complete.
         """
-        if self.task and not self.task.done() and not self.ended:
+        if self.task and not self.ended:
             self.verdict = error
             self.task.cancel()
 
@@ -705,8 +705,11 @@ class Exchange:
         head = self.head
         if head and self.server.access.allows_origin(head):
             origin = head.headers["origin"]
-            headers += [("Access-Control-Allow-Origin", origin), ("Vary", "Origin")]
-            headers.append(("Access-Control-Expose-Headers", "X-Request-ID, X-Cerebrum-Kept"))
+            headers += [
+                ("Access-Control-Allow-Origin", origin),
+                ("Vary", "Origin"),
+                ("Access-Control-Expose-Headers", "X-Request-ID, X-Cerebrum-Kept"),
+            ]
         if not self.keep:
             headers.append(("Connection", "close"))
         return encode_head(status, headers)
@@ -924,13 +927,12 @@ class Server:
         is_short = (head.length or 0) <= MAX_BODY_BYTES
         exchange.keep = exchange.keep and not head.expects and is_short
         await exchange.fail(error)
-        if not exchange.keep:
-            return
-        exchange.keep = False
-        # The request has been answered already, whatever is wrong with its body.
-        with contextlib.suppress(HttpError, ClientGone):
-            await exchange.connection.read_body(head)
-            exchange.keep = True
+        try:
+            if exchange.keep:
+                await exchange.connection.read_body(head)
+        except (HttpError, ClientGone):
+            # The request has been answered already, whatever is wrong with its body.
+            exchange.keep = False
 
     def _route(self, head: Head, exchange: Exchange) -> tuple[Route, str]:
         """The route and its path parameter. The key is checked first, on the same path: a stranger
@@ -1015,8 +1017,10 @@ async def answer_options(allow: str, _state: Any, request: Request) -> Response:
         asked = request.head.headers.get("access-control-request-headers", "")
         if HEADER_NAMES.fullmatch(asked.encode("latin-1")):
             names += f", {asked}"  # needed by openai-node
-        headers.append(("Access-Control-Allow-Methods", allow))
-        headers.append(("Access-Control-Allow-Headers", names))
+        headers += [
+            ("Access-Control-Allow-Methods", allow),
+            ("Access-Control-Allow-Headers", names),
+        ]
     return Response(status=204, headers=tuple(headers))
 
 

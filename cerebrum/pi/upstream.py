@@ -20,6 +20,7 @@ import ssl
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from cerebrum.fields import Field, Members
@@ -279,6 +280,9 @@ BROKEN = "the connection broke"
 EXPIRED = "it stopped"  # `Reader.watch` has cut the connection
 
 
+Found = asyncio.Future[list[Any]]  # the addresses of a name
+
+
 class Loop(asyncio.SelectorEventLoop):
     """An event loop that looks up each name in a daemon thread of its own and caches the addresses.
     asyncio joins its own threads at the end, so a hanging resolver would keep the daemon from
@@ -288,34 +292,34 @@ class Loop(asyncio.SelectorEventLoop):
     def __init__(self) -> None:
         super().__init__()
         # Addresses, or a lookup in progress.
-        self._names: dict[tuple[Any, ...], asyncio.Future[list[Any]]] = {}
+        self._names: dict[tuple[Any, ...], Found] = {}
 
     async def getaddrinfo(self, host: Any, port: Any, **how: int) -> list[Any]:
         """As socket.getaddrinfo."""
         key = (host, port, *sorted(how.items()))
         if key not in self._names:
-            self._names[key] = self.create_future()
-            threading.Thread(target=self._look_up, args=(key, how), daemon=True).start()
+            found = self.create_future()
+            found.add_done_callback(self._learn)
+            self._names[key] = found
+            asked = (found, host, port, how)
+            threading.Thread(target=self._look_up, args=asked, daemon=True).start()
         return await asyncio.shield(self._names[key])
 
     def forget_names(self) -> None:
         self._names = {key: found for key, found in self._names.items() if not found.done()}
 
-    def _look_up(self, key: tuple[Any, ...], how: Members) -> None:
+    def _look_up(self, found: Found, host: Any, port: Any, how: Members) -> None:
         try:
-            found: list[Any] | OSError = socket.getaddrinfo(*key[:2], **how)
+            tell = partial(found.set_result, socket.getaddrinfo(host, port, **how))
         except OSError as error:
-            found = error
+            tell = partial(found.set_exception, error)
         with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
-            self.call_soon_threadsafe(self._learn, key, found)
+            self.call_soon_threadsafe(tell)
 
-    def _learn(self, key: tuple[Any, ...], found: list[Any] | OSError) -> None:
-        if isinstance(found, OSError):
-            failed = self._names.pop(key)
-            failed.set_exception(found)
-            failed.exception()  # counts as retrieved: perhaps nobody waits any more
+    def _learn(self, found: Found) -> None:
+        if found.exception():  # from here on it counts as retrieved: perhaps nobody waits any more
+            self.forget_names()
         else:
-            self._names[key].set_result(found)
             self.call_later(NAME_SECONDS, self.forget_names)
 
 
@@ -330,7 +334,7 @@ class Reader(asyncio.Protocol):
         self.end = ""  # ENDED, BROKEN or EXPIRED; "" before the connection's end
         self._since = math.inf  # when the current read began to wait; infinite while nobody waits
         self.unread = b""  # bytes that have come and that nobody has read
-        self._waiter: asyncio.Future[None] | None = None
+        self._came = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
 
@@ -354,8 +358,7 @@ class Reader(asyncio.Protocol):
         self.end = EXPIRED
         self.transport.abort()
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
+    def connection_made(self, transport: Any) -> None:
         self.transport = transport
 
     def data_received(self, data: bytes) -> None:
@@ -363,28 +366,24 @@ class Reader(asyncio.Protocol):
         self._since = math.inf
         if len(self.unread) > READ_BYTES:
             self.transport.pause_reading()
-        self._wake()
+        self._came.set()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.end = self.end or (BROKEN if exc else ENDED)
         if self._timer:
             self._timer.cancel()
-        self._wake()
+        self._came.set()
 
     def eof_received(self) -> None:
         self.connection_lost(None)
 
-    def _wake(self) -> None:
-        if self._waiter and not self._waiter.done():
-            self._waiter.set_result(None)
-
     async def wait(self) -> None:
         """Wait for more bytes, or the end."""
         if not self.end:
-            self._waiter = self._loop.create_future()
+            self._came.clear()
             # The wait of a cancelled read still counts.
             self._since = min(self._since, self._loop.time())
-            await self._waiter
+            await self._came.wait()
 
     def take(self, count: int) -> bytes:
         """The first unread bytes, `count` at most."""
