@@ -132,7 +132,7 @@ SINGLE_HEADERS = frozenset(
 
 
 def scan_head(
-    buffer: bytes | bytearray, scanned: int = 0, what: str = "a head", limit: int = MAX_HEAD_BYTES
+    buffer: bytes, scanned: int, what: str = "a head", limit: int = MAX_HEAD_BYTES
 ) -> int | None:
     """The end of the message head in `buffer` (past its empty line), or None if more bytes are
     needed. An earlier call has scanned the first `scanned` bytes. The first bad byte, as in a TLS
@@ -147,7 +147,7 @@ def scan_head(
     return None
 
 
-def scan_request(buffer: bytes | bytearray, scanned: int = 0) -> int | None:
+def scan_request(buffer: bytes, scanned: int) -> int | None:
     """`scan_head` for a request, which one empty line may precede (RFC 9112 section 2.2). A bad
     request line is refused as soon as its CRLF arrives: HTTP/0.9, SMTP or a typo have no head to
     wait for.
@@ -162,11 +162,11 @@ def scan_request(buffer: bytes | bytearray, scanned: int = 0) -> int | None:
             )
         return None
     if end + 2 > scanned:
-        parse_request_line(bytes(buffer[start:end]))
+        parse_request_line(buffer[start:end])
     return scan_head(buffer, max(scanned, end))
 
 
-def _refuse_controls(buffer: bytes | bytearray, scanned: int, stop: int) -> None:
+def _refuse_controls(buffer: bytes, scanned: int, stop: int) -> None:
     if bad := FORBIDDEN_IN_HEAD.search(buffer, max(0, scanned - 1), stop):
         raise malformed(
             f"expected CRLF line ends and no control characters, got byte 0x{bad[0][0]:02x}"
@@ -482,7 +482,7 @@ class Connection:
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader, self.writer = reader, writer
-        self.buffer = bytearray()
+        self.buffer = b""
         self.transport = writer.transport
         peer = writer.get_extra_info("peername") or ("?",)
         self.address = str(peer[0])
@@ -522,8 +522,7 @@ class Connection:
         self.buffer += data
 
     def take(self, count: int) -> bytes:
-        data = bytes(self.buffer[:count])
-        del self.buffer[:count]
+        data, self.buffer = self.buffer[:count], self.buffer[count:]
         return data
 
     async def next_head(self) -> bytes:
@@ -563,17 +562,16 @@ class Connection:
                         sink(piece)
         except TimeoutError:
             raise malformed(f"expected a whole body within {BODY_SECONDS:g} s", "TIMEOUT") from None
-        self.buffer[:0] = decoder.rest
+        self.buffer = decoder.rest + self.buffer
 
     async def wait_gone(self) -> None:
-        """Return when the client has left. A half-close counts as leaving, as with nginx: the
+        """ClientGone when the client has left. A half-close counts as leaving, as with nginx: the
         server sees the same. Pipelined bytes are kept, up to MAX_PIPELINED_BYTES and one read.
         """
-        with contextlib.suppress(ClientGone):
-            while len(self.buffer) < MAX_PIPELINED_BYTES:
-                await self.fill()
-            # The buffer is full: only a write can find the client gone.
-            await asyncio.get_running_loop().create_future()
+        while len(self.buffer) < MAX_PIPELINED_BYTES:
+            await self.fill()
+        # The buffer is full: only a write can find the client gone.
+        await asyncio.get_running_loop().create_future()
 
     async def write(self, data: bytes) -> None:
         """Send, waiting only if the client is behind."""
@@ -664,15 +662,15 @@ class Exchange:
         """
         self.keep = self.keep and not error.close
         self.reason = f" {error.code}: {error.message}"
-        foreign = b""
+        body: Any = common.error_body(error)
+        event = common.error_event(error)
         if self.route and self.route.foreign_error:
-            foreign = common.compact(self.route.foreign_error(error))
+            body = common.compact(self.route.foreign_error(error))
+            event = common.sse_block(body)
         if self.frame is None:
-            body = foreign or common.error_body(error)
             await self.send(Response(body, error.status, headers=error.headers))
             return
         self.keep = False
-        event = common.sse_block(foreign) if foreign else common.error_event(error)
         await self.connection.write(self.frame(event))
         self.log(error.status)
         if self.head and "origin" in self.head.headers:
@@ -958,9 +956,7 @@ class Server:
         gone = asyncio.ensure_future(exchange.connection.wait_gone())
         try:
             await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not task.done():
-                raise ClientGone
-            await task
+            await (task if task.done() else gone)
         finally:
             task.cancel()
             gone.cancel()

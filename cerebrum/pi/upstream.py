@@ -245,17 +245,15 @@ class Events:
         if self._rest.endswith(b"\r"):  # perhaps half of a CRLF
             self._rest.pop()
             data = b"\r" + data
-        begun = len(self._rest)
         self._rest += data.replace(b"\r\n", b"\n")
-        end = self._rest.rfind(b"\n\n", max(0, begun - 1)) + 2
-        block = bytes(self._rest[:end]) if end > 1 else b""
-        del self._rest[: len(block)]
+        block, ends, self._rest = self._rest.rpartition(b"\n\n")
+        block += ends
         self.inside = bool(self._rest)
         # The last two bytes of an unfinished event may belong to its line ends.
         size = block.index(b"\n\n") if block else len(self._rest) - 2
         if size > MAX_EVENT_BYTES:
             raise BackendFailure(f"it sent an event of more than {MAX_EVENT_BYTES} bytes")
-        return block
+        return bytes(block)
 
 
 def data_of(event: bytes) -> bytes:
