@@ -109,7 +109,7 @@ STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([1-5][0-9][0-9])(?: [\t\x20-\x7e\x80-\
 HEADER_LINE = re.compile(rb"(%b):[ \t]*+([\t\x20-\x7e\x80-\xff]*)" % TOKEN)
 FORBIDDEN_IN_HEAD = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r[^\n]|(?<!\r)\n")
 ABSOLUTE_FORM = re.compile(r"http://([^/?]+)(.*)", re.IGNORECASE)
-PATH = re.compile(r"/(?:[A-Za-z0-9\-._~!$&'()*+,;=:@/]|%[0-9A-Fa-f]{2})*")
+PATH = re.compile(r"/(?:[A-Za-z0-9\-._~!$&'()*+,;=:@/]|%(?!0|1|7[Ff])[0-9A-Fa-f]{2})*")
 QUERY = re.compile(r"(?:[A-Za-z0-9\-._~!$&'()*+,;=:@/?]|%[0-9A-Fa-f]{2})*")
 AUTHORITY = re.compile(r"([A-Za-z0-9\-._~]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::([0-9]{0,5}))?")
 CONTENT_LENGTH = re.compile(r"[0-9]{1,20}")  # 64 bits; anything longer is an attack
@@ -205,7 +205,8 @@ def parse_target(target: str) -> tuple[str, str]:
     path, _, query = target.partition("?")
     if not PATH.fullmatch(path) or not QUERY.fullmatch(query):
         raise malformed(
-            "expected a request target that is a path of RFC 3986 characters and %XX escapes"
+            "expected a request target that is a path of RFC 3986 characters and %XX escapes, "
+            "none of them of a control character"
         )
     # People add a slash to URLs; an escaped %2F stays.
     path = "/" + path.lstrip("/").removesuffix("/")
@@ -213,8 +214,6 @@ def parse_target(target: str) -> tuple[str, str]:
         path = unquote(path, errors="strict")
     except UnicodeDecodeError:
         raise malformed("expected %XX escapes that are UTF-8") from None
-    if re.search(r"[\x00-\x1f\x7f]", path):
-        raise malformed("expected no control characters in the path")
     return path, authority
 
 
@@ -686,8 +685,11 @@ class Exchange:
         connection, render = self.connection, response.render
         async with contextlib.aclosing(response.events) as events:  # type: ignore[type-var]
             block = render(await anext(events, b""))
-            headers = [*response.headers, ("Content-Type", "text/event-stream; charset=utf-8")]
-            headers += [("X-Accel-Buffering", "no")]  # an nginx in front would buffer the tokens
+            headers = [
+                *response.headers,
+                ("Content-Type", "text/event-stream; charset=utf-8"),
+                ("X-Accel-Buffering", "no"),  # an nginx in front would buffer the tokens
+            ]
             headers += [("Transfer-Encoding", "chunked")] if chunked else []
             frame = self.frame = chunk if chunked else bytes
             await connection.write(self._encode_head(response.status, headers) + frame(block))
@@ -917,8 +919,7 @@ class Server:
             call = self._watch if route.json else self._call
             await call(exchange, route, request)
         finally:
-            self.bodies[client] -= body.tell()
-            self.bodies += Counter()  # forget those who hold nothing
+            self.bodies -= Counter({client: body.tell()})
 
     async def _refuse(self, exchange: Exchange, head: Head, error: HttpError) -> None:
         """Answer with an error that is known before the body has come, then discard the body."""

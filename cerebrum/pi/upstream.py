@@ -104,24 +104,25 @@ def parse_url(text: str, name: str) -> Endpoint:
 def read_backends(
     tables: Sequence[Any], environ: Environment, max_concurrent: int
 ) -> tuple[BackendConfig, ...]:
-    """Read `[[backends]]` of models.toml. ConfigError names the wrong table and its fault."""
+    """Read `[[backends]]` of models.toml; without any, the VPS of CEREBRUM_VPS_URL. ConfigError
+    names the wrong table and its fault.
+    """
     backends = [
         _read_backend(table, f"backend {number}", environ) for number, table in enumerate(tables, 1)
     ]
     if len({backend.id for backend in backends}) != len(backends):
         raise ConfigError("backends: expected every id once")
-    return tuple(backends) or (_default_backend(environ, max_concurrent),)
-
-
-def _default_backend(environ: Environment, max_concurrent: int) -> BackendConfig:
+    if backends:
+        return tuple(backends)
     url = environ.text("CEREBRUM_VPS_URL", "http://127.0.0.1:9000")
-    return BackendConfig(
+    default = BackendConfig(
         "vps",
         parse_url(url, "CEREBRUM_VPS_URL"),
         key=environ.key("CEREBRUM_API_KEY"),
         key_env="CEREBRUM_API_KEY",
         max_concurrent=max_concurrent,
     )
+    return (default,)
 
 
 BACKEND = {
