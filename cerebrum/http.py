@@ -278,9 +278,11 @@ def parse_request(block: bytes) -> Head:
     """Parse a whole request head, as `scan_request` finds it, into a `Head`."""
     first, headers = parse_head(block.removeprefix(b"\r\n"))
     method, path, authority, version = parse_request_line(first)
-    if "host" not in headers and version == "HTTP/1.1":
+    host = ""
+    if "host" in headers:
+        host = host_name(headers["host"])
+    elif version == "HTTP/1.1":
         raise malformed("expected a Host header, got none")
-    host = host_name(headers["host"]) if "host" in headers else ""
     length, chunked = parse_framing(version, headers)
     wanted = headers.get("x-request-id", "")
     request_id = wanted if REQUEST_ID.fullmatch(wanted) else str(uuid.uuid4())
@@ -452,10 +454,9 @@ class Access:
 
 def key_of(head: Head) -> str:
     """The key in a request's headers, "" without one."""
-    if key := head.headers.get("x-api-key", ""):
-        return key
     scheme, _, token = head.headers.get("authorization", "").partition(" ")
-    return token.strip(" ") if scheme.lower() == "bearer" else ""
+    bearer = token.strip(" ") if scheme.lower() == "bearer" else ""
+    return head.headers.get("x-api-key") or bearer
 
 
 def is_ip_literal(host: str) -> bool:
@@ -659,7 +660,7 @@ class Exchange:
         """Answer with an error: a status if nothing has been sent yet, otherwise an event without a
         clean end.
         """
-        self.keep = self.keep and not error.close
+        self.keep &= not error.close
         self.reason = f" {error.code}: {error.message}"
         body: Any = common.error_body(error)
         event = common.error_event(error)
@@ -924,7 +925,7 @@ class Server:
     async def _refuse(self, exchange: Exchange, head: Head, error: HttpError) -> None:
         """Answer with an error that is known before the body has come, then discard the body."""
         is_short = (head.length or 0) <= MAX_BODY_BYTES
-        exchange.keep = exchange.keep and not head.expects and is_short
+        exchange.keep &= is_short and not head.expects
         await exchange.fail(error)
         try:
             if exchange.keep:
@@ -957,7 +958,7 @@ class Server:
         gone = asyncio.ensure_future(exchange.connection.wait_gone())
         try:
             await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-            await (task if task.done() else gone)
+            await (task if task.done() else gone)  # or else it is ClientGone
         finally:
             task.cancel()
             gone.cancel()
@@ -970,7 +971,7 @@ class Server:
             # The key may have been revoked while the body came.
             self.access.check(request.head, exchange.public)
             response = await route.handler(self.state, request)
-            exchange.keep = exchange.keep and not self.stopping
+            exchange.keep &= not self.stopping
             # Nothing is awaited between the handler's return and the start of its events, so no
             # cancel can intervene.
             if response.events is None:

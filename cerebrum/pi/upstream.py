@@ -295,25 +295,25 @@ class Loop(asyncio.SelectorEventLoop):
 
     async def getaddrinfo(self, host: Any, port: Any, **how: int) -> list[Any]:
         """As socket.getaddrinfo."""
+
+        def look_up(found: Found) -> None:
+            try:
+                tell = partial(found.set_result, socket.getaddrinfo(host, port, **how))
+            except OSError as error:
+                tell = partial(found.set_exception, error)
+            with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+                self.call_soon_threadsafe(tell)
+
         key = (host, port, *sorted(how.items()))
         if key not in self._names:
             found = self.create_future()
             found.add_done_callback(self._learn)
             self._names[key] = found
-            asked = (found, host, port, how)
-            threading.Thread(target=self._look_up, args=asked, daemon=True).start()
+            threading.Thread(target=look_up, args=(found,), daemon=True).start()
         return await asyncio.shield(self._names[key])
 
     def forget_names(self) -> None:
         self._names = {key: found for key, found in self._names.items() if not found.done()}
-
-    def _look_up(self, found: Found, host: Any, port: Any, how: Members) -> None:
-        try:
-            tell = partial(found.set_result, socket.getaddrinfo(host, port, **how))
-        except OSError as error:
-            tell = partial(found.set_exception, error)
-        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
-            self.call_soon_threadsafe(tell)
 
     def _learn(self, found: Found) -> None:
         if found.exception():  # from here on it counts as retrieved: perhaps nobody waits any more
