@@ -947,7 +947,7 @@ class Server:
             got = json.dumps(head.path[:100])
             raise HttpError("NOT_FOUND", f"expected a path of this API, got {got}")
         if head.method == "OPTIONS":
-            offered = methods or set(itertools.chain(*self.routes.values()))
+            offered = methods or itertools.chain(*self.routes.values())
             handler = functools.partial(answer_options, common.allowed(offered))
             return Route("OPTIONS", head.path, handler), ""
         return common.match(methods, head.method), parameter
