@@ -116,8 +116,9 @@ def error_body(error: HttpError) -> dict[str, Any]:
 @dataclass(frozen=True, slots=True)
 class Head:
     """A parsed request head. `path` is decoded once, for routing and authentication alike. `length`
-    is the body's in bytes, None without a Content-Length. `host` is the name in the Host header, ""
-    in HTTP/1.0 without that header. `authority` is the name in a target of absolute form.
+    is the body's in bytes, 0 if chunks will tell it, None if nothing does. `host` is the name in
+    the Host header, "" in HTTP/1.0 without that header. `authority` is the name in a target of
+    absolute form.
     """
 
     method: str

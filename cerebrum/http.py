@@ -39,6 +39,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+from urllib.parse import unquote
 
 import cerebrum_common as common
 from cerebrum.fields import describe
@@ -63,7 +64,8 @@ MAX_BODY_BYTES = 1 << 20  # the longest source file that is sent as a prompt
 # Of all connections together; parsing one body can cost 20 times its size for a moment.
 MAX_BODIES_BYTES = 16 << 20
 MAX_TRAILER_BYTES = 8192  # trailers are dropped, so the limit only bounds memory
-MAX_CHUNK_LINE_BYTES = 256  # 16 digits of a chunk size, and room for an ignored extension
+# The CRLF before it, 16 digits of a chunk size, room for an ignored extension, and a CRLF.
+MAX_CHUNK_LINE_BYTES = 258
 MAX_PIPELINED_BYTES = 65_536  # read while a request runs, only to notice when its client leaves
 # 30 KiB each when idle, 0.1 MiB with TLS, up to 0.3 MiB under attack; the unit allows 256 MB.
 MAX_CONNECTIONS = 256
@@ -107,7 +109,7 @@ STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([1-5][0-9][0-9])(?: [\t\x20-\x7e\x80-\
 HEADER_LINE = re.compile(rb"(%b):[ \t]*+([\t\x20-\x7e\x80-\xff]*)" % TOKEN)
 FORBIDDEN_IN_HEAD = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r[^\n]|(?<!\r)\n")
 ABSOLUTE_FORM = re.compile(r"http://([^/?]+)(.*)", re.IGNORECASE)
-PATH = re.compile(r"/(?:[A-Za-z0-9\-._~!$&'()*+,;=:@/]|%[0-9A-Fa-f]{2})*")
+PATH = re.compile(r"/(?:[A-Za-z0-9\-._~!$&'()*+,;=:@/]|%(?!0|1|7[Ff])[0-9A-Fa-f]{2})*")
 QUERY = re.compile(r"(?:[A-Za-z0-9\-._~!$&'()*+,;=:@/?]|%[0-9A-Fa-f]{2})*")
 AUTHORITY = re.compile(r"([A-Za-z0-9\-._~]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::([0-9]{0,5}))?")
 CONTENT_LENGTH = re.compile(r"[0-9]{1,20}")  # 64 bits; anything longer is an attack
@@ -129,21 +131,23 @@ SINGLE_HEADERS = frozenset(
 )
 
 
-def scan_head(buffer: bytes | bytearray, scanned: int = 0) -> int | None:
+def scan_head(
+    buffer: bytes, scanned: int, what: str = "a head", limit: int = MAX_HEAD_BYTES
+) -> int | None:
     """The end of the message head in `buffer` (past its empty line), or None if more bytes are
     needed. An earlier call has scanned the first `scanned` bytes. The first bad byte, as in a TLS
     hello, is refused at once.
     """
-    end = buffer.find(b"\r\n\r\n", max(0, scanned - 3), MAX_HEAD_BYTES)
-    _refuse_controls(buffer, scanned, MAX_HEAD_BYTES if end < 0 else end + 4)
+    end = buffer.find(b"\r\n\r\n", max(0, scanned - 3), limit)
+    _refuse_controls(buffer, scanned, limit if end < 0 else end + 4)
     if end >= 0:
         return end + 4
-    if len(buffer) >= MAX_HEAD_BYTES:
-        raise malformed(f"expected a head of at most {MAX_HEAD_BYTES} bytes", "HEADERS_TOO_LARGE")
+    if len(buffer) >= limit:
+        raise malformed(f"expected {what} of at most {limit} bytes", "HEADERS_TOO_LARGE")
     return None
 
 
-def scan_request(buffer: bytes | bytearray, scanned: int = 0) -> int | None:
+def scan_request(buffer: bytes, scanned: int) -> int | None:
     """`scan_head` for a request, which one empty line may precede (RFC 9112 section 2.2). A bad
     request line is refused as soon as its CRLF arrives: HTTP/0.9, SMTP or a typo have no head to
     wait for.
@@ -158,11 +162,11 @@ def scan_request(buffer: bytes | bytearray, scanned: int = 0) -> int | None:
             )
         return None
     if end + 2 > scanned:
-        parse_request_line(bytes(buffer[start:end]))
+        parse_request_line(buffer[start:end])
     return scan_head(buffer, max(scanned, end))
 
 
-def _refuse_controls(buffer: bytes | bytearray, scanned: int, stop: int) -> None:
+def _refuse_controls(buffer: bytes, scanned: int, stop: int) -> None:
     if bad := FORBIDDEN_IN_HEAD.search(buffer, max(0, scanned - 1), stop):
         raise malformed(
             f"expected CRLF line ends and no control characters, got byte 0x{bad[0][0]:02x}"
@@ -201,22 +205,16 @@ def parse_target(target: str) -> tuple[str, str]:
     path, _, query = target.partition("?")
     if not PATH.fullmatch(path) or not QUERY.fullmatch(query):
         raise malformed(
-            "expected a request target that is a path of RFC 3986 characters and %XX escapes"
+            "expected a request target that is a path of RFC 3986 characters and %XX escapes, "
+            "none of them of a control character"
         )
     # People add a slash to URLs; an escaped %2F stays.
     path = "/" + path.lstrip("/").removesuffix("/")
-    octets = re.sub(rb"%(..)", _octet, path.encode())
     try:
-        path = octets.decode("utf-8")
+        path = unquote(path, errors="strict")
     except UnicodeDecodeError:
         raise malformed("expected %XX escapes that are UTF-8") from None
-    if re.search(r"[\x00-\x1f\x7f]", path):
-        raise malformed("expected no control characters in the path")
     return path, authority
-
-
-def _octet(escape: re.Match[bytes]) -> bytes:
-    return bytes.fromhex(escape[1].decode())
 
 
 def host_name(value: str) -> str:
@@ -229,10 +227,11 @@ def host_name(value: str) -> str:
     return match[1].lower()
 
 
-def parse_headers(lines: Sequence[bytes]) -> dict[str, str]:
-    """Parse header lines, without line ends, into a dict by lower-case name. Commas join repeated
-    list headers.
+def parse_head(block: bytes) -> tuple[bytes, dict[str, str]]:
+    """Parse a message head, as `scan_head` finds it, into its first line and a dict of its headers
+    by lower-case name. Commas join repeated list headers.
     """
+    first, *lines = block[:-4].split(b"\r\n")
     if len(lines) > MAX_HEADERS:
         raise malformed(
             f"expected at most {MAX_HEADERS} headers, got {len(lines)}", "HEADERS_TOO_LARGE"
@@ -247,12 +246,12 @@ def parse_headers(lines: Sequence[bytes]) -> dict[str, str]:
         if name in headers and name in SINGLE_HEADERS:
             raise malformed(f"expected at most one {name} header, got several")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    return headers
+    return first, headers
 
 
 def parse_framing(version: str, headers: Mapping[str, str]) -> tuple[int | None, bool]:
-    """The framing of the body: (Content-Length or None, chunked). RFC 9112 section 6; any ambiguity
-    is refused.
+    """The framing of the body: its length, None if nothing says it, 0 if chunks will; and whether
+    it is chunked. RFC 9112 section 6; any ambiguity is refused.
     """
     length = headers.get("content-length")
     coding = headers.get("transfer-encoding")
@@ -272,23 +271,23 @@ def parse_framing(version: str, headers: Mapping[str, str]) -> tuple[int | None,
         code = "NOT_IMPLEMENTED" if last == "chunked" else "INVALID_REQUEST"
         message = f"expected the Transfer-Encoding 'chunked' alone, got {describe(coding)}"
         raise malformed(message, code)
-    return None, True
+    return 0, True
 
 
 def parse_request(block: bytes) -> Head:
     """Parse a whole request head, as `scan_request` finds it, into a `Head`."""
-    first, *lines = block.removeprefix(b"\r\n")[:-4].split(b"\r\n")
+    first, headers = parse_head(block.removeprefix(b"\r\n"))
     method, path, authority, version = parse_request_line(first)
-    headers = parse_headers(lines)
-    if "host" not in headers and version == "HTTP/1.1":
+    host = ""
+    if "host" in headers:
+        host = host_name(headers["host"])
+    elif version == "HTTP/1.1":
         raise malformed("expected a Host header, got none")
-    host = host_name(headers["host"]) if "host" in headers else ""
     length, chunked = parse_framing(version, headers)
     wanted = headers.get("x-request-id", "")
     request_id = wanted if REQUEST_ID.fullmatch(wanted) else str(uuid.uuid4())
-    options = headers.get("connection", "").lower().split(",")
-    wants_close = "close" in [option.strip(" \t") for option in options]
-    keep_alive = version == "HTTP/1.1" and not wants_close
+    options = re.split(r"[, \t]+", headers.get("connection", "").lower())
+    keep_alive = version == "HTTP/1.1" and "close" not in options
     return Head(
         method, path, version, headers, host, authority, length, chunked, request_id, keep_alive
     )
@@ -299,105 +298,87 @@ def parse_request(block: bytes) -> Head:
 TEXT = rb"[\t\x20\x21\x23-\x5b\x5d-\x7e\x80-\xff]*"  # of a quoted string, without escapes
 EXTENSION = rb';%b(?:=(?:%b|"%b"))?' % (TOKEN, TOKEN, TEXT)
 EXTENSION_BEGUN = rb';(?:%b(?:=(?:%b|"%b"?)?)?)?' % (TOKEN, TOKEN, TEXT)
-CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})((?:%b)*)\r\n" % EXTENSION)
+CHUNK_SIZE = re.compile(rb"\r\n([0-9A-Fa-f]{1,16})((?:%b)*)\r\n" % EXTENSION)
 CHUNK_SIZE_BEGUN = re.compile(
-    rb"(?:[0-9A-Fa-f]{1,16}(?:%b)*(?:\r|%b)?)?" % (EXTENSION, EXTENSION_BEGUN)
+    rb"(?:\r(?:\n(?:[0-9A-Fa-f]{1,16}(?:%b)*(?:\r|%b)?)?)?)?" % (EXTENSION, EXTENSION_BEGUN)
 )
 
 
 class BodyDecoder:
     """Decodes a body that arrives in any split, framed by chunks, a length or the end of the
     connection (RFC 9112 section 6.3). Trailers are checked and dropped. The first `fault` is 400
-    for a bad size, a missing CRLF or an over-long size line, 413 over `limit` bytes of chunks and
-    extensions in all (None: no limit), 431 for trailers over 8 KiB. It is kept and not raised,
-    because the payload before it still counts, however the bytes were split.
+    for a bad size, a missing CRLF or an over-long size line, 413 if chunks and extensions have more
+    than `room` bytes in all, 431 for trailers over 8 KiB. It is kept and not raised, because the
+    payload before it still counts, however the bytes were split.
     """
 
-    def __init__(self, length: int | None, chunked: bool, limit: int | None = None) -> None:
-        self.done = length == 0
-        self.may_end = length is None and not chunked  # at any byte, with the connection
+    def __init__(self, length: int | None, chunked: bool, room: int = sys.maxsize) -> None:
+        self.done = length == 0 and not chunked
+        self.may_end = length is None  # at any byte, with the connection
         self.fault: HttpError | None = None
-        # The bytes after the body; before its end an incomplete size line, line end or trailer
-        # section.
-        self.rest = b""
+        # The bytes after the body; before its end an incomplete size line or trailer section. Both
+        # begin with the CRLF of what is before them, so the first size line gets one too.
+        self.rest = b"\r\n" if chunked else b""
         # Payload bytes until the next `_step`, which parses the element after them.
-        if chunked:
-            self._left = 0
-            self._step = BodyDecoder._size
-        else:
-            self._left = sys.maxsize if length is None else length
-            self._step = BodyDecoder._end
-        self._limit = limit
-        self._total = 0
+        self._left = sys.maxsize if length is None else length
+        self._step = BodyDecoder._size if chunked else BodyDecoder._end
+        self._room = room
 
     def feed(self, data: bytes) -> bytes:
         """The payload in `data`, up to the end of the body or its fault."""
+        buffer, position = self.rest + data, 0
         pieces: list[bytes] = []
         try:
-            self._decode(self.rest + data, pieces)
-        except HttpError as error:
-            self.fault = error
-        return b"".join(pieces)
-
-    def _decode(self, buffer: bytes, pieces: list[bytes]) -> None:
-        position = 0
-        while not self.done:
-            if self._left:
+            while not self.done:
                 piece = buffer[position : position + self._left]
                 pieces.append(piece)
                 position += len(piece)
                 self._left -= len(piece)
-                if self._left:
+                end = position if self._left else self._step(self, buffer, position)
+                if end == position:
                     break
-            end = self._step(self, buffer, position)
-            if end is None:
-                break
-            position = end
+                position = end
+        except HttpError as error:
+            self.fault = error
         self.rest = buffer[position:]
+        return b"".join(pieces)
 
-    # Each step parses one grammar element (RFC 9112 section 7.1). Returns its end, or None if more
+    # Each step parses one grammar element (RFC 9112 section 7.1). Returns its end, or `at` if more
     # bytes are needed.
 
-    def _end(self, buffer: bytes, at: int) -> int | None:
+    def _end(self, buffer: bytes, at: int) -> int:
         self.done = True
         return at
 
-    def _size(self, buffer: bytes, at: int) -> int | None:
+    def _size(self, buffer: bytes, at: int) -> int:
         match = CHUNK_SIZE.match(buffer, at, at + MAX_CHUNK_LINE_BYTES)
         if not match:
             line = buffer[at : at + MAX_CHUNK_LINE_BYTES]
             if len(line) == MAX_CHUNK_LINE_BYTES or not CHUNK_SIZE_BEGUN.fullmatch(line):
-                raise malformed("expected a chunk size of 1 to 16 hexadecimal digits and CRLF")
-            return None
-        self._left = int(match[1], 16)
-        self._step = BodyDecoder._line_end if self._left else BodyDecoder._trailers
-        self._total += self._left + len(match[2])
-        if self._limit is not None and self._total > self._limit:
-            raise malformed(f"expected a body of at most {self._limit} bytes", "PAYLOAD_TOO_LARGE")
-        return match.end()
-
-    def _line_end(self, buffer: bytes, at: int) -> int | None:
-        if not b"\r\n".startswith(buffer[at : at + 2]):
-            raise malformed("expected CRLF after a chunk's data")
-        if len(buffer) < at + 2:
-            return None
-        self._step = BodyDecoder._size
-        return at + 2
-
-    def _trailers(self, buffer: bytes, at: int) -> int | None:
-        # The CRLF before the section makes it end with an empty line also if there are no trailers.
-        section = b"\r\n" + buffer[at : at + MAX_TRAILER_BYTES]
-        lines, end, _ = section.partition(b"\r\n\r\n")
-        if FORBIDDEN_IN_HEAD.search(lines + end):
-            raise malformed("expected trailers with CRLF line ends and no control characters")
-        if not end:
-            if len(buffer) >= at + MAX_TRAILER_BYTES:
                 raise malformed(
-                    f"expected trailers of at most {MAX_TRAILER_BYTES} bytes", "HEADERS_TOO_LARGE"
+                    "expected CRLF after a chunk's data, and a chunk size of 1 to 16 hexadecimal "
+                    "digits and CRLF"
                 )
-            return None
-        parse_headers(lines.split(b"\r\n")[1:])
-        return self._end(buffer, at + len(lines) + len(b"\r\n"))
+            return at
+        self._left = int(match[1], 16)
+        self._room -= self._left + len(match[2])
+        if self._room < 0:
+            raise malformed(
+                f"expected a body of at most {MAX_BODY_BYTES} bytes", "PAYLOAD_TOO_LARGE"
+            )
+        if self._left:
+            return match.end()
+        self._step = BodyDecoder._trailers
+        return match.end(2)
+
+    def _trailers(self, buffer: bytes, at: int) -> int:
+        # With the CRLF of the last size line they end with an empty line also if there are none.
+        section = buffer[at:]
+        end = scan_head(section, 0, "trailers", MAX_TRAILER_BYTES)
+        if end is None:
+            return at
+        parse_head(section[:end])
+        return self._end(buffer, at + end)
 
 
 def encode_head(status: int, headers: Sequence[tuple[str, str]]) -> bytes:
@@ -412,8 +393,8 @@ def encode_head(status: int, headers: Sequence[tuple[str, str]]) -> bytes:
 
 
 def chunk(data: bytes) -> bytes:
-    """One chunk of a chunked body; `data` must not be empty, since an empty chunk ends the body."""
-    return b"%x\r\n%b\r\n" % (len(data), data)
+    """One chunk of a chunked body; none for empty `data`, since an empty chunk ends the body."""
+    return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -473,19 +454,16 @@ class Access:
 
 def key_of(head: Head) -> str:
     """The key in a request's headers, "" without one."""
-    if key := head.headers.get("x-api-key", ""):
-        return key
     scheme, _, token = head.headers.get("authorization", "").partition(" ")
-    return token.strip(" ") if scheme.lower() == "bearer" else ""
+    bearer = token.strip(" ") if scheme.lower() == "bearer" else ""
+    return head.headers.get("x-api-key") or bearer
 
 
 def is_ip_literal(host: str) -> bool:
     """Whether `host` is an IPv4 address or a bracketed IPv6 address. DNS rebinding needs a name."""
-    family, text = socket.AF_INET, host
-    if host.startswith("["):
-        family, text = socket.AF_INET6, host[1:-1]
+    family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
     try:
-        socket.inet_pton(family, text)
+        socket.inet_pton(family, host.strip("[]"))
     except OSError:
         return False
     return True
@@ -504,20 +482,20 @@ class Connection:
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader, self.writer = reader, writer
-        self.buffer = bytearray()
+        self.buffer = b""
         self.transport = writer.transport
-        self.transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
         peer = writer.get_extra_info("peername") or ("?",)
         self.address = str(peer[0])
         self.idle = True  # between two requests: a shutdown may close the connection
         self.exchange: Exchange | None = None  # the current or last one
 
-    async def encrypt(self, tls: ssl.SSLContext) -> None:
-        """Shake hands. asyncio would do so before it calls us, and handshakes would not count as
-        connections.
+    async def open(self, tls: ssl.SSLContext | None) -> None:
+        """Shake hands for TLS. asyncio would do so before it calls us, and handshakes would not
+        count as connections.
         """
         try:
-            await self.writer.start_tls(tls, ssl_handshake_timeout=REQUEST_HEAD_SECONDS)
+            if tls:
+                await self.writer.start_tls(tls, ssl_handshake_timeout=REQUEST_HEAD_SECONDS)
         except OSError as error:
             # The traceback refers to the future that holds this error. Only the garbage collector
             # would find that circle, with asyncio's buffer of the connection in it, and a flood of
@@ -533,39 +511,37 @@ class Connection:
         is_at_work = bool(exchange and exchange.task and not exchange.ended)
         return is_at_work, -crowd[self.address]
 
-    async def fill(self) -> bool:
-        """Read more into the buffer; False at the end of the stream."""
+    async def fill(self) -> None:
+        """Read more into the buffer; ClientGone at the end of the stream."""
         try:
             data = await self.reader.read(READ_BYTES)
         except OSError:
             raise ClientGone from None
+        if not data:
+            raise ClientGone
         self.buffer += data
-        return bool(data)
 
     def take(self, count: int) -> bytes:
-        data = bytes(self.buffer[:count])
-        del self.buffer[:count]
+        data, self.buffer = self.buffer[:count], self.buffer[count:]
         return data
 
-    async def next_head(self) -> bytes | None:
-        """The next request's head, or None if the client leaves or stays silent."""
+    async def next_head(self) -> bytes:
+        """The next request's head; ClientGone if the client leaves, or stays silent."""
         self.idle = not self.buffer
         try:
             if self.idle:
                 async with asyncio.timeout(IDLE_SECONDS):
-                    if not await self.fill():
-                        return None
+                    await self.fill()
             self.idle = False
             async with asyncio.timeout(REQUEST_HEAD_SECONDS):
                 scanned = 0
                 while (end := scan_request(self.buffer, scanned)) is None:
                     scanned = len(self.buffer)
-                    if not await self.fill():
-                        raise ClientGone
+                    await self.fill()
                 return self.take(end)
         except TimeoutError:
             if self.idle:
-                return None
+                raise ClientGone from None
             message = f"expected a whole request head within {REQUEST_HEAD_SECONDS:g} s"
             raise malformed(message, "TIMEOUT") from None
 
@@ -573,13 +549,12 @@ class Connection:
         """Pass the body to `sink` piece by piece as it arrives, or drop it; ClientGone if the
         connection ends early.
         """
-        length = head.length if head.has_body else 0
-        decoder = BodyDecoder(length, head.chunked, MAX_BODY_BYTES)
+        decoder = BodyDecoder(head.length or 0, head.chunked, MAX_BODY_BYTES)
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 while not decoder.done:
-                    if not self.buffer and not await self.fill():
-                        raise ClientGone
+                    if not self.buffer:
+                        await self.fill()
                     piece = decoder.feed(self.take(READ_BYTES))
                     if decoder.fault:
                         raise decoder.fault
@@ -587,18 +562,16 @@ class Connection:
                         sink(piece)
         except TimeoutError:
             raise malformed(f"expected a whole body within {BODY_SECONDS:g} s", "TIMEOUT") from None
-        self.buffer[:0] = decoder.rest
+        self.buffer = decoder.rest + self.buffer
 
     async def wait_gone(self) -> None:
-        """Return when the client has left. A half-close counts as leaving, as with nginx: the
+        """ClientGone when the client has left. A half-close counts as leaving, as with nginx: the
         server sees the same. Pipelined bytes are kept, up to MAX_PIPELINED_BYTES and one read.
         """
-        with contextlib.suppress(ClientGone):
-            while len(self.buffer) < MAX_PIPELINED_BYTES:
-                if not await self.fill():
-                    return
-            # The buffer is full: only a write can find the client gone.
-            await asyncio.get_running_loop().create_future()
+        while len(self.buffer) < MAX_PIPELINED_BYTES:
+            await self.fill()
+        # The buffer is full: only a write can find the client gone.
+        await asyncio.get_running_loop().create_future()
 
     async def write(self, data: bytes) -> None:
         """Send, waiting only if the client is behind."""
@@ -666,7 +639,7 @@ class Exchange:
         """Cancel the work on this request and answer with `error` instead, unless the answer is
         complete.
         """
-        if self.task and not self.task.done() and not self.ended:
+        if self.task and not self.ended:
             self.verdict = error
             self.task.cancel()
 
@@ -687,17 +660,17 @@ class Exchange:
         """Answer with an error: a status if nothing has been sent yet, otherwise an event without a
         clean end.
         """
-        self.keep = self.keep and not error.close
+        self.keep &= not error.close
         self.reason = f" {error.code}: {error.message}"
-        foreign = b""
+        body: Any = common.error_body(error)
+        event = common.error_event(error)
         if self.route and self.route.foreign_error:
-            foreign = common.compact(self.route.foreign_error(error))
+            body = common.compact(self.route.foreign_error(error))
+            event = common.sse_block(body)
         if self.frame is None:
-            body = foreign or common.error_body(error)
             await self.send(Response(body, error.status, headers=error.headers))
             return
         self.keep = False
-        event = common.sse_block(foreign) if foreign else common.error_event(error)
         await self.connection.write(self.frame(event))
         self.log(error.status)
         if self.head and "origin" in self.head.headers:
@@ -713,15 +686,16 @@ class Exchange:
         connection, render = self.connection, response.render
         async with contextlib.aclosing(response.events) as events:  # type: ignore[type-var]
             block = render(await anext(events, b""))
-            headers = [*response.headers, ("Content-Type", "text/event-stream; charset=utf-8")]
-            headers += [("X-Accel-Buffering", "no")]  # an nginx in front would buffer the tokens
+            headers = [
+                *response.headers,
+                ("Content-Type", "text/event-stream; charset=utf-8"),
+                ("X-Accel-Buffering", "no"),  # an nginx in front would buffer the tokens
+            ]
             headers += [("Transfer-Encoding", "chunked")] if chunked else []
             frame = self.frame = chunk if chunked else bytes
-            first = frame(block) if block else b""
-            await connection.write(self._encode_head(response.status, headers) + first)
+            await connection.write(self._encode_head(response.status, headers) + frame(block))
             async for event in events:
-                if block := render(event):  # an empty chunk would end the body
-                    await connection.write(frame(block))
+                await connection.write(frame(render(event)))
         await connection.write(b"0\r\n\r\n" if chunked else b"")
         self.log(response.status)
 
@@ -730,10 +704,13 @@ class Exchange:
         headers = [("Date", date), ("X-Request-ID", request_id_var.get())]
         headers += [("Cache-Control", "no-store"), *more]
         head = self.head
-        if head and "origin" in head.headers and self.server.access.allows_origin(head):
+        if head and self.server.access.allows_origin(head):
             origin = head.headers["origin"]
-            headers += [("Access-Control-Allow-Origin", origin), ("Vary", "Origin")]
-            headers.append(("Access-Control-Expose-Headers", "X-Request-ID, X-Cerebrum-Kept"))
+            headers += [
+                ("Access-Control-Allow-Origin", origin),
+                ("Vary", "Origin"),
+                ("Access-Control-Expose-Headers", "X-Request-ID, X-Cerebrum-Kept"),
+            ]
         if not self.keep:
             headers.append(("Connection", "close"))
         return encode_head(status, headers)
@@ -814,7 +791,7 @@ class Server:
         if ":" in name:
             name = f"[{name}]"
         self.url = f"{self.access.scheme}://{name}:{port}"
-        return int(port)
+        return port
 
     def use(self, access: Access) -> None:
         """Apply new access. The running requests that it does not allow end, such as those with a
@@ -858,8 +835,7 @@ class Server:
             self._make_room()
         self.connections[task] = connection
         try:
-            if self.tls:
-                await connection.encrypt(self.tls)
+            await connection.open(self.tls)
             while await self._serve_one(connection):
                 pass
             await connection.close()
@@ -876,8 +852,7 @@ class Server:
         if possible, the oldest of the address that has most of them.
         """
         crowd = Counter(connection.address for connection in self.connections.values())
-        ranks = {task: connection.rank(crowd) for task, connection in self.connections.items()}
-        task = min(ranks, key=ranks.__getitem__)
+        task = min(self.connections, key=lambda task: self.connections[task].rank(crowd))
         connection = self.connections.pop(task)
         if connection.exchange:
             connection.transport.abort()
@@ -889,10 +864,7 @@ class Server:
         request_id_var.set(str(uuid.uuid4()))
         exchange = connection.exchange = Exchange(connection, self)
         try:
-            block = await connection.next_head()
-            if block is None:
-                return False
-            head = parse_request(block)
+            head = parse_request(await connection.next_head())
             exchange.head, exchange.keep = head, head.keep_alive
             exchange.started = time.perf_counter()
             request_id_var.set(head.request_id)
@@ -900,6 +872,8 @@ class Server:
         except HttpError as error:
             await exchange.fail(error)
         except ClientGone:
+            if connection.idle:  # the last answer may still be on its way
+                return False
             if exchange.head:
                 exchange.log(499)
             raise
@@ -946,21 +920,19 @@ class Server:
             call = self._watch if route.json else self._call
             await call(exchange, route, request)
         finally:
-            self.bodies[client] -= body.tell()
-            self.bodies += Counter()  # forget those who hold nothing
+            self.bodies -= Counter({client: body.tell()})
 
     async def _refuse(self, exchange: Exchange, head: Head, error: HttpError) -> None:
         """Answer with an error that is known before the body has come, then discard the body."""
         is_short = (head.length or 0) <= MAX_BODY_BYTES
-        exchange.keep = exchange.keep and not head.expects and is_short
+        exchange.keep &= is_short and not head.expects
         await exchange.fail(error)
-        if not exchange.keep:
-            return
-        exchange.keep = False
-        # The request has been answered already, whatever is wrong with its body.
-        with contextlib.suppress(HttpError, ClientGone):
-            await exchange.connection.read_body(head)
-            exchange.keep = True
+        try:
+            if exchange.keep:
+                await exchange.connection.read_body(head)
+        except (HttpError, ClientGone):
+            # The request has been answered already, whatever is wrong with its body.
+            exchange.keep = False
 
     def _route(self, head: Head, exchange: Exchange) -> tuple[Route, str]:
         """The route and its path parameter. The key is checked first, on the same path: a stranger
@@ -975,7 +947,7 @@ class Server:
             got = json.dumps(head.path[:100])
             raise HttpError("NOT_FOUND", f"expected a path of this API, got {got}")
         if head.method == "OPTIONS":
-            offered = methods or set(itertools.chain(*self.routes.values()))
+            offered = methods or itertools.chain(*self.routes.values())
             handler = functools.partial(answer_options, common.allowed(offered))
             return Route("OPTIONS", head.path, handler), ""
         return common.match(methods, head.method), parameter
@@ -986,9 +958,7 @@ class Server:
         gone = asyncio.ensure_future(exchange.connection.wait_gone())
         try:
             await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not task.done():
-                raise ClientGone
-            await task
+            await (task if task.done() else gone)  # or else it is ClientGone
         finally:
             task.cancel()
             gone.cancel()
@@ -1001,7 +971,7 @@ class Server:
             # The key may have been revoked while the body came.
             self.access.check(request.head, exchange.public)
             response = await route.handler(self.state, request)
-            exchange.keep = exchange.keep and not self.stopping
+            exchange.keep &= not self.stopping
             # Nothing is awaited between the handler's return and the start of its events, so no
             # cancel can intervene.
             if response.events is None:
@@ -1045,8 +1015,10 @@ async def answer_options(allow: str, _state: Any, request: Request) -> Response:
         asked = request.head.headers.get("access-control-request-headers", "")
         if HEADER_NAMES.fullmatch(asked.encode("latin-1")):
             names += f", {asked}"  # needed by openai-node
-        headers.append(("Access-Control-Allow-Methods", allow))
-        headers.append(("Access-Control-Allow-Headers", names))
+        headers += [
+            ("Access-Control-Allow-Methods", allow),
+            ("Access-Control-Allow-Headers", names),
+        ]
     return Response(status=204, headers=tuple(headers))
 
 
@@ -1076,7 +1048,7 @@ def check_body(head: Head, route: Route) -> None:
         raise HttpError("UNSUPPORTED_MEDIA_TYPE", message)
     if not route.json:
         return
-    if not head.chunked and head.length is None:
+    if head.length is None:
         raise HttpError("LENGTH_REQUIRED", "expected a Content-Length or chunks, got neither")
     kind = head.headers.get("content-type", "")
     if not route.foreign_error and not JSON_TYPE.fullmatch(kind):

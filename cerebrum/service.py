@@ -95,7 +95,7 @@ def set_up_logging(level: str, file: str) -> None:
         handler.setFormatter(LogFormatter())
     old = log.handlers
     for logger in (log, logging.getLogger("asyncio")):  # asyncio logs uncaught exceptions there
-        logger.handlers, logger.propagate = handlers[:], False
+        logger.handlers, logger.propagate = handlers, False
         logger.setLevel(level)
     for handler in old:
         handler.close()
@@ -134,10 +134,8 @@ def _log_file(path: str) -> Any:
         def handleError(self, record: logging.LogRecord) -> None:
             error = sys.exc_info()[1]
             self.reason = getattr(error, "strerror", None) or repr(error)
-            stream, self.stream = self.stream, None  # the next line reopens the file
             with contextlib.suppress(OSError):
-                if stream:
-                    stream.close()
+                self.close()  # the next line reopens the file
 
     with contextlib.suppress(OSError):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -226,19 +224,16 @@ class Service:
     def __init__(self, reload: Callable[[], None], stuck: Callable[[float], str]) -> None:
         self._reload = reload
         self._stuck = stuck
-        self._signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
-        self._feeding: asyncio.Task[None] | None = None
+        self._ending = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in ENDING:
             loop.add_signal_handler(number, self._stop)
-        loop.add_signal_handler(signal.SIGHUP, self._signals.put_nowait, signal.SIGHUP)
+        loop.add_signal_handler(signal.SIGHUP, self._reload_settings)
 
     def _stop(self) -> None:
-        loop = asyncio.get_running_loop()
         for number in ENDING:
-            loop.remove_signal_handler(number)
             signal.signal(number, signal.SIG_DFL)
-        self._signals.put_nowait(signal.SIGTERM)
+        self._ending.set()
 
     async def run(self, *work: asyncio.Task[Any]) -> bool:
         """Run until a signal stops us (False) or a task ends by itself (True), and log that task's
@@ -247,14 +242,10 @@ class Service:
         self._feeding = asyncio.create_task(self._feed())
         notify("READY=1")
         tasks = {self._feeding, *work}
-        while True:
-            signalled = asyncio.create_task(self._signals.get())
-            await asyncio.wait({signalled, *tasks}, return_when=asyncio.FIRST_COMPLETED)
-            signalled.cancel()
-            ended = [task for task in tasks if task.done()]
-            if ended or signalled.result() != signal.SIGHUP:
-                break
-            self._reload_settings()
+        ending = asyncio.create_task(self._ending.wait())
+        await asyncio.wait({ending, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+        self._ending.set()
+        ended = [task for task in tasks if task.done()]
         for task in ended:
             log.error("a task of the daemon has ended", exc_info=task.exception())
         notify("STOPPING=1")
@@ -262,6 +253,8 @@ class Service:
         return bool(ended)
 
     def _reload_settings(self) -> None:
+        if self._ending.is_set():
+            return
         begun_ns = time.monotonic_ns()
         status = "reloaded"
         try:

@@ -20,6 +20,7 @@ import ssl
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from cerebrum.fields import Field, Members
@@ -29,7 +30,7 @@ from cerebrum.http import (
     BodyDecoder,
     is_ip_literal,
     parse_framing,
-    parse_headers,
+    parse_head,
     scan_head,
 )
 from cerebrum.settings import ConfigError, Environment, read_table
@@ -38,8 +39,8 @@ from cerebrum_common import HttpError, request_id_var
 # ------------------------------------------------------------------------------------ configuration
 
 URL = re.compile(
-    r"(https?)://([A-Za-z0-9.\-_]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])"
-    r"(?::([0-9]{1,5}))?(/[A-Za-z0-9._~/\-]*)?"
+    r"(https?)://(([A-Za-z0-9.\-_]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::([0-9]{1,5}))?)"
+    r"((?:/[A-Za-z0-9._~/\-]*)?)"
 )
 MAX_PLACES = 64  # concurrent requests to one backend
 APIS = ("cerebrum", "llama.cpp", "openai")  # each is spoken by a `Kind`
@@ -90,43 +91,38 @@ class BackendConfig:
 def parse_url(text: str, name: str) -> Endpoint:
     """Parse `http://host[:port][/prefix]` into an Endpoint; ConfigError names the setting."""
     match = URL.fullmatch(text)
-    if not match or int(match[3] or 1) not in range(1, 65536):
+    if not match or int(match[4] or 1) not in range(1, 65536):
         raise ConfigError(
             f"{name}: expected http://HOST[:PORT] or https://HOST[:PORT], got something else"
         )
-    scheme, host, port, prefix = match.groups()
+    scheme, authority, host, port, prefix = match.groups()
     tls = scheme == "https"
     usual_port = 443 if tls else 80
-    return Endpoint(
-        host=host.strip("[]"),
-        port=int(port or usual_port),
-        authority=f"{host}:{port}" if port else host,
-        prefix=(prefix or "").rstrip("/"),
-        tls=tls,
-    )
+    return Endpoint(host.strip("[]"), int(port or usual_port), authority, prefix.rstrip("/"), tls)
 
 
 def read_backends(
     tables: Sequence[Any], environ: Environment, max_concurrent: int
 ) -> tuple[BackendConfig, ...]:
-    """Read `[[backends]]` of models.toml. ConfigError names the wrong table and its fault."""
+    """Read `[[backends]]` of models.toml; without any, the VPS of CEREBRUM_VPS_URL. ConfigError
+    names the wrong table and its fault.
+    """
     backends = [
         _read_backend(table, f"backend {number}", environ) for number, table in enumerate(tables, 1)
     ]
     if len({backend.id for backend in backends}) != len(backends):
         raise ConfigError("backends: expected every id once")
-    return tuple(backends) or (_default_backend(environ, max_concurrent),)
-
-
-def _default_backend(environ: Environment, max_concurrent: int) -> BackendConfig:
+    if backends:
+        return tuple(backends)
     url = environ.text("CEREBRUM_VPS_URL", "http://127.0.0.1:9000")
-    return BackendConfig(
+    default = BackendConfig(
         "vps",
         parse_url(url, "CEREBRUM_VPS_URL"),
         key=environ.key("CEREBRUM_API_KEY"),
         key_env="CEREBRUM_API_KEY",
         max_concurrent=max_concurrent,
     )
+    return (default,)
 
 
 BACKEND = {
@@ -205,26 +201,28 @@ class Unusable(HttpError):
 
 # ------------------------------------------------------------------------------------ HTTP and SSE
 
+MAX_HEADS = 8  # of an answer: its own, and those with status 1xx before it
+
 
 def parse_answer(block: bytes, media: str) -> tuple[int, BodyDecoder]:
     """Parse a whole response head into status and body. HttpError or BackendFailure if the head is
     not exact HTTP/1.x, or if a 200 has a Content-Encoding or another media type than `media`.
     """
-    first, *lines = block[:-4].split(b"\r\n")
+    first, headers = parse_head(block)
     match = STATUS_LINE.fullmatch(first)
     if not match:
         raise BackendFailure("its answer is not HTTP/1.1")
-    status, headers = int(match[1]), parse_headers(lines)
+    status = int(match[1])
     if status == 200:
         if headers.get("content-encoding", "identity").lower() != "identity":
             raise BackendFailure("its answer has a Content-Encoding that nobody asked for")
         given = headers.get("content-type", media).partition(";")[0]
         if given.strip(" \t").lower() != media:
             raise BackendFailure("its answer is not of the type that was asked for")
-    length, chunked = parse_framing(first[:8].decode(), headers)
+    framing = parse_framing(first[:8].decode(), headers)
     if status in (204, 304):
-        length = 0
-    return status, BodyDecoder(length, chunked)
+        framing = 0, False
+    return status, BodyDecoder(*framing)
 
 
 EVENT_STREAM, JSON = "text/event-stream", "application/json"
@@ -238,7 +236,6 @@ class Events:
 
     def __init__(self) -> None:
         self._rest = bytearray()  # the beginning of an event
-        self._cr = b""  # a final CR, perhaps half of a CRLF
         self.inside = False  # an event has begun and has not ended
 
     def feed(self, data: bytes) -> bytes:
@@ -246,21 +243,18 @@ class Events:
         that is too long. `data` is at most one read, which is shorter than the limit. So only the
         first event of a block can be too long, and raising loses no other event.
         """
-        if self._cr or b"\r" in data:
-            data = self._cr + data
-            self._cr = b"\r" if data.endswith(b"\r") else b""
-            data = data.removesuffix(b"\r").replace(b"\r\n", b"\n")
-        begun = len(self._rest)
-        self._rest += data
-        end = self._rest.rfind(b"\n\n", max(0, begun - 1)) + 2
-        block = bytes(self._rest[:end]) if end > 1 else b""
-        del self._rest[: len(block)]
-        self.inside = bool(self._rest or self._cr)
-        # The last byte of an unfinished event may be the first of its two line ends.
-        size = block.index(b"\n\n") if block else len(self._rest) - 1
-        if begun and size > MAX_EVENT_BYTES:
+        if self._rest.endswith(b"\r"):  # perhaps half of a CRLF
+            self._rest.pop()
+            data = b"\r" + data
+        self._rest += data.replace(b"\r\n", b"\n")
+        block, ends, self._rest = self._rest.rpartition(b"\n\n")
+        block += ends
+        self.inside = bool(self._rest)
+        # The last two bytes of an unfinished event may belong to its line ends.
+        size = block.index(b"\n\n") if block else len(self._rest) - 2
+        if size > MAX_EVENT_BYTES:
             raise BackendFailure(f"it sent an event of more than {MAX_EVENT_BYTES} bytes")
-        return block
+        return bytes(block)
 
 
 def data_of(event: bytes) -> bytes:
@@ -285,6 +279,9 @@ BROKEN = "the connection broke"
 EXPIRED = "it stopped"  # `Reader.watch` has cut the connection
 
 
+Found = asyncio.Future[list[Any]]  # the addresses of a name
+
+
 class Loop(asyncio.SelectorEventLoop):
     """An event loop that looks up each name in a daemon thread of its own and caches the addresses.
     asyncio joins its own threads at the end, so a hanging resolver would keep the daemon from
@@ -294,34 +291,34 @@ class Loop(asyncio.SelectorEventLoop):
     def __init__(self) -> None:
         super().__init__()
         # Addresses, or a lookup in progress.
-        self._names: dict[tuple[Any, ...], asyncio.Future[list[Any]]] = {}
+        self._names: dict[tuple[Any, ...], Found] = {}
 
     async def getaddrinfo(self, host: Any, port: Any, **how: int) -> list[Any]:
         """As socket.getaddrinfo."""
+
+        def look_up(found: Found) -> None:
+            try:
+                tell = partial(found.set_result, socket.getaddrinfo(host, port, **how))
+            except OSError as error:
+                tell = partial(found.set_exception, error)
+            with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+                self.call_soon_threadsafe(tell)
+
         key = (host, port, *sorted(how.items()))
         if key not in self._names:
-            self._names[key] = self.create_future()
-            threading.Thread(target=self._look_up, args=(key, how), daemon=True).start()
+            found = self.create_future()
+            found.add_done_callback(self._learn)
+            self._names[key] = found
+            threading.Thread(target=look_up, args=(found,), daemon=True).start()
         return await asyncio.shield(self._names[key])
 
     def forget_names(self) -> None:
         self._names = {key: found for key, found in self._names.items() if not found.done()}
 
-    def _look_up(self, key: tuple[Any, ...], how: Members) -> None:
-        try:
-            found: list[Any] | OSError = socket.getaddrinfo(*key[:2], **how)
-        except OSError as error:
-            found = error
-        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
-            self.call_soon_threadsafe(self._learn, key, found)
-
-    def _learn(self, key: tuple[Any, ...], found: list[Any] | OSError) -> None:
-        if isinstance(found, OSError):
-            failed = self._names.pop(key)
-            failed.set_exception(found)
-            failed.exception()  # counts as retrieved: perhaps nobody waits any more
+    def _learn(self, found: Found) -> None:
+        if found.exception():  # from here on it counts as retrieved: perhaps nobody waits any more
+            self.forget_names()
         else:
-            self._names[key].set_result(found)
             self.call_later(NAME_SECONDS, self.forget_names)
 
 
@@ -336,7 +333,7 @@ class Reader(asyncio.Protocol):
         self.end = ""  # ENDED, BROKEN or EXPIRED; "" before the connection's end
         self._since = math.inf  # when the current read began to wait; infinite while nobody waits
         self.unread = b""  # bytes that have come and that nobody has read
-        self._waiter: asyncio.Future[None] | None = None
+        self._came = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
 
@@ -346,8 +343,7 @@ class Reader(asyncio.Protocol):
         cost more than the read itself.
         """
         if not self.end:  # otherwise no read waits
-            deadline = self._loop.time() + STREAM_SECONDS
-            self._timer = self._loop.call_later(idle, self._check, idle, deadline)
+            self._check(idle, self._loop.time() + STREAM_SECONDS)
 
     def _check(self, idle: float, deadline: float) -> None:
         left = min(self._since + idle, deadline) - self._loop.time()
@@ -358,45 +354,48 @@ class Reader(asyncio.Protocol):
 
     def cut(self) -> None:
         """Close the connection. A read returns what has come, then b""."""
-        self.end = self.end or EXPIRED
+        self.end = EXPIRED
         self.transport.abort()
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
+    def connection_made(self, transport: Any) -> None:
         self.transport = transport
 
     def data_received(self, data: bytes) -> None:
         self.unread += data
+        self._since = math.inf
         if len(self.unread) > READ_BYTES:
             self.transport.pause_reading()
-        self._wake()
+        self._came.set()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.end = self.end or (BROKEN if exc else ENDED)
         if self._timer:
             self._timer.cancel()
-        self._wake()
+        self._came.set()
 
     def eof_received(self) -> None:
-        self.end = self.end or ENDED
-        self._wake()
+        self.connection_lost(None)
 
-    def _wake(self) -> None:
-        if self._waiter and not self._waiter.done():
-            self._waiter.set_result(None)
+    async def wait(self) -> None:
+        """Wait for more bytes, or the end."""
+        if not self.end:
+            self._came.clear()
+            # The wait of a cancelled read still counts.
+            self._since = min(self._since, self._loop.time())
+            await self._came.wait()
+
+    def take(self, count: int) -> bytes:
+        """The first unread bytes, `count` at most."""
+        data, self.unread = self.unread[:count], self.unread[count:]
+        if not self.unread:
+            self.transport.resume_reading()
+        return data
 
     async def read(self) -> bytes:
         """At most READ_BYTES; b"" at the end."""
-        if not self.unread and not self.end:
-            self._waiter = self._loop.create_future()
-            # The wait of a cancelled read still counts.
-            self._since = min(self._since, self._loop.time())
-            await self._waiter
-            self._since = math.inf
-        data, self.unread = self.unread[:READ_BYTES], self.unread[READ_BYTES:]
-        if len(data) == READ_BYTES and not self.end:
-            self.transport.resume_reading()
-        return data
+        if not self.unread:
+            await self.wait()
+        return self.take(READ_BYTES)
 
 
 class Answer:
@@ -408,65 +407,61 @@ class Answer:
     def __init__(self, reader: Reader, again: Callable[[], Awaitable[Reader]] | None) -> None:
         self.status = 0
         self.reader, self._again = reader, again
-        self._is_cut = False
-        # Read, but not yet used: part of the head, later the body bytes that came with it.
-        self._ahead = b""
-        self._scanned = 0  # bytes of the head in which its end is not
-        self._skipped = 0  # heads
         # Once it is done, the connection is not reused, whatever bytes follow.
         self.body = BodyDecoder(0, False)
 
     def cut(self) -> None:
         """End the answer here: reading returns what has come, and then fails."""
-        self._again, self._is_cut = None, True
         self.reader.cut()
 
     async def read_head(self, media: str) -> None:
         """Read the head, skipping heads with status 1xx. HttpError or BackendFailure as in
         `parse_answer`. After a cancelled call, the next call resumes at the same place.
         """
-        while self.status < 200:
-            while (end := scan_head(self._ahead, self._scanned)) is None:
-                self._scanned = len(self._ahead)
-                self._ahead += await self._read_more()
-            self.status, self.body = parse_answer(self._ahead[:end], media)
-            self._ahead = self._ahead[end:]
-            self._scanned = 0
-            self._skipped += 1
-            if self.status == 101 or self._skipped > 8:
-                raise BackendFailure(f"it answered {self.status}")
+        for _ in range(MAX_HEADS):
+            self.status, self.body = parse_answer(await self._next_head(), media)
+            if self.status >= 200:
+                return
+            if self.status == 101:
+                break
+        raise BackendFailure(f"it answered {self.status}")
 
-    async def _read_more(self) -> bytes:
-        """More bytes of a head; b"" after the request has gone out again."""
-        data = await self.reader.read()
-        if data:
-            return data
-        is_late = self.reader.end == EXPIRED
-        is_unanswered = not (self._ahead or self._skipped or is_late)
-        if not is_unanswered or self._again is None:
+    async def _next_head(self) -> bytes:
+        scanned = 0
+        while (end := scan_head(self.reader.unread, scanned)) is None:
+            scanned = len(self.reader.unread)
+            if self.reader.end:
+                await self._send_again()
+            else:
+                await self.reader.wait()
+        return self.reader.take(end)
+
+    async def _send_again(self) -> None:
+        """Send the request again after the connection's end, or fail."""
+        reader = self.reader
+        is_late = reader.end == EXPIRED
+        if is_late or reader.unread or self.status or self._again is None:
             raise BackendFailure(LATE if is_late else NO_ANSWER)
         self.reader = await self._again()
         self._again = None
-        if self._is_cut:
+        if reader.end == EXPIRED:  # it has been cut meanwhile
             self.reader.cut()
-        return b""
 
     async def read(self) -> bytes:
         """The next piece of the payload, b"" once the body is complete. BackendFailure at the first
         fault.
         """
         body = self.body
-        while not (body.fault or body.done):
-            data, self._ahead = self._ahead, b""
-            data = data or await self.reader.read()
+        while not body.done:
+            if body.fault:
+                raise BackendFailure("it sent a malformed chunk")
+            data = await self.reader.read()
             if payload := body.feed(data):
                 return payload
             if not data:
                 if body.may_end and self.reader.end == ENDED:
                     return b""
                 raise BackendFailure(f"{self.reader.end} in the middle of its answer")
-        if body.fault:
-            raise BackendFailure("it sent a malformed chunk")
         return b""
 
     async def read_all(self, limit: int) -> bytes:
@@ -520,14 +515,9 @@ class Upstream:
 
     async def _keep_spare(self) -> None:
         with contextlib.suppress(BackendFailure):
-            spare = self._spare = await self._connect()
-            try:
-                await asyncio.sleep(SPARE_SECONDS)
-            finally:
-                if self._spare is spare:  # otherwise a request has taken it
-                    self._spare = None
-                    spare.transport.abort()
-        self._keeper = None
+            self._spare = await self._connect()
+            await asyncio.sleep(SPARE_SECONDS)
+        self._drop_spare()
 
     def _take_spare(self) -> Reader | None:
         """The spare connection, unless the backend has closed it or sent anything."""
