@@ -23,7 +23,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from cerebrum.text.gap import Gap, gap_of
+from cerebrum.text.gap import gap_of
 from cerebrum.text.languages import BY_NAME, LANGUAGES, Language, in_style
 from cerebrum.text.scanner import COMPOUND, LINE_CHARS, PAIRS, LineScanner, Scanner, scanner_of
 from cerebrum.text.stages import (
@@ -176,9 +176,11 @@ class Helpers:
 class Block(Stage):
     """Lines up to the end of a block and of its `Helpers`.
 
-    A subclass decides to which side of the block's end a line belongs (`side_of`), and whether the
-    block is over when a line has ended (`read_line`).
+    A subclass decides to which side of the block's end a line belongs (`side_of`, or `side_of_next`
+    below what is `complete`), and whether the block is over when a line has ended (`read_line`).
     """
+
+    complete = False  # what was asked for, but the next line may still belong to it
 
     def __init__(self, scanner: Scanner, prompt: str) -> None:
         super().__init__()
@@ -188,11 +190,18 @@ class Block(Stage):
         self.held = scanner.starting  # the line waits: it may turn out to be outside
         self.mark = 0  # the end of the last line that is not blank, where the completion ends
         self.ticks = 0  # backticks in a row
-        function = self.language.function
-        self.helpers = Helpers(function, prompt) if function else None
+        self.helpers = Helpers(self.language.function or "(?!)", prompt)
 
     def side_of(self, word: str) -> str:
         """INSIDE, OUTSIDE or UNDECIDED, for the line that begins with `word`."""
+        if not self.complete:
+            return INSIDE
+        side = self.side_of_next(word)
+        self.complete = side != INSIDE
+        return side
+
+    def side_of_next(self, word: str) -> str:
+        """`side_of` for the line below what is complete."""
         raise NotImplementedError
 
     def read_line(self, line: str) -> bool:
@@ -206,7 +215,7 @@ class Block(Stage):
         else:
             self.ticks = 0
         scanner.step(char)
-        if self.helpers and not scanner.closer:
+        if self.language.function and not scanner.closer:
             self.helpers.code.append(char)
         if self.ticks == len("```"):
             self.end("stop", self.mark if self.held else len(self.text) - self.ticks)
@@ -232,8 +241,7 @@ class Block(Stage):
                 return side == OUTSIDE  # else a comment that waits for the next line
         if line:
             self.mark = len(self.text)
-        if self.helpers:
-            self.helpers.end_line()
+        self.helpers.end_line()
         return self.read_line(line)
 
     def _extend_line(self, char: str) -> bool:
@@ -249,10 +257,6 @@ class Block(Stage):
         if not self.held:
             self.safe = len(self.text) - self.ticks
         return False
-
-    def side_below(self, word: str) -> str:
-        """`side_of` for the line below a whole function."""
-        return self.helpers.side_of(word) if self.helpers else OUTSIDE
 
 
 def continues(word: str) -> str:
@@ -388,7 +392,7 @@ class LineBlock(Block):
             return self._side_of_closing(word)
         if word[0] in PAIRS:
             return INSIDE
-        return continues(word) if self.goal == "compound" else self.side_below(word)
+        return continues(word) if self.goal == "compound" else self.helpers.side_of(word)
 
     def _side_of_closing(self, word: str) -> str:
         """`side_of` for a line that may close the block, continue it, or be the next thing."""
@@ -401,7 +405,7 @@ class LineBlock(Block):
             if self.level == self.base:
                 self.goal = "closed"
             return INSIDE
-        return self.side_below(word) if self.language.brackets else OUTSIDE
+        return self.helpers.side_of(word) if self.language.brackets else OUTSIDE
 
     def flush(self, whole: bool) -> str:
         return self.cut(self.sent, self.mark if self.waiting else None)
@@ -423,7 +427,6 @@ class BracketBlock(Block):
         self.goal = ""
         self.depth = 0  # the goal is complete when no more brackets are open
         self.clauses = False  # an `else` or the like may go on with it
-        self.complete = False  # the goal is complete, but the next line may still belong to it
         self.conditionals = len(scanner.conditionals)  # around the goal
         language, stack = self.language, scanner.stack
         head = scanner.head.strip()
@@ -497,7 +500,7 @@ class BracketBlock(Block):
         if self.goal == "statement" and not self._has_ended():
             return not line and self.mark > 0
         self.complete = True
-        if scanner.stack or self.clauses or (self.helpers and self.helpers.called):
+        if scanner.stack or self.clauses or self.helpers.called:
             return False
         return not self._may_go_on or scanner.last == ";"
 
@@ -506,18 +509,10 @@ class BracketBlock(Block):
         last = self.scanner.last
         return last in ("}", ";") or (last != "" and self.scanner.is_over)
 
-    def side_of(self, word: str) -> str:
-        if not self.complete:
-            return INSIDE
-        side = self._side_of_next(word)
-        self.complete = side != INSIDE
-        return side
-
-    def _side_of_next(self, word: str) -> str:
-        """`side_of` for the line below the goal."""
+    def side_of_next(self, word: str) -> str:
         if word[0] in ("{", *PAIRS) or (word[0] in GOES_ON and self._may_go_on):
             return INSIDE
-        return continues(word) if self.clauses else self.side_below(word)
+        return continues(word) if self.clauses else self.helpers.side_of(word)
 
 
 class StatementBlock(Block):
@@ -528,8 +523,6 @@ class StatementBlock(Block):
     clause.
     """
 
-    complete = False  # the statement may have ended, but the next line may still belong to it
-
     def read_line(self, line: str) -> bool:
         scanner = self.scanner
         if scanner.head.strip() or scanner.stack or not scanner.last:
@@ -539,12 +532,9 @@ class StatementBlock(Block):
             self.complete = self.mark > 0
         return line != ""
 
-    def side_of(self, word: str) -> str:
-        if not self.complete:
-            return INSIDE
+    def side_of_next(self, word: str) -> str:
         if re.match(r"\w{1,20}\Z|[-/*]", word):
             return UNDECIDED  # a comment waits for the line below it
-        self.complete = False
         return INSIDE if re.match(self.language.clauses, word) else OUTSIDE
 
 
@@ -850,7 +840,6 @@ class Ending:
                 whole = not infill or prompt[-1:] in ("", "\n")
                 self.stages.append(Indent(indent, whole))
             self.stages.append(Repeat())
-        self.gap = next((stage for stage in self.stages if isinstance(stage, Gap)), None)
 
     @property
     def start(self) -> int:
@@ -863,11 +852,11 @@ class Ending:
         """(text that may be sent now, why the completion is over or None). `probability`: of the
         token that adds this text, 1.0 if it is unknown.
         """
-        if self.gap:
-            self.gap.bits = -math.log2(max(probability, LEAST_PROBABILITY))
+        bits = -math.log2(max(probability, LEAST_PROBABILITY))
         text, stopped = self.stops.feed(text)
         reason = None
         for stage in self.stages:
+            stage.bits = bits
             text, why = stage.feed(text)
             if reason and not why:
                 text += stage.flush(whole=True)

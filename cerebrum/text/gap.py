@@ -212,7 +212,6 @@ class Gap(Stage):
     # Characters left before the infill ends at `enough`, white space not counted.
     patience = AHEAD_CHARS
     doubt = DOUBT_OF_LINES  # bits left before it ends there
-    bits = 0.0  # the surprise of the token that is being read, until it counts
 
     def __init__(self, scanner: Scanner, prompt: str, suffix: str) -> None:
         super().__init__()

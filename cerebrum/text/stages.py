@@ -29,6 +29,7 @@ class Stage:
     """
 
     start = 0  # where `text` begins in all that went in
+    bits = 0.0  # the surprise of the token that is being read, until a `Gap` has counted it
 
     def __init__(self) -> None:
         # Its characters: += on a string attribute would copy the string each time.
