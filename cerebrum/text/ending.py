@@ -220,10 +220,8 @@ class Block(Stage):
         if self.ticks == len("```"):
             self.end("stop", self.mark if self.held else len(self.text) - self.ticks)
             return
-        if char == "\n" and not scanner.closer and (scanner.starting or not scanner.by_lines):
-            over = self._end_line()
-        else:
-            over = self._extend_line(char)
+        ended = char == "\n" and scanner.starting
+        over = self._end_line() if ended else self._extend_line(char)
         if over:
             self.end("block", self.mark)
 

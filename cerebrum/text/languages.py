@@ -58,6 +58,8 @@ _CLOSINGS = str.maketrans("[({<", "])}>")
 
 
 Delimiters = tuple[str, str]  # (opening, closing)
+Texts = tuple[str, ...]
+Pattern = re.Pattern[str]
 
 
 @dataclass(frozen=True)
@@ -86,9 +88,9 @@ class Language:
     line_comment: str = "//"  # "" if there is none
     block_comment: Delimiters | None = ("/*", "*/")
     other_comments: tuple[Delimiters, ...] = ()
-    strings: tuple[str, ...] = ('"', "'")  # openings of strings that end with their line
-    texts: tuple[str, ...] = ()  # openings of strings that may contain a line end
-    raw: tuple[str, ...] = ()  # openings of strings without escapes
+    strings: Texts = ('"', "'")  # openings of strings that end with their line
+    texts: Texts = ()  # openings of strings that may contain a line end
+    raw: Texts = ()  # openings of strings without escapes
     escape: str = "\\"  # the character before an escaped one
     closings: tuple[Delimiters, ...] = ()  # of strings that do not close as they open
     # Openings with two meanings: / of a regex or a division, ' of a char or a lifetime.
@@ -100,17 +102,13 @@ class Language:
     # Lines around a text that blank lines do not end; group 1 in the first of them.
     enclosed: str = ""
     commands: bool = False  # lines of code begin with verbs, as instructions do
-    endings: tuple[str, ...] = ()  # of file names, in lower case
-    filenames: tuple[str, ...] = ()  # whole file names, in lower case
-    aliases: tuple[str, ...] = ()  # in requests, by editors, in fences, modelines and shebang lines
+    endings: Texts = ()  # of file names, in lower case
+    filenames: Texts = ()  # whole file names, in lower case
+    aliases: Texts = ()  # in requests, by editors, in fences, modelines and shebang lines
 
     @property
     def indented(self) -> bool:
         return self.blocks == "indent"
-
-    @property
-    def by_lines(self) -> bool:
-        return self.blocks not in ("braces", "brackets", "statements")
 
     @property
     def literals(self) -> list[Delimiters]:
@@ -151,18 +149,18 @@ class Language:
         return "()[]" if self.blocks in ("offside", "statements") else "()[]{}"
 
     @property
-    def comment_starts(self) -> tuple[str, ...]:
+    def comment_starts(self) -> Texts:
         """The possible starts of a comment line, for `str.startswith`."""
         others = tuple(opening for opening, _ in self.other_comments[:1])
         return (self.line_comment, *others) if self.line_comment else others
 
     @cached_property
-    def imports(self) -> re.Pattern[str]:
+    def imports(self) -> Pattern:
         """Matches at a line that imports."""
         return re.compile(rf"^(?:{self.uses})", re.M) if self.uses else NOTHING
 
     @cached_property
-    def defines(self) -> re.Pattern[str]:
+    def defines(self) -> Pattern:
         """Matches at a line that defines a name: the last group that took part."""
         inside = _any(self.types, self.data, self.function)
         outside = _any(inside, self.names)
@@ -172,7 +170,7 @@ class Language:
         return re.compile(rf"^(?:{patterns})", re.M) if patterns else NOTHING
 
     @cached_property
-    def containers(self) -> re.Pattern[str]:
+    def containers(self) -> Pattern:
         """Matches the header of a block whose members are completed one at a time."""
         if not self.types:
             return ANYTHING if self.blocks == "tree" else NOTHING
@@ -180,7 +178,7 @@ class Language:
         return re.compile(rf"^[^\S\n]*{words}(?:{_any(self.types, self.data)})\b", re.M)
 
     @cached_property
-    def definition(self) -> re.Pattern[str]:
+    def definition(self) -> Pattern:
         """Matches the header of a block that is a completion by itself."""
         keywords = _any(self.types, self.function)
         return re.compile(rf"\b(?:{keywords})\b|\(") if keywords else ANYTHING
@@ -222,7 +220,8 @@ _CPP = Language(
 )  # fmt: skip
 _RUST_RAW = ('r"', 'r#"', 'r##"', 'r###"')
 _LUA_RAW = ("[[", "[=[", "[==[")
-_PLAIN = Language(line_comment="#", block_comment=None, strings=(), blocks="lines")  # not code
+# Of files that are no code, and the shell's.
+_PLAIN = Language(line_comment="#", block_comment=None, strings=(), blocks="lines")
 LANGUAGES: dict[str, Language] = {
     "python": Language(
         uses=r"import[ \t]+\w|from[ \t]+[\w.]+[ \t]+import\b",
@@ -263,14 +262,14 @@ LANGUAGES: dict[str, Language] = {
         raw=('""""', '"""', '$@"', '@$"', '@"'),
         directives=True, endings=(".cs", ".csx"), aliases=("c#", "cs", "c-sharp"),
     ),
-    "shell": Language(
-        uses=r"(?:source|\.|set)[ \t]+[^\s]",
+    "shell": replace(
+        _PLAIN, uses=r"(?:source|\.|set)[ \t]+[^\s]",
         also=r"[ \t]{0,200}(?:function[ \t]+([\w:.-]{1,80})|([\w:.-]{1,80})[ \t]*\(\))"
              r"|(?:(?:export|readonly|declare(?:[ \t]+-\w+)?)[ \t]+)?([A-Z_][A-Z0-9_]*)=",
-        clauses="else|elif|then|do", closers=r"(?:fi|done|esac)\b", line_comment="#",
-        block_comment=None, strings=(), texts=("$'", '"', "'"), raw=("'",),
+        clauses="else|elif|then|do", closers=r"(?:fi|done|esac)\b",
+        texts=("$'", '"', "'"), raw=("'",),
         here_document=r"-?[ \t]*\\?(['\"]?)([A-Za-z_]\w{0,80})\1",
-        blocks="lines", commands=True, endings=(".sh", ".bash", ".zsh", ".ksh"),
+        commands=True, endings=(".sh", ".bash", ".zsh", ".ksh"),
         filenames=(".bashrc", ".bash_profile", ".profile", ".zshrc"),
         aliases=("bash", "sh", "shellscript", "zsh", "ksh", "dash"),
     ),

@@ -92,10 +92,11 @@ class Scanner:
     `scanner_of` makes the one for a language.
     """
 
+    by_lines = False  # the blocks are lines
+    statements = False  # the blocks are statements
+
     def __init__(self, language: Language) -> None:
         self.language = language
-        self.by_lines = language.by_lines
-        self.statements = language.blocks == "statements"
         self.tail = ""  # the last characters of the text
         # The literal or comment that the text is in: its two ends, "" in code.
         self.opener = self.closer = ""
@@ -361,6 +362,8 @@ class Scanner:
 class LineScanner(Scanner):
     """Follows a language whose blocks are lines."""
 
+    by_lines = True
+
     def __init__(self, language: Language) -> None:
         super().__init__(language)
         # (indentation, code) of the last whole statement and of the less indented lines around it.
@@ -415,6 +418,7 @@ class LineScanner(Scanner):
 class StatementScanner(Scanner):
     """Follows SQL, with blocks from BEGIN or CASE to END."""
 
+    statements = True
     token = ""  # the last word, in lower case, or sign
 
     def _in_code(self, char: str) -> None:
@@ -458,12 +462,12 @@ class StatementScanner(Scanner):
         return bool(begins or UNFINISHED.search(self.head[-TOKENS_CHARS:]))
 
 
+KINDS = {"braces": Scanner, "brackets": Scanner, "statements": StatementScanner}
+
+
 def scanner_of(language: Language, text: str = "") -> Scanner:
     """A scanner at the end of a text."""
-    kind = LineScanner if language.by_lines else Scanner
-    if language.blocks == "statements":
-        kind = StatementScanner
-    scanner = kind(language)
+    scanner = KINDS.get(language.blocks, LineScanner)(language)
     for char in text:
         scanner.step(char)
     return scanner

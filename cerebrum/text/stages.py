@@ -198,7 +198,7 @@ class Repeat(Stage):
 
     def __init__(self) -> None:
         super().__init__()
-        self.line: list[str] = []  # the characters of the line so far
+        self.line_start = 0  # of the line so far
         self.lines: list[str] = []  # those that are not blank
         # runs[n]: consecutive lines that each equal the line n before.
         self.runs = [0] * (PERIOD_LINES + 1)
@@ -207,15 +207,15 @@ class Repeat(Stage):
     def step(self, char: str) -> None:
         position = len(self.text)
         if char != "\n":
-            self.line.append(char)
-            if len(self.line) >= PERIOD_CHARS and len(self.line) % 40 == 0:
-                tail = "".join(self.line[-PERIOD_CHARS:])
+            size = position - self.line_start
+            if size >= PERIOD_CHARS and size % 40 == 0:
+                tail = self.cut(-PERIOD_CHARS)
                 if any(tail.startswith(tail[size:]) for size in range(1, PERIOD_CHARS // 4)):
                     self.end("repeat", position)
         else:
-            if line := "".join(self.line).rstrip():
+            if line := self.cut(self.line_start).rstrip():
                 self._ended(line, position)
-            self.line.clear()
+            self.line_start = position
         if self.hold is None and not self.reason:
             self.safe = position
 
