@@ -320,9 +320,11 @@ class LineBlock(Block):
         functions = [block for block in blocks if FUNCTION.match(block[1])]
         others = [block for block in blocks if not language.containers.match(block[1])]
         chosen = functions or others
-        if not chosen and not typed and self._is_member_announced():
-            self.goal, self.base = "member", scanner.indent
-            return
+        if not chosen and not typed:
+            announced = is_announced(language, self.prompt)
+            if announced and language.defines.search(self.prompt):
+                self.goal, self.base = "member", scanner.indent
+                return
         chosen = chosen or blocks[-1:]
         if chosen:
             self.base, header = chosen[0]
@@ -331,29 +333,20 @@ class LineBlock(Block):
         elif scanner.indent:  # a prompt from the middle of a file lacks the block's header
             self.goal, self.base = "function", scanner.indent - 1
         else:
-            begun = (typed or not language.indented) and self._ends_in_statement()
-            self.goal = "statement" if begun else "script"
-
-    def _is_member_announced(self) -> bool:
-        language = self.language
-        return is_announced(language, self.prompt) and bool(language.defines.search(self.prompt))
-
-    def _ends_in_statement(self) -> bool:
-        last = last_line(self.prompt.rstrip())
-        return not self.language.imports.match(last) and not last.startswith("#!")
+            last = last_line(self.prompt.rstrip())
+            no_statement = language.imports.match(last) or last.startswith("#!")
+            begun = typed or not language.indented
+            self.goal = "statement" if begun and not no_statement else "script"
 
     def read_line(self, line: str) -> bool:
         self.blank = not line
         if line and not line.startswith(("@", *self.language.comment_starts)):
             self.begun = True
         outside = self.goal in ("statement", "script")  # of all blocks
-        if outside and self.language.brackets and self._is_in_definition():
+        blocks = self.scanner.blocks if outside and self.language.brackets else []
+        if blocks and self.language.defines.match(blocks[0][1]):
             self.goal, self.base = "function", 0
         return self.goal == "closed"
-
-    def _is_in_definition(self) -> bool:
-        blocks = self.scanner.blocks
-        return bool(blocks) and self.language.defines.match(blocks[0][1]) is not None
 
     def side_of(self, word: str) -> str:
         """As in `Block`; may also settle the goal."""
@@ -433,11 +426,12 @@ class BracketBlock(Block):
         announced = is_announced(language, prompt)
         if announced and not braces:
             announced = language.defines.search(prompt) is not None
+        continued = scanner.closer and prompt.endswith(("\\\n", "\\\r\n"))
         if language.blocks == "brackets" and stack:
             self.goal, self.depth = "block", len(stack) - 1
         elif things:
             self._choose(things[0])
-        elif self._is_in_directive(prompt):
+        elif scanner.opener == "#" and continued:
             self.goal, self.depth = "directive", len(braces)
         elif announced or scanner.in_parens or self._has_begun(head, bool(braces)):
             self.goal, self.depth = "statement", braces[-1] + 1 if braces else 0
@@ -446,10 +440,6 @@ class BracketBlock(Block):
                 scanner.last = ""
         elif braces:
             self._choose(braces[-1])
-
-    def _is_in_directive(self, prompt: str) -> bool:
-        opened = self.scanner.opener == "#" and self.scanner.closer == "\n"
-        return opened and prompt.endswith(("\\\n", "\\\r\n"))
 
     def _has_begun(self, head: str, in_braces: bool) -> bool:
         """Whether the cursor is in a statement, and not in an import."""

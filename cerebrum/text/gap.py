@@ -198,12 +198,12 @@ class Gap(Stage):
     """An infill: ends where the text meets the suffix or, if they do not meet, where the suffix
     could follow.
 
-    Each event has its rule: the text meets the suffix (`on_meeting`), a line begins (`on_start`), a
-    line ends (`on_line`), the text leaves the cursor's surroundings (`on_leaving`), the model
-    writes no more (`flush`). The rules note in `enough` where the infill could end. What the model
-    writes behind that place is sent if the model meets the suffix before the `patience` or the
-    `doubt` is used up, or ends by itself: many gaps go on after a line that could have ended them,
-    so waiting is worth its tokens.
+    Each event has its rule: the text meets the suffix (`step`), a line begins (`on_start`), a line
+    ends (`on_line`), the text leaves the cursor's surroundings (`on_leaving`), the model writes no
+    more (`flush`). The rules note in `enough` where the infill could end. What the model writes
+    behind that place is sent if the model meets the suffix before the `patience` or the `doubt` is
+    used up, or ends by itself: many gaps go on after a line that could have ended them, so waiting
+    is worth its tokens.
     """
 
     # The text is in a block that ends before the suffix, so all of it belongs to the gap.
@@ -230,13 +230,6 @@ class Gap(Stage):
         # does not belong to the gap); None: it has not.
         self.left_at: int | None = None
 
-    def on_meeting(self, place: int) -> None:
-        """The text has all lines of the goal, from this place on."""
-        if self.meeting.sure:
-            self.end("stop", place)
-        else:
-            self.could_end(place)
-
     def on_start(self) -> None:
         """A line begins: its first character that is not white space has come."""
 
@@ -254,8 +247,10 @@ class Gap(Stage):
         meeting, begun = self.meeting, self.meeting.line != ""
         self.scanner.step(char)
         place = meeting.step(char)
-        if place is not None:
-            self.on_meeting(place)
+        if place is not None and meeting.sure:
+            self.end("stop", place)
+        elif place is not None:
+            self.could_end(place)
         if not self.reason:
             self._read(char, begun)
         if self.reason:
