@@ -151,7 +151,7 @@ class Helpers:
             rf"\b(?:(?:async|export|local|pub|static|suspend)\s+){{0,4}}{keyword}\s+"
             rf"(\w{{1,{NAME_CHARS}}})\s*[(<]"
         )
-        self.code: list[str] = []  # the characters of the line's code
+        self.code = list[str]()  # the characters of the line's code
         self.called = set[str]()
         self.defined = set(self.header.findall(prompt))
 
@@ -181,6 +181,8 @@ class Block(Stage):
     """
 
     complete = False  # what was asked for, but the next line may still belong to it
+    mark = 0  # the end of the last line that is not blank, where the completion ends
+    ticks = 0  # backticks in a row
 
     def __init__(self, scanner: Scanner, prompt: str) -> None:
         super().__init__()
@@ -188,8 +190,6 @@ class Block(Stage):
         # The line so far, including the prompt's part of it, without its indentation.
         self.line = last_line(prompt).lstrip()[:LINE_CHARS]
         self.held = scanner.starting  # the line waits: it may turn out to be outside
-        self.mark = 0  # the end of the last line that is not blank, where the completion ends
-        self.ticks = 0  # backticks in a row
         self.helpers = Helpers(self.language.function or "(?!)", prompt)
 
     def side_of(self, word: str) -> str:
@@ -279,26 +279,27 @@ class LineBlock(Block):
     line of code and is inside if that is.
     """
 
+    # What is completed:
+    #   ""           not known until the first line shows which blocks are open
+    #   "function"   or another block, which `Helpers` may follow
+    #   "compound"   a statement of Python, which an `else` may follow
+    #   "member"     the next one of a class
+    #   "statement"  outside all blocks
+    #   "script"     lines outside all blocks, through the first definition in Python and Scala
+    #   "closed"     a block that ends with the line being read
+    goal = ""
+    # Lines that are indented deeper belong to the goal; -1 outside all blocks, where every line is
+    # deeper.
+    base = -1
+    level = 0  # indentation of the line that begins
+    blank = False  # the last line was blank
+    begun = False  # some line is code, and no decorator
+    waiting = False  # the text since `mark` is a comment that waits for the next line
+
     def __init__(self, scanner: LineScanner, prompt: str) -> None:
         super().__init__(scanner, prompt)
         self.scanner: LineScanner = scanner
         self.prompt = prompt
-        # What is completed:
-        #   ""           not known until the first line shows which blocks are open
-        #   "function"   or another block, which `Helpers` may follow
-        #   "compound"   a statement of Python, which an `else` may follow
-        #   "member"     the next one of a class
-        #   "statement"  outside all blocks
-        #   "script"     lines outside all blocks, through the first definition in Python and Scala
-        #   "closed"     a block that ends with the line being read
-        self.goal = ""
-        # Lines that are indented deeper belong to the goal; -1 outside all blocks, where every line
-        # is deeper.
-        self.base = -1
-        self.level = 0  # indentation of the line that begins
-        self.blank = False  # the last line was blank
-        self.begun = False  # some line is code, and no decorator
-        self.waiting = False  # the text since `mark` is a comment that waits for the next line
         language, head = self.language, scanner.head.strip()
         if head and language.brackets:  # Python or Scala
             blocks = scanner.enclosing(scanner.indent)
@@ -411,13 +412,14 @@ class BracketBlock(Block):
     class that the model writes. Closing brackets on their own lines after the block belong to it.
     """
 
+    # What is completed: a "block", a "call" with a block among its arguments, a "statement" or a
+    # "directive"; "" if it has not begun.
+    goal = ""
+    depth = 0  # the goal is complete when no more brackets are open
+    clauses = False  # an `else` or the like may go on with it
+
     def __init__(self, scanner: Scanner, prompt: str) -> None:
         super().__init__(scanner, prompt)
-        # What is completed: a "block", a "call" with a block among its arguments, a "statement" or
-        # a "directive"; "" if it has not begun.
-        self.goal = ""
-        self.depth = 0  # the goal is complete when no more brackets are open
-        self.clauses = False  # an `else` or the like may go on with it
         self.conditionals = len(scanner.conditionals)  # around the goal
         language, stack = self.language, scanner.stack
         head = scanner.head.strip()
@@ -613,14 +615,14 @@ class Fences(Stage):
         elif self.reason or self.state in BEFORE:  # `begun` has no block that is still open
             self._restart("blank")
             self.reason, self.fallback = None, None
-            self.fenced.line = ""
         self.sent = self.safe = len(self.text)
         self.read = self.start = 0
 
     def _restart(self, state: str) -> None:
         """Forget the text up to here."""
         self.state, self.text = state, []
-        self.line_start, self.start = 0, self.read
+        self.line_start = self.safe = self.sent = 0
+        self.start = self.read
 
     def step(self, char: str) -> None:
         self.read += 1
@@ -628,7 +630,6 @@ class Fences(Stage):
             self._inside(char)
         elif char == ">" and self.cut(-len("</think>")) == "</think>":
             self._restart("blank")
-            self.safe = self.sent = 0
         elif self.state == "thinking" or (char == ">" and self._is_thinking()):
             self.state = "thinking"
         elif self.state == "beside":
@@ -700,7 +701,8 @@ class Fences(Stage):
             if not fenced.may_be_fence:
                 self.safe = len(self.text)
         elif fenced.is_fence and self.state == "opened" and not fenced.is_bare:
-            self._open_again()
+            self._restart("inside")  # the model repeats the opening fence that it was given
+            fenced.line = ""
         elif fenced.end_line():
             self.end("stop", self.line_start)
         else:
@@ -708,12 +710,6 @@ class Fences(Stage):
                 self.state = "inside"
             fenced.begin_line()
             self.line_start = self.safe = len(self.text)
-
-    def _open_again(self) -> None:
-        """The model repeats the opening fence that it was given."""
-        self.state, self.fenced.line = "inside", ""
-        self.line_start = self.safe = self.sent = len(self.text)
-        self.start = self.read
 
     def flush(self, whole: bool) -> str:
         if self.fallback and self.state in ("beside", *BEFORE):
@@ -818,7 +814,7 @@ class Ending:
         suffix = suffix or ""
         infill = mode == "infill" and suffix.strip() != ""
         self.stops = StopStrings(stops)
-        self.stages: list[Stage] = []
+        self.stages = list[Stage]()
         if mode == "instruct":
             self.stages.append(Fences(syntax, prompt))
         elif stop_at != "none":

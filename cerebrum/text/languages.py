@@ -220,7 +220,7 @@ _CPP = Language(
 )  # fmt: skip
 _RUST_RAW = ('r"', 'r#"', 'r##"', 'r###"')
 _LUA_RAW = ("[[", "[=[", "[==[")
-# Of files that are no code, and the shell's.
+# Files that are no code, and scripts of Ruby and the shell.
 _PLAIN = Language(line_comment="#", block_comment=None, strings=(), blocks="lines")
 LANGUAGES: dict[str, Language] = {
     "python": Language(
@@ -335,12 +335,12 @@ LANGUAGES: dict[str, Language] = {
         blocks="brackets", aliases=("jsonc", "json5"),
         endings=(".json", ".jsonc", ".json5", ".geojson", ".webmanifest"),
     ),
-    "ruby": Language(
-        uses=r"(?:require|require_relative|load|include|using)\b", function="def",
+    "ruby": replace(
+        _PLAIN, uses=r"(?:require|require_relative|load|include|using)\b", function="def",
         types=r"class|module|(?:\w{1,80}\.)?(?:describe|context|feature|namespace)",
         also=r"([A-Z]\w*)[ \t]*=(?![=~])",
-        clauses="rescue|ensure|else|elsif|when|in", closers=r"end\b", blocks="lines",
-        line_comment="#", block_comment=("=begin", "=end"), strings=('"', "'", "`"),
+        clauses="rescue|ensure|else|elsif|when|in", closers=r"end\b",
+        block_comment=("=begin", "=end"), strings=('"', "'", "`"),
         here_document=r"[~-]?(['\"`]?)([A-Z_]\w{0,80})\1",
         endings=(".rb", ".rake", ".gemspec", ".ru"), filenames=("rakefile", "gemfile"),
         aliases=("rb",),

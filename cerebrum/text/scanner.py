@@ -95,26 +95,27 @@ class Scanner:
     by_lines = False  # the blocks are lines
     statements = False  # the blocks are statements
 
+    tail = ""  # the last characters of the text
+    # The literal or comment that the text is in: its two ends, "" in code.
+    opener = closer = ""
+    since = 0  # characters since it opened
+    escaped = False  # after a backslash or the language's `escape`
+    escaped_at = 0  # `since` of the last escaped character
+    line = ""  # of a here-document or a directive: the line so far
+    # The statement so far: its code, its last character and the one before.
+    head = last = previous = ""
+    condition = ""  # `head` up to the parentheses of an if, if those came last
+    starting = True  # only white space since a line (by lines: a statement) began
+    indent = 0  # its columns
+    unmatched = 0  # closing brackets whose partner is not in the text
+
     def __init__(self, language: Language) -> None:
         self.language = language
-        self.tail = ""  # the last characters of the text
-        # The literal or comment that the text is in: its two ends, "" in code.
-        self.opener = self.closer = ""
-        self.since = 0  # characters since it opened
-        self.escaped = False  # after a backslash or the language's `escape`
-        self.escaped_at = 0  # `since` of the last escaped character
-        self.line = ""  # of a here-document or a directive: the line so far
-        self.terminators: list[str] = []  # the lines that end the here-documents below this line
-        # The statement so far: its code, its last character and the one before.
-        self.head = self.last = self.previous = ""
-        self.condition = ""  # `head` up to the parentheses of an if, if those came last
-        # Only white space since a line (by lines: a statement) began; its columns.
-        self.starting, self.indent = True, 0
-        self.stack: list[Bracket] = []  # open brackets
-        self.unmatched = 0  # closing brackets whose partner is not in the text
+        self.terminators = list[str]()  # the lines that end the here-documents below this line
+        self.stack = list[Bracket]()  # open brackets
         # Of each #if without its #endif: `stack` before its branches and, from the second one on,
         # behind the first.
-        self.conditionals: list[list[list[Bracket]]] = []
+        self.conditionals = list[list[list[Bracket]]]()
 
     @property
     def in_comment(self) -> bool:
@@ -363,14 +364,13 @@ class LineScanner(Scanner):
     """Follows a language whose blocks are lines."""
 
     by_lines = True
+    fresh = False  # the innermost block has no body yet, though perhaps a docstring
 
     def __init__(self, language: Language) -> None:
         super().__init__(language)
         # (indentation, code) of the last whole statement and of the less indented lines around it.
         # In Python, only those that open a block.
-        self.blocks: list[tuple[int, str]] = []
-        # The innermost block has no body yet, though perhaps a docstring.
-        self.fresh = False
+        self.blocks = list[tuple[int, str]]()
 
     @property
     def opened(self) -> int | None:

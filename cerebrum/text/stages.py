@@ -31,12 +31,13 @@ class Stage:
     start = 0  # where `text` begins in all that went in
     bits = 0.0  # the surprise of the token that is being read, until a `Gap` has counted it
 
+    safe = 0  # text before this position may be sent
+    sent = 0  # text before this position has been sent
+    reason: str | None = None
+
     def __init__(self) -> None:
         # Its characters: += on a string attribute would copy the string each time.
-        self.text: list[str] = []
-        self.safe = 0  # text before this position may be sent
-        self.sent = 0  # text before this position has been sent
-        self.reason: str | None = None
+        self.text = list[str]()
 
     def cut(self, start: int, stop: int | None = None) -> str:
         return "".join(self.text[start:stop])
@@ -150,7 +151,7 @@ class Blanks(Stage):
 
     def __init__(self) -> None:
         super().__init__()
-        self.ends: list[int] = []  # of the lines since the last character that is not white space
+        self.ends = list[int]()  # of the lines since the last character that is not white space
 
     def step(self, char: str) -> None:
         if not char.isspace():
@@ -199,7 +200,7 @@ class Repeat(Stage):
     def __init__(self) -> None:
         super().__init__()
         self.line_start = 0  # of the line so far
-        self.lines: list[str] = []  # those that are not blank
+        self.lines = list[str]()  # those that are not blank
         # runs[n]: consecutive lines that each equal the line n before.
         self.runs = [0] * (PERIOD_LINES + 1)
         self.hold: int | None = None  # where the third copy may have begun
