@@ -210,10 +210,10 @@ class Block(Stage):
 
     def step(self, char: str) -> None:
         scanner = self.scanner
-        if char == "`" and self._may_be_fence():
-            self.ticks += 1
-        else:
+        if char != "`" or (scanner.closer and not self.ticks):
             self.ticks = 0
+        elif self.language is not LANGUAGES["markdown"]:  # elsewhere a fence is no code
+            self.ticks += 1
         scanner.step(char)
         if self.language.function and not scanner.closer:
             self.helpers.code.append(char)
@@ -224,11 +224,6 @@ class Block(Stage):
         over = self._end_line() if ended else self._extend_line(char)
         if over:
             self.end("block", self.mark)
-
-    def _may_be_fence(self) -> bool:
-        """A fence is no code in any language but Markdown."""
-        in_code = self.ticks > 0 or not self.scanner.closer
-        return in_code and self.language is not LANGUAGES["markdown"]
 
     def _end_line(self) -> bool:
         line, held = self.line.rstrip(), self.held
@@ -425,9 +420,11 @@ class BracketBlock(Block):
         head = scanner.head.strip()
         braces = [depth for depth, bracket in enumerate(stack) if bracket.kind == "{"]
         things = [depth for depth in braces if not language.containers.search(stack[depth].header)]
-        announced = is_announced(language, prompt)
-        if announced and not braces:
-            announced = language.defines.search(prompt) is not None
+        announced = is_announced(language, prompt) and (braces or language.defines.search(prompt))
+        # The cursor is in a statement that is no import.
+        begun = head and not language.imports.match(last_line(head))
+        if braces and scanner.is_over:
+            begun = False
         continued = scanner.closer and prompt.endswith(("\\\n", "\\\r\n"))
         if language.blocks == "brackets" and stack:
             self.goal, self.depth = "block", len(stack) - 1
@@ -435,19 +432,13 @@ class BracketBlock(Block):
             self._choose(things[0])
         elif scanner.opener == "#" and continued:
             self.goal, self.depth = "directive", len(braces)
-        elif announced or scanner.in_parens or self._has_begun(head, bool(braces)):
+        elif announced or scanner.in_parens or begun:
             self.goal, self.depth = "statement", braces[-1] + 1 if braces else 0
             self.clauses = CONTROL.search(head) is not None
             if announced and not head.startswith(("@", "#[", "[")):
                 scanner.last = ""
         elif braces:
             self._choose(braces[-1])
-
-    def _has_begun(self, head: str, in_braces: bool) -> bool:
-        """Whether the cursor is in a statement, and not in an import."""
-        if not head or self.language.imports.match(last_line(head)):
-            return False
-        return not (in_braces and self.scanner.is_over)
 
     def _choose(self, depth: int) -> None:
         """Choose the block at `stack[depth]`; if it is an argument of a call, choose the call."""
@@ -487,17 +478,13 @@ class BracketBlock(Block):
             return True
         if line.startswith(("@", "#[")):
             return False
-        if self.goal == "statement" and not self._has_ended():
+        ended = scanner.last in ("}", ";") or (scanner.last and scanner.is_over)
+        if self.goal == "statement" and not ended:
             return not line and self.mark > 0
         self.complete = True
         if scanner.stack or self.clauses or self.helpers.called:
             return False
         return not self._may_go_on or scanner.last == ";"
-
-    def _has_ended(self) -> bool:
-        """Whether the statement has ended with its line."""
-        last = self.scanner.last
-        return last in ("}", ";") or (last != "" and self.scanner.is_over)
 
     def side_of_next(self, word: str) -> str:
         if word[0] in ("{", *PAIRS) or (word[0] in GOES_ON and self._may_go_on):

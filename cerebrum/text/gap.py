@@ -152,8 +152,8 @@ class Meeting:
         self.line, self.indent = "", 0
         self.search.size = 0
         self.places = [len(text) - 1]
-        size, place = self.found[0] if self.found else (0, 0)
-        return place if size == len(self.goal) else None
+        whole = (place for size, place in self.found if size == len(self.goal))
+        return next(whole, None)
 
     def is_line(self, number: int) -> bool:
         """Whether the line so far is this line of the goal."""
@@ -212,6 +212,10 @@ class Gap(Stage):
     # Characters left before the infill ends at `enough`, white space not counted.
     patience = AHEAD_CHARS
     doubt = DOUBT_OF_LINES  # bits left before it ends there
+    enough: int | None = None  # the infill could end here ...
+    # ... or at most here, where the text left the cursor's surroundings (a bracket or a line does
+    # not belong to the gap); None: it has not.
+    left_at: int | None = None
 
     def __init__(self, scanner: Scanner, prompt: str, suffix: str) -> None:
         super().__init__()
@@ -225,10 +229,6 @@ class Gap(Stage):
         # ... of which the suffix closes so many.
         self.closed_below = 0 if self.literal else min(self.depth, below)
         self.unmatched = scanner.unmatched  # closing brackets whose partner is not in the prompt
-        self.enough: int | None = None  # the infill could end here ...
-        # ... or at most here, where the text left the cursor's surroundings (a bracket or a line
-        # does not belong to the gap); None: it has not.
-        self.left_at: int | None = None
 
     def on_start(self) -> None:
         """A line begins: its first character that is not white space has come."""
@@ -280,12 +280,9 @@ class Gap(Stage):
             self.patience -= 1
             self.doubt -= self.bits
             self.bits = 0.0
-        if meeting.line == "```" and self._may_be_fence():
+        is_fence = meeting.line == "```" and scanner.closer in ("", "`")
+        if is_fence and scanner.language is not LANGUAGES["markdown"]:  # where it is code
             self.end("stop", meeting.edge if self.left_at is None else self.left_at)
-
-    def _may_be_fence(self) -> bool:
-        scanner = self.scanner
-        return scanner.closer in ("", "`") and scanner.language is not LANGUAGES["markdown"]
 
     def could_end(self, place: int) -> None:
         """The infill could end here. The first such place counts; in an inner block, the latest."""
@@ -308,7 +305,7 @@ class Gap(Stage):
         lines, place = self.meeting.at_end()
         end = place if self.is_suffix(lines) else self._end_of_rest(whole)
         if end is not None:
-            return self.cut(self.sent, max(end, self.sent))
+            return self.cut(self.sent, end)
         text = self.cut(0).rstrip(" \t")
         # The line end before the suffix, if the model omitted it.
         lacks_end = text.strip() != "" and not text.endswith("\n")
@@ -327,18 +324,18 @@ class GapOfLines(Gap):
     less than cursor and suffix.
     """
 
+    mark: int | None = None  # the end of the last line that is not blank
+
     def __init__(self, scanner: Scanner, prompt: str, suffix: str) -> None:
         super().__init__(scanner, prompt, suffix)
-        first = last_line(prompt)
-        typed = first.strip() != ""
+        typed = last_line(prompt).strip() != ""
         if typed:
             self.doubt = 0.0
         below = self.meeting.goal[0]
-        self.above = indent_of(line_of(first if typed else last_line(prompt.rstrip())))
+        self.above = indent_of(line_of(last_line(prompt.rstrip())))
         self.below = indent_of(below)
         self.indent = scanner.indent  # of the line
         self.floor = min(self.above, floor_of(suffix))
-        self.mark: int | None = None  # the end of the last line that is not blank
         # SQL: the suffix may be a new statement.
         clause = re.match(scanner.language.clauses, suffix.lstrip())
         self.new = scanner.statements and not clause
