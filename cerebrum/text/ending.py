@@ -386,9 +386,9 @@ class LineBlock(Block):
         if re.fullmatch(r"[\w<]{1,20}", word):
             return UNDECIDED
         language = self.language
-        if re.match(rf"(?:{language.clauses or '(?!)'})(?!\w)", word):
+        if re.match(rf"(?:{language.clauses})(?!\w)", word):
             return INSIDE
-        if word[0] in PAIRS or (language.closers and re.match(language.closers, word)):
+        if word[0] in PAIRS or re.match(language.closers, word):
             if self.level == self.base:
                 self.goal = "closed"
             return INSIDE
@@ -521,13 +521,14 @@ class Fenced:
     `margin`: in a list, the fence and all its lines are indented by so many spaces.
     """
 
+    line = ""  # the line so far, without its indentation
+    nested = 0  # blocks within this one that are open
+    in_code = True  # the line does not start inside a string or comment
+
     def __init__(self, scanner: Scanner | None, fence: str = "```", margin: int = 0) -> None:
         self.scanner = scanner
         self.fence, self.margin = fence, margin
         self.left = margin  # spaces at the start of the line that still belong to the margin
-        self.line = ""  # the line so far, without its indentation
-        self.nested = 0  # blocks within this one that are open
-        self.in_code = True  # the line does not start inside a string or comment
 
     def step(self, char: str) -> bool:
         """Read a character; False if it belongs to the margin."""
@@ -578,23 +579,23 @@ class Fences(Stage):
     `begun` is the start of the answer, which the model was given to continue.
     """
 
+    # Where the answer is:
+    #   "blank"     before the block, nothing but blank lines has come
+    #   "headed"    before it, nothing but lines that may be a comment or a heading (`# …`)
+    #   "chatter"   before it, below another line
+    #   "thinking"  in the model's thoughts
+    #   "beside"    in a block that is not the code
+    #   "opened"    in the block, above its first line
+    #   "inside"    in the block
+    state = "blank"
+    fallback: tuple[str, int] | None = None  # the first block beside the code, and its `start`
+    line_start = 0
+    read = 0  # characters that went in
+
     def __init__(self, language: Language | None, begun: str) -> None:
         super().__init__()
         self.language = language
-        # Where the answer is:
-        #   "blank"     before the block, nothing but blank lines has come
-        #   "headed"    before it, nothing but lines that may be a comment or a heading (`# …`)
-        #   "chatter"   before it, below another line
-        #   "thinking"  in the model's thoughts
-        #   "beside"    in a block that is not the code
-        #   "opened"    in the block, above its first line
-        #   "inside"    in the block
-        self.state = "blank"
         self.fenced = Fenced(scanner_of(language) if language else None)
-        # The first block beside the code, and its `start`.
-        self.fallback: tuple[str, int] | None = None
-        self.line_start = 0
-        self.read = 0  # characters that went in
         self.feed(begun)
         if self.state == "beside":
             # The fence was opened for the model, so this block is the code.

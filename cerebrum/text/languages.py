@@ -73,7 +73,7 @@ class Language:
     are alternatives of a pattern.
     """
 
-    uses: str = ""  # the start of a line that imports
+    uses: str = "(?!)"  # the start of a line that imports
     types: str = ""  # keywords of definitions whose members are completed one at a time
     # The same, but the definition is no completion by itself: a function usually follows.
     data: str = ""
@@ -82,8 +82,8 @@ class Language:
     also: str = ""  # other starts of lines that define a name: the last group that took part
     # Keywords of unindented lines that still belong to a definition; SQL: starts of lines that go
     # on.
-    clauses: str = ""
-    closers: str = ""  # starts of lines that close a block
+    clauses: str = "(?!)"
+    closers: str = "(?!)"  # starts of lines that close a block
     openers: str = "(?!)"  # ends of lines that open a block by indentation
     line_comment: str = "//"  # "" if there is none
     block_comment: Delimiters | None = ("/*", "*/")
@@ -157,7 +157,7 @@ class Language:
     @cached_property
     def imports(self) -> Pattern:
         """Matches at a line that imports."""
-        return re.compile(rf"^(?:{self.uses})", re.M) if self.uses else NOTHING
+        return re.compile(rf"^(?:{self.uses})", re.M)
 
     @cached_property
     def defines(self) -> Pattern:
@@ -220,7 +220,7 @@ _CPP = Language(
 )  # fmt: skip
 _RUST_RAW = ('r"', 'r#"', 'r##"', 'r###"')
 _LUA_RAW = ("[[", "[=[", "[==[")
-# Files that are no code, and scripts of Ruby and the shell.
+# Files that are no code, and scripts.
 _PLAIN = Language(line_comment="#", block_comment=None, strings=(), blocks="lines")
 LANGUAGES: dict[str, Language] = {
     "python": Language(
@@ -300,15 +300,16 @@ LANGUAGES: dict[str, Language] = {
         strings=(), texts=('"', "'", "`"), other_comments=(("# ", "\n"),),
         endings=(".php", ".phtml"),
     ),
-    "perl": Language(
-        uses=r"(?:use|require|package)[ \t]", function="sub", also=r"(?:my|our)[ \t]+[$@%](\w+)",
-        line_comment="#", block_comment=None, other_comments=(("=head", "=cut"), ("=pod", "=cut")),
-        strings=(), texts=('"', "'"), ambiguous="/", endings=(".pl", ".pm", ".t"), aliases=("pl",),
+    "perl": replace(
+        _PLAIN, uses=r"(?:use|require|package)[ \t]", function="sub",
+        also=r"(?:my|our)[ \t]+[$@%](\w+)", blocks="braces",
+        other_comments=(("=head", "=cut"), ("=pod", "=cut")),
+        texts=('"', "'"), ambiguous="/", endings=(".pl", ".pm", ".t"), aliases=("pl",),
     ),
-    "r": Language(
-        uses=r"(?:library|require|source)\(",
-        also=r"([\w.]{1,80})[ \t]*(?:<-|=(?!=))", line_comment="#",
-        block_comment=None, strings=(), texts=('"', "'", "`"), line_ends=True, endings=(".r",),
+    "r": replace(
+        _PLAIN, uses=r"(?:library|require|source)\(",
+        also=r"([\w.]{1,80})[ \t]*(?:<-|=(?!=))", blocks="braces",
+        texts=('"', "'", "`"), line_ends=True, endings=(".r",),
         aliases=("rscript",),
     ),
     "zig": Language(

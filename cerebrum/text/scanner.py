@@ -153,9 +153,8 @@ class Scanner:
             self.line = char
         elif char in language.opening_ends and (pair := self._opening()):
             begun = pair[0][:-1]
-            comment = not self.closer and pair in language.comments
-            if comment and begun and self.head.endswith(begun):
-                self.head = self.head[: -len(begun)]  # not code
+            if begun and not self.closer and pair in language.comments:
+                self.head = self.head.removesuffix(begun)  # not code
                 self.last = self.previous
             self._enter(*pair)
         elif self.closer:
@@ -389,20 +388,7 @@ class LineScanner(Scanner):
             self._enclose()
         if self.stack or self.last == "\\":
             self.last = self.last.strip("\\")
-        else:
-            self._end_statement()
-
-    def _enclose(self) -> None:
-        """A line has ended; perhaps it opens or closes a text, which is followed like a bracket."""
-        match = re.match(self.language.enclosed, self.head)
-        if match and match[1]:
-            self.stack.append(Bracket(match[1], "", self.indent))
-        elif match:
-            del self.stack[-1:]
-        if self.stack:
-            self.head = ""
-
-    def _end_statement(self) -> None:
+            return
         head = self.head.strip()
         # Not a comment or a docstring, which may have the prefix r.
         if head and head.lower() != "r":
@@ -413,6 +399,16 @@ class LineScanner(Scanner):
                 self.blocks.append((self.indent, head))
         self.starting, self.indent = True, 0
         self.head = self.last = ""
+
+    def _enclose(self) -> None:
+        """A line has ended; perhaps it opens or closes a text, which is followed like a bracket."""
+        match = re.match(self.language.enclosed, self.head)
+        if match and match[1]:
+            self.stack.append(Bracket(match[1], "", self.indent))
+        elif match:
+            del self.stack[-1:]
+        if self.stack:
+            self.head = ""
 
 
 class StatementScanner(Scanner):

@@ -120,10 +120,11 @@ class Typed(Stage):
     `due`.
     """
 
+    starting = True
+
     def __init__(self, column: int, due: int) -> None:
         super().__init__()
         self.column, self.due = column, due
-        self.starting = True
 
     def step(self, char: str) -> None:
         if self.starting and char in " \t":
@@ -167,11 +168,12 @@ class Indent(Stage):
     characters.
     """
 
+    indent: int | None = None  # of the line that begins; None: it has begun
+    mark = 0  # where the text ends if that line is outside
+
     def __init__(self, least: int, whole: bool) -> None:
         super().__init__()
         self.least, self.whole = least, whole
-        self.indent: int | None = None  # of the line that begins; None: it has begun
-        self.mark = 0  # where the text ends if that line is outside
 
     def step(self, char: str) -> None:
         if char == "\n":
@@ -197,13 +199,14 @@ class Repeat(Stage):
     differing line frees them.
     """
 
+    line_start = 0  # of the line so far
+    hold: int | None = None  # where the third copy may have begun
+
     def __init__(self) -> None:
         super().__init__()
-        self.line_start = 0  # of the line so far
         self.lines = list[str]()  # those that are not blank
         # runs[n]: consecutive lines that each equal the line n before.
         self.runs = [0] * (PERIOD_LINES + 1)
-        self.hold: int | None = None  # where the third copy may have begun
 
     def step(self, char: str) -> None:
         position = len(self.text)
