@@ -76,8 +76,8 @@ class Bracket(NamedTuple):
     """An open bracket."""
 
     kind: str  # with a { that opens no block: "({"
-    header: str  # of {: the statement before it
     indent: int  # of its line
+    header: str = ""  # of {: the statement before it
     condition: bool = False  # a statement may follow its end
 
 
@@ -101,7 +101,7 @@ class Scanner:
     since = 0  # characters since it opened
     escaped = False  # after a backslash or the language's `escape`
     escaped_at = 0  # `since` of the last escaped character
-    line = ""  # of a here-document or a directive: the line so far
+    line = ""  # what of it has been read; of a here-document, the line so far
     # The statement so far: its code, its last character and the one before.
     head = last = previous = ""
     condition = ""  # `head` up to the parentheses of an if, if those came last
@@ -215,11 +215,11 @@ class Scanner:
         return True
 
     def _in_literal(self, char: str) -> None:
+        self.line = (self.line + char)[:LINE_CHARS]
         if self.opener == "<<":
-            self._in_here_document(char)
+            if char == "\n":
+                self._end_here_line()
             return
-        if self.opener == "#":
-            self.line = (self.line + char)[:LINE_CHARS]
         if self.since == 2 and self._is_lifetime(char):
             self.closer = ""
             self._in_code(char)
@@ -248,10 +248,8 @@ class Scanner:
             self.escaped = language.directives or not self.in_comment
         return self.escaped
 
-    def _in_here_document(self, char: str) -> None:
-        if char != "\n":
-            self.line = (self.line + char)[:LINE_CHARS]
-            return
+    def _end_here_line(self) -> None:
+        """A line of a here-document has ended, or the line above it."""
         line, self.line = self.line, ""
         if self.closer == "<":
             names = re.finditer(f"<<{self.language.here_document}", f"<<{line}")
@@ -260,7 +258,7 @@ class Scanner:
             del self.terminators[0]
         self.closer = self.terminators[0] if self.terminators else ""
         if not self.closer:
-            self._in_code(char)
+            self._in_code("\n")
 
     def _leave(self, char: str) -> None:
         """The literal or comment ends with this character."""
@@ -300,11 +298,12 @@ class Scanner:
         if char in PAIRS:
             self._close(char)
         elif char == "{" and not self.by_lines:
-            self.stack.append(Bracket(char, self.head, self.indent))
+            self.stack.append(Bracket(char, self.indent, self.head))
             self.head = ""
         else:
             condition = char == "(" and CONDITION.search(self.head[-WORD_CHARS:]) is not None
-            self.stack.append(Bracket("({" if char == "{" else char, "", self.indent, condition))
+            kind = "({" if char == "{" else char
+            self.stack.append(Bracket(kind, self.indent, condition=condition))
             self._add(char)
 
     def _opener_of(self, char: str) -> int | None:
@@ -404,7 +403,7 @@ class LineScanner(Scanner):
         """A line has ended; perhaps it opens or closes a text, which is followed like a bracket."""
         match = re.match(self.language.enclosed, self.head)
         if match and match[1]:
-            self.stack.append(Bracket(match[1], "", self.indent))
+            self.stack.append(Bracket(match[1], self.indent))
         elif match:
             del self.stack[-1:]
         if self.stack:
@@ -431,11 +430,11 @@ class StatementScanner(Scanner):
         """The token behind BEGIN or END shows what that means."""
         before, self.token = self.token, token
         if before == "begin" and not NO_BEGIN.match(token):
-            self.stack.append(Bracket(before, "", self.indent))
+            self.stack.append(Bracket(before, self.indent))
         elif before == "end" and not NO_END.match(token) and not self.in_parens:
             del self.stack[-1:]
         if token == "case" and before != "end":
-            self.stack.append(Bracket(token, "", self.indent))
+            self.stack.append(Bracket(token, self.indent))
         while token == ";" and self.stack and self.stack[-1].kind != "begin":
             self.stack.pop()  # never closed, or a CASE of statements
 
