@@ -190,6 +190,7 @@ class Block(Stage):
         # The line so far, including the prompt's part of it, without its indentation.
         self.line = last_line(prompt).lstrip()[:LINE_CHARS]
         self.held = scanner.starting  # the line waits: it may turn out to be outside
+        # Without a keyword, nothing is read for them, so none are called.
         self.helpers = Helpers(self.language.function or "(?!)", prompt)
 
     def side_of(self, word: str) -> str:

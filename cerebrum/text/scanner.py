@@ -101,7 +101,7 @@ class Scanner:
     since = 0  # characters since it opened
     escaped = False  # after a backslash or the language's `escape`
     escaped_at = 0  # `since` of the last escaped character
-    line = ""  # what of it has been read; of a here-document, the line so far
+    line = ""  # the literal's start; of a here-document, the line so far
     # The statement so far: its code, its last character and the one before.
     head = last = previous = ""
     condition = ""  # `head` up to the parentheses of an if, if those came last
