@@ -23,7 +23,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from cerebrum.text.gap import Gap, gap_of
+from cerebrum.text.gap import gap_of
 from cerebrum.text.languages import BY_NAME, LANGUAGES, Language, in_style
 from cerebrum.text.scanner import COMPOUND, LINE_CHARS, PAIRS, LineScanner, Scanner, scanner_of
 from cerebrum.text.stages import (
@@ -151,7 +151,7 @@ class Helpers:
             rf"\b(?:(?:async|export|local|pub|static|suspend)\s+){{0,4}}{keyword}\s+"
             rf"(\w{{1,{NAME_CHARS}}})\s*[(<]"
         )
-        self.code: list[str] = []  # the characters of the line's code
+        self.code = list[str]()  # the characters of the line's code
         self.called = set[str]()
         self.defined = set(self.header.findall(prompt))
 
@@ -176,9 +176,13 @@ class Helpers:
 class Block(Stage):
     """Lines up to the end of a block and of its `Helpers`.
 
-    A subclass decides to which side of the block's end a line belongs (`side_of`), and whether the
-    block is over when a line has ended (`read_line`).
+    A subclass decides to which side of the block's end a line belongs (`side_of`, or `side_of_next`
+    below what is `complete`), and whether the block is over when a line has ended (`read_line`).
     """
+
+    complete = False  # what was asked for, but the next line may still belong to it
+    mark = 0  # the end of the last line that is not blank, where the completion ends
+    ticks = 0  # backticks in a row
 
     def __init__(self, scanner: Scanner, prompt: str) -> None:
         super().__init__()
@@ -186,13 +190,19 @@ class Block(Stage):
         # The line so far, including the prompt's part of it, without its indentation.
         self.line = last_line(prompt).lstrip()[:LINE_CHARS]
         self.held = scanner.starting  # the line waits: it may turn out to be outside
-        self.mark = 0  # the end of the last line that is not blank, where the completion ends
-        self.ticks = 0  # backticks in a row
-        function = self.language.function
-        self.helpers = Helpers(function, prompt) if function else None
+        # Without a keyword, nothing is read for them, so none are called.
+        self.helpers = Helpers(self.language.function or "(?!)", prompt)
 
     def side_of(self, word: str) -> str:
         """INSIDE, OUTSIDE or UNDECIDED, for the line that begins with `word`."""
+        if not self.complete:
+            return INSIDE
+        side = self.side_of_next(word)
+        self.complete = side != INSIDE
+        return side
+
+    def side_of_next(self, word: str) -> str:
+        """`side_of` for the line below what is complete."""
         raise NotImplementedError
 
     def read_line(self, line: str) -> bool:
@@ -201,27 +211,20 @@ class Block(Stage):
 
     def step(self, char: str) -> None:
         scanner = self.scanner
-        if char == "`" and self._may_be_fence():
-            self.ticks += 1
-        else:
+        if char != "`" or (scanner.closer and not self.ticks):
             self.ticks = 0
+        elif self.language is not LANGUAGES["markdown"]:  # elsewhere a fence is no code
+            self.ticks += 1
         scanner.step(char)
-        if self.helpers and not scanner.closer:
+        if self.language.function and not scanner.closer:
             self.helpers.code.append(char)
         if self.ticks == len("```"):
             self.end("stop", self.mark if self.held else len(self.text) - self.ticks)
             return
-        if char == "\n" and not scanner.closer and (scanner.starting or not scanner.by_lines):
-            over = self._end_line()
-        else:
-            over = self._extend_line(char)
+        ended = char == "\n" and scanner.starting
+        over = self._end_line() if ended else self._extend_line(char)
         if over:
             self.end("block", self.mark)
-
-    def _may_be_fence(self) -> bool:
-        """A fence is no code in any language but Markdown."""
-        in_code = self.ticks > 0 or not self.scanner.closer
-        return in_code and self.language is not LANGUAGES["markdown"]
 
     def _end_line(self) -> bool:
         line, held = self.line.rstrip(), self.held
@@ -232,8 +235,7 @@ class Block(Stage):
                 return side == OUTSIDE  # else a comment that waits for the next line
         if line:
             self.mark = len(self.text)
-        if self.helpers:
-            self.helpers.end_line()
+        self.helpers.end_line()
         return self.read_line(line)
 
     def _extend_line(self, char: str) -> bool:
@@ -249,10 +251,6 @@ class Block(Stage):
         if not self.held:
             self.safe = len(self.text) - self.ticks
         return False
-
-    def side_below(self, word: str) -> str:
-        """`side_of` for the line below a whole function."""
-        return self.helpers.side_of(word) if self.helpers else OUTSIDE
 
 
 def continues(word: str) -> str:
@@ -277,26 +275,27 @@ class LineBlock(Block):
     line of code and is inside if that is.
     """
 
+    # What is completed:
+    #   ""           not known until the first line shows which blocks are open
+    #   "function"   or another block, which `Helpers` may follow
+    #   "compound"   a statement of Python, which an `else` may follow
+    #   "member"     the next one of a class
+    #   "statement"  outside all blocks
+    #   "script"     lines outside all blocks, through the first definition in Python and Scala
+    #   "closed"     a block that ends with the line being read
+    goal = ""
+    # Lines that are indented deeper belong to the goal; -1 outside all blocks, where every line is
+    # deeper.
+    base = -1
+    level = 0  # indentation of the line that begins
+    blank = False  # the last line was blank
+    begun = False  # some line is code, and no decorator
+    waiting = False  # the text since `mark` is a comment that waits for the next line
+
     def __init__(self, scanner: LineScanner, prompt: str) -> None:
         super().__init__(scanner, prompt)
         self.scanner: LineScanner = scanner
         self.prompt = prompt
-        # What is completed:
-        #   ""           not known until the first line shows which blocks are open
-        #   "function"   or another block, which `Helpers` may follow
-        #   "compound"   a statement of Python, which an `else` may follow
-        #   "member"     the next one of a class
-        #   "statement"  outside all blocks
-        #   "script"     lines outside all blocks, through the first definition in Python and Scala
-        #   "closed"     a block that ends with the line being read
-        self.goal = ""
-        # Lines that are indented deeper belong to the goal; -1 outside all blocks, where every line
-        # is deeper.
-        self.base = -1
-        self.level = 0  # indentation of the line that begins
-        self.blank = False  # the last line was blank
-        self.begun = False  # some line is code, and no decorator
-        self.waiting = False  # the text since `mark` is a comment that waits for the next line
         language, head = self.language, scanner.head.strip()
         if head and language.brackets:  # Python or Scala
             blocks = scanner.enclosing(scanner.indent)
@@ -318,9 +317,11 @@ class LineBlock(Block):
         functions = [block for block in blocks if FUNCTION.match(block[1])]
         others = [block for block in blocks if not language.containers.match(block[1])]
         chosen = functions or others
-        if not chosen and not typed and self._is_member_announced():
-            self.goal, self.base = "member", scanner.indent
-            return
+        if not chosen and not typed:
+            announced = is_announced(language, self.prompt)
+            if announced and language.defines.search(self.prompt):
+                self.goal, self.base = "member", scanner.indent
+                return
         chosen = chosen or blocks[-1:]
         if chosen:
             self.base, header = chosen[0]
@@ -329,29 +330,20 @@ class LineBlock(Block):
         elif scanner.indent:  # a prompt from the middle of a file lacks the block's header
             self.goal, self.base = "function", scanner.indent - 1
         else:
-            begun = (typed or not language.indented) and self._ends_in_statement()
-            self.goal = "statement" if begun else "script"
-
-    def _is_member_announced(self) -> bool:
-        language = self.language
-        return is_announced(language, self.prompt) and bool(language.defines.search(self.prompt))
-
-    def _ends_in_statement(self) -> bool:
-        last = last_line(self.prompt.rstrip())
-        return not self.language.imports.match(last) and not last.startswith("#!")
+            last = last_line(self.prompt.rstrip())
+            no_statement = language.imports.match(last) or last.startswith("#!")
+            begun = typed or not language.indented
+            self.goal = "statement" if begun and not no_statement else "script"
 
     def read_line(self, line: str) -> bool:
         self.blank = not line
         if line and not line.startswith(("@", *self.language.comment_starts)):
             self.begun = True
         outside = self.goal in ("statement", "script")  # of all blocks
-        if outside and self.language.brackets and self._is_in_definition():
+        blocks = self.scanner.blocks if outside and self.language.brackets else []
+        if blocks and self.language.defines.match(blocks[0][1]):
             self.goal, self.base = "function", 0
         return self.goal == "closed"
-
-    def _is_in_definition(self) -> bool:
-        blocks = self.scanner.blocks
-        return bool(blocks) and self.language.defines.match(blocks[0][1]) is not None
 
     def side_of(self, word: str) -> str:
         """As in `Block`; may also settle the goal."""
@@ -388,20 +380,20 @@ class LineBlock(Block):
             return self._side_of_closing(word)
         if word[0] in PAIRS:
             return INSIDE
-        return continues(word) if self.goal == "compound" else self.side_below(word)
+        return continues(word) if self.goal == "compound" else self.helpers.side_of(word)
 
     def _side_of_closing(self, word: str) -> str:
         """`side_of` for a line that may close the block, continue it, or be the next thing."""
         if re.fullmatch(r"[\w<]{1,20}", word):
             return UNDECIDED
         language = self.language
-        if re.match(rf"(?:{language.clauses or '(?!)'})(?!\w)", word):
+        if re.match(rf"(?:{language.clauses})(?!\w)", word):
             return INSIDE
-        if word[0] in PAIRS or (language.closers and re.match(language.closers, word)):
+        if word[0] in PAIRS or re.match(language.closers, word):
             if self.level == self.base:
                 self.goal = "closed"
             return INSIDE
-        return self.side_below(word) if self.language.brackets else OUTSIDE
+        return self.helpers.side_of(word) if self.language.brackets else OUTSIDE
 
     def flush(self, whole: bool) -> str:
         return self.cut(self.sent, self.mark if self.waiting else None)
@@ -416,45 +408,38 @@ class BracketBlock(Block):
     class that the model writes. Closing brackets on their own lines after the block belong to it.
     """
 
+    # What is completed: a "block", a "call" with a block among its arguments, a "statement" or a
+    # "directive"; "" if it has not begun.
+    goal = ""
+    depth = 0  # the goal is complete when no more brackets are open
+    clauses = False  # an `else` or the like may go on with it
+
     def __init__(self, scanner: Scanner, prompt: str) -> None:
         super().__init__(scanner, prompt)
-        # What is completed: a "block", a "call" with a block among its arguments, a "statement" or
-        # a "directive"; "" if it has not begun.
-        self.goal = ""
-        self.depth = 0  # the goal is complete when no more brackets are open
-        self.clauses = False  # an `else` or the like may go on with it
-        self.complete = False  # the goal is complete, but the next line may still belong to it
         self.conditionals = len(scanner.conditionals)  # around the goal
         language, stack = self.language, scanner.stack
         head = scanner.head.strip()
         braces = [depth for depth, bracket in enumerate(stack) if bracket.kind == "{"]
         things = [depth for depth in braces if not language.containers.search(stack[depth].header)]
-        announced = is_announced(language, prompt)
-        if announced and not braces:
-            announced = language.defines.search(prompt) is not None
+        announced = is_announced(language, prompt) and (braces or language.defines.search(prompt))
+        # The cursor is in a statement that is no import.
+        begun = head and not language.imports.match(last_line(head))
+        if braces and scanner.is_over:
+            begun = False
+        continued = scanner.closer and prompt.endswith(("\\\n", "\\\r\n"))
         if language.blocks == "brackets" and stack:
             self.goal, self.depth = "block", len(stack) - 1
         elif things:
             self._choose(things[0])
-        elif self._is_in_directive(prompt):
+        elif scanner.opener == "#" and continued:
             self.goal, self.depth = "directive", len(braces)
-        elif announced or scanner.in_parens or self._has_begun(head, bool(braces)):
+        elif announced or scanner.in_parens or begun:
             self.goal, self.depth = "statement", braces[-1] + 1 if braces else 0
             self.clauses = CONTROL.search(head) is not None
             if announced and not head.startswith(("@", "#[", "[")):
                 scanner.last = ""
         elif braces:
             self._choose(braces[-1])
-
-    def _is_in_directive(self, prompt: str) -> bool:
-        opened = self.scanner.opener == "#" and self.scanner.closer == "\n"
-        return opened and prompt.endswith(("\\\n", "\\\r\n"))
-
-    def _has_begun(self, head: str, in_braces: bool) -> bool:
-        """Whether the cursor is in a statement, and not in an import."""
-        if not head or self.language.imports.match(last_line(head)):
-            return False
-        return not (in_braces and self.scanner.is_over)
 
     def _choose(self, depth: int) -> None:
         """Choose the block at `stack[depth]`; if it is an argument of a call, choose the call."""
@@ -494,30 +479,18 @@ class BracketBlock(Block):
             return True
         if line.startswith(("@", "#[")):
             return False
-        if self.goal == "statement" and not self._has_ended():
+        ended = scanner.last in ("}", ";") or (scanner.last and scanner.is_over)
+        if self.goal == "statement" and not ended:
             return not line and self.mark > 0
         self.complete = True
-        if scanner.stack or self.clauses or (self.helpers and self.helpers.called):
+        if scanner.stack or self.clauses or self.helpers.called:
             return False
         return not self._may_go_on or scanner.last == ";"
 
-    def _has_ended(self) -> bool:
-        """Whether the statement has ended with its line."""
-        last = self.scanner.last
-        return last in ("}", ";") or (last != "" and self.scanner.is_over)
-
-    def side_of(self, word: str) -> str:
-        if not self.complete:
-            return INSIDE
-        side = self._side_of_next(word)
-        self.complete = side != INSIDE
-        return side
-
-    def _side_of_next(self, word: str) -> str:
-        """`side_of` for the line below the goal."""
+    def side_of_next(self, word: str) -> str:
         if word[0] in ("{", *PAIRS) or (word[0] in GOES_ON and self._may_go_on):
             return INSIDE
-        return continues(word) if self.clauses else self.side_below(word)
+        return continues(word) if self.clauses else self.helpers.side_of(word)
 
 
 class StatementBlock(Block):
@@ -528,8 +501,6 @@ class StatementBlock(Block):
     clause.
     """
 
-    complete = False  # the statement may have ended, but the next line may still belong to it
-
     def read_line(self, line: str) -> bool:
         scanner = self.scanner
         if scanner.head.strip() or scanner.stack or not scanner.last:
@@ -539,12 +510,9 @@ class StatementBlock(Block):
             self.complete = self.mark > 0
         return line != ""
 
-    def side_of(self, word: str) -> str:
-        if not self.complete:
-            return INSIDE
+    def side_of_next(self, word: str) -> str:
         if re.match(r"\w{1,20}\Z|[-/*]", word):
             return UNDECIDED  # a comment waits for the line below it
-        self.complete = False
         return INSIDE if re.match(self.language.clauses, word) else OUTSIDE
 
 
@@ -554,13 +522,14 @@ class Fenced:
     `margin`: in a list, the fence and all its lines are indented by so many spaces.
     """
 
+    line = ""  # the line so far, without its indentation
+    nested = 0  # blocks within this one that are open
+    in_code = True  # the line does not start inside a string or comment
+
     def __init__(self, scanner: Scanner | None, fence: str = "```", margin: int = 0) -> None:
         self.scanner = scanner
         self.fence, self.margin = fence, margin
         self.left = margin  # spaces at the start of the line that still belong to the margin
-        self.line = ""  # the line so far, without its indentation
-        self.nested = 0  # blocks within this one that are open
-        self.in_code = True  # the line does not start inside a string or comment
 
     def step(self, char: str) -> bool:
         """Read a character; False if it belongs to the margin."""
@@ -611,23 +580,23 @@ class Fences(Stage):
     `begun` is the start of the answer, which the model was given to continue.
     """
 
+    # Where the answer is:
+    #   "blank"     before the block, nothing but blank lines has come
+    #   "headed"    before it, nothing but lines that may be a comment or a heading (`# …`)
+    #   "chatter"   before it, below another line
+    #   "thinking"  in the model's thoughts
+    #   "beside"    in a block that is not the code
+    #   "opened"    in the block, above its first line
+    #   "inside"    in the block
+    state = "blank"
+    fallback: tuple[str, int] | None = None  # the first block beside the code, and its `start`
+    line_start = 0
+    read = 0  # characters that went in
+
     def __init__(self, language: Language | None, begun: str) -> None:
         super().__init__()
         self.language = language
-        # Where the answer is:
-        #   "blank"     before the block, nothing but blank lines has come
-        #   "headed"    before it, nothing but lines that may be a comment or a heading (`# …`)
-        #   "chatter"   before it, below another line
-        #   "thinking"  in the model's thoughts
-        #   "beside"    in a block that is not the code
-        #   "opened"    in the block, above its first line
-        #   "inside"    in the block
-        self.state = "blank"
         self.fenced = Fenced(scanner_of(language) if language else None)
-        # The first block beside the code, and its `start`.
-        self.fallback: tuple[str, int] | None = None
-        self.line_start = 0
-        self.read = 0  # characters that went in
         self.feed(begun)
         if self.state == "beside":
             # The fence was opened for the model, so this block is the code.
@@ -635,14 +604,14 @@ class Fences(Stage):
         elif self.reason or self.state in BEFORE:  # `begun` has no block that is still open
             self._restart("blank")
             self.reason, self.fallback = None, None
-            self.fenced.line = ""
         self.sent = self.safe = len(self.text)
         self.read = self.start = 0
 
     def _restart(self, state: str) -> None:
         """Forget the text up to here."""
         self.state, self.text = state, []
-        self.line_start, self.start = 0, self.read
+        self.line_start = self.safe = self.sent = 0
+        self.start = self.read
 
     def step(self, char: str) -> None:
         self.read += 1
@@ -650,7 +619,6 @@ class Fences(Stage):
             self._inside(char)
         elif char == ">" and self.cut(-len("</think>")) == "</think>":
             self._restart("blank")
-            self.safe = self.sent = 0
         elif self.state == "thinking" or (char == ">" and self._is_thinking()):
             self.state = "thinking"
         elif self.state == "beside":
@@ -694,7 +662,8 @@ class Fences(Stage):
             self.safe = self.line_start
             self.fenced.line = "" if line.endswith("\n") else line.lstrip()[:LINE_CHARS]
             if self.fenced.scanner:
-                self.fenced.scanner.feed(self.cut(0))
+                for char in self.text:
+                    self.fenced.scanner.step(char)
 
     def _is_beside(self, name: str) -> bool:
         """Whether a block in the language of this name is not the code that was asked for."""
@@ -721,7 +690,8 @@ class Fences(Stage):
             if not fenced.may_be_fence:
                 self.safe = len(self.text)
         elif fenced.is_fence and self.state == "opened" and not fenced.is_bare:
-            self._open_again()
+            self._restart("inside")  # the model repeats the opening fence that it was given
+            fenced.line = ""
         elif fenced.end_line():
             self.end("stop", self.line_start)
         else:
@@ -729,12 +699,6 @@ class Fences(Stage):
                 self.state = "inside"
             fenced.begin_line()
             self.line_start = self.safe = len(self.text)
-
-    def _open_again(self) -> None:
-        """The model repeats the opening fence that it was given."""
-        self.state, self.fenced.line = "inside", ""
-        self.line_start = self.safe = self.sent = len(self.text)
-        self.start = self.read
 
     def flush(self, whole: bool) -> str:
         if self.fallback and self.state in ("beside", *BEFORE):
@@ -839,7 +803,7 @@ class Ending:
         suffix = suffix or ""
         infill = mode == "infill" and suffix.strip() != ""
         self.stops = StopStrings(stops)
-        self.stages: list[Stage] = []
+        self.stages = list[Stage]()
         if mode == "instruct":
             self.stages.append(Fences(syntax, prompt))
         elif stop_at != "none":
@@ -849,7 +813,6 @@ class Ending:
                 whole = not infill or prompt[-1:] in ("", "\n")
                 self.stages.append(Indent(indent, whole))
             self.stages.append(Repeat())
-        self.gap = next((stage for stage in self.stages if isinstance(stage, Gap)), None)
 
     @property
     def start(self) -> int:
@@ -862,11 +825,11 @@ class Ending:
         """(text that may be sent now, why the completion is over or None). `probability`: of the
         token that adds this text, 1.0 if it is unknown.
         """
-        if self.gap:
-            self.gap.bits = -math.log2(max(probability, LEAST_PROBABILITY))
+        bits = -math.log2(max(probability, LEAST_PROBABILITY))
         text, stopped = self.stops.feed(text)
         reason = None
         for stage in self.stages:
+            stage.bits = bits
             text, why = stage.feed(text)
             if reason and not why:
                 text += stage.flush(whole=True)

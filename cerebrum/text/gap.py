@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import NamedTuple
 
 from cerebrum.text.languages import LANGUAGES
 from cerebrum.text.scanner import CHANGES, LINE_CHARS, PAIRS, Scanner, after_blank, scanner_of
@@ -57,16 +56,21 @@ def lines_of(text: str) -> list[Line]:
     return [line_of(line) for line in lines if line.strip()]
 
 
-class Goal:
-    """The suffix's first lines, as many as are found nowhere else around the cursor.
+class Meeting:
+    """Finds where a text begins to agree with the suffix: where it has the suffix's first lines, as
+    many as are found nowhere else around the cursor.
 
-    White space within lines and blank lines do not count, but indentation does. With `in_line`,
-    the suffix begins with the rest of the cursor's line.
+    White space within lines and blank lines do not count, but indentation does, and a remark that a
+    model adds to a line does not count. With `in_line`, the suffix begins with the rest of the
+    cursor's line, which may be the end of any line of the text.
     """
 
-    def __init__(self, prompt: str, suffix: str, in_line: bool) -> None:
+    def __init__(
+        self, text: list[str], prompt: str, suffix: str, in_line: bool, remark: str
+    ) -> None:
+        self.text, self.in_line = text, in_line
+        self.remark = remark or "\n"  # what begins one; no line has a line end
         rest, _, after = suffix.partition("\n")
-        self.in_line = in_line
         # Whole lines are missing, line ends included.
         self.of_lines = not in_line and rest.strip() != ""
         lines = lines_of(suffix if self.of_lines else after)
@@ -77,11 +81,21 @@ class Goal:
         sizes = range(1, min(MEET_LINES, len(lines)) + 1)
         size = next((size for size in sizes if self._is_unique(lines, size, around)), 0)
         self.sure = size > 0  # the lines are found nowhere else
-        self.lines = lines[: size or MEET_LINES]
-        self.first = self.lines[0][1]
+        self.goal = lines[: size or MEET_LINES]
+        self.first = lines[0][1]
         # The first line may begin in the middle of a line of the text.
-        self.within = in_line or (self.of_lines and len(self.lines) > 1)
+        self.within = in_line or (self.of_lines and len(self.goal) > 1)
         self.blanks = in_line * (len(rest) - len(rest.lstrip()))  # before the rest of the line
+
+        self.indent, self.line = line_of(last_line(prompt))  # of the text so far
+        if self.line and not in_line:
+            self.indent = -1  # a line that begins in the prompt cannot be a line of the suffix
+        self.edge = 0  # where the text ends without this line
+        self.search = Search(self.first)  # in the line so far
+        # Positions in the text: of the line end above, then of each character of the line that is
+        # not white space.
+        self.places = [-1]
+        self.found: Found = []
 
     def _is_unique(self, lines: list[Line], size: int, around: list[Line]) -> bool:
         """Whether the first lines are enough to know the suffix by."""
@@ -93,78 +107,57 @@ class Goal:
             return False
         return all(goal != around[at : at + size] for at in range(len(around)))
 
-
-class Meeting:
-    """Finds where a text begins to agree with the suffix: where it has the lines of the `goal`.
-
-    A remark that a model adds to a line does not count. The rest of the cursor's line may be the
-    end of any line of the text.
-    """
-
-    def __init__(self, goal: Goal, prompt: str, remark: str) -> None:
-        self.goal = goal
-        self.remark = remark or "\n"  # what begins one; no line has a line end
-        self.indent, self.line = line_of(last_line(prompt))  # of the text so far
-        if self.line and not goal.in_line:
-            self.indent = -1  # a line that begins in the prompt cannot be a line of the suffix
-        self.edge = 0  # where the text ends without this line
-        self.search = Search(goal.first)  # in the line so far
-        # Positions in the text: of the line end above, then of each character of the line that is
-        # not white space.
-        self.places = [-1]
-        self.found: Found = []
-
     def has_first(self) -> bool:
         """Whether the line so far is, or ends with, the first line of the goal."""
-        goal = self.goal
-        ends = goal.within and self.search.size == len(goal.first)
-        if goal.in_line:
+        ends = self.within and self.search.size == len(self.first)
+        if self.in_line:
             return ends
         # A whole line must also have the indentation.
-        return self.is_line(0) or (ends and self.line != goal.first)
+        return self.is_line(0) or (ends and self.line != self.first)
 
-    def start(self, text: list[str]) -> int:
+    def start(self) -> int:
         """Where the first line of the goal may begin; the text's end if it cannot yet."""
-        if not self.goal.in_line and self.may_be(0):
+        if not self.in_line and self.may_be(0):
             return self.edge
-        if not self.goal.within:
-            return len(text)
+        if not self.within:
+            return len(self.text)
         size = self.search.size
-        place = self.places[-size] if size else len(text)
+        place = self.places[-size] if size else len(self.text)
         # The text may have fewer blanks here than the suffix.
-        return max(place - self.goal.blanks, self.places[-size - 1] + 1)
+        return max(place - self.blanks, self.places[-size - 1] + 1)
 
-    def step(self, char: str, text: list[str]) -> int | None:
+    def step(self, char: str) -> int | None:
         """Read the last character of the text; if the whole goal stands there now, return where it
         begins.
         """
         if char == "\n":
-            return self._end_line(text)
+            return self._end_line()
         if not char.isspace():
             if len(self.line) < LINE_CHARS:
                 self.line += char
             self.search.step(char)
-            self.places.append(len(text) - 1)
+            self.places.append(len(self.text) - 1)
         elif not self.line:
             self.indent = after_blank(self.indent, char)
         return None
 
-    def _end_line(self, text: list[str]) -> int | None:
+    def _end_line(self) -> int | None:
+        text = self.text
         if self.line:
-            self.found = self._matches(text, self.is_line)
-        if self.goal.of_lines:
+            self.found = self._matches(self.is_line)
+        if self.of_lines:
             self.edge = len(text)
         elif self.line:
             self.edge = len(text) - 1 - (text[-2:-1] == ["\r"])
         self.line, self.indent = "", 0
         self.search.size = 0
         self.places = [len(text) - 1]
-        size, place = self.found[0] if self.found else (0, 0)
-        return place if size == len(self.goal.lines) else None
+        whole = (place for size, place in self.found if size == len(self.goal))
+        return next(whole, None)
 
     def is_line(self, number: int) -> bool:
         """Whether the line so far is this line of the goal."""
-        indent, line = self.goal.lines[number]
+        indent, line = self.goal[number]
         if self.indent != indent:
             return False
         return f"{self.line}\n".startswith((f"{line}\n", line + self.remark))
@@ -173,60 +166,44 @@ class Meeting:
         """Whether the line so far may become this line of the goal."""
         if not self.line:
             return True
-        indent, line = self.goal.lines[number]
+        indent, line = self.goal[number]
         line += self.remark
         return self.indent == indent and line.startswith(self.line[: len(line)])
 
     def _unfinished(self, agrees: Callable[[int], bool]) -> Found:
         """Those of `found` whose next line agrees with the line so far."""
-        most = len(self.goal.lines)
+        most = len(self.goal)
         return [(size, place) for size, place in self.found if size < most and agrees(size)]
 
-    def _matches(self, text: list[str], agrees: Callable[[int], bool]) -> Found:
+    def _matches(self, agrees: Callable[[int], bool]) -> Found:
         """`found` with the line so far."""
         found = [(size + 1, place) for size, place in self._unfinished(agrees)]
         if self.has_first():
-            found.append((1, self.start(text)))
+            found.append((1, self.start()))
         return found
 
-    def held(self, text: list[str]) -> int:
+    def held(self) -> int:
         """Text from here on may turn out to be the suffix."""
-        return min([self.start(text), *(place for _, place in self._unfinished(self.may_be))])
+        return min([self.start(), *(place for _, place in self._unfinished(self.may_be))])
 
-    def at_end(self, text: list[str]) -> tuple[int, int]:
+    def at_end(self) -> tuple[int, int]:
         """(lines of the goal that the text ends with, where they begin); the last line may be cut
         off.
         """
-        found = self._matches(text, self.may_be) if self.line else self.found
+        found = self._matches(self.may_be) if self.line else self.found
         return found[0] if found else (0, 0)
-
-
-class Surroundings(NamedTuple):
-    """What is open at the cursor."""
-
-    literal: str  # the end of its literal or comment, "" in code
-    depth: int  # open brackets, ...
-    closed_below: int  # ... of which the suffix closes so many
-    unmatched: int  # closing brackets above whose partner is not in the prompt
-
-
-def surroundings_of(scanner: Scanner, suffix: str) -> Surroundings:
-    depth, below = len(scanner.stack), 0
-    if not scanner.closer:
-        below = scanner_of(scanner.language, suffix[:CLOSERS_CHARS]).unmatched
-    return Surroundings(scanner.closer, depth, min(depth, below), scanner.unmatched)
 
 
 class Gap(Stage):
     """An infill: ends where the text meets the suffix or, if they do not meet, where the suffix
     could follow.
 
-    Each event has its rule: the text meets the suffix (`on_meeting`), a line begins (`on_start`), a
-    line ends (`on_line`), the text leaves the cursor's surroundings (`on_leaving`), the model
-    writes no more (`flush`). The rules note in `enough` where the infill could end. What the model
-    writes behind that place is sent if the model meets the suffix before the `patience` or the
-    `doubt` is used up, or ends by itself: many gaps go on after a line that could have ended them,
-    so waiting is worth its tokens.
+    Each event has its rule: the text meets the suffix (`step`), a line begins (`on_start`), a line
+    ends (`on_line`), the text leaves the cursor's surroundings (`on_leaving`), the model writes no
+    more (`flush`). The rules note in `enough` where the infill could end. What the model writes
+    behind that place is sent if the model meets the suffix before the `patience` or the `doubt` is
+    used up, or ends by itself: many gaps go on after a line that could have ended them, so waiting
+    is worth its tokens.
     """
 
     # The text is in a block that ends before the suffix, so all of it belongs to the gap.
@@ -235,25 +212,23 @@ class Gap(Stage):
     # Characters left before the infill ends at `enough`, white space not counted.
     patience = AHEAD_CHARS
     doubt = DOUBT_OF_LINES  # bits left before it ends there
-    bits = 0.0  # the surprise of the token that is being read, until it counts
+    enough: int | None = None  # the infill could end here ...
+    # ... or at most here, where the text left the cursor's surroundings (a bracket or a line does
+    # not belong to the gap); None: it has not.
+    left_at: int | None = None
 
     def __init__(self, scanner: Scanner, prompt: str, suffix: str) -> None:
         super().__init__()
         self.scanner = scanner
-        goal = Goal(prompt, suffix, self.in_line)
-        self.meeting = Meeting(goal, prompt, scanner.language.line_comment)
-        self.cursor = surroundings_of(scanner, suffix)
-        self.enough: int | None = None  # the infill could end here ...
-        # ... or at most here, where the text left the cursor's surroundings (a bracket or a line
-        # does not belong to the gap); None: it has not.
-        self.left_at: int | None = None
-
-    def on_meeting(self, place: int) -> None:
-        """The text has all lines of the goal, from this place on."""
-        if self.meeting.goal.sure:
-            self.end("stop", place)
-        else:
-            self.could_end(place)
+        remark = scanner.language.line_comment
+        self.meeting = Meeting(self.text, prompt, suffix, self.in_line, remark)
+        # What is open at the cursor.
+        self.literal = scanner.closer  # the end of its literal or comment, "" in code
+        self.depth = len(scanner.stack)  # brackets, ...
+        below = scanner_of(scanner.language, suffix[:CLOSERS_CHARS]).unmatched
+        # ... of which the suffix closes so many.
+        self.closed_below = 0 if self.literal else min(self.depth, below)
+        self.unmatched = scanner.unmatched  # closing brackets whose partner is not in the prompt
 
     def on_start(self) -> None:
         """A line begins: its first character that is not white space has come."""
@@ -271,9 +246,11 @@ class Gap(Stage):
     def step(self, char: str) -> None:
         meeting, begun = self.meeting, self.meeting.line != ""
         self.scanner.step(char)
-        place = meeting.step(char, self.text)
-        if place is not None:
-            self.on_meeting(place)
+        place = meeting.step(char)
+        if place is not None and meeting.sure:
+            self.end("stop", place)
+        elif place is not None:
+            self.could_end(place)
         if not self.reason:
             self._read(char, begun)
         if self.reason:
@@ -281,7 +258,7 @@ class Gap(Stage):
         if min(self.patience, self.doubt) < 0 and self.enough is not None:
             self.end("block", self.enough)
         elif char not in "\r`":  # perhaps part of a line end that the suffix has, or of a fence
-            place = meeting.held(self.text)
+            place = meeting.held()
             if self.enough is not None:
                 place = min(place, self.enough)
             self.safe = max(self.safe, place)
@@ -303,12 +280,9 @@ class Gap(Stage):
             self.patience -= 1
             self.doubt -= self.bits
             self.bits = 0.0
-        if meeting.line == "```" and self._may_be_fence():
+        is_fence = meeting.line == "```" and scanner.closer in ("", "`")
+        if is_fence and scanner.language is not LANGUAGES["markdown"]:  # where it is code
             self.end("stop", meeting.edge if self.left_at is None else self.left_at)
-
-    def _may_be_fence(self) -> bool:
-        scanner = self.scanner
-        return scanner.closer in ("", "`") and scanner.language is not LANGUAGES["markdown"]
 
     def could_end(self, place: int) -> None:
         """The infill could end here. The first such place counts; in an inner block, the latest."""
@@ -319,23 +293,23 @@ class Gap(Stage):
         """Whether the text has closed a bracket that the suffix closes, or one from outside the
         text.
         """
-        scanner, cursor = self.scanner, self.cursor
-        return len(scanner.stack) < cursor.closed_below or scanner.unmatched > cursor.unmatched
+        scanner = self.scanner
+        return len(scanner.stack) < self.closed_below or scanner.unmatched > self.unmatched
 
     def is_suffix(self, lines: int) -> bool:
         """Whether a text that ends with so many lines of the goal has come to the suffix."""
-        weight = sum(map(str.isalnum, self.meeting.goal.first))  # letters and digits
+        weight = sum(map(str.isalnum, self.meeting.first))  # letters and digits
         return lines > 1 or (lines == 1 and weight >= END_WEIGHT)
 
     def flush(self, whole: bool) -> str:
-        lines, place = self.meeting.at_end(self.text)
+        lines, place = self.meeting.at_end()
         end = place if self.is_suffix(lines) else self._end_of_rest(whole)
         if end is not None:
-            return self.cut(self.sent, max(end, self.sent))
+            return self.cut(self.sent, end)
         text = self.cut(0).rstrip(" \t")
         # The line end before the suffix, if the model omitted it.
         lacks_end = text.strip() != "" and not text.endswith("\n")
-        return self.cut(self.sent) + "\n" * (self.meeting.goal.of_lines and lacks_end)
+        return self.cut(self.sent) + "\n" * (self.meeting.of_lines and lacks_end)
 
     def _end_of_rest(self, whole: bool) -> int | None:
         """Where a text ends that has not come to the suffix; None: all of it belongs to the gap."""
@@ -350,23 +324,23 @@ class GapOfLines(Gap):
     less than cursor and suffix.
     """
 
+    mark: int | None = None  # the end of the last line that is not blank
+
     def __init__(self, scanner: Scanner, prompt: str, suffix: str) -> None:
         super().__init__(scanner, prompt, suffix)
-        first = last_line(prompt)
-        typed = first.strip() != ""
+        typed = last_line(prompt).strip() != ""
         if typed:
             self.doubt = 0.0
-        below = self.meeting.goal.lines[0]
-        self.above = indent_of(line_of(first if typed else last_line(prompt.rstrip())))
+        below = self.meeting.goal[0]
+        self.above = indent_of(line_of(last_line(prompt.rstrip())))
         self.below = indent_of(below)
         self.indent = scanner.indent  # of the line
         self.floor = min(self.above, floor_of(suffix))
-        self.mark: int | None = None  # the end of the last line that is not blank
         # SQL: the suffix may be a new statement.
         clause = re.match(scanner.language.clauses, suffix.lstrip())
         self.new = scanner.statements and not clause
         self.inner = scanner.by_lines and typed and self.indent > self.below
-        if below[1][0] in PAIRS and scanner.stack and not self.cursor.literal:
+        if below[1][0] in PAIRS and scanner.stack and not self.literal:
             self.inner = True
 
     def on_start(self) -> None:
@@ -392,8 +366,8 @@ class GapOfLines(Gap):
         """Whether the suffix fits below the line that has ended."""
         scanner, opened = self.scanner, self.scanner.opened
         if scanner.closer or self.has_closed_too_much():
-            return scanner.closer != "" and self.cursor.literal != ""
-        if len(scanner.stack) > self.cursor.depth and not scanner.language.enclosed:
+            return scanner.closer != "" and self.literal != ""
+        if len(scanner.stack) > self.depth and not scanner.language.enclosed:
             return False
         if opened is not None:
             return opened < self.below
@@ -438,7 +412,7 @@ class GapInLine(Gap):
             self.doubt = 0.0
 
     def on_line(self) -> None:
-        scanner, rest = self.scanner, self.meeting.goal.first
+        scanner, rest = self.scanner, self.meeting.first
         lines, written = self.meeting.found[-1] if self.meeting.found else (0, 0)
         if lines == 1 and self._has_closed():
             self.end("stop", written)
@@ -448,19 +422,18 @@ class GapInLine(Gap):
                 self.patience = min(self.patience, WRITTEN_AHEAD_CHARS)
         elif rest[0] in PAIRS and scanner.stack:
             return  # the rest closes what the cursor is in
-        elif len(scanner.stack) <= self.cursor.depth and not scanner.closer:
+        elif len(scanner.stack) <= self.depth and not scanner.closer:
             self.could_end(self.meeting.edge)
 
     def _has_closed(self) -> bool:
         """Whether the text has closed the literal around the cursor, which the suffix closes."""
-        literal = self.cursor.literal
-        closes = literal != "" and self.meeting.goal.first.startswith(literal)
+        closes = self.literal != "" and self.meeting.first.startswith(self.literal)
         return closes and not self.scanner.closer
 
     def is_suffix(self, lines: int) -> bool:
         if lines != 1 or super().is_suffix(lines) or self._has_closed():
             return lines > 0
-        rest = self.meeting.goal.first
+        rest = self.meeting.first
         return rest[0] not in "\"'`)]}" and (not rest.isalnum() or len(rest) >= REST_CHARS)
 
 

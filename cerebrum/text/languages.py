@@ -58,6 +58,8 @@ _CLOSINGS = str.maketrans("[({<", "])}>")
 
 
 Delimiters = tuple[str, str]  # (opening, closing)
+Texts = tuple[str, ...]
+Pattern = re.Pattern[str]
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Language:
     are alternatives of a pattern.
     """
 
-    uses: str = ""  # the start of a line that imports
+    uses: str = "(?!)"  # the start of a line that imports
     types: str = ""  # keywords of definitions whose members are completed one at a time
     # The same, but the definition is no completion by itself: a function usually follows.
     data: str = ""
@@ -80,15 +82,15 @@ class Language:
     also: str = ""  # other starts of lines that define a name: the last group that took part
     # Keywords of unindented lines that still belong to a definition; SQL: starts of lines that go
     # on.
-    clauses: str = ""
-    closers: str = ""  # starts of lines that close a block
+    clauses: str = "(?!)"
+    closers: str = "(?!)"  # starts of lines that close a block
     openers: str = "(?!)"  # ends of lines that open a block by indentation
     line_comment: str = "//"  # "" if there is none
     block_comment: Delimiters | None = ("/*", "*/")
     other_comments: tuple[Delimiters, ...] = ()
-    strings: tuple[str, ...] = ('"', "'")  # openings of strings that end with their line
-    texts: tuple[str, ...] = ()  # openings of strings that may contain a line end
-    raw: tuple[str, ...] = ()  # openings of strings without escapes
+    strings: Texts = ('"', "'")  # openings of strings that end with their line
+    texts: Texts = ()  # openings of strings that may contain a line end
+    raw: Texts = ()  # openings of strings without escapes
     escape: str = "\\"  # the character before an escaped one
     closings: tuple[Delimiters, ...] = ()  # of strings that do not close as they open
     # Openings with two meanings: / of a regex or a division, ' of a char or a lifetime.
@@ -100,17 +102,13 @@ class Language:
     # Lines around a text that blank lines do not end; group 1 in the first of them.
     enclosed: str = ""
     commands: bool = False  # lines of code begin with verbs, as instructions do
-    endings: tuple[str, ...] = ()  # of file names, in lower case
-    filenames: tuple[str, ...] = ()  # whole file names, in lower case
-    aliases: tuple[str, ...] = ()  # in requests, by editors, in fences, modelines and shebang lines
+    endings: Texts = ()  # of file names, in lower case
+    filenames: Texts = ()  # whole file names, in lower case
+    aliases: Texts = ()  # in requests, by editors, in fences, modelines and shebang lines
 
     @property
     def indented(self) -> bool:
         return self.blocks == "indent"
-
-    @property
-    def by_lines(self) -> bool:
-        return self.blocks not in ("braces", "brackets", "statements")
 
     @property
     def literals(self) -> list[Delimiters]:
@@ -150,33 +148,19 @@ class Language:
             return ""
         return "()[]" if self.blocks in ("offside", "statements") else "()[]{}"
 
-    @cached_property
-    def code_run(self) -> re.Pattern[str]:
-        """Matches characters of code that only continue a statement."""
-        if self.blocks == "statements":
-            return re.compile(r"\w{2,}")
-        return _run_of(self.opening_ends | set("()[]{}\n;:<"))
-
-    @cached_property
-    def literal_run(self) -> re.Pattern[str]:
-        """Matches characters that only continue a literal or comment: no ends, escapes, R"( of C++,
-        $$ of SQL.
-        """
-        return _run_of({closing[-1] for _, closing in self.delimiters} | set("\n($" + self.escape))
-
     @property
-    def comment_starts(self) -> tuple[str, ...]:
+    def comment_starts(self) -> Texts:
         """The possible starts of a comment line, for `str.startswith`."""
         others = tuple(opening for opening, _ in self.other_comments[:1])
         return (self.line_comment, *others) if self.line_comment else others
 
     @cached_property
-    def imports(self) -> re.Pattern[str]:
+    def imports(self) -> Pattern:
         """Matches at a line that imports."""
-        return re.compile(rf"^(?:{self.uses})", re.M) if self.uses else NOTHING
+        return re.compile(rf"^(?:{self.uses})", re.M)
 
     @cached_property
-    def defines(self) -> re.Pattern[str]:
+    def defines(self) -> Pattern:
         """Matches at a line that defines a name: the last group that took part."""
         inside = _any(self.types, self.data, self.function)
         outside = _any(inside, self.names)
@@ -186,7 +170,7 @@ class Language:
         return re.compile(rf"^(?:{patterns})", re.M) if patterns else NOTHING
 
     @cached_property
-    def containers(self) -> re.Pattern[str]:
+    def containers(self) -> Pattern:
         """Matches the header of a block whose members are completed one at a time."""
         if not self.types:
             return ANYTHING if self.blocks == "tree" else NOTHING
@@ -194,7 +178,7 @@ class Language:
         return re.compile(rf"^[^\S\n]*{words}(?:{_any(self.types, self.data)})\b", re.M)
 
     @cached_property
-    def definition(self) -> re.Pattern[str]:
+    def definition(self) -> Pattern:
         """Matches the header of a block that is a completion by itself."""
         keywords = _any(self.types, self.function)
         return re.compile(rf"\b(?:{keywords})\b|\(") if keywords else ANYTHING
@@ -204,11 +188,6 @@ class Language:
         if self.line_comment or not self.block_comment:
             return f"{self.line_comment} {text}"
         return "{0} {2} {1}".format(*self.block_comment, text)
-
-
-def _run_of(others: set[str]) -> re.Pattern[str]:
-    """A pattern for a run of characters except these."""
-    return re.compile(f"[^{re.escape(''.join(sorted(others)))}]{{2,}}")
 
 
 def _any(*patterns: str) -> str:
@@ -241,7 +220,8 @@ _CPP = Language(
 )  # fmt: skip
 _RUST_RAW = ('r"', 'r#"', 'r##"', 'r###"')
 _LUA_RAW = ("[[", "[=[", "[==[")
-_PLAIN = Language(line_comment="#", block_comment=None, strings=(), blocks="lines")  # not code
+# Files that are no code, and scripts.
+_PLAIN = Language(line_comment="#", block_comment=None, strings=(), blocks="lines")
 LANGUAGES: dict[str, Language] = {
     "python": Language(
         uses=r"import[ \t]+\w|from[ \t]+[\w.]+[ \t]+import\b",
@@ -282,14 +262,14 @@ LANGUAGES: dict[str, Language] = {
         raw=('""""', '"""', '$@"', '@$"', '@"'),
         directives=True, endings=(".cs", ".csx"), aliases=("c#", "cs", "c-sharp"),
     ),
-    "shell": Language(
-        uses=r"(?:source|\.|set)[ \t]+[^\s]",
+    "shell": replace(
+        _PLAIN, uses=r"(?:source|\.|set)[ \t]+[^\s]",
         also=r"[ \t]{0,200}(?:function[ \t]+([\w:.-]{1,80})|([\w:.-]{1,80})[ \t]*\(\))"
              r"|(?:(?:export|readonly|declare(?:[ \t]+-\w+)?)[ \t]+)?([A-Z_][A-Z0-9_]*)=",
-        clauses="else|elif|then|do", closers=r"(?:fi|done|esac)\b", line_comment="#",
-        block_comment=None, strings=(), texts=("$'", '"', "'"), raw=("'",),
+        clauses="else|elif|then|do", closers=r"(?:fi|done|esac)\b",
+        texts=("$'", '"', "'"), raw=("'",),
         here_document=r"-?[ \t]*\\?(['\"]?)([A-Za-z_]\w{0,80})\1",
-        blocks="lines", commands=True, endings=(".sh", ".bash", ".zsh", ".ksh"),
+        commands=True, endings=(".sh", ".bash", ".zsh", ".ksh"),
         filenames=(".bashrc", ".bash_profile", ".profile", ".zshrc"),
         aliases=("bash", "sh", "shellscript", "zsh", "ksh", "dash"),
     ),
@@ -320,15 +300,16 @@ LANGUAGES: dict[str, Language] = {
         strings=(), texts=('"', "'", "`"), other_comments=(("# ", "\n"),),
         endings=(".php", ".phtml"),
     ),
-    "perl": Language(
-        uses=r"(?:use|require|package)[ \t]", function="sub", also=r"(?:my|our)[ \t]+[$@%](\w+)",
-        line_comment="#", block_comment=None, other_comments=(("=head", "=cut"), ("=pod", "=cut")),
-        strings=(), texts=('"', "'"), ambiguous="/", endings=(".pl", ".pm", ".t"), aliases=("pl",),
+    "perl": replace(
+        _PLAIN, uses=r"(?:use|require|package)[ \t]", function="sub",
+        also=r"(?:my|our)[ \t]+[$@%](\w+)", blocks="braces",
+        other_comments=(("=head", "=cut"), ("=pod", "=cut")),
+        texts=('"', "'"), ambiguous="/", endings=(".pl", ".pm", ".t"), aliases=("pl",),
     ),
-    "r": Language(
-        uses=r"(?:library|require|source)\(",
-        also=r"([\w.]{1,80})[ \t]*(?:<-|=(?!=))", line_comment="#",
-        block_comment=None, strings=(), texts=('"', "'", "`"), line_ends=True, endings=(".r",),
+    "r": replace(
+        _PLAIN, uses=r"(?:library|require|source)\(",
+        also=r"([\w.]{1,80})[ \t]*(?:<-|=(?!=))", blocks="braces",
+        texts=('"', "'", "`"), line_ends=True, endings=(".r",),
         aliases=("rscript",),
     ),
     "zig": Language(
@@ -355,12 +336,12 @@ LANGUAGES: dict[str, Language] = {
         blocks="brackets", aliases=("jsonc", "json5"),
         endings=(".json", ".jsonc", ".json5", ".geojson", ".webmanifest"),
     ),
-    "ruby": Language(
-        uses=r"(?:require|require_relative|load|include|using)\b", function="def",
+    "ruby": replace(
+        _PLAIN, uses=r"(?:require|require_relative|load|include|using)\b", function="def",
         types=r"class|module|(?:\w{1,80}\.)?(?:describe|context|feature|namespace)",
         also=r"([A-Z]\w*)[ \t]*=(?![=~])",
-        clauses="rescue|ensure|else|elsif|when|in", closers=r"end\b", blocks="lines",
-        line_comment="#", block_comment=("=begin", "=end"), strings=('"', "'", "`"),
+        clauses="rescue|ensure|else|elsif|when|in", closers=r"end\b",
+        block_comment=("=begin", "=end"), strings=('"', "'", "`"),
         here_document=r"[~-]?(['\"`]?)([A-Z_]\w{0,80})\1",
         endings=(".rb", ".rake", ".gemspec", ".ru"), filenames=("rakefile", "gemfile"),
         aliases=("rb",),

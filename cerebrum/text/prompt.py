@@ -21,9 +21,8 @@ import re
 import string
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from itertools import accumulate, islice, takewhile
-from typing import Any
+from typing import Any, NamedTuple
 
 from cerebrum.text.languages import BY_NAME, LANGUAGES, Language
 from cerebrum_common import HttpError
@@ -223,7 +222,6 @@ def kind_of(byte: int) -> int:
 KINDS = bytes(map(kind_of, range(256)))
 
 
-@dataclass(slots=True)
 class Ratio:
     """Weight per token of each model's prompts, learned from the token counts that a backend
     reports.
@@ -233,8 +231,9 @@ class Ratio:
     of a quarter, because a new ratio moves the window, and then the backend must prefill it again.
     """
 
-    low: dict[str, float] = field(default_factory=dict)  # the estimate for each model
-    given: dict[str, float] = field(default_factory=dict)  # what `get` returns
+    def __init__(self) -> None:
+        self.low = dict[str, float]()  # the estimate for each model
+        self.given = dict[str, float]()  # what `get` returns
 
     def get(self, model: str) -> float:
         return self.given.get(model, FIRST_RATIO)
@@ -304,8 +303,7 @@ File = Mapping[str, str]  # another file: {"filename", "text"}
 Message = Mapping[str, str]  # of a chat: {"role", "content"}
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
+class Prepared(NamedTuple):
     """A request for vpsd."""
 
     body: dict[str, Any]  # vpsd's fields: `mode`, and `prompt`, `suffix`, `extra` or `messages`
@@ -554,8 +552,7 @@ def end_of_named(code: str, language: Language, instruction: str, room: int) -> 
 # ------------------------------------------------------------------------- the text around a cursor
 
 
-@dataclass(frozen=True, slots=True)
-class Excerpt:
+class Excerpt(NamedTuple):
     """The text around a cursor that is sent."""
 
     extra: list[File]  # other files' texts, which the backend reads first
@@ -639,17 +636,17 @@ def limit_prefill(
     for_suffix = fresh_room // SUFFIX_FRESH
     if layout == "psm":  # the suffix is last: it gets what the text before the cursor leaves
         if fresh <= fresh_room - for_suffix:
-            return replace(whole, after=fit_start(whole.after, fresh_room - fresh))
-        before, kept = fit(prompt, language, fresh_room - for_suffix)
-        after = fit_start(whole.after, fresh_room - weigh(before))
+            return whole._replace(after=fit_start(whole.after, fresh_room - fresh))
     elif fresh <= fresh_room:
         return whole
     elif read >= len(first):  # the backend has read the suffix: it stays
-        before, kept = fit(prompt, language, fresh_room)
-        after = whole.after
-    else:
-        before, kept = fit(prompt, language, fresh_room - for_suffix)
-        after = fit_start(whole.after, for_suffix)
+        for_suffix = 0
+    before, kept = fit(prompt, language, fresh_room - for_suffix)
+    after = whole.after
+    if layout == "psm":
+        after = fit_start(after, fresh_room - weigh(before))
+    elif for_suffix:
+        after = fit_start(after, for_suffix)
     extra = whole.extra if read >= len(files) else []
     return Excerpt(extra, before, after, kept, cut=True)
 
@@ -708,15 +705,8 @@ def render_extra(extra: Sequence[File]) -> str:
 
 def common_length(text: str, other: str) -> int:
     """The length of the longest start that two texts share."""
-    low = 0
-    high = min(len(text), len(other))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if text[low:middle] == other[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    lengths = range(1, min(len(text), len(other)) + 1)
+    return bisect_left(lengths, True, key=lambda length: text[:length] != other[:length])
 
 
 # ------------------------------------------------------------------------------------------- a chat

@@ -26,7 +26,6 @@ STRAY_BRACKETS = 20
 # Of #if, those that are followed, and open brackets around their branches; C's standard promises 63
 # #if.
 NESTED = 60
-OPENER_CHARS = 6  # the longest opening of a literal
 TAIL_CHARS = 18  # the longest end of a literal: C++'s )name" with 16 characters in its name
 LINE_CHARS = 500  # the part of a line that comparisons use
 PAIRS = {")": "(", "]": "[", "}": "{"}
@@ -77,8 +76,8 @@ class Bracket(NamedTuple):
     """An open bracket."""
 
     kind: str  # with a { that opens no block: "({"
-    header: str  # of {: the statement before it
     indent: int  # of its line
+    header: str = ""  # of {: the statement before it
     condition: bool = False  # a statement may follow its end
 
 
@@ -93,28 +92,30 @@ class Scanner:
     `scanner_of` makes the one for a language.
     """
 
+    by_lines = False  # the blocks are lines
+    statements = False  # the blocks are statements
+
+    tail = ""  # the last characters of the text
+    # The literal or comment that the text is in: its two ends, "" in code.
+    opener = closer = ""
+    since = 0  # characters since it opened
+    escaped = False  # after a backslash or the language's `escape`
+    escaped_at = 0  # `since` of the last escaped character
+    line = ""  # the literal's start; of a here-document, the line so far
+    # The statement so far: its code, its last character and the one before.
+    head = last = previous = ""
+    condition = ""  # `head` up to the parentheses of an if, if those came last
+    starting = True  # only white space since a line (by lines: a statement) began
+    indent = 0  # its columns
+    unmatched = 0  # closing brackets whose partner is not in the text
+
     def __init__(self, language: Language) -> None:
         self.language = language
-        self.by_lines = language.by_lines
-        self.statements = language.blocks == "statements"
-        self.tail = ""  # the last characters of the text
-        # The literal or comment that the text is in: its two ends, "" in code.
-        self.opener = self.closer = ""
-        self.since = 0  # characters since it opened
-        self.escaped = False  # after a backslash or the language's `escape`
-        self.escaped_at = 0  # `since` of the last escaped character
-        self.line = ""  # of a here-document or a directive: the line so far
-        self.terminators: list[str] = []  # the lines that end the here-documents below this line
-        # The statement so far: its code, its last character and the one before.
-        self.head = self.last = self.previous = ""
-        self.condition = ""  # `head` up to the parentheses of an if, if those came last
-        # Only white space since a line (by lines: a statement) began; its columns.
-        self.starting, self.indent = True, 0
-        self.stack: list[Bracket] = []  # open brackets
-        self.unmatched = 0  # closing brackets whose partner is not in the text
+        self.terminators = list[str]()  # the lines that end the here-documents below this line
+        self.stack = list[Bracket]()  # open brackets
         # Of each #if without its #endif: `stack` before its branches and, from the second one on,
         # behind the first.
-        self.conditionals: list[list[list[Bracket]]] = []
+        self.conditionals = list[list[list[Bracket]]]()
 
     @property
     def in_comment(self) -> bool:
@@ -141,38 +142,6 @@ class Scanner:
         openings = ("{", "[") if self.language.blocks == "brackets" else ("{",)
         return self.stack[-1].indent if self.stack and self.last in openings else None
 
-    def feed(self, text: str) -> None:
-        """Read a text. Runs of characters that only continue a statement or a literal are read at
-        once.
-        """
-        literal_run, code_run = self.language.literal_run, self.language.code_run
-        at = 0
-        while at < len(text):
-            run = None
-            if self.closer:
-                if self.since > OPENER_CHARS and not self.escaped:
-                    run = literal_run.match(text, at)
-            elif not self.starting and self.last != "<":
-                run = code_run.match(text, at)
-            if run:
-                self._read_run(run[0])
-                at = run.end()
-            else:
-                self.step(text[at])
-                at += 1
-
-    def _read_run(self, run: str) -> None:
-        self.tail = (self.tail + run)[-TAIL_CHARS:]
-        self.since += len(run)
-        if self.closer:
-            self.line = (self.line + run)[:LINE_CHARS]
-            return
-        self._add(run)
-        code = self.last + "".join(run.split())
-        if len(code) > 1:
-            self.previous = code[-2]
-        self.last = code[-1:]
-
     def step(self, char: str) -> None:
         """Read a character."""
         language = self.language
@@ -184,9 +153,8 @@ class Scanner:
             self.line = char
         elif char in language.opening_ends and (pair := self._opening()):
             begun = pair[0][:-1]
-            comment = not self.closer and pair in language.comments
-            if comment and begun and self.head.endswith(begun):
-                self.head = self.head[: -len(begun)]  # not code
+            if begun and not self.closer and pair in language.comments:
+                self.head = self.head.removesuffix(begun)  # not code
                 self.last = self.previous
             self._enter(*pair)
         elif self.closer:
@@ -247,11 +215,11 @@ class Scanner:
         return True
 
     def _in_literal(self, char: str) -> None:
+        self.line = (self.line + char)[:LINE_CHARS]
         if self.opener == "<<":
-            self._in_here_document(char)
+            if char == "\n":
+                self._end_here_line()
             return
-        if self.opener == "#":
-            self.line = (self.line + char)[:LINE_CHARS]
         if self.since == 2 and self._is_lifetime(char):
             self.closer = ""
             self._in_code(char)
@@ -280,10 +248,8 @@ class Scanner:
             self.escaped = language.directives or not self.in_comment
         return self.escaped
 
-    def _in_here_document(self, char: str) -> None:
-        if char != "\n":
-            self.line = (self.line + char)[:LINE_CHARS]
-            return
+    def _end_here_line(self) -> None:
+        """A line of a here-document has ended, or the line above it."""
         line, self.line = self.line, ""
         if self.closer == "<":
             names = re.finditer(f"<<{self.language.here_document}", f"<<{line}")
@@ -292,7 +258,7 @@ class Scanner:
             del self.terminators[0]
         self.closer = self.terminators[0] if self.terminators else ""
         if not self.closer:
-            self._in_code(char)
+            self._in_code("\n")
 
     def _leave(self, char: str) -> None:
         """The literal or comment ends with this character."""
@@ -309,7 +275,9 @@ class Scanner:
 
     def _in_code(self, char: str) -> None:
         if char == "\n":
-            self._newline()
+            if self.opener == "#" and self.language.directives:
+                self._directive()
+            self._end_line()
             return
         if self.starting and char in " \t\r":
             self.indent = after_blank(self.indent, char)
@@ -330,11 +298,12 @@ class Scanner:
         if char in PAIRS:
             self._close(char)
         elif char == "{" and not self.by_lines:
-            self.stack.append(Bracket(char, self.head, self.indent))
+            self.stack.append(Bracket(char, self.indent, self.head))
             self.head = ""
         else:
             condition = char == "(" and CONDITION.search(self.head[-WORD_CHARS:]) is not None
-            self.stack.append(Bracket("({" if char == "{" else char, "", self.indent, condition))
+            kind = "({" if char == "{" else char
+            self.stack.append(Bracket(kind, self.indent, condition=condition))
             self._add(char)
 
     def _opener_of(self, char: str) -> int | None:
@@ -378,11 +347,6 @@ class Scanner:
                 self.conditionals.append(places[:2])
             self.stack[:] = places[match[1] == "endif"]
 
-    def _newline(self) -> None:
-        if self.opener == "#" and self.language.directives:
-            self._directive()
-        self._end_line()
-
     def _end_line(self) -> None:
         """A header may take several lines, but no blank one, nor a label with its colon."""
         self.starting, self.indent = True, 0
@@ -397,13 +361,14 @@ class Scanner:
 class LineScanner(Scanner):
     """Follows a language whose blocks are lines."""
 
+    by_lines = True
+    fresh = False  # the innermost block has no body yet, though perhaps a docstring
+
     def __init__(self, language: Language) -> None:
         super().__init__(language)
         # (indentation, code) of the last whole statement and of the less indented lines around it.
         # In Python, only those that open a block.
-        self.blocks: list[tuple[int, str]] = []
-        # The innermost block has no body yet, though perhaps a docstring.
-        self.fresh = False
+        self.blocks = list[tuple[int, str]]()
 
     @property
     def opened(self) -> int | None:
@@ -422,20 +387,7 @@ class LineScanner(Scanner):
             self._enclose()
         if self.stack or self.last == "\\":
             self.last = self.last.strip("\\")
-        else:
-            self._end_statement()
-
-    def _enclose(self) -> None:
-        """A line has ended; perhaps it opens or closes a text, which is followed like a bracket."""
-        match = re.match(self.language.enclosed, self.head)
-        if match and match[1]:
-            self.stack.append(Bracket(match[1], "", self.indent))
-        elif match:
-            del self.stack[-1:]
-        if self.stack:
-            self.head = ""
-
-    def _end_statement(self) -> None:
+            return
         head = self.head.strip()
         # Not a comment or a docstring, which may have the prefix r.
         if head and head.lower() != "r":
@@ -447,16 +399,28 @@ class LineScanner(Scanner):
         self.starting, self.indent = True, 0
         self.head = self.last = ""
 
+    def _enclose(self) -> None:
+        """A line has ended; perhaps it opens or closes a text, which is followed like a bracket."""
+        match = re.match(self.language.enclosed, self.head)
+        if match and match[1]:
+            self.stack.append(Bracket(match[1], self.indent))
+        elif match:
+            del self.stack[-1:]
+        if self.stack:
+            self.head = ""
+
 
 class StatementScanner(Scanner):
     """Follows SQL, with blocks from BEGIN or CASE to END."""
 
+    statements = True
     token = ""  # the last word, in lower case, or sign
 
     def _in_code(self, char: str) -> None:
         code = self.head[-TOKENS_CHARS:] + char
-        for token in TOKENS.findall(code):
-            self._read_token(token.lower())
+        if not char.isalnum():  # within a word, no token is over
+            for token in TOKENS.findall(code):
+                self._read_token(token.lower())
         if char == "$" and (tag := DOLLARS.search(code)):
             self._enter("'", tag[1])  # a string, but for its end
         else:
@@ -466,11 +430,11 @@ class StatementScanner(Scanner):
         """The token behind BEGIN or END shows what that means."""
         before, self.token = self.token, token
         if before == "begin" and not NO_BEGIN.match(token):
-            self.stack.append(Bracket(before, "", self.indent))
+            self.stack.append(Bracket(before, self.indent))
         elif before == "end" and not NO_END.match(token) and not self.in_parens:
             del self.stack[-1:]
         if token == "case" and before != "end":
-            self.stack.append(Bracket(token, "", self.indent))
+            self.stack.append(Bracket(token, self.indent))
         while token == ";" and self.stack and self.stack[-1].kind != "begin":
             self.stack.pop()  # never closed, or a CASE of statements
 
@@ -493,11 +457,12 @@ class StatementScanner(Scanner):
         return bool(begins or UNFINISHED.search(self.head[-TOKENS_CHARS:]))
 
 
+KINDS = {"braces": Scanner, "brackets": Scanner, "statements": StatementScanner}
+
+
 def scanner_of(language: Language, text: str = "") -> Scanner:
     """A scanner at the end of a text."""
-    kind = LineScanner if language.by_lines else Scanner
-    if language.blocks == "statements":
-        kind = StatementScanner
-    scanner = kind(language)
-    scanner.feed(text)
+    scanner = KINDS.get(language.blocks, LineScanner)(language)
+    for char in text:
+        scanner.step(char)
     return scanner

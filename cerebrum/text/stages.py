@@ -29,13 +29,15 @@ class Stage:
     """
 
     start = 0  # where `text` begins in all that went in
+    bits = 0.0  # the surprise of the token that is being read, until a `Gap` has counted it
+
+    safe = 0  # text before this position may be sent
+    sent = 0  # text before this position has been sent
+    reason: str | None = None
 
     def __init__(self) -> None:
         # Its characters: += on a string attribute would copy the string each time.
-        self.text: list[str] = []
-        self.safe = 0  # text before this position may be sent
-        self.sent = 0  # text before this position has been sent
-        self.reason: str | None = None
+        self.text = list[str]()
 
     def cut(self, start: int, stop: int | None = None) -> str:
         return "".join(self.text[start:stop])
@@ -118,10 +120,11 @@ class Typed(Stage):
     `due`.
     """
 
+    starting = True
+
     def __init__(self, column: int, due: int) -> None:
         super().__init__()
         self.column, self.due = column, due
-        self.starting = True
 
     def step(self, char: str) -> None:
         if self.starting and char in " \t":
@@ -149,7 +152,7 @@ class Blanks(Stage):
 
     def __init__(self) -> None:
         super().__init__()
-        self.ends: list[int] = []  # of the lines since the last character that is not white space
+        self.ends = list[int]()  # of the lines since the last character that is not white space
 
     def step(self, char: str) -> None:
         if not char.isspace():
@@ -165,11 +168,12 @@ class Indent(Stage):
     characters.
     """
 
+    indent: int | None = None  # of the line that begins; None: it has begun
+    mark = 0  # where the text ends if that line is outside
+
     def __init__(self, least: int, whole: bool) -> None:
         super().__init__()
         self.least, self.whole = least, whole
-        self.indent: int | None = None  # of the line that begins; None: it has begun
-        self.mark = 0  # where the text ends if that line is outside
 
     def step(self, char: str) -> None:
         if char == "\n":
@@ -195,26 +199,27 @@ class Repeat(Stage):
     differing line frees them.
     """
 
+    line_start = 0  # of the line so far
+    hold: int | None = None  # where the third copy may have begun
+
     def __init__(self) -> None:
         super().__init__()
-        self.line: list[str] = []  # the characters of the line so far
-        self.lines: list[str] = []  # those that are not blank
+        self.lines = list[str]()  # those that are not blank
         # runs[n]: consecutive lines that each equal the line n before.
         self.runs = [0] * (PERIOD_LINES + 1)
-        self.hold: int | None = None  # where the third copy may have begun
 
     def step(self, char: str) -> None:
         position = len(self.text)
         if char != "\n":
-            self.line.append(char)
-            if len(self.line) >= PERIOD_CHARS and len(self.line) % 40 == 0:
-                tail = "".join(self.line[-PERIOD_CHARS:])
+            size = position - self.line_start
+            if size >= PERIOD_CHARS and size % 40 == 0:
+                tail = self.cut(-PERIOD_CHARS)
                 if any(tail.startswith(tail[size:]) for size in range(1, PERIOD_CHARS // 4)):
                     self.end("repeat", position)
         else:
-            if line := "".join(self.line).rstrip():
+            if line := self.cut(self.line_start).rstrip():
                 self._ended(line, position)
-            self.line.clear()
+            self.line_start = position
         if self.hold is None and not self.reason:
             self.safe = position
 
