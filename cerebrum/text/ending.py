@@ -662,8 +662,7 @@ class Fences(Stage):
             self.safe = self.line_start
             self.fenced.line = "" if line.endswith("\n") else line.lstrip()[:LINE_CHARS]
             if self.fenced.scanner:
-                for char in self.text:
-                    self.fenced.scanner.step(char)
+                self.fenced.scanner.feed(self.cut(0))
 
     def _is_beside(self, name: str) -> bool:
         """Whether a block in the language of this name is not the code that was asked for."""

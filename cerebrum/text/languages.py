@@ -148,6 +148,20 @@ class Language:
             return ""
         return "()[]" if self.blocks in ("offside", "statements") else "()[]{}"
 
+    @cached_property
+    def code_run(self) -> Pattern:
+        """Matches characters of code that only continue a statement."""
+        if self.blocks == "statements":
+            return re.compile(r"\w{2,}")
+        return _run_of(self.opening_ends | set("()[]{}\n;:<"))
+
+    @cached_property
+    def literal_run(self) -> Pattern:
+        """Matches characters that only continue a literal or comment: no ends, escapes, R"( of C++,
+        $$ of SQL.
+        """
+        return _run_of({closing[-1] for _, closing in self.delimiters} | set("\n($" + self.escape))
+
     @property
     def comment_starts(self) -> Texts:
         """The possible starts of a comment line, for `str.startswith`."""
@@ -188,6 +202,11 @@ class Language:
         if self.line_comment or not self.block_comment:
             return f"{self.line_comment} {text}"
         return "{0} {2} {1}".format(*self.block_comment, text)
+
+
+def _run_of(others: set[str]) -> Pattern:
+    """A pattern for a run of characters except these."""
+    return re.compile(f"[^{re.escape(''.join(sorted(others)))}]{{2,}}")
 
 
 def _any(*patterns: str) -> str:

@@ -26,6 +26,7 @@ STRAY_BRACKETS = 20
 # Of #if, those that are followed, and open brackets around their branches; C's standard promises 63
 # #if.
 NESTED = 60
+OPENER_CHARS = 6  # the longest opening of a literal
 TAIL_CHARS = 18  # the longest end of a literal: C++'s )name" with 16 characters in its name
 LINE_CHARS = 500  # the part of a line that comparisons use
 PAIRS = {")": "(", "]": "[", "}": "{"}
@@ -141,6 +142,38 @@ class Scanner:
         """
         openings = ("{", "[") if self.language.blocks == "brackets" else ("{",)
         return self.stack[-1].indent if self.stack and self.last in openings else None
+
+    def feed(self, text: str) -> None:
+        """Read a text. Runs of characters that only continue a statement or a literal are read at
+        once.
+        """
+        literal_run, code_run = self.language.literal_run, self.language.code_run
+        at = 0
+        while at < len(text):
+            run = None
+            if self.closer:
+                if self.since > OPENER_CHARS and not self.escaped:
+                    run = literal_run.match(text, at)
+            elif not self.starting and self.last != "<":
+                run = code_run.match(text, at)
+            if run:
+                self._read_run(run[0])
+                at = run.end()
+            else:
+                self.step(text[at])
+                at += 1
+
+    def _read_run(self, run: str) -> None:
+        self.tail = (self.tail + run)[-TAIL_CHARS:]
+        self.since += len(run)
+        if self.closer:
+            self.line = (self.line + run)[:LINE_CHARS]
+            return
+        self._add(run)
+        code = self.last + "".join(run.split())
+        if len(code) > 1:
+            self.previous = code[-2]
+        self.last = code[-1:]
 
     def step(self, char: str) -> None:
         """Read a character."""
@@ -418,9 +451,8 @@ class StatementScanner(Scanner):
 
     def _in_code(self, char: str) -> None:
         code = self.head[-TOKENS_CHARS:] + char
-        if not char.isalnum():  # within a word, no token is over
-            for token in TOKENS.findall(code):
-                self._read_token(token.lower())
+        for token in TOKENS.findall(code):
+            self._read_token(token.lower())
         if char == "$" and (tag := DOLLARS.search(code)):
             self._enter("'", tag[1])  # a string, but for its end
         else:
@@ -463,6 +495,5 @@ KINDS = {"braces": Scanner, "brackets": Scanner, "statements": StatementScanner}
 def scanner_of(language: Language, text: str = "") -> Scanner:
     """A scanner at the end of a text."""
     scanner = KINDS.get(language.blocks, LineScanner)(language)
-    for char in text:
-        scanner.step(char)
+    scanner.feed(text)
     return scanner
