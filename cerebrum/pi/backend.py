@@ -5,6 +5,7 @@ dispatcher's.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import re
 import sys
@@ -26,7 +27,7 @@ from cerebrum.pi.completion import (
     Pair,
 )
 from cerebrum.pi.engines import LlamaServer, OpenAI
-from cerebrum.pi.kind import Kind, Wanted, read_result
+from cerebrum.pi.kind import Kind, read_result
 from cerebrum.pi.native import MAX_MESSAGE_CHARACTERS, Vpsd
 from cerebrum.pi.upstream import BackendConfig, BackendFailure, TooLong, Unusable
 from cerebrum.text.languages import BY_NAME
@@ -124,9 +125,11 @@ class Prompts:
         # ((client, model), a text up to a cursor) of each, the newest last
         self._read: list[tuple[tuple[str, str], str]] = []
 
-    def fit(self, attempt: Attempt, n_ctx: int, layout: str, refused: TooLong | None) -> Fitted:
+    def fit(
+        self, attempt: Attempt, name: str, n_ctx: int, layout: str, refused: TooLong | None
+    ) -> Fitted:
         """Fit the prompt of a request into `n_ctx` tokens, or fit it again after it was
-        `refused`.
+        `refused`. `name` is the backend's for the model.
         """
         request, fields = attempt.request, attempt.request.fields
         ratio, most = self.ratio.get(attempt.model), sys.maxsize
@@ -140,7 +143,8 @@ class Prompts:
         text = prepare(fields, fields["mode"], budget, ratio, max_fresh, cached, layout)
         tokens = text.weight / ratio + TEMPLATE_TOKENS[fields["mode"]]
         room = n_ctx - int(SPARE * tokens) - MARGIN_TOKENS
-        return Fitted({**passed_fields(attempt), **text.body}, text, n_ctx, room)
+        body = passed_fields(attempt) | text.body
+        return Fitted(body, attempt.model, name, room, n_ctx, text)
 
     def _max_fresh(self, request: CompletionRequest, model: str) -> tuple[int | None, list[str]]:
         """(the most tokens to read for a request, or None; the texts already read for its client
@@ -216,7 +220,7 @@ class Backend:
     """
 
     def __init__(self, config: BackendConfig, catalog: Sequence[Model]) -> None:
-        self._configure(config, catalog, KINDS[config.api](config, catalog))
+        self._configure(KINDS[config.api](config, catalog))
         self.prompts = Prompts(self.kind.counts_exactly)
         self.requests_total = 0  # for completions
         self.requests_failed = 0
@@ -240,12 +244,11 @@ class Backend:
         self._strange: str | None = None  # the names in its last list, if it had none of our models
         self._models_until = 0.0
 
-    def _configure(self, config: BackendConfig, catalog: Sequence[Model], kind: Kind) -> None:
-        self.config = config
-        self.id = config.id
-        self.limit = config.max_concurrent
+    def _configure(self, kind: Kind) -> None:
         self.kind = kind
-        self._catalog = catalog
+        self.config = kind.config
+        self.id = kind.config.id
+        self.limit = kind.config.max_concurrent
 
     def adopt(self, other: Backend) -> None:
         """Take over the settings of another object with the same id and API. A new address is a
@@ -254,7 +257,7 @@ class Backend:
         if other.config.endpoint != self.config.endpoint:
             self._forget_host()
         self.kind.client.close()
-        self._configure(other.config, other._catalog, other.kind)
+        self._configure(other.kind)
         self._models_until = 0.0
         self.wake.set()
 
@@ -338,7 +341,7 @@ class Backend:
                 raise
             log.warning("%s: no list of models: %s", self.id, error.message)
             return
-        self.names = find_models(self._catalog, listed)
+        self.names = find_models(self.kind.catalog, listed)
         self._warn_of_strangers(listed)
         fixed = {"n_ctx": self.config.n_ctx} if self.config.n_ctx else {}
         self.models = {
@@ -374,8 +377,11 @@ class Backend:
         try:
             while True:
                 try:
-                    wanted = await self._fit(attempt, refused)
-                    async with self.kind.ask(wanted) as (answer, pairs):
+                    attempt.sent = wanted = await self._fit(attempt, refused)
+                    async with (
+                        self.kind.ask(wanted) as answer,
+                        contextlib.aclosing(self.kind.read(answer, wanted)) as pairs,
+                    ):
                         # From now on the dispatcher can cut the answer; perhaps it wanted to while
                         # the connection was opened.
                         attempt.cut = answer.cut
@@ -395,7 +401,7 @@ class Backend:
         finally:
             answering.discard(attempt)
 
-    async def _fit(self, attempt: Attempt, refused: TooLong | None) -> Wanted:
+    async def _fit(self, attempt: Attempt, refused: TooLong | None) -> Fitted:
         """Fit the prompt of an attempt, again if it was `refused`."""
         # Parsing a long request, fitting it and following its text get a turn of the event loop
         # each.
@@ -403,11 +409,9 @@ class Backend:
         model = attempt.model
         if self.kind.judges_lines:
             wish = attempt.request.fields.get("min_confidence")
-            attempt.threshold = threshold_of(self._catalog, model, wish)
-        layout = self.kind.layout(model, self._about(model))
-        sent = self.prompts.fit(attempt, self.n_ctx(model), layout, refused)
-        attempt.sent = sent
-        return Wanted(sent.fields, model, self.names.get(model, model), sent.room)
+            attempt.threshold = threshold_of(self.kind.catalog, model, wish)
+        layout, name = self.kind.layout(model, self._about(model)), self.names.get(model, model)
+        return self.prompts.fit(attempt, name, self.n_ctx(model), layout, refused)
 
     def _take(self, attempt: Attempt, kind: str, value: Any) -> Any:
         """Count a pair that came, and return its value: of a result, what a backend may set."""

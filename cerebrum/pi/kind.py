@@ -15,12 +15,10 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
 from typing import TypeVar
 
 from cerebrum.fields import Field, JsonObject, Members
-from cerebrum.pi import upstream
-from cerebrum.pi.completion import MAX_TOKENS, Pair
+from cerebrum.pi.completion import Fitted, Pair
 from cerebrum.pi.upstream import (
     JSON,
     LATE,
@@ -40,19 +38,8 @@ MAX_TOKENS_BYTES = 8 << 20  # the tokens of 1 MiB of text
 MAX_JSON_BYTES = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """A completion that is asked of a backend."""
-
-    fields: Members  # of vpsd's POST /v1/inference/stream
-    model: str  # our id
-    name: str  # the backend's name for it
-    room: int = MAX_TOKENS  # tokens left in the context for the answer
-
-
 Models = dict[str, JsonObject]  # by name: {"n_ctx", "loaded", …}
 Parsed = TypeVar("Parsed")
-Streamed = tuple[Answer, AsyncGenerator[Pair, None]]
 
 
 class Kind(ABC):
@@ -68,6 +55,7 @@ class Kind(ABC):
 
     def __init__(self, config: BackendConfig, catalog: Sequence[Model]) -> None:
         self.config = config
+        self.catalog = catalog
         self.version = ""  # as it last said; "" if it does not
         self.client = Upstream(config, self.key_header)
 
@@ -106,14 +94,18 @@ class Kind(ABC):
     # How a kind is asked.
 
     @abstractmethod
-    def ask(self, wanted: Wanted) -> AbstractAsyncContextManager[Streamed]:
-        """Send a request for a completion, and yield its answer with the pairs in it, both
-        unread.
+    def ask(self, wanted: Fitted) -> AbstractAsyncContextManager[Answer]:
+        """Send a request for a completion, and yield its unread answer."""
+
+    @abstractmethod
+    def read(self, answer: Answer, wanted: Fitted) -> AsyncGenerator[Pair, None]:
+        """The pairs of this answer: ("begun", None) once the backend responds, ("done", …) last.
+        HttpError if it refuses, BackendFailure if its answer breaks off.
         """
 
-    def tokenize_body(self, name: str, fields: Members) -> JsonObject:
+    def tokenize_body(self, name: str, fields: Members) -> Members:
         """The body of a request for a text's tokens; `fields` are those of llama-server's."""
-        return dict(fields)
+        return fields
 
     # What all kinds share.
 
@@ -158,7 +150,7 @@ class Kind(ABC):
         parse: Callable[[bytes], Parsed],
     ) -> Parsed:
         """An answer in one piece, whose head may take `seconds`."""
-        async with self.client.send(path, body, max(upstream.IDLE_SECONDS, seconds)) as answer:
+        async with self.client.send(path, body, LOAD_SECONDS) as answer:
             if not await self.begin(answer, seconds, JSON):
                 raise BackendFailure(LATE)
             with blamed("its answer is not JSON"):
@@ -186,23 +178,21 @@ RESULT_FIELDS = {
     "finish_reason": Field(str, 1, 40),
 }
 # Members that we write into results and errors ourselves: no backend may set them.
-OURS = frozenset(
-    [
-        "completion",
-        "language",
-        "model",
-        "timestamp",
-        "mode",
-        "kept",
-        "backend",
-        "type_through",
-        "done",
-        "token",
-        "error",
-        "message",
-        "code",
-    ]
-)
+OURS = {
+    "completion",
+    "language",
+    "model",
+    "timestamp",
+    "mode",
+    "kept",
+    "backend",
+    "type_through",
+    "done",
+    "token",
+    "error",
+    "message",
+    "code",
+}
 
 
 def read_result(done: Members) -> JsonObject:
