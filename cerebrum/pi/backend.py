@@ -357,11 +357,6 @@ class Backend:
             log.warning("%s: expected a model of models.toml, got %s", self.id, strange or "none")
         self._strange = strange
 
-    def forget(self, model: str) -> None:
-        """Count this model as absent until the backend's next list."""
-        if self.models:
-            self.models.pop(model, None)
-
     # Answering.
 
     async def answer(self, attempt: Attempt) -> AsyncGenerator[Pair, None]:

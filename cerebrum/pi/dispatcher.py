@@ -508,9 +508,6 @@ class Dispatcher:
             is_older = other.request.session == request.session != ""
             if is_older or (other.request.is_spare and where is backend):
                 self._supersede(other)
-        for older in completion.attempts:
-            if older.backend == backend.id and older.code in WITHOUT_MODEL:
-                backend.forget(older.model)
         now = time.monotonic()
         attempt = Attempt(completion, backend.id, place.model, backend.breaker.admit(now))
         completion.attempts.append(attempt)
