@@ -31,7 +31,7 @@ RETRIED = (404, 429, 500, 503)
 FINISHED = ("stop", "length", "block", "repeat", "unsure")
 SUPERSEDED = "SUPERSEDED"
 PREEMPTED = "preempted"  # a guest's completion has made room for somebody else's
-CUT = ("replaced", PREEMPTED)  # finish reasons of a text that ends wherever it was
+CUT = (PREEMPTED, "replaced")  # finish reasons of a text that ends wherever it was
 
 
 @dataclass(frozen=True, slots=True)
