@@ -108,9 +108,6 @@ class Preempt(NamedTuple):
     guest: Attempt
 
 
-Decision = Assign | Preempt | Wait | HttpError  # an error ends the completion
-
-
 class Claim(NamedTuple):
     """A completion that has no place, and the backends that may be asked for one."""
 
@@ -121,8 +118,8 @@ class Claim(NamedTuple):
     now: float
 
 
-def decide(state: State, completion: Completion, now: float) -> Decision:
-    """What happens now to a completion that has no place."""
+def decide(state: State, completion: Completion, now: float) -> Assign | Preempt | Wait | HttpError:
+    """What happens now to a completion that has no place; an error ends it."""
     request, deadline = completion.request, completion.deadline
     may_wait, may_preempt = now < deadline, not request.guest
     # Backends that have answered 429 are asked again at the end of a pause.

@@ -139,11 +139,7 @@ def text_of(value: Any) -> str:
     return value if isinstance(value, str) else ""
 
 
-FINISH_REASONS = {
-    "length": "length",
-    "limit": "length",
-    "content_filter": "length",
-}
+CUT_SHORT = ("length", "limit", "content_filter")
 FAILURES = ("error", "abort")
 
 
@@ -161,12 +157,12 @@ def read_engine_event(members: Members) -> tuple[str, str | None]:
         reason = text_of(choice.get("stop_type")) or "stop"
     if reason in FAILURES:
         raise BackendFailure("it gave up")
-    return text, FINISH_REASONS.get(reason, "stop") if reason else None
+    if not reason:
+        return text, None
+    return text, "length" if reason in CUT_SHORT else "stop"
 
 
 MILLISECONDS = Field(float, 0, 10**12)
-# An event with one of these reports counts.
-COUNTS = frozenset({"usage", "timings", "tokens_predicted"})
 
 
 def read_counts(members: Members) -> JsonObject:
@@ -280,9 +276,6 @@ class Characters:
         self.bytes = codecs.getincrementaldecoder("utf-8")("replace")
 
     def feed(self, text: str) -> str:
-        rest = self.pairs.getstate()[0] or self.bytes.getstate()[0]
-        if text.isascii() and not rest:
-            return text  # as nearly always
         text = self.pairs.decode(text.encode("utf-16-le", "surrogatepass"))
         escaped = re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", text)
         return self.bytes.decode(escaped.encode("utf-8", "surrogateescape"))
@@ -312,7 +305,7 @@ class Translator:
         self.most = fields.get("max_tokens") or MAX_TOKENS
         self.limit = fields.get("predict_ms", 0) / 1000  # seconds; 0: none
         self.progress = fields.get("progress", False)
-        self.counting: Members = {}  # the last event that counts tokens
+        self.counts: JsonObject = {}  # of the last event that has any
         self.tokens = 0  # events with text; an engine may put several tokens into one
         self.deadline = math.inf  # of the text; it ends with a whole line
         self.has_line = False  # a line end has been generated
@@ -348,20 +341,16 @@ class Translator:
         with blamed("it sent an event that is not JSON"):
             members = parse_leniently(data)
         if error := members.get("error"):
-            self._fail(error)
-        if any(members.get(name) is not None for name in COUNTS):
-            self.counting = members
+            lengths = None if self.tokens else read_overflow(error)
+            if lengths is not None:
+                raise TooLong(lengths)
+            raise BackendFailure("it reported an error")
+        self.counts = read_counts(members) or self.counts
         self.heard = now
         if self.engine_reason is None:
             yield from self._text(*read_engine_event(members), now)
         if self.progress and not self.tokens:
             yield from read_progress(members)
-
-    def _fail(self, error: Any) -> None:
-        lengths = None if self.tokens else read_overflow(error)
-        if lengths is not None:
-            raise TooLong(lengths)
-        raise BackendFailure("it reported an error")
 
     def _text(self, text: str, reason: str | None, now: float) -> Iterator[Pair]:
         # An event has at least one token, so this engine ignores its limit.
@@ -387,7 +376,7 @@ class Translator:
 
     def _done(self, reason: str) -> Pair:
         self.done = True
-        counts = read_result(read_counts(self.counting))
+        counts = read_result(self.counts)
         counts["total_tokens"] = counts.get("total_tokens") or self.tokens
         return "done", {"finish_reason": reason, **counts}
 
