@@ -49,10 +49,8 @@ def find_models(models: Sequence[Model], listed: Collection[str]) -> dict[str, s
     files = {FOLDER.split(name)[-1].removesuffix(".gguf"): name for name in reversed([*listed])}
     found = {}
     for model in models:
-        names = [model.id, *model.aliases]
-        if model.file:
-            names.append(files.get(model.file.removesuffix(".gguf"), model.id))
-        known = [name for name in names if name in listed]
+        file = files.get(model.file.removesuffix(".gguf"), model.id)
+        known = [name for name in (model.id, *model.aliases, file) if name in listed]
         if known:
             found[model.id] = known[0]
     return found
@@ -449,9 +447,9 @@ class Backend:
         if error.code in WITHOUT_MODEL:
             self._models_until = 0.0
             self.wake.set()
-        known, n_ctx = self._about(attempt.model), error.extra.get("n_ctx", 0)
-        if known and isinstance(error, TooLong) and 0 < n_ctx < attempt.sent.n_ctx:
-            known["n_ctx"] = n_ctx  # until the next list
+        n_ctx = error.extra.get("n_ctx", 0)
+        if isinstance(error, TooLong) and 0 < n_ctx < attempt.sent.n_ctx:
+            self._about(attempt.model)["n_ctx"] = n_ctx  # until the next list
 
     def _fail(self, attempt: Attempt, error: HttpError) -> None:
         """Count and report an error that ended an attempt."""

@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from cerebrum.fields import (
@@ -406,21 +406,21 @@ def usage(result: Members) -> JsonObject:
     }
 
 
+@dataclass
 class Reply:
     """The answer to one request in its dialect; here OpenAI's completion of a text: {"id",
     "object", "choices", …}. `begun` is the value of the pair "started": {"model", "n_ctx", …}.
     """
 
+    request: CompletionRequest
+    request_id: str
+    created: int
+    begun: Members
+
     prefix, whole_object = "cmpl", "text_completion"
     chunk_object = whole_object
 
-    def __init__(
-        self, request: CompletionRequest, request_id: str, created: int, begun: Members
-    ) -> None:
-        self.request = request
-        self.id = f"{self.prefix}-{request_id}"
-        self.created = created
-        self.begun = begun
+    def __post_init__(self) -> None:
         # For `TOKEN_TEXT.sub`.
         self.template = sse(self.chunk(SLOT)).replace(compact(SLOT), rb"\1")
 
@@ -436,7 +436,7 @@ class Reply:
         """An event whose one choice has this member; without a member it has no choice."""
         choice = {"index": 0, **part, "logprobs": None, "finish_reason": reason}
         return {
-            "id": self.id,
+            "id": f"{self.prefix}-{self.request_id}",
             "object": self.chunk_object,
             "created": self.created,
             "model": self.begun["model"],

@@ -87,19 +87,6 @@ def write_files(fields: Members) -> str:
     return "".join(f"{text}\n" for text in texts)
 
 
-def write_text_completion(wanted: Fitted, marks: Sequence[str], layout: str) -> JsonObject:
-    """POST /v1/completions. A gap is written with the model's `marks` in this layout, or as
-    `suffix` if the model has none.
-    """
-    fields, members = wanted.fields, write_openai(wanted)
-    text, suffix = fields["prompt"], fields.get("suffix")
-    if suffix is not None and marks:
-        text = "".join(arrange_gap(layout, marks, text, suffix))
-    elif suffix is not None:
-        members["suffix"] = suffix
-    return members | {"prompt": write_files(fields) + text}
-
-
 def write_chat(wanted: Fitted) -> JsonObject:
     """POST /v1/chat/completions. The beginning that we write for the answer to an instruction is
     left out: many engines would not continue it.
@@ -108,17 +95,6 @@ def write_chat(wanted: Fitted) -> JsonObject:
     if wanted.fields["mode"] == "instruct" and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     return write_openai(wanted) | {"messages": messages}
-
-
-def write_llama(wanted: Fitted) -> JsonObject:
-    """POST /completion, or POST /infill for a gap."""
-    fields = wanted.fields
-    members = write_sampling(wanted, "n_predict") | LLAMA_MORE
-    members |= {"cache_prompt": True, "response_fields": LLAMA_LAST}
-    if "suffix" not in fields:
-        return members | {"prompt": write_files(fields) + fields["prompt"]}
-    gap = {"input_prefix": fields["prompt"], "input_suffix": fields["suffix"], "prompt": ""}
-    return members | gap | {"input_extra": list(fields.get("extra", ()))}
 
 
 # --------------------------------------------------------------------------------- what they answer
@@ -534,10 +510,15 @@ class LlamaServer(Engine):
     tokenize_path = "/tokenize"
 
     def write(self, wanted: Fitted) -> tuple[str, JsonObject]:
-        if "messages" in wanted.fields:
+        fields = wanted.fields
+        if "messages" in fields:
             return "/v1/chat/completions", write_chat(wanted) | LLAMA_MORE
-        path = "/infill" if "suffix" in wanted.fields else "/completion"
-        return path, write_llama(wanted)
+        members = write_sampling(wanted, "n_predict") | LLAMA_MORE
+        members |= {"cache_prompt": True, "response_fields": LLAMA_LAST}
+        if "suffix" not in fields:
+            return "/completion", members | {"prompt": write_files(fields) + fields["prompt"]}
+        gap = {"input_prefix": fields["prompt"], "input_suffix": fields["suffix"], "prompt": ""}
+        return "/infill", members | gap | {"input_extra": fields.get("extra", ())}
 
     async def list_models(self) -> Models:
         listed, props = await super().list_models(), JsonObject()
@@ -552,7 +533,14 @@ class OpenAI(Engine):
     health_path = "/v1/models"
 
     def write(self, wanted: Fitted) -> tuple[str, JsonObject]:
-        if "messages" in wanted.fields:
+        """A gap is written with the model's marks, or as `suffix` if the model has none."""
+        fields, marks = wanted.fields, self.marks(wanted.model)
+        if "messages" in fields:
             return "/v1/chat/completions", write_chat(wanted)
-        marks, layout = self.marks(wanted.model), self.layout(wanted.model, {})
-        return "/v1/completions", write_text_completion(wanted, marks, layout)
+        members = write_openai(wanted)
+        text, suffix = fields["prompt"], fields.get("suffix")
+        if suffix is not None and marks:
+            text = "".join(arrange_gap(self.layout(wanted.model, {}), marks, text, suffix))
+        elif suffix is not None:
+            members["suffix"] = suffix
+        return "/v1/completions", members | {"prompt": write_files(fields) + text}
