@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import re
 import sys
@@ -39,14 +40,13 @@ KINDS: dict[str, type[Kind]] = {"cerebrum": Vpsd, "llama.cpp": LlamaServer, "ope
 # ------------------------------------------------------------------------------------------- models
 
 
-FOLDER = re.compile(r"[/\\]")
-
-
 def find_models(models: Sequence[Model], listed: Collection[str]) -> dict[str, str]:
     """Match our models with a backend's list: our id -> the backend's name. A listed name matches a
     model's id, one of its aliases, or its file name, with or without folder and ending.
     """
-    files = {FOLDER.split(name)[-1].removesuffix(".gguf"): name for name in reversed([*listed])}
+    files = {
+        re.split(r"[/\\]", name)[-1].removesuffix(".gguf"): name for name in reversed([*listed])
+    }
     found = {}
     for model in models:
         file = files.get(model.file.removesuffix(".gguf"), model.id)
@@ -239,7 +239,7 @@ class Backend:
         self.names: dict[str, str] = {}
         self.models_loaded: list[str] = []  # in its memory, by the last successful probe
         self.answering = set[Attempt]()  # that it answers now
-        self._strange: str | None = None  # the names in its last list, if it had none of our models
+        self._warn_anew = functools.lru_cache(1)(log.warning)  # not of the same as the last time
         self._models_until = 0.0
 
     def _configure(self, kind: Kind) -> None:
@@ -340,20 +340,13 @@ class Backend:
             log.warning("%s: no list of models: %s", self.id, error.message)
             return
         self.names = find_models(self.kind.catalog, listed)
-        self._warn_of_strangers(listed)
+        if not self.names:
+            strange = printable(", ".join(sorted(listed)))[:MAX_MESSAGE_CHARACTERS] or "none"
+            self._warn_anew("%s: expected a model of models.toml, got %s", self.id, strange)
         fixed = {"n_ctx": self.config.n_ctx} if self.config.n_ctx else {}
         self.models = {
             id: {"n_ctx": DEFAULT_N_CTX} | listed[name] | fixed for id, name in self.names.items()
         }
-
-    def _warn_of_strangers(self, listed: Collection[str]) -> None:
-        """Log once if the backend lists none of our models."""
-        strange = None
-        if not self.names:
-            strange = printable(", ".join(sorted(listed)))[:MAX_MESSAGE_CHARACTERS]
-        if strange not in (None, self._strange):
-            log.warning("%s: expected a model of models.toml, got %s", self.id, strange or "none")
-        self._strange = strange
 
     # Answering.
 

@@ -286,9 +286,7 @@ def split_files(preamble: str) -> tuple[str, list[dict[str, str]]]:
     """Parse the text before the first mark: the name of the file itself, and other files."""
     loose, *files = FILE_MARK.split(UNUSED.sub("", preamble, count=1))
     filename, extra = "", []
-    if loose.strip():
-        extra.append({"filename": "", "text": loose})
-    for file in files[-MAX_EXTRAS:]:
+    for file in ("\n" + loose, *files[-MAX_EXTRAS:]):  # what precedes the first mark has no name
         name, _, text = file.partition("\n")
         name = name[:MAX_NAME]
         if text.strip():

@@ -56,8 +56,8 @@ class State:
     editors: dict[str, float] = field(default_factory=dict)
     turns: dict[str, float] = field(default_factory=dict)  # when each client last got a place
     regular: float = -math.inf  # when a client that is no guest last got a place
-    # The last backend of each `CompletionRequest.file`.
-    served: dict[str, Backend] = field(default_factory=dict)
+    # The id of the last backend of each `CompletionRequest.file`.
+    served: dict[str, str] = field(default_factory=dict)
     # A guest, and when it got and left a place, within the last minute.
     visits: list[tuple[str, float, float]] = field(default_factory=list)
 
@@ -172,16 +172,15 @@ def untried(completion: Completion, options: Options, is_pausing: bool) -> Optio
     """The options without the backends that have failed this completion, or that answered 429 and
     whose pause is not over, and without the models that a backend could not load.
     """
-    failed, without = set[str](), set[tuple[str, str]]()
+    failed = set[tuple[str, str]]()  # the ids of a backend and of a model; "" for all its models
     for attempt in completion.attempts:
         if attempt.code in WITHOUT_MODEL:
-            without.add((attempt.backend, attempt.model))
+            failed.add((attempt.backend, attempt.model))
         elif attempt.code and (is_pausing or attempt.code != "RATE_LIMIT"):
-            failed.add(attempt.backend)
+            failed.add((attempt.backend, ""))
     left = list[tuple[str, Sequence[Backend]]]()
     for model, backends in options:
-        able = [backend for backend in backends if backend.id not in failed]
-        able = [backend for backend in able if (backend.id, model) not in without]
+        able = [one for one in backends if not failed & {(one.id, model), (one.id, "")}]
         left.append((model, able))
     return left
 
@@ -232,7 +231,7 @@ def best_place(
     last = state.served.get(request.file)
     for model, having in options:
         if best := [backend for backend in free if backend in having]:
-            return Assign(model, last if last in best else min(best, key=state.load))
+            return Assign(model, min(best, key=lambda one: (one.id != last, state.load(one))))
     return None
 
 
@@ -512,7 +511,7 @@ class Dispatcher:
         if not request.is_spare:
             self._note_turn(completion)
         if request.file:
-            remember(state.served, request.file, backend, MAX_SERVED)
+            remember(state.served, request.file, backend.id, MAX_SERVED)
         return attempt
 
     def _note_turn(self, completion: Completion) -> None:

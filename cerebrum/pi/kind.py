@@ -53,10 +53,11 @@ class Kind(ABC):
     reads_ahead = False  # reading a prompt ahead costs nothing
     tokenize_path = ""  # "" if it counts no tokens for others
 
+    version = ""  # as it last said; "" if it does not
+
     def __init__(self, config: BackendConfig, catalog: Sequence[Model]) -> None:
         self.config = config
         self.catalog = catalog
-        self.version = ""  # as it last said; "" if it does not
         self.client = Upstream(config, self.key_header)
 
     # How a kind speaks.
