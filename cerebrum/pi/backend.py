@@ -356,7 +356,7 @@ class Backend:
         many tokens, the prompt is fitted again and sent once more. Every result goes to the breaker
         that has admitted the attempt.
         """
-        refused: TooLong | None = None
+        refused = None
         self.requests_total += not attempt.request.is_spare
         answering = self.answering
         answering.add(attempt)

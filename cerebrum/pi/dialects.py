@@ -260,7 +260,7 @@ def split_by(prompt: str, before: str, after: str, middle: str) -> tuple[str, st
     if start < 0:
         return None
     preamble, body = prompt[:start], prompt[start:]
-    if not middle and UNUSED.sub("", preamble, count=1):
+    if not middle and not UNUSED.fullmatch(preamble):
         return None
     body, found, behind = body.rpartition(middle) if middle else (body, body, "")
     if not found:

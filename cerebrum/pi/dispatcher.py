@@ -304,15 +304,14 @@ def is_fair(claim: Claim) -> bool:
     kind, client = claim.completion.request.kind, claim.completion.client
     since = claim.now - EDITOR_SECONDS
     editors = {name for name, seen in claim.state.editors.items() if seen > since}
+    running = claim.state.running(claim.usable)
     if kind == "infill":
         editors.discard(client)
+        running = [attempt for attempt in running if attempt.completion.client == client]
     if not kind or not editors:
         return True
     kinds = ("infill",) if kind == "infill" else ("chat", "completion")
-    running = claim.state.running(claim.usable)
     running = [attempt for attempt in running if attempt.request.kind in kinds]
-    if kind == "infill":
-        running = [attempt for attempt in running if attempt.completion.client == client]
     return len(running) < max(1, limit_of(claim.usable) - 1)
 
 
@@ -377,7 +376,7 @@ MAX_SERVED = 512
 MAX_AHEAD = 4  # prompts to be read ahead, one of each client
 
 
-def remember(table: dict[str, Any], key: str, value: Any, limit: int) -> None:
+def remember(table: dict[str, Any], key: str, value: Any, limit: int = MAX_SERVED) -> None:
     """Set the newest of at most `limit` entries."""
     table.pop(key, None)
     table[key] = value
@@ -402,7 +401,7 @@ class Dispatcher:
 
     def saw_editor(self, client: str) -> None:
         """A client asks for infills, so a place is kept for its next one."""
-        remember(self.state.editors, client, time.monotonic(), MAX_SERVED)
+        remember(self.state.editors, client, time.monotonic())
 
     def hand_over(self, completion: Completion, client: str) -> None:
         """The client of this completion has left, but another one still reads it."""
@@ -511,13 +510,13 @@ class Dispatcher:
         if not request.is_spare:
             self._note_turn(completion)
         if request.file:
-            remember(state.served, request.file, backend.id, MAX_SERVED)
+            remember(state.served, request.file, backend.id)
         return attempt
 
     def _note_turn(self, completion: Completion) -> None:
         """A client that waits gets a place."""
         state, now = self.state, time.monotonic()
-        remember(state.turns, completion.client, now, MAX_SERVED)
+        remember(state.turns, completion.client, now)
         if not completion.request.guest:
             state.regular = now
 

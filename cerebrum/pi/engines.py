@@ -336,7 +336,7 @@ class Translator:
             if self.limit and not self.tokens:
                 self.deadline = now + self.limit
             self.tokens += 1
-            self.has_line = self.has_line or "\n" in text
+            self.has_line |= "\n" in text
             text = self.characters.feed(text)
         text, ended = self.ending.feed(text)
         if not ended and reason:
@@ -487,7 +487,7 @@ class Engine(Kind):
         yield "begun", None
         now = asyncio.get_running_loop().time
         begun = sent = now()  # `sent`: when the client last got something
-        piece: bytes | None = None
+        piece = None
         while piece != b"" and not translator.done and translator.engine_reason is None:
             piece = await read_within(answer, ALIVE_SECONDS)
             came = now()

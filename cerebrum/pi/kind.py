@@ -114,21 +114,18 @@ class Kind(ABC):
         """Read the head of a 200 with this media type. False if no head has come after `seconds`:
         call again. HttpError if the backend refuses, BackendFailure if its answer is malformed.
         """
-        body = b""
+        members = JsonObject()
         try:
             async with asyncio.timeout(seconds):
                 with blamed("its answer is not HTTP/1.1"):
                     await answer.read_head(media)
                 if answer.status == 200:
                     return True
-                with contextlib.suppress(BackendFailure):  # the status may be enough
-                    body = await answer.read_all(MAX_ERROR_BYTES)
+                with contextlib.suppress(HttpError):  # the status may be enough
+                    members = self.parse(await answer.read_all(MAX_ERROR_BYTES))
         except TimeoutError:
             if answer.status < 200:
                 return False
-        members = JsonObject()
-        with contextlib.suppress(HttpError):
-            members = self.parse(body)
         raise self.refusal(answer.status, members)
 
     async def get(self, path: str, limit: int = MAX_JSON_BYTES) -> JsonObject:

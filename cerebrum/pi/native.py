@@ -202,7 +202,7 @@ class Vpsd(Kind):
             raise BackendFailure(LATE)
         yield "begun", None
         events = Events()
-        done: JsonObject | None = None
+        done = None
         while payload := await answer.read():
             for kind, value in take_apart(events.feed(payload), self.config.key):
                 if done is not None and kind in ("text", "done"):
