@@ -262,9 +262,7 @@ def split_by(prompt: str, before: str, after: str, middle: str) -> tuple[str, st
     preamble, body = prompt[:start], prompt[start:]
     if not middle and not UNUSED.fullmatch(preamble):
         return None
-    body, found, behind = body.rpartition(middle) if middle else (body, body, "")
-    if not found:
-        return None
+    body, _, behind = body.rpartition(middle) if middle else (body, "", "")
     if body.startswith(before):
         prefix, found, suffix = body.removeprefix(before).partition(after)
     else:

@@ -347,14 +347,17 @@ def whose_turn(
 
 def all_taken(state: State, guest: int) -> HttpError:
     if guest:
-        expected = f"expected at most {guest} completions at a time, and a place that others leave"
-        return HttpError("RATE_LIMIT", expected)
+        return HttpError(
+            "RATE_LIMIT",
+            f"expected at most {guest} completions at a time, and a place that others leave",
+        )
     known = state.fleet.backends
     there = [backend for backend in known if backend.available] or known
     limit = limit_of(there)
     kept = "" if len(state.running(there)) >= limit else ", one of them for an editor"
-    expected = f"expected at most {limit} completions at a time{kept}; try again later"
-    return HttpError("RATE_LIMIT", expected)
+    return HttpError(
+        "RATE_LIMIT", f"expected at most {limit} completions at a time{kept}; try again later"
+    )
 
 
 def nobody(fleet: Fleet, options: Options) -> HttpError:
@@ -410,9 +413,8 @@ class Dispatcher:
 
     def reconfigured(self) -> None:
         """The list of backends has changed."""
-        state = self.state
-        for attempt, backend in state.places.items():
-            if attempt.request.ahead and backend not in state.fleet.backends:
+        for attempt, backend in self.state.places.items():
+            if attempt.request.ahead and backend not in self.state.fleet.backends:
                 self._supersede(attempt)
         self.advance()
 

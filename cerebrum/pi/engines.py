@@ -453,8 +453,7 @@ class Engine(Kind):
         return "spm" if self.marks(model) and model in suffix_first else "psm"
 
     def ask(self, wanted: Fitted) -> AbstractAsyncContextManager[Answer]:
-        path, body = self.write(wanted)
-        return self.client.send(path, body, READING_SECONDS)
+        return self.client.send(*self.write(wanted), READING_SECONDS)
 
     async def read(self, answer: Answer, wanted: Fitted) -> AsyncGenerator[Pair, None]:
         await asyncio.sleep(0)  # following a long text takes a turn of the event loop by itself

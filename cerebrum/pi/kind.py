@@ -15,7 +15,6 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import TypeVar
 
 from cerebrum.fields import Field, JsonObject, Members
 from cerebrum.pi.completion import Fitted, Pair
@@ -39,7 +38,7 @@ MAX_JSON_BYTES = 1 << 20
 
 
 Models = dict[str, JsonObject]  # by name: {"n_ctx", "loaded", …}
-Parsed = TypeVar("Parsed")
+NO_JSON = "its answer is not JSON"
 
 
 class Kind(ABC):
@@ -130,30 +129,27 @@ class Kind(ABC):
 
     async def get(self, path: str, limit: int = MAX_JSON_BYTES) -> JsonObject:
         """The JSON object at `path`, in at most `limit` bytes."""
-        return await self._fetch(path, None, ASIDE_SECONDS, limit, self.parse)
+        body = await self._fetch(path, None, ASIDE_SECONDS, limit)
+        with blamed(NO_JSON):
+            return self.parse(body)
 
     async def tokenize(self, name: str, fields: Members) -> bytes:
         """The tokens of a text, as `read_tokens` returns them. The backend may have to load the
         model first.
         """
-        body, limit = self.tokenize_body(name, fields), MAX_TOKENS_BYTES
-        return await self._fetch(self.tokenize_path, body, LOAD_SECONDS, limit, read_tokens)
+        asked, path = self.tokenize_body(name, fields), self.tokenize_path
+        body = await self._fetch(path, asked, LOAD_SECONDS, MAX_TOKENS_BYTES)
+        with blamed(NO_JSON):
+            return read_tokens(body)
 
-    async def _fetch(
-        self,
-        path: str,
-        body: Members | None,
-        seconds: float,
-        limit: int,
-        parse: Callable[[bytes], Parsed],
-    ) -> Parsed:
-        """An answer in one piece, whose head may take `seconds`."""
+    async def _fetch(self, path: str, body: Members | None, seconds: float, limit: int) -> bytes:
+        """An answer in one piece of at most `limit` bytes, whose head may take `seconds`."""
         async with self.client.send(path, body, LOAD_SECONDS) as answer:
             if not await self.begin(answer, seconds, JSON):
                 raise BackendFailure(LATE)
-            with blamed("its answer is not JSON"):
+            with blamed(NO_JSON):
                 async with asyncio.timeout(ASIDE_SECONDS):
-                    return parse(await answer.read_all(limit))
+                    return await answer.read_all(limit)
 
 
 # --------------------------------------------------------------------------------- what they answer
