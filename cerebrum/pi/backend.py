@@ -358,8 +358,7 @@ class Backend:
         """
         refused = None
         self.requests_total += not attempt.request.is_spare
-        answering = self.answering
-        answering.add(attempt)
+        self.answering.add(attempt)
         try:
             while True:
                 try:
@@ -385,7 +384,7 @@ class Backend:
                         raise
                     refused = error
         finally:
-            answering.discard(attempt)
+            self.answering.discard(attempt)  # with a new address, it is not in there
 
     async def _fit(self, attempt: Attempt, refused: TooLong | None) -> Fitted:
         """Fit the prompt of an attempt, again if it was `refused`."""

@@ -137,8 +137,8 @@ class Kind(ABC):
         """The tokens of a text, as `read_tokens` returns them. The backend may have to load the
         model first.
         """
-        asked, path = self.tokenize_body(name, fields), self.tokenize_path
-        body = await self._fetch(path, asked, LOAD_SECONDS, MAX_TOKENS_BYTES)
+        asked = self.tokenize_body(name, fields)
+        body = await self._fetch(self.tokenize_path, asked, LOAD_SECONDS, MAX_TOKENS_BYTES)
         with blamed(NO_JSON):
             return read_tokens(body)
 
