@@ -5,6 +5,8 @@ dispatcher's.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import logging
 import re
 import sys
@@ -26,7 +28,7 @@ from cerebrum.pi.completion import (
     Pair,
 )
 from cerebrum.pi.engines import LlamaServer, OpenAI
-from cerebrum.pi.kind import Kind, Wanted, read_result
+from cerebrum.pi.kind import Kind, read_result
 from cerebrum.pi.native import MAX_MESSAGE_CHARACTERS, Vpsd
 from cerebrum.pi.upstream import BackendConfig, BackendFailure, TooLong, Unusable
 from cerebrum.text.languages import BY_NAME
@@ -38,20 +40,17 @@ KINDS: dict[str, type[Kind]] = {"cerebrum": Vpsd, "llama.cpp": LlamaServer, "ope
 # ------------------------------------------------------------------------------------------- models
 
 
-FOLDER = re.compile(r"[/\\]")
-
-
 def find_models(models: Sequence[Model], listed: Collection[str]) -> dict[str, str]:
     """Match our models with a backend's list: our id -> the backend's name. A listed name matches a
     model's id, one of its aliases, or its file name, with or without folder and ending.
     """
-    files = {FOLDER.split(name)[-1].removesuffix(".gguf"): name for name in reversed([*listed])}
+    files = {
+        re.split(r"[/\\]", name)[-1].removesuffix(".gguf"): name for name in reversed([*listed])
+    }
     found = {}
     for model in models:
-        names = [model.id, *model.aliases]
-        if model.file:
-            names.append(files.get(model.file.removesuffix(".gguf"), model.id))
-        known = [name for name in names if name in listed]
+        file = files.get(model.file.removesuffix(".gguf"), model.id)
+        known = [name for name in (model.id, *model.aliases, file) if name in listed]
         if known:
             found[model.id] = known[0]
     return found
@@ -124,9 +123,11 @@ class Prompts:
         # ((client, model), a text up to a cursor) of each, the newest last
         self._read: list[tuple[tuple[str, str], str]] = []
 
-    def fit(self, attempt: Attempt, n_ctx: int, layout: str, refused: TooLong | None) -> Fitted:
+    def fit(
+        self, attempt: Attempt, name: str, n_ctx: int, layout: str, refused: TooLong | None
+    ) -> Fitted:
         """Fit the prompt of a request into `n_ctx` tokens, or fit it again after it was
-        `refused`.
+        `refused`. `name` is the backend's for the model.
         """
         request, fields = attempt.request, attempt.request.fields
         ratio, most = self.ratio.get(attempt.model), sys.maxsize
@@ -140,7 +141,8 @@ class Prompts:
         text = prepare(fields, fields["mode"], budget, ratio, max_fresh, cached, layout)
         tokens = text.weight / ratio + TEMPLATE_TOKENS[fields["mode"]]
         room = n_ctx - int(SPARE * tokens) - MARGIN_TOKENS
-        return Fitted({**passed_fields(attempt), **text.body}, text, n_ctx, room)
+        body = passed_fields(attempt) | text.body
+        return Fitted(body, attempt.model, name, room, n_ctx, text)
 
     def _max_fresh(self, request: CompletionRequest, model: str) -> tuple[int | None, list[str]]:
         """(the most tokens to read for a request, or None; the texts already read for its client
@@ -216,7 +218,7 @@ class Backend:
     """
 
     def __init__(self, config: BackendConfig, catalog: Sequence[Model]) -> None:
-        self._configure(config, catalog, KINDS[config.api](config, catalog))
+        self._configure(KINDS[config.api](config, catalog))
         self.prompts = Prompts(self.kind.counts_exactly)
         self.requests_total = 0  # for completions
         self.requests_failed = 0
@@ -237,15 +239,14 @@ class Backend:
         self.names: dict[str, str] = {}
         self.models_loaded: list[str] = []  # in its memory, by the last successful probe
         self.answering = set[Attempt]()  # that it answers now
-        self._strange: str | None = None  # the names in its last list, if it had none of our models
+        self._warn_anew = functools.lru_cache(1)(log.warning)  # not of the same as the last time
         self._models_until = 0.0
 
-    def _configure(self, config: BackendConfig, catalog: Sequence[Model], kind: Kind) -> None:
-        self.config = config
-        self.id = config.id
-        self.limit = config.max_concurrent
+    def _configure(self, kind: Kind) -> None:
         self.kind = kind
-        self._catalog = catalog
+        self.config = kind.config
+        self.id = kind.config.id
+        self.limit = kind.config.max_concurrent
 
     def adopt(self, other: Backend) -> None:
         """Take over the settings of another object with the same id and API. A new address is a
@@ -254,7 +255,7 @@ class Backend:
         if other.config.endpoint != self.config.endpoint:
             self._forget_host()
         self.kind.client.close()
-        self._configure(other.config, other._catalog, other.kind)
+        self._configure(other.kind)
         self._models_until = 0.0
         self.wake.set()
 
@@ -338,26 +339,14 @@ class Backend:
                 raise
             log.warning("%s: no list of models: %s", self.id, error.message)
             return
-        self.names = find_models(self._catalog, listed)
-        self._warn_of_strangers(listed)
+        self.names = find_models(self.kind.catalog, listed)
+        if not self.names:
+            strange = printable(", ".join(sorted(listed)))[:MAX_MESSAGE_CHARACTERS] or "none"
+            self._warn_anew("%s: expected a model of models.toml, got %s", self.id, strange)
         fixed = {"n_ctx": self.config.n_ctx} if self.config.n_ctx else {}
         self.models = {
             id: {"n_ctx": DEFAULT_N_CTX} | listed[name] | fixed for id, name in self.names.items()
         }
-
-    def _warn_of_strangers(self, listed: Collection[str]) -> None:
-        """Log once if the backend lists none of our models."""
-        strange = None
-        if not self.names:
-            strange = printable(", ".join(sorted(listed)))[:MAX_MESSAGE_CHARACTERS]
-        if strange not in (None, self._strange):
-            log.warning("%s: expected a model of models.toml, got %s", self.id, strange or "none")
-        self._strange = strange
-
-    def forget(self, model: str) -> None:
-        """Count this model as absent until the backend's next list."""
-        if self.models:
-            self.models.pop(model, None)
 
     # Answering.
 
@@ -367,15 +356,17 @@ class Backend:
         many tokens, the prompt is fitted again and sent once more. Every result goes to the breaker
         that has admitted the attempt.
         """
-        refused: TooLong | None = None
+        refused = None
         self.requests_total += not attempt.request.is_spare
-        answering = self.answering
-        answering.add(attempt)
+        self.answering.add(attempt)
         try:
             while True:
                 try:
-                    wanted = await self._fit(attempt, refused)
-                    async with self.kind.ask(wanted) as (answer, pairs):
+                    attempt.sent = wanted = await self._fit(attempt, refused)
+                    async with (
+                        self.kind.ask(wanted) as answer,
+                        contextlib.aclosing(self.kind.read(answer, wanted)) as pairs,
+                    ):
                         # From now on the dispatcher can cut the answer; perhaps it wanted to while
                         # the connection was opened.
                         attempt.cut = answer.cut
@@ -393,9 +384,9 @@ class Backend:
                         raise
                     refused = error
         finally:
-            answering.discard(attempt)
+            self.answering.discard(attempt)  # with a new address, it is not in there
 
-    async def _fit(self, attempt: Attempt, refused: TooLong | None) -> Wanted:
+    async def _fit(self, attempt: Attempt, refused: TooLong | None) -> Fitted:
         """Fit the prompt of an attempt, again if it was `refused`."""
         # Parsing a long request, fitting it and following its text get a turn of the event loop
         # each.
@@ -403,11 +394,9 @@ class Backend:
         model = attempt.model
         if self.kind.judges_lines:
             wish = attempt.request.fields.get("min_confidence")
-            attempt.threshold = threshold_of(self._catalog, model, wish)
-        layout = self.kind.layout(model, self._about(model))
-        sent = self.prompts.fit(attempt, self.n_ctx(model), layout, refused)
-        attempt.sent = sent
-        return Wanted(sent.fields, model, self.names.get(model, model), sent.room)
+            attempt.threshold = threshold_of(self.kind.catalog, model, wish)
+        layout, name = self.kind.layout(model, self._about(model)), self.names.get(model, model)
+        return self.prompts.fit(attempt, name, self.n_ctx(model), layout, refused)
 
     def _take(self, attempt: Attempt, kind: str, value: Any) -> Any:
         """Count a pair that came, and return its value: of a result, what a backend may set."""
@@ -450,9 +439,9 @@ class Backend:
         if error.code in WITHOUT_MODEL:
             self._models_until = 0.0
             self.wake.set()
-        known, n_ctx = self._about(attempt.model), error.extra.get("n_ctx", 0)
-        if known and isinstance(error, TooLong) and 0 < n_ctx < attempt.sent.n_ctx:
-            known["n_ctx"] = n_ctx  # until the next list
+        n_ctx = error.extra.get("n_ctx", 0)
+        if isinstance(error, TooLong) and 0 < n_ctx < attempt.sent.n_ctx:
+            self._about(attempt.model)["n_ctx"] = n_ctx  # until the next list
 
     def _fail(self, attempt: Attempt, error: HttpError) -> None:
         """Count and report an error that ended an attempt."""

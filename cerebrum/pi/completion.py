@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from cerebrum.fields import JsonObject, Members
 from cerebrum.pi.breaker import Admission
@@ -24,14 +24,14 @@ DEFAULT_TOKENS = 512
 SAMPLED_BY = ("max_tokens", "temperature", "top_p", "seed", "stop")
 # How long a dialect's request waits for a place, in seconds: minuet gives up after 3.
 WAIT_SECONDS = {"infill": 3.0, "completion": 30.0, "chat": 30.0}
-WITHOUT_MODEL = frozenset({"MODEL_NOT_FOUND", "MODEL_LOAD_FAILED"})  # another model may do better
+WITHOUT_MODEL = ("MODEL_NOT_FOUND", "MODEL_LOAD_FAILED")  # another model may do better
 # Another backend may do better; every other error is about the request.
-RETRIED = frozenset({404, 429, 500, 503})
+RETRIED = (404, 429, 500, 503)
 # Reasons of a completion that ends by itself.
-FINISHED = frozenset({"stop", "length", "block", "repeat", "unsure"})
+FINISHED = ("stop", "length", "block", "repeat", "unsure")
 SUPERSEDED = "SUPERSEDED"
 PREEMPTED = "preempted"  # a guest's completion has made room for somebody else's
-CUT = frozenset({"replaced", PREEMPTED})  # finish reasons of a text that ends wherever it was
+CUT = (PREEMPTED, "replaced")  # finish reasons of a text that ends wherever it was
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,17 +97,18 @@ def read_text(events: bytes) -> str:
 # ----------------------------------------------------------------------------------------- attempts
 
 
-@dataclass(frozen=True, slots=True)
-class Fitted:
-    """A request's text as a backend gets it."""
+class Fitted(NamedTuple):
+    """A request as a backend gets it."""
 
     fields: Members  # of vpsd's POST /v1/inference/stream
-    text: Prepared
-    n_ctx: int  # the context in tokens that it was fitted to
-    room: int  # tokens left there for the answer
+    model: str  # our id
+    name: str  # the backend's name for it
+    room: int = MAX_TOKENS  # tokens left in the context for the answer
+    n_ctx: int = 0  # the context in tokens that the text was fitted to
+    text: Prepared = Prepared({}, {}, 0)
 
 
-NOTHING_SENT = Fitted({}, Prepared({}, {}, 0), 0, 0)
+NOTHING_SENT = Fitted({}, "", "")
 
 
 @dataclass(slots=True, eq=False)

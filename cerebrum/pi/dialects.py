@@ -26,7 +26,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from cerebrum.fields import (
     Field,
@@ -62,7 +62,7 @@ GONE_WARNING = (
 )
 CHAT_FIELDS = {
     "model": TEXT,
-    "temperature": Field(float, 0, 100),  # OpenAI allows 2; values above 1 are lowered
+    "temperature": Field(float, 0, 100, 0.4),  # OpenAI allows 2; values above 1 are lowered
     "top_p": Field(float, 0, 1),
     "seed": Field(int, -(2**63), 2**64 - 1),
     "stream": FLAG,
@@ -73,6 +73,7 @@ CHAT_FIELDS = {
 }
 CODE_FIELDS = {
     **CHAT_FIELDS,
+    "temperature": Field(float, 0, 100, 0.0),
     "cache_prompt": FLAG,
     "n_indent": Field(int, 0, 1000, 0),
     "t_max_prompt_ms": LIMIT,
@@ -124,16 +125,10 @@ def read_texts(members: Members, name: str) -> list[str]:
     return texts
 
 
-def read_sampling(
-    read: Members, stops: list[str], temperature: float = 0.0, limit: int = DEFAULT_TOKENS
-) -> JsonObject:
-    """The fields of our API that every request has. `temperature` and `limit` (tokens) are the
-    defaults.
-    """
+def read_sampling(read: Members, stops: list[str], limit: int = DEFAULT_TOKENS) -> JsonObject:
+    """The fields of our API that every request has. `limit` (tokens) is the default."""
     limits = [read[name] for name in ("max_completion_tokens", "max_tokens", "n_predict")]
     limit = next((given for given in limits if given is not None), limit)
-    if read["temperature"] is not None:
-        temperature = min(read["temperature"], 1.0)
     top_p, seed = read["top_p"], read["seed"]
     if top_p is not None:
         top_p = max(top_p, MIN_TOP_P)
@@ -142,7 +137,7 @@ def read_sampling(
     return {
         "model": read["model"],
         "max_tokens": MAX_TOKENS if limit < 0 else min(limit, MAX_TOKENS),
-        "temperature": temperature,
+        "temperature": min(read["temperature"], 1.0),
         "top_p": top_p,
         "seed": seed,
         "stop": stops,
@@ -173,14 +168,14 @@ def read_messages(value: Any) -> list[dict[str, str]]:
     """`messages` with the roles that a chat template knows, and only text as content. Parts of a
     content are joined by line ends.
     """
-    roles = read_objects(value, "messages", 1, MAX_MESSAGES, MESSAGE)
+    read_objects(value, "messages", 1, MAX_MESSAGES, MESSAGE)
     messages = []
-    for number, (entry, role) in enumerate(zip(value, roles, strict=True)):
+    for number, entry in enumerate(value):
         where = f"messages[{number}]"
         if entry.get("tool_calls", []) != []:
             raise wrong(f"{where}.tool_calls", "nothing", entry["tool_calls"])
         content = read_content(entry.get("content", ""), f"{where}.content")
-        messages.append({"role": ROLES[role["role"]], "content": content})
+        messages.append({"role": ROLES[entry["role"]], "content": content})
     return messages
 
 
@@ -265,11 +260,9 @@ def split_by(prompt: str, before: str, after: str, middle: str) -> tuple[str, st
     if start < 0:
         return None
     preamble, body = prompt[:start], prompt[start:]
-    if not middle and UNUSED.sub("", preamble, count=1):
+    if not middle and not UNUSED.fullmatch(preamble):
         return None
-    body, found, behind = body.rpartition(middle) if middle else (body, body, "")
-    if not found:
-        return None
+    body, _, behind = body.rpartition(middle) if middle else (body, "", "")
     if body.startswith(before):
         prefix, found, suffix = body.removeprefix(before).partition(after)
     else:
@@ -291,9 +284,7 @@ def split_files(preamble: str) -> tuple[str, list[dict[str, str]]]:
     """Parse the text before the first mark: the name of the file itself, and other files."""
     loose, *files = FILE_MARK.split(UNUSED.sub("", preamble, count=1))
     filename, extra = "", []
-    if loose.strip():
-        extra.append({"filename": "", "text": loose})
-    for file in files[-MAX_EXTRAS:]:
+    for file in ("\n" + loose, *files[-MAX_EXTRAS:]):  # what precedes the first mark has no name
         name, _, text = file.partition("\n")
         name = name[:MAX_NAME]
         if text.strip():
@@ -307,11 +298,12 @@ def split_files(preamble: str) -> tuple[str, list[dict[str, str]]]:
 
 
 def read_code(
-    members: Members, read: Members, prompt: str, suggest: str = "always"
+    members: Members, read: Members, suggest: str = "always", special: bool = False
 ) -> CompletionRequest:
-    """A request for code, without its text. `suggest` is the default if the request sets none."""
-    stops = read_stops(members, special=bool(NEXT_EDIT.match(prompt)))
-    fields = read_sampling(read, stops)
+    """A request for code, without its text. `suggest` is the default if the request sets none,
+    `special` as in `read_stops`.
+    """
+    fields = read_sampling(read, read_stops(members, special))
     for name in ("prompt_ms", "predict_ms"):
         fields[name] = min(max(0, read[f"t_max_{name}"]), MAX_MS)
     fields["indent"] = read["n_indent"]
@@ -337,32 +329,24 @@ def ask_text(
     return replace(request, kind="infill" if infill else "completion", fields=fields)
 
 
-def ask_prompt(
-    request: CompletionRequest, prompt: str, suffix: str, infill: bool
-) -> CompletionRequest:
-    """Like `ask_text`, for a prompt that may carry fill-in-the-middle tokens, or have a layout of
-    its own.
-    """
-    if suffix:
-        return ask_text(request, prompt, suffix, infill)
-    if NEXT_EDIT.match(prompt):
-        return ask_text(request, prompt, "", infill=False, stop_at="none", special=True)
-    split = split_fim(prompt)
-    if not split:
-        return ask_text(request, prompt, "", infill)
-    prefix, suffix, filename, extra = split
-    filename = filename or request.fields["filename"]
-    return ask_text(request, prefix, suffix, infill=True, filename=filename, extra=extra)
-
-
 def read_completion(members: Members) -> CompletionRequest:
     """POST /v1/completions and /completion: a text to complete. `prompt` may carry
-    fill-in-the-middle tokens.
+    fill-in-the-middle tokens, or have a layout of its own.
     """
     members = present(members)
     read, prompt = read_fields(members, TEXT_FIELDS), read_prompt(members)
-    infill = "suffix" in members  # at the end of a file, the suffix is empty
-    return ask_prompt(read_code(members, read, prompt), prompt, read["suffix"], infill)
+    suffix = read["suffix"]
+    special = not suffix and NEXT_EDIT.match(prompt) is not None
+    request = read_code(members, read, special=special)
+    if special:
+        return ask_text(request, prompt, "", infill=False, stop_at="none", special=True)
+    split = None if suffix else split_fim(prompt)
+    if not split:
+        infill = "suffix" in members  # at the end of a file, the suffix is empty
+        return ask_text(request, prompt, suffix, infill)
+    prefix, suffix, filename, extra = split
+    filename = filename or read["filename"]
+    return ask_text(request, prefix, suffix, infill=True, filename=filename, extra=extra)
 
 
 def read_infill(members: Members) -> CompletionRequest:
@@ -374,7 +358,7 @@ def read_infill(members: Members) -> CompletionRequest:
     files = read_objects(members.get("input_extra", []), "input_extra", 0, MAX_EXTRAS, EXTRA)
     extra = [file for file in files if file["text"]]
     # llama.vim's key for "complete now" sends the same as its automatic requests.
-    request = read_code(members, read, prompt, "often")
+    request = read_code(members, read, "often")
     request = replace(request, speculative=read["speculative"])
     prefix = read["input_prefix"] + prompt
     return ask_text(request, prefix, read["input_suffix"], infill=True, extra=extra)
@@ -387,7 +371,7 @@ def read_chat(members: Members) -> CompletionRequest:
     if members.get("tools", []) != [] and members.get("tool_choice") != "none":
         raise wrong("tools", 'nothing, or tool_choice "none"', members["tools"])
     # The limit is the highest: an answer ends by itself.
-    fields = read_sampling(read, read_stops(members), temperature=0.4, limit=MAX_TOKENS)
+    fields = read_sampling(read, read_stops(members), limit=MAX_TOKENS)
     fields |= {"messages": read_messages(members.get("messages", [])), "mode": "chat"}
     return CompletionRequest("chat", fields, read["stream"], wants_usage(members))
 
@@ -418,21 +402,21 @@ def usage(result: Members) -> JsonObject:
     }
 
 
+@dataclass
 class Reply:
     """The answer to one request in its dialect; here OpenAI's completion of a text: {"id",
     "object", "choices", …}. `begun` is the value of the pair "started": {"model", "n_ctx", …}.
     """
 
+    request: CompletionRequest
+    request_id: str
+    created: int
+    begun: Members
+
     prefix, whole_object = "cmpl", "text_completion"
     chunk_object = whole_object
 
-    def __init__(
-        self, request: CompletionRequest, request_id: str, created: int, begun: Members
-    ) -> None:
-        self.request = request
-        self.id = f"{self.prefix}-{request_id}"
-        self.created = created
-        self.begun = begun
+    def __post_init__(self) -> None:
         # For `TOKEN_TEXT.sub`.
         self.template = sse(self.chunk(SLOT)).replace(compact(SLOT), rb"\1")
 
@@ -444,18 +428,16 @@ class Reply:
         """The events for a block of whole native token events."""
         return TOKEN_TEXT.sub(self.template, tokens)
 
-    def frame(self, kind: str, choices: list[JsonObject]) -> JsonObject:
+    def frame(self, part: JsonObject, reason: str | None = None) -> JsonObject:
+        """An event whose one choice has this member; without a member it has no choice."""
+        choice = {"index": 0, **part, "logprobs": None, "finish_reason": reason}
         return {
-            "id": self.id,
-            "object": kind,
+            "id": f"{self.prefix}-{self.request_id}",
+            "object": self.chunk_object,
             "created": self.created,
             "model": self.begun["model"],
-            "choices": choices,
+            "choices": [choice] if part else [],
         }
-
-    def choice(self, part: JsonObject, reason: str | None = None) -> list[JsonObject]:
-        """`choices` with the one that there is."""
-        return [{"index": 0, **part, "logprobs": None, "finish_reason": reason}]
 
     def part(self, text: str, whole: bool = False) -> JsonObject:
         """A choice's member: the whole text, a piece of it, or "" after the last piece."""
@@ -463,21 +445,20 @@ class Reply:
 
     def chunk(self, text: str) -> JsonObject:
         """The event for a piece of text."""
-        return self.frame(self.chunk_object, self.choice(self.part(text)))
+        return self.frame(self.part(text))
 
     def end(self, result: Members) -> bytes:
         """The events after the last text, for a native result."""
-        choices = self.choice(self.part(""), finish_reason(result))
-        events = sse(self.frame(self.chunk_object, choices) | own_members(result))
+        last = self.frame(self.part(""), finish_reason(result))
+        events = sse(last | own_members(result))
         if self.request.usage:
-            counts = {"usage": usage(result)}
-            events += sse(self.frame(self.chunk_object, []) | counts)
+            events += sse(self.frame({}) | {"usage": usage(result)})
         return events + sse_block(b"[DONE]")
 
     def whole(self, text: str, result: Members) -> bytes:
         """The answer in one piece."""
-        choices = self.choice(self.part(text, whole=True), finish_reason(result))
-        answer = self.frame(self.whole_object, choices) | {"usage": usage(result)}
+        answer = self.frame(self.part(text, whole=True), finish_reason(result))
+        answer |= {"object": self.whole_object, "usage": usage(result)}
         return compact(answer | own_members(result))
 
 
@@ -488,8 +469,7 @@ class ChatReply(Reply):
     chunk_object = "chat.completion.chunk"
 
     def begin(self) -> bytes:
-        choices = self.choice({"delta": {"role": "assistant", "content": ""}})
-        return sse(self.frame(self.chunk_object, choices))
+        return sse(self.frame({"delta": {"role": "assistant", "content": ""}}))
 
     def part(self, text: str, whole: bool = False) -> JsonObject:
         if whole:
@@ -510,19 +490,19 @@ class LlamaReply(Reply):
         """The answer's members, or those that `response_fields` names: "timings/prompt_n" names one
         in `timings`.
         """
-        read, written = result.get("prompt_tokens", 0), result.get("total_tokens", 0)
+        counts = usage(result)
         answer = {
             "content": text,
             "stop": True,
             "model": self.begun["model"],
-            "tokens_predicted": written,
-            "tokens_evaluated": read,
+            "tokens_predicted": counts["completion_tokens"],
+            "tokens_evaluated": counts["prompt_tokens"],
             "generation_settings": {"n_ctx": self.begun["n_ctx"]},
         }
         kept = self.begun.get("kept") or {}
         answer["truncated"] = kept.get("parts", ["all"]) != ["all"]
         answer["stop_type"] = "limit" if finish_reason(result) == "length" else "eos"
-        answer["tokens_cached"] = read + written
+        answer["tokens_cached"] = counts["total_tokens"]
         answer["timings"] = timings(result)
         answer |= own_members(result)
         if self.request.only is None:
@@ -532,7 +512,7 @@ class LlamaReply(Reply):
             del answer["content"]
         for outer in ("generation_settings", "timings"):
             answer |= {f"{outer}/{name}": value for name, value in answer[outer].items()}
-        names = [*sorted(CUT), *self.request.only]
+        names = (*CUT, *self.request.only)
         return compact({name: answer[name] for name in names if name in answer})
 
 
@@ -615,8 +595,7 @@ def write_props(model_id: str, n_ctx: int, places: int) -> JsonObject:
 # ------------------------------------------------------------------------------------- the dialects
 
 
-@dataclass(frozen=True, slots=True)
-class Dialect:
+class Dialect(NamedTuple):
     """One kind of request that clients send."""
 
     paths: tuple[str, ...]

@@ -56,8 +56,8 @@ class State:
     editors: dict[str, float] = field(default_factory=dict)
     turns: dict[str, float] = field(default_factory=dict)  # when each client last got a place
     regular: float = -math.inf  # when a client that is no guest last got a place
-    # The last backend of each `CompletionRequest.file`.
-    served: dict[str, Backend] = field(default_factory=dict)
+    # The id of the last backend of each `CompletionRequest.file`.
+    served: dict[str, str] = field(default_factory=dict)
     # A guest, and when it got and left a place, within the last minute.
     visits: list[tuple[str, float, float]] = field(default_factory=list)
 
@@ -76,8 +76,8 @@ class State:
 
     def guest_seconds(self, client: str, now: float) -> float:
         """How long a guest has held places in the last minute; two places at a time count twice."""
-        visits = [*self.visits]
-        visits += [(attempt.completion.client, attempt.begun, now) for attempt in self.answering]
+        holding = [(attempt.completion.client, attempt.begun, now) for attempt in self.answering]
+        visits = self.visits + holding
         spans = [(begun, left) for name, begun, left in visits if name == client]
         since = now - SHARE_OF_SECONDS
         return sum(max(0.0, left - max(begun, since)) for begun, left in spans)
@@ -108,9 +108,6 @@ class Preempt(NamedTuple):
     guest: Attempt
 
 
-Decision = Assign | Preempt | Wait | HttpError  # an error ends the completion
-
-
 class Claim(NamedTuple):
     """A completion that has no place, and the backends that may be asked for one."""
 
@@ -120,19 +117,9 @@ class Claim(NamedTuple):
     usable: Sequence[Backend]
     now: float
 
-    @property
-    def running(self) -> list[Attempt]:
-        """The attempts that take a place at these backends."""
-        return self.state.running(self.usable)
 
-    @property
-    def limit(self) -> int:
-        """How many completions these backends take at a time."""
-        return limit_of(self.usable)
-
-
-def decide(state: State, completion: Completion, now: float) -> Decision:
-    """What happens now to a completion that has no place."""
+def decide(state: State, completion: Completion, now: float) -> Assign | Preempt | Wait | HttpError:
+    """What happens now to a completion that has no place; an error ends it."""
     request, deadline = completion.request, completion.deadline
     may_wait, may_preempt = now < deadline, not request.guest
     # Backends that have answered 429 are asked again at the end of a pause.
@@ -185,16 +172,15 @@ def untried(completion: Completion, options: Options, is_pausing: bool) -> Optio
     """The options without the backends that have failed this completion, or that answered 429 and
     whose pause is not over, and without the models that a backend could not load.
     """
-    failed, without = set[str](), set[tuple[str, str]]()
+    failed = set[tuple[str, str]]()  # the ids of a backend and of a model; "" for all its models
     for attempt in completion.attempts:
         if attempt.code in WITHOUT_MODEL:
-            without.add((attempt.backend, attempt.model))
+            failed.add((attempt.backend, attempt.model))
         elif attempt.code and (is_pausing or attempt.code != "RATE_LIMIT"):
-            failed.add(attempt.backend)
+            failed.add((attempt.backend, ""))
     left = list[tuple[str, Sequence[Backend]]]()
     for model, backends in options:
-        able = [backend for backend in backends if backend.id not in failed]
-        able = [backend for backend in able if (backend.id, model) not in without]
+        able = [one for one in backends if not failed & {(one.id, model), (one.id, "")}]
         left.append((model, able))
     return left
 
@@ -212,8 +198,9 @@ def busy_until(completion: Completion) -> float:
 
 def backends_of(fleet: Fleet, options: Options) -> list[Backend]:
     """The backends that have one of these models."""
-    having = set[Backend]().union(*(backends for _, backends in options))
-    return [backend for backend in fleet.backends if backend in having]
+    return [
+        backend for backend in fleet.backends if any(backend in having for _, having in options)
+    ]
 
 
 def which_admit(backends: Sequence[Backend]) -> list[Backend]:
@@ -244,7 +231,7 @@ def best_place(
     last = state.served.get(request.file)
     for model, having in options:
         if best := [backend for backend in free if backend in having]:
-            return Assign(model, last if last in best else min(best, key=state.load))
+            return Assign(model, min(best, key=lambda one: (one.id != last, state.load(one))))
     return None
 
 
@@ -254,16 +241,19 @@ def of_others(attempts: Sequence[Attempt], session: str) -> list[Attempt]:
 
 
 def is_idle(state: State, backend: Backend, request: CompletionRequest) -> bool:
-    """Whether a backend has nothing else to do than what this spare request may end: a speculative
-    one ends reading, and the older one of its client.
-    """
-    holders = [attempt for attempt, where in state.places.items() if where is backend]
-    if request.speculative:
-        own = [other for other in holders if other.request.client == request.client]
-        ended = [other for other in holders if other.request.ahead]
-        ended += [other for other in own if other.request.speculative]
-        holders = [other for other in holders if other not in ended]
+    """Whether a backend has nothing else to do than what this spare request may end."""
+    here = [attempt.request for attempt, where in state.places.items() if where is backend]
+    holders = [other for other in here if not gives_way(other, request)]
     return backend.breaker.state == "closed" and not holders
+
+
+def gives_way(older: CompletionRequest, newer: CompletionRequest) -> bool:
+    """Whether a request ends for a spare one: a speculative one ends reading, and the older one of
+    its client.
+    """
+    if not newer.speculative:
+        return False
+    return older.ahead or (older.speculative and older.client == newer.client)
 
 
 def who_makes_room(claim: Claim) -> Attempt | None:
@@ -286,7 +276,7 @@ def who_makes_room(claim: Claim) -> Attempt | None:
 
     if not finds_place_without(guests_of(state.places)):
         return None
-    guests = [guest for guest in guests_of(claim.running) if not guest.last]
+    guests = [guest for guest in guests_of(state.running(claim.usable)) if not guest.last]
     enough = [guest for guest in guests if finds_place_without([guest])]
     return max(enough or guests, key=order, default=None)
 
@@ -314,15 +304,15 @@ def is_fair(claim: Claim) -> bool:
     kind, client = claim.completion.request.kind, claim.completion.client
     since = claim.now - EDITOR_SECONDS
     editors = {name for name, seen in claim.state.editors.items() if seen > since}
+    running = claim.state.running(claim.usable)
     if kind == "infill":
         editors.discard(client)
+        running = [attempt for attempt in running if attempt.completion.client == client]
     if not kind or not editors:
         return True
     kinds = ("infill",) if kind == "infill" else ("chat", "completion")
-    running = [attempt for attempt in claim.running if attempt.request.kind in kinds]
-    if kind == "infill":
-        running = [attempt for attempt in running if attempt.completion.client == client]
-    return len(running) < max(1, claim.limit - 1)
+    running = [attempt for attempt in running if attempt.request.kind in kinds]
+    return len(running) < max(1, limit_of(claim.usable) - 1)
 
 
 def is_left(claim: Claim) -> bool:
@@ -340,7 +330,7 @@ def is_left(claim: Claim) -> bool:
     if len(own) >= request.guest:
         return False
     spared = claim.now - state.regular < EDITOR_SECONDS
-    return len(guests) < max(1, claim.limit - spared)
+    return len(guests) < max(1, limit_of(claim.usable) - spared)
 
 
 def whose_turn(
@@ -357,14 +347,17 @@ def whose_turn(
 
 def all_taken(state: State, guest: int) -> HttpError:
     if guest:
-        expected = f"expected at most {guest} completions at a time, and a place that others leave"
-        return HttpError("RATE_LIMIT", expected)
+        return HttpError(
+            "RATE_LIMIT",
+            f"expected at most {guest} completions at a time, and a place that others leave",
+        )
     known = state.fleet.backends
     there = [backend for backend in known if backend.available] or known
     limit = limit_of(there)
     kept = "" if len(state.running(there)) >= limit else ", one of them for an editor"
-    expected = f"expected at most {limit} completions at a time{kept}; try again later"
-    return HttpError("RATE_LIMIT", expected)
+    return HttpError(
+        "RATE_LIMIT", f"expected at most {limit} completions at a time{kept}; try again later"
+    )
 
 
 def nobody(fleet: Fleet, options: Options) -> HttpError:
@@ -381,11 +374,12 @@ def nobody(fleet: Fleet, options: Options) -> HttpError:
 # ----------------------------------------------------------------------------------- the dispatcher
 
 ENDING_SECONDS = 1.0  # for a completion that makes room to leave its place
-MAX_SERVED = 512  # files with the backend that served them last, and clients with their last turn
+# Files with the backend that served them last, and clients with their last turn or infill.
+MAX_SERVED = 512
 MAX_AHEAD = 4  # prompts to be read ahead, one of each client
 
 
-def remember(table: dict[str, Any], key: str, value: Any, limit: int) -> None:
+def remember(table: dict[str, Any], key: str, value: Any, limit: int = MAX_SERVED) -> None:
     """Set the newest of at most `limit` entries."""
     table.pop(key, None)
     table[key] = value
@@ -410,9 +404,7 @@ class Dispatcher:
 
     def saw_editor(self, client: str) -> None:
         """A client asks for infills, so a place is kept for its next one."""
-        now, known = time.monotonic(), self.state.editors.items()
-        self.state.editors = {name: seen for name, seen in known if now - seen < EDITOR_SECONDS}
-        self.state.editors[client] = now
+        remember(self.state.editors, client, time.monotonic())
 
     def hand_over(self, completion: Completion, client: str) -> None:
         """The client of this completion has left, but another one still reads it."""
@@ -421,11 +413,8 @@ class Dispatcher:
 
     def reconfigured(self) -> None:
         """The list of backends has changed."""
-        state, backends = self.state, self.state.fleet.backends
-        served = state.served.items()
-        state.served = {file: backend for file, backend in served if backend in backends}
-        for attempt, backend in [*state.places.items()]:
-            if attempt.request.ahead and backend not in backends:
+        for attempt, backend in self.state.places.items():
+            if attempt.request.ahead and backend not in self.state.fleet.backends:
                 self._supersede(attempt)
         self.advance()
 
@@ -436,25 +425,23 @@ class Dispatcher:
         for it.
         """
         await self.state.fleet.know()
-        while True:
-            match self._decide(completion):
-                case Assign() as place:
-                    return self._assign(completion, place)
-                case HttpError() as error:
-                    raise error
-                case Preempt(guest):
-                    self._preempt(guest)
-                case Wait(until):
-                    if attempt := await self._wait_in_line(completion, until):
-                        return attempt
-
-    def _decide(self, completion: Completion) -> Decision:
-        if not completion.request.speculative:
-            return decide(self.state, completion, time.monotonic())
-        place = decide_spare(self.state, completion.request)
-        if isinstance(place, Assign):
-            return place
-        return HttpError(SUPERSEDED, "other requests come first")
+        if completion.request.speculative:
+            place = decide_spare(self.state, completion.request)
+            if isinstance(place, Assign):
+                return self._assign(completion, place)
+            raise HttpError(SUPERSEDED, "other requests come first")
+        called = self.state.line[completion] = asyncio.Future[Attempt]()
+        try:
+            while not called.done():
+                until = self.advance().get(completion, 0.0)
+                await asyncio.wait([called], timeout=until - time.monotonic())
+            return called.result()
+        except asyncio.CancelledError:
+            if called.done() and not called.exception():
+                self._leave(called.result())
+            raise
+        finally:
+            self.state.line.pop(completion, None)
 
     @contextlib.asynccontextmanager
     async def hold(self, attempt: Attempt) -> AsyncIterator[Backend]:
@@ -483,27 +470,13 @@ class Dispatcher:
             if other is not attempt:
                 await other.ended.wait()
 
-    async def _wait_in_line(self, completion: Completion, until: float) -> Attempt | None:
-        """The attempt that `advance` has begun for this completion, or None after a while.
-        HttpError if it found that no backend may be asked any more.
-        """
-        called = self.state.line[completion] = asyncio.get_running_loop().create_future()
-        try:
-            await asyncio.wait([called], timeout=until - time.monotonic())
-            return called.result() if called.done() else None
-        except asyncio.CancelledError:
-            if called.done() and not called.exception():
-                self._leave(called.result())
-            raise
-        finally:
-            self.state.line.pop(completion, None)
-
-    def advance(self) -> None:
-        """Give free places to those that wait, in turns. If nobody waits, idle backends read
-        ahead.
+    def advance(self) -> dict[Completion, float]:
+        """Give free places to those that wait, in turns, and return when to ask again for each of
+        the others. If nobody waits, idle backends read ahead.
         """
         state, waiting = self.state, [*self.state.line]
-        holders = state.running([*state.places.values()])
+        waits = dict[Completion, float]()
+        holders = [attempt for attempt in state.answering if not attempt.makes_room]
         running = Counter(attempt.completion.client for attempt in holders)
         while waiting:
             completion = min(waiting, key=functools.partial(whose_turn, state, running))
@@ -515,9 +488,12 @@ class Dispatcher:
                 case Preempt(guest):
                     self._preempt(guest)
                     waiting.append(completion)
+                case Wait(until):
+                    waits[completion] = until
                 case HttpError() as error:
                     state.line.pop(completion).set_exception(error)
         self._advance_reading()
+        return waits
 
     def _assign(self, completion: Completion, place: Assign) -> Attempt:
         """Begin an attempt: take the place, and end the requests that it replaces, those of its
@@ -529,9 +505,6 @@ class Dispatcher:
             is_older = other.request.session == request.session != ""
             if is_older or (other.request.is_spare and where is backend):
                 self._supersede(other)
-        for older in completion.attempts:
-            if older.backend == backend.id and older.code in WITHOUT_MODEL:
-                backend.forget(older.model)
         now = time.monotonic()
         attempt = Attempt(completion, backend.id, place.model, backend.breaker.admit(now))
         completion.attempts.append(attempt)
@@ -539,13 +512,13 @@ class Dispatcher:
         if not request.is_spare:
             self._note_turn(completion)
         if request.file:
-            remember(state.served, request.file, backend, MAX_SERVED)
+            remember(state.served, request.file, backend.id)
         return attempt
 
     def _note_turn(self, completion: Completion) -> None:
         """A client that waits gets a place."""
         state, now = self.state, time.monotonic()
-        remember(state.turns, completion.client, now, MAX_SERVED)
+        remember(state.turns, completion.client, now)
         if not completion.request.guest:
             state.regular = now
 

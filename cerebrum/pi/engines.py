@@ -1,8 +1,8 @@
 """Other engines than vpsd: llama-server, and whatever speaks OpenAI's API.
 
-Their requests are written from the fields of vpsd's request, and `translate` turns what they stream
-into the pairs of a native stream. A `Translator` parses the events; it also ends the text where the
-requested piece is complete, which these engines do not do.
+Their requests are written from the fields of vpsd's request, and what they stream becomes the pairs
+of a native stream. A `Translator` parses the events; it also ends the text where the requested
+piece is complete, which these engines do not do.
 
     >>> fields = {"prompt": "def f(n):\\n", "language": "python", "mode": "complete"}
     >>> translator = Translator(fields, [])
@@ -25,19 +25,19 @@ import json
 import math
 import re
 from abc import abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 from cerebrum.fields import Field, JsonObject, Members, items_of, members_of
-from cerebrum.pi.completion import MAX_TOKENS, Pair, text_event
-from cerebrum.pi.kind import COUNT, Kind, Models, Streamed, Wanted, read_result
+from cerebrum.pi.completion import MAX_TOKENS, Fitted, Pair, text_event
+from cerebrum.pi.kind import COUNT, Kind, Models, read_result
 from cerebrum.pi.upstream import (
     EVENT_STREAM,
     LATE,
     LENGTH,
     N_CTX,
     Answer,
-    BackendConfig,
     BackendFailure,
     Events,
     TooLong,
@@ -47,7 +47,7 @@ from cerebrum.pi.upstream import (
 )
 from cerebrum.text.languages import BY_NAME, LANGUAGES
 from cerebrum.text.prompt import arrange_gap, find_statement
-from cerebrum_common import HttpError, Model
+from cerebrum_common import HttpError
 
 # ------------------------------------------------------------------------------ what they are asked
 
@@ -59,7 +59,7 @@ LLAMA_MORE = {"timings_per_token": True, "return_progress": True}
 LLAMA_LAST = ["content", "stop", "stop_type", "tokens_evaluated", "tokens_predicted", "timings"]
 
 
-def write_sampling(wanted: Wanted, limit: str, most_stops: int | None = None) -> JsonObject:
+def write_sampling(wanted: Fitted, limit: str, most_stops: int | None = None) -> JsonObject:
     """The members that every request has. `limit` is the engine's name for the maximum number of
     tokens.
     """
@@ -75,7 +75,7 @@ def write_sampling(wanted: Wanted, limit: str, most_stops: int | None = None) ->
     return members
 
 
-def write_openai(wanted: Wanted) -> JsonObject:
+def write_openai(wanted: Fitted) -> JsonObject:
     """The members of both of OpenAI's requests."""
     usage = {"stream_options": {"include_usage": True}}
     return write_sampling(wanted, "max_tokens", OPENAI_STOPS) | usage
@@ -87,20 +87,7 @@ def write_files(fields: Members) -> str:
     return "".join(f"{text}\n" for text in texts)
 
 
-def write_text_completion(wanted: Wanted, marks: Sequence[str], layout: str) -> JsonObject:
-    """POST /v1/completions. A gap is written with the model's `marks` in this layout, or as
-    `suffix` if the model has none.
-    """
-    fields, members = wanted.fields, write_openai(wanted)
-    text, suffix = fields["prompt"], fields.get("suffix")
-    if suffix is not None and marks:
-        text = "".join(arrange_gap(layout, marks, text, suffix))
-    elif suffix is not None:
-        members["suffix"] = suffix
-    return members | {"prompt": write_files(fields) + text}
-
-
-def write_chat(wanted: Wanted) -> JsonObject:
+def write_chat(wanted: Fitted) -> JsonObject:
     """POST /v1/chat/completions. The beginning that we write for the answer to an instruction is
     left out: many engines would not continue it.
     """
@@ -108,17 +95,6 @@ def write_chat(wanted: Wanted) -> JsonObject:
     if wanted.fields["mode"] == "instruct" and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     return write_openai(wanted) | {"messages": messages}
-
-
-def write_llama(wanted: Wanted) -> JsonObject:
-    """POST /completion, or POST /infill for a gap."""
-    fields = wanted.fields
-    members = write_sampling(wanted, "n_predict") | LLAMA_MORE
-    members |= {"cache_prompt": True, "response_fields": LLAMA_LAST}
-    if "suffix" not in fields:
-        return members | {"prompt": write_files(fields) + fields["prompt"]}
-    gap = {"input_prefix": fields["prompt"], "input_suffix": fields["suffix"], "prompt": ""}
-    return members | gap | {"input_extra": list(fields.get("extra", ()))}
 
 
 # --------------------------------------------------------------------------------- what they answer
@@ -139,11 +115,7 @@ def text_of(value: Any) -> str:
     return value if isinstance(value, str) else ""
 
 
-FINISH_REASONS = {
-    "length": "length",
-    "limit": "length",
-    "content_filter": "length",
-}
+CUT_SHORT = ("length", "limit", "content_filter")
 FAILURES = ("error", "abort")
 
 
@@ -161,12 +133,12 @@ def read_engine_event(members: Members) -> tuple[str, str | None]:
         reason = text_of(choice.get("stop_type")) or "stop"
     if reason in FAILURES:
         raise BackendFailure("it gave up")
-    return text, FINISH_REASONS.get(reason, "stop") if reason else None
+    if not reason:
+        return text, None
+    return text, "length" if reason in CUT_SHORT else "stop"
 
 
 MILLISECONDS = Field(float, 0, 10**12)
-# An event with one of these reports counts.
-COUNTS = frozenset({"usage", "timings", "tokens_predicted"})
 
 
 def read_counts(members: Members) -> JsonObject:
@@ -280,9 +252,6 @@ class Characters:
         self.bytes = codecs.getincrementaldecoder("utf-8")("replace")
 
     def feed(self, text: str) -> str:
-        rest = self.pairs.getstate()[0] or self.bytes.getstate()[0]
-        if text.isascii() and not rest:
-            return text  # as nearly always
         text = self.pairs.decode(text.encode("utf-16-le", "surrogatepass"))
         escaped = re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", text)
         return self.bytes.decode(escaped.encode("utf-8", "surrogateescape"))
@@ -312,7 +281,7 @@ class Translator:
         self.most = fields.get("max_tokens") or MAX_TOKENS
         self.limit = fields.get("predict_ms", 0) / 1000  # seconds; 0: none
         self.progress = fields.get("progress", False)
-        self.counting: Members = {}  # the last event that counts tokens
+        self.counts: JsonObject = {}  # of the last event that has any
         self.tokens = 0  # events with text; an engine may put several tokens into one
         self.deadline = math.inf  # of the text; it ends with a whole line
         self.has_line = False  # a line end has been generated
@@ -348,20 +317,16 @@ class Translator:
         with blamed("it sent an event that is not JSON"):
             members = parse_leniently(data)
         if error := members.get("error"):
-            self._fail(error)
-        if any(members.get(name) is not None for name in COUNTS):
-            self.counting = members
+            lengths = None if self.tokens else read_overflow(error)
+            if lengths is not None:
+                raise TooLong(lengths)
+            raise BackendFailure("it reported an error")
+        self.counts = read_counts(members) or self.counts
         self.heard = now
         if self.engine_reason is None:
             yield from self._text(*read_engine_event(members), now)
         if self.progress and not self.tokens:
             yield from read_progress(members)
-
-    def _fail(self, error: Any) -> None:
-        lengths = None if self.tokens else read_overflow(error)
-        if lengths is not None:
-            raise TooLong(lengths)
-        raise BackendFailure("it reported an error")
 
     def _text(self, text: str, reason: str | None, now: float) -> Iterator[Pair]:
         # An event has at least one token, so this engine ignores its limit.
@@ -371,7 +336,7 @@ class Translator:
             if self.limit and not self.tokens:
                 self.deadline = now + self.limit
             self.tokens += 1
-            self.has_line = self.has_line or "\n" in text
+            self.has_line |= "\n" in text
             text = self.characters.feed(text)
         text, ended = self.ending.feed(text)
         if not ended and reason:
@@ -387,7 +352,7 @@ class Translator:
 
     def _done(self, reason: str) -> Pair:
         self.done = True
-        counts = read_result(read_counts(self.counting))
+        counts = read_result(self.counts)
         counts["total_tokens"] = counts.get("total_tokens") or self.tokens
         return "done", {"finish_reason": reason, **counts}
 
@@ -400,62 +365,13 @@ def read_progress(members: Members) -> Iterator[Pair]:
         yield "progress", {"stage": "prefill", "done": read, "total": total}
 
 
-# ---------------------------------------------------------------------------------------- translate
+# --------------------------------------------------------------------------------- reading a stream
 
 # An engine that makes no progress for this long has failed: it is silent while it loads a model or
 # reads a prompt.
 READING_SECONDS = 180.0
 ALIVE_SECONDS = 5.0  # the silence of another engine after which the client gets a comment
 COUNTS_SECONDS = 2.0  # the wait after another engine's last text for its token counts
-
-
-async def translate(
-    kind: Kind, answer: Answer, translator: Translator
-) -> AsyncGenerator[Pair, None]:
-    """The pairs of an engine's answer: ("begun", None) once it answers, ("done", …) last. While the
-    engine is silent, also before "begun", ("idle", None) comes every ALIVE_SECONDS or a little
-    later. HttpError if it refuses, BackendFailure if its text breaks off.
-    """
-    # 1. The head, which may come only after the engine has read the prompt.
-    while not await kind.begin(answer, ALIVE_SECONDS, EVENT_STREAM):
-        yield "idle", None
-    yield "begun", None
-    try:
-        # 2. The text, until the requested piece is complete or the engine ends it.
-        async with contextlib.aclosing(translate_text(answer, translator)) as pairs:
-            async for pair in pairs:
-                yield pair
-        # 3. What follows the engine's own end: token counts, if it sends any.
-        if not translator.done:
-            await read_rest(answer, translator)
-    except BackendFailure:
-        if translator.engine_reason is None:
-            raise  # else the text is whole, whatever followed it
-    if not translator.done:
-        yield translator.last_pair()
-
-
-async def translate_text(answer: Answer, translator: Translator) -> AsyncGenerator[Pair, None]:
-    """The pairs of the events up to the engine's end of its text, or the end of the answer."""
-    now = asyncio.get_running_loop().time
-    begun = sent = now()  # `sent`: when the client last got something
-    while not translator.done and translator.engine_reason is None:
-        piece = await read_within(answer, ALIVE_SECONDS)
-        came = now()
-        is_over = piece == b""
-        if is_over:
-            piece = b"\n\n"  # some engines omit the last blank line
-        for pair in translator.feed(piece or b"", came):
-            sent = now()
-            yield pair
-        if is_over:
-            return
-        # An engine that sends nothing but comments makes no progress.
-        if came - max(begun, translator.heard) > READING_SECONDS:
-            raise BackendFailure(LATE)
-        if now() - sent >= ALIVE_SECONDS:
-            sent = now()
-            yield "idle", None
 
 
 async def read_within(answer: Answer, seconds: float) -> bytes | None:
@@ -472,7 +388,6 @@ async def read_rest(answer: Answer, translator: Translator) -> None:
         async with asyncio.timeout(COUNTS_SECONDS):
             while piece := await answer.read():
                 list(translator.feed(piece, 0.0))  # for its counts; the pairs are dropped
-            list(translator.feed(b"\n\n", 0.0))
 
 
 # ---------------------------------------------------------------------------------------- the kinds
@@ -492,13 +407,8 @@ class Engine(Kind):
     health_path = ""  # shows without cost that the engine is up
     parse = staticmethod(parse_leniently)
 
-    def __init__(self, config: BackendConfig, catalog: Sequence[Model]) -> None:
-        super().__init__(config, catalog)
-        writes_gaps = config.infill == "fim"
-        self.fim = {model.id: model for model in catalog if writes_gaps and model.fim}
-
     @abstractmethod
-    def write(self, wanted: Wanted) -> tuple[str, JsonObject]:
+    def write(self, wanted: Fitted) -> tuple[str, JsonObject]:
         """The path and the body of a request."""
 
     def key_header(self, path: str) -> str:
@@ -532,25 +442,63 @@ class Engine(Kind):
 
     def marks(self, model: str) -> Sequence[str]:
         """The special tokens around the parts of a gap, if the Pi writes the whole prompt."""
-        return self.fim[model].fim if model in self.fim else ()
+        marks = {known.id: known.fim for known in self.catalog}
+        return marks.get(model, ()) if self.config.infill == "fim" else ()
 
     def layout(self, model: str, about: Members) -> str:
         """With "spmv2", a prompt ends in the middle of a line; other engines would not heal its
         last token.
         """
-        return "spm" if model in self.fim and self.fim[model].fim_layout == "spm" else "psm"
+        suffix_first = [known.id for known in self.catalog if known.fim_layout == "spm"]
+        return "spm" if self.marks(model) and model in suffix_first else "psm"
 
-    @contextlib.asynccontextmanager
-    async def ask(self, wanted: Wanted) -> AsyncIterator[Streamed]:
-        path, body = self.write(wanted)
+    def ask(self, wanted: Fitted) -> AbstractAsyncContextManager[Answer]:
+        return self.client.send(*self.write(wanted), READING_SECONDS)
+
+    async def read(self, answer: Answer, wanted: Fitted) -> AsyncGenerator[Pair, None]:
         await asyncio.sleep(0)  # following a long text takes a turn of the event loop by itself
         marks = [mark.strip() for mark in self.marks(wanted.model)]
         translator = Translator(wanted.fields, marks)
-        async with (
-            self.client.send(path, body, READING_SECONDS) as answer,
-            contextlib.aclosing(translate(self, answer, translator)) as pairs,
-        ):
-            yield answer, pairs
+        try:
+            async with contextlib.aclosing(self._read_text(answer, translator)) as pairs:
+                async for pair in pairs:
+                    yield pair
+            # What follows the engine's own end: token counts, if it sends any.
+            if not translator.done:
+                await read_rest(answer, translator)
+            for pair in translator.feed(b"\n\n", 0.0):  # some engines omit the last blank line
+                yield pair
+        except BackendFailure:
+            if translator.engine_reason is None:
+                raise  # else the text is whole, whatever followed it
+        if not translator.done:
+            yield translator.last_pair()
+
+    async def _read_text(
+        self, answer: Answer, translator: Translator
+    ) -> AsyncGenerator[Pair, None]:
+        """The pairs up to the end of the requested piece, of the engine's text, or of the answer.
+        While the engine is silent, ("idle", None) comes every ALIVE_SECONDS or a little later.
+        """
+        # The head may come only after the engine has read the prompt.
+        while not await self.begin(answer, ALIVE_SECONDS, EVENT_STREAM):
+            yield "idle", None
+        yield "begun", None
+        now = asyncio.get_running_loop().time
+        begun = sent = now()  # `sent`: when the client last got something
+        piece = None
+        while piece != b"" and not translator.done and translator.engine_reason is None:
+            piece = await read_within(answer, ALIVE_SECONDS)
+            came = now()
+            for pair in translator.feed(piece or b"", came):
+                sent = now()
+                yield pair
+            # An engine that sends nothing but comments makes no progress.
+            if came - max(begun, translator.heard) > READING_SECONDS:
+                raise BackendFailure(LATE)
+            if now() - sent >= ALIVE_SECONDS:
+                sent = now()
+                yield "idle", None
 
 
 class LlamaServer(Engine):
@@ -560,11 +508,16 @@ class LlamaServer(Engine):
     health_path = "/health"
     tokenize_path = "/tokenize"
 
-    def write(self, wanted: Wanted) -> tuple[str, JsonObject]:
-        if "messages" in wanted.fields:
+    def write(self, wanted: Fitted) -> tuple[str, JsonObject]:
+        fields = wanted.fields
+        if "messages" in fields:
             return "/v1/chat/completions", write_chat(wanted) | LLAMA_MORE
-        path = "/infill" if "suffix" in wanted.fields else "/completion"
-        return path, write_llama(wanted)
+        members = write_sampling(wanted, "n_predict") | LLAMA_MORE
+        members |= {"cache_prompt": True, "response_fields": LLAMA_LAST}
+        if "suffix" not in fields:
+            return "/completion", members | {"prompt": write_files(fields) + fields["prompt"]}
+        gap = {"input_prefix": fields["prompt"], "input_suffix": fields["suffix"], "prompt": ""}
+        return "/infill", members | gap | {"input_extra": fields.get("extra", ())}
 
     async def list_models(self) -> Models:
         listed, props = await super().list_models(), JsonObject()
@@ -578,8 +531,15 @@ class OpenAI(Engine):
 
     health_path = "/v1/models"
 
-    def write(self, wanted: Wanted) -> tuple[str, JsonObject]:
-        if "messages" in wanted.fields:
+    def write(self, wanted: Fitted) -> tuple[str, JsonObject]:
+        """A gap is written with the model's marks, or as `suffix` if the model has none."""
+        fields, marks = wanted.fields, self.marks(wanted.model)
+        if "messages" in fields:
             return "/v1/chat/completions", write_chat(wanted)
-        marks, layout = self.marks(wanted.model), self.layout(wanted.model, {})
-        return "/v1/completions", write_text_completion(wanted, marks, layout)
+        members = write_openai(wanted)
+        text, suffix = fields["prompt"], fields.get("suffix")
+        if suffix is not None and marks:
+            text = "".join(arrange_gap(self.layout(wanted.model, {}), marks, text, suffix))
+        elif suffix is not None:
+            members["suffix"] = suffix
+        return "/v1/completions", members | {"prompt": write_files(fields) + text}

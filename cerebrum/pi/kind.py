@@ -15,12 +15,9 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
-from typing import TypeVar
 
 from cerebrum.fields import Field, JsonObject, Members
-from cerebrum.pi import upstream
-from cerebrum.pi.completion import MAX_TOKENS, Pair
+from cerebrum.pi.completion import Fitted, Pair
 from cerebrum.pi.upstream import (
     JSON,
     LATE,
@@ -40,19 +37,8 @@ MAX_TOKENS_BYTES = 8 << 20  # the tokens of 1 MiB of text
 MAX_JSON_BYTES = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """A completion that is asked of a backend."""
-
-    fields: Members  # of vpsd's POST /v1/inference/stream
-    model: str  # our id
-    name: str  # the backend's name for it
-    room: int = MAX_TOKENS  # tokens left in the context for the answer
-
-
 Models = dict[str, JsonObject]  # by name: {"n_ctx", "loaded", …}
-Parsed = TypeVar("Parsed")
-Streamed = tuple[Answer, AsyncGenerator[Pair, None]]
+NO_JSON = "its answer is not JSON"
 
 
 class Kind(ABC):
@@ -66,9 +52,11 @@ class Kind(ABC):
     reads_ahead = False  # reading a prompt ahead costs nothing
     tokenize_path = ""  # "" if it counts no tokens for others
 
+    version = ""  # as it last said; "" if it does not
+
     def __init__(self, config: BackendConfig, catalog: Sequence[Model]) -> None:
         self.config = config
-        self.version = ""  # as it last said; "" if it does not
+        self.catalog = catalog
         self.client = Upstream(config, self.key_header)
 
     # How a kind speaks.
@@ -106,14 +94,18 @@ class Kind(ABC):
     # How a kind is asked.
 
     @abstractmethod
-    def ask(self, wanted: Wanted) -> AbstractAsyncContextManager[Streamed]:
-        """Send a request for a completion, and yield its answer with the pairs in it, both
-        unread.
+    def ask(self, wanted: Fitted) -> AbstractAsyncContextManager[Answer]:
+        """Send a request for a completion, and yield its unread answer."""
+
+    @abstractmethod
+    def read(self, answer: Answer, wanted: Fitted) -> AsyncGenerator[Pair, None]:
+        """The pairs of this answer: ("begun", None) once the backend responds, ("done", …) last.
+        HttpError if it refuses, BackendFailure if its answer breaks off.
         """
 
-    def tokenize_body(self, name: str, fields: Members) -> JsonObject:
+    def tokenize_body(self, name: str, fields: Members) -> Members:
         """The body of a request for a text's tokens; `fields` are those of llama-server's."""
-        return dict(fields)
+        return fields
 
     # What all kinds share.
 
@@ -121,49 +113,43 @@ class Kind(ABC):
         """Read the head of a 200 with this media type. False if no head has come after `seconds`:
         call again. HttpError if the backend refuses, BackendFailure if its answer is malformed.
         """
-        body = b""
+        members = JsonObject()
         try:
             async with asyncio.timeout(seconds):
                 with blamed("its answer is not HTTP/1.1"):
                     await answer.read_head(media)
                 if answer.status == 200:
                     return True
-                with contextlib.suppress(BackendFailure):  # the status may be enough
-                    body = await answer.read_all(MAX_ERROR_BYTES)
+                with contextlib.suppress(HttpError):  # the status may be enough
+                    members = self.parse(await answer.read_all(MAX_ERROR_BYTES))
         except TimeoutError:
             if answer.status < 200:
                 return False
-        members = JsonObject()
-        with contextlib.suppress(HttpError):
-            members = self.parse(body)
         raise self.refusal(answer.status, members)
 
     async def get(self, path: str, limit: int = MAX_JSON_BYTES) -> JsonObject:
         """The JSON object at `path`, in at most `limit` bytes."""
-        return await self._fetch(path, None, ASIDE_SECONDS, limit, self.parse)
+        body = await self._fetch(path, None, ASIDE_SECONDS, limit)
+        with blamed(NO_JSON):
+            return self.parse(body)
 
     async def tokenize(self, name: str, fields: Members) -> bytes:
         """The tokens of a text, as `read_tokens` returns them. The backend may have to load the
         model first.
         """
-        body, limit = self.tokenize_body(name, fields), MAX_TOKENS_BYTES
-        return await self._fetch(self.tokenize_path, body, LOAD_SECONDS, limit, read_tokens)
+        asked = self.tokenize_body(name, fields)
+        body = await self._fetch(self.tokenize_path, asked, LOAD_SECONDS, MAX_TOKENS_BYTES)
+        with blamed(NO_JSON):
+            return read_tokens(body)
 
-    async def _fetch(
-        self,
-        path: str,
-        body: Members | None,
-        seconds: float,
-        limit: int,
-        parse: Callable[[bytes], Parsed],
-    ) -> Parsed:
-        """An answer in one piece, whose head may take `seconds`."""
-        async with self.client.send(path, body, max(upstream.IDLE_SECONDS, seconds)) as answer:
+    async def _fetch(self, path: str, body: Members | None, seconds: float, limit: int) -> bytes:
+        """An answer in one piece of at most `limit` bytes, whose head may take `seconds`."""
+        async with self.client.send(path, body, LOAD_SECONDS) as answer:
             if not await self.begin(answer, seconds, JSON):
                 raise BackendFailure(LATE)
-            with blamed("its answer is not JSON"):
+            with blamed(NO_JSON):
                 async with asyncio.timeout(ASIDE_SECONDS):
-                    return parse(await answer.read_all(limit))
+                    return await answer.read_all(limit)
 
 
 # --------------------------------------------------------------------------------- what they answer
@@ -186,23 +172,21 @@ RESULT_FIELDS = {
     "finish_reason": Field(str, 1, 40),
 }
 # Members that we write into results and errors ourselves: no backend may set them.
-OURS = frozenset(
-    [
-        "completion",
-        "language",
-        "model",
-        "timestamp",
-        "mode",
-        "kept",
-        "backend",
-        "type_through",
-        "done",
-        "token",
-        "error",
-        "message",
-        "code",
-    ]
-)
+OURS = {
+    "completion",
+    "language",
+    "model",
+    "timestamp",
+    "mode",
+    "kept",
+    "backend",
+    "type_through",
+    "done",
+    "token",
+    "error",
+    "message",
+    "code",
+}
 
 
 def read_result(done: Members) -> JsonObject:

@@ -6,14 +6,14 @@ of this kind reach a client.
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import AbstractAsyncContextManager
 
 from cerebrum.fields import Field, JsonObject, Members, items_of, members_of, parse_json
 from cerebrum.pi import upstream
-from cerebrum.pi.completion import Pair, text_event
-from cerebrum.pi.kind import COUNT, MAX_ERROR_BYTES, SHARE, Kind, Models, Streamed, Wanted
+from cerebrum.pi.completion import Fitted, Pair, text_event
+from cerebrum.pi.kind import COUNT, MAX_ERROR_BYTES, SHARE, Kind, Models
 from cerebrum.pi.upstream import (
     EVENT_STREAM,
     LATE,
@@ -59,20 +59,17 @@ def read_models(answer: Members) -> Models:
 
 MAX_MESSAGE_CHARACTERS = 2000  # of a backend's error message that is passed on
 # Codes of the VPS that mean something to the client; all others become VPS_UNAVAILABLE.
-PASSED_ON = frozenset(
-    [
-        "INVALID_REQUEST",
-        "MODEL_NOT_FOUND",
-        "SUPERSEDED",
-        "MODEL_BUSY",
-        "RATE_LIMIT",
-        "MODEL_LOAD_FAILED",
-        "OVERLOADED",
-        "RESOURCE_EXHAUSTED",
-        "SHUTTING_DOWN",
-        "VPS_UNAVAILABLE",
-    ]
-)
+PASSED_ON = {
+    "INVALID_REQUEST",
+    "MODEL_NOT_FOUND",
+    "SUPERSEDED",
+    "MODEL_BUSY",
+    "RATE_LIMIT",
+    "MODEL_LOAD_FAILED",
+    "OVERLOADED",
+    "RESOURCE_EXHAUSTED",
+    "SHUTTING_DOWN",
+}
 EXPLAINED = {
     401: "VPS backend refuses our key: {} of the Pi and CEREBRUM_API_KEY of the VPS do not match",
     421: "VPS backend refuses the host of its URL: add it to CEREBRUM_ALLOWED_HOSTS on the VPS",
@@ -109,15 +106,7 @@ TOKEN_EVENT = (
     rb'data: \{"token": "(?:[^"\\\x00-\x1f\x7f-\xff]++|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*+"'
     rb', "total_tokens": (?:0|[1-9][0-9]{0,8})\}\n\n'
 )
-TOKENS = re.compile(rb"(?:%b)++" % TOKEN_EVENT)
 TOKENS_OR_EVENT = re.compile(rb"((?:%b)++)|(?s:(.*?)\n\n)(?::[^\n]*+\n\n)*+" % TOKEN_EVENT)
-
-
-def read_payload(payload: bytes, events: Events, key: str) -> Iterable[Pair]:
-    """The pairs of the events that the next piece of a stream completes."""
-    if not events.inside and TOKENS.fullmatch(payload):  # nearly always
-        return [("text", payload)]
-    return take_apart(events.feed(payload), key)
 
 
 def take_apart(block: bytes, key: str) -> Iterator[Pair]:
@@ -191,14 +180,9 @@ class Vpsd(Kind):
     def layout(self, model: str, about: Members) -> str:
         return str(about.get("fim_layout", "psm"))
 
-    @contextlib.asynccontextmanager
-    async def ask(self, wanted: Wanted) -> AsyncIterator[Streamed]:
+    def ask(self, wanted: Fitted) -> AbstractAsyncContextManager[Answer]:
         body = {"model": wanted.name, **wanted.fields}
-        async with (
-            self.client.send("/v1/inference/stream", body, upstream.IDLE_SECONDS) as answer,
-            contextlib.aclosing(self._relay(answer)) as pairs,
-        ):
-            yield answer, pairs
+        return self.client.send("/v1/inference/stream", body, upstream.IDLE_SECONDS)
 
     def tokenize_body(self, name: str, fields: Members) -> JsonObject:
         return {
@@ -208,7 +192,7 @@ class Vpsd(Kind):
             "model": name,
         }
 
-    async def _relay(self, answer: Answer) -> AsyncGenerator[Pair, None]:
+    async def read(self, answer: Answer, wanted: Fitted) -> AsyncGenerator[Pair, None]:
         """The events of an answer as pairs: ("begun", None) first, ("done", members of the event)
         last. The done event is held until the framing of the body has ended as well: whether a
         stream counts as finished must not depend on how its bytes were split. Every other end is a
@@ -218,9 +202,9 @@ class Vpsd(Kind):
             raise BackendFailure(LATE)
         yield "begun", None
         events = Events()
-        done: JsonObject | None = None
+        done = None
         while payload := await answer.read():
-            for kind, value in read_payload(payload, events, self.config.key):
+            for kind, value in take_apart(events.feed(payload), self.config.key):
                 if done is not None and kind in ("text", "done"):
                     raise BackendFailure("it sent events after the last one")
                 if kind == "done":

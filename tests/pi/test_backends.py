@@ -25,7 +25,7 @@ from cerebrum import pi as pi_package
 from cerebrum.pi import engines
 from cerebrum.pi import fleet as pi_fleet
 from cerebrum.pi.backend import find_models
-from cerebrum.pi.completion import read_text
+from cerebrum.pi.completion import Fitted, read_text
 from cerebrum.pi.engines import (
     NEAR_CHARS,
     Engine,
@@ -36,7 +36,6 @@ from cerebrum.pi.engines import (
     read_overflow,
     read_props,
 )
-from cerebrum.pi.kind import Wanted
 from cerebrum.pi.upstream import (
     BackendConfig,
     BackendFailure,
@@ -211,12 +210,12 @@ def test_what_an_engine_is_asked(
     kind: type[Engine], asked: Any, marks: tuple[str, ...], path: str, body: Any
 ):
     asking = kind(CONFIG, [replace(MODEL, fim=marks)])
-    assert asking.write(Wanted(asked, "m", "org/M")) == (path, body)
+    assert asking.write(Fitted(asked, "m", "org/M")) == (path, body)
 
 
 @pytest.mark.parametrize(("room", "most"), [(50, 50), (-50, 1)])
 def test_an_answer_must_fit_into_the_context(room: int, most: int):
-    _, body = OpenAI(CONFIG, []).write(Wanted(ASKED, "m", "org/M", room))
+    _, body = OpenAI(CONFIG, []).write(Fitted(ASKED, "m", "org/M", room))
     assert body["max_tokens"] == most
 
 
@@ -939,8 +938,8 @@ LAYOUTS = [("spmv2", "<pre>a<suf>b<mid>"), ("spm", "<suf>b<pre>a<mid>")]
 @pytest.mark.parametrize(("layout", "written"), LAYOUTS)
 async def test_no_other_engine_gets_a_prompt_that_it_would_have_to_heal(layout: str, written: str):
     async with pi_before(VLLM) as (pi, backend):
-        fim, marks = pi.gateway.fleet.first.kind.fim, ("<pre>", "<suf>", "<mid>")
-        fim["qwen_0_5b"] = replace(fim["qwen_0_5b"], fim=marks, fim_layout=layout)
+        kind, marks = pi.gateway.fleet.first.kind, ("<pre>", "<suf>", "<mid>")
+        kind.catalog = [replace(SHIPPED[-1], fim=marks, fim_layout=layout)]
         await pi.complete(prompt="a", suffix="b", language="python")
         assert backend.completions[0]["prompt"] == written
 

@@ -136,7 +136,7 @@ class Case:
         for client, seconds in self.visits.items():
             state.visits.append((client, NOW - 59.0, NOW - 59.0 + seconds))
         if self.served:
-            state.served[self.request.file] = known[self.served]
+            state.served[self.request.file] = self.served
         if self.in_line:
             waiting = Completion(replace(self.request, guest=0))
             state.line[waiting] = asyncio.Future(loop=asyncio.new_event_loop())
