@@ -949,6 +949,8 @@ async def serve(environ: Environment, config: Config) -> int:
     log.info("listening on %s", server.url)
     failed = await service.run(asyncio.create_task(gateway.fleet.probe_forever(gateway.probed)))
     await server.stop(DRAIN_SECONDS)
+    for backend in gateway.fleet.backends:
+        backend.kind.client.close()
     return int(failed)  # systemd restarts the daemon after a 1
 
 

@@ -321,7 +321,7 @@ class Broadcasts:
         own = Broadcast(digest_of(request.fields), request.fields["prompt"], completion=completion)
         if request.speculative or self._is_llama_vims(request, own.digest):
             completion.request = request = replace(request, speculative=True)
-            completion.end = lambda _: self._replace(subscriber)
+            completion.end = lambda _: self._end(own)
         elif request.kind == "infill" and not request.guest:
             self.dispatcher.saw_editor(request.client)
         if request.fields["max_tokens"] == 0:
@@ -436,6 +436,13 @@ class Broadcasts:
             if not goes_on and is_typed_on(older, newer):
                 self.replaced += 1
                 self._replace(other)
+
+    def _end(self, broadcast: Broadcast) -> None:
+        """End a speculative completion for all who read it: another request needs its backend."""
+        assert broadcast.task
+        broadcast.failure = HttpError(SUPERSEDED, "other requests came first")
+        broadcast.task.cancel()
+        self._wake(broadcast)
 
     def _replace(self, subscriber: Subscriber) -> None:
         """End a request. Its completion ends at once if nobody else reads it: a client may be

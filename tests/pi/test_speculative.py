@@ -138,6 +138,17 @@ async def test_any_other_request_ends_it(path: str, body: dict[str, Any], hang: 
         assert backend.most_running == 1
 
 
+async def test_it_ends_for_all_who_read_it():
+    async with pi_with(WRITING, GOOD, max_concurrent=1) as (pi, backend):
+        first = ahead(pi)
+        await until(lambda: backend.running == 1)
+        second = ahead(pi.from_address("127.0.0.2"))
+        await until(lambda: len(pi.gateway.broadcasts.subscribers) == 2)
+        assert (await start(pi.from_address("127.0.0.3"), CHATS, CHAT)).status == 200
+        for request in (first, second):
+            assert_ended(await request)
+
+
 async def test_it_gets_no_place_beside_another_request():
     async with pi_with([HANG], max_concurrent=2) as (pi, backend):
         running = start(pi.from_address("127.0.0.2"), CHATS, CHAT)
