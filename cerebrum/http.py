@@ -135,8 +135,8 @@ def scan_head(
     buffer: bytes, scanned: int, what: str = "a head", limit: int = MAX_HEAD_BYTES
 ) -> int | None:
     """The end of the message head in `buffer` (past its empty line), or None if more bytes are
-    needed. An earlier call has scanned the first `scanned` bytes. The first bad byte, as in a TLS
-    hello, is refused at once.
+    needed. `what` has `limit` bytes at most: a head, or trailers. An earlier call has scanned the
+    first `scanned` bytes. The first bad byte, as in a TLS hello, is refused at once.
     """
     end = buffer.find(b"\r\n\r\n", max(0, scanned - 3), limit)
     _refuse_controls(buffer, scanned, limit if end < 0 else end + 4)
@@ -369,7 +369,7 @@ class BodyDecoder:
         if self._left:
             return match.end()
         self._step = BodyDecoder._trailers
-        return match.end(2)
+        return match.end(2)  # the CRLF counts for the trailers
 
     def _trailers(self, buffer: bytes, at: int) -> int:
         # With the CRLF of the last size line they end with an empty line also if there are none.
@@ -490,8 +490,8 @@ class Connection:
         self.exchange: Exchange | None = None  # the current or last one
 
     async def open(self, tls: ssl.SSLContext | None) -> None:
-        """Shake hands for TLS. asyncio would do so before it calls us, and handshakes would not
-        count as connections.
+        """Shake hands for TLS, if there is any, and bound what is written. asyncio would shake
+        hands before it calls us, and handshakes would not count as connections.
         """
         try:
             if tls:
@@ -704,7 +704,7 @@ class Exchange:
         headers = [("Date", date), ("X-Request-ID", request_id_var.get())]
         headers += [("Cache-Control", "no-store"), *more]
         head = self.head
-        if head and self.server.access.allows_origin(head):
+        if head and "origin" in head.headers and self.server.access.allows_origin(head):
             origin = head.headers["origin"]
             headers += [
                 ("Access-Control-Allow-Origin", origin),
@@ -763,7 +763,7 @@ class Server:
         self.stopping = False
         self.url = ""  # where the server listens
         self._listeners: list[asyncio.Server] = []
-        self.tls: ssl.SSLContext | None = None
+        self.tls: ssl.SSLContext | None = None  # of new connections; a reload may replace it
 
     async def start(
         self,
@@ -920,7 +920,7 @@ class Server:
             call = self._watch if route.json else self._call
             await call(exchange, route, request)
         finally:
-            self.bodies -= Counter({client: body.tell()})
+            self.bodies -= Counter({client: body.tell()})  # which forgets those who hold nothing
 
     async def _refuse(self, exchange: Exchange, head: Head, error: HttpError) -> None:
         """Answer with an error that is known before the body has come, then discard the body."""
@@ -958,7 +958,7 @@ class Server:
         gone = asyncio.ensure_future(exchange.connection.wait_gone())
         try:
             await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-            await (task if task.done() else gone)  # or else it is ClientGone
+            await (task if task.done() else gone)  # which raises ClientGone
         finally:
             task.cancel()
             gone.cancel()

@@ -231,7 +231,9 @@ class Service:
         loop.add_signal_handler(signal.SIGHUP, self._reload_settings)
 
     def _stop(self) -> None:
+        loop = asyncio.get_running_loop()
         for number in ENDING:
+            loop.remove_signal_handler(number)
             signal.signal(number, signal.SIG_DFL)
         self._ending.set()
 

@@ -246,15 +246,17 @@ class Events:
         if self._rest.endswith(b"\r"):  # perhaps half of a CRLF
             self._rest.pop()
             data = b"\r" + data
+        begun = len(self._rest)
         self._rest += data.replace(b"\r\n", b"\n")
-        block, ends, self._rest = self._rest.rpartition(b"\n\n")
-        block += ends
+        end = self._rest.rfind(b"\n\n", max(0, begun - 1)) + 2
+        block = bytes(self._rest[:end]) if end > 1 else b""
+        del self._rest[: len(block)]
         self.inside = bool(self._rest)
         # The last two bytes of an unfinished event may belong to its line ends.
         size = block.index(b"\n\n") if block else len(self._rest) - 2
         if size > MAX_EVENT_BYTES:
             raise BackendFailure(f"it sent an event of more than {MAX_EVENT_BYTES} bytes")
-        return bytes(block)
+        return block
 
 
 def data_of(event: bytes) -> bytes:
@@ -276,7 +278,7 @@ STREAM_SECONDS = 7200.0
 # Why no more bytes come, also in messages.
 ENDED = "it ended"
 BROKEN = "the connection broke"
-EXPIRED = "it stopped"  # `Reader.watch` has cut the connection
+EXPIRED = "it stopped"  # we have cut the connection
 
 
 Found = asyncio.Future[list[Any]]  # the addresses of a name
@@ -374,7 +376,7 @@ class Reader(asyncio.Protocol):
         self._came.set()
 
     def eof_received(self) -> None:
-        self.connection_lost(None)
+        self.connection_lost(None)  # no read waits any more, so the timer ends as well
 
     async def wait(self) -> None:
         """Wait for more bytes, or the end."""
@@ -407,6 +409,7 @@ class Answer:
     def __init__(self, reader: Reader, again: Callable[[], Awaitable[Reader]] | None) -> None:
         self.status = 0
         self.reader, self._again = reader, again
+        self._heads = 0  # that have come
         # Once it is done, the connection is not reused, whatever bytes follow.
         self.body = BodyDecoder(0, False)
 
@@ -418,8 +421,9 @@ class Answer:
         """Read the head, skipping heads with status 1xx. HttpError or BackendFailure as in
         `parse_answer`. After a cancelled call, the next call resumes at the same place.
         """
-        for _ in range(MAX_HEADS):
+        while self._heads < MAX_HEADS:
             self.status, self.body = parse_answer(await self._next_head(), media)
+            self._heads += 1
             if self.status >= 200:
                 return
             if self.status == 101:
@@ -517,7 +521,7 @@ class Upstream:
         with contextlib.suppress(BackendFailure):
             self._spare = await self._connect()
             await asyncio.sleep(SPARE_SECONDS)
-        self._drop_spare()
+        self._drop_spare()  # its own: a keeper that was replaced has been cancelled
 
     def _take_spare(self) -> Reader | None:
         """The spare connection, unless the backend has closed it or sent anything."""
