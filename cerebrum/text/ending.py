@@ -176,11 +176,12 @@ class Helpers:
 class Block(Stage):
     """Lines up to the end of a block and of its `Helpers`.
 
-    A subclass decides to which side of the block's end a line belongs (`side_of`, or `side_of_next`
-    below what is `complete`), and whether the block is over when a line has ended (`read_line`).
+    A subclass decides to which side of the block's end a line belongs: it overrides `side_of`
+    itself, or `side_of_next` for the line below what is `complete`. It also decides whether the
+    block is over when a line has ended (`read_line`).
     """
 
-    complete = False  # what was asked for, but the next line may still belong to it
+    complete = False  # what was asked for is whole, but the next line may still belong to it
     mark = 0  # the end of the last line that is not blank, where the completion ends
     ticks = 0  # backticks in a row
 
@@ -264,15 +265,21 @@ def continues(word: str) -> str:
 class LineBlock(Block):
     """Blocks by indentation: ends before the first line outside the requested block.
 
-    That block is the outermost function open at the cursor. Without one, it is the outermost block
-    that is no container, as a class is; else the rest of the innermost container or, below a
-    comment or a decorator, its next member; outside all blocks, in Python and Scala, all through
-    the first definition that the model writes. A statement begun outside all blocks ends at a blank
-    line. If only white space precedes the cursor in its line, the indentation of the first line
-    written shows which blocks are open. Except in Python, a closing line at the block's own
-    indentation belongs to it. In Scala, a typed line begins a block if no function is open. Below a
-    blank line, a comment that is not indented deeper than the block's header waits for the next
-    line of code and is inside if that is.
+    What is open at the cursor decides which block that is. The first of these counts:
+
+    - a function, or else a block that is no container, as a class is: the outermost one;
+    - below a comment or a decorator: the next member;
+    - containers: the rest of the innermost one;
+    - the cursor is indented, so the prompt lacks a header: the lines indented as much;
+    - the cursor's line has begun: a statement, which ends at a blank line;
+    - in Python and Scala: all through the first definition that the model writes.
+
+    If only white space precedes the cursor in its line, the indentation of the first line written
+    shows which blocks are open. In Scala, a typed line begins a block if no function is open.
+
+    Except in Python, a closing line at the block's own indentation belongs to it. Below a blank
+    line, a comment that is not indented deeper than the block's header waits for the next line of
+    code and is inside if that is.
     """
 
     # What is completed:
@@ -297,7 +304,7 @@ class LineBlock(Block):
         self.scanner: LineScanner = scanner
         self.prompt = prompt
         language, head = self.language, scanner.head.strip()
-        if head and language.brackets:  # Python or Scala
+        if head and language.brackets:  # among those with blocks by lines: Python or Scala
             blocks = scanner.enclosing(scanner.indent)
             if self._begins_block(head):
                 blocks.append((scanner.indent, head))
@@ -331,9 +338,9 @@ class LineBlock(Block):
             self.goal, self.base = "function", scanner.indent - 1
         else:
             last = last_line(self.prompt.rstrip())
-            no_statement = language.imports.match(last) or last.startswith("#!")
             begun = typed or not language.indented
-            self.goal = "statement" if begun and not no_statement else "script"
+            is_script = not begun or language.imports.match(last) or last.startswith("#!")
+            self.goal = "script" if is_script else "statement"
 
     def read_line(self, line: str) -> bool:
         self.blank = not line
@@ -341,12 +348,12 @@ class LineBlock(Block):
             self.begun = True
         outside = self.goal in ("statement", "script")  # of all blocks
         blocks = self.scanner.blocks if outside and self.language.brackets else []
-        if blocks and self.language.defines.match(blocks[0][1]):
+        if blocks and self.language.defines.match(blocks[0][1]):  # the model's first definition
             self.goal, self.base = "function", 0
         return self.goal == "closed"
 
     def side_of(self, word: str) -> str:
-        """As in `Block`; may also settle the goal."""
+        """By the indentation; may also settle the goal."""
         scanner, language = self.scanner, self.language
         self.waiting = False
         if scanner.in_comment and (not self.goal or not self.blank):
@@ -625,7 +632,7 @@ class Fences(Stage):
             if char == "\n":
                 self._end_beside_line()
         elif char == "\n" or len(self.text) >= CHATTER_CHARS:
-            self._end_line_before(self.cut(self.line_start))
+            self._end_chatter_line(self.cut(self.line_start))
 
     def _is_thinking(self) -> bool:
         return len(self.text) < 80 and self.cut(0).strip() == "<think>"
@@ -640,7 +647,7 @@ class Fences(Stage):
             self.fallback = text, self.start
         self._restart("blank")
 
-    def _end_line_before(self, line: str) -> None:
+    def _end_chatter_line(self, line: str) -> None:
         """Decide whether a line of chatter is the fence that opens the block, or code without a
         fence. A long line is decided before its end.
         """

@@ -60,18 +60,19 @@ class Meeting:
     """Finds where a text begins to agree with the suffix: where it has the suffix's first lines, as
     many as are found nowhere else around the cursor.
 
-    White space within lines and blank lines do not count, but indentation does, and a remark that a
-    model adds to a line does not count. With `in_line`, the suffix begins with the rest of the
-    cursor's line, which may be the end of any line of the text.
+    These lines are the `goal`. White space within lines, blank lines and a remark that a model adds
+    to a line do not count; indentation does. There are three kinds of suffix: it begins with the
+    rest of the cursor's line (`in_line`), which may be the end of any line of the text; or with a
+    whole line, since whole lines are missing (`of_lines`); or nothing is left of the cursor's line.
     """
 
     def __init__(
         self, text: list[str], prompt: str, suffix: str, in_line: bool, remark: str
     ) -> None:
-        self.text, self.in_line = text, in_line
+        self.text = text  # the gap's own list, which grows
+        self.in_line = in_line
         self.remark = remark or "\n"  # what begins one; no line has a line end
         rest, _, after = suffix.partition("\n")
-        # Whole lines are missing, line ends included.
         self.of_lines = not in_line and rest.strip() != ""
         lines = lines_of(suffix if self.of_lines else after)
         if in_line:
@@ -85,7 +86,8 @@ class Meeting:
         self.first = lines[0][1]
         # The first line may begin in the middle of a line of the text.
         self.within = in_line or (self.of_lines and len(self.goal) > 1)
-        self.blanks = in_line * (len(rest) - len(rest.lstrip()))  # before the rest of the line
+        # Before the rest of the line.
+        self.blanks = len(rest) - len(rest.lstrip()) if in_line else 0
 
         self.indent, self.line = line_of(last_line(prompt))  # of the text so far
         if self.line and not in_line:
@@ -102,7 +104,7 @@ class Meeting:
         goal = lines[:size]
         # A short suffix is compared whole, but the rest of a line alone, as ), is found in any
         # text.
-        is_all = size == len(lines) and size > self.in_line
+        is_all = size == len(lines) and size > (1 if self.in_line else 0)
         if not is_all and sum(len(text) for _, text in goal) < MEET_CHARS:
             return False
         return all(goal != around[at : at + size] for at in range(len(around)))
@@ -152,8 +154,7 @@ class Meeting:
         self.line, self.indent = "", 0
         self.search.size = 0
         self.places = [len(text) - 1]
-        whole = (place for size, place in self.found if size == len(self.goal))
-        return next(whole, None)
+        return dict(self.found).get(len(self.goal))
 
     def is_line(self, number: int) -> bool:
         """Whether the line so far is this line of the goal."""
@@ -222,13 +223,16 @@ class Gap(Stage):
         self.scanner = scanner
         remark = scanner.language.line_comment
         self.meeting = Meeting(self.text, prompt, suffix, self.in_line, remark)
-        # What is open at the cursor.
-        self.literal = scanner.closer  # the end of its literal or comment, "" in code
-        self.depth = len(scanner.stack)  # brackets, ...
-        below = scanner_of(scanner.language, suffix[:CLOSERS_CHARS]).unmatched
-        # ... of which the suffix closes so many.
-        self.closed_below = 0 if self.literal else min(self.depth, below)
-        self.unmatched = scanner.unmatched  # closing brackets whose partner is not in the prompt
+        # At the cursor: the end of its literal or comment ("" in code), how many brackets are open,
+        # and how many closing ones have no partner in the prompt.
+        self.literal_above = scanner.closer
+        self.depth_above = len(scanner.stack)
+        self.unmatched_above = scanner.unmatched
+        # Of the open brackets, the suffix closes so many.
+        self.closed_below = 0
+        if not self.literal_above:
+            closing = scanner_of(scanner.language, suffix[:CLOSERS_CHARS]).unmatched
+            self.closed_below = min(self.depth_above, closing)
 
     def on_start(self) -> None:
         """A line begins: its first character that is not white space has come."""
@@ -281,7 +285,8 @@ class Gap(Stage):
             self.doubt -= self.bits
             self.bits = 0.0
         is_fence = meeting.line == "```" and scanner.closer in ("", "`")
-        if is_fence and scanner.language is not LANGUAGES["markdown"]:  # where it is code
+        # In Markdown a fence is code.
+        if is_fence and scanner.language is not LANGUAGES["markdown"]:
             self.end("stop", meeting.edge if self.left_at is None else self.left_at)
 
     def could_end(self, place: int) -> None:
@@ -294,7 +299,7 @@ class Gap(Stage):
         text.
         """
         scanner = self.scanner
-        return len(scanner.stack) < self.closed_below or scanner.unmatched > self.unmatched
+        return len(scanner.stack) < self.closed_below or scanner.unmatched > self.unmatched_above
 
     def is_suffix(self, lines: int) -> bool:
         """Whether a text that ends with so many lines of the goal has come to the suffix."""
@@ -340,7 +345,7 @@ class GapOfLines(Gap):
         clause = re.match(scanner.language.clauses, suffix.lstrip())
         self.new = scanner.statements and not clause
         self.inner = scanner.by_lines and typed and self.indent > self.below
-        if below[1][0] in PAIRS and scanner.stack and not self.literal:
+        if below[1][0] in PAIRS and scanner.stack and not self.literal_above:
             self.inner = True
 
     def on_start(self) -> None:
@@ -366,8 +371,8 @@ class GapOfLines(Gap):
         """Whether the suffix fits below the line that has ended."""
         scanner, opened = self.scanner, self.scanner.opened
         if scanner.closer or self.has_closed_too_much():
-            return scanner.closer != "" and self.literal != ""
-        if len(scanner.stack) > self.depth and not scanner.language.enclosed:
+            return scanner.closer != "" and self.literal_above != ""
+        if len(scanner.stack) > self.depth_above and not scanner.language.enclosed:
             return False
         if opened is not None:
             return opened < self.below
@@ -422,12 +427,12 @@ class GapInLine(Gap):
                 self.patience = min(self.patience, WRITTEN_AHEAD_CHARS)
         elif rest[0] in PAIRS and scanner.stack:
             return  # the rest closes what the cursor is in
-        elif len(scanner.stack) <= self.depth and not scanner.closer:
+        elif len(scanner.stack) <= self.depth_above and not scanner.closer:
             self.could_end(self.meeting.edge)
 
     def _has_closed(self) -> bool:
         """Whether the text has closed the literal around the cursor, which the suffix closes."""
-        closes = self.literal != "" and self.meeting.first.startswith(self.literal)
+        closes = self.literal_above != "" and self.meeting.first.startswith(self.literal_above)
         return closes and not self.scanner.closer
 
     def is_suffix(self, lines: int) -> bool:

@@ -58,7 +58,7 @@ _CLOSINGS = str.maketrans("[({<", "])}>")
 
 
 Delimiters = tuple[str, str]  # (opening, closing)
-Texts = tuple[str, ...]
+Words = tuple[str, ...]
 Pattern = re.Pattern[str]
 
 
@@ -88,9 +88,9 @@ class Language:
     line_comment: str = "//"  # "" if there is none
     block_comment: Delimiters | None = ("/*", "*/")
     other_comments: tuple[Delimiters, ...] = ()
-    strings: Texts = ('"', "'")  # openings of strings that end with their line
-    texts: Texts = ()  # openings of strings that may contain a line end
-    raw: Texts = ()  # openings of strings without escapes
+    strings: Words = ('"', "'")  # openings of strings that end with their line
+    texts: Words = ()  # openings of strings that may contain a line end
+    raw: Words = ()  # openings of strings without escapes
     escape: str = "\\"  # the character before an escaped one
     closings: tuple[Delimiters, ...] = ()  # of strings that do not close as they open
     # Openings with two meanings: / of a regex or a division, ' of a char or a lifetime.
@@ -102,9 +102,9 @@ class Language:
     # Lines around a text that blank lines do not end; group 1 in the first of them.
     enclosed: str = ""
     commands: bool = False  # lines of code begin with verbs, as instructions do
-    endings: Texts = ()  # of file names, in lower case
-    filenames: Texts = ()  # whole file names, in lower case
-    aliases: Texts = ()  # in requests, by editors, in fences, modelines and shebang lines
+    endings: Words = ()  # of file names, in lower case
+    filenames: Words = ()  # whole file names, in lower case
+    aliases: Words = ()  # in requests, by editors, in fences, modelines and shebang lines
 
     @property
     def indented(self) -> bool:
@@ -163,7 +163,7 @@ class Language:
         return _run_of({closing[-1] for _, closing in self.delimiters} | set("\n($" + self.escape))
 
     @property
-    def comment_starts(self) -> Texts:
+    def comment_starts(self) -> Words:
         """The possible starts of a comment line, for `str.startswith`."""
         others = tuple(opening for opening, _ in self.other_comments[:1])
         return (self.line_comment, *others) if self.line_comment else others
@@ -239,7 +239,7 @@ _CPP = Language(
 )  # fmt: skip
 _RUST_RAW = ('r"', 'r#"', 'r##"', 'r###"')
 _LUA_RAW = ("[[", "[=[", "[==[")
-# Files that are no code, and scripts.
+# The base of files that are no code, and of scripts: only # comments.
 _PLAIN = Language(line_comment="#", block_comment=None, strings=(), blocks="lines")
 LANGUAGES: dict[str, Language] = {
     "python": Language(

@@ -639,13 +639,13 @@ def limit_prefill(
             return whole._replace(after=fit_start(whole.after, fresh_room - fresh))
     elif fresh <= fresh_room:
         return whole
-    elif read >= len(first):  # the backend has read the suffix: it stays
+    elif read >= len(first):  # the backend has read the suffix: all of it stays
         for_suffix = 0
     before, kept = fit(prompt, language, fresh_room - for_suffix)
     after = whole.after
     if layout == "psm":
         after = fit_start(after, fresh_room - weigh(before))
-    elif for_suffix:
+    elif for_suffix:  # it is cut to its share
         after = fit_start(after, for_suffix)
     extra = whole.extra if read >= len(files) else []
     return Excerpt(extra, before, after, kept, cut=True)
@@ -706,7 +706,8 @@ def render_extra(extra: Sequence[File]) -> str:
 def common_length(text: str, other: str) -> int:
     """The length of the longest start that two texts share."""
     lengths = range(1, min(len(text), len(other)) + 1)
-    return bisect_left(lengths, True, key=lambda length: text[:length] != other[:length])
+    # The index of the first length that they do not share is the length before it.
+    return bisect_left(lengths, True, key=lambda length: not other.startswith(text[:length]))
 
 
 # ------------------------------------------------------------------------------------------- a chat

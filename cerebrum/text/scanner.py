@@ -102,7 +102,7 @@ class Scanner:
     since = 0  # characters since it opened
     escaped = False  # after a backslash or the language's `escape`
     escaped_at = 0  # `since` of the last escaped character
-    line = ""  # the literal's start; of a here-document, the line so far
+    line = ""  # of a # comment, its beginning; of a here-document, the line so far
     # The statement so far: its code, its last character and the one before.
     head = last = previous = ""
     condition = ""  # `head` up to the parentheses of an if, if those came last
@@ -248,10 +248,10 @@ class Scanner:
         return True
 
     def _in_literal(self, char: str) -> None:
-        self.line = (self.line + char)[:LINE_CHARS]
+        if self.opener in ("#", "<<"):
+            self.line = (self.line + char)[:LINE_CHARS]
         if self.opener == "<<":
-            if char == "\n":
-                self._end_here_line()
+            self._in_here_document(char)
             return
         if self.since == 2 and self._is_lifetime(char):
             self.closer = ""
@@ -281,8 +281,10 @@ class Scanner:
             self.escaped = language.directives or not self.in_comment
         return self.escaped
 
-    def _end_here_line(self) -> None:
-        """A line of a here-document has ended, or the line above it."""
+    def _in_here_document(self, char: str) -> None:
+        """In a here-document, or in the line above it."""
+        if char != "\n":
+            return
         line, self.line = self.line, ""
         if self.closer == "<":
             names = re.finditer(f"<<{self.language.here_document}", f"<<{line}")
@@ -489,11 +491,12 @@ class StatementScanner(Scanner):
         return bool(begins or UNFINISHED.search(self.head[-TOKENS_CHARS:]))
 
 
-KINDS = {"braces": Scanner, "brackets": Scanner, "statements": StatementScanner}
+# By a language's `blocks`; all others are read by lines.
+SCANNERS = {"braces": Scanner, "brackets": Scanner, "statements": StatementScanner}
 
 
 def scanner_of(language: Language, text: str = "") -> Scanner:
     """A scanner at the end of a text."""
-    scanner = KINDS.get(language.blocks, LineScanner)(language)
+    scanner = SCANNERS.get(language.blocks, LineScanner)(language)
     scanner.feed(text)
     return scanner

@@ -29,8 +29,7 @@ class Stage:
     """
 
     start = 0  # where `text` begins in all that went in
-    bits = 0.0  # the surprise of the token that is being read, until a `Gap` has counted it
-
+    bits = 0.0  # for `Gap`: the surprise of the token being read, until it is counted
     safe = 0  # text before this position may be sent
     sent = 0  # text before this position has been sent
     reason: str | None = None
@@ -214,7 +213,7 @@ class Repeat(Stage):
             size = position - self.line_start
             if size >= PERIOD_CHARS and size % 40 == 0:
                 tail = self.cut(-PERIOD_CHARS)
-                if any(tail.startswith(tail[size:]) for size in range(1, PERIOD_CHARS // 4)):
+                if any(tail.startswith(tail[period:]) for period in range(1, PERIOD_CHARS // 4)):
                     self.end("repeat", position)
         else:
             if line := self.cut(self.line_start).rstrip():

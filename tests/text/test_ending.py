@@ -1283,6 +1283,12 @@ BEGUN = [
         "```\nx\n```\ny\n```",
         ("```\nx\n```\ny\n", None),
     ),
+    (
+        "a longer fence again",
+        "````markdown\n",
+        "````markdown\n```\nx\n```\ny\n```",
+        ("```\nx\n```\ny\n", None),
+    ),
     ("the end of a block", "````markdown\n", "y\n```\nx\n```", ("y\n```\nx\n```", None)),
     ("chatter alone", "Here you", " are:\n```\ny\n```\n", ("y\n", "stop")),
     ("code without a fence", "import os\n", "x = 1\n", ("x = 1\n", None)),
