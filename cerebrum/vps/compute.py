@@ -44,17 +44,17 @@ class ModelTally(Tally):
 
 @dataclass(eq=False)
 class Compute:
-    """Decodes in turn with the other models, and only what somebody waits for.
+    """Decodes in turn with the other models, and nothing for clients that have all left.
 
-    Owned by a worker; its thread calls it. `stop(seconds)` is asked before a decode that should
-    take so long.
+    Owned by a worker; its thread calls it. `give_up(seconds)` is asked before a decode that should
+    take so long, which also tells the watchdog.
     """
 
     baton: Baton
-    stop: Callable[[float], bool]
-    # Other threads read these: the sequences in the current llama_decode, none if nobody needs it
-    # yet, and whether it takes more than PREFILL_SECONDS.
-    running: Sequence[Run] = ()
+    give_up: Callable[[float], bool]
+    # Other threads read these: the sequences in the current llama_decode (an empty list if nobody
+    # needs it yet, None if there is no decode), and whether it takes more than PREFILL_SECONDS.
+    running: Sequence[Run] | None = None
     is_long: bool = False
 
     def decode(
@@ -64,19 +64,19 @@ class Compute:
         llama.cpp's answer, or None if nobody waits for the result; and when the decode began.
         """
         size = sum(len(tokens) for _, tokens, _ in parts)
+        self.is_long = costs(size) * costs.slowdown > PREFILL_SECONDS
         self.running = runs  # from now on, whoever wants an abort asks what it would hit
         model.abort_flag[0] = b"\x00"
         try:
-            self.is_long = costs(size) * costs.slowdown > PREFILL_SECONDS
             with self.baton:
                 have_left = runs and all(run.job.cancelled for run in runs)
-                if self.stop(costs(size)) or have_left:
+                if self.give_up(costs(size)) or have_left:
                     return None, 0.0
                 begin = time.perf_counter()
                 code = model.decode(parts)
                 seconds = time.perf_counter() - begin
         finally:
-            self.running = ()
+            self.running = None
         if not code:
             costs.learn(size, seconds)
         elif code != ABORTED:

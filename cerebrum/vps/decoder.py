@@ -14,12 +14,12 @@ from cerebrum.vps.draft_model import DraftModel
 from cerebrum.vps.drafts import MODEL, MODEL_LENGTH, TEXT, Case, Drafter, Gain
 from cerebrum.vps.job import Job, Run
 from cerebrum.vps.llama import ABORTED, MAX_CHUNK, Llama, Slot
-from cerebrum.vps.prefixes import Sequences
+from cerebrum.vps.prefixes import MIN_PREFIX, Sequences
 from cerebrum.vps.schedule import Costs, chunk_size, share_seconds
 from cerebrum_common import HttpError, log
 
-# A draft model reads so many at once while nobody waits for them, since a request aborts them, and
-# then they are lost.
+# A draft model reads so many at once before it writes a draft, and also while nobody waits: then a
+# request aborts them, and they are lost.
 IDLE_TOKENS = 64
 
 
@@ -59,7 +59,7 @@ class Decoder:
         """The jobs that have a slot, in the order of the slots."""
         return [slot.run for slot in self.sequences.slots if isinstance(slot.run, Run)]
 
-    def yielding(self) -> Run | None:
+    def run_that_yields(self) -> Run | None:
         """The run that gives its slot to a job of normal priority: one of low priority whose prompt
         is being read. A completion that has begun to write keeps its slot.
         """
@@ -76,10 +76,11 @@ class Decoder:
             job.cached = len(slot.tokens)
             self.tally.cached_tokens += job.cached
         slot.run = run = Run(job, slot, guide)
-        if self.model.recurrent:
-            # A later prompt has this one's beginning, or all of it; its last token may be another
-            # one.
-            run.checkpoints = [job.before - 1, len(job.prompt) - 1]
+        if self.model.recurrent and self.sequences.store.budget:
+            # A later prompt has this one's text up to the cursor, or all of it; the last token may
+            # be another one.
+            lengths = job.before - 1, len(job.prompt) - 1
+            run.checkpoints = [length for length in lengths if length >= MIN_PREFIX]
 
     # -- the next decode
 
@@ -87,8 +88,8 @@ class Decoder:
         """Decode the next work of every run, together. False if there is none: prompts of low
         priority are read only while no other request needs the CPU.
         """
-        ahead = self.tally.ahead_seconds
-        # 1. Whose work is it? Runs of low priority alone are not active.
+        before = self.tally.ahead_seconds
+        # 1. Whose work is it? A decoder with runs of low priority alone is not active.
         if self.compute.baton.active:
             runs = [run for run in runs if not (run.low and run.prefilling)]
         # 2. What does each need?
@@ -98,20 +99,22 @@ class Decoder:
                 works.append(self.next_work(run, runs))
         is_prefilling = any(work.run.prefilling for work in works)
         # 3. Decode it.
-        before = self.tally.tokens
+        tokens = self.tally.tokens
         seconds = self._step(works)
         # 4. Did the drafts save time?
         if seconds and not is_prefilling:
-            generated = self.tally.tokens - before
-            self._learn(works, generated, self.tally.ahead_seconds - ahead, seconds)
+            written = self.tally.tokens - tokens
+            self._learn(works, written, self.tally.ahead_seconds - before, seconds)
         return bool(runs)
 
-    def _learn(self, works: list[Work], tokens: int, drafted: float, seconds: float) -> None:
-        """A decode wrote `tokens` in `seconds`, after `drafted` seconds for its drafts."""
+    def _learn(self, works: list[Work], tokens: int, draft_seconds: float, seconds: float) -> None:
+        """A decode wrote `tokens` in `seconds`, after `draft_seconds` for its drafts. One whose
+        draft was not worth checking counts as plain, and its draft as a loss.
+        """
         if all(len(work.tokens) == 1 for work in works):
             self.gain.learn_plain(len(works), tokens, seconds)
         for case in {work.case for work in works if work.case}:
-            self.gain.learn(case, tokens, drafted + seconds)
+            self.gain.learn(case, tokens, draft_seconds + seconds)
         if any(work.foreseen for work in works):
             self.tally.ahead_steps += 1
             self.tally.ahead_tokens += tokens
@@ -126,7 +129,7 @@ class Decoder:
             assert run.drafter
             draft = run.drafter.draft(room)
             case = len(runs), TEXT, len(draft)
-            if draft and self.gain.pays(case):
+            if draft and self.gain.wants(case):
                 work.tokens += draft
                 work.case = case
             else:
@@ -140,13 +143,14 @@ class Decoder:
         # llama.cpp takes tokens back wrongly from one of several recurrent states in a batch.
         if not self.drafting or run.heal or (beside and self.model.recurrent):
             return 0
+        share = self.costs.longest_beside(self._pace(own=beside))
         limits = [
             self.model.max_draft,
             run.job.max_tokens - run.generated - 1,
             self.model.n_ctx - len(run.slot.tokens) - 2,
             MAX_CHUNK // len(runs) - 1,
+            share - 1,
         ]
-        limits.append(self.costs.share(self._pace(own=beside)) - 1)
         return max(0, min(limits))
 
     def _write_ahead(self, work: Work, runs: list[Run], room: int) -> None:
@@ -154,7 +158,7 @@ class Decoder:
         save time.
         """
         draft_model, streams = self.draft_model, len(runs)
-        is_reading = any(other.prefilling for other in runs)  # which takes its time already
+        is_reading = any(other.prefilling for other in runs)  # which delays this stream enough
         if not draft_model or is_reading:
             return
         # 1. Does it pay to read what the draft model lacks, and to write?
@@ -162,9 +166,10 @@ class Decoder:
         lacking = draft_model.follow(run.slot.id, [*run.slot.tokens, *work.tokens])
         # Nobody knows how long the text gets; it may as well end when it is twice as long as it is.
         tokens = min(run.generated, run.job.max_tokens - run.generated)
-        if not lacking or not draft_model.pays(len(lacking), tokens) or not self.gain.pays(case):
+        if not lacking or not draft_model.pays(len(lacking), tokens) or not self.gain.wants(case):
             return
-        # 2. No other stream may wait longer than for a chunk of a prompt.
+        # 2. No other stream may wait longer than for a chunk of a prompt. If that is too short to
+        # read what is lacking, or if it is much, read some and write nothing this time.
         share = share_seconds(self._pace(own=streams > 1)) / streams
         deadline = time.perf_counter() + share
         readable = draft_model.costs.longest(share - self.costs(streams))
@@ -174,8 +179,9 @@ class Decoder:
         # 3. Check a token that is likely enough to be right; write the next one if it is too.
         work.case = case
         most = min(room, MODEL_LENGTH)
-        worth = self.gain.plain[streams]  # times the probability that all tokens are right
-        size = streams  # of the decode that checks them
+        # The seconds that a right token saves, times the probability that all so far are right.
+        worth = self.gain.plain[streams]
+        size = streams  # of the decode that checks them, without the other streams' drafts
         for token, probability in draft_model.continuations(run, lacking):
             work.foreseen.append(token)
             worth *= probability
@@ -208,19 +214,19 @@ class Decoder:
     def _next_chunk(self, run: Run, runs: list[Run]) -> Work:
         """The tokens of the prompt to read next, up to a checkpoint or the end."""
         begin = len(run.slot.tokens)
-        ahead = [length for length in run.checkpoints if length > begin]
-        stop = min(ahead, default=len(run.prompt))
+        checkpoints = [length for length in run.checkpoints if length > begin]
+        stop = min(checkpoints, default=len(run.prompt))
         prefilling = [other for other in runs if other.prefilling]
         missing = [len(other.prompt) - len(other.slot.tokens) for other in prefilling]
         # A chunk of low priority must end soon when another request comes.
         pace = self._pace(own=run.low or len(prefilling) < len(runs))
         # An infill is often given up for the next key, and an unfinished micro-batch is lost.
         is_short = run.hurried or self.model.recurrent or run.job.request.mode == "infill"
-        piece = 1 if is_short else self.model.micro_batch
+        piece = 1 if is_short else self.model.micro_batch  # a chunk is a multiple of it
         size = chunk_size(stop - begin, missing, pace, self.costs, piece)
         end = begin + min(size, MAX_CHUNK // len(runs))
-        is_last = end == len(run.prompt) and run.job.max_tokens > 0
-        return Work(run, run.prompt[begin:end], int(is_last))
+        has_logits = end == len(run.prompt) and run.job.max_tokens > 0
+        return Work(run, run.prompt[begin:end], int(has_logits))
 
     def _pace(self, own: bool) -> float:
         """Seconds per token of the fastest stream that waits for a decode, in this model (if `own`)
@@ -238,9 +244,10 @@ class Decoder:
         runs = [work.run for work in works]
         parts = [(work.run.slot, work.tokens, work.outputs) for work in works]
         code, begin = self.compute.decode(self.model, self.costs, runs, parts)
+        if code is None:
+            return 0.0
         if code:
             self._after_failure(works, code)
-        if code != 0:
             return 0.0
         self.tally.decodes += 1
         self.tally.decoded_sequences += len(works)
@@ -271,7 +278,7 @@ class Decoder:
                 slot.tokens += read
                 self.tally.prompt_tokens += len(read)
                 run.hurried = True
-            self._cut(run, len(slot.tokens))
+            self._cut(run, len(slot.tokens))  # drops the cells of the failed decode
             if code != ABORTED:
                 self.fail(run, HttpError("INTERNAL_ERROR", "the model could not be evaluated"))
 
@@ -355,6 +362,7 @@ class Decoder:
             run.drafter.advance(token)
         is_full = len(run.slot.tokens) + 1 >= self.model.n_ctx
         if reason := run.feed(new):
+            # `Ending.flush` may not follow its own end.
             self._finish(run, reason, flush=reason == "unsure")
         elif is_full or run.is_spent():
             self._finish(run, "length")

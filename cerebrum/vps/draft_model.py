@@ -27,8 +27,8 @@ MIN_PAIR_GAIN = 1.05  # of the rate; for less, a second model is not worth its m
 MAX_PADDING = 256  # ids that only one of two vocabularies has
 
 
-# The type of a vocabulary, and what it puts around a text.
-VOCABULARY = (
+# They read the type of a vocabulary, and what it puts around a text.
+VOCABULARY_READERS = (
     api.llama_vocab_type,
     api.llama_vocab_bos,
     api.llama_vocab_eos,
@@ -45,7 +45,7 @@ def check_pair(model: Llama, draft: Llama) -> int:
     if draft.recurrent:
         raise ModelError("it is recurrent and cannot take back tokens")
     ours, theirs = model.vocabulary.vocab, draft.vocabulary.vocab
-    if any(read(ours) != read(theirs) for read in VOCABULARY):
+    if any(read(ours) != read(theirs) for read in VOCABULARY_READERS):
         raise ModelError("its vocabulary is of another type, or begins and ends texts otherwise")
     fewer, more = sorted((model.n_vocab, draft.n_vocab))
     if more - fewer > MAX_PADDING:
@@ -114,7 +114,7 @@ class DraftModel:
     tally: ModelTally
     record: Record
     known: int  # ids that mean the same token in both models
-    saved: float  # seconds that it should save for each token
+    saving: float  # seconds that it should save for each token of the text
     slots: Sequence[Slot]
 
     def count(self, is_right: bool) -> None:
@@ -126,12 +126,14 @@ class DraftModel:
 
     def pays(self, lacking: int, tokens: int) -> bool:
         """Whether to read `lacking` tokens, to save time while `tokens` are written."""
-        return self.costs(lacking) - self.costs(1) < self.saved * tokens
+        # One token is read for each draft in any case.
+        return self.costs(lacking) - self.costs(1) < self.saving * tokens
 
     def follow(self, number: int, tokens: list[int]) -> list[int]:
-        """Cut the slot of this number to what it has of a sequence of `tokens`, and return what it
-        lacks: at least one token, or none if this model cannot have the sequence. The whole
-        sequence is read, since a model that reads only the end of it is right less often.
+        """Cut the slot of this number to what it has of a sequence of `tokens`, which are not
+        empty, and return what it lacks: at least one token, or none if this model cannot have the
+        sequence. The whole sequence is read, since a model that reads only the end of it is right
+        less often.
         """
         slot = self.slots[number]
         self.model.cut(slot, min(common_prefix(slot.tokens, tokens), len(tokens) - 1))
@@ -139,22 +141,23 @@ class DraftModel:
         fits = len(tokens) + MODEL_LENGTH < self.model.n_ctx
         return lacking if fits and max(lacking) < self.known else []
 
-    def continuations(self, run: Run, tokens: list[int]) -> Iterator[tuple[int, float]]:
+    def continuations(self, run: Run, lacking: list[int]) -> Iterator[tuple[int, float]]:
         """Read what is lacking of a run, then say what comes next, token by token, with
         probabilities. Each is read when the next one is asked for.
         """
-        while self.read(run.slot.id, tokens, [run]):
+        unread = lacking
+        while self.read(run.slot.id, unread, [run]):
             token = self.model.greedy(LAST)
             yield token, self.model.probability(LAST, token)
-            tokens = [token]
+            unread = [token]
 
     def read(self, number: int, tokens: list[int], runs: Sequence[Run]) -> bool:
-        """Append these tokens to the slot of this number, for these runs. False if that was not
-        done.
+        """Append these tokens to the slot of this number, for these runs; without any, for nobody
+        yet, and any request may abort it. False if that was not done.
         """
         slot = self.slots[number]
         code, begin = self.compute.decode(self.model, self.costs, runs, [(slot, tokens, 1)])
-        if code != 0:  # what it may have left in the slot, `follow` drops
+        if code != 0:  # the cells that it may have left, `follow` drops
             return False
         slot.tokens += tokens
         if runs:  # else nobody waited

@@ -21,10 +21,12 @@ MAX_CHANGE = 8
 NEAR = 48  # after a change the copy usually continues within this many tokens
 MAX_MATCH = 32  # tokens that are compared before two positions
 MAX_CREDIT = 16  # of the tokens before a change, these many count for the streak after it
-# Of drafts. With the token before it, a decode of 28 to 31 tokens takes as long as one of 32.
+# Of drafts of the text. With the token before it, a decode of 28 to 31 tokens takes as long as one
+# of 32.
 LENGTHS = (0, 3, 7, 15, 31, 63)
 SEEN, TRIALS = 50, 8  # drafts by which a length is judged: at most, at least
-# So many drafts after a decode without one are judged: later the machine may have another speed.
+# Only so many drafts in a row are judged by the decode without one before them: later the machine
+# may have another speed.
 FRESH = 4
 RETRY = 64  # a verdict that was followed this often is contradicted once
 
@@ -55,8 +57,8 @@ Case = tuple[int, str, int]  # the number of streams, a draft's source and its l
 
 class Gain:
     """Whether drafts save time, by their source, their length and the number of streams. Owned by a
-    worker and kept across requests. The length of a model's drafts is always MODEL_LENGTH, the most
-    that it may write.
+    worker and kept across requests. Whatever a draft model writes counts as a draft of
+    MODEL_LENGTH, the most that it may write.
 
     A draft is judged by the decodes without drafts just before it, because a machine with
     neighbours changes its speed.
@@ -65,11 +67,11 @@ class Gain:
     def __init__(self) -> None:
         # By the number of streams: moving average of the seconds per token without drafts.
         self.plain: dict[int, float] = {}
-        self.age = Counter[int]()  # by the number of streams: drafts judged since then
+        self.age = Counter[int]()  # by the number of streams: drafts judged by this average
         # By streams, source and length, for each of the latest drafts: the seconds that its tokens
         # took longer than without it.
-        self.trials: dict[Case, deque[float]] = defaultdict(lambda: deque(maxlen=SEEN))
-        # How often each verdict was given since it was last contradicted.
+        self.losses: dict[Case, deque[float]] = defaultdict(lambda: deque(maxlen=SEEN))
+        # How often each verdict was given.
         self.verdicts = Counter[tuple[Case, bool]]()
 
     def learn_plain(self, streams: int, tokens: int, seconds: float) -> None:
@@ -85,26 +87,26 @@ class Gain:
         """
         streams = case[0]
         if tokens and self.age[streams] < FRESH:
-            self.trials[case].append(seconds - tokens * self.plain[streams])
+            self.losses[case].append(seconds - tokens * self.plain[streams])
             self.age[streams] += 1
 
-    def pays(self, case: Case) -> bool:
-        """Whether to make such a draft. Each verdict is contradicted once after it was followed
-        RETRY times, so that an outdated one is tested again.
+    def wants(self, case: Case) -> bool:
+        """Whether to make such a draft now; each call counts. Each verdict is contradicted once
+        after it was followed RETRY times, so that an outdated one is tested again.
         """
         streams, source, _ = case
         if streams not in self.plain:
             return False  # there is nothing to compare with
-        trials = self.trials[case]
-        verdict = sum(trials) <= 0
-        if len(trials) < TRIALS:
-            # Too few. Can a new one be judged? A draft model is only loaded if its drafts should
-            # save time.
+        losses = self.losses[case]
+        verdict = sum(losses) <= 0
+        if len(losses) < TRIALS:
+            # Too few: make it if it can be judged. A draft model is only loaded if its drafts
+            # should save time.
             verdict = source == MODEL or self.age[streams] < FRESH
         given = case, verdict
         self.verdicts[given] += 1
         is_test = self.verdicts[given] % (RETRY + 1) == 0
-        return verdict != is_test
+        return not verdict if is_test else verdict
 
 
 class Drafter:
@@ -177,7 +179,8 @@ class Drafter:
         """The tokens at `position` that are expected to be changed; the most if several changes
         begin alike.
         """
-        for length in range(MAX_CHANGE, 0, -1):
+        lengths = range(MAX_CHANGE, 0, -1) if self.changes else ()
+        for length in lengths:
             old = tuple(self.tokens[position : position + length])
             if old in self.changes:
                 return old
@@ -189,6 +192,7 @@ class Drafter:
         """
         at, done = self.at, self.done
         while at not in (self.own, len(self.tokens)):
+            # A token that is not changed counts as a change of one token into itself.
             old = self._changed(at) or (self.tokens[at],)
             new = self.changes.get(old, old)
             token = new[done]

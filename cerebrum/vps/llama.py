@@ -392,7 +392,7 @@ class Sampler:
 class Running(Protocol):
     """What a slot knows of the completion that runs in it."""
 
-    low: bool  # its priority
+    low: bool  # whether it has low priority
     prompt: list[int]
 
     @property

@@ -129,9 +129,9 @@ class Sequences:
         candidates = free if self.model.recurrent else self.slots
         nearest = max(candidates, key=lambda slot: self.store.reusable(slot.tokens, prompt))
         live = self.store.reusable(nearest.tokens, prompt)
+        guide = entry.tokens[:] if entry and stored > live else nearest.tokens[:]
         if stored <= live or stored < MIN_PREFIX:
             entry = None  # not worth restoring
-        guide = (entry or nearest).tokens[:]
         # 2. Which slot? The nearest; but if caches are separate and trimming it would lose more
         # tokens than it keeps, another gets a copy.
         loses = len(nearest.tokens) > 2 * live
@@ -141,7 +141,7 @@ class Sequences:
         # 3. Park the idle sequences. Apart from the others, a slot's idle cells slow none of them.
         idle = free if self.model.unified else [slot]
         for other in idle:
-            if other is not slot or not stays:
+            if not (stays and other is slot):
                 self.park(other)
             elif loses:  # what will be cut is stored first
                 self.keep(other)

@@ -67,7 +67,7 @@ class Costs:
         sizes = range(1, MAX_CHUNK + 1)
         return max(1, bisect.bisect_right(sizes, seconds / self.slowdown, key=self))
 
-    def share(self, token_seconds: float) -> int:
+    def longest_beside(self, token_seconds: float) -> int:
         """The largest decode that may delay a stream whose tokens take `token_seconds` each."""
         return self.longest(share_seconds(token_seconds))
 
@@ -91,7 +91,7 @@ def chunk_size(
     length.
     """
     if token_seconds < math.inf:
-        return min(missing, costs.share(token_seconds))
+        return min(missing, costs.longest_beside(token_seconds))
     longest = costs.longest(PREFILL_SECONDS / len(reading))
     if len(reading) == 1:
         longest = max(piece, longest - longest % piece)
@@ -122,19 +122,20 @@ class Baton:
             self._queue.popleft()
             self._turn.notify_all()
 
-    def note(self, worker: object, token_seconds: float | None) -> None:
-        """Record a running worker's seconds per token; None removes the record."""
+    def note(self, decoder: object, token_seconds: float | None) -> None:
+        """Record a running decoder's seconds per token; None removes the record."""
         with self._turn:
-            self.active.pop(worker, None)
-            if token_seconds is not None:
-                self.active[worker] = token_seconds
+            if token_seconds is None:
+                self.active.pop(decoder, None)
+            else:
+                self.active[decoder] = token_seconds
 
-    def fastest_other(self, worker: object) -> float:
-        """Seconds per token of the fastest other worker that waits while this one computes;
+    def fastest_other(self, decoder: object) -> float:
+        """Seconds per token of the fastest other decoder that waits while this one computes;
         infinity if none waits.
         """
         with self._turn:
-            others = [pace for other, pace in self.active.items() if other is not worker]
+            others = [pace for other, pace in self.active.items() if other is not decoder]
             return min(others, default=math.inf)
 
 

@@ -107,8 +107,9 @@ class Loader:
             self.done = done
             return not beat()
 
-        def load(path: Path, settings: Settings, source: str) -> Llama:
-            check_digest(self.path, source, self.settings.state_dir, beat)
+        def load(path: Path, settings: Settings, sha256: str) -> Llama:
+            # The published file is checked, also if its tuned copy is loaded.
+            check_digest(self.path, sha256, self.settings.state_dir, beat)
             return Llama(path, settings, progress, self.fim, self.layout, abort_flag)
 
         if tuned := self.tuned:
@@ -238,14 +239,13 @@ class Worker(threading.Thread):
         models, which would begin again and are not aborted.
         """
         decoder = self.decoder
-        if decoder and not decoder.compute.running:
-            decoder.model.abort()
-        if not decoder or decoder.model.recurrent:
+        if not decoder:
             return
         is_long = decoder.compute.is_long
+        recurrent = decoder.model.recurrent
 
         def is_in_the_way(run: Run) -> bool:
-            if not run.prefilling:
+            if recurrent or not run.prefilling:
                 return False
             is_waited_for = common_prefix(run.prompt, job.prompt) >= MIN_PREFIX
             return run.low or (is_long and not is_waited_for)
@@ -253,10 +253,10 @@ class Worker(threading.Thread):
         self._abort_if(is_in_the_way)
 
     def _abort_if(self, is_meant: Callable[[Run], bool]) -> None:
-        """Abort a running decode that is for such runs alone."""
+        """Abort a running decode that is for such runs alone, or for nobody yet."""
         decoder = self.decoder
-        running = decoder.compute.running if decoder else []
-        if decoder and running and all(map(is_meant, running)):
+        running = decoder.compute.running if decoder else None
+        if decoder and running is not None and all(map(is_meant, running)):
             decoder.model.abort()
 
     def shed(self, size: int) -> Future[None]:
@@ -462,7 +462,7 @@ class Worker(threading.Thread):
                 self.tally.ended[CANCELLED] += 1
                 continue
             slots = [slot for slot in self.slots if not slot.run]
-            yielding = None if slots or job.low else decoder.yielding()
+            yielding = None if slots or job.low else decoder.run_that_yields()
             if yielding:
                 slots = [yielding.slot]
             if slots and not decoder.sequences.is_coming(job.prompt, job.low):

@@ -56,7 +56,7 @@ def seconds_of(drafter: Drafter, target: list[int]) -> float:
     while position < len(target):
         begin = position
         draft = drafter.draft(MAX_DRAFT)
-        if draft and not gain.pays((1, TEXT, len(draft))):
+        if draft and not gain.wants((1, TEXT, len(draft))):
             draft = []
         for drafted in [*draft, None]:
             token = target[position]

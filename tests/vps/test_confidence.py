@@ -208,7 +208,7 @@ def test_a_completion_that_ends_unsure_has_no_more_text_than_one_that_goes_on(
 
 def test_logits_that_are_no_numbers() -> None:
     row = np.array([np.nan, 1.0], np.float32)
-    model: Any = SimpleNamespace(logits=lambda _: row, _scratch=np.empty(2, np.float32))
+    model: Any = SimpleNamespace(logits=lambda _: row)
     assert Llama.probability(model, 0, 0) == 0.0
 
 

@@ -153,7 +153,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each draft is made and written to its full length, whatever it costs."""
     monkeypatch.setattr(vps_worker, "saved_seconds", lambda *_: 1.0)
-    monkeypatch.setattr(Gain, "pays", lambda self, case: case[0] in self.plain)
+    monkeypatch.setattr(Gain, "wants", lambda self, case: case[0] in self.plain)
     monkeypatch.setattr(DraftModel, "pays", lambda *_: True)
     free = {1: 1e-9, 16: 2e-9}
     monkeypatch.setattr(vps_worker, "measure_costs", lambda *_: Costs(free))

@@ -94,7 +94,7 @@ def test_drafts_are_made_while_they_pay_and_tried_again(tokens: int, best: bool)
     gain, made = Gain(), list[bool]()
     case = 2, drafts.TEXT, 7
     for turn in range(4 * (drafts.RETRY + 1)):
-        made.append(gain.pays(case))
+        made.append(gain.wants(case))
         seconds = 0.06 if turn // 37 % 2 else 0.04
         if made[-1]:
             gain.learn(case, 2 * tokens, 3 * seconds)
@@ -104,7 +104,7 @@ def test_drafts_are_made_while_they_pay_and_tried_again(tokens: int, best: bool)
             gain.learn_plain(2, 2, seconds)  # a turn in which nothing repeats
     assert made[:10] == [False, *[True] * drafts.FRESH] * 2
     assert made[20:].count(not best) in (3, 4)
-    assert not gain.pays((1, drafts.TEXT, 7))  # with one stream there is nothing to compare with
+    assert not gain.wants((1, drafts.TEXT, 7))  # with one stream there is nothing to compare with
 
 
 def test_a_draft_that_is_seldom_right_may_pay() -> None:
@@ -113,16 +113,16 @@ def test_a_draft_that_is_seldom_right_may_pay() -> None:
     case, other = (1, drafts.MODEL, 7), (1, drafts.TEXT, 7)
     for tokens in (8, 1, 1) * 3:  # 10 tokens in three decodes, each of the time of three
         gain.learn_plain(1, 1, 0.02)
-        assert gain.pays(case)
+        assert gain.wants(case)
         gain.learn(case, tokens, 0.06)
-    assert gain.pays(case)
+    assert gain.wants(case)
     for _ in range(2):
         gain.learn_plain(1, 1, 0.02)
         gain.learn(case, 1, 0.06)
-    assert not gain.pays(case)
+    assert not gain.wants(case)
     gain.learn(case, 0, 0.0)  # an aborted one
-    assert not gain.pays(case)
-    assert gain.pays(other)
+    assert not gain.wants(case)
+    assert gain.wants(other)
 
 
 def test_the_chunk_size_bounds_the_pause_of_a_running_stream() -> None:
@@ -130,12 +130,12 @@ def test_the_chunk_size_bounds_the_pause_of_a_running_stream() -> None:
     assert chunk_size(10, [10], math.inf, table, 256) == 10
     assert chunk_size(10_000, [10_000], math.inf, table, 256) == MAX_CHUNK
     beside = chunk_size(10_000, [10_000], table(1), table, 256)
-    assert beside == table.share(table(1))
+    assert beside == table.longest_beside(table(1))
     assert table(beside) <= schedule.PAUSE_SECONDS < table(beside + 1)
     slow = Costs({1: 0.5, 16: 2.0})  # a 7B: six of its own tokens take longer than the pause
-    assert slow.share(slow(1)) == slow.longest(6 * 0.5)
+    assert slow.longest_beside(slow(1)) == slow.longest(6 * 0.5)
     delayed.slowdown = 4.0
-    assert delayed.share(delayed(1)) == table.longest(schedule.PAUSE_SECONDS / 4) < beside
+    assert delayed.longest_beside(delayed(1)) == table.longest(schedule.PAUSE_SECONDS / 4) < beside
     # A prompt alone comes in whole pieces, at least in one, unless it could not be aborted between
     # pieces.
     most = table.longest(schedule.PREFILL_SECONDS / 4)
@@ -993,7 +993,9 @@ def test_a_chunk_is_short_and_low_priority_waits_while_another_model_is_generati
     run, slot.run = Run(normal, llama.Slot(0), []), Run(low, slot, [])
     assert len(decoder.next_work(run, [run]).tokens) == MAX_CHUNK
     worker.baton.note(other, 0.01)
-    assert len(decoder.next_work(run, [run]).tokens) == decoder.costs.share(0.01) < MAX_CHUNK
+    assert (
+        len(decoder.next_work(run, [run]).tokens) == decoder.costs.longest_beside(0.01) < MAX_CHUNK
+    )
     assert not decoder.turn([slot.run])
     worker.baton.note(other, None)
     assert len(decoder.next_work(run, [run]).tokens) == MAX_CHUNK
