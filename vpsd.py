@@ -313,7 +313,8 @@ class CpuMeter:
         times = psutil.cpu_times_percent()
         own = self.process.cpu_percent() / psutil.cpu_count()
         # Steal went to other guests of the host: not this system's use.
-        self.system_percent = max(0.0, 100 - times.idle - times.iowait - times.steal)
+        idle = times.idle + times.iowait + times.steal
+        self.system_percent = max(0.0, sum(times[:8]) - idle)
         # A niced program, such as a build, gives way to us: its time is as free for a request as
         # our own.
         self.others_percent = max(0.0, self.system_percent - own - times.nice)
@@ -609,8 +610,8 @@ class Engine:
             admission.worker.cancel(admission.job)
 
     async def tokenize(self, model: str, **arguments: Any) -> list[int]:
-        """The tokens of a text; loads the model if needed. Takes no place, since the model computes
-        nothing.
+        """The tokens of a text; loads the model if needed. `arguments`: those of
+        `Worker.tokenize`. Takes no place, since the model computes nothing.
         """
         user = object()
         self.pool.check(model)

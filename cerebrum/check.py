@@ -298,11 +298,11 @@ def check_backends(config: PiConfig) -> Findings:
     served = any(probe.backend.models for probe in probes if probe.backend and not probe.trouble)
     lacking = "warn" if served else "FAIL"
     for settings, probe in zip(config.backends, probes, strict=True):
-        yield from report_backend(settings, probe, lacking)
+        yield from check_answer(settings, probe, lacking)
 
 
-def report_backend(config: BackendConfig, probe: Probe, lacking: str) -> Findings:
-    """Report what a backend answered. `lacking` is the level of a backend that serves nothing."""
+def check_answer(config: BackendConfig, probe: Probe, lacking: str) -> Findings:
+    """Check what a backend answered. `lacking` is the level of a backend that serves nothing."""
     id, backend = config.id, probe.backend
     if not backend or probe.trouble:
         mend = "look whether it runs and has this address"
@@ -346,11 +346,11 @@ async def ask_backend(config: BackendConfig, models: Sequence[Model]) -> Probe:
 
 
 def check_vps(config: VpsConfig) -> Findings:
-    from llama_cpp import __version__
+    from llama_cpp import __version__ as installed
 
-    if __version__ != LLAMA_CPP:
+    if installed != LLAMA_CPP:
         mend = f"pip install llama-cpp-python=={LLAMA_CPP}"
-        yield "warn", "packages", f"{mend}: its C API differs from {__version__}"
+        yield "warn", "packages", f"{mend}: its C API differs from {installed}"
     make_key = "`generate_api_key.sh --write FILE` makes one"
     yield from check_key("CEREBRUM_API_KEY", config.access.keys, make_key)
     # A connection to systemd's socket could start the daemon.

@@ -583,7 +583,6 @@ async def test_a_newer_request_replaces_the_older_of_its_session_unless_it_is_re
     for model, code in ((A, "RESOURCE_EXHAUSTED"), ("unknown", "MODEL_NOT_FOUND")):
         assert house.refuses(model, session="s").code == code
     assert list(house.engine.admissions) == [older, other]
-    assert not older.job.cancelled
     house.engine.cpu.others_percent = 0.0
     newer = house.ask(session="s")
     assert (await house.error(older)).code == "SUPERSEDED"

@@ -66,6 +66,7 @@ PASSPORT_FORMAT = 3
 CHOSEN = ("threads", "micro_batch", "flash_attention")  # settings that `tune` chooses
 
 
+@functools.cache  # llama.cpp writes the text into one buffer for all threads
 def cpu_features() -> str:
     """A hash of the CPU's features that llama.cpp uses. It counts only those that it was built
     for.
@@ -90,7 +91,7 @@ class Passport(NamedTuple):
     micro_batch: int
     flash_attention: bool
     types: Types  # changed types, old to new; if empty, the published file is used
-    size: int  # of the tuned file
+    size: int  # of the file in use
     # Seconds of the decodes of DECODES, by the published file and the one in use; empty: unknown.
     published: Sequence[float] = ()
     here: Sequence[float] = ()
@@ -169,8 +170,8 @@ def find_tuned(
     chosen = {name: getattr(passport, name) for name in CHOSEN}
     used = replace(settings, **chosen)
     file = path if passport.types else published
-    seconds = passport.published, passport.here
-    return TunedFile(file, used, passport.source, passport.encoding, *seconds), ""
+    source, encoding = passport.source, passport.encoding
+    return TunedFile(file, used, source, encoding, passport.published, passport.here), ""
 
 
 class LoadPlan(NamedTuple):
@@ -477,7 +478,8 @@ def measure(model: Llama, read: int) -> Timing:
             spent.append(sum(decode(model, slot, chunk, outputs) for chunk in chunks))
         return min(spent)
 
-    decode(model, slot, tokens[:1], 1)  # the first decode after a load is slow
+    largest = max(DECODES)
+    decode(model, slot, tokens[:largest], largest)  # the first decode after a load is slow
     chunks = [tokens[start : start + MAX_CHUNK] for start in range(0, len(tokens), MAX_CHUNK)]
     reading = fastest(0, chunks, 1, READ_SECONDS, 1)
     times = {}
@@ -565,7 +567,7 @@ class Tuner:
                 self.options.append(types)
         self.layers = sample_layers(self.tensors)
         settings = self.settings
-        self.candidates = [  # the first are the usual ones
+        self.candidates = [  # the first fits: `check_room` has asked
             replace(settings, micro_batch=size, flash_attention=flash) for size, flash in KNOBS
         ]
         if not settings.fixed_threads and cpus() != settings.threads:
@@ -732,12 +734,13 @@ def _put_in_place(path: Path, passport: Passport, target: Path) -> None:
 
 
 def remove_tuned(published: Path, settings: Settings) -> bool:
-    """Go back to the published file, with the settings that were found; False if there is no tuned
-    file. TuneError if a model is being tuned.
+    """Go back to the published file, with the settings that were found; False if it is in use
+    already. TuneError if a model is being tuned.
     """
     target = tuned_path(settings.state_dir, published)
-    if not target.exists():
+    if not target.parent.exists():
         return False
+    passport = {}
     with alone_in(target.parent):
         with contextlib.suppress(FileNotFoundError, ValueError, TypeError):
             passport = json.loads(passport_path(target).read_text())
@@ -746,7 +749,7 @@ def remove_tuned(published: Path, settings: Settings) -> bool:
             kept["here"] = passport.get("published", [])
             write_atomically(passport_path(target), json.dumps(kept).encode())
         target.unlink(missing_ok=True)
-    return True
+    return bool(passport.get("types"))
 
 
 @contextlib.contextmanager

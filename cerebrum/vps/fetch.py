@@ -123,9 +123,10 @@ def download(model: Model, part: Path) -> None:
 
 def check_download(model: Model, part: Path) -> None:
     """Remove a part that is not the model; FetchError says what was expected and what came."""
+    got = digest_with_bar(part)
     part.with_suffix(".etag").unlink(missing_ok=True)
-    if not is_right(model, part):
-        got = digest_with_bar(part)
+    is_right = got == model.sha256 if model.sha256 else is_whole(part)
+    if not is_right:
         part.unlink()
         wanted = f"a GGUF file of sha256 {model.sha256}" if model.sha256 else "a whole GGUF file"
         raise FetchError(

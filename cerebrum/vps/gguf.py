@@ -105,6 +105,7 @@ class Tensor(NamedTuple):
         return pypi().quants.quant_shape_to_byte_shape(self.shape, kind)
 
     def can_be(self, new: str) -> bool:
+        """Whether its rows are whole blocks of this type."""
         try:
             return bool(self.byte_shape(new))
         except ValueError:

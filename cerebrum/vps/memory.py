@@ -44,9 +44,9 @@ Parts = dict[str, int]
 Need = Callable[[Path, Sequence[Settings]], Sequence[Parts]]  # as `needed`
 
 
-def shorter(settings: Settings) -> list[Settings]:
-    """These settings, then with less and less memory: a shorter context of MIN_FIT_TOKENS or more,
-    then fewer sequences.
+def candidates_of(settings: Settings) -> list[Settings]:
+    """These settings, then shorter contexts of MIN_FIT_TOKENS or more, then all of these with fewer
+    and fewer sequences.
     """
     most = settings.n_ctx
     least = min(MIN_FIT_TOKENS, most)
@@ -62,7 +62,7 @@ def fit(path: Path, settings: Settings, free: float, need: Need) -> tuple[Settin
     """The settings of a model file with the longest context that fits into `free` bytes, and what
     they take; if nothing fits, the smallest settings.
     """
-    for candidates in ([settings], shorter(settings)):
+    for candidates in ([settings], candidates_of(settings)):
         for candidate, parts in zip(candidates, need(path, candidates), strict=True):
             if sum(parts.values()) <= free:
                 return candidate, parts

@@ -56,6 +56,11 @@ class Instance:
     def idle(self) -> bool:
         return not self.users and not self.leaving
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether it is loaded. If a load fails, `ready` may end before the model is leaving."""
+        return self.ready.done() and not self.leaving and not self.ready.exception()
+
     def leave(self) -> None:
         """Stop the worker, without waiting for it."""
         self.leaving = True
@@ -154,9 +159,8 @@ class Pool:
 
     @property
     def ready(self) -> dict[str, Instance]:
-        """The loaded models. One whose load fails is leaving before its `ready` is done."""
-        known = self.instances.items()
-        return {id: one for id, one in known if one.ready.done() and not one.leaving}
+        """The loaded models."""
+        return {id: known for id, known in self.instances.items() if known.is_ready}
 
     def listed(self, model_id: str) -> Model:
         """The model of models.toml with this id, or HttpError 404 MODEL_NOT_FOUND, which names the

@@ -220,11 +220,12 @@ class Vocabulary:
         return tokens
 
     def tokenize_bytes(self, text: bytes, first: bool, special: bool) -> list[int]:
-        """A text without long runs, which need not be whole characters."""
+        """Bytes without long runs, perhaps with parts of characters."""
         room = len(text) + 8
         buffer = (api.llama_token * room)()
         count = api.llama_tokenize(self.vocab, text, len(text), buffer, room, first, special)
-        return list(buffer[: max(0, count)])
+        tokens: list[int] = buffer[: max(0, count)]
+        return tokens
 
     def tokenize_part(self, text: str, special: bool = False) -> list[int]:
         """A text that follows other tokens. SentencePiece would put a space before it, so it is
@@ -295,7 +296,7 @@ class Vocabulary:
         token before a repository's name is not used: with it, Qwen2.5-Coder completed the gaps
         beside other files worse.
         """
-        before = [self.file_token] * (self.file_token >= 0)
+        before = [self.file_token] if self.file_token >= 0 else []
         files = [f"{name}\n{text}" if before else text for name, text in request.extra]
         if before and request.filename and (files or request.suffix is not None):
             files.append(request.filename)

@@ -496,6 +496,7 @@ def test_a_file_that_is_replaced_or_gone_is_untuned(lab, tmp_path):
 
 def test_only_what_llama_cpp_uses_of_a_cpu_counts(monkeypatch):
     def features_of(flags, used):
+        encoding.cpu_features.cache_clear()
         monkeypatch.setattr(Path, "read_text", lambda _path: f"model name : A\nflags : {flags}\n")
         monkeypatch.setattr(api, "llama_print_system_info", lambda: used)
         return encoding.cpu_features()
@@ -503,6 +504,7 @@ def test_only_what_llama_cpp_uses_of_a_cpu_counts(monkeypatch):
     built_for_both = features_of("avx2 fma", b"CPU : AVX2 = 1 | FMA = 1 | ")
     assert built_for_both == features_of("avx2 fma md_clear", b"CPU : AVX2 = 1 | FMA = 1 | ")
     assert built_for_both != features_of("avx2 fma", b"CPU : AVX2 = 1 | ")
+    encoding.cpu_features.cache_clear()
 
 
 # ----------------------------------------------------------------------------------- the real thing
