@@ -179,9 +179,7 @@ def sse_block(line: bytes) -> bytes:
 
 def error_event(error: HttpError) -> bytes:
     """`data: {"error": true, "message", "code"}` and the error's `extra`."""
-    body = error_body(error)
-    del body["timestamp"]
-    return sse_event(body)
+    return sse_event({"error": True, "message": error.message, "code": error.code, **error.extra})
 
 
 def compact(data: Any) -> bytes:

@@ -303,8 +303,7 @@ class Suggestions:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        # Each with its gap: 16 copies of the text, which is little on a laptop.
-        self.found: deque[tuple[Gap, Suggestion]] = deque(maxlen=16)
+        self.found: deque[tuple[Gap, Suggestion]] = deque(maxlen=16)  # each with its gap
         self.usual = 0.4  # median seconds for a completion; a guess, until there are answers
         self.seconds = deque([self.usual], maxlen=8)
         self.ahead: Gap | None = None  # for which the Pi was asked ahead last
@@ -312,6 +311,8 @@ class Suggestions:
     def add(self, gap: Gap, found: Suggestion, seconds: float) -> None:
         """Add a completion, and the seconds for it unless it was computed ahead."""
         with self.lock:
+            while sum(len(old.before + old.after) for old, _ in self.found) > MAX_CHARACTERS:
+                self.found.popleft()
             self.found.append((gap, found))
             if gap != self.ahead:
                 self.seconds.append(seconds)
@@ -350,6 +351,7 @@ class Suggestions:
         return min(max(MIN_PAUSE_SECONDS, PAUSE_SHARE * self.usual), MAX_PAUSE_SECONDS)
 
 
+MAX_CHARACTERS = 4_000_000  # in the texts around all remembered cursors, but for the latest
 SURE = 0.5  # least confidence
 LOOK_SECONDS = 1.0  # how long a person looks at a suggestion before she takes it
 NO_PAUSE_SECONDS = 0.001
@@ -436,7 +438,7 @@ class Pi:
 
     def __init__(self, settings: Settings, client: Client) -> None:
         self.settings, self.client = settings, client
-        self.lock = threading.Lock()
+        self.lock = threading.Lock()  # of `note_failure`
         # By time.monotonic(): no automatic request before. 0: not away, as far as the user knows.
         self.away_until = 0.0
         # Numbers of the requests without a url; `next` is atomic.
@@ -616,7 +618,8 @@ class Client:
             self.send(id=call.request_id, **response)
             call.end()
 
-    def end(self, is_meant: Callable[[Call], bool], response: Object) -> None:
+    def end_calls(self, is_meant: Callable[[Call], bool], response: Object) -> None:
+        """Respond now, whatever their threads may find."""
         for call in [*self.running]:
             if is_meant(call):
                 self.respond(call, response)
@@ -630,7 +633,7 @@ def outcome(work: Callable[[], Any]) -> Object:
         return failure(error.code, str(error))
     except PiError as error:
         return failure(REQUEST_FAILED, str(error))
-    except Exception as fault:  # its text may quote the user's code
+    except Exception as fault:  # its text may quote the user's code; or Ended, which nobody gets
         return failure(INTERNAL_ERROR, f"internal error ({type(fault).__name__})")
 
 
@@ -838,18 +841,21 @@ class Completions:
         """Respond with the items of a suggestion, at once or in a thread."""
         nothing = items(Suggestion())
         # The Pi itself ends a computation that is of no use any more.
-        self.client.end(lambda old: old.is_waiting and old.lane == call.lane, {"result": nothing})
+        self.client.end_calls(
+            lambda old: old.is_waiting and old.lane == call.lane, {"result": nothing}
+        )
         if document.language in self.pi.settings.off:
             return nothing
-        if rest := self.rest(call, gap):
+        rest = self.rest(call, gap)
+        if rest is not None:
             return items(rest)
         if call.is_automatic and time.monotonic() < self.pi.away_until:
             return nothing
 
         def work() -> Any:
             call.wait()
-            # The rest of an older request's, which was still running.
-            return items(self.rest(call, gap) or self.infill(call, gap))
+            rest = self.rest(call, gap)  # of an older request that was still running
+            return items(self.infill(call, gap) if rest is None else rest)
 
         return self.client.start(call, work)
 
@@ -1114,11 +1120,11 @@ class Server:
 
     def cancel(self, params: Any) -> None:
         request_id = params.get("id") if isinstance(params, dict) else None
-        self.client.end(lambda call: call.request_id == request_id, CANCELLED)
+        self.client.end_calls(lambda call: call.request_id == request_id, CANCELLED)
 
     def shutdown(self, _params: Any, _request_id: Any) -> None:
         self.is_stopping = True
-        self.client.end(lambda _: True, CANCELLED)
+        self.client.end_calls(lambda _: True, CANCELLED)
 
 
 HELP = """Usage: cerebrum_lsp.py [--stdio | --help | --version]

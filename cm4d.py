@@ -693,16 +693,16 @@ async def speak(dialect: dialects.Dialect, gateway: Gateway, request: Request) -
 def stream_in_dialect(pairs: Pairs, reply_to: Callable[[Members], dialects.Reply]) -> Response:
     """A completion as SSE in a dialect. The first block may be empty, as in NATIVE_EVENTS."""
     response = Response(events=pairs)
-    events = {"idle": NATIVE_EVENTS["idle"]}
+    replies = list[dialects.Reply]()  # one of each backend that has begun
 
     def begin(begun: Members) -> bytes:
         reply = reply_to(begun)
         response.headers = kept_headers(begun["kept"])
-        is_first = "done" not in events  # else another backend has taken over
         events.update(text=reply.text, done=reply.end)
-        return reply.begin() if is_first else b""
+        replies.append(reply)
+        return b"" if replies[1:] else reply.begin()
 
-    events["started"] = begin
+    events = NATIVE_EVENTS | {"started": begin}
     response.render = lambda pair: events[pair[0]](pair[1])
     return response
 

@@ -131,6 +131,8 @@ def printable(text: str) -> str:
     """Escape every character that could act on a terminal or forge a line: line ends, controls,
     overrides.
     """
+    if text.isprintable():
+        return text
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
     )
@@ -220,7 +222,7 @@ def read_fields(members: Members, fields: Fields, where: str = "") -> JsonObject
             value = [value]
         if not rule.accepts(value):
             raise wrong(where + name, rule.expected(), members[name])
-        text = "".join(value) if isinstance(value, list) else str(value)
+        text = "".join(value) if rule.kind is list else str(value)
         try:
             text.encode()
         except UnicodeEncodeError:

@@ -62,7 +62,7 @@ class Histogram:
     """
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
-        self.bounds = (*bounds, math.inf)
+        self.bounds = (*bounds, math.inf)  # the last interval has no other bound
         self.sum = 0.0
         self._counts = [0] * len(self.bounds)  # per interval up to a bound
 

@@ -120,9 +120,11 @@ def typed_of(earlier: str, text: str, prompt: str, omitted: int = 0) -> int:
 
 @dataclass(slots=True, eq=False)
 class Broadcast:
-    """One completion for all clients that ask for it. While it runs, it keeps all pairs but "idle",
-    so that a late client gets the whole text. A finished one keeps its text and the end of its
-    prompt, for the clients who got the text.
+    """One completion for all clients that ask for it: running, with a task; or finished, without a
+    completion; or answered at once, with a completion and no task. While it runs, it keeps all
+    pairs but "idle"
+    and "progress", so that a late client gets the whole text. A finished one keeps its text and the
+    end of its prompt, for the clients who got the text.
     """
 
     digest: bytes  # of the request, by `digest_of`
@@ -143,7 +145,7 @@ class Broadcast:
         return read_text(b"".join(value for kind, value in self.pairs if kind == "text"))
 
 
-def predicts(request: CompletionRequest) -> bool:
+def may_type_through(request: CompletionRequest) -> bool:
     """Whether the client takes the rest of an earlier completion's text as its answer."""
     return request.kind != "chat" and (request.caching or request.fields["temperature"] == 0)
 
@@ -171,7 +173,7 @@ def typed_in(
         if may_share(request, running.request):
             return 0
         is_reader = is_reader and request.kind == "infill"
-    if not is_reader or not predicts(request) or broadcast.digest != digest:
+    if not is_reader or not may_type_through(request) or broadcast.digest != digest:
         return None
     prompt = request.fields["prompt"]
     # The length first: a digest of a long text for each finished one would take the Pi too long.
@@ -180,7 +182,8 @@ def typed_in(
         return 0
     text = broadcast.text
     typed = typed_of(broadcast.prompt, text, prompt, broadcast.omitted)
-    return typed if 0 < typed < len(text) + bool(running) else None
+    most = len(text) if running else len(text) - 1
+    return typed if 0 < typed <= most else None
 
 
 def finished(broadcast: Broadcast) -> Broadcast | None:
@@ -327,7 +330,7 @@ class Broadcasts:
         if request.fields["max_tokens"] == 0:
             self.dispatcher.read_ahead(request)
             self._answer_without_text(own, completion, "length")
-            return own
+            return own  # it replaces nothing
         found = None
         if request.fields.get("min_confidence") == "never":
             self._answer_without_text(own, completion, "unsure")
@@ -336,7 +339,7 @@ class Broadcasts:
         else:
             own.task = asyncio.create_task(self._run(own, completion))
         subscriber.broadcast = broadcast = found or own
-        self._replace_older(subscriber, ahead=not broadcast.completion)
+        self._replace_older(subscriber, spares_later=not broadcast.completion)
         return broadcast
 
     def _is_llama_vims(self, request: CompletionRequest, digest: bytes) -> bool:
@@ -369,7 +372,7 @@ class Broadcasts:
             running.clients.append(client)
             running.requested = completion.started  # it waits for a place from now on
             if running.request.speculative and is_awaited:
-                running.clients.remove(running.client)
+                running.clients.remove(running.client)  # who has not waited for it
                 self.dispatcher.promote(running)
         else:
             if is_awaited:
@@ -402,7 +405,7 @@ class Broadcasts:
         try:
             async with contextlib.aclosing(self.compute(completion)) as pairs:
                 async for kind, value in pairs:
-                    if kind != "idle":
+                    if kind not in ("idle", "progress"):
                         broadcast.pairs.append((kind, value))
                     self._wake(broadcast)
         except Exception as error:
@@ -414,10 +417,10 @@ class Broadcasts:
             if subscriber.broadcast is broadcast:
                 subscriber.woken.set()
 
-    def _replace_older(self, subscriber: Subscriber, ahead: bool) -> None:
+    def _replace_older(self, subscriber: Subscriber, spares_later: bool) -> None:
         """End an editor's older infills once its user has typed on, unless they are equal. With
-        `ahead`, infills that continue the newer prompt go on: an editor asks ahead for the text
-        after a completion that it shows.
+        `spares_later`, infills that continue the newer prompt go on: an editor asks ahead for the
+        text after a completion that it shows.
         """
         request = subscriber.request
         if request.kind != "infill":
@@ -432,7 +435,8 @@ class Broadcasts:
             return
         for other in [other for other in infills if other.editor == subscriber.editor]:
             older = other.request.fields
-            goes_on = older == newer or (ahead and older["prompt"].startswith(newer["prompt"]))
+            is_later = older["prompt"].startswith(newer["prompt"])
+            goes_on = older == newer or (spares_later and is_later)
             if not goes_on and is_typed_on(older, newer):
                 self.replaced += 1
                 self._replace(other)
@@ -470,12 +474,13 @@ class Broadcasts:
 
     def keep(self, broadcast: Broadcast, request: CompletionRequest) -> None:
         """Remember the text that a client got as a whole, for when the user types it."""
-        if not broadcast.task or not predicts(request):
+        if not broadcast.task or not may_type_through(request):
             return
         if not broadcast.kept and (kept := finished(broadcast)):
             key = str((kept.digest, kept.prompt, kept.pairs[:2]))
             broadcast.kept = self.finished.get(key, kept)
             broadcast.kept.asked = kept.asked
+            broadcast.kept.omitted = kept.omitted
             remember(self.finished, key, broadcast.kept, MAX_FINISHED)
         if broadcast.kept:
             broadcast.kept.clients.add(request.client)

@@ -168,8 +168,8 @@ class Counting:
             tally.tokens += attempt.tokens
             # The time of the last token is known only for a whole answer.
             tokens = attempt.tokens if attempt.last else 1
-            started = completion.started
-            tally.spoke(attempt.first - started, attempt.last - started, tokens)
+            started, last = completion.started, attempt.last or attempt.first
+            tally.spoke(attempt.first - started, last - started, tokens)
 
     def typed(self, client: str, unseen: float | None) -> None:
         """Count a completion that an earlier one has answered. `unseen`: the confidence of a text

@@ -55,7 +55,7 @@ class Fleet:
             self.backends.append(old or new)
         self._catalog = catalog
         self._prefer = prefer
-        for removed in known.values():
+        for removed in known.values():  # those that are left
             removed.wake.set()  # ends its probing
             removed.kind.client.close()
         self._replaced.set()
@@ -149,13 +149,13 @@ class Fleet:
         return [(ids[0], [backend for backend in self.backends if backend.kind.takes_our_ids])]
 
     def _rank(self, fields: Members, any_language: bool) -> list[str]:
-        """The ids, best first, of the models that serve a request's language and are `present` on a
+        """The ids, best first, of the models that serve a request's language and are present on a
         backend. The models that [prefer] lists for the request's mode come first, then the others
         in the table's order. A chat counts as an instruction.
 
         With `any_language`, a language that no present model serves goes to any of them. Without
         it, the only id may be a missing model's, the smallest: a backend's 404 says which file is
-        missing and how to get it. No preferences count until the backends' models are known (None).
+        missing and how to get it. No preferences count until the backends' models are known.
         """
         present = self.models
         language = fields.get("language", "")
