@@ -22,7 +22,7 @@ class Held:
         self._shown = len(typed)  # what the client has
         self._judged = 0  # where the judged lines end
         self.hidden: int | None = None  # where the first hidden line begins; None: none is hidden
-        self._tokens = 1  # tokens that came
+        self._tokens = 1  # the number of the last token that came
 
     def add(self, events: bytes) -> None:
         """Add the text of these token events."""
@@ -48,7 +48,7 @@ class Held:
         text before and after the cursor. In a gap of whole lines, the line end before a hidden line
         is shown.
         """
-        above = prompt.removesuffix(self._typed)
+        above = prompt.removesuffix(self._typed)  # a newer request's prompt ends with it
         if self.hidden is not None and not is_gap_of_lines(above, suffix):
             return b""
         return self._show(self._text[self._shown : self.hidden])
@@ -58,7 +58,7 @@ class Held:
         return text_event(text, self._tokens) if text else b""
 
 
-async def shown(pairs: Pairs, fields: Members, typed: Callable[[], str] = str) -> Pairs:
+async def shown(pairs: Pairs, fields: Members, typed: Callable[[], str] = lambda: "") -> Pairs:
     """The pairs of `Gateway.complete` without "judged". With a threshold, hold each line until its
     confidence arrives, and its line end until the next line is shown; hide the text from the first
     unsure line on. `fields`: of the request. `typed()`: what the user has already typed of the

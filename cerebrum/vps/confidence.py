@@ -15,20 +15,21 @@ class Confidence:
     """Follows one completion: the tokens that the model writes, and the text that the client gets
     of them.
 
-    A token belongs to the line in which it begins, and so does the one that ends the line or the
-    completion: how sure the model is that nothing follows is a part of it. Blank lines belong to
-    the line below them.
+    A token belongs to the line in which it begins. The token that ends a line or the completion
+    belongs to the line before it, since how sure the model is that nothing follows is a part of
+    that line. Blank lines belong to the line below them.
     """
 
     def __init__(self) -> None:
-        self.written = ""  # by the model; all positions below are in this text
+        # By the model. All positions below are in this text, but those of the client's text.
+        self.written = ""
         self._starts = list[int]()  # where each token begins
         self._probabilities = list[float]()  # of each token
         self._line = 0  # where the model's unfinished line begins
         self._begin = self._end = 0  # of the client's text
         self._client_line = 0  # where the client's lines that are not judged yet begin
-        self._sent = 0  # characters of the client's text
-        self._judged = list[Judged]()  # the client's complete lines
+        self._sent = 0  # the length of the client's text
+        self._judged = list[Judged]()  # the client's complete lines, and their ends in its text
 
     def add(self, text: str, probability: float) -> float:
         """A token, which adds this text. The least mean of the lines that it ends; 1.0 if there are
@@ -52,7 +53,7 @@ class Confidence:
         The client's text is the model's from `begin` on, where its code block begins. The client's
         lines may lack indentation: the margin of the block, or what stands in the file already.
         """
-        # `begin` moves only before any text but blank lines is sent.
+        # `begin` may still move while only blank lines were sent.
         self._begin = begin
         self._client_line = max(self._client_line, begin)
         self._end = max(self._end, begin)
@@ -103,8 +104,8 @@ class Confidence:
         return {"confidence": first, "text_confidence": whole}
 
     def _mean(self, begin: int, end: int) -> float:
-        """Of the tokens that begin from `begin` to `end`, or else of the one that reaches beyond
-        both.
+        """Of the tokens that begin from `begin` to `end` inclusive, where the token is that ends
+        the line; or else of the one that reaches beyond both.
         """
         first = bisect.bisect_left(self._starts, begin)
         after = bisect.bisect_right(self._starts, end)

@@ -215,13 +215,13 @@ def plan_load(
     only if it fits with the context that the published file has. ModelError or OSError if the
     published file cannot be used.
     """
-    settings, parts = fit(published, settings, free, need)
-    tuned, reason = find_tuned(published, settings, sha256)
+    fitted, parts = fit(published, settings, free, need)
+    tuned, reason = find_tuned(published, fitted, sha256)
     if not tuned:
-        return LoadPlan(settings, None, parts, reason)
+        return LoadPlan(fitted, None, parts, reason)
     try:
         (larger,) = need(tuned.path, [tuned.settings])
-        plan = LoadPlan(settings, tuned, larger, "", tuned.here)
+        plan = LoadPlan(fitted, tuned, larger, "", tuned.here)
         if plan.bytes <= free:
             return plan
         reason = (
@@ -230,7 +230,7 @@ def plan_load(
         )
     except (ModelError, OSError) as error:
         reason = f"its tuned file cannot be used: {error}"
-    return LoadPlan(settings, None, parts, reason, tuned.published)
+    return LoadPlan(fitted, None, parts, reason, tuned.published)
 
 
 def plan_pair(
@@ -249,25 +249,28 @@ def plan_pair(
         tuned, _ = find_tuned(file, small, draft.sha256)
         file, small = (tuned.path, tuned.settings) if tuned else (file, small)
 
-        def form_of(form: Settings) -> Settings:
-            return replace(small, n_ctx=form.n_ctx, sequences=form.sequences)
+        def beside(large: Settings) -> Settings:
+            return replace(small, n_ctx=large.n_ctx, sequences=large.sequences)
 
-        def need(large: Path, forms: Sequence[Settings]) -> list[Parts]:
-            drafts = needed(file, [form_of(form) for form in forms])
-            pairs = zip(needed(large, forms), drafts, strict=True)
+        def need(large: Path, candidates: Sequence[Settings]) -> list[Parts]:
+            """What both models take."""
+            drafts = needed(file, [beside(candidate) for candidate in candidates])
+            pairs = zip(needed(large, candidates), drafts, strict=True)
             return [own | {"draft": sum(other.values())} for own, other in pairs]
 
         pair = plan_load(path, settings, model.sha256, free, need)
-        form = form_of(pair.settings)
-        (parts,) = needed(file, [form])
+        small = beside(pair.settings)
+        (parts,) = needed(file, [small])
     except FileNotFoundError:
         return alone._replace(note=f"{draft.id} is not here to write drafts")
     except (ModelError, OSError) as error:
         return alone._replace(note=f"{draft.id} writes no drafts: {error}")
-    tuned = tuned and tuned._replace(settings=form)
-    pair = pair._replace(draft=LoadPlan(form, tuned, parts, ""))
-    # Without known speeds it must not take anything from the model.
-    if pair.bytes > free or not (alone.seconds or pair[:2] == alone[:2]):
+    tuned = tuned and tuned._replace(settings=small)
+    pair = pair._replace(draft=LoadPlan(small, tuned, parts, ""))
+    # Without known speeds it must not take anything from the model. A plan may be too large for the
+    # memory: `fit` returns the smallest settings then.
+    takes_nothing = (pair.settings, pair.tuned) == (alone.settings, alone.tuned)
+    if pair.bytes > free or not (alone.seconds or takes_nothing):
         return alone._replace(note=f"{draft.id} has no room to write drafts")
     if not alone.seconds:
         return pair._replace(note=f"{draft.id} writes drafts")
