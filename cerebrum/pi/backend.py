@@ -11,7 +11,7 @@ import logging
 import re
 import sys
 import time
-from collections.abc import AsyncGenerator, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from cerebrum.fields import JsonObject, Members, printable
@@ -25,7 +25,7 @@ from cerebrum.pi.completion import (
     Attempt,
     CompletionRequest,
     Fitted,
-    Pair,
+    Pairs,
 )
 from cerebrum.pi.engines import LlamaServer, OpenAI
 from cerebrum.pi.kind import Kind, read_result
@@ -49,7 +49,7 @@ def find_models(models: Sequence[Model], listed: Collection[str]) -> dict[str, s
     }
     found = {}
     for model in models:
-        file = files.get(model.file.removesuffix(".gguf"), model.id)
+        file = files.get(model.file.removesuffix(".gguf") or None, model.id)
         known = [name for name in (model.id, *model.aliases, file) if name in listed]
         if known:
             found[model.id] = known[0]
@@ -239,7 +239,7 @@ class Backend:
         self.names: dict[str, str] = {}
         self.models_loaded: list[str] = []  # in its memory, by the last successful probe
         self.answering = set[Attempt]()  # that it answers now
-        self._warn_anew = functools.lru_cache(1)(log.warning)  # not of the same as the last time
+        self._warn_anew = functools.lru_cache(1)(log.warning)  # not of the same again
         self._models_until = 0.0
 
     def _configure(self, kind: Kind) -> None:
@@ -340,7 +340,9 @@ class Backend:
             log.warning("%s: no list of models: %s", self.id, error.message)
             return
         self.names = find_models(self.kind.catalog, listed)
-        if not self.names:
+        if self.names:
+            self._warn_anew.cache_clear()
+        else:
             strange = printable(", ".join(sorted(listed)))[:MAX_MESSAGE_CHARACTERS] or "none"
             self._warn_anew("%s: expected a model of models.toml, got %s", self.id, strange)
         fixed = {"n_ctx": self.config.n_ctx} if self.config.n_ctx else {}
@@ -350,7 +352,7 @@ class Backend:
 
     # Answering.
 
-    async def answer(self, attempt: Attempt) -> AsyncGenerator[Pair, None]:
+    async def answer(self, attempt: Attempt) -> Pairs:
         """The answer to an attempt, as pairs: ("begun", None) once the backend responds, then those
         that `Gateway.complete` lists, with a result of checked members. If the backend counts too
         many tokens, the prompt is fitted again and sent once more. Every result goes to the breaker
@@ -363,17 +365,18 @@ class Backend:
             while True:
                 try:
                     attempt.sent = wanted = await self._fit(attempt, refused)
+                    kind = self.kind  # a reload may replace it
                     async with (
-                        self.kind.ask(wanted) as answer,
-                        contextlib.aclosing(self.kind.read(answer, wanted)) as pairs,
+                        kind.ask(wanted) as answer,
+                        contextlib.aclosing(kind.read(answer, wanted)) as pairs,
                     ):
                         # From now on the dispatcher can cut the answer; perhaps it wanted to while
                         # the connection was opened.
                         attempt.cut = answer.cut
                         if attempt.makes_room:
                             answer.cut()
-                        async for kind, value in pairs:
-                            yield kind, self._take(attempt, kind, value)
+                        async for name, value in pairs:
+                            yield name, self._take(attempt, name, value)
                     return
                 except HttpError as error:
                     if attempt.makes_room:

@@ -389,7 +389,7 @@ class Broadcasts:
         known = [(old, client in old.clients) for old in reversed(self.finished.values())]
         for other in self.subscribers:
             running = other.broadcast
-            if running and running.task and not running.task.done():
+            if running and running.task and not (running.failure or running.task.done()):
                 known.append((running, other.editor == editor))
         for broadcast, is_reader in known:
             typed = typed_in(broadcast, subscriber.request, digest, is_reader)

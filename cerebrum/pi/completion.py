@@ -171,7 +171,8 @@ class Completion:
     """
 
     request: CompletionRequest
-    # Ends the client's request with this error, whatever it awaits.
+    # Ends the client's request with this error, whatever it awaits; a speculative one for all who
+    # read it.
     end: Callable[[HttpError], object] = lambda _: None
     notes: JsonObject = field(default_factory=dict)  # for the request's line in the log
     client: str = ""  # whose share of the places it takes: one who still reads it

@@ -122,14 +122,15 @@ def decide(state: State, completion: Completion, now: float) -> Assign | Preempt
     """What happens now to a completion that has no place; an error ends it."""
     request, deadline = completion.request, completion.deadline
     may_wait, may_preempt = now < deadline, not request.guest
-    # Backends that have answered 429 are asked again at the end of a pause.
+    # Backends that have answered 429, if any, are asked again at the end of a pause.
     resume = busy_until(completion)
-    is_pausing = now < resume  # also if none has answered 429
-    until = resume if is_pausing and resume <= deadline else deadline
+    skips_busy = now < resume
+    asks_busy = skips_busy and resume <= deadline
+    until = resume if asks_busy else deadline
     # 1. Which models may answer, best first, and which backends have each of them?
     options = state.fleet.who_may(request.fields, any_language=request.in_dialect)
     # 2. What has failed this completion is not asked again, but for a 429 after its pause.
-    options = untried(completion, options, is_pausing)
+    options = untried(completion, options, skips_busy)
     able = backends_of(state.fleet, options)
     # 3. May any of them be asked? A trial may end at any moment, since each key that somebody types
     #    replaces the request before: so wait for it. A guest's trial makes room.
@@ -137,7 +138,7 @@ def decide(state: State, completion: Completion, now: float) -> Assign | Preempt
     if not usable:
         if may_preempt and (guest := who_tries(state, able)):
             return Preempt(guest)
-        if may_wait and (until == resume or any(backend.breaker.trial for backend in able)):
+        if may_wait and (asks_busy or any(backend.breaker.trial for backend in able)):
             return Wait(until)
         return completion.failure or nobody(state.fleet, options)
     # 4. Is a place free, and may this client take it? `place_for` does not count the older requests
@@ -168,7 +169,7 @@ def decide_spare(state: State, request: CompletionRequest) -> Assign | Wait | No
     return Wait(math.inf)
 
 
-def untried(completion: Completion, options: Options, is_pausing: bool) -> Options:
+def untried(completion: Completion, options: Options, skips_busy: bool) -> Options:
     """The options without the backends that have failed this completion, or that answered 429 and
     whose pause is not over, and without the models that a backend could not load.
     """
@@ -176,7 +177,7 @@ def untried(completion: Completion, options: Options, is_pausing: bool) -> Optio
     for attempt in completion.attempts:
         if attempt.code in WITHOUT_MODEL:
             failed.add((attempt.backend, attempt.model))
-        elif attempt.code and (is_pausing or attempt.code != "RATE_LIMIT"):
+        elif attempt.code and (skips_busy or attempt.code != "RATE_LIMIT"):
             failed.add((attempt.backend, ""))
     left = list[tuple[str, Sequence[Backend]]]()
     for model, backends in options:
@@ -211,7 +212,7 @@ def which_admit(backends: Sequence[Backend]) -> list[Backend]:
 
 def place_for(claim: Claim) -> Assign | None:
     """A free place that this client may take."""
-    if not is_fair(claim) or not is_left(claim):
+    if not spares_editors(claim) or not may_start(claim):
         return None
     request = claim.completion.request
     free = list[Backend]()
@@ -263,6 +264,8 @@ def who_makes_room(claim: Claim) -> Attempt | None:
     of these the newest, which loses least.
     """
 
+    state = claim.state
+
     def finds_place_without(ended: Sequence[Attempt]) -> bool:
         held = state.places.items()
         places = {attempt: backend for attempt, backend in held if attempt not in ended}
@@ -272,10 +275,9 @@ def who_makes_room(claim: Claim) -> Attempt | None:
         seconds = state.guest_seconds(guest.completion.client, claim.now)
         return seconds, guest.request.kind != "infill", guest.begun
 
-    state = claim.state
-
     if not finds_place_without(guests_of(state.places)):
         return None
+    # An attempt whose answer is whole leaves by itself.
     guests = [guest for guest in guests_of(state.running(claim.usable)) if not guest.last]
     enough = [guest for guest in guests if finds_place_without([guest])]
     return max(enough or guests, key=order, default=None)
@@ -296,7 +298,7 @@ def limit_of(backends: Sequence[Backend]) -> int:
     return sum(backend.limit for backend in backends)
 
 
-def is_fair(claim: Claim) -> bool:
+def spares_editors(claim: Claim) -> bool:
     """Whether a completion leaves a place for editors. After a recent infill, chats and plain
     completions leave one for infills, and one client's infills leave one for another client's.
     Requests of our own API take any place.
@@ -315,7 +317,7 @@ def is_fair(claim: Claim) -> bool:
     return len(running) < max(1, limit_of(claim.usable) - 1)
 
 
-def is_left(claim: Claim) -> bool:
+def may_start(claim: Claim) -> bool:
     """Whether a guest may start: no regular client waits, guests leave one place free for a minute
     after a regular completion, and this guest is below its limit.
     """
@@ -432,8 +434,7 @@ class Dispatcher:
             raise HttpError(SUPERSEDED, "other requests come first")
         called = self.state.line[completion] = asyncio.Future[Attempt]()
         try:
-            while not called.done():
-                until = self.advance().get(completion, 0.0)
+            while not called.done() and (until := self.advance(completion).get(completion)):
                 await asyncio.wait([called], timeout=until - time.monotonic())
             return called.result()
         except asyncio.CancelledError:
@@ -470,11 +471,11 @@ class Dispatcher:
             if other is not attempt:
                 await other.ended.wait()
 
-    def advance(self) -> dict[Completion, float]:
-        """Give free places to those that wait, in turns, and return when to ask again for each of
-        the others. If nobody waits, idle backends read ahead.
+    def advance(self, *asking: Completion) -> dict[Completion, float]:
+        """Give free places to those that wait, or to those that are `asking`, in turns, and return
+        when to ask again for each of the others. If nobody waits, idle backends read ahead.
         """
-        state, waiting = self.state, [*self.state.line]
+        state, waiting = self.state, [*(asking or self.state.line)]
         waits = dict[Completion, float]()
         holders = [attempt for attempt in state.answering if not attempt.makes_room]
         running = Counter(attempt.completion.client for attempt in holders)

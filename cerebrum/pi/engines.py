@@ -25,12 +25,12 @@ import json
 import math
 import re
 from abc import abstractmethod
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 from cerebrum.fields import Field, JsonObject, Members, items_of, members_of
-from cerebrum.pi.completion import MAX_TOKENS, Fitted, Pair, text_event
+from cerebrum.pi.completion import MAX_TOKENS, Fitted, Pair, Pairs, text_event
 from cerebrum.pi.kind import COUNT, Kind, Models, read_result
 from cerebrum.pi.upstream import (
     EVENT_STREAM,
@@ -455,7 +455,7 @@ class Engine(Kind):
     def ask(self, wanted: Fitted) -> AbstractAsyncContextManager[Answer]:
         return self.client.send(*self.write(wanted), READING_SECONDS)
 
-    async def read(self, answer: Answer, wanted: Fitted) -> AsyncGenerator[Pair, None]:
+    async def read(self, answer: Answer, wanted: Fitted) -> Pairs:
         await asyncio.sleep(0)  # following a long text takes a turn of the event loop by itself
         marks = [mark.strip() for mark in self.marks(wanted.model)]
         translator = Translator(wanted.fields, marks)
@@ -474,9 +474,7 @@ class Engine(Kind):
         if not translator.done:
             yield translator.last_pair()
 
-    async def _read_text(
-        self, answer: Answer, translator: Translator
-    ) -> AsyncGenerator[Pair, None]:
+    async def _read_text(self, answer: Answer, translator: Translator) -> Pairs:
         """The pairs up to the end of the requested piece, of the engine's text, or of the answer.
         While the engine is silent, ("idle", None) comes every ALIVE_SECONDS or a little later.
         """

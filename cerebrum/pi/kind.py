@@ -13,11 +13,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 
 from cerebrum.fields import Field, JsonObject, Members
-from cerebrum.pi.completion import Fitted, Pair
+from cerebrum.pi.completion import Fitted, Pairs
 from cerebrum.pi.upstream import (
     JSON,
     LATE,
@@ -98,7 +98,7 @@ class Kind(ABC):
         """Send a request for a completion, and yield its unread answer."""
 
     @abstractmethod
-    def read(self, answer: Answer, wanted: Fitted) -> AsyncGenerator[Pair, None]:
+    def read(self, answer: Answer, wanted: Fitted) -> Pairs:
         """The pairs of this answer: ("begun", None) once the backend responds, ("done", …) last.
         HttpError if it refuses, BackendFailure if its answer breaks off.
         """

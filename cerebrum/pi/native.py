@@ -7,12 +7,12 @@ of this kind reach a client.
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager
 
 from cerebrum.fields import Field, JsonObject, Members, items_of, members_of, parse_json
 from cerebrum.pi import upstream
-from cerebrum.pi.completion import Fitted, Pair, text_event
+from cerebrum.pi.completion import Fitted, Pair, Pairs, text_event
 from cerebrum.pi.kind import COUNT, MAX_ERROR_BYTES, SHARE, Kind, Models
 from cerebrum.pi.upstream import (
     EVENT_STREAM,
@@ -192,7 +192,7 @@ class Vpsd(Kind):
             "model": name,
         }
 
-    async def read(self, answer: Answer, wanted: Fitted) -> AsyncGenerator[Pair, None]:
+    async def read(self, answer: Answer, wanted: Fitted) -> Pairs:
         """The events of an answer as pairs: ("begun", None) first, ("done", members of the event)
         last. The done event is held until the framing of the body has ended as well: whether a
         stream counts as finished must not depend on how its bytes were split. Every other end is a

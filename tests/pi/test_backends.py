@@ -139,6 +139,10 @@ def test_which_model_a_backend_has(listed: list[str], name: str | None):
     assert find_models([MODEL], listed) == ({} if name is None else {"m": name})
 
 
+def test_a_model_without_a_file_has_no_name_without_letters():
+    assert find_models([replace(MODEL, file="")], ["org/", "", ".gguf"]) == {}
+
+
 # ------------------------------------------------------------------------------ requests of engines
 
 ASKED = {
