@@ -192,7 +192,7 @@ class Prompts:
             speed = fresh / seconds
             self.speed[model] = self.speed.get(model, speed) * 0.75 + speed * 0.25
         if request.kind in ("infill", "completion"):
-            self._remember((request.client, model), text.above)
+            self._remember((request.client, model), text.up_to_cursor)
 
     def _remember(self, reader: tuple[str, str], text: str) -> None:
         """Note a text that the backend has read for this client and model. Texts with the same

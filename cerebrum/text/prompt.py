@@ -309,7 +309,7 @@ class Prepared(NamedTuple):
     body: dict[str, Any]  # vpsd's fields: `mode`, and `prompt`, `suffix`, `extra` or `messages`
     kept: Kept  # the parts of the user's text that it holds, see `prepare`
     weight: int  # of its text, for `Ratio`
-    above: str = ""  # its text up to the cursor, in the order in which the backend reads it
+    up_to_cursor: str = ""  # its text up to there, in the order in which the backend reads it
     # The text before the cursor was cut (not only the suffix) to limit the prefill, so reading all
     # of it later helps.
     cut: bool = False
@@ -608,6 +608,7 @@ def prepare_text(
 
 def fit_suffix(suffix: str, prompt: str, room: int) -> str:
     """The start of the suffix, for the room that the prompt leaves, and for its share at least."""
+    # More of the prompt need not be weighed: it leaves nothing.
     spare = room - weigh(prompt[: MAX_CHARS_PER_WEIGHT * room])
     if fits(suffix, spare):
         return suffix
@@ -633,20 +634,22 @@ def limit_prefill(
     up_to_cursor = first + whole.before
     read = max((common_length(up_to_cursor, text) for text in cached), default=0)
     fresh = weigh(up_to_cursor[read:])
-    for_suffix = fresh_room // SUFFIX_FRESH
-    if layout == "psm":  # the suffix is last: it gets what the text before the cursor leaves
-        if fresh <= fresh_room - for_suffix:
-            return whole._replace(after=fit_start(whole.after, fresh_room - fresh))
-    elif fresh <= fresh_room:
-        return whole
-    elif read >= len(first):  # the backend has read the suffix: all of it stays
-        for_suffix = 0
-    before, kept = fit(prompt, language, fresh_room - for_suffix)
-    after = whole.after
+    after, share = whole.after, fresh_room // SUFFIX_FRESH
     if layout == "psm":
+        # The suffix is last: it gets what the text before the cursor leaves, or else its share.
+        share = min(share, weigh(after))
+        if fresh <= fresh_room - share:
+            return whole._replace(after=fit_start(after, fresh_room - fresh))
+        before, kept = fit(prompt, language, fresh_room - share)
         after = fit_start(after, fresh_room - weigh(before))
-    elif for_suffix:  # it is cut to its share
-        after = fit_start(after, for_suffix)
+    else:
+        if fresh <= fresh_room:
+            return whole
+        if read >= len(first):
+            share = 0  # the backend has read the suffix: all of it stays
+        else:
+            after = fit_start(after, share)
+        before, kept = fit(prompt, language, fresh_room - share)
     extra = whole.extra if read >= len(files) else []
     return Excerpt(extra, before, after, kept, cut=True)
 

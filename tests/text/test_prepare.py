@@ -427,12 +427,21 @@ def test_typing_adds_to_a_prompt_that_has_the_suffix_first(lines: int) -> None:
     read, before = 0, ""
     for end in range(200):
         fields = {"prompt": above + PYTHON_FILE[:end], "suffix": below, "language": "python"}
-        text = prepare(fields, "infill", 3000, 3.0, None, (), "spmv2").above
+        text = prepare(fields, "infill", 3000, 3.0, None, (), "spmv2").up_to_cursor
         assert text.startswith(below[:100])
         assert text.endswith(fields["prompt"][-100:])
         read += len(text) - common_length(text, before)
         before = text
     assert read < 2.1 * len(before)
+
+
+@pytest.mark.parametrize("suffix", ["", ")\n"])
+def test_no_time_is_kept_for_a_suffix_that_is_short(suffix: str) -> None:
+    text = PYTHON_FILE[:2000]
+    fields = {"prompt": text, "suffix": suffix, "language": "python"}
+    fresh = weigh(text + suffix) // 3 + 30  # tokens that may be read, a few of them marks
+    result = prepare(fields, "infill", 6000, 3.0, fresh, (), "psm")
+    assert (result.body["prompt"], result.cut) == (text, False)
 
 
 def test_what_is_read_in_time_of_a_prompt_that_has_the_suffix_first() -> None:
@@ -444,7 +453,7 @@ def test_what_is_read_in_time_of_a_prompt_that_has_the_suffix_first() -> None:
     def weights(*cached: str) -> tuple[int, int, bool]:
         result = prepare(fields, "infill", 6000, 3.0, 416, cached, "spmv2")
         prompt, suffix = result.body["prompt"], result.body["suffix"]
-        assert result.above == suffix + prompt
+        assert result.up_to_cursor == suffix + prompt
         return weigh(prompt), weigh(suffix), result.cut
 
     whole = fields["suffix"] + fields["prompt"]
