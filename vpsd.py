@@ -592,8 +592,8 @@ class Engine:
             admission.worker = worker
             worker.submit(job)
             if not job.low:
-                for instance in self.pool.instances.values():
-                    instance.worker.give_way(job)
+                for other in self.pool.instances.values():
+                    other.worker.give_way(job if other is instance else None)
         except HttpError as error:
             admission.events.put_nowait([error])
         except Exception as exception:

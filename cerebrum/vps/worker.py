@@ -19,8 +19,9 @@ try without HTTP:
 Who owns what
 - One `Worker` thread for each loaded model owns that model's llama context. Other threads only
   tokenize and abort with it. They add a `Job` to the worker's waiting ones. The worker's thread
-  passes events to the job's `deliver`, and every submitted job gets a last event. A flag cancels a
-  job. A byte that llama.cpp's abort callback reads aborts a running `llama_decode`.
+  passes events to the job's `deliver`; the last event of a job that is not cancelled says that it
+  is done, or is an error. A flag cancels a job. A byte that llama.cpp's abort callback reads aborts
+  a running `llama_decode`.
 - The worker's `Decoder` decides what each decode computes, and handles the result.
 - A worker schedules sequences. A sequence occupies a slot of the KV cache while it runs, and then
   until the slot is needed. Then the worker parks the sequence in a `PrefixStore` as bytes;
@@ -152,7 +153,7 @@ class Worker(threading.Thread):
 
     The thread settles three futures: `ready` when the model is loaded (or with an HttpError if
     loading failed), `ending` when it does no more work, and `ended` when everything is freed. Every
-    submitted job gets a last event, whatever happens.
+    submitted job gets a last event, unless it was cancelled.
     """
 
     def __init__(
@@ -182,7 +183,7 @@ class Worker(threading.Thread):
         self._farewell = HttpError(
             "SHUTTING_DOWN", f"model {self.model_id} is being unloaded; try again"
         )
-        self._end = self._farewell  # of running requests, or of the load
+        self._error = self._farewell  # of running requests, or of the load
 
     # -- called by any other thread
 
@@ -233,10 +234,10 @@ class Worker(threading.Thread):
         self.wake()
         self._abort_if(lambda run: run.job.cancelled)
 
-    def give_way(self, job: Job) -> None:
+    def give_way(self, job: Job | None) -> None:
         """Abort a decode that only reads low-priority prompts or a long chunk, or what a draft
-        model may need later: `job` has come. Finished micro-batches are kept, except by recurrent
-        models, which would begin again and are not aborted.
+        model may need later: `job` has come, or one of another model (None). Finished micro-batches
+        are kept, except by recurrent models, which would begin again and are not aborted.
         """
         decoder = self.decoder
         if not decoder:
@@ -247,13 +248,15 @@ class Worker(threading.Thread):
         def is_in_the_way(run: Run) -> bool:
             if recurrent or not run.prefilling:
                 return False
-            is_waited_for = common_prefix(run.prompt, job.prompt) >= MIN_PREFIX
+            is_waited_for = job and common_prefix(run.prompt, job.prompt) >= MIN_PREFIX
             return run.low or (is_long and not is_waited_for)
 
         self._abort_if(is_in_the_way)
 
     def _abort_if(self, is_meant: Callable[[Run], bool]) -> None:
-        """Abort a running decode that is for such runs alone, or for nobody yet."""
+        """Abort a running decode that is for such runs alone, or for nobody yet. `Compute.decode`
+        clears the byte before it asks a last time who has left, so no cancelled job is missed.
+        """
         decoder = self.decoder
         running = decoder.compute.running if decoder else None
         if decoder and running is not None and all(map(is_meant, running)):
@@ -300,13 +303,13 @@ class Worker(threading.Thread):
                 self.ready.set_result(None)
                 self._serve(decoder)
             except Exception as error:
-                self._end = self._failure(error)
+                self._error = self._failure(error)
             self.ending.set_result(None)
             self._close()
         finally:
             self.due = math.inf
             if not self.ready.done():  # only now that the model's memory is free
-                self.ready.set_exception(self._end)
+                self.ready.set_exception(self._error)
             self.ended.set_result(None)
 
     def _serve(self, decoder: Decoder) -> None:
@@ -331,7 +334,7 @@ class Worker(threading.Thread):
             is_low = all(run.low for run in runs)
             self.baton.note(decoder, None if is_low else decoder.costs(1))
             if not runs:
-                self._rest(decoder)
+                self._idle(decoder)
             elif not decoder.turn(runs):
                 self._alarm.wait(GIVE_WAY_SECONDS)
 
@@ -417,13 +420,13 @@ class Worker(threading.Thread):
             self._closed = True
         decoder = self.decoder
         self.baton.note(decoder, None)
-        for job in self.waiting:
+        for job in self.waiting:  # they may be sent again, whatever the others have ended by
             with self._logged("refusing a request"):
                 job.deliver([self._farewell])
         if decoder:
             for run in decoder.runs:
                 with self._logged("ending a request"):
-                    decoder.fail(run, self._end)
+                    decoder.fail(run, self._error)
             if decoder.draft_model:
                 decoder.draft_model.record.write()
             with self._logged("saving parked sequences"):
@@ -465,6 +468,7 @@ class Worker(threading.Thread):
             yielding = None if slots or job.low else decoder.run_that_yields()
             if yielding:
                 slots = [yielding.slot]
+            # It waits for a running prompt that will soon have more of its beginning.
             if slots and not decoder.sequences.is_coming(job.prompt, job.low):
                 self.waiting.remove(job)
                 self._start(job, slots, yielding, decoder)
@@ -484,7 +488,7 @@ class Worker(threading.Thread):
                 decoder.model.cut(slot, 0)
             job.deliver([HttpError("INTERNAL_ERROR", "internal error; see the log")])
 
-    def _rest(self, decoder: Decoder) -> None:
+    def _idle(self, decoder: Decoder) -> None:
         """Wait for the alarm, after the draft model has read what it lacks. Idle sequences are
         stored only after STORE_SECONDS of quiet, because storing 3,500 tokens takes a fifth of a
         second and no request should wait for the storing.

@@ -780,7 +780,8 @@ def ask(worker: Worker, prompt: str, **more: Any) -> Ask:
     return asked
 
 
-def test_a_long_chunk_gives_way_to_another_request_once(worker: Worker) -> None:
+@pytest.mark.parametrize("own", [True, False])
+def test_a_long_chunk_gives_way_to_another_request_once(worker: Worker, own: bool) -> None:
     """What was read of it stays, and from then on its chunks are short."""
     model, decoder = worker.model, worker.decoder
     sizes, real = list[list[int]](), model.decode
@@ -801,7 +802,7 @@ def test_a_long_chunk_gives_way_to_another_request_once(worker: Worker) -> None:
         worker.give_way(job)
         assert model.abort_flag[0] == b"\x00"
     short = ask(worker, "x", max_tokens=1)
-    worker.give_way(short.job)
+    worker.give_way(short.job if own else None)  # or to another model's
     model.hold.set()
     assert [short.outcome()[0], long.outcome()[0]] == ["y", "m"]
     assert sizes[:2] == [[256], [2, 1]]
