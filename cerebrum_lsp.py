@@ -354,7 +354,7 @@ class Suggestions:
 MAX_CHARACTERS = 4_000_000  # in the texts around all remembered cursors, but for the latest
 SURE = 0.5  # least confidence
 LOOK_SECONDS = 1.0  # how long a person looks at a suggestion before she takes it
-NO_PAUSE_SECONDS = 0.001
+NO_PAUSE_SECONDS = 0.001  # more than 0, as for any automatic request
 MIN_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 0.03, 0.4  # fast typists leave 0.1 s between keys
 PAUSE_SHARE = 0.2  # of the median response time
 # Characters before the cursor, and after it, that are sent: more than any context holds, and as
@@ -612,14 +612,14 @@ class Client:
         return LATER
 
     def respond(self, call: Call, response: Object) -> None:
-        """Respond before the thread has ended: its connection may be slow to come about."""
-        with contextlib.suppress(KeyError):  # another thread has responded
+        """Send the call's one response, unless another thread has."""
+        with contextlib.suppress(KeyError):
             self.running.remove(call)
             self.send(id=call.request_id, **response)
             call.end()
 
     def end_calls(self, is_meant: Callable[[Call], bool], response: Object) -> None:
-        """Respond now, whatever their threads may find."""
+        """Respond before their threads have ended, whose connections may be slow to come about."""
         for call in [*self.running]:
             if is_meant(call):
                 self.respond(call, response)
@@ -891,6 +891,7 @@ class Completions:
                 if self.pi.may_speculate(call):
                     self.suggestions.ahead = behind
                     body = self.body(behind, is_automatic=True)
+                    # The Pi keeps the answer.
                     self.pi.ask(call, "/infill", {**body, "speculative": True})
 
     def infill(self, call: Call, gap: Gap) -> Suggestion:

@@ -313,6 +313,7 @@ class BodyDecoder:
     """
 
     def __init__(self, length: int | None, chunked: bool, room: int = sys.maxsize) -> None:
+        """`length` and `chunked` are those of `parse_framing`."""
         self.done = length == 0 and not chunked
         self.may_end = length is None  # at any byte, with the connection
         self.fault: HttpError | None = None
@@ -632,7 +633,7 @@ class Exchange:
         self.verdict: HttpError | None = None  # the error for which `end` cancelled the task
         self.notes: dict[str, Any] = {}  # from the handler, for the log
         self.reason = ""  # code and message of an error, for the log
-        self.ended = False  # logged and counted
+        self.ended = False  # the answer is complete, logged and counted
         self.started = time.perf_counter()
 
     def end(self, error: HttpError) -> None:

@@ -181,7 +181,7 @@ def untried(completion: Completion, options: Options, skips_busy: bool) -> Optio
             failed.add((attempt.backend, ""))
     left = list[tuple[str, Sequence[Backend]]]()
     for model, backends in options:
-        able = [one for one in backends if not failed & {(one.id, model), (one.id, "")}]
+        able = [other for other in backends if not failed & {(other.id, model), (other.id, "")}]
         left.append((model, able))
     return left
 
@@ -232,13 +232,13 @@ def best_place(
     last = state.served.get(request.file)
     for model, having in options:
         if best := [backend for backend in free if backend in having]:
-            return Assign(model, min(best, key=lambda one: (one.id != last, state.load(one))))
+            return Assign(model, min(best, key=lambda other: (other.id != last, state.load(other))))
     return None
 
 
 def of_others(attempts: Sequence[Attempt], session: str) -> list[Attempt]:
     """The attempts that a new request of this session does not end."""
-    return [one for one in attempts if not session or one.request.session != session]
+    return [other for other in attempts if not session or other.request.session != session]
 
 
 def is_idle(state: State, backend: Backend, request: CompletionRequest) -> bool:

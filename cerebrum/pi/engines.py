@@ -279,14 +279,16 @@ class Translator:
         self.events = Events()
         self.characters = Characters()
         self.most = fields.get("max_tokens") or MAX_TOKENS
-        self.limit = fields.get("predict_ms", 0) / 1000  # seconds; 0: none
+        self.seconds = fields.get("predict_ms", 0) / 1000  # for the text; 0: any number
         self.progress = fields.get("progress", False)
         self.counts: JsonObject = {}  # of the last event that has any
         self.tokens = 0  # events with text; an engine may put several tokens into one
-        self.deadline = math.inf  # of the text; it ends with a whole line
+        self.deadline = math.inf  # after it, the text ends as soon as it has a line end
         self.has_line = False  # a line end has been generated
         self.heard = -math.inf  # when the last event came
-        self.engine_reason: str | None = None  # why the engine ended its text; None before its end
+        # Why the engine ended its text, or that we did at `most`; None before its end. `last_pair`
+        # sends it, behind the counts that may follow.
+        self.engine_reason: str | None = None
         self.done = False
 
     def feed(self, piece: bytes, now: float) -> Iterator[Pair]:
@@ -329,12 +331,12 @@ class Translator:
             yield from read_progress(members)
 
     def _text(self, text: str, reason: str | None, now: float) -> Iterator[Pair]:
-        # An event has at least one token, so this engine ignores its limit.
+        # An event has at least one token, so this engine ignores max_tokens.
         if text and self.tokens == self.most:
             text, reason = "", "length"
         if text:
-            if self.limit and not self.tokens:
-                self.deadline = now + self.limit
+            if self.seconds and not self.tokens:
+                self.deadline = now + self.seconds
             self.tokens += 1
             self.has_line |= "\n" in text
             text = self.characters.feed(text)

@@ -12,13 +12,14 @@ from cerebrum.pi.completion import CUT, Pairs, read_text, text_event
 
 class Held:
     """The text of a completion, of which the client has the beginning. A line waits for its
-    confidence, and its line end for the next line. Counts, except `_tokens`, and positions are
-    characters of the text.
+    confidence, and its line end for the next line. All positions are characters of the text, and
+    so are those of the judged lines.
     """
 
     def __init__(self, threshold: float, typed: str) -> None:
         self._threshold = threshold  # the first line of less confidence is hidden, and all below it
-        self._typed = self._text = typed  # the text begins with what the user has typed
+        # The text begins with what the user has typed, which the events lack.
+        self._typed = self._text = typed
         self._shown = len(typed)  # what the client has
         self._judged = 0  # where the judged lines end
         self.hidden: int | None = None  # where the first hidden line begins; None: none is hidden
@@ -67,7 +68,7 @@ async def shown(pairs: Pairs, fields: Members, typed: Callable[[], str] = lambda
     held: Held | None = None  # None: show everything at once
     async with contextlib.aclosing(pairs):
         async for kind, value in pairs:
-            if kind == "started":  # again if another backend takes over
+            if kind == "started":  # again if another backend takes over, before any text
                 threshold = value["threshold"]
                 held = Held(threshold, typed()) if threshold else None
             elif kind == "judged":
@@ -75,7 +76,7 @@ async def shown(pairs: Pairs, fields: Members, typed: Callable[[], str] = lambda
             elif kind == "text" and value and held:
                 held.add(value)
                 kind, value = "idle", None  # the text is held, but the backend is alive
-            # A completion cut off shows nothing more.
+            # Unless it was cut off: that shows nothing more.
             elif kind == "done" and held and value.get("finish_reason") not in CUT:
                 yield "text", held.end(fields["prompt"], fields.get("suffix") or "")
                 if held.hidden is not None:

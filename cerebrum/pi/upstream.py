@@ -376,7 +376,7 @@ class Reader(asyncio.Protocol):
         self._came.set()
 
     def eof_received(self) -> None:
-        self.connection_lost(None)  # no read waits any more, so the timer ends as well
+        self.connection_lost(None)  # asyncio calls it again; the first `end` stays
 
     async def wait(self) -> None:
         """Wait for more bytes, or the end."""
@@ -410,8 +410,7 @@ class Answer:
         self.status = 0
         self.reader, self._again = reader, again
         self._heads = 0  # that have come
-        # Once it is done, the connection is not reused, whatever bytes follow.
-        self.body = BodyDecoder(0, False)
+        self.body = BodyDecoder(None, False)  # until the head has come
 
     def cut(self) -> None:
         """End the answer here: reading returns what has come, and then fails."""
@@ -442,13 +441,13 @@ class Answer:
 
     async def _send_again(self) -> None:
         """Send the request again after the connection's end, or fail."""
-        reader = self.reader
-        is_late = reader.end == EXPIRED
-        if is_late or reader.unread or self.status or self._again is None:
+        old = self.reader
+        is_late = old.end == EXPIRED
+        if is_late or old.unread or self.status or self._again is None:
             raise BackendFailure(LATE if is_late else NO_ANSWER)
         self.reader = await self._again()
         self._again = None
-        if reader.end == EXPIRED:  # it has been cut meanwhile
+        if old.end == EXPIRED:  # it has been cut meanwhile
             self.reader.cut()
 
     async def read(self) -> bytes:

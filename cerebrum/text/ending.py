@@ -25,7 +25,7 @@ from collections.abc import Sequence
 
 from cerebrum.text.gap import gap_of
 from cerebrum.text.languages import BY_NAME, LANGUAGES, Language, in_style
-from cerebrum.text.scanner import COMPOUND, LINE_CHARS, PAIRS, LineScanner, Scanner, scanner_of
+from cerebrum.text.scanner import COMPOUND, LINE_CHARS, OPENING_OF, LineScanner, Scanner, scanner_of
 from cerebrum.text.stages import (
     Blanks,
     Indent,
@@ -181,7 +181,8 @@ class Block(Stage):
     block is over when a line has ended (`read_line`).
     """
 
-    complete = False  # what was asked for is whole, but the next line may still belong to it
+    # With `side_of_next`: what was asked for is whole, but the next line may still belong to it.
+    complete = False
     mark = 0  # the end of the last line that is not blank, where the completion ends
     ticks = 0  # backticks in a row
 
@@ -272,7 +273,9 @@ class LineBlock(Block):
     - containers: the rest of the innermost one;
     - the cursor is indented, so the prompt lacks a header: the lines indented as much;
     - the cursor's line has begun: a statement, which ends at a blank line;
-    - in Python and Scala: all through the first definition that the model writes.
+    - nothing of these: all that follows.
+
+    In Python and Scala, the last two go on through the first definition that the model writes.
 
     If only white space precedes the cursor in its line, the indentation of the first line written
     shows which blocks are open. In Scala, a typed line begins a block if no function is open.
@@ -309,8 +312,9 @@ class LineBlock(Block):
             if self._begins_block(head):
                 blocks.append((scanner.indent, head))
             self._choose(blocks, typed=True)
-        elif scanner.fresh and language.indented:
+        elif scanner.fresh and language.indented:  # right below a header
             self._choose(scanner.blocks, typed=False)
+        # Or else the first line that is written decides, in `side_of`.
 
     def _begins_block(self, head: str) -> bool:
         """Whether the cursor's line begins a block."""
@@ -377,6 +381,7 @@ class LineBlock(Block):
     def _side_of_deeper(self, word: str) -> str:
         if self.goal == "member" and self.begun:
             self.goal = "function"
+        # Outside all blocks, every line is deeper, also one in column 0.
         may_be_over = self.goal == "statement" and self.level == 0 and self.blank and self.mark
         return self._side_of_closing(word) if may_be_over else INSIDE
 
@@ -385,7 +390,7 @@ class LineBlock(Block):
             return INSIDE
         if not self.language.indented:
             return self._side_of_closing(word)
-        if word[0] in PAIRS:
+        if word[0] in OPENING_OF:
             return INSIDE
         return continues(word) if self.goal == "compound" else self.helpers.side_of(word)
 
@@ -396,7 +401,7 @@ class LineBlock(Block):
         language = self.language
         if re.match(rf"(?:{language.clauses})(?!\w)", word):
             return INSIDE
-        if word[0] in PAIRS or re.match(language.closers, word):
+        if word[0] in OPENING_OF or re.match(language.closers, word):
             if self.level == self.base:
                 self.goal = "closed"
             return INSIDE
@@ -495,7 +500,7 @@ class BracketBlock(Block):
         return not self._may_go_on or scanner.last == ";"
 
     def side_of_next(self, word: str) -> str:
-        if word[0] in ("{", *PAIRS) or (word[0] in GOES_ON and self._may_go_on):
+        if word[0] in ("{", *OPENING_OF) or (word[0] in GOES_ON and self._may_go_on):
             return INSIDE
         return continues(word) if self.clauses else self.helpers.side_of(word)
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 
 from cerebrum.text.languages import LANGUAGES
-from cerebrum.text.scanner import CHANGES, LINE_CHARS, PAIRS, Scanner, after_blank, scanner_of
+from cerebrum.text.scanner import CHANGES, LINE_CHARS, OPENING_OF, Scanner, after_blank, scanner_of
 from cerebrum.text.stages import Search, Stage, columns_of, last_line
 
 # What each is worth, by tests/bench/ending.py in Python, JavaScript, TypeScript, Rust, C, C++ and
@@ -92,7 +92,9 @@ class Meeting:
         self.indent, self.line = line_of(last_line(prompt))  # of the text so far
         if self.line and not in_line:
             self.indent = -1  # a line that begins in the prompt cannot be a line of the suffix
-        self.edge = 0  # where the text ends without this line
+        # Where the text ends without this line: behind the line end above it if whole lines are
+        # missing, else before that.
+        self.edge = 0
         self.search = Search(self.first)  # in the line so far
         # Positions in the text: of the line end above, then of each character of the line that is
         # not white space.
@@ -213,9 +215,9 @@ class Gap(Stage):
     # Characters left before the infill ends at `enough`, white space not counted.
     patience = AHEAD_CHARS
     doubt = DOUBT_OF_LINES  # bits left before it ends there
-    enough: int | None = None  # the infill could end here ...
-    # ... or at most here, where the text left the cursor's surroundings (a bracket or a line does
-    # not belong to the gap); None: it has not.
+    enough: int | None = None  # the infill could end here; None: it cannot yet
+    # Where the text left the cursor's surroundings, so that a bracket or a line does not belong to
+    # the gap; None: it has not. The infill ends there at the latest.
     left_at: int | None = None
 
     def __init__(self, scanner: Scanner, prompt: str, suffix: str) -> None:
@@ -225,14 +227,14 @@ class Gap(Stage):
         self.meeting = Meeting(self.text, prompt, suffix, self.in_line, remark)
         # At the cursor: the end of its literal or comment ("" in code), how many brackets are open,
         # and how many closing ones have no partner in the prompt.
-        self.literal_above = scanner.closer
-        self.depth_above = len(scanner.stack)
-        self.unmatched_above = scanner.unmatched
+        self.literal_at_cursor = scanner.closer
+        self.depth_at_cursor = len(scanner.stack)
+        self.unmatched_at_cursor = scanner.unmatched
         # Of the open brackets, the suffix closes so many.
         self.closed_below = 0
-        if not self.literal_above:
+        if not self.literal_at_cursor:
             closing = scanner_of(scanner.language, suffix[:CLOSERS_CHARS]).unmatched
-            self.closed_below = min(self.depth_above, closing)
+            self.closed_below = min(self.depth_at_cursor, closing)
 
     def on_start(self) -> None:
         """A line begins: its first character that is not white space has come."""
@@ -276,7 +278,7 @@ class Gap(Stage):
             return
         if not begun:
             self.on_start()
-        if char in PAIRS and not scanner.closer and self.has_closed_too_much():
+        if char in OPENING_OF and not scanner.closer and self.has_closed_too_much():
             self.on_leaving(len(self.text) - 1 if begun else meeting.edge)
             if not self.in_line:  # there the bracket may be the suffix's own
                 self.doubt = 0.0
@@ -299,7 +301,9 @@ class Gap(Stage):
         text.
         """
         scanner = self.scanner
-        return len(scanner.stack) < self.closed_below or scanner.unmatched > self.unmatched_above
+        return (
+            len(scanner.stack) < self.closed_below or scanner.unmatched > self.unmatched_at_cursor
+        )
 
     def is_suffix(self, lines: int) -> bool:
         """Whether a text that ends with so many lines of the goal has come to the suffix."""
@@ -324,9 +328,9 @@ class Gap(Stage):
 
 
 class GapOfLines(Gap):
-    """A gap above whole lines. The suffix could follow the first line that leaves no bracket or
-    header open and is not indented less than the suffix, and the text above a line that is indented
-    less than cursor and suffix.
+    """A gap above whole lines, or at the end of a line that has begun. The suffix could follow the
+    first line that leaves no bracket or header open and is not indented less than the suffix, and
+    the text above a line that is indented less than cursor and suffix.
     """
 
     mark: int | None = None  # the end of the last line that is not blank
@@ -345,7 +349,7 @@ class GapOfLines(Gap):
         clause = re.match(scanner.language.clauses, suffix.lstrip())
         self.new = scanner.statements and not clause
         self.inner = scanner.by_lines and typed and self.indent > self.below
-        if below[1][0] in PAIRS and scanner.stack and not self.literal_above:
+        if below[1][0] in OPENING_OF and scanner.stack and not self.literal_at_cursor:
             self.inner = True
 
     def on_start(self) -> None:
@@ -371,8 +375,8 @@ class GapOfLines(Gap):
         """Whether the suffix fits below the line that has ended."""
         scanner, opened = self.scanner, self.scanner.opened
         if scanner.closer or self.has_closed_too_much():
-            return scanner.closer != "" and self.literal_above != ""
-        if len(scanner.stack) > self.depth_above and not scanner.language.enclosed:
+            return scanner.closer != "" and self.literal_at_cursor != ""
+        if len(scanner.stack) > self.depth_at_cursor and not scanner.language.enclosed:
             return False
         if opened is not None:
             return opened < self.below
@@ -422,17 +426,19 @@ class GapInLine(Gap):
         if lines == 1 and self._has_closed():
             self.end("stop", written)
         elif lines == 1:
-            self.enough, self.doubt = written, 0.0
+            self.enough, self.doubt = written, 0.0  # surer than any place before
             if len(rest) >= REST_CHARS:
                 self.patience = min(self.patience, WRITTEN_AHEAD_CHARS)
-        elif rest[0] in PAIRS and scanner.stack:
+        elif rest[0] in OPENING_OF and scanner.stack:
             return  # the rest closes what the cursor is in
-        elif len(scanner.stack) <= self.depth_above and not scanner.closer:
+        elif len(scanner.stack) <= self.depth_at_cursor and not scanner.closer:
             self.could_end(self.meeting.edge)
 
     def _has_closed(self) -> bool:
         """Whether the text has closed the literal around the cursor, which the suffix closes."""
-        closes = self.literal_above != "" and self.meeting.first.startswith(self.literal_above)
+        closes = self.literal_at_cursor != "" and self.meeting.first.startswith(
+            self.literal_at_cursor
+        )
         return closes and not self.scanner.closer
 
     def is_suffix(self, lines: int) -> bool:

@@ -29,7 +29,7 @@ NESTED = 60
 OPENER_CHARS = 6  # the longest opening of a literal
 TAIL_CHARS = 18  # the longest end of a literal: C++'s )name" with 16 characters in its name
 LINE_CHARS = 500  # the part of a line that comparisons use
-PAIRS = {")": "(", "]": "[", "}": "{"}
+OPENING_OF = {")": "(", "]": "[", "}": "{"}
 COMPOUND = re.compile(
     r"(?:async\s+)?(?:def|class|if|elif|else|for|while|with|try|except|finally|match|case)\b"
 )
@@ -330,7 +330,7 @@ class Scanner:
             self.previous, self.last = self.last, char
 
     def _bracket(self, char: str) -> None:
-        if char in PAIRS:
+        if char in OPENING_OF:
             self._close(char)
         elif char == "{" and not self.by_lines:
             self.stack.append(Bracket(char, self.indent, self.head))
@@ -346,7 +346,7 @@ class Scanner:
         top = len(self.stack) - 1
         for depth in range(top, max(-1, top - STRAY_BRACKETS), -1):
             kind = self.stack[depth].kind
-            if kind[-1] == PAIRS[char]:
+            if kind[-1] == OPENING_OF[char]:
                 return depth
             if kind == "{":
                 break

@@ -21,12 +21,12 @@ class Confidence:
     """
 
     def __init__(self) -> None:
-        # By the model. All positions below are in this text, but those of the client's text.
+        # By the model. All positions are in this text, but `_sent` and those in `_judged`.
         self.written = ""
         self._starts = list[int]()  # where each token begins
         self._probabilities = list[float]()  # of each token
         self._line = 0  # where the model's unfinished line begins
-        self._begin = self._end = 0  # of the client's text
+        self._begin = self._end = 0  # where the client's text begins and ends
         self._client_line = 0  # where the client's lines that are not judged yet begin
         self._sent = 0  # the length of the client's text
         self._judged = list[Judged]()  # the client's complete lines, and their ends in its text
@@ -53,7 +53,8 @@ class Confidence:
         The client's text is the model's from `begin` on, where its code block begins. The client's
         lines may lack indentation: the margin of the block, or what stands in the file already.
         """
-        # `begin` may still move while only blank lines were sent.
+        # `begin` may still move while only blank lines were sent. Later it stays, and the others
+        # are beyond it.
         self._begin = begin
         self._client_line = max(self._client_line, begin)
         self._end = max(self._end, begin)
@@ -74,7 +75,7 @@ class Confidence:
         return self.written.index(rest, self._end) + len(rest) if rest else self._end
 
     def _end_line(self) -> None:
-        lines = self.unfinished()
+        lines = self.unfinished()  # the one that ends, if it is not blank
         after = self.written.find("\n", self._end) + 1
         # Without a line end there, `Gap` has added one that the model has not written.
         if after and self.written[self._end : after].isspace():
@@ -104,8 +105,8 @@ class Confidence:
         return {"confidence": first, "text_confidence": whole}
 
     def _mean(self, begin: int, end: int) -> float:
-        """Of the tokens that begin from `begin` to `end` inclusive, where the token is that ends
-        the line; or else of the one that reaches beyond both.
+        """Of the tokens that begin from `begin` to `end`: there begins the token that ends the
+        line. If none begins there, of the token around them.
         """
         first = bisect.bisect_left(self._starts, begin)
         after = bisect.bisect_right(self._starts, end)

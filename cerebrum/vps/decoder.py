@@ -20,7 +20,7 @@ from cerebrum_common import HttpError, log
 
 # A draft model reads so many at once before it writes a draft, and also while nobody waits: then a
 # request aborts them, and they are lost.
-IDLE_TOKENS = 64
+CATCH_UP_TOKENS = 64
 
 
 @dataclass(slots=True)
@@ -88,8 +88,8 @@ class Decoder:
         """Decode the next work of every run, together. False if there is none: prompts of low
         priority are read only while no other request needs the CPU.
         """
-        before = self.tally.ahead_seconds
-        # 1. Whose work is it? A decoder with runs of low priority alone is not active.
+        ahead_before = self.tally.ahead_seconds  # `next_work` lets the draft model write
+        # 1. Whose work is it? A decoder of any model with runs of low priority alone is not active.
         if self.compute.baton.active:
             runs = [run for run in runs if not (run.low and run.prefilling)]
         # 2. What does each need?
@@ -104,7 +104,7 @@ class Decoder:
         # 4. Did the drafts save time?
         if seconds and not is_prefilling:
             written = self.tally.tokens - tokens
-            self._learn(works, written, self.tally.ahead_seconds - before, seconds)
+            self._learn(works, written, self.tally.ahead_seconds - ahead_before, seconds)
         return bool(runs)
 
     def _learn(self, works: list[Work], tokens: int, draft_seconds: float, seconds: float) -> None:
@@ -163,6 +163,7 @@ class Decoder:
             return
         # 1. Does it pay to read what the draft model lacks, and to write?
         run, case = work.run, (streams, MODEL, MODEL_LENGTH)
+        # Empty: it cannot have this text.
         lacking = draft_model.follow(run.slot.id, [*run.slot.tokens, *work.tokens])
         # Nobody knows how long the text gets; it may as well end when it is twice as long as it is.
         tokens = min(run.generated, run.job.max_tokens - run.generated)
@@ -173,14 +174,14 @@ class Decoder:
         share = share_seconds(self._pace(own=streams > 1)) / streams
         deadline = time.perf_counter() + share
         readable = draft_model.costs.longest(share - self.costs(streams))
-        if len(lacking) > min(readable, IDLE_TOKENS):
-            draft_model.read(run.slot.id, lacking[:readable], [])
+        if len(lacking) > min(readable, CATCH_UP_TOKENS):
+            draft_model.read(run.slot.id, lacking[:readable], [])  # which whoever comes may abort
             return
         # 3. Check a token that is likely enough to be right; write the next one if it is too.
         work.case = case
         most = min(room, MODEL_LENGTH)
         # The seconds that a right token saves, times the probability that all so far are right.
-        worth = self.gain.plain[streams]
+        worth = self.gain.plain[streams]  # known, since the draft is wanted
         size = streams  # of the decode that checks them, without the other streams' drafts
         for token, probability in draft_model.continuations(run, lacking):
             work.foreseen.append(token)
@@ -208,7 +209,7 @@ class Decoder:
         for slot in self.sequences.slots:
             lacking = draft_model.follow(slot.id, slot.tokens) if slot.tokens else []
             if len(lacking) > 1:
-                return draft_model.read(slot.id, lacking[:IDLE_TOKENS], [])
+                return draft_model.read(slot.id, lacking[:CATCH_UP_TOKENS], [])
         return False
 
     def _next_chunk(self, run: Run, runs: list[Run]) -> Work:

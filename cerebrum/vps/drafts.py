@@ -67,7 +67,7 @@ class Gain:
     def __init__(self) -> None:
         # By the number of streams: moving average of the seconds per token without drafts.
         self.plain: dict[int, float] = {}
-        self.age = Counter[int]()  # by the number of streams: drafts judged by this average
+        self.judged = Counter[int]()  # by the number of streams: drafts judged by this average
         # By streams, source and length, for each of the latest drafts: the seconds that its tokens
         # took longer than without it.
         self.losses: dict[Case, deque[float]] = defaultdict(lambda: deque(maxlen=SEEN))
@@ -79,16 +79,16 @@ class Gain:
         if tokens:
             pace = seconds / tokens
             self.plain[streams] = (3 * self.plain.get(streams, pace) + pace) / 4
-            self.age[streams] = 0
+            self.judged[streams] = 0
 
     def learn(self, case: Case, tokens: int, seconds: float) -> None:
         """Count a decode with a draft, and the time that making the draft took: `tokens` were
         written.
         """
         streams = case[0]
-        if tokens and self.age[streams] < FRESH:
+        if tokens and self.judged[streams] < FRESH:
             self.losses[case].append(seconds - tokens * self.plain[streams])
-            self.age[streams] += 1
+            self.judged[streams] += 1
 
     def wants(self, case: Case) -> bool:
         """Whether to make such a draft now; each call counts. Each verdict is contradicted once
@@ -101,8 +101,8 @@ class Gain:
         verdict = sum(losses) <= 0
         if len(losses) < TRIALS:
             # Too few: make it if it can be judged. A draft model is only loaded if its drafts
-            # should save time.
-            verdict = source == MODEL or self.age[streams] < FRESH
+            # should save time: they go on without being judged.
+            verdict = source == MODEL or self.judged[streams] < FRESH
         given = case, verdict
         self.verdicts[given] += 1
         is_test = self.verdicts[given] % (RETRY + 1) == 0
