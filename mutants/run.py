@@ -38,7 +38,7 @@ ROOMS = {
     "cerebrum/http.py": "tests/test_wire.py tests/test_load.py tests/test_metrics.py",
     "cerebrum/pi/dispatcher.py": f"tests/pi/test_dispatcher.py {PI} tests/pi/test_cm4d.py "
     "tests/pi/test_backends.py",
-    "cerebrum/pi/broadcast.py": PI,
+    "cerebrum/pi/broadcast.py": f"tests/pi/test_speculative.py {PI}",
     "cerebrum/pi/upstream.py": "tests/pi/test_upstream.py tests/pi/test_cm4d.py "
     "tests/pi/test_backends.py",
     "cerebrum/pi/dialects.py": "tests/pi/test_dialects.py tests/pi/test_plugins.py "
