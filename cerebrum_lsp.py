@@ -311,7 +311,7 @@ class Suggestions:
     def add(self, gap: Gap, found: Suggestion, seconds: float) -> None:
         """Add a completion, and the seconds for it unless it was computed ahead."""
         with self.lock:
-            while sum(len(old.before + old.after) for old, _ in self.found) > MAX_CHARACTERS:
+            while sum(len(old.before) + len(old.after) for old, _ in self.found) > MAX_CHARACTERS:
                 self.found.popleft()
             self.found.append((gap, found))
             if gap != self.ahead:

@@ -122,9 +122,8 @@ def typed_of(earlier: str, text: str, prompt: str, omitted: int = 0) -> int:
 class Broadcast:
     """One completion for all clients that ask for it: running, with a task; or finished, without a
     completion; or answered at once, with a completion and no task. While it runs, it keeps all
-    pairs but "idle"
-    and "progress", so that a late client gets the whole text. A finished one keeps its text and the
-    end of its prompt, for the clients who got the text.
+    pairs but "idle" and "progress", so that a late client gets the whole text. A finished one keeps
+    its text and the end of its prompt, for the clients who got the text.
     """
 
     digest: bytes  # of the request, by `digest_of`

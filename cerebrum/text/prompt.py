@@ -608,7 +608,7 @@ def prepare_text(
 
 def fit_suffix(suffix: str, prompt: str, room: int) -> str:
     """The start of the suffix, for the room that the prompt leaves, and for its share at least."""
-    # More of the prompt need not be weighed: it leaves nothing.
+    # A prompt that is longer than this leaves nothing, whatever the rest of it weighs.
     spare = room - weigh(prompt[: MAX_CHARS_PER_WEIGHT * room])
     if fits(suffix, spare):
         return suffix

@@ -46,8 +46,8 @@ class ModelTally(Tally):
 class Compute:
     """Decodes in turn with the other models, and nothing for clients that have all left.
 
-    Owned by a worker; its thread calls it. `give_up(seconds)` is asked before a decode that should
-    take so long, which also tells the watchdog.
+    Owned by a worker; its thread calls it. Before a decode that should take so many seconds,
+    `give_up(seconds)` is asked whether to leave it out; the call also tells the watchdog.
     """
 
     baton: Baton

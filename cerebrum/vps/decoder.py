@@ -89,7 +89,7 @@ class Decoder:
         priority are read only while no other request needs the CPU.
         """
         ahead_before = self.tally.ahead_seconds  # `next_work` lets the draft model write
-        # 1. Whose work is it? A decoder of any model with runs of low priority alone is not active.
+        # 1. Whose work is it? A decoder of any model is active if it has runs of normal priority.
         if self.compute.baton.active:
             runs = [run for run in runs if not (run.low and run.prefilling)]
         # 2. What does each need?
@@ -169,8 +169,8 @@ class Decoder:
         tokens = min(run.generated, run.job.max_tokens - run.generated)
         if not lacking or not draft_model.pays(len(lacking), tokens) or not self.gain.wants(case):
             return
-        # 2. No other stream may wait longer than for a chunk of a prompt. If that is too short to
-        # read what is lacking, or if it is much, read some and write nothing this time.
+        # 2. No other stream may wait longer than for a chunk of a prompt. If too much is lacking,
+        # read a part of it, and write nothing this time.
         share = share_seconds(self._pace(own=streams > 1)) / streams
         deadline = time.perf_counter() + share
         readable = draft_model.costs.longest(share - self.costs(streams))

@@ -100,8 +100,8 @@ class Gain:
         losses = self.losses[case]
         verdict = sum(losses) <= 0
         if len(losses) < TRIALS:
-            # Too few: make it if it can be judged. A draft model is only loaded if its drafts
-            # should save time: they go on without being judged.
+            # Too few: make it if it can be judged. A draft model's are made in any case: it is only
+            # loaded if they should save time.
             verdict = source == MODEL or self.judged[streams] < FRESH
         given = case, verdict
         self.verdicts[given] += 1

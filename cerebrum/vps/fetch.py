@@ -125,8 +125,8 @@ def check_download(model: Model, part: Path) -> None:
     """Remove a part that is not the model; FetchError says what was expected and what came."""
     got = digest_with_bar(part)
     part.with_suffix(".etag").unlink(missing_ok=True)
-    is_right = got == model.sha256 if model.sha256 else is_whole(part)
-    if not is_right:
+    right = got == model.sha256 if model.sha256 else is_whole(part)
+    if not right:
         part.unlink()
         wanted = f"a GGUF file of sha256 {model.sha256}" if model.sha256 else "a whole GGUF file"
         raise FetchError(

@@ -62,6 +62,7 @@ def fit(path: Path, settings: Settings, free: float, need: Need) -> tuple[Settin
     """The settings of a model file with the longest context that fits into `free` bytes, and what
     they take; if nothing fits, the smallest settings.
     """
+    # The given ones alone first: mostly they fit, and each candidate costs a context.
     for candidates in ([settings], candidates_of(settings)):
         for candidate, parts in zip(candidates, need(path, candidates), strict=True):
             if sum(parts.values()) <= free:
