@@ -355,8 +355,8 @@ class Backend:
     async def answer(self, attempt: Attempt) -> Pairs:
         """The answer to an attempt, as pairs: ("begun", None) once the backend responds, then those
         that `Gateway.complete` lists, with a result of checked members. If the backend counts too
-        many tokens, the prompt is fitted again and sent once more. Every result goes to the breaker
-        that has admitted the attempt.
+        many tokens, the prompt is fitted again and sent once more, but no speculative one's. Every
+        result that somebody waits for goes to the breaker that has admitted the attempt.
         """
         refused = None
         self.requests_total += not attempt.request.is_spare
@@ -382,7 +382,8 @@ class Backend:
                     if attempt.makes_room:
                         raise  # it was ended on purpose: that says nothing about the backend
                     self._learn_refusal(attempt, error)
-                    if attempt.tokens or refused or not isinstance(error, TooLong):
+                    is_final = attempt.tokens or refused or attempt.request.speculative
+                    if is_final or not isinstance(error, TooLong):
                         self._fail(attempt, error)
                         raise
                     refused = error
@@ -447,9 +448,12 @@ class Backend:
             self._about(attempt.model)["n_ctx"] = n_ctx  # until the next list
 
     def _fail(self, attempt: Attempt, error: HttpError) -> None:
-        """Count and report an error that ended an attempt."""
-        if error.code != SUPERSEDED and not attempt.request.is_spare:
-            self.requests_failed += 1
+        """Count and report an error that ended an attempt. Nobody waits for a spare one, so it must
+        not open the breaker for others.
+        """
+        if attempt.request.is_spare:
+            return
+        self.requests_failed += error.code != SUPERSEDED
         self._report(attempt.admission, error)
 
     def _report(self, admission: Admission, error: HttpError) -> None:

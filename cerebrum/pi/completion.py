@@ -153,9 +153,10 @@ class Attempt:
 
     def may_be_repeated(self, error: HttpError) -> bool:
         """Whether another attempt may follow this error. After the first token nothing is sent
-        again; a prompt that is too long may fit into another backend's context.
+        again, nor is a request for which nobody waits; a prompt that is too long may fit into
+        another backend's context.
         """
-        if self.tokens:
+        if self.tokens or self.request.is_spare:
             return False
         if self.makes_room:
             return self.again

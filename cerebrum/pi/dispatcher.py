@@ -169,6 +169,14 @@ def decide_spare(state: State, request: CompletionRequest) -> Assign | Wait | No
     return Wait(math.inf)
 
 
+def why_not_now(state: State, request: CompletionRequest) -> HttpError:
+    """Why a speculative request is not sent now."""
+    options = state.fleet.who_may(request.fields, any_language=request.in_dialect)
+    if which_admit(backends_of(state.fleet, options)):
+        return HttpError(SUPERSEDED, "other requests come first")
+    return nobody(state.fleet, options)
+
+
 def untried(completion: Completion, options: Options, skips_busy: bool) -> Options:
     """The options without the backends that have failed this completion, or that answered 429 and
     whose pause is not over, and without the models that a backend could not load.
@@ -431,7 +439,7 @@ class Dispatcher:
             place = decide_spare(self.state, completion.request)
             if isinstance(place, Assign):
                 return self._assign(completion, place)
-            raise HttpError(SUPERSEDED, "other requests come first")
+            raise why_not_now(self.state, completion.request)
         called = self.state.line[completion] = asyncio.Future[Attempt]()
         try:
             while not called.done() and (until := self.advance(completion).get(completion)):

@@ -9,7 +9,23 @@ from typing import Any
 
 import pytest
 from harness import Reply, until
-from scripted import CHUNKED, GOOD, HANG, Pi, chunk, pi_with, script, token
+from scripted import (
+    CHUNKED,
+    GOOD,
+    HANG,
+    RESET,
+    Backend,
+    Pi,
+    answer,
+    backend_at,
+    chunk,
+    error,
+    event,
+    pi_for,
+    pi_with,
+    script,
+    token,
+)
 from test_editors import CHAT, CHATS, FILE, infill, start
 
 from cerebrum.settings import Client
@@ -243,6 +259,61 @@ async def test_a_backend_that_costs_money_is_not_asked():
         pi.gateway.fleet.first.kind.reads_ahead = False
         assert_ended(await ahead(pi))
         assert backend.completions == []
+
+
+REFUSALS = {
+    "overloaded": [error(503, "OVERLOADED")],
+    "busy": [error(429, "RATE_LIMIT")],
+    "no model": [error(404, "MODEL_NOT_FOUND")],
+    "not loaded": [error(503, "MODEL_LOAD_FAILED")],
+    "too long": [error(400, "INVALID_REQUEST", prompt_tokens=5000, n_ctx=4096)],
+    "wrong key": [error(401, "UNAUTHORIZED")],
+    "another 404": [answer(404, {})],
+    "another 500": [answer(500, {})],
+    "no head": [b"\r\n\r\n"],
+    "an error event": [CHUNKED, chunk(event(error=True, message="no", code="OVERLOADED"))],
+    "cut": [CHUNKED, chunk(token(" +", 1)), RESET],
+}
+
+
+@pytest.mark.parametrize("refusal", REFUSALS.values(), ids=REFUSALS)
+async def test_it_is_tried_once_and_its_failure_is_nobodys(refusal: list[Any]):
+    async with pi_with(refusal, refusal, refusal, refusal, GOOD) as (pi, backend):
+        for number in range(4):
+            reply = await ahead(pi, filename=f"{number}.py")
+            assert 400 <= reply.status < 600
+            assert len(backend.completions) == number + 1
+        assert (await pi.get("/health")).status == 200
+        (counts,) = (await pi.stats())["backends"]
+        assert (counts["breaker"]["state"], counts["breaker"]["failures"]) == ("closed", 0)
+        assert counts["requests_failed"] == 0
+        assert (await infill(pi)).json["content"] == "ab"
+
+
+async def test_once_somebody_waits_it_is_tried_again_and_its_failure_counts():
+    go = asyncio.Event()
+    async with (
+        Backend([[go.wait, answer(500, {})]]) as failing,
+        Backend([NEXT]) as other,
+        pi_for(backend_at(failing.port, "a"), backend_at(other.port, "b")) as pi,
+    ):
+        first = ahead(pi)
+        await failing.begun.wait()
+        joined = accepted(pi)
+        await until(lambda: pi.active == 1)
+        go.set()
+        assert [(await one).json["content"] for one in (first, joined)] == [" + b", " + b"]
+        counts, _ = (await pi.stats())["backends"]
+        assert (counts["breaker"]["failures"], counts["requests_failed"]) == (1, 1)
+
+
+async def test_where_nobody_may_be_asked_it_gets_everybodys_error():
+    async with pi_for(1, probing=False) as pi:  # nothing listens there
+        for _ in range(2):
+            speculative = (await ahead(pi)).json["error"]
+            ordinary = (await accepted(pi)).json["error"]
+            assert speculative == ordinary
+            assert speculative["code"] != "SUPERSEDED"
 
 
 FIRST = {**FILE, "t_max_predict_ms": 250, "response_fields": ["content", "tokens_cached"]}
