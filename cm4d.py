@@ -289,9 +289,8 @@ class Gateway:
         self.counting = Counting()
         self._use(config)
         self.dispatcher = Dispatcher(self.fleet, self.counting.work)
-        self.broadcasts = Broadcasts(
-            self.dispatcher, self.complete, self.beginning, self.counting.typed
-        )
+        self.broadcasts = Broadcasts(self.dispatcher, self.complete, self.beginning, self.counting)
+        self.model_names = list[dict[str, str]]()  # of the backends, when last probed
         self.tokenizing = asyncio.Semaphore(MAX_TOKENIZING)
         self.guest_tokenizing = asyncio.Lock()
         # A lock for each client that tokenizes.
@@ -335,6 +334,7 @@ class Gateway:
             message = "expected the file, it has gone; an empty one lets nobody in"
             raise ConfigError(f"CEREBRUM_CM4_KEYS_FILE: {message}")
         self._use(config)
+        self.broadcasts.forget()
         self.reconfigured += 1
         self.dispatcher.reconfigured()
 
@@ -360,7 +360,13 @@ class Gateway:
         counting.history.sample(time.monotonic(), totals)
 
     def probed(self) -> None:
-        """A backend was probed. It may be back, so those that wait may get a place."""
+        """A backend was probed. It may be back, so those that wait may get a place; or it may have
+        other models than before, which would answer otherwise.
+        """
+        names = [backend.names for backend in self.fleet.backends]
+        if names != self.model_names:
+            self.model_names = names
+            self.broadcasts.forget()
         self.sample()
         self.dispatcher.advance()
 
@@ -453,7 +459,7 @@ class Gateway:
         text = attempt.sent.text
         self.counting.work(attempt.model, done)
         confidence = done.get("confidence", -1)
-        is_suggested = request.kind == "infill" and attempt.size and not request.speculative
+        is_suggested = request.kind == "infill" and attempt.size and attempt.completion.clients
         if is_suggested and confidence >= (attempt.threshold or 0):
             self.counting.count_band("suggested", confidence)
         if text.cut and request.kind != "chat":

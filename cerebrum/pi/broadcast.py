@@ -10,22 +10,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from cerebrum.fields import Members
 from cerebrum.pi.completion import (
     CUT,
+    PREEMPTED,
     SAMPLED_BY,
     SUPERSEDED,
     Completion,
     CompletionRequest,
     Pair,
     Pairs,
+    digest_of,
     read_text,
     text_event,
 )
+from cerebrum.pi.counting import Counting
 from cerebrum.pi.dispatcher import Dispatcher, remember
 from cerebrum_common import HttpError, internal_error
 
@@ -89,12 +92,6 @@ def nearly_continues(text: str, longer: str) -> bool:
     return False
 
 
-def digest_of(fields: Members, names: Iterable[str] = EQUAL_FIELDS) -> bytes:
-    """A digest of these fields of a request."""
-    values = repr([fields.get(name) for name in names])
-    return hashlib.sha256(values.encode("utf-8", "replace")).digest()
-
-
 def typed_of(earlier: str, text: str, prompt: str, omitted: int = 0) -> int:
     """How many characters of `text`, the completion of the prompt `earlier`, precede the cursor in
     another prompt; 0 if the two cursors are in different gaps. The ends of the prompts decide,
@@ -135,8 +132,9 @@ class Broadcast:
     completion: Completion | None = None  # None: finished
     task: asyncio.Task[None] | None = None  # computes it
     kept: Broadcast | None = None  # its finished form, once a client has the whole text
+    memory: dict[str, Broadcast] = field(default_factory=dict)  # for its finished form
     clients: set[str] = field(default_factory=set)  # of a finished one: who got the whole text
-    # Of a finished speculative one whose text nobody has seen: its confidence, if that is enough.
+    # Of a finished one for which nobody has waited: its confidence, if that is enough to show it.
     unseen: float | None = None
 
     @property
@@ -160,14 +158,14 @@ def may_share(request: CompletionRequest, running: CompletionRequest) -> bool:
 
 
 def typed_in(
-    broadcast: Broadcast, request: CompletionRequest, digest: bytes, is_reader: bool
+    broadcast: Broadcast, completion: Completion, digest: bytes, is_reader: bool
 ) -> int | None:
-    """The number of characters of a broadcast's text that precede the request's cursor: 0 if the
-    broadcast runs for an equal request; None if its text is no answer. `digest`: the request's.
+    """The number of characters of a broadcast's text that precede a request's cursor: 0 if the
+    broadcast runs for an equal request; None if its text is no answer. `digest`: of EQUAL_FIELDS.
     `is_reader`: the same editor reads the running broadcast, or the same client got the whole text
     of the finished one.
     """
-    running = broadcast.completion
+    request, running = completion.request, broadcast.completion
     if running:
         if may_share(request, running.request):
             return 0
@@ -175,9 +173,9 @@ def typed_in(
     if not is_reader or not may_type_through(request) or broadcast.digest != digest:
         return None
     prompt = request.fields["prompt"]
-    # The length first: a digest of a long text for each finished one would take the Pi too long.
+    # The length first: a digest of a long text takes the Pi milliseconds.
     is_as_long = len(prompt) == broadcast.omitted + len(broadcast.prompt)
-    if is_as_long and broadcast.asked == digest_of(request.fields, request.fields):
+    if is_as_long and broadcast.asked == completion.digest:
         return 0
     text = broadcast.text
     typed = typed_of(broadcast.prompt, text, prompt, broadcast.omitted)
@@ -190,8 +188,9 @@ def finished(broadcast: Broadcast) -> Broadcast | None:
     completion may be a program's, which relies on its limit: a text cut by the limit must not begin
     another answer.
     """
-    assert broadcast.completion
-    request = broadcast.completion.request
+    completion = broadcast.completion
+    assert completion
+    request, attempt = completion.request, completion.attempt
     last = dict(broadcast.pairs)  # of each kind
     begun, result = last["started"], last["done"]
     reason = result.get("finish_reason", "stop")
@@ -207,12 +206,13 @@ def finished(broadcast: Broadcast) -> Broadcast | None:
     pairs = [("started", begun), ("text", text_event(text)), *judged, ("done", done)]
     omitted = max(0, len(broadcast.prompt) - CURSOR_CHARS)
     kept = Broadcast(broadcast.digest, broadcast.prompt[omitted:], omitted=omitted, pairs=pairs)
-    # A time limit cuts elsewhere the next time.
+    # The next time, a limit of time cuts the answer elsewhere, and more of the prompt is read.
     is_late = reason == "length" and result["total_tokens"] < request.fields["max_tokens"]
-    if request.kind == "infill" and request.fields["temperature"] == 0 and not is_late:
-        kept.asked = digest_of(request.fields, request.fields)
+    is_whole = not is_late and not (attempt and attempt.sent.text.cut)
+    if request.kind == "infill" and request.fields["temperature"] == 0 and is_whole:
+        kept.asked = completion.digest
     confidence = result.get("confidence", -1)
-    if request.speculative and confidence >= (begun["threshold"] or 0):
+    if not completion.clients and confidence >= (begun["threshold"] or 0):
         kept.unseen = confidence
     return kept
 
@@ -233,6 +233,7 @@ class Subscriber:
     at: int = 0  # pairs read
     typed: int = 0  # characters of the text that the client typed before
     skip: int = 0  # those of them that are not yet read
+    waits: bool = True  # False: the request is speculative
     woken: asyncio.Event = field(default_factory=asyncio.Event)
     replaced: bool = False  # the user has typed on, and the editor has asked again
 
@@ -260,13 +261,13 @@ class Subscriber:
                     if kind == "done":
                         return
                 elif broadcast.failure:
-                    raise broadcast.failure
+                    broadcast = self.broadcasts.instead_of(broadcast, self)
                 else:
                     self.woken.clear()
                     await self.woken.wait()
                     if self.at == len(broadcast.pairs) and not (broadcast.failure or self.replaced):
                         yield "idle", None
-            if self.request.speculative:
+            if not self.waits:
                 raise HttpError(SUPERSEDED, "other requests came first")
             if not self.at:
                 yield "started", self.broadcasts.beginning(self.completion)
@@ -301,14 +302,13 @@ FIRST_MS = 250  # llama.vim's time limit for all infills but the speculative one
 @dataclass(slots=True, eq=False)
 class Broadcasts:
     """Owns all broadcasts, running and finished, and their subscribers. `compute` begins a
-    completion, `beginning` returns the value of its pair "started", `count_typed` counts an answer
-    without a backend for a client.
+    completion, `beginning` returns the value of its pair "started".
     """
 
     dispatcher: Dispatcher
     compute: Callable[[Completion], Pairs]
     beginning: Callable[[Completion], Members]
-    count_typed: Callable[[str, float | None], object]
+    counting: Counting
     # Requests that ended this way.
     type_through: int = 0
     shared: int = 0
@@ -320,10 +320,12 @@ class Broadcasts:
         """The broadcast that the subscriber reads: one that is there, or a new one."""
         request, completion = subscriber.request, subscriber.completion
         self.subscribers.append(subscriber)
-        own = Broadcast(digest_of(request.fields), request.fields["prompt"], completion=completion)
-        if request.speculative or self._is_llama_vims(request, own.digest):
+        digest = digest_of(request.fields, EQUAL_FIELDS)
+        own = self._new(completion, digest)
+        if request.speculative or self._is_llama_vims(request, digest):
             completion.request = request = replace(request, speculative=True)
-            completion.end = lambda _: self._end(own)
+            completion.clients.clear()
+            subscriber.waits = False
         elif request.kind == "infill" and not request.guest:
             self.dispatcher.saw_editor(request.client)
         if request.fields["max_tokens"] == 0:
@@ -333,13 +335,42 @@ class Broadcasts:
         found = None
         if request.fields.get("min_confidence") == "never":
             self._answer_without_text(own, completion, "unsure")
-        elif found := self._find(subscriber, own.digest):
+        elif found := self._find(subscriber, digest):
             self._share(found, subscriber)
         else:
             own.task = asyncio.create_task(self._run(own, completion))
         subscriber.broadcast = broadcast = found or own
         self._replace_older(subscriber, spares_later=not broadcast.completion)
         return broadcast
+
+    def _new(self, completion: Completion, digest: bytes) -> Broadcast:
+        prompt = completion.request.fields["prompt"]
+        own = Broadcast(digest, prompt, completion=completion, memory=self.finished)
+        completion.end = lambda _: self._end(own)
+        return own
+
+    def instead_of(self, failed: Broadcast, subscriber: Subscriber) -> Broadcast:
+        """What is read instead of a broadcast that has failed. A guest who has joined a speculative
+        completion keeps the text that he has got, or else his own one waits in the line. Raises the
+        failure for everybody else.
+        """
+        assert failed.failure
+        completion, is_guest = subscriber.completion, failed.completion is not subscriber.completion
+        if failed.failure.code != SUPERSEDED or not (is_guest and subscriber.waits):
+            raise failed.failure
+        subscriber.broadcast = own = self._new(completion, failed.digest)
+        read = failed.pairs[: subscriber.at]
+        if any(kind == "text" for kind, _ in read):
+            own.pairs = [*read, ("done", {"finish_reason": PREEMPTED})]
+            return own
+        completion.requested = time.monotonic()
+        subscriber.at = subscriber.typed = subscriber.skip = 0
+        own.task = asyncio.create_task(self._run(own, completion))
+        return own
+
+    def forget(self) -> None:
+        """Forget the finished texts, also those of completions that still run."""
+        self.finished = {}
 
     def _is_llama_vims(self, request: CompletionRequest, digest: bytes) -> bool:
         """Whether this is certainly llama.vim's request for what follows a text that it shows."""
@@ -359,25 +390,26 @@ class Broadcasts:
         own.pairs += [("started", self.beginning(completion)), ("done", done)]
 
     def _share(self, broadcast: Broadcast, subscriber: Subscriber) -> None:
-        """Count another reader of a broadcast."""
+        """Count another reader of a broadcast, if he waits."""
         completion, running = subscriber.completion, broadcast.completion
         client = subscriber.request.client
+        if not running:
+            completion.notes |= {"model": broadcast.pairs[0][1]["model"], "tokens": 0}
+        if not subscriber.waits:
+            return
         if subscriber.typed:
             self.type_through += 1
         else:
             self.shared += 1
-        is_awaited = not subscriber.request.speculative
-        if running:
-            running.clients.append(client)
-            running.requested = completion.started  # it waits for a place from now on
-            if running.request.speculative and is_awaited:
-                running.clients.remove(running.client)  # who has not waited for it
-                self.dispatcher.promote(running)
-        else:
-            if is_awaited:
-                self.count_typed(client, broadcast.unseen)
-                broadcast.unseen = None
-            completion.notes |= {"model": broadcast.pairs[0][1]["model"], "tokens": 0}
+        if not running:
+            self.counting.typed(client, broadcast.unseen)
+            broadcast.unseen = None
+            return
+        running.clients.append(client)
+        running.requested = completion.started  # it waits for a place from now on
+        # A guest reads along without a place.
+        if running.request.speculative and not running.request.guest:
+            self.dispatcher.promote(running, client)
 
     def _find(self, subscriber: Subscriber, digest: bytes) -> Broadcast | None:
         """A finished completion whose text the client has begun to type, or a running one of an
@@ -391,7 +423,7 @@ class Broadcasts:
             if running and running.task and not (running.failure or running.task.done()):
                 known.append((running, other.editor == editor))
         for broadcast, is_reader in known:
-            typed = typed_in(broadcast, subscriber.request, digest, is_reader)
+            typed = typed_in(broadcast, subscriber.completion, digest, is_reader)
             if typed is not None:
                 subscriber.typed = subscriber.skip = typed
                 return broadcast
@@ -426,10 +458,10 @@ class Broadcasts:
             return
         newer = request.fields
         infills = [other for other in self.subscribers if other.request.kind == "infill"]
-        if request.speculative:
+        if not subscriber.waits:
             for other in infills:
                 is_own = other.request.client == request.client
-                if is_own and other.request.speculative and other is not subscriber:
+                if is_own and not other.waits and other is not subscriber:
                     self._replace(other)
             return
         for other in [other for other in infills if other.editor == subscriber.editor]:
@@ -442,7 +474,13 @@ class Broadcasts:
 
     def _end(self, broadcast: Broadcast) -> None:
         """End a speculative completion for all who read it: another request needs its backend."""
+        completion = broadcast.completion
+        assert completion
         assert broadcast.task
+        # Guests who have joined keep their text, or begin anew.
+        if completion.tokens:
+            self.counting.share(completion)
+        completion.clients.clear()
         broadcast.failure = HttpError(SUPERSEDED, "other requests came first")
         broadcast.task.cancel()
         self._wake(broadcast)
@@ -465,11 +503,17 @@ class Broadcasts:
         broadcast = subscriber.broadcast
         if not broadcast or not broadcast.completion:
             return
-        subscriber.completion.notes |= broadcast.completion.figures()
-        if others := [other for other in self.subscribers if other.broadcast is broadcast]:
-            self.dispatcher.hand_over(broadcast.completion, others[0].request.client)
-        elif broadcast.task:
-            broadcast.task.cancel()
+        completion, task = broadcast.completion, broadcast.task
+        subscriber.completion.notes |= completion.figures()
+        others = [other for other in self.subscribers if other.broadcast is broadcast]
+        if waiting := [other for other in others if other.waits]:
+            self.dispatcher.hand_over(completion, waiting[0].request.client)
+        elif task and not others:
+            task.cancel()
+        elif task and not task.done():
+            self.counting.share(completion)
+            completion.clients.clear()
+            self.dispatcher.demote(completion, others[0].request.client)
 
     def keep(self, broadcast: Broadcast, request: CompletionRequest) -> None:
         """Remember the text that a client got as a whole, for when the user types it."""
@@ -477,9 +521,9 @@ class Broadcasts:
             return
         if not broadcast.kept and (kept := finished(broadcast)):
             key = str((kept.digest, kept.prompt, kept.pairs[:2]))
-            broadcast.kept = self.finished.get(key, kept)
+            broadcast.kept = broadcast.memory.get(key, kept)
             broadcast.kept.asked = kept.asked
             broadcast.kept.omitted = kept.omitted
-            remember(self.finished, key, broadcast.kept, MAX_FINISHED)
+            remember(broadcast.memory, key, broadcast.kept, MAX_FINISHED)
         if broadcast.kept:
             broadcast.kept.clients.add(request.client)

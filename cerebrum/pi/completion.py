@@ -5,10 +5,12 @@ each class says who writes it. A completion's text travels as pairs, the last of
 from __future__ import annotations
 
 import asyncio
+import functools
+import hashlib
 import json
 import math
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -76,6 +78,12 @@ class CompletionRequest:
         if self.session:
             return self.session
         return f"{self.client} {filename}" if self.in_dialect else filename
+
+
+def digest_of(fields: Members, names: Iterable[str]) -> bytes:
+    """A digest of these fields of a request."""
+    values = repr([fields.get(name) for name in names])
+    return hashlib.sha256(values.encode("utf-8", "replace")).digest()
 
 
 # -------------------------------------------------------------------------------------------- pairs
@@ -163,10 +171,10 @@ class Attempt:
         return isinstance(error, TooLong) or error.status in RETRIED
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(eq=False)
 class Completion:
     """A request on its way. `Dispatcher` writes the client and the attempts, how to end what it
-    reads ahead, and that somebody waits for a speculative one; `Broadcasts` who else asks for it,
+    reads ahead, and whether somebody waits for a speculative one; `Broadcasts` who waits for it,
     that it is speculative and how to end it; both write when it was last requested. `Counting` and
     `Broadcasts` add notes. Times are monotonic seconds.
     """
@@ -177,7 +185,7 @@ class Completion:
     end: Callable[[HttpError], object] = lambda _: None
     notes: JsonObject = field(default_factory=dict)  # for the request's line in the log
     client: str = ""  # whose share of the places it takes: one who still reads it
-    clients: list[str] = field(default_factory=list)  # of all requests that it answers
+    clients: list[str] = field(default_factory=list)  # of all requests that wait for it
     attempts: list[Attempt] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
     # When the last client that shares it asked, or when it had to start again.
@@ -187,6 +195,11 @@ class Completion:
         self.client = self.request.client
         self.requested = self.started
         self.clients.append(self.client)
+
+    @functools.cached_property
+    def digest(self) -> bytes:
+        """Of all fields. A long text takes milliseconds."""
+        return digest_of(self.request.fields, self.request.fields)
 
     @property
     def deadline(self) -> float:

@@ -143,21 +143,24 @@ class Counting:
 
     @contextlib.asynccontextmanager
     async def completion(self, completion: Completion) -> AsyncIterator[None]:
-        """Count the start and the end of a completion, and note its figures for the log."""
-        self.started += 1
+        """Count the start and the end of a completion, and note its figures for the log. Without a
+        client who waits, only its work counts.
+        """
+        self.started += bool(completion.clients)
         self.running.add(completion)
         reason = CANCELLED
         try:
             yield
         except Exception as error:
             reason = error.code if isinstance(error, HttpError) else "INTERNAL_ERROR"
-            self.failed += reason != SUPERSEDED
+            self.failed += bool(completion.clients) and reason != SUPERSEDED
             raise
         finally:
             self.running.discard(completion)
             completion.notes |= completion.figures()
-            self._share(completion)
-            self._tally(completion, reason)
+            self.share(completion)
+            if completion.clients or completion.tokens:
+                self._tally(completion, reason)
 
     def _tally(self, completion: Completion, reason: str) -> None:
         """Count the end of a completion for its model."""
@@ -179,14 +182,13 @@ class Counting:
         if unseen is not None:
             self.count_band("suggested", unseen)
 
-    def _share(self, completion: Completion) -> None:
-        """Count a completion for each of its clients, who divide the tokens and the seconds
-        evenly; for nobody if nobody has waited for it.
+    def share(self, completion: Completion) -> None:
+        """Count what has come of a completion for each client who waits for it; they divide the
+        tokens and the seconds evenly.
         """
-        if completion.request.speculative:
-            return
+        now = time.monotonic()
         tokens = sum(attempt.tokens for attempt in completion.attempts)
-        seconds = sum(attempt.left - attempt.begun for attempt in completion.attempts)
+        seconds = sum((attempt.left or now) - attempt.begun for attempt in completion.attempts)
         among = len(completion.clients)
         for number, client in enumerate(completion.clients, 1):
             # Whole tokens, with the right sum.

@@ -417,8 +417,16 @@ class Dispatcher:
         remember(self.state.editors, client, time.monotonic())
 
     def hand_over(self, completion: Completion, client: str) -> None:
-        """The client of this completion has left, but another one still reads it."""
+        """The client of this completion has left, but another one waits for it."""
         completion.client = client
+        self.advance()
+
+    def demote(self, completion: Completion, client: str) -> None:
+        """Nobody waits for this completion any more, but this client may need its text later."""
+        request = replace(completion.request, speculative=True, client=client)
+        completion.request = request
+        if completion in self.state.line:
+            completion.end(why_not_now(self.state, request))
         self.advance()
 
     def reconfigured(self) -> None:
@@ -531,10 +539,13 @@ class Dispatcher:
         if not completion.request.guest:
             state.regular = now
 
-    def promote(self, completion: Completion) -> None:
-        """Somebody waits for this speculative completion from now on."""
+    def promote(self, completion: Completion, client: str) -> None:
+        """This client waits for a speculative completion from now on."""
         completion.request = replace(completion.request, speculative=False)
+        completion.client = client
         self._note_turn(completion)
+        for backend in self.state.fleet.backends:
+            backend.requests_total += completion.attempt in backend.answering
 
     def _supersede(self, attempt: Attempt) -> None:
         if not attempt.makes_room:

@@ -613,7 +613,9 @@ def finish(prompt: str, text: str, **more: Any) -> broadcast.Broadcast | None:
         "infill", {"prompt": prompt, "suffix": "", "temperature": 0.0, **more}
     )
     running = broadcast.Broadcast(
-        broadcast.digest_of(request.fields), prompt, completion=Completion(request)
+        broadcast.digest_of(request.fields, broadcast.EQUAL_FIELDS),
+        prompt,
+        completion=Completion(request),
     )
     running.pairs = [("started", {"model": "m"}), ("text", text_event(text)), ("done", {})]
     return broadcast.finished(running)
@@ -655,8 +657,8 @@ def test_typed_of(name: str):
     kept = finish(asked, text + "!")  # with the end of a long prompt
     assert kept
     request = CompletionRequest("infill", {"prompt": prompt, "suffix": "", "temperature": 0.0})
-    digest = broadcast.digest_of(request.fields)
-    found = broadcast.typed_in(kept, request, digest, is_reader=True)
+    digest = broadcast.digest_of(request.fields, broadcast.EQUAL_FIELDS)
+    found = broadcast.typed_in(kept, Completion(request), digest, is_reader=True)
     assert found == (0 if prompt == asked else typed or None)
 
 

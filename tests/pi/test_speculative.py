@@ -28,6 +28,8 @@ from scripted import (
 )
 from test_editors import CHAT, CHATS, FILE, infill, start
 
+from cerebrum.pi import completion
+from cerebrum.pi.completion import digest_of
 from cerebrum.settings import Client
 
 BEHIND = {"prompt": "    return a", "temperature": 0}
@@ -314,6 +316,179 @@ async def test_where_nobody_may_be_asked_it_gets_everybodys_error():
             ordinary = (await accepted(pi)).json["error"]
             assert speculative == ordinary
             assert speculative["code"] != "SUPERSEDED"
+
+
+async def test_it_is_speculative_again_when_nobody_waits_any_more():
+    async with pi_with(WRITING, GOOD, max_concurrent=1, clients=HOUSE) as (pi, backend):
+        first = ahead_of(pi, "a")
+        await until(lambda: backend.running == 1)
+        for _ in range(2):
+            joined = start(pi, "/infill", {**FILE, **BEHIND}, X_API_Key="a")
+            await until(lambda: pi.active == 1)
+            joined.cancel()
+            await until(lambda: pi.active == 0)
+        reply = await pi.post("/v1/complete", {"prompt": "x", "language": "python"}, X_API_Key="b")
+        assert reply.status == 200
+        assert_ended(await first)
+        assert backend.most_running == 1
+
+
+async def test_one_that_waits_in_the_line_for_nobody_ends():
+    async with pi_with([HANG], max_concurrent=1) as (pi, backend):
+        running = start(pi.from_address("127.0.0.2"), CHATS, CHAT)
+        await backend.begun.wait()
+        waiting = accepted(pi)
+        await until(lambda: len(pi.line) == 1)
+        second = ahead(pi)
+        await until(lambda: len(pi.gateway.broadcasts.subscribers) == 3)
+        waiting.cancel()
+        assert_ended(await second)
+        assert (len(pi.line), len(backend.completions)) == (0, 1)
+        running.cancel()
+        await backend.left.wait()
+
+
+HOUSE = {"a": Client("anna"), "b": Client("ben"), "t": Client("tom", 1)}
+
+
+def ahead_of(pi: Pi, key: str) -> asyncio.Task[Reply]:
+    return start(pi, "/infill", {**FILE, **BEHIND, "speculative": True}, X_API_Key=key)
+
+
+@pytest.mark.parametrize("spoken", [False, True], ids=["silent", "spoken"])
+async def test_a_guest_reads_along_without_a_place(spoken: bool):
+    """When it ends, his request waits in the line, or ends with the text that he has got."""
+    gate = asyncio.Event()
+    chat = [gate.wait, *GOOD]
+    scripts = [WRITING if spoken else [CHUNKED, HANG], chat, NEXT]
+    async with pi_with(*scripts, max_concurrent=1, clients=HOUSE) as (pi, backend):
+        body = {**FILE, **BEHIND, "suggest": "always"}
+        first = start(pi, "/infill", {**body, "speculative": True}, X_API_Key="t")
+        await until(lambda: bool(pi.at(0) and pi.at(0)[0].tokens == spoken))
+        joined = start(pi, "/infill", body, X_API_Key="t")
+        await until(lambda: len(pi.gateway.broadcasts.subscribers) == 2)
+        assert pi.active == 0
+        chatting = start(pi, CHATS, CHAT, X_API_Key="a")
+        await until(lambda: len(backend.completions) == 2)
+        assert_ended(await first)
+        if spoken:
+            assert (await joined).json["content"] == " +"
+            assert (await joined).json["preempted"] is True
+        else:
+            assert len(pi.line) == 1
+        gate.set()
+        assert (await chatting).status == 200
+        assert (await joined).json["content"] == " +" + " b" * (not spoken)
+        stats = (await pi.get("/v1/stats", X_API_Key="a")).json
+        used = {one["name"]: (one["completions"], one["tokens"]) for one in stats["clients"]}
+        assert used["tom"] == (1, 1)
+
+
+async def test_reloads_and_other_models_forget_the_texts():
+    for changes in ("reload", "models"):
+        async with pi_with(HINT, NEXT, WRITING) as (pi, backend):
+            await ahead(pi)
+            assert (await accepted(pi)).json["content"] == "urn a"
+            if changes == "reload":
+                pi.gateway.reconfigure(pi.gateway.config)
+            else:
+                backend.models = answer(200, {"models": [{"id": "qwen_1_5b"}, {"id": "qwen_0_5b"}]})
+                pi.gateway.fleet.first._models_until = 0.0
+                pi.gateway.fleet.first.wake.set()
+                await until(lambda: len(pi.gateway.fleet.first.names) == 2)
+            assert (await accepted(pi)).json["content"] == " + b"
+            assert len(backend.completions) == 2
+
+
+async def test_a_text_that_runs_at_a_reload_is_not_remembered():
+    gate = asyncio.Event()
+    async with pi_with(script(gate.wait, "old"), NEXT) as (pi, backend):
+        first = accepted(pi)
+        await until(lambda: backend.running == 1)
+        pi.gateway.reconfigure(pi.gateway.config)
+        gate.set()
+        assert (await first).json["content"] == "old"
+        assert (await accepted(pi)).json["content"] == " + b"
+
+
+async def test_a_text_from_a_prompt_that_was_cut_is_no_answer_later():
+    many = {"input_prefix": "a = other\n" * 3000, "t_max_prompt_ms": 3000}
+    told = {"prompt_tokens": 200, "cached_tokens": 190, "ttft": 0.1}
+    async with pi_with(script("a", " b", **told)) as (pi, backend):
+        await accepted(pi, **many)
+        await until(lambda: len(backend.completions) == 2 and not pi.reads_ahead())
+        await accepted(pi, **many)
+        cut, read, _ = backend.completions
+        assert read["max_tokens"] == 0
+        assert len(cut["prompt"]) < len(read["prompt"])
+
+
+async def test_a_digest_of_all_fields_is_made_at_most_once(monkeypatch: pytest.MonkeyPatch):
+    made = list[Any]()
+
+    def counting(fields: Any, names: Any) -> bytes:
+        made.append(names)
+        return digest_of(fields, names)
+
+    async with pi_with(HINT, NEXT) as (pi, _):
+        for letter in "abcdefgh":
+            await infill(pi, filename="same", prompt=letter)
+        monkeypatch.setattr(completion, "digest_of", counting)
+        await infill(pi, filename="same", prompt="x")
+        assert len(made) == 1
+
+
+def counted(pi: Pi) -> tuple[int, ...]:
+    """Requests, those that failed, those that have ended by the table of models, and those that the
+    backend has got for somebody.
+    """
+    counting = pi.gateway.counting
+    ended = sum(tally.ended.total() for tally in counting.tallies.values())
+    return (
+        pi.gateway.requests,
+        counting.failed,
+        ended,
+        pi.gateway.fleet.first.requests_total,
+    )
+
+
+async def test_asked_ahead_twice_and_taken_once_is_one_completion():
+    async with pi_with(NEXT) as (pi, _):
+        for _ in range(2):
+            await ahead(pi)
+        assert counted(pi) == (0, 0, 1, 0)
+        await accepted(pi)
+        assert counted(pi) == (1, 0, 1, 0)
+
+
+async def test_asked_ahead_twice_and_joined_once_is_one_completion():
+    gate = asyncio.Event()
+    writing = script(gate.wait, " + b", confidence=0.7)
+    async with pi_with(writing, clients=HOUSE) as (pi, backend):
+        asked = [ahead_of(pi, "a")]
+        await until(lambda: backend.running == 1)
+        asked.append(ahead_of(pi, "b"))  # joins without waiting
+        await until(lambda: len(pi.gateway.broadcasts.subscribers) == 2)
+        asked.append(start(pi, "/infill", {**FILE, **BEHIND}, X_API_Key="b"))
+        await until(lambda: pi.active == 1)
+        gate.set()
+        assert {(await one).json["content"] for one in asked} == {" + b"}
+        assert counted(pi) == (1, 0, 1, 1)
+        people = pi.gateway.counting.people.total
+        assert [people[name][:2] for name in ("anna", "ben")] == [(0, 0), (1, 1)]
+
+
+async def test_one_that_is_refused_counts_nowhere():
+    async with pi_with([HANG], [answer(500, {})], max_concurrent=2) as (pi, backend):
+        running = start(pi.from_address("127.0.0.2"), CHATS, CHAT)
+        await backend.begun.wait()
+        before = counted(pi)
+        assert_ended(await ahead(pi))
+        assert counted(pi) == before == (1, 0, 0, 1)
+        running.cancel()
+        await until(lambda: counted(pi) == (1, 0, 1, 1))
+        assert (await ahead(pi)).status == 503
+        assert counted(pi) == (1, 0, 1, 1)
 
 
 FIRST = {**FILE, "t_max_predict_ms": 250, "response_fields": ["content", "tokens_cached"]}
