@@ -63,7 +63,6 @@ class Settings:
     suggest: str = "normal"  # how readily a completion is shown unasked: one of SUGGEST
     completion: bool = False  # serve textDocument/completion, for clients without inline completion
     speculative: bool = True  # ask ahead for the text behind a suggestion that is shown
-    has_gone: bool = False  # not for users: one of GONE was set somewhere
 
     def __post_init__(self) -> None:
         if not is_url(self.url or LOCAL):
@@ -90,10 +89,6 @@ KINDS = {
 }
 MAX_TOKENS = 2048
 SUGGEST = ("always", "often", "normal", "seldom", "never")
-GONE = {"suggest_in_comments", "suggest_in_strings"}  # users may still have them
-GONE_WARNING = (
-    "the settings suggest_in_comments and suggest_in_strings are ignored: suggest takes their place"
-)
 
 
 def read_settings(given: Any, settings: Settings) -> Settings:
@@ -107,8 +102,7 @@ def read_settings(given: Any, settings: Settings) -> Settings:
         return settings
     if not isinstance(given, dict):
         raise BadSettings(f"expected an object of settings, got {kind_of(given)}")
-    has_gone = settings.has_gone or not GONE.isdisjoint(given)
-    changed = {"has_gone": has_gone, **members_of(given)}
+    changed = members_of(given)
     url = changed.get("url", settings.url)
     if url.rstrip("/") != settings.url.rstrip("/"):
         changed.setdefault("key", "")  # a project's settings must not send the user's key elsewhere
@@ -169,7 +163,7 @@ VARIABLES = {"url": "CEREBRUM_URL", "key": "CEREBRUM_CM4_API_KEY"}
 def read_variables(environment: Mapping[str, str]) -> Object:
     """The settings of the environment."""
     given: Object = {}
-    for name in (*vars(Settings()), *GONE):
+    for name in vars(Settings()):
         variable = VARIABLES.get(name, f"CEREBRUM_LSP_{name.upper()}")
         if text := environment.get(variable):
             given[name] = parse_variable(name, text)
@@ -583,7 +577,6 @@ class Client:
         # By the id of a request without a response.
         self.reactions: dict[Any, Callable[[Any], None]] = {}
         self.running = set[Call]()
-        self.show_once = functools.cache(self.show)  # for the main thread
 
     def send(self, **members: Any) -> None:
         data = json.dumps({"jsonrpc": "2.0", **members}, separators=(",", ":")).encode("ascii")
@@ -896,7 +889,7 @@ class Completions:
 
     def infill(self, call: Call, gap: Gap) -> Suggestion:
         """The Pi's text for the gap, "" if it has none now. Ended, if the call was ended."""
-        body = self.body(gap, call.is_automatic)
+        body, suggestions = self.body(gap, call.is_automatic), self.suggestions
         began = time.monotonic()
         try:
             answer = self.pi.ask(call, "/infill", body)
@@ -909,8 +902,8 @@ class Completions:
             return Suggestion()
         self.pi.away_until = 0.0
         found = Suggestion(text, answer.get("confidence"), bool(answer.get("unsure")))
-        if not answer.get("replaced"):
-            self.suggestions.add(gap, found, time.monotonic() - began)
+        if not (answer.get("replaced") or answer.get("preempted")):
+            suggestions.add(gap, found, time.monotonic() - began)
             if call.is_automatic and self.pi.settings.suggest != "always":
                 threading.Thread(target=self.ask_ahead, args=(gap, found), daemon=True).start()
         return found
@@ -1009,7 +1002,7 @@ class Server:
         self.faults = faults
         self.pi = Pi(settings, client)
         documents = Documents()
-        completions = Completions(client, documents, self.pi)
+        self.completions = completions = Completions(client, documents, self.pi)
         self.commands = Commands(client, documents, self.pi)
         self.is_ready = self.is_stopping = False
         self.has_configuration = False  # the client can be asked for its settings
@@ -1105,8 +1098,7 @@ class Server:
             self.pi.settings = read_settings(given, self.pi.settings)
         except BadSettings as error:
             self.client.show(1, str(error))
-        if self.pi.settings.has_gone:
-            self.client.show_once(2, GONE_WARNING)
+        self.completions.suggestions = Suggestions()  # other settings, other suggestions
         self.pi.away_until = 0.0  # the next request tries
         self.pi.speculates = None
 

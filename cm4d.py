@@ -284,7 +284,6 @@ class Gateway:
         self.started = time.monotonic()
         self.created = int(time.time())
         self.reconfigured = 0
-        self.warn_once = functools.cache(log.warning)
         self.fleet = Fleet()
         self.counting = Counting()
         self._use(config)
@@ -676,10 +675,7 @@ async def tokenize(gateway: Gateway, request: Request) -> Response:
 
 async def speak(dialect: dialects.Dialect, gateway: Gateway, request: Request) -> Response:
     """The handler of a dialect's completions."""
-    members = parse_json(request.body)
-    if dialects.GONE & members.keys():
-        gateway.warn_once(dialects.GONE_WARNING)
-    wanted = dialect.read(members)
+    wanted = dialect.read(parse_json(request.body))
     fields = native_fields(wanted, gateway.config.models)
     wanted = replace(wanted, fields=fields, limit=MAX_COLLECTED_BYTES, **gateway.who(request))
     head = request.head

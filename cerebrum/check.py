@@ -60,7 +60,6 @@ SYSTEM_MB = 250  # memory that a small Debian takes, with Tailscale
 SPARE_MB = 512  # for memory that a model's estimate leaves out, and for reading its file
 # The version of llama-cpp-python whose C structures cerebrum/vps/llama.py knows.
 LLAMA_CPP = "0.3.36"
-RENAMED = {"CEREBRUM_MIN_TOKENS_PER_SECOND": "CEREBRUM_HINT_SECONDS takes its place"}
 
 
 class Config(Protocol):
@@ -162,7 +161,7 @@ def check_settings(
         known |= {backend.key_env for backend in getattr(config, "backends", ())}
         for name in sorted(environ.values.keys() - known):
             if name.startswith("CEREBRUM_"):
-                mend = RENAMED.get(name, ".env.example lists all variables")
+                mend = ".env.example lists all variables"
                 yield "warn", "settings", f"nothing reads {name}: {mend}"
     yield from check(config)
 

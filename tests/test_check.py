@@ -54,7 +54,6 @@ CM4_KEY, OUR_KEY = "ok key CEREBRUM_CM4_API_KEY", "ok key CEREBRUM_API_KEY"
 IN_CLEAR = "warn key LAN CEREBRUM_CM4_TLS_CERT"
 KEYGEN = "generate_api_key.sh"
 NEEDS = "memory tiny 264 CEREBRUM_MIN_FREE_MB"
-OLD_NAME = "CEREBRUM_MIN_TOKENS_PER_SECOND"
 UNTUNED = "warn tuned tiny there is no tuned file: `vpsd.py tune tiny`"
 
 
@@ -185,12 +184,6 @@ FAULTS = [
     ("cm4d", "VPS_URL", "http://a..b:1", ["FAIL backend vps a..b:1"]),
     ("cm4d", "CM4_PORT", "x", [f"FAIL settings CEREBRUM_CM4_PORT 0 65535 'x' {ENV} models.toml"]),
     ("cm4d", "VPS_ULR", "x", [VALID, "warn settings CEREBRUM_VPS_ULR .env.example"]),
-    (
-        "vpsd",
-        "MIN_TOKENS_PER_SECOND",
-        "4",
-        [VALID, f"warn settings {OLD_NAME} CEREBRUM_HINT_SECONDS"],
-    ),
     ("vpsd", "API_KEY", "", [f"FAIL key CEREBRUM_API_KEY {KEYGEN}"]),
     ("vpsd", "STATE_DIR", "/dev/null/x", ["FAIL state /dev/null CEREBRUM_STATE_DIR"]),
     ("vpsd", "MODELS_DIR", "/none", ["FAIL models /none models.toml fetch"]),

@@ -4,6 +4,7 @@ tests/pi/test_lsp_clients.py.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 import json
@@ -269,31 +270,6 @@ def test_what_nobody_asked_for_is_shown_as_readily_as_is_set(editor: Editor, pi:
     assert pi.body()["suggest"] == "seldom"
 
 
-GONE = (
-    "the settings suggest_in_comments and suggest_in_strings are ignored: suggest takes their place"
-)
-
-
-@pytest.mark.parametrize("source", ["file", "environment", "client", "later"])
-def test_settings_that_are_gone_get_one_warning_and_the_others_count(
-    pi: Pi, tmp_path: Path, source: str
-) -> None:
-    old = {"suggest": "seldom", "suggest_in_comments": "never", "suggest_in_strings": 1}
-    variables = {f"CEREBRUM_LSP_{name.upper()}": str(value) for name, value in old.items()}
-    configured(tmp_path, "lsp.json", json.dumps(old if source == "file" else {}))
-    given = {"cerebrum": old} if source == "client" else None
-    changes = [given, {"cerebrum": {"tokens": 9}}] if source != "later" else [old, old]
-    with editing(tmp_path, pi.url, **variables if source == "environment" else {}) as editor:
-        editor.request("initialize", {"capabilities": {}, "initializationOptions": given})
-        editor.open("x = ")
-        for change in changes:
-            editor.configure(change)
-        shown, _ = editor.until(editor.at(0, 1, AUTOMATIC))
-        assert shown == [{"type": 2, "message": f"Cerebrum: {GONE}"}]
-        body = pi.body()
-        assert {name: body[name] for name in body if "suggest" in name} == {"suggest": "seldom"}
-
-
 def test_what_is_typed_of_a_suggestion_asks_nothing(editor: Editor, pi: Pi) -> None:
     editor.start(text="x = ")
     assert editor.ghost(0, 4) == "a + b"
@@ -310,6 +286,34 @@ def test_what_is_typed_of_a_suggestion_asks_nothing(editor: Editor, pi: Pi) -> N
     assert len(pi.asked) == 4
     pi.says(content="1")
     assert editor.ghost(0, 1, INVOKED) == "1"  # who asks where nothing was suggested
+
+
+@pytest.mark.parametrize("why", ["replaced", "preempted"])
+def test_a_text_that_gave_way_is_not_kept(editor: Editor, pi: Pi, why: str) -> None:
+    editor.start(text="x = ")
+    pi.says(content="", **{why: True})
+    assert editor.ghost(0, 4, AUTOMATIC) == ""
+    pi.says(content="a + b")
+    assert editor.ghost(0, 4, AUTOMATIC) == "a + b"
+
+
+def test_other_settings_forget_what_is_known_also_what_is_on_its_way(
+    editor: Editor, pi: Pi
+) -> None:
+    editor.start(text="x = ")
+    assert editor.ghost(0, 4) == "a + b"
+    go = threading.Event()
+    pi.scripts = [[lambda: asyncio.to_thread(go.wait, PATIENCE), answer(200, {"content": "old"})]]
+    editor.configure({"tokens": 9})
+    pi.asked.clear()
+    number = editor.at(0, 4)
+    assert pi.body()["n_predict"] == 9
+    editor.configure({"tokens": 8})
+    editor.error(editor.request("unknown"))  # so the settings have been read
+    go.set()
+    assert editor.answer(number)["result"]["items"][0]["insertText"] == "old"
+    pi.says(content="new")
+    assert editor.ghost(0, 4, AUTOMATIC) == "new"
 
 
 def test_a_newer_request_ends_one_that_waits_and_none_that_the_user_made(

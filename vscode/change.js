@@ -3,7 +3,7 @@
 // "Change Selection": the model changes the selected code as it is told.
 
 const vscode = require("vscode");
-const { ask, NO_PI, PiError, read } = require("./pi");
+const { ask, PiError, read } = require("./pi");
 const { blockOf, lacks, MAX_TOKENS, unix } = require("./text");
 
 const SCHEME = "cerebrum-change";
@@ -16,7 +16,8 @@ class Preview {
     this.changed = new vscode.EventEmitter();
     this.onDidChange = this.changed.event;
     this.count = 0;
-    this.decide = (/** @type {boolean} */ _isWanted) => {}; // whether to apply the one that is shown
+    /** @type {Map<string, (isWanted: boolean) => void>} by the right side of a finished difference */
+    this.deciders = new Map();
   }
 
   /** @param {vscode.Uri} uri */
@@ -46,26 +47,30 @@ class Preview {
 
   /** Close a difference. @param {vscode.Uri} before @param {vscode.Uri} after its sides */
   async close(before, after) {
+    this.deciders.delete(after.toString());
     await vscode.window.tabGroups.close(this.tabs(after));
     this.texts.delete(before.path);
     this.texts.delete(after.path);
   }
 
-  /** Whether the user wants the change of a difference: its buttons, a message, or its closed tab. @param {vscode.Uri} uri */
-  async decision(uri) {
+  /** Apply or discard a difference, or the one that is in front. @param {boolean} isWanted @param {vscode.Uri} [uri] its right side */
+  decide(isWanted, uri) {
+    const input = /** @type {any} */ (vscode.window.tabGroups.activeTabGroup.activeTab?.input);
+    this.deciders.get(String(uri ?? input?.modified))?.(isWanted);
+  }
+
+  /**
+   * Whether the user wants the change of a difference: its buttons, a message, or its closed tab.
+   * @param {vscode.Uri} uri its right side @param {AbortSignal} closed
+   */
+  async decision(uri, closed) {
     if (!this.tabs(uri).length) return false;
     const message = vscode.window.showInformationMessage("Cerebrum: apply this change?", "Apply", "Discard");
-    const watch = vscode.window.tabGroups.onDidChangeTabs(() => {
-      if (!this.tabs(uri).length) this.decide(false);
+    return new Promise((/** @type {(isWanted: boolean) => void} */ resolve) => {
+      this.deciders.set(uri.toString(), resolve);
+      closed.addEventListener("abort", () => resolve(false));
+      void message.then((chosen) => chosen && resolve(chosen === "Apply"));
     });
-    try {
-      return await new Promise((/** @type {(isWanted: boolean) => void} */ resolve) => {
-        this.decide = resolve;
-        void message.then((chosen) => chosen && resolve(chosen === "Apply"));
-      });
-    } finally {
-      watch.dispose();
-    }
   }
 }
 
@@ -87,21 +92,12 @@ async function stream(pi, path, body, signal, onEvent) {
     text = events.pop() ?? "";
     for (const event of events) {
       const data = event.match(/^data: (\{.*)$/m);
-      if (data) onEvent(parse(data[1]));
+      if (data) onEvent(read({ status: 200, text: data[1] }));
     }
   };
   const answer = await ask(pi, path, { body, signal, onData });
   if (answer.status !== 200) read(answer);
   return String(answer.headers["x-cerebrum-kept"] ?? "all");
-}
-
-/** @param {string} data @returns {any} */
-function parse(data) {
-  try {
-    return JSON.parse(data);
-  } catch {
-    throw new PiError(0, NO_PI);
-  }
 }
 
 /**
@@ -158,8 +154,12 @@ async function changeSelection(pi, preview, { document, selection }) {
   const name = document.uri.path.split("/").pop() ?? "";
   const before = preview.add(name, selected);
   const after = preview.add(name, "");
+  const closed = new AbortController();
+  await vscode.commands.executeCommand("vscode.diff", before, after, `Cerebrum: ${instruction}`);
+  const watch = vscode.window.tabGroups.onDidChangeTabs(() => {
+    if (!preview.tabs(after).length) closed.abort();
+  });
   try {
-    await vscode.commands.executeCommand("vscode.diff", before, after, `Cerebrum: ${instruction}`);
     const body = {
       prompt: unix(selected),
       instruction,
@@ -167,21 +167,22 @@ async function changeSelection(pi, preview, { document, selection }) {
       max_tokens: MAX_TOKENS,
       temperature: 0,
     };
-    const answer = await withProgress(instruction, (signal) =>
-      instruct(pi, body, signal, (text) => preview.show(after, text)),
-    );
+    const work = (/** @type {AbortSignal} */ signal) =>
+      instruct(pi, body, signal, (text) => preview.show(after, text));
+    const answer = await withProgress(instruction, work, closed);
     if (!answer) return;
     const lacking = lacks(answer);
     if (lacking) throw new PiError(200, `${lacking}; nothing was changed`);
     const [end] = selected.match(/[\r\n]*$/) ?? [""];
     const text = answer.completion.replace(/[\r\n]+$/, "") + end;
     preview.show(after, text);
-    if (!(await preview.decision(after))) return;
+    if (!(await preview.decision(after, closed.signal))) return;
     if (document.isClosed || document.getText() !== whole) {
       throw new PiError(200, "the text has changed meanwhile; nothing was changed");
     }
     await apply(document, range, text);
   } finally {
+    watch.dispose();
     await preview.close(before, after);
   }
 }
@@ -198,14 +199,13 @@ async function apply(document, range, text) {
 /**
  * The result of a work that the user may end; undefined if that happened.
  * @template T
- * @param {string} title @param {(signal: AbortSignal) => Promise<T>} work
+ * @param {string} title @param {(signal: AbortSignal) => Promise<T>} work @param {AbortController} [abort]
  * @returns {Promise<T | undefined>}
  */
-async function withProgress(title, work) {
+async function withProgress(title, work, abort = new AbortController()) {
   const location = vscode.ProgressLocation.Notification;
   const options = { location, title: `Cerebrum: ${title}`, cancellable: true };
   return vscode.window.withProgress(options, async (_progress, token) => {
-    const abort = new AbortController();
     token.onCancellationRequested(() => abort.abort());
     try {
       return await work(abort.signal);

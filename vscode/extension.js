@@ -54,8 +54,23 @@ class Home {
 
   /** @param {string} url @param {string} key */
   async set(url, key) {
-    if (key) await this.secrets.store(secretOf(url), key);
-    await settings().update("url", url, vscode.ConfigurationTarget.Global);
+    const name = secretOf(url);
+    const old = await this.secrets.get(name);
+    if (key) await this.secrets.store(name, key);
+    try {
+      await settings().update("url", url, vscode.ConfigurationTarget.Global);
+    } catch (error) {
+      await (old ? this.secrets.store(name, old) : this.secrets.delete(name));
+      throw new PiError(200, `VS Code cannot change its settings: ${/** @type {Error} */ (error).message}`);
+    }
+  }
+
+  /** Forget the keys of all other addresses. */
+  async forgetOthers() {
+    const own = problemOf(this.url) ? "" : secretOf(this.url);
+    for (const name of await this.secrets.keys()) {
+      if (name !== own) await this.secrets.delete(name);
+    }
   }
 }
 
@@ -184,18 +199,15 @@ class Completions {
     const gap = gapOf(document, range, inserted);
     const found = await this.find(document, gap, isAsked, token);
     if (!found?.text) return [];
-    const count = { characters: [...found.text].length, confidence: found.confidence };
+    const count = { characters: [...found.text].length, confidence: found.confidence ?? undefined };
     const command = { command: "cerebrum.accepted", title: "", arguments: [count] };
     return [new vscode.InlineCompletionItem(inserted + found.text, range, command)];
   }
 
   /** @param {vscode.TextDocument} document */
   isOff(document) {
-    const input = vscode.window.tabGroups.activeTabGroup.activeTab?.input;
     return (
       isPrivate(document) ||
-      input instanceof vscode.TabInputTextDiff ||
-      input instanceof vscode.TabInputNotebookDiff ||
       this.here.get("off", false) ||
       listOf("off").includes(document.languageId)
     );
@@ -255,6 +267,7 @@ class Completions {
     const connection = { began };
     const onConnect = () => void this.connecting.delete(connection);
     const body = bodyOf(document, gap, isAsked);
+    const { suggestions } = this;
     this.status.write(1);
     this.connecting.add(connection);
     try {
@@ -263,8 +276,8 @@ class Completions {
       if (typeof answer.content !== "string") throw new PiError(0, NO_PI);
       const { content: text, confidence = null, unsure = false } = answer;
       const found = { text, confidence, unsure };
-      if (!answer.replaced) {
-        this.suggestions.add(gap, found, Date.now() - began);
+      if (!answer.replaced && !answer.preempted) {
+        suggestions.add(gap, found, Date.now() - began);
         if (!isAsked) void this.askAhead(document, gap, found).catch(() => {}); // nobody waits for it
       }
       this.status.works(unsure && !text ? "unsure" : "ready");
@@ -286,7 +299,7 @@ function bodyOf(document, gap, isAsked) {
   return {
     ...sent(gap),
     filename: nameOf(document),
-    n_predict: settings().get("tokens", 128),
+    n_predict: settings().get("tokens") || 128, // 0 would ask for no text
     t_max_prompt_ms: isAsked ? 0 : READ_MS,
     t_max_predict_ms: PREDICT_MS,
     cache_prompt: true,
@@ -300,7 +313,10 @@ const listOf = (name) => [settings().get(name, [])].flat().map(String);
 /** Whether a text is never sent. @param {vscode.TextDocument} document */
 function isPrivate({ uri, languageId }) {
   if (!SCHEMES.includes(uri.scheme) || NO_CODE.includes(languageId)) return true;
-  return listOf("exclude").some((glob) => matches(glob, uri.path));
+  // Whatever else is in front compares or merges texts; not all such editors have a type here.
+  const tab = vscode.window.tabGroups.activeTabGroup.activeTab;
+  const isPlain = tab?.input instanceof vscode.TabInputText || tab?.input instanceof vscode.TabInputNotebook;
+  return (tab && !isPlain) || listOf("exclude").some((glob) => matches(glob, uri.path));
 }
 
 /** @param {number} ms @param {vscode.CancellationToken} token */
@@ -457,16 +473,15 @@ class Commands {
     this.status.works();
   }
 
-  /** @param {{characters: number, confidence: number | null}} count */
-  async accepted(count) {
-    const body = Object.fromEntries(Object.entries(count).filter(([, value]) => value !== null));
+  /** @param {{characters: number, confidence?: number}} body */
+  async accepted(body) {
     await ask(await this.home.pi(), "/v1/accepted", { body }).catch(() => {}); // only a count
   }
 
   async menu() {
     const language = vscode.window.activeTextEditor?.document.languageId;
     const here = this.context.workspaceState;
-    const off = settings().inspect("off")?.globalValue ?? [];
+    const off = [settings().inspect("off")?.globalValue ?? []].flat();
     const isOff = language !== undefined && listOf("off").includes(language);
     const others = off.filter((/** @type {string} */ one) => one !== language);
     const update = (/** @type {string[]} */ value) =>
@@ -475,6 +490,7 @@ class Commands {
       { label: "$(globe) The Pi's page", run: () => this.openPage() },
       { label: "$(plug) Connect…", run: () => this.connect() },
       { label: "$(output) Log", run: async () => this.status.log.show() },
+      { label: "$(trash) Forget the keys of other addresses", run: () => this.home.forgetOthers() },
       {
         label: here.get("off", false) ? "$(check) On here" : "$(circle-slash) Off here",
         run: async () => here.update("off", !here.get("off", false)),
@@ -520,8 +536,8 @@ function activate(context) {
     ["changeSelection", () => commands.change()],
     ["menu", () => commands.menu()],
     ["accepted", (count) => commands.accepted(count)],
-    ["apply", () => preview.decide(true)],
-    ["discard", () => preview.decide(false)],
+    ["apply", (uri) => preview.decide(true, uri)],
+    ["discard", (uri) => preview.decide(false, uri)],
   ];
   const register = (/** @type {[string, (...given: any[]) => any]} */ [name, run]) =>
     vscode.commands.registerCommand(`cerebrum.${name}`, async (...given) => {
@@ -540,6 +556,7 @@ function activate(context) {
     vscode.workspace.registerTextDocumentContentProvider(SCHEME, preview),
     vscode.window.registerUriHandler({ handleUri: (link) => commands.follow(link) }),
     vscode.workspace.onDidChangeConfiguration((event) => {
+      if (event.affectsConfiguration("cerebrum")) completions.suggestions = new Suggestions();
       if (event.affectsConfiguration("cerebrum.url")) void commands.look();
     }),
     context.secrets.onDidChange(() => void commands.look()),

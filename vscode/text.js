@@ -124,14 +124,17 @@ function blockOf(text) {
 
 /**
  * Whether a path matches a glob: `*` and `?` within a name, `**` for any folders, a `/` at the end for
- * all in a folder. A glob without a `/` is for the name alone, in any folder.
+ * all in a folder, `{a,b}` for one of several texts. A glob without a `/` is for the name alone, in any
+ * folder; so is one that begins with `~/` or `./`, since more is better left out than less.
  * @param {string} glob @param {string} path
  */
 function matches(glob, path) {
   const source = glob
+    .replace(/^[~.]\//, "")
     .replace(/\/$/, "/**")
-    .replace(/[.+^${}()|[\]\\]/g, "\\$&")
-    .replace(/\*\*\/|\*+|\?/g, (wild) => ({ "**/": "(.*/)?", "*": "[^/]*", "?": "[^/]" })[wild] ?? ".*");
+    .replace(/[.+^$()|[\]\\]/g, "\\$&")
+    .replace(/\*\*\/|\*+|\?/g, (wild) => ({ "**/": "(.*/)?", "*": "[^/]*", "?": "[^/]" })[wild] ?? ".*")
+    .replace(/\{([^{}]*)\}/g, (_, several) => `(${several.replaceAll(",", "|")})`);
   return new RegExp(`(^|/)${source}$`, "i").test(path);
 }
 

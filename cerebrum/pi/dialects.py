@@ -55,11 +55,6 @@ INTEGER = Field(int, -math.inf)
 LIMIT = Field(int, -math.inf, default=0)  # milliseconds
 MAX_NAME = 1000
 FILE_NAME = Field(str, 0, MAX_NAME, "")  # of a file
-GONE = {"suggest_in_comments", "suggest_in_strings"}  # older clients still send them
-GONE_WARNING = (
-    "a client sends suggest_in_comments or suggest_in_strings, which are ignored: "
-    "suggest takes their place"
-)
 CHAT_FIELDS = {
     "model": TEXT,
     "temperature": Field(float, 0, 100, 0.4),  # OpenAI allows 2; values above 1 are lowered

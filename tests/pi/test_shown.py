@@ -104,25 +104,6 @@ async def test_a_word_means_a_threshold_of_the_model(
         assert backend.completions[0].get("min_confidence") == least
 
 
-GONE: dict[str, Any] = {"suggest_in_comments": "never", "suggest_in_strings": 1}
-
-
-async def test_members_that_are_gone_count_for_nothing_and_are_logged_once(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """Older clients send them. The cursor is in a comment, and 1 was refused."""
-    caplog.set_level("WARNING")
-    async with pi_with(SURE, models=MODELS) as (pi, backend):
-        for count, more in enumerate([{}, *({name: GONE[name]} for name in GONE)]):
-            reply = await infill(pi, filename="a.py", prompt=f"    # the {count} ", **more)
-            assert reply.json["content"] == "x"
-            assert len(caplog.messages) == bool(count)
-        assert [body["min_confidence"] for body in backend.completions] == [0.3] * 3
-    names = "suggest_in_comments or suggest_in_strings"
-    ignored = f"{names}, which are ignored: suggest takes their place"
-    assert caplog.messages == [f"a client sends {ignored}"]
-
-
 WRONG: list[dict[str, Any]] = [{"suggest": "perhaps"}, {"suggest": 1}, {"min_confidence": 1.01}]
 
 

@@ -8,6 +8,7 @@ const http = require("node:http");
 const https = require("node:https");
 const path = require("node:path");
 const { test } = require("node:test");
+const nodeTls = require("node:tls");
 const { activate, Desk, Document, Position, Range, Selection, Token, Uri } = require("./stub.cjs");
 
 const FOLDER = path.resolve(__dirname, "../../vscode");
@@ -138,12 +139,29 @@ desk("an empty or shortened suggestion is asked for again by a person alone", as
   assert.equal(pi.infills.length, 2);
 });
 
-desk("a text that was replaced by a newer request is not kept", async (at, pi) => {
-  pi.answers["/infill"] = [200, { content: "", replaced: true }];
+for (const why of ["replaced", "preempted"]) {
+  desk(`a text that was ${why} is not kept`, async (at, pi) => {
+    pi.answers["/infill"] = [200, { content: "", [why]: true }];
+    await ask(at, python("x = |"));
+    await ask(at, python("x = |"));
+    assert.equal(pi.infills.length, 2);
+  });
+}
+
+desk("other settings forget what is known, also what is on its way", async (at, pi) => {
+  const change = () => at.vscode.workspace.getConfiguration().update("tokens", 9);
   await ask(at, python("x = |"));
+  await change();
+  pi.answers["/infill"] = (_asked, response) => void change().then(() => response.end('{"content": "a"}'));
+  assert.deepEqual(texts(await ask(at, python("x = |"))), ["a"]);
   await ask(at, python("x = |"));
-  assert.equal(pi.infills.length, 2);
+  assert.equal(pi.infills.length, 3);
 });
+
+desk("a limit of 0 tokens, with which nothing would come, counts for nothing", async (at, pi) => {
+  await ask(at, python("x = |"));
+  assert.equal(pi.infills[0].n_predict, 128);
+}, { tokens: 0 });
 
 desk("what VS Code's menu would insert comes first", async (at, pi) => {
   const range = new Range(new Position(0, 4), new Position(0, 6));
@@ -292,6 +310,7 @@ const PACKAGE = require(`${FOLDER}/package.json`);
 const SETTINGS = PACKAGE.contributes.configuration.properties;
 for (const uri of [
   "vscode-scm:input", "git:/work/a.py", "output:log", "file:///work/.env", "file:///work/deep/.env.local",
+  "file:///home/a/.git-credentials", "file:///home/a/.pypirc", "file:///home/a/.aws/credentials",
   "file:///c:/Users/a/.ssh/id_rsa", "file:///work/prod.ENV", "file:///home/a/server.pem", "file:///home/a/.netrc",
 ]) {
   desk(`${uri} is never sent`, async (at, pi) => {
@@ -316,6 +335,11 @@ for (const [glob, excluded, sent] of [
   ["private/*.py", ["/w/private/a.py"], ["/w/private/deep/a.py", "/w/notprivate/a.py"]],
   ["**/data/**/a?.py", ["/w/data/ab.py", "/w/data/deep/er/ab.py"], ["/w/data/a.py", "/w/data2/ab.py"]],
   ["a+(b).[c]", ["/w/a+(b).[c]"], ["/w/aab.c"]],
+  ["*.{key,pe?}", ["/w/a.key", "/w/a.pem"], ["/w/a.kex", "/w/a.{key,pem}"]],
+  ["a{b", ["/w/a{b"], ["/w/ab"]],
+  ["a,b", ["/w/a,b"], ["/w/a", "/w/b"]],
+  ["~/x/", ["/home/a/x/y.py"], ["/home/a/y.py", "/home/a/~x/y.py"]],
+  ["./x/*.py", ["/w/x/y.py"], ["/w/y.py"]],
 ]) {
   test(`the glob ${glob}`, () => {
     const { matches } = require(`${FOLDER}/text.js`);
@@ -498,6 +522,47 @@ for (const [what, tls, host, problem] of [
   });
 }
 
+desk("the authorities are read once, each one once", async (at) => {
+  const made = [];
+  const create = nodeTls.createSecureContext;
+  nodeTls.createSecureContext = (options) => {
+    if (options?.ca?.length > 1) made.push(options.ca);
+    return create(options);
+  };
+  const other = await new Pi({ cert: TRUSTED, key: TRUSTED_KEY }).start(0, "0.0.0.0");
+  at.settings.url = `https://127.0.0.2:${other.port}`;
+  await ask(at, python("x = |"));
+  await ask(at, python("y = |"));
+  assert.equal(other.infills.length, 2);
+  assert.equal(made.length, 1);
+  assert.equal(new Set(made[0]).size, made[0].length);
+  nodeTls.createSecureContext = create;
+  await other.stop();
+});
+
+desk("settings that cannot be written leave the key as it was", async (at, pi) => {
+  const other = await new Pi().start();
+  at.isBroken = true;
+  at.answers = [other.url, "k"];
+  await at.vscode.commands.executeCommand("cerebrum.connect");
+  assert.equal(at.shown.at(-1), "warning: Cerebrum: VS Code cannot change its settings: unable to write");
+  assert.deepEqual([at.settings.url, [...at.secrets]], [pi.url, []]);
+  await other.stop();
+});
+
+desk("keys of addresses that are not set any more can be forgotten", async (at, pi) => {
+  for (const url of [pi.url, "http://old.local:7000"]) at.secrets.set(`key of ${url}/`, "k");
+  const forget = async () => {
+    at.answers = ["$(trash) Forget the keys of other addresses"];
+    await at.vscode.commands.executeCommand(at.item.command);
+  };
+  await forget();
+  assert.deepEqual([...at.secrets], [[`key of ${pi.url}/`, "k"]]);
+  at.settings.url = "";
+  await forget();
+  assert.deepEqual([...at.secrets], []);
+});
+
 desk("a keyring that fails leaves the address as it was", async (at, pi) => {
   const other = await new Pi().start();
   at.secrets.set = () => { throw new Error("no keyring"); };
@@ -565,6 +630,9 @@ desk("the status bar's menu", async (at, pi) => {
   at.own = {};
   await menu("$(check) On for python");
   assert.deepEqual(at.settings.off, ["ruby"]);
+  at.settings.off = "python"; // one text instead of a list
+  await menu("$(check) On for python");
+  assert.deepEqual(at.settings.off, []);
   await menu("$(plug) Connect…");
   assert.equal(at.shown.at(-1), "box: The Pi's address");
 });
@@ -657,8 +725,8 @@ desk("a text that changed meanwhile, or a user who declines, changes nothing", a
 desk("the buttons above the difference decide as well, and so does closing it", async (at, pi) => {
   pi.answers["/v1/complete/stream"] = sse({ token: "x" }, DONE);
   const cases = [
-    [() => at.vscode.commands.executeCommand("cerebrum.apply"), "x"],
-    [() => at.vscode.commands.executeCommand("cerebrum.discard"), "b = 1"],
+    [(uri) => at.vscode.commands.executeCommand("cerebrum.apply", uri), "x"],
+    [(uri) => at.vscode.commands.executeCommand("cerebrum.discard", uri), "b = 1"],
     [() => at.vscode.window.tabGroups.close(at.tabs), "b = 1"],
   ];
   for (const [decide, text] of cases) {
@@ -668,10 +736,67 @@ desk("the buttons above the difference decide as well, and so does closing it", 
     at.answers = ["two", undefined]; // the message is not answered
     const changed = change(at);
     await until(() => at.shown.includes(asked));
-    await decide();
+    await decide(at.tabs[0].input.modified);
     await changed;
     assert.equal(document.text, text);
     assert.deepEqual([at.tabs, at.preview.texts.size], [[], 0]);
+  }
+});
+
+desk("two differences are decided each by itself", async (at, pi) => {
+  pi.answers["/v1/complete/stream"] = sse({ token: "x" }, DONE);
+  const run = (name, ...given) => at.vscode.commands.executeCommand(`cerebrum.${name}`, ...given);
+  const documents = [];
+  const changed = [];
+  for (const uri of ["file:///a.py", "file:///b.py"]) {
+    documents.push(select(at, "|b = 1|", uri));
+    at.answers = ["two", undefined];
+    changed.push(change(at));
+    const asked = () => at.shown.filter((line) => line.endsWith("apply this change?")).length;
+    await until(() => asked() === documents.length);
+  }
+  const [first, second] = at.tabs.map((tab) => tab.input.modified);
+  at.vscode.window.activeTextEditor = { document: documents[0] };
+  await run("apply", first);
+  await changed[0];
+  assert.deepEqual(documents.map(({ text }) => text), ["x", "b = 1"]);
+  assert.deepEqual(at.tabs.map((tab) => tab.input.modified), [second]);
+  await run("apply"); // from the palette, for the one in front
+  assert.equal(documents[1].text, "b = 1");
+  at.activeTab = at.tabs[0];
+  at.vscode.window.activeTextEditor = { document: documents[1] };
+  await run("apply");
+  await changed[1];
+  assert.equal(documents[1].text, "x");
+});
+
+desk("closing a difference while it is written ends its request", async (at, pi) => {
+  const document = select(at, "|b = 1|");
+  pi.answers["/v1/complete/stream"] = (_asked, response) => response.writeHead(200).write('data: {"token": "b"}\n\n');
+  at.answers = ["two"];
+  const changed = change(at);
+  await until(() => at.previews.at(-1) === "b");
+  await at.vscode.commands.executeCommand("cerebrum.apply", at.tabs[0].input.modified); // not yet
+  await at.vscode.window.tabGroups.close(at.tabs);
+  await changed;
+  await until(() => pi.left === 1);
+  assert.equal(document.text, "b = 1");
+  assert.deepEqual(at.shown.filter((line) => line.startsWith("warning")), []);
+});
+
+desk("in comparisons, merges and what else has no type nothing is sent", async (at, pi) => {
+  const asked = pi.asked.length;
+  for (const input of [new at.vscode.TabInputTextDiff(), new at.vscode.TabInputNotebookDiff(), undefined]) {
+    at.activeTab = { input };
+    select(at, "|b = 1|");
+    await change(at);
+    assert.match(at.shown.at(-1), /^warning: Cerebrum: this text is never sent/);
+    assert.deepEqual(await ask(at, python("x = |"), ASKED), []);
+  }
+  assert.equal(pi.asked.length, asked);
+  for (const kind of [at.vscode.TabInputText, at.vscode.TabInputNotebook]) {
+    at.activeTab = { input: new kind() };
+    assert.deepEqual(texts(await ask(at, python("x = |"), ASKED)), ["return 1"]);
   }
 });
 
@@ -693,7 +818,7 @@ desk("a stream that is no JSON ends at once", async (at, pi) => {
   pi.answers["/v1/complete/stream"] = (_asked, response) => response.writeHead(200).write('data: {"token": \n\n');
   at.answers = ["two"];
   await change(at);
-  assert.equal(at.shown.at(-1), "warning: Cerebrum: the address is another program's, not a Pi's");
+  assert.equal(at.shown.at(-1), "warning: Cerebrum: the address is another program's: its answer is not JSON");
   await until(() => pi.left === 1);
 });
 

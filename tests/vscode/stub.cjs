@@ -34,6 +34,8 @@ class TabInputTextDiff {
   constructor(original, modified) { Object.assign(this, { original, modified }); }
 }
 class TabInputNotebookDiff {}
+class TabInputText {}
+class TabInputNotebook {}
 class WorkspaceEdit {
   constructor() { this.edits = []; }
   replace(uri, range, text) { this.edits.push({ uri, range, text }); }
@@ -112,7 +114,7 @@ function make(desk) {
   const secretChanged = new EventEmitter();
   const vscode = {
     Position, Range, Selection, Uri, EventEmitter, InlineCompletionItem, TabInputTextDiff,
-    TabInputNotebookDiff, WorkspaceEdit,
+    TabInputNotebookDiff, TabInputText, TabInputNotebook, WorkspaceEdit,
     InlineCompletionTriggerKind: { Invoke: 0, Automatic: 1 },
     StatusBarAlignment: { Left: 1, Right: 2 },
     ConfigurationTarget: { Global: 1, Workspace: 2 },
@@ -170,8 +172,9 @@ function make(desk) {
         get: (name, usual) => desk.settings[name] ?? usual,
         inspect: (name) => ({ globalValue: desk.own[name] ?? desk.settings[name] }),
         update: async (name, value) => {
+          if (desk.isBroken) throw new Error("unable to write");
           desk.settings[name] = value;
-          desk.changed.fire({ affectsConfiguration: (wanted) => wanted === `cerebrum.${name}` });
+          desk.changed.fire({ affectsConfiguration: (wanted) => `cerebrum.${name}`.startsWith(wanted) });
         },
       }),
       get notebookDocuments() { return desk.books; },
@@ -197,6 +200,7 @@ function make(desk) {
     subscriptions: [],
     extension: { packageJSON: { version: "1.1.0" } },
     secrets: {
+      keys: async () => [...desk.secrets.keys()],
       get: async (name) => desk.secrets.get(name),
       store: async (name, value) => (desk.secrets.set(name, value), secretChanged.fire({ key: name })),
       delete: async (name) => (desk.secrets.delete(name), secretChanged.fire({ key: name })),
