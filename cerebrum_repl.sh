@@ -207,11 +207,12 @@ for line in lines:
 
 # ----------------------------------------------------------------------------------------------- the API
 
-# call_api PATH [CURL OPTION]...: passes the key through a pipe, since `ps` shows arguments.
+# call_api PATH [CURL OPTION]...: passes the key through a pipe, since `ps` shows arguments. A proxy could not reach the
+# home network, and would see the key and the code.
 call_api() {
 	local path=$1
 	shift
-	curl -qsS --connect-timeout 5 -H @<(printf '%s' "${KEY:+X-API-Key: $KEY}") "$@" "$URL$path"
+	curl -qsS --noproxy '*' --connect-timeout 5 -H @<(printf '%s' "${KEY:+X-API-Key: $KEY}") "$@" "$URL$path"
 }
 
 # find_pi: sets URL to the Pi that Avahi finds on this network. Without one, or with more than one, to this machine. The

@@ -254,6 +254,12 @@ def test_the_filter_prints_the_completion_byte_for_byte(repl: Repl) -> None:
     assert "x-api-key" not in repl.backend.asked[0][1]
 
 
+def test_no_proxy_sees_the_key_or_the_code(repl: Repl) -> None:
+    repl.env |= dict.fromkeys(["http_proxy", "all_proxy", "HTTPS_PROXY"], "http://127.0.0.1:1")
+    repl.answers(completion("x"))
+    assert repl.run(b"def f(\n", "-") == (0, "x", "")
+
+
 def announce(folder: Path, *addresses: str) -> None:
     """Let avahi-browse of this folder find these, before and after it has their addresses."""
     name = "Cerebrum\\032on\\032pi;_cerebrum._tcp;local"
