@@ -319,10 +319,13 @@ class Gateway:
         config = self.config
         with contextlib.suppress(ConfigError):
             config = replace(config, clients=environ.clients(*CLIENTS, strict=False))
+        keys = () if config.clients else config.client_keys  # somebody is always let in
         with contextlib.suppress(ConfigError):
-            config = replace(config, client_keys=environ.keys("CEREBRUM_CM4_API_KEY"))
+            keys = environ.keys("CEREBRUM_CM4_API_KEY")
+        config = replace(config, client_keys=keys)
         if config.access.needs_key:  # only whole settings may let in everybody
             self.config = config
+            self.counting.configure(config.models, config.names)
             self.dispatcher.end_reading()  # perhaps for a client who may no longer ask
 
     def reconfigure(self, config: Config) -> None:

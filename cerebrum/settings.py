@@ -186,8 +186,8 @@ def read_environment(
 ) -> Environment:
     """Read systemd's credentials, then the process's environment, then `folder`/.env: the first
     source that has a variable wins. `.env` has `NAME=value` lines as systemd reads them: quotes are
-    optional, and a `#` inside a value is part of the value. With `known`, a wrong line is skipped;
-    what it may have set keeps its value there.
+    optional, and a `#` inside a value is part of the value. With `known`, a wrong line is skipped:
+    what it may have set keeps its value there, but for keys, which become wrong ones.
     """
     file = _read_env(folder / ".env", known)
     return Environment({**file, **environ, **_read_credentials(environ)})
@@ -230,7 +230,8 @@ def _read_env(path: Path, known: Environment | None) -> dict[str, str]:
         if match := re.fullmatch(r"""\s*(?:export\s+)?([A-Za-z_]\w*)=(["']?)(.*?)\2\s*""", line):
             values[match[1]] = match[3]
         elif known:
-            kept = {name: old for name, old in known.values.items() if name in line}
+            named = [name for name in known.values if name in line]
+            kept = {name: " " if name.endswith("_KEY") else known.text(name) for name in named}
             values = kept | values
         else:
             raise ConfigError(f"{path}: line {number}: expected NAME=value")

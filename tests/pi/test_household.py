@@ -305,6 +305,25 @@ async def test_a_revoked_key_stops_working_whatever_else_is_wrong(tmp_path: Path
         env.write_text(f"oops\nCEREBRUM_CM4_KEYS_FILE={file}\n")  # the common key's line has gone
         assert (await asyncio.to_thread(reload, pi.process, tmp_path))[0] == 1
         assert await statuses(last) == [200, 401, 200, 401, 401]
+        names = (await Asking(port=pi.port).get("/v1/stats", X_API_Key=BEN)).json["clients"]
+        assert [one["name"] for one in names] == ["ben", "anna"]
+        for wrong in ("CEREBRUM_CM4_API_KEY=two words", "CEREBRUM_CM4_API_KEY common9"):
+            write(9, "", "")
+            assert await asyncio.to_thread(reload, pi.process, tmp_path) == (0, "")
+            env.write_text(f"{wrong}\nCEREBRUM_CM4_KEYS_FILE={file}\n")
+            file.write_text(f"ben {BEN}\nanna annas10\nnew news\n")
+            assert (await asyncio.to_thread(reload, pi.process, tmp_path))[0] == 1
+            assert await statuses(10) == [200, 401, 200, 401, 401], wrong
+            assert (await Asking(port=pi.port).get("/v1/stats", X_API_Key="common9")).status == 401
+            stats = await Asking(port=pi.port).get("/v1/stats", X_API_Key="news")
+            assert [one["name"] for one in stats.json["clients"]] == ["ben", "anna", "new"]
+            file.write_text("")  # nobody has a name: the common key stays as it was
+            write(9, "", "")
+            assert await asyncio.to_thread(reload, pi.process, tmp_path) == (0, "")
+            env.write_text(f"{wrong}\nCEREBRUM_CM4_KEYS_FILE={file}\n")
+            file.write_text("")
+            assert (await asyncio.to_thread(reload, pi.process, tmp_path))[0] == 1
+            assert (await Asking(port=pi.port).get("/v1/stats", X_API_Key="common9")).status == 200
         env.write_text(
             "CEREBRUM_CM4_KEYS_FILE=~nobody/keys\nCEREBRUM_CM4_API_KEY=common\n"
         )  # of no user
