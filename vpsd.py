@@ -89,7 +89,7 @@ from cerebrum.vps.llama import (
     start_library,
     usable_cores,
 )
-from cerebrum.vps.memory import available_mb, check_memory, fit, needed
+from cerebrum.vps.memory import available_mb, check_memory, context_length, fit, needed
 from cerebrum.vps.pool import Pool
 from cerebrum.vps.vocabulary import GenerationRequest
 from cerebrum.vps.worker import RESUME_BACKLOG, Worker
@@ -736,11 +736,11 @@ async def describe_model(pool: Pool, model: Model) -> dict[str, object]:
     elif available:
         try:
             plan = await pool.plan(model)
-            n_ctx = plan.settings.n_ctx
+            n_ctx = await asyncio.to_thread(context_length, path, plan.settings)
             draft = model.draft if plan.draft else None
             if plan.tuned:
                 path, encoding = plan.tuned.path, plan.tuned.encoding
-        except HttpError:  # the file is damaged
+        except (HttpError, OSError):  # the file is damaged, or has just gone
             available = False
     entry = {
         "id": model.id,

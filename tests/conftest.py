@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from harness import PATIENCE
@@ -31,7 +32,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     """Run a test that is a coroutine, up to a deadline."""
     if not inspect.iscoroutinefunction(pyfuncitem.obj):
         return None
-    fixtures = pyfuncitem.funcargs
+    fixtures: dict[str, Any] = pyfuncitem.funcargs
     parameters = inspect.signature(pyfuncitem.obj).parameters
     scenario = pyfuncitem.obj(**{name: fixtures[name] for name in parameters})
     seconds = SLOW_SECONDS if pyfuncitem.get_closest_marker("slow") else PATIENCE

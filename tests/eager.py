@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -15,16 +16,22 @@ import vpsd
 from cerebrum.metrics import resident_bytes
 from cerebrum.vps import draft_model, drafts, pool, schedule, worker
 
-worker.measure_costs = lambda *_: schedule.Costs({1: 1e-9, 16: 2e-9})
-worker.saved_seconds = lambda *_: 1.0
-draft_model.DraftModel.pays = lambda *_: True  # type: ignore[method-assign]
-drafts.Gain.pays = (  # type: ignore[method-assign]
-    lambda self, case: case[0] in self.plain and case[1] == drafts.MODEL
-)
+
+def put(holder: object, name: str, value: Any) -> None:
+    """Replace what a module or a class has under this name."""
+    assert hasattr(holder, name), f"{holder} has no {name}"
+    setattr(holder, name, value)
+
+
+put(worker, "measure_costs", lambda *_: schedule.Costs({1: 1e-9, 16: 2e-9}))
+put(worker, "saved_seconds", lambda *_: 1.0)
+put(draft_model.DraftModel, "pays", lambda *_: True)
+put(drafts.Gain, "wants", lambda self, case: case[0] in self.plain and case[1] == drafts.MODEL)
 
 if "ROOM_MB" in os.environ:
     room_mb = float(os.environ["ROOM_MB"])
-    vpsd.available_mb = pool.available_mb = lambda: room_mb - resident_bytes() / 2**20
+    for module in (vpsd, pool):
+        put(module, "available_mb", lambda: room_mb - resident_bytes() / 2**20)
 
 if __name__ == "__main__":
     sys.exit(vpsd.main([]))

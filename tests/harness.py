@@ -225,8 +225,9 @@ class Client:
         self, method: str, path: str, body: Any = None, **headers: str
     ) -> tuple[Any, Any]:
         """Send a request, and return the reader and the writer of its connection."""
-        options = {"limit": 1 << 16, "local_addr": (self.address, 0)}
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.port, **options)
+        reader, writer = await asyncio.open_connection(
+            "127.0.0.1", self.port, limit=1 << 16, local_addr=(self.address, 0)
+        )
         payload = b""
         lines = [f"{method} {path} HTTP/1.1", "Host: 127.0.0.1", "Connection: close"]
         lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
@@ -339,8 +340,9 @@ def program(
     began = time.perf_counter()
     output = os.memfd_create(name)
     with (folder / "stderr").open("wb") as stderr:
-        pipes = {"stdout": output, "stderr": stderr}
-        process = subprocess.Popen(command, env=environment, cwd=folder, **pipes)
+        process = subprocess.Popen(
+            command, env=environment, cwd=folder, stdout=output, stderr=stderr
+        )
     started = Daemon(name, process, folder, output)
     try:
         line = started.wait_for_line(r"listening on https?://[^ ]*:(\d+)$")
@@ -464,7 +466,7 @@ def certificate(
 def disk_of(size: str, folder: Path) -> Iterator[Path]:
     """A disk of this size."""
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     mounted = subprocess.run(mount, capture_output=True, text=True)
     if mounted.returncode:
         pytest.skip(f"needs to mount: {mounted.stderr.strip()}")

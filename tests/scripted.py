@@ -355,7 +355,7 @@ async def pi_for(
     """A Pi with these backends; a port alone is that of a VPS. With `probing` each has been probed
     once.
     """
-    own = {"max_concurrent": max_concurrent, "key_env": "CEREBRUM_API_KEY"}
+    own: dict[str, Any] = {"max_concurrent": max_concurrent, "key_env": "CEREBRUM_API_KEY"}
     configs = [
         backend_at(backend, **own) if isinstance(backend, int) else backend for backend in backends
     ]

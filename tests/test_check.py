@@ -366,7 +366,7 @@ def test_one_version():
 def test_the_example_lists_every_variable():
     listed = set(re.findall(r"CEREBRUM_\w+", (ROOT / ".env.example").read_text()))
     # Two prefixes in check.py; the REPL's own.
-    others = {"CEREBRUM_CM4", "CEREBRUM_VPS", "CEREBRUM_URL", OLD_NAME}
+    others = {"CEREBRUM_CM4", "CEREBRUM_VPS", "CEREBRUM_URL"}
     files = [*ROOT.glob("*.py"), *(ROOT / "cerebrum").rglob("*.py")]
     sources = "".join(file.read_text() for file in files)
     read = set(re.findall(r'"(CEREBRUM_\w+)"', sources))

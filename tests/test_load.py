@@ -429,7 +429,7 @@ async def test_a_body_that_nobody_looks_at_is_not_kept(
         # Once the server waits for more, it has read all that was sent.
         await until(
             lambda: (
-                connection.reader._waiter is not None
+                connection.reader._waiter is not None  # type: ignore[attr-defined]
                 and not writer.transport.get_write_buffer_size()
             )
         )

@@ -38,7 +38,7 @@ class Peer:
         server, self.port = await self._serving.__aenter__()
         self.left = server.state.left  # a stream has ended
 
-    async def __aexit__(self) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self._serving.__aexit__(None, None, None)
 
 

@@ -729,10 +729,10 @@ def test_a_disk_loses_no_file_and_a_temporary_directory_no_result_that_it_cannot
     path.unlink()
     other = repl.file("y.py", "x" * 10_000)
     repl.env["TMPDIR"] = f"{small_disk}"
-    status, _, err = repl.run(f":file {other}\n:write\n".encode())
+    status, _, said = repl.run(f":file {other}\n:write\n".encode())
     room = f"cerebrum_repl.sh: no room for the whole result in {small_disk}\n"
     assert status == 0
-    assert err.endswith(f"{room}cerebrum_repl.sh: {NOT_WHOLE}\n")
+    assert said.endswith(f"{room}cerebrum_repl.sh: {NOT_WHOLE}\n")
     assert other.read_text() == "x" * 10_000
 
 

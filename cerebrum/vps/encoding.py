@@ -28,6 +28,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import tempfile
 import time
 from collections import defaultdict
@@ -771,4 +772,13 @@ def alone_in(folder: Path) -> Iterator[Path]:
         for left in folder.glob(".work-*"):  # left by a run that was killed
             shutil.rmtree(left)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".work-") as temporary:
+
+            def end(number: int, _frame: object) -> None:
+                # Not by an exception, which would be lost while llama.cpp calls Python.
+                shutil.rmtree(temporary, ignore_errors=True)
+                os._exit(128 + number)
+
+            for number in (signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
+                    signal.signal(number, end)
             yield Path(temporary)

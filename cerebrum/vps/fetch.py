@@ -19,7 +19,7 @@ from email.message import Message
 from pathlib import Path
 from typing import Any
 
-from cerebrum.vps.llama import MB, ModelError, check_disk, file_digest, file_size
+from cerebrum.vps.llama import MB, ModelError, check_disk, file_digest, file_size, file_stamp
 from cerebrum.vps.memory import accepts
 from cerebrum_common import Model
 
@@ -69,7 +69,7 @@ class Bar:
 def is_whole(path: Path) -> bool:
     """Whether llama.cpp finds all parts of a model in a file."""
     try:
-        return accepts(path)
+        return path.exists() and accepts(path, file_stamp(path))
     except ModelError:
         return False
 

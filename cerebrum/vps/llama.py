@@ -80,6 +80,7 @@ class Settings:
         return f"a context of {self.n_ctx:,} tokens and {self.sequences} at a time"
 
 
+MIN_TEMPERATURE = 1e-6  # below it the likeliest is taken: as floats, the logits would be infinite
 MAX_CHUNK = 512  # n_batch
 HEAL_CANDIDATES = 512  # likeliest tokens that are checked
 # Drafted tokens that a recurrent model can take back, where llama.cpp keeps the states between.
@@ -117,10 +118,14 @@ ABORTED = 2  # returned by llama_decode after the abort callback has returned tr
 
 
 def load_model(
-    path: Path, progress: Callable[[float], bool] | None = None, weights: bool = True
+    path: Path,
+    progress: Callable[[float], bool] | None = None,
+    weights: bool = True,
+    mapped: bool = False,
 ) -> Any:
-    """A llama_model. Without `weights`, llama.cpp only knows their sizes. ModelError if llama.cpp
-    cannot load the file, or `progress` returns False. OSError if the file cannot be read.
+    """A llama_model. Without `weights`, llama.cpp only knows their sizes; `mapped` ones are read as
+    they are needed. ModelError if llama.cpp cannot load the file, or `progress` returns False.
+    OSError if the file cannot be read.
     """
     start_library()
     path.open("rb").close()
@@ -129,13 +134,24 @@ def load_model(
         params.progress_callback = api.llama_progress_callback(lambda done, _data: progress(done))
     # Not mapped: many weights are repacked in memory, and the mapped pages would stay as well. The
     # system counts mapped pages as available memory, so a second model would seem to fit.
-    params.load_mode = api.LLAMA_LOAD_MODE_NONE
+    params.load_mode = api.LLAMA_LOAD_MODE_MMAP if mapped else api.LLAMA_LOAD_MODE_NONE
+    params.use_extra_bufts = not mapped
     params.no_alloc = not weights
     if model := api.llama_model_load_from_file(os.fsencode(path), params):
         return model
     raise ModelError(
         "llama.cpp cannot load this file; it is damaged, cut short or of an unknown kind"
     )
+
+
+def check_kind(model: Any, context: Any) -> None:
+    """ModelError unless a llama_model goes on with a text token by token. In a decode of more than
+    a micro-batch by another kind, llama.cpp ends the process.
+    """
+    if api.llama_model_has_encoder(model) or not api.llama_get_memory(context):
+        kind = "a diffusion model" if api.llama_model_is_diffusion(model) else "an encoder"
+        architecture = metadata(model, "general.architecture")
+        raise ModelError(f"it is {kind} ({architecture}), which cannot complete a text")
 
 
 def is_recurrent(model: Any) -> bool:
@@ -203,8 +219,9 @@ class Llama:
         fim: Sequence[str] = (),
         layout: str = "psm",
         abort_flag: Any = None,
+        mapped: bool = False,
     ) -> None:
-        self.model = load_model(path, progress)
+        self.model = load_model(path, progress, mapped=mapped)
         self.vocabulary = Vocabulary(self.model, fim, layout)
         self.n_vocab = int(api.llama_vocab_n_tokens(self.vocabulary.vocab))
         self.window = api.llama_model_n_swa(self.model)  # tokens; 0: no sliding window
@@ -227,6 +244,7 @@ class Llama:
             raise ModelError(
                 "llama.cpp cannot make a context for this model; there is too little memory"
             )
+        check_kind(self.model, self.context)
         self.memory = api.llama_get_memory(self.context)
         self.micro_batch, self.outputs = settings.micro_batch, settings.outputs
         self.max_draft = int(api.llama_n_rs_seq(self.context)) if self.recurrent else MAX_DRAFT
@@ -367,7 +385,7 @@ class Sampler:
 
     def __init__(self, request: GenerationRequest) -> None:
         self.chain = None
-        if request.temperature == 0:
+        if request.temperature < MIN_TEMPERATURE:
             return
         self.chain = api.llama_sampler_chain_init(api.llama_sampler_chain_default_params())
         seed = api.LLAMA_DEFAULT_SEED if request.seed is None else request.seed
@@ -451,7 +469,7 @@ def check_digest(path: Path, sha256: str, state_dir: Path, stopping: Callable[[]
     if not sha256:
         return
     stamp = state_dir / "verified" / f"{path.name}.{file_stamp(path)}.{sha256[:16]}"
-    if stamp.exists():
+    if os.path.exists(stamp):
         return
 
     def tick(_done: int) -> None:

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import functools
 import math
+import os
 import re
 import signal
 import subprocess
@@ -25,14 +26,17 @@ import psutil
 
 from cerebrum.vps.llama import (
     MB,
+    Llama,
     ModelError,
     Settings,
+    Slot,
+    check_kind,
     context_params,
     file_stamp,
     llama_log,
     load_model,
 )
-from cerebrum.vps.vocabulary import Vocabulary, api
+from cerebrum.vps.vocabulary import api
 from cerebrum_common import HttpError
 
 MIN_FIT_TOKENS = 2048  # a shorter context holds too little of a file beside its completion
@@ -121,13 +125,15 @@ sys.exit(read_header(sys.argv[1]))
 """
 _asking = threading.Lock()
 
+DECODE_TOKENS, DECODE_SECONDS = 300, 1.0
 REFUSED = 3  # the status of a child process to which llama.cpp has refused a file
 FATAL = (signal.SIGABRT, signal.SIGSEGV, signal.SIGFPE, signal.SIGBUS, signal.SIGILL)
 
 
-def accepts(path: Path) -> bool:
-    """Whether llama.cpp accepts the header of a model file; a child process asks. ModelError if
-    llama.cpp ends that process, OSError if something else does, such as too little memory.
+@functools.lru_cache(64)
+def accepts(path: Path, _stamp: str) -> bool:
+    """Whether llama.cpp can load a model file; a child process asks. ModelError if llama.cpp ends
+    that process, OSError if something else does, such as too little memory.
     """
     root = Path(__file__).resolve().parents[2]
     command = [sys.executable, "-c", READ_HEADER, str(path.absolute())]
@@ -144,16 +150,23 @@ def needed(path: Path, forms: Sequence[Settings]) -> list[Parts]:
     be used.
     """
     with _asking:  # two threads that ask about one file would both wait for llama.cpp
+        path.open("rb").close()
         stamp = file_stamp(path)
         known = forms[0].state_dir / "verified" / f"{path.name}.{stamp}.{llama_cpp.__version__}"
-        if not known.exists() and accepts(path):
+        if not os.path.exists(known) and accepts(path, stamp):
             with contextlib.suppress(OSError):  # only the daemon makes the folder
                 known.touch()
-        return _needed(path, stamp, tuple(forms))
+        return _needed(path, stamp, tuple(forms))[1]
+
+
+def context_length(path: Path, settings: Settings) -> int:
+    """The tokens of a sequence that a model file has with these settings, after `needed`."""
+    with _asking:
+        return _needed(path, file_stamp(path), (settings,))[0]
 
 
 @functools.lru_cache(64)  # a large vocabulary takes half a second
-def _needed(path: Path, _stamp: str, forms: tuple[Settings, ...]) -> list[Parts]:
+def _needed(path: Path, _stamp: str, forms: tuple[Settings, ...]) -> tuple[int, list[Parts]]:
     model = load_model(path, weights=False)
     try:
         vocabulary = api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))
@@ -162,7 +175,9 @@ def _needed(path: Path, _stamp: str, forms: tuple[Settings, ...]) -> list[Parts]
             header = file.read(HEADER_BYTES)
         if OUTPUT_NAME not in header:  # llama.cpp may repack a copy of the embedding, as Q8_0
             weights += vocabulary * api.llama_model_n_embd(model) * Q8_0_BLOCK_BYTES // 32
-        return [{"weights": weights, **_beside_weights(model, vocabulary, form)} for form in forms]
+        n_ctx = context_params(model, forms[0]).n_ctx // forms[0].sequences
+        parts = [{"weights": weights, **_beside_weights(model, vocabulary, form)} for form in forms]
+        return n_ctx, parts
     finally:
         api.llama_model_free(model)
         ctypes.CDLL(None).malloc_trim(0)
@@ -171,7 +186,9 @@ def _needed(path: Path, _stamp: str, forms: tuple[Settings, ...]) -> list[Parts]
 def _beside_weights(model: Any, vocabulary: int, settings: Settings) -> Parts:
     """The bytes of a model's context, from what llama.cpp logs when it makes one."""
     llama_log.lines.clear()
-    api.llama_free(api.llama_init_from_model(model, context_params(model, settings)))
+    if context := api.llama_init_from_model(model, context_params(model, settings)):
+        check_kind(model, context)
+    api.llama_free(context)
     log = "\n".join(llama_log.lines)
     kv_mb = sum(map(float, KV_SIZE_MB.findall(log)))
     compute_mb = sum(map(float, COMPUTE_SIZE_MB.findall(log)))
@@ -187,13 +204,18 @@ def _beside_weights(model: Any, vocabulary: int, settings: Settings) -> Parts:
 
 
 def read_header(path: str) -> int:
-    """Let llama.cpp make the model, its vocabulary and a context. Returns the status for
-    `accepts`.
+    """Let llama.cpp make the model, its vocabulary and a context, and decode more than a
+    micro-batch. Returns the status for `accepts`.
     """
+    settings = Settings(n_ctx=512, sequences=1)
     try:
-        model = load_model(Path(path), weights=False)
+        llama = Llama(Path(path), settings, lambda _: True, mapped=True)
     except (ModelError, OSError):
         return REFUSED
-    Vocabulary(model).tokenize("def f(x):\n    return 'é'\n", True)
-    api.llama_init_from_model(model, context_params(model, Settings(n_ctx=512, sequences=1)))
+    llama.vocabulary.tokenize("def f(x):\n    return 'é'\n", True)
+    # Long enough for each kind of layer, even of a large model.
+    ending = threading.Timer(DECODE_SECONDS, llama.abort)
+    ending.daemon = True
+    ending.start()
+    llama.decode([(Slot(0), [0] * DECODE_TOKENS, 1)])
     return 0

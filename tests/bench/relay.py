@@ -160,7 +160,7 @@ def receive(peers: list[socket.socket]) -> Iterator[tuple[int, bytes]]:
             selector.register(peer, selectors.EVENT_READ)
         while selector.get_map():
             for key, _ in selector.select():
-                peer: socket.socket = key.fileobj  # type: ignore[assignment]
+                peer = key.fileobj  # type: ignore[assignment]
                 data = peer.recv(1 << 18)
                 # What is pending has been read already, so that select does not report it.
                 while isinstance(peer, ssl.SSLSocket) and peer.pending():

@@ -116,13 +116,13 @@ class Server:
         self, prompt: str, tokens: int, stop: str, more: dict[str, Any]
     ) -> tuple[str, dict[str, Any]]:
         """The path and the fields of one completion, as this server wants them."""
-        asks = isinstance(prompt, Question)
+        asked = prompt.chat_ml() if isinstance(prompt, Question) else ""
         body: dict[str, Any] = {"temperature": 0, "stop": [stop] if stop else []}
         if not self.model:
-            body["prompt"] = prompt.chat_ml() if asks else prompt
+            body["prompt"] = asked or prompt
             body |= {"n_predict": tokens, "stream": True, "cache_prompt": True}
             return "/completion", body
-        if asks:
+        if asked:
             # Mode "instruct" would hold the answer back until it cannot be a fenced block any more.
             body["mode"] = "complete"
             body["messages"] = [{"role": "user", "content": prompt}]

@@ -537,7 +537,7 @@ async def test_the_vps_dies_in_mid_stream_and_then_the_pi(chrome: Any) -> None:
             *visit.pi.server._listeners,
             *(each.transport for each in visit.pi.server.connections.values()),
         ):
-            one.close()
+            one.close()  # type: ignore[attr-defined]
         words = "The connection broke before the end; what had come is still marked."
         await visit.see_part("#error", re.compile(words + " Request id: [0-9a-f-]{36}"))
         await visit.holds(CODE + "a", mark="a")

@@ -465,7 +465,7 @@ def test_a_name_is_looked_up_once_and_nobody_waits_for_the_resolver(
         complaints = list[Any]()
         loop.set_exception_handler(lambda _, complaint: complaints.append(complaint))
         gates["late"].set()
-        await until(lambda: all(host != "late" for host, *_ in loop._names))
+        await until(lambda: all(host != "late" for host, *_ in loop._names))  # type: ignore[attr-defined]
         gc.collect()
         assert complaints == []
         assert sorted(asked) == ["hangs", "late", "unknown", "unknown", "vps"]

@@ -19,7 +19,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from re import _parser  # there is no public one
+from re import _parser  # type: ignore[attr-defined]  # there is no public one
 from typing import Any
 
 import pytest

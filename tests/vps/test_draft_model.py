@@ -272,7 +272,7 @@ class Clock:
         decoder = worker.decoder
         assert decoder
         assert decoder.draft_model
-        self.models = {"target": decoder, "draft": decoder.draft_model}
+        self.models: dict[str, Any] = {"target": decoder, "draft": decoder.draft_model}
         for name, owner in self.models.items():
             monkeypatch.setattr(owner.model, "decode", self._decode(name, owner))
         monkeypatch.setattr(vps_worker.time, "perf_counter", lambda: self.now)

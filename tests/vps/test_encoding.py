@@ -13,6 +13,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -460,6 +461,38 @@ PASSPORTS = [
 for name, there in ELSEWHERE.items():
     differs = f"it was tuned for {name} {there}, here it is {PASSPORT[name]}"
     PASSPORTS.append(({name: there}, differs))
+
+
+WORK = """
+import sys, time
+from pathlib import Path
+from cerebrum.vps.encoding import alone_in
+for _ in range(2):
+    with alone_in(Path(sys.argv[1])) as folder:
+        (folder / "large").write_text("x")
+        if _:
+            print("ready", flush=True)
+            time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_tuning_that_is_ended_leaves_nothing(number, tmp_path):
+    command = [sys.executable, "-c", WORK, str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"ready\n"
+        process.send_signal(number)
+        assert process.wait(20) == 128 + number
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_a_tuning_by_nohup_goes_on_without_its_terminal(tmp_path):
+    command = ["nohup", sys.executable, "-c", WORK, str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"ready\n"
+        process.send_signal(signal.SIGHUP)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 128 + signal.SIGTERM
 
 
 @pytest.mark.parametrize(("change", "reason"), PASSPORTS)

@@ -6,9 +6,12 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import hashlib
+import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -24,6 +27,7 @@ import pytest
 from harness import PATIENCE, ROOT, wait_until
 from test_engine import ask, running
 
+import vpsd
 from cerebrum.vps import memory
 from cerebrum.vps.compute import ModelTally
 from cerebrum.vps.fetch import is_whole
@@ -33,16 +37,19 @@ from cerebrum.vps.llama import (
     MB,
     Llama,
     ModelError,
+    Sampler,
     Settings,
     Slot,
+    check_digest,
     llama_log,
     start_library,
 )
 from cerebrum.vps.memory import accepts, needed
+from cerebrum.vps.pool import Pool
 from cerebrum.vps.prefixes import Parked, Sequences
 from cerebrum.vps.vocabulary import GenerationRequest, Vocabulary, api, cut_runs
 from cerebrum.vps.worker import Loader, Worker
-from cerebrum_common import HttpError
+from cerebrum_common import HttpError, Model
 
 ONE = Settings(threads=1, n_ctx=64, sequences=1, micro_batch=16)
 TIE = 1e-3  # logits closer than this may be ordered differently in a batch of another size
@@ -458,6 +465,96 @@ def test_a_header_is_read_in_another_process_first(
         needed(odd, forms)
 
 
+def test_a_folder_of_notes_that_cannot_be_read_says_nothing_of_the_file(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, stat = models / "dense.gguf", os.stat
+
+    def unreadable(name: Any, *given: Any, **more: Any) -> Any:
+        if "verified" in str(name):
+            raise PermissionError(13, "Permission denied", str(name))
+        return stat(name, *given, **more)
+
+    monkeypatch.setattr(os, "stat", unreadable)
+    assert needed(path, [Settings(state_dir=tmp_path)])
+    check_digest(path, hashlib.sha256(path.read_bytes()).hexdigest(), tmp_path, lambda: False)
+
+
+def test_a_file_that_cannot_be_opened_starts_no_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory.subprocess, "run", None)
+    with pytest.raises(IsADirectoryError):
+        needed(tmp_path, [Settings(state_dir=tmp_path)])
+
+
+def test_a_file_whose_weights_are_missing_starts_one_process(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes((models / "dense.gguf").read_bytes()[:-5000])
+    for _ in range(2):
+        with pytest.raises(ModelError):
+            needed(cut, [Settings(state_dir=tmp_path)])
+        monkeypatch.setattr(memory.subprocess, "run", None)
+
+
+async def test_the_context_is_known_before_the_load(models: Path, tmp_path: Path) -> None:
+    """The model was trained for 4,096 tokens."""
+    settings = Settings(threads=1, n_ctx=6000, state_dir=tmp_path)
+    pool = Pool(models, settings, "fetch")
+    pool.configure([Model("dense", "dense", (), "", "", "dense.gguf")], 0, 10)
+    listed = [(await vpsd.describe_model(pool, pool.models["dense"]))["n_ctx"]]
+    await pool.acquire("a user", "dense", lambda _: None)
+    listed.append((await vpsd.describe_model(pool, pool.models["dense"]))["n_ctx"])
+    await pool.stop()
+    assert listed == [4096, 4096]
+
+
+def test_a_tiny_temperature_is_greedy(models: Path, tmp_path: Path) -> None:
+    with opened(models / "dense.gguf", Settings(threads=1, n_ctx=512, state_dir=tmp_path)) as model:
+        slot = Slot(0)
+        assert model.decode([(slot, [1, 2, 3], 1)]) == 0
+        likeliest = model.greedy(2)
+        for temperature in (0.0, 1e-45, 1e-38, 1e-7):
+            sampler = Sampler(GenerationRequest("", temperature=temperature, seed=1))
+            assert sampler.sample(model, 2) == likeliest
+            sampler.close()
+
+
+NO_CHECK = """
+import os, sys
+os.environ["GGML_NO_BACKTRACE"] = "1"
+from cerebrum.vps import llama, memory
+llama.check_kind = lambda *_: None
+sys.exit(memory.read_header(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind"),
+    [
+        ("dream", "a diffusion model"),
+        ("llada", "a diffusion model"),
+        ("gemma-embedding", "an encoder"),
+    ],
+)
+def test_what_completes_no_text_is_refused_by_its_header(
+    architecture: str, kind: str, tmp_path: Path
+) -> None:
+    """At a prompt of more than a micro-batch, llama.cpp would end the daemon."""
+    values = {"attention.sliding_window": 192}
+    path = families.make(tmp_path / "odd.gguf", families.Family(architecture, values))
+    (tmp_path / "verified").mkdir()
+    message = rf"^it is {kind} \({architecture}\), which cannot complete a text$"
+    for _ in range(2):
+        with pytest.raises(ModelError, match=message):
+            needed(path, [Settings(state_dir=tmp_path)])
+    assert not [*(tmp_path / "verified").iterdir()]
+    command = [sys.executable, "-c", NO_CHECK, str(path)]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == -signal.SIGABRT
+
+
 STATUSES = {
     0: True,
     3: False,
@@ -478,10 +575,10 @@ def test_only_llama_cpp_can_refuse_a_header(
     monkeypatch.setattr(memory.subprocess, "run", lambda *_, **__: ended)
     expected = STATUSES[status]
     if isinstance(expected, bool):
-        assert accepts(tmp_path) is expected
+        assert accepts(tmp_path, f"{status}") is expected
     else:
         with pytest.raises(expected):
-            accepts(tmp_path)
+            accepts(tmp_path, f"{status}")
 
 
 def test_a_vocabulary_serves_several_threads_and_is_freed_after_the_last() -> None:

@@ -817,7 +817,7 @@ def test_a_newer_request_of_a_session_replaces_the_older(vps: Vps) -> None:
         older = pool.submit(vps.refusal, new_prompt(), max_tokens=1000, session="s")
         wait_until(lambda: vps.active() == 1)
         vps.complete(new_prompt(), max_tokens=1, session="s")
-    assert older.result()[:2] == (409, "SUPERSEDED")
+    assert older.result()[:2] == (409, "SUPERSEDED")  # type: ignore[attr-defined]
 
 
 def test_a_third_request_at_a_time_is_refused(vps: Vps) -> None:
