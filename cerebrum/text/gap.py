@@ -255,7 +255,7 @@ class Gap(Stage):
         place = meeting.step(char)
         if place is not None and meeting.sure:
             self.end("stop", place)
-        elif place is not None:
+        elif place is not None and not self.in_line:
             self.could_end(place)
         if not self.reason:
             self._read(char, begun)
@@ -397,6 +397,11 @@ def indent_of(line: Line) -> int:
     return line[0] - line[1].startswith("*")
 
 
+def level_of(scanner: Scanner, char: str) -> int:
+    """1 for the opening bracket that a scanner has just read in code, -1 for a closing one."""
+    return 0 if scanner.closer else (char in "([{") - (char in OPENING_OF)
+
+
 class GapInLine(Gap):
     """A gap that ends within a line: the suffix begins with the rest of the cursor's line. It could
     follow a line that lacks this rest and leaves no bracket open, or replace a rest that the model
@@ -411,7 +416,17 @@ class GapInLine(Gap):
         line = last_line(prompt)
         if line.strip():
             self.doubt = DOUBT_IN_LINE
+        # Brackets opened and not closed: in the text so far, and in the rest.
+        self.level = self.rest_level = 0
+        ahead = scanner_of(scanner.language)
+        for char in suffix.partition("\n")[0]:
+            ahead.step(char)
+            self.rest_level += level_of(ahead, char)
         self.floor = min(columns_of(line), floor_of(suffix.partition("\n")[2]))
+
+    def _read(self, char: str, begun: bool) -> None:
+        self.level += level_of(self.scanner, char)
+        super()._read(char, begun)
 
     def on_start(self) -> None:
         scanner = self.scanner
@@ -423,15 +438,17 @@ class GapInLine(Gap):
     def on_line(self) -> None:
         scanner, rest = self.scanner, self.meeting.first
         lines, written = self.meeting.found[-1] if self.meeting.found else (0, 0)
+        if self.level > self.rest_level:
+            lines = 0  # the rest of a line within brackets of the text
         if lines == 1 and self._has_closed():
             self.end("stop", written)
         elif lines == 1:
             self.enough, self.doubt = written, 0.0  # surer than any place before
             if len(rest) >= REST_CHARS:
                 self.patience = min(self.patience, WRITTEN_AHEAD_CHARS)
-        elif rest[0] in OPENING_OF and scanner.stack:
+        elif rest[0] in OPENING_OF:
             return  # the rest closes what the cursor is in
-        elif len(scanner.stack) <= self.depth_at_cursor and not scanner.closer:
+        elif self.level <= 0 and not scanner.closer:
             self.could_end(self.meeting.edge)
 
     def _has_closed(self) -> bool:

@@ -1,8 +1,8 @@
 """Where completions end, measured by an oracle: a "model" that writes the text that really stands
 there.
 
-    python tests/bench/ending.py [--seed 1] [--cases 300] [--languages python,go] [--show 3]
-        [FOLDER ...]
+    python tests/bench/ending.py [--seed 1] [--cases 300] [--languages python,go] [--kinds line]
+        [--window 1200] [--show 3] [FOLDER ...]
 
 Reads real files below the folders (default: the standard library, the installed packages and the
 sources that `make test-slow` fetches) and prints one line of JSON per language, from --cases of
@@ -17,6 +17,11 @@ statement of several lines, up to its semicolon or, in a file without any, up to
     line    the prompt ends somewhere in a line or in its indentation; the rest of the line is
             missing
     lines   the same, and one to five more lines are missing; half of them are whole lines
+    closed  the cursor is between two brackets, the second of which the editor has added; what
+            stands between them on several lines is missing, such as a callback
+
+--window cuts the prompt to so many characters before the cursor and the suffix to a third of it, so
+that it begins anywhere in the file.
 
 The model ends by itself after the missing piece (`own`), runs on with the text that follows in the
 file (`on`), or, in a gap, runs on with text from elsewhere (`astray`). Each figure is the
@@ -33,7 +38,7 @@ import random
 import re
 import sys
 import sysconfig
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,9 +58,10 @@ PATHS = sysconfig.get_paths()
 FOLDERS = [PATHS["stdlib"], PATHS["purelib"], str(SOURCES)]
 MIN_CHARS, MAX_CHARS = 500, 30_000  # of a file
 CASES_PER_FILE = 4
-GAPS = ("line", "lines")
+GAPS = ("line", "lines", "closed")
 KINDS = ("header", "member", *GAPS)
 PROMPT_CHARS, SUFFIX_CHARS = 14_000, 4_000
+CLOSING = {"(": ")", "[": "]", "{": "}"}
 MORE_CHARS = 1_500
 MAX_PIECE = 6_000
 TOKEN = re.compile(r"\s?\w{1,6}|\s+|\W")
@@ -265,6 +271,24 @@ class Source(Peer):
                 stop = self.lines[last + 1].start - 1
             yield self._case(kind, place, stop)
 
+    def closed(self, chance: random.Random) -> Iterator[Case]:
+        """The pairs of brackets on several lines with a text right behind the first."""
+        inside = self._marked(lambda kind: kind in String or is_remark(kind))
+        stack, pairs = list[int](), list[tuple[int, int]]()
+        for place, char in enumerate(self.text):
+            if inside[place]:
+                continue
+            if char in CLOSING:
+                stack.append(place)
+            elif char in CLOSING.values():
+                if not stack or CLOSING[self.text[stack[-1]]] != char:
+                    return  # such as a bracket in a regex
+                pairs.append((stack.pop() + 1, place))
+        for place, stop in chance.sample(pairs, len(pairs)):
+            first, *more = self.text[place:stop].split("\n")
+            if first.strip() and more:
+                yield self._case("closed", place, stop)
+
     def _line(self, number: int) -> str:
         start = self.lines[number].start
         return self.text[start : self.text.find("\n", start) + 1]
@@ -294,7 +318,7 @@ def judge(source: Source, case: Case, sent: str) -> tuple[int, int]:
 def sources(folders: list[str], language: str, chance: random.Random) -> Iterator[Source]:
     found = files_of(folders, language, MIN_CHARS, MAX_CHARS)
     for path in chance.sample(found, len(found)):
-        text = path.read_text("utf-8", "replace")
+        text = path.read_text("utf-8-sig", "replace").replace("\r\n", "\n")
         if "\r" in text or "\ufffd" in text or max(map(len, text.split("\n"))) >= 400:
             continue
         source = Source(language, text)
@@ -315,12 +339,23 @@ def texts_of(case: Case, other: str) -> dict[str, str]:
 
 
 def cases_of(source: Source, kind: str, chance: random.Random) -> Iterator[Case]:
-    find = source.gaps if kind in GAPS else source.definitions
-    for number, case in enumerate(find(kind, chance)):
+    if kind == "closed":
+        found = source.closed(chance)
+    else:
+        found = (source.gaps if kind in GAPS else source.definitions)(kind, chance)
+    for number, case in enumerate(found):
         if number == CASES_PER_FILE:
             return
         if case.piece.strip() and len(case.piece) <= MAX_PIECE:
             yield case
+
+
+def cut_to(case: Case, window: int) -> Case:
+    """A case as a limit of reading leaves it: from the start of a line."""
+    above = case.prompt[-window:]
+    if len(above) < len(case.prompt):
+        above = above[above.find("\n") + 1 :]
+    return case._replace(prompt=above, after=case.after[: window // 3])
 
 
 def summary_of(pairs: list[tuple[int, int]]) -> dict[str, float]:
@@ -339,12 +374,14 @@ def measure(language: str, options: argparse.Namespace) -> dict[str, object]:
     other = "\n".join(f"other{n} = elsewhere({n})" for n in range(60))
     results = defaultdict[str, list[tuple[int, int]]](list)  # by kind and model
     for source in sources(options.folders, language, chance):
-        have = {kind: len(results.get(f"{kind}_own", ())) for kind in KINDS}
-        missing = [kind for kind in KINDS if have[kind] < options.cases]
+        have = Counter({kind: len(results.get(f"{kind}_own", ())) for kind in KINDS})
+        missing = [kind for kind in options.kinds.split(",") if have[kind] < options.cases]
         if not missing:
             break
         for kind in missing:
             for case in cases_of(source, kind, chance):
+                if options.window:
+                    case = cut_to(case, options.window)
                 for model, text in texts_of(case, other).items():
                     name = f"{kind}_{model}"
                     mode, suffix = ("infill", case.after) if kind in GAPS else ("complete", None)
@@ -364,7 +401,14 @@ def measure(language: str, options: argparse.Namespace) -> dict[str, object]:
 
 def main() -> None:
     parser = servers.parser_of(
-        __doc__, seed=1, cases=300, languages=",".join(LANGUAGES), show=0, only=""
+        __doc__,
+        seed=1,
+        cases=300,
+        languages=",".join(LANGUAGES),
+        show=0,
+        window=0,
+        only="",
+        kinds=",".join(KINDS),
     )
     parser.add_argument("folders", nargs="*", default=FOLDERS)
     options = parser.parse_args()

@@ -26,6 +26,7 @@ FIRST = (3, 31, 101, 201, 301)
 ADDED = [", ".join(map(str, range(first, first + 28))) for first in FIRST]
 CALLS = "".join(f"print(add({numbers}))\n" for numbers in ADDED)
 VALUES = "".join(f"    value{number} = compute_the_next_value({number}),\n" for number in range(14))
+CALLED = "".join(f"  console.log(item, {number});\n" for number in range(8))
 # Each case is a text: the prompt up to «, the part to keep up to », what the model writes after
 # that, and for an infill the suffix after ‖. Its head names the language, the reason to end and
 # what the case shows.
@@ -55,6 +56,38 @@ ROWS = [
     (
         "javascript end: a long body before its bracket",
         f"function f(a) {{\n«{VALUES}»‖}}\n\nfunction g() {{",
+    ),
+    (
+        "javascript end: a callback in a call that the editor has closed",
+        f"items.forEach(«(item) => {{\n{CALLED}  total += item.price;\n}}»‖);\n\ndone();\n",
+    ),
+    (
+        "typescript end: a callback at the end of a file",
+        f"test(«'a', () => {{\n{CALLED}  expect(total).toBe(0);\n}}»‖);\n",
+    ),
+    (
+        "javascript stop: a callback whose call the model closes",
+        f"items.forEach(«(item) => {{\n{CALLED}}}»);\n\ndone();\n‖);\n\ndone();\n",
+    ),
+    (
+        "javascript end: a bracket in a string of a callback",
+        f"items.forEach(«(item) => {{\n  log(')');\n{CALLED}}}»‖);\n\ndone();\n",
+    ),
+    (
+        "lua end: a callback in a call that the editor has closed",
+        f"run(«'a', function(b)\n{CALLED.replace(';', '')}end»‖)\n\nprint(b)\n",
+    ),
+    (
+        "elixir end: a callback in a call that the editor has closed",
+        f"run(«a, fn b ->\n{CALLED.replace(';', '')}end»‖)\n\nprint(b)\n",
+    ),
+    (
+        "ruby end: a list between brackets that the editor has closed",
+        f"A = %i[«one two\n{VALUES}  three»‖].freeze\n\nputs A\n",
+    ),
+    (
+        "r end: a block in a call that the editor has closed",
+        f"test_that(«'a', {{\n{CALLED.replace(';', '')}}}»‖)\n\ntest_that('b', {{\n",
     ),
     (
         "python end: a long rest of a function",
