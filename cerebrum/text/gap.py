@@ -7,6 +7,7 @@ each stage does. Pure; standard library only.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 
 from cerebrum.text.languages import LANGUAGES
@@ -229,12 +230,17 @@ class Gap(Stage):
         # and how many closing ones have no partner in the prompt.
         self.literal_at_cursor = scanner.closer
         self.depth_at_cursor = len(scanner.stack)
-        self.unmatched_at_cursor = scanner.unmatched
-        # Of the open brackets, the suffix closes so many.
-        self.closed_below = 0
+        self.unmatched_at_cursor = len(scanner.unmatched)
+        # The indentation of the lines in which the suffix closes brackets of the prompt or above
+        # it, and how many of those in the prompt it closes: a prompt may begin within a block.
+        self.closing = list[int]()
         if not self.literal_at_cursor:
-            closing = scanner_of(scanner.language, suffix[:CLOSERS_CHARS]).unmatched
-            self.closed_below = min(self.depth_at_cursor, closing)
+            line = last_line(prompt)
+            blank = line[: len(line) - len(line.lstrip())]
+            self.closing = scanner_of(scanner.language, blank + suffix[:CLOSERS_CHARS]).unmatched
+        outermost = scanner.stack[0].indent if scanner.stack else 0
+        known = [indent for indent in self.closing if indent >= outermost]
+        self.closed_below = min(self.depth_at_cursor, len(known))
 
     def on_start(self) -> None:
         """A line begins: its first character that is not white space has come."""
@@ -297,13 +303,13 @@ class Gap(Stage):
             self.enough = place
 
     def has_closed_too_much(self) -> bool:
-        """Whether the text has closed a bracket that the suffix closes, or one from outside the
-        text.
+        """Whether the text has closed a bracket that the suffix closes. Of those above the prompt,
+        the suffix closes the ones that are indented less.
         """
         scanner = self.scanner
-        return (
-            len(scanner.stack) < self.closed_below or scanner.unmatched > self.unmatched_at_cursor
-        )
+        closed = scanner.unmatched[self.unmatched_at_cursor :]
+        too_far = min(closed, default=sys.maxsize) <= max(self.closing, default=-1)
+        return too_far or len(scanner.stack) < self.closed_below
 
     def is_suffix(self, lines: int) -> bool:
         """Whether a text that ends with so many lines of the goal has come to the suffix."""

@@ -108,12 +108,13 @@ class Scanner:
     condition = ""  # `head` up to the parentheses of an if, if those came last
     starting = True  # only white space since a line (by lines: a statement) began
     indent = 0  # its columns
-    unmatched = 0  # closing brackets whose partner is not in the text
 
     def __init__(self, language: Language) -> None:
         self.language = language
         self.terminators = list[str]()  # the lines that end the here-documents below this line
         self.stack = list[Bracket]()  # open brackets
+        # Of the closing brackets whose partner is not in the text, the indentation of their lines.
+        self.unmatched = list[int]()
         # Of each #if without its #endif: `stack` before its branches and, from the second one on,
         # behind the first.
         self.conditionals = list[list[list[Bracket]]]()
@@ -355,7 +356,7 @@ class Scanner:
     def _close(self, char: str) -> None:
         depth = self._opener_of(char)
         if depth is None:
-            self.unmatched += 1
+            self.unmatched.append(self.indent)
             return
         bracket = self.stack[depth]
         del self.stack[depth:]

@@ -90,6 +90,27 @@ ROWS = [
         f"test_that(«'a', {{\n{CALLED.replace(';', '')}}}»‖)\n\ntest_that('b', {{\n",
     ),
     (
+        "java end: a prompt that begins within the block that the text closes",
+        "            x += 1;\n«            count += 1;\n        }\n        total += item.price;\n»‖    }\n"
+        "    return total;\n}\n",
+    ),
+    (
+        "java end: no more than the end of such a block",
+        "            x += 1;\n«        }\n»‖        total += y;\n    }\n}\n",
+    ),
+    (
+        "java end: a block within such blocks",
+        "        if (a) {\n            b();\n«        }\n        c();\n»‖    }\n}\n",
+    ),
+    (
+        "java end: such blocks, with none of their ends in the suffix",
+        "    a();\n«    b();\n}\n\nint f() {\n»‖    return 1;\n",
+    ),
+    (
+        "java block: a bracket of the suffix, in a prompt that begins within its block",
+        f"        x += 1;\n«        count += 1;\n»    }}\n{VALUES}‖    }} // end\n}}\n",
+    ),
+    (
         "python end: a long rest of a function",
         f"def f(a):\n    «{VALUES.lstrip()}»‖\n\ndef g():\n    pass",
     ),
