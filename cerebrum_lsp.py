@@ -889,7 +889,8 @@ class Completions:
 
     def infill(self, call: Call, gap: Gap) -> Suggestion:
         """The Pi's text for the gap, "" if it has none now. Ended, if the call was ended."""
-        body, suggestions = self.body(gap, call.is_automatic), self.suggestions
+        suggestions = self.suggestions  # of the settings before they are read
+        body = self.body(gap, call.is_automatic)
         began = time.monotonic()
         try:
             answer = self.pi.ask(call, "/infill", body)

@@ -64,7 +64,6 @@ class Preview {
    * @param {vscode.Uri} uri its right side @param {AbortSignal} closed
    */
   async decision(uri, closed) {
-    if (!this.tabs(uri).length) return false;
     const message = vscode.window.showInformationMessage("Cerebrum: apply this change?", "Apply", "Discard");
     return new Promise((/** @type {(isWanted: boolean) => void} */ resolve) => {
       this.deciders.set(uri.toString(), resolve);
@@ -155,7 +154,8 @@ async function changeSelection(pi, preview, { document, selection }) {
   const before = preview.add(name, selected);
   const after = preview.add(name, "");
   const closed = new AbortController();
-  await vscode.commands.executeCommand("vscode.diff", before, after, `Cerebrum: ${instruction}`);
+  // As no preview, whose place the next file that is opened would take.
+  await vscode.commands.executeCommand("vscode.diff", before, after, `Cerebrum: ${instruction}`, { preview: false });
   const watch = vscode.window.tabGroups.onDidChangeTabs(() => {
     if (!preview.tabs(after).length) closed.abort();
   });

@@ -359,7 +359,7 @@ class Backend:
         result that somebody waits for goes to the breaker that has admitted the attempt.
         """
         refused = None
-        self.requests_total += not attempt.request.is_spare
+        self.count(attempt)
         self.answering.add(attempt)
         try:
             while True:
@@ -389,6 +389,12 @@ class Backend:
                     refused = error
         finally:
             self.answering.discard(attempt)  # with a new address, it is not in there
+
+    def count(self, attempt: Attempt) -> None:
+        """Count an attempt, once somebody waits for it."""
+        if not (attempt.counted or attempt.request.is_spare):
+            attempt.counted = True
+            self.requests_total += 1
 
     async def _fit(self, attempt: Attempt, refused: TooLong | None) -> Fitted:
         """Fit the prompt of an attempt, again if it was `refused`."""

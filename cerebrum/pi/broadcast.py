@@ -325,7 +325,7 @@ class Broadcasts:
         if request.speculative or self._is_llama_vims(request, digest):
             completion.request = request = replace(request, speculative=True)
             completion.clients.clear()
-            subscriber.waits = False
+            completion.counts = subscriber.waits = False
         elif request.kind == "infill" and not request.guest:
             self.dispatcher.saw_editor(request.client)
         if request.fields["max_tokens"] == 0:
@@ -346,7 +346,7 @@ class Broadcasts:
     def _new(self, completion: Completion, digest: bytes) -> Broadcast:
         prompt = completion.request.fields["prompt"]
         own = Broadcast(digest, prompt, completion=completion, memory=self.finished)
-        completion.end = lambda _: self._end(own)
+        completion.end = lambda error: self._end(own, error)
         return own
 
     def instead_of(self, failed: Broadcast, subscriber: Subscriber) -> Broadcast:
@@ -355,15 +355,15 @@ class Broadcasts:
         failure for everybody else.
         """
         assert failed.failure
-        completion, is_guest = subscriber.completion, failed.completion is not subscriber.completion
-        if failed.failure.code != SUPERSEDED or not (is_guest and subscriber.waits):
+        assert failed.completion
+        completion, is_guest = subscriber.completion, failed.completion.request.is_spare
+        if not (is_guest and subscriber.waits):
             raise failed.failure
         subscriber.broadcast = own = self._new(completion, failed.digest)
-        read = failed.pairs[: subscriber.at]
-        if any(kind == "text" for kind, _ in read):
-            own.pairs = [*read, ("done", {"finish_reason": PREEMPTED})]
+        if len(failed.text) > subscriber.typed:
+            own.pairs = [*failed.pairs, ("done", {"finish_reason": PREEMPTED})]
             return own
-        completion.requested = time.monotonic()
+        completion.requested, completion.counts = time.monotonic(), False
         subscriber.at = subscriber.typed = subscriber.skip = 0
         own.task = asyncio.create_task(self._run(own, completion))
         return own
@@ -472,7 +472,7 @@ class Broadcasts:
                 self.replaced += 1
                 self._replace(other)
 
-    def _end(self, broadcast: Broadcast) -> None:
+    def _end(self, broadcast: Broadcast, error: HttpError) -> None:
         """End a speculative completion for all who read it: another request needs its backend."""
         completion = broadcast.completion
         assert completion
@@ -481,7 +481,7 @@ class Broadcasts:
         if completion.tokens:
             self.counting.share(completion)
         completion.clients.clear()
-        broadcast.failure = HttpError(SUPERSEDED, "other requests came first")
+        broadcast.failure = error
         broadcast.task.cancel()
         self._wake(broadcast)
 

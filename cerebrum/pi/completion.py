@@ -136,6 +136,7 @@ class Attempt:
     size: int = 0  # bytes of the events with text, and of those that judge it
     first: float = 0.0  # when the first token came
     last: float = 0.0  # when the backend reported the answer as complete
+    counted: bool = False  # at its backend
     reason: str = ""  # one of FINISHED or "other" for a whole answer; SUPERSEDED; PREEMPTED
     error: HttpError | None = None
     begun: float = field(default_factory=time.monotonic)
@@ -186,6 +187,7 @@ class Completion:
     notes: JsonObject = field(default_factory=dict)  # for the request's line in the log
     client: str = ""  # whose share of the places it takes: one who still reads it
     clients: list[str] = field(default_factory=list)  # of all requests that wait for it
+    counts: bool = True  # as a request of its own
     attempts: list[Attempt] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
     # When the last client that shares it asked, or when it had to start again.

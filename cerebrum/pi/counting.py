@@ -146,7 +146,7 @@ class Counting:
         """Count the start and the end of a completion, and note its figures for the log. Without a
         client who waits, only its work counts.
         """
-        self.started += bool(completion.clients)
+        self.started += completion.counts
         self.running.add(completion)
         reason = CANCELLED
         try:
@@ -159,7 +159,7 @@ class Counting:
             self.running.discard(completion)
             completion.notes |= completion.figures()
             self.share(completion)
-            if completion.clients or completion.tokens:
+            if completion.counts or completion.clients or completion.tokens:
                 self._tally(completion, reason)
 
     def _tally(self, completion: Completion, reason: str) -> None:

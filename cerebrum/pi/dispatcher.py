@@ -424,8 +424,9 @@ class Dispatcher:
     def demote(self, completion: Completion, client: str) -> None:
         """Nobody waits for this completion any more, but this client may need its text later."""
         request = replace(completion.request, speculative=True, client=client)
-        completion.request = request
-        if completion in self.state.line:
+        completion.request, attempt = request, completion.attempt
+        backend = self.state.places.get(attempt) if attempt else None
+        if not backend or not is_idle(self.state, backend, request):
             completion.end(why_not_now(self.state, request))
         self.advance()
 
@@ -545,12 +546,13 @@ class Dispatcher:
         completion.client = client
         self._note_turn(completion)
         for backend in self.state.fleet.backends:
-            backend.requests_total += completion.attempt in backend.answering
+            if (attempt := completion.attempt) in backend.answering:
+                backend.count(attempt)
 
     def _supersede(self, attempt: Attempt) -> None:
         if not attempt.makes_room:
             attempt.reason = SUPERSEDED
-            message = "a newer request of this session took its place"
+            message = "another request took its place"
             attempt.completion.end(HttpError(SUPERSEDED, message))
 
     def _preempt(self, attempt: Attempt) -> None:

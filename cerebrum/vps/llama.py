@@ -123,9 +123,9 @@ def load_model(
     weights: bool = True,
     mapped: bool = False,
 ) -> Any:
-    """A llama_model. Without `weights`, llama.cpp only knows their sizes; `mapped` ones are read as
-    they are needed. ModelError if llama.cpp cannot load the file, or `progress` returns False.
-    OSError if the file cannot be read.
+    """A llama_model. Without `weights`, llama.cpp only knows their sizes; `mapped` ones are in
+    memory that the system may take back. ModelError if llama.cpp cannot load the file, or
+    `progress` returns False. OSError if the file cannot be read.
     """
     start_library()
     path.open("rb").close()
@@ -148,6 +148,10 @@ def check_kind(model: Any, context: Any) -> None:
     """ModelError unless a llama_model goes on with a text token by token. In a decode of more than
     a micro-batch by another kind, llama.cpp ends the process.
     """
+    if not context:
+        raise ModelError(
+            "llama.cpp cannot make a context for this model; there is too little memory"
+        )
     if api.llama_model_has_encoder(model) or not api.llama_get_memory(context):
         kind = "a diffusion model" if api.llama_model_is_diffusion(model) else "an encoder"
         architecture = metadata(model, "general.architecture")
@@ -239,12 +243,11 @@ class Llama:
         params.abort_callback = ctypes.cast(ctypes.CDLL(None).strlen, api.ggml_abort_callback)
         params.abort_callback_data = ctypes.addressof(self.abort_flag)
         self.context = api.llama_init_from_model(self.model, params)
-        if not self.context:
+        try:
+            check_kind(self.model, self.context)
+        except ModelError:
             self.close()
-            raise ModelError(
-                "llama.cpp cannot make a context for this model; there is too little memory"
-            )
-        check_kind(self.model, self.context)
+            raise
         self.memory = api.llama_get_memory(self.context)
         self.micro_batch, self.outputs = settings.micro_batch, settings.outputs
         self.max_draft = int(api.llama_n_rs_seq(self.context)) if self.recurrent else MAX_DRAFT

@@ -117,7 +117,8 @@ Q8_0_BLOCK_BYTES = 34  # for 32 weights
 READ_HEADER = """
 import os, signal, sys
 os.environ["GGML_NO_BACKTRACE"] = "1"
-signal.alarm(60)  # seconds; it takes one or two
+# Seconds: the file is read at 20 MB/s at least, which takes a 7B's four minutes, and mostly one.
+signal.alarm(60 + os.path.getsize(sys.argv[1]) // 20_000_000)
 with open("/proc/self/oom_score_adj", "w") as file:
     file.write("1000")  # dies before the daemon does
 from cerebrum.vps.memory import read_header
@@ -127,7 +128,14 @@ _asking = threading.Lock()
 
 DECODE_TOKENS, DECODE_SECONDS = 300, 1.0
 REFUSED = 3  # the status of a child process to which llama.cpp has refused a file
-FATAL = (signal.SIGABRT, signal.SIGSEGV, signal.SIGFPE, signal.SIGBUS, signal.SIGILL)
+FATAL = (
+    signal.SIGABRT,
+    signal.SIGSEGV,
+    signal.SIGFPE,
+    signal.SIGBUS,
+    signal.SIGILL,
+    signal.SIGALRM,
+)
 
 
 @functools.lru_cache(64)
@@ -139,7 +147,7 @@ def accepts(path: Path, _stamp: str) -> bool:
     command = [sys.executable, "-c", READ_HEADER, str(path.absolute())]
     status = subprocess.run(command, cwd=root).returncode
     if -status in FATAL:
-        raise ModelError("llama.cpp ends the process at the header of this file")
+        raise ModelError("llama.cpp ends the process that reads this file, or takes too long")
     if status not in (0, REFUSED):
         raise OSError(f"expected a process that reads the header, got its status {status}")
     return status == 0
@@ -186,9 +194,11 @@ def _needed(path: Path, _stamp: str, forms: tuple[Settings, ...]) -> tuple[int, 
 def _beside_weights(model: Any, vocabulary: int, settings: Settings) -> Parts:
     """The bytes of a model's context, from what llama.cpp logs when it makes one."""
     llama_log.lines.clear()
-    if context := api.llama_init_from_model(model, context_params(model, settings)):
+    context = api.llama_init_from_model(model, context_params(model, settings))
+    try:
         check_kind(model, context)
-    api.llama_free(context)
+    finally:
+        api.llama_free(context)
     log = "\n".join(llama_log.lines)
     kv_mb = sum(map(float, KV_SIZE_MB.findall(log)))
     compute_mb = sum(map(float, COMPUTE_SIZE_MB.findall(log)))

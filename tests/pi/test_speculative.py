@@ -327,6 +327,7 @@ async def test_it_is_speculative_again_when_nobody_waits_any_more():
             await until(lambda: pi.active == 1)
             joined.cancel()
             await until(lambda: pi.active == 0)
+        assert pi.gateway.fleet.first.requests_total == 1
         reply = await pi.post("/v1/complete", {"prompt": "x", "language": "python"}, X_API_Key="b")
         assert reply.status == 200
         assert_ended(await first)
@@ -382,6 +383,71 @@ async def test_a_guest_reads_along_without_a_place(spoken: bool):
         stats = (await pi.get("/v1/stats", X_API_Key="a")).json
         used = {one["name"]: (one["completions"], one["tokens"]) for one in stats["clients"]}
         assert used["tom"] == (1, 1)
+
+
+async def test_a_guest_who_joined_by_typing_waits_in_the_line_as_well():
+    gate = asyncio.Event()
+    scripts = [WRITING, [gate.wait, *GOOD], script(" b")]
+    async with pi_with(*scripts, max_concurrent=1, clients=HOUSE) as (pi, backend):
+        body = {**FILE, **BEHIND, "suggest": "always"}
+        first = start(pi, "/infill", {**body, "speculative": True}, X_API_Key="t")
+        await until(lambda: bool(pi.at(0) and pi.at(0)[0].tokens))
+        typed = {**body, "prompt": f"{BEHIND['prompt']} +"}
+        joined = start(pi, "/infill", typed, X_API_Key="t")
+        await until(lambda: pi.gateway.broadcasts.type_through == 1)
+        chatting = start(pi, CHATS, CHAT, X_API_Key="a")
+        await until(lambda: len(pi.line) == 1)
+        gate.set()
+        assert (await chatting).status == 200
+        assert (await joined).json["content"] == " b"
+        assert_ended(await first)
+        assert len(backend.completions) == 3
+        assert pi.gateway.requests == 2  # the chat and the guest's
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [error(503, "OVERLOADED"), error(400, "INVALID_REQUEST", prompt_tokens=5000, n_ctx=4096)],
+    ids=["overloaded", "too long"],
+)
+async def test_a_failure_of_what_a_guest_has_joined_is_not_his(failure: bytes):
+    go = asyncio.Event()
+    async with (
+        Backend([[go.wait, failure], NEXT]) as failing,
+        Backend([NEXT]) as other,
+        pi_for(backend_at(failing.port, "a"), backend_at(other.port, "b"), clients=HOUSE) as pi,
+    ):
+        first = ahead_of(pi, "t")
+        await failing.begun.wait()
+        joined = start(pi, "/infill", {**FILE, **BEHIND}, X_API_Key="t")
+        await until(lambda: len(pi.gateway.broadcasts.subscribers) == 2)
+        go.set()
+        assert (await joined).json["content"] == " + b"
+        assert (await first).status in (400, 503)
+
+
+async def test_what_nobody_waits_for_keeps_no_trial_and_runs_beside_nobody():
+    others = [HANG], [HANG], GOOD
+    for is_trial in (True, False):
+        async with pi_with(*others, max_concurrent=2, clients=HOUSE) as (pi, backend):
+            if is_trial:
+                pi.gateway.fleet.first.breaker.state = "half-open"
+            waiting = start(pi, "/infill", {**FILE, **BEHIND}, X_API_Key="a")
+            await backend.begun.wait()
+            if not is_trial:
+                beside = start(pi, CHATS, CHAT, X_API_Key="b")
+                await until(lambda: backend.running == 2)
+            first = ahead_of(pi, "a")
+            await until(lambda: pi.gateway.broadcasts.subscribers[-1].waits is False)
+            waiting.cancel()
+            if is_trial:
+                assert (await first).json["error"]["code"] == "VPS_UNAVAILABLE"
+                assert pi.gateway.fleet.first.breaker.trial is None
+            else:
+                assert_ended(await first)
+                beside.cancel()
+            await until(lambda: backend.running == 0)
+            assert counted(pi)[0] == counted(pi)[2] == 2 - is_trial
 
 
 async def test_reloads_and_other_models_forget_the_texts():
@@ -476,6 +542,12 @@ async def test_asked_ahead_twice_and_joined_once_is_one_completion():
         assert counted(pi) == (1, 0, 1, 1)
         people = pi.gateway.counting.people.total
         assert [people[name][:2] for name in ("anna", "ben")] == [(0, 0), (1, 1)]
+
+
+async def test_one_that_is_joined_before_it_begins_is_one_as_well():
+    async with pi_with(NEXT) as (pi, _):
+        assert [(await one).status for one in (ahead(pi), accepted(pi))] == [200, 200]
+        assert counted(pi)[0] == 1
 
 
 async def test_one_that_is_refused_counts_nowhere():

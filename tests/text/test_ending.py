@@ -91,8 +91,8 @@ ROWS = [
     ),
     (
         "java end: a prompt that begins within the block that the text closes",
-        "            x += 1;\n«            count += 1;\n        }\n        total += item.price;\n»‖    }\n"
-        "    return total;\n}\n",
+        "            x += 1;\n«            count += 1;\n        }\n        total += item.price;\n"
+        "»‖    }\n    return total;\n}\n",
     ),
     (
         "java end: no more than the end of such a block",

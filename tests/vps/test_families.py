@@ -452,7 +452,7 @@ def test_a_header_is_read_in_another_process_first(
     (tmp_path / "verified").mkdir()  # as the daemon makes it
     for layers in (0, 513):
         families.write_header(odd, families.Family("llama", layers=layers))
-        message = r"^llama.cpp ends the process at the header of this file$"
+        message = r"^llama.cpp ends the process that reads this file, or takes too long$"
         with pytest.raises(ModelError, match=message):
             needed(odd, forms)
         assert not is_whole(odd)
@@ -540,16 +540,26 @@ sys.exit(memory.read_header(sys.argv[1]))
     ],
 )
 def test_what_completes_no_text_is_refused_by_its_header(
-    architecture: str, kind: str, tmp_path: Path
+    architecture: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At a prompt of more than a micro-batch, llama.cpp would end the daemon."""
     values = {"attention.sliding_window": 192}
     path = families.make(tmp_path / "odd.gguf", families.Family(architecture, values))
     (tmp_path / "verified").mkdir()
+    made, freed = list[Any](), list[Any]()
+    make, free = api.llama_init_from_model, api.llama_free
+    monkeypatch.setattr(
+        api, "llama_init_from_model", lambda *given: made.append(make(*given)) or made[-1]
+    )
+    monkeypatch.setattr(api, "llama_free", lambda context: freed.append(context) or free(context))
     message = rf"^it is {kind} \({architecture}\), which cannot complete a text$"
     for _ in range(2):
         with pytest.raises(ModelError, match=message):
             needed(path, [Settings(state_dir=tmp_path)])
+    with pytest.raises(ModelError, match=message):
+        Llama(path, Settings(threads=1, n_ctx=512, state_dir=tmp_path), lambda _: True)
+    assert len(made) == 3
+    assert freed == made
     assert not [*(tmp_path / "verified").iterdir()]
     command = [sys.executable, "-c", NO_CHECK, str(path)]
     assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == -signal.SIGABRT
@@ -562,7 +572,7 @@ STATUSES = {
     -11: ModelError,
     1: OSError,
     -9: OSError,
-    -14: OSError,
+    -14: ModelError,
 }
 
 

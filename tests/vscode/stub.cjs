@@ -124,7 +124,9 @@ function make(desk) {
       executeCommand: async (name, ...given) => {
         desk.shown.push(`command: ${name}`);
         if (name === "vscode.diff") {
-          desk.tabs.push({ input: new TabInputTextDiff(given[0], given[1]), title: given[2] });
+          const [replaced] = desk.tabs.filter((tab) => tab.isPreview);
+          if (replaced) await vscode.window.tabGroups.close([replaced]);
+          desk.tabs.push({ isPreview: given[3]?.preview !== false, input: new TabInputTextDiff(given[0], given[1]), title: given[2] });
         }
         return desk.commands.get(name)?.(...given);
       },
