@@ -223,6 +223,7 @@ class Gap:
     uri: str
     before: str
     after: str
+    language: str = ""  # LSP's id of it
 
 
 class Suggestion(NamedTuple):
@@ -273,7 +274,7 @@ class Document:
         """The gap behind `inserted`, which stands for the text between two positions."""
         before = self.between((0, 0), start) + inserted
         after = self.between(end, (len(self.lines), 0))
-        return Gap(self.uri, unix(before), unix(after))
+        return Gap(self.uri, unix(before), unix(after), self.language)
 
     def line_end(self, near: str = "") -> str:
         """The first line end of a text, if it has one, or else of the document."""
@@ -868,6 +869,7 @@ class Completions:
         name = os.path.basename(urllib.parse.unquote(gap.uri))
         text = {"input_prefix": before, "input_suffix": after, "filename": name}
         return text | {
+            "language": gap.language,
             "n_predict": settings.tokens,
             "t_max_prompt_ms": settings.read_ms if is_automatic else 0,
             "t_max_predict_ms": PREDICT_MS,

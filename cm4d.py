@@ -261,13 +261,14 @@ def read_completion(members: Members, models: Collection[Model]) -> JsonObject:
 
 def native_fields(wanted: CompletionRequest, models: Collection[Model]) -> JsonObject:
     """Convert a dialect's request to the fields that `Gateway.complete` reads. A request may name a
-    model by an alias; an unknown name counts as no name. The language is guessed from the text and
-    the file names, which a chat lacks.
+    model by an alias; an unknown name counts as no name. An unknown language, or none, is guessed
+    from the text and the file names, which a chat lacks.
     """
     fields: JsonObject = {"prompt": "", "filename": ""} | wanted.fields
     named = [model.id for model in models if fields["model"] in (model.id, *model.aliases)]
     others = [entry["filename"] for entry in fields.get("extra", ())]
-    language = guess_language(fields["filename"], fields["prompt"], others)
+    language = BY_NAME.get(fields.get("language", "").lower())
+    language = language or guess_language(fields["filename"], fields["prompt"], others)
     return fields | {"language": language, "model": next(iter(named), None)}
 
 

@@ -244,6 +244,7 @@ INFILL = {
     "input_prefix": "def add(é, 😀):\n    return ",
     "input_suffix": "\n",
     "filename": "sum.py",
+    "language": "python",
     "n_predict": 128,
     "t_max_prompt_ms": 0,
     "t_max_predict_ms": 1500,

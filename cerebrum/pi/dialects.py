@@ -54,7 +54,7 @@ FLAG = Field(bool, default=False)
 INTEGER = Field(int, -math.inf)
 LIMIT = Field(int, -math.inf, default=0)  # milliseconds
 MAX_NAME = 1000
-FILE_NAME = Field(str, 0, MAX_NAME, "")  # of a file
+NAME = Field(str, 0, MAX_NAME, "")  # of a file or a language
 CHAT_FIELDS = {
     "model": TEXT,
     "temperature": Field(float, 0, 100, 0.4),  # OpenAI allows 2; values above 1 are lowered
@@ -73,7 +73,8 @@ CODE_FIELDS = {
     "n_indent": Field(int, 0, 1000, 0),
     "t_max_prompt_ms": LIMIT,
     "t_max_predict_ms": LIMIT,
-    "filename": FILE_NAME,
+    "filename": NAME,
+    "language": NAME,
     "suggest": Field(str, choices=SUGGEST),
 }
 TEXT_FIELDS = {**CODE_FIELDS, "suffix": TEXT}
@@ -88,7 +89,7 @@ PART = {
     "type": Field(str, default="text", choices=("text", "input_text", "output_text")),
     "text": TEXT,
 }
-EXTRA = {"filename": FILE_NAME, "text": TEXT}
+EXTRA = {"filename": NAME, "text": TEXT}
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 MESSAGE = {"role": Field(str, required=True, choices=tuple(ROLES))}
 STREAM_OPTIONS = {"include_usage": FLAG}
@@ -302,7 +303,7 @@ def read_code(
     for name in ("prompt_ms", "predict_ms"):
         fields[name] = min(max(0, read[f"t_max_{name}"]), MAX_MS)
     fields["indent"] = read["n_indent"]
-    fields["filename"] = read["filename"]
+    fields |= {"filename": read["filename"], "language": read["language"]}
     if fields["min_confidence"] is None:
         fields["min_confidence"] = read["suggest"] or suggest
     only = tuple(read_texts(members, "response_fields")) if "response_fields" in members else None

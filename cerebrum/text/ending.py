@@ -55,10 +55,13 @@ CODE = re.compile(
 CALL = re.compile(rf"(?:(?<=self\.)|(?<=this\.)|(?<![\w.]))(\w{{1,{NAME_CHARS}}})\(")
 CLAUSES = "else|elif|elseif|except|finally|catch|while"  # continue a statement after its block
 # A line that starts so continues the one above, in languages without semicolons.
-GOES_ON = ".?&|+:=,"
+GOES_ON = ".?&|+-:=,"
 # An answer's blocks in these are not the code, unless there are no others.
 BESIDE = frozenset(
-    {"bash", "sh", "shell", "console", "json", "text", "plaintext", "output", "powershell", "zsh"}
+    {
+        *("bash", "sh", "shell", "console", "json", "text", "plaintext", "output", "powershell"),
+        *("zsh", "yaml", "yml", "toml", "diff"),
+    }
 )
 # A sentence, or Markdown's emphasis, quotation or item of a list; but no assignment and no mapping.
 PROSE = re.compile(
@@ -215,7 +218,7 @@ class Block(Stage):
         scanner = self.scanner
         if char != "`" or (scanner.closer and not self.ticks):
             self.ticks = 0
-        elif self.language is not LANGUAGES["markdown"]:  # elsewhere a fence is no code
+        elif not self.language.fences:
             self.ticks += 1
         scanner.step(char)
         if self.language.function and not scanner.closer:
@@ -253,6 +256,13 @@ class Block(Stage):
         if not self.held:
             self.safe = len(self.text) - self.ticks
         return False
+
+
+def side_of_clause(language: Language, word: str) -> str:
+    """`side_of` for a line that may begin with a clause of the language."""
+    if re.fullmatch(r"[\w<]{1,20}", word):
+        return UNDECIDED
+    return INSIDE if re.match(rf"(?:{language.clauses})(?!\w)", word) else OUTSIDE
 
 
 def continues(word: str) -> str:
@@ -396,11 +406,9 @@ class LineBlock(Block):
 
     def _side_of_closing(self, word: str) -> str:
         """`side_of` for a line that may close the block, continue it, or be the next thing."""
-        if re.fullmatch(r"[\w<]{1,20}", word):
-            return UNDECIDED
         language = self.language
-        if re.match(rf"(?:{language.clauses})(?!\w)", word):
-            return INSIDE
+        if (side := side_of_clause(language, word)) != OUTSIDE:
+            return side
         if word[0] in OPENING_OF or re.match(language.closers, word):
             if self.level == self.base:
                 self.goal = "closed"
@@ -502,6 +510,8 @@ class BracketBlock(Block):
     def side_of_next(self, word: str) -> str:
         if word[0] in ("{", *OPENING_OF) or (word[0] in GOES_ON and self._may_go_on):
             return INSIDE
+        if self._may_go_on and (side := side_of_clause(self.language, word)) != OUTSIDE:
+            return side
         return continues(word) if self.clauses else self.helpers.side_of(word)
 
 
@@ -602,6 +612,9 @@ class Fences(Stage):
     #   "inside"    in the block
     state = "blank"
     fallback: tuple[str, int] | None = None  # the first block beside the code, and its `start`
+    # Markdown: where a bare fence closes the block, unless it opens one within it: then another one
+    # follows.
+    closing: int | None = None
     line_start = 0
     read = 0  # characters that went in
 
@@ -629,6 +642,7 @@ class Fences(Stage):
         self.read += 1
         if self.state in BLOCK:
             self._inside(char)
+            self.safe = self.safe if self.closing is None else self.closing
         elif char == ">" and self.cut(-len("</think>")) == "</think>":
             self._restart("blank")
         elif self.state == "thinking" or (char == ">" and self._is_thinking()):
@@ -703,15 +717,26 @@ class Fences(Stage):
         elif fenced.is_fence and self.state == "opened" and not fenced.is_bare:
             self._restart("inside")  # the model repeats the opening fence that it was given
             fenced.line = ""
-        elif fenced.end_line():
+        elif fenced.end_line() and self._ends():
             self.end("stop", self.line_start)
         else:
             if fenced.line.strip():
                 self.state = "inside"
             fenced.begin_line()
-            self.line_start = self.safe = len(self.text)
+            self.line_start = len(self.text)
+            if self.state == "inside":  # the model may still repeat the opening fence
+                self.safe = self.line_start
+
+    def _ends(self) -> bool:
+        """Whether a bare fence certainly closes the block."""
+        if self.language is not LANGUAGES["markdown"] or len(self.fenced.fence) > len("```"):
+            return True
+        self.closing = self.line_start if self.closing is None else None
+        return False
 
     def flush(self, whole: bool) -> str:
+        if self.closing is not None:
+            return self.cut(self.sent, self.closing)
         if self.fallback and self.state in ("beside", *BEFORE):
             text, self.start = self.fallback  # `start` is for `Ending.start`
             return text

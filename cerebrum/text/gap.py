@@ -10,7 +10,6 @@ import re
 import sys
 from collections.abc import Callable
 
-from cerebrum.text.languages import LANGUAGES
 from cerebrum.text.scanner import CHANGES, LINE_CHARS, OPENING_OF, Scanner, after_blank, scanner_of
 from cerebrum.text.stages import Search, Stage, columns_of, last_line
 
@@ -213,6 +212,7 @@ class Gap(Stage):
     # The text is in a block that ends before the suffix, so all of it belongs to the gap.
     inner = False
     in_line = False  # the suffix begins with the rest of the cursor's line
+    closer_before = ""  # the scanner's, before the last character
     # Characters left before the infill ends at `enough`, white space not counted.
     patience = AHEAD_CHARS
     doubt = DOUBT_OF_LINES  # bits left before it ends there
@@ -257,6 +257,7 @@ class Gap(Stage):
 
     def step(self, char: str) -> None:
         meeting, begun = self.meeting, self.meeting.line != ""
+        self.closer_before = self.scanner.closer
         self.scanner.step(char)
         place = meeting.step(char)
         if place is not None and meeting.sure:
@@ -293,8 +294,7 @@ class Gap(Stage):
             self.doubt -= self.bits
             self.bits = 0.0
         is_fence = meeting.line == "```" and scanner.closer in ("", "`")
-        # In Markdown a fence is code.
-        if is_fence and scanner.language is not LANGUAGES["markdown"]:
+        if is_fence and not scanner.language.fences:
             self.end("stop", meeting.edge if self.left_at is None else self.left_at)
 
     def could_end(self, place: int) -> None:
@@ -346,6 +346,8 @@ class GapOfLines(Gap):
         typed = last_line(prompt).strip() != ""
         if typed:
             self.doubt = 0.0
+        # The text goes on with the literal or the lines of the comment at the cursor.
+        self.goes_on = self.inner = self.literal_at_cursor != ""
         below = self.meeting.goal[0]
         self.above = indent_of(line_of(last_line(prompt.rstrip())))
         self.below = indent_of(below)
@@ -354,7 +356,8 @@ class GapOfLines(Gap):
         # SQL: the suffix may be a new statement.
         clause = re.match(scanner.language.clauses, suffix.lstrip())
         self.new = scanner.statements and not clause
-        self.inner = scanner.by_lines and typed and self.indent > self.below
+        if scanner.by_lines and typed and self.indent > self.below:
+            self.inner = True
         if below[1][0] in OPENING_OF and scanner.stack and not self.literal_at_cursor:
             self.inner = True
 
@@ -365,7 +368,7 @@ class GapOfLines(Gap):
         self.indent = scanner.indent
         if scanner.in_parens:
             return
-        if scanner.by_lines:
+        if scanner.by_lines and not self.goes_on:
             self.inner = self.indent > self.below and (self.inner or self.mark is None)
         if self.mark is not None and self.indent < min(self.above, self.below):
             self.on_leaving(self.mark)
@@ -374,6 +377,8 @@ class GapOfLines(Gap):
 
     def on_line(self) -> None:
         self.mark = self.meeting.edge
+        if self.goes_on:
+            self.goes_on = self.inner = self.closer_before != ""
         if self._fits() and not (self.new and CHANGES.search(self.scanner.head)):
             self.could_end(self.mark)
 

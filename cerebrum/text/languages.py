@@ -102,6 +102,7 @@ class Language:
     # Lines around a text that blank lines do not end; group 1 in the first of them.
     enclosed: str = ""
     commands: bool = False  # lines of code begin with verbs, as instructions do
+    fences: bool = False  # a text may have ``` that ends no answer
     endings: Words = ()  # of file names, in lower case
     filenames: Words = ()  # whole file names, in lower case
     aliases: Words = ()  # in requests, by editors, in fences, modelines and shebang lines
@@ -160,7 +161,8 @@ class Language:
         """Matches characters that only continue a literal or comment: no ends, escapes, R"( of C++,
         $$ of SQL.
         """
-        return _run_of({closing[-1] for _, closing in self.delimiters} | set("\n($" + self.escape))
+        others = {closing[-1] for _, closing in self.delimiters} | set("\n($[]" + self.escape)
+        return _run_of(others)
 
     @property
     def comment_starts(self) -> Words:
@@ -171,7 +173,7 @@ class Language:
     @cached_property
     def imports(self) -> Pattern:
         """Matches at a line that imports."""
-        return re.compile(rf"^(?:{self.uses})", re.M)
+        return re.compile(rf"^\ufeff?(?:{self.uses})", re.M)
 
     @cached_property
     def defines(self) -> Pattern:
@@ -239,6 +241,10 @@ _CPP = Language(
 )  # fmt: skip
 _RUST_RAW = ('r"', 'r#"', 'r##"', 'r###"')
 _LUA_RAW = ("[[", "[=[", "[==[")
+# Perl's operators that quote, with the delimiters that need no partner.
+QUOTES = {
+    operator + mark: mark for operator in ("m", "qr", "s", "tr", "y", "q", "qq") for mark in "/!|#"
+}
 # The base of files that are no code, and of scripts: only # comments.
 _PLAIN = Language(line_comment="#", block_comment=None, strings=(), blocks="lines")
 LANGUAGES: dict[str, Language] = {
@@ -247,12 +253,12 @@ LANGUAGES: dict[str, Language] = {
         types="class", function="def", names="type",
         also=r"(\w+)[ \t]*(?::[^=\n]{1,200})?=(?!=)", blocks="indent", openers=":$",
         line_comment="#", block_comment=None, texts=('"""', "'''"),
-        endings=(".py", ".pyi", ".pyw"), aliases=("py", "python3"),
+        endings=(".py", ".pyi", ".pyw", ".ipynb"), aliases=("py", "python3", "uv"),
     ),
     "javascript": replace(_JS, endings=(".js", ".jsx", ".mjs", ".cjs"),
-                          aliases=("js", "jsx", "javascriptreact", "node")),
+                          aliases=("js", "jsx", "javascriptreact", "node", "nodejs")),
     "typescript": replace(_JS, endings=(".ts", ".tsx", ".mts", ".cts"),
-                          aliases=("ts", "tsx", "typescriptreact", "deno", "bun")),
+                          aliases=("ts", "tsx", "typescriptreact", "ts-node", "deno", "bun")),
     "rust": Language(
         uses=r"(?:pub(?:\([^)\n]{0,40}\))?[ \t]+)?"
              r"(?:use|extern[ \t]+crate|mod[ \t]+\w+[ \t]*;)(?:[ \t]|\r?$)",
@@ -264,7 +270,8 @@ LANGUAGES: dict[str, Language] = {
     ),
     "c": replace(_CPP, endings=(".c", ".h")),
     "cpp": replace(_CPP, texts=('R"',), raw=('R"',),
-                   endings=(".cpp", ".cc", ".cxx", ".hpp", ".hh", ".hxx"),
+                   endings=(".cpp", ".cc", ".cxx", ".hpp", ".hh", ".hxx", ".ipp", ".tpp", ".inl",
+                            ".cu", ".cuh"),
                    aliases=("c++", "cc")),
     "go": Language(  # no types: Go's methods stand on their own
         uses=r"import\b|package[ \t]", function="func", names="type|var|const",
@@ -289,17 +296,19 @@ LANGUAGES: dict[str, Language] = {
         texts=("$'", '"', "'"), raw=("'",),
         here_document=r"-?[ \t]*\\?(['\"]?)([A-Za-z_]\w{0,80})\1",
         commands=True, endings=(".sh", ".bash", ".zsh", ".ksh"),
-        filenames=(".bashrc", ".bash_profile", ".profile", ".zshrc"),
-        aliases=("bash", "sh", "shellscript", "zsh", "ksh", "dash"),
+        filenames=(".bashrc", ".bash_profile", ".bash_aliases", ".profile", ".zshrc", ".zprofile",
+                   ".zshenv"),
+        aliases=("bash", "sh", "shellscript", "zsh", "ksh", "dash", "ash"),
     ),
     "kotlin": Language(
         uses=r"(?:import|package)[ \t]",
-        types="class|interface|object", function="fun", names="val|var|typealias",
+        types="class|interface|object", function="fun", names="val|var|typealias", clauses="where",
         texts=('"""',), raw=('"""',), line_ends=True, endings=(".kt", ".kts"), aliases=("kt",),
     ),
     "swift": Language(
         uses=r"(?:@testable[ \t]+)?import[ \t]",
         types="class|struct|enum|extension|protocol|actor", function="func",
+        clauses="async|rethrows|throws|where",
         names="let|var|typealias", strings=('##"', '#"', '"'), texts=('##"""', '#"""', '"""'),
         raw=('##"""', '#"""', '##"', '#"'), line_ends=True, endings=(".swift",),
     ),
@@ -322,8 +331,10 @@ LANGUAGES: dict[str, Language] = {
     "perl": replace(
         _PLAIN, uses=r"(?:use|require|package)[ \t]", function="sub",
         also=r"(?:my|our)[ \t]+[$@%](\w+)", blocks="braces",
-        other_comments=(("=head", "=cut"), ("=pod", "=cut")),
-        texts=('"', "'"), ambiguous="/", endings=(".pl", ".pm", ".t"), aliases=("pl",),
+        other_comments=(("=head", "=cut"), ("=pod", "=cut"), ("=encoding", "=cut")),
+        texts=('"', "'", *QUOTES), closings=tuple(QUOTES.items()), ambiguous="/",
+        here_document=r"~?(['\"]?)([A-Za-z_]\w{0,80})\1",
+        endings=(".pl", ".pm", ".t"), aliases=("pl",),
     ),
     "r": replace(
         _PLAIN, uses=r"(?:library|require|source)\(",
@@ -362,7 +373,8 @@ LANGUAGES: dict[str, Language] = {
         clauses="rescue|ensure|else|elsif|when|in", closers=r"end\b",
         block_comment=("=begin", "=end"), strings=('"', "'", "`"),
         here_document=r"[~-]?(['\"`]?)([A-Z_]\w{0,80})\1",
-        endings=(".rb", ".rake", ".gemspec", ".ru"), filenames=("rakefile", "gemfile"),
+        endings=(".rb", ".rake", ".gemspec", ".ru"),
+        filenames=("rakefile", "gemfile", "vagrantfile", "podfile", "brewfile", "fastfile"),
         aliases=("rb",),
     ),
     "lua": Language(
@@ -370,7 +382,7 @@ LANGUAGES: dict[str, Language] = {
         also=r"(?:\w{1,80}\.){0,3}(\w{1,80})[ \t]*=[ \t]*function\b",
         clauses="else|elseif", closers=r"(?:end|until)\b",
         line_comment="--", block_comment=("--[[", "]]"), texts=_LUA_RAW, raw=_LUA_RAW,
-        blocks="lines", endings=(".lua",),
+        blocks="lines", endings=(".lua",), aliases=("luajit",),
     ),
     "julia": Language(
         uses=r"(?:using|import|include)\b", types="module|baremodule", function="function",
@@ -401,24 +413,25 @@ LANGUAGES: dict[str, Language] = {
                 r"|inner|intersect|join|language|lateral|left|limit|natural|offset|on|or|order"
                 r"|outer|qualify|returning|returns|right|set|then|union|using|values|when|where"
                 r"|window)\b",
-        line_comment="--", other_comments=(("{#", "#}"),), blocks="statements",
+        line_comment="--", other_comments=(("{#", "#}"), ("# ", "\n")), blocks="statements",
         strings=(), texts=('"', "'", "`"), raw=('"', "'", "`"), commands=True,
         endings=(".sql",), aliases=("mysql", "postgresql", "postgres", "sqlite", "plpgsql", "tsql"),
     ),
     "html": replace(_PLAIN, line_comment="", block_comment=("<!--", "-->"), blocks="tree",
-                    closers="</", endings=(".html", ".htm", ".xhtml"),
+                    fences=True, closers="</", endings=(".html", ".htm", ".xhtml"),
                     aliases=("htm", "xhtml", "mhtml")),
     "yaml": replace(_PLAIN, also=r"([\w.-]{1,80}):(?:[ \t]|\r?$)", blocks="tree", commands=True,
-                    endings=(".yaml", ".yml"),
+                    fences=True, endings=(".yaml", ".yml"),
                     aliases=("yml", "dockercompose", "yaml.docker-compose")),
     "toml": replace(_PLAIN, also=r"\[{1,2}([^\]\n]{1,120})\]", strings=('"', "'"),
                     texts=('"""', "'''"), raw=("'''", "'"), endings=(".toml",),
                     filenames=("pipfile",)),
     "markdown": replace(_PLAIN, also=r"#{1,6}[ \t]+([^\r\n]{1,200})\r?$", line_comment="",
-                        block_comment=("<!--", "-->"), endings=(".md", ".markdown", ".mdx"),
-                        aliases=("md", "mdx")),
+                        block_comment=("<!--", "-->"), fences=True,
+                        endings=(".md", ".markdown", ".mdx"), aliases=("md", "mdx")),
     "dockerfile": replace(_PLAIN, also=r"(?i:FROM[ \t]+\S{1,200}[ \t]+AS|ARG|ENV)[ \t]+([\w.-]+)",
-                          commands=True, here_document=r"-?(['\"]?)([A-Za-z_]\w{0,80})\1",
+                          fences=True, commands=True,
+                          here_document=r"-?(['\"]?)([A-Za-z_]\w{0,80})\1",
                           endings=(".dockerfile",), filenames=("dockerfile", "containerfile"),
                           aliases=("docker",)),
     "makefile": replace(_PLAIN, uses=r"-?include\b", also=r"([\w.%/-]{1,80})[ \t]*(?::|[?+]?=)",
@@ -460,7 +473,7 @@ for _name, _language in LANGUAGES.items():
 # The interpreter's name without its version: /usr/bin/python3.11 -u, or the command that
 # /usr/bin/env -S starts.
 SHEBANG = re.compile(
-    r"#![ \t]*(?:\S*/env[ \t]+(?:(?:-\S*|\w+=\S*)[ \t]+)*)?(?:\S*/)?([A-Za-z+]+)[0-9.]*(?:\s|$)"
+    r"#![ \t]*(?:\S*/env[ \t]+(?:(?:-\S*|\w+=\S*)[ \t]+)*)?(?:\S*/)?([A-Za-z+-]+)[0-9.]*(?:\s|$)"
 )
 # Lines that editor plugins write above the text: `# language: python`, `// Path: src/main.rs`, `#
 # sum.py`.
@@ -516,4 +529,8 @@ def language_of_file(filename: str) -> str:
     ('python', 'dockerfile', '')
     """
     name = re.split(r"[/\\]", filename)[-1].lower()
-    return BY_FILENAME.get(name) or BY_ENDING.get(name[name.rfind(".") :], "")
+    ending = name[name.rfind(".") :]
+    known = BY_FILENAME.get(name) or BY_ENDING.get(ending)
+    if not known and ending != ".lock":  # such as Dockerfile.dev
+        known = BY_FILENAME.get(name.partition(".")[0])
+    return known or ""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from cerebrum.text.languages import Language
+from cerebrum.text.languages import QUOTES, Language
 
 # ----------------------------------------------------------------------------------- following code
 
@@ -40,10 +40,12 @@ QUOTE_AFTER = re.compile(
 )
 RAW_BEFORE = re.compile(r"(?<!\w)(?:u8|[uUL])?R$")
 REGEX_BEFORE = re.compile(
-    r"(?:^|[(,=:\[!&|?{;+\-*%~^]|=>|\b(?:return|typeof|case|in|of|do|else|void|delete))$"
+    r"(?:^|[(,=:\[!&|?{;+\-*%~^]|=>"
+    r"|\b(?:return|typeof|case|in|of|do|else|void|delete|split|grep|if|unless|and|or|not))$"
 )
 CONDITION = re.compile(r"(?<![\w.])(?:if|while|for|with)\s*$")
 BRANCH = re.compile(r"[ \t]*(if|el|endif)")
+REPLACING = "sty"  # first letters of Perl's operators with two parts
 HERE = re.compile(r"(?<!<)<<[^<\n]\Z")  # no <<<
 # SQL. The word that ends before the last character, unless it is part of a name, and that character
 # unless it is blank.
@@ -102,6 +104,7 @@ class Scanner:
     since = 0  # characters since it opened
     escaped = False  # after a backslash or the language's `escape`
     escaped_at = 0  # `since` of the last escaped character
+    in_class = False  # of a regex, between [ and ]
     line = ""  # of a # comment, its beginning; of a here-document, the line so far
     # The statement so far: its code, its last character and the one before.
     head = last = previous = ""
@@ -207,7 +210,7 @@ class Scanner:
         """Enter a literal or a comment after the last character."""
         self.opener, self.closer = opener, closer
         self.since = self.escaped_at = 0
-        self.escaped = self.starting = False
+        self.escaped = self.starting = self.in_class = False
         self.line = ""
 
     def _opening(self) -> tuple[str, str] | None:
@@ -229,6 +232,15 @@ class Scanner:
         """Whether an opener in code opens a literal or comment, and is not an operator or part of a
         word.
         """
+        if opener == "# " and self.statements:  # MySQL's comment, or an operator of PostgreSQL
+            return self.head.rpartition("\n")[2].strip() == "#"
+        if opener in QUOTES:
+            before = self.tail[: -len(opener)][-1:]
+            return not re.match(r"[\w$@%&>{-]", before)
+        return self._is_no_operator(opener)
+
+    def _is_no_operator(self, opener: str) -> bool:
+        """`_opens` for what may be an operator."""
         language, before = self.language, self.tail[: -len(opener)][-1:]
         word = self.head[-WORD_CHARS:]
         if opener == "#" and language.directives:
@@ -253,19 +265,30 @@ class Scanner:
             self.line = (self.line + char)[:LINE_CHARS]
         if self.opener == "<<":
             self._in_here_document(char)
-            return
-        if self.since == 2 and self._is_lifetime(char):
+        elif self.since == 2 and self._is_lifetime(char):
             self.closer = ""
             self._in_code(char)
         elif self._is_escape(char):
             return
-        elif self.opener == 'R"' and char == "(" and self.closer == '"':
-            self.closer = f'){self.tail[-self.since : -1]}"'  # R"name( ends with )name"
-        elif self.tail.endswith(self.closer) and self.since - self.escaped_at >= len(self.closer):
+        elif self.opener == "/" and char in "[]":
+            self.in_class = char == "["
+        elif self._ends():
             self._leave(char)
+        else:
+            self._go_on(char)
+
+    def _go_on(self, char: str) -> None:
+        """The literal goes on with this character."""
+        if self.opener == 'R"' and char == "(" and self.closer == '"':
+            self.closer = f'){self.tail[-self.since : -1]}"'  # R"name( ends with )name"
         elif char == "\n" and not self.in_comment and self.opener not in self.language.texts:
             self.closer = ""  # an unclosed string ends with its line
             self._in_code(char)
+
+    def _ends(self) -> bool:
+        """Whether the literal or comment ends here."""
+        behind = self.since - self.escaped_at >= len(self.closer)
+        return behind and not self.in_class and self.tail.endswith(self.closer)
 
     def _is_lifetime(self, char: str) -> bool:
         """Whether the second character behind a quote shows that it opens none of Rust's."""
@@ -303,6 +326,9 @@ class Scanner:
             self.tail = ""
         if not self.in_comment:
             self.last = '"'
+        if self.opener[0] in REPLACING:  # the replacement follows
+            self._enter("m" + self.closer, self.closer)
+            return
         self.closer = ""
         if char == "\n":
             self._in_code(char)
@@ -319,7 +345,7 @@ class Scanner:
             self.indent = after_blank(self.indent, char)
             return
         self.starting = False
-        if char in self.language.brackets:
+        if char in self.language.brackets and not self.tail.endswith("$]"):  # Perl's version
             self._bracket(char)
             if char == "}" == self.head[-1:]:
                 char = ")"  # no block ends

@@ -46,6 +46,7 @@ PLAIN = {
 CODE = {
     **PLAIN,
     "filename": "",
+    "language": "",
     "indent": 0,
     "prompt_ms": 0,
     "predict_ms": 0,

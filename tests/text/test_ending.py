@@ -27,6 +27,9 @@ ADDED = [", ".join(map(str, range(first, first + 28))) for first in FIRST]
 CALLS = "".join(f"print(add({numbers}))\n" for numbers in ADDED)
 VALUES = "".join(f"    value{number} = compute_the_next_value({number}),\n" for number in range(14))
 CALLED = "".join(f"  console.log(item, {number});\n" for number in range(8))
+DOCUMENTED = "".join(
+    f" * line {number} says what the function is for, and what it returns.\n" for number in range(8)
+)
 # Each case is a text: the prompt up to «, the part to keep up to », what the model writes after
 # that, and for an infill the suffix after ‖. Its head names the language, the reason to end and
 # what the case shows.
@@ -109,6 +112,56 @@ ROWS = [
     (
         "java block: a bracket of the suffix, in a prompt that begins within its block",
         f"        x += 1;\n«        count += 1;\n»    }}\n{VALUES}‖    }} // end\n}}\n",
+    ),
+    (
+        "javascript end: a comment of documentation, which the suffix closes",
+        f"/**\n * «Adds.\n{DOCUMENTED} * @returns the sum»‖\n */\nfunction add(a, b) {{\n",
+    ),
+    (
+        "javascript end: a comment of documentation, which nothing closes",
+        f"/**\n * «Adds.\n{DOCUMENTED} */»‖\nfunction add(a, b) {{\n",
+    ),
+    (
+        "python end: a docstring that nothing closes",
+        f'def add(a, b):\n    """«Adds.\n{DOCUMENTED}    """»‖\n    return a + b\n',
+    ),
+    (
+        "rust end: lines of documentation",
+        f"/// «Adds.\n{DOCUMENTED.replace(' * ', '/// ')}/// The sum.»‖\nfn add() {{\n",
+    ),
+    (
+        "rust stop: code behind lines of documentation",
+        "/// «Adds.\n/// Two of them.\n»fn add() {\n    1\n}\n‖fn add() {\n    1\n",
+    ),
+    (
+        "swift block: a signature that goes on",
+        "func f(a: Int)« throws\n    -> Bool\n    where T: X {\n    return a == b\n}\n»\n"
+        "func g() {}\n",
+    ),
+    (
+        "kotlin block: a signature that goes on",
+        "fun <T> f(a: T): Int«\n    where T : X,\n          T : Y {\n    return 1\n}\n»\n"
+        "fun g() {}\n",
+    ),
+    ("yaml end: a fence in a text", "a:\n«  b: |\n    ```\n    code\n    ```\n  c: 1\n»"),
+    ("html end: a fence in a text", "<pre>\n«```\ncode\n```\n</pre>\n»"),
+    ("dockerfile end: a fence in a text", "FROM a\n«RUN echo '```' > a\nRUN b\n»"),
+    (
+        "javascript block: a slash in a class of a regex",
+        'function f(s) {\n«  return /[^/"]+/.test(s);\n}\n»\nfunction g() {\n}\n',
+    ),
+    (
+        "perl block: operators that quote",
+        "sub f {\n«  my $s = shift;\n  $s =~ s!\"!'!;\n  $s =~ y/{/(/;\n  $s =~ s/\"/'/;\n"
+        "  return $s =~ m|[{]|;\n}\n»\nsub g {\n}\n",
+    ),
+    (
+        "perl block: a here-document",
+        'sub f {\n«  print <<~"END";\n    don\'t {\n    END\n}\n»\nsub g {\n}\n',
+    ),
+    (
+        "sql block: a comment of MySQL",
+        "SELECT a\n«# don't (\nFROM b;\n»\nSELECT c;\n",
     ),
     (
         "python end: a long rest of a function",
@@ -1096,6 +1149,38 @@ bye
        y()
 »   ```
 bye
+=== python stop: settings before the code
+First install it:
+```yaml
+a: 1
+```
+or patch it:
+```diff
+- a
++ b
+```
+Then:
+```python
+«x = 1
+»```
+Done.
+=== markdown end: a README with blocks of its own
+Here it is:
+
+```markdown
+«# Title
+
+```sh
+make
+```
+
+```
+plain
+```
+
+End.
+»```
+That is it.
 === python stop: a nested block
 ```markdown
 «# T
@@ -1105,7 +1190,7 @@ ls
 end
 »```
 bye
-=== markdown stop: a nested block
+=== markdown end: a nested block
 ```markdown
 «# T
 ```sh
@@ -1330,6 +1415,13 @@ BEGUN = [
         "```python\nx = 1\n```\nThat is it.",
         ("x = 1\n", "stop"),
     ),
+    (
+        "its fence once more, behind line breaks",
+        "```python\n",
+        "\n\n```python\nx = 1\n```\nThat is it.",
+        ("x = 1\n", "stop"),
+    ),
+    ("line breaks alone", "```python\n", "\n\nx = 1\n```\nYes.", ("\n\nx = 1\n", "stop")),
     ("a longer fence", "````markdown\n", "```\nx\n```\ny\n````\n", ("```\nx\n```\ny\n", "stop")),
     (
         "a short fence in its place",

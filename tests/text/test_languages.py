@@ -553,6 +553,7 @@ def test_imports(name: str) -> None:
     for case in cases(IMPORTS[name]):
         line, imports = case.removeprefix("«"), case.startswith("«")
         assert bool(pattern.match(line)) == imports, line
+        assert bool(pattern.match(f"\ufeff{line}")) == imports, line  # at the start of a file
         assert bool(pattern.search(f"x\n{line}\n")) == imports, line
 
 
@@ -657,22 +658,22 @@ def test_no_line_is_expensive() -> None:
 
 # A language's files.
 FILENAMES = {
-    "python": "a.py /home/me/a.pyi a.pyw A.PY",
+    "python": "a.py /home/me/a.pyi a.pyw A.PY a.ipynb",
     "javascript": "a.js a.test.jsx a.mjs a.cjs",
     "typescript": "a.ts a.d.ts a.tsx a.mts",
     "rust": "src/main.rs",
     "c": "a.c a.h",
-    "cpp": "a.cpp a.cc a.hxx",
+    "cpp": "a.cpp a.cc a.hxx a.cu a.ipp",
     "go": r"C:\src\a.go",
     "java": "src/A.java",
     "csharp": "Program.cs",
     "kotlin": "build.gradle.kts",
     "swift": "a.swift",
     "php": "index.php",
-    "ruby": "a.rb /home/me/Gemfile",
+    "ruby": "a.rb /home/me/Gemfile Vagrantfile",
     "": "Gemfile.lock dockerfiles a. go src.d/c a.py.orig",
     "lua": "a.lua",
-    "shell": "run.sh /home/me/.bashrc",
+    "shell": "run.sh /home/me/.bashrc .zprofile",
     "sql": "a.SQL",
     "html": "index.htm",
     "css": "a.scss",
@@ -680,7 +681,7 @@ FILENAMES = {
     "yaml": ".github/workflows/ci.yml",
     "toml": "Cargo.toml",
     "markdown": "README.md",
-    "dockerfile": r"C:\app\Dockerfile web.dockerfile Containerfile",
+    "dockerfile": r"C:\app\Dockerfile web.dockerfile Containerfile Dockerfile.dev",
     "makefile": "Makefile rules.mk",
     "r": "a.R",
     "perl": "a.pm",
@@ -690,6 +691,7 @@ FILENAMES = {
 TEXTS = {
     "python": [
         "#!/usr/bin/env python3\n",
+        "#!/usr/bin/env -S uv run --script\n",
         "#!/usr/bin/env python3\r\nimport os\r\n",
         "#! /usr/local/bin/python3.11 -u\n",
         "#!python\n",
@@ -701,14 +703,19 @@ TEXTS = {
     "typescript": [
         "#!/usr/bin/env -S deno run --allow-net\n",
         "#!/usr/bin/env bun\n",
+        "#!/usr/bin/env ts-node\n",
         "// src/sum.test.ts\r\nlet x",
         "# file: x.ts\n",
         "~~~ts\n",
     ],
-    "javascript": ["#!/usr/bin/env A=1 node\n", "# Language: JavaScript\n"],
-    "shell": ["#!/opt/python/bin/bash\n", "#!/bin/sh\n"],
+    "javascript": [
+        "#!/usr/bin/env A=1 node\n",
+        "#!/usr/bin/env nodejs\n",
+        "# Language: JavaScript\n",
+    ],
+    "shell": ["#!/opt/python/bin/bash\n", "#!/bin/sh\n", "#!/bin/ash\n"],
     "ruby": ["#!/usr/bin/env ruby\n"],
-    "lua": ["#!/usr/bin/lua5.4\n"],
+    "lua": ["#!/usr/bin/lua5.4\n", "#!/usr/bin/luajit\n"],
     "": [
         "#!/usr/bin/awk\n",
         "#!/usr/bin/env",
