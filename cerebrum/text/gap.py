@@ -319,9 +319,11 @@ class Gap(Stage):
     def flush(self, whole: bool) -> str:
         lines, place = self.meeting.at_end()
         end = place if self.is_suffix(lines) else self._end_of_rest(whole)
-        if end is not None:
-            return self.cut(self.sent, end)
         text = self.cut(0).rstrip(" \t")
+        # A line alone may equal the suffix's: two calls, two rows of a table.
+        is_line = whole and "\n" not in text.strip() and not self.cut(0, end).strip()
+        if end is not None and not is_line:
+            return self.cut(self.sent, end)
         # The line end before the suffix, if the model omitted it.
         lacks_end = text.strip() != "" and not text.endswith("\n")
         return self.cut(self.sent) + "\n" * (self.meeting.of_lines and lacks_end)

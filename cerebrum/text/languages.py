@@ -413,7 +413,7 @@ LANGUAGES: dict[str, Language] = {
                 r"|inner|intersect|join|language|lateral|left|limit|natural|offset|on|or|order"
                 r"|outer|qualify|returning|returns|right|set|then|union|using|values|when|where"
                 r"|window)\b",
-        line_comment="--", other_comments=(("{#", "#}"), ("# ", "\n")), blocks="statements",
+        line_comment="--", other_comments=(("{#", "#}"), ("#", "\n")), blocks="statements",
         strings=(), texts=('"', "'", "`"), raw=('"', "'", "`"), commands=True,
         endings=(".sql",), aliases=("mysql", "postgresql", "postgres", "sqlite", "plpgsql", "tsql"),
     ),

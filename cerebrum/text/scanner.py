@@ -75,6 +75,9 @@ UNFINISHED = re.compile(
 )
 
 
+INDENTATION = re.compile(" {2,}")
+
+
 class Bracket(NamedTuple):
     """An open bracket."""
 
@@ -158,7 +161,9 @@ class Scanner:
             if self.closer:
                 if self.since > OPENER_CHARS and not self.escaped:
                     run = literal_run.match(text, at)
-            elif not self.starting and self.last != "<":
+            elif self.starting:
+                run = INDENTATION.match(text, at)
+            elif self.last != "<":
                 run = code_run.match(text, at)
             if run:
                 self._read_run(run[0])
@@ -172,6 +177,9 @@ class Scanner:
         self.since += len(run)
         if self.closer:
             self.line = (self.line + run)[:LINE_CHARS]
+            return
+        if self.starting:
+            self.indent += len(run)
             return
         self._add(run)
         code = self.last + "".join(run.split())
@@ -232,8 +240,6 @@ class Scanner:
         """Whether an opener in code opens a literal or comment, and is not an operator or part of a
         word.
         """
-        if opener == "# " and self.statements:  # MySQL's comment, or an operator of PostgreSQL
-            return self.head.rpartition("\n")[2].strip() == "#"
         if opener in QUOTES:
             before = self.tail[: -len(opener)][-1:]
             return not re.match(r"[\w$@%&>{-]", before)
@@ -243,8 +249,8 @@ class Scanner:
         """`_opens` for what may be an operator."""
         language, before = self.language, self.tail[: -len(opener)][-1:]
         word = self.head[-WORD_CHARS:]
-        if opener == "#" and language.directives:
-            return self.starting
+        if opener == "#" and (language.directives or self.statements):
+            return self.starting  # elsewhere an operator of PostgreSQL
         if opener == "#":  # not $#, ${#x}, ${x##y} or a part of a URL
             return not before or not (before.isalnum() or before in "_${/#")
         if opener in ("'", '"') and before == language.escape:
