@@ -26,13 +26,13 @@ import os
 import re
 import socket
 import ssl
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from cerebrum.fields import printable
+from cerebrum.http import in_thread
 from cerebrum.settings import Client, ConfigError, Environment, read_environment
 from cerebrum_common import VERSION, HttpError, Model, log
 
@@ -101,22 +101,6 @@ class VpsConfig(Config, Protocol):
 
 C = TypeVar("C")  # the Config of either daemon
 Findings = Iterator[tuple[str, str, str]]  # level ("ok", "warn" or "FAIL"), subject, text
-
-
-def begin(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-    """Call a function in a thread that does not delay the program's end: looking up a name may
-    hang.
-    """
-    future = Future[Any]()
-
-    def call() -> None:
-        try:
-            future.set_result(function(*arguments))
-        except Exception as error:
-            future.set_exception(error)
-
-    threading.Thread(target=call, daemon=True).start()
-    return future
 
 
 # ------------------------------------------------------------------------------------ both machines
@@ -191,7 +175,9 @@ def check_address(config: Config, prefix: str, member: str) -> Findings:
     where = f"{host} port {port}"
     address: Any = (host,)
     try:
-        found = begin(socket.getaddrinfo, host, port, 0, socket.SOCK_STREAM, 0, socket.AI_PASSIVE)
+        found = in_thread(
+            socket.getaddrinfo, host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
         for family, *_, address in found.result(ASK_SECONDS):
             socket.create_server(address, family=family).close()
     except (OSError, UnicodeError) as error:  # the look-up's TimeoutError is an OSError
@@ -284,7 +270,7 @@ def check_backends(config: PiConfig) -> Findings:
     """
     log.addHandler(logging.NullHandler())  # a probe's log lines come as findings
     answers = [
-        begin(asyncio.run, ask_backend(backend, config.models)) for backend in config.backends
+        in_thread(asyncio.run, ask_backend(backend, config.models)) for backend in config.backends
     ]
     wait(answers, BACKEND_SECONDS)
     probes = []

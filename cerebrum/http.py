@@ -32,11 +32,13 @@ import re
 import socket
 import ssl
 import sys
+import threading
 import time
 import uuid
 from asyncio import sslproto
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import unquote
@@ -470,7 +472,23 @@ def is_ip_literal(host: str) -> bool:
     return True
 
 
-def own_names(extra: Collection[str] = ()) -> frozenset[str]:
+def in_thread(function: Callable[..., Any], *arguments: Any, **named: Any) -> Future[Any]:
+    """Call a function in a thread that does not delay the program's end: looking up a name may
+    hang.
+    """
+    future = Future[Any]()
+
+    def call() -> None:
+        try:
+            future.set_result(function(*arguments, **named))
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return future
+
+
+def own_names(extra: Collection[str]) -> frozenset[str]:
     """The host names of this machine, and the `extra` ones from the configuration."""
     name = socket.gethostname().lower()
     return frozenset({"localhost", name, f"{name}.local", *(host.lower() for host in extra)})

@@ -295,8 +295,8 @@ def test_a_backend_of_another_version_without_models(tmp_path, check, stats, has
 def test_backends_that_do_not_answer(tmp_path, check, monkeypatch):
     monkeypatch.setattr(cerebrum_check, "BACKEND_SECONDS", 0.5)
     ended = threading.Event()
-    find = {"127.0.0.1": socket.getaddrinfo, "hangs": lambda *_: ended.wait()}
-    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *more: find[host](host, *more))
+    find = {"127.0.0.1": socket.getaddrinfo, "hangs": lambda *_, **__: ended.wait()}
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *more, **how: find[host](host, *more, **how))
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"127.0.0.1:{silent.getsockname()[1]}"
         tables = TABLE.format("one", address) + TABLE.format("two", "hangs:1")

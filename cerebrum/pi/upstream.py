@@ -17,10 +17,8 @@ import math
 import re
 import socket
 import ssl
-import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from cerebrum.fields import Field, Members
@@ -28,6 +26,7 @@ from cerebrum.http import (
     READ_BYTES,
     STATUS_LINE,
     BodyDecoder,
+    in_thread,
     is_ip_literal,
     parse_framing,
     parse_head,
@@ -297,21 +296,11 @@ class Loop(asyncio.SelectorEventLoop):
 
     async def getaddrinfo(self, host: Any, port: Any, **how: int) -> list[Any]:
         """As socket.getaddrinfo."""
-
-        def look_up(found: Found) -> None:
-            try:
-                tell = partial(found.set_result, socket.getaddrinfo(host, port, **how))
-            except OSError as error:
-                tell = partial(found.set_exception, error)
-            with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
-                self.call_soon_threadsafe(tell)
-
         key = (host, port, *sorted(how.items()))
         if key not in self._names:
-            found = self.create_future()
+            answer = in_thread(socket.getaddrinfo, host, port, **how)
+            found = self._names[key] = asyncio.wrap_future(answer, loop=self)
             found.add_done_callback(self._learn)
-            self._names[key] = found
-            threading.Thread(target=look_up, args=(found,), daemon=True).start()
         return await asyncio.shield(self._names[key])
 
     def forget_names(self) -> None:
