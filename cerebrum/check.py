@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 from cerebrum.fields import printable
 from cerebrum.http import in_thread
 from cerebrum.settings import Client, ConfigError, Environment, read_environment
-from cerebrum_common import VERSION, HttpError, Model, log
+from cerebrum_common import VERSION, Model, log
 
 if TYPE_CHECKING:
     from cerebrum.http import Access
@@ -260,7 +260,6 @@ class Probe(NamedTuple):
     """One backend's answers."""
 
     backend: Backend | None  # None if it cannot be asked
-    version: str
     trouble: str  # why the backend cannot serve a completion, "" if it can
 
 
@@ -279,7 +278,7 @@ def check_backends(config: PiConfig) -> Findings:
             probes.append(answer.result(0.0))
         except Exception as error:  # from the look-up or the certificates, or TimeoutError
             reason = getattr(error, "strerror", None) or str(error) or "it did not answer in time"
-            probes.append(Probe(None, "", reason))
+            probes.append(Probe(None, reason))
     served = any(probe.backend.models for probe in probes if probe.backend and not probe.trouble)
     lacking = "warn" if served else "FAIL"
     for settings, probe in zip(config.backends, probes, strict=True):
@@ -298,11 +297,12 @@ def check_answer(config: BackendConfig, probe: Probe, lacking: str) -> Findings:
     taken = " and takes our key" if config.key else ""
     yield "ok", "backend", f"{id} answers in {backend.response_ms or 0:.0f} ms{taken}"
     is_vpsd = config.api == "cerebrum"
-    if is_vpsd and probe.version != VERSION:
+    version = backend.kind.version or "an unknown version"
+    if is_vpsd and version != VERSION:
         yield (
             "warn",
             "version",
-            f"{id} has {probe.version}, this is {VERSION}: copy all files of one version",
+            f"{id} has {version}, this is {VERSION}: copy all files of one version",
         )
     if backend.models:
         yield "ok", "models", f"{id} has {', '.join(backend.models)}"
@@ -318,13 +318,7 @@ async def ask_backend(config: BackendConfig, models: Sequence[Model]) -> Probe:
     socket.getaddrinfo(config.endpoint.host, config.endpoint.port)
     backend = Backend(config, models)
     await backend.probe()
-    trouble = backend.breaker.trouble
-    version = "an unknown version"
-    if config.api == "cerebrum" and not trouble:
-        with contextlib.suppress(HttpError):
-            stats = await backend.kind.get("/v1/stats", MAX_BYTES)
-            version = str(stats.get("version", version))
-    return Probe(backend, version, trouble)
+    return Probe(backend, backend.breaker.trouble)
 
 
 # ------------------------------------------------------------------------------------------ the VPS
