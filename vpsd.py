@@ -739,7 +739,7 @@ async def describe_model(pool: Pool, model: Model) -> dict[str, object]:
             n_ctx = await asyncio.to_thread(context_length, path, plan.settings)
             draft = model.draft if plan.draft else None
             if plan.tuned:
-                path, encoding = plan.tuned.path, plan.tuned.encoding
+                path, encoding = plan.tuned.path, plan.tuned.passport.encoding
         except (HttpError, OSError):  # the file is damaged, or has just gone
             available = False
     entry = {

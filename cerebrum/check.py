@@ -393,7 +393,8 @@ def check_model(config: VpsConfig, model: Model) -> Findings:
     if plan.note:
         yield "ok", "drafts", f"{model.id}: {plan.note}"
     if plan.tuned:
-        yield "ok", "tuned", f"{model.id} has the fastest encoding here: {plan.tuned.encoding}"
+        encoding = plan.tuned.passport.encoding
+        yield "ok", "tuned", f"{model.id} has the fastest encoding here: {encoding}"
     else:
         yield "warn", "tuned", untuned(model.id, plan.reason)
 

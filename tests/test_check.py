@@ -297,7 +297,9 @@ def test_backends_that_do_not_answer(tmp_path, check, monkeypatch):
     monkeypatch.setattr(cerebrum_check, "BACKEND_SECONDS", 0.5)
     ended = threading.Event()
     find = {"127.0.0.1": socket.getaddrinfo, "hangs": lambda *_, **__: ended.wait()}
-    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *more, **how: find[host](host, *more, **how))
+    monkeypatch.setattr(
+        socket, "getaddrinfo", lambda host, *more, **how: find[host](host, *more, **how)
+    )
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"127.0.0.1:{silent.getsockname()[1]}"
         tables = TABLE.format("one", address) + TABLE.format("two", "hangs:1")
@@ -346,7 +348,7 @@ def test_the_limit_of_memory(tmp_path, monkeypatch, capsys):
     assert memory("1000") == ["926", f"{tiny}, untuned", beside]
 
     def find_tuned(path, settings, _sha256):
-        return TunedFile(path, settings, SUM, ""), ""
+        return TunedFile(path, settings, families.tuned_passport()), ""
 
     monkeypatch.setattr(encoding, "find_tuned", find_tuned)
     assert memory("1000") == ["926", tiny, beside]

@@ -21,6 +21,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from families import tuned_passport
 from harness import PATIENCE, ROOT, until
 
 import vpsd
@@ -195,7 +196,7 @@ def untuned(model: str, why: str) -> str:
 
 def tuned_file(folder: Path, model: str = A) -> TunedFile:
     path, settings = folder / f"tuned-{model}", Settings(micro_batch=128)
-    return TunedFile(path, settings, "abc", "tuned: Q4_K to Q4_1")
+    return TunedFile(path, settings, tuned_passport())
 
 
 async def test_a_model_is_loaded_from_its_tuned_file_or_the_log_says_why_not(house):
@@ -238,7 +239,7 @@ async def test_a_model_that_does_not_fit_gets_a_shorter_context(house):
         return [{"kv": form.sequences * form.n_ctx << 10} for form in forms]
 
     def find(_, settings, __):
-        return TunedFile(house.folder, settings, "abc", "tuned"), ""
+        return TunedFile(house.folder, settings, tuned_passport()), ""
 
     house.patch(encoding, "needed", needed)
     house.patch(house.pool, "_free_mb", lambda: 5.0)

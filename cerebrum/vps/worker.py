@@ -115,7 +115,7 @@ class Loader:
 
         if tuned := self.tuned:
             try:
-                model = load(tuned.path, tuned.settings, tuned.source)
+                model = load(tuned.path, tuned.settings, tuned.passport.source)
             except (ModelError, OSError) as error:
                 if beat():
                     raise
@@ -124,7 +124,7 @@ class Loader:
             else:
                 self.path = tuned.path
                 self.settings = tuned.settings
-                self.encoding = tuned.encoding
+                self.encoding = tuned.passport.encoding
                 return model
         return load(self.path, self.settings, self.sha256)
 

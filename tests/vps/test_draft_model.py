@@ -498,7 +498,9 @@ class Vps:
             return None, "there is no tuned file"
         published, here = self.seconds[name]
         file = self.folder / f"tuned-{path.name}" if name == "seven" else path
-        return TunedFile(file, settings, "", "tuned", published, here), ""
+        return TunedFile(
+            file, settings, families.tuned_passport(published=published, here=here)
+        ), ""
 
 
 SLOW = [0.292, 0.527, 0.825]  # decodes of 1, 4 and 16 tokens by the 7B's published file

@@ -288,7 +288,10 @@ def test_what_is_chosen_is_found(
     settings = replace(lab.settings, **changed)
     here = outcome.tuned or outcome.published
     seconds = [[*form.timing.decode.values()] for form in (outcome.published, here)]
-    used = TunedFile(file, settings, "abc", chosen, *seconds)
+    passport = outcome.passport
+    assert (passport.source, passport.encoding) == ("abc", chosen)
+    assert [passport.published, passport.here] == seconds
+    used = TunedFile(file, settings, passport)
     assert find_tuned(lab.published, lab.settings, "abc") == (used, "")
     assert lab.left() == [*(["m.gguf"] if tuned else []), "m.gguf.json"]
     nothing = "nothing is 3% faster here than the published file, which is used as it is"
@@ -297,7 +300,7 @@ def test_what_is_chosen_is_found(
     assert find_tuned(lab.published, lab.settings, "def") == other
     assert encoding.remove_tuned(lab.published, lab.settings) == tuned
     # So that nothing tunes it again.
-    kept = TunedFile(lab.published, settings, "abc", "published", seconds[0], seconds[0])
+    kept = TunedFile(lab.published, settings, passport._replace(types={}, here=seconds[0]))
     assert lab.found() == (kept, "")
     assert lab.left() == ["m.gguf.json"]
     assert not encoding.remove_tuned(lab.published, lab.settings)

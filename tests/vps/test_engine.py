@@ -22,6 +22,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from families import tuned_passport
 from harness import PATIENCE, until, wait_until
 from test_admission import config
 from test_ending import splits
@@ -853,7 +854,8 @@ def test_a_tuned_file_is_loaded_if_it_can_be(
         (tmp_path / name).write_bytes(b"weights")
     loads.broken[broken] = llama.ModelError("llama.cpp cannot load this file")
     settings = llama.Settings(state_dir=tmp_path / "state")
-    tuned = TunedFile(tmp_path / "tuned", replace(settings, micro_batch=128), source, TUNED)
+    used = replace(settings, micro_batch=128)
+    tuned = TunedFile(tmp_path / "tuned", used, tuned_passport(source))
     with running(Worker(Loader("m", tmp_path / "m.gguf", settings, tuned=tuned))) as worker:
         pass
     assert loads.loaded == loaded
