@@ -281,16 +281,16 @@ class Model:
     languages: tuple[str, ...]
     parameters: str
     quantization: str
-    file: str = ""
-    sha256: str = ""
-    size: int = 0
-    memory_mb: int = 0
-    sources: tuple[dict[str, Any], ...] = ()
-    aliases: tuple[str, ...] = ()
-    fim: tuple[str, ...] = ()
-    fim_layout: str = "psm"
-    draft: str = ""
-    min_confidence: Mapping[str, float | None] = field(default_factory=dict)
+    file: str
+    sha256: str
+    size: int
+    memory_mb: int
+    sources: tuple[dict[str, Any], ...]
+    aliases: tuple[str, ...]
+    fim: tuple[str, ...]
+    fim_layout: str
+    draft: str
+    min_confidence: Mapping[str, float | None]
     shape: Mapping[str, int] = field(default_factory=dict)
 
 

@@ -59,7 +59,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -67,11 +67,9 @@ from cerebrum.fields import Field, JsonObject, Members, describe, parse_json, re
 from cerebrum.http import Access, Server, own_names
 from cerebrum.metrics import (
     COMPLETIONS,
-    CONTENT_TYPE,
-    SERVER,
     Metric,
+    metrics_of,
     resident_bytes,
-    write_metrics,
     write_stats,
 )
 from cerebrum.pi import dialects, upstream, vsix
@@ -151,25 +149,21 @@ class Config:
 
     backends: tuple[BackendConfig, ...]
     models: tuple[Model, ...]
-    prefer: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # model ids by mode
-    host: str = "0.0.0.0"
-    port: int = 7000
-    client_keys: tuple[str, ...] = ()
-    clients: Mapping[str, Client] | None = None  # by their keys; None: no client has a name
-    hosts: frozenset[str] = frozenset()
-    origins: frozenset[str] = frozenset()
-    log_level: str = "INFO"
-    log_file: str = ""
-    log_prompts: bool = False
-    tls: ssl.SSLContext | None = None
+    prefer: Mapping[str, tuple[str, ...]]  # model ids by mode
+    host: str
+    port: int
+    client_keys: tuple[str, ...]
+    clients: Mapping[str, Client] | None  # by their keys; None: no client has a name
+    hosts: frozenset[str]
+    origins: frozenset[str]
+    log_level: str
+    log_file: str
+    log_prompts: bool
+    tls: ssl.SSLContext | None
 
     @property
     def access(self) -> Access:
-        named = None
-        if self.clients is not None:
-            named = {key: client.name for key, client in self.clients.items()}
-        guests = frozenset(name for name, client in self.names.items() if client.places)
-        return Access(self.client_keys, own_names(self.hosts), self.origins, named, guests)
+        return Access(self.client_keys, own_names(self.hosts), self.origins, self.clients)
 
     @property
     def names(self) -> dict[str, Client]:
@@ -875,8 +869,7 @@ def subjects(gateway: Gateway) -> JsonObject:
 
 async def metrics(gateway: Gateway, request: Request) -> Response:
     """GET /metrics: the counters of /v1/stats and more, for Prometheus."""
-    server = write_metrics(SERVER, {"": {"": request.answered}})
-    return Response(server + write_metrics(METRICS, subjects(gateway)), kind=CONTENT_TYPE)
+    return metrics_of(request, METRICS, subjects(gateway))
 
 
 # ------------------------------------------------------------------------------------------- routes

@@ -65,11 +65,9 @@ from cerebrum.fields import Field, Members, parse_json, read_fields, read_object
 from cerebrum.http import Access, Server, own_names
 from cerebrum.metrics import (
     COMPLETIONS,
-    CONTENT_TYPE,
-    SERVER,
     Metric,
     Subjects,
-    write_metrics,
+    metrics_of,
     write_stats,
 )
 from cerebrum.service import Service, make_parser, passed_sockets, prompt_of, set_up_logging
@@ -137,17 +135,17 @@ class Config:
     log_prompts: bool
 
 
-def load_config(env: Environment, folder: Path = HERE) -> Config:
+def load_config(env: Environment) -> Config:
     """Check the environment and return its settings. ConfigError names the wrong variable."""
     host = env.host("CEREBRUM_VPS_HOST", "127.0.0.1")
     port = env.integer("CEREBRUM_VPS_PORT", 9000, 0, 65535)
     keys = env.keys("CEREBRUM_API_KEY")
     own_hosts = own_names(env.names("CEREBRUM_ALLOWED_HOSTS"))
     access = Access(keys, own_hosts, env.names("CEREBRUM_ALLOWED_ORIGINS"))
-    path = env.text("CEREBRUM_MODELS_FILE") or folder / "models.toml"
+    path = env.text("CEREBRUM_MODELS_FILE") or HERE / "models.toml"
     catalog = load_catalog(Path(path), LANGUAGES)
     models = tuple(model for model in catalog.models if model.file)  # others run elsewhere
-    models_dir = read_folder(env, "CEREBRUM_MODELS_DIR", default_models_dir(env, folder))
+    models_dir = read_folder(env, "CEREBRUM_MODELS_DIR", default_models_dir(env))
     max_cpu_percent = env.number("CEREBRUM_MAX_CPU_PERCENT", 70, 1, 100)
     min_free_mb = env.number("CEREBRUM_MIN_FREE_MB", 1024, 0, 1 << 20)
     idle_minutes = env.number("CEREBRUM_IDLE_MINUTES", 60, 0, 1 << 20)
@@ -196,11 +194,11 @@ def load_settings(env: Environment) -> Settings:
     )
 
 
-def default_models_dir(env: Environment, folder: Path) -> str:
+def default_models_dir(env: Environment) -> str:
     """The folder beside the program, if it exists or there is no home. A unit, which has a
     STATE_DIRECTORY, cannot see /home.
     """
-    beside = folder / "models"
+    beside = HERE / "models"
     has_home = os.path.expanduser("~") != "~" and not env.text("STATE_DIRECTORY")
     return "~/.cache/cerebrum/models" if has_home and not beside.is_dir() else str(beside)
 
@@ -792,8 +790,7 @@ async def prometheus(engine: Engine, request: Request) -> Response:
     """GET /metrics: the counters of /v1/stats and more, for Prometheus. A metric that llama-server
     also has keeps llama-server's name and meaning, with the model as a label.
     """
-    server = write_metrics(SERVER, {"": {"": request.answered}})
-    return Response(server + write_metrics(METRICS, subjects(engine)), kind=CONTENT_TYPE)
+    return metrics_of(request, METRICS, subjects(engine))
 
 
 def of_workers(name: str, about: str, read: Callable[[Worker], int], stats: str = "") -> Metric:

@@ -403,16 +403,14 @@ def size_of_model(model: Model, path: Path) -> int:
     """The bytes of a model's file. ModelError if its size or sha256 is wrong, OSError if it cannot
     be read.
     """
-    from cerebrum.vps.fetch import digest_with_bar
+    from cerebrum.vps.fetch import fault_of
     from cerebrum.vps.llama import ModelError
 
     size = path.stat().st_size
     if model.size not in (0, size):
         raise ModelError(f"expected {model.size} bytes, got {size}")
-    if model.sha256:
-        got = digest_with_bar(path)
-        if got != model.sha256:
-            raise ModelError(f"expected sha256 {model.sha256}, got {got}")
+    if model.sha256 and (fault := fault_of(model, path)):
+        raise ModelError(fault)
     return size
 
 

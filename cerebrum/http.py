@@ -45,6 +45,7 @@ from urllib.parse import unquote
 
 import cerebrum_common as common
 from cerebrum.fields import describe
+from cerebrum.settings import Client
 from cerebrum_common import (
     Head,
     HttpError,
@@ -402,21 +403,25 @@ def chunk(data: bytes) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """Who may ask: the holders of one of `keys` or of `named` (neither: anyone), who call us by an
-    IP address or one of `hosts`, and in a browser come from one of `origins`.
+    """Who may ask: the holders of one of `keys` or of `clients` (neither: anyone), who call us by
+    an IP address or one of `hosts`, and in a browser come from one of `origins`.
     """
 
-    keys: tuple[str, ...] = ()
-    hosts: frozenset[str] = frozenset()
-    origins: frozenset[str] = frozenset()
-    # The clients' names by their keys; without any, nobody has such a key.
-    named: Mapping[str, str] | None = None
-    guests: frozenset[str] = frozenset()  # clients who get what the others leave
+    keys: tuple[str, ...]
+    hosts: frozenset[str]
+    origins: frozenset[str]
+    # By their keys; without any, nobody has such a key.
+    clients: Mapping[str, Client] | None = None
     scheme: str = "http"  # of our own origin; `Server` sets it
 
     @property
     def needs_key(self) -> bool:
-        return bool(self.keys) or self.named is not None
+        return bool(self.keys) or self.clients is not None
+
+    @property
+    def guests(self) -> set[str]:
+        """The names of the clients who get what the others leave."""
+        return {client.name for client in (self.clients or {}).values() if client.places}
 
     def check(self, head: Head, public: bool) -> str:
         """The client's name, "" without one. HttpError 421, 403 or 401 if this request may not be
@@ -433,14 +438,15 @@ class Access:
         if public or head.is_preflight or not self.needs_key:
             return ""
         given = key_of(head).encode("latin-1")
-        named = self.named or {}
-        keys = (*self.keys, *named)
+        clients = self.clients or {}
+        keys = (*self.keys, *clients)
         found = [key for key in keys if hmac.compare_digest(given, key.encode("utf-8"))]
         if not found:
             expected = "expected the API key in the header X-API-Key"
             challenge = (("WWW-Authenticate", "Bearer"),)  # RFC 9110 section 15.5.2 requires one
             raise HttpError("UNAUTHORIZED", expected, headers=challenge)
-        return named.get(found[0], "")
+        client = clients.get(found[0])
+        return client.name if client else ""
 
     def _check_host(self, name: str) -> None:
         """HttpError for the name of another host, which a browser sends after DNS rebinding."""

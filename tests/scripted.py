@@ -347,6 +347,15 @@ def backend_at(
     return BackendConfig(id=id, endpoint=endpoint, **{"key": KEY, **more})
 
 
+# Settings as cm4d reads them from an empty environment.
+USUAL: dict[str, Any] = {
+    "models": SHIPPED,
+    "prefer": {}, "host": "0.0.0.0", "port": 7000,
+    "client_keys": (), "clients": None, "hosts": frozenset(), "origins": frozenset(),
+    "log_level": "INFO", "log_file": "", "log_prompts": False, "tls": None,
+}
+
+
 @contextlib.asynccontextmanager
 async def pi_for(
     *backends: int | BackendConfig, probing: bool = True, max_concurrent: int = 2, **config: Any
@@ -358,7 +367,7 @@ async def pi_for(
     configs = [
         backend_at(backend, **own) if isinstance(backend, int) else backend for backend in backends
     ]
-    gateway = Gateway(Config(**{"backends": tuple(configs), "models": SHIPPED, **config}))
+    gateway = Gateway(Config(**{"backends": tuple(configs), **USUAL, **config}))
     server = Server(gateway, ROUTES, gateway.config.access)
     tasks = set[asyncio.Task[None]]()
     if probing:

@@ -168,7 +168,7 @@ def house(runner, patch, tmp_path, caplog) -> Iterator[House]:
     """
     given = {**CATALOG, "CEREBRUM_IDLE_MINUTES": "0", "CEREBRUM_MODELS_DIR": str(tmp_path)}
     given["CEREBRUM_STATE_DIR"] = str(tmp_path / "state")
-    config = load_config(Environment(given), Path("/nonexistent"))
+    config = load_config(Environment(given))
     for model in config.models:
         (tmp_path / model.file).write_bytes(b"GGUF")
     config = replace(config, models=tuple(replace(model, draft="") for model in config.models))
@@ -554,7 +554,7 @@ def test_the_limit_of_the_service_counts(patch, tmp_path):
             (group / name).write_text(text)
         assert memory.cgroup_left_bytes(tmp_path / "table", tmp_path) == left
     patch(pool, "cgroup_left_bytes", lambda: 300 * MB)
-    assert 0 < Engine(load_config(Environment(CATALOG), tmp_path)).pool._free_mb() <= 300
+    assert 0 < Engine(load_config(Environment(CATALOG))).pool._free_mb() <= 300
 
 
 # ----------------------------------------------------------------------------------------- requests
@@ -653,7 +653,7 @@ def test_housekeeping_that_fails_ends_the_daemon(patch, tmp_path, task):
     patch(Engine, task, fail)
     given = {**CATALOG, "CEREBRUM_VPS_PORT": "0", "CEREBRUM_API_KEY": "key"}
     environ = Environment({**given, "CEREBRUM_STATE_DIR": str(tmp_path / "state")})
-    served = asyncio.wait_for(vpsd.serve(environ, load_config(environ, tmp_path)), PATIENCE)
+    served = asyncio.wait_for(vpsd.serve(environ, load_config(environ)), PATIENCE)
     assert asyncio.run(served) == 1
 
 

@@ -749,7 +749,7 @@ async def serving(**options: Any) -> AsyncIterator[tuple[http.Server, int]]:
     """A server in this process, which must end without complaints of asyncio."""
     loop, complaints = asyncio.get_running_loop(), []
     loop.set_exception_handler(lambda _, context: complaints.append(context))
-    usual = {"keys": (KEY,), "hosts": http.own_names()}
+    usual = {"keys": (KEY,), "hosts": http.own_names([]), "origins": frozenset()}
     server = http.Server(State(), ROUTES, http.Access(**usual | options))
     port = await server.start("127.0.0.1", 0)
     try:

@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from harness import SHIPPED, until
+from harness import NO_FILE, SHIPPED, until
 from scripted import CHUNKED, HANG, RESET, Backend, Pi, answer, backend_at, chunk, head, pi_for
 
 from cerebrum import pi as pi_package
@@ -121,7 +121,8 @@ def test_a_bad_table(tables: list[Any], says: str):
     assert "two words" not in str(caught.value)
 
 
-MODEL = Model("m", "M", ("python",), "7B", "Q4", "m-q4.gguf", aliases=("org/M", "m:7b"))
+NAMES = {"file": "m-q4.gguf", "aliases": ("org/M", "m:7b")}
+MODEL = Model("m", "M", ("python",), "7B", "Q4", **NO_FILE | NAMES)
 LISTS = [
     (["m"], "m"),
     (["other", "org/M"], "org/M"),

@@ -569,7 +569,7 @@ def test_a_busy_machine_is_not_measured(monkeypatch, tmp_path):
     monkeypatch.setattr(backend.psutil, "cpu_percent", lambda _seconds: next(loads))
     given = {"CEREBRUM_MODELS_FILE": str(ROOT / "models.toml")}
     given["CEREBRUM_MODELS_DIR"] = str(MODEL.parent)
-    config = backend.load_config(Environment(given), tmp_path)
+    config = backend.load_config(Environment(given))
     message = "expected other programs to use at most 25 % of the CPU, got 80 %"
     with pytest.raises(TuneError, match=message):
         backend.tune_model(config.models[-1], config, sys.stdout)
