@@ -331,7 +331,7 @@ class BodyDecoder:
     def feed(self, data: bytes) -> bytes:
         """The payload in `data`, up to the end of the body or its fault."""
         buffer, position = self.rest + data, 0
-        pieces: list[bytes] = []
+        pieces = []
         try:
             while not self.done:
                 piece = buffer[position : position + self._left]
@@ -497,7 +497,7 @@ def in_thread(function: Callable[..., Any], *arguments: Any, **named: Any) -> Fu
 def own_names(extra: Collection[str]) -> frozenset[str]:
     """The host names of this machine, and the `extra` ones from the configuration."""
     name = socket.gethostname().lower()
-    return frozenset({"localhost", name, f"{name}.local", *(host.lower() for host in extra)})
+    return frozenset({"localhost", name, f"{name}.local", *extra})
 
 
 class Connection:
@@ -687,16 +687,13 @@ class Exchange:
         """
         self.keep &= not error.close
         self.reason = f" {error.code}: {error.message}"
-        body: Any = common.error_body(error)
-        event = common.error_event(error)
-        if self.route and self.route.foreign_error:
-            body = common.compact(self.route.foreign_error(error))
-            event = common.sse_block(body)
+        foreign_error = self.route.foreign_error if self.route else None
+        body = (foreign_error or common.error_body)(error)
         if self.frame is None:
             await self.send(Response(body, error.status, headers=error.headers))
             return
         self.keep = False
-        await self.connection.write(self.frame(event))
+        await self.connection.write(self.frame(common.sse_event(body)))
         self.log(error.status)
         if self.head and "origin" in self.head.headers:
             await asyncio.sleep(PAGE_SECONDS)
