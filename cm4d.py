@@ -535,7 +535,7 @@ async def complete(gateway: Gateway, request: Request) -> Response:
 
 async def collect(pairs: Pairs) -> tuple[JsonObject, str, JsonObject]:
     """A completion in one piece: the value of its last pair "started", its text, and its result."""
-    texts = list[bytes]()
+    texts = []
     last = JsonObject()  # the last value of each kind
     async with contextlib.aclosing(pairs):
         async for kind, value in pairs:
@@ -605,7 +605,7 @@ def describe_model(model: Model, backends: Sequence[Backend]) -> JsonObject:
     """A model's entry in /v1/models."""
     names = ("id", "name", "languages", "parameters", "quantization")
     entry = {name: getattr(model, name) for name in names}
-    ids = list[str]()
+    ids = []
     reported = JsonObject()
     for backend in backends:
         about = (backend.models or {}).get(model.id)
@@ -618,7 +618,7 @@ def describe_model(model: Model, backends: Sequence[Backend]) -> JsonObject:
 def describe_languages(catalog: Collection[Model]) -> list[JsonObject]:
     """The member `languages` of /v1/models."""
     served = served_languages(catalog)
-    entries = list[JsonObject]()
+    entries = []
     for name in dict.fromkeys([*served, *LANGUAGES]):
         syntax = LANGUAGES.get(BY_NAME.get(name.lower(), ""), Language())
         entry = {"id": name, "endings": syntax.endings, "filenames": syntax.filenames}

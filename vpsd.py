@@ -450,7 +450,7 @@ def tune_model(model: Model, config: Config, output: TextIO, *, dry_run: bool = 
         raise TuneError(f"expected the file {path}; {PYTHON} vpsd.py fetch {model.id} downloads it")
     wait_for_quiet()
     check_digest(path, model.sha256, config.engine.state_dir, lambda: False)
-    bars = dict[str, Bar]()  # by label
+    bars = {}  # by label
 
     def report(label: str, done: int, total: int) -> None:
         if label not in bars:

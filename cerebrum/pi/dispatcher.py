@@ -188,7 +188,7 @@ def untried(completion: Completion, options: Options, skips_busy: bool) -> Optio
             failed.add((attempt.backend, attempt.model))
         elif attempt.code and (skips_busy or attempt.code != "RATE_LIMIT"):
             failed.add((attempt.backend, ""))
-    left = list[tuple[str, Sequence[Backend]]]()
+    left = []
     for model, backends in options:
         able = [other for other in backends if not failed & {(other.id, model), (other.id, "")}]
         left.append((model, able))
@@ -224,7 +224,7 @@ def place_for(claim: Claim) -> Assign | None:
     if not spares_editors(claim) or not may_start(claim):
         return None
     request = claim.completion.request
-    free = list[Backend]()
+    free = []
     for backend in claim.usable:
         running = claim.state.running([backend])
         if len(of_others(running, request.session)) < backend.limit:
@@ -486,7 +486,7 @@ class Dispatcher:
         when to ask again for each of the others. If nobody waits, idle backends read ahead.
         """
         state, waiting = self.state, [*(asking or self.state.line)]
-        waits = dict[Completion, float]()
+        waits = {}
         holders = [attempt for attempt in state.answering if not attempt.makes_room]
         running = Counter(attempt.completion.client for attempt in holders)
         while waiting:

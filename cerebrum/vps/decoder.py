@@ -93,7 +93,7 @@ class Decoder:
         if self.compute.baton.active:
             runs = [run for run in runs if not (run.low and run.prefilling)]
         # 2. What does each need?
-        works = list[Work]()
+        works = []
         for run in runs:
             with self._blamed_on(run):
                 works.append(self.next_work(run, runs))
