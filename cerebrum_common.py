@@ -100,8 +100,8 @@ def timestamp(ago: float = 0.0) -> str:
 
 
 def error_body(error: HttpError) -> dict[str, Any]:
-    """`{"error": true, "message", "code", "timestamp"}` and the error's `extra`, for a response or an
-    event.
+    """`{"error": true, "message", "code", "timestamp"}` and the error's `extra`, for a response or
+    an event.
     """
     return {
         "error": True,

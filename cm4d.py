@@ -939,12 +939,8 @@ async def serve(environ: Environment, config: Config) -> int:
         environ.warn_of_changes(known, unchanged)
 
     service = Service(reload, gateway.fleet.stuck)
-    try:
-        await server.start(config.host, config.port, tls=config.tls)
-    except OSError as error:
-        log.error("cannot listen on %s port %d: %s", config.host, config.port, error.strerror)
+    if not await server.start(config.host, config.port, tls=config.tls):
         return 1  # systemd tries again: an interface may come up late at boot
-    log.info("listening on %s", server.url)
     failed = await service.run(asyncio.create_task(gateway.fleet.probe_forever(gateway.probed)))
     await server.stop(DRAIN_SECONDS)
     for backend in gateway.fleet.backends:

@@ -945,12 +945,8 @@ async def serve(environ: Environment, config: Config) -> int:
         environ.warn_of_changes(known, NEEDS_RESTART)
 
     service = Service(reload, engine.stuck)
-    try:
-        await server.start(config.host, config.port, passed_sockets(os.environ))
-    except OSError as error:
-        log.error("cannot listen on %s port %d: %s", config.host, config.port, error.strerror)
+    if not await server.start(config.host, config.port, passed_sockets(os.environ)):
         return 1
-    log.info("listening on %s", server.url)
     measuring = asyncio.create_task(engine.pool.measure())
     failed = await service.run(
         asyncio.create_task(engine.watch_cpu()), asyncio.create_task(engine.clean_up())

@@ -118,20 +118,18 @@ AUTHORITY = re.compile(r"([A-Za-z0-9\-._~]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::([
 CONTENT_LENGTH = re.compile(r"[0-9]{1,20}")  # 64 bits; anything longer is an attack
 REQUEST_ID = re.compile(r"[A-Za-z0-9._\-]{1,128}")
 HEADER_NAMES = re.compile(rb"(?=.{1,1024}\Z)%b(?:,[ \t]*%b)*" % (TOKEN, TOKEN))
-METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"})
-SINGLE_HEADERS = frozenset(
-    {
-        "host",
-        "content-length",
-        "content-type",
-        "content-encoding",
-        "transfer-encoding",
-        "x-api-key",
-        "authorization",
-        "origin",
-        "expect",
-    }
-)
+METHODS = {"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"}
+SINGLE_HEADERS = {
+    "host",
+    "content-length",
+    "content-type",
+    "content-encoding",
+    "transfer-encoding",
+    "x-api-key",
+    "authorization",
+    "origin",
+    "expect",
+}
 
 
 def scan_head(
@@ -794,17 +792,21 @@ class Server:
         sockets: Sequence[socket.socket] = (),
         tls: ssl.SSLContext | None = None,
     ) -> int:
-        """Listen on `sockets`, or on the address if there are none; OSError if that fails. Returns
-        the port.
+        """Listen on `sockets`, or on the address if there are none, and log it. Returns the port, 0
+        if that fails.
         """
         self.tls = tls
         self.access = replace(self.access, scheme="https" if tls else "http")
         sslproto.SSLProtocol.max_size = READ_BYTES  # asyncio would take 256 KiB for each connection
         addresses: list[dict[str, Any]] = [{"sock": given} for given in sockets]
         for address in addresses or [{"host": host, "port": port}]:
-            listener = await asyncio.start_server(
-                self._accept, limit=READ_BYTES, backlog=MAX_ACCEPTS, **address
-            )
+            try:
+                listener = await asyncio.start_server(
+                    self._accept, limit=READ_BYTES, backlog=MAX_ACCEPTS, **address
+                )
+            except OSError as error:
+                log.error("cannot listen on %s port %d: %s", host, port, error.strerror)
+                return 0
             self._listeners.append(listener)
             for listening in listener.sockets:
                 set_options(listening)
@@ -813,6 +815,7 @@ class Server:
         if ":" in name:
             name = f"[{name}]"
         self.url = f"{self.access.scheme}://{name}:{port}"
+        log.info("listening on %s", self.url)
         return port
 
     def use(self, access: Access) -> None:

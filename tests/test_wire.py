@@ -971,8 +971,8 @@ async def test_log_lines(caplog: pytest.LogCaptureFixture) -> None:
     """
 
     async def logged(raw: bytes, count: int = 1) -> list[str]:
-        caplog.clear()
         async with serving() as (_, port):
+            caplog.clear()
             await play(port, raw, count)
         ours = [record for record in caplog.records if record.name == "cerebrum"]
         texts = [LogFormatter().format(record).split(" - ", 1)[1] for record in ours]
