@@ -21,7 +21,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cerebrum.fields import Field, Members
+from cerebrum.fields import Field, JsonObject, Members
 from cerebrum.http import (
     READ_BYTES,
     STATUS_LINE,
@@ -67,14 +67,14 @@ class BackendConfig:
 
     id: str
     endpoint: Endpoint
-    api: str = "cerebrum"  # one of APIS
-    key: str = ""
-    key_env: str = ""
-    max_concurrent: int = 2
-    ca_file: str = ""  # of a private certificate authority
-    n_ctx: int = 0  # tokens; 0: as the backend reports
+    api: str  # one of APIS
+    key: str
+    key_env: str
+    max_concurrent: int
+    ca_file: str  # of a private certificate authority
+    n_ctx: int  # tokens; 0: as the backend reports
     # For an "openai" backend: use the model's FIM marks if it has any, or the "suffix" member.
-    infill: str = "fim"
+    infill: str
 
     @property
     def variable(self) -> str:
@@ -106,22 +106,17 @@ def read_backends(
     """Read `[[backends]]` of models.toml; without any, the VPS of CEREBRUM_VPS_URL. ConfigError
     names the wrong table and its fault.
     """
+    if not tables:
+        url = environ.text("CEREBRUM_VPS_URL", "http://127.0.0.1:9000")
+        default: JsonObject = {"id": "vps", "url": url, "key_env": "CEREBRUM_API_KEY"}
+        default["max_concurrent"] = max_concurrent
+        return (_read_backend(default, "CEREBRUM_VPS_URL", environ),)
     backends = [
         _read_backend(table, f"backend {number}", environ) for number, table in enumerate(tables, 1)
     ]
     if len({backend.id for backend in backends}) != len(backends):
         raise ConfigError("backends: expected every id once")
-    if backends:
-        return tuple(backends)
-    url = environ.text("CEREBRUM_VPS_URL", "http://127.0.0.1:9000")
-    default = BackendConfig(
-        "vps",
-        parse_url(url, "CEREBRUM_VPS_URL"),
-        key=environ.key("CEREBRUM_API_KEY"),
-        key_env="CEREBRUM_API_KEY",
-        max_concurrent=max_concurrent,
-    )
-    return (default,)
+    return tuple(backends)
 
 
 BACKEND = {
