@@ -487,14 +487,14 @@ def measure(model: Llama, read: int) -> Timing:
     return Timing(reading / read, times)
 
 
-def likeliest(variant: Variant, text: str, count: int) -> list[int]:
-    """The likeliest token after each of the first `count` tokens of a text, except the first
+def likeliest(variant: Variant, text: str) -> list[int]:
+    """The likeliest token after each of the first AGREEMENT_TOKENS of a text, except the first
     AGREEMENT_SKIP.
     """
     found = list[int]()
     slot = Slot(0)
     with opened(*variant) as model:
-        tokens = model.vocabulary.tokenize(text, True)[:count]
+        tokens = model.vocabulary.tokenize(text, True)[:AGREEMENT_TOKENS]
         for start in range(0, len(tokens), OUTPUTS):
             chunk = tokens[start : start + OUTPUTS]
             decode(model, slot, chunk, len(chunk))
@@ -502,14 +502,10 @@ def likeliest(variant: Variant, text: str, count: int) -> list[int]:
     return found[AGREEMENT_SKIP:]
 
 
-def agreement(
-    published: Variant, tuned: Variant, text: str, count: int = AGREEMENT_TOKENS
-) -> float:
-    """The share of a text's first `count` tokens after which two files have the same likeliest
-    token.
-    """
-    expected = likeliest(published, text, count)
-    pairs = zip(expected, likeliest(tuned, text, count), strict=True)
+def agreement(published: Variant, tuned: Variant, text: str) -> float:
+    """The share of a text's first tokens after which two files have the same likeliest token."""
+    expected = likeliest(published, text)
+    pairs = zip(expected, likeliest(tuned, text), strict=True)
     return sum(old == new for old, new in pairs) / len(expected)
 
 
