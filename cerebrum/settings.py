@@ -110,10 +110,6 @@ class Environment:
             raise ConfigError(f"{name}: cannot read the file: {reason}") from None
         return _read_clients(lines, f"{name}: {path}", strict)
 
-    def key(self, name: str) -> str:
-        """The key to send: the new one of two, "" if there is none."""
-        return next(iter(self.keys(name)), "")
-
     def warn_of_changes(self, new: Environment, names: Collection[str]) -> None:
         """Log which of these variables have changed in `new`: the daemon uses them only at its
         start.

@@ -139,7 +139,8 @@ def _read_backend(table: Any, where: str, environ: Environment) -> BackendConfig
         endpoint = replace(endpoint, prefix=endpoint.prefix.removesuffix("/v1"))
     if given["ca_file"] and not endpoint.tls:
         raise ConfigError(f"{where}: ca_file: expected a url with https for {given['ca_file']!r}")
-    return BackendConfig(endpoint=endpoint, key=environ.key(given["key_env"]), **given)
+    keys = environ.keys(given["key_env"])  # of two, the new one is sent
+    return BackendConfig(endpoint=endpoint, key=keys[0] if keys else "", **given)
 
 
 # ------------------------------------------------------------------------------------------- errors
