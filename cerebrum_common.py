@@ -100,7 +100,9 @@ def timestamp(ago: float = 0.0) -> str:
 
 
 def error_body(error: HttpError) -> dict[str, Any]:
-    """`{"error": true, "message", "code", "timestamp"}` and the error's `extra`."""
+    """`{"error": true, "message", "code", "timestamp"}` and the error's `extra`, for a response or
+    an event.
+    """
     return {
         "error": True,
         "message": error.message,
@@ -175,11 +177,6 @@ def sse_event(data: Mapping[str, Any]) -> bytes:
 def sse_block(line: bytes) -> bytes:
     """One SSE event with one line of data."""
     return b"data: %b\n\n" % line
-
-
-def error_event(error: HttpError) -> bytes:
-    """`data: {"error": true, "message", "code"}` and the error's `extra`."""
-    return sse_event({"error": True, "message": error.message, "code": error.code, **error.extra})
 
 
 def compact(data: Any) -> bytes:
@@ -281,16 +278,16 @@ class Model:
     languages: tuple[str, ...]
     parameters: str
     quantization: str
-    file: str = ""
-    sha256: str = ""
-    size: int = 0
-    memory_mb: int = 0
-    sources: tuple[dict[str, Any], ...] = ()
-    aliases: tuple[str, ...] = ()
-    fim: tuple[str, ...] = ()
-    fim_layout: str = "psm"
-    draft: str = ""
-    min_confidence: Mapping[str, float | None] = field(default_factory=dict)
+    file: str
+    sha256: str
+    size: int
+    memory_mb: int
+    sources: tuple[dict[str, Any], ...]
+    aliases: tuple[str, ...]
+    fim: tuple[str, ...]
+    fim_layout: str
+    draft: str
+    min_confidence: Mapping[str, float | None]
     shape: Mapping[str, int] = field(default_factory=dict)
 
 

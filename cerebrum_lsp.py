@@ -380,6 +380,8 @@ class PiError(Exception):
     user.
     """
 
+    code = -32803  # RequestFailed
+
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
         self.status = status
@@ -516,7 +518,6 @@ INVALID_PARAMS = -32602
 INTERNAL_ERROR = -32603
 NOT_INITIALIZED = -32002
 REQUEST_CANCELLED = -32800
-REQUEST_FAILED = -32803
 MAX_HEADER_BYTES = 4096
 LATER = object()  # the result of a request that a thread answers
 LENGTH = re.compile(rb"content-length[ \t]*:[ \t]*([0-9]{1,9})[ \t]*\r?\n", re.IGNORECASE)
@@ -623,10 +624,8 @@ def outcome(work: Callable[[], Any]) -> Object:
     """The members of a response: the result of this work, or its error."""
     try:
         return {"result": work()}
-    except ProtocolError as error:
+    except (ProtocolError, PiError) as error:
         return failure(error.code, str(error))
-    except PiError as error:
-        return failure(REQUEST_FAILED, str(error))
     except Exception as fault:  # its text may quote the user's code; or Ended, which nobody gets
         return failure(INTERNAL_ERROR, f"internal error ({type(fault).__name__})")
 

@@ -59,7 +59,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -67,11 +67,9 @@ from cerebrum.fields import Field, JsonObject, Members, describe, parse_json, re
 from cerebrum.http import Access, Server, own_names
 from cerebrum.metrics import (
     COMPLETIONS,
-    CONTENT_TYPE,
-    SERVER,
     Metric,
+    metrics_of,
     resident_bytes,
-    write_metrics,
     write_stats,
 )
 from cerebrum.pi import dialects, upstream, vsix
@@ -151,25 +149,21 @@ class Config:
 
     backends: tuple[BackendConfig, ...]
     models: tuple[Model, ...]
-    prefer: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # model ids by mode
-    host: str = "0.0.0.0"
-    port: int = 7000
-    client_keys: tuple[str, ...] = ()
-    clients: Mapping[str, Client] | None = None  # by their keys; None: no client has a name
-    hosts: frozenset[str] = frozenset()
-    origins: frozenset[str] = frozenset()
-    log_level: str = "INFO"
-    log_file: str = ""
-    log_prompts: bool = False
-    tls: ssl.SSLContext | None = None
+    prefer: Mapping[str, tuple[str, ...]]  # model ids by mode
+    host: str
+    port: int
+    client_keys: tuple[str, ...]
+    clients: Mapping[str, Client] | None  # by their keys; None: no client has a name
+    hosts: frozenset[str]
+    origins: frozenset[str]
+    log_level: str
+    log_file: str
+    log_prompts: bool
+    tls: ssl.SSLContext | None
 
     @property
     def access(self) -> Access:
-        named = None
-        if self.clients is not None:
-            named = {key: client.name for key, client in self.clients.items()}
-        guests = frozenset(name for name, client in self.names.items() if client.places)
-        return Access(self.client_keys, own_names(self.hosts), self.origins, named, guests)
+        return Access(self.client_keys, own_names(self.hosts), self.origins, self.clients)
 
     @property
     def names(self) -> dict[str, Client]:
@@ -542,7 +536,7 @@ async def complete(gateway: Gateway, request: Request) -> Response:
 
 async def collect(pairs: Pairs) -> tuple[JsonObject, str, JsonObject]:
     """A completion in one piece: the value of its last pair "started", its text, and its result."""
-    texts = list[bytes]()
+    texts = []
     last = JsonObject()  # the last value of each kind
     async with contextlib.aclosing(pairs):
         async for kind, value in pairs:
@@ -612,7 +606,7 @@ def describe_model(model: Model, backends: Sequence[Backend]) -> JsonObject:
     """A model's entry in /v1/models."""
     names = ("id", "name", "languages", "parameters", "quantization")
     entry = {name: getattr(model, name) for name in names}
-    ids = list[str]()
+    ids = []
     reported = JsonObject()
     for backend in backends:
         about = (backend.models or {}).get(model.id)
@@ -625,7 +619,7 @@ def describe_model(model: Model, backends: Sequence[Backend]) -> JsonObject:
 def describe_languages(catalog: Collection[Model]) -> list[JsonObject]:
     """The member `languages` of /v1/models."""
     served = served_languages(catalog)
-    entries = list[JsonObject]()
+    entries = []
     for name in dict.fromkeys([*served, *LANGUAGES]):
         syntax = LANGUAGES.get(BY_NAME.get(name.lower(), ""), Language())
         entry = {"id": name, "endings": syntax.endings, "filenames": syntax.filenames}
@@ -876,8 +870,7 @@ def subjects(gateway: Gateway) -> JsonObject:
 
 async def metrics(gateway: Gateway, request: Request) -> Response:
     """GET /metrics: the counters of /v1/stats and more, for Prometheus."""
-    server = write_metrics(SERVER, {"": {"": request.answered}})
-    return Response(server + write_metrics(METRICS, subjects(gateway)), kind=CONTENT_TYPE)
+    return metrics_of(request, METRICS, subjects(gateway))
 
 
 # ------------------------------------------------------------------------------------------- routes
@@ -947,12 +940,8 @@ async def serve(environ: Environment, config: Config) -> int:
         environ.warn_of_changes(known, unchanged)
 
     service = Service(reload, gateway.fleet.stuck)
-    try:
-        await server.start(config.host, config.port, tls=config.tls)
-    except OSError as error:
-        log.error("cannot listen on %s port %d: %s", config.host, config.port, error.strerror)
+    if not await server.start(config.host, config.port, tls=config.tls):
         return 1  # systemd tries again: an interface may come up late at boot
-    log.info("listening on %s", server.url)
     failed = await service.run(asyncio.create_task(gateway.fleet.probe_forever(gateway.probed)))
     await server.stop(DRAIN_SECONDS)
     for backend in gateway.fleet.backends:

@@ -65,11 +65,9 @@ from cerebrum.fields import Field, Members, parse_json, read_fields, read_object
 from cerebrum.http import Access, Server, own_names
 from cerebrum.metrics import (
     COMPLETIONS,
-    CONTENT_TYPE,
-    SERVER,
     Metric,
     Subjects,
-    write_metrics,
+    metrics_of,
     write_stats,
 )
 from cerebrum.service import Service, make_parser, passed_sockets, prompt_of, set_up_logging
@@ -137,17 +135,17 @@ class Config:
     log_prompts: bool
 
 
-def load_config(env: Environment, folder: Path = HERE) -> Config:
+def load_config(env: Environment) -> Config:
     """Check the environment and return its settings. ConfigError names the wrong variable."""
     host = env.host("CEREBRUM_VPS_HOST", "127.0.0.1")
     port = env.integer("CEREBRUM_VPS_PORT", 9000, 0, 65535)
     keys = env.keys("CEREBRUM_API_KEY")
     own_hosts = own_names(env.names("CEREBRUM_ALLOWED_HOSTS"))
     access = Access(keys, own_hosts, env.names("CEREBRUM_ALLOWED_ORIGINS"))
-    path = env.text("CEREBRUM_MODELS_FILE") or folder / "models.toml"
+    path = env.text("CEREBRUM_MODELS_FILE") or HERE / "models.toml"
     catalog = load_catalog(Path(path), LANGUAGES)
     models = tuple(model for model in catalog.models if model.file)  # others run elsewhere
-    models_dir = read_folder(env, "CEREBRUM_MODELS_DIR", default_models_dir(env, folder))
+    models_dir = read_folder(env, "CEREBRUM_MODELS_DIR", default_models_dir(env))
     max_cpu_percent = env.number("CEREBRUM_MAX_CPU_PERCENT", 70, 1, 100)
     min_free_mb = env.number("CEREBRUM_MIN_FREE_MB", 1024, 0, 1 << 20)
     idle_minutes = env.number("CEREBRUM_IDLE_MINUTES", 60, 0, 1 << 20)
@@ -196,11 +194,11 @@ def load_settings(env: Environment) -> Settings:
     )
 
 
-def default_models_dir(env: Environment, folder: Path) -> str:
+def default_models_dir(env: Environment) -> str:
     """The folder beside the program, if it exists or there is no home. A unit, which has a
     STATE_DIRECTORY, cannot see /home.
     """
-    beside = folder / "models"
+    beside = HERE / "models"
     has_home = os.path.expanduser("~") != "~" and not env.text("STATE_DIRECTORY")
     return "~/.cache/cerebrum/models" if has_home and not beside.is_dir() else str(beside)
 
@@ -452,7 +450,7 @@ def tune_model(model: Model, config: Config, output: TextIO, *, dry_run: bool = 
         raise TuneError(f"expected the file {path}; {PYTHON} vpsd.py fetch {model.id} downloads it")
     wait_for_quiet()
     check_digest(path, model.sha256, config.engine.state_dir, lambda: False)
-    bars = dict[str, Bar]()  # by label
+    bars = {}  # by label
 
     def report(label: str, done: int, total: int) -> None:
         if label not in bars:
@@ -739,7 +737,7 @@ async def describe_model(pool: Pool, model: Model) -> dict[str, object]:
             n_ctx = await asyncio.to_thread(context_length, path, plan.settings)
             draft = model.draft if plan.draft else None
             if plan.tuned:
-                path, encoding = plan.tuned.path, plan.tuned.encoding
+                path, encoding = plan.tuned.path, plan.tuned.passport.encoding
         except (HttpError, OSError):  # the file is damaged, or has just gone
             available = False
     entry = {
@@ -792,8 +790,7 @@ async def prometheus(engine: Engine, request: Request) -> Response:
     """GET /metrics: the counters of /v1/stats and more, for Prometheus. A metric that llama-server
     also has keeps llama-server's name and meaning, with the model as a label.
     """
-    server = write_metrics(SERVER, {"": {"": request.answered}})
-    return Response(server + write_metrics(METRICS, subjects(engine)), kind=CONTENT_TYPE)
+    return metrics_of(request, METRICS, subjects(engine))
 
 
 def of_workers(name: str, about: str, read: Callable[[Worker], int], stats: str = "") -> Metric:
@@ -948,12 +945,8 @@ async def serve(environ: Environment, config: Config) -> int:
         environ.warn_of_changes(known, NEEDS_RESTART)
 
     service = Service(reload, engine.stuck)
-    try:
-        await server.start(config.host, config.port, passed_sockets(os.environ))
-    except OSError as error:
-        log.error("cannot listen on %s port %d: %s", config.host, config.port, error.strerror)
+    if not await server.start(config.host, config.port, passed_sockets(os.environ)):
         return 1
-    log.info("listening on %s", server.url)
     measuring = asyncio.create_task(engine.pool.measure())
     failed = await service.run(
         asyncio.create_task(engine.watch_cpu()), asyncio.create_task(engine.clean_up())

@@ -26,15 +26,15 @@ import os
 import re
 import socket
 import ssl
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from cerebrum.fields import printable
+from cerebrum.http import in_thread
 from cerebrum.settings import Client, ConfigError, Environment, read_environment
-from cerebrum_common import VERSION, HttpError, Model, log
+from cerebrum_common import VERSION, Model, log
 
 if TYPE_CHECKING:
     from cerebrum.http import Access
@@ -101,22 +101,6 @@ class VpsConfig(Config, Protocol):
 
 C = TypeVar("C")  # the Config of either daemon
 Findings = Iterator[tuple[str, str, str]]  # level ("ok", "warn" or "FAIL"), subject, text
-
-
-def begin(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-    """Call a function in a thread that does not delay the program's end: looking up a name may
-    hang.
-    """
-    future = Future[Any]()
-
-    def call() -> None:
-        try:
-            future.set_result(function(*arguments))
-        except Exception as error:
-            future.set_exception(error)
-
-    threading.Thread(target=call, daemon=True).start()
-    return future
 
 
 # ------------------------------------------------------------------------------------ both machines
@@ -191,7 +175,9 @@ def check_address(config: Config, prefix: str, member: str) -> Findings:
     where = f"{host} port {port}"
     address: Any = (host,)
     try:
-        found = begin(socket.getaddrinfo, host, port, 0, socket.SOCK_STREAM, 0, socket.AI_PASSIVE)
+        found = in_thread(
+            socket.getaddrinfo, host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
         for family, *_, address in found.result(ASK_SECONDS):
             socket.create_server(address, family=family).close()
     except (OSError, UnicodeError) as error:  # the look-up's TimeoutError is an OSError
@@ -274,7 +260,6 @@ class Probe(NamedTuple):
     """One backend's answers."""
 
     backend: Backend | None  # None if it cannot be asked
-    version: str
     trouble: str  # why the backend cannot serve a completion, "" if it can
 
 
@@ -284,7 +269,7 @@ def check_backends(config: PiConfig) -> Findings:
     """
     log.addHandler(logging.NullHandler())  # a probe's log lines come as findings
     answers = [
-        begin(asyncio.run, ask_backend(backend, config.models)) for backend in config.backends
+        in_thread(asyncio.run, ask_backend(backend, config.models)) for backend in config.backends
     ]
     wait(answers, BACKEND_SECONDS)
     probes = []
@@ -293,7 +278,7 @@ def check_backends(config: PiConfig) -> Findings:
             probes.append(answer.result(0.0))
         except Exception as error:  # from the look-up or the certificates, or TimeoutError
             reason = getattr(error, "strerror", None) or str(error) or "it did not answer in time"
-            probes.append(Probe(None, "", reason))
+            probes.append(Probe(None, reason))
     served = any(probe.backend.models for probe in probes if probe.backend and not probe.trouble)
     lacking = "warn" if served else "FAIL"
     for settings, probe in zip(config.backends, probes, strict=True):
@@ -312,11 +297,12 @@ def check_answer(config: BackendConfig, probe: Probe, lacking: str) -> Findings:
     taken = " and takes our key" if config.key else ""
     yield "ok", "backend", f"{id} answers in {backend.response_ms or 0:.0f} ms{taken}"
     is_vpsd = config.api == "cerebrum"
-    if is_vpsd and probe.version != VERSION:
+    version = backend.kind.version or "an unknown version"
+    if is_vpsd and version != VERSION:
         yield (
             "warn",
             "version",
-            f"{id} has {probe.version}, this is {VERSION}: copy all files of one version",
+            f"{id} has {version}, this is {VERSION}: copy all files of one version",
         )
     if backend.models:
         yield "ok", "models", f"{id} has {', '.join(backend.models)}"
@@ -332,13 +318,7 @@ async def ask_backend(config: BackendConfig, models: Sequence[Model]) -> Probe:
     socket.getaddrinfo(config.endpoint.host, config.endpoint.port)
     backend = Backend(config, models)
     await backend.probe()
-    trouble = backend.breaker.trouble
-    version = "an unknown version"
-    if config.api == "cerebrum" and not trouble:
-        with contextlib.suppress(HttpError):
-            stats = await backend.kind.get("/v1/stats", MAX_BYTES)
-            version = str(stats.get("version", version))
-    return Probe(backend, version, trouble)
+    return Probe(backend, backend.breaker.trouble)
 
 
 # ------------------------------------------------------------------------------------------ the VPS
@@ -413,7 +393,8 @@ def check_model(config: VpsConfig, model: Model) -> Findings:
     if plan.note:
         yield "ok", "drafts", f"{model.id}: {plan.note}"
     if plan.tuned:
-        yield "ok", "tuned", f"{model.id} has the fastest encoding here: {plan.tuned.encoding}"
+        encoding = plan.tuned.passport.encoding
+        yield "ok", "tuned", f"{model.id} has the fastest encoding here: {encoding}"
     else:
         yield "warn", "tuned", untuned(model.id, plan.reason)
 
@@ -422,16 +403,14 @@ def size_of_model(model: Model, path: Path) -> int:
     """The bytes of a model's file. ModelError if its size or sha256 is wrong, OSError if it cannot
     be read.
     """
-    from cerebrum.vps.fetch import digest_with_bar
+    from cerebrum.vps.fetch import fault_of
     from cerebrum.vps.llama import ModelError
 
     size = path.stat().st_size
     if model.size not in (0, size):
         raise ModelError(f"expected {model.size} bytes, got {size}")
-    if model.sha256:
-        got = digest_with_bar(path)
-        if got != model.sha256:
-            raise ModelError(f"expected sha256 {model.sha256}, got {got}")
+    if model.sha256 and (fault := fault_of(model, path)):
+        raise ModelError(fault)
     return size
 
 

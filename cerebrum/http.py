@@ -32,17 +32,20 @@ import re
 import socket
 import ssl
 import sys
+import threading
 import time
 import uuid
 from asyncio import sslproto
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import unquote
 
 import cerebrum_common as common
 from cerebrum.fields import describe
+from cerebrum.settings import Client
 from cerebrum_common import (
     Head,
     HttpError,
@@ -115,20 +118,18 @@ AUTHORITY = re.compile(r"([A-Za-z0-9\-._~]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::([
 CONTENT_LENGTH = re.compile(r"[0-9]{1,20}")  # 64 bits; anything longer is an attack
 REQUEST_ID = re.compile(r"[A-Za-z0-9._\-]{1,128}")
 HEADER_NAMES = re.compile(rb"(?=.{1,1024}\Z)%b(?:,[ \t]*%b)*" % (TOKEN, TOKEN))
-METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"})
-SINGLE_HEADERS = frozenset(
-    {
-        "host",
-        "content-length",
-        "content-type",
-        "content-encoding",
-        "transfer-encoding",
-        "x-api-key",
-        "authorization",
-        "origin",
-        "expect",
-    }
-)
+METHODS = {"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"}
+SINGLE_HEADERS = {
+    "host",
+    "content-length",
+    "content-type",
+    "content-encoding",
+    "transfer-encoding",
+    "x-api-key",
+    "authorization",
+    "origin",
+    "expect",
+}
 
 
 def scan_head(
@@ -328,7 +329,7 @@ class BodyDecoder:
     def feed(self, data: bytes) -> bytes:
         """The payload in `data`, up to the end of the body or its fault."""
         buffer, position = self.rest + data, 0
-        pieces: list[bytes] = []
+        pieces = []
         try:
             while not self.done:
                 piece = buffer[position : position + self._left]
@@ -400,21 +401,25 @@ def chunk(data: bytes) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """Who may ask: the holders of one of `keys` or of `named` (neither: anyone), who call us by an
-    IP address or one of `hosts`, and in a browser come from one of `origins`.
+    """Who may ask: the holders of one of `keys` or of `clients` (neither: anyone), who call us by
+    an IP address or one of `hosts`, and in a browser come from one of `origins`.
     """
 
-    keys: tuple[str, ...] = ()
-    hosts: frozenset[str] = frozenset()
-    origins: frozenset[str] = frozenset()
-    # The clients' names by their keys; without any, nobody has such a key.
-    named: Mapping[str, str] | None = None
-    guests: frozenset[str] = frozenset()  # clients who get what the others leave
+    keys: tuple[str, ...]
+    hosts: frozenset[str]
+    origins: frozenset[str]
+    # By their keys; without any, nobody has such a key.
+    clients: Mapping[str, Client] | None = None
     scheme: str = "http"  # of our own origin; `Server` sets it
 
     @property
     def needs_key(self) -> bool:
-        return bool(self.keys) or self.named is not None
+        return bool(self.keys) or self.clients is not None
+
+    @property
+    def guests(self) -> set[str]:
+        """The names of the clients who get what the others leave."""
+        return {client.name for client in (self.clients or {}).values() if client.places}
 
     def check(self, head: Head, public: bool) -> str:
         """The client's name, "" without one. HttpError 421, 403 or 401 if this request may not be
@@ -431,14 +436,15 @@ class Access:
         if public or head.is_preflight or not self.needs_key:
             return ""
         given = key_of(head).encode("latin-1")
-        named = self.named or {}
-        keys = (*self.keys, *named)
+        clients = self.clients or {}
+        keys = (*self.keys, *clients)
         found = [key for key in keys if hmac.compare_digest(given, key.encode("utf-8"))]
         if not found:
             expected = "expected the API key in the header X-API-Key"
             challenge = (("WWW-Authenticate", "Bearer"),)  # RFC 9110 section 15.5.2 requires one
             raise HttpError("UNAUTHORIZED", expected, headers=challenge)
-        return named.get(found[0], "")
+        client = clients.get(found[0])
+        return client.name if client else ""
 
     def _check_host(self, name: str) -> None:
         """HttpError for the name of another host, which a browser sends after DNS rebinding."""
@@ -470,10 +476,26 @@ def is_ip_literal(host: str) -> bool:
     return True
 
 
-def own_names(extra: Collection[str] = ()) -> frozenset[str]:
+def in_thread(function: Callable[..., Any], *arguments: Any, **named: Any) -> Future[Any]:
+    """Call a function in a thread that does not delay the program's end: looking up a name may
+    hang.
+    """
+    future = Future[Any]()
+
+    def call() -> None:
+        try:
+            future.set_result(function(*arguments, **named))
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return future
+
+
+def own_names(extra: Collection[str]) -> frozenset[str]:
     """The host names of this machine, and the `extra` ones from the configuration."""
     name = socket.gethostname().lower()
-    return frozenset({"localhost", name, f"{name}.local", *(host.lower() for host in extra)})
+    return frozenset({"localhost", name, f"{name}.local", *extra})
 
 
 class Connection:
@@ -663,16 +685,13 @@ class Exchange:
         """
         self.keep &= not error.close
         self.reason = f" {error.code}: {error.message}"
-        body: Any = common.error_body(error)
-        event = common.error_event(error)
-        if self.route and self.route.foreign_error:
-            body = common.compact(self.route.foreign_error(error))
-            event = common.sse_block(body)
+        foreign_error = self.route.foreign_error if self.route else None
+        body = (foreign_error or common.error_body)(error)
         if self.frame is None:
             await self.send(Response(body, error.status, headers=error.headers))
             return
         self.keep = False
-        await self.connection.write(self.frame(event))
+        await self.connection.write(self.frame(common.sse_event(body)))
         self.log(error.status)
         if self.head and "origin" in self.head.headers:
             await asyncio.sleep(PAGE_SECONDS)
@@ -773,17 +792,21 @@ class Server:
         sockets: Sequence[socket.socket] = (),
         tls: ssl.SSLContext | None = None,
     ) -> int:
-        """Listen on `sockets`, or on the address if there are none; OSError if that fails. Returns
-        the port.
+        """Listen on `sockets`, or on the address if there are none, and log it. Returns the port, 0
+        if that fails.
         """
         self.tls = tls
         self.access = replace(self.access, scheme="https" if tls else "http")
         sslproto.SSLProtocol.max_size = READ_BYTES  # asyncio would take 256 KiB for each connection
         addresses: list[dict[str, Any]] = [{"sock": given} for given in sockets]
         for address in addresses or [{"host": host, "port": port}]:
-            listener = await asyncio.start_server(
-                self._accept, limit=READ_BYTES, backlog=MAX_ACCEPTS, **address
-            )
+            try:
+                listener = await asyncio.start_server(
+                    self._accept, limit=READ_BYTES, backlog=MAX_ACCEPTS, **address
+                )
+            except OSError as error:
+                log.error("cannot listen on %s port %d: %s", host, port, error.strerror)
+                return 0
             self._listeners.append(listener)
             for listening in listener.sockets:
                 set_options(listening)
@@ -792,6 +815,7 @@ class Server:
         if ":" in name:
             name = f"[{name}]"
         self.url = f"{self.access.scheme}://{name}:{port}"
+        log.info("listening on %s", self.url)
         return port
 
     def use(self, access: Access) -> None:

@@ -31,6 +31,8 @@ from itertools import accumulate
 from operator import attrgetter
 from typing import Any, NamedTuple
 
+from cerebrum_common import Request, Response
+
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 STARTED = time.monotonic()
 # Upper bounds in seconds. A small model answers from its cache in 50 ms; a 7B loads in 30 s and
@@ -160,6 +162,12 @@ def write_metrics(table: Table, subjects: Subjects) -> bytes:
         for row in rows:
             lines += _lines_of(row, list(row.samples(label, subjects[label])))
     return "".join(lines).encode()
+
+
+def metrics_of(request: Request, table: Table, subjects: Subjects) -> Response:
+    """The response of /metrics, with the rows of SERVER."""
+    server = write_metrics(SERVER, {"": {"": request.answered}})
+    return Response(server + write_metrics(table, subjects), kind=CONTENT_TYPE)
 
 
 def _lines_of(row: Metric, samples: Sequence[Sample]) -> Iterator[str]:

@@ -148,8 +148,8 @@ FIRST_SOCKET = 3  # SD_LISTEN_FDS_START
 FEEDS = 4  # per watchdog timeout: some may be late on a busy machine
 
 
-def notify(*lines: str) -> None:
-    """Send lines such as `READY=1` to systemd, if systemd started us; see sd_notify(3)."""
+def notify(line: str) -> None:
+    """Send a line such as `READY=1` to systemd, if systemd started us; see sd_notify(3)."""
     path = os.environ.get("NOTIFY_SOCKET")
     if not path:
         return
@@ -158,7 +158,7 @@ def notify(*lines: str) -> None:
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifier,
     ):
         notifier.connect("\0" + path[1:] if path.startswith("@") else path)
-        notifier.send("\n".join(lines).encode())
+        notifier.send(line.encode())
 
 
 def passed_sockets(environ: Mapping[str, str]) -> list[socket.socket]:

@@ -93,25 +93,22 @@ class Environment:
         """The named clients, by their keys, in the file that this variable names or in the default
         one; None if there is no such file. If not `strict`, wrong lines are skipped.
         """
-        if re.search(r"\s", self.text(name)):  # perhaps the keys
+        given = self.text(name)
+        if re.search(r"\s", given):  # perhaps the keys
             raise ConfigError(f"{name}: expected the path of a file, got a text with spaces")
         try:
-            path = Path(self.text(name) or default).expanduser()
+            path = Path(given or default).expanduser()
             lines = path.read_text("utf-8-sig").split("\n")
             if strict and path.stat().st_mode & 0o077:
                 log.warning("%s: expected mode 600: others can read the keys", path)
         except FileNotFoundError:
-            if self.text(name):
+            if given:
                 raise ConfigError(f"{name}: expected a file, got none at this path") from None
             return None
         except (OSError, ValueError, RuntimeError) as error:
             reason = getattr(error, "strerror", "expected the path of a file in UTF-8")
             raise ConfigError(f"{name}: cannot read the file: {reason}") from None
         return _read_clients(lines, f"{name}: {path}", strict)
-
-    def key(self, name: str) -> str:
-        """The key to send: the new one of two, "" if there is none."""
-        return next(iter(self.keys(name)), "")
 
     def warn_of_changes(self, new: Environment, names: Collection[str]) -> None:
         """Log which of these variables have changed in `new`: the daemon uses them only at its
@@ -121,12 +118,12 @@ class Environment:
             log.warning("%s changed: restart the daemon to use it", ", ".join(changed))
 
     def log_level(self) -> str:
-        text = self.text("CEREBRUM_LOG_LEVEL", "INFO")
-        if text.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
+        text = self.text("CEREBRUM_LOG_LEVEL", "INFO").upper()
+        if text not in ("DEBUG", "INFO", "WARNING", "ERROR"):
             raise ConfigError(
                 f"CEREBRUM_LOG_LEVEL: expected DEBUG, INFO, WARNING or ERROR, got {text!r}"
             )
-        return text.upper()
+        return text
 
     def host(self, name: str, default: str) -> str:
         text = self.text(name, default)

@@ -21,7 +21,8 @@ import llama_cpp
 import numpy as np
 from harness import ROOT
 
-from cerebrum.vps.gguf import Source  # harness has set the path to it
+from cerebrum.vps.encoding import Passport  # harness has set the path to it
+from cerebrum.vps.gguf import Source
 from cerebrum.vps.llama import start_library
 from cerebrum.vps.vocabulary import api
 
@@ -50,6 +51,11 @@ SSM = {
 }
 MERGES = ["d e", "de f", "i n", "r e", "re t"]
 QWEN_MARKS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|file_sep|>", "<|repo_name|>")
+
+
+def tuned_passport(source: str = "abc", **seconds: Any) -> Passport:
+    """The passport of a tuned file that any machine may have."""
+    return Passport(source, "", "", "", 2, 2, 256, True, {"Q4_K": "Q4_1"}, 0, **seconds)
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ from harness import KEY, PATIENCE, SHIPPED, Client, Reply, until
 
 from cerebrum.http import Server
 from cerebrum.pi.completion import Attempt, Completion
-from cerebrum.pi.upstream import BackendConfig, parse_url
+from cerebrum.pi.upstream import BackendConfig, Endpoint, parse_url
 from cm4d import ROUTES, Config, Gateway
 
 RESET, HANG = "reset", "hang"
@@ -132,7 +132,6 @@ class Backend:
     scripts: Sequence[Sequence[Any]] = (GOOD,)
     health: bytes = answer(200, HEALTH)
     models: bytes = answer(200, MODELS)
-    stats: bytes = answer(200, {})
     props: bytes = answer(404, {})  # of llama-server
     tokens: bytes = b""  # the answer to /v1/tokenize; without one, a script answers it
     split: bool = False  # send byte by byte
@@ -344,8 +343,31 @@ def backend_at(
     port: int, id: str = "vps", origin: str = "http://127.0.0.1", **more: Any
 ) -> BackendConfig:
     """The configuration of a backend, by default of one on this machine."""
-    endpoint = parse_url(f"{origin}:{port}", "url")
-    return BackendConfig(id=id, endpoint=endpoint, **{"key": KEY, **more})
+    return config_of(id, parse_url(f"{origin}:{port}", "url"), **{"key": KEY, **more})
+
+
+def config_of(id: str, endpoint: Endpoint, **more: Any) -> BackendConfig:
+    """The configuration of a backend whose table has only these members."""
+    usual: dict[str, Any] = {"api": "cerebrum", "max_concurrent": 2, "n_ctx": 0, "infill": "fim"}
+    usual |= dict.fromkeys(("key", "key_env", "ca_file"), "")
+    return BackendConfig(id, endpoint, **usual | more)
+
+
+# Settings as cm4d reads them from an empty environment.
+USUAL: dict[str, Any] = {
+    "models": SHIPPED,
+    "prefer": {},
+    "host": "0.0.0.0",
+    "port": 7000,
+    "client_keys": (),
+    "clients": None,
+    "hosts": frozenset(),
+    "origins": frozenset(),
+    "log_level": "INFO",
+    "log_file": "",
+    "log_prompts": False,
+    "tls": None,
+}
 
 
 @contextlib.asynccontextmanager
@@ -359,7 +381,7 @@ async def pi_for(
     configs = [
         backend_at(backend, **own) if isinstance(backend, int) else backend for backend in backends
     ]
-    gateway = Gateway(Config(**{"backends": tuple(configs), "models": SHIPPED, **config}))
+    gateway = Gateway(Config(**{"backends": tuple(configs), **USUAL, **config}))
     server = Server(gateway, ROUTES, gateway.config.access)
     tasks = set[asyncio.Task[None]]()
     if probing:

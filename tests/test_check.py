@@ -20,7 +20,7 @@ import llama_cpp
 import psutil
 import pytest
 from harness import KEY, PATIENCE, ROOT, Daemon, command_of, daemon, settings
-from scripted import MODELS, Backend, answer, in_a_thread
+from scripted import HEALTH, MODELS, Backend, answer, in_a_thread
 
 import cerebrum_lsp
 import cm4d
@@ -284,9 +284,10 @@ def test_one_of_two_backends_is_away(vps, tmp_path, check):
     assert_found(check("cm4d", environment, "settings"), VALID)
 
 
-@pytest.mark.parametrize(("stats", "has"), [({"version": "0.0.1"}, "0.0.1"), ({}, "unknown")])
-def test_a_backend_of_another_version_without_models(tmp_path, check, stats, has):
-    with in_a_thread(Backend(models=answer(200, MODELS), stats=answer(200, stats))) as backend:
+@pytest.mark.parametrize(("version", "has"), [("0.0.1", "0.0.1"), (None, "unknown")])
+def test_a_backend_of_another_version_without_models(tmp_path, check, version, has):
+    health = answer(200, HEALTH | {"version": version})
+    with in_a_thread(Backend(models=answer(200, MODELS), health=health)) as backend:
         environment = given(tmp_path, CEREBRUM_VPS_URL=f"http://127.0.0.1:{backend.port}")
         assert_found(check("cm4d", environment, "version"), f"warn version vps {has} {VERSION}")
         assert_found(check("cm4d", environment, "models"), "FAIL models vps models.toml fetch")
@@ -295,8 +296,10 @@ def test_a_backend_of_another_version_without_models(tmp_path, check, stats, has
 def test_backends_that_do_not_answer(tmp_path, check, monkeypatch):
     monkeypatch.setattr(cerebrum_check, "BACKEND_SECONDS", 0.5)
     ended = threading.Event()
-    find = {"127.0.0.1": socket.getaddrinfo, "hangs": lambda *_: ended.wait()}
-    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *more: find[host](host, *more))
+    find = {"127.0.0.1": socket.getaddrinfo, "hangs": lambda *_, **__: ended.wait()}
+    monkeypatch.setattr(
+        socket, "getaddrinfo", lambda host, *more, **how: find[host](host, *more, **how)
+    )
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"127.0.0.1:{silent.getsockname()[1]}"
         tables = TABLE.format("one", address) + TABLE.format("two", "hangs:1")
@@ -345,7 +348,7 @@ def test_the_limit_of_memory(tmp_path, monkeypatch, capsys):
     assert memory("1000") == ["926", f"{tiny}, untuned", beside]
 
     def find_tuned(path, settings, _sha256):
-        return TunedFile(path, settings, SUM, ""), ""
+        return TunedFile(path, settings, families.tuned_passport()), ""
 
     monkeypatch.setattr(encoding, "find_tuned", find_tuned)
     assert memory("1000") == ["926", tiny, beside]

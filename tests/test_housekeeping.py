@@ -21,6 +21,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from families import tuned_passport
 from harness import PATIENCE, ROOT, until
 
 import vpsd
@@ -167,7 +168,7 @@ def house(runner, patch, tmp_path, caplog) -> Iterator[House]:
     """
     given = {**CATALOG, "CEREBRUM_IDLE_MINUTES": "0", "CEREBRUM_MODELS_DIR": str(tmp_path)}
     given["CEREBRUM_STATE_DIR"] = str(tmp_path / "state")
-    config = load_config(Environment(given), Path("/nonexistent"))
+    config = load_config(Environment(given))
     for model in config.models:
         (tmp_path / model.file).write_bytes(b"GGUF")
     config = replace(config, models=tuple(replace(model, draft="") for model in config.models))
@@ -195,7 +196,7 @@ def untuned(model: str, why: str) -> str:
 
 def tuned_file(folder: Path, model: str = A) -> TunedFile:
     path, settings = folder / f"tuned-{model}", Settings(micro_batch=128)
-    return TunedFile(path, settings, "abc", "tuned: Q4_K to Q4_1")
+    return TunedFile(path, settings, tuned_passport())
 
 
 async def test_a_model_is_loaded_from_its_tuned_file_or_the_log_says_why_not(house):
@@ -238,7 +239,7 @@ async def test_a_model_that_does_not_fit_gets_a_shorter_context(house):
         return [{"kv": form.sequences * form.n_ctx << 10} for form in forms]
 
     def find(_, settings, __):
-        return TunedFile(house.folder, settings, "abc", "tuned"), ""
+        return TunedFile(house.folder, settings, tuned_passport()), ""
 
     house.patch(encoding, "needed", needed)
     house.patch(house.pool, "_free_mb", lambda: 5.0)
@@ -553,7 +554,7 @@ def test_the_limit_of_the_service_counts(patch, tmp_path):
             (group / name).write_text(text)
         assert memory.cgroup_left_bytes(tmp_path / "table", tmp_path) == left
     patch(pool, "cgroup_left_bytes", lambda: 300 * MB)
-    assert 0 < Engine(load_config(Environment(CATALOG), tmp_path)).pool._free_mb() <= 300
+    assert 0 < Engine(load_config(Environment(CATALOG))).pool._free_mb() <= 300
 
 
 # ----------------------------------------------------------------------------------------- requests
@@ -652,7 +653,7 @@ def test_housekeeping_that_fails_ends_the_daemon(patch, tmp_path, task):
     patch(Engine, task, fail)
     given = {**CATALOG, "CEREBRUM_VPS_PORT": "0", "CEREBRUM_API_KEY": "key"}
     environ = Environment({**given, "CEREBRUM_STATE_DIR": str(tmp_path / "state")})
-    served = asyncio.wait_for(vpsd.serve(environ, load_config(environ, tmp_path)), PATIENCE)
+    served = asyncio.wait_for(vpsd.serve(environ, load_config(environ)), PATIENCE)
     assert asyncio.run(served) == 1
 
 

@@ -26,6 +26,7 @@ from cerebrum.pi.completion import (
     CompletionRequest,
     Fitted,
     Pairs,
+    remember,
 )
 from cerebrum.pi.engines import LlamaServer, OpenAI
 from cerebrum.pi.kind import Kind, read_result
@@ -105,8 +106,8 @@ def passed_fields(attempt: Attempt) -> JsonObject:
 
 
 MIN_READ_TOKENS = 32  # for fewer tokens, the time is mostly the first token's
-MAX_CACHED = 16  # texts that a backend has read, some 10 KB each
-MAX_CACHED_EACH = 4  # of one client and model
+MAX_READERS = 8  # clients, for each model
+MAX_CACHED_EACH = 4  # texts of some 10 KB that a backend has read for one of them
 SAME_BEGINNING = 200  # characters
 FIRST_SPEED = 100.0  # prompt tokens per second, until measured: a small model on two cores
 
@@ -120,8 +121,8 @@ class Prompts:
         self.ratio = Ratio()
         self.speed: dict[str, float] = {}  # prompt tokens per second, by model
         self._counts_exactly = counts_exactly
-        # ((client, model), a text up to a cursor) of each, the newest last
-        self._read: list[tuple[tuple[str, str], str]] = []
+        # By client and model, the latest last: texts up to a cursor, the newest last.
+        self._read: dict[tuple[str, str], list[str]] = {}
 
     def fit(
         self, attempt: Attempt, name: str, n_ctx: int, layout: str, refused: TooLong | None
@@ -153,8 +154,7 @@ class Prompts:
             return None, []
         speed = self.speed.get(model, FIRST_SPEED)
         reader = (request.client, model)
-        cached = [text for whose, text in self._read if whose == reader]
-        return int(speed * limit / 1000), cached
+        return int(speed * limit / 1000), self._read.get(reader, [])
 
     def _refit(self, attempt: Attempt, counted: int) -> tuple[float, int]:
         """(weight per token, the most tokens) for a retry after a backend has counted too many
@@ -199,12 +199,10 @@ class Prompts:
         beginning come from the same file: only the newest is kept. With the suffix first, each
         place in a file is a text of its own, so each client keeps few.
         """
-        others = [entry for entry in self._read if entry[0] != reader]
-        known = [entry for entry in self._read if entry[0] == reader]
         beginning = text[:SAME_BEGINNING]
-        known = [entry for entry in known if not entry[1].startswith(beginning)]
-        newest = [*known[1 - MAX_CACHED_EACH :], (reader, text)]
-        self._read = [*others, *newest][-MAX_CACHED:]
+        known = self._read.get(reader, [])
+        others = [other for other in known if not other.startswith(beginning)]
+        remember(self._read, reader, [*others, text][-MAX_CACHED_EACH:], MAX_READERS)
 
 
 # -------------------------------------------------------------------------------------- the backend

@@ -95,8 +95,12 @@ class Breaker:
 
     def describe(self, now: float) -> JsonObject:
         """The breaker's entry in /v1/stats."""
-        figures = {"state": self.state, "failures": self.failures, "opens": self.opens}
-        return figures | {"retry_in_s": round(self.retry_in(now), 3)}
+        return {
+            "state": self.state,
+            "failures": self.failures,
+            "opens": self.opens,
+            "retry_in_s": round(self.retry_in(now), 3),
+        }
 
 
 @dataclass(eq=False)

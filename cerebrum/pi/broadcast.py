@@ -26,10 +26,11 @@ from cerebrum.pi.completion import (
     Pairs,
     digest_of,
     read_text,
+    remember,
     text_event,
 )
 from cerebrum.pi.counting import Counting
-from cerebrum.pi.dispatcher import Dispatcher, remember
+from cerebrum.pi.dispatcher import Dispatcher
 from cerebrum_common import HttpError, internal_error
 
 # ---------------------------------------------------------------------------------- policy: editors

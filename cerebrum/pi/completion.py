@@ -80,6 +80,14 @@ class CompletionRequest:
         return f"{self.client} {filename}" if self.in_dialect else filename
 
 
+def remember(table: dict[Any, Any], key: object, value: object, limit: int) -> None:
+    """Set the newest of at most `limit` entries."""
+    table.pop(key, None)
+    table[key] = value
+    if len(table) > limit:
+        del table[next(iter(table))]
+
+
 def digest_of(fields: Members, names: Iterable[str]) -> bytes:
     """A digest of these fields of a request."""
     values = repr([fields.get(name) for name in names])

@@ -87,7 +87,7 @@ class People:
     def describe(self) -> list[JsonObject]:
         """The member `clients` of /v1/stats."""
         today = self._of_today()
-        entries = list[JsonObject]()
+        entries = []
         for name, used in self.total.items():
             entry = {"name": name, **used._asdict()}
             entries.append(entry | {"today": today[name]._asdict()})

@@ -533,8 +533,8 @@ def timings(result: Members) -> JsonObject:
     read = result.get("prompt_tokens", 0) - cached
     written = result.get("total_tokens", 0)
     predicting = max(0.0, whole - loading - seconds)
-    read_ahead = {"cache_n": cached}
-    return read_ahead | timing("prompt", read, seconds) | timing("predicted", written, predicting)
+    known = {"cache_n": cached} | timing("prompt", read, seconds)
+    return known | timing("predicted", written, predicting)
 
 
 def timing(name: str, count: int, seconds: float) -> JsonObject:

@@ -26,6 +26,7 @@ from cerebrum.pi.completion import (
     Attempt,
     Completion,
     CompletionRequest,
+    remember,
 )
 from cerebrum.pi.fleet import Fleet, Options
 from cerebrum_common import HttpError, internal_error, log
@@ -187,7 +188,7 @@ def untried(completion: Completion, options: Options, skips_busy: bool) -> Optio
             failed.add((attempt.backend, attempt.model))
         elif attempt.code and (skips_busy or attempt.code != "RATE_LIMIT"):
             failed.add((attempt.backend, ""))
-    left = list[tuple[str, Sequence[Backend]]]()
+    left = []
     for model, backends in options:
         able = [other for other in backends if not failed & {(other.id, model), (other.id, "")}]
         left.append((model, able))
@@ -223,7 +224,7 @@ def place_for(claim: Claim) -> Assign | None:
     if not spares_editors(claim) or not may_start(claim):
         return None
     request = claim.completion.request
-    free = list[Backend]()
+    free = []
     for backend in claim.usable:
         running = claim.state.running([backend])
         if len(of_others(running, request.session)) < backend.limit:
@@ -389,14 +390,6 @@ MAX_SERVED = 512
 MAX_AHEAD = 4  # prompts to be read ahead, one of each client
 
 
-def remember(table: dict[str, Any], key: str, value: Any, limit: int = MAX_SERVED) -> None:
-    """Set the newest of at most `limit` entries."""
-    table.pop(key, None)
-    table[key] = value
-    if len(table) > limit:
-        del table[next(iter(table))]
-
-
 class Dispatcher:
     """Sole owner of the line, of the places, and of the prompts to be read ahead. `count_work` is
     called with the model and the result of each prompt that was read ahead.
@@ -414,7 +407,7 @@ class Dispatcher:
 
     def saw_editor(self, client: str) -> None:
         """A client asks for infills, so a place is kept for its next one."""
-        remember(self.state.editors, client, time.monotonic())
+        remember(self.state.editors, client, time.monotonic(), MAX_SERVED)
 
     def hand_over(self, completion: Completion, client: str) -> None:
         """The client of this completion has left, but another one waits for it."""
@@ -493,7 +486,7 @@ class Dispatcher:
         when to ask again for each of the others. If nobody waits, idle backends read ahead.
         """
         state, waiting = self.state, [*(asking or self.state.line)]
-        waits = dict[Completion, float]()
+        waits = {}
         holders = [attempt for attempt in state.answering if not attempt.makes_room]
         running = Counter(attempt.completion.client for attempt in holders)
         while waiting:
@@ -530,13 +523,13 @@ class Dispatcher:
         if not request.is_spare:
             self._note_turn(completion)
         if request.file:
-            remember(state.served, request.file, backend.id)
+            remember(state.served, request.file, backend.id, MAX_SERVED)
         return attempt
 
     def _note_turn(self, completion: Completion) -> None:
         """A client that waits gets a place."""
         state, now = self.state, time.monotonic()
-        remember(state.turns, completion.client, now)
+        remember(state.turns, completion.client, now, MAX_SERVED)
         if not completion.request.guest:
             state.regular = now
 

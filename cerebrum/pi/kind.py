@@ -127,9 +127,9 @@ class Kind(ABC):
                 return False
         raise self.refusal(answer.status, members)
 
-    async def get(self, path: str, limit: int = MAX_JSON_BYTES) -> JsonObject:
-        """The JSON object at `path`, in at most `limit` bytes."""
-        body = await self._fetch(path, None, ASIDE_SECONDS, limit)
+    async def get(self, path: str) -> JsonObject:
+        """The JSON object at `path`."""
+        body = await self._fetch(path, None, ASIDE_SECONDS, MAX_JSON_BYTES)
         with blamed(NO_JSON):
             return self.parse(body)
 

@@ -13,7 +13,7 @@ from contextlib import AbstractAsyncContextManager
 from cerebrum.fields import Field, JsonObject, Members, items_of, members_of, parse_json
 from cerebrum.pi import upstream
 from cerebrum.pi.completion import Fitted, Pair, Pairs, text_event
-from cerebrum.pi.kind import COUNT, MAX_ERROR_BYTES, SHARE, Kind, Models
+from cerebrum.pi.kind import COUNT, SHARE, Kind, Models
 from cerebrum.pi.upstream import (
     EVENT_STREAM,
     LATE,
@@ -169,7 +169,7 @@ class Vpsd(Kind):
         return error
 
     async def ask_health(self) -> list[str]:
-        health = await self.get("/health", MAX_ERROR_BYTES)
+        health = await self.get("/health")
         version = health.get("version")
         self.version = version[:MAX_VERSION] if isinstance(version, str) else ""
         return [id for id in items_of(health.get("models_loaded")) if isinstance(id, str)]

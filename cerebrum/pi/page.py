@@ -29,7 +29,7 @@ def sources(tag: bytes, text: bytes) -> str:
     """The sources of one kind that a Content-Security-Policy allows: the page's own, by their
     hashes.
     """
-    allowed = list[str]()
+    allowed = []
     for inline in re.findall(rb"<%b>(.*?)</%b>" % (tag, tag), text, re.S):
         digest = base64.b64encode(hashlib.sha256(inline).digest())
         allowed.append(f"'sha256-{digest.decode()}'")

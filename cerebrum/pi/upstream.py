@@ -17,17 +17,16 @@ import math
 import re
 import socket
 import ssl
-import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
-from cerebrum.fields import Field, Members
+from cerebrum.fields import Field, JsonObject, Members
 from cerebrum.http import (
     READ_BYTES,
     STATUS_LINE,
     BodyDecoder,
+    in_thread,
     is_ip_literal,
     parse_framing,
     parse_head,
@@ -68,14 +67,14 @@ class BackendConfig:
 
     id: str
     endpoint: Endpoint
-    api: str = "cerebrum"  # one of APIS
-    key: str = ""
-    key_env: str = ""
-    max_concurrent: int = 2
-    ca_file: str = ""  # of a private certificate authority
-    n_ctx: int = 0  # tokens; 0: as the backend reports
+    api: str  # one of APIS
+    key: str
+    key_env: str
+    max_concurrent: int
+    ca_file: str  # of a private certificate authority
+    n_ctx: int  # tokens; 0: as the backend reports
     # For an "openai" backend: use the model's FIM marks if it has any, or the "suffix" member.
-    infill: str = "fim"
+    infill: str
 
     @property
     def variable(self) -> str:
@@ -107,22 +106,17 @@ def read_backends(
     """Read `[[backends]]` of models.toml; without any, the VPS of CEREBRUM_VPS_URL. ConfigError
     names the wrong table and its fault.
     """
+    if not tables:
+        url = environ.text("CEREBRUM_VPS_URL", "http://127.0.0.1:9000")
+        default: JsonObject = {"id": "vps", "url": url, "key_env": "CEREBRUM_API_KEY"}
+        default["max_concurrent"] = max_concurrent
+        return (_read_backend(default, "CEREBRUM_VPS_URL", environ),)
     backends = [
         _read_backend(table, f"backend {number}", environ) for number, table in enumerate(tables, 1)
     ]
     if len({backend.id for backend in backends}) != len(backends):
         raise ConfigError("backends: expected every id once")
-    if backends:
-        return tuple(backends)
-    url = environ.text("CEREBRUM_VPS_URL", "http://127.0.0.1:9000")
-    default = BackendConfig(
-        "vps",
-        parse_url(url, "CEREBRUM_VPS_URL"),
-        key=environ.key("CEREBRUM_API_KEY"),
-        key_env="CEREBRUM_API_KEY",
-        max_concurrent=max_concurrent,
-    )
-    return (default,)
+    return tuple(backends)
 
 
 BACKEND = {
@@ -145,7 +139,8 @@ def _read_backend(table: Any, where: str, environ: Environment) -> BackendConfig
         endpoint = replace(endpoint, prefix=endpoint.prefix.removesuffix("/v1"))
     if given["ca_file"] and not endpoint.tls:
         raise ConfigError(f"{where}: ca_file: expected a url with https for {given['ca_file']!r}")
-    return BackendConfig(endpoint=endpoint, key=environ.key(given["key_env"]), **given)
+    keys = environ.keys(given["key_env"])  # of two, the new one is sent
+    return BackendConfig(endpoint=endpoint, key=keys[0] if keys else "", **given)
 
 
 # ------------------------------------------------------------------------------------------- errors
@@ -297,21 +292,11 @@ class Loop(asyncio.SelectorEventLoop):
 
     async def getaddrinfo(self, host: Any, port: Any, **how: int) -> list[Any]:
         """As socket.getaddrinfo."""
-
-        def look_up(found: Found) -> None:
-            try:
-                tell = partial(found.set_result, socket.getaddrinfo(host, port, **how))
-            except OSError as error:
-                tell = partial(found.set_exception, error)
-            with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
-                self.call_soon_threadsafe(tell)
-
         key = (host, port, *sorted(how.items()))
         if key not in self._names:
-            found = self.create_future()
+            answer = in_thread(socket.getaddrinfo, host, port, **how)
+            found = self._names[key] = asyncio.wrap_future(answer, loop=self)
             found.add_done_callback(self._learn)
-            self._names[key] = found
-            threading.Thread(target=look_up, args=(found,), daemon=True).start()
         return await asyncio.shield(self._names[key])
 
     def forget_names(self) -> None:

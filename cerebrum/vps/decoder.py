@@ -93,7 +93,7 @@ class Decoder:
         if self.compute.baton.active:
             runs = [run for run in runs if not (run.low and run.prefilling)]
         # 2. What does each need?
-        works = list[Work]()
+        works = []
         for run in runs:
             with self._blamed_on(run):
                 works.append(self.next_work(run, runs))
@@ -143,7 +143,7 @@ class Decoder:
         # llama.cpp takes tokens back wrongly from one of several recurrent states in a batch.
         if not self.drafting or run.heal or (beside and self.model.recurrent):
             return 0
-        share = self.costs.longest_beside(self._pace(own=beside))
+        share = self.costs.longest(share_seconds(self._pace(own=beside)))
         limits = [
             self.model.max_draft,
             run.job.max_tokens - run.generated - 1,

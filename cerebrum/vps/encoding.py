@@ -111,11 +111,7 @@ class TunedFile(NamedTuple):
 
     path: Path  # the published file itself, if only the settings differ
     settings: Settings
-    source: str  # sha256 that the published file must have
-    encoding: str  # in words, for messages
-    # Seconds of the decodes of DECODES, by the published file and by this one; empty: unknown.
-    published: Sequence[float] = ()
-    here: Sequence[float] = ()
+    passport: Passport
 
 
 def tuned_path(state_dir: Path, published: Path) -> Path:
@@ -171,8 +167,7 @@ def find_tuned(
     chosen = {name: getattr(passport, name) for name in CHOSEN}
     used = replace(settings, **chosen)
     file = path if passport.types else published
-    source, encoding = passport.source, passport.encoding
-    return TunedFile(file, used, source, encoding, passport.published, passport.here), ""
+    return TunedFile(file, used, passport), ""
 
 
 class LoadPlan(NamedTuple):
@@ -222,7 +217,7 @@ def plan_load(
         return LoadPlan(fitted, None, parts, reason)
     try:
         (larger,) = need(tuned.path, [tuned.settings])
-        plan = LoadPlan(fitted, tuned, larger, "", tuned.here)
+        plan = LoadPlan(fitted, tuned, larger, "", tuned.passport.here)
         if plan.bytes <= free:
             return plan
         reason = (
@@ -231,7 +226,7 @@ def plan_load(
         )
     except (ModelError, OSError) as error:
         reason = f"its tuned file cannot be used: {error}"
-    return LoadPlan(fitted, None, parts, reason, tuned.published)
+    return LoadPlan(fitted, None, parts, reason, tuned.passport.published)
 
 
 def plan_pair(
@@ -492,14 +487,14 @@ def measure(model: Llama, read: int) -> Timing:
     return Timing(reading / read, times)
 
 
-def likeliest(variant: Variant, text: str, count: int) -> list[int]:
-    """The likeliest token after each of the first `count` tokens of a text, except the first
+def likeliest(variant: Variant, text: str) -> list[int]:
+    """The likeliest token after each of the first AGREEMENT_TOKENS of a text, except the first
     AGREEMENT_SKIP.
     """
     found = list[int]()
     slot = Slot(0)
     with opened(*variant) as model:
-        tokens = model.vocabulary.tokenize(text, True)[:count]
+        tokens = model.vocabulary.tokenize(text, True)[:AGREEMENT_TOKENS]
         for start in range(0, len(tokens), OUTPUTS):
             chunk = tokens[start : start + OUTPUTS]
             decode(model, slot, chunk, len(chunk))
@@ -507,14 +502,10 @@ def likeliest(variant: Variant, text: str, count: int) -> list[int]:
     return found[AGREEMENT_SKIP:]
 
 
-def agreement(
-    published: Variant, tuned: Variant, text: str, count: int = AGREEMENT_TOKENS
-) -> float:
-    """The share of a text's first `count` tokens after which two files have the same likeliest
-    token.
-    """
-    expected = likeliest(published, text, count)
-    pairs = zip(expected, likeliest(tuned, text, count), strict=True)
+def agreement(published: Variant, tuned: Variant, text: str) -> float:
+    """The share of a text's first tokens after which two files have the same likeliest token."""
+    expected = likeliest(published, text)
+    pairs = zip(expected, likeliest(tuned, text), strict=True)
     return sum(old == new for old, new in pairs) / len(expected)
 
 

@@ -87,7 +87,7 @@ def fetch(model: Model, folder: Path, again: bool = False) -> Path:
         part = folder / f"{model.file}.part"
         if again:
             part.unlink(missing_ok=True)
-        elif target.exists() and is_right(model, target):
+        elif target.exists() and not fault_of(model, target):
             return target
         download(model, part)
         check_download(model, part)
@@ -98,11 +98,14 @@ def fetch(model: Model, folder: Path, again: bool = False) -> Path:
     return target
 
 
-def is_right(model: Model, path: Path) -> bool:
-    """Whether a file has the model's sha256, or is whole if models.toml gives none."""
-    if model.sha256:
-        return digest_with_bar(path) == model.sha256
-    return is_whole(path)
+def fault_of(model: Model, path: Path) -> str:
+    """Why a file is not the model, "" if it is: it has the model's sha256, or is whole if
+    models.toml gives none.
+    """
+    if not model.sha256:
+        return "" if is_whole(path) else "expected a whole GGUF file, got another"
+    got = digest_with_bar(path)
+    return "" if got == model.sha256 else f"expected sha256 {model.sha256}, got {got}"
 
 
 def download(model: Model, part: Path) -> None:
@@ -123,15 +126,11 @@ def download(model: Model, part: Path) -> None:
 
 def check_download(model: Model, part: Path) -> None:
     """Remove a part that is not the model; FetchError says what was expected and what came."""
-    got = digest_with_bar(part)
+    fault = fault_of(model, part)
     part.with_suffix(".etag").unlink(missing_ok=True)
-    right = got == model.sha256 if model.sha256 else is_whole(part)
-    if not right:
+    if fault:
         part.unlink()
-        wanted = f"a GGUF file of sha256 {model.sha256}" if model.sha256 else "a whole GGUF file"
-        raise FetchError(
-            f"model {model.id}: expected {wanted}, got sha256 {got}; the download was removed"
-        )
+        raise FetchError(f"model {model.id}: {fault}; the download was removed")
 
 
 def digest_with_bar(path: Path) -> str:

@@ -42,7 +42,7 @@ def usable_cores() -> int:
     """Number of physical cores among the CPUs that this process may use. A second thread on a core
     usually only makes llama.cpp wait.
     """
-    cores = set[str]()
+    cores = set()
     for cpu in os.sched_getaffinity(0):
         path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
         cores.add(path.read_text() if path.exists() else str(cpu))

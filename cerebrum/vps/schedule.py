@@ -67,10 +67,6 @@ class Costs:
         sizes = range(1, MAX_CHUNK + 1)
         return max(1, bisect.bisect_right(sizes, seconds / self.slowdown, key=self))
 
-    def longest_beside(self, token_seconds: float) -> int:
-        """The largest decode that may delay a stream whose tokens take `token_seconds` each."""
-        return self.longest(share_seconds(token_seconds))
-
 
 def share_seconds(token_seconds: float) -> float:
     """How long a stream may be delayed whose tokens take `token_seconds` each."""
@@ -91,7 +87,7 @@ def chunk_size(
     length.
     """
     if token_seconds < math.inf:
-        return min(missing, costs.longest_beside(token_seconds))
+        return min(missing, costs.longest(share_seconds(token_seconds)))
     longest = costs.longest(PREFILL_SECONDS / len(reading))
     if len(reading) == 1:
         longest = max(piece, longest - longest % piece)

@@ -2,12 +2,15 @@
 try without HTTP:
 
     import pathlib, queue
+    from cerebrum.vps.compute import ModelTally
     from cerebrum.vps.job import Job
     from cerebrum.vps.llama import Settings, start_library
+    from cerebrum.vps.schedule import Baton
     from cerebrum.vps.vocabulary import GenerationRequest
     from cerebrum.vps.worker import Loader, Worker
     start_library()
-    worker = Worker(Loader("qwen", pathlib.Path("model.gguf"), Settings()))
+    loader = Loader("qwen", pathlib.Path("model.gguf"), Settings())
+    worker = Worker(loader, Baton(), ModelTally())
     worker.start()
     events, batch = queue.SimpleQueue(), [{}]
     request = GenerationRequest("def fibonacci(n):", language="python")
@@ -115,7 +118,7 @@ class Loader:
 
         if tuned := self.tuned:
             try:
-                model = load(tuned.path, tuned.settings, tuned.source)
+                model = load(tuned.path, tuned.settings, tuned.passport.source)
             except (ModelError, OSError) as error:
                 if beat():
                     raise
@@ -124,7 +127,7 @@ class Loader:
             else:
                 self.path = tuned.path
                 self.settings = tuned.settings
-                self.encoding = tuned.encoding
+                self.encoding = tuned.passport.encoding
                 return model
         return load(self.path, self.settings, self.sha256)
 
@@ -156,13 +159,11 @@ class Worker(threading.Thread):
     submitted job gets a last event, unless it was cancelled.
     """
 
-    def __init__(
-        self, loader: Loader, baton: Baton | None = None, tally: ModelTally | None = None
-    ) -> None:
+    def __init__(self, loader: Loader, baton: Baton, tally: ModelTally) -> None:
         super().__init__(name=f"worker-{loader.model_id}", daemon=True)
         self.loader = loader
         self.model_id = loader.model_id
-        self.baton = baton or Baton()
+        self.baton = baton
         self.ready = Future[None]()
         self.ending = Future[None]()
         self.ended = Future[None]()
@@ -173,7 +174,7 @@ class Worker(threading.Thread):
         self.decoder: Decoder | None = None  # once the model is loaded
         # Other threads append; the thread removes, and appends those that give way.
         self.waiting: list[Job] = []
-        self.tally = tally or ModelTally()
+        self.tally = tally
         # Bytes to drop of the parked sequences; other threads append, the thread removes.
         self.sheds: list[tuple[int, Future[None]]] = []
         self.due = math.inf  # deadline of the current step; monotonic; written by the thread

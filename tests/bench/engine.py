@@ -117,7 +117,7 @@ class Bench:
         reason = "as asked"
         if not options.published:
             found, reason = find_tuned(self.weights, settings)
-        self.encoding = found.encoding if found else f"published: {reason}"
+        self.encoding = found.passport.encoding if found else f"published: {reason}"
         self.tuned = tuned_path(settings.state_dir, self.weights) if found else None
         self.has_weights = found is not None and found.path == self.tuned
         options.threads = (found.settings if found else settings).threads

@@ -18,8 +18,20 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from harness import SHIPPED, until
-from scripted import CHUNKED, HANG, RESET, Backend, Pi, answer, backend_at, chunk, head, pi_for
+from harness import NO_FILE, SHIPPED, until
+from scripted import (
+    CHUNKED,
+    HANG,
+    RESET,
+    Backend,
+    Pi,
+    answer,
+    backend_at,
+    chunk,
+    config_of,
+    head,
+    pi_for,
+)
 
 from cerebrum import pi as pi_package
 from cerebrum.pi import engines
@@ -81,17 +93,24 @@ def read(*tables: Any, **variables: str) -> tuple[BackendConfig, ...]:
 def test_a_table():
     attic, gpu = read(ATTIC, GPU, GPU_KEY="secret", CEREBRUM_API_KEY="other")
     address = Endpoint("100.64.0.1", 9000, "100.64.0.1:9000", "", False)
-    assert attic == BackendConfig("attic", address, "cerebrum", key="", max_concurrent=2)
+    assert attic == config_of("attic", address)
     address = Endpoint("gpu.lan", 443, "gpu.lan", "/llm", True)
-    assert gpu == BackendConfig(
-        "gpu", address, "openai", "secret", "GPU_KEY", 16, n_ctx=8192, infill="suffix"
+    assert gpu == config_of(
+        "gpu",
+        address,
+        api="openai",
+        key="secret",
+        key_env="GPU_KEY",
+        max_concurrent=16,
+        n_ctx=8192,
+        infill="suffix",
     )
 
 
 def test_without_a_table_there_is_one_vps():
     (vps,) = read(CEREBRUM_VPS_URL="http://vps:1", CEREBRUM_API_KEY="k")
     address = Endpoint("vps", 1, "vps:1", "", False)
-    assert vps == BackendConfig("vps", address, "cerebrum", "k", "CEREBRUM_API_KEY", 3)
+    assert vps == config_of("vps", address, key="k", key_env="CEREBRUM_API_KEY", max_concurrent=3)
 
 
 BAD_URL = "backend 2: url: expected http://HOST[:PORT] or https://HOST[:PORT], "
@@ -121,7 +140,8 @@ def test_a_bad_table(tables: list[Any], says: str):
     assert "two words" not in str(caught.value)
 
 
-MODEL = Model("m", "M", ("python",), "7B", "Q4", "m-q4.gguf", aliases=("org/M", "m:7b"))
+NAMES = {"file": "m-q4.gguf", "aliases": ("org/M", "m:7b")}
+MODEL = Model("m", "M", ("python",), "7B", "Q4", **NO_FILE | NAMES)
 LISTS = [
     (["m"], "m"),
     (["other", "org/M"], "org/M"),
@@ -206,7 +226,7 @@ REQUESTS = [
     (LlamaServer, GAP, FIM, "/infill", LLAMA | LLAMA_GAP),
     (LlamaServer, INSTRUCT, FIM, CHAT_PATH, OPENAI | LIVE | SAMPLED | {"messages": SAID[:1]}),
 ]
-CONFIG = BackendConfig("gpu", parse_url("http://gpu", "url"), "openai", key_env="GPU_KEY")
+CONFIG = config_of("gpu", parse_url("http://gpu", "url"), api="openai", key_env="GPU_KEY")
 
 
 @pytest.mark.parametrize(("kind", "asked", "marks", "path", "body"), REQUESTS)

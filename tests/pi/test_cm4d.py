@@ -24,6 +24,7 @@ from scripted import (
     Flood,
     answer,
     chunk,
+    config_of,
     error,
     event,
     gated,
@@ -35,7 +36,7 @@ from scripted import (
 
 from cerebrum.pi import fleet as pi_fleet
 from cerebrum.pi.backend import KINDS
-from cerebrum.pi.upstream import BackendConfig, Endpoint
+from cerebrum.pi.upstream import Endpoint
 from cerebrum.settings import ConfigError, Environment, load_catalog
 from cerebrum.text.languages import LANGUAGES
 from cerebrum_common import HttpError
@@ -58,9 +59,7 @@ def test_defaults():
     assert config.log_file == ""
     assert not config.log_prompts
     endpoint = Endpoint("127.0.0.1", 9000, "127.0.0.1:9000", "", False)
-    assert config.backends == (
-        BackendConfig("vps", endpoint, "cerebrum", "", "CEREBRUM_API_KEY", max_concurrent=2),
-    )
+    assert config.backends == (config_of("vps", endpoint, key_env="CEREBRUM_API_KEY"),)
     assert config.models == SHIPPED
     (backend,) = load_config(Environment({"CEREBRUM_VPS_URL": "http://[fd7a::1]:9000"})).backends
     assert backend.endpoint == Endpoint("fd7a::1", 9000, "[fd7a::1]:9000", "", False)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import pytest
+from harness import NO_FILE
 from scripted import backend_at
 
 from cerebrum.pi.breaker import Breaker
@@ -37,8 +38,8 @@ from cerebrum_common import HttpError, Model
 
 NOW = 1000.0
 CATALOG = (
-    Model("big", "Big", ("python",), "7B", "Q4"),
-    Model("small", "Small", ("python", "rust"), "1B", "Q4"),
+    Model("big", "Big", ("python",), "7B", "Q4", **NO_FILE),
+    Model("small", "Small", ("python", "rust"), "1B", "Q4", **NO_FILE),
 )
 BOTH = "big small"
 CLOSED, TROUBLE = "closed", "trouble"

@@ -25,6 +25,7 @@ from scripted import (
     answer,
     backend_at,
     chunk,
+    config_of,
     error,
     event,
     pi_for,
@@ -604,7 +605,7 @@ async def test_a_cloud_is_probed_less_often(monkeypatch: pytest.MonkeyPatch) -> 
         ("http://gpu", "openai"),
         ("https://attic", "cerebrum"),
     )
-    assert [BackendConfig("one", parse_url(url, "url"), api).is_paid for url, api in cases] == [
+    assert [config_of("one", parse_url(url, "url"), api=api).is_paid for url, api in cases] == [
         True,
         False,
         False,

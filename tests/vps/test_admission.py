@@ -114,9 +114,9 @@ def test_a_request_of_messages() -> None:
 
 
 def config(**more: str) -> vpsd.Config:
-    """The configuration from these variables alone: the folder has no .env."""
+    """The configuration from these variables alone."""
     given = {"CEREBRUM_MODELS_FILE": str(Path(vpsd.__file__).with_name("models.toml")), **more}
-    return load_config(Environment(given), Path("/nonexistent"))
+    return load_config(Environment(given))
 
 
 LITTLE_MEMORY = "expected 1024 MB of memory available, got 1023 MB"

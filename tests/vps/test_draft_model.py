@@ -16,8 +16,8 @@ from typing import Any
 
 import families
 import pytest
-from harness import PATIENCE, wait_until
-from test_engine import Ask, Loads, ask, running
+from harness import NO_FILE, PATIENCE, wait_until
+from test_engine import Ask, Loads, ask, running, worker_of
 from test_engine import loads as loads  # a fixture
 from test_families import EXACT, check_against_a_greedy_loop
 
@@ -213,7 +213,7 @@ def test_sampled_and_healed_texts_are_those_of_the_model_alone(
     pair = pair_of(models, "dense", "dense", settings)
     texts = []
     for loader in (pair, replace(pair, draft=None)):
-        with running(Worker(loader)) as worker:
+        with running(worker_of(loader)) as worker:
             texts.append([])
             for seed in range(40):
                 prompt = f"def f{seed}(x):\n    retu"
@@ -250,7 +250,9 @@ def test_a_draft_model_that_is_no_use_is_left_out_with_a_line_in_the_log(
     draft: str, models: Path, tmp_path: Path, caplog: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(vps_worker, "measure_costs", lambda *_: Costs(INTEL))
-    with running(Worker(pair_of(models, "dense", draft, replace(EXACT, state_dir=tmp_path)))) as w:
+    with running(
+        worker_of(pair_of(models, "dense", draft, replace(EXACT, state_dir=tmp_path)))
+    ) as w:
         assert (w.draft, w.decoder.draft_model) == (None, None)
         assert ask(w, "def f", max_tokens=3).outcome()[1]["done"]
     logged = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
@@ -307,7 +309,7 @@ def pair(loads: Loads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     settings = Settings(threads=1, state_dir=tmp_path)
     small = Loader("small", tmp_path / "small.gguf", settings)
     loader = Loader("m", tmp_path / "m.gguf", settings, draft=small)
-    with running(Worker(loader)) as worker:
+    with running(worker_of(loader)) as worker:
         yield worker
 
 
@@ -466,8 +468,9 @@ def test_what_it_reads_for_later_drafts_gives_way_at_once(
 
 # ----------------------------------------------------------------------------- what is loaded
 
-SEVEN = Model("seven", "Seven", (), "7B", "Q4", "seven.gguf", draft="half")
-HALF = Model("half", "Half", (), "0.5B", "Q4", "half.gguf")
+OF_SEVEN = {"file": "seven.gguf", "draft": "half"}
+SEVEN = Model("seven", "Seven", (), "7B", "Q4", **NO_FILE | OF_SEVEN)
+HALF = Model("half", "Half", (), "0.5B", "Q4", **NO_FILE | {"file": "half.gguf"})
 PUBLISHED_MB, TUNED_MB = 4460, 5142
 
 
@@ -498,7 +501,9 @@ class Vps:
             return None, "there is no tuned file"
         published, here = self.seconds[name]
         file = self.folder / f"tuned-{path.name}" if name == "seven" else path
-        return TunedFile(file, settings, "", "tuned", published, here), ""
+        return TunedFile(
+            file, settings, families.tuned_passport(published=published, here=here)
+        ), ""
 
 
 SLOW = [0.292, 0.527, 0.825]  # decodes of 1, 4 and 16 tokens by the 7B's published file

@@ -288,7 +288,10 @@ def test_what_is_chosen_is_found(
     settings = replace(lab.settings, **changed)
     here = outcome.tuned or outcome.published
     seconds = [[*form.timing.decode.values()] for form in (outcome.published, here)]
-    used = TunedFile(file, settings, "abc", chosen, *seconds)
+    passport = outcome.passport
+    assert (passport.source, passport.encoding) == ("abc", chosen)
+    assert [passport.published, passport.here] == seconds
+    used = TunedFile(file, settings, passport)
     assert find_tuned(lab.published, lab.settings, "abc") == (used, "")
     assert lab.left() == [*(["m.gguf"] if tuned else []), "m.gguf.json"]
     nothing = "nothing is 3% faster here than the published file, which is used as it is"
@@ -297,7 +300,7 @@ def test_what_is_chosen_is_found(
     assert find_tuned(lab.published, lab.settings, "def") == other
     assert encoding.remove_tuned(lab.published, lab.settings) == tuned
     # So that nothing tunes it again.
-    kept = TunedFile(lab.published, settings, "abc", "published", seconds[0], seconds[0])
+    kept = TunedFile(lab.published, settings, passport._replace(types={}, here=seconds[0]))
     assert lab.found() == (kept, "")
     assert lab.left() == ["m.gguf.json"]
     assert not encoding.remove_tuned(lab.published, lab.settings)
@@ -566,7 +569,7 @@ def test_a_busy_machine_is_not_measured(monkeypatch, tmp_path):
     monkeypatch.setattr(backend.psutil, "cpu_percent", lambda _seconds: next(loads))
     given = {"CEREBRUM_MODELS_FILE": str(ROOT / "models.toml")}
     given["CEREBRUM_MODELS_DIR"] = str(MODEL.parent)
-    config = backend.load_config(Environment(given), tmp_path)
+    config = backend.load_config(Environment(given))
     message = "expected other programs to use at most 25 % of the CPU, got 80 %"
     with pytest.raises(TuneError, match=message):
         backend.tune_model(config.models[-1], config, sys.stdout)
@@ -590,7 +593,7 @@ def test_llama_cpp_measures_each_family(family, tmp_path, monkeypatch):
 
 @pytest.mark.alone
 @pytest.mark.slow
-def test_a_real_model_is_tuned_once_and_says_the_same(tmp_path):
+def test_a_real_model_is_tuned_once_and_says_the_same(tmp_path, monkeypatch):
     settings = Settings(state_dir=tmp_path / "state")
     # It is fetched all the same.
     too_large = vpsd(tmp_path, "fetch", "qwen_0_5b", CEREBRUM_MIN_FREE_MB="1000000")
@@ -608,9 +611,10 @@ def test_a_real_model_is_tuned_once_and_says_the_same(tmp_path):
     if found.path == MODEL:
         return  # on this CPU nothing is faster
     start_library()
+    monkeypatch.setattr(encoding, "AGREEMENT_TOKENS", 1024)
     agreements = []
     for module in (ast, bdb, difflib):
         text = Path(module.__file__).read_text()[3000:8000]
         variants = (MODEL, settings), (found.path, found.settings)
-        agreements.append(encoding.agreement(*variants, text, 1024))
+        agreements.append(encoding.agreement(*variants, text))
     assert fmean(agreements) >= 0.975

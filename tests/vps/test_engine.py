@@ -22,6 +22,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from families import tuned_passport
 from harness import PATIENCE, until, wait_until
 from test_admission import config
 from test_ending import splits
@@ -30,6 +31,7 @@ import vpsd
 from cerebrum.vps import drafts, llama, prefixes, schedule
 from cerebrum.vps import job as vps_job
 from cerebrum.vps import worker as vps_worker
+from cerebrum.vps.compute import ModelTally
 from cerebrum.vps.drafts import Drafter, Gain
 from cerebrum.vps.encoding import TunedFile
 from cerebrum.vps.job import Event, Job, Run
@@ -44,7 +46,7 @@ from cerebrum.vps.prefixes import (
     load_parked,
     save_parked,
 )
-from cerebrum.vps.schedule import Baton, Costs, chunk_size
+from cerebrum.vps.schedule import Baton, Costs, chunk_size, share_seconds
 from cerebrum.vps.tokens import common_prefix
 from cerebrum.vps.vocabulary import GenerationRequest, heal_from
 from cerebrum.vps.worker import Loader, Worker
@@ -130,12 +132,13 @@ def test_the_chunk_size_bounds_the_pause_of_a_running_stream() -> None:
     assert chunk_size(10, [10], math.inf, table, 256) == 10
     assert chunk_size(10_000, [10_000], math.inf, table, 256) == MAX_CHUNK
     beside = chunk_size(10_000, [10_000], table(1), table, 256)
-    assert beside == table.longest_beside(table(1))
+    assert beside == table.longest(share_seconds(table(1)))
     assert table(beside) <= schedule.PAUSE_SECONDS < table(beside + 1)
     slow = Costs({1: 0.5, 16: 2.0})  # a 7B: six of its own tokens take longer than the pause
-    assert slow.longest_beside(slow(1)) == slow.longest(6 * 0.5)
+    assert slow.longest(share_seconds(slow(1))) == slow.longest(6 * 0.5)
     delayed.slowdown = 4.0
-    assert delayed.longest_beside(delayed(1)) == table.longest(schedule.PAUSE_SECONDS / 4) < beside
+    most = delayed.longest(share_seconds(delayed(1)))
+    assert most == table.longest(schedule.PAUSE_SECONDS / 4) < beside
     # A prompt alone comes in whole pieces, at least in one, unless it could not be aborted between
     # pieces.
     most = table.longest(schedule.PREFILL_SECONDS / 4)
@@ -731,6 +734,11 @@ class Ask:
         return str(self.outcome()[1].code)
 
 
+def worker_of(loader: Loader) -> Worker:
+    """A worker beside no other."""
+    return Worker(loader, Baton(), ModelTally())
+
+
 @contextlib.contextmanager
 def running(worker: Worker) -> Iterator[Worker]:
     """Start a worker, and stop it in the end."""
@@ -769,7 +777,7 @@ def worker(request: pytest.FixtureRequest, tmp_path: Path, loads: Loads) -> Iter
     path.write_bytes(b"weights")
     sequences = getattr(request, "param", 2)
     settings = llama.Settings(threads=1, sequences=sequences, draft=False, state_dir=tmp_path)
-    with running(Worker(Loader("m", path, settings))) as worker:
+    with running(worker_of(Loader("m", path, settings))) as worker:
         yield worker
 
 
@@ -853,8 +861,9 @@ def test_a_tuned_file_is_loaded_if_it_can_be(
         (tmp_path / name).write_bytes(b"weights")
     loads.broken[broken] = llama.ModelError("llama.cpp cannot load this file")
     settings = llama.Settings(state_dir=tmp_path / "state")
-    tuned = TunedFile(tmp_path / "tuned", replace(settings, micro_batch=128), source, TUNED)
-    with running(Worker(Loader("m", tmp_path / "m.gguf", settings, tuned=tuned))) as worker:
+    used = replace(settings, micro_batch=128)
+    tuned = TunedFile(tmp_path / "tuned", used, tuned_passport(source))
+    with running(worker_of(Loader("m", tmp_path / "m.gguf", settings, tuned=tuned))) as worker:
         pass
     assert loads.loaded == loaded
     assert (worker.loader.path.name, worker.loader.settings.micro_batch) == loaded[-1]
@@ -876,7 +885,7 @@ def test_caches_are_kept_apart_by_file_and_settings(
 
     def load(name: str, **other: Any) -> None:
         (tmp_path / name).write_bytes(name.encode())
-        with running(Worker(Loader("m", tmp_path / name, replace(settings, **other)))) as worker:
+        with running(worker_of(Loader("m", tmp_path / name, replace(settings, **other)))) as worker:
             keys.add(worker.loader.key)
 
     load("m.gguf")
@@ -975,7 +984,7 @@ def test_a_worker_that_fails_answers_all_requests_and_ends(worker: Worker, fails
 
 def test_any_fault_of_a_load_is_reported(tmp_path: Path, loads: Loads) -> None:
     loads.broken["m.gguf"] = FileNotFoundError(2, "No such file", "/secret/path")
-    worker = Worker(Loader("m", tmp_path / "m.gguf", llama.Settings(state_dir=tmp_path)))
+    worker = worker_of(Loader("m", tmp_path / "m.gguf", llama.Settings(state_dir=tmp_path)))
     worker.start()
     error: Any = worker.ready.exception(PATIENCE)
     assert error.code == "MODEL_LOAD_FAILED"
@@ -994,9 +1003,8 @@ def test_a_chunk_is_short_and_low_priority_waits_while_another_model_is_generati
     run, slot.run = Run(normal, llama.Slot(0), []), Run(low, slot, [])
     assert len(decoder.next_work(run, [run]).tokens) == MAX_CHUNK
     worker.baton.note(other, 0.01)
-    assert (
-        len(decoder.next_work(run, [run]).tokens) == decoder.costs.longest_beside(0.01) < MAX_CHUNK
-    )
+    most = decoder.costs.longest(share_seconds(0.01))
+    assert len(decoder.next_work(run, [run]).tokens) == most < MAX_CHUNK
     assert not decoder.turn([slot.run])
     worker.baton.note(other, None)
     assert len(decoder.next_work(run, [run]).tokens) == MAX_CHUNK

@@ -24,8 +24,8 @@ from typing import Any
 import families
 import llama_cpp
 import pytest
-from harness import PATIENCE, ROOT, wait_until
-from test_engine import ask, running
+from harness import NO_FILE, PATIENCE, ROOT, wait_until
+from test_engine import ask, running, worker_of
 
 import vpsd
 from cerebrum.vps import memory
@@ -47,6 +47,7 @@ from cerebrum.vps.llama import (
 from cerebrum.vps.memory import accepts, needed
 from cerebrum.vps.pool import Pool
 from cerebrum.vps.prefixes import Parked, Sequences
+from cerebrum.vps.schedule import Baton
 from cerebrum.vps.vocabulary import GenerationRequest, Vocabulary, api, cut_runs
 from cerebrum.vps.worker import Loader, Worker
 from cerebrum_common import HttpError, Model
@@ -125,7 +126,7 @@ def check_against_a_greedy_loop(loader: Loader, rounds: int, draw: random.Random
 
     while rounds > 0:
         turns = min(rounds, draw.randint(1, 20))
-        with running(Worker(replace(loader), tally=tally)) as worker:
+        with running(Worker(replace(loader), Baton(), tally)) as worker:
             for _ in range(turns):
                 compared += sum(ask_some(worker))
         rounds -= turns
@@ -139,7 +140,7 @@ def test_files_in_turns_stay_in_their_slots_where_they_are_too_large_to_be_saved
 ) -> None:
     settings = Settings(threads=1, n_ctx=4096, sequences=2, cache_mb=1, state_dir=tmp_path)
     read = []
-    with running(Worker(Loader("tiny", models / "dense.gguf", settings))) as worker:
+    with running(worker_of(Loader("tiny", models / "dense.gguf", settings))) as worker:
         for text in ("x = 1\n" * 400, "y = 2\n" * 400, "x = 1\n" * 401, "y = 2\n" * 401):
             before = worker.tally.prompt_tokens
             ask(worker, text, max_tokens=1).outcome()
@@ -503,7 +504,7 @@ async def test_the_context_is_known_before_the_load(models: Path, tmp_path: Path
     """The model was trained for 4,096 tokens."""
     settings = Settings(threads=1, n_ctx=6000, state_dir=tmp_path)
     pool = Pool(models, settings, "fetch")
-    pool.configure([Model("dense", "dense", (), "", "", "dense.gguf")], 0, 10)
+    pool.configure([Model("dense", "dense", (), "", "", **NO_FILE | {"file": "dense.gguf"})], 0, 10)
     listed = [(await vpsd.describe_model(pool, pool.models["dense"]))["n_ctx"]]
     await pool.acquire("a user", "dense", lambda _: None)
     listed.append((await vpsd.describe_model(pool, pool.models["dense"]))["n_ctx"])
