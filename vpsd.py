@@ -738,7 +738,7 @@ async def describe_model(pool: Pool, model: Model) -> dict[str, object]:
             draft = model.draft if plan.draft else None
             if plan.tuned:
                 path, encoding = plan.tuned.path, plan.tuned.passport.encoding
-        except (HttpError, OSError):  # the file is damaged, or has just gone
+        except (HttpError, ModelError, OSError):  # the file is damaged, or has just gone
             available = False
     entry = {
         "id": model.id,

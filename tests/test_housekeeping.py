@@ -176,6 +176,7 @@ def house(runner, patch, tmp_path, caplog) -> Iterator[House]:
     house = House(Engine(config), tmp_path, patch, caplog)
     patch(pool, "Worker", ScriptedWorker)
     patch(encoding, "needed", lambda _, forms: [{"weights": MB}] * len(forms))
+    patch(vpsd, "context_length", lambda _, settings: settings.n_ctx)
     patch(house.pool, "_free_mb", lambda: house.room - len(house.pool.instances))
     for module in (vpsd, pool):
         patch(module, "available_mb", lambda: 1 << 20)
