@@ -17,7 +17,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from harness import PATIENCE, Reply, until
+from harness import PATIENCE, SHIPPED, Reply, until
 from scripted import (
     CHUNKED,
     GOOD,
@@ -605,6 +605,23 @@ async def test_what_is_asked_ahead_goes_on_while_the_hint_is_typed():
         assert (await infill(pi, prompt="    x", n_predict=0)).status == 200
         ahead.cancel()
         await backend.left.wait()
+
+
+LANGUAGES_NAMED = {
+    ("typescriptreact", "a.py"): "typescript",
+    ("Shellscript", "untitled:Untitled-1"): "shell",
+    ("vue", "a.py"): "python",
+    ("", "a.py"): "python",
+}
+
+
+@pytest.mark.parametrize(("given", "language"), LANGUAGES_NAMED.items(), ids=str)
+def test_a_language_that_is_named_and_known_counts_before_the_file_name(
+    given: tuple[str, str], language: str
+):
+    named, filename = given
+    body = {**FILE, "language": named, "filename": filename}
+    assert native_fields(INFILL.read(body), SHIPPED)["language"] == language
 
 
 def finish(prompt: str, text: str, **more: Any) -> broadcast.Broadcast | None:
