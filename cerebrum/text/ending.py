@@ -443,9 +443,8 @@ class BracketBlock(Block):
         things = [depth for depth in braces if not language.containers.search(stack[depth].header)]
         announced = is_announced(language, prompt) and (braces or language.defines.search(prompt))
         # The cursor is in a statement that is no import.
-        begun = head and not language.imports.match(last_line(head))
-        if braces and scanner.is_over:
-            begun = False
+        is_over = braces and scanner.is_over
+        begun = head and not is_over and not language.imports.match(last_line(head))
         continued = scanner.closer and prompt.endswith(("\\\n", "\\\r\n"))
         if language.blocks == "brackets" and stack:
             self.goal, self.depth = "block", len(stack) - 1
@@ -642,7 +641,8 @@ class Fences(Stage):
         self.read += 1
         if self.state in BLOCK:
             self._inside(char)
-            self.safe = self.safe if self.closing is None else self.closing
+            if self.closing is not None:
+                self.safe = self.closing
         elif char == ">" and self.cut(-len("</think>")) == "</think>":
             self._restart("blank")
         elif self.state == "thinking" or (char == ">" and self._is_thinking()):
@@ -775,7 +775,7 @@ def starts_in_docstring(prompt: str, quotes: str) -> bool:
 
 def scan(language: Language, prompt: str) -> Scanner:
     """A scanner at the prompt's end."""
-    marks = ('"""', "'''") if language.indented else ()
+    marks = language.texts if language.indented else ()
     prompt = next((quotes for quotes in marks if starts_in_docstring(prompt, quotes)), "") + prompt
     scanner = scanner_of(language, prompt)
     if scanner.opener in language.texts and scanner.closer:
