@@ -96,7 +96,13 @@ from cerebrum.pi.shown import shown
 from cerebrum.pi.upstream import BackendConfig, Loop
 from cerebrum.service import Service, make_parser, prompt_of, set_up_logging
 from cerebrum.settings import Client, ConfigError, Environment, load_catalog, read_environment
-from cerebrum.text.languages import BY_NAME, LANGUAGES, Language, guess_language
+from cerebrum.text.languages import (
+    BY_NAME,
+    LANGUAGES,
+    Language,
+    guess_language,
+    language_named,
+)
 from cerebrum.text.prompt import detect_mode
 from cerebrum_common import (
     SSE_COMMENT,
@@ -621,7 +627,7 @@ def describe_languages(catalog: Collection[Model]) -> list[JsonObject]:
     served = served_languages(catalog)
     entries = []
     for name in dict.fromkeys([*served, *LANGUAGES]):
-        syntax = LANGUAGES.get(BY_NAME.get(name.lower(), ""), Language())
+        syntax = language_named(name) or Language()
         entry = {"id": name, "endings": syntax.endings, "filenames": syntax.filenames}
         entries.append(entry | {"served": name in served})
     return entries

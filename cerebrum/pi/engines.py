@@ -45,7 +45,7 @@ from cerebrum.pi.upstream import (
     blamed,
     data_of,
 )
-from cerebrum.text.languages import BY_NAME, LANGUAGES
+from cerebrum.text.languages import language_named
 from cerebrum.text.prompt import arrange_gap, find_statement
 from cerebrum_common import HttpError
 
@@ -236,7 +236,7 @@ NEAR_CHARS = 8000
 def end_of(prompt: str, language: str) -> str:
     """The last NEAR_CHARS of a prompt, from a statement on where the language's syntax is known."""
     start = len(prompt) - NEAR_CHARS
-    syntax = LANGUAGES.get(BY_NAME.get(language.lower(), ""))
+    syntax = language_named(language)
     if start > 0 and syntax:
         start = find_statement(prompt, syntax, start, start + NEAR_CHARS // 2)
     return prompt[max(0, start) :]

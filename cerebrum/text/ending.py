@@ -24,7 +24,7 @@ import re
 from collections.abc import Sequence
 
 from cerebrum.text.gap import gap_of
-from cerebrum.text.languages import BY_NAME, LANGUAGES, Language, in_style
+from cerebrum.text.languages import LANGUAGES, Language, in_style, language_named
 from cerebrum.text.scanner import COMPOUND, LINE_CHARS, OPENING_OF, LineScanner, Scanner, scanner_of
 from cerebrum.text.stages import (
     Blanks,
@@ -693,7 +693,7 @@ class Fences(Stage):
     def _is_beside(self, name: str) -> bool:
         """Whether a block in the language of this name is not the code that was asked for."""
         name = name.strip().lower()
-        known = LANGUAGES[BY_NAME.get(name, "shell")]  # console, output and the like are shell's
+        known = language_named(name) or LANGUAGES["shell"]  # as console, output and the like are
         return name in BESIDE and self.language is not None and self.language is not known
 
     def _is_code(self, line: str) -> bool:
@@ -835,7 +835,7 @@ class Ending:
         indent: int = 0,
         stops: Sequence[str] = (),
     ) -> None:
-        syntax = LANGUAGES.get(BY_NAME.get((language or "").lower(), ""))
+        syntax = language_named(language or "")
         suffix = suffix or ""
         infill = mode == "infill" and suffix.strip() != ""
         self.stops = StopStrings(stops)

@@ -486,6 +486,11 @@ MODELINE = re.compile(
 OPENED = re.compile(r"^[ \t]*(?:`{3,}+|~{3,}+)[ \t]*+([\w+#-]*+)[^\n`]*+$", re.M)
 
 
+def language_named(name: str) -> Language | None:
+    """The language of this name or alias, if it is known."""
+    return LANGUAGES.get(BY_NAME.get(name.lower(), ""))
+
+
 def guess_language(filename: str, text: str, others: Sequence[str] = ()) -> str:
     """Guess the language of a text from its file name, its shebang or modeline, the fence open at
     its end, or the names of the other files sent with it; "" if none of them shows a language.

@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, islice, takewhile
 from typing import Any, NamedTuple
 
-from cerebrum.text.languages import BY_NAME, LANGUAGES, Language
+from cerebrum.text.languages import LANGUAGES, Language, language_named
 from cerebrum_common import HttpError
 
 Fields = Mapping[str, Any]  # of a request
@@ -90,7 +90,7 @@ def syntax(name: str) -> Language:
     """The syntax of a language. A language that models.toml adds gets C's syntax, which most
     languages resemble.
     """
-    return LANGUAGES[BY_NAME.get(name.lower(), "c")]
+    return language_named(name) or LANGUAGES["c"]
 
 
 def detect_mode(fields: Fields) -> str:
