@@ -63,7 +63,16 @@ from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
-from cerebrum.fields import Field, JsonObject, Members, describe, parse_json, read_fields, wrong
+from cerebrum.fields import (
+    COMPLETION_FIELDS,
+    Field,
+    JsonObject,
+    Members,
+    describe,
+    parse_json,
+    read_fields,
+    wrong,
+)
 from cerebrum.http import Access, Server, own_names
 from cerebrum.metrics import (
     COMPLETIONS,
@@ -220,18 +229,9 @@ FIELDS = {
     "prompt": Field(str, 1, required=True),
     "language": Field(str, 1, required=True),
     "max_tokens": Field(int, 1, MAX_TOKENS, DEFAULT_TOKENS),
-    "temperature": Field(float, 0, 1, 0.4),
-    "top_p": Field(float, 0, 1, above_low=True),
-    "seed": Field(int, 0, 2**32 - 2),
-    "stop": Field(list, 0, 16),
+    **COMPLETION_FIELDS,
     "mode": Field(str, default="auto", choices=("auto", "complete", "infill", "instruct")),
-    "suffix": Field(str),
-    "filename": Field(str, 0, 1000),
     "instruction": Field(str, 1),
-    "stop_at": Field(str, default="auto", choices=("auto", "none")),
-    "progress": Field(bool, default=False),
-    "min_confidence": Field(float, 0, 1),
-    "session": Field(str, 1, 200),
     "model": Field(str, 1),
 }
 # At the start of a file there is nothing before the cursor, so the prompt may be empty.
