@@ -256,8 +256,7 @@ def of_others(attempts: Sequence[Attempt], session: str) -> list[Attempt]:
 def is_idle(state: State, backend: Backend, request: CompletionRequest) -> bool:
     """Whether a backend has nothing else to do than what this spare request may end."""
     here = [attempt.request for attempt, where in state.places.items() if where is backend]
-    holders = [other for other in here if not gives_way(other, request)]
-    return backend.breaker.state == "closed" and not holders
+    return backend.breaker.state == "closed" and all(gives_way(other, request) for other in here)
 
 
 def gives_way(older: CompletionRequest, newer: CompletionRequest) -> bool:
