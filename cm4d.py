@@ -469,10 +469,14 @@ class Gateway:
             # Read it all later, so that the next prompt of this file need not be cut.
             fields = request.fields | {"max_tokens": 0, "prompt_ms": 0}
             self.dispatcher.read_ahead(replace(request, fields=fields))
-        result = {"language": request.fields["language"], "model": attempt.model}
-        result["total_tokens"] = attempt.tokens
-        result["inference_time"] = time.monotonic() - attempt.completion.started
-        result |= {"timestamp": timestamp(), "mode": request.fields["mode"]}
+        result = {
+            "language": request.fields["language"],
+            "model": attempt.model,
+            "total_tokens": attempt.tokens,
+            "inference_time": time.monotonic() - attempt.completion.started,
+            "timestamp": timestamp(),
+            "mode": request.fields["mode"],
+        }
         if len(self.fleet.backends) > 1:
             result["backend"] = attempt.backend
         result |= done
@@ -758,11 +762,13 @@ def statistics(gateway: Gateway) -> JsonObject:
     first = backends[gateway.fleet.first.id]
     members: JsonObject = {"version": VERSION, "uptime": gateway.uptime, "speculative": True}
     members |= write_stats(METRICS, measured)
-    members["vps_available"] = first.available
-    members["vps_response_time_ms"] = first.response_time_ms
-    members["memory_mb"] = round(resident_bytes() / 2**20, 1)
-    members["load_avg"] = [round(load, 2) for load in os.getloadavg()]
-    members["breaker"] = first.breaker
+    members |= {
+        "vps_available": first.available,
+        "vps_response_time_ms": first.response_time_ms,
+        "memory_mb": round(resident_bytes() / 2**20, 1),
+        "load_avg": [round(load, 2) for load in os.getloadavg()],
+        "breaker": first.breaker,
+    }
     members["backends"] = [vars(backend) for backend in backends.values()]
     bands = gateway.counting.by_confidence.items()
     members["by_confidence"] = [{"from": least, **band} for least, band in bands]

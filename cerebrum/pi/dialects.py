@@ -78,12 +78,7 @@ CODE_FIELDS = {
     "suggest": Field(str, choices=SUGGEST),
 }
 TEXT_FIELDS = {**CODE_FIELDS, "suffix": TEXT}
-INFILL_FIELDS = {
-    **CODE_FIELDS,
-    "input_prefix": TEXT,
-    "input_suffix": TEXT,
-    "speculative": FLAG,
-}
+INFILL_FIELDS = {**CODE_FIELDS, "input_prefix": TEXT, "input_suffix": TEXT, "speculative": FLAG}
 TOKENIZE = {"content": TEXT, "add_special": FLAG, "parse_special": Field(bool, default=True)}
 PART = {
     "type": Field(str, default="text", choices=("text", "input_text", "output_text")),
