@@ -242,7 +242,7 @@ MESSAGE = {
 }
 EXTRA = {"filename": Field(str, 0, 1000, ""), "text": Field(str, 1, required=True)}
 TOKENIZE = {
-    "model": Field(str, 1, 200, required=True),
+    "model": FIELDS["model"],
     "text": Field(str, required=True),
     # Add the tokens that the model expects at the beginning of a text.
     "first": Field(bool, default=False),
@@ -357,7 +357,6 @@ def choose_command(options: argparse.Namespace, config: Config) -> None:
         print(f"vpsd choose: {model.id}: {reason_of(error)}", file=sys.stderr)
 
     wait_for_quiet()
-    start_library()
     room_mb = available_mb() - config.min_free_mb
 
     def is_candidate(model: Model) -> bool:
@@ -448,7 +447,6 @@ def tune_model(model: Model, config: Config, output: TextIO, *, dry_run: bool = 
             bars[label] = Bar(f"{model.id}: {label}", total, steps=True)
         bars[label].show(done, last=done >= total)
 
-    start_library()
     source = model.sha256 or digest_with_bar(path)
     room = round((available_mb() - config.min_free_mb) * MB)
     settings, _ = fit(path, config.engine, room, needed)
