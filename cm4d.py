@@ -606,10 +606,15 @@ async def models(gateway: Gateway, request: Request) -> Response:
     ids = [model.id for model in catalog]
     here = fleet.models or ids
     entries = [describe_model(model, fleet.backends) for model in catalog]
-    listed: JsonObject = {"models": entries, "vps_available": fleet.available}
-    listed |= {"languages": describe_languages(catalog), "prefer": gateway.config.prefer}
-    data = [dialects.write_model(id, gateway.created) for id in ids if id in here]
-    return Response(compact(listed | {"object": "list", "data": data}))
+    listed = {
+        "models": entries,
+        "vps_available": fleet.available,
+        "languages": describe_languages(catalog),
+        "prefer": gateway.config.prefer,
+        "object": "list",
+        "data": [dialects.write_model(id, gateway.created) for id in ids if id in here],
+    }
+    return Response(compact(listed))
 
 
 def describe_model(model: Model, backends: Sequence[Backend]) -> JsonObject:

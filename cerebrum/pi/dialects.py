@@ -557,8 +557,7 @@ ERROR_TYPES = {
 def write_error(error: HttpError) -> JsonObject:
     """`{"error": {"message", "type", "param", "code"}}`, in a response or in a stream."""
     kind = ERROR_TYPES.get(error.status, "invalid_request_error")
-    members = {"message": error.message, "type": kind, "param": None, "code": error.code}
-    return {"error": members}
+    return {"error": {"message": error.message, "type": kind, "param": None, "code": error.code}}
 
 
 def write_model(model_id: str, created: int) -> JsonObject:
