@@ -63,7 +63,16 @@ from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
-from cerebrum.fields import Field, JsonObject, Members, describe, parse_json, read_fields, wrong
+from cerebrum.fields import (
+    COMPLETION_FIELDS,
+    Field,
+    JsonObject,
+    Members,
+    describe,
+    parse_json,
+    read_fields,
+    wrong,
+)
 from cerebrum.http import Access, Server, own_names
 from cerebrum.metrics import (
     COMPLETIONS,
@@ -96,7 +105,13 @@ from cerebrum.pi.shown import shown
 from cerebrum.pi.upstream import BackendConfig, Loop
 from cerebrum.service import Service, make_parser, prompt_of, set_up_logging
 from cerebrum.settings import Client, ConfigError, Environment, load_catalog, read_environment
-from cerebrum.text.languages import BY_NAME, LANGUAGES, Language, guess_language
+from cerebrum.text.languages import (
+    BY_NAME,
+    LANGUAGES,
+    Language,
+    guess_language,
+    language_named,
+)
 from cerebrum.text.prompt import detect_mode
 from cerebrum_common import (
     SSE_COMMENT,
@@ -214,18 +229,9 @@ FIELDS = {
     "prompt": Field(str, 1, required=True),
     "language": Field(str, 1, required=True),
     "max_tokens": Field(int, 1, MAX_TOKENS, DEFAULT_TOKENS),
-    "temperature": Field(float, 0, 1, 0.4),
-    "top_p": Field(float, 0, 1, above_low=True),
-    "seed": Field(int, 0, 2**32 - 2),
-    "stop": Field(list, 0, 16),
+    **COMPLETION_FIELDS,
     "mode": Field(str, default="auto", choices=("auto", "complete", "infill", "instruct")),
-    "suffix": Field(str),
-    "filename": Field(str, 0, 1000),
     "instruction": Field(str, 1),
-    "stop_at": Field(str, default="auto", choices=("auto", "none")),
-    "progress": Field(bool, default=False),
-    "min_confidence": Field(float, 0, 1),
-    "session": Field(str, 1, 200),
     "model": Field(str, 1),
 }
 # At the start of a file there is nothing before the cursor, so the prompt may be empty.
@@ -463,10 +469,14 @@ class Gateway:
             # Read it all later, so that the next prompt of this file need not be cut.
             fields = request.fields | {"max_tokens": 0, "prompt_ms": 0}
             self.dispatcher.read_ahead(replace(request, fields=fields))
-        result = {"language": request.fields["language"], "model": attempt.model}
-        result["total_tokens"] = attempt.tokens
-        result["inference_time"] = time.monotonic() - attempt.completion.started
-        result |= {"timestamp": timestamp(), "mode": request.fields["mode"]}
+        result = {
+            "language": request.fields["language"],
+            "model": attempt.model,
+            "total_tokens": attempt.tokens,
+            "inference_time": time.monotonic() - attempt.completion.started,
+            "timestamp": timestamp(),
+            "mode": request.fields["mode"],
+        }
         if len(self.fleet.backends) > 1:
             result["backend"] = attempt.backend
         result |= done
@@ -596,10 +606,15 @@ async def models(gateway: Gateway, request: Request) -> Response:
     ids = [model.id for model in catalog]
     here = fleet.models or ids
     entries = [describe_model(model, fleet.backends) for model in catalog]
-    listed: JsonObject = {"models": entries, "vps_available": fleet.available}
-    listed |= {"languages": describe_languages(catalog), "prefer": gateway.config.prefer}
-    data = [dialects.write_model(id, gateway.created) for id in ids if id in here]
-    return Response(compact(listed | {"object": "list", "data": data}))
+    listed = {
+        "models": entries,
+        "vps_available": fleet.available,
+        "languages": describe_languages(catalog),
+        "prefer": gateway.config.prefer,
+        "object": "list",
+        "data": [dialects.write_model(id, gateway.created) for id in ids if id in here],
+    }
+    return Response(compact(listed))
 
 
 def describe_model(model: Model, backends: Sequence[Backend]) -> JsonObject:
@@ -621,7 +636,7 @@ def describe_languages(catalog: Collection[Model]) -> list[JsonObject]:
     served = served_languages(catalog)
     entries = []
     for name in dict.fromkeys([*served, *LANGUAGES]):
-        syntax = LANGUAGES.get(BY_NAME.get(name.lower(), ""), Language())
+        syntax = language_named(name) or Language()
         entry = {"id": name, "endings": syntax.endings, "filenames": syntax.filenames}
         entries.append(entry | {"served": name in served})
     return entries
@@ -752,11 +767,13 @@ def statistics(gateway: Gateway) -> JsonObject:
     first = backends[gateway.fleet.first.id]
     members: JsonObject = {"version": VERSION, "uptime": gateway.uptime, "speculative": True}
     members |= write_stats(METRICS, measured)
-    members["vps_available"] = first.available
-    members["vps_response_time_ms"] = first.response_time_ms
-    members["memory_mb"] = round(resident_bytes() / 2**20, 1)
-    members["load_avg"] = [round(load, 2) for load in os.getloadavg()]
-    members["breaker"] = first.breaker
+    members |= {
+        "vps_available": first.available,
+        "vps_response_time_ms": first.response_time_ms,
+        "memory_mb": round(resident_bytes() / 2**20, 1),
+        "load_avg": [round(load, 2) for load in os.getloadavg()],
+        "breaker": first.breaker,
+    }
     members["backends"] = [vars(backend) for backend in backends.values()]
     bands = gateway.counting.by_confidence.items()
     members["by_confidence"] = [{"from": least, **band} for least, band in bands]

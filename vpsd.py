@@ -61,15 +61,16 @@ if __name__ == "__main__":
 
 import psutil
 
-from cerebrum.fields import Field, Members, parse_json, read_fields, read_objects
-from cerebrum.http import Access, Server, own_names
-from cerebrum.metrics import (
-    COMPLETIONS,
-    Metric,
-    Subjects,
-    metrics_of,
-    write_stats,
+from cerebrum.fields import (
+    COMPLETION_FIELDS,
+    Field,
+    Members,
+    parse_json,
+    read_fields,
+    read_objects,
 )
+from cerebrum.http import Access, Server, own_names
+from cerebrum.metrics import COMPLETIONS, Metric, Subjects, metrics_of, write_stats
 from cerebrum.service import Service, make_parser, passed_sockets, prompt_of, set_up_logging
 from cerebrum.settings import ConfigError, Environment, load_catalog, read_environment
 from cerebrum.text.languages import LANGUAGES
@@ -79,7 +80,6 @@ from cerebrum.vps.fetch import Bar, FetchError, digest_with_bar, fetch, is_whole
 from cerebrum.vps.job import Event, Job
 from cerebrum.vps.llama import (
     KV_TYPES,
-    MAX_SEED,
     MB,
     ModelError,
     Settings,
@@ -224,23 +224,14 @@ FIELDS = {  # of a `GenerationRequest`, which has their meaning and defaults
     "model": Field(str, 1, 200, required=True),
     "prompt": Field(str, 1),
     "max_tokens": Field(int, 0, MAX_TOKENS),
-    "temperature": Field(float, 0, 1),
-    "top_p": Field(float, 0, 1, above_low=True),
-    "seed": Field(int, 0, MAX_SEED),
-    "stop": Field(list, 0, 16),
-    "suffix": Field(str),
-    "filename": Field(str, 0, 1000),
+    **COMPLETION_FIELDS,
     "language": Field(str, choices=tuple(LANGUAGES)),
     "mode": Field(str, choices=("complete", "infill", "instruct")),
-    "stop_at": Field(str, choices=("auto", "none")),
     "predict_ms": Field(int, 0, 600_000),
-    "min_confidence": Field(float, 0, 1),
     "indent": Field(int, 0, 1000),
     "heal": Field(bool),
     "special": Field(bool),
-    "progress": Field(bool),
     "priority": Field(str, choices=("normal", "low")),
-    "session": Field(str, 1, 200),
 }
 # At the start of a file there is nothing before the cursor.
 FIELDS_AROUND_A_GAP = FIELDS | {"prompt": Field(str)}
@@ -251,7 +242,7 @@ MESSAGE = {
 }
 EXTRA = {"filename": Field(str, 0, 1000, ""), "text": Field(str, 1, required=True)}
 TOKENIZE = {
-    "model": Field(str, 1, 200, required=True),
+    "model": FIELDS["model"],
     "text": Field(str, required=True),
     # Add the tokens that the model expects at the beginning of a text.
     "first": Field(bool, default=False),
@@ -366,7 +357,6 @@ def choose_command(options: argparse.Namespace, config: Config) -> None:
         print(f"vpsd choose: {model.id}: {reason_of(error)}", file=sys.stderr)
 
     wait_for_quiet()
-    start_library()
     room_mb = available_mb() - config.min_free_mb
 
     def is_candidate(model: Model) -> bool:
@@ -457,7 +447,6 @@ def tune_model(model: Model, config: Config, output: TextIO, *, dry_run: bool = 
             bars[label] = Bar(f"{model.id}: {label}", total, steps=True)
         bars[label].show(done, last=done >= total)
 
-    start_library()
     source = model.sha256 or digest_with_bar(path)
     room = round((available_mb() - config.min_free_mb) * MB)
     settings, _ = fit(path, config.engine, room, needed)

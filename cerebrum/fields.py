@@ -200,6 +200,22 @@ class Field:
 Fields = Mapping[str, Field]  # by name
 
 
+# Of a completion, in the own APIs of both daemons; the defaults are those of vpsd's
+# `GenerationRequest`.
+COMPLETION_FIELDS = {
+    "temperature": Field(float, 0, 1, 0.4),
+    "top_p": Field(float, 0, 1, above_low=True),
+    "seed": Field(int, 0, 2**32 - 2),  # 2**32 - 1 asks llama.cpp for a random seed
+    "stop": Field(list, 0, 16),
+    "suffix": Field(str),
+    "filename": Field(str, 0, 1000),
+    "stop_at": Field(str, default="auto", choices=("auto", "none")),
+    "progress": Field(bool, default=False),
+    "min_confidence": Field(float, 0, 1),
+    "session": Field(str, 1, 200),
+}
+
+
 def wrong(name: str, expected: str, got: Any) -> HttpError:
     return HttpError("INVALID_REQUEST", f"{name}: expected {expected}, got {describe(got)}")
 

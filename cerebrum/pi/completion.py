@@ -226,11 +226,11 @@ class Completion:
     @property
     def tokens(self) -> int:
         """Of its last attempt."""
-        return self.attempts[-1].tokens if self.attempts else 0
+        return self.attempt.tokens if self.attempt else 0
 
     @property
     def model(self) -> str:
-        return self.attempts[-1].model if self.attempts else ""
+        return self.attempt.model if self.attempt else ""
 
     @property
     def failure(self) -> HttpError | None:

@@ -78,12 +78,7 @@ CODE_FIELDS = {
     "suggest": Field(str, choices=SUGGEST),
 }
 TEXT_FIELDS = {**CODE_FIELDS, "suffix": TEXT}
-INFILL_FIELDS = {
-    **CODE_FIELDS,
-    "input_prefix": TEXT,
-    "input_suffix": TEXT,
-    "speculative": FLAG,
-}
+INFILL_FIELDS = {**CODE_FIELDS, "input_prefix": TEXT, "input_suffix": TEXT, "speculative": FLAG}
 TOKENIZE = {"content": TEXT, "add_special": FLAG, "parse_special": Field(bool, default=True)}
 PART = {
     "type": Field(str, default="text", choices=("text", "input_text", "output_text")),
@@ -562,8 +557,7 @@ ERROR_TYPES = {
 def write_error(error: HttpError) -> JsonObject:
     """`{"error": {"message", "type", "param", "code"}}`, in a response or in a stream."""
     kind = ERROR_TYPES.get(error.status, "invalid_request_error")
-    members = {"message": error.message, "type": kind, "param": None, "code": error.code}
-    return {"error": members}
+    return {"error": {"message": error.message, "type": kind, "param": None, "code": error.code}}
 
 
 def write_model(model_id: str, created: int) -> JsonObject:

@@ -72,8 +72,11 @@ class State:
         """The attempts that take a place at these backends: not those that are being ended or for
         which nobody waits.
         """
-        holders = [attempt for attempt, where in self.answering.items() if where in backends]
-        return [attempt for attempt in holders if not attempt.makes_room]
+        return [
+            attempt
+            for attempt, where in self.answering.items()
+            if where in backends and not attempt.makes_room
+        ]
 
     def guest_seconds(self, client: str, now: float) -> float:
         """How long a guest has held places in the last minute; two places at a time count twice."""
@@ -253,8 +256,7 @@ def of_others(attempts: Sequence[Attempt], session: str) -> list[Attempt]:
 def is_idle(state: State, backend: Backend, request: CompletionRequest) -> bool:
     """Whether a backend has nothing else to do than what this spare request may end."""
     here = [attempt.request for attempt, where in state.places.items() if where is backend]
-    holders = [other for other in here if not gives_way(other, request)]
-    return backend.breaker.state == "closed" and not holders
+    return backend.breaker.state == "closed" and all(gives_way(other, request) for other in here)
 
 
 def gives_way(older: CompletionRequest, newer: CompletionRequest) -> bool:
@@ -477,9 +479,8 @@ class Dispatcher:
     async def _wait_for_room(self, attempt: Attempt, backend: Backend) -> None:
         """Wait until all others that are being ended have left this backend."""
         here = [other for other, where in self.state.places.items() if where is backend]
-        for other in [other for other in here if other.makes_room]:
-            if other is not attempt:
-                await other.ended.wait()
+        for other in [other for other in here if other.makes_room and other is not attempt]:
+            await other.ended.wait()
 
     def advance(self, *asking: Completion) -> dict[Completion, float]:
         """Give free places to those that wait, or to those that are `asking`, in turns, and return
@@ -487,8 +488,9 @@ class Dispatcher:
         """
         state, waiting = self.state, [*(asking or self.state.line)]
         waits = {}
-        holders = [attempt for attempt in state.answering if not attempt.makes_room]
-        running = Counter(attempt.completion.client for attempt in holders)
+        running = Counter(
+            attempt.completion.client for attempt in state.answering if not attempt.makes_room
+        )
         while waiting:
             completion = min(waiting, key=functools.partial(whose_turn, state, running))
             waiting.remove(completion)
@@ -516,8 +518,8 @@ class Dispatcher:
             is_older = other.request.session == request.session != ""
             if is_older or (other.request.is_spare and where is backend):
                 self._supersede(other)
-        now = time.monotonic()
-        attempt = Attempt(completion, backend.id, place.model, backend.breaker.admit(now))
+        admission = backend.breaker.admit(time.monotonic())
+        attempt = Attempt(completion, backend.id, place.model, admission)
         completion.attempts.append(attempt)
         state.places[attempt] = backend
         if not request.is_spare:
@@ -545,8 +547,7 @@ class Dispatcher:
     def _supersede(self, attempt: Attempt) -> None:
         if not attempt.makes_room:
             attempt.reason = SUPERSEDED
-            message = "another request took its place"
-            attempt.completion.end(HttpError(SUPERSEDED, message))
+            attempt.completion.end(HttpError(SUPERSEDED, "another request took its place"))
 
     def _preempt(self, attempt: Attempt) -> None:
         """End a guest's attempt. One that ends within its guest's share of the minute comes first

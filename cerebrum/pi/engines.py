@@ -45,7 +45,7 @@ from cerebrum.pi.upstream import (
     blamed,
     data_of,
 )
-from cerebrum.text.languages import BY_NAME, LANGUAGES
+from cerebrum.text.languages import language_named
 from cerebrum.text.prompt import arrange_gap, find_statement
 from cerebrum_common import HttpError
 
@@ -236,7 +236,7 @@ NEAR_CHARS = 8000
 def end_of(prompt: str, language: str) -> str:
     """The last NEAR_CHARS of a prompt, from a statement on where the language's syntax is known."""
     start = len(prompt) - NEAR_CHARS
-    syntax = LANGUAGES.get(BY_NAME.get(language.lower(), ""))
+    syntax = language_named(language)
     if start > 0 and syntax:
         start = find_statement(prompt, syntax, start, start + NEAR_CHARS // 2)
     return prompt[max(0, start) :]
@@ -376,10 +376,10 @@ ALIVE_SECONDS = 5.0  # the silence of another engine after which the client gets
 COUNTS_SECONDS = 2.0  # the wait after another engine's last text for its token counts
 
 
-async def read_within(answer: Answer, seconds: float) -> bytes | None:
-    """The next piece of an answer, b"" at its end, None if nothing comes in time."""
+async def read_piece(answer: Answer) -> bytes | None:
+    """The next piece of an answer, b"" at its end, None if nothing comes in ALIVE_SECONDS."""
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(ALIVE_SECONDS):
             return await answer.read()
     return None
 
@@ -488,7 +488,7 @@ class Engine(Kind):
         begun = sent = now()  # `sent`: when the client last got something
         piece = None
         while piece != b"" and not translator.done and translator.engine_reason is None:
-            piece = await read_within(answer, ALIVE_SECONDS)
+            piece = await read_piece(answer)
             came = now()
             for pair in translator.feed(piece or b"", came):
                 sent = now()

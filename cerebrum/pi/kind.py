@@ -18,15 +18,7 @@ from contextlib import AbstractAsyncContextManager
 
 from cerebrum.fields import Field, JsonObject, Members
 from cerebrum.pi.completion import Fitted, Pairs
-from cerebrum.pi.upstream import (
-    JSON,
-    LATE,
-    Answer,
-    BackendConfig,
-    BackendFailure,
-    Upstream,
-    blamed,
-)
+from cerebrum.pi.upstream import JSON, LATE, Answer, BackendConfig, BackendFailure, Upstream, blamed
 from cerebrum_common import HttpError, Model
 
 ASIDE_SECONDS = 2.0  # /health and /v1/models, which are answered in milliseconds

@@ -24,7 +24,7 @@ import re
 from collections.abc import Sequence
 
 from cerebrum.text.gap import gap_of
-from cerebrum.text.languages import BY_NAME, LANGUAGES, Language, in_style
+from cerebrum.text.languages import LANGUAGES, Language, in_style, language_named
 from cerebrum.text.scanner import COMPOUND, LINE_CHARS, OPENING_OF, LineScanner, Scanner, scanner_of
 from cerebrum.text.stages import (
     Blanks,
@@ -443,9 +443,8 @@ class BracketBlock(Block):
         things = [depth for depth in braces if not language.containers.search(stack[depth].header)]
         announced = is_announced(language, prompt) and (braces or language.defines.search(prompt))
         # The cursor is in a statement that is no import.
-        begun = head and not language.imports.match(last_line(head))
-        if braces and scanner.is_over:
-            begun = False
+        is_over = braces and scanner.is_over
+        begun = head and not is_over and not language.imports.match(last_line(head))
         continued = scanner.closer and prompt.endswith(("\\\n", "\\\r\n"))
         if language.blocks == "brackets" and stack:
             self.goal, self.depth = "block", len(stack) - 1
@@ -642,7 +641,8 @@ class Fences(Stage):
         self.read += 1
         if self.state in BLOCK:
             self._inside(char)
-            self.safe = self.safe if self.closing is None else self.closing
+            if self.closing is not None:
+                self.safe = self.closing
         elif char == ">" and self.cut(-len("</think>")) == "</think>":
             self._restart("blank")
         elif self.state == "thinking" or (char == ">" and self._is_thinking()):
@@ -693,7 +693,7 @@ class Fences(Stage):
     def _is_beside(self, name: str) -> bool:
         """Whether a block in the language of this name is not the code that was asked for."""
         name = name.strip().lower()
-        known = LANGUAGES[BY_NAME.get(name, "shell")]  # console, output and the like are shell's
+        known = language_named(name) or LANGUAGES["shell"]  # as console, output and the like are
         return name in BESIDE and self.language is not None and self.language is not known
 
     def _is_code(self, line: str) -> bool:
@@ -775,7 +775,7 @@ def starts_in_docstring(prompt: str, quotes: str) -> bool:
 
 def scan(language: Language, prompt: str) -> Scanner:
     """A scanner at the prompt's end."""
-    marks = ('"""', "'''") if language.indented else ()
+    marks = language.texts if language.indented else ()
     prompt = next((quotes for quotes in marks if starts_in_docstring(prompt, quotes)), "") + prompt
     scanner = scanner_of(language, prompt)
     if scanner.opener in language.texts and scanner.closer:
@@ -835,7 +835,7 @@ class Ending:
         indent: int = 0,
         stops: Sequence[str] = (),
     ) -> None:
-        syntax = LANGUAGES.get(BY_NAME.get((language or "").lower(), ""))
+        syntax = language_named(language or "")
         suffix = suffix or ""
         infill = mode == "infill" and suffix.strip() != ""
         self.stops = StopStrings(stops)

@@ -236,7 +236,7 @@ class Gap(Stage):
         self.closing = list[int]()
         if not self.literal_at_cursor:
             line = last_line(prompt)
-            blank = line[: len(line) - len(line.lstrip())]
+            blank = line.removesuffix(line.lstrip())
             self.closing = scanner_of(scanner.language, blank + suffix[:CLOSERS_CHARS]).unmatched
         outermost = scanner.stack[0].indent if scanner.stack else 0
         known = [indent for indent in self.closing if indent >= outermost]
@@ -318,7 +318,11 @@ class Gap(Stage):
 
     def flush(self, whole: bool) -> str:
         lines, place = self.meeting.at_end()
-        end = place if self.is_suffix(lines) else self._end_of_rest(whole)
+        end = self.enough  # None: all of the text belongs to the gap
+        if self.is_suffix(lines):
+            end = place
+        elif whole:
+            end = self.left_at if self.has_closed_too_much() else None
         text = self.cut(0).rstrip(" \t")
         # A line alone may equal the suffix's: two calls, two rows of a table.
         is_line = whole and "\n" not in text.strip() and not self.cut(0, end).strip()
@@ -327,12 +331,6 @@ class Gap(Stage):
         # The line end before the suffix, if the model omitted it.
         lacks_end = text.strip() != "" and not text.endswith("\n")
         return self.cut(self.sent) + "\n" * (self.meeting.of_lines and lacks_end)
-
-    def _end_of_rest(self, whole: bool) -> int | None:
-        """Where a text ends that has not come to the suffix; None: all of it belongs to the gap."""
-        if not whole:
-            return self.enough
-        return self.left_at if self.has_closed_too_much() else None
 
 
 class GapOfLines(Gap):
@@ -459,10 +457,8 @@ class GapInLine(Gap):
             self.enough, self.doubt = written, 0.0  # surer than any place before
             if len(rest) >= REST_CHARS:
                 self.patience = min(self.patience, WRITTEN_AHEAD_CHARS)
-        elif rest[0] in OPENING_OF:
-            return  # the rest closes what the cursor is in
-        elif self.level <= 0 and not scanner.closer:
-            self.could_end(self.meeting.edge)
+        elif self.level <= 0 and not scanner.closer and rest[0] not in OPENING_OF:
+            self.could_end(self.meeting.edge)  # else the rest closes what the cursor is in
 
     def _has_closed(self) -> bool:
         """Whether the text has closed the literal around the cursor, which the suffix closes."""

@@ -241,6 +241,8 @@ _CPP = Language(
 )  # fmt: skip
 _RUST_RAW = ('r"', 'r#"', 'r##"', 'r###"')
 _LUA_RAW = ("[[", "[=[", "[==[")
+_CSHARP_TEXTS = ('""""', '"""', '$@"', '@$"', '@"')
+_THREE_QUOTES = ('"', "'", "`")
 # Perl's operators that quote, with the delimiters that need no partner.
 QUOTES = {
     operator + mark: mark for operator in ("m", "qr", "s", "tr", "y", "q", "qq") for mark in "/!|#"
@@ -284,9 +286,8 @@ LANGUAGES: dict[str, Language] = {
     "csharp": Language(
         uses=r"(?:global[ \t]+)?using[ \t]+[\w.=: \t]{1,200};|namespace[ \t][\w. \t]{1,200};",
         types="class|interface|enum|record|struct|namespace", also=_METHOD,
-        strings=('$"', '"', "'"), texts=('""""', '"""', '$@"', '@$"', '@"'),
-        raw=('""""', '"""', '$@"', '@$"', '@"'),
-        directives=True, endings=(".cs", ".csx"), aliases=("c#", "cs", "c-sharp"),
+        strings=('$"', '"', "'"), texts=_CSHARP_TEXTS, raw=_CSHARP_TEXTS, directives=True,
+        endings=(".cs", ".csx"), aliases=("c#", "cs", "c-sharp"),
     ),
     "shell": replace(
         _PLAIN, uses=r"(?:source|\.|set)[ \t]+[^\s]",
@@ -325,7 +326,7 @@ LANGUAGES: dict[str, Language] = {
     "php": Language(
         uses=r"<\?php\b|(?:use|namespace)[ \t]+[\w\\]|(?:require|include)(?:_once)?\b",
         types="class|interface|trait|enum|namespace", function="function", names="const",
-        strings=(), texts=('"', "'", "`"), other_comments=(("# ", "\n"),),
+        strings=(), texts=_THREE_QUOTES, other_comments=(("# ", "\n"),),
         endings=(".php", ".phtml"),
     ),
     "perl": replace(
@@ -339,7 +340,7 @@ LANGUAGES: dict[str, Language] = {
     "r": replace(
         _PLAIN, uses=r"(?:library|require|source)\(",
         also=r"([\w.]{1,80})[ \t]*(?:<-|=(?!=))", blocks="braces",
-        texts=('"', "'", "`"), line_ends=True, endings=(".r",),
+        texts=_THREE_QUOTES, line_ends=True, endings=(".r",),
         aliases=("rscript",),
     ),
     "zig": Language(
@@ -371,7 +372,7 @@ LANGUAGES: dict[str, Language] = {
         types=r"class|module|(?:\w{1,80}\.)?(?:describe|context|feature|namespace)",
         also=r"([A-Z]\w*)[ \t]*=(?![=~])",
         clauses="rescue|ensure|else|elsif|when|in", closers=r"end\b",
-        block_comment=("=begin", "=end"), strings=('"', "'", "`"),
+        block_comment=("=begin", "=end"), strings=_THREE_QUOTES,
         here_document=r"[~-]?(['\"`]?)([A-Z_]\w{0,80})\1",
         endings=(".rb", ".rake", ".gemspec", ".ru"),
         filenames=("rakefile", "gemfile", "vagrantfile", "podfile", "brewfile", "fastfile"),
@@ -414,7 +415,7 @@ LANGUAGES: dict[str, Language] = {
                 r"|outer|qualify|returning|returns|right|set|then|union|using|values|when|where"
                 r"|window)\b",
         line_comment="--", other_comments=(("{#", "#}"), ("#", "\n")), blocks="statements",
-        strings=(), texts=('"', "'", "`"), raw=('"', "'", "`"), commands=True,
+        strings=(), texts=_THREE_QUOTES, raw=_THREE_QUOTES, commands=True,
         endings=(".sql",), aliases=("mysql", "postgresql", "postgres", "sqlite", "plpgsql", "tsql"),
     ),
     "html": replace(_PLAIN, line_comment="", block_comment=("<!--", "-->"), blocks="tree",
@@ -483,6 +484,11 @@ MODELINE = re.compile(
     re.I | re.M,
 )
 OPENED = re.compile(r"^[ \t]*(?:`{3,}+|~{3,}+)[ \t]*+([\w+#-]*+)[^\n`]*+$", re.M)
+
+
+def language_named(name: str) -> Language | None:
+    """The language of this name or alias, if it is known."""
+    return LANGUAGES.get(BY_NAME.get(name.lower(), ""))
 
 
 def guess_language(filename: str, text: str, others: Sequence[str] = ()) -> str:

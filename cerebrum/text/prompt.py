@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, islice, takewhile
 from typing import Any, NamedTuple
 
-from cerebrum.text.languages import BY_NAME, LANGUAGES, Language
+from cerebrum.text.languages import LANGUAGES, Language, language_named
 from cerebrum_common import HttpError
 
 Fields = Mapping[str, Any]  # of a request
@@ -90,7 +90,7 @@ def syntax(name: str) -> Language:
     """The syntax of a language. A language that models.toml adds gets C's syntax, which most
     languages resemble.
     """
-    return LANGUAGES[BY_NAME.get(name.lower(), "c")]
+    return language_named(name) or LANGUAGES["c"]
 
 
 def detect_mode(fields: Fields) -> str:
@@ -640,16 +640,15 @@ def limit_prefill(
         share = min(share, weigh(after))
         if fresh <= fresh_room - share:
             return whole._replace(after=fit_start(after, fresh_room - fresh))
-        before, kept = fit(prompt, language, fresh_room - share)
+    elif fresh <= fresh_room:
+        return whole
+    elif read >= len(first):
+        share = 0  # the backend has read the suffix: all of it stays
+    before, kept = fit(prompt, language, fresh_room - share)
+    if layout == "psm":
         after = fit_start(after, fresh_room - weigh(before))
-    else:
-        if fresh <= fresh_room:
-            return whole
-        if read >= len(first):
-            share = 0  # the backend has read the suffix: all of it stays
-        else:
-            after = fit_start(after, share)
-        before, kept = fit(prompt, language, fresh_room - share)
+    elif share:
+        after = fit_start(after, share)
     extra = whole.extra if read >= len(files) else []
     return Excerpt(extra, before, after, kept, cut=True)
 

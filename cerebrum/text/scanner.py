@@ -240,22 +240,21 @@ class Scanner:
         """Whether an opener in code opens a literal or comment, and is not an operator or part of a
         word.
         """
+        before = self.tail[: -len(opener)][-1:]
         if opener in QUOTES:
-            before = self.tail[: -len(opener)][-1:]
             return not re.match(r"[\w$@%&>{-]", before)
-        return self._is_no_operator(opener)
+        return self._is_no_operator(opener, before)
 
-    def _is_no_operator(self, opener: str) -> bool:
-        """`_opens` for what may be an operator."""
-        language, before = self.language, self.tail[: -len(opener)][-1:]
-        word = self.head[-WORD_CHARS:]
+    def _is_no_operator(self, opener: str, before: str) -> bool:
+        """`_opens` for what may be an operator; `before` is the character before it."""
+        language, word = self.language, self.head[-WORD_CHARS:]
         if opener == "#" and (language.directives or self.statements):
             return self.starting  # elsewhere an operator of PostgreSQL
         if opener == "#":  # not $#, ${#x}, ${x##y} or a part of a URL
-            return not before or not (before.isalnum() or before in "_${/#")
+            return not re.match(r"[\w${/#]", before)
         if opener in ("'", '"') and before == language.escape:
             return False
-        if opener == "'" and (before.isalnum() or before == "_") and not language.commands:
+        if opener == "'" and re.match(r"\w", before) and not language.commands:
             # An apostrophe in JSX or a digit separator in C++, unless a prefix or a keyword
             # precedes it.
             return QUOTE_AFTER.search(word) is not None
@@ -376,8 +375,7 @@ class Scanner:
 
     def _opener_of(self, char: str) -> int | None:
         """The place in the stack of the bracket that `char` closes; a stray ) closes no block."""
-        top = len(self.stack) - 1
-        for depth in range(top, max(-1, top - STRAY_BRACKETS), -1):
+        for depth in reversed(range(len(self.stack))[-STRAY_BRACKETS:]):
             kind = self.stack[depth].kind
             if kind[-1] == OPENING_OF[char]:
                 return depth

@@ -143,7 +143,7 @@ def last_line(text: str) -> str:
 
 def columns_of(line: str) -> int:
     """The indentation of a line in columns."""
-    return len(line[: len(line) - len(line.lstrip(" \t"))].expandtabs(8))
+    return len(line.removesuffix(line.lstrip(" \t")).expandtabs(8))
 
 
 class Blanks(Stage):
@@ -179,15 +179,14 @@ class Indent(Stage):
             if self.indent is None:
                 self.mark = len(self.text) - (not self.whole)
             self.indent = 0
-        elif self.indent is not None and char in " \t":
-            self.indent += 1
-        elif self.indent is not None and not char.isspace():
-            if self.indent < self.least:
-                self.end("block", self.mark)
-                return
-            self.indent = None
-        if self.indent is None:
+        elif self.indent is None:
             self.safe = len(self.text)
+        elif char in " \t":
+            self.indent += 1
+        elif not char.isspace() and self.indent < self.least:
+            self.end("block", self.mark)
+        elif not char.isspace():
+            self.indent, self.safe = None, len(self.text)
 
 
 class Repeat(Stage):

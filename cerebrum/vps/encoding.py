@@ -30,7 +30,6 @@ import re
 import shutil
 import signal
 import tempfile
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -57,7 +56,7 @@ from cerebrum.vps.llama import (
     write_atomically,
 )
 from cerebrum.vps.memory import Need, Parts, fit, needed
-from cerebrum.vps.schedule import Costs
+from cerebrum.vps.schedule import Costs, decode
 from cerebrum.vps.vocabulary import api
 from cerebrum_common import Model
 
@@ -445,16 +444,6 @@ def opened(path: Path, settings: Settings) -> contextlib.closing[Llama]:
     """The model with a context of one sequence that is as long as the measurements need."""
     one_long = replace(settings, n_ctx=CONTEXT_TOKENS + 2 * OUTPUTS, sequences=1)
     return contextlib.closing(Llama(path, one_long, lambda _: True))
-
-
-def decode(model: Llama, slot: Slot, tokens: list[int], outputs: int) -> float:
-    """Append the tokens and return the seconds. ModelError if llama.cpp fails."""
-    begin = time.perf_counter()
-    if model.decode([(slot, tokens, outputs)]):
-        raise ModelError("llama.cpp cannot evaluate this model")
-    seconds = time.perf_counter() - begin
-    slot.tokens += tokens
-    return seconds
 
 
 def measure(model: Llama, read: int) -> Timing:

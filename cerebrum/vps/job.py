@@ -165,18 +165,24 @@ class Run:
     def result(self, reason: str) -> Event:
         """The done event."""
         job = self.job
-        event: Event = {"done": True, "total_tokens": self.generated}
-        event["inference_time"] = round(time.monotonic() - job.started, 3)
-        event["mode"] = job.request.mode
-        event["finish_reason"] = reason
-        event["prompt_tokens"] = len(job.prompt)
-        event["cached_tokens"] = job.cached
-        event["load_time"] = round(job.submitted - job.started, 4)
-        event["ttft"] = event["tokens_per_second"] = None
+        event: Event = {
+            "done": True,
+            "total_tokens": self.generated,
+            "inference_time": round(time.monotonic() - job.started, 3),
+            "mode": job.request.mode,
+            "finish_reason": reason,
+            "prompt_tokens": len(job.prompt),
+        }
+        event |= {
+            "cached_tokens": job.cached,
+            "load_time": round(job.submitted - job.started, 4),
+            "ttft": None,
+            "tokens_per_second": None,
+            "draft_tokens": self.drafted,
+            "accepted_tokens": self.accepted,
+        }
         if self.first_token:
             event["ttft"] = round(self.first_token - job.submitted, 4)
         if (seconds := self.last_token - self.first_token) > 0:
             event["tokens_per_second"] = round((self.generated - 1) / seconds, 2)
-        event["draft_tokens"] = self.drafted
-        event["accepted_tokens"] = self.accepted
         return event | self.confidence.result()

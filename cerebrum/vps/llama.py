@@ -30,7 +30,6 @@ MB = 1 << 20
 
 MAX_DRAFT = 63
 KV_TYPES = {"f16": api.GGML_TYPE_F16, "q8_0": api.GGML_TYPE_Q8_0}
-MAX_SEED = 2**32 - 2  # 2**32 - 1 asks llama.cpp for a random seed
 
 
 def cpus() -> int:

@@ -135,6 +135,16 @@ class Baton:
             return min(others, default=math.inf)
 
 
+def decode(model: Llama, slot: Slot, tokens: list[int], outputs: int) -> float:
+    """Append the tokens and return the seconds. ModelError if llama.cpp fails."""
+    begin = time.perf_counter()
+    if model.decode([(slot, tokens, outputs)]):
+        raise ModelError("llama.cpp cannot evaluate this model")
+    seconds = time.perf_counter() - begin
+    slot.tokens += tokens
+    return seconds
+
+
 def measure_costs(model: Llama, baton: Baton, give_up: Callable[[], bool]) -> Costs:
     """The costs of a model that was just loaded. ModelError if llama.cpp fails or `give_up` returns
     True. Another model may decode between two measurements.
@@ -145,11 +155,7 @@ def measure_costs(model: Llama, baton: Baton, give_up: Callable[[], bool]) -> Co
             raise ModelError("cancelled")
         tokens = [7919 * number % model.n_vocab for number in range(size)]  # of many experts
         with baton:
-            begin = time.perf_counter()
-            code = model.decode([(slot, tokens, min(size, model.outputs))])
-            seconds = time.perf_counter() - begin
+            seconds = decode(model, slot, tokens, min(size, model.outputs))
         least[size] = min(seconds, least[size])
-        model.trim(slot, 0)
-        if code:
-            raise ModelError("llama.cpp cannot evaluate this model")
+        model.cut(slot, 0)
     return Costs(least)

@@ -63,13 +63,7 @@ from cerebrum.vps.llama import (
     file_stamp,
     llama_log,
 )
-from cerebrum.vps.prefixes import (
-    MIN_PREFIX,
-    STORE_SECONDS,
-    Sequences,
-    load_parked,
-    save_parked,
-)
+from cerebrum.vps.prefixes import MIN_PREFIX, STORE_SECONDS, Sequences, load_parked, save_parked
 from cerebrum.vps.schedule import Baton, Costs, measure_costs
 from cerebrum.vps.tokens import common_prefix
 from cerebrum_common import HttpError, log

@@ -605,8 +605,9 @@ class Measured:
         self.now += 0.01 + 0.03 * len(tokens) + self.cold_seconds * (len(self.sizes) == 1)
         return 0
 
-    def trim(self, slot: Any, length: int) -> None:
+    def cut(self, slot: Any, length: int) -> None:
         assert (slot.id, length) == (0, 0)
+        slot.tokens.clear()
 
 
 def test_the_costs_of_a_model_are_measured_when_it_is_warm(monkeypatch: pytest.MonkeyPatch) -> None:
