@@ -311,22 +311,24 @@ class Gap(Stage):
         too_far = min(closed, default=sys.maxsize) <= max(self.closing, default=-1)
         return too_far or len(scanner.stack) < self.closed_below
 
-    def is_suffix(self, lines: int) -> bool:
-        """Whether a text that ends with so many lines of the goal has come to the suffix."""
+    def is_suffix(self, lines: int, is_line: bool) -> bool:
+        """Whether a text that ends with so many lines of the goal has come to the suffix.
+        `is_line`: the model has ended it, in its first line.
+        """
         weight = sum(map(str.isalnum, self.meeting.first))  # letters and digits
-        return lines > 1 or (lines == 1 and weight >= END_WEIGHT)
+        return lines > 1 or (lines == 1 and weight >= END_WEIGHT and not is_line)
 
     def flush(self, whole: bool) -> str:
         lines, place = self.meeting.at_end()
+        text = self.cut(0).rstrip(" \t")
+        # A line alone may equal the suffix's: two calls, two rows of a table, an argument.
+        is_line = whole and "\n" not in text.strip()
         end = self.enough  # None: all of the text belongs to the gap
-        if self.is_suffix(lines):
+        if self.is_suffix(lines, is_line):
             end = place
         elif whole:
             end = self.left_at if self.has_closed_too_much() else None
-        text = self.cut(0).rstrip(" \t")
-        # A line alone may equal the suffix's: two calls, two rows of a table.
-        is_line = whole and "\n" not in text.strip() and not self.cut(0, end).strip()
-        if end is not None and not is_line:
+        if end is not None:
             return self.cut(self.sent, end)
         # The line end before the suffix, if the model omitted it.
         lacks_end = text.strip() != "" and not text.endswith("\n")
@@ -467,11 +469,15 @@ class GapInLine(Gap):
         )
         return closes and not self.scanner.closer
 
-    def is_suffix(self, lines: int) -> bool:
-        if lines != 1 or super().is_suffix(lines) or self._has_closed():
+    def is_suffix(self, lines: int, is_line: bool) -> bool:
+        if lines != 1 or super().is_suffix(lines, is_line) or self._has_closed():
             return lines > 0
         rest = self.meeting.first
-        return rest[0] not in "\"'`)]}" and (not rest.isalnum() or len(rest) >= REST_CHARS)
+        return (
+            not is_line
+            and rest[0] not in "\"'`)]}"
+            and (not rest.isalnum() or len(rest) >= REST_CHARS)
+        )
 
 
 def gap_of(scanner: Scanner, prompt: str, suffix: str) -> Gap:

@@ -227,7 +227,7 @@ async def test_models_have_what_the_vps_reports(monkeypatch: pytest.MonkeyPatch)
             == languages.keys()
             == LANGUAGES.keys()
         )
-        assert languages["ruby"]["filenames"] == ["rakefile", "gemfile"]
+        assert languages["ruby"]["filenames"][:2] == ["rakefile", "gemfile"]
         backend.models = answer(200, MODELS)
         backend.health = answer(
             200, {"models_loaded": ["qwen_0_5b"]}

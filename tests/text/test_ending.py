@@ -163,6 +163,13 @@ ROWS = [
         "sql block: a comment of MySQL",
         "SELECT a\n«# don't (\nFROM b;\n»\nSELECT c;\n",
     ),
+    ("python end: two equal calls", "def f(x):\n    «log(x);»‖\n    log(x);\n    return x\n"),
+    ("markdown end: two equal rows", "| a | b |\n|---|---|\n«| one | two |»‖\n| one | two |\n"),
+    ("python end: an argument twice", "x = minimum(first«, value»‖, value)\ny = 2\n"),
+    (
+        "python end: two lines, the second of which is the suffix's",
+        "def f(x):\n«    first(x)\n»    second(x)‖    second(x)\n    return x\n",
+    ),
     (
         "python end: a long rest of a function",
         f"def f(a):\n    «{VALUES.lstrip()}»‖\n\ndef g():\n    pass",
