@@ -709,10 +709,6 @@ async def models(engine: Engine, _request: Request) -> Response:
     return Response({"models": [await describe_model(engine.pool, model) for model in listed]})
 
 
-# A list of models waits so long for what a new file's check will say: the Pi gives up after 2 s.
-PLAN_SECONDS = 0.5
-
-
 async def describe_model(pool: Pool, model: Model) -> dict[str, object]:
     instance = pool.ready.get(model.id)
     available = pool.refusal(model) is None
@@ -726,14 +722,11 @@ async def describe_model(pool: Pool, model: Model) -> dict[str, object]:
         draft = instance.draft.id if instance.draft else None
     elif available:
         try:
-            async with asyncio.timeout(PLAN_SECONDS):
-                plan = await pool.plan(model)
+            plan = await pool.plan(model)
             n_ctx = await asyncio.to_thread(context_length, path, plan.settings)
             draft = model.draft if plan.draft else None
             if plan.tuned:
                 path, encoding = plan.tuned.path, plan.tuned.passport.encoding
-        except TimeoutError:
-            pass
         except (HttpError, ModelError, OSError):  # the file is damaged, or has just gone
             available = False
     entry = {

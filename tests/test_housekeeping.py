@@ -254,18 +254,6 @@ async def test_a_model_that_does_not_fit_gets_a_shorter_context(house):
     assert (await listed())[C] == (4096, False)  # its file is damaged
 
 
-async def test_the_list_of_models_does_not_wait_for_the_check_of_a_new_file(house):
-    checked = asyncio.Event()
-
-    async def plan(_model):
-        await checked.wait()
-
-    house.patch(vpsd, "PLAN_SECONDS", 0.01)
-    house.patch(house.pool, "plan", plan)
-    entries = (await vpsd.models(house.engine, SimpleNamespace())).body["models"]
-    assert {(entry["n_ctx"], entry["available"]) for entry in entries} == {(4096, True)}
-
-
 async def test_a_draft_model_is_loaded_with_its_model_and_leaves_with_it(house):
     house.room = 9
     house.pair()

@@ -331,11 +331,12 @@ class Backend:
         try:
             listed = await self.kind.list_models()
         except HttpError as error:
-            is_unknown = self.models is None and not self.kind.takes_our_ids
-            if is_unknown or isinstance(error, Unusable):
-                self._models_until = 0.0
+            is_unknown, is_unusable = self.models is None, isinstance(error, Unusable)
+            if is_unknown or is_unusable:
+                self._models_until = 0.0  # a VPS may be checking new files
+            if is_unusable or (is_unknown and not self.kind.takes_our_ids):
                 raise
-            log.warning("%s: no list of models: %s", self.id, error.message)
+            self._warn_anew("%s: no list of models: %s", self.id, error.message)
             return
         self.names = find_models(self.kind.catalog, listed)
         if self.names:

@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import product
 
 # ---------------------------------------------------------------------------------------- languages
 
@@ -243,10 +244,9 @@ _RUST_RAW = ('r"', 'r#"', 'r##"', 'r###"')
 _LUA_RAW = ("[[", "[=[", "[==[")
 _CSHARP_TEXTS = ('""""', '"""', '$@"', '@$"', '@"')
 _THREE_QUOTES = ('"', "'", "`")
-# Perl's operators that quote, with the delimiters that need no partner.
-QUOTES = {
-    operator + mark: mark for operator in ("m", "qr", "s", "tr", "y", "q", "qq") for mark in "/!|#"
-}
+QUOTING = ("m", "qr", "s", "tr", "y", "q", "qq")  # Perl's operators
+# With the delimiters that need no partner.
+QUOTES = {operator + mark: mark for operator, mark in product(QUOTING, "/!|#")}
 # The base of files that are no code, and of scripts: only # comments.
 _PLAIN = Language(line_comment="#", block_comment=None, strings=(), blocks="lines")
 LANGUAGES: dict[str, Language] = {

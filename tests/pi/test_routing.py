@@ -394,6 +394,17 @@ async def test_the_answer_names_the_model_of_the_backend_that_took_over() -> Non
         assert b'"model":"qwen_0_5b"' in reply.body.split(b"\n\n")[1]
 
 
+async def test_a_first_list_that_does_not_come_is_asked_for_at_the_next_probe() -> None:
+    """A VPS with new files may be checking them."""
+    async with Backend(models=answer(500, {})) as vps, pi_for(vps.port) as pi:
+        backend = pi.gateway.fleet.first
+        assert (backend.models, backend.available) == (None, True)
+        vps.models = answer(200, {"models": [{"id": "qwen_0_5b"}]})
+        backend.wake.set()
+        await until(lambda: backend.models is not None)
+        assert backend.names == {"qwen_0_5b": "qwen_0_5b"}
+
+
 async def test_the_models_are_asked_for_once_if_nobody_lists_them() -> None:
     """The list is not asked for again before each attempt."""
     one = Backend([[RESET]], models=answer(500, {}))
