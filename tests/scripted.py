@@ -132,6 +132,7 @@ class Backend:
     scripts: Sequence[Sequence[Any]] = (GOOD,)
     health: bytes = answer(200, HEALTH)
     models: bytes = answer(200, MODELS)
+    stats: bytes = answer(200, {})
     props: bytes = answer(404, {})  # of llama-server
     tokens: bytes = b""  # the answer to /v1/tokenize; without one, a script answers it
     split: bool = False  # send byte by byte

@@ -549,10 +549,17 @@ def test_what_completes_no_text_is_refused_by_its_header(
     (tmp_path / "verified").mkdir()
     made, freed = list[Any](), list[Any]()
     make, free = api.llama_init_from_model, api.llama_free
-    monkeypatch.setattr(
-        api, "llama_init_from_model", lambda *given: made.append(make(*given)) or made[-1]
-    )
-    monkeypatch.setattr(api, "llama_free", lambda context: freed.append(context) or free(context))
+
+    def count_made(*given: Any) -> Any:
+        made.append(make(*given))
+        return made[-1]
+
+    def count_freed(context: Any) -> None:
+        freed.append(context)
+        free(context)
+
+    monkeypatch.setattr(api, "llama_init_from_model", count_made)
+    monkeypatch.setattr(api, "llama_free", count_freed)
     message = rf"^it is {kind} \({architecture}\), which cannot complete a text$"
     for _ in range(2):
         with pytest.raises(ModelError, match=message):
