@@ -100,9 +100,7 @@ def timestamp(ago: float = 0.0) -> str:
 
 
 def error_body(error: HttpError) -> dict[str, Any]:
-    """`{"error": true, "message", "code", "timestamp"}` and the error's `extra`, for a response or
-    an event.
-    """
+    """`{"error": true, "message", "code", "timestamp"}` and the error's `extra`."""
     return {
         "error": True,
         "message": error.message,
@@ -177,6 +175,11 @@ def sse_event(data: Mapping[str, Any]) -> bytes:
 def sse_block(line: bytes) -> bytes:
     """One SSE event with one line of data."""
     return b"data: %b\n\n" % line
+
+
+def error_event(error: HttpError) -> bytes:
+    """`data: {"error": true, "message", "code"}` and the error's `extra`."""
+    return sse_event({"error": True, "message": error.message, "code": error.code, **error.extra})
 
 
 def compact(data: Any) -> bytes:

@@ -685,13 +685,16 @@ class Exchange:
         """
         self.keep &= not error.close
         self.reason = f" {error.code}: {error.message}"
-        foreign_error = self.route.foreign_error if self.route else None
-        body = (foreign_error or common.error_body)(error)
+        body: Any = common.error_body(error)
+        event = common.error_event(error)
+        if self.route and self.route.foreign_error:
+            body = common.compact(self.route.foreign_error(error))
+            event = common.sse_block(body)
         if self.frame is None:
             await self.send(Response(body, error.status, headers=error.headers))
             return
         self.keep = False
-        await self.connection.write(self.frame(common.sse_event(body)))
+        await self.connection.write(self.frame(event))
         self.log(error.status)
         if self.head and "origin" in self.head.headers:
             await asyncio.sleep(PAGE_SECONDS)

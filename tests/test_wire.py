@@ -942,16 +942,14 @@ async def test_stream_shapes(caplog: pytest.LogCaptureFixture) -> None:
 
     good = b'data: {"token": "\\u00e4", "total_tokens": 1}\n\n'
     end = b'data: {"done": true}\n\n'
-    failed = b'data: {"error": true, "message": "expected more", "code": "VPS_UNAVAILABLE", '
+    failed = b'data: {"error": true, "message": "expected more", "code": "VPS_UNAVAILABLE"}\n\n'
     reply = await ask()
     assert (reply.status, reply.clean, reply.body) == (200, True, good + end)
     assert reply.one("Content-Type") == "text/event-stream; charset=utf-8"
     reply = await ask(version="HTTP/1.0")
     assert (reply.all("Transfer-Encoding"), reply.body) == ([], good + end)
     reply = await ask("http")
-    events, _, time = reply.body.partition(b'"timestamp": ')
-    assert (reply.clean, events) == (False, good + failed)
-    assert re.fullmatch(rb'"[0-9T:.-]{26}"}\n\n', time)
+    assert (reply.clean, reply.body) == (False, good + failed)
     # A bug says nothing of itself.
     reply = await ask("bug")
     assert not reply.clean
