@@ -534,11 +534,7 @@ sys.exit(memory.read_header(sys.argv[1]))
 
 @pytest.mark.parametrize(
     ("architecture", "kind"),
-    [
-        ("dream", "a diffusion model"),
-        ("llada", "a diffusion model"),
-        ("gemma-embedding", "an encoder"),
-    ],
+    [("llada", "a diffusion model"), ("gemma-embedding", "an encoder")],
 )
 def test_what_completes_no_text_is_refused_by_its_header(
     architecture: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
