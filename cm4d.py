@@ -320,7 +320,8 @@ class Gateway:
         config = self.config
         with contextlib.suppress(ConfigError):
             config = replace(config, clients=environ.clients(*CLIENTS, strict=False))
-        keys = () if config.clients else config.client_keys  # somebody is always let in
+        # Without clients the old keys stay until the new ones are read: some key must still work.
+        keys = () if config.clients else config.client_keys
         with contextlib.suppress(ConfigError):
             keys = environ.keys("CEREBRUM_CM4_API_KEY")
         config = replace(config, client_keys=keys)

@@ -245,7 +245,7 @@ _LUA_RAW = ("[[", "[=[", "[==[")
 _CSHARP_TEXTS = ('""""', '"""', '$@"', '@$"', '@"')
 _THREE_QUOTES = ('"', "'", "`")
 QUOTING = ("m", "qr", "s", "tr", "y", "q", "qq")  # Perl's operators
-# With the delimiters that need no partner.
+# With the delimiters that close with the same character: q/a/, but not q(a).
 QUOTES = {operator + mark: mark for operator, mark in product(QUOTING, "/!|#")}
 # The base of files that are no code, and of scripts: only # comments.
 _PLAIN = Language(line_comment="#", block_comment=None, strings=(), blocks="lines")

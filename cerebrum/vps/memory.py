@@ -117,7 +117,7 @@ Q8_0_BLOCK_BYTES = 34  # for 32 weights
 READ_HEADER = """
 import os, signal, sys
 os.environ["GGML_NO_BACKTRACE"] = "1"
-# Seconds: the file is read at 20 MB/s at least, which takes a 7B's four minutes, and mostly one.
+# A minute, and a second for each 20 MB of the file: about five minutes for a 7B on a slow disk.
 signal.alarm(60 + os.path.getsize(sys.argv[1]) // 20_000_000)
 with open("/proc/self/oom_score_adj", "w") as file:
     file.write("1000")  # dies before the daemon does
