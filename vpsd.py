@@ -145,7 +145,7 @@ def load_config(env: Environment) -> Config:
     path = env.text("CEREBRUM_MODELS_FILE") or HERE / "models.toml"
     catalog = load_catalog(Path(path), LANGUAGES)
     models = tuple(model for model in catalog.models if model.file)  # others run elsewhere
-    models_dir = read_folder(env, "CEREBRUM_MODELS_DIR", default_models_dir(env))
+    models_dir = env.folder("CEREBRUM_MODELS_DIR", default_models_dir(env))
     max_cpu_percent = env.number("CEREBRUM_MAX_CPU_PERCENT", 70, 1, 100)
     min_free_mb = env.number("CEREBRUM_MIN_FREE_MB", 1024, 0, 1 << 20)
     idle_minutes = env.number("CEREBRUM_IDLE_MINUTES", 60, 0, 1 << 20)
@@ -181,7 +181,6 @@ def load_settings(env: Environment) -> Settings:
     sequences = env.integer("CEREBRUM_MAX_CONCURRENT", 2, 1, 16)
     cache_mb = env.integer("CEREBRUM_CACHE_MB", 256, 0, 65_536)
     draft = env.integer("CEREBRUM_DRAFT", 1, 0, 1) == 1
-    default = env.text("STATE_DIRECTORY", "~/.local/state/cerebrum")  # systemd's StateDirectory=
     return Settings(
         threads=threads,
         fixed_threads=bool(env.text("CEREBRUM_THREADS")),
@@ -190,7 +189,7 @@ def load_settings(env: Environment) -> Settings:
         kv_type=kv_type,
         cache_mb=cache_mb,
         draft=draft,
-        state_dir=read_folder(env, "CEREBRUM_STATE_DIR", default),
+        state_dir=env.state_dir(),
     )
 
 
@@ -201,16 +200,6 @@ def default_models_dir(env: Environment) -> str:
     beside = HERE / "models"
     has_home = os.path.expanduser("~") != "~" and not env.text("STATE_DIRECTORY")
     return "~/.cache/cerebrum/models" if has_home and not beside.is_dir() else str(beside)
-
-
-def read_folder(env: Environment, name: str, default: str) -> Path:
-    text = env.text(name, default)
-    try:
-        return Path(text).expanduser()
-    except RuntimeError:
-        raise ConfigError(
-            f"{name}: expected a folder, got {text!r}, and there is no such home"
-        ) from None
 
 
 READ_ONCE = (

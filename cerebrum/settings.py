@@ -8,10 +8,12 @@ Standard library only.
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +137,20 @@ class Environment:
         """A comma-separated list."""
         parts = self.text(name).split(",")
         return frozenset(part.strip().lower() for part in parts if part.strip())
+
+    def folder(self, name: str, default: str) -> Path:
+        text = self.text(name, default)
+        try:
+            return Path(text).expanduser()
+        except RuntimeError:
+            raise ConfigError(
+                f"{name}: expected a folder, got {text!r}, and there is no such home"
+            ) from None
+
+    def state_dir(self) -> Path:
+        """Where a daemon keeps its state; systemd's StateDirectory= by default."""
+        default = self.text("STATE_DIRECTORY", "~/.local/state/cerebrum")
+        return self.folder("CEREBRUM_STATE_DIR", default)
 
     def number(self, name: str, default: float, low: float, high: float) -> float:
         text = self.text(name, str(default))
@@ -350,3 +366,22 @@ def _read_model(entry: Any, where: str, known: Collection[str]) -> Model:
     for name in ("languages", "aliases", "fim"):
         given[name] = tuple(given[name])
     return Model(**given, sources=tuple(sources))
+
+
+# ------------------------------------------------------------------------------- a daemon's state
+
+
+def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
+    """Replace the file by these parts in one step. The file and a new folder are for this user
+    alone.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    # A fixed name, so that the next write replaces a killed process's file.
+    temporary = path.with_name(f".{path.name}")
+    try:
+        with open(temporary, "wb", opener=partial(os.open, mode=0o600)) as file:
+            file.writelines(parts)
+        os.replace(temporary, path)
+    except BaseException:  # a full disk, say
+        temporary.unlink(missing_ok=True)
+        raise

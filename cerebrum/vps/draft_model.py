@@ -13,10 +13,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cerebrum.settings import write_atomically
 from cerebrum.vps.compute import Compute, ModelTally
 from cerebrum.vps.drafts import MODEL_LENGTH, USUAL_ACCEPTANCE, pair_rate
 from cerebrum.vps.job import Run
-from cerebrum.vps.llama import Llama, ModelError, Slot, write_atomically
+from cerebrum.vps.llama import Llama, ModelError, Slot
 from cerebrum.vps.schedule import Costs
 from cerebrum.vps.tokens import common_prefix
 from cerebrum.vps.vocabulary import api

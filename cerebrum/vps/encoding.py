@@ -38,6 +38,7 @@ from typing import Any, NamedTuple, TextIO
 
 import llama_cpp
 
+from cerebrum.settings import write_atomically
 from cerebrum.vps.draft_model import MIN_PAIR_GAIN, Record
 from cerebrum.vps.drafts import pair_rate
 from cerebrum.vps.gguf import Source, Tensor, Types, Values
@@ -53,7 +54,6 @@ from cerebrum.vps.llama import (
     cpus,
     file_size,
     file_stamp,
-    write_atomically,
 )
 from cerebrum.vps.memory import Need, Parts, fit, needed
 from cerebrum.vps.schedule import Costs, decode

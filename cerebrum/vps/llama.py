@@ -17,7 +17,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -498,19 +497,3 @@ def check_disk(folder: Path, need: int) -> None:
         raise OSError(
             f"expected {need / MB:.0f} MB of free disk in {folder}, got {free / MB:.0f} MB"
         )
-
-
-def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
-    """Replace the file by these parts in one step. The file and a new folder are for this user
-    alone.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    # A fixed name, so that the next write replaces a killed process's file.
-    temporary = path.with_name(f".{path.name}")
-    try:
-        with open(temporary, "wb", opener=partial(os.open, mode=0o600)) as file:
-            file.writelines(parts)
-        os.replace(temporary, path)
-    except BaseException:  # a full disk, say
-        temporary.unlink(missing_ok=True)
-        raise

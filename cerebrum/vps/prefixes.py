@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cerebrum.vps.llama import Llama, Slot, write_atomically
+from cerebrum.settings import write_atomically
+from cerebrum.vps.llama import Llama, Slot
 from cerebrum.vps.tokens import common_prefix
 from cerebrum_common import log
 

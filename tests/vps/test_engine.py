@@ -28,6 +28,7 @@ from test_admission import config
 from test_ending import splits
 
 import vpsd
+from cerebrum.settings import write_atomically
 from cerebrum.vps import drafts, llama, prefixes, schedule
 from cerebrum.vps import job as vps_job
 from cerebrum.vps import worker as vps_worker
@@ -576,13 +577,13 @@ def test_a_file_is_replaced_in_one_step_or_not_at_all(
 
     (tmp_path / ".file").write_bytes(b"what a killed process left")
     for data in (b"one", b"two"):
-        llama.write_atomically(tmp_path / "file", data)
+        write_atomically(tmp_path / "file", data)
         assert [(found.name, found.read_bytes()) for found in tmp_path.iterdir()] == [
             ("file", data)
         ]
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="No space left"):
-        llama.write_atomically(tmp_path / "file", b"three")
+        write_atomically(tmp_path / "file", b"three")
     assert [(found.name, found.read_bytes()) for found in tmp_path.iterdir()] == [("file", b"two")]
 
 
