@@ -175,6 +175,7 @@ class Config:
     log_file: str
     log_prompts: bool
     tls: ssl.SSLContext | None
+    state_dir: Path
 
     @property
     def access(self) -> Access:
@@ -220,6 +221,7 @@ def load_config(environ: Environment) -> Config:
         clients=clients,
         **more,
         tls=read_tls(environ),
+        state_dir=environ.state_dir(),
     )
 
 
@@ -286,7 +288,7 @@ class Gateway:
         self.created = int(time.time())
         self.reconfigured = 0
         self.fleet = Fleet()
-        self.counting = Counting()
+        self.counting = Counting(config.state_dir / "people.json")
         self._use(config)
         self.dispatcher = Dispatcher(self.fleet, self.counting.work)
         self.broadcasts = Broadcasts(self.dispatcher, self.complete, self.beginning, self.counting)
@@ -372,6 +374,7 @@ class Gateway:
             self.model_names = names
             self.broadcasts.forget()
         self.sample()
+        self.counting.people.save(time.monotonic())
         self.dispatcher.advance()
 
     async def complete(self, completion: Completion) -> Pairs:
@@ -462,10 +465,6 @@ class Gateway:
         request = attempt.request
         text = attempt.sent.text
         self.counting.work(attempt.model, done)
-        confidence = done.get("confidence", -1)
-        is_suggested = request.kind == "infill" and attempt.size and attempt.completion.clients
-        if is_suggested and confidence >= (attempt.threshold or 0):
-            self.counting.count_band("suggested", confidence)
         if text.cut and request.kind != "chat":
             # Read it all later, so that the next prompt of this file need not be cut.
             fields = request.fields | {"max_tokens": 0, "prompt_ms": 0}
@@ -696,6 +695,8 @@ async def speak(dialect: dialects.Dialect, gateway: Gateway, request: Request) -
     editor = f"{request.client} {request.address} {head.headers.get('user-agent', '')}"
     subscriber = Subscriber(gateway.broadcasts, Completion(wanted, notes=request.notes), editor)
     pairs = shown(subscriber.pairs(), fields, lambda: subscriber.typed_text)
+    if wanted.kind == "infill" and fields["max_tokens"]:
+        pairs = subscriber.counted(pairs)
     reply_to = functools.partial(dialect.reply, wanted, head.request_id, int(time.time()))
     if wanted.stream:
         return stream_in_dialect(pairs, reply_to)
@@ -776,9 +777,7 @@ def statistics(gateway: Gateway) -> JsonObject:
         "breaker": first.breaker,
     }
     members["backends"] = [vars(backend) for backend in backends.values()]
-    bands = gateway.counting.by_confidence.items()
-    members["by_confidence"] = [{"from": least, **band} for least, band in bands]
-    members["clients"] = gateway.counting.people.describe()
+    members["unnamed"], *members["clients"] = gateway.counting.people.describe()
     return members
 
 
@@ -824,14 +823,6 @@ METRICS = {
                "counting.accepted_characters", "accepted_characters"),
         Metric("cerebrum_reloads_total", "How often the settings were read again.", "reconfigured"),
     ),
-    "from": (
-        Metric("cerebrum_infills_suggested_total",
-               "Infills with a text, by the confidence of their first line.",
-               lambda band: band["suggested"]),
-        Metric("cerebrum_infills_accepted_total",
-               "Those of them that users accepted, as editors report.",
-               lambda band: band["accepted"]),
-    ),
     "model": (
         *COMPLETIONS,
         Metric("cerebrum_tokens_total", "Tokens of completions that have ended.", "tokens"),
@@ -850,6 +841,10 @@ METRICS = {
         Metric("cerebrum_client_seconds_total", "Time in which these completions held a place.",
                "seconds"),
         Metric("cerebrum_client_accepted_total", "Completions that its user accepted.", "accepted"),
+        Metric("cerebrum_client_shown_characters_total", "Characters of hints that it got.",
+               "shown"),
+        Metric("cerebrum_client_kept_characters_total",
+               "Those of them that were then in the file.", "kept"),
     ),
     "backend": (  # read from a backend's entry in /v1/stats
         Metric("cerebrum_backend_up", "Whether it is available.", "available"),
@@ -883,7 +878,7 @@ def subjects(gateway: Gateway) -> JsonObject:
     for backend in gateway.fleet.backends:
         backends[backend.id] = describe_backend(backend, active[backend])
     measured: JsonObject = {"": {"": gateway}, "model": counting.tallies, "backend": backends}
-    return measured | {"from": counting.by_confidence, "client": counting.people.total}
+    return measured | {"client": counting.people.total}
 
 
 async def metrics(gateway: Gateway, request: Request) -> Response:
@@ -950,7 +945,7 @@ async def serve(environ: Environment, config: Config) -> int:
         server.use(new.access)
         set_up_logging(new.log_level, new.log_file)
         warn_of(new)
-        unchanged = ["CEREBRUM_CM4_HOST", "CEREBRUM_CM4_PORT"]
+        unchanged = ["CEREBRUM_CM4_HOST", "CEREBRUM_CM4_PORT", "CEREBRUM_STATE_DIR"]
         if config.tls and new.tls:
             server.tls = new.tls  # from the next connection on
         else:
@@ -962,6 +957,7 @@ async def serve(environ: Environment, config: Config) -> int:
         return 1  # systemd tries again: an interface may come up late at boot
     failed = await service.run(asyncio.create_task(gateway.fleet.probe_forever(gateway.probed)))
     await server.stop(DRAIN_SECONDS)
+    gateway.counting.people.save(math.inf)
     for backend in gateway.fleet.backends:
         backend.kind.client.close()
     return int(failed)  # systemd restarts the daemon after a 1

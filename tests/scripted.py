@@ -32,6 +32,7 @@ from collections.abc import (
     Sequence,
 )
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 from harness import KEY, PATIENCE, SHIPPED, Client, Reply, until
@@ -368,6 +369,7 @@ USUAL: dict[str, Any] = {
     "log_file": "",
     "log_prompts": False,
     "tls": None,
+    "state_dir": Path("/dev/null"),
 }
 
 

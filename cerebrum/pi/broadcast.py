@@ -13,6 +13,7 @@ import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from os.path import commonprefix
 
 from cerebrum.fields import Members
 from cerebrum.pi.completion import (
@@ -29,7 +30,7 @@ from cerebrum.pi.completion import (
     remember,
     text_event,
 )
-from cerebrum.pi.counting import Counting
+from cerebrum.pi.counting import Counting, Usage
 from cerebrum.pi.dispatcher import Dispatcher
 from cerebrum_common import HttpError, internal_error
 
@@ -113,6 +114,25 @@ def typed_of(earlier: str, text: str, prompt: str, omitted: int = 0) -> int:
     return found + CURSOR_CHARS - len(before) if found >= 0 else 0
 
 
+# ------------------------------------------------------------------------ policy: what a user keeps
+
+HINT_SECONDS = 60  # from the request for a hint to the next one
+MAX_HINTS = 256  # remembered
+
+
+def kept_of(above: str, hint: str, prompt: str) -> int:
+    """How many characters of a hint stand behind its place in a newer prompt; 0 if this is not near
+    the prompt's end. `above`: the end of the text before the hint, at most CURSOR_CHARS. Both
+    texts begin with "\\0" where the editor's window begins, which moves in a longer file.
+
+    >>> kept_of("\\0x = ", "foo(a)", "\\0x = foo(b")
+    4
+    """
+    nearby = prompt[-CURSOR_CHARS - len(hint) - MAX_TYPED_CHARS :]
+    behind = nearby.partition(above)[2]
+    return len(commonprefix([hint, behind]))  # noqa: RUF071, characters are meant
+
+
 # --------------------------------------------------------------------------- policy: who reads what
 
 
@@ -135,8 +155,6 @@ class Broadcast:
     kept: Broadcast | None = None  # its finished form, once a client has the whole text
     memory: dict[str, Broadcast] = field(default_factory=dict)  # for its finished form
     clients: set[str] = field(default_factory=set)  # of a finished one: who got the whole text
-    # Of a finished one for which nobody has waited: its confidence, if that is enough to show it.
-    unseen: float | None = None
 
     @property
     def text(self) -> str:
@@ -212,9 +230,6 @@ def finished(broadcast: Broadcast) -> Broadcast | None:
     is_whole = not is_late and not (attempt and attempt.sent.text.cut)
     if request.kind == "infill" and request.fields["temperature"] == 0 and is_whole:
         kept.asked = completion.digest
-    confidence = result.get("confidence", -1)
-    if not completion.clients and confidence >= (begun["threshold"] or 0):
-        kept.unseen = confidence
     return kept
 
 
@@ -276,6 +291,17 @@ class Subscriber:
         finally:
             self.broadcasts.leave(self)
 
+    async def counted(self, pairs: Pairs) -> Pairs:
+        """The pairs as an infill's client gets them. Count their text once it is whole."""
+        text = ""
+        async with contextlib.aclosing(pairs):
+            async for kind, value in pairs:
+                if kind == "text":
+                    text += read_text(value)
+                elif kind == "done" and self.waits and not self.replaced:
+                    self.broadcasts.show(self.completion, text)
+                yield kind, value
+
     def _next(self, broadcast: Broadcast) -> Pair:
         kind, value = broadcast.pairs[self.at]
         self.at += 1
@@ -316,6 +342,8 @@ class Broadcasts:
     replaced: int = 0
     subscribers: list[Subscriber] = field(default_factory=list)
     finished: dict[str, Broadcast] = field(default_factory=dict)  # by their gap and text
+    # The last hint in each file: what precedes it, its text, and when it was asked for.
+    hints: dict[str, tuple[str, str, float]] = field(default_factory=dict)
 
     def join(self, subscriber: Subscriber) -> Broadcast:
         """The broadcast that the subscriber reads: one that is there, or a new one."""
@@ -403,8 +431,7 @@ class Broadcasts:
         else:
             self.shared += 1
         if not running:
-            self.counting.typed(client, broadcast.unseen)
-            broadcast.unseen = None
+            self.counting.people.add(client, Usage(completions=1))
             return
         running.clients.append(client)
         running.requested = completion.started  # it waits for a place from now on
@@ -515,6 +542,18 @@ class Broadcasts:
             self.counting.share(completion)
             completion.clients.clear()
             self.dispatcher.demote(completion, others[0].request.client)
+
+    def show(self, completion: Completion, text: str) -> None:
+        """Count what an infill's prompt has of the last hint in its file; then the text, which its
+        client is shown now, unless it is the rest of this hint.
+        """
+        request, now = completion.request, completion.started
+        prompt = "\0" + request.fields["prompt"]
+        above, hint, asked = self.hints.get(request.file, ("\0", "", 0.0))
+        kept = kept_of(above, hint, prompt) if now - asked <= HINT_SECONDS else 0
+        shown = 0 if (prompt + text).endswith(above + hint) else len(text)
+        self.counting.people.add(request.client, Usage(shown=shown, kept=kept))
+        remember(self.hints, request.file, (prompt[-CURSOR_CHARS:], text, now), MAX_HINTS)
 
     def keep(self, broadcast: Broadcast, request: CompletionRequest) -> None:
         """Remember the text that a client got as a whole, for when the user types it."""

@@ -5,24 +5,25 @@ hour.
 from __future__ import annotations
 
 import contextlib
+import json
 import time
-from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Collection, Sequence
-from datetime import date
+from collections import deque
+from collections.abc import AsyncIterator, Collection, Iterable, Sequence
+from datetime import date, timedelta
 from itertools import pairwise
 from operator import add
+from pathlib import Path
 from typing import NamedTuple
 
-from cerebrum.fields import Field, JsonObject, Members
+from cerebrum.fields import Field, JsonObject, Members, parse_json
 from cerebrum.metrics import CANCELLED, Tally
-from cerebrum.pi.completion import SUPERSEDED, Completion
-from cerebrum_common import HttpError, Model
+from cerebrum.pi.completion import SUPERSEDED, Completion, remember
+from cerebrum.settings import write_atomically
+from cerebrum_common import HttpError, Model, log
 
 HISTORY_STEP_SECONDS = 30
 HISTORY_STEPS = 60  # half an hour
-# What an editor reports: the length, and the confidence that came with the completion.
-ACCEPTED = {"characters": Field(int, 1, 10**6, required=True), "confidence": Field(float, 0, 1)}
-BANDS = (0, 0.2, 0.4, 0.6, 0.8)  # of confidence, each up to the next
+ACCEPTED = {"characters": Field(int, 1, 10**6, required=True)}  # what an editor reports
 # Completions that began, those that ended with an error, tokens.
 SERIES = ("requests", "failed", "tokens")
 
@@ -62,57 +63,88 @@ class Usage(NamedTuple):
     tokens: int = 0
     seconds: float = 0.0  # that its completions held a place
     accepted: int = 0  # completions
+    # Characters of hints, the texts that editors show; how many of them were then in the file.
+    shown: int = 0
+    kept: int = 0
+
+    def plus(self, other: Iterable[float]) -> Usage:
+        return Usage(*map(add, self, other))
+
+
+MONTH_DAYS = 30
+MAX_ENTRIES = 1000  # a month of MAX_CLIENTS; takes up to half of MAX_FILE_BYTES
+MAX_FILE_BYTES = 1 << 18
+SAVE_SECONDS = 60
 
 
 class People:
-    """What each named client has used, since the start and today, by this machine's clock."""
+    """What each named client has used, and those without a name ("") together: since the start, and
+    by days of this machine's clock, which a file keeps over a restart. Whatever is wrong with the
+    file costs no more than these figures.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, path: Path) -> None:
         self.total = dict[str, Usage]()
-        self._today = defaultdict[str, Usage](Usage)
-        self._day = date.today()
+        self._path = path
+        self._days = read_days(path)  # by day and name, "2025-12-25 anna"
+        self._saved = "{}"
+        self._due = 0.0
 
     def configure(self, names: Collection[str]) -> None:
-        self.total = {name: self.total.get(name, Usage()) for name in names}
-        for gone in self._today.keys() - names:
-            del self._today[gone]
+        self.total = {name: self.total.get(name, Usage()) for name in ("", *names)}
 
-    def add(self, name: str, used: Usage) -> None:
-        """Count what a client has used, if it has a name."""
-        if name not in self.total:
-            return
-        for table in (self.total, self._of_today()):
-            table[name] = Usage(*map(add, table[name], used))
+    def add(self, client: str, used: Usage) -> None:
+        name = client if client in self.total else ""
+        day = f"{date.today()} {name}"
+        self.total[name] = self.total[name].plus(used)
+        remember(self._days, day, self._days.get(day, Usage()).plus(used), MAX_ENTRIES)
 
     def describe(self) -> list[JsonObject]:
-        """The member `clients` of /v1/stats."""
-        today = self._of_today()
+        """The members `unnamed` and `clients` of /v1/stats."""
         entries = []
-        for name, used in self.total.items():
-            entry = {"name": name, **used._asdict()}
-            entries.append(entry | {"today": today[name]._asdict()})
+        for name, total in self.total.items():
+            spans = {"today": self._last(1, name), "month": self._last(MONTH_DAYS, name)}
+            entries.append({"name": name, **total._asdict(), **spans})
         return entries
 
-    def _of_today(self) -> dict[str, Usage]:
-        today = date.today()
-        if self._day != today:
-            self._day = today
-            self._today.clear()
-        return self._today
+    def _last(self, days: int, name: str) -> JsonObject:
+        used = Usage()
+        for age in range(days):
+            day = f"{date.today() - timedelta(age)} {name}"
+            used = used.plus(self._days.get(day, Usage()))
+        return used._asdict()
+
+    def save(self, now: float) -> None:
+        """Write the file if it has changed, at most every SAVE_SECONDS of `now` (monotonic)."""
+        days = json.dumps(self._days)
+        if now >= self._due and days != self._saved:
+            self._due, self._saved = now + SAVE_SECONDS, days
+            with contextlib.suppress(OSError):  # a full disk, say
+                write_atomically(self._path, days.encode())
+
+
+def read_days(path: Path) -> dict[str, Usage]:
+    """What a file of `People` has; nothing if it is missing or damaged."""
+    try:
+        with path.open("rb") as file:
+            found = parse_json(file.read(MAX_FILE_BYTES))
+        return {day: Usage().plus(used) for day, used in found.items()}
+    except (OSError, HttpError, TypeError) as error:
+        log.info("%s: the figures of days begin anew: %s", path, error)
+        return {}
 
 
 class Counting:
     """Owns the totals of completions, but for those that `Broadcasts` answers without a backend."""
 
-    def __init__(self) -> None:
+    def __init__(self, path: Path) -> None:
         self.started = self.failed = 0  # completions that were computed, and those that failed
         # Completions that editors' users accepted, and their length.
         self.accepted = self.accepted_characters = 0
         self.tallies = dict[str, Tally]()  # by model
         self.running = set[Completion]()
-        self.by_confidence = {least: {"suggested": 0, "accepted": 0} for least in BANDS}
         self.history = History(time.monotonic())
-        self.people = People()
+        self.people = People(path)
 
     def configure(self, models: Sequence[Model], names: Collection[str]) -> None:
         """Count for these models too, from now on, and for the clients of these names alone."""
@@ -125,17 +157,8 @@ class Counting:
         ended = sum(tally.tokens for tally in self.tallies.values())
         return ended + sum(completion.tokens for completion in self.running)
 
-    def count_band(self, name: str, confidence: float) -> None:
-        """Count an infill with a text as "suggested" or "accepted", by the confidence of its first
-        line.
-        """
-        band = max(least for least in BANDS if confidence >= least)
-        self.by_confidence[band][name] += 1
-
-    def accept(self, client: str, characters: int, confidence: float | None) -> dict[str, int]:
+    def accept(self, client: str, characters: int) -> dict[str, int]:
         """Count a completion that a client accepted, and return the totals."""
-        if confidence is not None:
-            self.count_band("accepted", confidence)
         self.people.add(client, Usage(accepted=1))
         self.accepted += 1
         self.accepted_characters += characters
@@ -173,14 +196,6 @@ class Counting:
             tokens = attempt.tokens if attempt.last else 1
             started, last = completion.started, attempt.last or attempt.first
             tally.spoke(attempt.first - started, last - started, tokens)
-
-    def typed(self, client: str, unseen: float | None) -> None:
-        """Count a completion that an earlier one has answered. `unseen`: the confidence of a text
-        that nobody has seen until now.
-        """
-        self.people.add(client, Usage(completions=1))
-        if unseen is not None:
-            self.count_band("suggested", unseen)
 
     def share(self, completion: Completion) -> None:
         """Count what has come of a completion for each client who waits for it; they divide the

@@ -121,8 +121,8 @@ EVENT = {
     "contentSchema": {"anyOf": [*map(like, EVENTS)]},
 }
 STATE = {"id": "vps", "available": True, "message": ""}
-USED = {"completions": 1, "tokens": 64, "seconds": 1.5, "accepted": 1}
-CLIENT = {"name": "anna", **USED, "today": USED}
+USED = {"completions": 1, "tokens": 64, "seconds": 1.5, "accepted": 1, "shown": 100, "kept": 61}
+CLIENT = {"name": "anna", **USED, "today": USED, "month": USED}
 STATS = {
     "uptime": 1.5,
     "requests_total": 1,
@@ -132,7 +132,7 @@ STATS = {
     "memory_mb": 25.5,
     "load_avg": [0.5],
     "backends": [STATE],
-    "by_confidence": [{"from": 0.8, "suggested": 1, "accepted": 1}],
+    "unnamed": CLIENT,
     "clients": [CLIENT],
 }
 LISTED = {

@@ -28,6 +28,7 @@ from test_clients import CACHE
 from test_page import settings_for_editors
 from test_peers import needs
 
+from cerebrum.pi.counting import Usage
 from cerebrum.settings import Client
 
 pytestmark = pytest.mark.clients
@@ -956,13 +957,11 @@ async def test_the_state_of_the_pi_of_its_models_and_of_its_people(chrome: Any) 
         await visit.see("#clients tr:nth-child(2)", re.compile(f"^anna{figures}{figures}$"))
         unused = "0 completions, 0 accepted, 0 tokens, 0.0 s"
         await visit.see("#clients tr:nth-child(3)", f"tom{unused}{unused}")
-        assert await visit.find("#sure").is_hidden()
-        taken = {"characters": 3, "confidence": 0.85}
-        assert (
-            await visit.pi.ask("POST", "/v1/accepted", taken, **{"X-API-Key": KEY})
-        ).status == 200
-        await visit.see("#bands tr:nth-child(6)", "80 % to 100 %01")
-        assert await visit.find("#sure").is_visible()
+        assert await visit.find("#hints").is_hidden()
+        visit.pi.gateway.counting.people.add("anna", Usage(shown=100, kept=61))
+        words = "of 100 characters shown 61 stayed"
+        await visit.see("#stayed tr:nth-child(2)", f"anna{words}{words}")
+        assert await visit.find("#hints").is_visible()
         await visit.backend.__aexit__()
         await visit.ask(CODE)
         await visit.see_part("#error", "VPS backend is unavailable (connection refused).")

@@ -252,7 +252,7 @@ STATS = {
     "version", "uptime", "requests_total", "requests_active", "vps_available",
     "vps_response_time_ms", "memory_mb", "load_avg", "breaker", "backends",
     "type_through", "shared", "replaced", "accepted", "accepted_characters", "clients",
-    "by_confidence", "speculative",
+    "unnamed", "speculative",
 }  # fmt: skip
 
 

@@ -110,12 +110,12 @@ async def ask(pi: Pi, key: str, path: str = "/v1/complete") -> Reply:
 
 
 async def figures(pi: Pi, key: str = ANNA) -> str:
-    """Each client with its completions, tokens and accepted ones; today's are the same."""
+    """Each client with its completions, tokens and accepted ones; the days' are the same."""
     entries = (await pi.get("/v1/stats", X_API_Key=key)).json["clients"]
     written = list[str]()
     for entry in entries:
-        name, today = entry.pop("name"), entry.pop("today")
-        assert today == entry
+        name = entry.pop("name")
+        assert entry.pop("today") == entry.pop("month") == entry
         written.append(f"{name} {entry['completions']} {entry['tokens']} {entry['accepted']}")
     return ", ".join(written)
 
@@ -541,7 +541,7 @@ async def test_a_shared_or_typed_answer_counts_for_each_who_asked() -> None:
         attempt.begun, attempt.left = 1.0, 10.0
         shared.attempts.append(attempt)
         people = pi.gateway.counting.people.total
-        before = {name: people[name].seconds for name in people}
+        before = {name: people[name].seconds for name in ("anna", "ben", "tom")}
         async with pi.gateway.counting.completion(shared):
             pass
         for name in before:

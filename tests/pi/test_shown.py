@@ -201,27 +201,12 @@ async def test_a_hidden_line_is_shown_once_its_first_characters_are_typed() -> N
         assert len(backend.completions) == 2
 
 
-BANDS = [
-    {"from": 0.0, "suggested": 0, "accepted": 0},
-    {"from": 0.2, "suggested": 1, "accepted": 0},
-    {"from": 0.4, "suggested": 0, "accepted": 0},
-    {"from": 0.6, "suggested": 0, "accepted": 0},
-    {"from": 0.8, "suggested": 2, "accepted": 1},
-]
-
-
-async def test_suggested_and_accepted_are_counted_by_confidence() -> None:
-    scripts = [script(("x", sure)) for sure in (0.1, 0.35, 0.85, 1.0)]
+async def test_only_what_is_shown_counts_as_shown() -> None:
+    scripts = [script(("x\n", 0.9), ("y", 0.1)), script(("x", 0.1))]
     async with pi_with(*scripts, models=MODELS) as (pi, _):
-        for number in range(4):
-            await infill(pi, prompt=f"    y{number} = ")
-        for confidence, status in ((0.85, 200), (None, 200), (1.5, 400)):
-            body = {"characters": 3, "confidence": confidence}
-            assert (await pi.post("/v1/accepted", body)).status == status
-        assert (await pi.stats())["by_confidence"] == BANDS
-        metrics = (await pi.get("/metrics")).body
-        assert b'cerebrum_infills_suggested_total{from="0.8"} 2\n' in metrics
-        assert b'cerebrum_infills_accepted_total{from="0.8"} 1\n' in metrics
+        await infill(pi, prompt="    y = ")
+        await infill(pi, prompt="    z = ")
+        assert (await pi.stats())["unnamed"]["shown"] == 1
 
 
 THRESHOLDS: dict[Any, float | None] = {

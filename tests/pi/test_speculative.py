@@ -52,25 +52,27 @@ def assert_ended(reply: Reply) -> None:
     assert reply.json.keys() == {"error"}
 
 
-async def suggested(pi: Pi) -> int:
-    return sum(band["suggested"] for band in (await pi.stats())["by_confidence"])
+async def shown(pi: Pi) -> int:
+    """Characters of hints."""
+    shown: int = (await pi.stats())["unnamed"]["shown"]
+    return shown
 
 
 async def test_what_was_computed_ahead_is_there_when_the_text_is_accepted():
     async with pi_with(HINT, NEXT) as (pi, backend):
         await infill(pi)
-        assert await suggested(pi) == 1
+        assert await shown(pi) == 5
         pi.gateway.dispatcher.state.editors.clear()
         first = await ahead(pi)
         assert first.json["content"] == " + b"
-        assert await suggested(pi) == 1  # nobody has seen it
+        assert await shown(pi) == 5  # nobody has seen it
         assert pi.gateway.dispatcher.state.editors == {}
         for times in (1, 2):
             reply = await accepted(pi)
             assert reply.json["content"] == " + b"
             assert reply.json["confidence"] == 0.7
             assert "type_through" not in reply.json
-            assert await suggested(pi) == 2
+            assert await shown(pi) == 9
             assert (await pi.stats())["shared"] == times
         assert len(backend.completions) == 2
 
@@ -133,7 +135,7 @@ async def test_an_accepted_request_joins_the_one_that_is_being_written():
         go.set()
         assert [(await one).json["content"] for one in (joined, first)] == [" + b", " + b"]
         assert len(backend.completions) == 2
-        assert await suggested(pi) == 1
+        assert await shown(pi) == 4
 
 
 OTHERS: list[tuple[str, dict[str, Any]]] = [
