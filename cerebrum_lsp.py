@@ -225,13 +225,18 @@ class Gap:
     after: str
     language: str = ""  # LSP's id of it
 
+    def typed_since(self, old: Gap) -> str | None:
+        """The text typed or accepted since an older gap; None if anything else has changed."""
+        typed = self.before.removeprefix(old.before)
+        return typed if self == replace(old, before=old.before + typed) else None
+
 
 class Suggestion(NamedTuple):
     """A completion."""
 
     text: str = ""
-    confidence: float | None = None  # of its first line, if it is known
-    unsure: bool = False  # lines that the model is unsure of are missing
+    chance: float = 0.0  # that all of it is right; 0: unknown
+    unsure: bool = False  # it ends where the model becomes unsure
 
 
 Position = tuple[int, int]  # LSP's: the line, and UTF-16 units of it
@@ -244,6 +249,7 @@ class Document:
         self.uri = uri
         self.language = language
         self.version = version
+        self.deleted = -1  # the line of the latest edit, if that only removed text
         self.lines: list[str] = LINE.findall(text)
 
     def line(self, number: int) -> str:
@@ -285,6 +291,7 @@ class Document:
         """Replace the text between two positions. The line before is read again, since \\r and \\n
         may meet.
         """
+        self.deleted = -1 if text else start[0]
         first, column = self.locate(*start)
         last, after = max(self.locate(*end), (first, column))
         before = max(0, first - 1)
@@ -299,28 +306,42 @@ class Suggestions:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.found: deque[tuple[Gap, Suggestion]] = deque(maxlen=16)  # each with its gap
-        self.usual = 0.4  # median seconds for a completion; a guess, until there are answers
-        self.seconds = deque([self.usual], maxlen=8)
-        self.ahead: Gap | None = None  # for which the Pi was asked ahead last
+        self.seconds = deque([0.4], maxlen=8)  # a guess, until there are answers
+        self.next: Gap | None = None  # the gap behind the latest completion
+        self.shown = Gap("", "", ""), "", 0  # the latest ghost text: its gap, itself, its place
+        self.typed_over = deque[int](maxlen=64)  # the place of each text that was
 
     def add(self, gap: Gap, found: Suggestion, seconds: float) -> None:
-        """Add a completion, and the seconds for it unless it was computed ahead."""
+        """Add a completion, and the seconds for it unless it was perhaps computed ahead."""
         with self.lock:
             while sum(len(old.before) + len(old.after) for old, _ in self.found) > MAX_CHARACTERS:
                 self.found.popleft()
             self.found.append((gap, found))
-            if gap != self.ahead:
+            if gap != self.next:
                 self.seconds.append(seconds)
-                self.usual = median(self.seconds)
+            self.next = replace(gap, before=gap.before + found.text)
 
-    def behind(self, gap: Gap, found: Suggestion) -> Gap | None:
-        """The gap behind a suggestion that is shown, to ask ahead for it. None if the suggestion
-        will hardly be taken, or if the Pi is too slow.
+    def show(self, gap: Gap, text: str) -> int:
+        """Note the ghost text for a gap, "" for a new request without one. Returns how many times
+        something else was typed over this text, in a line with this number and the same text
+        before.
         """
-        is_sure = found.text and not found.unsure and (found.confidence or 0) >= SURE
-        if not is_sure or self.usual > LOOK_SECONDS:
-            return None
-        return replace(gap, before=gap.before + found.text)
+        *above, line = gap.before.split("\n")
+        place = hash(f"{gap.uri} {len(above)} {line}{text}")  # a line may be long
+        with self.lock:
+            old, shown, old_place = self.shown
+            typed = gap.typed_since(old) or ""
+            if typed[: len(shown)] != shown[: len(typed)]:  # neither begins with the other
+                self.typed_over.append(old_place)
+            self.shown = gap, text, place
+            return self.typed_over.count(place)
+
+    def behind(self, found: Suggestion) -> Gap | None:
+        """The gap behind the latest suggestion, to ask ahead for it. None if the suggestion will
+        hardly be taken, or if the Pi is too slow.
+        """
+        is_sure = found.text and found.chance >= SURE
+        return self.next if is_sure and median(self.seconds) <= LOOK_SECONDS else None
 
     def rest(self, gap: Gap) -> Suggestion | None:
         """The rest of a completion whose beginning has been typed or accepted; None if there is
@@ -328,26 +349,24 @@ class Suggestions:
         """
         with self.lock:
             for old, found in reversed(self.found):
-                typed = gap.before[len(old.before) :]
+                typed = gap.typed_since(old)
                 is_whole = typed and typed == found.text
-                if is_whole or not found.text.startswith(typed):
+                if typed is None or is_whole or not found.text.startswith(typed):
                     continue
-                if gap == replace(old, before=old.before + typed):
-                    confidence = None if "\n" in typed else found.confidence
-                    return Suggestion(found.text[len(typed) :], confidence, found.unsure)
+                return found._replace(text=found.text.removeprefix(typed))
         return None
 
     def pause(self, gap: Gap) -> float:
-        """Seconds without a key before an automatic request: longer for a slow Pi, next to none for
-        what was asked ahead.
+        """Seconds without a key before an automatic request: longer for a slow Pi, next to none if
+        the latest completion was taken.
         """
-        if gap == self.ahead:
+        if gap == self.next:
             return NO_PAUSE_SECONDS
-        return min(max(MIN_PAUSE_SECONDS, PAUSE_SHARE * self.usual), MAX_PAUSE_SECONDS)
+        return min(max(MIN_PAUSE_SECONDS, PAUSE_SHARE * median(self.seconds)), MAX_PAUSE_SECONDS)
 
 
 MAX_CHARACTERS = 4_000_000  # in the texts around all remembered cursors, but for the latest
-SURE = 0.5  # least confidence
+SURE = 0.5  # least chance
 LOOK_SECONDS = 1.0  # how long a person looks at a suggestion before she takes it
 NO_PAUSE_SECONDS = 0.001  # more than 0, as for any automatic request
 MIN_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 0.03, 0.4  # fast typists leave 0.1 s between keys
@@ -691,8 +710,8 @@ def block_of(answer: Any) -> Object:
 
 def accepted(found: Suggestion) -> Object:
     """The command that the client runs when its user has accepted this completion."""
-    argument = {"characters": len(found.text), "confidence": found.confidence}
-    return {"title": "accepted", "command": ACCEPTED, "arguments": [argument]}
+    count = {"characters": len(found.text)}
+    return {"title": "accepted", "command": ACCEPTED, "arguments": [count]}
 
 
 def position(holder: Any, path: str) -> Position:
@@ -752,6 +771,7 @@ class Documents(dict[str, Document]):
             text = get(change, "text", str)
             if get(change, "range", dict, None) is None:
                 document.lines = LINE.findall(text)
+                document.deleted = -1
             else:
                 document.edit(*positions(change), text)
         document.version = get(params, "textDocument.version", int, document.version)
@@ -778,20 +798,22 @@ class Completions:
             # What the editor's own menu would insert.
             inserted = get(chosen, "text", str)
             start, end = positions(chosen)
+        gap = document.gap(start, end, inserted)
+        is_automatic = get(params, "context.triggerKind", int, 2) != 1
 
+        # Unasked, nothing is shown that was typed over twice, and nothing after a deletion (below).
         def items(found: Suggestion) -> Object:
+            is_unwanted = self.suggestions.show(gap, found.text) > 1 and is_automatic
             item = {
                 "insertText": inserted + found.text,
                 "range": span(start, end),
                 "command": accepted(found),
             }
-            return {"items": [item] if found.text else []}
+            return {"items": [item] if found.text and not is_unwanted else []}
 
-        gap = document.gap(start, end, inserted)
-        is_automatic = get(params, "context.triggerKind", int, 2) != 1
         pause = self.suggestions.pause(gap) if is_automatic else 0.0
         call = Call(request_id, ("inline", document.uri), pause)
-        return self.complete(call, document, gap, items)
+        return self.complete(call, gap, items, is_automatic and document.deleted == start[0])
 
     def menu(self, params: Any, request_id: Any) -> Any:
         """The same for a client without inline completion, as one entry of its menu. Helix inserts
@@ -826,10 +848,10 @@ class Completions:
             return {"isIncomplete": True, "items": [entry] if found.text.strip() else []}
 
         call = Call(request_id, ("menu", document.uri), self.suggestions.pause(gap))
-        return self.complete(call, document, gap, items)
+        return self.complete(call, gap, items)
 
     def complete(
-        self, call: Call, document: Document, gap: Gap, items: Callable[[Suggestion], Any]
+        self, call: Call, gap: Gap, items: Callable[[Suggestion], Any], is_quiet: bool = False
     ) -> Any:
         """Respond with the items of a suggestion, at once or in a thread."""
         nothing = items(Suggestion())
@@ -837,7 +859,7 @@ class Completions:
         self.client.end_calls(
             lambda old: old.is_waiting and old.lane == call.lane, {"result": nothing}
         )
-        if document.language in self.pi.settings.off:
+        if is_quiet or gap.language in self.pi.settings.off:
             return nothing
         rest = self.rest(call, gap)
         if rest is not None:
@@ -876,14 +898,13 @@ class Completions:
             "suggest": settings.suggest if is_automatic else "always",
         }
 
-    def ask_ahead(self, gap: Gap, found: Suggestion) -> None:
+    def ask_ahead(self, found: Suggestion) -> None:
         """Have the Pi compute what follows a suggestion that is shown, in case it is taken."""
-        behind = self.suggestions.behind(gap, found)
+        behind = self.suggestions.behind(found)
         call = Call(None)
         if behind and self.pi.settings.speculative:
             with contextlib.suppress(PiError):
                 if self.pi.may_speculate(call):
-                    self.suggestions.ahead = behind
                     body = self.body(behind, is_automatic=True)
                     # The Pi keeps the answer.
                     self.pi.ask(call, "/infill", {**body, "speculative": True})
@@ -903,11 +924,11 @@ class Completions:
                 self.pi.note_failure(error, call)
             return Suggestion()
         self.pi.away_until = 0.0
-        found = Suggestion(text, answer.get("confidence"), bool(answer.get("unsure")))
+        found = Suggestion(text, answer.get("chance") or 0.0, answer.get("unsure", False))
         if not (answer.get("replaced") or answer.get("preempted")):
             suggestions.add(gap, found, time.monotonic() - began)
             if call.is_automatic and self.pi.settings.suggest != "always":
-                threading.Thread(target=self.ask_ahead, args=(gap, found), daemon=True).start()
+                threading.Thread(target=self.ask_ahead, args=(found,), daemon=True).start()
         return found
 
 
@@ -931,9 +952,8 @@ class Commands:
         raise ProtocolError(INVALID_PARAMS, f"expected {ACCEPTED} or {INSTRUCT}, got {command}")
 
     def report(self, argument: Any, request_id: Any) -> Any:
-        """Have the Pi count what the user accepted: {"characters", "confidence"}."""
-        characters = get(argument, "characters", int)
-        body = {"characters": characters, "confidence": argument.get("confidence")}
+        """Have the Pi count what the user accepted: {"characters"}."""
+        body = {"characters": get(argument, "characters", int)}
         call = Call(request_id)
 
         def work() -> None:

@@ -176,6 +176,9 @@ class Editor:
 
     def type(self, line: int, character: int, text: str, version: int = 2) -> None:
         change = {"range": span((line, character), (line, character)), "text": text}
+        self.change(change, version)
+
+    def change(self, change: Any, version: int = 2) -> None:
         document = {"uri": URI, "version": version}
         self.tell("textDocument/didChange", {"textDocument": document, "contentChanges": [change]})
 
@@ -256,8 +259,7 @@ INFILL = {
 def test_ghost_text(editor: Editor, pi: Pi) -> None:
     assert editor.start()["capabilities"] == ABLE
     editor.open("def add(é, 😀):\r\n    return \r\n")
-    pi.says(content="a + b", confidence=0.75)
-    shown = {"characters": 5, "confidence": 0.75}
+    shown = {"characters": 5}
     command = {"title": "accepted", "command": "cerebrum.accepted", "arguments": [shown]}
     item = {"insertText": "a + b", "range": span((1, 11), (1, 11)), "command": command}
     assert editor.items(1, 11) == [item]
@@ -353,8 +355,8 @@ def test_a_completion_for_a_client_without_ghost_text(editor: Editor, pi: Pi) ->
 
 
 RESTS = [  # the text before and after a cursor, and what is left of a + b
-    ("x = ", "\n", Suggestion("a + b", 0.5)),
-    ("x = a ", "\n", Suggestion("+ b", 0.5)),
+    ("x = ", "\n", Suggestion("a + b", 0.5, True)),
+    ("x = a ", "\n", Suggestion("+ b", 0.5, True)),
     ("x = a + b", "\n", None),
     ("x = b", "\n", None),
     ("x = ", "", None),
@@ -364,7 +366,7 @@ RESTS = [  # the text before and after a cursor, and what is left of a + b
 
 def test_a_suggestion_is_kept_for_its_gap_alone() -> None:
     kept = Suggestions()
-    kept.add(Gap(URI, "x = ", "\n"), Suggestion("a + b", 0.5), 2.0)
+    kept.add(Gap(URI, "x = ", "\n"), Suggestion("a + b", 0.5, True), 2.0)
     for before, after, rest in RESTS:
         assert kept.rest(Gap(URI, before, after)) == rest
     assert kept.rest(Gap("file:///other", "x = ", "\n")) is None
@@ -374,29 +376,63 @@ def test_the_pause_follows_the_response_time() -> None:
     kept = Suggestions()
     for seconds, pause in ((0.02, 0.03), (0.5, 0.1), (30.0, 0.4)):
         for _ in range(8):
-            kept.add(Gap(URI, "", ""), Suggestion(), seconds)
+            kept.add(Gap(URI, "", ""), Suggestion("a"), seconds)
         assert kept.pause(Gap(URI, "", "")) == pytest.approx(pause)
 
 
-def test_what_was_asked_ahead_needs_no_pause_and_says_nothing_of_the_speed() -> None:
+def test_behind_a_suggestion_there_is_no_pause_and_nothing_says_how_fast_the_pi_is() -> None:
     kept, gap = Suggestions(), Gap(URI, "x = ", "\n")
     found = Suggestion("a + b", 0.5)
-    behind = kept.behind(gap, found)
+    kept.add(gap, found, 0.5)
+    behind = kept.behind(found)
     assert behind == Gap(URI, "x = a + b", "\n")
-    assert kept.pause(behind) > 0.01
-    kept.ahead = behind
-    assert kept.pause(behind) == 0.001
+    assert kept.behind(found._replace(chance=0.4)) is None
+    assert kept.pause(behind) == 0.001  # whether or not the Pi was asked ahead
     assert kept.pause(gap) > 0.01
-    for _ in range(8):
-        kept.add(behind, found, 30.0)
-    assert kept.behind(gap, found)
+    for _ in range(4):
+        kept.add(behind, Suggestion(), 30.0)
+    assert kept.behind(found)
     for _ in range(8):
         kept.add(gap, found, 30.0)
-    assert kept.behind(gap, found) is None  # it would not be ready in time
+    assert kept.behind(found) is None  # it would not be ready in time
 
 
-SURE = {"content": "a + b", "confidence": 0.9}
-FOLLOWS = {"content": "\nc = 1", "confidence": 0.8}
+# An edit (its first column, its last, its text), the cursor, and what is shown there unasked.
+QUIET: list[tuple[int, int, str, int, str]] = [
+    (0, 0, "x = ", 4, "a + b"),
+    (4, 4, "c", 5, "a + b"),  # over what was shown: once
+    (4, 5, "", 4, ""),
+    (4, 4, "c", 5, "a + b"),  # typed again
+    (4, 5, "d", 5, "a + b"),  # over a selection
+    (0, 5, "", 0, ""),
+    (0, 0, "x = ", 4, "a + b"),
+    (4, 4, "c", 5, "a + b"),  # twice
+    (3, 5, "", 3, ""),
+    (3, 3, " ", 4, ""),
+    (4, 4, "a", 5, ""),  # the beginning of what was hidden
+]
+
+
+def test_what_is_not_shown_unasked(editor: Editor, pi: Pi) -> None:
+    editor.start(text="\nx = ")
+    for number, (first, last, text, character, shown) in enumerate(QUIET):
+        editor.change({"range": span((0, first), (0, last)), "text": text})
+        assert (number, editor.ghost(0, character, AUTOMATIC)) == (number, shown)
+    assert editor.ghost(0, 5) == " + b"
+    assert editor.ghost(1, 4, AUTOMATIC) == "a + b"  # another line
+    editor.type(0, 0, "y")
+    assert editor.ghost(0, 6, AUTOMATIC) == "a + b"  # another text before it
+    asked = len(pi.asked)
+    editor.change({"range": span((0, 0), (0, 1)), "text": ""})
+    assert (editor.ghost(0, 0, AUTOMATIC), len(pi.asked)) == ("", asked)
+    assert editor.ghost(0, 0) == "a + b"
+    assert editor.ghost(1, 3, AUTOMATIC) == "a + b"  # elsewhere
+    editor.change({"text": ""})  # without a range
+    assert editor.ghost(0, 9, AUTOMATIC) == "a + b"
+
+
+SURE = {"content": "a + b", "chance": 0.5, "unsure": True}
+FOLLOWS = {"content": "\nc = 1", "chance": 0.8}
 
 
 def test_what_follows_a_suggestion_is_asked_ahead(editor: Editor, pi: Pi) -> None:
@@ -422,9 +458,8 @@ def test_what_follows_a_suggestion_is_asked_ahead(editor: Editor, pi: Pi) -> Non
 
 NOT_AHEAD: list[tuple[dict[str, Any], dict[str, Any], int]] = [
     ({"content": "a + b"}, {}, AUTOMATIC),  # the backend does not say how sure it is
-    ({**SURE, "unsure": True}, {}, AUTOMATIC),
     ({**SURE, "content": ""}, {}, AUTOMATIC),
-    ({**SURE, "confidence": 0.4}, {}, AUTOMATIC),
+    ({**SURE, "chance": 0.4}, {}, AUTOMATIC),
     (SURE, {"speculative": False}, AUTOMATIC),
     (SURE, {"suggest": "always"}, AUTOMATIC),
     (SURE, {}, INVOKED),
@@ -479,22 +514,11 @@ def test_a_cancelled_request_frees_the_pi(editor: Editor, pi: Pi) -> None:
 
 def test_an_accepted_text_is_counted_or_that_is_no_news(editor: Editor, pi: Pi) -> None:
     editor.start()
-    for status, sure in ((200, None), (404, 1)):  # an editor may write 1.0 like this
+    for status in (200, 404):
         pi.says(status, accepted=1)
-        number = editor.command("cerebrum.accepted", {"characters": 12, "confidence": sure})
+        number = editor.command("cerebrum.accepted", {"characters": 12})
         assert editor.next() == {"jsonrpc": "2.0", "id": number, "result": None}
-        assert pi.hears()[:2] == ("/v1/accepted", {"characters": 12, "confidence": sure})
-
-
-def test_the_confidence_of_the_first_line_is_not_that_of_the_rest(editor: Editor, pi: Pi) -> None:
-    editor.start(text="x = ")
-    pi.says(content="1\ny = 2", confidence=0.75)
-    for character, typed, sure in ((4, "", 0.75), (4, "1", 0.75), (5, "\n", None)):
-        editor.type(0, character, typed)
-        line, at = (1, 0) if typed == "\n" else (0, character + len(typed))
-        (item,) = editor.items(line, at)
-        assert item["command"]["arguments"][0]["confidence"] == sure
-    assert len(pi.asked) == 1
+        assert pi.hears()[:2] == ("/v1/accepted", {"characters": 12})
 
 
 def test_who_asks_gets_the_lines_that_were_not_shown_unasked(editor: Editor, pi: Pi) -> None:

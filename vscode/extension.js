@@ -179,6 +179,8 @@ class Completions {
     this.status = status;
     this.here = here; // what this workspace remembers
     this.suggestions = new Suggestions();
+    /** @type {WeakMap<vscode.TextDocument, number>} */
+    this.deleted = new WeakMap(); // the line of a document's latest edit, if that only removed text
     /** @type {Set<{began: number}>} */
     this.connecting = new Set();
   }
@@ -197,11 +199,23 @@ class Completions {
     const range = chosen?.range ?? new vscode.Range(position, position);
     const inserted = chosen?.text ?? "";
     const gap = gapOf(document, range, inserted);
+    const editor = vscode.window.activeTextEditor;
+    const isSelected = editor?.document === document && !editor.selection.isEmpty;
+    const isDeletion = this.deleted.get(document) === position.line;
+    this.suggestions.show(gap, "");
+    // Unasked, nothing is shown with a selection or after a deletion, nor what was typed over twice.
+    if (!isAsked && (isSelected || isDeletion)) return [];
     const found = await this.find(document, gap, isAsked, token);
-    if (!found?.text) return [];
-    const count = { characters: [...found.text].length, confidence: found.confidence ?? undefined };
+    if (!found?.text || token.isCancellationRequested) return [];
+    if (this.suggestions.show(gap, found.text) > 1 && !isAsked) return [];
+    const count = { characters: [...found.text].length };
     const command = { command: "cerebrum.accepted", title: "", arguments: [count] };
     return [new vscode.InlineCompletionItem(inserted + found.text, range, command)];
+  }
+
+  /** @param {vscode.TextDocumentChangeEvent} event */
+  note({ document, contentChanges }) {
+    for (const { text, range } of contentChanges) this.deleted.set(document, text ? -1 : range.start.line);
   }
 
   /** @param {vscode.TextDocument} document */
@@ -250,7 +264,6 @@ class Completions {
     const pi = await this.home.pi();
     this.status.speculates ??= read(await ask(pi, "/v1/stats")).speculative === true;
     if (!this.status.speculates) return;
-    this.suggestions.ahead = behind;
     await ask(pi, "/infill", { body: { ...bodyOf(document, behind, false), speculative: true } });
   }
 
@@ -274,8 +287,8 @@ class Completions {
       const given = { body, signal: abort.signal, onConnect };
       const answer = read(await ask(await this.home.pi(), "/infill", given));
       if (typeof answer.content !== "string") throw new PiError(0, NO_PI);
-      const { content: text, confidence = null, unsure = false } = answer;
-      const found = { text, confidence, unsure };
+      const { content: text, chance = 0, unsure = false } = answer;
+      const found = { text, chance, unsure };
       if (!answer.replaced && !answer.preempted) {
         suggestions.add(gap, found, Date.now() - began);
         if (!isAsked) void this.askAhead(document, gap, found).catch(() => {}); // nobody waits for it
@@ -473,7 +486,7 @@ class Commands {
     this.status.works();
   }
 
-  /** @param {{characters: number, confidence?: number}} body */
+  /** @param {{characters: number}} body */
   async accepted(body) {
     await ask(await this.home.pi(), "/v1/accepted", { body }).catch(() => {}); // only a count
   }
@@ -555,6 +568,7 @@ function activate(context) {
     vscode.languages.registerInlineCompletionItemProvider({ pattern: "**" }, completions),
     vscode.workspace.registerTextDocumentContentProvider(SCHEME, preview),
     vscode.window.registerUriHandler({ handleUri: (link) => commands.follow(link) }),
+    vscode.workspace.onDidChangeTextDocument((event) => completions.note(event)),
     vscode.workspace.onDidChangeConfiguration((event) => {
       if (event.affectsConfiguration("cerebrum")) completions.suggestions = new Suggestions();
       if (event.affectsConfiguration("cerebrum.url")) void commands.look();

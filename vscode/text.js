@@ -11,12 +11,13 @@ const MAX_CHARACTERS = 4_000_000; // in the texts around all remembered cursors
 const MIN_PAUSE_MS = 30;
 const MAX_PAUSE_MS = 400; // fast typists leave 100 ms between keys
 const PAUSE_SHARE = 0.2; // of the median response time
-const SURE = 0.5; // least confidence of a suggestion that will perhaps be taken
+const SURE = 0.5; // least chance of a suggestion that will perhaps be taken
 const LOOK_MS = 1_000; // a person looks at a suggestion so long before she takes it
 
 /**
  * @typedef {{uri: string, before: string, after: string}} Gap a cursor in a file
- * @typedef {{text: string, confidence: number | null, unsure: boolean}} Suggestion
+ * @typedef {{text: string, chance: number, unsure: boolean}} Suggestion `chance`: that all of it is
+ *   right, 0 if unknown; `unsure`: it ends where the model becomes unsure
  */
 
 /** The text with the line ends that the model knows. @param {string} text */
@@ -34,19 +35,31 @@ function sent(gap) {
   return { input_prefix: gap.before.slice(cut), input_suffix: gap.after.slice(0, MAX_TEXT) };
 }
 
+/**
+ * What was typed or accepted since an older gap; undefined if anything else has changed.
+ * @param {Gap} gap @param {Gap} older
+ */
+function typedSince({ uri, before, after }, older) {
+  const isSame = older.uri === uri && older.after === after && before.startsWith(older.before);
+  return isSame ? before.slice(older.before.length) : undefined;
+}
+
 /** The latest suggestions, and how long the Pi took for each. */
 class Suggestions {
   constructor() {
     /** @type {{gap: Gap, found: Suggestion}[]} */
     this.list = [];
     this.times = [400]; // ms; a guess, until there are answers
-    /** @type {Gap | undefined} */
-    this.ahead = undefined; // the gap for which the Pi was asked ahead last
+    /** @type {{gap: Gap, text: string, place: string} | undefined} */
+    this.shown = undefined; // the latest ghost text
+    /** @type {string[]} */
+    this.typedOver = []; // the place of each text that was
   }
 
-  /** Whether the Pi was asked ahead for this gap. @param {Gap} gap */
-  isAhead({ uri, before, after }) {
-    return this.ahead?.uri === uri && this.ahead.before === before && this.ahead.after === after;
+  /** Whether all of the latest suggestion was taken. @param {Gap} gap */
+  isNext(gap) {
+    const [latest] = this.list;
+    return latest && typedSince(gap, latest.gap) === latest.found.text;
   }
 
   /**
@@ -54,15 +67,15 @@ class Suggestions {
    * hardly be taken, or if the Pi is too slow.
    * @param {Gap} gap @param {Suggestion} found
    */
-  behind(gap, { text, confidence, unsure }) {
-    const isSure = text && !unsure && (confidence ?? 0) >= SURE;
+  behind(gap, { text, chance }) {
+    const isSure = text && chance >= SURE;
     if (!isSure || this.median() > LOOK_MS) return undefined;
     return { ...gap, before: gap.before + text };
   }
 
-  /** Add a suggestion, and the time for it unless it was computed ahead. @param {Gap} gap @param {Suggestion} found @param {number} ms */
+  /** Add a suggestion, and the time for it unless it was perhaps computed ahead. @param {Gap} gap @param {Suggestion} found @param {number} ms */
   add(gap, found, ms) {
-    if (!this.isAhead(gap)) this.times = [...this.times.slice(-7), ms];
+    if (!this.isNext(gap)) this.times = [...this.times.slice(-7), ms];
     const size = gap.before.length + gap.after.length;
     const most = Math.min(MAX_FOUND, Math.ceil(MAX_CHARACTERS / (size + 1)));
     this.list = [{ gap, found }, ...this.list.slice(0, most - 1)];
@@ -75,15 +88,28 @@ class Suggestions {
    */
   rest(gap) {
     for (const { gap: older, found } of this.list) {
-      const isSame = older.uri === gap.uri && older.after === gap.after;
-      if (!isSame || !gap.before.startsWith(older.before)) continue;
-      const typed = gap.before.slice(older.before.length);
+      const typed = typedSince(gap, older);
       const isWhole = typed && typed === found.text;
-      if (isWhole || !found.text.startsWith(typed)) continue;
-      const confidence = typed.includes("\n") ? null : found.confidence;
-      return { ...found, text: found.text.slice(typed.length), confidence };
+      if (typed === undefined || isWhole || !found.text.startsWith(typed)) continue;
+      return { ...found, text: found.text.slice(typed.length) };
     }
     return undefined;
+  }
+
+  /**
+   * Note the ghost text for a gap, "" for a new request. Returns how many times something else was
+   * typed over this text, in a line with this number and the same text before.
+   * @param {Gap} gap @param {string} text
+   */
+  show(gap, text) {
+    const lines = gap.before.split("\n");
+    const place = JSON.stringify([gap.uri, lines.length, lines.at(-1) + text]);
+    const old = this.shown;
+    const typed = old && typedSince(gap, old.gap);
+    const isAlong = !typed || typed.startsWith(old.text) || old.text.startsWith(typed);
+    if (!isAlong) this.typedOver = [old.place, ...this.typedOver.slice(0, MAX_FOUND)];
+    this.shown = { gap, text, place };
+    return this.typedOver.filter((one) => one === place).length;
   }
 
   /** Of the Pi's times. */
@@ -93,9 +119,9 @@ class Suggestions {
     return (sorted[Math.ceil(half)] + sorted[Math.floor(half)]) / 2;
   }
 
-  /** Milliseconds without a key before an automatic request: longer for a slow Pi, none for what was asked ahead. @param {Gap} gap */
+  /** Milliseconds without a key before an automatic request: longer for a slow Pi, none if the latest suggestion was taken. @param {Gap} gap */
   pause(gap) {
-    if (this.isAhead(gap)) return 0;
+    if (this.isNext(gap)) return 0;
     return Math.min(Math.max(MIN_PAUSE_MS, PAUSE_SHARE * this.median()), MAX_PAUSE_MS);
   }
 }

@@ -22,7 +22,7 @@ class Pi {
     this.answers = {
       "/health": [200, HEALTHY],
       "/v1/stats": [200, { version: "1.1.0" }],
-      "/infill": [200, { content: "return 1", confidence: 0.9 }],
+      "/infill": [200, { content: "return 1", chance: 0.9 }],
       "/v1/accepted": [200, {}],
     };
     const answer = (request, response) => void this.answer(request, response);
@@ -130,7 +130,7 @@ desk("what is typed of a suggestion asks nothing", async (at, pi) => {
 });
 
 desk("an empty or shortened suggestion is asked for again by a person alone", async (at, pi) => {
-  pi.answers["/infill"] = [200, { content: "", confidence: 0.1, unsure: true }];
+  pi.answers["/infill"] = [200, { content: "", unsure: true }];
   assert.deepEqual(await ask(at, python("x = |")), []);
   assert.match(at.item.tooltip, /not sure/);
   assert.deepEqual(await ask(at, python("x = |")), []);
@@ -199,19 +199,17 @@ test("the pause follows the Pi's speed, within limits", () => {
   const suggestions = new Suggestions();
   const here = { uri: "", before: "", after: "" };
   assert.equal(suggestions.pause(here), 80); // a guess
-  suggestions.add({ uri: "", before: "", after: "" }, { text: "" }, 800);
+  suggestions.add(here, { text: "a" }, 800);
   assert.equal(suggestions.pause(here), 120); // a fifth of the median
-  for (let n = 0; n < 8; n++) suggestions.add({ uri: "", before: "", after: "" }, { text: "" }, 10_000);
+  for (let n = 0; n < 8; n++) suggestions.add(here, { text: "a" }, 10_000);
   assert.equal(suggestions.pause(here), 400);
-  assert.equal(suggestions.behind(here, { text: "a", confidence: 0.9, unsure: false }), undefined); // too slow
-  for (let n = 0; n < 8; n++) suggestions.add({ uri: "", before: "", after: "" }, { text: "" }, 1);
+  assert.equal(suggestions.behind(here, { text: "a", chance: 0.5, unsure: true }), undefined); // too slow
+  for (let n = 0; n < 8; n++) suggestions.add(here, { text: "a" }, 1);
   assert.equal(suggestions.pause(here), 30);
-  const behind = suggestions.behind(here, { text: "a", confidence: 0.9, unsure: false });
+  const behind = suggestions.behind(here, { text: "a", chance: 0.5, unsure: true });
   assert.deepEqual(behind, { ...here, before: "a" });
-  assert.equal(suggestions.pause(behind), 30);
-  suggestions.ahead = behind;
-  assert.equal(suggestions.pause(behind), 0);
-  for (let n = 0; n < 8; n++) suggestions.add(behind, { text: "" }, 10_000); // says nothing of the speed
+  assert.equal(suggestions.pause(behind), 0); // whether or not the Pi was asked ahead
+  for (let n = 0; n < 4; n++) suggestions.add(behind, { text: "" }, 10_000); // says nothing of the speed
   assert.equal(suggestions.pause(here), 30);
 });
 
@@ -222,7 +220,7 @@ desk("what follows a suggestion is asked ahead", async (at, pi) => {
   const { speculative, ...ahead } = pi.infills[1];
   assert.equal(speculative, true);
   assert.deepEqual([ahead.input_prefix, ahead.input_suffix], ["x = return 1", "\ny"]);
-  pi.answers["/infill"] = [200, { content: "\nz = 2", confidence: 0.8 }];
+  pi.answers["/infill"] = [200, { content: "\nz = 2", chance: 0.5, unsure: true }];
   assert.deepEqual(texts(await ask(at, python("x = return 1|\ny"))), ["\nz = 2"]);
   await until(() => pi.infills.length === 4);
   assert.deepEqual(pi.infills[2], ahead);
@@ -231,12 +229,11 @@ desk("what follows a suggestion is asked ahead", async (at, pi) => {
   assert.deepEqual(at.shown, []);
 });
 
-const SURE = { content: "a", confidence: 0.9 };
+const SURE = { content: "a", chance: 0.9 };
 for (const [what, says, settings, context] of [
   ["the backend does not say how sure it is", { content: "a" }, {}, END],
-  ["a line is hidden", { ...SURE, unsure: true }, {}, END],
   ["nothing is shown", { ...SURE, content: "" }, {}, END],
-  ["it will hardly be taken", { ...SURE, confidence: 0.4 }, {}, END],
+  ["it will hardly be taken", { ...SURE, chance: 0.4 }, {}, END],
   ["the user does not want it", SURE, { speculative: false }, END],
   ["everything is shown", SURE, { suggest: "always" }, END],
   ["the user has asked", SURE, {}, ASKED],
@@ -262,6 +259,46 @@ test("texts of large files are not kept by the dozen", () => {
   }
 });
 
+// An edit (its first column and its text), the text up to the cursor afterwards, and what is shown.
+const QUIET = [
+  [0, "x = ", "x = |", ["return 1"]],
+  [4, "c", "x = c|", ["return 1"]], // over what was shown: once
+  [4, "", "x = |", []],
+  [4, "c", "x = c|", ["return 1"]], // typed again
+  [3, "", "x =|", []],
+  [3, " ", "x = |", ["return 1"]],
+  [4, "c", "x = c|", ["return 1"]], // twice
+  [3, "", "x =|", []],
+  [3, " ", "x = |", []],
+  [4, "r", "x = r|", []], // the beginning of what was hidden
+  [0, "y", "yx = r|", ["return 1"]],
+];
+desk("what is not shown unasked", async (at, pi) => {
+  const document = python("");
+  const edit = (character, text) => {
+    const contentChanges = [{ range: { start: new Position(0, character) }, text }];
+    at.edited.fire({ document, contentChanges });
+    at.edited.fire({ document, contentChanges: [] }); // it is no longer as it was saved
+  };
+  const shown = async (text, context) => texts(await ask(at, Object.assign(document, { text }), context));
+  for (const [character, text, after, expected] of QUIET) {
+    edit(character, text);
+    assert.deepEqual([after, await shown(after)], [after, expected]);
+  }
+  assert.deepEqual(await shown("x = |", ASKED), ["return 1"]);
+  edit(4, "");
+  const { length } = pi.infills;
+  assert.deepEqual(await shown("y = |"), []);
+  assert.equal(pi.infills.length, length);
+  assert.deepEqual(await shown("y = |", ASKED), ["return 1"]);
+  assert.deepEqual(await shown("y = 1\n|"), ["return 1"]); // elsewhere
+  edit(0, "z");
+  const selection = new Selection(new Position(0, 0), new Position(0, 1));
+  at.vscode.window.activeTextEditor = { document, selection };
+  assert.deepEqual(await shown("z|"), []);
+  assert.deepEqual(await shown("z|", ASKED), ["return 1"]);
+});
+
 desk("a key within the pause asks nothing", async (at, pi) => {
   const token = new Token();
   const items = ask(at, python("x = |"), END, token);
@@ -270,11 +307,11 @@ desk("a key within the pause asks nothing", async (at, pi) => {
   assert.deepEqual(pi.infills, []);
 });
 
-desk("an accepted text is counted, with its confidence", async (at, pi) => {
+desk("an accepted text is counted", async (at, pi) => {
   const [{ command }] = await ask(at, python("x = |"));
   await at.vscode.commands.executeCommand(command.command, ...command.arguments);
   await until(() => pi.asked.at(-1).path === "/v1/accepted");
-  assert.deepEqual(pi.asked.at(-1).body, { characters: 8, confidence: 0.9 });
+  assert.deepEqual(pi.asked.at(-1).body, { characters: 8 });
 });
 
 desk("the far ends of a long file are left out", async (at, pi) => {

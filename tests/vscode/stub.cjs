@@ -87,6 +87,7 @@ class Desk {
     this.workspace = new Map();
     this.global = new Map();
     this.changed = new EventEmitter(); // settings
+    this.edited = new EventEmitter(); // texts
     this.tabsChanged = new EventEmitter();
     this.cancels = null; // called with the token of a progress
   }
@@ -181,6 +182,7 @@ function make(desk) {
       }),
       get notebookDocuments() { return desk.books; },
       onDidChangeConfiguration: desk.changed.event,
+      onDidChangeTextDocument: desk.edited.event,
       registerTextDocumentContentProvider: (_scheme, provider) => {
         desk.preview = provider;
         provider.onDidChange((uri) => desk.previews.push(provider.provideTextDocumentContent(uri)));
