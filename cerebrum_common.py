@@ -261,8 +261,6 @@ def allowed(methods: Iterable[str]) -> str:
 # ------------------------------------------------------------------------------------------- models
 
 FIM_LAYOUTS = ("psm", "spm", "spmv2")  # see `arrange_gap`
-# How readily an editor shows what was not asked for.
-SUGGEST = ("always", "often", "normal", "seldom", "never")
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,9 +269,9 @@ class Model:
     `sources`. `aliases` are the model's names in other engines. `fim` holds its marks before the
     prefix, before the suffix and before the gap, or is empty; `fim_layout` is their order, see
     `arrange_gap`. A model that only other engines have needs no `file`. `size` is in bytes. A
-    `size` or `memory_mb` of 0 is unknown. `min_confidence` says what the words of SUGGEST mean.
-    `shape` has the sizes of its tensors, by the names of settings.SHAPE, or is empty. `draft` is
-    the id of a small model that writes ahead of it, or empty.
+    `size` or `memory_mb` of 0 is unknown. `shape` has the sizes of its tensors, by the names of
+    settings.SHAPE, or is empty. `draft` is the id of a small model that writes ahead of it, or
+    empty.
     """
 
     id: str
@@ -290,20 +288,9 @@ class Model:
     fim: tuple[str, ...]
     fim_layout: str
     draft: str
-    min_confidence: Mapping[str, float | None]
     shape: Mapping[str, int] = field(default_factory=dict)
 
 
 def served_languages(models: Iterable[Model]) -> list[str]:
     """The languages that the models list, each once, in the order of models.toml."""
     return list(dict.fromkeys(chain.from_iterable(model.languages for model in models)))
-
-
-def threshold_of(models: Iterable[Model], id: str, wanted: float | str | None) -> float | None:
-    """The confidence below which a line of this model is not shown, by a number or a word of
-    SUGGEST; None: all are.
-    """
-    if isinstance(wanted, str):
-        thresholds = {model.id: model.min_confidence for model in models}
-        wanted = thresholds.get(id, {}).get(wanted)
-    return wanted or None

@@ -803,7 +803,9 @@ class Completions:
 
         # Unasked, nothing is shown that was typed over twice, and nothing after a deletion (below).
         def items(found: Suggestion) -> Object:
-            is_unwanted = self.suggestions.show(gap, found.text) > 1 and is_automatic
+            # What a menu would insert is not typed.
+            times = 0 if inserted else self.suggestions.show(gap, found.text)
+            is_unwanted = times > 1 and is_automatic
             item = {
                 "insertText": inserted + found.text,
                 "range": span(start, end),

@@ -101,7 +101,6 @@ from cerebrum.pi.counting import ACCEPTED, Counting
 from cerebrum.pi.dispatcher import Dispatcher, limit_of
 from cerebrum.pi.fleet import Fleet
 from cerebrum.pi.page import page_of
-from cerebrum.pi.shown import shown
 from cerebrum.pi.upstream import BackendConfig, Loop
 from cerebrum.service import Service, make_parser, prompt_of, set_up_logging
 from cerebrum.settings import Client, ConfigError, Environment, load_catalog, read_environment
@@ -381,17 +380,14 @@ class Gateway:
         """One completion as pairs of (kind, value), independent of the client's API and of the
         backend's:
 
-            ("started", dict)   first: a backend answers. {"model", "n_ctx", "kept", "threshold"}.
-                                An error before this pair can still be an HTTP status. The pair
-                                comes again if another backend takes over. `threshold`: lines of
-                                less confidence are not for the client; None: all are
+            ("started", dict)   first: a backend answers. {"model", "n_ctx", "kept"}. An error
+                                before this pair can still be an HTTP status. The pair comes again
+                                if another backend takes over
             ("idle", None)      nothing new, but the backend is alive
             ("progress", dict)  {"stage": str, "done": int, "total": int}, if the request asks for
                                 progress
             ("text", bytes)     whole native token events, relayed without being parsed; `read_text`
                                 decodes them
-            ("judged", tuple)   (confidence of a line, characters of the text up to its end), behind
-                                the line, if there is a threshold
             ("done", dict)      last: the result, a native done event without its member `done`
 
         A completion that fails raises HttpError. All resources are acquired in this body, so they
@@ -455,8 +451,7 @@ class Gateway:
         attempt = completion.attempt
         sent = attempt.sent if attempt else NOTHING_SENT
         n_ctx = sent.n_ctx or self.fleet.n_ctx(model)
-        threshold = attempt.threshold if attempt else None
-        return {"model": model, "n_ctx": n_ctx, "kept": sent.text.kept, "threshold": threshold}
+        return {"model": model, "n_ctx": n_ctx, "kept": sent.text.kept}
 
     def _result(self, attempt: Attempt, done: JsonObject) -> JsonObject:
         """Count the work of a whole answer, and return its result: our own members, then the
@@ -518,7 +513,7 @@ def complete_natively(gateway: Gateway, request: Request, limit: float = math.in
         session = hashlib.sha256(name.encode()).hexdigest()
     wanted = CompletionRequest("", fields, session=session, limit=limit, **gateway.who(request))
     completion = Completion(wanted, request.end, request.notes)
-    return shown(gateway.complete(completion), fields)
+    return gateway.complete(completion)
 
 
 async def complete_stream(gateway: Gateway, request: Request) -> Response:
@@ -694,7 +689,7 @@ async def speak(dialect: dialects.Dialect, gateway: Gateway, request: Request) -
     head = request.head
     editor = f"{request.client} {request.address} {head.headers.get('user-agent', '')}"
     subscriber = Subscriber(gateway.broadcasts, Completion(wanted, notes=request.notes), editor)
-    pairs = shown(subscriber.pairs(), fields, lambda: subscriber.typed_text)
+    pairs = subscriber.pairs()
     if wanted.kind == "infill" and fields["max_tokens"]:
         pairs = subscriber.counted(pairs)
     reply_to = functools.partial(dialect.reply, wanted, head.request_id, int(time.time()))

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cerebrum.fields import Field, Fields, JsonObject, describe, members_of, read_fields
-from cerebrum_common import FIM_LAYOUTS, SUGGEST, HttpError, Model, log
+from cerebrum_common import FIM_LAYOUTS, HttpError, Model, log
 
 
 def read_table(table: Any, where: str, fields: Fields, *others: str) -> JsonObject:
@@ -285,7 +285,6 @@ MODEL = {
     "fim": Field(list, 3, 3, []),
     "fim_layout": Field(str, default="psm", choices=FIM_LAYOUTS),
 }
-THRESHOLDS = dict.fromkeys(SUGGEST[1:-1], Field(float, 0, 1))
 SIZES = ("layers", "width", "heads", "kv_heads", "head", "feed_forward", "vocabulary")
 SHAPE = {
     **dict.fromkeys(SIZES, Field(int, 1, 999_999, required=True)),
@@ -344,14 +343,12 @@ def _is_sound(shape: Mapping[str, int]) -> bool:
 
 
 def _read_model(entry: Any, where: str, known: Collection[str]) -> Model:
-    given = read_table(entry, where, MODEL, "sources", "min_confidence", "shape")
+    given = read_table(entry, where, MODEL, "sources", "shape")
     if not given["file"] and not given["aliases"]:
         raise ConfigError(f"{where}: file: expected a name, or aliases instead, got nothing")
     sources = entry.get("sources", [])
     if not isinstance(sources, list) or not all(isinstance(source, dict) for source in sources):
         raise ConfigError(f"{where}: sources: expected [[models.sources]], got something else")
-    thresholds = entry.get("min_confidence", {})
-    given["min_confidence"] = read_table(thresholds, f"{where}: min_confidence", THRESHOLDS)
     if "shape" in entry:
         shape = read_table(entry["shape"], f"{where}: shape", SHAPE)
         if not _is_sound(shape):

@@ -46,7 +46,6 @@ NO_FILE: dict[str, Any] = {
     **dict.fromkeys(("size", "memory_mb"), 0),
     **dict.fromkeys(("sources", "aliases", "fim"), ()),
     "fim_layout": "psm",
-    "min_confidence": {},
 }
 FILES = {model.id: MODELS / model.file for model in SHIPPED}
 

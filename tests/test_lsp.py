@@ -431,6 +431,15 @@ def test_what_is_not_shown_unasked(editor: Editor, pi: Pi) -> None:
     assert editor.ghost(0, 9, AUTOMATIC) == "a + b"
 
 
+def test_what_a_menu_would_insert_is_not_typed_over_anything(editor: Editor, pi: Pi) -> None:
+    editor.start(text="x = ")
+    chosen = {"range": span((0, 4), (0, 4)), "text": "c"}
+    for _ in range(3):
+        assert editor.ghost(0, 4, AUTOMATIC) == "a + b"
+        (item,) = editor.items(0, 4, selectedCompletionInfo=chosen)
+        assert item["insertText"] == "ca + b"
+
+
 SURE = {"content": "a + b", "chance": 0.5, "unsure": True}
 FOLLOWS = {"content": "\nc = 1", "chance": 0.8}
 

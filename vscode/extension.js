@@ -202,12 +202,12 @@ class Completions {
     const editor = vscode.window.activeTextEditor;
     const isSelected = editor?.document === document && !editor.selection.isEmpty;
     const isDeletion = this.deleted.get(document) === position.line;
-    this.suggestions.show(gap, "");
+    if (!chosen) this.suggestions.show(gap, ""); // what a menu would insert is not typed
     // Unasked, nothing is shown with a selection or after a deletion, nor what was typed over twice.
     if (!isAsked && (isSelected || isDeletion)) return [];
     const found = await this.find(document, gap, isAsked, token);
     if (!found?.text || token.isCancellationRequested) return [];
-    if (this.suggestions.show(gap, found.text) > 1 && !isAsked) return [];
+    if (!chosen && this.suggestions.show(gap, found.text) > 1 && !isAsked) return [];
     const count = { characters: [...found.text].length };
     const command = { command: "cerebrum.accepted", title: "", arguments: [count] };
     return [new vscode.InlineCompletionItem(inserted + found.text, range, command)];

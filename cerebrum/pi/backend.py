@@ -34,7 +34,7 @@ from cerebrum.pi.native import MAX_MESSAGE_CHARACTERS, Vpsd
 from cerebrum.pi.upstream import BackendConfig, BackendFailure, TooLong, Unusable
 from cerebrum.text.languages import BY_NAME
 from cerebrum.text.prompt import MIN_RATIO, TEMPLATE_TOKENS, Ratio, prepare
-from cerebrum_common import HttpError, Model, log, threshold_of
+from cerebrum_common import HttpError, Model, log
 
 KINDS: dict[str, type[Kind]] = {"cerebrum": Vpsd, "llama.cpp": LlamaServer, "openai": OpenAI}
 
@@ -62,7 +62,15 @@ MODELS_SECONDS = 60.0  # the age at which a backend's list of models is fetched 
 
 # ------------------------------------------------------------------------------------------ prompts
 
-PASSED_TO_BACKENDS = (*SAMPLED_BY, "stop_at", "progress", "indent", "predict_ms", "special")
+PASSED_TO_BACKENDS = (
+    *SAMPLED_BY,
+    "stop_at",
+    "progress",
+    "indent",
+    "predict_ms",
+    "special",
+    "min_confidence",
+)
 MARGIN_TOKENS = 8  # of n_ctx, never used
 # Another engine's token count is accepted if it is within this factor of our estimate.
 PLAUSIBLE = 4
@@ -97,8 +105,6 @@ def passed_fields(attempt: Attempt) -> JsonObject:
         passed["session"] = request.session
     if request.guest:
         passed["priority"] = "low"
-    if attempt.threshold:
-        passed["min_confidence"] = attempt.threshold
     # Backends know the syntax of these languages.
     if language := BY_NAME.get(fields["language"].lower()):
         passed["language"] = language
@@ -206,8 +212,6 @@ class Prompts:
 
 
 # -------------------------------------------------------------------------------------- the backend
-
-JUDGED_BYTES = 50  # of an event that judges a line
 
 
 class Backend:
@@ -401,9 +405,6 @@ class Backend:
         # each.
         await asyncio.sleep(0)
         model = attempt.model
-        if self.kind.judges_lines:
-            wish = attempt.request.fields.get("min_confidence")
-            attempt.threshold = threshold_of(self.kind.catalog, model, wish)
         layout, name = self.kind.layout(model, self._about(model)), self.names.get(model, model)
         return self.prompts.fit(attempt, name, self.n_ctx(model), layout, refused)
 
@@ -411,11 +412,10 @@ class Backend:
         """Count a pair that came, and return its value: of a result, what a backend may set."""
         if kind == "done":
             return self._finish(attempt, value)
-        if kind in ("text", "judged"):
-            attempt.size += len(value) if kind == "text" else JUDGED_BYTES
+        if kind == "text":
+            attempt.size += len(value)
             if attempt.size > attempt.request.limit:
                 raise BackendFailure("its completion is too long")
-        if kind == "text":
             self._count(attempt, value.count(b"\n\n"))
         return value
 

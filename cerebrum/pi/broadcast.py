@@ -18,9 +18,11 @@ from os.path import commonprefix
 from cerebrum.fields import Members
 from cerebrum.pi.completion import (
     CUT,
+    NEVER,
     PREEMPTED,
     SAMPLED_BY,
     SUPERSEDED,
+    SURENESS,
     Completion,
     CompletionRequest,
     Pair,
@@ -218,11 +220,10 @@ def finished(broadcast: Broadcast) -> Broadcast | None:
     text = broadcast.text
     if reason in CUT or not 1 < len(text) <= MAX_FINISHED_CHARS:
         return None
-    judged = [pair for pair in broadcast.pairs if pair[0] == "judged"]
     # An answer without a backend has no figures.
     done = {"model": begun["model"], "finish_reason": reason}
-    done |= {name: result[name] for name in ("confidence", "text_confidence") if name in result}
-    pairs = [("started", begun), ("text", text_event(text)), *judged, ("done", done)]
+    done |= {name: result[name] for name in SURENESS if name in result}
+    pairs = [("started", begun), ("text", text_event(text)), ("done", done)]
     omitted = max(0, len(broadcast.prompt) - CURSOR_CHARS)
     kept = Broadcast(broadcast.digest, broadcast.prompt[omitted:], omitted=omitted, pairs=pairs)
     # The next time, a limit of time cuts the answer elsewhere, and more of the prompt is read.
@@ -256,11 +257,6 @@ class Subscriber:
     @property
     def request(self) -> CompletionRequest:
         return self.completion.request
-
-    @property
-    def typed_text(self) -> str:
-        """The beginning of the text that the client has typed before."""
-        return self.broadcast.text[: self.typed] if self.broadcast else ""
 
     async def pairs(self) -> Pairs:
         """The pairs of `Gateway.complete` but "progress", which no dialect has. Several "idle" may
@@ -310,7 +306,7 @@ class Subscriber:
         elif kind == "done":
             if self.typed:
                 value = value | {"type_through": True}
-                if "\n" in self.typed_text:
+                if "\n" in broadcast.text[: self.typed]:
                     value.pop("confidence", None)  # of a line that is typed
             self.broadcasts.keep(broadcast, self.request)
         return kind, value
@@ -362,7 +358,7 @@ class Broadcasts:
             self._answer_without_text(own, completion, "length")
             return own  # it replaces nothing
         found = None
-        if request.fields.get("min_confidence") == "never":
+        if request.fields.get("min_confidence") == NEVER:
             self._answer_without_text(own, completion, "unsure")
         elif found := self._find(subscriber, digest):
             self._share(found, subscriber)

@@ -31,6 +31,9 @@ WITHOUT_MODEL = ("MODEL_NOT_FOUND", "MODEL_LOAD_FAILED")  # another model may do
 RETRIED = (404, 429, 500, 503)
 # Reasons of a completion that ends by itself.
 FINISHED = ("stop", "length", "block", "repeat", "unsure")
+# How sure the model is of the text, in a result.
+SURENESS = ("confidence", "text_confidence", "chance")
+NEVER = 1.0  # a `min_confidence` with which an editor is shown nothing, and no model is asked
 SUPERSEDED = "SUPERSEDED"
 PREEMPTED = "preempted"  # a guest's completion has made room for somebody else's
 CUT = (PREEMPTED, "replaced")  # finish reasons of a text that ends wherever it was
@@ -139,9 +142,8 @@ class Attempt:
     model: str
     admission: Admission
     sent: Fitted = NOTHING_SENT
-    threshold: float | None = None  # lines of which the model is less sure are not shown
     tokens: int = 0
-    size: int = 0  # bytes of the events with text, and of those that judge it
+    size: int = 0  # bytes of the events with text
     first: float = 0.0  # when the first token came
     last: float = 0.0  # when the backend reported the answer as complete
     counted: bool = False  # at its backend

@@ -116,11 +116,14 @@ class People:
 
     def save(self, now: float) -> None:
         """Write the file if it has changed, at most every SAVE_SECONDS of `now` (monotonic)."""
+        if now < self._due:
+            return
         days = json.dumps(self._days)
-        if now >= self._due and days != self._saved:
-            self._due, self._saved = now + SAVE_SECONDS, days
+        if days != self._saved:
+            self._due = now + SAVE_SECONDS
             with contextlib.suppress(OSError):  # a full disk, say
                 write_atomically(self._path, days.encode())
+                self._saved = days
 
 
 def read_days(path: Path) -> dict[str, Usage]:

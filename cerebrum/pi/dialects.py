@@ -37,8 +37,15 @@ from cerebrum.fields import (
     read_objects,
     wrong,
 )
-from cerebrum.pi.completion import CUT, DEFAULT_TOKENS, MAX_TOKENS, CompletionRequest
-from cerebrum_common import SUGGEST, HttpError, compact, sse_block
+from cerebrum.pi.completion import (
+    CUT,
+    DEFAULT_TOKENS,
+    MAX_TOKENS,
+    NEVER,
+    SURENESS,
+    CompletionRequest,
+)
+from cerebrum_common import HttpError, compact, sse_block
 
 # ----------------------------------------------------------------------------------------- requests
 
@@ -49,6 +56,9 @@ MAX_MESSAGES = 1000  # of a chat
 MAX_MS = 600_000  # of a time limit; longer limits are lowered
 ANY_SEED = 2**32 - 1  # llama.cpp's value for no seed
 MIN_TOP_P = 0.01  # OpenAI allows 0; either value leaves only the likeliest token
+# How readily an editor shows what was not asked for: the least chance that a line is right, as
+# `min_confidence`.
+SUGGEST = {"always": None, "often": 0.1, "normal": 0.2, "seldom": 0.5, "never": NEVER}
 TEXT = Field(str, default="")
 FLAG = Field(bool, default=False)
 INTEGER = Field(int, -math.inf)
@@ -75,7 +85,7 @@ CODE_FIELDS = {
     "t_max_predict_ms": LIMIT,
     "filename": NAME,
     "language": NAME,
-    "suggest": Field(str, choices=SUGGEST),
+    "suggest": Field(str, choices=tuple(SUGGEST)),
 }
 TEXT_FIELDS = {**CODE_FIELDS, "suffix": TEXT}
 INFILL_FIELDS = {**CODE_FIELDS, "input_prefix": TEXT, "input_suffix": TEXT, "speculative": FLAG}
@@ -300,7 +310,7 @@ def read_code(
     fields["indent"] = read["n_indent"]
     fields |= {"filename": read["filename"], "language": read["language"]}
     if fields["min_confidence"] is None:
-        fields["min_confidence"] = read["suggest"] or suggest
+        fields["min_confidence"] = SUGGEST[read["suggest"] or suggest]
     only = tuple(read_texts(members, "response_fields")) if "response_fields" in members else None
     usage = wants_usage(members)
     return CompletionRequest(
@@ -509,11 +519,10 @@ class LlamaReply(Reply):
 
 def own_members(result: Members) -> JsonObject:
     """Members that other servers do not have: `type_through` if an earlier completion answered,
-    `replaced` if a newer request took over, `preempted` if a guest made room, `unsure` if lines are
-    not shown; and how sure the model is.
+    `replaced` if a newer request took over, `preempted` if a guest made room, `unsure` if the text
+    ends where the model was too unsure; and how sure the model is.
     """
-    names = ("type_through", "confidence", "text_confidence")
-    members = {name: result[name] for name in names if name in result}
+    members = {name: result[name] for name in ("type_through", *SURENESS) if name in result}
     reason = result.get("finish_reason")
     if reason in (*CUT, "unsure"):
         members[reason] = True

@@ -45,6 +45,7 @@ from cerebrum.pi.upstream import (
     blamed,
     data_of,
 )
+from cerebrum.text.confidence import Written, confidence_of
 from cerebrum.text.languages import language_named
 from cerebrum.text.prompt import arrange_gap, find_statement
 from cerebrum_common import HttpError
@@ -136,6 +137,18 @@ def read_engine_event(members: Members) -> tuple[str, str | None]:
     if not reason:
         return text, None
     return text, "length" if reason in CUT_SHORT else "stop"
+
+
+LOGARITHM = Field(float, -(10**9), 0)  # of a probability
+
+
+def read_probability(members: Members) -> float | None:
+    """The probability of the tokens in an event of llama-server's; None if it does not tell."""
+    tokens = map(members_of, items_of(members.get("completion_probabilities")))
+    logarithms: list[Any] = [token.get("logprob") for token in tokens]
+    if not logarithms or not all(map(LOGARITHM.accepts, logarithms)):
+        return None
+    return math.exp(sum(logarithms))
 
 
 MILLISECONDS = Field(float, 0, 10**12)
@@ -263,7 +276,7 @@ class Translator:
     vpsd's request; `marks` are the special tokens of the model.
     """
 
-    def __init__(self, fields: Members, marks: Sequence[str]) -> None:
+    def __init__(self, fields: Members, marks: Sequence[str], least: float | None = None) -> None:
         # 3 MB that a Pi without other engines need not load
         from cerebrum.text.ending import Ending
 
@@ -275,7 +288,9 @@ class Translator:
         language = fields.get("language", "")
         near = (end_of(prompt, language), suffix[:NEAR_CHARS])
         stop_at, indent = fields.get("stop_at", "auto"), fields.get("indent", 0)
-        self.ending = Ending(fields["mode"], language, *near, stop_at, indent, stops)
+        self.ending = Ending(fields["mode"], language, *near, stop_at, indent, stops, least)
+        self.written = list[Written]()  # tokens whose probability is known
+        self.sent = list[str]()
         self.events = Events()
         self.characters = Characters()
         self.most = fields.get("max_tokens") or MAX_TOKENS
@@ -326,11 +341,14 @@ class Translator:
         self.counts = read_counts(members) or self.counts
         self.heard = now
         if self.engine_reason is None:
-            yield from self._text(*read_engine_event(members), now)
+            probability = read_probability(members)
+            yield from self._text(*read_engine_event(members), probability, now)
         if self.progress and not self.tokens:
             yield from read_progress(members)
 
-    def _text(self, text: str, reason: str | None, now: float) -> Iterator[Pair]:
+    def _text(
+        self, text: str, reason: str | None, probability: float | None, now: float
+    ) -> Iterator[Pair]:
         # An event has at least one token, so this engine ignores max_tokens.
         if text and self.tokens == self.most:
             text, reason = "", "length"
@@ -340,22 +358,31 @@ class Translator:
             self.tokens += 1
             self.has_line |= "\n" in text
             text = self.characters.feed(text)
-        text, ended = self.ending.feed(text)
+        text, ended = self._feed(text, probability)
         if not ended and reason:
             text += self.ending.flush(whole=reason == "stop")
         elif not ended and self.has_line and now > self.deadline:
             text += self.ending.flush(whole=False)
             ended = "length"
         if text:
+            self.sent.append(text)
             yield "text", text_event(text, self.tokens)
         self.engine_reason = reason
         if ended:
             yield self._done(ended)
 
+    def _feed(self, text: str, probability: float | None) -> tuple[str, str | None]:
+        """As `Ending.feed`."""
+        if probability is None:
+            return self.ending.feed(text)
+        self.written.append((text, probability))
+        return self.ending.feed(text, probability)
+
     def _done(self, reason: str) -> Pair:
         self.done = True
         counts = read_result(self.counts)
         counts["total_tokens"] = counts.get("total_tokens") or self.tokens
+        counts |= confidence_of(self.written, self.ending.start, "".join(self.sent))
         return "done", {"finish_reason": reason, **counts}
 
 
@@ -407,6 +434,7 @@ class Engine(Kind):
     """
 
     health_path = ""  # shows without cost that the engine is up
+    tells_probabilities = False  # of the tokens of a text, so that it can end where they are low
     parse = staticmethod(parse_leniently)
 
     @abstractmethod
@@ -460,7 +488,9 @@ class Engine(Kind):
     async def read(self, answer: Answer, wanted: Fitted) -> Pairs:
         await asyncio.sleep(0)  # following a long text takes a turn of the event loop by itself
         marks = [mark.strip() for mark in self.marks(wanted.model)]
-        translator = Translator(wanted.fields, marks)
+        tells = self.tells_probabilities and "messages" not in wanted.fields
+        least = wanted.fields.get("min_confidence") if tells else None
+        translator = Translator(wanted.fields, marks, least)
         try:
             async with contextlib.aclosing(self._read_text(answer, translator)) as pairs:
                 async for pair in pairs:
@@ -504,7 +534,7 @@ class Engine(Kind):
 class LlamaServer(Engine):
     """llama-server, asked by its own calls, but for a chat."""
 
-    reads_ahead = True
+    reads_ahead = tells_probabilities = True
     health_path = "/health"
     tokenize_path = "/tokenize"
 
@@ -514,6 +544,8 @@ class LlamaServer(Engine):
             return "/v1/chat/completions", write_chat(wanted) | LLAMA_MORE
         members = write_sampling(wanted, "n_predict") | LLAMA_MORE
         members |= {"cache_prompt": True, "response_fields": LLAMA_LAST}
+        if fields.get("min_confidence"):
+            members["n_probs"] = 1
         if "suffix" not in fields:
             return "/completion", members | {"prompt": write_files(fields) + fields["prompt"]}
         gap = {"input_prefix": fields["prompt"], "input_suffix": fields["suffix"], "prompt": ""}

@@ -40,7 +40,6 @@ class Kind(ABC):
     takes_our_ids = False  # it knows our ids of models, and says how to get a missing model
     answers_aside = False  # it answers other requests while it generates, without disturbing it
     counts_exactly = False  # it reports the tokens that it reads, and cuts no answer
-    judges_lines = False  # it says how sure its model is of each line
     reads_ahead = False  # reading a prompt ahead costs nothing
     tokenize_path = ""  # "" if it counts no tokens for others
 
@@ -161,6 +160,7 @@ RESULT_FIELDS = {
     "tokens_per_second": SECONDS,
     "confidence": SHARE,
     "text_confidence": SHARE,
+    "chance": SHARE,
     "finish_reason": Field(str, 1, 40),
 }
 # Members that we write into results and errors ourselves: no backend may set them.

@@ -13,7 +13,7 @@ from contextlib import AbstractAsyncContextManager
 from cerebrum.fields import Field, JsonObject, Members, items_of, members_of, parse_json
 from cerebrum.pi import upstream
 from cerebrum.pi.completion import Fitted, Pair, Pairs, text_event
-from cerebrum.pi.kind import COUNT, SHARE, Kind, Models
+from cerebrum.pi.kind import COUNT, Kind, Models
 from cerebrum.pi.upstream import (
     EVENT_STREAM,
     LATE,
@@ -136,9 +136,6 @@ def read_event(event: bytes, key: str) -> Pair | None:
         if not COUNT.accepts(members.get("total_tokens")):
             raise BackendFailure("it sent a token without its number")
         return "text", text_event(members["token"], members["total_tokens"])
-    mean, end = members.get("confidence"), members.get("characters")
-    if SHARE.accepts(mean) and COUNT.accepts(end):
-        return "judged", (mean, end)
     progress = members.get("progress")
     return ("progress", progress) if isinstance(progress, dict) else None
 
@@ -152,7 +149,7 @@ BEGIN_SECONDS = 10.0  # vpsd sends the head of a stream before it loads a model 
 class Vpsd(Kind):
     """A backend of our own kind."""
 
-    takes_our_ids = answers_aside = counts_exactly = judges_lines = reads_ahead = True
+    takes_our_ids = answers_aside = counts_exactly = reads_ahead = True
     tokenize_path = "/v1/tokenize"
     parse = staticmethod(parse_json)
 

@@ -19,7 +19,6 @@ module is pure: no socket, no clock, no environment. Standard library only.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 
@@ -32,9 +31,12 @@ from cerebrum.text.stages import (
     Repeat,
     Stage,
     StopStrings,
+    Sure,
+    Trimmed,
     Typed,
     columns_of,
     last_line,
+    surprise,
 )
 
 # Limits. tests/bench/ending.py has no helpers, no chats and few comments in column 0: 0 % of its
@@ -76,7 +78,6 @@ HEADER = re.compile(r"\S[^\n]*[:{][ \t]*\r?\n")  # of a block in column 0
 FENCE = re.compile(r"(`{3,}+|~{3,}+)([^`\n]*+)")
 # The answer to an instruction without a fence in this many characters has none.
 CHATTER_CHARS = 4000
-LEAST_PROBABILITY = 1e-4  # of a token
 # Of the prompt's end and of the suffix, read to guess the syntax and the indentation.
 GUESS_CHARS = 4000
 GUESSES = {  # lines like the header of a definition, found in few other languages and in no prose
@@ -834,12 +835,13 @@ class Ending:
         stop_at: str,
         indent: int = 0,
         stops: Sequence[str] = (),
+        least: float | None = None,
     ) -> None:
         syntax = language_named(language or "")
         suffix = suffix or ""
         infill = mode == "infill" and suffix.strip() != ""
-        self.stops = StopStrings(stops)
-        self.stages = list[Stage]()
+        self.stages: list[Stage] = [Sure(least)] if least else []
+        self.stages.append(StopStrings(stops))
         if mode == "instruct":
             self.stages.append(Fences(syntax, prompt))
         elif stop_at != "none":
@@ -849,6 +851,9 @@ class Ending:
                 whole = not infill or prompt[-1:] in ("", "\n")
                 self.stages.append(Indent(indent, whole))
             self.stages.append(Repeat())
+        # Where whole lines are missing, the text ends with its line.
+        if least and (last_line(prompt) or not suffix.partition("\n")[0].strip()):
+            self.stages.append(Trimmed())
 
     @property
     def start(self) -> int:
@@ -861,17 +866,15 @@ class Ending:
         """(text that may be sent now, why the completion is over or None). `probability`: of the
         token that adds this text, 1.0 if it is unknown.
         """
-        bits = -math.log2(max(probability, LEAST_PROBABILITY))
-        text, stopped = self.stops.feed(text)
+        bits = surprise(probability)
         reason = None
         for stage in self.stages:
             stage.bits = bits
             text, why = stage.feed(text)
             if reason and not why:
-                text += stage.flush(whole=True)
+                # A gap in a line goes on up to there, as it does up to the model's own end.
+                text += stage.flush(whole=reason != "unsure" or stage.in_line)
             reason = why or reason
-        if stopped and not reason:
-            return text + self.flush(), stopped
         return text, reason
 
     def flush(self, whole: bool = True) -> str:
@@ -879,7 +882,7 @@ class Ending:
         did not cut it.
         """
         text = ""
-        for stage in (self.stops, *self.stages):
+        for stage in self.stages:
             text, why = stage.feed(text)
             text += "" if why else stage.flush(whole)
         return text

@@ -28,12 +28,11 @@ AHEAD_CHARS = 330
 REST_AHEAD_CHARS = 80  # the same, if the suffix begins with the rest of the cursor's line ...
 WRITTEN_AHEAD_CHARS = 12  # ... after the model has written that rest ...
 REST_CHARS = 3  # ... which has at least so many: shorter ones, as );, end many lines
-# If the tokens' probabilities are known, the text written meanwhile may cost so many bits of
+# If the tokens' probabilities are known, each line written meanwhile may cost so many bits of
 # surprise: behind a missed end the model is often unsure. It may cost none where waiting never
 # paid: behind a line that was begun before the gap, behind the rest of the cursor's line that the
-# model wrote itself, and outside the block of the cursor. Chosen by tests/bench/waste.py.
-DOUBT_IN_LINE = 4.0
-DOUBT_OF_LINES = 6.0
+# model wrote itself, and where the block of the cursor was left. Chosen by tests/bench/waste.py.
+DOUBT = 5.5
 # Limits to what is searched; longer searches end no gap elsewhere.
 # Of the suffix, for closing brackets; without the search, 0.8 % more are sent late.
 CLOSERS_CHARS = 4000
@@ -204,18 +203,18 @@ class Gap(Stage):
     Each event has its rule: the text meets the suffix (`step`), a line begins (`on_start`), a line
     ends (`on_line`), the text leaves the cursor's surroundings (`on_leaving`), the model writes no
     more (`flush`). The rules note in `enough` where the infill could end. What the model writes
-    behind that place is sent if the model meets the suffix before the `patience` or the `doubt` is
-    used up, or ends by itself: many gaps go on after a line that could have ended them, so waiting
-    is worth its tokens.
+    behind that place is sent if the model meets the suffix before the `patience` or a line's
+    `doubt` is used up, or ends by itself: many gaps go on after a line that could have ended them,
+    so waiting is worth its tokens.
     """
 
     # The text is in a block that ends before the suffix, so all of it belongs to the gap.
     inner = False
-    in_line = False  # the suffix begins with the rest of the cursor's line
     closer_before = ""  # the scanner's, before the last character
     # Characters left before the infill ends at `enough`, white space not counted.
     patience = AHEAD_CHARS
-    doubt = DOUBT_OF_LINES  # bits left before it ends there
+    doubt = DOUBT  # bits that a line may cost before it ends there
+    cost = 0.0  # of the line so far
     enough: int | None = None  # the infill could end here; None: it cannot yet
     # Where the text left the cursor's surroundings, so that a bracket or a line does not belong to
     # the gap; None: it has not. The infill ends there at the latest.
@@ -268,7 +267,8 @@ class Gap(Stage):
             self._read(char, begun)
         if self.reason:
             return
-        if min(self.patience, self.doubt) < 0 and self.enough is not None:
+        is_over = self.patience < 0 or self.cost > self.doubt
+        if is_over and self.enough is not None:
             self.end("block", self.enough)
         elif char not in "\r`":  # perhaps part of a line end that the suffix has, or of a fence
             place = meeting.held()
@@ -279,6 +279,8 @@ class Gap(Stage):
     def _read(self, char: str, begun: bool) -> None:
         """`begun`: some character of the line that is not white space has come before."""
         meeting, scanner = self.meeting, self.scanner
+        if char == "\n":
+            self.cost = 0.0
         if char == "\n" and begun:
             self.on_line()
         if char.isspace():
@@ -287,11 +289,9 @@ class Gap(Stage):
             self.on_start()
         if char in OPENING_OF and not scanner.closer and self.has_closed_too_much():
             self.on_leaving(len(self.text) - 1 if begun else meeting.edge)
-            if not self.in_line:  # there the bracket may be the suffix's own
-                self.doubt = 0.0
         if self.enough is not None and not self.inner:
             self.patience -= 1
-            self.doubt -= self.bits
+            self.cost += self.bits
             self.bits = 0.0
         is_fence = meeting.line == "```" and scanner.closer in ("", "`")
         if is_fence and not scanner.language.fences:
@@ -427,8 +427,6 @@ class GapInLine(Gap):
     def __init__(self, scanner: Scanner, prompt: str, suffix: str) -> None:
         super().__init__(scanner, prompt, suffix)
         line = last_line(prompt)
-        if line.strip():
-            self.doubt = DOUBT_IN_LINE
         # Brackets opened and not closed: in the text so far, and in the rest.
         self.level = self.rest_level = 0
         ahead = scanner_of(scanner.language)

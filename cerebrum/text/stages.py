@@ -8,6 +8,7 @@ Pure; standard library only.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -22,6 +23,20 @@ PERIOD_LINES = 24  # the longest such block
 PERIOD_CHARS = 400  # a line that ends with this much of one short pattern never ends
 LIGHT = re.compile(r".*,$|\W*$|</[\w:-]+>$|\s*(?:end|fi|done)\W*$")
 
+LEAST_PROBABILITY = 1e-4  # of a token
+WORD_CHARS = 24  # of a longer word, the next part is a word of its own
+# Scripts without spaces between words begin here: each of their characters is a word.
+FIRST_IDEOGRAPH = "\u2e80"
+
+
+def surprise(probability: float) -> float:
+    """How surprising something of this probability is, in bits; at most 13.3."""
+    return -math.log2(max(probability, LEAST_PROBABILITY))
+
+
+def is_of_word(char: str) -> bool:
+    return char < FIRST_IDEOGRAPH and (char.isalnum() or char == "_")
+
 
 class Stage:
     """Text goes in and comes out, until there is a `reason` to end. All positions count characters
@@ -29,7 +44,8 @@ class Stage:
     """
 
     start = 0  # where `text` begins in all that went in
-    bits = 0.0  # for `Gap`: the surprise of the token being read, until it is counted
+    bits = 0.0  # for `Sure` and `Gap`: the surprise of the token being read, until it is counted
+    in_line = False  # for `Gap`: the suffix begins with the rest of the cursor's line
     safe = 0  # text before this position may be sent
     sent = 0  # text before this position has been sent
     reason: str | None = None
@@ -110,6 +126,65 @@ class StopStrings(Stage):
         self.safe = len(self.text) - held
         if complete:
             self.end("stop", len(self.text) - complete)
+
+
+class Trimmed(Stage):
+    """Holds white space back until other text follows. What a limit cuts off ends without it."""
+
+    def step(self, char: str) -> None:
+        if not char.isspace():
+            self.safe = len(self.text)
+
+    def flush(self, whole: bool) -> str:
+        return super().flush(whole) if whole else ""
+
+
+class Sure(Trimmed):
+    """Ends a text before the first word with which the chance that its line is right, the product
+    of its tokens' probabilities, falls below `least`.
+
+    A word is a run of letters, digits and underscores, or any other character, with the blanks
+    before it. It goes out once it is whole, but signs at the beginning of the text wait for a
+    letter, a digit or their line's end.
+    """
+
+    begun = False  # a letter, a digit or the end of a line has come
+    size = 0  # characters of it; 0: a sign or white space came last
+    is_blank = True  # the line is
+
+    def __init__(self, least: float) -> None:
+        super().__init__()
+        self.doubt = self.most = surprise(least)  # bits left in this line, and in each
+
+    def feed(self, piece: str) -> tuple[str, str | None]:
+        self.doubt -= self.bits
+        self.bits = 0.0
+        return super().feed(piece)
+
+    def step(self, char: str) -> None:
+        before = len(self.text) - 1
+        goes_on = is_of_word(char) and self.size < WORD_CHARS
+        if self.size and not goes_on:
+            self._end_word(before)
+            goes_on = is_of_word(char)
+        if char == "\n" and not self.is_blank:
+            self.doubt = self.most
+            self.begun = self.is_blank = True
+            self._end_word(before + 1)
+        elif not char.isspace() and self.doubt < 0:
+            self.end("unsure", self.safe)
+        elif not char.isspace():
+            self.is_blank = False
+            self.begun |= char.isalnum()
+            if goes_on:
+                self.size += 1
+            else:
+                self._end_word(before + 1)
+
+    def _end_word(self, place: int) -> None:
+        self.size = 0
+        if self.begun:
+            self.safe = place
 
 
 class Typed(Stage):

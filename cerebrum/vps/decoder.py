@@ -351,7 +351,6 @@ class Decoder:
             run.first_token = run.last_token
         vocabulary = self.model.vocabulary
         if vocabulary.is_end(token):
-            run.confidence.add("", run.probability)
             self._finish(run, "stop")
             return True
         piece = vocabulary.piece(token)
@@ -363,8 +362,7 @@ class Decoder:
             run.drafter.advance(token)
         is_full = len(run.slot.tokens) + 1 >= self.model.n_ctx
         if reason := run.feed(new):
-            # `Ending.flush` may not follow its own end.
-            self._finish(run, reason, flush=reason == "unsure")
+            self._finish(run, reason, flush=False)  # `Ending.flush` may not follow its own end
         elif is_full or run.is_spent():
             self._finish(run, "length")
         else:
@@ -374,7 +372,6 @@ class Decoder:
     def _finish(self, run: Run, reason: str, flush: bool = True) -> None:
         if flush:
             run.send(run.ending.flush(reason == "stop"))
-        run.judge(run.confidence.unfinished())
         run.outbox.append(run.result(reason))
         self.release(run, reason)
 

@@ -7,17 +7,17 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from cerebrum.text.confidence import Written, confidence_of
 from cerebrum.text.ending import Ending
-from cerebrum.vps.confidence import Confidence, Judged
 from cerebrum.vps.drafts import Drafter
 from cerebrum.vps.llama import Llama, Sampler, Slot
 from cerebrum.vps.vocabulary import GenerationRequest, begun_answer
 from cerebrum_common import HttpError, request_id_var
 
-# Up to this temperature an unlikely token is doubt of the model, above it chance.
+# Up to this temperature an unlikely token is doubt of the model, above it chance. Below a threshold
+# a text ends at every temperature.
 DOUBT_TEMPERATURE = 0.5
-# {"token", "total_tokens"}, {"confidence", "characters"}, {"progress": {"stage", "done", "total"}}
-# or {"done": True, …}
+# {"token", "total_tokens"}, {"progress": {"stage", "done", "total"}} or {"done": True, …}
 Event = dict[str, Any]
 Deliver = Callable[[list[Event | HttpError]], object]
 
@@ -65,7 +65,8 @@ class Job:
             )
         self.max_tokens = min(request.max_tokens, n_ctx - count)
         where = request.mode, request.language, self._begun(), request.suffix, request.stop_at
-        self.ending = Ending(*where, request.indent, request.stop)
+        least = None if request.messages else request.min_confidence
+        self.ending = Ending(*where, request.indent, request.stop, least)
 
     def _begun(self) -> str:
         """The text that the completion goes on with."""
@@ -93,7 +94,8 @@ class Run:
         self.characters = codecs.getincrementaldecoder("utf-8")("replace")
         self.ending = job.ending
         self.sampler = Sampler(job.request)
-        self.confidence = Confidence()
+        self.written = list[Written]()
+        self.sent = list[str]()
         self.probability = 1.0  # of the latest token
         self.drafter: Drafter | None = None  # once a token has been generated
         self.pending: int | None = None  # sampled, not yet decoded
@@ -126,35 +128,28 @@ class Run:
         """Put the text that the client may have into the outbox. Returns why the completion has
         ended (None: it goes on). Bytes wait until their character is whole.
         """
-        request = self.job.request
         written = self.characters.decode(piece)
-        least = 1.0  # of the lines that this token ends
         if piece:  # not only healed
-            least = self.confidence.add(written, self.probability)
-        is_doubt = request.temperature <= DOUBT_TEMPERATURE
-        text, reason = self.ending.feed(written, self.probability if is_doubt else 1.0)
+            self.written.append((written, self.probability))
+        request = self.job.request
+        is_doubt = request.temperature <= DOUBT_TEMPERATURE or request.min_confidence
+        # A token of text that the client has already is none of the model's choice.
+        probability = self.probability if is_doubt and piece else 1.0
+        text, reason = self.ending.feed(written, probability)
         self.send(text)
-        if reason or request.min_confidence is None:
-            return reason
-        can_end = request.mode != "instruct"  # the first line of such an answer may be a fence
-        return "unsure" if can_end and least < request.min_confidence else None
+        return reason
 
     def is_spent(self) -> bool:
         """Whether the request's tokens or its time are used up."""
         limit_ms = self.job.request.predict_ms
         is_late = 1000 * (self.last_token - self.first_token) > limit_ms > 0
-        has_line = "\n" in self.confidence.written
-        return self.generated >= self.job.max_tokens or (is_late and has_line)
+        is_late = is_late and any("\n" in text for text, _ in self.written)
+        return self.generated >= self.job.max_tokens or is_late
 
     def send(self, text: str) -> None:
         if text:
             self.outbox.append({"token": text, "total_tokens": self.generated})
-            self.judge(self.confidence.send(text, self.ending.start))
-
-    def judge(self, lines: list[Judged]) -> None:
-        """Say how sure these lines are, if the client asks."""
-        if self.job.request.min_confidence is not None:
-            self.outbox += [{"confidence": mean, "characters": end} for mean, end in lines]
+            self.sent.append(text)
 
     def flush(self) -> None:
         """Deliver the events in the outbox."""
@@ -185,4 +180,4 @@ class Run:
             event["ttft"] = round(self.first_token - job.submitted, 4)
         if (seconds := self.last_token - self.first_token) > 0:
             event["tokens_per_second"] = round((self.generated - 1) / seconds, 2)
-        return event | self.confidence.result()
+        return event | confidence_of(self.written, self.ending.start, "".join(self.sent))

@@ -48,7 +48,7 @@ class GenerationRequest:
     max_tokens: int = 512  # 0 only reads the prompt into the cache
     # A completion with a line end stops this long after its first token; 0: no limit.
     predict_ms: int = 0
-    # The completion ends behind a less sure line, and events say how sure the model is of each.
+    # Without messages: the text ends where the chance that its line is right falls below this.
     min_confidence: float | None = None
     temperature: float = 0.4
     top_p: float = 0.95

@@ -263,9 +263,10 @@ class Typist:
 
 def is_sure(answer: dict[str, Any]) -> bool:
     """Whether the language server asks ahead behind this hint."""
-    hint = answer.get("content"), answer.get("confidence"), bool(answer.get("unsure"))
-    suggestions = Suggestions()
-    return suggestions.behind(Gap("", "", ""), Suggestion(*hint)) is not None
+    hint = answer.get("content"), answer.get("chance") or 0.0, bool(answer.get("unsure"))
+    found, suggestions = Suggestion(*hint), Suggestions()
+    suggestions.add(Gap("", "", ""), found, 0.4)
+    return suggestions.behind(found) is not None
 
 
 def next_hints(typist: Typist) -> dict[str, Any]:

@@ -6,7 +6,7 @@ end in seconds.
     python tests/bench/waste.py FILE.jsonl [--model qwen_1_5b] [--half report]
 
 Recording asks the model for the gaps of HumanEval's solutions and of --items places in real new
-code (files of 2025 and later, as in sure.py), each as one line, several lines and a span. Natural
+code (files of 2025 and later), each as one line, several lines and a span. Natural
 ends are off: the text goes on where the model would have ended, until today's `Ending` has ended
 it. Each token has its probability. What is in FILE.jsonl is not asked for again.
 
@@ -25,8 +25,10 @@ import codecs
 import hashlib
 import json
 import random
+import re
+import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate, chain, islice, zip_longest
 from pathlib import Path, PurePosixPath
@@ -35,7 +37,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import servers
 from quality import indentation, passes, problems
-from sure import LANGUAGES, MAX_FILE_BYTES, SINCE, UNUSUAL, git
 
 from cerebrum.text.ending import Ending
 from cerebrum.vps.llama import MAX_CHUNK, Llama, Settings, Slot
@@ -48,6 +49,12 @@ SEQUENCES, CONTEXT = 8, 1536
 MAX_TOKENS = 160
 ABOVE, BELOW = 24, 11  # lines around a gap
 PLACES_EACH = 2  # places in a file
+
+# Files that were added since then are newer than the models.
+SINCE = "2025-01-01"
+LANGUAGES = {".py": "python", ".ts": "typescript", ".tsx": "typescript", ".go": "go", ".rs": "rust"}
+UNUSUAL = re.compile(r"(?i)(^|[/_.-])(tests?|spec|docs?|gen|generated|migrations|vendor)([/_.-]|$)")
+MAX_FILE_BYTES = 200_000
 
 Ends = tuple[int, int]  # where a gap begins and ends, in characters from its first line on
 
@@ -104,6 +111,11 @@ def of_human_eval() -> Iterator[dict[str, Any]]:
                     break
 
 
+def git(repository: str, *arguments: str) -> str:
+    done = subprocess.run(["git", "-C", repository, *arguments], capture_output=True, check=True)
+    return done.stdout.decode("utf-8", "replace")
+
+
 def files_since_2025(repository: str) -> list[str]:
     """The files that were added since then, in an order of chance."""
     options = (f"--since={SINCE}", "--diff-filter=A", "--format=", "--name-only", "-M100%")
@@ -158,7 +170,8 @@ class Reading:
     heal: bytes
     ending: Ending
     tokens: list[tuple[str, float]] = field(default_factory=list)
-    end: int | None = None  # tokens before the model would have ended
+    end: int | None = None  # tokens before the model would have ended, ...
+    end_probability: float = 0.0  # ... and how likely that was
     decoder: Any = field(default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace"))
 
     def add(self, model: Llama, index: int, ends: Any) -> int | None:
@@ -169,7 +182,7 @@ class Reading:
         chances = np.exp(row - row.max())
         chances /= chances.sum()
         if int(chances.argmax()) in ends.tolist() and self.end is None:
-            self.end = len(self.tokens)
+            self.end, self.end_probability = len(self.tokens), round(float(chances.max()), 4)
         chances[ends] = -1
         token = int(chances.argmax())
         piece = model.vocabulary.piece(token)
@@ -178,7 +191,7 @@ class Reading:
         text = self.decoder.decode(piece)
         self.tokens.append((text, round(float(chances[token]), 4)))
         _, reason = self.ending.feed(text)
-        return None if reason or len(self.tokens) == MAX_TOKENS else token
+        return None if reason or len(self.tokens) == self.case.get("most", MAX_TOKENS) else token
 
 
 def begin(model: Llama, case: dict[str, Any]) -> Reading:
@@ -187,7 +200,8 @@ def begin(model: Llama, case: dict[str, Any]) -> Reading:
         prompt=prompt, suffix=suffix, language=case["language"], mode="infill", heal=True
     )
     tokens, heal, _ = model.vocabulary.encode(request)
-    ending = Ending("infill", case["language"], prompt, suffix, "auto")
+    stops = case.get("stop", ())
+    ending = Ending("infill", case["language"], prompt, suffix, "auto", 0, stops)
     return Reading(case, tokens, heal, ending)
 
 
@@ -202,20 +216,22 @@ def read_prompt(model: Llama, slot: Slot, prompt: list[int]) -> int:
     return last
 
 
-def record(model: Llama, cases: list[dict[str, Any]]) -> Iterator[Reading]:
+def record(
+    model: Llama, cases: Iterable[dict[str, Any]], sequences: int = SEQUENCES
+) -> Iterator[Reading]:
     """Several texts at a time. A slot that is free keeps its tokens for a prompt with the same
     beginning.
     """
     ids = range(model.n_vocab)
     ends = np.array([token for token in ids if model.vocabulary.is_end(token)])
-    free = [Slot(number) for number in range(SEQUENCES)]
+    free = [Slot(number) for number in range(sequences)]
     running = dict[int, tuple[Slot, Reading, int]]()
     waiting = iter(cases)
     while True:
         while free and (case := next(waiting, None)):
             reading = begin(model, case)
             slot = max(free, key=lambda slot: common_prefix(slot.tokens, reading.prompt))
-            if len(reading.prompt) + MAX_TOKENS > CONTEXT:
+            if len(reading.prompt) + MAX_TOKENS > model.n_ctx:
                 continue
             last = read_prompt(model, slot, reading.prompt)
             free.remove(slot)

@@ -107,6 +107,7 @@ RESULT = {
     "backend?": "vps",
     "confidence?": 0.8,
     "text_confidence?": 0.8,
+    "chance?": 0.8,
     "kept?": {"characters": 8120, "of": 102400, "parts": ["latest"]},
 }
 EVENTS = (

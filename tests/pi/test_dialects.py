@@ -50,7 +50,7 @@ CODE = {
     "indent": 0,
     "prompt_ms": 0,
     "predict_ms": 0,
-    "min_confidence": "always",
+    "min_confidence": None,
     "prompt": "x",
     "mode": "complete",
 }
@@ -59,7 +59,7 @@ DEFAULTS = {
     "text": ("completion", CODE),
     "chat": ("chat", TALK),
     "completion": ("completion", CODE),
-    "infill": ("infill", CODE | {"extra": [], "min_confidence": "often"}),
+    "infill": ("infill", CODE | {"extra": [], "min_confidence": 0.1}),
 }
 NULLED = [
     "model",
@@ -226,8 +226,8 @@ READ = [
     ("infill", {"input_prefix": "a\n", "prompt": "  b"}, "infill", {"prompt": "a\n  b"}),
     ("infill", {"input_prefix": "a", "prompt": None}, "infill", {"prompt": "a"}),
     ("infill", {"input_suffix": "c"}, "infill", {"suffix": "c"} | FILLS),
-    ("infill", {"suggest": "seldom"}, "infill", {"min_confidence": "seldom"}),
-    ("text", {"suggest": "never"}, "completion", {"min_confidence": "never"}),
+    ("infill", {"suggest": "seldom"}, "infill", {"min_confidence": 0.5}),
+    ("text", {"suggest": "never"}, "completion", {"min_confidence": 1.0}),
     ("text", {"suggest": "never", "min_confidence": 0.5}, "completion", {"min_confidence": 0.5}),
     ("infill", {"prompt": MARKED}, "infill", {"prompt": MARKED}),
     (

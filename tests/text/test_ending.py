@@ -1547,6 +1547,7 @@ def test_an_answer(case: tuple[str, str, str, Outcome]) -> None:
 
 
 HALF = [(f"word{number} ", 0.5) for number in range(9)]  # each costs a bit
+LINES = [(f"{word}\n", 0.1) for word, _ in HALF]
 # prompt, suffix, tokens, what is sent, and how many tokens are read before that is known (0: it
 # goes on)
 LINE = [("1", 0.9), ("\n", 0.9)]
@@ -1556,9 +1557,11 @@ DOUBTS = [
     ("x = ", "\ny = 2\n", [("1", 0.001), ("\n", 0.001), *HALF], "1", 3),
     ("x = ", "\ny = 2\n", [*LINE, *((word, 1.0) for word, _ in HALF)], "1", 0),
     ("x = ", "\ny = 2\n", [*LINE, ("z ", 0.0)], "1", 3),
-    ("a = 1\n", "y = 2\n", [("x = 1", 0.9), ("\n", 0.9), *HALF], "x = 1\n", 9),
-    ("    ", "\ny = 2\n", [("x = 1", 0.9), ("\n", 0.9), *HALF], "x = 1", 9),
-    ("a = b", " + 1\ny = 2\n", [("", 0.9), ("\n", 0.9), *HALF], "", 7),
+    ("a = 1\n", "y = 2\n", [("x = 1", 0.9), ("\n", 0.9), *HALF], "x = 1\n", 8),
+    ("    ", "\ny = 2\n", [("x = 1", 0.9), ("\n", 0.9), *HALF], "x = 1", 8),
+    ("a = b", " + 1\ny = 2\n", [("", 0.9), ("\n", 0.9), *HALF], "", 8),
+    # Each line begins anew.
+    ("a = 1\n", "y = 2\n", [("x = 1\n", 0.9), *LINES], "x = 1\n", 0),
     # The rest of the line, written by the model itself.
     ("a = (", ")\ny = 2\n", [("1, ", 0.9), ("2)", 0.9), ("\n", 0.9), *HALF], "1, 2", 4),
     (

@@ -299,6 +299,15 @@ desk("what is not shown unasked", async (at, pi) => {
   assert.deepEqual(await shown("z|", ASKED), ["return 1"]);
 });
 
+desk("what a menu would insert is not typed over anything", async (at) => {
+  const range = new Range(new Position(0, 4), new Position(0, 4));
+  for (let times = 0; times < 3; times++) {
+    assert.deepEqual(texts(await ask(at, python("x = |"), END)), ["return 1"]);
+    const context = { ...END, selectedCompletionInfo: { range, text: "c" } };
+    assert.deepEqual(texts(await ask(at, python("x = |"), context)), ["creturn 1"]);
+  }
+});
+
 desk("a key within the pause asks nothing", async (at, pi) => {
   const token = new Token();
   const items = ask(at, python("x = |"), END, token);

@@ -1,0 +1,152 @@
+"""What a client gets of how sure a model is: the text up to there, and figures. The backends are
+scripted.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+from scripted import CHUNKED, HANG, Backend, Pi, chunk, pi_for, pi_with, script
+from test_backends import LAST, LISTED, VLLM, data, engine, llama_chunk
+from test_editors import infill
+
+CODE = {"prompt": "def f():\n    ", "language": "python", "suffix": "\n\nf()\n"}
+SURE = script("urn a", finish_reason="unsure", confidence=0.9, text_confidence=0.7, chance=0.4)
+WORDS = [
+    ({}, 0.1),
+    ({"suggest": "always"}, None),
+    ({"suggest": "often"}, 0.1),
+    ({"suggest": "normal"}, 0.2),
+    ({"suggest": "seldom"}, 0.5),
+    ({"suggest": "normal", "min_confidence": 0.7}, 0.7),
+]
+
+
+@pytest.mark.parametrize(("more", "least"), WORDS)
+async def test_a_word_is_a_chance(more: dict[str, Any], least: float | None) -> None:
+    async with pi_with(SURE) as (pi, backend):
+        reply = (await infill(pi, filename="a.py", **more)).json
+        assert (reply["content"], reply["unsure"]) == ("urn a", True)
+        assert [reply[name] for name in ("confidence", "text_confidence", "chance")] == [
+            0.9,
+            0.7,
+            0.4,
+        ]
+        assert backend.completions[0].get("min_confidence") == least
+
+
+async def test_a_native_answer_says_it_too() -> None:
+    lies = script("a", confidence="sure", text_confidence=3, chance=-1)
+    async with pi_with(SURE, lies) as (pi, backend):
+        reply = (await pi.post("/v1/complete", {**CODE, "min_confidence": 0.3})).json
+        assert (reply["completion"], reply["finish_reason"]) == ("urn a", "unsure")
+        assert reply["chance"] == 0.4
+        assert backend.completions[0]["min_confidence"] == 0.3
+        reply = (await pi.post("/v1/complete", CODE)).json
+        assert not {"confidence", "text_confidence", "chance"} & reply.keys()
+        assert "min_confidence" not in backend.completions[1]
+
+
+WRONG: list[dict[str, Any]] = [{"suggest": "perhaps"}, {"suggest": 1}, {"min_confidence": 1.01}]
+
+
+async def test_never_asks_nobody_and_a_wrong_word_is_refused() -> None:
+    async with pi_with(SURE) as (pi, backend):
+        reply = await infill(pi, suggest="never")
+        assert (reply.status, reply.json["content"], reply.json["unsure"]) == (200, "", True)
+        assert backend.completions == []
+        for members in WRONG:
+            assert (await infill(pi, **members)).status == 400
+    async with pi_with([HANG]) as (pi, backend):
+        older = infill(pi)
+        await backend.begun.wait()
+        await infill(pi, prompt="    retu", suggest="never")
+        assert (await older).json["content"] == ""
+        assert (await pi.stats())["replaced"] == 1
+
+
+async def typed(pi: Pi, text: str, **more: Any) -> tuple[str, bool, bool]:
+    """The answer once the user has typed this: its text, and whether it is unsure or a rest."""
+    answer = (await infill(pi, prompt="    ret" + text, cache_prompt=True, **more)).json
+    return answer["content"], "unsure" in answer, "type_through" in answer
+
+
+async def test_what_is_typed_beyond_an_unsure_text_is_asked_anew() -> None:
+    async with pi_with(SURE, script(" + b")) as (pi, backend):
+        assert await typed(pi, "") == ("urn a", True, False)
+        assert await typed(pi, "urn") == (" a", True, True)
+        assert len(backend.completions) == 1
+        assert await typed(pi, "urn a") == (" + b", False, False)
+        await typed(pi, "urn", suggest="always")  # of another threshold
+        assert len(backend.completions) == 3
+
+
+async def test_another_engine_says_nothing_and_cuts_nothing() -> None:
+    async with Backend([VLLM], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
+        reply = (await pi.post("/v1/complete", {**CODE, "min_confidence": 1})).json
+        assert reply["completion"] == "1 + 2"
+        assert "confidence" not in reply
+        assert not {"min_confidence", "n_probs"} & json.loads(backend.asked[-1][2]).keys()
+
+
+def told(text: str, *probabilities: Any) -> bytes:
+    """An event of llama-server, with the probability of each of its tokens."""
+    tokens = [{"token": text, "logprob": probability} for probability in probabilities]
+    return llama_chunk(text, 1, **({"completion_probabilities": tokens} if tokens else {}))
+
+
+HALF = math.log(0.5)
+WHOLE = ("1 + 2 + 3", "stop", None)
+# By name: the events of llama-server, the text, why it ends, its chance.
+LLAMA: dict[str, tuple[list[bytes], tuple[str, str, float | None]]] = {
+    "sure": ([told("1", -0.01), told(" + 2", 0.0)], ("1 + 2", "stop", 0.99)),
+    "unsure": (
+        [told("1", HALF), told(" +", HALF), told(" 2", HALF), told(" + 3", HALF)],
+        ("1 +", "unsure", 0.25),
+    ),
+    "two tokens in an event": (
+        [told("1", -0.01), told(" +", HALF, 2 * HALF)],
+        ("1", "unsure", 0.99),
+    ),
+    "no probability": ([told("1"), told(" + 2 + 3")], WHOLE),
+    "an empty list": ([llama_chunk("1 + 2 + 3", 1, completion_probabilities=[])], WHOLE),
+    "no number": ([told("1", "low"), told(" + 2 + 3", None)], WHOLE),
+    "more than 1": ([told("1", 0.1), told(" + 2 + 3", True)], WHOLE),
+}
+
+
+@pytest.mark.parametrize("name", LLAMA)
+async def test_llama_server_tells_its_probabilities(name: str) -> None:
+    events, expected = LLAMA[name]
+    answered = [CHUNKED, *map(chunk, events), chunk(data(LAST)), b"0\r\n\r\n"]
+    async with (
+        Backend([answered], models=LISTED) as backend,
+        pi_for(engine(backend.port, "llama.cpp")) as pi,
+    ):
+        asked = {**CODE, "min_confidence": 0.2}
+        reply = (await pi.post("/v1/complete", asked)).json
+        chance = reply.get("chance")
+        assert (reply["completion"], reply["finish_reason"], chance) == expected
+        assert json.loads(backend.asked[-1][2])["n_probs"] == 1
+        await pi.post("/v1/complete", CODE)
+        assert "n_probs" not in json.loads(backend.asked[-1][2])
+
+
+async def test_a_chat_is_never_cut() -> None:
+    answered = [
+        CHUNKED,
+        *map(chunk, [told("Hello wor"), told("ld")]),
+        chunk(data(LAST)),
+        b"0\r\n\r\n",
+    ]
+    async with (
+        Backend([answered], models=LISTED) as backend,
+        pi_for(engine(backend.port, "llama.cpp")) as pi,
+    ):
+        said = {"messages": [{"role": "user", "content": "hi"}], "min_confidence": 0.2}
+        reply = (await pi.post("/v1/chat/completions", {**said, "stream": True})).body.decode()
+        assert reply.index("Hello wor") < reply.index('"ld"')
+        assert "n_probs" not in json.loads(backend.asked[-1][2])
