@@ -343,7 +343,8 @@ def _is_sound(shape: Mapping[str, int]) -> bool:
 
 
 def _read_model(entry: Any, where: str, known: Collection[str]) -> Model:
-    given = read_table(entry, where, MODEL, "sources", "shape")
+    # Files of earlier versions have `min_confidence`, which no longer means anything.
+    given = read_table(entry, where, MODEL, "sources", "shape", "min_confidence")
     if not given["file"] and not given["aliases"]:
         raise ConfigError(f"{where}: file: expected a name, or aliases instead, got nothing")
     sources = entry.get("sources", [])

@@ -289,6 +289,13 @@ def test_preferences_and_any_language_may_be_named(tmp_path):
     assert load_catalog(ROOT / "models.toml", LANGUAGES).prefer == {}, "off in the shipped file"
 
 
+def test_a_file_of_an_earlier_version_is_read(tmp_path):
+    path = tmp_path / "models.toml"
+    path.write_text(GOOD + "min_confidence = {normal = 0.62}\n")
+    (model,) = load_catalog(path, LANGUAGES).models
+    assert model.id == "m"
+
+
 # ---------------------------------------------------------------------------------------- the house
 
 
