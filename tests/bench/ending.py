@@ -2,7 +2,7 @@
 there.
 
     python tests/bench/ending.py [--seed 1] [--cases 300] [--languages python,go] [--kinds line]
-        [--window 1200] [--show 3] [FOLDER ...]
+        [--window 1200] [--show 3] [--recorded FILE.jsonl] [FOLDER ...]
 
 Reads real files below the folders (default: the standard library, the installed packages and the
 sources that `make test-slow` fetches) and prints one line of JSON per language, from --cases of
@@ -22,6 +22,9 @@ statement of several lines, up to its semicolon or, in a file without any, up to
 
 --window cuts the prompt to so many characters before the cursor and the suffix to a third of it, so
 that it begins anywhere in the file.
+
+--recorded gives each token a probability, drawn from those of the right tokens in a file of
+hints.py; without it they are unknown.
 
 The model ends by itself after the missing piece (`own`), runs on with the text that follows in the
 file (`on`), or, in a gap, runs on with text from elsewhere (`astray`). Each figure is the
@@ -49,7 +52,6 @@ from pygments.token import Comment, String
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "text"))
 
 from sources import SOURCES, Peer, files_of
-from test_ending import run
 
 from cerebrum.text.ending import Ending
 from cerebrum.text.languages import LANGUAGES
@@ -358,6 +360,30 @@ def cut_to(case: Case, window: int) -> Case:
     return case._replace(prompt=above, after=case.after[: window // 3])
 
 
+def recorded(file: str) -> list[float]:
+    """The probabilities of the tokens up to the first one that was wrong."""
+    found = list[float]()
+    for row in map(json.loads, Path(file).read_text().splitlines()):
+        text = ""
+        for piece, probability in row["tokens"]:
+            text += piece
+            if row["kind"] != "line" or not row["expected"].startswith(text):
+                break
+            found.append(probability)
+    return found
+
+
+def write(ending: Ending, text: str, chance: random.Random, probabilities: list[float]) -> str:
+    """What the client gets of a text."""
+    sent = ""
+    for token in TOKEN.findall(text):
+        out, reason = ending.feed(token, chance.choice(probabilities))
+        sent += out
+        if reason:
+            return sent
+    return sent + ending.flush()
+
+
 def summary_of(pairs: list[tuple[int, int]]) -> dict[str, float]:
     cut = sum(lost > 0 for lost, _ in pairs)
     late = [surplus for _, surplus in pairs if surplus]
@@ -371,6 +397,7 @@ def summary_of(pairs: list[tuple[int, int]]) -> dict[str, float]:
 
 def measure(language: str, options: argparse.Namespace) -> dict[str, object]:
     chance, show = random.Random(f"{options.seed} {language}"), options.show
+    probabilities = recorded(options.recorded) if options.recorded else [1.0]
     other = "\n".join(f"other{n} = elsewhere({n})" for n in range(60))
     results = defaultdict[str, list[tuple[int, int]]](list)  # by kind and model
     for source in sources(options.folders, language, chance):
@@ -386,7 +413,8 @@ def measure(language: str, options: argparse.Namespace) -> dict[str, object]:
                     name = f"{kind}_{model}"
                     mode, suffix = ("infill", case.after) if kind in GAPS else ("complete", None)
                     ending = Ending(mode, language, case.prompt, suffix, "auto")
-                    sent, _ = run(ending, TOKEN.findall(text))
+                    drawn = random.Random(text)
+                    sent = write(ending, text, drawn, probabilities)
                     result = judge(source, case, sent)
                     results[name].append(result)
                     if show and any(result) and re.search(options.only, name):
@@ -408,6 +436,7 @@ def main() -> None:
         show=0,
         window=0,
         only="",
+        recorded="",
         kinds=",".join(KINDS),
     )
     parser.add_argument("folders", nargs="*", default=FOLDERS)
