@@ -544,7 +544,7 @@ class Broadcasts:
         client is shown now, unless it is the rest of this hint.
         """
         request, now = completion.request, completion.started
-        prompt = "\0" + request.fields["prompt"]
+        prompt = "\0" + request.fields["prompt"].replace("\r\n", "\n")  # a model writes no other
         above, hint, asked = self.hints.get(request.file, ("\0", "", 0.0))
         kept = kept_of(above, hint, prompt) if now - asked <= HINT_SECONDS else 0
         shown = 0 if (prompt + text).endswith(above + hint) else len(text)
