@@ -138,9 +138,9 @@ def test_nothing_waits_without_a_threshold(least: float | None) -> None:
     assert ending.feed("a + con", 0.0) == ("a + con", None)
 
 
-def test_a_megabyte_takes_no_longer_a_character() -> None:
+def test_a_long_text_without_words_goes_on() -> None:
     """As one word, and as words that never become one."""
-    for text in ("a" * 10**6, "(" * 10**6, " " * 10**6):
+    for text in ("a" * 10**5, "(" * 10**5, " " * 10**5):
         ending = Ending("complete", None, "", None, "none", least=0.25)
         assert ending.feed(text, 0.9)[1] is None
 
