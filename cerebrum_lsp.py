@@ -801,7 +801,7 @@ class Completions:
         gap = document.gap(start, end, inserted)
         is_automatic = get(params, "context.triggerKind", int, 2) != 1
 
-        # Unasked, nothing is shown that was typed over twice, and nothing after a deletion (below).
+        # Unasked, nothing is shown that was typed over twice. After a deletion nothing is asked.
         def items(found: Suggestion) -> Object:
             # What a menu would insert is not typed.
             times = 0 if inserted else self.suggestions.show(gap, found.text)

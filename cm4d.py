@@ -690,8 +690,6 @@ async def speak(dialect: dialects.Dialect, gateway: Gateway, request: Request) -
     editor = f"{request.client} {request.address} {head.headers.get('user-agent', '')}"
     subscriber = Subscriber(gateway.broadcasts, Completion(wanted, notes=request.notes), editor)
     pairs = subscriber.pairs()
-    if wanted.kind == "infill" and fields["max_tokens"]:
-        pairs = subscriber.counted(pairs)
     reply_to = functools.partial(dialect.reply, wanted, head.request_id, int(time.time()))
     if wanted.stream:
         return stream_in_dialect(pairs, reply_to)

@@ -287,17 +287,6 @@ class Subscriber:
         finally:
             self.broadcasts.leave(self)
 
-    async def counted(self, pairs: Pairs) -> Pairs:
-        """The pairs as an infill's client gets them. Count their text once it is whole."""
-        text = ""
-        async with contextlib.aclosing(pairs):
-            async for kind, value in pairs:
-                if kind == "text":
-                    text += read_text(value)
-                elif kind == "done" and self.waits and not self.replaced:
-                    self.broadcasts.show(self.completion, text)
-                yield kind, value
-
     def _next(self, broadcast: Broadcast) -> Pair:
         kind, value = broadcast.pairs[self.at]
         self.at += 1
@@ -309,6 +298,8 @@ class Subscriber:
                 if "\n" in broadcast.text[: self.typed]:
                     value.pop("confidence", None)  # of a line that is typed
             self.broadcasts.keep(broadcast, self.request)
+            if self.request.kind == "infill" and self.waits and self.request.fields["max_tokens"]:
+                self.broadcasts.show(self.completion, broadcast.text[self.typed :])
         return kind, value
 
     def _rest_of(self, events: bytes) -> bytes:

@@ -24,6 +24,7 @@ def confidence_of(tokens: Sequence[Written], start: int, text: str) -> dict[str,
     place = seen = 0  # characters before a token, and those of the text that are no white space
     of_line, of_text = list[float](), list[float]()
     for written, probability in tokens:
+        # A part of a character has no text yet, but belongs to what follows.
         if place + max(1, len(written)) > start and seen < in_text:
             of_text.append(probability)
             if seen < in_line:

@@ -872,7 +872,8 @@ class Ending:
             stage.bits = bits
             text, why = stage.feed(text)
             if reason and not why:
-                # A gap in a line goes on up to there, as it does up to the model's own end.
+                # In a gap within a line, all that the model is sure of belongs to it, as all does
+                # that it writes before it ends by itself.
                 text += stage.flush(whole=reason != "unsure" or stage.in_line)
             reason = why or reason
         return text, reason

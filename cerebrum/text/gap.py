@@ -281,8 +281,8 @@ class Gap(Stage):
         meeting, scanner = self.meeting, self.scanner
         if char == "\n":
             self.cost = 0.0
-        if char == "\n" and begun:
-            self.on_line()
+            if begun:
+                self.on_line()
         if char.isspace():
             return
         if not begun:

@@ -149,8 +149,8 @@ class Sure(Trimmed):
     """
 
     begun = False  # a letter, a digit or the end of a line has come
-    size = 0  # characters of it; 0: a sign or white space came last
-    is_blank = True  # the line is
+    size = 0  # characters of the run that has not ended; 0: there is none
+    is_blank = True  # the line so far
 
     def __init__(self, least: float) -> None:
         super().__init__()
@@ -163,10 +163,9 @@ class Sure(Trimmed):
 
     def step(self, char: str) -> None:
         before = len(self.text) - 1
-        goes_on = is_of_word(char) and self.size < WORD_CHARS
-        if self.size and not goes_on:
+        in_word = is_of_word(char)
+        if self.size and not (in_word and self.size < WORD_CHARS):
             self._end_word(before)
-            goes_on = is_of_word(char)
         if char == "\n" and not self.is_blank:
             self.doubt = self.most
             self.begun = self.is_blank = True
@@ -176,7 +175,7 @@ class Sure(Trimmed):
         elif not char.isspace():
             self.is_blank = False
             self.begun |= char.isalnum()
-            if goes_on:
+            if in_word:
                 self.size += 1
             else:
                 self._end_word(before + 1)

@@ -14,8 +14,8 @@ from cerebrum.vps.llama import Llama, Sampler, Slot
 from cerebrum.vps.vocabulary import GenerationRequest, begun_answer
 from cerebrum_common import HttpError, request_id_var
 
-# Up to this temperature an unlikely token is doubt of the model, above it chance. Below a threshold
-# a text ends at every temperature.
+# Up to this temperature an unlikely token is doubt of the model, above it chance. A request's own
+# threshold holds at every temperature.
 DOUBT_TEMPERATURE = 0.5
 # {"token", "total_tokens"}, {"progress": {"stage", "done", "total"}} or {"done": True, …}
 Event = dict[str, Any]
@@ -133,7 +133,7 @@ class Run:
             self.written.append((written, self.probability))
         request = self.job.request
         is_doubt = request.temperature <= DOUBT_TEMPERATURE or request.min_confidence
-        # A token of text that the client has already is none of the model's choice.
+        # Where the client has the text already, the model had no choice.
         probability = self.probability if is_doubt and piece else 1.0
         text, reason = self.ending.feed(written, probability)
         self.send(text)
@@ -143,8 +143,8 @@ class Run:
         """Whether the request's tokens or its time are used up."""
         limit_ms = self.job.request.predict_ms
         is_late = 1000 * (self.last_token - self.first_token) > limit_ms > 0
-        is_late = is_late and any("\n" in text for text, _ in self.written)
-        return self.generated >= self.job.max_tokens or is_late
+        is_cut = is_late and any("\n" in text for text, _ in self.written)
+        return self.generated >= self.job.max_tokens or is_cut
 
     def send(self, text: str) -> None:
         if text:

@@ -40,7 +40,7 @@ from typing import Any, NamedTuple
 
 import servers
 from harness import SHIPPED
-from waste import LANGUAGES, UNUSUAL, files_since_2025, git, record
+from waste import LANGUAGES, UNUSUAL, append, files_since_2025, git, record
 
 from cerebrum.text.ending import Ending
 from cerebrum.vps.llama import Llama, Settings
@@ -123,6 +123,10 @@ def within(case: Case, above: int, below: int, size_of: Callable[[str], int]) ->
     return case | {"prompt": prompt, "suffix": suffix}
 
 
+def lines_of(text: str) -> int:
+    return text.count("\n")
+
+
 def windows(model: Llama, case: Case, sizes: tuple[int, ...]) -> Iterator[Case]:
     def tokens(text: str) -> int:
         return len(model.vocabulary.tokenize(text, True))
@@ -146,17 +150,9 @@ def record_all(options: argparse.Namespace, name: str, known: set[str]) -> None:
         sizes = WINDOWS[options.model]
         cases = list(chain(*(windows(model, group[0], sizes) for group in groups)))
     else:
-        near = lambda case: within(case, ABOVE, BELOW, lambda text: text.count("\n"))  # noqa: E731
-        cases = [near(case) for case in chain(*groups)]
+        cases = [within(case, ABOVE, BELOW, lines_of) for case in chain(*groups)]
     new = [case for case in cases if case["key"] not in known]
-    with options.file.open("a") as out:
-        for number, reading in enumerate(record(model, new, sequences)):
-            row = reading.case | {"model": name, "read": len(reading.prompt)}
-            row |= {"end": reading.end, "end_probability": reading.end_probability}
-            out.write(json.dumps(row | {"tokens": reading.tokens}) + "\n")
-            out.flush()
-            if number % 50 == 0:
-                print(f"{number} of {len(new)}", file=sys.stderr)
+    append(options.file, name, record(model, new, sequences), len(new))
 
 
 # --------------------------------------------------------------------------------------- the report

@@ -189,7 +189,8 @@ class Reading:
         known = min(len(piece), len(self.heal))
         self.heal, piece = self.heal[known:], piece[known:]
         text = self.decoder.decode(piece)
-        self.tokens.append((text, round(float(chances[token]), 4)))
+        # As on the VPS: where the text is healed alone, the model had no choice.
+        self.tokens.append((text, round(float(chances[token]), 4) if piece else 1.0))
         _, reason = self.ending.feed(text)
         return None if reason or len(self.tokens) == self.case.get("most", MAX_TOKENS) else token
 
@@ -274,14 +275,19 @@ def record_all(options: argparse.Namespace, known: set[str]) -> None:
     cases = [case for case in new if options.half in ("", half_of(case["key"]))]
     settings = Settings(n_ctx=CONTEXT, sequences=SEQUENCES)
     model = Llama(servers.weights_of(options.model), settings, lambda _: True)
-    with options.file.open("a") as out:
-        for number, reading in enumerate(record(model, cases)):
-            row = reading.case | {"model": options.model, "read": len(reading.prompt)}
-            row |= {"end": reading.end, "tokens": reading.tokens}
-            out.write(json.dumps(row) + "\n")
+    append(options.file, options.model, record(model, cases), len(cases))
+
+
+def append(file: Path, model: str, readings: Iterable[Reading], count: int) -> None:
+    """Write each text into the file once it has ended."""
+    with file.open("a") as out:
+        for number, reading in enumerate(readings):
+            row = reading.case | {"model": model, "read": len(reading.prompt)}
+            row |= {"end": reading.end, "end_probability": reading.end_probability}
+            out.write(json.dumps(row | {"tokens": reading.tokens}) + "\n")
             out.flush()
             if number % 50 == 0:
-                print(f"{number} of {len(cases)}", file=sys.stderr)
+                print(f"{number} of {count}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------- replaying
