@@ -382,6 +382,36 @@ def test_in_the_real_one(version: str, tmp_path: Path) -> None:
     assert "int" in left["change.py"].partition("\n")[0]
 
 
+@pytest.mark.clients
+@pytest.mark.nightly
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_pi_reads_before_the_first_key(version: str, tmp_path: Path) -> None:
+    """Each place once, and nothing of a file that is never sent; the driver plays the Pi."""
+    place = install(version)
+    project = tmp_path / "project"
+    make_project(project)
+    (project / "secret.env").write_text("A=1\n")
+    two = (project / "two.py").read_text()
+    file = tmp_path / "cerebrum.vsix"
+    file.write_bytes(vsix.pack(FOLDER))
+    asked = {"folder": str(project), "steps": ["reading"]}
+    with (
+        code_server(place, tmp_path / "code", file, {}) as url,
+        driven(place, url=url, **asked) as steps,
+    ):
+        seen = dict(steps)
+    assert "failed" not in seen, seen["failed"]
+    assert seen["played"] == "return 1"
+    assert seen["reading"] == [
+        ["sum.py", "", SUM, 0],
+        ["sum.py", SUM, "", 0],
+        ["two.py", "", two, 0],
+        ["two.py", two, "", 0],
+        ["two.py", two + "c", "", 128],
+        ["word.py", "", SUM, 0],
+    ]
+
+
 LLAMA_VSCODE = INSTALLED / "llama.vscode"
 
 

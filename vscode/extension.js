@@ -4,12 +4,13 @@
 
 const vscode = require("vscode");
 const { ask, BUSY, check, NO_PI, PiError, read } = require("./pi");
-const { matches, sent, Suggestions, unix } = require("./text");
+const { matches, sent, Suggestions, typedSince, unix } = require("./text");
 const { changeSelection, Preview, SCHEME, withProgress } = require("./change");
 
 const AWAY_MS = 5_000; // between two automatic requests to a Pi that does not answer
 const STUCK_MS = 500; // a connection that takes longer is waited for
 const READ_MS = 500; // limits what is read for an automatic request
+const REST_MS = 300; // a cursor that rests so long has its place read
 const PREDICT_MS = 1500; // a completion that has a line ends after this time
 // Of documents: not those of commit messages, comparisons, output and the like.
 const SCHEMES = ["file", "untitled", "vscode-notebook-cell", "vscode-remote", "vscode-vfs"];
@@ -183,6 +184,8 @@ class Completions {
     this.deleted = new WeakMap(); // the line of a document's latest edit, if that only removed text
     /** @type {Set<{began: number}>} */
     this.connecting = new Set();
+    /** @type {NodeJS.Timeout | undefined} */
+    this.reading = undefined; // waits for the cursor to rest
   }
 
   /**
@@ -236,7 +239,7 @@ class Completions {
     const known = this.rest(gap, isAsked);
     if (known) return known;
     if (!isAsked) {
-      if (Date.now() < this.status.awayUntil || this.isStuck()) return undefined;
+      if (this.isAway()) return undefined;
       await pause(this.suggestions.pause(gap), token);
       if (token.isCancellationRequested) return undefined;
     }
@@ -267,9 +270,28 @@ class Completions {
     await ask(pi, "/infill", { body: { ...bodyOf(document, behind, false), speculative: true } });
   }
 
-  /** Whether a connection is slow to come about: more of them would only wait as well. */
-  isStuck() {
-    return [...this.connecting].some(({ began }) => Date.now() - began > STUCK_MS);
+  /** Have the Pi read the cursor's place once it rests there: the next key finds it read. */
+  readSoon() {
+    clearTimeout(this.reading);
+    this.reading = setTimeout(() => void this.read().catch(() => {}), REST_MS); // nobody waits for it
+  }
+
+  /** A limit of 0 tokens lets the Pi read a prompt when it has nothing else to do. */
+  async read() {
+    const editor = vscode.window.activeTextEditor;
+    if (!editor?.selection.isEmpty || this.isOff(editor.document) || this.isAway()) return;
+    const gap = gapOf(editor.document, editor.selection, "");
+    const body = { ...bodyOf(editor.document, gap, false), n_predict: 0 };
+    if (!settings().get("readAhead", true) || body.suggest === "never") return;
+    if (typedSince(gap, this.suggestions.asked) !== undefined) return;
+    this.suggestions.asked = gap;
+    await ask(await this.home.pi(), "/infill", { body });
+  }
+
+  /** Whether the Pi is away, or a connection slow to come about: more of them would only wait as well. */
+  isAway() {
+    const now = Date.now();
+    return now < this.status.awayUntil || [...this.connecting].some(({ began }) => now - began > STUCK_MS);
   }
 
   /** @type {Completions["find"]} */
@@ -281,6 +303,8 @@ class Completions {
     const onConnect = () => void this.connecting.delete(connection);
     const body = bodyOf(document, gap, isAsked);
     const { suggestions } = this;
+    suggestions.asked = gap;
+    clearTimeout(this.reading); // the Pi reads this place now
     this.status.write(1);
     this.connecting.add(connection);
     try {
@@ -569,6 +593,9 @@ function activate(context) {
     vscode.workspace.registerTextDocumentContentProvider(SCHEME, preview),
     vscode.window.registerUriHandler({ handleUri: (link) => commands.follow(link) }),
     vscode.workspace.onDidChangeTextDocument((event) => completions.note(event)),
+    vscode.window.onDidChangeActiveTextEditor(() => completions.readSoon()),
+    vscode.window.onDidChangeTextEditorSelection(() => completions.readSoon()),
+    { dispose: () => clearTimeout(completions.reading) },
     vscode.workspace.onDidChangeConfiguration((event) => {
       if (event.affectsConfiguration("cerebrum")) completions.suggestions = new Suggestions();
       if (event.affectsConfiguration("cerebrum.url")) void commands.look();
@@ -576,6 +603,7 @@ function activate(context) {
     context.secrets.onDidChange(() => void commands.look()),
   );
   void commands.look();
+  completions.readSoon();
 }
 
 module.exports = { activate };

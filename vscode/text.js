@@ -37,10 +37,10 @@ function sent(gap) {
 
 /**
  * What was typed or accepted since an older gap; undefined if anything else has changed.
- * @param {Gap} gap @param {Gap} older
+ * @param {Gap} gap @param {Gap} [older]
  */
 function typedSince({ uri, before, after }, older) {
-  const isSame = older.uri === uri && older.after === after && before.startsWith(older.before);
+  const isSame = older?.uri === uri && older.after === after && before.startsWith(older.before);
   return isSame ? before.slice(older.before.length) : undefined;
 }
 
@@ -49,6 +49,8 @@ class Suggestions {
   constructor() {
     /** @type {{gap: Gap, found: Suggestion}[]} */
     this.list = [];
+    /** @type {Gap | undefined} */
+    this.asked = undefined; // the latest gap that the Pi was asked for or had to read
     this.times = [400]; // ms; a guess, until there are answers
     /** @type {{gap: Gap, text: string, place: string} | undefined} */
     this.shown = undefined; // the latest ghost text
@@ -164,4 +166,4 @@ function matches(glob, path) {
   return new RegExp(`(^|/)${source}$`, "i").test(path);
 }
 
-module.exports = { blockOf, lacks, matches, MAX_TOKENS, sent, Suggestions, unix };
+module.exports = { blockOf, lacks, matches, MAX_TOKENS, sent, Suggestions, typedSince, unix };

@@ -4,71 +4,31 @@
 "use strict";
 const assert = require("node:assert/strict");
 const fs = require("node:fs");
-const http = require("node:http");
-const https = require("node:https");
 const path = require("node:path");
 const { test } = require("node:test");
+const { setTimeout: wait } = require("node:timers/promises"); // never a test's own clock
 const nodeTls = require("node:tls");
+const { Pi } = require("./pi.cjs");
 const { activate, Desk, Document, Position, Range, Selection, Token, Uri } = require("./stub.cjs");
 
 const FOLDER = path.resolve(__dirname, "../../vscode");
-const HEALTHY = { status: "healthy", vps_available: true };
-
-/** A Pi: `answers` maps a path to the status and the body of its answer, or to a function of both sides. */
-class Pi {
-  constructor(tls) {
-    this.asked = []; // of each request its path, its key and its body
-    this.left = 0; // requests whose client has left
-    this.answers = {
-      "/health": [200, HEALTHY],
-      "/v1/stats": [200, { version: "1.1.0" }],
-      "/infill": [200, { content: "return 1", chance: 0.9 }],
-      "/v1/accepted": [200, {}],
-    };
-    const answer = (request, response) => void this.answer(request, response);
-    this.server = tls ? https.createServer(tls, answer) : http.createServer(answer);
-  }
-
-  async answer(request, response) {
-    let text = "";
-    for await (const part of request) text += part;
-    const asked = { path: request.url, key: request.headers.authorization ?? "", body: text ? JSON.parse(text) : null };
-    this.asked.push(asked);
-    response.on("close", () => { if (!response.writableEnded) this.left += 1; });
-    const given = this.answers[request.url] ?? [404, { error: true, message: "no such path" }];
-    if (typeof given === "function") return given(asked, response);
-    const [status, body, headers = {}] = given;
-    response.writeHead(status, headers).end(typeof body === "string" ? body : JSON.stringify(body));
-  }
-
-  /** The bodies of the requests for completions. */
-  get infills() { return this.asked.filter(({ path: asked }) => asked === "/infill").map(({ body }) => body); }
-
-  async start(port = 0, host = "127.0.0.1") {
-    await new Promise((resolve) => this.server.listen(port, host, resolve));
-    this.port = this.server.address().port;
-    this.url = `http://127.0.0.1:${this.port}`;
-    return this;
-  }
-
-  async stop() {
-    this.server.closeAllConnections();
-    await new Promise((resolve) => this.server.close(resolve));
-  }
-}
 
 /** Wait for a condition. */
 async function until(condition) {
   const deadline = Date.now() + 10_000;
   while (!condition()) {
     assert.ok(Date.now() < deadline, `${condition}`);
-    await new Promise((resolve) => setTimeout(resolve, 5));
+    await wait(5);
   }
 }
 
-/** A test with a Pi, a desk, and the extension there, which knows the Pi. */
-function desk(name, run, settings = {}) {
-  test(name, async () => {
+/**
+ * A test with a Pi, a desk, and the extension there, which knows the Pi. `clock` is called before the
+ * extension begins.
+ */
+function desk(name, run, settings = {}, clock = () => {}) {
+  test(name, async (context) => {
+    clock(context);
     const pi = await new Pi().start();
     const at = new Desk();
     Object.assign(at.settings, { url: pi.url }, settings);
@@ -328,6 +288,186 @@ desk("the far ends of a long file are left out", async (at, pi) => {
   await ask(at, python(`${line.repeat(20_000)}|${line.repeat(20_000)}`));
   const { input_prefix, input_suffix } = pi.infills[0];
   assert.deepEqual([input_prefix.length, input_suffix.length], [80_000, 80_000]);
+});
+
+// ------------------------------------------------------------------------ reading before the first key
+
+/** A test where what waits for a time waits until `rest` says that so many ms have passed. */
+function resting(name, run) {
+  let now = 0;
+  const waiting = new Map(); // the time of each function
+  const clock = ({ mock }) => {
+    // Not node's own clock: to clear what has run clears something else there.
+    mock.method(globalThis, "setTimeout", (then, ms) => (waiting.set(then, now + ms), then));
+    mock.method(globalThis, "clearTimeout", (then) => waiting.delete(then));
+  };
+  const rest = (ms = 300) => {
+    now += ms;
+    for (const [then, time] of waiting) {
+      if (time <= now) waiting.delete(then) && then();
+    }
+  };
+  desk(name, (at, pi) => run(at, pi, rest), {}, clock);
+}
+
+/** Bring a document to the front, with the cursor at the `|` of its text. */
+function front(at, document) {
+  const [before, after] = document.text.split("|");
+  document.text = before + after;
+  const lines = before.split("\n");
+  const place = new Position(lines.length - 1, lines.at(-1).length);
+  const editor = { document, selection: new Selection(place, place) };
+  at.vscode.window.activeTextEditor = editor;
+  at.fronted.fire(editor);
+  return editor;
+}
+
+/** Move the cursor, and the other end of the selection. */
+function move(at, editor, character, other = character) {
+  editor.selection = new Selection(new Position(0, character), new Position(0, other));
+  at.moved.fire({ textEditor: editor });
+}
+
+/** Have a place read that is not; of all requests until then, what is to be read and how much to be written. */
+async function places(at, pi, rest) {
+  front(at, python("the last|", "file:///work/last.py"));
+  rest();
+  await until(() => pi.infills.at(-1)?.input_prefix === "the last");
+  return pi.infills.slice(0, -1).map((body) => [body.input_prefix, body.input_suffix, body.n_predict]);
+}
+
+resting("the file in front is read, and so is a file that comes there", async (at, pi, rest) => {
+  at.vscode.window.activeTextEditor = {
+    document: python("a\r\nb"), selection: new Selection(new Position(1, 0), new Position(1, 0)),
+  };
+  rest(299);
+  rest(1);
+  await until(() => pi.infills.length === 1);
+  assert.deepEqual(pi.infills, [{
+    input_prefix: "a\n", input_suffix: "b", filename: "a.py", n_predict: 0,
+    t_max_prompt_ms: 500, t_max_predict_ms: 1500, cache_prompt: true, suggest: "normal",
+  }]);
+  assert.equal(at.provider.status.writing, 0);
+  front(at, python("c|d", "file:///work/b.py"));
+  rest(299);
+  assert.equal(pi.infills.length, 1);
+  rest(1);
+  await until(() => pi.infills.length === 2);
+  at.vscode.window.activeTextEditor = undefined; // nothing is open
+  at.fronted.fire(undefined);
+  rest();
+  assert.deepEqual(await places(at, pi, rest), [["a\n", "b", 0], ["c", "d", 0]]);
+});
+
+resting("a cursor that rests is read, and one on its way is not", async (at, pi, rest) => {
+  const editor = front(at, python("|abc"));
+  rest();
+  move(at, editor, 1);
+  rest();
+  move(at, editor, 2);
+  rest(299);
+  move(at, editor, 3);
+  rest(299);
+  move(at, editor, 2); // selects, and no longer
+  rest(299);
+  move(at, editor, 0, 3);
+  rest();
+  move(at, editor, 3);
+  rest();
+  const read = await places(at, pi, rest);
+  assert.deepEqual(read, [["", "abc", 0], ["a", "bc", 0], ["abc", "", 0]]);
+});
+
+resting("what is read is not read again", async (at, pi, rest) => {
+  const document = python("x = |\n");
+  const editor = front(at, document);
+  const type = (text) => {
+    document.text = `${text}\n`;
+    move(at, editor, text.length);
+  };
+  rest();
+  type("x = f");
+  rest();
+  const shown = ask(at, Object.assign(document, { text: "x = f|\n" }));
+  rest(80);
+  assert.deepEqual(texts(await shown), ["return 1"]);
+  rest();
+  type("x = fr");
+  rest();
+  move(at, editor, 1);
+  rest(299);
+  move(at, editor, 6); // back in time
+  rest();
+  type("x = "); // deletes
+  rest();
+  const read = await places(at, pi, rest);
+  assert.deepEqual(read, [["x = ", "\n", 0], ["x = f", "\n", 128], ["x = ", "\n", 0]]);
+});
+
+resting("a completion takes the place of a reading that waits", async (at, pi, rest) => {
+  const range = new Range(new Position(0, 4), new Position(0, 6));
+  const context = { ...END, selectedCompletionInfo: { range, text: "print" } };
+  const document = python("x = pr|");
+  front(at, document);
+  const shown = ask(at, Object.assign(document, { text: "x = pr|" }), context);
+  rest(80);
+  assert.deepEqual(texts(await shown), ["printreturn 1"]);
+  rest();
+  assert.deepEqual(await places(at, pi, rest), [["x = print", "", 128]]);
+});
+
+resting("other settings have it read again", async (at, pi, rest) => {
+  const editor = front(at, python("x|"));
+  rest();
+  await at.vscode.workspace.getConfiguration().update("tokens", 9);
+  move(at, editor, 1);
+  rest();
+  assert.deepEqual(await places(at, pi, rest), [["x", "", 0], ["x", "", 0]]);
+});
+
+resting("nothing is read of what is never sent, or off, or of a Pi that is away", async (at, pi, rest) => {
+  const status = at.provider.status;
+  for (const [uri, prepare, restore] of [
+    ["file:///work/.env", () => {}, () => {}],
+    ["output:log", () => {}, () => {}],
+    ["file:///work/a.py", () => { at.activeTab = { input: new at.vscode.TabInputTextDiff() }; }, () => { at.activeTab = undefined; }],
+    ["file:///work/a.py", () => { at.settings.off = ["python"]; }, () => { at.settings.off = []; }],
+    ["file:///work/a.py", () => { at.workspace.set("off", true); }, () => { at.workspace.delete("off"); }],
+    ["file:///work/a.py", () => { at.settings.suggest = "never"; }, () => { at.settings.suggest = "normal"; }],
+    ["file:///work/a.py", () => { at.settings.readAhead = false; }, () => { delete at.settings.readAhead; }],
+    ["file:///work/a.py", () => { status.awayUntil = Date.now() + 60_000; }, () => { status.awayUntil = 0; }],
+    ["file:///work/a.py", () => { at.provider.connecting.add({ began: Date.now() - 1000 }); }, () => { at.provider.connecting.clear(); }],
+  ]) {
+    prepare();
+    front(at, python("x|", uri));
+    rest();
+    restore();
+  }
+  assert.deepEqual(await places(at, pi, rest), []);
+  assert.equal(SETTINGS["cerebrum.readAhead"].default, true);
+});
+
+resting("nobody is told that nothing could be read", async (at, pi, rest) => {
+  pi.answers["/infill"] = [401, { error: { message: "x" } }];
+  front(at, python("x|"));
+  rest();
+  assert.deepEqual(await places(at, pi, rest), [["x", "", 0]]);
+  await pi.stop();
+  front(at, python("y|"));
+  rest();
+  assert.match(at.item.tooltip, /ready/);
+  await ask(at, python("z|"), ASKED); // is told
+  const away = `no Pi answers at 127.0.0.1:${pi.port} (ECONNREFUSED)`;
+  assert.deepEqual(at.shown, [`log: ${away}`, `warning: Cerebrum: ${away}`]);
+});
+
+resting("an extension that has ended reads nothing any more", async (at, pi, rest) => {
+  const editor = front(at, python("x|"));
+  for (const one of at.context.subscriptions) one.dispose?.();
+  move(at, editor, 0);
+  rest();
+  await ask(at, python("y|"), ASKED);
+  assert.deepEqual(pi.infills.map((body) => body.input_prefix), ["y"]);
 });
 
 // ------------------------------------------------------------------------- which texts, which names

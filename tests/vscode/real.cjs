@@ -6,10 +6,12 @@
 "use strict";
 const fs = require("node:fs");
 const { chromium } = require("playwright-core");
+const { Pi } = require("./pi.cjs");
 
 const given = JSON.parse(fs.readFileSync(0, "utf8"));
 const GHOST = ".ghost-text-decoration, .ghost-text-decoration-preview, .ghost-text";
 const PATIENCE = 90_000;
+const ALONE = ["other", "reading"]; // steps that only those who name them want
 let page;
 
 const say = (step, seen) => console.log(JSON.stringify([step, seen]));
@@ -168,6 +170,38 @@ const STEPS = {
     say("untitled", await ghost());
     await keys("Escape");
   },
+  /** What a Pi that is played here had to read, and to write, from the first file on. */
+  async reading() {
+    const pi = await new Pi().start();
+    const asked = async (count) => {
+      const deadline = Date.now() + PATIENCE;
+      while (pi.infills.length < count) {
+        if (Date.now() > deadline) throw new Error(`expected ${count}: ${JSON.stringify(pi.infills)}`);
+        await page.waitForTimeout(20);
+      }
+    };
+    await item("Cerebrum");
+    await command("Cerebrum: Connect");
+    await box("The Pi's address", pi.url);
+    await box("The key for", "");
+    await status("ready");
+    await pick("sum.py");
+    await asked(1);
+    await keys("Control+End");
+    await asked(2);
+    await pick("secret.env");
+    await pick("two.py");
+    await asked(3);
+    await keys("Control+End");
+    await asked(4);
+    await type("c");
+    say("played", await ghost());
+    await keys("Escape");
+    await pick("word.py");
+    await asked(6);
+    say("reading", pi.infills.map((body) => [body.filename, body.input_prefix, body.input_suffix, body.n_predict]));
+    await pi.stop();
+  },
   /** The Pi goes away, and returns: the other side does it when it reads these lines. */
   async away() {
     await open("word.py");
@@ -193,7 +227,7 @@ const STEPS = {
   await page.goto(`${given.url}/?folder=${given.folder}`);
   await page.waitForSelector(".monaco-workbench .statusbar-item", { timeout: PATIENCE });
   for (const [name, step] of Object.entries(STEPS)) {
-    if (given.steps ? !given.steps.includes(name) : name === "other") continue;
+    if (given.steps ? !given.steps.includes(name) : ALONE.includes(name)) continue;
     try {
       await step();
     } catch (error) {

@@ -88,6 +88,8 @@ class Desk {
     this.global = new Map();
     this.changed = new EventEmitter(); // settings
     this.edited = new EventEmitter(); // texts
+    this.fronted = new EventEmitter(); // the editor in front
+    this.moved = new EventEmitter(); // cursors
     this.tabsChanged = new EventEmitter();
     this.cancels = null; // called with the token of a progress
   }
@@ -149,6 +151,8 @@ function make(desk) {
         show: () => desk.shown.push("the log"),
         dispose() {},
       }),
+      onDidChangeActiveTextEditor: desk.fronted.event,
+      onDidChangeTextEditorSelection: desk.moved.event,
       registerUriHandler: (handler) => ((desk.links = handler), { dispose() {} }),
       showInformationMessage: message("info"),
       showWarningMessage: message("warning"),
@@ -224,6 +228,7 @@ function activate(desk, folder, file = "extension.js") {
   for (const file of Object.keys(require.cache)) if (file.startsWith(folder)) delete require.cache[file];
   const extension = require(`${folder}/${file}`);
   Module._load = load;
+  desk.context = context;
   extension.activate(context);
   return vscode;
 }
