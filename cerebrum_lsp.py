@@ -51,6 +51,10 @@ class BadSettings(Exception):
     """A setting that cannot be used. The message says what was expected and what came."""
 
 
+EXCLUDE = """.env* *.env *.pem *.key *.crt *.cer *.p8 *.p12 *.pfx *.ppk *.jks *.keystore id_rsa*
+id_dsa* id_ecdsa* id_ed25519* .netrc .npmrc .pypirc .pgpass .htpasswd .git-credentials .aws/"""
+
+
 @dataclass(frozen=True)
 class Settings:
     """The user's settings. Their names are those of the file and of `initializationOptions`."""
@@ -60,6 +64,7 @@ class Settings:
     tokens: int = 128  # a completion has at most so many
     read_ms: int = 500  # limits what is read for an automatic request; 0: no limit
     off: tuple[str, ...] = ()  # ids of languages that get no completions
+    exclude: tuple[str, ...] = tuple(EXCLUDE.split())  # globs of the files that are never sent
     suggest: str = "normal"  # how readily a completion is shown unasked: one of SUGGEST
     completion: bool = False  # serve textDocument/completion, for clients without inline completion
     speculative: bool = True  # ask ahead for the text behind a suggestion that is shown
@@ -75,6 +80,11 @@ class Settings:
             raise BadSettings(f"expected one of {', '.join(SUGGEST)} for suggest")
         if not re.fullmatch(r"[!-~]*", self.key):
             raise BadSettings("expected a key of visible ASCII characters")
+
+    def excludes(self, uri: str) -> bool:
+        """Whether this document is never sent."""
+        path = urllib.parse.unquote(urllib.parse.urlsplit(uri).path)
+        return any(matches(glob, path) for glob in self.exclude)
 
 
 KINDS = {
@@ -126,6 +136,45 @@ def members_of(given: Mapping[str, Any]) -> Object:
     return members
 
 
+@functools.lru_cache
+def matches(glob: str, path: str) -> bool:
+    """Whether a path matches a glob: `*` and `?` within a name, `**` for any folders, a `/` at the
+    end for all in a folder, `{a,b}` for one of several texts. A glob without a `/` is for the name
+    alone, in any folder; so is one that begins with `~/` or `./`, since more is better left out
+    than less.
+    """
+    glob = re.sub("^[~.]/", "", glob.lower())
+    if glob.endswith("/"):
+        glob += "**"
+    path = path.lower()
+    return len(path) in ends(f"**/{glob}", path, {0})
+
+
+PART = re.compile(r"\{[^{}]*\}|\*\*/|\*+|.", re.DOTALL)  # of a glob
+
+
+def ends(glob: str, path: str, begins: set[int]) -> set[int]:
+    """The places of a path where texts end that match a glob and begin at one of these places. A
+    regular expression would try one way after another, and a few `*` have billions.
+    """
+    for part in PART.findall(glob):
+        found = set[int]()
+        if part == "**/":
+            found = begins | ends("/", path, ends("**", path, begins))
+        elif part[0] == "{" and part[1:]:
+            for text in part[1:-1].split(","):
+                found |= ends(text, path, begins)
+        else:
+            if part[0] == "*":
+                begins = found = {*begins}  # what is found is begun at, too
+            for place, character in enumerate(path):
+                fits = part[0] in "*?" and (part[1:] or character != "/")
+                if place in begins and (fits or character == part):
+                    found.add(place + 1)
+        begins = found
+    return begins
+
+
 def is_url(text: str) -> bool:
     try:
         url = urllib.parse.urlsplit(text)
@@ -172,8 +221,8 @@ def read_variables(environment: Mapping[str, str]) -> Object:
 
 def parse_variable(name: str, text: str) -> Any:
     """The value of a setting: a text, a list with commas, or else JSON."""
-    if name == "off":
-        return text.split(",")
+    if name in ("off", "exclude"):
+        return re.split(r",(?![^{}]*\})", text)  # not at those of {a,b}
     if name in VARIABLES:
         return text
     try:
@@ -861,7 +910,7 @@ class Completions:
         self.client.end_calls(
             lambda old: old.is_waiting and old.lane == call.lane, {"result": nothing}
         )
-        if is_quiet or gap.language in self.pi.settings.off:
+        if is_quiet or self.is_off(gap):
             return nothing
         rest = self.rest(call, gap)
         if rest is not None:
@@ -875,6 +924,10 @@ class Completions:
             return items(self.infill(call, gap) if rest is None else rest)
 
         return self.client.start(call, work)
+
+    def is_off(self, gap: Gap) -> bool:
+        settings = self.pi.settings
+        return gap.language in settings.off or settings.excludes(gap.uri)
 
     def rest(self, call: Call, gap: Gap) -> Suggestion | None:
         """The rest of a suggestion. A manual request ignores an empty or shortened one and asks the
@@ -967,6 +1020,10 @@ class Commands:
     def instruct(self, argument: Any, request_id: Any) -> Any:
         """Change a range of a document as instructed: {"uri", "range", "instruction"}."""
         document = self.documents.find({"textDocument": argument})
+        if self.pi.settings.excludes(document.uri):
+            raise PiError(
+                200, "this text is never sent; the setting exclude has the names of files"
+            )
         start, end = positions(argument)
         lines = [*document.lines]
         version = document.version

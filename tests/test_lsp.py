@@ -497,6 +497,56 @@ def test_a_long_text_begins_at_the_same_place_for_many_keys() -> None:
         assert cerebrum_lsp.sent(Gap(URI, text[:end], text)) == (text[begin:end], text[:most])
 
 
+# ------------------------------------------------------------------------------- what is never sent
+
+GLOBS = json.loads((ROOT / "tests/vscode/globs.json").read_text())  # of the extension's tests, too
+HOSTILE = ["**/" * 334, "*a" * 500, "{a,aa}" * 170, "{*,?}" * 200, "{**/,*}" * 150, "{" * 1000]
+
+
+def test_globs_mean_what_they_mean_in_the_extension() -> None:
+    package = json.loads((ROOT / "vscode/package.json").read_text())
+    setting = package["contributes"]["configuration"]["properties"]["cerebrum.exclude"]
+    assert list(Settings().exclude) == setting["default"]
+    for glob, excluded, sent in GLOBS:
+        found = [path for path in [*excluded, *sent] if cerebrum_lsp.matches(glob, path)]
+        assert (glob, found) == (glob, excluded)
+
+
+@pytest.mark.parametrize("glob", HOSTILE)
+def test_no_glob_takes_long(glob: str) -> None:
+    began = time.thread_time()
+    assert cerebrum_lsp.matches(f"{glob}b", "/" + "a" * 255) is False
+    assert time.thread_time() - began < 1
+
+
+SECRETS = [
+    "file:///w/.env",
+    "file:///c%3A/Users/a/.ssh/ID_rsa",
+    "file:///w/%2Eaws/a/b",
+    "untitled:.env",
+]
+
+
+def test_an_excluded_text_is_never_sent(editor: Editor, pi: Pi) -> None:
+    editor.start({"completion": True}, text="x = ")
+    message = "this text is never sent; the setting exclude has the names of files"
+    for uri in SECRETS:
+        editor.open("x = ", uri=uri)
+        for kind in (INVOKED, AUTOMATIC):
+            params = {**cursor(0, 4, uri), "context": {"triggerKind": kind}}
+            assert editor.ask("textDocument/inlineCompletion", params) == {"items": []}
+        assert editor.ask("textDocument/completion", cursor(0, 4, uri))["items"] == []
+        number = editor.command("cerebrum.instruct", SELECTED | {"uri": uri})
+        assert editor.error(number) == {"code": -32803, "message": message}
+    assert (editor.ghost(0, 4), len(pi.asked)) == ("a + b", 1)
+    editor.configure({"exclude": ["*.py"]})
+    assert editor.items(0, 4) == []
+    editor.configure({"exclude": []})
+    params = {**cursor(0, 4, SECRETS[0]), "context": {"triggerKind": INVOKED}}
+    assert editor.ask("textDocument/inlineCompletion", params)["items"]
+    assert len(pi.asked) == 2
+
+
 # --------------------------------------------------------------------------------------- cancelling
 
 
@@ -883,12 +933,14 @@ ENVIRONMENT = {
     "CEREBRUM_CM4_API_KEY": "12",
     "CEREBRUM_LSP_TOKENS": "64",
     "CEREBRUM_LSP_OFF": "markdown,text",
+    "CEREBRUM_LSP_EXCLUDE": "*.{key,pem},{a,b}",
     "CEREBRUM_LSP_COMPLETION": "true",
 }
 
 
 def test_settings_of_the_environment() -> None:
-    expected = Settings("http://[::1]:1", "12", 64, off=("markdown", "text"), completion=True)
+    lists = {"off": ("markdown", "text"), "exclude": ("*.{key,pem}", "{a,b}")}
+    expected = Settings("http://[::1]:1", "12", 64, completion=True, **lists)
     assert first_settings(ENVIRONMENT) == (expected, [])
     wrong = ENVIRONMENT | {"CEREBRUM_LSP_TOKENS": "many"}
     assert first_settings(wrong) == (Settings(), [f"the environment: {NOT_A_NUMBER}"])
@@ -905,6 +957,7 @@ GIVEN: list[tuple[Any, str]] = [
     ({"tokens": True}, "expected a whole number for tokens, got true or false"),
     ({"read_ms": -1}, "expected read_ms of 0 or more, got -1"),
     ({"off": ["a", 1]}, "expected a list of texts for off, got a list"),
+    ({"exclude": ".env"}, "expected a list of texts for exclude, got text"),
     ({"key": "a\r\nb"}, "expected a key of visible ASCII characters"),
     ({"suggest": "x"}, "expected one of always, often, normal, seldom, never for suggest"),
 ]

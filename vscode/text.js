@@ -163,7 +163,7 @@ function matches(glob, path) {
     .replace(/[.+^$()|[\]\\]/g, "\\$&")
     .replace(/\*\*\/|\*+|\?/g, (wild) => ({ "**/": "(.*/)?", "*": "[^/]*", "?": "[^/]" })[wild] ?? ".*")
     .replace(/\{([^{}]*)\}/g, (_, several) => `(${several.replaceAll(",", "|")})`);
-  return new RegExp(`(^|/)${source}$`, "i").test(path);
+  return new RegExp(`(^|/)${source}$`, "is").test(path);
 }
 
 module.exports = { blockOf, lacks, matches, MAX_TOKENS, sent, Suggestions, typedSince, unix };
