@@ -14,9 +14,9 @@ A bad message gets the protocol's error, and the server goes on. If the Pi is aw
 once; until it is back, completions are empty.
 
 Threads: the main thread reads the messages; it alone changes the documents and the settings. A
-request that asks the Pi gets a thread of its own and a copy of the text. `Client`, `Pi` and
-`Suggestions` have a lock each, for what the threads share. `set.remove` on `Client.running` is
-atomic, so only one thread answers a call.
+request that asks the Pi gets a thread of its own and a copy of the text, and so does a cursor that
+comes to rest, which nobody awaits. `Client`, `Pi` and `Suggestions` have a lock each, for what the
+threads share. `set.remove` on `Client.running` is atomic, so only one thread answers a call.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ class Settings:
     suggest: str = "normal"  # how readily a completion is shown unasked: one of SUGGEST
     completion: bool = False  # serve textDocument/completion, for clients without inline completion
     speculative: bool = True  # ask ahead for the text behind a suggestion that is shown
+    read_ahead: bool = True  # have the Pi read where the cursor rests, before the first key
 
     def __post_init__(self) -> None:
         if not is_url(self.url or LOCAL):
@@ -357,6 +358,7 @@ class Suggestions:
         self.found: deque[tuple[Gap, Suggestion]] = deque(maxlen=16)  # each with its gap
         self.seconds = deque([0.4], maxlen=8)  # a guess, until there are answers
         self.next: Gap | None = None  # the gap behind the latest completion
+        self.asked = Gap("", "", "")  # the latest that the Pi was asked for, so it has read this
         self.shown = Gap("", "", ""), "", 0  # the latest ghost text: its gap, itself, its place
         self.typed_over = deque[int](maxlen=64)  # the place of each text that was
 
@@ -460,13 +462,14 @@ class Ended(Exception):
 
 
 class Call:
-    """A request of the client that a thread answers: it waits for a pause in typing, then asks the
-    Pi.
+    """A request of the client that a thread answers, or a cursor that comes to rest: the thread
+    waits for a pause in typing, then asks the Pi.
     """
 
     def __init__(self, request_id: Any, lane: Any = None, pause: float = 0.0) -> None:
         self.request_id = request_id
-        self.lane = lane  # the method and the document of a completion
+        self.is_awaited = request_id is not None  # else nobody is told how it went
+        self.lane = lane  # the method and the document of a completion, or READING
         self.pause = pause  # seconds
         self.is_automatic = pause > 0  # else the user asked for a completion now
         self.is_waiting = self.is_automatic  # a newer request of its lane may end it
@@ -520,7 +523,7 @@ class Pi:
     def ask(self, call: Call, path: str, body: Any = None) -> Object:
         """GET a path, or POST the body, and return the answer's JSON. PiError, or Ended."""
         settings = self.settings
-        if not settings.url and next(self.without_url) == 0:
+        if call.is_awaited and not settings.url and next(self.without_url) == 0:
             self.client.show(3, NO_URL)
         url = urllib.parse.urlsplit(settings.url or LOCAL)
         host = url.hostname or ""
@@ -636,8 +639,8 @@ def read_length(stream: BinaryIO) -> int:
 
 
 class Client:
-    """The editor, and those of its requests that threads answer: whoever removes a call from
-    `running` sends its one response. Any thread may send messages.
+    """The editor, and the calls that have threads: whoever removes one from `running` sends its one
+    response, if it is awaited. Any thread may send messages.
     """
 
     def __init__(self, stream: BinaryIO) -> None:
@@ -678,7 +681,8 @@ class Client:
         """Send the call's one response, unless another thread has."""
         with contextlib.suppress(KeyError):
             self.running.remove(call)
-            self.send(id=call.request_id, **response)
+            if call.is_awaited:
+                self.send(id=call.request_id, **response)
             call.end()
 
     def end_calls(self, is_meant: Callable[[Call], bool], response: Object) -> None:
@@ -789,6 +793,8 @@ def span(start: Position, end: Position) -> dict[str, dict[str, int]]:
 
 # ------------------------------------------------------------------------------- state: the session
 
+READING = "reading"  # a lane
+REST_SECONDS = 0.3  # of a cursor, before the Pi reads there
 PREDICT_MS = 1500  # a completion that has a line ends after this time
 BUSY = (409, 429)  # statuses that pass by themselves
 NO_COMPLETION = "expected a completion, got another answer: the url is perhaps not the Pi's"
@@ -838,6 +844,38 @@ class Completions:
     documents: Documents
     pi: Pi
     suggestions: Suggestions = field(default_factory=Suggestions)
+
+    def open(self, params: Any) -> None:
+        self.documents.open(params)
+        self.read(params)
+
+    def read(self, params: Any, _request_id: Any = None) -> None:
+        """Have the Pi read at a cursor that comes to rest. No message is for that, but clients ask
+        for highlights there; null leaves those to other servers. A new document has no cursor yet.
+        """
+        document = self.documents.find(params)
+        version = document.version
+        cursor = position(params, "position") if "position" in params else (0, 0)
+        gap = document.gap(cursor, cursor)
+        self.client.end_calls(lambda old: old.is_waiting and old.lane == READING, {})
+        call = Call(None, READING, REST_SECONDS)
+
+        def work() -> None:
+            call.wait()
+            is_open = self.documents.get(gap.uri) is document
+            if is_open and document.version == version and self.may_read(gap):
+                self.suggestions.asked = gap
+                body = self.body(gap, is_automatic=True, n_predict=0)
+                self.pi.ask(call, "/infill", body)
+
+        self.client.start(call, work)
+
+    def may_read(self, gap: Gap) -> bool:
+        settings = self.pi.settings
+        is_wanted = settings.read_ahead and settings.suggest != "never"
+        is_away = time.monotonic() < self.pi.away_until
+        is_read = gap.typed_since(self.suggestions.asked) is not None
+        return is_wanted and not (is_away or is_read or self.is_off(gap))
 
     def inline(self, params: Any, request_id: Any) -> Any:
         document = self.documents.find(params)
@@ -908,7 +946,7 @@ class Completions:
         nothing = items(Suggestion())
         # The Pi itself ends a computation that is of no use any more.
         self.client.end_calls(
-            lambda old: old.is_waiting and old.lane == call.lane, {"result": nothing}
+            lambda old: old.is_waiting and old.lane in (call.lane, READING), {"result": nothing}
         )
         if is_quiet or self.is_off(gap):
             return nothing
@@ -938,7 +976,7 @@ class Completions:
             return rest
         return None
 
-    def body(self, gap: Gap, is_automatic: bool) -> Object:
+    def body(self, gap: Gap, is_automatic: bool, **more: Any) -> Object:
         """The fields of a request for a gap."""
         settings = self.pi.settings
         before, after = sent(gap)
@@ -951,6 +989,7 @@ class Completions:
             "t_max_predict_ms": PREDICT_MS,
             "cache_prompt": True,
             "suggest": settings.suggest if is_automatic else "always",
+            **more,
         }
 
     def ask_ahead(self, found: Suggestion) -> None:
@@ -960,13 +999,14 @@ class Completions:
         if behind and self.pi.settings.speculative:
             with contextlib.suppress(PiError):
                 if self.pi.may_speculate(call):
-                    body = self.body(behind, is_automatic=True)
                     # The Pi keeps the answer.
-                    self.pi.ask(call, "/infill", {**body, "speculative": True})
+                    body = self.body(behind, is_automatic=True, speculative=True)
+                    self.pi.ask(call, "/infill", body)
 
     def infill(self, call: Call, gap: Gap) -> Suggestion:
         """The Pi's text for the gap, "" if it has none now. Ended, if the call was ended."""
         suggestions = self.suggestions  # of the settings before they are read
+        suggestions.asked = gap
         body = self.body(gap, call.is_automatic)
         began = time.monotonic()
         try:
@@ -1092,12 +1132,13 @@ class Server:
             "shutdown": self.shutdown,
             "textDocument/inlineCompletion": completions.inline,
             "textDocument/completion": completions.menu,
+            "textDocument/documentHighlight": completions.read,
             "workspace/executeCommand": self.commands.execute,
         }
         self.notifications = {
             "$/cancelRequest": self.cancel,
             "workspace/didChangeConfiguration": self.change_configuration,
-            "textDocument/didOpen": documents.open,
+            "textDocument/didOpen": completions.open,
             "textDocument/didChange": documents.change,
             "textDocument/didClose": documents.close,
         }
@@ -1138,7 +1179,7 @@ class Server:
     def run(self, method: str, params: Any, request_id: Any) -> Any:
         if request_id is None:
             notified = self.notifications.get(method)
-            if notified and self.is_ready:
+            if notified and self.is_ready and not self.is_stopping:
                 notified(params)
             return None
         is_first = method == "initialize"
@@ -1167,6 +1208,7 @@ class Server:
             "textDocumentSync": {"openClose": True, "change": 2},
             "inlineCompletionProvider": {},
             "executeCommandProvider": {"commands": [ACCEPTED, INSTRUCT]},
+            "documentHighlightProvider": self.pi.settings.read_ahead,
         }
         if self.pi.settings.completion:
             capabilities["completionProvider"] = {"triggerCharacters": TRIGGERS}

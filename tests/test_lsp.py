@@ -218,8 +218,10 @@ def pi() -> Iterator[Pi]:
 
 @contextlib.contextmanager
 def editing(folder: Path, url: str, setup: str = "pass", **environment: str) -> Iterator[Editor]:
+    """An editor whose server does not read ahead, so that a test knows what the Pi is asked."""
     home = str(folder)
     usual = {"CEREBRUM_URL": url, "XDG_CONFIG_HOME": home, "HOME": home}
+    usual["CEREBRUM_LSP_READ_AHEAD"] = "false"
     editor = Editor(usual | environment, setup)
     try:
         yield editor
@@ -242,6 +244,7 @@ ABLE = {
     "textDocumentSync": {"openClose": True, "change": 2},
     "executeCommandProvider": {"commands": ["cerebrum.accepted", "cerebrum.instruct"]},
     "inlineCompletionProvider": {},
+    "documentHighlightProvider": False,
 }
 INFILL = {
     "input_prefix": "def add(é, 😀):\n    return ",
@@ -545,6 +548,188 @@ def test_an_excluded_text_is_never_sent(editor: Editor, pi: Pi) -> None:
     params = {**cursor(0, 4, SECRETS[0]), "context": {"triggerKind": INVOKED}}
     assert editor.ask("textDocument/inlineCompletion", params)["items"]
     assert len(pi.asked) == 2
+
+
+# --------------------------------------------------------------------- reading before the first key
+
+
+def test_a_text_is_read_when_it_is_opened_and_where_the_cursor_rests(
+    editor: Editor, pi: Pi
+) -> None:
+    able = editor.start({"read_ahead": True})["capabilities"]
+    assert able == {**ABLE, "documentHighlightProvider": True}
+    began = time.monotonic()
+    editor.open("x = 1\ny")
+    body = {**INFILL, "n_predict": 0, "t_max_prompt_ms": 500, "suggest": "normal"}
+    expected = {**body, "input_prefix": "", "input_suffix": "x = 1\ny"}
+    assert pi.hears()[:2] == ("/infill", expected)
+    assert time.monotonic() - began > 0.3
+    assert editor.ask("textDocument/documentHighlight", cursor(1, 1)) is None
+    wait_until(lambda: len(pi.asked) == 2, "it is read at the cursor")
+    assert pi.body() == {**body, "input_prefix": "x = 1\ny", "input_suffix": ""}
+    assert editor.came.empty()
+
+
+class Desk:
+    """A server in this process. What waits for a cursor to rest waits until the test says that it
+    rests.
+    """
+
+    def __init__(self, pi: Pi, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> None:
+        self.pi = pi
+        self.rested = threading.Event()
+        self.others = {*threading.enumerate()}
+        wait = cerebrum_lsp.Call.wait
+
+        def wait_too(call: cerebrum_lsp.Call) -> None:
+            assert call.lane != cerebrum_lsp.READING or self.rested.wait(PATIENCE)
+            wait(call)
+
+        monkeypatch.setattr(cerebrum_lsp.Call, "wait", wait_too)
+        monkeypatch.setattr(cerebrum_lsp, "REST_SECONDS", 0.001)
+        self.stream = BytesIO()
+        client = cerebrum_lsp.Client(self.stream)
+        self.server = cerebrum_lsp.Server(client, Settings(**{"url": pi.url, **settings}), [])
+        self.request("initialize", {})
+
+    def request(self, method: str, params: Any = None) -> bytes:
+        """What comes back at once."""
+        begin = self.stream.tell()
+        self.server.handle({"id": 1, "method": method, "params": params})
+        return self.stream.getvalue()[begin:]
+
+    def tell(self, method: str, params: Any) -> None:
+        self.server.handle({"method": method, "params": params})
+
+    def open(self, text: str, uri: str = URI, language: str = "python") -> None:
+        document = {"uri": uri, "languageId": language, "version": 1, "text": text}
+        self.tell("textDocument/didOpen", {"textDocument": document})
+
+    def change(self, text: str, version: int) -> None:
+        document = {"uri": URI, "version": version}
+        params = {"textDocument": document, "contentChanges": [{"text": text}]}
+        self.tell("textDocument/didChange", params)
+
+    def move(self, line: int, character: int) -> None:
+        """Come to this place."""
+        answered = self.request("textDocument/documentHighlight", cursor(line, character))
+        assert answered.endswith(b'{"jsonrpc":"2.0","id":1,"result":null}')
+
+    def complete(self, line: int, character: int) -> None:
+        params = {**cursor(line, character), "context": {"triggerKind": INVOKED}}
+        self.request("textDocument/inlineCompletion", params)
+
+    def rest(self) -> list[tuple[int, str]]:
+        """Rest; the tokens that the Pi was asked for since the last time, and behind which texts.
+        No thread is left that could ask for more.
+        """
+        self.rested.set()
+        wait_until(lambda: {*threading.enumerate()} <= self.others, "all threads have ended")
+        self.rested.clear()
+        asked = [(body["n_predict"], body["input_prefix"]) for body in self.pi.completions]
+        self.pi.asked.clear()
+        return asked
+
+
+@pytest.fixture
+def desk(pi: Pi, monkeypatch: pytest.MonkeyPatch) -> Desk:
+    return Desk(pi, monkeypatch)
+
+
+def test_the_newest_place_is_read_and_once(desk: Desk, pi: Pi) -> None:
+    for name in ("a", "b", "c"):
+        desk.open(name, f"file:///{name}")
+    desk.open("x = 1\ny = 2\n")
+    assert desk.rest() == [(0, "")]
+    for character in (1, 2, 3):
+        desk.move(1, character)
+    assert desk.rest() == [(0, "x = 1\ny =")]
+    desk.move(1, 3)
+    assert desk.rest() == []
+    desk.move(0, 5)
+    desk.move(1, 3)  # and back before it was read
+    assert desk.rest() == []
+    desk.move(0, 5)
+    assert desk.rest() == [(0, "x = 1")]
+    desk.tell("workspace/didChangeConfiguration", {"settings": {"tokens": 9}})
+    desk.move(0, 5)
+    assert desk.rest() == [(0, "x = 1")]
+    desk.complete(1, 0)
+    assert desk.rest() == [(9, "x = 1\n")]
+    desk.move(0, 5)  # the latest place alone is remembered
+    assert desk.rest() == [(0, "x = 1")]
+
+
+def test_what_waits_to_be_read_gives_way_to_a_completion(desk: Desk, pi: Pi) -> None:
+    desk.open("x = \n")
+    desk.complete(0, 4)
+    assert desk.rest() == [(128, "x = ")]
+    desk.move(0, 4)
+    assert desk.rest() == []
+    desk.change("x = a + c\n", 2)
+    desk.move(0, 9)  # typed on
+    assert desk.rest() == []
+    desk.move(0, 2)
+    assert desk.rest() == [(0, "x ")]
+
+
+def test_a_text_that_has_changed_meanwhile_is_not_read(desk: Desk, pi: Pi) -> None:
+    desk.open("x")
+    desk.change("y", 2)
+    assert desk.rest() == []
+    desk.move(0, 1)
+    desk.tell("textDocument/didClose", cursor(0, 0))
+    assert desk.rest() == []
+    desk.open("x")
+    desk.tell("textDocument/didClose", cursor(0, 0))
+    desk.server.completions.documents.open(  # as of a client that opens it again at once
+        {"textDocument": {"uri": URI, "version": 1, "text": "z"}}
+    )
+    assert desk.rest() == []
+    desk.open("x")
+    assert desk.request("shutdown").endswith(b'"result":null}')
+    desk.open("y")
+    assert desk.rest() == []
+
+
+NOT_READ: list[tuple[dict[str, Any], str, str]] = [
+    ({}, "file:///w/.env", "python"),
+    ({"off": ("python",)}, URI, "python"),
+    ({"read_ahead": False}, URI, "python"),
+    ({"suggest": "never"}, URI, "python"),
+]
+
+
+@pytest.mark.parametrize(("settings", "uri", "language"), NOT_READ, ids=str)
+def test_what_is_never_read(
+    pi: Pi, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], uri: str, language: str
+) -> None:
+    desk = Desk(pi, monkeypatch, **settings)
+    desk.open("x", uri, language)
+    assert desk.rest() == []
+    desk.request("textDocument/documentHighlight", cursor(0, 1, uri))
+    assert desk.rest() == []
+
+
+def test_nobody_hears_that_a_text_could_not_be_read(
+    pi: Pi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cerebrum_lsp, "LOCAL", pi.url)
+    desk = Desk(pi, monkeypatch, url="")
+    said = desk.stream.getvalue()
+    pi.says(503, **AWAY)
+    desk.open("x")
+    assert desk.rest() == [(0, "")]
+    assert (desk.stream.getvalue(), desk.server.pi.away_until) == (said, 0)
+    desk.complete(0, 1)
+    assert desk.rest() == [(128, "x")]
+    assert NO_URL in desk.stream.getvalue().decode()  # it was not told before
+    desk.change("xy", 2)
+    desk.move(0, 1)
+    assert desk.rest() == []  # the Pi is away
+    desk.server.pi.away_until = 0.0
+    desk.move(0, 1)
+    assert desk.rest() == [(0, "x")]
 
 
 # --------------------------------------------------------------------------------------- cancelling

@@ -30,6 +30,7 @@ DEBIAN = Path("~/.cache/cerebrum/editors").expanduser()
 PACKAGES = "neovim,emacs-nox,elpa-lsp-mode,hx,python3"
 TEXT = PREFIX + "    return \n" + SUFFIX[1:]
 HOME = "/home/me"  # in that Debian
+MORE_LUA = ("docs/editors.md", "cursor rests\n")
 SERVER = """
 import os, runpy, subprocess
 copying = subprocess.Popen(["tee", "/home/me/sent"], stdout=subprocess.PIPE)
@@ -171,9 +172,7 @@ def accepted(pi: Pi) -> int:
 
 @pytest.mark.nightly
 def test_neovim(debian: Path, warm: Pi, tmp_path: Path) -> None:
-    lua = settings("README.md", "Tab accepts\n", warm.url) + settings(
-        "docs/editors.md", "as instructed\n", warm.url
-    )
+    lua = settings("README.md", "Tab accepts\n", warm.url) + settings(*MORE_LUA, warm.url)
     home(tmp_path, ".config/init.lua", lua)
     before = accepted(warm)
     with editing(debian, tmp_path, "nvim", "-u", f"{HOME}/.config/init.lua") as editor:
@@ -281,6 +280,26 @@ def test_a_completion_of_several_lines_gets_the_line_ends_of_the_file(
             )
             completed = CRLF.replace("return ", "return a + b\r\n    # two and three", 1)
             assert editor.file.read_bytes() == completed.encode()
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(("program", "right"), [("nvim", "l"), ("emacs", "C-f")])
+def test_the_pi_reads_a_file_that_is_opened_and_where_the_cursor_rests(
+    debian: Path, tmp_path: Path, program: str, right: str
+) -> None:
+    block, name, options, *_ = EDITING[program]
+    with in_a_thread(Scripted()) as pi:
+        text = EMACS * (program == "emacs") + settings(*block, pi.url)
+        text += settings(*MORE_LUA, pi.url) * (program == "nvim")
+        home(tmp_path, f".config/{name}", text)
+        with editing(debian, tmp_path, program, *options) as editor:
+            wait_until(lambda: pi.completions, "the beginning is read")
+            editor.type(right)
+            wait_until(lambda: len(pi.completions) == 2, "the text at the cursor is read")
+            editor.type(right)
+            wait_until(lambda: len(pi.completions) == 3, "the text is read there, too")
+        asked = [(body["n_predict"], body["input_prefix"]) for body in pi.completions]
+        assert asked == [(0, TEXT[:count]) for count in range(3)]
 
 
 def test_vscodes_client(warm: Pi, tmp_path: Path) -> None:
