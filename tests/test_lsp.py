@@ -818,7 +818,7 @@ LACKING = [
     (instructed("tot", "length"), "the answer is longer than 2048 tokens"),
     (instructed("tot", "repeat"), "the model began to repeat itself"),
     (instructed("tot", "preempted"), "the answer broke off"),
-    (instructed("total\n", kept=["imports", "window"]), "the text is too long for the model"),
+    (instructed("total\n", kept=["window"]), "the text is too long for the model"),
     (instructed("total\n", kept=None), "the text is too long for the model"),
     (instructed(" \n\n", "block"), "the answer is not one block of code"),
 ]

@@ -403,7 +403,7 @@ def test_a_completion_is_summed_up_and_an_error_does_not_end_the_conversation(re
     assert repl.prompts() == ["a", "    def f():", "def f():\n\n    :help"]
 
 
-ALL, PART = {"parts": ["all"]}, {"parts": ["imports", "window"]}
+ALL, PART = {"parts": ["all"]}, {"parts": ["window", "suffix"]}
 NO_FILE = "the last result belongs to no file; save it by :save PATH"
 NOT_WHOLE = "the last result is not whole; :save PATH saves it nevertheless"
 

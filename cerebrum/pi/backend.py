@@ -29,11 +29,11 @@ from cerebrum.pi.completion import (
     remember,
 )
 from cerebrum.pi.engines import LlamaServer, OpenAI
-from cerebrum.pi.kind import Kind, read_result
+from cerebrum.pi.kind import COUNT, Kind, read_result
 from cerebrum.pi.native import MAX_MESSAGE_CHARACTERS, Vpsd
 from cerebrum.pi.upstream import BackendConfig, BackendFailure, TooLong, Unusable
 from cerebrum.text.languages import BY_NAME
-from cerebrum.text.prompt import MIN_RATIO, TEMPLATE_TOKENS, Ratio, prepare
+from cerebrum.text.prompt import RATIO, TEMPLATE_TOKENS, prepare
 from cerebrum_common import HttpError, Model, log
 
 KINDS: dict[str, type[Kind]] = {"cerebrum": Vpsd, "llama.cpp": LlamaServer, "openai": OpenAI}
@@ -119,12 +119,11 @@ FIRST_SPEED = 100.0  # prompt tokens per second, until measured: a small model o
 
 
 class Prompts:
-    """Knowledge about one backend's prompts. Owns its ratios, its reading speeds, and the texts
-    that it has read.
+    """Knowledge about one backend's prompts. Owns its reading speeds, and the texts that it has
+    read.
     """
 
     def __init__(self, counts_exactly: bool) -> None:
-        self.ratio = Ratio()
         self.speed: dict[str, float] = {}  # prompt tokens per second, by model
         self._counts_exactly = counts_exactly
         # By client and model, the latest last: texts up to a cursor, the newest last.
@@ -137,15 +136,16 @@ class Prompts:
         `refused`. `name` is the backend's for the model.
         """
         request, fields = attempt.request, attempt.request.fields
-        ratio, most = self.ratio.get(attempt.model), sys.maxsize
+        ratio: float = RATIO
+        most = sys.maxsize
         if refused:
             n_ctx = min(n_ctx, refused.extra.get("n_ctx", n_ctx))
             ratio, most = self._refit(attempt, refused.extra.get("prompt_tokens", 0))
         budget = budget_of(request, n_ctx)
         if not self._counts_exactly:
             budget = min(int(budget / SPARE), most)
-        max_fresh, cached = self._max_fresh(request, attempt.model)
-        text = prepare(fields, fields["mode"], budget, ratio, max_fresh, cached, layout)
+        limits = int(budget * ratio / RATIO), *self._max_fresh(request, attempt.model)
+        text = prepare(fields, fields["mode"], *limits, layout, request.kind == "infill")
         tokens = text.weight / ratio + TEMPLATE_TOKENS[fields["mode"]]
         room = n_ctx - int(SPARE * tokens) - MARGIN_TOKENS
         body = passed_fields(attempt) | text.body
@@ -156,7 +156,7 @@ class Prompts:
         and model).
         """
         limit = request.fields.get("prompt_ms", 0)
-        if limit <= 1 or not request.fields["max_tokens"]:
+        if limit <= 1:
             return None, []
         speed = self.speed.get(model, FIRST_SPEED)
         reader = (request.client, model)
@@ -168,10 +168,8 @@ class Prompts:
         """
         weight = attempt.sent.text.weight
         if self._is_plausible(attempt, counted):
-            self.ratio.learn(attempt.model, weight, counted)
-            return max(REFIT * weight / counted, MIN_RATIO), sys.maxsize
-        ratio = self.ratio.get(attempt.model)
-        return max(REFIT * ratio, MIN_RATIO), int(0.75 * weight / ratio)
+            return REFIT * max(weight, 1) / counted, sys.maxsize
+        return REFIT * RATIO, int(0.75 * weight / RATIO)
 
     def _is_plausible(self, attempt: Attempt, counted: int) -> bool:
         """Whether the prompt that was sent may have this many tokens. Another engine's count may be
@@ -179,26 +177,31 @@ class Prompts:
         """
         if counted <= 0 or self._counts_exactly:
             return counted > 0
-        estimated = attempt.sent.text.weight / self.ratio.get(attempt.model)
+        estimated = attempt.sent.text.weight / RATIO
         return estimated / PLAUSIBLE <= counted <= estimated * PLAUSIBLE
 
     def learn(self, attempt: Attempt, result: Members) -> None:
-        """Learn from a complete answer: the weight per token, the reading speed, and the text that
-        was read.
-        """
+        """Learn from a complete answer: the reading speed, and the text that was read."""
         request, model = attempt.request, attempt.model
-        text = attempt.sent.text
         counted, seconds = result.get("prompt_tokens", 0), result.get("ttft") or 0.0
         if not self._is_plausible(attempt, counted):
             return
-        self.ratio.learn(model, text.weight, counted)
         fresh = counted - result.get("cached_tokens", 0)
         # A guest's prompt may have stood still.
         if seconds > 0.001 and fresh >= MIN_READ_TOKENS and not request.guest:
             speed = fresh / seconds
             self.speed[model] = self.speed.get(model, speed) * 0.75 + speed * 0.25
         if request.kind in ("infill", "completion"):
-            self._remember((request.client, model), text.up_to_cursor)
+            self._remember((request.client, model), attempt.sent.text.up_to_cursor)
+
+    def learn_progress(self, attempt: Attempt, progress: Members) -> None:
+        """Learn which part of a prompt has been read ahead; for the next request, reading ends."""
+        done, total = progress.get("done", -1), progress.get("total", -1)
+        if progress.get("stage") == "prefill" and COUNT.accepts(done) and COUNT.accepts(total):
+            text = attempt.sent.text.up_to_cursor
+            read = text[: len(text) * done // max(total, 1)]
+            if len(read) > SAME_BEGINNING:
+                self._remember((attempt.request.client, attempt.model), read)
 
     def _remember(self, reader: tuple[str, str], text: str) -> None:
         """Note a text that the backend has read for this client and model. Texts with the same
@@ -417,6 +420,8 @@ class Backend:
             if attempt.size > attempt.request.limit:
                 raise BackendFailure("its completion is too long")
             self._count(attempt, value.count(b"\n\n"))
+        elif kind == "progress" and attempt.request.ahead:
+            self.prompts.learn_progress(attempt, value)
         return value
 
     def _count(self, attempt: Attempt, tokens: int) -> None:

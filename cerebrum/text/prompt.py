@@ -8,8 +8,8 @@ In: a request's fields. Out: the mode to ask in (`detect_mode`) and a prompt tha
     >>> detect_mode({"language": "python", "prompt": "Write a stack"})
     'instruct'
     >>> fields = {"language": "python", "prompt": "import os\\n" + 2000 * "x = 1\\n"}
-    >>> prepare(fields, "complete", budget=1000, ratio=3.0).kept["parts"]
-    ['imports', 'window']
+    >>> prepare(fields, "complete", budget=1000).kept["parts"]
+    ['window']
 
 No text is refused, however odd, and the cost of a text is at most its length times a constant. A
 language that is not in `LANGUAGES` is prepared like C. Pure, standard library only.
@@ -19,9 +19,10 @@ from __future__ import annotations
 
 import re
 import string
+import sys
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import accumulate, islice, takewhile
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate, takewhile
 from typing import Any, NamedTuple
 
 from cerebrum.text.languages import LANGUAGES, Language, language_named
@@ -196,8 +197,7 @@ def _is_whole(code: str, language: Language) -> bool:
 
 # --------------------------------------------------------------------------------- weight of a text
 
-FIRST_RATIO = 3.0  # weight per token, until a backend has reported a model's counts
-MIN_RATIO, MAX_RATIO = 0.75, 3.5  # with Qwen, one file in fifty is below 3.5
+RATIO = 3.5  # weight per token; with Qwen, one file in fifty is below 3.5
 # The weight of a character by its kind, in fifths: a regression of Qwen's token counts over files
 # in five languages. Most words are one token whatever their length; each digit is one, and many
 # signs are; indentation is nearly free.
@@ -222,35 +222,6 @@ def kind_of(byte: int) -> int:
 KINDS = bytes(map(kind_of, range(256)))
 
 
-class Ratio:
-    """Weight per token of each model's prompts, learned from the token counts that a backend
-    reports.
-
-    An estimate that is too high gets a prompt refused; one that is too low only leaves out some
-    lines. So a lower observation counts at once, a higher one by a sixteenth. `get` moves in steps
-    of a quarter, because a new ratio moves the window, and then the backend must prefill it again.
-    """
-
-    def __init__(self) -> None:
-        self.low = dict[str, float]()  # the estimate for each model
-        self.given = dict[str, float]()  # what `get` returns
-
-    def get(self, model: str) -> float:
-        return self.given.get(model, FIRST_RATIO)
-
-    def learn(self, model: str, weight: int, tokens: int) -> None:
-        if tokens < 256:
-            return  # mostly the chat template's own tokens
-        low = self.low.get(model, FIRST_RATIO)
-        seen = weight / tokens
-        low = seen if seen < low else low + (seen - low) / 16
-        low = min(max(low, MIN_RATIO), MAX_RATIO)
-        self.low[model] = low
-        # 0.4 is wider than a step, so that `get` cannot flap between two values.
-        if not 0 <= low - self.get(model) < 0.4:
-            self.given[model] = int(low * 4) / 4
-
-
 def weigh(text: str) -> int:
     """The size of a text in characters of average code. Divided by a ratio, it gives the text's
     tokens.
@@ -265,14 +236,8 @@ def weigh(text: str) -> int:
 # A room is the weight that a text may have.
 
 LEFT_OUT = "... lines left out"
-MAX_IMPORTS = 1000
-MAX_IMPORT_CHARACTERS = 4000
-# What is searched of a longer file, from its start, and from the cursor for the names that the
-# imports serve: what the Pi spends on one request keeps all others waiting.
-IMPORTS_CHARACTERS = 100_000
+# What is searched of a longer file: what the Pi spends on one request keeps all others waiting.
 DEFINITIONS_CHARACTERS = 200_000
-NAMES_CHARACTERS = 20_000
-IMPORTS_SHARE = 8  # the imports of a long file get an eighth of the room
 MIN_STEP = 16  # characters between the places where a window may start
 LINE_START = re.compile(
     r"^[ \t]*(?!\Z|[\s)}\]{#&|.?:+*]|//|/\*"
@@ -283,12 +248,13 @@ LINE_START = re.compile(
 DOCSTRING_MARK = '"""'
 # The template's tokens besides the text: special tokens, and a system message of its own.
 TEMPLATE_TOKENS = {"complete": 4, "infill": 16, "instruct": 64, "chat": 32}
-# The suffix gets an eighth of the room: where it follows the prefix, each key prefills it again.
-SUFFIX_SHARE = 8
+# Weights of the text around a cursor: with more than 800 tokens a model completes no more lines,
+# and 200 are read while one looks.
+WINDOW, NEAR = 3200, 800
+# The suffix gets half of the room, or an eighth where it is read last, and each key reads it anew.
+SUFFIX_SHARES = {"psm": 8, "spm": 2, "spmv2": 2}
 # While one types, the room that a short file leaves for the suffix shrinks only now and then.
 SPARE_STEPS = 16
-SUFFIX_FRESH = 4  # the suffix gets a fourth of the weight that may be prefilled anew
-MIN_FRESH = 600  # weight, about 200 tokens: with less text around the cursor a model can only guess
 EXTRA_SHARE = 3  # other files' texts get a third of the room at most
 MESSAGE_WEIGHT = 18  # a template's tokens around one message
 MAX_TURNS = 99  # vpsd takes a hundred messages
@@ -298,7 +264,6 @@ ADDED = re.compile(r"\A[)\]}>\"'`;:,]+(?=\r?\n|\Z)")
 NAME = re.compile(r"[^\W\d]\w+")
 
 
-Span = tuple[int, int]  # the start and the end of a part of a text
 File = Mapping[str, str]  # another file: {"filename", "text"}
 Message = Mapping[str, str]  # of a chat: {"role", "content"}
 
@@ -308,55 +273,39 @@ class Prepared(NamedTuple):
 
     body: dict[str, Any]  # vpsd's fields: `mode`, and `prompt`, `suffix`, `extra` or `messages`
     kept: Kept  # the parts of the user's text that it holds, see `prepare`
-    weight: int  # of its text, for `Ratio`
+    weight: int  # of its text
     up_to_cursor: str = ""  # its text up to there, in the order in which the backend reads it
-    # The text before the cursor was cut (not only the suffix) to limit the prefill, so reading all
-    # of it later helps.
-    cut: bool = False
+    cut: bool = False  # to limit the prefill, so reading all of it later helps
 
 
 def fits(text: str, room: int) -> bool:
     return len(text) <= MAX_CHARS_PER_WEIGHT * room and weigh(text) <= room
 
 
-def fit(text: str, language: Language, room: int) -> tuple[str, Kept]:
-    """The imports of `text` and a window up to its end, which weigh at most `room`, and a summary
-    as in `prepare`.
+def fit(text: str, language: Language, room: int) -> str:
+    """A window up to the end of `text` that weighs at most `room`.
 
     While someone types at the end, only the end of the prompt may change: whatever follows the
     first change must be prefilled again. So the window starts at the first statement behind a
-    multiple of a step, and the imports depend on the text before another multiple. A text that fits
-    stays unchanged.
+    multiple of a step. A text that fits stays unchanged.
     """
     if fits(text, room):
-        return text, {"parts": ["all"]}
-    step = window_step(text, room)
-    imports = choose_imports(text, language, len(text) // step * step, room)
+        return text
+    step = window_step(room)
     mark = language.remark(LEFT_OUT) + ("\r\n" if "\r\n" in text[:4096] else "\n")
-    import_weight = sum(weigh(text[start:end]) for start, end in imports)
-    start = window_start(text, step, room - import_weight - weigh(mark))
+    start = window_start(text, step, room - weigh(mark))
     if start is None:
-        return fit_end(text, room), {"parts": ["window"]}
-    start = find_statement(text, language, start, start + step // 2)
-    window = text[start:]
-    head = [text[first:end] for first, end in sorted(imports) if end <= start]
-    parts = ["imports", "window"] if head else ["window"]
-    lines = window.count("\n") + (not text.endswith("\n"))
-    return "".join(head) + mark + window, {"parts": parts, "lines": lines}
+        return fit_end(text, room)
+    return mark + text[find_statement(text, language, start, start + step // 2) :]
 
 
-def window_step(text: str, room: int) -> int:
-    """The characters between the places where a window may start: a power of two, up to a quarter
-    of the room. Less if the last step of the text weighs much, as digits and rare characters do.
+def window_step(room: int) -> int:
+    """The characters between the places where a window may start: a power of two, up to a sixth of
+    the room, since digits weigh six.
     """
     step = MIN_STEP
-    while 2 * step <= room // 4:
+    while 2 * step <= room // 6:
         step *= 2
-    while step > MIN_STEP:
-        start = (len(text) // step - 1) * step
-        if weigh(text[start:][:step]) <= room // 3:
-            break
-        step //= 2
     return step
 
 
@@ -368,36 +317,6 @@ def window_start(text: str, step: int, room: int) -> int | None:
     starts = range(first, len(text), step)
     found = bisect_left(starts, -room, key=lambda start: -weigh(text[start:]))
     return starts[found] if found < len(starts) else None
-
-
-def choose_imports(text: str, language: Language, stop: int, room: int) -> list[Span]:
-    """The imports before `stop` that fit into their share of the room: first those of names in the
-    text before `stop` that the window will hold.
-    """
-    near = max(0, stop - min(room, NAMES_CHARACTERS))
-    used = set(NAME.findall(text, near, stop))
-    imports = list(find_imports(text, language, stop))
-    imports.sort(key=lambda span: used.isdisjoint(NAME.findall(text, *span)))
-    weights = (weigh(text[start:end]) for start, end in imports)
-    return imports[: count_fitting(weights, room // IMPORTS_SHARE)]
-
-
-def find_imports(text: str, language: Language, stop: int) -> Iterator[Span]:
-    """Where the imports before `stop` start and end, each with all its lines."""
-    stop = min(stop, IMPORTS_CHARACTERS)
-    end = 0
-    for match in islice(language.imports.finditer(text, 0, stop), MAX_IMPORTS):
-        start = match.start()
-        if start < end:
-            continue
-        end = line_end(text, match.end())
-        line = text[start:end]
-        for opening, closing in ("()", "{}"):
-            if line.count(opening) > line.count(closing):
-                closed = text.find(closing, end, min(end + MAX_IMPORT_CHARACTERS, stop))
-                end = line_end(text, closed) if closed >= 0 else end
-        if end - start <= MAX_IMPORT_CHARACTERS:
-            yield start, end
 
 
 def find_statement(text: str, language: Language, start: int, stop: int) -> int:
@@ -451,26 +370,26 @@ def prepare(
     fields: Fields,
     mode: str,
     budget: int,
-    ratio: float,
     max_fresh: int | None = None,
     cached: Sequence[str] = (),
     layout: str = "psm",
+    is_editors: bool = False,
 ) -> Prepared:
     """vpsd's fields for a request, with a prompt of about `budget` tokens at most.
 
-    `mode` comes from `detect_mode`, or is "chat"; `ratio` from the model's `Ratio`. A text that
-    fits is sent unchanged, byte for byte. `kept` describes the text sent: `{"characters": 8120,
-    "of": 102400, "parts": ["imports", "window"], "lines": 158}`, where `lines` is the window's. If
-    nothing is left out, `parts` is ["all"]; "suffix" in it says that only the suffix's beginning
-    is sent.
+    `mode` comes from `detect_mode`, or is "chat". A text that fits is sent unchanged, byte for
+    byte. `kept` describes the text sent: `{"characters": 8120, "of": 102400, "parts": ["window",
+    "suffix"]}`, of which a window of the prompt and the beginning of the suffix are sent. If
+    nothing is left out, `parts` is ["all"].
 
     `max_fresh` limits the tokens to prefill. `cached` holds texts that the backend has prefilled;
     the longest start that the prompt shares with one of them does not count. `layout` is that of
-    the model's gaps, see `arrange_gap`.
+    the model's gaps, see `arrange_gap`. An editor's request has a window around the cursor even at
+    the end of a file, where there is no gap.
     """
 
     def room_of(tokens: int) -> int:
-        return int((tokens - TEMPLATE_TOKENS[mode]) * ratio)
+        return int((tokens - TEMPLATE_TOKENS[mode]) * RATIO)
 
     room = max(room_of(budget), 0)
     if mode == "chat":
@@ -478,8 +397,9 @@ def prepare(
     if mode == "instruct":
         prepared = prepare_instruction(fields, room)
     else:
-        fresh_room = None if max_fresh is None else max(room_of(max_fresh), MIN_FRESH)
-        prepared = prepare_text(fields, mode, room, fresh_room, cached, layout)
+        fresh_room = sys.maxsize if max_fresh is None else max(room_of(max_fresh), NEAR)
+        most = WINDOW if is_editors or mode == "infill" else room
+        prepared = prepare_text(fields, mode, room, most, fresh_room, cached, layout)
     if fields.get("filename"):
         prepared.body["filename"] = fields["filename"]
     return prepared
@@ -495,11 +415,7 @@ def prepare_instruction(fields: Fields, room: int) -> Prepared:
     near = code
     if not fits(code, room):
         near = code[: end_of_named(code, language, instructed, room)]
-    sent, kept = fit(near, language, room)
-    if sent == near != code:
-        kept["parts"] = ["window"]
-    if len(instructed) < len(instruction):
-        kept["parts"] = ["instruction", *without_all(kept)]
+    sent = fit(near, language, room)
     # A fence must be longer than those in the code.
     ticks = max(["``", *re.findall("``+", sent)], key=len) + "`"
     fence = f"{ticks}{fields['language']}\n"
@@ -512,8 +428,8 @@ def prepare_instruction(fields: Fields, room: int) -> Prepared:
     # alone" would do so too, but then a small model leaves out the comments and steps that get the
     # code right.
     messages = [{"role": "user", "content": text}, {"role": "assistant", "content": fence}]
-    characters = len(sent) + len(instructed)
-    kept = {"characters": characters, "of": len(code) + len(given), **kept}
+    sizes = len(sent) + len(instructed), len(code) + len(given)
+    kept = kept_of(*sizes, instruction=instructed != instruction, window=sent != code)
     return Prepared({"mode": "instruct", "messages": messages}, kept, weigh(text))
 
 
@@ -528,9 +444,10 @@ def instruction_of(fields: Fields, language: Language, room: int) -> tuple[str, 
     return instruction, code
 
 
-def without_all(kept: Kept) -> list[str]:
-    """The parts, without "all": something else is left out."""
-    return [part for part in kept["parts"] if part != "all"]
+def kept_of(characters: int, of: int, **is_cut: bool) -> Kept:
+    """A summary as in `prepare`, by which parts were cut."""
+    parts = [name for name, cut in is_cut.items() if cut]
+    return {"characters": characters, "of": of, "parts": parts or ["all"]}
 
 
 def end_of_named(code: str, language: Language, instruction: str, room: int) -> int:
@@ -552,105 +469,68 @@ def end_of_named(code: str, language: Language, instruction: str, room: int) -> 
 # ------------------------------------------------------------------------- the text around a cursor
 
 
-class Excerpt(NamedTuple):
-    """The text around a cursor that is sent."""
-
-    extra: list[File]  # other files' texts, which the backend reads first
-    before: str  # the text up to the cursor
-    after: str  # the text behind it
-    kept: Kept  # the parts of `before`, see `prepare`
-    cut: bool = False  # `before` was cut to limit the prefill, not only `after`
-
-
 def prepare_text(
     fields: Fields,
     mode: str,
     room: int,
-    fresh_room: int | None,
+    most: int,
+    fresh_room: int,
     cached: Sequence[str],
     layout: str,
 ) -> Prepared:
     """The text around the cursor, after the texts of other files if there are any.
 
-    Other files' texts get up to a third of the room; the suffix what the prompt leaves, at least an
-    eighth; the prompt the rest. `fresh_room` limits this further, see `limit_prefill`.
+    Other files' texts get up to a third of the room, the text around the cursor the rest, but
+    `most` at most. If the backend would have to read more than `fresh_room` of all this, it gets
+    what is near the cursor, and other files' texts only if it has read them all.
     """
     prompt = fields.get("prompt") or ""
     suffix = fields.get("suffix") or ""
     # Written by the client with the model's special tokens; nothing of it may be left out.
     if fields.get("special"):
-        kept = {"characters": len(prompt), "of": len(prompt), "parts": ["all"]}
+        kept = kept_of(len(prompt), len(prompt))
         return Prepared({"mode": mode, "prompt": prompt}, kept, weigh(prompt), prompt)
     language = syntax(fields["language"])
     extra = fit_extra(fields.get("extra") or (), room // EXTRA_SHARE)
-    room -= weigh(render_extra(extra))
-    after = fit_suffix(suffix, prompt, room) if mode == "infill" else ""
-    before, window = fit(prompt, language, room - weigh(after))
-    sent = Excerpt(extra, before, after, window)
-    if fresh_room is not None:
-        sent = limit_prefill(sent, prompt, language, fresh_room, cached, layout)
+    files = render_extra(extra)
+    share = SUFFIX_SHARES[layout]
+    before, after = window(prompt, suffix, language, min(room - weigh(files), most), share)
+    up_to_cursor = files + read_first(after, layout) + before
+    whole = up_to_cursor
+    read = max((common_length(whole, text) for text in cached), default=0)
+    fresh = weigh(whole[read:])
+    if fresh > fresh_room:
+        near = NEAR
+        while 2 * near <= min(fresh_room, most):
+            near *= 2  # in steps, so that it does not change with each measurement
+        before, after = window(prompt, suffix, language, near, share)
+        if read < len(files):
+            extra, files = [], ""
+        up_to_cursor = files + read_first(after, layout) + before
+    elif layout == "psm":
+        after = fit_start(after, fresh_room - fresh)  # which each key reads anew
 
     # "heal": vpsd may rewrite the prompt's last token.
-    body: dict[str, Any] = {"mode": mode, "prompt": sent.before, "heal": True}
+    body: dict[str, Any] = {"mode": mode, "prompt": before, "heal": True}
     if mode == "infill":
-        body["suffix"] = sent.after
-    if sent.extra:
-        body["extra"] = sent.extra
-    characters = len(sent.before) + len(sent.after)
-    kept = {"characters": characters, "of": len(prompt) + len(suffix), **sent.kept}
-    if len(sent.after) < len(suffix):
-        kept["parts"] = [*without_all(kept), "suffix"]
-    files = render_extra(sent.extra)
-    weight = weigh(files + sent.before + sent.after)
-    up_to_cursor = files + read_first(sent.after, layout) + sent.before
-    return Prepared(body, kept, weight, up_to_cursor, sent.cut)
+        body["suffix"] = after
+    if extra:
+        body["extra"] = extra
+    sizes = len(before) + len(after), len(prompt) + len(suffix)
+    kept = kept_of(*sizes, window=before != prompt, suffix=after != suffix)
+    return Prepared(body, kept, weigh(files + before + after), up_to_cursor, up_to_cursor != whole)
 
 
-def fit_suffix(suffix: str, prompt: str, room: int) -> str:
-    """The start of the suffix, for the room that the prompt leaves, and for its share at least."""
+def window(prompt: str, suffix: str, language: Language, room: int, share: int) -> tuple[str, str]:
+    """What fits into the room of the text before and behind the cursor. The suffix gets the room
+    that the prompt leaves, at least one part of so many.
+    """
     # A prompt that is longer than this leaves nothing, whatever the rest of it weighs.
     spare = room - weigh(prompt[: MAX_CHARS_PER_WEIGHT * room])
-    if fits(suffix, spare):
-        return suffix
-    step = max(1, room // SPARE_STEPS)
-    return fit_start(suffix, max(room // SUFFIX_SHARE, spare // step * step))
-
-
-def limit_prefill(
-    whole: Excerpt,
-    prompt: str,
-    language: Language,
-    fresh_room: int,
-    cached: Sequence[str],
-    layout: str,
-) -> Excerpt:
-    """The part of an excerpt of which the backend must prefill at most `fresh_room`.
-
-    The backend reads the suffix last or first, and the text before the cursor may have to be cut.
-    If it is cut, other files' texts stay only if the backend has read them all.
-    """
-    files = render_extra(whole.extra)
-    first = files + read_first(whole.after, layout)  # is read before the prefix
-    up_to_cursor = first + whole.before
-    read = max((common_length(up_to_cursor, text) for text in cached), default=0)
-    fresh = weigh(up_to_cursor[read:])
-    after, share = whole.after, fresh_room // SUFFIX_FRESH
-    if layout == "psm":
-        # The suffix is last: it gets what the text before the cursor leaves, or else its share.
-        share = min(share, weigh(after))
-        if fresh <= fresh_room - share:
-            return whole._replace(after=fit_start(after, fresh_room - fresh))
-    elif fresh <= fresh_room:
-        return whole
-    elif read >= len(first):
-        share = 0  # the backend has read the suffix: all of it stays
-    before, kept = fit(prompt, language, fresh_room - share)
-    if layout == "psm":
-        after = fit_start(after, fresh_room - weigh(before))
-    elif share:
-        after = fit_start(after, share)
-    extra = whole.extra if read >= len(files) else []
-    return Excerpt(extra, before, after, kept, cut=True)
+    if not fits(suffix, spare):
+        step = max(1, room // SPARE_STEPS)
+        suffix = fit_start(suffix, max(room // share, spare // step * step))
+    return fit(prompt, language, room - weigh(suffix)), suffix
 
 
 def arrange_gap(layout: str, marks: Sequence[Any], prefix: Any, suffix: Any) -> list[Any]:

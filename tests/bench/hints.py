@@ -13,7 +13,9 @@ asked for again. --weights names another file of the same model, such as a tuned
     line    a line is cut where a word begins, at up to two places, with ABOVE lines above and BELOW
             lines below
     gap     two to six whole lines are missing, or all but the first one's indentation
-    window  as `line`, with 100 to 1,600 tokens around the cursor, three quarters above it
+    window  as `line`, at one place of a line, with 100 to 1,600 tokens around the cursor, three
+            quarters above it; with 200 to 400, half of them above it (`half`); and with as much as
+            an editor's request has room for (`all`)
 
 The report replays the texts through `Ending` in seconds, for each least chance: the characters from
 the cursor on that agree with the file (`right`) and the others (`wrong`), as shares of those that
@@ -49,6 +51,8 @@ ABOVE, BELOW = 20, 8  # lines around a gap
 MAX_CUTS = 2  # of a line
 LINE_TOKENS, GAP_TOKENS = 40, 120
 WINDOWS = {"qwen_0_5b": (100, 200, 400, 800, 1600), "qwen_1_5b": (200, 400, 800)}
+HALVES = (200, 300, 400)
+ALL = 3500  # tokens that an editor's request has room for
 CHANCES = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6)
 DRAWS = 300
 Case = dict[str, Any]
@@ -131,9 +135,15 @@ def windows(model: Llama, case: Case, sizes: tuple[int, ...]) -> Iterator[Case]:
     def tokens(text: str) -> int:
         return len(model.vocabulary.tokenize(text, True))
 
+    def window(size: int, above: int, name: str) -> Case:
+        found = within(case, above, size - above, tokens)
+        return found | {"key": f"{case['key']} {name}", "kind": f"window {name}"}
+
     for size in sizes:
-        found = within(case, size * 3 // 4, size // 4, tokens)
-        yield found | {"key": f"{case['key']} {size}", "kind": f"window {size}"}
+        yield window(size, size * 3 // 4, str(size))
+    for size in HALVES:
+        yield window(size, size // 2, f"{size}-half")
+    yield window(ALL, ALL * 3 // 4, "all")
 
 
 def record_all(options: argparse.Namespace, name: str, known: set[str]) -> None:
@@ -143,7 +153,7 @@ def record_all(options: argparse.Namespace, name: str, known: set[str]) -> None:
     (entry,) = [entry for entry in SHIPPED if entry.id == options.model]
     is_window = options.kind == "window"
     sequences = 2 if is_window else 8
-    settings = Settings(n_ctx=2560 if is_window else 1536, sequences=sequences)
+    settings = Settings(n_ctx=4096 if is_window else 1536, sequences=sequences)
     path = Path(options.weights) if options.weights else servers.weights_of(options.model)
     model = Llama(path, settings, lambda _: True, entry.fim, entry.fim_layout)
     if is_window:

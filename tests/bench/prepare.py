@@ -30,12 +30,12 @@ from cerebrum.text.prompt import common_length, prepare
 
 MODULES = ("argparse", "ast", "inspect", "subprocess", "tarfile", "typing")
 FILES = [Path(os.__file__).with_name(f"{module}.py").read_text("utf-8") for module in MODULES]
-BUDGET, RATIO = 3500, 3.0
+BUDGET = 3500
 
 
 def prepared(prompt: str) -> str:
     fields = {"language": "python", "prompt": prompt}
-    return str(prepare(fields, "complete", BUDGET, RATIO).body["prompt"])
+    return str(prepare(fields, "complete", BUDGET).body["prompt"])
 
 
 def milliseconds(prompt: str, runs: int) -> float:

@@ -108,7 +108,6 @@ def fit(language: str, text: str) -> None:
             {"language": language, "prompt": text, "suffix": text, "instruction": text[:200]},
             mode,
             400,
-            3.0,
         )
 
 

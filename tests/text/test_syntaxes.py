@@ -1279,7 +1279,7 @@ def test_gaps(language: str, text: str) -> None:
 def test_an_instruction_about_each_language(language: str) -> None:
     """Its answer is code alone, in any language, even between fences of shells."""
     asked = {"language": language, "prompt": "x\n", "instruction": "y"}
-    question, begun = prepare(asked, "instruct", 1000, 3.0).body["messages"]
+    question, begun = prepare(asked, "instruct", 1000).body["messages"]
     assert question["content"] == f"y\n\n```{language}\nx\n```"
     assert begun["content"] == f"```{language}\n"
     before = f"Here:\n```{language}\n"
@@ -1293,7 +1293,7 @@ def test_an_instruction_about_a_text_with_fences() -> None:
     """Its answer does not end at the first of them."""
     text = "# Use\n\n```\nmake run\n```\n\nThe `x` is below.\n\n```\nx\n```\nEnd.\n"
     asked = {"language": "markdown", "prompt": text, "instruction": "y"}
-    question, begun = prepare(asked, "instruct", 1000, 3.0).body["messages"]
+    question, begun = prepare(asked, "instruct", 1000).body["messages"]
     assert question["content"] == f"y\n\n````markdown\n{text}````"
     chat = "instruct", "markdown", begun["content"], "", "auto"
     check(chat, f"{text}````\nThat is it.", (text, "stop"))
