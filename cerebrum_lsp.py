@@ -84,8 +84,9 @@ class Settings:
 
     def excludes(self, uri: str) -> bool:
         """Whether this document is never sent."""
-        path = urllib.parse.unquote(urllib.parse.urlsplit(uri).path)
-        return any(matches(glob, path) for glob in self.exclude)
+        # Not its path alone, of which a client may have left a # or ? as it is.
+        text = urllib.parse.unquote(uri)
+        return any(matches(glob, text) for glob in self.exclude)
 
 
 KINDS = {
@@ -223,7 +224,7 @@ def read_variables(environment: Mapping[str, str]) -> Object:
 def parse_variable(name: str, text: str) -> Any:
     """The value of a setting: a text, a list with commas, or else JSON."""
     if name in ("off", "exclude"):
-        return re.split(r",(?![^{}]*\})", text)  # not at those of {a,b}
+        return re.findall(r"(?:\{[^{}]*\}|[^,])+", text)  # not at the commas of {a,b}
     if name in VARIABLES:
         return text
     try:

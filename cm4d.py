@@ -460,10 +460,7 @@ class Gateway:
         request = attempt.request
         text = attempt.sent.text
         self.counting.work(attempt.model, done)
-        if text.cut and request.kind != "chat":
-            # Read it all later, so that the next prompt of this file need not be cut.
-            fields = request.fields | {"max_tokens": 0, "prompt_ms": 0}
-            self.dispatcher.read_ahead(replace(request, fields=fields))
+        self.dispatcher.read_rest(attempt)
         result = {
             "language": request.fields["language"],
             "model": attempt.model,

@@ -342,12 +342,12 @@ class Broadcasts:
             completion.request = request = replace(request, speculative=True)
             completion.clients.clear()
             completion.counts = subscriber.waits = False
-        elif request.kind == "infill" and not request.guest:
-            self.dispatcher.saw_editor(request.client)
         if request.fields["max_tokens"] == 0:
             self.dispatcher.read_ahead(request)
             self._answer_without_text(own, completion, "length")
             return own  # it replaces nothing
+        if request.kind == "infill" and not (request.guest or request.speculative):
+            self.dispatcher.saw_editor(request.client)
         found = None
         if request.fields.get("min_confidence") == NEVER:
             self._answer_without_text(own, completion, "unsure")

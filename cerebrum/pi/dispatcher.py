@@ -400,6 +400,7 @@ class Dispatcher:
     def __init__(self, fleet: Fleet, count_work: Callable[[str, Mapping[str, Any]], None]) -> None:
         self.state = State(fleet)
         self.ahead: dict[str, CompletionRequest] = {}  # prompts to be read ahead, by client
+        self.asked: dict[str, float] = {}  # when each client last asked for that
         self._count_work = count_work
 
     @property
@@ -578,13 +579,40 @@ class Dispatcher:
     # Reading ahead.
 
     def read_ahead(self, request: CompletionRequest) -> None:
-        """Queue a prompt to be read into a backend's cache. Only the newest of each client is kept.
-        Reading stops when the backend gets a request, and the prompt is queued again: the backend
-        keeps the part that it has read.
+        """Queue a prompt to be read into a backend's cache. Only the newest of each client is kept,
+        which ends the reading of its older one. Reading stops when the backend gets a request, and
+        the prompt is queued again: the backend keeps the part that it has read.
         """
-        ahead = replace(request, session="", ahead=True, speculative=False)
-        remember(self.ahead, request.client, ahead, MAX_AHEAD)
+        remember(self.asked, request.client, time.monotonic(), MAX_SERVED)
+        self._read_soon(request)
+
+    def read_rest(self, attempt: Attempt) -> None:
+        """Queue all of a prompt that was cut, so that the next one of its file need not be; unless
+        the client has asked for another place meanwhile.
+        """
+        request = attempt.request
+        if attempt.sent.text.cut and self.asked.get(request.client, 0.0) <= attempt.begun:
+            fields = request.fields | {"max_tokens": 0, "prompt_ms": 0}
+            self._read_soon(replace(request, fields=fields))
+
+    def _read_soon(self, request: CompletionRequest) -> None:
+        fields = request.fields | {"progress": True}
+        ahead = replace(request, fields=fields, session="", ahead=True, speculative=False)
+        self._queue(ahead)
+        for attempt in self.state.places:
+            older = attempt.request
+            if older.ahead and (older.client == ahead.client or older.guest > ahead.guest == 0):
+                self._supersede(attempt)
         self.advance()
+
+    def _queue(self, ahead: CompletionRequest) -> None:
+        """Add a prompt to those that are to be read. Where there are too many, the oldest one of a
+        guest goes, or else the oldest.
+        """
+        self.ahead.pop(ahead.client, None)
+        self.ahead[ahead.client] = ahead
+        if len(self.ahead) > MAX_AHEAD:
+            del self.ahead[max(self.ahead, key=lambda client: self.ahead[client].guest > 0)]
 
     def end_reading(self) -> None:
         """Read nothing ahead any more of what was asked for until now."""
@@ -595,8 +623,8 @@ class Dispatcher:
                 attempt.completion.end(HttpError("UNAUTHORIZED", "the keys have changed"))
 
     def _advance_reading(self) -> None:
-        """Begin to read the prompts for which a backend is idle."""
-        for client, request in [*self.ahead.items()]:
+        """Begin to read the prompts for which a backend is idle, those of guests last."""
+        for client, request in sorted(self.ahead.items(), key=lambda item: item[1].guest > 0):
             decision = decide_spare(self.state, request)
             if not isinstance(decision, Wait):
                 del self.ahead[client]
@@ -624,7 +652,9 @@ class Dispatcher:
     def _has_read(self, attempt: Attempt, task: asyncio.Task[None]) -> None:
         request = attempt.request
         if attempt.makes_room and request.client not in self.ahead:
-            remember(self.ahead, request.client, request, MAX_AHEAD)
+            self._queue(request)
         if task.cancelled() and not attempt.makes_room:
             self.ahead.clear()  # the daemon stops, or the keys have changed
         self._leave(attempt)
+        if attempt.last:
+            self.read_rest(attempt)

@@ -15,7 +15,13 @@ from cerebrum.vps.drafts import MODEL, MODEL_LENGTH, TEXT, Case, Drafter, Gain
 from cerebrum.vps.job import Job, Run
 from cerebrum.vps.llama import ABORTED, MAX_CHUNK, Llama, Slot
 from cerebrum.vps.prefixes import MIN_PREFIX, Sequences
-from cerebrum.vps.schedule import Costs, chunk_size, share_seconds
+from cerebrum.vps.schedule import (
+    AHEAD_SECONDS,
+    PREFILL_SECONDS,
+    Costs,
+    chunk_size,
+    share_seconds,
+)
 from cerebrum_common import HttpError, log
 
 # A draft model reads so many at once before it writes a draft, and also while nobody waits: then a
@@ -70,7 +76,7 @@ class Decoder:
 
     def start(self, job: Job, free: list[Slot]) -> None:
         """Give the job a slot; what the slot lacks of its prompt is prefilled."""
-        slot, guide = self.sequences.take_slot(job.prompt, free)
+        slot, guide = self.sequences.take_slot(job.prompt, free, job.low)
         job.progress("prefill", len(slot.tokens), len(job.prompt))
         if job.cached is None:  # else the job itself has read these tokens, before it gave way
             job.cached = len(slot.tokens)
@@ -224,7 +230,8 @@ class Decoder:
         # An infill is often given up for the next key, and an unfinished micro-batch is lost.
         is_short = run.hurried or self.model.recurrent or run.job.request.mode == "infill"
         piece = 1 if is_short else self.model.micro_batch  # a chunk is a multiple of it
-        size = chunk_size(stop - begin, missing, pace, self.costs, piece)
+        longest = PREFILL_SECONDS if run.job.max_tokens else AHEAD_SECONDS
+        size = chunk_size(stop - begin, missing, pace, self.costs, piece, longest)
         end = begin + min(size, MAX_CHUNK // len(runs))
         has_logits = end == len(run.prompt) and run.job.max_tokens > 0
         return Work(run, run.prompt[begin:end], int(has_logits))

@@ -429,6 +429,7 @@ class Slot:
     tokens: list[int] = field(default_factory=list)
     run: Running | None = None  # None: the slot is idle
     used: float = 0.0
+    low: bool = False  # the sequence is a request's of low priority
 
 
 # Of a decode: the slot, the tokens to append to it, and how many of the last ones get logits.

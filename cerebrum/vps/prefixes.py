@@ -29,6 +29,7 @@ class Parked:
 
     tokens: list[int]
     state: bytes | memoryview
+    low: bool = False  # of a request of low priority
 
     @property
     def size(self) -> int:
@@ -36,8 +37,9 @@ class Parked:
 
 
 class PrefixStore:
-    """Recent sequences within a budget of bytes; the least recently used one is dropped first.
-    Owned by one worker.
+    """Recent sequences within a budget of bytes. Those of low priority are dropped first, and make
+    room for their own kind alone; of each kind, the least recently used one is. Owned by one
+    worker.
 
     With `whole`, a sequence cannot be cut: its beginnings are kept beside it, and it serves only
     prompts that go on with it.
@@ -60,34 +62,37 @@ class PrefixStore:
         """Whether a sequence of the tokens `new` serves every prompt that `old` serves."""
         return (new if self.whole else new[: len(old)]) == old
 
-    def covers(self, tokens: list[int]) -> bool:
+    def covers(self, tokens: list[int], low: bool) -> bool:
         """Whether an entry can stand for a sequence of `tokens`. If so, the entry counts as just
         used.
         """
         for entry in self.entries:
             if self._replaces(entry.tokens, tokens):
+                entry.low = entry.low and low
                 self._touch(entry)
                 return True
         return False
 
-    def make_room(self, tokens: list[int], size: int) -> bool:
-        """Drop the entries that `tokens` extend, then the least recently used until `size` bytes
-        more are within the budget. False, with nothing dropped, if that is impossible.
+    def make_room(self, tokens: list[int], size: int, low: bool) -> bool:
+        """Drop the entries that `tokens` extend, and others until `size` bytes more are within the
+        budget. False, with nothing dropped, if that is impossible.
         """
-        if size > self.budget:
+        if size + sum(old.size for old in self.entries if low > old.low) > self.budget:
             return False
-        self.entries = [old for old in self.entries if not self._replaces(tokens, old.tokens)]
+        self.entries = [
+            old for old in self.entries if low > old.low or not self._replaces(tokens, old.tokens)
+        ]
         self.shrink(self.budget - size)
         return True
 
     def shrink(self, size: int) -> None:
-        """Drop the least recently used entries down to `size` bytes."""
+        """Drop entries down to `size` bytes."""
         while self.entries and self.size > size:
-            self.entries.pop(0)
+            self.entries.remove(max(self.entries, key=lambda entry: entry.low))
 
     def add(self, entry: Parked) -> None:
         """Keep `entry`, unless it is larger than the budget."""
-        if self.make_room(entry.tokens, entry.size):
+        if self.make_room(entry.tokens, entry.size, entry.low):
             self.entries.append(entry)
 
     def reusable(self, tokens: list[int], prompt: list[int]) -> int:
@@ -118,7 +123,9 @@ class Sequences:
         self.model, self.store = model, PrefixStore(budget, model.recurrent)
         self.slots = [Slot(i) for i in range(count)]
 
-    def take_slot(self, prompt: list[int], free: list[Slot]) -> tuple[Slot, list[int]]:
+    def take_slot(
+        self, prompt: list[int], free: list[Slot], low: bool = False
+    ) -> tuple[Slot, list[int]]:
         """Prepare one of the free slots for the prompt, so that it holds the longest known prefix.
         Returns the slot, and the whole sequence that has this prefix.
 
@@ -144,7 +151,7 @@ class Sequences:
         for other in idle:
             if not (stays and other is slot):
                 self.park(other)
-            elif loses:  # what will be cut is stored first
+            elif loses or low:  # what will be cut is stored first
                 self.keep(other)
         # 4. Bring the prefix to the slot.
         if entry:
@@ -152,11 +159,12 @@ class Sequences:
                 self.model.cut(slot, 0)
                 with contextlib.suppress(ValueError):  # what was parked may have taken its room
                     self.store.entries.remove(entry)
-                return self.take_slot(prompt, free)
+                return self.take_slot(prompt, free, low)
             slot.tokens = entry.tokens[:]
         elif not stays and live >= MIN_PREFIX:
             self._copy(nearest, slot, live)
         self.model.cut(slot, self.store.reusable(slot.tokens, prompt))
+        slot.low = low
         return slot, guide
 
     def _copy(self, source: Slot, target: Slot, length: int) -> None:
@@ -199,10 +207,10 @@ class Sequences:
         """Copy the slot's sequence to the store, if it is within the budget. Room is made first:
         both would take memory together.
         """
-        if len(slot.tokens) < MIN_PREFIX or self.store.covers(slot.tokens):
+        if len(slot.tokens) < MIN_PREFIX or self.store.covers(slot.tokens, slot.low):
             return
-        if self.store.make_room(slot.tokens, self._size(slot)):
-            self.store.add(Parked(slot.tokens[:], self.model.save(slot)))
+        if self.store.make_room(slot.tokens, self._size(slot), slot.low):
+            self.store.add(Parked(slot.tokens[:], self.model.save(slot), slot.low))
 
     def park(self, slot: Slot) -> None:
         """Move an idle slot's sequence to the store, so that only running sequences occupy KV
@@ -246,10 +254,11 @@ def decode_parked(data: bytes, key: str) -> Parked:
 def save_parked(
     folder: Path, key: str, entries: Sequence[Parked], tick: Callable[[], object] = bool
 ) -> None:
-    """Write a model's parked sequences, the most recently used last, and remove all other files of
-    the folder. `tick` is called before each write.
+    """Write a model's parked sequences, those of low priority first and then the most recently used
+    last, and remove all other files of the folder. `tick` is called before each write.
     """
-    files = {folder / f"{order:04d}.kv": entry for order, entry in enumerate(entries)}
+    ordered = sorted(entries, key=lambda entry: not entry.low)  # that is not saved: they go first
+    files = {folder / f"{order:04d}.kv": entry for order, entry in enumerate(ordered)}
     try:
         for path, entry in files.items():
             tick()

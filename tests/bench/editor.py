@@ -2,8 +2,12 @@
 
     python tests/bench/editor.py [--seconds 60] [--keys 6] [--model qwen_0_5b] [--suggest often]
         [--file PATH] [--turns 0] [--places 20] [--lines 64] [--pairs 9]
+    python tests/bench/editor.py --open|--jump REPOSITORY,… [--look 2] [--before FOLDER] [--llama]
+        [--models FOLDER] [--places 20]
+    python tests/bench/editor.py --session REPOSITORY,… --before FOLDER [--seconds 600]
 
-Prints one line of JSON:
+REPOSITORY is a folder of that name with a git repository `repo`; its files of about 300 lines that
+were added in or after 2025 are used, which are newer than the models. Prints one line of JSON:
 
     typing        A file, by default of the standard library, is typed, --keys characters a second,
                   with pauses as people make them. Each key asks for an infill and abandons the
@@ -23,7 +27,21 @@ Prints one line of JSON:
                   and with such a request; medians of the places where the model needs up to a
                   second for it (`fast`), and of the others (`slow`), of so many each
     other         the time to the first token of another client's infill, with a speculative request
-                  under way over without one, median of --pairs
+                  under way over without one, median of --pairs; `other_reading`: with a reading
+    open          --places files are opened at their beginning; half a second later the cursor is at
+                  another line, which is looked at for --look seconds; then ten keys are typed,
+                  of which the first alone is right
+    jump          in each of --places files the cursor jumps four times, by 20 to 200 lines, looks
+                  for --look seconds, and one key is typed. --look 0: until nothing is read any more
+                  Our own editors have the place of the cursor read (`now`). File by file in turns,
+                  with --before another tree's daemons, whose editors do not (`before`), and with
+                  --llama llama-server, asked as by llama.vim (`llama`). Of each: medians of the
+                  seconds to the first text and to the whole hint, of `tenth` to the tenth key's,
+                  and how many first hints are `right`; `over`: medians of the ratios of `now` to
+                  the other, with the right ones that `now` has more, with 95 % intervals by drawing
+                  files anew
+    session       opening, jumping, looking and typing, the same for both trees: `cpu`, the seconds
+                  of the VPS for --seconds, `now` over `before`
 """
 
 from __future__ import annotations
@@ -31,20 +49,27 @@ from __future__ import annotations
 import argparse
 import contextlib
 import http.client
+import itertools
 import json
 import random
+import re
 import statistics
 import sysconfig
 import tempfile
 import threading
 import time
+import urllib.request
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import servers
-from harness import PATIENCE, Daemon
+from engines import llama_server_binary
+from harness import MODELS, PATIENCE, Daemon, wait_until
+from waste import LANGUAGES, UNUSUAL, files_since_2025, git
 
 from cerebrum_lsp import Gap, Suggestion, Suggestions
 
@@ -65,6 +90,13 @@ OPTIONS = {
     "places": 20,
     "lines": 64,
     "pairs": 9,
+    "open": "",
+    "jump": "",
+    "session": "",
+    "look": 2.0,
+    "before": "",
+    "llama": False,
+    "models": f"{MODELS}",
 }
 # What each request of llama.vim has.
 LLAMA_VIM: dict[str, Any] = {
@@ -317,8 +349,8 @@ def accepting(typists: dict[str, Typist], options: argparse.Namespace) -> dict[s
     return {name: typist.result() for name, typist in typists.items()}
 
 
-def other(port: int, model: str, pairs: int) -> float:
-    """What a speculative request under way costs another client."""
+def other(port: int, model: str, pairs: int, **spare: Any) -> float:
+    """What a request for which nobody waits costs another client while it is under way."""
     lines = FILE.read_text().splitlines(keepends=True)
     ratios = list[float]()
     more = {"n_predict": 1, "t_max_prompt_ms": 0, "filename": "other.py"}
@@ -328,7 +360,7 @@ def other(port: int, model: str, pairs: int) -> float:
             text = f"# {pair} {is_ahead}\n" + "".join(lines[160:200])
             if is_ahead:
                 behind = "".join(lines[: 100 + pair])
-                request = Infill(port, model, behind, "", {"speculative": True})
+                request = Infill(port, model, behind, "", spare, 200, 0)
                 time.sleep(0.3 + 0.1 * pair)  # it reads, or it writes
             asked = Infill(port, model, text, "".join(lines[200:220]), more).result()
             seconds[is_ahead] = asked.seconds
@@ -339,10 +371,237 @@ def other(port: int, model: str, pairs: int) -> float:
     return round(statistics.median(ratios), 3)
 
 
+# ------------------------------------------------------------------------------- the first hint
+
+LINES = range(200, 500)  # of a file
+JUMP = range(20, 200)  # lines
+JUMPS = 4  # in a file
+REST_SECONDS = 0.3  # the cursor rests
+KEYS = 10
+WHOLE = (10_000, 10_000)  # lines
+DRAWS = 1000
+# What our own editors ask for, and llama.vim.
+OURS: dict[str, Any] = {"n_predict": 128, "t_max_prompt_ms": 500, "t_max_predict_ms": 1500}
+LLAMAS: dict[str, Any] = {"n_predict": 128, "t_max_prompt_ms": 500, "t_max_predict_ms": 1000}
+Place = tuple[str, str, str, str]  # the file's name, and the text before, of and below the line
+
+
+def texts(repositories: str) -> Iterator[tuple[str, list[str]]]:
+    """The names and the lines of files, of each repository in turn."""
+
+    def of(repository: str) -> Iterator[tuple[str, list[str]]]:
+        for path in files_since_2025(repository):
+            if Path(path).suffix in LANGUAGES and not UNUSUAL.search(path):
+                lines = git(repository, "show", f"HEAD:{path}").splitlines(keepends=True)
+                if len(lines) in LINES:
+                    yield path, lines
+
+    turns = itertools.zip_longest(*map(of, repositories.split(",")))
+    return filter(None, itertools.chain.from_iterable(turns))
+
+
+def places(path: str, lines: list[str]) -> Iterator[Place]:
+    """Places in a file, each JUMP lines from the one before. Their lines are cut at a word."""
+    chance = random.Random(path)
+    last = 0
+    for number in chance.choices(range(len(lines)), k=200):
+        line = lines[number].rstrip()
+        cuts = [at.end() for at in re.finditer(r"(?<!\w)(?=\w)", line)]
+        cuts = [at for at in cuts if len(line[at:]) >= 2 * KEYS]
+        if abs(number - last) in JUMP and cuts:
+            last, cut = number, chance.choice(cuts)
+            before = "".join(lines[:number]) + line[:cut]
+            yield Path(path).name, before, line[cut:], "\n" + "".join(lines[number + 1 :])
+
+
+@dataclass
+class Arm:
+    """A house, or llama-server, and the editor that asks it."""
+
+    port: int
+    model: str
+    more: dict[str, Any]
+    reads: bool = False  # its editor has the place of the cursor read
+    vps: Daemon | None = None
+
+    def ask(self, place: Place, typed: int, **more: Any) -> tuple[float, float, str]:
+        """The seconds to the first text of a hint and to its end, and the hint."""
+        name, before, line, below = place
+        above = (before + line[:typed]).splitlines(keepends=True) or [""]
+        if self.more is LLAMAS:
+            above, below = above[-256:], "".join(below.splitlines(keepends=True)[:64])
+        body = {**LLAMA_VIM, **self.more, "model": self.model, "filename": name, "stream": True}
+        body |= {"prompt": above.pop(), "input_prefix": "".join(above), "input_suffix": below}
+        body |= more
+        first, text = 0.0, ""
+        began = time.perf_counter()
+        url = f"http://127.0.0.1:{self.port}/infill"
+        with urllib.request.urlopen(servers.request(url, **body), timeout=600) as answer:
+            for event in answer:
+                if event.startswith(b"data: {"):
+                    text += json.loads(event[6:]).get("content", "")
+                    first = first or (time.perf_counter() - began if text else 0.0)
+        seconds = time.perf_counter() - began
+        return first or seconds, seconds, text
+
+    def rest(self, place: Place) -> None:
+        """The cursor rests."""
+        time.sleep(REST_SECONDS)
+        if self.reads:
+            self.ask(place, 0, n_predict=0, stream=False)
+
+    def look(self, seconds: float) -> None:
+        """Someone looks, for as long as the house reads if `seconds` is 0."""
+        if seconds:
+            time.sleep(seconds - REST_SECONDS)
+        else:
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until nothing is read any more."""
+        if self.vps:
+            url = f"http://127.0.0.1:{self.vps.port}/v1/stats"
+            is_quiet = False
+            while not is_quiet:  # the Pi may be about to ask again
+                wait_until(lambda: not servers.ask(url)["requests_active"], seconds=600)
+                time.sleep(0.5)
+                is_quiet = not servers.ask(url)["requests_active"]
+
+
+def is_right(place: Place, typed: int, text: str) -> bool:
+    return text.partition("\n")[0].rstrip() == place[2][typed:] != ""
+
+
+class First(NamedTuple):
+    """A first hint at a place: seconds to its first text, to its end and to the tenth key's end."""
+
+    first: float
+    hint: float
+    tenth: float
+    right: bool
+
+
+def first_hint(arm: Arm, place: Place, lines: list[str], options: argparse.Namespace) -> First:
+    if options.open:
+        arm.rest((place[0], "", "", "".join(lines)))
+        time.sleep(0.2)
+    arm.rest(place)
+    arm.look(options.look)
+    first, hint, text = arm.ask(place, 1)
+    tenth = 0.0
+    name, before, line, below = place
+    word = "".join(random.Random(line).choices(LETTERS, k=KEYS))  # that nobody can predict
+    noise = name, before, line[0] + word, below
+    for typed in range(2, KEYS + 1) if options.open else ():
+        _, tenth, _ = arm.ask(noise, typed)
+    return First(first, hint, tenth, is_right(place, 1, text))
+
+
+def first_hints(arms: dict[str, Arm], options: argparse.Namespace) -> dict[str, Any]:
+    files: dict[str, list[list[First]]] = {name: [] for name in arms}
+    found = texts(options.open or options.jump)
+    for number, (path, lines) in enumerate(itertools.islice(found, options.places)):
+        some = [*itertools.islice(places(path, lines), 1 if options.open else JUMPS)]
+        names = deque(arms)
+        names.rotate(number)
+        for name in names:
+            arm = arms[name]
+            files[name].append([first_hint(arm, place, lines, options) for place in some])
+            arm.wait()  # or it would disturb the others
+    result = {name: medians(of) for name, of in files.items()}
+    for name in files.keys() - {"now"}:
+        result[name]["over"] = over(files["now"], files[name])
+    return result
+
+
+def medians(files: list[list[First]]) -> dict[str, Any]:
+    hints = list(itertools.chain.from_iterable(files))
+    result: dict[str, Any] = {}
+    for name in ("first", "hint", "tenth"):
+        result[name] = round(statistics.median(getattr(one, name) for one in hints), 2)
+    return result | {"right": sum(one.right for one in hints), "of": len(hints)}
+
+
+def over(now: list[list[First]], other: list[list[First]]) -> dict[str, list[float]]:
+    """Ratios of the seconds of `now` to those of another arm, and the right hints more."""
+
+    def compared(numbers: Iterable[int]) -> tuple[float, float, float]:
+        pairs = list[tuple[First, First]]()
+        for at in numbers:
+            pairs += zip(now[at], other[at], strict=True)
+        first = statistics.median(one.first / another.first for one, another in pairs)
+        hint = statistics.median(one.hint / another.hint for one, another in pairs)
+        return first, hint, sum(one.right - another.right for one, another in pairs)
+
+    chance, every = random.Random(1), range(len(now))
+    drawn = [compared(chance.choices(every, k=len(every))) for _ in range(DRAWS)]
+    values = compared(every)
+    result = {}
+    for number, name in enumerate(("first", "hint", "right")):
+        of = sorted(one[number] for one in drawn)
+        low, high = of[DRAWS // 40], of[-DRAWS // 40]
+        result[name] = [round(one, 2) for one in (values[number], low, high)]
+    return result
+
+
+def session(arm: Arm, options: argparse.Namespace) -> float:
+    """The seconds that the VPS computes while somebody opens files, jumps, looks and types."""
+    assert arm.vps
+    chance, cpu = random.Random(1), cpu_of(arm.vps)
+    end = time.monotonic() + options.seconds
+    for path, lines in texts(options.session):
+        arm.rest((Path(path).name, "", "", "".join(lines)))
+        for place in itertools.islice(places(path, lines), JUMPS):
+            arm.rest(place)
+            arm.look(chance.uniform(1, 8))
+            left = None
+            for typed in range(1, chance.randint(2, len(place[2]))):
+                if time.monotonic() > end:
+                    return cpu_of(arm.vps) - cpu
+                before = place[1] + place[2][:typed]
+                request = Infill(arm.port, arm.model, before, place[3], OURS, *WHOLE)
+                if left:
+                    left.leave()
+                left = request
+                pause = PAUSE_SECONDS if chance.random() < 1 / PAUSES else 0.0
+                time.sleep(chance.uniform(0.5, 1.5) / options.keys + pause)
+    raise SystemExit("expected more files")
+
+
+def arms_of(stack: contextlib.ExitStack, options: argparse.Namespace) -> dict[str, Arm]:
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    arms = dict[str, Arm]()
+    ours = OURS | {"suggest": options.suggest}
+    trees = {"now": Path(__file__).resolve().parents[2], "before": Path(options.before)}
+    for name, tree in trees.items():
+        if name == "now" or options.before:
+            vps, pi = servers.both(stack, folder / name, Path(options.models), tree)
+            arms[name] = Arm(pi.port, options.model, ours, name == "now", vps)
+    if options.llama:
+        (file,) = Path(options.models).glob(servers.weights_of(options.model).name)
+        more = "--cache-reuse", "256"
+        binary = f"{llama_server_binary()}"
+        started = servers.llama_server(folder, binary, file, 2, *more)
+        arms["llama"] = Arm(stack.enter_context(started).port, "", LLAMAS)
+    for arm in arms.values():  # loads the model
+        arm.ask(("a.py", "x", "", ""), 0)
+    return arms
+
+
 def main() -> None:
     options = servers.parser_of(__doc__, **OPTIONS).parse_args()
     servers.weights_of(options.model)
+    named: dict[str, Any] = {"benchmark": "editor", "model": options.model}
     with contextlib.ExitStack() as stack:
+        if options.open or options.jump or options.session:
+            arms = arms_of(stack, options)
+            named |= {"look": options.look, "is_open": bool(options.open)}
+            if options.session:
+                cpu = {name: session(arm, options) for name, arm in arms.items()}
+                print(json.dumps(named | {"cpu": cpu}))
+            else:
+                print(json.dumps(named | first_hints(arms, options)))
+            return
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         vps, pi = servers.both(stack, folder)
         Infill(pi.port, options.model, "x", "").result()  # loads the model
@@ -354,12 +613,14 @@ def main() -> None:
             hints = {name: next_hints(typist) for name, typist in typists.items()}
             result = {"next_ms": hints, "accepting": accepting(typists, options)}
             if options.pairs:
-                result["other"] = other(pi.port, options.model, options.pairs)
-            print(json.dumps({"benchmark": "editor", "model": options.model, **result}))
+                pairs = pi.port, options.model, options.pairs
+                result["other"] = other(*pairs, speculative=True)
+                result["other_reading"] = other(*pairs, n_predict=0)
+            print(json.dumps(named | result))
             return
         by_limit = {f"{limit}": keys(pi.port, options.model, limit) for limit in (500, 0)}
         result = {"keys": by_limit, "typing": typing(pi, options)}
-    print(json.dumps({"benchmark": "editor", "model": options.model, **result}))
+    print(json.dumps(named | result))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engines import Engine, free_port, started
-from harness import FILES, KEY, MODELS, Daemon, daemon, link_tuned
+from harness import FILES, KEY, MODELS, ROOT, Daemon, daemon, link_tuned, program, settings
 
 # importing the engine sets it in this process, but a server must choose its own
 SPIN = "GOMP_SPINCOUNT"
@@ -179,11 +179,17 @@ def inherited() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != SPIN}
 
 
-def both(stack: contextlib.ExitStack, folder: Path, models: Path = MODELS) -> tuple[Daemon, Daemon]:
-    """The VPS's daemon, with the models of a folder, and the Pi's, which asks for no key."""
+def both(
+    stack: contextlib.ExitStack, folder: Path, models: Path = MODELS, tree: Path = ROOT
+) -> tuple[Daemon, Daemon]:
+    """The VPS's daemon, with the models of a folder, and the Pi's, which asks for no key; of a
+    tree.
+    """
 
     def start(name: str, **more: str) -> Daemon:
-        return stack.enter_context(daemon(name, folder / name, inherited=inherited(), **more))
+        environment = settings(folder / name, inherited(), **more)
+        command = [sys.executable, f"{tree}/{name}.py"]
+        return stack.enter_context(program(name, command, folder / name, environment))
 
     vps = start("vpsd", CEREBRUM_MODELS_DIR=f"{models}", **EASY)
     url = f"http://127.0.0.1:{vps.port}"

@@ -25,6 +25,7 @@ from cerebrum.pi.dispatcher import (
     BUSY_SECONDS,
     EDITOR_SECONDS,
     Assign,
+    Dispatcher,
     Preempt,
     State,
     Wait,
@@ -360,3 +361,24 @@ def test_people_take_turns() -> None:
         waiting.append(Completion(request))
     waiting.sort(key=lambda completion: whose_turn(state, held, completion))
     assert [(waits.client, waits.request.kind) for waits in waiting] == IN_TURN
+
+
+def reading(client: str, prompt: str = "x", guest: int = 0) -> CompletionRequest:
+    return CompletionRequest("infill", {"prompt": prompt}, client=client, guest=guest)
+
+
+def queued(dispatcher: Dispatcher) -> dict[str, str]:
+    return {client: request.fields["prompt"] for client, request in dispatcher.ahead.items()}
+
+
+def test_a_guests_reading_displaces_nobodys() -> None:
+    dispatcher = Dispatcher(Fleet(), lambda *_: None)
+    for client, guest in (("tim", 1), ("anna", 0), ("ben", 0), ("tom", 1), ("cora", 0)):
+        dispatcher._queue(reading(client, guest=guest))
+    assert [*dispatcher.ahead] == ["anna", "ben", "tom", "cora"]
+    dispatcher._queue(reading("dora"))
+    dispatcher._queue(reading("tom", guest=1))
+    dispatcher._queue(reading("anna", "newer"))
+    assert queued(dispatcher) == {"ben": "x", "cora": "x", "dora": "x", "anna": "newer"}
+    dispatcher._queue(reading("emma"))
+    assert [*dispatcher.ahead] == ["cora", "dora", "anna", "emma"]

@@ -240,6 +240,16 @@ async def test_nothing_is_read_ahead_for_a_revoked_client(tmp_path: Path) -> Non
             assert len(vps.completions) == 1
 
 
+async def test_a_guests_prompt_is_read_after_those_of_others() -> None:
+    async with pi_with([HANG], GOOD, clients=HOUSE) as (pi, vps):
+        for key, count in ((TOM, 1), (ANNA, 3)):
+            body = {"input_prefix": "", "input_suffix": "\n", "prompt": key, "n_predict": 0}
+            assert (await pi.post("/infill", body, X_API_Key=key)).status == 200
+            await until(lambda: len(vps.completions) == count)  # noqa: B023
+        await until(lambda: not pi.reads_ahead())
+        assert [asked["prompt"] for asked in vps.completions] == [TOM, ANNA, TOM]
+
+
 WRONG = {  # what a reload says, and lines of .env and of client-keys
     "CEREBRUM_CM4_TLS_CERT, CEREBRUM_CM4_TLS_KEY: expected both": (
         "CEREBRUM_CM4_TLS_CERT=/none",

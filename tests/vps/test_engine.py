@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import hashlib
 import itertools
 import logging
@@ -361,11 +362,23 @@ def test_store_drops_the_least_recently_used() -> None:
     assert store.best([1, 1, 5]) == (store.entries[-1], 2)  # now the most recently used
     store.add(parked(4))
     assert (kept(store), store.size) == ([[3, 3], [1, 1], [4]], 300)
-    assert store.covers([3])
+    assert store.covers([3], False)
     store.add(parked(5, size=101))
     assert (kept(store), store.size) == ([[3, 3], [5]], 201)
     store.add(parked(6, size=301))  # larger than the budget
     assert kept(store) == [[3, 3], [5]]
+
+
+def test_what_is_of_low_priority_displaces_nothing_else() -> None:
+    store = PrefixStore(300)
+    for first, low in ((1, False), (2, True), (3, False), (4, True)):
+        store.add(dataclasses.replace(parked(first, first), low=low))
+    assert kept(store) == [[1, 1], [3, 3], [4, 4]]
+    store.add(dataclasses.replace(parked(1, 1, 5), low=True))  # in the place of its own kind alone
+    assert kept(store) == [[1, 1], [3, 3], [1, 1, 5]]
+    store.add(parked(6))
+    store.add(dataclasses.replace(parked(7), low=True))
+    assert kept(store) == [[1, 1], [3, 3], [6]]
 
 
 def test_store_drops_an_entry_that_a_new_one_extends() -> None:
@@ -376,10 +389,10 @@ def test_store_drops_an_entry_that_a_new_one_extends() -> None:
     assert (kept(store), store.size) == ([[1, 3], [1, 2, 3]], 200)
     store.add(parked(1, 3, size=50))  # the same tokens again
     assert (kept(store), store.size) == ([[1, 2, 3], [1, 3]], 150)
-    assert store.covers([1, 2])
-    assert store.covers([1, 2, 3])
-    assert not store.covers([1, 2, 3, 4])
-    assert not store.covers([2])
+    assert store.covers([1, 2], False)
+    assert store.covers([1, 2, 3], False)
+    assert not store.covers([1, 2, 3, 4], False)
+    assert not store.covers([2], False)
     store.add(parked(1, 2, 4, 5))
     entry, length = store.best([1, 2, 4, 9])
     assert (entry and entry.tokens, length) == ([1, 2, 4, 5], 3)
@@ -953,6 +966,19 @@ def test_a_worker_is_due_only_while_it_works_and_saves_when_it_rests(
         assert began + allowed <= due <= now + allowed
         wait_until(lambda: worker.due == math.inf, "the worker rests")
         assert model.saved == saved
+
+
+def test_a_prompt_of_low_priority_that_goes_on_with_another_leaves_it_in_memory(
+    worker: Worker,
+) -> None:
+    decoder: Any = worker.decoder
+    ask(worker, "abc" * 20, max_tokens=0).outcome()
+    (other,) = [slot.tokens[:] for slot in worker.slots if slot.tokens]
+    ask(worker, "abc" * 15 + "x", max_tokens=0, priority="low").outcome()
+    assert kept(decoder.sequences.store) == [other]
+    assert [slot.low for slot in worker.slots if len(slot.tokens) == 46] == [True]
+    ask(worker, "abc" * 15 + "xyz", max_tokens=0).outcome()
+    assert [slot.low for slot in worker.slots if len(slot.tokens) == 48] == [False]
 
 
 def test_saved_prompts_are_dropped_on_request(worker: Worker) -> None:
