@@ -85,8 +85,7 @@ class Settings:
     def excludes(self, uri: str) -> bool:
         """Whether this document is never sent."""
         # Not its path alone, of which a client may have left a # or ? as it is.
-        text = urllib.parse.unquote(uri)
-        return any(matches(glob, text) for glob in self.exclude)
+        return any(matches(glob, urllib.parse.unquote(uri)) for glob in self.exclude)
 
 
 KINDS = {

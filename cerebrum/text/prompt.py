@@ -252,7 +252,7 @@ TEMPLATE_TOKENS = {"complete": 4, "infill": 16, "instruct": 64, "chat": 32}
 # and 200 are read while one looks.
 WINDOW, NEAR = 3200, 800
 # The suffix gets half of the room, or an eighth where it is read last, and each key reads it anew.
-SUFFIX_SHARES = {"psm": 8, "spm": 2, "spmv2": 2}
+SUFFIX_SHARE, LAST_SHARE = 2, 8
 # While one types, the room that a short file leaves for the suffix shrinks only now and then.
 SPARE_STEPS = 16
 EXTRA_SHARE = 3  # other files' texts get a third of the room at most
@@ -292,7 +292,7 @@ def fit(text: str, language: Language, room: int) -> str:
     if fits(text, room):
         return text
     step = window_step(room)
-    mark = language.remark(LEFT_OUT) + ("\r\n" if "\r\n" in text[:4096] else "\n")
+    mark = language.remark(LEFT_OUT) + "\n"
     start = window_start(text, step, room - weigh(mark))
     if start is None:
         return fit_end(text, room)
@@ -493,7 +493,7 @@ def prepare_text(
     language = syntax(fields["language"])
     extra = fit_extra(fields.get("extra") or (), room // EXTRA_SHARE)
     files = render_extra(extra)
-    share = SUFFIX_SHARES[layout]
+    share = LAST_SHARE if layout == "psm" else SUFFIX_SHARE
     before, after = window(prompt, suffix, language, min(room - weigh(files), most), share)
     up_to_cursor = files + read_first(after, layout) + before
     whole = up_to_cursor

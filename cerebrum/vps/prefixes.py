@@ -123,9 +123,7 @@ class Sequences:
         self.model, self.store = model, PrefixStore(budget, model.recurrent)
         self.slots = [Slot(i) for i in range(count)]
 
-    def take_slot(
-        self, prompt: list[int], free: list[Slot], low: bool = False
-    ) -> tuple[Slot, list[int]]:
+    def take_slot(self, prompt: list[int], free: list[Slot], low: bool) -> tuple[Slot, list[int]]:
         """Prepare one of the free slots for the prompt, so that it holds the longest known prefix.
         Returns the slot, and the whole sequence that has this prefix.
 

@@ -425,7 +425,7 @@ def test_a_rejected_state_may_have_gone_already() -> None:
     prompt = [*range(40)]
     store.add(Parked(prompt[:30], bytes(60)))
     slot.tokens = [7] * 24  # parked first, with 101 bytes
-    assert sequences.take_slot(prompt, [slot]) == (slot, [])
+    assert sequences.take_slot(prompt, [slot], False) == (slot, [])
     assert (slot.tokens, kept(store)) == ([], [[7] * 24])
 
 

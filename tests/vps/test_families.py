@@ -259,7 +259,7 @@ def test_a_state_that_is_rejected_is_dropped_and_the_next_best_serves(models: Pa
         right = sequences.store.entries[0]
         sequences.store.add(Parked(prompt[:30], bytes(right.state)[:-1]))
         sequences.store.add(Parked([*prompt[:25], 2], b"\0" * 100))
-        slot, guide = sequences.take_slot(prompt, sequences.slots)
+        slot, guide = sequences.take_slot(prompt, sequences.slots, False)
         assert (slot.tokens, guide, model.computed(slot)) == (prompt[:20], read, 20)
         assert sequences.store.entries == [right]
 
