@@ -195,7 +195,7 @@ class Prompts:
             self._remember((request.client, model), attempt.sent.text.up_to_cursor)
 
     def learn_progress(self, attempt: Attempt, progress: Members) -> None:
-        """Learn which part of a prompt has been read ahead; for the next request, reading ends."""
+        """Learn which part of a prompt has been read ahead, since the next request ends reading."""
         done, total = progress.get("done", -1), progress.get("total", -1)
         if progress.get("stage") == "prefill" and COUNT.accepts(done) and COUNT.accepts(total):
             text = attempt.sent.text.up_to_cursor

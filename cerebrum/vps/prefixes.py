@@ -91,7 +91,7 @@ class PrefixStore:
             self.entries.remove(max(self.entries, key=lambda entry: entry.low))
 
     def add(self, entry: Parked) -> None:
-        """Keep `entry`, unless it is larger than the budget."""
+        """Keep `entry`, if room can be made for it."""
         if self.make_room(entry.tokens, entry.size, entry.low):
             self.entries.append(entry)
 
@@ -255,7 +255,8 @@ def save_parked(
     """Write a model's parked sequences, those of low priority first and then the most recently used
     last, and remove all other files of the folder. `tick` is called before each write.
     """
-    ordered = sorted(entries, key=lambda entry: not entry.low)  # that is not saved: they go first
+    # The priority is not saved, but what is loaded first is dropped first.
+    ordered = sorted(entries, key=lambda entry: not entry.low)
     files = {folder / f"{order:04d}.kv": entry for order, entry in enumerate(ordered)}
     try:
         for path, entry in files.items():
