@@ -28,7 +28,6 @@ PAUSE_TOKENS = 6  # the time of this many of its own tokens may pass too, if tha
 # Longest chunk when no stream is running; a longer piece is aborted when another request comes.
 # Progress is reported after each chunk, but short chunks are read slower.
 PREFILL_SECONDS = 4.0
-AHEAD_SECONDS = 0.5  # of a prompt that is only read, which ends for the next request
 
 
 class Costs:
@@ -80,7 +79,6 @@ def chunk_size(
     token_seconds: float,
     costs: Costs,
     piece: int,
-    seconds: float = PREFILL_SECONDS,
 ) -> int:
     """How many of a prompt's `missing` tokens to read next.
 
@@ -89,12 +87,12 @@ def chunk_size(
     the chunk is at most twice as long as the shortest prompt being read (`reading` lists the
     missing tokens of each prompt, including this one). A short prompt then does not wait for a long
     one, and two prompts of similar length are read in one decode. All that is read in one takes at
-    most `seconds`, but a prompt that is read alone comes in whole pieces of `piece` tokens, since
-    the weights are read once for each piece, whatever its length.
+    most PREFILL_SECONDS, but a prompt that is read alone comes in whole pieces of `piece` tokens,
+    since the weights are read once for each piece, whatever its length.
     """
     if token_seconds < math.inf:
         return min(missing, costs.longest(share_seconds(token_seconds)))
-    longest = costs.longest(seconds / len(reading))
+    longest = costs.longest(PREFILL_SECONDS / len(reading))
     if len(reading) == 1:
         longest = max(piece, longest - longest % piece)
     return min(missing, 2 * min(reading), longest)

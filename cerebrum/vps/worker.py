@@ -222,12 +222,13 @@ class Worker(threading.Thread):
         job.deliver([self._farewell])
 
     def cancel(self, job: Job) -> None:
-        """Cancel a job whose client has left. Abort a running decode that has only cancelled
-        jobs.
+        """Cancel a job whose client has left. Abort a running decode that has only cancelled jobs;
+        what a prompt that is only read has left to its chunk may serve the next request.
         """
         job.cancelled = True
         self.wake()
-        self._abort_if(lambda run: run.job.cancelled)
+        if job.max_tokens:
+            self._abort_if(lambda run: run.job.cancelled)
 
     def give_way(self, job: Job | None) -> None:
         """Abort a decode that only reads low-priority prompts or a long chunk, or what a draft
@@ -244,7 +245,7 @@ class Worker(threading.Thread):
             if recurrent or not run.prefilling:
                 return False
             is_waited_for = job and common_prefix(run.prompt, job.prompt) >= MIN_PREFIX
-            return run.low or (is_long and not is_waited_for)
+            return run.low or ((is_long or run.job.cancelled) and not is_waited_for)
 
         self._abort_if(is_in_the_way)
 

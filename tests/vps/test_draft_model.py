@@ -191,7 +191,7 @@ def test_the_text_is_that_of_a_greedy_loop_without_a_draft_model(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if target == "padded":  # it soon writes an id of its own: nothing is left for later
-        monkeypatch.setattr(decoder, "CATCH_UP_TOKENS", 512)
+        monkeypatch.setattr(decoder, "AHEAD_TOKENS", 512)
     loader = pair_of(models, target, draft, replace(EXACT, state_dir=tmp_path))
     draw = random.Random(f"{target} {draft} {seed}")
     tally = check_against_a_greedy_loop(loader, rounds, draw)

@@ -1157,6 +1157,26 @@ def test_a_prompt_that_gave_way_is_dropped_with_its_client_and_what_was_read_is_
 
 
 @pytest.mark.parametrize("worker", [1], indirect=True)
+@pytest.mark.parametrize(("next_prompt", "cached"), [("l" * 151, 64), ("x" * 17, 20)])
+def test_a_chunk_that_is_read_ahead_ends_for_those_who_do_not_need_it(
+    worker: Worker, next_prompt: str, cached: int
+) -> None:
+    """Its reading is cancelled when the next request comes, and its place is the only one."""
+    ahead = Ask("l" * 150, max_tokens=0)
+
+    def arrive() -> None:
+        worker.cancel(ahead.job)
+        worker.give_way(ask(worker, next_prompt, max_tokens=1).job)
+
+    script(worker, {"l1": arrive})
+    worker.submit(worker.prepare(ahead.job))
+    wait_until(lambda: worker.tally.ended == {"length": 1, "CANCELLED": 1}, "both have ended")
+    assert worker.tally.cached_tokens == cached * (next_prompt[0] == "l")
+    again = ask(worker, "l" * 150, max_tokens=1).outcome()[1]["cached_tokens"]
+    assert again == (149 if next_prompt[0] == "l" else cached)
+
+
+@pytest.mark.parametrize("worker", [1], indirect=True)
 def test_of_a_prompt_that_gives_way_as_much_is_kept_as_the_cache_holds(worker: Worker) -> None:
     """At half a megabyte a token, the whole would not fit, and all of it would be read again."""
     decoder: Any = worker.decoder
