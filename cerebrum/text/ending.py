@@ -22,6 +22,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from cerebrum.text.fences import Fences
 from cerebrum.text.gap import gap_of
 from cerebrum.text.languages import LANGUAGES, Language, in_style, language_named
 from cerebrum.text.scanner import COMPOUND, LINE_CHARS, OPENING_OF, LineScanner, Scanner, scanner_of
@@ -34,7 +35,6 @@ from cerebrum.text.stages import (
     Sure,
     Trimmed,
     Typed,
-    columns_of,
     last_line,
     surprise,
 )
@@ -44,7 +44,6 @@ from cerebrum.text.stages import (
 NAME_CHARS = 100  # a function with a longer name is not recognized as a helper
 # A longer comment is not waited for: more often than not it is outside the block.
 COMMENT_CHARS = 200
-FUNCTION = re.compile(r"(?:@?[a-z]\w*(?:\[\w*\])?\s+){0,6}def\b")
 DEFINITION = re.compile(r"(?:async\s+)?(?:def|class)\b")
 CONTROL = re.compile(
     r"(?:^|\n)[^\S\n]*(?:else\s+)?(?:if|else|for|while|do|switch|try|match|loop|unsafe|select|when"
@@ -58,26 +57,7 @@ CALL = re.compile(rf"(?:(?<=self\.)|(?<=this\.)|(?<![\w.]))(\w{{1,{NAME_CHARS}}}
 CLAUSES = "else|elif|elseif|except|finally|catch|while"  # continue a statement after its block
 # A line that starts so continues the one above, in languages without semicolons.
 GOES_ON = ".?&|+-:=,"
-# An answer's blocks in these are not the code, unless there are no others.
-BESIDE = frozenset(
-    {
-        *("bash", "sh", "shell", "console", "json", "text", "plaintext", "output", "powershell"),
-        *("zsh", "yaml", "yml", "toml", "diff"),
-    }
-)
-# A sentence, or Markdown's emphasis, quotation or item of a list; but no assignment and no mapping.
-PROSE = re.compile(
-    r"(?:[A-Z][a-z'\u0080-\uffff]*[ ,!]+[\w\"'`(*]|[*>`\u0080-\uffff]|- (?!\w+:)|\d+[.)] ).*[^;{}]"
-    r"|[A-Z][a-z]+:"
-)
-# States of `Fences`: before the block, and in it.
-BEFORE = ("blank", "headed", "chatter")
-BLOCK = ("opened", "inside")
-HEADING = re.compile(r"#{1,6}[ \t]")  # a comment or, in an answer, a heading
 HEADER = re.compile(r"\S[^\n]*[:{][ \t]*\r?\n")  # of a block in column 0
-FENCE = re.compile(r"(`{3,}+|~{3,}+)([^`\n]*+)")
-# The answer to an instruction without a fence in this many characters has none.
-CHATTER_CHARS = 4000
 # Of the prompt's end and of the suffix, read to guess the syntax and the indentation.
 GUESS_CHARS = 4000
 GUESSES = {  # lines like the header of a definition, found in few other languages and in no prose
@@ -94,39 +74,13 @@ HEADERS = {
     name: re.compile(rf"^[ \t]{{0,200}}{header}[ \t]*\r?$", re.M)
     for name, header in GUESSES.items()
 }
-# Python's headers that define nothing.
-STATEMENTS = re.compile(
-    r"^[ \t]*(?:if|elif|else|for|while|try|except|with)\b[^\n;{]{0,200}:[ \t]*\r?$", re.M
-)
 
 
 def guess(prompt: str, suffix: str) -> Language | None:
     """The syntax of code around a gap; of code before the cursor, only if a definition shows it."""
     text = prompt[-GUESS_CHARS:] + suffix[:GUESS_CHARS]
     name = next((name for name, header in HEADERS.items() if header.search(text)), "")
-    if suffix and not name:
-        name = "python" if STATEMENTS.search(text) else "c"
-    return LANGUAGES.get(name)
-
-
-def due_columns(prompt: str, column: int, opened: int | None) -> int:
-    """The final indentation of a line typed up to `column`: that of the line above, or whole levels
-    more.
-
-    `opened` is the indentation of a header right above, or None.
-    """
-    above = opened
-    if above is None:
-        above = columns_of(last_line(prompt.rstrip()))
-        if column <= above:
-            return above
-    if last_line(prompt).startswith("\t"):
-        step = 8
-    else:
-        lines = prompt[-GUESS_CHARS:].split("\n")[1:]
-        widths = [columns_of(line) for line in lines if line.strip()]
-        step = min((width for width in widths if width > 1), default=4)
-    return above + max(1, -((above - column) // step)) * step
+    return LANGUAGES.get(name or "c" * (suffix != ""))
 
 
 def is_announced(language: Language, prompt: str) -> bool:
@@ -188,7 +142,6 @@ class Block(Stage):
     # With `side_of_next`: what was asked for is whole, but the next line may still belong to it.
     complete = False
     mark = 0  # the end of the last line that is not blank, where the completion ends
-    ticks = 0  # backticks in a row
 
     def __init__(self, scanner: Scanner, prompt: str) -> None:
         super().__init__()
@@ -217,20 +170,13 @@ class Block(Stage):
 
     def step(self, char: str) -> None:
         scanner = self.scanner
-        if char != "`" or (scanner.closer and not self.ticks):
-            self.ticks = 0
-        elif not self.language.fences:
-            self.ticks += 1
         scanner.step(char)
         if self.language.function and not scanner.closer:
             self.helpers.code.append(char)
-        if self.ticks == len("```"):
-            self.end("stop", self.mark if self.held else len(self.text) - self.ticks)
-            return
         ended = char == "\n" and scanner.starting
         over = self._end_line() if ended else self._extend_line(char)
         if over:
-            self.end("block", self.mark)
+            self.end("stop" if self.line == "```" else "block", self.mark)
 
     def _end_line(self) -> bool:
         line, held = self.line.rstrip(), self.held
@@ -249,24 +195,27 @@ class Block(Stage):
             self.line = ""
         elif len(self.line) < LINE_CHARS and (self.line or not char.isspace()):
             self.line += char
-        if self.held and not self.ticks and (word := self.line.rstrip()):
+        word = self.line.rstrip()
+        if self.held and word == "```":
+            return not self.language.fences
+        if self.held and word and not "```".startswith(word):
             side = self.side_of(word)
             if side == OUTSIDE:
                 return True
             self.held = side == UNDECIDED
         if not self.held:
-            self.safe = len(self.text) - self.ticks
+            self.safe = len(self.text)
         return False
 
 
-def side_of_clause(language: Language, word: str) -> str:
-    """`side_of` for a line that may begin with a clause of the language."""
+def side_of_clause(clauses: str, word: str) -> str:
+    """`side_of` for a line that may begin with one of the clauses, a pattern's alternatives."""
     if re.fullmatch(r"[\w<]{1,20}", word):
         return UNDECIDED
-    return INSIDE if re.match(rf"(?:{language.clauses})(?!\w)", word) else OUTSIDE
+    return INSIDE if re.match(rf"(?:{clauses})(?!\w)", word) else OUTSIDE
 
 
-def continues(word: str) -> str:
+def side_of_else(word: str) -> str:
     """`side_of` for the line below a block that may have an `else`."""
     if re.match(rf"(?:{CLAUSES})\W", word):
         return INSIDE
@@ -336,9 +285,7 @@ class LineBlock(Block):
     def _choose(self, blocks: list[tuple[int, str]], typed: bool) -> None:
         """Choose the goal among the open blocks; `typed`: the cursor's line has begun."""
         scanner, language = self.scanner, self.language
-        functions = [block for block in blocks if FUNCTION.match(block[1])]
-        others = [block for block in blocks if not language.containers.match(block[1])]
-        chosen = functions or others
+        chosen = [block for block in blocks if not language.containers.match(block[1])]
         if not chosen and not typed:
             announced = is_announced(language, self.prompt)
             if announced and language.defines.search(self.prompt):
@@ -354,7 +301,7 @@ class LineBlock(Block):
         else:
             last = last_line(self.prompt.rstrip())
             begun = typed or not language.indented
-            is_script = not begun or language.imports.match(last) or last.startswith("#!")
+            is_script = not begun or last.startswith("#!")
             self.goal = "script" if is_script else "statement"
 
     def read_line(self, line: str) -> bool:
@@ -390,8 +337,6 @@ class LineBlock(Block):
         return OUTSIDE if self.level < self.base else self._side_at_base(word)
 
     def _side_of_deeper(self, word: str) -> str:
-        if self.goal == "member" and self.begun:
-            self.goal = "function"
         # Outside all blocks, every line is deeper, also one in column 0.
         may_be_over = self.goal == "statement" and self.level == 0 and self.blank and self.mark
         return self._side_of_closing(word) if may_be_over else INSIDE
@@ -403,12 +348,13 @@ class LineBlock(Block):
             return self._side_of_closing(word)
         if word[0] in OPENING_OF:
             return INSIDE
-        return continues(word) if self.goal == "compound" else self.helpers.side_of(word)
+        side = side_of_else(word)
+        return side if side != OUTSIDE else self.helpers.side_of(word)
 
     def _side_of_closing(self, word: str) -> str:
         """`side_of` for a line that may close the block, continue it, or be the next thing."""
         language = self.language
-        if (side := side_of_clause(language, word)) != OUTSIDE:
+        if (side := side_of_clause(language.clauses, word)) != OUTSIDE:
             return side
         if word[0] in OPENING_OF or re.match(language.closers, word):
             if self.level == self.base:
@@ -429,35 +375,29 @@ class BracketBlock(Block):
     class that the model writes. Closing brackets on their own lines after the block belong to it.
     """
 
-    # What is completed: a "block", a "call" with a block among its arguments, a "statement" or a
-    # "directive"; "" if it has not begun.
+    # What is completed: a "block", a "call" with a block among its arguments, or a "statement"; ""
+    # if it has not begun.
     goal = ""
     depth = 0  # the goal is complete when no more brackets are open
     clauses = False  # an `else` or the like may go on with it
 
     def __init__(self, scanner: Scanner, prompt: str) -> None:
         super().__init__(scanner, prompt)
-        self.conditionals = len(scanner.conditionals)  # around the goal
         language, stack = self.language, scanner.stack
         head = scanner.head.strip()
         braces = [depth for depth, bracket in enumerate(stack) if bracket.kind == "{"]
         things = [depth for depth in braces if not language.containers.search(stack[depth].header)]
-        announced = is_announced(language, prompt) and (braces or language.defines.search(prompt))
+        announced = is_announced(language, prompt)
         # The cursor is in a statement that is no import.
         is_over = braces and scanner.is_over
         begun = head and not is_over and not language.imports.match(last_line(head))
-        continued = scanner.closer and prompt.endswith(("\\\n", "\\\r\n"))
         if language.blocks == "brackets" and stack:
             self.goal, self.depth = "block", len(stack) - 1
         elif things:
             self._choose(things[0])
-        elif scanner.opener == "#" and continued:
-            self.goal, self.depth = "directive", len(braces)
-        elif announced or scanner.in_parens or begun:
+        elif announced or begun:
             self.goal, self.depth = "statement", braces[-1] + 1 if braces else 0
             self.clauses = CONTROL.search(head) is not None
-            if announced and not head.startswith(("@", "#[", "[")):
-                scanner.last = ""
         elif braces:
             self._choose(braces[-1])
 
@@ -492,12 +432,8 @@ class BracketBlock(Block):
 
     def read_line(self, line: str) -> bool:
         scanner = self.scanner
-        inside = len(scanner.stack) > self.depth or len(scanner.conditionals) > self.conditionals
+        inside = len(scanner.stack) > self.depth
         if not self.goal or inside:
-            return False
-        if self.goal == "directive":
-            return True
-        if line.startswith(("@", "#[")):
             return False
         ended = scanner.last in ("}", ";") or (scanner.last and scanner.is_over)
         if self.goal == "statement" and not ended:
@@ -510,9 +446,9 @@ class BracketBlock(Block):
     def side_of_next(self, word: str) -> str:
         if word[0] in ("{", *OPENING_OF) or (word[0] in GOES_ON and self._may_go_on):
             return INSIDE
-        if self._may_go_on and (side := side_of_clause(self.language, word)) != OUTSIDE:
+        if self._may_go_on and (side := side_of_clause(self.language.clauses, word)) != OUTSIDE:
             return side
-        return continues(word) if self.clauses else self.helpers.side_of(word)
+        return side_of_else(word) if self.clauses else self.helpers.side_of(word)
 
 
 class StatementBlock(Block):
@@ -536,226 +472,6 @@ class StatementBlock(Block):
         if re.match(r"\w{1,20}\Z|[-/*]", word):
             return UNDECIDED  # a comment waits for the line below it
         return INSIDE if re.match(self.language.clauses, word) else OUTSIDE
-
-
-class Fenced:
-    """The code behind an opening fence: which of its lines is the closing one.
-
-    `margin`: in a list, the fence and all its lines are indented by so many spaces.
-    """
-
-    line = ""  # the line so far, without its indentation
-    nested = 0  # blocks within this one that are open
-    in_code = True  # the line does not start inside a string or comment
-
-    def __init__(self, scanner: Scanner | None, fence: str = "```", margin: int = 0) -> None:
-        self.scanner = scanner
-        self.fence, self.margin = fence, margin
-        self.left = margin  # spaces at the start of the line that still belong to the margin
-
-    def step(self, char: str) -> bool:
-        """Read a character; False if it belongs to the margin."""
-        if char == " " and self.left:
-            self.left -= 1
-            return False
-        self.left = self.margin if char == "\n" else 0
-        if self.scanner:
-            self.scanner.step(char)
-        if len(self.line) < LINE_CHARS and (self.line or not char.isspace()):
-            self.line += char
-        return True
-
-    def end_line(self) -> bool:
-        """Whether the line that has ended closes the block."""
-        if self.is_fence:
-            if self.is_bare and not self.nested:
-                return True
-            self.nested += -1 if self.is_bare else 1
-        return False
-
-    def begin_line(self) -> None:
-        self.line = ""
-        self.in_code = self.scanner is None or not self.scanner.closer
-
-    @property
-    def may_be_fence(self) -> bool:
-        """Whether the line so far may become a fence, or is one."""
-        line = self.line.rstrip()
-        return self.in_code and (self.fence.startswith(line) or line.startswith(self.fence))
-
-    @property
-    def is_fence(self) -> bool:
-        return self.in_code and self.line.startswith(self.fence)
-
-    @property
-    def is_bare(self) -> bool:
-        """Whether the line is a fence with no language behind it."""
-        line = self.line.rstrip()
-        return line.startswith(self.fence) and not line.strip(self.fence[0])
-
-
-class Fences(Stage):
-    """The answer to an instruction: the code in the first fenced block that is not a shell command,
-    an output or the like (`BESIDE`), behind the model's thoughts. Without one, it is the first
-    block; without any block, or if the answer begins like code, all of the answer.
-
-    `begun` is the start of the answer, which the model was given to continue.
-    """
-
-    # Where the answer is:
-    #   "blank"     before the block, nothing but blank lines has come
-    #   "headed"    before it, nothing but lines that may be a comment or a heading (`# …`)
-    #   "chatter"   before it, below another line
-    #   "thinking"  in the model's thoughts
-    #   "beside"    in a block that is not the code
-    #   "opened"    in the block, above its first line
-    #   "inside"    in the block
-    state = "blank"
-    fallback: tuple[str, int] | None = None  # the first block beside the code, and its `start`
-    # Markdown: where a bare fence closes the block, unless it opens one within it: then another one
-    # follows.
-    closing: int | None = None
-    line_start = 0
-    read = 0  # characters that went in
-
-    def __init__(self, language: Language | None, begun: str) -> None:
-        super().__init__()
-        self.language = language
-        self.fenced = Fenced(scanner_of(language) if language else None)
-        self.feed(begun)
-        if self.state == "beside":
-            # The fence was opened for the model, so this block is the code.
-            self.state = "opened"
-        elif self.reason or self.state in BEFORE:  # `begun` has no block that is still open
-            self._restart("blank")
-            self.reason, self.fallback = None, None
-        self.sent = self.safe = len(self.text)
-        self.read = self.start = 0
-
-    def _restart(self, state: str) -> None:
-        """Forget the text up to here."""
-        self.state, self.text = state, []
-        self.line_start = self.safe = self.sent = 0
-        self.start = self.read
-
-    def step(self, char: str) -> None:
-        self.read += 1
-        if self.state in BLOCK:
-            self._inside(char)
-            if self.closing is not None:
-                self.safe = self.closing
-        elif char == ">" and self.cut(-len("</think>")) == "</think>":
-            self._restart("blank")
-        elif self.state == "thinking" or (char == ">" and self._is_thinking()):
-            self.state = "thinking"
-        elif self.state == "beside":
-            if char == "\n":
-                self._end_beside_line()
-        elif char == "\n" or len(self.text) >= CHATTER_CHARS:
-            self._end_chatter_line(self.cut(self.line_start))
-
-    def _is_thinking(self) -> bool:
-        return len(self.text) < 80 and self.cut(0).strip() == "<think>"
-
-    def _end_beside_line(self) -> None:
-        """A line of a block beside the code has ended."""
-        if self.cut(self.line_start).strip() != self.fenced.fence:
-            self.line_start = len(self.text)
-            return
-        text = self.cut(0, self.line_start)
-        if text and not self.fallback:
-            self.fallback = text, self.start
-        self._restart("blank")
-
-    def _end_chatter_line(self, line: str) -> None:
-        """Decide whether a line of chatter is the fence that opens the block, or code without a
-        fence. A long line is decided before its end.
-        """
-        if match := FENCE.fullmatch(line.strip()):
-            margin = len(line) - len(line.lstrip())
-            self.fenced = Fenced(self.fenced.scanner, match[1], margin)
-            self._restart("beside" if self._is_beside(match[2]) else "opened")
-            return
-        self.line_start = len(self.text)
-        if self.state != "chatter" and line.strip():
-            starts = self.language.comment_starts if self.language else ()
-            if HEADING.match(line) and line.startswith(starts):
-                self.state = "headed"
-            else:
-                self.state = "inside" if self._is_code(line.rstrip()) else "chatter"
-        if self.state in BEFORE and self.line_start >= CHATTER_CHARS:
-            self.state = "inside" if self.state == "chatter" else "opened"
-        if self.state in BLOCK:  # without a fence: all of the text so far is code
-            self.safe = self.line_start
-            self.fenced.line = "" if line.endswith("\n") else line.lstrip()[:LINE_CHARS]
-            if self.fenced.scanner:
-                self.fenced.scanner.feed(self.cut(0))
-
-    def _is_beside(self, name: str) -> bool:
-        """Whether a block in the language of this name is not the code that was asked for."""
-        name = name.strip().lower()
-        known = language_named(name) or LANGUAGES["shell"]  # as console, output and the like are
-        return name in BESIDE and self.language is not None and self.language is not known
-
-    def _is_code(self, line: str) -> bool:
-        language = self.language
-        if not language or not line or PROSE.fullmatch(line):
-            return False
-        opener = (language.block_comment or ())[:1]
-        starts = (*language.comment_starts, "@", "#include", "#define", *opener)
-        if self.state == "headed" or line.startswith(starts) or line.endswith(("{", "}", ";")):
-            return True
-        defines = not language.commands and language.defines.match(line)
-        return bool(language.imports.match(line) or defines)
-
-    def _inside(self, char: str) -> None:
-        fenced = self.fenced
-        if not fenced.step(char):
-            self.text.pop()
-        elif char != "\n":
-            if not fenced.may_be_fence:
-                self.safe = len(self.text)
-        elif fenced.is_fence and self.state == "opened" and not fenced.is_bare:
-            self._restart("inside")  # the model repeats the opening fence that it was given
-            fenced.line = ""
-        elif fenced.end_line() and self._ends():
-            self.end("stop", self.line_start)
-        else:
-            if fenced.line.strip():
-                self.state = "inside"
-            fenced.begin_line()
-            self.line_start = len(self.text)
-            if self.state == "inside":  # the model may still repeat the opening fence
-                self.safe = self.line_start
-
-    def _ends(self) -> bool:
-        """Whether a bare fence certainly closes the block."""
-        if self.language is not LANGUAGES["markdown"] or len(self.fenced.fence) > len("```"):
-            return True
-        self.closing = self.line_start if self.closing is None else None
-        return False
-
-    def flush(self, whole: bool) -> str:
-        if self.closing is not None:
-            return self.cut(self.sent, self.closing)
-        if self.fallback and self.state in ("beside", *BEFORE):
-            text, self.start = self.fallback  # `start` is for `Ending.start`
-            return text
-        if self.state == "beside":
-            return self.cut(0).removesuffix(self.fenced.fence)
-        if self.state == "thinking" or (self.state in BLOCK and self._is_closing()):
-            return ""
-        return super().flush(whole)
-
-    def _is_closing(self) -> bool:
-        """Whether the line so far closes the block."""
-        fenced = self.fenced
-        if not fenced.in_code or fenced.nested:
-            return False
-        fences = re.findall(r"^[ \t]*```", self.cut(0, self.line_start), re.M)
-        # ``` also closes the block of a longer fence, if no block within it is open.
-        even = len(fences) % 2 == 0
-        return fenced.is_bare or (fenced.line.rstrip() == "```" and even)
 
 
 def starts_in_docstring(prompt: str, quotes: str) -> bool:
@@ -806,9 +522,9 @@ def code_stages(syntax: Language | None, prompt: str, suffix: str, infill: bool)
     if code.statements and not code.head.strip():
         code.last = ""  # nothing of the next statement has come
     stages = list[Stage]()
-    if code.starting and code.indent:
-        due = due_columns(prompt, code.indent, code.opened)
-        stages.append(Typed(code.indent, due))
+    typed = last_line(prompt)
+    if typed and not typed.strip() and code.starting:
+        stages.append(Typed(typed))
     stages.append(gap_of(code, prompt, suffix) if infill else block_of(scanner, prompt))
     return stages
 

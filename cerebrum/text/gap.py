@@ -7,7 +7,6 @@ each stage does. Pure; standard library only.
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable
 
 from cerebrum.text.scanner import CHANGES, LINE_CHARS, OPENING_OF, Scanner, after_blank, scanner_of
@@ -89,8 +88,6 @@ class Meeting:
         self.blanks = len(rest) - len(rest.lstrip()) if in_line else 0
 
         self.indent, self.line = line_of(last_line(prompt))  # of the text so far
-        if self.line and not in_line:
-            self.indent = -1  # a line that begins in the prompt cannot be a line of the suffix
         # Where the text ends without this line: behind the line end above it if whole lines are
         # missing, else before that.
         self.edge = 0
@@ -229,14 +226,11 @@ class Gap(Stage):
         # and how many closing ones have no partner in the prompt.
         self.literal_at_cursor = scanner.closer
         self.depth_at_cursor = len(scanner.stack)
-        self.unmatched_at_cursor = len(scanner.unmatched)
         # The indentation of the lines in which the suffix closes brackets of the prompt or above
         # it, and how many of those in the prompt it closes: a prompt may begin within a block.
-        self.closing = list[int]()
-        if not self.literal_at_cursor:
-            line = last_line(prompt)
-            blank = line.removesuffix(line.lstrip())
-            self.closing = scanner_of(scanner.language, blank + suffix[:CLOSERS_CHARS]).unmatched
+        line = last_line(prompt)
+        blank = line.removesuffix(line.lstrip())
+        self.closing = scanner_of(scanner.language, blank + suffix[:CLOSERS_CHARS]).unmatched
         outermost = scanner.stack[0].indent if scanner.stack else 0
         known = [indent for indent in self.closing if indent >= outermost]
         self.closed_below = min(self.depth_at_cursor, len(known))
@@ -306,10 +300,7 @@ class Gap(Stage):
         """Whether the text has closed a bracket that the suffix closes. Of those above the prompt,
         the suffix closes the ones that are indented less.
         """
-        scanner = self.scanner
-        closed = scanner.unmatched[self.unmatched_at_cursor :]
-        too_far = min(closed, default=sys.maxsize) <= max(self.closing, default=-1)
-        return too_far or len(scanner.stack) < self.closed_below
+        return len(self.scanner.stack) < self.closed_below
 
     def is_suffix(self, lines: int, is_line: bool) -> bool:
         """Whether a text that ends with so many lines of the goal has come to the suffix.
@@ -358,19 +349,15 @@ class GapOfLines(Gap):
         # SQL: the suffix may be a new statement.
         clause = re.match(scanner.language.clauses, suffix.lstrip())
         self.new = scanner.statements and not clause
-        if scanner.by_lines and typed and self.indent > self.below:
-            self.inner = True
-        if below[1][0] in OPENING_OF and scanner.stack and not self.literal_at_cursor:
+        if below[1][0] in OPENING_OF and scanner.stack:
             self.inner = True
 
     def on_start(self) -> None:
         scanner = self.scanner
-        if scanner.closer and scanner.since:
-            return  # inside a literal
         self.indent = scanner.indent
         if scanner.in_parens:
             return
-        if scanner.by_lines and not self.goes_on:
+        if scanner.by_lines:
             self.inner = self.indent > self.below and (self.inner or self.mark is None)
         if self.mark is not None and self.indent < min(self.above, self.below):
             self.on_leaving(self.mark)
@@ -387,9 +374,9 @@ class GapOfLines(Gap):
     def _fits(self) -> bool:
         """Whether the suffix fits below the line that has ended."""
         scanner, opened = self.scanner, self.scanner.opened
-        if scanner.closer or self.has_closed_too_much():
-            return scanner.closer != "" and self.literal_at_cursor != ""
-        if len(scanner.stack) > self.depth_at_cursor and not scanner.language.enclosed:
+        if scanner.closer:
+            return False
+        if len(scanner.stack) > self.depth_at_cursor:
             return False
         if opened is not None:
             return opened < self.below
@@ -441,7 +428,7 @@ class GapInLine(Gap):
 
     def on_start(self) -> None:
         scanner = self.scanner
-        inside = scanner.in_parens or (scanner.closer and scanner.since)
+        inside = scanner.in_parens or scanner.closer
         if scanner.indent < self.floor and not inside:
             self.on_leaving(self.meeting.edge)
             self.doubt = 0.0
@@ -470,12 +457,7 @@ class GapInLine(Gap):
     def is_suffix(self, lines: int, is_line: bool) -> bool:
         if lines != 1 or super().is_suffix(lines, is_line) or self._has_closed():
             return lines > 0
-        rest = self.meeting.first
-        return (
-            not is_line
-            and rest[0] not in "\"'`)]}"
-            and (not rest.isalnum() or len(rest) >= REST_CHARS)
-        )
+        return False
 
 
 def gap_of(scanner: Scanner, prompt: str, suffix: str) -> Gap:

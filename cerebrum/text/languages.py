@@ -100,8 +100,6 @@ class Language:
     line_ends: bool = False  # a statement ends with its line, without a semicolon
     directives: bool = False  # a line that starts with # belongs to the preprocessor
     here_document: str = ""  # behind <<: group 2 is the line that ends the text below
-    # Lines around a text that blank lines do not end; group 1 in the first of them.
-    enclosed: str = ""
     commands: bool = False  # lines of code begin with verbs, as instructions do
     fences: bool = False  # a text may have ``` that ends no answer
     endings: Words = ()  # of file names, in lower case
@@ -437,7 +435,6 @@ LANGUAGES: dict[str, Language] = {
                           aliases=("docker",)),
     "makefile": replace(_PLAIN, uses=r"-?include\b", also=r"([\w.%/-]{1,80})[ \t]*(?::|[?+]?=)",
                         clauses="else", closers=r"(?:endif|endef)\b", commands=True,
-                        enclosed=r"\s*(?:(?:(?:export|override|private)\s+)*(define)\s|endef\b)",
                         endings=(".mk", ".mak"), filenames=("makefile", "gnumakefile"),
                         aliases=("make", "makefile-gmake")),
 }  # fmt: skip

@@ -34,8 +34,6 @@ Kept = dict[str, Any]  # what is sent of a text, see `prepare`
 # -------------------------------------------------------------------------------------- ways to ask
 
 LINE_CHARACTERS = 400  # a longer first line is not a plain instruction
-COMMENT_CHARACTERS = 8000  # nor a longer comment
-COMMENT_LINES = 20
 DETERMINER = (
     r"(?:an?|the|this|these|that|those|me|my|our|some|all|any|each|every|it|two|three|your)"
 )
@@ -66,25 +64,7 @@ ASKS = re.compile(
     re.IGNORECASE,
 )
 ASKS_PLAINLY = re.compile(PLAIN_VERBS, re.IGNORECASE)
-# Most comments above code begin with a verb, too. An instruction asks to change "this" or something
-# "in this function".
-THINGS = (
-    r"(?:class|code|component|file|function|loop|method|module|program|query|script|snippet|struct"
-    r"|tests?|type)"
-)
-EDITS = re.compile(
-    r"(?!.*\b(?:later|once|when|someday|todo)\b)(?:please )?(?:refactor\b"
-    r"|(?:clean up|complete|convert|debug|document|explain|finish|fix|improve|make|migrate"
-    r"|modernize|optimi[sz]e|port"
-    r"|restructure|review|rewrite|shorten|simplify|speed up|test|translate|turn|vectorize)"
-    r" (?:this|these|the following)\b"
-    rf"|(?!use\b)(?:{VERBS}) .{{0,80}}\b(?:(?:this|these|the following) {THINGS}|{THINGS} below)\b"
-    r"|make it |add (?:comments|docstrings?|error handling|logging|type (?:annotations|hints)"
-    r"|(?:unit )?tests)\b)",
-    re.IGNORECASE,
-)
 COMMAND = re.compile(r"[A-Z]{2,}\b")  # in capitals, as in SQL or a Dockerfile
-OPEN_END = re.compile(r"(?:[:{(\[,\\=+*/%&|<.-]|=>|\b(?:and|or|not|in|return|else|do))$")
 
 
 def syntax(name: str) -> Language:
@@ -111,7 +91,7 @@ def detect_mode(fields: Fields) -> str:
     if mode == "auto" and suffix.strip():
         mode = "infill"
     elif mode == "auto":
-        is_asked = instruction or split_instruction(prompt, syntax(fields["language"]))
+        is_asked = instruction or is_instruction(prompt, syntax(fields["language"]))
         mode = "instruct" if is_asked else "complete"
     elif suffix and mode != "infill":
         raise invalid(f"suffix: expected nothing with mode {mode}, {given}")
@@ -128,23 +108,12 @@ def invalid(message: str) -> HttpError:
     return HttpError("INVALID_REQUEST", message)
 
 
-def split_instruction(prompt: str, language: Language) -> tuple[str, str] | None:
-    """(instruction, code) if the prompt is plainly an instruction, alone or above code; otherwise
-    None.
-
-    `Write a stack` gives ("Write a stack", ""). `# Make this async` above a whole function gives
-    the comment and the function. Above a signature without a body it gives None: that comment is
-    about code still to be written.
-    """
+def is_instruction(prompt: str, language: Language) -> bool:
+    """Whether the prompt is plainly an instruction, such as `Write a stack`."""
     text = prompt.strip()
     first = text.partition("\n")[0].rstrip()
     is_prose = language is LANGUAGES["markdown"]  # of several lines, it may begin with such a line
-    if asks(first, language) and (first == text or not is_prose):
-        return prompt, ""
-    comment, code = _leading_comment(prompt.lstrip(), language)
-    if EDITS.match(comment) and _is_whole(code, language):
-        return comment, code
-    return None
+    return asks(first, language) and (first == text or not is_prose)
 
 
 def asks(line: str, language: Language) -> bool:
@@ -154,45 +123,6 @@ def asks(line: str, language: Language) -> bool:
     if language.commands:
         return bool(ASKS.match(line)) and not COMMAND.match(line)
     return bool(ASKS.match(line) or ASKS_PLAINLY.match(line))
-
-
-def _leading_comment(text: str, language: Language) -> tuple[str, str]:
-    """The comment at the start of the text, without its comment marks, and the text after it. A
-    long comment counts as empty.
-    """
-    block = language.block_comment
-    if block and text.startswith(block[0]):
-        comment, _, code = text.partition(block[1])
-        words = comment.replace("*", " ").lstrip("/").split()
-        if len(comment) > COMMENT_CHARACTERS:
-            words = []
-        return " ".join(words), code.lstrip("\r\n")
-    mark = language.line_comment
-    lines, end = list[str](), 0
-    while mark and text.startswith(mark, end):
-        start, end = end, line_end(text, end)
-        lines.append(text[start:end].strip().lstrip(mark[0]).strip())
-        if len(lines) == COMMENT_LINES:
-            break
-    comment = "" if end > COMMENT_CHARACTERS else " ".join(lines)
-    return comment, text[end:]
-
-
-def _is_whole(code: str, language: Language) -> bool:
-    """Whether `code` has two lines or more and stops where a block may end, not where a person
-    would type on.
-    """
-    text = code.rstrip()
-    if "\n" not in text.strip() or OPEN_END.search(text[-10:]):
-        return False
-    if code[len(text) :].rpartition("\n")[2]:
-        return False  # the indentation of a line to be typed
-    if language.indented and text.endswith(('"""', "'''")):
-        return False  # a docstring and no body yet
-    for opening, closing in ("{}", "()", "[]"):
-        if code.count(opening) > code.count(closing):
-            return False
-    return True
 
 
 # --------------------------------------------------------------------------------- weight of a text
@@ -408,7 +338,7 @@ def prepare(
 def prepare_instruction(fields: Fields, room: int) -> Prepared:
     """An instruction, and its code in a fence."""
     language = syntax(fields["language"])
-    given, code = instruction_of(fields, language, room)
+    given, code = instruction_of(fields, room)
     instruction = given.strip()
     instructed = fit_start(instruction, room // 2 if code else room)
     room -= weigh(instructed)
@@ -433,15 +363,15 @@ def prepare_instruction(fields: Fields, room: int) -> Prepared:
     return Prepared({"mode": "instruct", "messages": messages}, kept, weigh(text))
 
 
-def instruction_of(fields: Fields, language: Language, room: int) -> tuple[str, str]:
+def instruction_of(fields: Fields, room: int) -> tuple[str, str]:
     """The instruction of a request, and the code that it is about."""
     prompt = fields.get("prompt") or ""
     if instruction := fields.get("instruction"):
         return instruction, prompt
-    instruction, code = split_instruction(prompt, language) or (prompt, "")
-    if not code and not fits(instruction, room):  # the lines after its first are probably code
-        instruction, _, code = instruction.strip().partition("\n")
-    return instruction, code
+    if fits(prompt, room):
+        return prompt, ""
+    instruction, _, code = prompt.strip().partition("\n")
+    return instruction, code  # the lines after its first are probably code
 
 
 def kept_of(characters: int, of: int, **is_cut: bool) -> Kept:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from cerebrum.text.languages import QUOTES, Language
+from cerebrum.text.languages import Language
 
 # ----------------------------------------------------------------------------------- following code
 
@@ -23,9 +23,6 @@ WORD_CHARS = 8
 HEAD_CHARS = 1000
 # Unclosed brackets of other kinds that a closing bracket may skip; a correct program has none.
 STRAY_BRACKETS = 20
-# Of #if, those that are followed, and open brackets around their branches; C's standard promises 63
-# #if.
-NESTED = 60
 OPENER_CHARS = 6  # the longest opening of a literal
 TAIL_CHARS = 18  # the longest end of a literal: C++'s )name" with 16 characters in its name
 LINE_CHARS = 500  # the part of a line that comparisons use
@@ -33,8 +30,7 @@ OPENING_OF = {")": "(", "]": "[", "}": "{"}
 COMPOUND = re.compile(
     r"(?:async\s+)?(?:def|class|if|elif|else|for|while|with|try|except|finally|match|case)\b"
 )
-# The code before a quote that opens a string right after a letter, before a C++ raw string, and
-# before a regex.
+# The code before a quote that opens a string right after a letter, and before a regex.
 QUOTE_AFTER = re.compile(
     r"(?<!\w)(?:and|br?|case|else|fr?|i[fns]|l|not|or|r[bf]?|return|u8?)$", re.IGNORECASE
 )
@@ -44,8 +40,6 @@ REGEX_BEFORE = re.compile(
     r"|\b(?:return|typeof|case|in|of|do|else|void|delete|split|grep|if|unless|and|or|not))$"
 )
 CONDITION = re.compile(r"(?<![\w.])(?:if|while|for|with)\s*$")
-BRANCH = re.compile(r"[ \t]*(if|el|endif)")
-REPLACING = "sty"  # first letters of Perl's operators with two parts
 HERE = re.compile(r"(?<!<)<<[^<\n]\Z")  # no <<<
 # SQL. The word that ends before the last character, unless it is part of a name, and that character
 # unless it is blank.
@@ -107,7 +101,6 @@ class Scanner:
     since = 0  # characters since it opened
     escaped = False  # after a backslash or the language's `escape`
     escaped_at = 0  # `since` of the last escaped character
-    in_class = False  # of a regex, between [ and ]
     line = ""  # of a # comment, its beginning; of a here-document, the line so far
     # The statement so far: its code, its last character and the one before.
     head = last = previous = ""
@@ -121,9 +114,6 @@ class Scanner:
         self.stack = list[Bracket]()  # open brackets
         # Of the closing brackets whose partner is not in the text, the indentation of their lines.
         self.unmatched = list[int]()
-        # Of each #if without its #endif: `stack` before its branches and, from the second one on,
-        # behind the first.
-        self.conditionals = list[list[list[Bracket]]]()
 
     @property
     def in_comment(self) -> bool:
@@ -165,33 +155,15 @@ class Scanner:
                 run = INDENTATION.match(text, at)
             elif self.last != "<":
                 run = code_run.match(text, at)
-            if run:
-                self._read_run(run[0])
-                at = run.end()
-            else:
-                self.step(text[at])
-                at += 1
-
-    def _read_run(self, run: str) -> None:
-        self.tail = (self.tail + run)[-TAIL_CHARS:]
-        self.since += len(run)
-        if self.closer:
-            self.line = (self.line + run)[:LINE_CHARS]
-            return
-        if self.starting:
-            self.indent += len(run)
-            return
-        self._add(run)
-        code = self.last + "".join(run.split())
-        if len(code) > 1:
-            self.previous = code[-2]
-        self.last = code[-1:]
+            end = run.end() if run else at + 1
+            self.step(text[at:end])
+            at = end
 
     def step(self, char: str) -> None:
-        """Read a character."""
+        """Read a character, or a run of them, see `feed`."""
         language = self.language
-        self.tail = self.tail[1 - TAIL_CHARS :] + char
-        self.since += 1
+        self.tail = (self.tail + char)[-TAIL_CHARS:]
+        self.since += len(char)
         here = language.here_document and not self.closer and HERE.search(self.tail)
         if here and "((" not in self.head:  # no shift in arithmetic
             self._enter("<<", "<")  # first the rest of the line
@@ -218,7 +190,7 @@ class Scanner:
         """Enter a literal or a comment after the last character."""
         self.opener, self.closer = opener, closer
         self.since = self.escaped_at = 0
-        self.escaped = self.starting = self.in_class = False
+        self.escaped = self.starting = False
         self.line = ""
 
     def _opening(self) -> tuple[str, str] | None:
@@ -240,21 +212,12 @@ class Scanner:
         """Whether an opener in code opens a literal or comment, and is not an operator or part of a
         word.
         """
-        before = self.tail[: -len(opener)][-1:]
-        if opener in QUOTES:
-            return not re.match(r"[\w$@%&>{-]", before)
-        return self._is_no_operator(opener, before)
-
-    def _is_no_operator(self, opener: str, before: str) -> bool:
-        """`_opens` for what may be an operator; `before` is the character before it."""
-        language, word = self.language, self.head[-WORD_CHARS:]
-        if opener == "#" and (language.directives or self.statements):
-            return self.starting  # elsewhere an operator of PostgreSQL
+        before, word = self.tail[: -len(opener)][-1:], self.head[-WORD_CHARS:]
         if opener == "#":  # not $#, ${#x}, ${x##y} or a part of a URL
             return not re.match(r"[\w${/#]", before)
-        if opener in ("'", '"') and before == language.escape:
+        if opener in ("'", '"') and before == self.language.escape:
             return False
-        if opener == "'" and re.match(r"\w", before) and not language.commands:
+        if opener == "'" and re.match(r"\w", before) and not self.language.commands:
             # An apostrophe in JSX or a digit separator in C++, unless a prefix or a keyword
             # precedes it.
             return QUOTE_AFTER.search(word) is not None
@@ -275,8 +238,6 @@ class Scanner:
             self._in_code(char)
         elif self._is_escape(char):
             return
-        elif self.opener == "/" and char in "[]":
-            self.in_class = char == "["
         elif self._ends():
             self._leave(char)
         else:
@@ -293,7 +254,7 @@ class Scanner:
     def _ends(self) -> bool:
         """Whether the literal or comment ends here."""
         behind = self.since - self.escaped_at >= len(self.closer)
-        return behind and not self.in_class and self.tail.endswith(self.closer)
+        return behind and self.tail.endswith(self.closer)
 
     def _is_lifetime(self, char: str) -> bool:
         """Whether the second character behind a quote shows that it opens none of Rust's."""
@@ -307,7 +268,7 @@ class Scanner:
             return True
         language = self.language
         if char == language.escape and self.opener not in language.raw:
-            self.escaped = language.directives or not self.in_comment
+            self.escaped = not self.in_comment
         return self.escaped
 
     def _in_here_document(self, char: str) -> None:
@@ -326,14 +287,8 @@ class Scanner:
 
     def _leave(self, char: str) -> None:
         """The literal or comment ends with this character."""
-        # One more quote makes a triple quote only after an empty string.
-        if self.since > len(self.closer):
-            self.tail = ""
         if not self.in_comment:
             self.last = '"'
-        if self.opener[0] in REPLACING:  # the replacement follows
-            self._enter("m" + self.closer, self.closer)
-            return
         self.closer = ""
         if char == "\n":
             self._in_code(char)
@@ -342,24 +297,21 @@ class Scanner:
 
     def _in_code(self, char: str) -> None:
         if char == "\n":
-            if self.opener == "#" and self.language.directives:
-                self._directive()
             self._end_line()
             return
-        if self.starting and char in " \t\r":
-            self.indent = after_blank(self.indent, char)
+        if self.starting and char.isspace():
+            for blank in char:
+                self.indent = after_blank(self.indent, blank)
             return
         self.starting = False
-        if char in self.language.brackets and not self.tail.endswith("$]"):  # Perl's version
+        if char in self.language.brackets:
             self._bracket(char)
-            if char == "}" == self.head[-1:]:
-                char = ")"  # no block ends
-        elif char == ";" and not self.by_lines and not self.in_parens:
+        elif char == ";" and not self.in_parens:
             self.head = ""
         else:
             self._add(char)
-        if char not in " \t\r":
-            self.previous, self.last = self.last, char
+        if code := "".join(char.split()):
+            self.previous, self.last = (self.last + code)[-2:-1], code[-1]
 
     def _bracket(self, char: str) -> None:
         if char in OPENING_OF:
@@ -379,8 +331,6 @@ class Scanner:
             kind = self.stack[depth].kind
             if kind[-1] == OPENING_OF[char]:
                 return depth
-            if kind == "{":
-                break
         return None
 
     def _close(self, char: str) -> None:
@@ -393,32 +343,15 @@ class Scanner:
         if char != "}" or bracket.kind == "({":
             self._add(char)
             self.condition = self.head if bracket.condition else ""
-        elif self.in_parens:
-            self.head = bracket.header
-            self._add("{}")
         else:
             self.head = ""
-
-    def _directive(self) -> None:
-        """A line of the preprocessor has ended. Of the branches of an #if, the brackets of the
-        first one count.
-        """
-        match, now = BRANCH.match(self.line), self.stack[:NESTED]
-        self.line = ""
-        if match and match[1] == "if":
-            self.conditionals = [*self.conditionals[-NESTED:], [now]]
-        elif match and self.conditionals:
-            places = [*self.conditionals.pop(), now]
-            if match[1] == "el":
-                self.conditionals.append(places[:2])
-            self.stack[:] = places[match[1] == "endif"]
 
     def _end_line(self) -> None:
         """A header may take several lines, but no blank one, nor a label with its colon."""
         self.starting, self.indent = True, 0
         if not self.head or self.in_parens:
             return
-        if self.head.endswith("\n") or self.last == ":":
+        if self.head.endswith("\n"):
             self.head = ""
         else:
             self._add("\n")
@@ -438,10 +371,6 @@ class LineScanner(Scanner):
 
     @property
     def opened(self) -> int | None:
-        head = self.head.strip()
-        if self.language.indented and head:
-            opens = self.last == ":" and not self.stack and COMPOUND.match(head)
-            return self.indent if opens else None
         return self.blocks[-1][0] if self.fresh else None
 
     def enclosing(self, indent: int) -> list[tuple[int, str]]:
@@ -449,14 +378,12 @@ class LineScanner(Scanner):
         return [block for block in self.blocks if block[0] < indent]
 
     def _end_line(self) -> None:
-        if self.language.enclosed:
-            self._enclose()
         if self.stack or self.last == "\\":
             self.last = self.last.strip("\\")
             return
         head = self.head.strip()
         # Not a comment or a docstring, which may have the prefix r.
-        if head and head.lower() != "r":
+        if head:
             opens = re.search(self.language.openers, head) is not None
             self.fresh = opens and self.last == head[-1]
             self.blocks = self.enclosing(self.indent)
@@ -464,16 +391,6 @@ class LineScanner(Scanner):
                 self.blocks.append((self.indent, head))
         self.starting, self.indent = True, 0
         self.head = self.last = ""
-
-    def _enclose(self) -> None:
-        """A line has ended; perhaps it opens or closes a text, which is followed like a bracket."""
-        match = re.match(self.language.enclosed, self.head)
-        if match and match[1]:
-            self.stack.append(Bracket(match[1], self.indent))
-        elif match:
-            del self.stack[-1:]
-        if self.stack:
-            self.head = ""
 
 
 class StatementScanner(Scanner):

@@ -12,8 +12,6 @@ import math
 import re
 from collections.abc import Sequence
 
-from cerebrum.text.scanner import after_blank
-
 # Against models that go round in circles. tests/bench/ending.py has none: 0 % of its cases depend
 # on these.
 REPEATED_LINES = 12  # a model that writes the same line this often in a row is starting over ...
@@ -187,28 +185,19 @@ class Sure(Trimmed):
 
 
 class Typed(Stage):
-    """Removes the indentation already typed, which models often repeat.
+    """Removes the indentation already typed, where a model repeats it."""
 
-    The cursor is in `column`, below white space alone; the line needs indentation up to the column
-    `due`.
-    """
-
-    starting = True
-
-    def __init__(self, column: int, due: int) -> None:
+    def __init__(self, typed: str) -> None:
         super().__init__()
-        self.column, self.due = column, due
+        self.typed = typed  # "": the text has begun
 
     def step(self, char: str) -> None:
-        if self.starting and char in " \t":
-            column = after_blank(self.column, char)
-            if column > self.due:
-                self.text.pop()
-                return
-            self.column = column
-        else:
-            self.starting = False
-        self.safe = len(self.text)
+        if self.typed and char not in " \t":
+            if self.cut(0, -1) == self.typed:
+                del self.text[:-1]
+            self.typed = ""
+        if not self.typed:
+            self.safe = len(self.text)
 
 
 def last_line(text: str) -> str:

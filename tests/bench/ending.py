@@ -254,7 +254,7 @@ class Source(Peer):
                         below = chance.randint(below, last)
                     place = self.lines[below].start
             end = self.lines[last + 1 : last + 2]
-            yield self._case(kind, place, end[0].start if end else len(self.text))
+            yield self.case_of(kind, place, end[0].start if end else len(self.text))
 
     def gaps(self, kind: str, chance: random.Random) -> Iterator[Case]:
         for _ in range(4 * CASES_PER_FILE):
@@ -271,7 +271,7 @@ class Source(Peer):
                 column = chance.choice((0, chance.randrange(len(line.text))))
                 place += len(whole) - len(whole.lstrip()) + column
                 stop = self.lines[last + 1].start - 1
-            yield self._case(kind, place, stop)
+            yield self.case_of(kind, place, stop)
 
     def closed(self, chance: random.Random) -> Iterator[Case]:
         """The pairs of brackets on several lines with a text right behind the first."""
@@ -289,13 +289,13 @@ class Source(Peer):
         for place, stop in chance.sample(pairs, len(pairs)):
             first, *more = self.text[place:stop].split("\n")
             if first.strip() and more:
-                yield self._case("closed", place, stop)
+                yield self.case_of("closed", place, stop)
 
     def _line(self, number: int) -> str:
         start = self.lines[number].start
         return self.text[start : self.text.find("\n", start) + 1]
 
-    def _case(self, kind: str, place: int, stop: int) -> Case:
+    def case_of(self, kind: str, place: int, stop: int) -> Case:
         text = self.text
         first = text.find("\n", place - PROMPT_CHARS) + 1 if place > PROMPT_CHARS else 0
         after = text[stop : stop + SUFFIX_CHARS]
@@ -306,12 +306,13 @@ def weigh(text: str) -> int:
     return len("".join(text.split()))
 
 
-def judge(source: Source, case: Case, sent: str) -> tuple[int, int]:
+def judge(language: str | None, case: Case, sent: str) -> tuple[int, int]:
     """(characters lost, characters too many)."""
     lost = weigh(case.piece) - weigh(sent)
     if case.kind in GAPS:
         return max(lost, 0), max(-lost, 0)
-    remarks = (source.syntax.line_comment or "\0", "/*", "*", "#", "@")
+    syntax = LANGUAGES.get(language or "", LANGUAGES["python"])
+    remarks = (syntax.line_comment or "\0", "/*", "*", "#", "@")
     more = ONLY_CLOSERS.sub("", sent[len(case.piece) :]).split("\n")
     code = [line for line in more if not line.lstrip().startswith(remarks)]
     return max(lost, 0), weigh("".join(code))
@@ -415,7 +416,7 @@ def measure(language: str, options: argparse.Namespace) -> dict[str, object]:
                     ending = Ending(mode, language, case.prompt, suffix, "auto")
                     drawn = random.Random(text)
                     sent = write(ending, text, drawn, probabilities)
-                    result = judge(source, case, sent)
+                    result = judge(language, case, sent)
                     results[name].append(result)
                     if show and any(result) and re.search(options.only, name):
                         show -= 1

@@ -25,8 +25,8 @@ from typing import Any
 import pytest
 
 from cerebrum.text.ending import Ending
-from cerebrum.text.languages import LANGUAGES, guess_language
-from cerebrum.text.prompt import detect_mode, prepare, split_instruction
+from cerebrum.text.languages import guess_language
+from cerebrum.text.prompt import detect_mode, prepare
 from cerebrum.text.scanner import HEAD_CHARS
 from cerebrum.text.stages import StopStrings
 
@@ -75,7 +75,7 @@ MORE_UNITS = [  # of languages beside the first seven
     "- a: |\n", "a: &b ",
     "--[==[", "\\(", "--- ", "````a\n", "RUN a \\\n",
 ]  # fmt: skip
-STARTS = ("", "a", "function", "f'", "# Make this ", "// Make this ", "\n/*")
+STARTS = ("", "a", "function", "f'", "Make this ", "\n/*")
 
 
 def many_names(size: int) -> str:
@@ -96,7 +96,6 @@ def feed(ending: Ending, text: str, piece: int = 3) -> None:
 
 
 def ask(language: str, text: str) -> None:
-    split_instruction(text, LANGUAGES[language])
     guess_language(text, text, [text])
     for asked in ({"prompt": text}, {"prompt": "x = ", "suffix": text}, {"instruction": text}):
         assert detect_mode({"language": language, **asked}) in MODES

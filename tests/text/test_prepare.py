@@ -36,21 +36,11 @@ COMPLETE = {
         "def fibonacci(n):",
         'def has_close(numbers, threshold):\n    """Check if any two numbers are close.\n    """\n',
         "# Sort the list",
+        "# Refactor this to use async\n" + FUNCTION,
         "# Write a function that sorts a list\ndef sort_list(items):",
-        "# Refactor this to use async\n",
-        "# Refactor this to use async\ndef get(url):\n",
-        '# Rewrite this recursively\ndef f(x):\n    """The sum."""\n',
-        "# Convert Celsius to Fahrenheit\ndef convert(c):\n    return c * 9 / 5 + 32\n",
-        "# Update this when adding a model\nMODELS = [\n    1,\n]\n",
-        "# Use this function to parse dates\ndef parse(x):\n    return x\n",
-        "# TODO: refactor this to use async\n" + FUNCTION,
-        "# Fix this later\n" + FUNCTION,
-        "# Fix this when the API changes\n" + FUNCTION,
-        "# Convert this to a string\ntext = str(value)\n",
         "# Copyright 2024 The Authors\n# Licensed under the MIT license\nimport os\nimport sys\n",
         "#!/usr/bin/env python3\nimport sys\n\ndef main():\n    pass\n",
         '"""Explain this module."""\nimport os\n',
-        "import os\n# Refactor this to use async\n" + FUNCTION,
         "print(the_list)\nsort(a, b)\nfind = 3\n",
         "return a if b else c",
         "query = '''\nSELECT a FROM b",
@@ -60,36 +50,27 @@ COMPLETE = {
         "\n\n",
         "for a in the_list:\n    print(a)\n",
         # wrong:
-        "#!/usr/bin/env python3\n# Refactor this to use async\n" + FUNCTION,
-        FUNCTION + "# Refactor the above to use async\n",
         "编写一个对列表排序的函数",
         "fizzbuzz in python",
         "Return the sum of two numbers",
     ],
     "c": [
         "#define MAX(a, b) ((a) > (b) ? (a) : (b))\n",
-        "/* Convert this to bytes */\nint f(",
         "// Reads all of the input\nint read_all(void) {\n    return 1;\n}\n",
-        # wrong:
-        "# Refactor this to use realloc\nint f(void) {\n    return 1;\n}\n",
     ],
     "cpp": ["delete this;"],
     "rust": [
         "use my::module;\nuse the::other;",
-        "/// Converts this type into a string.\npub fn to_s(x: u8) -> String {",
     ],
     "go": [
         'package main\n\nimport "fmt"\n\nfunc main() {',
-        "// Package foo does this.\npackage foo\n\nfunc A() {}\n",
     ],
     "javascript": [
-        "// Convert this to TypeScript\nfunction add(a, b) {",
         "describe('a thing', () => {\n  it('works', () => {",
         "delete a.b\nlet the = 1",
     ],
     "typescript": [
         "export abstract class that extends Base {",
-        "/**\n * Make this configurable later.\n */\nexport function f() {\n  return 1\n}\n",
     ],
     "markdown": [
         "How do I install it?\n\nRun ",
@@ -128,27 +109,7 @@ INSTRUCT = {
         "Write a function add(a, b):\n- it adds\n- it never fails",
         "\n  Sort a list of tuples by the second element\n",
         "Refactor this to use async:\n\n" + FUNCTION,
-        "# Refactor this to use async\n" + FUNCTION,
-        "# Refactor this to use async\n# and aiohttp.\n\n" + FUNCTION,
-        "# Refactor this to use async\n" + FUNCTION.rstrip(),
-        "# Please simplify this code\n" + FUNCTION,
-        "# Add type hints\n" + FUNCTION,
-        "# Add error handling to this function\n" + FUNCTION,
-        "# Make it faster\n" + FUNCTION,
-        "# Fix the bug in this function\n" + FUNCTION,
-        "# Convert this to a dataclass\nclass A:\n    def __init__(self):\n        self.a = 1\n",
-        # wrong:
-        "# Convert this to a string\ntext = str(value)\nprint(text)\n",
     ],
-    "javascript": [
-        "// Convert this to TypeScript\nfunction add(a, b) {\n  return a + b\n}\n",
-        "/* Convert this to TypeScript */\nfunction add(a, b) {\n  return a + b\n}\n",
-    ],
-    "typescript": [
-        "/**\n * Rewrite this with async/await.\n */\nfunction f() {\n  return g().then(h)\n}"
-    ],
-    "rust": ["// Make this function generic\nfn add(a: u8, b: u8) -> u8 {\n    a + b\n}\n"],
-    "c": ["// Optimize the loop below\nfor (int i = 0; i < n; i++) {\n    s += a[i];\n}\n"],
     "cpp": ["Write a C++ program that uses std::vector"],
     "go": ["Translate this Python to Go:\n\nprint('hi')\nprint('ho')\n"],
     "markdown": ["Write a README for a shop"],
@@ -158,9 +119,6 @@ INSTRUCT = {
     ],
     "dockerfile": ["Add a user"],
     "shell": ["Find all files that are larger than 1 GB"],
-    "ruby": ["# Refactor this\ndef f\n  1\nend\n"],
-    "lua": ["-- Refactor this function\nfunction f()\nend\n"],
-    "css": ["/* Simplify this */\na {\n  color: red;\n}\n"],
 }
 
 
@@ -252,7 +210,6 @@ LONG_CODE = 60 * FUNCTION  # goes before the instruction
 INSTRUCTIONS = [
     ("Write a stack", None, "Write a stack"),
     (FUNCTION, "Make this async", f"Make this async\n\n```python\n{FUNCTION}```"),
-    (f"# Make this async\n{FUNCTION}", None, f"Make this async\n\n```python\n{FUNCTION}```"),
     ("x = 1", " Explain\n", "Explain\n\n```python\nx = 1\n```"),
     ("", "Write a stack", "Write a stack"),
     (LONG_CODE, "Make this async", f"```python\n{LONG_CODE}```\n\nMake this async"),

@@ -488,79 +488,6 @@ $a = «Get-Item `
   -Path b
 »$c = 1
 
-=== c block: one brace in each branch of a conditional
-int f() {
-«#ifdef A
-  if (a) {
-#elif B
-  if (b) {
-# if C
-    g(
-# else
-    h(
-# endif
-    1);
-#else
-  {
-#endif
-    i();
-  }
-}
-»
-int g() {
-}
-
-=== c block: a header in each branch
-/* f */
-«#ifdef A
-int f(int a) {
-#else
-int f(long a) {
-#endif
-  return a;
-}
-»
-int g() {
-}
-
-=== c block: a body's end in each branch
-int f() {
-«#ifdef A
-  return 1;
-}
-#else
-  return 2;
-}
-#endif
-»int g() {
-}
-
-=== c block: a cursor in a branch
-int f() {
-#ifdef A
-  if (a) {
-«#else
-  if (b) {
-#endif
-    g();
-  }
-}
-»
-int g() {
-}
-
-=== csharp block: one brace in each branch
-class A {
-  int F() {
-«#if A
-    if (a) {
-#else
-    if (b) {
-#endif
-    }
-  }
-»
-  int G() {
 === dockerfile block: here-documents
 FROM a
 «RUN <<-'EOF' cat && cat <<"END" > /x
@@ -586,31 +513,6 @@ c
 EOF
 »
 CMD d
-
-=== makefile block: define in define
-A = 1
-«override define B =
-a
-
- define C
-
-c
-endef # C
-
-b # it's
-endef
-D = 2
-»
-all: x
-
-=== makefile block: in a define
-define A
-«a
-
-b
-endef
-»
-all: x
 
 === julia block: code
 function f(net)
