@@ -39,12 +39,9 @@ from cerebrum.text.stages import (
     surprise,
 )
 
-# Limits. tests/bench/ending.py has no helpers, no chats and few comments in column 0: 0 % of its
-# cases depend on these.
 NAME_CHARS = 100  # a function with a longer name is not recognized as a helper
 # A longer comment is not waited for: more often than not it is outside the block.
 COMMENT_CHARS = 200
-DEFINITION = re.compile(r"(?:async\s+)?(?:def|class)\b")
 CONTROL = re.compile(
     r"(?:^|\n)[^\S\n]*(?:else\s+)?(?:if|else|for|while|do|switch|try|match|loop|unsafe|select|when"
     r"|foreach|elseif|guard|repeat|using|lock|synchronized|defer)\b[^\n]*$"
@@ -228,7 +225,7 @@ class LineBlock(Block):
 
     What is open at the cursor decides which block that is. The first of these counts:
 
-    - a function, or else a block that is no container, as a class is: the outermost one;
+    - the outermost block that is no container, as a class is;
     - below a comment or a decorator: the next member;
     - containers: the rest of the innermost one;
     - the cursor is indented, so the prompt lacks a header: the lines indented as much;
@@ -247,8 +244,7 @@ class LineBlock(Block):
 
     # What is completed:
     #   ""           not known until the first line shows which blocks are open
-    #   "function"   or another block, which `Helpers` may follow
-    #   "compound"   a statement of Python, which an `else` may follow
+    #   "block"      which an `else` or `Helpers` may follow
     #   "member"     the next one of a class
     #   "statement"  outside all blocks
     #   "script"     lines outside all blocks, through the first definition in Python and Scala
@@ -293,15 +289,12 @@ class LineBlock(Block):
                 return
         chosen = chosen or blocks[-1:]
         if chosen:
-            self.base, header = chosen[0]
-            compound = language.indented and not DEFINITION.match(header)
-            self.goal = "compound" if compound else "function"
+            self.goal, self.base = "block", chosen[0][0]
         elif scanner.indent:  # a prompt from the middle of a file lacks the block's header
-            self.goal, self.base = "function", scanner.indent - 1
+            self.goal, self.base = "block", scanner.indent - 1
         else:
             last = last_line(self.prompt.rstrip())
-            begun = typed or not language.indented
-            is_script = not begun or last.startswith("#!")
+            is_script = (language.indented and not typed) or last.startswith("#!")
             self.goal = "script" if is_script else "statement"
 
     def read_line(self, line: str) -> bool:
@@ -311,7 +304,7 @@ class LineBlock(Block):
         outside = self.goal in ("statement", "script")  # of all blocks
         blocks = self.scanner.blocks if outside and self.language.brackets else []
         if blocks and self.language.defines.match(blocks[0][1]):  # the model's first definition
-            self.goal, self.base = "function", 0
+            self.goal, self.base = "block", 0
         return self.goal == "closed"
 
     def side_of(self, word: str) -> str:

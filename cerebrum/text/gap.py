@@ -222,17 +222,17 @@ class Gap(Stage):
         self.scanner = scanner
         remark = scanner.language.line_comment
         self.meeting = Meeting(self.text, prompt, suffix, self.in_line, remark)
-        # At the cursor: the end of its literal or comment ("" in code), how many brackets are open,
-        # and how many closing ones have no partner in the prompt.
+        # At the cursor: the end of its literal or comment ("" in code), and how many brackets are
+        # open.
         self.literal_at_cursor = scanner.closer
         self.depth_at_cursor = len(scanner.stack)
-        # The indentation of the lines in which the suffix closes brackets of the prompt or above
-        # it, and how many of those in the prompt it closes: a prompt may begin within a block.
+        # How many of these the suffix closes. A prompt may begin within a block: a bracket that is
+        # closed at less indentation was opened above the prompt.
         line = last_line(prompt)
         blank = line.removesuffix(line.lstrip())
-        self.closing = scanner_of(scanner.language, blank + suffix[:CLOSERS_CHARS]).unmatched
+        closing = scanner_of(scanner.language, blank + suffix[:CLOSERS_CHARS]).unmatched
         outermost = scanner.stack[0].indent if scanner.stack else 0
-        known = [indent for indent in self.closing if indent >= outermost]
+        known = [indent for indent in closing if indent >= outermost]
         self.closed_below = min(self.depth_at_cursor, len(known))
 
     def on_start(self) -> None:
@@ -297,9 +297,7 @@ class Gap(Stage):
             self.enough = place
 
     def has_closed_too_much(self) -> bool:
-        """Whether the text has closed a bracket that the suffix closes. Of those above the prompt,
-        the suffix closes the ones that are indented less.
-        """
+        """Whether the text has closed a bracket that the suffix closes."""
         return len(self.scanner.stack) < self.closed_below
 
     def is_suffix(self, lines: int, is_line: bool) -> bool:
@@ -374,9 +372,7 @@ class GapOfLines(Gap):
     def _fits(self) -> bool:
         """Whether the suffix fits below the line that has ended."""
         scanner, opened = self.scanner, self.scanner.opened
-        if scanner.closer:
-            return False
-        if len(scanner.stack) > self.depth_at_cursor:
+        if scanner.closer or len(scanner.stack) > self.depth_at_cursor:
             return False
         if opened is not None:
             return opened < self.below
@@ -455,9 +451,7 @@ class GapInLine(Gap):
         return closes and not self.scanner.closer
 
     def is_suffix(self, lines: int, is_line: bool) -> bool:
-        if lines != 1 or super().is_suffix(lines, is_line) or self._has_closed():
-            return lines > 0
-        return False
+        return super().is_suffix(lines, is_line) or (lines == 1 and self._has_closed())
 
 
 def gap_of(scanner: Scanner, prompt: str, suffix: str) -> Gap:

@@ -347,7 +347,7 @@ class Scanner:
             self.head = ""
 
     def _end_line(self) -> None:
-        """A header may take several lines, but no blank one, nor a label with its colon."""
+        """A header may take several lines, but no blank one."""
         self.starting, self.indent = True, 0
         if not self.head or self.in_parens:
             return

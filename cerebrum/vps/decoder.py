@@ -23,8 +23,8 @@ from cerebrum.vps.schedule import (
 from cerebrum_common import HttpError, log
 
 # So many are read at once while nobody waits for them: a draft model's, and those of a prompt that
-# is only read. A request that does not need them aborts them, and they are lost. Fewer take longer:
-# of the 1.5B on an AMD EPYC 32 tokens take 22 ms each, 16 take 28 ms, and 8 take 48 ms.
+# is only read. A request that does not need them aborts them, and they are lost. Fewer take longer
+# each.
 AHEAD_TOKENS = 64
 
 
