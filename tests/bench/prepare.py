@@ -65,7 +65,7 @@ def main() -> None:
         "ms_1_mib_of_empty_lines": milliseconds("\n" * (1 << 20), 3),
         "shared_mean": round(statistics.mean(found), 4),
         "shared_median": round(found[len(found) // 2], 4),
-        "stall_ms": {name: round(1000 * seconds, 1) for name, (seconds, _) in stalls.items()},
+        "stall_ms": {name: round(1000 * seconds, 1) for name, (_, seconds, _) in stalls.items()},
         "lines_that_share_90_percent": round(len(large) / len(found), 4),
         "targets": {"ms_100_kb": 10, "stall_ms": 50, "shared_mean": 0.9},
     }
