@@ -30,8 +30,9 @@ from cerebrum.text.prompt import detect_mode, prepare
 from cerebrum.text.scanner import HEAD_CHARS
 from cerebrum.text.stages import StopStrings
 
-QUICK = ("python", "javascript", "cpp")
+QUICK = ("python", "javascript")
 SLOW = (
+    "cpp",
     "ruby",
     "php",
     "shell",

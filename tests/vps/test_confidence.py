@@ -65,6 +65,7 @@ def test_logits_that_are_no_numbers() -> None:
 PROMPT = "def fibonacci(n):\n    "
 
 
+@pytest.mark.slow
 def test_the_confidence_is_that_of_a_plain_loop(
     real: Vps,  # noqa: F811
     real_reference: Reference,  # noqa: F811
@@ -82,6 +83,7 @@ def test_the_confidence_is_that_of_a_plain_loop(
     assert answer["draft_tokens"] > 0
 
 
+@pytest.mark.slow
 def test_a_text_ends_before_the_first_unsure_word(real: Vps) -> None:  # noqa: F811
     """What a stream has sent stays, and is the beginning of the whole text."""
     whole = real.complete(PROMPT, max_tokens=40, mode="complete")["completion"]

@@ -576,6 +576,7 @@ def test_a_busy_machine_is_not_measured(monkeypatch, tmp_path):
     assert list(loads) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_llama_cpp_measures_each_family(family, tmp_path, monkeypatch):
     """Also one whose layers depend on their place, so that there is no sample, and one that cannot

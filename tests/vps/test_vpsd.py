@@ -517,6 +517,7 @@ def test_greedy_text_is_that_of_a_plain_loop(vps: Vps, reference: Reference) -> 
     check_greedy(vps, reference, "def", heal=True)
 
 
+@pytest.mark.slow
 def test_greedy_text_of_the_real_model_is_that_of_a_plain_loop(
     real: Vps, real_reference: Reference
 ) -> None:
@@ -939,6 +940,7 @@ def test_too_little_memory_to_start_work(tmp_path: Path, models: Path) -> None:
         assert float(message.split()[-2]) == pytest.approx(available_mb, rel=0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not FILES[SMALL].exists(), reason=f"{FILES[SMALL]} is missing: python3 vpsd.py fetch"
 )
