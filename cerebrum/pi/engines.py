@@ -249,9 +249,8 @@ NEAR_CHARS = 8000
 def end_of(prompt: str, language: str) -> str:
     """The last NEAR_CHARS of a prompt, from a statement on where the language's syntax is known."""
     start = len(prompt) - NEAR_CHARS
-    syntax = language_named(language)
-    if start > 0 and syntax:
-        start = find_statement(prompt, syntax, start, start + NEAR_CHARS // 2)
+    if start > 0 and language_named(language):
+        start = find_statement(prompt, start, start + NEAR_CHARS // 2)
     return prompt[max(0, start) :]
 
 

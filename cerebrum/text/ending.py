@@ -40,18 +40,13 @@ from cerebrum.text.stages import (
 )
 
 NAME_CHARS = 100  # a function with a longer name is not recognized as a helper
-# A longer comment is not waited for: more often than not it is outside the block.
-COMMENT_CHARS = 200
-CONTROL = re.compile(
-    r"(?:^|\n)[^\S\n]*(?:else\s+)?(?:if|else|for|while|do|switch|try|match|loop|unsafe|select|when"
-    r"|foreach|elseif|guard|repeat|using|lock|synchronized|defer)\b[^\n]*$"
-)
+CONTROL = re.compile(r"\b(?:if|else|try|do)\b[^\n]*$")  # the header of a block that goes on
 CODE = re.compile(
     r"\n *(?:(?:def|class|if|for|while|with|elif|except) .*:|return .*|from \S+ import .*"
     r"|[\w.]+ = .*|[\w.]+\(.*\))\n"
 )
-CALL = re.compile(rf"(?:(?<=self\.)|(?<=this\.)|(?<![\w.]))(\w{{1,{NAME_CHARS}}})\(")
-CLAUSES = "else|elif|elseif|except|finally|catch|while"  # continue a statement after its block
+CALL = re.compile(rf"(?<![\w.])(\w{{1,{NAME_CHARS}}})\(")
+FENCE = "```"  # a line that begins so ends a completion
 # A line that starts so continues the one above, in languages without semicolons.
 GOES_ON = ".?&|+-:=,"
 HEADER = re.compile(r"\S[^\n]*[:{][ \t]*\r?\n")  # of a block in column 0
@@ -86,9 +81,10 @@ def is_announced(language: Language, prompt: str) -> bool:
     """
     above, _, line = prompt.rpartition("\n")
     above = last_line(above).strip()
-    starts = (*language.comment_starts, "@", "#[") + ("[",) * language.directives
+    starts = (*language.comment_starts, "@", "#[")
     ends = (language.block_comment or ())[1:]
-    return not line.strip() and (above.startswith(starts) or above.endswith(ends))
+    announces = above.startswith(starts) or above.endswith(ends)
+    return announces and not line.strip() and not above.startswith("#!")
 
 
 # Where a line is that begins below a block. UNDECIDED: it may be either, by what has come of it.
@@ -131,13 +127,10 @@ class Helpers:
 class Block(Stage):
     """Lines up to the end of a block and of its `Helpers`.
 
-    A subclass decides to which side of the block's end a line belongs: it overrides `side_of`
-    itself, or `side_of_next` for the line below what is `complete`. It also decides whether the
-    block is over when a line has ended (`read_line`).
+    A subclass says to which side of the block's end a line belongs (`side_of`), and whether the
+    block ends with a line (`read_line`).
     """
 
-    # With `side_of_next`: what was asked for is whole, but the next line may still belong to it.
-    complete = False
     mark = 0  # the end of the last line that is not blank, where the completion ends
 
     def __init__(self, scanner: Scanner, prompt: str) -> None:
@@ -149,17 +142,12 @@ class Block(Stage):
         # Without a keyword, nothing is read for them, so none are called.
         self.helpers = Helpers(self.language.function or "(?!)", prompt)
 
+    def begin_line(self) -> None:
+        """A line begins: its first character that is not white space has come."""
+
     def side_of(self, word: str) -> str:
         """INSIDE, OUTSIDE or UNDECIDED, for the line that begins with `word`."""
-        if not self.complete:
-            return INSIDE
-        side = self.side_of_next(word)
-        self.complete = side != INSIDE
-        return side
-
-    def side_of_next(self, word: str) -> str:
-        """`side_of` for the line below what is complete."""
-        raise NotImplementedError
+        return INSIDE
 
     def read_line(self, line: str) -> bool:
         """Read a line that is inside; whether the block ends with it."""
@@ -170,193 +158,134 @@ class Block(Stage):
         scanner.step(char)
         if self.language.function and not scanner.closer:
             self.helpers.code.append(char)
-        ended = char == "\n" and scanner.starting
-        over = self._end_line() if ended else self._extend_line(char)
-        if over:
-            self.end("stop" if self.line == "```" else "block", self.mark)
+        if self._end_line() if char == "\n" else self._extend_line(char):
+            self.end("stop" if self.line == FENCE else "block", self.mark)
+        elif not self.held:
+            self.safe = len(self.text)
 
     def _end_line(self) -> bool:
-        line, held = self.line.rstrip(), self.held
-        self.line, self.held = "", True
-        if held and line:
-            side = self.side_of(f"{line}\n")  # the line is complete: decide now
-            if side != INSIDE:
-                return side == OUTSIDE  # else a comment that waits for the next line
+        """Whether the block has ended with the line, or before it."""
+        line, self.line = self.line.rstrip(), ""
+        if not self.scanner.starting:  # the line end is within a literal
+            return False
+        held, self.held = self.held, True
+        if held and line and self.side_of(f"{line}\n") == OUTSIDE:
+            return True
         if line:
             self.mark = len(self.text)
         self.helpers.end_line()
         return self.read_line(line)
 
     def _extend_line(self, char: str) -> bool:
-        if char == "\n":
-            self.line = ""
-        elif len(self.line) < LINE_CHARS and (self.line or not char.isspace()):
+        """Whether the block has ended before the line."""
+        if len(self.line) < LINE_CHARS and (self.line or not char.isspace()):
             self.line += char
+            if self.held and len(self.line) == 1:
+                self.begin_line()
         word = self.line.rstrip()
-        if self.held and word == "```":
-            return not self.language.fences
-        if self.held and word and not "```".startswith(word):
-            side = self.side_of(word)
-            if side == OUTSIDE:
-                return True
-            self.held = side == UNDECIDED
-        if not self.held:
-            self.safe = len(self.text)
-        return False
+        if not self.held or not word or (FENCE.startswith(word) and word != FENCE):
+            return False
+        if word == FENCE and not self.language.fences:
+            return True
+        side = self.side_of(word)
+        self.held = side == UNDECIDED
+        return side == OUTSIDE
 
 
-def side_of_clause(clauses: str, word: str) -> str:
-    """`side_of` for a line that may begin with one of the clauses, a pattern's alternatives."""
-    if re.fullmatch(r"[\w<]{1,20}", word):
+def side_of_words(words: str, word: str) -> str:
+    """`side_of` for a line that may begin with one of the words, alternatives of a pattern."""
+    names = words.split("|")
+    if any(name.startswith(word) for name in names):
         return UNDECIDED
-    return INSIDE if re.match(rf"(?:{clauses})(?!\w)", word) else OUTSIDE
-
-
-def side_of_else(word: str) -> str:
-    """`side_of` for the line below a block that may have an `else`."""
-    if re.match(rf"(?:{CLAUSES})\W", word):
-        return INSIDE
-    begun = any(clause.startswith(word) for clause in CLAUSES.split("|"))
-    return UNDECIDED if begun else OUTSIDE
+    begin = re.match(r"\w+|</|.", word)
+    return INSIDE if begin and begin[0] in names else OUTSIDE
 
 
 class LineBlock(Block):
     """Blocks by indentation: ends before the first line outside the requested block.
 
-    What is open at the cursor decides which block that is. The first of these counts:
+    The first line that is written shows which blocks are open at the cursor. The first of these is
+    completed:
 
     - the outermost block that is no container, as a class is;
     - below a comment or a decorator: the next member;
-    - containers: the rest of the innermost one;
-    - the cursor is indented, so the prompt lacks a header: the lines indented as much;
-    - the cursor's line has begun: a statement, which ends at a blank line;
-    - nothing of these: all that follows.
+    - the rest of the innermost container;
+    - where the cursor is indented, so that the prompt lacks a header: the lines indented as much;
+    - the statement in which the cursor is, up to a blank line; where the cursor's line is empty, in
+      Python, lines through the first definition; in a script, all that follows.
 
-    In Python and Scala, the last two go on through the first definition that the model writes.
-
-    If only white space precedes the cursor in its line, the indentation of the first line written
-    shows which blocks are open. In Scala, a typed line begins a block if no function is open.
-
-    Except in Python, a closing line at the block's own indentation belongs to it. Below a blank
-    line, a comment that is not indented deeper than the block's header waits for the next line of
-    code and is inside if that is.
+    A line at the block's own indentation that goes on with it or closes it belongs to it.
     """
 
     # What is completed:
-    #   ""           not known until the first line shows which blocks are open
-    #   "block"      which an `else` or `Helpers` may follow
+    #   ""           not known before the first line
+    #   "block"      which a clause or `Helpers` may follow
     #   "member"     the next one of a class
     #   "statement"  outside all blocks
-    #   "script"     lines outside all blocks, through the first definition in Python and Scala
-    #   "closed"     a block that ends with the line being read
+    #   "script"     lines outside all blocks
     goal = ""
     # Lines that are indented deeper belong to the goal; -1 outside all blocks, where every line is
     # deeper.
     base = -1
     level = 0  # indentation of the line that begins
     blank = False  # the last line was blank
-    begun = False  # some line is code, and no decorator
-    waiting = False  # the text since `mark` is a comment that waits for the next line
 
     def __init__(self, scanner: LineScanner, prompt: str) -> None:
         super().__init__(scanner, prompt)
         self.scanner: LineScanner = scanner
         self.prompt = prompt
-        language, head = self.language, scanner.head.strip()
+        head, language = scanner.head.strip(), self.language
         if head and language.brackets:  # among those with blocks by lines: Python or Scala
             blocks = scanner.enclosing(scanner.indent)
-            if self._begins_block(head):
+            if not language.indented or COMPOUND.match(head):
                 blocks.append((scanner.indent, head))
-            self._choose(blocks, typed=True)
-        elif scanner.fresh and language.indented:  # right below a header
-            self._choose(scanner.blocks, typed=False)
-        # Or else the first line that is written decides, in `side_of`.
+            self._choose(blocks)
 
-    def _begins_block(self, head: str) -> bool:
-        """Whether the cursor's line begins a block."""
-        if self.language.indented:
-            return COMPOUND.match(head) is not None
-        return self.scanner.last == "{" or not self.language.imports.match(head)
-
-    def _choose(self, blocks: list[tuple[int, str]], typed: bool) -> None:
-        """Choose the goal among the open blocks; `typed`: the cursor's line has begun."""
-        scanner, language = self.scanner, self.language
+    def _choose(self, blocks: list[tuple[int, str]]) -> None:
+        """Choose the goal among the open blocks."""
+        language, prompt = self.language, self.prompt
         chosen = [block for block in blocks if not language.containers.match(block[1])]
-        if not chosen and not typed:
-            announced = is_announced(language, self.prompt)
-            if announced and language.defines.search(self.prompt):
-                self.goal, self.base = "member", scanner.indent
-                return
-        chosen = chosen or blocks[-1:]
-        if chosen:
-            self.goal, self.base = "block", chosen[0][0]
-        elif scanner.indent:  # a prompt from the middle of a file lacks the block's header
-            self.goal, self.base = "block", scanner.indent - 1
+        is_script = last_line(prompt.rstrip()).startswith("#!")
+        if not chosen and is_announced(language, prompt):
+            self.goal, self.base = "member", self.scanner.indent
+        elif blocks:
+            self.goal, self.base = "block", (chosen or blocks[-1:])[0][0]
+        elif self.scanner.indent and not is_script:  # the block's header is above the prompt
+            self.goal, self.base = "block", self.scanner.indent - 1
+        elif is_script or (language.indented and not last_line(prompt).strip()):
+            self.goal = "script"
         else:
-            last = last_line(self.prompt.rstrip())
-            is_script = (language.indented and not typed) or last.startswith("#!")
-            self.goal = "script" if is_script else "statement"
+            self.goal = "statement"
+
+    def begin_line(self) -> None:
+        self.level = self.scanner.indent
+        if not self.goal:
+            self._choose(self.scanner.enclosing(self.level))
 
     def read_line(self, line: str) -> bool:
+        language, blocks = self.language, self.scanner.blocks
         self.blank = not line
-        if line and not line.startswith(("@", *self.language.comment_starts)):
-            self.begun = True
-        outside = self.goal in ("statement", "script")  # of all blocks
-        blocks = self.scanner.blocks if outside and self.language.brackets else []
-        if blocks and self.language.defines.match(blocks[0][1]):  # the model's first definition
-            self.goal, self.base = "block", 0
-        return self.goal == "closed"
+        in_python = self.goal == "script" and language.indented
+        if in_python and blocks and language.defines.match(blocks[0][1]):
+            self.goal, self.base = "block", 0  # the model's first definition
+        closes = side_of_words(language.closers, f"{line}\n") == INSIDE
+        return closes and self.level == self.base
 
     def side_of(self, word: str) -> str:
-        """By the indentation; may also settle the goal."""
-        scanner, language = self.scanner, self.language
-        self.waiting = False
-        if scanner.in_comment and (not self.goal or not self.blank):
-            # A comment right below code belongs to it, and so does one in the first line.
-            return INSIDE
-        if any(opener != word and opener.startswith(word) for opener, _ in language.comments):
-            return UNDECIDED  # it may become a comment
-        if not self.goal:
-            self._choose(scanner.enclosing(scanner.indent), typed=False)
-        # At a line's end the scanner has already left the line, and `level` is kept.
-        if word[-1] != "\n":
-            self.level = scanner.indent
-        if self.level > self.base:
-            return self._side_of_deeper(word)
-        comment = self.blank and word.startswith(language.comment_starts)
-        if comment and len(self.text) - self.mark < COMMENT_CHARS:
-            self.waiting = True
-            return UNDECIDED
-        return OUTSIDE if self.level < self.base else self._side_at_base(word)
-
-    def _side_of_deeper(self, word: str) -> str:
+        """By the indentation, and at the block's own by the word."""
+        language = self.language
         # Outside all blocks, every line is deeper, also one in column 0.
-        may_be_over = self.goal == "statement" and self.level == 0 and self.blank and self.mark
-        return self._side_of_closing(word) if may_be_over else INSIDE
-
-    def _side_at_base(self, word: str) -> str:
-        if self.goal == "member" and (not self.begun or not self.blank):
+        over = self.goal == "statement" and self.level == 0 and self.blank and self.mark
+        if self.level > self.base and not over:
             return INSIDE
-        if not self.language.indented:
-            return self._side_of_closing(word)
+        if self.goal == "member" and not (self.blank and self.mark):
+            return INSIDE
+        if self.level < self.base:
+            return OUTSIDE
         if word[0] in OPENING_OF:
             return INSIDE
-        side = side_of_else(word)
+        side = side_of_words(f"{language.clauses}|{language.closers}", word)
         return side if side != OUTSIDE else self.helpers.side_of(word)
-
-    def _side_of_closing(self, word: str) -> str:
-        """`side_of` for a line that may close the block, continue it, or be the next thing."""
-        language = self.language
-        if (side := side_of_clause(language.clauses, word)) != OUTSIDE:
-            return side
-        if word[0] in OPENING_OF or re.match(language.closers, word):
-            if self.level == self.base:
-                self.goal = "closed"
-            return INSIDE
-        return self.helpers.side_of(word) if self.language.brackets else OUTSIDE
-
-    def flush(self, whole: bool) -> str:
-        return self.cut(self.sent, self.mark if self.waiting else None)
 
 
 class BracketBlock(Block):
@@ -368,65 +297,50 @@ class BracketBlock(Block):
     class that the model writes. Closing brackets on their own lines after the block belong to it.
     """
 
-    # What is completed: a "block", a "call" with a block among its arguments, or a "statement"; ""
-    # if it has not begun.
+    # What is completed: a "block", perhaps with the call that has it as an argument, or a
+    # "statement"; "" if it has not begun.
     goal = ""
     depth = 0  # the goal is complete when no more brackets are open
     clauses = False  # an `else` or the like may go on with it
+    complete = False  # the next line may still belong to it
 
     def __init__(self, scanner: Scanner, prompt: str) -> None:
         super().__init__(scanner, prompt)
         language, stack = self.language, scanner.stack
-        head = scanner.head.strip()
         braces = [depth for depth, bracket in enumerate(stack) if bracket.kind == "{"]
         things = [depth for depth in braces if not language.containers.search(stack[depth].header)]
-        announced = is_announced(language, prompt)
-        # The cursor is in a statement that is no import.
+        head = scanner.head.strip()
         is_over = braces and scanner.is_over
         begun = head and not is_over and not language.imports.match(last_line(head))
-        if language.blocks == "brackets" and stack:
-            self.goal, self.depth = "block", len(stack) - 1
-        elif things:
+        if things:
             self._choose(things[0])
-        elif announced or begun:
+        elif begun or is_announced(language, prompt):
             self.goal, self.depth = "statement", braces[-1] + 1 if braces else 0
-            self.clauses = CONTROL.search(head) is not None
         elif braces:
             self._choose(braces[-1])
 
     def _choose(self, depth: int) -> None:
         """Choose the block at `stack[depth]`; if it is an argument of a call, choose the call."""
         stack = self.scanner.stack
-        self.goal, self.depth = "block", depth
-        while self.depth and stack[self.depth - 1].kind in "([":
-            self.goal = "call"
-            self.depth -= 1
         self.clauses = CONTROL.search(stack[depth].header) is not None
+        while depth and stack[depth - 1].kind in "([":
+            depth -= 1
+        self.goal, self.depth = "block", depth
 
     def step(self, char: str) -> None:
         super().step(char)
-        if not self.goal and char in "{[" and len(self.scanner.stack) == 1 and self._begins():
+        if not self.goal and char == "{" and len(self.scanner.stack) == 1:
             self._choose(0)
 
-    def _begins(self) -> bool:
-        """Whether the one bracket that is open begins the goal."""
-        language, bracket = self.language, self.scanner.stack[0]
-        if language.blocks == "brackets":
-            return True
-        defines = bracket.kind == "{" and language.definition.search(bracket.header)
-        return bool(defines) and not CONTROL.search(bracket.header)
-
     @property
-    def _may_go_on(self) -> bool:
-        """Whether the line after the goal may use its value: in a statement or a call without a
-        semicolon.
-        """
-        return self.goal in ("statement", "call") and self.language.line_ends
+    def may_go_on(self) -> bool:
+        """Whether the next line may go on with a statement, where it has no semicolon."""
+        return self.goal == "statement" and self.language.line_ends
 
     def read_line(self, line: str) -> bool:
         scanner = self.scanner
-        inside = len(scanner.stack) > self.depth
-        if not self.goal or inside:
+        self.complete = False
+        if not self.goal or len(scanner.stack) > self.depth:
             return False
         ended = scanner.last in ("}", ";") or (scanner.last and scanner.is_over)
         if self.goal == "statement" and not ended:
@@ -434,53 +348,34 @@ class BracketBlock(Block):
         self.complete = True
         if scanner.stack or self.clauses or self.helpers.called:
             return False
-        return not self._may_go_on or scanner.last == ";"
+        return not self.may_go_on or scanner.last == ";"
 
-    def side_of_next(self, word: str) -> str:
-        if word[0] in ("{", *OPENING_OF) or (word[0] in GOES_ON and self._may_go_on):
+    def side_of(self, word: str) -> str:
+        goes_on = word[0] in GOES_ON and self.may_go_on
+        if not self.complete or goes_on or word[0] in ("{", *OPENING_OF):
             return INSIDE
-        if self._may_go_on and (side := side_of_clause(self.language.clauses, word)) != OUTSIDE:
-            return side
-        return side_of_else(word) if self.clauses else self.helpers.side_of(word)
+        if self.clauses:
+            return side_of_words(self.language.clauses, word)
+        return self.helpers.side_of(word)
 
 
 class StatementBlock(Block):
     """SQL: ends with the line in which the statement at the cursor ends, or the next one if the
     cursor is in none.
-
-    A blank line may end a statement without a semicolon, unless the line below goes on with a
-    clause.
     """
 
     def read_line(self, line: str) -> bool:
         scanner = self.scanner
-        if scanner.head.strip() or scanner.stack or not scanner.last:
-            return False
-        if not line:
-            scanner.last = ""
-            self.complete = self.mark > 0
-        return line != ""
-
-    def side_of_next(self, word: str) -> str:
-        if re.match(r"\w{1,20}\Z|[-/*]", word):
-            return UNDECIDED  # a comment waits for the line below it
-        return INSIDE if re.match(self.language.clauses, word) else OUTSIDE
+        is_open = scanner.stack or scanner.head.strip()
+        return line != "" and scanner.last != "" and not is_open
 
 
 def starts_in_docstring(prompt: str, quotes: str) -> bool:
     """Whether the prompt's first triple quotes close a docstring, in which the prompt then
     begins.
     """
-    above, _, after = prompt.partition(quotes)
-    above = re.sub(r"\b[bfruBFRU]{1,2}$", "", above)
-    before = above.rstrip()
-    opens = before[-1:] in ("", *":=([{,\\")
-    if not opens and before[-1] != ".":
-        opens = above[len(before) :].strip("\n") == " "
-    rest, _, below = after.partition("\n")
-    if opens or rest.strip():
-        return False
-    return CODE.search("\n" + below.partition(quotes)[0]) is not None
+    rest, _, below = prompt.partition(quotes)[2].partition("\n")
+    return not rest.strip() and CODE.search("\n" + below.partition(quotes)[0]) is not None
 
 
 def scan(language: Language, prompt: str) -> Scanner:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import re
 
 from cerebrum.text.languages import LANGUAGES, Language, language_named
-from cerebrum.text.scanner import LINE_CHARS, scanner_of
+from cerebrum.text.scanner import LINE_CHARS
 from cerebrum.text.stages import Stage
 
-FENCE = re.compile(r"(`{3,}+|~{3,}+)([^`\n]*+)")
+FENCE = re.compile(r"(`{3,}+)([^`\n]*+)")
 THINKS, THOUGHT = "<think>", "</think>"
 # An answer's blocks in these are not the code, unless there are no others.
 BESIDE = frozenset(
@@ -20,13 +20,6 @@ BESIDE = frozenset(
         *("zsh", "yaml", "yml", "toml", "diff"),
     }
 )
-# A sentence, or Markdown's emphasis, quotation or item of a list; but no assignment and no mapping.
-PROSE = re.compile(
-    r"(?:[A-Z][a-z'\u0080-\uffff]*[ ,!]+[\w\"'`(*]|[*>`\u0080-\uffff]|- (?!\w+:)|\d+[.)] ).*[^;{}]"
-    r"|[A-Z][a-z]+:"
-)
-HEADING = re.compile(r"#{1,6}[ \t]")  # a comment or, in an answer, a heading
-CODE = ("opened", "inside")  # states
 
 
 def is_beside(name: str, language: Language | None) -> bool:
@@ -36,35 +29,20 @@ def is_beside(name: str, language: Language | None) -> bool:
     return name in BESIDE and language is not None and language is not known
 
 
-def is_code(line: str, language: Language | None) -> bool:
-    """Whether an answer that begins with this line is code without a fence."""
-    if not language or not line or PROSE.fullmatch(line):
-        return False
-    opener = (language.block_comment or ())[:1]
-    starts = (*language.comment_starts, "@", "#include", "#define", *opener)
-    if line.startswith(starts) or line.endswith(("{", "}", ";")):
-        return True
-    defines = not language.commands and language.defines.match(line)
-    return bool(language.imports.match(line) or defines)
-
-
 class Fences(Stage):
     """The answer to an instruction: the code in the first fenced block that is not a shell command,
     an output or the like (`BESIDE`), behind the model's thoughts. Without one, it is the first
-    block; without any block, or if the answer begins like code, all of the answer.
+    block; without any block, all of the answer, once it has ended.
 
     `begun` is the start of the answer, which the model was given to continue.
     """
 
     # Where the answer is:
-    #   "blank"     before the block, nothing but blank lines has come
-    #   "headed"    before it, nothing but lines that may be a comment or a heading (`# …`)
-    #   "chatter"   before it, below another line
+    #   "chatter"   before the block
     #   "thinking"  in the model's thoughts
     #   "beside"    in a block that is not the code
-    #   "opened"    in the block, above its first line
-    #   "inside"    in the block
-    state = "blank"
+    #   "code"      in the block
+    state = "chatter"
     fallback: tuple[str, int] | None = None  # the first block beside the code, and its `start`
     fence = "```"
     margin = left = 0  # spaces before the fence and each line of its block, and those to come
@@ -73,19 +51,14 @@ class Fences(Stage):
     # follows.
     closing: int | None = None
     line_start = 0
-    in_code = True  # the line does not start inside a string or a comment
     read = 0  # characters that went in
 
     def __init__(self, language: Language | None, begun: str) -> None:
         super().__init__()
         self.language = language
-        self.scanner = scanner_of(language or LANGUAGES["markdown"])
         self.feed(begun)
-        if self.state == "beside":
-            # The fence was opened for the model, so this block is the code.
-            self.state = "opened"
-        elif self.reason or self.state not in CODE:  # `begun` has no block that is still open
-            self._restart("blank")
+        if self.reason or self.state != "code":  # `begun` has no block that is still open
+            self._restart("chatter")
             self.reason, self.fallback = None, None
         self.sent = self.safe = len(self.text)
         self.read = self.start = 0
@@ -107,11 +80,10 @@ class Fences(Stage):
             READERS[self.state](self, self.cut(self.line_start))
             self.line_start = len(self.text)
             self.left = self.margin
-            self.in_code = not self.scanner.closer
-        elif self.state in CODE and not self._may_be_fence():
+        elif self.state == "code" and not self._may_be_fence():
             self.safe = len(self.text)
         elif char == ">" and self.cut(-len(THOUGHT)) == THOUGHT:
-            self._restart("blank")
+            self._restart("chatter")
         elif char == ">" and self.cut(0, LINE_CHARS).strip() == THINKS:
             self.state = "thinking"
         if self.closing is not None:
@@ -120,56 +92,36 @@ class Fences(Stage):
     def _may_be_fence(self) -> bool:
         """Whether the line so far may become a fence, or is one."""
         line = self.cut(self.line_start, self.line_start + LINE_CHARS).strip()
-        return self.in_code and (self.fence.startswith(line) or line.startswith(self.fence))
+        return self.fence.startswith(line) or line.startswith(self.fence)
 
     def read_thought(self, line: str) -> None:
         """A line of the model's thoughts has ended."""
 
     def read_chatter(self, line: str) -> None:
-        """A line above the code has ended: decide whether it is the fence that opens the block, or
-        code without a fence.
-        """
+        """A line above the block has ended; perhaps it is the fence that opens it."""
         if match := FENCE.fullmatch(line.strip()):
             self.fence, self.margin = match[1], len(line) - len(line.lstrip())
-            beside = is_beside(match[2], self.language)
-            self._restart("beside" if beside else "opened")
-        elif self.state != "chatter" and line.strip():
-            marks = self.language.comment_starts if self.language else ()
-            headed = self.state == "headed" and not PROSE.fullmatch(line.rstrip())
-            if HEADING.match(line) and line.startswith(marks):
-                self.state = "headed"
-            elif headed or is_code(line.rstrip(), self.language):
-                self.state, self.safe = "inside", len(self.text)  # all of the text so far
-                self.scanner.feed(self.cut(0))
-            else:
-                self.state = "chatter"
+            self._restart("beside" if is_beside(match[2], self.language) else "code")
 
     def read_beside(self, line: str) -> None:
         """A line of a block beside the code has ended."""
         if line.strip() == self.fence:
             self.fallback = self.fallback or (self.cut(0, self.line_start), self.start)
             self.margin = 0
-            self._restart("blank")
+            self._restart("chatter")
 
     def read_code(self, line: str) -> None:
         """A line of the block has ended."""
-        is_fence = self.in_code and line.lstrip().startswith(self.fence)
-        if is_fence and self.state == "opened" and not self._is_bare(line):
-            self._restart("inside")  # the model repeats the opening fence that it was given
-            return
-        if is_fence and self._is_bare(line) and not self.nested:
+        is_fence = line.lstrip().startswith(self.fence)
+        is_bare = not line.strip().strip("`")  # no language is behind it
+        if is_fence and not is_bare and not self.cut(0, self.line_start).strip():
+            self._restart("code")  # the model repeats the opening fence that it was given
+        elif is_fence and is_bare and not self.nested:
             self._close()
         elif is_fence:
-            self.nested += -1 if self._is_bare(line) else 1
-        self.scanner.feed(line)
-        if line.strip():
-            self.state = "inside"
-        if self.state == "inside" and not self.reason:  # or the model may still repeat the fence
+            self.nested += -1 if is_bare else 1
+        if not self.reason:
             self.safe = len(self.text)
-
-    def _is_bare(self, line: str) -> bool:
-        """Whether a fence has no language behind it."""
-        return not line.strip().strip(self.fence[0])
 
     def _close(self) -> None:
         """A bare fence has come."""
@@ -179,23 +131,20 @@ class Fences(Stage):
             self.closing = self.line_start if self.closing is None else None
 
     def flush(self, whole: bool) -> str:
-        line = self.cut(self.line_start)
-        is_fence = self.in_code and line.lstrip().startswith(self.fence) and self._is_bare(line)
-        if self.closing is not None:
-            return self.cut(self.sent, self.closing)
-        if self.state in CODE:
-            return "" if is_fence and not self.nested else self.cut(self.sent)
-        if self.fallback and self.state != "thinking":
-            text, self.start = self.fallback  # `start` is for `Ending.start`
-            return text
-        if self.state == "beside":
-            return self.cut(0, self.line_start) if is_fence else self.cut(0)
-        return "" if self.state == "thinking" else self.cut(self.sent)
+        if self.state in ("beside", "code"):
+            READERS[self.state](self, self.cut(self.line_start))  # the last line has ended, too
+        if self.state == "code":
+            return self.cut(self.sent, self.safe if self.reason else self.closing)
+        if self.state == "thinking":
+            return ""
+        # `start` is for `Ending.start`.
+        text, self.start = self.fallback or (self.cut(self.sent), self.start)
+        return text
 
 
 READERS = {
-    **dict.fromkeys(("blank", "headed", "chatter"), Fences.read_chatter),
+    "chatter": Fences.read_chatter,
     "thinking": Fences.read_thought,
     "beside": Fences.read_beside,
-    **dict.fromkeys(CODE, Fences.read_code),
+    "code": Fences.read_code,
 }

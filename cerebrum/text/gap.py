@@ -6,10 +6,9 @@ each stage does. Pure; standard library only.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 
-from cerebrum.text.scanner import CHANGES, LINE_CHARS, OPENING_OF, Scanner, after_blank, scanner_of
+from cerebrum.text.scanner import LINE_CHARS, OPENING_OF, Scanner, after_blank, scanner_of
 from cerebrum.text.stages import Search, Stage, columns_of, last_line
 
 # What each is worth, by tests/bench/ending.py in Python, JavaScript, TypeScript, Rust, C, C++ and
@@ -20,8 +19,6 @@ MEET_LINES = 6  # compared at most of the suffix; with 3, 2.4 % more are cut of 
 # The compared lines have at least this many, unless the suffix has fewer; without, 0.5 % more are
 # cut.
 MEET_CHARS = 7
-# Letters and digits in one line at the text's end; without, 0.6 % more of Java, C#, shell are cut.
-END_WEIGHT = 6
 # Written while the suffix is awaited, white space not counted; with 250, 1.9 % more are cut.
 AHEAD_CHARS = 330
 REST_AHEAD_CHARS = 80  # the same, if the suffix begins with the rest of the cursor's line ...
@@ -58,18 +55,15 @@ class Meeting:
     """Finds where a text begins to agree with the suffix: where it has the suffix's first lines, as
     many as are found nowhere else around the cursor.
 
-    These lines are the `goal`. White space within lines, blank lines and a remark that a model adds
-    to a line do not count; indentation does. There are three kinds of suffix: it begins with the
+    These lines are the `goal`. White space within lines, and blank lines do not count; indentation
+    does. There are three kinds of suffix: it begins with the
     rest of the cursor's line (`in_line`), which may be the end of any line of the text; or with a
     whole line, since whole lines are missing (`of_lines`); or nothing is left of the cursor's line.
     """
 
-    def __init__(
-        self, text: list[str], prompt: str, suffix: str, in_line: bool, remark: str
-    ) -> None:
+    def __init__(self, text: list[str], prompt: str, suffix: str, in_line: bool) -> None:
         self.text = text  # the gap's own list, which grows
         self.in_line = in_line
-        self.remark = remark or "\n"  # what begins one; no line has a line end
         rest, _, after = suffix.partition("\n")
         self.of_lines = not in_line and rest.strip() != ""
         lines = lines_of(suffix if self.of_lines else after)
@@ -156,18 +150,14 @@ class Meeting:
 
     def is_line(self, number: int) -> bool:
         """Whether the line so far is this line of the goal."""
-        indent, line = self.goal[number]
-        if self.indent != indent:
-            return False
-        return f"{self.line}\n".startswith((f"{line}\n", line + self.remark))
+        return (self.indent, self.line) == self.goal[number]
 
     def may_be(self, number: int) -> bool:
         """Whether the line so far may become this line of the goal."""
         if not self.line:
             return True
         indent, line = self.goal[number]
-        line += self.remark
-        return self.indent == indent and line.startswith(self.line[: len(line)])
+        return self.indent == indent and line.startswith(self.line)
 
     def _unfinished(self, agrees: Callable[[int], bool]) -> Found:
         """Those of `found` whose next line agrees with the line so far."""
@@ -220,14 +210,14 @@ class Gap(Stage):
     def __init__(self, scanner: Scanner, prompt: str, suffix: str) -> None:
         super().__init__()
         self.scanner = scanner
-        remark = scanner.language.line_comment
-        self.meeting = Meeting(self.text, prompt, suffix, self.in_line, remark)
-        # At the cursor: the end of its literal or comment ("" in code), and how many brackets are
-        # open.
-        self.literal_at_cursor = scanner.closer
+        self.meeting = Meeting(self.text, prompt, suffix, self.in_line)
+        # The least indentation of the suffix's first whole lines: a line that is indented less has
+        # left their block. At the end of a file 1, so that a line at the margin has left it.
+        below = lines_of(suffix.partition("\n")[2] if self.in_line else suffix)
+        self.floor = min((indent for indent, _ in below[:MEET_LINES]), default=1)
         self.depth_at_cursor = len(scanner.stack)
-        # How many of these the suffix closes. A prompt may begin within a block: a bracket that is
-        # closed at less indentation was opened above the prompt.
+        # How many of these brackets the suffix closes. A prompt may begin within a block: a bracket
+        # that is closed at less indentation was opened above the prompt.
         line = last_line(prompt)
         blank = line.removesuffix(line.lstrip())
         closing = scanner_of(scanner.language, blank + suffix[:CLOSERS_CHARS]).unmatched
@@ -237,6 +227,7 @@ class Gap(Stage):
 
     def on_start(self) -> None:
         """A line begins: its first character that is not white space has come."""
+        raise NotImplementedError
 
     def on_line(self) -> None:
         """A line has ended."""
@@ -289,7 +280,7 @@ class Gap(Stage):
             self.bits = 0.0
         is_fence = meeting.line == "```" and scanner.closer in ("", "`")
         if is_fence and not scanner.language.fences:
-            self.end("stop", meeting.edge if self.left_at is None else self.left_at)
+            self.end("stop", meeting.edge)
 
     def could_end(self, place: int) -> None:
         """The infill could end here. The first such place counts; in an inner block, the latest."""
@@ -300,20 +291,15 @@ class Gap(Stage):
         """Whether the text has closed a bracket that the suffix closes."""
         return len(self.scanner.stack) < self.closed_below
 
-    def is_suffix(self, lines: int, is_line: bool) -> bool:
-        """Whether a text that ends with so many lines of the goal has come to the suffix.
-        `is_line`: the model has ended it, in its first line.
-        """
-        weight = sum(map(str.isalnum, self.meeting.first))  # letters and digits
-        return lines > 1 or (lines == 1 and weight >= END_WEIGHT and not is_line)
+    def is_suffix(self, lines: int) -> bool:
+        """Whether a text that ends with so many lines of the goal has come to the suffix."""
+        return lines > 0
 
     def flush(self, whole: bool) -> str:
         lines, place = self.meeting.at_end()
         text = self.cut(0).rstrip(" \t")
-        # A line alone may equal the suffix's: two calls, two rows of a table, an argument.
-        is_line = whole and "\n" not in text.strip()
         end = self.enough  # None: all of the text belongs to the gap
-        if self.is_suffix(lines, is_line):
+        if self.is_suffix(lines):
             end = place
         elif whole:
             end = self.left_at if self.has_closed_too_much() else None
@@ -330,34 +316,26 @@ class GapOfLines(Gap):
     the text above a line that is indented less than cursor and suffix.
     """
 
-    mark: int | None = None  # the end of the last line that is not blank
+    mark = 0  # the end of the last line that is not blank; 0: there is none
 
     def __init__(self, scanner: Scanner, prompt: str, suffix: str) -> None:
         super().__init__(scanner, prompt, suffix)
-        typed = last_line(prompt).strip() != ""
-        if typed:
+        if last_line(prompt).strip():
             self.doubt = 0.0
-        # The text goes on with the literal or the lines of the comment at the cursor.
-        self.goes_on = self.inner = self.literal_at_cursor != ""
         below = self.meeting.goal[0]
         self.above = indent_of(line_of(last_line(prompt.rstrip())))
         self.below = indent_of(below)
         self.indent = scanner.indent  # of the line
-        self.floor = min(self.above, floor_of(suffix))
-        # SQL: the suffix may be a new statement.
-        clause = re.match(scanner.language.clauses, suffix.lstrip())
-        self.new = scanner.statements and not clause
-        if below[1][0] in OPENING_OF and scanner.stack:
-            self.inner = True
+        # The text goes on with the literal or the lines of the comment at the cursor.
+        self.goes_on = scanner.closer != ""
+        self.inner = self.goes_on or (below[1][0] in OPENING_OF and len(scanner.stack) > 0)
 
     def on_start(self) -> None:
         scanner = self.scanner
         self.indent = scanner.indent
-        if scanner.in_parens:
-            return
         if scanner.by_lines:
-            self.inner = self.indent > self.below and (self.inner or self.mark is None)
-        if self.mark is not None and self.indent < min(self.above, self.below):
+            self.inner = self.indent > self.below and (self.inner or not self.mark)
+        if self.mark and self.indent < min(self.above, self.below):
             self.on_leaving(self.mark)
             if self.indent < self.floor:
                 self.doubt = 0.0
@@ -366,26 +344,18 @@ class GapOfLines(Gap):
         self.mark = self.meeting.edge
         if self.goes_on:
             self.goes_on = self.inner = self.closer_before != ""
-        if self._fits() and not (self.new and CHANGES.search(self.scanner.head)):
+        if self._fits():
             self.could_end(self.mark)
 
     def _fits(self) -> bool:
         """Whether the suffix fits below the line that has ended."""
         scanner, opened = self.scanner, self.scanner.opened
-        if scanner.closer or len(scanner.stack) > self.depth_at_cursor:
+        is_open = scanner.closer or len(scanner.stack) > self.depth_at_cursor
+        if is_open or self.cut(-2) == "\\\n":
             return False
         if opened is not None:
             return opened < self.below
-        if scanner.in_parens or self.below <= self.indent:
-            return True
-        return scanner.statements and scanner.last != "" and not scanner.head.strip()
-
-
-def floor_of(suffix: str) -> int:
-    """The least indentation of the suffix's first lines; a line that is indented less has left
-    their block. At the end of a file 1, so that a line at the margin has left it.
-    """
-    return min((indent for indent, _ in lines_of(suffix)[:MEET_LINES]), default=1)
+        return self.below <= self.indent
 
 
 def indent_of(line: Line) -> int:
@@ -409,14 +379,13 @@ class GapInLine(Gap):
 
     def __init__(self, scanner: Scanner, prompt: str, suffix: str) -> None:
         super().__init__(scanner, prompt, suffix)
-        line = last_line(prompt)
+        self.floor = min(self.floor, columns_of(last_line(prompt)))
         # Brackets opened and not closed: in the text so far, and in the rest.
         self.level = self.rest_level = 0
         ahead = scanner_of(scanner.language)
         for char in suffix.partition("\n")[0]:
             ahead.step(char)
             self.rest_level += level_of(ahead, char)
-        self.floor = min(columns_of(line), floor_of(suffix.partition("\n")[2]))
 
     def _read(self, char: str, begun: bool) -> None:
         self.level += level_of(self.scanner, char)
@@ -424,34 +393,23 @@ class GapInLine(Gap):
 
     def on_start(self) -> None:
         scanner = self.scanner
-        inside = scanner.in_parens or scanner.closer
-        if scanner.indent < self.floor and not inside:
+        if scanner.indent < self.floor and not scanner.in_parens and not scanner.closer:
             self.on_leaving(self.meeting.edge)
             self.doubt = 0.0
+
+    def is_suffix(self, lines: int) -> bool:
+        # Else this is the rest of a line within brackets of the text.
+        return lines > 0 and self.level <= self.rest_level
 
     def on_line(self) -> None:
         scanner, rest = self.scanner, self.meeting.first
         lines, written = self.meeting.found[-1] if self.meeting.found else (0, 0)
-        if self.level > self.rest_level:
-            lines = 0  # the rest of a line within brackets of the text
-        if lines == 1 and self._has_closed():
-            self.end("stop", written)
-        elif lines == 1:
+        if lines == 1 and self.is_suffix(lines):
             self.enough, self.doubt = written, 0.0  # surer than any place before
             if len(rest) >= REST_CHARS:
                 self.patience = min(self.patience, WRITTEN_AHEAD_CHARS)
         elif self.level <= 0 and not scanner.closer and rest[0] not in OPENING_OF:
             self.could_end(self.meeting.edge)  # else the rest closes what the cursor is in
-
-    def _has_closed(self) -> bool:
-        """Whether the text has closed the literal around the cursor, which the suffix closes."""
-        closes = self.literal_at_cursor != "" and self.meeting.first.startswith(
-            self.literal_at_cursor
-        )
-        return closes and not self.scanner.closer
-
-    def is_suffix(self, lines: int, is_line: bool) -> bool:
-        return super().is_suffix(lines, is_line) or (lines == 1 and self._has_closed())
 
 
 def gap_of(scanner: Scanner, prompt: str, suffix: str) -> Gap:

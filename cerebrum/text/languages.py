@@ -81,25 +81,22 @@ class Language:
     function: str = ""  # the keyword that defines functions, if calls may precede the definition
     names: str = ""  # keywords that define other names, not indented
     also: str = ""  # other starts of lines that define a name: the last group that took part
-    # Keywords of unindented lines that still belong to a definition; SQL: starts of lines that go
-    # on.
-    clauses: str = "(?!)"
-    closers: str = "(?!)"  # starts of lines that close a block
+    # Starts of lines that go on with a block and that close one, not patterns.
+    clauses: str = "else|elif|elseif|except|finally|catch"
+    closers: str = ""
     openers: str = "(?!)"  # ends of lines that open a block by indentation
     line_comment: str = "//"  # "" if there is none
     block_comment: Delimiters | None = ("/*", "*/")
     other_comments: tuple[Delimiters, ...] = ()
     strings: Words = ('"', "'")  # openings of strings that end with their line
     texts: Words = ()  # openings of strings that may contain a line end
-    raw: Words = ()  # openings of strings without escapes
     escape: str = "\\"  # the character before an escaped one
     closings: tuple[Delimiters, ...] = ()  # of strings that do not close as they open
-    # Openings with two meanings: / of a regex or a division, ' of a char or a lifetime.
-    ambiguous: str = ""
+    lifetimes: bool = False  # ' may also begin the name of a lifetime or of a symbol
     blocks: str = "braces"
     line_ends: bool = False  # a statement ends with its line, without a semicolon
     directives: bool = False  # a line that starts with # belongs to the preprocessor
-    here_document: str = ""  # behind <<: group 2 is the line that ends the text below
+    here_documents: bool = False  # texts below lines with <<
     commands: bool = False  # lines of code begin with verbs, as instructions do
     fences: bool = False  # a text may have ``` that ends no answer
     endings: Words = ()  # of file names, in lower case
@@ -132,8 +129,7 @@ class Language:
     @cached_property
     def delimiters(self) -> list[Delimiters]:
         """(opening, closing) of each comment and literal, the longest openings first."""
-        ambiguous = [(mark, mark) for mark in self.ambiguous]
-        pairs = [*self.comments, *self.literals, *ambiguous]
+        pairs = [*self.comments, *self.literals]
         return sorted(pairs, key=lambda pair: -len(pair[0]))
 
     @cached_property
@@ -192,12 +188,6 @@ class Language:
         words = r"(?:template\s*<[^{}()]*>\s*)?(?:@?[\w.]+(?:\([^()\n]*\))?\s+){0,12}"
         return re.compile(rf"^[^\S\n]*{words}(?:{_any(self.types, self.data)})\b", re.M)
 
-    @cached_property
-    def definition(self) -> Pattern:
-        """Matches the header of a block that is a completion by itself."""
-        keywords = _any(self.types, self.function)
-        return re.compile(rf"\b(?:{keywords})\b|\(") if keywords else ANYTHING
-
     def remark(self, text: str) -> str:
         """The text as a one-line comment."""
         if self.line_comment or not self.block_comment:
@@ -224,7 +214,7 @@ _JS = Language(
          r"(?!(?:if|for|while|switch|catch|function|return|await|with)\b)([\w$]+)"
          r"[ \t]*(?:<[^\n()]{0,80}>)?\((?:[^()\n]|\([^()\n]{0,80}\)){0,160}\)"
          r"[^()\n;=]{0,100}\{[ \t]*\r?$",
-    texts=("`",), ambiguous="/", line_ends=True,
+    texts=("`",), line_ends=True,
 )  # fmt: skip
 _CPP = Language(
     uses=r"[ \t]*#[ \t]*(?:include|import)\b|using[ \t]+namespace\b|using[ \t]+[\w:]+[ \t]*;"
@@ -265,17 +255,17 @@ LANGUAGES: dict[str, Language] = {
         types=r"impl\b(?:<[^\n{]{0,160}>)?(?:[^\n{]{0,160}[ \t]for\b)?|trait|mod|extern",
         function="fn",
         names=r"struct|enum|union|type|static(?:[ \t]+mut)?|const|macro_rules!",
-        strings=(), texts=(*_RUST_RAW, '"'), raw=_RUST_RAW, ambiguous="'", endings=(".rs",),
+        strings=("'",), texts=(*_RUST_RAW, '"'), lifetimes=True, endings=(".rs",),
         aliases=("rs",),
     ),
     "c": replace(_CPP, endings=(".c", ".h")),
-    "cpp": replace(_CPP, texts=('R"',), raw=('R"',),
+    "cpp": replace(_CPP, texts=('R"',),
                    endings=(".cpp", ".cc", ".cxx", ".hpp", ".hh", ".hxx", ".ipp", ".tpp", ".inl",
                             ".cu", ".cuh"),
                    aliases=("c++", "cc")),
     "go": Language(  # no types: Go's methods stand on their own
         uses=r"import\b|package[ \t]", function="func", names="type|var|const",
-        texts=("`",), raw=("`",), line_ends=True, endings=(".go",), aliases=("golang",),
+        texts=("`",), line_ends=True, endings=(".go",), aliases=("golang",),
     ),
     "java": Language(
         uses=r"(?:import|package)[ \t]", types="class|interface|enum|record", also=_METHOD,
@@ -284,16 +274,15 @@ LANGUAGES: dict[str, Language] = {
     "csharp": Language(
         uses=r"(?:global[ \t]+)?using[ \t]+[\w.=: \t]{1,200};|namespace[ \t][\w. \t]{1,200};",
         types="class|interface|enum|record|struct|namespace", also=_METHOD,
-        strings=('$"', '"', "'"), texts=_CSHARP_TEXTS, raw=_CSHARP_TEXTS, directives=True,
+        strings=('$"', '"', "'"), texts=_CSHARP_TEXTS, directives=True,
         endings=(".cs", ".csx"), aliases=("c#", "cs", "c-sharp"),
     ),
     "shell": replace(
         _PLAIN, uses=r"(?:source|\.|set)[ \t]+[^\s]",
         also=r"[ \t]{0,200}(?:function[ \t]+([\w:.-]{1,80})|([\w:.-]{1,80})[ \t]*\(\))"
              r"|(?:(?:export|readonly|declare(?:[ \t]+-\w+)?)[ \t]+)?([A-Z_][A-Z0-9_]*)=",
-        clauses="else|elif|then|do", closers=r"(?:fi|done|esac)\b",
-        texts=("$'", '"', "'"), raw=("'",),
-        here_document=r"-?[ \t]*\\?(['\"]?)([A-Za-z_]\w{0,80})\1",
+        clauses="else|elif|then|do", closers="fi|done|esac", here_documents=True,
+        texts=("$'", '"', "'"),
         commands=True, endings=(".sh", ".bash", ".zsh", ".ksh"),
         filenames=(".bashrc", ".bash_profile", ".bash_aliases", ".profile", ".zshrc", ".zprofile",
                    ".zshenv"),
@@ -301,20 +290,19 @@ LANGUAGES: dict[str, Language] = {
     ),
     "kotlin": Language(
         uses=r"(?:import|package)[ \t]",
-        types="class|interface|object", function="fun", names="val|var|typealias", clauses="where",
-        texts=('"""',), raw=('"""',), line_ends=True, endings=(".kt", ".kts"), aliases=("kt",),
+        types="class|interface|object", function="fun", names="val|var|typealias",
+        texts=('"""',), line_ends=True, endings=(".kt", ".kts"), aliases=("kt",),
     ),
     "swift": Language(
         uses=r"(?:@testable[ \t]+)?import[ \t]",
         types="class|struct|enum|extension|protocol|actor", function="func",
-        clauses="async|rethrows|throws|where",
         names="let|var|typealias", strings=('##"', '#"', '"'), texts=('##"""', '#"""', '"""'),
-        raw=('##"""', '#"""', '##"', '#"'), line_ends=True, endings=(".swift",),
+        line_ends=True, endings=(".swift",),
     ),
     "scala": Language(
         uses=r"(?:import|package)[ \t]",
         types="class|object|trait", function="def", names="val|var|type|enum|given",
-        strings=('"',), texts=('"""',), raw=('"""',), ambiguous="'", line_ends=True,
+        strings=('"', "'"), texts=('"""',), lifetimes=True, line_ends=True,
         endings=(".scala", ".sc", ".sbt"),
     ),
     "dart": Language(
@@ -331,9 +319,8 @@ LANGUAGES: dict[str, Language] = {
         _PLAIN, uses=r"(?:use|require|package)[ \t]", function="sub",
         also=r"(?:my|our)[ \t]+[$@%](\w+)", blocks="braces",
         other_comments=(("=head", "=cut"), ("=pod", "=cut"), ("=encoding", "=cut")),
-        texts=('"', "'", *QUOTES), closings=tuple(QUOTES.items()), ambiguous="/",
-        here_document=r"~?(['\"]?)([A-Za-z_]\w{0,80})\1",
-        endings=(".pl", ".pm", ".t"), aliases=("pl",),
+        texts=('"', "'", *QUOTES), closings=tuple(QUOTES.items()),
+        here_documents=True, endings=(".pl", ".pm", ".t"), aliases=("pl",),
     ),
     "r": replace(
         _PLAIN, uses=r"(?:library|require|source)\(",
@@ -351,7 +338,7 @@ LANGUAGES: dict[str, Language] = {
         types="class|enum|(?:Describe|Context|InModuleScope)(?=[ \t])",
         function="function", line_comment="#", block_comment=("<#", "#>"), line_ends=True,
         commands=True,
-        strings=(), texts=("@'", '@"', '"', "'"), raw=("@'", "'"), escape="`",
+        strings=(), texts=("@'", '@"', '"', "'"), escape="`",
         closings=(("@'", "\n'@"), ('@"', '\n"@')), endings=(".ps1", ".psm1", ".psd1"),
         aliases=("pwsh", "ps1"),
     ),
@@ -369,9 +356,8 @@ LANGUAGES: dict[str, Language] = {
         _PLAIN, uses=r"(?:require|require_relative|load|include|using)\b", function="def",
         types=r"class|module|(?:\w{1,80}\.)?(?:describe|context|feature|namespace)",
         also=r"([A-Z]\w*)[ \t]*=(?![=~])",
-        clauses="rescue|ensure|else|elsif|when|in", closers=r"end\b",
+        clauses="rescue|ensure|else|elsif|when|in", closers="end", here_documents=True,
         block_comment=("=begin", "=end"), strings=_THREE_QUOTES,
-        here_document=r"[~-]?(['\"`]?)([A-Z_]\w{0,80})\1",
         endings=(".rb", ".rake", ".gemspec", ".ru"),
         filenames=("rakefile", "gemfile", "vagrantfile", "podfile", "brewfile", "fastfile"),
         aliases=("rb",),
@@ -379,13 +365,13 @@ LANGUAGES: dict[str, Language] = {
     "lua": Language(
         uses=r"(?:local[ \t]+[\w, \t]{1,80}=[ \t]*)?require\b", function="function", names="local",
         also=r"(?:\w{1,80}\.){0,3}(\w{1,80})[ \t]*=[ \t]*function\b",
-        clauses="else|elseif", closers=r"(?:end|until)\b",
-        line_comment="--", block_comment=("--[[", "]]"), texts=_LUA_RAW, raw=_LUA_RAW,
+        clauses="else|elseif", closers="end|until",
+        line_comment="--", block_comment=("--[[", "]]"), texts=_LUA_RAW,
         blocks="lines", endings=(".lua",), aliases=("luajit",),
     ),
     "julia": Language(
         uses=r"(?:using|import|include)\b", types="module|baremodule", function="function",
-        names="struct|type|macro|const", clauses="else|elseif|catch|finally", closers=r"end\b",
+        names="struct|type|macro|const", clauses="else|elseif|catch|finally", closers="end",
         line_comment="#", block_comment=("#=", "=#"), texts=('"""',), blocks="lines",
         endings=(".jl",), aliases=("jl",),
     ),
@@ -394,13 +380,13 @@ LANGUAGES: dict[str, Language] = {
         types="defmodule|defimpl|defprotocol|describe", function="def",
         also=r"[ \t]{0,200}(?:defp|defmacrop?|defguardp?)[ \t]+(\w+)",
         clauses="else|rescue|catch|after",
-        closers=r"end\b", line_comment="#", block_comment=None, texts=('"""',), blocks="lines",
+        closers="end", line_comment="#", block_comment=None, texts=('"""',), blocks="lines",
         endings=(".ex", ".exs"), aliases=("ex", "exs"),
     ),
     "haskell": Language(
         uses=r"(?:import|module)[ \t]",
         names="data|newtype|type|class|instance", also=r"([a-z]\w{0,80}'?)[ \t]*::",
-        line_comment="--", block_comment=("{-", "-}"), strings=('"',), ambiguous="'",
+        line_comment="--", block_comment=("{-", "-}"), strings=('"', "'"), lifetimes=True,
         blocks="lines", endings=(".hs",), aliases=("hs",),
     ),
     "sql": Language(
@@ -408,12 +394,8 @@ LANGUAGES: dict[str, Language] = {
         also=r"(?i:create[ \t]+(?:\w+[ \t]+){0,4}"
              r"(?:table|view|function|procedure|trigger|index|type|schema)[ \t]+"
              r"(?:if[ \t]+not[ \t]+exists[ \t]+)?(?:[\w\"`\[\]]{1,80}\.)?[\"`\[]?(\w+))",
-        clauses=r"(?i)[^\w\\-]|(?:and|as|cross|else|end|except|fetch|for|from|full|group|having"
-                r"|inner|intersect|join|language|lateral|left|limit|natural|offset|on|or|order"
-                r"|outer|qualify|returning|returns|right|set|then|union|using|values|when|where"
-                r"|window)\b",
         line_comment="--", other_comments=(("{#", "#}"), ("#", "\n")), blocks="statements",
-        strings=(), texts=_THREE_QUOTES, raw=_THREE_QUOTES, commands=True,
+        strings=(), texts=_THREE_QUOTES, commands=True,
         endings=(".sql",), aliases=("mysql", "postgresql", "postgres", "sqlite", "plpgsql", "tsql"),
     ),
     "html": replace(_PLAIN, line_comment="", block_comment=("<!--", "-->"), blocks="tree",
@@ -423,18 +405,17 @@ LANGUAGES: dict[str, Language] = {
                     fences=True, endings=(".yaml", ".yml"),
                     aliases=("yml", "dockercompose", "yaml.docker-compose")),
     "toml": replace(_PLAIN, also=r"\[{1,2}([^\]\n]{1,120})\]", strings=('"', "'"),
-                    texts=('"""', "'''"), raw=("'''", "'"), endings=(".toml",),
+                    texts=('"""', "'''"), endings=(".toml",),
                     filenames=("pipfile",)),
     "markdown": replace(_PLAIN, also=r"#{1,6}[ \t]+([^\r\n]{1,200})\r?$", line_comment="",
                         block_comment=("<!--", "-->"), fences=True,
                         endings=(".md", ".markdown", ".mdx"), aliases=("md", "mdx")),
     "dockerfile": replace(_PLAIN, also=r"(?i:FROM[ \t]+\S{1,200}[ \t]+AS|ARG|ENV)[ \t]+([\w.-]+)",
-                          fences=True, commands=True,
-                          here_document=r"-?(['\"]?)([A-Za-z_]\w{0,80})\1",
+                          here_documents=True, fences=True, commands=True,
                           endings=(".dockerfile",), filenames=("dockerfile", "containerfile"),
                           aliases=("docker",)),
     "makefile": replace(_PLAIN, uses=r"-?include\b", also=r"([\w.%/-]{1,80})[ \t]*(?::|[?+]?=)",
-                        clauses="else", closers=r"(?:endif|endef)\b", commands=True,
+                        clauses="else", closers="endif|endef", commands=True,
                         endings=(".mk", ".mak"), filenames=("makefile", "gnumakefile"),
                         aliases=("make", "makefile-gmake")),
 }  # fmt: skip
@@ -445,7 +426,7 @@ SCALA_UNBRACED = replace(
     blocks="offside",
     openers=r"(?:[:={]|=>|<-"
             r"|\b(?:catch|do|else|finally|for|if|match|return|then|try|while|with|yield))$",
-    clauses=r"catch|do|else|finally|then|yield|\}", closers=r"end[ \t]+\w",
+    clauses="catch|do|else|finally|then|yield", closers="end",
 )  # fmt: skip
 _UNBRACED = re.compile(
     rf"^[ \t]{{0,200}}(?:{_MODIFIERS}"

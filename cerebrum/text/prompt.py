@@ -171,7 +171,6 @@ LINE_START = re.compile(
     r"|rescue|ensure|end|fi|done|esac|then|do)\b|</)",
     re.M,
 )
-DOCSTRING_MARK = '"""'
 # The template's tokens besides the text: special tokens, and a system message of its own.
 TEMPLATE_TOKENS = {"complete": 4, "infill": 16, "instruct": 64, "chat": 32}
 # Weights of the text around a cursor: with more than 800 tokens a model completes no more lines,
@@ -217,22 +216,13 @@ def fit(text: str, language: Language, room: int) -> str:
     """
     if fits(text, room):
         return text
-    step = window_step(room)
+    # A power of two, up to a sixth of the room, since digits weigh six.
+    step = max(MIN_STEP, 1 << (room // 6).bit_length() >> 1)
     mark = language.remark(LEFT_OUT) + "\n"
     start = window_start(text, step, room - weigh(mark))
     if start is None:
         return fit_end(text, room)
-    return mark + text[find_statement(text, language, start, start + step // 2) :]
-
-
-def window_step(room: int) -> int:
-    """The characters between the places where a window may start: a power of two, up to a sixth of
-    the room, since digits weigh six.
-    """
-    step = MIN_STEP
-    while 2 * step <= room // 6:
-        step *= 2
-    return step
+    return mark + text[find_statement(text, start, start + step // 2) :]
 
 
 def window_start(text: str, step: int, room: int) -> int | None:
@@ -245,31 +235,13 @@ def window_start(text: str, step: int, room: int) -> int | None:
     return starts[found] if found < len(starts) else None
 
 
-def find_statement(text: str, language: Language, start: int, stop: int) -> int:
+def find_statement(text: str, start: int, stop: int) -> int:
     """The start of the first of the least indented statements in the range; if none, of a line;
     else `start`.
     """
-    if closing := closing_mark(text, language, start):
-        end = text.find(closing, start, stop)
-        if end >= 0:
-            start = min(line_end(text, end), stop)
     statements = LINE_START.finditer(text, start, stop)
     least = min(statements, key=lambda match: len(match[0]), default=None)
-    if least:
-        return least.start()
-    return text.find("\n", start, stop) + 1 or start
-
-
-def closing_mark(text: str, language: Language, position: int) -> str:
-    """The end of the docstring or block comment that the position is in; "" outside of them."""
-    if language.indented:
-        is_inside = text.count(DOCSTRING_MARK, 0, position) % 2
-        return DOCSTRING_MARK if is_inside else ""
-    if not language.block_comment:
-        return ""
-    opening, closing = language.block_comment
-    is_inside = text.rfind(opening, 0, position) > text.rfind(closing, 0, position)
-    return closing if is_inside else ""
+    return least.start() if least else text.find("\n", start, stop) + 1 or start
 
 
 def line_end(text: str, position: int) -> int:
@@ -334,7 +306,8 @@ def prepare(
 def prepare_instruction(fields: Fields, room: int) -> Prepared:
     """An instruction, and its code in a fence."""
     language = syntax(fields["language"])
-    given, code = instruction_of(fields, room)
+    prompt, given = fields.get("prompt") or "", fields.get("instruction")
+    given, code = (given, prompt) if given else (prompt, "")
     instruction = given.strip()
     instructed = fit_start(instruction, room // 2 if code else room)
     room -= weigh(instructed)
@@ -357,17 +330,6 @@ def prepare_instruction(fields: Fields, room: int) -> Prepared:
     sizes = len(sent) + len(instructed), len(code) + len(given)
     kept = kept_of(*sizes, instruction=instructed != instruction, window=sent != code)
     return Prepared({"mode": "instruct", "messages": messages}, kept, weigh(text))
-
-
-def instruction_of(fields: Fields, room: int) -> tuple[str, str]:
-    """The instruction of a request, and the code that it is about."""
-    prompt = fields.get("prompt") or ""
-    if instruction := fields.get("instruction"):
-        return instruction, prompt
-    if fits(prompt, room):
-        return prompt, ""
-    instruction, _, code = prompt.strip().partition("\n")
-    return instruction, code  # the lines after its first are probably code
 
 
 def kept_of(characters: int, of: int, **is_cut: bool) -> Kept:
@@ -549,17 +511,16 @@ def prepare_chat(messages: Sequence[Message], room: int) -> Prepared:
 def first_turn(turns: Sequence[Message], room: int) -> int:
     """The index of the first turn to send, if those before the last one have this room.
 
-    Turns are left out four at a time, if enough of them remain. The turns after the gap move
-    forward, so a backend must prefill them again; this way it does so only every other turn.
+    Turns are left out four at a time, if many remain. The turns after the gap move forward, so a
+    backend must prefill them again; this way it does so only every other turn.
     """
     latest = turns[-2 : -1 - MAX_TURNS : -1]
     # To weigh a text that cannot fit would only take time.
     short = takewhile(lambda turn: len(turn["content"]) <= MAX_CHARS_PER_WEIGHT * room, latest)
     taken = 1 + count_fitting(map(weigh_message, short), room)
     start = len(turns) - taken
-    rounded = -(-start // 4) * 4
-    if 2 * (len(turns) - rounded) >= taken:
-        start = rounded
+    if taken > 8:
+        start = -(-start // 4) * 4
     if 0 < start < len(turns) - 1 and turns[start]["role"] == "assistant":
         start += 1  # an answer without its question
     return start

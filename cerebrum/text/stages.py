@@ -9,17 +9,13 @@ Pure; standard library only.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 
-# Against models that go round in circles. tests/bench/ending.py has none: 0 % of its cases depend
-# on these.
-REPEATED_LINES = 12  # a model that writes the same line this often in a row is starting over ...
-REPEATED_DATA = 24  # ... unless the line is data (it ends with a comma) or only closes something
+# Against models that go round in circles.
+REPEATED_LINES = 12  # a model that writes the same line this often in a row is starting over
 REPEATED_COPIES = 4  # the same for a block of two or more lines
 PERIOD_LINES = 24  # the longest such block
 PERIOD_CHARS = 400  # a line that ends with this much of one short pattern never ends
-LIGHT = re.compile(r".*,$|\W*$|</[\w:-]+>$|\s*(?:end|fi|done)\W*$")
 
 LEAST_PROBABILITY = 1e-4  # of a token
 WORD_CHARS = 24  # of a longer word, the next part is a word of its own
@@ -292,7 +288,6 @@ class Repeat(Stage):
         periods = [period for period in range(1, PERIOD_LINES + 1) if runs[period] >= period]
         self.hold = (self.hold or position) if periods else None
         for period in periods:
-            light = all(LIGHT.fullmatch(copied) for copied in lines[-period:])
-            most = REPEATED_DATA if light else max(REPEATED_LINES, REPEATED_COPIES * period)
+            most = max(REPEATED_LINES, REPEATED_COPIES * period)
             if runs[period] + period >= most:
                 self.end("repeat", self.hold or position)

@@ -12,14 +12,25 @@ kind in each language, and writes each into FILE.jsonl with what must remain of 
                           with one of 1,200 characters that begins anywhere, as editors cut it
     span                  a gap that begins and ends within lines, of up to three lines
     statement             from within the first line of a statement at the margin that takes several
+    margin                from within one that takes one, or in languages with blocks by lines up to
+                          a blank line
+    below                 the same from right below a comment
+    next                  definitions at the margin, from the beginning of their line, below a
+                          blank one
+    docstring             definitions in a window that begins in a docstring
+    remark                definitions with a comment below a blank line that is not indented more
+    script                what follows #! in the first line
+    again                 for gaps that end within a line: the model writes its rest and ends
     half                  the first half of a gap of several lines, which `max_tokens` cuts off
     unknown               the same lines, definitions and gaps, without their language
     typed                 a gap whose text begins with the indentation that is there already
     helper                a function and the one below it, which it calls
-    loop                  a gap of several lines, the last of which is written again and again
+    loop, endless         a gap of several lines, the last of which, or the last word of which, is
+                          written again and again
     fenced                fenced blocks of Markdown files as answers to an instruction: behind the
-                          fence (`opened`), or from the heading or the paragraph above it (`told`);
-                          a Markdown file as one (`whole`)
+                          fence (`opened`), from the heading or the paragraph above it (`told`), or
+                          from the block above it, of shell commands or the like (`beside`); a
+                          Markdown file as one (`whole`)
     bare                  a file as an answer without a fence
     prose                 a paragraph of Markdown as an answer
     answer                with --answers: what the 0.5B says to so many of HumanEval's problems,
@@ -79,6 +90,7 @@ from quality import passes, problems
 from waste import replay
 
 from cerebrum.text.ending import Ending
+from cerebrum.text.fences import BESIDE
 from cerebrum.text.languages import LANGUAGES, language_named
 from cerebrum.text.prompt import common_length, prepare
 
@@ -87,11 +99,14 @@ WINDOW = 1200  # characters
 LONG = 1500  # characters of a turn, and of the files
 FILES, TYPED = 400, 60
 DEFINITIONS = 10  # of a language
+MOST_FILES = 400  # of a language
 ROLES = "user", "assistant"
 COPIES = 40  # of a line
 OTHER = "\n".join(f"other{n} = elsewhere({n})" for n in range(60))
 CALL = re.compile(r"\b(\w{2,40})\(")
 FENCE = re.compile(r"^( *)(```+)(\w+)[^\n`]*\n(.*?)^\1\2[ \t]*$", re.M | re.S)
+DOCSTRING = re.compile(r'^ *[rR]?"{3}(?=[^"\n]*\n)([^"\\]+?)"{3} *$', re.M)
+SHELLS = ("shell", "powershell", "json", "yaml", "toml", "markdown")
 PARTS = re.compile(r"\n{2,}")
 MIN_LINE = 6  # characters
 MODEL = "qwen_0_5b"
@@ -119,6 +134,7 @@ def rows_of_case(language: str, case: Case, window: bool) -> Iterator[Row]:
     name = f"window_{case.kind}" if window else case.kind
     for model, text in texts_of(case, OTHER).items():
         yield row_of(f"{name}_{model}", language, case, text) | {"window": window}
+    yield from again(case.kind, language, case)
     if window:
         near = cut_to(case, WINDOW)
         yield row_of(f"client_{case.kind}", language, near, case.piece + case.after[:MORE_CHARS])
@@ -134,6 +150,15 @@ def rows_of_case(language: str, case: Case, window: bool) -> Iterator[Row]:
     last = case.piece.rstrip().rpartition("\n")[2]
     if case.kind == "lines" and len(last.strip()) >= MIN_LINE and case.piece.endswith("\n"):
         yield row_of("loop", language, case, case.piece + COPIES * f"{last}\n")
+        text = case.piece.rstrip()
+        yield row_of("endless", language, case, text + 10 * COPIES * f" {last.split()[-1]}")
+
+
+def again(row: str, language: str, case: Case) -> Iterator[Row]:
+    """A model that writes the rest of the cursor's line, and ends by itself."""
+    rest = case.after.partition("\n")[0]
+    if case.kind in GAPS and rest.strip():
+        yield row_of(f"{row}_again", language, case, case.piece + rest)
 
 
 def place_of(source: Source, line: Line) -> int:
@@ -190,7 +215,89 @@ def helpers(source: Source, chance: random.Random) -> Iterator[Case]:
         yield source.case_of("header", place, after[0].start if after else len(source.text))
 
 
-MORE_KINDS = {"span": spans, "statement": statements, "helper": helpers}
+def margins(source: Source, chance: random.Random, below: bool = False) -> Iterator[Case]:
+    """From within the first line of paragraphs without blocks, or of statements of one line; or
+    from right below a comment.
+    """
+    lines = source.lines
+    by_lines = source.syntax.blocks not in ("braces", "brackets")
+    for number in chance.sample(range(1, len(lines) - 1), max(0, len(lines) - 2)):
+        line = lines[number]
+        if not line.code or line.indent or source.is_header(number):
+            continue
+        if any(pattern.match(line.text) for pattern in (CLOSER, CLAUSE, IGNORED)):
+            continue
+        above = lines[number - 1]
+        if below != (source.comment[above.start : above.start + 1] == b"\1"):
+            continue
+        ends = range(number + 1, len(lines))
+        end = next((at for at in ends if not by_lines or not lines[at].text), len(lines) - 1)
+        inside = range(number + 1, end + 1)
+        if any(lines[at].text and (lines[at].indent or not lines[at].code) for at in inside):
+            continue
+        if not source.syntax.imports.match(line.text) and not CLOSER.match(lines[end].text):
+            start = line.start + (0 if below else chance.randrange(1, len(line.text) + 1))
+            yield source.case_of("header", start, lines[end].start)
+
+
+def belows(source: Source, chance: random.Random) -> Iterator[Case]:
+    return margins(source, chance, below=True)
+
+
+def nexts(source: Source, chance: random.Random) -> Iterator[Case]:
+    """Definitions at the margin below a blank line, from the beginning of theirs."""
+    lines = source.lines
+    for number in chance.sample(range(1, len(lines) - 1), max(0, len(lines) - 2)):
+        line, above = lines[number], lines[number - 1]
+        if above.text or line.indent or not source.is_header(number):
+            continue
+        if (last := source.end_of(number)) is not None:
+            end = lines[last + 1 : last + 2]
+            yield source.case_of("header", line.start, end[0].start if end else len(source.text))
+
+
+def docstrings(source: Source, chance: random.Random) -> Iterator[Case]:
+    """Definitions with a prompt that begins within a docstring."""
+    for case in source.definitions("header", chance) if source.language == "python" else ():
+        found = list(DOCSTRING.finditer(case.prompt))
+        if found:
+            docstring = chance.choice(found)
+            yield case._replace(prompt=case.prompt[chance.randrange(*docstring.span(1)) + 1 :])
+
+
+def remarks(source: Source, chance: random.Random) -> Iterator[Case]:
+    """Definitions within which a comment that is not indented follows a blank line."""
+    for number, line in enumerate(source.lines[:-1]):
+        last = source.end_of(number) if source.is_header(number) else None
+        within = itertools.pairwise(source.lines[number + 1 : (last or number) + 1])
+        starts = source.syntax.comment_starts
+        if starts and any(
+            not above.text and below.text.startswith(starts) and below.indent <= line.indent
+            for above, below in within
+        ):
+            after = source.lines[last + 1 : last + 2]
+            end = after[0].start if after else len(source.text)
+            yield source.case_of("header", source.lines[number + 1].start, end)
+
+
+def scripts(source: Source, _: random.Random) -> Iterator[Case]:
+    if source.text.startswith("#!"):
+        end = source.text.rfind("\n", 0, MAX_PIECE) + 1
+        yield source.case_of("header", source.text.index("\n") + 1, end)
+
+
+MORE_KINDS = {
+    "span": spans,
+    "statement": statements,
+    "helper": helpers,
+    "margin": margins,
+    "below": belows,
+    "next": nexts,
+    "docstring": docstrings,
+    "remark": remarks,
+    "script": scripts,
+}
+FEW_LANGUAGES = {"docstring": 10, "remark": 3, "script": 5}  # so many times as many cases
 
 
 def of_source(
@@ -203,11 +310,13 @@ def of_source(
             have[kind] += 1
             yield from rows_of_case(language, case, kind in GAPS and have[kind] % 2 == 0)
     for kind, cases in MORE_KINDS.items():
-        for case in islice(cases(source, chance), CASES_PER_FILE * (have[kind] < most)):
+        wanted = have[kind] < most * FEW_LANGUAGES.get(kind, 1)
+        for case in islice(cases(source, chance), CASES_PER_FILE * wanted):
             if len(case.piece) <= MAX_PIECE:
                 have[kind] += 1
                 for model, text in texts_of(case, OTHER).items():
                     yield row_of(f"{kind}_{model}", language, case, text)
+                yield from again(kind, language, case)
     if have["bare"] < most and language != "markdown":
         have["bare"] += 1
         text = source.text[:MAX_PIECE]
@@ -217,37 +326,46 @@ def of_source(
 def of_language(language: str, options: argparse.Namespace) -> Iterator[Row]:
     chance = random.Random(f"{options.seed} {language}")
     have = Counter[str]()
-    for source in sources(options.folders, language, chance):
+    for source in islice(sources(options.folders, language, chance), MOST_FILES):
         yield from of_source(source, have, options.cases, chance)
-        if min(have[kind] for kind in KINDS) >= options.cases:
-            return
 
 
-def of_markdown(folders: list[str], chance: random.Random, cases: int) -> Iterator[Row]:
-    """Fenced blocks with the text around them, and paragraphs without any."""
-    found = list[Path]()
-    for folder in folders:
-        found += sorted(Path(folder).rglob("*.md"))
-    have = defaultdict[str, int](int)
-    for path in chance.sample(found, len(found)):
-        text = path.read_text("utf-8", "replace").replace("\r\n", "\n") if path.is_file() else ""
-        end = 0
-        for block in islice(FENCE.finditer(text), CASES_PER_FILE):
-            language = language_named(block[3].lower())
-            name = next((name for name, row in LANGUAGES.items() if row is language), "")
-            above, end = text[end : block.start()], block.end()
-            if not name or "```" in above or have[name] >= cases or not block[4].strip():
-                continue
+def fenced(text: str, have: Counter[str], cases: int) -> Iterator[Row]:
+    """Fenced blocks of a Markdown file with the text around them."""
+    end = 0
+    previous = None
+    for block in FENCE.finditer(text):
+        before, previous = previous, block
+        language = language_named(block[3].lower())
+        name = next((name for name, row in LANGUAGES.items() if row is language), "")
+        above, end = text[end : block.start()], block.end()
+        if not name or "```" in above or not block[4].strip():
+            continue
+        after = text[end : end + MORE_CHARS].partition("```")[0]
+        lines = block[4].splitlines(keepends=True)
+        piece = "".join(line.removeprefix(block[1]) for line in lines)
+        if have[name] < cases:
             have[name] += 1
-            after = text[block.end() : block.end() + MORE_CHARS].partition("```")[0]
-            piece = "".join(
-                line.removeprefix(block[1]) for line in block[4].splitlines(keepends=True)
-            )
             opened = piece + block[2] + after
             yield answer_of("fenced_opened", name, f"```{name}\n", opened, piece)
             told = PARTS.split(above)[-2:]
             begin = "\n\n".join(told).lstrip("\n")
             yield answer_of("fenced_told", name, "", begin + block[0] + after, piece)
+        is_code = name not in SHELLS and have["beside"] < 10 * cases
+        if before and before[3].lower() in BESIDE and is_code:
+            have["beside"] += 1
+            yield answer_of("fenced_beside", name, "", text[before.start() : end] + after, piece)
+
+
+def of_markdown(folders: list[str], chance: random.Random, cases: int) -> Iterator[Row]:
+    """Fenced blocks, whole files with fences, and paragraphs without any."""
+    found = list[Path]()
+    for folder in folders:
+        found += sorted(Path(folder).rglob("*.md"))
+    have = Counter[str]()
+    for path in chance.sample(found, len(found)):
+        text = path.read_text("utf-8", "replace").replace("\r\n", "\n") if path.is_file() else ""
+        yield from fenced(text, have, cases)
         if text.count("```") % 2 == 0 and "```" in text and have["whole"] < 5 * cases:
             have["whole"] += 1
             whole = text[:MAX_PIECE].rpartition("\n```\n")[0] + "\n```\n"

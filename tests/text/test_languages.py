@@ -570,7 +570,6 @@ def test_the_ends_of_strings() -> None:
 def test_no_name_means_two_languages() -> None:
     words, files = [*LANGUAGES], list[str]()
     for language in LANGUAGES.values():
-        assert {*language.raw} <= {*language.strings, *language.texts}
         assert language.blocks in ("braces", "brackets", "statements", "indent", "lines", "tree")
         words += language.aliases
         files += [*language.endings, *language.filenames]

@@ -292,15 +292,6 @@ def test_an_instruction_on_a_long_file_gets_what_it_names() -> None:
     assert parts == ["instruction"]
 
 
-def test_an_instruction_line_over_a_long_file_is_split_from_it() -> None:
-    asked = "Refactor this to use asyncio:"
-    text = f"{asked}\n\n{PYTHON_FILE}"
-    assert detect_mode({"prompt": text, "language": "python"}) == "instruct"
-    content, parts = instructed(text)
-    assert content.endswith(f"{PYTHON_FILE[-300:]}```\n\n{asked}")
-    assert parts[-1] == "window"
-
-
 def test_someone_typing_keeps_the_cache() -> None:
     lines = PYTHON_FILE.splitlines(keepends=True)
     prompts = [sent("".join(lines[:count])) for count in range(1700, 1800)]
