@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from cerebrum.text.fences import Fences
 from cerebrum.text.gap import gap_of
 from cerebrum.text.languages import LANGUAGES, Language, in_style, language_named
-from cerebrum.text.scanner import COMPOUND, LINE_CHARS, OPENING_OF, LineScanner, Scanner, scanner_of
+from cerebrum.text.scanner import LINE_CHARS, OPENING_OF, LineScanner, Scanner, scanner_of
 from cerebrum.text.stages import (
     Blanks,
     Indent,
@@ -40,6 +40,9 @@ from cerebrum.text.stages import (
 )
 
 NAME_CHARS = 100  # a function with a longer name is not recognized as a helper
+COMPOUND = re.compile(  # Python
+    r"(?:async\s+)?(?:def|class|if|elif|else|for|while|with|try|except|finally|match|case)\b"
+)
 CONTROL = re.compile(r"\b(?:if|else|try|do)\b[^\n]*$")  # the header of a block that goes on
 CODE = re.compile(
     r"\n *(?:(?:def|class|if|for|while|with|elif|except) .*:|return .*|from \S+ import .*"
@@ -47,7 +50,7 @@ CODE = re.compile(
 )
 CALL = re.compile(rf"(?<![\w.])(\w{{1,{NAME_CHARS}}})\(")
 FENCE = "```"  # a line that begins so ends a completion
-# A line that starts so continues the one above, in languages without semicolons.
+# A line that starts so goes on with the one above, in languages without semicolons.
 GOES_ON = ".?&|+-:=,"
 HEADER = re.compile(r"\S[^\n]*[:{][ \t]*\r?\n")  # of a block in column 0
 # Of the prompt's end and of the suffix, read to guess the syntax and the indentation.
@@ -94,7 +97,7 @@ UNDECIDED = "undecided"
 
 
 class Helpers:
-    """The functions that a block calls and nothing defines: they may follow the block."""
+    """The functions that a block calls and nothing above defines: they may follow the block."""
 
     def __init__(self, keyword: str, prompt: str) -> None:
         self.keyword = keyword
@@ -166,7 +169,7 @@ class Block(Stage):
     def _end_line(self) -> bool:
         """Whether the block has ended with the line, or before it."""
         line, self.line = self.line.rstrip(), ""
-        if not self.scanner.starting:  # the line end is within a literal
+        if not self.scanner.starting:  # within a literal or, by lines, within brackets
             return False
         held, self.held = self.held, True
         if held and line and self.side_of(f"{line}\n") == OUTSIDE:
@@ -278,10 +281,10 @@ class LineBlock(Block):
         over = self.goal == "statement" and self.level == 0 and self.blank and self.mark
         if self.level > self.base and not over:
             return INSIDE
-        if self.goal == "member" and not (self.blank and self.mark):
-            return INSIDE
         if self.level < self.base:
             return OUTSIDE
+        if self.goal == "member" and not (self.blank and self.mark):
+            return INSIDE
         if word[0] in OPENING_OF:
             return INSIDE
         side = side_of_words(f"{language.clauses}|{language.closers}", word)
@@ -329,7 +332,8 @@ class BracketBlock(Block):
 
     def step(self, char: str) -> None:
         super().step(char)
-        if not self.goal and char == "{" and len(self.scanner.stack) == 1:
+        stack = self.scanner.stack
+        if not self.goal and len(stack) == 1 and stack[0].kind == "{":
             self._choose(0)
 
     @property
@@ -391,12 +395,12 @@ def scan(language: Language, prompt: str) -> Scanner:
     return scanner
 
 
-def block_of(scanner: Scanner, prompt: str) -> Block:
-    if scanner.statements:
-        return StatementBlock(scanner, prompt)
-    if isinstance(scanner, LineScanner):
-        return LineBlock(scanner, prompt)
-    return BracketBlock(scanner, prompt)
+# By a language's `blocks`; all others are lines.
+BLOCKS: dict[str, type[Block]] = {
+    "braces": BracketBlock,
+    "brackets": BracketBlock,
+    "statements": StatementBlock,
+}
 
 
 def code_stages(syntax: Language | None, prompt: str, suffix: str, infill: bool) -> list[Stage]:
@@ -413,7 +417,11 @@ def code_stages(syntax: Language | None, prompt: str, suffix: str, infill: bool)
     typed = last_line(prompt)
     if typed and not typed.strip() and code.starting:
         stages.append(Typed(typed))
-    stages.append(gap_of(code, prompt, suffix) if infill else block_of(scanner, prompt))
+    if infill:
+        stages.append(gap_of(code, prompt, suffix))
+    else:
+        block: type[Block] = BLOCKS.get(scanner.language.blocks, LineBlock)
+        stages.append(block(scanner, prompt))
     return stages
 
 
@@ -455,7 +463,7 @@ class Ending:
                 whole = not infill or prompt[-1:] in ("", "\n")
                 self.stages.append(Indent(indent, whole))
             self.stages.append(Repeat())
-        # Where whole lines are missing, the text ends with its line.
+        # Not where whole lines are missing: such a text ends with a line end.
         if least and (last_line(prompt) or not suffix.partition("\n")[0].strip()):
             self.stages.append(Trimmed())
 

@@ -204,7 +204,7 @@ class Gap(Stage):
     cost = 0.0  # of the line so far
     enough: int | None = None  # the infill could end here; None: it cannot yet
     # Where the text left the cursor's surroundings, so that a bracket or a line does not belong to
-    # the gap; None: it has not. The infill ends there at the latest.
+    # the gap; None: it has not.
     left_at: int | None = None
 
     def __init__(self, scanner: Scanner, prompt: str, suffix: str) -> None:
@@ -218,9 +218,7 @@ class Gap(Stage):
         self.depth_at_cursor = len(scanner.stack)
         # How many of these brackets the suffix closes. A prompt may begin within a block: a bracket
         # that is closed at less indentation was opened above the prompt.
-        line = last_line(prompt)
-        blank = line.removesuffix(line.lstrip())
-        closing = scanner_of(scanner.language, blank + suffix[:CLOSERS_CHARS]).unmatched
+        closing = scanner_of(scanner.language, suffix[:CLOSERS_CHARS]).unmatched
         outermost = scanner.stack[0].indent if scanner.stack else 0
         known = [indent for indent in closing if indent >= outermost]
         self.closed_below = min(self.depth_at_cursor, len(known))
@@ -237,7 +235,7 @@ class Gap(Stage):
         """The text has left the surroundings of the cursor at a place."""
         if self.left_at is None:
             self.left_at, self.inner = place, False
-            self.could_end(place)
+            self.note_end(place)
 
     def step(self, char: str) -> None:
         meeting, begun = self.meeting, self.meeting.line != ""
@@ -246,8 +244,6 @@ class Gap(Stage):
         place = meeting.step(char)
         if place is not None and meeting.sure:
             self.end("stop", place)
-        elif place is not None and not self.in_line:
-            self.could_end(place)
         if not self.reason:
             self._read(char, begun)
         if self.reason:
@@ -282,8 +278,10 @@ class Gap(Stage):
         if is_fence and not scanner.language.fences:
             self.end("stop", meeting.edge)
 
-    def could_end(self, place: int) -> None:
-        """The infill could end here. The first such place counts; in an inner block, the latest."""
+    def note_end(self, place: int) -> None:
+        """The infill could end here. The first such place counts; in an inner block, the latest.
+        (A rest of the cursor's line that the model has written is surer, see `on_line`.)
+        """
         if self.enough is None or self.inner:
             self.enough = place
 
@@ -345,7 +343,7 @@ class GapOfLines(Gap):
         if self.goes_on:
             self.goes_on = self.inner = self.closer_before != ""
         if self._fits():
-            self.could_end(self.mark)
+            self.note_end(self.mark)
 
     def _fits(self) -> bool:
         """Whether the suffix fits below the line that has ended."""
@@ -409,7 +407,7 @@ class GapInLine(Gap):
             if len(rest) >= REST_CHARS:
                 self.patience = min(self.patience, WRITTEN_AHEAD_CHARS)
         elif self.level <= 0 and not scanner.closer and rest[0] not in OPENING_OF:
-            self.could_end(self.meeting.edge)  # else the rest closes what the cursor is in
+            self.note_end(self.meeting.edge)  # else the rest closes what the cursor is in
 
 
 def gap_of(scanner: Scanner, prompt: str, suffix: str) -> Gap:

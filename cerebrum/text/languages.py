@@ -153,8 +153,8 @@ class Language:
 
     @cached_property
     def literal_run(self) -> Pattern:
-        """Matches characters that only continue a literal or comment: no ends, escapes, R"( of C++,
-        $$ of SQL.
+        """Matches characters that only continue a literal or comment: no ends, escapes, $$ of
+        SQL.
         """
         others = {closing[-1] for _, closing in self.delimiters} | set("\n($[]" + self.escape)
         return _run_of(others)
@@ -394,7 +394,7 @@ LANGUAGES: dict[str, Language] = {
         also=r"(?i:create[ \t]+(?:\w+[ \t]+){0,4}"
              r"(?:table|view|function|procedure|trigger|index|type|schema)[ \t]+"
              r"(?:if[ \t]+not[ \t]+exists[ \t]+)?(?:[\w\"`\[\]]{1,80}\.)?[\"`\[]?(\w+))",
-        line_comment="--", other_comments=(("{#", "#}"), ("#", "\n")), blocks="statements",
+        line_comment="--", other_comments=(("{#", "#}"),), blocks="statements",
         strings=(), texts=_THREE_QUOTES, commands=True,
         endings=(".sql",), aliases=("mysql", "postgresql", "postgres", "sqlite", "plpgsql", "tsql"),
     ),

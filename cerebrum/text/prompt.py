@@ -277,8 +277,8 @@ def prepare(
 
     `mode` comes from `detect_mode`, or is "chat". A text that fits is sent unchanged, byte for
     byte. `kept` describes the text sent: `{"characters": 8120, "of": 102400, "parts": ["window",
-    "suffix"]}`, of which a window of the prompt and the beginning of the suffix are sent. If
-    nothing is left out, `parts` is ["all"].
+    "suffix"]}` if a window of the prompt and the beginning of the suffix are sent. `parts` are
+    those that were cut, or else ["all"].
 
     `max_fresh` limits the tokens to prefill. `cached` holds texts that the backend has prefilled;
     the longest start that the prompt shares with one of them does not count. `layout` is that of
@@ -519,7 +519,7 @@ def first_turn(turns: Sequence[Message], room: int) -> int:
     short = takewhile(lambda turn: len(turn["content"]) <= MAX_CHARS_PER_WEIGHT * room, latest)
     taken = 1 + count_fitting(map(weigh_message, short), room)
     start = len(turns) - taken
-    if taken > 8:
+    if taken > 8:  # most of them remain
         start = -(-start // 4) * 4
     if 0 < start < len(turns) - 1 and turns[start]["role"] == "assistant":
         start += 1  # an answer without its question

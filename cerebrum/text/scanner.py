@@ -20,15 +20,12 @@ from cerebrum.text.languages import Language
 HEAD_CHARS = 1000
 # Unclosed brackets of other kinds that a closing bracket may skip; a correct program has none.
 STRAY_BRACKETS = 20
-OPENER_CHARS = 6  # the longest opening of a literal
+OPENER_CHARS = 6  # the longest opening that begins with a shorter one, as """ does
 TAIL_CHARS = 80  # kept of the text: enough for the end of a literal or of a line with <<
 LINE_CHARS = 500  # the part of a line that comparisons use
 # A line that ends so goes on in the next one, in languages without semicolons.
-GOES_ON = tuple(",=(&|+?.:<*/-")
+UNFINISHED = tuple(",=(&|+?.:<*/-")
 OPENING_OF = {")": "(", "]": "[", "}": "{"}
-COMPOUND = re.compile(
-    r"(?:async\s+)?(?:def|class|if|elif|else|for|while|with|try|except|finally|match|case)\b"
-)
 # A line below which a here-document follows: the line that ends it.
 HERE = re.compile(r"(?<!<)<<[~-]?\\?['\"]?([A-Z_]\w*)[^\n]*\n\Z")
 # SQL. The word that ends before the last character, unless it is part of a name, and that character
@@ -66,11 +63,14 @@ class Scanner:
     statements = False  # the blocks are statements
 
     tail = ""  # the last characters of the text
-    # The literal or comment that the text is in: its two ends, "" in code.
+    # The two ends of the literal or comment that the text is in, or was in last; in code, `closer`
+    # is "".
     opener = closer = ""
     since = 0  # characters since it opened
-    escaped = False  # after a backslash or the language's `escape`
-    head = last = ""  # the statement so far: its code, and its last character
+    escaped = False  # after the language's `escape`
+    # The statement so far: its code (of a comment's opening, all but the last character), and its
+    # last character.
+    head = last = ""
     starting = True  # only white space since a line (by lines: a statement) began
     indent = 0  # its columns
 
@@ -91,7 +91,7 @@ class Scanner:
     @property
     def is_over(self) -> bool:
         """Whether the statement has ended with its line, in a language without semicolons."""
-        return self.language.line_ends and self.starting and self.last not in GOES_ON
+        return self.language.line_ends and self.starting and self.last not in UNFINISHED
 
     @property
     def opened(self) -> int | None:
@@ -121,7 +121,7 @@ class Scanner:
             at = end
 
     def step(self, char: str) -> None:
-        """Read a character, or a run of them, see `feed`."""
+        """Read a character, or a run of them that changes nothing else, see `feed`."""
         language = self.language
         self.tail = (self.tail + char)[-TAIL_CHARS:]
         self.since += len(char)
@@ -165,7 +165,7 @@ class Scanner:
         elif self.since == 2 and self._is_lifetime(char):
             self.closer = ""
             self._in_code(char)
-        elif self._is_escape(char):
+        elif self._escape(char):
             return
         elif self._ends():
             self._leave(char)
@@ -182,7 +182,7 @@ class Scanner:
         may_be = self.opener == "'" and self.language.lifetimes
         return may_be and char != "'" and self.tail[-2] != "\\"
 
-    def _is_escape(self, char: str) -> bool:
+    def _escape(self, char: str) -> bool:
         """Whether a character of a literal is escaped, or escapes the next one."""
         if self.escaped:
             self.escaped = False

@@ -1,6 +1,6 @@
 """The stages that a completion passes through, and those of them that know no syntax.
 
-A stage reads one character at a time, so the outcome does not depend on how tokens split the text.
+A stage reads one character at a time, so how tokens split the text counts only for probabilities.
 It decides how much of the text may go out (`safe`) and whether the completion is over (`reason`;
 then `safe` is where it ends). Text that is not decided yet waits, usually only the start of a line.
 Pure; standard library only.
@@ -249,8 +249,7 @@ class Indent(Stage):
 
 
 class Repeat(Stage):
-    """The last stage: ends a text that repeats the same line or block of lines, indentation
-    included.
+    """Ends a text that repeats the same line or block of lines, indentation included.
 
     Two copies go out. Later ones wait: enough copies end the text after the second copy; a
     differing line frees them.

@@ -149,10 +149,6 @@ ROWS = [
         "perl block: a here-document",
         'sub f {\n«  print <<~"END";\n    don\'t {\n    END\n}\n»\nsub g {\n}\n',
     ),
-    (
-        "sql block: a comment of MySQL",
-        "SELECT a\n«# don't (\nFROM b;\n»\nSELECT c;\n",
-    ),
     ("python end: an argument twice", "x = minimum(first«, value»‖, value)\ny = 2\n"),
     (
         "python end: two lines, the second of which is the suffix's",
@@ -302,6 +298,17 @@ class A:
 »
   def g(self):
     return 2
+=== python block: below the last member
+class A:
+    # a name
+«    n = 1
+»print(A)
+=== javascript end: a brace in a template
+import fs from 'fs';
+
+«console.log(`${fs}`);
+const a = 1;
+»
 === python block: a blank line above the member
 class A:
   x = 1
