@@ -19,6 +19,9 @@ MEET_LINES = 6  # compared at most of the suffix; with 3, 2.4 % more are cut of 
 # The compared lines have at least this many, unless the suffix has fewer; without, 0.5 % more are
 # cut.
 MEET_CHARS = 7
+# Letters and digits in one line at the text's end; without, one gap of lines in a hundred of other
+# TypeScript, Go and Rust is cut.
+END_WEIGHT = 6
 # Written while the suffix is awaited, white space not counted; with 250, 1.9 % more are cut.
 AHEAD_CHARS = 330
 REST_AHEAD_CHARS = 80  # the same, if the suffix begins with the rest of the cursor's line ...
@@ -291,7 +294,8 @@ class Gap(Stage):
 
     def is_suffix(self, lines: int) -> bool:
         """Whether a text that ends with so many lines of the goal has come to the suffix."""
-        return lines > 0
+        weight = sum(map(str.isalnum, self.meeting.first))  # letters and digits
+        return lines > 1 or (lines == 1 and weight >= END_WEIGHT)
 
     def flush(self, whole: bool) -> str:
         lines, place = self.meeting.at_end()

@@ -214,7 +214,7 @@ _JS = Language(
          r"(?!(?:if|for|while|switch|catch|function|return|await|with)\b)([\w$]+)"
          r"[ \t]*(?:<[^\n()]{0,80}>)?\((?:[^()\n]|\([^()\n]{0,80}\)){0,160}\)"
          r"[^()\n;=]{0,100}\{[ \t]*\r?$",
-    texts=("`",), line_ends=True,
+    strings=('"', "'", "/"), texts=("`",), line_ends=True,
 )  # fmt: skip
 _CPP = Language(
     uses=r"[ \t]*#[ \t]*(?:include|import)\b|using[ \t]+namespace\b|using[ \t]+[\w:]+[ \t]*;"

@@ -25,6 +25,7 @@ TAIL_CHARS = 80  # kept of the text: enough for the end of a literal or of a lin
 LINE_CHARS = 500  # the part of a line that comparisons use
 # A line that ends so goes on in the next one, in languages without semicolons.
 UNFINISHED = tuple(",=(&|+?.:<*/-")
+REGEX_BEFORE = tuple("(,=:[!&|?{;")  # code before the / of a regex; others divide
 OPENING_OF = {")": "(", "]": "[", "}": "{"}
 # A line below which a here-document follows: the line that ends it.
 HERE = re.compile(r"(?<!<)<<[~-]?\\?['\"]?([A-Z_]\w*)[^\n]*\n\Z")
@@ -154,9 +155,13 @@ class Scanner:
         """
         for opener, closer in self.language.delimiters:
             extends = self.since < len(opener) and opener[: -self.since].endswith(self.opener)
-            if self.tail.endswith(opener) and (extends or not self.closer):
+            opens = extends or (not self.closer and (opener != "/" or self._may_be_regex()))
+            if self.tail.endswith(opener) and opens:
                 return opener, closer
         return None
+
+    def _may_be_regex(self) -> bool:
+        return self.last in REGEX_BEFORE or self.head.endswith("return ")
 
     def _in_literal(self, char: str) -> None:
         if self.opener == "<<":
