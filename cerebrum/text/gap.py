@@ -24,9 +24,7 @@ MEET_CHARS = 7
 END_WEIGHT = 6
 # Written while the suffix is awaited, white space not counted; with 250, 1.9 % more are cut.
 AHEAD_CHARS = 330
-REST_AHEAD_CHARS = 80  # the same, if the suffix begins with the rest of the cursor's line ...
-WRITTEN_AHEAD_CHARS = 12  # ... after the model has written that rest ...
-REST_CHARS = 3  # ... which has at least so many: shorter ones, as );, end many lines
+REST_AHEAD_CHARS = 80  # the same, if the suffix begins with the rest of the cursor's line
 # If the tokens' probabilities are known, each line written meanwhile may cost so many bits of
 # surprise: behind a missed end the model is often unsure. It may cost none where waiting never
 # paid: behind a line that was begun before the gap, behind the rest of the cursor's line that the
@@ -404,13 +402,12 @@ class GapInLine(Gap):
         return lines > 0 and self.level <= self.rest_level
 
     def on_line(self) -> None:
-        scanner, rest = self.scanner, self.meeting.first
         lines, written = self.meeting.found[-1] if self.meeting.found else (0, 0)
         if lines == 1 and self.is_suffix(lines):
             self.enough, self.doubt = written, 0.0  # surer than any place before
-            if len(rest) >= REST_CHARS:
-                self.patience = min(self.patience, WRITTEN_AHEAD_CHARS)
-        elif self.level <= 0 and not scanner.closer and rest[0] not in OPENING_OF:
+        elif (
+            self.level <= 0 and not self.scanner.closer and self.meeting.first[0] not in OPENING_OF
+        ):
             self.note_end(self.meeting.edge)  # else the rest closes what the cursor is in
 
 

@@ -622,13 +622,6 @@ f();
 fmt.Println(«f(x), "a)"»)
 }
 ‖)
-=== python block: the last line's rest, written again
-def f(a, b):
-    «retu»rn a
-
-# Test it
-print(f(3, 5))
-‖rn a
 === python stop: a line of a dictionary
 x = {
   'one': 1,
@@ -724,12 +717,6 @@ def f(xs):
 This keeps
 ‖
   return [min(a)]
-=== python block: a short rest, and other lines below it
-env['CONTENT_LENGTH'«] »= ''
-env['SCRIPT_FILENAME'] = self.path
-env['REMOTE_ADDR'] = self.client_address[0]
-‖=''
-env['SCRIPT_NAME'] = ''
 === python stop: an import like the next
 import sys
 «import os»
