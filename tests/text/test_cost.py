@@ -210,7 +210,10 @@ def test_no_text_is_expensive(work: Work, language: str) -> None:
     assert {name: times for name, times in grown.items() if times > MAX_GROWTH} == {}
 
 
-@pytest.mark.parametrize("work", [begin, end_in_each_mode, stop], ids=lambda work: work.__name__)
+MODES_SLOWLY = pytest.param(end_in_each_mode, marks=pytest.mark.slow, id="end_in_each_mode")
+
+
+@pytest.mark.parametrize("work", [begin, MODES_SLOWLY, stop])
 def test_no_character_copies_what_is_there(work: Work) -> None:
     text = repeated("\n", WIDE)
     assert growth(work, "python", text, MANY_CHARACTERS, MAX_COPY_GROWTH) < MAX_COPY_GROWTH

@@ -1397,6 +1397,13 @@ def test_whether_the_cursor_is_in_code(language: str, prompt: str, in_code: bool
     assert (ending.scan(LANGUAGES[language], prompt).closer == "") == in_code
 
 
+def test_a_semicolon_ends_a_statement_without_the_line_below() -> None:
+    ends = Ending("complete", "javascript", "const a = f(", None, "auto")
+    assert ends.feed("1);\n") == ("1);\n", "block")
+    waits = Ending("complete", "javascript", "const a = f(", None, "auto")
+    assert waits.feed("1)\n") == ("1)", None)
+
+
 @pytest.mark.parametrize("language", ["python", "cobol", None])
 def test_off(language: str | None) -> None:
     text = "    pass\n\n\n\nprint(1)\n```\n" + "x\n" * 20

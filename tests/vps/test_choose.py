@@ -85,6 +85,7 @@ SAMPLES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "layer", "better", "down"), SAMPLES, ids=["dense", "experts"])
 def test_a_sample_is_a_part_of_the_model(shape, layer, better, down, tmp_path, monkeypatch):
     """llama.cpp computes it. Its times become the whole model's, those of the faster types."""
