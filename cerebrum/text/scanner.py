@@ -28,7 +28,7 @@ UNFINISHED = tuple(",=(&|+?.:<*/-")
 REGEX_BEFORE = tuple("(,=:[!&|?{;")  # code before the / of a regex; others divide
 OPENING_OF = {")": "(", "]": "[", "}": "{"}
 # A line below which a here-document follows: the line that ends it.
-HERE = re.compile(r"(?<!<)<<[~-]?\\?['\"]?([A-Z_]\w*)[^\n]*\n\Z")
+HERE = re.compile(r"(?<!<)<<[~-]?\\?['\"]?([A-Z_]\w*+)[^\n<]*+\n\Z")
 # SQL. The word that ends before the last character, unless it is part of a name, and that character
 # unless it is blank.
 TOKENS = re.compile(r"(?<![\w.@])\w+(?=\W\Z)|[^\w \t\r]\Z")
@@ -174,6 +174,8 @@ class Scanner:
             return
         elif self._ends():
             self._leave(char)
+        elif self.opener == 'R"' and char == "(" and self.closer == '"':
+            self.closer = f'){self.tail[-self.since : -1]}"'  # R"name( ends with )name"
         elif char == "\n" and not self.in_comment and self.opener not in self.language.texts:
             self.closer = ""  # an unclosed string ends with its line
             self._in_code(char)
