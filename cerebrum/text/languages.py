@@ -96,7 +96,7 @@ class Language:
     blocks: str = "braces"
     line_ends: bool = False  # a statement ends with its line, without a semicolon
     directives: bool = False  # a line that starts with # belongs to the preprocessor
-    here_documents: bool = False  # texts below lines with <<
+    here_document: str = ""  # begins one below its line, up to the name of the line that ends it
     commands: bool = False  # lines of code begin with verbs, as instructions do
     fences: bool = False  # a text may have ``` that ends no answer
     endings: Words = ()  # of file names, in lower case
@@ -281,7 +281,8 @@ LANGUAGES: dict[str, Language] = {
         _PLAIN, uses=r"(?:source|\.|set)[ \t]+[^\s]",
         also=r"[ \t]{0,200}(?:function[ \t]+([\w:.-]{1,80})|([\w:.-]{1,80})[ \t]*\(\))"
              r"|(?:(?:export|readonly|declare(?:[ \t]+-\w+)?)[ \t]+)?([A-Z_][A-Z0-9_]*)=",
-        clauses="else|elif|then|do", closers="fi|done|esac", here_documents=True,
+        clauses="else|elif|then|do", closers="fi|done|esac",
+        here_document=r"(?<!<)<<-?[ \t]?",
         texts=("$'", '"', "'"),
         commands=True, endings=(".sh", ".bash", ".zsh", ".ksh"),
         filenames=(".bashrc", ".bash_profile", ".bash_aliases", ".profile", ".zshrc", ".zprofile",
@@ -320,7 +321,7 @@ LANGUAGES: dict[str, Language] = {
         also=r"(?:my|our)[ \t]+[$@%](\w+)", blocks="braces",
         other_comments=(("=head", "=cut"), ("=pod", "=cut"), ("=encoding", "=cut")),
         texts=('"', "'", *QUOTES), closings=tuple(QUOTES.items()),
-        here_documents=True, endings=(".pl", ".pm", ".t"), aliases=("pl",),
+        here_document="<<[~-]?", endings=(".pl", ".pm", ".t"), aliases=("pl",),
     ),
     "r": replace(
         _PLAIN, uses=r"(?:library|require|source)\(",
@@ -356,7 +357,7 @@ LANGUAGES: dict[str, Language] = {
         _PLAIN, uses=r"(?:require|require_relative|load|include|using)\b", function="def",
         types=r"class|module|(?:\w{1,80}\.)?(?:describe|context|feature|namespace)",
         also=r"([A-Z]\w*)[ \t]*=(?![=~])",
-        clauses="rescue|ensure|else|elsif|when|in", closers="end", here_documents=True,
+        clauses="rescue|ensure|else|elsif|when|in", closers="end", here_document="<<[~-]?",
         block_comment=("=begin", "=end"), strings=_THREE_QUOTES,
         endings=(".rb", ".rake", ".gemspec", ".ru"),
         filenames=("rakefile", "gemfile", "vagrantfile", "podfile", "brewfile", "fastfile"),
@@ -411,7 +412,7 @@ LANGUAGES: dict[str, Language] = {
                         block_comment=("<!--", "-->"), fences=True,
                         endings=(".md", ".markdown", ".mdx"), aliases=("md", "mdx")),
     "dockerfile": replace(_PLAIN, also=r"(?i:FROM[ \t]+\S{1,200}[ \t]+AS|ARG|ENV)[ \t]+([\w.-]+)",
-                          here_documents=True, fences=True, commands=True,
+                          here_document="<<[~-]?", fences=True, commands=True,
                           endings=(".dockerfile",), filenames=("dockerfile", "containerfile"),
                           aliases=("docker",)),
     "makefile": replace(_PLAIN, uses=r"-?include\b", also=r"([\w.%/-]{1,80})[ \t]*(?::|[?+]?=)",

@@ -27,8 +27,8 @@ LINE_CHARS = 500  # the part of a line that comparisons use
 UNFINISHED = tuple(",=(&|+?.:<*/-")
 REGEX_BEFORE = tuple("(,=:[!&|?{;")  # code before the / of a regex; others divide
 OPENING_OF = {")": "(", "]": "[", "}": "{"}
-# A line below which a here-document follows: the line that ends it.
-HERE = re.compile(r"(?<!<)<<[~-]?\\?['\"]?([A-Z_]\w*+)[^\n<]*+\n\Z")
+# The rest of a line below which a here-document follows; group 1 is the line that ends it.
+HERE = r"\\?['\"]?([A-Z_]\w*+)[^\n<]*+\n\Z"
 # SQL. The word that ends before the last character, unless it is part of a name, and that character
 # unless it is blank.
 TOKENS = re.compile(r"(?<![\w.@])\w+(?=\W\Z)|[^\w \t\r]\Z")
@@ -126,8 +126,8 @@ class Scanner:
         language = self.language
         self.tail = (self.tail + char)[-TAIL_CHARS:]
         self.since += len(char)
-        begins = language.here_documents and char == "\n" and not self.closer
-        if begins and (here := HERE.search(self.tail)):
+        begins = language.here_document and char == "\n" and not self.closer
+        if begins and (here := re.search(language.here_document + HERE, self.tail)):
             self._enter("<<", here[1])
         elif char in language.opening_ends and (pair := self._opening()):
             self._enter(*pair)
