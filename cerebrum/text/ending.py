@@ -27,6 +27,7 @@ from cerebrum.text.gap import gap_of
 from cerebrum.text.languages import LANGUAGES, Language, in_style, language_named
 from cerebrum.text.scanner import LINE_CHARS, OPENING_OF, LineScanner, Scanner, scanner_of
 from cerebrum.text.stages import (
+    FENCE,
     Blanks,
     Indent,
     Repeat,
@@ -49,7 +50,6 @@ CODE = re.compile(
     r"|[\w.]+ = .*|[\w.]+\(.*\))\n"
 )
 CALL = re.compile(rf"(?<![\w.])(\w{{1,{NAME_CHARS}}})\(")
-FENCE = "```"  # a line that begins so ends a completion
 # A line that starts so goes on with the one above, in languages without semicolons.
 GOES_ON = ".?&|+-:=,"
 HEADER = re.compile(r"\S[^\n]*[:{][ \t]*\r?\n")  # of a block in column 0
@@ -196,7 +196,7 @@ class Block(Stage):
 
 
 def side_of_words(words: str, word: str) -> str:
-    """`side_of` for a line that may begin with one of the words, alternatives of a pattern."""
+    """`side_of` for a line that may begin with one of the words, which have | between them."""
     names = words.split("|")
     if any(name.startswith(word) for name in names):
         return UNDECIDED

@@ -9,9 +9,9 @@ import re
 
 from cerebrum.text.languages import LANGUAGES, Language, language_named
 from cerebrum.text.scanner import LINE_CHARS
-from cerebrum.text.stages import Stage
+from cerebrum.text.stages import FENCE, Stage
 
-FENCE = re.compile(r"(`{3,}+)([^`\n]*+)")
+OPENING = re.compile(r"(`{3,}+)([^`\n]*+)")
 THINKS, THOUGHT = "<think>", "</think>"
 # An answer's blocks in these are not the code, unless there are no others.
 BESIDE = frozenset(
@@ -44,7 +44,7 @@ class Fences(Stage):
     #   "code"      in the block
     state = "chatter"
     fallback: tuple[str, int] | None = None  # the first block beside the code, and its `start`
-    fence = "```"
+    fence = FENCE
     margin = left = 0  # spaces before the fence and each line of its block, and those to come
     nested = 0  # blocks within the code that are open
     # Markdown: where a bare fence closes the block, unless it opens one within it: then another one
@@ -99,7 +99,7 @@ class Fences(Stage):
 
     def read_chatter(self, line: str) -> None:
         """A line above the block has ended; perhaps it is the fence that opens it."""
-        if match := FENCE.fullmatch(line.strip()):
+        if match := OPENING.fullmatch(line.strip()):
             self.fence, self.margin = match[1], len(line) - len(line.lstrip())
             self._restart("beside" if is_beside(match[2], self.language) else "code")
 
@@ -125,7 +125,7 @@ class Fences(Stage):
 
     def _close(self) -> None:
         """A bare fence has come."""
-        if self.language is not LANGUAGES["markdown"] or len(self.fence) > len("```"):
+        if self.language is not LANGUAGES["markdown"] or len(self.fence) > len(FENCE):
             self.end("stop", self.line_start)
         else:
             self.closing = self.line_start if self.closing is None else None

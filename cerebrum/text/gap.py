@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from cerebrum.text.scanner import LINE_CHARS, OPENING_OF, Scanner, after_blank, scanner_of
-from cerebrum.text.stages import Search, Stage, columns_of, last_line
+from cerebrum.text.stages import FENCE, Search, Stage, columns_of, last_line
 
 # What each is worth, by tests/bench/ending.py in Python, JavaScript, TypeScript, Rust, C, C++ and
 # Go: the percentage of the gaps of two to six lines, or the ones named, that end elsewhere with
@@ -275,7 +275,7 @@ class Gap(Stage):
             self.patience -= 1
             self.cost += self.bits
             self.bits = 0.0
-        is_fence = meeting.line == "```" and scanner.closer in ("", "`")
+        is_fence = meeting.line == FENCE and scanner.closer in ("", "`")
         if is_fence and not scanner.language.fences:
             self.end("stop", meeting.edge)
 
@@ -402,12 +402,11 @@ class GapInLine(Gap):
         return lines > 0 and self.level <= self.rest_level
 
     def on_line(self) -> None:
+        rest = self.meeting.first
         lines, written = self.meeting.found[-1] if self.meeting.found else (0, 0)
         if lines == 1 and self.is_suffix(lines):
             self.enough, self.doubt = written, 0.0  # surer than any place before
-        elif (
-            self.level <= 0 and not self.scanner.closer and self.meeting.first[0] not in OPENING_OF
-        ):
+        elif self.level <= 0 and not self.scanner.closer and rest[0] not in OPENING_OF:
             self.note_end(self.meeting.edge)  # else the rest closes what the cursor is in
 
 

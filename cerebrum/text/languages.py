@@ -81,7 +81,8 @@ class Language:
     function: str = ""  # the keyword that defines functions, if calls may precede the definition
     names: str = ""  # keywords that define other names, not indented
     also: str = ""  # other starts of lines that define a name: the last group that took part
-    # Starts of lines that go on with a block and that close one, not patterns.
+    # Words at the start of a line that goes on with a block, and of one that closes it, with |
+    # between them.
     clauses: str = "else|elif|elseif|except|finally|catch"
     closers: str = ""
     openers: str = "(?!)"  # ends of lines that open a block by indentation
@@ -96,7 +97,7 @@ class Language:
     blocks: str = "braces"
     line_ends: bool = False  # a statement ends with its line, without a semicolon
     directives: bool = False  # a line that starts with # belongs to the preprocessor
-    here_document: str = ""  # begins one below its line, up to the name of the line that ends it
+    here_document: str = ""  # a pattern for <<, up to the name of the line that ends the text
     commands: bool = False  # lines of code begin with verbs, as instructions do
     fences: bool = False  # a text may have ``` that ends no answer
     endings: Words = ()  # of file names, in lower case

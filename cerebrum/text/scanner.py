@@ -2,9 +2,10 @@
 
 A `Scanner` tracks the end of the text fed so far: inside a literal or a comment, at which depth of
 brackets, below which less indented lines. There is one for each kind of block: braces (`Scanner`),
-lines (`LineScanner`) and the statements of SQL (`StatementScanner`). All it knows of a language is
-the language's row in languages.py. No text is refused, however odd, and the cost of a text is at
-most its length times a constant. Pure; standard library only.
+lines (`LineScanner`) and the statements of SQL (`StatementScanner`). It knows a language by the
+language's row in languages.py, but for raw strings of C++, lifetimes of Rust and SQL. No text is
+refused, however odd, and the cost of a text is at most its length times a constant. Pure; standard
+library only.
 """
 
 from __future__ import annotations

@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+FENCE = "```"  # a line that begins so ends a completion of code
+
 # Against models that go round in circles.
 REPEATED_LINES = 12  # a model that writes the same line this often in a row is starting over
 REPEATED_COPIES = 4  # the same for a block of two or more lines
