@@ -9,9 +9,9 @@ The exit status is 1 if there is a FAIL, else 0. A check changes nothing, prints
 beside the running daemon. Requests to other machines end within seconds. Wrong settings end the
 check, since the rest depends on them.
 
-The daemons pass their own `load_config`, because no module imports a daemon; `PiConfig` and
-`VpsConfig` are what a check reads of their Config. Standard library only, except for the VPS's
-part.
+The daemons pass their own `load_config`, because no module imports a daemon. So a `config` is the
+Config of cm4d or of vpsd, whose types are not known here. Standard library only, except for the
+VPS's part.
 """
 
 from __future__ import annotations
@@ -19,34 +19,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import http.client
 import logging
 import math
 import os
 import re
-import socket
 import ssl
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import wait
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from cerebrum.fields import printable
-from cerebrum.http import in_thread
-from cerebrum.settings import Client, ConfigError, Environment, read_environment
+from cerebrum.settings import ConfigError, Environment, read_environment
 from cerebrum_common import VERSION, Model, log
 
 if TYPE_CHECKING:
-    from cerebrum.http import Access
     from cerebrum.pi.backend import Backend
-    from cerebrum.pi.upstream import BackendConfig
     from cerebrum.vps.encoding import LoadPlan
-    from cerebrum.vps.llama import Settings
 
 MB = 1 << 20
 ASK_SECONDS = 5.0  # for an answer from this machine
-BACKEND_SECONDS = 15.0  # for answers from all backends, which are asked at the same time
-MAX_BYTES = 1 << 16
 CREDENTIALS = Path("/etc/credstore")  # where the units' LoadCredential= looks
 SOCKET_UNITS = [
     Path("/etc/systemd/system/cerebrum-backend.socket"),
@@ -54,52 +45,11 @@ SOCKET_UNITS = [
 ]
 SET_KEY = "`generate_api_key.sh --set FILE` sets it"
 MIN_KEY_CHARACTERS = 16  # generate_api_key.sh makes 43
-PI_MB = 64  # of memory: cm4d takes 36, its clients need more
 BARE_MB = 150  # memory of vpsd without a model: 90 at its start, plus connections
 SYSTEM_MB = 250  # memory that a small Debian takes, with Tailscale
 SPARE_MB = 512  # for memory that a model's estimate leaves out, and for reading its file
 # The version of llama-cpp-python whose C structures cerebrum/vps/llama.py knows.
 LLAMA_CPP = "0.3.36"
-
-
-class Config(Protocol):
-    """What the checks read of both daemons' settings."""
-
-    @property
-    def host(self) -> str: ...
-    @property
-    def port(self) -> int: ...
-    @property
-    def models(self) -> Sequence[Model]: ...
-
-
-class PiConfig(Config, Protocol):
-    """What the checks read of cm4d's Config."""
-
-    @property
-    def client_keys(self) -> Sequence[str]: ...
-    @property
-    def clients(self) -> Mapping[str, Client] | None: ...
-    @property
-    def tls(self) -> object: ...
-    @property
-    def backends(self) -> Sequence[BackendConfig]: ...
-
-
-class VpsConfig(Config, Protocol):
-    """What the checks read of vpsd's Config."""
-
-    @property
-    def access(self) -> Access: ...
-    @property
-    def engine(self) -> Settings: ...
-    @property
-    def models_dir(self) -> Path: ...
-    @property
-    def min_free_mb(self) -> float: ...
-
-
-C = TypeVar("C")  # the Config of either daemon
 Findings = Iterator[tuple[str, str, str]]  # level ("ok", "warn" or "FAIL"), subject, text
 
 
@@ -117,7 +67,7 @@ def report(findings: Findings) -> int:
 
 
 def check_settings(
-    folder: Path, load: Callable[[Environment], C], check: Callable[[C], Findings]
+    folder: Path, load: Callable[[Environment], Any], check: Callable[[Any], Findings]
 ) -> Findings:
     """Check the settings, and if they are valid, the rest: `load` is a daemon's `load_config`,
     `check` its function below.
@@ -125,185 +75,134 @@ def check_settings(
     given = dict(os.environ)
     if os.access(CREDENTIALS, os.R_OK | os.X_OK):
         given.setdefault("CREDENTIALS_DIRECTORY", str(CREDENTIALS))
-    elif CREDENTIALS.is_dir() and "CREDENTIALS_DIRECTORY" not in given:
-        yield (
-            "warn",
-            "settings",
-            f"{CREDENTIALS} cannot be read and may hold keys: run this as root (sudo)",
-        )
     dotenv = (folder / ".env").resolve()  # a link in the packages
     try:
         environ = read_environment(given, folder)
         config = load(environ)
+        yield "ok", "settings", f"those of the environment, {dotenv} and models.toml are valid"
+        yield from find_unknown(folder, environ)
+        yield from check(config)
     except ConfigError as error:
         yield "FAIL", "settings", f"{error}: correct it in the environment, {dotenv} or models.toml"
-        return
-    yield "ok", "settings", f"those of the environment, {dotenv} and models.toml are valid"
+
+
+def find_unknown(folder: Path, environ: Environment) -> Findings:
+    """Find misspelt variables. A key may be in any variable, and is missed elsewhere."""
     with contextlib.suppress(OSError):
         example = (folder / ".env.example").read_text()
         known = {*re.findall(r"CEREBRUM_\w+", example), "CEREBRUM_URL"}  # the REPL's
-        known |= {backend.key_env for backend in getattr(config, "backends", ())}
         for name in sorted(environ.values.keys() - known):
-            if name.startswith("CEREBRUM_"):
+            if name.startswith("CEREBRUM_") and not name.endswith("_KEY"):
                 mend = ".env.example lists all variables"
                 yield "warn", "settings", f"nothing reads {name}: {mend}"
-    yield from check(config)
 
 
-def check_key(name: str, keys: Sequence[str], missing: str = "") -> Findings:
-    """Check the key of a variable. `missing` says how to set the key if there is none; "" if the
-    key is optional.
-    """
+def check_key(name: str, keys: Sequence[str], missing: str) -> Findings:
+    """Check the key of a variable. `missing` says how to set the key if there is none."""
     if not any(keys):
-        level = "FAIL" if missing else "ok"
-        yield level, "key", f"{name} is not set: {missing or 'clients need none'}"
-    elif any(len(key) < MIN_KEY_CHARACTERS for key in keys):
-        yield (
-            "warn",
-            "key",
-            f"{name} is short enough to be guessed: generate_api_key.sh makes a better one",
-        )
+        yield "FAIL", "key", f"{name} is not set: {missing}"
+    elif min(map(len, keys)) < MIN_KEY_CHARACTERS:
+        mend = "generate_api_key.sh makes a better one"
+        yield "warn", "key", f"{name} is short enough to be guessed: {mend}"
     else:
         yield "ok", "key", f"{name} is set"
 
 
-def check_address(config: Config, prefix: str, member: str) -> Findings:
+def check_address(config: Any, prefix: str, member: bytes) -> Findings:
     """Check that the daemon can listen on its address, or already does: only its /health has the
     `member`.
     """
-    host, port = config.host, config.port
-    where = f"{host} port {port}"
-    address: Any = (host,)
+    where = f"{config.host} port {config.port}"
     try:
-        found = in_thread(
-            socket.getaddrinfo, host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
-        for family, *_, address in found.result(ASK_SECONDS):
-            socket.create_server(address, family=family).close()
-    except (OSError, UnicodeError) as error:  # the look-up's TimeoutError is an OSError
+        asyncio.run(listen(config))
+        yield "ok", "address", f"{where} is free"
+    except (OSError, UnicodeError) as error:
         if getattr(error, "errno", 0) != errno.EADDRINUSE:
-            problem = getattr(error, "strerror", "") or "no address is known for it"
-            reason = problem.partition(" (while")[0]
-            yield "FAIL", "address", f"{where}: {reason}: correct {prefix}_HOST or {prefix}_PORT"
-        elif has_health(address[0], port, member):
+            yield "FAIL", "address", f"{where}: {error}: correct {prefix}_HOST or {prefix}_PORT"
+        elif asyncio.run(has_health(config, member)):
             yield "ok", "address", f"our daemon answers on {where}"
         else:
-            yield "FAIL", "address", f"{where} is taken: `ss -ltnp 'sport = :{port}'` shows by whom"
-    else:
-        yield "ok", "address", f"{where} is free"
+            mend = f"`ss -ltnp 'sport = :{config.port}'` shows by whom"
+            yield "FAIL", "address", f"{where} is taken: {mend}"
 
 
-def has_health(host: str, port: int, member: str) -> bool:
-    """Whether the answer to GET /health at an address of this machine has this member, with TLS or
-    without.
-    """
-    unchecked = ssl._create_unverified_context()  # our own certificate names another host
-    plain = http.client.HTTPConnection(host, port, timeout=ASK_SECONDS)
-    secure = http.client.HTTPSConnection(host, port, timeout=ASK_SECONDS, context=unchecked)
-    for connection in (plain, secure):
-        with (
-            contextlib.closing(connection),
-            contextlib.suppress(OSError, http.client.HTTPException),
-        ):
-            connection.request("GET", "/health", headers={"Host": "localhost"})
-            if f'"{member}"'.encode() in connection.getresponse().read(MAX_BYTES):
-                return True
-    return False
+async def listen(config: Any) -> None:
+    server = await asyncio.start_server(print, config.host, config.port)
+    server.close()
+
+
+async def has_health(config: Any, member: bytes) -> bool:
+    """Whether GET /health at the daemon's address is answered with this member."""
+    tls = None
+    if getattr(config, "tls", None):
+        tls = ssl._create_unverified_context()  # our own certificate names another host
+    try:
+        async with asyncio.timeout(ASK_SECONDS):
+            reader, writer = await asyncio.open_connection(config.host, config.port, ssl=tls)
+            writer.write(b"GET /health HTTP/1.0\r\n\r\n")
+            await reader.readuntil(member)
+            return True
+    except (OSError, EOFError, asyncio.LimitOverrunError):
+        return False
 
 
 # ------------------------------------------------------------------------------------------- the Pi
 
 
-def check_pi(config: PiConfig) -> Findings:
-    if config.client_keys or config.clients is None:
-        yield from check_key("CEREBRUM_CM4_API_KEY", config.client_keys)
+def check_pi(config: Any) -> Findings:
+    """The checks of cm4d's Config."""
     yield from check_clients(config)
     keyed = [b for b in config.backends if b.key_env or b.api == "cerebrum"]
     keys = {backend.variable: backend.key for backend in keyed}
     for name in sorted(keys):
         yield from check_key(name, [keys[name]], SET_KEY)
-    yield from check_address(config, "CEREBRUM_CM4", "vps_available")
-    yield from check_memory()
+    yield from check_address(config, "CEREBRUM_CM4", b'"vps_available"')
     yield from check_backends(config)
 
 
-def check_clients(config: PiConfig) -> Findings:
-    """Check who else can see the clients' keys."""
+def check_clients(config: Any) -> Findings:
+    """Check the clients' keys, and who else can see them."""
+    if config.client_keys:
+        yield from check_key("CEREBRUM_CM4_API_KEY", config.client_keys, "")
     if config.clients is not None:
-        finding = f"{len(config.clients)} clients have names: "
-        finding += ", ".join(client.name for client in config.clients.values()) or "none yet"
-        level = "ok"
-        for key, client in config.clients.items():
-            if len(key) < MIN_KEY_CHARACTERS:
-                level = "warn"
-                finding += f"; the key of {client.name} is short"
-        yield level, "key", finding
-    if (config.client_keys or config.clients) and not config.tls:
-        yield (
-            "warn",
-            "key",
-            "clients' keys cross the LAN in clear: CEREBRUM_CM4_TLS_CERT encrypts them",
-        )
+        yield "ok", "key", f"clients have names: {', '.join(config.names) or 'none yet'}"
+    if not config.access.needs_key:
+        yield "ok", "key", "CEREBRUM_CM4_API_KEY is not set: clients need none"
+    elif not config.tls:
+        mend = "CEREBRUM_CM4_TLS_CERT encrypts them"
+        yield "warn", "key", f"clients' keys cross the LAN in clear: {mend}"
 
 
-def check_memory() -> Findings:
-    table = Path("/proc/meminfo").read_text()
-    available = int(table.split("MemAvailable:")[1].split()[0]) // 1024
-    finding = f"{available:,} MB are available"
-    if available >= PI_MB:
-        yield "ok", "memory", finding
-    else:
-        yield "warn", "memory", f"{finding}, expected {PI_MB}: end other programs"
-
-
-class Probe(NamedTuple):
-    """One backend's answers."""
-
-    backend: Backend | None  # None if it cannot be asked
-    trouble: str  # why the backend cannot serve a completion, "" if it can
-
-
-def check_backends(config: PiConfig) -> Findings:
+def check_backends(config: Any) -> Findings:
     """Check that each backend can be reached and takes our key, and check its version and models. A
     fault is a FAIL only if no other backend can serve a completion.
     """
+    from cerebrum.pi.fleet import Fleet
+    from cerebrum.pi.upstream import Loop
+
     log.addHandler(logging.NullHandler())  # a probe's log lines come as findings
-    answers = [
-        in_thread(asyncio.run, ask_backend(backend, config.models)) for backend in config.backends
-    ]
-    wait(answers, BACKEND_SECONDS)
-    probes = []
-    for answer in answers:
-        try:
-            probes.append(answer.result(0.0))
-        except Exception as error:  # from the look-up or the certificates, or TimeoutError
-            reason = getattr(error, "strerror", None) or str(error) or "it did not answer in time"
-            probes.append(Probe(None, reason))
-    served = any(probe.backend.models for probe in probes if probe.backend and not probe.trouble)
-    lacking = "warn" if served else "FAIL"
-    for settings, probe in zip(config.backends, probes, strict=True):
-        yield from check_answer(settings, probe, lacking)
+    fleet = Fleet()
+    fleet.replace(config.backends, config.models, config.prefer)
+    with asyncio.Runner(loop_factory=Loop) as runner:
+        runner.run(fleet.know())
+    served = any(backend.models for backend in fleet.backends if backend.available)
+    for backend in fleet.backends:
+        yield from check_answer(backend, "warn" if served else "FAIL")
 
 
-def check_answer(config: BackendConfig, probe: Probe, lacking: str) -> Findings:
+def check_answer(backend: Backend, lacking: str) -> Findings:
     """Check what a backend answered. `lacking` is the level of a backend that serves nothing."""
-    id, backend = config.id, probe.backend
-    if not backend or probe.trouble:
-        mend = "look whether it runs and has this address"
-        if "our key" in probe.trouble:
-            mend = SET_KEY
-        yield lacking, "backend", f"{id} ({config.endpoint.authority}): {probe.trouble}: {mend}"
+    id, config, trouble = backend.id, backend.config, backend.breaker.trouble
+    if trouble:
+        mend = SET_KEY if "our key" in trouble else "look whether it runs and has this address"
+        yield lacking, "backend", f"{id} ({config.endpoint.authority}): {trouble}: {mend}"
         return
-    taken = " and takes our key" if config.key else ""
-    yield "ok", "backend", f"{id} answers in {backend.response_ms or 0:.0f} ms{taken}"
+    yield "ok", "backend", f"{id} answers in {backend.response_ms} ms"
     is_vpsd = config.api == "cerebrum"
     version = backend.kind.version or "an unknown version"
     if is_vpsd and version != VERSION:
-        yield (
-            "warn",
-            "version",
-            f"{id} has {version}, this is {VERSION}: copy all files of one version",
-        )
+        mend = "copy all files of one version"
+        yield "warn", "version", f"{id} has {version}, this is {VERSION}: {mend}"
     if backend.models:
         yield "ok", "models", f"{id} has {', '.join(backend.models)}"
     else:
@@ -311,20 +210,11 @@ def check_answer(config: BackendConfig, probe: Probe, lacking: str) -> Findings:
         yield lacking, "models", f"{id} has no model of models.toml: {mend}"
 
 
-async def ask_backend(config: BackendConfig, models: Sequence[Model]) -> Probe:
-    from cerebrum.pi.backend import Backend
-
-    # Here, since asyncio would wait for a look-up that hangs.
-    socket.getaddrinfo(config.endpoint.host, config.endpoint.port)
-    backend = Backend(config, models)
-    await backend.probe()
-    return Probe(backend, backend.breaker.trouble)
-
-
 # ------------------------------------------------------------------------------------------ the VPS
 
 
-def check_vps(config: VpsConfig) -> Findings:
+def check_vps(config: Any) -> Findings:
+    """The checks of vpsd's Config."""
     from llama_cpp import __version__ as installed
 
     if installed != LLAMA_CPP:
@@ -336,48 +226,33 @@ def check_vps(config: VpsConfig) -> Findings:
     if unit := next(filter(Path.exists, SOCKET_UNITS), None):
         yield "ok", "address", f"that of systemd: `systemctl status {unit.name}` shows it"
     else:
-        yield from check_address(config, "CEREBRUM_VPS", "models_loaded")
-    yield from check_state(config.engine.state_dir)
-    yield from check_models(config)
-
-
-def check_state(folder: Path) -> Findings:
-    paths = (folder, *folder.absolute().parents)
-    parent = next(path for path in paths if os.path.exists(path))
-    if parent.is_dir() and os.access(parent, os.W_OK | os.X_OK):
-        yield "ok", "state", f"{folder} can be written"
-    else:
-        yield "FAIL", "state", f"{parent} cannot be written: CEREBRUM_STATE_DIR names the folder"
-
-
-def check_models(config: VpsConfig) -> Findings:
-    """Check that the model files are whole and readable, fit into memory, and are tuned."""
+        yield from check_address(config, "CEREBRUM_VPS", b'"models_loaded"')
     here = [model for model in config.models if (config.models_dir / model.file).is_file()]
     if not here:
-        yield (
-            "FAIL",
-            "models",
-            f"{config.models_dir} has none of models.toml: `vpsd.py fetch` gets one",
-        )
+        mend = "`vpsd.py fetch` gets one"
+        yield "FAIL", "models", f"{config.models_dir} has none of models.toml: {mend}"
     for model in here:
         yield from check_model(config, model)
 
 
-def check_model(config: VpsConfig, model: Model) -> Findings:
+def check_model(config: Any, model: Model) -> Findings:
+    """Check that a model's file is whole, fits into memory, and is tuned."""
     import psutil
 
     from cerebrum.vps.encoding import untuned
+    from cerebrum.vps.fetch import fault_of
     from cerebrum.vps.llama import ModelError
 
     total, available = psutil.virtual_memory()[:2]
     try:
-        size = size_of_model(model, config.models_dir / model.file)
+        fault = fault_of(model, config.models_dir / model.file)
         plan, need = needed_mb(model, config, total // MB)
     except (ModelError, OSError) as error:
-        yield "FAIL", "models", f"{model.id}: {error}: `vpsd.py fetch {model.id}` gets it again"
+        fault = str(error)
+    if fault:
+        yield "FAIL", "models", f"{model.id}: {fault}: `vpsd.py fetch {model.id}` gets it again"
         return
-    state = "whole" if model.sha256 else "readable"
-    yield "ok", "models", f"{model.id} is {state}, {size / MB:,.0f} MB"
+    yield "ok", "models", f"{model.id} is whole"
     most, free = (max(0, round(bytes / MB - config.min_free_mb)) for bytes in (total, available))
     level = "ok"
     mend = ""
@@ -399,22 +274,7 @@ def check_model(config: VpsConfig, model: Model) -> Findings:
         yield "warn", "tuned", untuned(model.id, plan.reason)
 
 
-def size_of_model(model: Model, path: Path) -> int:
-    """The bytes of a model's file. ModelError if its size or sha256 is wrong, OSError if it cannot
-    be read.
-    """
-    from cerebrum.vps.fetch import fault_of
-    from cerebrum.vps.llama import ModelError
-
-    size = path.stat().st_size
-    if model.size not in (0, size):
-        raise ModelError(f"expected {model.size} bytes, got {size}")
-    if model.sha256 and (fault := fault_of(model, path)):
-        raise ModelError(fault)
-    return size
-
-
-def needed_mb(model: Model, config: VpsConfig, total_mb: int) -> tuple[LoadPlan, int]:
+def needed_mb(model: Model, config: Any, total_mb: int) -> tuple[LoadPlan, int]:
     """What is loaded of a model on a machine with `total_mb` that does nothing else, and its memory
     in MB. ModelError or OSError if the file cannot be used.
     """
@@ -426,7 +286,7 @@ def needed_mb(model: Model, config: VpsConfig, total_mb: int) -> tuple[LoadPlan,
     return plan, math.ceil(plan.bytes / MB)
 
 
-def memory_limit(config: VpsConfig, total_mb: int) -> list[str]:
+def memory_limit(config: Any, total_mb: int) -> list[str]:
     """The output of `vpsd.py memory`: MemoryMax= in MB for `total_mb` of memory, then comments,
     read by setup.sh.
     """
@@ -434,7 +294,7 @@ def memory_limit(config: VpsConfig, total_mb: int) -> list[str]:
     from cerebrum.vps.llama import ModelError
 
     bare = BARE_MB + SPARE_MB
-    most = max(bare, total_mb - round(config.min_free_mb))
+    limit = most = max(bare, total_mb - round(config.min_free_mb))
     needs = []
     comments = []
     for model in config.models:
@@ -450,11 +310,10 @@ def memory_limit(config: VpsConfig, total_mb: int) -> list[str]:
             )
             if plan.note:
                 comments.append(f"# drafts for {model.id}: {plan.note}")
-    limit = most
     if needs:
         limit = min(most, sum(needs) + bare)
-    elif config.models:
-        comments = [f"# no model is here; the smallest is {config.models[-1].id}"]
+    else:
+        comments.append(f"# no model is here; the smallest is {config.models[-1].id}")
     beside = (
         f"# beside models: {bare} MB; at most {most} MB: {total_mb} without CEREBRUM_MIN_FREE_MB"
     )
