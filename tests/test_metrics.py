@@ -133,6 +133,184 @@ def test_a_row_is_a_metric_and_a_member_of_the_statistics():
     assert (tally.per_token.sum, tally.per_token.cumulative()[-1]) == (0.5, (math.inf, 1))
 
 
+# ------------------------------------------------------------------------------------ all the names
+
+
+def members_of(value: Any, name: str = "") -> set[str]:
+    """`name type` of each member of JSON, at any depth."""
+    if value and isinstance(value, list):
+        value = {"": value[0]}
+    if value and isinstance(value, dict):
+        return set[str]().union(*(members_of(value[key], f"{name}.{key}") for key in value))
+    return {f"{name} {type(value).__name__}"}
+
+
+def names_of(text: str, stats: Any) -> list[str]:
+    """Each metric with its type and labels, and the members of /v1/stats with theirs, but for those
+    of a draft model.
+    """
+    lines = members_of(stats)
+    for family in text_string_to_metric_families(text):
+        labels = set[str]().union(*(sample.labels for sample in family.samples))
+        lines.add(" ".join([family.name, family.type, *sorted(labels)]))
+    return sorted(line for line in lines if "draft_model" not in line)
+
+
+OF_PI = """
+.accepted int
+.accepted_characters int
+.backends..api str
+.backends..available bool
+.backends..breaker.failures int
+.backends..breaker.opens int
+.backends..breaker.retry_in_s float
+.backends..breaker.state str
+.backends..id str
+.backends..max_concurrent int
+.backends..message str
+.backends..models. str
+.backends..models_loaded list
+.backends..requests_active int
+.backends..requests_failed int
+.backends..requests_total int
+.backends..response_time_ms float
+.backends..tokens_total int
+.backends..version str
+.breaker.failures int
+.breaker.opens int
+.breaker.retry_in_s float
+.breaker.state str
+.clients list
+.load_avg. float
+.memory_mb float
+.replaced int
+.requests_active int
+.requests_total int
+.shared int
+.speculative bool
+.type_through int
+.unnamed.accepted int
+.unnamed.completions int
+.unnamed.kept int
+.unnamed.month.accepted int
+.unnamed.month.completions int
+.unnamed.month.kept int
+.unnamed.month.seconds float
+.unnamed.month.shown int
+.unnamed.month.tokens int
+.unnamed.name str
+.unnamed.seconds float
+.unnamed.shown int
+.unnamed.today.accepted int
+.unnamed.today.completions int
+.unnamed.today.kept int
+.unnamed.today.seconds float
+.unnamed.today.shown int
+.unnamed.today.tokens int
+.unnamed.tokens int
+.uptime float
+.version str
+.vps_available bool
+.vps_response_time_ms float
+cerebrum_accepted_characters counter
+cerebrum_accepted_completions counter
+cerebrum_accepted_tokens counter model
+cerebrum_backend_active gauge backend
+cerebrum_backend_failures counter backend
+cerebrum_backend_models gauge backend
+cerebrum_backend_models_loaded gauge backend
+cerebrum_backend_places gauge backend
+cerebrum_backend_probe_seconds gauge backend
+cerebrum_backend_requests counter backend
+cerebrum_backend_tokens counter backend
+cerebrum_backend_up gauge backend
+cerebrum_breaker_opens counter backend
+cerebrum_breaker_state gauge backend state
+cerebrum_build_info gauge daemon version
+cerebrum_client_accepted counter client
+cerebrum_client_completions counter client
+cerebrum_client_kept_characters counter client
+cerebrum_client_seconds counter client
+cerebrum_client_shown_characters counter client
+cerebrum_client_tokens counter client
+cerebrum_completions_active gauge
+cerebrum_completions_ended counter model reason
+cerebrum_completions_failed counter
+cerebrum_completions_started counter
+cerebrum_completions_waiting gauge
+cerebrum_draft_tokens counter model
+cerebrum_http_requests counter code path
+cerebrum_prompt_tokens counter model
+cerebrum_prompt_tokens_cached counter model
+cerebrum_reloads counter
+cerebrum_replaced counter
+cerebrum_shared counter
+cerebrum_time_per_token_seconds histogram le model
+cerebrum_time_to_first_token_seconds histogram le model
+cerebrum_tokens counter model
+cerebrum_type_through counter
+process_cpu_seconds counter
+process_max_fds gauge
+process_open_fds gauge
+process_resident_memory_bytes gauge
+process_start_time_seconds gauge
+"""
+OF_VPSD = """
+.accepted_tokens int
+.cpu_percent float
+.cpu_percent_others float
+.draft_tokens int
+.memory_available_mb float
+.memory_total_mb float
+.memory_used_mb float
+.models_loaded int
+.requests_active int
+.requests_total int
+.uptime float
+.version str
+cerebrum_build_info gauge daemon version
+cerebrum_completions_active gauge
+cerebrum_completions_started counter
+cerebrum_cpu_others_ratio gauge
+cerebrum_cpu_ratio gauge
+cerebrum_http_requests counter code path
+cerebrum_memory_available_bytes gauge
+cerebrum_memory_total_bytes gauge
+cerebrum_model_load_failures counter model
+cerebrum_model_load_seconds counter model
+cerebrum_model_loaded gauge model
+cerebrum_model_loads counter model
+cerebrum_model_memory_bytes gauge model
+cerebrum_places gauge
+cerebrum_prompt_cache_bytes gauge model
+cerebrum_time_per_token_seconds histogram le model
+cerebrum_time_to_first_token_seconds histogram le model
+llamacpp:n_busy_slots_per_decode gauge model
+llamacpp:n_decode counter model
+llamacpp:prompt_seconds counter model
+llamacpp:prompt_tokens counter model
+llamacpp:prompt_tokens_cached counter model
+llamacpp:requests_deferred gauge model
+llamacpp:requests_processing gauge model
+llamacpp:spec_decode_num_accepted_tokens counter model
+llamacpp:spec_decode_num_draft_tokens counter model
+llamacpp:spec_decode_num_drafts counter model
+llamacpp:tokens_predicted counter model
+llamacpp:tokens_predicted_seconds counter model
+process_cpu_seconds counter
+process_max_fds gauge
+process_open_fds gauge
+process_resident_memory_bytes gauge
+process_start_time_seconds gauge
+"""
+
+
+def test_the_names_of_the_vps(tmp_path):
+    with daemon("vpsd", tmp_path) as vps:
+        stats = json.loads(ask(vps.port, "/v1/stats"))
+        assert names_of(ask(vps.port, "/metrics"), stats) == OF_VPSD.split("\n")[1:-1]
+
+
 # --------------------------------------------------------------------------------- the Pi, scripted
 
 
@@ -206,6 +384,8 @@ async def test_the_pi_counts_what_it_does():
         assert samples["cerebrum_reloads_total",] == 1
         check_agreement(samples, stats)
         assert (stats["requests_total"], stats["breaker"]["state"]) == (6, "closed")
+        text = (await pi.get("/metrics")).body.decode()
+        assert names_of(text, stats) == OF_PI.split("\n")[1:-1]
 
 
 async def test_the_breaker_that_opens_is_seen(monkeypatch):
