@@ -77,6 +77,7 @@ from cerebrum.http import Access, Server, own_names
 from cerebrum.metrics import (
     COMPLETIONS,
     Metric,
+    Table,
     metrics_of,
     resident_bytes,
     write_stats,
@@ -744,54 +745,69 @@ async def activity(gateway: Gateway, request: Request) -> Response:
     gateway.sample()
     loaded = itertools.chain.from_iterable(backend.models_loaded for backend in fleet.backends)
     away = [backend for backend in fleet.backends if fleet.available and backend.breaker.message]
-    members: JsonObject = {"timestamp": timestamp()} | statistics(gateway)
-    members |= {"vps_message": fleet.message, "models_loaded": [*dict.fromkeys(loaded)]}
-    name = request.client if request.client in gateway.config.names else ""
-    members |= {"client": name, "extension": gateway.extension_sha256}
-    members["notes"] = [f"{backend.id} is away: {backend.breaker.message}" for backend in away]
-    return Response(members | gateway.counting.history.describe())
+    return Response(
+        {
+            "timestamp": timestamp(),
+            **statistics(gateway),
+            "vps_message": fleet.message,
+            "models_loaded": [*dict.fromkeys(loaded)],
+            "client": request.client if request.client in gateway.config.names else "",
+            "extension": gateway.extension_sha256,
+            "notes": [f"{backend.id} is away: {backend.breaker.message}" for backend in away],
+            **gateway.counting.history.describe(),
+        }
+    )
 
 
 def statistics(gateway: Gateway) -> JsonObject:
     """The members of /v1/stats."""
-    measured = subjects(gateway)
-    backends = measured["backend"]
+    backends = describe_backends(gateway)
     first = backends[gateway.fleet.first.id]
-    members: JsonObject = {"version": VERSION, "uptime": gateway.uptime, "speculative": True}
-    members |= write_stats(METRICS, measured)
-    members |= {
+    unnamed, *clients = gateway.counting.people.describe()
+    return {
+        "version": VERSION,
+        "uptime": gateway.uptime,
+        "speculative": True,
+        **write_stats(table_of(gateway)),
         "vps_available": first.available,
         "vps_response_time_ms": first.response_time_ms,
         "memory_mb": round(resident_bytes() / 2**20, 1),
-        "load_avg": [round(load, 2) for load in os.getloadavg()],
+        "load_avg": os.getloadavg(),
         "breaker": first.breaker,
+        "backends": list(map(vars, backends.values())),
+        "unnamed": unnamed,
+        "clients": clients,
     }
-    members["backends"] = [vars(backend) for backend in backends.values()]
-    members["unnamed"], *members["clients"] = gateway.counting.people.describe()
-    return members
 
 
-def describe_backend(backend: Backend, active: int) -> SimpleNamespace:
-    """A backend's entry in /v1/stats. `active`: completions that hold a place there."""
-    entry = SimpleNamespace(id=backend.id, api=backend.config.api, available=backend.available)
-    entry.message = backend.breaker.message
-    entry.version = backend.kind.version
-    entry.response_time_ms = backend.response_ms
-    entry.requests_total = backend.requests_total
-    entry.requests_active = active
-    entry.requests_failed = backend.requests_failed
-    entry.max_concurrent = backend.limit
-    entry.tokens_total = backend.tokens
-    entry.models = list(backend.models or ())
-    entry.models_loaded = backend.models_loaded
-    entry.breaker = backend.breaker.describe(time.monotonic())
-    return entry
+def describe_backends(gateway: Gateway) -> dict[str, SimpleNamespace]:
+    """The entries of the backends in /v1/stats, by id."""
+    active = Counter(gateway.dispatcher.state.answering.values())
+    return {
+        backend.id: SimpleNamespace(
+            id=backend.id,
+            api=backend.config.api,
+            available=backend.available,
+            message=backend.breaker.message,
+            version=backend.kind.version,
+            response_time_ms=backend.response_ms,
+            requests_total=backend.requests_total,
+            requests_active=active[backend],
+            requests_failed=backend.requests_failed,
+            max_concurrent=backend.limit,
+            tokens_total=backend.tokens,
+            models=list(backend.models or ()),
+            models_loaded=backend.models_loaded,
+            breaker=backend.breaker.describe(time.monotonic()),
+        )
+        for backend in gateway.fleet.backends
+    }
 
 
-METRICS = {
-    "": (
+METRICS = (
+    (  # read from the Gateway
         Metric("cerebrum_build_info", "Which daemon this is; always 1.",
-               lambda _: {("cm4d", VERSION): 1}, labels=("daemon", "version")),
+               lambda _: {f'daemon="cm4d",version="{VERSION}"': 1}),
         Metric("cerebrum_completions_started_total", "Requests for a completion.",
                "requests", "requests_total"),
         Metric("cerebrum_completions_failed_total", "Completions that failed.", "counting.failed"),
@@ -813,7 +829,7 @@ METRICS = {
                "counting.accepted_characters", "accepted_characters"),
         Metric("cerebrum_reloads_total", "How often the settings were read again.", "reconfigured"),
     ),
-    "model": (
+    (  # read from a Tally
         *COMPLETIONS,
         Metric("cerebrum_tokens_total", "Tokens of completions that have ended.", "tokens"),
         Metric("cerebrum_prompt_tokens_total", "Tokens of prompts that backends computed.",
@@ -824,7 +840,7 @@ METRICS = {
         Metric("cerebrum_accepted_tokens_total", "Tokens of drafts that were accepted.",
                "accepted_tokens"),
     ),
-    "client": (
+    (  # read from a Usage
         Metric("cerebrum_client_completions_total",
                "Completions that ended, by the name of a key.", "completions"),
         Metric("cerebrum_client_tokens_total", "Tokens of these completions.", "tokens"),
@@ -836,7 +852,7 @@ METRICS = {
         Metric("cerebrum_client_kept_characters_total",
                "Those of them that were then in the file.", "kept"),
     ),
-    "backend": (  # read from a backend's entry in /v1/stats
+    (  # read from a backend's entry in /v1/stats
         Metric("cerebrum_backend_up", "Whether it is available.", "available"),
         Metric("cerebrum_backend_places", "Completions that it takes at a time.",
                "max_concurrent"),
@@ -850,30 +866,27 @@ METRICS = {
                "requests_failed"),
         Metric("cerebrum_backend_tokens_total", "Tokens that came from there.", "tokens_total"),
         Metric("cerebrum_backend_probe_seconds", "Time of the last good probe.",
-               lambda backend: backend.response_time_ms and backend.response_time_ms / 1000),
+               lambda backend: (backend.response_time_ms or math.nan) / 1000),
         Metric("cerebrum_breaker_state", "1 for the state of its circuit breaker.",
-               lambda backend: {(state,): backend.breaker["state"] == state
-                                for state in BREAKER_STATES}, labels=("state",)),
+               lambda backend: {f'state="{state}"': backend.breaker["state"] == state
+                                for state in BREAKER_STATES}),
         Metric("cerebrum_breaker_opens_total", "How often its breaker opened.",
                lambda backend: backend.breaker["opens"]),
     ),
-}  # fmt: skip
+)  # fmt: skip
 
 
-def subjects(gateway: Gateway) -> JsonObject:
-    """The objects that the rows of METRICS read."""
+def table_of(gateway: Gateway) -> Table:
+    """The rows of METRICS with their subjects."""
     counting = gateway.counting
-    active = Counter(gateway.dispatcher.state.answering.values())
-    backends = JsonObject()
-    for backend in gateway.fleet.backends:
-        backends[backend.id] = describe_backend(backend, active[backend])
-    measured: JsonObject = {"": {"": gateway}, "model": counting.tallies, "backend": backends}
-    return measured | {"client": counting.people.total}
+    backends = describe_backends(gateway)
+    subjects = ({"": gateway}, counting.tallies, counting.people.total, backends)
+    return zip(("", "model", "client", "backend"), subjects, METRICS, strict=True)
 
 
 async def metrics(gateway: Gateway, request: Request) -> Response:
     """GET /metrics: the counters of /v1/stats and more, for Prometheus."""
-    return metrics_of(request, METRICS, subjects(gateway))
+    return metrics_of(request, table_of(gateway))
 
 
 # ------------------------------------------------------------------------------------------- routes

@@ -39,10 +39,12 @@ import importlib.util
 import math
 import os
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections import Counter
+from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TextIO
 
 if __name__ == "__main__":
@@ -70,7 +72,7 @@ from cerebrum.fields import (
     read_objects,
 )
 from cerebrum.http import Access, Server, own_names
-from cerebrum.metrics import COMPLETIONS, Metric, Subjects, metrics_of, write_stats
+from cerebrum.metrics import COMPLETIONS, Metric, Table, metrics_of, write_stats
 from cerebrum.service import Service, make_parser, passed_sockets, prompt_of, set_up_logging
 from cerebrum.settings import ConfigError, Environment, load_catalog, read_environment
 from cerebrum.text.languages import LANGUAGES
@@ -743,7 +745,7 @@ async def stats(engine: Engine, _request: Request) -> Response:
     """GET /v1/stats: the specified fields, our version, other programs' use of the CPU, and the
     results of drafting; of a draft model by its model, the times for each step.
     """
-    figures = write_stats(METRICS, subjects(engine))
+    figures = write_stats(table_of(engine))
     used_mb = figures["memory_total_mb"] - figures["memory_available_mb"]
     figures["memory_used_mb"] = round(used_mb, 1)
     figures["uptime"] = round(time.monotonic() - engine.started, 1)
@@ -768,36 +770,29 @@ async def prometheus(engine: Engine, request: Request) -> Response:
     """GET /metrics: the counters of /v1/stats and more, for Prometheus. A metric that llama-server
     also has keeps llama-server's name and meaning, with the model as a label.
     """
-    return metrics_of(request, METRICS, subjects(engine))
+    return metrics_of(request, table_of(engine))
 
 
-def of_workers(name: str, about: str, read: Callable[[Worker], int], stats: str = "") -> Metric:
-    """A row with a number for each model, 0 if the model is not loaded."""
-
-    def by_model(engine: Engine) -> dict[tuple[str], int]:
-        figures = {(model_id,): 0 for model_id in engine.pool.tallies}
-        for model_id, instance in engine.pool.ready.items():
-            figures[model_id,] = read(instance.worker)
-        return figures
-
-    return Metric(name, about, by_model, stats, labels=("model",))
-
-
-def running(worker: Worker) -> int:
-    return sum(bool(slot.run) for slot in worker.slots)
-
-
-def waiting(engine: Engine, model: str) -> int:
-    waiting = sum(admission.model == model for admission in engine.admissions)
-    if instance := engine.pool.instances.get(model):
-        waiting -= running(instance.worker)
-    return max(0, waiting)
+def at_work(engine: Engine) -> dict[str, SimpleNamespace]:
+    """What each model does now; an unloaded one takes and does nothing."""
+    asked = Counter(admission.model for admission in engine.admissions)
+    states = {}
+    for id in engine.pool.tallies:
+        state = states[id] = SimpleNamespace(loaded=0, memory=0, prompts=0, running=0)
+        if instance := engine.pool.ready.get(id):
+            worker = instance.worker
+            state.loaded = 1
+            state.memory = memory_bytes(worker)
+            state.prompts = worker.stored_bytes
+            state.running = sum(bool(slot.run) for slot in worker.slots)
+        state.waiting = max(0, asked[id] - state.running)
+    return states
 
 
-METRICS = {
-    "": (
+METRICS = (
+    (  # read from the Engine
         Metric("cerebrum_build_info", "Which daemon this is; always 1.",
-               lambda _: {("vpsd", VERSION): 1}, labels=("daemon", "version")),
+               lambda _: {f'daemon="vpsd",version="{VERSION}"': 1}),
         Metric("cerebrum_cpu_ratio", "Share of all CPUs that is busy.",
                lambda vps: vps.cpu.system_percent / 100, "cpu_percent", 0.01),
         Metric("cerebrum_cpu_others_ratio", "Share of all CPUs that other programs use.",
@@ -811,17 +806,16 @@ METRICS = {
         Metric("cerebrum_completions_active", "Completions that hold a place.",
                lambda vps: len(vps.admissions), "requests_active"),
         Metric("cerebrum_places", "Completions that may run at a time.", "pool.settings.sequences"),
-        of_workers("cerebrum_model_loaded", "Whether it is in memory.", lambda _: 1,
-                   "models_loaded"),
-        of_workers("cerebrum_model_memory_bytes", "Memory of a loaded model and its saved prompts.",
-                   memory_bytes),
-        of_workers("cerebrum_prompt_cache_bytes", "Memory of a model's saved prompts.",
-                   lambda worker: worker.stored_bytes),
-        of_workers("llamacpp:requests_processing", "Completions that the model works on.", running),
-        Metric("llamacpp:requests_deferred", "Completions that wait for the model.",
-               lambda vps: {(id,): waiting(vps, id) for id in vps.pool.tallies}, labels=("model",)),
     ),
-    "model": (
+    (  # read from a state of `at_work`
+        Metric("cerebrum_model_loaded", "Whether it is in memory.", "loaded", "models_loaded"),
+        Metric("cerebrum_model_memory_bytes", "Memory of a loaded model and its saved prompts.",
+               "memory"),
+        Metric("cerebrum_prompt_cache_bytes", "Memory of a model's saved prompts.", "prompts"),
+        Metric("llamacpp:requests_processing", "Completions that the model works on.", "running"),
+        Metric("llamacpp:requests_deferred", "Completions that wait for the model.", "waiting"),
+    ),
+    (  # read from a ModelTally
         *COMPLETIONS,
         Metric("llamacpp:prompt_tokens_total", "Tokens of prompts that were computed.",
                "prompt_tokens"),
@@ -859,12 +853,13 @@ METRICS = {
         Metric("cerebrum_model_load_seconds_total", "Time in which it was loaded.",
                "load_seconds"),
     ),
-}  # fmt: skip
+)  # fmt: skip
 
 
-def subjects(engine: Engine) -> Subjects:
-    """The objects that the rows of METRICS read."""
-    return {"": {"": engine}, "model": engine.pool.tallies}
+def table_of(engine: Engine) -> Table:
+    """The rows of METRICS with their subjects."""
+    subjects = ({"": engine}, at_work(engine), engine.pool.tallies)
+    return zip(("", "model", "model"), subjects, METRICS, strict=True)
 
 
 async def unload(engine: Engine, request: Request) -> Response:

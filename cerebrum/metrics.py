@@ -1,14 +1,15 @@
-"""Counts of completions, and the tables of metrics behind `/metrics` and `/v1/stats` of both
+"""Counts of completions, and the table of counters behind `/metrics` and `/v1/stats` of both
 daemons.
 
-    >>> table = {"model": (Metric("tokens_total", "Tokens of completions.", "tokens", "tokens"),)}
-    >>> subjects = {"model": {"qwen": Tally(tokens=40), "llama": Tally(tokens=2)}}
-    >>> print(write_metrics(table, subjects).decode(), end="")
+    >>> row = Metric("tokens_total", "Tokens of completions.", "tokens", "tokens")
+    >>> tallies = {"qwen": Tally(tokens=40), "llama": Tally(tokens=2)}
+    >>> table = [("model", tallies, [row])]
+    >>> print(write_metrics(table).decode(), end="")
     # HELP tokens_total Tokens of completions.
     # TYPE tokens_total counter
     tokens_total{model="qwen"} 40
     tokens_total{model="llama"} 2
-    >>> write_stats(table, subjects)
+    >>> write_stats(table)
     {'tokens': 42}
 
 A daemon counts in a `Tally` for each model and in its own fields. Its table has one row for each
@@ -25,9 +26,8 @@ import os
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -59,8 +59,12 @@ class Histogram:
 
     >>> histogram = Histogram((0.5, 1.0))
     >>> for value in (0.5, 0.6, 7.0): histogram.observe(value)
-    >>> histogram.cumulative()
-    [(0.5, 1), (1.0, 2), (inf, 3)]
+    >>> print(*histogram.lines("x", '{model="m"}'), sep="", end="")
+    x_bucket{model="m",le="0.5"} 1
+    x_bucket{model="m",le="1"} 2
+    x_bucket{model="m",le="+Inf"} 3
+    x_sum{model="m"} 8.1
+    x_count{model="m"} 3
     """
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
@@ -72,9 +76,15 @@ class Histogram:
         self._counts[bisect_left(self.bounds, value)] += 1
         self.sum += value
 
-    def cumulative(self) -> list[tuple[float, int]]:
-        """(bound, number of values up to it), up to infinity."""
-        return list(zip(self.bounds, accumulate(self._counts), strict=True))
+    def lines(self, name: str, labels: str) -> Iterator[str]:
+        """The samples of a metric with these labels."""
+        count = 0
+        for bound, number in zip(self.bounds, self._counts, strict=True):
+            count += number
+            text = "+Inf" if bound == math.inf else f"{bound:g}"
+            yield f'{name}_bucket{labels[:-1]},le="{text}"}} {count}\n'
+        yield f"{name}_sum{labels} {self.sum}\n"
+        yield f"{name}_count{labels} {count}\n"
 
 
 CANCELLED = "CANCELLED"  # the end of a completion that nobody waits for any more
@@ -111,8 +121,8 @@ class Metric(NamedTuple):
     """A row: a metric, and the member of /v1/stats with the same number.
 
     `read` is a function of the row's subject, such as a Tally, or the name of the subject's
-    attribute. The result is a number, a Histogram, a mapping from values of `labels` to numbers, or
-    None if there is no number now. A number is a counter if `name` ends in `_total`, else a gauge.
+    attribute. The result is a number, a Histogram, or numbers by further labels, such as
+    `reason="stop"`. A number is a counter if `name` ends in `_total`, else a gauge.
     """
 
     name: str
@@ -121,76 +131,66 @@ class Metric(NamedTuple):
     stats: str = ""  # the member's name; the member is the sum over all labels
     # Of the member, such as 2**20 for MiB of bytes; a member with a unit is rounded to a tenth.
     unit: float = 0
-    labels: tuple[str, ...] = ()
 
-    def samples(self, label: str, subjects: Mapping[str, Any]) -> Iterator[Sample]:
-        """The samples of the row's subjects, which are given by the value of `label`."""
+    def samples(self, label: str, subjects: Mapping[str, Any]) -> dict[str, Any]:
+        """The numbers or Histograms by their labels, such as `{model="qwen"}`. The subjects are
+        given by the value of `label`.
+        """
         read = attrgetter(self.read) if isinstance(self.read, str) else self.read
+        samples = {}
         for key, subject in subjects.items():
+            own = f'{label}="{key}"' if label else ""
             found = read(subject)
             if not isinstance(found, Mapping):
-                found = {(): found}
-            for values, number in found.items():
-                labels = {label: key} | dict(zip(self.labels, values, strict=True))
-                if isinstance(number, Histogram):
-                    yield from _samples_of(number, labels)
-                elif number is not None:
-                    yield "", labels, number
+                found = {"": found}
+            for more, number in found.items():
+                text = ",".join(filter(None, (own, more)))
+                samples[f"{{{text}}}" if text else ""] = number
+        return samples
+
+    def lines(self, samples: Mapping[str, Any]) -> Iterator[str]:
+        """Its part of /metrics. All digits of a float are written, so a sum never decreases."""
+        kind = "counter" if self.name.endswith("_total") else "gauge"
+        lines = list[str]()
+        for labels, number in samples.items():
+            if isinstance(number, Histogram):
+                kind = "histogram"
+                lines += number.lines(self.name, labels)
+            else:
+                lines.append(f"{self.name}{labels} {+number}\n")
+        if lines:
+            yield f"# HELP {self.name} {self.about}\n"
+            yield f"# TYPE {self.name} {kind}\n"
+        yield from lines
 
 
-Sample = tuple[str, dict[str, Any], float]  # ending of the metric's name, labels, number
+# Groups of rows: the label of their subjects ("": there is a single one), the subjects by the
+# label's value, and the rows.
+Table = Iterable[tuple[str, Mapping[str, Any], Sequence[Metric]]]
 
 
-def _samples_of(histogram: Histogram, labels: dict[str, Any]) -> Iterator[Sample]:
-    for bound, count in histogram.cumulative():
-        text = "+Inf" if bound == math.inf else f"{bound:g}"
-        yield "_bucket", labels | {"le": text}, count
-    yield "_sum", labels, histogram.sum
-    yield "_count", labels, count
-
-
-Table = Mapping[str, Sequence[Metric]]  # rows by the label of their subjects; "": a single subject
-Subjects = Mapping[str, Mapping[str, Any]]  # the subjects, by the same label and its value
-
-
-def write_metrics(table: Table, subjects: Subjects) -> bytes:
-    """The body of /metrics, or a part of it. All digits of a float are written, so a sum never
-    decreases.
-    """
+def write_metrics(table: Table) -> bytes:
+    """The body of /metrics."""
     lines = list[str]()
-    for label, rows in table.items():
+    for label, subjects, rows in table:
         for row in rows:
-            lines += _lines_of(row, list(row.samples(label, subjects[label])))
+            lines += row.lines(row.samples(label, subjects))
     return "".join(lines).encode()
 
 
-def metrics_of(request: Request, table: Table, subjects: Subjects) -> Response:
+def metrics_of(request: Request, table: Table) -> Response:
     """The response of /metrics, with the rows of SERVER."""
-    server = write_metrics(SERVER, {"": {"": request.answered}})
-    return Response(server + write_metrics(table, subjects), kind=CONTENT_TYPE)
+    server = ("", {"": request.answered}, SERVER)
+    return Response(write_metrics([server, *table]), kind=CONTENT_TYPE)
 
 
-def _lines_of(row: Metric, samples: Sequence[Sample]) -> Iterator[str]:
-    if not samples:
-        return
-    kind = "counter" if row.name.endswith("_total") else "gauge"
-    if samples[0][0]:
-        kind = "histogram"
-    yield f"# HELP {row.name} {row.about}\n"
-    yield f"# TYPE {row.name} {kind}\n"
-    for ending, labels, value in samples:
-        pairs = ",".join(f'{name}="{text}"' for name, text in labels.items() if name)
-        braced = f"{{{pairs}}}" if pairs else ""
-        yield f"{row.name}{ending}{braced} {+value}\n"
-
-
-def write_stats(table: Table, subjects: Subjects) -> dict[str, Any]:
+def write_stats(table: Table) -> dict[str, Any]:
     """The table's members of /v1/stats."""
     members = {}
-    for label, rows in table.items():
+    for label, subjects, rows in table:
         for row in rows:
             if row.stats:
-                total = sum(number for _, _, number in row.samples(label, subjects[label]))
+                total = sum(row.samples(label, subjects).values())
                 members[row.stats] = round(total / row.unit, 1) if row.unit else total
     return members
 
@@ -201,8 +201,7 @@ COMPLETIONS = (  # read from a Tally
     Metric(
         "cerebrum_completions_ended_total",
         "Completions by finish reason, error code, or CANCELLED.",
-        lambda tally: {(reason,): count for reason, count in tally.ended.copy().items()},
-        labels=("reason",),
+        lambda tally: {f'reason="{end}"': count for end, count in tally.ended.copy().items()},
     ),
     Metric(
         "cerebrum_time_to_first_token_seconds",
@@ -217,41 +216,40 @@ COMPLETIONS = (  # read from a Tally
     ),
 )
 # Read from `Server.answered`; process metrics have the names that other client libraries use.
-SERVER = {
-    "": (
-        Metric(
-            "cerebrum_http_requests_total",
-            "Requests by path of their route and status in the log, such as 499.",
-            lambda answered: answered,
-            labels=("path", "code"),
-        ),
-        Metric(
-            "process_cpu_seconds_total",
-            "CPU time of the process.",
-            lambda _: time.process_time(),
-        ),
-        Metric(
-            "process_resident_memory_bytes",
-            "Resident memory of the process.",
-            lambda _: resident_bytes(),
-        ),
-        Metric(
-            "process_start_time_seconds",
-            "Start of the process, by the clock as it is now.",
-            lambda _: round(time.time() - time.monotonic() + STARTED, 1),
-        ),
-        Metric(
-            "process_open_fds",
-            "Open files of the process.",
-            lambda _: len(os.listdir("/proc/self/fd")) - 1,
-        ),
-        Metric(
-            "process_max_fds",
-            "Most files that the process may open.",
-            lambda _: os.sysconf("SC_OPEN_MAX"),
-        ),
-    )
-}
+SERVER = (
+    Metric(
+        "cerebrum_http_requests_total",
+        "Requests by path of their route and status in the log, such as 499.",
+        lambda answered: {
+            f'path="{path}",code="{status}"': count for (path, status), count in answered.items()
+        },
+    ),
+    Metric(
+        "process_cpu_seconds_total",
+        "CPU time of the process.",
+        lambda _: time.process_time(),
+    ),
+    Metric(
+        "process_resident_memory_bytes",
+        "Resident memory of the process.",
+        lambda _: resident_bytes(),
+    ),
+    Metric(
+        "process_start_time_seconds",
+        "Start of the process, by the clock as it is now.",
+        lambda _: round(time.time() - time.monotonic() + STARTED, 1),
+    ),
+    Metric(
+        "process_open_fds",
+        "Open files of the process.",
+        lambda _: len(os.listdir("/proc/self/fd")) - 1,
+    ),
+    Metric(
+        "process_max_fds",
+        "Most files that the process may open.",
+        lambda _: os.sysconf("SC_OPEN_MAX"),
+    ),
+)
 
 
 def resident_bytes() -> int:

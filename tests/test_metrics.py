@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import doctest
 import json
-import math
 import re
 import shutil
 import subprocess
@@ -93,15 +92,13 @@ def check_agreement(samples: Samples, stats: dict[str, Any]) -> None:
 # ---------------------------------------------------------------------------------------- the table
 
 
-TABLE = {
-    "model": (
-        Metric("size_bytes", "Size.", "size", "size_mb", 2**20),
-        Metric("kinds_total", "Kinds.", "kinds", "kinds", labels=("kind", "code")),
-        Metric("time_seconds", "Time.", "time"),
-        Metric("nothing", "Nothing now.", "nothing"),
-    )
-}
-KINDS = {("a", 1): 2, ("b", 3): 4}
+ROWS = (
+    Metric("size_bytes", "Size.", "size", "size_mb", 2**20),
+    Metric("kinds_total", "Kinds.", "kinds", "kinds"),
+    Metric("time_seconds", "Time.", "time"),
+    Metric("nothing", "Nothing now.", "nothing"),
+)
+KINDS = {'kind="a",code="1"': 2, 'kind="b",code="3"': 4}
 OBSERVED = (0.0, 0.1, 0.1000001, 1.0, 1e9)
 SAMPLES = {
     ("size_bytes", "m"): 2**20 / 3,
@@ -117,20 +114,20 @@ SAMPLES = {
 
 def test_a_row_is_a_metric_and_a_member_of_the_statistics():
     assert doctest.testmod(metrics).failed == 0
-    subject = SimpleNamespace(size=2**20 / 3, kinds=KINDS, time=Histogram((0.1, 1.0)), nothing=None)
+    subject = SimpleNamespace(size=2**20 / 3, kinds=KINDS, time=Histogram((0.1, 1.0)), nothing={})
     for value in OBSERVED:
         subject.time.observe(value)
-    subjects = {"model": {"m": subject}}
-    assert write_stats(TABLE, subjects) == {"size_mb": 0.3, "kinds": 6}
-    text = write_metrics(TABLE, subjects).decode()
+    table = [("model", {"m": subject}, ROWS)]
+    assert write_stats(table) == {"size_mb": 0.3, "kinds": 6}
+    text = write_metrics(table).decode()
     kinds = ["size_bytes gauge", "kinds_total counter", "time_seconds histogram"]
     assert re.findall("^# TYPE (.*)", text, re.M) == kinds
     assert read(text) == SAMPLES
     tally = Tally()
     tally.spoke(0.5, 0.5, tokens=1)  # one token alone has no time per token
     tally.spoke(1.0, 3.0, tokens=5)
-    assert (tally.first_token.sum, tally.first_token.cumulative()[-1]) == (1.5, (math.inf, 2))
-    assert (tally.per_token.sum, tally.per_token.cumulative()[-1]) == (0.5, (math.inf, 1))
+    assert [*tally.first_token.lines("x", "")][-2:] == ["x_sum 1.5\n", "x_count 2\n"]
+    assert [*tally.per_token.lines("x", "")][-2:] == ["x_sum 0.5\n", "x_count 1\n"]
 
 
 # ------------------------------------------------------------------------------------ all the names
