@@ -32,13 +32,11 @@ import re
 import socket
 import ssl
 import sys
-import threading
 import time
 import uuid
 from asyncio import sslproto
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import unquote
@@ -474,22 +472,6 @@ def is_ip_literal(host: str) -> bool:
     except OSError:
         return False
     return True
-
-
-def in_thread(function: Callable[..., Any], *arguments: Any, **named: Any) -> Future[Any]:
-    """Call a function in a thread that does not delay the program's end: looking up a name may
-    hang.
-    """
-    future = Future[Any]()
-
-    def call() -> None:
-        try:
-            future.set_result(function(*arguments, **named))
-        except Exception as error:
-            future.set_exception(error)
-
-    threading.Thread(target=call, daemon=True).start()
-    return future
 
 
 def own_names(extra: Collection[str]) -> frozenset[str]:

@@ -5,7 +5,7 @@ A backend is not trusted: inexact framing is refused. The circuit breaker counts
 `BackendFailure`.
 
 An `Upstream` owns its spare connection; every other connection belongs to the one request it was
-opened for. `Loop` owns the cache of resolved names. Standard library only.
+opened for. `Loop` owns the addresses of names. Standard library only.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ import math
 import re
 import socket
 import ssl
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,8 +28,6 @@ from cerebrum.http import (
     READ_BYTES,
     STATUS_LINE,
     BodyDecoder,
-    in_thread,
-    is_ip_literal,
     parse_framing,
     parse_head,
     scan_head,
@@ -266,7 +266,7 @@ def data_of(event: bytes) -> bytes:
 CONNECT_SECONDS = 5.0
 IDLE_SECONDS = 30.0  # between two reads of a stream: our own backend sends a comment every 5 s
 SPARE_SECONDS = 8.0  # until an unused spare connection is closed; vpsd closes it after 10
-NAME_SECONDS = 60.0  # for which the addresses of a name are cached
+NAME_SECONDS = 30.0  # for which the addresses of a name are kept
 RACE_SECONDS = 0.25  # until the next address of a name is tried in parallel (RFC 8305)
 # For a whole stream: 2,048 tokens at half a token per second, plus the queue before them.
 STREAM_SECONDS = 7200.0
@@ -276,37 +276,34 @@ BROKEN = "the connection broke"
 EXPIRED = "it stopped"  # we have cut the connection
 
 
-Found = asyncio.Future[list[Any]]  # the addresses of a name
-
-
 class Loop(asyncio.SelectorEventLoop):
-    """An event loop that looks up each name in a daemon thread of its own and caches the addresses.
-    asyncio joins its own threads at the end, so a hanging resolver would keep the daemon from
-    stopping.
+    """An event loop that looks up each name in a daemon thread of its own and keeps the addresses
+    for a while. asyncio joins its own threads at the end, so a hanging resolver would keep the
+    daemon from stopping.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        # Addresses, or a lookup in progress.
-        self._names: dict[tuple[Any, ...], Found] = {}
+        self._known: dict[Any, tuple[float, list[Any]]] = {}  # addresses, and how long they count
 
     async def getaddrinfo(self, host: Any, port: Any, **how: int) -> list[Any]:
         """As socket.getaddrinfo."""
-        key = (host, port, *sorted(how.items()))
-        if key not in self._names:
-            answer = in_thread(socket.getaddrinfo, host, port, **how)
-            found = self._names[key] = asyncio.wrap_future(answer, loop=self)
-            found.add_done_callback(self._learn)
-        return await asyncio.shield(self._names[key])
+        key = (host, port, *how.items())
+        until, addresses = self._known.get(key, (0.0, []))
+        if until < self.time():
+            found = Future[list[Any]]()
+            found.set_running_or_notify_cancel()  # the thread sets it, whoever still waits
 
-    def forget_names(self) -> None:
-        self._names = {key: found for key, found in self._names.items() if not found.done()}
+            def look_up() -> None:
+                try:
+                    found.set_result(socket.getaddrinfo(host, port, **how))
+                except Exception as error:
+                    found.set_exception(error)
 
-    def _learn(self, found: Found) -> None:
-        if found.exception():  # from here on it counts as retrieved: perhaps nobody waits any more
-            self.forget_names()
-        else:
-            self.call_later(NAME_SECONDS, self.forget_names)
+            threading.Thread(target=look_up, daemon=True).start()
+            addresses = await asyncio.wrap_future(found, loop=self)
+            self._known[key] = (self.time() + NAME_SECONDS, addresses)
+        return addresses
 
 
 class Reader(asyncio.Protocol):
@@ -550,20 +547,18 @@ class Upstream:
 
     async def _connect(self) -> Reader:
         endpoint, loop = self._config.endpoint, asyncio.get_running_loop()
-        host = endpoint.host
-        race = None if ":" in host or is_ip_literal(host) else RACE_SECONDS
         with blamed("it cannot be reached"):
             try:
                 async with asyncio.timeout(CONNECT_SECONDS):
                     transport, reader = await loop.create_connection(
-                        Reader, host, endpoint.port, ssl=self._tls, happy_eyeballs_delay=race
+                        Reader,
+                        endpoint.host,
+                        endpoint.port,
+                        ssl=self._tls,
+                        happy_eyeballs_delay=RACE_SECONDS,
                     )
-            except OSError as error:
-                if isinstance(loop, Loop):
-                    loop.forget_names()  # the backend may have moved
-                if isinstance(error, ConnectionRefusedError):
-                    raise BackendFailure("connection refused") from None
-                raise
+            except ConnectionRefusedError:
+                raise BackendFailure("connection refused") from None
         # By default the kernel buffers megabytes, even if the client has stopped reading.
         transport.get_extra_info("socket").setsockopt(
             socket.SOL_SOCKET, socket.SO_RCVBUF, READ_BYTES
@@ -571,17 +566,16 @@ class Upstream:
         return reader
 
     def _encode(self, path: str, body: Members | None) -> bytes:
-        endpoint, request_id = self._config.endpoint, request_id_var.get()
+        endpoint = self._config.endpoint
         method = "GET" if body is None else "POST"
         lines = [
             f"{method} {endpoint.prefix}{path} HTTP/1.1",
             f"Host: {endpoint.authority}",
             "Connection: close",
+            f"X-Request-ID: {request_id_var.get()}",
         ]
         if key_header := self._key_header(path):
             lines.append(key_header)
-        if request_id != "-":
-            lines.append(f"X-Request-ID: {request_id}")
         payload = b"" if body is None else json.dumps(body).encode("ascii")
         if payload:
             lines += ["Content-Type: application/json", f"Content-Length: {len(payload)}"]
