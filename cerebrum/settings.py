@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cerebrum.fields import Field, Fields, JsonObject, describe, members_of, read_fields
+from cerebrum.fields import Field, Fields, JsonObject, describe, read_fields
 from cerebrum_common import FIM_LAYOUTS, HttpError, Model, log
 
 
@@ -47,11 +47,13 @@ class ConfigError(ValueError):
 # Printable ASCII but for space and comma: a header can carry the key as it is.
 KEY = re.compile(r"[!-+\--~]+")
 MAX_KEYS = 2  # a forgotten old key should not stay valid
-# A name or an address.
-HOST = re.compile(r"[A-Za-z0-9.\-_]{1,255}|[0-9A-Fa-f:.]{2,45}(%[A-Za-z0-9.\-_]{1,32})?")
-# NAME KEY [PLACES], with one space between two words.
-CLIENT = re.compile(rf"([A-Za-z0-9._-]{{1,32}}) ({KEY.pattern})(?: ([0-9]{{1,2}}))?")
-MAX_CLIENTS, MAX_CLIENT_PLACES = 32, 64
+# NAME KEY [PLACES], a comment, or nothing.
+CLIENT = re.compile(
+    rf"\s*(?:#.*|([A-Za-z0-9._-]{{1,32}})\s+({KEY.pattern})(?:\s+([1-9][0-9]?))?\s*)?"
+)
+MAX_CLIENTS = 32
+# NAME=value, a comment, or nothing.
+SETTING = re.compile(r"""\s*(?:#.*|(?:export\s+)?([A-Za-z_]\w*)=(["']?)(.*?)\2\s*)?""")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +98,8 @@ class Environment:
         one; None if there is no such file. If not `strict`, wrong lines are skipped.
         """
         given = self.text(name)
-        if re.search(r"\s", given):  # perhaps the keys
-            raise ConfigError(f"{name}: expected the path of a file, got a text with spaces")
+        path = self.path(name, str(default))
         try:
-            path = Path(given or default).expanduser()
             lines = path.read_text("utf-8-sig").split("\n")
             if strict and path.stat().st_mode & 0o077:
                 log.warning("%s: expected mode 600: others can read the keys", path)
@@ -107,7 +107,7 @@ class Environment:
             if given:
                 raise ConfigError(f"{name}: expected a file, got none at this path") from None
             return None
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", "expected the path of a file in UTF-8")
             raise ConfigError(f"{name}: cannot read the file: {reason}") from None
         return _read_clients(lines, f"{name}: {path}", strict)
@@ -127,30 +127,24 @@ class Environment:
             )
         return text
 
-    def host(self, name: str, default: str) -> str:
-        text = self.text(name, default)
-        if not HOST.fullmatch(text):
-            raise ConfigError(f"{name}: expected an address or a host name, got something else")
-        return text
-
     def names(self, name: str) -> frozenset[str]:
         """A comma-separated list."""
         parts = self.text(name).split(",")
         return frozenset(part.strip().lower() for part in parts if part.strip())
 
-    def folder(self, name: str, default: str) -> Path:
+    def path(self, name: str, default: str) -> Path:
         text = self.text(name, default)
         try:
             return Path(text).expanduser()
         except RuntimeError:
             raise ConfigError(
-                f"{name}: expected a folder, got {text!r}, and there is no such home"
+                f"{name}: expected a path, got {text!r}, and there is no such home"
             ) from None
 
     def state_dir(self) -> Path:
         """Where a daemon keeps its state; systemd's StateDirectory= by default."""
         default = self.text("STATE_DIRECTORY", "~/.local/state/cerebrum")
-        return self.folder("CEREBRUM_STATE_DIR", default)
+        return self.path("CEREBRUM_STATE_DIR", default)
 
     def number(self, name: str, default: float, low: float, high: float) -> float:
         text = self.text(name, str(default))
@@ -166,43 +160,33 @@ class Environment:
 
 
 def _read_clients(lines: Sequence[str], where: str, strict: bool) -> dict[str, Client]:
+    """The clients by key. A ConfigError never shows a line, which has a key."""
     clients = dict[str, Client]()
     for number, line in enumerate(lines, 1):
-        try:
-            _add_client(clients, line)
-        except ConfigError as error:
-            if strict:
-                raise ConfigError(f"{where}: line {number}: {error}") from None
+        problem = ""
+        match = CLIENT.fullmatch(line)
+        if not match:
+            problem = "expected NAME KEY [PLACES], got something else"
+        elif match[1]:
+            name, key, places = match.groups("0")
+            if key in clients or name in {client.name for client in clients.values()}:
+                problem = "expected each name and each key once"
+            else:
+                clients[key] = Client(name, int(places))
+        if problem and strict:
+            raise ConfigError(f"{where}: line {number}: {problem}")
     if strict and len(clients) > MAX_CLIENTS:
         raise ConfigError(f"{where}: expected at most {MAX_CLIENTS} names, got {len(clients)}")
     return clients
 
 
-def _add_client(clients: dict[str, Client], line: str) -> None:
-    """Add the client of a line of the file, if it has one. ConfigError says what is wrong; it never
-    shows the line, which has a key.
-    """
-    words = line.split()
-    if not words or words[0].startswith("#"):
-        return
-    match = CLIENT.fullmatch(" ".join(words))
-    if not match or not 1 <= int(match[3] or 1) <= MAX_CLIENT_PLACES:
-        raise ConfigError("expected NAME KEY [PLACES], got something else")
-    name, key, places = match.groups("0")
-    if key in clients or name in {client.name for client in clients.values()}:
-        raise ConfigError("expected each name and each key once")
-    clients[key] = Client(name, int(places))
-
-
-def read_environment(
-    environ: Mapping[str, str], folder: Path, known: Environment | None = None
-) -> Environment:
+def read_environment(environ: Mapping[str, str], folder: Path, strict: bool = True) -> Environment:
     """Read systemd's credentials, then the process's environment, then `folder`/.env: the first
     source that has a variable wins. `.env` has `NAME=value` lines as systemd reads them: quotes are
-    optional, and a `#` inside a value is part of the value. With `known`, a wrong line is skipped:
-    what it may have set keeps its value there, but for keys, which become wrong ones.
+    optional, and a `#` inside a value is part of the value. If not `strict`, wrong lines are
+    skipped.
     """
-    file = _read_env(folder / ".env", known)
+    file = _read_env(folder / ".env", strict)
     return Environment({**file, **environ, **_read_credentials(environ)})
 
 
@@ -229,7 +213,7 @@ def _read_credentials(environ: Mapping[str, str]) -> dict[str, str]:
     return values
 
 
-def _read_env(path: Path, known: Environment | None) -> dict[str, str]:
+def _read_env(path: Path, strict: bool) -> dict[str, str]:
     values = {}
     try:
         lines = path.read_text("utf-8-sig").split("\n")
@@ -238,15 +222,10 @@ def _read_env(path: Path, known: Environment | None) -> dict[str, str]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {getattr(error, 'strerror', error)}") from None
     for number, line in enumerate(lines, 1):
-        if not line.strip() or line.lstrip().startswith("#"):
-            continue
-        if match := re.fullmatch(r"""\s*(?:export\s+)?([A-Za-z_]\w*)=(["']?)(.*?)\2\s*""", line):
+        match = SETTING.fullmatch(line)
+        if match and match[1]:
             values[match[1]] = match[3]
-        elif known:
-            named = [name for name in known.values if name in line]
-            kept = {name: " " if name.endswith("_KEY") else known.text(name) for name in named}
-            values = kept | values
-        else:
+        elif strict and not match:
             raise ConfigError(f"{path}: line {number}: expected NAME=value")
     return values
 
@@ -260,15 +239,6 @@ class Catalog:
     models: tuple[Model, ...]
     prefer: Mapping[str, tuple[str, ...]]
     backends: tuple[Any, ...]
-
-    @property
-    def key_names(self) -> frozenset[str]:
-        """The variables that hold keys: our own two, and each backend's `key_env`. No child process
-        gets them.
-        """
-        named = [members_of(table).get("key_env") for table in self.backends]
-        own = {"CEREBRUM_API_KEY", "CEREBRUM_CM4_API_KEY"}
-        return frozenset(own.union(name for name in named if isinstance(name, str)))
 
 
 MODES = ("complete", "infill", "instruct")
@@ -330,33 +300,15 @@ def _check_drafts(models: Sequence[Model]) -> None:
             raise ConfigError(f"{model.id}: draft: {expected}, got {describe(model.draft)}")
 
 
-def _is_sound(shape: Mapping[str, int]) -> bool:
-    """Whether llama.cpp can compute a model of this shape; otherwise it would end the process."""
-    heads, head = shape["heads"], shape["head"]
-    if heads % shape["kv_heads"] or head % 2:
-        return False
-    rows = (shape["width"], shape["feed_forward"], heads * head)
-    if any(row % 32 for row in rows):  # each row has whole blocks of 32 weights
-        return False
-    experts, used = shape["experts"], shape["used"]
-    return 0 < used <= experts or used == experts == 0
-
-
 def _read_model(entry: Any, where: str, known: Collection[str]) -> Model:
-    # Files of earlier versions have `min_confidence`, which no longer means anything.
-    given = read_table(entry, where, MODEL, "sources", "shape", "min_confidence")
+    given = read_table(entry, where, MODEL, "sources", "shape")
     if not given["file"] and not given["aliases"]:
         raise ConfigError(f"{where}: file: expected a name, or aliases instead, got nothing")
     sources = entry.get("sources", [])
     if not isinstance(sources, list) or not all(isinstance(source, dict) for source in sources):
         raise ConfigError(f"{where}: sources: expected [[models.sources]], got something else")
     if "shape" in entry:
-        shape = read_table(entry["shape"], f"{where}: shape", SHAPE)
-        if not _is_sound(shape):
-            raise ConfigError(
-                f"{where}: shape: expected one that llama.cpp can compute, got {shape}"
-            )
-        given["shape"] = shape
+        given["shape"] = read_table(entry["shape"], f"{where}: shape", SHAPE)
     languages = dict[str, None]()  # each once
     for name in given["languages"]:
         languages |= dict.fromkeys(known if name == "all" else [name])

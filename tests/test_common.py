@@ -199,11 +199,6 @@ def test_a_shape_has_as_many_weights_as_the_publisher_counts(model):
 
 FORM = "expected a string of the form"
 NO_LANGUAGE = "model 1: languages: expected strings of the form"
-SHAPE = (
-    "shape = {{layers = 2, width = {0}, heads = 4, kv_heads = {1}, head = 32, feed_forward = 64, "
-    "vocabulary = 99, experts = {2}, used = {3}}}\n"
-)
-UNSOUND = "model 1: shape: expected one that llama.cpp can compute, got {'layers': 2"
 BAD: list[tuple[str | bytes | None, str]] = [  # a models.toml, and what is said of it
     (None, "No such file"),
     (b"\xff", "'utf-8' codec can't decode"),
@@ -231,11 +226,6 @@ BAD: list[tuple[str | bytes | None, str]] = [  # a models.toml, and what is said
     (GOOD + 'alias = "a"\n', "model 1: expected one of id, name, parameters, "),
     (GOOD.replace('["python"]', '["a b"]'), NO_LANGUAGE),
     (GOOD.replace('["python"]', "[[]]"), NO_LANGUAGE),
-    (GOOD + SHAPE.format(64, 3, 0, 0), UNSOUND),
-    (GOOD + SHAPE.format(64, 2, 4, 0), UNSOUND),
-    (GOOD + SHAPE.format(64, 2, 0, 4), UNSOUND),
-    (GOOD + SHAPE.format(64, 2, 2, 4), UNSOUND),
-    (GOOD + SHAPE.format(100, 2, 0, 0), UNSOUND),
     (GOOD + "shape = 5\n", "model 1: shape: expected a table, got something else"),
     (
         GOOD + "shape = {layers = 0}\n",
@@ -287,13 +277,6 @@ def test_preferences_and_any_language_may_be_named(tmp_path):
     assert catalog.models[1].languages == ("python", "haskell", "c#", "objective-c", "F90")
     assert catalog.models[2].languages == ("cobol", "rust", "python")
     assert load_catalog(ROOT / "models.toml", LANGUAGES).prefer == {}, "off in the shipped file"
-
-
-def test_a_file_of_an_earlier_version_is_read(tmp_path):
-    path = tmp_path / "models.toml"
-    path.write_text(GOOD + "min_confidence = {normal = 0.62}\n")
-    (model,) = load_catalog(path, LANGUAGES).models
-    assert model.id == "m"
 
 
 # ---------------------------------------------------------------------------------------- the house

@@ -75,7 +75,7 @@ KEYS_FILES = [
     ("tom k3 2\n", {"k3": Client("tom", 2)}),
     *(
         (line, f"line 1: {FORM}")
-        for line in ("anna\n", "anna k1 0\n", "anna k1 65\n", "anna k1 2 x\n")
+        for line in ("anna\n", "anna k1 0\n", "anna k1 100\n", "anna k1 2 x\n")
     ),
     *((line, f"line 1: {FORM}") for line in ("an/na k1\n", "anna k,1\n")),
     ("anna k1\n\nanna k2\n", "line 3: expected each name and each key once"),
