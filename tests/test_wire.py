@@ -452,11 +452,13 @@ BODIES: list[Row] = [
     ),
     *each("header", 400, C, f"{TE}\r\n{CL5}"),
     *each("coding", 200, K, "chunked", "CHUNKED", "\tchunked "),
-    *each("coding", 501, C, "gzip, chunked", "chunked, chunked", ", chunked"),
     *each(
         "coding",
         400,
         C,
+        "gzip, chunked",
+        "chunked, chunked",
+        ", chunked",
         "gzip",
         "chunked, gzip",
         "identity",
@@ -1052,12 +1054,6 @@ def mutate(draw: random.Random, pool: list[bytes]) -> bytes:
         middle = draw.choice((b"", spliced, flipped, longer, random_bytes, None))
         data = before + other[start:] if middle is None else before + middle + after
     return data[:20_000]
-
-
-def test_a_response_header_cannot_become_two() -> None:
-    for value in ("a\r\nB: c", "a\nb", "a\r"):
-        with pytest.raises(ValueError, match="line end"):
-            http.encode_head(200, [("A", value)])
 
 
 async def fuzz(daemon: Daemon, count: int, seed: int) -> None:

@@ -214,10 +214,7 @@ def parse_answer(block: bytes, media: str) -> tuple[int, BodyDecoder]:
         given = headers.get("content-type", media).partition(";")[0]
         if given.strip(" \t").lower() != media:
             raise BackendFailure("its answer is not of the type that was asked for")
-    framing = parse_framing(first[:8].decode(), headers)
-    if status in (204, 304):
-        framing = 0, False
-    return status, BodyDecoder(*framing)
+    return status, BodyDecoder(*parse_framing(first[:8].decode(), headers))
 
 
 EVENT_STREAM, JSON = "text/event-stream", "application/json"
@@ -391,7 +388,6 @@ class Answer:
     def __init__(self, reader: Reader, again: Callable[[], Awaitable[Reader]] | None) -> None:
         self.status = 0
         self.reader, self._again = reader, again
-        self._heads = 0  # that have come
         self.body = BodyDecoder(None, False)  # until the head has come
 
     def cut(self) -> None:
@@ -402,13 +398,10 @@ class Answer:
         """Read the head, skipping heads with status 1xx. HttpError or BackendFailure as in
         `parse_answer`. After a cancelled call, the next call resumes at the same place.
         """
-        while self._heads < MAX_HEADS:
+        for _ in range(MAX_HEADS):
             self.status, self.body = parse_answer(await self._next_head(), media)
-            self._heads += 1
             if self.status >= 200:
                 return
-            if self.status == 101:
-                break
         raise BackendFailure(f"it answered {self.status}")
 
     async def _next_head(self) -> bytes:
@@ -484,14 +477,9 @@ class Upstream:
                 ) from None
         self._spare: Reader | None = None
         self._keeper: asyncio.Task[None] | None = None  # opens the spare connection and closes it
-        self._closed = False
 
     def close(self) -> None:
-        """Close the spare connection and leave no new one."""
-        self._closed = True
-        self._drop_spare()
-
-    def _drop_spare(self) -> None:
+        """Close the spare connection."""
         if self._keeper:
             self._keeper.cancel()
         if self._spare:
@@ -502,14 +490,14 @@ class Upstream:
         with contextlib.suppress(BackendFailure):
             self._spare = await self._connect()
             await asyncio.sleep(SPARE_SECONDS)
-        self._drop_spare()  # its own: a keeper that was replaced has been cancelled
+        self.close()  # its own: a keeper that was replaced has been cancelled
 
     def _take_spare(self) -> Reader | None:
         """The spare connection, unless the backend has closed it or sent anything."""
         spare, self._spare = self._spare, None
         if spare is None:
             return None
-        self._drop_spare()  # cancels its keeper
+        self.close()  # cancels its keeper
         if spare.end or spare.unread:
             spare.transport.abort()
             return None
@@ -541,8 +529,8 @@ class Upstream:
             answer.reader.transport.abort()
             # The backend should see this client leave before the next request arrives.
             if not answer.body.done:
-                self._drop_spare()
-            if leaves_spare and not self._closed and not self._keeper:
+                self.close()
+            if leaves_spare and not self._keeper:
                 self._keeper = asyncio.create_task(self._keep_spare())
 
     async def _connect(self) -> Reader:
