@@ -137,8 +137,6 @@ def _log_file(path: str) -> Any:
             with contextlib.suppress(OSError):
                 self.close()  # the next line reopens the file
 
-    with contextlib.suppress(OSError):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
     return LogFile(path, maxBytes=MAX_LOG_BYTES, backupCount=OLD_LOGS, encoding="utf-8", delay=True)
 
 
@@ -157,7 +155,7 @@ def notify(line: str) -> None:
         contextlib.suppress(OSError),
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifier,
     ):
-        notifier.connect("\0" + path[1:] if path.startswith("@") else path)
+        notifier.connect(path)
         notifier.send(line.encode())
 
 
@@ -165,7 +163,7 @@ def passed_sockets(environ: Mapping[str, str]) -> list[socket.socket]:
     """The listening sockets that systemd has opened for us; see sd_listen_fds(3)."""
     if environ.get("LISTEN_PID") != str(os.getpid()):
         return []
-    count = int(environ.get("LISTEN_FDS", "0"))
+    count = int(environ["LISTEN_FDS"])
     return [socket.socket(fileno=FIRST_SOCKET + number) for number in range(count)]
 
 
@@ -231,9 +229,7 @@ class Service:
         loop.add_signal_handler(signal.SIGHUP, self._reload_settings)
 
     def _stop(self) -> None:
-        loop = asyncio.get_running_loop()
         for number in ENDING:
-            loop.remove_signal_handler(number)
             signal.signal(number, signal.SIG_DFL)
         self._ending.set()
 
@@ -255,8 +251,6 @@ class Service:
         return bool(ended)
 
     def _reload_settings(self) -> None:
-        if self._ending.is_set():
-            return
         begun_ns = time.monotonic_ns()
         status = "reloaded"
         try:
