@@ -868,7 +868,7 @@ async def test_every_control_is_reached_by_tab(chrome: Any) -> None:
         await visit.instruct("x = 1\n", "use y", offers="take")
         await visit.complete("x = 1\n", "y = 1")
         await visit.find("#editor").focus()
-        await visit.page.evaluate("tabLeaves = true")  # Esc would undo the completion
+        await visit.page.evaluate("state.tabLeaves = true")  # Esc would undo the completion
         reached = [await visit.focused()]
         while reached[-1] != "new" and len(reached) < 40:
             await visit.press("Tab")

@@ -35,7 +35,7 @@ from cerebrum.pi.page import page_of
 from cerebrum.text.languages import LANGUAGES
 
 FILE = ROOT / "cerebrum/pi/page.html"
-MAX_BYTES = 50_000
+MAX_BYTES = 50 << 10
 
 
 # ----------------------------------------------------------------------------------------- the page
