@@ -137,6 +137,9 @@ def members_of(given: Mapping[str, Any]) -> Object:
     return members
 
 
+WILD = {"**/": "(.*/)?", "*": "[^/]*", "?": "[^/]"}  # as regular expressions; else `**`
+
+
 @functools.lru_cache
 def matches(glob: str, path: str) -> bool:
     """Whether a path matches a glob: `*` and `?` within a name, `**` for any folders, a `/` at the
@@ -144,36 +147,12 @@ def matches(glob: str, path: str) -> bool:
     alone, in any folder; so is one that begins with `~/` or `./`, since more is better left out
     than less.
     """
-    glob = re.sub("^[~.]/", "", glob.lower())
-    if glob.endswith("/"):
-        glob += "**"
-    path = path.lower()
-    return len(path) in ends(f"**/{glob}", path, {0})
-
-
-PART = re.compile(r"\{[^{}]*\}|\*\*/|\*+|.", re.DOTALL)  # of a glob
-
-
-def ends(glob: str, path: str, begins: set[int]) -> set[int]:
-    """The places of a path where texts end that match a glob and begin at one of these places. A
-    regular expression would try one way after another, and a few `*` have billions.
-    """
-    for part in PART.findall(glob):
-        found = set[int]()
-        if part == "**/":
-            found = begins | ends("/", path, ends("**", path, begins))
-        elif part[0] == "{" and part[1:]:
-            for text in part[1:-1].split(","):
-                found |= ends(text, path, begins)
-        else:
-            if part[0] == "*":
-                begins = found = {*begins}  # what is found is begun at, too
-            for place, character in enumerate(path):
-                fits = part[0] in "*?" and (part[1:] or character != "/")
-                if place in begins and (fits or character == part):
-                    found.add(place + 1)
-        begins = found
-    return begins
+    glob = re.sub("^[~.]/", "", glob)
+    glob = re.sub("/$", "/**", glob)
+    pattern = re.sub(r"[.+^$()|[\]\\]", r"\\\g<0>", glob)
+    pattern = re.sub(r"\*\*/|\*+|\?", lambda wild: WILD.get(wild[0], ".*"), pattern)
+    pattern = re.sub(r"\{([^{}]*)}", lambda texts: f"({texts[1].replace(',', '|')})", pattern)
+    return bool(re.search(f"(?is)(^|/){pattern}\\Z", path))
 
 
 def is_url(text: str) -> bool:
