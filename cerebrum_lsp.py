@@ -67,7 +67,6 @@ class Settings:
     exclude: tuple[str, ...] = tuple(EXCLUDE.split())  # globs of the files that are never sent
     suggest: str = "normal"  # how readily a completion is shown unasked: one of SUGGEST
     completion: bool = False  # serve textDocument/completion, for clients without inline completion
-    speculative: bool = True  # ask ahead for the text behind a suggestion that is shown
     read_ahead: bool = True  # have the Pi read where the cursor rests, before the first key
 
     def __post_init__(self) -> None:
@@ -264,10 +263,10 @@ class Suggestion(NamedTuple):
     """A completion."""
 
     text: str = ""
-    chance: float = 0.0  # that all of it is right; 0: unknown
     unsure: bool = False  # it ends where the model becomes unsure
 
 
+NOWHERE = Gap("", "", "")
 Position = tuple[int, int]  # LSP's: the line, and UTF-16 units of it
 
 
@@ -330,26 +329,21 @@ class Document:
 
 
 class Suggestions:
-    """The latest completions, and how long the Pi took for each. All threads use it."""
+    """The latest suggestion, how long the Pi took for the last ones, and what was typed over them.
+    All threads use it.
+    """
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.found: deque[tuple[Gap, Suggestion]] = deque(maxlen=16)  # each with its gap
+        self.lock = threading.Lock()  # of `show`
+        self.latest = NOWHERE, Suggestion()
         self.seconds = deque([0.4], maxlen=8)  # a guess, until there are answers
-        self.next: Gap | None = None  # the gap behind the latest completion
-        self.asked = Gap("", "", "")  # the latest that the Pi was asked for, so it has read this
-        self.shown = Gap("", "", ""), "", 0  # the latest ghost text: its gap, itself, its place
+        self.asked = NOWHERE  # the latest gap that the Pi was asked for, so it has read this
+        self.shown = NOWHERE, "", 0  # the latest ghost text: its gap, itself, its place
         self.typed_over = deque[int](maxlen=64)  # the place of each text that was
 
     def add(self, gap: Gap, found: Suggestion, seconds: float) -> None:
-        """Add a completion, and the seconds for it unless it was perhaps computed ahead."""
-        with self.lock:
-            while sum(len(old.before) + len(old.after) for old, _ in self.found) > MAX_CHARACTERS:
-                self.found.popleft()
-            self.found.append((gap, found))
-            if gap != self.next:
-                self.seconds.append(seconds)
-            self.next = replace(gap, before=gap.before + found.text)
+        self.latest = gap, found
+        self.seconds.append(seconds)
 
     def show(self, gap: Gap, text: str) -> int:
         """Note the ghost text for a gap, "" for a new request without one. Returns how many times
@@ -366,38 +360,27 @@ class Suggestions:
             self.shown = gap, text, place
             return self.typed_over.count(place)
 
-    def behind(self, found: Suggestion) -> Gap | None:
-        """The gap behind the latest suggestion, to ask ahead for it. None if the suggestion will
-        hardly be taken, or if the Pi is too slow.
-        """
-        is_sure = found.text and found.chance >= SURE
-        return self.next if is_sure and median(self.seconds) <= LOOK_SECONDS else None
-
     def rest(self, gap: Gap) -> Suggestion | None:
-        """The rest of a completion whose beginning has been typed or accepted; None if there is
-        none.
+        """The rest of the latest suggestion, whose beginning has been typed or accepted; None if
+        there is none. The Pi knows it, too, but the ghost text would be away for 20 ms and more.
         """
-        with self.lock:
-            for old, found in reversed(self.found):
-                typed = gap.typed_since(old)
-                is_whole = typed and typed == found.text
-                if typed is None or is_whole or not found.text.startswith(typed):
-                    continue
-                return found._replace(text=found.text.removeprefix(typed))
-        return None
+        old, found = self.latest
+        typed = gap.typed_since(old)
+        is_whole = typed and typed == found.text
+        if typed is None or is_whole or not found.text.startswith(typed):
+            return None
+        return found._replace(text=found.text[len(typed) :])
 
     def pause(self, gap: Gap) -> float:
         """Seconds without a key before an automatic request: longer for a slow Pi, next to none if
-        the latest completion was taken.
+        the latest suggestion was taken.
         """
-        if gap == self.next:
+        old, found = self.latest
+        if gap.typed_since(old) == found.text:
             return NO_PAUSE_SECONDS
         return min(max(MIN_PAUSE_SECONDS, PAUSE_SHARE * median(self.seconds)), MAX_PAUSE_SECONDS)
 
 
-MAX_CHARACTERS = 4_000_000  # in the texts around all remembered cursors, but for the latest
-SURE = 0.5  # least chance
-LOOK_SECONDS = 1.0  # how long a person looks at a suggestion before she takes it
 NO_PAUSE_SECONDS = 0.001  # more than 0, as for any automatic request
 MIN_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 0.03, 0.4  # fast typists leave 0.1 s between keys
 PAUSE_SHARE = 0.2  # of the median response time
@@ -490,17 +473,9 @@ class Pi:
         self.away_until = 0.0
         # Numbers of the requests without a url; `next` is atomic.
         self.without_url = itertools.count()
-        # Whether the Pi knows speculative requests; None: it was not asked since it was away.
-        self.speculates: bool | None = None
 
-    def may_speculate(self, call: Call) -> bool:
-        """Whether the Pi knows requests that take no place: an older one would give them one."""
-        if self.speculates is None:
-            self.speculates = self.ask(call, "/v1/stats").get("speculative") is True
-        return self.speculates
-
-    def ask(self, call: Call, path: str, body: Any = None) -> Object:
-        """GET a path, or POST the body, and return the answer's JSON. PiError, or Ended."""
+    def ask(self, call: Call, path: str, body: Object) -> Object:
+        """POST the body, and return the answer's JSON. PiError, or Ended."""
         settings = self.settings
         if call.is_awaited and not settings.url and next(self.without_url) == 0:
             self.client.show(3, NO_URL)
@@ -516,8 +491,7 @@ class Pi:
             call.socket = connection.sock
             call.check()  # `end` may have come before there was a socket
             connection.sock.settimeout(TIMEOUT_SECONDS)
-            method, text = ("POST", json.dumps(body)) if body else ("GET", None)
-            connection.request(method, url.path.rstrip("/") + path, text, headers)
+            connection.request("POST", url.path.rstrip("/") + path, json.dumps(body), headers)
             response = connection.getresponse()
             content = response.read()
         # ValueError: a name that cannot be looked up
@@ -538,7 +512,6 @@ class Pi:
         """The Pi is away. Tell the user, unless she knows and did not ask for a completion now."""
         with self.lock:
             is_news = not self.away_until
-            self.speculates = None
             self.away_until = time.monotonic() + AWAY_SECONDS
         if is_news or not call.is_automatic:
             self.client.show(2, str(error))
@@ -929,31 +902,22 @@ class Completions:
         )
         if is_quiet or self.is_off(gap):
             return nothing
-        rest = self.rest(call, gap)
-        if rest is not None:
+        rest = self.suggestions.rest(gap)
+        # Who asks gets no empty or shortened one, but what the Pi has.
+        if rest and (call.is_automatic or (rest.text and not rest.unsure)):
             return items(rest)
         if call.is_automatic and time.monotonic() < self.pi.away_until:
             return nothing
 
         def work() -> Any:
             call.wait()
-            rest = self.rest(call, gap)  # of an older request that was still running
-            return items(self.infill(call, gap) if rest is None else rest)
+            return items(self.infill(call, gap))
 
         return self.client.start(call, work)
 
     def is_off(self, gap: Gap) -> bool:
         settings = self.pi.settings
         return gap.language in settings.off or settings.excludes(gap.uri)
-
-    def rest(self, call: Call, gap: Gap) -> Suggestion | None:
-        """The rest of a suggestion. A manual request ignores an empty or shortened one and asks the
-        Pi.
-        """
-        rest = self.suggestions.rest(gap)
-        if call.is_automatic or (rest and rest.text and not rest.unsure):
-            return rest
-        return None
 
     def body(self, gap: Gap, is_automatic: bool, **more: Any) -> Object:
         """The fields of a request for a gap."""
@@ -971,17 +935,6 @@ class Completions:
             **more,
         }
 
-    def ask_ahead(self, found: Suggestion) -> None:
-        """Have the Pi compute what follows a suggestion that is shown, in case it is taken."""
-        behind = self.suggestions.behind(found)
-        call = Call(None)
-        if behind and self.pi.settings.speculative:
-            with contextlib.suppress(PiError):
-                if self.pi.may_speculate(call):
-                    # The Pi keeps the answer.
-                    body = self.body(behind, is_automatic=True, speculative=True)
-                    self.pi.ask(call, "/infill", body)
-
     def infill(self, call: Call, gap: Gap) -> Suggestion:
         """The Pi's text for the gap, "" if it has none now. Ended, if the call was ended."""
         suggestions = self.suggestions  # of the settings before they are read
@@ -998,11 +951,9 @@ class Completions:
                 self.pi.note_failure(error, call)
             return Suggestion()
         self.pi.away_until = 0.0
-        found = Suggestion(text, answer.get("chance") or 0.0, answer.get("unsure", False))
+        found = Suggestion(text, answer.get("unsure", False))
         if not (answer.get("replaced") or answer.get("preempted")):
             suggestions.add(gap, found, time.monotonic() - began)
-            if call.is_automatic and self.pi.settings.suggest != "always":
-                threading.Thread(target=self.ask_ahead, args=(found,), daemon=True).start()
         return found
 
 
@@ -1202,7 +1153,6 @@ class Server:
             self.client.show(1, str(error))
         self.completions.suggestions = Suggestions()  # other settings, other suggestions
         self.pi.away_until = 0.0  # the next request tries
-        self.pi.speculates = None
 
     def change_configuration(self, params: Any) -> None:
         if (given := get(params, "settings", dict, None)) is not None:

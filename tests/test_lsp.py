@@ -358,8 +358,8 @@ def test_a_completion_for_a_client_without_ghost_text(editor: Editor, pi: Pi) ->
 
 
 RESTS = [  # the text before and after a cursor, and what is left of a + b
-    ("x = ", "\n", Suggestion("a + b", 0.5, True)),
-    ("x = a ", "\n", Suggestion("+ b", 0.5, True)),
+    ("x = ", "\n", Suggestion("a + b", True)),
+    ("x = a ", "\n", Suggestion("+ b", True)),
     ("x = a + b", "\n", None),
     ("x = b", "\n", None),
     ("x = ", "", None),
@@ -369,7 +369,7 @@ RESTS = [  # the text before and after a cursor, and what is left of a + b
 
 def test_a_suggestion_is_kept_for_its_gap_alone() -> None:
     kept = Suggestions()
-    kept.add(Gap(URI, "x = ", "\n"), Suggestion("a + b", 0.5, True), 2.0)
+    kept.add(Gap(URI, "x = ", "\n"), Suggestion("a + b", True), 2.0)
     for before, after, rest in RESTS:
         assert kept.rest(Gap(URI, before, after)) == rest
     assert kept.rest(Gap("file:///other", "x = ", "\n")) is None
@@ -381,23 +381,7 @@ def test_the_pause_follows_the_response_time() -> None:
         for _ in range(8):
             kept.add(Gap(URI, "", ""), Suggestion("a"), seconds)
         assert kept.pause(Gap(URI, "", "")) == pytest.approx(pause)
-
-
-def test_behind_a_suggestion_there_is_no_pause_and_nothing_says_how_fast_the_pi_is() -> None:
-    kept, gap = Suggestions(), Gap(URI, "x = ", "\n")
-    found = Suggestion("a + b", 0.5)
-    kept.add(gap, found, 0.5)
-    behind = kept.behind(found)
-    assert behind == Gap(URI, "x = a + b", "\n")
-    assert kept.behind(found._replace(chance=0.4)) is None
-    assert kept.pause(behind) == 0.001  # whether or not the Pi was asked ahead
-    assert kept.pause(gap) > 0.01
-    for _ in range(4):
-        kept.add(behind, Suggestion(), 30.0)
-    assert kept.behind(found)
-    for _ in range(8):
-        kept.add(gap, found, 30.0)
-    assert kept.behind(found) is None  # it would not be ready in time
+        assert kept.pause(Gap(URI, "a", "")) == 0.001  # it was taken
 
 
 # An edit (its first column, its last, its text), the cursor, and what is shown there unasked.
@@ -441,54 +425,6 @@ def test_what_a_menu_would_insert_is_not_typed_over_anything(editor: Editor, pi:
         assert editor.ghost(0, 4, AUTOMATIC) == "a + b"
         (item,) = editor.items(0, 4, selectedCompletionInfo=chosen)
         assert item["insertText"] == "ca + b"
-
-
-SURE = {"content": "a + b", "chance": 0.5, "unsure": True}
-FOLLOWS = {"content": "\nc = 1", "chance": 0.8}
-
-
-def test_what_follows_a_suggestion_is_asked_ahead(editor: Editor, pi: Pi) -> None:
-    editor.start(text="x = \ny")
-    pi.stats = answer(200, {"speculative": True})
-    pi.scripts = [[answer(200, members)] for members in (SURE, FOLLOWS)]
-    assert editor.ghost(0, 4, AUTOMATIC) == "a + b"
-    wait_until(lambda: len(pi.asked) == 3, "it asks ahead")
-    assert [line.split()[:2] for line, _, _ in pi.asked[1:]] == [
-        ["GET", "/v1/stats"],
-        ["POST", "/infill"],
-    ]
-    ahead = pi.body()
-    assert (ahead["input_prefix"], ahead["input_suffix"]) == ("x = a + b", "\ny")
-    assert ahead.pop("speculative") is True
-    editor.type(0, 4, "a + b")
-    assert editor.ghost(0, 9, AUTOMATIC) == "\nc = 1"
-    wait_until(lambda: len(pi.asked) == 5, "it asks ahead again")
-    accepted, next_ahead = pi.completions[2:]
-    assert accepted == ahead
-    assert next_ahead["input_prefix"] == "x = a + b\nc = 1"
-
-
-NOT_AHEAD: list[tuple[dict[str, Any], dict[str, Any], int]] = [
-    ({"content": "a + b"}, {}, AUTOMATIC),  # the backend does not say how sure it is
-    ({**SURE, "content": ""}, {}, AUTOMATIC),
-    ({**SURE, "chance": 0.4}, {}, AUTOMATIC),
-    (SURE, {"speculative": False}, AUTOMATIC),
-    (SURE, {"suggest": "always"}, AUTOMATIC),
-    (SURE, {}, INVOKED),
-    (SURE, {}, AUTOMATIC),  # an older Pi would give such a request a place
-]
-
-
-@pytest.mark.parametrize(("says", "options", "kind"), NOT_AHEAD, ids=str)
-def test_nothing_is_asked_ahead(
-    editor: Editor, pi: Pi, says: dict[str, Any], options: dict[str, Any], kind: int
-) -> None:
-    editor.start(options, text="x = \ny")
-    pi.says(**says)  # also to GET /v1/stats
-    assert editor.ghost(0, 4, kind) == says["content"]
-    editor.ghost(1, 1, kind)
-    wait_until(lambda: len(pi.asked) >= 2, "the next is asked")
-    assert not any("speculative" in body for body in pi.completions)
 
 
 def test_a_long_text_begins_at_the_same_place_for_many_keys() -> None:
