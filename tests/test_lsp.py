@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
 from queue import Queue
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from engines import free_port
@@ -318,14 +318,6 @@ def test_a_newer_request_ends_one_that_waits_and_none_that_the_user_made(
     assert editor.answer(newer)["result"]["items"][0]["insertText"] == "a + b"
     # One that the user made does not wait, even before its thread runs.
     assert not cerebrum_lsp.Call(1).is_waiting
-    end = threading.Event()
-    pi.scripts = [[wait_for(end), answer(200, {"content": "1"})]]
-    numbers = {editor.at(0, 4), editor.at(0, 1)}
-    wait_until(lambda: len(pi.asked) == 3, "both ask")
-    end.set()
-    came = {message["id"]: message["result"]["items"] for message in (editor.next(), editor.next())}
-    assert came.keys() == numbers
-    assert [item["insertText"] for (item,) in came.values()] == ["1", "1"]
 
 
 def test_a_completion_for_a_client_without_ghost_text(editor: Editor, pi: Pi) -> None:
@@ -486,9 +478,9 @@ def test_a_text_is_read_when_it_is_opened_and_where_the_cursor_rests(
     assert editor.came.empty()
 
 
-class Desk:
-    """A server in this process. What waits for a cursor to rest waits until the test says that it
-    rests.
+class Desk(Editor):
+    """An editor whose server is in this process. What waits until the cursor stays waits until the
+    test says so.
     """
 
     def __init__(self, pi: Pi, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> None:
@@ -503,37 +495,24 @@ class Desk:
 
         monkeypatch.setattr(cerebrum_lsp.Call, "wait", wait_too)
         monkeypatch.setattr(cerebrum_lsp, "READ_DELAY_SECONDS", 0.001)
-        self.stream = BytesIO()
-        client = cerebrum_lsp.Client(self.stream)
-        self.server = cerebrum_lsp.Server(client, Settings(**{"url": pi.url, **settings}), [])
-        self.request("initialize", {})
+        self.numbers, self.came = itertools.count(1), Queue()
+        client = cerebrum_lsp.Client(cast(Any, self))
+        self.server = cerebrum_lsp.Server(client, Settings(url=pi.url), [])
+        self.start({"read_ahead": True, **settings})
 
-    def request(self, method: str, params: Any = None) -> bytes:
-        """What comes back at once."""
-        begin = self.stream.tell()
-        self.server.handle({"id": 1, "method": method, "params": params})
-        return self.stream.getvalue()[begin:]
+    def write(self, data: bytes) -> None:
+        """A message of the server."""
+        self.came.put(json.loads(data.partition(b"\r\n\r\n")[2]))
 
-    def tell(self, method: str, params: Any) -> None:
-        self.server.handle({"method": method, "params": params})
+    def flush(self) -> None: ...
 
-    def open(self, text: str, uri: str = URI, language: str = "python") -> None:
-        document = {"uri": uri, "languageId": language, "version": 1, "text": text}
-        self.tell("textDocument/didOpen", {"textDocument": document})
+    def send(self, **members: Any) -> None:
+        self.server.handle(members)
 
-    def change(self, text: str, version: int) -> None:
-        document = {"uri": URI, "version": version}
-        params = {"textDocument": document, "contentChanges": [{"text": text}]}
-        self.tell("textDocument/didChange", params)
-
-    def move(self, line: int, character: int) -> None:
+    def move(self, line: int, character: int, uri: str = URI) -> None:
         """Come to this place."""
-        answered = self.request("textDocument/documentHighlight", cursor(line, character))
-        assert answered.endswith(b'{"jsonrpc": "2.0", "id": 1, "result": null}')
-
-    def complete(self, line: int, character: int) -> None:
-        params = {**cursor(line, character), "context": {"triggerKind": INVOKED}}
-        self.request("textDocument/inlineCompletion", params)
+        place = cursor(line, character, uri)
+        assert self.ask("textDocument/documentHighlight", place) is None
 
     def rest(self) -> list[tuple[int, str]]:
         """Rest; the tokens that the Pi was asked for since the last time, and behind which texts.
@@ -552,62 +531,60 @@ def desk(pi: Pi, monkeypatch: pytest.MonkeyPatch) -> Desk:
     return Desk(pi, monkeypatch)
 
 
-def test_the_newest_place_is_read_and_once(desk: Desk, pi: Pi) -> None:
-    for name in ("a", "b", "c"):
-        desk.open(name, f"file:///{name}")
-    desk.open("x = 1\ny = 2\n")
+def test_the_newest_place_is_read_and_once(desk: Desk) -> None:
+    for uri in ("file:///a", "file:///b", URI):
+        desk.open("x = 1\ny = 2\n", uri=uri)
     assert desk.rest() == [(0, "")]
     for character in (1, 2, 3):
         desk.move(1, character)
     assert desk.rest() == [(0, "x = 1\ny =")]
-    desk.move(1, 3)
-    assert desk.rest() == []
     desk.move(0, 5)
     desk.move(1, 3)  # and back before it was read
     assert desk.rest() == []
-    desk.tell("workspace/didChangeConfiguration", {"settings": {"tokens": 9}})
+    desk.configure({"tokens": 9})
     desk.move(1, 3)
     assert desk.rest() == [(0, "x = 1\ny =")]
     desk.move(0, 5)
-    desk.complete(1, 0)
+    desk.at(1, 0)
     assert desk.rest() == [(9, "x = 1\n")]
+    desk.type(1, 0, "z")
+    desk.move(1, 1)
+    assert desk.rest() == []
     desk.move(0, 5)  # the latest place alone is remembered
     assert desk.rest() == [(0, "x = 1")]
 
 
-NOT_READ: list[tuple[dict[str, Any], str, str]] = [
-    ({}, "file:///w/.env", "python"),
-    ({"off": ("python",)}, URI, "python"),
-    ({"read_ahead": False}, URI, "python"),
-    ({"suggest": "never"}, URI, "python"),
+NOT_READ: list[tuple[dict[str, Any], str]] = [
+    ({}, "file:///w/.env"),
+    ({"off": ["python"]}, URI),
+    ({"read_ahead": False}, URI),
+    ({"suggest": "never"}, URI),
 ]
 
 
-@pytest.mark.parametrize(("settings", "uri", "language"), NOT_READ, ids=str)
+@pytest.mark.parametrize(("settings", "uri"), NOT_READ, ids=str)
 def test_what_is_never_read(
-    pi: Pi, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], uri: str, language: str
+    pi: Pi, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], uri: str
 ) -> None:
     desk = Desk(pi, monkeypatch, **settings)
-    desk.open("x", uri, language)
+    desk.open("x", uri=uri)
     assert desk.rest() == []
-    desk.request("textDocument/documentHighlight", cursor(0, 1, uri))
+    desk.move(0, 1, uri)
     assert desk.rest() == []
 
 
 def test_nobody_hears_that_a_text_could_not_be_read(desk: Desk, pi: Pi) -> None:
-    said = desk.stream.getvalue()
     pi.says(503, **AWAY)
     desk.open("x")
     assert desk.rest() == [(0, "")]
-    assert (desk.stream.getvalue(), desk.server.pi.away_until) == (said, 0)
-    desk.complete(0, 1)
+    assert (desk.came.empty(), desk.server.pi.away_until) == (True, 0)
+    desk.at(0, 1)
     assert desk.rest() == [(128, "x")]
-    desk.change("xy", 2)
-    desk.move(0, 1)
+    desk.move(0, 0)
     assert desk.rest() == []  # the Pi is away
     desk.server.pi.away_until = 0.0
-    desk.move(0, 1)
-    assert desk.rest() == [(0, "x")]
+    desk.move(0, 0)
+    assert desk.rest() == [(0, "")]
 
 
 # --------------------------------------------------------------------------------------- cancelling
@@ -880,7 +857,7 @@ NOT_A_NUMBER = "expected a whole number for tokens, got text"
 def test_settings_come_from_the_file_the_environment_and_the_client(pi: Pi, tmp_path: Path) -> None:
     configured(tmp_path, "lsp.toml", f'url = "{pi.url}/"\ntokens = 7\nkey = "of-the-file"\n')
     with editing(tmp_path, pi.url) as editor:
-        editor.start({"tokens": 9, "off": ["markdown"]}, "x = ")
+        editor.start({"tokens": 9}, "x = ")
         assert editor.ghost(0, 4, AUTOMATIC) == "a + b"
         assert pi.body()["n_predict"] == 9
         assert pi.key() == "Bearer of-the-file"
@@ -896,8 +873,6 @@ def test_settings_come_from_the_file_the_environment_and_the_client(pi: Pi, tmp_
         editor.send(id=asked["id"], result=[{"tokens": 13}])
         editor.ghost(0, 2)
         assert pi.body()["n_predict"] == 13
-        editor.open("# Notes", "markdown")
-        assert (editor.ghost(0, 7), len(pi.asked)) == ("", 3)
 
 
 def test_a_key_goes_only_to_the_url_that_it_came_with() -> None:

