@@ -761,16 +761,6 @@ desk("the status bar's menu", async (at, pi) => {
   assert.equal(at.shown.at(-1), "box: The Pi's address");
 });
 
-test("a browser without a VS Code behind it is told why it has no completions", async () => {
-  const at = new Desk();
-  const vscode = activate(at, FOLDER, "web.js");
-  await vscode.commands.executeCommand("cerebrum.connect");
-  const [first, , second] = at.shown;
-  assert.match(first, /^warning: Cerebrum needs VS Code as a program/);
-  assert.equal(second, first);
-  assert.equal(at.global.get("told"), true);
-});
-
 // ------------------------------------------------------------------------------- change a selection
 
 const DONE = { done: true, finish_reason: "stop", kept: { parts: ["all"] } };
