@@ -412,8 +412,7 @@ def test_what_the_editors_own_menu_would_insert_is_typed_over_nothing(
 def test_a_long_text_begins_at_the_same_place_for_many_keys() -> None:
     text = "".join(f"{number:09}\n" for number in range(30_000))
     most, step = cerebrum_lsp.MAX_BODY_TEXT, cerebrum_lsp.MAX_BODY_TEXT // 4
-    begins = {most: 0, most + 1: step, most + step - 1: step, most + step: step}
-    begins[most + step + 1] = 2 * step
+    begins = {most: 0, most + 1: step, most + step: step, most + step + 1: 2 * step}
     for end, begin in begins.items():
         assert cerebrum_lsp.clip(Gap(URI, text[:end], text)) == (text[begin:end], text[:most])
 
@@ -652,6 +651,27 @@ def test_an_instruction_changes_the_selection(editor: Editor, pi: Pi) -> None:
     assert pi.hears()[:2] == ("/v1/complete", INSTRUCTED)
     editor.send(id=asked["id"], result={"applied": False})
     assert editor.shown() == "the editor did not apply the change"
+
+
+CHATS = [  # the answer of a chat, a part of what the editor gets
+    ("```\na\n```\n```\nb\n```", '"message": "the answer is not one block of code; nothing'),
+    ("Here:\n```nix\ntotal=1\n```\nDone.", '"newText": "total=1\\n"'),
+]
+
+
+def test_a_language_that_the_pi_does_not_know_is_asked_for_in_a_chat(
+    editor: Editor, pi: Pi
+) -> None:
+    editor.start()
+    editor.open("x\na=1\n", "nix")
+    for says, got in CHATS:
+        chat = {"choices": [{"message": {"content": says}, "finish_reason": "stop"}]}
+        pi.scripts = [[answer(400, {"message": "language: x"})], [answer(200, chat)]]
+        pi.asked.clear()
+        editor.command("cerebrum.instruct", SELECTED)
+        assert got in json.dumps(editor.next())
+        question = pi.body()["messages"][0]["content"]
+        assert question.endswith("one fenced block.\n\n```nix\na=1\n\n```")
 
 
 LACKING = [

@@ -9,14 +9,13 @@ import io
 import json
 import os
 import re
-import shutil
 import socket
 import ssl
 import subprocess
 import sys
 import urllib.request
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,15 +27,12 @@ from harness import (
     FILES,
     KEY,
     ROOT,
-    Client,
     Daemon,
     certificate,
-    copy_program,
     daemon,
-    program,
-    settings,
     wait_until,
 )
+from scripted import pi_with
 from test_peers import needs
 
 from cerebrum.pi import vsix
@@ -49,7 +45,7 @@ OLDEST = PACKAGE["engines"]["vscode"].removeprefix("^")
 
 
 # Of a package whose files are all "{}", also on Python 3.13.
-SHA256 = "8c8a0c6aa271e2347a4aa743cc91e382a7a8c46bd65a11e8ab36858a2d07a153"
+SHA256 = "3519d0f41361dd4b4af8cc2d949d36e26def813c73f022e349e303989b78671f"
 
 
 def test_a_version_gives_the_same_file_everywhere(tmp_path: Path) -> None:
@@ -79,30 +75,22 @@ def test_the_file_has_all_that_vs_code_wants() -> None:
     assert all(asset.get("Path") in names for asset in manifest.iter(f"{schema}Asset"))
 
 
-async def test_the_pi_hands_it_out_without_a_key(tmp_path: Path) -> None:
-    """Without the folder, or with a damaged one, the rest works."""
-    copy_program("cm4d", tmp_path)
-    folder = tmp_path / "vscode"
-    shutil.copytree(FOLDER, folder)
-    command = [sys.executable, "-u", str(tmp_path / "cm4d.py")]
-    damages: list[Callable[[], object]] = [
-        lambda: None,
-        (folder / "icon.png").unlink,
-        lambda: (folder / "package.json").write_text('{"name": 1}'),
-        lambda: (folder / "package.json").write_text("{"),
-    ]
+@pytest.mark.parametrize("damaged", ["{", "[]", '{"name": 1}'])
+def test_a_damaged_folder_is_no_extension(tmp_path: Path, damaged: str) -> None:
+    with pytest.raises(FileNotFoundError):
+        vsix.pack(tmp_path)
+    (tmp_path / "package.json").write_text(damaged)
+    with pytest.raises(ValueError, match=r"^Expecting |: expected "):
+        vsix.pack(tmp_path)
+
+
+async def test_the_pi_hands_it_out_without_a_key() -> None:
     packed = vsix.pack(FOLDER)
-    for damage in damages:
-        damage()
-        with program("cm4d", command, tmp_path / "run", settings(tmp_path)) as pi:
-            client = Client(port=pi.port)
-            reply = await client.get("/cerebrum.vsix")
-            sha256 = (await client.get("/v1/activity", X_API_Key=KEY)).json["extension"]
-        if damage is damages[0]:
-            assert (reply.status, reply.body) == (200, packed)
-            assert sha256 == hashlib.sha256(packed).hexdigest()
-        else:
-            assert (reply.status, reply.json["code"], sha256) == (404, "NOT_FOUND", "")
+    async with pi_with(client_keys=(KEY,)) as (pi, _):
+        reply = await pi.get("/cerebrum.vsix")
+        assert (reply.status, reply.body) == (200, packed)
+        activity = (await pi.get("/v1/activity", X_API_Key=KEY)).json
+        assert activity["extension"] == hashlib.sha256(packed).hexdigest()
 
 
 # --------------------------------------------------------------------------------------- under node

@@ -147,8 +147,6 @@ def test_the_history_is_one_of_steps_and_forgets() -> None:
     assert told["tokens"] == [0] * 56 + [10, 30, 0, 0]
     history.sample(1000.0 + 60 * HISTORY_STEP_SECONDS, (5, 1, 40))
     assert history.describe()["requests"] == [0, 0, 3] + [0] * 56 + [1]
-    history.sample(10**9, (5, 1, 40))
-    assert history.describe()["requests"] == [0] * 60
 
 
 BEGUN = [CHUNKED, chunk(token("a", 1)), HANG]
@@ -160,7 +158,6 @@ async def test_activity() -> None:
     health = answer(200, {"status": "healthy", "models_loaded": ["qwen_0_5b"]})
     async with Backend(scripts, health=health) as backend, pi_for(backend.port) as pi:
         told = (await pi.get("/v1/activity")).json
-        assert told["requests"] == told["failed"] == told["tokens"] == [0] * 60
         assert (told["vps_message"], told["models_loaded"]) == ("", ["qwen_0_5b"])
         assert [(await pi.complete()).status for _ in range(2)] == [200, 500]
         reader, writer = await pi.open("POST", "/v1/complete/stream", ASKED)
@@ -194,16 +191,12 @@ async def test_models_have_what_the_vps_reports(monkeypatch: pytest.MonkeyPatch)
     async with backend, pi_for(backend.port, prefer={"infill": ("qwen_0_5b",)}) as pi:
         told = (await pi.get("/v1/models")).json
         models = {one["id"]: one for one in told["models"]}
-        small, middle, large = (models[id] for id in ("qwen_0_5b", "qwen_1_5b", "qwen_7b"))
+        small, large = models["qwen_0_5b"], models["qwen_7b"]
         assert small == small | known | {"available": True}
         assert "path" not in small, "a path of the VPS leaks"
-        assert (middle["loaded"], middle.get("memory_mb")) == (False, None)
         assert not large.keys() & {"loaded", "encoding"}
         assert told["prefer"] == {"infill": ["qwen_0_5b"]}
-        languages = {entry["id"]: entry for entry in told["languages"]}
-        assert languages.keys() == LANGUAGES.keys()
-        assert all(entry["served"] for entry in languages.values())
-        assert languages["ruby"]["filenames"][:2] == ["rakefile", "gemfile"]
+        assert [one["id"] for one in told["languages"] if one["served"]] == [*LANGUAGES]
         backend.models = answer(200, MODELS)
         # What is loaded has changed: ask again.
         backend.health = answer(200, {"models_loaded": ["qwen_0_5b"]})
