@@ -10,10 +10,8 @@ import json
 import os
 import re
 import socket
-import ssl
 import subprocess
 import sys
-import urllib.request
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -228,13 +226,11 @@ def make_project(folder: Path) -> None:
 
 
 @contextmanager
-def code_server(
-    place: Path, folder: Path, vsix_file: Path, more: Mapping[str, str], **environ: str
-) -> Iterator[str]:
-    """VS Code with an extension and more settings; its address."""
+def code_server(place: Path, folder: Path, vsix_file: Path, **environ: str) -> Iterator[str]:
+    """VS Code with an extension; its address."""
     data, extensions = folder / "data", folder / "extensions"
     (data / "User").mkdir(parents=True)
-    (data / "User/settings.json").write_text(json.dumps({**QUIET, **more}))
+    (data / "User/settings.json").write_text(json.dumps(QUIET))
     entry = [str(place / "node_modules/node/bin/node"), str(place / CODE / "out/node/entry.js")]
     folders = ["--user-data-dir", str(data), "--extensions-dir", str(extensions)]
     environment = {"PATH": os.environ["PATH"], "HOME": str(folder), **environ}
@@ -302,20 +298,15 @@ def test_in_the_real_one(version: str, tmp_path: Path) -> None:
         vps = stack.enter_context(vps_in(tmp_path / "vps"))
         tls = certificate(tmp_path, "pi", f"IP:{HOST}")
         authority = tls["CEREBRUM_CM4_TLS_CERT"]
-        given = {
-            "CEREBRUM_VPS_URL": f"http://127.0.0.1:{vps.port}",
-            "CEREBRUM_CM4_HOST": HOST,
-            **tls,
-        }
+        given = {"CEREBRUM_CM4_HOST": HOST, **tls}
+        given["CEREBRUM_VPS_URL"] = f"http://127.0.0.1:{vps.port}"
         pi = stack.enter_context(ExitStack())
         first = pi.enter_context(daemon("cm4d", tmp_path / "pi", **given))
         url = f"https://{HOST}:{first.port}"
         file = tmp_path / "cerebrum.vsix"
-        trusting = ssl.create_default_context(cafile=authority)
-        with urllib.request.urlopen(f"{url}/cerebrum.vsix", context=trusting) as answer:
-            file.write_bytes(answer.read())
+        file.write_bytes(vsix.pack(FOLDER))
         environ = {"SSL_CERT_FILE": authority}  # of a system that trusts this CA
-        code = stack.enter_context(code_server(place, tmp_path / "code", file, {}, **environ))
+        code = stack.enter_context(code_server(place, tmp_path / "code", file, **environ))
         of_pi = {"pi": url, "key": KEY, "instruction": "add type hints"}
         steps = stack.enter_context(driven(place, url=code, folder=str(project), **of_pi))
         seen, accepted = {}, 0
