@@ -130,17 +130,6 @@ class Editor:
         message = self.called("window/showMessage")["params"]["message"]
         return str(message).removeprefix("Cerebrum: ")
 
-    def until(self, *numbers: int) -> tuple[list[Any], list[Any]]:
-        """What is shown to the user until these requests have been answered, and their results."""
-        shown, results = [], []
-        while len(results) < len(numbers):
-            message = self.next()
-            if message.get("id") in numbers:
-                results.append(message["result"])
-            elif message.get("method") == "window/showMessage":
-                shown.append(message["params"])
-        return shown, results
-
     def answer(self, number: Any) -> Any:
         return self.next(lambda message: message.get("id") == number and "method" not in message)
 
@@ -747,7 +736,9 @@ def test_away_is_told_once_and_again_if_the_user_asks(editor: Editor, pi: Pi) ->
     message = {"type": 2, "message": "Cerebrum: the Pi answers 503: no backend"}
     for kind, news, asked in ((AUTOMATIC, 1, 1), (AUTOMATIC, 0, 1), (INVOKED, 1, 2)):
         number = editor.at(0, 4, kind)
-        assert editor.until(number) == ([message] * news, [{"items": []}])
+        *shown, answered = [editor.next() for _ in range(news + 1)]
+        assert [one["params"] for one in shown] == [message] * news
+        assert (answered["id"], answered["result"]) == (number, {"items": []})
         assert len(pi.asked) == asked
     pi.says(content="1")
     assert [editor.ghost(0, 4), editor.ghost(0, 3, AUTOMATIC)] == ["1", "1"]
@@ -770,13 +761,13 @@ REPLIES: list[tuple[int, Any, list[str]]] = [  # a reply, what the user is told
     (
         200,
         {"text": "a"},
-        ["Cerebrum: expected a completion, got another answer: the url is perhaps not the Pi's"],
+        ["expected a completion, got another answer: the url is perhaps not the Pi's"],
     ),
-    (200, [1], ["Cerebrum: expected the Pi at 127.0.0.1, got an answer that is not JSON"]),
+    (200, [1], ["expected the Pi at 127.0.0.1, got an answer that is not JSON"]),
     (
         401,
         {"error": {"message": "expected a key"}},
-        ["Cerebrum: the Pi answers 401: expected a key"],
+        ["the Pi answers 401: expected a key"],
     ),
 ]
 
@@ -789,9 +780,9 @@ def test_what_is_no_pi_is_told_without_the_key_and_a_busy_one_is_not(
         assert editor.process.stderr
         for status, reply, told in REPLIES:
             pi.scripts = [[answer(status, reply)]]
-            shown, results = editor.until(editor.at(0, 4))
-            assert [message["message"] for message in shown] == told
-            assert results == [{"items": []}]
+            number = editor.at(0, 4)
+            assert [editor.shown() for _ in told] == told
+            assert editor.next()["id"] == number
         assert pi.key() == "Bearer secret"
         assert editor.stop() == 0
         assert "secret" not in f"{editor.process.stderr.read()!r} {Settings(key='secret')}"
