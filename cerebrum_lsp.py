@@ -14,9 +14,9 @@ A bad message gets the protocol's error, and the server goes on. If the Pi is aw
 once; until it is back, completions are empty.
 
 Threads: the main thread reads the messages; it alone changes the documents and the settings. A
-request that asks the Pi gets a thread of its own and a copy of the text, and so does a cursor that
-comes to rest, which nobody awaits. `Client`, `Pi` and `Suggestions` have a lock each, for what the
-threads share. `set.remove` on `Client.running` is atomic, so only one thread answers a call.
+call, which asks the Pi, gets a thread of its own and a copy of the text. `Client` and `Suggestions`
+have a lock each, for what the threads share. `set.remove` on `Client.running` is atomic, so only
+one thread answers a call.
 """
 
 from __future__ import annotations
@@ -62,21 +62,17 @@ class Settings:
     url: str = ""  # of the Pi; empty: LOCAL
     key: str = field(default="", repr=False)  # if the Pi asks for one
     tokens: int = 128  # a completion has at most so many
-    read_ms: int = 500  # limits what is read for an automatic request; 0: no limit
     off: tuple[str, ...] = ()  # ids of languages that get no completions
     exclude: tuple[str, ...] = tuple(EXCLUDE.split())  # globs of the files that are never sent
     suggest: str = "normal"  # how readily a completion is shown unasked: one of SUGGEST
     completion: bool = False  # serve textDocument/completion, for clients without inline completion
-    speculative: bool = True  # ask ahead for the text behind a suggestion that is shown
-    read_ahead: bool = True  # have the Pi read where the cursor rests, before the first key
+    read_ahead: bool = True  # have the Pi read where the cursor is, before the first key
 
     def __post_init__(self) -> None:
         if not is_url(self.url or LOCAL):
             raise BadSettings("expected a url such as http://pi.local:7000")
         if not 1 <= self.tokens <= MAX_TOKENS:
             raise BadSettings(f"expected tokens from 1 to {MAX_TOKENS}, got {self.tokens}")
-        if self.read_ms < 0:
-            raise BadSettings(f"expected read_ms of 0 or more, got {self.read_ms}")
         if self.suggest not in SUGGEST:
             raise BadSettings(f"expected one of {', '.join(SUGGEST)} for suggest")
         if not re.fullmatch(r"[!-~]*", self.key):
@@ -137,6 +133,9 @@ def members_of(given: Mapping[str, Any]) -> Object:
     return members
 
 
+WILD = {"**/": "(.*/)?", "*": "[^/]*", "?": "[^/]"}  # as regular expressions; else `**`
+
+
 @functools.lru_cache
 def matches(glob: str, path: str) -> bool:
     """Whether a path matches a glob: `*` and `?` within a name, `**` for any folders, a `/` at the
@@ -144,36 +143,12 @@ def matches(glob: str, path: str) -> bool:
     alone, in any folder; so is one that begins with `~/` or `./`, since more is better left out
     than less.
     """
-    glob = re.sub("^[~.]/", "", glob.lower())
-    if glob.endswith("/"):
-        glob += "**"
-    path = path.lower()
-    return len(path) in ends(f"**/{glob}", path, {0})
-
-
-PART = re.compile(r"\{[^{}]*\}|\*\*/|\*+|.", re.DOTALL)  # of a glob
-
-
-def ends(glob: str, path: str, begins: set[int]) -> set[int]:
-    """The places of a path where texts end that match a glob and begin at one of these places. A
-    regular expression would try one way after another, and a few `*` have billions.
-    """
-    for part in PART.findall(glob):
-        found = set[int]()
-        if part == "**/":
-            found = begins | ends("/", path, ends("**", path, begins))
-        elif part[0] == "{" and part[1:]:
-            for text in part[1:-1].split(","):
-                found |= ends(text, path, begins)
-        else:
-            if part[0] == "*":
-                begins = found = {*begins}  # what is found is begun at, too
-            for place, character in enumerate(path):
-                fits = part[0] in "*?" and (part[1:] or character != "/")
-                if place in begins and (fits or character == part):
-                    found.add(place + 1)
-        begins = found
-    return begins
+    glob = re.sub("^[~.]/", "", glob)
+    glob = re.sub("/$", "/**", glob)
+    pattern = re.sub(r"[.+^$()|[\]\\]", r"\\\g<0>", glob)
+    pattern = re.sub(r"\*\*/|\*+|\?", lambda wild: WILD.get(wild[0], ".*"), pattern)
+    pattern = re.sub(r"\{([^{}]*)}", lambda texts: f"({texts[1].replace(',', '|')})", pattern)
+    return bool(re.search(f"(?is)(^|/){pattern}\\Z", path))
 
 
 def is_url(text: str) -> bool:
@@ -206,41 +181,19 @@ def read_file(folder: Path) -> Any:
     return None
 
 
-# The others are CEREBRUM_LSP_TOKENS and so on.
 VARIABLES = {"url": "CEREBRUM_URL", "key": "CEREBRUM_CM4_API_KEY"}
-
-
-def read_variables(environment: Mapping[str, str]) -> Object:
-    """The settings of the environment."""
-    given: Object = {}
-    for name in vars(Settings()):
-        variable = VARIABLES.get(name, f"CEREBRUM_LSP_{name.upper()}")
-        if text := environment.get(variable):
-            given[name] = parse_variable(name, text)
-    return given
-
-
-def parse_variable(name: str, text: str) -> Any:
-    """The value of a setting: a text, a list with commas, or else JSON."""
-    if name in ("off", "exclude"):
-        return re.findall(r"(?:\{[^{}]*\}|[^,])+", text)  # not at the commas of {a,b}
-    if name in VARIABLES:
-        return text
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
 
 
 def first_settings(environment: Mapping[str, str]) -> tuple[Settings, list[str]]:
     """The settings of the file, which those of the environment override, and the faults of both."""
     home = environment.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
     folder = Path(home) / "cerebrum"
-    settings, faults = Settings(), []
-    sources = {
-        f"the settings in {folder}": functools.partial(read_file, folder),
-        "the environment": functools.partial(read_variables, environment),
+    variables = {name: environment.get(variable) or None for name, variable in VARIABLES.items()}
+    sources: dict[str, Callable[[], Any]] = {
+        f"the settings in {folder}": lambda: read_file(folder),
+        "the environment": lambda: variables,
     }
+    settings, faults = Settings(), []
     for source, read in sources.items():
         try:
             settings = read_settings(read(), settings)
@@ -285,10 +238,10 @@ class Suggestion(NamedTuple):
     """A completion."""
 
     text: str = ""
-    chance: float = 0.0  # that all of it is right; 0: unknown
     unsure: bool = False  # it ends where the model becomes unsure
 
 
+NOWHERE = Gap("", "", "")
 Position = tuple[int, int]  # LSP's: the line, and UTF-16 units of it
 
 
@@ -351,26 +304,21 @@ class Document:
 
 
 class Suggestions:
-    """The latest completions, and how long the Pi took for each. All threads use it."""
+    """The latest suggestion, how long the Pi took for the last ones, and what was typed over them.
+    All threads use it.
+    """
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.found: deque[tuple[Gap, Suggestion]] = deque(maxlen=16)  # each with its gap
+        self.lock = threading.Lock()  # of `show`
+        self.latest = NOWHERE, Suggestion()
         self.seconds = deque([0.4], maxlen=8)  # a guess, until there are answers
-        self.next: Gap | None = None  # the gap behind the latest completion
-        self.asked = Gap("", "", "")  # the latest that the Pi was asked for, so it has read this
-        self.shown = Gap("", "", ""), "", 0  # the latest ghost text: its gap, itself, its place
+        self.asked = NOWHERE  # the latest gap that the Pi was asked for, so it has read this
+        self.shown = NOWHERE, "", 0  # the latest ghost text: its gap, itself, its place
         self.typed_over = deque[int](maxlen=64)  # the place of each text that was
 
     def add(self, gap: Gap, found: Suggestion, seconds: float) -> None:
-        """Add a completion, and the seconds for it unless it was perhaps computed ahead."""
-        with self.lock:
-            while sum(len(old.before) + len(old.after) for old, _ in self.found) > MAX_CHARACTERS:
-                self.found.popleft()
-            self.found.append((gap, found))
-            if gap != self.next:
-                self.seconds.append(seconds)
-            self.next = replace(gap, before=gap.before + found.text)
+        self.latest = gap, found
+        self.seconds.append(seconds)
 
     def show(self, gap: Gap, text: str) -> int:
         """Note the ghost text for a gap, "" for a new request without one. Returns how many times
@@ -387,38 +335,27 @@ class Suggestions:
             self.shown = gap, text, place
             return self.typed_over.count(place)
 
-    def behind(self, found: Suggestion) -> Gap | None:
-        """The gap behind the latest suggestion, to ask ahead for it. None if the suggestion will
-        hardly be taken, or if the Pi is too slow.
-        """
-        is_sure = found.text and found.chance >= SURE
-        return self.next if is_sure and median(self.seconds) <= LOOK_SECONDS else None
-
     def rest(self, gap: Gap) -> Suggestion | None:
-        """The rest of a completion whose beginning has been typed or accepted; None if there is
-        none.
+        """The rest of the latest suggestion, whose beginning has been typed or accepted; None if
+        there is none. The Pi knows it, too, but the ghost text would be away for 20 ms and more.
         """
-        with self.lock:
-            for old, found in reversed(self.found):
-                typed = gap.typed_since(old)
-                is_whole = typed and typed == found.text
-                if typed is None or is_whole or not found.text.startswith(typed):
-                    continue
-                return found._replace(text=found.text.removeprefix(typed))
-        return None
+        old, found = self.latest
+        typed = gap.typed_since(old)
+        is_whole = typed and typed == found.text
+        if typed is None or is_whole or not found.text.startswith(typed):
+            return None
+        return found._replace(text=found.text[len(typed) :])
 
     def pause(self, gap: Gap) -> float:
         """Seconds without a key before an automatic request: longer for a slow Pi, next to none if
-        the latest completion was taken.
+        the latest suggestion was taken.
         """
-        if gap == self.next:
+        old, found = self.latest
+        if gap.typed_since(old) == found.text:
             return NO_PAUSE_SECONDS
         return min(max(MIN_PAUSE_SECONDS, PAUSE_SHARE * median(self.seconds)), MAX_PAUSE_SECONDS)
 
 
-MAX_CHARACTERS = 4_000_000  # in the texts around all remembered cursors, but for the latest
-SURE = 0.5  # least chance
-LOOK_SECONDS = 1.0  # how long a person looks at a suggestion before she takes it
 NO_PAUSE_SECONDS = 0.001  # more than 0, as for any automatic request
 MIN_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 0.03, 0.4  # fast typists leave 0.1 s between keys
 PAUSE_SHARE = 0.2  # of the median response time
@@ -427,7 +364,7 @@ PAUSE_SHARE = 0.2  # of the median response time
 MAX_BODY_TEXT = 80_000
 
 
-def sent(gap: Gap) -> tuple[str, str]:
+def clip(gap: Gap) -> tuple[str, str]:
     """The text before and after the cursor for a request. Of a long text the far ends are left out,
     in steps of a quarter, so that the text begins at the same place for many keys and the model's
     cache stays valid.
@@ -462,13 +399,12 @@ class Ended(Exception):
 
 
 class Call:
-    """A request of the client that a thread answers, or a cursor that comes to rest: the thread
-    waits for a pause in typing, then asks the Pi.
+    """Work of a thread that may have to wait, and then asks the Pi: a request of the client, or the
+    reading at a cursor.
     """
 
     def __init__(self, request_id: Any, lane: Any = None, pause: float = 0.0) -> None:
-        self.request_id = request_id
-        self.is_awaited = request_id is not None  # else nobody is told how it went
+        self.request_id = request_id  # None: nobody is told how it went
         self.lane = lane  # the method and the document of a completion, or READING
         self.pause = pause  # seconds
         self.is_automatic = pause > 0  # else the user asked for a completion now
@@ -494,11 +430,7 @@ class Call:
 
 
 LOCAL = "http://127.0.0.1:7000"  # this machine, as long as no url is set
-NO_URL = (
-    "no url is set. Set CEREBRUM_URL, or the client's setting url, to the Pi's address, such as "
-    "http://pi.local:7000. "
-    f"Until then this machine is asked ({LOCAL})"
-)
+NO_URL = "; set CEREBRUM_URL, or the client's setting url, to its address: http://pi.local:7000"
 
 
 class Pi:
@@ -506,25 +438,12 @@ class Pi:
 
     def __init__(self, settings: Settings, client: Client) -> None:
         self.settings, self.client = settings, client
-        self.lock = threading.Lock()  # of `note_failure`
         # By time.monotonic(): no automatic request before. 0: not away, as far as the user knows.
         self.away_until = 0.0
-        # Numbers of the requests without a url; `next` is atomic.
-        self.without_url = itertools.count()
-        # Whether the Pi knows speculative requests; None: it was not asked since it was away.
-        self.speculates: bool | None = None
 
-    def may_speculate(self, call: Call) -> bool:
-        """Whether the Pi knows requests that take no place: an older one would give them one."""
-        if self.speculates is None:
-            self.speculates = self.ask(call, "/v1/stats").get("speculative") is True
-        return self.speculates
-
-    def ask(self, call: Call, path: str, body: Any = None) -> Object:
-        """GET a path, or POST the body, and return the answer's JSON. PiError, or Ended."""
+    def ask(self, call: Call, path: str, body: Object) -> Object:
+        """POST the body, and return the answer's JSON. PiError, or Ended."""
         settings = self.settings
-        if call.is_awaited and not settings.url and next(self.without_url) == 0:
-            self.client.show(3, NO_URL)
         url = urllib.parse.urlsplit(settings.url or LOCAL)
         host = url.hostname or ""
         kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
@@ -537,8 +456,7 @@ class Pi:
             call.socket = connection.sock
             call.check()  # `end` may have come before there was a socket
             connection.sock.settimeout(TIMEOUT_SECONDS)
-            method, text = ("POST", json.dumps(body)) if body else ("GET", None)
-            connection.request(method, url.path.rstrip("/") + path, text, headers)
+            connection.request("POST", url.path.rstrip("/") + path, json.dumps(body), headers)
             response = connection.getresponse()
             content = response.read()
         # ValueError: a name that cannot be looked up
@@ -547,7 +465,8 @@ class Pi:
             if call.socket:
                 call.check()
             reason = getattr(error, "strerror", None) or type(error).__name__
-            raise PiError(0, f"the Pi at {host} does not answer ({reason})") from None
+            hint = "" if settings.url else NO_URL
+            raise PiError(0, f"the Pi at {host} does not answer ({reason}){hint}") from None
         finally:
             connection.close()
         answer = read_answer(host, response.status, content)
@@ -557,10 +476,8 @@ class Pi:
 
     def note_failure(self, error: PiError, call: Call) -> None:
         """The Pi is away. Tell the user, unless she knows and did not ask for a completion now."""
-        with self.lock:
-            is_news = not self.away_until
-            self.speculates = None
-            self.away_until = time.monotonic() + AWAY_SECONDS
+        is_news = not self.away_until
+        self.away_until = time.monotonic() + AWAY_SECONDS
         if is_news or not call.is_automatic:
             self.client.show(2, str(error))
 
@@ -587,9 +504,7 @@ INVALID_REQUEST = -32600
 METHOD_NOT_FOUND = -32601
 INVALID_PARAMS = -32602
 INTERNAL_ERROR = -32603
-NOT_INITIALIZED = -32002
 REQUEST_CANCELLED = -32800
-MAX_HEADER_BYTES = 4096
 LATER = object()  # the result of a request that a thread answers
 LENGTH = re.compile(rb"content-length[ \t]*:[ \t]*([0-9]{1,9})[ \t]*\r?\n", re.IGNORECASE)
 
@@ -605,9 +520,9 @@ CANCELLED = failure(REQUEST_CANCELLED, "cancelled")
 class ProtocolError(Exception):
     """What the client sent is wrong. The message says what was expected and what came."""
 
-    def __init__(self, code: int, message: str, request_id: Any = None) -> None:
+    def __init__(self, code: int, message: str) -> None:
         super().__init__(message)
-        self.code, self.request_id = code, request_id
+        self.code = code
 
 
 def read_message(stream: BinaryIO) -> Any:
@@ -622,19 +537,14 @@ def read_message(stream: BinaryIO) -> Any:
 
 
 def read_length(stream: BinaryIO) -> int:
-    """Read a message's header, and return the bytes of its body."""
-    length = None
-    is_first = True
-    while line := stream.readline(MAX_HEADER_BYTES):
+    """Read a message's header, and return the bytes of its body: 0 if it does not say."""
+    length = 0
+    while line := stream.readline():
         # `search`: the line begins with the body before, if the length of that was not known.
         if found := LENGTH.search(line):
             length = int(found[1])
         elif line in (b"\r\n", b"\n"):
-            if length is not None:
-                return length
-            if not is_first:
-                raise ProtocolError(PARSE_ERROR, "expected the header Content-Length")
-        is_first = False
+            return length
     raise EOFError
 
 
@@ -652,7 +562,7 @@ class Client:
         self.running = set[Call]()
 
     def send(self, **members: Any) -> None:
-        data = json.dumps({"jsonrpc": "2.0", **members}, separators=(",", ":")).encode("ascii")
+        data = json.dumps({"jsonrpc": "2.0", **members}).encode()
         # An editor that has gone needs no message.
         with self.lock, contextlib.suppress(OSError, ValueError):
             self.stream.write(b"Content-Length: %d\r\n\r\n%s" % (len(data), data))
@@ -681,7 +591,7 @@ class Client:
         """Send the call's one response, unless another thread has."""
         with contextlib.suppress(KeyError):
             self.running.remove(call)
-            if call.is_awaited:
+            if call.request_id is not None:
                 self.send(id=call.request_id, **response)
             call.end()
 
@@ -722,8 +632,7 @@ def get(value: Any, path: str, kind: type, *default: Any) -> Any:
 
 
 # The question to a chat, for a language that the Pi does not know. The 0.5B follows it best with
-# the code at its end; without the second sentence it explains at length, and may answer with an
-# example of the code's use.
+# the code at its end; without the second sentence it explains at length.
 ASK_FOR_CODE = """{instruction}
 Answer with the changed code alone, in one fenced block.
 
@@ -770,12 +679,7 @@ def accepted(found: Suggestion) -> Object:
 def position(holder: Any, path: str) -> Position:
     """The line and the character of the position at a dotted path."""
     value = get(holder, path, dict)
-    line, character = get(value, "line", int), get(value, "character", int)
-    least = min(line, character)
-    if least < 0:
-        message = f"expected numbers of 0 or more for {path}, got {least}"
-        raise ProtocolError(INVALID_PARAMS, message)
-    return line, character
+    return get(value, "line", int), get(value, "character", int)
 
 
 def positions(holder: Any) -> tuple[Position, Position]:
@@ -794,7 +698,8 @@ def span(start: Position, end: Position) -> dict[str, dict[str, int]]:
 # ------------------------------------------------------------------------------- state: the session
 
 READING = "reading"  # a lane
-REST_SECONDS = 0.3  # of a cursor, before the Pi reads there
+READ_DELAY_SECONDS = 0.3  # the cursor has not moved for so long when the Pi reads there
+PROMPT_MS = 500  # limits what is read for an automatic request
 PREDICT_MS = 1500  # a completion that has a line ends after this time
 BUSY = (409, 429)  # statuses that pass by themselves
 NO_COMPLETION = "expected a completion, got another answer: the url is perhaps not the Pi's"
@@ -815,8 +720,8 @@ class Documents(dict[str, Document]):
     def open(self, params: Any) -> None:
         uri = get(params, "textDocument.uri", str)
         text = get(params, "textDocument.text", str)
-        language = get(params, "textDocument.languageId", str, "")
-        version = get(params, "textDocument.version", int, 0)
+        language = get(params, "textDocument.languageId", str)
+        version = get(params, "textDocument.version", int)
         self[uri] = Document(uri, language, version, text)
 
     def change(self, params: Any) -> None:
@@ -829,7 +734,7 @@ class Documents(dict[str, Document]):
                 document.deleted = -1
             else:
                 document.edit(*positions(change), text)
-        document.version = get(params, "textDocument.version", int, document.version)
+        document.version = get(params, "textDocument.version", int)
         self[document.uri] = document
 
     def close(self, params: Any) -> None:
@@ -850,20 +755,18 @@ class Completions:
         self.read(params)
 
     def read(self, params: Any, _request_id: Any = None) -> None:
-        """Have the Pi read at a cursor that comes to rest. No message is for that, but clients ask
-        for highlights there; null leaves those to other servers. A new document has no cursor yet.
+        """Have the Pi read where the cursor stays. No message says so, but clients ask for
+        highlights there; null leaves those to other servers. A new document has no cursor yet.
         """
         document = self.documents.find(params)
-        version = document.version
         cursor = position(params, "position") if "position" in params else (0, 0)
         gap = document.gap(cursor, cursor)
         self.client.end_calls(lambda old: old.is_waiting and old.lane == READING, {})
-        call = Call(None, READING, REST_SECONDS)
+        call = Call(None, READING, READ_DELAY_SECONDS)
 
         def work() -> None:
             call.wait()
-            is_open = self.documents.get(gap.uri) is document
-            if is_open and document.version == version and self.may_read(gap):
+            if self.may_read(gap):
                 self.suggestions.asked = gap
                 body = self.body(gap, is_automatic=True, n_predict=0)
                 self.pi.ask(call, "/infill", body)
@@ -950,16 +853,16 @@ class Completions:
         )
         if is_quiet or self.is_off(gap):
             return nothing
-        rest = self.rest(call, gap)
-        if rest is not None:
+        rest = self.suggestions.rest(gap)
+        # Who asks gets no empty or shortened one, but what the Pi has.
+        if rest and (call.is_automatic or (rest.text and not rest.unsure)):
             return items(rest)
         if call.is_automatic and time.monotonic() < self.pi.away_until:
             return nothing
 
         def work() -> Any:
             call.wait()
-            rest = self.rest(call, gap)  # of an older request that was still running
-            return items(self.infill(call, gap) if rest is None else rest)
+            return items(self.infill(call, gap))
 
         return self.client.start(call, work)
 
@@ -967,41 +870,21 @@ class Completions:
         settings = self.pi.settings
         return gap.language in settings.off or settings.excludes(gap.uri)
 
-    def rest(self, call: Call, gap: Gap) -> Suggestion | None:
-        """The rest of a suggestion. A manual request ignores an empty or shortened one and asks the
-        Pi.
-        """
-        rest = self.suggestions.rest(gap)
-        if call.is_automatic or (rest and rest.text and not rest.unsure):
-            return rest
-        return None
-
     def body(self, gap: Gap, is_automatic: bool, **more: Any) -> Object:
         """The fields of a request for a gap."""
         settings = self.pi.settings
-        before, after = sent(gap)
+        before, after = clip(gap)
         name = os.path.basename(urllib.parse.unquote(gap.uri))
         text = {"input_prefix": before, "input_suffix": after, "filename": name}
         return text | {
             "language": gap.language,
             "n_predict": settings.tokens,
-            "t_max_prompt_ms": settings.read_ms if is_automatic else 0,
+            "t_max_prompt_ms": PROMPT_MS if is_automatic else 0,
             "t_max_predict_ms": PREDICT_MS,
             "cache_prompt": True,
             "suggest": settings.suggest if is_automatic else "always",
             **more,
         }
-
-    def ask_ahead(self, found: Suggestion) -> None:
-        """Have the Pi compute what follows a suggestion that is shown, in case it is taken."""
-        behind = self.suggestions.behind(found)
-        call = Call(None)
-        if behind and self.pi.settings.speculative:
-            with contextlib.suppress(PiError):
-                if self.pi.may_speculate(call):
-                    # The Pi keeps the answer.
-                    body = self.body(behind, is_automatic=True, speculative=True)
-                    self.pi.ask(call, "/infill", body)
 
     def infill(self, call: Call, gap: Gap) -> Suggestion:
         """The Pi's text for the gap, "" if it has none now. Ended, if the call was ended."""
@@ -1019,11 +902,9 @@ class Completions:
                 self.pi.note_failure(error, call)
             return Suggestion()
         self.pi.away_until = 0.0
-        found = Suggestion(text, answer.get("chance") or 0.0, answer.get("unsure", False))
+        found = Suggestion(text, answer.get("unsure", False))
         if not (answer.get("replaced") or answer.get("preempted")):
             suggestions.add(gap, found, time.monotonic() - began)
-            if call.is_automatic and self.pi.settings.suggest != "always":
-                threading.Thread(target=self.ask_ahead, args=(found,), daemon=True).start()
         return found
 
 
@@ -1034,12 +915,10 @@ class Commands:
     client: Client
     documents: Documents
     pi: Pi
-    has_versions: bool = False  # the client checks the version that an edit is for
 
     def execute(self, params: Any, request_id: Any) -> Any:
         command = get(params, "command", str)
-        arguments = get(params, "arguments", list, [])
-        argument = arguments[0] if arguments else None
+        argument = get(params, "arguments", list)[0]
         if command == ACCEPTED:
             return self.report(argument, request_id)
         if command == INSTRUCT:
@@ -1065,7 +944,6 @@ class Commands:
                 200, "this text is never sent; the setting exclude has the names of files"
             )
         start, end = positions(argument)
-        lines = [*document.lines]
         version = document.version
         selection = document.between(start, end)
         line_end = document.line_end(selection)
@@ -1083,7 +961,7 @@ class Commands:
             if lacking := lacks(answer):
                 raise PiError(200, f"{lacking}; nothing was changed")
             is_open = self.documents.get(document.uri) is document
-            if document.lines != lines or not is_open:
+            if document.version != version or not is_open:
                 raise PiError(200, "the text has changed meanwhile; nothing was changed")
             text = LINE_END.sub(line_end, answer["completion"].rstrip("\r\n"))
             text += selection[len(selection.rstrip("\r\n")) :]
@@ -1103,11 +981,8 @@ class Commands:
 
     def apply(self, uri: str, version: int, change: Object) -> None:
         """Have the client change a document."""
-        edit: Object = {"changes": {uri: [change]}}
-        if self.has_versions:
-            document = {"uri": uri, "version": version}
-            edit = {"documentChanges": [{"textDocument": document, "edits": [change]}]}
-        params = {"label": "Cerebrum", "edit": edit}
+        changes = {"textDocument": {"uri": uri, "version": version}, "edits": [change]}
+        params = {"label": "Cerebrum", "edit": {"documentChanges": [changes]}}
         self.client.request("workspace/applyEdit", params, self.applied)
 
     def applied(self, result: Any) -> None:
@@ -1125,8 +1000,7 @@ class Server:
         documents = Documents()
         self.completions = completions = Completions(client, documents, self.pi)
         self.commands = Commands(client, documents, self.pi)
-        self.is_ready = self.is_stopping = False
-        self.has_configuration = False  # the client can be asked for its settings
+        self.is_stopping = False
         self.requests = {  # of params and the id
             "initialize": self.initialize,
             "shutdown": self.shutdown,
@@ -1149,7 +1023,7 @@ class Server:
             try:
                 self.handle(read_message(stream))
             except ProtocolError as error:
-                self.client.send(id=error.request_id, **failure(error.code, str(error)))
+                self.client.send(id=None, **failure(error.code, str(error)))
             except EOFError:
                 return 0 if self.is_stopping else 1
 
@@ -1160,15 +1034,10 @@ class Server:
         method, request_id = message.get("method"), message.get("id")
         if method == "exit":
             raise EOFError
-        is_response = "result" in message or "error" in message
-        if "method" not in message and is_response:
+        if method is None:
             if react := self.client.reactions.pop(str(request_id), None):
                 outcome(lambda: react(message.get("result")))
             return
-        is_valid = type(request_id) in (int, str)
-        if not isinstance(method, str) or ("id" in message and not is_valid):
-            expected = "expected a method, and an id that is a number or text"
-            raise ProtocolError(INVALID_REQUEST, expected, request_id if is_valid else None)
         response = outcome(lambda: self.run(method, message.get("params"), request_id))
         if request_id is not None and response.get("result") is not LATER:
             self.client.send(id=request_id, **response)
@@ -1178,33 +1047,19 @@ class Server:
 
     def run(self, method: str, params: Any, request_id: Any) -> Any:
         if request_id is None:
-            notified = self.notifications.get(method)
-            if notified and self.is_ready and not self.is_stopping:
+            if notified := self.notifications.get(method):
                 notified(params)
             return None
-        is_first = method == "initialize"
-        if not self.is_ready and not is_first:
-            raise ProtocolError(NOT_INITIALIZED, f"expected initialize, got {method}")
-        if self.is_stopping:
-            raise ProtocolError(INVALID_REQUEST, f"{method} came after shutdown")
-        if self.is_ready and is_first:
-            raise ProtocolError(INVALID_REQUEST, "initialize came twice")
         requested = self.requests.get(method)
         if not requested:
             raise ProtocolError(METHOD_NOT_FOUND, f"unknown method {method}")
         return requested(params, request_id)
 
     def initialize(self, params: Any, _request_id: Any) -> Any:
-        able = get(params, "capabilities", dict, {})
-        self.has_configuration = get(able, "workspace.configuration", bool, False)
-        versions = "workspace.workspaceEdit.documentChanges"
-        self.commands.has_versions = get(able, versions, bool, False)
         for fault in self.faults:
             self.client.show(1, fault)
         self.configure(get(params, "initializationOptions", dict, None))
-        self.is_ready = True
         capabilities = {
-            "positionEncoding": "utf-16",  # every client must know it
             "textDocumentSync": {"openClose": True, "change": 2},
             "inlineCompletionProvider": {},
             "executeCommandProvider": {"commands": [ACCEPTED, INSTRUCT]},
@@ -1223,20 +1078,18 @@ class Server:
             self.client.show(1, str(error))
         self.completions.suggestions = Suggestions()  # other settings, other suggestions
         self.pi.away_until = 0.0  # the next request tries
-        self.pi.speculates = None
 
     def change_configuration(self, params: Any) -> None:
         if (given := get(params, "settings", dict, None)) is not None:
             self.configure(given)
-        elif self.has_configuration:
+        else:
             items = {"items": [{"section": "cerebrum"}]}
             self.client.request(
                 "workspace/configuration", items, lambda found: self.configure(found and found[0])
             )
 
     def cancel(self, params: Any) -> None:
-        request_id = params.get("id") if isinstance(params, dict) else None
-        self.client.end_calls(lambda call: call.request_id == request_id, CANCELLED)
+        self.client.end_calls(lambda call: call.request_id == params["id"], CANCELLED)
 
     def shutdown(self, _params: Any, _request_id: Any) -> None:
         self.is_stopping = True
@@ -1257,7 +1110,7 @@ def main() -> int:
         return 0
     if options not in ([], ["--stdio"]):
         print(HELP)
-        return 0 if options in (["-h"], ["--help"]) else 2
+        return 0 if options == ["--help"] else 2
     client = Client(sys.stdout.buffer)
     sys.stdout = sys.stderr  # nothing else may write to the editor
     return Server(client, *first_settings(os.environ)).serve(sys.stdin.buffer)

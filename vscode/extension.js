@@ -4,13 +4,13 @@
 
 const vscode = require("vscode");
 const { ask, BUSY, check, NO_PI, PiError, read } = require("./pi");
-const { matches, sent, Suggestions, typedSince, unix } = require("./text");
+const { clip, matches, Suggestions, typedSince, unix } = require("./text");
 const { changeSelection, Preview, SCHEME, withProgress } = require("./change");
 
 const AWAY_MS = 5_000; // between two automatic requests to a Pi that does not answer
 const STUCK_MS = 500; // a connection that takes longer is waited for
-const READ_MS = 500; // limits what is read for an automatic request
-const REST_MS = 300; // a cursor that rests so long has its place read
+const READ_DELAY_MS = 300; // the cursor has not moved for so long when the Pi reads there
+const PROMPT_MS = 500; // limits what is read for an automatic request
 const PREDICT_MS = 1500; // a completion that has a line ends after this time
 // Of documents: not those of commit messages, comparisons, output and the like.
 const SCHEMES = ["file", "untitled", "vscode-notebook-cell", "vscode-remote", "vscode-vfs"];
@@ -103,8 +103,6 @@ class Status {
     this.state = "ready"; // of the Pi
     this.detail = "";
     this.told = ""; // the trouble that the user knows of
-    /** @type {boolean | undefined} */
-    this.speculates = undefined; // whether the Pi knows such requests, as far as it was asked
     this.awayUntil = 0;
     this.draw();
     this.item.show();
@@ -150,7 +148,6 @@ class Status {
     this.log.appendLine(`${new Date().toISOString()} ${detail}`);
     const state = error instanceof PiError ? stateOf(error.status) : undefined;
     if (state) {
-      this.speculates = undefined;
       this.awayUntil = Date.now() + AWAY_MS;
       this.show(state, message);
     }
@@ -185,7 +182,7 @@ class Completions {
     /** @type {Set<{began: number}>} */
     this.connecting = new Set();
     /** @type {NodeJS.Timeout | undefined} */
-    this.reading = undefined; // waits for the cursor to rest
+    this.reading = undefined; // waits until the cursor stays
   }
 
   /**
@@ -236,8 +233,9 @@ class Completions {
    * @returns {Promise<Suggestion | undefined>}
    */
   async find(document, gap, isAsked, token) {
-    const known = this.rest(gap, isAsked);
-    if (known) return known;
+    const rest = this.suggestions.rest(gap);
+    // Who asks gets no empty or shortened one, but what the Pi has.
+    if (rest && (!isAsked || (rest.text && !rest.unsure))) return rest;
     if (!isAsked) {
       if (this.isAway()) return undefined;
       await pause(this.suggestions.pause(gap), token);
@@ -246,34 +244,10 @@ class Completions {
     return this.infill(document, gap, isAsked, token);
   }
 
-  /**
-   * The rest of a suggestion. Who asks gets no empty or shortened one: the Pi is asked.
-   * @param {import("./text").Gap} gap @param {boolean} isAsked
-   */
-  rest(gap, isAsked) {
-    const rest = this.suggestions.rest(gap);
-    return !isAsked || (rest?.text && !rest.unsure) ? rest : undefined;
-  }
-
-  /**
-   * Have the Pi compute what follows a suggestion that is shown, in case it is taken. An older Pi
-   * would give such a request a place.
-   * @param {vscode.TextDocument} document @param {import("./text").Gap} gap @param {Suggestion} found
-   */
-  async askAhead(document, gap, found) {
-    if (!settings().get("speculative", true) || settings().get("suggest") === "always") return;
-    const behind = this.suggestions.behind(gap, found);
-    if (!behind) return;
-    const pi = await this.home.pi();
-    this.status.speculates ??= read(await ask(pi, "/v1/stats")).speculative === true;
-    if (!this.status.speculates) return;
-    await ask(pi, "/infill", { body: { ...bodyOf(document, behind, false), speculative: true } });
-  }
-
-  /** Have the Pi read the cursor's place once it rests there: the next key finds it read. */
+  /** Have the Pi read where the cursor stays: the next key finds it read. */
   readSoon() {
     clearTimeout(this.reading);
-    this.reading = setTimeout(() => void this.read().catch(() => {}), REST_MS); // nobody waits for it
+    this.reading = setTimeout(() => void this.read().catch(() => {}), READ_DELAY_MS); // nobody waits for it
   }
 
   /** A limit of 0 tokens lets the Pi read a prompt when it has nothing else to do. */
@@ -311,12 +285,9 @@ class Completions {
       const given = { body, signal: abort.signal, onConnect };
       const answer = read(await ask(await this.home.pi(), "/infill", given));
       if (typeof answer.content !== "string") throw new PiError(0, NO_PI);
-      const { content: text, chance = 0, unsure = false } = answer;
-      const found = { text, chance, unsure };
-      if (!answer.replaced && !answer.preempted) {
-        suggestions.add(gap, found, Date.now() - began);
-        if (!isAsked) void this.askAhead(document, gap, found).catch(() => {}); // nobody waits for it
-      }
+      const { content: text, unsure = false } = answer;
+      const found = { text, unsure };
+      if (!answer.replaced && !answer.preempted) suggestions.add(gap, found, Date.now() - began);
       this.status.works(unsure && !text ? "unsure" : "ready");
       return found;
     } catch (error) {
@@ -334,10 +305,10 @@ class Completions {
 /** The fields of a request for a gap. @param {vscode.TextDocument} document @param {import("./text").Gap} gap @param {boolean} isAsked */
 function bodyOf(document, gap, isAsked) {
   return {
-    ...sent(gap),
+    ...clip(gap),
     filename: nameOf(document),
     n_predict: settings().get("tokens") || 128, // 0 would ask for no text
-    t_max_prompt_ms: isAsked ? 0 : READ_MS,
+    t_max_prompt_ms: isAsked ? 0 : PROMPT_MS,
     t_max_predict_ms: PREDICT_MS,
     cache_prompt: true,
     suggest: isAsked ? "always" : settings().get("suggest", "normal"),
@@ -472,7 +443,6 @@ class Commands {
   /** Ask the Pi how it is, so that the user sees it before the first completion. */
   async look() {
     if (this.isConnecting) return;
-    this.status.speculates = undefined;
     try {
       const { problem, version } = await check(await this.home.pi());
       this.status.works(problem ? "away" : "ready", problem);

@@ -64,18 +64,18 @@ function ask(pi, path, { body, signal, onConnect, onData, limit = TIMEOUT_MS } =
     };
     // Not http.request: VS Code's own sends all to the proxy of its settings, which cannot reach the
     // home network, and would see the key.
-    const sent = new http.ClientRequest(options, (answer) => {
+    const request = new http.ClientRequest(options, (answer) => {
       let size = 0;
       let text = "";
       answer.setEncoding("utf8");
       answer.on("data", (/** @type {string} */ part) => {
         size += part.length;
-        if (size > MAX_ANSWER) return sent.destroy(new PiError(0, NO_PI));
+        if (size > MAX_ANSWER) return request.destroy(new PiError(0, NO_PI));
         if (!onData || answer.statusCode !== 200) return (text += part);
         try {
           onData(part);
         } catch (error) {
-          sent.destroy(/** @type {Error} */ (error));
+          request.destroy(/** @type {Error} */ (error));
         }
       });
       answer.on("end", () => {
@@ -84,10 +84,10 @@ function ask(pi, path, { body, signal, onConnect, onData, limit = TIMEOUT_MS } =
       });
       answer.on("error", fail);
     });
-    const stop = () => sent.destroy(new Error("aborted"));
-    const timeOut = () => sent.destroy(new Error("ETIMEDOUT"));
+    const stop = () => request.destroy(new Error("aborted"));
+    const timeOut = () => request.destroy(new Error("ETIMEDOUT"));
     let timer = setTimeout(timeOut, CONNECT_MS);
-    sent.on("socket", (socket) => {
+    request.on("socket", (socket) => {
       socket.once(isTls ? "secureConnect" : "connect", () => {
         isConnected = true;
         onConnect?.();
@@ -97,8 +97,8 @@ function ask(pi, path, { body, signal, onConnect, onData, limit = TIMEOUT_MS } =
       });
     });
     signal?.addEventListener("abort", () => isConnected && stop());
-    sent.on("error", fail);
-    sent.end(json);
+    request.on("error", fail);
+    request.end(json);
   });
 }
 

@@ -6,18 +6,15 @@
 // JSON less than the 1 MiB that the Pi takes.
 const MAX_TEXT = 80_000;
 const MAX_TOKENS = 2048;
-const MAX_FOUND = 16;
-const MAX_CHARACTERS = 4_000_000; // in the texts around all remembered cursors
+const MAX_TYPED_OVER = 16;
 const MIN_PAUSE_MS = 30;
 const MAX_PAUSE_MS = 400; // fast typists leave 100 ms between keys
 const PAUSE_SHARE = 0.2; // of the median response time
-const SURE = 0.5; // least chance of a suggestion that will perhaps be taken
-const LOOK_MS = 1_000; // a person looks at a suggestion so long before she takes it
 
 /**
  * @typedef {{uri: string, before: string, after: string}} Gap a cursor in a file
- * @typedef {{text: string, chance: number, unsure: boolean}} Suggestion `chance`: that all of it is
- *   right, 0 if unknown; `unsure`: it ends where the model becomes unsure
+ * @typedef {{text: string, unsure: boolean}} Suggestion `unsure`: it ends where the model becomes
+ *   unsure
  */
 
 /** The text with the line ends that the model knows. @param {string} text */
@@ -28,7 +25,7 @@ const unix = (text) => text.replace(/\r\n?/g, "\n");
  * steps of a quarter, so that it begins at the same place for many keys and the cache stays valid.
  * @param {Gap} gap
  */
-function sent(gap) {
+function clip(gap) {
   const step = MAX_TEXT / 4;
   const over = Math.max(0, gap.before.length - MAX_TEXT);
   const cut = Math.ceil(over / step) * step;
@@ -44,11 +41,11 @@ function typedSince({ uri, before, after }, older) {
   return isSame ? before.slice(older.before.length) : undefined;
 }
 
-/** The latest suggestions, and how long the Pi took for each. */
+/** The latest suggestion, how long the Pi took for the last ones, and what was typed over them. */
 class Suggestions {
   constructor() {
-    /** @type {{gap: Gap, found: Suggestion}[]} */
-    this.list = [];
+    /** @type {{gap: Gap, found: Suggestion} | undefined} */
+    this.latest = undefined;
     /** @type {Gap | undefined} */
     this.asked = undefined; // the latest gap that the Pi was asked for or had to read
     this.times = [400]; // ms; a guess, until there are answers
@@ -58,44 +55,25 @@ class Suggestions {
     this.typedOver = []; // the place of each text that was
   }
 
-  /** Whether all of the latest suggestion was taken. @param {Gap} gap */
-  isNext(gap) {
-    const [latest] = this.list;
-    return latest && typedSince(gap, latest.gap) === latest.found.text;
-  }
-
-  /**
-   * The gap behind a suggestion that is shown, to ask ahead for it; undefined if the suggestion will
-   * hardly be taken, or if the Pi is too slow.
-   * @param {Gap} gap @param {Suggestion} found
-   */
-  behind(gap, { text, chance }) {
-    const isSure = text && chance >= SURE;
-    if (!isSure || this.median() > LOOK_MS) return undefined;
-    return { ...gap, before: gap.before + text };
-  }
-
-  /** Add a suggestion, and the time for it unless it was perhaps computed ahead. @param {Gap} gap @param {Suggestion} found @param {number} ms */
+  /** @param {Gap} gap @param {Suggestion} found @param {number} ms */
   add(gap, found, ms) {
-    if (!this.isNext(gap)) this.times = [...this.times.slice(-7), ms];
-    const size = gap.before.length + gap.after.length;
-    const most = Math.min(MAX_FOUND, Math.ceil(MAX_CHARACTERS / (size + 1)));
-    this.list = [{ gap, found }, ...this.list.slice(0, most - 1)];
+    this.latest = { gap, found };
+    this.times = [...this.times.slice(-7), ms];
   }
 
   /**
-   * The rest of a suggestion whose beginning has been typed or accepted; undefined if there is none.
+   * The rest of the latest suggestion, whose beginning has been typed or accepted; undefined if there
+   * is none.
    * @param {Gap} gap
    * @returns {Suggestion | undefined}
    */
   rest(gap) {
-    for (const { gap: older, found } of this.list) {
-      const typed = typedSince(gap, older);
-      const isWhole = typed && typed === found.text;
-      if (typed === undefined || isWhole || !found.text.startsWith(typed)) continue;
-      return { ...found, text: found.text.slice(typed.length) };
-    }
-    return undefined;
+    if (!this.latest) return undefined;
+    const { text, unsure } = this.latest.found;
+    const typed = typedSince(gap, this.latest.gap);
+    const isWhole = typed && typed === text;
+    if (typed === undefined || isWhole || !text.startsWith(typed)) return undefined;
+    return { text: text.slice(typed.length), unsure };
   }
 
   /**
@@ -109,23 +87,24 @@ class Suggestions {
     const old = this.shown;
     const typed = old && typedSince(gap, old.gap);
     const isAlong = !typed || typed.startsWith(old.text) || old.text.startsWith(typed);
-    if (!isAlong) this.typedOver = [old.place, ...this.typedOver.slice(0, MAX_FOUND)];
+    if (!isAlong) this.typedOver = [old.place, ...this.typedOver.slice(0, MAX_TYPED_OVER)];
     this.shown = { gap, text, place };
     return this.typedOver.filter((one) => one === place).length;
   }
 
-  /** Of the Pi's times. */
-  median() {
-    const sorted = [...this.times].sort((a, b) => a - b);
-    const half = (sorted.length - 1) / 2;
-    return (sorted[Math.ceil(half)] + sorted[Math.floor(half)]) / 2;
-  }
-
   /** Milliseconds without a key before an automatic request: longer for a slow Pi, none if the latest suggestion was taken. @param {Gap} gap */
   pause(gap) {
-    if (this.isNext(gap)) return 0;
-    return Math.min(Math.max(MIN_PAUSE_MS, PAUSE_SHARE * this.median()), MAX_PAUSE_MS);
+    const { latest } = this;
+    if (latest && typedSince(gap, latest.gap) === latest.found.text) return 0;
+    return Math.min(Math.max(MIN_PAUSE_MS, PAUSE_SHARE * median(this.times)), MAX_PAUSE_MS);
   }
+}
+
+/** @param {number[]} values */
+function median(values) {
+  const sorted = [...values].sort((a, b) => a - b);
+  const half = (sorted.length - 1) / 2;
+  return (sorted[Math.ceil(half)] + sorted[Math.floor(half)]) / 2;
 }
 
 /**
@@ -166,4 +145,4 @@ function matches(glob, path) {
   return new RegExp(`(^|/)${source}$`, "is").test(path);
 }
 
-module.exports = { blockOf, lacks, matches, MAX_TOKENS, sent, Suggestions, typedSince, unix };
+module.exports = { blockOf, clip, lacks, matches, MAX_TOKENS, Suggestions, typedSince, unix };

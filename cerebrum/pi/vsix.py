@@ -23,7 +23,6 @@ FILES = (
     "package.json",
     "pi.js",
     "text.js",
-    "web.js",
 )
 TYPES = b"""<?xml version="1.0" encoding="utf-8"?>
 <Types xmlns="http://schemas.openxmlformats.org/package/2006/content-types">\

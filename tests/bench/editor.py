@@ -1,7 +1,8 @@
 """Someone types in an editor: what llama.vim asks for, through both daemons, with real weights.
 
     python tests/bench/editor.py [--seconds 60] [--keys 6] [--model qwen_0_5b] [--suggest often]
-        [--file PATH] [--turns 0] [--places 20] [--lines 64] [--pairs 9]
+        [--file PATH]
+    python tests/bench/editor.py --pairs 9 [--model qwen_0_5b]
     python tests/bench/editor.py --open|--jump REPOSITORY,… [--look 2] [--before FOLDER] [--llama]
         [--models FOLDER] [--places 20]
     python tests/bench/editor.py --session REPOSITORY,… --before FOLDER [--seconds 600]
@@ -18,16 +19,9 @@ were added in or after 2025 are used, which are newer than the models. Prints on
     keys          milliseconds to one token after each key of a line that nobody could predict,
                   typed between 120 lines and 60 lines: with llama.vim's limit for the prompt (500
                   ms), and without a limit. `computed`: prompt tokens read for a key, median
-    accepting     with --turns: as typing, but a hint that is right as a whole is taken after a
-                  second's look, in turns without (`plain`) and with (`ahead`) a speculative request
-                  for the text behind each hint that is shown. `cpu`: seconds of both daemons for
-                  each accepted character
-    next_ms       at --places of the file, each with --lines before the cursor and half as many
-                  behind it: from taking a hint after a second's look to the next hint, without
-                  and with such a request; medians of the places where the model needs up to a
-                  second for it (`fast`), and of the others (`slow`), of so many each
-    other         the time to the first token of another client's infill, with a speculative request
-                  under way over without one, median of --pairs; `other_reading`: with a reading
+    other         with --pairs: the time to the first token of another client's infill, with a
+                  speculative request under way over without one, median; `other_reading`: with a
+                  reading
     open          --places files are opened at their beginning; half a second later the cursor is at
                   another line, which is looked at for --look seconds; then ten keys are typed,
                   of which the first alone is right
@@ -71,12 +65,9 @@ from engines import llama_server_binary
 from harness import MODELS, PATIENCE, Daemon, wait_until
 from waste import LANGUAGES, UNUSUAL, files_since_2025, git
 
-from cerebrum_lsp import Gap, Suggestion, Suggestions
-
 LINES_BEFORE, LINES_AFTER = 64, 32
 PAUSES = 8  # characters typed on average between two pauses
 PAUSE_SECONDS = 1.5
-LOOK_SECONDS = 1.0
 KEY_LINES = 3
 FILE = Path(sysconfig.get_path("stdlib")) / "textwrap.py"
 LETTERS = "abcdefghiklmnoprstuvw"
@@ -86,10 +77,8 @@ OPTIONS = {
     "model": "qwen_0_5b",
     "suggest": "often",
     "file": str(FILE),
-    "turns": 0,
     "places": 20,
-    "lines": 64,
-    "pairs": 9,
+    "pairs": 0,
     "open": "",
     "jump": "",
     "session": "",
@@ -236,117 +225,10 @@ def keys(port: int, model: str, limit_ms: int) -> dict[str, Any]:
     }
 
 
-@dataclass
-class Typist:
-    """Someone who takes right hints. `is_ahead`: her editor asks ahead."""
-
-    pi: Daemon
-    vps: Daemon
-    options: argparse.Namespace
-    is_ahead: bool
-    keys: int = 0
-    seen: int = 0
-    taken: int = 0
-    characters: int = 0
-    cpu: float = 0.0
-
-    def ask(self, before: str, after: str, **more: Any) -> Infill:
-        more = {"suggest": self.options.suggest, **more}
-        lines = self.options.lines
-        return Infill(self.pi.port, self.options.model, before, after, more, lines, lines // 2)
-
-    def type(self, before: str, rest: str, after: str, generator: random.Random) -> None:
-        """Type `rest` between two texts."""
-        self.ask(before, after).result()  # the file is open
-        cpu = cpu_of(self.pi) + cpu_of(self.vps)
-        end = time.monotonic() + self.options.seconds
-        while time.monotonic() < end and rest:
-            request = self.ask(before, after)
-            interval = generator.uniform(0.5, 1.5) / self.options.keys
-            if generator.random() < 1 / PAUSES:
-                interval += PAUSE_SECONDS
-            request.thread.join(interval)
-            text = request.text
-            is_hint = bool(text.strip())
-            self.keys += 1
-            self.seen += is_hint
-            if self.is_ahead and is_sure(request.answer):
-                self.ask(before + text, after, speculative=True)
-            if is_hint and rest.startswith(text):
-                time.sleep(LOOK_SECONDS)
-                before += text
-                rest = rest.removeprefix(text)
-                self.taken += 1
-                self.characters += len(text)
-            else:
-                time.sleep(max(0.0, interval - request.seconds) if request.seconds else 0.0)
-                request.leave()
-                before, rest = before + rest[0], rest[1:]
-        self.cpu += cpu_of(self.pi) + cpu_of(self.vps) - cpu
-
-    def result(self) -> dict[str, Any]:
-        return {
-            "keys": self.keys,
-            "seen": self.seen,
-            "taken": self.taken,
-            "cpu": round(self.cpu / max(1, self.characters), 4),
-        }
-
-
-def is_sure(answer: dict[str, Any]) -> bool:
-    """Whether the language server asks ahead behind this hint."""
-    hint = answer.get("content"), answer.get("chance") or 0.0, bool(answer.get("unsure"))
-    found, suggestions = Suggestion(*hint), Suggestions()
-    suggestions.add(Gap("", "", ""), found, 0.4)
-    return suggestions.behind(found) is not None
-
-
-def next_hints(typist: Typist) -> dict[str, Any]:
-    options = typist.options
-    source = Path(options.file).read_text()
-    position, end_of_gap = typed_part(source)
-    step = (end_of_gap - position) // options.places
-    after = source[end_of_gap:]
-    fast, slow = list[float](), list[float]()
-    for place in range(position, position + step * options.places, step):
-        # A line that neither daemon remembers, the last whole one.
-        above, below = source[:place].rpartition("\n")[::2]
-        before = f"{above}\n# {place} {typist.is_ahead}\n{below}"
-        text = typist.ask(before, after).result().text
-        if not text.strip():
-            continue
-        behind = None
-        if typist.is_ahead:
-            behind = typist.ask(before + text, after, speculative=True)
-        time.sleep(LOOK_SECONDS)
-        taken = typist.ask(before + text, after).result()
-        needed = behind.result().seconds if behind else taken.seconds
-        if taken.text.strip():
-            times = fast if needed <= LOOK_SECONDS else slow
-            times.append(1000 * taken.seconds)
-    return {
-        "fast": round(statistics.median(fast or [0.0]), 1),
-        "slow": round(statistics.median(slow or [0.0]), 1),
-        "of": (len(fast), len(slow)),
-    }
-
-
 def cpu_of(daemon: Daemon) -> float:
     """The seconds that a daemon has computed."""
     used = psutil.Process(daemon.process.pid).cpu_times()
     return float(used.user + used.system)
-
-
-def accepting(typists: dict[str, Typist], options: argparse.Namespace) -> dict[str, Any]:
-    source = Path(options.file).read_text()
-    position, end_of_gap = typed_part(source)
-    for turn in range(options.turns):
-        for typist in typists.values():
-            # Each time in a text that neither daemon remembers.
-            line = f"# {turn} {typist.is_ahead}\n"
-            parts = source[:position] + line, source[position:end_of_gap], source[end_of_gap:]
-            typist.type(*parts, random.Random(turn))
-    return {name: typist.result() for name, typist in typists.items()}
 
 
 def other(port: int, model: str, pairs: int, **spare: Any) -> float:
@@ -603,19 +485,12 @@ def main() -> None:
                 print(json.dumps(named | first_hints(arms, options)))
             return
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        vps, pi = servers.both(stack, folder)
+        _, pi = servers.both(stack, folder)
         Infill(pi.port, options.model, "x", "").result()  # loads the model
-        if options.turns:
-            typists = {
-                "plain": Typist(pi, vps, options, is_ahead=False),
-                "ahead": Typist(pi, vps, options, is_ahead=True),
-            }
-            hints = {name: next_hints(typist) for name, typist in typists.items()}
-            result = {"next_ms": hints, "accepting": accepting(typists, options)}
-            if options.pairs:
-                pairs = pi.port, options.model, options.pairs
-                result["other"] = other(*pairs, speculative=True)
-                result["other_reading"] = other(*pairs, n_predict=0)
+        if options.pairs:
+            pairs = pi.port, options.model, options.pairs
+            result = {"other": other(*pairs, speculative=True)}
+            result["other_reading"] = other(*pairs, n_predict=0)
             print(json.dumps(named | result))
             return
         by_limit = {f"{limit}": keys(pi.port, options.model, limit) for limit in (500, 0)}

@@ -1,5 +1,5 @@
 """The language server in real editors, against both daemons with real weights: Neovim, Emacs with
-lsp-mode, and Helix, from Debian's unstable, in a terminal; and the client of VS Code's extensions.
+lsp-mode, and Helix, from Debian's unstable, in a terminal.
 
 The editors run in a Debian of their own, since no stable one has versions that know ghost text.
 Only making it needs a network, and it is made once.
@@ -7,11 +7,9 @@ Only making it needs a network, and it is made once.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -223,24 +221,6 @@ def test_emacs(debian: Path, warm: Pi, tmp_path: Path) -> None:
         assert_completed(editor, "  # sum")
 
 
-@pytest.mark.nightly
-def test_helix(debian: Path, warm: Pi, tmp_path: Path) -> None:
-    home(
-        tmp_path,
-        ".config/helix/languages.toml",
-        settings("docs/editors.md", "entries of its menu.\n", warm.url),
-    )
-    with editing(debian, tmp_path, "hx") as editor:
-        editor.type("j", "A", "a", "C-x")
-        editor.shows("a + b")
-        editor.type("Tab", "Enter")
-        editor.shows("return a + b")  # in the text; Helix runs no command of a completion
-        editor.type("  # sum", "Escape")
-        editor.shows("NOR")
-        editor.type(":w", "Enter")
-        assert_completed(editor, "  # sum")
-
-
 CRLF = TEXT.replace("\n", "\r\n")
 LUA = ("README.md", "Tab accepts\n")
 LISP = ("docs/editors.md", "return accepts\n")
@@ -300,33 +280,3 @@ def test_the_pi_reads_a_file_that_is_opened_and_where_the_cursor_rests(
             wait_until(lambda: len(pi.completions) == 3, "the text is read there, too")
         asked = [(body["n_predict"], body["input_prefix"]) for body in pi.completions]
         assert asked == [(0, TEXT[:count]) for count in range(3)]
-
-
-def test_vscodes_client(warm: Pi, tmp_path: Path) -> None:
-    node, npm = needs("node"), needs("npm")
-    if not (CACHE / "node_modules/vscode-languageclient").exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        install = [
-            npm,
-            "install",
-            "--silent",
-            "--no-audit",
-            "--no-fund",
-            "vscode-languageclient@10",
-        ]
-        subprocess.run(install, cwd=CACHE, check=True)
-    before = accepted(warm)
-    file = tmp_path / "sum.py"
-    file.write_text(TEXT)
-    server = [sys.executable, str(ROOT / "cerebrum_lsp.py")]
-    command = [node, str(ROOT / "tests/vscode.cjs"), *server, str(file), "1", "11"]
-    environment = {**os.environ, "CEREBRUM_URL": warm.url}
-    done = subprocess.run(
-        command, cwd=CACHE, env=environment, capture_output=True, text=True, timeout=PATIENCE
-    )
-    assert done.returncode == 0
-    assert done.stderr == ""
-    said = json.loads(done.stdout)
-    assert said["first"] == said["first"][0] + said["second"], "what was typed of it was not kept"
-    assert completes_the_sum(said["text"].removeprefix(PREFIX + "    return "))
-    assert accepted(warm) == before + 1

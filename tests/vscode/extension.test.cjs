@@ -163,60 +163,9 @@ test("the pause follows the Pi's speed, within limits", () => {
   assert.equal(suggestions.pause(here), 120); // a fifth of the median
   for (let n = 0; n < 8; n++) suggestions.add(here, { text: "a" }, 10_000);
   assert.equal(suggestions.pause(here), 400);
-  assert.equal(suggestions.behind(here, { text: "a", chance: 0.5, unsure: true }), undefined); // too slow
   for (let n = 0; n < 8; n++) suggestions.add(here, { text: "a" }, 1);
   assert.equal(suggestions.pause(here), 30);
-  const behind = suggestions.behind(here, { text: "a", chance: 0.5, unsure: true });
-  assert.deepEqual(behind, { ...here, before: "a" });
-  assert.equal(suggestions.pause(behind), 0); // whether or not the Pi was asked ahead
-  for (let n = 0; n < 4; n++) suggestions.add(behind, { text: "" }, 10_000); // says nothing of the speed
-  assert.equal(suggestions.pause(here), 30);
-});
-
-desk("what follows a suggestion is asked ahead", async (at, pi) => {
-  pi.answers["/v1/stats"] = [200, { version: "1.1.0", speculative: true }];
-  await ask(at, python("x = |\ny"));
-  await until(() => pi.infills.length === 2);
-  const { speculative, ...ahead } = pi.infills[1];
-  assert.equal(speculative, true);
-  assert.deepEqual([ahead.input_prefix, ahead.input_suffix], ["x = return 1", "\ny"]);
-  pi.answers["/infill"] = [200, { content: "\nz = 2", chance: 0.5, unsure: true }];
-  assert.deepEqual(texts(await ask(at, python("x = return 1|\ny"))), ["\nz = 2"]);
-  await until(() => pi.infills.length === 4);
-  assert.deepEqual(pi.infills[2], ahead);
-  assert.equal(pi.infills[3].input_prefix, "x = return 1\nz = 2");
-  assert.equal(pi.asked.filter(({ path: asked }) => asked === "/v1/stats").length, 2); // and at the start
-  assert.deepEqual(at.shown, []);
-});
-
-const SURE = { content: "a", chance: 0.9 };
-for (const [what, says, settings, context] of [
-  ["the backend does not say how sure it is", { content: "a" }, {}, END],
-  ["nothing is shown", { ...SURE, content: "" }, {}, END],
-  ["it will hardly be taken", { ...SURE, chance: 0.4 }, {}, END],
-  ["the user does not want it", SURE, { speculative: false }, END],
-  ["everything is shown", SURE, { suggest: "always" }, END],
-  ["the user has asked", SURE, {}, ASKED],
-  ["the Pi is older", SURE, { older: true }, END],
-]) {
-  desk(`nothing is asked ahead if ${what}`, async (at, pi) => {
-    pi.answers["/infill"] = [200, says];
-    if (!settings.older) pi.answers["/v1/stats"] = [200, { version: "1.1.0", speculative: true }];
-    await ask(at, python("x = |"), context);
-    await ask(at, python("y = |"), context);
-    assert.deepEqual(pi.infills.filter((body) => body.speculative), []);
-    assert.equal(pi.infills.length, 2);
-  }, settings);
-}
-
-test("texts of large files are not kept by the dozen", () => {
-  const { Suggestions } = require(`${FOLDER}/text.js`);
-  const suggestions = new Suggestions();
-  for (let n = 0; n < 20; n++) {
-    const before = "x".repeat(n < 19 ? 100 : 3_000_000);
-    suggestions.add({ uri: `${n}`, before, after: "" }, { text: "a" }, 1);
-    assert.equal(suggestions.list.length, n < 19 ? Math.min(n + 1, 16) : 2);
-  }
+  assert.equal(suggestions.pause({ ...here, before: "a" }), 0); // it was taken
 });
 
 // An edit (its first column and its text), the text up to the cursor afterwards, and what is shown.
@@ -810,16 +759,6 @@ desk("the status bar's menu", async (at, pi) => {
   assert.deepEqual(at.settings.off, []);
   await menu("$(plug) Connect…");
   assert.equal(at.shown.at(-1), "box: The Pi's address");
-});
-
-test("a browser without a VS Code behind it is told why it has no completions", async () => {
-  const at = new Desk();
-  const vscode = activate(at, FOLDER, "web.js");
-  await vscode.commands.executeCommand("cerebrum.connect");
-  const [first, , second] = at.shown;
-  assert.match(first, /^warning: Cerebrum needs VS Code as a program/);
-  assert.equal(second, first);
-  assert.equal(at.global.get("told"), true);
 });
 
 // ------------------------------------------------------------------------------- change a selection

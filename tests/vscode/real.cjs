@@ -6,12 +6,10 @@
 "use strict";
 const fs = require("node:fs");
 const { chromium } = require("playwright-core");
-const { Pi } = require("./pi.cjs");
 
 const given = JSON.parse(fs.readFileSync(0, "utf8"));
 const GHOST = ".ghost-text-decoration, .ghost-text-decoration-preview, .ghost-text";
 const PATIENCE = 90_000;
-const ALONE = ["other", "reading"]; // steps that only those who name them want
 let page;
 
 const say = (step, seen) => console.log(JSON.stringify([step, seen]));
@@ -107,14 +105,6 @@ const STEPS = {
     say("typescript", await ghost());
     await keys("Tab", "Control+s");
   },
-  /** llama.vscode, which wakes for such a file, and then shows a tab. */
-  async other() {
-    await pick("area.ts");
-    await item("llama");
-    await until(() => document.querySelector(".tab.active")?.textContent.includes("Information"));
-    await page.click('.tab:has-text("area.ts")'); // the keys of the other tab are its own
-    await STEPS.typescript();
-  },
   /** CRLF, and an emoji before the cursor. */
   async crlf() {
     await open("crlf.py");
@@ -170,38 +160,6 @@ const STEPS = {
     say("untitled", await ghost());
     await keys("Escape");
   },
-  /** What a Pi that is played here had to read, and to write, from the first file on. */
-  async reading() {
-    const pi = await new Pi().start();
-    const asked = async (count) => {
-      const deadline = Date.now() + PATIENCE;
-      while (pi.infills.length < count) {
-        if (Date.now() > deadline) throw new Error(`expected ${count}: ${JSON.stringify(pi.infills)}`);
-        await page.waitForTimeout(20);
-      }
-    };
-    await item("Cerebrum");
-    await command("Cerebrum: Connect");
-    await box("The Pi's address", pi.url);
-    await box("The key for", "");
-    await status("ready");
-    await pick("sum.py");
-    await asked(1);
-    await keys("Control+End");
-    await asked(2);
-    await pick("secret.env");
-    await pick("two.py");
-    await asked(3);
-    await keys("Control+End");
-    await asked(4);
-    await type("c");
-    say("played", await ghost());
-    await keys("Escape");
-    await pick("word.py");
-    await asked(6);
-    say("reading", pi.infills.map((body) => [body.filename, body.input_prefix, body.input_suffix, body.n_predict]));
-    await pi.stop();
-  },
   /** The Pi goes away, and returns: the other side does it when it reads these lines. */
   async away() {
     await open("word.py");
@@ -227,7 +185,7 @@ const STEPS = {
   await page.goto(`${given.url}/?folder=${given.folder}`);
   await page.waitForSelector(".monaco-workbench .statusbar-item", { timeout: PATIENCE });
   for (const [name, step] of Object.entries(STEPS)) {
-    if (given.steps ? !given.steps.includes(name) : ALONE.includes(name)) continue;
+    if (given.steps && !given.steps.includes(name)) continue;
     try {
       await step();
     } catch (error) {

@@ -220,13 +220,13 @@ function make(desk) {
   return { vscode, context };
 }
 
-/** The extension, or what stands in for it in a browser, activated at this desk. */
-function activate(desk, folder, file = "extension.js") {
+/** The extension, activated at this desk. */
+function activate(desk, folder) {
   const { vscode, context } = make(desk);
   const load = Module._load;
   Module._load = (name, ...more) => (name === "vscode" ? vscode : load(name, ...more));
   for (const file of Object.keys(require.cache)) if (file.startsWith(folder)) delete require.cache[file];
-  const extension = require(`${folder}/${file}`);
+  const extension = require(`${folder}/extension.js`);
   Module._load = load;
   desk.context = context;
   extension.activate(context);
