@@ -149,7 +149,7 @@ class Environment:
 
     def integer(self, name: str, default: int, low: int, high: int) -> int:
         value = self.number(name, default, low, high)
-        if value != int(value):
+        if value % 1:
             raise ConfigError(f"{name}: expected an integer, got {value}")
         return int(value)
 
