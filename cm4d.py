@@ -60,6 +60,7 @@ from collections.abc import (
     Sequence,
 )
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from types import SimpleNamespace
 from typing import Any
 
@@ -746,63 +747,60 @@ async def activity(gateway: Gateway, request: Request) -> Response:
     gateway.sample()
     loaded = itertools.chain.from_iterable(backend.models_loaded for backend in fleet.backends)
     away = [backend for backend in fleet.backends if fleet.available and backend.breaker.message]
-    return Response(
-        {
-            "timestamp": timestamp(),
-            **statistics(gateway),
-            "vps_message": fleet.message,
-            "models_loaded": [*dict.fromkeys(loaded)],
-            "client": request.client if request.client in gateway.config.names else "",
-            "extension": gateway.extension_sha256,
-            "notes": [f"{backend.id} is away: {backend.breaker.message}" for backend in away],
-            **gateway.counting.history.describe(),
-        }
-    )
+    members: JsonObject = {"timestamp": timestamp()} | statistics(gateway)
+    members |= gateway.counting.history.describe()
+    members |= {"vps_message": fleet.message, "models_loaded": [*dict.fromkeys(loaded)]}
+    members["client"] = request.client if request.client in gateway.config.names else ""
+    members["extension"] = gateway.extension_sha256
+    members["notes"] = [f"{backend.id} is away: {backend.breaker.message}" for backend in away]
+    return Response(members)
 
 
 def statistics(gateway: Gateway) -> JsonObject:
     """The members of /v1/stats."""
     backends = describe_backends(gateway)
     first = backends[gateway.fleet.first.id]
-    unnamed, *clients = gateway.counting.people.describe()
-    return {
-        "version": VERSION,
-        "uptime": gateway.uptime,
-        "speculative": True,
-        **write_stats(table_of(gateway)),
+    members: JsonObject = {"version": VERSION, "uptime": gateway.uptime, "speculative": True}
+    members |= write_stats(table_of(gateway))
+    members |= {
         "vps_available": first.available,
         "vps_response_time_ms": first.response_time_ms,
         "memory_mb": round(resident_bytes() / 2**20, 1),
         "load_avg": os.getloadavg(),
         "breaker": first.breaker,
-        "backends": list(map(vars, backends.values())),
-        "unnamed": unnamed,
-        "clients": clients,
     }
+    members["backends"] = list(map(vars, backends.values()))
+    members["unnamed"], *members["clients"] = gateway.counting.people.describe()
+    return members
+
+
+# Members of a backend's entry in /v1/stats, and its attributes with the same value.
+OF_BACKEND = {
+    "id": "id",
+    "api": "config.api",
+    "available": "available",
+    "message": "breaker.message",
+    "version": "kind.version",
+    "response_time_ms": "response_ms",
+    "requests_total": "requests_total",
+    "requests_failed": "requests_failed",
+    "max_concurrent": "limit",
+    "tokens_total": "tokens",
+    "models_loaded": "models_loaded",
+}
 
 
 def describe_backends(gateway: Gateway) -> dict[str, SimpleNamespace]:
     """The entries of the backends in /v1/stats, by id."""
     active = Counter(gateway.dispatcher.state.answering.values())
-    return {
-        backend.id: SimpleNamespace(
-            id=backend.id,
-            api=backend.config.api,
-            available=backend.available,
-            message=backend.breaker.message,
-            version=backend.kind.version,
-            response_time_ms=backend.response_ms,
-            requests_total=backend.requests_total,
-            requests_active=active[backend],
-            requests_failed=backend.requests_failed,
-            max_concurrent=backend.limit,
-            tokens_total=backend.tokens,
-            models=list(backend.models or ()),
-            models_loaded=backend.models_loaded,
-            breaker=backend.breaker.describe(time.monotonic()),
-        )
-        for backend in gateway.fleet.backends
-    }
+    entries = {}
+    for backend in gateway.fleet.backends:
+        members = {name: attrgetter(path)(backend) for name, path in OF_BACKEND.items()}
+        entry = entries[backend.id] = SimpleNamespace(**members)
+        entry.requests_active = active[backend]
+        entry.models = list(backend.models or ())
+        entry.breaker = backend.breaker.describe(time.monotonic())
+    return entries
 
 
 METRICS = (

@@ -192,7 +192,8 @@ def check_backends(config: Any) -> Findings:
 
 def check_answer(backend: Backend, lacking: str) -> Findings:
     """Check what a backend answered. `lacking` is the level of a backend that serves nothing."""
-    id, config, trouble = backend.id, backend.config, backend.breaker.trouble
+    id, config = backend.id, backend.config
+    trouble = backend.breaker.trouble
     if trouble:
         mend = SET_KEY if "our key" in trouble else "look whether it runs and has this address"
         yield lacking, "backend", f"{id} ({config.endpoint.authority}): {trouble}: {mend}"

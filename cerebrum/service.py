@@ -66,20 +66,11 @@ class LogFormatter(logging.Formatter):
         )
 
 
-def _is_journal() -> bool:
-    """Whether standard output is systemd's journal; see systemd.exec(5)."""
-    try:
-        stdout = os.fstat(1)
-    except OSError:  # it is closed
-        return False
-    return os.environ.get("JOURNAL_STREAM") == f"{stdout.st_dev}:{stdout.st_ino}"
-
-
 def set_up_logging(level: str, file: str) -> None:
     """Log to standard output and to `file` (empty: no file). Another call reopens the file.
 
-    If standard output is systemd's journal, requests go to the file alone while the file can be
-    written: an SD card should not store them twice.
+    Requests go to the file alone while it can be written: an SD card should not store them twice,
+    there and in systemd's journal.
     """
     logging.raiseExceptions = False  # if the reader of standard output ends, the daemon goes on
     output = logging.StreamHandler(sys.stdout)
@@ -87,10 +78,7 @@ def set_up_logging(level: str, file: str) -> None:
     if file:
         log_file = _log_file(file)
         handlers.append(log_file)
-        if _is_journal():
-            output.addFilter(
-                lambda record: log_file.reason or not getattr(record, "is_request", False)
-            )
+        output.addFilter(lambda record: log_file.reason or not hasattr(record, "is_request"))
     for handler in handlers:
         handler.setFormatter(LogFormatter())
     old = log.handlers

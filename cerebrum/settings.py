@@ -46,7 +46,6 @@ class ConfigError(ValueError):
 
 # Printable ASCII but for space and comma: a header can carry the key as it is.
 KEY = re.compile(r"[!-+\--~]+")
-MAX_KEYS = 2  # a forgotten old key should not stay valid
 # NAME KEY [PLACES], a comment, or nothing.
 CLIENT = re.compile(
     rf"\s*(?:#.*|([A-Za-z0-9._-]{{1,32}})\s+({KEY.pattern})(?:\s+([1-9][0-9]?))?\s*)?"
@@ -78,8 +77,8 @@ class Environment:
         return self.values.get(name) or default
 
     def keys(self, name: str) -> tuple[str, ...]:
-        """The key in this variable, or two during a rotation, separated by a comma: the new one,
-        then the old one.
+        """The key in this variable; during a rotation the new one and the old one, with a comma
+        between them.
         """
         text = self.text(name)
         if not text:
@@ -87,10 +86,6 @@ class Environment:
         keys = tuple(key.strip() for key in text.split(","))
         if not all(map(KEY.fullmatch, keys)):
             raise ConfigError(f"{name}: expected printable ASCII without spaces")
-        if len(keys) > MAX_KEYS:
-            raise ConfigError(
-                f"{name}: expected one key, or two while it is replaced, got {len(keys)}"
-            )
         return keys
 
     def clients(self, name: str, default: Path, strict: bool = True) -> dict[str, Client] | None:
@@ -154,7 +149,7 @@ class Environment:
 
     def integer(self, name: str, default: int, low: int, high: int) -> int:
         value = self.number(name, default, low, high)
-        if value != int(value):
+        if value % 1:
             raise ConfigError(f"{name}: expected an integer, got {value}")
         return int(value)
 

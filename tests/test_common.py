@@ -163,10 +163,8 @@ BAD_KEYS = ("two words", "zwölf", "a,b\x00", " , ", "a,")
 def test_keys():
     for text, keys in KEYS.items():
         assert Environment({"K": text}).keys("K") == keys
-    bad = dict.fromkeys(BAD_KEYS, "printable ASCII without spaces")
-    bad["a,b,c"] = "one key, or two while it is replaced, got 3"
-    for text, says in bad.items():
-        with pytest.raises(ConfigError, match=rf"^K: expected {says}$"):
+    for text in BAD_KEYS:
+        with pytest.raises(ConfigError, match=r"^K: expected printable ASCII without spaces$"):
             Environment({"K": text}).keys("K")
 
 

@@ -898,13 +898,17 @@ def test_a_key_goes_only_to_the_url_that_it_came_with() -> None:
 def test_without_a_url_this_machine_is_asked_and_a_failure_says_how_to_set_one(
     pi: Pi, tmp_path: Path
 ) -> None:
+    """And a bad file of settings is told of."""
     assert cerebrum_lsp.LOCAL == "http://127.0.0.1:7000"
     with editing(tmp_path, "", f"cerebrum_lsp.LOCAL = {pi.url!r}") as editor:
         editor.start(text="x = ")
         assert editor.ghost(0, 4) == "a + b"
     nobody = f"http://127.0.0.1:{free_port()}"
+    folder = configured(tmp_path, "lsp.toml", "tokens = 0")
     with editing(tmp_path, "", f"cerebrum_lsp.LOCAL = {nobody!r}") as editor:
-        editor.start(text="x = ")
+        editor.request("initialize", {"capabilities": {}})
+        assert editor.shown() == f"the settings in {folder}: expected tokens from 1 to 2048, got 0"
+        editor.open("x = ")
         editor.at(0, 4)
         fault, hint = editor.shown().split("; ")
         assert fault == "the Pi at 127.0.0.1 does not answer (Connection refused)"
@@ -973,15 +977,6 @@ def test_a_file_of_settings_that_cannot_be_read(
     assert first_settings(environment) == (Settings(), [here + message])
     configured(tmp_path, "lsp.json", '{"tokens": 8}')
     assert first_settings(environment) == (Settings(tokens=8), [])
-
-
-def test_a_bad_file_is_told_and_the_rest_works(pi: Pi, tmp_path: Path) -> None:
-    folder = configured(tmp_path, "lsp.toml", "tokens = 0")
-    with editing(tmp_path, pi.url) as editor:
-        editor.request("initialize", {"capabilities": {}})
-        assert editor.shown() == f"the settings in {folder}: expected tokens from 1 to 2048, got 0"
-        editor.open("x = ")
-        assert editor.ghost(0, 4) == "a + b"
 
 
 USAGE = "Usage: cerebrum_lsp.py"

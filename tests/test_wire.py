@@ -987,15 +987,6 @@ async def test_log_lines(caplog: pytest.LogCaptureFixture) -> None:
     assert await logged(b"", 0) == []
 
 
-# What a browser asks to send; the first is openai-node's.
-ALLOWED_NAMES = [
-    "authorization,x-stainless-os,x-stainless-retry-count",
-    "a, \tb",
-    "ab" + ",c" * 511,
-]
-BAD_NAMES = ["", "*,", "a;b", "a b", ",a", "a\xe4", "abc" + ",c" * 511]
-
-
 async def test_origins_by_configuration() -> None:
     async def ask(raw: bytes) -> Reply:
         raw = raw.replace(b"Host: localhost", b"Host: PI.example")
@@ -1007,14 +998,9 @@ async def test_origins_by_configuration() -> None:
         allowed, vary = reply.one("Access-Control-Allow-Origin"), reply.one("Vary")
         assert (reply.status, allowed, vary) == (status, "https://IDE.example", "Origin")
     asked = ("Origin: https://ide.example", PREFLIGHT)
-    usual = "Content-Type, X-API-Key, X-Request-ID, Authorization"
-    for names in (*ALLOWED_NAMES, *BAD_NAMES):
-        wanted = f"Access-Control-Request-Headers: {names}"
-        raw = get("@POST", *asked, wanted, method="OPTIONS")
-        reply = await ask(without(raw, "X-API-Key"))
-        assert (reply.status, reply.one("Access-Control-Allow-Methods")) == (204, "OPTIONS, POST")
-        allowed = f"{usual}, {names}" if names in ALLOWED_NAMES else usual
-        assert reply.one("Access-Control-Allow-Headers") == allowed
+    reply = await ask(without(get("@POST", *asked, method="OPTIONS"), "X-API-Key"))
+    assert (reply.status, reply.one("Access-Control-Allow-Methods")) == (204, "OPTIONS, POST")
+    assert reply.one("Access-Control-Allow-Headers") == "*, Authorization"
     for foreign in ("http://ide.example", "https://ide.example.evil", "https://ide.example:444"):
         reply = await ask(get("/health", f"Origin: {foreign}"))
         assert (reply.status, reply.all("Access-Control-Allow-Origin")) == (403, [])
