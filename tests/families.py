@@ -55,7 +55,7 @@ QWEN_MARKS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|file_sep|
 
 def tuned_passport(source: str = "abc", **seconds: Any) -> Passport:
     """The passport of a tuned file that any machine may have."""
-    return Passport(source, "", "", "", 2, 2, 256, True, {"Q4_K": "Q4_1"}, 0, **seconds)
+    return Passport(source, "", "", "", 2, 2, True, {"Q4_K": "Q4_1"}, 0, **seconds)
 
 
 @dataclass(frozen=True)
