@@ -349,7 +349,7 @@ def choose_command(options: argparse.Namespace, config: Config) -> None:
     """Print which models fit and how fast they would be, and mark the best; with --fetch, fetch
     it.
     """
-    from cerebrum.vps.choose import best_of, predict, table, with_drafts
+    from cerebrum.vps.choose import best_of, predict, table
 
     wait_for_quiet()
     room_mb = available_mb() - config.min_free_mb
@@ -364,8 +364,7 @@ def choose_command(options: argparse.Namespace, config: Config) -> None:
         raise FetchError(f"expected a model for {room_mb:.0f} MB of memory, got none")
     with alone_in(config.engine.state_dir) as folder:
         timings = time_types(config.engine, folder, bars("choose"))
-    alone = [(model, predict(model.shape, timings) if model.shape else None) for model in fitting]
-    speeds = with_drafts(alone, config.engine, room_mb)
+    speeds = [(model, predict(model.shape, timings) if model.shape else None) for model in fitting]
     best = best_of(speeds, config.hint_seconds)
     print(*table(speeds, best), sep="\n", flush=True)
     if not best:

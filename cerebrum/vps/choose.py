@@ -6,7 +6,8 @@ written.
 
 A model's time is that of the weights that each token uses, by their types in a Q4_K_M file: of a
 mixture of experts, those of the chosen experts. What a weight of each type costs here, samples show
-(`time_types`). Each type counts as `tune` will change it, where that is faster.
+(`time_types`). Each type counts as `tune` will change it, where that is faster. A draft model may
+make it faster still.
 """
 
 from __future__ import annotations
@@ -16,12 +17,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from cerebrum.vps.draft_model import Record
-from cerebrum.vps.drafts import pair_rate
-from cerebrum.vps.encoding import DECODES, READ_TOKENS, Timing, faster_types
+from cerebrum.vps.encoding import READ_TOKENS, Timing, faster_types
 from cerebrum.vps.gguf import SAMPLE_WEIGHTS
-from cerebrum.vps.llama import Settings
-from cerebrum.vps.schedule import Costs
 from cerebrum_common import Model
 
 HINT_READ, HINT_WRITTEN = 200, 24  # tokens
@@ -57,7 +54,6 @@ class Speed(NamedTuple):
 
     rate: float  # tokens a second
     wait: float  # seconds to the first token behind READ_TOKENS new ones
-    decode: Mapping[int, float]  # seconds of one decode by its number of tokens
 
     @property
     def hint(self) -> float:
@@ -68,35 +64,15 @@ class Speed(NamedTuple):
 def predict(shape: Mapping[str, int], timings: Mapping[str, Timing]) -> Speed:
     """The speed of a model of this shape, from the times of samples in each type."""
     types = faster_types(timings)
-    read = 0.0
-    decode = dict.fromkeys(DECODES, 0.0)
+    read = decode = 0.0
     for kind, weights in weights_of(shape).items():
         timing = timings[types.get(kind, kind)]
-        samples = weights / SAMPLE_WEIGHTS
-        read += samples * timing.read
-        for size in DECODES:
-            decode[size] += samples * timing.decode[size]
-    return Speed(1 / decode[1], READ_TOKENS * read, decode)
+        read += weights / SAMPLE_WEIGHTS * timing.read
+        decode += weights / SAMPLE_WEIGHTS * timing.decode[1]
+    return Speed(1 / decode, READ_TOKENS * read)
 
 
 Speeds = Sequence[tuple[Model, Speed | None]]  # None: unknown
-
-
-def with_drafts(speeds: Speeds, settings: Settings, room_mb: float) -> Speeds:
-    """The speeds of models with their draft models, where both fit. A pair whose acceptance this
-    machine has not measured counts as the model alone.
-    """
-    alone = {model.id: (model, speed) for model, speed in speeds}
-    found = []
-    for model, speed in speeds:
-        draft, draft_speed = alone.get(model.draft, (model, None))
-        acceptance = Record(settings.state_dir, model.id, draft.id).acceptance
-        fits = settings.draft and model.memory_mb + draft.memory_mb <= room_mb
-        if speed and draft_speed and fits and acceptance is not None:
-            rate = pair_rate(Costs(speed.decode), 1 / draft_speed.rate, acceptance)
-            speed = speed._replace(rate=rate)
-        found.append((model, speed))
-    return found
 
 
 # --------------------------------------------------------------------------------------- the choice

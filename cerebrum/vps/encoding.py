@@ -143,15 +143,12 @@ def find_tuned(
     unknown (empty), the published file must not have been touched since.
     """
     path = tuned_path(settings.state_dir, published)
-    foreign = "its passport is not of this version"
     try:
         passport = read_passport(path)
     except FileNotFoundError:
-        return None, foreign if path.exists() else "there is no tuned file"
-    except OSError as error:
-        return None, f"its passport cannot be read ({error.strerror})"
-    except (ValueError, TypeError):
-        return None, foreign
+        return None, "there is no tuned file"
+    except (OSError, ValueError, TypeError):
+        return None, "its passport cannot be read"
     for name, here in expected_passport(published, settings, sha256).items():
         made_for = getattr(passport, name)
         if made_for != here:

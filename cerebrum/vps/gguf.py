@@ -9,10 +9,8 @@ the block layouts: ggml-common.h and ggml-quants.c of llama.cpp (MIT), and docs/
 
 from __future__ import annotations
 
-import errno
 import functools
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -164,7 +162,7 @@ class Source:
         counts tensors. ModelError if the header cannot be copied.
         """
         writer = pypi().GGUFWriter(path, self.reader.fields["general.architecture"].contents())
-        self._copy_header(writer)
+        self.copy_header(writer)
         for tensor in self.tensors:
             kind = types.get(tensor.name, tensor.type)
             raw = pypi().GGMLQuantizationType[kind]
@@ -173,17 +171,12 @@ class Source:
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for done, tensor in enumerate(self.tensors, 1):
-            data = tensor.convert(types.get(tensor.name, tensor.type))
-            try:
-                writer.write_tensor_data(data)
-            except OSError as error:  # numpy's has no number
-                number = error.errno or errno.ENOSPC
-                raise OSError(number, os.strerror(number)) from None
+            writer.write_tensor_data(tensor.convert(types.get(tensor.name, tensor.type)))
             if report:
                 report(done, len(self.tensors))
         writer.close()
 
-    def _copy_header(self, writer: Any) -> None:
+    def copy_header(self, writer: Any) -> None:
         for name, field in self.reader.fields.items():
             is_empty = field.types[0] == pypi().GGUFValueType.ARRAY and not field.data
             if is_empty or name.startswith(MADE_BY_WRITER):  # gguf does not write empty ones

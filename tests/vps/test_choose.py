@@ -13,7 +13,6 @@ from harness import SHIPPED, disk_of
 import vpsd
 from cerebrum.vps import choose, encoding
 from cerebrum.vps.choose import Speed, predict, weights_of
-from cerebrum.vps.draft_model import Record
 from cerebrum.vps.encoding import DECODES, FAITHFUL, Timing
 from cerebrum.vps.gguf import SAMPLE_WEIGHTS, Source
 from cerebrum.vps.llama import Settings, start_library
@@ -71,7 +70,7 @@ def timings(**seconds: float) -> dict[str, Timing]:
 
 def test_a_prediction_counts_the_faster_types():
     sample = {**EXPERTS, "layers": 0, "width": 1 << 12, "vocabulary": SAMPLE_WEIGHTS >> 12}
-    expected = Speed(2.0, 5.0, dict.fromkeys(DECODES, 0.5))  # all weights are Q6_K
+    expected = Speed(2.0, 5.0)  # all weights are Q6_K
     assert predict(sample, timings(Q6_K=0.5)) == expected
     assert predict(sample, timings(Q8_0=0.5)) == expected
     assert predict(sample, timings(Q8_0=2.0)).rate == 1.0
@@ -135,10 +134,10 @@ TABLE = """\
   last           1B            0.9 GB      24.0           5.0 s    2.0 s         ?
 """
 SPEEDS = {
-    3: Speed(30.0, 3.0, {}),
-    7: Speed(8.0, 21.0, {}),
-    2: Speed(10.0, 12.0, {}),
-    1: Speed(24.0, 5.0, {}),
+    3: Speed(30.0, 3.0),
+    7: Speed(8.0, 21.0),
+    2: Speed(10.0, 12.0),
+    1: Speed(24.0, 5.0),
 }
 TIME_TYPES = vpsd.time_types
 
@@ -193,27 +192,6 @@ def test_choose_can_fetch(run, tmp_path, monkeypatch):
     status, out, err = run(catalog(*MODELS[:2]), "--fetch")
     assert (status, fetched, out.count("\n*")) == (1, ["here"], 0)
     assert err == "vpsd choose: expected a model for 15360 MB of memory, got none\n"
-
-
-DRAFTED = {
-    7: Speed(2.0, 21.0, {1: 0.5, 4: 0.6, 16: 0.9}),
-    1: Speed(24.0, 5.0, {1: 1 / 24, 4: 0.1, 16: 0.2}),
-}
-SLOW_ROW = "  slow           7B            5.4 GB       {0}          21.0 s   {1} s    4.7 GB"
-
-
-def test_drafts_count_once_they_were_measured_here(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(choose, "predict", lambda shape, _: DRAFTED[shape["layers"]])
-    pair = catalog(MODELS[-3], MODELS[-1])
-    pair = pair.replace('id = "slow"', 'id = "slow"\ndraft = "last"')
-    alone = SLOW_ROW.format("2.0", "16.2")
-    assert run(pair)[1].splitlines()[1] == alone
-    record = Record(tmp_path / "state", "slow", "last")
-    record.asked, record.right = 1000, 900
-    record.write()
-    assert run(pair)[1].splitlines()[1] == SLOW_ROW.format("5.8", " 8.3")
-    monkeypatch.setenv("CEREBRUM_DRAFT", "0")
-    assert run(pair)[1].splitlines()[1] == alone
 
 
 NOTHING = "vpsd choose: expected a speed for at least one model, got none\n"

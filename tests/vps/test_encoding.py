@@ -312,7 +312,7 @@ PASSPORT = {
 }
 ELSEWHERE = {"library": "0.0.1", "cpu": "z80", "cpus": 99, "threads": 3, "format": 1}
 INCOMPLETE = "its tuned file is missing or cut short"
-NO_PASSPORT = "its passport is not of this version"
+NO_PASSPORT = "its passport cannot be read"
 
 
 PASSPORTS = [
@@ -321,10 +321,10 @@ PASSPORTS = [
     (b"", NO_PASSPORT),
     (b"[]", NO_PASSPORT),
     (b"\xff", NO_PASSPORT),
-    (None, NO_PASSPORT),
+    (None, "there is no tuned file"),
     ({"size": 5}, INCOMPLETE),
     ({"size": 5, "types": {}}, ""),
-    ("a folder", "its passport cannot be read (Is a directory)"),
+    ("a folder", NO_PASSPORT),
 ]
 for name, there in ELSEWHERE.items():
     differs = f"it was tuned for {name} {there}, here it is {PASSPORT[name]}"
