@@ -32,12 +32,12 @@ from cerebrum.vps import memory
 from cerebrum.vps.compute import ModelTally
 from cerebrum.vps.fetch import is_whole
 from cerebrum.vps.gguf import Source
+from cerebrum.vps.job import Sampler
 from cerebrum.vps.llama import (
     ABORTED,
     MB,
     Llama,
     ModelError,
-    Sampler,
     Settings,
     Slot,
     check_digest,
