@@ -418,8 +418,8 @@ def bars(name: str) -> Progress:
 
     def report(label: str, done: int, total: int) -> None:
         if label not in found:
-            found[label] = Bar(f"{name}: {label}", total, steps=True)
-        found[label].show(done, last=done >= total)
+            found[label] = Bar(f"{name}: {label}", total)
+        found[label].show(done)
 
     return report
 
