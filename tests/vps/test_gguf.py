@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -16,7 +17,14 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, quants
 from harness import FILES
 
 from cerebrum.vps import gguf as gguf_module
-from cerebrum.vps.gguf import Source, Tensor, q4_k_to_q4_1, transcode
+from cerebrum.vps.gguf import (
+    SAMPLE_WEIGHTS,
+    Source,
+    Tensor,
+    q4_k_to_q4_1,
+    transcode,
+    write_sample,
+)
 from cerebrum.vps.llama import ModelError, Settings
 from cerebrum.vps.memory import needed
 
@@ -157,3 +165,11 @@ def test_without_the_package_that_writes_files(monkeypatch, tmp_path):
     with pytest.raises(ModelError, match=expected):
         Source(MODEL)
     assert needed(MODEL, [Settings(state_dir=tmp_path)])[0]["weights"] == MODEL.stat().st_size
+
+
+def test_the_matrices_of_a_sample_have_one_type(tmp_path, monkeypatch):
+    monkeypatch.setattr(gguf_module, "SAMPLE_LAYERS", 1)
+    write_sample(tmp_path / "a", "Q4_1")
+    layer = [tensor for tensor in Source(tmp_path / "a").tensors if tensor.type != "F32"]
+    assert {tensor.type for tensor in layer} == {"Q4_1"}
+    assert 6 * sum(math.prod(tensor.shape) for tensor in layer) == SAMPLE_WEIGHTS
