@@ -22,7 +22,6 @@ from cerebrum.vps.gguf import SAMPLE_WEIGHTS
 from cerebrum_common import Model
 
 HINT_READ, HINT_WRITTEN = 200, 24  # tokens
-BETTER_SHARE = 0.5  # of attn_v and ffn_down, which a Q4_K_M file has in Q6_K
 SMALL_BLOCKS = {"Q4_K": "Q5_0", "Q6_K": "Q8_0"}  # the types of rows that are no multiple of 256
 
 
@@ -32,20 +31,18 @@ def weights_of(shape: Mapping[str, int]) -> Counter[str]:
     heads = shape["heads"] * shape["head"]
     keys = shape["kv_heads"] * shape["head"]
     forward = shape["feed_forward"] * max(1, shape["used"])
-    layers = shape["layers"]
-    # The length of the rows, all weights of such matrices, and how many of them are Q6_K.
-    matrices = [
-        (width, shape["vocabulary"] * width, 1.0),
-        (width, layers * width * (heads + keys + 2 * forward), 0.0),
-        (width, layers * width * keys, BETTER_SHARE),
-        (heads, layers * width * heads, 0.0),
-        (shape["feed_forward"], layers * width * forward, BETTER_SHARE),
-    ]
+    layers = shape["layers"] * width
     found = Counter[str]()
-    for columns, weights, better in matrices:
-        for kind, share in (("Q6_K", better), ("Q4_K", 1 - better)):
-            kind = SMALL_BLOCKS[kind] if columns % 256 else kind
-            found[kind] += round(share * weights)
+
+    def add(kind: str, columns: int, weights: int) -> None:
+        found[SMALL_BLOCKS[kind] if columns % 256 else kind] += weights
+
+    add("Q6_K", width, shape["vocabulary"] * width)
+    add("Q4_K", width, layers * (heads + keys + 2 * forward))
+    add("Q4_K", heads, layers * heads)
+    for kind in ("Q4_K", "Q6_K"):  # half of attn_v and of ffn_down each
+        add(kind, width, layers * keys // 2)
+        add(kind, shape["feed_forward"], layers * forward // 2)
     return found
 
 

@@ -326,6 +326,14 @@ class TuneError(Exception):
     """Why a model cannot be tuned now. The message says what was expected and what came."""
 
 
+def candidates_of(settings: Settings) -> list[Settings]:
+    """These settings, and others that may be faster."""
+    found = [settings, replace(settings, flash_attention=False)]
+    if not settings.fixed_threads and cpus() != settings.threads:
+        found.append(replace(settings, threads=cpus()))
+    return found
+
+
 def tune(
     published: Path,
     sha256: str,
@@ -343,9 +351,7 @@ def tune(
     OSError nothing has changed.
     """
     stamp = file_stamp(published)
-    candidates = [settings, replace(settings, flash_attention=False)]
-    if not settings.fixed_threads and cpus() != settings.threads:
-        candidates.append(replace(settings, threads=cpus()))
+    candidates = candidates_of(settings)
     memory = [sum(parts.values()) for parts in needed(published, candidates)]
     if memory[0] > room:
         expected = f"expected {memory[0] / MB:.0f} MB of memory beside the reserve"
@@ -369,17 +375,11 @@ def tune(
         best = fastest(timings)
         file, used = variants[best]
         in_words = dict(sorted((tensor.type, types[tensor.name]) for tensor in changed))
-        passport = Passport(
-            source=sha256,
-            file=stamp,
-            threads=used.threads,
-            flash_attention=used.flash_attention,
-            types={} if file == published else in_words,
-            size=file.stat().st_size,
-            published=list(timings[0].decode.values()),
-            here=list(timings[best].decode.values()),
-            **machine(),
-        )
+        found = {"threads": used.threads, "flash_attention": used.flash_attention, **machine()}
+        found["types"] = {} if file == published else in_words
+        found["published"] = list(timings[0].decode.values())
+        found["here"] = list(timings[best].decode.values())
+        passport = Passport(source=sha256, file=stamp, size=file.stat().st_size, **found)
         outcome = Outcome(passport, timings[0], timings[best])
         print(outcome.table(), file=output, flush=True)
         if not dry_run:

@@ -194,7 +194,9 @@ class Source:
 
 # A plain transformer of 365 million weights: 200 MB and more, since less would stay in the caches
 # of most CPUs. Its small vocabulary costs nothing.
-SAMPLE_LAYERS, SAMPLE_WIDTH, SAMPLE_VOCABULARY = 6, 2048, 256
+SAMPLE_LAYERS = 6
+SAMPLE_WIDTH = 2048
+SAMPLE_VOCABULARY = 256
 SAMPLE_HEADER = {
     "block_count": SAMPLE_LAYERS,
     "embedding_length": SAMPLE_WIDTH,
