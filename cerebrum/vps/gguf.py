@@ -1,4 +1,4 @@
-"""Copies of GGUF files with weights in other types, for `tune`.
+"""GGUF files that are written: copies with weights in other types, and samples of one type.
 
     from cerebrum.vps.gguf import Source
     Source(Path("model.gguf")).write(Path("new.gguf"), {"output.weight": "Q8_0"})
@@ -9,11 +9,8 @@ the block layouts: ggml-common.h and ggml-quants.c of llama.cpp (MIT), and docs/
 
 from __future__ import annotations
 
-import errno
 import functools
 import math
-import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from cerebrum.vps.llama import ModelError
+from cerebrum.vps.llama import ModelError, check_disk
 
 PIECE_BYTES = 1 << 22  # transcoded at once, by one thread
 # Of a tensor: (n, weights), or (n, bytes of its blocks) where the type has blocks.
@@ -75,21 +72,17 @@ def transcode(rows: Rows, old: str, new: str) -> Any:
     return quants.quantize(weights, kinds[new])
 
 
+def byte_shape(shape: Sequence[int], kind: str) -> Any:
+    """The shape in bytes of a tensor of this type, from that in weights."""
+    return pypi().quants.quant_shape_to_byte_shape(shape, pypi().GGMLQuantizationType[kind])
+
+
 class Tensor(NamedTuple):
     """A tensor in a file."""
 
     name: str
     type: str
     data: Rows  # with all dimensions, those of the tensor in reverse
-
-    @property
-    def is_matrix(self) -> bool:
-        return self.data.ndim > 1 and self.name.endswith(".weight")
-
-    @property
-    def layer(self) -> int | None:
-        block = re.match(r"blk\.(\d+)\.", self.name)
-        return int(block[1]) if block else None
 
     @property
     def shape(self) -> Any:
@@ -100,16 +93,8 @@ class Tensor(NamedTuple):
         return pypi().quants.quant_shape_from_byte_shape(self.data.shape, kind)
 
     def byte_shape(self, new: str) -> Any:
-        """The shape of its bytes in a type. ValueError if its rows are no whole blocks of it."""
-        kind = pypi().GGMLQuantizationType[new]
-        return pypi().quants.quant_shape_to_byte_shape(self.shape, kind)
-
-    def can_be(self, new: str) -> bool:
-        """Whether its rows are whole blocks of this type."""
-        try:
-            return bool(self.byte_shape(new))
-        except ValueError:
-            return False
+        """The shape of its bytes in a type."""
+        return byte_shape(self.shape, new)
 
     def size(self, new: str) -> int:
         """Bytes in a type."""
@@ -130,7 +115,6 @@ class Tensor(NamedTuple):
 
 
 Types = Mapping[str, str]  # new ones, by the names of tensors or by the old types
-Values = Mapping[str, str | int]  # of a header, by key
 
 
 # Keys of a header that gguf's writer adds by itself.
@@ -156,54 +140,46 @@ class Source:
         self.tensors = [
             Tensor(read.name, read.tensor_type.name, read.data) for read in self.reader.tensors
         ]
-        self.architecture: str = self.reader.fields["general.architecture"].contents()
-        rows = {tensor.name: len(tensor.data) for tensor in self.tensors}
-        self.vocabulary = rows.get("token_embd.weight", 0)
+
+    def changes(self, types: Types) -> dict[str, str]:
+        """New types by the names of tensors, from those by the old types. Only matrices that are
+        multiplied change: those of the layers, and the one that gives the logits.
+        """
+        names = {tensor.name for tensor in self.tensors}
+        output = "output.weight" if "output.weight" in names else "token_embd.weight"
+        found = {}
+        for tensor in self.tensors:
+            is_used = tensor.name.startswith("blk.") or tensor.name == output
+            is_matrix = tensor.data.ndim > 1 and tensor.name.endswith(".weight")
+            if is_used and is_matrix and tensor.type in types:
+                found[tensor.name] = types[tensor.type]
+        return found
 
     def write(
-        self,
-        path: Path,
-        types: Types,
-        values: Values | None = None,
-        layers: Sequence[int] = (),
-        vocabulary: int = 0,
-        report: Callable[[int, int], None] | None = None,
+        self, path: Path, types: Types, report: Callable[[int, int], None] | None = None
     ) -> None:
-        """Write a copy in which some tensors have other `types` and the header has these values.
-
-        With a `vocabulary`, it has only so many tokens, only these layers, and no tokenizer.
-        `report(done, total)` counts tensors. ModelError if the header cannot be copied.
+        """Write a copy in which some tensors, by name, have other types. `report(done, total)`
+        counts tensors. ModelError if the header cannot be copied.
         """
-        copies = {tensor.name: tensor for tensor in self.tensors}
-        if vocabulary:
-            copies = self._sampled(layers, vocabulary)
-        writer = pypi().GGUFWriter(path, self.architecture)
-        self._add_header(writer, values or {}, has_tokenizer=not vocabulary)
-        for name, tensor in copies.items():
+        writer = pypi().GGUFWriter(path, self.reader.fields["general.architecture"].contents())
+        self.copy_header(writer)
+        for tensor in self.tensors:
             kind = types.get(tensor.name, tensor.type)
             raw = pypi().GGMLQuantizationType[kind]
-            writer.add_tensor_info(name, tensor.shape, None, tensor.size(kind), raw)
+            writer.add_tensor_info(tensor.name, tensor.shape, None, tensor.size(kind), raw)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for done, tensor in enumerate(copies.values(), 1):
-            data = tensor.convert(types.get(tensor.name, tensor.type))
-            try:
-                writer.write_tensor_data(data)
-            except OSError as error:  # numpy's has no number
-                number = error.errno or errno.ENOSPC
-                raise OSError(number, os.strerror(number)) from None
+        for done, tensor in enumerate(self.tensors, 1):
+            writer.write_tensor_data(tensor.convert(types.get(tensor.name, tensor.type)))
             if report:
-                report(done, len(copies))
+                report(done, len(self.tensors))
         writer.close()
 
-    def _add_header(self, writer: Any, values: Values, has_tokenizer: bool) -> None:
-        """Copy the header's values but those in `values`, which are added."""
-        kinds = pypi().GGUFValueType
-        left_out = MADE_BY_WRITER if has_tokenizer else (*MADE_BY_WRITER, "tokenizer.")
+    def copy_header(self, writer: Any) -> None:
         for name, field in self.reader.fields.items():
-            empty = field.types[0] == kinds.ARRAY and not field.data  # gguf does not write it
-            if empty or name.startswith(left_out) or name in values:
+            is_empty = field.types[0] == pypi().GGUFValueType.ARRAY and not field.data
+            if is_empty or name.startswith(MADE_BY_WRITER):  # gguf does not write empty ones
                 continue
             try:
                 content = field.contents()
@@ -212,21 +188,55 @@ class Source:
                     f"expected text in UTF-8 in the header, got other bytes in {name}"
                 ) from None
             writer.add_key_value(name, content, field.types[0], field.types[-1])
-        for name, value in values.items():
-            kind = kinds.STRING if isinstance(value, str) else kinds.UINT32
-            writer.add_key_value(name, value, kind)
 
-    def _sampled(self, layers: Sequence[int], vocabulary: int) -> dict[str, Tensor]:
-        """The tensors of a file with only these layers and this many tokens, by name there."""
-        copies = {}
-        for tensor in self.tensors:
-            name = tensor.name
-            layer = tensor.layer
-            if layer in layers:
-                name = name.replace(f"blk.{layer}.", f"blk.{layers.index(layer)}.", 1)
-            elif layer is not None:
-                continue
-            elif len(tensor.data) == self.vocabulary:
-                tensor = tensor._replace(data=tensor.data[:vocabulary])
-            copies[name] = tensor
-        return copies
+
+# ----------------------------------------------------------------------------------------- a sample
+
+# A plain transformer of 365 million weights: 200 MB and more, since less would stay in the caches
+# of most CPUs. Its small vocabulary costs nothing.
+SAMPLE_LAYERS = 6
+SAMPLE_WIDTH = 2048
+SAMPLE_VOCABULARY = 256
+SAMPLE_HEADER = {
+    "block_count": SAMPLE_LAYERS,
+    "embedding_length": SAMPLE_WIDTH,
+    "feed_forward_length": 8192,
+    "attention.head_count": 16,
+    "attention.head_count_kv": 4,
+    "context_length": 1 << 15,
+    "vocab_size": SAMPLE_VOCABULARY,
+}
+SAMPLE_MATRICES = {
+    "attn_q": (SAMPLE_WIDTH, SAMPLE_WIDTH),
+    "attn_k": (512, SAMPLE_WIDTH),
+    "attn_v": (512, SAMPLE_WIDTH),
+    "attn_output": (SAMPLE_WIDTH, SAMPLE_WIDTH),
+    "ffn_gate": (8192, SAMPLE_WIDTH),
+    "ffn_up": (8192, SAMPLE_WIDTH),
+    "ffn_down": (SAMPLE_WIDTH, 8192),
+}
+SAMPLE_WEIGHTS = SAMPLE_LAYERS * sum(map(math.prod, SAMPLE_MATRICES.values()))
+
+
+def write_sample(path: Path, kind: str) -> None:
+    """Write the sample, with matrices of this type. OSError if the disk is too small."""
+    writer = pypi().GGUFWriter(path, "llama")
+    for name, value in SAMPLE_HEADER.items():
+        writer.add_uint32(f"llama.{name}", value)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_tokenizer_model("no_vocab")
+    ones = np.ones((SAMPLE_VOCABULARY, SAMPLE_WIDTH), np.float32)
+    writer.add_tensor("token_embd.weight", ones)
+    writer.add_tensor("output_norm.weight", ones[0])
+    raw = pypi().GGMLQuantizationType[kind]
+    for layer in range(SAMPLE_LAYERS):
+        for norm in ("attn_norm", "ffn_norm"):
+            writer.add_tensor(f"blk.{layer}.{norm}.weight", ones[0])
+        for name, shape in SAMPLE_MATRICES.items():
+            zeros = np.zeros(byte_shape(shape, kind), np.uint8)  # cost as much as other weights
+            writer.add_tensor(f"blk.{layer}.{name}.weight", zeros, raw_dtype=raw)
+    check_disk(path.parent, sum(tensor.nbytes for tensor in writer.tensors[0].values()))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

@@ -1,4 +1,6 @@
-"""A completion on its way through a worker: a `Job`, and a `Run` while it has a slot."""
+"""A completion on its way through a worker: a `Job`, and a `Run` while it has a slot, with the
+`Sampler` that chooses its tokens.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +12,14 @@ from typing import Any
 from cerebrum.text.confidence import Written, confidence_of
 from cerebrum.text.ending import Ending
 from cerebrum.vps.drafts import Drafter
-from cerebrum.vps.llama import Llama, Sampler, Slot
-from cerebrum.vps.vocabulary import GenerationRequest, begun_answer
+from cerebrum.vps.llama import Llama, Slot
+from cerebrum.vps.vocabulary import GenerationRequest, api, begun_answer
 from cerebrum_common import HttpError, request_id_var
 
 # Up to this temperature an unlikely token is doubt of the model, above it chance. A request's own
 # threshold holds at every temperature.
 DOUBT_TEMPERATURE = 0.5
+MIN_TEMPERATURE = 1e-6  # below it the likeliest is taken: as floats, the logits would be infinite
 # {"token", "total_tokens"}, {"progress": {"stage", "done", "total"}} or {"done": True, …}
 Event = dict[str, Any]
 Deliver = Callable[[list[Event | HttpError]], object]
@@ -181,3 +184,36 @@ class Run:
         if (seconds := self.last_token - self.first_token) > 0:
             event["tokens_per_second"] = round((self.generated - 1) / seconds, 2)
         return event | confidence_of(self.written, self.ending.start, "".join(self.sent))
+
+
+class Sampler:
+    """Chooses the next token of one request: the likeliest at temperature 0, else by top-k 40,
+    top-p, min-p, temperature and the seed.
+
+    Drafts do not change the choice: each position is sampled in turn, with one random number per
+    token. But the size of a batch changes how logits are rounded, so the same seed gives the same
+    text only where the batches are the same.
+    """
+
+    def __init__(self, request: GenerationRequest) -> None:
+        self.chain = None
+        if request.temperature < MIN_TEMPERATURE:
+            return
+        self.chain = api.llama_sampler_chain_init(api.llama_sampler_chain_default_params())
+        seed = api.LLAMA_DEFAULT_SEED if request.seed is None else request.seed
+        for sampler in (
+            api.llama_sampler_init_top_k(40),
+            api.llama_sampler_init_top_p(request.top_p, 1),
+            api.llama_sampler_init_min_p(0.05, 1),
+            api.llama_sampler_init_temp(request.temperature),
+            api.llama_sampler_init_dist(seed),
+        ):
+            api.llama_sampler_chain_add(self.chain, sampler)
+
+    def sample(self, model: Llama, index: int) -> int:
+        if not self.chain:
+            return model.greedy(index)
+        return int(api.llama_sampler_sample(self.chain, model.context, index))
+
+    def close(self) -> None:
+        api.llama_sampler_free(self.chain)  # which may be NULL

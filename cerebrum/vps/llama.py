@@ -1,5 +1,5 @@
-"""llama.cpp through the ctypes API of llama-cpp-python: settings, a model with its sequences,
-sampling; and the files that a worker reads and writes.
+"""llama.cpp through the ctypes API of llama-cpp-python: settings, a model with its sequences; and
+the files that a worker reads and writes.
 
 A model belongs to the thread that loaded it. Shortcut: a model's jinja chat template is never run
 (CVE-2024-34359); llama.cpp's own table of templates is used.
@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import psutil
 
-from cerebrum.vps.vocabulary import GenerationRequest, Vocabulary, api, metadata
+from cerebrum.vps.vocabulary import Vocabulary, api, metadata
 
 MB = 1 << 20
 # ----------------------------------------------------------------------------------------- settings
@@ -37,14 +38,10 @@ def cpus() -> int:
 
 
 def usable_cores() -> int:
-    """Number of physical cores among the CPUs that this process may use. A second thread on a core
-    usually only makes llama.cpp wait.
+    """Number of physical cores that this process may use. A second thread on a core usually only
+    makes llama.cpp wait.
     """
-    cores = set()
-    for cpu in os.sched_getaffinity(0):
-        path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        cores.add(path.read_text() if path.exists() else str(cpu))
-    return len(cores)
+    return min(cpus(), psutil.cpu_count(logical=False) or cpus())
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +75,6 @@ class Settings:
         return f"a context of {self.n_ctx:,} tokens and {self.sequences} at a time"
 
 
-MIN_TEMPERATURE = 1e-6  # below it the likeliest is taken: as floats, the logits would be infinite
 MAX_CHUNK = 512  # n_batch
 HEAL_CANDIDATES = 512  # likeliest tokens that are checked
 # Drafted tokens that a recurrent model can take back, where llama.cpp keeps the states between.
@@ -373,39 +369,6 @@ class Llama:
         data = np.frombuffer(state, np.uint8).ctypes.data_as(BYTES)
         read = int(api.llama_state_seq_set_data(self.context, data, len(state), slot.id))
         return read == len(state)
-
-
-class Sampler:
-    """Chooses the next token of one request: the likeliest at temperature 0, else by top-k 40,
-    top-p, min-p, temperature and the seed.
-
-    Drafts do not change the choice: each position is sampled in turn, with one random number per
-    token. But the size of a batch changes how logits are rounded, so the same seed gives the same
-    text only where the batches are the same.
-    """
-
-    def __init__(self, request: GenerationRequest) -> None:
-        self.chain = None
-        if request.temperature < MIN_TEMPERATURE:
-            return
-        self.chain = api.llama_sampler_chain_init(api.llama_sampler_chain_default_params())
-        seed = api.LLAMA_DEFAULT_SEED if request.seed is None else request.seed
-        for sampler in (
-            api.llama_sampler_init_top_k(40),
-            api.llama_sampler_init_top_p(request.top_p, 1),
-            api.llama_sampler_init_min_p(0.05, 1),
-            api.llama_sampler_init_temp(request.temperature),
-            api.llama_sampler_init_dist(seed),
-        ):
-            api.llama_sampler_chain_add(self.chain, sampler)
-
-    def sample(self, model: Llama, index: int) -> int:
-        if not self.chain:
-            return model.greedy(index)
-        return int(api.llama_sampler_sample(self.chain, model.context, index))
-
-    def close(self) -> None:
-        api.llama_sampler_free(self.chain)  # which may be NULL
 
 
 class Running(Protocol):

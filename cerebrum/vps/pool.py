@@ -22,9 +22,10 @@ import cerebrum_common as common
 from cerebrum.fields import describe
 from cerebrum.metrics import resident_bytes
 from cerebrum.vps.compute import ModelTally
-from cerebrum.vps.encoding import LoadPlan, plan_pair, untuned
+from cerebrum.vps.encoding import untuned
 from cerebrum.vps.llama import MB, ModelError, Settings, file_stamp
 from cerebrum.vps.memory import Parts, available_mb, cgroup_left_bytes, check_memory
+from cerebrum.vps.plan import LoadPlan, plan_pair
 from cerebrum.vps.schedule import Baton
 from cerebrum.vps.worker import Loader, Worker
 from cerebrum_common import HttpError, Model, log

@@ -67,13 +67,12 @@ from typing import Any
 
 import numpy as np
 import servers
-from families import Reference
+from families import Edited, Reference
 from harness import FILES, ROOT, settings
 from servers import Question, Result, Server, code, copying, llama_server, prose, ratio, vpsd, words
 
 from cerebrum.vps import llama
 from cerebrum.vps.encoding import cpu_name, find_tuned, tuned_path
-from cerebrum.vps.gguf import Source
 
 NGRAM_MODES = (
     "--spec-type ngram-simple",
@@ -433,19 +432,20 @@ def write_deep(path: Path) -> None:
     """A file of 7B's cost with the text of the 1.5B: its layers, and four copies of them that add
     nothing, since two matrices of each are zero.
     """
-    source = Source(FILES["qwen_1_5b"])
-    count = 1 + max(tensor.layer or 0 for tensor in source.tensors)
+    count = 28  # layers of the 1.5B
+    source = Edited(FILES["qwen_1_5b"], {"qwen2.block_count": LAYERS * count})
     tensors = []
     for tensor in source.tensors:
         tensors.append(tensor)
-        is_last = any(name in tensor.name for name in ("attn_output", "ffn_down"))
+        _, _, rest = tensor.name.partition("blk.")
+        number, _, name = rest.partition(".")
+        is_last = name.startswith(("attn_output", "ffn_down"))
         data = np.zeros_like(tensor.data) if is_last else tensor.data
-        for copy in range(1, LAYERS if tensor.layer is not None else 1):
-            number = (tensor.layer or 0) + copy * count
-            name = tensor.name.replace(f"blk.{tensor.layer}.", f"blk.{number}.", 1)
-            tensors.append(tensor._replace(name=name, data=data))
+        for copy in range(1, LAYERS if rest else 1):
+            layer = int(number) + copy * count
+            tensors.append(tensor._replace(name=f"blk.{layer}.{name}", data=data))
     source.tensors = tensors
-    source.write(path, {}, {f"{source.architecture}.block_count": LAYERS * count})
+    source.write(path, {})
 
 
 def gap(number: int, lines: int) -> str:

@@ -22,14 +22,16 @@ from test_engine import loads as loads  # a fixture
 from test_families import EXACT, check_against_a_greedy_loop
 
 from cerebrum.metrics import CANCELLED
-from cerebrum.vps import decoder, encoding, llama, schedule
+from cerebrum.vps import decoder, llama, schedule
+from cerebrum.vps import plan as vps_plan
 from cerebrum.vps import worker as vps_worker
 from cerebrum.vps.draft_model import DraftModel, Record
 from cerebrum.vps.drafts import MODEL_LENGTH, RETRY, USUAL_ACCEPTANCE, Drafter, Gain, pair_rate
-from cerebrum.vps.encoding import TunedFile, plan_pair
+from cerebrum.vps.encoding import TunedFile
 from cerebrum.vps.job import Job
 from cerebrum.vps.llama import ABORTED, MB, Settings, Slot, start_library
 from cerebrum.vps.memory import Parts
+from cerebrum.vps.plan import plan_pair
 from cerebrum.vps.schedule import Costs
 from cerebrum.vps.vocabulary import GenerationRequest
 from cerebrum.vps.worker import Loader, Worker
@@ -554,8 +556,8 @@ def test_what_is_loaded_of_a_pair(
     vps = Vps(tmp_path, timed)
     for name in ("seven", "half", "tuned-seven"):
         (tmp_path / f"{name}.gguf").write_bytes(b"x" * (100 if name == "half" else 1000))
-    monkeypatch.setattr(encoding, "needed", vps.needed)
-    monkeypatch.setattr(encoding, "find_tuned", vps.find_tuned)
+    monkeypatch.setattr(vps_plan, "needed", vps.needed)
+    monkeypatch.setattr(vps_plan, "find_tuned", vps.find_tuned)
     settings = Settings(state_dir=tmp_path)
     plan = plan_pair(SEVEN, HALF, tmp_path, settings, free * MB)
     file = plan.tuned.path.name if plan.tuned else SEVEN.file

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import errno
+import math
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import families
@@ -16,7 +17,14 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, quants
 from harness import FILES
 
 from cerebrum.vps import gguf as gguf_module
-from cerebrum.vps.gguf import Source, Tensor, q4_k_to_q4_1, transcode
+from cerebrum.vps.gguf import (
+    SAMPLE_WEIGHTS,
+    Source,
+    Tensor,
+    q4_k_to_q4_1,
+    transcode,
+    write_sample,
+)
 from cerebrum.vps.llama import ModelError, Settings
 from cerebrum.vps.memory import needed
 
@@ -95,27 +103,33 @@ def is_same(tensor: Tensor, kind: str, data: npt.NDArray[Any]) -> bool:
     return tensor.type == kind and np.array_equal(tensor.data, data)
 
 
-def test_some_layers_in_other_types_and_fewer_rows(source, tmp_path, monkeypatch):
+def test_a_copy_in_other_types(source, tmp_path, monkeypatch):
     monkeypatch.setattr(gguf_module, "PIECE_BYTES", 256 * 100)  # some tensors have several pieces
-    told = []
-    values: dict[str, str | int] = {"a.text": "first", "qwen2.block_count": 2}
+    reported = []
     types = {"output.weight": "Q8_0", "blk.4.ffn_down.weight": "Q4_1"}
-    path = tmp_path / "a"
-    source.write(path, types, values, [4, 5], 1500, lambda *step: told.append(step))
-    header = Source(path).reader.fields
-    assert header["a.text"].contents() == "first"
-    assert not [key for key in header if key.startswith("tokenizer.")]
-    copy, old = by_name(Source(path)), by_name(source)
-    assert told == [(done, len(copy)) for done in range(1, len(copy) + 1)]
-    assert {tensor.layer for tensor in copy.values()} == {None, 0, 1}
-    rows = transcode(old["output.weight"].data[:1500], "Q6_K", "Q8_0")
-    assert rows.shape == (1500, 256 // 32 * 34)
-    assert is_same(copy["output.weight"], "Q8_0", rows)
+    source.write(tmp_path / "a", types, lambda *step: reported.append(step))
+    copy, old = by_name(Source(tmp_path / "a")), by_name(source)
+    assert reported == [(done, len(old)) for done in range(1, len(old) + 1)]
+    rows = transcode(old["output.weight"].data, "Q6_K", "Q8_0")
+    assert rows.shape == (2048, 256 // 32 * 34)
+    assert is_same(copy.pop("output.weight"), "Q8_0", rows)
     down = q4_k_to_q4_1(old["blk.4.ffn_down.weight"].data)
-    assert is_same(copy["blk.0.ffn_down.weight"], "Q4_1", down)
-    for name in ("ffn_down", "ffn_up_exps"):
-        before = old[f"blk.5.{name}.weight"]
-        assert is_same(copy[f"blk.1.{name}.weight"], before.type, before.data)
+    assert is_same(copy.pop("blk.4.ffn_down.weight"), "Q4_1", down)
+    assert all(is_same(tensor, old[name].type, old[name].data) for name, tensor in copy.items())
+
+
+def test_only_matrices_that_are_multiplied_change():
+    matrix, vector = np.zeros((2, 144), np.uint8), np.zeros(144, np.uint8)
+    names = {"blk.0.up.weight": "Q4_K", "blk.1.up.weight": "Q6_K", "y.weight": "Q4_K"}
+    names |= {"token_embd.weight": "Q6_K", "blk.0.x.bias": "Q4_K", "blk.0.q.weight": "F16"}
+    tensors = [Tensor(name, kind, matrix) for name, kind in names.items()]
+    tensors.append(Tensor("blk.0.norm.weight", "Q4_K", vector))
+    file: Any = SimpleNamespace(tensors=tensors)
+    tied = {"blk.1.up.weight": "Q8_0", "token_embd.weight": "Q8_0"}
+    assert Source.changes(file, {"Q6_K": "Q8_0"}) == tied
+    tensors.append(Tensor("output.weight", "Q6_K", matrix))
+    apart = {"blk.0.up.weight": "Q4_1", "blk.1.up.weight": "Q8_0", "output.weight": "Q8_0"}
+    assert Source.changes(file, {"Q4_K": "Q4_1", "Q6_K": "Q8_0"}) == apart
 
 
 def write(path: Path, alignment: int, **tensors: npt.NDArray[Any]) -> Source:
@@ -129,33 +143,11 @@ def write(path: Path, alignment: int, **tensors: npt.NDArray[Any]) -> Source:
 
 def test_the_alignment_of_the_source_is_not_that_of_the_copy(tmp_path):
     source = write(tmp_path / "old", 4096, one__weight=np.arange(8.0), two__weight=np.arange(9.0))
-    source.write(tmp_path / "new", {}, {"a.text": "new"})
+    source.write(tmp_path / "new", {})
     assert b"general.alignment" not in (tmp_path / "new").read_bytes()
     first, second = Source(tmp_path / "new").tensors
     assert first.data.tolist() == [*range(8)]
     assert second.data.tolist() == [*range(9)]
-
-
-def test_only_what_is_as_long_as_the_vocabulary_is_cut(tmp_path):
-    embeddings = {
-        "token_embd__weight": np.ones((10, 32)),
-        "position_embd__weight": np.ones((20, 32)),
-    }
-    source = write(tmp_path / "old", 32, **embeddings, output__bias=np.ones(10))
-    source.write(tmp_path / "new", {}, None, [], 4)
-    copies = Source(tmp_path / "new").tensors
-    assert [tensor.data.shape for tensor in copies] == [(4, 32), (20, 32), (4,)]
-
-
-def test_rows_that_are_not_whole_blocks():
-    tensor = Tensor("blk.0.x.weight", "F16", np.zeros((4, 48), np.float16))
-    assert (tensor.can_be("Q4_0"), tensor.can_be("F16")) == (False, True)
-
-
-def test_a_full_disk_has_a_number(source):
-    with pytest.raises(OSError, match="No space left on device") as error:
-        source.write(Path("/dev/full"), {}, None, [0], 64)
-    assert error.value.errno == errno.ENOSPC
 
 
 def test_a_source_that_is_cut_short_is_told(tmp_path):
@@ -173,3 +165,11 @@ def test_without_the_package_that_writes_files(monkeypatch, tmp_path):
     with pytest.raises(ModelError, match=expected):
         Source(MODEL)
     assert needed(MODEL, [Settings(state_dir=tmp_path)])[0]["weights"] == MODEL.stat().st_size
+
+
+def test_the_matrices_of_a_sample_have_one_type(tmp_path, monkeypatch):
+    monkeypatch.setattr(gguf_module, "SAMPLE_LAYERS", 1)
+    write_sample(tmp_path / "a", "Q4_1")
+    layer = [tensor for tensor in Source(tmp_path / "a").tensors if tensor.type != "F32"]
+    assert {tensor.type for tensor in layer} == {"Q4_1"}
+    assert 6 * sum(math.prod(tensor.shape) for tensor in layer) == SAMPLE_WEIGHTS

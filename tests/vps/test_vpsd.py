@@ -998,7 +998,7 @@ def test_a_tuned_file_is_used(tmp_path: Path, models: Path, reference: Reference
         "library": llama_cpp.__version__,
     }
     source, types = hashlib.sha256(published.read_bytes()).hexdigest(), {"Q5_0": "Q8_0"}
-    form = Passport(source, **here, micro_batch=128, flash_attention=False, types=types)
+    form = Passport(source, **here, flash_attention=False, types=types)
     file.parent.mkdir(parents=True)
     file.symlink_to(published)
     passport_path(file).write_text(json.dumps(form._asdict()))
