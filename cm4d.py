@@ -46,7 +46,6 @@ import asyncio
 import contextlib
 import functools
 import hashlib
-import itertools
 import math
 import ssl
 import time
@@ -745,11 +744,11 @@ async def activity(gateway: Gateway, request: Request) -> Response:
     """
     fleet = gateway.fleet
     gateway.sample()
-    loaded = itertools.chain.from_iterable(backend.models_loaded for backend in fleet.backends)
+    loaded = set[str]().union(*(backend.models_loaded for backend in fleet.backends))
     away = [backend for backend in fleet.backends if fleet.available and backend.breaker.message]
     members: JsonObject = {"timestamp": timestamp()} | statistics(gateway)
     members |= gateway.counting.history.describe()
-    members |= {"vps_message": fleet.message, "models_loaded": [*dict.fromkeys(loaded)]}
+    members |= {"vps_message": fleet.message, "models_loaded": sorted(loaded)}
     members["client"] = request.client if request.client in gateway.config.names else ""
     members["extension"] = gateway.extension_sha256
     members["notes"] = [f"{backend.id} is away: {backend.breaker.message}" for backend in away]
