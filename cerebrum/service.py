@@ -151,8 +151,8 @@ def passed_sockets(environ: Mapping[str, str]) -> list[socket.socket]:
     """The listening sockets that systemd has opened for us; see sd_listen_fds(3)."""
     if environ.get("LISTEN_PID") != str(os.getpid()):
         return []
-    count = int(environ["LISTEN_FDS"])
-    return [socket.socket(fileno=FIRST_SOCKET + number) for number in range(count)]
+    numbers = range(int(environ["LISTEN_FDS"]))
+    return [socket.socket(fileno=FIRST_SOCKET + number) for number in numbers]
 
 
 # ------------------------------------------------------------------------------------------ options
@@ -259,8 +259,8 @@ class Service:
                 draft.replace(Path(folder, "reload"))
 
     async def _feed(self) -> None:
-        timeout = int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6  # see sd_watchdog_enabled(3)
-        seconds = timeout / FEEDS
+        # See sd_watchdog_enabled(3).
+        seconds = int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6 / FEEDS
         logged = ""
         while True:
             reason = self._stuck(time.monotonic())
