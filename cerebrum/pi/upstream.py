@@ -28,6 +28,7 @@ from cerebrum.http import (
     READ_BYTES,
     STATUS_LINE,
     BodyDecoder,
+    is_ip_literal,
     parse_framing,
     parse_head,
     scan_head,
@@ -530,15 +531,14 @@ class Upstream:
 
     async def _connect(self) -> Reader:
         endpoint, loop = self._config.endpoint, asyncio.get_running_loop()
+        host = endpoint.host
+        # A race takes 0.3 ms of CPU, and leaves garbage when it fails.
+        race = None if ":" in host or is_ip_literal(host) else RACE_SECONDS
         with blamed("it cannot be reached"):
             try:
                 async with asyncio.timeout(CONNECT_SECONDS):
                     transport, reader = await loop.create_connection(
-                        Reader,
-                        endpoint.host,
-                        endpoint.port,
-                        ssl=self._tls,
-                        happy_eyeballs_delay=RACE_SECONDS,
+                        Reader, host, endpoint.port, ssl=self._tls, happy_eyeballs_delay=race
                     )
             except ConnectionRefusedError:
                 raise BackendFailure("connection refused") from None
