@@ -125,6 +125,8 @@ def _log_file(path: str) -> Any:
             with contextlib.suppress(OSError):
                 self.close()  # the next line reopens the file
 
+    with contextlib.suppress(OSError):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
     return LogFile(path, maxBytes=MAX_LOG_BYTES, backupCount=OLD_LOGS, encoding="utf-8", delay=True)
 
 
