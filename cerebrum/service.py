@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cerebrum.fields import printable
-from cerebrum.settings import ConfigError
+from cerebrum.settings import ConfigError, write_atomically
 from cerebrum_common import VERSION, log, request_id_var, timestamp
 
 if TYPE_CHECKING:
@@ -138,14 +138,11 @@ FEEDS = 4  # per watchdog timeout: some may be late on a busy machine
 
 def notify(line: str) -> None:
     """Send a line such as `READY=1` to systemd, if systemd started us; see sd_notify(3)."""
-    path = os.environ.get("NOTIFY_SOCKET")
-    if not path:
-        return
-    with (
+    with (  # an OSError if nobody listens
         contextlib.suppress(OSError),
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifier,
     ):
-        notifier.connect(path)
+        notifier.connect(os.environ.get("NOTIFY_SOCKET", ""))
         notifier.send(line.encode())
 
 
@@ -255,10 +252,8 @@ class Service:
         status = printable(status)
         notify(f"STATUS={timestamp()} {status}")  # `systemctl status` shows it
         if folder := os.environ.get("RUNTIME_DIRECTORY"):
-            draft = Path(folder, "reload.part")
             with contextlib.suppress(OSError):  # reload.py then reports that no answer came
-                draft.write_text(f"{begun_ns} {status}", "utf-8")
-                draft.replace(Path(folder, "reload"))
+                write_atomically(Path(folder, "reload"), f"{begun_ns} {status}".encode())
 
     async def _feed(self) -> None:
         # See sd_watchdog_enabled(3).
