@@ -46,7 +46,6 @@ import asyncio
 import contextlib
 import functools
 import hashlib
-import itertools
 import math
 import ssl
 import time
@@ -734,30 +733,6 @@ async def stats(gateway: Gateway, request: Request) -> Response:
     each backend. `breaker` and `vps_response_time_ms` (of the last good probe, null before one) are
     the first available backend's.
     """
-    return Response(statistics(gateway))
-
-
-async def activity(gateway: Gateway, request: Request) -> Response:
-    """GET /v1/activity: the statistics, the reason if no backend is available, and the counts of
-    the last half hour. Each number of `requests`, `failed` and `tokens` covers `step_s` seconds,
-    the last one the current step so far. `client` is the name of who asks, "" without one;
-    `extension` is the sha256 of the file for VS Code, "" without one.
-    """
-    fleet = gateway.fleet
-    gateway.sample()
-    loaded = itertools.chain.from_iterable(backend.models_loaded for backend in fleet.backends)
-    away = [backend for backend in fleet.backends if fleet.available and backend.breaker.message]
-    members: JsonObject = {"timestamp": timestamp()} | statistics(gateway)
-    members |= gateway.counting.history.describe()
-    members |= {"vps_message": fleet.message, "models_loaded": [*dict.fromkeys(loaded)]}
-    members["client"] = request.client if request.client in gateway.config.names else ""
-    members["extension"] = gateway.extension_sha256
-    members["notes"] = [f"{backend.id} is away: {backend.breaker.message}" for backend in away]
-    return Response(members)
-
-
-def statistics(gateway: Gateway) -> JsonObject:
-    """The members of /v1/stats."""
     backends = describe_backends(gateway)
     first = backends[gateway.fleet.first.id]
     members: JsonObject = {"version": VERSION, "uptime": gateway.uptime, "speculative": True}
@@ -771,7 +746,29 @@ def statistics(gateway: Gateway) -> JsonObject:
     }
     members["backends"] = list(map(vars, backends.values()))
     members["unnamed"], *members["clients"] = gateway.counting.people.describe()
-    return members
+    return Response(members)
+
+
+async def activity(gateway: Gateway, request: Request) -> Response:
+    """GET /v1/activity: the statistics, the reason if no backend is available, and the counts of
+    the last half hour. Each number of `requests`, `failed` and `tokens` covers `step_s` seconds,
+    the last one the current step so far. `client` is the name of who asks, "" without one;
+    `extension` is the sha256 of the file for VS Code, "" without one.
+    """
+    fleet = gateway.fleet
+    gateway.sample()
+    loaded = set[str]().union(*(backend.models_loaded for backend in fleet.backends))
+    notes = [
+        f"{backend.id} is away: {backend.breaker.message}"
+        for backend in fleet.backends
+        if fleet.available and backend.breaker.message
+    ]
+    members: JsonObject = {"timestamp": timestamp(), "notes": notes}
+    members |= (await stats(gateway, request)).body | gateway.counting.history.describe()
+    members |= {"vps_message": fleet.message, "models_loaded": sorted(loaded)}
+    members["client"] = request.client if request.client in gateway.config.names else ""
+    members["extension"] = gateway.extension_sha256
+    return Response(members)
 
 
 # Members of a backend's entry in /v1/stats, and its attributes with the same value.

@@ -244,28 +244,24 @@ def check_model(config: Any, model: Model) -> Findings:
     from cerebrum.vps.fetch import fault_of
     from cerebrum.vps.llama import ModelError
 
-    total, available = psutil.virtual_memory()[:2]
+    total_mb = psutil.virtual_memory().total // MB
     try:
         fault = fault_of(model, config.models_dir / model.file)
-        plan, need = needed_mb(model, config, total // MB)
+        plan, need = needed_mb(model, config, total_mb)
     except (ModelError, OSError) as error:
         fault = str(error)
     if fault:
         yield "FAIL", "models", f"{model.id}: {fault}: `vpsd.py fetch {model.id}` gets it again"
         return
     yield "ok", "models", f"{model.id} is whole"
-    most, free = (max(0, round(bytes / MB - config.min_free_mb)) for bytes in (total, available))
-    level = "ok"
-    mend = ""
-    if need > most:
-        level = "FAIL"
-        mend = ": choose a smaller model or CEREBRUM_N_CTX, or CEREBRUM_KV_TYPE=q8_0"
-    elif need > free:
-        level = "warn"
-        mend = ": end other programs, unless it is loaded already"
-    beside = f"{free:,} of {most:,} MB are available beside CEREBRUM_MIN_FREE_MB"
+    most = round(total_mb - config.min_free_mb)
     context = "" if plan.settings == config.engine else f" with {plan.settings.context}"
-    yield level, "memory", f"{model.id} needs {need:,} MB{context}, {beside}{mend}"
+    needs = f"{model.id} needs {need:,} of {most:,} MB beside CEREBRUM_MIN_FREE_MB{context}"
+    if need <= most:
+        yield "ok", "memory", needs
+    else:
+        mend = "choose a smaller model or CEREBRUM_N_CTX, or CEREBRUM_KV_TYPE=q8_0"
+        yield "FAIL", "memory", f"{needs}: {mend}"
     if plan.note:
         yield "ok", "drafts", f"{model.id}: {plan.note}"
     if plan.tuned:

@@ -25,7 +25,6 @@ import contextlib
 import functools
 import hmac
 import io
-import itertools
 import json
 import logging
 import re
@@ -189,7 +188,7 @@ def parse_request_line(line: bytes) -> tuple[str, str, str, str]:
             f"expected a request target of at most {MAX_TARGET_BYTES} bytes", "URI_TOO_LONG"
         )
     if target == "*" and method == "OPTIONS":
-        return method, target, "", version
+        target = "/health"  # which every daemon has
     return method, *parse_target(target), version
 
 
@@ -935,15 +934,14 @@ class Server:
         """
         methods, parameter = common.routes_of(self.routes, head.path)
         exchange.route = next(iter(methods.values()), None)
-        exchange.public = head.path == "*" or any(route.open for route in methods.values())
+        exchange.public = any(route.open for route in methods.values())
         if client := self.access.check(head, exchange.public):
             exchange.client = exchange.notes["client"] = client
-        if not methods and head.path != "*":
+        if not methods:
             got = json.dumps(head.path[:100])
             raise HttpError("NOT_FOUND", f"expected a path of this API, got {got}")
         if head.method == "OPTIONS":
-            offered = methods or itertools.chain(*self.routes.values())
-            handler = functools.partial(answer_options, common.allowed(offered))
+            handler = functools.partial(answer_options, common.allowed(methods))
             return Route("OPTIONS", head.path, handler), ""
         return common.match(methods, head.method), parameter
 

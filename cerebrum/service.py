@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cerebrum.fields import printable
-from cerebrum.settings import ConfigError
+from cerebrum.settings import ConfigError, write_atomically
 from cerebrum_common import VERSION, log, request_id_var, timestamp
 
 if TYPE_CHECKING:
@@ -125,6 +125,8 @@ def _log_file(path: str) -> Any:
             with contextlib.suppress(OSError):
                 self.close()  # the next line reopens the file
 
+    with contextlib.suppress(OSError):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
     return LogFile(path, maxBytes=MAX_LOG_BYTES, backupCount=OLD_LOGS, encoding="utf-8", delay=True)
 
 
@@ -136,14 +138,11 @@ FEEDS = 4  # per watchdog timeout: some may be late on a busy machine
 
 def notify(line: str) -> None:
     """Send a line such as `READY=1` to systemd, if systemd started us; see sd_notify(3)."""
-    path = os.environ.get("NOTIFY_SOCKET")
-    if not path:
-        return
-    with (
+    with (  # an OSError if nobody listens
         contextlib.suppress(OSError),
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifier,
     ):
-        notifier.connect(path)
+        notifier.connect(os.environ.get("NOTIFY_SOCKET", ""))
         notifier.send(line.encode())
 
 
@@ -151,8 +150,8 @@ def passed_sockets(environ: Mapping[str, str]) -> list[socket.socket]:
     """The listening sockets that systemd has opened for us; see sd_listen_fds(3)."""
     if environ.get("LISTEN_PID") != str(os.getpid()):
         return []
-    count = int(environ["LISTEN_FDS"])
-    return [socket.socket(fileno=FIRST_SOCKET + number) for number in range(count)]
+    numbers = range(int(environ["LISTEN_FDS"]))
+    return [socket.socket(fileno=FIRST_SOCKET + number) for number in numbers]
 
 
 # ------------------------------------------------------------------------------------------ options
@@ -253,14 +252,12 @@ class Service:
         status = printable(status)
         notify(f"STATUS={timestamp()} {status}")  # `systemctl status` shows it
         if folder := os.environ.get("RUNTIME_DIRECTORY"):
-            draft = Path(folder, "reload.part")
             with contextlib.suppress(OSError):  # reload.py then reports that no answer came
-                draft.write_text(f"{begun_ns} {status}", "utf-8")
-                draft.replace(Path(folder, "reload"))
+                write_atomically(Path(folder, "reload"), f"{begun_ns} {status}".encode())
 
     async def _feed(self) -> None:
-        timeout = int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6  # see sd_watchdog_enabled(3)
-        seconds = timeout / FEEDS
+        # See sd_watchdog_enabled(3).
+        seconds = int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6 / FEEDS
         logged = ""
         while True:
             reason = self._stuck(time.monotonic())

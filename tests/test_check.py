@@ -187,14 +187,14 @@ FAULTS = [
     ("cm4d", "VPS_ULR", "x", [VALID, "warn settings CEREBRUM_VPS_ULR .env.example"]),
     ("vpsd", "API_KEY", "", [f"FAIL key CEREBRUM_API_KEY {KEYGEN}"]),
     ("vpsd", "MODELS_DIR", "/none", ["FAIL models /none models.toml fetch"]),
-    ("vpsd", "MIN_FREE_MB", "2900", [f"warn {NEEDS} 100 1,100"]),
+    ("vpsd", "MIN_FREE_MB", "2900", [f"ok {NEEDS} 1,100"]),
     (
         "vpsd",
         "MIN_FREE_MB",
         "3900",
-        ["FAIL memory tiny 259 2,048 1 0 100 CEREBRUM_N_CTX CEREBRUM_KV_TYPE"],
+        ["FAIL memory tiny 259 2,048 1 100 CEREBRUM_N_CTX CEREBRUM_KV_TYPE"],
     ),
-    ("vpsd", "MIN_FREE_MB", "3338", ["warn memory tiny 262 3,072 2 0 662 CEREBRUM_MIN_FREE_MB"]),
+    ("vpsd", "MIN_FREE_MB", "3338", ["ok memory tiny 262 3,072 2 662 CEREBRUM_MIN_FREE_MB"]),
 ]
 
 

@@ -46,7 +46,7 @@ def _logger() -> Iterator[None]:
 
 
 def test_log_form(tmp_path, capsys, monkeypatch):
-    path = tmp_path / "cerebrum.log"
+    path = tmp_path / "logs" / "cerebrum.log"
     monkeypatch.setattr(time, "time", lambda: 1_766_664_000.9)
     monkeypatch.setenv("TZ", "Pacific/Kiritimati")  # 14 hours ahead; the log is in UTC
     time.tzset()

@@ -28,6 +28,7 @@ from cerebrum.http import (
     READ_BYTES,
     STATUS_LINE,
     BodyDecoder,
+    is_ip_literal,
     parse_framing,
     parse_head,
     scan_head,
@@ -227,7 +228,7 @@ class Events:
     """
 
     def __init__(self) -> None:
-        self._rest = bytearray()  # the beginning of an event
+        self._rest = b""  # the beginning of an event
         self.inside = False  # an event has begun and has not ended
 
     def feed(self, data: bytes) -> bytes:
@@ -235,14 +236,9 @@ class Events:
         that is too long. `data` is at most one read, which is shorter than the limit. So only the
         first event of a block can be too long, and raising loses no other event.
         """
-        if self._rest.endswith(b"\r"):  # perhaps half of a CRLF
-            self._rest.pop()
-            data = b"\r" + data
-        begun = len(self._rest)
-        self._rest += data.replace(b"\r\n", b"\n")
-        end = self._rest.rfind(b"\n\n", max(0, begun - 1)) + 2
-        block = bytes(self._rest[:end]) if end > 1 else b""
-        del self._rest[: len(block)]
+        whole = (self._rest + data).replace(b"\r\n", b"\n")
+        events, end, self._rest = whole.rpartition(b"\n\n")
+        block = events + end
         self.inside = bool(self._rest)
         # The last two bytes of an unfinished event may belong to its line ends.
         size = block.index(b"\n\n") if block else len(self._rest) - 2
@@ -535,15 +531,14 @@ class Upstream:
 
     async def _connect(self) -> Reader:
         endpoint, loop = self._config.endpoint, asyncio.get_running_loop()
+        host = endpoint.host
+        # A race takes 0.3 ms of CPU, and leaves garbage when it fails.
+        race = None if ":" in host or is_ip_literal(host) else RACE_SECONDS
         with blamed("it cannot be reached"):
             try:
                 async with asyncio.timeout(CONNECT_SECONDS):
                     transport, reader = await loop.create_connection(
-                        Reader,
-                        endpoint.host,
-                        endpoint.port,
-                        ssl=self._tls,
-                        happy_eyeballs_delay=RACE_SECONDS,
+                        Reader, host, endpoint.port, ssl=self._tls, happy_eyeballs_delay=race
                     )
             except ConnectionRefusedError:
                 raise BackendFailure("connection refused") from None
@@ -556,15 +551,15 @@ class Upstream:
     def _encode(self, path: str, body: Members | None) -> bytes:
         endpoint = self._config.endpoint
         method = "GET" if body is None else "POST"
+        payload = b"" if body is None else json.dumps(body).encode("ascii")
         lines = [
             f"{method} {endpoint.prefix}{path} HTTP/1.1",
             f"Host: {endpoint.authority}",
             "Connection: close",
             f"X-Request-ID: {request_id_var.get()}",
+            self._key_header(path),
         ]
-        if key_header := self._key_header(path):
-            lines.append(key_header)
-        payload = b"" if body is None else json.dumps(body).encode("ascii")
         if payload:
             lines += ["Content-Type: application/json", f"Content-Length: {len(payload)}"]
-        return "\r\n".join(lines).encode("ascii") + b"\r\n\r\n" + payload
+        head = "\r\n".join(filter(None, lines))
+        return head.encode("ascii") + b"\r\n\r\n" + payload

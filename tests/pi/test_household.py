@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -650,7 +651,8 @@ def test_https_and_named_keys_of_the_daemon(tmp_path: Path) -> None:
             for one in strangers:
                 one.close()
             assert curl(other, pi.port, "/health")[0] == 60
-            assert has_health("127.0.0.1", pi.port, "vps_available")
+            asked = SimpleNamespace(host="127.0.0.1", port=pi.port, tls=True)
+            assert asyncio.run(has_health(asked, b'"vps_available"'))
             assert "pause_writing" not in pi.stdout()  # a client that has left is no fault
             for name in ("crt", "key"):  # a renewed certificate, in the same files
                 os.replace(tmp_path / f"second.{name}", tmp_path / f"first.{name}")

@@ -185,7 +185,7 @@ def test_a_user_without_a_home_needs_a_folder_for_the_state(
 ) -> None:
     monkeypatch.delenv("HOME")
     monkeypatch.setattr("pwd.getpwuid", lambda _: {}[0])
-    message = r"^CEREBRUM_STATE_DIR: expected a folder, got '~/.*there is no such home$"
+    message = r"^CEREBRUM_STATE_DIR: expected a path, got '~/.*there is no such home$"
     with pytest.raises(ConfigError, match=message):
         config()
     assert config(CEREBRUM_STATE_DIR="/state").engine.state_dir == Path("/state")
