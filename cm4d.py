@@ -201,7 +201,7 @@ def load_config(environ: Environment) -> Config:
     max_concurrent = environ.integer("CEREBRUM_MAX_CONCURRENT", 2, 1, upstream.MAX_PLACES)
     backends = upstream.read_backends(catalog.backends, environ, max_concurrent)
     more: JsonObject = {
-        "host": environ.text("CEREBRUM_CM4_HOST", "0.0.0.0"),
+        "host": environ.host("CEREBRUM_CM4_HOST", "0.0.0.0"),
         "port": environ.integer("CEREBRUM_CM4_PORT", 7000, 0, 65535),
         "hosts": environ.names("CEREBRUM_ALLOWED_HOSTS"),
         "origins": environ.names("CEREBRUM_ALLOWED_ORIGINS"),

@@ -147,7 +147,7 @@ class Config:
 
 def load_config(env: Environment) -> Config:
     """Check the environment and return its settings. ConfigError names the wrong variable."""
-    host = env.text("CEREBRUM_VPS_HOST", "127.0.0.1")
+    host = env.host("CEREBRUM_VPS_HOST", "127.0.0.1")
     port = env.integer("CEREBRUM_VPS_PORT", 9000, 0, 65535)
     keys = env.keys("CEREBRUM_API_KEY")
     own_hosts = own_names(env.names("CEREBRUM_ALLOWED_HOSTS"))
@@ -325,11 +325,16 @@ def fetch_command(options: argparse.Namespace, config: Config) -> None:
     fetch_model(listed_model(options.model, config), config, options.again, options.tune)
 
 
+KEYS = ("CEREBRUM_API_KEY", "CEREBRUM_CM4_API_KEY")
+
+
 def fetch_model(model: Model, config: Config, again: bool = False, tune: bool = True) -> None:
     """Download a model and its draft model, print the path of each, and tune it unless this machine
     already has a usable tuned file. A failed tuning is no failure, since the model also works
     untuned.
     """
+    for name in KEYS:
+        os.environ.pop(name, None)  # pip, which downloads packages, needs no key
     path = fetch(model, config.models_dir, again)
     print(path, flush=True)
     if tune and not find_tuned(path, config.engine, model.sha256)[0]:

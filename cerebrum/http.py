@@ -499,10 +499,11 @@ class Connection:
         self.transport = self.writer.transport
         self.transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
 
-    def is_at_work(self) -> bool:
-        """Whether a handler or its answer is under way, and not the client awaited."""
+    def rank(self, crowd: Mapping[str, int]) -> tuple[bool, int]:
+        """Sort key: the smallest is closed first. `crowd` counts the connections by address."""
         exchange = self.exchange
-        return bool(exchange and exchange.task and not exchange.ended)
+        is_at_work = bool(exchange and exchange.task and not exchange.ended)
+        return is_at_work, -crowd[self.address]
 
     async def fill(self) -> None:
         """Read more into the buffer; ClientGone at the end of the stream."""
@@ -843,10 +844,11 @@ class Server:
             connection.transport.abort()
 
     def _make_room(self) -> None:
-        """Close a connection, so that no client can keep others out: the oldest one, if possible of
-        those that wait for their client.
+        """Close a connection, so that no client can keep others out: one that waits for its client
+        if possible, the oldest of the address that has most of them.
         """
-        task = min(self.connections, key=lambda task: self.connections[task].is_at_work())
+        crowd = Counter(connection.address for connection in self.connections.values())
+        task = min(self.connections, key=lambda task: self.connections[task].rank(crowd))
         connection = self.connections.pop(task)
         if connection.exchange:
             connection.transport.abort()

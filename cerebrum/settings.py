@@ -122,6 +122,13 @@ class Environment:
             )
         return text
 
+    def host(self, name: str, default: str) -> str:
+        """An address or a name. Something else may be a key and is not shown."""
+        text = self.text(name, default)
+        if not re.fullmatch(r"[\w.:%-]{1,255}", text, re.ASCII):
+            raise ConfigError(f"{name}: expected an address or a host name, got something else")
+        return text
+
     def names(self, name: str) -> frozenset[str]:
         """A comma-separated list."""
         parts = self.text(name).split(",")

