@@ -7,7 +7,7 @@ written.
 A model's time is that of the weights that each token uses, by their types in a Q4_K_M file: of a
 mixture of experts, those of the chosen experts. What a weight of each type costs here, samples show
 (`time_types`). Each type counts as `tune` will change it, where that is faster. A draft model may
-make it faster still.
+make a model faster still.
 """
 
 from __future__ import annotations
