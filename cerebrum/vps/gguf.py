@@ -188,9 +188,9 @@ class Source:
 
 # ----------------------------------------------------------------------------------------- a sample
 
-# A plain transformer of 372 million weights: 200 MB and more, since less would stay in the caches
-# of most CPUs. Its small vocabulary costs nothing.
-SAMPLE_LAYERS = 11
+# A plain transformer of 270 million weights: 150 MB and more, since less would stay in the caches
+# of many CPUs. Its small vocabulary costs nothing.
+SAMPLE_LAYERS = 8
 SAMPLE_WIDTH = 1536
 SAMPLE_VOCABULARY = 256
 SAMPLE_HEADER = {
