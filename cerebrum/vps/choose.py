@@ -22,6 +22,7 @@ from cerebrum.vps.gguf import SAMPLE_LAYERS, SAMPLE_WEIGHTS
 from cerebrum_common import Model
 
 HINT_READ, HINT_WRITTEN = 200, 24  # tokens
+EXPERTS_SLOWDOWN = 1.2  # of reading, since each expert gets few tokens at a time
 SMALL_BLOCKS = {"Q4_K": "Q5_0", "Q6_K": "Q8_0"}  # the types of rows that are no multiple of 256
 
 
@@ -74,6 +75,8 @@ def predict(shape: Mapping[str, int], timings: Mapping[str, Timing]) -> Speed:
     # A prompt needs the output matrix and most of the last layer for its last token only.
     read_shape = {**shape, "layers": shape["layers"] - 1, "vocabulary": 0}
     read = seconds(read_shape, lambda timing: timing.read * SAMPLE_LAYERS / (SAMPLE_LAYERS - 1))
+    if shape["experts"]:
+        read *= EXPERTS_SLOWDOWN
     return Speed(1 / decode, READ_TOKENS * read)
 
 

@@ -72,7 +72,7 @@ def test_a_prediction_counts_the_faster_types():
     samples = sum(weights_of(EXPERTS).values()) / SAMPLE_WEIGHTS
     # Of a prompt the last layer and the output matrix are not computed, in a sample neither.
     read = sum(weights_of({**EXPERTS, "layers": 7, "vocabulary": 0}).values()) / SAMPLE_WEIGHTS
-    usual = Speed(1 / samples, 10 * read * 8 / 7)
+    usual = Speed(1 / samples, 1.2 * 10 * read * 8 / 7)
     assert predict(EXPERTS, timings()) == pytest.approx(usual)
     assert predict(EXPERTS, timings(Q4_1=2.0, Q8_0=2.0)) == pytest.approx(usual)
     faster = Speed(2 * usual.rate, usual.wait / 2)
