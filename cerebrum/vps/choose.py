@@ -7,21 +7,22 @@ written.
 A model's time is that of the weights that each token uses, by their types in a Q4_K_M file: of a
 mixture of experts, those of the chosen experts. What a weight of each type costs here, samples show
 (`time_types`). Each type counts as `tune` will change it, where that is faster. A draft model may
-make it faster still.
+make a model faster still.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from cerebrum.vps.encoding import READ_TOKENS, Timing, faster_types
-from cerebrum.vps.gguf import SAMPLE_WEIGHTS
+from cerebrum.vps.gguf import SAMPLE_LAYERS, SAMPLE_WEIGHTS
 from cerebrum_common import Model
 
 HINT_READ, HINT_WRITTEN = 200, 24  # tokens
+EXPERTS_SLOWDOWN = 1.2  # of reading, since each expert gets few tokens at a time
 SMALL_BLOCKS = {"Q4_K": "Q5_0", "Q6_K": "Q8_0"}  # the types of rows that are no multiple of 256
 
 
@@ -61,11 +62,21 @@ class Speed(NamedTuple):
 def predict(shape: Mapping[str, int], timings: Mapping[str, Timing]) -> Speed:
     """The speed of a model of this shape, from the times of samples in each type."""
     types = faster_types(timings)
-    read = decode = 0.0
-    for kind, weights in weights_of(shape).items():
-        timing = timings[types.get(kind, kind)]
-        read += weights / SAMPLE_WEIGHTS * timing.read
-        decode += weights / SAMPLE_WEIGHTS * timing.decode[1]
+
+    def seconds(shape: Mapping[str, int], times: Callable[[Timing], float]) -> float:
+        """Of a token, if all of a sample's weights take these times."""
+        weights = weights_of(shape).items()
+        return sum(
+            count / SAMPLE_WEIGHTS * times(timings[types.get(kind, kind)])
+            for kind, count in weights
+        )
+
+    decode = seconds(shape, lambda timing: timing.decode[1])
+    # A prompt needs the output matrix and most of the last layer for its last token only.
+    read_shape = {**shape, "layers": shape["layers"] - 1, "vocabulary": 0}
+    read = seconds(read_shape, lambda timing: timing.read * SAMPLE_LAYERS / (SAMPLE_LAYERS - 1))
+    if shape["experts"]:
+        read *= EXPERTS_SLOWDOWN
     return Speed(1 / decode, READ_TOKENS * read)
 
 

@@ -249,7 +249,7 @@ class Outcome(NamedTuple):
 # ------------------------------------------------------------------------------------ IO: measuring
 
 MEASURE_SECONDS = 0.2  # spent on reading, and on each size of decode; at least one of each
-SAMPLE_READ_TOKENS = 128
+SAMPLE_READ_TOKENS = 512  # so that attention takes about as large a share as in real prompts
 OUTPUTS = MAX_DRAFT + 1  # logits that a decode may ask for
 Variant = tuple[Path, Settings]
 Progress = Callable[[str, int, int], None]  # label, done, total
@@ -283,7 +283,7 @@ def measure(model: Llama, read: int) -> Timing:
     return Timing(reading / read, times)
 
 
-def compare(variants: Sequence[Variant], read: int, report: Progress, label: str) -> list[Timing]:
+def compare(variants: Sequence[Variant], report: Progress) -> list[Timing]:
     """The best times of each variant, measured in turns, so that a slow minute affects all of them
     alike.
     """
@@ -292,8 +292,8 @@ def compare(variants: Sequence[Variant], read: int, report: Progress, label: str
     order += reversed(order)
     for done, index in enumerate(order, 1):
         with opened(*variants[index]) as model:
-            found[index].append(measure(model, read))
-        report(label, done, len(order))
+            found[index].append(measure(model, READ_TOKENS))
+        report("measuring files", done, len(order))
     return [shortest(timings) for timings in found]
 
 
@@ -310,13 +310,15 @@ def time_types(settings: Settings, folder: Path, report: Progress) -> dict[str, 
     # Flash attention is slow behind a long context on some CPUs, and little faster on others.
     plain = replace(settings, flash_attention=False)
     types = sorted({*FAITHFUL, *FAITHFUL.values()})
-    variants = [(folder / kind, plain) for kind in types]
-    for path, _ in variants:
-        write_sample(path, path.name)
-    timings = compare(variants, SAMPLE_READ_TOKENS, report, "measuring types of weights")
-    for path, _ in variants:
+    path = folder / "sample"
+    found = {}
+    for done, kind in enumerate(types, 1):
+        write_sample(path, kind)
+        with opened(path, plain) as model:
+            found[kind] = measure(model, SAMPLE_READ_TOKENS)
         path.unlink()
-    return dict(zip(types, timings, strict=True))
+        report("measuring types of weights", done, len(types))
+    return found
 
 
 # ----------------------------------------------------------------------------------------- IO: tune
@@ -371,7 +373,7 @@ def tune(
         fitting = [used for used, need in zip(candidates, memory, strict=True) if need <= left]
         tuned = [(file, used) for used in fitting]
         variants = list(dict.fromkeys([(published, settings), *tuned]))
-        timings = compare(variants, READ_TOKENS, report, "measuring files")
+        timings = compare(variants, report)
         best = fastest(timings)
         file, used = variants[best]
         in_words = dict(sorted((tensor.type, types[tensor.name]) for tensor in changed))

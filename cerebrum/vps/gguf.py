@@ -92,13 +92,9 @@ class Tensor(NamedTuple):
         kind = pypi().GGMLQuantizationType[self.type]  # which has blocks
         return pypi().quants.quant_shape_from_byte_shape(self.data.shape, kind)
 
-    def byte_shape(self, new: str) -> Any:
-        """The shape of its bytes in a type."""
-        return byte_shape(self.shape, new)
-
     def size(self, new: str) -> int:
         """Bytes in a type."""
-        return math.prod(self.byte_shape(new))
+        return math.prod(byte_shape(self.shape, new))
 
     def convert(self, new: str) -> Rows:
         """`data` in another type, converted by pieces: floats take up to eight times as much
@@ -111,7 +107,7 @@ class Tensor(NamedTuple):
         convert = functools.partial(transcode, old=self.type, new=new)
         with ThreadPoolExecutor() as pool:
             new_rows = list(pool.map(convert, pieces))
-        return np.concatenate(new_rows).reshape(self.byte_shape(new))
+        return np.concatenate(new_rows).reshape(byte_shape(self.shape, new))
 
 
 Types = Mapping[str, str]  # new ones, by the names of tensors or by the old types
@@ -192,28 +188,28 @@ class Source:
 
 # ----------------------------------------------------------------------------------------- a sample
 
-# A plain transformer of 365 million weights: 200 MB and more, since less would stay in the caches
-# of most CPUs. Its small vocabulary costs nothing.
-SAMPLE_LAYERS = 6
-SAMPLE_WIDTH = 2048
+# A plain transformer of 270 million weights: 150 MB and more, since less would stay in the caches
+# of many CPUs. Its small vocabulary costs nothing.
+SAMPLE_LAYERS = 8
+SAMPLE_WIDTH = 1536
 SAMPLE_VOCABULARY = 256
 SAMPLE_HEADER = {
     "block_count": SAMPLE_LAYERS,
     "embedding_length": SAMPLE_WIDTH,
-    "feed_forward_length": 8192,
-    "attention.head_count": 16,
-    "attention.head_count_kv": 4,
+    "feed_forward_length": 6144,
+    "attention.head_count": 12,
+    "attention.head_count_kv": 2,
     "context_length": 1 << 15,
     "vocab_size": SAMPLE_VOCABULARY,
 }
 SAMPLE_MATRICES = {
     "attn_q": (SAMPLE_WIDTH, SAMPLE_WIDTH),
-    "attn_k": (512, SAMPLE_WIDTH),
-    "attn_v": (512, SAMPLE_WIDTH),
+    "attn_k": (256, SAMPLE_WIDTH),
+    "attn_v": (256, SAMPLE_WIDTH),
     "attn_output": (SAMPLE_WIDTH, SAMPLE_WIDTH),
-    "ffn_gate": (8192, SAMPLE_WIDTH),
-    "ffn_up": (8192, SAMPLE_WIDTH),
-    "ffn_down": (SAMPLE_WIDTH, 8192),
+    "ffn_gate": (6144, SAMPLE_WIDTH),
+    "ffn_up": (6144, SAMPLE_WIDTH),
+    "ffn_down": (SAMPLE_WIDTH, 6144),
 }
 SAMPLE_WEIGHTS = SAMPLE_LAYERS * sum(map(math.prod, SAMPLE_MATRICES.values()))
 

@@ -172,4 +172,4 @@ def test_the_matrices_of_a_sample_have_one_type(tmp_path, monkeypatch):
     write_sample(tmp_path / "a", "Q4_1")
     layer = [tensor for tensor in Source(tmp_path / "a").tensors if tensor.type != "F32"]
     assert {tensor.type for tensor in layer} == {"Q4_1"}
-    assert 6 * sum(math.prod(tensor.shape) for tensor in layer) == SAMPLE_WEIGHTS
+    assert 8 * sum(math.prod(tensor.shape) for tensor in layer) == SAMPLE_WEIGHTS
