@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from cerebrum.vps.draft_model import Record
 from cerebrum.vps.drafts import pair_rate
 from cerebrum.vps.encoding import FAITHFUL, READ_TOKENS, alone_in, measure, opened
 from cerebrum.vps.gguf import Types, pypi
@@ -210,9 +209,7 @@ def predict_all(
 
 
 def with_drafts(speeds: Speeds, settings: Settings, room_mb: float) -> tuple[Speeds, list[str]]:
-    """The speeds of models with their draft models, and a note on each pair that fits. A pair whose
-    acceptance this machine has not measured counts as the model alone.
-    """
+    """The speeds of models with their draft models, and a note on each pair that fits."""
     alone = {model.id: (model, speed) for model, speed in speeds}
     found: Speeds = []
     notes = []
@@ -221,13 +218,9 @@ def with_drafts(speeds: Speeds, settings: Settings, room_mb: float) -> tuple[Spe
         fits = settings.draft and model.memory_mb + draft.memory_mb <= room_mb
         if speed and draft_speed and fits:
             drafts = f"the drafts of {draft.id}"
-            note = f"{model.id}: without {drafts}, which nobody has measured here yet"
-            acceptance = Record(settings.state_dir, model.id, draft.id).acceptance
-            if acceptance is not None:
-                rate = pair_rate(Costs(speed.decode), 1 / draft_speed.rate, acceptance)
-                speed = speed._replace(rate=rate)
-                note = f"{model.id}: with {drafts}, {acceptance:.0%} of which are right here"
-            notes.append(note)
+            rate = pair_rate(Costs(speed.decode), 1 / draft_speed.rate)
+            speed = speed._replace(rate=rate)
+            notes.append(f"{model.id}: with {drafts}, if as many are right as usual")
         found.append((model, speed))
     return found, notes
 

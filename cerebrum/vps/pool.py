@@ -33,7 +33,6 @@ from cerebrum_common import HttpError, Model, log
 LOAD_TICK_SECONDS = 0.25  # how often a load's progress is reported
 # A file that failed to load is tried again after this time, or when it changes.
 LOAD_AGAIN_SECONDS = 300.0
-PAIR_AGAIN_SECONDS = 86_400.0  # the same of a draft model that was no use
 
 
 @dataclass(eq=False)
@@ -73,15 +72,11 @@ how_loaded = operator.attrgetter("id", "file", "sha256", "fim", "fim_layout", "d
 
 
 def remove_unlisted(state_dir: Path, models: Sequence[Model]) -> None:
-    """Remove the saved prompts, the tuned files and the notes on drafts of models that are not
-    among these. Another process may be tuning, in a folder whose name begins with a dot.
+    """Remove the saved prompts and the tuned files of models that are not among these. Another
+    process may be tuning, in a folder whose name begins with a dot.
     """
     kept = {model.id for model in models} | {model.file for model in models}
-    for path in (
-        *state_dir.glob("kv/*"),
-        *state_dir.glob("tuned/[!.]*"),
-        *state_dir.glob("drafts/*"),
-    ):
+    for path in (*state_dir.glob("kv/*"), *state_dir.glob("tuned/[!.]*")):
         if path.name.removesuffix(".json") not in kept:
             log.info("%s: removed, models.toml does not list its model", path)
             shutil.rmtree(path, ignore_errors=True)
@@ -142,8 +137,8 @@ class Pool:
         self.loading = asyncio.Lock()  # memory is checked for one load at a time
         # Loads that have no worker yet, by model.
         self.starting: dict[str, asyncio.Task[HttpError | None]] = {}
-        # Models that could not be loaded, and those that could not write drafts for another: the
-        # reason, the file's stamp, and the monotonic time of the next try.
+        # Models that could not be loaded: the reason, the file's stamp, and the monotonic time of
+        # the next try.
         self.failures: dict[str, tuple[str, str, float]] = {}
 
     def configure(self, models: Sequence[Model], min_free_mb: float, idle_minutes: float) -> None:
@@ -187,23 +182,11 @@ class Pool:
                 f"model {model.id}: the file {model.file} is missing; "
                 f"in the backend's folder on the VPS run: {self.fetch} {model.id}",
             )
-        message = self._failed(model.id, model.file)
-        return HttpError("MODEL_LOAD_FAILED", message) if message else None
-
-    def _failed(self, use: str, file: str) -> str:
-        """The reason if this use of a file has failed recently, "" if not."""
-        message, stamp, until = self.failures.get(use, ("", "", 0.0))
+        message, stamp, until = self.failures.get(model.id, ("", "", 0.0))
         with contextlib.suppress(OSError):  # the file has just gone, and the next load will say so
-            if time.monotonic() < until and stamp == file_stamp(self.folder / file):
-                return message
-        return ""
-
-    def _draft_of(self, model: Model) -> Model | None:
-        """The model that is to write drafts for this one; None if it has just turned out useless,
-        since it would take memory at each load.
-        """
-        draft = self.models.get(model.draft)
-        return None if draft and self._failed(f"{model.id} {draft.id}", draft.file) else draft
+            if time.monotonic() < until and stamp == file_stamp(path):
+                return HttpError("MODEL_LOAD_FAILED", message)
+        return None
 
     def check(self, model_id: str) -> None:
         """HttpError if the model is unknown or cannot be used."""
@@ -284,13 +267,11 @@ class Pool:
             self.starting[model.id] = asyncio.create_task(load())
         return self.starting[model.id]
 
-    def _remember(
-        self, use: str, file: str, reason: str, seconds: float = LOAD_AGAIN_SECONDS
-    ) -> None:
-        """Remember for so long that this use of a file has failed."""
+    def _remember(self, model: Model, reason: str) -> None:
+        """Remember that the model could not be loaded."""
         with contextlib.suppress(OSError):  # the file has gone
-            stamp = file_stamp(self.folder / file)
-            self.failures[use] = reason, stamp, time.monotonic() + seconds
+            stamp = file_stamp(self.folder / model.file)
+            self.failures[model.id] = reason, stamp, time.monotonic() + LOAD_AGAIN_SECONDS
 
     async def plan(self, model: Model) -> LoadPlan:
         """What would be loaded of the model if all idle models were unloaded. HttpError if the file
@@ -298,7 +279,7 @@ class Pool:
         """
         free = MB * (self._free_mb() + megabytes(removable(self.instances.values())))
         problem = f"model {model.id} ({model.file})"
-        draft = self._draft_of(model)
+        draft = self.models.get(model.draft)
         try:
             return await asyncio.to_thread(
                 plan_pair, model, draft, self.folder, self.settings, free
@@ -306,7 +287,7 @@ class Pool:
         except ModelError as error:
             reason = f"{problem}: {error}"
             # Since each list of models asks.
-            self._remember(model.id, model.file, reason)
+            self._remember(model, reason)
             raise HttpError("MODEL_LOAD_FAILED", reason) from None
         except OSError:
             raise HttpError("MODEL_LOAD_FAILED", f"{problem}: the file cannot be read") from None
@@ -321,7 +302,7 @@ class Pool:
 
     async def _load(self, model: Model) -> None:
         """Start to load a model; HttpError if it does not fit into memory or cannot be read."""
-        draft = self._draft_of(model)  # as the plan has it: models.toml may change meanwhile
+        draft = self.models.get(model.draft)  # as the plan has it: models.toml may change meanwhile
         plan = await self.plan(model)
         self._log(model, plan)
         await self._make_room(model.id, plan.parts)
@@ -346,14 +327,11 @@ class Pool:
                 if draft and not worker.draft:
                     instance.draft = None
                     instance.estimate -= plan.parts["draft"]
-                    self._remember(
-                        f"{model.id} {draft.id}", draft.file, plan.note, PAIR_AGAIN_SECONDS
-                    )
                 tally.loads += 1
                 tally.load_seconds += instance.last_used - begun
             elif isinstance(error, HttpError) and error.code == "MODEL_LOAD_FAILED":
                 tally.failed_loads += 1
-                self._remember(model.id, model.file, error.message)
+                self._remember(model, error.message)
 
         ready.add_done_callback(loaded)
         ending = asyncio.wrap_future(worker.ending)

@@ -50,7 +50,7 @@ import llama_cpp
 from cerebrum.metrics import CANCELLED, resident_bytes
 from cerebrum.vps.compute import Compute, ModelTally
 from cerebrum.vps.decoder import Decoder
-from cerebrum.vps.draft_model import DraftModel, Record, check_pair, saved_seconds
+from cerebrum.vps.draft_model import DraftModel
 from cerebrum.vps.encoding import TunedFile, untuned
 from cerebrum.vps.job import Job, Run
 from cerebrum.vps.llama import (
@@ -64,7 +64,7 @@ from cerebrum.vps.llama import (
     llama_log,
 )
 from cerebrum.vps.prefixes import MIN_PREFIX, STORE_SECONDS, Sequences, load_parked, save_parked
-from cerebrum.vps.schedule import Baton, Costs, measure_costs
+from cerebrum.vps.schedule import Baton, measure_costs
 from cerebrum.vps.tokens import common_prefix
 from cerebrum_common import HttpError, log
 
@@ -73,7 +73,7 @@ from cerebrum_common import HttpError, log
 HUNG_SECONDS, SLOWEST = 120.0, 20.0
 MAX_BACKLOG = 256  # a job pauses when its client has this many deliveries unread
 RESUME_BACKLOG = 64  # the reader of the deliveries calls `Worker.wake` when this few are left
-# Until a run whose prompt stands still looks again whether another model still works.
+# Until a run whose prompt stands still, or a draft model, looks again whether another model works.
 GIVE_WAY_SECONDS = 0.05
 
 
@@ -361,7 +361,7 @@ class Worker(threading.Thread):
         costs = measure_costs(self.model, self.baton, self._beat)
         settings = loader.settings
         compute = Compute(self.baton, self._beat)
-        draft_model = self._load_draft(self.model, costs, compute)
+        draft_model = self._load_draft(self.model, compute)
         sequences = Sequences(self.model, settings.sequences, settings.cache_mb * MB)
         store = sequences.store
         for entry in load_parked(loader.kv_dir, loader.key, store.budget):
@@ -372,7 +372,7 @@ class Worker(threading.Thread):
             self.model, sequences, costs, compute, self.tally, settings.draft, draft_model
         )
         decode_ms = f"{1000 * costs(1):.1f}/{1000 * costs(16):.1f}"
-        drafts = f", drafts by {draft_model.record.draft_id}" if draft_model else ""
+        drafts = f", drafts by {loader.draft.model_id}" if loader.draft and self.draft else ""
         log.info(
             "model %s loaded (%s%s): %d MB; decode of 1/16 tokens %s ms; %d sequences restored",
             self.model_id,
@@ -384,20 +384,15 @@ class Worker(threading.Thread):
         )
         return self.decoder
 
-    def _load_draft(self, model: Llama, costs: Costs, compute: Compute) -> DraftModel | None:
-        """The draft model, if there is one; None, and a line in the log, if it cannot be used or
-        would not pay.
-        """
+    def _load_draft(self, model: Llama, compute: Compute) -> DraftModel | None:
+        """The draft model, if there is one; None, and a line in the log, if it cannot be loaded."""
         settings, loader = self.loader.settings, self.loader.draft
         if not loader:
             return None
-        record = Record(settings.state_dir, self.model_id, loader.model_id)
         slots = [Slot(number) for number in range(settings.sequences)]
         try:
             self.draft = loader.open(self._beat, model.abort_flag)
-            known = check_pair(model, self.draft)
             own_costs = measure_costs(self.draft, self.baton, self._beat)
-            saved = saved_seconds(costs, own_costs(1), record.expected)
         except (ModelError, OSError) as error:
             if self._beat():
                 raise
@@ -406,7 +401,8 @@ class Worker(threading.Thread):
                 self.draft.close()
             self.draft = None
             return None
-        return DraftModel(self.draft, own_costs, compute, self.tally, record, known, saved, slots)
+        known = min(model.n_vocab, self.draft.n_vocab)
+        return DraftModel(self.draft, own_costs, compute, self.tally, known, slots)
 
     def _close(self) -> None:
         """Answer every job, save the parked sequences, free the model. Each step runs even if an
@@ -423,8 +419,6 @@ class Worker(threading.Thread):
             for run in decoder.runs:
                 with self._logged("ending a request"):
                     decoder.fail(run, self._error)
-            if decoder.draft_model:
-                decoder.draft_model.record.write()
             with self._logged("saving parked sequences"):
                 self._save(decoder.sequences)
         self.decoder = None
@@ -485,12 +479,14 @@ class Worker(threading.Thread):
             job.deliver([HttpError("INTERNAL_ERROR", "internal error; see the log")])
 
     def _idle(self, decoder: Decoder) -> None:
-        """Wait for the alarm, after the draft model has read what it lacks. Idle sequences are
+        """Wait for the alarm, once the draft model has read what it lacks. Idle sequences are
         stored only after STORE_SECONDS of quiet, because storing 3,500 tokens takes a fifth of a
         second and no request should wait for the storing.
         """
-        while not self._alarm.is_set() and decoder.read_idle():
+        while decoder.read_idle():
             self._beat()
+            if self._alarm.wait(GIVE_WAY_SECONDS if self.baton.active else 0):
+                return
         if self._alarm.wait(STORE_SECONDS):
             return
         for slot in self.slots:

@@ -92,41 +92,35 @@ def test_costs_learn_the_real_time_of_chunks(tokens: int, seconds: float, slowdo
     assert (table(1), table(32)) == (0.007, pytest.approx(0.1))
 
 
-@pytest.mark.parametrize(("tokens", "best"), [(4, True), (2, False)])
-def test_drafts_are_made_while_they_pay_and_tried_again(tokens: int, best: bool) -> None:
-    """A decode with a draft takes three times as long; also while a neighbour comes and goes."""
+@pytest.mark.parametrize(
+    ("tokens", "begun", "tried"),
+    [
+        (4, [False, *[True] * drafts.RETRY] * 4, 256),
+        (2, [False, *[True] * 5, *[False] * 63, True, *[False] * 113, True], 7),
+    ],
+)
+def test_drafts_are_made_while_they_pay_and_tried_again(
+    tokens: int, begun: list[bool], tried: int
+) -> None:
+    """A decode with a draft takes three times as long."""
     gain, made = Gain(), list[bool]()
-    case = 2, drafts.TEXT, 7
-    for turn in range(4 * (drafts.RETRY + 1)):
+    case, other = (2, 7), (2, drafts.MODEL)
+    for _ in range(260):
         made.append(gain.wants(case))
-        seconds = 0.06 if turn // 37 % 2 else 0.04
         if made[-1]:
-            gain.learn(case, 2 * tokens, 3 * seconds)
+            gain.learn(case, 2 * tokens, 0.125)
         else:
-            gain.learn_plain(2, 2, seconds)
-        if turn % 5 == 0:
-            gain.learn_plain(2, 2, seconds)  # a turn in which nothing repeats
-    assert made[:10] == [False, *[True] * drafts.FRESH] * 2
-    assert made[20:].count(not best) in (3, 4)
-    assert not gain.wants((1, drafts.TEXT, 7))  # with one stream there is nothing to compare with
-
-
-def test_a_draft_that_is_seldom_right_may_pay() -> None:
-    """Drafts are judged by their source, too."""
-    gain = Gain()
-    case, other = (1, drafts.MODEL, 7), (1, drafts.TEXT, 7)
-    for tokens in (8, 1, 1) * 3:  # 10 tokens in three decodes, each of the time of three
-        gain.learn_plain(1, 1, 0.02)
-        assert gain.wants(case)
-        gain.learn(case, tokens, 0.06)
-    assert gain.wants(case)
-    for _ in range(2):
-        gain.learn_plain(1, 1, 0.02)
-        gain.learn(case, 1, 0.06)
-    assert not gain.wants(case)
-    gain.learn(case, 0, 0.0)  # an aborted one
-    assert not gain.wants(case)
+            gain.learn_plain(2, 2, 0.04)
+    assert (made[: len(begun)], made.count(True)) == (begun, tried)
+    assert not gain.wants((1, 7))  # with one stream there is nothing to compare with
+    gain.learn_plain(2, 2, 0.04)
+    assert gain.wants(other, drafts.TRIAL_TOKENS * 0.0199)
+    assert not gain.wants(other, drafts.TRIAL_TOKENS * 0.0201)
+    gain.charge(other, -100.0)  # it was often right
+    gain.charge(other, drafts.MOST_TOKENS * 0.0199)
     assert gain.wants(other)
+    gain.charge(other, 0.01)
+    assert not gain.wants(other)
 
 
 def test_the_chunk_size_bounds_the_pause_of_a_running_stream() -> None:
@@ -667,7 +661,7 @@ class ScriptedLlama:
 
     def __init__(self, *_: Any) -> None:
         self.vocabulary = self
-        self.n_ctx, self.micro_batch = 4096, 256
+        self.n_ctx, self.micro_batch, self.n_vocab = 4096, 256, 1000
         self.max_draft = MAX_DRAFT
         self.recurrent = self.closed = False
         self.fails = ""
@@ -851,8 +845,7 @@ def test_drafts_follow_the_seconds_that_they_took(
 
     model.decode = decode
     assert ask(worker, "a", max_tokens=60).outcome()[1]["total_tokens"] == 60
-    assert sizes[:12] == [1, *[1, 4, 4, 4, 4] * 2, 1]
-    assert sizes.count(4) == drafts.TRIALS
+    assert sizes == [1, 1, *[4] * 4, *[1] * 54]
     assert decoder.gain.plain == {1: 1.0}
 
 
