@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import sys
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from cerebrum.vps.tokens import common_prefix
 from cerebrum_common import log
 
 MIN_PREFIX = 16  # tokens; a shorter sequence is computed faster than it is stored and restored
-TOKEN_BYTES = 4
+TOKEN_BYTES, DIGEST_BYTES = 4, 32
 STORE_SECONDS = 3.0  # after this long without a request, idle sequences are stored
 
 
@@ -152,13 +153,11 @@ class Sequences:
             elif loses or low:  # what will be cut is stored first
                 self.keep(other)
         # 4. Bring the prefix to the slot.
-        if entry:
-            if not self.model.restore(slot, entry.state):
-                self.model.cut(slot, 0)
-                with contextlib.suppress(ValueError):  # what was parked may have taken its room
-                    self.store.entries.remove(entry)
-                return self.take_slot(prompt, free, low)
+        if entry and self.model.restore(slot, entry.state):
             slot.tokens = entry.tokens[:]
+        elif entry:  # llama.cpp rejects it: all is read again
+            self.model.cut(slot, 0)
+            self.store.entries = [other for other in self.store.entries if other is not entry]
         elif not stays and live >= MIN_PREFIX:
             self._copy(nearest, slot, live)
         self.model.cut(slot, self.store.reusable(slot.tokens, prompt))
@@ -218,35 +217,31 @@ class Sequences:
         self.model.cut(slot, 0)
 
 
-KV_MAGIC = b"cerebrum-kv-4\n"
-
-
 def encode_parked(entry: Parked, key: str) -> tuple[bytes, bytes | memoryview]:
-    """A file in two parts: magic, sha256 of the rest, a line with key and number of tokens, tokens
-    as int32; state.
+    """A file in two parts: sha256 of the key and the rest, the number of tokens and the tokens as
+    int32; state.
     """
-    head = f"{key} {len(entry.tokens)}\n".encode()
-    head += array("i", entry.tokens).tobytes()
-    digest = hashlib.sha256(head)
-    digest.update(entry.state)
-    return KV_MAGIC + digest.digest() + head, entry.state
+    head = array("i", [len(entry.tokens), *entry.tokens]).tobytes()
+    return _digest(key, head, entry.state) + head, entry.state
 
 
 def decode_parked(data: bytes, key: str) -> Parked:
     """The entry in a file made for `key`; ValueError if the file is damaged, truncated, or made for
     another key.
     """
-    start = len(KV_MAGIC) + 32
-    digest = hashlib.sha256(memoryview(data)[start:]).digest()
-    if data[:start] != KV_MAGIC + digest:
-        raise ValueError("damaged")
-    tokens_start = data.index(b"\n", start) + 1
-    made_for, count = data[start:tokens_start].decode().split()
-    if made_for != key:
-        raise ValueError("made for another model, context or library")
-    state_start = tokens_start + TOKEN_BYTES * int(count)
-    tokens = array("i", data[tokens_start:state_start]).tolist()
-    return Parked(tokens, memoryview(data)[state_start:])
+    rest = memoryview(data)[DIGEST_BYTES:]
+    if data[:DIGEST_BYTES] != _digest(key, rest):
+        raise ValueError("damaged, or made for another model, context or library")
+    count = int.from_bytes(rest[:TOKEN_BYTES], sys.byteorder)
+    end = TOKEN_BYTES * (1 + count)
+    return Parked(rest[TOKEN_BYTES:end].cast("i").tolist(), rest[end:])
+
+
+def _digest(key: str, *parts: bytes | memoryview) -> bytes:
+    digest = hashlib.sha256(key.encode())
+    for part in parts:
+        digest.update(part)
+    return digest.digest()
 
 
 def save_parked(
