@@ -52,7 +52,6 @@ class ScriptedWorker:
         self.loader, self.tally = loader, tally
         self.model_id, self.tuned = loader.model_id, loader.tuned
         self.ready = Future[None]()
-        self.ending = Future[None]()
         self.ended = Future[None]()
         self.due = float("inf")
         self.stopping = False
@@ -73,6 +72,7 @@ class ScriptedWorker:
 
     def end(self, failure: HttpError) -> None:
         """What it was loading has failed."""
+        self.stopping = True
         self.ready.set_exception(failure)
         self.ended.set_result(None)
 
@@ -273,17 +273,14 @@ async def drafts_for(house: House, model: str) -> Any:
     return {entry["id"]: entry["draft"] for entry in entries}[model]
 
 
-async def test_a_draft_model_that_cannot_be_loaded_gives_its_memory_back(house):
+async def test_a_draft_model_that_cannot_be_loaded_is_not_listed(house):
     house.room = 9
     house.pair()
     assert await drafts_for(house, B) == A
-    completion = house.ask(B)
-    worker = await house.begun(B)
+    worker = await house.idle(B)
+    assert await drafts_for(house, B) == A
     worker.draft = None
-    worker.ready.set_result(None)
-    await until(lambda: completion.job in worker.submitted)
-    assert (await drafts_for(house, B), house.pool.instances[B].estimate) == (None, MB)
-    house.finish(completion)
+    assert await drafts_for(house, B) is None
 
 
 async def test_models_toml_changes_while_a_pair_is_loaded(house):
@@ -424,8 +421,7 @@ async def test_a_file_that_could_not_be_loaded_is_not_read_again_for_each_reques
     async def fail():
         """For the client that waits, and for one that comes while the load fails."""
         waiting, worker = house.ask(), await house.begun()
-        worker.ending.set_result(None)
-        await until(lambda: worker.stopping)
+        worker.stopping = True
         late = house.ask()
         await asyncio.sleep(0)  # it gets as far as it can
         worker.end(DAMAGED)
@@ -450,8 +446,7 @@ async def test_a_loaded_model_needs_no_file(house):
     house.file().unlink()
     await house.idle()
     assert ScriptedWorker.made == [worker]
-    worker.ending.set_result(None)
-    await until(lambda: worker.stopping)
+    worker.stopping = True
     assert re.match(f"model {A}: the file .* is missing", house.refuses().message)
 
 
@@ -498,8 +493,9 @@ async def test_saved_prompts_are_dropped_before_a_request_is_refused(house):
 
 def held(id: str, size: int, state: str, used: float, *users: Any) -> Instance:
     """An instance of so many megabytes, in this state, which was last used then."""
-    instance = Instance(SimpleNamespace(id=id), None, None, size * MB, None, None, last_used=used)
-    instance.leaving, instance.users = state == "LEAVING", {*users}
+    model, worker = SimpleNamespace(id=id), SimpleNamespace(stopping=state == "LEAVING")
+    instance = Instance(model, worker, None, size * MB, None, None, last_used=used)
+    instance.users = {*users}
     return instance
 
 
@@ -679,7 +675,6 @@ async def test_a_model_that_is_listed_no_more_is_unloaded(house):
     house.reconfigure(models=fewer, idle_minutes=60)
     assert (A in house.pool.models, worker.stopping) == (False, True)
     assert house.refuses().message.startswith("model: expected one of ")
-    loading.ending.set_result(None)
     loading.end(DAMAGED)  # a load that fails after that is still told
     assert (await house.error(waiting)).message == "it is damaged"
 

@@ -43,14 +43,18 @@ class Instance:
 
     model: Model
     worker: Worker
-    draft: Model | None  # the model that writes its drafts
+    draft: Model | None  # the model that is to write its drafts
     estimate: int  # bytes it will use in time: attention's buffers fill as contexts grow
     ready: asyncio.Future[None]  # the worker's `ready`, as a future of the loop
     freed: asyncio.Task[None]  # ends when all of the model's memory is free
-    leaving: bool = False  # its worker has to stop
     users: set[object] = field(default_factory=set)
     # Monotonic: a clock that jumps must not unload a model.
     last_used: float = field(default_factory=time.monotonic)
+
+    @property
+    def leaving(self) -> bool:
+        """Whether its worker stops, or has failed."""
+        return self.worker.stopping
 
     @property
     def idle(self) -> bool:
@@ -58,13 +62,8 @@ class Instance:
 
     @property
     def is_ready(self) -> bool:
-        """Whether it is loaded. If a load fails, `ready` may end before the model is leaving."""
-        return self.ready.done() and not self.leaving and not self.ready.exception()
-
-    def leave(self) -> None:
-        """Stop the worker, without waiting for it."""
-        self.leaving = True
-        self.worker.stop()
+        """Whether it is loaded."""
+        return self.ready.done() and not self.leaving
 
 
 # What of a model's entry a loaded model depends on.
@@ -241,7 +240,7 @@ class Pool:
         used = {how_loaded(model) for model in (instance.model, instance.draft) if model}
         if instance.idle and not used <= listed:
             log.info("model %s: unloaded, models.toml has changed", instance.model.id)
-            instance.leave()
+            instance.worker.stop()
 
     def _start_load(self, model: Model) -> asyncio.Task[HttpError | None]:
         """The task that starts to load the model and returns the error if it cannot. The task
@@ -324,9 +323,6 @@ class Pool:
             error = future.exception()  # marks it as retrieved, even if nobody waits
             if not error:
                 instance.last_used = time.monotonic()
-                if draft and not worker.draft:
-                    instance.draft = None
-                    instance.estimate -= plan.parts["draft"]
                 tally.loads += 1
                 tally.load_seconds += instance.last_used - begun
             elif isinstance(error, HttpError) and error.code == "MODEL_LOAD_FAILED":
@@ -334,8 +330,6 @@ class Pool:
                 self._remember(model, error.message)
 
         ready.add_done_callback(loaded)
-        ending = asyncio.wrap_future(worker.ending)
-        ending.add_done_callback(lambda _: instance.leave())  # if the worker ends by itself
         self.instances[model.id] = instance
 
     def _log(self, model: Model, plan: LoadPlan) -> None:
@@ -414,7 +408,7 @@ class Pool:
         back.
         """
         before = resident_bytes()
-        instance.leave()
+        instance.worker.stop()
         await asyncio.wait([instance.freed])  # which goes on if this wait is cancelled
         return round(max(0, before - resident_bytes()) / MB, 1)
 
@@ -450,7 +444,8 @@ class Pool:
         """End all loads, and unload all models. Their workers save the parked sequences."""
         for load in self.starting.values():
             load.cancel()
-        for instance in self.instances.values():
-            instance.leave()
-        if ending := [instance.freed for instance in self.instances.values()]:
-            await asyncio.wait(ending)
+        instances = list(self.instances.values())
+        for instance in instances:
+            instance.worker.stop()
+        for instance in instances:
+            await asyncio.wait([instance.freed])

@@ -148,9 +148,9 @@ class Loader:
 class Worker(threading.Thread):
     """Owns one model's llama context, from load to unload.
 
-    The thread settles three futures: `ready` when the model is loaded (or with an HttpError if
-    loading failed), `ending` when it does no more work, and `ended` when everything is freed. Every
-    submitted job gets a last event, unless it was cancelled.
+    The thread settles two futures: `ready` when the model is loaded (or with an HttpError if
+    loading failed), and `ended` when everything is freed. Every submitted job gets a last event,
+    unless it was cancelled.
     """
 
     def __init__(self, loader: Loader, baton: Baton, tally: ModelTally) -> None:
@@ -159,9 +159,8 @@ class Worker(threading.Thread):
         self.model_id = loader.model_id
         self.baton = baton
         self.ready = Future[None]()
-        self.ending = Future[None]()
         self.ended = Future[None]()
-        self.stopping = False
+        self.stopping = False  # or it has failed
         self.memory_bytes = 0  # resident memory that loading added
         self.model: Llama | None = None
         self.draft: Llama | None = None
@@ -300,7 +299,7 @@ class Worker(threading.Thread):
                 self._serve(decoder)
             except Exception as error:
                 self._error = self._failure(error)
-            self.ending.set_result(None)
+                self.stopping = True
             self._close()
         finally:
             self.due = math.inf
@@ -338,7 +337,6 @@ class Worker(threading.Thread):
         """Log why the worker ends early, and return the error for its clients."""
         name = f"model {self.model_id}"
         if self.ready.done():
-            self.stopping = True
             log.error(
                 "%s: the worker failed; the next request loads the model again",
                 name,
