@@ -342,8 +342,9 @@ class Decoder:
         for i, token in enumerate(work.tokens):
             slot.tokens.append(token)
             run.pending = run.sample(self.model, base + i)
-            if self.draft_model and i < len(work.foreseen):
-                self.draft_model.count(run.pending == work.foreseen[i])
+            if i < len(work.foreseen):
+                self.tally.foreseeable_tokens += 1
+                self.tally.foreseen_tokens += run.pending == work.foreseen[i]
             if self._emit(run, run.pending) or i == drafted or run.pending != work.tokens[i + 1]:
                 break
             accepted += 1

@@ -86,11 +86,6 @@ class DraftModel:
     known: int  # ids that both models have
     slots: Sequence[Slot]
 
-    def count(self, is_right: bool) -> None:
-        """Count a token of the large model: whether it was expected."""
-        self.tally.foreseeable_tokens += 1
-        self.tally.foreseen_tokens += is_right
-
     def follow(self, number: int, tokens: list[int]) -> list[int]:
         """Cut the slot of this number to what it has of a sequence of `tokens`, which are not
         empty, and return what it lacks: at least one token, or none if this model cannot have the

@@ -42,10 +42,9 @@ def pair_rate(costs: Callable[[int], float], draft_seconds: float) -> float:
     drafts if that is higher.
     """
     rates = []
-    tokens, likely = 0.0, 1.0
+    tokens = 0.0
     for length in range(MODEL_LENGTH + 1):
-        tokens += likely
-        likely *= USUAL_ACCEPTANCE
+        tokens += USUAL_ACCEPTANCE**length
         rates.append(tokens / (length * draft_seconds + costs(length + 1)))
     return max(rates)
 
