@@ -122,31 +122,34 @@ def test_drafts_are_made_while_they_pay_and_tried_again(
     assert not gain.wants(other)
 
 
-def test_the_chunk_size_bounds_the_pause_of_a_running_stream() -> None:
-    table, delayed = Costs({1: ONE, 16: MANY}), Costs({1: ONE, 16: MANY})
-    assert chunk_size(10, [10], math.inf, table, 256) == 10
-    assert chunk_size(10_000, [10_000], math.inf, table, 256) == MAX_CHUNK
-    beside = chunk_size(10_000, [10_000], table(1), table, 256)
-    assert beside == table.longest(share_seconds(table(1)))
-    assert table(beside) <= schedule.PAUSE_SECONDS < table(beside + 1)
-    slow = Costs({1: 0.5, 16: 2.0})  # a 7B: six of its own tokens take longer than the pause
-    assert slow.longest(share_seconds(slow(1))) == slow.longest(6 * 0.5)
-    delayed.slowdown = 4.0
-    most = delayed.longest(share_seconds(delayed(1)))
-    assert most == table.longest(schedule.PAUSE_SECONDS / 4) < beside
-    # A prompt alone comes in whole pieces, at least in one, unless it could not be aborted between
-    # pieces.
-    most = table.longest(schedule.PREFILL_SECONDS / 4)
-    longest = slow.longest(schedule.PREFILL_SECONDS)
-    for costs, sizes in ((delayed, [200, 256, most]), (slow, [100, 256, longest])):
-        for piece, size in zip((100, 256, 1), sizes, strict=True):
-            assert chunk_size(10_000, [10_000], math.inf, costs, piece) == size
-    assert 200 < most < 256
+FAST, SLOW = {1: ONE, 16: MANY}, {1: 0.5, 16: 2.0}  # a 7B
+ALONE = math.inf
+# What is missing of each prompt, the seconds of a running stream's token, the costs of a decode,
+# its slowdown, and the tokens of a piece; then how many tokens of the first prompt are read.
+CHUNKS = [
+    ([10], ALONE, FAST, 1, 256, 10),
+    ([10_000], ALONE, FAST, 1, 256, MAX_CHUNK),
+    ([10_000], ONE, FAST, 1, 256, 53),  # in PAUSE_SECONDS
+    ([10_000], ONE, FAST, 4, 256, 11),
+    ([10_000], 0.5, SLOW, 1, 256, 26),  # six of its own tokens take longer than the pause
+    # A prompt alone comes in whole pieces, at least in one.
+    ([10_000], ALONE, FAST, 4, 1, 220),
+    ([10_000], ALONE, FAST, 4, 100, 200),
+    ([10_000], ALONE, FAST, 4, 256, 256),
     # Two prompts share a chunk unless the shorter would wait.
-    half = table.longest(schedule.PREFILL_SECONDS / 2)
-    for missing, sizes in (([70, 40], [70, 40]), ([900, 40], [80, 40]), ([900, 800], [half] * 2)):
-        assert [chunk_size(own, missing, math.inf, table, 256) for own in missing] == sizes
-    assert beside < half
+    ([70, 40], ALONE, FAST, 1, 256, 70),
+    ([900, 40], ALONE, FAST, 1, 256, 80),
+    ([900, 800], ALONE, FAST, 1, 256, 443),
+]
+
+
+@pytest.mark.parametrize(("missing", "pace", "times", "slowdown", "piece", "read"), CHUNKS)
+def test_the_chunk_size_bounds_the_pause_of_a_running_stream(
+    missing: list[int], pace: float, times: dict[int, float], slowdown: float, piece: int, read: int
+) -> None:
+    costs = Costs(times)
+    costs.slowdown = slowdown
+    assert chunk_size(missing[0], missing, pace, costs, piece) == read
 
 
 # ------------------------------------------------------------------------------------------- drafts
@@ -164,45 +167,34 @@ def test_a_draft_is_as_long_as_the_streak_and_fills_a_decode() -> None:
     assert drafter.draft(15) == FILE[70:85]
 
 
-def decode_with(drafter: Drafter, target: list[int], limit: int = 15) -> tuple[int, int, int]:
-    """Produce `target` with drafts, as the worker does. Returns (decodes, drafted tokens, accepted
-    tokens).
-    """
-    decodes = drafted = accepted = 0
+def decode_with(drafter: Drafter, target: list[int]) -> tuple[int, int]:
+    """Produce `target` with drafts, as the worker does. Returns (decodes, accepted tokens)."""
+    decodes = accepted = 0
     while target:
-        draft = drafter.propose(min(limit, len(target) - 1))
+        draft = drafter.propose(min(15, len(target) - 1))
         right = common_prefix(draft, target)
         for token in target[: right + 1]:
             drafter.advance(token)
         target = target[right + 1 :]
         decodes += 1
-        drafted += len(draft)
         accepted += right
-    return decodes, drafted, accepted
+    return decodes, accepted
 
 
 FILE = random.Random(7).sample(range(1000, 50_000), 400)  # no token twice
 
 
-def test_drafter_continues_after_an_edit() -> None:
-    edited = [*FILE[:100], 5, 6, 7, *FILE[101:200], *FILE[210:300], 8, *FILE[301:]]
-    decodes, drafted, accepted = decode_with(Drafter([*FILE, 1, 2]), edited)
-    assert accepted >= len(edited) * 0.85
-    assert drafted - accepted <= 6 * 15  # each edit costs one or two drafts
-    assert decodes < 70
-
-
 def test_drafter_follows_an_earlier_sequence() -> None:
     """From the end of its prompt, or of another prompt."""
     answer = FILE[200:]
-    drafter = Drafter(FILE[:200], FILE[:200] + answer)
+    drafter = Drafter(FILE[:200], FILE)
     assert (drafter.propose(10), drafter.streak) == (answer[:10], drafts.MAX_MATCH)
-    assert decode_with(drafter, answer) == (13, 187, 187)  # 200 tokens, 16 at a time
+    assert decode_with(drafter, answer) == (13, 187)  # 200 tokens, 16 at a time
     begin, rest = FILE[:100], FILE[100:]
     drafter = Drafter([*begin, 3, 4, 5], [*begin, 1, 2, *rest])
     assert drafter.propose(10) == []
-    assert decode_with(drafter, rest)[2] >= 270
-    assert decode_with(Drafter(FILE[:200]), answer) == (200, 0, 0)  # nothing repeats
+    assert decode_with(drafter, rest)[1] >= 270
+    assert decode_with(Drafter(FILE[:200]), answer) == (200, 0)  # nothing repeats
     drafter = Drafter([*FILE[:60], 5, 5, 5, 5])
     decode_with(drafter, [900, 901, 902, *FILE[:50]])
     assert drafter.propose(10) == FILE[50:60]  # it does not follow itself
@@ -221,18 +213,6 @@ def drafter_of(source: list[int], target: list[int]) -> Drafter:
     """A drafter whose prompt held `source`, after it has written `target`."""
     decode_with(drafter := Drafter([*source, 1, 2]), target)
     return drafter
-
-
-@pytest.mark.parametrize(("old", "new"), [([7], [8]), ([7, 6], [8, 9, 10])])
-def test_drafter_expects_the_same_change_again(old: list[int], new: list[int]) -> None:
-    source, target = list[int](), list[int]()
-    for part in PARTS.values():
-        source += [*part, *old]
-        target += [*part, *new]
-    begun = 40 + len(new) + 3  # the first change, and the tokens that confirm its end
-    drafter, rest = drafter_of(source, target[:begun]), target[begun:]
-    assert drafter.propose(len(rest) - len(new)) == rest[: len(rest) - len(new)]
-    assert decode_with(drafter, rest, 63)[2] >= len(rest) - 7
 
 
 PARTS = {name: FILE[40 * number : 40 * number + 40] for number, name in enumerate("ABCDEFGHIJ")}
@@ -478,21 +458,24 @@ def fed(run: Run, pieces: Sequence[bytes]) -> tuple[str, str | None]:
     return "".join(event["token"] for event in run.outbox if "token" in event), reason
 
 
-def test_characters_and_stop_strings_over_every_split_of_their_bytes() -> None:
-    for pieces in splits("aé€😀".encode()):
-        run = started()
-        text, reason = fed(run, pieces)
-        assert (text + run.ending.flush(), reason) == ("aé€😀", None)
-    for pieces in splits("ab→€c".encode()):
-        assert fed(started("→€"), pieces) == ("ab", "stop")
+# The bytes of a model, the text for the client, and why the completion has ended.
+WRITTEN = [
+    ("aé€😀".encode(), "aé€😀", None),
+    ("ab→€c".encode(), "ab", "stop"),
+    (b"a\xffb", "a\ufffdb", None),
+    (b"a\xf0\x9f\x98", "a", None),  # a character that is cut at the end is dropped
+    ("a→".encode(), "a→", None),  # but not the beginning of a possible stop string
+]
 
 
-def test_the_end_of_a_text() -> None:
-    """A character that is cut there is dropped, but not the beginning of a possible stop string."""
-    for written, text in ((b"a\xffb", "a\ufffdb"), (b"a\xf0\x9f\x98", "a"), (b"a</", "a</")):
-        for pieces in splits(written):
-            run = started("</s>")
-            assert fed(run, pieces)[0] + run.ending.flush() == text
+@pytest.mark.parametrize(("written", "text", "reason"), WRITTEN)
+def test_characters_and_stop_strings_over_every_split_of_their_bytes(
+    written: bytes, text: str, reason: str | None
+) -> None:
+    for pieces in splits(written):
+        run = started("→€")
+        got, ended = fed(run, pieces)
+        assert (got + ("" if ended else run.ending.flush()), ended) == (text, reason)
 
 
 HEALED = [  # what is behind the bar is left to healing
@@ -591,38 +574,21 @@ def test_a_file_is_replaced_in_one_step_or_not_at_all(
     assert [(found.name, found.read_bytes()) for found in tmp_path.iterdir()] == [("file", b"two")]
 
 
-class Measured:
-    """Stands for a model, with a clock of its own: a decode takes 10 ms, and each token in it 30
-    ms.
-    """
-
-    n_vocab, outputs = 1000, 16
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.sizes: list[int] = []
-        self.now = self.cold_seconds = 0.0
-        monkeypatch.setattr(vpsd.time, "perf_counter", lambda: self.now)
-
-    def decode(self, parts: Any) -> int:
-        ((_, tokens, outputs),) = parts
-        assert outputs == len(tokens)
-        self.sizes.append(len(tokens))
-        self.now += 0.01 + 0.03 * len(tokens) + self.cold_seconds * (len(self.sizes) == 1)
-        return 0
-
-    def cut(self, slot: Any, length: int) -> None:
-        assert (slot.id, length) == (0, 0)
-        slot.tokens.clear()
-
-
 def test_the_costs_of_a_model_are_measured_when_it_is_warm(monkeypatch: pytest.MonkeyPatch) -> None:
-    model: Any = Measured(monkeypatch)
-    model.cold_seconds = 5.0
+    sizes = list[int]()
+
+    def decode(_model: Any, _slot: Any, tokens: list[int], outputs: int) -> float:
+        assert outputs == len(tokens)
+        sizes.append(len(tokens))
+        return 0.01 + 0.03 * len(tokens) + 5.0 * (len(sizes) == 1)
+
+    monkeypatch.setattr(schedule, "decode", decode)
+    model: Any = SimpleNamespace(n_vocab=1000, outputs=16, cut=lambda *_: None)
     costs = schedule.measure_costs(model, Baton(), lambda: False)
-    assert model.sizes == [1, 1, 2, 4, 8, 16, 1, 16]
+    assert sizes == [1, 1, 2, 4, 8, 16, 1, 16]
     assert [costs(n) for n in (1, 4, 16)] == pytest.approx([0.04, 0.13, 0.49])
     with pytest.raises(llama.ModelError, match="cancelled"):
-        schedule.measure_costs(model, Baton(), lambda: len(model.sizes) == 13)
+        schedule.measure_costs(model, Baton(), lambda: len(sizes) == 13)
 
 
 def test_digest_is_checked_once_for_an_unchanged_file(tmp_path: Path) -> None:
@@ -1029,38 +995,6 @@ def test_a_chunk_is_short_and_low_priority_waits_while_another_model_is_generati
     assert decoder.turn([slot.run])
     assert slot.tokens
     decoder.fail(slot.run, HttpError("SHUTTING_DOWN", ""))
-
-
-def test_a_prompt_of_low_priority_is_read_while_nobody_else_needs_the_cpu(worker: Worker) -> None:
-    model: Any = worker.model
-    model.hold.clear()
-    sizes, aborted = list[list[int]](), list[int]()
-    model.abort = lambda: aborted.append(1)
-    real = model.decode
-
-    def decode(parts: Any) -> int:
-        sizes.append([len(tokens) for _, tokens, _ in parts])
-        return int(real(parts))
-
-    model.decode = decode
-    low = ask(worker, "l" * 1100, max_tokens=1, priority="low")
-    assert model.decoding.wait(PATIENCE)
-    normal = ask(worker, "x", max_tokens=3)
-    worker.give_way(normal.job)
-    assert aborted
-    model.hold.set()
-    assert [normal.outcome()[0], low.outcome()[0]] == ["yza", "m"]
-    assert sizes[1:4] == [[1], [1], [1]]
-    low_sizes = [size for (size,) in sizes[:1] + sizes[4:]]
-    assert sum(low_sizes) == 1100
-    assert max(low_sizes) < MAX_CHUNK  # each must end soon, even where it cannot be aborted
-    model.hold.clear()
-    model.decoding.clear()
-    ask(worker, "x", max_tokens=1)
-    assert model.decoding.wait(PATIENCE)
-    worker.give_way(normal.job)  # no short chunk of normal priority is aborted
-    assert len(aborted) == 1
-    model.hold.set()
 
 
 def script(worker: Worker, arrivals: dict[str, Any]) -> list[str]:
