@@ -107,7 +107,7 @@ class Decoder:
         is_prefilling = any(work.run.prefilling for work in works)
         # 3. Decode it.
         tokens = self.tally.tokens
-        seconds = self._step(works)
+        seconds = self._decode(works)
         # 4. Did the drafts save time?
         if seconds and not is_prefilling:
             self._learn(works, self.tally.tokens - tokens, seconds)
@@ -247,7 +247,7 @@ class Decoder:
         other = self.compute.baton.fastest_other(self)
         return min(self.costs(1), other) if own else other
 
-    def _step(self, works: list[Work]) -> float:
+    def _decode(self, works: list[Work]) -> float:
         """Run one llama_decode and handle its result for each sequence. Returns the seconds; 0.0 if
         it was not done.
         """

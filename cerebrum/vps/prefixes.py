@@ -263,14 +263,12 @@ def save_parked(
         log.warning("parked sequences not saved: %s", error.strerror)
 
 
-def load_parked(folder: Path, key: str, budget: int) -> Iterator[Parked]:
-    """Read parked sequences back, the least recently used first. A damaged, foreign or oversized
-    file is removed.
+def load_parked(folder: Path, key: str) -> Iterator[Parked]:
+    """Read parked sequences back, the least recently used first. A damaged or foreign file is
+    removed.
     """
     for path in sorted(folder.glob("*")):
         try:
-            if path.stat().st_size > budget:
-                raise ValueError("over the budget")
             yield decode_parked(path.read_bytes(), key)
         except (OSError, ValueError) as error:
             log.info("parked sequence %s removed: %s", path.name, error)

@@ -68,7 +68,7 @@ from cerebrum.vps.schedule import Baton, measure_costs
 from cerebrum.vps.tokens import common_prefix
 from cerebrum_common import HttpError, log
 
-# A step has hung after the longer of HUNG_SECONDS (a step takes a few) and SLOWEST times the
+# A worker has hung after the longer of HUNG_SECONDS (a decode takes a few) and SLOWEST times the
 # decode's expected time.
 HUNG_SECONDS, SLOWEST = 120.0, 20.0
 MAX_BACKLOG = 256  # a job pauses when its client has this many deliveries unread
@@ -127,18 +127,9 @@ class Loader:
 
     def set_key(self, model: Llama) -> None:
         """`key`, of all that a saved state depends on."""
-        settings = self.settings
-        parts = (
-            file_stamp(self.path),
-            llama_cpp.__version__,
-            model.n_ctx,
-            model.unified,
-            settings.sequences,
-            settings.kv_type,
-            settings.micro_batch,
-            settings.uses_flash_attention,
-        )
-        self.key = hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()
+        made = model.n_ctx, model.unified
+        parts = file_stamp(self.path), llama_cpp.__version__, made, self.settings
+        self.key = hashlib.sha256(repr(parts).encode()).hexdigest()
 
     @property
     def kv_dir(self) -> Path:
@@ -170,7 +161,7 @@ class Worker(threading.Thread):
         self.tally = tally
         # Bytes to drop of the parked sequences; other threads append, the thread removes.
         self.sheds: list[tuple[int, Future[None]]] = []
-        self.due = math.inf  # deadline of the current step; monotonic; written by the thread
+        self.due = math.inf  # deadline of what it does; monotonic; written by the thread
         self._alarm = threading.Event()  # something has changed that the thread should look at
         self._door = threading.Lock()  # guards `_closed`, after which no job begins to wait
         self._closed = False
@@ -362,7 +353,7 @@ class Worker(threading.Thread):
         draft_model = self._load_draft(self.model, compute)
         sequences = Sequences(self.model, settings.sequences, settings.cache_mb * MB)
         store = sequences.store
-        for entry in load_parked(loader.kv_dir, loader.key, store.budget):
+        for entry in load_parked(loader.kv_dir, loader.key):
             self._beat()
             store.add(entry)
         self.memory_bytes = max(0, resident_bytes() - before - store.size)
@@ -434,11 +425,11 @@ class Worker(threading.Thread):
         save_parked(self.loader.kv_dir, self.loader.key, sequences.store.entries, self._beat)
 
     @contextlib.contextmanager
-    def _logged(self, step: str) -> Iterator[None]:
+    def _logged(self, task: str) -> Iterator[None]:
         try:
             yield
         except Exception:
-            log.exception("model %s: %s failed", self.model_id, step)
+            log.exception("model %s: %s failed", self.model_id, task)
 
     def _start_jobs(self, decoder: Decoder) -> None:
         """Drop cancelled jobs, and start waiting ones while there are slots: those of low priority
