@@ -20,7 +20,6 @@ RECENT = 16  # latest occurrences of a gram that are looked at
 MAX_CHANGE = 8
 NEAR = 48  # after a change the copy usually continues within this many tokens
 MAX_MATCH = 32  # tokens that are compared before two positions
-MAX_CREDIT = 16  # of the tokens before a change, these many count for the streak after it
 # Of drafts of the text. With the token before it, a decode of 28 to 31 tokens takes as long as one
 # of 32.
 LENGTHS = (0, 3, 7, 15, 31, 63)
@@ -121,9 +120,7 @@ class Drafter:
         for position in range(self.own + GRAM, len(self.tokens) + 1):
             self._add(position)
         self.at = -1  # position of the token expected next, -1 for none
-        # Number of consecutive tokens predicted correctly. After a change some are credited.
-        self.streak = 0
-        self.before_change = 0  # the streak before the latest mismatch
+        self.streak = 0  # number of consecutive tokens predicted correctly
         self.changed_from = 0  # position where the latest change began
         self.changes: dict[tuple[int, ...], list[int]] = {}
         self.done = 0  # tokens already seen of the change expected at `at`
@@ -163,7 +160,6 @@ class Drafter:
                 self.streak += 1
                 self.at += 1
                 return
-        self.before_change = self.streak
         self.streak = 0
         self.changed_from = len(self.tokens) - self.done
         self.done = 0
@@ -208,10 +204,11 @@ class Drafter:
         if soon:
             self.at = min(soon)
             self._remember_change(lost)
-            self.streak = self._matched(self.at) + min(self.before_change, MAX_CREDIT)
         elif found:
             self.at = max(found, key=lambda position: (self._matched(position), position))
-            self.streak = self._matched(self.at)
+        else:
+            return
+        self.streak = self._matched(self.at)
 
     def _is_soon(self, position: int, lost: int) -> bool:
         """Whether a copy lost at `lost` may continue at `position`, in the same sequence."""
