@@ -154,12 +154,6 @@ class Drafter:
             self.streak += 1
             self.at, self.done = at, done
             return
-        if old := self._changed(self.at):
-            del self.changes[old]
-            if token == old[0] and not self.done:  # this time the copy kept the old token
-                self.streak += 1
-                self.at += 1
-                return
         self.streak = 0
         self.changed_from = len(self.tokens) - self.done
         self.done = 0
@@ -193,8 +187,7 @@ class Drafter:
 
     def _search(self) -> None:
         """Find the position after an earlier occurrence of the latest tokens: soon after the
-        position just lost, which shows how the copy was changed, or else the one with the longest
-        match.
+        position just lost, which shows how the copy was changed, or else the latest one.
         """
         lost = self.at
         gram = tuple(self.tokens[-GRAM:])
@@ -205,7 +198,7 @@ class Drafter:
             self.at = min(soon)
             self._remember_change(lost)
         elif found:
-            self.at = max(found, key=lambda position: (self._matched(position), position))
+            self.at = found[-1]
         else:
             return
         self.streak = self._matched(self.at)
