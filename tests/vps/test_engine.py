@@ -962,7 +962,7 @@ def test_a_worker_that_fails_answers_all_requests_and_ends(worker: Worker, fails
     assert [asked.error() for asked in running] == [code] * 2
     for asked in (waiting, ask(worker, "z")):  # nothing of these is lost
         assert asked.error() == "SHUTTING_DOWN"
-    assert model.closed
+    assert (model.closed, worker.stopping) == (True, True)
 
 
 def test_any_fault_of_a_load_is_reported(tmp_path: Path, loads: Loads) -> None:
