@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import hashlib
 import itertools
 import logging
@@ -328,48 +327,40 @@ def kept(store: PrefixStore) -> list[list[int]]:
     return [entry.tokens for entry in store.entries]
 
 
-def test_store_drops_the_least_recently_used() -> None:
+# What is done with a store of 300 bytes, and what it keeps then, the most recently used last. A
+# letter is a token: +ab adds a sequence, +a:50 one of 50 instead of 100 bytes, +a- one of low
+# priority; ?abx=2 finds two tokens of a prompt, and !a=1 a sequence that covers one.
+STORES = {
+    "the least recently used is dropped": [
+        ("+aa", "aa"), ("+bb", "aa bb"), ("+cc", "aa bb cc"), ("?aae=2", "bb cc aa"),
+        ("+d", "cc aa d"), ("!c=1", "aa d cc"), ("+e:101", "cc e"), ("+f:301", "cc e"),
+    ],
+    "what is of low priority displaces nothing else": [
+        ("+aa", "aa"), ("+bb-", "aa bb"), ("+cc", "aa bb cc"), ("+dd-", "aa cc dd"),
+        ("+aae-", "aa cc aae"), ("+f", "aa cc f"), ("+g-", "aa cc f"),
+    ],
+    "what is extended is dropped": [
+        ("?ab=0", ""), ("+ab", "ab"), ("+ac", "ab ac"), ("+abc", "ac abc"), ("+ac:50", "abc ac"),
+        ("!ab=1", "ac abc"), ("!abcd=0", "ac abc"), ("!b=0", "ac abc"), ("+abde", "ac abc abde"),
+        ("?abcx=3", "ac abde abc"), ("?abdx=3", "ac abc abde"), ("?x=0", "ac abc abde"),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", STORES)
+def test_what_a_store_keeps(case: str) -> None:
     store = PrefixStore(300)
-    for first in (1, 2, 3):
-        store.add(parked(first, first))
-    assert store.best([1, 1, 5]) == (store.entries[-1], 2)  # now the most recently used
-    store.add(parked(4))
-    assert (kept(store), store.size) == ([[3, 3], [1, 1], [4]], 300)
-    assert store.covers([3], False)
-    store.add(parked(5, size=101))
-    assert (kept(store), store.size) == ([[3, 3], [5]], 201)
-    store.add(parked(6, size=301))  # larger than the budget
-    assert kept(store) == [[3, 3], [5]]
-
-
-def test_what_is_of_low_priority_displaces_nothing_else() -> None:
-    store = PrefixStore(300)
-    for first, low in ((1, False), (2, True), (3, False), (4, True)):
-        store.add(dataclasses.replace(parked(first, first), low=low))
-    assert kept(store) == [[1, 1], [3, 3], [4, 4]]
-    store.add(dataclasses.replace(parked(1, 1, 5), low=True))  # in the place of its own kind alone
-    assert kept(store) == [[1, 1], [3, 3], [1, 1, 5]]
-    store.add(parked(6))
-    store.add(dataclasses.replace(parked(7), low=True))
-    assert kept(store) == [[1, 1], [3, 3], [6]]
-
-
-def test_store_drops_an_entry_that_a_new_one_extends() -> None:
-    store = PrefixStore(1000)
-    assert store.best([1, 2]) == (None, 0)
-    for tokens in ([1, 2], [1, 3], [1, 2, 3]):
-        store.add(parked(*tokens))
-    assert (kept(store), store.size) == ([[1, 3], [1, 2, 3]], 200)
-    store.add(parked(1, 3, size=50))  # the same tokens again
-    assert (kept(store), store.size) == ([[1, 2, 3], [1, 3]], 150)
-    assert store.covers([1, 2], False)
-    assert store.covers([1, 2, 3], False)
-    assert not store.covers([1, 2, 3, 4], False)
-    assert not store.covers([2], False)
-    store.add(parked(1, 2, 4, 5))
-    entry, length = store.best([1, 2, 4, 9])
-    assert (entry and entry.tokens, length) == ([1, 2, 4, 5], 3)
-    assert store.best([9]) == (None, 0)
+    for step, left in STORES[case]:
+        what, _, number = step[1:].replace("=", ":").partition(":")
+        tokens = [ord(letter) for letter in what.strip("-")]
+        if step[0] == "+":
+            state = bytes(int(number or 100) - 4 * len(tokens))
+            store.add(Parked(tokens, state, what.endswith("-")))
+        elif step[0] == "?":
+            assert store.best(tokens)[1] == int(number), step
+        else:
+            assert store.covers(tokens, False) == (number == "1"), step
+        assert " ".join("".join(map(chr, entry)) for entry in kept(store)) == left, step
 
 
 def test_a_state_is_copied_only_where_it_is_kept_and_once_there_is_room() -> None:
