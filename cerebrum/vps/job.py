@@ -167,6 +167,8 @@ class Run:
             "mode": job.request.mode,
             "finish_reason": reason,
             "prompt_tokens": len(job.prompt),
+        }
+        event |= {
             "cached_tokens": job.cached,
             "load_time": round(job.submitted - job.started, 4),
             "ttft": None,

@@ -614,7 +614,8 @@ class ScriptedLlama:
 
     def __init__(self, *_: Any) -> None:
         self.vocabulary = self
-        self.n_ctx, self.micro_batch, self.n_vocab = 4096, 256, 1000
+        self.n_ctx, self.micro_batch = 4096, 256
+        self.n_vocab = 1000
         self.max_draft = MAX_DRAFT
         self.recurrent = self.closed = False
         self.fails = ""
