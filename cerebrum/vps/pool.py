@@ -43,7 +43,6 @@ class Instance:
 
     model: Model
     worker: Worker
-    draft: Model | None  # the model that is to write its drafts
     estimate: int  # bytes it will use in time: attention's buffers fill as contexts grow
     ready: asyncio.Future[None]  # the worker's `ready`, as a future of the loop
     freed: asyncio.Task[None]  # ends when all of the model's memory is free
@@ -236,9 +235,9 @@ class Pool:
         """Unload an idle instance if models.toml no longer lists its model, or changes how to
         load it.
         """
-        listed = set(map(how_loaded, self.models.values()))
-        used = {how_loaded(model) for model in (instance.model, instance.draft) if model}
-        if instance.idle and not used <= listed:
+        listed = self.models.get(instance.model.id)
+        is_same = listed and how_loaded(listed) == how_loaded(instance.model)
+        if instance.idle and not is_same:
             log.info("model %s: unloaded, models.toml has changed", instance.model.id)
             instance.worker.stop()
 
@@ -310,14 +309,12 @@ class Pool:
         loader = self._loader(model, plan)
         if draft and plan.draft:
             loader.draft = self._loader(draft, plan.draft)
-        else:
-            draft = None
         worker = Worker(loader, self.baton, tally)
         # Before anything waits for the worker's end, since even a thread can fail to start.
         worker.start()
         ready = asyncio.wrap_future(worker.ready)
         freed = asyncio.create_task(self._reap(worker))
-        instance = Instance(model, worker, draft, plan.bytes, ready, freed)
+        instance = Instance(model, worker, plan.bytes, ready, freed)
 
         def loaded(future: asyncio.Future[None]) -> None:
             error = future.exception()  # marks it as retrieved, even if nobody waits

@@ -375,23 +375,20 @@ class Worker(threading.Thread):
 
     def _load_draft(self, model: Llama, compute: Compute) -> DraftModel | None:
         """The draft model, if there is one; None, and a line in the log, if it cannot be loaded."""
-        settings, loader = self.loader.settings, self.loader.draft
+        loader = self.loader.draft
         if not loader:
             return None
-        slots = [Slot(number) for number in range(settings.sequences)]
         try:
             self.draft = loader.open(self._beat, model.abort_flag)
-            own_costs = measure_costs(self.draft, self.baton, self._beat)
         except (ModelError, OSError) as error:
             if self._beat():
                 raise
             log.warning("model %s: %s writes no drafts: %s", self.model_id, loader.model_id, error)
-            if self.draft:
-                self.draft.close()
-            self.draft = None
             return None
+        costs = measure_costs(self.draft, self.baton, self._beat)
         known = min(model.n_vocab, self.draft.n_vocab)
-        return DraftModel(self.draft, own_costs, compute, self.tally, known, slots)
+        slots = [Slot(number) for number in range(loader.settings.sequences)]
+        return DraftModel(self.draft, costs, compute, self.tally, known, slots)
 
     def _close(self) -> None:
         """Answer every job, save the parked sequences, free the model. Each step runs even if an
