@@ -208,7 +208,8 @@ class Decoder:
 
     def read_idle(self) -> bool:
         """While nobody waits for any model: let the draft model read a piece of what it lacks of
-        the idle sequences, which the next requests will go on with. False if it has all.
+        the idle sequences, which the next requests will go on with. False if it has all, or cannot
+        read.
         """
         draft_model = self.draft_model
         if not draft_model:
@@ -216,9 +217,9 @@ class Decoder:
         for slot in self.sequences.slots:
             lacking = draft_model.follow(slot.id, slot.tokens) if slot.tokens else []
             if len(lacking) > 1:
-                if not self.compute.baton.active:
-                    draft_model.read(slot.id, lacking[:AHEAD_TOKENS], [])
-                return True
+                if self.compute.baton.active:
+                    return True
+                return draft_model.read(slot.id, lacking[:AHEAD_TOKENS], []) in (0, ABORTED)
         return False
 
     def _next_chunk(self, run: Run, runs: list[Run]) -> Work:

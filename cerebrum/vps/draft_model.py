@@ -103,20 +103,19 @@ class DraftModel:
         probabilities. Each is read when the next one is asked for.
         """
         unread = lacking
-        while self.read(run.slot.id, unread, [run]):
+        while self.read(run.slot.id, unread, [run]) == 0:
             token = self.model.greedy(LAST)
             yield token, self.model.probability(LAST, token)
             unread = [token]
 
-    def read(self, number: int, tokens: list[int], runs: Sequence[Run]) -> bool:
+    def read(self, number: int, tokens: list[int], runs: Sequence[Run]) -> int | None:
         """Append these tokens to the slot of this number, for these runs; without any, for nobody
-        yet, and any request may abort it. False if that was not done.
+        yet, and any request may abort it. Returns the answer of `Compute.decode`.
         """
         slot = self.slots[number]
         code, begin = self.compute.decode(self.model, self.costs, runs, [(slot, tokens, 1)])
         if runs and begin:  # else nobody waited, or there was no decode
             self.tally.ahead_seconds += time.perf_counter() - begin
-        if code != 0:  # the cells that it may have left, `follow` drops
-            return False
-        slot.tokens += tokens
-        return True
+        if code == 0:  # otherwise `follow` drops the cells that it may have left
+            slot.tokens += tokens
+        return code

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import random
 import threading
 from collections.abc import Iterator, Sequence
@@ -446,6 +447,17 @@ def test_while_nobody_waits_it_reads_on_and_gives_way_at_once(
     wait_until(lambda: sum(clock.sizes("draft")) >= 64 + 200, "all is read")
     assert clock.sizes("draft") == [64, 64, 64, 64, 8]  # the first was aborted
     assert draft.slots[0].tokens == list(b"xy" * 100)[:-1]  # the last is read again
+
+
+def test_while_nobody_waits_a_failure_is_not_repeated(
+    pair: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vps_worker, "STORE_SECONDS", 0.01)
+    tried = list[int]()
+    pair.decoder.draft_model.model.decode = lambda _parts: tried.append(1) or -1
+    ask(pair, "xy" * 100, max_tokens=1).outcome()
+    wait_until(lambda: pair.due == math.inf, "the worker rests")
+    assert tried == [1]
 
 
 def test_what_it_reads_for_later_drafts_is_kept(
