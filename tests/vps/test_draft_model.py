@@ -267,20 +267,22 @@ DRAFT = {1: 0.031, 16: 0.1}
 
 
 class Clock:
-    """The seconds that decodes take here, by their costs."""
+    """The seconds that decodes take here, by their costs. The draft model is as sure as `sure`."""
 
     def __init__(self, worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
+        self.sure = 0.99
         self.log: list[tuple[str, int, float]] = []  # of each decode: whose, tokens, end
-        decoder = worker.decoder
-        assert decoder
-        assert decoder.draft_model
-        self.models: dict[str, Any] = {"target": decoder, "draft": decoder.draft_model}
-        for name, owner in self.models.items():
+        self.before: dict[str, Any] = {"target": bool, "draft": bool}  # called before each decode
+        decoder: Any = worker.decoder
+        model, draft = decoder.model, decoder.draft_model.model
+        for name, owner in (("target", decoder), ("draft", decoder.draft_model)):
             monkeypatch.setattr(owner.model, "decode", self._decode(name, owner))
+        draft.abort_flag = model.abort_flag
+        model.abort = lambda: model.abort_flag.__setitem__(0, b"\x01")
+        draft.probability = lambda *_: self.sure
         monkeypatch.setattr(vps_worker.time, "perf_counter", lambda: self.now)
         monkeypatch.setattr(Drafter, "draft", lambda *_: [])  # no drafts of text
-        self.before: dict[str, Any] = {"target": bool, "draft": bool}  # called before each decode
 
     def _decode(self, name: str, owner: Any) -> Any:
         real, costs = owner.model.decode, owner.costs
@@ -313,10 +315,9 @@ def pair(loads: Loads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
         yield worker
 
 
-def set_sure(worker: Worker, probability: float) -> None:
-    assert worker.decoder
-    assert worker.decoder.draft_model
-    worker.decoder.draft_model.model.probability = lambda *_: probability
+@pytest.fixture
+def clock(pair: Worker, monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(pair, monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -328,10 +329,9 @@ def set_sure(worker: Worker, probability: float) -> None:
     ],
 )
 def test_it_writes_as_far_as_that_is_worth_its_time(
-    sure: float, most: int, pair: Worker, monkeypatch: pytest.MonkeyPatch
+    sure: float, most: int, pair: Worker, clock: Clock
 ) -> None:
-    clock = Clock(pair, monkeypatch)
-    set_sure(pair, sure)
+    clock.sure = sure
     for prompt in ("a", "k", "u", "e", "o"):
         text, done = ask(pair, prompt, max_tokens=24).outcome()
         assert done["total_tokens"] == 24
@@ -345,13 +345,11 @@ def test_it_writes_as_far_as_that_is_worth_its_time(
 
 
 def test_it_costs_little_where_it_does_not_pay(
-    pair: Worker, monkeypatch: pytest.MonkeyPatch
+    pair: Worker, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When its drafts have been wrong, it is tried again now and then, and soon used once they are
     right.
     """
-    clock = Clock(pair, monkeypatch)
-    set_sure(pair, 0.99)
     monkeypatch.setattr(pair.decoder, "read_idle", lambda: False)  # which costs nobody anything
     draft = pair.decoder.draft_model
     right = draft.model.greedy
@@ -374,11 +372,7 @@ def test_it_costs_little_where_it_does_not_pay(
     assert max(clock.sizes("target")) == 16
 
 
-def test_no_other_stream_waits_longer_than_for_a_chunk(
-    pair: Worker, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = Clock(pair, monkeypatch)
-    set_sure(pair, 0.99)
+def test_no_other_stream_waits_longer_than_for_a_chunk(pair: Worker, clock: Clock) -> None:
     for _ in range(8):
         both = [ask(pair, prompt, max_tokens=25) for prompt in ("a", "k" * 100)]
         assert [asked.outcome()[1]["total_tokens"] for asked in both] == [25, 25]
@@ -388,10 +382,8 @@ def test_no_other_stream_waits_longer_than_for_a_chunk(
     assert INTEL[16] < longest < schedule.share_seconds(INTEL[1]) + costs.further
 
 
-def test_a_client_may_leave_while_it_writes(pair: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_may_leave_while_it_writes(pair: Worker, clock: Clock) -> None:
     """Nobody's draft is checked, and the next request gets its text."""
-    clock = Clock(pair, monkeypatch)
-    set_sure(pair, 0.99)
     ask(pair, "a", max_tokens=24).outcome()
     left = list[int]()
 
@@ -407,17 +399,6 @@ def test_a_client_may_leave_while_it_writes(pair: Worker, monkeypatch: pytest.Mo
     assert ask(pair, "f", max_tokens=24).outcome()[0] == "ghijklmnopqrstuvwxyzabcd"
 
 
-def aborting(pair: Worker) -> tuple[Any, Any]:
-    """The pair's models, whose decodes can be aborted."""
-    model, draft = pair.decoder.model, pair.decoder.draft_model
-
-    def abort() -> None:
-        model.abort_flag[0] = b"\x01"
-
-    model.abort, draft.model.abort_flag = abort, model.abort_flag
-    return model, draft
-
-
 class Held:
     """Holds the draft model's next decode until `go_on` is set."""
 
@@ -430,12 +411,9 @@ class Held:
         assert self.go_on.wait(PATIENCE)
 
 
-def test_while_nobody_waits_it_reads_on_and_gives_way_at_once(
-    pair: Worker, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_while_nobody_waits_it_reads_on_and_gives_way_at_once(pair: Worker, clock: Clock) -> None:
     """It goes on when a request of another model has aborted it."""
-    clock = Clock(pair, monkeypatch)
-    _, draft = aborting(pair)
+    draft = pair.decoder.draft_model
     held = Held(clock)
     ask(pair, "xy" * 100, max_tokens=1).outcome()
     assert held.reached.wait(PATIENCE)
@@ -461,13 +439,10 @@ def test_while_nobody_waits_a_failure_is_not_repeated(
 
 
 def test_what_it_reads_for_later_drafts_is_kept(
-    pair: Worker, monkeypatch: pytest.MonkeyPatch
+    pair: Worker, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A prompt of which it has nothing, while its completion is being written; whoever comes."""
-    clock = Clock(pair, monkeypatch)
-    set_sure(pair, 0.99)
     monkeypatch.setattr(pair.decoder, "read_idle", lambda: False)
-    aborting(pair)
     held = Held(clock)
     long = ask(pair, "xy" * 100, max_tokens=100)
     assert held.reached.wait(PATIENCE)
