@@ -62,64 +62,47 @@ def test_the_rate_of_a_pair(costs: dict[int, float], draft_seconds: float, gain:
 
 
 class Cells:
-    """Stands for a draft model: remembers what is in its cells."""
+    """Stands for a draft model with a context of 1,024 tokens: remembers what is in its cells."""
 
     n_ctx = 1024
-
-    def __init__(self) -> None:
-        self.dropped: list[int] = []
-        self.can_trim = True
-
     cut = llama.Llama.cut
+
+    def __init__(self, can_trim: bool) -> None:
+        self.can_trim = can_trim
+        self.dropped: list[int] = []
 
     def trim(self, _slot: Any, length: int) -> bool:
         self.dropped.append(length)
         return self.can_trim or not length
 
 
-def follower_of(cells: Any) -> DraftModel:
-    """A draft model with such cells; it knows 1,000 ids."""
-    nothing = None
-    return DraftModel(cells, Costs(INTEL), nothing, nothing, 1000, [Slot(0)])
-
-
 LONG = list(range(1000))
-FOLLOWED: list[tuple[str, list[int], list[int], int]] = [
-    # what it has, the sequence, and how much of it the model keeps
-    ("nothing is known", [], [5], 0),
-    ("one token more", LONG[:9], LONG[:10], 9),
-    ("the same again", LONG[:9], LONG[:9], 8),
-    ("tokens were taken back", LONG[:9], LONG[:4], 3),
-    ("another word", LONG[:9], [*LONG[:5], 7, 7], 5),
-    ("another text", [7] * 9, LONG, 0),
+MOST = [5] * (1024 - MODEL_LENGTH - 1)
+TORN = "cells that cannot be continued"
+FOLLOWED: list[tuple[str, list[int], list[int], int, bool]] = [
+    # what it has, the sequence, how much of it the model keeps, and whether it reads the rest
+    ("nothing is known", [], [5, 999], 0, True),
+    ("one token more", LONG[:9], LONG[:10], 9, True),
+    ("the same again", LONG[:9], LONG[:9], 8, True),
+    ("tokens were taken back", LONG[:9], LONG[:4], 3, True),
+    ("another word", LONG[:9], [*LONG[:5], 7, 7], 5, True),
+    ("another text", [7] * 9, LONG, 0, True),
+    ("an id that only the large model has", [], [5, 1000], 0, False),
+    ("as much as its own context has", [], MOST, 0, True),
+    ("a text beyond its own context", MOST, [*MOST, 5], len(MOST), False),
+    (TORN, LONG[:9], LONG[:8], 0, True),
 ]
 
 
-@pytest.mark.parametrize(
-    ("had", "tokens", "kept"), [case[1:] for case in FOLLOWED], ids=[case[0] for case in FOLLOWED]
-)
-def test_a_sequence_is_followed(had: list[int], tokens: list[int], kept: int) -> None:
-    cells = Cells()
-    follower = follower_of(cells)
-    follower.slots[0].tokens = had[:]
-    assert follower.follow(0, tokens) == tokens[kept:]
-    assert (follower.slots[0].tokens, cells.dropped) == (tokens[:kept], [kept])
-
-
-def test_what_the_draft_model_cannot_have_is_not_read() -> None:
-    """An id that only the large model has, and a text beyond its own context. Cells that cannot be
-    continued are read again.
-    """
-    cells = Cells()
-    follower = follower_of(cells)
-    assert follower.follow(0, [5, 999]) == [5, 999]
-    assert follower.follow(0, [5, 1000]) == []
-    most = [5] * (cells.n_ctx - MODEL_LENGTH - 1)
-    assert follower.follow(0, most) == most
-    assert follower.follow(0, [*most, 5]) == []
-    follower.slots[0].tokens = LONG[:9]
-    cells.can_trim = False
-    assert (follower.follow(0, LONG[:8]), follower.slots[0].tokens) == (LONG[:8], [])
+@pytest.mark.parametrize("case", FOLLOWED, ids=lambda case: case[0])
+def test_a_sequence_is_followed(case: tuple[str, list[int], list[int], int, bool]) -> None:
+    what, had, tokens, kept, is_read = case
+    cells: Any = Cells(what != TORN)
+    nothing: Any = None
+    slot = Slot(0, had[:])
+    follower = DraftModel(cells, Costs(INTEL), nothing, nothing, 1000, [slot])
+    assert follower.follow(0, tokens) == (tokens[kept:] if is_read else [])
+    assert (slot.tokens, cells.dropped[-1]) == (tokens[:kept], kept)
 
 
 # -------------------------------------------------------------------------------- the text is equal
