@@ -171,7 +171,7 @@ class Decoder:
         # No stream waits long for another's draft, and no request that comes for any.
         share = share_seconds(self._pace(own=streams > 1)) / streams
         readable = min(AHEAD_TOKENS, draft_model.costs.longest(share))
-        # Each piece takes as much longer; one token is read for each draft in any case.
+        # Each further piece begins a decode; one token is read for each draft in any case.
         pieces = len(lacking) // readable
         reading = draft_model.costs(len(lacking)) + (pieces - 1) * draft_model.costs(1)
         if not lacking or not self.gain.wants(case, reading):
