@@ -32,15 +32,11 @@ class Parked:
     state: bytes | memoryview
     low: bool = False  # of a request of low priority
 
-    @property
-    def size(self) -> int:
-        return len(self.state) + TOKEN_BYTES * len(self.tokens)
-
 
 class PrefixStore:
-    """Recent sequences within a budget of bytes. Those of low priority are dropped first, and make
-    room for their own kind alone; of each kind, the least recently used one is. Owned by one
-    worker.
+    """Recent sequences whose states are within a budget of bytes. Those of low priority are dropped
+    first, and make room for their own kind alone; of each kind, the least recently used one is.
+    Owned by one worker.
 
     With `whole`, a sequence cannot be cut: its beginnings are kept beside it, and it serves only
     prompts that go on with it.
@@ -52,7 +48,7 @@ class PrefixStore:
 
     @property
     def size(self) -> int:
-        return sum(entry.size for entry in self.entries)
+        return sum(len(entry.state) for entry in self.entries)
 
     def _touch(self, entry: Parked) -> None:
         """Count the entry as just used."""
@@ -78,7 +74,7 @@ class PrefixStore:
         """Drop the entries that `tokens` extend, and others until `size` bytes more are within the
         budget. False, with nothing dropped, if that is impossible.
         """
-        if size + sum(old.size for old in self.entries if low > old.low) > self.budget:
+        if size + sum(len(old.state) for old in self.entries if low > old.low) > self.budget:
             return False
         self.entries = [
             old for old in self.entries if low > old.low or not self._replaces(tokens, old.tokens)
@@ -93,7 +89,7 @@ class PrefixStore:
 
     def add(self, entry: Parked) -> None:
         """Keep `entry`, if room can be made for it."""
-        if self.make_room(entry.tokens, entry.size, entry.low):
+        if self.make_room(entry.tokens, len(entry.state), entry.low):
             self.entries.append(entry)
 
     def reusable(self, tokens: list[int], prompt: list[int]) -> int:
@@ -190,13 +186,9 @@ class Sequences:
                     return True
         return False
 
-    def _size(self, slot: Slot) -> int:
-        """Bytes that the slot's sequence would take in the store."""
-        return self.model.state_size(slot) + TOKEN_BYTES * len(slot.tokens)
-
     def cut_to_budget(self, slot: Slot) -> None:
         """Cut a sequence to what the store can hold of it; a recurrent state cannot be cut."""
-        size = self._size(slot)
+        size = self.model.state_size(slot)
         if size > self.store.budget and not self.model.recurrent:
             self.model.cut(slot, len(slot.tokens) * self.store.budget // size)
 
@@ -206,7 +198,7 @@ class Sequences:
         """
         if len(slot.tokens) < MIN_PREFIX or self.store.covers(slot.tokens, slot.low):
             return
-        if self.store.make_room(slot.tokens, self._size(slot), slot.low):
+        if self.store.make_room(slot.tokens, self.model.state_size(slot), slot.low):
             self.store.add(Parked(slot.tokens[:], self.model.save(slot), slot.low))
 
     def park(self, slot: Slot) -> None:

@@ -320,7 +320,7 @@ def test_common_prefix() -> None:
 
 
 def parked(*tokens: int, size: int = 100) -> Parked:
-    return Parked([*tokens], bytes(size - 4 * len(tokens)))
+    return Parked([*tokens], bytes(size))
 
 
 def kept(store: PrefixStore) -> list[list[int]]:
@@ -354,8 +354,7 @@ def test_what_a_store_keeps(case: str) -> None:
         what, _, number = step[1:].replace("=", ":").partition(":")
         tokens = [ord(letter) for letter in what.strip("-")]
         if step[0] == "+":
-            state = bytes(int(number or 100) - 4 * len(tokens))
-            store.add(Parked(tokens, state, what.endswith("-")))
+            store.add(Parked(tokens, bytes(int(number or 100)), what.endswith("-")))
         elif step[0] == "?":
             assert store.best(tokens)[1] == int(number), step
         else:
@@ -365,12 +364,13 @@ def test_what_a_store_keeps(case: str) -> None:
 
 def test_a_state_is_copied_only_where_it_is_kept_and_once_there_is_room() -> None:
     model = ScriptedLlama()
-    sequences = Sequences(model, 1, 100)  # type: ignore[arg-type]
+    model.state_size = lambda slot: len(slot.tokens)  # type: ignore[method-assign]
+    sequences = Sequences(model, 1, 23)  # type: ignore[arg-type]
     slot, store = sequences.slots[0], sequences.store
-    store.add(parked(7))
-    slot.tokens = [*range(24)]  # with their 5 bytes of state, 101
+    store.add(parked(7, size=23))
+    slot.tokens = [*range(24)]
     sequences.keep(slot)
-    assert (model.saved, store.size) == (0, 100)
+    assert (model.saved, store.size) == (0, 23)
     slot.tokens = [*range(23)]
     model.fails = "save"  # with what was kept before, that would take twice the budget
     with pytest.raises(MemoryError):
@@ -378,17 +378,17 @@ def test_a_state_is_copied_only_where_it_is_kept_and_once_there_is_room() -> Non
     assert store.size == 0
     model.fails = ""
     sequences.keep(slot)
-    assert (model.saved, store.size) == (1, 97)
+    assert (model.saved, store.size) == (1, len(b"state"))
 
 
 def test_a_rejected_state_may_have_gone_already() -> None:
     model = ScriptedLlama()
     model.restore = lambda *_: False  # type: ignore[method-assign]
-    sequences = Sequences(model, 1, 200)  # type: ignore[arg-type]
+    sequences = Sequences(model, 1, 64)  # type: ignore[arg-type]
     slot, store = sequences.slots[0], sequences.store
     prompt = [*range(40)]
     store.add(Parked(prompt[:30], bytes(60)))
-    slot.tokens = [7] * 24  # parked first, with 101 bytes
+    slot.tokens = [7] * 24  # parked first, with 5 bytes
     assert sequences.take_slot(prompt, [slot], False) == (slot, prompt[:30])
     assert (slot.tokens, kept(store)) == ([], [[7] * 24])
 
@@ -1095,7 +1095,7 @@ def test_a_chunk_that_is_read_ahead_ends_for_those_who_do_not_need_it(
 def test_of_a_prompt_that_gives_way_as_much_is_kept_as_the_cache_holds(worker: Worker) -> None:
     """At half a megabyte a token, the whole would not fit, and all of it would be read again."""
     decoder: Any = worker.decoder
-    decoder.model.state_size = lambda slot: 96 * len(slot.tokens)
+    decoder.model.state_size = lambda slot: 100 * len(slot.tokens)
     decoder.sequences.store.budget = 100 * 40
 
     def arrive() -> None:
