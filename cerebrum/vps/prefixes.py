@@ -50,7 +50,7 @@ class PrefixStore:
     def size(self) -> int:
         return sum(len(entry.state) for entry in self.entries)
 
-    def _touch(self, entry: Parked) -> None:
+    def touch(self, entry: Parked) -> None:
         """Count the entry as just used."""
         self.entries.remove(entry)
         self.entries.append(entry)
@@ -59,14 +59,14 @@ class PrefixStore:
         """Whether a sequence of the tokens `new` serves every prompt that `old` serves."""
         return (new if self.whole else new[: len(old)]) == old
 
-    def covers(self, tokens: list[int], low: bool) -> bool:
-        """Whether an entry can stand for a sequence of `tokens`. If so, the entry counts as just
-        used.
+    def renew(self, tokens: list[int], low: bool) -> bool:
+        """Count an entry that can stand for a sequence of `tokens` as just used. False if there is
+        none.
         """
         for entry in self.entries:
             if self._replaces(entry.tokens, tokens):
                 entry.low = entry.low and low
-                self._touch(entry)
+                self.touch(entry)
                 return True
         return False
 
@@ -101,14 +101,12 @@ class PrefixStore:
 
     def best(self, prompt: list[int]) -> tuple[Parked | None, int]:
         """The entry with the longest useful prefix of `prompt`, and the length of that prefix."""
-        best, length = None, 0
-        for entry in self.entries:
-            common = self.reusable(entry.tokens, prompt)
-            if common > length:
-                best, length = entry, common
-        if best:
-            self._touch(best)
-        return best, length
+
+        def length(entry: Parked) -> int:
+            return self.reusable(entry.tokens, prompt)
+
+        best = max(self.entries, key=length, default=None)
+        return best, length(best) if best else 0
 
 
 class Sequences:
@@ -135,6 +133,8 @@ class Sequences:
         guide = entry.tokens[:] if entry and stored > live else nearest.tokens[:]
         if stored <= live or stored < MIN_PREFIX:
             entry = None  # not worth restoring
+        if entry:
+            self.store.touch(entry)
         # 2. Which slot? The nearest; but if caches are separate and trimming it would lose more
         # tokens than it keeps, another gets a copy.
         loses = len(nearest.tokens) > 2 * live
@@ -149,16 +149,21 @@ class Sequences:
             elif loses or low:  # what will be cut is stored first
                 self.keep(other)
         # 4. Bring the prefix to the slot.
-        if entry and self.model.restore(slot, entry.state):
-            slot.tokens = entry.tokens[:]
-        elif entry:  # llama.cpp rejects it: all is read again
-            self.model.cut(slot, 0)
-            self.store.entries = [other for other in self.store.entries if other is not entry]
+        if entry:
+            self._restore(slot, entry)
         elif not stays and live >= MIN_PREFIX:
             self._copy(nearest, slot, live)
         self.model.cut(slot, self.store.reusable(slot.tokens, prompt))
         slot.low = low
         return slot, guide
+
+    def _restore(self, slot: Slot, entry: Parked) -> None:
+        """Bring a stored sequence to an empty slot. If llama.cpp rejects it, all is read again."""
+        if self.model.restore(slot, entry.state):
+            slot.tokens = entry.tokens[:]
+        else:
+            self.model.cut(slot, 0)
+            self.store.entries = [other for other in self.store.entries if other is not entry]
 
     def _copy(self, source: Slot, target: Slot, length: int) -> None:
         """Copy a prefix, if there is memory: a copy between separate caches takes some for a while,
@@ -196,7 +201,7 @@ class Sequences:
         """Copy the slot's sequence to the store, if it is within the budget. Room is made first:
         both would take memory together.
         """
-        if len(slot.tokens) < MIN_PREFIX or self.store.covers(slot.tokens, slot.low):
+        if len(slot.tokens) < MIN_PREFIX or self.store.renew(slot.tokens, slot.low):
             return
         if self.store.make_room(slot.tokens, self.model.state_size(slot), slot.low):
             self.store.add(Parked(slot.tokens[:], self.model.save(slot), slot.low))

@@ -329,11 +329,11 @@ def kept(store: PrefixStore) -> list[list[int]]:
 
 # What is done with a store of 300 bytes, and what it keeps then, the most recently used last. A
 # letter is a token: +ab adds a sequence, +a:50 one of 50 instead of 100 bytes, +a- one of low
-# priority; ?abx=2 finds two tokens of a prompt, and !a=1 a sequence that covers one.
+# priority; ?abx=2 finds two tokens of a prompt, and !a=1 renews one that covers a.
 STORES = {
     "the least recently used is dropped": [
-        ("+aa", "aa"), ("+bb", "aa bb"), ("+cc", "aa bb cc"), ("?aae=2", "bb cc aa"),
-        ("+d", "cc aa d"), ("!c=1", "aa d cc"), ("+e:101", "cc e"), ("+f:301", "cc e"),
+        ("+aa", "aa"), ("+bb", "aa bb"), ("+cc", "aa bb cc"), ("?aae=2", "aa bb cc"),
+        ("+d", "bb cc d"), ("!c=1", "bb d cc"), ("+e:101", "cc e"), ("+f:301", "cc e"),
     ],
     "what is of low priority displaces nothing else": [
         ("+aa", "aa"), ("+bb-", "aa bb"), ("+cc", "aa bb cc"), ("+dd-", "aa cc dd"),
@@ -342,7 +342,7 @@ STORES = {
     "what is extended is dropped": [
         ("?ab=0", ""), ("+ab", "ab"), ("+ac", "ab ac"), ("+abc", "ac abc"), ("+ac:50", "abc ac"),
         ("!ab=1", "ac abc"), ("!abcd=0", "ac abc"), ("!b=0", "ac abc"), ("+abde", "ac abc abde"),
-        ("?abcx=3", "ac abde abc"), ("?abdx=3", "ac abc abde"), ("?x=0", "ac abc abde"),
+        ("?abcx=3", "ac abc abde"), ("?abdx=3", "ac abc abde"), ("?x=0", "ac abc abde"),
     ],
 }  # fmt: skip
 
@@ -358,7 +358,7 @@ def test_what_a_store_keeps(case: str) -> None:
         elif step[0] == "?":
             assert store.best(tokens)[1] == int(number), step
         else:
-            assert store.covers(tokens, False) == (number == "1"), step
+            assert store.renew(tokens, False) == (number == "1"), step
         assert " ".join("".join(map(chr, entry)) for entry in kept(store)) == left, step
 
 
