@@ -168,9 +168,10 @@ class Decoder:
         run, case = work.run, (streams, MODEL)
         # Empty: it cannot have this text.
         lacking = draft_model.follow(run.slot.id, [*run.slot.tokens, *work.tokens])
-        # No stream waits long for another's draft, and no request that comes for any.
+        # No stream waits long for another's draft, and no request that comes for any. Nothing of
+        # this reading is lost, so its pieces are longer.
         share = share_seconds(self._pace(own=streams > 1)) / streams
-        readable = min(AHEAD_TOKENS, draft_model.costs.longest(share))
+        readable = min(2 * AHEAD_TOKENS, draft_model.costs.longest(share))
         # Each further piece begins a decode; one token is read for each draft in any case.
         pieces = len(lacking) // readable
         reading = draft_model.costs(len(lacking)) + (pieces - 1) * draft_model.costs(1)

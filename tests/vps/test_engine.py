@@ -94,7 +94,7 @@ def test_costs_learn_the_real_time_of_chunks(tokens: int, seconds: float, slowdo
     ("tokens", "begun", "tried"),
     [
         (4, [False, *[True] * drafts.RETRY] * 4, 256),
-        (2, [False, *[True] * 5, *[False] * 63, True, *[False] * 113, True], 7),
+        (2, [False, *[True] * 9, *[False] * 113, True, *[False] * 113, True], 11),
     ],
 )
 def test_drafts_are_made_while_they_pay_and_tried_again(
@@ -799,7 +799,7 @@ def test_drafts_follow_the_seconds_that_they_took(
 
     model.decode = decode
     assert ask(worker, "a", max_tokens=60).outcome()[1]["total_tokens"] == 60
-    assert sizes == [1, 1, *[4] * 4, *[1] * 54]
+    assert sizes == [1, 1, *[4] * 6, 1, 4, *[1] * 50]
     assert decoder.gain.plain == {1: 1.0}
 
 
