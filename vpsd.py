@@ -721,7 +721,7 @@ async def describe_model(pool: Pool, model: Model) -> dict[str, object]:
         loader = instance.worker.loader
         path, encoding = loader.path, loader.encoding
         n_ctx = instance.worker.model.n_ctx
-        draft = instance.draft.id if instance.draft else None
+        draft = model.draft if instance.worker.draft else None
     elif available:
         try:
             plan = await pool.plan(model)

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import vpsd
 from cerebrum.metrics import resident_bytes
-from cerebrum.vps import draft_model, drafts, pool, schedule, worker
+from cerebrum.vps import drafts, pool, schedule, worker
 
 
 def put(holder: object, name: str, value: Any) -> None:
@@ -24,9 +24,7 @@ def put(holder: object, name: str, value: Any) -> None:
 
 
 put(worker, "measure_costs", lambda *_: schedule.Costs({1: 1e-9, 16: 2e-9}))
-put(worker, "saved_seconds", lambda *_: 1.0)
-put(draft_model.DraftModel, "pays", lambda *_: True)
-put(drafts.Gain, "wants", lambda self, case: case[0] in self.plain and case[1] == drafts.MODEL)
+put(drafts.Gain, "wants", lambda self, case, *_: case[0] in self.plain and case[1] == drafts.MODEL)
 
 if "ROOM_MB" in os.environ:
     room_mb = float(os.environ["ROOM_MB"])

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from cerebrum.vps.compute import Compute, ModelTally
 from cerebrum.vps.draft_model import DraftModel
-from cerebrum.vps.drafts import MODEL, MODEL_LENGTH, TEXT, Case, Drafter, Gain
+from cerebrum.vps.drafts import MODEL, MODEL_LENGTH, Case, Drafter, Gain
 from cerebrum.vps.job import Job, Run
 from cerebrum.vps.llama import ABORTED, MAX_CHUNK, Llama, Slot
 from cerebrum.vps.prefixes import MIN_PREFIX, Sequences
@@ -26,6 +26,9 @@ from cerebrum_common import HttpError, log
 # is only read. A request that does not need them aborts them, and they are lost. Fewer take longer
 # each.
 AHEAD_TOKENS = 64
+# A draft model reads a text in at most this share of the time that the text's tokens took: it
+# hardly saves more of the time of as many tokens to come.
+MOST_SAVED = 0.5
 
 
 @dataclass(slots=True)
@@ -93,7 +96,6 @@ class Decoder:
         """Decode the next work of every run, together. False if there is none: prompts of low
         priority are read only while no other request needs the CPU.
         """
-        ahead_before = self.tally.ahead_seconds  # `next_work` lets the draft model write
         # 1. Whose work is it? A decoder of any model is active if it has runs of normal priority.
         if self.compute.baton.active:
             runs = [run for run in runs if not (run.low and run.prefilling)]
@@ -105,21 +107,18 @@ class Decoder:
         is_prefilling = any(work.run.prefilling for work in works)
         # 3. Decode it.
         tokens = self.tally.tokens
-        seconds = self._step(works)
+        seconds = self._decode(works)
         # 4. Did the drafts save time?
         if seconds and not is_prefilling:
-            written = self.tally.tokens - tokens
-            self._learn(works, written, self.tally.ahead_seconds - ahead_before, seconds)
+            self._learn(works, self.tally.tokens - tokens, seconds)
         return bool(runs)
 
-    def _learn(self, works: list[Work], tokens: int, draft_seconds: float, seconds: float) -> None:
-        """A decode wrote `tokens` in `seconds`, after `draft_seconds` for its drafts. One whose
-        draft was not worth checking counts as plain, and its draft as a loss.
-        """
+    def _learn(self, works: list[Work], tokens: int, seconds: float) -> None:
+        """A decode wrote `tokens` in `seconds`."""
         if all(len(work.tokens) == 1 for work in works):
             self.gain.learn_plain(len(works), tokens, seconds)
         for case in {work.case for work in works if work.case}:
-            self.gain.learn(case, tokens, draft_seconds + seconds)
+            self.gain.learn(case, tokens, seconds)
         if any(work.foreseen for work in works):
             self.tally.ahead_steps += 1
             self.tally.ahead_tokens += tokens
@@ -133,12 +132,16 @@ class Decoder:
         if room := self._room(run, runs):
             assert run.drafter
             draft = run.drafter.draft(room)
-            case = len(runs), TEXT, len(draft)
+            case = len(runs), len(draft)
             if draft and self.gain.wants(case):
                 work.tokens += draft
                 work.case = case
-            else:
-                self._write_ahead(work, runs, room)
+            elif self.draft_model and not any(other.prefilling for other in runs):
+                # Reading delays this stream enough.
+                before = self.tally.ahead_seconds
+                self._write_ahead(self.draft_model, work, len(runs), room)
+                if seconds := self.tally.ahead_seconds - before:
+                    self.gain.charge((len(runs), MODEL), seconds)
             work.outputs = len(work.tokens)
         return work
 
@@ -158,36 +161,35 @@ class Decoder:
         ]
         return max(0, min(limits))
 
-    def _write_ahead(self, work: Work, runs: list[Run], room: int) -> None:
-        """Let the draft model write a draft of at most `room` tokens, as far as checking it should
-        save time.
+    def _write_ahead(self, draft_model: DraftModel, work: Work, streams: int, room: int) -> None:
+        """Let the draft model read a piece of what it lacks, or write a draft of at most `room`
+        tokens, if that should save more time than it takes.
         """
-        draft_model, streams = self.draft_model, len(runs)
-        is_reading = any(other.prefilling for other in runs)  # which delays this stream enough
-        if not draft_model or is_reading:
-            return
-        # 1. Does it pay to read what the draft model lacks, and to write?
-        run, case = work.run, (streams, MODEL, MODEL_LENGTH)
+        run, case = work.run, (streams, MODEL)
         # Empty: it cannot have this text.
         lacking = draft_model.follow(run.slot.id, [*run.slot.tokens, *work.tokens])
+        # No stream waits long for another's draft, and no request that comes for any. Nothing of
+        # this reading is lost, so its pieces are longer.
+        share = share_seconds(self._pace(own=streams > 1)) / streams
+        readable = min(2 * AHEAD_TOKENS, draft_model.costs.longest(share))
+        # Each further piece begins a decode; one token is read for each draft in any case.
+        pieces = len(lacking) // readable
+        reading = draft_model.costs(len(lacking)) + (pieces - 1) * draft_model.costs(1)
+        if not lacking or not self.gain.wants(case, reading):
+            return
         # Nobody knows how long the text gets; it may as well end when it is twice as long as it is.
         tokens = min(run.generated, run.job.max_tokens - run.generated)
-        if not lacking or not draft_model.pays(len(lacking), tokens) or not self.gain.wants(case):
+        if reading > MOST_SAVED * tokens * streams * self.gain.plain[streams]:
             return
-        # 2. No other stream may wait longer than for a chunk of a prompt. If too much is lacking,
-        # read a part of it, and write nothing this time.
-        share = share_seconds(self._pace(own=streams > 1)) / streams
+        if len(lacking) > readable:
+            draft_model.read(run.slot.id, lacking[:readable], [run])
+            return
         deadline = time.perf_counter() + share
-        readable = draft_model.costs.longest(share - self.costs(streams))
-        if len(lacking) > min(readable, AHEAD_TOKENS):
-            draft_model.read(run.slot.id, lacking[:readable], [])  # which whoever comes may abort
-            return
-        # 3. Check a token that is likely enough to be right; write the next one if it is too.
-        work.case = case
         most = min(room, MODEL_LENGTH)
         # The seconds that a right token saves, times the probability that all so far are right.
-        worth = self.gain.plain[streams]  # known, since the draft is wanted
+        worth = self.gain.plain[streams]
         size = streams  # of the decode that checks them, without the other streams' drafts
+        # Check a token that is likely enough to be right; write the next one if it is too.
         for token, probability in draft_model.continuations(run, lacking):
             work.foreseen.append(token)
             worth *= probability
@@ -198,6 +200,7 @@ class Decoder:
             if worth <= self.costs(size + 1) - self.costs(size):
                 return
             work.tokens.append(token)
+            work.case = case
             size += 1
             further = draft_model.costs(1) + self.costs(size + 1)  # to write and check one more
             is_late = time.perf_counter() + further > deadline
@@ -206,15 +209,18 @@ class Decoder:
 
     def read_idle(self) -> bool:
         """While nobody waits for any model: let the draft model read a piece of what it lacks of
-        the idle sequences, which the next requests will go on with. False if there is nothing.
+        the idle sequences, which the next requests will go on with. False if it has all, or cannot
+        read.
         """
         draft_model = self.draft_model
-        if not draft_model or self.compute.baton.active:
+        if not draft_model:
             return False
         for slot in self.sequences.slots:
             lacking = draft_model.follow(slot.id, slot.tokens) if slot.tokens else []
             if len(lacking) > 1:
-                return draft_model.read(slot.id, lacking[:AHEAD_TOKENS], [])
+                if self.compute.baton.active:
+                    return True
+                return draft_model.read(slot.id, lacking[:AHEAD_TOKENS], []) in (0, ABORTED)
         return False
 
     def _next_chunk(self, run: Run, runs: list[Run]) -> Work:
@@ -243,7 +249,7 @@ class Decoder:
         other = self.compute.baton.fastest_other(self)
         return min(self.costs(1), other) if own else other
 
-    def _step(self, works: list[Work]) -> float:
+    def _decode(self, works: list[Work]) -> float:
         """Run one llama_decode and handle its result for each sequence. Returns the seconds; 0.0 if
         it was not done.
         """
@@ -338,8 +344,9 @@ class Decoder:
         for i, token in enumerate(work.tokens):
             slot.tokens.append(token)
             run.pending = run.sample(self.model, base + i)
-            if self.draft_model and i < len(work.foreseen):
-                self.draft_model.count(run.pending == work.foreseen[i])
+            if i < len(work.foreseen):
+                self.tally.foreseeable_tokens += 1
+                self.tally.foreseen_tokens += run.pending == work.foreseen[i]
             if self._emit(run, run.pending) or i == drafted or run.pending != work.tokens[i + 1]:
                 break
             accepted += 1

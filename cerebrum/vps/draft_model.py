@@ -7,24 +7,22 @@ to the worker of the large model, whose `Decoder` asks it and checks what it wro
 from __future__ import annotations
 
 import contextlib
-import json
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from cerebrum.settings import write_atomically
 from cerebrum.vps.compute import Compute, ModelTally
-from cerebrum.vps.drafts import MODEL_LENGTH, USUAL_ACCEPTANCE, pair_rate
+from cerebrum.vps.drafts import MODEL_LENGTH
 from cerebrum.vps.job import Run
-from cerebrum.vps.llama import Llama, ModelError, Slot
+from cerebrum.vps.llama import Llama, ModelError, Slot, file_stamp, is_recurrent, load_model
 from cerebrum.vps.schedule import Costs
 from cerebrum.vps.tokens import common_prefix
 from cerebrum.vps.vocabulary import api
 
 LAST = -1  # the last logits of a decode
-ENOUGH_TOKENS = 1000  # show how often a draft model is right
-MIN_PAIR_GAIN = 1.05  # of the rate; for less, a second model is not worth its memory
 MAX_PADDING = 256  # ids that only one of two vocabularies has
 
 
@@ -39,67 +37,39 @@ VOCABULARY_READERS = (
 )
 
 
-def check_pair(model: Llama, draft: Llama) -> int:
-    """The number of ids that mean the same token in both models. ModelError if they are too
-    different for one to write ahead of the other.
+def check_pair(path: Path, draft: Path) -> None:
+    """ModelError if the model of the file `draft` cannot write ahead of the other one. OSError if a
+    file cannot be read.
     """
-    if draft.recurrent:
-        raise ModelError("it is recurrent and cannot take back tokens")
-    ours, theirs = model.vocabulary.vocab, draft.vocabulary.vocab
+    if reason := _mismatch(path, file_stamp(path), draft, file_stamp(draft)):
+        raise ModelError(reason)
+
+
+@functools.lru_cache(64)  # large vocabularies take two seconds
+def _mismatch(path: Path, _stamp: str, draft: Path, _draft_stamp: str) -> str:
+    """Why two models cannot be a pair, "" if they can."""
+    with contextlib.ExitStack() as loaded:
+        models = []
+        for file in (path, draft):
+            models.append(load_model(file, weights=False))
+            loaded.callback(api.llama_model_free, models[-1])
+        if any(map(is_recurrent, models)):
+            return "a recurrent model cannot take back tokens"
+        return _difference(*map(api.llama_model_get_vocab, models))
+
+
+def _difference(ours: Any, theirs: Any) -> str:
+    """In what the draft model's vocabulary differs too much from the large model's."""
     if any(read(ours) != read(theirs) for read in VOCABULARY_READERS):
-        raise ModelError("its vocabulary is of another type, or begins and ends texts otherwise")
-    fewer, more = sorted((model.n_vocab, draft.n_vocab))
-    if more - fewer > MAX_PADDING:
-        raise ModelError(f"it has {draft.n_vocab} tokens instead of {model.n_vocab}")
+        return "its vocabulary is of another type, or begins and ends texts otherwise"
+    wanted, got = map(api.llama_vocab_n_tokens, (ours, theirs))
+    if abs(wanted - got) > MAX_PADDING:
+        return f"it has {got} tokens instead of {wanted}"
     for read in (api.llama_vocab_get_text, api.llama_vocab_get_attr):
-        for token in range(fewer):
+        for token in range(min(wanted, got)):
             if read(ours, token) != read(theirs, token):
-                raise ModelError(f"its token {token} is another one")
-    return fewer
-
-
-def saved_seconds(costs: Costs, draft_seconds: float, acceptance: float) -> float:
-    """The seconds that a draft model should save for each token, if it takes `draft_seconds` for
-    one itself. ModelError if that is hardly any.
-    """
-    alone, pair = 1 / costs(1), pair_rate(costs, draft_seconds, acceptance)
-    if pair < MIN_PAIR_GAIN * alone:
-        figures = f"{pair:.1f} tokens a second with it, {alone:.1f} without"
-        raise ModelError(f"it is too slow on this CPU: {figures}")
-    return 1 / alone - 1 / pair
-
-
-class Record:
-    """How often a model's draft model was right on this machine: of `asked` tokens, `right`. It is
-    kept in a file between loads.
-    """
-
-    def __init__(self, state_dir: Path, model_id: str, draft_id: str) -> None:
-        self.path, self.draft_id = state_dir / "drafts" / f"{model_id}.json", draft_id
-        self.asked = self.right = 0
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, OverflowError):
-            found = json.loads(self.path.read_text())
-            right, asked = int(found["right"]), int(found["asked"])
-            if found["draft"] == draft_id and 0 <= right <= asked:
-                self.asked, self.right = asked, right
-
-    @property
-    def acceptance(self) -> float | None:
-        """The share of tokens that it expected; None if too few are known."""
-        return self.right / self.asked if self.asked >= ENOUGH_TOKENS else None
-
-    @property
-    def expected(self) -> float:
-        """The share that it should expect of the next texts: the usual one at least, because a low
-        one must not keep it away for good.
-        """
-        return max(self.acceptance or 0.0, USUAL_ACCEPTANCE)
-
-    def write(self) -> None:
-        """Keep it for the next loads."""
-        text = json.dumps({"draft": self.draft_id, "asked": self.asked, "right": self.right})
-        with contextlib.suppress(OSError):  # the next load knows less
-            write_atomically(self.path, text.encode())
+                return f"its token {token} is another one"
+    return ""
 
 
 @dataclass(eq=False)
@@ -113,22 +83,8 @@ class DraftModel:
     costs: Costs
     compute: Compute
     tally: ModelTally
-    record: Record
-    known: int  # ids that mean the same token in both models
-    saving: float  # seconds that it should save for each token of the text
+    known: int  # ids that both models have
     slots: Sequence[Slot]
-
-    def count(self, is_right: bool) -> None:
-        """Count a token of the large model: whether it was expected."""
-        self.tally.foreseeable_tokens += 1
-        self.tally.foreseen_tokens += is_right
-        self.record.asked += 1
-        self.record.right += is_right
-
-    def pays(self, lacking: int, tokens: int) -> bool:
-        """Whether to read `lacking` tokens, to save time while `tokens` are written."""
-        # One token is read for each draft in any case.
-        return self.costs(lacking) - self.costs(1) < self.saving * tokens
 
     def follow(self, number: int, tokens: list[int]) -> list[int]:
         """Cut the slot of this number to what it has of a sequence of `tokens`, which are not
@@ -147,20 +103,19 @@ class DraftModel:
         probabilities. Each is read when the next one is asked for.
         """
         unread = lacking
-        while self.read(run.slot.id, unread, [run]):
+        while self.read(run.slot.id, unread, [run]) == 0:
             token = self.model.greedy(LAST)
             yield token, self.model.probability(LAST, token)
             unread = [token]
 
-    def read(self, number: int, tokens: list[int], runs: Sequence[Run]) -> bool:
+    def read(self, number: int, tokens: list[int], runs: Sequence[Run]) -> int | None:
         """Append these tokens to the slot of this number, for these runs; without any, for nobody
-        yet, and any request may abort it. False if that was not done.
+        yet, and any request may abort it. Returns the answer of `Compute.decode`.
         """
         slot = self.slots[number]
         code, begin = self.compute.decode(self.model, self.costs, runs, [(slot, tokens, 1)])
-        if code != 0:  # the cells that it may have left, `follow` drops
-            return False
-        slot.tokens += tokens
-        if runs:  # else nobody waited
+        if runs and begin:  # else nobody waited, or there was no decode
             self.tally.ahead_seconds += time.perf_counter() - begin
-        return True
+        if code == 0:  # otherwise `follow` drops the cells that it may have left
+            slot.tokens += tokens
+        return code

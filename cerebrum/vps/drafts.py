@@ -6,7 +6,7 @@ Pure: no model, no clock.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 
@@ -20,93 +20,86 @@ RECENT = 16  # latest occurrences of a gram that are looked at
 MAX_CHANGE = 8
 NEAR = 48  # after a change the copy usually continues within this many tokens
 MAX_MATCH = 32  # tokens that are compared before two positions
-MAX_CREDIT = 16  # of the tokens before a change, these many count for the streak after it
 # Of drafts of the text. With the token before it, a decode of 28 to 31 tokens takes as long as one
 # of 32.
 LENGTHS = (0, 3, 7, 15, 31, 63)
-SEEN, TRIALS = 50, 8  # drafts by which a length is judged: at most, at least
-# Only so many drafts in a row are judged by the decode without one before them: later the machine
-# may have another speed.
-FRESH = 4
-RETRY = 64  # a verdict that was followed this often is contradicted once
-
-
-TEXT, MODEL = "text", "model"  # sources of drafts
 MODEL_LENGTH = 15  # most tokens that a draft model writes ahead
+
+# What drafts may cost before they save anything, and what they may lose of what they have saved: as
+# many seconds as this many tokens take without drafts. A 0.5B reads 1,000 tokens while a 7B writes
+# 17.
+TRIAL_TOKENS, MOST_TOKENS = 18, 64
+AGAIN = 0.01  # of the time without drafts; it pays for the trials later
+RETRY = 64  # so many drafts in a row are compared with one decode without a draft
 # The share of a 1.5B's tokens that the 0.5B of its family expected, in new code. It stands for
-# pairs that nothing is known of yet.
+# every pair.
 USUAL_ACCEPTANCE = 0.889
 
 
-def pair_rate(costs: Callable[[int], float], draft_seconds: float, acceptance: float) -> float:
-    """Tokens a second of a model whose draft model takes `draft_seconds` for a token and is right
-    with a probability of `acceptance`. `costs` are the seconds of the model's decodes. The rate
-    without drafts if that is higher.
+def pair_rate(costs: Callable[[int], float], draft_seconds: float) -> float:
+    """Tokens a second of a model whose draft model takes `draft_seconds` for a token, if that one
+    is right as often as usual. `costs` are the seconds of the model's decodes. The rate without
+    drafts if that is higher.
     """
     rates = []
-    tokens, likely = 0.0, 1.0
+    tokens = 0.0
     for length in range(MODEL_LENGTH + 1):
-        tokens += likely
-        likely *= acceptance
+        tokens += USUAL_ACCEPTANCE**length
         rates.append(tokens / (length * draft_seconds + costs(length + 1)))
     return max(rates)
 
 
-Case = tuple[int, str, int]  # the number of streams, a draft's source and its length
+# The number of streams, and the length of a draft of the text or MODEL for any of a draft model.
+Case = tuple[int, int]
+MODEL = 0
 
 
 class Gain:
-    """Whether drafts save time, by their source, their length and the number of streams. Owned by a
-    worker and kept across requests. Whatever a draft model writes counts as a draft of
-    MODEL_LENGTH, the most that it may write.
+    """Which drafts save time, by the number of streams, and by source and length. Owned by a worker
+    and kept across requests.
 
-    A draft is judged by the decodes without drafts just before it, because a machine with
-    neighbours changes its speed.
+    Each case has a credit of seconds. All that its drafts take is charged to it, and the time that
+    the written tokens would have taken without drafts is added. So a case that never saves
+    anything costs a few tokens' time once, and then a hundredth of the time.
     """
 
     def __init__(self) -> None:
         # By the number of streams: moving average of the seconds per token without drafts.
         self.plain: dict[int, float] = {}
-        self.judged = Counter[int]()  # by the number of streams: drafts judged by this average
-        # By streams, source and length, for each of the latest drafts: the seconds that its tokens
-        # took longer than without it.
-        self.losses: dict[Case, deque[float]] = defaultdict(lambda: deque(maxlen=SEEN))
-        # How often each verdict was given.
-        self.verdicts = Counter[tuple[Case, bool]]()
+        self.drafts = Counter[int]()  # by the number of streams: since the last decode without one
+        self.credits: dict[Case, float] = {}
 
     def learn_plain(self, streams: int, tokens: int, seconds: float) -> None:
         """Count a decode without a draft that wrote `tokens`."""
         if tokens:
             pace = seconds / tokens
             self.plain[streams] = (3 * self.plain.get(streams, pace) + pace) / 4
-            self.judged[streams] = 0
+            self.drafts[streams] = 0
+            for case in self.credits:
+                if case[0] == streams:
+                    self.credits[case] += AGAIN * seconds
 
     def learn(self, case: Case, tokens: int, seconds: float) -> None:
-        """Count a decode with a draft, and the time that making the draft took: `tokens` were
-        written.
-        """
-        streams = case[0]
-        if tokens and self.judged[streams] < FRESH:
-            self.losses[case].append(seconds - tokens * self.plain[streams])
-            self.judged[streams] += 1
+        """Count a decode with a draft that wrote `tokens`."""
+        streams, _ = case
+        self.charge(case, seconds - tokens * self.plain[streams])
+        self.drafts[streams] += 1
 
-    def wants(self, case: Case) -> bool:
-        """Whether to make such a draft now; each call counts. Each verdict is contradicted once
-        after it was followed RETRY times, so that an outdated one is tested again.
+    def charge(self, case: Case, seconds: float) -> None:
+        """Take seconds from the credit of a case; negative ones were saved."""
+        most = MOST_TOKENS * self.plain[case[0]]
+        self.credits[case] = min(self._credit(case) - seconds, most)
+
+    def _credit(self, case: Case) -> float:
+        return self.credits.get(case, TRIAL_TOKENS * self.plain[case[0]])
+
+    def wants(self, case: Case, seconds: float = 0.0) -> bool:
+        """Whether to make such a draft now, which takes so many seconds before it can save any.
+        Never without a recent decode to compare with: a machine with neighbours changes its speed.
         """
-        streams, source, _ = case
-        if streams not in self.plain:
-            return False  # there is nothing to compare with
-        losses = self.losses[case]
-        verdict = sum(losses) <= 0
-        if len(losses) < TRIALS:
-            # Too few: make it if it can be judged. A draft model's are made in any case: it is only
-            # loaded if they should save time.
-            verdict = source == MODEL or self.judged[streams] < FRESH
-        given = case, verdict
-        self.verdicts[given] += 1
-        is_test = self.verdicts[given] % (RETRY + 1) == 0
-        return not verdict if is_test else verdict
+        streams, _ = case
+        has_plain = streams in self.plain and self.drafts[streams] < RETRY
+        return has_plain and self._credit(case) > seconds
 
 
 class Drafter:
@@ -128,9 +121,7 @@ class Drafter:
         for position in range(self.own + GRAM, len(self.tokens) + 1):
             self._add(position)
         self.at = -1  # position of the token expected next, -1 for none
-        # Number of consecutive tokens predicted correctly. After a change some are credited.
-        self.streak = 0
-        self.before_change = 0  # the streak before the latest mismatch
+        self.streak = 0  # number of consecutive tokens predicted correctly
         self.changed_from = 0  # position where the latest change began
         self.changes: dict[tuple[int, ...], list[int]] = {}
         self.done = 0  # tokens already seen of the change expected at `at`
@@ -164,13 +155,6 @@ class Drafter:
             self.streak += 1
             self.at, self.done = at, done
             return
-        if old := self._changed(self.at):
-            del self.changes[old]
-            if token == old[0] and not self.done:  # this time the copy kept the old token
-                self.streak += 1
-                self.at += 1
-                return
-        self.before_change = self.streak
         self.streak = 0
         self.changed_from = len(self.tokens) - self.done
         self.done = 0
@@ -204,8 +188,7 @@ class Drafter:
 
     def _search(self) -> None:
         """Find the position after an earlier occurrence of the latest tokens: soon after the
-        position just lost, which shows how the copy was changed, or else the one with the longest
-        match.
+        position just lost, which shows how the copy was changed, or else the latest one.
         """
         lost = self.at
         gram = tuple(self.tokens[-GRAM:])
@@ -215,10 +198,11 @@ class Drafter:
         if soon:
             self.at = min(soon)
             self._remember_change(lost)
-            self.streak = self._matched(self.at) + min(self.before_change, MAX_CREDIT)
         elif found:
-            self.at = max(found, key=lambda position: (self._matched(position), position))
-            self.streak = self._matched(self.at)
+            self.at = found[-1]
+        else:
+            return
+        self.streak = self._matched(self.at)
 
     def _is_soon(self, position: int, lost: int) -> bool:
         """Whether a copy lost at `lost` may continue at `position`, in the same sequence."""

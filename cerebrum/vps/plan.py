@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from cerebrum.vps.draft_model import MIN_PAIR_GAIN, Record
+from cerebrum.vps.draft_model import check_pair
 from cerebrum.vps.drafts import pair_rate
 from cerebrum.vps.encoding import DECODES, TunedFile, find_tuned
 from cerebrum.vps.llama import MB, ModelError, Settings
@@ -35,20 +35,20 @@ class LoadPlan(NamedTuple):
         """The memory in all."""
         return sum(self.parts.values())
 
-    def rate(self, acceptance: float) -> float:
-        """The tokens a second to expect, if the draft model is right as often as that and as much
-        faster as it is smaller.
-        """
+    @property
+    def rate(self) -> float:
+        """The tokens a second to expect, if the draft model is as much faster as it is smaller."""
         if not self.draft:
             return 1 / self.seconds[0]
         smaller = self.draft.parts["weights"] / self.parts["weights"]
         draft_seconds = smaller * self.seconds[0]
         costs = Costs(dict(zip(DECODES, self.seconds, strict=True)))
-        return pair_rate(costs, draft_seconds, acceptance)
+        return pair_rate(costs, draft_seconds)
 
-    def words(self, acceptance: float) -> str:
+    @property
+    def words(self) -> str:
         file = "tuned" if self.tuned else "published"
-        rate = f"{self.rate(acceptance):.1f} tokens a second"
+        rate = f"{self.rate:.1f} tokens a second"
         return f"{rate} by the {file} file in {self.settings.context}"
 
 
@@ -105,6 +105,7 @@ def plan_pair(
         pair = plan_load(path, settings, model.sha256, free, need)
         small = beside(pair.settings)
         (parts,) = needed(file, [small])
+        check_pair(path, file)
     except FileNotFoundError:
         return alone._replace(note=f"{draft.id} is not here to write drafts")
     except (ModelError, OSError) as error:
@@ -118,23 +119,26 @@ def plan_pair(
         return alone._replace(note=f"{draft.id} has no room to write drafts")
     if not alone.seconds:
         return pair._replace(note=f"{draft.id} writes drafts")
-    return best_plan(alone, pair, Record(settings.state_dir, model.id, draft.id))
+    return best_plan(alone, pair, draft.id)
 
 
-def best_plan(alone: LoadPlan, pair: LoadPlan, record: Record) -> LoadPlan:
+MIN_PAIR_GAIN = 1.05  # of the rate; for less, a second model is not worth its memory
+
+
+def best_plan(alone: LoadPlan, pair: LoadPlan, draft_id: str) -> LoadPlan:
     """A model alone or with its draft model: the one with more tokens a second times tokens of
     context. Half a context is a fair price for twice the speed.
     """
 
     def worth(plan: LoadPlan) -> float:
-        return plan.rate(record.expected) * plan.settings.n_ctx * plan.settings.sequences
+        return plan.rate * plan.settings.n_ctx * plan.settings.sequences
 
-    with_it = pair.words(record.expected)
-    without = alone.words(record.expected)
+    with_it = pair.words
+    without = alone.words
     if worth(pair) > MIN_PAIR_GAIN * worth(alone):
         return pair._replace(
-            note=f"{record.draft_id} writes drafts: expected {with_it}; without it {without}"
+            note=f"{draft_id} writes drafts: expected {with_it}; without it {without}"
         )
     return alone._replace(
-        note=f"{record.draft_id} writes no drafts: expected {without}; with it {with_it}"
+        note=f"{draft_id} writes no drafts: expected {without}; with it {with_it}"
     )

@@ -33,7 +33,6 @@ from cerebrum_common import HttpError, Model, log
 LOAD_TICK_SECONDS = 0.25  # how often a load's progress is reported
 # A file that failed to load is tried again after this time, or when it changes.
 LOAD_AGAIN_SECONDS = 300.0
-PAIR_AGAIN_SECONDS = 86_400.0  # the same of a draft model that was no use
 
 
 @dataclass(eq=False)
@@ -44,14 +43,17 @@ class Instance:
 
     model: Model
     worker: Worker
-    draft: Model | None  # the model that writes its drafts
     estimate: int  # bytes it will use in time: attention's buffers fill as contexts grow
     ready: asyncio.Future[None]  # the worker's `ready`, as a future of the loop
     freed: asyncio.Task[None]  # ends when all of the model's memory is free
-    leaving: bool = False  # its worker has to stop
     users: set[object] = field(default_factory=set)
     # Monotonic: a clock that jumps must not unload a model.
     last_used: float = field(default_factory=time.monotonic)
+
+    @property
+    def leaving(self) -> bool:
+        """Whether its worker stops, or has failed."""
+        return self.worker.stopping
 
     @property
     def idle(self) -> bool:
@@ -59,13 +61,8 @@ class Instance:
 
     @property
     def is_ready(self) -> bool:
-        """Whether it is loaded. If a load fails, `ready` may end before the model is leaving."""
-        return self.ready.done() and not self.leaving and not self.ready.exception()
-
-    def leave(self) -> None:
-        """Stop the worker, without waiting for it."""
-        self.leaving = True
-        self.worker.stop()
+        """Whether it is loaded."""
+        return self.ready.done() and not self.leaving
 
 
 # What of a model's entry a loaded model depends on.
@@ -73,15 +70,11 @@ how_loaded = operator.attrgetter("id", "file", "sha256", "fim", "fim_layout", "d
 
 
 def remove_unlisted(state_dir: Path, models: Sequence[Model]) -> None:
-    """Remove the saved prompts, the tuned files and the notes on drafts of models that are not
-    among these. Another process may be tuning, in a folder whose name begins with a dot.
+    """Remove the saved prompts and the tuned files of models that are not among these. Another
+    process may be tuning, in a folder whose name begins with a dot.
     """
     kept = {model.id for model in models} | {model.file for model in models}
-    for path in (
-        *state_dir.glob("kv/*"),
-        *state_dir.glob("tuned/[!.]*"),
-        *state_dir.glob("drafts/*"),
-    ):
+    for path in (*state_dir.glob("kv/*"), *state_dir.glob("tuned/[!.]*")):
         if path.name.removesuffix(".json") not in kept:
             log.info("%s: removed, models.toml does not list its model", path)
             shutil.rmtree(path, ignore_errors=True)
@@ -142,8 +135,8 @@ class Pool:
         self.loading = asyncio.Lock()  # memory is checked for one load at a time
         # Loads that have no worker yet, by model.
         self.starting: dict[str, asyncio.Task[HttpError | None]] = {}
-        # Models that could not be loaded, and those that could not write drafts for another: the
-        # reason, the file's stamp, and the monotonic time of the next try.
+        # Models that could not be loaded: the reason, the file's stamp, and the monotonic time of
+        # the next try.
         self.failures: dict[str, tuple[str, str, float]] = {}
 
     def configure(self, models: Sequence[Model], min_free_mb: float, idle_minutes: float) -> None:
@@ -187,23 +180,11 @@ class Pool:
                 f"model {model.id}: the file {model.file} is missing; "
                 f"in the backend's folder on the VPS run: {self.fetch} {model.id}",
             )
-        message = self._failed(model.id, model.file)
-        return HttpError("MODEL_LOAD_FAILED", message) if message else None
-
-    def _failed(self, use: str, file: str) -> str:
-        """The reason if this use of a file has failed recently, "" if not."""
-        message, stamp, until = self.failures.get(use, ("", "", 0.0))
+        message, stamp, until = self.failures.get(model.id, ("", "", 0.0))
         with contextlib.suppress(OSError):  # the file has just gone, and the next load will say so
-            if time.monotonic() < until and stamp == file_stamp(self.folder / file):
-                return message
-        return ""
-
-    def _draft_of(self, model: Model) -> Model | None:
-        """The model that is to write drafts for this one; None if it has just turned out useless,
-        since it would take memory at each load.
-        """
-        draft = self.models.get(model.draft)
-        return None if draft and self._failed(f"{model.id} {draft.id}", draft.file) else draft
+            if time.monotonic() < until and stamp == file_stamp(path):
+                return HttpError("MODEL_LOAD_FAILED", message)
+        return None
 
     def check(self, model_id: str) -> None:
         """HttpError if the model is unknown or cannot be used."""
@@ -254,11 +235,11 @@ class Pool:
         """Unload an idle instance if models.toml no longer lists its model, or changes how to
         load it.
         """
-        listed = set(map(how_loaded, self.models.values()))
-        used = {how_loaded(model) for model in (instance.model, instance.draft) if model}
-        if instance.idle and not used <= listed:
+        listed = self.models.get(instance.model.id)
+        is_same = listed and how_loaded(listed) == how_loaded(instance.model)
+        if instance.idle and not is_same:
             log.info("model %s: unloaded, models.toml has changed", instance.model.id)
-            instance.leave()
+            instance.worker.stop()
 
     def _start_load(self, model: Model) -> asyncio.Task[HttpError | None]:
         """The task that starts to load the model and returns the error if it cannot. The task
@@ -284,13 +265,11 @@ class Pool:
             self.starting[model.id] = asyncio.create_task(load())
         return self.starting[model.id]
 
-    def _remember(
-        self, use: str, file: str, reason: str, seconds: float = LOAD_AGAIN_SECONDS
-    ) -> None:
-        """Remember for so long that this use of a file has failed."""
+    def _remember(self, model: Model, reason: str) -> None:
+        """Remember that the model could not be loaded."""
         with contextlib.suppress(OSError):  # the file has gone
-            stamp = file_stamp(self.folder / file)
-            self.failures[use] = reason, stamp, time.monotonic() + seconds
+            stamp = file_stamp(self.folder / model.file)
+            self.failures[model.id] = reason, stamp, time.monotonic() + LOAD_AGAIN_SECONDS
 
     async def plan(self, model: Model) -> LoadPlan:
         """What would be loaded of the model if all idle models were unloaded. HttpError if the file
@@ -298,7 +277,7 @@ class Pool:
         """
         free = MB * (self._free_mb() + megabytes(removable(self.instances.values())))
         problem = f"model {model.id} ({model.file})"
-        draft = self._draft_of(model)
+        draft = self.models.get(model.draft)
         try:
             return await asyncio.to_thread(
                 plan_pair, model, draft, self.folder, self.settings, free
@@ -306,7 +285,7 @@ class Pool:
         except ModelError as error:
             reason = f"{problem}: {error}"
             # Since each list of models asks.
-            self._remember(model.id, model.file, reason)
+            self._remember(model, reason)
             raise HttpError("MODEL_LOAD_FAILED", reason) from None
         except OSError:
             raise HttpError("MODEL_LOAD_FAILED", f"{problem}: the file cannot be read") from None
@@ -321,7 +300,7 @@ class Pool:
 
     async def _load(self, model: Model) -> None:
         """Start to load a model; HttpError if it does not fit into memory or cannot be read."""
-        draft = self._draft_of(model)  # as the plan has it: models.toml may change meanwhile
+        draft = self.models.get(model.draft)  # as the plan has it: models.toml may change meanwhile
         plan = await self.plan(model)
         self._log(model, plan)
         await self._make_room(model.id, plan.parts)
@@ -330,34 +309,24 @@ class Pool:
         loader = self._loader(model, plan)
         if draft and plan.draft:
             loader.draft = self._loader(draft, plan.draft)
-        else:
-            draft = None
         worker = Worker(loader, self.baton, tally)
         # Before anything waits for the worker's end, since even a thread can fail to start.
         worker.start()
         ready = asyncio.wrap_future(worker.ready)
         freed = asyncio.create_task(self._reap(worker))
-        instance = Instance(model, worker, draft, plan.bytes, ready, freed)
+        instance = Instance(model, worker, plan.bytes, ready, freed)
 
         def loaded(future: asyncio.Future[None]) -> None:
             error = future.exception()  # marks it as retrieved, even if nobody waits
             if not error:
                 instance.last_used = time.monotonic()
-                if draft and not worker.draft:
-                    instance.draft = None
-                    instance.estimate -= plan.parts["draft"]
-                    self._remember(
-                        f"{model.id} {draft.id}", draft.file, plan.note, PAIR_AGAIN_SECONDS
-                    )
                 tally.loads += 1
                 tally.load_seconds += instance.last_used - begun
             elif isinstance(error, HttpError) and error.code == "MODEL_LOAD_FAILED":
                 tally.failed_loads += 1
-                self._remember(model.id, model.file, error.message)
+                self._remember(model, error.message)
 
         ready.add_done_callback(loaded)
-        ending = asyncio.wrap_future(worker.ending)
-        ending.add_done_callback(lambda _: instance.leave())  # if the worker ends by itself
         self.instances[model.id] = instance
 
     def _log(self, model: Model, plan: LoadPlan) -> None:
@@ -436,7 +405,7 @@ class Pool:
         back.
         """
         before = resident_bytes()
-        instance.leave()
+        instance.worker.stop()
         await asyncio.wait([instance.freed])  # which goes on if this wait is cancelled
         return round(max(0, before - resident_bytes()) / MB, 1)
 
@@ -472,7 +441,8 @@ class Pool:
         """End all loads, and unload all models. Their workers save the parked sequences."""
         for load in self.starting.values():
             load.cancel()
-        for instance in self.instances.values():
-            instance.leave()
-        if ending := [instance.freed for instance in self.instances.values()]:
-            await asyncio.wait(ending)
+        instances = list(self.instances.values())
+        for instance in instances:
+            instance.worker.stop()
+        for instance in instances:
+            await asyncio.wait([instance.freed])

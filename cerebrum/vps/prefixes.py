@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import sys
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from cerebrum.vps.tokens import common_prefix
 from cerebrum_common import log
 
 MIN_PREFIX = 16  # tokens; a shorter sequence is computed faster than it is stored and restored
-TOKEN_BYTES = 4
+TOKEN_BYTES, DIGEST_BYTES = 4, 32
 STORE_SECONDS = 3.0  # after this long without a request, idle sequences are stored
 
 
@@ -31,15 +32,11 @@ class Parked:
     state: bytes | memoryview
     low: bool = False  # of a request of low priority
 
-    @property
-    def size(self) -> int:
-        return len(self.state) + TOKEN_BYTES * len(self.tokens)
-
 
 class PrefixStore:
-    """Recent sequences within a budget of bytes. Those of low priority are dropped first, and make
-    room for their own kind alone; of each kind, the least recently used one is. Owned by one
-    worker.
+    """Recent sequences whose states are within a budget of bytes. Those of low priority are dropped
+    first, and make room for their own kind alone; of each kind, the least recently used one is.
+    Owned by one worker.
 
     With `whole`, a sequence cannot be cut: its beginnings are kept beside it, and it serves only
     prompts that go on with it.
@@ -51,9 +48,9 @@ class PrefixStore:
 
     @property
     def size(self) -> int:
-        return sum(entry.size for entry in self.entries)
+        return sum(len(entry.state) for entry in self.entries)
 
-    def _touch(self, entry: Parked) -> None:
+    def touch(self, entry: Parked) -> None:
         """Count the entry as just used."""
         self.entries.remove(entry)
         self.entries.append(entry)
@@ -62,14 +59,14 @@ class PrefixStore:
         """Whether a sequence of the tokens `new` serves every prompt that `old` serves."""
         return (new if self.whole else new[: len(old)]) == old
 
-    def covers(self, tokens: list[int], low: bool) -> bool:
-        """Whether an entry can stand for a sequence of `tokens`. If so, the entry counts as just
-        used.
+    def renew(self, tokens: list[int], low: bool) -> bool:
+        """Count an entry that can stand for a sequence of `tokens` as just used. False if there is
+        none.
         """
         for entry in self.entries:
             if self._replaces(entry.tokens, tokens):
                 entry.low = entry.low and low
-                self._touch(entry)
+                self.touch(entry)
                 return True
         return False
 
@@ -77,7 +74,7 @@ class PrefixStore:
         """Drop the entries that `tokens` extend, and others until `size` bytes more are within the
         budget. False, with nothing dropped, if that is impossible.
         """
-        if size + sum(old.size for old in self.entries if low > old.low) > self.budget:
+        if size + sum(len(old.state) for old in self.entries if low > old.low) > self.budget:
             return False
         self.entries = [
             old for old in self.entries if low > old.low or not self._replaces(tokens, old.tokens)
@@ -92,7 +89,7 @@ class PrefixStore:
 
     def add(self, entry: Parked) -> None:
         """Keep `entry`, if room can be made for it."""
-        if self.make_room(entry.tokens, entry.size, entry.low):
+        if self.make_room(entry.tokens, len(entry.state), entry.low):
             self.entries.append(entry)
 
     def reusable(self, tokens: list[int], prompt: list[int]) -> int:
@@ -104,14 +101,12 @@ class PrefixStore:
 
     def best(self, prompt: list[int]) -> tuple[Parked | None, int]:
         """The entry with the longest useful prefix of `prompt`, and the length of that prefix."""
-        best, length = None, 0
-        for entry in self.entries:
-            common = self.reusable(entry.tokens, prompt)
-            if common > length:
-                best, length = entry, common
-        if best:
-            self._touch(best)
-        return best, length
+
+        def length(entry: Parked) -> int:
+            return self.reusable(entry.tokens, prompt)
+
+        best = max(self.entries, key=length, default=None)
+        return best, length(best) if best else 0
 
 
 class Sequences:
@@ -138,6 +133,8 @@ class Sequences:
         guide = entry.tokens[:] if entry and stored > live else nearest.tokens[:]
         if stored <= live or stored < MIN_PREFIX:
             entry = None  # not worth restoring
+        if entry:
+            self.store.touch(entry)
         # 2. Which slot? The nearest; but if caches are separate and trimming it would lose more
         # tokens than it keeps, another gets a copy.
         loses = len(nearest.tokens) > 2 * live
@@ -153,17 +150,20 @@ class Sequences:
                 self.keep(other)
         # 4. Bring the prefix to the slot.
         if entry:
-            if not self.model.restore(slot, entry.state):
-                self.model.cut(slot, 0)
-                with contextlib.suppress(ValueError):  # what was parked may have taken its room
-                    self.store.entries.remove(entry)
-                return self.take_slot(prompt, free, low)
-            slot.tokens = entry.tokens[:]
+            self._restore(slot, entry)
         elif not stays and live >= MIN_PREFIX:
             self._copy(nearest, slot, live)
         self.model.cut(slot, self.store.reusable(slot.tokens, prompt))
         slot.low = low
         return slot, guide
+
+    def _restore(self, slot: Slot, entry: Parked) -> None:
+        """Bring a stored sequence to an empty slot. If llama.cpp rejects it, all is read again."""
+        if self.model.restore(slot, entry.state):
+            slot.tokens = entry.tokens[:]
+        else:
+            self.model.cut(slot, 0)
+            self.store.entries = [other for other in self.store.entries if other is not entry]
 
     def _copy(self, source: Slot, target: Slot, length: int) -> None:
         """Copy a prefix, if there is memory: a copy between separate caches takes some for a while,
@@ -191,13 +191,9 @@ class Sequences:
                     return True
         return False
 
-    def _size(self, slot: Slot) -> int:
-        """Bytes that the slot's sequence would take in the store."""
-        return self.model.state_size(slot) + TOKEN_BYTES * len(slot.tokens)
-
     def cut_to_budget(self, slot: Slot) -> None:
         """Cut a sequence to what the store can hold of it; a recurrent state cannot be cut."""
-        size = self._size(slot)
+        size = self.model.state_size(slot)
         if size > self.store.budget and not self.model.recurrent:
             self.model.cut(slot, len(slot.tokens) * self.store.budget // size)
 
@@ -205,9 +201,9 @@ class Sequences:
         """Copy the slot's sequence to the store, if it is within the budget. Room is made first:
         both would take memory together.
         """
-        if len(slot.tokens) < MIN_PREFIX or self.store.covers(slot.tokens, slot.low):
+        if len(slot.tokens) < MIN_PREFIX or self.store.renew(slot.tokens, slot.low):
             return
-        if self.store.make_room(slot.tokens, self._size(slot), slot.low):
+        if self.store.make_room(slot.tokens, self.model.state_size(slot), slot.low):
             self.store.add(Parked(slot.tokens[:], self.model.save(slot), slot.low))
 
     def park(self, slot: Slot) -> None:
@@ -218,35 +214,31 @@ class Sequences:
         self.model.cut(slot, 0)
 
 
-KV_MAGIC = b"cerebrum-kv-4\n"
-
-
 def encode_parked(entry: Parked, key: str) -> tuple[bytes, bytes | memoryview]:
-    """A file in two parts: magic, sha256 of the rest, a line with key and number of tokens, tokens
-    as int32; state.
+    """A file in two parts: sha256 of the key and the rest, the number of tokens and the tokens as
+    int32; state.
     """
-    head = f"{key} {len(entry.tokens)}\n".encode()
-    head += array("i", entry.tokens).tobytes()
-    digest = hashlib.sha256(head)
-    digest.update(entry.state)
-    return KV_MAGIC + digest.digest() + head, entry.state
+    head = array("i", [len(entry.tokens), *entry.tokens]).tobytes()
+    return _digest(key, head, entry.state) + head, entry.state
 
 
 def decode_parked(data: bytes, key: str) -> Parked:
     """The entry in a file made for `key`; ValueError if the file is damaged, truncated, or made for
     another key.
     """
-    start = len(KV_MAGIC) + 32
-    digest = hashlib.sha256(memoryview(data)[start:]).digest()
-    if data[:start] != KV_MAGIC + digest:
-        raise ValueError("damaged")
-    tokens_start = data.index(b"\n", start) + 1
-    made_for, count = data[start:tokens_start].decode().split()
-    if made_for != key:
-        raise ValueError("made for another model, context or library")
-    state_start = tokens_start + TOKEN_BYTES * int(count)
-    tokens = array("i", data[tokens_start:state_start]).tolist()
-    return Parked(tokens, memoryview(data)[state_start:])
+    rest = memoryview(data)[DIGEST_BYTES:]
+    if data[:DIGEST_BYTES] != _digest(key, rest):
+        raise ValueError("damaged, or made for another model, context or library")
+    count = int.from_bytes(rest[:TOKEN_BYTES], sys.byteorder)
+    end = TOKEN_BYTES * (1 + count)
+    return Parked(rest[TOKEN_BYTES:end].cast("i").tolist(), rest[end:])
+
+
+def _digest(key: str, *parts: bytes | memoryview) -> bytes:
+    digest = hashlib.sha256(key.encode())
+    for part in parts:
+        digest.update(part)
+    return digest.digest()
 
 
 def save_parked(
@@ -268,14 +260,12 @@ def save_parked(
         log.warning("parked sequences not saved: %s", error.strerror)
 
 
-def load_parked(folder: Path, key: str, budget: int) -> Iterator[Parked]:
-    """Read parked sequences back, the least recently used first. A damaged, foreign or oversized
-    file is removed.
+def load_parked(folder: Path, key: str) -> Iterator[Parked]:
+    """Read parked sequences back, the least recently used first. A damaged or foreign file is
+    removed.
     """
     for path in sorted(folder.glob("*")):
         try:
-            if path.stat().st_size > budget:
-                raise ValueError("over the budget")
             yield decode_parked(path.read_bytes(), key)
         except (OSError, ValueError) as error:
             log.info("parked sequence %s removed: %s", path.name, error)

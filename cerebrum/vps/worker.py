@@ -50,7 +50,7 @@ import llama_cpp
 from cerebrum.metrics import CANCELLED, resident_bytes
 from cerebrum.vps.compute import Compute, ModelTally
 from cerebrum.vps.decoder import Decoder
-from cerebrum.vps.draft_model import DraftModel, Record, check_pair, saved_seconds
+from cerebrum.vps.draft_model import DraftModel
 from cerebrum.vps.encoding import TunedFile, untuned
 from cerebrum.vps.job import Job, Run
 from cerebrum.vps.llama import (
@@ -64,16 +64,16 @@ from cerebrum.vps.llama import (
     llama_log,
 )
 from cerebrum.vps.prefixes import MIN_PREFIX, STORE_SECONDS, Sequences, load_parked, save_parked
-from cerebrum.vps.schedule import Baton, Costs, measure_costs
+from cerebrum.vps.schedule import Baton, measure_costs
 from cerebrum.vps.tokens import common_prefix
 from cerebrum_common import HttpError, log
 
-# A step has hung after the longer of HUNG_SECONDS (a step takes a few) and SLOWEST times the
+# A worker has hung after the longer of HUNG_SECONDS (a decode takes a few) and SLOWEST times the
 # decode's expected time.
 HUNG_SECONDS, SLOWEST = 120.0, 20.0
 MAX_BACKLOG = 256  # a job pauses when its client has this many deliveries unread
 RESUME_BACKLOG = 64  # the reader of the deliveries calls `Worker.wake` when this few are left
-# Until a run whose prompt stands still looks again whether another model still works.
+# Until a run whose prompt stands still, or a draft model, looks again whether another model works.
 GIVE_WAY_SECONDS = 0.05
 
 
@@ -127,18 +127,9 @@ class Loader:
 
     def set_key(self, model: Llama) -> None:
         """`key`, of all that a saved state depends on."""
-        settings = self.settings
-        parts = (
-            file_stamp(self.path),
-            llama_cpp.__version__,
-            model.n_ctx,
-            model.unified,
-            settings.sequences,
-            settings.kv_type,
-            settings.micro_batch,
-            settings.uses_flash_attention,
-        )
-        self.key = hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()
+        made = model.n_ctx, model.unified
+        parts = file_stamp(self.path), llama_cpp.__version__, made, self.settings
+        self.key = hashlib.sha256(repr(parts).encode()).hexdigest()
 
     @property
     def kv_dir(self) -> Path:
@@ -148,9 +139,9 @@ class Loader:
 class Worker(threading.Thread):
     """Owns one model's llama context, from load to unload.
 
-    The thread settles three futures: `ready` when the model is loaded (or with an HttpError if
-    loading failed), `ending` when it does no more work, and `ended` when everything is freed. Every
-    submitted job gets a last event, unless it was cancelled.
+    The thread settles two futures: `ready` when the model is loaded (or with an HttpError if
+    loading failed), and `ended` when everything is freed. Every submitted job gets a last event,
+    unless it was cancelled.
     """
 
     def __init__(self, loader: Loader, baton: Baton, tally: ModelTally) -> None:
@@ -159,9 +150,8 @@ class Worker(threading.Thread):
         self.model_id = loader.model_id
         self.baton = baton
         self.ready = Future[None]()
-        self.ending = Future[None]()
         self.ended = Future[None]()
-        self.stopping = False
+        self.stopping = False  # or it has failed
         self.memory_bytes = 0  # resident memory that loading added
         self.model: Llama | None = None
         self.draft: Llama | None = None
@@ -171,7 +161,7 @@ class Worker(threading.Thread):
         self.tally = tally
         # Bytes to drop of the parked sequences; other threads append, the thread removes.
         self.sheds: list[tuple[int, Future[None]]] = []
-        self.due = math.inf  # deadline of the current step; monotonic; written by the thread
+        self.due = math.inf  # deadline of what it does; monotonic; written by the thread
         self._alarm = threading.Event()  # something has changed that the thread should look at
         self._door = threading.Lock()  # guards `_closed`, after which no job begins to wait
         self._closed = False
@@ -300,7 +290,7 @@ class Worker(threading.Thread):
                 self._serve(decoder)
             except Exception as error:
                 self._error = self._failure(error)
-            self.ending.set_result(None)
+                self.stopping = True
             self._close()
         finally:
             self.due = math.inf
@@ -338,7 +328,6 @@ class Worker(threading.Thread):
         """Log why the worker ends early, and return the error for its clients."""
         name = f"model {self.model_id}"
         if self.ready.done():
-            self.stopping = True
             log.error(
                 "%s: the worker failed; the next request loads the model again",
                 name,
@@ -361,10 +350,10 @@ class Worker(threading.Thread):
         costs = measure_costs(self.model, self.baton, self._beat)
         settings = loader.settings
         compute = Compute(self.baton, self._beat)
-        draft_model = self._load_draft(self.model, costs, compute)
+        draft_model = self._load_draft(self.model, compute)
         sequences = Sequences(self.model, settings.sequences, settings.cache_mb * MB)
         store = sequences.store
-        for entry in load_parked(loader.kv_dir, loader.key, store.budget):
+        for entry in load_parked(loader.kv_dir, loader.key):
             self._beat()
             store.add(entry)
         self.memory_bytes = max(0, resident_bytes() - before - store.size)
@@ -372,7 +361,7 @@ class Worker(threading.Thread):
             self.model, sequences, costs, compute, self.tally, settings.draft, draft_model
         )
         decode_ms = f"{1000 * costs(1):.1f}/{1000 * costs(16):.1f}"
-        drafts = f", drafts by {draft_model.record.draft_id}" if draft_model else ""
+        drafts = f", drafts by {loader.draft.model_id}" if loader.draft and self.draft else ""
         log.info(
             "model %s loaded (%s%s): %d MB; decode of 1/16 tokens %s ms; %d sequences restored",
             self.model_id,
@@ -384,29 +373,22 @@ class Worker(threading.Thread):
         )
         return self.decoder
 
-    def _load_draft(self, model: Llama, costs: Costs, compute: Compute) -> DraftModel | None:
-        """The draft model, if there is one; None, and a line in the log, if it cannot be used or
-        would not pay.
-        """
-        settings, loader = self.loader.settings, self.loader.draft
+    def _load_draft(self, model: Llama, compute: Compute) -> DraftModel | None:
+        """The draft model, if there is one; None, and a line in the log, if it cannot be loaded."""
+        loader = self.loader.draft
         if not loader:
             return None
-        record = Record(settings.state_dir, self.model_id, loader.model_id)
-        slots = [Slot(number) for number in range(settings.sequences)]
         try:
             self.draft = loader.open(self._beat, model.abort_flag)
-            known = check_pair(model, self.draft)
-            own_costs = measure_costs(self.draft, self.baton, self._beat)
-            saved = saved_seconds(costs, own_costs(1), record.expected)
         except (ModelError, OSError) as error:
             if self._beat():
                 raise
             log.warning("model %s: %s writes no drafts: %s", self.model_id, loader.model_id, error)
-            if self.draft:
-                self.draft.close()
-            self.draft = None
             return None
-        return DraftModel(self.draft, own_costs, compute, self.tally, record, known, saved, slots)
+        costs = measure_costs(self.draft, self.baton, self._beat)
+        known = min(model.n_vocab, self.draft.n_vocab)
+        slots = [Slot(number) for number in range(loader.settings.sequences)]
+        return DraftModel(self.draft, costs, compute, self.tally, known, slots)
 
     def _close(self) -> None:
         """Answer every job, save the parked sequences, free the model. Each step runs even if an
@@ -423,8 +405,6 @@ class Worker(threading.Thread):
             for run in decoder.runs:
                 with self._logged("ending a request"):
                     decoder.fail(run, self._error)
-            if decoder.draft_model:
-                decoder.draft_model.record.write()
             with self._logged("saving parked sequences"):
                 self._save(decoder.sequences)
         self.decoder = None
@@ -442,11 +422,11 @@ class Worker(threading.Thread):
         save_parked(self.loader.kv_dir, self.loader.key, sequences.store.entries, self._beat)
 
     @contextlib.contextmanager
-    def _logged(self, step: str) -> Iterator[None]:
+    def _logged(self, task: str) -> Iterator[None]:
         try:
             yield
         except Exception:
-            log.exception("model %s: %s failed", self.model_id, step)
+            log.exception("model %s: %s failed", self.model_id, task)
 
     def _start_jobs(self, decoder: Decoder) -> None:
         """Drop cancelled jobs, and start waiting ones while there are slots: those of low priority
@@ -485,12 +465,14 @@ class Worker(threading.Thread):
             job.deliver([HttpError("INTERNAL_ERROR", "internal error; see the log")])
 
     def _idle(self, decoder: Decoder) -> None:
-        """Wait for the alarm, after the draft model has read what it lacks. Idle sequences are
+        """Wait for the alarm, once the draft model has read what it lacks. Idle sequences are
         stored only after STORE_SECONDS of quiet, because storing 3,500 tokens takes a fifth of a
         second and no request should wait for the storing.
         """
-        while not self._alarm.is_set() and decoder.read_idle():
+        while decoder.read_idle():
             self._beat()
+            if self._alarm.wait(GIVE_WAY_SECONDS if self.baton.active else 0):
+                return
         if self._alarm.wait(STORE_SECONDS):
             return
         for slot in self.slots:

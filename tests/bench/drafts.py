@@ -18,7 +18,7 @@ from typing import Any
 
 from servers import copying, parser_of, weights_of
 
-from cerebrum.vps.drafts import TEXT, Drafter, Gain
+from cerebrum.vps.drafts import Drafter, Gain
 from cerebrum.vps.llama import MAX_DRAFT, start_library
 from cerebrum.vps.vocabulary import Vocabulary, api
 
@@ -56,7 +56,7 @@ def seconds_of(drafter: Drafter, target: list[int]) -> float:
     while position < len(target):
         begin = position
         draft = drafter.draft(MAX_DRAFT)
-        if draft and not gain.wants((1, TEXT, len(draft))):
+        if draft and not gain.wants((1, len(draft))):
             draft = []
         for drafted in [*draft, None]:
             token = target[position]
@@ -68,7 +68,7 @@ def seconds_of(drafter: Drafter, target: list[int]) -> float:
         spent += seconds
         written = position - begin
         if draft:
-            gain.learn((1, TEXT, len(draft)), written, seconds)
+            gain.learn((1, len(draft)), written, seconds)
         else:
             gain.learn_plain(1, written, seconds)
     return spent

@@ -191,19 +191,6 @@ def test_a_user_without_a_home_needs_a_folder_for_the_state(
     assert config(CEREBRUM_STATE_DIR="/state").engine.state_dir == Path("/state")
 
 
-def test_config_defaults() -> None:
-    defaults = config()
-    assert (defaults.host, defaults.port, defaults.access.keys) == ("127.0.0.1", 9000, ())
-    engine = defaults.engine
-    assert (engine.n_ctx, engine.sequences) == (4096, 2)
-    assert (engine.draft, engine.kv_type) == (True, "f16")
-    assert (defaults.max_cpu_percent, defaults.min_free_mb) == (70, 1024)
-    assert (defaults.idle_minutes, defaults.hint_seconds) == (60, 5)
-    assert (defaults.log_level, defaults.log_file, defaults.log_prompts) == ("INFO", "", False)
-    assert 1 <= engine.threads <= 256
-    assert [model.id for model in defaults.models] == list(FILES)
-
-
 UNKNOWN = f"vpsd fetch: expected one of {', '.join(FILES)}, got 'x'"
 NO_KEY = "vpsd: CEREBRUM_API_KEY: expected a key, got none; make one with ./generate_api_key.sh"
 
