@@ -647,19 +647,14 @@ WRONG_FILES = (
 
 
 async def test_files_that_cannot_be_opened(chrome: Any) -> None:
-    python = {"id": "python", "endings": [".py"], "filenames": [], "served": True}
-    java = {"id": "java", "endings": [".java"], "filenames": [], "served": False}
-    told = {"models": [], "languages": [python, java]}
-    async with visiting(chrome, before=lambda visit: visit.fake("models", told)) as visit:
+    async with visiting(chrome) as visit:
         await visit.write("x = 1\n")
         for name, content, is_wrong in WRONG_FILES:
             await visit.drop(name, content)
             await visit.see("#error", f"{name} {is_wrong}; it was not opened.")
-            await visit.holds("x = 1\n")
-        await visit.drop("a.java", b"class A {}")
-        await visit.see_part(
-            "#outcome", "a.java is java, which no model in models.toml serves; using python."
-        )
+        await visit.holds("x = 1\n")
+        await visit.drop("notes.txt", b"text")
+        await visit.see_part("#outcome", "The file name shows no language; using python.")
 
 
 async def test_settings_are_sent_and_remembered(chrome: Any) -> None:
