@@ -248,12 +248,6 @@ def test_ghost_text(editor: Editor, pi: Pi) -> None:
     assert pi.key() is None
 
 
-def test_what_nobody_asked_for_is_shown_as_readily_as_is_set(editor: Editor, pi: Pi) -> None:
-    editor.start({"suggest": "seldom"}, text="x = ")
-    assert editor.ghost(0, 1, AUTOMATIC) == "a + b"
-    assert pi.body()["suggest"] == "seldom"
-
-
 def test_what_is_typed_of_a_suggestion_asks_nothing(editor: Editor, pi: Pi) -> None:
     """Who asks gets no empty or shortened one."""
     editor.start(text="x = ")
@@ -863,9 +857,9 @@ NOT_A_NUMBER = "expected a whole number for tokens, got text"
 def test_settings_come_from_the_file_the_environment_and_the_client(pi: Pi, tmp_path: Path) -> None:
     configured(tmp_path, "lsp.toml", f'url = "{pi.url}/"\ntokens = 7\nkey = "of-the-file"\n')
     with editing(tmp_path, pi.url) as editor:
-        editor.start({"tokens": 9}, "x = ")
+        editor.start({"tokens": 9, "suggest": "seldom"}, "x = ")
         assert editor.ghost(0, 4, AUTOMATIC) == "a + b"
-        assert pi.body()["n_predict"] == 9
+        assert (pi.body()["n_predict"], pi.body()["suggest"]) == (9, "seldom")
         assert pi.key() == "Bearer of-the-file"
         editor.configure({"cerebrum": {"tokens": 11}, "python": {}})
         editor.ghost(0, 3)

@@ -14,7 +14,6 @@ import hashlib
 import itertools
 import random
 import re
-import subprocess
 import urllib.parse
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,9 +23,9 @@ from typing import Any
 import pytest
 from harness import KEY, SHIPPED, until
 from scripted import CHUNKED, HANG, Backend, Pi, chunk, error, event, pi_for, token
-from test_clients import CACHE
 from test_page import settings_for_editors
 from test_peers import needs
+from test_vscode import installed
 
 from cerebrum.pi.counting import Usage
 from cerebrum.settings import Client
@@ -268,15 +267,7 @@ def chrome(runner: asyncio.Runner) -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def axe() -> str:
     """The accessibility checker's source."""
-    npm, source = needs("npm"), CACHE / "node_modules/axe-core/axe.min.js"
-    if not source.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        subprocess.run(
-            [npm, "install", "--silent", "--no-audit", "--no-fund", "axe-core@4"],
-            cwd=CACHE,
-            check=True,
-        )
-    return source.read_text()
+    return (installed({"axe-core": "4"}) / "axe-core/axe.min.js").read_text()
 
 
 # --------------------------------------------------------------------------------------- completing
