@@ -14,7 +14,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -25,19 +25,18 @@ from harness import (
     FILES,
     KEY,
     ROOT,
-    Daemon,
     certificate,
     daemon,
     wait_until,
 )
 from scripted import pi_with
+from test_clients import CACHE
 from test_peers import needs
 
 from cerebrum.pi import vsix
 from cerebrum_common import VERSION
 
 FOLDER = ROOT / "vscode"
-CACHE = Path("~/.cache/cerebrum/clients").expanduser()
 PACKAGE = json.loads((FOLDER / "package.json").read_text())
 OLDEST = PACKAGE["engines"]["vscode"].removeprefix("^")
 
@@ -280,13 +279,6 @@ def is_listening(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def vps_in(folder: Path) -> AbstractContextManager[Daemon]:
-    """A VPS that takes requests however busy VS Code keeps the machine."""
-    models = FILES["qwen_0_5b"].parent
-    easy = {"CEREBRUM_MAX_CPU_PERCENT": "100", "CEREBRUM_MIN_FREE_MB": "256"}
-    return daemon("vpsd", folder, CEREBRUM_MODELS_DIR=str(models), **easy)
-
-
 @pytest.mark.clients
 @pytest.mark.nightly
 @pytest.mark.parametrize("version", VERSIONS)
@@ -295,7 +287,11 @@ def test_in_the_real_one(version: str, tmp_path: Path) -> None:
     project = tmp_path / "project"
     make_project(project)
     with ExitStack() as stack:
-        vps = stack.enter_context(vps_in(tmp_path / "vps"))
+        # It takes requests however busy VS Code keeps the machine.
+        easy = {"CEREBRUM_MAX_CPU_PERCENT": "100", "CEREBRUM_MIN_FREE_MB": "256"}
+        models = str(FILES["qwen_0_5b"].parent)
+        started = daemon("vpsd", tmp_path / "vps", CEREBRUM_MODELS_DIR=models, **easy)
+        vps = stack.enter_context(started)
         tls = certificate(tmp_path, "pi", f"IP:{HOST}")
         authority = tls["CEREBRUM_CM4_TLS_CERT"]
         given = {"CEREBRUM_CM4_HOST": HOST, **tls}

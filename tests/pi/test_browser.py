@@ -14,7 +14,6 @@ import hashlib
 import itertools
 import random
 import re
-import subprocess
 import urllib.parse
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,9 +23,9 @@ from typing import Any
 import pytest
 from harness import KEY, SHIPPED, until
 from scripted import CHUNKED, HANG, Backend, Pi, chunk, error, event, pi_for, token
-from test_clients import CACHE
 from test_page import settings_for_editors
 from test_peers import needs
+from test_vscode import installed
 
 from cerebrum.pi.counting import Usage
 from cerebrum.settings import Client
@@ -268,15 +267,7 @@ def chrome(runner: asyncio.Runner) -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def axe() -> str:
     """The accessibility checker's source."""
-    npm, source = needs("npm"), CACHE / "node_modules/axe-core/axe.min.js"
-    if not source.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        subprocess.run(
-            [npm, "install", "--silent", "--no-audit", "--no-fund", "axe-core@4"],
-            cwd=CACHE,
-            check=True,
-        )
-    return source.read_text()
+    return (installed({"axe-core": "4"}) / "axe-core/axe.min.js").read_text()
 
 
 # --------------------------------------------------------------------------------------- completing
@@ -529,11 +520,12 @@ async def test_stages_and_the_time(chrome: Any) -> None:
         await visit.see_part("#slow", f"Your last request: {time}")
 
 
-async def test_a_key_is_asked_for_and_kept_in_this_tab(chrome: Any) -> None:
-    wrong = "Object.entries(localStorage).filter(([, value]) => /wrong|key/.test(value))"
-    stores = f"[{{...sessionStorage}}, {wrong}]"
+async def test_a_key_is_asked_for_and_kept_in_this_tab_and_then_in_the_browser(chrome: Any) -> None:
+    """In the browser only if the user wants that, and not one that the Pi refuses."""
+    stores = "[sessionStorage.cerebrum, localStorage['cerebrum-key']]"
     async with visiting(chrome, wait=False, client_keys=(KEY,)) as visit:
-        form = visit.find("#key-form")
+        await visit.page.evaluate("localStorage['cerebrum-key'] = '\"revoked\"'")
+        await visit.page.reload()
         await visit.offers("key")
         await visit.ask(CODE)
         await visit.offers("key")
@@ -543,16 +535,21 @@ async def test_a_key_is_asked_for_and_kept_in_this_tab(chrome: Any) -> None:
         await visit.offers("key")
         await visit.enter_key("wrong words")
         await visit.see("#key-error", "That key is wrong. Please try again.")
-        assert await visit.page.evaluate(stores) == [{}, []]
+        assert await visit.page.evaluate(stores) == [None, "null"]
         assert visit.backend.completions == []
         await visit.enter_key(KEY)
         await visit.see("#mark", "a + b")  # the request was sent again
-        await expect(form).to_be_hidden()
+        await expect(visit.find("#key-form")).to_be_hidden()
         assert len(visit.backend.completions) == 1
-        await visit.is_up()
-        assert await visit.page.evaluate(stores) == [{"cerebrum": f'"{KEY}"'}, []]
-        await visit.page.reload()
-        await visit.is_up()
+        own = f'"{KEY}"'
+        for says, now in (("Remember", [own, own]), ("Forget", [None, "null"])):
+            await visit.is_up()
+            await visit.find("#recipes summary").click()
+            await visit.see_part("#keep", f"{says} the key")
+            await visit.click("keep")
+            assert await visit.page.evaluate(stores) == now
+            await visit.page.evaluate("sessionStorage.clear()")
+            await visit.page.reload()
 
 
 async def test_hostile_texts_are_text(chrome: Any) -> None:
@@ -641,19 +638,14 @@ WRONG_FILES = (
 
 
 async def test_files_that_cannot_be_opened(chrome: Any) -> None:
-    python = {"id": "python", "endings": [".py"], "filenames": [], "served": True}
-    java = {"id": "java", "endings": [".java"], "filenames": [], "served": False}
-    told = {"models": [], "languages": [python, java]}
-    async with visiting(chrome, before=lambda visit: visit.fake("models", told)) as visit:
+    async with visiting(chrome) as visit:
         await visit.write("x = 1\n")
         for name, content, is_wrong in WRONG_FILES:
             await visit.drop(name, content)
             await visit.see("#error", f"{name} {is_wrong}; it was not opened.")
-            await visit.holds("x = 1\n")
-        await visit.drop("a.java", b"class A {}")
-        await visit.see_part(
-            "#outcome", "a.java is java, which no model in models.toml serves; using python."
-        )
+        await visit.holds("x = 1\n")
+        await visit.drop("notes.txt", b"text")
+        await visit.see_part("#outcome", "The file name shows no language; using python.")
 
 
 async def test_settings_are_sent_and_remembered(chrome: Any) -> None:
@@ -875,31 +867,6 @@ async def test_a_link_brings_a_key_and_a_greeting(chrome: Any, caplog: Any) -> N
         assert await visit.page.evaluate(in_tab) == '"bens-key"'
         assert not any("key" in path for path in visit.asked)
         assert "-key" not in caplog.text
-
-
-async def test_the_browser_remembers_a_key_and_forgets_it(chrome: Any) -> None:
-    """Only if it is asked to, and not one that the Pi refuses."""
-    kept = "localStorage.getItem('cerebrum-key')"
-    clients = {"annas-key": Client("anna")}
-    async with visiting(chrome, wait=False, clients=clients) as visit:
-
-        async def comes_back(step: str) -> None:
-            await visit.page.evaluate(f"sessionStorage.clear(), {step}")
-            await visit.page.reload()
-
-        await comes_back("localStorage.setItem('cerebrum-key', '\"revoked\"')")
-        await visit.enter_key("annas-key")
-        await visit.is_up()
-        assert await visit.page.evaluate(kept) == "null"
-        for says, value in (("Remember the key in this browser", '"annas-key"'),
-                            ("Forget the key", "null")):  # fmt: skip
-            await visit.find("#recipes summary").click()
-            await visit.see("#keep", says)
-            await visit.click("keep")
-            assert await visit.page.evaluate(kept) == value
-            if value != "null":
-                await comes_back("0")
-                await visit.is_up()
 
 
 async def test_the_state_is_asked_for_every_five_seconds(chrome: Any) -> None:
