@@ -62,6 +62,7 @@ class Settings:
     url: str = ""  # of the Pi; empty: LOCAL
     key: str = field(default="", repr=False)  # if the Pi asks for one
     tokens: int = 128  # a completion has at most so many
+    read_ms: int = 500  # limits what is read for an automatic request; 0: no limit
     off: tuple[str, ...] = ()  # ids of languages that get no completions
     exclude: tuple[str, ...] = tuple(EXCLUDE.split())  # globs of the files that are never sent
     suggest: str = "normal"  # how readily a completion is shown unasked: one of SUGGEST
@@ -73,6 +74,8 @@ class Settings:
             raise BadSettings("expected a url such as http://pi.local:7000")
         if not 1 <= self.tokens <= MAX_TOKENS:
             raise BadSettings(f"expected tokens from 1 to {MAX_TOKENS}, got {self.tokens}")
+        if self.read_ms < 0:
+            raise BadSettings(f"expected read_ms of 0 or more, got {self.read_ms}")
         if self.suggest not in SUGGEST:
             raise BadSettings(f"expected one of {', '.join(SUGGEST)} for suggest")
         if not re.fullmatch(r"[!-~]*", self.key):
@@ -181,17 +184,33 @@ def read_file(folder: Path) -> Any:
     return None
 
 
+# The others are CEREBRUM_LSP_TOKENS and so on.
 VARIABLES = {"url": "CEREBRUM_URL", "key": "CEREBRUM_CM4_API_KEY"}
+
+
+def read_variables(environment: Mapping[str, str]) -> Object:
+    """The settings of the environment: texts, lists with commas, or else JSON."""
+    given: Object = {}
+    for name, default in vars(Settings()).items():
+        text = environment.get(VARIABLES.get(name, f"CEREBRUM_LSP_{name.upper()}"))
+        if not text:
+            continue
+        given[name] = text
+        if isinstance(default, tuple):
+            given[name] = re.findall(r"(?:\{[^{}]*\}|[^,])+", text)  # not at the commas of {a,b}
+        elif not isinstance(default, str):
+            with contextlib.suppress(ValueError):
+                given[name] = json.loads(text)
+    return given
 
 
 def first_settings(environment: Mapping[str, str]) -> tuple[Settings, list[str]]:
     """The settings of the file, which those of the environment override, and the faults of both."""
     home = environment.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
     folder = Path(home) / "cerebrum"
-    variables = {name: environment.get(variable) or None for name, variable in VARIABLES.items()}
     sources: dict[str, Callable[[], Any]] = {
         f"the settings in {folder}": lambda: read_file(folder),
-        "the environment": lambda: variables,
+        "the environment": lambda: read_variables(environment),
     }
     settings, faults = Settings(), []
     for source, read in sources.items():
@@ -699,7 +718,6 @@ def span(start: Position, end: Position) -> dict[str, dict[str, int]]:
 
 READING = "reading"  # a lane
 READ_DELAY_SECONDS = 0.3  # the cursor has not moved for so long when the Pi reads there
-PROMPT_MS = 500  # limits what is read for an automatic request
 PREDICT_MS = 1500  # a completion that has a line ends after this time
 BUSY = (409, 429)  # statuses that pass by themselves
 NO_COMPLETION = "expected a completion, got another answer: the url is perhaps not the Pi's"
@@ -879,7 +897,7 @@ class Completions:
         return text | {
             "language": gap.language,
             "n_predict": settings.tokens,
-            "t_max_prompt_ms": PROMPT_MS if is_automatic else 0,
+            "t_max_prompt_ms": settings.read_ms if is_automatic else 0,
             "t_max_predict_ms": PREDICT_MS,
             "cache_prompt": True,
             "suggest": settings.suggest if is_automatic else "always",

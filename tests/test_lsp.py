@@ -917,11 +917,26 @@ def test_https(tmp_path: Path) -> None:
                 assert editor.ghost(0, 4) == says
 
 
+ENVIRONMENT = {
+    "XDG_CONFIG_HOME": "/nowhere",
+    "CEREBRUM_URL": "http://[::1]:1",
+    "CEREBRUM_CM4_API_KEY": "12",
+    "CEREBRUM_LSP_TOKENS": "64",
+    "CEREBRUM_LSP_OFF": "markdown,text",
+    "CEREBRUM_LSP_EXCLUDE": "*.{key,pem},{a,b}",
+    "CEREBRUM_LSP_COMPLETION": "true",
+}
+
+
 def test_settings_of_the_environment() -> None:
-    environment = {"XDG_CONFIG_HOME": "/nowhere", "CEREBRUM_URL": "http://[::1]:1"}
-    environment["CEREBRUM_CM4_API_KEY"] = "12"
-    assert first_settings(environment) == (Settings("http://[::1]:1", "12"), [])
+    lists = {"off": ("markdown", "text"), "exclude": ("*.{key,pem}", "{a,b}")}
+    expected = Settings("http://[::1]:1", "12", 64, completion=True, **lists)
+    environment = ENVIRONMENT.copy()
+    assert first_settings(environment) == (expected, [])
+    environment["CEREBRUM_LSP_TOKENS"] = "many"
+    assert first_settings(environment) == (Settings(), [f"the environment: {NOT_A_NUMBER}"])
     environment["CEREBRUM_URL"] = "pi.local"
+    del environment["CEREBRUM_LSP_TOKENS"]
     assert first_settings(environment) == (Settings(), [f"the environment: {URL_EXPECTED}"])
 
 
@@ -934,6 +949,7 @@ GIVEN: list[tuple[Any, str]] = [
     ({"url": "http://pi:99999"}, URL_EXPECTED),
     ({"tokens": 0}, "expected tokens from 1 to 2048, got 0"),
     ({"tokens": True}, "expected a whole number for tokens, got true or false"),
+    ({"read_ms": -1}, "expected read_ms of 0 or more, got -1"),
     ({"off": ["a", 1]}, "expected a list of texts for off, got a list"),
     ({"exclude": ".env"}, "expected a list of texts for exclude, got text"),
     ({"key": "a\r\nb"}, "expected a key of visible ASCII characters"),
