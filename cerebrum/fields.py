@@ -13,7 +13,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ JsonObject = dict[str, Any]
 Members = Mapping[str, Any]  # a JSON object that is only read
 
 MAX_JSON_DEPTH = 64  # requests are flat; without this limit the C scanner ends in a RecursionError
+NO_BRACKETS = bytes(set(range(256)).difference(b"[]{}"))
 # Commas, colons and opening brackets: a chat of 1,000 messages in parts has half as many.
 MAX_DELIMITERS = 20_000
 MAX_INTEGER_DIGITS = 20  # 64 bits; no field takes a larger number
@@ -58,16 +59,13 @@ def parse_json(body: bytes) -> JsonObject:
     finite numbers, at most 64 levels and MAX_DELIMITERS. HttpError 400 says what is wrong.
     """
     try:
-        _bound_delimiters(body)
+        _bound_structure(body)
         value = DECODER.decode(body.decode("utf-8"))
-        _refuse_depth(value)
         if isinstance(value, dict):
             return value
         problem = f"expected a JSON object, got {describe(value)}"
     except UnicodeDecodeError:
         problem = "expected a body in UTF-8"
-    except RecursionError:
-        problem = f"expected JSON of at most {MAX_JSON_DEPTH} levels"
     except json.JSONDecodeError as error:
         problem = f"expected a JSON object: {error.msg} at character {error.pos}"
     except ValueError as error:
@@ -75,9 +73,9 @@ def parse_json(body: bytes) -> JsonObject:
     raise HttpError("INVALID_REQUEST", problem)
 
 
-def _bound_delimiters(body: bytes) -> None:
-    """Bound the values and names of a body, each of which follows a delimiter. Called before the
-    parser, which lets nothing else run.
+def _bound_structure(body: bytes) -> None:
+    """Bound the values and names of a body, each of which follows a delimiter, and its depth.
+    Called before the parser, which lets nothing else run.
     """
     # Without escapes, each quote begins or ends a string.
     plain = body.replace(rb"\\", b"").replace(rb"\"", b"")
@@ -85,17 +83,10 @@ def _bound_delimiters(body: bytes) -> None:
     delimiters = len(outside) - len(outside.translate(None, b",:[{"))
     if delimiters > MAX_DELIMITERS:
         raise ValueError(f"expected at most {MAX_DELIMITERS} commas, colons and opening brackets")
-
-
-def _refuse_depth(value: Any) -> None:
-    level = [value]
-    for _ in range(MAX_JSON_DEPTH + 1):  # each turn descends by one level
-        nested: list[Iterable[Any]] = [item for item in level if isinstance(item, list)]
-        nested += [item.values() for item in level if isinstance(item, dict)]
-        if not nested:
-            return
-        level = list(itertools.chain.from_iterable(nested))
-    raise RecursionError
+    brackets = outside.translate(None, NO_BRACKETS)[: 2 * MAX_DELIMITERS]  # all of valid JSON
+    depths = itertools.accumulate(1 if bracket in b"[{" else -1 for bracket in brackets)
+    if max(depths, default=0) > MAX_JSON_DEPTH:
+        raise ValueError(f"expected at most {MAX_JSON_DEPTH} levels")
 
 
 def members_of(value: Any) -> Members:
@@ -200,20 +191,14 @@ class Field:
 Fields = Mapping[str, Field]  # by name
 
 
-# Of a completion, in the own APIs of both daemons; the defaults are those of vpsd's
-# `GenerationRequest`.
-COMPLETION_FIELDS = {
-    "temperature": Field(float, 0, 1, 0.4),
-    "top_p": Field(float, 0, 1, above_low=True),
-    "seed": Field(int, 0, 2**32 - 2),  # 2**32 - 1 asks llama.cpp for a random seed
-    "stop": Field(list, 0, 16),
-    "suffix": Field(str),
-    "filename": Field(str, 0, 1000),
-    "stop_at": Field(str, default="auto", choices=("auto", "none")),
-    "progress": Field(bool, default=False),
-    "min_confidence": Field(float, 0, 1),
-    "session": Field(str, 1, 200),
-}
+def valid_members(members: Members, fields: Fields) -> JsonObject:
+    """The members that their fields accept; all others are left out.
+
+    >>> valid_members({"done": True, "tokens": "3", "cached": 5}, {"cached": Field(int)})
+    {'cached': 5}
+    """
+    valid = [name for name in fields if fields[name].accepts(members.get(name))]
+    return {name: members[name] for name in valid}
 
 
 def wrong(name: str, expected: str, got: Any) -> HttpError:

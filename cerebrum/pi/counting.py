@@ -172,7 +172,7 @@ class Counting:
         """Count the start and the end of a completion, and note its figures for the log. Without a
         client who waits, only its work counts.
         """
-        self.started += completion.counts
+        self.started += bool(completion.clients)
         self.running.add(completion)
         reason = CANCELLED
         try:
@@ -185,14 +185,16 @@ class Counting:
             self.running.discard(completion)
             completion.notes |= completion.figures()
             self.share(completion)
-            if completion.counts or completion.clients or completion.tokens:
+            if completion.clients or completion.tokens:
                 self._tally(completion, reason)
 
     def _tally(self, completion: Completion, reason: str) -> None:
         """Count the end of a completion for its model."""
         tally = self.tallies.setdefault(completion.model or "none", Tally())
         attempt = completion.attempt
-        tally.ended[(attempt and attempt.reason) or reason] += 1
+        if attempt:
+            reason = attempt.evicted or attempt.reason or reason
+        tally.ended[reason] += 1
         if attempt and attempt.first:
             tally.tokens += attempt.tokens
             # The time of the last token is known only for a whole answer.

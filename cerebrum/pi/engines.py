@@ -29,9 +29,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
-from cerebrum.fields import Field, JsonObject, Members, items_of, members_of
-from cerebrum.pi.completion import MAX_TOKENS, Fitted, Pair, Pairs, text_event
-from cerebrum.pi.kind import COUNT, Kind, Models, read_result
+from cerebrum.fields import Field, JsonObject, Members, items_of, members_of, valid_members
+from cerebrum.pi.completion import Fitted, Pair, Pairs, text_event
+from cerebrum.pi.kind import COUNT, RESULT_FIELDS, Kind, Models
 from cerebrum.pi.upstream import (
     EVENT_STREAM,
     LATE,
@@ -45,6 +45,7 @@ from cerebrum.pi.upstream import (
     blamed,
     data_of,
 )
+from cerebrum.request import MAX_TOKENS
 from cerebrum.text.confidence import Written, confidence_of
 from cerebrum.text.languages import language_named
 from cerebrum.text.prompt import arrange_gap, find_statement
@@ -343,7 +344,10 @@ class Translator:
             probability = read_probability(members)
             yield from self._text(*read_engine_event(members), probability, now)
         if self.progress and not self.tokens:
-            yield from read_progress(members)
+            progress = members_of(members.get("prompt_progress"))  # llama-server's, in tokens
+            counts = {"done": progress.get("processed"), "total": progress.get("total")}
+            if all(map(COUNT.accepts, counts.values())):
+                yield "progress", {"stage": "prefill"} | counts
 
     def _text(
         self, text: str, reason: str | None, probability: float | None, now: float
@@ -379,18 +383,10 @@ class Translator:
 
     def _done(self, reason: str) -> Pair:
         self.done = True
-        counts = read_result(self.counts)
+        counts = valid_members(self.counts, RESULT_FIELDS)
         counts["total_tokens"] = counts.get("total_tokens") or self.tokens
         counts |= confidence_of(self.written, self.ending.start, "".join(self.sent))
         return "done", {"finish_reason": reason, **counts}
-
-
-def read_progress(members: Members) -> Iterator[Pair]:
-    """The pair "progress" if an event has llama-server's, in tokens of the prompt."""
-    progress = members_of(members.get("prompt_progress"))
-    read, total = progress.get("processed"), progress.get("total")
-    if COUNT.accepts(read) and COUNT.accepts(total):
-        yield "progress", {"stage": "prefill", "done": read, "total": total}
 
 
 # --------------------------------------------------------------------------------- reading a stream

@@ -7,11 +7,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from cerebrum.request import GenerationRequest
 from cerebrum.text.confidence import Written, confidence_of
 from cerebrum.text.ending import Ending
 from cerebrum.vps.drafts import Drafter
 from cerebrum.vps.llama import Llama, Sampler, Slot
-from cerebrum.vps.vocabulary import GenerationRequest, begun_answer
+from cerebrum.vps.vocabulary import begun_answer
 from cerebrum_common import HttpError, request_id_var
 
 # Up to this temperature an unlikely token is doubt of the model, above it chance. A request's own
@@ -72,7 +73,7 @@ class Job:
         """The text that the completion goes on with."""
         if self.request.messages:
             return begun_answer(self.request.messages)
-        return "" if self.request.mode == "instruct" else self.request.prompt or ""
+        return "" if self.request.mode == "instruct" else self.request.prompt
 
     def progress(self, stage: str, done: int, total: int) -> None:
         if self.request.progress:

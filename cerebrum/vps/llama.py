@@ -22,7 +22,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from cerebrum.vps.vocabulary import GenerationRequest, Vocabulary, api, metadata
+from cerebrum.request import GenerationRequest
+from cerebrum.vps.vocabulary import Vocabulary, api, metadata
 
 MB = 1 << 20
 # ----------------------------------------------------------------------------------------- settings
@@ -392,7 +393,7 @@ class Sampler:
         seed = api.LLAMA_DEFAULT_SEED if request.seed is None else request.seed
         for sampler in (
             api.llama_sampler_init_top_k(40),
-            api.llama_sampler_init_top_p(request.top_p, 1),
+            api.llama_sampler_init_top_p(request.top_p or 0.95, 1),
             api.llama_sampler_init_min_p(0.05, 1),
             api.llama_sampler_init_temp(request.temperature),
             api.llama_sampler_init_dist(seed),

@@ -41,7 +41,7 @@ def schema_of(field: Field, nullable: bool = False) -> Schema:
         schema["enum"] = [*field.choices, *[None] * nullable]
     elif field.kind is not bool:
         schema |= limits_of(field)
-    if field.default is not None:
+    if field.default:
         schema["default"] = field.default
     return schema
 

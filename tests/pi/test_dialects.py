@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from cerebrum.pi.dialects import (
     timings,
     write_error,
 )
+from cerebrum.request import GenerationRequest
 from cerebrum_common import HttpError
 
 DIALECTS = {"text": OPENAI_TEXT, "chat": OPENAI_CHAT, "completion": COMPLETION, "infill": INFILL}
@@ -34,32 +36,12 @@ BASES["chat"] = {"messages": SAID}
 # -------------------------------------------------------------------------- what a request asks for
 
 
-PLAIN = {
-    "model": "",
-    "max_tokens": 512,
-    "temperature": 0.0,
-    "top_p": None,
-    "seed": None,
-    "stop": [],
-    "min_confidence": None,
-}
-CODE = {
-    **PLAIN,
-    "filename": "",
-    "language": "",
-    "indent": 0,
-    "prompt_ms": 0,
-    "predict_ms": 0,
-    "min_confidence": None,
-    "prompt": "x",
-    "mode": "complete",
-}
-TALK = PLAIN | {"max_tokens": 2048, "temperature": 0.4, "messages": SAID, "mode": "chat"}
+CODE = GenerationRequest("x", temperature=0.0, stop=[])
 DEFAULTS = {
     "text": ("completion", CODE),
-    "chat": ("chat", TALK),
+    "chat": ("chat", GenerationRequest(max_tokens=2048, messages=SAID, mode="chat", stop=[])),
     "completion": ("completion", CODE),
-    "infill": ("infill", CODE | {"extra": [], "min_confidence": 0.1}),
+    "infill": ("infill", replace(CODE, extra=[], min_confidence=0.1)),
 }
 NULLED = [
     "model",
@@ -169,7 +151,7 @@ SAMPLING = [
 @pytest.mark.parametrize(("members", "expected"), SAMPLING, ids=str)
 def test_sampling(name: str, members: Any, expected: Any):
     asked = DIALECTS[name].read(BASES[name] | members)
-    assert asked.fields == DEFAULTS[name][1] | expected
+    assert asked.fields == replace(DEFAULTS[name][1], **expected)
 
 
 FILLS = {"mode": "infill"}
@@ -249,7 +231,7 @@ READ = [
 @pytest.mark.parametrize(("name", "members", "kind", "fields"), READ, ids=str)
 def test_what_is_asked(name: str, members: Any, kind: str, fields: dict[str, Any]):
     asked = DIALECTS[name].read(BASES[name] | members)
-    assert (asked.kind, asked.fields) == (kind, DEFAULTS[name][1] | fields)
+    assert (asked.kind, asked.fields) == (kind, replace(DEFAULTS[name][1], **fields))
 
 
 MESSAGES = [
@@ -272,7 +254,7 @@ MESSAGES = [
 @pytest.mark.parametrize(("given", "role", "content"), MESSAGES, ids=str)
 def test_messages(given: Any, role: str, content: str):
     asked = OPENAI_CHAT.read({"messages": [given, *SAID]})
-    assert asked.fields["messages"] == [{"role": role, "content": content}, *SAID]
+    assert asked.fields.messages == [{"role": role, "content": content}, *SAID]
 
 
 COUNTED = {"stream_options": {"include_usage": True}}
@@ -310,8 +292,8 @@ def test_half_an_emoji_becomes_a_replacement_character():
     }
     fields = INFILL.read(json.loads(json.dumps(members))).fields
     extra = [{"filename": MENDED, "text": f"{MENDED}\U0001f600"}]
-    mended = {"prompt": MENDED * 2, "suffix": MENDED, "stop": [MENDED], "extra": extra}
-    assert fields == fields | mended
+    assert (fields.prompt, fields.suffix) == (MENDED * 2, MENDED)
+    assert (fields.stop, fields.extra) == ([MENDED], extra)
 
 
 IMAGE = {"type": "image_url", "image_url": {"url": "data:"}}
@@ -681,9 +663,7 @@ NEXT_EDITS = [
 def test_a_prompt_for_the_next_edit_passes_as_it_is(prompt: str):
     stops = ["<|file_sep|>", "<|endoftext|>", "\n\n\n"]
     asked = OPENAI_TEXT.read({"prompt": [prompt], "stop": stops, "max_tokens": 512})
-    expected = {"prompt": prompt, "mode": "complete", "stop_at": "none", "special": True}
-    assert asked.fields == asked.fields | expected | {"stop": stops}
-    assert "suffix" not in asked.fields
+    assert asked.fields == replace(CODE, prompt=prompt, stop_at="none", special=True, stop=stops)
 
 
 ABOUT_MARKS = [
@@ -697,5 +677,4 @@ ABOUT_MARKS = [
 @pytest.mark.parametrize("prompt", ABOUT_MARKS)
 def test_a_text_about_marks_is_no_prompt_for_the_next_edit(prompt: str):
     asked = OPENAI_TEXT.read({"prompt": prompt, "stop": "<|file_sep|>"})
-    assert "special" not in asked.fields
-    assert asked.fields["stop"] == []
+    assert (asked.fields.special, asked.fields.stop) == (False, [])

@@ -22,6 +22,7 @@ from cerebrum.pi import counting
 from cerebrum.pi.broadcast import Broadcasts
 from cerebrum.pi.completion import Completion, CompletionRequest
 from cerebrum.pi.counting import SAVE_SECONDS, Counting, People, Usage
+from cerebrum.request import GenerationRequest
 
 NOWHERE = Path("/dev/null/people.json")
 LONG = "".join(f"line {number}\n" for number in range(1000)) + "x = "
@@ -54,7 +55,7 @@ def answer(
     broadcasts: Broadcasts, step: str, now: float = 1.0, client: str = "anna", file: str = "a.py"
 ) -> None:
     prompt, text = step.split("|")
-    request = CompletionRequest("infill", {"prompt": prompt, "filename": file}, client=client)
+    request = CompletionRequest("infill", GenerationRequest(prompt, filename=file), client=client)
     broadcasts.show(Completion(request, started=now), text)
 
 

@@ -55,10 +55,11 @@ from scripted import (
 from cerebrum import http as cerebrum_http
 from cerebrum.check import has_health
 from cerebrum.http import MAX_CONNECTIONS, WRITE_SECONDS
-from cerebrum.pi import dispatcher
+from cerebrum.pi import backend, dispatcher
 from cerebrum.pi.breaker import Breaker
 from cerebrum.pi.completion import Attempt, Completion, CompletionRequest
 from cerebrum.pi.upstream import Upstream
+from cerebrum.request import GenerationRequest
 from cerebrum.settings import Client, ConfigError, Environment
 from cerebrum_common import HttpError
 
@@ -208,36 +209,6 @@ async def test_what_runs_with_a_revoked_common_key_ends() -> None:
         assert vps.running == 1
         assert not asked[1].done()
         asked[1].cancel()
-
-
-async def test_nothing_is_read_ahead_for_a_revoked_client(tmp_path: Path) -> None:
-    """Neither what a backend reads nor what waits for it. `superseded`: a completion has just taken
-    its turn.
-    """
-    keys = tmp_path / "client-keys"
-    keys.write_text(f"ben {BEN}\n")
-    for superseded in (False, True):
-        async with pi_with([HANG], clients=HOUSE) as (pi, vps):
-            own = pi.gateway.dispatcher
-            for client in ("tom", "anna"):
-                fields = {
-                    "language": "python",
-                    "mode": "infill",
-                    "prompt": client,
-                    "filename": "",
-                    "max_tokens": 0,
-                }
-                own.read_ahead(CompletionRequest("infill", fields, client=client, ahead=True))
-            assert [one.completion.client for one in pi.at(0)] == ["tom"]
-            assert [*own.ahead] == ["anna"]
-            await vps.begun.wait()
-            if superseded:
-                own._supersede(pi.at(0)[0])
-            pi.gateway.use_keys(Environment({"CEREBRUM_CM4_KEYS_FILE": str(keys)}))
-            await until(vps.left.is_set)
-            await until(lambda: not pi.reads_ahead() and not vps.running)
-            assert own.ahead == {}
-            assert len(vps.completions) == 1
 
 
 async def test_a_guests_prompt_is_read_after_those_of_others() -> None:
@@ -438,6 +409,7 @@ async def test_a_guest_makes_room_even_if_it_does_not_take_its_text(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(dispatcher, "ENDING_SECONDS", 0.05)
+    monkeypatch.setattr(backend, "MAX_TEXT_BYTES", sys.maxsize)
     flood = [HEAD, Flood(chunk(token("x" * 1000, 1))), HANG]
     async with pi_with(flood, GOOD, clients=GUESTS, max_concurrent=1) as (pi, _):
         body = {"prompt": "x =", "language": "python"}
@@ -470,7 +442,7 @@ async def test_a_guest_that_makes_room_before_it_holds_its_place_sends_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(dispatcher, "ENDING_SECONDS", 1000)  # it waits for others, not for itself
-    fields = {"language": "python", "mode": "chat", "model": None, "filename": ""}
+    fields = GenerationRequest(language="python", mode="chat")
     async with pi_with(clients=GUESTS) as (pi, _):
         owner = pi.gateway.dispatcher
         attempt = await owner.enter(
@@ -545,7 +517,7 @@ async def test_a_shared_or_typed_answer_counts_for_each_who_asked() -> None:
             assert reply.json.get("type_through", False) == bool(typed)
         assert len(vps.completions) == 2
         assert await figures(pi) == "anna 4 2 0, ben 2 2 0, tom 0 0 0"
-        shared = Completion(CompletionRequest("chat", {}, client="anna"))
+        shared = Completion(CompletionRequest("chat", GenerationRequest(), client="anna"))
         shared.clients += ["ben", "tom"]
         attempt = Attempt(shared, "vps", "qwen_0_5b", Breaker().admit(0.0), tokens=10)
         attempt.begun, attempt.left = 1.0, 10.0

@@ -22,6 +22,7 @@ from test_engine import loads as loads  # a fixture
 from test_families import EXACT, check_against_a_greedy_loop
 
 from cerebrum.metrics import CANCELLED
+from cerebrum.request import GenerationRequest
 from cerebrum.vps import decoder, encoding, llama, schedule
 from cerebrum.vps import worker as vps_worker
 from cerebrum.vps.draft_model import DraftModel, Record
@@ -31,7 +32,6 @@ from cerebrum.vps.job import Job
 from cerebrum.vps.llama import ABORTED, MB, Settings, Slot, start_library
 from cerebrum.vps.memory import Parts
 from cerebrum.vps.schedule import Costs
-from cerebrum.vps.vocabulary import GenerationRequest
 from cerebrum.vps.worker import Loader, Worker
 from cerebrum_common import Model
 
