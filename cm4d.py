@@ -82,12 +82,11 @@ from cerebrum.metrics import (
 )
 from cerebrum.pi import dialects, upstream, vsix
 from cerebrum.pi.backend import Backend
-from cerebrum.pi.breaker import BREAKER_OPEN, BREAKER_STATES
+from cerebrum.pi.breaker import BREAKER_STATES
 from cerebrum.pi.broadcast import Broadcasts, Subscriber
 from cerebrum.pi.completion import (
     NOTHING_SENT,
     PREEMPTED,
-    RETRIED,
     Attempt,
     Completion,
     CompletionRequest,
@@ -96,7 +95,7 @@ from cerebrum.pi.completion import (
 )
 from cerebrum.pi.counting import ACCEPTED, Counting
 from cerebrum.pi.dispatcher import Dispatcher, limit_of
-from cerebrum.pi.fleet import Fleet
+from cerebrum.pi.fleet import Fleet, first_there
 from cerebrum.pi.page import page_of
 from cerebrum.pi.upstream import BackendConfig, Loop
 from cerebrum.request import DEFAULT_TOKENS, MAX_TOKENS, RULES, GenerationRequest
@@ -626,27 +625,18 @@ async def tokenize(gateway: Gateway, request: Request) -> Response:
     """POST /tokenize: a text's tokens, in the model that answers a request without a model name."""
     fields = read_fields(dialects.present(parse_json(request.body)), dialects.TOKENIZE)
     model = gateway.fleet.route(ANY)
-    having = [backend for backend in gateway.fleet.backends if backend.has(model)]
-    counting = [backend for backend in having if backend.kind.tokenize_path]
-    fault = HttpError(
-        "VPS_UNAVAILABLE",
-        BREAKER_OPEN if counting else "expected a backend that counts tokens, got none",
-    )
     # A person tokenizes one text at a time, and so do all guests together.
     name = "" if gateway.who(request)["guest"] else request.client
     async with gateway.tokenizers.setdefault(name, asyncio.Lock()), gateway.tokenizing:
-        for backend in sorted(counting, key=lambda backend: not backend.available):
-            if not backend.breaker.admits:
-                continue
-            try:
-                return Response(b'{"tokens":[%b]}' % await backend.tokenize(model, fields))
-            except HttpError as error:
-                if error.status not in RETRIED:
-                    raise
-                fault = error
-            finally:
-                gateway.dispatcher.advance()  # it may have been a trial
-    raise fault
+        counting = [backend for backend in gateway.fleet.backends if backend.tokenizes(model)]
+        if not counting:
+            expected = "expected a backend that counts tokens, got none"
+            raise HttpError("VPS_UNAVAILABLE", gateway.fleet.message or expected)
+        try:
+            tokens = await first_there(counting).tokenize(model, fields)
+        finally:
+            gateway.dispatcher.advance()  # it may have been a trial
+    return Response(b'{"tokens":[%b]}' % tokens)
 
 
 async def speak(dialect: dialects.Dialect, gateway: Gateway, request: Request) -> Response:

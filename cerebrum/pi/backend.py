@@ -479,6 +479,10 @@ class Backend:
             log.warning("%s: %s; the breaker is %s", self.id, error.message, breaker.state)
             self.wake.set()  # probe at once to see whether the backend is gone
 
+    def tokenizes(self, model: str) -> bool:
+        """Whether it may be asked for the tokens of a text."""
+        return self.has(model) and self.kind.tokenize_path != "" and self.breaker.admits
+
     async def tokenize(self, model: str, fields: Members) -> bytes:
         """The tokens of a text, as `read_tokens` returns them. `fields` are those of llama-server's
         /tokenize. The breaker must admit it.

@@ -392,8 +392,6 @@ class Broadcasts:
         """Count another reader of a broadcast, if he waits."""
         completion, running = subscriber.completion, broadcast.completion
         client = subscriber.request.client
-        if not running:
-            completion.notes |= {"model": broadcast.pairs[0][1]["model"], "tokens": 0}
         if not subscriber.waits:
             return
         if subscriber.typed:
@@ -497,7 +495,8 @@ class Broadcasts:
         subscriber.completion.notes |= completion.figures()
         others = [other for other in self.subscribers if other.broadcast is broadcast]
         if waiting := [other for other in others if other.waits]:
-            self.dispatcher.hand_over(completion, waiting[0].request.client)
+            completion.client = waiting[0].request.client
+            self.dispatcher.advance()
         elif not others:
             task.cancel()
         elif not (completion.request.speculative or task.done()):

@@ -12,7 +12,7 @@ import functools
 import math
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -271,12 +271,9 @@ def who_makes_room(claim: Claim) -> Attempt | None:
         return seconds, guest.request.kind != "infill", guest.begun
 
     # An attempt whose answer is whole leaves by itself.
-    guests = [guest for guest in guests_of(state.running(claim.usable)) if not guest.last]
+    running = state.running(claim.usable)
+    guests = [other for other in running if other.request.guest and not other.last]
     return max(filter(is_enough, guests), key=order, default=None)
-
-
-def guests_of(attempts: Iterable[Attempt]) -> list[Attempt]:
-    return [attempt for attempt in attempts if attempt.request.guest]
 
 
 def limit_of(backends: Sequence[Backend]) -> int:
@@ -309,7 +306,8 @@ def may_start(claim: Claim) -> bool:
         return True
     if not all(other.request.guest for other in state.line):
         return False
-    guests = of_others(guests_of(state.running(state.fleet.backends)), request.session)
+    running = of_others(state.running(state.fleet.backends), request.session)
+    guests = [attempt for attempt in running if attempt.request.guest]
     own = [guest for guest in guests if guest.completion.client == completion.client]
     if len(own) >= request.guest:
         return False
@@ -376,11 +374,6 @@ class Dispatcher:
     def saw_editor(self, client: str) -> None:
         """A client asks for infills, so a place is kept for its next one."""
         remember(self.state.editors, client, time.monotonic(), MAX_SERVED)
-
-    def hand_over(self, completion: Completion, client: str) -> None:
-        """The client of this completion has left, but another one waits for it."""
-        completion.client = client
-        self.advance()
 
     # Places.
 

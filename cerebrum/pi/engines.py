@@ -398,20 +398,12 @@ ALIVE_SECONDS = 5.0  # the silence of another engine after which the client gets
 COUNTS_SECONDS = 2.0  # the wait after another engine's last text for its token counts
 
 
-async def read_piece(answer: Answer) -> bytes | None:
-    """The next piece of an answer, b"" at its end, None if nothing comes in ALIVE_SECONDS."""
+async def read_piece(answer: Answer, seconds: float) -> bytes | None:
+    """The next piece of an answer, b"" at its end, None if nothing comes in these seconds."""
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(ALIVE_SECONDS):
+        async with asyncio.timeout(seconds):
             return await answer.read()
     return None
-
-
-async def read_rest(answer: Answer, translator: Translator) -> None:
-    """Read the events that follow a whole text, for at most COUNTS_SECONDS."""
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(COUNTS_SECONDS):
-            while piece := await answer.read():
-                list(translator.feed(piece, 0.0))  # for its counts; the pairs are dropped
 
 
 # ---------------------------------------------------------------------------------------- the kinds
@@ -490,9 +482,6 @@ class Engine(Kind):
             async with contextlib.aclosing(self._read_text(answer, translator)) as pairs:
                 async for pair in pairs:
                     yield pair
-            # What follows the engine's own end: token counts, if it sends any.
-            if not translator.done:
-                await read_rest(answer, translator)
             for pair in translator.feed(b"\n\n", 0.0):  # some engines omit the last blank line
                 yield pair
         except BackendFailure:
@@ -502,8 +491,9 @@ class Engine(Kind):
             yield translator.last_pair()
 
     async def _read_text(self, answer: Answer, translator: Translator) -> Pairs:
-        """The pairs up to the end of the requested piece, of the engine's text, or of the answer.
-        While the engine is silent, ("idle", None) comes every ALIVE_SECONDS or a little later.
+        """The pairs up to the end of the requested piece or of the answer. After the engine's own
+        end, its token counts may follow within COUNTS_SECONDS. While the engine is silent,
+        ("idle", None) comes every ALIVE_SECONDS or a little later.
         """
         # The head may come only after the engine has read the prompt.
         while not await self.begin(answer, ALIVE_SECONDS, EVENT_STREAM):
@@ -511,16 +501,21 @@ class Engine(Kind):
         yield "begun", None
         now = asyncio.get_running_loop().time
         begun = sent = now()  # `sent`: when the client last got something
+        deadline = math.inf
         piece = None
-        while piece != b"" and not translator.done and translator.engine_reason is None:
-            piece = await read_piece(answer)
+        while piece != b"" and not translator.done:
+            piece = await read_piece(answer, min(ALIVE_SECONDS, deadline - now()))
             came = now()
+            if came >= deadline:
+                return
             for pair in translator.feed(piece or b"", came):
                 sent = now()
                 yield pair
             # An engine that sends nothing but comments makes no progress.
             if came - max(begun, translator.heard) > READING_SECONDS:
                 raise BackendFailure(LATE)
+            if translator.engine_reason is not None:
+                deadline = min(deadline, came + COUNTS_SECONDS)
             if now() - sent >= ALIVE_SECONDS:
                 sent = now()
                 yield "idle", None

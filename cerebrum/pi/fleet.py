@@ -155,7 +155,7 @@ class Fleet:
 
         In a dialect, a language that no present model serves goes to any of them. In our own API,
         the only id may be a missing model's, the smallest: a backend's 404 says which file is
-        missing and how to get it. No preferences count until the backends' models are known.
+        missing and how to get it.
         """
         present = self.models
         language, mode = request.fields.language, request.fields.mode
@@ -167,8 +167,6 @@ class Fleet:
             missing = [model for model in self._catalog if language in model.languages]
             return [(missing or self._catalog)[-1].id]
         ids = [model.id for model in serving]
-        if present is None:
-            return ids
         preferred = self._prefer.get("instruct" if mode == "chat" else mode, ())
         first = [id for id in preferred if id in ids]
         return [*dict.fromkeys([*first, *ids])]

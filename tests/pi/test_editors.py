@@ -945,7 +945,7 @@ async def test_counting_tokens_opens_the_breaker_of_a_dead_vps_and_waits_for_no_
         await backend.__aexit__()
         replies = [await start(pi, "/tokenize", {"content": "a b"}) for _ in range(4)]
         assert [reply.status for reply in replies] == [503] * 4
-        assert replies[-1].json["error"]["message"] == breaker.BREAKER_OPEN
+        assert pi.gateway.fleet.first.breaker.state == "open"
     monkeypatch.setattr(pi_kind, "LOAD_SECONDS", 0.3)
     monkeypatch.setattr(breaker, "FAILURES_TO_OPEN", 1)
     async with pi_with([HANG]) as (pi, backend):
@@ -953,6 +953,5 @@ async def test_counting_tokens_opens_the_breaker_of_a_dead_vps_and_waits_for_no_
         replies = await asyncio.gather(
             *(start(one, "/tokenize", {"content": "a b"}) for one in people)
         )
-        refused = [reply.json["error"]["message"] == breaker.BREAKER_OPEN for reply in replies]
-        assert sum(refused) == 2
+        assert [reply.status for reply in replies] == [503] * 6
         assert len(backend.completions) == 4

@@ -468,20 +468,6 @@ async def test_a_model_that_one_backend_lacks_is_still_the_others() -> None:
         assert pi.gateway.fleet.backends[1].has("qwen_0_5b")
 
 
-async def test_the_tokens_of_a_text_come_from_the_next_backend_if_the_first_fails() -> None:
-    tokens = answer(200, {"tokens": [1, 2]})
-    one = Backend([[RESET], [error(400, "INVALID_REQUEST")]])
-    two = Backend(tokens=tokens)
-    async with fleet(one, two) as pi:
-        reply = await pi.post("/tokenize", {"content": "a b"})
-        assert reply.status == 200
-        assert reply.json == {"tokens": [1, 2]}
-        forgive(pi)
-        assert (await pi.post("/tokenize", {"content": "a b"})).status == 400
-        assert len(one.completions) == 2
-        assert len(two.completions) == 1
-
-
 # ------------------------------------------------------------------------------------ reading ahead
 
 WARM_UP = {
