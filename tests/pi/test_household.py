@@ -19,7 +19,6 @@ from typing import Any
 import pytest
 from harness import (
     KEY,
-    PATIENCE,
     Reply,
     certificate,
     connect,
@@ -40,7 +39,6 @@ from scripted import (
     GOOD,
     HANG,
     Backend,
-    Flood,
     Pi,
     answer,
     chunk,
@@ -55,13 +53,9 @@ from scripted import (
 from cerebrum import http as cerebrum_http
 from cerebrum.check import has_health
 from cerebrum.http import MAX_CONNECTIONS, WRITE_SECONDS
-from cerebrum.pi import backend, dispatcher
-from cerebrum.pi.breaker import Breaker
-from cerebrum.pi.completion import Attempt, Completion, CompletionRequest
+from cerebrum.pi import dispatcher
 from cerebrum.pi.upstream import Upstream
-from cerebrum.request import GenerationRequest
 from cerebrum.settings import Client, ConfigError, Environment
-from cerebrum_common import HttpError
 
 ANNA = "annas-key"
 BEN = "bens-key"
@@ -172,18 +166,6 @@ async def test_a_revoked_client_ends_and_the_others_go_on() -> None:
             ConfigError, match="CEREBRUM_CM4_KEYS_FILE: expected the file, it has gone"
         ):
             pi.gateway.reconfigure(replace(config, clients=None))  # everybody would be let in
-        body = b'{"prompt": "x =", "language": "python"}'
-        async with connect(pi.port) as (reader, writer):  # revoked while its body comes
-            raw = post("/v1/complete", body).replace(KEY.encode(), BEN.encode())
-            writer.write(raw[:-5])
-            await until(
-                lambda: any(
-                    one.exchange and one.exchange.client for one in pi.server.connections.values()
-                )
-            )
-            pi.server.use(replace(config, clients={}).access)
-            writer.write(raw[-5:])
-            assert (await read_reply(reader)).status == 401
         pi.server.use(
             replace(config, clients={}).access
         )  # the last name has gone: nobody has a key
@@ -405,21 +387,6 @@ async def test_a_guest_makes_room_with_the_text_so_far() -> None:
         )
 
 
-async def test_a_guest_makes_room_even_if_it_does_not_take_its_text(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(dispatcher, "ENDING_SECONDS", 0.05)
-    monkeypatch.setattr(backend, "MAX_TEXT_BYTES", sys.maxsize)
-    flood = [HEAD, Flood(chunk(token("x" * 1000, 1))), HANG]
-    async with pi_with(flood, GOOD, clients=GUESTS, max_concurrent=1) as (pi, _):
-        body = {"prompt": "x =", "language": "python"}
-        _, writer = await pi.open("POST", "/v1/complete/stream", body, X_API_Key=TOM)
-        (connection,) = pi.server.connections.values()
-        await until(lambda: connection.transport.get_write_buffer_size() > 0)
-        assert (await ask(pi, ANNA)).status == 200
-        writer.transport.abort()
-
-
 async def test_a_guest_without_its_share_starts_again_before_other_guests() -> None:
     reading, gate = [HEAD, HANG], asyncio.Event()
     async with pi_with(reading, gated(gate), GOOD, clients=GUESTS, max_concurrent=1) as (pi, vps):
@@ -436,31 +403,6 @@ async def test_a_guest_without_its_share_starts_again_before_other_guests() -> N
         assert order == ["of tom", "of anna", "of tom", "of tim"]
         assert '"finish_reason":"stop"' in (await tom).body.decode()
         assert (await begin(pi, TOM, "/v1/complete", "x =")).json["finish_reason"] == "stop"
-
-
-async def test_a_guest_that_makes_room_before_it_holds_its_place_sends_nothing(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(dispatcher, "ENDING_SECONDS", 1000)  # it waits for others, not for itself
-    fields = GenerationRequest(language="python", mode="chat")
-    async with pi_with(clients=GUESTS) as (pi, _):
-        owner = pi.gateway.dispatcher
-        attempt = await owner.enter(
-            Completion(CompletionRequest("chat", fields, client="tom", guest=1))
-        )
-        owner._preempt(attempt)
-        with pytest.raises(HttpError):
-            async with asyncio.timeout(PATIENCE), owner.hold(attempt):
-                raise AssertionError("it got the place")
-
-
-async def test_our_own_api_does_not_start_again() -> None:
-    async with pi_with([HEAD, HANG], GOOD, clients=GUESTS, max_concurrent=1) as (pi, vps):
-        tom = begin(pi, TOM, "/v1/complete", "x =")
-        await until(lambda: vps.running)
-        assert (await ask(pi, ANNA)).status == 200
-        assert (await tom).json["completion"] == ""
-        assert (await tom).json["finish_reason"] == "preempted"
 
 
 async def test_a_guest_makes_room_while_its_connection_is_opened(
@@ -517,18 +459,6 @@ async def test_a_shared_or_typed_answer_counts_for_each_who_asked() -> None:
             assert reply.json.get("type_through", False) == bool(typed)
         assert len(vps.completions) == 2
         assert await figures(pi) == "anna 4 2 0, ben 2 2 0, tom 0 0 0"
-        shared = Completion(CompletionRequest("chat", GenerationRequest(), client="anna"))
-        shared.clients += ["ben", "tom"]
-        attempt = Attempt(shared, "vps", "qwen_0_5b", Breaker().admit(0.0), tokens=10)
-        attempt.begun, attempt.left = 1.0, 10.0
-        shared.attempts.append(attempt)
-        people = pi.gateway.counting.people.total
-        before = {name: people[name].seconds for name in ("anna", "ben", "tom")}
-        async with pi.gateway.counting.completion(shared):
-            pass
-        for name in before:
-            assert round(people[name].seconds - before[name], 3) == 3.0
-        assert [people[name].tokens for name in before] == [2 + 3, 2 + 3, 4]
 
 
 def test_guests_share_what_all_may_fill() -> None:

@@ -179,16 +179,6 @@ async def test_it_gets_no_place_beside_another_request():
         await backend.left.wait()
 
 
-async def test_it_ends_no_request_of_its_own_client():
-    async with pi_with([HANG], max_concurrent=2) as (pi, backend):
-        running = infill(pi, filename="b.py")
-        await backend.begun.wait()
-        assert_ended(await ahead(pi))
-        assert not running.done()
-        running.cancel()
-        await backend.left.wait()
-
-
 async def test_the_same_one_twice_takes_no_place_either():
     async with pi_with(WRITING) as (pi, backend):
         first = ahead(pi)
@@ -199,15 +189,6 @@ async def test_the_same_one_twice_takes_no_place_either():
         second.cancel()
         await backend.left.wait()
         assert len(backend.completions) == 1
-
-
-async def test_nobody_has_used_what_nobody_has_seen():
-    bodies = [FILE, {**FILE, **BEHIND, "speculative": True}, {**FILE, **BEHIND}]
-    async with pi_with(HINT, NEXT, clients={"k": Client("anna")}) as (pi, _):
-        for body, count in zip(bodies, (1, 1, 2), strict=True):
-            assert (await start(pi, "/infill", body, X_API_Key="k")).status == 200
-            (used,) = (await pi.get("/v1/stats", X_API_Key="k")).json["clients"]
-            assert used["completions"] == count
 
 
 async def test_typing_the_hint_ends_nothing_and_another_key_does():
@@ -429,19 +410,6 @@ async def test_asked_ahead_twice_and_joined_once_is_one_completion():
         assert counted(pi) == (1, 0, 1, 1)
         people = pi.gateway.counting.people.total
         assert [people[name][:2] for name in ("anna", "ben")] == [(0, 0), (1, 1)]
-
-
-async def test_one_that_is_refused_counts_nowhere():
-    async with pi_with([HANG], [answer(500, {})], max_concurrent=2) as (pi, backend):
-        running = start(pi.from_address("127.0.0.2"), CHATS, CHAT)
-        await backend.begun.wait()
-        before = counted(pi)
-        assert_ended(await ahead(pi))
-        assert counted(pi) == before == (1, 0, 0, 1)
-        running.cancel()
-        await until(lambda: counted(pi) == (1, 0, 1, 1))
-        assert (await ahead(pi)).status == 503
-        assert counted(pi) == (1, 0, 1, 1)
 
 
 FIRST = {**FILE, "t_max_predict_ms": 250, "response_fields": ["content", "tokens_cached"]}

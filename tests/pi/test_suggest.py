@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from scripted import CHUNKED, HANG, Backend, Pi, chunk, pi_for, pi_with, script
-from test_backends import LAST, LISTED, VLLM, data, engine, llama_chunk
+from test_backends import LAST, LISTED, data, engine, llama_chunk
 from test_editors import infill
 
 CODE = {"prompt": "def f():\n    ", "language": "python", "suffix": "\n\nf()\n"}
@@ -82,14 +82,6 @@ async def test_what_is_typed_beyond_an_unsure_text_is_asked_anew() -> None:
         assert await typed(pi, "urn a") == (" + b", False, False)
         await typed(pi, "urn", suggest="always")  # of another threshold
         assert len(backend.completions) == 3
-
-
-async def test_another_engine_says_nothing_and_cuts_nothing() -> None:
-    async with Backend([VLLM], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
-        reply = (await pi.post("/v1/complete", {**CODE, "min_confidence": 1})).json
-        assert reply["completion"] == "1 + 2"
-        assert "confidence" not in reply
-        assert not {"min_confidence", "n_probs"} & json.loads(backend.asked[-1][2]).keys()
 
 
 def told(text: str, *probabilities: Any) -> bytes:
