@@ -7,7 +7,7 @@
          -d '{"prompt": "def fibonacci(n):", "language": "python", "max_tokens": 128}'
 
 models.toml lists the backends; without any, the only one is the VPS at CEREBRUM_VPS_URL.
-`Gateway.complete` runs every completion, and yields pairs of (kind, value): `/v1/complete/stream`
+`Gateway.complete` runs every completion, and yields pairs of (event, value): `/v1/complete/stream`
 renders them as SSE, `/v1/complete` as one JSON answer. Editors and tools speak the dialects of
 cerebrum/pi/dialects.py. A `Subscriber` reads a completion for one of their clients: identical
 requests share one completion, an editor that types on ends its older infill, and text that the last
@@ -408,19 +408,19 @@ class Gateway:
             self.dispatcher.hold(attempt) as backend,
             contextlib.aclosing(backend.answer(attempt)) as pairs,
         ):
-            async for kind, value in pairs:
-                if kind == "begun" or not has_begun:
+            async for event, value in pairs:
+                if event == "begun" or not has_begun:
                     has_begun = True
                     yield "started", self.beginning(attempt.completion)
-                if kind == "text" and not has_spoken:
+                if event == "text" and not has_spoken:
                     has_spoken = True
                     self.dispatcher.advance()  # others may have waited for the end of a trial
-                elif kind == "done":
+                elif event == "done":
                     self.counting.work(attempt.model, value)
                     self.dispatcher.read_rest(attempt)
                     value = self._result(attempt, value)
-                if kind != "begun":
-                    yield kind, value
+                if event != "begun":
+                    yield event, value
 
     def beginning(self, completion: Completion) -> JsonObject:
         """The value of the pair "started"."""
@@ -507,11 +507,11 @@ async def complete(gateway: Gateway, request: Request) -> Response:
 async def collect(pairs: Pairs) -> tuple[JsonObject, str, JsonObject]:
     """A completion in one piece: the value of its last pair "started", its text, and its result."""
     texts = []
-    last = JsonObject()  # the last value of each kind
+    last = JsonObject()  # the last value of each event
     async with contextlib.aclosing(pairs):
-        async for kind, value in pairs:
-            last[kind] = value
-            if kind == "text":
+        async for event, value in pairs:
+            last[event] = value
+            if event == "text":
                 texts.append(value)
     return last["started"], read_text(b"".join(texts)), last["done"]
 

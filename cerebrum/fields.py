@@ -114,8 +114,8 @@ def describe(value: Any) -> str:
         return f"an object of {len(value)}"
     if isinstance(value, str) and not SHOWN.fullmatch(value):
         return f"a string of {len(value)} characters"
-    kind = {bool: "boolean", int: "number", float: "number", str: "string"}.get(type(value))
-    return f"the {kind} {json.dumps(value)}" if kind else f"a {type(value).__name__}"  # a TOML type
+    name = {bool: "boolean", int: "number", float: "number", str: "string"}.get(type(value))
+    return f"the {name} {json.dumps(value)}" if name else f"a {type(value).__name__}"  # a TOML type
 
 
 def printable(text: str) -> str:
@@ -140,7 +140,7 @@ class Field:
     list field also accepts one string alone.
     """
 
-    kind: type
+    json_type: type
     low: float = 0
     high: float = math.inf
     default: Any = None
@@ -154,20 +154,20 @@ class Field:
         if self.choices:
             return "one of " + ", ".join(self.choices)
         if self.pattern:
-            noun = "strings" if self.kind is list else "a string"
+            noun = "strings" if self.json_type is list else "a string"
             return f"{noun} of the form {self.pattern}"
-        if self.kind is list:
+        if self.json_type is list:
             return f"a string, or an array of {self.low:g} to {self.high:g} non-empty strings"
-        noun = NOUNS[self.kind]
+        noun = NOUNS[self.json_type]
         if self.high == math.inf:
-            return "a non-empty string" if self.kind is str and self.low == 1 else noun
-        unit = " characters" if self.kind is str else ""
+            return "a non-empty string" if self.json_type is str and self.low == 1 else noun
+        unit = " characters" if self.json_type is str else ""
         begin = "above" if self.above_low else "from"
         return f"{noun} {begin} {self.low:g} to {self.high:g}{unit}"
 
     def accepts(self, value: Any) -> bool:
-        kinds = (int, float) if self.kind is float else self.kind
-        if not isinstance(value, kinds) or isinstance(value, bool) != (self.kind is bool):
+        kinds = (int, float) if self.json_type is float else self.json_type
+        if not isinstance(value, kinds) or isinstance(value, bool) != (self.json_type is bool):
             return False
         size: Any = len(value) if isinstance(value, str | list) else value
         inside = self.low < size if self.above_low else self.low <= size
@@ -185,7 +185,7 @@ class Field:
             return False
         if self.pattern:
             return bool(re.fullmatch(self.pattern, text))
-        return self.kind is str or text != ""
+        return self.json_type is str or text != ""
 
 
 Fields = Mapping[str, Field]  # by name
@@ -219,18 +219,18 @@ def read_fields(members: Members, fields: Fields, where: str = "") -> JsonObject
             values[name] = rule.default
             continue
         value = members[name]
-        if rule.kind is list and isinstance(value, str):
+        if rule.json_type is list and isinstance(value, str):
             value = [value]
         if not rule.accepts(value):
             raise wrong(where + name, rule.expected(), members[name])
-        text = "".join(value) if rule.kind is list else str(value)
+        text = "".join(value) if rule.json_type is list else str(value)
         try:
             text.encode()
         except UnicodeEncodeError:
             raise HttpError(
                 "INVALID_REQUEST", f"{where}{name}: expected Unicode text, got a lone surrogate"
             ) from None
-        values[name] = float(value) if rule.kind is float else value
+        values[name] = float(value) if rule.json_type is float else value
     return values
 
 

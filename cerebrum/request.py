@@ -26,10 +26,10 @@ DEFAULT_TOKENS = 512
 
 
 def checked(
-    kind: type, low: float = 0, high: float = math.inf, default: Any = None, **more: Any
+    json_type: type, low: float = 0, high: float = math.inf, default: Any = None, **more: Any
 ) -> Any:
     """A field with its rule."""
-    rule = Field(kind, low, high, default, **more)
+    rule = Field(json_type, low, high, default, **more)
     return dataclasses.field(default=default, metadata={"rule": rule})
 
 

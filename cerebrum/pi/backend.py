@@ -388,8 +388,8 @@ class Backend:
                         attempt.cut = answer.cut
                         if attempt.evicted:
                             answer.cut()
-                        async for name, value in pairs:
-                            yield name, self._take(attempt, name, value)
+                        async for event, value in pairs:
+                            yield event, self._take(attempt, event, value)
                     return
                 except HttpError as error:
                     if attempt.evicted:
@@ -416,16 +416,16 @@ class Backend:
         layout, name = self.kind.layout(model, self._about(model)), self.names.get(model, model)
         return self.prompts.fit(attempt, name, self.n_ctx(model), layout, refused)
 
-    def _take(self, attempt: Attempt, kind: str, value: Any) -> Any:
+    def _take(self, attempt: Attempt, event: str, value: Any) -> Any:
         """Count a pair that came, and return its value: of a result, what a backend may set."""
-        if kind == "done":
+        if event == "done":
             return self._finish(attempt, value)
-        if kind == "text":
+        if event == "text":
             attempt.size += len(value)
             if attempt.size > MAX_TEXT_BYTES:
                 raise BackendFailure("its completion is too long")
             self._count(attempt, value.count(b"\n\n"))
-        elif kind == "progress" and attempt.request.ahead:
+        elif event == "progress" and attempt.request.ahead:
             self.prompts.learn_progress(attempt, value)
         return value
 

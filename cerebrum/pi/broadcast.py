@@ -160,7 +160,7 @@ class Broadcast:
 
     @property
     def text(self) -> str:
-        return read_text(b"".join(value for kind, value in self.pairs if kind == "text"))
+        return read_text(b"".join(value for event, value in self.pairs if event == "text"))
 
 
 Memory = dict[tuple[bytes, str, str], Broadcast]  # finished ones by digest, prompt and text
@@ -215,7 +215,7 @@ def to_keep(broadcast: Broadcast) -> Broadcast | None:
     completion = broadcast.completion
     assert completion
     request, attempt = completion.request, completion.attempt
-    last = dict(broadcast.pairs)  # of each kind
+    last = dict(broadcast.pairs)  # of each event
     begun, result = last["started"], last["done"]
     reason = result.get("finish_reason", "stop")
     if reason == "length" and request.kind == "completion":
@@ -271,9 +271,9 @@ class Subscriber:
             broadcast = self.broadcasts.join(self)
             while not self.replaced:
                 if self.at < len(broadcast.pairs):
-                    kind, value = self._next(broadcast)
-                    yield kind, value
-                    if kind == "done":
+                    event, value = self._next(broadcast)
+                    yield event, value
+                    if event == "done":
                         return
                 elif broadcast.failure:
                     raise broadcast.failure
@@ -291,11 +291,11 @@ class Subscriber:
             self.broadcasts.leave(self)
 
     def _next(self, broadcast: Broadcast) -> Pair:
-        kind, value = broadcast.pairs[self.at]
+        event, value = broadcast.pairs[self.at]
         self.at += 1
-        if kind == "text" and self.skip:
+        if event == "text" and self.skip:
             value = self._rest_of(value)
-        elif kind == "done":
+        elif event == "done":
             if self.typed:
                 value = value | {"type_through": True}
                 if "\n" in broadcast.text[: self.typed]:
@@ -303,7 +303,7 @@ class Subscriber:
             self.broadcasts.keep(broadcast, self.request)
             if self.request.kind == "infill" and self.waits and self.request.fields.max_tokens:
                 self.broadcasts.show(self.completion, broadcast.text[self.typed :])
-        return kind, value
+        return event, value
 
     def _rest_of(self, events: bytes) -> bytes:
         """Events with text, without what the client has typed."""
@@ -430,9 +430,9 @@ class Broadcasts:
         """
         try:
             async with contextlib.aclosing(self.compute(completion)) as pairs:
-                async for kind, value in pairs:
-                    if kind not in ("idle", "progress"):
-                        broadcast.pairs.append((kind, value))
+                async for event, value in pairs:
+                    if event not in ("idle", "progress"):
+                        broadcast.pairs.append((event, value))
                     self._wake(broadcast)
         except Exception as error:
             broadcast.failure = error if isinstance(error, HttpError) else internal_error(error)

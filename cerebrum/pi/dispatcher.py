@@ -566,8 +566,8 @@ class Dispatcher:
     async def _read(self, backend: Backend, attempt: Attempt) -> None:
         try:
             async with contextlib.aclosing(backend.answer(attempt)) as pairs:
-                async for kind, value in pairs:
-                    if kind == "done":
+                async for event, value in pairs:
+                    if event == "done":
                         self._count_work(attempt.model, value)
         except HttpError as error:
             log.info("%s: no prompt was read ahead: %s", backend.id, error.message)

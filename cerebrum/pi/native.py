@@ -208,13 +208,13 @@ class Vpsd(Kind):
         events = Events()
         done = None
         while payload := await answer.read():
-            for kind, value in take_apart(events.feed(payload), self.config.key):
-                if done is not None and kind in ("text", "done"):
+            for event, value in take_apart(events.feed(payload), self.config.key):
+                if done is not None and event in ("text", "done"):
                     raise BackendFailure("it sent events after the last one")
-                if kind == "done":
+                if event == "done":
                     done = value
                 else:
-                    yield kind, value
+                    yield event, value
         if events.inside:
             raise BackendFailure("it ended in the middle of an event")
         if done is None:

@@ -31,15 +31,15 @@ STRING = {"type": "string"}
 def schema_of(field: Field, nullable: bool = False) -> Schema:
     """The schema of `field`. With `nullable`, null is accepted too and counts as absent."""
     null = ["null"] * nullable
-    if field.kind is list:
+    if field.json_type is list:
         texts = {"type": ["string", "array", *null], "minLength": 1}
         texts |= {"items": STRING | {"minLength": 1}}
         return texts | {"minItems": field.low, "maxItems": field.high}
-    kind = TYPES[field.kind]
+    kind = TYPES[field.json_type]
     schema = {"type": [kind, "null"] if nullable else kind}
     if field.choices:
         schema["enum"] = [*field.choices, *[None] * nullable]
-    elif field.kind is not bool:
+    elif field.json_type is not bool:
         schema |= limits_of(field)
     if field.default:
         schema["default"] = field.default
@@ -47,7 +47,7 @@ def schema_of(field: Field, nullable: bool = False) -> Schema:
 
 
 def limits_of(field: Field) -> Schema:
-    low, high = ("minLength", "maxLength") if field.kind is str else ("minimum", "maximum")
+    low, high = ("minLength", "maxLength") if field.json_type is str else ("minimum", "maximum")
     limits = {"exclusiveMinimum" if field.above_low else low: field.low, high: field.high}
     return {name: limit for name, limit in limits.items() if math.isfinite(limit)}
 
