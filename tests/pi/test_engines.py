@@ -323,12 +323,6 @@ def test_instruct(kind: EngineKind, pi: Pi):
         check_result(result, kind)
 
 
-def test_limit(pi: Pi):
-    """A text that the limit of tokens ends."""
-    for _, result in pi.both(**brief()):
-        assert (result["finish_reason"], result["total_tokens"]) == ("length", 3)
-
-
 def test_chat_as_openai_does(pi: Pi):
     body = {"model": "", "messages": CHAT, "max_tokens": 80, "temperature": 0}
     whole = pi.answer("/v1/chat/completions", body)
@@ -374,19 +368,6 @@ def test_a_client_that_leaves_ends_the_work(kind: EngineKind, engine: Engine, pi
     assert after["requests_failed"] == before["requests_failed"]
     assert after["breaker"]["failures"] == 0
     assert pi.complete(**brief())["total_tokens"] == 3
-
-
-def test_a_wrong_key(kind: EngineKind, engine: Engine, tmp_path: Path):
-    """The variable is named, and no key: neither ours nor the right one."""
-    tables = {"one": table_of(kind, engine)}
-    with start_pi(tmp_path / "alone", tables, ready=False, one="another-key") as pi:
-        error = pi.refused(**brief())
-        assert error["code"] == "VPS_UNAVAILABLE"
-        assert "KEY_OF_ONE" in error["message"]
-        answers = [error, *map(pi.get, ("/health", "/v1/stats", "/v1/activity"))]
-        said = json.dumps(answers) + pi.daemon.stdout()
-        assert "another-key" not in said
-        assert KEY not in said
 
 
 SHORT = [(LLAMA_SERVER, {}), pytest.param(LLAMA_CPP, {"n_ctx": 512}, marks=NIGHTLY)]

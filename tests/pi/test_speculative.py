@@ -28,8 +28,6 @@ from scripted import (
 )
 from test_editors import CHAT, CHATS, FILE, infill, start
 
-from cerebrum.pi import completion
-from cerebrum.pi.completion import digest_of
 from cerebrum.settings import Client
 
 BEHIND = {"prompt": "    return a", "temperature": 0}
@@ -179,18 +177,6 @@ async def test_it_gets_no_place_beside_another_request():
         await backend.left.wait()
 
 
-async def test_the_same_one_twice_takes_no_place_either():
-    async with pi_with(WRITING) as (pi, backend):
-        first = ahead(pi)
-        await until(lambda: backend.running == 1)
-        second = ahead(pi)
-        assert_ended(await first)
-        assert (pi.active, second.done()) == (0, False)
-        second.cancel()
-        await backend.left.wait()
-        assert len(backend.completions) == 1
-
-
 async def test_typing_the_hint_ends_nothing_and_another_key_does():
     async with pi_with(HINT, WRITING, GOOD) as (pi, backend):
         await infill(pi)
@@ -201,15 +187,6 @@ async def test_typing_the_hint_ends_nothing_and_another_key_does():
         assert not first.done()
         await infill(pi, prompt="    retx")
         assert_ended(await first)
-
-
-async def test_a_hint_that_is_taken_word_by_word():
-    async with pi_with(HINT, NEXT) as (pi, backend):
-        await infill(pi)
-        await ahead(pi)
-        assert (await infill(pi, prompt="    return")).json["content"] == " a"
-        assert (await accepted(pi)).json["content"] == " + b"  # the last word is taken
-        assert len(backend.completions) == 2
 
 
 async def test_only_the_newest_of_a_client_goes_on():
@@ -338,20 +315,16 @@ async def test_a_guest_who_joins_has_a_place_and_makes_room():
             assert (reply.json["content"], reply.json["preempted"]) == (" +", True)
 
 
-async def test_reloads_and_other_models_forget_the_texts():
-    for changes in ("reload", "models"):
-        async with pi_with(HINT, NEXT, WRITING) as (pi, backend):
-            await ahead(pi)
-            assert (await accepted(pi)).json["content"] == "urn a"
-            if changes == "reload":
-                pi.gateway.reconfigure(pi.gateway.config)
-            else:
-                backend.models = answer(200, {"models": [{"id": "qwen_1_5b"}, {"id": "qwen_0_5b"}]})
-                pi.gateway.fleet.first._models_until = 0.0
-                pi.gateway.fleet.first.wake.set()
-                await until(lambda: len(pi.gateway.fleet.first.names) == 2)
-            assert (await accepted(pi)).json["content"] == " + b"
-            assert len(backend.completions) == 2
+async def test_a_reload_and_other_models_forget_the_texts():
+    async with pi_with(HINT, NEXT, HINT) as (pi, backend):
+        await ahead(pi)
+        pi.gateway.reconfigure(pi.gateway.config)
+        assert (await accepted(pi)).json["content"] == " + b"
+        backend.models = answer(200, {"models": [{"id": "qwen_1_5b"}, {"id": "qwen_0_5b"}]})
+        pi.gateway.fleet.first._models_until = 0.0
+        pi.gateway.fleet.first.wake.set()
+        await until(lambda: len(pi.gateway.fleet.first.names) == 2)
+        assert (await accepted(pi)).json["content"] == "urn a"
 
 
 async def test_a_text_from_a_prompt_that_was_cut_is_no_answer_later():
@@ -364,21 +337,6 @@ async def test_a_text_from_a_prompt_that_was_cut_is_no_answer_later():
         cut, read, _ = backend.completions
         assert read["max_tokens"] == 0
         assert len(cut["prompt"]) < len(read["prompt"])
-
-
-async def test_a_digest_of_all_fields_is_made_at_most_once(monkeypatch: pytest.MonkeyPatch):
-    made = list[Any]()
-
-    def counting(fields: Any, names: Any) -> bytes:
-        made.append(names)
-        return digest_of(fields, names)
-
-    async with pi_with(HINT, NEXT) as (pi, _):
-        for letter in "abcdefgh":
-            await infill(pi, filename="same", prompt=letter)
-        monkeypatch.setattr(completion, "digest_of", counting)
-        await infill(pi, filename="same", prompt="x")
-        assert len(made) == 1
 
 
 def counted(pi: Pi) -> tuple[int, ...]:

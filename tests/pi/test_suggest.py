@@ -38,18 +38,6 @@ async def test_a_word_is_a_chance(more: dict[str, Any], least: float | None) -> 
         assert backend.completions[0].get("min_confidence") == least
 
 
-async def test_a_native_answer_says_it_too() -> None:
-    lies = script("a", confidence="sure", text_confidence=3, chance=-1)
-    async with pi_with(SURE, lies) as (pi, backend):
-        reply = (await pi.post("/v1/complete", {**CODE, "min_confidence": 0.3})).json
-        assert (reply["completion"], reply["finish_reason"]) == ("urn a", "unsure")
-        assert reply["chance"] == 0.4
-        assert backend.completions[0]["min_confidence"] == 0.3
-        reply = (await pi.post("/v1/complete", CODE)).json
-        assert not {"confidence", "text_confidence", "chance"} & reply.keys()
-        assert "min_confidence" not in backend.completions[1]
-
-
 WRONG: list[dict[str, Any]] = [{"suggest": "perhaps"}, {"suggest": 1}, {"min_confidence": 1.01}]
 
 
