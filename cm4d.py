@@ -226,23 +226,20 @@ def load_config(environ: Environment) -> Config:
 SET_BY_US = ("indent", "predict_ms", "heal", "special", "priority")  # in what vpsd is asked
 FIELDS = {
     **{name: rule for name, rule in RULES.items() if name not in SET_BY_US},
-    "prompt": Field(str, 1, required=True),
+    "prompt": Field(str, required=True),  # may be empty beside a suffix or an instruction
     "language": Field(str, 1, required=True),
     "max_tokens": Field(int, 1, MAX_TOKENS, DEFAULT_TOKENS),
     "mode": Field(str, default="auto", choices=("auto", "complete", "infill", "instruct")),
     "instruction": Field(str, 1),
     "model": Field(str, 1, default=""),
 }
-# At the start of a file there is nothing before the cursor, so the prompt may be empty.
-FIELDS_WITHOUT_PROMPT = FIELDS | {"prompt": Field(str, 0, required=True)}
 
 
 def read_completion(members: Members, models: Collection[Model]) -> GenerationRequest:
     """The checked fields of a completion. HttpError 400 names a bad field, 404 a model that is not
     in models.toml. An alias of a language becomes the name that models.toml lists.
     """
-    more = members.get("suffix") or members.get("instruction")
-    fields = read_fields(members, FIELDS_WITHOUT_PROMPT if more else FIELDS)
+    fields = read_fields(members, FIELDS)
     languages = served_languages(models)
     given = fields["language"]
     if given not in languages:

@@ -189,6 +189,8 @@ class Field:
 
 
 Fields = Mapping[str, Field]  # by name
+# Half of a character beyond U+FFFF; the JSON decoder has joined whole pairs.
+LONE = re.compile("[\ud800-\udfff]")
 
 
 def valid_members(members: Members, fields: Fields) -> JsonObject:
@@ -224,12 +226,10 @@ def read_fields(members: Members, fields: Fields, where: str = "") -> JsonObject
         if not rule.accepts(value):
             raise wrong(where + name, rule.expected(), members[name])
         text = "".join(value) if rule.json_type is list else str(value)
-        try:
-            text.encode()
-        except UnicodeEncodeError:
+        if LONE.search(text):
             raise HttpError(
                 "INVALID_REQUEST", f"{where}{name}: expected Unicode text, got a lone surrogate"
-            ) from None
+            )
         values[name] = float(value) if rule.json_type is float else value
     return values
 

@@ -102,8 +102,8 @@ def budget_of(request: CompletionRequest, n_ctx: int) -> int:
 def passed_fields(attempt: Attempt) -> JsonObject:
     """vpsd's fields for an attempt, beside those of its text."""
     request, fields = attempt.request, attempt.request.fields
-    passed = {name: getattr(fields, name) for name in PASSED_TO_BACKENDS}
-    passed = {name: value for name, value in passed.items() if value is not None}
+    given = vars(fields)
+    passed = {name: given[name] for name in PASSED_TO_BACKENDS if given[name] is not None}
     if request.session:
         passed["session"] = request.session
     if request.guest:

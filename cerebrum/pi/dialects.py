@@ -29,6 +29,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from cerebrum.fields import (
+    LONE,
     Field,
     JsonObject,
     Members,
@@ -91,10 +92,6 @@ EXTRA = {"filename": NAME, "text": TEXT}
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 MESSAGE = {"role": Field(str, required=True, choices=tuple(ROLES))}
 STREAM_OPTIONS = {"include_usage": FLAG}
-
-
-# Half of a character beyond U+FFFF; the JSON decoder has joined whole pairs.
-LONE = re.compile("[\ud800-\udfff]")
 
 
 def present(value: Any) -> Any:

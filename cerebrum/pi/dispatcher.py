@@ -406,10 +406,12 @@ class Dispatcher:
         """
         backend = self.state.places[attempt]
         try:
-            # They are cut, but a client may be slow to take its last text.
+            # Those that are being ended are cut, but a client may be slow to take its last text.
+            here = [other for other, where in self.state.places.items() if where is backend]
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(ENDING_SECONDS):
-                    await self._wait_for_room(attempt, backend)
+                    for other in [other for other in here if other.evicted and other != attempt]:
+                        await other.ended.wait()
             if attempt.evicted:
                 raise HttpError("RATE_LIMIT", "somebody else needs the place")
             yield backend
@@ -418,12 +420,6 @@ class Dispatcher:
             raise
         finally:
             self._leave(attempt)
-
-    async def _wait_for_room(self, attempt: Attempt, backend: Backend) -> None:
-        """Wait until all others that are being ended have left this backend."""
-        here = [other for other, where in self.state.places.items() if where is backend]
-        for other in [other for other in here if other.evicted and other is not attempt]:
-            await other.ended.wait()
 
     def advance(self) -> dict[Completion, float]:
         """Give free places to those that wait, in turns, and return when to ask again for each of

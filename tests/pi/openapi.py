@@ -21,7 +21,7 @@ from cerebrum.fields import Field
 from cerebrum.pi import dialects
 from cerebrum.pi.counting import ACCEPTED
 from cerebrum_common import HttpError, Route
-from cm4d import FIELDS_WITHOUT_PROMPT, ROUTES
+from cm4d import FIELDS, ROUTES
 
 Schema = dict[str, Any]
 TYPES = {str: "string", int: "integer", float: "number", bool: "boolean"}
@@ -205,7 +205,7 @@ def content_of(route: Route) -> Schema:
 
 
 NATIVE = object_of(
-    FIELDS_WITHOUT_PROMPT,
+    FIELDS,
     language=STRING | {"examples": common.served_languages(SHIPPED)},
     model={"enum": [model.id for model in SHIPPED]},
 )
