@@ -36,7 +36,6 @@ from scripted import (
 )
 
 from cerebrum.pi import backend as pi_backend
-from cerebrum.pi import fleet as pi_fleet
 from cerebrum.pi.backend import KINDS
 from cerebrum.pi.upstream import Endpoint
 from cerebrum.settings import ConfigError, Environment, load_catalog
@@ -172,18 +171,6 @@ def test_a_bad_field_is_named(field: str, good: list[Any], bad: list[Any]):
         assert caught.value.code == "INVALID_REQUEST"
 
 
-async def test_a_refusal_has_the_form_of_the_text_and_reaches_no_vps():
-    async with pi_with() as (pi, backend):
-        for path in PATHS:
-            reply = await pi.post(path, GOOD_FIELDS | {"max_tokens": 0})
-            message = "max_tokens: expected an integer from 1 to 2048, got the number 0"
-            assert TIMESTAMP.fullmatch(reply.json["timestamp"])
-            told = {"error": True, "message": message, "code": "INVALID_REQUEST"}
-            assert reply.status == 400
-            assert reply.json == told | {"timestamp": reply.json["timestamp"]}
-        assert backend.completions == []
-
-
 async def test_defaults_of_a_completion_and_what_reaches_the_vps():
     async with pi_with() as (pi, backend):
         await pi.stream()
@@ -280,26 +267,6 @@ async def test_health_and_stats_and_models_while_the_vps_is_up():
             model["id"]: model["backends"] for model in models.json["models"] if model["available"]
         }
         assert available == {"qwen_0_5b": ["vps"]}
-
-
-async def test_keys_that_do_not_match_are_not_healthy(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 0.05)
-    unauthorized = error(401, "UNAUTHORIZED", "expected the API key")
-    names = "CEREBRUM_API_KEY of the Pi and CEREBRUM_API_KEY of the VPS"
-    words = f"VPS backend refuses our key: {names} do not match"
-    async with (
-        Backend([[unauthorized], GOOD], models=unauthorized) as backend,
-        pi_for(backend.port) as pi,
-    ):
-        for reply in (health := await pi.get("/health"), await pi.complete()):
-            assert reply.status == 503
-            assert reply.json["code"] == "VPS_UNAVAILABLE"
-            assert reply.json["message"] == words
-        assert health.json["status"] == "unhealthy"
-        assert pi.gateway.fleet.first.breaker.failures == 0
-        backend.models = present("qwen_0_5b")
-        await until(lambda: pi.gateway.fleet.available)
-        assert (await pi.complete()).status == 200
 
 
 @pytest.mark.parametrize(

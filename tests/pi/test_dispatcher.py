@@ -200,7 +200,6 @@ DECISIONS: list[tuple[dict[str, Any], str]] = [
     ({"running": FULL}, "RATE_LIMIT"),
     ({"kind": "infill", "running": FULL}, f"wait {PATIENCE}"),
     ({"kind": "chat", "running": FULL}, f"wait {WAIT_SECONDS['chat']}"),
-    ({"kind": "infill", "running": FULL, "asked": NOW - 1}, f"wait {PATIENCE - 1}"),
     ({"kind": "infill", "running": FULL, "asked": NOW - PATIENCE}, "RATE_LIMIT"),
     # A newer request of a session gets the place of the older one; so does anybody if that is
     # being ended.
@@ -230,7 +229,6 @@ DECISIONS: list[tuple[dict[str, Any], str]] = [
     # waiting for.
     ({"health": {"a": OPEN}}, "big@b"),
     ({"health": {"a": TROUBLE}}, "big@b"),
-    ({"health": {"a": TROUBLE, "b": OPEN}}, "big@a"),
     ({"health": {"a": TROUBLE}, "running": "b -, b -"}, "RATE_LIMIT"),
     ({"health": {"a": OPEN, "b": OPEN}}, "VPS_UNAVAILABLE"),
     ({"kind": "infill", "health": {"a": OPEN, "b": OPEN}}, "VPS_UNAVAILABLE"),
@@ -266,7 +264,6 @@ DECISIONS: list[tuple[dict[str, Any], str]] = [
     # Reading ahead waits for an idle backend of a kind that costs nothing, and for those that
     # wait.
     ({"ahead": True}, "big@a"),
-    ({"ahead": True, "running": "a -"}, "big@b"),
     ({"ahead": True, "running": "a -, b -"}, "wait inf"),
     ({"ahead": True, "in_line": True}, "wait inf"),
     # It goes where the next request of its file will go, or waits for that backend.

@@ -20,7 +20,6 @@ from typing import Any
 
 import engines
 import httpx
-import psutil
 import pytest
 from engines import Engine, Unavailable
 from harness import FILES, PATIENCE, Daemon, daemon, wait_until
@@ -59,14 +58,11 @@ PLAINLY = {"timeout": PATIENCE, "trust_env": False}
 
 @dataclass(frozen=True)
 class EngineKind:
-    """An engine: how to start it, how to configure the Pi for it, and how to see that it is
-    idle.
-    """
+    """An engine: how to start it, and how to configure the Pi for it."""
 
     name: str
     api: str
     start: Callable[[Path], AbstractContextManager[Engine]]
-    is_idle: Callable[[Engine], bool]
     places: int = 2
     counts: bool = True  # its streams report the prompt's tokens, even if the Pi hangs up
 
@@ -82,23 +78,9 @@ def start_llama_cpp(folder: Path, context: int = 4096) -> AbstractContextManager
     return engines.llama_cpp_server(folder, FILE, KEY, ALIAS, context)
 
 
-def rests(engine: Engine) -> bool:
-    """Whether its process uses hardly any CPU for 0.3 seconds."""
-    process, ended = psutil.Process(engine.process.pid), threading.Event()
-    before = process.cpu_times()
-    ended.wait(0.3)
-    return sum(process.cpu_times()[:2]) - sum(before[:2]) <= 0.03
-
-
-def slots_are_free(engine: Engine) -> bool:
-    headers = {"Authorization": f"Bearer {engine.key}"}
-    slots = httpx.get(f"{engine.url}/slots", headers=headers, **PLAINLY).json()
-    return not any(slot["is_processing"] for slot in slots)
-
-
-LLAMA_SERVER = EngineKind("llama-server", "llama.cpp", start_llama_server, slots_are_free)
+LLAMA_SERVER = EngineKind("llama-server", "llama.cpp", start_llama_server)
 # A second request would end the first one.
-LLAMA_CPP = EngineKind("llama_cpp.server", "openai", start_llama_cpp, rests, places=1, counts=False)
+LLAMA_CPP = EngineKind("llama_cpp.server", "openai", start_llama_cpp, places=1, counts=False)
 
 
 def had(context: AbstractContextManager[Engine], stack: ExitStack) -> Engine:
@@ -339,35 +321,6 @@ def test_chat_as_openai_does(pi: Pi):
     assert chunks[-1]["choices"][0]["finish_reason"] in ("stop", "length")
     assert usage["choices"] == []
     assert usage["usage"]["completion_tokens"] > 0
-
-
-def test_infill_as_llama_cpp_does(pi: Pi):
-    body = {"input_prefix": PREFIX, "prompt": LINE, "input_suffix": SUFFIX}
-    body |= {"n_predict": 32, "temperature": 0}
-    answer = pi.answer("/infill", body)
-    assert run_code(PREFIX + LINE + answer["content"] + SUFFIX)["add"](20, 3) == 23, answer
-    other = [{"filename": "other.py", "text": "def f():\n    return 2\n"}]
-    # What a small model takes from another file is unpredictable.
-    with_other = pi.answer("/infill", body | {"input_extra": other})
-    assert with_other["content"].strip() != ""
-    for given in (answer, with_other):
-        assert given["stop"] is True
-        assert given["tokens_predicted"] > 0
-
-
-def test_a_client_that_leaves_ends_the_work(kind: EngineKind, engine: Engine, pi: Pi):
-    before = pi.stats("one")
-    stream = Stream(pi, **endless())
-    stream.wait_for_tokens(5)
-    assert pi.stats("one")["requests_active"] == 1
-    stream.leave()
-    wait_until(lambda: kind.is_idle(engine), f"{kind.name} is idle", seconds=SOON)
-    wait_until(lambda: pi.stats("one")["requests_active"] == 0, "the place is free", seconds=SOON)
-    after = pi.stats("one")
-    assert after["tokens_total"] - before["tokens_total"] < 1000, "it would have ended by itself"
-    assert after["requests_failed"] == before["requests_failed"]
-    assert after["breaker"]["failures"] == 0
-    assert pi.complete(**brief())["total_tokens"] == 3
 
 
 SHORT = [(LLAMA_SERVER, {}), pytest.param(LLAMA_CPP, {"n_ctx": 512}, marks=NIGHTLY)]

@@ -82,6 +82,7 @@ OTHER_FIELDS: list[dict[str, Any]] = [
     {"n_predict": 7},
     {"temperature": 0.1},
     {"filename": "b.py"},
+    {"suggest": "always"},
 ]
 
 
@@ -225,14 +226,10 @@ async def test_a_backend_that_costs_money_is_not_asked():
 
 REFUSALS = {
     "overloaded": [error(503, "OVERLOADED")],
-    "busy": [error(429, "RATE_LIMIT")],
     "no model": [error(404, "MODEL_NOT_FOUND")],
-    "not loaded": [error(503, "MODEL_LOAD_FAILED")],
     "too long": [error(400, "INVALID_REQUEST", prompt_tokens=5000, n_ctx=4096)],
     "wrong key": [error(401, "UNAUTHORIZED")],
-    "another 404": [answer(404, {})],
     "another 500": [answer(500, {})],
-    "no head": [b"\r\n\r\n"],
     "an error event": [CHUNKED, chunk(event(error=True, message="no", code="OVERLOADED"))],
     "cut": [CHUNKED, chunk(token(" +", 1)), RESET],
 }

@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 import pytest
-from scripted import CHUNKED, HANG, Backend, Pi, chunk, pi_for, pi_with, script
+from scripted import CHUNKED, HANG, Backend, chunk, pi_for, pi_with, script
 from test_backends import LAST, LISTED, data, engine, llama_chunk
 from test_editors import infill
 
@@ -54,22 +54,6 @@ async def test_never_asks_nobody_and_a_wrong_word_is_refused() -> None:
         await infill(pi, prompt="    retu", suggest="never")
         assert (await older).json["content"] == ""
         assert (await pi.stats())["replaced"] == 1
-
-
-async def typed(pi: Pi, text: str, **more: Any) -> tuple[str, bool, bool]:
-    """The answer once the user has typed this: its text, and whether it is unsure or a rest."""
-    answer = (await infill(pi, prompt="    ret" + text, cache_prompt=True, **more)).json
-    return answer["content"], "unsure" in answer, "type_through" in answer
-
-
-async def test_what_is_typed_beyond_an_unsure_text_is_asked_anew() -> None:
-    async with pi_with(SURE, script(" + b")) as (pi, backend):
-        assert await typed(pi, "") == ("urn a", True, False)
-        assert await typed(pi, "urn") == (" a", True, True)
-        assert len(backend.completions) == 1
-        assert await typed(pi, "urn a") == (" + b", False, False)
-        await typed(pi, "urn", suggest="always")  # of another threshold
-        assert len(backend.completions) == 3
 
 
 def told(text: str, *probabilities: Any) -> bytes:
