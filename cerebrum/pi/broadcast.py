@@ -205,13 +205,11 @@ def typed_in(
     return typed if 0 < typed <= most else None
 
 
-def to_keep(broadcast: Broadcast) -> Broadcast | None:
+def to_keep(broadcast: Broadcast, completion: Completion) -> Broadcast | None:
     """The finished form of a complete broadcast; None if nobody may type its text. A plain
     completion may be a program's, which relies on its limit: a text cut by the limit must not begin
     another answer.
     """
-    completion = broadcast.completion
-    assert completion
     request, attempt = completion.request, completion.attempt
     last = dict(broadcast.pairs)  # of each event
     begun, result = last["started"], last["done"]
@@ -222,8 +220,7 @@ def to_keep(broadcast: Broadcast) -> Broadcast | None:
     if reason in CUT or not 1 < len(text) <= MAX_FINISHED_CHARS:
         return None
     # An answer for which no backend is asked has no figures.
-    done = {"model": begun["model"], "finish_reason": reason}
-    done |= {name: result[name] for name in SURENESS if name in result}
+    done = {name: result[name] for name in ("finish_reason", *SURENESS) if name in result}
     pairs: list[Pair] = [("started", begun), ("text", text_event(text)), ("done", done)]
     omitted = max(0, len(broadcast.prompt) - CURSOR_CHARS)
     kept = Broadcast(broadcast.digest, broadcast.prompt[omitted:], omitted=omitted, pairs=pairs)
@@ -514,9 +511,10 @@ class Broadcasts:
 
     def keep(self, broadcast: Broadcast, request: CompletionRequest) -> None:
         """Remember the text that a client got as a whole, for when the user types it."""
-        if not broadcast.completion or not may_type_through(request):
+        completion = broadcast.completion
+        if not completion or not may_type_through(request):
             return
-        if not broadcast.kept and (kept := to_keep(broadcast)):
+        if not broadcast.kept and (kept := to_keep(broadcast, completion)):
             broadcast.kept = kept
             key = kept.digest, kept.prompt, kept.text
             kept.clients = self.memory.get(key, kept).clients

@@ -241,7 +241,7 @@ SPECIAL_TOKENS = (
     "<|repo_name|>",
     "<\uff5cend\u2581of\u2581sentence\uff5c>",
 )
-MAX_STOP_CHARS = 2000  # no answer has a longer stop string
+MAX_STOP_CHARS = 2000  # no answer has a longer stop string, which would take long to follow
 # What of a prompt's end and of a suffix is followed: the Pi has one thread for all. Of some 2,000
 # cases in Python of tests/bench/ending.py, 3 end elsewhere than with 16,000.
 NEAR_CHARS = 8000

@@ -736,7 +736,7 @@ def finish(prompt: str, text: str, **more: Any) -> broadcast.Broadcast | None:
         completion=Completion(request),
     )
     running.pairs = [("started", {"model": "m"}), ("text", text_event(text)), ("done", {})]
-    return broadcast.to_keep(running)
+    return broadcast.to_keep(running, Completion(request))
 
 
 LINES = [
