@@ -239,18 +239,14 @@ def of_others(attempts: Sequence[Attempt], session: str) -> list[Attempt]:
 
 
 def is_idle(state: State, backend: Backend, request: CompletionRequest) -> bool:
-    """Whether a backend has nothing else to do than what this spare request may end."""
-    here = [attempt.request for attempt, where in state.places.items() if where is backend]
-    return backend.breaker.state == "closed" and all(gives_way(other, request) for other in here)
-
-
-def gives_way(older: CompletionRequest, newer: CompletionRequest) -> bool:
-    """Whether a request ends for a spare one: a speculative one ends reading, and the older one of
-    its client.
+    """Whether a backend has nothing else to do than what this spare request may end: a speculative
+    one ends reading, and the older one of its client.
     """
-    if not newer.speculative:
-        return False
-    return older.ahead or (older.speculative and older.client == newer.client)
+    here = [attempt.request for attempt, where in state.places.items() if where is backend]
+    if request.speculative:
+        here = [older for older in here if not older.ahead]
+        here = [older for older in here if not older.speculative or older.client != request.client]
+    return backend.breaker.state == "closed" and not here
 
 
 def who_makes_room(claim: Claim) -> Attempt | None:
