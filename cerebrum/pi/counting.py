@@ -184,7 +184,7 @@ class Counting:
         finally:
             self.running.discard(completion)
             completion.notes |= completion.figures()
-            self.share(completion)
+            self._share(completion)
             if completion.clients or completion.tokens:
                 self._tally(completion, reason)
 
@@ -202,13 +202,12 @@ class Counting:
             started, last = completion.started, attempt.last or attempt.first
             tally.spoke(attempt.first - started, last - started, tokens)
 
-    def share(self, completion: Completion) -> None:
+    def _share(self, completion: Completion) -> None:
         """Count what has come of a completion for each client who waits for it; they divide the
         tokens and the seconds evenly.
         """
-        now = time.monotonic()
         tokens = sum(attempt.tokens for attempt in completion.attempts)
-        seconds = sum((attempt.left or now) - attempt.begun for attempt in completion.attempts)
+        seconds = sum(attempt.left - attempt.begun for attempt in completion.attempts)
         among = len(completion.clients)
         for number, client in enumerate(completion.clients, 1):
             # Whole tokens, with the right sum.
