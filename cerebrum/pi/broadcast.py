@@ -293,8 +293,6 @@ class Subscriber:
         elif event == "done":
             if self.typed:
                 value = value | {"type_through": True}
-                if "\n" in broadcast.text[: self.typed]:
-                    value.pop("confidence", None)  # of a line that is typed
             self.broadcasts.keep(broadcast, self.request)
             if self.request.kind == "infill" and self.waits and self.request.fields.max_tokens:
                 self.broadcasts.show(self.completion, broadcast.text[self.typed :])

@@ -77,7 +77,14 @@ class CompletionRequest:
 
 
 def remember(table: dict[Any, Any], key: object, value: object, limit: int) -> None:
-    """Set the newest of at most `limit` entries."""
+    """Set the newest of at most `limit` entries.
+
+    >>> table = {"a": 1, "b": 2}
+    >>> remember(table, "a", 3, limit=2)
+    >>> remember(table, "c", 4, limit=2)
+    >>> table
+    {'a': 3, 'c': 4}
+    """
     table.pop(key, None)
     table[key] = value
     if len(table) > limit:

@@ -408,8 +408,6 @@ class Dispatcher:
                 async with asyncio.timeout(ENDING_SECONDS):
                     for other in [other for other in here if other.evicted and other != attempt]:
                         await other.ended.wait()
-            if attempt.evicted:
-                raise HttpError("RATE_LIMIT", "somebody else needs the place")
             yield backend
         except HttpError as error:
             attempt.error = None if attempt.evicted else error

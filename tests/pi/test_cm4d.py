@@ -269,6 +269,14 @@ async def test_health_and_stats_and_models_while_the_vps_is_up():
         assert available == {"qwen_0_5b": ["vps"]}
 
 
+async def test_a_vps_that_refuses_our_key_is_not_healthy():
+    refusal = error(401, "UNAUTHORIZED")
+    async with Backend(models=refusal) as backend, pi_for(backend.port) as pi:
+        health = await pi.get("/health")
+        assert (health.status, health.json["status"]) == (503, "unhealthy")
+        assert "refuses our key" in health.json["message"]
+
+
 @pytest.mark.parametrize(
     "health", [answer(500, {}), answer(200, [1]), head(302, "Location: /x"), b"nonsense"]
 )

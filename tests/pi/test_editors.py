@@ -165,7 +165,7 @@ TEXTS = {
     "another name": ((f"{IMPORTS}a = ", "", ""), (f"{IMPORTS}b = ", "", ""), False),
     "two gaps of one text": (("a\nb = ", "\nc = 2\n", ""), ("a\nb = 1\nc = ", "\n", ""), False),
     "two gaps far apart": (("a\n", "", ""), ("a\n" + "b" * 2000, "", ""), False),
-    "one is empty": (("", "\n", ""), ("x = 1\n", "y\n", ""), False),
+    "one is empty": (("", "", ""), ("x = 1\n", "y\n", ""), False),
     "one has a name": (("a\n", "", "x.py"), ("a\n", "", ""), False),
 }
 

@@ -120,6 +120,13 @@ async def test_a_text_that_the_limit_of_tokens_has_cut_is_one():
         assert len(backend.completions) == 1
 
 
+async def test_a_plain_completion_that_its_limit_has_cut_begins_no_other():
+    async with pi_with(script("urn", " a", finish_reason="length"), GOOD) as (pi, backend):
+        for prompt in ("ret", "return"):
+            await start(pi, "/v1/completions", {"prompt": prompt, "temperature": 0})
+        assert len(backend.completions) == 2
+
+
 async def test_an_accepted_request_joins_the_one_that_is_being_written():
     """With its full rank: it takes a place, and other requests do not end it."""
     go = asyncio.Event()
