@@ -7,7 +7,7 @@
          -d '{"prompt": "def fibonacci(n):", "language": "python", "max_tokens": 128}'
 
 models.toml lists the backends; without any, the only one is the VPS at CEREBRUM_VPS_URL.
-`Gateway.complete` runs every completion, and yields pairs of (kind, value): `/v1/complete/stream`
+`Gateway.complete` runs every completion, and yields pairs of (event, value): `/v1/complete/stream`
 renders them as SSE, `/v1/complete` as one JSON answer. Editors and tools speak the dialects of
 cerebrum/pi/dialects.py. A `Subscriber` reads a completion for one of their clients: identical
 requests share one completion, an editor that types on ends its older infill, and text that the last
@@ -64,7 +64,6 @@ from types import SimpleNamespace
 from typing import Any
 
 from cerebrum.fields import (
-    COMPLETION_FIELDS,
     Field,
     JsonObject,
     Members,
@@ -84,14 +83,11 @@ from cerebrum.metrics import (
 )
 from cerebrum.pi import dialects, upstream, vsix
 from cerebrum.pi.backend import Backend
-from cerebrum.pi.breaker import BREAKER_OPEN, BREAKER_STATES
+from cerebrum.pi.breaker import BREAKER_STATES
 from cerebrum.pi.broadcast import Broadcasts, Subscriber
 from cerebrum.pi.completion import (
-    DEFAULT_TOKENS,
-    MAX_TOKENS,
     NOTHING_SENT,
     PREEMPTED,
-    RETRIED,
     Attempt,
     Completion,
     CompletionRequest,
@@ -100,9 +96,10 @@ from cerebrum.pi.completion import (
 )
 from cerebrum.pi.counting import ACCEPTED, Counting
 from cerebrum.pi.dispatcher import Dispatcher, limit_of
-from cerebrum.pi.fleet import Fleet
+from cerebrum.pi.fleet import Fleet, first_there
 from cerebrum.pi.page import page_of
 from cerebrum.pi.upstream import BackendConfig, Loop
+from cerebrum.request import DEFAULT_TOKENS, MAX_TOKENS, RULES, GenerationRequest
 from cerebrum.service import Service, make_parser, prompt_of, set_up_logging
 from cerebrum.settings import Client, ConfigError, Environment, load_catalog, read_environment
 from cerebrum.text.languages import (
@@ -227,25 +224,23 @@ def load_config(environ: Environment) -> Config:
 
 # --------------------------------------------------------------------------------- policy: requests
 
+SET_BY_US = ("indent", "predict_ms", "heal", "special", "priority")  # in what vpsd is asked
 FIELDS = {
-    "prompt": Field(str, 1, required=True),
+    **{name: rule for name, rule in RULES.items() if name not in SET_BY_US},
+    "prompt": Field(str, required=True),  # may be empty beside a suffix or an instruction
     "language": Field(str, 1, required=True),
     "max_tokens": Field(int, 1, MAX_TOKENS, DEFAULT_TOKENS),
-    **COMPLETION_FIELDS,
     "mode": Field(str, default="auto", choices=("auto", "complete", "infill", "instruct")),
     "instruction": Field(str, 1),
-    "model": Field(str, 1),
+    "model": Field(str, 1, default=""),
 }
-# At the start of a file there is nothing before the cursor, so the prompt may be empty.
-FIELDS_WITHOUT_PROMPT = FIELDS | {"prompt": Field(str, 0, required=True)}
 
 
-def read_completion(members: Members, models: Collection[Model]) -> JsonObject:
+def read_completion(members: Members, models: Collection[Model]) -> GenerationRequest:
     """The checked fields of a completion. HttpError 400 names a bad field, 404 a model that is not
     in models.toml. An alias of a language becomes the name that models.toml lists.
     """
-    more = members.get("suffix") or members.get("instruction")
-    fields = read_fields(members, FIELDS_WITHOUT_PROMPT if more else FIELDS)
+    fields = read_fields(members, FIELDS)
     languages = served_languages(models)
     given = fields["language"]
     if given not in languages:
@@ -254,30 +249,29 @@ def read_completion(members: Members, models: Collection[Model]) -> JsonObject:
         raise wrong("language", f"one of {', '.join(languages)}", given)
     ids = [model.id for model in models]
     asked = fields["model"]
-    if asked is not None and asked not in ids:
+    if asked and asked not in ids:
         raise HttpError(
             "MODEL_NOT_FOUND", f"model: expected one of {', '.join(ids)}, got {describe(asked)}"
         )
-    return fields | {"mode": detect_mode(fields)}
+    return GenerationRequest(**fields | {"mode": detect_mode(fields)})
 
 
-def native_fields(wanted: CompletionRequest, models: Collection[Model]) -> JsonObject:
+def native_fields(wanted: CompletionRequest, models: Collection[Model]) -> GenerationRequest:
     """Convert a dialect's request to the fields that `Gateway.complete` reads. A request may name a
     model by an alias; an unknown name counts as no name. An unknown language, or none, is guessed
     from the text and the file names, which a chat lacks.
     """
-    fields: JsonObject = {"prompt": "", "filename": ""} | wanted.fields
-    named = [model.id for model in models if fields["model"] in (model.id, *model.aliases)]
-    others = [entry["filename"] for entry in fields.get("extra", ())]
-    language = BY_NAME.get(fields.get("language", "").lower())
-    language = language or guess_language(fields["filename"], fields["prompt"], others)
-    return fields | {"language": language, "model": next(iter(named), None)}
+    fields = wanted.fields
+    named = [model.id for model in models if fields.model in (model.id, *model.aliases)]
+    others = [entry["filename"] for entry in fields.extra]
+    language = BY_NAME.get(fields.language.lower())
+    language = language or guess_language(fields.filename, fields.prompt, others)
+    return replace(fields, language=language, model=next(iter(named), ""))
 
 
 # -------------------------------------------------------------------------------------- the gateway
 
 MAX_TOKENIZING = 4  # texts at a time; they take no place, and one text can be 8 MB of tokens
-MAX_COLLECTED_BYTES = 2 << 20  # text events of one /v1/complete; 2,048 tokens take about 150 KB
 
 
 class Gateway:
@@ -294,8 +288,7 @@ class Gateway:
         self.broadcasts = Broadcasts(self.dispatcher, self.complete, self.beginning, self.counting)
         self.model_names = list[dict[str, str]]()  # of the backends, when last probed
         self.tokenizing = asyncio.Semaphore(MAX_TOKENIZING)
-        self.guest_tokenizing = asyncio.Lock()
-        # A lock for each client that tokenizes.
+        # A lock for each client that tokenizes, and one, named "", for all guests.
         self.tokenizers = weakref.WeakValueDictionary[str, asyncio.Lock]()
         self.page: Response | None = None  # everything else works without it
         try:
@@ -331,7 +324,6 @@ class Gateway:
         if config.access.needs_key:  # only whole settings may let in everybody
             self.config = config
             self.counting.configure(config.models, config.names)
-            self.dispatcher.end_reading()  # perhaps for a client who may no longer ask
 
     def reconfigure(self, config: Config) -> None:
         """Apply new settings; running requests continue. ConfigError if the settings cannot be
@@ -343,7 +335,7 @@ class Gateway:
         self._use(config)
         self.broadcasts.forget()
         self.reconfigured += 1
-        self.dispatcher.reconfigured()
+        self.dispatcher.advance()
 
     def who(self, request: Request) -> JsonObject:
         """The fields of a CompletionRequest that say who asks."""
@@ -379,97 +371,74 @@ class Gateway:
         self.dispatcher.advance()
 
     async def complete(self, completion: Completion) -> Pairs:
-        """One completion as pairs of (kind, value), independent of the client's API and of the
-        backend's:
-
-            ("started", dict)   first: a backend answers. {"model", "n_ctx", "kept"}. An error
-                                before this pair can still be an HTTP status. The pair comes again
-                                if another backend takes over
-            ("idle", None)      nothing new, but the backend is alive
-            ("progress", dict)  {"stage": str, "done": int, "total": int}, if the request asks for
-                                progress
-            ("text", bytes)     whole native token events, relayed without being parsed; `read_text`
-                                decodes them
-            ("done", dict)      last: the result, a native done event without its member `done`
-
-        A completion that fails raises HttpError. All resources are acquired in this body, so they
-        are released when the generator ends or is closed; a generator that was never started holds
-        nothing.
+        """One completion as pairs, "started" first. All resources are acquired in this body, so
+        they are released when the generator ends or is closed; a generator that was never started
+        holds nothing.
         """
         if self.config.log_prompts:
-            log.info("prompt: %s", prompt_of(completion.request.fields))
-        begun = JsonObject()
+            log.info("prompt: %s", prompt_of(vars(completion.request.fields)))
         async with self.counting.completion(completion):
             while True:
                 attempt = await self.dispatcher.enter(completion)
                 try:
                     async with contextlib.aclosing(self._answer(attempt)) as pairs:
-                        async for kind, value in pairs:
-                            if kind == "started":
-                                if value == begun:
-                                    continue
-                                begun = value
-                            yield kind, value
+                        async for pair in pairs:
+                            yield pair
                     return
                 except HttpError as error:
-                    if not attempt.may_be_repeated(error):
+                    if attempt.may_be_repeated(error):
+                        # Both hold the prompt as it was sent.
+                        error.__traceback__ = None
+                        attempt.sent = NOTHING_SENT
+                    elif attempt.evicted == PREEMPTED:
+                        break
+                    else:
                         raise
-                    # Both hold the prompt as it was sent.
-                    error.__traceback__ = None
-                    attempt.sent = NOTHING_SENT
-
-    async def _answer(self, attempt: Attempt) -> Pairs:
-        """The pairs of one attempt. "started" comes first, and again when the backend responds: the
-        prompt may have been fitted again meanwhile. A preempted attempt that is not repeated ends
-        like a whole answer.
-        """
-        completion = attempt.completion
-        has_begun = has_spoken = False
-        try:
-            async with (
-                self.dispatcher.hold(attempt) as backend,
-                contextlib.aclosing(backend.answer(attempt)) as pairs,
-            ):
-                async for kind, value in pairs:
-                    if kind == "begun" or not has_begun:
-                        has_begun = True
-                        yield "started", self.beginning(completion)
-                    if kind == "text" and not has_spoken:
-                        has_spoken = True
-                        self.dispatcher.advance()  # others may have waited for the end of a trial
-                    elif kind == "done":
-                        value = self._result(attempt, value)
-                    if kind != "begun":
-                        yield kind, value
-        except HttpError as error:
-            if attempt.reason != PREEMPTED or attempt.may_be_repeated(error):
-                raise
+            # It ends like a whole answer.
             yield "started", self.beginning(completion)
             yield "done", self._result(attempt, {"finish_reason": PREEMPTED})
 
+    async def _answer(self, attempt: Attempt) -> Pairs:
+        """The pairs of one attempt. "started" comes first, and again when the backend responds: the
+        prompt may have been fitted again meanwhile.
+        """
+        has_begun = has_spoken = False
+        async with (
+            self.dispatcher.hold(attempt) as backend,
+            contextlib.aclosing(backend.answer(attempt)) as pairs,
+        ):
+            async for event, value in pairs:
+                if event == "begun" or not has_begun:
+                    has_begun = True
+                    yield "started", self.beginning(attempt.completion)
+                if event == "text" and not has_spoken:
+                    has_spoken = True
+                    self.dispatcher.advance()  # others may have waited for the end of a trial
+                elif event == "done":
+                    self.counting.work(attempt.model, value)
+                    self.dispatcher.read_rest(attempt)
+                    value = self._result(attempt, value)
+                if event != "begun":
+                    yield event, value
+
     def beginning(self, completion: Completion) -> JsonObject:
         """The value of the pair "started"."""
-        model = completion.model or self.fleet.route(completion.request.fields)
+        model = completion.model or self.fleet.route(completion.request)
         attempt = completion.attempt
         sent = attempt.sent if attempt else NOTHING_SENT
         n_ctx = sent.n_ctx or self.fleet.n_ctx(model)
         return {"model": model, "n_ctx": n_ctx, "kept": sent.text.kept}
 
     def _result(self, attempt: Attempt, done: JsonObject) -> JsonObject:
-        """Count the work of a whole answer, and return its result: our own members, then the
-        backend's.
-        """
-        request = attempt.request
-        text = attempt.sent.text
-        self.counting.work(attempt.model, done)
-        self.dispatcher.read_rest(attempt)
-        result = {
-            "language": request.fields["language"],
+        """The result of a whole answer: our own members, then the backend's."""
+        fields, text = attempt.request.fields, attempt.sent.text
+        result: JsonObject = {
+            "language": fields.language,
             "model": attempt.model,
             "total_tokens": attempt.tokens,
             "inference_time": time.monotonic() - attempt.completion.started,
             "timestamp": timestamp(),
-            "mode": request.fields["mode"],
+            "mode": fields.mode,
         }
         if len(self.fleet.backends) > 1:
             result["backend"] = attempt.backend
@@ -498,19 +467,15 @@ async def health(gateway: Gateway, request: Request) -> Response:
     raise HttpError("VPS_UNAVAILABLE", fleet.message, extra={"status": "unhealthy", **state})
 
 
-def complete_natively(gateway: Gateway, request: Request, limit: float = math.inf) -> Pairs:
-    """The pairs of a completion of our own API. `limit`: bytes of text events, if they are
-    collected.
-    """
+def complete_natively(gateway: Gateway, request: Request) -> Pairs:
+    """The pairs of a completion of our own API."""
     fields = read_completion(parse_json(request.body), gateway.config.models)
-    if limit < math.inf:
-        fields["progress"] = False  # nobody would see it
     session = ""
-    if fields["session"]:
+    if fields.session:
         # Two clients may choose the same name, and a backend sees only the Pi's address.
-        name = f"{request.client} {fields['session']}"
+        name = f"{request.client} {fields.session}"
         session = hashlib.sha256(name.encode()).hexdigest()
-    wanted = CompletionRequest("", fields, session=session, limit=limit, **gateway.who(request))
+    wanted = CompletionRequest("", fields, session=session, **gateway.who(request))
     completion = Completion(wanted, request.end, request.notes)
     return gateway.complete(completion)
 
@@ -534,18 +499,18 @@ NATIVE_EVENTS: dict[str, Callable[[Any], bytes]] = {
 
 async def complete(gateway: Gateway, request: Request) -> Response:
     """POST /v1/complete: a completion in one piece."""
-    _, text, result = await collect(complete_natively(gateway, request, MAX_COLLECTED_BYTES))
+    _, text, result = await collect(complete_natively(gateway, request))
     return Response({"completion": text, **result})
 
 
 async def collect(pairs: Pairs) -> tuple[JsonObject, str, JsonObject]:
     """A completion in one piece: the value of its last pair "started", its text, and its result."""
     texts = []
-    last = JsonObject()  # the last value of each kind
+    last = JsonObject()  # the last value of each event
     async with contextlib.aclosing(pairs):
-        async for kind, value in pairs:
-            last[kind] = value
-            if kind == "text":
+        async for event, value in pairs:
+            last[event] = value
+            if event == "text":
                 texts.append(value)
     return last["started"], read_text(b"".join(texts)), last["done"]
 
@@ -645,9 +610,12 @@ async def model(gateway: Gateway, request: Request) -> Response:
     return Response(compact(dialects.write_model(id, gateway.created)))
 
 
+ANY = CompletionRequest("", GenerationRequest(mode=""))  # without model and language
+
+
 async def props(gateway: Gateway, request: Request) -> Response:
     """GET /props: the properties of the model that answers a request without a model name."""
-    model = gateway.fleet.route({})
+    model = gateway.fleet.route(ANY)
     places = limit_of(gateway.fleet.backends)
     return Response(compact(dialects.write_props(model, gateway.fleet.n_ctx(model), places)))
 
@@ -655,36 +623,26 @@ async def props(gateway: Gateway, request: Request) -> Response:
 async def tokenize(gateway: Gateway, request: Request) -> Response:
     """POST /tokenize: a text's tokens, in the model that answers a request without a model name."""
     fields = read_fields(dialects.present(parse_json(request.body)), dialects.TOKENIZE)
-    model = gateway.fleet.route({})
-    having = [backend for backend in gateway.fleet.backends if backend.has(model)]
-    counting = [backend for backend in having if backend.kind.tokenize_path]
-    fault = HttpError(
-        "VPS_UNAVAILABLE",
-        BREAKER_OPEN if counting else "expected a backend that counts tokens, got none",
-    )
-    own = gateway.tokenizers.setdefault(request.client, asyncio.Lock())
+    model = gateway.fleet.route(ANY)
     # A person tokenizes one text at a time, and so do all guests together.
-    guests = gateway.guest_tokenizing if gateway.who(request)["guest"] else contextlib.nullcontext()
-    async with own, guests, gateway.tokenizing:
-        for backend in sorted(counting, key=lambda backend: not backend.available):
-            if not backend.breaker.admits:
-                continue
-            try:
-                return Response(b'{"tokens":[%b]}' % await backend.tokenize(model, fields))
-            except HttpError as error:
-                if error.status not in RETRIED:
-                    raise
-                fault = error
-            finally:
-                gateway.dispatcher.advance()  # it may have been a trial
-    raise fault
+    name = "" if gateway.who(request)["guest"] else request.client
+    async with gateway.tokenizers.setdefault(name, asyncio.Lock()), gateway.tokenizing:
+        counting = [backend for backend in gateway.fleet.backends if backend.tokenizes(model)]
+        if not counting:
+            expected = "expected a backend that counts tokens, got none"
+            raise HttpError("VPS_UNAVAILABLE", gateway.fleet.message or expected)
+        try:
+            tokens = await first_there(counting).tokenize(model, fields)
+        finally:
+            gateway.dispatcher.advance()  # it may have been a trial
+    return Response(b'{"tokens":[%b]}' % tokens)
 
 
 async def speak(dialect: dialects.Dialect, gateway: Gateway, request: Request) -> Response:
     """The handler of a dialect's completions."""
     wanted = dialect.read(parse_json(request.body))
     fields = native_fields(wanted, gateway.config.models)
-    wanted = replace(wanted, fields=fields, limit=MAX_COLLECTED_BYTES, **gateway.who(request))
+    wanted = replace(wanted, fields=fields, **gateway.who(request))
     head = request.head
     editor = f"{request.client} {request.address} {head.headers.get('user-agent', '')}"
     subscriber = Subscriber(gateway.broadcasts, Completion(wanted, notes=request.notes), editor)

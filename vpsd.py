@@ -64,7 +64,6 @@ if __name__ == "__main__":
 import psutil
 
 from cerebrum.fields import (
-    COMPLETION_FIELDS,
     Field,
     Members,
     parse_json,
@@ -73,6 +72,7 @@ from cerebrum.fields import (
 )
 from cerebrum.http import Access, Server, own_names
 from cerebrum.metrics import COMPLETIONS, Metric, Table, metrics_of, write_stats
+from cerebrum.request import RULES, GenerationRequest
 from cerebrum.service import Service, make_parser, passed_sockets, prompt_of, set_up_logging
 from cerebrum.settings import ConfigError, Environment, load_catalog, read_environment
 from cerebrum.text.languages import LANGUAGES
@@ -100,7 +100,6 @@ from cerebrum.vps.llama import (
 )
 from cerebrum.vps.memory import available_mb, check_memory, context_length, fit, needed
 from cerebrum.vps.pool import Pool
-from cerebrum.vps.vocabulary import GenerationRequest
 from cerebrum.vps.worker import RESUME_BACKLOG, Worker
 from cerebrum_common import (
     SSE_COMMENT,
@@ -217,19 +216,10 @@ READ_ONCE = (
 NEEDS_RESTART = [f"CEREBRUM_{name}" for name in READ_ONCE.split()]
 # ------------------------------------------------------------------------------ policy: the request
 
-MAX_TOKENS = 2048
-FIELDS = {  # of a `GenerationRequest`, which has their meaning and defaults
+FIELDS = RULES | {
     "model": Field(str, 1, 200, required=True),
-    "prompt": Field(str, 1),
-    "max_tokens": Field(int, 0, MAX_TOKENS),
-    **COMPLETION_FIELDS,
-    "language": Field(str, choices=tuple(LANGUAGES)),
+    "language": Field(str, default="", choices=tuple(LANGUAGES)),
     "mode": Field(str, choices=("complete", "infill", "instruct")),
-    "predict_ms": Field(int, 0, 600_000),
-    "indent": Field(int, 0, 1000),
-    "heal": Field(bool),
-    "special": Field(bool),
-    "priority": Field(str, choices=("normal", "low")),
 }
 # At the start of a file there is nothing before the cursor.
 FIELDS_AROUND_A_GAP = FIELDS | {"prompt": Field(str)}
@@ -251,25 +241,24 @@ TOKENIZE = {
 def parse_inference(members: Members) -> GenerationRequest:
     """Check a request body. Without a `mode`, the other fields imply the mode."""
     is_gap = members.get("suffix") is not None or members.get("extra")
-    values = read_fields(members, FIELDS_AROUND_A_GAP if is_gap else FIELDS)
-    fields = {name: value for name, value in values.items() if value is not None}
-    mode = "infill" if "suffix" in fields else "complete"
-    if "messages" in members:
+    fields = read_fields(members, FIELDS_AROUND_A_GAP if is_gap else FIELDS)
+    mode = "complete" if fields["suffix"] is None else "infill"
+    is_chat = "messages" in members
+    if is_chat:
         mode = "instruct"
         messages = read_objects(members["messages"], "messages", 1, 100, MESSAGE)
         fields["messages"] = [(message["role"], message["content"]) for message in messages]
-    if ("prompt" in fields) == ("messages" in fields):
+    if ("prompt" in members) == is_chat:
         raise HttpError(
             "INVALID_REQUEST", "prompt: expected a non-empty string, or messages instead of it"
         )
-    if "messages" in fields and "suffix" in fields:
+    if is_chat and "suffix" in members:
         raise HttpError(
             "INVALID_REQUEST", "suffix: expected only beside prompt, not beside messages"
         )
     extra = read_objects(members.get("extra", []), "extra", 0, MAX_EXTRAS, EXTRA)
     fields["extra"] = [(entry["filename"], entry["text"]) for entry in extra]
-    fields.setdefault("mode", mode)
-    return GenerationRequest(**fields)
+    return GenerationRequest(**fields | {"mode": fields["mode"] or mode})
 
 
 # -------------------------------------------------------------------------------- policy: admission
@@ -508,7 +497,7 @@ class Admission:
             return event
         known = {
             "done": True,
-            "language": self.job.request.language or "",
+            "language": self.job.request.language,
             "model": self.model,
             "total_tokens": event["total_tokens"],
             "inference_time": event["inference_time"],

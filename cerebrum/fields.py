@@ -13,7 +13,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ JsonObject = dict[str, Any]
 Members = Mapping[str, Any]  # a JSON object that is only read
 
 MAX_JSON_DEPTH = 64  # requests are flat; without this limit the C scanner ends in a RecursionError
+NO_BRACKETS = bytes(set(range(256)).difference(b"[]{}"))
 # Commas, colons and opening brackets: a chat of 1,000 messages in parts has half as many.
 MAX_DELIMITERS = 20_000
 MAX_INTEGER_DIGITS = 20  # 64 bits; no field takes a larger number
@@ -58,16 +59,13 @@ def parse_json(body: bytes) -> JsonObject:
     finite numbers, at most 64 levels and MAX_DELIMITERS. HttpError 400 says what is wrong.
     """
     try:
-        _bound_delimiters(body)
+        _bound_structure(body)
         value = DECODER.decode(body.decode("utf-8"))
-        _refuse_depth(value)
         if isinstance(value, dict):
             return value
         problem = f"expected a JSON object, got {describe(value)}"
     except UnicodeDecodeError:
         problem = "expected a body in UTF-8"
-    except RecursionError:
-        problem = f"expected JSON of at most {MAX_JSON_DEPTH} levels"
     except json.JSONDecodeError as error:
         problem = f"expected a JSON object: {error.msg} at character {error.pos}"
     except ValueError as error:
@@ -75,9 +73,9 @@ def parse_json(body: bytes) -> JsonObject:
     raise HttpError("INVALID_REQUEST", problem)
 
 
-def _bound_delimiters(body: bytes) -> None:
-    """Bound the values and names of a body, each of which follows a delimiter. Called before the
-    parser, which lets nothing else run.
+def _bound_structure(body: bytes) -> None:
+    """Bound the values and names of a body, each of which follows a delimiter, and its depth.
+    Called before the parser, which lets nothing else run.
     """
     # Without escapes, each quote begins or ends a string.
     plain = body.replace(rb"\\", b"").replace(rb"\"", b"")
@@ -85,17 +83,10 @@ def _bound_delimiters(body: bytes) -> None:
     delimiters = len(outside) - len(outside.translate(None, b",:[{"))
     if delimiters > MAX_DELIMITERS:
         raise ValueError(f"expected at most {MAX_DELIMITERS} commas, colons and opening brackets")
-
-
-def _refuse_depth(value: Any) -> None:
-    level = [value]
-    for _ in range(MAX_JSON_DEPTH + 1):  # each turn descends by one level
-        nested: list[Iterable[Any]] = [item for item in level if isinstance(item, list)]
-        nested += [item.values() for item in level if isinstance(item, dict)]
-        if not nested:
-            return
-        level = list(itertools.chain.from_iterable(nested))
-    raise RecursionError
+    brackets = outside.translate(None, NO_BRACKETS)[: 2 * MAX_DELIMITERS]  # all of valid JSON
+    depths = itertools.accumulate(1 if bracket in b"[{" else -1 for bracket in brackets)
+    if max(depths, default=0) > MAX_JSON_DEPTH:
+        raise ValueError(f"expected at most {MAX_JSON_DEPTH} levels")
 
 
 def members_of(value: Any) -> Members:
@@ -123,8 +114,8 @@ def describe(value: Any) -> str:
         return f"an object of {len(value)}"
     if isinstance(value, str) and not SHOWN.fullmatch(value):
         return f"a string of {len(value)} characters"
-    kind = {bool: "boolean", int: "number", float: "number", str: "string"}.get(type(value))
-    return f"the {kind} {json.dumps(value)}" if kind else f"a {type(value).__name__}"  # a TOML type
+    name = {bool: "boolean", int: "number", float: "number", str: "string"}.get(type(value))
+    return f"the {name} {json.dumps(value)}" if name else f"a {type(value).__name__}"  # a TOML type
 
 
 def printable(text: str) -> str:
@@ -149,7 +140,7 @@ class Field:
     list field also accepts one string alone.
     """
 
-    kind: type
+    json_type: type
     low: float = 0
     high: float = math.inf
     default: Any = None
@@ -163,20 +154,20 @@ class Field:
         if self.choices:
             return "one of " + ", ".join(self.choices)
         if self.pattern:
-            noun = "strings" if self.kind is list else "a string"
+            noun = "strings" if self.json_type is list else "a string"
             return f"{noun} of the form {self.pattern}"
-        if self.kind is list:
+        if self.json_type is list:
             return f"a string, or an array of {self.low:g} to {self.high:g} non-empty strings"
-        noun = NOUNS[self.kind]
+        noun = NOUNS[self.json_type]
         if self.high == math.inf:
-            return "a non-empty string" if self.kind is str and self.low == 1 else noun
-        unit = " characters" if self.kind is str else ""
+            return "a non-empty string" if self.json_type is str and self.low == 1 else noun
+        unit = " characters" if self.json_type is str else ""
         begin = "above" if self.above_low else "from"
         return f"{noun} {begin} {self.low:g} to {self.high:g}{unit}"
 
     def accepts(self, value: Any) -> bool:
-        kinds = (int, float) if self.kind is float else self.kind
-        if not isinstance(value, kinds) or isinstance(value, bool) != (self.kind is bool):
+        kinds = (int, float) if self.json_type is float else self.json_type
+        if not isinstance(value, kinds) or isinstance(value, bool) != (self.json_type is bool):
             return False
         size: Any = len(value) if isinstance(value, str | list) else value
         inside = self.low < size if self.above_low else self.low <= size
@@ -194,26 +185,22 @@ class Field:
             return False
         if self.pattern:
             return bool(re.fullmatch(self.pattern, text))
-        return self.kind is str or text != ""
+        return self.json_type is str or text != ""
 
 
 Fields = Mapping[str, Field]  # by name
+# Half of a character beyond U+FFFF; the JSON decoder has joined whole pairs.
+LONE = re.compile("[\ud800-\udfff]")
 
 
-# Of a completion, in the own APIs of both daemons; the defaults are those of vpsd's
-# `GenerationRequest`.
-COMPLETION_FIELDS = {
-    "temperature": Field(float, 0, 1, 0.4),
-    "top_p": Field(float, 0, 1, above_low=True),
-    "seed": Field(int, 0, 2**32 - 2),  # 2**32 - 1 asks llama.cpp for a random seed
-    "stop": Field(list, 0, 16),
-    "suffix": Field(str),
-    "filename": Field(str, 0, 1000),
-    "stop_at": Field(str, default="auto", choices=("auto", "none")),
-    "progress": Field(bool, default=False),
-    "min_confidence": Field(float, 0, 1),
-    "session": Field(str, 1, 200),
-}
+def valid_members(members: Members, fields: Fields) -> JsonObject:
+    """The members that their fields accept; all others are left out.
+
+    >>> valid_members({"done": True, "tokens": "3", "cached": 5}, {"cached": Field(int)})
+    {'cached': 5}
+    """
+    valid = [name for name in fields if fields[name].accepts(members.get(name))]
+    return {name: members[name] for name in valid}
 
 
 def wrong(name: str, expected: str, got: Any) -> HttpError:
@@ -234,18 +221,16 @@ def read_fields(members: Members, fields: Fields, where: str = "") -> JsonObject
             values[name] = rule.default
             continue
         value = members[name]
-        if rule.kind is list and isinstance(value, str):
+        if rule.json_type is list and isinstance(value, str):
             value = [value]
         if not rule.accepts(value):
             raise wrong(where + name, rule.expected(), members[name])
-        text = "".join(value) if rule.kind is list else str(value)
-        try:
-            text.encode()
-        except UnicodeEncodeError:
+        text = "".join(value) if rule.json_type is list else str(value)
+        if LONE.search(text):
             raise HttpError(
                 "INVALID_REQUEST", f"{where}{name}: expected Unicode text, got a lone surrogate"
-            ) from None
-        values[name] = float(value) if rule.kind is float else value
+            )
+        values[name] = float(value) if rule.json_type is float else value
     return values
 
 

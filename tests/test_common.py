@@ -48,8 +48,8 @@ RULES: list[tuple[Field, list[Any], list[Any], str]] = [
 def test_fields(rule, good, bad, expected):
     for value in good:
         (read,) = read_fields({"x": value}, {"x": rule}).values()
-        assert read == ([value] if rule.kind is list and isinstance(value, str) else value)
-        assert rule.kind is not float or isinstance(read, float)
+        assert read == ([value] if rule.json_type is list and isinstance(value, str) else value)
+        assert rule.json_type is not float or isinstance(read, float)
     for value in bad:
         with pytest.raises(HttpError) as error:
             read_fields({"x": value}, {"x": rule})

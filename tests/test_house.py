@@ -21,7 +21,7 @@ from harness import ROOT, Client, copy_program, program, settings
 
 BOTH = {
     f"cerebrum.{name}"
-    for name in ("check", "fields", "http", "metrics", "service", "settings", "text")
+    for name in ("check", "fields", "http", "metrics", "request", "service", "settings", "text")
 }
 # what a file, or else each file of a folder, may import beside its own folder and cerebrum_common
 MAY = {
@@ -41,12 +41,19 @@ MAY = {
     "cerebrum/text": set[str](),
     "cerebrum/pi": {
         "cerebrum.fields",
+        "cerebrum.request",
         "cerebrum.http",
         "cerebrum.settings",
         "cerebrum.metrics",
         "cerebrum.text",
     },
-    "cerebrum/vps": {"cerebrum.fields", "cerebrum.settings", "cerebrum.metrics", "cerebrum.text"},
+    "cerebrum/vps": {
+        "cerebrum.fields",
+        "cerebrum.request",
+        "cerebrum.settings",
+        "cerebrum.metrics",
+        "cerebrum.text",
+    },
 }
 FILES = sorted(
     path.relative_to(ROOT) for path in [*ROOT.glob("*.py"), *(ROOT / "cerebrum").rglob("*.py")]

@@ -14,10 +14,9 @@ import time
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from cerebrum.fields import JsonObject, Members, printable
+from cerebrum.fields import JsonObject, Members, printable, valid_members
 from cerebrum.pi.breaker import Admission, Breaker
 from cerebrum.pi.completion import (
-    DEFAULT_TOKENS,
     FINISHED,
     SAMPLED_BY,
     SUPERSEDED,
@@ -29,9 +28,10 @@ from cerebrum.pi.completion import (
     remember,
 )
 from cerebrum.pi.engines import LlamaServer, OpenAI
-from cerebrum.pi.kind import COUNT, Kind, read_result
+from cerebrum.pi.kind import COUNT, RESULT_FIELDS, Kind
 from cerebrum.pi.native import MAX_MESSAGE_CHARACTERS, Vpsd
 from cerebrum.pi.upstream import BackendConfig, BackendFailure, TooLong, Unusable
+from cerebrum.request import DEFAULT_TOKENS
 from cerebrum.text.languages import BY_NAME
 from cerebrum.text.prompt import RATIO, TEMPLATE_TOKENS, prepare
 from cerebrum_common import HttpError, Model, log
@@ -85,28 +85,31 @@ def budget_of(request: CompletionRequest, n_ctx: int) -> int:
     """The largest prompt for a request, in tokens. An answer gets at most three quarters of the
     context, however long it may be.
 
-    >>> [budget_of(CompletionRequest("", {"max_tokens": most}), 4096) for most in (512, 4000)]
-    [3576, 1016]
+    >>> from cerebrum.request import GenerationRequest
+    >>> request = CompletionRequest("", GenerationRequest(max_tokens=2048))
+    >>> budget_of(request, 4096), budget_of(request, 2048)
+    (2040, 504)
     """
     # In the dialects, a limit below the default leaves no more room for the prompt: a warm-up, with
     # its limit of 0, must send the same text as the request that follows.
     least = DEFAULT_TOKENS if request.in_dialect else 0
     # A chat's answer is short, whatever its limit.
     longest = n_ctx // 4 if request.kind == "chat" else n_ctx
-    answer = min(max(request.fields["max_tokens"], least), longest)
+    answer = min(max(request.fields.max_tokens, least), longest)
     return int(max(n_ctx - answer, n_ctx // 4) - MARGIN_TOKENS)
 
 
 def passed_fields(attempt: Attempt) -> JsonObject:
     """vpsd's fields for an attempt, beside those of its text."""
     request, fields = attempt.request, attempt.request.fields
-    passed = {name: fields[name] for name in PASSED_TO_BACKENDS if fields.get(name) is not None}
+    given = vars(fields)
+    passed = {name: given[name] for name in PASSED_TO_BACKENDS if given[name] is not None}
     if request.session:
         passed["session"] = request.session
     if request.guest:
         passed["priority"] = "low"
     # Backends know the syntax of these languages.
-    if language := BY_NAME.get(fields["language"].lower()):
+    if language := BY_NAME.get(fields.language.lower()):
         passed["language"] = language
     return passed
 
@@ -145,8 +148,9 @@ class Prompts:
         if not self._counts_exactly:
             budget = min(int(budget / SPARE), most)
         limits = int(budget * ratio / RATIO), *self._max_fresh(request, attempt.model)
-        text = prepare(fields, fields["mode"], *limits, layout, request.kind == "infill")
-        tokens = text.weight / ratio + TEMPLATE_TOKENS[fields["mode"]]
+        is_editors = request.kind == "infill"
+        text = prepare(vars(fields), fields.mode, *limits, layout, is_editors)
+        tokens = text.weight / ratio + TEMPLATE_TOKENS[fields.mode]
         room = n_ctx - int(SPARE * tokens) - MARGIN_TOKENS
         body = passed_fields(attempt) | text.body
         return Fitted(body, attempt.model, name, room, n_ctx, text)
@@ -155,7 +159,7 @@ class Prompts:
         """(the most tokens to read for a request, or None; the texts already read for its client
         and model).
         """
-        limit = request.fields.get("prompt_ms", 0)
+        limit = request.fields.prompt_ms
         if limit <= 1:
             return None, []
         speed = self.speed.get(model, FIRST_SPEED)
@@ -215,6 +219,9 @@ class Prompts:
 
 
 # -------------------------------------------------------------------------------------- the backend
+
+
+MAX_TEXT_BYTES = 2 << 20  # the text events of one completion; 2,048 tokens take about 150 KB
 
 
 class Backend:
@@ -365,7 +372,7 @@ class Backend:
         result that somebody waits for goes to the breaker that has admitted the attempt.
         """
         refused = None
-        self.count(attempt)
+        self.requests_total += not attempt.request.is_spare
         self.answering.add(attempt)
         try:
             while True:
@@ -379,13 +386,13 @@ class Backend:
                         # From now on the dispatcher can cut the answer; perhaps it wanted to while
                         # the connection was opened.
                         attempt.cut = answer.cut
-                        if attempt.makes_room:
+                        if attempt.evicted:
                             answer.cut()
-                        async for name, value in pairs:
-                            yield name, self._take(attempt, name, value)
+                        async for event, value in pairs:
+                            yield event, self._take(attempt, event, value)
                     return
                 except HttpError as error:
-                    if attempt.makes_room:
+                    if attempt.evicted:
                         raise  # it was ended on purpose: that says nothing about the backend
                     self._learn_refusal(attempt, error)
                     is_final = attempt.tokens or refused or attempt.request.speculative
@@ -396,11 +403,9 @@ class Backend:
         finally:
             self.answering.discard(attempt)  # with a new address, it is not in there
 
-    def count(self, attempt: Attempt) -> None:
-        """Count an attempt, once somebody waits for it."""
-        if not (attempt.counted or attempt.request.is_spare):
-            attempt.counted = True
-            self.requests_total += 1
+    def promote(self, attempt: Attempt) -> None:
+        """Somebody waits for this speculative attempt from now on."""
+        self.requests_total += attempt in self.answering
 
     async def _fit(self, attempt: Attempt, refused: TooLong | None) -> Fitted:
         """Fit the prompt of an attempt, again if it was `refused`."""
@@ -411,16 +416,16 @@ class Backend:
         layout, name = self.kind.layout(model, self._about(model)), self.names.get(model, model)
         return self.prompts.fit(attempt, name, self.n_ctx(model), layout, refused)
 
-    def _take(self, attempt: Attempt, kind: str, value: Any) -> Any:
+    def _take(self, attempt: Attempt, event: str, value: Any) -> Any:
         """Count a pair that came, and return its value: of a result, what a backend may set."""
-        if kind == "done":
+        if event == "done":
             return self._finish(attempt, value)
-        if kind == "text":
+        if event == "text":
             attempt.size += len(value)
-            if attempt.size > attempt.request.limit:
+            if attempt.size > MAX_TEXT_BYTES:
                 raise BackendFailure("its completion is too long")
             self._count(attempt, value.count(b"\n\n"))
-        elif kind == "progress" and attempt.request.ahead:
+        elif event == "progress" and attempt.request.ahead:
             self.prompts.learn_progress(attempt, value)
         return value
 
@@ -428,18 +433,16 @@ class Backend:
         """Count tokens that came; 0 for a whole answer without any. Both show that the backend
         works.
         """
-        now, had_trouble = time.monotonic(), self.breaker.trouble
+        now = time.monotonic()
         if not attempt.tokens and tokens:
             attempt.first = now
         attempt.tokens += tokens
         self.tokens += tokens
         attempt.admission.succeeded(now)
-        if had_trouble and not self.breaker.trouble:
-            log.info("%s: VPS backend is available", self.id)
 
     def _finish(self, attempt: Attempt, done: Members) -> JsonObject:
         """Learn from a whole answer, and return its result, without what no backend may set."""
-        result = read_result(done)
+        result = valid_members(done, RESULT_FIELDS)
         attempt.last = time.monotonic()
         reason = result.get("finish_reason", "stop")
         attempt.reason = reason if reason in FINISHED else "other"
@@ -475,6 +478,10 @@ class Backend:
             admission.failed(time.monotonic(), error.message, error.late)
             log.warning("%s: %s; the breaker is %s", self.id, error.message, breaker.state)
             self.wake.set()  # probe at once to see whether the backend is gone
+
+    def tokenizes(self, model: str) -> bool:
+        """Whether it may be asked for the tokens of a text."""
+        return self.has(model) and self.kind.tokenize_path != "" and self.breaker.admits
 
     async def tokenize(self, model: str, fields: Members) -> bytes:
         """The tokens of a text, as `read_tokens` returns them. `fields` are those of llama-server's

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from os.path import commonprefix
@@ -19,7 +18,6 @@ from cerebrum.fields import Members
 from cerebrum.pi.completion import (
     CUT,
     NEVER,
-    PREEMPTED,
     SAMPLED_BY,
     SUPERSEDED,
     SURENESS,
@@ -34,6 +32,7 @@ from cerebrum.pi.completion import (
 )
 from cerebrum.pi.counting import Counting, Usage
 from cerebrum.pi.dispatcher import Dispatcher
+from cerebrum.request import GenerationRequest
 from cerebrum_common import HttpError, internal_error
 
 # ---------------------------------------------------------------------------------- policy: editors
@@ -48,14 +47,14 @@ MAX_FINISHED_CHARS = 2048
 EQUAL_FIELDS = ("mode", "suffix", "model", "language", "filename", "min_confidence", *SAMPLED_BY)
 
 
-def is_typed_on(older: Members, newer: Members) -> bool:
+def is_typed_on(older: GenerationRequest, newer: GenerationRequest) -> bool:
     """Whether a user has typed between two infills: the text before one cursor nearly continues the
     text before the other, and the lines below are the same. Two gaps of one file do not match, nor
     do two texts of a program.
     """
-    if older["filename"] != newer["filename"]:
+    if older.filename != newer.filename:
         return False
-    above, above_newer = older["prompt"], newer["prompt"]
+    above, above_newer = older.prompt, newer.prompt
     below, below_newer = text_below(older), text_below(newer)
     if bool(below) != bool(below_newer):
         return False
@@ -64,11 +63,11 @@ def is_typed_on(older: Members, newer: Members) -> bool:
     return nearly_continues(above, above_newer) or nearly_continues(above_newer, above)
 
 
-def text_below(fields: Members) -> str:
+def text_below(fields: GenerationRequest) -> str:
     """The beginning of the text below the cursor's line, or else of the rest of this line, which
     changes if an editor closes a bracket.
     """
-    suffix = fields.get("suffix") or ""
+    suffix = fields.suffix or ""
     return (suffix.partition("\n")[2] or suffix)[:CURSOR_CHARS]
 
 
@@ -140,32 +139,36 @@ def kept_of(above: str, hint: str, prompt: str) -> int:
 
 @dataclass(slots=True, eq=False)
 class Broadcast:
-    """One completion for all clients that ask for it: running, with a task; or finished, without a
-    completion; or answered at once, with a completion and no task. While it runs, it keeps all
-    pairs but "idle" and "progress", so that a late client gets the whole text. A finished one keeps
-    its text and the end of its prompt, for the clients who got the text.
+    """One completion for all clients that ask for it: finished if it has no completion, else
+    running. A running one keeps all pairs but "idle" and "progress", so that a late client gets the
+    whole text. A finished one keeps its text and the end of its prompt, for the clients who got the
+    text; or it is an answer for which no backend was asked.
     """
 
     digest: bytes  # of the request, by `digest_of`
     prompt: str  # or its end
-    asked: bytes = b""  # a digest of all fields of an infill that it answers whenever it comes
-    omitted: int = 0  # characters of the prompt before this end
     pairs: list[Pair] = field(default_factory=list)
+    # Running.
+    completion: Completion | None = None
+    task: asyncio.Task[None] = field(init=False)  # computes it
     failure: HttpError | None = None
-    completion: Completion | None = None  # None: finished
-    task: asyncio.Task[None] | None = None  # computes it
     kept: Broadcast | None = None  # its finished form, once a client has the whole text
-    memory: dict[str, Broadcast] = field(default_factory=dict)  # for its finished form
-    clients: set[str] = field(default_factory=set)  # of a finished one: who got the whole text
+    # Finished.
+    asked: bytes = b""  # a digest of all fields of an infill that it answers whenever it comes
+    omitted: int = 0  # characters of the prompt before its end
+    clients: set[str] = field(default_factory=set)  # who got the whole text
 
     @property
     def text(self) -> str:
-        return read_text(b"".join(value for kind, value in self.pairs if kind == "text"))
+        return read_text(b"".join(value for event, value in self.pairs if event == "text"))
+
+
+Memory = dict[tuple[bytes, str, str], Broadcast]  # finished ones by digest, prompt and text
 
 
 def may_type_through(request: CompletionRequest) -> bool:
     """Whether the client takes the rest of an earlier completion's text as its answer."""
-    return request.kind != "chat" and (request.caching or request.fields["temperature"] == 0)
+    return request.kind != "chat" and (request.caching or request.fields.temperature == 0)
 
 
 def may_share(request: CompletionRequest, running: CompletionRequest) -> bool:
@@ -173,7 +176,7 @@ def may_share(request: CompletionRequest, running: CompletionRequest) -> bool:
     guests do not hold the places of others.
     """
     fields = request.fields
-    if fields["temperature"] > 0 and fields["seed"] is None:
+    if fields.temperature > 0 and fields.seed is None:
         return False
     return running.fields == fields and bool(running.guest) == bool(request.guest)
 
@@ -193,10 +196,8 @@ def typed_in(
         is_reader = is_reader and request.kind == "infill"
     if not is_reader or not may_type_through(request) or broadcast.digest != digest:
         return None
-    prompt = request.fields["prompt"]
-    # The length first: a digest of a long text takes the Pi milliseconds.
-    is_as_long = len(prompt) == broadcast.omitted + len(broadcast.prompt)
-    if is_as_long and broadcast.asked == completion.digest:
+    prompt = request.fields.prompt
+    if broadcast.asked == completion.digest:
         return 0
     text = broadcast.text
     typed = typed_of(broadcast.prompt, text, prompt, broadcast.omitted)
@@ -204,15 +205,13 @@ def typed_in(
     return typed if 0 < typed <= most else None
 
 
-def finished(broadcast: Broadcast) -> Broadcast | None:
+def to_keep(broadcast: Broadcast, completion: Completion) -> Broadcast | None:
     """The finished form of a complete broadcast; None if nobody may type its text. A plain
     completion may be a program's, which relies on its limit: a text cut by the limit must not begin
     another answer.
     """
-    completion = broadcast.completion
-    assert completion
     request, attempt = completion.request, completion.attempt
-    last = dict(broadcast.pairs)  # of each kind
+    last = dict(broadcast.pairs)  # of each event
     begun, result = last["started"], last["done"]
     reason = result.get("finish_reason", "stop")
     if reason == "length" and request.kind == "completion":
@@ -220,16 +219,15 @@ def finished(broadcast: Broadcast) -> Broadcast | None:
     text = broadcast.text
     if reason in CUT or not 1 < len(text) <= MAX_FINISHED_CHARS:
         return None
-    # An answer without a backend has no figures.
-    done = {"model": begun["model"], "finish_reason": reason}
-    done |= {name: result[name] for name in SURENESS if name in result}
-    pairs = [("started", begun), ("text", text_event(text)), ("done", done)]
+    # An answer for which no backend is asked has no figures.
+    done = {name: result[name] for name in ("finish_reason", *SURENESS) if name in result}
+    pairs: list[Pair] = [("started", begun), ("text", text_event(text)), ("done", done)]
     omitted = max(0, len(broadcast.prompt) - CURSOR_CHARS)
     kept = Broadcast(broadcast.digest, broadcast.prompt[omitted:], omitted=omitted, pairs=pairs)
     # The next time, a limit of time cuts the answer elsewhere, and more of the prompt is read.
-    is_late = reason == "length" and result["total_tokens"] < request.fields["max_tokens"]
+    is_late = reason == "length" and result["total_tokens"] < request.fields.max_tokens
     is_whole = not is_late and not (attempt and attempt.sent.text.cut)
-    if request.kind == "infill" and request.fields["temperature"] == 0 and is_whole:
+    if request.kind == "infill" and request.fields.temperature == 0 and is_whole:
         kept.asked = completion.digest
     return kept
 
@@ -268,12 +266,12 @@ class Subscriber:
             broadcast = self.broadcasts.join(self)
             while not self.replaced:
                 if self.at < len(broadcast.pairs):
-                    kind, value = self._next(broadcast)
-                    yield kind, value
-                    if kind == "done":
+                    event, value = self._next(broadcast)
+                    yield event, value
+                    if event == "done":
                         return
                 elif broadcast.failure:
-                    broadcast = self.broadcasts.instead_of(broadcast, self)
+                    raise broadcast.failure
                 else:
                     self.woken.clear()
                     await self.woken.wait()
@@ -288,19 +286,17 @@ class Subscriber:
             self.broadcasts.leave(self)
 
     def _next(self, broadcast: Broadcast) -> Pair:
-        kind, value = broadcast.pairs[self.at]
+        event, value = broadcast.pairs[self.at]
         self.at += 1
-        if kind == "text" and self.skip:
+        if event == "text" and self.skip:
             value = self._rest_of(value)
-        elif kind == "done":
+        elif event == "done":
             if self.typed:
                 value = value | {"type_through": True}
-                if "\n" in broadcast.text[: self.typed]:
-                    value.pop("confidence", None)  # of a line that is typed
             self.broadcasts.keep(broadcast, self.request)
-            if self.request.kind == "infill" and self.waits and self.request.fields["max_tokens"]:
+            if self.request.kind == "infill" and self.waits and self.request.fields.max_tokens:
                 self.broadcasts.show(self.completion, broadcast.text[self.typed :])
-        return kind, value
+        return event, value
 
     def _rest_of(self, events: bytes) -> bytes:
         """Events with text, without what the client has typed."""
@@ -328,7 +324,7 @@ class Broadcasts:
     shared: int = 0
     replaced: int = 0
     subscribers: list[Subscriber] = field(default_factory=list)
-    finished: dict[str, Broadcast] = field(default_factory=dict)  # by their gap and text
+    memory: Memory = field(default_factory=dict)
     # The last hint in each file: what precedes it, its text, and when it was asked for.
     hints: dict[str, tuple[str, str, float]] = field(default_factory=dict)
 
@@ -337,80 +333,58 @@ class Broadcasts:
         request, completion = subscriber.request, subscriber.completion
         self.subscribers.append(subscriber)
         digest = digest_of(request.fields, EQUAL_FIELDS)
-        own = self._new(completion, digest)
         if request.speculative or self._is_llama_vims(request, digest):
             completion.request = request = replace(request, speculative=True)
             completion.clients.clear()
-            completion.counts = subscriber.waits = False
-        if request.fields["max_tokens"] == 0:
+            subscriber.waits = False
+        if request.fields.max_tokens == 0:
             self.dispatcher.read_ahead(request)
-            self._answer_without_text(own, completion, "length")
-            return own  # it replaces nothing
+            return self._without_text(completion, "length")  # it replaces nothing
         if request.kind == "infill" and not (request.guest or request.speculative):
             self.dispatcher.saw_editor(request.client)
-        found = None
-        if request.fields.get("min_confidence") == NEVER:
-            self._answer_without_text(own, completion, "unsure")
+        if request.fields.min_confidence == NEVER:
+            broadcast = self._without_text(completion, "unsure")
         elif found := self._find(subscriber, digest):
+            broadcast = found
             self._share(found, subscriber)
         else:
-            own.task = asyncio.create_task(self._run(own, completion))
-        subscriber.broadcast = broadcast = found or own
+            broadcast = self._start(completion, digest)
+        subscriber.broadcast = broadcast
         self._replace_older(subscriber, spares_later=not broadcast.completion)
         return broadcast
 
-    def _new(self, completion: Completion, digest: bytes) -> Broadcast:
-        prompt = completion.request.fields["prompt"]
-        own = Broadcast(digest, prompt, completion=completion, memory=self.finished)
+    def _start(self, completion: Completion, digest: bytes) -> Broadcast:
+        prompt = completion.request.fields.prompt
+        own = Broadcast(digest, prompt, completion=completion)
+        own.task = asyncio.create_task(self._run(own, completion))
         completion.end = lambda error: self._end(own, error)
         return own
 
-    def instead_of(self, failed: Broadcast, subscriber: Subscriber) -> Broadcast:
-        """What is read instead of a broadcast that has failed. A guest who has joined a speculative
-        completion keeps the text that he has got, or else his own one waits in the line. Raises the
-        failure for everybody else.
-        """
-        assert failed.failure
-        assert failed.completion
-        completion, is_guest = subscriber.completion, failed.completion.request.is_spare
-        if not (is_guest and subscriber.waits):
-            raise failed.failure
-        subscriber.broadcast = own = self._new(completion, failed.digest)
-        if len(failed.text) > subscriber.typed:
-            own.pairs = [*failed.pairs, ("done", {"finish_reason": PREEMPTED})]
-            return own
-        completion.requested, completion.counts = time.monotonic(), False
-        subscriber.at = subscriber.typed = subscriber.skip = 0
-        own.task = asyncio.create_task(self._run(own, completion))
-        return own
+    def _without_text(self, completion: Completion, reason: str) -> Broadcast:
+        """An answer for which no backend is asked."""
+        done = {"finish_reason": reason}
+        return Broadcast(b"", "", [("started", self.beginning(completion)), ("done", done)])
 
     def forget(self) -> None:
-        """Forget the finished texts, also those of completions that still run."""
-        self.finished = {}
+        """Forget the finished texts."""
+        self.memory.clear()
 
     def _is_llama_vims(self, request: CompletionRequest, digest: bytes) -> bool:
         """Whether this is certainly llama.vim's request for what follows a text that it shows."""
-        if not request.only or request.fields["predict_ms"] == FIRST_MS:
+        if not request.only or request.fields.predict_ms == FIRST_MS:
             return False
-        prompt = request.fields["prompt"]
-        for old in self.finished.values():
+        prompt = request.fields.prompt
+        for old in self.memory.values():
             if request.client in old.clients and old.digest == digest:
                 text = old.text
                 if typed_of(old.prompt, text, prompt, old.omitted) == len(text):
                     return True
         return False
 
-    def _answer_without_text(self, own: Broadcast, completion: Completion, reason: str) -> None:
-        """Answer at once, without a backend."""
-        done = {"finish_reason": reason}
-        own.pairs += [("started", self.beginning(completion)), ("done", done)]
-
     def _share(self, broadcast: Broadcast, subscriber: Subscriber) -> None:
         """Count another reader of a broadcast, if he waits."""
         completion, running = subscriber.completion, broadcast.completion
         client = subscriber.request.client
-        if not running:
-            completion.notes |= {"model": broadcast.pairs[0][1]["model"], "tokens": 0}
         if not subscriber.waits:
             return
         if subscriber.typed:
@@ -422,8 +396,7 @@ class Broadcasts:
             return
         running.clients.append(client)
         running.requested = completion.started  # it waits for a place from now on
-        # A guest reads along without a place.
-        if running.request.speculative and not running.request.guest:
+        if running.request.speculative:
             self.dispatcher.promote(running, client)
 
     def _find(self, subscriber: Subscriber, digest: bytes) -> Broadcast | None:
@@ -432,10 +405,10 @@ class Broadcasts:
         for it.
         """
         client, editor = subscriber.request.client, subscriber.editor
-        known = [(old, client in old.clients) for old in reversed(self.finished.values())]
+        known = [(old, client in old.clients) for old in reversed(self.memory.values())]
         for other in self.subscribers:
             running = other.broadcast
-            if running and running.task and not (running.failure or running.task.done()):
+            if running and running.completion and not running.failure:
                 known.append((running, other.editor == editor))
         for broadcast, is_reader in known:
             typed = typed_in(broadcast, subscriber.completion, digest, is_reader)
@@ -450,9 +423,9 @@ class Broadcasts:
         """
         try:
             async with contextlib.aclosing(self.compute(completion)) as pairs:
-                async for kind, value in pairs:
-                    if kind not in ("idle", "progress"):
-                        broadcast.pairs.append((kind, value))
+                async for event, value in pairs:
+                    if event not in ("idle", "progress"):
+                        broadcast.pairs.append((event, value))
                     self._wake(broadcast)
         except Exception as error:
             broadcast.failure = error if isinstance(error, HttpError) else internal_error(error)
@@ -481,21 +454,14 @@ class Broadcasts:
             return
         for other in [other for other in infills if other.editor == subscriber.editor]:
             older = other.request.fields
-            is_later = older["prompt"].startswith(newer["prompt"])
+            is_later = older.prompt.startswith(newer.prompt)
             goes_on = older == newer or (spares_later and is_later)
             if not goes_on and is_typed_on(older, newer):
                 self.replaced += 1
                 self._replace(other)
 
     def _end(self, broadcast: Broadcast, error: HttpError) -> None:
-        """End a speculative completion for all who read it: another request needs its backend."""
-        completion = broadcast.completion
-        assert completion
-        assert broadcast.task
-        # Guests who have joined keep their text, or begin anew.
-        if completion.tokens:
-            self.counting.share(completion)
-        completion.clients.clear()
+        """End a completion for all who read it."""
         broadcast.failure = error
         broadcast.task.cancel()
         self._wake(broadcast)
@@ -522,20 +488,19 @@ class Broadcasts:
         subscriber.completion.notes |= completion.figures()
         others = [other for other in self.subscribers if other.broadcast is broadcast]
         if waiting := [other for other in others if other.waits]:
-            self.dispatcher.hand_over(completion, waiting[0].request.client)
-        elif task and not others:
+            completion.client = waiting[0].request.client
+            self.dispatcher.advance()
+        elif not others:
             task.cancel()
-        elif task and not task.done():
-            self.counting.share(completion)
-            completion.clients.clear()
-            self.dispatcher.demote(completion, others[0].request.client)
+        elif not (completion.request.speculative or task.done()):
+            self._end(broadcast, HttpError(SUPERSEDED, "nobody waits for it any more"))
 
     def show(self, completion: Completion, text: str) -> None:
         """Count what an infill's prompt has of the last hint in its file; then the text, which its
         client is shown now, unless it is the rest of this hint.
         """
         request, now = completion.request, completion.started
-        prompt = "\0" + request.fields["prompt"].replace("\r\n", "\n")  # a model writes no other
+        prompt = "\0" + request.fields.prompt.replace("\r\n", "\n")  # a model writes no other
         above, hint, asked = self.hints.get(request.file, ("\0", "", 0.0))
         kept = kept_of(above, hint, prompt) if now - asked <= HINT_SECONDS else 0
         shown = 0 if (prompt + text).endswith(above + hint) else len(text)
@@ -544,13 +509,13 @@ class Broadcasts:
 
     def keep(self, broadcast: Broadcast, request: CompletionRequest) -> None:
         """Remember the text that a client got as a whole, for when the user types it."""
-        if not broadcast.task or not may_type_through(request):
+        completion = broadcast.completion
+        if not completion or not may_type_through(request):
             return
-        if not broadcast.kept and (kept := finished(broadcast)):
-            key = str((kept.digest, kept.prompt, kept.pairs[:2]))
-            broadcast.kept = broadcast.memory.get(key, kept)
-            broadcast.kept.asked = kept.asked
-            broadcast.kept.omitted = kept.omitted
-            remember(broadcast.memory, key, broadcast.kept, MAX_FINISHED)
+        if not broadcast.kept and (kept := to_keep(broadcast, completion)):
+            broadcast.kept = kept
+            key = kept.digest, kept.prompt, kept.text
+            kept.clients = self.memory.get(key, kept).clients
+            remember(self.memory, key, kept, MAX_FINISHED)
         if broadcast.kept:
             broadcast.kept.clients.add(request.client)

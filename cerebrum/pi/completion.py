@@ -12,17 +12,15 @@ import math
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from cerebrum.fields import JsonObject, Members
 from cerebrum.pi.breaker import Admission
 from cerebrum.pi.upstream import BackendFailure, TooLong
+from cerebrum.request import MAX_TOKENS, GenerationRequest
 from cerebrum.text.prompt import Prepared
 from cerebrum_common import HttpError, sse_event
 
-# Limits of a completion, in tokens. A client's limit above MAX_TOKENS is lowered to it.
-MAX_TOKENS = 2048
-DEFAULT_TOKENS = 512
 SAMPLED_BY = ("max_tokens", "temperature", "top_p", "seed", "stop")
 # How long a dialect's request waits for a place, in seconds: minuet gives up after 3.
 WAIT_SECONDS = {"infill": 3.0, "completion": 30.0, "chat": 30.0}
@@ -41,14 +39,10 @@ CUT = (PREEMPTED, "replaced")  # finish reasons of a text that ends wherever it 
 
 @dataclass(frozen=True, slots=True)
 class CompletionRequest:
-    """What a client asks for, in a dialect or by our own API. Nobody changes it.
-
-    `fields` has the applicable fields of our own API, `messages` ([{"role", "content"}]), `extra`
-    ([{"filename", "text"}]), `indent` (characters), `prompt_ms` and `predict_ms` (0: no limit).
-    """
+    """What a client asks for, in a dialect or by our own API, and who asks. Nobody changes it."""
 
     kind: str  # "infill", "completion" or "chat"; "" for our own API
-    fields: JsonObject
+    fields: GenerationRequest
     stream: bool = False
     usage: bool = False  # the stream ends with token counts
     caching: bool = False  # the client accepts the text of an earlier completion
@@ -57,7 +51,6 @@ class CompletionRequest:
     client: str = ""  # the name of the client's key, or else its address
     guest: int = 0  # the most places of a client that gets only what the others leave; 0: no guest
     session: str = ""  # unique across clients; "" without one
-    limit: float = math.inf  # bytes of text events that the client can take
     # Nobody waits: a backend reads the prompt into its cache when it has nothing else to do.
     ahead: bool = False
     # Nobody waits yet: it is for the text behind one that the client shows, and may be accepted.
@@ -77,29 +70,50 @@ class CompletionRequest:
         """A name for the session, or else for the file, in a dialect together with its client. The
         backend that last served it probably has the beginning of the prompt in its cache.
         """
-        filename = self.fields.get("filename") or ""
+        filename = self.fields.filename
         if self.session:
             return self.session
         return f"{self.client} {filename}" if self.in_dialect else filename
 
 
 def remember(table: dict[Any, Any], key: object, value: object, limit: int) -> None:
-    """Set the newest of at most `limit` entries."""
+    """Set the newest of at most `limit` entries.
+
+    >>> table = {"a": 1, "b": 2}
+    >>> remember(table, "a", 3, limit=2)
+    >>> remember(table, "c", 4, limit=2)
+    >>> table
+    {'a': 3, 'c': 4}
+    """
     table.pop(key, None)
     table[key] = value
     if len(table) > limit:
         del table[next(iter(table))]
 
 
-def digest_of(fields: Members, names: Iterable[str]) -> bytes:
+def digest_of(fields: GenerationRequest, names: Iterable[str]) -> bytes:
     """A digest of these fields of a request."""
-    values = repr([fields.get(name) for name in names])
+    values = repr([getattr(fields, name) for name in names])
     return hashlib.sha256(values.encode("utf-8", "replace")).digest()
 
 
 # -------------------------------------------------------------------------------------------- pairs
 
-Pair = tuple[str, Any]  # (kind, value); `Gateway.complete` lists the kinds
+# What becomes of a completion, as pairs of an event's name and its value, in this order. The names
+# depend neither on the client's API nor on the backend's.
+#
+#     ("begun", None)     a backend responds. `Gateway` replaces it by "started"
+#     ("started", dict)   {"model", "n_ctx", "kept"}. An error before this pair can still be an HTTP
+#                         status. The pair comes again if another backend takes over
+#     ("idle", None)      nothing new, but the backend is alive
+#     ("progress", dict)  {"stage": str, "done": int, "total": int}, if the request asks for it
+#     ("text", bytes)     whole native token events, relayed without being parsed; `read_text`
+#                         decodes them
+#     ("done", dict)      last: the result, a native done event without its member `done`
+#
+# A completion that fails raises HttpError instead of "done".
+Event = Literal["begun", "started", "idle", "progress", "text", "done"]
+Pair = tuple[Event, Any]
 Pairs = AsyncGenerator[Pair, None]
 
 
@@ -133,8 +147,7 @@ NOTHING_SENT = Fitted({}, "", "")
 @dataclass(slots=True, eq=False)
 class Attempt:
     """One try at one backend. Its `Backend` writes what was sent, what came and how to `cut` it,
-    `Dispatcher` how its place ended; the reason of the end is written by both. After a failure,
-    `Gateway` drops the prompt that was sent.
+    `Dispatcher` how its place ended. After a failure, `Gateway` drops the prompt that was sent.
     """
 
     completion: Completion
@@ -146,8 +159,9 @@ class Attempt:
     size: int = 0  # bytes of the events with text
     first: float = 0.0  # when the first token came
     last: float = 0.0  # when the backend reported the answer as complete
-    counted: bool = False  # at its backend
-    reason: str = ""  # one of FINISHED or "other" for a whole answer; SUPERSEDED; PREEMPTED
+    reason: str = ""  # one of FINISHED, or "other", for a whole answer
+    # SUPERSEDED or PREEMPTED: it is being ended for another request, which gets its place.
+    evicted: str = ""
     error: HttpError | None = None
     begun: float = field(default_factory=time.monotonic)
     left: float = 0.0  # when it gave its place back
@@ -165,11 +179,6 @@ class Attempt:
         """The code of its error; "" without one."""
         return self.error.code if self.error else ""
 
-    @property
-    def makes_room(self) -> bool:
-        """Whether it is being ended for another request, which gets its place."""
-        return self.reason in (SUPERSEDED, PREEMPTED)
-
     def may_be_repeated(self, error: HttpError) -> bool:
         """Whether another attempt may follow this error. After the first token nothing is sent
         again, nor is a request for which nobody waits; a prompt that is too long may fit into
@@ -177,7 +186,7 @@ class Attempt:
         """
         if self.tokens or self.request.is_spare:
             return False
-        if self.makes_room:
+        if self.evicted:
             return self.again
         return isinstance(error, TooLong) or error.status in RETRIED
 
@@ -185,8 +194,8 @@ class Attempt:
 @dataclass(eq=False)
 class Completion:
     """A request on its way. `Dispatcher` writes the client and the attempts, how to end what it
-    reads ahead, and whether somebody waits for a speculative one; `Broadcasts` who waits for it,
-    that it is speculative and how to end it; both write when it was last requested. `Counting` and
+    reads ahead, and that somebody waits for a speculative one; `Broadcasts` who waits for it, that
+    it is speculative and how to end it; both write when it was last requested. `Counting` and
     `Broadcasts` add notes. Times are monotonic seconds.
     """
 
@@ -196,8 +205,7 @@ class Completion:
     end: Callable[[HttpError], object] = lambda _: None
     notes: JsonObject = field(default_factory=dict)  # for the request's line in the log
     client: str = ""  # whose share of the places it takes: one who still reads it
-    clients: list[str] = field(default_factory=list)  # of all requests that wait for it
-    counts: bool = True  # as a request of its own
+    clients: list[str] = field(default_factory=list)  # of all requests that have waited for it
     attempts: list[Attempt] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
     # When the last client that shares it asked, or when it had to start again.
@@ -211,7 +219,7 @@ class Completion:
     @functools.cached_property
     def digest(self) -> bytes:
         """Of all fields. A long text takes milliseconds."""
-        return digest_of(self.request.fields, self.request.fields)
+        return digest_of(self.request.fields, vars(self.request.fields))
 
     @property
     def deadline(self) -> float:

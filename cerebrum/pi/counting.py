@@ -172,7 +172,7 @@ class Counting:
         """Count the start and the end of a completion, and note its figures for the log. Without a
         client who waits, only its work counts.
         """
-        self.started += completion.counts
+        self.started += bool(completion.clients)
         self.running.add(completion)
         reason = CANCELLED
         try:
@@ -184,15 +184,17 @@ class Counting:
         finally:
             self.running.discard(completion)
             completion.notes |= completion.figures()
-            self.share(completion)
-            if completion.counts or completion.clients or completion.tokens:
+            self._share(completion)
+            if completion.clients or completion.tokens:
                 self._tally(completion, reason)
 
     def _tally(self, completion: Completion, reason: str) -> None:
         """Count the end of a completion for its model."""
         tally = self.tallies.setdefault(completion.model or "none", Tally())
         attempt = completion.attempt
-        tally.ended[(attempt and attempt.reason) or reason] += 1
+        if attempt:
+            reason = attempt.evicted or attempt.reason or reason
+        tally.ended[reason] += 1
         if attempt and attempt.first:
             tally.tokens += attempt.tokens
             # The time of the last token is known only for a whole answer.
@@ -200,13 +202,12 @@ class Counting:
             started, last = completion.started, attempt.last or attempt.first
             tally.spoke(attempt.first - started, last - started, tokens)
 
-    def share(self, completion: Completion) -> None:
+    def _share(self, completion: Completion) -> None:
         """Count what has come of a completion for each client who waits for it; they divide the
         tokens and the seconds evenly.
         """
-        now = time.monotonic()
         tokens = sum(attempt.tokens for attempt in completion.attempts)
-        seconds = sum((attempt.left or now) - attempt.begun for attempt in completion.attempts)
+        seconds = sum(attempt.left - attempt.begun for attempt in completion.attempts)
         among = len(completion.clients)
         for number, client in enumerate(completion.clients, 1):
             # Whole tokens, with the right sum.

@@ -5,7 +5,7 @@ API, and writes the answer in the client's format (`Reply`), whole or as a strea
 
     >>> body = {"input_prefix": "def add(a, b):\\n", "prompt": "    return ", "input_suffix": "\\n"}
     >>> request = INFILL.read(body)
-    >>> request.fields["prompt"]
+    >>> request.fields.prompt
     'def add(a, b):\\n    return '
     >>> reply = INFILL.reply(request, "some-id", 0, {"model": "qwen_0_5b", "n_ctx": 4096})
     >>> reply.whole("a + b", {"finish_reason": "block", "total_tokens": 4})[:18]
@@ -29,6 +29,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from cerebrum.fields import (
+    LONE,
     Field,
     JsonObject,
     Members,
@@ -37,14 +38,8 @@ from cerebrum.fields import (
     read_objects,
     wrong,
 )
-from cerebrum.pi.completion import (
-    CUT,
-    DEFAULT_TOKENS,
-    MAX_TOKENS,
-    NEVER,
-    SURENESS,
-    CompletionRequest,
-)
+from cerebrum.pi.completion import CUT, NEVER, SURENESS, CompletionRequest
+from cerebrum.request import DEFAULT_TOKENS, MAX_TOKENS, RULES, GenerationRequest
 from cerebrum_common import HttpError, compact, sse_block
 
 # ----------------------------------------------------------------------------------------- requests
@@ -63,8 +58,7 @@ TEXT = Field(str, default="")
 FLAG = Field(bool, default=False)
 INTEGER = Field(int, -math.inf)
 LIMIT = Field(int, -math.inf, default=0)  # milliseconds
-MAX_NAME = 1000
-NAME = Field(str, 0, MAX_NAME, "")  # of a file or a language
+NAME = RULES["filename"]  # of a file or a language
 CHAT_FIELDS = {
     "model": TEXT,
     "temperature": Field(float, 0, 100, 0.4),  # OpenAI allows 2; values above 1 are lowered
@@ -74,13 +68,13 @@ CHAT_FIELDS = {
     "max_completion_tokens": INTEGER,
     "max_tokens": INTEGER,
     "n_predict": INTEGER,  # llama.vim sends it to /v1/chat/completions, too
-    "min_confidence": Field(float, 0, 1),
+    "min_confidence": RULES["min_confidence"],
 }
 CODE_FIELDS = {
     **CHAT_FIELDS,
     "temperature": Field(float, 0, 100, 0.0),
     "cache_prompt": FLAG,
-    "n_indent": Field(int, 0, 1000, 0),
+    "n_indent": RULES["indent"],
     "t_max_prompt_ms": LIMIT,
     "t_max_predict_ms": LIMIT,
     "filename": NAME,
@@ -98,10 +92,6 @@ EXTRA = {"filename": NAME, "text": TEXT}
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 MESSAGE = {"role": Field(str, required=True, choices=tuple(ROLES))}
 STREAM_OPTIONS = {"include_usage": FLAG}
-
-
-# Half of a character beyond U+FFFF; the JSON decoder has joined whole pairs.
-LONE = re.compile("[\ud800-\udfff]")
 
 
 def present(value: Any) -> Any:
@@ -287,7 +277,7 @@ def split_files(preamble: str) -> tuple[str, list[dict[str, str]]]:
     filename, extra = "", []
     for file in ("\n" + loose, *files[-MAX_EXTRAS:]):  # what precedes the first mark has no name
         name, _, text = file.partition("\n")
-        name = name[:MAX_NAME]
+        name = name[: int(NAME.high)]
         if text.strip():
             extra.append({"filename": name, "text": text})
         else:
@@ -304,13 +294,13 @@ def read_code(
     """A request for code, without its text. `suggest` is the default if the request sets none,
     `special` as in `read_stops`.
     """
-    fields = read_sampling(read, read_stops(members, special))
+    sampling = read_sampling(read, read_stops(members, special))
+    if sampling["min_confidence"] is None:
+        sampling["min_confidence"] = SUGGEST[read["suggest"] or suggest]
     for name in ("prompt_ms", "predict_ms"):
-        fields[name] = min(max(0, read[f"t_max_{name}"]), MAX_MS)
-    fields["indent"] = read["n_indent"]
-    fields |= {"filename": read["filename"], "language": read["language"]}
-    if fields["min_confidence"] is None:
-        fields["min_confidence"] = SUGGEST[read["suggest"] or suggest]
+        sampling[name] = min(max(0, read[f"t_max_{name}"]), MAX_MS)
+    names = {name: read[name] for name in ("filename", "language")}
+    fields = GenerationRequest(**sampling, **names, indent=read["n_indent"])
     only = tuple(read_texts(members, "response_fields")) if "response_fields" in members else None
     usage = wants_usage(members)
     return CompletionRequest(
@@ -324,9 +314,9 @@ def ask_text(
     """Ask for a completion, or for an infill if the client does. At the end of a file there is no
     gap: the text before the cursor is completed.
     """
-    fields = request.fields | more | {"prompt": prefix, "mode": "complete"}
     if suffix.strip() or not prefix:
-        fields |= {"suffix": suffix, "mode": "infill"}
+        more |= {"suffix": suffix, "mode": "infill"}
+    fields = replace(request.fields, prompt=prefix, **more)
     return replace(request, kind="infill" if infill else "completion", fields=fields)
 
 
@@ -372,8 +362,9 @@ def read_chat(members: Members) -> CompletionRequest:
     if members.get("tools", []) != [] and members.get("tool_choice") != "none":
         raise wrong("tools", 'nothing, or tool_choice "none"', members["tools"])
     # The limit is the highest: an answer ends by itself.
-    fields = read_sampling(read, read_stops(members), limit=MAX_TOKENS)
-    fields |= {"messages": read_messages(members.get("messages", [])), "mode": "chat"}
+    sampling = read_sampling(read, read_stops(members), limit=MAX_TOKENS)
+    messages = read_messages(members.get("messages", []))
+    fields = GenerationRequest(**sampling, messages=messages, mode="chat")
     return CompletionRequest("chat", fields, read["stream"], wants_usage(members))
 
 

@@ -12,7 +12,7 @@ import functools
 import math
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -75,7 +75,7 @@ class State:
         return [
             attempt
             for attempt, where in self.answering.items()
-            if where in backends and not attempt.makes_room
+            if where in backends and not attempt.evicted
         ]
 
     def guest_seconds(self, client: str, now: float) -> float:
@@ -125,23 +125,21 @@ class Claim(NamedTuple):
 def decide(state: State, completion: Completion, now: float) -> Assign | Preempt | Wait | HttpError:
     """What happens now to a completion that has no place; an error ends it."""
     request, deadline = completion.request, completion.deadline
-    may_wait, may_preempt = now < deadline, not request.guest
-    # Backends that have answered 429, if any, are asked again at the end of a pause.
+    may_wait = now < deadline
+    # Backends that have answered 429 are asked again at the end of a pause.
     resume = busy_until(completion)
     skips_busy = now < resume
     asks_busy = skips_busy and resume <= deadline
     until = resume if asks_busy else deadline
     # 1. Which models may answer, best first, and which backends have each of them?
-    options = state.fleet.who_may(request.fields, any_language=request.in_dialect)
+    options = state.fleet.who_may(request)
     # 2. What has failed this completion is not asked again, but for a 429 after its pause.
     options = untried(completion, options, skips_busy)
     able = backends_of(state.fleet, options)
     # 3. May any of them be asked? A trial may end at any moment, since each key that somebody types
-    #    replaces the request before: so wait for it. A guest's trial makes room.
+    #    replaces the request before: so wait for it.
     usable = which_admit(able)
     if not usable:
-        if may_preempt and (guest := who_tries(state, able)):
-            return Preempt(guest)
         if may_wait and (asks_busy or any(backend.breaker.trial for backend in able)):
             return Wait(until)
         return completion.failure or nobody(state.fleet, options)
@@ -151,7 +149,7 @@ def decide(state: State, completion: Completion, now: float) -> Assign | Preempt
     if place := place_for(claim):
         return place
     # 5. Guests make room for everybody else.
-    if may_preempt and (guest := who_makes_room(claim)):
+    if not request.guest and (guest := who_makes_room(claim)):
         return Preempt(guest)
     # 6. A dialect's request waits; one of our own API gets its last failure, or 429, at once, as
     #    docs/api.md promises.
@@ -163,7 +161,7 @@ def decide_spare(state: State, request: CompletionRequest) -> Assign | Wait | No
     no backend will do it. It must cost nothing, and nobody may wait for a place meanwhile. It goes
     where the next request of its file will go, once that backend has nothing else to do.
     """
-    options = state.fleet.who_may(request.fields, any_language=request.in_dialect)
+    options = state.fleet.who_may(request)
     readers = [backend for backend in backends_of(state.fleet, options) if backend.kind.reads_ahead]
     if not readers:
         return None
@@ -173,38 +171,25 @@ def decide_spare(state: State, request: CompletionRequest) -> Assign | Wait | No
     return Wait(math.inf)
 
 
-def why_not_now(state: State, request: CompletionRequest) -> HttpError:
-    """Why a speculative request is not sent now."""
-    options = state.fleet.who_may(request.fields, any_language=request.in_dialect)
-    if which_admit(backends_of(state.fleet, options)):
-        return HttpError(SUPERSEDED, "other requests come first")
-    return nobody(state.fleet, options)
-
-
 def untried(completion: Completion, options: Options, skips_busy: bool) -> Options:
     """The options without the backends that have failed this completion, or that answered 429 and
     whose pause is not over, and without the models that a backend could not load.
     """
     failed = set[tuple[str, str]]()  # the ids of a backend and of a model; "" for all its models
     for attempt in completion.attempts:
-        if attempt.code in WITHOUT_MODEL:
-            failed.add((attempt.backend, attempt.model))
-        elif attempt.code and (skips_busy or attempt.code != "RATE_LIMIT"):
-            failed.add((attempt.backend, ""))
-    left = []
-    for model, backends in options:
-        able = [other for other in backends if not failed & {(other.id, model), (other.id, "")}]
-        left.append((model, able))
-    return left
+        if attempt.code and (skips_busy or attempt.code != "RATE_LIMIT"):
+            failed.add((attempt.backend, attempt.model if attempt.code in WITHOUT_MODEL else ""))
+    return [
+        (model, [other for other in having if not failed & {(other.id, model), (other.id, "")}])
+        for model, having in options
+    ]
 
 
 def busy_until(completion: Completion) -> float:
-    """When to ask the backends again that answered 429 to a dialect's request; infinity if none
-    did. Our own API passes a 429 on.
-    """
+    """When to ask the backends again that answered 429; minus infinity if none did."""
     refused = [attempt for attempt in completion.attempts if attempt.code == "RATE_LIMIT"]
-    if not refused or not completion.request.in_dialect:
-        return math.inf
+    if not refused:
+        return -math.inf
     pause = BUSY_SECONDS * 2.0 ** (len(refused) - 1)
     return refused[-1].left + min(pause, MAX_BUSY_SECONDS)
 
@@ -254,55 +239,37 @@ def of_others(attempts: Sequence[Attempt], session: str) -> list[Attempt]:
 
 
 def is_idle(state: State, backend: Backend, request: CompletionRequest) -> bool:
-    """Whether a backend has nothing else to do than what this spare request may end."""
-    here = [attempt.request for attempt, where in state.places.items() if where is backend]
-    return backend.breaker.state == "closed" and all(gives_way(other, request) for other in here)
-
-
-def gives_way(older: CompletionRequest, newer: CompletionRequest) -> bool:
-    """Whether a request ends for a spare one: a speculative one ends reading, and the older one of
-    its client.
+    """Whether a backend has nothing else to do than what this spare request may end: a speculative
+    one ends reading, and the older one of its client.
     """
-    if not newer.speculative:
-        return False
-    return older.ahead or (older.speculative and older.client == newer.client)
+    here = [attempt.request for attempt, where in state.places.items() if where is backend]
+    if request.speculative:
+        here = [older for older in here if not older.ahead]
+        here = [older for older in here if not older.speculative or older.client != request.client]
+    return backend.breaker.state == "closed" and not here
 
 
 def who_makes_room(claim: Claim) -> Attempt | None:
-    """The guest's attempt to end for this completion; None if it would get no place without guests
-    either. If one end is enough, only such attempts count. First comes the guest who has held
-    places for longest in the last minute; of this guest's attempts, those that are no infill; and
-    of these the newest, which loses least.
+    """The guest's attempt to end for this completion; None if it would get no place either. First
+    comes the guest who has held places for longest in the last minute; of this guest's attempts,
+    those that are no infill; and of these the newest, which loses least.
     """
 
     state = claim.state
 
-    def finds_place_without(ended: Sequence[Attempt]) -> bool:
-        held = state.places.items()
-        places = {attempt: backend for attempt, backend in held if attempt not in ended}
+    def is_enough(ended: Attempt) -> bool:
+        places = {**state.places}
+        del places[ended]
         return place_for(claim._replace(state=replace(state, places=places))) is not None
 
     def order(guest: Attempt) -> tuple[float, ...]:
         seconds = state.guest_seconds(guest.completion.client, claim.now)
         return seconds, guest.request.kind != "infill", guest.begun
 
-    if not finds_place_without(guests_of(state.places)):
-        return None
     # An attempt whose answer is whole leaves by itself.
-    guests = [guest for guest in guests_of(state.running(claim.usable)) if not guest.last]
-    enough = [guest for guest in guests if finds_place_without([guest])]
-    return max(enough or guests, key=order, default=None)
-
-
-def guests_of(attempts: Iterable[Attempt]) -> list[Attempt]:
-    return [attempt for attempt in attempts if attempt.request.guest]
-
-
-def who_tries(state: State, able: Sequence[Backend]) -> Attempt | None:
-    """A guest's attempt that is the trial of one of these backends."""
-    trials = [backend.breaker.trial for backend in able]
-    guests = guests_of(state.running(able))
-    return next((guest for guest in guests if guest.admission in trials), None)
+    running = state.running(claim.usable)
+    guests = [other for other in running if other.request.guest and not other.last]
+    return max(filter(is_enough, guests), key=order, default=None)
 
 
 def limit_of(backends: Sequence[Backend]) -> int:
@@ -318,14 +285,11 @@ def spares_editors(claim: Claim) -> bool:
     since = claim.now - EDITOR_SECONDS
     editors = {name for name, seen in claim.state.editors.items() if seen > since}
     running = claim.state.running(claim.usable)
+    alike = [other for other in running if (other.request.kind == "infill") == (kind == "infill")]
     if kind == "infill":
         editors.discard(client)
-        running = [attempt for attempt in running if attempt.completion.client == client]
-    if not kind or not editors:
-        return True
-    kinds = ("infill",) if kind == "infill" else ("chat", "completion")
-    running = [attempt for attempt in running if attempt.request.kind in kinds]
-    return len(running) < max(1, limit_of(claim.usable) - 1)
+        alike = [attempt for attempt in alike if attempt.completion.client == client]
+    return not (kind and editors) or len(alike) < max(1, limit_of(claim.usable) - 1)
 
 
 def may_start(claim: Claim) -> bool:
@@ -338,7 +302,8 @@ def may_start(claim: Claim) -> bool:
         return True
     if not all(other.request.guest for other in state.line):
         return False
-    guests = of_others(guests_of(state.running(state.fleet.backends)), request.session)
+    running = of_others(state.running(state.fleet.backends), request.session)
+    guests = [attempt for attempt in running if attempt.request.guest]
     own = [guest for guest in guests if guest.completion.client == completion.client]
     if len(own) >= request.guest:
         return False
@@ -359,17 +324,11 @@ def whose_turn(
 
 
 def all_taken(state: State, guest: int) -> HttpError:
-    if guest:
-        return HttpError(
-            "RATE_LIMIT",
-            f"expected at most {guest} completions at a time, and a place that others leave",
-        )
     known = state.fleet.backends
     there = [backend for backend in known if backend.available] or known
-    limit = limit_of(there)
-    kept = "" if len(state.running(there)) >= limit else ", one of them for an editor"
+    limit = guest or limit_of(there)
     return HttpError(
-        "RATE_LIMIT", f"expected at most {limit} completions at a time{kept}; try again later"
+        "RATE_LIMIT", f"expected at most {limit} completions at a time; try again later"
     )
 
 
@@ -412,27 +371,6 @@ class Dispatcher:
         """A client asks for infills, so a place is kept for its next one."""
         remember(self.state.editors, client, time.monotonic(), MAX_SERVED)
 
-    def hand_over(self, completion: Completion, client: str) -> None:
-        """The client of this completion has left, but another one waits for it."""
-        completion.client = client
-        self.advance()
-
-    def demote(self, completion: Completion, client: str) -> None:
-        """Nobody waits for this completion any more, but this client may need its text later."""
-        request = replace(completion.request, speculative=True, client=client)
-        completion.request, attempt = request, completion.attempt
-        backend = self.state.places.get(attempt) if attempt else None
-        if not backend or not is_idle(self.state, backend, request):
-            completion.end(why_not_now(self.state, request))
-        self.advance()
-
-    def reconfigured(self) -> None:
-        """The list of backends has changed."""
-        for attempt, backend in self.state.places.items():
-            if attempt.request.ahead and backend not in self.state.fleet.backends:
-                self._supersede(attempt)
-        self.advance()
-
     # Places.
 
     async def enter(self, completion: Completion) -> Attempt:
@@ -444,10 +382,10 @@ class Dispatcher:
             place = decide_spare(self.state, completion.request)
             if isinstance(place, Assign):
                 return self._assign(completion, place)
-            raise why_not_now(self.state, completion.request)
+            raise HttpError(SUPERSEDED, "expected an idle backend, got none")
         called = self.state.line[completion] = asyncio.Future[Attempt]()
         try:
-            while not called.done() and (until := self.advance(completion).get(completion)):
+            while not called.done() and (until := self.advance().get(completion)):
                 await asyncio.wait([called], timeout=until - time.monotonic())
             return called.result()
         except asyncio.CancelledError:
@@ -464,33 +402,27 @@ class Dispatcher:
         """
         backend = self.state.places[attempt]
         try:
-            # They are cut, but a client may be slow to take its last text.
+            # Those that are being ended are cut, but a client may be slow to take its last text.
+            here = [other for other, where in self.state.places.items() if where is backend]
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(ENDING_SECONDS):
-                    await self._wait_for_room(attempt, backend)
-            if attempt.makes_room:
-                raise HttpError("RATE_LIMIT", "somebody else needs the place")
+                    for other in [other for other in here if other.evicted and other != attempt]:
+                        await other.ended.wait()
             yield backend
         except HttpError as error:
-            attempt.error = None if attempt.makes_room else error
+            attempt.error = None if attempt.evicted else error
             raise
         finally:
             self._leave(attempt)
 
-    async def _wait_for_room(self, attempt: Attempt, backend: Backend) -> None:
-        """Wait until all others that are being ended have left this backend."""
-        here = [other for other, where in self.state.places.items() if where is backend]
-        for other in [other for other in here if other.makes_room and other is not attempt]:
-            await other.ended.wait()
-
-    def advance(self, *asking: Completion) -> dict[Completion, float]:
-        """Give free places to those that wait, or to those that are `asking`, in turns, and return
-        when to ask again for each of the others. If nobody waits, idle backends read ahead.
+    def advance(self) -> dict[Completion, float]:
+        """Give free places to those that wait, in turns, and return when to ask again for each of
+        the others. If nobody waits, idle backends read ahead.
         """
-        state, waiting = self.state, [*(asking or self.state.line)]
+        state, waiting = self.state, [*self.state.line]
         waits = {}
         running = Counter(
-            attempt.completion.client for attempt in state.answering if not attempt.makes_room
+            attempt.completion.client for attempt in state.answering if not attempt.evicted
         )
         while waiting:
             completion = min(waiting, key=functools.partial(whose_turn, state, running))
@@ -541,13 +473,13 @@ class Dispatcher:
         completion.request = replace(completion.request, speculative=False)
         completion.client = client
         self._note_turn(completion)
-        for backend in self.state.fleet.backends:
-            if (attempt := completion.attempt) in backend.answering:
-                backend.count(attempt)
+        attempt, places = completion.attempt, self.state.places
+        if attempt in places:
+            places[attempt].promote(attempt)
 
     def _supersede(self, attempt: Attempt) -> None:
-        if not attempt.makes_room:
-            attempt.reason = SUPERSEDED
+        if not attempt.evicted:
+            attempt.evicted = SUPERSEDED
             attempt.completion.end(HttpError(SUPERSEDED, "another request took its place"))
 
     def _preempt(self, attempt: Attempt) -> None:
@@ -560,7 +492,7 @@ class Dispatcher:
             state.turns[client] = -math.inf  # before guests who have had no turn
             attempt.again = attempt.request.in_dialect  # our own API never waits
             completion.requested = now
-        attempt.reason = PREEMPTED
+        attempt.evicted = PREEMPTED
         attempt.admission.left()
         attempt.cut()
 
@@ -592,35 +524,18 @@ class Dispatcher:
         """
         request = attempt.request
         if attempt.sent.text.cut and self.asked.get(request.client, 0.0) <= attempt.begun:
-            fields = request.fields | {"max_tokens": 0, "prompt_ms": 0}
+            fields = replace(request.fields, max_tokens=0, prompt_ms=0)
             self._read_soon(replace(request, fields=fields))
 
     def _read_soon(self, request: CompletionRequest) -> None:
-        fields = request.fields | {"progress": True}
+        fields = replace(request.fields, progress=True)
         ahead = replace(request, fields=fields, session="", ahead=True, speculative=False)
-        self._queue(ahead)
+        remember(self.ahead, ahead.client, ahead, MAX_AHEAD)
         for attempt in self.state.places:
             older = attempt.request
             if older.ahead and (older.client == ahead.client or older.guest > ahead.guest == 0):
                 self._supersede(attempt)
         self.advance()
-
-    def _queue(self, ahead: CompletionRequest) -> None:
-        """Add a prompt to those that are to be read. Where there are too many, the oldest one of a
-        guest goes, or else the oldest.
-        """
-        self.ahead.pop(ahead.client, None)
-        self.ahead[ahead.client] = ahead
-        if len(self.ahead) > MAX_AHEAD:
-            del self.ahead[max(self.ahead, key=lambda client: self.ahead[client].guest > 0)]
-
-    def end_reading(self) -> None:
-        """Read nothing ahead any more of what was asked for until now."""
-        self.ahead.clear()
-        for attempt in self.state.places:
-            if attempt.request.ahead:
-                attempt.reason = ""  # it makes no room any more, so it is not queued again
-                attempt.completion.end(HttpError("UNAUTHORIZED", "the keys have changed"))
 
     def _advance_reading(self) -> None:
         """Begin to read the prompts for which a backend is idle, those of guests last."""
@@ -641,8 +556,8 @@ class Dispatcher:
     async def _read(self, backend: Backend, attempt: Attempt) -> None:
         try:
             async with contextlib.aclosing(backend.answer(attempt)) as pairs:
-                async for kind, value in pairs:
-                    if kind == "done":
+                async for event, value in pairs:
+                    if event == "done":
                         self._count_work(attempt.model, value)
         except HttpError as error:
             log.info("%s: no prompt was read ahead: %s", backend.id, error.message)
@@ -651,10 +566,10 @@ class Dispatcher:
 
     def _has_read(self, attempt: Attempt, task: asyncio.Task[None]) -> None:
         request = attempt.request
-        if attempt.makes_room and request.client not in self.ahead:
-            self._queue(request)
-        if task.cancelled() and not attempt.makes_room:
-            self.ahead.clear()  # the daemon stops, or the keys have changed
+        if attempt.evicted and request.client not in self.ahead:
+            remember(self.ahead, request.client, request, MAX_AHEAD)
+        if task.cancelled() and not attempt.evicted:
+            self.ahead.clear()  # the daemon stops
         self._leave(attempt)
         if attempt.last:
             self.read_rest(attempt)

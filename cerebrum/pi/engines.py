@@ -29,9 +29,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
-from cerebrum.fields import Field, JsonObject, Members, items_of, members_of
-from cerebrum.pi.completion import MAX_TOKENS, Fitted, Pair, Pairs, text_event
-from cerebrum.pi.kind import COUNT, Kind, Models, read_result
+from cerebrum.fields import Field, JsonObject, Members, items_of, members_of, valid_members
+from cerebrum.pi.completion import Fitted, Pair, Pairs, text_event
+from cerebrum.pi.kind import COUNT, RESULT_FIELDS, Kind, Models
 from cerebrum.pi.upstream import (
     EVENT_STREAM,
     LATE,
@@ -45,6 +45,7 @@ from cerebrum.pi.upstream import (
     blamed,
     data_of,
 )
+from cerebrum.request import MAX_TOKENS
 from cerebrum.text.confidence import Written, confidence_of
 from cerebrum.text.languages import language_named
 from cerebrum.text.prompt import arrange_gap, find_statement
@@ -240,7 +241,7 @@ SPECIAL_TOKENS = (
     "<|repo_name|>",
     "<\uff5cend\u2581of\u2581sentence\uff5c>",
 )
-MAX_STOP_CHARS = 2000  # no answer has a longer stop string
+MAX_STOP_CHARS = 2000  # no answer has a longer stop string, which would take long to follow
 # What of a prompt's end and of a suffix is followed: the Pi has one thread for all. Of some 2,000
 # cases in Python of tests/bench/ending.py, 3 end elsewhere than with 16,000.
 NEAR_CHARS = 8000
@@ -343,7 +344,10 @@ class Translator:
             probability = read_probability(members)
             yield from self._text(*read_engine_event(members), probability, now)
         if self.progress and not self.tokens:
-            yield from read_progress(members)
+            progress = members_of(members.get("prompt_progress"))  # llama-server's, in tokens
+            counts = {"done": progress.get("processed"), "total": progress.get("total")}
+            if all(map(COUNT.accepts, counts.values())):
+                yield "progress", {"stage": "prefill"} | counts
 
     def _text(
         self, text: str, reason: str | None, probability: float | None, now: float
@@ -379,18 +383,10 @@ class Translator:
 
     def _done(self, reason: str) -> Pair:
         self.done = True
-        counts = read_result(self.counts)
+        counts = valid_members(self.counts, RESULT_FIELDS)
         counts["total_tokens"] = counts.get("total_tokens") or self.tokens
         counts |= confidence_of(self.written, self.ending.start, "".join(self.sent))
         return "done", {"finish_reason": reason, **counts}
-
-
-def read_progress(members: Members) -> Iterator[Pair]:
-    """The pair "progress" if an event has llama-server's, in tokens of the prompt."""
-    progress = members_of(members.get("prompt_progress"))
-    read, total = progress.get("processed"), progress.get("total")
-    if COUNT.accepts(read) and COUNT.accepts(total):
-        yield "progress", {"stage": "prefill", "done": read, "total": total}
 
 
 # --------------------------------------------------------------------------------- reading a stream
@@ -402,20 +398,12 @@ ALIVE_SECONDS = 5.0  # the silence of another engine after which the client gets
 COUNTS_SECONDS = 2.0  # the wait after another engine's last text for its token counts
 
 
-async def read_piece(answer: Answer) -> bytes | None:
-    """The next piece of an answer, b"" at its end, None if nothing comes in ALIVE_SECONDS."""
+async def read_piece(answer: Answer, seconds: float) -> bytes | None:
+    """The next piece of an answer, b"" at its end, None if nothing comes in these seconds."""
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(ALIVE_SECONDS):
+        async with asyncio.timeout(seconds):
             return await answer.read()
     return None
-
-
-async def read_rest(answer: Answer, translator: Translator) -> None:
-    """Read the events that follow a whole text, for at most COUNTS_SECONDS."""
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(COUNTS_SECONDS):
-            while piece := await answer.read():
-                list(translator.feed(piece, 0.0))  # for its counts; the pairs are dropped
 
 
 # ---------------------------------------------------------------------------------------- the kinds
@@ -494,9 +482,6 @@ class Engine(Kind):
             async with contextlib.aclosing(self._read_text(answer, translator)) as pairs:
                 async for pair in pairs:
                     yield pair
-            # What follows the engine's own end: token counts, if it sends any.
-            if not translator.done:
-                await read_rest(answer, translator)
             for pair in translator.feed(b"\n\n", 0.0):  # some engines omit the last blank line
                 yield pair
         except BackendFailure:
@@ -506,8 +491,9 @@ class Engine(Kind):
             yield translator.last_pair()
 
     async def _read_text(self, answer: Answer, translator: Translator) -> Pairs:
-        """The pairs up to the end of the requested piece, of the engine's text, or of the answer.
-        While the engine is silent, ("idle", None) comes every ALIVE_SECONDS or a little later.
+        """The pairs up to the end of the requested piece or of the answer. After the engine's own
+        end, its token counts may follow within COUNTS_SECONDS. While the engine is silent,
+        ("idle", None) comes every ALIVE_SECONDS or a little later.
         """
         # The head may come only after the engine has read the prompt.
         while not await self.begin(answer, ALIVE_SECONDS, EVENT_STREAM):
@@ -515,16 +501,21 @@ class Engine(Kind):
         yield "begun", None
         now = asyncio.get_running_loop().time
         begun = sent = now()  # `sent`: when the client last got something
+        deadline = math.inf
         piece = None
-        while piece != b"" and not translator.done and translator.engine_reason is None:
-            piece = await read_piece(answer)
+        while piece != b"" and not translator.done:
+            piece = await read_piece(answer, min(ALIVE_SECONDS, deadline - now()))
             came = now()
+            if came >= deadline:
+                return
             for pair in translator.feed(piece or b"", came):
                 sent = now()
                 yield pair
             # An engine that sends nothing but comments makes no progress.
             if came - max(begun, translator.heard) > READING_SECONDS:
                 raise BackendFailure(LATE)
+            if translator.engine_reason is not None:
+                deadline = min(deadline, came + COUNTS_SECONDS)
             if now() - sent >= ALIVE_SECONDS:
                 sent = now()
                 yield "idle", None

@@ -10,8 +10,8 @@ import time
 from collections import ChainMap
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-from cerebrum.fields import Members
 from cerebrum.pi.backend import Backend
+from cerebrum.pi.completion import CompletionRequest
 from cerebrum.pi.upstream import BackendConfig
 from cerebrum_common import Model
 
@@ -130,46 +130,43 @@ class Fleet:
 
     # Routing.
 
-    def route(self, fields: Members) -> str:
+    def route(self, request: CompletionRequest) -> str:
         """The id of the requested model, or of the best one, preferably on an available backend."""
-        options = self.who_may(fields, any_language=True)
+        options = self.who_may(request)
         for model, having in options:
             if any(backend.available for backend in having):
                 return model
         return options[0][0]
 
-    def who_may(self, fields: Members, any_language: bool) -> Options:
+    def who_may(self, request: CompletionRequest) -> Options:
         """The models that may answer and their backends, judged by the lists of models alone."""
-        asked = fields.get("model")
-        ids = [asked] if asked else self._rank(fields, any_language)
+        asked = request.fields.model
+        ids = [asked] if asked else self._rank(request)
         options = [(id, [backend for backend in self.backends if backend.has(id)]) for id in ids]
         if any(having for _, having in options):
             return options
         # A kind that takes our ids says what is missing, and how to get it.
         return [(ids[0], [backend for backend in self.backends if backend.kind.takes_our_ids])]
 
-    def _rank(self, fields: Members, any_language: bool) -> list[str]:
+    def _rank(self, request: CompletionRequest) -> list[str]:
         """The ids, best first, of the models that serve a request's language and are present on a
         backend. The models that [prefer] lists for the request's mode come first, then the others
         in the table's order. A chat counts as an instruction.
 
-        With `any_language`, a language that no present model serves goes to any of them. Without
-        it, the only id may be a missing model's, the smallest: a backend's 404 says which file is
-        missing and how to get it. No preferences count until the backends' models are known.
+        In a dialect, a language that no present model serves goes to any of them. In our own API,
+        the only id may be a missing model's, the smallest: a backend's 404 says which file is
+        missing and how to get it.
         """
         present = self.models
-        language = fields.get("language", "")
-        mode = fields.get("mode", "")
+        language, mode = request.fields.language, request.fields.mode
         here = [model for model in self._catalog if present is None or model.id in present]
         serving = [model for model in here if language in model.languages]
-        if not language or (any_language and not serving):
+        if not language or (request.in_dialect and not serving):
             serving = here
         if not serving:
             missing = [model for model in self._catalog if language in model.languages]
             return [(missing or self._catalog)[-1].id]
         ids = [model.id for model in serving]
-        if present is None:
-            return ids
         preferred = self._prefer.get("instruct" if mode == "chat" else mode, ())
         first = [id for id in preferred if id in ids]
         return [*dict.fromkeys([*first, *ids])]

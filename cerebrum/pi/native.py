@@ -10,7 +10,15 @@ import re
 from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager
 
-from cerebrum.fields import Field, JsonObject, Members, items_of, members_of, parse_json
+from cerebrum.fields import (
+    Field,
+    JsonObject,
+    Members,
+    items_of,
+    members_of,
+    parse_json,
+    valid_members,
+)
 from cerebrum.pi import upstream
 from cerebrum.pi.completion import Fitted, Pair, Pairs, text_event
 from cerebrum.pi.kind import COUNT, Kind, Models
@@ -50,8 +58,7 @@ def read_models(answer: Members) -> Models:
     for entry in map(members_of, items_of(answer.get("models"))):
         id = entry.get("id")
         if isinstance(id, str) and entry.get("available") is not False:
-            valid = [name for name in LISTED if LISTED[name].accepts(entry.get(name))]
-            models[id] = {name: entry[name] for name in valid}
+            models[id] = valid_members(entry, LISTED)
     return models
 
 
@@ -89,8 +96,7 @@ def our_error(members: Members, key: str) -> HttpError | None:
     if key:  # it goes before the cut, which could leave half of it
         message = message.replace(key, "***")
     message = message[:MAX_MESSAGE_CHARACTERS]
-    names = ("prompt_tokens", "n_ctx")
-    lengths = {name: members[name] for name in names if LENGTH.accepts(members.get(name))}
+    lengths = valid_members(members, {"prompt_tokens": LENGTH, "n_ctx": LENGTH})
     if code == "INVALID_REQUEST" and len(lengths) == 2:
         return TooLong(lengths, message)
     return HttpError(code if code in PASSED_ON else "VPS_UNAVAILABLE", message, extra=lengths)
@@ -115,7 +121,8 @@ def take_apart(block: bytes, key: str) -> Iterator[Pair]:
     not JSON.
     """
     for tokens, event in TOKENS_OR_EVENT.findall(block):
-        if pair := ("text", tokens) if tokens else read_event(event, key):
+        pair: Pair | None = ("text", tokens) if tokens else read_event(event, key)
+        if pair:
             yield pair
 
 
@@ -201,13 +208,13 @@ class Vpsd(Kind):
         events = Events()
         done = None
         while payload := await answer.read():
-            for kind, value in take_apart(events.feed(payload), self.config.key):
-                if done is not None and kind in ("text", "done"):
+            for event, value in take_apart(events.feed(payload), self.config.key):
+                if done is not None and event in ("text", "done"):
                     raise BackendFailure("it sent events after the last one")
-                if kind == "done":
+                if event == "done":
                     done = value
                 else:
-                    yield kind, value
+                    yield event, value
         if events.inside:
             raise BackendFailure("it ended in the middle of an event")
         if done is None:

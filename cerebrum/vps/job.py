@@ -9,11 +9,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from cerebrum.request import GenerationRequest
 from cerebrum.text.confidence import Written, confidence_of
 from cerebrum.text.ending import Ending
 from cerebrum.vps.drafts import Drafter
 from cerebrum.vps.llama import Llama, Slot
-from cerebrum.vps.vocabulary import GenerationRequest, api, begun_answer
+from cerebrum.vps.vocabulary import api, begun_answer
 from cerebrum_common import HttpError, request_id_var
 
 # Up to this temperature an unlikely token is doubt of the model, above it chance. A request's own
@@ -75,7 +76,7 @@ class Job:
         """The text that the completion goes on with."""
         if self.request.messages:
             return begun_answer(self.request.messages)
-        return "" if self.request.mode == "instruct" else self.request.prompt or ""
+        return "" if self.request.mode == "instruct" else self.request.prompt
 
     def progress(self, stage: str, done: int, total: int) -> None:
         if self.request.progress:
@@ -203,7 +204,7 @@ class Sampler:
         seed = api.LLAMA_DEFAULT_SEED if request.seed is None else request.seed
         for sampler in (
             api.llama_sampler_init_top_k(40),
-            api.llama_sampler_init_top_p(request.top_p, 1),
+            api.llama_sampler_init_top_p(request.top_p or 0.95, 1),
             api.llama_sampler_init_min_p(0.05, 1),
             api.llama_sampler_init_temp(request.temperature),
             api.llama_sampler_init_dist(seed),

@@ -13,50 +13,16 @@ import itertools
 import re
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import llama_cpp.llama_cpp as _llama
 
+from cerebrum.request import GenerationRequest
 from cerebrum.text.prompt import arrange_gap, steady_suffix
 from cerebrum_common import HttpError
 
 api: Any = _llama  # ctypes: its signatures are C's, and its type stubs do not pass strict checking
 # ------------------------------------------------------------------------------------------- policy
-
-
-@dataclass(frozen=True, slots=True)
-class GenerationRequest:
-    """One completion as a client requests it: the fields of POST /v1/inference and their defaults.
-    vpsd.py has their ranges, and checks them.
-
-    Either `prompt` or `messages` is given. A `suffix` makes the request fill-in-the-middle.
-    """
-
-    prompt: str | None = None
-    messages: Sequence[tuple[str, str]] | None = None  # roles (system, user, assistant) and texts
-    model: str = ""
-    session: str | None = None  # a newer request of the same session takes this one's place
-    suffix: str | None = None
-    filename: str = ""
-    extra: Sequence[tuple[str, str]] = ()  # names and texts of other files
-    language: str | None = None
-    mode: str = "complete"  # or infill, instruct
-    stop_at: str = "auto"  # or none
-    indent: int = 0  # characters; the completion ends before a line that is indented less
-    stop: Sequence[str] = ()
-    max_tokens: int = 512  # 0 only reads the prompt into the cache
-    # A completion with a line end stops this long after its first token; 0: no limit.
-    predict_ms: int = 0
-    # Without messages: the text ends where the chance that its line is right falls below this.
-    min_confidence: float | None = None
-    temperature: float = 0.4
-    top_p: float = 0.95
-    seed: int | None = None  # of the random numbers, at a temperature above 0
-    heal: bool = False  # the prompt's last token may be unfinished
-    special: bool = False  # the names of control tokens in the prompt are these tokens
-    progress: bool = False
-    priority: str = "normal"  # or low: the prompt is read while no other request needs the CPU
 
 
 def begun_answer(messages: Sequence[tuple[str, str]]) -> str:
@@ -252,7 +218,7 @@ class Vocabulary:
         with self.in_use():
             if request.messages:
                 return self._encode_chat(request.messages), b"", 0
-            prompt = request.prompt or ""
+            prompt = request.prompt
             if request.special:
                 return self.tokenize(prompt, True, special=True), b"", 0
             if request.heal and self.kind == api.LLAMA_VOCAB_TYPE_BPE:

@@ -6,7 +6,7 @@ try without HTTP:
     from cerebrum.vps.job import Job
     from cerebrum.vps.llama import Settings, start_library
     from cerebrum.vps.schedule import Baton
-    from cerebrum.vps.vocabulary import GenerationRequest
+    from cerebrum.request import GenerationRequest
     from cerebrum.vps.worker import Loader, Worker
     start_library()
     loader = Loader("qwen", pathlib.Path("model.gguf"), Settings())

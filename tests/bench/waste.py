@@ -38,11 +38,11 @@ import numpy as np
 import servers
 from quality import indentation, passes, problems
 
+from cerebrum.request import GenerationRequest
 from cerebrum.text.ending import Ending
 from cerebrum.vps.llama import MAX_CHUNK, Llama, Settings, Slot
 from cerebrum.vps.prefixes import PrefixStore
 from cerebrum.vps.tokens import common_prefix
-from cerebrum.vps.vocabulary import GenerationRequest
 
 KINDS = ("one", "several", "spans")
 SEQUENCES, CONTEXT = 8, 1536

@@ -21,7 +21,7 @@ from cerebrum.fields import Field
 from cerebrum.pi import dialects
 from cerebrum.pi.counting import ACCEPTED
 from cerebrum_common import HttpError, Route
-from cm4d import FIELDS_WITHOUT_PROMPT, ROUTES
+from cm4d import FIELDS, ROUTES
 
 Schema = dict[str, Any]
 TYPES = {str: "string", int: "integer", float: "number", bool: "boolean"}
@@ -31,23 +31,23 @@ STRING = {"type": "string"}
 def schema_of(field: Field, nullable: bool = False) -> Schema:
     """The schema of `field`. With `nullable`, null is accepted too and counts as absent."""
     null = ["null"] * nullable
-    if field.kind is list:
+    if field.json_type is list:
         texts = {"type": ["string", "array", *null], "minLength": 1}
         texts |= {"items": STRING | {"minLength": 1}}
         return texts | {"minItems": field.low, "maxItems": field.high}
-    kind = TYPES[field.kind]
+    kind = TYPES[field.json_type]
     schema = {"type": [kind, "null"] if nullable else kind}
     if field.choices:
         schema["enum"] = [*field.choices, *[None] * nullable]
-    elif field.kind is not bool:
+    elif field.json_type is not bool:
         schema |= limits_of(field)
-    if field.default is not None:
+    if field.default:
         schema["default"] = field.default
     return schema
 
 
 def limits_of(field: Field) -> Schema:
-    low, high = ("minLength", "maxLength") if field.kind is str else ("minimum", "maximum")
+    low, high = ("minLength", "maxLength") if field.json_type is str else ("minimum", "maximum")
     limits = {"exclusiveMinimum" if field.above_low else low: field.low, high: field.high}
     return {name: limit for name, limit in limits.items() if math.isfinite(limit)}
 
@@ -205,7 +205,7 @@ def content_of(route: Route) -> Schema:
 
 
 NATIVE = object_of(
-    FIELDS_WITHOUT_PROMPT,
+    FIELDS,
     language=STRING | {"examples": common.served_languages(SHIPPED)},
     model={"enum": [model.id for model in SHIPPED]},
 )

@@ -78,15 +78,6 @@ def test_an_open_one_admits_nothing_until_a_good_health_after_the_pause():
     assert breaker.state == "half-open"
 
 
-@pytest.mark.parametrize("breaker", [Breaker(), half_open()], ids=["closed", "half-open"])
-def test_a_good_health_means_nothing_to_other_states(breaker: Breaker):
-    before, request = breaker.state, breaker.admit(5.0)
-    breaker.healthy(6.0)
-    assert breaker.state == before
-    request.succeeded(7.0)
-    assert breaker.state == "closed"
-
-
 def test_a_token_of_the_only_trial_closes_it_and_forgets_the_pause():
     breaker = half_open()
     breaker.admit(5.0).left()

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from cerebrum.pi.dialects import (
     timings,
     write_error,
 )
+from cerebrum.request import GenerationRequest
 from cerebrum_common import HttpError
 
 DIALECTS = {"text": OPENAI_TEXT, "chat": OPENAI_CHAT, "completion": COMPLETION, "infill": INFILL}
@@ -34,32 +36,12 @@ BASES["chat"] = {"messages": SAID}
 # -------------------------------------------------------------------------- what a request asks for
 
 
-PLAIN = {
-    "model": "",
-    "max_tokens": 512,
-    "temperature": 0.0,
-    "top_p": None,
-    "seed": None,
-    "stop": [],
-    "min_confidence": None,
-}
-CODE = {
-    **PLAIN,
-    "filename": "",
-    "language": "",
-    "indent": 0,
-    "prompt_ms": 0,
-    "predict_ms": 0,
-    "min_confidence": None,
-    "prompt": "x",
-    "mode": "complete",
-}
-TALK = PLAIN | {"max_tokens": 2048, "temperature": 0.4, "messages": SAID, "mode": "chat"}
+CODE = GenerationRequest("x", temperature=0.0, stop=[])
 DEFAULTS = {
     "text": ("completion", CODE),
-    "chat": ("chat", TALK),
+    "chat": ("chat", GenerationRequest(max_tokens=2048, messages=SAID, mode="chat", stop=[])),
     "completion": ("completion", CODE),
-    "infill": ("infill", CODE | {"extra": [], "min_confidence": 0.1}),
+    "infill": ("infill", replace(CODE, extra=[], min_confidence=0.1)),
 }
 NULLED = [
     "model",
@@ -99,22 +81,12 @@ SPECIALS = [
     "</s>",
     "<s>",
     "<|endoftext|>",
-    "<|im_end|>",
-    "<|fim_pad|>",
-    "<|file_sep|>",
     "<|EOT|>",
-    "<EOT>",
     "<MID>",
-    "<fim_suffix>",
     "<fim-middle>",
     "<file_sep>",
-    "<filename>",
     "<reponame>",
-    "<end_of_turn>",
-    "<eos>",
-    "[INST]",
     "[/INST]",
-    "[SUFFIX]",
     "<\uff5cfim\u2581hole\uff5c>",
     "<\uff5cend\u2581of\u2581sentence\uff5c>",
     "<[fim-suffix]>",
@@ -123,26 +95,14 @@ OTHERS = [
     "x</s>",
     "<div>",
     "<|>",
-    "<a|b>",
-    "<>",
     "[a]",
     "<fim>",
-    "</div>",
     "<S>",
-    "|>",
     "<|x|> ",
     "<|a b|>",
 ]
 SIXTEEN = [str(number) for number in range(16)]
-UNUSED = {
-    "n": 3,
-    "best_of": 2,
-    "n_cmpl": 3,
-    "logprobs": 5,
-    "samplers": ["x"],
-    "id_slot": 10**12,
-    "user": {},
-}
+UNUSED = {"n": 3, "samplers": ["x"], "id_slot": 10**12, "user": {}}
 FLOATS = {"n_predict": 16.0, "seed": 3.0, "temperature": 0.0}
 # What each of these members becomes, in every dialect.
 SAMPLING = [
@@ -169,7 +129,7 @@ SAMPLING = [
 @pytest.mark.parametrize(("members", "expected"), SAMPLING, ids=str)
 def test_sampling(name: str, members: Any, expected: Any):
     asked = DIALECTS[name].read(BASES[name] | members)
-    assert asked.fields == DEFAULTS[name][1] | expected
+    assert asked.fields == replace(DEFAULTS[name][1], **expected)
 
 
 FILLS = {"mode": "infill"}
@@ -185,7 +145,6 @@ READ = [
     ),
     ("text", {"max_tokens": None, "n_predict": 7}, "completion", {"max_tokens": 7}),
     ("infill", {"n_predict": 0}, "infill", {"max_tokens": 0}),
-    ("text", {"prompt": ["a"]}, "completion", {"prompt": "a"}),
     ("text", {"prompt": ""}, "completion", {"prompt": "", "suffix": ""} | FILLS),
     ("text", {"prompt": "a", "suffix": ""}, "infill", {"prompt": "a"}),
     (
@@ -195,12 +154,6 @@ READ = [
         {"prompt": "a", "suffix": "b", "extra": []} | FILLS,
     ),
     ("text", {"prompt": "a", "suffix": "b"}, "infill", {"prompt": "a", "suffix": "b"} | FILLS),
-    (
-        "text",
-        {"prompt": "a", "filename": "x.py"},
-        "completion",
-        {"prompt": "a", "filename": "x.py"},
-    ),
     ("text", {"prompt": MARKED}, "infill", {"prompt": "a", "suffix": "b", "extra": []} | FILLS),
     (
         "text",
@@ -215,16 +168,9 @@ READ = [
         {"prompt": "a", "filename": "x.py", "extra": []},
     ),
     ("completion", {"prompt": ["a"], "n_indent": 8}, "completion", {"prompt": "a", "indent": 8}),
-    (
-        "completion",
-        {"prompt": "[SUFFIX]b[PREFIX]a"},
-        "infill",
-        {"prompt": "a", "suffix": "b", "extra": []} | FILLS,
-    ),
     ("completion", {"t_max_prompt_ms": -1, "t_max_predict_ms": 0}, "completion", {}),
     ("completion", {"t_max_prompt_ms": 600_001, "t_max_predict_ms": 10**19}, "completion", LATE),
     ("infill", {"input_prefix": "a\n", "prompt": "  b"}, "infill", {"prompt": "a\n  b"}),
-    ("infill", {"input_prefix": "a", "prompt": None}, "infill", {"prompt": "a"}),
     ("infill", {"input_suffix": "c"}, "infill", {"suffix": "c"} | FILLS),
     ("infill", {"suggest": "seldom"}, "infill", {"min_confidence": 0.5}),
     ("text", {"suggest": "never"}, "completion", {"min_confidence": 1.0}),
@@ -249,7 +195,7 @@ READ = [
 @pytest.mark.parametrize(("name", "members", "kind", "fields"), READ, ids=str)
 def test_what_is_asked(name: str, members: Any, kind: str, fields: dict[str, Any]):
     asked = DIALECTS[name].read(BASES[name] | members)
-    assert (asked.kind, asked.fields) == (kind, DEFAULTS[name][1] | fields)
+    assert (asked.kind, asked.fields) == (kind, replace(DEFAULTS[name][1], **fields))
 
 
 MESSAGES = [
@@ -272,7 +218,7 @@ MESSAGES = [
 @pytest.mark.parametrize(("given", "role", "content"), MESSAGES, ids=str)
 def test_messages(given: Any, role: str, content: str):
     asked = OPENAI_CHAT.read({"messages": [given, *SAID]})
-    assert asked.fields["messages"] == [{"role": role, "content": content}, *SAID]
+    assert asked.fields.messages == [{"role": role, "content": content}, *SAID]
 
 
 COUNTED = {"stream_options": {"include_usage": True}}
@@ -310,8 +256,8 @@ def test_half_an_emoji_becomes_a_replacement_character():
     }
     fields = INFILL.read(json.loads(json.dumps(members))).fields
     extra = [{"filename": MENDED, "text": f"{MENDED}\U0001f600"}]
-    mended = {"prompt": MENDED * 2, "suffix": MENDED, "stop": [MENDED], "extra": extra}
-    assert fields == fields | mended
+    assert (fields.prompt, fields.suffix) == (MENDED * 2, MENDED)
+    assert (fields.stop, fields.extra) == ([MENDED], extra)
 
 
 IMAGE = {"type": "image_url", "image_url": {"url": "data:"}}
@@ -320,16 +266,12 @@ REFUSED = [
     ("text", {"prompt": ["a", "b"]}, "prompt"),
     ("completion", {"prompt": {"prompt_string": "a"}}, "prompt"),
     ("text", {"temperature": -1}, "temperature"),
-    ("text", {"temperature": 100.5}, "temperature"),
     ("text", {"top_p": 1.1}, "top_p"),
-    ("text", {"seed": -(2**63) - 1}, "seed"),
     ("text", {"stop": 5}, "stop"),
     ("text", {"stop": ["a", 5]}, "stop"),
     ("text", {"stop": [*SIXTEEN, "16"]}, "stop"),
     ("text", {"stream_options": True}, "stream_options"),
     ("chat", {"messages": []}, "messages"),
-    ("chat", {"messages": SAID * 1001}, "messages"),
-    ("chat", {"messages": [{"content": "a"}]}, "messages[0].role"),
     ("chat", {"messages": [*SAID, {"role": "tool", "content": "a"}]}, "messages[1].role"),
     ("chat", {"messages": [{"role": "user", "content": [IMAGE]}]}, "messages[0].content[0].type"),
     ("chat", {"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
@@ -339,7 +281,6 @@ REFUSED = [
         "messages[0].tool_calls",
     ),
     ("chat", {"tools": [{}]}, "tools"),
-    ("infill", {"input_extra": [{}] * 257}, "input_extra"),
     ("infill", {"input_extra": [{}, {"text": 1}]}, "input_extra[1].text"),
     ("infill", {"n_indent": 1001}, "n_indent"),
     ("infill", {"response_fields": 5}, "response_fields"),
@@ -429,10 +370,8 @@ def test_the_spaces_and_beginnings_of_families(prompt: str, expected: Any):
 B_PY, C_PY = ("b.py", "b = 1\n"), ("c.py", "c\n")
 PREAMBLES = [
     ("<|repo_name|>cerebrum\n", "", ()),
-    ("<|endoftext|><repo_name>me/cerebrum", "", ()),
     ("<reponame>cerebrum<filename>src/a.py\n", "src/a.py", ()),
     ("<file_sep>a.py", "a.py", ()),
-    ("<|file_separator|>a.py\n", "a.py", ()),
     ("<|repo_name|>r\n<|file_sep|>b.py\nb = 1\n<|file_sep|>a.py\n", "a.py", (B_PY,)),
     (
         "<repo_name>r<file_sep>b.py\nb = 1\n<file_sep>c.py\nc\n<file_sep>a.py\n",
@@ -570,7 +509,6 @@ REASONS = [
     (None, "stop", "eos"),
     ("stop", "stop", "eos"),
     ("block", "stop", "eos"),
-    ("time", "stop", "eos"),
     ("length", "length", "limit"),
     ("replaced", "length", "limit"),
 ]
@@ -652,7 +590,6 @@ TYPES = {
     "FORBIDDEN": "permission_error",
     "UNAUTHORIZED": "authentication_error",
     "MODEL_NOT_FOUND": "not_found_error",
-    "RATE_LIMIT": "rate_limit_error",
     "INTERNAL_ERROR": "server_error",
     "VPS_UNAVAILABLE": "unavailable_error",
 }
@@ -681,9 +618,7 @@ NEXT_EDITS = [
 def test_a_prompt_for_the_next_edit_passes_as_it_is(prompt: str):
     stops = ["<|file_sep|>", "<|endoftext|>", "\n\n\n"]
     asked = OPENAI_TEXT.read({"prompt": [prompt], "stop": stops, "max_tokens": 512})
-    expected = {"prompt": prompt, "mode": "complete", "stop_at": "none", "special": True}
-    assert asked.fields == asked.fields | expected | {"stop": stops}
-    assert "suffix" not in asked.fields
+    assert asked.fields == replace(CODE, prompt=prompt, stop_at="none", special=True, stop=stops)
 
 
 ABOUT_MARKS = [
@@ -697,5 +632,4 @@ ABOUT_MARKS = [
 @pytest.mark.parametrize("prompt", ABOUT_MARKS)
 def test_a_text_about_marks_is_no_prompt_for_the_next_edit(prompt: str):
     asked = OPENAI_TEXT.read({"prompt": prompt, "stop": "<|file_sep|>"})
-    assert "special" not in asked.fields
-    assert asked.fields["stop"] == []
+    assert (asked.fields.special, asked.fields.stop) == (False, [])

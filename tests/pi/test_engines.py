@@ -20,11 +20,9 @@ from typing import Any
 
 import engines
 import httpx
-import psutil
 import pytest
 from engines import Engine, Unavailable
 from harness import FILES, PATIENCE, Daemon, daemon, wait_until
-from scripted import Backend, in_a_thread
 
 pytestmark = pytest.mark.engines
 NIGHTLY = pytest.mark.nightly
@@ -60,14 +58,11 @@ PLAINLY = {"timeout": PATIENCE, "trust_env": False}
 
 @dataclass(frozen=True)
 class EngineKind:
-    """An engine: how to start it, how to configure the Pi for it, and how to see that it is
-    idle.
-    """
+    """An engine: how to start it, and how to configure the Pi for it."""
 
     name: str
     api: str
     start: Callable[[Path], AbstractContextManager[Engine]]
-    is_idle: Callable[[Engine], bool]
     places: int = 2
     counts: bool = True  # its streams report the prompt's tokens, even if the Pi hangs up
 
@@ -83,23 +78,9 @@ def start_llama_cpp(folder: Path, context: int = 4096) -> AbstractContextManager
     return engines.llama_cpp_server(folder, FILE, KEY, ALIAS, context)
 
 
-def rests(engine: Engine) -> bool:
-    """Whether its process uses hardly any CPU for 0.3 seconds."""
-    process, ended = psutil.Process(engine.process.pid), threading.Event()
-    before = process.cpu_times()
-    ended.wait(0.3)
-    return sum(process.cpu_times()[:2]) - sum(before[:2]) <= 0.03
-
-
-def slots_are_free(engine: Engine) -> bool:
-    headers = {"Authorization": f"Bearer {engine.key}"}
-    slots = httpx.get(f"{engine.url}/slots", headers=headers, **PLAINLY).json()
-    return not any(slot["is_processing"] for slot in slots)
-
-
-LLAMA_SERVER = EngineKind("llama-server", "llama.cpp", start_llama_server, slots_are_free)
+LLAMA_SERVER = EngineKind("llama-server", "llama.cpp", start_llama_server)
 # A second request would end the first one.
-LLAMA_CPP = EngineKind("llama_cpp.server", "openai", start_llama_cpp, rests, places=1, counts=False)
+LLAMA_CPP = EngineKind("llama_cpp.server", "openai", start_llama_cpp, places=1, counts=False)
 
 
 def had(context: AbstractContextManager[Engine], stack: ExitStack) -> Engine:
@@ -243,11 +224,6 @@ def table_of(kind: EngineKind, engine: Engine) -> Any:
     return backend(engine, kind.api, max_concurrent=kind.places)
 
 
-def table_of_spare(spare: Backend) -> Any:
-    """That of a scripted VPS, which takes over when an engine is away."""
-    return {"url": f"http://127.0.0.1:{spare.port}"}
-
-
 def endless() -> Any:
     """The fields of a completion that goes on for half a minute or longer."""
     return {"prompt": f"# list {next(NUMBER)}\n1\n2\n3\n4\n", "stop_at": "none", "max_tokens": 2000}
@@ -271,16 +247,9 @@ def kind(request: pytest.FixtureRequest) -> EngineKind:
 
 
 @pytest.fixture(scope="module")
-def shared_engine(kind: EngineKind, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+def engine(kind: EngineKind, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     with ExitStack() as stack:
         yield had(kind.start(tmp_path_factory.mktemp("engine") / "engine"), stack)
-
-
-@pytest.fixture
-def engine(shared_engine: Engine) -> Engine:
-    if shared_engine.process.poll() is not None:  # a test has killed it, and failed
-        shared_engine.start()
-    return shared_engine
 
 
 @pytest.fixture
@@ -336,18 +305,6 @@ def test_instruct(kind: EngineKind, pi: Pi):
         check_result(result, kind)
 
 
-def test_limit(pi: Pi):
-    """A text that the limit of tokens ends."""
-    for _, result in pi.both(**brief()):
-        assert (result["finish_reason"], result["total_tokens"]) == ("length", 3)
-
-
-def test_stop(pi: Pi):
-    """A client's own end, which is not in the text."""
-    for text, _ in pi.both(prompt="1\n2\n3\n4\n", stop_at="none", max_tokens=60, stop=["\n8"]):
-        assert text.strip() == "5\n6\n7"
-
-
 def test_chat_as_openai_does(pi: Pi):
     body = {"model": "", "messages": CHAT, "max_tokens": 80, "temperature": 0}
     whole = pi.answer("/v1/chat/completions", body)
@@ -364,104 +321,6 @@ def test_chat_as_openai_does(pi: Pi):
     assert chunks[-1]["choices"][0]["finish_reason"] in ("stop", "length")
     assert usage["choices"] == []
     assert usage["usage"]["completion_tokens"] > 0
-
-
-def test_infill_as_llama_cpp_does(pi: Pi):
-    body = {"input_prefix": PREFIX, "prompt": LINE, "input_suffix": SUFFIX}
-    body |= {"n_predict": 32, "temperature": 0}
-    answer = pi.answer("/infill", body)
-    assert run_code(PREFIX + LINE + answer["content"] + SUFFIX)["add"](20, 3) == 23, answer
-    other = [{"filename": "other.py", "text": "def f():\n    return 2\n"}]
-    # What a small model takes from another file is unpredictable.
-    with_other = pi.answer("/infill", body | {"input_extra": other})
-    assert with_other["content"].strip() != ""
-    for given in (answer, with_other):
-        assert given["stop"] is True
-        assert given["tokens_predicted"] > 0
-
-
-def test_models_health_and_statistics(kind: EngineKind, pi: Pi):
-    (model,) = pi.get("/v1/models")["models"]
-    about = {"id": MODEL, "available": True, "backends": ["one"], "n_ctx": 4096}
-    assert model == model | about
-    health = pi.get("/health")
-    assert (health["status"], health["vps_available"]) == ("healthy", True)
-    assert health["backends"] == [{"id": "one", "available": True, "message": ""}]
-    before = pi.stats("one")
-    pi.complete(**brief())
-    after = pi.stats("one")
-    state = {"api": kind.api, "available": True, "models": [MODEL], "requests_active": 0}
-    assert after == after | state
-    assert after["breaker"]["state"] == "closed"
-    names = ("requests_total", "tokens_total", "requests_failed")
-    assert [after[name] - before[name] for name in names] == [1, 3, 0]
-    assert after["response_time_ms"] > 0
-
-
-def test_a_client_that_leaves_ends_the_work(kind: EngineKind, engine: Engine, pi: Pi):
-    before = pi.stats("one")
-    stream = Stream(pi, **endless())
-    stream.wait_for_tokens(5)
-    assert pi.stats("one")["requests_active"] == 1
-    stream.leave()
-    wait_until(lambda: kind.is_idle(engine), f"{kind.name} is idle", seconds=SOON)
-    wait_until(lambda: pi.stats("one")["requests_active"] == 0, "the place is free", seconds=SOON)
-    after = pi.stats("one")
-    assert after["tokens_total"] - before["tokens_total"] < 1000, "it would have ended by itself"
-    assert after["requests_failed"] == before["requests_failed"]
-    assert after["breaker"]["failures"] == 0
-    assert pi.complete(**brief())["total_tokens"] == 3
-
-
-def test_a_wrong_key(kind: EngineKind, engine: Engine, tmp_path: Path):
-    """The variable is named, and no key: neither ours nor the right one."""
-    tables = {"one": table_of(kind, engine)}
-    with start_pi(tmp_path / "alone", tables, ready=False, one="another-key") as pi:
-        error = pi.refused(**brief())
-        assert error["code"] == "VPS_UNAVAILABLE"
-        assert "KEY_OF_ONE" in error["message"]
-        answers = [error, *map(pi.get, ("/health", "/v1/stats", "/v1/activity"))]
-        said = json.dumps(answers) + pi.daemon.stdout()
-        assert "another-key" not in said
-        assert KEY not in said
-    with in_a_thread(Backend()) as spare, ExitStack() as stack:
-        tables["two"] = table_of_spare(spare)
-        starting = start_pi(tmp_path / "both", tables, ready=False, one="another-key")
-        pi = stack.enter_context(starting)
-        pi.wait_for("two")
-        assert [pi.complete(**brief())["backend"] for _ in range(3)] == ["two"] * 3
-        health = {entry["id"]: entry for entry in pi.get("/health")["backends"]}
-        assert [health[id]["available"] for id in ("one", "two")] == [False, True]
-        assert "KEY_OF_ONE" in health["one"]["message"]
-        assert pi.get("/health")["status"] == "healthy"
-
-
-def test_death_and_return(kind: EngineKind, engine: Engine, tmp_path: Path):
-    """Killed while it streams: an error event and a cut, and the other backend serves the next
-    request. Without that one there is a 503. Started again, it is used again.
-    """
-    with ExitStack() as stack, ExitStack() as life_of_spare:
-        spare = life_of_spare.enter_context(in_a_thread(Backend()))
-        tables = {"one": table_of(kind, engine), "two": table_of_spare(spare)}
-        pi = stack.enter_context(start_pi(tmp_path / "pi", tables))
-        assert pi.complete(**brief())["backend"] == "one"
-        stream = Stream(pi, **endless())
-        stream.wait_for_tokens(5)
-        engine.kill()
-        stream.end()
-        assert stream.clean is False
-        assert stream.last == stream.last | {"error": True, "code": "VPS_UNAVAILABLE"}
-        assert all("token" in event for event in stream.events[:-1])
-        assert spare.completions == [], "a stream that has begun is not sent again"
-        result = pi.complete(**brief())
-        assert (result["backend"], result["completion"]) == ("two", "ab")
-        wait_until(lambda: not pi.stats("one")["available"], "it is away")
-        assert pi.get("/health")["status"] == "healthy"
-        life_of_spare.close()
-        assert pi.refused(**brief())["code"] == "VPS_UNAVAILABLE"
-        engine.start()
-        pi.wait_for("one")
-        assert pi.complete(**brief())["backend"] == "one"
 
 
 SHORT = [(LLAMA_SERVER, {}), pytest.param(LLAMA_CPP, {"n_ctx": 512}, marks=NIGHTLY)]

@@ -21,10 +21,8 @@ import pytest
 from harness import Reply, until
 from scripted import (
     CHUNKED,
-    MODELS,
     RESET,
     Backend,
-    answer,
     backend_at,
     chunk,
     error,
@@ -46,11 +44,6 @@ AMID = ("resets amid", "an error event amid")
 REPEATED = {"resets", "closes", "429"}
 CODES = {"503": "RESOURCE_EXHAUSTED", "429": "RATE_LIMIT"}
 ERRORS = {"RATE_LIMIT": 429, "VPS_UNAVAILABLE": 503, "RESOURCE_EXHAUSTED": 503}
-LISTED = {
-    "cerebrum": MODELS,
-    "openai": {"data": [{"id": "qwen_0_5b"}]},
-    "llama.cpp": {"data": [{"id": "qwen_0_5b"}]},
-}
 
 
 def text_of(backend: str, mark: str) -> str:
@@ -64,7 +57,6 @@ class Engine(Backend):
     """
 
     id: str = ""
-    api: str = "cerebrum"
     places: int = 2
     seen: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
     busy: set[str] = field(default_factory=set)
@@ -80,7 +72,7 @@ class Engine(Backend):
         self.most_busy = max(self.most_busy, len(self.busy))
         try:
             words = re.findall(r" ?\S+", text_of(self.id, mark))
-            *steps, last = self._steps(fault, path, words)
+            *steps, last = self._steps(fault, words)
             for number, step in enumerate(steps):
                 if number == 1:  # behind the head
                     seen.append(("token", self.id))
@@ -92,20 +84,12 @@ class Engine(Backend):
             seen.append((end, self.id))
         yield last
 
-    def _steps(self, fault: str, path: str, words: list[str]) -> list[Any]:
-        own = self.api == "cerebrum"
+    def _steps(self, fault: str, words: list[str]) -> list[Any]:
         if fault in CODES:
-            body = answer(int(fault), {"error": {"message": "no"}})
-            return [error(int(fault), CODES[fault]) if own else body]
-        if own:
-            wrong = event(error=True, message="no", code="RESOURCE_EXHAUSTED")
-            said = [token(word, n) for n, word in enumerate(words, 1)]
-            end = event(done=True, finish_reason="stop")
-        else:
-            wrong = event(error={"code": 500})
-            said = [self._event(path, word) for word in words]
-            end = self._event(path, "", "stop") + b"data: [DONE]\n\n"
-        chunks = [chunk(piece) for piece in said]
+            return [error(int(fault), CODES[fault])]
+        wrong = event(error=True, message="no", code="RESOURCE_EXHAUSTED")
+        end = event(done=True, finish_reason="stop")
+        chunks = [chunk(token(word, n)) for n, word in enumerate(words, 1)]
         return {
             "resets": [RESET],
             "closes": [b""],
@@ -114,12 +98,6 @@ class Engine(Backend):
             "an error event amid": [CHUNKED, *chunks[:2], chunk(wrong)],
             "": [CHUNKED, *chunks, chunk(end) + b"0\r\n\r\n"],
         }[fault]
-
-    def _event(self, path: str, text: str, reason: str | None = None) -> bytes:
-        if path == "/completion":
-            return event(content=text, stop=bool(reason))
-        said = {"text": text} if path == "/v1/completions" else {"delta": {"content": text}}
-        return event(choices=[{"index": 0, "finish_reason": reason, **said}])
 
 
 def request_of(number: int, mark: str) -> tuple[str, dict[str, Any]]:
@@ -186,20 +164,16 @@ def check_request(reply: Reply, mark: str, seen: list[tuple[str, str]]) -> None:
 async def test_no_request_is_lost_or_sent_twice(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(fleet, "PROBE_SECONDS", 0.05)
     monkeypatch.setattr(breaker, "OPEN_SECONDS", 0.1)
-    kinds = {"own": 4, "other": 2, "visitor": 3, "openai": 4, "llama.cpp": 1}
+    places = {"a": 4, "b": 2, "visitor": 3, "c": 4, "d": 1}
     seen = defaultdict[str, list[tuple[str, str]]](list)
     replies, done = dict[str, Reply](), list[int]()
-    engines = {}
-    for id, places in kinds.items():
-        api = id if id in LISTED else "cerebrum"
-        models = answer(200, LISTED[api])
-        engines[id] = Engine(id=id, api=api, places=places, models=models, seen=seen)
+    engines = {id: Engine(id=id, places=count, seen=seen) for id, count in places.items()}
     visitor = engines["visitor"]
     async with contextlib.AsyncExitStack() as stack:
         for engine in engines.values():
             await stack.enter_async_context(engine)
         configs = [
-            backend_at(engine.port, engine.id, api=engine.api, max_concurrent=engine.places)
+            backend_at(engine.port, engine.id, max_concurrent=engine.places)
             for engine in engines.values()
         ]
         pi = await stack.enter_async_context(pi_for(*configs))

@@ -4,7 +4,6 @@ the figures of each day.
 
 from __future__ import annotations
 
-import asyncio
 import json
 from datetime import date
 from pathlib import Path
@@ -13,15 +12,16 @@ from typing import Any
 
 import pytest
 from harness import Client as Asking
-from harness import daemon, until
+from harness import daemon
 from scripted import Pi, pi_with, script
-from test_editors import BEGUN, infill, start
+from test_editors import infill, start
 from test_editors import texts as streamed
 
 from cerebrum.pi import counting
 from cerebrum.pi.broadcast import Broadcasts
 from cerebrum.pi.completion import Completion, CompletionRequest
 from cerebrum.pi.counting import SAVE_SECONDS, Counting, People, Usage
+from cerebrum.request import GenerationRequest
 
 NOWHERE = Path("/dev/null/people.json")
 LONG = "".join(f"line {number}\n" for number in range(1000)) + "x = "
@@ -54,7 +54,7 @@ def answer(
     broadcasts: Broadcasts, step: str, now: float = 1.0, client: str = "anna", file: str = "a.py"
 ) -> None:
     prompt, text = step.split("|")
-    request = CompletionRequest("infill", {"prompt": prompt, "filename": file}, client=client)
+    request = CompletionRequest("infill", GenerationRequest(prompt, filename=file), client=client)
     broadcasts.show(Completion(request, started=now), text)
 
 
@@ -103,14 +103,6 @@ async def test_editors_answers_count_and_others_do_not(tmp_path: Path) -> None:
         assert (tmp_path / "people.json").exists()
         metrics = (await pi.get("/metrics")).body
         assert b'cerebrum_client_kept_characters_total{client=""} 5\n' in metrics
-
-
-async def test_an_answer_that_the_user_has_replaced_counts_nothing() -> None:
-    async with pi_with(BEGUN, script("ab")) as (pi, _):
-        older = infill(pi, suggest="always")
-        await until(lambda: any(one.at > 1 for one in pi.gateway.broadcasts.subscribers))
-        await asyncio.gather(older, infill(pi, prompt="    rex"))
-        assert await counts(pi) == (2, 0)
 
 
 # ----------------------------------------------------------------------------------------- the file

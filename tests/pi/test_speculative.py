@@ -28,8 +28,6 @@ from scripted import (
 )
 from test_editors import CHAT, CHATS, FILE, infill, start
 
-from cerebrum.pi import completion
-from cerebrum.pi.completion import digest_of
 from cerebrum.settings import Client
 
 BEHIND = {"prompt": "    return a", "temperature": 0}
@@ -84,6 +82,7 @@ OTHER_FIELDS: list[dict[str, Any]] = [
     {"n_predict": 7},
     {"temperature": 0.1},
     {"filename": "b.py"},
+    {"suggest": "always"},
 ]
 
 
@@ -119,6 +118,13 @@ async def test_a_text_that_the_limit_of_tokens_has_cut_is_one():
         await ahead(pi, n_predict=2)
         assert (await accepted(pi, n_predict=2)).json["content"] == " + b"
         assert len(backend.completions) == 1
+
+
+async def test_a_plain_completion_that_its_limit_has_cut_begins_no_other():
+    async with pi_with(script("urn", " a", finish_reason="length"), GOOD) as (pi, backend):
+        for prompt in ("ret", "return"):
+            await start(pi, "/v1/completions", {"prompt": prompt, "temperature": 0})
+        assert len(backend.completions) == 2
 
 
 async def test_an_accepted_request_joins_the_one_that_is_being_written():
@@ -179,37 +185,6 @@ async def test_it_gets_no_place_beside_another_request():
         await backend.left.wait()
 
 
-async def test_it_ends_no_request_of_its_own_client():
-    async with pi_with([HANG], max_concurrent=2) as (pi, backend):
-        running = infill(pi, filename="b.py")
-        await backend.begun.wait()
-        assert_ended(await ahead(pi))
-        assert not running.done()
-        running.cancel()
-        await backend.left.wait()
-
-
-async def test_the_same_one_twice_takes_no_place_either():
-    async with pi_with(WRITING) as (pi, backend):
-        first = ahead(pi)
-        await until(lambda: backend.running == 1)
-        second = ahead(pi)
-        assert_ended(await first)
-        assert (pi.active, second.done()) == (0, False)
-        second.cancel()
-        await backend.left.wait()
-        assert len(backend.completions) == 1
-
-
-async def test_nobody_has_used_what_nobody_has_seen():
-    bodies = [FILE, {**FILE, **BEHIND, "speculative": True}, {**FILE, **BEHIND}]
-    async with pi_with(HINT, NEXT, clients={"k": Client("anna")}) as (pi, _):
-        for body, count in zip(bodies, (1, 1, 2), strict=True):
-            assert (await start(pi, "/infill", body, X_API_Key="k")).status == 200
-            (used,) = (await pi.get("/v1/stats", X_API_Key="k")).json["clients"]
-            assert used["completions"] == count
-
-
 async def test_typing_the_hint_ends_nothing_and_another_key_does():
     async with pi_with(HINT, WRITING, GOOD) as (pi, backend):
         await infill(pi)
@@ -220,15 +195,6 @@ async def test_typing_the_hint_ends_nothing_and_another_key_does():
         assert not first.done()
         await infill(pi, prompt="    retx")
         assert_ended(await first)
-
-
-async def test_a_hint_that_is_taken_word_by_word():
-    async with pi_with(HINT, NEXT) as (pi, backend):
-        await infill(pi)
-        await ahead(pi)
-        assert (await infill(pi, prompt="    return")).json["content"] == " a"
-        assert (await accepted(pi)).json["content"] == " + b"  # the last word is taken
-        assert len(backend.completions) == 2
 
 
 async def test_only_the_newest_of_a_client_goes_on():
@@ -267,14 +233,10 @@ async def test_a_backend_that_costs_money_is_not_asked():
 
 REFUSALS = {
     "overloaded": [error(503, "OVERLOADED")],
-    "busy": [error(429, "RATE_LIMIT")],
     "no model": [error(404, "MODEL_NOT_FOUND")],
-    "not loaded": [error(503, "MODEL_LOAD_FAILED")],
     "too long": [error(400, "INVALID_REQUEST", prompt_tokens=5000, n_ctx=4096)],
     "wrong key": [error(401, "UNAUTHORIZED")],
-    "another 404": [answer(404, {})],
     "another 500": [answer(500, {})],
-    "no head": [b"\r\n\r\n"],
     "an error event": [CHUNKED, chunk(event(error=True, message="no", code="OVERLOADED"))],
     "cut": [CHUNKED, chunk(token(" +", 1)), RESET],
 }
@@ -311,29 +273,15 @@ async def test_once_somebody_waits_it_is_tried_again_and_its_failure_counts():
         assert (counts["breaker"]["failures"], counts["requests_failed"]) == (1, 1)
 
 
-async def test_where_nobody_may_be_asked_it_gets_everybodys_error():
-    async with pi_for(1, probing=False) as pi:  # nothing listens there
-        for _ in range(2):
-            speculative = (await ahead(pi)).json["error"]
-            ordinary = (await accepted(pi)).json["error"]
-            assert speculative == ordinary
-            assert speculative["code"] != "SUPERSEDED"
-
-
-async def test_it_is_speculative_again_when_nobody_waits_any_more():
-    async with pi_with(WRITING, GOOD, max_concurrent=1, clients=HOUSE) as (pi, backend):
-        first = ahead_of(pi, "a")
+async def test_once_nobody_waits_any_more_it_ends():
+    async with pi_with(WRITING) as (pi, backend):
+        first = ahead(pi)
         await until(lambda: backend.running == 1)
-        for _ in range(2):
-            joined = start(pi, "/infill", {**FILE, **BEHIND}, X_API_Key="a")
-            await until(lambda: pi.active == 1)
-            joined.cancel()
-            await until(lambda: pi.active == 0)
-        assert pi.gateway.fleet.first.requests_total == 1
-        reply = await pi.post("/v1/complete", {"prompt": "x", "language": "python"}, X_API_Key="b")
-        assert reply.status == 200
+        joined = accepted(pi)
+        await until(lambda: pi.active == 1)
+        joined.cancel()
         assert_ended(await first)
-        assert backend.most_running == 1
+        await backend.left.wait()
 
 
 async def test_one_that_waits_in_the_line_for_nobody_ends():
@@ -358,125 +306,29 @@ def ahead_of(pi: Pi, key: str) -> asyncio.Task[Reply]:
     return start(pi, "/infill", {**FILE, **BEHIND, "speculative": True}, X_API_Key=key)
 
 
-@pytest.mark.parametrize("spoken", [False, True], ids=["silent", "spoken"])
-async def test_a_guest_reads_along_without_a_place(spoken: bool):
-    """When it ends, his request waits in the line, or ends with the text that he has got."""
-    gate = asyncio.Event()
-    chat = [gate.wait, *GOOD]
-    scripts = [WRITING if spoken else [CHUNKED, HANG], chat, NEXT]
-    async with pi_with(*scripts, max_concurrent=1, clients=HOUSE) as (pi, backend):
-        body = {**FILE, **BEHIND, "suggest": "always"}
-        first = start(pi, "/infill", {**body, "speculative": True}, X_API_Key="t")
-        await until(lambda: bool(pi.at(0) and pi.at(0)[0].tokens == spoken))
-        joined = start(pi, "/infill", body, X_API_Key="t")
-        await until(lambda: len(pi.gateway.broadcasts.subscribers) == 2)
-        assert pi.active == 0
-        chatting = start(pi, CHATS, CHAT, X_API_Key="a")
-        await until(lambda: len(backend.completions) == 2)
-        assert_ended(await first)
-        if spoken:
-            assert (await joined).json["content"] == " +"
-            assert (await joined).json["preempted"] is True
-        else:
-            assert len(pi.line) == 1
-        gate.set()
-        assert (await chatting).status == 200
-        assert (await joined).json["content"] == " +" + " b" * (not spoken)
-        stats = (await pi.get("/v1/stats", X_API_Key="a")).json
-        used = {one["name"]: (one["completions"], one["tokens"]) for one in stats["clients"]}
-        assert used["tom"] == (1, 1)
-
-
-async def test_a_guest_who_joined_by_typing_waits_in_the_line_as_well():
-    gate = asyncio.Event()
-    scripts = [WRITING, [gate.wait, *GOOD], script(" b")]
-    async with pi_with(*scripts, max_concurrent=1, clients=HOUSE) as (pi, backend):
+async def test_a_guest_who_joins_has_a_place_and_makes_room():
+    scripts = [WRITING, GOOD]
+    async with pi_with(*scripts, max_concurrent=1, clients=HOUSE) as (pi, _):
         body = {**FILE, **BEHIND, "suggest": "always"}
         first = start(pi, "/infill", {**body, "speculative": True}, X_API_Key="t")
         await until(lambda: bool(pi.at(0) and pi.at(0)[0].tokens))
-        typed = {**body, "prompt": f"{BEHIND['prompt']} +"}
-        joined = start(pi, "/infill", typed, X_API_Key="t")
-        await until(lambda: pi.gateway.broadcasts.type_through == 1)
-        chatting = start(pi, CHATS, CHAT, X_API_Key="a")
-        await until(lambda: len(pi.line) == 1)
-        gate.set()
-        assert (await chatting).status == 200
-        assert (await joined).json["content"] == " b"
-        assert_ended(await first)
-        assert len(backend.completions) == 3
-        assert pi.gateway.requests == 2  # the chat and the guest's
+        joined = start(pi, "/infill", body, X_API_Key="t")
+        await until(lambda: pi.active == 1)
+        assert (await start(pi, CHATS, CHAT, X_API_Key="a")).status == 200
+        for reply in (await first, await joined):
+            assert (reply.json["content"], reply.json["preempted"]) == (" +", True)
 
 
-@pytest.mark.parametrize(
-    "failure",
-    [error(503, "OVERLOADED"), error(400, "INVALID_REQUEST", prompt_tokens=5000, n_ctx=4096)],
-    ids=["overloaded", "too long"],
-)
-async def test_a_failure_of_what_a_guest_has_joined_is_not_his(failure: bytes):
-    go = asyncio.Event()
-    async with (
-        Backend([[go.wait, failure], NEXT]) as failing,
-        Backend([NEXT]) as other,
-        pi_for(backend_at(failing.port, "a"), backend_at(other.port, "b"), clients=HOUSE) as pi,
-    ):
-        first = ahead_of(pi, "t")
-        await failing.begun.wait()
-        joined = start(pi, "/infill", {**FILE, **BEHIND}, X_API_Key="t")
-        await until(lambda: len(pi.gateway.broadcasts.subscribers) == 2)
-        go.set()
-        assert (await joined).json["content"] == " + b"
-        assert (await first).status in (400, 503)
-
-
-async def test_what_nobody_waits_for_keeps_no_trial_and_runs_beside_nobody():
-    others = [HANG], [HANG], GOOD
-    for is_trial in (True, False):
-        async with pi_with(*others, max_concurrent=2, clients=HOUSE) as (pi, backend):
-            if is_trial:
-                pi.gateway.fleet.first.breaker.state = "half-open"
-            waiting = start(pi, "/infill", {**FILE, **BEHIND}, X_API_Key="a")
-            await backend.begun.wait()
-            if not is_trial:
-                beside = start(pi, CHATS, CHAT, X_API_Key="b")
-                await until(lambda: backend.running == 2)
-            first = ahead_of(pi, "a")
-            await until(lambda: pi.gateway.broadcasts.subscribers[-1].waits is False)
-            waiting.cancel()
-            if is_trial:
-                assert (await first).json["error"]["code"] == "VPS_UNAVAILABLE"
-                assert pi.gateway.fleet.first.breaker.trial is None
-            else:
-                assert_ended(await first)
-                beside.cancel()
-            await until(lambda: backend.running == 0)
-            assert counted(pi)[0] == counted(pi)[2] == 2 - is_trial
-
-
-async def test_reloads_and_other_models_forget_the_texts():
-    for changes in ("reload", "models"):
-        async with pi_with(HINT, NEXT, WRITING) as (pi, backend):
-            await ahead(pi)
-            assert (await accepted(pi)).json["content"] == "urn a"
-            if changes == "reload":
-                pi.gateway.reconfigure(pi.gateway.config)
-            else:
-                backend.models = answer(200, {"models": [{"id": "qwen_1_5b"}, {"id": "qwen_0_5b"}]})
-                pi.gateway.fleet.first._models_until = 0.0
-                pi.gateway.fleet.first.wake.set()
-                await until(lambda: len(pi.gateway.fleet.first.names) == 2)
-            assert (await accepted(pi)).json["content"] == " + b"
-            assert len(backend.completions) == 2
-
-
-async def test_a_text_that_runs_at_a_reload_is_not_remembered():
-    gate = asyncio.Event()
-    async with pi_with(script(gate.wait, "old"), NEXT) as (pi, backend):
-        first = accepted(pi)
-        await until(lambda: backend.running == 1)
+async def test_a_reload_and_other_models_forget_the_texts():
+    async with pi_with(HINT, NEXT, HINT) as (pi, backend):
+        await ahead(pi)
         pi.gateway.reconfigure(pi.gateway.config)
-        gate.set()
-        assert (await first).json["content"] == "old"
         assert (await accepted(pi)).json["content"] == " + b"
+        backend.models = answer(200, {"models": [{"id": "qwen_1_5b"}, {"id": "qwen_0_5b"}]})
+        pi.gateway.fleet.first._models_until = 0.0
+        pi.gateway.fleet.first.wake.set()
+        await until(lambda: len(pi.gateway.fleet.first.names) == 2)
+        assert (await accepted(pi)).json["content"] == "urn a"
 
 
 async def test_a_text_from_a_prompt_that_was_cut_is_no_answer_later():
@@ -491,21 +343,6 @@ async def test_a_text_from_a_prompt_that_was_cut_is_no_answer_later():
         assert len(cut["prompt"]) < len(read["prompt"])
 
 
-async def test_a_digest_of_all_fields_is_made_at_most_once(monkeypatch: pytest.MonkeyPatch):
-    made = list[Any]()
-
-    def counting(fields: Any, names: Any) -> bytes:
-        made.append(names)
-        return digest_of(fields, names)
-
-    async with pi_with(HINT, NEXT) as (pi, _):
-        for letter in "abcdefgh":
-            await infill(pi, filename="same", prompt=letter)
-        monkeypatch.setattr(completion, "digest_of", counting)
-        await infill(pi, filename="same", prompt="x")
-        assert len(made) == 1
-
-
 def counted(pi: Pi) -> tuple[int, ...]:
     """Requests, those that failed, those that have ended by the table of models, and those that the
     backend has got for somebody.
@@ -518,15 +355,6 @@ def counted(pi: Pi) -> tuple[int, ...]:
         ended,
         pi.gateway.fleet.first.requests_total,
     )
-
-
-async def test_asked_ahead_twice_and_taken_once_is_one_completion():
-    async with pi_with(NEXT) as (pi, _):
-        for _ in range(2):
-            await ahead(pi)
-        assert counted(pi) == (0, 0, 1, 0)
-        await accepted(pi)
-        assert counted(pi) == (1, 0, 1, 0)
 
 
 async def test_asked_ahead_twice_and_joined_once_is_one_completion():
@@ -544,25 +372,6 @@ async def test_asked_ahead_twice_and_joined_once_is_one_completion():
         assert counted(pi) == (1, 0, 1, 1)
         people = pi.gateway.counting.people.total
         assert [people[name][:2] for name in ("anna", "ben")] == [(0, 0), (1, 1)]
-
-
-async def test_one_that_is_joined_before_it_begins_is_one_as_well():
-    async with pi_with(NEXT) as (pi, _):
-        assert [(await one).status for one in (ahead(pi), accepted(pi))] == [200, 200]
-        assert counted(pi)[0] == 1
-
-
-async def test_one_that_is_refused_counts_nowhere():
-    async with pi_with([HANG], [answer(500, {})], max_concurrent=2) as (pi, backend):
-        running = start(pi.from_address("127.0.0.2"), CHATS, CHAT)
-        await backend.begun.wait()
-        before = counted(pi)
-        assert_ended(await ahead(pi))
-        assert counted(pi) == before == (1, 0, 0, 1)
-        running.cancel()
-        await until(lambda: counted(pi) == (1, 0, 1, 1))
-        assert (await ahead(pi)).status == 503
-        assert counted(pi) == (1, 0, 1, 1)
 
 
 FIRST = {**FILE, "t_max_predict_ms": 250, "response_fields": ["content", "tokens_cached"]}
@@ -594,8 +403,3 @@ async def test_what_is_not_certainly_llama_vims_own_has_a_place(fields: dict[str
         await until(lambda: backend.running == 1 or first.done())
         assert first.done() or pi.active == 1
         first.cancel()
-
-
-async def test_a_pi_says_that_it_knows_them():
-    async with pi_with() as (pi, _):
-        assert (await pi.stats())["speculative"] is True

@@ -9,8 +9,8 @@ import math
 from typing import Any
 
 import pytest
-from scripted import CHUNKED, HANG, Backend, Pi, chunk, pi_for, pi_with, script
-from test_backends import LAST, LISTED, VLLM, data, engine, llama_chunk
+from scripted import CHUNKED, HANG, Backend, chunk, pi_for, pi_with, script
+from test_backends import LAST, LISTED, data, engine, llama_chunk
 from test_editors import infill
 
 CODE = {"prompt": "def f():\n    ", "language": "python", "suffix": "\n\nf()\n"}
@@ -38,18 +38,6 @@ async def test_a_word_is_a_chance(more: dict[str, Any], least: float | None) -> 
         assert backend.completions[0].get("min_confidence") == least
 
 
-async def test_a_native_answer_says_it_too() -> None:
-    lies = script("a", confidence="sure", text_confidence=3, chance=-1)
-    async with pi_with(SURE, lies) as (pi, backend):
-        reply = (await pi.post("/v1/complete", {**CODE, "min_confidence": 0.3})).json
-        assert (reply["completion"], reply["finish_reason"]) == ("urn a", "unsure")
-        assert reply["chance"] == 0.4
-        assert backend.completions[0]["min_confidence"] == 0.3
-        reply = (await pi.post("/v1/complete", CODE)).json
-        assert not {"confidence", "text_confidence", "chance"} & reply.keys()
-        assert "min_confidence" not in backend.completions[1]
-
-
 WRONG: list[dict[str, Any]] = [{"suggest": "perhaps"}, {"suggest": 1}, {"min_confidence": 1.01}]
 
 
@@ -66,30 +54,6 @@ async def test_never_asks_nobody_and_a_wrong_word_is_refused() -> None:
         await infill(pi, prompt="    retu", suggest="never")
         assert (await older).json["content"] == ""
         assert (await pi.stats())["replaced"] == 1
-
-
-async def typed(pi: Pi, text: str, **more: Any) -> tuple[str, bool, bool]:
-    """The answer once the user has typed this: its text, and whether it is unsure or a rest."""
-    answer = (await infill(pi, prompt="    ret" + text, cache_prompt=True, **more)).json
-    return answer["content"], "unsure" in answer, "type_through" in answer
-
-
-async def test_what_is_typed_beyond_an_unsure_text_is_asked_anew() -> None:
-    async with pi_with(SURE, script(" + b")) as (pi, backend):
-        assert await typed(pi, "") == ("urn a", True, False)
-        assert await typed(pi, "urn") == (" a", True, True)
-        assert len(backend.completions) == 1
-        assert await typed(pi, "urn a") == (" + b", False, False)
-        await typed(pi, "urn", suggest="always")  # of another threshold
-        assert len(backend.completions) == 3
-
-
-async def test_another_engine_says_nothing_and_cuts_nothing() -> None:
-    async with Backend([VLLM], models=LISTED) as backend, pi_for(engine(backend.port)) as pi:
-        reply = (await pi.post("/v1/complete", {**CODE, "min_confidence": 1})).json
-        assert reply["completion"] == "1 + 2"
-        assert "confidence" not in reply
-        assert not {"min_confidence", "n_probs"} & json.loads(backend.asked[-1][2]).keys()
 
 
 def told(text: str, *probabilities: Any) -> bytes:

@@ -81,10 +81,11 @@ def test_bad_request(body: dict[str, Any], message: str) -> None:
 
 
 DEFAULTS = {
-    "messages": None, "max_tokens": 512, "temperature": 0.4, "top_p": 0.95, "seed": None,
-    "stop": (), "suffix": None, "filename": "", "language": None, "mode": "complete",
+    "messages": None, "max_tokens": 512, "temperature": 0.4, "top_p": None, "seed": None,
+    "stop": (), "suffix": None, "filename": "", "language": "", "mode": "complete",
     "stop_at": "auto", "indent": 0, "heal": False, "special": False, "progress": False,
     "priority": "normal", "session": None, "extra": [], "predict_ms": 0, "min_confidence": None,
+    "instruction": None, "prompt_ms": 0,
 }  # fmt: skip
 
 
@@ -106,7 +107,7 @@ def test_request(given: dict[str, Any], read: dict[str, Any]) -> None:
 
 
 def test_a_request_of_messages() -> None:
-    read = {"prompt": None, "messages": [("user", "x")], "mode": "instruct"}
+    read = {"prompt": "", "messages": [("user", "x")], "mode": "instruct"}
     assert asdict(parse_inference(TALK)) == BASE | DEFAULTS | read
 
 

@@ -15,9 +15,9 @@ import pytest
 from test_engine import ScriptedLlama
 from test_vpsd import Reference, Vps, real, real_reference  # noqa: F401 (fixtures)
 
+from cerebrum.request import GenerationRequest
 from cerebrum.vps.job import Job, Run
 from cerebrum.vps.llama import Llama, Slot
-from cerebrum.vps.vocabulary import GenerationRequest
 
 # By temperature and threshold: why a text ends that goes on after its line with an unlikely token.
 ENDS = [(0.5, None, "block"), (0.6, None, None), (0.5, 0.2, "unsure"), (0.6, 0.2, "unsure")]

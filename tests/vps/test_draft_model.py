@@ -22,6 +22,7 @@ from test_engine import loads as loads  # a fixture
 from test_families import EXACT, check_against_a_greedy_loop
 
 from cerebrum.metrics import CANCELLED
+from cerebrum.request import GenerationRequest
 from cerebrum.vps import decoder, llama, schedule
 from cerebrum.vps import plan as vps_plan
 from cerebrum.vps import worker as vps_worker
@@ -33,7 +34,6 @@ from cerebrum.vps.llama import ABORTED, MB, ModelError, Settings, Slot, start_li
 from cerebrum.vps.memory import Parts
 from cerebrum.vps.plan import plan_pair
 from cerebrum.vps.schedule import Costs
-from cerebrum.vps.vocabulary import GenerationRequest
 from cerebrum.vps.worker import Loader, Worker
 from cerebrum_common import Model
 

@@ -27,6 +27,7 @@ from test_admission import config
 from test_ending import splits
 
 import vpsd
+from cerebrum.request import GenerationRequest
 from cerebrum.settings import write_atomically
 from cerebrum.vps import drafts, llama, schedule
 from cerebrum.vps import job as vps_job
@@ -48,7 +49,7 @@ from cerebrum.vps.prefixes import (
 )
 from cerebrum.vps.schedule import Baton, Costs, chunk_size, share_seconds
 from cerebrum.vps.tokens import common_prefix
-from cerebrum.vps.vocabulary import GenerationRequest, heal_from
+from cerebrum.vps.vocabulary import heal_from
 from cerebrum.vps.worker import Loader, Worker
 from cerebrum_common import HttpError
 

@@ -25,6 +25,7 @@ from harness import NO_FILE, PATIENCE, ROOT, wait_until
 from test_engine import ask, running, worker_of
 
 import vpsd
+from cerebrum.request import GenerationRequest
 from cerebrum.vps import memory
 from cerebrum.vps.compute import ModelTally
 from cerebrum.vps.fetch import is_whole
@@ -45,7 +46,7 @@ from cerebrum.vps.memory import accepts, needed
 from cerebrum.vps.pool import Pool
 from cerebrum.vps.prefixes import Parked, Sequences
 from cerebrum.vps.schedule import Baton
-from cerebrum.vps.vocabulary import GenerationRequest, Vocabulary, api, cut_runs
+from cerebrum.vps.vocabulary import Vocabulary, api, cut_runs
 from cerebrum.vps.worker import Loader, Worker
 from cerebrum_common import HttpError, Model
 
