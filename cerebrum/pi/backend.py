@@ -14,7 +14,7 @@ import time
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from cerebrum.fields import JsonObject, Members, printable, valid_members
+from cerebrum.fields import JsonObject, Members, printable
 from cerebrum.pi.breaker import Admission, Breaker
 from cerebrum.pi.completion import (
     FINISHED,
@@ -28,7 +28,7 @@ from cerebrum.pi.completion import (
     remember,
 )
 from cerebrum.pi.engines import LlamaServer, OpenAI
-from cerebrum.pi.kind import COUNT, RESULT_FIELDS, Kind
+from cerebrum.pi.kind import COUNT, Kind, read_result
 from cerebrum.pi.native import MAX_MESSAGE_CHARACTERS, Vpsd
 from cerebrum.pi.upstream import BackendConfig, BackendFailure, TooLong, Unusable
 from cerebrum.request import DEFAULT_TOKENS
@@ -442,7 +442,7 @@ class Backend:
 
     def _finish(self, attempt: Attempt, done: Members) -> JsonObject:
         """Learn from a whole answer, and return its result, without what no backend may set."""
-        result = valid_members(done, RESULT_FIELDS)
+        result = read_result(done)
         attempt.last = time.monotonic()
         reason = result.get("finish_reason", "stop")
         attempt.reason = reason if reason in FINISHED else "other"

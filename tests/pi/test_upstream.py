@@ -488,12 +488,12 @@ FIGURES = (
     "ttft",
     "finish_reason",
 )
-TRUE = {"language": "python", "model": "qwen_0_5b", "mode": "complete", "total_tokens": 2}
+TRUE = {"language": "python", "model": "qwen_0_5b", "mode": "complete", "total_tokens": 2, "x": [1]}
 
 
 @pytest.mark.parametrize("wrong", [True, None, "", -1, 10**19, [], {}], ids=str)
 async def test_a_done_event_that_lies_cannot_override_what_is_ours(wrong: Any):
-    """Figures of the wrong type are left out, as are members that nobody knows."""
+    """Figures of the wrong type are left out, and members that nobody knows are passed on."""
     lies = dict.fromkeys(OVERRIDDEN, "lies") | dict.fromkeys(FIGURES, wrong)
     done = chunk(event(**lies, kept="lies", x=[1], done=True))
     async with pi_before([CHUNKED, A, B, done, END]) as (pi, _):
