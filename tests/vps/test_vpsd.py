@@ -26,12 +26,10 @@ import socket
 import sys
 import urllib.request
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import families
-import llama_cpp
 import psutil
 import pytest
 from harness import (
@@ -42,7 +40,6 @@ from harness import (
     SHIPPED,
     Daemon,
     program,
-    run_to_the_end,
     settings,
     wait_until,
 )
@@ -51,14 +48,6 @@ from test_engine import MANY, ONE
 import vpsd
 from cerebrum.vps import llama as vps_llama
 from cerebrum.vps import prefixes
-from cerebrum.vps.encoding import (
-    Passport,
-    cpu_features,
-    cpus,
-    file_stamp,
-    passport_path,
-    tuned_path,
-)
 from cerebrum_common import VERSION
 
 SMALL, LARGE = "qwen_0_5b", "qwen_1_5b"
@@ -352,51 +341,48 @@ def test_health_alone_needs_no_key(vps: Vps) -> None:
 
 
 def test_models(vps: Vps, models: Path) -> None:
-    listed = {model["id"]: model for model in vps.get("/v1/models")["models"]}
-    assert list(listed) == [model.id for model in SHIPPED]
-    small, path = listed[SMALL], str(models / FILES[SMALL].name)
+    listed = vps.get("/v1/models")["models"]
+    assert [(one["id"], one["fim_layout"]) for one in listed] == [
+        (model.id, model.fim_layout) for model in SHIPPED
+    ]
     described = {
         "id": SMALL,
         "loaded": True,
-        "path": path,
+        "path": str(models / FILES[SMALL].name),
         "available": True,
         "n_ctx": 2048,
         "encoding": "published",
         "fim_layout": "spmv2",
         "draft": None,
     }
+    small, missing = vps.model(), vps.model("codellama_7b")
     assert list(small) == [*described, "memory_mb", "last_used"]
     assert described.items() <= small.items()
     others_mb = vps.process.rss_kb() / 1024 - small["memory_mb"]
     assert 0 < others_mb < 200  # Python, numpy, llama.cpp itself
     assert len(small["last_used"]) == len("2025-12-25T11:55:00.000000")
-    assert list(listed["codellama_7b"]) == list(described)
-    layouts = [model["fim_layout"] for model in listed.values()]
-    assert layouts == [model.fim_layout for model in SHIPPED]
-    assert listed["codellama_7b"]["loaded"] is listed["codellama_7b"]["available"] is False
+    assert list(missing) == list(described)
+    assert missing["loaded"] is missing["available"] is False
 
 
 def test_a_completion_that_nobody_waits_for_is_counted(vps: Vps) -> None:
-    def read() -> dict[str, float]:
-        request = urllib.request.Request(f"http://127.0.0.1:{vps.port}/metrics")
-        request.add_header("Authorization", f"Bearer {KEY}")
+    def read(name: str) -> float:
+        headers = {"Authorization": f"Bearer {KEY}"}
+        request = urllib.request.Request(f"http://127.0.0.1:{vps.port}/metrics", headers=headers)
         with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
-            text = answer.read().decode().replace(f'model="{SMALL}"', "")
-        pairs = (line.rpartition(" ") for line in text.splitlines() if line[0] != "#")
-        return {name: float(value) for name, _, value in pairs}
+            found = re.search(rf"(?m)^{name} (.*)", answer.read().decode())
+        return float(found[1]) if found else 0.0
 
-    before, ended = read(), 'cerebrum_completions_ended_total{,reason="CANCELLED"}'
+    processing = f'llamacpp:requests_processing{{model="{SMALL}"}}'
+    predicted = f'llamacpp:tokens_predicted_total{{model="{SMALL}"}}'
+    ended = f'cerebrum_completions_ended_total{{model="{SMALL}",reason="CANCELLED"}}'
+    before, tokens = read(ended), read(predicted)
     with vps.stream(new_prompt(), max_tokens=500) as stream:
         event = next(event for event in stream.events() if event.get("total_tokens", 0) >= 3)
-        running = read()
-        assert running["llamacpp:requests_processing{}"] == 1
-        assert running["cerebrum_completions_active"] == 1
-    wait_until(lambda: read().get(ended, 0) == before.get(ended, 0) + 1)
-    grown = {name: value - before.get(name, 0) for name, value in read().items()}
-    assert grown["llamacpp:requests_processing{}"] == 0
-    assert grown["llamacpp:prompt_tokens_total{}"] > 1
-    assert grown["llamacpp:tokens_predicted_total{}"] >= event["total_tokens"]
-    assert grown["cerebrum_time_to_first_token_seconds_count{}"] == 1
+        assert read(processing) == 1
+    wait_until(lambda: read(ended) == before + 1)
+    assert read(processing) == 0
+    assert read(predicted) >= tokens + event["total_tokens"]
 
 
 COUNTS = {"models_loaded", "requests_total", "requests_active", "draft_tokens", "accepted_tokens"}
@@ -412,13 +398,11 @@ FIGURES = {
 
 def test_stats(vps: Vps) -> None:
     stats = vps.get("/v1/stats")
-    assert stats.pop("version") == VERSION
-    assert stats.pop("draft_models") == {}
-    assert stats.keys() == COUNTS | FIGURES
-    for name, value in stats.items():
-        assert type(value) is (int if name in COUNTS else float)
     used_mb = stats["memory_total_mb"] - stats["memory_available_mb"]
     assert stats["memory_used_mb"] == pytest.approx(used_mb, abs=0.2)
+    assert (stats.pop("version"), stats.pop("draft_models")) == (VERSION, {})
+    kinds = dict.fromkeys(COUNTS, int) | dict.fromkeys(FIGURES, float)
+    assert {name: type(value) for name, value in stats.items()} == kinds
     vps.complete(new_prompt(), max_tokens=1)
     assert vps.get("/v1/stats")["requests_total"] == stats["requests_total"] + 1
 
@@ -429,7 +413,6 @@ DONE = ["done", "language", "model", "total_tokens", "inference_time", "timestam
 def test_the_answer_and_the_stream_of_a_completion(vps: Vps, reference: Reference) -> None:
     body = vps.complete("def hello():", max_tokens=8)
     assert list(body)[:4] == ["completion", "model", "total_tokens", "inference_time"]
-    assert (body["model"], body["total_tokens"], body["finish_reason"]) == (SMALL, 8, "length")
     assert body["prompt_tokens"] == len(reference.tokenize("def hello():"))
     assert 0 < body["ttft"] <= body["inference_time"]
     assert body["tokens_per_second"] > 0
@@ -442,15 +425,15 @@ def test_the_answer_and_the_stream_of_a_completion(vps: Vps, reference: Referenc
     totals = [stage["total"] for stage in stages if stage["stage"] == "prefill"]
     assert totals == [body["prompt_tokens"]] * 2
     tokens = [event for event in events if "progress" not in event]
-    for event in tokens:
-        assert list(event) == ["token", "total_tokens"]
-        assert event["token"]
+    assert {(*event,) for event in tokens} == {("token", "total_tokens")}
+    assert all(event["token"] for event in tokens)
     counts = [event["total_tokens"] for event in tokens]
     assert counts == sorted(set(counts))
     assert "".join(event["token"] for event in tokens) == body["completion"]
     assert list(done)[:6] == DONE
-    assert (done["done"], done["model"]) == (True, SMALL)
-    assert (done["total_tokens"], done["finish_reason"]) == (8, "length")
+    assert done["done"] is True
+    result = {"model": SMALL, "total_tokens": 8, "finish_reason": "length"}
+    assert result.items() <= body.items() & done.items()
 
 
 NOTHING = "model: expected a string from 1 to 200 characters, got nothing"
@@ -524,65 +507,27 @@ def test_greedy_text_of_the_real_model_is_that_of_a_plain_loop(
     check_greedy(real, real_reference, CODE, PROMPTS[4])
 
 
-def test_messages(real: Vps, real_reference: Reference) -> None:
-    turns = {"system": "You answer in one word.", "user": "The capital of France?"}
-    messages = [{"role": role, "content": text} for role, text in turns.items()]
+def test_messages(real: Vps) -> None:
+    messages = [{"role": "user", "content": "The capital of France, in one word?"}]
     body = real.complete(None, messages=messages, max_tokens=16)
-    text = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns.items())
-    tokens = real_reference.tokenize(f"{text}<|im_start|>assistant\n", True)
-    assert body["prompt_tokens"] == len(tokens)
     assert (body["mode"], body["finish_reason"]) == ("instruct", "stop")
+    assert body["completion"].startswith("Paris")
     assert "<|" not in body["completion"]  # the end of the text is not text
-    real_reference.check(tokens, body["completion"], 16)
 
 
-AREA = "def area_of_circle(r):\n    return 3 * r * r"
-BESIDE = [{"filename": "area.py", "text": AREA}, {"text": "X = 1\n"}]
-INFILL: dict[str, Any] = {
-    "prompt": "from area import area",
-    "suffix": "\n",
-    "filename": "main.py",
-    "extra": BESIDE,
-}
-READ = (
-    f"<|file_sep|>area.py\n{AREA}\n<|file_sep|>\nX = 1\n<|file_sep|>main.py\n"
-    "<|fim_prefix|><|fim_suffix|>\n"
-)
-
-
-def test_what_the_model_reads(vps: Vps, reference: Reference) -> None:
-    body = vps.complete(**INFILL, max_tokens=8)
-    tokens = reference.tokenize(f"{READ}<|fim_middle|>{INFILL['prompt']}", special=True)
-    assert (body["mode"], body["prompt_tokens"]) == ("infill", len(tokens))
-    reference.check(tokens, body["completion"], 8)
-
-
-ADD = {"prompt": "def add(a, b):\n    return ", "suffix": "\n\nprint(add(1, 2))\n", "heal": True}
-NUMPY = {"prompt": "import os\nimport nump", "heal": True}
+ADD = {"prompt": "def add(a, b):\n    return ", "suffix": "\n\nprint(add(1, 2))\n"}
 WIDTH = {
     "prompt": "def area(width, height):\n    return wid",
     "suffix": "\n\nprint(area(3, 4))\n",
-    "heal": True,
 }
 BRANCH = {  # a model that indents it space by space goes on with spaces until its limit
     "prompt": "def f(x):\n    y = 0\n    for c in x:\n        if c > 3:\n            y += 1\n"
     "        else:\n                    ",
     "suffix": "\n    return y\n",
-    "heal": True,
 }
-CIRCLE = INFILL | {"prompt": "from area import area_of_", "heal": True}
-RETURN = {"prompt": "def area(width, height):\n    retu", "heal": True}
 
 
-GOES_ON = [
-    (ADD, "a + b", " "),
-    (WIDTH, "th * height", " wid"),
-    (BRANCH, "y -= 1\n", " " * 20),
-    pytest.param(NUMPY, "y", " nump", marks=pytest.mark.slow),
-    pytest.param(INFILL, "_of_circle", "", marks=pytest.mark.slow),
-    pytest.param(CIRCLE, "circle", "_", marks=pytest.mark.slow),
-    pytest.param(RETURN, "rn width * height", " retu", marks=pytest.mark.slow),
-]
+GOES_ON = [(ADD, "a + b", " "), (WIDTH, "th * height", " wid"), (BRANCH, "y -= 1\n", " " * 20)]
 
 
 @pytest.mark.parametrize(("fields", "start", "left"), GOES_ON)
@@ -592,8 +537,8 @@ def test_how_the_real_model_goes_on(
     """The model writes the word at the cursor in its own tokens, and the part that is there already
     is not repeated.
     """
-    raw = real.complete(**(fields | {"heal": False}), max_tokens=8)
-    body = real.complete(**(fields | {"heal": bool(left)}), max_tokens=8)
+    raw = real.complete(**fields, max_tokens=8)
+    body = real.complete(**fields, heal=True, max_tokens=8)
     assert body["completion"].startswith(start)
     assert body["total_tokens"] == 8
     assert raw["prompt_tokens"] - body["prompt_tokens"] == len(real_reference.tokenize(left))
@@ -633,17 +578,6 @@ def test_a_limit_of_time_counts_from_the_first_line_end(vps: Vps) -> None:
     assert first < len(short["completion"])
     assert whole["total_tokens"] == 100 > short["total_tokens"]
     assert short["finish_reason"] == "length"
-    shorter = vps.complete(f"# {number}", max_tokens=first // 4, predict_ms=1)
-    assert shorter["total_tokens"] == first // 4
-
-
-@pytest.mark.slow
-def test_healed_tokens_add_text_even_if_they_are_sampled(real: Vps) -> None:
-    body = real.complete(**NUMPY, max_tokens=1)
-    assert (body["completion"], body["total_tokens"], body["finish_reason"]) == ("y", 1, "length")
-    for seed in range(8):
-        body = real.complete(WIDTH["prompt"], heal=True, max_tokens=1, temperature=1, seed=seed)
-        assert body["completion"][:2] == "th", body
 
 
 def test_a_seed_decides_the_random_numbers(vps: Vps) -> None:
@@ -658,16 +592,12 @@ def test_a_seed_decides_the_random_numbers(vps: Vps) -> None:
 def test_stop_strings(vps: Vps) -> None:
     prompt = "1, 2, 3, 4, "
     text = vps.complete(prompt, max_tokens=24)["completion"]
-    late, later = text[10:13], text[12:16]
-    assert 0 < text.index(late) < text.index(later)
-    stops: list[Any] = [[later], late, ["nothing", later, late], [text[0]]]
-    for stop, end in zip(stops, (later, late, late, text[0]), strict=True):
-        body = vps.complete(prompt, max_tokens=24, stop=stop)
-        assert (body["completion"], body["finish_reason"]) == (text[: text.index(end)], "stop")
-    with vps.stream(prompt, max_tokens=24, stop=late) as stream:
-        assert stream.text() == text[: text.index(late)]
-    # The beginning of a stop string is sent at the end.
-    assert vps.complete(prompt, max_tokens=24, stop=[f"{text[-2:]}\0never"])["completion"] == text
+    stop = text[10:13]
+    ended = text[: text.index(stop)]
+    body = vps.complete(prompt, max_tokens=24, stop=["nothing", stop])
+    assert (body["completion"], body["finish_reason"]) == (ended, "stop")
+    with vps.stream(prompt, max_tokens=24, stop=stop) as stream:
+        assert stream.text() == ended
 
 
 @pytest.fixture(scope="module")
@@ -749,15 +679,6 @@ def test_a_short_request_and_one_that_is_cancelled_beside_a_long_one(
     reference.check(long, text, 32)
 
 
-def test_nothing_is_kept_without_a_budget(small: Vps) -> None:
-    prompt = new_prompt()
-    small.complete(prompt, max_tokens=1)
-    assert small.complete(prompt, max_tokens=1)["cached_tokens"] > 0  # still in its slot
-    for _ in range(2):
-        small.complete(new_prompt(), max_tokens=1)
-    assert small.complete(prompt, max_tokens=1)["cached_tokens"] < prefixes.MIN_PREFIX
-
-
 def test_an_earlier_answer_is_drafted_again(vps: Vps, small: Vps, reference: Reference) -> None:
     prompt = new_prompt()
     for asked, drafts in ((vps, True), (small, False)):
@@ -813,12 +734,6 @@ def test_a_newer_request_of_a_session_replaces_the_older(vps: Vps) -> None:
             error = older.wait_for_event("error")
         assert (error["error"], error["code"]) == (True, "SUPERSEDED")
         assert list(stays.events())[-1]["total_tokens"] == 12
-    wait_until(lambda: vps.active() == 0)
-    with ThreadPoolExecutor() as pool:  # without a stream
-        older = pool.submit(vps.refusal, new_prompt(), max_tokens=1000, session="s")
-        wait_until(lambda: vps.active() == 1)
-        vps.complete(new_prompt(), max_tokens=1, session="s")
-    assert older.result()[:2] == (409, "SUPERSEDED")  # type: ignore[attr-defined]
 
 
 def test_a_third_request_at_a_time_is_refused(vps: Vps) -> None:
@@ -833,18 +748,17 @@ def test_a_third_request_at_a_time_is_refused(vps: Vps) -> None:
 
 def test_unload(real: Vps) -> None:
     assert real.unload("gpt")[1]["code"] == "MODEL_NOT_FOUND"
-    real.complete("x", max_tokens=1)
-    held = real.model()["memory_mb"]
     with real.begun():
+        held = real.model()["memory_mb"]
         status, body = real.unload()
         assert (status, body["code"]) == (409, "MODEL_BUSY")
     wait_until(lambda: real.active() == 0)
     before = real.process.rss_kb() / 1024
     status, body = real.unload()
-    assert (status, list(body)) == (200, ["model", "unloaded", "memory_freed_mb"])
-    assert (body["model"], body["unloaded"]) == (SMALL, True)
-    assert body["memory_freed_mb"] == pytest.approx(before - real.process.rss_kb() / 1024, abs=50)
-    assert body["memory_freed_mb"] > 0.7 * held
+    freed = body["memory_freed_mb"]
+    assert (status, body) == (200, {"model": SMALL, "unloaded": True, "memory_freed_mb": freed})
+    assert freed == pytest.approx(before - real.process.rss_kb() / 1024, abs=50)
+    assert freed > 0.7 * held
     assert (real.loaded(), real.model()["loaded"]) == ([], False)
     assert real.unload() == (200, {"model": SMALL, "unloaded": False, "memory_freed_mb": 0.0})
 
@@ -913,16 +827,15 @@ def test_files_that_cannot_be_loaded(tmp_path: Path, models: Path, reference: Re
     families.write_header(folder / "odd.gguf", families.Family("llama", layers=513))
     for name in ("good", "othersum"):
         (folder / f"{name}.gguf").symlink_to(whole)
-    missing = ("directory", "missing")
-    entries = [ENTRY.format(name) for name in (*files, *missing, "odd", "good", "othersum")]
-    (folder / "models.toml").write_text("".join(entries) + f'sha256 = "{"0" * 64}"\n')
+    refused = dict.fromkeys((*files, "odd", "othersum"), (500, "MODEL_LOAD_FAILED"))
+    refused |= dict.fromkeys(("directory", "missing"), (404, "MODEL_NOT_FOUND"))
+    entries = [ENTRY.format(name) for name in ("good", *refused)]
+    (folder / "models.toml").write_text("".join(entries))
     with start(tmp_path, folder, faults=True) as vps:
-        for name in (*files, "odd", "othersum"):
-            status, code, message = vps.refusal("x", model=name)
-            assert (status, code) == (500, "MODEL_LOAD_FAILED"), (name, message)
-            assert message.startswith(f"model {name} ({name}.gguf): ")
-        for name in missing:
-            assert vps.refusal("x", model=name)[:2] == (404, "MODEL_NOT_FOUND")
+        for name, expected in refused.items():
+            *got, message = vps.refusal("x", model=name)
+            assert tuple(got) == expected
+            assert message.startswith(f"model {name}")
         assert vps.active() == 0
         assert vps.process.rss_kb() < 300 << 10  # no memory of theirs is left
         body = vps.complete(PROMPTS[0], model="good", max_tokens=8)
@@ -938,24 +851,6 @@ def test_too_little_memory_to_start_work(tmp_path: Path, models: Path) -> None:
         assert (status, code, vps.loaded()) == (503, "RESOURCE_EXHAUSTED", [])
         available_mb = psutil.virtual_memory().available / vps_llama.MB
         assert float(message.split()[-2]) == pytest.approx(available_mb, rel=0.5)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(
-    not FILES[SMALL].exists(), reason=f"{FILES[SMALL]} is missing: python3 vpsd.py fetch"
-)
-def test_a_model_that_does_not_fit(tmp_path: Path) -> None:
-    spare = 150  # MB; the model needs 500 more than other tests free meanwhile
-    reserve = psutil.virtual_memory().available // vps_llama.MB - spare
-    with start(tmp_path, MODELS, CEREBRUM_MIN_FREE_MB=str(reserve), CEREBRUM_N_CTX="16384") as vps:
-        status, code, message = vps.refusal("x")
-        assert (status, code, vps.active(), vps.loaded()) == (503, "RESOURCE_EXHAUSTED", 0, [])
-        if not message.startswith(
-            "expected "
-        ):  # another program took the rest of the memory meanwhile
-            assert message.startswith(f"model {SMALL} needs ")
-            assert "weights 469 MB, kv 24 MB, compute " in message  # of the shortest context
-            assert message.endswith(f" MB are free beside the reserve of {reserve} MB")
 
 
 # ------------------------------------------------------------------------------------------ SIGTERM
@@ -976,80 +871,7 @@ def test_sigterm_lets_a_short_stream_end_and_ends_a_long_one_with_an_error(
         vps.process.process.wait(PATIENCE)
 
 
-def test_a_taken_port_is_reported(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = str(taken.getsockname()[1])
-        done = run_to_the_end("vpsd", tmp_path, CEREBRUM_VPS_PORT=port)
-    assert done.returncode == 1
-    assert re.search(
-        f"cannot listen on 127.0.0.1 port {port}: .*address already in use", done.stdout
-    )
-
-
-def test_a_tuned_file_is_used(tmp_path: Path, models: Path, reference: Reference) -> None:
-    published = models / FILES[SMALL].name
-    file, here = (
-        tuned_path(tmp_path / "state", published),
-        {"cpu": cpu_features(), "cpus": cpus(), "threads": 1},
-    )
-    here |= {
-        "file": file_stamp(published),
-        "size": published.stat().st_size,
-        "library": llama_cpp.__version__,
-    }
-    source, types = hashlib.sha256(published.read_bytes()).hexdigest(), {"Q5_0": "Q8_0"}
-    form = Passport(source, **here, micro_batch=128, flash_attention=False, types=types)
-    file.parent.mkdir(parents=True)
-    file.symlink_to(published)
-    passport_path(file).write_text(json.dumps(form._asdict()))
-    with start(tmp_path, models) as tuned:
-        for _ in range(2):  # before and after it is loaded
-            assert {
-                "path": str(file),
-                "encoding": "tuned: Q5_0 to Q8_0",
-            }.items() <= tuned.model().items()
-            reference.check(PROMPTS[0], tuned.complete(PROMPTS[0], max_tokens=8)["completion"], 8)
-        assert f"model {SMALL} loaded (tuned: Q5_0 to Q8_0)" in tuned.process.stdout()
-
-
 # --------------------------------------------------------------------------------------- slow tests
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(
-    not FILES[LARGE].exists(), reason="the 1.5B is missing: python3 vpsd.py fetch qwen_1_5b"
-)
-def test_two_models_at_once(tmp_path: Path, real_reference: Reference) -> None:
-    """Both are loaded and generate at the same time."""
-    with start(tmp_path, MODELS) as vps:
-        vps.complete("x", max_tokens=1)
-        with vps.stream(PROMPTS[0], model=LARGE, max_tokens=60) as large:
-            events = large.events()
-            next(events)
-            body = vps.complete(PROMPTS[1], max_tokens=24)
-            assert list(events)[-1]["total_tokens"] == 60
-        real_reference.check(PROMPTS[1], body["completion"], 24)
-        assert sorted(vps.loaded()) == [SMALL, LARGE]
-        assert vps.model(LARGE)["memory_mb"] > 1.5 * vps.model(SMALL)["memory_mb"]
-
-
-# Room for one of them, by what this process takes: what the machine has available changes by
-# itself.
-ROOM_FOR_ONE = (
-    "from cerebrum.vps import pool; from cerebrum.metrics import resident_bytes; "
-    "vpsd.available_mb = pool.available_mb = lambda: 3000 - resident_bytes() / 2**20"
-)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(
-    not FILES[LARGE].exists(), reason="the 1.5B is missing: python3 vpsd.py fetch qwen_1_5b"
-)
-def test_the_least_recently_used_model_makes_room(tmp_path: Path) -> None:
-    with start(tmp_path, MODELS, changed(ROOM_FOR_ONE), CEREBRUM_MIN_FREE_MB="1000") as vps:
-        vps.complete("x", max_tokens=1)
-        vps.complete("x", model=LARGE, max_tokens=1)
-        assert vps.loaded() == [LARGE]
 
 
 EAGER = [sys.executable, "-u", str(vpsd.HERE / "tests/eager.py")]
@@ -1061,21 +883,14 @@ EAGER = [sys.executable, "-u", str(vpsd.HERE / "tests/eager.py")]
 )
 def test_the_small_model_writes_ahead_of_the_large_one(tmp_path: Path) -> None:
     """Each text is that of the large one alone, also of two streams; both are unloaded together."""
-    reference = Reference(FILES[LARGE], TIE)
-    with start(tmp_path, MODELS, EAGER) as vps:
-        assert vps.model(LARGE)["draft"] == SMALL
-        for prompt in (CODE, *PROMPTS[:2]):
-            body = vps.complete(prompt, model=LARGE, max_tokens=48)
-            reference.check(prompt, body["completion"], 48)
+    with (
+        start(tmp_path, MODELS, EAGER) as vps,
+        contextlib.closing(Reference(FILES[LARGE], TIE)) as reference,
+    ):
         with vps.stream(CODE + "\n", model=LARGE, max_tokens=60) as beside:
-            events = beside.events()
-            next(events)
-            body = vps.complete(PROMPTS[0] + "\n", model=LARGE, max_tokens=24)
-            reference.check(PROMPTS[0] + "\n", body["completion"], 24)
-            assert list(events)[-1]["total_tokens"] == 60
-        with vps.stream(CODE, model=LARGE, max_tokens=500) as left:
-            next(event for event in left.events() if event.get("total_tokens", 0) >= 20)
-        vps.wait_idle()
+            beside.wait_for_event("token")
+            check_greedy(vps, reference, CODE, *PROMPTS[:2], model=LARGE)
+            assert list(beside.events())[-1]["total_tokens"] == 60
         figures = vps.get("/v1/stats")["draft_models"][LARGE]
         assert figures["acceptance"] > 0.6
         assert figures["tokens_per_step"] > 2
@@ -1084,7 +899,6 @@ def test_the_small_model_writes_ahead_of_the_large_one(tmp_path: Path) -> None:
         freed = vps.unload(LARGE)[1]["memory_freed_mb"]
         assert min(freed, both_mb) > 1500
         assert vps.loaded() == []
-    reference.close()
 
 
 @pytest.mark.slow
