@@ -859,13 +859,13 @@ def check_shape(reply: Reply, is_head: bool) -> None:
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row[0] for row in ROWS])
-async def test_row(row: Row) -> None:
+async def test_row(row):
     async with serving() as (_, port):
         await check_row(port, row)
         await check_row(port, row, step=1 + len(row[1]) // 300)
 
 
-async def test_rows_through_the_daemons(daemons: tuple[Daemon, Daemon]) -> None:
+async def test_rows_through_the_daemons(daemons):
     pi, vps = daemons
     for row in ROWS:
         await check_row(pi.port, row)
@@ -884,7 +884,7 @@ async def ask_server(raw: bytes, **access: Any) -> Reply:
         return reply
 
 
-async def test_headers_of_answers() -> None:
+async def test_headers_of_answers():
     assert (await ask_server(get(method="OPTIONS"))).one("Allow") == "GET, HEAD, OPTIONS"
     assert (await ask_server(get("@POST"))).one("Allow") == "OPTIONS, POST"
     whole, head = await ask_server(get()), await ask_server(get(method="HEAD"))
@@ -895,7 +895,7 @@ async def request_id(sent: str, path: str = "/health") -> str:
     return (await ask_server(get(path, f"X-Request-ID: {sent}"))).one("X-Request-ID")
 
 
-async def test_request_id() -> None:
+async def test_request_id():
     for sent in ("my-id_1.2", "a" * 128):
         assert await request_id(sent) == sent
         assert await request_id(sent, "/nothing") == sent
@@ -914,7 +914,7 @@ CUTS = [
 ]
 
 
-async def test_end_of_file_inside_a_message() -> None:
+async def test_end_of_file_inside_a_message():
     """There is no answer, and no handler runs."""
     for cut in CUTS:
         async with serving() as (server, port), connect(port) as (reader, writer):
@@ -924,7 +924,7 @@ async def test_end_of_file_inside_a_message() -> None:
             assert server.state.calls == []
 
 
-async def test_handlers_see_the_decoded_body_once() -> None:
+async def test_handlers_see_the_decoded_body_once():
     async with serving() as (server, port):
         await play(port, chunked(GOOD_CHUNKS))
         await play(port, FORMS["length"] % b"+5")
@@ -942,7 +942,7 @@ SHAPES = [
 
 @pytest.mark.parametrize("version", ["HTTP/1.1", "HTTP/1.0"])
 @pytest.mark.parametrize(("asked", "last", "bugs"), SHAPES)
-async def test_stream_shapes(asked, last, bugs, version, caplog) -> None:
+async def test_stream_shapes(asked, last, bugs, version, caplog):
     """Chunked in HTTP/1.1, bare in HTTP/1.0. An error in the stream is an event, and the stream has
     no clean end. A bug says nothing of itself.
     """
@@ -961,14 +961,14 @@ async def test_stream_shapes(asked, last, bugs, version, caplog) -> None:
     caplog.clear()
 
 
-async def test_a_bug_says_nothing_of_itself(caplog) -> None:
+async def test_a_bug_says_nothing_of_itself(caplog):
     reply = await ask_server(get("/v1/broken"))
     assert (reply.status, reply.json["code"]) == (500, "INTERNAL_ERROR")
     assert b"secret" not in reply.body
     caplog.clear()
 
 
-async def test_log_lines(caplog: pytest.LogCaptureFixture) -> None:
+async def test_log_lines(caplog):
     """Lines have the form of the API text, a path cannot forge one, and a client that only connects
     leaves none.
     """
@@ -998,8 +998,8 @@ ALLOWED_NAMES = [
 BAD_NAMES = ["", "*,", "a;b", "a b", ",a", "a\xe4", "abc" + ",c" * 511]
 
 
-async def test_origins_by_configuration() -> None:
-    async def ask(path: str, *headers: Text, **more: str) -> Reply:
+async def test_origins_by_configuration():
+    async def ask(path, *headers, **more):
         raw = get(path, *headers, **more).replace(b"Host: localhost", b"Host: PI.example")
         raw = without(raw, "X-API-Key") if more else raw  # as a browser asks first
         hosts = {"pi.example", "localhost"}
@@ -1023,7 +1023,7 @@ async def test_origins_by_configuration() -> None:
         assert (reply.status, reply.all("Access-Control-Allow-Origin")) == (403, [])
 
 
-async def test_non_ascii_key() -> None:
+async def test_non_ascii_key():
     for encoding, status in (("utf-8", 200), ("latin-1", 401)):
         raw = FORMS["key"] % (b"X-API-Key: " + "schlüssel".encode(encoding))
         assert (await ask_server(raw, keys=("schlüssel",))).status == status
@@ -1050,7 +1050,7 @@ def mutate(draw: random.Random, pool: list[bytes]) -> bytes:
     return data[:20_000]
 
 
-def test_a_response_header_cannot_become_two() -> None:
+def test_a_response_header_cannot_become_two():
     for value in ("a\r\nB: c", "a\nb", "a\r"):
         with pytest.raises(ValueError, match="line end"):
             http.encode_head(200, [("A", value)])
@@ -1082,7 +1082,7 @@ async def fuzz(daemon: Daemon, count: int, seed: int) -> None:
     assert "timestamp" in (await ask(daemon.port, HEALTH)).json
 
 
-def test_random_bytes_do_no_harm(daemons: tuple[Daemon, Daemon]) -> None:
+def test_random_bytes_do_no_harm(daemons):
     """`make fuzz` sends more of them."""
     for target in daemons:
         asyncio.run(fuzz(target, INPUTS // 4, 1))

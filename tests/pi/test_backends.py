@@ -39,7 +39,6 @@ from cerebrum.pi.backend import find_models
 from cerebrum.pi.completion import Fitted, read_text
 from cerebrum.pi.engines import (
     NEAR_CHARS,
-    Engine,
     LlamaServer,
     OpenAI,
     Translator,
@@ -66,7 +65,7 @@ MODULES = [module.name for module in pkgutil.iter_modules(pi_package.__path__)]
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_the_examples_of_a_module_are_true(name: str):
+def test_the_examples_of_a_module_are_true(name):
     module = importlib.import_module(f"cerebrum.pi.{name}")
     assert doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE).failed == 0
 
@@ -123,7 +122,7 @@ BAD_TABLES = [
 
 
 @pytest.mark.parametrize(("tables", "says"), BAD_TABLES)
-def test_a_bad_table(tables: list[Any], says: str):
+def test_a_bad_table(tables, says):
     with pytest.raises(ConfigError) as caught:
         read(*tables, BAD="two words")
     assert str(caught.value).startswith(says)
@@ -145,7 +144,7 @@ LISTS = [
 
 
 @pytest.mark.parametrize(("listed", "name"), LISTS)
-def test_which_model_a_backend_has(listed: list[str], name: str | None):
+def test_which_model_a_backend_has(listed, name):
     assert find_models([MODEL], listed) == ({} if name is None else {"m": name})
 
 
@@ -213,15 +212,13 @@ CONFIG = config_of("gpu", parse_url("http://gpu", "url"), api="openai", key_env=
 
 
 @pytest.mark.parametrize(("kind", "asked", "marks", "path", "body"), REQUESTS)
-def test_what_an_engine_is_asked(
-    kind: type[Engine], asked: Any, marks: tuple[str, ...], path: str, body: Any
-):
+def test_what_an_engine_is_asked(kind, asked, marks, path, body):
     asking = kind(CONFIG, [replace(MODEL, fim=marks)])
     assert asking.write(Fitted(asked, "m", "org/M")) == (path, body)
 
 
 @pytest.mark.parametrize(("room", "most"), [(50, 50), (-50, 1)])
-def test_an_answer_must_fit_into_the_context(room: int, most: int):
+def test_an_answer_must_fit_into_the_context(room, most):
     _, body = OpenAI(CONFIG, []).write(Fitted(ASKED, "m", "org/M", room))
     assert body["max_tokens"] == most
 
@@ -270,7 +267,7 @@ OVERFLOWS = [
 
 
 @pytest.mark.parametrize(("message", "more", "lengths"), OVERFLOWS)
-def test_how_engines_say_that_a_prompt_is_too_long(message: Any, more: Any, lengths: Any):
+def test_how_engines_say_that_a_prompt_is_too_long(message, more, lengths):
     assert read_overflow({"message": message, **more}) == lengths
 
 
@@ -278,7 +275,7 @@ PROPS = [({"n_ctx": 512}, {"n_ctx": 512}), (1, {}), ({"n_ctx": True}, {}), ({"n_
 
 
 @pytest.mark.parametrize(("settings", "length"), PROPS)
-def test_the_length_of_the_context_in_props(settings: Any, length: Any):
+def test_the_length_of_the_context_in_props(settings, length):
     assert read_props({"default_generation_settings": settings, "n_ctx": 700}) == length
 
 
@@ -304,7 +301,7 @@ REFUSALS = [
 
 
 @pytest.mark.parametrize(("status", "body", "code", "says", "counted"), REFUSALS)
-def test_a_refusal_of_an_engine(status: int, body: Any, code: str, says: str, counted: bool):
+def test_a_refusal_of_an_engine(status, body, code, says, counted):
     error = OpenAI(CONFIG, []).refusal(status, body)
     assert (error.code, isinstance(error, BackendFailure)) == (code, counted)
     assert says in error.message
@@ -526,7 +523,7 @@ def translate(name: str, cut: int) -> tuple[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("cut", [1, 7, 1 << 20])
 @pytest.mark.parametrize("name", STREAMS)
-def test_a_stream_of_an_engine(name: str, cut: int):
+def test_a_stream_of_an_engine(name, cut):
     *_, text, result = STREAMS[name]
     assert translate(name, cut) == (text, result)
 
@@ -547,7 +544,7 @@ FAILING = [
 
 
 @pytest.mark.parametrize(("stream", "message"), FAILING)
-def test_a_stream_that_fails(stream: bytes, message: str):
+def test_a_stream_that_fails(stream, message):
     translator = Translator(BASE, [])
     with pytest.raises(BackendFailure) as caught:
         [*translator.feed(stream, 0.0), translator.last_pair()]
@@ -578,7 +575,7 @@ PROGRESSES = [
 
 
 @pytest.mark.parametrize(("wanted", "progress", "pairs"), PROGRESSES)
-def test_progress_is_passed_on_if_asked_for(wanted: bool, progress: Any, pairs: Any):
+def test_progress_is_passed_on_if_asked_for(wanted, progress, pairs):
     event = data({"content": "", "stop": False, "prompt_progress": progress})
     assert list(Translator(BASE | {"progress": wanted}, []).feed(event, 0.0)) == pairs
 
@@ -633,7 +630,7 @@ def listing(**about: Any) -> bytes:
 
 @pytest.mark.parametrize("split", [False, True], ids=["whole", "bytes"])
 @pytest.mark.parametrize(("api", "script", "text", "tokens", "path"), ANSWERED)
-async def test_a_completion(api: str, script: Any, text: str, tokens: int, path: str, split: bool):
+async def test_a_completion(api, script, text, tokens, path, split):
     async with pi_before(script, api=api, split=split) as (pi, backend):
         reply = await pi.stream()
         *events, done = reply.events
@@ -674,7 +671,7 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(("script", "part", "counted"), FAULTS)
-async def test_a_fault_before_the_first_token_or_behind_it(script: Any, part: str, counted: bool):
+async def test_a_fault_before_the_first_token_or_behind_it(script, part, counted):
     async with pi_before(script, probing=False) as (pi, backend):
         reply = await pi.complete()
         assert part in reply.json["message"]
@@ -715,7 +712,7 @@ FOLLOWED = [
 ENDLESS = [CHUNKED, *(chunk(text_chunk(piece)) for piece in PIECES[:5]), HANG]
 
 
-async def test_what_follows_a_whole_text_is_not_waited_for(monkeypatch: pytest.MonkeyPatch):
+async def test_what_follows_a_whole_text_is_not_waited_for(monkeypatch):
     monkeypatch.setattr(engines, "COUNTS_SECONDS", 0.05)
     async with pi_before(*FOLLOWED, ENDLESS) as (pi, backend):
         # The last ends naturally.
@@ -734,9 +731,7 @@ SILENT = [
 
 
 @pytest.mark.parametrize(("script", "part"), SILENT)
-async def test_an_engine_that_makes_no_progress_for_too_long_has_failed(
-    script: list[Any], part: str, monkeypatch: pytest.MonkeyPatch
-):
+async def test_an_engine_that_makes_no_progress_for_too_long_has_failed(script, part, monkeypatch):
     monkeypatch.setattr(engines, "ALIVE_SECONDS", 1.0)
     monkeypatch.setattr(engines, "READING_SECONDS", 0.1)
     async with pi_before(script) as (pi, _):
@@ -744,7 +739,7 @@ async def test_an_engine_that_makes_no_progress_for_too_long_has_failed(
 
 
 async def test_an_engine_that_thinks_or_is_silent_is_not_given_up(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch,
 ):
     """Meanwhile its client gets comments, which keep the connection alive: before the head, which
     comes once the prompt has been read, between thoughts, and before the text.
@@ -781,9 +776,7 @@ TOO_LONG = [
 
 
 @pytest.mark.parametrize(("about", "message", "n_ctx"), TOO_LONG)
-async def test_a_prompt_that_an_engine_finds_too_long_is_fitted_again(
-    about: Any, message: str, n_ctx: int
-):
+async def test_a_prompt_that_an_engine_finds_too_long_is_fitted_again(about, message, n_ctx):
     """Once, although what a refusal says may be misread. A length in a known sentence counts until
     the next list.
     """
@@ -834,7 +827,7 @@ CONTEXTS = [
 
 
 @pytest.mark.parametrize(("api", "about", "table", "n_ctx"), CONTEXTS)
-async def test_the_length_of_the_context(api: str, about: Any, table: Any, n_ctx: int):
+async def test_the_length_of_the_context(api, about, table, n_ctx):
     props = answer(200, {"default_generation_settings": {"n_ctx": 512}})
     async with (
         Backend(models=listing(**about), props=props) as backend,
@@ -853,7 +846,7 @@ async def test_an_engine_that_does_not_list_its_models_is_away():
         assert (await pi.complete()).status == 200
 
 
-async def test_an_engine_with_none_of_our_models_is_logged(caplog: pytest.LogCaptureFixture):
+async def test_an_engine_with_none_of_our_models_is_logged(caplog):
     listed = answer(200, {"data": [{"id": "org/Other"}, {"id": "one"}]})
     async with pi_before(models=listed) as (pi, backend):
         reply = await pi.complete()
@@ -896,7 +889,7 @@ LAYOUTS = [("spmv2", "<pre>a<suf>b<mid>"), ("spm", "<suf>b<pre>a<mid>")]
 
 
 @pytest.mark.parametrize(("layout", "written"), LAYOUTS)
-async def test_no_other_engine_gets_a_prompt_that_it_would_have_to_heal(layout: str, written: str):
+async def test_no_other_engine_gets_a_prompt_that_it_would_have_to_heal(layout, written):
     async with pi_before(VLLM) as (pi, backend):
         kind, marks = pi.gateway.fleet.first.kind, ("<pre>", "<suf>", "<mid>")
         kind.catalog = [replace(SHIPPED[-1], fim=marks, fim_layout=layout)]
@@ -927,7 +920,7 @@ LONG_CLASSES = {
 
 @pytest.mark.parametrize("language", LONG_CLASSES)
 @pytest.mark.parametrize("more", range(0, 110, 10))
-def test_only_the_end_of_a_long_file_is_followed(language: str, more: int):
+def test_only_the_end_of_a_long_file_is_followed(language, more):
     """From a statement on, wherever the limit falls."""
     head, method, cursor, text, piece = LONG_CLASSES[language]
     prompt = head + 200 * method + " " * more + "\n" + cursor

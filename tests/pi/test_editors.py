@@ -94,9 +94,7 @@ HANGS = [([HANG], False), ([CHUNKED, HANG], False), (BEGUN, False), (BEGUN, True
 
 
 @pytest.mark.parametrize(("hang", "stream"), HANGS)
-async def test_a_newer_infill_of_the_file_ends_the_older_one_quietly(
-    hang: list[Any], stream: bool, caplog: Any
-):
+async def test_a_newer_infill_of_the_file_ends_the_older_one_quietly(hang, stream, caplog):
     caplog.set_level("WARNING")
     async with pi_with(hang, GOOD) as (pi, backend):
         older = infill(pi, stream=stream)
@@ -119,9 +117,7 @@ OTHERS = [({"filename": "a.py"}, {"filename": "b.py"}), ({}, OTHER_TEXT)]
 
 
 @pytest.mark.parametrize(("older", "newer"), OTHERS)
-async def test_an_infill_of_another_file_client_or_editor_ends_nothing(
-    older: dict[str, Any], newer: dict[str, Any]
-):
+async def test_an_infill_of_another_file_client_or_editor_ends_nothing(older, newer):
     async with pi_with([HANG], GOOD, max_concurrent=3) as (pi, backend):
         running = infill(pi, **older)
         await backend.begun.wait()
@@ -169,7 +165,7 @@ TEXTS = {
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_is_typed_on(name: str):
+def test_is_typed_on(name):
     *gaps, same = TEXTS[name]
     first, second = (dict(zip(("prompt", "suffix", "filename"), gap, strict=True)) for gap in gaps)
     assert broadcast.is_typed_on(first, second) == same
@@ -215,9 +211,7 @@ SHARED: list[tuple[dict[str, Any], dict[str, Any], int]] = [
 
 
 @pytest.mark.parametrize(("first", "second", "computed"), SHARED, ids=str)
-async def test_which_requests_share_a_completion(
-    first: dict[str, Any], second: dict[str, Any], computed: int
-):
+async def test_which_requests_share_a_completion(first, second, computed):
     go = asyncio.Event()
     async with pi_with(gated(go)) as (pi, backend):
         asked = [start(pi, "/completion", {"prompt": "x"} | more) for more in (first, second)]
@@ -300,9 +294,7 @@ async def busy(pi: Pi, backend: Backend, path: str, body: dict[str, Any]) -> Asy
 
 
 @pytest.mark.parametrize(("seen", "why"), [(True, ", one of them for an editor"), (False, "")])
-async def test_whoever_waits_too_long_gets_a_clear_answer(
-    monkeypatch: pytest.MonkeyPatch, seen: bool, why: str
-):
+async def test_whoever_waits_too_long_gets_a_clear_answer(monkeypatch, seen, why):
     monkeypatch.setitem(completion.WAIT_SECONDS, "chat", 0.05)
     async with pi_with(*([GOOD] * seen), [HANG], max_concurrent=1 + seen) as (pi, backend):
         if seen:
@@ -328,7 +320,7 @@ async def test_a_dialects_request_waits_while_the_vps_is_busy():
 
 
 async def test_a_late_reader_of_a_job_in_line_has_a_patience_of_its_own(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch,
 ):
     monkeypatch.setitem(completion.WAIT_SECONDS, "completion", 0.5)
     body = {"prompt": "x"}
@@ -342,7 +334,7 @@ async def test_a_late_reader_of_a_job_in_line_has_a_patience_of_its_own(
 
 
 async def test_a_place_that_passes_to_another_client_lets_the_first_one_go_on(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch,
 ):
     # Otherwise the end of the wait or a probe would do it.
     monkeypatch.setitem(completion.WAIT_SECONDS, "infill", PATIENCE)
@@ -392,9 +384,7 @@ async def test_after_an_outage_a_user_who_types_starves_nobody():
 
 
 @pytest.mark.parametrize("path", [CHATS, "/tokenize"])
-async def test_a_trial_that_succeeds_admits_the_jobs_that_wait_for_its_end(
-    monkeypatch: pytest.MonkeyPatch, path: str
-):
+async def test_a_trial_that_succeeds_admits_the_jobs_that_wait_for_its_end(monkeypatch, path):
     monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 2 * PATIENCE)
     monkeypatch.setitem(completion.WAIT_SECONDS, "completion", PATIENCE)
     go = asyncio.Event()
@@ -492,7 +482,7 @@ PROGRESS: list[tuple[Any, int | None]] = [
 
 
 @pytest.mark.parametrize(("told", "count"), PROGRESS, ids=str)
-async def test_what_has_been_read_of_a_prompt(told: Any, count: int | None):
+async def test_what_has_been_read_of_a_prompt(told, count):
     prompts = Prompts(counts_exactly=True)
     request = CompletionRequest("infill", {"max_tokens": 0}, client="me", ahead=True)
     attempt = Attempt(Completion(request), "vps", "m", breaker.Breaker().admit(0.0))
@@ -533,7 +523,7 @@ async def test_what_is_near_the_cursor_is_read_first():
 
 
 @pytest.mark.parametrize("n_predict", [0, 9])
-async def test_the_rest_of_an_older_place_is_not_read_instead_of_a_newer_one(n_predict: int):
+async def test_the_rest_of_an_older_place_is_not_read_instead_of_a_newer_one(n_predict):
     """The user jumps on while a place is read, or while the answer to a prompt that was cut is
     being written.
     """
@@ -555,7 +545,7 @@ async def test_the_rest_of_an_older_place_is_not_read_instead_of_a_newer_one(n_p
 async def test_what_the_user_types_as_predicted_is_served_without_the_vps():
     async with pi_with(script("urn", " a", " + b", prompt_tokens=9)) as (pi, backend):
 
-        async def asked(prompt: str, **more: Any) -> tuple[str, bool]:
+        async def asked(prompt, **more):
             reply = (await infill(pi, prompt=prompt, **more)).json
             return reply["content"], "type_through" in reply
 
@@ -590,9 +580,7 @@ AGAIN: list[tuple[dict[str, Any], dict[str, Any], int]] = [
 
 
 @pytest.mark.parametrize(("first", "then", "computed"), AGAIN, ids=str)
-async def test_another_request_is_not_served_from_it(
-    first: dict[str, Any], then: dict[str, Any], computed: int
-):
+async def test_another_request_is_not_served_from_it(first, then, computed):
     """Nor is text of chance, except where the client asks for caching; and nobody gets another
     client's.
     """
@@ -646,9 +634,7 @@ LANGUAGES_NAMED = {
 
 
 @pytest.mark.parametrize(("given", "language"), LANGUAGES_NAMED.items(), ids=str)
-def test_a_language_that_is_named_and_known_counts_before_the_file_name(
-    given: tuple[str, str], language: str
-):
+def test_a_language_that_is_named_and_known_counts_before_the_file_name(given, language):
     named, filename = given
     body = {**FILE, "language": named, "filename": filename}
     assert native_fields(INFILL.read(body), SHIPPED)["language"] == language
@@ -692,7 +678,7 @@ TYPED = {
 
 
 @pytest.mark.parametrize("name", TYPED)
-def test_typed_of(name: str):
+def test_typed_of(name):
     asked, text, prompt, typed = TYPED[name]
     assert broadcast.typed_of(asked, text, prompt) == typed
     kept = finish(asked, text + "!")  # with the end of a long prompt
@@ -779,7 +765,7 @@ async def test_a_client_that_moves_about_in_a_file_does_not_displace_others():
 
 
 @pytest.mark.parametrize("chunks", [3, 16])
-async def test_other_files_that_were_warmed_begin_the_next_prompt(chunks: int):
+async def test_other_files_that_were_warmed_begin_the_next_prompt(chunks):
     """llama.vim sends its chunks alone, while its user pauses, and again before each infill."""
     extra = [
         {"filename": f"{word(n)}.py", "text": f"def {word(n)}():\n    pass\n" * 30}
@@ -839,9 +825,9 @@ async def test_an_unknown_model_means_the_default_a_slash_is_tolerated_and_a_key
 
 
 async def test_counting_tokens_opens_the_breaker_of_a_dead_vps_and_waits_for_no_other(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch,
 ):
-    def count(pi: Pi) -> asyncio.Task[Reply]:
+    def count(pi):
         return start(pi, "/tokenize", {"content": "a b"})
 
     async with pi_with() as (pi, backend):

@@ -11,7 +11,6 @@ import gc
 import time
 import weakref
 from collections.abc import AsyncIterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -100,7 +99,7 @@ def reconfigure(pi: Pi, *backends: BackendConfig) -> None:
 # ------------------------------------------------------------------------------------- who is asked
 
 
-async def test_the_least_busy_one() -> None:
+async def test_the_least_busy_one():
     """One busy place of two is a higher load than one of four."""
     one = Backend([HANGING])
     two = Backend([HANGING, script("b")])
@@ -112,13 +111,13 @@ async def test_the_least_busy_one() -> None:
         assert await answered(pi) == "b"
 
 
-async def test_the_one_that_served_a_session_a_file_or_a_chat_last() -> None:
+async def test_the_one_that_served_a_session_a_file_or_a_chat_last():
     one = Backend([HANGING, script("a")])
 
-    async def infilled(**more: str) -> str:
+    async def infilled(**more):
         return str((await pi.post("/infill", INFILL | more)).json["content"])
 
-    async def chatted(*messages: Any) -> str:
+    async def chatted(*messages):
         reply = await pi.post("/v1/chat/completions", {"messages": messages})
         return str(reply.json["choices"][0]["message"]["content"])
 
@@ -134,7 +133,7 @@ async def test_the_one_that_served_a_session_a_file_or_a_chat_last() -> None:
         assert await chatted(SAID) == await chatted(SAID, said, SAID) == "b"
 
 
-async def test_a_full_backend_is_passed_over_and_full_ones_refuse_or_let_wait() -> None:
+async def test_a_full_backend_is_passed_over_and_full_ones_refuse_or_let_wait():
     one = Backend([script("a"), HANGING])
     two = Backend([script("b"), HANGING, script("b")])
     async with fleet(one, two, places=(1, 1)) as pi:
@@ -156,7 +155,7 @@ async def test_a_full_backend_is_passed_over_and_full_ones_refuse_or_let_wait() 
             assert (await waiting).json["content"] == "b"
 
 
-async def test_a_client_that_leaves_as_it_gets_its_place_gives_it_back() -> None:
+async def test_a_client_that_leaves_as_it_gets_its_place_gives_it_back():
     one = Backend([HANGING])
     async with fleet(one, places=(1,)) as pi:
         asked = CompletionRequest("chat", {"model": "qwen_0_5b", "filename": ""})
@@ -170,7 +169,7 @@ async def test_a_client_that_leaves_as_it_gets_its_place_gives_it_back() -> None
         assert pi.active == 0
 
 
-async def test_each_gets_its_own_key_alone_and_none_with_health() -> None:
+async def test_each_gets_its_own_key_alone_and_none_with_health():
     one, two = Backend([[RESET]]), Backend()
     async with fleet(one, two) as pi:
         assert await answered(pi) == "b"
@@ -186,7 +185,7 @@ async def test_each_gets_its_own_key_alone_and_none_with_health() -> None:
 # ------------------------------------------------------------------------------------------- models
 
 
-async def test_the_best_model_that_some_backend_has() -> None:
+async def test_the_best_model_that_some_backend_has():
     one = Backend(models=listing("qwen_0_5b"))
     two = Backend(models=listing("qwen_1_5b"))
     async with fleet(one, two) as pi:
@@ -215,7 +214,7 @@ async def test_the_best_model_that_some_backend_has() -> None:
         [error(500, "MODEL_LOAD_FAILED")],
     ],
 )
-async def test_before_the_first_token_the_next_one_is_asked(failure: list[Any]) -> None:
+async def test_before_the_first_token_the_next_one_is_asked(failure):
     backends = Backend([failure]), Backend([failure]), Backend()
     async with fleet(*backends) as pi:
         reply = await pi.stream(progress=True)
@@ -233,7 +232,7 @@ async def test_before_the_first_token_the_next_one_is_asked(failure: list[Any]) 
 @pytest.mark.parametrize(
     "rest", [[RESET], [b"0\r\n\r\n"], [chunk(event(error=True, message="m", code="X"))]]
 )
-async def test_after_the_first_token_nobody_else_is_asked(rest: list[Any]) -> None:
+async def test_after_the_first_token_nobody_else_is_asked(rest):
     two = Backend()
     async with fleet(Backend([[*script("a")[:2], *rest]]), two) as pi:
         reply = await pi.stream()
@@ -243,14 +242,14 @@ async def test_after_the_first_token_nobody_else_is_asked(rest: list[Any]) -> No
 
 
 @pytest.mark.parametrize(("status", "code"), [(400, "INVALID_REQUEST"), (409, "SUPERSEDED")])
-async def test_an_error_about_the_request_is_final(status: int, code: str) -> None:
+async def test_an_error_about_the_request_is_final(status, code):
     two = Backend()
     async with fleet(Backend([[error(status, code)]]), two) as pi:
         assert (await pi.complete()).status == status
         assert two.completions == []
 
 
-async def test_a_backend_that_was_not_reached_is_no_free_place() -> None:
+async def test_a_backend_that_was_not_reached_is_no_free_place():
     one = Backend(health=error(503, "SHUTTING_DOWN"))
     two = Backend([HANGING])
     async with fleet(one, two, places=(1, 1)) as pi:
@@ -263,7 +262,7 @@ async def test_a_backend_that_was_not_reached_is_no_free_place() -> None:
         assert (await pi.get("/v1/activity")).json["notes"] == ["a is away: says the VPS"]
 
 
-async def test_all_are_away() -> None:
+async def test_all_are_away():
     async with pi_for(backend_at(1, "a"), backend_at(1, "b")) as pi:
         reply, health = await pi.complete(), await pi.get("/health")
         refused = "VPS backend is unavailable (connection refused)"
@@ -278,8 +277,8 @@ async def test_all_are_away() -> None:
 
 
 async def test_a_probe_ends_an_overdue_trial_and_a_look_at_figures_does_not(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    monkeypatch,
+):
     monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 3600.0)
     monkeypatch.setattr(breaker, "TRIAL_SECONDS", 0.0)
     async with fleet(Backend()) as pi:
@@ -292,7 +291,7 @@ async def test_a_probe_ends_an_overdue_trial_and_a_look_at_figures_does_not(
         assert [*states, first.breaker.state] == ["half-open", "half-open", "open"]
 
 
-async def test_a_request_that_fails_over_gives_its_first_place_back() -> None:
+async def test_a_request_that_fails_over_gives_its_first_place_back():
     """While its second backend works on it, another request gets that place."""
     go = asyncio.Event()
     one = Backend([[RESET], script("a")])
@@ -306,7 +305,7 @@ async def test_a_request_that_fails_over_gives_its_first_place_back() -> None:
         assert (await slow).json["completion"] == "b"
 
 
-async def test_an_editor_waits_for_the_others_after_a_failure() -> None:
+async def test_an_editor_waits_for_the_others_after_a_failure():
     two = Backend([HANGING, script("b")])
     async with fleet(Backend([[RESET]]), two, places=(1, 1)) as pi:
         async with running(pi, two):
@@ -319,7 +318,7 @@ async def test_an_editor_waits_for_the_others_after_a_failure() -> None:
         assert (await waiting).json["content"] == "b"
 
 
-async def test_the_answer_names_the_model_of_the_backend_that_took_over() -> None:
+async def test_the_answer_names_the_model_of_the_backend_that_took_over():
     one = Backend([[CHUNKED, RESET]], models=listing("qwen_1_5b"))
     two = Backend(models=listing("qwen_0_5b"))
     async with fleet(one, two) as pi:
@@ -328,7 +327,7 @@ async def test_the_answer_names_the_model_of_the_backend_that_took_over() -> Non
         assert b'"model":"qwen_0_5b"' in reply.body.split(b"\n\n")[1]
 
 
-async def test_a_first_list_that_does_not_come_is_asked_for_at_the_next_probe() -> None:
+async def test_a_first_list_that_does_not_come_is_asked_for_at_the_next_probe():
     """A VPS with new files may be checking them."""
     async with Backend(models=answer(500, {})) as vps, pi_for(vps.port) as pi:
         backend = pi.gateway.fleet.first
@@ -339,7 +338,7 @@ async def test_a_first_list_that_does_not_come_is_asked_for_at_the_next_probe() 
         assert backend.names == {"qwen_0_5b": "qwen_0_5b"}
 
 
-async def test_the_models_are_asked_for_once_if_nobody_lists_them() -> None:
+async def test_the_models_are_asked_for_once_if_nobody_lists_them():
     """The list is not asked for again before each attempt."""
     async with (
         Backend([[RESET]], models=answer(500, {})) as one,
@@ -350,7 +349,7 @@ async def test_the_models_are_asked_for_once_if_nobody_lists_them() -> None:
         assert sum(line.startswith("GET /v1/models") for line, _, _ in one.asked) == 1
 
 
-async def test_a_newer_request_of_a_session_ends_the_older_one_at_another_backend() -> None:
+async def test_a_newer_request_of_a_session_ends_the_older_one_at_another_backend():
     """The older one goes to nobody else."""
     one = Backend([[HANG]], models=listing("qwen_1_5b"))
     two = Backend(models=listing("qwen_0_5b"))
@@ -364,7 +363,7 @@ async def test_a_newer_request_of_a_session_ends_the_older_one_at_another_backen
 
 
 @pytest.mark.parametrize(("status", "code"), [(500, "MODEL_LOAD_FAILED"), (404, "MODEL_NOT_FOUND")])
-async def test_another_model_of_the_backend_takes_over(status: int, code: str) -> None:
+async def test_another_model_of_the_backend_takes_over(status, code):
     refusal, ids = error(status, code), ("qwen_1_5b", "qwen_0_5b")
     one = Backend([[refusal], script("b"), script("c"), [refusal], [refusal]], models=listing(*ids))
     async with one, pi_for(one.port) as pi:
@@ -381,7 +380,7 @@ async def test_another_model_of_the_backend_takes_over(status: int, code: str) -
         assert len(one.completions) == 5
 
 
-async def test_the_tokens_of_a_text_come_from_the_next_backend_if_the_first_fails() -> None:
+async def test_the_tokens_of_a_text_come_from_the_next_backend_if_the_first_fails():
     one = Backend([[RESET], [error(400, "INVALID_REQUEST")]])
     two = Backend(tokens=answer(200, {"tokens": [1, 2]}))
     async with fleet(one, two) as pi:
@@ -396,7 +395,7 @@ async def test_the_tokens_of_a_text_come_from_the_next_backend_if_the_first_fail
 WARM_UP = {"input_prefix": "x", "input_suffix": "", "n_predict": 0}
 
 
-async def test_a_request_stops_what_its_own_backend_reads_ahead_and_no_other() -> None:
+async def test_a_request_stops_what_its_own_backend_reads_ahead_and_no_other():
     """So does the end of that backend's table."""
     one = Backend([HANGING], models=listing("qwen_1_5b"))
     two = Backend(models=listing("qwen_0_5b"))
@@ -418,7 +417,7 @@ async def test_a_request_stops_what_its_own_backend_reads_ahead_and_no_other() -
 # ------------------------------------------------------------------------------------- new settings
 
 
-async def test_new_settings_keep_what_runs_and_what_is_known() -> None:
+async def test_new_settings_keep_what_runs_and_what_is_known():
     go = asyncio.Event()
     one = Backend([script("a", go.wait)])
     async with fleet(one, Backend(), Backend()) as pi, Backend() as fresh:
@@ -446,7 +445,7 @@ async def test_new_settings_keep_what_runs_and_what_is_known() -> None:
         assert [backend.probes for backend in gone] == probes
 
 
-async def test_a_backend_that_moves_keeps_its_counts_and_running_streams() -> None:
+async def test_a_backend_that_moves_keeps_its_counts_and_running_streams():
     """Their tokens say nothing of the new address."""
     go, end = asyncio.Event(), asyncio.Event()
     one = Backend([script("a", go.wait, "a", end.wait)])
@@ -456,7 +455,7 @@ async def test_a_backend_that_moves_keeps_its_counts_and_running_streams() -> No
     ):
         backend, other = pi.gateway.fleet.backends
 
-        def move(port: int) -> None:
+        def move(port):
             reconfigure(pi, backend_at(port, "a", max_concurrent=2), other.config)
 
         running = asyncio.create_task(pi.stream())
@@ -477,7 +476,7 @@ async def test_a_backend_that_moves_keeps_its_counts_and_running_streams() -> No
         assert backend.breaker.state == "closed"
 
 
-async def test_new_settings_that_cannot_be_used_change_nothing(tmp_path: Path) -> None:
+async def test_new_settings_that_cannot_be_used_change_nothing(tmp_path):
     async with fleet(Backend(), Backend()) as pi:
         before = list(pi.gateway.fleet.backends)
         one, two = (backend.config for backend in before)
@@ -489,7 +488,7 @@ async def test_new_settings_that_cannot_be_used_change_nothing(tmp_path: Path) -
         assert [backend.limit for backend in before] == [2, 2]
 
 
-async def test_a_backend_that_has_gone_is_forgotten() -> None:
+async def test_a_backend_that_has_gone_is_forgotten():
     async with fleet(Backend()) as pi:
         gone = weakref.ref(pi.gateway.fleet.first)
         reconfigure(pi, dataclasses.replace(pi.gateway.config.backends[0], id="c"))
@@ -497,7 +496,7 @@ async def test_a_backend_that_has_gone_is_forgotten() -> None:
         await until(lambda: gc.collect() >= 0 and gone() is None, seconds=5)
 
 
-async def test_a_cloud_is_probed_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_cloud_is_probed_less_often(monkeypatch):
     for url, api, is_paid in (
         ("https://api.example", "openai", True),
         ("http://gpu", "openai", False),
@@ -514,7 +513,7 @@ async def test_a_cloud_is_probed_less_often(monkeypatch: pytest.MonkeyPatch) -> 
         await until(lambda: cloud.probes == 2)
 
 
-async def test_a_probe_that_hangs_is_noticed() -> None:
+async def test_a_probe_that_hangs_is_noticed():
     async with fleet(Backend(), Backend()) as pi:
         now = time.monotonic()
         assert pi.gateway.fleet.stuck(now) == ""

@@ -8,7 +8,6 @@ program that answers as vLLM does.
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import httpx
 import pytest
@@ -28,7 +27,7 @@ def metric(engine: Engine, name: str) -> float:
 
 
 @pytest.mark.scale
-def test_vllm_behind_the_pi(tmp_path: Path):
+def test_vllm_behind_the_pi(tmp_path):
     with scale.vllm(tmp_path / "vllm", KEY, "--max-num-seqs", str(SEQUENCES)) as engine:
         table = backend(engine, "openai", max_concurrent=PLACES, n_ctx=8192)
         with start_pi(tmp_path / "stranger", {"one": table}, ready=False, one="another-key") as pi:

@@ -138,7 +138,7 @@ MARKED = [
 
 
 @pytest.mark.parametrize(("values", "fits"), MARKED, ids=range(len(MARKED)))
-def test_which_marks_count(values: str, fits: bool) -> None:
+def test_which_marks_count(values, fits):
     body = f'{{"x":[{values}]}}'.encode()
     with contextlib.nullcontext() if fits else pytest.raises(HttpError) as refused:
         assert parse_json(body) == json.loads(body)
@@ -161,7 +161,7 @@ NO_TOKENS = (
 
 
 @pytest.mark.parametrize("given", [*TOKEN_ANSWERS, *NO_TOKENS])
-def test_the_answer_of_tokens(given: bytes) -> None:
+def test_the_answer_of_tokens(given):
     if given in TOKEN_ANSWERS:
         assert read_tokens(given) == TOKEN_ANSWERS[given]
     else:
@@ -169,7 +169,7 @@ def test_the_answer_of_tokens(given: bytes) -> None:
             read_tokens(given)
 
 
-async def test_no_body_stalls_the_loop() -> None:
+async def test_no_body_stalls_the_loop():
     gc.freeze()  # to go through pytest's objects takes longer than through the daemon's
     try:
         found = await stalls()

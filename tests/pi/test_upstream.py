@@ -16,7 +16,6 @@ import socket
 import ssl
 import threading
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
@@ -188,7 +187,7 @@ def failures_at(pi: Pi) -> int:
 
 @pytest.mark.parametrize("split", [False, True], ids=["whole", "bytes"])
 @pytest.mark.parametrize("name", [*FAILED, *REFUSED])
-async def test_before_the_first_event(name: str, split: bool):
+async def test_before_the_first_event(name, split):
     if name in REFUSED:
         script, *expected = REFUSED[name]
     else:
@@ -211,7 +210,7 @@ def joined(script: list[Any]) -> list[Any]:
 
 @pytest.mark.parametrize("how", ["writes", "one write", "bytes"])
 @pytest.mark.parametrize("name", [*SILENT, *BROKEN])
-async def test_broken(name: str, how: str):
+async def test_broken(name, how):
     """All whole events before the fault, then the error, then the cut, for every split of the
     bytes.
     """
@@ -235,7 +234,7 @@ async def test_broken(name: str, how: str):
 
 @pytest.mark.parametrize("split", [False, True], ids=["whole", "bytes"])
 @pytest.mark.parametrize("name", WHOLE)
-async def test_whole(name: str, split: bool):
+async def test_whole(name, split):
     async with pi_before(WHOLE[name], split=split, probing=False) as (pi, _):
         reply = await pi.stream()
         *tokens, done = reply.events
@@ -258,7 +257,7 @@ RESULT = {
 # -------------------------------------------------------------------------------------- connections
 
 
-async def test_a_completion_leaves_a_connection_for_the_next(monkeypatch: pytest.MonkeyPatch):
+async def test_a_completion_leaves_a_connection_for_the_next(monkeypatch):
     monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 0.01)
     async with pi_before() as (pi, backend):
         assert (await pi.complete()).status == 200
@@ -270,7 +269,7 @@ async def test_a_completion_leaves_a_connection_for_the_next(monkeypatch: pytest
         await until(lambda: backend.waiting and spare not in backend.waiting, "another one")
 
 
-async def test_a_spare_connection_that_nobody_uses_is_closed(monkeypatch: pytest.MonkeyPatch):
+async def test_a_spare_connection_that_nobody_uses_is_closed(monkeypatch):
     monkeypatch.setattr(upstream, "SPARE_SECONDS", 0.05)
     async with pi_before() as (pi, backend):
         assert (await pi.complete()).status == 200
@@ -285,7 +284,7 @@ async def test_a_spare_connection_that_nobody_uses_is_closed(monkeypatch: pytest
 
 @pytest.mark.parametrize(("last", "closes"), [(b"", True), (TIMED_OUT, True), (TIMED_OUT, False)])
 async def test_a_spare_connection_that_the_backend_has_ended_or_written_to_is_not_used(
-    last: bytes, closes: bool
+    last, closes
 ):
     async with pi_before() as (pi, backend):
         assert (await pi.complete()).status == 200
@@ -313,12 +312,12 @@ SENT_AGAIN = [
 
 @pytest.mark.parametrize(("fault", "then", "status", "asked", "failures"), SENT_AGAIN)
 async def test_a_spare_connection_that_closes_as_the_request_goes_out(
-    fault: list[Any],
-    then: Any,
-    status: int,
-    asked: int,
-    failures: int,
-    monkeypatch: pytest.MonkeyPatch,
+    fault,
+    then,
+    status,
+    asked,
+    failures,
+    monkeypatch,
 ):
     """The request is sent again, once, and only if nobody can have had an answer."""
     monkeypatch.setattr(native, "BEGIN_SECONDS", 0.5)
@@ -330,7 +329,7 @@ async def test_a_spare_connection_that_closes_as_the_request_goes_out(
 
 
 async def test_an_address_that_drops_packets_does_not_hide_the_next_one(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch,
 ):
     """A listener with a full queue drops new connections."""
     with contextlib.ExitStack() as stack:
@@ -348,7 +347,7 @@ async def test_an_address_that_drops_packets_does_not_hide_the_next_one(
                 assert (await pi.complete()).status == 200
 
 
-async def test_https_with_a_private_authority(tmp_path: Path):
+async def test_https_with_a_private_authority(tmp_path):
     tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     tls.load_cert_chain(*certificate(tmp_path, "vps").values())
     async with Backend([GOOD, [CHUNKED, A, HANG]], tls=tls) as backend:
@@ -367,13 +366,13 @@ async def test_https_with_a_private_authority(tmp_path: Path):
 
 
 def test_a_name_is_looked_up_once_and_nobody_waits_for_the_resolver(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch,
 ):
     asked = list[str]()
     gates = {"hangs": threading.Event(), "late": threading.Event()}
     found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 80))]
 
-    def resolve(host: str, *_: Any, **__: Any) -> Any:
+    def resolve(host, *_, **__):
         asked.append(host)
         if host in gates:
             gates[host].wait(PATIENCE)
@@ -383,7 +382,7 @@ def test_a_name_is_looked_up_once_and_nobody_waits_for_the_resolver(
 
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
 
-    async def scenario() -> None:
+    async def scenario():
         loop = asyncio.get_running_loop()
         complaints = list[Any]()
         loop.set_exception_handler(lambda _, complaint: complaints.append(complaint))
@@ -420,7 +419,7 @@ TRUE = {"language": "python", "model": "qwen_0_5b", "mode": "complete", "total_t
 
 
 @pytest.mark.parametrize("wrong", [True, None, "", -1, 10**19, [], {}], ids=str)
-async def test_a_done_event_that_lies_cannot_override_what_is_ours(wrong: Any):
+async def test_a_done_event_that_lies_cannot_override_what_is_ours(wrong):
     """Figures of the wrong type are left out, and members that nobody knows are passed on."""
     lies = dict.fromkeys(OVERRIDDEN, "lies") | dict.fromkeys(FIGURES, wrong)
     done = chunk(event(**lies, kept="lies", x=[1], done=True))
@@ -445,7 +444,7 @@ MESSAGES = [
 
 
 @pytest.mark.parametrize(("message", "told"), MESSAGES)
-async def test_a_message_of_the_vps_has_no_controls_and_no_key(message: str, told: str):
+async def test_a_message_of_the_vps_has_no_controls_and_no_key(message, told):
     refused = error(503, BUSY, message)
     broken = [CHUNKED, A, chunk(event(error=True, message=message, code=BUSY))]
     async with pi_before([refused], broken) as (pi, _):
@@ -478,16 +477,14 @@ LATE = [
 
 
 @pytest.mark.parametrize(("script", "part"), LATE)
-async def test_a_head_must_come_before_the_deadline(
-    script: list[Any], part: str, monkeypatch: pytest.MonkeyPatch
-):
+async def test_a_head_must_come_before_the_deadline(script, part, monkeypatch):
     monkeypatch.setattr(native, "BEGIN_SECONDS", 0.15)
     async with pi_before(script) as (pi, backend):
         check_error(await pi.stream(), 503, UNAVAILABLE, part)
         await backend.left.wait()  # the connection is gone: a late answer has nowhere to go
 
 
-async def test_a_stall_ends_at_the_idle_deadline(monkeypatch: pytest.MonkeyPatch):
+async def test_a_stall_ends_at_the_idle_deadline(monkeypatch):
     monkeypatch.setattr(upstream, "IDLE_SECONDS", 0.4)
     async with pi_before([CHUNKED, A, B[:9], HANG]) as (pi, backend):
         first, last = (await pi.stream()).events
@@ -508,9 +505,7 @@ WAITS = [
 
 
 @pytest.mark.parametrize(("since", "now", "again"), WAITS)
-def test_a_vps_is_cut_if_it_is_silent_or_never_ends(
-    since: float, now: float, again: float | None, monkeypatch: Any
-):
+def test_a_vps_is_cut_if_it_is_silent_or_never_ends(since, now, again, monkeypatch):
     loop = Mock(time=lambda: 0.0)
     monkeypatch.setattr(asyncio, "get_running_loop", lambda: loop)
     reader = upstream.Reader()
@@ -542,7 +537,7 @@ async def test_a_client_that_reads_nothing_pauses_reading_from_the_vps():
         await until(lambda: pi.active == 0)
 
 
-async def test_a_vps_that_restarts_is_found_again(monkeypatch: pytest.MonkeyPatch):
+async def test_a_vps_that_restarts_is_found_again(monkeypatch):
     monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 0.05)
     monkeypatch.setattr(breaker, "OPEN_SECONDS", 0.1)
     async with Backend() as backend:
@@ -560,7 +555,7 @@ async def test_a_vps_that_restarts_is_found_again(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("size", [1 << 20, 1000])
-async def test_what_comes_before_an_event_that_is_too_long_is_relayed(size: int):
+async def test_what_comes_before_an_event_that_is_too_long_is_relayed(size):
     text = A + chunk(b"data: " + b"x" * 300_000 + b"\n\n")
     script = [CHUNKED, *(text[at : at + size] for at in range(0, len(text), size))]
     async with pi_before(script) as (pi, _):
@@ -603,7 +598,7 @@ def test_json_of_a_list_of_models_that_lies():
 
 
 @pytest.mark.parametrize("late", [False, True])
-async def test_an_answer_that_is_cut_is_not_asked_for_again(late: bool) -> None:
+async def test_an_answer_that_is_cut_is_not_asked_for_again(late):
     """Nor is one whose spare connection had ended, and whose request goes out again at this
     moment.
     """
@@ -611,7 +606,7 @@ async def test_an_answer_that_is_cut_is_not_asked_for_again(late: bool) -> None:
     first.transport = second.transport = Mock()
     first.end = ENDED
 
-    async def again() -> BackendReader:
+    async def again():
         assert late
         answer.cut()
         return second

@@ -279,7 +279,7 @@ async def test_a_draft_model_is_loaded_with_its_model_and_leaves_with_it(house):
 async def test_a_draft_model_that_is_no_use_gives_its_memory_back(house):
     """It is not loaded again, until its file has changed."""
 
-    async def drafts() -> Any:
+    async def drafts():
         return (await house.listed(B))["draft"]
 
     house.room = 9
@@ -305,7 +305,7 @@ async def test_a_draft_model_that_is_no_use_gives_its_memory_back(house):
 async def test_models_toml_changes_while_a_pair_is_loaded(house):
     """It is loaded as planned, and unloaded once it is idle."""
 
-    async def make_room(*_: Any) -> None:
+    async def make_room(*_):
         house.reconfigure(models=(house.pool.models[B],))
 
     house.room = 9
@@ -317,7 +317,7 @@ async def test_models_toml_changes_while_a_pair_is_loaded(house):
 
 
 async def test_what_a_draft_model_did_is_told_by_its_model(house):
-    async def drafting() -> Any:
+    async def drafting():
         return (await vpsd.stats(house.engine, SimpleNamespace())).body["draft_models"]
 
     tally = house.pool.tallies[B]
@@ -687,7 +687,7 @@ async def test_what_was_kept_of_a_model_goes_when_it_is_listed_no_more(house):
         (state / name).parent.mkdir(parents=True, exist_ok=True)
         (state / name).touch()
 
-    def left() -> set[str]:
+    def left():
         return {str(path.relative_to(state)) for path in state.glob("*/**/*") if path.is_file()}
 
     completion, worker = await house.loaded(), house.worker()

@@ -328,7 +328,7 @@ def real_reference() -> Iterator[Reference]:
 HEALTH = ["status", "timestamp", "cpu_percent", "memory_available_mb", "models_loaded", "version"]
 
 
-def test_health_alone_needs_no_key(vps: Vps) -> None:
+def test_health_alone_needs_no_key(vps):
     vps.complete("a", max_tokens=1)
     status, body = vps.ask("GET", "/health", headers={})
     assert list(body) == HEALTH
@@ -340,7 +340,7 @@ def test_health_alone_needs_no_key(vps: Vps) -> None:
         assert (status, error["error"], error["code"]) == (401, True, "UNAUTHORIZED")
 
 
-def test_models(vps: Vps, models: Path) -> None:
+def test_models(vps, models):
     listed = vps.get("/v1/models")["models"]
     assert [(one["id"], one["fim_layout"]) for one in listed] == [
         (model.id, model.fim_layout) for model in SHIPPED
@@ -365,8 +365,8 @@ def test_models(vps: Vps, models: Path) -> None:
     assert missing["loaded"] is missing["available"] is False
 
 
-def test_a_completion_that_nobody_waits_for_is_counted(vps: Vps) -> None:
-    def read(name: str) -> float:
+def test_a_completion_that_nobody_waits_for_is_counted(vps):
+    def read(name):
         headers = {"Authorization": f"Bearer {KEY}"}
         request = urllib.request.Request(f"http://127.0.0.1:{vps.port}/metrics", headers=headers)
         with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
@@ -396,7 +396,7 @@ FIGURES = {
 }
 
 
-def test_stats(vps: Vps) -> None:
+def test_stats(vps):
     stats = vps.get("/v1/stats")
     used_mb = stats["memory_total_mb"] - stats["memory_available_mb"]
     assert stats["memory_used_mb"] == pytest.approx(used_mb, abs=0.2)
@@ -410,7 +410,7 @@ def test_stats(vps: Vps) -> None:
 DONE = ["done", "language", "model", "total_tokens", "inference_time", "timestamp"]
 
 
-def test_the_answer_and_the_stream_of_a_completion(vps: Vps, reference: Reference) -> None:
+def test_the_answer_and_the_stream_of_a_completion(vps, reference):
     body = vps.complete("def hello():", max_tokens=8)
     assert list(body)[:4] == ["completion", "model", "total_tokens", "inference_time"]
     assert body["prompt_tokens"] == len(reference.tokenize("def hello():"))
@@ -451,7 +451,7 @@ ERRORS: list[tuple[Any, int, str, str]] = [
 ]
 
 
-def test_errors(vps: Vps) -> None:
+def test_errors(vps):
     for path, (body, status, code, message) in itertools.product(
         ("/v1/inference", "/v1/inference/stream"), ERRORS
     ):
@@ -494,20 +494,18 @@ def check_greedy(vps: Vps, reference: Reference, *prompts: str, **more: Any) -> 
         reference.check(prompt, body["completion"], 24)
 
 
-def test_greedy_text_is_that_of_a_plain_loop(vps: Vps, reference: Reference) -> None:
+def test_greedy_text_is_that_of_a_plain_loop(vps, reference):
     """Special tokens in a prompt are text, too. A prompt of one word is not healed."""
     check_greedy(vps, reference, *PROMPTS, "<|im_end|><|endoftext|><|fim_prefix|>")
     check_greedy(vps, reference, "def", heal=True)
 
 
 @pytest.mark.slow
-def test_greedy_text_of_the_real_model_is_that_of_a_plain_loop(
-    real: Vps, real_reference: Reference
-) -> None:
+def test_greedy_text_of_the_real_model_is_that_of_a_plain_loop(real, real_reference):
     check_greedy(real, real_reference, CODE, PROMPTS[4])
 
 
-def test_messages(real: Vps) -> None:
+def test_messages(real):
     messages = [{"role": "user", "content": "The capital of France, in one word?"}]
     body = real.complete(None, messages=messages, max_tokens=16)
     assert (body["mode"], body["finish_reason"]) == ("instruct", "stop")
@@ -531,9 +529,7 @@ GOES_ON = [(ADD, "a + b", " "), (WIDTH, "th * height", " wid"), (BRANCH, "y -= 1
 
 
 @pytest.mark.parametrize(("fields", "start", "left"), GOES_ON)
-def test_how_the_real_model_goes_on(
-    real: Vps, real_reference: Reference, fields: Any, start: str, left: str
-) -> None:
+def test_how_the_real_model_goes_on(real, real_reference, fields, start, left):
     """The model writes the word at the cursor in its own tokens, and the part that is there already
     is not repeated.
     """
@@ -544,7 +540,7 @@ def test_how_the_real_model_goes_on(
     assert raw["prompt_tokens"] - body["prompt_tokens"] == len(real_reference.tokenize(left))
 
 
-def test_other_files_alone_warm_the_cache(vps: Vps) -> None:
+def test_other_files_alone_warm_the_cache(vps):
     extra = [{"filename": "a.py", "text": new_prompt()}]
     warm = vps.complete("", suffix="", extra=extra, max_tokens=0)
     assert warm["cached_tokens"] <= len("?a.py\n?")
@@ -552,10 +548,10 @@ def test_other_files_alone_warm_the_cache(vps: Vps) -> None:
     assert body["cached_tokens"] >= body["prompt_tokens"] - len("?\n???\n?x = ")
 
 
-def test_tokenize(vps: Vps, reference: Reference) -> None:
+def test_tokenize(vps, reference):
     """Loads the model, and takes no place."""
 
-    def answer(**more: Any) -> Any:
+    def answer(**more):
         return vps.ask("POST", "/v1/tokenize", {"model": SMALL, **more})[1]
 
     vps.unload()
@@ -568,7 +564,7 @@ def test_tokenize(vps: Vps, reference: Reference) -> None:
     assert answer(model="x", text="")["code"] == "MODEL_NOT_FOUND"
 
 
-def test_a_limit_of_time_counts_from_the_first_line_end(vps: Vps) -> None:
+def test_a_limit_of_time_counts_from_the_first_line_end(vps):
     for number in range(100):  # until a text has a line end in its middle
         whole = vps.complete(f"# {number}", max_tokens=100)
         if 10 < (first := whole["completion"].find("\n")) < 50:
@@ -580,8 +576,8 @@ def test_a_limit_of_time_counts_from_the_first_line_end(vps: Vps) -> None:
     assert short["finish_reason"] == "length"
 
 
-def test_a_seed_decides_the_random_numbers(vps: Vps) -> None:
-    def text(**more: Any) -> str:
+def test_a_seed_decides_the_random_numbers(vps):
+    def text(**more):
         return str(vps.complete("import ", temperature=1, max_tokens=12, **more)["completion"])
 
     assert len({text(seed=seed) for seed in (1, 2, 3)}) > 1
@@ -589,7 +585,7 @@ def test_a_seed_decides_the_random_numbers(vps: Vps) -> None:
     assert text(seed=5, top_p=1e-9) == text(seed=6, top_p=1e-9)  # only the likeliest token is left
 
 
-def test_stop_strings(vps: Vps) -> None:
+def test_stop_strings(vps):
     prompt = "1, 2, 3, 4, "
     text = vps.complete(prompt, max_tokens=24)["completion"]
     stop = text[10:13]
@@ -608,7 +604,7 @@ def small(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vp
         yield vps
 
 
-def test_the_context_is_filled_exactly(small: Vps, reference: Reference) -> None:
+def test_the_context_is_filled_exactly(small, reference):
     prompt = "#" * 250
     body = small.complete(prompt, max_tokens=100)
     assert body["finish_reason"] == "length"
@@ -620,7 +616,7 @@ def test_the_context_is_filled_exactly(small: Vps, reference: Reference) -> None
 # ----------------------------------------------------------------------------------------- prefixes
 
 
-def test_of_a_known_prompt_only_the_new_part_is_computed(vps: Vps, reference: Reference) -> None:
+def test_of_a_known_prompt_only_the_new_part_is_computed(vps, reference):
     prompt = new_prompt()
     warm = vps.complete(prompt, max_tokens=0)
     assert (warm["completion"], warm["total_tokens"], warm["finish_reason"]) == ("", 0, "length")
@@ -638,9 +634,7 @@ def test_of_a_known_prompt_only_the_new_part_is_computed(vps: Vps, reference: Re
     reference.check(longer, body["completion"], 8)
 
 
-def test_two_requests_at_once_compute_their_common_prefix_once(
-    vps: Vps, reference: Reference
-) -> None:
+def test_two_requests_at_once_compute_their_common_prefix_once(vps, reference):
     preamble = new_prompt(300)
     common = len(reference.tokenize(preamble))
     with vps.stream(preamble + " one", max_tokens=4, progress=True) as first:
@@ -652,7 +646,7 @@ def test_two_requests_at_once_compute_their_common_prefix_once(
     reference.check(preamble + " two", body["completion"], 8)
 
 
-def test_a_short_common_prefix_is_reused_in_its_slot(vps: Vps, reference: Reference) -> None:
+def test_a_short_common_prefix_is_reused_in_its_slot(vps, reference):
     long, short = "# kept: a, b, c, d, e, f, g, h, i, j, k, l", "# kept: 1"
     first, second = reference.tokenize(long), reference.tokenize(short)
     common = prefixes.common_prefix(first, second)
@@ -665,9 +659,7 @@ def test_a_short_common_prefix_is_reused_in_its_slot(vps: Vps, reference: Refere
     assert vps.complete(long, max_tokens=1)["cached_tokens"] == len(first) - 1
 
 
-def test_a_short_request_and_one_that_is_cancelled_beside_a_long_one(
-    vps: Vps, reference: Reference
-) -> None:
+def test_a_short_request_and_one_that_is_cancelled_beside_a_long_one(vps, reference):
     long, short = new_prompt(400), PROMPTS[0] + " # beside"
     with vps.stream(long, max_tokens=32) as stream:
         first = stream.wait_for_event("token")
@@ -679,7 +671,7 @@ def test_a_short_request_and_one_that_is_cancelled_beside_a_long_one(
     reference.check(long, text, 32)
 
 
-def test_an_earlier_answer_is_drafted_again(vps: Vps, small: Vps, reference: Reference) -> None:
+def test_an_earlier_answer_is_drafted_again(vps, small, reference):
     prompt = new_prompt()
     for asked, drafts in ((vps, True), (small, False)):
         asked.complete(prompt, max_tokens=40)
@@ -694,9 +686,7 @@ def test_an_earlier_answer_is_drafted_again(vps: Vps, small: Vps, reference: Ref
 
 
 @pytest.mark.parametrize("stage", ["prefill", "decode"])
-def test_the_tokens_of_a_cancelled_completion_are_kept(
-    vps: Vps, reference: Reference, stage: str
-) -> None:
+def test_the_tokens_of_a_cancelled_completion_are_kept(vps, reference, stage):
     prompt = new_prompt(500)
     with vps.stream(prompt, max_tokens=0 if stage == "prefill" else 1000, progress=True) as stream:
         done = stream.wait_for_prefill(1)
@@ -710,9 +700,7 @@ def test_the_tokens_of_a_cancelled_completion_are_kept(
 
 
 @pytest.mark.parametrize("leaver", ["one", "two"])
-def test_a_prefill_for_two_goes_on_for_the_one_that_stays(
-    vps: Vps, reference: Reference, leaver: str
-) -> None:
+def test_a_prefill_for_two_goes_on_for_the_one_that_stays(vps, reference, leaver):
     prompt = new_prompt(300)
     with vps.stream(prompt + " one", max_tokens=4, progress=True) as one:
         one.wait_for_prefill()
@@ -727,7 +715,7 @@ def test_a_prefill_for_two_goes_on_for_the_one_that_stays(
 # ------------------------------------------------------------------------------ sessions and limits
 
 
-def test_a_newer_request_of_a_session_replaces_the_older(vps: Vps) -> None:
+def test_a_newer_request_of_a_session_replaces_the_older(vps):
     with vps.stream(new_prompt(), max_tokens=12, session="another") as stays:
         with vps.begun(session="editor") as older:
             assert vps.complete(new_prompt(), max_tokens=2, session="editor")["total_tokens"] == 2
@@ -736,7 +724,7 @@ def test_a_newer_request_of_a_session_replaces_the_older(vps: Vps) -> None:
         assert list(stays.events())[-1]["total_tokens"] == 12
 
 
-def test_a_third_request_at_a_time_is_refused(vps: Vps) -> None:
+def test_a_third_request_at_a_time_is_refused(vps):
     with vps.begun(), vps.begun():
         refusal = vps.refusal(new_prompt())
         assert refusal == (429, "RATE_LIMIT", "expected at most 2 requests at a time")
@@ -746,7 +734,7 @@ def test_a_third_request_at_a_time_is_refused(vps: Vps) -> None:
 # ------------------------------------------------------------------------------- loading, unloading
 
 
-def test_unload(real: Vps) -> None:
+def test_unload(real):
     assert real.unload("gpt")[1]["code"] == "MODEL_NOT_FOUND"
     with real.begun():
         held = real.model()["memory_mb"]
@@ -764,7 +752,7 @@ def test_unload(real: Vps) -> None:
 
 
 @pytest.mark.slow
-def test_repeated_unloading_leaks_nothing(real: Vps) -> None:
+def test_repeated_unloading_leaks_nothing(real):
     sizes = []
     for _ in range(4):
         real.complete("x", max_tokens=1)
@@ -773,7 +761,7 @@ def test_repeated_unloading_leaks_nothing(real: Vps) -> None:
     assert sizes[-1] - sizes[1] < 30, sizes
 
 
-def test_cleanup(vps: Vps, small: Vps) -> None:
+def test_cleanup(vps, small):
     small.complete("x", max_tokens=1)
     body = small.get("/v1/cleanup", "POST")
     assert (body["models_unloaded"], small.loaded()) == ([SMALL], [])
@@ -784,9 +772,7 @@ def test_cleanup(vps: Vps, small: Vps) -> None:
     assert vps.loaded() == [SMALL]
 
 
-def test_warm_sequences_outlive_the_process(
-    tmp_path: Path, models: Path, reference: Reference
-) -> None:
+def test_warm_sequences_outlive_the_process(tmp_path, models, reference):
     prompt, other = new_prompt(), new_prompt()
     with start(tmp_path, models) as vps:
         vps.complete(prompt, max_tokens=8)
@@ -812,7 +798,7 @@ file = "{0}.gguf"
 """
 
 
-def test_files_that_cannot_be_loaded(tmp_path: Path, models: Path, reference: Reference) -> None:
+def test_files_that_cannot_be_loaded(tmp_path, models, reference):
     whole = models / FILES[SMALL].name
     head = whole.read_bytes()[: 8 << 20]
     damaged = bytearray(head)
@@ -845,7 +831,7 @@ def test_files_that_cannot_be_loaded(tmp_path: Path, models: Path, reference: Re
     assert re.search(r"GGML_ASSERT\(.*\) failed$", told)
 
 
-def test_too_little_memory_to_start_work(tmp_path: Path, models: Path) -> None:
+def test_too_little_memory_to_start_work(tmp_path, models):
     with start(tmp_path, models, CEREBRUM_MIN_FREE_MB="1000000") as vps:
         status, code, message = vps.refusal("x")
         assert (status, code, vps.loaded()) == (503, "RESOURCE_EXHAUSTED", [])
@@ -856,9 +842,7 @@ def test_too_little_memory_to_start_work(tmp_path: Path, models: Path) -> None:
 # ------------------------------------------------------------------------------------------ SIGTERM
 
 
-def test_sigterm_lets_a_short_stream_end_and_ends_a_long_one_with_an_error(
-    tmp_path: Path, models: Path
-) -> None:
+def test_sigterm_lets_a_short_stream_end_and_ends_a_long_one_with_an_error(tmp_path, models):
     with start(tmp_path, models, changed("vpsd.DRAIN_SECONDS = 1.0")) as vps:
         vps.complete("x", max_tokens=1)
         with vps.begun(max_tokens=2000) as long, vps.begun(max_tokens=4) as short:
@@ -881,7 +865,7 @@ EAGER = [sys.executable, "-u", str(vpsd.HERE / "tests/eager.py")]
 @pytest.mark.skipif(
     not FILES[LARGE].exists(), reason="the 1.5B is missing: python3 vpsd.py fetch qwen_1_5b"
 )
-def test_the_small_model_writes_ahead_of_the_large_one(tmp_path: Path) -> None:
+def test_the_small_model_writes_ahead_of_the_large_one(tmp_path):
     """Each text is that of the large one alone, also of two streams; both are unloaded together."""
     with (
         start(tmp_path, MODELS, EAGER) as vps,
@@ -912,9 +896,7 @@ def test_the_small_model_writes_ahead_of_the_large_one(tmp_path: Path) -> None:
         (2900, False, f"{SMALL} has no room to write drafts"),
     ],
 )
-def test_a_pair_makes_room_as_one_and_takes_it_as_one(
-    room_mb: int, drafts: bool, line: str, tmp_path: Path
-) -> None:
+def test_a_pair_makes_room_as_one_and_takes_it_as_one(room_mb, drafts, line, tmp_path):
     """A third model is loaded in its place, and it in the third one's, as far as both fit."""
     more = {"CEREBRUM_MIN_FREE_MB": "1000", "CEREBRUM_CACHE_MB": "64", "ROOM_MB": f"{room_mb}"}
     with start(tmp_path, MODELS, EAGER, **more) as vps:
