@@ -135,7 +135,7 @@ def members(status: int, *values: bytes) -> list[Row]:
     return bodies(status, *(BODY[:-1] + b', "a": ' + value + b"}" for value in values))
 
 
-REQUEST_LINES: list[Row] = [
+REQUEST_LINES = [
     *each(
         "raw",
         200,
@@ -204,7 +204,7 @@ REQUEST_LINES: list[Row] = [
         "Connection: foo\r\nConnection: close",
     ),
 ]
-TARGETS: list[Row] = [
+TARGETS = [
     *each(
         "path",
         200,
@@ -275,7 +275,7 @@ TARGETS: list[Row] = [
     ("HEAD where a POST belongs", get("@POST", method="HEAD"), 405, K),
     *each("raw", 204, K, get("*", method="OPTIONS"), get("/health", method="OPTIONS")),
 ]
-HEADERS: list[Row] = [
+HEADERS = [
     *each(
         "raw",
         400,
@@ -403,7 +403,7 @@ HEADERS: list[Row] = [
     *each("header", 417, C, "Expect: 200-ok"),
     *each("raw", 200, C, get("/health", UPGRADE + SOCKET, version="HTTP/1.0")),
 ]
-BODIES: list[Row] = [
+BODIES = [
     *each("raw", 200, C, sized(BODY, version="HTTP/1.0")),
     *each("good", 200, K, f"{N}", f" 000{N}", f"  {N}", f"\t{N}", f" {N} \t"),
     *each(
@@ -580,7 +580,7 @@ BODIES: list[Row] = [
     ("pipelined with empty lines", get() + b"\r\n" + get() + b"\r\n" + get(), [200, 200, 200], K),
     ("pipelined behind a completion", sized(BODY) * 3 + get("/nothing"), [200, 200, 200, 404], K),
 ]
-JSON: list[Row] = [
+JSON = [
     *each(
         "type",
         415,
@@ -641,7 +641,7 @@ JSON: list[Row] = [
     *members(200, DEEP, b"9" * 20),
     *bodies(200, b" \r\n\t" + BODY + b" \r\n\t"),
 ]
-KEYS: list[Row] = [
+KEYS = [
     *each(
         "no key",
         401,

@@ -662,7 +662,6 @@ PACKED = head(401, "Content-Encoding: gzip", "Content-Length: 2", kind="text/htm
 LONG_PAGE = head(404, "Content-Length: 200000", kind="text/html") + b"x" * 200_000
 FAULTS = [
     ([answer(200, ERROR)], NO_STREAM, True),
-    ([CHUNKED, chunk(data(ERROR)), b"0\r\n\r\n"], REPORTED, True),
     ([CHUNKED, chunk(text_chunk("1")), chunk(data({"error": "boom"})), HANG], REPORTED, True),
     ([CHUNKED, chunk(END), b"0\r\n\r\n"], NOTHING, False),
     ([PACKED], "our key", False),

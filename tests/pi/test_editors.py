@@ -200,7 +200,7 @@ async def test_identical_requests_share_one_completion():
 COUNTS = ("requests_total", "shared", "replaced")
 SAMPLED = {"temperature": 0.9}
 SEEDED = SAMPLED | {"seed": 7}
-SHARED: list[tuple[dict[str, Any], dict[str, Any], int]] = [
+SHARED = [
     # What is beside the prompts of two requests at a time, and how many are computed.
     ({}, {"n_predict": 512}, 1),
     ({}, {"n_predict": 9}, 2),
@@ -360,29 +360,6 @@ def half_open(pi: Pi) -> None:
     tried.healthy(time.monotonic())
 
 
-async def test_after_an_outage_a_user_who_types_starves_nobody():
-    """Each key ends the trial of the one before. Another person's chat waits, and becomes a trial
-    in its turn.
-    """
-    async with pi_with([HANG], [HANG], GOOD, [HANG]) as (pi, backend):
-        half_open(pi)
-        typed = list[Any]()
-        for n in range(12):
-            typed.append(infill(pi, prompt="    ret" + "x" * n))
-            await until(lambda n=n: pi.gateway.broadcasts.replaced == n)
-            if n < 2:
-                await until(lambda n=n: len(backend.completions) == n + 1)
-            if n == 1:
-                chat = start(pi.from_address("127.0.0.2"), CHATS, CHAT)
-                await in_line(pi)
-        assert (await chat).json["choices"][0]["message"]["content"] == "ab"
-        await until(lambda: pi.gateway.fleet.first.breaker.state == "closed")
-        last = typed.pop()
-        assert set(await statuses(*typed)) == {200}
-        last.cancel()
-        await until(lambda: not pi.active)
-
-
 @pytest.mark.parametrize("path", [CHATS, "/tokenize"])
 async def test_a_trial_that_succeeds_admits_the_jobs_that_wait_for_its_end(monkeypatch, path):
     monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 2 * PATIENCE)
@@ -435,19 +412,6 @@ async def test_a_warm_up_is_answered_at_once_and_read_when_nothing_else_is_to_do
         assert sum(tally.prompt_tokens for tally in tallies) == 5 + 7, "reading ahead is work, too"
 
 
-async def test_a_warm_up_that_ends_before_it_begins_leaves_room_for_the_next():
-    """A request comes in the same turn of the event loop."""
-    async with pi_with() as (pi, backend):
-        fields = native_fields(INFILL.read(WARM_UP), pi.gateway.config.models)
-        warm = CompletionRequest("infill", fields, client="me", ahead=True)
-        pi.gateway.dispatcher.read_ahead(warm)
-        assert pi.reads_ahead()
-        asked = Completion(CompletionRequest("", {**fields, "max_tokens": 8}))
-        assert [kind async for kind, _ in pi.gateway.complete(asked)][-1] == "done"
-        await until(lambda: backend.completions[-1]["max_tokens"] == 0, "the warm-up comes behind")
-        await until(lambda: not pi.reads_ahead())
-
-
 def read(pi: Pi, prompt: str) -> asyncio.Task[Reply]:
     return infill(pi, prompt=prompt, n_predict=0)
 
@@ -467,7 +431,7 @@ async def test_the_newest_place_of_a_client_is_read_and_its_older_one_never_agai
 # What a backend says of 1,000 characters that it reads, and how many of them count as read.
 # What a backend says of the 400 tokens of 1,000 characters that it reads, and how many of them
 # count as read.
-PROGRESS: list[tuple[Any, int | None]] = [
+PROGRESS = [
     ({"done": 300}, 750),
     ({"done": 400}, 1000),
     ({"done": 900}, 1000),
@@ -570,7 +534,7 @@ async def test_what_the_user_types_as_predicted_is_served_without_the_vps():
 # What is beside a first text and beside its continuation, and how many of both the VPS computes.
 CHANCE = {"temperature": 0.5}
 CACHED = CHANCE | {"cache_prompt": True}
-AGAIN: list[tuple[dict[str, Any], dict[str, Any], int]] = [
+AGAIN = [
     ({}, {"input_suffix": "x\n"}, 2),
     ({}, {"filename": "b.py"}, 2),
     ({}, {"stop": ["x"]}, 2),
@@ -610,19 +574,6 @@ async def test_what_the_user_types_while_it_is_computed_is_not_computed_again():
             assert (await infill(pi, prompt=prompt)).json["content"] == text
         counts = await pi.stats()
         assert [counts[name] for name in ("type_through", "replaced")] == [3, 2]
-
-
-async def test_what_is_asked_ahead_goes_on_while_the_hint_is_typed():
-    """llama.vim asks for the text after a completion while it shows that completion."""
-    async with pi_with(script("urn", " a"), [CHUNKED, HANG]) as (pi, backend):
-        await infill(pi)
-        ahead = infill(pi, prompt="    return a")
-        await until(lambda: backend.running == 1)
-        assert (await infill(pi, prompt="    retu")).json["content"] == "rn a"
-        assert not ahead.done()
-        assert (await pi.stats())["replaced"] == 0
-        ahead.cancel()
-        await backend.left.wait()
 
 
 LANGUAGES_NAMED = {
@@ -811,16 +762,20 @@ async def test_a_chat_that_is_too_long_keeps_the_system_turn_and_the_latest_and_
         assert whole.all("X-Cerebrum-Kept") == []
 
 
-async def test_an_unknown_model_means_the_default_a_slash_is_tolerated_and_a_key_is_needed():
-    asked = {"/v1/completions": None, "/v1/completions/": "", "//v1/completions": "gpt-4o"}
+async def test_an_unknown_model_means_the_default_and_a_key_is_needed():
+    body = {"prompt": "x", "suffix": None, "stop": None}
     async with pi_with(client_keys=("secret",)) as (pi, backend):
-        for path, model in {**asked, "/completions": "qwen_1_5b"}.items():
-            body = {"prompt": "x", "model": model, "suffix": None, "stop": None}
-            reply = await start(pi, path, body, Authorization="Bearer secret")
+        for model, serves in (
+            (None, "qwen_0_5b"),
+            ("", "qwen_0_5b"),
+            ("gpt-4o", "qwen_0_5b"),
+            ("qwen_1_5b", "qwen_1_5b"),
+        ):
+            asked = body | {"model": model}
+            reply = await start(pi, "/completions/", asked, Authorization="Bearer secret")
             assert reply.json["choices"][0]["text"] == "ab"
-            serves = "qwen_1_5b" if model == "qwen_1_5b" else "qwen_0_5b"
             assert backend.completions[-1]["model"] == reply.json["model"] == serves
-        reply = await start(pi, "/v1/completions", {"prompt": "x"}, Authorization="Bearer wrong")
+        reply = await start(pi, "/v1/completions", body, Authorization="Bearer wrong")
         assert (reply.status, reply.json["error"]["type"]) == (401, "authentication_error")
 
 

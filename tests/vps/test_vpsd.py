@@ -329,7 +329,6 @@ HEALTH = ["status", "timestamp", "cpu_percent", "memory_available_mb", "models_l
 
 
 def test_health_alone_needs_no_key(vps):
-    vps.complete("a", max_tokens=1)
     status, body = vps.ask("GET", "/health", headers={})
     assert list(body) == HEALTH
     assert (status, body["status"], body["models_loaded"]) == (200, "healthy", [SMALL])
@@ -337,7 +336,7 @@ def test_health_alone_needs_no_key(vps):
     assert body["memory_available_mb"] > 0
     for route, key in itertools.product(vpsd.ROUTES[1:], ({}, {"X-API-Key": KEY[:-1]})):
         status, error = vps.ask(route.method, route.path.replace("{id}", SMALL), {}, key)
-        assert (status, error["error"], error["code"]) == (401, True, "UNAUTHORIZED")
+        assert (status, error["code"]) == (401, "UNAUTHORIZED")
 
 
 def test_models(vps, models):
@@ -443,7 +442,7 @@ MISSING = (
     "in the backend's folder on the VPS run: "
 )
 TOO_LONG = "prompt: expected 1 to 2047 tokens, got 2048"
-ERRORS: list[tuple[Any, int, str, str]] = [
+ERRORS = [
     ({}, 400, "INVALID_REQUEST", NOTHING),
     ({"model": "gpt", "prompt": "x"}, 404, "MODEL_NOT_FOUND", UNKNOWN),
     ({"model": "codellama_7b", "prompt": "x"}, 404, "MODEL_NOT_FOUND", MISSING),
@@ -576,15 +575,6 @@ def test_a_limit_of_time_counts_from_the_first_line_end(vps):
     assert short["finish_reason"] == "length"
 
 
-def test_a_seed_decides_the_random_numbers(vps):
-    def text(**more):
-        return str(vps.complete("import ", temperature=1, max_tokens=12, **more)["completion"])
-
-    assert len({text(seed=seed) for seed in (1, 2, 3)}) > 1
-    assert len({text() for _ in range(3)}) > 1
-    assert text(seed=5, top_p=1e-9) == text(seed=6, top_p=1e-9)  # only the likeliest token is left
-
-
 def test_stop_strings(vps):
     prompt = "1, 2, 3, 4, "
     text = vps.complete(prompt, max_tokens=24)["completion"]
@@ -646,19 +636,6 @@ def test_two_requests_at_once_compute_their_common_prefix_once(vps, reference):
     reference.check(preamble + " two", body["completion"], 8)
 
 
-def test_a_short_common_prefix_is_reused_in_its_slot(vps, reference):
-    long, short = "# kept: a, b, c, d, e, f, g, h, i, j, k, l", "# kept: 1"
-    first, second = reference.tokenize(long), reference.tokenize(short)
-    common = prefixes.common_prefix(first, second)
-    assert 3 < common < prefixes.MIN_PREFIX < len(first)
-    vps.complete(long, max_tokens=40)
-    body = vps.complete(short, max_tokens=8)
-    assert body["cached_tokens"] == common
-    reference.check(second, body["completion"], 8)
-    # Stored before the second request overwrote most of it.
-    assert vps.complete(long, max_tokens=1)["cached_tokens"] == len(first) - 1
-
-
 def test_a_short_request_and_one_that_is_cancelled_beside_a_long_one(vps, reference):
     long, short = new_prompt(400), PROMPTS[0] + " # beside"
     with vps.stream(long, max_tokens=32) as stream:
@@ -669,17 +646,6 @@ def test_a_short_request_and_one_that_is_cancelled_beside_a_long_one(vps, refere
         text = first["token"] + stream.text()
     reference.check(short, body["completion"], 16)
     reference.check(long, text, 32)
-
-
-def test_an_earlier_answer_is_drafted_again(vps, small, reference):
-    prompt = new_prompt()
-    for asked, drafts in ((vps, True), (small, False)):
-        asked.complete(prompt, max_tokens=40)
-        again = asked.complete(prompt, max_tokens=40)
-        reference.check(prompt, again["completion"], 40)
-        assert (again["draft_tokens"] > 0, again["accepted_tokens"] >= 3) == (drafts, drafts)
-        stats = asked.get("/v1/stats")
-        assert stats["draft_tokens"] >= stats["accepted_tokens"] >= again["accepted_tokens"]
 
 
 # ------------------------------------------------------------------------------------- cancellation
@@ -773,20 +739,16 @@ def test_cleanup(vps, small):
 
 
 def test_warm_sequences_outlive_the_process(tmp_path, models, reference):
-    prompt, other = new_prompt(), new_prompt()
+    prompts = [new_prompt() for _ in range(2)]
     with start(tmp_path, models) as vps:
-        vps.complete(prompt, max_tokens=8)
-        vps.complete(other, max_tokens=1)
-        vps.unload()
-        body = vps.complete(prompt, max_tokens=1)
-        assert body["cached_tokens"] == body["prompt_tokens"] - 1
-    folder = tmp_path / "state" / "kv" / SMALL
-    assert len(list(folder.iterdir())) == 2
+        for prompt in prompts:
+            vps.complete(prompt, max_tokens=8)
+    assert len(list((tmp_path / "state/kv" / SMALL).iterdir())) == 2
     with start(tmp_path, models) as vps:
-        body = vps.complete(prompt, max_tokens=8)
-        assert body["cached_tokens"] == body["prompt_tokens"] - 1
-        reference.check(prompt, body["completion"], 8)
-        assert vps.complete(other, max_tokens=1)["cached_tokens"] > 50
+        for prompt in prompts:
+            body = vps.complete(prompt, max_tokens=8)
+            assert body["cached_tokens"] == body["prompt_tokens"] - 1
+            reference.check(prompt, body["completion"], 8)
 
 
 ENTRY = """[[models]]
