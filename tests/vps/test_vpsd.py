@@ -17,19 +17,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import http.client
 import itertools
 import json
 import re
 import signal
-import socket
 import sys
-import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import families
+import httpx
 import psutil
 import pytest
 from harness import (
@@ -60,67 +58,47 @@ IDLE_SECONDS = 0.1
 # --------------------------------------------------------------------------------------- the client
 
 
-class Cut(Exception):
-    """The stream ended without its last chunk."""
-
-
-HEADERS = {"Content-Type": "application/json", "X-API-Key": KEY}
+HEADERS = {"X-API-Key": KEY}
 
 
 class Stream:
-    """One request to /v1/inference/stream. `close` is a client that leaves."""
+    """An answer of /v1/inference/stream, of which the first byte has come."""
 
-    def __init__(self, port: int, fields: dict[str, Any]) -> None:
-        self.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
-        self.connection.request("POST", "/v1/inference/stream", json.dumps(fields), HEADERS)
-        self.socket = self.connection.sock
-
-    @functools.cached_property
-    def answer(self) -> http.client.HTTPResponse:
-        return self.connection.getresponse()
+    def __init__(self, answer: httpx.Response) -> None:
+        assert answer.status_code == 200, answer.read()
+        self.lines, self.close = answer.iter_lines(), answer.close
 
     def events(self) -> Iterator[dict[str, Any]]:
-        """All further events; Cut if the stream ends without its last chunk."""
-        assert self.answer.status == 200, self.answer.read()
-        while line := self.answer.readline():
-            assert self.answer.readline() == b"\n"
-            if line != b": keep-alive\n":
-                yield json.loads(line.removeprefix(b"data: "))
-        # http.client clears this at the last chunk, and raises nothing.
-        if self.answer.chunk_left is not None:
-            raise Cut
+        """All further events; httpx.TransportError if the stream ends without its last chunk."""
+        for line in self.lines:
+            if line.startswith("data: "):
+                yield json.loads(line.removeprefix("data: "))
 
     def wait_for_event(self, name: str) -> dict[str, Any]:
         return next(event for event in self.events() if name in event)
 
     def wait_for_prefill(self, done: int = 0) -> int:
         """Wait until at least so many tokens of the prompt are known or read; their number."""
-        stages = (event["progress"] for event in self.events() if "progress" in event)
-        known = (stage["done"] for stage in stages if stage["stage"] == "prefill")
-        return int(next(count for count in known if count >= done))
+        while True:
+            stage = self.wait_for_event("progress")["progress"]
+            if stage["stage"] == "prefill" and stage["done"] >= done:
+                return int(stage["done"])
 
     def text(self) -> str:
         """The text that is still to come."""
         return "".join(event.get("token", "") for event in self.events())
 
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RDWR)
-        self.connection.close()
-
 
 class Vps:
     def __init__(self, process: Daemon) -> None:
-        self.process, self.port = process, process.port
+        self.process, url = process, f"http://127.0.0.1:{process.port}"
+        self.client = httpx.Client(base_url=url, timeout=PATIENCE, trust_env=False)
 
     def ask(
         self, method: str, path: str, body: Any = None, headers: dict[str, str] = HEADERS
     ) -> tuple[int, Any]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
-        with contextlib.closing(connection):
-            connection.request(method, path, None if body is None else json.dumps(body), headers)
-            answer = connection.getresponse()
-            return answer.status, json.loads(answer.read())
+        answer = self.client.request(method, path, json=body, headers=headers)
+        return answer.status_code, answer.json()
 
     def get(self, path: str, method: str = "GET", body: Any = None) -> Any:
         status, answer = self.ask(method, path, body)
@@ -140,11 +118,9 @@ class Vps:
 
     @contextlib.contextmanager
     def stream(self, prompt: str | None, **more: Any) -> Iterator[Stream]:
-        stream = Stream(self.port, self.fields(prompt, more))
-        try:
-            yield stream
-        finally:
-            stream.close()
+        request = {"json": self.fields(prompt, more), "headers": HEADERS}
+        with self.client.stream("POST", "/v1/inference/stream", **request) as answer:
+            yield Stream(answer)
 
     @contextlib.contextmanager
     def begun(self, **more: Any) -> Iterator[Stream]:
@@ -366,10 +342,8 @@ def test_models(vps, models):
 
 def test_a_completion_that_nobody_waits_for_is_counted(vps):
     def read(name):
-        headers = {"Authorization": f"Bearer {KEY}"}
-        request = urllib.request.Request(f"http://127.0.0.1:{vps.port}/metrics", headers=headers)
-        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
-            found = re.search(rf"(?m)^{name} (.*)", answer.read().decode())
+        answer = vps.client.get("/metrics", headers={"Authorization": f"Bearer {KEY}"})
+        found = re.search(rf"(?m)^{name} (.*)", answer.text)
         return float(found[1]) if found else 0.0
 
     processing = f'llamacpp:requests_processing{{model="{SMALL}"}}'
@@ -812,7 +786,7 @@ def test_sigterm_lets_a_short_stream_end_and_ends_a_long_one_with_an_error(tmp_p
             assert list(short.events())[-1]["done"] is True
             error = long.wait_for_event("error")
             assert (error["error"], error["code"]) == (True, "SHUTTING_DOWN")
-            with pytest.raises((Cut, ConnectionError)):
+            with pytest.raises(httpx.TransportError):
                 next(long.events())
         vps.process.process.wait(PATIENCE)
 
