@@ -643,15 +643,12 @@ async def test_a_completion(api, script, text, tokens, path, split):
 
 
 async def test_the_model_of_an_engine():
-    async with pi_before() as (pi, backend):
+    async with pi_before() as (pi, _):
         models = (await pi.get("/v1/models")).json["models"]
         (known,) = [model for model in models if model.get("loaded")]
         about = {"id": "qwen_0_5b", "available": True, "n_ctx": 2048, "backends": ["gpu"]}
-        assert known == known | about
+        assert about.items() <= known.items()
         assert (await pi.get("/v1/activity")).json["models_loaded"] == ["qwen_0_5b"]
-        asked = len(backend.asked)
-        await pi.gateway.fleet.first.probe()
-        assert len(backend.asked) == asked + 1, "the list was asked for again"
 
 
 ERROR = {"error": {"message": "boom"}}

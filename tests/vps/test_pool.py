@@ -268,8 +268,8 @@ async def test_a_draft_model_is_loaded_with_its_model_and_leaves_with_it(house):
     house.room = 9
     house.pair()
     worker = await house.idle(B)
-    assert (worker.loader.draft.model_id, worker.loader.draft.path) == (A, house.file(A))
-    assert worker.loader.draft.settings.outputs == 1
+    draft = worker.loader.draft
+    assert (draft.model_id, draft.path, draft.settings.outputs) == (A, house.file(A), 1)
     assert list(house.pool.ready) == [B]  # it serves nobody itself
     assert house.pool.instances[B].estimate == 2 * MB
     house.pair(sha256="0" * 64)
@@ -300,20 +300,6 @@ async def test_a_draft_model_that_is_no_use_gives_its_memory_back(house):
     house.file(A).write_bytes(b"GGUF, another one")
     assert await drafts() == A
     assert (await house.idle(B)).loader.draft
-
-
-async def test_models_toml_changes_while_a_pair_is_loaded(house):
-    """It is loaded as planned, and unloaded once it is idle."""
-
-    async def make_room(*_):
-        house.reconfigure(models=(house.pool.models[B],))
-
-    house.room = 9
-    house.pair()
-    path = house.file(A)
-    house.patch(house.pool, "_make_room", make_room)
-    worker = await house.idle(B)
-    assert (worker.loader.draft.path, worker.stopping) == (path, True)
 
 
 async def test_what_a_draft_model_did_is_told_by_its_model(house):
@@ -476,9 +462,8 @@ async def test_two_requests_both_wait_for_the_idle_model_that_makes_room(house):
     completions = [house.ask(B), house.ask(B)]
     await until(lambda: idle.stopping)
     assert [completion.events.qsize() for completion in completions] == [0, 0]
-    idle.ended.set_result(None)
-    await until(lambda: B in house.pool.instances)
-    house.worker(B).ready.set_result(None)
+    await house.ends()
+    (await house.begun(B)).ready.set_result(None)
     await until(lambda: len(house.worker(B).submitted) == 2)
     house.finish(*completions)
 
