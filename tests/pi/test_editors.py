@@ -683,23 +683,6 @@ SUFFIX_FIRST = answer(
 )
 
 
-async def test_a_suffix_that_is_read_first_stays_whole_while_one_types():
-    async with (
-        Backend([script("a", **TOLD)], models=SUFFIX_FIRST) as backend,
-        pi_for(backend.port) as pi,
-    ):
-        await infill(pi, **PLACE | {"input_suffix": f"\n{AFTER}"})
-        await until(lambda: len(backend.completions) == 2 and not pi.reads_ahead())
-        for before in (")", "other"):
-            await infill(pi, **PLACE | {"prompt": "xy(", "input_suffix": f"{before}\n{AFTER}"})
-        cut, whole, typed, changed = backend.completions[:4]
-        assert 2 * len(cut["suffix"]) < len(whole["suffix"]) + 20
-        assert typed["prompt"] == whole["prompt"] + "y("
-        # A bracket that the editor adds does not count.
-        assert typed["suffix"] == ")" + whole["suffix"]
-        assert weigh(changed["prompt"] + changed["suffix"]) <= NEAR, "all has to be read again"
-
-
 async def test_a_client_that_moves_about_in_a_file_does_not_displace_others():
     async with (
         Backend([script("a", **TOLD)], models=SUFFIX_FIRST) as backend,

@@ -9,13 +9,12 @@ llama_decode in this process, one token at a time.
 llama.cpp rounds differently for different batch sizes, so a near-tie between the two likeliest
 tokens may fall the other way. Their gap moved by up to 0.22 (0.5B, a batch of 48 against single
 tokens). Of 24 texts of 96 tokens, 8 differed with drafts, each after a gap of at most 0.068; none
-differed without drafts. A text may leave the reference only after a gap below TIE.
+differed without drafts. A text is compared up to the first gap below TIE.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import itertools
 import json
@@ -247,40 +246,22 @@ def new_prompt(tokens: int = 64) -> str:
 
 
 class Reference(families.Reference):
-    """A greedy loop over llama_decode, with the texts that it has found."""
+    """A greedy loop over llama_decode."""
 
     def __init__(self, path: Path, tie: float) -> None:
         super().__init__(path)
-        self.tie, self.known = tie, dict[tuple[int, ...], tuple[list[bytes], list[float]]]()
-
-    @functools.cached_property
-    def pieces(self) -> set[bytes]:
-        """The texts of all tokens."""
-        return {self.piece(token) for token in range(self.n_vocab)}
+        self.tie = tie
 
     def check(self, prompt: str | list[int], text: str, most: int) -> None:
-        """Assert that `text` is the greedy text, or leaves it at a near-tie."""
+        """Assert that `text` is the greedy text, at least up to the first near-tie of that."""
         tokens = self.tokenize(prompt) if isinstance(prompt, str) else prompt
-        key = (*tokens, most)
-        pieces, gaps = self.known[key] = self.known.get(key) or self.greedy(tokens, most)
-        got, wanted = text.encode(), b"".join(pieces)
-        if text == wanted.decode("utf-8", "ignore"):  # a character cut at the end is dropped
-            return
-        same = prefixes.common_prefix(got, wanted)
-        starts = list(itertools.accumulate(map(len, pieces), initial=0))
-        last = max(number for number, start in enumerate(starts) if start <= same)
-        # A token "be" in place of "b" shows only after the "b", where the reference continues
-        # without "e".
-        ends = range(same + 1, min(same + 9, len(got) + 1))
-        longer = [
-            number
-            for number in range(last)
-            if any(got[starts[number] : end] in self.pieces for end in ends)
-        ]
-        gap = min(gaps[min(number, len(gaps) - 1)] for number in (*longer, last))
-        assert gap < self.tie, (
-            f"token {last} differs after a gap of {gap:.3f}: expected {wanted!r}, got {got!r}"
-        )
+        pieces, gaps = self.greedy(tokens, most)
+        tie = next((number for number, gap in enumerate(gaps) if gap < self.tie), None)
+        sure = b"".join(pieces[:tie])
+        if tie is None:
+            assert text == sure.decode("utf-8", "ignore")  # a character cut at the end is dropped
+        else:
+            assert text.encode()[: len(sure)] == sure
 
 
 @pytest.fixture(scope="module")
@@ -409,7 +390,6 @@ def test_the_answer_and_the_stream_of_a_completion(vps, reference):
     assert result.items() <= body.items() & done.items()
 
 
-NOTHING = "model: expected a string from 1 to 200 characters, got nothing"
 UNKNOWN = f'model: expected one of {", ".join(FILES)}, got the string "gpt"'
 MISSING = (
     "model codellama_7b: the file codellama-7b.Q4_K_M.gguf is missing; "
@@ -417,7 +397,6 @@ MISSING = (
 )
 TOO_LONG = "prompt: expected 1 to 2047 tokens, got 2048"
 ERRORS = [
-    ({}, 400, "INVALID_REQUEST", NOTHING),
     ({"model": "gpt", "prompt": "x"}, 404, "MODEL_NOT_FOUND", UNKNOWN),
     ({"model": "codellama_7b", "prompt": "x"}, 404, "MODEL_NOT_FOUND", MISSING),
     ({"model": SMALL, "prompt": "#" * 2048}, 400, "INVALID_REQUEST", TOO_LONG),
