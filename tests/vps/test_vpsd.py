@@ -722,10 +722,10 @@ def test_files_that_cannot_be_loaded(tmp_path, models, reference):
     families.write_header(folder / "odd.gguf", families.Family("llama", layers=513))
     for name in ("good", "othersum"):
         (folder / f"{name}.gguf").symlink_to(whole)
-    refused = dict.fromkeys((*files, "odd", "othersum"), (500, "MODEL_LOAD_FAILED"))
-    refused |= dict.fromkeys(("directory", "missing"), (404, "MODEL_NOT_FOUND"))
+    refused = dict.fromkeys(("directory", "missing"), (404, "MODEL_NOT_FOUND"))
+    refused |= dict.fromkeys((*files, "odd", "othersum"), (500, "MODEL_LOAD_FAILED"))
     entries = [ENTRY.format(name) for name in ("good", *refused)]
-    (folder / "models.toml").write_text("".join(entries))
+    (folder / "models.toml").write_text("".join(entries) + f'sha256 = "{"0" * 64}"\n')
     with start(tmp_path, folder, faults=True) as vps:
         for name, expected in refused.items():
             *got, message = vps.refusal("x", model=name)
