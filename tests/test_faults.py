@@ -66,7 +66,7 @@ pytestmark = [pytest.mark.slow, needs_weights]
 
 
 @pytest.fixture(scope="session")
-def measured(tmp_path_factory) -> Path:
+def measured(tmp_path_factory):
     """A state with the digest of the model, which costs seconds."""
     folder = tmp_path_factory.mktemp("measured")
     with vpsd(folder) as vps:
@@ -75,7 +75,7 @@ def measured(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def folder(measured, tmp_path) -> Path:
+def folder(measured, tmp_path):
     """A folder for a vpsd that knows the digest already."""
     return with_state(measured, tmp_path)
 
@@ -241,7 +241,7 @@ def ip(arguments: str) -> str:
 
 
 @pytest.fixture
-def cable() -> Iterator[Cable]:
+def cable():
     if os.geteuid() or not shutil.which("ip"):
         pytest.skip("needs root and ip")
     try:
@@ -321,7 +321,7 @@ async def a_client_that_is_sent_nothing(cable: Cable, folder: Path) -> None:
 
 
 @pytest.fixture
-def disk(tmp_path) -> Iterator[Path]:
+def disk(tmp_path):
     """A disk of 1 MB. A file `filler` takes all of it."""
     with disk_of("1m", tmp_path / "disk") as folder:
         fill(folder / "filler")

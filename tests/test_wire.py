@@ -19,7 +19,7 @@ import re
 import socket
 import sys
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -763,7 +763,7 @@ SYSTEM_PYTHON = "/usr/bin/python3"  # the Pi's daemon runs on it, and it may be 
 
 
 @pytest.fixture(scope="module")
-def daemons(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Daemon, Daemon]]:
+def daemons(tmp_path_factory):
     """cm4d, which is healthy and gets good answers from a scripted VPS, and vpsd without a
     model.
     """
@@ -777,7 +777,7 @@ def daemons(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Daemon, 
 
 
 @pytest.fixture(autouse=True)
-def _quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+def _quiet(caplog):
     """asyncio never complains, and a row never makes the server log an error."""
     caplog.set_level(logging.INFO)
     yield

@@ -13,7 +13,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -168,12 +168,12 @@ class House:
 
 
 @pytest.fixture
-def patch(monkeypatch) -> Callable[..., None]:
+def patch(monkeypatch):
     return monkeypatch.setattr
 
 
 @pytest.fixture
-def house(runner, patch, tmp_path, caplog) -> Iterator[House]:
+def house(runner, patch, tmp_path, caplog):
     """A house in which the files of all models exist, and none has a draft model. After the test
     every place must be free again.
     """

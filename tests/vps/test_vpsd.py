@@ -190,7 +190,7 @@ def start(
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def models(tmp_path_factory):
     """A folder with the stand-in for the 0.5B, and with a models.toml that has its sha256."""
     vps_llama.start_library()
     folder = tmp_path_factory.mktemp("models")
@@ -206,7 +206,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def vps(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vps]:
+def vps(models, tmp_path_factory):
     """The daemon with the stand-in."""
     with start(tmp_path_factory.mktemp("vpsd"), models) as vps:
         vps.complete("a", max_tokens=1)
@@ -214,7 +214,7 @@ def vps(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vps]
 
 
 @pytest.fixture(scope="module")
-def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vps]:
+def real(tmp_path_factory):
     """The daemon with the 0.5B."""
     if not FILES[SMALL].exists():
         pytest.skip(f"{FILES[SMALL]} is missing: python3 vpsd.py fetch")
@@ -224,7 +224,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vps]:
 
 
 @pytest.fixture(autouse=True)
-def _free(request: pytest.FixtureRequest) -> Iterator[None]:
+def _free(request):
     """A test leaves no request that takes a place of the next one's."""
     yield
     for name in {"vps", "real"} & {*request.fixturenames}:
@@ -265,7 +265,7 @@ class Reference(families.Reference):
 
 
 @pytest.fixture(scope="module")
-def reference(models: Path) -> Iterator[Reference]:
+def reference(models):
     """Of the stand-in."""
     with contextlib.closing(
         Reference(models / FILES[SMALL].name, TIE_OF_THE_STAND_IN)
@@ -274,7 +274,7 @@ def reference(models: Path) -> Iterator[Reference]:
 
 
 @pytest.fixture(scope="module")
-def real_reference() -> Iterator[Reference]:
+def real_reference():
     with contextlib.closing(Reference(FILES[SMALL], TIE)) as reference:
         yield reference
 
@@ -540,7 +540,7 @@ def test_stop_strings(vps):
 
 
 @pytest.fixture(scope="module")
-def small(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vps]:
+def small(models, tmp_path_factory):
     """A daemon with a short context that drafts nothing and keeps nothing for long."""
     least = {"CEREBRUM_CACHE_MB": "0", "CEREBRUM_IDLE_MINUTES": "0", "CEREBRUM_DRAFT": "0"}
     with start(tmp_path_factory.mktemp("small"), models, CEREBRUM_N_CTX="256", **least) as vps:
