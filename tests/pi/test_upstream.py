@@ -15,7 +15,6 @@ import re
 import socket
 import ssl
 import threading
-from collections.abc import AsyncIterator
 from typing import Any
 from unittest.mock import Mock
 
@@ -36,6 +35,7 @@ from scripted import (
     event,
     head,
     pi_for,
+    pi_with,
 )
 
 from cerebrum.pi import fleet as pi_fleet
@@ -56,58 +56,53 @@ BOTH = event(**TOKEN_A) + event(**TOKEN_B)
 A, B = chunk(event(**TOKEN_A)), chunk(event(**TOKEN_B))
 END = b"0\r\n\r\n"
 CLOSING = head(200, "Connection: close")
-UNAVAILABLE = "VPS_UNAVAILABLE"
+BUSY, UNAVAILABLE = "RESOURCE_EXHAUSTED", "VPS_UNAVAILABLE"
 FIELDS = {"prompt": "x", "language": "python"}
 TIMED_OUT = head(408, "Content-Length: 0")
 
 
-def length_of(payload: bytes, claimed: int | None = None) -> bytes:
-    return head(200, f"Content-Length: {len(payload) if claimed is None else claimed}") + payload
+def length_of(payload: bytes) -> bytes:
+    return head(200, f"Content-Length: {len(payload)}") + payload
 
 
-# A fault before the first event is the client's 503, which the breaker counts: (script, part of the
-# message).
+# A fault before the first event is the client's 503, which the breaker counts: part of the message,
+# and what the VPS does.
 FAILED = {
-    "reset before any byte": ([RESET], "without an answer"),
-    "closed before any byte": ([], "without an answer"),
-    "closed inside the head": ([CHUNKED[:30]], "without an answer"),
-    "not HTTP": ([b"SSH-2.0-OpenSSH_9.6\r\n\r\n"], "not HTTP/1.1"),
-    "bare LF": ([b"HTTP/1.1 200 OK\n\n"], "not HTTP/1.1"),
-    "two lengths": ([head(200, "Content-Length: 1", "Content-Length: 1")], "not HTTP/1.1"),
-    "gzip framing": ([head(200, "Transfer-Encoding: gzip, chunked")], "not HTTP/1.1"),
-    "gzip content": ([head(200, "Content-Encoding: gzip")], "Content-Encoding"),
-    "a head without end": ([b"HTTP/1.1 200 OK\r\n", Flood(b"A: b\r\n" * 200)], "not HTTP/1.1"),
-    "an HTML page": ([head(200, "Content-Length: 6", kind="text/html"), b"<html>"], "type"),
-    "HTML with 502": ([head(502, "Content-Length: 6", kind="text/html"), b"<html>"], "502"),
-    "a redirect": ([head(307, "Location: http://127.0.0.1:1/", "Content-Length: 0")], "307"),
-    "a redirect as our error": ([error(302, "VPS_BUSY")], "302"),
-    "no content": ([head(204)], "204"),
-    "switching protocols": ([head(101)], "101"),
-    "informational for ever": ([Flood(head(103))], "103"),
-    "an error past its length": ([head(503, "Content-Length: 2") + b"{} "], "503"),
-    "an error without end": ([head(503, "Connection: close"), Flood(b" " * 4096)], "503"),
-    "a header as an error's code": ([error(503, "A\r\nB: c")], "503"),
+    "reset before any byte": ("without an answer", RESET),
+    "closed before any byte": ("without an answer",),
+    "closed inside the head": ("without an answer", CHUNKED[:30]),
+    "not HTTP": ("not HTTP/1.1", b"SSH-2.0-OpenSSH_9.6\r\n\r\n"),
+    "bare LF": ("not HTTP/1.1", b"HTTP/1.1 200 OK\n\n"),
+    "two lengths": ("not HTTP/1.1", head(200, "Content-Length: 1", "Content-Length: 1")),
+    "gzip framing": ("not HTTP/1.1", head(200, "Transfer-Encoding: gzip, chunked")),
+    "gzip content": ("Content-Encoding", head(200, "Content-Encoding: gzip")),
+    "a head without end": ("not HTTP/1.1", b"HTTP/1.1 200 OK\r\n", Flood(b"A: b\r\n" * 200)),
+    "an HTML page": ("type", head(200, "Content-Length: 6", kind="text/html"), b"<html>"),
+    "HTML with 502": ("502", head(502, "Content-Length: 6", kind="text/html"), b"<html>"),
+    "a redirect": ("307", head(307, "Location: http://127.0.0.1:1/", "Content-Length: 0")),
+    "a redirect as our error": ("302", error(302, "VPS_BUSY")),
+    "no content": ("204", head(204)),
+    "switching protocols": ("101", head(101)),
+    "informational for ever": ("103", Flood(head(103))),
+    "an error past its length": ("503", head(503, "Content-Length: 2") + b"{} "),
+    "an error without end": ("503", head(503, "Connection: close"), Flood(b" " * 4096)),
+    "a header as an error's code": ("503", error(503, "A\r\nB: c")),
 }
-# An error of a backend that is up: (script, status, code, part of the message).
+# An error of a backend that is up: the client's status and code, part of the message, and what the
+# VPS does.
 REFUSED = {
-    code: ([error(status, code)], status, code, "says the VPS")
-    for status, code in (
-        (400, "INVALID_REQUEST"),
-        (404, "MODEL_NOT_FOUND"),
-        (409, "SUPERSEDED"),
-        (429, "RATE_LIMIT"),
-        (500, "MODEL_LOAD_FAILED"),
-    )
-}
-BUSY = "RESOURCE_EXHAUSTED"
-REFUSED |= {
-    "its 503 after a 100": ([head(100), error(503, BUSY)], 503, BUSY, "says the VPS"),
-    "its 401": ([error(401, "UNAUTHORIZED")], 503, UNAVAILABLE, "do not match"),
-    "its 421": ([error(421, "MISDIRECTED_REQUEST")], 503, UNAVAILABLE, "CEREBRUM_ALLOWED_HOSTS"),
-    "its 500": ([error(500, "INTERNAL_ERROR")], 503, UNAVAILABLE, "says the VPS"),
+    "its 400": (400, "INVALID_REQUEST", "says the VPS", error(400, "INVALID_REQUEST")),
+    "its 404": (404, "MODEL_NOT_FOUND", "says the VPS", error(404, "MODEL_NOT_FOUND")),
+    "its 409": (409, "SUPERSEDED", "says the VPS", error(409, "SUPERSEDED")),
+    "its 429": (429, "RATE_LIMIT", "says the VPS", error(429, "RATE_LIMIT")),
+    "its own 500": (500, "MODEL_LOAD_FAILED", "says the VPS", error(500, "MODEL_LOAD_FAILED")),
+    "its 503 after a 100": (503, BUSY, "says the VPS", head(100), error(503, BUSY)),
+    "its 401": (503, UNAVAILABLE, "do not match", error(401, "UNAUTHORIZED")),
+    "its 421": (503, UNAVAILABLE, "CEREBRUM_ALLOWED_HOSTS", error(421, "MISDIRECTED_REQUEST")),
+    "its 500": (503, UNAVAILABLE, "says the VPS", error(500, "INTERNAL_ERROR")),
 }
 
-# A later fault is an error event and a cut: (script, events before the error, part of its message).
+# A later fault is an error event and a cut.
 SILENT = {  # nothing comes before the fault
     "resets after the head": ("the connection broke in the middle of its answer", CHUNKED, RESET),
     "dies after the head": ("it ended in the middle of its answer", CHUNKED),
@@ -162,18 +157,6 @@ WHOLE = {
 }  # fmt: skip
 
 
-@contextlib.asynccontextmanager
-async def pi_before(
-    *scripts: Any, probing: bool = True, **more: Any
-) -> AsyncIterator[tuple[Pi, Backend]]:
-    """A Pi with one VPS, which plays these scripts, by default good ones."""
-    async with (
-        Backend(scripts or (GOOD,), **more) as backend,
-        pi_for(backend.port, probing=probing) as pi,
-    ):
-        yield pi, backend
-
-
 def check_error(reply: Reply, status: int, code: str, part: str) -> None:
     assert (reply.status, reply.json["code"], reply.clean) == (status, code, True)
     assert part in reply.json["message"]
@@ -189,13 +172,13 @@ def failures_at(pi: Pi) -> int:
 @pytest.mark.parametrize("name", [*FAILED, *REFUSED])
 async def test_before_the_first_event(name, split):
     if name in REFUSED:
-        script, *expected = REFUSED[name]
+        status, code, part, *script = REFUSED[name]
     else:
-        script, part = FAILED[name]
-        expected = [503, UNAVAILABLE, part]
-    async with pi_before(script, split=split, probing=False) as (pi, backend):
-        check_error(await pi.stream(), *expected)
-        check_error(await pi.complete(), *expected)
+        status, code, (part, *script) = 503, UNAVAILABLE, FAILED[name]
+    async with pi_with(script, probing=False) as (pi, backend):
+        backend.split = split
+        for ask in (pi.stream, pi.complete):
+            check_error(await ask(), status, code, part)
         assert len(backend.completions) == 2, "a POST was sent again"
         assert failures_at(pi) == (2 if name in FAILED else 0)
 
@@ -220,7 +203,8 @@ async def test_broken(name, how):
         (part, *rest), before = BROKEN[name], [TOKEN_A]
         script = [CHUNKED, A, *rest]
     script = joined(script) if how == "one write" else script
-    async with pi_before(script, split=how == "bytes", probing=False) as (pi, backend):
+    async with pi_with(script, probing=False) as (pi, backend):
+        backend.split = how == "bytes"
         reply = await pi.stream()
         assert (reply.status, reply.clean) == (200, False)
         *events, last = reply.events
@@ -235,7 +219,8 @@ async def test_broken(name, how):
 @pytest.mark.parametrize("split", [False, True], ids=["whole", "bytes"])
 @pytest.mark.parametrize("name", WHOLE)
 async def test_whole(name, split):
-    async with pi_before(WHOLE[name], split=split, probing=False) as (pi, _):
+    async with pi_with(WHOLE[name], probing=False) as (pi, backend):
+        backend.split = split
         reply = await pi.stream()
         *tokens, done = reply.events
         assert (reply.status, reply.clean, tokens) == (200, True, [TOKEN_A, TOKEN_B])
@@ -259,7 +244,7 @@ RESULT = {
 
 async def test_a_completion_leaves_a_connection_for_the_next(monkeypatch):
     monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 0.01)
-    async with pi_before() as (pi, backend):
+    async with pi_with() as (pi, backend):
         assert (await pi.complete()).status == 200
         await until(lambda probes=pi.probes: pi.probes > probes + 3 and len(backend.waiting) == 1)
         (spare,) = backend.waiting  # the probes open connections too, for a moment
@@ -271,7 +256,7 @@ async def test_a_completion_leaves_a_connection_for_the_next(monkeypatch):
 
 async def test_a_spare_connection_that_nobody_uses_is_closed(monkeypatch):
     monkeypatch.setattr(upstream, "SPARE_SECONDS", 0.05)
-    async with pi_before() as (pi, backend):
+    async with pi_with() as (pi, backend):
         assert (await pi.complete()).status == 200
         await until(lambda: backend.waiting)
         await until(lambda: not backend.waiting)
@@ -286,7 +271,7 @@ async def test_a_spare_connection_that_nobody_uses_is_closed(monkeypatch):
 async def test_a_spare_connection_that_the_backend_has_ended_or_written_to_is_not_used(
     last, closes
 ):
-    async with pi_before() as (pi, backend):
+    async with pi_with() as (pi, backend):
         assert (await pi.complete()).status == 200
         await until(lambda: backend.waiting)
         (writer,) = backend.waiting
@@ -321,7 +306,7 @@ async def test_a_spare_connection_that_closes_as_the_request_goes_out(
 ):
     """The request is sent again, once, and only if nobody can have had an answer."""
     monkeypatch.setattr(native, "BEGIN_SECONDS", 0.5)
-    async with pi_before(GOOD, fault, then) as (pi, backend):
+    async with pi_with(GOOD, fault, then) as (pi, backend):
         assert (await pi.complete()).status == 200
         await until(lambda: backend.waiting)
         assert ((await pi.complete()).status, len(backend.completions)) == (status, asked)
@@ -418,7 +403,7 @@ async def test_a_done_event_that_lies_cannot_override_what_is_ours(wrong):
     """Figures of the wrong type are left out, and members that nobody knows are passed on."""
     lies = dict.fromkeys(OVERRIDDEN, "lies") | dict.fromkeys(FIGURES, wrong)
     done = chunk(event(**lies, kept="lies", x=[1], done=True))
-    async with pi_before([CHUNKED, A, B, done, END]) as (pi, _):
+    async with pi_with([CHUNKED, A, B, done, END]) as (pi, _):
         whole, stream = (await pi.complete()).json, await pi.stream()
         assert (whole["completion"], stream.clean) == ("ab", True)
         for result, own in ((whole, "completion"), (stream.events[-1], "done")):
@@ -442,7 +427,7 @@ MESSAGES = [
 async def test_a_message_of_the_vps_has_no_controls_and_no_key(message, told):
     refused = error(503, BUSY, message)
     broken = [CHUNKED, A, chunk(event(error=True, message=message, code=BUSY))]
-    async with pi_before([refused], broken) as (pi, _):
+    async with pi_with([refused], broken) as (pi, _):
         for _ in range(2):
             check_error(await pi.complete(), 503, BUSY, told)
         last = {"error": True, "message": told, "code": BUSY}
@@ -453,7 +438,7 @@ async def test_a_message_of_the_vps_has_no_controls_and_no_key(message, told):
 async def test_progress_and_comments_are_passed_on():
     progress = {"progress": {"stage": "prefill", "done": 1, "total": 2}}
     script = [CHUNKED, chunk(b": keep-alive\n\n"), chunk(event(**progress)), *TWO]
-    async with pi_before(script) as (pi, backend):
+    async with pi_with(script) as (pi, backend):
         events = (await pi.stream(progress=True)).events
         assert events[:4] == [": keep-alive", progress, TOKEN_A, TOKEN_B]
         assert (await pi.complete(progress=True)).json["completion"] == "ab"
@@ -474,14 +459,14 @@ LATE = [
 @pytest.mark.parametrize(("script", "part"), LATE)
 async def test_a_head_must_come_before_the_deadline(script, part, monkeypatch):
     monkeypatch.setattr(native, "BEGIN_SECONDS", 0.15)
-    async with pi_before(script) as (pi, backend):
+    async with pi_with(script) as (pi, backend):
         check_error(await pi.stream(), 503, UNAVAILABLE, part)
         await backend.left.wait()  # the connection is gone: a late answer has nowhere to go
 
 
 async def test_a_stall_ends_at_the_idle_deadline(monkeypatch):
     monkeypatch.setattr(upstream, "IDLE_SECONDS", 0.4)
-    async with pi_before([CHUNKED, A, B[:9], HANG]) as (pi, backend):
+    async with pi_with([CHUNKED, A, B[:9], HANG]) as (pi, backend):
         first, last = (await pi.stream()).events
         assert (first, "it stopped in the middle" in last["message"]) == (TOKEN_A, True)
         await backend.left.wait()
@@ -515,14 +500,14 @@ def test_a_vps_is_cut_if_it_is_silent_or_never_ends(since, now, again, monkeypat
 
 
 async def test_a_collected_answer_without_end_is_cut():
-    async with pi_before([CHUNKED, Flood(A * 1000)]) as (pi, backend):
+    async with pi_with([CHUNKED, Flood(A * 1000)]) as (pi, backend):
         check_error(await pi.complete(), 503, UNAVAILABLE, "its completion is too long")
         await backend.left.wait()
         assert failures_at(pi) == 1
 
 
 async def test_a_client_that_reads_nothing_pauses_reading_from_the_vps():
-    async with pi_before([CHUNKED, Flood(A * 1000)]) as (pi, backend):
+    async with pi_with([CHUNKED, Flood(A * 1000)]) as (pi, backend):
         _, writer = await pi.open("POST", "/v1/complete/stream", FIELDS)
         with contextlib.suppress(TimeoutError):  # in a second it could send a hundred times as much
             await until(lambda: backend.sent > 24 << 20, seconds=1.0)
