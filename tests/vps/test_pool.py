@@ -47,20 +47,20 @@ class ScriptedWorker:
     """
 
     made: list[ScriptedWorker]
+    due = float("inf")
+    stopping = False
+    stored_bytes = memory_bytes = 0
+    prepare_fault: Exception | None = None
 
     def __init__(self, loader: Loader, _baton: Any, tally: Any) -> None:
         self.loader, self.tally = loader, tally
         self.model_id, self.tuned = loader.model_id, loader.tuned
-        self.ready = Future[None]()
-        self.ending = Future[None]()
-        self.ended = Future[None]()
-        self.due = float("inf")
-        self.stopping = False
-        self.model = SimpleNamespace(n_ctx=4096)
         self.draft = loader.draft  # what it could use of it
-        self.stored_bytes = self.memory_bytes = 0
-        self.submitted = []
-        self.fails: Exception | None = None
+        self.ready, self.ending = Future[None](), Future[None]()
+        self.ended = Future[None]()
+        self.model = SimpleNamespace(n_ctx=4096)
+        self.submitted = list[Any]()
+        self.submit = self.submitted.append
         self.made.append(self)
 
     def start(self, *_: Any) -> None:
@@ -77,12 +77,9 @@ class ScriptedWorker:
         self.ended.set_result(None)
 
     def prepare(self, job: Any) -> Any:
-        if self.fails:
-            raise self.fails
+        if self.prepare_fault:
+            raise self.prepare_fault
         return job
-
-    def submit(self, job: Any) -> None:
-        self.submitted.append(job)
 
 
 class House:
@@ -248,15 +245,14 @@ async def test_a_model_that_does_not_fit_gets_a_shorter_context(house):
     def needed(_, forms):
         return [{"kv": form.sequences * form.n_ctx << 10} for form in forms]
 
+    def find(_, settings, __):
+        return TunedFile(house.folder, settings, tuned_passport()), ""
+
     house.patch(encoding, "needed", needed)
+    house.patch(encoding, "find_tuned", find)
     house.patch(house.pool, "_free_mb", lambda: 5.0)
-    house.patch(
-        encoding,
-        "find_tuned",
-        lambda _, settings, __: (TunedFile(house.folder, settings, tuned_passport()), ""),
-    )
     assert (await house.listed(A))["n_ctx"] == 2560
-    settings = (await house.idle()).loader.tuned.settings
+    settings = (await house.idle()).tuned.settings
     assert (settings.n_ctx, settings.sequences) == (2560, 2)
     allowed = "memory allows only a context of 2,560 tokens and 2 at a time"
     assert house.warnings() == [f"model {A}: {allowed}"]
@@ -325,7 +321,7 @@ async def test_any_fault_on_the_way_becomes_a_response(house, monkeypatch, step)
 
     fault = FileNotFoundError(2, "gone", "/secret")
     if step == "prepare":
-        (await house.idle()).fails = fault
+        (await house.idle()).prepare_fault = fault
     else:
         monkeypatch.setattr(house.pool, step, fail)
     for completion in [house.ask(), house.ask()]:
