@@ -254,13 +254,6 @@ async def test_the_error_of_a_shared_completion_reaches_every_reader():
         assert data(broken)[-1] == {"error": wanted | {"code": "VPS_UNAVAILABLE"}}
 
 
-async def test_progress_that_nobody_asked_for_is_dropped():
-    unasked = chunk(event(progress={"stage": "prefill", "done": 1, "total": 2}))
-    async with pi_with(script("a", unasked, "b")) as (pi, _):
-        reply = await start(pi, "/v1/completions", {"prompt": "x", "stream": True})
-        assert (texts(reply), reply.clean) == (["a", "b", ""], True)
-
-
 async def test_a_reader_that_does_not_read_delays_nobody():
     go, pieces = asyncio.Event(), ["x" * 4000] * 199
     async with pi_with(script(go.wait, *pieces)) as (pi, backend):
