@@ -204,7 +204,7 @@ async def test_a_client_that_resets_beside_the_first_event_leaves_nothing_taken(
 
 async def test_a_pipelined_flood_is_answered_in_order_and_fairly():
     async with serving() as (_, port), connect(port) as (reader, writer):
-        answered, sent = list[str](), [f"n{number}" for number in range(1000)]
+        answered, sent = [], [f"n{number}" for number in range(1000)]
 
         async def flood():
             while len(answered) < len(sent):

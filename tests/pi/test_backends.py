@@ -743,7 +743,7 @@ async def test_an_engine_that_thinks_or_is_silent_is_not_given_up(
     monkeypatch.setattr(engines, "ALIVE_SECONDS", 0.02)
     thought = chunk(chat_chunk(reasoning_content="hm"))
     gates = [asyncio.Event() for _ in range(12)]
-    script: list[Any] = [gates[0].wait, CHUNKED]
+    script = [gates[0].wait, CHUNKED]
     for gate in gates[1:]:
         script += [gate.wait, thought]
     async with pi_before([*script, chunk(chat_chunk("stop", content="x"))]) as (pi, _):

@@ -348,7 +348,7 @@ async def test_https_with_a_private_authority(tmp_path):
 def test_a_name_is_looked_up_once_and_nobody_waits_for_the_resolver(
     monkeypatch,
 ):
-    asked = list[str]()
+    asked = []
     gates = {"hangs": threading.Event(), "late": threading.Event()}
     found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 80))]
 
@@ -364,7 +364,7 @@ def test_a_name_is_looked_up_once_and_nobody_waits_for_the_resolver(
 
     async def scenario():
         loop = asyncio.get_running_loop()
-        complaints = list[Any]()
+        complaints = []
         loop.set_exception_handler(lambda _, complaint: complaints.append(complaint))
         for _ in range(2):
             for host in gates:

@@ -59,7 +59,7 @@ class ScriptedWorker:
         self.ready, self.ending = Future[None](), Future[None]()
         self.ended = Future[None]()
         self.model = SimpleNamespace(n_ctx=4096)
-        self.submitted = list[Any]()
+        self.submitted = []
         self.submit = self.submitted.append
         self.made.append(self)
 
@@ -466,7 +466,7 @@ async def test_two_requests_both_wait_for_the_idle_model_that_makes_room(house):
 
 async def test_saved_prompts_are_dropped_before_a_request_is_refused(house):
     worker = await house.idle()
-    dropped, free = list[int](), {"mb": 900}
+    dropped, free = [], {"mb": 900}
 
     def shed(size):
         dropped.append(size)
