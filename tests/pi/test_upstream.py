@@ -171,10 +171,8 @@ def failures_at(pi: Pi) -> int:
 @pytest.mark.parametrize("split", [False, True], ids=["whole", "bytes"])
 @pytest.mark.parametrize("name", [*FAILED, *REFUSED])
 async def test_before_the_first_event(name, split):
-    if name in REFUSED:
-        status, code, part, *script = REFUSED[name]
-    else:
-        status, code, (part, *script) = 503, UNAVAILABLE, FAILED[name]
+    refused = REFUSED.get(name) or (503, UNAVAILABLE, *FAILED[name])
+    status, code, part, *script = refused
     async with pi_with(script, probing=False) as (pi, backend):
         backend.split = split
         for ask in (pi.stream, pi.complete):
