@@ -800,14 +800,31 @@ async def test_an_impossible_count_teaches_nothing():
         assert (prompts.speed, prompts._read) == ({}, {})
 
 
-async def test_a_list_that_is_not_strict_and_an_engine_that_asks_for_patience():
-    listed = b'{"object": "list", "object": "list", "score": NaN, "data": [{"id": "qwen_0_5b"}]}'
-    lines = (f"Content-Length: {len(listed)}", "Content-Encoding: identity")
-    whole = head(200, *lines, kind="application/json") + listed
-    async with pi_before(models=whole) as (pi, backend):
-        missing = await pi.complete(model="qwen_7b")
-        assert "that a backend has (qwen_0_5b), got" in missing.json["message"]
-        backend.models = answer(429, {})
+LOOSE = b'{"object": "list", "object": "list", "score": NaN, "data": [{"id": "qwen_0_5b"}]}'
+SIZED = (f"Content-Length: {len(LOOSE)}", "Content-Encoding: identity")
+# What an engine lists, and what a client hears that asks for another model.
+LISTINGS = [
+    (answer(500, {"error": "Traceback"}), "VPS backend is unavailable (it answered 500)"),
+    (answer(200, {"data": [{"id": "org/Other"}, {"id": "one"}]}), "a backend has (none), got"),
+    (
+        head(200, *SIZED, kind="application/json") + LOOSE,
+        "a backend has (qwen_0_5b), got",
+    ),
+]
+
+
+@pytest.mark.parametrize(("models", "part"), LISTINGS)
+async def test_what_an_engine_lists(models, part, caplog):
+    async with pi_before(VLLM, models=models) as (pi, backend):
+        assert part in (await pi.complete(model="qwen_7b")).json["message"]
+        unknown = "gpu: expected a model of models.toml, got one, org/Other"
+        assert (unknown in caplog.text) == ("none" in part)
+        assert backend.completions == []
+        backend.models = LISTED
+        await pi.gateway.fleet.first.probe()
+        await pi.gateway.fleet.first.learn_models()
+        assert (await pi.complete()).status == 200
+        backend.models = answer(429, {})  # it asks for patience
         await pi.gateway.fleet.first.probe()
         assert pi.gateway.fleet.available
 
@@ -830,27 +847,6 @@ async def test_the_length_of_the_context(api, about, table, n_ctx):
         pi_for(engine(backend.port, api, **table)) as pi,
     ):
         assert pi.gateway.fleet.n_ctx("qwen_0_5b") == n_ctx
-
-
-async def test_an_engine_that_does_not_list_its_models_is_away():
-    """Each probe asks for the list again."""
-    async with pi_before(VLLM, models=answer(500, {"error": "Traceback"})) as (pi, backend):
-        for reply in (await pi.get("/health"), await pi.complete()):
-            assert reply.json["message"] == "VPS backend is unavailable (it answered 500)"
-        backend.models = LISTED
-        await pi.gateway.fleet.first.probe()
-        assert (await pi.complete()).status == 200
-
-
-async def test_an_engine_with_none_of_our_models_is_logged(caplog):
-    listed = answer(200, {"data": [{"id": "org/Other"}, {"id": "one"}]})
-    async with pi_before(models=listed) as (pi, backend):
-        reply = await pi.complete()
-        fault = "expected a model that a backend has (none)"
-        assert (reply.status, reply.json["code"]) == (404, "MODEL_NOT_FOUND")
-        assert reply.json["message"] == f'{fault}, got the string "{SHIPPED[-1].id}"'
-        assert backend.completions == []
-    assert "gpu: expected a model of models.toml, got one, org/Other" in caplog.text
 
 
 async def test_the_tokens_of_a_text_come_from_llama_server():
