@@ -19,8 +19,7 @@ import re
 import socket
 import sys
 import threading
-from collections.abc import AsyncIterator, Iterator
-from itertools import pairwise
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +134,7 @@ def members(status: int, *values: bytes) -> list[Row]:
     return bodies(status, *(BODY[:-1] + b', "a": ' + value + b"}" for value in values))
 
 
-REQUEST_LINES: list[Row] = [
+REQUEST_LINES = [
     *each(
         "raw",
         200,
@@ -204,7 +203,7 @@ REQUEST_LINES: list[Row] = [
         "Connection: foo\r\nConnection: close",
     ),
 ]
-TARGETS: list[Row] = [
+TARGETS = [
     *each(
         "path",
         200,
@@ -275,7 +274,7 @@ TARGETS: list[Row] = [
     ("HEAD where a POST belongs", get("@POST", method="HEAD"), 405, K),
     *each("raw", 204, K, get("*", method="OPTIONS"), get("/health", method="OPTIONS")),
 ]
-HEADERS: list[Row] = [
+HEADERS = [
     *each(
         "raw",
         400,
@@ -403,7 +402,7 @@ HEADERS: list[Row] = [
     *each("header", 417, C, "Expect: 200-ok"),
     *each("raw", 200, C, get("/health", UPGRADE + SOCKET, version="HTTP/1.0")),
 ]
-BODIES: list[Row] = [
+BODIES = [
     *each("raw", 200, C, sized(BODY, version="HTTP/1.0")),
     *each("good", 200, K, f"{N}", f" 000{N}", f"  {N}", f"\t{N}", f" {N} \t"),
     *each(
@@ -582,7 +581,7 @@ BODIES: list[Row] = [
     ("pipelined with empty lines", get() + b"\r\n" + get() + b"\r\n" + get(), [200, 200, 200], K),
     ("pipelined behind a completion", sized(BODY) * 3 + get("/nothing"), [200, 200, 200, 404], K),
 ]
-JSON: list[Row] = [
+JSON = [
     *each(
         "type",
         415,
@@ -643,7 +642,7 @@ JSON: list[Row] = [
     *members(200, DEEP, b"9" * 20),
     *bodies(200, b" \r\n\t" + BODY + b" \r\n\t"),
 ]
-KEYS: list[Row] = [
+KEYS = [
     *each(
         "no key",
         401,
@@ -713,17 +712,17 @@ async def complete(state: State, request: Request) -> Response:
 async def stream(state: State, request: Request) -> Response:
     """`count` token events (0: without an end), and the end or the failure that is asked for."""
     asked = {"count": 1, "fail": "", **parse_json(request.body)}
+    faults = {"http": HttpError("VPS_UNAVAILABLE", "expected more"), "bug": KeyError("secret")}
 
     async def events() -> AsyncIterator[bytes]:
         try:
-            count = asked["count"]
-            for number in range(1, count + 1) if count else itertools.count(1):
+            for number in itertools.count(1):
                 yield common.sse_event({"token": "ä", "total_tokens": number})
                 await asyncio.sleep(0)
-            if asked["fail"] == "http":
-                raise HttpError("VPS_UNAVAILABLE", "expected more")
+                if number == asked["count"]:
+                    break
             if asked["fail"]:
-                raise KeyError("secret")
+                raise faults[asked["fail"]]
             yield common.sse_event({"done": True})
         finally:
             state.left.set()
@@ -766,7 +765,7 @@ SYSTEM_PYTHON = "/usr/bin/python3"  # the Pi's daemon runs on it, and it may be 
 
 
 @pytest.fixture(scope="module")
-def daemons(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Daemon, Daemon]]:
+def daemons(tmp_path_factory):
     """cm4d, which is healthy and gets good answers from a scripted VPS, and vpsd without a
     model.
     """
@@ -780,7 +779,7 @@ def daemons(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Daemon, 
 
 
 @pytest.fixture(autouse=True)
-def _quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+def _quiet(caplog):
     """asyncio never complains, and a row never makes the server log an error."""
     caplog.set_level(logging.INFO)
     yield
@@ -861,13 +860,13 @@ def check_shape(reply: Reply, is_head: bool) -> None:
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row[0] for row in ROWS])
-async def test_row(row: Row) -> None:
+async def test_row(row):
     async with serving() as (_, port):
         await check_row(port, row)
         await check_row(port, row, step=1 + len(row[1]) // 300)
 
 
-async def test_rows_through_the_daemons(daemons: tuple[Daemon, Daemon]) -> None:
+async def test_rows_through_the_daemons(daemons):
     pi, vps = daemons
     for row in ROWS:
         await check_row(pi.port, row)
@@ -886,7 +885,7 @@ async def ask_server(raw: bytes, **access: Any) -> Reply:
         return reply
 
 
-async def test_headers_of_answers() -> None:
+async def test_headers_of_answers():
     assert (await ask_server(get(method="OPTIONS"))).one("Allow") == "GET, HEAD, OPTIONS"
     assert (await ask_server(get("@POST"))).one("Allow") == "OPTIONS, POST"
     whole, head = await ask_server(get()), await ask_server(get(method="HEAD"))
@@ -897,7 +896,7 @@ async def request_id(sent: str, path: str = "/health") -> str:
     return (await ask_server(get(path, f"X-Request-ID: {sent}"))).one("X-Request-ID")
 
 
-async def test_request_id() -> None:
+async def test_request_id():
     for sent in ("my-id_1.2", "a" * 128):
         assert await request_id(sent) == sent
         assert await request_id(sent, "/nothing") == sent
@@ -916,7 +915,7 @@ CUTS = [
 ]
 
 
-async def test_end_of_file_inside_a_message() -> None:
+async def test_end_of_file_inside_a_message():
     """There is no answer, and no handler runs."""
     for cut in CUTS:
         async with serving() as (server, port), connect(port) as (reader, writer):
@@ -926,65 +925,69 @@ async def test_end_of_file_inside_a_message() -> None:
             assert server.state.calls == []
 
 
-async def test_handlers_see_the_decoded_body_once() -> None:
+async def test_handlers_see_the_decoded_body_once():
     async with serving() as (server, port):
         await play(port, chunked(GOOD_CHUNKS))
         await play(port, FORMS["length"] % b"+5")
         assert [call.body for call in server.state.calls] == [BODY]
 
 
-async def test_stream_shapes(caplog: pytest.LogCaptureFixture) -> None:
+FAILED = b'{"error": true, "message": "expected more", "code": "VPS_UNAVAILABLE"}'
+# What a stream is asked for, how its last event begins, and how many bugs are logged.
+SHAPES = [
+    ({}, b'{"done": true}', 0),
+    ({"fail": "http"}, FAILED, 0),
+    ({"fail": "bug"}, b'{"error": true, "message": "internal error', 1),
+]
+
+
+@pytest.mark.parametrize("version", ["HTTP/1.1", "HTTP/1.0"])
+@pytest.mark.parametrize(("asked", "last", "bugs"), SHAPES)
+async def test_stream_shapes(asked, last, bugs, version, caplog):
     """Chunked in HTTP/1.1, bare in HTTP/1.0. An error in the stream is an event, and the stream has
-    no clean end.
+    no clean end. A bug says nothing of itself.
     """
-
-    async def ask(fail: str = "", version: str = "HTTP/1.1") -> Reply:
-        raw = sized(json.dumps({"fail": fail}).encode(), version=version)
-        return await ask_server(raw.replace(b"@POST", b"/v1/complete/stream"))
-
-    good = b'data: {"token": "\\u00e4", "total_tokens": 1}\n\n'
-    end = b'data: {"done": true}\n\n'
-    failed = b'data: {"error": true, "message": "expected more", "code": "VPS_UNAVAILABLE"}\n\n'
-    reply = await ask()
-    assert (reply.status, reply.clean, reply.body) == (200, True, good + end)
+    raw = sized(json.dumps(asked).encode(), version=version)
+    reply = await ask_server(raw.replace(b"@POST", b"/v1/complete/stream"))
+    first, end = reply.body.split(b"\n\n", 1)
+    assert (reply.status, first) == (200, b'data: {"token": "\\u00e4", "total_tokens": 1}')
+    assert end.startswith(b"data: " + last)
     assert reply.one("Content-Type") == "text/event-stream; charset=utf-8"
-    reply = await ask(version="HTTP/1.0")
-    assert (reply.all("Transfer-Encoding"), reply.body) == ([], good + end)
-    reply = await ask("http")
-    assert (reply.clean, reply.body) == (False, good + failed)
-    # A bug says nothing of itself.
-    reply = await ask("bug")
-    assert not reply.clean
-    assert b"INTERNAL_ERROR" in reply.body
-    assert b"secret" not in reply.body
-    reply = await ask_server(get("/v1/broken"))
-    assert (reply.status, reply.json["code"]) == (500, "INTERNAL_ERROR")
+    is_chunked = version == "HTTP/1.1"
+    assert reply.all("Transfer-Encoding") == ["chunked"] * is_chunked
+    assert reply.clean == (not asked or not is_chunked)
     assert b"secret" not in reply.body
     errors = [record.message for record in caplog.records if record.levelno >= logging.ERROR]
-    assert errors == ["internal error"] * 2
+    assert errors == ["internal error"] * bugs
     caplog.clear()
 
 
-async def test_log_lines(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_bug_says_nothing_of_itself(caplog):
+    reply = await ask_server(get("/v1/broken"))
+    assert (reply.status, reply.json["code"]) == (500, "INTERNAL_ERROR")
+    assert b"secret" not in reply.body
+    caplog.clear()
+
+
+async def test_log_lines(caplog):
     """Lines have the form of the API text, a path cannot forge one, and a client that only connects
     leaves none.
     """
-
-    async def logged(raw: bytes, count: int = 1) -> list[str]:
-        async with serving() as (_, port):
-            caplog.clear()
-            await play(port, raw, count)
-        ours = [record for record in caplog.records if record.name == "cerebrum"]
-        texts = [LogFormatter().format(record).split(" - ", 1)[1] for record in ours]
-        return [re.sub(r" [0-9]\.[0-9]{2}s( |$)", r" 0.00s\1", text) for text in texts]
-
     forged, shown = "/%E2%80%A8x%C2%85%20200%201.00s", r"/\u2028x\x85 200 0.00s"
     unknown = r'NOT_FOUND: expected a path of this API, got "/\u2028x\u0085 200 1.00s"'
     refused = "expected CRLF line ends and no control characters, got byte 0x0d"
-    assert await logged(sized(BODY)) == ["INFO - [-] POST /v1/complete 200 0.00s"]
-    assert await logged(get(forged)) == [f"INFO - [-] GET {shown} 404 0.00s {unknown}"]
-    assert await logged(b"GET\rx") == [f"INFO - [-] - - 400 0.00s INVALID_REQUEST: {refused}"]
-    assert await logged(b"", 0) == []
+    for raw, lines in (
+        (sized(BODY), ["INFO - [-] POST /v1/complete 200 0.00s"]),
+        (get(forged), [f"INFO - [-] GET {shown} 404 0.00s {unknown}"]),
+        (b"GET\rx", [f"INFO - [-] - - 400 0.00s INVALID_REQUEST: {refused}"]),
+        (b"", []),
+    ):
+        async with serving() as (_, port):
+            caplog.clear()
+            await play(port, raw, bool(raw))
+        ours = [record for record in caplog.records if record.name == "cerebrum"]
+        texts = [LogFormatter().format(record).split(" - ", 1)[1] for record in ours]
+        assert [re.sub(r" [0-9]\.[0-9]{2}s( |$)", r" 0.00s\1", text) for text in texts] == lines
 
 
 async def test_origins_by_configuration() -> None:
@@ -1006,7 +1009,7 @@ async def test_origins_by_configuration() -> None:
         assert (reply.status, reply.all("Access-Control-Allow-Origin")) == (403, [])
 
 
-async def test_non_ascii_key() -> None:
+async def test_non_ascii_key():
     for encoding, status in (("utf-8", 200), ("latin-1", 401)):
         raw = FORMS["key"] % (b"X-API-Key: " + "schlüssel".encode(encoding))
         assert (await ask_server(raw, keys=("schlüssel",))).status == status
@@ -1015,61 +1018,45 @@ async def test_non_ascii_key() -> None:
 # ------------------------------------------------------------------------------------- random bytes
 
 SHORT = [raw for _, raw, _, _ in ROWS if len(raw) < 1000]
-SEEDS = [raw.replace(b"@POST", b"/v1/complete") for raw in SHORT]
 INPUTS = int(os.environ.get("FUZZ_INPUTS", "400"))  # for each daemon
 GROWTH_KB = 12_000  # after a quarter of them
-STATUSES = {200, 204, 400, 401, 403, 404, 405, 408, 411, 413, 414, 415, 417, 421, 429, 431}
-STATUSES |= {501, 503, 505}
+STATUSES = {200, 204, *common.STATUSES.values()} - {500}
 
 
 def mutate(draw: random.Random, pool: list[bytes]) -> bytes:
-    """One of the pool, cut, spliced with others, repeated and salted."""
-    data = draw.choice(pool)
-    times = draw.choice((0, 1, 1, 1, 2, 2, 3, 5, 8))
-    for _ in range(times):
-        at = draw.randrange(len(data) + 1)
-        to = at + draw.choice((0, 1, 1, 2, 5, 20, 100))
-        before, after = data[:at], data[to:]
-        piece, other = data[at:to], draw.choice(pool)
-        start = draw.randrange(len(other) + 1)
-        bit = 1 << draw.randrange(8)
-        flipped = bytes(byte ^ bit for byte in piece[:1]) + piece[1:]
-        longer = piece * draw.choice((2, 3, 50))
-        spliced = other[start : start + draw.choice((1, 2, 20))]
-        random_bytes = draw.randbytes(draw.randrange(1, 30))
-        middle = draw.choice((b"", spliced, flipped, longer, random_bytes, None))
-        data = before + other[start:] if middle is None else before + middle + after
-    return data[:20_000]
+    """The beginning and the end of two requests, and something between them."""
+    one, two = draw.choices(pool, k=2)
+    at, to = draw.randrange(len(one) + 1), draw.randrange(len(two) + 1)
+    middle = draw.choice((b"", draw.randbytes(20), one[at : at + 20] * 50, two[:20]))
+    return one[:at] + middle + draw.choice((one[at:], two[to:]))
 
 
 async def fuzz(daemon: Daemon, count: int, seed: int) -> None:
     """Send mutated rows in pieces, by several connections at a time, and read every answer."""
     draw, inputs = random.Random(f"{daemon.name} {seed}"), iter(range(count))
     path = b"/v1/complete" if daemon.name == "cm4d" else b"/v1/inference"
-    pool = [seed.replace(b"/v1/complete", path) for seed in SEEDS]
+    pool = [raw.replace(b"@POST", path) for raw in SHORT]
 
     async def send() -> None:
         for _ in inputs:
-            data = mutate(draw, pool)
-            cuts = sorted(draw.randint(0, len(data)) for _ in range(draw.randint(1, 12)))
-            try:
+            data, step = mutate(draw, pool), draw.randint(1, 1000)
+            # A reset is an end too, as long as the daemon lives.
+            with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
                 async with connect(daemon.port) as (reader, writer):
-                    for start, stop in pairwise([0, *cuts, len(data)]):
-                        writer.write(data[start:stop])
+                    for start in range(0, len(data), step):
+                        writer.write(data[start : start + step])
                         await asyncio.sleep(0)
                     writer.write_eof()  # cancels what still runs
                     # With HEAD, only the daemon knows which answers have a body.
                     while b"HEAD" not in data:
                         assert (await read_reply(reader)).status in STATUSES, data
                     await reader.read()
-            except (asyncio.IncompleteReadError, ConnectionError):
-                pass  # the end; a reset is one too, as long as the daemon lives
 
     await asyncio.gather(*(send() for _ in range(16)))
     assert "timestamp" in (await ask(daemon.port, HEALTH)).json
 
 
-def test_random_bytes_do_no_harm(daemons: tuple[Daemon, Daemon]) -> None:
+def test_random_bytes_do_no_harm(daemons):
     """`make fuzz` sends more of them."""
     for target in daemons:
         asyncio.run(fuzz(target, INPUTS // 4, 1))

@@ -35,12 +35,10 @@ from scripted import (
 
 from cerebrum import pi as pi_package
 from cerebrum.pi import engines
-from cerebrum.pi import fleet as pi_fleet
 from cerebrum.pi.backend import find_models
 from cerebrum.pi.completion import Fitted, read_text
 from cerebrum.pi.engines import (
     NEAR_CHARS,
-    Engine,
     LlamaServer,
     OpenAI,
     Translator,
@@ -67,7 +65,7 @@ MODULES = [module.name for module in pkgutil.iter_modules(pi_package.__path__)]
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_the_examples_of_a_module_are_true(name: str):
+def test_the_examples_of_a_module_are_true(name):
     module = importlib.import_module(f"cerebrum.pi.{name}")
     assert doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE).failed == 0
 
@@ -92,19 +90,10 @@ def read(*tables: Any, **variables: str) -> tuple[BackendConfig, ...]:
 
 def test_a_table():
     attic, gpu = read(ATTIC, GPU, GPU_KEY="secret", CEREBRUM_API_KEY="other")
-    address = Endpoint("100.64.0.1", 9000, "100.64.0.1:9000", "", False)
-    assert attic == config_of("attic", address)
+    assert attic == config_of("attic", Endpoint("100.64.0.1", 9000, "100.64.0.1:9000", "", False))
+    wanted = {name: value for name, value in GPU.items() if name not in ("id", "url")}
     address = Endpoint("gpu.lan", 443, "gpu.lan", "/llm", True)
-    assert gpu == config_of(
-        "gpu",
-        address,
-        api="openai",
-        key="secret",
-        key_env="GPU_KEY",
-        max_concurrent=16,
-        n_ctx=8192,
-        infill="suffix",
-    )
+    assert gpu == config_of("gpu", address, key="secret", **wanted)
 
 
 def test_without_a_table_there_is_one_vps():
@@ -133,7 +122,7 @@ BAD_TABLES = [
 
 
 @pytest.mark.parametrize(("tables", "says"), BAD_TABLES)
-def test_a_bad_table(tables: list[Any], says: str):
+def test_a_bad_table(tables, says):
     with pytest.raises(ConfigError) as caught:
         read(*tables, BAD="two words")
     assert str(caught.value).startswith(says)
@@ -155,7 +144,7 @@ LISTS = [
 
 
 @pytest.mark.parametrize(("listed", "name"), LISTS)
-def test_which_model_a_backend_has(listed: list[str], name: str | None):
+def test_which_model_a_backend_has(listed, name):
     assert find_models([MODEL], listed) == ({} if name is None else {"m": name})
 
 
@@ -175,27 +164,20 @@ ASKED = {
 OTHER_FILES = [{"filename": "b.py", "text": "import os"}]
 GAP = {**ASKED, "mode": "infill", "suffix": "\ny", "extra": OTHER_FILES}
 SAID = [{"role": "user", "content": "add"}, {"role": "assistant", "content": "```python\n"}]
-CHAT = {
-    "max_tokens": 64,
-    "temperature": 0,
-    "stop": ["a", "b", "c", "d", "e"],
-    "mode": "complete",
-    "messages": SAID,
-    "seed": 7,
-    "top_p": 0.9,
-}
+SAMPLED = {"seed": 7, "top_p": 0.9}
+CHAT = {name: value for name, value in ASKED.items() if name != "prompt"}
+CHAT |= {"messages": SAID, **SAMPLED}
 INSTRUCT = CHAT | {"mode": "instruct"}
 PLAIN = ASKED | {"stop": [], "top_p": 1.0}
 COMMON = {"model": "org/M", "stream": True, "temperature": 0}
 UNSTOPPED = {**COMMON, "max_tokens": 64, "stream_options": {"include_usage": True}}
-OPENAI = UNSTOPPED | {"stop": ["a", "b", "c", "d"]}
-SAMPLED = {"seed": 7, "top_p": 0.9}
+OPENAI = UNSTOPPED | {"stop": ASKED["stop"][:4]}
 LIVE = {"timings_per_token": True, "return_progress": True}
 LLAMA = {
     **COMMON,
     **LIVE,
     "n_predict": 64,
-    "stop": ["a", "b", "c", "d", "e"],
+    "stop": ASKED["stop"],
     "cache_prompt": True,
     "response_fields": [
         "content",
@@ -230,15 +212,13 @@ CONFIG = config_of("gpu", parse_url("http://gpu", "url"), api="openai", key_env=
 
 
 @pytest.mark.parametrize(("kind", "asked", "marks", "path", "body"), REQUESTS)
-def test_what_an_engine_is_asked(
-    kind: type[Engine], asked: Any, marks: tuple[str, ...], path: str, body: Any
-):
+def test_what_an_engine_is_asked(kind, asked, marks, path, body):
     asking = kind(CONFIG, [replace(MODEL, fim=marks)])
     assert asking.write(Fitted(asked, "m", "org/M")) == (path, body)
 
 
 @pytest.mark.parametrize(("room", "most"), [(50, 50), (-50, 1)])
-def test_an_answer_must_fit_into_the_context(room: int, most: int):
+def test_an_answer_must_fit_into_the_context(room, most):
     _, body = OpenAI(CONFIG, []).write(Fitted(ASKED, "m", "org/M", room))
     assert body["max_tokens"] == most
 
@@ -249,7 +229,6 @@ LONG_MESSAGE = (
 )
 LONG = {"error": {"message": LONG_MESSAGE}}
 MAXIMUM = "This model's maximum context length is 4096 tokens"
-AT_4096 = {"n_ctx": 4096}
 # What engines say, with which members beside it, and the lengths that count; None: another error.
 OVERFLOWS = [
     # llama-server
@@ -258,39 +237,29 @@ OVERFLOWS = [
         {"n_prompt_tokens": 1180, "n_ctx": 512},
         {"n_ctx": 512, "prompt_tokens": 1180},
     ),
-    (
-        f"{MAXIMUM}. However, you requested 5000 tokens (4488 in the messages, 512 in the …",
-        {},
-        AT_4096,
-    ),
-    (
-        f"{MAXIMUM}, however you requested 5097 tokens (1000 in your prompt; 4097 for the …",
-        {},
-        AT_4096,
-    ),
-    (
-        f"{MAXIMUM}. However, your prompt contains at least 4097 input tokens, which exceeds …",
-        {},
-        AT_4096,
-    ),
-    (f"'max_tokens' is too large: 512. {MAXIMUM} and your request has 4000 input …", {}, AT_4096),
-    (
-        "You passed 3585 input tokens, but the model's context length is only 4096 tokens, …",
-        {},
-        AT_4096,
-    ),
-    ("maximum context length is 4096 tokens", {}, AT_4096),
-    (
-        "max_tokens=5000 cannot be greater than max_model_len=4096. Please request fewer …",
-        {},
-        AT_4096,
+    *(
+        (message, {}, {"n_ctx": 4096})
+        for message in (
+            f"{MAXIMUM}. However, you requested 5000 tokens (4488 in the messages, 512 in the …",
+            f"{MAXIMUM}, however you requested 5097 tokens (1000 in your prompt; 4097 for the …",
+            f"{MAXIMUM}. However, your prompt contains at least 4097 input tokens, which exceeds …",
+            f"'max_tokens' is too large: 512. {MAXIMUM} and your request has 4000 input …",
+            "You passed 3585 input tokens, but the model's context length is only 4096 tokens, …",
+            "maximum context length is 4096 tokens",
+            "max_tokens=5000 cannot be greater than max_model_len=4096. Please request fewer …",
+        )
     ),
     ("It exceeds the context window.", {"code": "context_length_exceeded"}, {}),
-    ("The input (5000 tokens) is longer than the model's context length (4096 tokens).", {}, None),
-    ("temperature must be <= 2", {}, None),
-    ("the context length is 16 tokens", {}, None),
-    ("the context length is 4096 characters", {}, None),
-    (5, {}, None),
+    *(
+        (message, {}, None)
+        for message in (
+            "The input (5000 tokens) is longer than the model's context length (4096 tokens).",
+            "temperature must be <= 2",
+            "the context length is 16 tokens",
+            "the context length is 4096 characters",
+            5,
+        )
+    ),
     ("x", {"n_ctx": True, "n_prompt_tokens": 800}, None),
     ("x", {"n_ctx": 10**9, "n_prompt_tokens": 800}, None),
     ("x", {"n_ctx": 512, "n_prompt_tokens": "800"}, {"n_ctx": 512}),
@@ -298,20 +267,15 @@ OVERFLOWS = [
 
 
 @pytest.mark.parametrize(("message", "more", "lengths"), OVERFLOWS)
-def test_how_engines_say_that_a_prompt_is_too_long(message: Any, more: Any, lengths: Any):
+def test_how_engines_say_that_a_prompt_is_too_long(message, more, lengths):
     assert read_overflow({"message": message, **more}) == lengths
 
 
-PROPS = [
-    ({"n_ctx": 512}, {"n_ctx": 512}),
-    (1, {}),
-    ({"n_ctx": True}, {}),
-    ({"n_ctx": 7}, {}),
-]
+PROPS = [({"n_ctx": 512}, {"n_ctx": 512}), (1, {}), ({"n_ctx": True}, {}), ({"n_ctx": 7}, {})]
 
 
 @pytest.mark.parametrize(("settings", "length"), PROPS)
-def test_the_length_of_the_context_in_props(settings: Any, length: Any):
+def test_the_length_of_the_context_in_props(settings, length):
     assert read_props({"default_generation_settings": settings, "n_ctx": 700}) == length
 
 
@@ -337,7 +301,7 @@ REFUSALS = [
 
 
 @pytest.mark.parametrize(("status", "body", "code", "says", "counted"), REFUSALS)
-def test_a_refusal_of_an_engine(status: int, body: Any, code: str, says: str, counted: bool):
+def test_a_refusal_of_an_engine(status, body, code, says, counted):
     error = OpenAI(CONFIG, []).refusal(status, body)
     assert (error.code, isinstance(error, BackendFailure)) == (code, counted)
     assert says in error.message
@@ -559,7 +523,7 @@ def translate(name: str, cut: int) -> tuple[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("cut", [1, 7, 1 << 20])
 @pytest.mark.parametrize("name", STREAMS)
-def test_a_stream_of_an_engine(name: str, cut: int):
+def test_a_stream_of_an_engine(name, cut):
     *_, text, result = STREAMS[name]
     assert translate(name, cut) == (text, result)
 
@@ -580,7 +544,7 @@ FAILING = [
 
 
 @pytest.mark.parametrize(("stream", "message"), FAILING)
-def test_a_stream_that_fails(stream: bytes, message: str):
+def test_a_stream_that_fails(stream, message):
     translator = Translator(BASE, [])
     with pytest.raises(BackendFailure) as caught:
         [*translator.feed(stream, 0.0), translator.last_pair()]
@@ -611,7 +575,7 @@ PROGRESSES = [
 
 
 @pytest.mark.parametrize(("wanted", "progress", "pairs"), PROGRESSES)
-def test_progress_is_passed_on_if_asked_for(wanted: bool, progress: Any, pairs: Any):
+def test_progress_is_passed_on_if_asked_for(wanted, progress, pairs):
     event = data({"content": "", "stop": False, "prompt_progress": progress})
     assert list(Translator(BASE | {"progress": wanted}, []).feed(event, 0.0)) == pairs
 
@@ -666,41 +630,25 @@ def listing(**about: Any) -> bytes:
 
 @pytest.mark.parametrize("split", [False, True], ids=["whole", "bytes"])
 @pytest.mark.parametrize(("api", "script", "text", "tokens", "path"), ANSWERED)
-async def test_a_completion(api: str, script: Any, text: str, tokens: int, path: str, split: bool):
+async def test_a_completion(api, script, text, tokens, path, split):
     async with pi_before(script, api=api, split=split) as (pi, backend):
         reply = await pi.stream()
         *events, done = reply.events
-        assert (reply.status, reply.clean) == (200, True)
-        assert "".join(event["token"] for event in events) == text
-        del done["timestamp"], done["inference_time"]
-        assert done == RESULT | {"total_tokens": tokens}
+        assert (reply.clean, "".join(event["token"] for event in events)) == (True, text)
+        assert done == done | {"finish_reason": "stop", "prompt_tokens": 9, "total_tokens": tokens}
         assert (await pi.complete()).json["completion"] == text
         line, headers, body = backend.asked[-1]
         assert (line, json.loads(body)["model"]) == (f"POST {path} HTTP/1.1", "qwen_0_5b")
         assert (headers["authorization"], "x-api-key" in headers) == ("Bearer gpu-key", False)
 
 
-RESULT = {
-    "done": True,
-    "language": "python",
-    "model": "qwen_0_5b",
-    "mode": "complete",
-    "finish_reason": "stop",
-    "kept": {"characters": 3, "of": 3, "parts": ["all"]},
-    "prompt_tokens": 9,
-}
-
-
 async def test_the_model_of_an_engine():
-    async with pi_before() as (pi, backend):
+    async with pi_before() as (pi, _):
         models = (await pi.get("/v1/models")).json["models"]
         (known,) = [model for model in models if model.get("loaded")]
         about = {"id": "qwen_0_5b", "available": True, "n_ctx": 2048, "backends": ["gpu"]}
-        assert known == known | about
+        assert about.items() <= known.items()
         assert (await pi.get("/v1/activity")).json["models_loaded"] == ["qwen_0_5b"]
-        asked = len(backend.asked)
-        await pi.gateway.fleet.first.probe()
-        assert len(backend.asked) == asked + 1, "the list was asked for again"
 
 
 ERROR = {"error": {"message": "boom"}}
@@ -711,7 +659,6 @@ PACKED = head(401, "Content-Encoding: gzip", "Content-Length: 2", kind="text/htm
 LONG_PAGE = head(404, "Content-Length: 200000", kind="text/html") + b"x" * 200_000
 FAULTS = [
     ([answer(200, ERROR)], NO_STREAM, True),
-    ([CHUNKED, chunk(data(ERROR)), b"0\r\n\r\n"], REPORTED, True),
     ([CHUNKED, chunk(text_chunk("1")), chunk(data({"error": "boom"})), HANG], REPORTED, True),
     ([CHUNKED, chunk(END), b"0\r\n\r\n"], NOTHING, False),
     ([PACKED], "our key", False),
@@ -720,7 +667,7 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(("script", "part", "counted"), FAULTS)
-async def test_a_fault_before_the_first_token_or_behind_it(script: Any, part: str, counted: bool):
+async def test_a_fault_before_the_first_token_or_behind_it(script, part, counted):
     async with pi_before(script, probing=False) as (pi, backend):
         reply = await pi.complete()
         assert part in reply.json["message"]
@@ -729,21 +676,17 @@ async def test_a_fault_before_the_first_token_or_behind_it(script: Any, part: st
         assert pi.gateway.fleet.first.breaker.failures == int(counted)
 
 
-async def test_an_engine_at_work_is_probed_only_if_its_breaker_is_open(
-    monkeypatch: pytest.MonkeyPatch,
-):
+async def test_an_engine_at_work_is_probed_only_if_its_breaker_is_open():
     """Otherwise it would get no request until its running answers have ended."""
-    monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 0.01)
     go = asyncio.Event()
     async with pi_before([CHUNKED, go.wait, *VLLM[1:]]) as (pi, backend):
         running = asyncio.create_task(pi.complete())
         first = pi.gateway.fleet.first
         await until(lambda: backend.begun.is_set() and first.answering)
-        asked, probes = len(backend.asked), pi.probes
-        first.wake.set()
+        asked = len(backend.asked)
         await first.probe()
         await first.learn_models()
-        assert (len(backend.asked), pi.probes) == (asked, probes)
+        assert len(backend.asked) == asked
         first.breaker.open(0.0)
         await first.probe()
         assert first.breaker.state == "half-open"
@@ -765,17 +708,15 @@ FOLLOWED = [
 ENDLESS = [CHUNKED, *(chunk(text_chunk(piece)) for piece in PIECES[:5]), HANG]
 
 
-async def test_what_follows_a_whole_text_is_not_waited_for(monkeypatch: pytest.MonkeyPatch):
+async def test_what_follows_a_whole_text_is_not_waited_for(monkeypatch):
     monkeypatch.setattr(engines, "COUNTS_SECONDS", 0.05)
     async with pi_before(*FOLLOWED, ENDLESS) as (pi, backend):
-        for _ in FOLLOWED:
-            result = (await pi.complete()).json
-            assert (result["completion"], result["finish_reason"]) == ("1", "stop")
-        result = (await pi.complete(prompt="def add(a, b):\n")).json  # the natural end
-        assert (result["completion"], result["finish_reason"]) == (BODY, "block")
+        # The last ends naturally.
+        for text, reason in (*[("1", "stop")] * len(FOLLOWED), (BODY, "block")):
+            result = (await pi.complete(prompt=IN_FILE["prompt"])).json
+            assert (result["completion"], result["finish_reason"]) == (text, reason)
         await until(lambda: not backend.running)
         assert pi.gateway.fleet.first.breaker.failures == 0
-        assert pi.gateway.dispatcher.active == 0
 
 
 SILENT = [
@@ -786,9 +727,7 @@ SILENT = [
 
 
 @pytest.mark.parametrize(("script", "part"), SILENT)
-async def test_an_engine_that_makes_no_progress_for_too_long_has_failed(
-    script: list[Any], part: str, monkeypatch: pytest.MonkeyPatch
-):
+async def test_an_engine_that_makes_no_progress_for_too_long_has_failed(script, part, monkeypatch):
     monkeypatch.setattr(engines, "ALIVE_SECONDS", 1.0)
     monkeypatch.setattr(engines, "READING_SECONDS", 0.1)
     async with pi_before(script) as (pi, _):
@@ -796,7 +735,7 @@ async def test_an_engine_that_makes_no_progress_for_too_long_has_failed(
 
 
 async def test_an_engine_that_thinks_or_is_silent_is_not_given_up(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch,
 ):
     """Meanwhile its client gets comments, which keep the connection alive: before the head, which
     comes once the prompt has been read, between thoughts, and before the text.
@@ -807,8 +746,7 @@ async def test_an_engine_that_thinks_or_is_silent_is_not_given_up(
     script = [gates[0].wait, CHUNKED]
     for gate in gates[1:]:
         script += [gate.wait, thought]
-    script += [chunk(chat_chunk("stop", content="```\nx = 1\n```")), b"0\r\n\r\n"]
-    async with pi_before(script) as (pi, _):
+    async with pi_before([*script, chunk(chat_chunk("stop", content="x"))]) as (pi, _):
         body = {"prompt": "x", "instruction": "y", "language": "python"}
         reader, writer = await pi.open("POST", "/v1/complete/stream", body)
         for gate in gates:
@@ -816,7 +754,7 @@ async def test_an_engine_that_thinks_or_is_silent_is_not_given_up(
             # Less than the thoughts take together.
             monkeypatch.setattr(engines, "READING_SECONDS", 0.2)
             gate.set()
-        assert b'"token": "x = 1' in await reader.read()
+        assert b'"token": "x' in await reader.read()
         writer.close()
 
 
@@ -834,9 +772,7 @@ TOO_LONG = [
 
 
 @pytest.mark.parametrize(("about", "message", "n_ctx"), TOO_LONG)
-async def test_a_prompt_that_an_engine_finds_too_long_is_fitted_again(
-    about: Any, message: str, n_ctx: int
-):
+async def test_a_prompt_that_an_engine_finds_too_long_is_fitted_again(about, message, n_ctx):
     """Once, although what a refusal says may be misread. A length in a known sentence counts until
     the next list.
     """
@@ -847,11 +783,10 @@ async def test_a_prompt_that_an_engine_finds_too_long_is_fitted_again(
         Backend() as own,
         pi_for(engine(backend.port), backend_at(own.port, "own")) as pi,
     ):
-        first = pi.gateway.fleet.first
         assert (await pi.complete(prompt=prompt)).json["backend"] == "gpu"
         lengths = [len(asked["prompt"]) for asked in backend.completions]
         assert 0.05 * lengths[0] < lengths[1] < 0.9 * lengths[0]
-        assert first.n_ctx("qwen_0_5b") == n_ctx
+        assert pi.gateway.fleet.backends[0].n_ctx("qwen_0_5b") == n_ctx
         assert (await pi.complete(prompt=prompt)).json["backend"] == "own"  # with a longer context
         assert len(backend.completions) == 4
 
@@ -865,15 +800,31 @@ async def test_an_impossible_count_teaches_nothing():
         assert (prompts.speed, prompts._read) == ({}, {})
 
 
-async def test_a_list_that_is_not_strict_and_an_engine_that_asks_for_patience():
-    listed = b'{"object": "list", "object": "list", "score": NaN, "data": [{"id": "qwen_0_5b"}]}'
-    lines = (f"Content-Length: {len(listed)}", "Content-Encoding: identity")
-    whole = head(200, *lines, kind="application/json") + listed
-    async with pi_before(VLLM, models=whole) as (pi, backend):
+LOOSE = b'{"object": "list", "object": "list", "score": NaN, "data": [{"id": "qwen_0_5b"}]}'
+SIZED = (f"Content-Length: {len(LOOSE)}", "Content-Encoding: identity")
+# What an engine lists, and what a client hears that asks for another model.
+LISTINGS = [
+    (answer(500, {"error": "Traceback"}), "VPS backend is unavailable (it answered 500)"),
+    (answer(200, {"data": [{"id": "org/Other"}, {"id": "one"}]}), "a backend has (none), got"),
+    (
+        head(200, *SIZED, kind="application/json") + LOOSE,
+        "a backend has (qwen_0_5b), got",
+    ),
+]
+
+
+@pytest.mark.parametrize(("models", "part"), LISTINGS)
+async def test_what_an_engine_lists(models, part, caplog):
+    async with pi_before(VLLM, models=models) as (pi, backend):
+        assert part in (await pi.complete(model="qwen_7b")).json["message"]
+        unknown = "gpu: expected a model of models.toml, got one, org/Other"
+        assert (unknown in caplog.text) == ("none" in part)
+        assert backend.completions == []
+        backend.models = LISTED
+        await pi.gateway.fleet.first.probe()
+        await pi.gateway.fleet.first.learn_models()
         assert (await pi.complete()).status == 200
-        missing = await pi.complete(model="qwen_7b")
-        assert "that a backend has (qwen_0_5b), got" in missing.json["message"]
-        backend.models = answer(429, {})
+        backend.models = answer(429, {})  # it asks for patience
         await pi.gateway.fleet.first.probe()
         assert pi.gateway.fleet.available
 
@@ -889,7 +840,7 @@ CONTEXTS = [
 
 
 @pytest.mark.parametrize(("api", "about", "table", "n_ctx"), CONTEXTS)
-async def test_the_length_of_the_context(api: str, about: Any, table: Any, n_ctx: int):
+async def test_the_length_of_the_context(api, about, table, n_ctx):
     props = answer(200, {"default_generation_settings": {"n_ctx": 512}})
     async with (
         Backend(models=listing(**about), props=props) as backend,
@@ -898,45 +849,14 @@ async def test_the_length_of_the_context(api: str, about: Any, table: Any, n_ctx
         assert pi.gateway.fleet.n_ctx("qwen_0_5b") == n_ctx
 
 
-async def test_an_engine_that_does_not_list_its_models_is_away(
-    monkeypatch: pytest.MonkeyPatch,
-):
-    """Each probe asks for the list again."""
-    monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 0.02)
-    broken = answer(500, {"error": "Traceback"})
-    async with pi_before(VLLM, models=broken) as (pi, backend):
-        for reply in (await pi.get("/health"), await pi.complete()):
-            assert reply.json["message"] == "VPS backend is unavailable (it answered 500)"
-        backend.models = LISTED
-        await until(lambda: pi.gateway.fleet.available)
-        assert (await pi.complete()).status == 200
-
-
-async def test_an_engine_with_none_of_our_models_is_logged(
-    caplog: pytest.LogCaptureFixture,
-):
-    listed = answer(200, {"data": [{"id": "org/Other"}, {"id": "one"}]})
-    async with pi_before(models=listed) as (pi, backend):
-        reply = await pi.complete()
-        fault = "expected a model that a backend has (none)"
-        message = f'{fault}, got the string "{SHIPPED[-1].id}"'
-        assert (reply.status, reply.json["code"]) == (404, "MODEL_NOT_FOUND")
-        assert reply.json["message"] == message
-        assert backend.completions == []
-    assert "gpu: expected a model of models.toml, got one, org/Other" in caplog.text
-
-
 async def test_the_tokens_of_a_text_come_from_llama_server():
-    fields = {"content": "a b", "add_special": True}
-    async with pi_before([answer(200, {"tokens": [1, 2]})], api="llama.cpp") as (pi, backend):
-        reply = await pi.ask("POST", "/tokenize", fields)
-        assert (reply.status, reply.json) == (200, {"tokens": [1, 2]})
-        line, _, body = backend.asked[-1]
-        assert line == "POST /tokenize HTTP/1.1"
-        assert json.loads(body) == fields | {"parse_special": True}
+    fields, tokens = {"content": "a b", "add_special": True}, {"tokens": [1, 2]}
+    async with pi_before([answer(200, tokens)], api="llama.cpp") as (pi, backend):
+        assert (await pi.post("/tokenize", fields)).json == tokens
+        assert backend.asked[-1][0] == "POST /tokenize HTTP/1.1"
+        assert backend.completions == [fields | {"parse_special": True}]
     async with pi_before() as (pi, _):
-        reply = await pi.ask("POST", "/tokenize", fields)
-        assert (reply.status, reply.json["error"]["code"]) == (503, "VPS_UNAVAILABLE")
+        assert (await pi.post("/tokenize", fields)).json["error"]["code"] == "VPS_UNAVAILABLE"
 
 
 FIM_OF_STARCODER = ("<fim_prefix>", "<fim_suffix>", "<fim_middle>")
@@ -961,7 +881,7 @@ LAYOUTS = [("spmv2", "<pre>a<suf>b<mid>"), ("spm", "<suf>b<pre>a<mid>")]
 
 
 @pytest.mark.parametrize(("layout", "written"), LAYOUTS)
-async def test_no_other_engine_gets_a_prompt_that_it_would_have_to_heal(layout: str, written: str):
+async def test_no_other_engine_gets_a_prompt_that_it_would_have_to_heal(layout, written):
     async with pi_before(VLLM) as (pi, backend):
         kind, marks = pi.gateway.fleet.first.kind, ("<pre>", "<suf>", "<mid>")
         kind.catalog = [replace(SHIPPED[-1], fim=marks, fim_layout=layout)]
@@ -992,7 +912,7 @@ LONG_CLASSES = {
 
 @pytest.mark.parametrize("language", LONG_CLASSES)
 @pytest.mark.parametrize("more", range(0, 110, 10))
-def test_only_the_end_of_a_long_file_is_followed(language: str, more: int):
+def test_only_the_end_of_a_long_file_is_followed(language, more):
     """From a statement on, wherever the limit falls."""
     head, method, cursor, text, piece = LONG_CLASSES[language]
     prompt = head + 200 * method + " " * more + "\n" + cursor
