@@ -6,9 +6,9 @@
 vpsd uses the model's tuned file, if this user has one (`vpsd.py tune`); `encoding` names it.
 llama-server uses the published file. Two more sides show what the encoding alone does: `published`
 is vpsd with the published file and the settings found beside it, `llama_server_tuned` is
-llama-server with the tuned file. --published leaves out the tuned file and its settings. With
---spin llama-server's threads spin as briefly as vpsd's. --quick has few and short rounds, to see
-whether everything works. A text that ends by itself counts for no side.
+llama-server with the tuned file. --published leaves out the tuned file and its settings. --quick
+has few and short rounds, to see whether everything works. A text that ends by itself counts for no
+side.
 
 Prints one line of JSON. Each part is a median over rounds with different prompts; `ratio` is vpsd's
 figure over llama-server's, `ratio_published` that of vpsd with the published file, and so on.
@@ -18,7 +18,6 @@ Without --llama-server the parts that need it are left out. Targets are in brack
     one       tokens/s of one stream that continues code; `plain` is vpsd without drafts
               [>= 1.4, >= 1.3]
     prose     the same with prose, the answer to a question
-    long      the same after a prompt of 1,500 tokens
     two       tokens/s of two streams of code at once, added up [>= 1.6, >= 1.3]
     two_prose the same with prose
     new       ms to the first token of a prompt of 1,000 tokens that was never seen [<= 0.4, <= 0.9]
@@ -32,7 +31,6 @@ Without --llama-server the parts that need it are left out. Targets are in brack
     pause     ms, the longest pause of a running stream while another prompt of 1,000 tokens is read
     restart   ms to the first token of a prompt of 2,000 tokens: computed, and restored after a
               restart [>= 50 x]
-    loss      tokens/s of text that hardly repeats, with drafts over without [>= 0.98]
     draft     ms a token of five gaps of 48 tokens in this project's code, with a file that writes
               the 1.5B's text at a 7B's cost: vpsd with the 0.5B as draft model (`on`), and without
               drafts (`off`); llama-server with this draft model; then `tuned`, vpsd with the tuned
@@ -41,9 +39,6 @@ Without --llama-server the parts that need it are left out. Targets are in brack
               on/llama_server_draft <= 0.91, tuned/llama_server <= 0.45]
     pair      seconds of whole requests to that file and its draft model, without [<= 1.03]: a
               prompt of 1,000 tokens never seen and one key later, 12, 24 and 128 tokens to write
-    ties      the number of greedy texts that differ with and without drafts. `gaps` lists, for each
-              text that leaves the path of a plain greedy loop, the lead in logits of the loop's
-              token there: small leads are near-ties
 """
 
 from __future__ import annotations
@@ -67,9 +62,8 @@ from typing import Any
 
 import numpy as np
 import servers
-from families import Reference
 from harness import FILES, ROOT, settings
-from servers import Question, Result, Server, code, copying, llama_server, prose, ratio, vpsd, words
+from servers import Result, Server, code, copying, llama_server, prose, ratio, vpsd, words
 
 from cerebrum.vps import llama
 from cerebrum.vps.encoding import cpu_name, find_tuned, tuned_path
@@ -140,8 +134,7 @@ class Bench:
         if not binary:
             return None
         file = file or self.weights
-        more = {servers.SPIN: os.environ[servers.SPIN]} if self.options.spin else {}
-        server = llama_server(self.folder, binary, file, threads, *mode.split(), **more)
+        server = llama_server(self.folder, binary, file, threads, *mode.split())
         return self._start(f"{file} {mode}", server)
 
     def sides(self, plain: bool = False, encodings: bool = False) -> Sides:
@@ -229,13 +222,6 @@ def streams(bench: Bench, ask: Callable[[int], str], count: int = 1) -> dict[str
 
     found = bench.compare(measure, plain=True, encodings=True)
     return found | {"draft_tokens": drafts["draft_tokens"]}
-
-
-def long(bench: Bench) -> dict[str, Any]:
-    def ask(number: int) -> str:
-        return Question(f"{words(number, 1500 // bench.share)}\n{prose(number)}")
-
-    return streams(bench, ask)
 
 
 def rewriting(bench: Bench, server: Server, number: int, tokens: int = 1024) -> Result:
@@ -375,53 +361,6 @@ def restart(bench: Bench) -> dict[str, Any]:
         "prompt_tokens": runs[1][0].done["prompt_tokens"],
         "cached_tokens": [result.done["cached_tokens"] for result in runs[1]],
     }
-
-
-def loss(bench: Bench) -> dict[str, Any]:
-    sides = {"drafts": bench.ours(), "plain": bench.plain()}
-    drafts = Drafts()
-
-    def measure(server: Server, number: int) -> float:
-        result = server.complete(prose(number), bench.tokens)
-        drafts.count(result)
-        return result.rate
-
-    rates = bench.rounds_of(sides, measure, 2 * bench.rounds)
-    return {"ratio": ratio(rates["drafts"], rates["plain"]), **drafts}
-
-
-def leads_where_left(result: Result, pieces: Iterable[bytes], leads: list[float]) -> list[float]:
-    """Where a text leaves the path of the loop, the lead of the loop's token; nothing if it does
-    not.
-    """
-    path = zip(itertools.accumulate(pieces), leads[: result.done["total_tokens"]], strict=False)
-    text = result.text.encode()
-    left = (round(lead, 3) for start, lead in path if not text.startswith(start))
-    return list(itertools.islice(left, 1))
-
-
-def ties(bench: Bench) -> dict[str, Any]:
-    sides = {"drafts": bench.ours(), "plain": bench.plain()}
-    drafts = Drafts()
-    loop = Reference(bench.weights)
-    gaps = {name: list[float]() for name in sides}
-    differ = 0
-    numbers = range(4 if bench.options.quick else 16)
-    prompts = [prose(500 + number) for number in numbers]
-    prompts += [copying(number, 20) for number in numbers]
-    for prompt in prompts:
-        chat = isinstance(prompt, Question)
-        tokens = loop.tokenize(prompt.chat_ml() if chat else prompt, chat)
-        pieces, leads = loop.greedy(tokens, bench.tokens)
-        texts = set[str]()
-        for name, server in sides.items():
-            result = server.complete(prompt, bench.tokens)
-            drafts.count(result)
-            texts.add(result.text)
-            gaps[name] += leads_where_left(result, pieces, leads)
-        differ += len(texts) == 2
-    drafted = drafts["draft_tokens"]
-    return {"texts": len(prompts), "differ": differ, "gaps": gaps, "draft_tokens": drafted}
 
 
 LAYERS = 5  # times the 1.5B's
@@ -599,7 +538,7 @@ def whole_seconds(server: Server, number: int, tokens: int) -> tuple[float, floa
     return spent[0], spent[1]
 
 
-WHOLE_PARTS = (long, rewrite, new, ttft, cancel, pause, restart, loss, ties, draft, pair)
+WHOLE_PARTS = (rewrite, new, ttft, cancel, pause, restart, draft, pair)
 PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "one": partial(streams, ask=code),
     "prose": partial(streams, ask=prose),
@@ -614,7 +553,6 @@ OPTIONS = {
     "rounds": 5,
     "threads": 0,
     "published": False,
-    "spin": False,
     "quick": False,
 }
 
