@@ -12,9 +12,8 @@ TLS. Prints one line of JSON:
                          without a relay
     cpu_us_per_token     of the relay's process, from the scheduler's own clock
     peak_rss_mb          VmHWM at the end of everything
-    start_s              from exec to `listening on …` (median of 5)
-    tls, openai, llama   the same figures with TLS or in these dialects; `more_cpu_us` is per token,
-                         over plain native
+    start_s              from exec to `listening on …` (median of 3)
+    tls, openai, llama   the same figures with TLS or in these dialects
 """
 
 from __future__ import annotations
@@ -196,10 +195,8 @@ def figures(target: Target, direct: Target) -> dict[str, float]:
     return found
 
 
-def start_all(
-    folder: Path, stack: contextlib.ExitStack
-) -> tuple[dict[str, Daemon], dict[str, str]]:
-    """The processes by the names of their targets, and the settings of cm4d."""
+def start_all(folder: Path, stack: contextlib.ExitStack) -> dict[str, Daemon]:
+    """The processes by the names of their targets."""
     started = dict[str, Daemon]()
 
     def start(name: str, *arguments: str) -> int:
@@ -217,14 +214,14 @@ def start_all(
         running = daemon("cm4d", folder / name, **settings, **more)
         started[name] = stack.enter_context(running)
     started["llama"] = started["openai"]
-    return started, settings
+    return started
 
 
 def main() -> None:
     options = servers.parser_of(__doc__, seconds=4.0, rounds=3).parse_args()
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        started, settings = start_all(folder, stack)
+        started = start_all(folder, stack)
         targets = {
             name: Target(name, relay.process.pid, relay.port) for name, relay in started.items()
         }
@@ -235,17 +232,13 @@ def main() -> None:
         for _ in range(options.rounds):
             for target in targets.values():
                 run_paced(target, options.seconds)
-        starts = list[float]()
-        for _ in range(5):
-            with daemon("cm4d", folder / "start", **settings) as pi:
-                starts.append(pi.start_seconds)
         direct = targets.pop("direct")
         result = {name: figures(target, direct) for name, target in targets.items()}
         native = result["cm4d"]["cpu_us_per_token"]
         for name, found in result.items():
             found["peak_rss_mb"] = round(started[name].peak_rss_kb() / 1024, 1)
-            found["more_cpu_us"] = round(found["cpu_us_per_token"] - native, 1)
     ratio = round(native / result["bare"]["cpu_us_per_token"], 2)
+    starts = [started[name].start_seconds for name in ("cm4d", "tls", "openai")]
     start_s = round(statistics.median(starts), 3)
     print(json.dumps({"cpu_to_bare": ratio, "start_s": start_s, **result}))
 
