@@ -68,8 +68,8 @@ from typing import Any, NamedTuple
 import psutil
 import servers
 from engines import llama_server_binary
+from gaps import new_code
 from harness import MODELS, PATIENCE, Daemon, wait_until
-from waste import LANGUAGES, UNUSUAL, files_since_2025, git
 
 from cerebrum_lsp import Gap, Suggestion, Suggestions
 
@@ -390,11 +390,9 @@ def texts(repositories: str) -> Iterator[tuple[str, list[str]]]:
     """The names and the lines of files, of each repository in turn."""
 
     def of(repository: str) -> Iterator[tuple[str, list[str]]]:
-        for path in files_since_2025(repository):
-            if Path(path).suffix in LANGUAGES and not UNUSUAL.search(path):
-                lines = git(repository, "show", f"HEAD:{path}").splitlines(keepends=True)
-                if len(lines) in LINES:
-                    yield path, lines
+        for path, _, lines in new_code(repository):
+            if len(lines) in LINES:
+                yield path, lines
 
     turns = itertools.zip_longest(*map(of, repositories.split(",")))
     return filter(None, itertools.chain.from_iterable(turns))
