@@ -7,7 +7,7 @@ SCRIPTS = cerebrum_repl.sh generate_api_key.sh run.sh systemd/setup.sh .ci/run
 # What mypy does not say of the tests, which give fakes instead of what has types.
 FAKES = arg-type assignment call-overload dict-item import-not-found import-untyped index list-item method-assign misc \
 	operator return-value str-bytes-safe union-attr var-annotated
-BENCHMARKS = $(wildcard $(patsubst %,tests/bench/%.py,relay generate engine quality ending editor lsp drafts prepare))
+BENCHMARKS = $(wildcard $(patsubst %,tests/bench/%.py,relay engine quality ending editor lsp drafts prepare))
 
 .PHONY: help run test test-clients test-engines test-scale test-slow test-packages test-nightly lint bench fuzz mutants deb clean
 

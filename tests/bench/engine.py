@@ -26,11 +26,7 @@ Without --llama-server the parts that need it are left out. Targets are in brack
               with the published file [>= 1.25]
     ttft      ms to the first token of a prompt that was just answered, and of the same prompt with
               one more line [<= 1.0]
-    cancel    ms until the cores are idle, after a client left while its prompt of 2,000 tokens was
-              read [<= 100]
     pause     ms, the longest pause of a running stream while another prompt of 1,000 tokens is read
-    restart   ms to the first token of a prompt of 2,000 tokens: computed, and restored after a
-              restart [>= 50 x]
     draft     ms a token of five gaps of 48 tokens in this project's code, with a file that writes
               the 1.5B's text at a 7B's cost: vpsd with the 0.5B as draft model (`on`), and without
               drafts (`off`); llama-server with this draft model; then `tuned`, vpsd with the tuned
@@ -51,7 +47,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
@@ -201,27 +196,13 @@ def rate(results: Sequence[Result], tokens: int) -> float:
     return written / (end - begin)
 
 
-class Drafts(Counter[str]):
-    """Tokens that were drafted, and those of them that were accepted."""
-
-    def count(self, result: Result) -> None:
-        for name in ("draft_tokens", "accepted_tokens"):
-            self[name] += result.done.get(name, 0)
-
-
 def streams(bench: Bench, ask: Callable[[int], str], count: int = 1) -> dict[str, Any]:
-    drafts = Drafts()
-
     def measure(server: Server, number: int) -> float:
         prompts = [ask(count * number + place) for place in range(count)]
         calls = [partial(server.complete, prompt, bench.tokens) for prompt in prompts]
-        results = servers.together(*calls)
-        for result in results:
-            drafts.count(result)
-        return rate(results, bench.tokens)
+        return rate(servers.together(*calls), bench.tokens)
 
-    found = bench.compare(measure, plain=True, encodings=True)
-    return found | {"draft_tokens": drafts["draft_tokens"]}
+    return bench.compare(measure, plain=True, encodings=True)
 
 
 def rewriting(bench: Bench, server: Server, number: int, tokens: int = 1024) -> Result:
@@ -237,16 +218,14 @@ def rate_of_mode(bench: Bench, mode: str) -> float:
         return rewriting(bench, candidate, 8, 400).rate
 
 
-def rewriting_rates(bench: Bench, sides: Sides, drafts: Drafts) -> Rates:
-    """Tokens/s by side and turn, `vpsd_first` and so on. `drafts` counts those of vpsd."""
+def rewriting_rates(bench: Bench, sides: Sides) -> Rates:
+    """Tokens/s by side and turn, `vpsd_first` and so on."""
     rates = Rates()
     for count in range(min(bench.rounds, 8)):
         for side, server in in_turn(sides, count):
             for turn in ("first", "again"):
                 result = rewriting(bench, server, count)
                 rates.setdefault(f"{side}_{turn}", []).append(result.rate)
-                if side == "vpsd":
-                    drafts.count(result)
     return rates
 
 
@@ -262,14 +241,13 @@ def rewrite(bench: Bench) -> dict[str, Any]:
         sides["ngram"] = bench.theirs(best)
         rounded = {" ".join(mode.split()[1::2]): round(modes[mode], 1) for mode in modes}
         found = {"ngram_modes": rounded, "best_mode": best}
-    drafts = Drafts()
-    rates = rewriting_rates(bench, sides, drafts)
+    rates = rewriting_rates(bench, sides)
     found |= {name: round(median(values), 1) for name, values in rates.items()}
     for name, values in rates.items():
         side, _, turn = name.rpartition("_")
         if side != "vpsd":
             found[f"ratio_{others.get(side, side)}_{turn}"] = ratio(rates[f"vpsd_{turn}"], values)
-    return found | drafts
+    return found
 
 
 def ttft(bench: Bench) -> dict[str, Any]:
@@ -313,20 +291,6 @@ def idle_since(pid: int, begin: float) -> float:
     return idle
 
 
-def cancel(bench: Bench) -> dict[str, Any]:
-    server = bench.ours()
-    times = list[float]()
-    for _ in range(bench.rounds):
-        prompt = words(next(bench.numbers), 2000 // bench.share)
-        with server.events(prompt, 8, progress=True) as events:
-            while next(events).get("progress", {}).get("stage") != "prefill":
-                pass
-            time.sleep(0.1)  # into the first chunk
-            begin = time.perf_counter()
-        times.append(1000 * (idle_since(server.pid, begin) - begin))
-    return {"ms": round(median(times), 1), "worst_ms": round(max(times), 1)}
-
-
 def pause(bench: Bench) -> dict[str, Any]:
     def measure(server: Server, number: int) -> float:
         with server.events(words(9000 + number, 100), 2000) as events:
@@ -341,26 +305,6 @@ def pause(bench: Bench) -> dict[str, Any]:
         return max(b - a for a, b in itertools.pairwise(marks))
 
     return bench.compare(measure, 1000)
-
-
-def restart(bench: Bench) -> dict[str, Any]:
-    count = 1 if bench.options.quick else 5
-    length = 2000 // bench.share
-    prompts = [words(next(bench.numbers), length) for _ in range(count)]
-    model = bench.options.model
-    threads = bench.options.threads
-    runs = list[list[Result]]()
-    for _ in range(2):
-        with vpsd(bench.folder, "restart", model, threads, bench.tuned) as server:
-            runs.append([server.complete(prompt, 4) for prompt in prompts])
-    computed, known = ([1000 * result.ttft for result in results] for results in runs)
-    return {
-        "computed_ms": round(median(computed), 1),
-        "known_ms": round(median(known), 1),
-        "ratio": round(ratio(computed, known), 1),
-        "prompt_tokens": runs[1][0].done["prompt_tokens"],
-        "cached_tokens": [result.done["cached_tokens"] for result in runs[1]],
-    }
 
 
 LAYERS = 5  # times the 1.5B's
@@ -538,7 +482,7 @@ def whole_seconds(server: Server, number: int, tokens: int) -> tuple[float, floa
     return spent[0], spent[1]
 
 
-WHOLE_PARTS = (rewrite, new, ttft, cancel, pause, restart, draft, pair)
+WHOLE_PARTS = (rewrite, new, ttft, pause, draft, pair)
 PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "one": partial(streams, ask=code),
     "prose": partial(streams, ask=prose),
