@@ -222,10 +222,7 @@ def of_markdown(options: argparse.Namespace) -> Iterator[Row]:
 
 def recorded(options: argparse.Namespace) -> Iterator[Row]:
     languages = options.languages.split(",")
-    found = chain(*(of_language(language, options) for language in languages))
-    for row in chain(of_markdown(options), found):
-        if re.search(options.rows, row["row"]):
-            yield row
+    return chain(of_markdown(options), *(of_language(language, options) for language in languages))
 
 
 # ---------------------------------------------------------------------------------------- replaying
@@ -314,9 +311,9 @@ def main() -> None:
     parser.add_argument("folders", nargs="*", default=FOLDERS)
     options = parser.parse_args()
     texts = Path(options.texts or "/dev/null")
-    rows = [row for row in rows_of(texts) if re.search(options.rows, row["row"])]
-    if not rows:
-        rows = [*recorded(options)]
+    known = rows_of(texts)
+    rows = [row for row in known or recorded(options) if re.search(options.rows, row["row"])]
+    if not known:
         texts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with ProcessPoolExecutor() as pool:
         parts = [rows[at : at + PART] for at in range(0, len(rows), PART)]
