@@ -57,7 +57,7 @@ lint: ## run ruff, mypy --strict, vermin and shellcheck, and print how much a st
 	MYPYPATH=tests:tests/text:tests/pi:tests/vps $(PYTHON) -m mypy --config-file= $(FAKES:%=--disable-error-code=%) tests
 	.venv/bin/vermin --quiet --target=3.9- --violations --eval-annotations cerebrum_lsp.py
 	shellcheck $(SCRIPTS)
-	$(PYTHON) tests/test_house.py
+	$(PYTHON) tests/test_structure.py
 
 # One after another, since two at a time would disturb each other.
 bench: ## run the benchmarks without llama-server, one line of JSON each
