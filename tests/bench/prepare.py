@@ -23,6 +23,7 @@ import time
 import timeit
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "pi"))
@@ -82,23 +83,26 @@ def unnamed(file: str) -> Iterator[bool]:
 
 def main() -> None:
     text = "".join(FILES)
-    found = sorted(itertools.chain.from_iterable(map(shares, FILES)))
+    found = list(itertools.chain.from_iterable(map(shares, FILES)))
     large = [share for share in found if share >= 0.9]
     lacking = list(itertools.chain.from_iterable(map(unnamed, FILES)))
     logging.disable()
     stalls = asyncio.run(test_stalls.stalls(time.perf_counter))
-    result = {
+    result: dict[str, Any] = {
         "ms_10_kb": milliseconds(text[:10_000], 30),
         "ms_100_kb": milliseconds(text[:100_000], 30),
         "ms_1_mib": milliseconds((text * 3)[: 1 << 20], 5),
         "ms_1_mib_of_empty_lines": milliseconds("\n" * (1 << 20), 3),
-        "shared_mean": round(statistics.mean(found), 4),
-        "shared_median": round(found[len(found) // 2], 4),
-        "chat_shared": round(chat_shared(), 4),
-        "unnamed": round(statistics.mean(lacking), 4),
-        "stall_ms": {name: round(1000 * seconds, 1) for name, (_, seconds, _) in stalls.items()},
-        "lines_that_share_90_percent": round(len(large) / len(found), 4),
     }
+    shared = {
+        "shared_mean": statistics.mean(found),
+        "shared_median": statistics.median(found),
+        "lines_that_share_90_percent": len(large) / len(found),
+        "chat_shared": chat_shared(),
+        "unnamed": statistics.mean(lacking),
+    }
+    result |= {name: round(share, 4) for name, share in shared.items()}
+    result["stall_ms"] = {name: round(1000 * wall, 1) for name, (_, wall, _) in stalls.items()}
     print(json.dumps(result | {"targets": TARGETS}))
 
 
