@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 import pytest
-from harness import FILES, KEY, ROOT, Client, Daemon, daemon, until
+from harness import KEY, ROOT, Client, Daemon, until, with_weights
 from prometheus_client.parser import text_string_to_metric_families
 from scripted import CHUNKED, GOOD, HANG, RESET, Backend, Pi, chunk, error, event, pi_for, token
 
@@ -202,17 +202,8 @@ def ask(port: int, path: str, body: Any = None) -> str:
 
 @pytest.fixture(scope="module")
 def daemons(tmp_path_factory) -> Iterator[tuple[Daemon, Daemon]]:
-    if not FILES[SMALL].exists():
-        pytest.skip(f"{FILES[SMALL]} is missing: vpsd.py fetch")
-    folder, models = tmp_path_factory.mktemp("daemons"), tmp_path_factory.mktemp("models")
-    (models / FILES[SMALL].name).symlink_to(FILES[SMALL])
-    given = {"CEREBRUM_MODELS_DIR": str(models), "CEREBRUM_MAX_CPU_PERCENT": "100"}
-    with (
-        daemon("vpsd", folder / "vps", **given) as vps,
-        daemon("cm4d", folder / "pi", CEREBRUM_VPS_URL=f"http://127.0.0.1:{vps.port}") as pi,
-    ):
-        pi.wait_for_line("VPS backend is available")
-        yield pi, vps
+    with with_weights(tmp_path_factory.mktemp("daemons")) as both:
+        yield both
 
 
 def traffic(pi: Daemon) -> list[dict[str, Any]]:

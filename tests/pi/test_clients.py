@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import CAPTURED, FILES, KEY, PATIENCE, daemon
+from harness import CAPTURED, KEY, PATIENCE, daemon, with_weights
 from scripted import CHUNKED, Backend, chunk, token
 from test_peers import needs
 from test_plugins import (
@@ -65,20 +65,10 @@ def pi(tmp_path: Path) -> Iterator[Pi]:
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pi]:
-    """Both daemons, and the 0.5B."""
-    file = FILES["qwen_0_5b"]
-    if not file.exists():
-        pytest.skip(f"{file} is missing: python3 vpsd.py fetch")
     folder = tmp_path_factory.mktemp("weights")
-    (folder / "models").mkdir()
-    (folder / "models" / file.name).symlink_to(file)
-    easy = {"CEREBRUM_MAX_CPU_PERCENT": "100", "CEREBRUM_MIN_FREE_MB": "0", "CEREBRUM_THREADS": "1"}
-    easy["CEREBRUM_MODELS_DIR"] = str(folder / "models")
-    with daemon("vpsd", folder / "vpsd", **easy) as vps:
-        given = {"CEREBRUM_CM4_API_KEY": "", "CEREBRUM_VPS_URL": f"http://127.0.0.1:{vps.port}"}
-        with daemon("cm4d", folder / "cm4d", **given) as pi:
-            yield Pi(f"http://127.0.0.1:{pi.port}", Backend())
-            assert pi.complaints() == ""
+    with with_weights(folder, CEREBRUM_CM4_API_KEY="") as (pi, _):
+        yield Pi(f"http://127.0.0.1:{pi.port}", Backend())
+        assert pi.complaints() == ""
 
 
 def completes_the_sum(text: str) -> bool:
