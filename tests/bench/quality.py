@@ -11,8 +11,7 @@ gaps of each kind. Everything is greedy (temperature 0). Prints one line of JSON
     complete   HumanEval's prompts as they are, by /v1/complete
     raw        the same by the VPS with "stop_at": "none", as returned and cut at the usual stop
                words
-    instruct   The same problems as instructions. `chat` is the first fenced block of the chat
-               template's answer
+    instruct   the same problems as instructions
     infill     Gaps of one line, several lines and a span in HumanEval's solutions, with the Pi's
                default settings: tokens generated, the share of them in the returned text, seconds,
                and how many programs pass the tests
@@ -56,9 +55,6 @@ class Tiers:
     def ask(self, url: str, **body: Any) -> Any:
         return servers.ask(url, model=self.model, temperature=0, **body)
 
-    def raw(self, **body: Any) -> Any:
-        return self.ask(f"{self.vps}/v1/inference", stop_at="none", max_tokens=MAX_TOKENS, **body)
-
     def complete(self, **body: Any) -> Any:
         return self.ask(f"{self.pi}/v1/complete", language="python", **body)
 
@@ -72,12 +68,6 @@ def start_both(stack: ExitStack, model: str, published: bool) -> Tiers:
     return Tiers(vps, pi, model)
 
 
-def first_block(answer: str) -> str:
-    """The code of a chat's answer, as it is usually taken out."""
-    found = re.search(r"```[^\n]*\n(.*?)(?:```|\Z)", answer, re.S)
-    return found[1] if found else answer
-
-
 def whole_program(problem: Problem, code: str) -> str:
     """The answer to an instruction, below the imports and helpers that precede the function in the
     prompt.
@@ -88,47 +78,30 @@ def whole_program(problem: Problem, code: str) -> str:
     return prompt[: prompt.rindex("def ")] + "\n" + code
 
 
-def complete(tiers: Tiers, tasks: list[Problem]) -> dict[str, Any]:
+def solve(tiers: Tiers, tasks: list[Problem], **asked: str) -> dict[str, Any]:
     reasons = Counter[str]()
     solved = tokens = 0
     for task in tasks:
-        prompt = task["prompt"]
-        ours = tiers.complete(prompt=prompt, max_tokens=MAX_TOKENS, mode="complete")
-        solved += passes(task, prompt + ours["completion"])
+        ours = tiers.complete(prompt=task["prompt"], max_tokens=MAX_TOKENS, **asked)
+        solved += passes(task, whole_program(task, ours["completion"]))
         tokens += ours["total_tokens"]
         reasons[ours["finish_reason"]] += 1
-    count = len(tasks)
-    each = round(tokens / count, 1)
-    return {"problems": count, "solved": solved, "tokens_each": each, "finish": reasons}
+    each = round(tokens / len(tasks), 1)
+    return {"problems": len(tasks), "solved": solved, "tokens_each": each, "finish": reasons}
 
 
 def raw(tiers: Tiers, tasks: list[Problem]) -> dict[str, Any]:
+    url = f"{tiers.vps}/v1/inference"
     solved = cut = tokens = 0
     for task in tasks:
         prompt = task["prompt"]
-        answer = tiers.raw(prompt=prompt)
+        answer = tiers.ask(url, prompt=prompt, stop_at="none", max_tokens=MAX_TOKENS)
         text = answer["completion"]
         solved += passes(task, prompt + text)
         cut += passes(task, prompt + STOPS.split(text)[0])
         tokens += answer["total_tokens"]
     each = round(tokens / len(tasks), 1)
     return {"problems": len(tasks), "solved": solved, "cut_solved": cut, "tokens_each": each}
-
-
-def instruct(tiers: Tiers, tasks: list[Problem]) -> dict[str, Any]:
-    solved = chat_solved = tokens = chat_tokens = 0
-    for task in tasks:
-        prompt = task["prompt"]
-        message = {"role": "user", "content": f"{INSTRUCTION}\n\n```python\n{prompt}```"}
-        chat = tiers.raw(messages=[message], mode="complete")
-        ours = tiers.complete(prompt=prompt, instruction=INSTRUCTION, max_tokens=MAX_TOKENS)
-        block = first_block(chat["completion"])
-        chat_solved += passes(task, whole_program(task, block))
-        solved += passes(task, whole_program(task, ours["completion"]))
-        chat_tokens += chat["total_tokens"]
-        tokens += ours["total_tokens"]
-    found = {"problems": len(tasks), "solved": solved, "chat_solved": chat_solved}
-    return found | {"tokens": round(tokens / chat_tokens, 3)}
 
 
 def infill(tiers: Tiers, count: int) -> dict[str, Any]:
@@ -167,8 +140,12 @@ def main() -> None:
     limit = options.limit
     tasks = problems()
     tasks = tasks[:: max(1, len(tasks) // limit)][:limit]  # spread: the first are the easiest
-    parts = {part.__name__: partial(part, tasks=tasks) for part in (complete, raw, instruct)}
-    parts["infill"] = partial(infill, count=limit)
+    parts = {
+        "complete": partial(solve, tasks=tasks, mode="complete"),
+        "raw": partial(raw, tasks=tasks),
+        "instruct": partial(solve, tasks=tasks, instruction=INSTRUCTION),
+        "infill": partial(infill, count=limit),
+    }
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # let ExitStack end the daemons
     with ExitStack() as stack:
         tiers = start_both(stack, options.model, options.published)

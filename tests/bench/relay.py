@@ -5,15 +5,15 @@
 A scripted backend in a process of its own sends 2 streams of token events, paced at 200 tokens/s
 each. This process reads them directly, through cm4d.py, and through a relay on asyncio streams that
 does nothing else, in turn, several rounds in one run, so that a busy machine slows all of them. A
-second cm4d.py serves the same streams in the dialects of OpenAI and llama.cpp, a third one with
-TLS. Prints one line of JSON:
+second cm4d.py serves the same streams in the dialects of OpenAI and llama.cpp. Prints one line of
+JSON:
 
     added_us_p50, _p99   a token's time from the backend's send to here, less the same percentile
                          without a relay
     cpu_us_per_token     of the relay's process, from the scheduler's own clock
     peak_rss_mb          VmHWM at the end of everything
-    start_s              from exec to `listening on …` (median of 3)
-    tls, openai, llama   the same figures with TLS or in these dialects
+    start_s              from exec to `listening on …` (mean of 2)
+    openai, llama        the same figures in these dialects
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ import os
 import re
 import selectors
 import socket
-import ssl
 import statistics
 import sys
 import tempfile
@@ -36,7 +35,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import servers
-from harness import Daemon, certificate, daemon, post, program
+from harness import Daemon, daemon, post, program
 
 STREAMS, PACE = 2, 200  # tokens/s each
 HEAD = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Type: "
@@ -44,12 +43,11 @@ STREAM_HEAD = HEAD + b"text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 MODEL = {"id": "qwen_0_5b", "loaded": True, "n_ctx": 4096}
 STATE = json.dumps({"status": "healthy", "models": [MODEL]}).encode()  # the answer to any GET
 STATE_HEAD = HEAD + b"application/json\r\nContent-Length: %d\r\n\r\n" % len(STATE)
-NATIVE, VPS = "/v1/complete/stream", "/v1/inference/stream"
+VPS = "/v1/inference/stream"
 PATHS = {
     "direct": VPS,
     "bare": VPS,
-    "cm4d": NATIVE,
-    "tls": NATIVE,
+    "cm4d": "/v1/complete/stream",
     "openai": "/v1/completions",
     "llama": "/completion",
 }
@@ -145,8 +143,6 @@ def ask(target: Target, count: int, number: int) -> socket.socket:
     fields = {"prompt": f"# paced {count} {number}\nx =", "language": "python", "stream": True}
     peer = socket.create_connection(("127.0.0.1", target.port))
     peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    if target.name == "tls":
-        peer = ssl._create_unverified_context().wrap_socket(peer)
     body = json.dumps(fields).encode()
     peer.sendall(post(PATHS[target.name], body, "Connection: close"))
     return peer
@@ -161,9 +157,6 @@ def receive(peers: list[socket.socket]) -> Iterator[tuple[int, bytes]]:
             for key, _ in selector.select():
                 peer = key.fileobj  # type: ignore[assignment]
                 data = peer.recv(1 << 18)
-                # What is pending has been read already, so that select does not report it.
-                while isinstance(peer, ssl.SSLSocket) and peer.pending():
-                    data += peer.recv(1 << 18)
                 yield time.monotonic_ns(), data
                 if not data:
                     selector.unregister(key.fileobj)
@@ -210,9 +203,8 @@ def start_all(folder: Path, stack: contextlib.ExitStack) -> dict[str, Daemon]:
     # One more place is for infills.
     settings = {"CEREBRUM_CM4_API_KEY": "", "CEREBRUM_MAX_CONCURRENT": f"{STREAMS + 1}"}
     settings["CEREBRUM_VPS_URL"] = f"http://127.0.0.1:{port}"
-    for name, more in (("cm4d", {}), ("tls", certificate(folder, "relay")), ("openai", {})):
-        running = daemon("cm4d", folder / name, **settings, **more)
-        started[name] = stack.enter_context(running)
+    for name in ("cm4d", "openai"):
+        started[name] = stack.enter_context(daemon("cm4d", folder / name, **settings))
     started["llama"] = started["openai"]
     return started
 
@@ -238,7 +230,7 @@ def main() -> None:
         for name, found in result.items():
             found["peak_rss_mb"] = round(started[name].peak_rss_kb() / 1024, 1)
     ratio = round(native / result["bare"]["cpu_us_per_token"], 2)
-    starts = [started[name].start_seconds for name in ("cm4d", "tls", "openai")]
+    starts = [started[name].start_seconds for name in ("cm4d", "openai")]
     start_s = round(statistics.median(starts), 3)
     print(json.dumps({"cpu_to_bare": ratio, "start_s": start_s, **result}))
 
