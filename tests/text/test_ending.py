@@ -24,113 +24,28 @@ from cerebrum.text.stages import StopStrings
 
 Outcome = tuple[str, str | None]  # everything that is sent, and why it ends
 Asked = tuple[Any, ...]  # the arguments of Ending
-FIRST = (3, 31, 101, 201, 301)
-ADDED = [", ".join(map(str, range(first, first + 28))) for first in FIRST]
-CALLS = "".join(f"print(add({numbers}))\n" for numbers in ADDED)
 VALUES = "".join(f"    value{number} = compute_the_next_value({number}),\n" for number in range(14))
 CALLED = "".join(f"  console.log(item, {number});\n" for number in range(8))
 DOCUMENTED = "".join(
     f" * line {number} says what the function is for, and what it returns.\n" for number in range(8)
 )
+LONG = {  # lines that are long together, by their names in the cases
+    "calls": "".join(f"print(add({[*range(first, first + 28)]}))\n" for first in range(3, 303, 60)),
+    "values": VALUES,
+    "called": CALLED,
+    "bare calls": CALLED.replace(";", ""),
+    "documented": DOCUMENTED,
+    "documented by ///": DOCUMENTED.replace(" * ", "/// "),
+}
 # Each case is a text: the prompt up to «, the part to keep up to », what the model writes after
 # that, and for an infill the suffix after ‖. Its head names the language, the reason to end, the
 # least indentation and what the case shows.
 ROWS = [
     (
-        "python block: a docstring with a call",
-        "def f():\n«    '''Like resume().'''\n    return 1\n»\n\ndef resume():\n    pass",
-    ),
-    (
-        "python end: a fence in a docstring",
-        "def f():\n«    '''Doc.\n\n    ```\n    f()\n    ```\n    '''\n    return 1\n»‖\ndef g():\n"
-        "    pass",
-    ),
-    (
         "python stop: CRLF, a line",
         "def f():\r\n    x = 1\r\n«    y = 2»\r\n    return x\r\n‖\r\n    return x\r\n",
     ),
     ("python stop: CRLF, a whole line", "x = 1\r\n«y = 2\r\n»return x\r\n‖return x\r\n"),
-    (
-        "python block: within the brackets of a header",
-        f"if f(\na,\n«b,\n»{CALLS}‖c,\n):\n    g()\n",
-    ),
-    (
-        "python end: entries between brackets that the editor has closed",
-        f"c = {{«\n{VALUES}»‖}}\n\nprint(c)",
-    ),
-    (
-        "javascript end: a long body before its bracket",
-        f"function f(a) {{\n«{VALUES}»‖}}\n\nfunction g() {{",
-    ),
-    (
-        "javascript end: a callback in a call that the editor has closed",
-        f"items.forEach(«(item) => {{\n{CALLED}  total += item.price;\n}}»‖);\n\ndone();\n",
-    ),
-    (
-        "typescript end: a callback at the end of a file",
-        f"test(«'a', () => {{\n{CALLED}  expect(total).toBe(0);\n}}»‖);\n",
-    ),
-    (
-        "javascript stop: a callback whose call the model closes",
-        f"items.forEach(«(item) => {{\n{CALLED}}}»);\n\ndone();\n‖);\n\ndone();\n",
-    ),
-    (
-        "javascript end: a bracket in a string of a callback",
-        f"items.forEach(«(item) => {{\n  log(')');\n{CALLED}}}»‖);\n\ndone();\n",
-    ),
-    (
-        "lua end: a callback in a call that the editor has closed",
-        f"run(«'a', function(b)\n{CALLED.replace(';', '')}end»‖)\n\nprint(b)\n",
-    ),
-    (
-        "elixir end: a callback in a call that the editor has closed",
-        f"run(«a, fn b ->\n{CALLED.replace(';', '')}end»‖)\n\nprint(b)\n",
-    ),
-    (
-        "ruby end: a list between brackets that the editor has closed",
-        f"A = %i[«one two\n{VALUES}  three»‖].freeze\n\nputs A\n",
-    ),
-    (
-        "r end: a block in a call that the editor has closed",
-        f"test_that(«'a', {{\n{CALLED.replace(';', '')}}}»‖)\n\ntest_that('b', {{\n",
-    ),
-    (
-        "java block: a bracket of the suffix, in a prompt that begins within its block",
-        f"        x += 1;\n«        count += 1;\n»    }}\n{VALUES}‖    }} // end\n}}\n",
-    ),
-    (
-        "javascript end: a comment of documentation, which the suffix closes",
-        f"/**\n * «Adds.\n{DOCUMENTED} * @returns the sum»‖\n */\nfunction add(a, b) {{\n",
-    ),
-    (
-        "javascript end: a comment of documentation, which nothing closes",
-        f"/**\n * «Adds.\n{DOCUMENTED} */»‖\nfunction add(a, b) {{\n",
-    ),
-    (
-        "python end: a docstring that nothing closes",
-        f'def add(a, b):\n    """«Adds.\n{DOCUMENTED}    """»‖\n    return a + b\n',
-    ),
-    (
-        "rust end: lines of documentation",
-        f"/// «Adds.\n{DOCUMENTED.replace(' * ', '/// ')}/// The sum.»‖\nfn add() {{\n",
-    ),
-    (
-        "python end: a long rest of a function",
-        f"def f(a):\n    «{VALUES.lstrip()}»‖\n\ndef g():\n    pass",
-    ),
-    (
-        "python block: a blank line at the end of the cursor's block",
-        f"def add(a, b):\n    return «a + b»\n\n{CALLS}‖\n\n\nprint(add(1, 2))\n",
-    ),
-    (
-        "python block: a comment outside the block of the gap",
-        f"def f(x):\n    x = x.strip()\n«    return x == x[::-1]\n»\n# Test it\nprint(f(''))\n"
-        f"{CALLS}‖    return True",
-    ),
-    (
-        "javascript block: a model that never comes to the suffix",
-        f"function f(x) {{\n«  if (x) {{\n    a()\n  }}\n»{CALLS}‖  done(x)\n}}\n",
-    ),
     ("none block: blank lines with spaces", "a\n«b\n»  \n\t\nc"),
 ]
 TEXTS = r'''
@@ -1145,6 +1060,179 @@ def f():
 «  y = [
 »1]‖  zzz = 3
 
+=== python block: within the brackets of a header
+if f(
+a,
+«b,
+»⟨calls⟩
+‖c,
+):
+    g()
+
+=== python end: entries between brackets that the editor has closed
+c = {«
+⟨values⟩
+»‖}
+
+print(c)
+=== javascript end: a long body before its bracket
+function f(a) {
+«⟨values⟩
+»‖}
+
+function g() {
+=== javascript end: a callback in a call that the editor has closed
+items.forEach(«(item) => {
+⟨called⟩
+  total += item.price;
+}»‖);
+
+done();
+
+=== typescript end: a callback at the end of a file
+test(«'a', () => {
+⟨called⟩
+  expect(total).toBe(0);
+}»‖);
+
+=== javascript stop: a callback whose call the model closes
+items.forEach(«(item) => {
+⟨called⟩
+}»);
+
+done();
+‖);
+
+done();
+
+=== javascript end: a bracket in a string of a callback
+items.forEach(«(item) => {
+  log(')');
+⟨called⟩
+}»‖);
+
+done();
+
+=== lua end: a callback in a call that the editor has closed
+run(«'a', function(b)
+⟨bare calls⟩
+end»‖)
+
+print(b)
+
+=== elixir end: a callback in a call that the editor has closed
+run(«a, fn b ->
+⟨bare calls⟩
+end»‖)
+
+print(b)
+
+=== ruby end: a list between brackets that the editor has closed
+A = %i[«one two
+⟨values⟩
+  three»‖].freeze
+
+puts A
+
+=== r end: a block in a call that the editor has closed
+test_that(«'a', {
+⟨bare calls⟩
+}»‖)
+
+test_that('b', {
+
+=== java block: a bracket of the suffix, in a prompt that begins within its block
+        x += 1;
+«        count += 1;
+»    }
+⟨values⟩
+‖    } // end
+}
+
+=== javascript end: a comment of documentation, which the suffix closes
+/**
+ * «Adds.
+⟨documented⟩
+ * @returns the sum»‖
+ */
+function add(a, b) {
+
+=== javascript end: a comment of documentation, which nothing closes
+/**
+ * «Adds.
+⟨documented⟩
+ */»‖
+function add(a, b) {
+
+=== python end: a docstring that nothing closes
+def add(a, b):
+    """«Adds.
+⟨documented⟩
+    """»‖
+    return a + b
+
+=== rust end: lines of documentation
+/// «Adds.
+⟨documented by ///⟩
+/// The sum.»‖
+fn add() {
+
+=== python block: a blank line at the end of the cursor's block
+def add(a, b):
+    return «a + b»
+
+⟨calls⟩
+‖
+
+
+print(add(1, 2))
+
+=== python block: a comment outside the block of the gap
+def f(x):
+    x = x.strip()
+«    return x == x[::-1]
+»
+# Test it
+print(f(''))
+⟨calls⟩
+‖    return True
+=== javascript block: a model that never comes to the suffix
+function f(x) {
+«  if (x) {
+    a()
+  }
+»⟨calls⟩
+‖  done(x)
+}
+
+=== python block: a docstring with a call
+def f():
+«    """Like resume()."""
+    return 1
+»
+
+def resume():
+    pass
+=== python end: a fence in a docstring
+def f():
+«    """Doc.
+
+    ```
+    f()
+    ```
+    """
+    return 1
+»‖
+def g():
+    pass
+=== python end: a long rest of a function
+def f(a):
+    «value = compute()
+⟨values⟩
+»‖
+
+def g():
+    pass
 '''
 
 # Answers of a chat, the code between « and ».
@@ -1495,6 +1583,8 @@ def check(asked: Asked, text: str, expected: Outcome, start: int = 0) -> None:
 
 
 def cases(texts: str) -> list[tuple[str, str]]:
+    for name, lines in LONG.items():
+        texts = texts.replace(f"⟨{name}⟩\n", lines)
     parts = texts.removeprefix("\n=== ").removesuffix("\n").split("\n=== ")
     return [(head, text) for head, _, text in (part.partition("\n") for part in parts)]
 
