@@ -239,8 +239,7 @@ def rewrite(bench: Bench) -> dict[str, Any]:
         modes = {mode: rate_of_mode(bench, mode) for mode in NGRAM_MODES}
         best = max(modes, key=lambda mode: modes[mode])
         sides["ngram"] = bench.theirs(best)
-        rounded = {" ".join(mode.split()[1::2]): round(modes[mode], 1) for mode in modes}
-        found = {"ngram_modes": rounded, "best_mode": best}
+        found = {"best_mode": best}
     rates = rewriting_rates(bench, sides)
     found |= {name: round(median(values), 1) for name, values in rates.items()}
     for name, values in rates.items():
@@ -251,20 +250,15 @@ def rewrite(bench: Bench) -> dict[str, Any]:
 
 
 def ttft(bench: Bench) -> dict[str, Any]:
-    known: dict[str, int] = {}
-
-    def first_token(kind: str, more: str, server: Server, number: int) -> float:
+    def first_token(more: str, server: Server, number: int) -> float:
         prompt = words(number, 1000 // bench.share)
         server.complete(prompt, 8)
-        result = server.complete(prompt + more, 8)
-        if server.model:
-            known[kind] = result.done["prompt_tokens"] - result.done["cached_tokens"]
-        return result.ttft
+        return server.complete(prompt + more, 8).ttft
 
     times = {}
     for kind, more in (("repeated", ""), ("extended", " and one more line of it\n")):
-        times[kind] = bench.compare(partial(first_token, kind, more), 1000)
-    return times | {"computed": known}
+        times[kind] = bench.compare(partial(first_token, more), 1000)
+    return times
 
 
 def new(bench: Bench) -> dict[str, Any]:
