@@ -1,14 +1,13 @@
 """The engine against llama-server: same weights, threads and prompts, in turn.
 
     python tests/bench/engine.py --llama-server PATH [--model qwen_0_5b] [--only one,two,…]
-        [--quick]
+        [--rounds 5] [--tokens 128]
 
 vpsd uses the model's tuned file, if this user has one (`vpsd.py tune`); `encoding` names it.
 llama-server uses the published file. Two more sides show what the encoding alone does: `published`
 is vpsd with the published file and the settings found beside it, `llama_server_tuned` is
-llama-server with the tuned file. --published leaves out the tuned file and its settings. --quick
-has few and short rounds, to see whether everything works. A text that ends by itself counts for no
-side.
+llama-server with the tuned file. --published leaves out the tuned file and its settings. A
+text that ends by itself counts for no side.
 
 Prints one line of JSON. Each part is a median over rounds with different prompts; `ratio` is vpsd's
 figure over llama-server's, `ratio_published` that of vpsd with the published file, and so on.
@@ -95,9 +94,7 @@ class Bench:
     def __post_init__(self) -> None:
         options = self.options
         self.weights = servers.weights_of(options.model)
-        self.rounds = 2 if options.quick else options.rounds
-        self.tokens = 24 if options.quick else 128
-        self.share = 8 if options.quick else 1  # divides the lengths of prompts
+        self.rounds, self.tokens = options.rounds, options.tokens
         self.numbers = itertools.count()
         settings = llama.Settings()
         if options.threads:
@@ -206,8 +203,8 @@ def streams(bench: Bench, ask: Callable[[int], str], count: int = 1) -> dict[str
 
 
 def rewriting(bench: Bench, server: Server, number: int, tokens: int = 1024) -> Result:
-    prompt = copying(number, 70 // bench.share)
-    return server.complete(prompt, tokens // bench.share, stop="```")
+    prompt = copying(number, 70)
+    return server.complete(prompt, tokens, stop="```")
 
 
 def rate_of_mode(bench: Bench, mode: str) -> float:
@@ -251,7 +248,7 @@ def rewrite(bench: Bench) -> dict[str, Any]:
 
 def ttft(bench: Bench) -> dict[str, Any]:
     def first_token(more: str, server: Server, number: int) -> float:
-        prompt = words(number, 1000 // bench.share)
+        prompt = words(number, 1000)
         server.complete(prompt, 8)
         return server.complete(prompt + more, 8).ttft
 
@@ -263,7 +260,7 @@ def ttft(bench: Bench) -> dict[str, Any]:
 
 def new(bench: Bench) -> dict[str, Any]:
     def first_token(server: Server, number: int) -> float:
-        return server.complete(words(5000 + number, 1000 // bench.share), 1).ttft
+        return server.complete(words(5000 + number, 1000), 1).ttft
 
     return bench.compare(first_token, 1000, encodings=True)
 
@@ -289,7 +286,7 @@ def pause(bench: Bench) -> dict[str, Any]:
     def measure(server: Server, number: int) -> float:
         with server.events(words(9000 + number, 100), 2000) as events:
             marks = [next(events) and time.perf_counter() for _ in range(4)]
-            prompt = words(number, 1000 // bench.share)
+            prompt = words(number, 1000)
             others = list[Result]()
             other = threading.Thread(target=lambda: others.append(server.complete(prompt, 1)))
             other.start()
@@ -418,7 +415,6 @@ def draft(bench: Bench) -> dict[str, Any]:
 
 def ms_a_token(bench: Bench, sides: Sides) -> dict[str, Any]:
     """Of gaps whose prompts were read before; and the ratio to each side of the first."""
-    wanted = 1 if bench.options.quick else 5
     times = {name: list[float]() for name in sides}
 
     def measure(server: Server, number: int) -> float:
@@ -435,7 +431,7 @@ def ms_a_token(bench: Bench, sides: Sides) -> dict[str, Any]:
         if all(found.values()):
             for name, value in found.items():
                 times[name].append(value)
-        if len(next(iter(times.values()))) == wanted:
+        if len(next(iter(times.values()))) == bench.rounds:
             break
     means = {name: round(fmean(values), 1) for name, values in times.items()}
     first, *others = means
@@ -452,7 +448,7 @@ def pair(bench: Bench) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for tokens in (12, 24, 128):
         ratios: dict[str, list[float]] = {"cold": [], "key": []}
-        for number in range(2 if bench.options.quick else 9):
+        for number in range(9):
             seconds = {
                 name: whole_seconds(server, number, tokens)
                 for name, server in in_turn(sides, number)
@@ -491,7 +487,7 @@ OPTIONS = {
     "rounds": 5,
     "threads": 0,
     "published": False,
-    "quick": False,
+    "tokens": 128,
 }
 
 
