@@ -136,7 +136,7 @@ class Bench:
         """
         sides = {"vpsd": self.ours()}
         if plain:
-            sides["plain"] = self.plain()
+            sides["plain"] = self.ours("plain", CEREBRUM_DRAFT="0")
         if theirs := self.theirs():
             sides["llama_server"] = theirs
         if encodings and self.has_weights:
@@ -145,30 +145,24 @@ class Bench:
                 sides["llama_server_tuned"] = same
         return sides
 
-    def plain(self) -> Server:
-        return self.ours("plain", CEREBRUM_DRAFT="0")
-
     def published(self) -> Server:
         return self.ours("published", published=True)
 
-    def rounds_of(self, sides: Sides, measure: Measure, rounds: int) -> Rates:
-        """The values of `measure(server, number)` by side, in turns, after a round to warm up. A
-        number for which a side has 0.0, because a text ended by itself, counts for no side.
-        """
-        values = {name: list[float]() for name in sides}
-        for count in range(-1, 4 * rounds):
-            number = next(self.numbers)
-            found = {name: measure(server, number) for name, server in in_turn(sides, count)}
-            if count >= 0 and all(found.values()):
-                for name, value in found.items():
-                    values[name].append(value)
-            if min(map(len, values.values())) == rounds:
-                break
-        return values
-
     def compare(self, measure: Measure, scale: float = 1.0, **which: bool) -> dict[str, Any]:
-        """The medians of `measure(server, number) * scale` for all sides. `which`: see `sides`."""
-        values = self.rounds_of(self.sides(**which), measure, self.rounds)
+        """The medians of `measure(server, number) * scale` for all sides, in turns, after a round
+        to warm up. A number for which a side has 0.0, because a text ended by itself, counts for no
+        side. `which`: see `sides`.
+        """
+        sides = self.sides(**which)
+        values = {name: list[float]() for name in sides}
+        for count in range(-1, 4 * self.rounds):
+            number = next(self.numbers)
+            taken = {name: measure(server, number) for name, server in in_turn(sides, count)}
+            if count >= 0 and all(taken.values()):
+                for name, value in taken.items():
+                    values[name].append(value)
+            if min(map(len, values.values())) == self.rounds:
+                break
         found = {side: round(scale * median(values[side]), 2) for side in values}
         if theirs := values.pop("llama_server", None):
             found["ratio"] = ratio(values.pop("vpsd"), theirs)
