@@ -2,8 +2,7 @@
 and what follows.
 
 pygments says what is a string or a comment; the ends of definitions come from the indentation, not
-from the code under test. A definition of SQL is a statement of several lines, up to its semicolon
-or, in a file without any, up to the file's end, and `header` ends somewhere in it.
+from the code under test.
 """
 
 from __future__ import annotations
@@ -45,23 +44,7 @@ IGNORED = re.compile(r"#|\w+:\s*$|(?:case|default|public|private|protected)\b[^(
 DEEP_ENDS = ("{", ":")  # the last character of a header
 # Their headers end with anything.
 WORDS = ("ruby", "lua", "julia", "elixir", "haskell", "shell", "html", "yaml")
-# SQL: a statement's first line and its last one, and the words around a body.
-STATEMENT = re.compile(
-    r"(?i)(?:alter|comment|create|declare|delete|do|drop|grant|insert|merge|select|update"
-    r"|with)\b|\{\{"
-)
-OVER = re.compile(r"(?i)(?:;|\\g\w*(?:\s+\w+)?|\bend\s*(?://|\$\$))$")
-BODY = re.compile(r"(?i)(?:^(?:as\s+)?begin\b(?!\s*;|\s+tran|.*;)|.\bbegin$|\bcase\b)")
-BODY_END = re.compile(r"(?i)\bend\b(?!\s+(?:if|loop|while|repeat|case|for)\b)")
 UNCLOSED = ("python", "haskell", "yaml")  # whose blocks end without a closing line
-# The end of such a block's header in Scala.
-UNBRACED = re.compile(r"(?:=|:|=>|\b(?:do|else|match|then|try|with|yield))$")
-
-
-# SQL: what a line has beside its code, the opening of a literal, a body's begin.
-BESIDE = re.compile(r"--.*|'[^'\n]*'|\"[^\"\n]*\"")
-TAG = re.compile(r"\$\w*\$")
-BEGUN = re.compile(r"(?i)\b(?:begin\b(?!\s*;|\s+tran)|case\b)")
 DOCSTRING = re.compile(r'^ *[rR]?"{3}(?=[^"\n]*\n)([^"\\]+?)"{3} *$', re.M)
 CALL = re.compile(r"\b(\w{2,40})\(")
 
@@ -121,39 +104,10 @@ class Source(Peer):
                 marked[start:stop] = b"\1" * (stop - start)
         return marked
 
-    def depth_of(self, number: int) -> int:
-        """How many bodies are open above a line of SQL."""
-        above = "\n".join(line.text for line in self.lines[:number] if line.code)
-        bodies = len(BEGUN.findall(above)) - len(BODY_END.findall(above))
-        return bodies + len(TAG.findall(above)) % 2
-
-    def end_of_statement(self, number: int) -> int | None:
-        """`end_of` for SQL."""
-        if ";" not in self.text:
-            return max(place for place, line in enumerate(self.lines) if line.text)
-        depth = 0  # open blocks
-        tag = ""  # the opening of the literal
-        seen = ""  # the code
-        for place, line in enumerate(self.lines[number:], number):
-            code = BESIDE.sub("", line.text).strip()
-            seen += code + "\n"
-            for found in TAG.findall(code):
-                if not tag or found == tag:
-                    tag = "" if tag else found
-            if tag:
-                continue
-            depth += len(BODY.findall(code)) - len(BODY_END.findall(code))
-            if depth <= 0 and OVER.search(code):
-                closed = seen.count("(") == seen.count(")") and not re.search("['\"]", seen)
-                return place if depth == 0 and closed and place > number else None
-        return None
-
     def end_of(self, number: int) -> int | None:
         """The number of the last line of the definition that begins at a line; None if that is not
         clear.
         """
-        if self.language == "sql":
-            return self.end_of_statement(number)
         first, last = self.lines[number], number
         closed = False
         for place, line in enumerate(self.lines[number + 1 :], number + 1):
@@ -169,21 +123,15 @@ class Source(Peer):
                 break
             last = place
             closed = closes and not line.text.endswith(DEEP_ENDS)
-        unclosed = self.language in UNCLOSED or self._is_unbraced(first)
-        ends = unclosed or CLOSER.match(self.lines[last].text)
+        ends = self.language in UNCLOSED or CLOSER.match(self.lines[last].text)
         return last if ends and last > number else None
-
-    def _is_unbraced(self, line: Line) -> bool:
-        return self.language == "scala" and UNBRACED.search(line.text) is not None
 
     def is_header(self, number: int) -> bool:
         """Whether a line begins a definition or block that a completion at its end completes."""
         line = self.lines[number]
-        if self.language == "sql":
-            return self._is_statement(number)
         below = self.lines[number + 1].text if number + 1 < len(self.lines) else ""
         opens = line.text.endswith(DEEP_ENDS) or self.language in WORDS
-        if not line.code or not (opens or below == "{" or self._is_unbraced(line)):
+        if not line.code or not (opens or below == "{"):
             return False
         if not line.is_plain():
             return False
@@ -197,12 +145,6 @@ class Source(Peer):
             level = above.indent
         return level == 0
 
-    def _is_statement(self, number: int) -> bool:
-        line = self.lines[number]
-        above = next((above.text for above in reversed(self.lines[:number]) if above.code), ";")
-        begins = line.code and line.indent == 0 and STATEMENT.match(line.text)
-        return bool(begins and self.depth_of(number) == 0 and OVER.search(above))
-
     def _is_announced(self, number: int) -> bool:
         """Whether a comment or a decorator is right above a definition."""
         line, above = self.lines[number], self.lines[number - 1]
@@ -212,7 +154,7 @@ class Source(Peer):
         return bool(announced and self.syntax.defines.match(self._line(number)))
 
     def definitions(self, chance: random.Random, kind: str = "header") -> Iterator[Case]:
-        for number in self.shuffled(chance, first=self.language != "sql"):
+        for number in self.shuffled(chance, first=1):
             if not self.is_header(number) or (last := self.end_of(number)) is None:
                 continue
             if kind == "member" and not self._is_announced(number):
@@ -221,10 +163,7 @@ class Source(Peer):
             if kind == "header":
                 place += len(self._line(number).rstrip())
                 if chance.random() < 0.5:
-                    below = number + 1
-                    if self.language == "sql":
-                        below = chance.randint(below, last)
-                    place = self.lines[below].start
+                    place = self.lines[number + 1].start
             yield self.case_up_to(kind, place, last)
 
     def gaps(self, chance: random.Random, kind: str) -> Iterator[Case]:
@@ -294,8 +233,7 @@ def sources(folders: list[str], language: str, chance: random.Random) -> Iterato
         if "\r" in text or "\ufffd" in text or max(map(len, text.split("\n"))) >= 400:
             continue
         source = Source(language, text)
-        # pygments does not know SQL's $$, nor the braces of dbt.
-        if source.sure or language == "sql":
+        if source.sure:
             yield source
 
 
