@@ -84,7 +84,6 @@ def unnamed(file: str) -> Iterator[bool]:
 def main() -> None:
     text = "".join(FILES)
     found = list(itertools.chain.from_iterable(map(shares, FILES)))
-    large = [share for share in found if share >= 0.9]
     lacking = list(itertools.chain.from_iterable(map(unnamed, FILES)))
     logging.disable()
     stalls = asyncio.run(test_stalls.stalls(time.perf_counter))
@@ -96,8 +95,6 @@ def main() -> None:
     }
     shared = {
         "shared_mean": statistics.mean(found),
-        "shared_median": statistics.median(found),
-        "lines_that_share_90_percent": len(large) / len(found),
         "chat_shared": chat_shared(),
         "unnamed": statistics.mean(lacking),
     }

@@ -8,7 +8,6 @@ as one with a `suffix` and an `instruction`. Of other responses it has the media
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -115,10 +114,7 @@ def operation_of(route: Route) -> Schema:
     error = {"anyOf": [FOREIGN_ERROR, OUR_ERROR]} if route.foreign_error else OUR_ERROR
     failed = {"description": "", "content": {"application/json": {"schema": error}}}
     answered = {"description": "", "content": content_of(route)}
-    operation = {
-        "operationId": re.sub(r"\W+", "_", f"{route.method}{route.path}").strip("_").lower(),
-        "responses": {"200": answered, "default": failed},
-    }
+    operation = {"responses": {"200": answered, "default": failed}}
     if route.open:
         operation["security"] = []
     if "{id}" in route.path:
