@@ -25,7 +25,6 @@ import signal
 import sys
 import tempfile
 import time
-from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -79,15 +78,13 @@ def whole_program(problem: Problem, code: str) -> str:
 
 
 def solve(tiers: Tiers, tasks: list[Problem], **asked: str) -> dict[str, Any]:
-    reasons = Counter[str]()
     solved = tokens = 0
     for task in tasks:
         ours = tiers.complete(prompt=task["prompt"], max_tokens=MAX_TOKENS, **asked)
         solved += passes(task, whole_program(task, ours["completion"]))
         tokens += ours["total_tokens"]
-        reasons[ours["finish_reason"]] += 1
     each = round(tokens / len(tasks), 1)
-    return {"problems": len(tasks), "solved": solved, "tokens_each": each, "finish": reasons}
+    return {"problems": len(tasks), "solved": solved, "tokens_each": each}
 
 
 def raw(tiers: Tiers, tasks: list[Problem]) -> dict[str, Any]:

@@ -8,8 +8,8 @@ does nothing else, in turn, several rounds in one run, so that a busy machine sl
 second cm4d.py serves the same streams in the dialects of OpenAI and llama.cpp. Prints one line of
 JSON:
 
-    added_us_p50, _p99   a token's time from the backend's send to here, less the same percentile
-                         without a relay
+    added_us             a token's time from the backend's send to here, less the same without a
+                         relay (medians)
     cpu_us_per_token     of the relay's process, from the scheduler's own clock
     peak_rss_mb          VmHWM at the end of everything
     start_s              from exec to `listening on …` (mean of 2)
@@ -176,16 +176,10 @@ def run_paced(target: Target, seconds: float) -> None:
     target.cpu_us.append((servers.cpu_ns(target.pid) - cpu) / seen / 1000)
 
 
-def percentile(values: list[int], share: float) -> float:
-    return sorted(values)[int(len(values) * share)] / 1000
-
-
 def figures(target: Target, direct: Target) -> dict[str, float]:
-    found = {"cpu_us_per_token": round(statistics.median(target.cpu_us), 1)}
-    for name, share in (("added_us_p50", 0.5), ("added_us_p99", 0.99)):
-        added = percentile(target.delays_ns, share) - percentile(direct.delays_ns, share)
-        found[name] = round(added, 1)
-    return found
+    added = statistics.median(target.delays_ns) - statistics.median(direct.delays_ns)
+    cpu = statistics.median(target.cpu_us)
+    return {"cpu_us_per_token": round(cpu, 1), "added_us": round(added / 1000, 1)}
 
 
 def start_all(folder: Path, stack: contextlib.ExitStack) -> dict[str, Daemon]:
