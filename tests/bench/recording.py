@@ -17,9 +17,10 @@ from gaps import Case
 from cerebrum.text.ending import Ending
 from cerebrum.vps.llama import MAX_CHUNK, Llama, Settings, Slot
 from cerebrum.vps.prefixes import PrefixStore
+from cerebrum.vps.tokens import common_prefix
 from cerebrum.vps.vocabulary import GenerationRequest
 
-CONTEXT = 1536
+SEQUENCES, CONTEXT = 8, 1536
 MAX_TOKENS = 160
 
 
@@ -78,25 +79,42 @@ def read_prompt(model: Llama, slot: Slot, prompt: list[int]) -> int:
 
 
 def readings(model: Llama, cases: Iterable[Case]) -> Iterator[Reading]:
-    """One text after another; what a prompt shares with the one before is not read again."""
+    """Several texts at a time. A slot that is free keeps its tokens for a prompt with the same
+    beginning.
+    """
     ids = range(model.n_vocab)
     ends = np.array([token for token in ids if model.vocabulary.is_end(token)])
-    slot = Slot(0)
-    for case in cases:
-        reading = begin(model, case)
-        if len(reading.prompt) + MAX_TOKENS > model.n_ctx:
-            continue
-        index = read_prompt(model, slot, reading.prompt)
-        while (token := reading.add(model, index, ends)) is not None:
-            assert model.decode([(slot, [token], 1)]) == 0
+    free = [Slot(number) for number in range(SEQUENCES)]
+    running = list[tuple[Slot, Reading, int]]()  # with the last token
+
+    def go_on(slot: Slot, reading: Reading, index: int) -> Iterator[Reading]:
+        token = reading.add(model, index, ends)
+        if token is None:
+            free.append(slot)
+            yield reading
+        else:
+            running.append((slot, reading, token))
+
+    waiting = iter(cases)
+    while True:
+        while free and (case := next(waiting, None)):
+            reading = begin(model, case)
+            if len(reading.prompt) + MAX_TOKENS <= model.n_ctx:
+                slot = max(free, key=lambda slot: common_prefix(slot.tokens, reading.prompt))
+                free.remove(slot)
+                yield from go_on(slot, reading, read_prompt(model, slot, reading.prompt))
+        if not running:
+            return
+        batch, running[:] = running[:], []
+        assert model.decode([(slot, [token], 1) for slot, _, token in batch]) == 0
+        for index, (slot, reading, token) in enumerate(batch):
             slot.tokens.append(token)
-            index = 0
-        yield reading
+            yield from go_on(slot, reading, index)
 
 
 def record(file: Path, name: str, cases: list[Case]) -> None:
     """Write what a model says into the file, each text once it has ended."""
-    settings = Settings(n_ctx=CONTEXT, sequences=1)
+    settings = Settings(n_ctx=CONTEXT, sequences=SEQUENCES)
     model = Llama(servers.weights_of(name), settings, lambda _: True)
     with file.open("a") as out:
         for number, reading in enumerate(readings(model, cases)):
