@@ -7,7 +7,7 @@ SCRIPTS = cerebrum_repl.sh generate_api_key.sh run.sh systemd/setup.sh .ci/run
 # What mypy does not say of the tests, which give fakes instead of what has types.
 FAKES = arg-type assignment call-overload dict-item import-not-found import-untyped index list-item method-assign misc \
 	operator return-value str-bytes-safe union-attr var-annotated
-BENCHMARKS = $(wildcard $(patsubst %,tests/bench/%.py,relay generate engine quality ending editor lsp drafts prepare))
+BENCHMARKS = $(wildcard $(patsubst %,tests/bench/%.py,relay engine quality ending editor lsp drafts prepare))
 
 .PHONY: help run test test-clients test-engines test-scale test-slow test-packages test-nightly lint bench fuzz mutants deb clean
 
@@ -57,7 +57,7 @@ lint: ## run ruff, mypy --strict, vermin and shellcheck, and print how much a st
 	MYPYPATH=tests:tests/text:tests/pi:tests/vps $(PYTHON) -m mypy --config-file= $(FAKES:%=--disable-error-code=%) tests
 	.venv/bin/vermin --quiet --target=3.9- --violations --eval-annotations cerebrum_lsp.py
 	shellcheck $(SCRIPTS)
-	$(PYTHON) tests/test_house.py
+	$(PYTHON) tests/test_structure.py
 
 # One after another, since two at a time would disturb each other.
 bench: ## run the benchmarks without llama-server, one line of JSON each

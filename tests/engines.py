@@ -1,6 +1,6 @@
 """Other people's engines for the tests: llama-server, which is built here, and llama_cpp.server.
 
-    python tests/engines.py     # builds what is missing, and says in one line what there is
+    python tests/engines.py     # builds llama-server if it is missing, and prints its path
 
 `./run.sh setup engines` does that. Both engines listen on 127.0.0.1, on a port that the kernel
 chooses; started again, they keep it.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -20,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from harness import PATIENCE, Daemon, wait_until
@@ -121,36 +121,20 @@ def run(command: list[str], fault: str) -> None:
         raise Unavailable(f"{fault}: `{program} …` {status}:\n{end}")
 
 
-def llama_cpp_server_version() -> str:
-    """The version of llama-cpp-python, whose server has what it needs; Unavailable otherwise."""
-    for package in PACKAGES:
-        if not importlib.util.find_spec(package):
-            raise Unavailable(f"llama_cpp.server needs {package}; {INSTALL}")
-    return importlib.metadata.version("llama-cpp-python")
-
-
 # ----------------------------------------------------------------------------------------- starting
 
 
+@dataclass(eq=False)
 class Engine:
     """A server that can be ended and started again on the same port."""
 
-    def __init__(
-        self,
-        name: str,
-        folder: Path,
-        command: Callable[[int], list[str]],
-        port: int,
-        key: str,
-        patience: float = 0.0,
-    ) -> None:
-        self.name = name
-        self.folder = folder
-        self.port = port
-        self.key = key
-        self.patience = patience or PATIENCE  # seconds until it answers
-        self.daemon: Daemon
-        self._command = command  # of a port
+    name: str
+    folder: Path
+    command: Callable[[int], list[str]]  # of a port
+    port: int
+    key: str
+    patience: float = PATIENCE  # seconds until it answers
+    daemon: Daemon = field(init=False)
 
     @property
     def url(self) -> str:
@@ -159,10 +143,6 @@ class Engine:
     @property
     def process(self) -> subprocess.Popen[bytes]:
         return self.daemon.process
-
-    def output(self) -> str:
-        """What the server has printed since its last start."""
-        return self.daemon.stdout()
 
     def start(self) -> None:
         """Start it, and wait until it answers."""
@@ -173,7 +153,7 @@ class Engine:
         environment["PYTHONUNBUFFERED"] = "1"
         output = os.memfd_create(self.name)
         process = subprocess.Popen(
-            self._command(self.port),
+            self.command(self.port),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -221,8 +201,10 @@ def llama_server(folder: Path, model: Path, key: str, context: int = 4096) -> It
 def llama_cpp_server(
     folder: Path, model: Path, key: str, alias: str, context: int = 4096
 ) -> Iterator[Engine]:
-    """`python -m llama_cpp.server`, ready."""
-    llama_cpp_server_version()
+    """`python -m llama_cpp.server`, ready; Unavailable where it lacks what it needs."""
+    for package in PACKAGES:
+        if not importlib.util.find_spec(package):
+            raise Unavailable(f"llama_cpp.server needs {package}; {INSTALL}")
     given = [sys.executable, "-m", "llama_cpp.server", "--host", "127.0.0.1", "--model", str(model)]
     given += ["--n_ctx", str(context), "--api_key", key, "--model_alias", alias]
     # By default it computes the logits of every token of a prompt: several times slower, and 600 kB
@@ -243,19 +225,13 @@ def started(engine: Engine) -> Iterator[Engine]:
         engine.kill()
 
 
-FINDERS = {"llama-server": llama_server_binary, "llama_cpp.server": llama_cpp_server_version}
-
-
 def main() -> None:
     # SystemExit lets the build's folder be removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    have = []
-    for what, find in FINDERS.items():
-        try:
-            have.append(f"{what}: {find()}")
-        except Unavailable as reason:
-            have.append(f"{what}: none ({' '.join(str(reason).split())})")
-    print("; ".join(have))
+    try:
+        print(llama_server_binary())
+    except Unavailable as reason:
+        print(reason)
 
 
 if __name__ == "__main__":

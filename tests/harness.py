@@ -379,6 +379,24 @@ def daemon(
     assert started.process.returncode == 0, started.stdout() + started.stderr()
 
 
+@contextlib.contextmanager
+def with_weights(
+    folder: Path, model: str = "qwen_0_5b", **more: str
+) -> Iterator[tuple[Daemon, Daemon]]:
+    """cm4d, and vpsd with the weights of one model, without which the test is skipped."""
+    weights, models = FILES[model], folder / "models"
+    if not weights.exists():
+        pytest.skip(f"{weights} is missing: python3 vpsd.py fetch {model}")
+    models.mkdir()
+    (models / weights.name).symlink_to(weights)
+    easy = {"CEREBRUM_MAX_CPU_PERCENT": "100", "CEREBRUM_MIN_FREE_MB": "0"}
+    with daemon("vpsd", folder / "vpsd", CEREBRUM_MODELS_DIR=f"{models}", **easy) as vps:
+        more["CEREBRUM_VPS_URL"] = f"http://127.0.0.1:{vps.port}"
+        with daemon("cm4d", folder / "cm4d", **more) as pi:
+            pi.wait_for_line("VPS backend is available")
+            yield pi, vps
+
+
 def copy_program(name: str, folder: Path) -> None:
     """Copy a daemon to a folder as docs/deploy.md does, without the rooms of the other machine."""
     for file in (f"{name}.py", "cerebrum_common.py", "models.toml"):

@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 import pytest
-from harness import FILES, KEY, ROOT, Client, Daemon, daemon, until
+from harness import KEY, ROOT, Client, Daemon, until, with_weights
 from prometheus_client.parser import text_string_to_metric_families
 from scripted import CHUNKED, GOOD, HANG, RESET, Backend, Pi, chunk, error, event, pi_for, token
 
@@ -54,39 +54,6 @@ async def scrape(pi: Pi) -> Samples:
     assert reply.status == 200
     assert reply.one("Content-Type") == "text/plain; version=0.0.4; charset=utf-8"
     return read(reply.body.decode())
-
-
-# Metrics and members of /v1/stats, and of a backend there, with the same number.
-OF_STATS = {
-    "completions_started_total": "requests_total",
-    "completions_active": "requests_active",
-    "shared_total": "shared",
-    "replaced_total": "replaced",
-    "type_through_total": "type_through",
-}
-OF_BACKEND = {
-    "backend_up": "available",
-    "backend_places": "max_concurrent",
-    "backend_active": "requests_active",
-    "backend_tokens_total": "tokens_total",
-    "tokens_total": "tokens_total",
-    "backend_requests_total": "requests_total",
-    "backend_failures_total": "requests_failed",
-}
-
-
-def check_agreement(samples: Samples, stats: dict[str, Any]) -> None:
-    """That the Pi's /metrics and /v1/stats report the same, with one backend."""
-    (backend,) = stats["backends"]
-    expected = {metric: stats[name] for metric, name in OF_STATS.items()}
-    expected |= {metric: backend[name] for metric, name in OF_BACKEND.items()}
-    for name in ("models", "models_loaded"):
-        expected[f"backend_{name}"] = len(backend[name])
-    breaker = backend["breaker"]
-    expected["breaker_opens_total"] = breaker["opens"]
-    for metric, number in expected.items():
-        assert sum(of(samples, f"cerebrum_{metric}").values()) == number, metric
-    assert of(samples, "cerebrum_breaker_state") == {(backend["id"], breaker["state"]): 1}
 
 
 # ---------------------------------------------------------------------------------------- the table
@@ -372,14 +339,14 @@ async def test_the_pi_counts_what_it_does():
         for path in ("/nothing", "/v1/models/nothing", f"/v1/models/{SMALL}", "/v1/complete"):
             await pi.get(path)
         pi.gateway.reconfigure(pi.gateway.config)  # keeps the numbers
-        samples, stats = await scrape(pi), (await pi.get("/v1/stats")).json
+        samples = await scrape(pi)
         assert of(samples, "cerebrum_http_requests_total") == ANSWERED
         ended = of(samples, "cerebrum_completions_ended_total")
         assert ended == {(SMALL, reason): 1 for reason in ENDED}
         for name, number in COUNTED.items():
             assert samples[f"cerebrum_{name}", SMALL] == number, name
         assert samples["cerebrum_reloads_total",] == 1
-        check_agreement(samples, stats)
+        stats = (await pi.get("/v1/stats")).json
         assert (stats["requests_total"], stats["breaker"]["state"]) == (6, "closed")
         text = (await pi.get("/metrics")).body.decode()
         assert names_of(text, stats) == OF_PI.split("\n")[1:-1]
@@ -396,7 +363,6 @@ async def test_the_breaker_that_opens_is_seen(monkeypatch):
         ended = {(SMALL, "VPS_UNAVAILABLE"): 3, ("none", "VPS_UNAVAILABLE"): 1}
         assert of(samples, "cerebrum_completions_ended_total") == ended
         stats = (await pi.get("/v1/stats")).json
-        check_agreement(samples, stats)
         assert (stats["breaker"]["state"], stats["breaker"]["opens"]) == ("open", 1)
 
 
@@ -413,17 +379,8 @@ def ask(port: int, path: str, body: Any = None) -> str:
 
 @pytest.fixture(scope="module")
 def daemons(tmp_path_factory) -> Iterator[tuple[Daemon, Daemon]]:
-    if not FILES[SMALL].exists():
-        pytest.skip(f"{FILES[SMALL]} is missing: vpsd.py fetch")
-    folder, models = tmp_path_factory.mktemp("daemons"), tmp_path_factory.mktemp("models")
-    (models / FILES[SMALL].name).symlink_to(FILES[SMALL])
-    given = {"CEREBRUM_MODELS_DIR": str(models), "CEREBRUM_MAX_CPU_PERCENT": "100"}
-    with (
-        daemon("vpsd", folder / "vps", **given) as vps,
-        daemon("cm4d", folder / "pi", CEREBRUM_VPS_URL=f"http://127.0.0.1:{vps.port}") as pi,
-    ):
-        pi.wait_for_line("VPS backend is available")
-        yield pi, vps
+    with with_weights(tmp_path_factory.mktemp("daemons")) as both:
+        yield both
 
 
 def traffic(pi: Daemon) -> list[dict[str, Any]]:
@@ -436,31 +393,13 @@ def traffic(pi: Daemon) -> list[dict[str, Any]]:
     return [json.loads(ask(pi.port, "/v1/complete", body)) for _ in range(2)]
 
 
-OF_VPS = {
-    "cerebrum_completions_started_total": "requests_total",
-    "llamacpp:spec_decode_num_draft_tokens_total": "draft_tokens",
-    "llamacpp:spec_decode_num_accepted_tokens_total": "accepted_tokens",
-}
-
-
 @pytest.mark.slow
-def test_both_agree_with_their_statistics_and_with_each_other(
-    daemons,
-):
+def test_both_agree_with_each_other(daemons):
     pi, vps = daemons
     results = traffic(pi)
     ours, theirs = (read(ask(daemon.port, "/metrics")) for daemon in daemons)
-    check_agreement(ours, json.loads(ask(pi.port, "/v1/stats")))
-    stats = json.loads(ask(vps.port, "/v1/stats"))
-    assert (stats["models_loaded"], stats["requests_active"]) == (1, 0)
-    for metric, member in OF_VPS.items():
-        assert sum(of(theirs, metric).values()) == stats[member], metric
-    assert theirs["cerebrum_memory_total_bytes",] == psutil.virtual_memory().total
-    assert theirs["cerebrum_model_loaded", SMALL] == 1
-    assert theirs["cerebrum_completions_active",] == 0
     assert theirs["llamacpp:n_busy_slots_per_decode", SMALL] == 1
-    assert stats["memory_total_mb"] == round(psutil.virtual_memory().total / 2**20, 1)
-    assert stats["draft_tokens"] >= stats["accepted_tokens"] > 0
+    assert theirs["llamacpp:spec_decode_num_accepted_tokens_total", SMALL] > 0
     names = ("total_tokens", "cached_tokens", "prompt_tokens")
     tokens, cached, prompt = (sum(result[name] for result in results) for name in names)
     for expected, of_pi, of_vps in (

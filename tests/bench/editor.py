@@ -5,7 +5,6 @@
     python tests/bench/editor.py --pairs 9 [--model qwen_0_5b]
     python tests/bench/editor.py --open|--jump REPOSITORY,… [--look 2] [--before FOLDER] [--llama]
         [--models FOLDER] [--places 20]
-    python tests/bench/editor.py --session REPOSITORY,… --before FOLDER [--seconds 600]
 
 REPOSITORY is a folder of that name with a git repository `repo`; its files of about 300 lines that
 were added in or after 2025 are used, which are newer than the models. Prints one line of JSON:
@@ -16,9 +15,6 @@ were added in or after 2025 are used, which are newer than the models. Prints on
                   text that came before the next key, `right`: those whose first line is what is
                   typed next; `after_pause_ms`: from the last key before a pause to its answer;
                   `errors`: answers other than 200
-    keys          milliseconds to one token after each key of a line that nobody could predict,
-                  typed between 120 lines and 60 lines: with llama.vim's limit for the prompt (500
-                  ms), and without a limit. `computed`: prompt tokens read for a key, median
     other         with --pairs: the time to the first token of another client's infill, with a
                   speculative request under way over without one, median; `other_reading`: with a
                   reading
@@ -33,9 +29,7 @@ were added in or after 2025 are used, which are newer than the models. Prints on
                   seconds to the first text and to the whole hint, of `tenth` to the tenth key's,
                   and how many first hints are `right`; `over`: medians of the ratios of `now` to
                   the other, with the right ones that `now` has more, with 95 % intervals by drawing
-                  files anew
-    session       opening, jumping, looking and typing, the same for both trees: `cpu`, the seconds
-                  of the VPS for --seconds, `now` over `before`
+                  files anew; `cpu`: the seconds that the VPS has computed
 """
 
 from __future__ import annotations
@@ -62,13 +56,12 @@ from typing import Any, NamedTuple
 import psutil
 import servers
 from engines import llama_server_binary
+from gaps import new_code
 from harness import MODELS, PATIENCE, Daemon, wait_until
-from waste import LANGUAGES, UNUSUAL, files_since_2025, git
 
 LINES_BEFORE, LINES_AFTER = 64, 32
 PAUSES = 8  # characters typed on average between two pauses
 PAUSE_SECONDS = 1.5
-KEY_LINES = 3
 FILE = Path(sysconfig.get_path("stdlib")) / "textwrap.py"
 LETTERS = "abcdefghiklmnoprstuvw"
 OPTIONS = {
@@ -81,7 +74,6 @@ OPTIONS = {
     "pairs": 0,
     "open": "",
     "jump": "",
-    "session": "",
     "look": 2.0,
     "before": "",
     "llama": False,
@@ -192,39 +184,6 @@ def typing(pi: Daemon, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def unforeseen_line(generator: random.Random) -> str:
-    words = list[str]()
-    for _ in range(5):
-        letters = generator.choices(LETTERS, k=generator.randint(3, 9))
-        words.append("".join(letters))
-    return "        {} = self.{}({}[{}:], {})\n".format(*words)
-
-
-def keys(port: int, model: str, limit_ms: int) -> dict[str, Any]:
-    lines = FILE.read_text().splitlines(keepends=True)
-    before = "".join(lines[80:200])
-    after = "".join(lines[200:260])
-    more = {"n_predict": 1, "t_max_prompt_ms": limit_ms}
-    generator = random.Random(limit_ms)
-    times = list[float]()
-    computed = list[int]()
-    for _ in range(KEY_LINES):
-        line = unforeseen_line(generator)
-        for typed in range(8, len(line)):
-            asked = Infill(port, model, before + line[:typed], after, more, 121, 60).result()
-            times.append(round(1000 * asked.seconds, 1))
-            computed.append(asked.answer["timings"]["prompt_n"])
-        before += line
-    times.sort()
-    return {
-        "keys": len(times),
-        "p50_ms": times[len(times) // 2],
-        "p90_ms": times[len(times) * 9 // 10],
-        "worst_ms": times[-1],
-        "computed": statistics.median(computed),
-    }
-
-
 def cpu_of(daemon: Daemon) -> float:
     """The seconds that a daemon has computed."""
     used = psutil.Process(daemon.process.pid).cpu_times()
@@ -260,7 +219,6 @@ JUMP = range(20, 200)  # lines
 JUMPS = 4  # in a file
 REST_SECONDS = 0.3  # the cursor rests
 KEYS = 10
-WHOLE = (10_000, 10_000)  # lines
 DRAWS = 1000
 # What our own editors ask for, and llama.vim.
 OURS: dict[str, Any] = {"n_predict": 128, "t_max_prompt_ms": 500, "t_max_predict_ms": 1500}
@@ -272,11 +230,9 @@ def texts(repositories: str) -> Iterator[tuple[str, list[str]]]:
     """The names and the lines of files, of each repository in turn."""
 
     def of(repository: str) -> Iterator[tuple[str, list[str]]]:
-        for path in files_since_2025(repository):
-            if Path(path).suffix in LANGUAGES and not UNUSUAL.search(path):
-                lines = git(repository, "show", f"HEAD:{path}").splitlines(keepends=True)
-                if len(lines) in LINES:
-                    yield path, lines
+        for path, _, lines in new_code(repository):
+            if len(lines) in LINES:
+                yield path, lines
 
     turns = itertools.zip_longest(*map(of, repositories.split(",")))
     return filter(None, itertools.chain.from_iterable(turns))
@@ -391,6 +347,8 @@ def first_hints(arms: dict[str, Arm], options: argparse.Namespace) -> dict[str, 
             files[name].append([first_hint(arm, place, lines, options) for place in some])
             arm.wait()  # or it would disturb the others
     result = {name: medians(of) for name, of in files.items()}
+    for name, arm in arms.items():
+        result[name]["cpu"] = round(cpu_of(arm.vps), 1) if arm.vps else None
     for name in files.keys() - {"now"}:
         result[name]["over"] = over(files["now"], files[name])
     return result
@@ -426,30 +384,6 @@ def over(now: list[list[First]], other: list[list[First]]) -> dict[str, list[flo
     return result
 
 
-def session(arm: Arm, options: argparse.Namespace) -> float:
-    """The seconds that the VPS computes while somebody opens files, jumps, looks and types."""
-    assert arm.vps
-    chance, cpu = random.Random(1), cpu_of(arm.vps)
-    end = time.monotonic() + options.seconds
-    for path, lines in texts(options.session):
-        arm.rest((Path(path).name, "", "", "".join(lines)))
-        for place in itertools.islice(places(path, lines), JUMPS):
-            arm.rest(place)
-            arm.look(chance.uniform(1, 8))
-            left = None
-            for typed in range(1, chance.randint(2, len(place[2]))):
-                if time.monotonic() > end:
-                    return cpu_of(arm.vps) - cpu
-                before = place[1] + place[2][:typed]
-                request = Infill(arm.port, arm.model, before, place[3], OURS, *WHOLE)
-                if left:
-                    left.leave()
-                left = request
-                pause = PAUSE_SECONDS if chance.random() < 1 / PAUSES else 0.0
-                time.sleep(chance.uniform(0.5, 1.5) / options.keys + pause)
-    raise SystemExit("expected more files")
-
-
 def arms_of(stack: contextlib.ExitStack, options: argparse.Namespace) -> dict[str, Arm]:
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     arms = dict[str, Arm]()
@@ -475,14 +409,10 @@ def main() -> None:
     servers.weights_of(options.model)
     named: dict[str, Any] = {"benchmark": "editor", "model": options.model}
     with contextlib.ExitStack() as stack:
-        if options.open or options.jump or options.session:
+        if options.open or options.jump:
             arms = arms_of(stack, options)
             named |= {"look": options.look, "is_open": bool(options.open)}
-            if options.session:
-                cpu = {name: session(arm, options) for name, arm in arms.items()}
-                print(json.dumps(named | {"cpu": cpu}))
-            else:
-                print(json.dumps(named | first_hints(arms, options)))
+            print(json.dumps(named | first_hints(arms, options)))
             return
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         _, pi = servers.both(stack, folder)
@@ -493,9 +423,8 @@ def main() -> None:
             result["other_reading"] = other(*pairs, n_predict=0)
             print(json.dumps(named | result))
             return
-        by_limit = {f"{limit}": keys(pi.port, options.model, limit) for limit in (500, 0)}
-        result = {"keys": by_limit, "typing": typing(pi, options)}
-    print(json.dumps(named | result))
+        result = typing(pi, options)
+    print(json.dumps(named | {"typing": result}))
 
 
 if __name__ == "__main__":

@@ -1,36 +1,55 @@
 """Where completions end, measured by an oracle: a "model" that writes the text that really stands
 there.
 
-    python tests/bench/ending.py [--seed 1] [--cases 300] [--languages python,go] [--kinds line]
-        [--window 1200] [--show 3] [--recorded FILE.jsonl] [FOLDER ...]
+    python tests/bench/ending.py [--texts FILE.jsonl] [--rows PATTERN] [--show 3] [--seed 1]
+        [--cases 30] [--languages python,go] [FOLDER ...]
 
-Reads real files below the folders (default: the standard library, the installed packages and the
-sources that `make test-slow` fetches) and prints one line of JSON per language, from --cases of
-each kind. --show prints so many wrong cases of a language, --only those whose kind and model (as in
-member_on) match a pattern. Needs pygments, which says what is a string or a comment; the ends of
-definitions come from the indentation, not from the code under test. A definition of SQL is a
-statement of several lines, up to its semicolon or, in a file without any, up to the file's end, and
-`header` ends somewhere in it. The kinds of cases:
+Takes cases of real files below the folders (default: the standard library, the installed packages
+and the sources that `make test-slow` fetches), --cases of each kind in each language, each with
+what must remain of its text. With --texts they are written into FILE, or if FILE is there, they are
+replayed, so that two versions have the same texts. --rows takes only rows that match. Needs
+pygments. The rows:
 
-    header  the prompt ends at the header of a definition; the rest of the definition is missing
-    member  the prompt ends at a comment or decorator above a definition; the definition is missing
-    line    the prompt ends somewhere in a line or in its indentation; the rest of the line is
-            missing
-    lines   the same, and one to five more lines are missing; half of them are whole lines
-    closed  the cursor is between two brackets, the second of which the editor has added; what
-            stands between them on several lines is missing, such as a callback
-
---window cuts the prompt to so many characters before the cursor and the suffix to a third of it, so
-that it begins anywhere in the file.
-
---recorded gives each token a probability, drawn from those of the right tokens in a file of
-hints.py; without it they are unknown.
+    header    the prompt ends at the header of a definition; the rest of the definition is missing
+    member    the prompt ends at a comment or decorator above a definition, which is missing
+    line      the prompt ends somewhere in a line or in its indentation; the rest of the line is
+              missing
+    lines     the same, and one to five more lines are missing; half of them are whole lines
+    closed    the cursor is between two brackets, the second of which the editor has added; what
+              stands between them on several lines is missing, such as a callback
+    span      a gap that begins and ends within lines, of up to three lines
+    statement from within the first line of a statement at the margin that takes several
+    helper    a function and the one below it, which it calls
+    margin    from within a statement that takes one line, or in languages with blocks by lines up
+              to a blank line
+    below     the same from right below a comment
+    next      definitions at the margin, from the beginning of their line, below a blank one
+    docstring definitions in a window that begins in a docstring
+    remark    definitions with a comment below a blank line that is not indented more
+    script    what follows #! in the first line
 
 The model ends by itself after the missing piece (`own`), runs on with the text that follows in the
-file (`on`), or, in a gap, runs on with text from elsewhere (`astray`). Each figure is the
-percentage of cases: `cut` lost some of the piece, `late` got more than the piece. `chars` is the
-mean number of surplus characters of a late case. White space does not count, nor do comments and
-closing brackets that come along.
+file (`on`), or, in a gap, runs on with text from elsewhere (`astray`). Of the same cases:
+
+    window, client        gaps with the window near the cursor that `prepare` sends; with one of
+                          1,200 characters that begins anywhere, as editors cut it
+    again                 gaps that end within a line: the model writes its rest and ends
+    half                  the first half of a gap of several lines, which `max_tokens` cuts off
+    unknown               the same lines, definitions and gaps, without their language
+    typed                 a gap whose text begins with the indentation that is there already
+    loop, endless         a gap of several lines, the last of which, or the last word of which, is
+                          written again and again
+    fenced                fenced blocks of Markdown files as answers to an instruction: behind the
+                          fence (`opened`), from the heading or the paragraph above it (`told`), or
+                          from the block above it, of shell commands or the like (`beside`); a
+                          Markdown file as one (`whole`)
+    bare                  a file as an answer without a fence
+    prose                 a paragraph of Markdown as an answer
+
+Prints a line of JSON for each row, and one for each language with its rows: the cases, the
+percentage that are `cut` (lost some of what must remain) and `late` (got more), and the mean number
+of characters that were read. White space does not count, nor do comments and closing brackets that
+come along. --show prints so many wrong cases.
 """
 
 from __future__ import annotations
@@ -39,318 +58,96 @@ import argparse
 import json
 import random
 import re
-import sys
 import sysconfig
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import servers
-from pygments.token import Comment, String
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "text"))
-
-from sources import SOURCES, Peer, files_of
+from cases import GAPS, KINDS, MAX_PIECE, MORE_CHARS, ONLY_CLOSERS, Case, cases_of, sources
+from replaying import pieces, rows_of
+from sources import SOURCES
 
 from cerebrum.text.ending import Ending
-from cerebrum.text.languages import LANGUAGES
+from cerebrum.text.fences import BESIDE
+from cerebrum.text.languages import LANGUAGES, language_named
+from cerebrum.text.prompt import prepare
 
 PATHS = sysconfig.get_paths()
 FOLDERS = [PATHS["stdlib"], PATHS["purelib"], str(SOURCES)]
-MIN_CHARS, MAX_CHARS = 500, 30_000  # of a file
-CASES_PER_FILE = 4
-GAPS = ("line", "lines", "closed")
-KINDS = ("header", "member", *GAPS)
-PROMPT_CHARS, SUFFIX_CHARS = 14_000, 4_000
-CLOSING = {"(": ")", "[": "]", "{": "}"}
-MORE_CHARS = 1_500
-MAX_PIECE = 6_000
+FEW_LANGUAGES = {"docstring": 10, "remark": 3, "script": 5}  # so many times as many cases
+BUDGET = 3500  # tokens of a prompt
+WINDOW = 1200  # characters
+MOST_FILES = 400  # of a language
+COPIES = 40  # of a line
+OTHER = "\n".join(f"other{n} = elsewhere({n})" for n in range(60))
 TOKEN = re.compile(r"\s?\w{1,6}|\s+|\W")
-CLOSER = re.compile(
-    r"(?:[\])}]|(?:end|fi|done|esac|until|endif|endforeach|endwhile|endfor|endswitch)\b|</)"
-)
-ONLY_CLOSERS = re.compile(r"^[ \t]*(?:[\])};,]|end\b|fi\b|done\b|</[\w-]+>)+[ \t]*$", re.M)
-CLAUSE = re.compile(
-    r"(?:else|elif|elsif|elseif|except|finally|catch|rescue|ensure|when|while|then|do)\b"
-)
-IGNORED = re.compile(r"#|\w+:\s*$|(?:case|default|public|private|protected)\b[^(]*:|\?>|@\w+$")
-DEEP_ENDS = ("{", ":")  # the last character of a header
-# Their headers end with anything.
-WORDS = ("ruby", "lua", "julia", "elixir", "haskell", "shell", "html", "yaml")
-# SQL: a statement's first line and its last one, and the words around a body.
-STATEMENT = re.compile(
-    r"(?i)(?:alter|comment|create|declare|delete|do|drop|grant|insert|merge|select|update"
-    r"|with)\b|\{\{"
-)
-OVER = re.compile(r"(?i)(?:;|\\g\w*(?:\s+\w+)?|\bend\s*(?://|\$\$))$")
-BODY = re.compile(r"(?i)(?:^(?:as\s+)?begin\b(?!\s*;|\s+tran|.*;)|.\bbegin$|\bcase\b)")
-BODY_END = re.compile(r"(?i)\bend\b(?!\s+(?:if|loop|while|repeat|case|for)\b)")
-UNCLOSED = ("python", "haskell", "yaml")  # whose blocks end without a closing line
-# The end of such a block's header in Scala.
-UNBRACED = re.compile(r"(?:=|:|=>|\b(?:do|else|match|then|try|with|yield))$")
+FENCE = re.compile(r"^( *)(```+)(\w+)[^\n`]*\n(.*?)^\1\2[ \t]*$", re.M | re.S)
+SHELLS = ("shell", "powershell", "json", "yaml", "toml", "markdown")
+PARTS = re.compile(r"\n{2,}")
+MIN_LINE = 6  # characters
+PART = 500  # texts that a process replays at once
+Row = dict[str, Any]  # see `row_of`
+
+# ---------------------------------------------------------------------------------------- recording
 
 
-# SQL: what a line has beside its code, the opening of a literal, a body's begin.
-BESIDE = re.compile(r"--.*|'[^'\n]*'|\"[^\"\n]*\"")
-TAG = re.compile(r"\$\w*\$")
-BEGUN = re.compile(r"(?i)\b(?:begin\b(?!\s*;|\s+tran)|case\b)")
+def row_of(row: str, language: str | None, case: Case, text: str, **more: Any) -> Row:
+    """A text that a model writes at a case's cursor."""
+    mode = "infill" if case.kind in GAPS else "complete"
+    suffix = case.after if mode == "infill" else None
+    fields = {"row": row, "language": language, "mode": mode, "kind": case.kind}
+    fields |= {"prompt": case.prompt, "suffix": suffix, "text": text, "piece": case.piece}
+    return fields | more
 
 
-class Line(NamedTuple):
-    start: int
-    text: str  # without indentation and line end
-    indent: int
-    code: bool  # does not start inside a string or comment, is neither blank nor a comment
+def answer_of(row: str, language: str, text: str, piece: str, begun: str = "") -> Row:
+    return row_of(row, language, Case("answer", begun, piece, ""), text, mode="instruct")
 
 
-class Case(NamedTuple):
-    kind: str
-    prompt: str
-    piece: str
-    after: str
-
-
-def is_remark(kind: Any) -> bool:
-    return kind in Comment and kind not in Comment.Preproc and kind not in Comment.PreprocFile
-
-
-def is_inside(kind: Any) -> bool:
-    """Whether a line that begins in such a token is none of the code."""
-    if kind in Comment.Single or kind in Comment.Preproc:
-        return False
-    return kind in String or kind in Comment
-
-
-class Source(Peer):
-    """A file with what pygments says of it."""
-
-    def __init__(self, language: str, text: str) -> None:
-        super().__init__(language, text)
-        self.language, self.syntax = language, LANGUAGES[language]
-        self.comment = self._marked(is_remark)
-        inside = self._marked(is_inside)
-        self.lines = list[Line]()
-        place = 0
-        for line in text.splitlines(keepends=True):
-            indent = len(line) - len(line.lstrip())
-            columns = len(line[:indent].expandtabs(8))
-            begins_inside = place and inside[place - 1]
-            code = line.strip() and not begins_inside and not self.comment[place + indent]
-            self.lines.append(Line(place, line.strip(), columns, bool(code)))
-            place += len(line)
-
-    def _marked(self, wanted: Callable[[Any], bool]) -> bytearray:
-        """1 for each character in a token of the kinds that are wanted."""
-        marked = bytearray(len(self.text))
-        for start, stop, kind in self.tokens:
-            if wanted(kind):
-                marked[start:stop] = b"\1" * (stop - start)
-        return marked
-
-    def depth_of(self, number: int) -> int:
-        """How many bodies are open above a line of SQL."""
-        above = "\n".join(line.text for line in self.lines[:number] if line.code)
-        bodies = len(BEGUN.findall(above)) - len(BODY_END.findall(above))
-        return bodies + len(TAG.findall(above)) % 2
-
-    def end_of_statement(self, number: int) -> int | None:
-        """`end_of` for SQL."""
-        if ";" not in self.text:
-            return max(place for place, line in enumerate(self.lines) if line.text)
-        depth = 0  # open blocks
-        tag = ""  # the opening of the literal
-        seen = ""  # the code
-        for place, line in enumerate(self.lines[number:], number):
-            code = BESIDE.sub("", line.text).strip()
-            seen += code + "\n"
-            for found in TAG.findall(code):
-                if not tag or found == tag:
-                    tag = "" if tag else found
-            if tag:
-                continue
-            depth += len(BODY.findall(code)) - len(BODY_END.findall(code))
-            if depth <= 0 and OVER.search(code):
-                closed = seen.count("(") == seen.count(")") and not re.search("['\"]", seen)
-                return place if depth == 0 and closed and place > number else None
-        return None
-
-    def end_of(self, number: int) -> int | None:
-        """The number of the last line of the definition that begins at a line; None if that is not
-        clear.
-        """
-        if self.language == "sql":
-            return self.end_of_statement(number)
-        first, last = self.lines[number], number
-        closed = False
-        for place, line in enumerate(self.lines[number + 1 :], number + 1):
-            if not line.code or (IGNORED.match(line.text) and line.indent <= first.indent):
-                continue
-            if line.indent > first.indent and not closed:
-                last = place
-                continue
-            closes = CLOSER.match(line.text) is not None
-            clause = CLAUSE.match(line.text) and self.language != "go"
-            opens = line.text == "{" and last == number
-            if line.indent != first.indent or not (opens or clause or (closes and not closed)):
-                break
-            last = place
-            closed = closes and not line.text.endswith(DEEP_ENDS)
-        unclosed = self.language in UNCLOSED or self._is_unbraced(first)
-        ends = unclosed or CLOSER.match(self.lines[last].text)
-        return last if ends and last > number else None
-
-    def _is_unbraced(self, line: Line) -> bool:
-        return self.language == "scala" and UNBRACED.search(line.text) is not None
-
-    def is_header(self, number: int) -> bool:
-        """Whether a line begins a definition or block that a completion at its end completes."""
-        line = self.lines[number]
-        if self.language == "sql":
-            return self._is_statement(number)
-        below = self.lines[number + 1].text if number + 1 < len(self.lines) else ""
-        opens = line.text.endswith(DEEP_ENDS) or self.language in WORDS
-        if not line.code or not (opens or below == "{" or self._is_unbraced(line)):
-            return False
-        if any(pattern.match(line.text) for pattern in (CLOSER, CLAUSE, IGNORED)):
-            return False
-        level = line.indent
-        for above in reversed(self.lines[:number]):
-            outer = above.code and above.indent < level and above.text != "{"
-            if not outer or IGNORED.match(above.text):
-                continue
-            if not self.syntax.containers.search(above.text):
-                return False
-            level = above.indent
-        return level == 0
-
-    def _is_statement(self, number: int) -> bool:
-        line = self.lines[number]
-        above = next((above.text for above in reversed(self.lines[:number]) if above.code), ";")
-        begins = line.code and line.indent == 0 and STATEMENT.match(line.text)
-        return bool(begins and self.depth_of(number) == 0 and OVER.search(above))
-
-    def _is_announced(self, number: int) -> bool:
-        """Whether a comment or a decorator is right above a definition."""
-        line, above = self.lines[number], self.lines[number - 1]
-        end = above.start + len(self._line(number - 1)) - 2
-        comment = above.indent == line.indent and self.comment[end]
-        announced = comment or (above.code and above.text.startswith("@"))
-        return bool(announced and self.syntax.defines.match(self._line(number)))
-
-    def definitions(self, kind: str, chance: random.Random) -> Iterator[Case]:
-        numbers = list(range(self.language != "sql", len(self.lines) - 1))
-        for number in chance.sample(numbers, len(numbers)):
-            if not self.is_header(number) or (last := self.end_of(number)) is None:
-                continue
-            if kind == "member" and not self._is_announced(number):
-                continue
-            place = self.lines[number].start
-            if kind == "header":
-                place += len(self._line(number).rstrip())
-                if chance.random() < 0.5:
-                    below = number + 1
-                    if self.language == "sql":
-                        below = chance.randint(below, last)
-                    place = self.lines[below].start
-            end = self.lines[last + 1 : last + 2]
-            yield self.case_of(kind, place, end[0].start if end else len(self.text))
-
-    def gaps(self, kind: str, chance: random.Random) -> Iterator[Case]:
-        for _ in range(4 * CASES_PER_FILE):
-            number = chance.randrange(len(self.lines))
-            last = number if kind == "line" else number + chance.randint(1, 5)
-            line = self.lines[number]
-            if last + 1 >= len(self.lines) or not line.text or not self.lines[last].text:
-                continue
-            place = stop = line.start
-            if kind == "lines" and chance.random() < 0.5:
-                stop = self.lines[last + 1].start
-            else:
-                whole = self._line(number)
-                column = chance.choice((0, chance.randrange(len(line.text))))
-                place += len(whole) - len(whole.lstrip()) + column
-                stop = self.lines[last + 1].start - 1
-            yield self.case_of(kind, place, stop)
-
-    def closed(self, chance: random.Random) -> Iterator[Case]:
-        """The pairs of brackets on several lines with a text right behind the first."""
-        inside = self._marked(lambda kind: kind in String or is_remark(kind))
-        stack, pairs = list[int](), list[tuple[int, int]]()
-        for place, char in enumerate(self.text):
-            if inside[place]:
-                continue
-            if char in CLOSING:
-                stack.append(place)
-            elif char in CLOSING.values():
-                if not stack or CLOSING[self.text[stack[-1]]] != char:
-                    return  # such as a bracket in a regex
-                pairs.append((stack.pop() + 1, place))
-        for place, stop in chance.sample(pairs, len(pairs)):
-            first, *more = self.text[place:stop].split("\n")
-            if first.strip() and more:
-                yield self.case_of("closed", place, stop)
-
-    def _line(self, number: int) -> str:
-        start = self.lines[number].start
-        return self.text[start : self.text.find("\n", start) + 1]
-
-    def case_of(self, kind: str, place: int, stop: int) -> Case:
-        text = self.text
-        first = text.find("\n", place - PROMPT_CHARS) + 1 if place > PROMPT_CHARS else 0
-        after = text[stop : stop + SUFFIX_CHARS]
-        return Case(kind, text[first:place], text[place:stop], after)
-
-
-def weigh(text: str) -> int:
-    return len("".join(text.split()))
-
-
-def judge(language: str | None, case: Case, sent: str) -> tuple[int, int]:
-    """(characters lost, characters too many)."""
-    lost = weigh(case.piece) - weigh(sent)
-    if case.kind in GAPS:
-        return max(lost, 0), max(-lost, 0)
-    syntax = LANGUAGES.get(language or "", LANGUAGES["python"])
-    remarks = (syntax.line_comment or "\0", "/*", "*", "#", "@")
-    more = ONLY_CLOSERS.sub("", sent[len(case.piece) :]).split("\n")
-    code = [line for line in more if not line.lstrip().startswith(remarks)]
-    return max(lost, 0), weigh("".join(code))
-
-
-def sources(folders: list[str], language: str, chance: random.Random) -> Iterator[Source]:
-    found = files_of(folders, language, MIN_CHARS, MAX_CHARS)
-    for path in chance.sample(found, len(found)):
-        text = path.read_text("utf-8-sig", "replace").replace("\r\n", "\n")
-        if "\r" in text or "\ufffd" in text or max(map(len, text.split("\n"))) >= 400:
-            continue
-        source = Source(language, text)
-        # pygments does not know SQL's $$, nor the braces of dbt.
-        if source.sure or language == "sql":
-            yield source
-
-
-def texts_of(case: Case, other: str) -> dict[str, str]:
+def texts_of(case: Case) -> dict[str, str]:
     """What each model writes."""
     texts = {"own": case.piece, "on": case.piece + case.after[:MORE_CHARS]}
     if case.kind in GAPS:
         line = case.prompt.rpartition("\n")[2]
         indent = " " * (len(line) - len(line.lstrip()))
-        lines = [case.piece.rstrip(), *(indent + line for line in other.split("\n"))]
+        lines = [case.piece.rstrip(), *(indent + line for line in OTHER.split("\n"))]
         texts["astray"] = "\n".join(lines)
     return texts
 
 
-def cases_of(source: Source, kind: str, chance: random.Random) -> Iterator[Case]:
-    if kind == "closed":
-        found = source.closed(chance)
-    else:
-        found = (source.gaps if kind in GAPS else source.definitions)(kind, chance)
-    for number, case in enumerate(found):
-        if number == CASES_PER_FILE:
-            return
-        if case.piece.strip() and len(case.piece) <= MAX_PIECE:
-            yield case
+def rows_of_case(kind: str, language: str, case: Case, window: bool) -> Iterator[Row]:
+    """A case with each model's text, and where it is fit for more, with those."""
+    name = f"window_{kind}" if window else kind
+    for model, text in texts_of(case).items():
+        yield row_of(f"{name}_{model}", language, case, text, window=window)
+    text = case.piece + case.after[:MORE_CHARS]
+    if window:
+        near = cut_to(case, WINDOW)
+        yield row_of(f"client_{kind}", language, near, text)
+    rest = case.after.partition("\n")[0]
+    if case.kind in GAPS and rest.strip():
+        yield row_of(f"{kind}_again", language, case, case.piece + rest)
+    line = case.prompt.rpartition("\n")[2]
+    if case.kind in GAPS and line and not line.strip():
+        yield row_of("typed", language, case, line + case.piece)
+    if kind in ("header", "line", "lines"):
+        yield row_of(f"unknown_{kind}", None, case, text)
+    if kind == "lines":
+        yield from of_lines(language, case)
+
+
+def of_lines(language: str, case: Case) -> Iterator[Row]:
+    half = case._replace(piece=case.piece[: len(case.piece) // 2])
+    yield row_of("half", language, half, half.piece, whole=False)
+    text = case.piece.rstrip()
+    last = text.rpartition("\n")[2]
+    if len(last.strip()) >= MIN_LINE and case.piece.endswith("\n"):
+        yield row_of("loop", language, case, case.piece + COPIES * f"{last}\n")
+        yield row_of("endless", language, case, text + 10 * COPIES * f" {last.split()[-1]}")
 
 
 def cut_to(case: Case, window: int) -> Case:
@@ -361,89 +158,169 @@ def cut_to(case: Case, window: int) -> Case:
     return case._replace(prompt=above, after=case.after[: window // 3])
 
 
-def recorded(file: str) -> list[float]:
-    """The probabilities of the tokens up to the first one that was wrong."""
-    found = list[float]()
-    for row in map(json.loads, Path(file).read_text().splitlines()):
-        text = ""
-        for piece, probability in row["tokens"]:
-            text += piece
-            if row["kind"] != "line" or not row["expected"].startswith(text):
-                break
-            found.append(probability)
+def of_language(language: str, options: argparse.Namespace) -> Iterator[Row]:
+    chance = random.Random(f"{options.seed} {language}")
+    have = Counter[str]()
+    for source in islice(sources(options.folders, language, chance), MOST_FILES):
+        for kind in KINDS:
+            wanted = have[kind] < options.cases * FEW_LANGUAGES.get(kind, 1)
+            for case in cases_of(source, kind, chance) if wanted else ():
+                have[kind] += 1
+                window = kind in GAPS and have[kind] % 2 == 0
+                yield from rows_of_case(kind, language, case, window)
+        if have["bare"] < options.cases and language != "markdown":
+            have["bare"] += 1
+            text = source.text[:MAX_PIECE]
+            yield answer_of("bare", language, text, text)
+
+
+def fenced(text: str, have: Counter[str], cases: int) -> Iterator[Row]:
+    """Fenced blocks of a Markdown file with the text around them."""
+    end = 0
+    previous = None
+    for block in FENCE.finditer(text):
+        before, previous = previous, block
+        language = language_named(block[3].lower())
+        name = next((name for name, row in LANGUAGES.items() if row is language), "")
+        above, end = text[end : block.start()], block.end()
+        if not name or "```" in above or not block[4].strip():
+            continue
+        after = text[end : end + MORE_CHARS].partition("```")[0]
+        lines = block[4].splitlines(keepends=True)
+        piece = "".join(line.removeprefix(block[1]) for line in lines)
+        if have[name] < cases:
+            have[name] += 1
+            opened = piece + block[2] + after
+            yield answer_of("fenced_opened", name, opened, piece, f"```{name}\n")
+            told = "\n\n".join(PARTS.split(above)[-2:]).lstrip("\n")
+            yield answer_of("fenced_told", name, told + block[0] + after, piece)
+        is_code = name not in SHELLS and have["beside"] < 10 * cases
+        if before and before[3].lower() in BESIDE and is_code:
+            have["beside"] += 1
+            yield answer_of("fenced_beside", name, text[before.start() : end] + after, piece)
+
+
+def of_markdown(options: argparse.Namespace) -> Iterator[Row]:
+    """Fenced blocks, whole files with fences, and paragraphs without any."""
+    found = list[Path]()
+    for folder in options.folders:
+        found += sorted(Path(folder).rglob("*.md"))
+    have, most = Counter[str](), 5 * options.cases
+    for path in random.Random(options.seed).sample(found, len(found)):
+        text = path.read_text("utf-8", "replace").replace("\r\n", "\n") if path.is_file() else ""
+        yield from fenced(text, have, options.cases)
+        if text.count("```") % 2 == 0 and "```" in text and have["whole"] < most:
+            have["whole"] += 1
+            whole = text[:MAX_PIECE].rpartition("\n```\n")[0] + "\n```\n"
+            answer = f"```markdown\n{whole}```\n\nThat is it.\n"
+            yield answer_of("fenced_whole", "markdown", answer, whole)
+        prose = next((part for part in PARTS.split(text) if len(part) > 200), "")
+        if prose and not re.search("```|~~~|<|^    ", prose) and have["prose"] < most:
+            have["prose"] += 1
+            yield answer_of("prose", "python", prose, prose)
+
+
+def recorded(options: argparse.Namespace) -> Iterator[Row]:
+    languages = options.languages.split(",")
+    return chain(of_markdown(options), *(of_language(language, options) for language in languages))
+
+
+# ---------------------------------------------------------------------------------------- replaying
+
+
+def write(row: Row) -> tuple[str, int]:
+    """What the client gets of a text, and how many characters were read for it."""
+    prompt, suffix = row["prompt"], row["suffix"]
+    if row.get("window"):
+        body = prepare(row, row["mode"], BUDGET, 0, layout="spmv2").body
+        prompt, suffix = body["prompt"], body["suffix"]
+    ending = Ending(row["mode"], row["language"], prompt, suffix, "auto")
+    tokens = TOKEN.findall(row["text"])
+    out = list(pieces(ending, ((token, 1.0) for token in tokens), row.get("whole", True)))
+    return "".join(out), sum(map(len, tokens[: len(out)]))
+
+
+def weigh(text: str) -> int:
+    return len("".join(text.split()))
+
+
+def compared(row: Row, sent: str) -> tuple[int, int]:
+    """(characters lost, characters too many)."""
+    piece = row["piece"]
+    lost = weigh(piece) - weigh(sent)
+    if row["mode"] == "instruct":
+        is_whole = "".join(sent.split()).startswith("".join(piece.split()))
+        return (0, -lost) if is_whole else (weigh(piece), 0)
+    if row["kind"] in GAPS:
+        typed = row["row"] == "typed" and blanks_of(sent) != blanks_of(piece)
+        return max(lost, 0), max(-lost, 0) + typed
+    syntax = LANGUAGES.get(row["language"] or "", LANGUAGES["python"])
+    remarks = (syntax.line_comment or "\0", "/*", "*", "#", "@")
+    more = ONLY_CLOSERS.sub("", sent[len(piece) :]).split("\n")
+    code = [line for line in more if not line.lstrip().startswith(remarks)]
+    return max(lost, 0), weigh("".join(code))
+
+
+def blanks_of(text: str) -> str:
+    return text.removesuffix(text.lstrip())
+
+
+Result = tuple[int, int, int]  # characters lost, too many, and read
+
+
+def results(rows: Sequence[Row]) -> list[Result]:
+    found = list[Result]()
+    for row in rows:
+        sent, read = write(row)
+        found.append((*compared(row, sent), read))
     return found
 
 
-def write(ending: Ending, text: str, chance: random.Random, probabilities: list[float]) -> str:
-    """What the client gets of a text."""
-    sent = ""
-    for token in TOKEN.findall(text):
-        out, reason = ending.feed(token, chance.choice(probabilities))
-        sent += out
-        if reason:
-            return sent
-    return sent + ending.flush()
+def figures(found: Sequence[Result]) -> dict[str, float]:
+    cut, late = (100 * sum(one[at] > 0 for one in found) / len(found) for at in (0, 1))
+    read = sum(read for _, _, read in found) / len(found)
+    return {"cases": len(found), "cut": round(cut, 2), "late": round(late, 2), "read": round(read)}
 
 
-def summary_of(pairs: list[tuple[int, int]]) -> dict[str, float]:
-    cut = sum(lost > 0 for lost, _ in pairs)
-    late = [surplus for _, surplus in pairs if surplus]
-    return {
-        "cases": len(pairs),
-        "cut": round(100 * cut / len(pairs), 2),
-        "late": round(100 * len(late) / len(pairs), 2),
-        "chars": round(sum(late) / max(1, len(late))),
-    }
+def report(rows: Sequence[Row], found: Iterable[Result]) -> Iterator[dict[str, Any]]:
+    by_row = defaultdict[str, list[Result]](list)
+    by_language = defaultdict[str, dict[str, list[Result]]](lambda: defaultdict(list))
+    for row, result in zip(rows, found, strict=True):
+        by_row[row["row"]].append(result)
+        by_language[f"{row['language']}"][row["row"]].append(result)
+    for name, of in by_row.items():
+        yield {"row": name} | figures(of)
+    for language, table in by_language.items():
+        every = list(chain.from_iterable(table.values()))
+        of_rows = {name: figures(of) for name, of in table.items()}
+        yield {"language": language} | figures(every) | {"rows": of_rows}
 
 
-def measure(language: str, options: argparse.Namespace) -> dict[str, object]:
-    chance, show = random.Random(f"{options.seed} {language}"), options.show
-    probabilities = recorded(options.recorded) if options.recorded else [1.0]
-    other = "\n".join(f"other{n} = elsewhere({n})" for n in range(60))
-    results = defaultdict[str, list[tuple[int, int]]](list)  # by kind and model
-    for source in sources(options.folders, language, chance):
-        have = Counter({kind: len(results.get(f"{kind}_own", ())) for kind in KINDS})
-        missing = [kind for kind in options.kinds.split(",") if have[kind] < options.cases]
-        if not missing:
-            break
-        for kind in missing:
-            for case in cases_of(source, kind, chance):
-                if options.window:
-                    case = cut_to(case, options.window)
-                for model, text in texts_of(case, other).items():
-                    name = f"{kind}_{model}"
-                    mode, suffix = ("infill", case.after) if kind in GAPS else ("complete", None)
-                    ending = Ending(mode, language, case.prompt, suffix, "auto")
-                    drawn = random.Random(text)
-                    sent = write(ending, text, drawn, probabilities)
-                    result = judge(language, case, sent)
-                    results[name].append(result)
-                    if show and any(result) and re.search(options.only, name):
-                        show -= 1
-                        marked = f"{case.prompt[-300:]}«{case.piece}»{case.after[:200]}"
-                        print(f"--- {language} {name} {result}\n{marked}")
-                        print(f"  sent: {sent[-200:]!r}\n")
-        other = source.text[source.lines[len(source.lines) // 2].start :][:MORE_CHARS]
-    names = sorted(results, key=lambda name: KINDS.index(name.partition("_")[0]))
-    return {"language": language, **{name: summary_of(results[name]) for name in names}}
+def show(rows: Sequence[Row], found: Sequence[Result], count: int) -> None:
+    wrong = [row for row, (lost, more, _) in zip(rows, found, strict=True) if lost or more]
+    for row in random.Random(1).sample(wrong, min(count, len(wrong))):
+        print(f"--- {row['row']} {row['language']}\n{row['prompt'][-300:]}«{row['piece']}»")
+        print(f"  sent: {write(row)[0][-300:]!r}\n")
 
 
 def main() -> None:
+    every = ",".join(LANGUAGES)
     parser = servers.parser_of(
-        __doc__,
-        seed=1,
-        cases=300,
-        languages=",".join(LANGUAGES),
-        show=0,
-        window=0,
-        only="",
-        recorded="",
-        kinds=",".join(KINDS),
+        __doc__, texts="", rows="", show=0, seed=1, cases=30, languages=every
     )
     parser.add_argument("folders", nargs="*", default=FOLDERS)
     options = parser.parse_args()
-    for language in options.languages.split(","):
-        print(json.dumps(measure(language, options)), flush=True)
+    texts = Path(options.texts or "/dev/null")
+    known = rows_of(texts)
+    rows = [row for row in known or recorded(options) if re.search(options.rows, row["row"])]
+    if not known:
+        texts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with ProcessPoolExecutor() as pool:
+        parts = [rows[at : at + PART] for at in range(0, len(rows), PART)]
+        found = list(chain.from_iterable(pool.map(results, parts)))
+    for line in report(rows, found):
+        print(json.dumps(line))
+    show(rows, found, options.show)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
 """The engine against llama-server: same weights, threads and prompts, in turn.
 
     python tests/bench/engine.py --llama-server PATH [--model qwen_0_5b] [--only one,two,…]
-        [--quick]
+        [--rounds 5] [--tokens 128]
 
 vpsd uses the model's tuned file, if this user has one (`vpsd.py tune`); `encoding` names it.
 llama-server uses the published file. Two more sides show what the encoding alone does: `published`
 is vpsd with the published file and the settings found beside it, `llama_server_tuned` is
-llama-server with the tuned file. --published leaves out the tuned file and its settings. With
---spin llama-server's threads spin as briefly as vpsd's. --quick has few and short rounds, to see
-whether everything works. A text that ends by itself counts for no side.
+llama-server with the tuned file. --published leaves out the tuned file and its settings. A
+text that ends by itself counts for no side.
 
 Prints one line of JSON. Each part is a median over rounds with different prompts; `ratio` is vpsd's
 figure over llama-server's, `ratio_published` that of vpsd with the published file, and so on.
@@ -18,7 +17,6 @@ Without --llama-server the parts that need it are left out. Targets are in brack
     one       tokens/s of one stream that continues code; `plain` is vpsd without drafts
               [>= 1.4, >= 1.3]
     prose     the same with prose, the answer to a question
-    long      the same after a prompt of 1,500 tokens
     two       tokens/s of two streams of code at once, added up [>= 1.6, >= 1.3]
     two_prose the same with prose
     new       ms to the first token of a prompt of 1,000 tokens that was never seen [<= 0.4, <= 0.9]
@@ -27,12 +25,7 @@ Without --llama-server the parts that need it are left out. Targets are in brack
               with the published file [>= 1.25]
     ttft      ms to the first token of a prompt that was just answered, and of the same prompt with
               one more line [<= 1.0]
-    cancel    ms until the cores are idle, after a client left while its prompt of 2,000 tokens was
-              read [<= 100]
     pause     ms, the longest pause of a running stream while another prompt of 1,000 tokens is read
-    restart   ms to the first token of a prompt of 2,000 tokens: computed, and restored after a
-              restart [>= 50 x]
-    loss      tokens/s of text that hardly repeats, with drafts over without [>= 0.98]
     draft     ms a token of five gaps of 48 tokens in this project's code, with a file that writes
               the 1.5B's text at a 7B's cost: vpsd with the 0.5B as draft model (`on`), and without
               drafts (`off`); llama-server with this draft model; then `tuned`, vpsd with the tuned
@@ -41,9 +34,6 @@ Without --llama-server the parts that need it are left out. Targets are in brack
               on/llama_server_draft <= 0.91, tuned/llama_server <= 0.45]
     pair      seconds of whole requests to that file and its draft model, without [<= 1.03]: a
               prompt of 1,000 tokens never seen and one key later, 12, 24 and 128 tokens to write
-    ties      the number of greedy texts that differ with and without drafts. `gaps` lists, for each
-              text that leaves the path of a plain greedy loop, the lead in logits of the loop's
-              token there: small leads are near-ties
 """
 
 from __future__ import annotations
@@ -56,7 +46,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
@@ -67,9 +56,9 @@ from typing import Any
 
 import numpy as np
 import servers
-from families import Edited, Reference
+from families import Edited
 from harness import FILES, ROOT, settings
-from servers import Question, Result, Server, code, copying, llama_server, prose, ratio, vpsd, words
+from servers import Result, Server, code, copying, llama_server, prose, ratio, vpsd, words
 
 from cerebrum.vps import llama
 from cerebrum.vps.encoding import cpu_name, find_tuned, tuned_path
@@ -105,9 +94,7 @@ class Bench:
     def __post_init__(self) -> None:
         options = self.options
         self.weights = servers.weights_of(options.model)
-        self.rounds = 2 if options.quick else options.rounds
-        self.tokens = 24 if options.quick else 128
-        self.share = 8 if options.quick else 1  # divides the lengths of prompts
+        self.rounds, self.tokens = options.rounds, options.tokens
         self.numbers = itertools.count()
         settings = llama.Settings()
         if options.threads:
@@ -139,8 +126,7 @@ class Bench:
         if not binary:
             return None
         file = file or self.weights
-        more = {servers.SPIN: os.environ[servers.SPIN]} if self.options.spin else {}
-        server = llama_server(self.folder, binary, file, threads, *mode.split(), **more)
+        server = llama_server(self.folder, binary, file, threads, *mode.split())
         return self._start(f"{file} {mode}", server)
 
     def sides(self, plain: bool = False, encodings: bool = False) -> Sides:
@@ -150,7 +136,7 @@ class Bench:
         """
         sides = {"vpsd": self.ours()}
         if plain:
-            sides["plain"] = self.plain()
+            sides["plain"] = self.ours("plain", CEREBRUM_DRAFT="0")
         if theirs := self.theirs():
             sides["llama_server"] = theirs
         if encodings and self.has_weights:
@@ -159,30 +145,24 @@ class Bench:
                 sides["llama_server_tuned"] = same
         return sides
 
-    def plain(self) -> Server:
-        return self.ours("plain", CEREBRUM_DRAFT="0")
-
     def published(self) -> Server:
         return self.ours("published", published=True)
 
-    def rounds_of(self, sides: Sides, measure: Measure, rounds: int) -> Rates:
-        """The values of `measure(server, number)` by side, in turns, after a round to warm up. A
-        number for which a side has 0.0, because a text ended by itself, counts for no side.
-        """
-        values = {name: list[float]() for name in sides}
-        for count in range(-1, 4 * rounds):
-            number = next(self.numbers)
-            found = {name: measure(server, number) for name, server in in_turn(sides, count)}
-            if count >= 0 and all(found.values()):
-                for name, value in found.items():
-                    values[name].append(value)
-            if min(map(len, values.values())) == rounds:
-                break
-        return values
-
     def compare(self, measure: Measure, scale: float = 1.0, **which: bool) -> dict[str, Any]:
-        """The medians of `measure(server, number) * scale` for all sides. `which`: see `sides`."""
-        values = self.rounds_of(self.sides(**which), measure, self.rounds)
+        """The medians of `measure(server, number) * scale` for all sides, in turns, after a round
+        to warm up. A number for which a side has 0.0, because a text ended by itself, counts for no
+        side. `which`: see `sides`.
+        """
+        sides = self.sides(**which)
+        values = {name: list[float]() for name in sides}
+        for count in range(-1, 4 * self.rounds):
+            number = next(self.numbers)
+            taken = {name: measure(server, number) for name, server in in_turn(sides, count)}
+            if count >= 0 and all(taken.values()):
+                for name, value in taken.items():
+                    values[name].append(value)
+            if min(map(len, values.values())) == self.rounds:
+                break
         found = {side: round(scale * median(values[side]), 2) for side in values}
         if theirs := values.pop("llama_server", None):
             found["ratio"] = ratio(values.pop("vpsd"), theirs)
@@ -207,39 +187,18 @@ def rate(results: Sequence[Result], tokens: int) -> float:
     return written / (end - begin)
 
 
-class Drafts(Counter[str]):
-    """Tokens that were drafted, and those of them that were accepted."""
-
-    def count(self, result: Result) -> None:
-        for name in ("draft_tokens", "accepted_tokens"):
-            self[name] += result.done.get(name, 0)
-
-
 def streams(bench: Bench, ask: Callable[[int], str], count: int = 1) -> dict[str, Any]:
-    drafts = Drafts()
-
     def measure(server: Server, number: int) -> float:
         prompts = [ask(count * number + place) for place in range(count)]
         calls = [partial(server.complete, prompt, bench.tokens) for prompt in prompts]
-        results = servers.together(*calls)
-        for result in results:
-            drafts.count(result)
-        return rate(results, bench.tokens)
+        return rate(servers.together(*calls), bench.tokens)
 
-    found = bench.compare(measure, plain=True, encodings=True)
-    return found | {"draft_tokens": drafts["draft_tokens"]}
-
-
-def long(bench: Bench) -> dict[str, Any]:
-    def ask(number: int) -> str:
-        return Question(f"{words(number, 1500 // bench.share)}\n{prose(number)}")
-
-    return streams(bench, ask)
+    return bench.compare(measure, plain=True, encodings=True)
 
 
 def rewriting(bench: Bench, server: Server, number: int, tokens: int = 1024) -> Result:
-    prompt = copying(number, 70 // bench.share)
-    return server.complete(prompt, tokens // bench.share, stop="```")
+    prompt = copying(number, 70)
+    return server.complete(prompt, tokens, stop="```")
 
 
 def rate_of_mode(bench: Bench, mode: str) -> float:
@@ -250,16 +209,14 @@ def rate_of_mode(bench: Bench, mode: str) -> float:
         return rewriting(bench, candidate, 8, 400).rate
 
 
-def rewriting_rates(bench: Bench, sides: Sides, drafts: Drafts) -> Rates:
-    """Tokens/s by side and turn, `vpsd_first` and so on. `drafts` counts those of vpsd."""
+def rewriting_rates(bench: Bench, sides: Sides) -> Rates:
+    """Tokens/s by side and turn, `vpsd_first` and so on."""
     rates = Rates()
     for count in range(min(bench.rounds, 8)):
         for side, server in in_turn(sides, count):
             for turn in ("first", "again"):
                 result = rewriting(bench, server, count)
                 rates.setdefault(f"{side}_{turn}", []).append(result.rate)
-                if side == "vpsd":
-                    drafts.count(result)
     return rates
 
 
@@ -273,38 +230,31 @@ def rewrite(bench: Bench) -> dict[str, Any]:
         modes = {mode: rate_of_mode(bench, mode) for mode in NGRAM_MODES}
         best = max(modes, key=lambda mode: modes[mode])
         sides["ngram"] = bench.theirs(best)
-        rounded = {" ".join(mode.split()[1::2]): round(modes[mode], 1) for mode in modes}
-        found = {"ngram_modes": rounded, "best_mode": best}
-    drafts = Drafts()
-    rates = rewriting_rates(bench, sides, drafts)
+        found = {"best_mode": best}
+    rates = rewriting_rates(bench, sides)
     found |= {name: round(median(values), 1) for name, values in rates.items()}
     for name, values in rates.items():
         side, _, turn = name.rpartition("_")
         if side != "vpsd":
             found[f"ratio_{others.get(side, side)}_{turn}"] = ratio(rates[f"vpsd_{turn}"], values)
-    return found | drafts
+    return found
 
 
 def ttft(bench: Bench) -> dict[str, Any]:
-    known: dict[str, int] = {}
-
-    def first_token(kind: str, more: str, server: Server, number: int) -> float:
-        prompt = words(number, 1000 // bench.share)
+    def first_token(more: str, server: Server, number: int) -> float:
+        prompt = words(number, 1000)
         server.complete(prompt, 8)
-        result = server.complete(prompt + more, 8)
-        if server.model:
-            known[kind] = result.done["prompt_tokens"] - result.done["cached_tokens"]
-        return result.ttft
+        return server.complete(prompt + more, 8).ttft
 
     times = {}
     for kind, more in (("repeated", ""), ("extended", " and one more line of it\n")):
-        times[kind] = bench.compare(partial(first_token, kind, more), 1000)
-    return times | {"computed": known}
+        times[kind] = bench.compare(partial(first_token, more), 1000)
+    return times
 
 
 def new(bench: Bench) -> dict[str, Any]:
     def first_token(server: Server, number: int) -> float:
-        return server.complete(words(5000 + number, 1000 // bench.share), 1).ttft
+        return server.complete(words(5000 + number, 1000), 1).ttft
 
     return bench.compare(first_token, 1000, encodings=True)
 
@@ -326,25 +276,11 @@ def idle_since(pid: int, begin: float) -> float:
     return idle
 
 
-def cancel(bench: Bench) -> dict[str, Any]:
-    server = bench.ours()
-    times = list[float]()
-    for _ in range(bench.rounds):
-        prompt = words(next(bench.numbers), 2000 // bench.share)
-        with server.events(prompt, 8, progress=True) as events:
-            while next(events).get("progress", {}).get("stage") != "prefill":
-                pass
-            time.sleep(0.1)  # into the first chunk
-            begin = time.perf_counter()
-        times.append(1000 * (idle_since(server.pid, begin) - begin))
-    return {"ms": round(median(times), 1), "worst_ms": round(max(times), 1)}
-
-
 def pause(bench: Bench) -> dict[str, Any]:
     def measure(server: Server, number: int) -> float:
         with server.events(words(9000 + number, 100), 2000) as events:
             marks = [next(events) and time.perf_counter() for _ in range(4)]
-            prompt = words(number, 1000 // bench.share)
+            prompt = words(number, 1000)
             others = list[Result]()
             other = threading.Thread(target=lambda: others.append(server.complete(prompt, 1)))
             other.start()
@@ -354,73 +290,6 @@ def pause(bench: Bench) -> dict[str, Any]:
         return max(b - a for a, b in itertools.pairwise(marks))
 
     return bench.compare(measure, 1000)
-
-
-def restart(bench: Bench) -> dict[str, Any]:
-    count = 1 if bench.options.quick else 5
-    length = 2000 // bench.share
-    prompts = [words(next(bench.numbers), length) for _ in range(count)]
-    model = bench.options.model
-    threads = bench.options.threads
-    runs = list[list[Result]]()
-    for _ in range(2):
-        with vpsd(bench.folder, "restart", model, threads, bench.tuned) as server:
-            runs.append([server.complete(prompt, 4) for prompt in prompts])
-    computed, known = ([1000 * result.ttft for result in results] for results in runs)
-    return {
-        "computed_ms": round(median(computed), 1),
-        "known_ms": round(median(known), 1),
-        "ratio": round(ratio(computed, known), 1),
-        "prompt_tokens": runs[1][0].done["prompt_tokens"],
-        "cached_tokens": [result.done["cached_tokens"] for result in runs[1]],
-    }
-
-
-def loss(bench: Bench) -> dict[str, Any]:
-    sides = {"drafts": bench.ours(), "plain": bench.plain()}
-    drafts = Drafts()
-
-    def measure(server: Server, number: int) -> float:
-        result = server.complete(prose(number), bench.tokens)
-        drafts.count(result)
-        return result.rate
-
-    rates = bench.rounds_of(sides, measure, 2 * bench.rounds)
-    return {"ratio": ratio(rates["drafts"], rates["plain"]), **drafts}
-
-
-def leads_where_left(result: Result, pieces: Iterable[bytes], leads: list[float]) -> list[float]:
-    """Where a text leaves the path of the loop, the lead of the loop's token; nothing if it does
-    not.
-    """
-    path = zip(itertools.accumulate(pieces), leads[: result.done["total_tokens"]], strict=False)
-    text = result.text.encode()
-    left = (round(lead, 3) for start, lead in path if not text.startswith(start))
-    return list(itertools.islice(left, 1))
-
-
-def ties(bench: Bench) -> dict[str, Any]:
-    sides = {"drafts": bench.ours(), "plain": bench.plain()}
-    drafts = Drafts()
-    loop = Reference(bench.weights)
-    gaps = {name: list[float]() for name in sides}
-    differ = 0
-    numbers = range(4 if bench.options.quick else 16)
-    prompts = [prose(500 + number) for number in numbers]
-    prompts += [copying(number, 20) for number in numbers]
-    for prompt in prompts:
-        chat = isinstance(prompt, Question)
-        tokens = loop.tokenize(prompt.chat_ml() if chat else prompt, chat)
-        pieces, leads = loop.greedy(tokens, bench.tokens)
-        texts = set[str]()
-        for name, server in sides.items():
-            result = server.complete(prompt, bench.tokens)
-            drafts.count(result)
-            texts.add(result.text)
-            gaps[name] += leads_where_left(result, pieces, leads)
-        differ += len(texts) == 2
-    drafted = drafts["draft_tokens"]
-    return {"texts": len(prompts), "differ": differ, "gaps": gaps, "draft_tokens": drafted}
 
 
 LAYERS = 5  # times the 1.5B's
@@ -541,7 +410,6 @@ def draft(bench: Bench) -> dict[str, Any]:
 
 def ms_a_token(bench: Bench, sides: Sides) -> dict[str, Any]:
     """Of gaps whose prompts were read before; and the ratio to each side of the first."""
-    wanted = 1 if bench.options.quick else 5
     times = {name: list[float]() for name in sides}
 
     def measure(server: Server, number: int) -> float:
@@ -558,7 +426,7 @@ def ms_a_token(bench: Bench, sides: Sides) -> dict[str, Any]:
         if all(found.values()):
             for name, value in found.items():
                 times[name].append(value)
-        if len(next(iter(times.values()))) == wanted:
+        if len(next(iter(times.values()))) == bench.rounds:
             break
     means = {name: round(fmean(values), 1) for name, values in times.items()}
     first, *others = means
@@ -575,7 +443,7 @@ def pair(bench: Bench) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for tokens in (12, 24, 128):
         ratios: dict[str, list[float]] = {"cold": [], "key": []}
-        for number in range(2 if bench.options.quick else 9):
+        for number in range(9):
             seconds = {
                 name: whole_seconds(server, number, tokens)
                 for name, server in in_turn(sides, number)
@@ -599,7 +467,7 @@ def whole_seconds(server: Server, number: int, tokens: int) -> tuple[float, floa
     return spent[0], spent[1]
 
 
-WHOLE_PARTS = (long, rewrite, new, ttft, cancel, pause, restart, loss, ties, draft, pair)
+WHOLE_PARTS = (rewrite, new, ttft, pause, draft, pair)
 PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "one": partial(streams, ask=code),
     "prose": partial(streams, ask=prose),
@@ -614,8 +482,7 @@ OPTIONS = {
     "rounds": 5,
     "threads": 0,
     "published": False,
-    "spin": False,
-    "quick": False,
+    "tokens": 128,
 }
 
 

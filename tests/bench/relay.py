@@ -5,16 +5,15 @@
 A scripted backend in a process of its own sends 2 streams of token events, paced at 200 tokens/s
 each. This process reads them directly, through cm4d.py, and through a relay on asyncio streams that
 does nothing else, in turn, several rounds in one run, so that a busy machine slows all of them. A
-second cm4d.py serves the same streams in the dialects of OpenAI and llama.cpp, a third one with
-TLS. Prints one line of JSON:
+second cm4d.py serves the same streams in the dialects of OpenAI and llama.cpp. Prints one line of
+JSON:
 
-    added_us_p50, _p99   a token's time from the backend's send to here, less the same percentile
-                         without a relay
+    added_us             a token's time from the backend's send to here, less the same without a
+                         relay (medians)
     cpu_us_per_token     of the relay's process, from the scheduler's own clock
     peak_rss_mb          VmHWM at the end of everything
-    start_s              from exec to `listening on …` (median of 5)
-    tls, openai, llama   the same figures with TLS or in these dialects; `more_cpu_us` is per token,
-                         over plain native
+    start_s              from exec to `listening on …` (mean of 2)
+    openai, llama        the same figures in these dialects
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ import os
 import re
 import selectors
 import socket
-import ssl
 import statistics
 import sys
 import tempfile
@@ -37,7 +35,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import servers
-from harness import Daemon, certificate, daemon, post, program
+from harness import Daemon, daemon, post, program
 
 STREAMS, PACE = 2, 200  # tokens/s each
 HEAD = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Type: "
@@ -45,12 +43,11 @@ STREAM_HEAD = HEAD + b"text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 MODEL = {"id": "qwen_0_5b", "loaded": True, "n_ctx": 4096}
 STATE = json.dumps({"status": "healthy", "models": [MODEL]}).encode()  # the answer to any GET
 STATE_HEAD = HEAD + b"application/json\r\nContent-Length: %d\r\n\r\n" % len(STATE)
-NATIVE, VPS = "/v1/complete/stream", "/v1/inference/stream"
+VPS = "/v1/inference/stream"
 PATHS = {
     "direct": VPS,
     "bare": VPS,
-    "cm4d": NATIVE,
-    "tls": NATIVE,
+    "cm4d": "/v1/complete/stream",
     "openai": "/v1/completions",
     "llama": "/completion",
 }
@@ -146,8 +143,6 @@ def ask(target: Target, count: int, number: int) -> socket.socket:
     fields = {"prompt": f"# paced {count} {number}\nx =", "language": "python", "stream": True}
     peer = socket.create_connection(("127.0.0.1", target.port))
     peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    if target.name == "tls":
-        peer = ssl._create_unverified_context().wrap_socket(peer)
     body = json.dumps(fields).encode()
     peer.sendall(post(PATHS[target.name], body, "Connection: close"))
     return peer
@@ -162,9 +157,6 @@ def receive(peers: list[socket.socket]) -> Iterator[tuple[int, bytes]]:
             for key, _ in selector.select():
                 peer = key.fileobj  # type: ignore[assignment]
                 data = peer.recv(1 << 18)
-                # What is pending has been read already, so that select does not report it.
-                while isinstance(peer, ssl.SSLSocket) and peer.pending():
-                    data += peer.recv(1 << 18)
                 yield time.monotonic_ns(), data
                 if not data:
                     selector.unregister(key.fileobj)
@@ -184,22 +176,14 @@ def run_paced(target: Target, seconds: float) -> None:
     target.cpu_us.append((servers.cpu_ns(target.pid) - cpu) / seen / 1000)
 
 
-def percentile(values: list[int], share: float) -> float:
-    return sorted(values)[int(len(values) * share)] / 1000
-
-
 def figures(target: Target, direct: Target) -> dict[str, float]:
-    found = {"cpu_us_per_token": round(statistics.median(target.cpu_us), 1)}
-    for name, share in (("added_us_p50", 0.5), ("added_us_p99", 0.99)):
-        added = percentile(target.delays_ns, share) - percentile(direct.delays_ns, share)
-        found[name] = round(added, 1)
-    return found
+    added = statistics.median(target.delays_ns) - statistics.median(direct.delays_ns)
+    cpu = statistics.median(target.cpu_us)
+    return {"cpu_us_per_token": round(cpu, 1), "added_us": round(added / 1000, 1)}
 
 
-def start_all(
-    folder: Path, stack: contextlib.ExitStack
-) -> tuple[dict[str, Daemon], dict[str, str]]:
-    """The processes by the names of their targets, and the settings of cm4d."""
+def start_all(folder: Path, stack: contextlib.ExitStack) -> dict[str, Daemon]:
+    """The processes by the names of their targets."""
     started = dict[str, Daemon]()
 
     def start(name: str, *arguments: str) -> int:
@@ -213,18 +197,17 @@ def start_all(
     # One more place is for infills.
     settings = {"CEREBRUM_CM4_API_KEY": "", "CEREBRUM_MAX_CONCURRENT": f"{STREAMS + 1}"}
     settings["CEREBRUM_VPS_URL"] = f"http://127.0.0.1:{port}"
-    for name, more in (("cm4d", {}), ("tls", certificate(folder, "relay")), ("openai", {})):
-        running = daemon("cm4d", folder / name, **settings, **more)
-        started[name] = stack.enter_context(running)
+    for name in ("cm4d", "openai"):
+        started[name] = stack.enter_context(daemon("cm4d", folder / name, **settings))
     started["llama"] = started["openai"]
-    return started, settings
+    return started
 
 
 def main() -> None:
     options = servers.parser_of(__doc__, seconds=4.0, rounds=3).parse_args()
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        started, settings = start_all(folder, stack)
+        started = start_all(folder, stack)
         targets = {
             name: Target(name, relay.process.pid, relay.port) for name, relay in started.items()
         }
@@ -235,17 +218,13 @@ def main() -> None:
         for _ in range(options.rounds):
             for target in targets.values():
                 run_paced(target, options.seconds)
-        starts = list[float]()
-        for _ in range(5):
-            with daemon("cm4d", folder / "start", **settings) as pi:
-                starts.append(pi.start_seconds)
         direct = targets.pop("direct")
         result = {name: figures(target, direct) for name, target in targets.items()}
         native = result["cm4d"]["cpu_us_per_token"]
         for name, found in result.items():
             found["peak_rss_mb"] = round(started[name].peak_rss_kb() / 1024, 1)
-            found["more_cpu_us"] = round(found["cpu_us_per_token"] - native, 1)
     ratio = round(native / result["bare"]["cpu_us_per_token"], 2)
+    starts = [started[name].start_seconds for name in ("cm4d", "openai")]
     start_s = round(statistics.median(starts), 3)
     print(json.dumps({"cpu_to_bare": ratio, "start_s": start_s, **result}))
 

@@ -221,10 +221,10 @@ def vpsd(
 
 @contextlib.contextmanager
 def llama_server(
-    folder: Path, binary: str, file: Path, threads: int, *options: str, **more: str
+    folder: Path, binary: str, file: Path, threads: int, *options: str
 ) -> Iterator[Server]:
     """llama-server with these options, and its defaults for everything else."""
-    environment = [f"{name}={value}" for name, value in {**inherited(), **more}.items()]
+    environment = [f"{name}={value}" for name, value in inherited().items()]
     program = [f"{Path(binary).resolve()}", "-m", f"{file}"]
 
     def command(port: int) -> list[str]:

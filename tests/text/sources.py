@@ -1,5 +1,5 @@
 """Real files in every language, and what pygments says of them: for test_syntaxes.py and
-tests/bench/ending.py.
+tests/bench/cases.py.
 """
 
 from __future__ import annotations

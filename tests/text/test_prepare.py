@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import itertools
-import random
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from test_ending import cases
 
 from cerebrum.text.languages import LANGUAGES
 from cerebrum.text.prompt import (
@@ -27,106 +26,208 @@ from cerebrum_common import HttpError
 
 PYTHON_FILE = Path(argparse.__file__).read_text("utf-8")
 
-# Prompts that are code, and those that are instructions, by language. A person would take those
-# below "wrong" the other way. They err towards complete, but for the last; `mode` or `instruction`
-# corrects them.
 FUNCTION = "def get(url):\n    return requests.get(url).text\n"
-COMPLETE = {
-    "python": [
-        "def fibonacci(n):",
-        'def has_close(numbers, threshold):\n    """Check if any two numbers are close.\n    """\n',
-        "# Sort the list",
-        "# Refactor this to use async\n" + FUNCTION,
-        "# Write a function that sorts a list\ndef sort_list(items):",
-        "# Copyright 2024 The Authors\n# Licensed under the MIT license\nimport os\nimport sys\n",
-        "#!/usr/bin/env python3\nimport sys\n\ndef main():\n    pass\n",
-        '"""Explain this module."""\nimport os\n',
-        "print(the_list)\nsort(a, b)\nfind = 3\n",
-        "return a if b else c",
-        "query = '''\nSELECT a FROM b",
-        "select name from users",
-        "CREATE TABLE users (id INT, name TEXT)",
-        "explain select * from users",
-        "\n\n",
-        "for a in the_list:\n    print(a)\n",
-        # wrong:
-        "编写一个对列表排序的函数",
-        "fizzbuzz in python",
-        "Return the sum of two numbers",
-    ],
-    "c": [
-        "#define MAX(a, b) ((a) > (b) ? (a) : (b))\n",
-        "// Reads all of the input\nint read_all(void) {\n    return 1;\n}\n",
-    ],
-    "cpp": ["delete this;"],
-    "rust": [
-        "use my::module;\nuse the::other;",
-    ],
-    "go": [
-        'package main\n\nimport "fmt"\n\nfunc main() {',
-    ],
-    "javascript": [
-        "describe('a thing', () => {\n  it('works', () => {",
-        "delete a.b\nlet the = 1",
-    ],
-    "typescript": [
-        "export abstract class that extends Base {",
-    ],
-    "markdown": [
-        "How do I install it?\n\nRun ",
-        "# Title\n\nWrite a ",
-    ],
-    "sql": [
-        "CREATE PROCEDURE foo()",
-        "create extension if not exists",
-        "EXPLAIN ALL a",
-        "describe users",
-    ],
-    "dockerfile": ["ADD a b"],
-    "yaml": ["generate foo: x"],
-    "shell": [
-        "find . -name '*.txt'",
-        "make install",
-    ],
-    "html": ["<p>Write a letter"],
+# Prompts that are code, and those that are instructions, by language. A person would take those
+# that are "wrong" the other way. They err towards complete; `mode` or `instruction` corrects them.
+COMPLETE = r'''
+=== python
+def fibonacci(n):
+=== python
+def has_close(numbers, threshold):
+    """Check if any two numbers are close.
+    """
+
+=== python
+# Sort the list
+=== python
+# Refactor this to use async
+def get(url):
+    return requests.get(url).text
+
+=== python
+# Write a function that sorts a list
+def sort_list(items):
+=== python
+# Copyright 2024 The Authors
+# Licensed under the MIT license
+import os
+import sys
+
+=== python
+#!/usr/bin/env python3
+import sys
+
+def main():
+    pass
+
+=== python
+"""Explain this module."""
+import os
+
+=== python
+print(the_list)
+sort(a, b)
+find = 3
+
+=== python
+return a if b else c
+=== python
+query = """
+SELECT a FROM b
+=== python
+select name from users
+=== python
+CREATE TABLE users (id INT, name TEXT)
+=== python
+explain select * from users
+=== python
+
+
+
+=== python
+for a in the_list:
+    print(a)
+
+=== python, wrong
+编写一个对列表排序的函数
+=== python, wrong
+fizzbuzz in python
+=== python, wrong
+Return the sum of two numbers
+=== c
+#define MAX(a, b) ((a) > (b) ? (a) : (b))
+
+=== c
+// Reads all of the input
+int read_all(void) {
+    return 1;
 }
-INSTRUCT = {
-    "python": [
-        "Write a function that reverses a string",
-        "Write Python code to parse a CSV file",
-        "Write quicksort",
-        "Explain this code:\n\n" + FUNCTION,
-        "Explain what `yield from` does",
-        "Please add type hints to this:\n" + FUNCTION,
-        "Can you write a web server?",
-        "How do I read a file line by line?",
-        "What does this function return?\n\n" + FUNCTION,
-        "I need a class for matrices",
-        "Create a class Stack with push and pop",
-        "Given a list of integers, return the two that add up to a target",
-        "A function that returns the n-th prime",
-        "Python function to check if a number is prime",
-        "Write a function add(a, b):\n- it adds\n- it never fails",
-        "\n  Sort a list of tuples by the second element\n",
-        "Refactor this to use async:\n\n" + FUNCTION,
-    ],
-    "cpp": ["Write a C++ program that uses std::vector"],
-    "go": ["Translate this Python to Go:\n\nprint('hi')\nprint('ho')\n"],
-    "markdown": ["Write a README for a shop"],
-    "sql": [
-        "Write a query that lists all customers",
-        "explain this query",
-    ],
-    "dockerfile": ["Add a user"],
-    "shell": ["Find all files that are larger than 1 GB"],
-}
+
+=== cpp
+delete this;
+=== rust
+use my::module;
+use the::other;
+=== go
+package main
+
+import "fmt"
+
+func main() {
+=== javascript
+describe('a thing', () => {
+  it('works', () => {
+=== javascript
+delete a.b
+let the = 1
+=== typescript
+export abstract class that extends Base {
+=== markdown
+How do I install it?
+
+Run
+=== markdown
+# Title
+
+Write a
+=== sql
+CREATE PROCEDURE foo()
+=== sql
+create extension if not exists
+=== sql
+EXPLAIN ALL a
+=== sql
+describe users
+=== dockerfile
+ADD a b
+=== yaml
+generate foo: x
+=== shell
+find . -name '*.txt'
+=== shell
+make install
+=== html
+<p>Write a letter
+'''
+INSTRUCT = """
+=== python
+Write a function that reverses a string
+=== python
+Write Python code to parse a CSV file
+=== python
+Write quicksort
+=== python
+Explain this code:
+
+def get(url):
+    return requests.get(url).text
+
+=== python
+Explain what `yield from` does
+=== python
+Please add type hints to this:
+def get(url):
+    return requests.get(url).text
+
+=== python
+Can you write a web server?
+=== python
+How do I read a file line by line?
+=== python
+What does this function return?
+
+def get(url):
+    return requests.get(url).text
+
+=== python
+I need a class for matrices
+=== python
+Create a class Stack with push and pop
+=== python
+Given a list of integers, return the two that add up to a target
+=== python
+A function that returns the n-th prime
+=== python
+Python function to check if a number is prime
+=== python
+Write a function add(a, b):
+- it adds
+- it never fails
+=== python
+
+  Sort a list of tuples by the second element
+
+=== python
+Refactor this to use async:
+
+def get(url):
+    return requests.get(url).text
+
+=== cpp
+Write a C++ program that uses std::vector
+=== go
+Translate this Python to Go:
+
+print('hi')
+print('ho')
+
+=== markdown
+Write a README for a shop
+=== sql
+Write a query that lists all customers
+=== sql
+explain this query
+=== dockerfile
+Add a user
+=== shell
+Find all files that are larger than 1 GB
+"""
 
 
 @pytest.mark.parametrize(("prompts", "mode"), [(COMPLETE, "complete"), (INSTRUCT, "instruct")])
-def test_the_mode_of_a_prompt(prompts: dict[str, list[str]], mode: str) -> None:
-    for language, texts in prompts.items():
-        found = {text: detect_mode({"language": language, "prompt": text}) for text in texts}
-        assert found == dict.fromkeys(texts, mode)
+def test_the_mode_of_a_prompt(prompts: str, mode: str) -> None:
+    for head, text in cases(prompts):
+        assert (text, detect_mode({"language": head.split(",")[0], "prompt": text})) == (text, mode)
 
 
 DECIDED: list[Any] = [
@@ -249,8 +350,7 @@ def test_of_a_long_file_a_window_of_whole_statements_is_sent(language: str) -> N
     assert number
     assert window.startswith(statement % int(number[0]))
     assert 2400 < result.weight <= 1196 * 3.5
-    size = {"characters": len(result.body["prompt"]), "of": len(text)}
-    assert result.kept == {**size, "parts": ["window"]}
+    assert result.kept["parts"] == ["window"]
 
 
 def test_an_infill_keeps_both_sides_of_the_cursor() -> None:
@@ -298,12 +398,10 @@ def test_someone_typing_keeps_the_cache() -> None:
     saved = sorted(itertools.starmap(shared, itertools.pairwise(prompts)))
     assert sum(saved) / len(saved) > 0.95
     assert saved[5] > 0.9  # 95 of 100 lines; at the others the window moves
-    typed = "".join(lines[:1700])
-    keys = [sent(typed[:-count]) for count in range(60, 0, -1)]
-    assert sum(itertools.starmap(shared, itertools.pairwise(keys))) / 59 > 0.97
 
 
 ODD = {
+    "a file": PYTHON_FILE,
     "one line": "x" * 300_000 + "end",
     "empty lines": "\n" * 300_000,
     "CRLF": "a = 1\r\n" * 40_000,
@@ -323,27 +421,13 @@ ODD = {
 @pytest.mark.parametrize("name", ODD)
 def test_odd_texts_fit(name: str, language: str) -> None:
     text = ODD[name]
-    for budget in (3500, 700, 60):
-        result = prepared(text, language, budget=budget)
-        assert weigh(result.body["prompt"]) <= (budget - 4) * 3.5
-        assert result.weight == weigh(result.body["prompt"])
-        assert result.body["prompt"][-4:] == text[-4:]
-
-
-def test_any_cut_of_real_files_fits() -> None:
-    chance = random.Random(7)
-    files = [Path(module.__file__) for module in (argparse, ast, random)]
-    for _ in range(60):
-        text = chance.choice(files).read_text("utf-8")
-        start = chance.randrange(len(text) // 2)
-        stop = chance.randrange(start, len(text))
-        budget = chance.choice([300, 900, 2000, 3500])
-        language = chance.choice(["python", "c", "go"])
-        prompt = text[start:stop]
-        result = prepared(prompt, language, "infill", budget, suffix=text[stop:])
-        assert result.weight <= (budget - 16) * 3.5
-        assert result.body["prompt"].endswith(prompt.rpartition("\n")[2][-40:])
-        assert text[stop:].startswith(result.body["suffix"])
+    for budget, suffix in itertools.product((3500, 700, 60), (None, text)):
+        mode = "infill" if suffix else "complete"
+        result = prepared(text, language, mode, budget, suffix=suffix)
+        prompt, below = result.body["prompt"], result.body.get("suffix", "")
+        assert result.weight == weigh(prompt + below) <= (budget - 4) * 3.5
+        assert prompt[-4:] == text[-4:]
+        assert text.startswith(below)
 
 
 LAYOUTS = {

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from sources import SOURCES, Peer, fetch_sources, files_of
-from test_ending import cases, check, check_case, run, title
+from test_ending import cases, check, check_case, title
 
 from cerebrum.text.ending import Ending
 from cerebrum.text.languages import LANGUAGES
@@ -783,23 +783,17 @@ FROM d;
     "INSERTS",
     "".join(f"  INSERT INTO log VALUES ({n}, 'the note with number {n}');\n" for n in range(12)),
 )
-
-
-@pytest.mark.parametrize("case", [CRLF, *cases(TEXTS)], ids=title)
-def test_ends(case: tuple[str, str]) -> None:
-    check_case(case)
-
-
-# (language, prompt«gap»suffix): a model that runs on with the suffix.
+# A model that runs on with the suffix.
 GAPS = r"""
-=== python
+=== python stop: gap 1
 def f(x):
 «    if x:
         return 1
     y = 2
 »    return y
+‖    return y
 
-=== java
+=== java stop: gap 1
 class A {
   int f(int x) {
 «    // return 2 x
@@ -807,15 +801,20 @@ class A {
 »    return y;
   }
 }
+‖    return y;
+  }
+}
 
-=== kotlin
+=== kotlin stop: gap 1
 fun f(x: Int): Int {
 «    if (x < 0) return 0
     val y = x * 2
 »    return y
 }
+‖    return y
+}
 
-=== shell
+=== shell stop: gap 1
 f() {
 «    if [ -z "$1" ]; then
         return 1
@@ -823,22 +822,28 @@ f() {
     y=2
 »    return 0
 }
+‖    return 0
+}
 
-=== ruby
+=== ruby stop: gap 1
 def index
 «  respond_to do |format|
     format.html
 »    format.json { a }
   end
 end
+‖    format.json { a }
+  end
+end
 
-=== yaml
+=== yaml stop: gap 1
 steps:
 «      - uses: checkout
       - name: Set up
 »        uses: setup
+‖        uses: setup
 
-=== java
+=== java stop: gap 2
 class A {
   void f() {
 «    if (x) {
@@ -847,8 +852,10 @@ class A {
     y = 2;
 »    print(y);
   }
+‖    print(y);
+  }
 
-=== ruby
+=== ruby stop: gap 2
 def f(x)
 «  unless x
     a
@@ -856,8 +863,10 @@ def f(x)
   y = 2
 »  puts y
 end
+‖  puts y
+end
 
-=== javascript
+=== javascript stop: gap 1
 function f(x) {
 «  if (x) {
     a()
@@ -868,8 +877,10 @@ function f(x) {
   let y = 2
 »  print(y)
 }
+‖  print(y)
+}
 
-=== python
+=== python stop: gap 2
 def f(x):
 «    for a in x:
         b(a)
@@ -877,8 +888,9 @@ def f(x):
         c()
     y = 2
 »    print(y)
+‖    print(y)
 
-=== css
+=== css stop: gap 1
 .a {
   color: red;
 }
@@ -892,69 +904,92 @@ def f(x):
 ».d {
   margin: 1px;
 }
+‖.d {
+  margin: 1px;
+}
 
-=== json
+=== json stop: gap 1
 {
 «  "name": "app",
   "version": "1",
 »  "versions": []
 }
+‖  "versions": []
+}
 
-=== ruby
+=== ruby stop: gap 3
 def a
   xs.each «do |x|
     puts x
   end»
   y
 end
+‖
+  y
+end
 
-=== swift
+=== swift stop: gap 1
 func f() {
     items.forEach { item in
 «        print(item)
     }
 »    done()
 }
+‖    done()
+}
 
-=== shell
+=== shell stop: gap 2
 f() {
     if [ -n «"$1" ]; then
         echo 1
     fi»
     echo 2
 }
+‖
+    echo 2
+}
 
-=== lua
+=== lua stop: gap 1
 function f(t)
   if check(«t) then
     a()
   end»
   b()
 end
+‖
+  b()
+end
 
-=== java
+=== java stop: gap 3
 void f() {
 «  var names = users.stream()
     .filter(u -> u.age > 18)
     .toList();
 »  f(names);
+‖  f(names);
 
-=== dockerfile
+=== dockerfile stop: gap 1
 FROM a
 RUN apt-get update «&& \
     apt-get install -y curl»
 
 CMD ["x"]
+‖
 
-=== java
+CMD ["x"]
+
+=== java stop: gap 4
 void f() {
   if (x == null) {
     throw new Illeg«alArgumentException();
   }»
   h();
 }
+‖
+  h();
+}
 
-=== cpp
+=== cpp stop: gap 1
 namespace a {
 void f() {
     g(«1);
@@ -962,16 +997,24 @@ void f() {
 void h() {
 }
 }
+‖
+void h() {
+}
+}
 
-=== javascript
+=== javascript stop: gap 2
 switch (x) {
   case 1:
     a(«1);»
   case 2:
     b();
 }
+‖
+  case 2:
+    b();
+}
 
-=== scala
+=== scala stop: gap 1
 object A:
   def f(x: Expr[Int]) =
 «    '{ $x + g(1) }
@@ -979,8 +1022,9 @@ object A:
   def g(x: Int) =
     h(1)
 »  val y = 1
+‖  val y = 1
 
-=== c
+=== c stop: gap 1
 int f() {
   if (z) {
 «#if A
@@ -993,8 +1037,11 @@ int f() {
 »  h(1);
   }
 }
+‖  h(1);
+  }
+}
 
-=== markdown
+=== markdown stop: gap 1
 # A
 
 «First paragraph here.
@@ -1004,15 +1051,16 @@ Second one here.
 »## B
 
 Text
+‖## B
+
+Text
 
 """
 
 
-@pytest.mark.parametrize(("language", "text"), cases(GAPS))
-def test_gaps(language: str, text: str) -> None:
-    prompt, gap, suffix = text.replace("»", "«").split("«")
-    for pieces in ([gap + suffix], list(gap + suffix)):
-        assert run(Ending("infill", language, prompt, suffix, "auto"), pieces)[0] == gap
+@pytest.mark.parametrize("case", [CRLF, *cases(TEXTS), *cases(GAPS)], ids=title)
+def test_ends(case: tuple[str, str]) -> None:
+    check_case(case)
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
