@@ -6,8 +6,7 @@ umask 022
 
 NAME=${0##*/}
 LIB=/usr/lib/$NAME
-OLD=/opt/${NAME/%cm4/pi} # of an installation by hand
-SETTINGS=/etc/$NAME/env # what .env is for an installation by hand
+SETTINGS=/etc/$NAME/env # what .env is from copied files
 DROP_INS=/etc/systemd/system
 LISTEN=$DROP_INS/$NAME.socket.d/listen.conf
 MEMORY=$DROP_INS/$NAME.service.d/memory.conf
@@ -261,44 +260,9 @@ setup_backend() {
 	fi
 }
 
-# take_over: what an installation by hand, or by the installer of older versions, has in /opt. The daemon that runs goes on
-# until it is restarted. The settings come last, so that an interrupted take-over is repeated.
-take_over() {
-	local file
-	for file in "$DROP_INS/$NAME".{service,socket,service.d/reload.conf}; do
-		[[ ! -e $file ]] || mv -f -- "$file" "$OLD"
-	done
-	if [[ $NAME == cerebrum-cm4 ]]; then
-		install -d -o cerebrum -g adm -m 2750 /var/log/cerebrum
-		[[ ! -d $OLD/logs ]] || cp -a -- "$OLD/logs/." /var/log/cerebrum
-		[[ ! -e $OLD/client-keys ]] || install -m 600 -o cerebrum -g cerebrum "$OLD/client-keys" "/etc/$NAME/client-keys"
-	else
-		install -d "$PLACE/models"
-		if [[ -d $OLD/models && ! -L $OLD/models ]]; then
-			find "$OLD/models" -maxdepth 1 ! -type d -exec mv -f -t "$PLACE/models" {} +
-			rmdir -- "$OLD/models" && ln -s "$PLACE/models" "$OLD/models" # for the daemon that runs
-		fi
-		file=$(as_daemon "$OLD/venv/bin/python" -c 'import llama_cpp; print(llama_cpp.__version__)' 2>/dev/null) || true
-		[[ $file != "${VENV##*-}" || -e $VENV ]] || mv -- "$OLD/venv" "$VENV"
-		chown -R cerebrum: "$PLACE"
-		(SETTINGS=$OLD/.env put_listen '') || true
-	fi
-	{
-		[[ ! -e $OLD/.env ]] || sed -E "s|$OLD/models(/?[\"']?[[:space:]]*)\$|$PLACE/models\1|; s|$OLD/logs/|/var/log/cerebrum/|" "$OLD/.env"
-		file=$OLD/models.toml # its own, if a person has changed it
-		if [[ -e $file ]] && ! { cat "$OLD/.installed" 2>/dev/null || true; sha256sum "$LIB/models.toml"; } |
-			grep "^$(sha256sum <"$file" | cut -c -64)" >/dev/null; then
-			install -m 644 "$file" "/etc/$NAME/models.mine.toml"
-			echo "CEREBRUM_MODELS_FILE=/etc/$NAME/models.mine.toml"
-		fi
-	} | put_settings
-	echo "$NAME has taken over $OLD, which is no longer used; what is left there can go"
-}
-
 # configure: what the package does at each installation and upgrade. A daemon that is stopped stays so.
 configure() {
 	[[ -d /run/systemd/system ]] || return 0
-	[[ -e $SETTINGS || ! -e ${OLD}/${RUN[-1]##*/} ]] || take_over
 	if [[ ! -e $SETTINGS ]]; then
 		echo "to set it up:  sudo $NAME setup"
 	elif [[ $NAME == cerebrum-cm4 ]] || have_llama; then

@@ -1497,27 +1497,6 @@ def test_the_pi_is_set_up_by_one_line_that_the_backend_takes(tmp_path: Path) -> 
         write(settings, f"{new.rstrip()} the-key\n")  # the line, pasted whole
 
 
-@needs_root
-def test_an_installation_by_hand_is_taken_over_however_its_paths_are_written(
-    tmp_path: Path,
-) -> None:
-    script = installed("cerebrum-backend", tmp_path)
-    old = tmp_path / "opt/cerebrum-backend"
-    models = old / "models"
-    new = tmp_path / "var/lib/cerebrum-backend/models"
-    models.mkdir(parents=True)
-    for file in (old / "vpsd.py", models / "a.gguf"):
-        write(file, "")
-    write(tmp_path / "usr/lib/cerebrum-backend/models.toml", "")
-    lines = 'A={0}\nB="{0}"\nC=\'{0}/\' \r\nD={1}-mine\nE="{1}/mine"\n'
-    write(old / ".env", lines.format(models, models))
-    status, _, err = called(script, "configure", PATH=path_with(tmp_path))
-    assert status == 0, err
-    assert os.listdir(new) == ["a.gguf"], err
-    kept = lines.format(new, models)
-    assert (tmp_path / "etc/cerebrum-backend/env").read_bytes() == kept.encode()
-
-
 PRINT_STATE = f"""
 import os, sys
 from pathlib import Path
