@@ -199,12 +199,11 @@ build() {
 }
 
 # put_listen ADDRESS[:PORT]: sets the socket's address. An empty one keeps what is set, else takes
-# .env's or Tailscale's.
+# Tailscale's.
 put_listen() {
 	local address=$1 old
 	old=$(cat "$LISTEN" 2>/dev/null) || true
 	[[ -n $address || -z $old ]] || return 0
-	address=${address:-$(setting CEREBRUM_VPS_HOST)}
 	address=${address:-$(tailscale ip -4 2>/dev/null | head -n 1)} || true
 	if [[ -z $address ]]; then
 		echo "listening on 127.0.0.1 port 9000: there is no Tailscale, and no --listen"
@@ -212,7 +211,7 @@ put_listen() {
 	fi
 	[[ $address =~ ^([0-9.]+|\[[0-9a-fA-F:.]+\])(:[0-9]+)?$ ]] ||
 		die "expected an IP address, got '$address'"
-	[[ -n ${BASH_REMATCH[2]} ]] || address+=:$(setting CEREBRUM_VPS_PORT | grep . || echo 9000)
+	[[ -n ${BASH_REMATCH[2]} ]] || address+=:9000
 	install -D -m 644 /dev/stdin "$LISTEN" <<-END
 	# From "cerebrum-backend setup", which changes it only if an address is given.
 	[Socket]
